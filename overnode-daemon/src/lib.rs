@@ -1,0 +1,20 @@
+//! The node: everything of overnode that runs in user space and is not the command line.
+//!
+//! The parts that decide have no I/O and read no clock: [`handshake`], [`gossip`], [`ipam`] and the dialler in [`control`]. They
+//! take events with the time and return actions. The parts that act are thin: [`datapath`] programs the
+//! kernel, [`net`] owns the sockets, [`store`] the disk, [`api`] the unix socket. [`node`] is one
+//! task that joins them.
+
+pub mod api;
+pub mod control;
+pub mod datapath;
+pub mod gossip;
+pub mod handshake;
+pub mod ipam;
+pub mod net;
+pub mod node;
+pub mod store;
+pub mod types;
+
+/// The eBPF programs, as `build.rs` made them.
+pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(env!("OVERNODE_EBPF_OBJECT"));

@@ -1,0 +1,193 @@
+//! Names that every part of the node uses.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+use ipnet::{IpNet, Ipv4Net};
+use overnode_ebpf::map::Address;
+use serde::{Deserialize, Serialize};
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+/// A node's ID: 1 to 4095. Also its peer index in the data plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u16", into = "u16")]
+pub struct NodeId(u16);
+
+impl NodeId {
+    /// The greatest ID.
+    pub const MAX: u16 = 4095;
+
+    /// Checks the range.
+    ///
+    /// # Errors
+    /// [`BadNodeId`] for 0 and for more than [`Self::MAX`].
+    pub const fn new(id: u16) -> Result<Self, BadNodeId> {
+        if id == 0 || id > Self::MAX { Err(BadNodeId) } else { Ok(Self(id)) }
+    }
+
+    /// The number.
+    pub const fn get(self) -> u16 {
+        self.0
+    }
+
+    /// True for IDs 1 to 4, which own a quarter of the address pool each by birth.
+    pub const fn owns_a_quarter(self) -> bool {
+        self.0 <= 4
+    }
+
+    /// Its place in the data plane's `PEERS` map.
+    pub const fn peer_index(self) -> PeerIndex {
+        PeerIndex(self.0 as u32)
+    }
+}
+
+/// An ID that is not between 1 and 4095.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("an ID is a whole number from 1 to 4095")]
+pub struct BadNodeId;
+
+impl TryFrom<u16> for NodeId {
+    type Error = BadNodeId;
+
+    fn try_from(id: u16) -> Result<Self, BadNodeId> {
+        Self::new(id)
+    }
+}
+
+impl From<NodeId> for u16 {
+    fn from(id: NodeId) -> Self {
+        id.0
+    }
+}
+
+impl FromStr for NodeId {
+    type Err = BadNodeId;
+
+    fn from_str(text: &str) -> Result<Self, BadNodeId> {
+        Self::new(text.parse().map_err(|_| BadNodeId)?)
+    }
+}
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Index into the data plane's `PEERS` map: a node's ID, or 4096 and up for WireGuard peers that are no nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PeerIndex(pub u32);
+
+impl fmt::Display for PeerIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A Curve25519 public key. Shown and parsed as WireGuard does: base64, 44 characters.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PublicKey(pub [u8; 32]);
+
+/// 32 bytes that nobody may see: wiped when dropped, never printed.
+#[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
+pub struct Secret(pub [u8; 32]);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+impl fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&BASE64.encode(&self.0))
+    }
+}
+
+impl fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A key that is not 32 bytes in base64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a key is 32 bytes in base64 (44 characters)")]
+pub struct BadKey;
+
+impl FromStr for PublicKey {
+    type Err = BadKey;
+
+    fn from_str(text: &str) -> Result<Self, BadKey> {
+        decode_key(text).map(Self)
+    }
+}
+
+impl FromStr for Secret {
+    type Err = BadKey;
+
+    fn from_str(text: &str) -> Result<Self, BadKey> {
+        decode_key(text).map(Self)
+    }
+}
+
+impl Serialize for PublicKey {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            serializer.collect_str(self)
+        } else {
+            self.0.serialize(serializer)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for PublicKey {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if deserializer.is_human_readable() {
+            String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        } else {
+            <[u8; 32]>::deserialize(deserializer).map(Self)
+        }
+    }
+}
+
+use data_encoding::BASE64;
+
+fn decode_key(text: &str) -> Result<[u8; 32], BadKey> {
+    BASE64.decode(text.as_bytes()).ok().and_then(|bytes| bytes.try_into().ok()).ok_or(BadKey)
+}
+
+/// The cluster's addresses. Every node of a cluster has the same; one with others is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// All addresses of the container network. Default 10.32.0.0/12.
+    pub subnet: IpNet,
+    /// The part of the subnet that nodes give out by themselves. Default 10.40.0.0/13.
+    pub range: IpNet,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            subnet: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(10, 32, 0, 0), 12)),
+            range: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(10, 40, 0, 0), 13)),
+        }
+    }
+}
+
+/// The map form of an address.
+pub fn to_map(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(v4) => Address::from_v4(v4.octets()),
+        IpAddr::V6(v6) => Address(v6.octets()),
+    }
+}
+
+/// The address that a map holds; v4-mapped ones come back as IPv4.
+pub fn from_map(address: Address) -> IpAddr {
+    match address.to_v4() {
+        Some(v4) => IpAddr::V4(v4.into()),
+        None => IpAddr::V6(Ipv6Addr::from(address.0)),
+    }
+}

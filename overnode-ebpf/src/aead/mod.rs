@@ -1,0 +1,1 @@
+//! ChaCha20-Poly1305 (RFC 8439), in steps that fit a `bpf_loop`.

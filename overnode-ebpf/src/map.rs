@@ -1,0 +1,198 @@
+//! Layouts of the maps: the only interface between the daemon and the programs.
+//!
+//! | map | kind | key | value |
+//! | --- | --- | --- | --- |
+//! | `CONFIG` | array (1) | 0 | [`Config`] |
+//! | `ENDPOINTS` | hash | ifindex of the host end, u32 | [`Endpoint`] |
+//! | `ROUTES` | LPM trie | prefix length (of 128), [`Address`] | [`Route`] |
+//! | `PEERS` | array | peer index | [`Peer`] |
+//! | `SESSIONS` | array | session slot | [`Session`] |
+//! | `LOCAL_ADDRESSES` | hash | [`Address`] | u32, unused |
+//! | `COUNTERS` | per-CPU array | [`crate::reason::Reason`] | u64 packets |
+//!
+//! Who writes what. The daemon writes everything but what is marked "program" below. A session's slot is
+//! filled while no program can find it, then published by storing its number in [`Peer::tx_slot`] and its state in
+//! [`Session::state`]; it is reused no sooner than a second after it was withdrawn. A nonce therefore never meets
+//! two keys, nor a key one nonce twice: only programs draw counters, atomically.
+//!
+//! All integers are in the byte order of the machine unless a name ends in `_be`.
+
+/// An IPv4 (as v4-mapped, `::ffff:a.b.c.d`) or IPv6 address, in network byte order.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Address(pub [u8; 16]);
+
+impl Address {
+    /// Prefix length that a v4-mapped address adds to that of the IPv4 prefix.
+    pub const V4_BITS: u32 = 96;
+
+    /// The v4-mapped form of an IPv4 address.
+    #[inline(always)]
+    pub const fn from_v4(v4: [u8; 4]) -> Self {
+        let [a, b, c, d] = v4;
+        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
+    }
+
+    /// The IPv4 address that this one maps, if it does.
+    #[inline(always)]
+    pub const fn to_v4(self) -> Option<[u8; 4]> {
+        let [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] = self.0 else { return None };
+        Some([a, b, c, d])
+    }
+}
+
+/// Entries of `PEERS`. A node's peer index is its ID (1 to 4095); WireGuard peers that are no nodes follow.
+pub const PEER_SLOTS: u32 = 5120;
+/// First peer index of peers that are no nodes.
+pub const FIRST_EXTERNAL_PEER: u32 = 4096;
+/// Entries of `SESSIONS`. Slot 0 stays empty: it means "none".
+pub const SESSION_SLOTS: u32 = 4096;
+/// Bits of a local receiver index that number the slot; the others are random.
+pub const SESSION_SLOT_BITS: u32 = 12;
+/// Entries of `ENDPOINTS`.
+pub const ENDPOINT_SLOTS: u32 = 4096;
+/// Entries of `ROUTES`.
+pub const ROUTE_SLOTS: u32 = 65536;
+/// Entries of `LOCAL_ADDRESSES`.
+pub const LOCAL_ADDRESS_SLOTS: u32 = 1024;
+
+/// What holds for the whole node.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// The overlay's subnet; ARP is answered for all of it.
+    pub subnet: Address,
+    /// Prefix length of the subnet, of 128.
+    pub subnet_bits: u32,
+    /// Interface index of the end of the normaliser that packets for other hosts are redirected to.
+    pub normaliser: u32,
+    /// Source address of ICMP errors that programs send: the node's own address.
+    pub node: Address,
+}
+
+/// A container's place on this host, found by the host end of its veth.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The only address that the container may send from.
+    pub address: Address,
+    /// Hardware address of the container's end.
+    pub mac: [u8; 6],
+    /// Hardware address of the host's end: the one that ARP answers name.
+    pub gateway_mac: [u8; 6],
+}
+
+/// [`Route::kind`]: the address space has an owner on this host, but nothing is attached there.
+pub const ROUTE_NONE: u32 = 0;
+/// [`Route::kind`]: attached to this host; the target is the ifindex of the host end (key of `ENDPOINTS`).
+pub const ROUTE_LOCAL: u32 = 1;
+/// [`Route::kind`]: reached through a peer; the target is the peer index.
+pub const ROUTE_PEER: u32 = 2;
+
+/// Where a prefix of the overlay is. Longest prefix wins; the same table says who may send from where.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Route {
+    /// One of `ROUTE_NONE`, `ROUTE_LOCAL`, `ROUTE_PEER`.
+    pub kind: u32,
+    /// Interface index or peer index.
+    pub target: u32,
+}
+
+/// A peer: where it is and which session seals what goes there.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// Underlay address to send to. Program: follows the source of each authenticated message (roaming).
+    pub remote: Address,
+    /// Underlay address to send from. Program: follows likewise.
+    pub local: Address,
+    /// UDP port to send to, in network byte order. Program: follows likewise.
+    pub remote_port_be: u16,
+    /// 1 while the daemon has configured this peer, else 0.
+    pub present: u16,
+    /// Underlay interface to send through. Program: follows likewise.
+    pub ifindex: u32,
+    /// Slot in `SESSIONS` that seals; 0 for none. Program: a first message under a session that waits for
+    /// confirmation makes it the sealing one.
+    pub tx_slot: u32,
+    /// Largest inner packet (from the IP header on) that the path takes, in bytes.
+    pub mtu: u32,
+    /// The peer's Curve25519 public key, so that a restarted daemon knows whose sessions these are.
+    pub public_key: [u8; 32],
+    /// Inner bytes sent (program).
+    pub tx_bytes: u64,
+    /// Messages sent, keepalives included (program).
+    pub tx_packets: u64,
+    /// Inner bytes received (program).
+    pub rx_bytes: u64,
+    /// Messages received and authenticated, keepalives included (program).
+    pub rx_packets: u64,
+    /// Boot time (ns, `CLOCK_BOOTTIME`) of the last authenticated message received (program).
+    pub last_rx_ns: u64,
+    /// Boot time of the last message received that was no keepalive (program).
+    pub last_data_rx_ns: u64,
+    /// Boot time of the last message sent (program).
+    pub last_tx_ns: u64,
+    /// Boot time of the last message sent that was no keepalive (program).
+    pub last_data_tx_ns: u64,
+}
+
+/// [`Session::state`]: the slot is empty.
+pub const SESSION_FREE: u32 = 0;
+/// [`Session::state`]: receives; must not send before the peer has proven that it has the keys.
+pub const SESSION_UNCONFIRMED: u32 = 1;
+/// [`Session::state`]: receives, and sends if the peer's `tx_slot` says so.
+pub const SESSION_LIVE: u32 = 2;
+
+/// The keys of one handshake (whitepaper section 5.4.5).
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+pub struct Session {
+    /// One of `SESSION_*`. Program: `UNCONFIRMED` becomes `LIVE` with the first authenticated message.
+    pub state: u32,
+    /// Peer index.
+    pub peer: u32,
+    /// Receiver index that the peer puts into its messages: low [`SESSION_SLOT_BITS`] bits are the slot.
+    pub local_index: u32,
+    /// Receiver index that goes into ours.
+    pub remote_index: u32,
+    /// ChaCha20 key for sealing, as eight little-endian words.
+    pub tx_key: [u32; 8],
+    /// ChaCha20 key for opening, as eight little-endian words.
+    pub rx_key: [u32; 8],
+    /// Boot time (ns, `CLOCK_BOOTTIME`) at which the handshake ended.
+    pub created_ns: u64,
+    /// Boot time after which the session neither seals nor opens.
+    pub expires_ns: u64,
+    /// 1 if this node was the handshake's initiator, else 0.
+    pub initiator: u64,
+    /// Next counter to send (program, atomically).
+    pub tx_counter: u64,
+    /// Counters received (program).
+    pub window: crate::replay::Window,
+}
+
+#[cfg(feature = "user")]
+mod pod {
+    // SAFETY: `repr(C)`, valid for every bit pattern, without padding (asserted below).
+    unsafe impl aya::Pod for super::Address {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Config {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Endpoint {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Route {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Peer {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Session {}
+}
+
+const _: () = {
+    assert!(size_of::<Config>() == 40);
+    assert!(size_of::<Endpoint>() == 28);
+    assert!(size_of::<Route>() == 8);
+    assert!(size_of::<Peer>() == 16 + 16 + 2 + 2 + 4 + 4 + 4 + 32 + 8 * 8);
+    assert!(size_of::<Session>() == 4 * 4 + 32 + 32 + 4 * 8 + size_of::<crate::replay::Window>());
+};

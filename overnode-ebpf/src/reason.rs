@@ -1,0 +1,82 @@
+//! Why a packet was refused, or what became of it. Every program counts under one of these codes, per CPU.
+
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])+ $name:ident = $code:literal, $text:literal;)+) => {
+        /// A code of the `COUNTERS` map. Codes are never reused for another meaning.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[repr(u32)]
+        pub enum Reason { $($(#[doc = $doc])+ $name = $code),+ }
+
+        impl Reason {
+            /// Every code, in the order of their numbers.
+            pub const ALL: &[Self] = &[$(Self::$name),+];
+
+            /// The name that `status`, `inspect` and the metrics print.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$name => $text),+ }
+            }
+
+            /// What the code means, in a sentence for people.
+            pub const fn describe(self) -> &'static str {
+                match self { $(Self::$name => concat!($($doc),+)),+ }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// Sealed and sent to a peer.
+    Sealed = 0, "sealed";
+    /// Received from a peer, opened and delivered.
+    Opened = 1, "opened";
+    /// Handed from one container of this host to another.
+    Local = 2, "local";
+    /// An ARP request answered.
+    Arp = 3, "arp";
+    /// An empty message (keepalive) received from a peer.
+    KeepaliveReceived = 4, "keepalive-received";
+    /// An empty message (keepalive) sent to a peer.
+    KeepaliveSent = 5, "keepalive-sent";
+    /// Answered with ICMP "fragmentation needed": larger than the path to that peer takes.
+    TooBig = 6, "too-big";
+
+    /// Not a protocol that containers may use here: neither IPv4 nor ARP, or broadcast, or multicast.
+    Unsupported = 16, "unsupported";
+    /// Shorter than its own headers say, or with impossible headers.
+    Malformed = 17, "malformed";
+    /// A container sent from an address, or a hardware address, that is not its own.
+    Spoofed = 18, "spoofed";
+    /// No node is known to own the destination.
+    NoRoute = 19, "no-route";
+    /// No session with that peer yet.
+    NoSession = 20, "no-session";
+    /// The session with that peer is too old to be used.
+    Expired = 21, "expired";
+    /// The session has used up its message counter.
+    Exhausted = 22, "exhausted";
+    /// Offloads that were not finished arrived where only finished packets may: never sealed.
+    Offload = 23, "offload";
+    /// A helper of the kernel refused (out of memory, mostly).
+    Helper = 24, "helper";
+    /// A message for a receiver index that no session has.
+    UnknownIndex = 25, "unknown-index";
+    /// A message seen before.
+    Replayed = 26, "replayed";
+    /// A message older than the replay window.
+    TooOld = 27, "too-old";
+    /// A message whose tag is wrong.
+    Forged = 28, "forged";
+    /// A peer sent from an address that another node owns.
+    ForeignSource = 29, "foreign-source";
+    /// A peer sent to an address that is not attached here.
+    NotHere = 30, "not-here";
+    /// The underlay marked congestion on a packet whose sender cannot be told (RFC 6040).
+    Congestion = 31, "congestion";
+    /// A data message that arrived as a fragment, or with IP options.
+    Fragment = 32, "fragment";
+    /// Arrived at an interface that no program was told about.
+    Unconfigured = 33, "unconfigured";
+}
+
+/// Entries of the `COUNTERS` map: room for codes of later versions.
+pub const REASON_SLOTS: u32 = 64;

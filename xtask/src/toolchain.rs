@@ -1,0 +1,91 @@
+//! Finding a compiler for the eBPF target. No dependencies: `overnode-daemon/build.rs` includes this file too.
+//!
+//! Two kinds of machine are served. An ordinary rustup with `nightly` and `rust-src` is preferred. Where that is
+//! missing, Debian's `rustc-web`, `cargo-web` and `rust-web-src` packages bring a compiler with its own
+//! library source, so that `-Z build-std` works without a download.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Where a self-installed bpf-linker goes when it is not on `PATH`; relative to the user's cargo home.
+const LINKER: &str = "bpf-linker";
+
+/// A cargo and a rustc that can build `core` for `bpfel-unknown-none`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Compiler {
+    /// `cargo +nightly`, with rust-src.
+    Rustup,
+    /// Debian's packages: `/usr/bin/cargo` and `/usr/bin/rustc`.
+    Debian,
+}
+
+impl Compiler {
+    /// The compiler of this machine, if it has one.
+    pub fn find() -> Option<Self> {
+        if has_library_source(Command::new("rustc").arg("+nightly")) {
+            Some(Self::Rustup)
+        } else if has_library_source(&mut Command::new("/usr/bin/rustc")) {
+            Some(Self::Debian)
+        } else {
+            None
+        }
+    }
+
+    /// A cargo command that uses this compiler, whatever compiler runs the caller.
+    pub fn cargo(&self) -> Command {
+        let mut cargo = match self {
+            Self::Rustup => {
+                let mut cargo = Command::new("cargo");
+                cargo.arg("+nightly");
+                cargo
+            }
+            Self::Debian => {
+                let mut cargo = Command::new("/usr/bin/cargo");
+                cargo.env("RUSTC", "/usr/bin/rustc");
+                cargo
+            }
+        };
+        // A build script runs inside cargo, whose choices must not leak into this one.
+        for variable in [
+            "CARGO",
+            "RUSTC_WRAPPER",
+            "RUSTC_WORKSPACE_WRAPPER",
+            "RUSTUP_TOOLCHAIN",
+            "CARGO_ENCODED_RUSTFLAGS",
+            "RUSTDOC",
+            "CARGO_MAKEFLAGS",
+            "MAKEFLAGS",
+        ] {
+            cargo.env_remove(variable);
+        }
+        if *self == Self::Rustup {
+            cargo.env_remove("RUSTC");
+        }
+        cargo.env("RUSTC_BOOTSTRAP", "1");
+        cargo
+    }
+}
+
+fn has_library_source(rustc: &mut Command) -> bool {
+    let Ok(output) =
+        rustc.env_remove("RUSTUP_TOOLCHAIN").args(["--print", "sysroot"]).stderr(Stdio::null()).output()
+    else {
+        return false;
+    };
+    let Ok(sysroot) = String::from_utf8(output.stdout) else { return false };
+    output.status.success()
+        && Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/Cargo.toml").exists()
+}
+
+/// bpf-linker: on `PATH`, or in cargo's own directory of binaries.
+pub fn bpf_linker() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let cargo_home = std::env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")))
+        .map(|home| home.join("bin"));
+    std::env::split_paths(&path)
+        .chain(cargo_home)
+        .map(|folder| folder.join(LINKER))
+        .find(|file| file.is_file())
+}
