@@ -1,0 +1,331 @@
+//! Control connections: listening, dialling, and two tasks for each connection. What is said on them is decided elsewhere.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, interval, timeout};
+
+use crate::control::hello::Hello;
+use crate::control::session::{self, Me, Reader, Refusal, Role, Writer};
+
+/// How long a connection attempt to one address may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a name may take to resolve.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A ping is sent this often.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+/// A connection on which nothing arrived for this long is closed.
+const SILENCE: Duration = Duration::from_secs(10);
+/// Inbound connections that may be shaking hands at one time.
+const PENDING: usize = 64;
+/// Messages that may wait for a slow peer before its connection is closed.
+const OUTBOX: usize = 256;
+
+/// Frames of a control connection: the first byte of each message.
+const FRAME_GOSSIP: u8 = 0;
+const FRAME_PING: u8 = 1;
+const FRAME_PONG: u8 = 2;
+
+/// Tells connections of one daemon apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ConnectionId(u64);
+
+/// Who called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// This node.
+    Outbound,
+    /// The other one.
+    Inbound,
+}
+
+/// What happened on the mesh.
+#[derive(Debug)]
+pub enum MeshEvent {
+    /// A connection is up: both ends have proven the token.
+    Opened(Box<Opened>),
+    /// A gossip message arrived.
+    Received(ConnectionId, Vec<u8>),
+    /// A round trip was measured.
+    RoundTrip(ConnectionId, Duration),
+    /// A connection ended.
+    Closed(ConnectionId, String),
+    /// Dialling `target` did not lead to a connection.
+    DialFailed { target: String, refusal: Refusal },
+    /// Somebody called and was refused.
+    Refused { remote: SocketAddr, refusal: Refusal },
+}
+
+/// A connection that is up.
+#[derive(Debug)]
+pub struct Opened {
+    pub id: ConnectionId,
+    pub direction: Direction,
+    /// What was dialled, when this node called.
+    pub target: Option<String>,
+    pub remote: SocketAddr,
+    pub local: SocketAddr,
+    pub hello: Hello,
+    pub outbox: Outbox,
+}
+
+/// Sends on a connection without ever waiting. Dropping it closes the connection.
+#[derive(Debug)]
+pub struct Outbox(mpsc::Sender<Vec<u8>>);
+
+impl Outbox {
+    /// Queues a gossip message. False when the peer is too slow or gone: the connection should be dropped.
+    pub fn send(&self, message: &[u8]) -> bool {
+        let mut frame = Vec::with_capacity(message.len() + 1);
+        frame.push(FRAME_GOSSIP);
+        frame.extend_from_slice(message);
+        self.0.try_send(frame).is_ok()
+    }
+}
+
+/// All control connections of this node. Dropping it ends them.
+pub struct Mesh {
+    shared: Shared,
+    tasks: JoinSet<()>,
+}
+
+#[derive(Clone)]
+struct Shared {
+    me: Arc<Me>,
+    port: u16,
+    events: mpsc::Sender<MeshEvent>,
+    next: Arc<AtomicU64>,
+}
+
+impl Mesh {
+    /// Listens on `port`, IPv6 and IPv4, and reports to `events`.
+    ///
+    /// # Errors
+    /// When the port is taken.
+    pub fn listen(port: u16, me: Me, events: mpsc::Sender<MeshEvent>) -> io::Result<Self> {
+        let shared = Shared { me: Arc::new(me), port, events, next: Arc::default() };
+        let mut tasks = JoinSet::new();
+        let pending = Arc::new(Semaphore::new(PENDING));
+        for listener in listeners(port)? {
+            tasks.spawn(accept(listener, shared.clone(), pending.clone()));
+        }
+        Ok(Self { shared, tasks })
+    }
+
+    /// Dials `target` (a host name or an address, with a port or without) once. The outcome is an event.
+    pub fn dial(&mut self, target: String) {
+        while self.tasks.try_join_next().is_some() {}
+        let shared = self.shared.clone();
+        self.tasks.spawn(async move {
+            let refusal = match call(&shared, &target).await {
+                Ok((stream, link)) => return run(shared, Direction::Outbound, Some(target), stream, link).await,
+                Err(refusal) => refusal,
+            };
+            let _ = shared.events.send(MeshEvent::DialFailed { target, refusal }).await;
+        });
+    }
+}
+
+fn listeners(port: u16) -> io::Result<Vec<TcpListener>> {
+    let v4 = TcpSocket::new_v4()?;
+    v4.set_reuseaddr(true)?;
+    v4.bind((Ipv4Addr::UNSPECIFIED, port).into())?;
+    let mut listeners = vec![v4.listen(128)?];
+    // A host may have IPv6 turned off.
+    if let Ok(v6) = v6_socket(port) {
+        listeners.push(v6.listen(128)?);
+    }
+    Ok(listeners)
+}
+
+fn v6_socket(port: u16) -> io::Result<TcpSocket> {
+    let socket = TcpSocket::new_v6()?;
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Ipv6V6Only, &true)?;
+    socket.set_reuseaddr(true)?;
+    socket.bind((Ipv6Addr::UNSPECIFIED, port).into())?;
+    Ok(socket)
+}
+
+async fn accept(listener: TcpListener, shared: Shared, pending: Arc<Semaphore>) {
+    let mut tasks = JoinSet::new();
+    loop {
+        while tasks.try_join_next().is_some() {}
+        let Ok(permit) = pending.clone().acquire_owned().await else { return };
+        let (stream, remote) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!("accepting a control connection failed: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let shared = shared.clone();
+        tasks.spawn(async move {
+            let result = greet(&shared, stream, Role::Responder).await;
+            drop(permit);
+            match result {
+                Ok((ends, link)) => run(shared, Direction::Inbound, None, ends, link).await,
+                Err(refusal) => {
+                    let remote = plain(remote);
+                    let _ = shared.events.send(MeshEvent::Refused { remote, refusal }).await;
+                }
+            }
+        });
+    }
+}
+
+/// Both ends' addresses.
+struct Ends {
+    remote: SocketAddr,
+    local: SocketAddr,
+}
+
+type Link = session::Link<TcpStream>;
+
+async fn call(shared: &Shared, target: &str) -> Result<(Ends, Link), Refusal> {
+    let mut last = None;
+    for address in resolve(target, shared.port).await? {
+        let stream = match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => {
+                last = Some(Refusal::Io(format!("{address}: {error}")));
+                continue;
+            }
+            Err(_) => {
+                last = Some(Refusal::TimedOut(format!("{address} does not answer on TCP")));
+                continue;
+            }
+        };
+        match greet(shared, stream, Role::Initiator).await {
+            Ok(link) => return Ok(link),
+            Err(refusal) => last = Some(refusal),
+        }
+    }
+    Err(last.unwrap_or_else(|| Refusal::Io(format!("{target} has no address"))))
+}
+
+async fn resolve(target: &str, port: u16) -> Result<Vec<SocketAddr>, Refusal> {
+    if let Ok(address) = target.parse::<SocketAddr>() {
+        return Ok(vec![address]);
+    }
+    if let Ok(address) = target.parse::<IpAddr>() {
+        return Ok(vec![(address, port).into()]);
+    }
+    match timeout(RESOLVE_TIMEOUT, lookup_host((target, port))).await {
+        Ok(Ok(found)) => {
+            let found: BTreeSet<SocketAddr> = found.collect();
+            Ok(found.into_iter().collect())
+        }
+        Ok(Err(_)) => Err(Refusal::Io(format!("the name {target} does not resolve"))),
+        Err(_) => Err(Refusal::TimedOut(format!("the name {target} was not resolved in time"))),
+    }
+}
+
+async fn greet(shared: &Shared, stream: TcpStream, role: Role) -> Result<(Ends, Link), Refusal> {
+    let io = |error: io::Error| Refusal::Io(error.to_string());
+    stream.set_nodelay(true).map_err(io)?;
+    let ends = Ends {
+        remote: plain(stream.peer_addr().map_err(io)?),
+        local: plain(stream.local_addr().map_err(io)?),
+    };
+    let link = session::establish(stream, role, &shared.me).await?;
+    Ok((ends, link))
+}
+
+/// IPv4 addresses as such, however the socket shows them.
+fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+async fn run(shared: Shared, direction: Direction, target: Option<String>, ends: Ends, link: Link) {
+    let id = ConnectionId(shared.next.fetch_add(1, Ordering::Relaxed));
+    let (outbox, queue) = mpsc::channel(OUTBOX);
+    let pongs = outbox.downgrade();
+    let opened = Opened {
+        id,
+        direction,
+        target,
+        remote: ends.remote,
+        local: ends.local,
+        hello: link.peer,
+        outbox: Outbox(outbox),
+    };
+    if shared.events.send(MeshEvent::Opened(Box::new(opened))).await.is_err() {
+        return;
+    }
+    let born = Instant::now();
+    let why = tokio::select! {
+        why = read(id, link.reader, &shared.events, pongs, born) => why,
+        why = write(link.writer, queue, born) => why,
+    };
+    let _ = shared.events.send(MeshEvent::Closed(id, why)).await;
+}
+
+async fn read(
+    id: ConnectionId,
+    mut reader: Reader<TcpStream>,
+    events: &mpsc::Sender<MeshEvent>,
+    pongs: mpsc::WeakSender<Vec<u8>>,
+    born: Instant,
+) -> String {
+    loop {
+        let mut message = match timeout(SILENCE, reader.receive()).await {
+            Ok(Ok(message)) => message,
+            Ok(Err(error)) => return error.to_string(),
+            Err(_) => return format!("nothing heard for {} s", SILENCE.as_secs()),
+        };
+        let event = match message.first() {
+            Some(&FRAME_GOSSIP) => MeshEvent::Received(id, message.split_off(1)),
+            Some(&FRAME_PING) if message.len() == 9 => {
+                message[0] = FRAME_PONG;
+                // A full queue loses the answer; the peer asks again.
+                if let Some(outbox) = pongs.upgrade() {
+                    let _ = outbox.try_send(message);
+                }
+                continue;
+            }
+            Some(&FRAME_PONG) => {
+                let Ok(sent) = <[u8; 8]>::try_from(&message[1..]) else {
+                    return "it sent a malformed frame".to_owned();
+                };
+                let sent = Duration::from_micros(u64::from_le_bytes(sent));
+                let Some(rtt) = born.elapsed().checked_sub(sent) else {
+                    return "it answered a ping of the future".to_owned();
+                };
+                MeshEvent::RoundTrip(id, rtt)
+            }
+            Some(_) | None => return "it sent a malformed frame".to_owned(),
+        };
+        if events.send(event).await.is_err() {
+            return "this node stops".to_owned();
+        }
+    }
+}
+
+async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>, born: Instant) -> String {
+    let mut heartbeat = interval(HEARTBEAT);
+    loop {
+        let frame = tokio::select! {
+            frame = queue.recv() => match frame {
+                Some(frame) => frame,
+                None => return "this node closed it".to_owned(),
+            },
+            _ = heartbeat.tick() => {
+                let micros = u64::try_from(born.elapsed().as_micros()).unwrap_or(u64::MAX);
+                [&[FRAME_PING][..], &micros.to_le_bytes()].concat()
+            }
+        };
+        match timeout(SILENCE, writer.send(&frame)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return error.to_string(),
+            Err(_) => return "it does not read what it is sent".to_owned(),
+        }
+    }
+}
