@@ -13,6 +13,7 @@ pub mod handshake;
 pub mod ipam;
 pub mod net;
 pub mod node;
+pub mod options;
 pub mod store;
 pub mod types;
 
