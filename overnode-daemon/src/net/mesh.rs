@@ -12,8 +12,8 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, timeout};
 
-use crate::control::hello::Hello;
-use crate::control::session::{self, Me, Reader, Refusal, Role, Writer};
+use crate::control::hello::{Hello, Refusal};
+use crate::control::session::{self, Me, Reader, Role, Writer};
 
 /// How long a connection attempt to one address may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -21,8 +21,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A ping is sent this often.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// A connection on which nothing arrived for this long is closed.
-const SILENCE: Duration = Duration::from_secs(10);
 /// Inbound connections that may be shaking hands at one time.
 const PENDING: usize = 64;
 /// Messages that may wait for a slow peer before its connection is closed.
@@ -58,9 +56,23 @@ pub enum MeshEvent {
     /// A connection ended.
     Closed(ConnectionId, String),
     /// Dialling `target` did not lead to a connection.
-    DialFailed { target: String, refusal: Refusal },
+    DialFailed { target: String, failure: DialFailure },
     /// Somebody called and was refused.
     Refused { remote: SocketAddr, refusal: Refusal },
+}
+
+/// Why dialling did not lead to a connection. The words are for people.
+#[derive(Debug, thiserror::Error)]
+pub enum DialFailure {
+    /// The name has no address, now.
+    #[error("the name {0} does not resolve; it is tried again, or take it back with `overnode forget {0}`")]
+    Unresolved(String),
+    /// TCP did not connect.
+    #[error("{0}: {1}; check that a node runs there and that TCP port 6783 is open")]
+    Unreachable(SocketAddr, String),
+    /// Connected, and then refused by one of the two.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
 }
 
 /// A connection that is up.
@@ -124,11 +136,11 @@ impl Mesh {
         while self.tasks.try_join_next().is_some() {}
         let shared = self.shared.clone();
         self.tasks.spawn(async move {
-            let refusal = match call(&shared, &target).await {
-                Ok((stream, link)) => return run(shared, Direction::Outbound, Some(target), stream, link).await,
-                Err(refusal) => refusal,
+            let failure = match call(&shared, &target).await {
+                Ok((ends, link)) => return run(shared, Direction::Outbound, Some(target), ends, link).await,
+                Err(failure) => failure,
             };
-            let _ = shared.events.send(MeshEvent::DialFailed { target, refusal }).await;
+            let _ = shared.events.send(MeshEvent::DialFailed { target, failure }).await;
         });
     }
 }
@@ -189,53 +201,44 @@ struct Ends {
 
 type Link = session::Link<TcpStream>;
 
-async fn call(shared: &Shared, target: &str) -> Result<(Ends, Link), Refusal> {
-    let mut last = None;
-    for address in resolve(target, shared.port).await? {
+async fn call(shared: &Shared, target: &str) -> Result<(Ends, Link), DialFailure> {
+    let mut last = DialFailure::Unresolved(target.to_owned());
+    for address in resolve(target, shared.port).await {
         let stream = match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => {
-                last = Some(Refusal::Io(format!("{address}: {error}")));
+                last = DialFailure::Unreachable(address, error.to_string());
                 continue;
             }
             Err(_) => {
-                last = Some(Refusal::TimedOut(format!("{address} does not answer on TCP")));
+                last = DialFailure::Unreachable(address, "no answer".to_owned());
                 continue;
             }
         };
         match greet(shared, stream, Role::Initiator).await {
             Ok(link) => return Ok(link),
-            Err(refusal) => last = Some(refusal),
+            Err(refusal) => last = refusal.into(),
         }
     }
-    Err(last.unwrap_or_else(|| Refusal::Io(format!("{target} has no address"))))
+    Err(last)
 }
 
-async fn resolve(target: &str, port: u16) -> Result<Vec<SocketAddr>, Refusal> {
+async fn resolve(target: &str, port: u16) -> Vec<SocketAddr> {
     if let Ok(address) = target.parse::<SocketAddr>() {
-        return Ok(vec![address]);
+        return vec![address];
     }
     if let Ok(address) = target.parse::<IpAddr>() {
-        return Ok(vec![(address, port).into()]);
+        return vec![(address, port).into()];
     }
-    match timeout(RESOLVE_TIMEOUT, lookup_host((target, port))).await {
-        Ok(Ok(found)) => {
-            let found: BTreeSet<SocketAddr> = found.collect();
-            Ok(found.into_iter().collect())
-        }
-        Ok(Err(_)) => Err(Refusal::Io(format!("the name {target} does not resolve"))),
-        Err(_) => Err(Refusal::TimedOut(format!("the name {target} was not resolved in time"))),
-    }
+    let Ok(Ok(found)) = timeout(RESOLVE_TIMEOUT, lookup_host((target, port))).await else { return Vec::new() };
+    let found: BTreeSet<SocketAddr> = found.collect();
+    found.into_iter().collect()
 }
 
 async fn greet(shared: &Shared, stream: TcpStream, role: Role) -> Result<(Ends, Link), Refusal> {
-    let io = |error: io::Error| Refusal::Io(error.to_string());
-    stream.set_nodelay(true).map_err(io)?;
-    let ends = Ends {
-        remote: plain(stream.peer_addr().map_err(io)?),
-        local: plain(stream.local_addr().map_err(io)?),
-    };
-    let link = session::establish(stream, role, &shared.me).await?;
+    stream.set_nodelay(true)?;
+    let ends = Ends { remote: plain(stream.peer_addr()?), local: plain(stream.local_addr()?) };
+    let link = session::connect(stream, role, &shared.me, |_| Ok(())).await?;
     Ok((ends, link))
 }
 
@@ -276,10 +279,9 @@ async fn read(
     born: Instant,
 ) -> String {
     loop {
-        let mut message = match timeout(SILENCE, reader.receive()).await {
-            Ok(Ok(message)) => message,
-            Ok(Err(error)) => return error.to_string(),
-            Err(_) => return format!("nothing heard for {} s", SILENCE.as_secs()),
+        let mut message = match reader.receive().await {
+            Ok(message) => message,
+            Err(refusal) => return refusal.to_string(),
         };
         let event = match message.first() {
             Some(&FRAME_GOSSIP) => MeshEvent::Received(id, message.split_off(1)),
@@ -322,10 +324,8 @@ async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>
                 [&[FRAME_PING][..], &micros.to_le_bytes()].concat()
             }
         };
-        match timeout(SILENCE, writer.send(&frame)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return error.to_string(),
-            Err(_) => return "it does not read what it is sent".to_owned(),
+        if let Err(refusal) = writer.send(&frame).await {
+            return refusal.to_string();
         }
     }
 }
