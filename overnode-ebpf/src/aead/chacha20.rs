@@ -25,14 +25,10 @@ pub fn block(key: &[u32; 8], counter: u32, nonce: &[u32; 3]) -> [u64; 8] {
         nonce[2],
     ];
     for _ in 0..10 {
-        quarter_round(&mut w, 0, 4, 8, 12);
-        quarter_round(&mut w, 1, 5, 9, 13);
-        quarter_round(&mut w, 2, 6, 10, 14);
-        quarter_round(&mut w, 3, 7, 11, 15);
-        quarter_round(&mut w, 0, 5, 10, 15);
-        quarter_round(&mut w, 1, 6, 11, 12);
-        quarter_round(&mut w, 2, 7, 8, 13);
-        quarter_round(&mut w, 3, 4, 9, 14);
+        quarter_rounds(&mut w, [0, 4, 8, 12], [1, 5, 9, 13]);
+        quarter_rounds(&mut w, [2, 6, 10, 14], [3, 7, 11, 15]);
+        quarter_rounds(&mut w, [0, 5, 10, 15], [3, 4, 9, 14]);
+        quarter_rounds(&mut w, [1, 6, 11, 12], [2, 7, 8, 13]);
     }
     [
         pair(w[0], CONSTANTS[0], w[1], CONSTANTS[1]),
@@ -46,16 +42,80 @@ pub fn block(key: &[u32; 8], counter: u32, nonce: &[u32; 3]) -> [u64; 8] {
     ]
 }
 
+#[cfg(target_arch = "bpf")]
 #[inline(always)]
-fn quarter_round(w: &mut [u32; 16], a: usize, b: usize, c: usize, d: usize) {
-    w[a] = w[a].wrapping_add(w[b]);
-    w[d] = (w[d] ^ w[a]).rotate_left(16);
-    w[c] = w[c].wrapping_add(w[d]);
-    w[b] = (w[b] ^ w[c]).rotate_left(12);
-    w[a] = w[a].wrapping_add(w[b]);
-    w[d] = (w[d] ^ w[a]).rotate_left(8);
-    w[c] = w[c].wrapping_add(w[d]);
-    w[b] = (w[b] ^ w[c]).rotate_left(7);
+fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        core::arch::asm!(
+            "{a0} += {b0}",
+            "{a1} += {b1}",
+            "{d0} ^= {a0}",
+            "{d1} ^= {a1}",
+            "{t} = {d0}",
+            "{d0} <<= 16",
+            "{t} >>= 16",
+            "{d0} |= {t}",
+            "{t} = {d1}",
+            "{d1} <<= 16",
+            "{t} >>= 16",
+            "{d1} |= {t}",
+            "{c0} += {d0}",
+            "{c1} += {d1}",
+            "{b0} ^= {c0}",
+            "{b1} ^= {c1}",
+            "{t} = {b0}",
+            "{b0} <<= 12",
+            "{t} >>= 20",
+            "{b0} |= {t}",
+            "{t} = {b1}",
+            "{b1} <<= 12",
+            "{t} >>= 20",
+            "{b1} |= {t}",
+            "{a0} += {b0}",
+            "{a1} += {b1}",
+            "{d0} ^= {a0}",
+            "{d1} ^= {a1}",
+            "{t} = {d0}",
+            "{d0} <<= 8",
+            "{t} >>= 24",
+            "{d0} |= {t}",
+            "{t} = {d1}",
+            "{d1} <<= 8",
+            "{t} >>= 24",
+            "{d1} |= {t}",
+            "{c0} += {d0}",
+            "{c1} += {d1}",
+            "{b0} ^= {c0}",
+            "{b1} ^= {c1}",
+            "{t} = {b0}",
+            "{b0} <<= 7",
+            "{t} >>= 25",
+            "{b0} |= {t}",
+            "{t} = {b1}",
+            "{b1} <<= 7",
+            "{t} >>= 25",
+            "{b1} |= {t}",
+            a0 = inout(wreg) w[i[0]], b0 = inout(wreg) w[i[1]], c0 = inout(wreg) w[i[2]], d0 = inout(wreg) w[i[3]],
+            a1 = inout(wreg) w[j[0]], b1 = inout(wreg) w[j[1]], c1 = inout(wreg) w[j[2]], d1 = inout(wreg) w[j[3]],
+            t = out(wreg) _,
+            options(pure, nomem, nostack),
+        );
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {
+    for [a, b, c, d] in [i, j] {
+        w[a] = w[a].wrapping_add(w[b]);
+        w[d] = (w[d] ^ w[a]).rotate_left(16);
+        w[c] = w[c].wrapping_add(w[d]);
+        w[b] = (w[b] ^ w[c]).rotate_left(12);
+        w[a] = w[a].wrapping_add(w[b]);
+        w[d] = (w[d] ^ w[a]).rotate_left(8);
+        w[c] = w[c].wrapping_add(w[d]);
+        w[b] = (w[b] ^ w[c]).rotate_left(7);
+    }
 }
 
 #[inline(always)]

@@ -66,6 +66,27 @@ impl Poly1305 {
         [(t0 & LOW) | t1 << 32, (t2 & LOW) | t3 << 32]
     }
 
+    // Volatile: each use reads the map again. The compiler would otherwise keep the key on the stack, where there is
+    // no room, and move it to a register from there just the same.
+
+    #[inline(always)]
+    fn r(&self, limb: usize) -> u64 {
+        // SAFETY: a reference.
+        unsafe { (&raw const self.r[limb]).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn q(&self, limb: usize) -> u64 {
+        // SAFETY: a reference.
+        unsafe { (&raw const self.q[limb]).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn r0_low(&self) -> u64 {
+        // SAFETY: a reference.
+        unsafe { (&raw const self.r0_low).read_volatile() }
+    }
+
     /// Stores the accumulator.
     #[inline(always)]
     pub fn suspend(&mut self, h: [u64; 5]) {
@@ -83,7 +104,6 @@ impl Absorbing<'_> {
     /// Adds a block (little-endian words; `top` is the bit above it: 1 for a full block) and multiplies by `r`.
     #[inline(always)]
     pub fn absorb(&mut self, low: u64, high: u64, top: u64) {
-        let Poly1305 { r: [r0, r1, r2, r3], q: [q0, q1, q2, q3], r0_low, .. } = *self.key;
         // s0 < 2^32 * 3.25, s1 to s3 < 2^33, s4 <= 4; r < 2^28, q < 2^28 * 1.25. Hence each sum is below
         // 2^60 * 10.75 + 2^31, the top limb below 2^28 * 10.75 + 2^4, and the next s0 below the bound above.
         let s0 = self.h[0] + (low & LOW);
@@ -91,11 +111,12 @@ impl Absorbing<'_> {
         let s2 = self.h[2] + (high & LOW);
         let s3 = self.h[3] + (high >> 32);
         let s4 = self.h[4] + top;
-        let x0 = s0 * r0 + s1 * q3 + s2 * q2 + s3 * q1 + s4 * q0;
-        let x1 = s0 * r1 + s1 * r0 + s2 * q3 + s3 * q2 + s4 * q1 + (x0 >> 32);
-        let x2 = s0 * r2 + s1 * r1 + s2 * r0 + s3 * q3 + s4 * q2 + (x1 >> 32);
-        let x3 = s0 * r3 + s1 * r2 + s2 * r1 + s3 * r0 + s4 * q3 + (x2 >> 32);
-        let x4 = s4 * r0_low + (x3 >> 32);
+        let key = self.key;
+        let x0 = s0 * key.r(0) + s1 * key.q(3) + s2 * key.q(2) + s3 * key.q(1) + s4 * key.q(0);
+        let x1 = s0 * key.r(1) + s1 * key.r(0) + s2 * key.q(3) + s3 * key.q(2) + s4 * key.q(1) + (x0 >> 32);
+        let x2 = s0 * key.r(2) + s1 * key.r(1) + s2 * key.r(0) + s3 * key.q(3) + s4 * key.q(2) + (x1 >> 32);
+        let x3 = s0 * key.r(3) + s1 * key.r(2) + s2 * key.r(1) + s3 * key.r(0) + s4 * key.q(3) + (x2 >> 32);
+        let x4 = s4 * key.r0_low() + (x3 >> 32);
         self.h = [(x0 & LOW) + (x4 >> 2) * 5, x1 & LOW, x2 & LOW, x3 & LOW, x4 & 3];
     }
 }

@@ -10,7 +10,7 @@ use overnode_ebpf::aead::GROUP_LEN;
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::ETHERNET_LEN;
 
-use super::cipher::{Job, Packet, claim, release};
+use super::cipher::{Claimed, Job, Packet};
 
 /// Where the additional data starts.
 const BODY: u32 = (ETHERNET_LEN + size_of::<Request>()) as u32;
@@ -44,17 +44,14 @@ fn check(skb: *mut __sk_buff) -> Result<(), Reason> {
     if at + size_of::<Request>() > skb.data_end() {
         return Err(Reason::Malformed);
     }
-    let scratch = claim()?;
     // SAFETY: within the packet, as just checked.
     let request = unsafe { &*(at as *const Request) };
-    let scratch = claim()?;
-    let aad = Job { packet: skb, scratch, offset: BODY, len: request.aad_len };
+    let scratch = Claimed::new()?;
+    let aad = Job { packet: skb, scratch: scratch.0, offset: BODY, len: request.aad_len };
     let offset = BODY + request.aad_len.next_multiple_of(GROUP_LEN as u32);
-    let text = Job { packet: skb, scratch, offset, len: request.text_len };
+    let text = Job { packet: skb, scratch: scratch.0, offset, len: request.text_len };
     // SAFETY: a live map value, claimed.
     unsafe { (*aad.cipher()).start(&request.key, request.nonce) };
     let opens = request.action == OPEN;
-    let done = aad.absorb().and_then(|()| if opens { text.open() } else { text.seal() });
-    release(scratch);
-    done
+    aad.absorb().and_then(|()| if opens { text.open() } else { text.seal() })
 }

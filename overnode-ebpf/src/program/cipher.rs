@@ -90,13 +90,11 @@ pub unsafe fn seal<P: Packet>(
     offset: u32,
     len: u32,
 ) -> Result<(), Reason> {
-    let scratch = claim()?;
-    let job = Job { packet, scratch, offset, len };
-    // SAFETY: the caller's; the scratch memory is ours until it is released.
-    unsafe { (*scratch).cipher.start(&*key, nonce_words(counter)) };
-    let sealed = job.seal();
-    release(scratch);
-    sealed
+    let scratch = Claimed::new()?;
+    let job = Job { packet, scratch: scratch.0, offset, len };
+    // SAFETY: the caller's; the scratch memory is ours.
+    unsafe { (*job.cipher()).start(&*key, nonce_words(counter)) };
+    job.seal()
 }
 
 /// Opens `len` bytes at `offset`, in place; the tag lies behind them, and is gone afterwards.
@@ -114,34 +112,41 @@ pub unsafe fn open<P: Packet>(
     offset: u32,
     len: u32,
 ) -> Result<(), Reason> {
-    let scratch = claim()?;
-    let job = Job { packet, scratch, offset, len };
-    // SAFETY: the caller's; the scratch memory is ours until it is released.
-    unsafe { (*scratch).cipher.start(&*key, nonce_words(counter)) };
-    let opened = job.open();
-    release(scratch);
-    opened
+    let scratch = Claimed::new()?;
+    let job = Job { packet, scratch: scratch.0, offset, len };
+    // SAFETY: the caller's; the scratch memory is ours.
+    unsafe { (*job.cipher()).start(&*key, nonce_words(counter)) };
+    job.open()
 }
 
-/// Takes one of this CPU's scratch memories.
-#[inline(always)]
-pub fn claim() -> Result<*mut Scratch, Reason> {
-    for index in 0..SCRATCHES {
-        let Some(scratch) = SCRATCH.get_ptr_mut(index) else { continue };
-        // SAFETY: a live map value.
-        let busy = unsafe { atomic_xchg::<u64, { AtomicOrdering::SeqCst }>(&raw mut (*scratch).busy, 1) };
-        if busy == 0 {
-            return Ok(scratch);
+/// One of this CPU's scratch memories, until dropped.
+pub struct Claimed(pub *mut Scratch);
+
+impl Claimed {
+    /// Takes one.
+    ///
+    /// # Errors
+    /// [`Reason::Helper`] if none is free.
+    #[inline(always)]
+    pub fn new() -> Result<Self, Reason> {
+        for index in 0..SCRATCHES {
+            let Some(scratch) = SCRATCH.get_ptr_mut(index) else { continue };
+            // SAFETY: a live map value.
+            let busy = unsafe { atomic_xchg::<u64, { AtomicOrdering::SeqCst }>(&raw mut (*scratch).busy, 1) };
+            if busy == 0 {
+                return Ok(Self(scratch));
+            }
         }
+        Err(Reason::Helper)
     }
-    Err(Reason::Helper)
 }
 
-/// Gives it back.
-#[inline(always)]
-pub fn release(scratch: *mut Scratch) {
-    // SAFETY: a live map value, claimed by the caller.
-    unsafe { (&raw mut (*scratch).busy).write_volatile(0) };
+impl Drop for Claimed {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: a live map value, claimed.
+        unsafe { (&raw mut (*self.0).busy).write_volatile(0) };
+    }
 }
 
 /// What the iterations need. On the stack.
