@@ -1,9 +1,9 @@
 //! Control connections: listening, dialling, and two tasks for each connection. What is said on them is decided elsewhere.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -12,8 +12,10 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, timeout};
 
+use crate::control::dial::{AttemptId, Place};
 use crate::control::hello::{Hello, Refusal};
 use crate::control::session::{self, Me, Reader, Role, Writer};
+use crate::types::{NodeId, PublicKey};
 
 /// How long a connection attempt to one address may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -31,18 +33,9 @@ const FRAME_GOSSIP: u8 = 0;
 const FRAME_PING: u8 = 1;
 const FRAME_PONG: u8 = 2;
 
-/// Tells connections of one daemon apart.
+/// Tells streams of one daemon apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ConnectionId(u64);
-
-/// Who called.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// This node.
-    Outbound,
-    /// The other one.
-    Inbound,
-}
+pub struct StreamId(u64);
 
 /// What happened on the mesh.
 #[derive(Debug)]
@@ -50,13 +43,15 @@ pub enum MeshEvent {
     /// A connection is up: both ends have proven the token.
     Opened(Box<Opened>),
     /// A gossip message arrived.
-    Received(ConnectionId, Vec<u8>),
+    Received(StreamId, Vec<u8>),
     /// A round trip was measured.
-    RoundTrip(ConnectionId, Duration),
+    RoundTrip(StreamId, Duration),
     /// A connection ended.
-    Closed(ConnectionId, String),
-    /// Dialling `target` did not lead to a connection.
-    DialFailed { target: String, failure: DialFailure },
+    Closed(StreamId, String),
+    /// What a name resolved to.
+    Resolved(AttemptId, Vec<SocketAddr>),
+    /// An attempt did not lead to a connection.
+    DialFailed(AttemptId, DialFailure),
     /// Somebody called and was refused.
     Refused { remote: SocketAddr, refusal: Refusal },
 }
@@ -78,10 +73,9 @@ pub enum DialFailure {
 /// A connection that is up.
 #[derive(Debug)]
 pub struct Opened {
-    pub id: ConnectionId,
-    pub direction: Direction,
-    /// What was dialled, when this node called.
-    pub target: Option<String>,
+    pub id: StreamId,
+    /// The attempt that led to it; none when the other side called.
+    pub attempt: Option<AttemptId>,
     pub remote: SocketAddr,
     pub local: SocketAddr,
     pub hello: Hello,
@@ -102,6 +96,9 @@ impl Outbox {
     }
 }
 
+/// Who has which ID, as far as this node knows of living nodes: callers that say otherwise are refused.
+pub type Residents = Arc<Mutex<BTreeMap<NodeId, (PublicKey, String)>>>;
+
 /// All control connections of this node. Dropping it ends them.
 pub struct Mesh {
     shared: Shared,
@@ -111,9 +108,24 @@ pub struct Mesh {
 #[derive(Clone)]
 struct Shared {
     me: Arc<Me>,
+    residents: Residents,
     port: u16,
     events: mpsc::Sender<MeshEvent>,
     next: Arc<AtomicU64>,
+}
+
+impl Shared {
+    fn admit(&self, peer: &Hello) -> Result<(), Refusal> {
+        let residents = self.residents.lock().unwrap_or_else(PoisonError::into_inner);
+        match residents.get(&peer.id) {
+            Some((public_key, nickname)) if *public_key != peer.public_key => Err(Refusal::IdClash {
+                id: peer.id,
+                holder: nickname.clone(),
+                newcomer: peer.nickname.clone(),
+            }),
+            Some(_) | None => Ok(()),
+        }
+    }
 }
 
 impl Mesh {
@@ -121,8 +133,8 @@ impl Mesh {
     ///
     /// # Errors
     /// When the port is taken.
-    pub fn listen(port: u16, me: Me, events: mpsc::Sender<MeshEvent>) -> io::Result<Self> {
-        let shared = Shared { me: Arc::new(me), port, events, next: Arc::default() };
+    pub fn listen(port: u16, me: Me, residents: Residents, events: mpsc::Sender<MeshEvent>) -> io::Result<Self> {
+        let shared = Shared { me: Arc::new(me), residents, port, events, next: Arc::default() };
         let mut tasks = JoinSet::new();
         let pending = Arc::new(Semaphore::new(PENDING));
         for listener in listeners(port)? {
@@ -131,16 +143,16 @@ impl Mesh {
         Ok(Self { shared, tasks })
     }
 
-    /// Dials `target` (a host name or an address, with a port or without) once. The outcome is an event.
-    pub fn dial(&mut self, target: String) {
+    /// Makes one attempt. The outcome is an event.
+    pub fn dial(&mut self, attempt: AttemptId, place: Place) {
         while self.tasks.try_join_next().is_some() {}
         let shared = self.shared.clone();
         self.tasks.spawn(async move {
-            let failure = match call(&shared, &target).await {
-                Ok((ends, link)) => return run(shared, Direction::Outbound, Some(target), ends, link).await,
+            let failure = match call(&shared, attempt, place).await {
+                Ok((ends, link)) => return run(shared, Some(attempt), ends, link).await,
                 Err(failure) => failure,
             };
-            let _ = shared.events.send(MeshEvent::DialFailed { target, failure }).await;
+            let _ = shared.events.send(MeshEvent::DialFailed(attempt, failure)).await;
         });
     }
 }
@@ -183,7 +195,7 @@ async fn accept(listener: TcpListener, shared: Shared, pending: Arc<Semaphore>) 
             let result = greet(&shared, stream, Role::Responder).await;
             drop(permit);
             match result {
-                Ok((ends, link)) => run(shared, Direction::Inbound, None, ends, link).await,
+                Ok((ends, link)) => run(shared, None, ends, link).await,
                 Err(refusal) => {
                     let remote = plain(remote);
                     let _ = shared.events.send(MeshEvent::Refused { remote, refusal }).await;
@@ -201,9 +213,16 @@ struct Ends {
 
 type Link = session::Link<TcpStream>;
 
-async fn call(shared: &Shared, target: &str) -> Result<(Ends, Link), DialFailure> {
-    let mut last = DialFailure::Unresolved(target.to_owned());
-    for address in resolve(target, shared.port).await {
+async fn call(shared: &Shared, attempt: AttemptId, place: Place) -> Result<(Ends, Link), DialFailure> {
+    let (addresses, mut last) = match place {
+        Place::Name(name) => {
+            let addresses = resolve(&name, shared.port).await;
+            let _ = shared.events.send(MeshEvent::Resolved(attempt, addresses.clone())).await;
+            (addresses, DialFailure::Unresolved(name))
+        }
+        Place::Addresses(id, addresses) => (addresses, DialFailure::Unresolved(format!("node {id}"))),
+    };
+    for address in addresses {
         let stream = match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => {
@@ -223,14 +242,14 @@ async fn call(shared: &Shared, target: &str) -> Result<(Ends, Link), DialFailure
     Err(last)
 }
 
-async fn resolve(target: &str, port: u16) -> Vec<SocketAddr> {
-    if let Ok(address) = target.parse::<SocketAddr>() {
+async fn resolve(name: &str, port: u16) -> Vec<SocketAddr> {
+    if let Ok(address) = name.parse::<SocketAddr>() {
         return vec![address];
     }
-    if let Ok(address) = target.parse::<IpAddr>() {
+    if let Ok(address) = name.parse::<IpAddr>() {
         return vec![(address, port).into()];
     }
-    let Ok(Ok(found)) = timeout(RESOLVE_TIMEOUT, lookup_host((target, port))).await else { return Vec::new() };
+    let Ok(Ok(found)) = timeout(RESOLVE_TIMEOUT, lookup_host((name, port))).await else { return Vec::new() };
     let found: BTreeSet<SocketAddr> = found.collect();
     found.into_iter().collect()
 }
@@ -238,7 +257,7 @@ async fn resolve(target: &str, port: u16) -> Vec<SocketAddr> {
 async fn greet(shared: &Shared, stream: TcpStream, role: Role) -> Result<(Ends, Link), Refusal> {
     stream.set_nodelay(true)?;
     let ends = Ends { remote: plain(stream.peer_addr()?), local: plain(stream.local_addr()?) };
-    let link = session::connect(stream, role, &shared.me, |_| Ok(())).await?;
+    let link = session::connect(stream, role, &shared.me, |peer| shared.admit(peer)).await?;
     Ok((ends, link))
 }
 
@@ -247,14 +266,13 @@ fn plain(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-async fn run(shared: Shared, direction: Direction, target: Option<String>, ends: Ends, link: Link) {
-    let id = ConnectionId(shared.next.fetch_add(1, Ordering::Relaxed));
+async fn run(shared: Shared, attempt: Option<AttemptId>, ends: Ends, link: Link) {
+    let id = StreamId(shared.next.fetch_add(1, Ordering::Relaxed));
     let (outbox, queue) = mpsc::channel(OUTBOX);
     let pongs = outbox.downgrade();
     let opened = Opened {
         id,
-        direction,
-        target,
+        attempt,
         remote: ends.remote,
         local: ends.local,
         hello: link.peer,
@@ -272,7 +290,7 @@ async fn run(shared: Shared, direction: Direction, target: Option<String>, ends:
 }
 
 async fn read(
-    id: ConnectionId,
+    id: StreamId,
     mut reader: Reader<TcpStream>,
     events: &mpsc::Sender<MeshEvent>,
     pongs: mpsc::WeakSender<Vec<u8>>,

@@ -1,18 +1,16 @@
 //! The data plane's peers: what gossip says becomes peers and routes, what the handshakes decide becomes sessions.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
 use overnode_ebpf::wire::DATA_PORT;
 
-use super::launch;
 use super::running::Node;
 use crate::control::key;
 use crate::datapath::PeerState;
 use crate::gossip::Record;
 use crate::handshake::{Activity, AdoptedSession, Event, Initiate, PeerConfig};
-use crate::ipam;
 use crate::net::udp::Received;
 use crate::types::{PeerIndex, PublicKey, Secret};
 
@@ -65,14 +63,13 @@ impl Node {
         let records: Vec<Record> =
             self.gossip.records().filter(|record| record.id != self.identity.id && !record.left).cloned().collect();
         for record in &records {
-            self.residents_insert(record);
-            self.dialer.learn(record.id, &record.addresses, now);
+            self.dialer.learn(record.id, record.addresses.clone(), now);
             self.configure_peer(record, now).await?;
         }
         for external in self.store.external_peers()? {
             self.configure_external(external, now).await?;
         }
-        self.datapath.set_own_routes(&self.own_routes()?)?;
+        self.datapath.set_own_routes(&self.own_routes())?;
         for state in pinned {
             let known = self.peers.get(&state.index).is_some_and(|peer| peer.public_key == state.public_key);
             if !known {
@@ -106,7 +103,7 @@ impl Node {
             candidates: self.candidates(record),
             initiate: if self.identity.id < record.id { Initiate::AtOnce } else { Initiate::After(SECOND) },
             persistent_keepalive: None,
-            routes: self.routes_of(record)?,
+            routes: self.routes_of(record),
         };
         self.configure(record.id.peer_index(), wanted, now).await
     }
@@ -234,10 +231,10 @@ impl Node {
                 }
             }
             let activity = Activity {
-                last_data_sent: state.last_data_tx,
-                last_sent: state.last_tx,
-                last_data_received: state.last_data_rx,
-                last_received: state.last_rx,
+                last_data_sent: state.last_data_sent,
+                last_sent: state.last_sent,
+                last_data_received: state.last_data_received,
+                last_received: state.last_received,
                 endpoint: state.endpoint,
             };
             self.handshakes.handle_activity(index, activity, now);
@@ -263,6 +260,7 @@ impl Node {
     }
 
     fn note_reachability(&mut self, now: Instant) {
+        self.refresh_residents();
         let paths = self.gossip.paths();
         let ids: Vec<_> = self.gossip.records().map(|record| record.id).collect();
         for id in ids {
@@ -278,7 +276,7 @@ impl Node {
 
     /// Where a node may be, best first: where its control connection is, then where it says it is.
     fn candidates(&self, record: &Record) -> Vec<SocketAddr> {
-        let connected = self.connection_with(record.id).map(|connection| connection.remote.ip());
+        let connected = self.stream_to(record.id).map(|stream| stream.remote.ip());
         let mut candidates: Vec<SocketAddr> = Vec::new();
         for ip in connected.into_iter().chain(record.addresses.iter().map(SocketAddr::ip)) {
             let candidate = SocketAddr::new(ip, DATA_PORT);
@@ -290,37 +288,28 @@ impl Node {
     }
 
     /// The prefixes that lead to a node. What is not its to announce is left out.
-    fn routes_of(&self, record: &Record) -> anyhow::Result<Vec<IpNet>> {
-        let network = self.identity.network;
-        let mut routes = vec![IpNet::from(launch::node_address(network, record.id)?)];
-        routes.extend(record.ranges.iter().filter(|range| ipam::may_own(network, record.id, range)));
+    fn routes_of(&self, record: &Record) -> Vec<IpNet> {
+        let layout = self.ipam.layout();
+        let mut routes = vec![IpNet::from(layout.node_address(record.id))];
+        let quarter = layout.quarter(record.id);
+        routes.extend(record.ranges.iter().filter(|range| quarter.is_some_and(|quarter| quarter.contains(*range))));
         for &claim in &record.claims {
-            let elsewhere = self.ipam.holds(claim)
-                || self.gossip.records().any(|other| other.id < record.id && other.claims.contains(&claim));
-            if ipam::may_claim(network, claim) && !elsewhere {
+            let earlier = self.gossip.records().any(|other| other.id < record.id && other.claims.contains(&claim));
+            if layout.check_static(claim).is_ok() && !self.ipam.allocated().contains_key(&claim) && !earlier {
                 routes.push(IpNet::from(claim));
             }
         }
-        Ok(routes)
+        routes
     }
 
-    fn own_routes(&self) -> anyhow::Result<Vec<IpNet>> {
-        let network = self.identity.network;
+    fn own_routes(&self) -> Vec<IpNet> {
         let mut routes = self.ipam.ranges();
-        routes.push(launch::node_address(network, self.identity.id)?.into());
-        Ok(routes)
+        routes.push(self.ipam.layout().node_address(self.identity.id).into());
+        routes
     }
 
     /// The host's addresses or routes have changed.
     pub(super) async fn underlay_changed(&mut self) -> anyhow::Result<()> {
-        self.datapath.refresh_underlay().await
-    }
-
-    /// Whether an address of the underlay belongs to a node.
-    pub(super) fn node_at(&self, ip: IpAddr) -> Option<crate::types::NodeId> {
-        self.gossip
-            .records()
-            .find(|record| record.addresses.iter().any(|address| address.ip() == ip))
-            .map(|record| record.id)
+        self.datapath.refresh().await
     }
 }

@@ -99,7 +99,7 @@ impl Node {
     }
 
     pub(super) fn primed(&self) -> Primed {
-        match self.ipam.ready() {
+        match self.ipam.check_ready() {
             Ok(()) => Primed { ready: true, waiting_for: None },
             Err(why) => Primed { ready: false, waiting_for: Some(why.to_string()) },
         }
@@ -153,12 +153,6 @@ impl Node {
             )));
         }
         let ip = address.addr();
-        if let Some(other) = self.gossip.records().find(|it| it.id != self.identity.id && it.claims.contains(&ip)) {
-            return Err(ApiError::refused(format_args!(
-                "{ip} was not given out: it is in use on node {} ({}); choose another --ip",
-                other.id, other.nickname
-            )));
-        }
         self.ipam.claim(ip, owner).map_err(|error| ApiError::refused(error.to_string()))?;
         Ok(ip)
     }

@@ -1,29 +1,21 @@
 //! `launch`: a new identity, or the one that this host has.
 
-use std::net::{IpAddr, Ipv4Addr};
-use std::time::Instant;
-
-use ipnet::IpNet;
 use rand::TryRngCore;
 use rand::rngs::OsRng;
-use x25519_dalek::StaticSecret;
 
 use super::Daemon;
 use super::running::Node;
 use crate::api::{self, ApiError, LaunchOutcome, Launched};
 use crate::control::hello::{MAX_NICKNAME, NEWEST_VERSION, OLDEST_VERSION};
 use crate::control::key;
-use crate::datapath;
+use crate::datapath::Datapath;
 use crate::fault;
+use crate::ipam::Layout;
 use crate::store::Identity;
-use crate::types::{Network, NodeId, PublicKey, Secret};
+use crate::types::{Network, Secret};
 
 /// The oldest and the newest control protocol that this build speaks.
 pub(super) const PROTOCOLS: (u16, u16) = (OLDEST_VERSION, NEWEST_VERSION);
-
-/// Node addresses begin here in the default subnet: 10.39.240.0 plus the ID. In another subnet they take the same
-/// place relative to the subnet's first address, if it has that many, else its last 4096 before the range.
-const NODE_OFFSET: u32 = u32::from_be_bytes([0, 7, 240, 0]);
 
 impl Daemon {
     pub(super) async fn launch(&mut self, request: api::Launch) -> Result<Launched, ApiError> {
@@ -45,7 +37,7 @@ impl Daemon {
             Ok(node) => self.node = Some(node),
             Err(error) => {
                 let mut message = format!("node {id} was not launched: {error:#}");
-                for left in datapath::tear_down(&self.options.state_dir).await {
+                for left in Datapath::tear_down(&self.options.state_dir).await {
                     message.push_str(&format!("; moreover, not all was undone: {left:#}"));
                 }
                 self.leaving = true;
@@ -96,29 +88,6 @@ impl Daemon {
     }
 }
 
-/// The node's own address: [`NODE_OFFSET`] plus the ID, counted from the subnet's first address.
-///
-/// # Errors
-/// When the subnet is no IPv4 network or too small.
-pub(super) fn node_address(network: Network, id: NodeId) -> anyhow::Result<IpAddr> {
-    let IpNet::V4(subnet) = network.subnet else {
-        anyhow::bail!("the subnet {} is not IPv4: container networks of IPv6 are not supported yet", network.subnet);
-    };
-    let address = Ipv4Addr::from(u32::from(subnet.network()).saturating_add(NODE_OFFSET + u32::from(id.get())));
-    anyhow::ensure!(
-        subnet.contains(&address) && !network.range.contains(&IpAddr::V4(address)),
-        "the subnet {subnet} has no room for the nodes' own addresses outside the range {}: give a subnet of at least /12, \
-         and a range in its upper half",
-        network.range
-    );
-    Ok(address.into())
-}
-
-/// The public half of a static key.
-pub(super) fn public_key(secret: &Secret) -> PublicKey {
-    PublicKey(x25519_dalek::PublicKey::from(&StaticSecret::from(secret.0)).to_bytes())
-}
-
 async fn derive(request: &api::Launch) -> Result<Secret, ApiError> {
     let token = request.token.clone();
     tokio::task::spawn_blocking(move || key::cluster_key(token.expose()))
@@ -128,7 +97,6 @@ async fn derive(request: &api::Launch) -> Result<Secret, ApiError> {
 
 fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiError> {
     let network = network(request)?;
-    node_address(network, request.id).map_err(|error| ApiError::usage(format_args!("{error:#}")))?;
     let nickname = match &request.nickname {
         Some(nickname) if nickname.is_empty() || nickname.len() > MAX_NICKNAME || nickname.chars().any(char::is_control) => {
             return Err(ApiError::usage(format_args!(
@@ -159,14 +127,13 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
 
 fn network(request: &api::Launch) -> Result<Network, ApiError> {
     let default = Network::default();
-    let network = Network {
-        subnet: request.subnet.unwrap_or(default.subnet).trunc(),
-        range: request.range.unwrap_or(default.range).trunc(),
-    };
-    if !network.subnet.contains(&network.range) {
+    let network =
+        Network { subnet: request.subnet.unwrap_or(default.subnet), range: request.range.unwrap_or(default.range) };
+    Layout::new(network).map_err(ApiError::usage)?;
+    if network.subnet.addr().is_ipv6() {
         return Err(ApiError::usage(format_args!(
-            "the range {} does not lie in the subnet {}: give both --subnet and --range",
-            network.range, network.subnet
+            "the subnet {} is IPv6, which container networks cannot be yet: give an IPv4 --subnet",
+            network.subnet
         )));
     }
     Ok(network)

@@ -8,7 +8,7 @@ use anyhow::Context;
 use super::Daemon;
 use super::running::Node;
 use crate::api::{self, ApiError, WasReset};
-use crate::datapath;
+use crate::datapath::Datapath;
 use crate::fault;
 use crate::store::Store;
 
@@ -28,7 +28,7 @@ impl Daemon {
         node.leave().await;
         fault::step("farewell");
         self.node = None;
-        let errors = datapath::tear_down(&self.options.state_dir).await;
+        let errors = Datapath::tear_down(&self.options.state_dir).await;
         fault::step("torn down");
         self.leaving = true;
         Ok(WasReset { id: Some(id), left: errors.iter().map(|error| format!("{error:#}")).collect() })
@@ -62,7 +62,7 @@ pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> any
     {
         refuse_attached(store).map_err(anyhow::Error::msg)?;
     }
-    let errors = datapath::tear_down(state_dir).await;
+    let errors = Datapath::tear_down(state_dir).await;
     if let Some(store) = store {
         store.destroy().context("the state directory cannot be removed")?;
     }

@@ -1,6 +1,6 @@
 //! A launched node: what it holds, what can happen to it, and the order in which things are carried out.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,8 +11,8 @@ use tokio::sync::mpsc;
 
 use super::data::DataPeer;
 use super::external::External;
-use super::launch::{self, PROTOCOLS};
-use super::links::{Connection, Refused, Residents};
+use super::launch::PROTOCOLS;
+use super::links::Stream;
 use crate::control::CONTROL_PORT;
 use crate::control::dial::Dialer;
 use crate::control::hello::Hello;
@@ -22,7 +22,7 @@ use crate::fault;
 use crate::gossip::{Gossip, Record};
 use crate::handshake::Handshakes;
 use crate::ipam::Ipam;
-use crate::net::mesh::{ConnectionId, Mesh, MeshEvent};
+use crate::net::mesh::{Mesh, MeshEvent, Residents, StreamId};
 use crate::net::udp::{Received, UdpSockets};
 use crate::options::Options;
 use crate::store::{Identity, Store};
@@ -55,9 +55,8 @@ pub(super) struct Node {
     pub(super) ipam: Ipam,
     pub(super) udp: Arc<UdpSockets>,
     pub(super) mesh: Mesh,
-    pub(super) connections: BTreeMap<ConnectionId, Connection>,
+    pub(super) streams: BTreeMap<StreamId, Stream>,
     pub(super) residents: Residents,
-    pub(super) refused: VecDeque<Refused>,
     pub(super) peers: BTreeMap<PeerIndex, DataPeer>,
     pub(super) externals: BTreeMap<PeerIndex, External>,
     pub(super) reachable: BTreeMap<NodeId, (bool, Instant)>,
@@ -78,7 +77,9 @@ impl Node {
         started: Instant,
     ) -> anyhow::Result<Self> {
         let now = Instant::now();
-        let public_key = launch::public_key(&identity.static_secret);
+        let handshakes = Handshakes::new(identity.static_secret.clone(), StdRng::from_os_rng());
+        let public_key = handshakes.public_key();
+        let ipam = Ipam::new(identity.network, identity.id, store.allocations()?)?;
         let incarnation = store.next_incarnation()?;
         fault::step("incarnation");
         // The ports first: without them the kernel need not be touched.
@@ -107,7 +108,7 @@ impl Node {
         let datapath = Datapath::open(OpenOptions {
             state_dir: &options.state_dir,
             network: identity.network,
-            node_address: launch::node_address(identity.network, identity.id)?,
+            node_address: ipam.layout().node_address(identity.id),
             interface: identity.interface.clone(),
             mtu: identity.mtu,
             debug: options.debug,
@@ -115,9 +116,8 @@ impl Node {
         })
         .await?;
         fault::step("datapath");
-        let link_events = datapath.watch();
+        let link_events = datapath.watch()?;
         let datagrams = receive(udp.clone());
-        let ipam = Ipam::new(identity.network, identity.id, store.allocations()?);
         let own = Record {
             id: identity.id,
             incarnation,
@@ -132,12 +132,12 @@ impl Node {
         };
         let mut gossip = Gossip::new(own, StdRng::from_os_rng(), now);
         gossip.restore(store.peers()?);
-        let mut dialer = Dialer::new(identity.discovery, StdRng::from_os_rng());
+        let mut dialer = Dialer::new(identity.id, identity.discovery, StdRng::from_os_rng());
         for host in store.targets()? {
-            dialer.add_target(host, now);
+            dialer.add_target(host.as_str(), now);
         }
         let mut node = Self {
-            handshakes: Handshakes::new(identity.static_secret.clone(), StdRng::from_os_rng()),
+            handshakes,
             identity,
             store: store.clone(),
             started,
@@ -149,9 +149,8 @@ impl Node {
             ipam,
             udp,
             mesh,
-            connections: BTreeMap::new(),
+            streams: BTreeMap::new(),
             residents,
-            refused: VecDeque::new(),
             peers: BTreeMap::new(),
             externals: BTreeMap::new(),
             reachable: BTreeMap::new(),
@@ -223,7 +222,7 @@ impl Node {
         }
     }
 
-    /// Carries out what the cores have decided, until none of them has anything more to say.
+    /// Carries out what the cores have decided.
     pub(super) async fn pump(&mut self, now: Instant) {
         self.pump_gossip(now).await;
         self.pump_dialer();

@@ -6,16 +6,14 @@ use overnode_ebpf::reason::Reason;
 
 use super::endpoints::target_of;
 use super::running::Node;
-use super::{launch, links};
 use crate::api::{
     ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState, EndpointStatus,
     IpamStatus, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RangeOwner, SessionState, Status,
     TargetState, TargetStatus,
 };
-use crate::control::dial;
+use crate::control::dial::{self, Phase};
 use crate::control::session::PATTERN;
 use crate::gossip::{self, Record};
-use crate::net::mesh;
 use crate::types::{NodeId, PeerIndex};
 
 impl Node {
@@ -89,39 +87,36 @@ impl Node {
             problems: self.problems.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_seconds: now.duration_since(self.started).as_secs(),
-            address: launch::node_address(identity.network, identity.id).ok(),
+            address: Some(self.ipam.layout().node_address(identity.id)),
             underlay: underlay.addresses.clone(),
-            interface: identity.interface.clone().or_else(|| underlay.interfaces.first().cloned()),
-            mtu: Some(underlay.mtu),
+            interface: identity.interface.clone().or_else(|| underlay.interfaces.first().map(|it| it.name.clone())),
+            mtu: Some(underlay.container_mtu),
             network: identity.network,
             public_key: self.public_key,
             discovery: Some(identity.discovery),
-            attachment: Some(underlay.attachment.to_owned()),
+            attachment: Some(underlay.hook.to_string()),
         })
     }
 
     fn target_status(&self, now: Instant) -> Result<Vec<TargetStatus>, ApiError> {
-        let states = self.dialer.states();
+        let known = self.dialer.target_status();
         Ok(self
             .targets()?
             .into_iter()
             .map(|host| {
-                let view = states.iter().find(|view| view.target == host.as_str());
-                let state = view.map(|view| &view.state);
+                let view = known.iter().find(|view| view.name == host.as_str());
+                let phase = view.map_or(&Phase::Connecting, |view| &view.phase);
                 TargetStatus {
-                    state: match state {
-                        Some(dial::State::Connecting) | None => TargetState::Connecting,
-                        Some(dial::State::Established { .. }) => TargetState::Established,
-                        Some(dial::State::Waiting { .. }) => TargetState::Retrying,
-                        Some(dial::State::Myself) => TargetState::Myself,
+                    state: match phase {
+                        Phase::Connecting => TargetState::Connecting,
+                        Phase::Established => TargetState::Established,
+                        Phase::Retrying { .. } => TargetState::Retrying,
+                        Phase::Myself => TargetState::Myself,
+                        Phase::Refused => TargetState::Failed,
                     },
-                    peer: match state {
-                        Some(dial::State::Established { peer }) => Some(*peer),
-                        Some(dial::State::Myself) => Some(self.identity.id),
-                        Some(dial::State::Connecting | dial::State::Waiting { .. }) | None => None,
-                    },
-                    next_try_in_seconds: next_try(state, now),
-                    last_error: view.and_then(|view| view.last_error.as_ref()).map(|(why, at)| last_error(why, *at, now)),
+                    peer: view.and_then(|view| view.peer),
+                    next_try_in_seconds: next_try(phase, now),
+                    last_error: view.and_then(|view| view.last_error.as_ref()).map(|error| last_error(error, now)),
                     host,
                 }
             })
@@ -144,7 +139,7 @@ impl Node {
                     reachable: Some(myself || paths.contains_key(&record.id)),
                     since_seconds: reachable.map(|(_, since)| now.saturating_duration_since(*since).as_secs()),
                     path: (!myself).then(|| paths.get(&record.id).map(path)).flatten(),
-                    address: launch::node_address(self.identity.network, record.id).ok(),
+                    address: Some(self.ipam.layout().node_address(record.id)),
                     underlay: record.addresses.clone(),
                     public_key: Some(record.public_key),
                     version: None,
@@ -158,14 +153,17 @@ impl Node {
     }
 
     fn own_links(&self) -> Vec<LinkStatus> {
-        self.connections
-            .values()
-            .map(|connection| LinkStatus {
-                direction: Some(direction(connection.direction)),
-                remote: Some(connection.remote),
-                peer: connection.peer,
-                nickname: Some(connection.nickname.clone()),
-                state: self.link_state(self.identity.id, connection.peer),
+        let established = self.dialer.connection_status().into_iter().filter(|it| it.phase == Phase::Established);
+        established
+            .filter_map(|connection| {
+                let peer = connection.peer?;
+                Some(LinkStatus {
+                    direction: Some(direction(connection.direction)),
+                    remote: connection.address.parse().ok(),
+                    peer,
+                    nickname: connection.nickname,
+                    state: self.link_state(self.identity.id, peer),
+                })
             })
             .collect()
     }
@@ -190,59 +188,41 @@ impl Node {
     }
 
     fn connection_status(&self, now: Instant) -> Vec<ConnectionStatus> {
-        let mut connections: Vec<ConnectionStatus> = self
-            .connections
-            .values()
-            .map(|connection| ConnectionStatus {
-                direction: direction(connection.direction),
-                remote: connection.remote.to_string(),
-                state: self.link_state(self.identity.id, connection.peer),
-                since_seconds: Some(now.saturating_duration_since(connection.since).as_secs()),
-                encryption: Some(PATTERN.to_owned()),
-                peer: Some(connection.peer),
-                nickname: Some(connection.nickname.clone()),
-                rtt_microseconds: connection.rtt.and_then(|rtt| u64::try_from(rtt.as_micros()).ok()),
-                next_try_in_seconds: None,
-                last_error: None,
+        self.dialer
+            .connection_status()
+            .into_iter()
+            .map(|view| {
+                let established = view.phase == Phase::Established;
+                let state = match (&view.phase, view.peer) {
+                    (Phase::Connecting, _) => ConnectionState::Connecting,
+                    (Phase::Established, Some(peer)) => self.link_state(self.identity.id, peer),
+                    (Phase::Established, None) => ConnectionState::Pending,
+                    (Phase::Retrying { .. }, _) => ConnectionState::Retrying,
+                    (Phase::Myself | Phase::Refused, _) => ConnectionState::Failed,
+                };
+                let rtt = view.peer.filter(|_| established).and_then(|peer| self.stream_to(peer)?.rtt);
+                let myself = || LastError {
+                    message: "it is this node itself; it is never tried again".to_owned(),
+                    seconds_ago: None,
+                };
+                ConnectionStatus {
+                    direction: direction(view.direction),
+                    remote: view.address,
+                    state,
+                    since_seconds: view.since.map(|since| now.saturating_duration_since(since).as_secs()),
+                    encryption: established.then(|| PATTERN.to_owned()),
+                    peer: view.peer,
+                    nickname: view.nickname,
+                    rtt_microseconds: rtt.and_then(|rtt| u64::try_from(rtt.as_micros()).ok()),
+                    next_try_in_seconds: next_try(&view.phase, now),
+                    last_error: if view.phase == Phase::Myself {
+                        Some(myself())
+                    } else {
+                        view.last_error.as_ref().map(|error| last_error(error, now))
+                    },
+                }
             })
-            .collect();
-        for view in self.dialer.states() {
-            let (state, error) = match view.state {
-                dial::State::Established { .. } => continue,
-                dial::State::Connecting => (ConnectionState::Connecting, None),
-                dial::State::Waiting { .. } => (ConnectionState::Retrying, None),
-                dial::State::Myself => (ConnectionState::Failed, Some("it is this node itself; never tried again".to_owned())),
-            };
-            connections.push(ConnectionStatus {
-                direction: Direction::Outbound,
-                remote: view.target.clone(),
-                state,
-                since_seconds: None,
-                encryption: None,
-                peer: matches!(view.state, dial::State::Myself).then_some(self.identity.id),
-                nickname: None,
-                rtt_microseconds: None,
-                next_try_in_seconds: next_try(Some(&view.state), now),
-                last_error: match (error, &view.last_error) {
-                    (Some(message), _) => Some(LastError { message, seconds_ago: None }),
-                    (None, Some((why, at))) => Some(last_error(why, *at, now)),
-                    (None, None) => None,
-                },
-            });
-        }
-        connections.extend(self.refused.iter().map(|refused: &links::Refused| ConnectionStatus {
-            direction: Direction::Inbound,
-            remote: refused.remote.to_string(),
-            state: ConnectionState::Failed,
-            since_seconds: Some(now.saturating_duration_since(refused.at).as_secs()),
-            encryption: None,
-            peer: self.node_at(refused.remote),
-            nickname: None,
-            rtt_microseconds: None,
-            next_try_in_seconds: None,
-            last_error: Some(last_error(&refused.why, refused.at, now)),
-        }));
-        connections
+            .collect()
     }
 
     fn endpoint_status(&self) -> Result<Vec<EndpointStatus>, ApiError> {
@@ -267,22 +247,22 @@ impl Node {
 
     fn ipam_status(&self) -> IpamStatus {
         let primed = self.primed();
-        let owners = crate::ipam::quarters(self.identity.network)
-            .into_iter()
-            .map(|(id, ranges, addresses, percent)| {
-                let record = self.gossip.record(id).filter(|record| !record.left);
-                let myself = id == self.identity.id;
-                RangeOwner {
-                    id,
-                    nickname: record.map(|record| record.nickname.clone()).unwrap_or_default(),
-                    addresses,
-                    percent,
-                    active: myself.then(|| self.ipam.active()),
-                    reachable: Some(self.reachable.get(&id).is_some_and(|(reachable, _)| *reachable)),
-                    ranges,
-                }
+        let owners = (1..=4).filter_map(|id| NodeId::new(id).ok()).filter_map(|id| {
+            let layout = self.ipam.layout();
+            let quarter = layout.quarter(id)?;
+            let record = self.gossip.record(id).filter(|record| !record.left);
+            let addresses = 1_u64 << (quarter.max_prefix_len() - quarter.prefix_len()).min(63);
+            Some(RangeOwner {
+                id,
+                nickname: record.map(|record| record.nickname.clone()).unwrap_or_default(),
+                addresses,
+                percent: 25.0,
+                active: (id == self.identity.id).then(|| self.ipam.active() as u64),
+                reachable: Some(self.reachable.get(&id).is_some_and(|(reachable, _)| *reachable)),
+                ranges: vec![quarter],
             })
-            .collect();
+        });
+        let owners = owners.collect();
         IpamStatus { ready: primed.ready, waiting_for: primed.waiting_for, owners }
     }
 
@@ -320,16 +300,16 @@ impl Node {
             tx_bytes: state.tx_bytes,
             rx_packets: Some(state.rx_packets),
             tx_packets: Some(state.tx_packets),
-            received_seconds_ago: state.last_rx.map(|at| now.saturating_duration_since(at).as_secs()),
-            last_error: peer.last_error.as_ref().map(|(why, at)| last_error(why, *at, now)),
+            received_seconds_ago: state.last_received.map(|at| now.saturating_duration_since(at).as_secs()),
+            last_error: peer.last_error.as_ref().map(|error| last_error(error, now)),
         })
     }
 }
 
-fn direction(direction: mesh::Direction) -> Direction {
+fn direction(direction: dial::Direction) -> Direction {
     match direction {
-        mesh::Direction::Outbound => Direction::Outbound,
-        mesh::Direction::Inbound => Direction::Inbound,
+        dial::Direction::Out => Direction::Outbound,
+        dial::Direction::In => Direction::Inbound,
     }
 }
 
@@ -337,13 +317,13 @@ fn path(path: &gossip::Path) -> Path {
     if path.hops == 1 { Path::Direct } else { Path::Via(path.next) }
 }
 
-fn next_try(state: Option<&dial::State>, now: Instant) -> Option<u64> {
-    match state {
-        Some(dial::State::Waiting { until }) => Some(until.saturating_duration_since(now).as_secs()),
-        Some(dial::State::Connecting | dial::State::Established { .. } | dial::State::Myself) | None => None,
+fn next_try(phase: &Phase, now: Instant) -> Option<u64> {
+    match phase {
+        Phase::Retrying { next } => Some(next.saturating_duration_since(now).as_secs()),
+        Phase::Connecting | Phase::Established | Phase::Myself | Phase::Refused => None,
     }
 }
 
-fn last_error(why: &str, at: Instant, now: Instant) -> LastError {
-    LastError { message: why.to_owned(), seconds_ago: Some(now.saturating_duration_since(at).as_secs()) }
+fn last_error((why, at): &(String, Instant), now: Instant) -> LastError {
+    LastError { message: why.clone(), seconds_ago: Some(now.saturating_duration_since(*at).as_secs()) }
 }
