@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::types::check_name;
+
 /// A host to connect to: a name or an IP address, without a port. It need not exist.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -113,11 +115,7 @@ impl FromStr for Target {
                 Ok(pid) => Ok(Self::Process(pid)),
             };
         }
-        let known = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
-        // Docker's and podman's rule for names: [a-zA-Z0-9][a-zA-Z0-9_.-]*
-        if !text.bytes().all(known) || !text.starts_with(|first: char| first.is_ascii_alphanumeric()) {
-            return Err(bad());
-        }
+        check_name(text).map_err(|_| bad())?;
         Ok(Self::Container(text.to_owned()))
     }
 }

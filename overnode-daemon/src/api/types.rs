@@ -25,8 +25,8 @@ pub struct Launch {
     /// Targets.
     #[serde(default)]
     pub hosts: Vec<Host>,
-    /// A name for people. Default: the host's name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// A name for people, as [`check_name`] allows. Default: the host's name.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name")]
     pub nickname: Option<String>,
     /// The underlay's interface. Default: whichever routes to the peers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -112,8 +112,8 @@ pub struct Attach {
     /// A static address with the subnet's prefix. Default: the next free one of the range.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<IpNet>,
-    /// A name for people.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// A name for people, as [`check_name`] allows.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name")]
     pub name: Option<String>,
 }
 
@@ -190,8 +190,8 @@ pub struct AddExternalPeer {
     /// Send something at least this often, in seconds; at least 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub persistent_keepalive_seconds: Option<u16>,
-    /// A name for people.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// A name for people, as [`check_name`] allows.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name")]
     pub name: Option<String>,
 }
 
@@ -297,6 +297,31 @@ impl<'de> Deserialize<'de> for Token {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         Self::new(String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
     }
+}
+
+/// A name that cannot be one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a name has 1 to 128 letters, digits, dots, hyphens and underscores, and begins with a letter or a digit"
+)]
+pub struct BadName;
+
+/// Whether a name can be shown in a table and typed in a command. Every host's and container's name can.
+///
+/// # Errors
+/// [`BadName`]
+pub fn check_name(name: &str) -> Result<(), BadName> {
+    let known = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+    let fits = name.len() <= 128 && name.bytes().all(known);
+    if fits && name.starts_with(|first: char| first.is_ascii_alphanumeric()) { Ok(()) } else { Err(BadName) }
+}
+
+fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let name = Option::<String>::deserialize(deserializer)?;
+    if let Some(name) = &name {
+        check_name(name).map_err(serde::de::Error::custom)?;
+    }
+    Ok(name)
 }
 
 mod secret {
