@@ -8,6 +8,7 @@
 pub mod api;
 pub mod control;
 pub mod datapath;
+pub mod fault;
 pub mod gossip;
 pub mod handshake;
 pub mod ipam;
