@@ -1,14 +1,14 @@
 //! The data plane's peers: what gossip says becomes peers and routes, what the handshakes decide becomes sessions.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use overnode_ebpf::wire::DATA_PORT;
 
 use super::running::Node;
 use crate::control::key;
-use crate::datapath::PeerState;
+use crate::datapath::{PeerState, SessionInstall};
 use crate::gossip::Record;
 use crate::handshake::{Activity, AdoptedSession, Event, Initiate, PeerConfig};
 use crate::net::udp::Received;
@@ -169,7 +169,7 @@ impl Node {
         if let Err(error) = self.datapath.ensure_underlay(datagram.ifindex).await {
             tracing::warn!("the programs cannot receive on interface {}: {error:#}", datagram.ifindex);
         }
-        self.handshakes.handle_datagram(now, SystemTime::now(), datagram.from, &datagram.bytes);
+        self.handshakes.handle_datagram(now, datagram.from, &datagram.bytes);
     }
 
     /// Carries out what the handshakes have decided.
@@ -190,7 +190,15 @@ impl Node {
     async fn handle_handshake(&mut self, event: Event, now: Instant) -> anyhow::Result<()> {
         match event {
             Event::Install { peer, session } => {
-                self.datapath.install_session(peer, &session)?;
+                let keys = SessionInstall {
+                    local_index: session.local_index,
+                    remote_index: session.remote_index,
+                    tx_key: session.tx_key,
+                    rx_key: session.rx_key,
+                    initiator: session.initiator,
+                    created: session.created,
+                };
+                self.datapath.install_session(peer, &keys)?;
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.last_error = None;
                 }
@@ -237,7 +245,7 @@ impl Node {
                 last_received: state.last_received,
                 endpoint: state.endpoint,
             };
-            self.handshakes.handle_activity(index, activity, now);
+            self.handshakes.handle_activity(index, &activity);
             if let Some(peer) = self.peers.get_mut(&index) {
                 peer.state = Some(state);
             }
@@ -254,7 +262,7 @@ impl Node {
             peer.candidate = (peer.candidate + 1) % peer.candidates.len();
             peer.tried_since = now;
             if let Some(endpoint) = peer.endpoint() {
-                self.handshakes.set_endpoint(index, endpoint, now);
+                self.handshakes.set_endpoint(index, endpoint);
             }
         }
     }

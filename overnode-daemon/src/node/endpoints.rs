@@ -36,6 +36,7 @@ impl Node {
                 )));
             }
         };
+        let identity = netns.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?;
         let owner = request.target.to_string();
         let fixed = request.address.is_some();
         let address = match request.address {
@@ -44,15 +45,16 @@ impl Node {
         };
         let attachment = Attachment {
             address,
+            is_static: fixed,
             target: owner,
+            netns: netns.path().to_string_lossy().into_owned(),
+            netns_inode: identity.inode,
             name: request.name,
-            fixed,
-            netns: netns.path(),
-            host_interface: datapath::host_interface(address),
-            since_unix: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            host_interface: datapath::host_interface(&mut rand::rng()),
+            since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
         // On disk before anything uses it: a crash from here on leaves an address too many in use, never one twice.
-        if let Err(error) = self.store.put_attachment(&attachment) {
+        if let Err(error) = self.store.add_attachment(&attachment) {
             self.ipam.release(address);
             return Err(ApiError::failed(error));
         }
@@ -73,7 +75,7 @@ impl Node {
             address: self.with_prefix(address),
             interface: datapath::CONTAINER_INTERFACE.to_owned(),
             host_interface: attached.host_interface,
-            mtu: attached.mtu,
+            mtu: self.datapath.container_mtu(),
         })
     }
 
@@ -110,15 +112,11 @@ impl Node {
         let attachments = self.store.attachments()?;
         let known: Vec<KnownEndpoint> = attachments
             .iter()
-            .map(|it| KnownEndpoint {
-                address: it.address,
-                host_interface: it.host_interface.clone(),
-                netns: NetnsRef::Path(it.netns.clone()),
-            })
+            .map(|it| KnownEndpoint { address: it.address, host_interface: it.host_interface.clone() })
             .collect();
         for lost in self.datapath.reconcile(&known).await? {
             let Some(attachment) = attachments.iter().find(|it| it.host_interface == lost.host_interface) else { continue };
-            if lost.netns_exists && self.plug_in_again(attachment).await {
+            if self.plug_in_again(attachment).await {
                 continue;
             }
             tracing::info!("{} is gone; its address {} is free again", attachment.target, attachment.address);
@@ -128,9 +126,15 @@ impl Node {
         Ok(())
     }
 
+    /// An interface can be lost without its container: when the node's host interfaces were deleted by hand, or with a reset that
+    /// was cut short. True if it is back.
     async fn plug_in_again(&mut self, attachment: &Attachment) -> bool {
+        let netns = NetnsRef::Path(attachment.netns.clone().into());
+        if netns.id().map(|identity| identity.inode).ok() != Some(attachment.netns_inode) {
+            return false;
+        }
         let plan = datapath::Attachment {
-            netns: NetnsRef::Path(attachment.netns.clone()),
+            netns,
             address: attachment.address,
             host_interface: attachment.host_interface.clone(),
         };

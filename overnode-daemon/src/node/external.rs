@@ -35,11 +35,11 @@ impl Node {
             public_key: request.public_key,
             preshared_key: request.preshared_key,
             endpoint: request.endpoint,
-            allowed_ips: request.allowed_ips,
-            persistent_keepalive_seconds: request.persistent_keepalive_seconds,
+            allowed: request.allowed_ips,
+            keepalive: request.persistent_keepalive_seconds,
             name: request.name,
         };
-        self.store.put_external_peer(&peer).map_err(ApiError::failed)?;
+        self.store.set_external_peer(&peer).map_err(ApiError::failed)?;
         if let Err(error) = self.configure_external(peer, now).await {
             let _ = self.store.remove_external_peer(index);
             self.externals.remove(&index);
@@ -61,8 +61,8 @@ impl Node {
             preshared_key: peer.preshared_key.clone().unwrap_or(Secret([0; 32])),
             candidates: peer.endpoint.into_iter().collect(),
             initiate: if peer.endpoint.is_some() { Initiate::AtOnce } else { Initiate::OnlyAnswer },
-            persistent_keepalive: peer.persistent_keepalive_seconds.map(|seconds| Duration::from_secs(seconds.into())),
-            routes: peer.allowed_ips.clone(),
+            persistent_keepalive: peer.keepalive.map(|seconds| Duration::from_secs(seconds.into())),
+            routes: peer.allowed.clone(),
         };
         self.configure(peer.index, wanted, now).await?;
         self.externals.insert(peer.index, peer);
@@ -82,7 +82,7 @@ impl Node {
         self.store.remove_external_peer(peer.index).map_err(ApiError::failed)?;
         self.externals.remove(&peer.index);
         self.remove_data_peer(peer.index, Instant::now());
-        Ok(ExternalPeerRemoved { allowed_ips: peer.allowed_ips })
+        Ok(ExternalPeerRemoved { allowed_ips: peer.allowed })
     }
 
     pub(super) fn externals(&self) -> Result<Vec<ExternalPeerStatus>, ApiError> {
@@ -94,8 +94,8 @@ impl Node {
                 public_key: peer.public_key,
                 name: peer.name.clone(),
                 preshared_key: peer.preshared_key.is_some(),
-                allowed_ips: peer.allowed_ips.clone(),
-                persistent_keepalive_seconds: peer.persistent_keepalive_seconds,
+                allowed_ips: peer.allowed.clone(),
+                persistent_keepalive_seconds: peer.keepalive,
                 data: self.data_status(peer.index, now),
             })
             .collect())
@@ -121,7 +121,7 @@ impl Node {
                 .externals
                 .values()
                 .filter(|it| it.public_key != request.public_key)
-                .find(|it| it.allowed_ips.iter().any(|theirs| overlaps(theirs, allowed)));
+                .find(|it| it.allowed.iter().any(|theirs| overlaps(theirs, allowed)));
             if let Some(other) = taken {
                 return Err(ApiError::refused(format_args!(
                     "{allowed} overlaps the addresses of the WireGuard peer {}: choose others",

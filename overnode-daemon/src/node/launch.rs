@@ -1,5 +1,7 @@
 //! `launch`: a new identity, or the one that this host has.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use rand::TryRngCore;
 use rand::rngs::OsRng;
 
@@ -31,7 +33,8 @@ impl Daemon {
         let identity = identity(&request, cluster_key)?;
         let id = identity.id;
         let nickname = identity.nickname.clone();
-        self.store.create(&identity, &request.hosts).map_err(failed)?;
+        let targets: Vec<String> = request.hosts.iter().map(api::Host::to_string).collect();
+        self.store.set_identity(&identity, Some(&targets)).map_err(failed)?;
         fault::step("identity");
         match Node::start(&self.options, &self.store, identity, self.started).await {
             Ok(node) => self.node = Some(node),
@@ -92,7 +95,8 @@ async fn derive(request: &api::Launch) -> Result<Secret, ApiError> {
     let token = request.token.clone();
     tokio::task::spawn_blocking(move || key::cluster_key(token.expose()))
         .await
-        .map_err(|error| ApiError::failed(format_args!("the token cannot be turned into a key: {error}")))
+        .map_err(|error| ApiError::failed(format_args!("the token cannot be turned into a key: {error}")))?
+        .map_err(|error| ApiError::usage(error.to_string()))
 }
 
 fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiError> {
@@ -109,12 +113,14 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
             .map(|name| name.to_string_lossy().chars().take(MAX_NICKNAME).collect())
             .unwrap_or_default(),
     };
-    let mut static_secret = Secret([0; 32]);
+    let (mut static_secret, mut instance) = (Secret([0; 32]), [0; 16]);
     OsRng
         .try_fill_bytes(&mut static_secret.0)
+        .and_then(|()| OsRng.try_fill_bytes(&mut instance))
         .map_err(|error| ApiError::failed(format_args!("the system gives no random numbers: {error}")))?;
     Ok(Identity {
         id: request.id,
+        instance: u128::from_le_bytes(instance),
         static_secret,
         cluster_key,
         network,
@@ -122,6 +128,8 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
         interface: request.interface.clone(),
         mtu: request.mtu,
         discovery: request.discovery.unwrap_or(true),
+        // Greater than that of any earlier node with this ID: others may remember that one.
+        incarnation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
     })
 }
 

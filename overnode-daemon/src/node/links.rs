@@ -153,7 +153,7 @@ impl Node {
 
     async fn learn(&mut self, id: NodeId, now: Instant) {
         let Some(record) = self.gossip.record(id).cloned() else { return };
-        if let Err(error) = self.store.put_peer(&record) {
+        if let Err(error) = self.store.set_peers([&record]) {
             tracing::warn!("what node {id} says was not stored: {error}");
         }
         for clash in self.ipam.handle_claims(id, &record.claims) {
@@ -173,7 +173,7 @@ impl Node {
         self.ipam.handle_claims(id, &[]);
         self.dialer.unlearn(id);
         if let Some(record) = self.gossip.record(id)
-            && let Err(error) = self.store.put_peer(record)
+            && let Err(error) = self.store.set_peers([record])
         {
             tracing::warn!("that node {id} has left was not stored: {error}");
         }
@@ -223,13 +223,14 @@ impl Node {
     }
 
     pub(super) fn targets(&self) -> Result<Vec<Host>, ApiError> {
-        self.store.targets().map_err(|error| ApiError::failed(error.to_string()))
+        let names = self.store.targets().map_err(ApiError::failed)?;
+        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
     async fn set_targets(&mut self, targets: Vec<Host>) -> Result<api::Targets, ApiError> {
         let now = Instant::now();
-        self.store.set_targets(&targets).map_err(ApiError::failed)?;
         let names: Vec<String> = targets.iter().map(Host::to_string).collect();
+        self.store.set_targets(&names).map_err(ApiError::failed)?;
         // Tries all of them at once, also those that there were: `connect` means now.
         self.dialer.replace_targets(&names, now);
         self.pump(now).await;

@@ -14,6 +14,7 @@ mod status;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -36,7 +37,7 @@ const UNLAUNCHED: Duration = Duration::from_secs(120);
 /// # Errors
 /// When another daemon has the state or the socket, or the stored node cannot be started.
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    let store = Store::open(&options.state_dir)?;
+    let store = Arc::new(Store::open(&options.state_dir)?);
     let listener = listen(&options.run_dir)?;
     let (calls, mut requests) = mpsc::channel(64);
     let server = tokio::spawn(api::serve(listener, calls));
@@ -80,7 +81,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let _ = std::fs::remove_file(daemon.options.run_dir.join(api::SOCKET));
     if daemon.leaving || daemon.node.is_none() {
         drop(daemon.node);
-        daemon.store.destroy().context("the state directory cannot be removed")?;
+        let store = Arc::into_inner(daemon.store).context("the state is still in use")?;
+        store.destroy().context("the state directory cannot be removed")?;
     }
     Ok(())
 }
@@ -88,7 +90,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 /// The process, with a node or without.
 struct Daemon {
     options: Options,
-    store: Store,
+    store: Arc<Store>,
     node: Option<Node>,
     started: Instant,
     leaving: bool,

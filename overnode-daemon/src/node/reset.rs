@@ -10,7 +10,7 @@ use super::running::Node;
 use crate::api::{self, ApiError, WasReset};
 use crate::datapath::Datapath;
 use crate::fault;
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 
 /// How long the neighbours are given to hear that the node leaves.
 const FAREWELL: Duration = Duration::from_millis(200);
@@ -50,7 +50,8 @@ impl Node {
 pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> anyhow::Result<()> {
     // A state directory that is gone, or that this version cannot read, must not keep anyone from cleaning up.
     let store = match Store::open_existing(state_dir) {
-        Ok(store) => store,
+        Ok(store) => Some(store),
+        Err(StoreError::Missing { .. }) => None,
         Err(error) if force => {
             tracing::warn!("{error:#}");
             None

@@ -44,7 +44,7 @@ pub(super) enum Input {
 /// A launched node.
 pub(super) struct Node {
     pub(super) identity: Identity,
-    pub(super) store: Store,
+    pub(super) store: Arc<Store>,
     pub(super) started: Instant,
     pub(super) public_key: PublicKey,
     pub(super) incarnation: u64,
@@ -72,15 +72,15 @@ impl Node {
     /// Starts what the store describes, or carries on with what an earlier daemon left in the kernel.
     pub(super) async fn start(
         options: &Options,
-        store: &Store,
+        store: &Arc<Store>,
         identity: Identity,
         started: Instant,
     ) -> anyhow::Result<Self> {
         let now = Instant::now();
         let handshakes = Handshakes::new(identity.static_secret.clone(), StdRng::from_os_rng());
         let public_key = handshakes.public_key();
-        let ipam = Ipam::new(identity.network, identity.id, store.allocations()?)?;
-        let incarnation = store.next_incarnation()?;
+        let ipam = allocations(store, &identity)?;
+        let incarnation = store.next_incarnation()?.context("the identity is gone")?;
         fault::step("incarnation");
         // The ports first: without them the kernel need not be touched.
         let udp = Arc::new(UdpSockets::bind(overnode_ebpf::wire::DATA_PORT).context(
@@ -112,7 +112,7 @@ impl Node {
             interface: identity.interface.clone(),
             mtu: identity.mtu,
             debug: options.debug,
-            xdp: identity.xdp,
+            xdp: false,
         })
         .await?;
         fault::step("datapath");
@@ -243,6 +243,17 @@ impl Node {
             }
         }
     }
+}
+
+/// The addresses that were given out before.
+fn allocations(store: &Store, identity: &Identity) -> anyhow::Result<Ipam> {
+    let attachments = store.attachments()?;
+    let allocated = attachments.into_iter().map(|attachment| (attachment.address, attachment.target)).collect();
+    let mut ipam = Ipam::new(identity.network, identity.id, allocated)?;
+    if let Some(last) = store.cursor()? {
+        ipam.resume_after(last);
+    }
+    Ok(ipam)
 }
 
 /// A task that moves datagrams from the sockets into a queue. When the node is too slow, the newest are lost, as on any network.

@@ -94,7 +94,7 @@ impl Node {
             network: identity.network,
             public_key: self.public_key,
             discovery: Some(identity.discovery),
-            attachment: Some(underlay.hook.to_string()),
+            attachment: Some(format!("{:?}", underlay.hook).to_lowercase()),
         })
     }
 
@@ -233,10 +233,10 @@ impl Node {
                 name: it.name.clone(),
                 target: target_of(it),
                 address: self.with_prefix(it.address),
-                fixed: it.fixed,
+                fixed: it.is_static,
                 interface: it.host_interface.clone(),
-                attached_unix_seconds: Some(it.since_unix),
-                state: if self.datapath.is_attached(&it.host_interface) {
+                attached_unix_seconds: Some(it.since),
+                state: if self.datapath.has_endpoint(&it.host_interface) {
                     EndpointState::Attached
                 } else {
                     EndpointState::Gone
@@ -290,7 +290,7 @@ impl Node {
             session: match sealing {
                 Some(session) if session.expires > now => SessionState::Established,
                 Some(_) => SessionState::Expired,
-                None if self.handshakes.view(index).is_some_and(|view| view.waiting) => SessionState::Handshake,
+                None if self.handshakes.peer(index).is_some_and(|view| view.waiting) => SessionState::Handshake,
                 None => SessionState::None,
             },
             session_age_seconds: sealing.map(|session| now.saturating_duration_since(session.created).as_secs()),
@@ -314,7 +314,7 @@ fn direction(direction: dial::Direction) -> Direction {
 }
 
 fn path(path: &gossip::Path) -> Path {
-    if path.hops == 1 { Path::Direct } else { Path::Via(path.next) }
+    if path.hops == 1 { Path::Direct } else { Path::Via(path.via) }
 }
 
 fn next_try(phase: &Phase, now: Instant) -> Option<u64> {
