@@ -20,13 +20,16 @@ const FRAGMENT_HEADER_LEN: usize = 8;
 const HEADERS_LEN: usize = ETHERNET_LEN + 60 + UDP_LEN + DATA_HEADER_LEN;
 
 /// Where a data message lies.
+///
+/// Fields of full words: the compiler packs smaller ones into one, with operations that the verifier forbids when
+/// a register still holds a pointer.
 pub struct Outer {
-    /// The IP header is an IPv6 one.
-    pub v6: bool,
+    /// 1 if the IP header is an IPv6 one, else 0.
+    v6: u64,
     /// ECN codepoint.
-    pub ecn: u8,
+    ecn: u64,
     /// Bytes of ciphertext, without the tag.
-    pub text_len: u32,
+    text_len: u64,
 }
 
 /// An IP header with UDP behind it.
@@ -37,10 +40,29 @@ struct Stack<Ip> {
 }
 
 impl Outer {
+    /// True if the IP header is an IPv6 one.
+    #[inline(always)]
+    pub fn is_v6(&self) -> bool {
+        self.v6 != 0
+    }
+
+    /// ECN codepoint of the IP header.
+    #[inline(always)]
+    pub fn ecn(&self) -> u8 {
+        self.ecn as u8
+    }
+
+    /// Bytes of ciphertext, without the tag.
+    #[inline(always)]
+    pub fn text_len(&self) -> u32 {
+        self.text_len as u32
+    }
+
     /// Offset of the message's header.
     #[inline(always)]
     pub fn message(&self) -> usize {
-        ETHERNET_LEN + UDP_LEN + if self.v6 { IPV6_LEN } else { IPV4_LEN }
+        let offset = ETHERNET_LEN + UDP_LEN + if self.is_v6() { IPV6_LEN } else { IPV4_LEN };
+        black_box(offset) & 0x3f
     }
 
     /// Source address, destination address and source port (network byte order).
@@ -48,7 +70,7 @@ impl Outer {
     pub fn endpoints(&self, frame: impl Frame) -> Result<(Address, Address, u16), Reason> {
         // SAFETY: `at` has checked the bounds, here and below.
         unsafe {
-            if self.v6 {
+            if self.is_v6() {
                 let headers = at::<Stack<Ipv6>>(frame, ETHERNET_LEN)?;
                 let (ip, udp) = (&(*headers).ip, &(*headers).udp);
                 Ok((v6_address(&ip.source), v6_address(&ip.destination), udp.source_be))
@@ -111,7 +133,7 @@ fn v4(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     }
     let available = total_len.checked_sub(IPV4_LEN as u32).ok_or(Reason::Malformed)?;
     let text_len = text_len(frame, IPV4_LEN, available)?;
-    Ok(Some(Outer { v6: false, ecn: tos & ECN_MASK, text_len }))
+    Ok(Some(Outer { v6: 0, ecn: u64::from(tos & ECN_MASK), text_len }))
 }
 
 #[inline(always)]
@@ -142,7 +164,7 @@ fn v6(frame: impl Frame) -> Result<Option<Outer>, Reason> {
         return Err(Reason::Fragment);
     }
     let text_len = text_len(frame, IPV6_LEN, available)?;
-    Ok(Some(Outer { v6: true, ecn: (first >> 20) as u8 & ECN_MASK, text_len }))
+    Ok(Some(Outer { v6: 1, ecn: u64::from(first >> 20) & u64::from(ECN_MASK), text_len }))
 }
 
 /// True if UDP at this offset is for the data port and carries a data message, by its first byte.
@@ -163,14 +185,14 @@ fn is_first_fragment(frame: impl Frame) -> bool {
 
 /// Bytes of ciphertext in the datagram behind an IP header whose payload has `available` bytes.
 #[inline(always)]
-fn text_len(frame: impl Frame, ip_len: usize, available: u32) -> Result<u32, Reason> {
+fn text_len(frame: impl Frame, ip_len: usize, available: u32) -> Result<u64, Reason> {
     let udp = at::<Udp>(frame, ETHERNET_LEN + ip_len)?;
     // SAFETY: `at` has checked the bounds.
     let udp_len = u32::from(u16::from_be(unsafe { (*udp).len_be }));
     if udp_len > available || (ETHERNET_LEN + ip_len) as u32 + udp_len > frame.len() {
         return Err(Reason::Malformed);
     }
-    udp_len.checked_sub((UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u32).ok_or(Reason::Malformed)
+    u64::from(udp_len).checked_sub((UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u64).ok_or(Reason::Malformed)
 }
 
 #[inline(always)]
