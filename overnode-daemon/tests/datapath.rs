@@ -211,6 +211,7 @@ fn the_normaliser_finishes_packets_and_has_no_addresses() {
     for end in ["ovn0", "ovn1"] {
         let link = ip_output(&pair.a.namespace, &["addr", "show", end]);
         assert!(link.contains("UP") && !link.contains("inet") && link.contains("mtu 65535"), "{link}");
+        let link = ip_output(&pair.a.namespace, &["link", "show", end]);
         assert!(link.contains(&format!("alias overnode:{}", pair.a.node())), "{link}");
     }
     // Turned on by somebody: turned off again.

@@ -9,13 +9,14 @@
 //! ```
 //! COOKIE names the network namespace (`SO_NETNS_COOKIE`, Linux 5.14): interface indexes mean nothing in another one.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use data_encoding::HEXLOWER;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -23,6 +24,8 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use nix::sys::statvfs::FsFlags;
 
 const MOUNT_POINT: &str = "/sys/fs/bpf";
+/// Mount namespaces looked into before giving up.
+const MAX_TRIES: usize = 4;
 const SUFFIX_CLSACT: &str = "-clsact";
 const SUFFIX_QDISC: &str = "-qdisc";
 
@@ -245,34 +248,56 @@ fn netns_cookie() -> Result<u64> {
     Ok(cookie)
 }
 
-/// The bpffs of PID 1's mount namespace: the one that outlives this process. `ip netns exec` and containers give a process a
-/// mount namespace of its own, and a bpffs mounted there goes away with it.
+/// The bpffs of the machine's first mount namespace: the one that outlives this process. `ip netns exec` and sandboxes give a
+/// process a mount namespace of its own, and a bpffs mounted there goes away with it.
+///
+/// The first namespace is PID 1's; or, where that is closed to us, the one of the next process that is not.
 fn base() -> Result<(PathBuf, Option<OwnedFd>)> {
     let here = Path::new(MOUNT_POINT);
-    let inode = |path: &str| fs::metadata(path).map(|meta| meta.ino());
-    if matches!((inode("/proc/self/ns/mnt"), inode("/proc/1/ns/mnt")), (Ok(own), Ok(first)) if own == first) {
-        mount_if_missing()?;
-        return Ok((here.to_owned(), None));
-    }
-    match std::thread::spawn(open_in_first_namespace).join() {
-        Ok(Ok(directory)) => {
-            Ok((PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())), Some(directory)))
+    let own = fs::metadata("/proc/self/ns/mnt").context("/proc must be mounted")?.ino();
+    let mut first_error = None;
+    for (inode, namespace) in mount_namespaces().take(MAX_TRIES) {
+        let opened = if inode == own {
+            mount_if_missing().map(|()| (here.to_owned(), None))
+        } else {
+            open_inside(namespace).map(|directory| {
+                (PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())), Some(directory))
+            })
+        };
+        match opened {
+            Ok(found) => return Ok(found),
+            Err(error) => _ = first_error.get_or_insert(error),
         }
-        Ok(Err(_)) if is_bpffs(here) => Ok((here.to_owned(), None)),
-        Ok(Err(error)) => {
-            Err(error
-                .context("the bpffs of the first mount namespace cannot be reached: start overnode as root"))
-        }
-        Err(_) => bail!("the thread that looks for the bpffs panicked"),
     }
+    let error = first_error.unwrap_or_else(|| anyhow!("no mount namespace can be opened"));
+    Err(error.context("no bpffs can be reached: run as root"))
 }
 
-fn open_in_first_namespace() -> Result<OwnedFd> {
-    let first = File::open("/proc/1/ns/mnt").context("/proc/1/ns/mnt cannot be opened")?;
-    unshare(CloneFlags::CLONE_FS).context("the thread's file system view cannot be separated")?;
-    setns(first, CloneFlags::CLONE_NEWNS).context("the mount namespace of PID 1 cannot be entered")?;
-    mount_if_missing()?;
-    Ok(File::open(MOUNT_POINT).with_context(|| format!("{MOUNT_POINT} cannot be opened"))?.into())
+/// Those of all processes, in the order of process IDs, each once.
+fn mount_namespaces() -> impl Iterator<Item = (u64, File)> {
+    let mut pids: Vec<u32> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    pids.sort_unstable();
+    let mut seen = BTreeSet::new();
+    pids.into_iter().filter_map(move |pid| {
+        let namespace = File::open(format!("/proc/{pid}/ns/mnt")).ok()?;
+        let inode = namespace.metadata().ok()?.ino();
+        seen.insert(inode).then_some((inode, namespace))
+    })
+}
+
+fn open_inside(namespace: File) -> Result<OwnedFd> {
+    let opened = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_FS).context("the thread's file system view cannot be separated")?;
+        setns(namespace, CloneFlags::CLONE_NEWNS).context("the first mount namespace cannot be entered")?;
+        mount_if_missing()?;
+        Ok(File::open(MOUNT_POINT).with_context(|| format!("{MOUNT_POINT} cannot be opened"))?.into())
+    });
+    opened.join().unwrap_or_else(|_| bail!("the thread that looks for the bpffs panicked"))
 }
 
 fn mount_if_missing() -> Result<()> {
