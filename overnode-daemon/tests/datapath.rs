@@ -300,7 +300,7 @@ fn reconcile_removes_what_is_nobodys_and_nothing_else() {
     pair.a.run(async |datapath| {
         let lost = datapath.reconcile(&[known.clone(), gone.clone()]).await.unwrap();
         assert_eq!(lost.iter().map(|lost| lost.host_interface.as_str()).collect::<Vec<_>>(), ["ov00000003"]);
-        assert_eq!(datapath.reconcile(&[known.clone()]).await.unwrap(), []);
+        assert_eq!(datapath.reconcile(std::slice::from_ref(&known)).await.unwrap(), []);
     });
     let links = ip_output(&pair.a.namespace, &["link"]);
     for (name, stays) in
@@ -345,7 +345,7 @@ fn paths_follow_routes_addresses_and_mtus() {
             let peer = datapath.peers().unwrap().remove(0);
             (peer.ifindex != 0, peer.mtu, peer.endpoint)
         };
-        assert_eq!(path(datapath).0, false, "no route yet");
+        assert!(!path(datapath).0, "no route yet");
         ip(&["route", "add", "203.0.113.0/24", "via", "192.0.2.2", "mtu", "1400"]);
         datapath.refresh().await.unwrap();
         assert_eq!(path(datapath), (true, 1400 - 60, endpoint("203.0.113.9:6784")));
