@@ -28,17 +28,14 @@ struct Slot {
     owner: Option<PeerIndex>,
 }
 
-impl Default for Slots {
-    fn default() -> Self {
-        Self {
-            slots: vec![Slot::default(); SESSION_SLOTS as usize],
-            free: (1..SESSION_SLOTS).collect(),
-            quarantine: VecDeque::new(),
-        }
-    }
-}
-
 impl Slots {
+    /// All free. The first one is drawn, so that after a restart those that were in use before rest as well.
+    pub fn new(rng: &mut StdRng) -> Self {
+        let mut free: VecDeque<_> = (1..SESSION_SLOTS).collect();
+        free.rotate_left(rng.random_range(0..free.len()));
+        Self { slots: vec![Slot::default(); SESSION_SLOTS as usize], free, quarantine: VecDeque::new() }
+    }
+
     /// A new index, or `None` if no slot is free.
     pub fn allocate(&mut self, peer: PeerIndex, now: Instant, rng: &mut StdRng) -> Option<u32> {
         while self.quarantine.front().is_some_and(|(until, _)| *until <= now) {
@@ -108,7 +105,8 @@ mod tests {
 
     #[test]
     fn every_slot_is_given_once_and_none_is_zero() {
-        let (mut slots, mut rng, now) = (Slots::default(), StdRng::seed_from_u64(1), Instant::now());
+        let (mut rng, now) = (StdRng::seed_from_u64(1), Instant::now());
+        let mut slots = Slots::new(&mut rng);
         let mut numbers: Vec<_> = (1..SESSION_SLOTS)
             .map(|_| number(slots.allocate(PEER, now, &mut rng).expect("slots are left")))
             .collect();
@@ -120,7 +118,8 @@ mod tests {
 
     #[test]
     fn a_retired_slot_rests_and_comes_back_with_another_index() {
-        let (mut slots, mut rng, now) = (Slots::default(), StdRng::seed_from_u64(1), Instant::now());
+        let (mut rng, now) = (StdRng::seed_from_u64(1), Instant::now());
+        let mut slots = Slots::new(&mut rng);
         let all: Vec<_> = (1..SESSION_SLOTS)
             .map(|_| slots.allocate(PEER, now, &mut rng).expect("slots are left"))
             .collect();
@@ -139,7 +138,8 @@ mod tests {
 
     #[test]
     fn reserved_slots_are_not_given_out() {
-        let (mut slots, mut rng, now) = (Slots::default(), StdRng::seed_from_u64(1), Instant::now());
+        let (mut rng, now) = (StdRng::seed_from_u64(1), Instant::now());
+        let mut slots = Slots::new(&mut rng);
         let index = 0xabcd_e003;
         assert!(slots.reserve(index, PEER));
         assert!(!slots.reserve(0x0000_0003, PEER), "taken");

@@ -124,7 +124,8 @@ pub enum Event {
         /// To whom.
         peer: PeerIndex,
     },
-    /// The peer sent a valid handshake message from another address: send its data there.
+    /// The peer sent a valid handshake message from another address: send its data there. Not told of an initiation that
+    /// might be a replay from before our start; the programs follow the peer's data then.
     EndpointChanged {
         /// Who moved.
         peer: PeerIndex,
@@ -270,14 +271,14 @@ counters! {
 
 impl Handshakes {
     /// A node without peers. `rng` must come from the operating system outside of tests: keys are drawn from it.
-    pub fn new(static_secret: Secret, rng: StdRng) -> Self {
+    pub fn new(static_secret: Secret, mut rng: StdRng) -> Self {
         let identity = Identity::new(static_secret);
         Self {
             guard: Guard::new(&identity.public()),
             identity,
-            rng,
             stamper: Stamper::default(),
-            slots: Slots::default(),
+            slots: Slots::new(&mut rng),
+            rng,
             peers: BTreeMap::new(),
             by_key: BTreeMap::new(),
             deadlines: BTreeSet::new(),
@@ -482,8 +483,9 @@ impl Handshakes {
         let Some(local_index) = self.slots.allocate(index, now, &mut self.rng) else {
             return self.out_of_slots(index);
         };
-        // After a restart we cannot tell an old initiation from a new one: it must not divert an adopted session.
-        let fresh = peer.greatest.is_some() || peer.current.is_none();
+        // Since our start the initiation may be a replay: then it must not divert what we send. If it is none, the programs will follow
+        // the message that confirms.
+        let follow = peer.proven || peer.endpoint.is_none();
         (peer.greatest, peer.consumed) = (Some(received.timestamp), Some(now));
         let Ok((noise, keys)) = received.respond(&peer.config.preshared_key) else {
             self.counters.forged += 1;
@@ -493,7 +495,7 @@ impl Handshakes {
         peer.jar.seal(&mut bytes, local_index, now);
         self.transmits.push_back(Transmit { to: from, peer: Some(index), bytes });
         self.counters.initiations_answered += 1;
-        if fresh {
+        if follow {
             self.follow(index, from);
         }
         let session = SessionKeys {

@@ -11,9 +11,12 @@ use super::timers::{
 };
 use super::{Activity, Initiate, PeerConfig};
 
-/// Sessions kept behind the current one. The whitepaper keeps one; when both sides initiate at once, a second spares packets that
-/// were sealed before.
+/// Sessions kept besides the current and the next one. The whitepaper keeps one; a second spares packets that were sealed before both
+/// sides initiated at once, or before an initiator that lost our answer tried again.
 const PREVIOUS: usize = 2;
+
+/// After so many answers that the peer has not confirmed, we initiate as well: answers may get lost, or the initiations be replays.
+const PATIENCE: u8 = 2;
 
 /// A session, without its keys: those are the data plane's alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,13 +70,18 @@ pub struct Peer {
     pub current: Option<Session>,
     /// Answered by us, not yet confirmed.
     pub next: Option<Session>,
-    /// Newest first.
+    /// The latest addition first.
     pub previous: Vec<Session>,
     pub pending: Option<Pending>,
     pub attempts: Attempts,
     /// Greatest timestamp accepted, and when.
     pub greatest: Option<[u8; TIMESTAMP_LEN]>,
     pub consumed: Option<Instant>,
+    /// Whether the peer has confirmed a session, so that `greatest` is no lower than what it had reached then. Until it has,
+    /// initiations may be replays from before our start.
+    pub proven: bool,
+    /// Initiations answered since the last handshake that ended well.
+    in_vain: u8,
     /// Without a session: when to make one.
     pub start_at: Instant,
     /// When data went unanswered first.
@@ -100,6 +108,8 @@ impl Peer {
             attempts: Attempts::default(),
             greatest: None,
             consumed: None,
+            proven: false,
+            in_vain: 0,
             start_at: now + config.initiate.delay(),
             unanswered: None,
             owing: None,
@@ -126,12 +136,15 @@ impl Peer {
     pub fn install_answered(&mut self, session: Session, now: Instant) -> Vec<Session> {
         self.heard(now);
         self.last_sent = self.last_sent.max(Some(now));
-        self.next.replace(session).into_iter().collect()
+        self.in_vain = self.in_vain.saturating_add(1);
+        // Not withdrawn yet: the peer may have confirmed it without our knowing so far.
+        self.previous.splice(0..0, self.next.replace(session));
+        self.surplus()
     }
 
     /// The peer used the session. Gives the sessions that end, or `None` if it was not waiting for that.
     pub fn confirm(&mut self, local_index: u32, leads: bool, now: Instant) -> Option<Vec<Session>> {
-        let mut session = self.next.take_if(|next| next.local_index == local_index)?;
+        let mut session = self.take_unconfirmed(local_index)?;
         // Both initiated at once: one has to see to the next handshake, or none would before patience ends.
         let crossed = self.current.is_some_and(|current| {
             current.initiator && apart(current.created, session.created) < REKEY_TIMEOUT
@@ -140,8 +153,21 @@ impl Peer {
             session.rekey_after = REKEY_AFTER_TIME;
         }
         self.confirmations.clear();
+        self.proven = true;
         self.settled(now);
         Some(self.demote(session))
+    }
+
+    fn take_unconfirmed(&mut self, local_index: u32) -> Option<Session> {
+        if let Some(next) = self.next.take_if(|next| next.local_index == local_index) {
+            return Some(next);
+        }
+        let is_newer =
+            |session: &Session| self.current.is_none_or(|current| session.created > current.created);
+        let position = self.previous.iter().position(|session| {
+            session.local_index == local_index && !session.initiator && is_newer(session)
+        })?;
+        Some(self.previous.remove(position))
     }
 
     /// Removes the sessions that are too old.
@@ -169,20 +195,25 @@ impl Peer {
     /// Takes over a session from before a restart; the caller has seen to its slot.
     pub fn adopt(&mut self, session: Session, confirmed: bool, sealing: bool) -> Vec<Session> {
         if !confirmed {
-            return self.next.replace(session).into_iter().collect();
+            self.previous.splice(0..0, self.next.replace(session));
+            return self.surplus();
         }
         if sealing {
             return self.demote(session);
         }
         self.previous.push(session);
         self.previous.sort_by_key(|session| std::cmp::Reverse(session.created));
-        self.previous.split_off(self.previous.len().min(PREVIOUS))
+        self.surplus()
     }
 
     fn demote(&mut self, session: Session) -> Vec<Session> {
         if let Some(current) = self.current.replace(session) {
             self.previous.insert(0, current);
         }
+        self.surplus()
+    }
+
+    fn surplus(&mut self) -> Vec<Session> {
         self.previous.split_off(self.previous.len().min(PREVIOUS))
     }
 
@@ -203,18 +234,8 @@ impl Peer {
     pub fn observe(&mut self, activity: &Activity) {
         self.last_received = self.last_received.max(activity.last_received);
         self.last_sent = self.last_sent.max(activity.last_sent);
-        match activity.last_data_sent {
-            Some(sent) if self.last_received.is_none_or(|received| received < sent) => {
-                self.unanswered.get_or_insert(sent);
-            }
-            _ => self.unanswered = None,
-        }
-        match activity.last_data_received {
-            Some(received) if self.last_sent.is_none_or(|sent| sent < received) => {
-                self.owing.get_or_insert(received);
-            }
-            _ => self.owing = None,
-        }
+        self.unanswered = open_since(self.unanswered, activity.last_data_sent, self.last_received);
+        self.owing = open_since(self.owing, activity.last_data_received, self.last_sent);
         self.endpoint = activity.endpoint.or(self.endpoint);
     }
 
@@ -237,7 +258,10 @@ impl Peer {
     /// When a new session becomes desirable.
     fn wanted(&self) -> Instant {
         let aged = self.current.map_or(self.start_at, |current| current.created + current.rekey_after);
-        let aged = self.next.map_or(aged, |next| aged.max(next.created + REKEY_TIMEOUT));
+        let aged = match self.next {
+            Some(next) if self.in_vain <= PATIENCE => aged.max(next.created + REKEY_TIMEOUT),
+            _ => aged,
+        };
         let silent = self.unanswered.map(|since| since + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT);
         silent.map_or(aged, |silent| aged.min(silent))
     }
@@ -285,6 +309,16 @@ impl Peer {
         let expiry = self.sessions().map(Session::expires).min();
         [expiry, self.initiation_due(), self.keepalive_due()].into_iter().flatten().min()
     }
+}
+
+/// Since when a message has been without reaction: since `known`, or else since `message`, unless `reaction` came after that.
+fn open_since(
+    known: Option<Instant>,
+    message: Option<Instant>,
+    reaction: Option<Instant>,
+) -> Option<Instant> {
+    let open = |since: &Instant| reaction.is_none_or(|reaction| reaction < *since);
+    known.filter(open).or(message.filter(open))
 }
 
 fn apart(a: Instant, b: Instant) -> Duration {

@@ -1,6 +1,8 @@
 //! Two or more nodes with real cryptography, a network that loses, repeats, delays and reorders under a seed, and time
 //! that the test owns. [`Plane`] stands for the programs and their maps.
 
+mod behaviour;
+mod hostile;
 mod oracle;
 mod steady;
 
@@ -177,7 +179,7 @@ pub struct World {
 
 impl World {
     /// Nodes that do not know each other yet.
-    pub fn new(seed: u64, nodes: u8) -> Self {
+    pub fn new(seed: u64, nodes: usize) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let now = Instant::now();
         let nodes = (0..nodes).map(|number| Node::new(number, &mut rng)).collect();
@@ -386,11 +388,15 @@ pub fn peer(number: usize) -> PeerIndex {
     PeerIndex(number as u32 + 1)
 }
 
+pub fn address(number: usize) -> SocketAddr {
+    SocketAddr::from(([10, 0, (number / 250) as u8, (number % 250) as u8 + 1], 6784))
+}
+
 impl Node {
-    fn new(number: u8, rng: &mut StdRng) -> Self {
+    fn new(number: usize, rng: &mut StdRng) -> Self {
         let mut node = Self {
             core: Handshakes::new(Secret([0; 32]), StdRng::seed_from_u64(rng.random())),
-            address: SocketAddr::from(([192, 0, 2, number + 1], 6784)),
+            address: address(number),
             planes: BTreeMap::new(),
             failures: Vec::new(),
             installed: Vec::new(),
@@ -400,12 +406,12 @@ impl Node {
             refused: BTreeMap::new(),
             unsent: 0,
         };
-        node.core = Handshakes::new(node.secret(usize::from(number)), StdRng::seed_from_u64(rng.random()));
+        node.core = Handshakes::new(node.secret(number), StdRng::seed_from_u64(rng.random()));
         node
     }
 
     pub fn secret(&self, number: usize) -> Secret {
-        Secret([number as u8 + 1; 32])
+        Secret(std::array::from_fn(|i| [(number + 1) as u8, (number >> 8) as u8][i % 2]))
     }
 
     fn obey(&mut self, event: Event, now: Instant) -> Option<(SocketAddr, Vec<u8>)> {
