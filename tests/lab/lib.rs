@@ -1,1 +1,4 @@
+//! What the tests of real kernels share.
 
+#[path = "../rig/mod.rs"]
+pub mod rig;
