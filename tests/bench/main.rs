@@ -9,6 +9,7 @@
 
 mod measure;
 mod network;
+mod probe;
 mod programs;
 mod report;
 
@@ -17,7 +18,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
-use lab::rig::space;
 
 use measure::{Round, Times};
 use network::{Kind, Network};
@@ -28,6 +28,9 @@ use report::{Outcome, Report};
 struct Arguments {
     #[command(subcommand)]
     command: Command,
+    /// What cargo adds by itself.
+    #[arg(long, hide = true, global = true)]
+    bench: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -58,7 +61,6 @@ fn main() -> Result<()> {
         nix::unistd::geteuid().is_root(),
         "the benchmark makes network namespaces and loads programs: run it as root"
     );
-    space::sweep();
     let start = Instant::now();
     let (rounds, times) =
         if arguments.quick { (1, Times::QUICK) } else { (arguments.rounds.max(1), Times::FULL) };

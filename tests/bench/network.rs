@@ -1,5 +1,5 @@
-//! The networks to compare. Each has two containers, each in a host of its own, joined by an underlay of one veth pair
-//! with an MTU of 1500:
+//! The networks to compare. Each has two containers, each on a host of its own, and between the hosts one veth pair with
+//! an MTU of 1500 as the underlay:
 //!
 //! ```text
 //! container a ── host a ══ underlay ══ host b ── container b
@@ -8,21 +8,21 @@
 //! Every rival is an interface on both hosts, and the hosts forward the containers' packets through it: the same path
 //! that overnode's packets take, and what a container host does with a VPN. Encrypted rivals get overnode's inner MTU of
 //! 1420 bytes; else they run as they come. `veth` leaves the hosts out: two containers on one cable, the least
-//! that the kernel can do.
+//! that the kernel can do. `routed` has the hosts and no tunnel.
 
 mod nebula;
-mod node;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use ipnet::{IpNet, Ipv4Net};
-use lab::rig::probe;
-use lab::rig::space::Space;
-use lab::rig::wireguard::{Configuration, Device, Peer, Stock, key_pair};
+use lab::wireguard::{Configuration, Device, Peer, Stock, key_pair};
+use lab::{Container, Entry, Lab, gateway};
+
+use crate::probe;
 
 const UNDERLAY: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 168, 77, 1), Ipv4Addr::new(192, 168, 77, 2)];
 const UNDERLAY_MTU: u32 = 1500;
@@ -34,6 +34,9 @@ const GATEWAY: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 98, 1, 1), Ipv4Addr::new(10, 9
 const TUNNEL_MTU: u32 = 1420;
 const VXLAN_MTU: u32 = 1450;
 const WIREGUARD_PORT: u16 = 51820;
+const TOKEN: &str = "the token of the benchmark";
+/// Each host and the other one.
+const PAIRS: [(usize, usize); 2] = [(0, 1), (1, 0)];
 
 /// A way to join two containers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -82,24 +85,23 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Two containers that can reach each other.
+/// Two containers that can reach each other. Fields are dropped in this order: the tunnel before the hosts that it is on.
 pub struct Network {
     /// The container that sends.
-    pub a: Space,
+    pub a: Container,
     /// The container that receives.
-    pub b: Space,
+    pub b: Container,
     /// The address of `b`.
     pub to: Ipv4Addr,
-    /// What keeps the network up. Dropped before the hosts are.
-    _parts: Parts,
-    _hosts: Vec<Space>,
+    _tunnel: Tunnel,
+    _lab: Lab,
 }
 
-#[derive(Default)]
-struct Parts {
-    _devices: Vec<Device>,
-    _nebula: Vec<nebula::Node>,
-    _nodes: Vec<node::Node>,
+/// What has to stay alive for the tunnel to work.
+enum Tunnel {
+    None,
+    WireGuard { _devices: Vec<Device> },
+    Nebula { _nodes: nebula::Nodes },
 }
 
 impl Network {
@@ -108,86 +110,116 @@ impl Network {
     /// # Errors
     /// When something it needs is missing, or no ping comes back within 30 seconds.
     pub fn set_up(kind: Kind) -> Result<Self> {
-        let network = match kind {
-            Kind::Veth => veth()?,
-            Kind::Routed => through_hosts(kind, UNDERLAY_MTU, |hosts| {
+        let lab = Lab::new("bench").entry(Entry::Setns).build()?;
+        let [a, b] = [lab.host(1).container("a")?, lab.host(2).container("b")?];
+        let tunnel = match kind {
+            Kind::Veth => {
+                veth(&a, &b)?;
+                Tunnel::None
+            }
+            Kind::Routed => {
+                forward(&lab, [&a, &b], UNDERLAY_MTU)?;
                 for (own, other) in PAIRS {
-                    hosts[own].run(&format!("ip route add {} via {}", network_of(other), UNDERLAY[other]))?;
+                    route(&lab, own, &["via", &UNDERLAY[other].to_string()])?;
                 }
-                Ok(Parts::default())
-            })?,
-            Kind::Vxlan => through_hosts(kind, VXLAN_MTU, vxlan)?,
-            Kind::Gotatun => through_hosts(kind, TUNNEL_MTU, |hosts| wireguard(hosts, Stock::Gotatun))?,
-            Kind::Boringtun => through_hosts(kind, TUNNEL_MTU, |hosts| wireguard(hosts, Stock::Boringtun))?,
-            Kind::Nebula => through_hosts(kind, TUNNEL_MTU, nebula::start)?,
-            Kind::Overnode => overnode()?,
+                Tunnel::None
+            }
+            Kind::Vxlan => {
+                forward(&lab, [&a, &b], VXLAN_MTU)?;
+                vxlan(&lab)?;
+                Tunnel::None
+            }
+            Kind::Gotatun | Kind::Boringtun => {
+                forward(&lab, [&a, &b], TUNNEL_MTU)?;
+                let stock = if kind == Kind::Gotatun { Stock::Gotatun } else { Stock::Boringtun };
+                Tunnel::WireGuard { _devices: wireguard(&lab, stock)? }
+            }
+            Kind::Nebula => {
+                forward(&lab, [&a, &b], TUNNEL_MTU)?;
+                Tunnel::Nebula { _nodes: nebula::start(&lab)? }
+            }
+            Kind::Overnode => {
+                overnode(&lab, [&a, &b])?;
+                Tunnel::None
+            }
         };
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while probe::ping(&network.a, network.to, 1, Duration::from_millis(1))?.lost() > 0 {
-            ensure!(Instant::now() < deadline, "the containers cannot reach each other after 30 seconds");
-        }
-        Ok(network)
+        let IpAddr::V4(to) = b.address() else { anyhow::bail!("{} is no IPv4 address", b.address()) };
+        lab::eventually(Duration::from_secs(30), || {
+            let lost = probe::ping(a.netns(), to, 1, Duration::from_millis(1))?.lost();
+            ensure!(lost == 0, "the containers cannot reach each other");
+            Ok(())
+        })?;
+        Ok(Self { a, b, to, _tunnel: tunnel, _lab: lab })
     }
 }
 
-/// Each host and the other one.
-const PAIRS: [(usize, usize); 2] = [(0, 1), (1, 0)];
-
-fn veth() -> Result<Network> {
-    let (a, b) = (Space::new("veth-ca")?, Space::new("veth-cb")?);
-    a.join("eth0", &b, "eth0", UNDERLAY_MTU)?;
-    for (space, address) in [(&a, TUNNEL[0]), (&b, TUNNEL[1])] {
-        space.run(&format!("ip address add {address}/24 dev eth0"))?;
+fn veth(a: &Container, b: &Container) -> Result<()> {
+    let mtu = UNDERLAY_MTU.to_string();
+    let peer = ["peer", "name", "eth0", "mtu", &mtu, "netns", b.netns().name()];
+    a.netns().ip(&[&["link", "add", "eth0", "mtu", &mtu, "type", "veth"], &peer[..]].concat())?;
+    for (container, address) in [a, b].into_iter().zip(CONTAINER) {
+        container.netns().ip(&["address", "add", &format!("{address}/16"), "dev", "eth0"])?;
+        container.netns().ip(&["link", "set", "eth0", "up"])?;
+        container.set_address(Some(address.into()));
     }
-    Ok(Network { a, b, to: TUNNEL[1], _parts: Parts::default(), _hosts: Vec::new() })
+    Ok(())
 }
 
-fn hosts(kind: Kind) -> Result<[Space; 2]> {
-    let hosts = [Space::new(&format!("{kind}-ha"))?, Space::new(&format!("{kind}-hb"))?];
-    hosts[0].join("under", &hosts[1], "under", UNDERLAY_MTU)?;
-    for (own, host) in hosts.iter().enumerate() {
-        host.run(&format!("ip address add {}/24 dev under", UNDERLAY[own]))?;
+/// Gives the hosts a cable of their own in place of the lab's bridge, which would be one more hop.
+fn cable(lab: &Lab) -> Result<()> {
+    let (first, second) = (lab.host(1).netns(), lab.host(2).netns());
+    let mtu = UNDERLAY_MTU.to_string();
+    for host in lab.hosts() {
+        host.netns().ip(&["link", "del", host.interface()])?;
     }
-    Ok(hosts)
+    let peer = ["peer", "name", "eth0", "mtu", &mtu, "netns", second.name()];
+    first.ip(&[&["link", "add", "eth0", "mtu", &mtu, "type", "veth"], &peer[..]].concat())?;
+    for (host, address) in lab.hosts().iter().zip(UNDERLAY) {
+        host.netns().ip(&["address", "add", &format!("{address}/24"), "dev", "eth0"])?;
+        host.netns().ip(&["link", "set", "eth0", "up"])?;
+    }
+    Ok(())
 }
 
-/// Containers behind hosts that forward; `tunnel` adds the routes between the hosts.
-fn through_hosts(kind: Kind, mtu: u32, tunnel: impl FnOnce(&[Space; 2]) -> Result<Parts>) -> Result<Network> {
-    let hosts = hosts(kind)?;
-    let containers = [Space::new(&format!("{kind}-ca"))?, Space::new(&format!("{kind}-cb"))?];
-    for (own, (host, container)) in hosts.iter().zip(&containers).enumerate() {
-        host.set("ipv4/ip_forward", "1")?;
-        host.join("box0", container, "eth0", mtu)?;
-        host.run(&format!("ip address add {}/24 dev box0", GATEWAY[own]))?;
-        container.run(&format!("ip address add {}/24 dev eth0", CONTAINER[own]))?;
-        container.run(&format!("ip route add default via {}", GATEWAY[own]))?;
+/// Hosts on a cable that forward for the containers behind them.
+fn forward(lab: &Lab, containers: [&Container; 2], mtu: u32) -> Result<()> {
+    cable(lab)?;
+    for (own, container) in containers.into_iter().enumerate() {
+        gateway::plug(&lab.hosts()[own], container, CONTAINER[own], GATEWAY[own], mtu)?;
     }
-    let parts = tunnel(&hosts)?;
-    let [a, b] = containers;
-    Ok(Network { a, b, to: CONTAINER[1], _parts: parts, _hosts: hosts.into() })
+    Ok(())
+}
+
+/// Tells a host the way to the other host's container.
+fn route(lab: &Lab, own: usize, way: &[&str]) -> Result<()> {
+    let network = network_of(1 - own).to_string();
+    lab.hosts()[own].netns().ip(&[&["route", "add", &network], way].concat()).map(drop)
 }
 
 fn network_of(side: usize) -> IpNet {
     IpNet::V4(Ipv4Net::new_assert(CONTAINER[side], 24).trunc())
 }
 
-fn vxlan(hosts: &[Space; 2]) -> Result<Parts> {
+fn vxlan(lab: &Lab) -> Result<()> {
     for (own, other) in PAIRS {
-        let host = &hosts[own];
-        let remote = UNDERLAY[other];
-        host.run(&format!("ip link add vx0 type vxlan id 77 remote {remote} dstport 4789 dev under"))?;
-        host.run(&format!("ip address add {}/24 dev vx0", TUNNEL[own]))?;
-        host.run(&format!("ip link set vx0 mtu {VXLAN_MTU} up"))?;
-        host.run(&format!("ip route add {} via {}", network_of(other), TUNNEL[other]))?;
+        let host = lab.hosts()[own].netns();
+        let remote = UNDERLAY[other].to_string();
+        let port = ["dstport", "4789", "dev", "eth0"];
+        host.ip(
+            &[&["link", "add", "vx0", "type", "vxlan", "id", "77", "remote", &remote], &port[..]].concat()
+        )?;
+        host.ip(&["address", "add", &format!("{}/24", TUNNEL[own]), "dev", "vx0"])?;
+        host.ip(&["link", "set", "vx0", "mtu", &VXLAN_MTU.to_string(), "up"])?;
+        route(lab, own, &["via", &TUNNEL[other].to_string()])?;
     }
-    Ok(Parts::default())
+    Ok(())
 }
 
-fn wireguard(hosts: &[Space; 2], stock: Stock) -> Result<Parts> {
+fn wireguard(lab: &Lab, stock: Stock) -> Result<Vec<Device>> {
     let keys = [key_pair()?, key_pair()?];
     let mut devices = Vec::new();
     for (own, other) in PAIRS {
-        let host = &hosts[own];
+        let host = lab.hosts()[own].netns();
         let letter = if stock == Stock::Gotatun { 'g' } else { 'b' };
         let interface = format!("ov{letter}{}{own}", std::process::id());
         let device = Device::start(stock, host, &interface)?;
@@ -197,29 +229,25 @@ fn wireguard(hosts: &[Space; 2], stock: Stock) -> Result<Parts> {
             peer: Peer {
                 public_key: keys[other].1,
                 preshared_key: None,
-                endpoint: Some(SocketAddr::new(IpAddr::V4(UNDERLAY[other]), WIREGUARD_PORT)),
+                endpoint: Some(SocketAddr::new(UNDERLAY[other].into(), WIREGUARD_PORT)),
                 allowed_ips: &[network_of(other)],
                 keepalive: None,
             },
         })?;
-        host.run(&format!("ip link set {interface} mtu {TUNNEL_MTU} up"))?;
-        host.run(&format!("ip route add {} dev {interface}", network_of(other)))?;
+        host.ip(&["link", "set", &interface, "mtu", &TUNNEL_MTU.to_string(), "up"])?;
+        route(lab, own, &["dev", &interface])?;
         devices.push(device);
     }
-    Ok(Parts { _devices: devices, ..Parts::default() })
+    Ok(devices)
 }
 
-fn overnode() -> Result<Network> {
-    let hosts = hosts(Kind::Overnode)?;
-    let containers = [Space::new("overnode-ca")?, Space::new("overnode-cb")?];
-    let mut nodes = Vec::new();
-    let mut addresses = Vec::new();
+fn overnode(lab: &Lab, containers: [&Container; 2]) -> Result<()> {
+    cable(lab)?;
     for (own, other) in PAIRS {
-        let node = node::Node::launch(&hosts[own], own + 1, UNDERLAY[other])?;
-        addresses.push(node.attach(&containers[own])?);
-        nodes.push(node);
+        let host = &lab.hosts()[own];
+        let (id, target) = ((own + 1).to_string(), UNDERLAY[other].to_string());
+        host.overnode_with(&["launch", "--id", &id, &target], &[("OVERNODE_TOKEN", TOKEN)])?.success()?;
+        host.attach(containers[own], &[]).with_context(|| format!("the daemon's log: {}", host.log()))?;
     }
-    let to = addresses.pop().context("no address")?;
-    let [a, b] = containers;
-    Ok(Network { a, b, to, _parts: Parts { _nodes: nodes, ..Parts::default() }, _hosts: hosts.into() })
+    Ok(())
 }

@@ -1,56 +1,59 @@
 //! Nebula with a certificate authority of its own, both nodes told where the other is.
 
 use std::fs;
+use std::process::Command;
 
-use anyhow::{Context, Result};
-use lab::rig::space::{self, Process, Space};
-use lab::rig::wireguard::ensure_tun;
-use tempfile::TempDir;
+use anyhow::{Context, Result, ensure};
+use lab::background::Background;
+use lab::wireguard::ensure_tun;
+use lab::{Entry, Lab};
 
-use super::{PAIRS, Parts, TUNNEL, TUNNEL_MTU, UNDERLAY, network_of};
+use super::{PAIRS, TUNNEL, TUNNEL_MTU, UNDERLAY, network_of};
 
 const PORT: u16 = 4242;
 
-/// A running node and its files.
-pub struct Node {
-    _process: Process,
-    _files: std::rc::Rc<TempDir>,
+/// The running nodes.
+pub struct Nodes {
+    _processes: Vec<Background>,
 }
 
-/// Starts one on each host.
+/// Starts one on each host. The containers' networks are what Nebula calls unsafe routes: subnets behind a node, vouched for by its
+/// certificate.
 ///
 /// # Errors
 /// When Nebula is not installed or refuses.
-pub fn start(hosts: &[Space; 2]) -> Result<Parts> {
+pub fn start(lab: &Lab) -> Result<Nodes> {
     ensure_tun()?;
-    let files = std::rc::Rc::new(tempfile::tempdir()?);
-    let certify = |words: &str| {
-        let mut command = std::process::Command::new("nebula-cert");
-        space::run(command.current_dir(files.path()).args(words.split_whitespace()))
+    let folder = lab.folder();
+    let certify = |words: &str| -> Result<()> {
+        let mut command = Command::new("nebula-cert");
+        let output = command.current_dir(folder).args(words.split(' ')).output();
+        let output = output.context("`nebula-cert` cannot be started: install Debian's package `nebula`")?;
+        ensure!(output.status.success(), "nebula-cert: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
     };
-    certify("ca -name bench").context("Debian's package `nebula` is needed")?;
-    let mut nodes = Vec::new();
+    certify("ca -name bench")?;
+    let mut processes = Vec::new();
     for (own, other) in PAIRS {
         let (ip, inside) = (TUNNEL[own], network_of(own));
-        certify(&format!(
-            "sign -name n{own} -ip {ip}/24 -subnets {inside} -out-crt n{own}.crt -out-key n{own}.key"
-        ))?;
-        let folder = files.path().display();
-        let (peer, underlay, route) = (TUNNEL[other], UNDERLAY[other], network_of(other));
+        let files = format!("-out-crt node{own}.crt -out-key node{own}.key");
+        certify(&format!("sign -name node{own} -ip {ip}/24 -subnets {inside} {files}"))?;
+        let (at, peer, underlay, route) =
+            (folder.display(), TUNNEL[other], UNDERLAY[other], network_of(other));
         let text = format!(
-            "pki: {{ca: {folder}/ca.crt, cert: {folder}/n{own}.crt, key: {folder}/n{own}.key}}\n\
+            "pki: {{ca: {at}/ca.crt, cert: {at}/node{own}.crt, key: {at}/node{own}.key}}\n\
              static_host_map: {{\"{peer}\": [\"{underlay}:{PORT}\"]}}\n\
              lighthouse: {{am_lighthouse: false, hosts: []}}\n\
              listen: {{host: 0.0.0.0, port: {PORT}}}\n\
-             tun: {{dev: nebula{own}, mtu: {TUNNEL_MTU}, unsafe_routes: [{{route: {route}, via: {peer}}}]}}\n\
+             tun: {{dev: nebula0, mtu: {TUNNEL_MTU}, unsafe_routes: [{{route: {route}, via: {peer}}}]}}\n\
              logging: {{level: warning, format: text}}\n\
-             firewall:\n  outbound: [{{port: any, proto: any, host: any}}]\n  inbound: [{{port: any, proto: any, host: any}}]\n"
+             firewall: {{outbound: [{{port: any, proto: any, host: any}}], inbound: [{{port: any, proto: any, host: any}}]}}\n"
         );
-        let file = files.path().join(format!("n{own}.yml"));
+        let file = folder.join(format!("node{own}.yml"));
         fs::write(&file, text)?;
-        let mut command = hosts[own].command("nebula")?;
-        let process = Process::start(command.arg("-config").arg(&file))?;
-        nodes.push(Node { _process: process, _files: files.clone() });
+        let mut command = lab.hosts()[own].netns().command(Entry::Setns, "nebula");
+        command.arg("-config").arg(&file);
+        processes.push(Background::start(command)?);
     }
-    Ok(Parts { _nebula: nodes, ..Parts::default() })
+    Ok(Nodes { _processes: processes })
 }

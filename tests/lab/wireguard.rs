@@ -11,13 +11,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
-use overnode_daemon::types::{PublicKey, Secret};
 
-use super::space::{Process, Space};
+use crate::background::Background;
+use crate::netns::{Entry, Netns};
 
 /// Where userspace WireGuards put their configuration sockets. One directory for all network namespaces: interface
 /// names must differ.
 const SOCKETS: &str = "/var/run/wireguard";
+
+/// A Curve25519 or pre-shared key.
+pub type Key = [u8; 32];
 
 /// A WireGuard program of somebody else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,18 +65,18 @@ pub fn installed(program: &str) -> Result<PathBuf> {
 }
 
 /// A new private key and its public key.
-pub fn key_pair() -> Result<(Secret, PublicKey)> {
+pub fn key_pair() -> Result<(Key, Key)> {
     let mut bytes = [0; 32];
     std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut bytes)?;
     let public = x25519_dalek::PublicKey::from(&x25519_dalek::StaticSecret::from(bytes));
-    Ok((Secret(bytes), PublicKey(public.to_bytes())))
+    Ok((bytes, public.to_bytes()))
 }
 
 /// What `wg` would call `[Interface]` and `[Peer]`.
 #[derive(Debug)]
 pub struct Configuration<'a> {
     /// The interface's own key.
-    pub private_key: &'a Secret,
+    pub private_key: &'a Key,
     /// UDP port.
     pub listen_port: u16,
     /// The one peer.
@@ -84,9 +87,9 @@ pub struct Configuration<'a> {
 #[derive(Debug)]
 pub struct Peer<'a> {
     /// Its public key.
-    pub public_key: PublicKey,
+    pub public_key: Key,
     /// Mixed into the handshake, if set.
-    pub preshared_key: Option<&'a Secret>,
+    pub preshared_key: Option<&'a Key>,
     /// Where it is; without it the process can only answer.
     pub endpoint: Option<SocketAddr>,
     /// What it may send from and is sent.
@@ -100,7 +103,7 @@ pub struct Peer<'a> {
 pub struct Device {
     stock: Stock,
     interface: String,
-    process: Process,
+    process: Background,
 }
 
 /// What a device says about its peer.
@@ -119,11 +122,11 @@ impl Device {
     ///
     /// # Errors
     /// When it is not installed or does not come up within 5 seconds; the message ends with its last words.
-    pub fn start(stock: Stock, space: &Space, interface: &str) -> Result<Self> {
+    pub fn start(stock: Stock, netns: &Netns, interface: &str) -> Result<Self> {
         ensure_tun()?;
-        let mut command = space.command(installed(stock.program())?)?;
+        let mut command = netns.command(Entry::Setns, installed(stock.program())?);
         command.args(["--foreground", "--disable-drop-privileges", "--verbosity", "error", interface]);
-        let process = Process::start(&mut command)?;
+        let process = Background::start(command)?;
         let mut device = Self { stock, interface: interface.to_owned(), process };
         let deadline = Instant::now() + Duration::from_secs(5);
         while device.get().is_err() {
@@ -145,10 +148,10 @@ impl Device {
     pub fn configure(&self, configuration: &Configuration<'_>) -> Result<()> {
         let Configuration { private_key, listen_port, peer } = configuration;
         let mut text =
-            format!("private_key={}\nlisten_port={listen_port}\nreplace_peers=true\n", hex(&private_key.0));
-        text += &format!("public_key={}\n", hex(&peer.public_key.0));
+            format!("private_key={}\nlisten_port={listen_port}\nreplace_peers=true\n", hex(*private_key));
+        text += &format!("public_key={}\n", hex(&peer.public_key));
         if let Some(key) = peer.preshared_key {
-            text += &format!("preshared_key={}\n", hex(&key.0));
+            text += &format!("preshared_key={}\n", hex(key));
         }
         if let Some(endpoint) = peer.endpoint {
             text += &format!("endpoint={endpoint}\n");

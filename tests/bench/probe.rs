@@ -1,8 +1,8 @@
-//! Probes that send from one namespace to another and say what arrived: pings, a flood of small datagrams, a byte
-//! stream that is checked at its end.
+//! Probes that send from one namespace to another and measure what arrives: pings with nanoseconds, and a flood of small
+//! datagrams.
 
-use std::io::{IoSlice, IoSliceMut, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::io::{IoSlice, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -17,7 +17,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeSpec;
 
-use super::space::Space;
+use lab::Netns;
 
 /// How long a ping waits for the last answers.
 const LINGER: Duration = Duration::from_secs(2);
@@ -32,8 +32,6 @@ const ICMP_HEADER: usize = 8;
 pub struct Pings {
     /// Requests sent.
     pub sent: u64,
-    /// Answers that came more than once.
-    pub duplicates: u64,
     /// Round-trip times of the requests answered, sorted.
     pub times: Vec<Duration>,
 }
@@ -63,24 +61,11 @@ impl Pings {
 ///
 /// # Errors
 /// When a raw socket cannot be had, or the kernel refuses to send.
-pub fn ping(from: &Space, to: Ipv4Addr, count: u64, interval: Duration) -> Result<Pings> {
-    ping_until(from, to, interval, |sent| sent == count)
-}
-
-/// As [`ping`], for as long as `enough` (told the number sent so far) is false.
-///
-/// # Errors
-/// As [`ping`].
-pub fn ping_until(
-    from: &Space,
-    to: Ipv4Addr,
-    interval: Duration,
-    enough: impl Fn(u64) -> bool + Send,
-) -> Result<Pings> {
+pub fn ping(from: &Netns, to: Ipv4Addr, count: u64, interval: Duration) -> Result<Pings> {
     from.enter(move || {
         let mut pinger = Pinger::open(to)?;
         let mut due = Instant::now();
-        while !enough(pinger.sent.len() as u64) {
+        for _ in 0..count {
             pinger.collect_until(due, false)?;
             pinger.send()?;
             due = Instant::now().max(due) + interval;
@@ -97,7 +82,6 @@ struct Pinger {
     /// When each was sent, and the answer's round-trip time.
     sent: Vec<(Duration, Option<Duration>)>,
     answered: usize,
-    duplicates: u64,
 }
 
 impl Pinger {
@@ -112,7 +96,7 @@ impl Pinger {
         setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
         setsockopt(&socket, sockopt::RcvBufForce, &(1 << 22))?;
         let ident = (SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos() as u16).to_be_bytes();
-        Ok(Self { socket, to, ident, sent: Vec::new(), answered: 0, duplicates: 0 })
+        Ok(Self { socket, to, ident, sent: Vec::new(), answered: 0 })
     }
 
     fn send(&mut self) -> Result<()> {
@@ -177,9 +161,7 @@ impl Pinger {
             let arrived = stamp.unwrap_or_else(now);
             let Some(number) = self.number_of(&bytes[..length]) else { continue };
             let Some((sent, time)) = self.sent.get_mut(number) else { continue };
-            if time.is_some() {
-                self.duplicates += 1;
-            } else {
+            if time.is_none() {
                 *time = Some(arrived.saturating_sub(*sent));
                 self.answered += 1;
             }
@@ -199,7 +181,7 @@ impl Pinger {
     fn finish(self) -> Pings {
         let mut times: Vec<_> = self.sent.iter().filter_map(|(_, time)| *time).collect();
         times.sort_unstable();
-        Pings { sent: self.sent.len() as u64, duplicates: self.duplicates, times }
+        Pings { sent: self.sent.len() as u64, times }
     }
 }
 
@@ -214,20 +196,12 @@ fn checksum(bytes: &[u8]) -> u16 {
     !((folded + (folded >> 16)) as u16)
 }
 
-/// What a flood achieved.
-#[derive(Clone, Copy, Debug)]
-pub struct Flood {
-    /// Datagrams that the receiving program got, per second.
-    pub received_per_second: f64,
-    /// Datagrams that the sending program handed to its kernel, per second.
-    pub sent_per_second: f64,
-}
-
-/// Sends datagrams as fast as one thread can, one per system call, and counts what one receiving thread gets.
+/// Sends datagrams as fast as one thread can, one per system call, and counts what one receiving thread gets: datagrams
+/// per second.
 ///
 /// # Errors
 /// When a socket cannot be had, or nothing arrives at all.
-pub fn flood(from: &Space, to: &Space, address: Ipv4Addr, payload: usize, time: Duration) -> Result<Flood> {
+pub fn flood(from: &Netns, to: &Netns, address: Ipv4Addr, payload: usize, time: Duration) -> Result<f64> {
     let receiver = to.enter(|| {
         let socket = UdpSocket::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?;
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
@@ -240,8 +214,8 @@ pub fn flood(from: &Space, to: &Space, address: Ipv4Addr, payload: usize, time: 
         socket.connect(target).context("cannot reach the flood's target")?;
         Ok(socket)
     })?;
-    let (stop, sent, received) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    let (seconds, sent, received) = thread::scope(|scope| {
+    let (stop, received) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (count, seconds) = thread::scope(|scope| {
         scope.spawn(|| {
             let mut bytes = [0; 2048];
             while !stop.load(Ordering::Relaxed) {
@@ -253,128 +227,17 @@ pub fn flood(from: &Space, to: &Space, address: Ipv4Addr, payload: usize, time: 
         scope.spawn(|| {
             let bytes = vec![0x5a; payload];
             while !stop.load(Ordering::Relaxed) {
-                // A full queue refuses some: those were not sent.
-                if sender.send(&bytes).is_ok() {
-                    sent.fetch_add(1, Ordering::Relaxed);
-                }
+                // A full queue refuses some, which is not worth a word: what arrives is what counts.
+                let _ = sender.send(&bytes);
             }
         });
-        let counts = || (sent.load(Ordering::Relaxed), received.load(Ordering::Relaxed));
         thread::sleep(WARM_UP);
-        let (before, start) = (counts(), Instant::now());
+        let (before, start) = (received.load(Ordering::Relaxed), Instant::now());
         thread::sleep(time);
-        let (after, seconds) = (counts(), start.elapsed().as_secs_f64());
+        let (after, seconds) = (received.load(Ordering::Relaxed), start.elapsed().as_secs_f64());
         stop.store(true, Ordering::Relaxed);
-        (seconds, after.0 - before.0, after.1 - before.1)
+        (after - before, seconds)
     });
-    ensure!(received > 0, "none of {sent} datagrams arrived at {target}");
-    Ok(Flood { received_per_second: received as f64 / seconds, sent_per_second: sent as f64 / seconds })
-}
-
-/// Sends `length` pseudo-random bytes over TCP and compares each at the other end; gives back how long it took.
-///
-/// # Errors
-/// When the connection fails or stalls for 10 seconds, and when a byte is wrong, missing or too many.
-pub fn transfer(from: &Space, to: &Space, address: Ipv4Addr, length: u64) -> Result<Duration> {
-    let listener = to.enter(|| Ok(TcpListener::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?))?;
-    let target = SocketAddr::from((address, listener.local_addr()?.port()));
-    let stall = Some(Duration::from_secs(10));
-    let start = Instant::now();
-    let mut sender = from.enter(|| {
-        TcpStream::connect_timeout(&target, Duration::from_secs(10))
-            .with_context(|| format!("no way to {target}"))
-    })?;
-    sender.set_write_timeout(stall)?;
-    let (mut receiver, _) = listener.accept()?;
-    receiver.set_read_timeout(stall)?;
-    thread::scope(|scope| {
-        let receiving = scope.spawn(move || compare(&mut receiver, length));
-        let mut pattern = Pattern::default();
-        let mut left = length;
-        let mut sending = Ok(());
-        while left > 0 && sending.is_ok() {
-            let block = pattern.next_block();
-            let part = &block[..block.len().min(usize::try_from(left).unwrap_or(usize::MAX))];
-            sending = sender.write_all(part);
-            left -= part.len() as u64;
-        }
-        drop(sender);
-        receiving.join().map_err(|_| anyhow!("the receiver panicked"))??;
-        sending.context("the sender stalled")
-    })?;
-    Ok(start.elapsed())
-}
-
-fn compare(stream: &mut impl Read, length: u64) -> Result<()> {
-    let mut pattern = Pattern::default();
-    let mut got = vec![0; Pattern::BLOCK];
-    let mut done = 0;
-    while done < length {
-        let block = pattern.next_block();
-        let part = Pattern::BLOCK.min(usize::try_from(length - done).unwrap_or(usize::MAX));
-        stream
-            .read_exact(&mut got[..part])
-            .with_context(|| format!("the stream ended or stalled after {done} bytes"))?;
-        if let Some(place) = (0..part).find(|&place| got[place] != block[place]) {
-            bail!("byte {} of the stream is wrong", done + place as u64);
-        }
-        done += part as u64;
-    }
-    ensure!(stream.read(&mut got[..1])? == 0, "more than {length} bytes arrived");
-    Ok(())
-}
-
-/// xorshift64: the same bytes at both ends without carrying them there.
-struct Pattern {
-    state: u64,
-    block: Vec<u8>,
-}
-
-impl Default for Pattern {
-    fn default() -> Self {
-        Self { state: 0x9e37_79b9_7f4a_7c15, block: vec![0; Self::BLOCK] }
-    }
-}
-
-impl Pattern {
-    const BLOCK: usize = 1 << 16;
-
-    fn next_block(&mut self) -> &[u8] {
-        for word in self.block.chunks_exact_mut(8) {
-            self.state ^= self.state << 13;
-            self.state ^= self.state >> 7;
-            self.state ^= self.state << 17;
-            word.copy_from_slice(&self.state.to_le_bytes());
-        }
-        &self.block
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_wrong_missing_or_extra_byte_is_noticed() {
-        let length = Pattern::BLOCK as u64 + 17;
-        let mut pattern = Pattern::default();
-        let mut bytes = pattern.next_block().to_vec();
-        bytes.extend_from_slice(&pattern.next_block()[..17]);
-        compare(&mut bytes.as_slice(), length).unwrap();
-        compare(&mut &bytes[..bytes.len() - 1], length).unwrap_err();
-        compare(&mut bytes.as_slice(), length - 1).unwrap_err();
-        bytes[Pattern::BLOCK + 3] ^= 1;
-        compare(&mut bytes.as_slice(), length).unwrap_err();
-    }
-
-    #[test]
-    fn percentiles_are_of_the_nearest_rank() {
-        let times = (1..=200).map(Duration::from_micros).collect();
-        let pings = Pings { sent: 201, duplicates: 0, times };
-        assert_eq!(pings.percentile(50), Duration::from_micros(100));
-        assert_eq!(pings.percentile(99), Duration::from_micros(198));
-        assert_eq!(pings.percentile(100), Duration::from_micros(200));
-        assert_eq!(pings.lost(), 1);
-        assert_eq!(Pings::default().percentile(99), Duration::ZERO);
-    }
+    ensure!(count > 0, "no datagram arrived at {target}");
+    Ok(count as f64 / seconds)
 }
