@@ -14,6 +14,7 @@ mod programs;
 mod report;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -55,8 +56,18 @@ struct Datapath {
     only: Vec<Kind>,
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     let Command::Datapath(arguments) = Arguments::parse().command;
+    match datapath(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn datapath(arguments: Datapath) -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
         "the benchmark makes network namespaces and loads programs: run it as root"
