@@ -220,9 +220,7 @@ fn wireguard(lab: &Lab, stock: Stock) -> Result<Vec<Device>> {
     let mut devices = Vec::new();
     for (own, other) in PAIRS {
         let host = lab.hosts()[own].netns();
-        let letter = if stock == Stock::Gotatun { 'g' } else { 'b' };
-        let interface = format!("ov{letter}{}{own}", std::process::id());
-        let device = Device::start(stock, host, &interface)?;
+        let device = Device::start(stock, host)?;
         device.configure(&Configuration {
             private_key: &keys[own].0,
             listen_port: WIREGUARD_PORT,
@@ -234,8 +232,7 @@ fn wireguard(lab: &Lab, stock: Stock) -> Result<Vec<Device>> {
                 keepalive: None,
             },
         })?;
-        host.ip(&["link", "set", &interface, "mtu", &TUNNEL_MTU.to_string(), "up"])?;
-        route(lab, own, &["dev", &interface])?;
+        device.up(host, TUNNEL_MTU, &[network_of(other)])?;
         devices.push(device);
     }
     Ok(devices)

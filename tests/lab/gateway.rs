@@ -20,7 +20,15 @@ pub fn plug(
     mtu: u32,
 ) -> Result<()> {
     let (netns, inside) = (host.netns(), container.netns());
-    netns.enter(|| Ok(std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?))?;
+    netns.enter(|| {
+        // Whatever comes is forwarded: it is for the far end to judge who may send what.
+        for (setting, value) in
+            [("ip_forward", "1"), ("conf/all/rp_filter", "0"), ("conf/default/rp_filter", "0")]
+        {
+            std::fs::write(format!("/proc/sys/net/ipv4/{setting}"), value)?;
+        }
+        Ok(())
+    })?;
     let (mtu, end) = (mtu.to_string(), "box0");
     netns.ip(&[
         "link",

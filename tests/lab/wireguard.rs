@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -118,16 +119,19 @@ pub struct PeerState {
 }
 
 impl Device {
-    /// Starts the process and waits for its socket. `interface` must be unique on the machine.
+    /// Starts the process and waits for its socket.
     ///
     /// # Errors
     /// When it is not installed or does not come up within 5 seconds; the message ends with its last words.
-    pub fn start(stock: Stock, netns: &Netns, interface: &str) -> Result<Self> {
+    pub fn start(stock: Stock, netns: &Netns) -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        // Unique on the machine and, for any process ID, no longer than the kernel allows.
+        let interface = format!("ovw{}n{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         ensure_tun()?;
         let mut command = netns.command(Entry::Setns, installed(stock.program())?);
-        command.args(["--foreground", "--disable-drop-privileges", "--verbosity", "error", interface]);
+        command.args(["--foreground", "--disable-drop-privileges", "--verbosity", "error", &interface]);
         let process = Background::start(command)?;
-        let mut device = Self { stock, interface: interface.to_owned(), process };
+        let mut device = Self { stock, interface, process };
         let deadline = Instant::now() + Duration::from_secs(5);
         while device.get().is_err() {
             device.process.check()?;
@@ -164,6 +168,18 @@ impl Device {
             text += &format!("allowed_ip={range}\n");
         }
         self.ask(&format!("set=1\n{text}\n"))?;
+        Ok(())
+    }
+
+    /// Brings the interface up and sends what is for these networks into it.
+    ///
+    /// # Errors
+    /// When `ip` refuses.
+    pub fn up(&self, netns: &Netns, mtu: u32, networks: &[IpNet]) -> Result<()> {
+        netns.ip(&["link", "set", &self.interface, "mtu", &mtu.to_string(), "up"])?;
+        for network in networks {
+            netns.ip(&["route", "add", &network.to_string(), "dev", &self.interface])?;
+        }
         Ok(())
     }
 
