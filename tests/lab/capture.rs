@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -11,6 +12,9 @@ use nix::unistd::Pid;
 
 use crate::netns::{Entry, Netns};
 use crate::pcap::{Packet, packets};
+
+/// After this time the kernel has handed over what it held back (`tcpdump` asks for one second).
+const BLOCK_TIMEOUT: Duration = Duration::from_millis(1100);
 
 /// A capture under way. Dropping it ends it.
 #[derive(Debug)]
@@ -62,9 +66,7 @@ impl Capture {
 
     /// Ends the capture, with every packet so far on disk.
     pub fn stop(mut self) -> Result<Captured> {
-        // The kernel hands packets over in blocks: what was sent just now may still be on its way to tcpdump,
-        // which reads what is left before it ends only if it is given the time.
-        std::thread::sleep(std::time::Duration::from_millis(150));
+        self.wait_until_read()?;
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT)?;
         let mut said = String::new();
         self.messages.read_to_string(&mut said)?;
@@ -76,6 +78,24 @@ impl Capture {
             .with_context(|| format!("tcpdump printed no count of losses: {said}"))?;
         let bytes = std::fs::read(&self.file).with_context(|| self.file.display().to_string())?;
         Ok(Captured { file: self.file.clone(), missed, bytes })
+    }
+}
+
+impl Capture {
+    /// The kernel hands packets over in blocks, a block that is not full after a second, and `tcpdump` does not look for
+    /// more once it was told to end.
+    fn wait_until_read(&self) -> Result<()> {
+        std::thread::sleep(BLOCK_TIMEOUT);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let mut length = 0;
+        loop {
+            let now = std::fs::metadata(&self.file)?.len();
+            if now == length || Instant::now() > deadline {
+                return Ok(());
+            }
+            length = now;
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 }
 

@@ -123,7 +123,7 @@ impl Lab {
 
     /// Captures everything that hosts send into the underlay, each frame once. Returns when it is listening.
     pub fn capture(&self) -> Result<Capture> {
-        Capture::start(&self.underlay.netns, &self.site.folder, &["-i", "any", "-Q", "in"])
+        Capture::start(&self.underlay.netns, &self.site.folder, self.underlay.capture_arguments())
     }
 
     /// Drops everything between two hosts, in both directions.

@@ -51,6 +51,9 @@ impl Underlay {
             }
             Topology::Routed => underlay.netns.enter(|| {
                 std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+                // A cable that is pulled must not cost the router its address.
+                std::fs::write("/proc/sys/net/ipv6/conf/default/keep_addr_on_down", "1")?;
+                std::fs::write("/proc/sys/net/ipv6/conf/all/keep_addr_on_down", "1")?;
                 Ok(std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")?)
             })?,
         }
@@ -133,6 +136,15 @@ impl Underlay {
             host.netns().ip(&[family, "route", "replace", "default", "via", &gateway.to_string()])?;
         }
         Ok(new)
+    }
+
+    /// What makes `tcpdump` see each frame once.
+    pub(crate) fn capture_arguments(&self) -> &'static [&'static str] {
+        match self.topology {
+            // On `any`, libpcap hides what is addressed to others; a promiscuous bridge gets it all.
+            Topology::Bridged => &["-i", "br0"],
+            Topology::Routed => &["-i", "any", "-Q", "in"],
+        }
     }
 
     fn addresses(&self, number: usize) -> Vec<IpAddr> {
