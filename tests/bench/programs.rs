@@ -76,6 +76,7 @@ impl Bench {
     fn load() -> Result<Self> {
         let mut programs = EbpfLoader::new()
             .verifier_log_level(VerifierLogLevel::STATS)
+            .override_global("DEBUG", &0u8, true)
             .load(overnode_daemon::PROGRAMS)
             .context("cannot load the programs' maps")?;
         let mut verified = BTreeMap::new();

@@ -62,7 +62,7 @@ pub fn installed(program: &str) -> Result<PathBuf> {
     own.ancestors()
         .map(|folder| folder.join("rivals/bin").join(program))
         .find(|file| file.is_file())
-        .with_context(|| format!("{program} is not installed: run `cargo xtask rivals` first"))
+        .with_context(|| format!("{program} is not installed: run `cargo xtask setup` first"))
 }
 
 /// A new private key and its public key.
