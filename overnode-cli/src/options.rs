@@ -43,46 +43,37 @@ Exit status: 0 done, 1 failed (one line on standard error says why and what to d
 #[derive(Clone, Debug, Args)]
 pub struct Global {
     /// Say more, and have a daemon that is started log more
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Everywhere")]
     pub debug: bool,
 
     /// Print without colours; so does NO_COLOR in the environment
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Everywhere")]
     pub no_color: bool,
 
     /// Where the node's identity, keys and addresses are kept
-    #[arg(long, global = true, env = "OVERNODE_STATE_DIR", value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
+    #[arg(long, global = true, help_heading = "Everywhere", env = "OVERNODE_STATE_DIR", hide_env_values = true, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
     pub state_dir: PathBuf,
 
     /// Where the daemon's socket is
-    #[arg(long, global = true, env = "OVERNODE_RUN_DIR", value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    #[arg(long, global = true, help_heading = "Everywhere", env = "OVERNODE_RUN_DIR", hide_env_values = true, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
 }
 
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start this host's node and join the cluster
     Launch(Launch),
-    /// Add targets: hosts that this node connects to
     Connect(Connect),
-    /// Remove targets
     Forget(Forget),
-    /// Plug a container into the network and print its address
     Attach(Attach),
-    /// Plug a container out of the network
     Detach(Detach),
-    /// Show the node, its peers, connections and containers
     Status(Status),
     /// Print everything the node knows as JSON, without secrets
     Inspect,
-    /// Wait until this node can give an address to a container
     Prime(Prime),
-    /// Stop and destroy the node, and remove everything it made
     Reset(Reset),
     /// Start a node that was launched and is not running
     Resume,
-    /// Manage WireGuard peers that are no nodes of the cluster
     #[command(subcommand)]
     Peer(Peer),
     /// Print a strong random token
@@ -91,7 +82,7 @@ pub enum Command {
     Version,
 }
 
-/// Starts this host's node and joins the cluster.
+/// Start this host's node and join the cluster
 ///
 /// The hosts named become its targets: it connects to them and keeps trying. They need not be reachable, and need not exist. A node
 /// that is its own target skips itself. Launched again while it runs, it gets the hosts named as further targets; launched
@@ -146,7 +137,7 @@ pub struct Launch {
     pub hosts: Vec<Host>,
 }
 
-/// Adds targets: hosts that this node connects to.
+/// Add targets: hosts that this node connects to
 ///
 /// They need not be reachable, and need not exist: they are kept and tried again and again.
 #[derive(Debug, Args)]
@@ -164,7 +155,7 @@ pub struct Connect {
     pub hosts: Vec<Host>,
 }
 
-/// Removes targets.
+/// Remove targets
 ///
 /// They are never connected to as targets again. A connection to a live node stays: the other nodes tell of it.
 #[derive(Debug, Args)]
@@ -177,7 +168,7 @@ pub struct Forget {
     pub hosts: Vec<Host>,
 }
 
-/// Plugs a network namespace into the network and prints its address.
+/// Plug a container, or any network namespace, into the network and print its address
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -197,7 +188,7 @@ pub struct Attach {
     pub name: Option<String>,
 }
 
-/// Plugs a network namespace out of the network, whether or not it still exists.
+/// Plug a container out of the network, whether or not it still exists
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -208,7 +199,7 @@ pub struct Detach {
     pub target: Target,
 }
 
-/// Shows the node, its targets, peers, connections, containers, addresses, and what became of packets.
+/// Show the node, its targets, peers, connections, containers, addresses and packet counters
 ///
 /// All sections, unless some are named.
 #[derive(Debug, Args)]
@@ -247,7 +238,7 @@ pub struct Status {
     pub json: bool,
 }
 
-/// Waits until this node can give an address to a container.
+/// Wait until this node can give an address to a container
 ///
 /// Nodes 1 to 4 can at once, others as soon as they hold addresses.
 #[derive(Debug, Args)]
@@ -260,7 +251,7 @@ pub struct Prime {
     pub timeout: Option<u64>,
 }
 
-/// Stops and destroys the node.
+/// Stop and destroy the node
 ///
 /// It leaves the cluster, and everything that it made on this host is removed. Works on a node that is not running too.
 #[derive(Debug, Args)]
@@ -277,10 +268,9 @@ pub struct Reset {
     pub force: bool,
 }
 
-/// Manages WireGuard peers that are no nodes of the cluster.
+/// Manage WireGuard peers that are no nodes of the cluster
 #[derive(Debug, Subcommand)]
 pub enum Peer {
-    /// Add a WireGuard peer, or change one; prints what to put into its configuration
     Add(AddPeer),
     /// Remove a WireGuard peer
     #[command(after_help = "\
@@ -298,7 +288,7 @@ Example:
     },
 }
 
-/// Adds a WireGuard peer, or changes one.
+/// Add a WireGuard peer, or change one; prints what to put into its configuration
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -376,8 +366,9 @@ pub fn explain(error: &clap::Error) -> ExitCode {
             let _ = error.print();
             ExitCode::SUCCESS
         }
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            let _ = error.print();
+        ErrorKind::MissingSubcommand | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let mut command = command_in(std::env::args());
+            let _ = write!(io::stderr(), "{}", command.render_help());
             ExitCode::from(2)
         }
         _ => {
@@ -389,7 +380,7 @@ pub fn explain(error: &clap::Error) -> ExitCode {
 }
 
 /// The paragraphs of clap's message that say what is wrong, and where to read more.
-fn in_one_line(rendered: &str, command: &str) -> String {
+fn in_one_line(rendered: &str, command: &clap::Command) -> String {
     let mut said: Vec<String> = Vec::new();
     for paragraph in rendered.split("\n\n") {
         let line = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -397,19 +388,20 @@ fn in_one_line(rendered: &str, command: &str) -> String {
             said.push(line.trim_start_matches("error: ").trim_start_matches("tip: ").to_owned());
         }
     }
-    format!("{}; see `{command} --help`", said.join("; "))
+    let name = command.get_bin_name().unwrap_or_else(|| command.get_name());
+    format!("{}; see `{name} --help`", said.join("; "))
 }
 
 /// The command whose help fits.
-fn command_in(arguments: impl Iterator<Item = String>) -> String {
+fn command_in(arguments: impl Iterator<Item = String>) -> clap::Command {
     let mut command = Cli::command();
-    let mut path = "overnode".to_owned();
+    command.build();
     for argument in arguments.skip(1) {
-        let Some(sub) = command.find_subcommand(&argument).cloned() else { continue };
-        path = format!("{path} {argument}");
-        command = sub;
+        if let Some(sub) = command.find_subcommand(&argument).cloned() {
+            command = sub;
+        }
     }
-    path
+    command
 }
 
 fn width() -> Option<u16> {

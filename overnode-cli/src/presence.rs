@@ -9,7 +9,7 @@ use std::path::Path;
 const DATABASE: &str = "overnode.redb";
 
 /// The file that a running daemon has locked.
-const LOCK: &str = "lock";
+pub const LOCK: &str = "lock";
 
 /// What is known about this host's node when no daemon answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,10 +10,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use overnode_daemon::api::Version;
+use overnode_daemon::node;
 
 use crate::client::{Client, Unanswered};
 use crate::failure::Failure;
 use crate::options::Context;
+use crate::presence::{self, Presence};
 use crate::systemd;
 
 /// The daemon's executable.
@@ -45,12 +47,21 @@ const POLL: Duration = Duration::from_millis(25);
 pub struct Started {
     how: How,
     context: Context,
+    before: Before,
+}
+
+/// What there was before the daemon was started.
+#[derive(Clone, Copy, Debug)]
+struct Before {
+    presence: Presence,
+    state_dir: bool,
+    run_dir: bool,
 }
 
 #[derive(Debug)]
 enum How {
     Unit { was_enabled: bool },
-    Detached { child: Child, made_run_dir: bool },
+    Detached { child: Child },
 }
 
 /// Starts the daemon unless one answers already.
@@ -65,18 +76,52 @@ pub async fn ensure_running(
         return Ok((None, version));
     }
     let mut started =
-        if systemd::is_in_charge(context) { start_unit(context)? } else { start_detached(context)? };
+        if systemd::is_in_charge(context) { start_unit(context)? } else { start_detached(context).await? };
     match started.answer(client).await {
         Ok(version) if started.is(&version) => Ok((Some(started), version)),
-        // Somebody else's was quicker: this one finds the state locked and ends.
+        // Somebody else's was quicker, and all that is there now belongs to it.
         Ok(version) => {
-            started.stop().await?;
+            started.end().await?;
             Ok((None, version))
         }
         Err(why) => match started.stop().await {
             Ok(()) => Err(why),
             Err(also) => Err(why.and(also)),
         },
+    }
+}
+
+impl Before {
+    fn of(context: &Context) -> Self {
+        Self {
+            presence: Presence::of(&context.state_dir),
+            state_dir: context.state_dir.exists(),
+            run_dir: context.run_dir.exists(),
+        }
+    }
+
+    async fn restore(self, context: &Context) -> Result<(), Failure> {
+        let Context { state_dir, run_dir, .. } = context;
+        let presence = Presence::of(state_dir);
+        if matches!(presence, Presence::Deaf(_)) {
+            // Another daemon had the state already, and this one ended because of it.
+            return Ok(());
+        }
+        // A daemon that got as far as having a state may have made more than files.
+        if self.presence == Presence::Never && presence == Presence::Stopped {
+            node::reset_offline(state_dir, run_dir, true)
+                .await
+                .map_err(|error| Failure::failed(format_args!("{error:#}; `overnode reset` tries again")))?;
+        }
+        if !self.state_dir {
+            let _ = fs::remove_file(state_dir.join(presence::LOCK));
+            let _ = fs::remove_dir(state_dir);
+        }
+        let _ = fs::remove_file(run_dir.join(LOG));
+        if !self.run_dir {
+            let _ = fs::remove_dir(run_dir);
+        }
+        Ok(())
     }
 }
 
@@ -114,29 +159,27 @@ pub fn forget_start(context: &Context) -> Result<(), Failure> {
 }
 
 impl Started {
-    /// Stops it, and removes what was made to start it.
+    /// Stops it, and removes what was made by starting it. A node that had been launched before stays launched.
     ///
     /// # Errors
-    /// When it does not stop.
-    pub async fn stop(self) -> Result<(), Failure> {
-        match self.how {
+    /// When it does not stop, or something cannot be removed.
+    pub async fn stop(mut self) -> Result<(), Failure> {
+        self.end().await?;
+        self.before.restore(&self.context).await
+    }
+
+    async fn end(&mut self) -> Result<(), Failure> {
+        match &mut self.how {
             How::Unit { was_enabled: true } => systemd::stop(),
             How::Unit { was_enabled: false } => systemd::stop_and_disable(),
-            How::Detached { mut child, made_run_dir } => {
-                end(&mut child).await?;
-                let _ = fs::remove_file(self.context.run_dir.join(LOG));
-                if made_run_dir {
-                    let _ = fs::remove_dir(&self.context.run_dir);
-                }
-                Ok(())
-            }
+            How::Detached { child } => end(child).await,
         }
     }
 
     fn is(&self, version: &Version) -> bool {
         match &self.how {
             How::Unit { .. } => true,
-            How::Detached { child, .. } => child.id() == version.pid,
+            How::Detached { child } => child.id() == version.pid,
         }
     }
 
@@ -151,7 +194,7 @@ impl Started {
                     return Err(client.explain(why));
                 }
             }
-            if let How::Detached { child, .. } = &mut self.how {
+            if let How::Detached { child } = &mut self.how {
                 match child.try_wait() {
                     Ok(None) => {}
                     Ok(Some(status)) => return self.ended_early(client, &status.to_string()).await,
@@ -197,6 +240,7 @@ impl Started {
 }
 
 fn start_unit(context: &Context) -> Result<Started, Failure> {
+    let before = Before::of(context);
     let was_enabled = systemd::is_enabled();
     let undo = |why: Failure| {
         let undone = if was_enabled { systemd::stop() } else { systemd::stop_and_disable() };
@@ -206,34 +250,29 @@ fn start_unit(context: &Context) -> Result<Started, Failure> {
         }
     };
     systemd::set_debug(context.debug).and_then(|()| systemd::start()).map_err(undo)?;
-    Ok(Started { how: How::Unit { was_enabled }, context: context.clone() })
+    Ok(Started { how: How::Unit { was_enabled }, context: context.clone(), before })
 }
 
-fn start_detached(context: &Context) -> Result<Started, Failure> {
+async fn start_detached(context: &Context) -> Result<Started, Failure> {
     let daemon = find_daemon()?;
-    let made_run_dir = !context.run_dir.exists();
-    let cannot = |what: &Path, error: &io::Error| {
-        Failure::failed(format_args!("{}: {error}: give another directory with --run-dir", what.display()))
-    };
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(&context.run_dir)
-        .map_err(|error| cannot(&context.run_dir, &error))?;
-    let path = context.run_dir.join(LOG);
-    let open = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
-    let undo = |failure: Failure| {
-        let _ = fs::remove_file(&path);
-        if made_run_dir {
-            let _ = fs::remove_dir(&context.run_dir);
+    let before = Before::of(context);
+    match open_log(context).and_then(|log| spawn(&daemon, context, log)) {
+        Ok(child) => Ok(Started { how: How::Detached { child }, context: context.clone(), before }),
+        Err(error) => {
+            let why = Failure::failed(format_args!(
+                "{} could not be started with its log in {}: {error}; --run-dir names another directory",
+                daemon.display(),
+                context.run_dir.display()
+            ));
+            before.restore(context).await?;
+            Err(why)
         }
-        failure
-    };
-    let log = open.map_err(|error| undo(cannot(&path, &error)))?;
-    let child = spawn(&daemon, context, log).map_err(|error| {
-        undo(Failure::failed(format_args!("{} could not be started: {error}", daemon.display())))
-    })?;
-    Ok(Started { how: How::Detached { child, made_run_dir }, context: context.clone() })
+    }
+}
+
+fn open_log(context: &Context) -> io::Result<File> {
+    DirBuilder::new().recursive(true).mode(0o755).create(&context.run_dir)?;
+    OpenOptions::new().create(true).append(true).mode(0o600).open(context.run_dir.join(LOG))
 }
 
 fn spawn(daemon: &Path, context: &Context, log: File) -> io::Result<Child> {

@@ -1,5 +1,6 @@
-//! Tables that fit: without borders, one line for each row where that is possible; on a terminal that is too narrow for this the last
-//! column is wrapped, and on one that is narrower still each row becomes a block of lines.
+//! Tables that fit: without borders, one line for each row where that is possible. On a terminal that is too narrow for this, columns
+//! that can be spared are left out, then the last column is wrapped; on one that is narrower still each row becomes a block of lines
+//! with everything in it.
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell as TableCell, Color, ColumnConstraint, ContentArrangement, Table};
@@ -45,6 +46,7 @@ pub struct Cell {
 #[derive(Clone, Debug)]
 pub struct Grid {
     headings: Vec<&'static str>,
+    spare: &'static [&'static str],
     rows: Vec<Vec<Cell>>,
 }
 
@@ -77,7 +79,12 @@ pub fn maybe<T: ToString>(value: Option<T>) -> Cell {
 impl Grid {
     /// Without rows.
     pub fn new(headings: &[&'static str]) -> Self {
-        Self { headings: headings.to_vec(), rows: Vec::new() }
+        Self { headings: headings.to_vec(), spare: &[], rows: Vec::new() }
+    }
+
+    /// With columns that may be left out where there is no room, the first one first.
+    pub fn spare(self, spare: &'static [&'static str]) -> Self {
+        Self { spare, ..self }
     }
 
     /// Adds a row; it has a cell for each heading.
@@ -91,24 +98,32 @@ impl Grid {
         if self.rows.is_empty() {
             return "(none)\n".to_owned();
         }
-        self.drop_empty_columns();
+        let rows = self.rows.clone();
+        self.drop_columns(|_, column| rows.iter().all(|row| row[column].text.is_empty()));
         let Some(width) = style.width else { return self.table(style, None) };
-        let widths = self.widths();
-        let gaps = GAP * (widths.len() as u16).saturating_sub(1);
-        let natural = widths.iter().sum::<u16>() + gaps;
-        let last = widths.last().copied().unwrap_or(0);
-        if natural <= width {
-            self.table(style, None)
-        } else if natural - last + last.min(WRAPPED) <= width {
-            self.table(style, Some(width))
-        } else {
-            self.blocks(style, width)
+        let mut narrower = self.clone();
+        for spare in self.spare.iter().map(Some).chain([None]) {
+            let widths = narrower.widths();
+            let gaps = GAP * (widths.len() as u16).saturating_sub(1);
+            let natural = widths.iter().sum::<u16>() + gaps;
+            let last = widths.last().copied().unwrap_or(0);
+            if natural <= width {
+                return narrower.table(style, None);
+            }
+            if natural - last + last.min(WRAPPED) <= width {
+                return narrower.table(style, Some(width));
+            }
+            if let Some(spare) = spare {
+                narrower.drop_columns(|heading, _| heading == *spare);
+            }
         }
+        self.blocks(style, width)
     }
 
-    fn drop_empty_columns(&mut self) {
+    /// Drops those of which the heading and the number say so.
+    fn drop_columns(&mut self, unwanted: impl Fn(&str, usize) -> bool) {
         for column in (0..self.headings.len()).rev() {
-            if self.rows.iter().all(|row| row[column].text.is_empty()) {
+            if unwanted(self.headings[column], column) {
                 self.headings.remove(column);
                 for row in &mut self.rows {
                     row.remove(column);
@@ -240,6 +255,15 @@ mod tests {
              note   the name does not resolve, which\n\
              \x20      is tried again all the time\n"
         );
+    }
+
+    #[test]
+    fn columns_that_can_be_spared_go_first() {
+        let mut grid = Grid::new(&["name", "endpoint", "sent"]).spare(&["endpoint"]);
+        grid.row(["host2", "192.0.2.12:6784", "4 KiB"].map(Cell::from));
+        let style = Style { width: Some(24), color: false };
+        assert_eq!(grid.clone().render(style), "NAME   SENT\nhost2  4 KiB\n");
+        assert!(grid.render(Style { width: Some(40), ..style }).contains("192.0.2.12:6784"));
     }
 
     #[test]

@@ -70,7 +70,8 @@ pub fn targets(targets: &[TargetStatus], style: Style) -> String {
 pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
     let mut grid = Grid::new(&[
         "node", "address", "state", "since", "session", "endpoint", "mtu", "received", "sent", "note",
-    ]);
+    ])
+    .spare(&["endpoint", "since", "address", "mtu"]);
     for peer in &status.peers {
         let [session, endpoint, mtu, received, sent, note] = data(peer.data.as_ref());
         let state = reachability(peer);
@@ -101,7 +102,8 @@ pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
 
 /// `--connections`
 pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
-    let mut grid = Grid::new(&["", "remote", "state", "node", "rtt", "since", "encryption", "note"]);
+    let mut grid = Grid::new(&["", "remote", "state", "node", "rtt", "since", "encryption", "note"])
+        .spare(&["encryption", "since", "rtt"]);
     for connection in connections {
         let note = match connection.state {
             ConnectionState::Established => String::new(),
@@ -169,9 +171,9 @@ pub fn ipam(ipam: &IpamStatus, style: Style) -> String {
 
 /// `--counters`
 pub fn counters(counters: &[CounterStatus], style: Style) -> String {
-    let mut grid = Grid::new(&["reason", "packets", "", "meaning"]);
+    let mut grid = Grid::new(&["reason", "packets", "fate", "meaning"]);
     for counter in counters.iter().filter(|counter| counter.count > 0) {
-        let fate = if counter.dropped { Cell::new("dropped", Tone::Wait) } else { "".into() };
+        let fate = if counter.dropped { Cell::new("dropped", Tone::Wait) } else { "passed".into() };
         grid.row([
             Cell::from(&counter.reason),
             counter.count.into(),
@@ -194,7 +196,8 @@ pub fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
         "sent",
         "public key",
         "note",
-    ]);
+    ])
+    .spare(&["endpoint", "mtu"]);
     for peer in peers {
         let allowed = peer.allowed_ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let [session, endpoint, mtu, received, sent, note] = data(peer.data.as_ref());
