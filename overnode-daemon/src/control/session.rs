@@ -34,6 +34,7 @@ pub const READ_LIMIT: Duration = Duration::from_secs(15);
 /// A message that the other side does not take within this time ends the connection.
 pub const WRITE_LIMIT: Duration = Duration::from_secs(15);
 
+const LINGER: Duration = Duration::from_secs(1);
 const PATTERN: &str = "Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s";
 const PROLOGUE: &[u8] = b"overnode control v1";
 
@@ -336,7 +337,9 @@ async fn finish<S: AsyncRead + AsyncWrite>(
     mut reader: Reader<S>,
     writer: Writer<S>,
 ) -> Result<Link<S>, Refusal> {
-    let verdict = reader.receive_any(Instant::now() + HANDSHAKE_LIMIT).await;
+    // A side that refuses listens on only so that closing does not destroy its own words on their way.
+    let patience = if checked.is_ok() { HANDSHAKE_LIMIT } else { LINGER };
+    let verdict = reader.receive_any(Instant::now() + patience).await;
     let outcome = match (peer, checked, verdict) {
         (Err(refusal), _, _) | (Ok(_), Err(refusal), _) | (Ok(_), Ok(()), Err(refusal)) => Err(refusal),
         (Ok(peer), Ok(()), Ok(verdict)) => {
