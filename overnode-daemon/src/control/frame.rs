@@ -38,6 +38,9 @@ pub enum BadFrame {
     EmptyPart,
 }
 
+/// Least room for one read. An idle connection holds no more than this.
+const READ_AHEAD: usize = 4096;
+
 /// Cuts received bytes into frames.
 #[derive(Debug, Default)]
 pub struct Cutter {
@@ -52,6 +55,10 @@ impl Cutter {
             self.buffer.drain(..self.start);
             self.start = 0;
         }
+        if self.buffer.is_empty() {
+            self.buffer.shrink_to(READ_AHEAD);
+        }
+        self.buffer.reserve(READ_AHEAD);
         &mut self.buffer
     }
 

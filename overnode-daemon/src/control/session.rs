@@ -337,7 +337,9 @@ async fn finish<S: AsyncRead + AsyncWrite>(
     mut reader: Reader<S>,
     writer: Writer<S>,
 ) -> Result<Link<S>, Refusal> {
-    let verdict = reader.receive_any(Instant::now() + HANDSHAKE_LIMIT).await;
+    // A side that refuses listens on only so that closing does not destroy its own words on their way.
+    let patience = if checked.is_ok() { HANDSHAKE_LIMIT } else { LINGER };
+    let verdict = reader.receive_any(Instant::now() + patience).await;
     let outcome = match (peer, checked, verdict) {
         (Err(refusal), _, _) | (Ok(_), Err(refusal), _) | (Ok(_), Ok(()), Err(refusal)) => Err(refusal),
         (Ok(peer), Ok(()), Ok(verdict)) => {

@@ -51,7 +51,8 @@ pub enum Action {
         /// What to send.
         message: Message,
     },
-    /// There is a newer record of a node that is part of the cluster.
+    /// There is a newer record of a node that is part of the cluster. By the time this is polled there may be one newer still, even a
+    /// tombstone, which has an action of its own.
     Changed(NodeId),
     /// A node has left the cluster for good.
     Removed(NodeId),
@@ -192,7 +193,7 @@ impl Gossip {
     /// Leaves the cluster: the tombstone is ready to be sent at once, and nothing is listened to any more.
     pub fn leave(&mut self) {
         self.draft = self.draft.clone().into_tombstone();
-        self.draft.version += 1;
+        self.raise_version();
         self.put(self.draft.clone());
         self.own_changed = false;
         self.defence = None;
@@ -332,13 +333,22 @@ impl Gossip {
         };
         self.actions.push_back(Action::Contested { public_key, nickname });
         self.defended = Some(now);
-        if incarnation > self.draft.incarnation || version >= MAX_STAMP {
+        if incarnation > self.draft.incarnation {
             self.draft.incarnation = incarnation.saturating_add(1).min(MAX_STAMP);
             self.draft.version = 0;
         } else {
             self.draft.version = self.draft.version.max(version);
         }
         self.note_own_change(now);
+    }
+
+    fn raise_version(&mut self) {
+        if self.draft.version < MAX_STAMP {
+            self.draft.version += 1;
+        } else {
+            self.draft.incarnation = self.draft.incarnation.saturating_add(1).min(MAX_STAMP);
+            self.draft.version = 1;
+        }
     }
 
     fn note_own_change(&mut self, now: Instant) {
@@ -357,7 +367,7 @@ impl Gossip {
             return;
         }
         self.draft.links = self.neighbours.iter().copied().collect();
-        self.draft.version += 1;
+        self.raise_version();
         self.put(self.draft.clone());
         self.news.insert(self.own, BTreeSet::new());
     }

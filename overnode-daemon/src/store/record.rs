@@ -5,6 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
+use crate::control::key;
+use crate::control::session::Me;
 use crate::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
 /// Who this node is: made by `launch`, gone with `reset`.
@@ -96,6 +99,19 @@ pub(super) struct PublicExternalPeer {
 }
 
 impl Identity {
+    /// How this node introduces itself to others.
+    pub fn introduction(&self) -> Me {
+        let hello = Hello {
+            versions: (OLDEST_VERSION, NEWEST_VERSION),
+            id: self.id,
+            incarnation: self.incarnation,
+            nickname: self.nickname.clone(),
+            network: self.network,
+            public_key: key::public_key(&self.static_secret),
+        };
+        Me { static_secret: self.static_secret.clone(), cluster_key: self.cluster_key.clone(), hello }
+    }
+
     pub(super) fn public(&self) -> PublicIdentity {
         PublicIdentity {
             id: self.id,
