@@ -34,6 +34,7 @@ pub const READ_LIMIT: Duration = Duration::from_secs(15);
 /// A message that the other side does not take within this time ends the connection.
 pub const WRITE_LIMIT: Duration = Duration::from_secs(15);
 
+const LINGER: Duration = Duration::from_secs(1);
 /// The Noise protocol, as `status` names it.
 pub const PATTERN: &str = "Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s";
 const PROLOGUE: &[u8] = b"overnode control v1";

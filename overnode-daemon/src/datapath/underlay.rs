@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context as _, Result, bail, ensure};
 use overnode_ebpf::wire::{OVERHEAD_IPV4, OVERHEAD_IPV6, TAG_LEN};
 use serde::Serialize;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::Datapath;
 use super::links::Link;
@@ -28,8 +28,10 @@ pub struct UnderlayStatus {
     pub hook: Hook,
     /// MTU of containers attached from now on, bytes.
     pub container_mtu: u32,
-    /// The host's addresses.
+    /// The host's addresses, without those that only it can reach.
     pub addresses: Vec<IpAddr>,
+    /// What is wrong with it, for people.
+    pub problems: Vec<String>,
 }
 
 /// An interface on which messages are taken.
@@ -50,6 +52,8 @@ pub struct UnderlayInterface {
 pub(super) struct Underlay {
     pub(super) interfaces: BTreeMap<u32, UnderlayInterface>,
     pub(super) addresses: BTreeSet<IpAddr>,
+    /// Interfaces that lead to peers but cannot be used, and why.
+    problems: BTreeMap<u32, String>,
     /// MTU of `--interface`, else of the default route's interface.
     pub(super) main_mtu: Option<u32>,
 }
@@ -61,7 +65,8 @@ impl Datapath {
             interfaces: self.underlay.interfaces.values().cloned().collect(),
             hook: self.programs.hook(),
             container_mtu: self.container_mtu(),
-            addresses: self.underlay.addresses.iter().copied().collect(),
+            addresses: self.underlay.addresses.iter().copied().filter(is_reachable).collect(),
+            problems: self.underlay.problems.values().cloned().collect(),
         }
     }
 
@@ -117,6 +122,19 @@ impl Datapath {
         Ok(())
     }
 
+    /// An interface that cannot be used must not keep the other peers from being configured.
+    async fn try_underlay(&mut self, ifindex: u32) {
+        let Err(error) = self.ensure_underlay(ifindex).await else {
+            self.underlay.problems.remove(&ifindex);
+            return;
+        };
+        let problem = format!("{error:#}");
+        if self.underlay.problems.get(&ifindex) != Some(&problem) {
+            warn!("{problem}");
+            self.underlay.problems.insert(ifindex, problem);
+        }
+    }
+
     /// Follows changes of the host's addresses, routes and interfaces: call it after [`super::LinkEvent::AddressesChanged`] and
     /// [`super::LinkEvent::RoutesChanged`].
     ///
@@ -139,7 +157,9 @@ impl Datapath {
         self.maps.set_local_addresses(&addresses.iter().copied().collect::<Vec<_>>())?;
         self.underlay.addresses = addresses;
         let links = self.netlink.links().await?;
-        self.underlay.interfaces.retain(|ifindex, _| links.iter().any(|link| link.index == *ifindex));
+        let is_there = |ifindex: &u32| links.iter().any(|link| link.index == *ifindex);
+        self.underlay.interfaces.retain(|ifindex, _| is_there(ifindex));
+        self.underlay.problems.retain(|ifindex, _| is_there(ifindex));
         for link in &links {
             if let Some(known) = self.underlay.interfaces.get_mut(&link.index) {
                 known.mtu = link.mtu;
@@ -177,7 +197,7 @@ impl Datapath {
             self.peer_cell(peer)?.set_path(endpoint.ip(), endpoint.port(), None, 0);
             return Ok(());
         };
-        self.ensure_underlay(route.ifindex).await?;
+        self.try_underlay(route.ifindex).await;
         let link_mtu =
             self.underlay.interfaces.get(&route.ifindex).map_or(USUAL_MTU, |interface| interface.mtu);
         let path_mtu = route.mtu.filter(|mtu| *mtu != 0).map_or(link_mtu, |mtu| mtu.min(link_mtu));
@@ -191,6 +211,14 @@ impl Datapath {
         cell.mtu().store(mtu, Ordering::Relaxed);
         Ok(())
     }
+}
+
+fn is_reachable(address: &IpAddr) -> bool {
+    let is_link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !address.is_loopback() && !is_link_local
 }
 
 /// Largest inner packet (from its IP header on) for outer packets of `path_mtu` bytes. Padding never exceeds it, so nothing is
