@@ -31,6 +31,7 @@ pub mod netns;
 pub mod pcap;
 pub mod ping;
 pub mod process;
+pub mod raw;
 mod underlay;
 
 use std::path::{Path, PathBuf};

@@ -75,7 +75,7 @@ fn run(command: Command) -> Result<()> {
             Ok(())
         }
         Command::Test(arguments) => {
-            setup::run(Purpose::Test)?;
+            setup::run(Purpose::Lab)?;
             test::run(&Workspace::find()?, &arguments)
         }
         Command::Demo => {
