@@ -75,7 +75,7 @@ fn run(command: Command) -> Result<()> {
             Ok(())
         }
         Command::Test(arguments) => {
-            setup::run(Purpose::Lab)?;
+            setup::run(Purpose::Test)?;
             test::run(&Workspace::find()?, &arguments)
         }
         Command::Demo => {

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::step::{Step, show};
 use crate::toolchain::{self, Compiler};
+use crate::workspace::Workspace;
 
 /// The release of bpf-linker that is installed where there is none.
 const LINKER_VERSION: &str = "0.13.0";
@@ -23,6 +24,8 @@ pub enum Purpose {
     Build,
     /// Hosts as network namespaces: programs of the system, and root.
     Lab,
+    /// Every test: also stock WireGuard programs to talk to.
+    Test,
     /// Measuring beside rivals.
     Bench,
 }
@@ -42,6 +45,11 @@ const PROGRAMS: &[(&str, &str, Purpose)] = &[
     ("sha256sum", "coreutils", Purpose::Lab),
     ("nebula", "nebula", Purpose::Bench),
 ];
+
+/// Stock WireGuard programs: program, cargo package, version. They go into the target directory: nobody's own
+/// installation is touched.
+const RIVALS: [(&str, &str, &str); 2] =
+    [("boringtun-cli", "boringtun-cli", "0.7.1"), ("gotatun", "gotatun-cli", "0.10.2")];
 
 /// Looks for everything; installs what is missing when it can.
 ///
@@ -71,6 +79,14 @@ pub fn run(purpose: Purpose) -> Result<()> {
     if purpose >= Purpose::Lab {
         machine.need_root()?;
         mount_bpffs()?;
+    }
+    if purpose >= Purpose::Test {
+        let folder = Workspace::find()?.target.join("rivals");
+        for (program, package, version) in RIVALS {
+            if !folder.join("bin").join(program).is_file() {
+                cargo_install(package, version, &["--root", &folder.to_string_lossy()], &[])?;
+            }
+        }
     }
     Ok(())
 }
