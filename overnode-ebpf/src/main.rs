@@ -1,8 +1,103 @@
 //! The programs. On the host this file is an empty `main`, so that `cargo build --workspace` works.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+//!
+//! | program | where | what it does |
+//! | --- | --- | --- |
+//! | `from_container` | host end of a container's veth, ingress | checks the sender, answers ARP, routes |
+//! | `seal` | second end of the normaliser, ingress | seals for a peer and sends |
+//! | `from_underlay` | underlay interface, ingress | opens what peers sent and delivers |
+//! | `from_underlay_xdp` | the same as an XDP program | the same |
+//! | `aead_check` | nowhere: tests run it | seals or opens a test vector |
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(core_intrinsics), allow(internal_features))]
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}
+
+#[cfg(target_arch = "bpf")]
+mod program;
+
+#[cfg(target_arch = "bpf")]
+mod entry {
+    use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
+    use aya_ebpf::macros::{classifier, xdp};
+    use aya_ebpf::programs::{TcContext, XdpContext};
+
+    use crate::program::{Sent, aead_check, from_container, from_underlay, log, maps, seal};
+
+    /// Counts what goes on, and says with which verdict.
+    #[inline(always)]
+    fn finish(sent: &Sent) -> i64 {
+        if let Some(reason) = sent.counted {
+            maps::count(reason);
+        }
+        sent.verdict
+    }
+
+    #[classifier]
+    pub fn from_container(ctx: TcContext) -> i32 {
+        let ctx = ctx.skb.skb;
+        match from_container::run(ctx) {
+            Ok(sent) => finish(&sent) as i32,
+            Err(reason) => {
+                maps::count(reason);
+                log::from_container(ctx, reason);
+                TC_ACT_SHOT as i32
+            }
+        }
+    }
+
+    #[classifier]
+    pub fn seal(ctx: TcContext) -> i32 {
+        let ctx = ctx.skb.skb;
+        match seal::run(ctx) {
+            Ok(sent) => finish(&sent) as i32,
+            Err(reason) => {
+                maps::count(reason);
+                log::seal(ctx, reason);
+                TC_ACT_SHOT as i32
+            }
+        }
+    }
+
+    #[classifier]
+    pub fn from_underlay(ctx: TcContext) -> i32 {
+        let ctx = ctx.skb.skb;
+        match from_underlay::run(ctx) {
+            Ok(Some(sent)) => finish(&sent) as i32,
+            // Other programs on this interface get their turn (TCX_NEXT).
+            Ok(None) => TC_ACT_UNSPEC,
+            Err(reason) => {
+                maps::count(reason);
+                log::from_underlay(ctx, reason);
+                TC_ACT_SHOT as i32
+            }
+        }
+    }
+
+    #[xdp]
+    pub fn from_underlay_xdp(ctx: XdpContext) -> u32 {
+        let ctx = ctx.ctx;
+        match from_underlay::run(ctx) {
+            Ok(Some(sent)) => finish(&sent) as u32,
+            Ok(None) => xdp_action::XDP_PASS,
+            Err(reason) => {
+                maps::count(reason);
+                log::from_underlay_xdp(ctx, reason);
+                xdp_action::XDP_DROP
+            }
+        }
+    }
+
+    #[classifier]
+    pub fn aead_check(ctx: TcContext) -> i32 {
+        aead_check::aead_check(ctx.skb.skb)
+    }
+}
+
+/// The kernel lends its GPL-only helpers to programs that say so.
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

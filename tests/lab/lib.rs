@@ -20,11 +20,13 @@
 //!
 //! It needs root and the programs `ip`, `ping`, `tcpdump` and `nft`; for [`iperf`] also `iperf3`.
 
+pub mod background;
 pub mod binaries;
 pub mod capture;
 pub mod cleanup;
 pub mod container;
 pub mod flow;
+pub mod gateway;
 pub mod host;
 pub mod iperf;
 pub mod netns;
@@ -33,6 +35,7 @@ pub mod ping;
 pub mod process;
 pub mod raw;
 mod underlay;
+pub mod wireguard;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};

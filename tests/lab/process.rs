@@ -119,7 +119,7 @@ pub fn run_limited(mut command: Command, folder: &Path, limit: Duration) -> Resu
     Ok(Outcome { command: text, status, stdout, stderr, took })
 }
 
-fn describe(command: &Command) -> String {
+pub(crate) fn describe(command: &Command) -> String {
     std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(|word| word.to_string_lossy())

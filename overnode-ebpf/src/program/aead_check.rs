@@ -1,0 +1,57 @@
+//! Lets tests run any ChaCha20-Poly1305 vector in the kernel, by BPF_PROG_TEST_RUN. Never attached.
+//!
+//! The packet: 14 bytes that count as an Ethernet header; what to do (u32: 0 seals, 1 opens), length of the additional data
+//! (u32), length of the text (u32), nonce (12 bytes), key (32 bytes); the additional data, filled up to a multiple of 16 bytes;
+//! the text; the tag, or 16 bytes of room for it. All little-endian. The verdict is 0, or 1 plus the reason code.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::bpf_skb_pull_data;
+use overnode_ebpf::aead::GROUP_LEN;
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::wire::ETHERNET_LEN;
+
+use super::cipher::{Claimed, Job, Packet};
+
+/// Where the additional data starts.
+const BODY: u32 = (ETHERNET_LEN + size_of::<Request>()) as u32;
+const OPEN: u32 = 1;
+
+#[repr(C)]
+struct Request {
+    action: u32,
+    aad_len: u32,
+    text_len: u32,
+    nonce: [u32; 3],
+    key: [u32; 8],
+}
+
+/// Does what the packet asks for.
+#[inline(always)]
+pub fn aead_check(skb: *mut __sk_buff) -> i32 {
+    match check(skb) {
+        Ok(()) => 0,
+        Err(reason) => 1 + reason as i32,
+    }
+}
+
+#[inline(always)]
+fn check(skb: *mut __sk_buff) -> Result<(), Reason> {
+    // SAFETY: a helper on the program's own context.
+    if unsafe { bpf_skb_pull_data(skb, (*skb).len) } != 0 {
+        return Err(Reason::Helper);
+    }
+    let at = skb.data() + ETHERNET_LEN;
+    if at + size_of::<Request>() > skb.data_end() {
+        return Err(Reason::Malformed);
+    }
+    // SAFETY: within the packet, as just checked.
+    let request = unsafe { &*(at as *const Request) };
+    let scratch = Claimed::new()?;
+    let aad = Job { packet: skb, scratch: scratch.0, offset: BODY, len: request.aad_len };
+    let offset = BODY + request.aad_len.next_multiple_of(GROUP_LEN as u32);
+    let text = Job { packet: skb, scratch: scratch.0, offset, len: request.text_len };
+    // SAFETY: a live map value, claimed.
+    unsafe { (*aad.cipher()).start(&request.key, request.nonce) };
+    let opens = request.action == OPEN;
+    aad.absorb().and_then(|()| if opens { text.open() } else { text.seal() })
+}

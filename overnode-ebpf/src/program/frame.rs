@@ -1,0 +1,321 @@
+//! Packet access, the same for TC and XDP, and the headers as they lie in packets.
+//!
+//! Header fields are read and written with plain loads and stores although packets are aligned to nothing: the
+//! kernel allows that on x86-64 and arm64, and `read_unaligned` would become one load per byte.
+
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::bindings::{__sk_buff, BPF_CSUM_LEVEL_INC, BPF_F_INGRESS, xdp_md};
+use aya_ebpf::helpers::generated::{
+    bpf_csum_level, bpf_csum_update, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_proto,
+    bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+};
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_IPV4, IPV4_LEN, IPV6_LEN};
+
+use super::cipher::Packet;
+
+/// The context of a TC program.
+pub type Skb = *mut __sk_buff;
+
+/// A hardware address, in units that are always aligned.
+pub type Mac = [u16; 3];
+
+/// Ethernet II.
+#[repr(C)]
+pub struct Ethernet {
+    pub destination: Mac,
+    pub source: Mac,
+    pub kind_be: u16,
+}
+
+/// IPv4 without options (RFC 791).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Ipv4 {
+    /// Version and header length in words.
+    pub version_ihl: u8,
+    pub tos: u8,
+    pub total_len_be: u16,
+    pub id_be: u16,
+    pub fragment_be: u16,
+    pub ttl: u8,
+    pub protocol: u8,
+    pub checksum: u16,
+    pub source: u32,
+    pub destination: u32,
+}
+
+/// IPv6 (RFC 8200).
+#[repr(C)]
+pub struct Ipv6 {
+    /// Version, traffic class and flow label.
+    pub version_class_label_be: u32,
+    pub payload_len_be: u16,
+    pub next_header: u8,
+    pub hop_limit: u8,
+    pub source: [u32; 4],
+    pub destination: [u32; 4],
+}
+
+/// UDP (RFC 768).
+#[repr(C)]
+pub struct Udp {
+    pub source_be: u16,
+    pub destination_be: u16,
+    pub len_be: u16,
+    pub checksum: u16,
+}
+
+/// Header of a transport data message (WireGuard whitepaper section 5.4.6).
+#[repr(C)]
+pub struct DataHeader {
+    pub kind: u32,
+    pub receiver: u32,
+    pub counter_low: u32,
+    pub counter_high: u32,
+}
+
+impl Ipv4 {
+    /// Length of the header, options included, in bytes.
+    #[inline(always)]
+    pub fn header_len(&self) -> u32 {
+        u32::from(self.version_ihl & 0xf) * 4
+    }
+
+    /// True if the version is 4 and the lengths fit each other and the `available` bytes.
+    #[inline(always)]
+    pub fn is_sane(&self, available: u32) -> bool {
+        let total = u32::from(u16::from_be(self.total_len_be));
+        self.version_ihl >> 4 == 4
+            && self.header_len() >= IPV4_LEN as u32
+            && total >= self.header_len()
+            && total <= available
+    }
+}
+
+/// IP protocol numbers.
+pub const PROTOCOL_ICMP: u8 = 1;
+pub const PROTOCOL_TCP: u8 = 6;
+pub const PROTOCOL_UDP: u8 = 17;
+
+/// The only way to a packet's bytes: a pointer to `T` at `offset`, if the linear part holds all of it.
+///
+/// Valid until the next helper that may move the packet's data. The reason is for callers to whom a short packet
+/// is a fault. `T` has two bytes at least: for one, the compiler turns the check into one that the verifier does not understand.
+#[inline(always)]
+pub fn at<T>(frame: impl Frame, offset: usize) -> Result<*mut T, Reason> {
+    const { assert!(size_of::<T>() > 1) }
+    let (start, end) = frame.bounds();
+    let start = start + offset;
+    if start + size_of::<T>() > end {
+        return Err(Reason::Malformed);
+    }
+    Ok(start as *mut T)
+}
+
+/// What the programs need from a TC or an XDP context.
+pub trait Frame: Packet {
+    /// Addresses of the first byte and of the one behind the last of the linear part. Read from the context
+    /// each time: an address that the compiler kept in a 32-bit register would be no pointer to the verifier.
+    fn bounds(self) -> (usize, usize);
+    /// Bytes from the Ethernet header to the end.
+    fn len(self) -> u32;
+    /// The interface that it came in by.
+    fn ifindex(self) -> u32;
+    /// Size of the segments if this is more than one packet, else 0.
+    fn gso_size(self) -> u32;
+    /// Makes the first `len` bytes readable by pointer.
+    fn linearize(self, len: u32) -> Result<(), Reason>;
+    /// Makes everything readable and writable by pointer.
+    fn linearize_all(self) -> Result<(), Reason>;
+    /// Removes the `outer` bytes after the Ethernet header and what lies behind `inner` more bytes, in a
+    /// packet whose payload was authenticated and changed. `from_v6`: the outer header is IPv6.
+    fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason>;
+
+    /// Bytes that [`at`] can reach.
+    #[inline(always)]
+    fn linear(self) -> u32 {
+        let (start, end) = self.bounds();
+        // Hidden, for the compiler would subtract in 32 bits, which the verifier allows to no pointer.
+        core::hint::black_box(end - start) as u32
+    }
+
+    /// Writes an Ethernet header for IPv4 at the front.
+    #[inline(always)]
+    fn set_ethernet(self, destination: &[u8; 6], source: &[u8; 6]) -> Result<(), Reason> {
+        let ethernet = at::<Ethernet>(self, 0)?;
+        // SAFETY: `at` has checked the bounds; the hardware addresses lie in a map at even offsets.
+        unsafe {
+            (*ethernet).destination = *destination.as_ptr().cast::<Mac>();
+            (*ethernet).source = *source.as_ptr().cast::<Mac>();
+            (*ethernet).kind_be = ETHERTYPE_IPV4.to_be();
+        }
+        Ok(())
+    }
+}
+
+impl Frame for Skb {
+    #[inline(always)]
+    fn bounds(self) -> (usize, usize) {
+        // SAFETY: the kernel hands a valid context to the program.
+        unsafe {
+            let start = (&raw const (*self).data).read_volatile();
+            (start as usize, (&raw const (*self).data_end).read_volatile() as usize)
+        }
+    }
+
+    #[inline(always)]
+    fn len(self) -> u32 {
+        // SAFETY: the kernel hands a valid context to the program.
+        unsafe { (*self).len }
+    }
+
+    #[inline(always)]
+    fn ifindex(self) -> u32 {
+        // SAFETY: the kernel hands a valid context to the program.
+        unsafe { (*self).ifindex }
+    }
+
+    #[inline(always)]
+    fn gso_size(self) -> u32 {
+        // SAFETY: the kernel hands a valid context to the program.
+        unsafe { (*self).gso_size }
+    }
+
+    #[inline(always)]
+    fn linearize(self, len: u32) -> Result<(), Reason> {
+        if self.linear() >= len || self.linear() == self.len() {
+            return Ok(());
+        }
+        pull(self, len.min(self.len()))
+    }
+
+    #[inline(always)]
+    fn linearize_all(self) -> Result<(), Reason> {
+        // Clones were made private before the first instruction: the kernel does so for programs that write packets.
+        if self.linear() == self.len() {
+            return Ok(());
+        }
+        pull(self, self.len())
+    }
+
+    #[inline(always)]
+    fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason> {
+        // A checksum of the whole packet that the device computed (CHECKSUM_COMPLETE) is wrong by now. Only growing
+        // drops it, and only with such a checksum does bpf_csum_update succeed.
+        // SAFETY: the context is valid.
+        if unsafe { bpf_csum_update(self, 0) } >= 0 {
+            resize(self, self.len() + 1)?;
+        }
+        // The inner packet's protocol has to be the packet's, which only this helper changes on 6.1.
+        let outer = if from_v6 {
+            change_protocol(self, ETHERTYPE_IPV4)?;
+            outer - (IPV6_LEN - IPV4_LEN) as u32
+        } else {
+            outer
+        };
+        adjust_room(self, -(outer as i32))?;
+        resize(self, ETHERNET_LEN as u32 + inner)?;
+        // Poly1305 has proven the payload: the container need not sum it up again.
+        // SAFETY: the context is valid. A refusal changes nothing.
+        unsafe { bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_INC)) };
+        Ok(())
+    }
+}
+
+impl Frame for *mut xdp_md {
+    #[inline(always)]
+    fn bounds(self) -> (usize, usize) {
+        // SAFETY: the kernel hands a valid context to the program.
+        unsafe {
+            let start = (&raw const (*self).data).read_volatile();
+            (start as usize, (&raw const (*self).data_end).read_volatile() as usize)
+        }
+    }
+
+    #[inline(always)]
+    fn len(self) -> u32 {
+        self.linear()
+    }
+
+    #[inline(always)]
+    fn ifindex(self) -> u32 {
+        // SAFETY: the kernel hands a valid context to the program.
+        unsafe { (*self).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn gso_size(self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    fn linearize(self, _: u32) -> Result<(), Reason> {
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn linearize_all(self) -> Result<(), Reason> {
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn strip(self, outer: u32, inner: u32, _: bool) -> Result<(), Reason> {
+        // SAFETY: the context is valid.
+        if unsafe { bpf_xdp_adjust_head(self, outer as i32) } != 0 {
+            return Err(Reason::Helper);
+        }
+        let surplus = (self.linear() - inner) as i32 - ETHERNET_LEN as i32;
+        // SAFETY: the context is valid.
+        if unsafe { bpf_xdp_adjust_tail(self, -surplus) } != 0 {
+            return Err(Reason::Helper);
+        }
+        Ok(())
+    }
+}
+
+/// Makes the first `len` bytes readable and writable by pointer.
+#[inline(always)]
+fn pull(skb: Skb, len: u32) -> Result<(), Reason> {
+    // SAFETY: the context is valid.
+    if unsafe { bpf_skb_pull_data(skb, len) } != 0 { Err(Reason::Helper) } else { Ok(()) }
+}
+
+/// Sets a packet's length: cuts it, or appends zeros. Finishes nothing, but undoes GSO and makes all linear.
+#[inline(always)]
+pub fn resize(skb: Skb, len: u32) -> Result<(), Reason> {
+    // SAFETY: the context is valid.
+    if unsafe { bpf_skb_change_tail(skb, len, 0) } != 0 { Err(Reason::Helper) } else { Ok(()) }
+}
+
+/// Inserts bytes behind the Ethernet header, or removes them there.
+#[inline(always)]
+pub fn adjust_room(skb: Skb, by: i32) -> Result<(), Reason> {
+    // SAFETY: the context is valid.
+    if unsafe { bpf_skb_adjust_room(skb, by, BPF_ADJ_ROOM_MAC, 0) } != 0 {
+        Err(Reason::Helper)
+    } else {
+        Ok(())
+    }
+}
+
+/// Makes an IPv4 packet an IPv6 one or the reverse, with 20 bytes more or fewer behind the Ethernet header.
+#[inline(always)]
+pub fn change_protocol(skb: Skb, ethertype: u16) -> Result<(), Reason> {
+    // SAFETY: the context is valid.
+    if unsafe { bpf_skb_change_proto(skb, ethertype.to_be(), 0) } != 0 { Err(Reason::Helper) } else { Ok(()) }
+}
+
+/// Sends out of an interface.
+#[inline(always)]
+pub fn redirect(ifindex: u32) -> i64 {
+    // SAFETY: has no preconditions.
+    unsafe { bpf_redirect(ifindex, 0) }
+}
+
+/// Lets the packet come in by an interface, anew.
+#[inline(always)]
+pub fn redirect_ingress(ifindex: u32) -> i64 {
+    // SAFETY: has no preconditions.
+    unsafe { bpf_redirect(ifindex, u64::from(BPF_F_INGRESS)) }
+}

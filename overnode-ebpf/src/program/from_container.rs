@@ -1,0 +1,118 @@
+//! From a container: check who sends, find out where to.
+
+use aya_ebpf::helpers::generated::{bpf_redirect_peer, bpf_skb_change_type};
+use overnode_ebpf::map::{Endpoint, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER};
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, IPV4_LEN, UDP_LEN};
+
+use super::frame::{Ethernet, Frame, Ipv4, Mac, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, redirect};
+use super::{Sent, arp, maps, too_big};
+
+/// Packet types of `skb->pkt_type`.
+const PACKET_HOST: u32 = 0;
+
+pub fn run(skb: Skb) -> Result<Sent, Reason> {
+    let endpoint = maps::endpoint(skb.ifindex()).ok_or(Reason::Unconfigured)?;
+    let ethernet = at::<Ethernet>(skb, 0)?;
+    // SAFETY: `at` has checked the bounds; the hardware address lies in a map at an even offset.
+    let (spoofed, group, kind) = unsafe {
+        (
+            (*ethernet).source != *endpoint.mac.as_ptr().cast::<Mac>(),
+            (*ethernet).destination[0].to_ne_bytes()[0] & 1 == 1,
+            u16::from_be((*ethernet).kind_be),
+        )
+    };
+    if spoofed {
+        return Err(Reason::Spoofed);
+    }
+    // SAFETY: the kernel hands a valid context to the program.
+    if unsafe { (*skb).vlan_present } != 0 {
+        return Err(Reason::Unsupported);
+    }
+    match kind {
+        ETHERTYPE_ARP => arp::answer(skb, endpoint),
+        ETHERTYPE_IPV4 if !group => ipv4(skb, endpoint),
+        _ => Err(Reason::Unsupported),
+    }
+}
+
+#[inline(always)]
+fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
+    skb.linearize((ETHERNET_LEN + IPV4_LEN) as u32)?;
+    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+    // SAFETY: `at` has checked the bounds.
+    let (sane, source, destination) =
+        unsafe { ((*ip).is_sane(skb.len() - ETHERNET_LEN as u32), (*ip).source, (*ip).destination) };
+    if !sane {
+        return Err(Reason::Malformed);
+    }
+    if endpoint.address.to_v4().map(u32::from_ne_bytes) != Some(source) {
+        return Err(Reason::Spoofed);
+    }
+    // Multicast, reserved, broadcast.
+    if u32::from_be(destination) >= 0xe000_0000 {
+        return Err(Reason::Unsupported);
+    }
+    let route = maps::route_v4(destination).ok_or(Reason::NoRoute)?;
+    match route.kind {
+        ROUTE_LOCAL => local(skb, route.target),
+        ROUTE_PEER => remote(skb, endpoint, route.target),
+        ROUTE_NONE => Err(Reason::NotHere),
+        _ => Err(Reason::NoRoute),
+    }
+}
+
+/// To another container of this host, offloads and all.
+#[inline(always)]
+fn local(skb: Skb, ifindex: u32) -> Result<Sent, Reason> {
+    let target = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
+    skb.set_ethernet(&target.mac, &target.gateway_mac)?;
+    // SAFETY: the context is valid.
+    if unsafe { (*skb).pkt_type } != PACKET_HOST {
+        // The frame is not parsed again on its way into the other namespace.
+        // SAFETY: the context is valid.
+        if unsafe { bpf_skb_change_type(skb, PACKET_HOST) } != 0 {
+            return Err(Reason::Helper);
+        }
+    }
+    // SAFETY: has no preconditions.
+    Ok(Sent { counted: Some(Reason::Local), verdict: unsafe { bpf_redirect_peer(ifindex, 0) } })
+}
+
+/// To a peer: through the normaliser, which segments and finishes checksums, to `seal`.
+#[inline(always)]
+fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
+    let peer = maps::peer(index).ok_or(Reason::NoRoute)?;
+    // SAFETY: values of an array map are valid for the whole program.
+    let mtu = unsafe { (*peer).mtu };
+    let config = maps::config().ok_or(Reason::Unconfigured)?;
+    if largest(skb)? > mtu {
+        return too_big::answer(skb, endpoint, config, mtu);
+    }
+    Ok(Sent { counted: None, verdict: redirect(config.normaliser) })
+}
+
+/// Length of the largest packet, from the IP header on, that this one becomes.
+#[inline(always)]
+fn largest(skb: Skb) -> Result<u32, Reason> {
+    let gso_size = skb.gso_size();
+    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+    // SAFETY: `at` has checked the bounds.
+    let (header, protocol, total) =
+        unsafe { ((*ip).header_len(), (*ip).protocol, u32::from(u16::from_be((*ip).total_len_be))) };
+    if gso_size == 0 {
+        return Ok(total);
+    }
+    let transport = match protocol {
+        PROTOCOL_TCP => {
+            skb.linearize(ETHERNET_LEN as u32 + header + 20)?;
+            let offset = core::hint::black_box(u64::from(header)) & 0x3c;
+            let data_offset = at::<[u8; 13]>(skb, ETHERNET_LEN + offset as usize)?;
+            // SAFETY: `at` has checked the bounds.
+            u32::from(unsafe { (*data_offset)[12] } >> 4) * 4
+        }
+        PROTOCOL_UDP => UDP_LEN as u32,
+        _ => 0,
+    };
+    Ok(header + transport + gso_size)
+}

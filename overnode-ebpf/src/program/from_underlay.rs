@@ -1,0 +1,174 @@
+//! From the underlay: open what a peer sent, and deliver it. TC and XDP run the same code.
+
+use overnode_ebpf::map::{
+    Peer, ROUTE_LOCAL, ROUTE_PEER, SESSION_FREE, SESSION_LIVE, SESSION_SLOTS, SESSION_UNCONFIRMED, Session,
+};
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::replay::Window;
+use overnode_ebpf::wire::{DATA_HEADER_LEN, ETHERNET_LEN, IPV4_LEN, TYPE_DATA, ecn_decapsulated};
+
+use super::checksum::fold;
+use super::frame::{DataHeader, Frame, Ipv4, at, redirect};
+use super::outer::{self, Outer};
+use super::{Sent, cipher, maps};
+
+/// `None`: not a data message for this host.
+pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
+    let Some(outer) = outer::parse(frame)? else { return Ok(None) };
+    if frame.gso_size() != 0 {
+        return Err(Reason::Offload);
+    }
+    frame.linearize_all()?;
+    let now = maps::now();
+    let (session, counter) = find_session(frame, &outer, now)?;
+    // SAFETY: values of an array map are valid for the whole program, here and below.
+    let index = unsafe { (*session).peer };
+    let peer = maps::peer(index).ok_or(Reason::UnknownIndex)?;
+    let text = (outer.message() + DATA_HEADER_LEN) as u32;
+    // SAFETY: as above.
+    unsafe {
+        Window::check(&raw const (*session).window, counter)?;
+        cipher::open(frame, &raw const (*session).rx_key, counter, text, outer.text_len())?;
+        Window::accept(&raw mut (*session).window, counter)?;
+    }
+    confirm(session, peer);
+    roam(frame, &outer, peer)?;
+    let inner_len = if outer.text_len() == 0 { 0 } else { inner_len(frame, &outer)? };
+    account(peer, now, inner_len);
+    if outer.text_len() == 0 {
+        return Err(Reason::KeepaliveReceived);
+    }
+    deliver(frame, &outer, index, inner_len).map(Some)
+}
+
+/// The session that a message belongs to, and the message's counter.
+#[inline(always)]
+fn find_session(frame: impl Frame, outer: &Outer, now: u64) -> Result<(*mut Session, u64), Reason> {
+    let header = at::<DataHeader>(frame, outer.message())?;
+    // SAFETY: `at` has checked the bounds.
+    let (kind, receiver, counter) = unsafe {
+        (
+            (*header).kind,
+            u32::from_le((*header).receiver),
+            u64::from(u32::from_le((*header).counter_low))
+                | u64::from(u32::from_le((*header).counter_high)) << 32,
+        )
+    };
+    if kind != u32::from(TYPE_DATA).to_le() {
+        return Err(Reason::Malformed);
+    }
+    let session = maps::session(receiver & (SESSION_SLOTS - 1)).ok_or(Reason::UnknownIndex)?;
+    // SAFETY: values of an array map are valid for the whole program.
+    unsafe {
+        if (*session).state == SESSION_FREE || (*session).local_index != receiver {
+            return Err(Reason::UnknownIndex);
+        }
+        if now >= (*session).expires_ns {
+            return Err(Reason::Expired);
+        }
+    }
+    Ok((session, counter))
+}
+
+/// The first message under a session proves that the peer has its keys: from now on it seals.
+#[inline(always)]
+fn confirm(session: *mut Session, peer: *mut Peer) {
+    // SAFETY: values of array maps are valid for the whole program. Only a session that still waits is confirmed:
+    // the daemon may have withdrawn it meanwhile.
+    unsafe {
+        if (*session).state == SESSION_UNCONFIRMED
+            && maps::compare_exchange(&raw mut (*session).state, SESSION_UNCONFIRMED, SESSION_LIVE)
+        {
+            (*peer).tx_slot = (*session).local_index & (SESSION_SLOTS - 1);
+        }
+    }
+}
+
+/// Answers go to where the last authenticated message came from (whitepaper section 6.5).
+#[inline(always)]
+fn roam(frame: impl Frame, outer: &Outer, peer: *mut Peer) -> Result<(), Reason> {
+    let (remote, local, remote_port_be) = outer.endpoints(frame)?;
+    let ifindex = frame.ifindex();
+    // SAFETY: values of an array map are valid for the whole program. A value that two CPUs write at once may be
+    // mixed until the next message.
+    unsafe {
+        if (*peer).remote != remote
+            || (*peer).local != local
+            || (*peer).remote_port_be != remote_port_be
+            || (*peer).ifindex != ifindex
+        {
+            (*peer).remote = remote;
+            (*peer).local = local;
+            (*peer).remote_port_be = remote_port_be;
+            (*peer).ifindex = ifindex;
+        }
+    }
+    Ok(())
+}
+
+/// Length of the inner packet, padding excluded.
+#[inline(always)]
+fn inner_len(frame: impl Frame, outer: &Outer) -> Result<u32, Reason> {
+    let ip = at::<Ipv4>(frame, outer.message() + DATA_HEADER_LEN)?;
+    // SAFETY: `at` has checked the bounds.
+    unsafe {
+        match (*ip).version_ihl >> 4 {
+            4 if outer.text_len() >= IPV4_LEN as u32 && (*ip).is_sane(outer.text_len()) => {
+                Ok(u32::from(u16::from_be((*ip).total_len_be)))
+            }
+            6 => Err(Reason::Unsupported),
+            _ => Err(Reason::Malformed),
+        }
+    }
+}
+
+#[inline(always)]
+fn account(peer: *mut Peer, now: u64, inner_len: u32) {
+    // SAFETY: values of an array map are valid for the whole program.
+    unsafe {
+        maps::fetch_add(&raw mut (*peer).rx_packets, 1);
+        (*peer).last_rx_ns = now;
+        if inner_len != 0 {
+            maps::fetch_add(&raw mut (*peer).rx_bytes, u64::from(inner_len));
+            (*peer).last_data_rx_ns = now;
+        }
+    }
+}
+
+/// Hands the inner packet to the container that it is for, if the peer may send it.
+#[inline(always)]
+fn deliver(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Result<Sent, Reason> {
+    let text = outer.message() + DATA_HEADER_LEN;
+    let ip = at::<Ipv4>(frame, text)?;
+    // SAFETY: `at` has checked the bounds.
+    let (source, destination, version_ihl, tos) =
+        unsafe { ((*ip).source, (*ip).destination, (*ip).version_ihl, (*ip).tos) };
+    match maps::route_v4(source) {
+        Some(route) if route.kind == ROUTE_PEER && route.target == peer => {}
+        _ => return Err(Reason::ForeignSource),
+    }
+    let ifindex = match maps::route_v4(destination) {
+        Some(route) if route.kind == ROUTE_LOCAL => route.target,
+        _ => return Err(Reason::NotHere),
+    };
+    let endpoint = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
+
+    let ecn = ecn_decapsulated(outer.ecn(), tos).ok_or(Reason::Congestion)?;
+    let marked = tos & !overnode_ebpf::wire::ECN_MASK | ecn;
+    if marked != tos {
+        let ip = at::<Ipv4>(frame, text)?;
+        let before = u16::from_ne_bytes([version_ihl, tos]);
+        let after = u16::from_ne_bytes([version_ihl, marked]);
+        // SAFETY: `at` has checked the bounds.
+        unsafe {
+            (*ip).tos = marked;
+            // RFC 1624, equation 3.
+            let sum = u64::from(!(*ip).checksum) + u64::from(!before) + u64::from(after);
+            (*ip).checksum = !fold(sum);
+        }
+    }
+    frame.strip((text - ETHERNET_LEN) as u32, inner_len, outer.is_v6())?;
+    frame.set_ethernet(&endpoint.mac, &endpoint.gateway_mac)?;
+    // The host end, not its peer: so the packet passes the veth's NAPI, which joins segments (GRO).
+    Ok(Sent { counted: Some(Reason::Opened), verdict: redirect(ifindex) })
+}

@@ -1,0 +1,39 @@
+//! What programs say when debugging is on. The loader sets [`DEBUG`] before it loads them; while it is 0 the verifier removes
+//! all of this.
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::xdp_md;
+use aya_log_ebpf::debug;
+use overnode_ebpf::reason::Reason;
+
+use super::frame::{Frame, Skb};
+
+#[unsafe(no_mangle)]
+static DEBUG: Global<u8> = Global::new(0);
+
+macro_rules! refusals {
+    ($($name:ident: $context:ty;)+) => {$(
+        #[inline(always)]
+        pub fn $name(frame: $context, reason: Reason) {
+            if DEBUG.load() != 0 {
+                // A frame of its own: what it needs of the stack is not added to the caller's beside the cipher's.
+                #[inline(never)]
+                fn say(reason: u32, ifindex: u32, len: u32) {
+                    debug!(
+                        (),
+                        "{}: reason {}, interface {}, {} bytes",
+                        stringify!($name), reason, ifindex, len
+                    );
+                }
+                say(reason as u32, frame.ifindex(), frame.len());
+            }
+        }
+    )+};
+}
+
+refusals! {
+    from_container: Skb;
+    seal: Skb;
+    from_underlay: Skb;
+    from_underlay_xdp: *mut xdp_md;
+}

@@ -1,0 +1,27 @@
+//! The paths of packets through the programs, one file each.
+//!
+//! A path ends with what became of the packet, or with the [`Reason`] why it was refused; only the entry
+//! points turn either into a verdict. Offsets count bytes from the first byte of the Ethernet header.
+
+use overnode_ebpf::reason::Reason;
+
+pub mod aead_check;
+pub mod arp;
+pub mod checksum;
+pub mod cipher;
+pub mod frame;
+pub mod from_container;
+pub mod from_underlay;
+pub mod log;
+pub mod maps;
+pub mod outer;
+pub mod seal;
+pub mod too_big;
+
+/// A packet that goes on.
+pub struct Sent {
+    /// What it is counted as; `None` if another program will count it.
+    pub counted: Option<Reason>,
+    /// What the helper that redirected it returned: the program's verdict.
+    pub verdict: i64,
+}

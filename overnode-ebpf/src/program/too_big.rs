@@ -1,0 +1,107 @@
+//! ICMP "fragmentation needed and DF set" (RFC 792, RFC 1191), made of the packet that was too big.
+
+use aya_ebpf::helpers::generated::bpf_csum_diff;
+use overnode_ebpf::map::{Config, Endpoint};
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN};
+
+use super::Sent;
+use super::checksum::{fold, ipv4_checksum};
+use super::frame::{Frame, Ipv4, PROTOCOL_ICMP, Skb, adjust_room, at, redirect, resize};
+
+const TYPE_UNREACHABLE: u8 = 3;
+const CODE_FRAGMENTATION_NEEDED: u8 = 4;
+const TYPE_ECHO_REPLY: u8 = 0;
+const TYPE_ECHO: u8 = 8;
+const FRAGMENT_OFFSET: u16 = 0x1fff;
+
+#[repr(C)]
+struct Icmp {
+    kind: u8,
+    code: u8,
+    checksum: u16,
+    unused: u16,
+    mtu_be: u16,
+}
+
+/// What is quoted of the packet: the longest IPv4 header and 8 bytes.
+const QUOTE_LEN: usize = 60 + 8;
+const ANSWER_LEN: usize = IPV4_LEN + size_of::<Icmp>() + QUOTE_LEN;
+/// Bytes cut off at the front. To pull more than where a checksum starts is what makes the kernel forget that it still had to be
+/// finished, with which it would overwrite two bytes of the answer.
+const PULLED_LEN: usize = 160;
+
+/// Answers the container; `mtu` is what the path takes, in bytes from the IP header on.
+#[inline(always)]
+pub fn answer(skb: Skb, endpoint: &Endpoint, config: &Config, mtu: u32) -> Result<Sent, Reason> {
+    if !may_be_answered(skb)? {
+        return Err(Reason::TooBig);
+    }
+    let (Some(source), Some(destination)) = (config.node.to_v4(), endpoint.address.to_v4()) else {
+        return Err(Reason::TooBig);
+    };
+    resize(skb, (ETHERNET_LEN + PULLED_LEN + ANSWER_LEN) as u32)?;
+    let original = at::<[u32; QUOTE_LEN / 4]>(skb, ETHERNET_LEN)?;
+    let quote = at::<[u32; QUOTE_LEN / 4]>(skb, ETHERNET_LEN + PULLED_LEN + ANSWER_LEN - QUOTE_LEN)?;
+    let mut word = 0;
+    while word < QUOTE_LEN / 4 {
+        // SAFETY: `at` has checked the bounds.
+        unsafe { (*quote)[word] = (*original)[word] };
+        word += 1;
+    }
+    adjust_room(skb, -(PULLED_LEN as i32))?;
+
+    skb.set_ethernet(&endpoint.mac, &endpoint.gateway_mac)?;
+    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+    let mut header = Ipv4 {
+        version_ihl: 0x45,
+        tos: 0,
+        total_len_be: (ANSWER_LEN as u16).to_be(),
+        id_be: 0,
+        fragment_be: 0,
+        ttl: 64,
+        protocol: PROTOCOL_ICMP,
+        checksum: 0,
+        source: u32::from_ne_bytes(source),
+        destination: u32::from_ne_bytes(destination),
+    };
+    header.checksum = ipv4_checksum(&header);
+    // SAFETY: `at` has checked the bounds.
+    unsafe { *ip = header };
+    const MESSAGE_LEN: usize = size_of::<Icmp>() + QUOTE_LEN;
+    let message = at::<[u8; MESSAGE_LEN]>(skb, ETHERNET_LEN + IPV4_LEN)?;
+    let icmp = message.cast::<Icmp>();
+    // SAFETY: `at` has checked the bounds, for the helper too.
+    unsafe {
+        *icmp = Icmp {
+            kind: TYPE_UNREACHABLE,
+            code: CODE_FRAGMENTATION_NEEDED,
+            checksum: 0,
+            unused: 0,
+            mtu_be: (mtu as u16).to_be(),
+        };
+        let sum = bpf_csum_diff(core::ptr::null_mut(), 0, message.cast(), MESSAGE_LEN as u32, 0);
+        (*icmp).checksum = !fold(sum as u64);
+    }
+    Ok(Sent { counted: Some(Reason::TooBig), verdict: redirect(skb.ifindex()) })
+}
+
+/// RFC 1122 section 3.2.2: never about an ICMP error, nor about any fragment but the first.
+#[inline(always)]
+fn may_be_answered(skb: Skb) -> Result<bool, Reason> {
+    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+    // SAFETY: `at` has checked the bounds.
+    let (fragment, protocol, header) =
+        unsafe { (u16::from_be((*ip).fragment_be), (*ip).protocol, (*ip).header_len()) };
+    if fragment & FRAGMENT_OFFSET != 0 {
+        return Ok(false);
+    }
+    if protocol != PROTOCOL_ICMP {
+        return Ok(true);
+    }
+    skb.linearize(ETHERNET_LEN as u32 + header + 2)?;
+    let offset = core::hint::black_box(u64::from(header)) & 0x3c;
+    // SAFETY: `at` has checked the bounds.
+    let [kind, _] = unsafe { *at::<[u8; 2]>(skb, ETHERNET_LEN + offset as usize)? };
+    Ok(matches!(kind, TYPE_ECHO | TYPE_ECHO_REPLY))
+}
