@@ -101,11 +101,13 @@ pub const PROTOCOL_UDP: u8 = 17;
 /// The only way to a packet's bytes: a pointer to `T` at `offset`, if the linear part holds all of it.
 ///
 /// Valid until the next helper that may move the packet's data. The reason is for callers to whom a short packet
-/// is a fault.
+/// is a fault. `T` has two bytes at least: for one, the compiler turns the check into one that the verifier does not understand.
 #[inline(always)]
-pub fn at<T>(packet: impl Packet, offset: usize) -> Result<*mut T, Reason> {
-    let start = packet.data() + offset;
-    if start + size_of::<T>() > packet.data_end() {
+pub fn at<T>(frame: impl Frame, offset: usize) -> Result<*mut T, Reason> {
+    const { assert!(size_of::<T>() > 1) }
+    let (start, end) = frame.bounds();
+    let start = start + offset;
+    if start + size_of::<T>() > end {
         return Err(Reason::Malformed);
     }
     Ok(start as *mut T)
@@ -113,6 +115,9 @@ pub fn at<T>(packet: impl Packet, offset: usize) -> Result<*mut T, Reason> {
 
 /// What the programs need from a TC or an XDP context.
 pub trait Frame: Packet {
+    /// Addresses of the first byte and of the one behind the last of the linear part. Read from the context
+    /// each time: an address that the compiler kept in a 32-bit register would be no pointer to the verifier.
+    fn bounds(self) -> (usize, usize);
     /// Bytes from the Ethernet header to the end.
     fn len(self) -> u32;
     /// The interface that it came in by.
@@ -130,7 +135,9 @@ pub trait Frame: Packet {
     /// Bytes that [`at`] can reach.
     #[inline(always)]
     fn linear(self) -> u32 {
-        (self.data_end() - self.data()) as u32
+        let (start, end) = self.bounds();
+        // Hidden, for the compiler would subtract in 32 bits, which the verifier allows to no pointer.
+        core::hint::black_box(end - start) as u32
     }
 
     /// Writes an Ethernet header for IPv4 at the front.
@@ -148,6 +155,15 @@ pub trait Frame: Packet {
 }
 
 impl Frame for Skb {
+    #[inline(always)]
+    fn bounds(self) -> (usize, usize) {
+        // SAFETY: the kernel hands a valid context to the program.
+        unsafe {
+            let start = (&raw const (*self).data).read_volatile();
+            (start as usize, (&raw const (*self).data_end).read_volatile() as usize)
+        }
+    }
+
     #[inline(always)]
     fn len(self) -> u32 {
         // SAFETY: the kernel hands a valid context to the program.
@@ -208,6 +224,15 @@ impl Frame for Skb {
 }
 
 impl Frame for *mut xdp_md {
+    #[inline(always)]
+    fn bounds(self) -> (usize, usize) {
+        // SAFETY: the kernel hands a valid context to the program.
+        unsafe {
+            let start = (&raw const (*self).data).read_volatile();
+            (start as usize, (&raw const (*self).data_end).read_volatile() as usize)
+        }
+    }
+
     #[inline(always)]
     fn len(self) -> u32 {
         self.linear()

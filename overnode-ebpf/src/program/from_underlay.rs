@@ -5,9 +5,7 @@ use overnode_ebpf::map::{
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::Window;
-use overnode_ebpf::wire::{
-    DATA_HEADER_LEN, ETHERNET_LEN, IPV4_LEN, REJECT_AFTER_MESSAGES, TYPE_DATA, ecn_decapsulated,
-};
+use overnode_ebpf::wire::{DATA_HEADER_LEN, ETHERNET_LEN, IPV4_LEN, TYPE_DATA, ecn_decapsulated};
 
 use super::checksum::fold;
 use super::frame::{DataHeader, Frame, Ipv4, at, redirect};
@@ -30,14 +28,15 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     // SAFETY: as above.
     unsafe {
         Window::check(&raw const (*session).window, counter)?;
-        cipher::open(frame, &raw const (*session).rx_key, counter, text, outer.text_len)?;
+        cipher::open(frame, &raw const (*session).rx_key, counter, text, outer.text_len())?;
         Window::accept(&raw mut (*session).window, counter)?;
     }
     confirm(session, peer);
-    roam(frame, &outer, peer)?;
-    let inner_len = if outer.text_len == 0 { 0 } else { inner_len(frame, &outer)? };
+    // Answers go to where the last authenticated message came from (whitepaper section 6.5).
+    outer.update(frame, peer)?;
+    let inner_len = if outer.text_len() == 0 { 0 } else { inner_len(frame, &outer)? };
     account(peer, now, inner_len);
-    if outer.text_len == 0 {
+    if outer.text_len() == 0 {
         return Err(Reason::KeepaliveReceived);
     }
     deliver(frame, &outer, index, inner_len).map(Some)
@@ -69,9 +68,6 @@ fn find_session(frame: impl Frame, outer: &Outer, now: u64) -> Result<(*mut Sess
             return Err(Reason::Expired);
         }
     }
-    if counter >= REJECT_AFTER_MESSAGES {
-        return Err(Reason::Exhausted);
-    }
     Ok((session, counter))
 }
 
@@ -89,28 +85,6 @@ fn confirm(session: *mut Session, peer: *mut Peer) {
     }
 }
 
-/// Answers go to where the last authenticated message came from (whitepaper section 6.5).
-#[inline(always)]
-fn roam(frame: impl Frame, outer: &Outer, peer: *mut Peer) -> Result<(), Reason> {
-    let (remote, local, remote_port_be) = outer.endpoints(frame)?;
-    let ifindex = frame.ifindex();
-    // SAFETY: values of an array map are valid for the whole program. A value that two CPUs write at once may be
-    // mixed until the next message.
-    unsafe {
-        if (*peer).remote != remote
-            || (*peer).local != local
-            || (*peer).remote_port_be != remote_port_be
-            || (*peer).ifindex != ifindex
-        {
-            (*peer).remote = remote;
-            (*peer).local = local;
-            (*peer).remote_port_be = remote_port_be;
-            (*peer).ifindex = ifindex;
-        }
-    }
-    Ok(())
-}
-
 /// Length of the inner packet, padding excluded.
 #[inline(always)]
 fn inner_len(frame: impl Frame, outer: &Outer) -> Result<u32, Reason> {
@@ -118,7 +92,7 @@ fn inner_len(frame: impl Frame, outer: &Outer) -> Result<u32, Reason> {
     // SAFETY: `at` has checked the bounds.
     unsafe {
         match (*ip).version_ihl >> 4 {
-            4 if outer.text_len >= IPV4_LEN as u32 && (*ip).is_sane(outer.text_len) => {
+            4 if outer.text_len() >= IPV4_LEN as u32 && (*ip).is_sane(outer.text_len()) => {
                 Ok(u32::from(u16::from_be((*ip).total_len_be)))
             }
             6 => Err(Reason::Unsupported),
@@ -158,7 +132,7 @@ fn deliver(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Resul
     };
     let endpoint = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
 
-    let ecn = ecn_decapsulated(outer.ecn, tos).ok_or(Reason::Congestion)?;
+    let ecn = ecn_decapsulated(outer.ecn(), tos).ok_or(Reason::Congestion)?;
     let marked = tos & !overnode_ebpf::wire::ECN_MASK | ecn;
     if marked != tos {
         let ip = at::<Ipv4>(frame, text)?;
@@ -172,7 +146,7 @@ fn deliver(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Resul
             (*ip).checksum = !fold(sum);
         }
     }
-    frame.strip((text - ETHERNET_LEN) as u32, inner_len, outer.v6)?;
+    frame.strip((text - ETHERNET_LEN) as u32, inner_len, outer.is_v6())?;
     frame.set_ethernet(&endpoint.mac, &endpoint.gateway_mac)?;
     // The host end, not its peer: so the packet passes the veth's NAPI, which joins segments (GRO).
     Ok(Sent { counted: Some(Reason::Opened), verdict: redirect(ifindex) })

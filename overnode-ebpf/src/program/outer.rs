@@ -2,7 +2,7 @@
 
 use core::hint::black_box;
 
-use overnode_ebpf::map::Address;
+use overnode_ebpf::map::{Address, Peer};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
     DATA_HEADER_LEN, DATA_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN,
@@ -16,17 +16,22 @@ const FRAGMENT_OFFSET: u16 = 0x1fff;
 const MORE_FRAGMENTS: u16 = 0x2000;
 const NEXT_HEADER_FRAGMENT: u8 = 44;
 const FRAGMENT_HEADER_LEN: usize = 8;
+/// Third word of an IPv4 address that is mapped into IPv6.
+const V4_MAPPED: u32 = 0xffff_u32.to_be();
 /// The longest headers up to the message's type.
 const HEADERS_LEN: usize = ETHERNET_LEN + 60 + UDP_LEN + DATA_HEADER_LEN;
 
 /// Where a data message lies.
+///
+/// Fields of full words: the compiler packs smaller ones into one, with operations that the verifier forbids when
+/// a register still holds a pointer.
 pub struct Outer {
-    /// The IP header is an IPv6 one.
-    pub v6: bool,
+    /// 1 if the IP header is an IPv6 one, else 0.
+    v6: u64,
     /// ECN codepoint.
-    pub ecn: u8,
+    ecn: u64,
     /// Bytes of ciphertext, without the tag.
-    pub text_len: u32,
+    text_len: u64,
 }
 
 /// An IP header with UDP behind it.
@@ -37,30 +42,74 @@ struct Stack<Ip> {
 }
 
 impl Outer {
+    /// True if the IP header is an IPv6 one.
+    #[inline(always)]
+    pub fn is_v6(&self) -> bool {
+        self.v6 != 0
+    }
+
+    /// ECN codepoint of the IP header.
+    #[inline(always)]
+    pub fn ecn(&self) -> u8 {
+        self.ecn as u8
+    }
+
+    /// Bytes of ciphertext, without the tag.
+    #[inline(always)]
+    pub fn text_len(&self) -> u32 {
+        self.text_len as u32
+    }
+
     /// Offset of the message's header.
     #[inline(always)]
     pub fn message(&self) -> usize {
-        ETHERNET_LEN + UDP_LEN + if self.v6 { IPV6_LEN } else { IPV4_LEN }
+        let offset = ETHERNET_LEN + UDP_LEN + if self.is_v6() { IPV6_LEN } else { IPV4_LEN };
+        black_box(offset) & 0x3f
     }
 
-    /// Source address, destination address and source port (network byte order).
+    /// Makes the peer's endpoints those of this message. Compares first, in place: nothing is written, and no
+    /// address is on the stack, as long as all stays the same.
     #[inline(always)]
-    pub fn endpoints(&self, frame: impl Frame) -> Result<(Address, Address, u16), Reason> {
-        // SAFETY: `at` has checked the bounds, here and below.
+    pub fn update(&self, frame: impl Frame, peer: *mut Peer) -> Result<(), Reason> {
+        // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole program.
         unsafe {
-            if self.v6 {
+            let remote = (&raw mut (*peer).remote).cast::<[u32; 4]>();
+            let local = (&raw mut (*peer).local).cast::<[u32; 4]>();
+            if self.is_v6() {
                 let headers = at::<Stack<Ipv6>>(frame, ETHERNET_LEN)?;
                 let (ip, udp) = (&(*headers).ip, &(*headers).udp);
-                Ok((v6_address(&ip.source), v6_address(&ip.destination), udp.source_be))
+                for word in 0..4 {
+                    set(remote.cast::<u32>().add(word), ip.source[word]);
+                    set(local.cast::<u32>().add(word), ip.destination[word]);
+                }
+                set(&raw mut (*peer).remote_port_be, udp.source_be);
             } else {
                 let headers = at::<Stack<Ipv4>>(frame, ETHERNET_LEN)?;
                 let (ip, udp) = (&(*headers).ip, &(*headers).udp);
-                Ok((
-                    Address::from_v4(ip.source.to_ne_bytes()),
-                    Address::from_v4(ip.destination.to_ne_bytes()),
-                    udp.source_be,
-                ))
+                for (word, prefix) in [0, 0, V4_MAPPED].into_iter().enumerate() {
+                    set(remote.cast::<u32>().add(word), prefix);
+                    set(local.cast::<u32>().add(word), prefix);
+                }
+                set(remote.cast::<u32>().add(3), ip.source);
+                set(local.cast::<u32>().add(3), ip.destination);
+                set(&raw mut (*peer).remote_port_be, udp.source_be);
             }
+            set(&raw mut (*peer).ifindex, frame.ifindex());
+        }
+        Ok(())
+    }
+}
+
+/// Writes what is not there yet: other CPUs read the same cache line.
+///
+/// # Safety
+/// `place` points into a map's value and is aligned.
+#[inline(always)]
+unsafe fn set<T: PartialEq + Copy>(place: *mut T, value: T) {
+    // SAFETY: by the contract above.
+    unsafe {
+        if *place != value {
+            *place = value;
         }
     }
 }
@@ -111,7 +160,7 @@ fn v4(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     }
     let available = total_len.checked_sub(IPV4_LEN as u32).ok_or(Reason::Malformed)?;
     let text_len = text_len(frame, IPV4_LEN, available)?;
-    Ok(Some(Outer { v6: false, ecn: tos & ECN_MASK, text_len }))
+    Ok(Some(Outer { v6: 0, ecn: u64::from(tos & ECN_MASK), text_len }))
 }
 
 #[inline(always)]
@@ -142,7 +191,7 @@ fn v6(frame: impl Frame) -> Result<Option<Outer>, Reason> {
         return Err(Reason::Fragment);
     }
     let text_len = text_len(frame, IPV6_LEN, available)?;
-    Ok(Some(Outer { v6: true, ecn: (first >> 20) as u8 & ECN_MASK, text_len }))
+    Ok(Some(Outer { v6: 1, ecn: u64::from(first >> 20) & u64::from(ECN_MASK), text_len }))
 }
 
 /// True if UDP at this offset is for the data port and carries a data message, by its first byte.
@@ -163,14 +212,14 @@ fn is_first_fragment(frame: impl Frame) -> bool {
 
 /// Bytes of ciphertext in the datagram behind an IP header whose payload has `available` bytes.
 #[inline(always)]
-fn text_len(frame: impl Frame, ip_len: usize, available: u32) -> Result<u32, Reason> {
+fn text_len(frame: impl Frame, ip_len: usize, available: u32) -> Result<u64, Reason> {
     let udp = at::<Udp>(frame, ETHERNET_LEN + ip_len)?;
     // SAFETY: `at` has checked the bounds.
     let udp_len = u32::from(u16::from_be(unsafe { (*udp).len_be }));
     if udp_len > available || (ETHERNET_LEN + ip_len) as u32 + udp_len > frame.len() {
         return Err(Reason::Malformed);
     }
-    udp_len.checked_sub((UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u32).ok_or(Reason::Malformed)
+    u64::from(udp_len).checked_sub((UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u64).ok_or(Reason::Malformed)
 }
 
 #[inline(always)]

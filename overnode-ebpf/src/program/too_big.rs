@@ -99,9 +99,9 @@ fn may_be_answered(skb: Skb) -> Result<bool, Reason> {
     if protocol != PROTOCOL_ICMP {
         return Ok(true);
     }
-    skb.linearize(ETHERNET_LEN as u32 + header + 1)?;
+    skb.linearize(ETHERNET_LEN as u32 + header + 2)?;
     let offset = core::hint::black_box(u64::from(header)) & 0x3c;
-    let kind = at::<u8>(skb, ETHERNET_LEN + offset as usize)?;
     // SAFETY: `at` has checked the bounds.
-    Ok(matches!(unsafe { *kind }, TYPE_ECHO | TYPE_ECHO_REPLY))
+    let [kind, _] = unsafe { *at::<[u8; 2]>(skb, ETHERNET_LEN + offset as usize)? };
+    Ok(matches!(kind, TYPE_ECHO | TYPE_ECHO_REPLY))
 }

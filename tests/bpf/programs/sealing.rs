@@ -1,0 +1,177 @@
+//! `seal`: what leaves for a peer.
+
+use overnode_ebpf::map::{SESSION_FREE, SESSION_UNCONFIRMED};
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::wire::REJECT_AFTER_MESSAGES;
+
+use crate::packet::{Sealed, ethernet, from_container, ipv4, open, padded, to_remote};
+use crate::world::{
+    CONTAINER, MTU, OTHER_REMOTE, PEER, REMOTE_INDEX, SLOT, TC_ACT_REDIRECT, TC_ACT_SHOT, TX_KEY, UNDERLAYS,
+    Underlay, World, boot_ns,
+};
+
+#[test]
+fn what_is_sealed_opens_with_ring() {
+    for underlay in UNDERLAYS {
+        let mut world = World::new(underlay);
+        let mut bytes = 0;
+        let sizes = (28..=MTU as usize).filter(|size| size % 13 == 0 || *size < 100 || *size > 1340);
+        for (counter, size) in sizes.enumerate() {
+            let packet = to_remote(size);
+            let output = world.run("seal", &from_container(&packet));
+            assert_eq!(output.verdict, TC_ACT_REDIRECT, "{underlay:?}, {size} bytes");
+            let sealed = Sealed::parse(underlay, &output.frame);
+            assert_eq!(sealed.class, 0);
+            let (receiver, used, text) = open(&TX_KEY, &sealed.message);
+            assert_eq!((receiver, used), (REMOTE_INDEX, counter as u64), "{underlay:?}, {size} bytes");
+            let mut expected = padded(&packet);
+            expected.truncate(MTU as usize);
+            assert_eq!(text, expected, "{underlay:?}, {size} bytes");
+            bytes += size as u64;
+            let peer = world.peer(PEER);
+            assert_eq!((peer.tx_packets, peer.tx_bytes), (counter as u64 + 1, bytes));
+            assert!(peer.last_tx_ns > 0 && peer.last_tx_ns == peer.last_data_tx_ns);
+            assert!(peer.last_tx_ns <= boot_ns());
+            assert_eq!(world.counts(), [(Reason::Sealed, counter as u64 + 1)]);
+        }
+    }
+}
+
+#[test]
+fn the_padding_is_not_what_the_frame_was_padded_with() {
+    let world = World::new(Underlay::V4);
+    let packet = to_remote(28);
+    let mut frame = from_container(&packet);
+    frame.resize(60, 0xee);
+    let output = world.run("seal", &frame);
+    let (_, _, text) = open(&TX_KEY, &Sealed::parse(Underlay::V4, &output.frame).message);
+    assert_eq!(text, padded(&packet));
+}
+
+#[test]
+fn the_congestion_field_alone_is_copied_to_the_outer_header() {
+    for underlay in UNDERLAYS {
+        let world = World::new(underlay);
+        for class in 0..=255 {
+            let mut packet = to_remote(64);
+            packet[1] = class;
+            crate::packet::set_ipv4_checksum(&mut packet);
+            let output = world.run("seal", &from_container(&packet));
+            let sealed = Sealed::parse(underlay, &output.frame);
+            assert_eq!(sealed.class, class & 3, "{underlay:?}: inner {class:#x}");
+            assert_eq!(open(&TX_KEY, &sealed.message).2, packet, "the inner header stays as it is");
+        }
+    }
+}
+
+#[test]
+fn a_keepalive_is_an_empty_message() {
+    for underlay in UNDERLAYS {
+        let mut world = World::new(underlay);
+        let output = world.keepalive(PEER);
+        assert_eq!(output.verdict, TC_ACT_REDIRECT);
+        let sealed = Sealed::parse(underlay, &output.frame);
+        assert_eq!(sealed.message.len(), 32);
+        assert_eq!(open(&TX_KEY, &sealed.message), (REMOTE_INDEX, 0, vec![]));
+        assert_eq!(world.counts(), [(Reason::KeepaliveSent, 1)]);
+        let peer = world.peer(PEER);
+        assert_eq!((peer.tx_packets, peer.tx_bytes, peer.last_data_tx_ns), (1, 0, 0));
+        assert!(peer.last_tx_ns > 0);
+    }
+}
+
+#[test]
+fn a_keepalive_needs_a_session() {
+    let world = World::new(Underlay::V4);
+    for (peer, reason) in [(crate::world::OTHER_PEER, Reason::NoSession), (9, Reason::NoRoute)] {
+        let first = world.run("seal", &overnode_ebpf::wire::keepalive_frame(peer));
+        world.expect_drop("seal", &first.frame, reason);
+    }
+    world.expect_drop("seal", &ethernet([0; 6], [0; 6], 0x88b5, &[1, 0, 0]), Reason::Malformed);
+}
+
+#[test]
+fn only_a_live_session_of_that_peer_seals() {
+    let mut world = World::new(Underlay::V4);
+    let frame = from_container(&to_remote(100));
+    world.expect_drop("seal", &from_container(&ipv4(CONTAINER, OTHER_REMOTE, 100)), Reason::NoSession);
+    for state in [SESSION_FREE, SESSION_UNCONFIRMED, 3] {
+        world.change_session(SLOT, |session| session.state = state);
+        world.expect_drop("seal", &frame, Reason::NoSession);
+    }
+    world.set_session(SLOT, crate::world::session());
+    world.change_session(SLOT, |session| session.peer = PEER + 1);
+    world.expect_drop("seal", &frame, Reason::NoSession);
+    world.set_session(SLOT, crate::world::session());
+    for slot in [0, SLOT + 1, 4096, u32::MAX] {
+        world.change_peer(PEER, |peer| peer.tx_slot = slot);
+        world.expect_drop("seal", &frame, Reason::NoSession);
+    }
+    world.change_peer(PEER, |peer| peer.tx_slot = SLOT);
+    assert_eq!(world.run("seal", &frame).verdict, TC_ACT_REDIRECT);
+    assert_eq!(world.session(SLOT).tx_counter, 1, "no counter is spent on what is refused");
+}
+
+#[test]
+fn a_session_expires_by_the_clock() {
+    let mut world = World::new(Underlay::V4);
+    let frame = from_container(&to_remote(100));
+    world.change_session(SLOT, |session| session.expires_ns = boot_ns());
+    world.expect_drop("seal", &frame, Reason::Expired);
+    world.change_session(SLOT, |session| session.expires_ns = boot_ns() + 1_000_000_000);
+    assert_eq!(world.run("seal", &frame).verdict, TC_ACT_REDIRECT);
+    std::thread::sleep(std::time::Duration::from_millis(1010));
+    world.expect_drop("seal", &frame, Reason::Expired);
+}
+
+#[test]
+fn a_session_is_exhausted_by_messages_and_stays_so() {
+    let mut world = World::new(Underlay::V4);
+    let frame = from_container(&to_remote(100));
+    world.change_session(SLOT, |session| session.tx_counter = REJECT_AFTER_MESSAGES - 1);
+    let output = world.run("seal", &frame);
+    let (_, counter, _) = open(&TX_KEY, &Sealed::parse(Underlay::V4, &output.frame).message);
+    assert_eq!(counter, REJECT_AFTER_MESSAGES - 1);
+    // More often than there are counters left before the word would wrap around to 0.
+    for _ in 0..8200 {
+        assert_eq!(world.run("seal", &frame).verdict, TC_ACT_SHOT);
+    }
+    assert_eq!(world.count(Reason::Exhausted), 8200);
+    assert_eq!(world.session(SLOT).tx_counter, REJECT_AFTER_MESSAGES);
+}
+
+#[test]
+fn nothing_unfinished_or_foreign_is_sealed() {
+    let mut world = World::new(Underlay::V4);
+    let frame = from_container(&to_remote(1000));
+    let before = world.counts();
+    assert_eq!(world.run_gso("seal", &frame, 500).verdict, TC_ACT_SHOT);
+    assert!(before.is_empty());
+    assert_eq!(world.counts(), [(Reason::Offload, 1)]);
+    world.expect_drop("seal", &ethernet([0; 6], [0; 6], 0x86dd, &to_remote(100)), Reason::Unsupported);
+    world.expect_drop("seal", &from_container(&ipv4(CONTAINER, CONTAINER, 100)), Reason::NoRoute);
+    world.expect_drop("seal", &from_container(&ipv4(CONTAINER, [192, 0, 2, 9].into(), 100)), Reason::NoRoute);
+    world.expect_drop("seal", &from_container(&to_remote(MTU as usize + 1)), Reason::TooBig);
+    world.expect_drop("seal", &from_container(&to_remote(100)[..60]), Reason::Malformed);
+    world.change_peer(PEER, |peer| peer.present = 0);
+    world.expect_drop("seal", &frame, Reason::NoRoute);
+}
+
+/// Two threads, one session: every counter is used once.
+#[test]
+fn counters_are_drawn_once_across_cpus() {
+    const EACH: usize = 2000;
+    let world = World::new(Underlay::V4);
+    let frame = from_container(&to_remote(64));
+    let draw = || -> Vec<u64> {
+        (0..EACH)
+            .map(|_| open(&TX_KEY, &Sealed::parse(Underlay::V4, &world.run("seal", &frame).frame).message).1)
+            .collect()
+    };
+    let mut counters = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..2).map(|_| scope.spawn(draw)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("the thread")).collect::<Vec<_>>()
+    });
+    counters.sort_unstable();
+    assert_eq!(counters, (0..2 * EACH as u64).collect::<Vec<_>>());
+}
