@@ -33,6 +33,7 @@ pub mod netns;
 pub mod pcap;
 pub mod ping;
 pub mod process;
+pub mod raw;
 mod underlay;
 pub mod wireguard;
 

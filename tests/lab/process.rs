@@ -53,6 +53,22 @@ impl Outcome {
             self.stderr,
             self.stdout
         );
+        self.complaint()
+    }
+
+    /// The one line of complaint of a command that had to fail: with exit code 1 (failed) or 2 (wrong usage).
+    ///
+    /// # Errors
+    /// When it exited otherwise, printed something to standard output, or not exactly one line to standard error.
+    pub fn complaint(self) -> Result<String> {
+        ensure!(
+            matches!(self.status.code(), Some(1 | 2)),
+            "`{}` ended with {} instead of exit code 1 or 2: {}{}",
+            self.command,
+            self.status,
+            self.stderr,
+            self.stdout
+        );
         ensure!(self.stdout.is_empty(), "`{}` failed and yet printed: {}", self.command, self.stdout);
         let complaint = self.stderr.trim_end();
         ensure!(

@@ -1,1 +1,279 @@
-//! .
+//! Programs the kernel: interfaces, eBPF programs, maps. Thin: what to do is decided elsewhere.
+//!
+//! Everything is pinned and every program stays attached when the daemon goes away, so traffic goes on; the next
+//! daemon finds it by the state directory's name ([`node_name`]) and replaces the programs one by one, in place. Works in the
+//! network namespace of the thread that calls [`Datapath::open`]; all threads that use it must be in that one.
+
+mod bpffs;
+mod clock;
+mod container;
+mod endpoint;
+mod links;
+mod maps;
+mod netns;
+mod normaliser;
+mod offload;
+mod programs;
+mod reconcile;
+mod routes;
+mod session;
+mod teardown;
+mod underlay;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use ipnet::IpNet;
+use overnode_ebpf::map::{Address, Config, Route};
+use tracing::{info, warn};
+
+pub use self::bpffs::node_name;
+pub use self::container::{Container, resolve};
+pub use self::endpoint::{Attached, Attachment, CONTAINER_INTERFACE, host_interface};
+pub use self::netns::{NetnsId, NetnsRef};
+pub use self::programs::Hook;
+pub use self::reconcile::{KnownEndpoint, Lost};
+pub use self::session::{PeerState, REJECT_AFTER, SessionInstall, SessionState};
+pub use self::underlay::{UnderlayInterface, UnderlayStatus};
+pub use self::watch::LinkEvent;
+
+use self::bpffs::{Pin, Pins};
+use self::endpoint::is_ours;
+use self::links::{Mac, Netlink};
+use self::maps::{Maps, pinned_mismatches};
+use self::normaliser::Normaliser;
+use self::programs::{FROM_CONTAINER, FROM_UNDERLAY, Programs, SEAL};
+use self::routes::{Change, RouteTable, difference};
+use self::underlay::Underlay;
+use crate::types::{Network, PeerIndex, to_map};
+
+/// How to open the data plane.
+#[derive(Clone, Debug)]
+pub struct OpenOptions<'a> {
+    /// The node's state directory: names its objects. Need not exist.
+    pub state_dir: &'a Path,
+    /// The cluster's addresses.
+    pub network: Network,
+    /// The node's own address: source of ICMP errors.
+    pub node_address: IpAddr,
+    /// The only underlay interface to use; none for whichever leads to the peers.
+    pub interface: Option<String>,
+    /// MTU of containers, bytes; none to find it out.
+    pub mtu: Option<u32>,
+    /// Lets the programs log each packet.
+    pub debug: bool,
+    /// Opens in native XDP on the underlay interfaces, too.
+    pub xdp: bool,
+}
+
+/// The data plane of one node, opened.
+pub struct Datapath {
+    node: String,
+    alias: String,
+    network: Network,
+    node_address: IpAddr,
+    interface: Option<String>,
+    mtu: Option<u32>,
+    xdp: bool,
+    netlink: Netlink,
+    programs: Programs,
+    maps: Maps,
+    pins: Pins,
+    normaliser: Normaliser,
+    routes: RouteTable,
+    installed: BTreeMap<IpNet, Route>,
+    underlay: Underlay,
+    /// Host ends by name.
+    endpoints: BTreeMap<String, u32>,
+}
+
+impl fmt::Debug for Datapath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Datapath").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+impl Datapath {
+    /// Loads the programs, takes over what an earlier daemon left (maps, sessions, attached programs, which are replaced in place)
+    /// and makes the normaliser. Must be followed by [`Datapath::reconcile`] with the containers that the node knows.
+    ///
+    /// # Errors
+    /// Not root; the kernel lacks something, which is named; interfaces `ovn0` or `ovn1` of somebody else exist; maps of another
+    /// version are in use.
+    pub async fn open(options: OpenOptions<'_>) -> Result<Self> {
+        let node = node_name(options.state_dir);
+        let alias = alias_of(&node);
+        let pins = Pins::find(&node)?;
+        pins.create()?;
+        pins.remove_other_namespaces().context("links of another network namespace cannot be removed")?;
+        let netlink = Netlink::open()?;
+        let links = netlink.links().await?;
+        if let Some(name) = &options.interface {
+            ensure!(
+                links.iter().any(|link| link.name == *name),
+                "there is no interface {name}: correct `--interface` (`ip link` lists them)"
+            );
+        }
+        check_maps(&pins, &links.iter().map(|link| link.index).collect::<Vec<_>>())?;
+        let (mut programs, maps) = Programs::load(crate::PROGRAMS, &pins, options.debug, options.xdp)?;
+        let normaliser = Normaliser::ensure(&netlink, &alias, &node).await?;
+        programs.attach(SEAL, &normaliser.second, &pins)?;
+        normaliser.set_up(&netlink).await?;
+
+        let installed = maps.routes()?;
+        let mut datapath = Self {
+            network: options.network,
+            node_address: options.node_address,
+            interface: options.interface,
+            mtu: options.mtu,
+            xdp: options.xdp,
+            routes: RouteTable::adopt(&installed),
+            installed,
+            underlay: Underlay::default(),
+            endpoints: BTreeMap::new(),
+            node,
+            alias,
+            netlink,
+            programs,
+            maps,
+            pins,
+            normaliser,
+        };
+        datapath.write_config()?;
+        datapath.refresh_host().await?;
+        datapath.adopt().await?;
+        info!(node = datapath.node, hook = ?datapath.programs.hook(), "the data plane is open");
+        Ok(datapath)
+    }
+
+    /// Sets which prefixes a peer owns, instead of those it had.
+    ///
+    /// # Errors
+    /// The table is full.
+    pub fn set_routes(&mut self, peer: PeerIndex, prefixes: &[IpNet]) -> Result<()> {
+        self.peer_cell(peer)?;
+        self.routes.set_peer(peer, prefixes);
+        self.sync_routes()
+    }
+
+    /// The prefixes that a peer owns.
+    pub fn routes(&self, peer: PeerIndex) -> Vec<IpNet> {
+        self.routes.owned_by(peer).collect()
+    }
+
+    /// Sets which prefixes this node owns, instead of those it had: what is not attached there is nowhere.
+    ///
+    /// # Errors
+    /// The table is full.
+    pub fn set_own_routes(&mut self, prefixes: &[IpNet]) -> Result<()> {
+        self.routes.set_own(prefixes);
+        self.sync_routes()
+    }
+
+    /// Packets by reason, since the maps were made.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn counters(&self) -> Result<BTreeMap<&'static str, u64>> {
+        self.maps.counters()
+    }
+
+    /// The node's name among pinned objects and in the aliases of its interfaces.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Replaces the programs that an earlier daemon attached.
+    async fn adopt(&mut self) -> Result<()> {
+        let links = self.netlink.links().await?;
+        let pins = self.pins.list();
+        for link in &links {
+            let has = |program: &str| {
+                pins.iter().any(|pin| match pin {
+                    Pin::Link { ifindex, program: found } | Pin::Filter { ifindex, program: found } => {
+                        *ifindex == link.index && found == program
+                    }
+                    Pin::Qdisc { .. } => false,
+                })
+            };
+            if is_ours(link, &self.alias, &self.node) && has(FROM_CONTAINER) {
+                self.programs.attach(FROM_CONTAINER, link, &self.pins)?;
+                self.endpoints.insert(link.name.clone(), link.index);
+            }
+            if has(FROM_UNDERLAY)
+                && let Err(error) = self.watch_interface(link)
+            {
+                warn!(%error, interface = link.name, "no longer taking messages here");
+                for error in endpoint::detach_all(link, &self.pins) {
+                    warn!(%error, interface = link.name, "the old program cannot be removed");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write_config(&mut self) -> Result<()> {
+        let subnet = self.network.subnet;
+        let v4_bits = if subnet.network().is_ipv4() { Address::V4_BITS } else { 0 };
+        self.maps.set_config(Config {
+            subnet: to_map(subnet.network()),
+            subnet_bits: u32::from(subnet.prefix_len()) + v4_bits,
+            normaliser: self.normaliser.first.index,
+            node: to_map(self.node_address),
+        })
+    }
+
+    /// Makes the map hold what the table wants. What fails is tried again with the next change.
+    fn sync_routes(&mut self) -> Result<()> {
+        let wanted = self.routes.wanted();
+        for change in difference(&self.installed, &wanted) {
+            match change {
+                Change::Put(prefix, route) => {
+                    self.maps.set_route(prefix, route)?;
+                    self.installed.insert(prefix, route);
+                }
+                Change::Delete(prefix) => {
+                    self.maps.remove_route(prefix)?;
+                    self.installed.remove(&prefix);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Maps of another layout are of no use: made anew if nothing uses them, else an error.
+fn check_maps(pins: &Pins, interfaces: &[u32]) -> Result<()> {
+    let mismatches = pinned_mismatches(pins);
+    if mismatches.is_empty() {
+        return Ok(());
+    }
+    if pins.list().iter().any(|pin| interfaces.contains(&pin.ifindex())) {
+        bail!(
+            "the maps in use were made by another version of overnode ({}): detach the containers and run `overnode reset`, or \
+             start the version that made them",
+            mismatches.join("; ")
+        );
+    }
+    pins.remove_maps().context("maps of another version cannot be removed")
+}
+
+/// What marks an interface as this node's.
+fn alias_of(node: &str) -> String {
+    format!("overnode:{node}")
+}
+
+/// A locally administered hardware address whose first four bytes tell the node, the last two are `last`.
+fn mac_of(node: &str, last: [u8; 2]) -> Mac {
+    let byte = |at: usize| node.get(at..at + 2).and_then(|hex| u8::from_str_radix(hex, 16).ok()).unwrap_or(0);
+    [2, byte(0), byte(2), byte(4), last[0], last[1]]
+}
+
+/// No IPv6 on an interface of ours. Where /proc is read-only, addr_gen_mode alone has to do.
+fn quieten(interface: &str) {
+    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), "1");
+}

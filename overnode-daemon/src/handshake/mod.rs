@@ -1,1 +1,661 @@
-//! .
+//! WireGuard's handshake for all peers of a node: who may have a session, under which keys, and when it is made anew.
+//!
+//! Protocol: "WireGuard: Next Generation Kernel Network Tunnel" (Donenfeld, revision of 2020), here "the whitepaper". This module makes and
+//! takes the messages of types 1 to 3; data messages are the programs'. It is deterministic: it does no I/O, reads no
+//! clock, and draws from the generator it was given. Whoever owns it
+//!
+//! - passes in datagrams ([`Handshakes::handle_datagram`]), the time when [`Handshakes::poll_timeout`] says so
+//!   ([`Handshakes::handle_timeout`]), and what the programs saw ([`Handshakes::handle_confirmed`],
+//!   [`Handshakes::handle_activity`]);
+//! - after each of these calls sends what [`Handshakes::poll_transmit`] gives and does what [`Handshakes::poll_event`] says.
+//!
+//! What differs from a VPN's use of the protocol: sessions are kept fresh for as long as the peer is configured, whether or not there
+//! is traffic, and a peer that does not answer is tried for ever. Every input from the network may be hostile; none
+//! can make this module panic, allocate without bound, or do more than a bounded amount of work.
+
+mod cookie;
+mod index;
+mod message;
+mod noise;
+mod peer;
+#[cfg(test)]
+mod tests;
+mod timers;
+mod timestamp;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant, SystemTime};
+
+use rand::Rng;
+use rand::rngs::StdRng;
+
+use self::cookie::{Guard, Verdict};
+use self::index::Slots;
+use self::message::{BadMessage, CookieReply, Initiation, Message, Response};
+use self::noise::Identity;
+pub use self::noise::public_key;
+use self::peer::{Peer, Pending, Session};
+pub use self::timers::REJECT_AFTER_TIME;
+use self::timers::{INITIATION_INTERVAL, INITIATIONS_AT_ONCE, JITTER};
+use self::timestamp::Stamper;
+use crate::types::{PeerIndex, PublicKey, Secret};
+
+/// The handshakes of a node with all its peers.
+pub struct Handshakes {
+    identity: Identity,
+    rng: StdRng,
+    stamper: Stamper,
+    guard: Guard,
+    slots: Slots,
+    peers: BTreeMap<PeerIndex, Peer>,
+    by_key: BTreeMap<PublicKey, PeerIndex>,
+    deadlines: BTreeSet<(Instant, PeerIndex)>,
+    transmits: VecDeque<Transmit>,
+    events: VecDeque<Event>,
+    counters: Counters,
+}
+
+/// What is to be known about a peer.
+#[derive(Clone, Debug)]
+pub struct PeerConfig {
+    /// Who it is.
+    pub public_key: PublicKey,
+    /// Mixed into each handshake; all zero for none.
+    pub preshared_key: Secret,
+    /// Where to send the first message, if known.
+    pub endpoint: Option<SocketAddr>,
+    /// Who makes the first step.
+    pub initiate: Initiate,
+    /// Empty messages after so much silence, so that a NAT on the way does not forget us.
+    pub persistent_keepalive: Option<Duration>,
+}
+
+/// Whether this side sends the first message when there is no session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Initiate {
+    /// As soon as the endpoint is known.
+    AtOnce,
+    /// After this time, if the peer has not by then.
+    After(Duration),
+    /// Never, not even to renew a session.
+    OnlyAnswer,
+}
+
+impl Initiate {
+    const fn delay(self) -> Duration {
+        match self {
+            Self::AtOnce | Self::OnlyAnswer => Duration::ZERO,
+            Self::After(delay) => delay,
+        }
+    }
+}
+
+/// A datagram to send.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Transmit {
+    /// Where to.
+    pub to: SocketAddr,
+    /// Which peer it is for; none if the sender of what it answers is not known (cookie reply).
+    pub peer: Option<PeerIndex>,
+    /// The UDP payload.
+    pub bytes: Vec<u8>,
+}
+
+/// What the owner has to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Give the session to the programs. The initiator's seals at once, the responder's when it is confirmed.
+    Install {
+        /// With whom.
+        peer: PeerIndex,
+        /// Indices and keys.
+        session: SessionKeys,
+    },
+    /// Take the session from the programs. Its slot is not used again for 5 seconds.
+    Withdraw {
+        /// With whom.
+        peer: PeerIndex,
+        /// Which.
+        local_index: u32,
+    },
+    /// Send an empty message under the sealing session.
+    SendKeepalive {
+        /// To whom.
+        peer: PeerIndex,
+    },
+    /// The peer sent a valid handshake message from another address: send its data there. Not told of an initiation that
+    /// might be a replay from before our start; the programs follow the peer's data then.
+    EndpointChanged {
+        /// Who moved.
+        peer: PeerIndex,
+        /// Where it is now.
+        endpoint: SocketAddr,
+    },
+    /// Something to tell people. Attempts go on.
+    Failed {
+        /// With whom.
+        peer: PeerIndex,
+        /// What.
+        why: Failure,
+    },
+}
+
+/// A session for the data plane.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionKeys {
+    /// Receiver index in messages to us; the low 12 bits are the slot.
+    pub local_index: u32,
+    /// Receiver index in messages to the peer.
+    pub remote_index: u32,
+    /// Seals.
+    pub tx_key: Secret,
+    /// Opens.
+    pub rx_key: Secret,
+    /// Whether we initiated: then it seals at once. Otherwise it may not seal before a message came under it.
+    pub initiator: bool,
+    /// When the handshake ended. It expires [`REJECT_AFTER_TIME`] later.
+    pub created: Instant,
+}
+
+/// Why there is no session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// 90 seconds of attempts.
+    #[error("the peer does not answer handshakes: is it running, and does UDP port 6784 reach it?")]
+    Unanswered,
+    /// The answer does not authenticate.
+    #[error("the peer's answer does not authenticate: the pre-shared keys (or the tokens) differ")]
+    BadResponse,
+    /// A public key that no secret key has.
+    #[error("the peer's public key is not a valid key")]
+    BadKey,
+    /// The same public key twice.
+    #[error("the peer's public key is already that of peer {0}")]
+    DuplicateKey(PeerIndex),
+    /// All receiver indices are in use.
+    #[error("no session slot is free (4095 is the limit)")]
+    NoSlot,
+}
+
+/// What the programs saw of a peer, from the maps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// Last message sent that was not empty.
+    pub last_data_sent: Option<Instant>,
+    /// Last message sent.
+    pub last_sent: Option<Instant>,
+    /// Last authenticated message received that was not empty.
+    pub last_data_received: Option<Instant>,
+    /// Last authenticated message received.
+    pub last_received: Option<Instant>,
+    /// Where the programs send now.
+    pub endpoint: Option<SocketAddr>,
+}
+
+/// A session that the programs have had since before a restart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AdoptedSession {
+    /// Receiver index in messages to us.
+    pub local_index: u32,
+    /// Receiver index in messages to the peer.
+    pub remote_index: u32,
+    /// Whether we initiated.
+    pub initiator: bool,
+    /// False if it still waits for the peer's first message.
+    pub confirmed: bool,
+    /// When the handshake ended.
+    pub created: Instant,
+    /// Whether it is the one that seals.
+    pub sealing: bool,
+}
+
+/// What is known about a peer's handshakes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerView {
+    /// Where messages go.
+    pub endpoint: Option<SocketAddr>,
+    /// When the session that seals was made.
+    pub last_handshake: Option<Instant>,
+    /// Whether an initiation waits for its response.
+    pub waiting: bool,
+}
+
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $field:ident = $name:literal;)+) => {
+        /// Messages by what became of them.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Counters { $($(#[doc = $doc])+ pub $field: u64),+ }
+
+        impl Counters {
+            /// Names, as status and metrics print them, with values.
+            pub fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$(($name, self.$field)),+].into_iter()
+            }
+        }
+    };
+}
+
+counters! {
+    /// Initiations sent.
+    initiations_sent = "handshake-initiations-sent";
+    /// Initiations answered.
+    initiations_answered = "handshake-initiations-answered";
+    /// Responses that completed a handshake.
+    responses_accepted = "handshake-responses-accepted";
+    /// Cookies demanded, under load.
+    cookies_demanded = "handshake-cookies-demanded";
+    /// Cookies received from peers under load.
+    cookies_received = "handshake-cookies-received";
+    /// Not a handshake message.
+    malformed = "handshake-malformed";
+    /// Data messages, which are the programs'.
+    data = "handshake-data";
+    /// The first MAC is wrong: the sender does not know our public key.
+    strangers = "handshake-strangers";
+    /// Under load: more than one source address may send.
+    limited = "handshake-limited";
+    /// Initiations and responses that do not authenticate.
+    forged = "handshake-forged";
+    /// Initiations of keys that are no peer's.
+    unknown_peer = "handshake-unknown-peer";
+    /// Initiations not newer than the newest of that peer.
+    replayed = "handshake-replayed";
+    /// Initiations of a peer less than 20 ms apart.
+    flooded = "handshake-flooded";
+    /// Responses and cookie replies to nothing that we sent.
+    unexpected = "handshake-unexpected";
+    /// Handshakes that had to be given up because no session slot was free.
+    no_slot = "handshake-no-slot";
+}
+
+impl Handshakes {
+    /// A node without peers. `rng` must come from the operating system outside of tests: keys are drawn from it.
+    pub fn new(static_secret: Secret, mut rng: StdRng) -> Self {
+        let identity = Identity::new(static_secret);
+        Self {
+            guard: Guard::new(&identity.public()),
+            identity,
+            stamper: Stamper::default(),
+            slots: Slots::new(&mut rng),
+            rng,
+            peers: BTreeMap::new(),
+            by_key: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            transmits: VecDeque::new(),
+            events: VecDeque::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// This node's public key.
+    pub fn public_key(&self) -> PublicKey {
+        self.identity.public()
+    }
+
+    /// Adds a peer or changes one. A change of the endpoint starts attempts anew; one of the public key ends the
+    /// peer's sessions; one of the pre-shared key holds from the next handshake on. An endpoint that is the same as in the
+    /// last configuration does not overrule where the peer has moved since.
+    pub fn upsert_peer(&mut self, index: PeerIndex, config: PeerConfig, now: Instant) {
+        if let Some(other) = self.by_key.get(&config.public_key).filter(|other| **other != index) {
+            let why = Failure::DuplicateKey(*other);
+            return self.events.push_back(Event::Failed { peer: index, why });
+        }
+        let same = self.peers.get(&index).is_some_and(|peer| peer.config.public_key == config.public_key);
+        if !same {
+            self.drop_peer(index, now, true);
+            self.by_key.insert(config.public_key, index);
+            self.peers.insert(index, Peer::new(config, now));
+            return self.schedule(index);
+        }
+        let Some(peer) = self.peers.get_mut(&index) else { return };
+        let moved = config.endpoint.is_some() && config.endpoint != peer.config.endpoint;
+        if moved {
+            peer.endpoint = config.endpoint;
+        }
+        if config.preshared_key != peer.config.preshared_key
+            && let Some(pending) = peer.pending.take()
+        {
+            self.slots.discard(pending.local_index);
+        }
+        if config.initiate != peer.config.initiate {
+            peer.start_at = now + config.initiate.delay();
+        }
+        peer.config = config;
+        if moved {
+            peer.encourage();
+        }
+        self.schedule(index);
+    }
+
+    /// Forgets a peer. Its sessions are not withdrawn one by one: removing it from the data plane does that.
+    pub fn remove_peer(&mut self, index: PeerIndex, now: Instant) {
+        self.drop_peer(index, now, false);
+    }
+
+    /// Tries a peer now that has not answered for a while: there is reason to believe that it does again. Still no sooner than 5 seconds
+    /// after the attempt before.
+    pub fn retry(&mut self, index: PeerIndex) {
+        if let Some(peer) = self.peers.get_mut(&index) {
+            peer.encourage();
+            self.schedule(index);
+        }
+    }
+
+    /// Tries a peer that does not answer at another of its addresses.
+    pub fn set_endpoint(&mut self, index: PeerIndex, endpoint: SocketAddr) {
+        if let Some(peer) = self.peers.get_mut(&index) {
+            peer.endpoint = Some(endpoint);
+            peer.encourage();
+            self.schedule(index);
+        }
+    }
+
+    /// Takes over a session that the programs have had since before a restart. To be called after
+    /// [`Self::upsert_peer`] and before any time passes. One that cannot be kept comes back as [`Event::Withdraw`].
+    pub fn adopt(&mut self, index: PeerIndex, session: AdoptedSession, now: Instant) {
+        let AdoptedSession { local_index, initiator, confirmed, created, sealing, .. } = session;
+        let session = Session::new(local_index, initiator, created, self.jitter());
+        let keep = self.peers.contains_key(&index) && session.expires() > now;
+        if !self.slots.reserve(local_index, index) {
+            return self.events.push_back(Event::Withdraw { peer: index, local_index });
+        }
+        let ended = match self.peers.get_mut(&index) {
+            Some(peer) if keep => peer.adopt(session, confirmed, sealing),
+            _ => vec![session],
+        };
+        self.withdraw(index, ended, now);
+        self.schedule(index);
+    }
+
+    /// Takes a UDP payload from the network. Everything about it may be a lie.
+    pub fn handle_datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) {
+        match message::parse(bytes) {
+            Ok(Message::Initiation(initiation)) => self.handle_initiation(now, from, &initiation),
+            Ok(Message::Response(response)) => self.handle_response(now, from, &response),
+            Ok(Message::CookieReply(reply)) => self.handle_cookie_reply(now, &reply),
+            Err(BadMessage::Malformed) => self.counters.malformed += 1,
+            Err(BadMessage::Data) => self.counters.data += 1,
+        }
+    }
+
+    /// Does what is due. `wall` is the time of day, which only has to grow. Sends at most a few initiations in one call:
+    /// [`Self::poll_timeout`] then is in the past still.
+    pub fn handle_timeout(&mut self, now: Instant, wall: SystemTime) {
+        let due: Vec<_> =
+            self.deadlines.range(..=(now, PeerIndex(u32::MAX))).map(|(_, index)| *index).collect();
+        let mut initiations = INITIATIONS_AT_ONCE;
+        for index in due {
+            let Some(peer) = self.peers.get_mut(&index) else { continue };
+            let ended = peer.expire(now);
+            if peer.keepalive_due().is_some_and(|due| due <= now) {
+                peer.kept_alive(now);
+                self.events.push_back(Event::SendKeepalive { peer: index });
+            }
+            let initiate = initiations > 0 && peer.initiation_due().is_some_and(|due| due <= now);
+            self.withdraw(index, ended, now);
+            if initiate {
+                initiations -= 1;
+                self.initiate(index, now, wall);
+            }
+            self.schedule(index);
+        }
+    }
+
+    /// When [`Self::handle_timeout`] is to be called next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.deadlines.first().map(|(deadline, _)| *deadline)
+    }
+
+    /// The next datagram to send.
+    pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        self.transmits.pop_front()
+    }
+
+    /// The next thing to do.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// The programs received the first message under a session that waited for it.
+    pub fn handle_confirmed(&mut self, index: PeerIndex, local_index: u32, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&index) else { return };
+        let leads = self.identity.public() < peer.config.public_key;
+        let Some(ended) = peer.confirm(local_index, leads, now) else { return };
+        if let Some(pending) = peer.pending.take() {
+            self.slots.discard(pending.local_index);
+        }
+        self.withdraw(index, ended, now);
+        self.schedule(index);
+    }
+
+    /// What the programs saw of a peer; to be called about once a second.
+    pub fn handle_activity(&mut self, index: PeerIndex, activity: &Activity) {
+        if let Some(peer) = self.peers.get_mut(&index) {
+            peer.observe(activity);
+            self.schedule(index);
+        }
+    }
+
+    /// What is known about a peer.
+    pub fn peer(&self, index: PeerIndex) -> Option<PeerView> {
+        self.peers.get(&index).map(|peer| PeerView {
+            endpoint: peer.endpoint,
+            last_handshake: peer.current.map(|session| session.created),
+            waiting: peer.pending.is_some(),
+        })
+    }
+
+    /// Messages by what became of them.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Session slots in use, of 4095.
+    pub fn slots_used(&self) -> usize {
+        self.slots.used()
+    }
+
+    fn handle_initiation(&mut self, now: Instant, from: SocketAddr, initiation: &Initiation<'_>) {
+        let verdict = self.guard.judge(&initiation.macs, initiation.sender, from, now, &mut self.rng);
+        if !self.admitted(verdict, from) {
+            return;
+        }
+        let ephemeral = Secret(self.rng.random());
+        let Ok(received) = self.identity.receive(ephemeral, initiation.noise) else {
+            self.counters.forged += 1;
+            return;
+        };
+        let Some((&index, peer)) =
+            self.by_key.get(&received.remote).and_then(|index| Some((index, self.peers.get_mut(index)?)))
+        else {
+            self.counters.unknown_peer += 1;
+            return;
+        };
+        if peer.greatest.is_some_and(|greatest| received.timestamp <= greatest) {
+            self.counters.replayed += 1;
+            return;
+        }
+        if peer.consumed.is_some_and(|last| now.saturating_duration_since(last) < INITIATION_INTERVAL) {
+            self.counters.flooded += 1;
+            return;
+        }
+        let Some(local_index) = self.slots.allocate(index, now, &mut self.rng) else {
+            return self.out_of_slots(index);
+        };
+        // Since our start the initiation may be a replay: then it must not divert what we send. If it is none, the programs will follow
+        // the message that confirms.
+        let follow = peer.proven || peer.endpoint.is_none();
+        (peer.greatest, peer.consumed) = (Some(received.timestamp), Some(now));
+        let Ok((noise, keys)) = received.respond(&peer.config.preshared_key) else {
+            self.counters.forged += 1;
+            return self.slots.discard(local_index);
+        };
+        let mut bytes = message::response(local_index, initiation.sender, &noise);
+        peer.jar.seal(&mut bytes, local_index, now);
+        self.transmits.push_back(Transmit { to: from, peer: Some(index), bytes });
+        self.counters.initiations_answered += 1;
+        if follow {
+            self.follow(index, from);
+        }
+        let session = SessionKeys {
+            local_index,
+            remote_index: initiation.sender,
+            tx_key: keys.tx,
+            rx_key: keys.rx,
+            initiator: false,
+            created: now,
+        };
+        self.install(index, session, now);
+    }
+
+    fn handle_response(&mut self, now: Instant, from: SocketAddr, response: &Response<'_>) {
+        let waits = |peer: &Peer| peer.pending.as_ref().is_some_and(|p| p.local_index == response.receiver);
+        let owner = self.slots.owner(response.receiver);
+        let Some(index) = owner.filter(|index| self.peers.get(index).is_some_and(waits)) else {
+            self.counters.unexpected += 1;
+            return;
+        };
+        let verdict = self.guard.judge(&response.macs, response.sender, from, now, &mut self.rng);
+        if !self.admitted(verdict, from) {
+            return;
+        }
+        let Some(peer) = self.peers.get_mut(&index) else { return };
+        let Some(mut pending) = peer.pending.take() else { return };
+        let Ok(keys) = pending.noise.finish(response.noise) else {
+            self.counters.forged += 1;
+            if !std::mem::replace(&mut pending.doubted, true) {
+                self.events.push_back(Event::Failed { peer: index, why: Failure::BadResponse });
+            }
+            peer.pending = Some(pending);
+            return;
+        };
+        self.counters.responses_accepted += 1;
+        self.follow(index, from);
+        let session = SessionKeys {
+            local_index: pending.local_index,
+            remote_index: response.sender,
+            tx_key: keys.tx,
+            rx_key: keys.rx,
+            initiator: true,
+            created: now,
+        };
+        self.install(index, session, now);
+        self.events.push_back(Event::SendKeepalive { peer: index });
+    }
+
+    fn handle_cookie_reply(&mut self, now: Instant, reply: &CookieReply<'_>) {
+        let owner = self.slots.owner(reply.receiver).and_then(|index| self.peers.get_mut(&index));
+        if owner.is_some_and(|peer| peer.jar.put(reply, now)) {
+            self.counters.cookies_received += 1;
+        } else {
+            self.counters.unexpected += 1;
+        }
+    }
+
+    fn admitted(&mut self, verdict: Verdict, from: SocketAddr) -> bool {
+        match verdict {
+            Verdict::Process => return true,
+            Verdict::Demand(bytes) => {
+                self.counters.cookies_demanded += 1;
+                self.transmits.push_back(Transmit { to: from, peer: None, bytes });
+            }
+            Verdict::Stranger => self.counters.strangers += 1,
+            Verdict::Limited => self.counters.limited += 1,
+        }
+        false
+    }
+
+    fn initiate(&mut self, index: PeerIndex, now: Instant, wall: SystemTime) {
+        let jitter = self.jitter();
+        let Some(peer) = self.peers.get_mut(&index) else { return };
+        let Some(to) = peer.endpoint else { return };
+        if peer.attempted(now, jitter) {
+            self.events.push_back(Event::Failed { peer: index, why: Failure::Unanswered });
+        }
+        if let Some(pending) = peer.pending.take() {
+            self.slots.discard(pending.local_index);
+        }
+        let Some(local_index) = self.slots.allocate(index, now, &mut self.rng) else {
+            return self.out_of_slots(index);
+        };
+        let ephemeral = Secret(self.rng.random());
+        let timestamp = self.stamper.next(wall);
+        let PeerConfig { public_key, preshared_key, .. } = &peer.config;
+        let Ok((noise, message)) = self.identity.initiate(public_key, preshared_key, ephemeral, &timestamp)
+        else {
+            self.slots.discard(local_index);
+            return self.events.push_back(Event::Failed { peer: index, why: Failure::BadKey });
+        };
+        let mut bytes = message::initiation(local_index, &message);
+        peer.jar.seal(&mut bytes, local_index, now);
+        peer.pending = Some(Pending { local_index, noise, doubted: false });
+        self.counters.initiations_sent += 1;
+        self.transmits.push_back(Transmit { to, peer: Some(index), bytes });
+    }
+
+    fn install(&mut self, index: PeerIndex, keys: SessionKeys, now: Instant) {
+        let session = Session::new(keys.local_index, keys.initiator, keys.created, self.jitter());
+        let Some(peer) = self.peers.get_mut(&index) else { return };
+        let ended = if keys.initiator {
+            peer.install_initiated(session, now)
+        } else {
+            peer.install_answered(session, now)
+        };
+        self.events.push_back(Event::Install { peer: index, session: keys });
+        self.withdraw(index, ended, now);
+        self.schedule(index);
+    }
+
+    fn withdraw(&mut self, index: PeerIndex, ended: Vec<Session>, now: Instant) {
+        for Session { local_index, .. } in ended {
+            self.slots.retire(local_index, now);
+            self.events.push_back(Event::Withdraw { peer: index, local_index });
+        }
+    }
+
+    fn follow(&mut self, index: PeerIndex, endpoint: SocketAddr) {
+        let Some(peer) = self.peers.get_mut(&index) else { return };
+        if peer.endpoint.replace(endpoint) != Some(endpoint) {
+            self.events.push_back(Event::EndpointChanged { peer: index, endpoint });
+        }
+    }
+
+    fn out_of_slots(&mut self, index: PeerIndex) {
+        self.counters.no_slot += 1;
+        self.events.push_back(Event::Failed { peer: index, why: Failure::NoSlot });
+    }
+
+    fn drop_peer(&mut self, index: PeerIndex, now: Instant, withdraw: bool) {
+        let Some(mut peer) = self.peers.remove(&index) else { return };
+        self.by_key.remove(&peer.config.public_key);
+        if let Some(deadline) = peer.deadline {
+            self.deadlines.remove(&(deadline, index));
+        }
+        if let Some(pending) = peer.pending.take() {
+            self.slots.discard(pending.local_index);
+        }
+        let ended = peer.clear();
+        if withdraw {
+            return self.withdraw(index, ended, now);
+        }
+        ended.iter().for_each(|session| self.slots.retire(session.local_index, now));
+    }
+
+    fn schedule(&mut self, index: PeerIndex) {
+        let Some(peer) = self.peers.get_mut(&index) else { return };
+        let next = peer.next_deadline();
+        let before = std::mem::replace(&mut peer.deadline, next);
+        if before == next {
+            return;
+        }
+        if let Some(before) = before {
+            self.deadlines.remove(&(before, index));
+        }
+        self.deadlines.extend(next.map(|next| (next, index)));
+    }
+
+    fn jitter(&mut self) -> Duration {
+        self.rng.random_range(Duration::ZERO..=JITTER)
+    }
+}

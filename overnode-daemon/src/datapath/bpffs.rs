@@ -1,0 +1,348 @@
+//! Where pinned objects lie: `<bpffs>/overnode/<node>/`, one directory per state directory, so that nodes in different
+//! network namespaces of one machine, which share one bpffs, stay apart.
+//!
+//! ```text
+//! maps/NAME                          maps, by name
+//! links/COOKIE/IFINDEX-PROGRAM       tcx and XDP links
+//! links/COOKIE/IFINDEX-PROGRAM-clsact   empty directory: a filter of the older kind is attached there
+//! links/COOKIE/IFINDEX-qdisc         empty directory: the clsact qdisc there is ours
+//! ```
+//! COOKIE names the network namespace (`SO_NETNS_COOKIE`, Linux 5.14): interface indexes mean nothing in another one.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use data_encoding::HEXLOWER;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::sys::statvfs::FsFlags;
+
+const MOUNT_POINT: &str = "/sys/fs/bpf";
+/// Mount namespaces looked into before giving up.
+const MAX_TRIES: usize = 4;
+const SUFFIX_CLSACT: &str = "-clsact";
+const SUFFIX_QDISC: &str = "-qdisc";
+
+/// The name of a node among the pinned objects: 12 hex digits of the SHA-256 of its canonical state directory.
+pub fn node_name(state_dir: &Path) -> String {
+    let path = canonical(state_dir);
+    let digest = ring::digest::digest(&ring::digest::SHA256, path.as_os_str().as_encoded_bytes());
+    HEXLOWER.encode(digest.as_ref().get(..6).unwrap_or_default())
+}
+
+/// Canonical as far as the path exists, so that a state directory has one name before and after it was removed.
+fn canonical(path: &Path) -> PathBuf {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut missing = Vec::new();
+    let mut existing = absolute.as_path();
+    loop {
+        if let Ok(found) = existing.canonicalize() {
+            return missing.iter().rev().fold(found, |path, name| path.join(name));
+        }
+        match existing.components().next_back() {
+            Some(Component::Normal(name)) => missing.push(name.to_owned()),
+            Some(_) | None => return absolute,
+        }
+        let Some(parent) = existing.parent() else { return absolute };
+        existing = parent;
+    }
+}
+
+/// One node's directory in the bpffs.
+#[derive(Debug)]
+pub(super) struct Pins {
+    /// Keeps a bpffs of another mount namespace reachable through `/proc/self/fd`.
+    _bpffs: Option<OwnedFd>,
+    /// `<bpffs>/overnode`
+    all: PathBuf,
+    /// `<bpffs>/overnode/<node>`
+    root: PathBuf,
+    cookie: u64,
+}
+
+/// What a name in `links/COOKIE/` stands for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Pin {
+    /// A pinned link (tcx, XDP).
+    Link { ifindex: u32, program: String },
+    /// A mark: a clsact filter.
+    Filter { ifindex: u32, program: String },
+    /// A mark: a clsact qdisc that this node added.
+    Qdisc { ifindex: u32 },
+}
+
+impl Pin {
+    pub(super) const fn ifindex(&self) -> u32 {
+        match self {
+            Self::Link { ifindex, .. } | Self::Filter { ifindex, .. } | Self::Qdisc { ifindex } => *ifindex,
+        }
+    }
+
+    /// bpffs refuses names with dots.
+    fn file_name(&self) -> String {
+        match self {
+            Self::Link { ifindex, program } => format!("{ifindex}-{program}"),
+            Self::Filter { ifindex, program } => format!("{ifindex}-{program}{SUFFIX_CLSACT}"),
+            Self::Qdisc { ifindex } => format!("{ifindex}{SUFFIX_QDISC}"),
+        }
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        let (ifindex, rest) = name.split_once('-')?;
+        let ifindex = ifindex.parse().ok()?;
+        if rest == &SUFFIX_QDISC[1..] {
+            return Some(Self::Qdisc { ifindex });
+        }
+        Some(match rest.strip_suffix(SUFFIX_CLSACT) {
+            Some(program) => Self::Filter { ifindex, program: program.to_owned() },
+            None => Self::Link { ifindex, program: rest.to_owned() },
+        })
+    }
+}
+
+impl Pins {
+    /// Finds the bpffs (mounts it where it is missing) and names the node's directory in it; creates nothing there.
+    ///
+    /// Must run in the network namespace that the node works in.
+    ///
+    /// # Errors
+    /// No bpffs can be reached or mounted; the kernel is older than 5.14.
+    pub(super) fn find(node: &str) -> Result<Self> {
+        let (base, bpffs) = base()?;
+        let all = base.join("overnode");
+        Ok(Self { root: all.join(node), all, cookie: netns_cookie()?, _bpffs: bpffs })
+    }
+
+    /// Creates the directories.
+    pub(super) fn create(&self) -> Result<()> {
+        for directory in [self.maps(), self.links()] {
+            fs::create_dir_all(&directory).with_context(|| {
+                format!("the directory {} cannot be created in the bpffs", directory.display())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn maps(&self) -> PathBuf {
+        self.root.join("maps")
+    }
+
+    fn links(&self) -> PathBuf {
+        self.root.join("links").join(self.cookie.to_string())
+    }
+
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    pub(super) fn path(&self, pin: &Pin) -> PathBuf {
+        self.links().join(pin.file_name())
+    }
+
+    pub(super) fn mark(&self, pin: &Pin) -> Result<()> {
+        match fs::create_dir(self.path(pin)) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(error).context("a mark cannot be left in the bpffs")
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn is_there(&self, pin: &Pin) -> bool {
+        self.path(pin).exists()
+    }
+
+    /// Removes a pin or a mark; one that is not there is no error.
+    pub(super) fn remove(&self, pin: &Pin) -> io::Result<()> {
+        remove(&self.path(pin))
+    }
+
+    /// The pins of this network namespace, sorted.
+    pub(super) fn list(&self) -> Vec<Pin> {
+        let mut pins: Vec<Pin> =
+            names(&self.links()).iter().filter_map(|path| Pin::parse(path.file_name()?.to_str()?)).collect();
+        pins.sort();
+        pins
+    }
+
+    /// Detaches what the same node attached in a network namespace that it no longer runs in.
+    pub(super) fn remove_other_namespaces(&self) -> io::Result<()> {
+        let mine = self.links();
+        for directory in names(&self.root.join("links")).iter().filter(|path| **path != mine) {
+            remove_all(directory)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn remove_maps(&self) -> io::Result<()> {
+        names(&self.maps()).iter().try_for_each(|path| remove(path))
+    }
+
+    /// Removes the node's directory with all that is in it, and `overnode/` when it was the last one.
+    pub(super) fn remove_everything(&self) -> io::Result<()> {
+        remove_all(&self.root)?;
+        match fs::remove_dir(&self.all) {
+            Ok(()) => Ok(()),
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn names(directory: &Path) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> =
+        fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    paths
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    let removed = if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn remove_all(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        names(path).iter().try_for_each(|inner| remove_all(inner))?;
+    }
+    remove(path)
+}
+
+/// `SO_NETNS_COOKIE`: unique since boot, unlike the inode number of a namespace.
+fn netns_cookie() -> Result<u64> {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0")
+        .or_else(|_| std::net::UdpSocket::bind("[::1]:0"))
+        .or_else(|_| std::net::UdpSocket::bind("0.0.0.0:0"))
+        .context("a UDP socket cannot be opened")?;
+    let mut cookie = 0_u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: both pointers are to locals of the sizes given.
+    let code = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if code != 0 {
+        let why = io::Error::last_os_error();
+        bail!(
+            "the kernel does not name network namespaces ({why}): SO_NETNS_COOKIE needs Linux 5.14, overnode needs 6.1"
+        );
+    }
+    Ok(cookie)
+}
+
+/// The bpffs of the machine's first mount namespace: the one that outlives this process. `ip netns exec` and sandboxes give a
+/// process a mount namespace of its own, and a bpffs mounted there goes away with it.
+///
+/// The first namespace is PID 1's; or, where that is closed to us, the one of the next process that is not.
+fn base() -> Result<(PathBuf, Option<OwnedFd>)> {
+    let here = Path::new(MOUNT_POINT);
+    let own = fs::metadata("/proc/self/ns/mnt").context("/proc must be mounted")?.ino();
+    let mut first_error = None;
+    for (inode, namespace) in mount_namespaces().take(MAX_TRIES) {
+        let opened = if inode == own {
+            mount_if_missing().map(|()| (here.to_owned(), None))
+        } else {
+            open_inside(namespace).map(|directory| {
+                (PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())), Some(directory))
+            })
+        };
+        match opened {
+            Ok(found) => return Ok(found),
+            Err(error) => _ = first_error.get_or_insert(error),
+        }
+    }
+    let error = first_error.unwrap_or_else(|| anyhow!("no mount namespace can be opened"));
+    Err(error.context("no bpffs can be reached: run as root"))
+}
+
+/// Those of all processes, in the order of process IDs, each once.
+fn mount_namespaces() -> impl Iterator<Item = (u64, File)> {
+    let mut pids: Vec<u32> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    pids.sort_unstable();
+    let mut seen = BTreeSet::new();
+    pids.into_iter().filter_map(move |pid| {
+        let namespace = File::open(format!("/proc/{pid}/ns/mnt")).ok()?;
+        let inode = namespace.metadata().ok()?.ino();
+        seen.insert(inode).then_some((inode, namespace))
+    })
+}
+
+fn open_inside(namespace: File) -> Result<OwnedFd> {
+    let opened = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_FS).context("the thread's file system view cannot be separated")?;
+        setns(namespace, CloneFlags::CLONE_NEWNS).context("the first mount namespace cannot be entered")?;
+        mount_if_missing()?;
+        Ok(File::open(MOUNT_POINT).with_context(|| format!("{MOUNT_POINT} cannot be opened"))?.into())
+    });
+    opened.join().unwrap_or_else(|_| bail!("the thread that looks for the bpffs panicked"))
+}
+
+fn mount_if_missing() -> Result<()> {
+    if is_bpffs(Path::new(MOUNT_POINT)) {
+        return Ok(());
+    }
+    mount(Some("bpf"), MOUNT_POINT, Some("bpf"), MsFlags::empty(), None::<&str>).with_context(|| {
+        format!("no bpffs is mounted at {MOUNT_POINT} and mounting one failed: run `mount -t bpf bpf {MOUNT_POINT}` as root")
+    })
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|found| {
+        found.filesystem_type() == BPF_FS_MAGIC && !found.flags().contains(FsFlags::ST_RDONLY)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_directory_keeps_its_name_when_it_is_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        let state = parent.path().join("a/b");
+        let before = node_name(&state);
+        fs::create_dir_all(&state).unwrap();
+        assert_eq!(node_name(&state), before);
+        std::os::unix::fs::symlink(&state, parent.path().join("link")).unwrap();
+        assert_eq!(node_name(&parent.path().join("link")), before);
+        assert_ne!(node_name(parent.path()), before);
+        assert_eq!(before.len(), 12);
+    }
+
+    #[test]
+    fn pins_are_read_back_from_their_names() {
+        for pin in [
+            Pin::Link { ifindex: 7, program: "from_underlay".into() },
+            Pin::Filter { ifindex: 7, program: "seal".into() },
+            Pin::Qdisc { ifindex: 4_000_000_000 },
+        ] {
+            assert_eq!(Pin::parse(&pin.file_name()), Some(pin.clone()));
+            assert!(!pin.file_name().contains('.'), "bpffs refuses names with dots");
+        }
+        assert_eq!(Pin::parse("x-seal"), None);
+        assert_eq!(Pin::parse("7"), None);
+    }
+}

@@ -1,0 +1,54 @@
+//! Between the programs' clock (`CLOCK_BOOTTIME`, ns) and [`Instant`].
+
+use std::time::{Duration, Instant};
+
+use nix::time::{ClockId, clock_gettime};
+
+/// Both clocks at one moment.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Clock {
+    instant: Instant,
+    boot_ns: u64,
+}
+
+impl Clock {
+    pub(super) fn now() -> Self {
+        let boot = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+        Self { instant: Instant::now(), boot_ns: boot.as_nanos() as u64 }
+    }
+
+    /// `None` for 0, which means "never".
+    pub(super) fn instant(self, boot_ns: u64) -> Option<Instant> {
+        match boot_ns {
+            0 => None,
+            ns if ns <= self.boot_ns => self.instant.checked_sub(Duration::from_nanos(self.boot_ns - ns)),
+            ns => self.instant.checked_add(Duration::from_nanos(ns - self.boot_ns)),
+        }
+    }
+
+    pub(super) fn boot_ns(self, instant: Instant) -> u64 {
+        let nanos = |duration: Duration| duration.as_nanos() as u64;
+        match instant.checked_duration_since(self.instant) {
+            Some(ahead) => self.boot_ns.saturating_add(nanos(ahead)),
+            None => self.boot_ns.saturating_sub(nanos(self.instant.duration_since(instant))).max(1),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_and_back() {
+        let clock = Clock::now();
+        for instant in [
+            clock.instant - Duration::from_millis(1),
+            clock.instant,
+            clock.instant + Duration::from_secs(180),
+        ] {
+            assert_eq!(clock.instant(clock.boot_ns(instant)), Some(instant));
+        }
+        assert_eq!(clock.instant(0), None);
+    }
+}

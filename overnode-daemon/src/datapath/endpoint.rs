@@ -1,0 +1,213 @@
+//! Containers: a veth whose far end is made inside the container's network namespace.
+
+use std::fs::File;
+use std::net::IpAddr;
+use std::os::fd::AsRawFd as _;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use ipnet::IpNet;
+use overnode_ebpf::map::Endpoint;
+use rand::Rng as _;
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use super::bpffs::Pin;
+use super::links::{End, Link, Mac, Netlink};
+use super::netns::{NetnsId, NetnsRef, inside};
+use super::programs::{FROM_CONTAINER, detach_filter};
+use super::{Datapath, mac_of, offload, quieten};
+use crate::types::to_map;
+
+/// Name of the interface inside a container.
+pub const CONTAINER_INTERFACE: &str = "overnode0";
+
+/// What to attach, where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// The container's network namespace.
+    pub netns: NetnsRef,
+    /// Its address; the prefix is the subnet's.
+    pub address: IpAddr,
+    /// Name of the host's end: `ov` and 8 hex digits, see [`host_interface`].
+    pub host_interface: String,
+}
+
+/// What was attached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Index of the host's end.
+    pub ifindex: u32,
+    /// Hardware address of the container's end.
+    pub mac: [u8; 6],
+    /// Hardware address of the host's end, which ARP answers name.
+    pub gateway_mac: [u8; 6],
+    /// Name of the host's end.
+    pub host_interface: String,
+    /// The container's network namespace.
+    pub netns: NetnsId,
+}
+
+/// A new name for a host's end. Names do not repeat but by chance, 1 in 2^32.
+pub fn host_interface(rng: &mut impl rand::Rng) -> String {
+    format!("ov{:08x}", rng.random::<u32>())
+}
+
+/// True for names that [`host_interface`] gives.
+pub(super) fn is_host_interface(name: &str) -> bool {
+    name.strip_prefix("ov").is_some_and(|digits| {
+        digits.len() == 8 && digits.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+    })
+}
+
+impl Datapath {
+    /// Plugs a container in. Whatever fails, nothing of it stays.
+    ///
+    /// # Errors
+    /// The namespace cannot be opened, is the host's own, or has an `overnode0` already; the address is outside the subnet or
+    /// attached already; the kernel refuses.
+    pub async fn attach(&mut self, attachment: &Attachment) -> Result<Attached> {
+        let Attachment { netns, address, host_interface } = attachment;
+        ensure!(
+            is_host_interface(host_interface),
+            "{host_interface:?} is no name for the host's end of a container"
+        );
+        ensure!(
+            self.network.subnet.contains(address),
+            "{address} is outside the container network {}",
+            self.network.subnet
+        );
+        ensure!(!self.routes.local().contains_key(&IpNet::from(*address)), "{address} is attached already");
+        let (namespace, id) = netns.open()?;
+        ensure!(id != NetnsId::current()?, "{netns} is the host's own network namespace: name a container's");
+        ensure!(
+            self.netlink.link_named(host_interface).await?.is_none(),
+            "an interface named {host_interface} is there already"
+        );
+        match self.plug(attachment, namespace, id).await {
+            Ok(attached) => Ok(attached),
+            Err(error) => {
+                if let Err(left) = self.detach(host_interface).await {
+                    warn!(%left, host_interface, "what a failed attach had made cannot be removed yet");
+                }
+                Err(error.context(format!("{netns} cannot be attached")))
+            }
+        }
+    }
+
+    async fn plug(&mut self, attachment: &Attachment, namespace: File, netns: NetnsId) -> Result<Attached> {
+        let Attachment { address, host_interface, .. } = attachment;
+        let mtu = self.container_mtu();
+        let mut random = rand::rng();
+        let gateway_mac = mac_of(&self.node, random.random());
+        let mut mac: Mac = random.random();
+        // Locally administered, unicast.
+        mac[0] = mac[0] & 0xfc | 2;
+        let near = End { name: host_interface, mac: gateway_mac, mtu, namespace: None };
+        let far = End { name: CONTAINER_INTERFACE, mac, mtu, namespace: Some(namespace.as_raw_fd()) };
+        self.netlink.create_veth(&near, &far).await?;
+        let host = self.netlink.link_named(host_interface).await?.context("the new interface vanished")?;
+        self.endpoints.insert(host_interface.clone(), host.index);
+        self.netlink.mark(host.index, &self.alias).await?;
+        quieten(host_interface);
+        self.programs.attach(FROM_CONTAINER, &host, &self.pins)?;
+        self.maps.set_endpoint(host.index, Endpoint { address: to_map(*address), mac, gateway_mac })?;
+        let (address, prefix) = (*address, self.network.subnet.prefix_len());
+        inside(namespace, move || async move { configure(address, prefix).await }).await?;
+        self.routes.set_local(IpNet::from(address), host.index);
+        self.sync_routes()?;
+        self.netlink.set_up(host.index).await?;
+        Ok(Attached { ifindex: host.index, mac, gateway_mac, host_interface: host_interface.clone(), netns })
+    }
+
+    /// Unplugs a container: its interfaces, routes and programs. One that is gone already is no error.
+    ///
+    /// # Errors
+    /// The interface is somebody else's; the kernel refuses. What could be removed is removed.
+    pub async fn detach(&mut self, host_interface: &str) -> Result<()> {
+        let link = self.netlink.link_named(host_interface).await?;
+        if let Some(link) = &link {
+            ensure!(self.is_ours(link), "the interface {host_interface} was not made by this node: it stays");
+            self.netlink.delete(link.index).await?;
+        }
+        let known = self.endpoints.remove(host_interface);
+        match known.or(link.map(|link| link.index)) {
+            Some(ifindex) => self.forget_endpoint(ifindex),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes what maps and bpffs hold of a host end that is gone.
+    pub(super) fn forget_endpoint(&mut self, ifindex: u32) -> Result<()> {
+        self.routes.remove_local(ifindex);
+        let routes = self.sync_routes();
+        let endpoint = self.maps.remove_endpoint(ifindex);
+        self.pins.remove(&Pin::Link { ifindex, program: FROM_CONTAINER.into() })?;
+        self.pins.remove(&Pin::Filter { ifindex, program: FROM_CONTAINER.into() })?;
+        self.pins.remove(&Pin::Qdisc { ifindex })?;
+        routes.and(endpoint)
+    }
+
+    /// True for host ends and the normaliser's ends that this node made.
+    pub(super) fn is_ours(&self, link: &Link) -> bool {
+        is_ours(link, &self.alias, &self.node)
+    }
+}
+
+/// By the alias; or, when a daemon was killed before it could set that, by name and hardware address, which are there from the
+/// beginning.
+pub(super) fn is_ours(link: &Link, alias: &str, node: &str) -> bool {
+    let is_named_so = is_host_interface(&link.name)
+        || link.name == super::normaliser::FIRST
+        || link.name == super::normaliser::SECOND;
+    match &link.alias {
+        Some(found) => found == alias && is_named_so && link.is_veth,
+        None => {
+            is_named_so
+                && link.is_veth
+                && link.mac.is_some_and(|mac| mac.starts_with(&mac_of(node, [0; 2])[..4]))
+        }
+    }
+}
+
+/// Runs inside the container's namespace.
+async fn configure(address: IpAddr, prefix: u8) -> Result<()> {
+    let netlink = Netlink::open()?;
+    let find = async |name: &str| {
+        netlink.link_named(name).await?.ok_or_else(|| anyhow!("there is no {name} inside the container"))
+    };
+    netlink.set_up(find("lo").await?.index).await?;
+    let link = find(CONTAINER_INTERFACE).await?;
+    offload::receive_aggregated(CONTAINER_INTERFACE)?;
+    netlink.add_address(link.index, address, prefix).await?;
+    netlink.set_up(link.index).await
+}
+
+/// Programs and filters of an interface that stays, taken away.
+pub(super) fn detach_all(link: &Link, pins: &super::bpffs::Pins) -> Vec<anyhow::Error> {
+    let mut errors = Vec::new();
+    for pin in pins.list().into_iter().filter(|pin| pin.ifindex() == link.index) {
+        let removed = match &pin {
+            Pin::Filter { program, .. } => detach_filter(program, link, pins),
+            Pin::Link { .. } => pins.remove(&pin).map_err(Into::into),
+            Pin::Qdisc { .. } => Ok(()),
+        };
+        errors.extend(removed.err());
+    }
+    errors
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng as _;
+
+    use super::*;
+
+    #[test]
+    fn names_of_host_ends() {
+        let name = host_interface(&mut rand::rngs::StdRng::seed_from_u64(1));
+        assert!(is_host_interface(&name), "{name}");
+        for other in ["ov", "ovn0", "ov1234567", "ov123456789", "ov1234567G", "eth0", "ov1234567A"] {
+            assert!(!is_host_interface(other), "{other}");
+        }
+    }
+}

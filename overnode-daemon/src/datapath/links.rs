@@ -1,0 +1,353 @@
+//! Interfaces, addresses and routes of the network namespace in which [`Netlink::open`] was called, by rtnetlink.
+//! sysfs would show another namespace's after `nsenter --net`.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::RawFd;
+
+use anyhow::{Context as _, Result, anyhow};
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags};
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags,
+    LinkInfo, LinkLayerType, LinkMessage,
+};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric};
+use netlink_packet_route::tc::TcHandle;
+use rtnetlink::sys::AsyncSocket as _;
+use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, RouteMessageBuilder};
+use tokio::task::JoinHandle;
+
+/// A hardware address.
+pub(super) type Mac = [u8; 6];
+
+/// A netlink socket of one network namespace.
+#[derive(Debug)]
+pub(super) struct Netlink {
+    handle: Handle,
+    connection: JoinHandle<()>,
+}
+
+/// What is known of an interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Link {
+    pub(super) index: u32,
+    pub(super) name: String,
+    pub(super) alias: Option<String>,
+    pub(super) mac: Option<Mac>,
+    pub(super) mtu: u32,
+    pub(super) is_up: bool,
+    pub(super) is_veth: bool,
+    pub(super) is_loopback: bool,
+    pub(super) has_ethernet: bool,
+}
+
+/// One end of a veth pair to be.
+#[derive(Clone, Debug)]
+pub(super) struct End<'a> {
+    pub(super) name: &'a str,
+    pub(super) mac: Mac,
+    pub(super) mtu: u32,
+    /// Network namespace to create it in; none for that of the socket.
+    pub(super) namespace: Option<RawFd>,
+}
+
+/// How the kernel would send to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Route {
+    pub(super) ifindex: u32,
+    pub(super) source: Option<IpAddr>,
+    /// The route's own limit, or the path's as learned from ICMP; bytes.
+    pub(super) mtu: Option<u32>,
+}
+
+impl Netlink {
+    pub(super) fn open() -> Result<Self> {
+        let (mut connection, handle, _) =
+            rtnetlink::new_connection().context("a netlink socket cannot be opened")?;
+        // Without it errors come without words; older kernels do not have it.
+        let _ = connection.socket_mut().socket_mut().set_ext_ack(true);
+        Ok(Self { handle, connection: tokio::spawn(connection) })
+    }
+
+    /// All interfaces, in the order of their indexes.
+    pub(super) async fn links(&self) -> Result<Vec<Link>> {
+        let messages: Vec<LinkMessage> =
+            self.handle.link().get().execute().try_collect().await.context("interfaces cannot be listed")?;
+        let mut links: Vec<Link> = messages.iter().map(Link::from).collect();
+        links.sort_by_key(|link| link.index);
+        Ok(links)
+    }
+
+    pub(super) async fn link(&self, index: u32) -> Result<Option<Link>> {
+        let mut found = Box::pin(self.handle.link().get().match_index(index).execute());
+        one_link(found.try_next().await).with_context(|| format!("interface {index} cannot be looked up"))
+    }
+
+    pub(super) async fn link_named(&self, name: &str) -> Result<Option<Link>> {
+        let mut found = Box::pin(self.handle.link().get().match_name(name).execute());
+        one_link(found.try_next().await).with_context(|| format!("interface {name} cannot be looked up"))
+    }
+
+    pub(super) async fn create_veth(&self, near: &End<'_>, far: &End<'_>) -> Result<()> {
+        let mut message = near.message();
+        message.attributes.push(LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(far.message()))),
+        ]));
+        self.handle.link().add(message).execute().await.map_err(|error| match errno(&error) {
+            Some(libc::EEXIST) => {
+                anyhow!("an interface named {} or {} is there already", near.name, far.name)
+            }
+            Some(libc::EPERM) => anyhow!("interfaces can only be made by root"),
+            Some(libc::EOPNOTSUPP) => anyhow!("the kernel has no veth interfaces (CONFIG_VETH)"),
+            Some(_) | None => anyhow!(error).context(format!("the veth pair {} cannot be made", near.name)),
+        })
+    }
+
+    /// No IPv6 address of its own when it goes up, and a mark that says whose it is.
+    pub(super) async fn mark(&self, index: u32, alias: &str) -> Result<()> {
+        let alias = LinkMessageBuilder::<LinkUnspec>::default().index(index).alias(alias).build();
+        self.handle.link().set(alias).execute().await.context("an interface cannot be marked")?;
+        let quiet = LinkMessageBuilder::<LinkUnspec>::default()
+            .index(index)
+            .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![
+                AfSpecInet6::AddrGenMode(In6AddrGenMode::None),
+            ])]))
+            .build();
+        match self.handle.link().set(quiet).execute().await {
+            // A kernel without IPv6 makes no such addresses anyway.
+            Err(error)
+                if !matches!(errno(&error), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL)) =>
+            {
+                Err(error).context("IPv6 addresses of an interface cannot be turned off")
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    pub(super) async fn set_up(&self, index: u32) -> Result<()> {
+        let message = LinkMessageBuilder::<LinkUnspec>::default().index(index).up().build();
+        self.handle.link().set(message).execute().await.context("an interface cannot be set up")
+    }
+
+    pub(super) async fn set_mtu(&self, index: u32, mtu: u32) -> Result<()> {
+        let message = LinkMessageBuilder::<LinkUnspec>::default().index(index).mtu(mtu).build();
+        self.handle.link().set(message).execute().await.context("the MTU of an interface cannot be set")
+    }
+
+    /// One that is gone is no error.
+    pub(super) async fn delete(&self, index: u32) -> Result<()> {
+        match self.handle.link().del(index).execute().await {
+            Err(error) if errno(&error) != Some(libc::ENODEV) => {
+                Err(error).with_context(|| format!("interface {index} cannot be deleted"))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    pub(super) async fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> Result<()> {
+        let mut request = self.handle.address().add(index, address, prefix);
+        if address.is_ipv6() {
+            // Nobody else can have it: duplicate address detection would only delay its use.
+            request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        }
+        request.execute().await.with_context(|| format!("the address {address}/{prefix} cannot be set"))
+    }
+
+    /// Unicast addresses of all interfaces, with the index of the interface, sorted.
+    pub(super) async fn addresses(&self) -> Result<Vec<(IpAddr, u32)>> {
+        let messages: Vec<_> = self
+            .handle
+            .address()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .context("addresses cannot be listed")?;
+        let mut addresses: Vec<(IpAddr, u32)> = messages
+            .iter()
+            .filter_map(|message| {
+                let mut address = None;
+                for attribute in &message.attributes {
+                    match attribute {
+                        // The local end of a point-to-point link; `Address` is the other one there.
+                        AddressAttribute::Local(local) => address = Some(*local),
+                        AddressAttribute::Address(own) => address = address.or(Some(*own)),
+                        _ => {}
+                    }
+                }
+                Some((address?, message.header.index))
+            })
+            .collect();
+        addresses.sort();
+        addresses.dedup();
+        Ok(addresses)
+    }
+
+    /// How the kernel would send to `destination`, if it would, through `interface` if one is given.
+    pub(super) async fn route(&self, destination: IpAddr, interface: Option<u32>) -> Result<Option<Route>> {
+        let mut message = match destination {
+            IpAddr::V4(v4) => RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(v4, 32).build(),
+            IpAddr::V6(v6) => RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(v6, 128).build(),
+        };
+        // A lookup takes no table, protocol, scope or type.
+        message.header.table = 0;
+        message.header.protocol = 0.into();
+        message.header.scope = 0.into();
+        message.header.kind = 0.into();
+        if let Some(index) = interface {
+            message.attributes.push(RouteAttribute::Oif(index));
+        }
+        let mut found = Box::pin(self.handle.route().get(message).execute());
+        match found.try_next().await {
+            Ok(message) => Ok(message.as_ref().and_then(route_of)),
+            Err(error) => match errno(&error) {
+                Some(
+                    libc::ENETUNREACH
+                    | libc::EHOSTUNREACH
+                    | libc::EINVAL
+                    | libc::EACCES
+                    | libc::EAGAIN
+                    | libc::ENODEV,
+                ) => Ok(None),
+                Some(_) | None => {
+                    Err(error).with_context(|| format!("the route to {destination} cannot be looked up"))
+                }
+            },
+        }
+    }
+
+    /// Index of the interface of the default route (IPv4's first).
+    pub(super) async fn default_interface(&self) -> Option<u32> {
+        for message in
+            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
+        {
+            let mut routes = Box::pin(self.handle.route().get(message).execute());
+            while let Some(Ok(route)) = routes.next().await {
+                if route.header.destination_prefix_length == 0
+                    && route.header.table == libc::RT_TABLE_MAIN
+                    && let Some(Route { ifindex, .. }) = route_of(&route)
+                {
+                    return Some(ifindex);
+                }
+            }
+        }
+        None
+    }
+
+    /// True if filters are attached to an interface at its ingress or egress.
+    pub(super) async fn has_filters(&self, index: u32) -> Result<bool> {
+        let index = i32::try_from(index)?;
+        let ingress: Vec<_> =
+            self.handle.traffic_filter(index).get().ingress().execute().try_collect().await?;
+        let egress: Vec<_> = self.handle.traffic_filter(index).get().egress().execute().try_collect().await?;
+        Ok(!ingress.is_empty() || !egress.is_empty())
+    }
+
+    /// Removes the clsact qdisc of an interface; one that is gone is no error.
+    pub(super) async fn remove_clsact(&self, index: u32) -> Result<()> {
+        let mut request = self.handle.qdisc().del(i32::try_from(index)?);
+        request.message_mut().header.parent = TcHandle::CLSACT;
+        match request.execute().await {
+            Err(error) if !matches!(errno(&error), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) => {
+                Err(error).context("the clsact qdisc cannot be removed")
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+}
+
+impl Drop for Netlink {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+impl End<'_> {
+    fn message(&self) -> LinkMessage {
+        let mut message = LinkMessageBuilder::<LinkUnspec>::default()
+            .name(self.name)
+            .mtu(self.mtu)
+            .address(self.mac.to_vec())
+            .build();
+        if let Some(fd) = self.namespace {
+            message.attributes.push(LinkAttribute::NetNsFd(fd));
+        }
+        message
+    }
+}
+
+impl From<&LinkMessage> for Link {
+    fn from(message: &LinkMessage) -> Self {
+        let flags = message.header.flags;
+        let mut link = Self {
+            index: message.header.index,
+            name: String::new(),
+            alias: None,
+            mac: None,
+            mtu: 0,
+            is_up: flags.contains(LinkFlags::Up),
+            is_veth: false,
+            is_loopback: flags.contains(LinkFlags::Loopback),
+            has_ethernet: matches!(
+                message.header.link_layer_type,
+                LinkLayerType::Ether | LinkLayerType::Loopback
+            ),
+        };
+        for attribute in &message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => link.name.clone_from(name),
+                LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
+                LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok(),
+                LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+                LinkAttribute::LinkInfo(infos) => {
+                    link.is_veth = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)));
+                }
+                _ => {}
+            }
+        }
+        link
+    }
+}
+
+fn one_link(found: Result<Option<LinkMessage>, rtnetlink::Error>) -> Result<Option<Link>> {
+    match found {
+        Ok(message) => Ok(message.as_ref().map(Link::from)),
+        Err(error) if errno(&error) == Some(libc::ENODEV) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn route_of(message: &RouteMessage) -> Option<Route> {
+    let mut route = Route { ifindex: 0, source: None, mtu: None };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => route.ifindex = *index,
+            RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => route.source = Some((*v4).into()),
+            RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => route.source = Some((*v6).into()),
+            RouteAttribute::Metrics(metrics) => {
+                for metric in metrics {
+                    if let RouteMetric::Mtu(mtu) = metric {
+                        route.mtu = Some(*mtu);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    (route.ifindex != 0).then_some(route)
+}
+
+/// The error number with which the kernel answered.
+fn errno(error: &rtnetlink::Error) -> Option<i32> {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => Some(message.raw_code().abs()),
+        rtnetlink::Error::UnexpectedMessage(_)
+        | rtnetlink::Error::RequestFailed
+        | rtnetlink::Error::NamespaceError(_)
+        | rtnetlink::Error::InvalidHardwareAddress(_)
+        | rtnetlink::Error::InvalidIp(_)
+        | rtnetlink::Error::InvalidAddress(..)
+        | rtnetlink::Error::InvalidNla(_) => None,
+    }
+}

@@ -1,0 +1,424 @@
+//! Typed access to the maps. `PEERS` and `SESSIONS` are mapped into memory and changed word by word: rewriting a whole value
+//! would set back what a program counted meanwhile, and a message counter set back is a nonce used twice.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::marker::PhantomData;
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering, fence};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use aya::maps::lpm_trie::Key;
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpuArray};
+use aya::{Ebpf, Pod};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use overnode_ebpf::map::{
+    Address, Config, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, Peer, ROUTE_SLOTS, Route,
+    SESSION_SLOTS, Session,
+};
+use overnode_ebpf::reason::{REASON_SLOTS, Reason};
+
+use super::bpffs::Pins;
+use crate::types::{from_map, to_map};
+
+/// `BPF_F_MMAPABLE` (Linux 5.5).
+const MMAPABLE: u32 = 1 << 10;
+
+/// What a map of the object must look like for this daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub(super) name: &'static str,
+    key: usize,
+    value: usize,
+    entries: u32,
+    is_mapped: bool,
+}
+
+const fn layout(name: &'static str, key: usize, value: usize, entries: u32) -> Layout {
+    Layout { name, key, value, entries, is_mapped: false }
+}
+
+const fn mapped(layout: Layout) -> Layout {
+    Layout { is_mapped: true, ..layout }
+}
+
+/// The maps that are pinned.
+pub(super) const LAYOUTS: [Layout; 7] = [
+    layout("CONFIG", 4, size_of::<Config>(), 1),
+    layout("ENDPOINTS", 4, size_of::<Endpoint>(), ENDPOINT_SLOTS),
+    layout("ROUTES", 4 + size_of::<Address>(), size_of::<Route>(), ROUTE_SLOTS),
+    mapped(layout("PEERS", 4, size_of::<Peer>(), PEER_SLOTS)),
+    mapped(layout("SESSIONS", 4, size_of::<Session>(), SESSION_SLOTS)),
+    layout("LOCAL_ADDRESSES", size_of::<Address>(), 4, LOCAL_ADDRESS_SLOTS),
+    layout("COUNTERS", 4, 8, REASON_SLOTS),
+];
+
+impl Layout {
+    /// Says how a map differs, if it does.
+    fn mismatch(&self, info: &MapInfo) -> Option<String> {
+        let found = (info.key_size() as usize, info.value_size() as usize, info.max_entries());
+        if found != (self.key, self.value, self.entries) {
+            let (key, value, entries) = found;
+            return Some(format!(
+                "{} has {entries} entries of {key}+{value} bytes instead of {} of {}+{}",
+                self.name, self.entries, self.key, self.value
+            ));
+        }
+        let is_mapped = info.map_flags() & MMAPABLE != 0;
+        (is_mapped != self.is_mapped)
+            .then(|| format!("{} {} BPF_F_MMAPABLE", self.name, if is_mapped { "has" } else { "lacks" }))
+    }
+}
+
+/// How the maps that are pinned already differ from what this daemon needs; empty if they do not, or if none are.
+pub(super) fn pinned_mismatches(pins: &Pins) -> Vec<String> {
+    LAYOUTS
+        .iter()
+        .filter_map(|layout| {
+            let path = pins.map(layout.name);
+            if !path.exists() {
+                return None;
+            }
+            match MapInfo::from_pin(&path) {
+                Ok(info) => layout.mismatch(&info),
+                Err(error) => Some(format!("{} cannot be opened: {error}", layout.name)),
+            }
+        })
+        .collect()
+}
+
+/// The maps of a loaded object.
+pub(super) struct Maps {
+    config: Array<MapData, Config>,
+    endpoints: HashMap<MapData, u32, Endpoint>,
+    routes: LpmTrie<MapData, Address, Route>,
+    local_addresses: HashMap<MapData, Address, u32>,
+    counters: PerCpuArray<MapData, u64>,
+    pub(super) peers: Slots<Peer>,
+    pub(super) sessions: Arc<Slots<Session>>,
+}
+
+impl fmt::Debug for Maps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Maps").finish_non_exhaustive()
+    }
+}
+
+impl Maps {
+    /// Takes the maps out of a loaded object, whose programs must have been loaded before.
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self> {
+        let mut maps = BTreeMap::new();
+        for layout in LAYOUTS {
+            let map =
+                ebpf.take_map(layout.name).ok_or_else(|| anyhow!("the object has no map {}", layout.name))?;
+            if let Some(mismatch) = layout.mismatch(&data(&map)?.info()?) {
+                bail!("programs and daemon do not belong together: {mismatch}");
+            }
+            maps.insert(layout.name, map);
+        }
+        let mut take = |name: &str| maps.remove(name).ok_or_else(|| anyhow!("the object has no map {name}"));
+        Ok(Self {
+            config: take("CONFIG")?.try_into()?,
+            endpoints: take("ENDPOINTS")?.try_into()?,
+            routes: take("ROUTES")?.try_into()?,
+            local_addresses: take("LOCAL_ADDRESSES")?.try_into()?,
+            counters: take("COUNTERS")?.try_into()?,
+            peers: Slots::map(data(&take("PEERS")?)?, PEER_SLOTS)?,
+            sessions: Arc::new(Slots::map(data(&take("SESSIONS")?)?, SESSION_SLOTS)?),
+        })
+    }
+
+    pub(super) fn config(&self) -> Result<Config> {
+        self.config.get(&0, 0).context("CONFIG cannot be read")
+    }
+
+    /// Writes only if something differs: programs read while it is written.
+    pub(super) fn set_config(&mut self, config: Config) -> Result<()> {
+        if self.config()? != config {
+            self.config.set(0, config, 0).context("CONFIG cannot be written")?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn endpoints(&self) -> Result<BTreeMap<u32, Endpoint>> {
+        self.endpoints.iter().collect::<Result<_, MapError>>().context("ENDPOINTS cannot be read")
+    }
+
+    pub(super) fn set_endpoint(&mut self, ifindex: u32, endpoint: Endpoint) -> Result<()> {
+        self.endpoints.insert(ifindex, endpoint, 0).with_context(|| {
+            format!("the container cannot be entered into ENDPOINTS (one host holds up to {ENDPOINT_SLOTS})")
+        })
+    }
+
+    pub(super) fn remove_endpoint(&mut self, ifindex: u32) -> Result<()> {
+        gone_is_fine(self.endpoints.remove(&ifindex)).context("ENDPOINTS cannot be changed")
+    }
+
+    pub(super) fn routes(&self) -> Result<BTreeMap<IpNet, Route>> {
+        let mut routes = BTreeMap::new();
+        for entry in self.routes.iter() {
+            let (key, route) = entry.context("ROUTES cannot be read")?;
+            routes.insert(prefix_of(&key)?, route);
+        }
+        Ok(routes)
+    }
+
+    pub(super) fn set_route(&mut self, prefix: IpNet, route: Route) -> Result<()> {
+        self.routes.insert(&key_of(prefix), route, 0).with_context(|| {
+            format!("the route {prefix} cannot be written (the table holds up to {ROUTE_SLOTS})")
+        })
+    }
+
+    pub(super) fn remove_route(&mut self, prefix: IpNet) -> Result<()> {
+        gone_is_fine(self.routes.remove(&key_of(prefix)))
+            .with_context(|| format!("the route {prefix} cannot be removed"))
+    }
+
+    /// Makes `LOCAL_ADDRESSES` hold exactly these.
+    pub(super) fn set_local_addresses(&mut self, wanted: &[IpAddr]) -> Result<()> {
+        let wanted: BTreeSet<Address> = wanted.iter().map(|address| to_map(*address)).collect();
+        let present = self
+            .local_addresses
+            .keys()
+            .collect::<Result<BTreeSet<Address>, MapError>>()
+            .context("LOCAL_ADDRESSES cannot be read")?;
+        for gone in present.difference(&wanted) {
+            gone_is_fine(self.local_addresses.remove(gone)).context("LOCAL_ADDRESSES cannot be changed")?;
+        }
+        for new in wanted.difference(&present) {
+            self.local_addresses.insert(*new, 0, 0).with_context(|| {
+                format!("the address {} cannot be entered (up to {LOCAL_ADDRESS_SLOTS})", from_map(*new))
+            })?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn counters(&self) -> Result<BTreeMap<&'static str, u64>> {
+        Reason::ALL
+            .iter()
+            .map(|reason| {
+                let values = self.counters.get(&(*reason as u32), 0).context("COUNTERS cannot be read")?;
+                Ok((reason.as_str(), values.iter().sum()))
+            })
+            .collect()
+    }
+}
+
+/// An array map in memory.
+pub(super) struct Slots<T> {
+    base: NonNull<u8>,
+    stride: usize,
+    len: u32,
+    kind: PhantomData<T>,
+}
+
+// SAFETY: the memory is shared with the kernel anyway; every access is a single atomic word.
+unsafe impl<T> Send for Slots<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Slots<T> {}
+
+impl<T: Pod> Slots<T> {
+    fn map(data: &MapData, len: u32) -> Result<Self> {
+        let stride = size_of::<T>().next_multiple_of(8);
+        // SAFETY: a new mapping, placed by the kernel; it is unmapped only when `self` is dropped.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                stride * len as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                data.fd().as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        ensure!(
+            base != libc::MAP_FAILED,
+            "a map cannot be mapped into memory: {}",
+            io::Error::last_os_error()
+        );
+        // SAFETY: the range just mapped. Keys do not belong in a core dump.
+        unsafe { libc::madvise(base, stride * len as usize, libc::MADV_DONTDUMP) };
+        let base = NonNull::new(base.cast()).context("a map was mapped at address 0")?;
+        Ok(Self { base, stride, len, kind: PhantomData })
+    }
+
+    pub(super) fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// The slot's address; `None` if there is no such slot. Valid as long as `self`.
+    pub(super) fn at(&self, index: u32) -> Option<Cell<'_, T>> {
+        if index >= self.len {
+            return None;
+        }
+        // SAFETY: the index lies within the mapping.
+        let pointer = unsafe { self.base.add(self.stride * index as usize) };
+        Some(Cell { pointer: pointer.cast(), owner: PhantomData })
+    }
+}
+
+impl<T> Drop for Slots<T> {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `map`; no `Cell` outlives `self`.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.stride * self.len as usize) };
+    }
+}
+
+/// One value of an array map, in place.
+pub(super) struct Cell<'a, T> {
+    pointer: NonNull<T>,
+    owner: PhantomData<&'a Slots<T>>,
+}
+
+impl<T> Clone for Cell<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Cell<'_, T> {}
+
+impl<T: Pod> Cell<'_, T> {
+    /// A copy. Words that programs are changing may come from different moments.
+    pub(super) fn read(self) -> T {
+        let mut value = std::mem::MaybeUninit::<T>::uninit();
+        for word in 0..size_of::<T>() / 4 {
+            // SAFETY: within the value; both are aligned to 4 at least.
+            unsafe {
+                let seen = self.word(word).load(Ordering::Relaxed);
+                value.as_mut_ptr().cast::<u32>().add(word).write(seen);
+            }
+        }
+        // SAFETY: all words were written (`size_of` is a multiple of 4, asserted in `map.rs`); any bits are valid.
+        unsafe { value.assume_init() }
+    }
+
+    /// Overwrites the value. Only for what no program can find.
+    pub(super) fn write(self, value: &T) {
+        for word in 0..size_of::<T>() / 4 {
+            // SAFETY: within the value; both are aligned to 4 at least.
+            unsafe {
+                let new = std::ptr::from_ref(value).cast::<u32>().add(word).read();
+                self.word(word).store(new, Ordering::Relaxed);
+            }
+        }
+        fence(Ordering::Release);
+    }
+
+    /// Overwrites with zeros. Only for what no program can find.
+    pub(super) fn wipe(self) {
+        for word in 0..size_of::<T>() / 4 {
+            // SAFETY: within the value, aligned to 4 at least.
+            unsafe { self.word(word) }.store(0, Ordering::Relaxed);
+        }
+        fence(Ordering::Release);
+    }
+
+    pub(super) fn is_wiped(self) -> bool {
+        // SAFETY: within the value, aligned to 4 at least.
+        (0..size_of::<T>() / 4).all(|word| unsafe { self.word(word) }.load(Ordering::Relaxed) == 0)
+    }
+
+    /// # Safety
+    /// `index` lies within the value.
+    unsafe fn word<'a>(self, index: usize) -> &'a AtomicU32 {
+        // SAFETY: aligned (the mapping by pages, the stride by 8), alive as long as the map.
+        unsafe { AtomicU32::from_ptr(self.pointer.as_ptr().cast::<u32>().add(index)) }
+    }
+}
+
+macro_rules! fields {
+    ($type:ty { $($field:ident: $atomic:ty),+ $(,)? }) => {
+        impl<'a> Cell<'a, $type> {
+            $(
+                pub(super) fn $field(self) -> &'a $atomic {
+                    // SAFETY: the field of a live, aligned value; programs change it by single stores as well.
+                    unsafe { <$atomic>::from_ptr(&raw mut (*self.pointer.as_ptr()).$field) }
+                }
+            )+
+        }
+    };
+}
+
+fields!(Session { state: AtomicU32, peer: AtomicU32, local_index: AtomicU32 });
+fields!(Peer {
+    remote_port_be: AtomicU16,
+    present: AtomicU16,
+    ifindex: AtomicU32,
+    tx_slot: AtomicU32,
+    mtu: AtomicU32,
+});
+
+impl Cell<'_, Peer> {
+    /// Sets the underlay addresses. A message sealed in between may go to a mixture: it is lost, not leaked.
+    pub(super) fn set_path(self, remote: IpAddr, port: u16, local: Option<IpAddr>, ifindex: u32) {
+        let local = local.map_or(Address::default(), to_map);
+        // SAFETY: both fields lie in a live value; bytes have no alignment.
+        unsafe {
+            store_bytes(&raw mut (*self.pointer.as_ptr()).remote, to_map(remote));
+            store_bytes(&raw mut (*self.pointer.as_ptr()).local, local);
+        }
+        self.remote_port_be().store(port.to_be(), Ordering::Relaxed);
+        self.ifindex().store(ifindex, Ordering::Release);
+    }
+}
+
+/// # Safety
+/// `place` is valid for writes as long as the call lasts.
+unsafe fn store_bytes(place: *mut Address, address: Address) {
+    for (offset, byte) in address.0.iter().enumerate() {
+        // SAFETY: within the 16 bytes of the address.
+        unsafe { AtomicU8::from_ptr(place.cast::<u8>().add(offset)) }.store(*byte, Ordering::Relaxed);
+    }
+}
+
+fn data(map: &Map) -> Result<&MapData> {
+    match map {
+        Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data) | Map::PerCpuArray(data) => Ok(data),
+        other => bail!("the object has a map of a kind that the daemon does not know: {other:?}"),
+    }
+}
+
+fn gone_is_fine(result: Result<(), MapError>) -> Result<()> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(()),
+    }
+}
+
+fn key_of(prefix: IpNet) -> Key<Address> {
+    let bits = match prefix {
+        IpNet::V4(v4) => u32::from(v4.prefix_len()) + Address::V4_BITS,
+        IpNet::V6(v6) => v6.prefix_len().into(),
+    };
+    Key::new(bits, to_map(prefix.network()))
+}
+
+fn prefix_of(key: &Key<Address>) -> Result<IpNet> {
+    let bits = key.prefix_len();
+    Ok(match (from_map(key.data()), bits.checked_sub(Address::V4_BITS)) {
+        (IpAddr::V4(v4), Some(bits)) => Ipv4Net::new(v4, bits as u8)?.into(),
+        (IpAddr::V4(v4), None) => Ipv6Net::new(v4.to_ipv6_mapped(), bits as u8)?.into(),
+        (IpAddr::V6(v6), _) => Ipv6Net::new(v6, bits as u8)?.into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_survive_the_way_through_a_key() {
+        for text in ["10.40.0.0/13", "10.40.0.1/32", "0.0.0.0/0", "fd00::/8", "fd00::1/128"] {
+            let prefix: IpNet = text.parse().unwrap();
+            assert_eq!(prefix_of(&key_of(prefix)).unwrap(), prefix);
+        }
+        assert_eq!(key_of("10.40.0.0/13".parse().unwrap()).prefix_len(), 109);
+    }
+}

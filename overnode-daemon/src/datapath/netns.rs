@@ -1,0 +1,116 @@
+//! Other network namespaces: named, entered on a thread of their own, left by ending that thread.
+
+use std::fmt;
+use std::fs::File;
+use std::future::Future;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+/// A network namespace as somebody named it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetnsRef {
+    /// A file that stands for it, such as `/run/netns/NAME` or `/proc/PID/ns/net`.
+    Path(PathBuf),
+    /// That of a process.
+    Pid(u32),
+}
+
+/// A network namespace as the kernel tells it from others, as long as it exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NetnsId {
+    /// Device number of nsfs.
+    pub device: u64,
+    /// Inode number; used again for another namespace some time after this one is gone.
+    pub inode: u64,
+}
+
+impl NetnsRef {
+    /// The file that stands for it.
+    pub fn path(&self) -> PathBuf {
+        match self {
+            Self::Path(path) => path.clone(),
+            Self::Pid(pid) => PathBuf::from(format!("/proc/{pid}/ns/net")),
+        }
+    }
+
+    /// Opens it.
+    ///
+    /// # Errors
+    /// There is no such file or process, or it is no network namespace.
+    pub(super) fn open(&self) -> Result<(File, NetnsId)> {
+        let path = self.path();
+        let file = File::open(&path).with_context(|| match self {
+            Self::Path(path) => format!("the network namespace {} cannot be opened", path.display()),
+            Self::Pid(pid) => {
+                format!("the network namespace of process {pid} cannot be opened: does it still run?")
+            }
+        })?;
+        let is_namespace = fstatfs(&file).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC);
+        ensure!(
+            is_namespace,
+            "{} is not a network namespace: name one, as in `netns:NAME` or `pid:N`",
+            path.display()
+        );
+        let meta = file.metadata()?;
+        Ok((file, NetnsId { device: meta.dev(), inode: meta.ino() }))
+    }
+
+    /// Its identity now.
+    ///
+    /// # Errors
+    /// As for attaching to it: it does not exist, or is no network namespace.
+    pub fn id(&self) -> Result<NetnsId> {
+        self.open().map(|(_, id)| id)
+    }
+}
+
+impl fmt::Display for NetnsRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Pid(pid) => write!(f, "pid:{pid}"),
+        }
+    }
+}
+
+impl NetnsId {
+    /// That of the calling thread.
+    pub(super) fn current() -> Result<Self> {
+        let meta = std::fs::metadata("/proc/thread-self/ns/net")
+            .context("/proc/thread-self/ns/net cannot be read")?;
+        Ok(Self { device: meta.dev(), inode: meta.ino() })
+    }
+}
+
+/// Runs `work` on a new thread that has entered `namespace`, with a tokio runtime of its own: sockets belong to the namespace of
+/// the thread that opens them.
+///
+/// # Errors
+/// The namespace cannot be entered, or the error of `work`.
+pub(super) async fn inside<T, F, Fut>(namespace: File, work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Fut + Send + 'static,
+    Fut: Future<Output = Result<T>>,
+{
+    let (answer, answered) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("netns".into())
+        .spawn(move || {
+            let result = setns(&namespace, CloneFlags::CLONE_NEWNET)
+                .context("the network namespace cannot be entered")
+                .and_then(|()| Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?))
+                .and_then(|runtime| runtime.block_on(work()));
+            // Nobody waits any more when the caller was cancelled.
+            let _ = answer.send(result);
+        })
+        .context("a thread cannot be started")?;
+    answered.await.context("the thread in the network namespace panicked")?
+}

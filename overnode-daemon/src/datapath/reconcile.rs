@@ -1,0 +1,123 @@
+//! Finds what belongs to nobody and removes it: at the start and each minute.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use anyhow::Result;
+use ipnet::IpNet;
+use tracing::{info, warn};
+
+use super::Datapath;
+use super::bpffs::Pin;
+use super::endpoint::is_ours;
+use super::normaliser::{FIRST, Normaliser, SECOND};
+use super::programs::{FROM_CONTAINER, SEAL};
+use crate::types::from_map;
+
+/// A container that the node believes to be attached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownEndpoint {
+    /// Name of the host's end.
+    pub host_interface: String,
+    /// Its address.
+    pub address: IpAddr,
+}
+
+/// A container that is not attached any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// Name of the host's end that it had.
+    pub host_interface: String,
+    /// Its address.
+    pub address: IpAddr,
+    /// What is wrong, for people.
+    pub why: &'static str,
+}
+
+impl Datapath {
+    /// Removes this node's interfaces, pins and map entries that none of `known` needs; repairs what can be repaired (programs,
+    /// the normaliser, local addresses); tells which of `known` are gone. Other people's interfaces are never touched.
+    ///
+    /// # Errors
+    /// Netlink cannot be asked. What cannot be removed is logged, and tried again the next time.
+    pub async fn reconcile(&mut self, known: &[KnownEndpoint]) -> Result<Vec<Lost>> {
+        self.repair_normaliser().await?;
+        let links = self.netlink.links().await?;
+        let in_map = self.maps.endpoints()?;
+        let known_names: BTreeMap<&str, IpAddr> =
+            known.iter().map(|endpoint| (endpoint.host_interface.as_str(), endpoint.address)).collect();
+
+        let (alias, node) = (self.alias.clone(), self.node.clone());
+        let mut whole = BTreeSet::new();
+        for link in links
+            .iter()
+            .filter(|link| is_ours(link, &alias, &node) && link.name != FIRST && link.name != SECOND)
+        {
+            let entry = in_map.get(&link.index).map(|endpoint| from_map(endpoint.address));
+            if known_names.get(link.name.as_str()).copied() == entry && entry.is_some() && link.is_up {
+                whole.insert(link.name.as_str());
+                self.endpoints.insert(link.name.clone(), link.index);
+                continue;
+            }
+            info!(interface = link.name, "removing an interface that belongs to no container");
+            if let Err(error) = self.detach(&link.name).await {
+                warn!(%error, interface = link.name, "it cannot be removed");
+            }
+        }
+
+        let mut in_use: BTreeSet<u32> =
+            links.iter().filter(|link| whole.contains(link.name.as_str())).map(|link| link.index).collect();
+        let of_routes: Vec<u32> = self.routes.local().values().copied().collect();
+        for ifindex in in_map.keys().copied().chain(of_routes).filter(|ifindex| !in_use.contains(ifindex)) {
+            self.forget_endpoint(ifindex)?;
+        }
+        self.endpoints.retain(|_, ifindex| in_use.contains(ifindex));
+
+        for link in links.iter().filter(|link| whole.contains(link.name.as_str())) {
+            if let Some(address) = known_names.get(link.name.as_str()) {
+                self.routes.set_local(IpNet::from(*address), link.index);
+            }
+            if !self.is_attached(FROM_CONTAINER, link.index) {
+                self.programs.attach(FROM_CONTAINER, link, &self.pins)?;
+            }
+        }
+        self.sync_routes()?;
+
+        in_use.extend(links.iter().map(|link| link.index));
+        for pin in self.pins.list().into_iter().filter(|pin| !in_use.contains(&pin.ifindex())) {
+            if let Err(error) = self.pins.remove(&pin) {
+                warn!(%error, ?pin, "a pin of an interface that is gone cannot be removed");
+            }
+        }
+        self.clean_sessions();
+        self.refresh_host().await?;
+
+        Ok(known
+            .iter()
+            .filter(|endpoint| !whole.contains(endpoint.host_interface.as_str()))
+            .map(|endpoint| Lost {
+                host_interface: endpoint.host_interface.clone(),
+                address: endpoint.address,
+                why: "its interface is gone: the container was stopped or restarted",
+            })
+            .collect())
+    }
+
+    fn is_attached(&self, program: &str, ifindex: u32) -> bool {
+        self.pins.is_there(&Pin::Link { ifindex, program: program.into() })
+            || self.pins.is_there(&Pin::Filter { ifindex, program: program.into() })
+    }
+
+    /// Somebody may delete the pair or turn its offloads on.
+    async fn repair_normaliser(&mut self) -> Result<()> {
+        let normaliser = Normaliser::ensure(&self.netlink, &self.alias, &self.node).await?;
+        if normaliser.second.index != self.normaliser.second.index
+            || !self.is_attached(SEAL, normaliser.second.index)
+        {
+            self.programs.attach(SEAL, &normaliser.second, &self.pins)?;
+        }
+        normaliser.set_up(&self.netlink).await?;
+        self.normaliser = normaliser;
+        self.write_config()
+    }
+}

@@ -1,0 +1,147 @@
+//! Who owns which prefix. Decides only: no map is touched here.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+use overnode_ebpf::map::{ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, Route};
+
+use crate::types::PeerIndex;
+
+/// The wanted routes, by owner. Where several want the same prefix: what is attached here wins over what this node
+/// owns, that over a peer, and the lower peer index over the higher.
+#[derive(Debug, Default)]
+pub(super) struct RouteTable {
+    local: BTreeMap<IpNet, u32>,
+    own: BTreeSet<IpNet>,
+    peers: BTreeMap<PeerIndex, BTreeSet<IpNet>>,
+}
+
+/// A difference between the table and the map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    Put(IpNet, Route),
+    Delete(IpNet),
+}
+
+impl RouteTable {
+    /// Takes over what a map holds.
+    pub(super) fn adopt(entries: &BTreeMap<IpNet, Route>) -> Self {
+        let mut table = Self::default();
+        for (prefix, route) in entries {
+            match route.kind {
+                ROUTE_LOCAL => _ = table.local.insert(*prefix, route.target),
+                ROUTE_PEER => _ = table.peers.entry(PeerIndex(route.target)).or_default().insert(*prefix),
+                _ => _ = table.own.insert(*prefix),
+            }
+        }
+        table
+    }
+
+    pub(super) fn set_peer(&mut self, peer: PeerIndex, prefixes: &[IpNet]) {
+        let prefixes: BTreeSet<IpNet> = prefixes.iter().map(IpNet::trunc).collect();
+        if prefixes.is_empty() {
+            self.peers.remove(&peer);
+        } else {
+            self.peers.insert(peer, prefixes);
+        }
+    }
+
+    pub(super) fn set_own(&mut self, prefixes: &[IpNet]) {
+        self.own = prefixes.iter().map(IpNet::trunc).collect();
+    }
+
+    pub(super) fn set_local(&mut self, address: IpNet, ifindex: u32) {
+        self.local.insert(address, ifindex);
+    }
+
+    pub(super) fn remove_local(&mut self, ifindex: u32) {
+        self.local.retain(|_, target| *target != ifindex);
+    }
+
+    pub(super) fn local(&self) -> &BTreeMap<IpNet, u32> {
+        &self.local
+    }
+
+    pub(super) fn owned_by(&self, peer: PeerIndex) -> impl Iterator<Item = IpNet> {
+        self.peers.get(&peer).into_iter().flatten().copied()
+    }
+
+    /// What the map should hold.
+    pub(super) fn wanted(&self) -> BTreeMap<IpNet, Route> {
+        let mut wanted = BTreeMap::new();
+        for (peer, prefixes) in self.peers.iter().rev() {
+            wanted
+                .extend(prefixes.iter().map(|prefix| (*prefix, Route { kind: ROUTE_PEER, target: peer.0 })));
+        }
+        wanted.extend(self.own.iter().map(|prefix| (*prefix, Route { kind: ROUTE_NONE, target: 0 })));
+        wanted.extend(
+            self.local.iter().map(|(prefix, target)| (*prefix, Route { kind: ROUTE_LOCAL, target: *target })),
+        );
+        wanted
+    }
+}
+
+/// What turns `installed` into `wanted`: additions first, so that no destination is without a route in between.
+pub(super) fn difference(installed: &BTreeMap<IpNet, Route>, wanted: &BTreeMap<IpNet, Route>) -> Vec<Change> {
+    let put = wanted
+        .iter()
+        .filter(|(prefix, route)| installed.get(prefix) != Some(route))
+        .map(|(prefix, route)| Change::Put(*prefix, *route));
+    let delete =
+        installed.keys().filter(|prefix| !wanted.contains_key(prefix)).map(|prefix| Change::Delete(*prefix));
+    put.chain(delete).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn what_is_attached_here_wins_and_a_peer_gets_its_prefix_back() {
+        let mut table = RouteTable::default();
+        table.set_peer(PeerIndex(2), &[net("10.40.0.1/32"), net("10.42.7.7/15")]);
+        table.set_local(net("10.40.0.1/32"), 9);
+        let before = table.wanted();
+        assert_eq!(before[&net("10.40.0.1/32")], Route { kind: ROUTE_LOCAL, target: 9 });
+        assert_eq!(before[&net("10.42.0.0/15")], Route { kind: ROUTE_PEER, target: 2 });
+        table.remove_local(9);
+        assert_eq!(
+            difference(&before, &table.wanted()),
+            [Change::Put(net("10.40.0.1/32"), Route { kind: ROUTE_PEER, target: 2 })]
+        );
+    }
+
+    #[test]
+    fn the_lower_peer_wins_and_own_space_beats_both() {
+        let mut table = RouteTable::default();
+        table.set_peer(PeerIndex(3), &[net("10.44.0.0/16")]);
+        table.set_peer(PeerIndex(2), &[net("10.44.0.0/16")]);
+        assert_eq!(table.wanted()[&net("10.44.0.0/16")].target, 2);
+        table.set_own(&[net("10.44.0.0/16")]);
+        assert_eq!(table.wanted()[&net("10.44.0.0/16")].kind, ROUTE_NONE);
+    }
+
+    #[test]
+    fn a_map_taken_over_gives_the_same_table() {
+        let mut table = RouteTable::default();
+        table.set_peer(PeerIndex(4), &[net("10.46.0.0/15"), net("fd00::/64")]);
+        table.set_own(&[net("10.40.0.0/15")]);
+        table.set_local(net("10.40.0.1/32"), 12);
+        let wanted = table.wanted();
+        assert_eq!(difference(&wanted, &RouteTable::adopt(&wanted).wanted()), []);
+    }
+
+    #[test]
+    fn additions_come_before_removals() {
+        let old = BTreeMap::from([(net("10.40.0.0/16"), Route::default())]);
+        let new = BTreeMap::from([(net("10.41.0.0/16"), Route::default())]);
+        assert_eq!(
+            difference(&old, &new),
+            [Change::Put(net("10.41.0.0/16"), Route::default()), Change::Delete(net("10.40.0.0/16"))]
+        );
+    }
+}

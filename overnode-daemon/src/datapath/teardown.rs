@@ -1,0 +1,67 @@
+//! Removes everything that a node made in the kernel, with or without a daemon.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use tracing::debug;
+
+use super::bpffs::{Pin, Pins, node_name};
+use super::endpoint::{detach_all, is_ours};
+use super::links::Netlink;
+use super::{Datapath, alias_of};
+
+impl Datapath {
+    /// Removes interfaces, filters, programs, maps and directories of the node whose state directory this is or was. Needs no daemon
+    /// and no state directory; goes on after errors and returns them all.
+    ///
+    /// A daemon that still holds a [`Datapath`] keeps its maps and programs in memory, unattached, until it drops it.
+    pub async fn tear_down(state_dir: &Path) -> Vec<anyhow::Error> {
+        let node = node_name(state_dir);
+        let mut errors = Vec::new();
+        let pins = match Pins::find(&node) {
+            Ok(pins) => Some(pins),
+            Err(error) => {
+                errors.push(error);
+                None
+            }
+        };
+        errors.extend(match Netlink::open() {
+            Ok(netlink) => remove_from_interfaces(&netlink, &node, pins.as_ref()).await,
+            Err(error) => vec![error],
+        });
+        if let Some(pins) = pins {
+            errors.extend(pins.remove_everything().context("pinned objects cannot be removed").err());
+        }
+        errors
+    }
+}
+
+async fn remove_from_interfaces(netlink: &Netlink, node: &str, pins: Option<&Pins>) -> Vec<anyhow::Error> {
+    let links = match netlink.links().await {
+        Ok(links) => links,
+        Err(error) => return vec![error],
+    };
+    let alias = alias_of(node);
+    let mut errors = Vec::new();
+    for link in &links {
+        if is_ours(link, &alias, node) {
+            debug!(interface = link.name, "removing");
+            // The other end of a pair is gone with the first.
+            errors.extend(netlink.delete(link.index).await.err());
+        } else if let Some(pins) = pins {
+            errors.extend(detach_all(link, pins));
+            if pins.is_there(&Pin::Qdisc { ifindex: link.index }) {
+                errors.extend(remove_qdisc(netlink, link.index).await.err());
+            }
+        }
+    }
+    errors
+}
+
+/// Ours, and used by nobody else.
+async fn remove_qdisc(netlink: &Netlink, ifindex: u32) -> Result<()> {
+    if netlink.has_filters(ifindex).await? {
+        return Ok(());
+    }
+    netlink.remove_clsact(ifindex).await
+}

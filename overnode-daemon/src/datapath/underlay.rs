@@ -1,0 +1,214 @@
+//! The host's own network: how peers are reached, and on which interfaces their messages arrive.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::Ordering;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use overnode_ebpf::wire::{OVERHEAD_IPV4, OVERHEAD_IPV6, TAG_LEN};
+use serde::Serialize;
+use tracing::{debug, info};
+
+use super::Datapath;
+use super::links::Link;
+use super::programs::{FROM_UNDERLAY, Hook};
+use crate::types::{PeerIndex, from_map};
+
+/// Least MTU that IPv6 links have (RFC 8200 section 5). Containers get no less.
+const MIN_MTU: u32 = 1280;
+/// What an interface is taken for while none is known.
+const USUAL_MTU: u32 = 1500;
+
+/// The underlay, for people.
+#[derive(Clone, Debug, Serialize)]
+pub struct UnderlayStatus {
+    /// Interfaces on which messages are taken.
+    pub interfaces: Vec<UnderlayInterface>,
+    /// How TC programs are attached.
+    pub hook: Hook,
+    /// MTU of containers attached from now on, bytes.
+    pub container_mtu: u32,
+    /// The host's addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// An interface on which messages are taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct UnderlayInterface {
+    /// Its index.
+    pub ifindex: u32,
+    /// Its name.
+    pub name: String,
+    /// Its MTU, bytes.
+    pub mtu: u32,
+    /// True if native XDP opens there.
+    pub xdp: bool,
+}
+
+/// What is remembered of the underlay.
+#[derive(Debug, Default)]
+pub(super) struct Underlay {
+    pub(super) interfaces: BTreeMap<u32, UnderlayInterface>,
+    pub(super) addresses: BTreeSet<IpAddr>,
+    /// MTU of `--interface`, else of the default route's interface.
+    pub(super) main_mtu: Option<u32>,
+}
+
+impl Datapath {
+    /// What is known of the underlay.
+    pub fn underlay(&self) -> UnderlayStatus {
+        UnderlayStatus {
+            interfaces: self.underlay.interfaces.values().cloned().collect(),
+            hook: self.programs.hook(),
+            container_mtu: self.container_mtu(),
+            addresses: self.underlay.addresses.iter().copied().collect(),
+        }
+    }
+
+    /// MTU of containers attached from now on, bytes: as configured, else what the narrowest underlay interface leaves over IPv6.
+    pub fn container_mtu(&self) -> u32 {
+        if let Some(mtu) = self.mtu {
+            return mtu;
+        }
+        let interfaces = self.underlay.interfaces.values().map(|interface| interface.mtu);
+        let narrowest = interfaces.chain(self.underlay.main_mtu).min().unwrap_or(USUAL_MTU);
+        largest_inner(narrowest, true).max(MIN_MTU)
+    }
+
+    /// Takes messages that arrive on an interface. Idempotent.
+    ///
+    /// # Errors
+    /// It is not the one that `--interface` names, is not Ethernet, or is gone; the kernel refuses.
+    pub async fn ensure_underlay(&mut self, ifindex: u32) -> Result<()> {
+        if self.underlay.interfaces.contains_key(&ifindex) {
+            return Ok(());
+        }
+        let link =
+            self.netlink.link(ifindex).await?.with_context(|| format!("there is no interface {ifindex}"))?;
+        self.watch_interface(&link)
+    }
+
+    pub(super) fn watch_interface(&mut self, link: &Link) -> Result<()> {
+        if let Some(only) = &self.interface {
+            ensure!(
+                *only == link.name,
+                "packets come and go by {}, but only {only} may be used: launch with `--interface {}` or change the routes",
+                link.name,
+                link.name
+            );
+        }
+        ensure!(
+            link.has_ethernet,
+            "{} carries no Ethernet frames: overnode needs an Ethernet underlay",
+            link.name
+        );
+        self.programs.attach(FROM_UNDERLAY, link, &self.pins)?;
+        if self.xdp && !link.is_loopback {
+            self.programs.attach_xdp(link, &self.pins)?;
+        }
+        info!(interface = link.name, "taking messages");
+        let known = UnderlayInterface {
+            ifindex: link.index,
+            name: link.name.clone(),
+            mtu: link.mtu,
+            xdp: self.xdp && !link.is_loopback,
+        };
+        self.underlay.interfaces.insert(link.index, known);
+        Ok(())
+    }
+
+    /// Follows changes of the host's addresses, routes and interfaces: call it after [`super::LinkEvent::AddressesChanged`] and
+    /// [`super::LinkEvent::RoutesChanged`].
+    ///
+    /// # Errors
+    /// Netlink or a map refuses; what was done until then stays.
+    pub async fn refresh(&mut self) -> Result<()> {
+        self.refresh_host().await?;
+        for peer in self.peers()? {
+            if let Some(endpoint) = peer.endpoint {
+                self.find_path(peer.index, endpoint, false).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Addresses and interfaces, without the peers.
+    pub(super) async fn refresh_host(&mut self) -> Result<()> {
+        let addresses: BTreeSet<IpAddr> =
+            self.netlink.addresses().await?.into_iter().map(|(address, _)| address).collect();
+        self.maps.set_local_addresses(&addresses.iter().copied().collect::<Vec<_>>())?;
+        self.underlay.addresses = addresses;
+        let links = self.netlink.links().await?;
+        self.underlay.interfaces.retain(|ifindex, _| links.iter().any(|link| link.index == *ifindex));
+        for link in &links {
+            if let Some(known) = self.underlay.interfaces.get_mut(&link.index) {
+                known.mtu = link.mtu;
+                known.name.clone_from(&link.name);
+            }
+        }
+        let main = match &self.interface {
+            Some(name) => links.iter().find(|link| link.name == *name).map(|link| link.index),
+            None => self.netlink.default_interface().await,
+        };
+        self.underlay.main_mtu = links.iter().find(|link| Some(link.index) == main).map(|link| link.mtu);
+        Ok(())
+    }
+
+    pub(super) async fn set_endpoint(&mut self, peer: PeerIndex, endpoint: SocketAddr) -> Result<()> {
+        let present = self.peer_cell(peer)?.read();
+        let moved = from_map(present.remote) != endpoint.ip()
+            || u16::from_be(present.remote_port_be) != endpoint.port();
+        self.find_path(peer, endpoint, moved).await
+    }
+
+    /// Looks the route up and enters it. Unless the peer `moved`, the source address that the program learned stays while it is
+    /// one of the host's and the interface stays.
+    async fn find_path(&mut self, peer: PeerIndex, endpoint: SocketAddr, moved: bool) -> Result<()> {
+        let only = match &self.interface {
+            Some(name) => match self.netlink.link_named(name).await? {
+                Some(link) => Some(link.index),
+                None => bail!("there is no interface {name}: correct `--interface`"),
+            },
+            None => None,
+        };
+        let route = self.netlink.route(endpoint.ip(), only).await?;
+        let Some(route) = route else {
+            debug!(%peer, "there is no route to the peer's endpoint");
+            self.peer_cell(peer)?.set_path(endpoint.ip(), endpoint.port(), None, 0);
+            return Ok(());
+        };
+        self.ensure_underlay(route.ifindex).await?;
+        let link_mtu =
+            self.underlay.interfaces.get(&route.ifindex).map_or(USUAL_MTU, |interface| interface.mtu);
+        let path_mtu = route.mtu.filter(|mtu| *mtu != 0).map_or(link_mtu, |mtu| mtu.min(link_mtu));
+        let mtu = largest_inner(path_mtu, endpoint.is_ipv6()).min(self.container_mtu());
+        let cell = self.peer_cell(peer)?;
+        let present = cell.read();
+        let local = from_map(present.local);
+        if moved || present.ifindex != route.ifindex || !self.underlay.addresses.contains(&local) {
+            cell.set_path(endpoint.ip(), endpoint.port(), route.source, route.ifindex);
+        }
+        cell.mtu().store(mtu, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Largest inner packet (from its IP header on) for outer packets of `path_mtu` bytes. Padding never exceeds it, so nothing is
+/// rounded off.
+const fn largest_inner(path_mtu: u32, ipv6: bool) -> u32 {
+    let overhead = if ipv6 { OVERHEAD_IPV6 } else { OVERHEAD_IPV4 } + TAG_LEN;
+    path_mtu.saturating_sub(overhead as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ethernet_of_1500_leaves_what_wireguard_uses() {
+        assert_eq!(largest_inner(1500, true), 1420);
+        assert_eq!(largest_inner(1500, false), 1440);
+        assert_eq!(largest_inner(9000, false), 8940);
+        assert_eq!(largest_inner(20, false), 0);
+    }
+}

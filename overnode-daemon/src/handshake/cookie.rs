@@ -1,0 +1,370 @@
+//! What keeps strangers from making us work (whitepaper sections 5.3 and 5.4.7): the two MACs, cookies under load, and a limit per
+//! source address.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use blake2::digest::consts::U16;
+use blake2::digest::{FixedOutput, KeyInit, Mac, Update};
+use blake2::{Blake2s256, Blake2sMac, Digest};
+use chacha20poly1305::XChaCha20Poly1305;
+use chacha20poly1305::aead::{Aead, Payload};
+use rand::Rng;
+use rand::rngs::StdRng;
+use zeroize::Zeroize;
+
+use super::message::{self, CookieReply, MAC_LEN, Macs};
+use crate::types::PublicKey;
+
+/// How long a cookie is good, and how long the secret lives that cookies are made from.
+pub const COOKIE_LIFETIME: Duration = Duration::from_secs(120);
+/// Handshake messages per second, with a right `mac1`, from which on cookies are demanded. Each costs up to 0.3 ms: this
+/// is a sixth of a core.
+pub const LOAD_THRESHOLD: u32 = 500;
+/// How long cookies are demanded after the last second above the threshold.
+const LOAD_LINGERS: Duration = Duration::from_secs(1);
+/// Handshake messages from one source address under load: on average one per this time.
+const SOURCE_INTERVAL: Duration = Duration::from_millis(50);
+/// How many may come at once.
+const SOURCE_BURST: u32 = 5;
+/// Source addresses watched at a time.
+const SOURCES: usize = 16384;
+
+const LABEL_MAC1: &[u8] = b"mac1----";
+const LABEL_COOKIE: &[u8] = b"cookie--";
+
+type Cookie = [u8; MAC_LEN];
+
+/// The receiver's side: says what may cost us a Diffie-Hellman.
+pub struct Guard {
+    mac1_key: [u8; 32],
+    cookie_key: [u8; 32],
+    secret: [u8; 32],
+    secret_until: Option<Instant>,
+    load: Load,
+    sources: Sources,
+}
+
+/// What to do with an initiation or a response.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Work on it.
+    Process,
+    /// Send this cookie reply instead.
+    Demand(Vec<u8>),
+    /// The sender does not know our public key.
+    Stranger,
+    /// That address sends too much.
+    Limited,
+}
+
+impl Guard {
+    pub fn new(own: &PublicKey) -> Self {
+        Self {
+            mac1_key: hash(LABEL_MAC1, own),
+            cookie_key: hash(LABEL_COOKIE, own),
+            secret: [0; 32],
+            secret_until: None,
+            load: Load { threshold: LOAD_THRESHOLD, window: None, count: 0, until: None },
+            sources: Sources::default(),
+        }
+    }
+
+    #[cfg(test)]
+    pub fn set_threshold(&mut self, threshold: u32) {
+        self.load.threshold = threshold;
+    }
+
+    /// Judges a message that came from `from` and wants to be answered at index `sender`.
+    pub fn judge(
+        &mut self,
+        macs: &Macs<'_>,
+        sender: u32,
+        from: SocketAddr,
+        now: Instant,
+        rng: &mut StdRng,
+    ) -> Verdict {
+        if !is_mac(&self.mac1_key, &[macs.body], macs.mac1) {
+            return Verdict::Stranger;
+        }
+        if !self.load.note(now) {
+            return Verdict::Process;
+        }
+        let cookie = self.cookie(from, now, rng);
+        if !is_mac(&cookie, &[macs.body, macs.mac1], macs.mac2) {
+            let nonce: [u8; 24] = rng.random();
+            let sealed = XChaCha20Poly1305::new(&self.cookie_key.into())
+                .encrypt(&nonce.into(), Payload { msg: &cookie, aad: macs.mac1 })
+                .ok()
+                .and_then(|sealed| sealed.try_into().ok());
+            return match sealed {
+                Some(sealed) => Verdict::Demand(message::cookie_reply(sender, &nonce, &sealed)),
+                None => Verdict::Limited,
+            };
+        }
+        if self.sources.allow(from.ip(), now) { Verdict::Process } else { Verdict::Limited }
+    }
+
+    fn cookie(&mut self, from: SocketAddr, now: Instant, rng: &mut StdRng) -> Cookie {
+        if self.secret_until.is_none_or(|until| until <= now) {
+            rng.fill(&mut self.secret);
+            self.secret_until = Some(now + COOKIE_LIFETIME);
+        }
+        let port = from.port().to_be_bytes();
+        match from.ip() {
+            IpAddr::V4(v4) => mac(&self.secret, &[&v4.octets(), &port]),
+            IpAddr::V6(v6) => mac(&self.secret, &[&v6.octets(), &port]),
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.secret.zeroize();
+    }
+}
+
+/// The sender's side: one peer's demands.
+pub struct Jar {
+    mac1_key: [u8; 32],
+    cookie_key: [u8; 32],
+    cookie: Option<(Cookie, Instant)>,
+    /// Index and `mac1` of the last message sent: what a cookie reply must refer to.
+    sent: Option<(u32, [u8; MAC_LEN])>,
+}
+
+impl Jar {
+    pub fn new(peer: &PublicKey) -> Self {
+        let (mac1_key, cookie_key) = (hash(LABEL_MAC1, peer), hash(LABEL_COOKIE, peer));
+        Self { mac1_key, cookie_key, cookie: None, sent: None }
+    }
+
+    /// Fills in the MACs of a message that bears our index `sender`.
+    pub fn seal(&mut self, bytes: &mut [u8], sender: u32, now: Instant) {
+        let Some((rest, mac2)) = bytes.split_last_chunk_mut::<MAC_LEN>() else { return };
+        let Some((body, mac1)) = rest.split_last_chunk_mut::<MAC_LEN>() else { return };
+        *mac1 = mac(&self.mac1_key, &[body]);
+        self.cookie = self.cookie.filter(|(_, until)| *until > now);
+        *mac2 = match &self.cookie {
+            Some((cookie, _)) => mac(cookie, &[body, mac1]),
+            None => [0; MAC_LEN],
+        };
+        self.sent = Some((sender, *mac1));
+    }
+
+    /// Takes the cookie out of a reply. False if the reply answers nothing we sent, or is forged.
+    pub fn put(&mut self, reply: &CookieReply<'_>, now: Instant) -> bool {
+        let Some((_, mac1)) = self.sent.filter(|(index, _)| *index == reply.receiver) else { return false };
+        let opened = XChaCha20Poly1305::new(&self.cookie_key.into())
+            .decrypt(reply.nonce.into(), Payload { msg: reply.cookie, aad: &mac1 });
+        let Some(cookie) = opened.ok().and_then(|cookie| cookie.try_into().ok()) else { return false };
+        self.cookie = Some((cookie, now + COOKIE_LIFETIME));
+        self.sent = None;
+        true
+    }
+}
+
+/// Counts messages per second.
+struct Load {
+    threshold: u32,
+    window: Option<Instant>,
+    count: u32,
+    until: Option<Instant>,
+}
+
+impl Load {
+    /// Counts one message; true under load.
+    fn note(&mut self, now: Instant) -> bool {
+        if self.window.is_none_or(|start| now.saturating_duration_since(start) >= Duration::from_secs(1)) {
+            self.window = Some(now);
+            self.count = 0;
+        }
+        self.count = self.count.saturating_add(1);
+        if self.count > self.threshold {
+            self.until = Some(now + LOAD_LINGERS);
+        }
+        self.until.is_some_and(|until| now < until)
+    }
+}
+
+/// A leaky bucket per IPv4 address or IPv6 /64, as the time at which the bucket will be empty.
+#[derive(Default)]
+struct Sources {
+    empty_at: BTreeMap<u128, Instant>,
+    swept: Option<Instant>,
+}
+
+impl Sources {
+    fn allow(&mut self, from: IpAddr, now: Instant) -> bool {
+        let key = match from {
+            IpAddr::V4(v4) => u128::from(v4.to_ipv6_mapped()),
+            IpAddr::V6(v6) => u128::from(v6) >> 64 << 64,
+        };
+        if !self.empty_at.contains_key(&key) && self.empty_at.len() >= SOURCES {
+            self.sweep(now);
+            if self.empty_at.len() >= SOURCES {
+                return false;
+            }
+        }
+        let empty_at = self.empty_at.entry(key).or_insert(now);
+        if empty_at.saturating_duration_since(now) > SOURCE_INTERVAL * (SOURCE_BURST - 1) {
+            return false;
+        }
+        *empty_at = (*empty_at).max(now) + SOURCE_INTERVAL;
+        true
+    }
+
+    fn sweep(&mut self, now: Instant) {
+        if self.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= Duration::from_secs(1)) {
+            self.swept = Some(now);
+            self.empty_at.retain(|_, empty_at| *empty_at > now);
+        }
+    }
+}
+
+fn hash(label: &[u8], key: &PublicKey) -> [u8; 32] {
+    Blake2s256::new().chain_update(label).chain_update(key.0).finalize().into()
+}
+
+fn mac(key: &[u8], parts: &[&[u8]]) -> [u8; MAC_LEN] {
+    keyed(key, parts).finalize_fixed().into()
+}
+
+/// Compares in constant time.
+fn is_mac(key: &[u8], parts: &[&[u8]], mac: &[u8; MAC_LEN]) -> bool {
+    keyed(key, parts).verify(mac.into()).is_ok()
+}
+
+fn keyed(key: &[u8], parts: &[&[u8]]) -> Blake2sMac<U16> {
+    let mut state =
+        <Blake2sMac<U16> as KeyInit>::new_from_slice(key).expect("keys are at most 32 bytes long");
+    for part in parts {
+        Update::update(&mut state, part);
+    }
+    state
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+
+    const KEY: PublicKey = PublicKey([7; 32]);
+
+    fn from(port: u16) -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, 1], port))
+    }
+
+    fn sealed(jar: &mut Jar, now: Instant) -> Vec<u8> {
+        let mut bytes = message::initiation(42, &[5; message::INITIATION_NOISE_LEN]);
+        jar.seal(&mut bytes, 42, now);
+        bytes
+    }
+
+    fn judge(guard: &mut Guard, bytes: &[u8], from: SocketAddr, now: Instant, rng: &mut StdRng) -> Verdict {
+        let Ok(message::Message::Initiation(parsed)) = message::parse(bytes) else { panic!("no initiation") };
+        guard.judge(&parsed.macs, parsed.sender, from, now, rng)
+    }
+
+    fn cookie(verdict: Verdict) -> Vec<u8> {
+        let Verdict::Demand(reply) = verdict else { panic!("{verdict:?}") };
+        reply
+    }
+
+    #[test]
+    fn a_wrong_mac1_is_a_strangers() {
+        let (mut guard, mut jar) = (Guard::new(&KEY), Jar::new(&PublicKey([8; 32])));
+        let (now, mut rng) = (Instant::now(), StdRng::seed_from_u64(1));
+        let bytes = sealed(&mut jar, now);
+        assert_eq!(judge(&mut guard, &bytes, from(1), now, &mut rng), Verdict::Stranger);
+        let good = sealed(&mut Jar::new(&KEY), now);
+        assert_eq!(judge(&mut guard, &good, from(1), now, &mut rng), Verdict::Process);
+        for position in 0..132 {
+            let mut bytes = good.clone();
+            bytes[position] ^= 0x10;
+            if message::parse(&bytes).is_ok() {
+                assert_eq!(
+                    judge(&mut guard, &bytes, from(1), now, &mut rng),
+                    Verdict::Stranger,
+                    "byte {position}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn under_load_a_cookie_is_demanded_and_its_bearer_admitted() {
+        let (mut guard, mut jar) = (Guard::new(&KEY), Jar::new(&KEY));
+        let (now, mut rng) = (Instant::now(), StdRng::seed_from_u64(1));
+        guard.set_threshold(0);
+        let bytes = sealed(&mut jar, now);
+        let reply = cookie(judge(&mut guard, &bytes, from(1), now, &mut rng));
+        let Ok(message::Message::CookieReply(mut parsed)) = message::parse(&reply) else {
+            panic!("{reply:?}")
+        };
+        let forged = [0; 32];
+        assert!(!jar.put(&CookieReply { cookie: &forged, ..parsed }, now));
+        parsed.receiver = 43;
+        assert!(!jar.put(&parsed, now), "not our index");
+        parsed.receiver = 42;
+        assert!(jar.put(&parsed, now));
+        assert!(!jar.put(&parsed, now), "answered once");
+
+        let bytes = sealed(&mut jar, now);
+        assert_eq!(judge(&mut guard, &bytes, from(1), now, &mut rng), Verdict::Process);
+        cookie(judge(&mut guard, &bytes, from(2), now, &mut rng));
+        cookie(judge(&mut guard, &bytes, SocketAddr::from(([192, 0, 2, 2], 1)), now, &mut rng));
+        let later = now + COOKIE_LIFETIME;
+        cookie(judge(&mut guard, &bytes, from(1), later, &mut rng));
+        let bytes = sealed(&mut jar, later);
+        assert_eq!(bytes[132..], [0; 16], "the cookie has gone stale");
+    }
+
+    #[test]
+    fn load_is_measured_per_second() {
+        let mut guard = Guard::new(&KEY);
+        guard.set_threshold(10);
+        let (start, mut rng) = (Instant::now(), StdRng::seed_from_u64(1));
+        let bytes = sealed(&mut Jar::new(&KEY), start);
+        let mut judge = |at| judge(&mut guard, &bytes, from(1), start + Duration::from_millis(at), &mut rng);
+        for at in 0..10 {
+            assert_eq!(judge(at), Verdict::Process);
+        }
+        cookie(judge(10));
+        cookie(judge(1009));
+        assert_eq!(judge(1010), Verdict::Process);
+    }
+
+    #[test]
+    fn one_source_cannot_take_all() {
+        let (mut sources, now) = (Sources::default(), Instant::now());
+        let [loud, calm, loud6, near6, far6]: [IpAddr; 5] =
+            ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"]
+                .map(|address| address.parse().expect("an address"));
+        for source in [loud, loud6] {
+            for _ in 0..SOURCE_BURST {
+                assert!(sources.allow(source, now));
+            }
+            assert!(!sources.allow(source, now));
+        }
+        assert!(sources.allow(calm, now));
+        assert!(!sources.allow(near6, now), "the same /64");
+        assert!(sources.allow(far6, now));
+        assert!(sources.allow(loud, now + SOURCE_INTERVAL));
+        assert!(!sources.allow(loud, now + SOURCE_INTERVAL));
+    }
+
+    #[test]
+    fn the_table_of_sources_is_bounded_and_swept() {
+        let (mut sources, now) = (Sources::default(), Instant::now());
+        let source = |i: u32| IpAddr::from(i.to_be_bytes());
+        assert!((0..SOURCES as u32).all(|i| sources.allow(source(i), now)));
+        assert!(!sources.allow(source(SOURCES as u32), now));
+        assert!(sources.allow(source(0), now), "those inside are still served");
+        let later = now + Duration::from_secs(1);
+        assert!(sources.allow(source(SOURCES as u32), later));
+        assert!(sources.empty_at.len() < 10);
+    }
+}

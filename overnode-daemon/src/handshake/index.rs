@@ -1,0 +1,152 @@
+//! Receiver indices: 20 random bits above the number of a slot in the data plane's `SESSIONS` map.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use overnode_ebpf::map::{SESSION_SLOT_BITS, SESSION_SLOTS};
+use rand::Rng;
+use rand::rngs::StdRng;
+
+use crate::types::PeerIndex;
+
+/// How long a slot stays unused after its session was withdrawn: a program that still holds the session must
+/// have ended, and stragglers must not meet the next one.
+pub const QUARANTINE: Duration = Duration::from_secs(5);
+
+/// Which slots are in use, by whom.
+pub struct Slots {
+    slots: Vec<Slot>,
+    /// In the order in which they became free, so that each rests as long as possible.
+    free: VecDeque<u32>,
+    quarantine: VecDeque<(Instant, u32)>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Slot {
+    /// The index that the slot has, or had last.
+    index: u32,
+    owner: Option<PeerIndex>,
+}
+
+impl Slots {
+    /// All free. The first one is drawn, so that after a restart those that were in use before rest as well.
+    pub fn new(rng: &mut StdRng) -> Self {
+        let mut free: VecDeque<_> = (1..SESSION_SLOTS).collect();
+        free.rotate_left(rng.random_range(0..free.len()));
+        Self { slots: vec![Slot::default(); SESSION_SLOTS as usize], free, quarantine: VecDeque::new() }
+    }
+
+    /// A new index, or `None` if no slot is free.
+    pub fn allocate(&mut self, peer: PeerIndex, now: Instant, rng: &mut StdRng) -> Option<u32> {
+        while self.quarantine.front().is_some_and(|(until, _)| *until <= now) {
+            self.free.extend(self.quarantine.pop_front().map(|(_, slot)| slot));
+        }
+        let number = self.free.pop_front()?;
+        let slot = &mut self.slots[number as usize];
+        let before = slot.index;
+        while slot.index == before {
+            slot.index = (rng.random::<u32>() << SESSION_SLOT_BITS) | number;
+        }
+        slot.owner = Some(peer);
+        Some(slot.index)
+    }
+
+    /// Takes the slot of an index that was given out before a restart. False if it is none, or taken.
+    pub fn reserve(&mut self, index: u32, peer: PeerIndex) -> bool {
+        let number = number(index);
+        let Some(position) = self.free.iter().position(|free| *free == number) else { return false };
+        self.free.remove(position);
+        self.slots[number as usize] = Slot { index, owner: Some(peer) };
+        true
+    }
+
+    /// Whose index it is.
+    pub fn owner(&self, index: u32) -> Option<PeerIndex> {
+        let slot = self.slots[number(index) as usize];
+        slot.owner.filter(|_| slot.index == index)
+    }
+
+    /// Gives back an index that no session ever had.
+    pub fn discard(&mut self, index: u32) {
+        if self.vacate(index) {
+            self.free.push_back(number(index));
+        }
+    }
+
+    /// Gives back the index of a withdrawn session.
+    pub fn retire(&mut self, index: u32, now: Instant) {
+        if self.vacate(index) {
+            self.quarantine.push_back((now + QUARANTINE, number(index)));
+        }
+    }
+
+    /// Slots in use.
+    pub fn used(&self) -> usize {
+        self.slots.len() - 1 - self.free.len() - self.quarantine.len()
+    }
+
+    fn vacate(&mut self, index: u32) -> bool {
+        let slot = &mut self.slots[number(index) as usize];
+        slot.index == index && slot.owner.take().is_some()
+    }
+}
+
+fn number(index: u32) -> u32 {
+    index % SESSION_SLOTS
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+
+    const PEER: PeerIndex = PeerIndex(7);
+
+    #[test]
+    fn every_slot_is_given_once_and_none_is_zero() {
+        let (mut rng, now) = (StdRng::seed_from_u64(1), Instant::now());
+        let mut slots = Slots::new(&mut rng);
+        let mut numbers: Vec<_> = (1..SESSION_SLOTS)
+            .map(|_| number(slots.allocate(PEER, now, &mut rng).expect("slots are left")))
+            .collect();
+        assert_eq!(slots.allocate(PEER, now, &mut rng), None);
+        assert_eq!(slots.used(), SESSION_SLOTS as usize - 1);
+        numbers.sort_unstable();
+        assert!(numbers.into_iter().eq(1..SESSION_SLOTS));
+    }
+
+    #[test]
+    fn a_retired_slot_rests_and_comes_back_with_another_index() {
+        let (mut rng, now) = (StdRng::seed_from_u64(1), Instant::now());
+        let mut slots = Slots::new(&mut rng);
+        let all: Vec<_> = (1..SESSION_SLOTS)
+            .map(|_| slots.allocate(PEER, now, &mut rng).expect("slots are left"))
+            .collect();
+        slots.retire(all[5], now);
+        slots.retire(all[5], now);
+        slots.retire(all[6] ^ (1 << 31), now);
+        assert_eq!((slots.owner(all[5]), slots.owner(all[6])), (None, Some(PEER)));
+        assert_eq!(slots.allocate(PEER, now + QUARANTINE - Duration::from_nanos(1), &mut rng), None);
+        let again = slots.allocate(PEER, now + QUARANTINE, &mut rng).expect("the quarantine is over");
+        assert_eq!(number(again), number(all[5]));
+        assert_ne!(again, all[5]);
+        assert_eq!(slots.allocate(PEER, now + QUARANTINE, &mut rng), None);
+        slots.discard(again);
+        assert!(slots.allocate(PEER, now, &mut rng).is_some(), "an index without a session needs no rest");
+    }
+
+    #[test]
+    fn reserved_slots_are_not_given_out() {
+        let (mut rng, now) = (StdRng::seed_from_u64(1), Instant::now());
+        let mut slots = Slots::new(&mut rng);
+        let index = 0xabcd_e003;
+        assert!(slots.reserve(index, PEER));
+        assert!(!slots.reserve(0x0000_0003, PEER), "taken");
+        assert!(!slots.reserve(0xabcd_e000, PEER), "slot 0 is none");
+        assert_eq!((slots.owner(index), slots.owner(3)), (Some(PEER), None));
+        while let Some(given) = slots.allocate(PEER, now, &mut rng) {
+            assert_ne!(number(given), 3);
+        }
+    }
+}

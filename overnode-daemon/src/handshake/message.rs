@@ -1,0 +1,206 @@
+//! Handshake messages as they lie on the wire (whitepaper sections 5.4.2 to 5.4.7). Integers are little-endian.
+
+use overnode_ebpf::wire::{TYPE_COOKIE_REPLY, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE};
+
+/// Bytes of an initiation.
+pub const INITIATION_LEN: usize = 148;
+/// Bytes of a response.
+pub const RESPONSE_LEN: usize = 92;
+/// Bytes of a cookie reply.
+pub const COOKIE_REPLY_LEN: usize = 64;
+/// Bytes of each of the two MACs that end an initiation and a response.
+pub const MAC_LEN: usize = 16;
+/// Noise's part of an initiation: ephemeral key, sealed static key, sealed timestamp.
+pub const INITIATION_NOISE_LEN: usize = 32 + 48 + 28;
+/// Noise's part of a response: ephemeral key, sealed nothing.
+pub const RESPONSE_NOISE_LEN: usize = 32 + 16;
+
+/// A message of the right length and type, otherwise unchecked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Message<'a> {
+    /// First message of a handshake.
+    Initiation(Initiation<'a>),
+    /// Second message of a handshake.
+    Response(Response<'a>),
+    /// Instead of an answer, from a peer under load.
+    CookieReply(CookieReply<'a>),
+}
+
+/// First message of a handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Initiation<'a> {
+    /// The index by which the initiator wants to be addressed.
+    pub sender: u32,
+    /// Noise's first message.
+    pub noise: &'a [u8; INITIATION_NOISE_LEN],
+    /// The MACs, and what they cover.
+    pub macs: Macs<'a>,
+}
+
+/// Second message of a handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Response<'a> {
+    /// The index by which the responder wants to be addressed.
+    pub sender: u32,
+    /// The initiation's `sender`.
+    pub receiver: u32,
+    /// Noise's second message.
+    pub noise: &'a [u8; RESPONSE_NOISE_LEN],
+    /// The MACs, and what they cover.
+    pub macs: Macs<'a>,
+}
+
+/// Instead of an answer, from a peer under load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CookieReply<'a> {
+    /// The `sender` of the message that was not answered.
+    pub receiver: u32,
+    /// Nonce of XChaCha20-Poly1305.
+    pub nonce: &'a [u8; 24],
+    /// The cookie, sealed.
+    pub cookie: &'a [u8; 32],
+}
+
+/// The end of an initiation or a response, and what comes before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Macs<'a> {
+    /// Everything before `mac1`.
+    pub body: &'a [u8],
+    /// Proves knowledge of the receiver's public key.
+    pub mac1: &'a [u8; MAC_LEN],
+    /// Proves possession of the cookie, if the sender has one.
+    pub mac2: &'a [u8; MAC_LEN],
+}
+
+/// Why bytes are no handshake message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadMessage {
+    /// Unknown type, reserved bytes in use, or not the length that the type has.
+    #[error("not a handshake message")]
+    Malformed,
+    /// A data message: the programs handle those.
+    #[error("a data message")]
+    Data,
+}
+
+/// Takes a datagram apart.
+///
+/// # Errors
+/// See [`BadMessage`].
+pub fn parse(bytes: &[u8]) -> Result<Message<'_>, BadMessage> {
+    let (kind, rest) = bytes.split_first_chunk::<4>().ok_or(BadMessage::Malformed)?;
+    let [kind, 0, 0, 0] = *kind else { return Err(BadMessage::Malformed) };
+    match (kind, bytes.len()) {
+        (TYPE_INITIATION, INITIATION_LEN) => {
+            let (sender, rest) = index(rest)?;
+            let (noise, _) = rest.split_first_chunk().ok_or(BadMessage::Malformed)?;
+            Ok(Message::Initiation(Initiation { sender, noise, macs: macs(bytes)? }))
+        }
+        (TYPE_RESPONSE, RESPONSE_LEN) => {
+            let (sender, rest) = index(rest)?;
+            let (receiver, rest) = index(rest)?;
+            let (noise, _) = rest.split_first_chunk().ok_or(BadMessage::Malformed)?;
+            Ok(Message::Response(Response { sender, receiver, noise, macs: macs(bytes)? }))
+        }
+        (TYPE_COOKIE_REPLY, COOKIE_REPLY_LEN) => {
+            let (receiver, rest) = index(rest)?;
+            let (nonce, rest) = rest.split_first_chunk().ok_or(BadMessage::Malformed)?;
+            let (cookie, _) = rest.split_first_chunk().ok_or(BadMessage::Malformed)?;
+            Ok(Message::CookieReply(CookieReply { receiver, nonce, cookie }))
+        }
+        (TYPE_DATA, 16..) => Err(BadMessage::Data),
+        _ => Err(BadMessage::Malformed),
+    }
+}
+
+/// An initiation whose MACs are still zero.
+pub fn initiation(sender: u32, noise: &[u8; INITIATION_NOISE_LEN]) -> Vec<u8> {
+    assemble(&[&header(TYPE_INITIATION), &sender.to_le_bytes(), noise, &[0; 2 * MAC_LEN]])
+}
+
+/// A response whose MACs are still zero.
+pub fn response(sender: u32, receiver: u32, noise: &[u8; RESPONSE_NOISE_LEN]) -> Vec<u8> {
+    assemble(&[
+        &header(TYPE_RESPONSE),
+        &sender.to_le_bytes(),
+        &receiver.to_le_bytes(),
+        noise,
+        &[0; 2 * MAC_LEN],
+    ])
+}
+
+/// A cookie reply.
+pub fn cookie_reply(receiver: u32, nonce: &[u8; 24], cookie: &[u8; 32]) -> Vec<u8> {
+    assemble(&[&header(TYPE_COOKIE_REPLY), &receiver.to_le_bytes(), nonce, cookie])
+}
+
+fn header(kind: u8) -> [u8; 4] {
+    [kind, 0, 0, 0]
+}
+
+fn assemble(parts: &[&[u8]]) -> Vec<u8> {
+    parts.concat()
+}
+
+fn index(bytes: &[u8]) -> Result<(u32, &[u8]), BadMessage> {
+    let (index, rest) = bytes.split_first_chunk().ok_or(BadMessage::Malformed)?;
+    Ok((u32::from_le_bytes(*index), rest))
+}
+
+fn macs(bytes: &[u8]) -> Result<Macs<'_>, BadMessage> {
+    let (rest, mac2) = bytes.split_last_chunk().ok_or(BadMessage::Malformed)?;
+    let (body, mac1) = rest.split_last_chunk().ok_or(BadMessage::Malformed)?;
+    Ok(Macs { body, mac1, mac2 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_assembled_parses() {
+        let noise = std::array::from_fn(|i| i as u8);
+        let bytes = initiation(0x0102_0304, &noise);
+        assert_eq!(bytes.len(), INITIATION_LEN);
+        assert_eq!(bytes[..8], [1, 0, 0, 0, 4, 3, 2, 1]);
+        let Ok(Message::Initiation(parsed)) = parse(&bytes) else { panic!("{bytes:?}") };
+        assert_eq!((parsed.sender, parsed.noise, parsed.macs.body.len()), (0x0102_0304, &noise, 116));
+
+        let noise = std::array::from_fn(|i| i as u8);
+        let bytes = response(7, 9, &noise);
+        assert_eq!(bytes.len(), RESPONSE_LEN);
+        let Ok(Message::Response(parsed)) = parse(&bytes) else { panic!("{bytes:?}") };
+        assert_eq!(
+            (parsed.sender, parsed.receiver, parsed.noise, parsed.macs.body.len()),
+            (7, 9, &noise, 60)
+        );
+
+        let bytes = cookie_reply(5, &[1; 24], &[2; 32]);
+        assert_eq!(bytes.len(), COOKIE_REPLY_LEN);
+        let expected = CookieReply { receiver: 5, nonce: &[1; 24], cookie: &[2; 32] };
+        assert_eq!(parse(&bytes), Ok(Message::CookieReply(expected)));
+    }
+
+    #[test]
+    fn other_lengths_types_and_reserved_bytes_are_refused() {
+        let good = initiation(1, &[0; INITIATION_NOISE_LEN]);
+        for length in (0..INITIATION_LEN).chain([INITIATION_LEN + 1, 1500]) {
+            let mut bytes = good.clone();
+            bytes.resize(length, 0);
+            assert_eq!(parse(&bytes), Err(BadMessage::Malformed), "{length} bytes");
+        }
+        for reserved in 1..4 {
+            let mut bytes = good.clone();
+            bytes[reserved] = 1;
+            assert_eq!(parse(&bytes), Err(BadMessage::Malformed));
+        }
+        for kind in [0, 2, 3, 5, 255] {
+            let mut bytes = good.clone();
+            bytes[0] = kind;
+            assert_eq!(parse(&bytes), Err(BadMessage::Malformed), "type {kind}");
+        }
+        let mut bytes = good;
+        bytes[0] = TYPE_DATA;
+        assert_eq!(parse(&bytes), Err(BadMessage::Data));
+    }
+}

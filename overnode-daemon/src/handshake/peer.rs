@@ -1,0 +1,326 @@
+//! One peer: its sessions, the handshake under way, and when something has to happen next.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use super::cookie::Jar;
+use super::noise::{Initiated, TIMESTAMP_LEN};
+use super::timers::{
+    CONFIRM_AGAIN, GREATEST_BACKOFF, KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_AFTER_TIME,
+    REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, RESPONDER_PATIENCE,
+};
+use super::{Activity, Initiate, PeerConfig};
+
+/// Sessions kept besides the current and the next one. The whitepaper keeps one; a second spares packets that were sealed before both
+/// sides initiated at once, or before an initiator that lost our answer tried again.
+const PREVIOUS: usize = 2;
+
+/// After so many answers that the peer has not confirmed, we initiate as well: answers may get lost, or the initiations be replays.
+const PATIENCE: u8 = 2;
+
+/// A session, without its keys: those are the data plane's alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Session {
+    pub local_index: u32,
+    pub initiator: bool,
+    pub created: Instant,
+    /// Age at which this side makes a new one.
+    pub rekey_after: Duration,
+}
+
+impl Session {
+    pub fn new(local_index: u32, initiator: bool, created: Instant, jitter: Duration) -> Self {
+        let rekey_after =
+            if initiator { REKEY_AFTER_TIME } else { REKEY_AFTER_TIME + RESPONDER_PATIENCE + jitter };
+        Self { local_index, initiator, created, rekey_after }
+    }
+
+    pub fn expires(&self) -> Instant {
+        self.created + REJECT_AFTER_TIME
+    }
+}
+
+/// An initiation sent and not answered.
+pub struct Pending {
+    pub local_index: u32,
+    pub noise: Initiated,
+    /// Whether a response that did not authenticate was reported.
+    pub doubted: bool,
+}
+
+/// Attempts to reach the peer since the last handshake that ended well.
+#[derive(Default)]
+pub struct Attempts {
+    /// When the first of the series was made.
+    first: Option<Instant>,
+    last: Option<Instant>,
+    /// None before this.
+    not_before: Option<Instant>,
+    backoff: Option<Duration>,
+    /// Whether the failure was reported.
+    reported: bool,
+}
+
+pub struct Peer {
+    pub config: PeerConfig,
+    pub jar: Jar,
+    /// Where to send; follows the peer.
+    pub endpoint: Option<SocketAddr>,
+    /// Seals what is sent.
+    pub current: Option<Session>,
+    /// Answered by us, not yet confirmed.
+    pub next: Option<Session>,
+    /// The latest addition first.
+    pub previous: Vec<Session>,
+    pub pending: Option<Pending>,
+    pub attempts: Attempts,
+    /// Greatest timestamp accepted, and when.
+    pub greatest: Option<[u8; TIMESTAMP_LEN]>,
+    pub consumed: Option<Instant>,
+    /// Whether the peer has confirmed a session, so that `greatest` is no lower than what it had reached then. Until it has,
+    /// initiations may be replays from before our start.
+    pub proven: bool,
+    /// Initiations answered since the last handshake that ended well.
+    in_vain: u8,
+    /// Without a session: when to make one.
+    pub start_at: Instant,
+    /// When data went unanswered first.
+    unanswered: Option<Instant>,
+    /// When data was received to which nothing was sent since.
+    owing: Option<Instant>,
+    last_sent: Option<Instant>,
+    last_received: Option<Instant>,
+    /// Keepalives that still have to confirm the current session.
+    confirmations: Vec<Instant>,
+    /// What `Handshakes` has entered for this peer in its order of deadlines.
+    pub deadline: Option<Instant>,
+}
+
+impl Peer {
+    pub fn new(config: PeerConfig, now: Instant) -> Self {
+        Self {
+            jar: Jar::new(&config.public_key),
+            endpoint: config.endpoint,
+            current: None,
+            next: None,
+            previous: Vec::new(),
+            pending: None,
+            attempts: Attempts::default(),
+            greatest: None,
+            consumed: None,
+            proven: false,
+            in_vain: 0,
+            start_at: now + config.initiate.delay(),
+            unanswered: None,
+            owing: None,
+            last_sent: None,
+            last_received: None,
+            confirmations: Vec::new(),
+            deadline: None,
+            config,
+        }
+    }
+
+    pub fn sessions(&self) -> impl Iterator<Item = &Session> {
+        self.current.iter().chain(&self.next).chain(&self.previous)
+    }
+
+    /// The responder answered: the session seals from now on. Gives the sessions that end.
+    pub fn install_initiated(&mut self, session: Session, now: Instant) -> Vec<Session> {
+        self.confirmations = CONFIRM_AGAIN.iter().rev().map(|after| now + *after).collect();
+        self.settled(now);
+        self.demote(session)
+    }
+
+    /// We answered: the session receives, and seals once it is confirmed. Gives the sessions that end.
+    pub fn install_answered(&mut self, session: Session, now: Instant) -> Vec<Session> {
+        self.heard(now);
+        self.last_sent = self.last_sent.max(Some(now));
+        self.in_vain = self.in_vain.saturating_add(1);
+        // Not withdrawn yet: the peer may have confirmed it without our knowing so far.
+        self.previous.splice(0..0, self.next.replace(session));
+        self.surplus()
+    }
+
+    /// The peer used the session. Gives the sessions that end, or `None` if it was not waiting for that.
+    pub fn confirm(&mut self, local_index: u32, leads: bool, now: Instant) -> Option<Vec<Session>> {
+        let mut session = self.take_unconfirmed(local_index)?;
+        // Both initiated at once: one has to see to the next handshake, or none would before patience ends.
+        let crossed = self.current.is_some_and(|current| {
+            current.initiator && apart(current.created, session.created) < REKEY_TIMEOUT
+        });
+        if crossed && leads {
+            session.rekey_after = REKEY_AFTER_TIME;
+        }
+        self.confirmations.clear();
+        self.proven = true;
+        self.settled(now);
+        Some(self.demote(session))
+    }
+
+    fn take_unconfirmed(&mut self, local_index: u32) -> Option<Session> {
+        if let Some(next) = self.next.take_if(|next| next.local_index == local_index) {
+            return Some(next);
+        }
+        let is_newer =
+            |session: &Session| self.current.is_none_or(|current| session.created > current.created);
+        let position = self.previous.iter().position(|session| {
+            session.local_index == local_index && !session.initiator && is_newer(session)
+        })?;
+        Some(self.previous.remove(position))
+    }
+
+    /// Removes the sessions that are too old.
+    pub fn expire(&mut self, now: Instant) -> Vec<Session> {
+        let old = |session: &Session| session.expires() <= now;
+        let mut ended = self.previous.extract_if(.., |session| old(session)).collect::<Vec<_>>();
+        ended.extend(self.next.take_if(|session| old(session)));
+        if let Some(session) = self.current.take_if(|session| old(session)) {
+            ended.push(session);
+            self.confirmations.clear();
+            self.start_at = now + self.config.initiate.delay();
+        }
+        ended
+    }
+
+    /// Removes all sessions.
+    pub fn clear(&mut self) -> Vec<Session> {
+        let ended = self.sessions().copied().collect();
+        (self.current, self.next) = (None, None);
+        self.previous.clear();
+        self.confirmations.clear();
+        ended
+    }
+
+    /// Takes over a session from before a restart; the caller has seen to its slot.
+    pub fn adopt(&mut self, session: Session, confirmed: bool, sealing: bool) -> Vec<Session> {
+        if !confirmed {
+            self.previous.splice(0..0, self.next.replace(session));
+            return self.surplus();
+        }
+        if sealing {
+            return self.demote(session);
+        }
+        self.previous.push(session);
+        self.previous.sort_by_key(|session| std::cmp::Reverse(session.created));
+        self.surplus()
+    }
+
+    fn demote(&mut self, session: Session) -> Vec<Session> {
+        if let Some(current) = self.current.replace(session) {
+            self.previous.insert(0, current);
+        }
+        self.surplus()
+    }
+
+    fn surplus(&mut self) -> Vec<Session> {
+        self.previous.split_off(self.previous.len().min(PREVIOUS))
+    }
+
+    /// An authenticated message came.
+    pub fn heard(&mut self, now: Instant) {
+        self.last_received = self.last_received.max(Some(now));
+        self.unanswered = None;
+    }
+
+    fn settled(&mut self, now: Instant) {
+        self.heard(now);
+        let last = self.attempts.last;
+        self.attempts =
+            Attempts { last, not_before: last.map(|last| last + REKEY_TIMEOUT), ..Attempts::default() };
+    }
+
+    /// Takes what the programs saw.
+    pub fn observe(&mut self, activity: &Activity) {
+        self.last_received = self.last_received.max(activity.last_received);
+        self.last_sent = self.last_sent.max(activity.last_sent);
+        self.unanswered = open_since(self.unanswered, activity.last_data_sent, self.last_received);
+        self.owing = open_since(self.owing, activity.last_data_received, self.last_sent);
+        self.endpoint = activity.endpoint.or(self.endpoint);
+    }
+
+    /// Forgets that attempts were in vain.
+    pub fn encourage(&mut self) {
+        let Attempts { last, .. } = self.attempts;
+        self.attempts =
+            Attempts { last, not_before: last.map(|last| last + REKEY_TIMEOUT), ..Attempts::default() };
+    }
+
+    /// When to send an initiation.
+    pub fn initiation_due(&self) -> Option<Instant> {
+        if matches!(self.config.initiate, Initiate::OnlyAnswer) || self.endpoint.is_none() {
+            return None;
+        }
+        let wanted = self.wanted();
+        Some(self.attempts.not_before.map_or(wanted, |not_before| wanted.max(not_before)))
+    }
+
+    /// When a new session becomes desirable.
+    fn wanted(&self) -> Instant {
+        let aged = self.current.map_or(self.start_at, |current| current.created + current.rekey_after);
+        let aged = match self.next {
+            Some(next) if self.in_vain <= PATIENCE => aged.max(next.created + REKEY_TIMEOUT),
+            _ => aged,
+        };
+        let silent = self.unanswered.map(|since| since + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT);
+        silent.map_or(aged, |silent| aged.min(silent))
+    }
+
+    /// Notes that an initiation was sent. True if it is time to report that nobody answers.
+    pub fn attempted(&mut self, now: Instant, jitter: Duration) -> bool {
+        self.last_sent = self.last_sent.max(Some(now));
+        let attempts = &mut self.attempts;
+        if attempts.last.is_some_and(|last| now.saturating_duration_since(last) > 2 * GREATEST_BACKOFF) {
+            *attempts = Attempts::default();
+        }
+        let first = *attempts.first.get_or_insert(now);
+        attempts.last = Some(now);
+        let exhausted = now.saturating_duration_since(first) >= REKEY_ATTEMPT_TIME;
+        let pause = if exhausted {
+            let longer = attempts.backoff.map_or(REKEY_TIMEOUT, |backoff| backoff.mul_f32(1.5));
+            *attempts.backoff.insert(longer.min(GREATEST_BACKOFF))
+        } else {
+            REKEY_TIMEOUT
+        };
+        attempts.not_before = Some(now + pause + jitter);
+        exhausted && !std::mem::replace(&mut attempts.reported, true)
+    }
+
+    /// When to send an empty message.
+    pub fn keepalive_due(&self) -> Option<Instant> {
+        self.current?;
+        let passive = self.owing.map(|since| since + KEEPALIVE_TIMEOUT);
+        let persistent = self
+            .config
+            .persistent_keepalive
+            .map(|interval| self.last_sent.max(self.last_received).unwrap_or(self.start_at) + interval);
+        [passive, persistent, self.confirmations.last().copied()].into_iter().flatten().min()
+    }
+
+    /// Notes that an empty message is sent.
+    pub fn kept_alive(&mut self, now: Instant) {
+        self.owing = None;
+        self.last_sent = self.last_sent.max(Some(now));
+        self.confirmations.retain(|due| *due > now);
+    }
+
+    /// When something has to happen next.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let expiry = self.sessions().map(Session::expires).min();
+        [expiry, self.initiation_due(), self.keepalive_due()].into_iter().flatten().min()
+    }
+}
+
+/// Since when a message has been without reaction: since `known`, or else since `message`, unless `reaction` came after that.
+fn open_since(
+    known: Option<Instant>,
+    message: Option<Instant>,
+    reaction: Option<Instant>,
+) -> Option<Instant> {
+    let open = |since: &Instant| reaction.is_none_or(|reaction| reaction < *since);
+    known.filter(open).or(message.filter(open))
+}
+
+fn apart(a: Instant, b: Instant) -> Duration {
+    a.saturating_duration_since(b).max(b.saturating_duration_since(a))
+}

@@ -1,0 +1,255 @@
+//! The UDP sockets of the data port, IPv4 and IPv6: handshakes arrive here (data messages are taken by the programs before).
+//!
+//! Each datagram comes with the address and the interface it was sent to, and an answer can be sent from that address: a host
+//! may have several, and a peer behind a NAT or a firewall takes no answer from another.
+
+use std::io;
+use std::io::{IoSlice, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    self, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockProtocol, SockType,
+    SockaddrIn, SockaddrIn6, SockaddrStorage, sockopt,
+};
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
+
+/// Longer datagrams are cut: no handshake message has more than 148 bytes.
+const RECEIVE_LEN: usize = 2048;
+/// Bytes of messages that may wait; enough for the handshakes of a thousand peers that start at once.
+const RECEIVE_BUFFER: usize = 1 << 20;
+
+/// One socket for each address family that the host has.
+pub struct UdpSockets {
+    v4: Option<UdpSocket>,
+    v6: Option<UdpSocket>,
+    port: u16,
+}
+
+/// A datagram that came.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// The local address it was sent to.
+    pub to: IpAddr,
+    /// Index of the interface it came through.
+    pub ifindex: u32,
+    /// The payload.
+    pub bytes: Vec<u8>,
+}
+
+impl UdpSockets {
+    /// Binds `port` on all addresses, IPv4 and IPv6 apart. A family that the kernel or the namespace lacks is left out. Port 0: one that
+    /// is free, the same for both. To be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// If the port is taken, or there is neither IPv4 nor IPv6.
+    pub fn bind(port: u16) -> io::Result<Self> {
+        let v4 = present(bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))))?;
+        let port = match &v4 {
+            Some(socket) => socket.local_addr()?.port(),
+            None => port,
+        };
+        let v6 = present(bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))))?;
+        let port = match &v6 {
+            Some(socket) => socket.local_addr()?.port(),
+            None => port,
+        };
+        if v4.is_none() && v6.is_none() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "the host has neither IPv4 nor IPv6"));
+        }
+        Ok(Self { v4, v6, port })
+    }
+
+    /// The port that both are bound to.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The next datagram. May be dropped before it ends without losing one.
+    ///
+    /// # Errors
+    /// What `recvmsg` reports.
+    pub async fn recv(&self) -> io::Result<Received> {
+        tokio::select! {
+            received = recv(self.v4.as_ref()) => received,
+            received = recv(self.v6.as_ref()) => received,
+        }
+    }
+
+    /// Sends a datagram; from `from` if that is (still) an address of this host and of the same family, else from the one that the
+    /// kernel chooses.
+    ///
+    /// # Errors
+    /// What `sendmsg` reports; [`io::ErrorKind::Unsupported`] if there is no socket of that family.
+    pub async fn send(&self, to: SocketAddr, from: Option<IpAddr>, bytes: &[u8]) -> io::Result<()> {
+        let (socket, from) = match (to, from) {
+            (SocketAddr::V4(_), Some(IpAddr::V4(_))) | (SocketAddr::V6(_), Some(IpAddr::V6(_))) => {
+                (self.socket(to)?, from)
+            }
+            _ => (self.socket(to)?, None),
+        };
+        match socket.async_io(Interest::WRITABLE, || send(socket, to, from, bytes)).await {
+            // The address was taken from the interface, or belongs to none.
+            Err(error) if from.is_some() && is_address_gone(&error) => {
+                socket.async_io(Interest::WRITABLE, || send(socket, to, None, bytes)).await
+            }
+            result => result,
+        }
+    }
+
+    fn socket(&self, to: SocketAddr) -> io::Result<&UdpSocket> {
+        let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
+        let family = if to.is_ipv4() { "IPv4" } else { "IPv6" };
+        socket
+            .as_ref()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, format!("the host has no {family}")))
+    }
+}
+
+fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket: OwnedFd = socket::socket(family, SockType::Datagram, flags, SockProtocol::Udp)?;
+    if address.is_ipv4() {
+        socket::setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
+    } else {
+        socket::setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+        socket::setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
+    }
+    socket::setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+    socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    UdpSocket::from_std(socket.into())
+}
+
+/// Turns the absence of an address family into `None`.
+fn present(socket: io::Result<UdpSocket>) -> io::Result<Option<UdpSocket>> {
+    const ABSENT: [Errno; 3] = [Errno::EAFNOSUPPORT, Errno::EPROTONOSUPPORT, Errno::EADDRNOTAVAIL];
+    match socket {
+        Ok(socket) => Ok(Some(socket)),
+        Err(error) if ABSENT.iter().any(|errno| error.raw_os_error() == Some(*errno as i32)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+async fn recv(socket: Option<&UdpSocket>) -> io::Result<Received> {
+    match socket {
+        Some(socket) => socket.async_io(Interest::READABLE, || receive(socket)).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn receive(socket: &UdpSocket) -> io::Result<Received> {
+    let mut buffer = [0; RECEIVE_LEN];
+    let mut parts = [IoSliceMut::new(&mut buffer)];
+    let mut control = nix::cmsg_space!(libc::in_pktinfo, libc::in6_pktinfo);
+    let flags = MsgFlags::MSG_DONTWAIT;
+    let message =
+        socket::recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let from = message.address.as_ref().and_then(socket_address);
+    let to = message.cmsgs()?.find_map(|part| match part {
+        ControlMessageOwned::Ipv4PacketInfo(info) => {
+            let address = Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes());
+            Some((IpAddr::V4(address), u32::try_from(info.ipi_ifindex).ok()?))
+        }
+        ControlMessageOwned::Ipv6PacketInfo(info) => {
+            Some((IpAddr::V6(Ipv6Addr::from(info.ipi6_addr.s6_addr)), info.ipi6_ifindex))
+        }
+        _ => None,
+    });
+    let length = message.bytes;
+    let (Some(from), Some((to, ifindex))) = (from, to) else {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a datagram without packet information"));
+    };
+    Ok(Received { from, to, ifindex, bytes: buffer[..length].to_vec() })
+}
+
+fn send(socket: &UdpSocket, to: SocketAddr, from: Option<IpAddr>, bytes: &[u8]) -> io::Result<()> {
+    let v4 = |address: Ipv4Addr| libc::in_pktinfo {
+        ipi_ifindex: 0,
+        ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(address.octets()) },
+        ipi_addr: libc::in_addr { s_addr: 0 },
+    };
+    let v6 = |address: Ipv6Addr| libc::in6_pktinfo {
+        ipi6_addr: libc::in6_addr { s6_addr: address.octets() },
+        ipi6_ifindex: 0,
+    };
+    let parts = [IoSlice::new(bytes)];
+    let (descriptor, flags) = (socket.as_raw_fd(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+    let to = SockaddrStorage::from(to);
+    let sent = match from {
+        Some(IpAddr::V4(address)) => {
+            let control = [ControlMessage::Ipv4PacketInfo(&v4(address))];
+            socket::sendmsg(descriptor, &parts, &control, flags, Some(&to))
+        }
+        Some(IpAddr::V6(address)) => {
+            let control = [ControlMessage::Ipv6PacketInfo(&v6(address))];
+            socket::sendmsg(descriptor, &parts, &control, flags, Some(&to))
+        }
+        None => socket::sendmsg(descriptor, &parts, &[], flags, Some(&to)),
+    };
+    sent.map(|_| ()).map_err(io::Error::from)
+}
+
+fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4: &SockaddrIn| SocketAddr::V4((*v4).into()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6: &SockaddrIn6| SocketAddr::V6((*v6).into())))
+}
+
+fn is_address_gone(error: &io::Error) -> bool {
+    const GONE: [Errno; 3] = [Errno::EADDRNOTAVAIL, Errno::EINVAL, Errno::ENETUNREACH];
+    GONE.iter().any(|errno| error.raw_os_error() == Some(*errno as i32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn localhost() -> [IpAddr; 2] {
+        [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
+    }
+
+    #[tokio::test]
+    async fn datagrams_come_with_where_they_were_sent_to() {
+        let (a, b) = (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
+        for address in localhost() {
+            a.send((address, b.port()).into(), None, b"there").await.expect("sent");
+            let received = b.recv().await.expect("received");
+            assert_eq!(received.from, (address, a.port()).into());
+            assert_eq!((received.to, received.ifindex, &received.bytes[..]), (address, 1, &b"there"[..]));
+        }
+    }
+
+    #[tokio::test]
+    async fn answers_go_out_from_the_address_asked() {
+        let (a, b) = (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
+        let second = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
+        a.send((second, b.port()).into(), None, b"there").await.expect("sent");
+        let received = b.recv().await.expect("received");
+        assert_eq!(received.to, second);
+        b.send(received.from, Some(received.to), b"back").await.expect("sent");
+        assert_eq!(a.recv().await.expect("received").from, (second, b.port()).into());
+
+        b.send(received.from, None, b"back").await.expect("sent");
+        let chosen = a.recv().await.expect("received").from;
+        assert_eq!(chosen, (IpAddr::V4(Ipv4Addr::LOCALHOST), b.port()).into());
+
+        b.send(received.from, Some(Ipv6Addr::LOCALHOST.into()), b"back")
+            .await
+            .expect("the other family is ignored");
+        assert_eq!(a.recv().await.expect("received").from, chosen);
+        let gone = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 77));
+        b.send(received.from, Some(gone), b"back").await.expect("sent all the same");
+        assert_eq!(a.recv().await.expect("received").from, chosen);
+    }
+
+    #[tokio::test]
+    async fn a_port_is_not_shared() {
+        let first = UdpSockets::bind(0).expect("a free port");
+        let second = UdpSockets::bind(first.port()).err().map(|error| error.kind());
+        assert_eq!(second, Some(io::ErrorKind::AddrInUse));
+    }
+}

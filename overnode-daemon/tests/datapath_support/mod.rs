@@ -1,0 +1,369 @@
+//! Network namespaces that clean up after themselves.
+
+use std::fs::File;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use nix::sched::{CloneFlags, setns};
+use overnode_daemon::datapath::{Attachment, Datapath, NetnsRef, OpenOptions, SessionInstall, node_name};
+use overnode_daemon::types::{Network, PeerIndex, PublicKey, Secret};
+
+/// Runs a command, fails the test if it fails, returns what it printed.
+pub fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {text}{words}");
+    text
+}
+
+pub fn ip(arguments: &[&str]) {
+    run("ip", arguments);
+}
+
+pub fn ip_output(namespace: &Namespace, arguments: &[&str]) -> String {
+    run("ip", &[&["-n", namespace.name.as_str()], arguments].concat())
+}
+
+pub fn addr(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// Runs the test named `name` once more in a process of its own, with these variables, and returns false to its caller; in that
+/// process it returns true. `how` enters a network namespace (`DATAPATH_NETNS`) first.
+pub fn reexec(name: &str, variables: &[(&str, &str)], how: Option<&str>) -> bool {
+    if std::env::var_os("DATAPATH_CHILD").is_some() {
+        return true;
+    }
+    let netns = variables.iter().find(|(name, _)| *name == "DATAPATH_NETNS").map(|(_, value)| *value);
+    let program = std::env::current_exe().unwrap();
+    let mut command = match (how, netns) {
+        (None, _) => Command::new(program),
+        (Some("ip netns exec"), Some(netns)) => {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", netns]).arg(program);
+            command
+        }
+        (Some("nsenter"), Some(netns)) => {
+            let mut command = Command::new("nsenter");
+            command.arg(format!("--net=/run/netns/{netns}")).arg(program);
+            command
+        }
+        (Some(_), _) => panic!("no such way"),
+    };
+    let output = command
+        .args([name, "--exact", "--nocapture"])
+        .envs(variables.iter().copied())
+        .env("DATAPATH_CHILD", "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}{words}");
+    false
+}
+
+/// A network namespace, deleted when dropped.
+pub struct Namespace {
+    pub name: String,
+}
+
+impl Namespace {
+    pub fn new(kind: &str) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("datapath-{}-{}{kind}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        ip(&["netns", "add", &name]);
+        let namespace = Self { name };
+        ip(&["-n", &namespace.name, "link", "set", "lo", "up"]);
+        namespace
+    }
+
+    pub fn path(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.name)
+    }
+
+    /// Runs a program inside, as `nsenter --net` does.
+    pub fn exec(&self, program: &str, arguments: &[&str]) -> String {
+        run("nsenter", &[&[&format!("--net=/run/netns/{}", self.name), program], arguments].concat())
+    }
+
+    /// The same where failure is expected.
+    pub fn exec_status(&self, program: &str, arguments: &[&str]) -> bool {
+        self.command(program, arguments).output().unwrap().status.success()
+    }
+
+    fn command(&self, program: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.name)).arg(program).args(arguments);
+        command
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).stderr(Stdio::null()).status();
+    }
+}
+
+/// A host: its namespace and its state directory. Torn down when dropped.
+pub struct Host {
+    pub namespace: Namespace,
+    pub interface: Option<String>,
+    pub xdp: bool,
+    state: StateDir,
+    is_borrowed: bool,
+    node_address: IpAddr,
+    is_opened: AtomicBool,
+}
+
+enum StateDir {
+    Owned(tempfile::TempDir),
+    Other(PathBuf),
+}
+
+impl Host {
+    fn new(kind: &str, node_address: &str) -> Self {
+        Self {
+            namespace: Namespace::new(kind),
+            interface: None,
+            xdp: false,
+            state: StateDir::Owned(tempfile::tempdir().unwrap()),
+            is_borrowed: false,
+            node_address: addr(node_address),
+            is_opened: AtomicBool::new(false),
+        }
+    }
+
+    /// State directory and namespace, for [`reexec`].
+    pub fn environment(&self) -> (String, String) {
+        (self.state_dir().to_str().unwrap().to_owned(), self.namespace.name.clone())
+    }
+
+    /// The parent's host, in a process started by [`reexec`].
+    pub fn from_environment() -> Self {
+        Self {
+            namespace: Namespace { name: std::env::var("DATAPATH_NETNS").unwrap() },
+            interface: None,
+            xdp: false,
+            state: StateDir::Other(std::env::var_os("DATAPATH_STATE").unwrap().into()),
+            is_borrowed: true,
+            node_address: addr("10.39.240.1"),
+            is_opened: AtomicBool::new(false),
+        }
+    }
+
+    pub fn state_dir(&self) -> &Path {
+        match &self.state {
+            StateDir::Owned(directory) => directory.path(),
+            StateDir::Other(path) => path,
+        }
+    }
+
+    pub fn remove_state_dir(&mut self) {
+        let path = self.state_dir().to_owned();
+        std::fs::remove_dir_all(&path).unwrap();
+        self.state = StateDir::Other(path);
+    }
+
+    pub fn node(&self) -> String {
+        node_name(self.state_dir())
+    }
+
+    /// Opens the data plane in a thread inside the namespace, works with it, closes it: one life of a daemon.
+    pub fn run<T: Send>(&self, work: impl AsyncFnOnce(&mut Datapath) -> T + Send) -> T {
+        self.inside(async || {
+            let mut datapath = self.open().await.unwrap();
+            work(&mut datapath).await
+        })
+    }
+
+    /// The same in the namespace that this process runs in already.
+    pub fn run_here<T>(&self, work: impl AsyncFnOnce(&mut Datapath) -> T) -> T {
+        runtime().block_on(async {
+            let mut datapath = self.open().await.unwrap();
+            work(&mut datapath).await
+        })
+    }
+
+    pub fn try_open(&self) -> anyhow::Result<()> {
+        self.inside(async || self.open().await.map(drop))
+    }
+
+    pub fn tear_down(&self) {
+        let errors = self.inside(async || Datapath::tear_down(self.state_dir()).await);
+        assert!(errors.is_empty(), "{errors:?}");
+    }
+
+    /// Nothing of the node is left in its namespace and in the bpffs.
+    pub fn is_clean(&self) {
+        let links = ip_output(&self.namespace, &["link"]);
+        assert!(!links.contains(": ov") && !links.contains("overnode:"), "{links}");
+        let qdiscs = run("tc", &["-n", &self.namespace.name, "qdisc", "show"]);
+        assert!(!qdiscs.contains("clsact"), "{qdiscs}");
+        let pins = Path::new("/sys/fs/bpf/overnode").join(self.node());
+        assert!(!pins.exists(), "{} is left", pins.display());
+        let nets = run("nsenter", &[&format!("--net=/run/netns/{}", self.namespace.name), "bpftool", "net"]);
+        assert!(!nets.contains("from_underlay") && !nets.contains("seal"), "{nets}");
+    }
+
+    async fn open(&self) -> anyhow::Result<Datapath> {
+        self.is_opened.store(true, Ordering::Relaxed);
+        Datapath::open(OpenOptions {
+            state_dir: self.state_dir(),
+            network: Network::default(),
+            node_address: self.node_address,
+            interface: self.interface.clone(),
+            mtu: None,
+            debug: false,
+            xdp: self.xdp,
+        })
+        .await
+    }
+
+    fn inside<T: Send>(&self, work: impl AsyncFnOnce() -> T) -> T {
+        let namespace = File::open(self.namespace.path()).unwrap();
+        // The runtime and all that it polls stay on that thread; the caller waits for it.
+        let work = AssertSend(work);
+        thread::scope(|scope| {
+            let worker = scope.spawn(move || {
+                let work = work;
+                setns(&namespace, CloneFlags::CLONE_NEWNET).unwrap();
+                runtime().block_on((work.0)())
+            });
+            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if self.is_borrowed {
+            // The namespace is the parent's.
+            self.namespace.name = "datapath-none".into();
+        } else if self.is_opened.load(Ordering::Relaxed) {
+            let errors = self.inside(async || Datapath::tear_down(self.state_dir()).await);
+            if !errors.is_empty() && !thread::panicking() {
+                panic!("{errors:?}");
+            }
+        }
+    }
+}
+
+struct AssertSend<T>(T);
+// SAFETY: the thread that made it waits in `thread::scope` until the other one has used it up.
+unsafe impl<T> Send for AssertSend<T> {}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// Two hosts joined by a cable, and a container for each.
+pub struct Pair {
+    pub a: Host,
+    pub b: Host,
+    pub container_a: Namespace,
+    pub container_b: Namespace,
+    is_ipv6: bool,
+    made: Instant,
+}
+
+impl Pair {
+    pub fn new(is_ipv6: bool) -> Self {
+        let pair = Self {
+            a: Host::new("a", "10.39.240.1"),
+            b: Host::new("b", "10.39.240.2"),
+            container_a: Namespace::new("ca"),
+            container_b: Namespace::new("cb"),
+            is_ipv6,
+            made: Instant::now(),
+        };
+        let (a, b) = (&pair.a.namespace.name, &pair.b.namespace.name);
+        ip(&["-n", a, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", b]);
+        for (host, last) in [(a, "1"), (b, "2")] {
+            ip(&["-n", host, "addr", "add", &format!("192.0.2.{last}/24"), "dev", "eth0"]);
+            ip(&["-n", host, "addr", "add", &format!("2001:db8::{last}/64"), "dev", "eth0", "nodad"]);
+            // Native XDP on a veth needs NAPI at the other end: GRO turns it on.
+            run("nsenter", &[&format!("--net=/run/netns/{host}"), "ethtool", "-K", "eth0", "gro", "on"]);
+            ip(&["-n", host, "link", "set", "eth0", "up"]);
+        }
+        pair
+    }
+
+    /// Attaches the containers and installs one session, whose initiator is `a`.
+    pub fn connect(&self) {
+        self.connect_host(&self.a, 1, 2, &self.container_a, true);
+        self.connect_host(&self.b, 2, 1, &self.container_b, false);
+    }
+
+    fn connect_host(&self, host: &Host, me: u8, other: u8, container: &Namespace, initiator: bool) {
+        let prefix = if self.is_ipv6 { "[2001:db8::" } else { "192.0.2." };
+        let suffix = if self.is_ipv6 { "]" } else { "" };
+        let endpoint = format!("{prefix}{other}{suffix}:6784").parse().unwrap();
+        let net = |node: u8| format!("10.{}.0.0/15", 38 + 2 * node).parse().unwrap();
+        let peer = PeerIndex(other.into());
+        host.run(async |datapath| {
+            datapath.set_own_routes(&[net(me)]).unwrap();
+            datapath.set_peer(peer, &PublicKey([other; 32]), Some(endpoint)).await.unwrap();
+            datapath.set_routes(peer, &[net(other)]).unwrap();
+            datapath.install_session(peer, &self.keys(initiator, 1)).unwrap();
+            let attachment = Attachment {
+                netns: NetnsRef::Path(container.path()),
+                address: addr(&format!("10.{}.0.1", 38 + 2 * me)),
+                host_interface: format!("ov0000000{me}"),
+            };
+            datapath.attach(&attachment).await.unwrap();
+        });
+    }
+
+    /// The session of a slot, as one end has it.
+    pub fn keys(&self, initiator: bool, slot: u32) -> SessionInstall {
+        let key = |end: u8| Secret([end + slot as u8; 32]);
+        let index = |end: u32| end << 28 | slot;
+        let ((local, remote), (tx, rx)) = if initiator { ((1, 2), (100, 200)) } else { ((2, 1), (200, 100)) };
+        SessionInstall {
+            local_index: index(local),
+            remote_index: index(remote),
+            tx_key: key(tx),
+            rx_key: key(rx),
+            initiator,
+            created: self.made,
+        }
+    }
+
+    pub fn ping_across(&self, count: u32, interval: &str) {
+        self.background_ping(count, interval).lost_nothing();
+    }
+
+    pub fn background_ping(&self, count: u32, interval: &str) -> Ping {
+        let count = count.to_string();
+        let warm_up = ["-q", "-c", "1", "-W", "2", "10.42.0.1"];
+        assert!(self.container_a.exec_status("ping", &warm_up), "not even one packet goes across");
+        let arguments = ["-q", "-c", &count, "-i", interval, "-W", "2", "10.42.0.1"];
+        let child = self.container_a.command("ping", &arguments).stdout(Stdio::piped()).spawn().unwrap();
+        Ping { child }
+    }
+}
+
+pub struct Ping {
+    child: Child,
+}
+
+impl Ping {
+    pub fn lost_nothing(self) {
+        let output = self.child.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let numbers: Vec<u32> = text
+            .lines()
+            .find(|line| line.contains("packets transmitted"))
+            .unwrap_or_else(|| panic!("{text}"))
+            .split(|char: char| !char.is_ascii_digit())
+            .filter_map(|number| number.parse().ok())
+            .collect();
+        assert_eq!(numbers[0], numbers[1], "sent and received: {text}");
+        assert!(numbers[0] > 0);
+    }
+}
