@@ -8,7 +8,7 @@ use overnode_ebpf::wire::DATA_PORT;
 
 use super::running::Node;
 use crate::control::key;
-use crate::datapath::{PeerState, SessionInstall};
+use crate::datapath::PeerState;
 use crate::gossip::Record;
 use crate::handshake::{Activity, AdoptedSession, Event, Initiate, PeerConfig};
 use crate::net::udp::Received;
@@ -190,15 +190,7 @@ impl Node {
     async fn handle_handshake(&mut self, event: Event, now: Instant) -> anyhow::Result<()> {
         match event {
             Event::Install { peer, session } => {
-                let keys = SessionInstall {
-                    local_index: session.local_index,
-                    remote_index: session.remote_index,
-                    tx_key: session.tx_key,
-                    rx_key: session.rx_key,
-                    initiator: session.initiator,
-                    created: session.created,
-                };
-                self.datapath.install_session(peer, &keys)?;
+                self.datapath.install_session(peer, &session)?;
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.last_error = None;
                 }

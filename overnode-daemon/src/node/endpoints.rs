@@ -50,7 +50,7 @@ impl Node {
             netns: netns.path().to_string_lossy().into_owned(),
             netns_inode: identity.inode,
             name: request.name,
-            host_interface: datapath::host_interface(&mut rand::rng()),
+            host_interface: datapath::host_interface(address),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
         // On disk before anything uses it: a crash from here on leaves an address too many in use, never one twice.
@@ -75,7 +75,7 @@ impl Node {
             address: self.with_prefix(address),
             interface: datapath::CONTAINER_INTERFACE.to_owned(),
             host_interface: attached.host_interface,
-            mtu: self.datapath.container_mtu(),
+            mtu: attached.mtu,
         })
     }
 
@@ -112,11 +112,15 @@ impl Node {
         let attachments = self.store.attachments()?;
         let known: Vec<KnownEndpoint> = attachments
             .iter()
-            .map(|it| KnownEndpoint { address: it.address, host_interface: it.host_interface.clone() })
+            .map(|it| KnownEndpoint {
+                address: it.address,
+                host_interface: it.host_interface.clone(),
+                netns: NetnsRef::Path(it.netns.clone().into()),
+            })
             .collect();
         for lost in self.datapath.reconcile(&known).await? {
             let Some(attachment) = attachments.iter().find(|it| it.host_interface == lost.host_interface) else { continue };
-            if self.plug_in_again(attachment).await {
+            if lost.netns_exists && self.plug_in_again(attachment).await {
                 continue;
             }
             tracing::info!("{} is gone; its address {} is free again", attachment.target, attachment.address);
