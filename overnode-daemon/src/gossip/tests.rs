@@ -290,6 +290,35 @@ fn what_was_lost_in_flight_is_found_by_comparing() {
     world.assert_converges_within(COMPARE_INTERVAL * 2, 4);
 }
 
+/// 4 leaves it to 2 to tell 3 what 1 says; the link between 2 and 3 dies with the news in flight.
+#[test]
+fn news_lost_with_a_link_come_by_another_way_at_once() {
+    let mut lost = 0;
+    for seed in 0..40 {
+        let mut world = World::new(4, seed);
+        for (one, other) in [(1, 2), (2, 3), (2, 4), (4, 3)] {
+            world.connect(id(one), id(other));
+        }
+        world.assert_converges_within(Duration::from_secs(5), seed);
+        let now = world.now;
+        world.node(1).update_own(|own| own.nickname = "news".into(), now);
+        let knows = |world: &mut World, number| world.node(number).record(id(1)).unwrap().nickname == "news";
+        while !knows(&mut world, 4) && !knows(&mut world, 3) {
+            world.step(now + Duration::from_secs(5));
+        }
+        if knows(&mut world, 3) {
+            continue;
+        }
+        // What 4 decides not to pass on is decided by now.
+        world.run(COLLECT);
+        lost += u16::from(!knows(&mut world, 3));
+        world.cut(id(2), id(3));
+        world.run(Duration::from_millis(1500));
+        assert!(knows(&mut world, 3), "seed {seed}");
+    }
+    assert!(lost > 5, "{lost} seeds lost the news");
+}
+
 #[test]
 fn a_node_that_leaves_is_removed_everywhere_and_stays_so() {
     let mut world = World::new(5, 5);
