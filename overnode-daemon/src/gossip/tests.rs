@@ -263,6 +263,31 @@ fn in_a_mesh_nobody_passes_on_anything() {
 }
 
 #[test]
+fn a_node_that_gains_many_links_does_not_tell_of_each() {
+    let mut now = Instant::now();
+    let mut gossip = Gossip::new(record(1, 1), StdRng::seed_from_u64(1), now);
+    let mut told = 0;
+    let mut versions = BTreeSet::new();
+    for number in 2..1002 {
+        gossip.handle_connected(id(number), now);
+        now += Duration::from_millis(5);
+        gossip.handle_timeout(now);
+        told += std::iter::from_fn(|| gossip.poll_action())
+            .filter(|action| matches!(action, Action::Send { message: Message::Delta(_), .. }))
+            .count();
+        versions.insert(gossip.own().version);
+    }
+    assert!(told < 6000, "{told} records sent, where each of every link would be 500,000");
+    assert!(versions.len() < 20, "{} versions", versions.len());
+    // A single change later is told at once.
+    now += Duration::from_secs(10);
+    gossip.handle_timeout(now);
+    now += Duration::from_secs(10);
+    gossip.update_own(|own| own.nickname = "changed".into(), now);
+    assert_eq!(gossip.poll_timeout(), Some(now + COLLECT));
+}
+
+#[test]
 fn an_idle_mesh_costs_each_node_little() {
     let mut world = World::new(30, 3);
     world.mesh();
