@@ -477,6 +477,40 @@ fn a_stream_of_lies_is_answered_once_a_second() {
     assert!((8..=12).contains(&answers), "{answers} answers in 10 s");
 }
 
+/// Two living hosts have one ID, and neither gives in: both are told, at a bounded rate.
+#[test]
+fn two_hosts_with_one_id_are_told_of_each_other() {
+    let mut now = Instant::now();
+    let mut other = record(7, 5);
+    other.public_key = PublicKey([0xee; 32]);
+    let mut hosts = [record(7, 1), other].map(|own| Gossip::new(own, StdRng::seed_from_u64(1), now));
+    for host in &mut hosts {
+        host.handle_connected(id(1), now);
+    }
+    let (mut told, mut messages) = ([0, 0], 0);
+    for _ in 0..1000 {
+        now += Duration::from_millis(10);
+        for (from, to) in [(0, 1), (1, 0)] {
+            hosts[from].handle_timeout(now);
+            while let Some(action) = hosts[from].poll_action() {
+                match action {
+                    Action::Send { message, .. } => {
+                        messages += 1;
+                        hosts[to].handle_message(id(1), &message.encode(), now).unwrap();
+                    }
+                    Action::Contested { public_key, .. } => {
+                        told[from] += 1;
+                        assert_ne!(public_key, hosts[from].own().public_key);
+                    }
+                    Action::Changed(_) | Action::Removed(_) => {}
+                }
+            }
+        }
+    }
+    assert!(told.iter().all(|times| (3..=11).contains(times)), "{told:?} in 10 s");
+    assert!(messages < 60, "{messages} in 10 s");
+}
+
 /// The test that counts: everything at random.
 fn storm(seed: u64, count: u16, steps: usize) {
     let mut world = World::new(count, seed);
