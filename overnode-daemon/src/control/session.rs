@@ -10,7 +10,7 @@
 //!   Verdict                                  ->
 //! ```
 //! The first greeting is encrypted under the token, and the second goes to somebody who has proven to have it: without
-//! the token a stranger learns the responder's public key and nothing else. Both sides tell each other their
+//! the token a stranger at either end learns the node's public key and nothing else. Both sides tell each other their
 //! verdict, so that both can tell people.
 
 use std::sync::Arc;

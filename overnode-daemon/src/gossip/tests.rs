@@ -263,6 +263,31 @@ fn in_a_mesh_nobody_passes_on_anything() {
 }
 
 #[test]
+fn a_node_that_gains_many_links_does_not_tell_of_each() {
+    let mut now = Instant::now();
+    let mut gossip = Gossip::new(record(1, 1), StdRng::seed_from_u64(1), now);
+    let mut told = 0;
+    let mut versions = BTreeSet::new();
+    for number in 2..1002 {
+        gossip.handle_connected(id(number), now);
+        now += Duration::from_millis(5);
+        gossip.handle_timeout(now);
+        told += std::iter::from_fn(|| gossip.poll_action())
+            .filter(|action| matches!(action, Action::Send { message: Message::Delta(_), .. }))
+            .count();
+        versions.insert(gossip.own().version);
+    }
+    assert!(told < 6000, "{told} records sent, where each of every link would be 500,000");
+    assert!(versions.len() < 20, "{} versions", versions.len());
+    // A single change later is told at once.
+    now += Duration::from_secs(10);
+    gossip.handle_timeout(now);
+    now += Duration::from_secs(10);
+    gossip.update_own(|own| own.nickname = "changed".into(), now);
+    assert_eq!(gossip.poll_timeout(), Some(now + COLLECT));
+}
+
+#[test]
 fn an_idle_mesh_costs_each_node_little() {
     let mut world = World::new(30, 3);
     world.mesh();
@@ -288,6 +313,35 @@ fn what_was_lost_in_flight_is_found_by_comparing() {
     world.run(Duration::from_millis(500));
     assert!(world.converged().is_err(), "the loss was real");
     world.assert_converges_within(COMPARE_INTERVAL * 2, 4);
+}
+
+/// 4 leaves it to 2 to tell 3 what 1 says; the link between 2 and 3 dies with the news in flight.
+#[test]
+fn news_lost_with_a_link_come_by_another_way_at_once() {
+    let mut lost = 0;
+    for seed in 0..40 {
+        let mut world = World::new(4, seed);
+        for (one, other) in [(1, 2), (2, 3), (2, 4), (4, 3)] {
+            world.connect(id(one), id(other));
+        }
+        world.assert_converges_within(Duration::from_secs(5), seed);
+        let now = world.now;
+        world.node(1).update_own(|own| own.nickname = "news".into(), now);
+        let knows = |world: &mut World, number| world.node(number).record(id(1)).unwrap().nickname == "news";
+        while !knows(&mut world, 4) && !knows(&mut world, 3) {
+            world.step(now + Duration::from_secs(5));
+        }
+        if knows(&mut world, 3) {
+            continue;
+        }
+        // What 4 decides not to pass on is decided by now.
+        world.run(COLLECT);
+        lost += u16::from(!knows(&mut world, 3));
+        world.cut(id(2), id(3));
+        world.run(Duration::from_millis(1500));
+        assert!(knows(&mut world, 3), "seed {seed}");
+    }
+    assert!(lost > 5, "{lost} seeds lost the news");
 }
 
 #[test]
@@ -421,6 +475,40 @@ fn a_stream_of_lies_is_answered_once_a_second() {
     }
     let answers = world.records - records;
     assert!((8..=12).contains(&answers), "{answers} answers in 10 s");
+}
+
+/// Two living hosts have one ID, and neither gives in: both are told, at a bounded rate.
+#[test]
+fn two_hosts_with_one_id_are_told_of_each_other() {
+    let mut now = Instant::now();
+    let mut other = record(7, 5);
+    other.public_key = PublicKey([0xee; 32]);
+    let mut hosts = [record(7, 1), other].map(|own| Gossip::new(own, StdRng::seed_from_u64(1), now));
+    for host in &mut hosts {
+        host.handle_connected(id(1), now);
+    }
+    let (mut told, mut messages) = ([0, 0], 0);
+    for _ in 0..1000 {
+        now += Duration::from_millis(10);
+        for (from, to) in [(0, 1), (1, 0)] {
+            hosts[from].handle_timeout(now);
+            while let Some(action) = hosts[from].poll_action() {
+                match action {
+                    Action::Send { message, .. } => {
+                        messages += 1;
+                        hosts[to].handle_message(id(1), &message.encode(), now).unwrap();
+                    }
+                    Action::Contested { public_key, .. } => {
+                        told[from] += 1;
+                        assert_ne!(public_key, hosts[from].own().public_key);
+                    }
+                    Action::Changed(_) | Action::Removed(_) => {}
+                }
+            }
+        }
+    }
+    assert!(told.iter().all(|times| (3..=11).contains(times)), "{told:?} in 10 s");
+    assert!(messages < 60, "{messages} in 10 s");
 }
 
 /// The test that counts: everything at random.
