@@ -128,17 +128,20 @@ fn from_clsact_to_tcx_and_back_without_a_gap() {
     }
     let pair = Pair::new(false);
     pair.connect();
+    let environment = pair.a.environment();
+    let variables = [
+        ("OVERNODE_NO_TCX", "1"),
+        ("DATAPATH_STATE", environment.0.as_str()),
+        ("DATAPATH_NETNS", environment.1.as_str()),
+    ];
+    // The kernel stops an interface for a moment when it gets its clsact qdisc. So that one is there before the pings.
+    assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
     let ping = pair.background_ping(3000, "0.001");
     for _ in 0..2 {
-        let environment = pair.a.environment();
-        let variables = [
-            ("OVERNODE_NO_TCX", "1"),
-            ("DATAPATH_STATE", &environment.0),
-            ("DATAPATH_NETNS", &environment.1),
-        ];
-        assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
         assert_eq!(pair.a.run(async |datapath| datapath.underlay().hook), Hook::Tcx);
+        assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
     }
+    assert_eq!(pair.a.run(async |datapath| datapath.underlay().hook), Hook::Tcx);
     ping.lost_nothing();
     let filters = run("tc", &["-n", &pair.a.namespace.name, "filter", "show", "dev", "eth0", "ingress"]);
     assert_eq!(filters.trim(), "");
