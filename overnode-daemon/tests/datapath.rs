@@ -110,6 +110,18 @@ fn clsact_carries_the_same_traffic() {
     ping.lost_nothing();
     let count = filters(&pair.a).matches("direct-action").count();
     assert_eq!(count, 1, "replaced, not added: {}", filters(&pair.a));
+    let known = KnownEndpoint {
+        host_interface: "ov00000001".into(),
+        address: addr("10.40.0.1"),
+        netns: netns(&pair.container_a),
+    };
+    pair.a.run(async |datapath| {
+        // Somebody removes the qdisc, and with it the filter: it comes back.
+        run("tc", &["qdisc", "del", "dev", "eth0", "clsact"]);
+        assert!(!filters(&pair.a).contains("from_underlay"));
+        assert_eq!(datapath.reconcile(&[known]).await.unwrap(), []);
+    });
+    pair.ping_across(5, "0.01");
     pair.a.tear_down();
     pair.a.is_clean();
     pair.b.tear_down();
@@ -179,6 +191,11 @@ fn native_xdp_carries_the_same_traffic() {
         assert!(pair.a.run(async |datapath| datapath.underlay()).interfaces[0].xdp);
     }
     ping.lost_nothing();
+    // Launched without it again: back to TC.
+    pair.a.xdp = false;
+    assert!(!pair.a.run(async |datapath| datapath.underlay()).interfaces[0].xdp);
+    assert!(!ip_output(&pair.a.namespace, &["-d", "link", "show", "eth0"]).contains("prog/xdp"));
+    pair.ping_across(5, "0.01");
     pair.a.tear_down();
     pair.a.is_clean();
 }
