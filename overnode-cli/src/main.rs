@@ -1,1 +1,60 @@
-fn main() {}
+//! The `overnode` command: reads what is wanted, asks the daemon for it, and shows the answer.
+//!
+//! [`options`] is the command line, [`command`] has one module for each command, [`client`] speaks to the daemon, [`start`] starts
+//! and stops it, [`render`] makes tables. A command returns what goes to standard output; it is written here, in one
+//! place, and so is the one line on standard error of a command that fails.
+
+mod client;
+mod command;
+mod container;
+mod failure;
+mod options;
+mod presence;
+mod render;
+mod start;
+mod systemd;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::failure::Failure;
+use crate::options::Cli;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return options::explain(&error),
+    };
+    match run(cli) {
+        Ok(output) => write_out(&output),
+        Err(failure) => {
+            // Nobody is left to tell when this fails.
+            let _ = writeln!(io::stderr(), "overnode: {failure}");
+            ExitCode::from(failure.exit())
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<String, Failure> {
+    let context = cli.global.context()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format_args!("the asynchronous runtime did not start: {error}")))?;
+    runtime.block_on(command::run(&context, cli.command))
+}
+
+fn write_out(output: &str) -> ExitCode {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(output.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads has seen enough (`overnode status | head`).
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "overnode: standard output: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -8,11 +8,13 @@
 pub mod api;
 pub mod control;
 pub mod datapath;
+pub mod fault;
 pub mod gossip;
 pub mod handshake;
 pub mod ipam;
 pub mod net;
 pub mod node;
+pub mod options;
 pub mod store;
 pub mod types;
 

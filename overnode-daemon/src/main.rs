@@ -1,1 +1,31 @@
-fn main() {}
+//! `overnoded`: one node. Everything is in the library.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use overnode_daemon::{node, options::Options};
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let filter = if options.debug { "info,overnode_daemon=debug,overnode_ebpf=debug" } else { "info" };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(options.debug)
+        .init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!("the runtime did not start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(node::run(options)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

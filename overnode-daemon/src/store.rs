@@ -1,1 +1,500 @@
-//! .
+//! What the node keeps on disk: one redb database in the state directory. Every change is one transaction, on disk when the
+//! call returns (redb commits with fsync); a crash leaves the state before or after it.
+//!
+//! The directory is 0700, the files in it 0600, whatever the umask. `lock` is held (flock) as long as the store is open, so
+//! that one daemon works on one directory. Secrets lie in tables of their own as raw bytes and are wiped from this
+//! process's copies; redb's page cache, in the same process, is not.
+
+mod disk;
+mod record;
+
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+pub use record::{Attachment, ExternalPeer, Identity};
+
+use crate::gossip;
+use crate::types::{NodeId, PeerIndex, Secret};
+
+/// The layout of the tables. Another one is refused.
+pub const SCHEMA: u32 = 1;
+/// The database's name in the state directory.
+pub const DATABASE: &str = "overnode.redb";
+/// The lock's name in the state directory. Holds the process ID of the daemon.
+pub const LOCK: &str = "lock";
+
+const CACHE_BYTES: usize = 1 << 20;
+
+const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
+const SECRETS: TableDefinition<&str, &[u8]> = TableDefinition::new("secrets");
+const TARGETS: TableDefinition<&str, ()> = TableDefinition::new("targets");
+const ATTACHMENTS: TableDefinition<&str, &[u8]> = TableDefinition::new("attachments");
+const PEERS: TableDefinition<u16, &[u8]> = TableDefinition::new("peers");
+const EXTERNAL: TableDefinition<u32, &[u8]> = TableDefinition::new("external_peers");
+
+/// Why the store cannot do what it should. The words are for people.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The directory or a file in it cannot be made, opened or written.
+    #[error("{what} {path}: {why}; {advice}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's reason.
+        why: std::io::Error,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// A directory that is used for something else.
+    #[error(
+        "{path} holds other files and no state of overnode; give an empty or new directory with --state-dir"
+    )]
+    Foreign {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// There is no state.
+    #[error("there is no node's state in {path}; `overnode launch` makes one")]
+    Missing {
+        /// The state directory.
+        path: PathBuf,
+    },
+    /// Another process holds the lock.
+    #[error("another daemon{} runs on {path}; stop it first, or give this one another --state-dir", pid(*.holder))]
+    Locked {
+        /// The state directory.
+        path: PathBuf,
+        /// Its process ID, if it could be read.
+        holder: Option<u32>,
+    },
+    /// Made by another version of overnode.
+    #[error(
+        "the state in {path} is of another version of overnode (layout {found}, this one reads {SCHEMA}); install that version \
+         again, or run `overnode reset --force` and launch anew"
+    )]
+    Schema {
+        /// The state directory.
+        path: PathBuf,
+        /// What was found.
+        found: String,
+    },
+    /// Not a database, or a damaged one.
+    #[error(
+        "the state in {path} is damaged ({why}); restore it from a backup, or run `overnode reset --force` and launch anew"
+    )]
+    Damaged {
+        /// The database.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// The disk refused a transaction. Nothing of it was kept.
+    #[error(
+        "the state in {path} could not be written ({why}); check that the disk is not full or failing, then try again"
+    )]
+    Write {
+        /// The database.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// The address has an attachment already.
+    #[error("{0} is attached already; detach it first")]
+    Taken(IpAddr),
+}
+
+fn pid(holder: Option<u32>) -> String {
+    holder.map(|pid| format!(" (process {pid})")).unwrap_or_default()
+}
+
+type Result<T> = std::result::Result<T, StoreError>;
+
+/// The node's state on disk.
+#[derive(Debug)]
+pub struct Store {
+    directory: PathBuf,
+    database: Database,
+    /// Dropped after the database: the next daemon must not get in before it is closed.
+    _lock: File,
+}
+
+impl Store {
+    /// Opens the state in `directory`, which is made if it does not exist.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] if the directory or its files cannot be made or written, [`StoreError::Locked`],
+    /// [`StoreError::Schema`], [`StoreError::Damaged`].
+    pub fn open(directory: &Path) -> Result<Self> {
+        disk::make_directory(directory)?;
+        let lock = disk::lock(directory)?;
+        let path = directory.join(DATABASE);
+        disk::make_private_file(&path)?;
+        let database = Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .set_check_integrity_on_open(true)
+            .create(&path)
+            .map_err(|why| disk::opening(directory, &path, why))?;
+        let store = Self { directory: directory.to_owned(), database, _lock: lock };
+        store.check_schema()?;
+        Ok(store)
+    }
+
+    /// As [`Self::open`], if there is a database already.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`], or as [`Self::open`].
+    pub fn open_existing(directory: &Path) -> Result<Self> {
+        match directory.join(DATABASE).try_exists() {
+            Ok(true) => Self::open(directory),
+            Ok(false) => Err(StoreError::Missing { path: directory.to_owned() }),
+            Err(why) => Err(disk::io("could not look into", directory, why)),
+        }
+    }
+
+    /// The state directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Who this node is; none before it was launched.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn identity(&self) -> Result<Option<Identity>> {
+        let Some(public) = self.get_meta("identity")? else { return Ok(None) };
+        let secret =
+            |name| self.read_secret(name)?.ok_or_else(|| self.damaged(format!("the {name} is missing")));
+        Ok(Some(Identity::join(public, secret("static secret")?, secret("cluster key")?)))
+    }
+
+    /// Keeps who this node is. The targets may come in the same transaction, so that a launch is kept whole or not at all.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn set_identity(&self, identity: &Identity, targets: Option<&[String]>) -> Result<()> {
+        self.change(|change| {
+            change.open_table(META)?.insert("identity", encode(&identity.public()).as_slice())?;
+            let mut secrets = change.open_table(SECRETS)?;
+            secrets.insert("static secret", identity.static_secret.0.as_slice())?;
+            secrets.insert("cluster key", identity.cluster_key.0.as_slice())?;
+            targets.map_or(Ok(()), |targets| replace_targets(change, targets))
+        })
+    }
+
+    /// The names of the targets.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn targets(&self) -> Result<Vec<String>> {
+        self.read(|read| {
+            let table = read.open_table(TARGETS)?;
+            table.iter()?.map(|entry| Ok(entry?.0.value().to_owned())).collect()
+        })
+    }
+
+    /// Makes these the targets.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn set_targets(&self, targets: &[String]) -> Result<()> {
+        self.change(|change| replace_targets(change, targets))
+    }
+
+    /// What is attached, by address.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn attachments(&self) -> Result<Vec<Attachment>> {
+        let mut all: Vec<Attachment> = self.read_all(|read| {
+            let table = read.open_table(ATTACHMENTS)?;
+            table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect()
+        })?;
+        all.sort_by_key(|attachment| attachment.address);
+        Ok(all)
+    }
+
+    /// Keeps a new attachment, and that its address was given out last if it was not chosen by hand.
+    ///
+    /// # Errors
+    /// [`StoreError::Taken`] if the address has one, [`StoreError::Write`].
+    pub fn add_attachment(&self, attachment: &Attachment) -> Result<()> {
+        let (key, mut is_taken) = (attachment.address.to_string(), false);
+        self.change(|change| {
+            let mut table = change.open_table(ATTACHMENTS)?;
+            is_taken = table.get(key.as_str())?.is_some();
+            if is_taken {
+                return Ok(());
+            }
+            table.insert(key.as_str(), encode(attachment).as_slice())?;
+            if !attachment.is_static {
+                change.open_table(META)?.insert("cursor", encode(&attachment.address).as_slice())?;
+            }
+            Ok(())
+        })?;
+        if is_taken { Err(StoreError::Taken(attachment.address)) } else { Ok(()) }
+    }
+
+    /// Replaces what is known of an attachment, or adds it.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn update_attachment(&self, attachment: &Attachment) -> Result<()> {
+        let key = attachment.address.to_string();
+        self.change(|change| {
+            change.open_table(ATTACHMENTS)?.insert(key.as_str(), encode(attachment).as_slice()).map(drop)?;
+            Ok(())
+        })
+    }
+
+    /// Forgets an attachment. True if there was one.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn remove_attachment(&self, address: IpAddr) -> Result<bool> {
+        let mut existed = false;
+        self.change(|change| {
+            existed = change.open_table(ATTACHMENTS)?.remove(address.to_string().as_str())?.is_some();
+            Ok(())
+        })?;
+        Ok(existed)
+    }
+
+    /// The address that was given out last: [`crate::ipam::Ipam::resume_after`].
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn cursor(&self) -> Result<Option<IpAddr>> {
+        self.get_meta("cursor")
+    }
+
+    /// The last known records of other nodes, by ID.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn peers(&self) -> Result<Vec<gossip::Record>> {
+        self.read_all(|read| {
+            let table = read.open_table(PEERS)?;
+            table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect()
+        })
+    }
+
+    /// Keeps records of other nodes, in one transaction.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn set_peers<'a>(&self, records: impl IntoIterator<Item = &'a gossip::Record>) -> Result<()> {
+        let records: Vec<_> = records.into_iter().collect();
+        self.change(|change| {
+            let mut table = change.open_table(PEERS)?;
+            for record in &records {
+                table.insert(record.id.get(), encode(record).as_slice())?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Forgets the record of a node.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn remove_peer(&self, id: NodeId) -> Result<()> {
+        self.change(|change| change.open_table(PEERS)?.remove(id.get()).map(drop).map_err(Into::into))
+    }
+
+    /// The WireGuard peers that are no nodes, by index.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn external_peers(&self) -> Result<Vec<ExternalPeer>> {
+        let peers: Vec<record::PublicExternalPeer> = self.read_all(|read| {
+            let table = read.open_table(EXTERNAL)?;
+            table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect()
+        })?;
+        peers
+            .into_iter()
+            .map(|peer| {
+                let secret = self.read_secret(&external_secret(peer.index))?;
+                Ok(ExternalPeer::join(peer, secret))
+            })
+            .collect()
+    }
+
+    /// Keeps a WireGuard peer that is no node.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn set_external_peer(&self, peer: &ExternalPeer) -> Result<()> {
+        self.change(|change| {
+            change.open_table(EXTERNAL)?.insert(peer.index.0, encode(&peer.public()).as_slice())?;
+            let mut secrets = change.open_table(SECRETS)?;
+            let name = external_secret(peer.index);
+            match &peer.preshared_key {
+                Some(secret) => secrets.insert(name.as_str(), secret.0.as_slice())?,
+                None => secrets.remove(name.as_str())?,
+            };
+            Ok(())
+        })
+    }
+
+    /// Forgets a WireGuard peer that is no node. True if there was one.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn remove_external_peer(&self, index: PeerIndex) -> Result<bool> {
+        let mut existed = false;
+        self.change(|change| {
+            existed = change.open_table(EXTERNAL)?.remove(index.0)?.is_some();
+            change.open_table(SECRETS)?.remove(external_secret(index).as_str())?;
+            Ok(())
+        })?;
+        Ok(existed)
+    }
+
+    /// Counts this start of the daemon: returns the node's new incarnation, which exceeds all before it. None before launch.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Write`].
+    pub fn next_incarnation(&self) -> Result<Option<u64>> {
+        let Some(mut identity) = self.identity()? else { return Ok(None) };
+        identity.incarnation += 1;
+        self.set_incarnation(identity.incarnation)?;
+        Ok(Some(identity.incarnation))
+    }
+
+    /// Keeps the node's incarnation, which gossip may have had to raise.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Write`].
+    pub fn set_incarnation(&self, incarnation: u64) -> Result<()> {
+        let Some(mut identity) = self.identity()? else { return Ok(()) };
+        identity.incarnation = incarnation;
+        self.set_identity(&identity, None)
+    }
+
+    /// Closes the store and removes all of it: database, lock and, if nothing else is in it, the directory.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn destroy(self) -> Result<()> {
+        let Self { directory, database, _lock: lock } = self;
+        drop(database);
+        disk::remove(&directory, &[DATABASE, LOCK])?;
+        drop(lock);
+        Ok(())
+    }
+
+    /// As [`Self::destroy`], also if the state cannot be read. Nothing happens if there is none.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] if a daemon runs on it, [`StoreError::Io`].
+    pub fn wipe(directory: &Path) -> Result<()> {
+        if !directory.join(DATABASE).exists() && !directory.join(LOCK).exists() {
+            return Ok(());
+        }
+        let lock = disk::lock(directory)?;
+        disk::remove(directory, &[DATABASE, LOCK])?;
+        drop(lock);
+        Ok(())
+    }
+
+    fn check_schema(&self) -> Result<()> {
+        let is_new = self.read(|read| Ok(read.list_tables()?.next().is_none()))?;
+        if is_new {
+            return self.change(|change| {
+                change.open_table(META)?.insert("schema", encode(&SCHEMA).as_slice())?;
+                change.open_table(SECRETS)?;
+                change.open_table(TARGETS)?;
+                change.open_table(ATTACHMENTS)?;
+                change.open_table(PEERS)?;
+                change.open_table(EXTERNAL)?;
+                Ok(())
+            });
+        }
+        let found: Option<serde_json::Value> = self.get_meta("schema").unwrap_or_default();
+        match found {
+            Some(found) if found == SCHEMA => Ok(()),
+            Some(found) => Err(StoreError::Schema { path: self.directory.clone(), found: found.to_string() }),
+            None => Err(StoreError::Schema { path: self.directory.clone(), found: "unknown".into() }),
+        }
+    }
+
+    fn get_meta<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
+        let bytes =
+            self.read(|read| Ok(read.open_table(META)?.get(name)?.map(|value| value.value().to_vec())))?;
+        bytes.map(|bytes| self.decode(&bytes)).transpose()
+    }
+
+    fn read_secret(&self, name: &str) -> Result<Option<Secret>> {
+        let secret = self.read(|read| {
+            let table = read.open_table(SECRETS)?;
+            Ok(table.get(name)?.map(|value| value.value().try_into().map(Secret)))
+        })?;
+        secret.transpose().map_err(|_| self.damaged(format!("the {name} has a wrong length")))
+    }
+
+    fn read_all<T: DeserializeOwned>(
+        &self,
+        query: impl FnOnce(&redb::ReadTransaction) -> std::result::Result<Vec<Vec<u8>>, redb::Error>,
+    ) -> Result<Vec<T>> {
+        self.read(query)?.iter().map(|bytes| self.decode(bytes)).collect()
+    }
+
+    fn read<T>(
+        &self,
+        query: impl FnOnce(&redb::ReadTransaction) -> std::result::Result<T, redb::Error>,
+    ) -> Result<T> {
+        let read = self.database.begin_read().map_err(redb::Error::from);
+        read.and_then(|read| query(&read)).map_err(|why| self.damaged(why.to_string()))
+    }
+
+    fn change(
+        &self,
+        change: impl FnOnce(&WriteTransaction) -> std::result::Result<(), redb::Error>,
+    ) -> Result<()> {
+        let run = || {
+            let transaction = self.database.begin_write()?;
+            change(&transaction)?;
+            Ok(transaction.commit()?)
+        };
+        run().map_err(|why: redb::Error| StoreError::Write {
+            path: self.directory.clone(),
+            why: why.to_string(),
+        })
+    }
+
+    fn decode<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T> {
+        serde_json::from_slice(bytes).map_err(|why| self.damaged(why.to_string()))
+    }
+
+    fn damaged(&self, why: String) -> StoreError {
+        StoreError::Damaged { path: self.directory.clone(), why }
+    }
+}
+
+/// JSON: fields can be added without another layout, and people can read it.
+fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    serde_json::to_vec(value).expect("plain data always encodes")
+}
+
+fn replace_targets(change: &WriteTransaction, targets: &[String]) -> std::result::Result<(), redb::Error> {
+    let mut table = change.open_table(TARGETS)?;
+    table.retain(|_, ()| false)?;
+    for target in targets {
+        table.insert(target.as_str(), ())?;
+    }
+    Ok(())
+}
+
+fn external_secret(index: PeerIndex) -> String {
+    format!("external peer {index}")
+}

@@ -16,6 +16,11 @@ macro_rules! reasons {
                 match self { $(Self::$name => $text),+ }
             }
 
+            /// Whether the packet was dropped.
+            pub const fn is_drop(self) -> bool {
+                self as u32 >= FIRST_DROP
+            }
+
             /// What the code means, in a sentence for people.
             pub const fn describe(self) -> &'static str {
                 match self { $(Self::$name => concat!($($doc),+)),+ }
@@ -77,6 +82,9 @@ reasons! {
     /// Arrived at an interface that no program was told about.
     Unconfigured = 33, "unconfigured";
 }
+
+/// Codes from here on mean that the packet was dropped.
+pub const FIRST_DROP: u32 = 16;
 
 /// Entries of the `COUNTERS` map: room for codes of later versions.
 pub const REASON_SLOTS: u32 = 64;

@@ -165,10 +165,10 @@ impl Kernel {
 
     fn time(&mut self, packet: &[u8]) -> Result<Duration> {
         let mut best = Duration::MAX;
-        for _ in 0..7 {
+        for _ in 0..50 {
             let result = program(&mut self.0)?.test_run(TestRunOptions {
                 data_in: Some(packet),
-                repeat: 20_000,
+                repeat: 1_000,
                 ..TestRunOptions::default()
             })?;
             best = best.min(result.duration);

@@ -7,9 +7,6 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Where a self-installed bpf-linker goes when it is not on `PATH`; relative to the user's cargo home.
-const LINKER: &str = "bpf-linker";
-
 /// A cargo and a rustc that can build `core` for `bpfel-unknown-none`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Compiler {
@@ -68,7 +65,13 @@ impl Compiler {
 
 fn has_library_source(rustc: &mut Command) -> bool {
     let Ok(output) =
-        rustc.env_remove("RUSTUP_TOOLCHAIN").args(["--print", "sysroot"]).stderr(Stdio::null()).output()
+        // Looking must not make rustup download a toolchain.
+        rustc
+            .env_remove("RUSTUP_TOOLCHAIN")
+            .env("RUSTUP_AUTO_INSTALL", "0")
+            .args(["--print", "sysroot"])
+            .stderr(Stdio::null())
+            .output()
     else {
         return false;
     };
@@ -77,15 +80,19 @@ fn has_library_source(rustc: &mut Command) -> bool {
         && Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/Cargo.toml").exists()
 }
 
-/// bpf-linker: on `PATH`, or in cargo's own directory of binaries.
+/// bpf-linker: on `PATH`, or in cargo's own folder of programs.
 pub fn bpf_linker() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let cargo_home = std::env::var_os("CARGO_HOME")
+    std::env::split_paths(&path)
+        .chain(cargo_programs())
+        .map(|folder| folder.join("bpf-linker"))
+        .find(|file| file.is_file())
+}
+
+/// Where `cargo install` puts programs.
+pub fn cargo_programs() -> Option<PathBuf> {
+    std::env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")))
-        .map(|home| home.join("bin"));
-    std::env::split_paths(&path)
-        .chain(cargo_home)
-        .map(|folder| folder.join(LINKER))
-        .find(|file| file.is_file())
+        .map(|home| home.join("bin"))
 }

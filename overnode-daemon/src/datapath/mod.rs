@@ -160,6 +160,11 @@ impl Datapath {
         self.sync_routes()
     }
 
+    /// Whether a host interface is there and has its program.
+    pub fn has_endpoint(&self, host_interface: &str) -> bool {
+        self.endpoints.contains_key(host_interface)
+    }
+
     /// The prefixes that a peer owns.
     pub fn routes(&self, peer: PeerIndex) -> Vec<IpNet> {
         self.routes.owned_by(peer).collect()

@@ -1,1 +1,442 @@
-//! .
+//! Gossip: how every node learns what every other says of itself. Deterministic; no I/O, no clock.
+//!
+//! Each node owns one [`Record`] and makes new versions of it; others pass it on. News travel as deltas. A node passes
+//! a record on to those neighbours that have no link with its owner nor with the neighbour it came from, as
+//! far as the records tell: in a full mesh nobody passes on anything, in a chain everybody does. What that misses is found
+//! by comparing: neighbours exchange digests when they connect, and every [`COMPARE_INTERVAL`] a hash
+//! with one neighbour chosen at random.
+//!
+//! A record about this node that it did not make is answered by a newer one ([`Action::Contested`] tells the
+//! node). A node that leaves puts up a tombstone, which is kept: whoever comes back from a long
+//! separation must not revive the dead.
+//!
+//! Inputs: [`Gossip::handle_connected`], [`Gossip::handle_disconnected`], [`Gossip::handle_message`],
+//! [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs: [`Gossip::poll_action`],
+//! [`Gossip::poll_timeout`].
+
+mod message;
+mod topology;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use rand::rngs::StdRng;
+use ring::digest::{SHA256, digest};
+
+pub use message::{
+    BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_RANGES, MAX_STAMP, Message, Record, Stamp,
+};
+pub use topology::Path;
+
+use crate::types::{NodeId, PublicKey};
+
+/// How often a node compares what it knows with one neighbour. Jittered by a quarter each way.
+pub const COMPARE_INTERVAL: Duration = Duration::from_secs(30);
+/// News wait this long for more, so that a burst of changes travels as one.
+pub const COLLECT: Duration = Duration::from_millis(50);
+/// A contested own record is answered no more often than this.
+pub const DEFEND_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What the node must do or know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send a message to a neighbour.
+    Send {
+        /// The neighbour.
+        to: NodeId,
+        /// What to send.
+        message: Message,
+    },
+    /// There is a newer record of a node that is part of the cluster. By the time this is polled there may be one newer still, even a
+    /// tombstone, which has an action of its own.
+    Changed(NodeId),
+    /// A node has left the cluster for good.
+    Removed(NodeId),
+    /// Somebody spreads another record of this node: a second host with its ID, a copied disk, or a liar.
+    Contested {
+        /// The key that the other record names.
+        public_key: PublicKey,
+        /// The nickname that it names.
+        nickname: String,
+    },
+}
+
+/// The gossip of one node.
+#[derive(Debug)]
+pub struct Gossip {
+    own: NodeId,
+    rng: StdRng,
+    /// The own record as it will be published next; `records` has it as it was published last.
+    draft: Record,
+    records: BTreeMap<NodeId, Record>,
+    stamps: BTreeMap<NodeId, Stamp>,
+    neighbours: BTreeSet<NodeId>,
+    /// Records to pass on, with the neighbours that are known to have them.
+    news: BTreeMap<NodeId, BTreeSet<NodeId>>,
+    /// True if the draft differs from what was last published.
+    own_changed: bool,
+    /// The record that the own one must outbid.
+    defence: Option<Record>,
+    defended: Option<Instant>,
+    flush_at: Option<Instant>,
+    compare_at: Instant,
+    actions: VecDeque<Action>,
+}
+
+impl Gossip {
+    /// Gossip of the node that `own` describes. Its links are those of the neighbours, whatever `own` says.
+    pub fn new(mut own: Record, rng: StdRng, now: Instant) -> Self {
+        own.links.clear();
+        own.left = false;
+        own.fit();
+        let mut gossip = Self {
+            own: own.id,
+            rng,
+            draft: own.clone(),
+            stamps: BTreeMap::from([(own.id, own.stamp())]),
+            records: BTreeMap::from([(own.id, own)]),
+            neighbours: BTreeSet::new(),
+            news: BTreeMap::new(),
+            own_changed: false,
+            defence: None,
+            defended: None,
+            flush_at: None,
+            compare_at: now,
+            actions: VecDeque::new(),
+        };
+        gossip.compare_at = now + gossip.jittered(COMPARE_INTERVAL);
+        gossip
+    }
+
+    /// Takes up what was known before a restart.
+    pub fn restore(&mut self, records: impl IntoIterator<Item = Record>) {
+        for record in records {
+            if record.id != self.own && record.check().is_ok() {
+                self.put(record);
+            }
+        }
+    }
+
+    /// The node's own record, with changes that are not published yet; its links are those last published.
+    pub fn own(&self) -> &Record {
+        &self.draft
+    }
+
+    /// Every record, this node's and those of nodes that left included.
+    pub fn records(&self) -> impl Iterator<Item = &Record> {
+        self.records.values()
+    }
+
+    /// The record of one node.
+    pub fn record(&self, id: NodeId) -> Option<&Record> {
+        self.records.get(&id)
+    }
+
+    /// The shortest path to every other node that is reached, directly or through others.
+    pub fn paths(&self) -> BTreeMap<NodeId, Path> {
+        topology::paths(self.own, &self.records)
+    }
+
+    /// The nickname of the node that has `id` and is another than the one with `public_key`: it is reached now, so one of the two must go.
+    pub fn clash(&self, id: NodeId, public_key: &PublicKey) -> Option<&str> {
+        let record = self.records.get(&id)?;
+        let lives = id == self.own || (!record.left && self.paths().contains_key(&id));
+        (lives && record.public_key != *public_key).then_some(record.nickname.as_str())
+    }
+
+    /// A connection with `peer` was established.
+    pub fn handle_connected(&mut self, peer: NodeId, now: Instant) {
+        if peer == self.own || !self.neighbours.insert(peer) {
+            return;
+        }
+        self.note_own_change(now);
+        self.send(peer, Message::Digest { ask: false, stamps: self.stamps() });
+    }
+
+    /// One of several connections with `peer` was closed or replaced: what was sent over it may be lost.
+    pub fn resync(&mut self, peer: NodeId) {
+        if self.neighbours.contains(&peer) {
+            self.send(peer, Message::Digest { ask: true, stamps: self.stamps() });
+        }
+    }
+
+    /// The last connection with `peer` ended.
+    pub fn handle_disconnected(&mut self, peer: NodeId, now: Instant) {
+        if self.neighbours.remove(&peer) {
+            self.note_own_change(now);
+        }
+    }
+
+    /// Changes the own record. Links, stamp, ID and key are not the caller's to change.
+    pub fn update_own(&mut self, change: impl FnOnce(&mut Record), now: Instant) {
+        let before = self.draft.clone();
+        change(&mut self.draft);
+        self.draft.fit();
+        self.draft = Record {
+            id: before.id,
+            incarnation: before.incarnation,
+            version: before.version,
+            left: before.left,
+            public_key: before.public_key,
+            links: before.links.clone(),
+            ..self.draft.clone()
+        };
+        if self.draft != before {
+            self.note_own_change(now);
+        }
+    }
+
+    /// Leaves the cluster: the tombstone is ready to be sent at once, and nothing is listened to any more.
+    pub fn leave(&mut self) {
+        self.draft = self.draft.clone().into_tombstone();
+        self.raise_version();
+        self.put(self.draft.clone());
+        self.own_changed = false;
+        self.defence = None;
+        self.flush_at = None;
+        for peer in std::mem::take(&mut self.neighbours) {
+            self.send(peer, Message::Delta(vec![self.draft.clone()]));
+        }
+    }
+
+    /// A message came from `peer`. Messages of nodes that are no neighbours are ignored.
+    ///
+    /// # Errors
+    /// [`BadMessage`] if it breaks the protocol: nothing of it was taken, and the connection should be closed.
+    pub fn handle_message(&mut self, peer: NodeId, bytes: &[u8], now: Instant) -> Result<(), BadMessage> {
+        let message = Message::decode(bytes)?;
+        if self.neighbours.contains(&peer) {
+            match message {
+                Message::Summary(hash) => self.handle_summary(peer, hash),
+                Message::Digest { ask, stamps } => self.handle_digest(peer, ask, stamps),
+                Message::Request(ids) => self.send_records(peer, &ids),
+                Message::Delta(records) => self.handle_delta(peer, records, now),
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if self.defence.is_some() && self.may_defend(now) {
+            self.defend(now);
+        }
+        if self.flush_at.is_some_and(|at| at <= now) {
+            self.flush_at = None;
+            self.publish_own();
+            self.pass_on();
+        }
+        if self.compare_at <= now {
+            self.compare_at = now + self.jittered(COMPARE_INTERVAL);
+            self.compare();
+        }
+    }
+
+    /// When to call [`Self::handle_timeout`] next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let defend_at = self.defence.as_ref().and(self.defended).map(|last| last + DEFEND_INTERVAL);
+        [self.flush_at, defend_at, Some(self.compare_at)].into_iter().flatten().min()
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    fn handle_summary(&mut self, peer: NodeId, hash: [u8; 16]) {
+        if hash != self.summary() {
+            self.send(peer, Message::Digest { ask: true, stamps: self.stamps() });
+        }
+    }
+
+    fn handle_digest(&mut self, peer: NodeId, ask: bool, theirs: Vec<(NodeId, Stamp)>) {
+        let theirs: BTreeMap<_, _> = theirs.into_iter().collect();
+        let is_older =
+            |than: &BTreeMap<NodeId, Stamp>, id, stamp| than.get(id).is_none_or(|known| known < stamp);
+        let news: Vec<_> = self
+            .stamps
+            .iter()
+            .filter(|(id, stamp)| is_older(&theirs, id, stamp))
+            .map(|(id, _)| *id)
+            .collect();
+        let wanted: Vec<_> = theirs
+            .iter()
+            .filter(|(id, stamp)| is_older(&self.stamps, id, stamp))
+            .map(|(id, _)| *id)
+            .collect();
+        self.send_records(peer, &news);
+        if ask && !wanted.is_empty() {
+            self.send(peer, Message::Request(wanted));
+        }
+    }
+
+    fn handle_delta(&mut self, peer: NodeId, records: Vec<Record>, now: Instant) {
+        for record in records {
+            let (id, stamp) = (record.id, record.stamp());
+            let known = self.stamps.get(&id).copied();
+            if id == self.own {
+                self.handle_word_about_self(record, stamp, now);
+            } else if known.is_none_or(|known| known < stamp) {
+                self.take(peer, record, now);
+            } else if known == Some(stamp)
+                && let Some(have) = self.news.get_mut(&id)
+            {
+                have.insert(peer);
+            }
+        }
+    }
+
+    fn take(&mut self, peer: NodeId, record: Record, now: Instant) {
+        let id = record.id;
+        self.actions.push_back(if record.left { Action::Removed(id) } else { Action::Changed(id) });
+        self.news.insert(id, BTreeSet::from([peer]));
+        self.flush_soon(now);
+        let lost_links = self.put(record).map(|before| before.links).unwrap_or_default();
+        // A neighbour that lost its link with `id` may have lost what `id` would have told it.
+        for cut in lost_links {
+            let is_lost = self.records[&id].links.binary_search(&cut).is_err();
+            if is_lost && cut != peer && self.neighbours.contains(&cut) {
+                self.send(cut, Message::Summary(self.summary()));
+            }
+        }
+    }
+
+    fn put(&mut self, record: Record) -> Option<Record> {
+        self.stamps.insert(record.id, record.stamp());
+        self.records.insert(record.id, record)
+    }
+
+    fn handle_word_about_self(&mut self, record: Record, stamp: Stamp, now: Instant) {
+        if self.draft.left || stamp <= self.stamps[&self.own] {
+            return;
+        }
+        if self.defence.as_ref().is_none_or(|worst| worst.stamp() < stamp) {
+            self.defence = Some(record);
+        }
+        if self.may_defend(now) {
+            self.defend(now);
+        }
+    }
+
+    fn may_defend(&self, now: Instant) -> bool {
+        self.defended.is_none_or(|last| last + DEFEND_INTERVAL <= now)
+    }
+
+    /// Outbids the false record, and has it published.
+    fn defend(&mut self, now: Instant) {
+        let Some(Record { incarnation, version, public_key, nickname, .. }) = self.defence.take() else {
+            return;
+        };
+        self.actions.push_back(Action::Contested { public_key, nickname });
+        self.defended = Some(now);
+        if incarnation > self.draft.incarnation {
+            self.draft.incarnation = incarnation.saturating_add(1).min(MAX_STAMP);
+            self.draft.version = 0;
+        } else {
+            self.draft.version = self.draft.version.max(version);
+        }
+        self.note_own_change(now);
+    }
+
+    fn raise_version(&mut self) {
+        if self.draft.version < MAX_STAMP {
+            self.draft.version += 1;
+        } else {
+            self.draft.incarnation = self.draft.incarnation.saturating_add(1).min(MAX_STAMP);
+            self.draft.version = 1;
+        }
+    }
+
+    fn note_own_change(&mut self, now: Instant) {
+        if !self.draft.left {
+            self.own_changed = true;
+            self.flush_soon(now);
+        }
+    }
+
+    fn flush_soon(&mut self, now: Instant) {
+        self.flush_at.get_or_insert(now + COLLECT);
+    }
+
+    fn publish_own(&mut self) {
+        if !std::mem::take(&mut self.own_changed) {
+            return;
+        }
+        self.draft.links = self.neighbours.iter().copied().collect();
+        self.raise_version();
+        self.put(self.draft.clone());
+        self.news.insert(self.own, BTreeSet::new());
+    }
+
+    fn pass_on(&mut self) {
+        let mut outgoing: BTreeMap<NodeId, Vec<NodeId>> = BTreeMap::new();
+        for (id, have) in std::mem::take(&mut self.news) {
+            for &peer in &self.neighbours {
+                let told_by_another = id != self.own && self.is_linked(id, peer)
+                    || have.iter().any(|&source| self.is_linked(source, peer));
+                if peer != id && !have.contains(&peer) && !told_by_another {
+                    outgoing.entry(peer).or_default().push(id);
+                }
+            }
+        }
+        for (peer, ids) in outgoing {
+            self.send_records(peer, &ids);
+        }
+    }
+
+    /// True if both ends say that they are linked.
+    fn is_linked(&self, one: NodeId, other: NodeId) -> bool {
+        let says = |a, b| self.records.get(&a).is_some_and(|record| record.links.binary_search(&b).is_ok());
+        says(one, other) && says(other, one)
+    }
+
+    fn compare(&mut self) {
+        if self.neighbours.is_empty() {
+            return;
+        }
+        let chosen = self.rng.random_range(0..self.neighbours.len());
+        let Some(&peer) = self.neighbours.iter().nth(chosen) else { return };
+        self.send(peer, Message::Summary(self.summary()));
+    }
+
+    fn send_records(&mut self, peer: NodeId, ids: &[NodeId]) {
+        let (mut delta, mut bytes) = (Vec::new(), 0);
+        for record in ids.iter().filter_map(|id| self.records.get(id)) {
+            bytes += 128 + 3 * record.links.len() + 18 * (record.ranges.len() + record.claims.len());
+            delta.push(record.clone());
+            if bytes >= message::DELTA_BYTES {
+                self.actions.push_back(Action::Send {
+                    to: peer,
+                    message: Message::Delta(std::mem::take(&mut delta)),
+                });
+                bytes = 0;
+            }
+        }
+        if !delta.is_empty() {
+            self.send(peer, Message::Delta(delta));
+        }
+    }
+
+    fn send(&mut self, to: NodeId, message: Message) {
+        self.actions.push_back(Action::Send { to, message });
+    }
+
+    fn stamps(&self) -> Vec<(NodeId, Stamp)> {
+        self.stamps.iter().map(|(id, stamp)| (*id, *stamp)).collect()
+    }
+
+    fn summary(&self) -> [u8; 16] {
+        let bytes = postcard::to_allocvec(&self.stamps()).expect("plain data always encodes");
+        let mut hash = [0; 16];
+        hash.copy_from_slice(&digest(&SHA256, &bytes).as_ref()[..16]);
+        hash
+    }
+
+    fn jittered(&mut self, time: Duration) -> Duration {
+        time.mul_f64(self.rng.random_range(0.75..1.25))
+    }
+}

@@ -342,6 +342,15 @@ impl Handshakes {
         }
     }
 
+    /// Tries a peer that does not answer at another of its addresses.
+    pub fn set_endpoint(&mut self, index: PeerIndex, endpoint: SocketAddr) {
+        if let Some(peer) = self.peers.get_mut(&index) {
+            peer.endpoint = Some(endpoint);
+            peer.encourage();
+            self.schedule(index);
+        }
+    }
+
     /// Takes over a session that the programs have had since before a restart. To be called after
     /// [`Self::upsert_peer`] and before any time passes. One that cannot be kept comes back as [`Event::Withdraw`].
     pub fn adopt(&mut self, index: PeerIndex, session: AdoptedSession, now: Instant) {

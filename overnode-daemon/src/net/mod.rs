@@ -1,3 +1,4 @@
 //! Sockets.
 
+pub mod mesh;
 pub mod udp;

@@ -3,43 +3,102 @@
 /// "expand 32-byte k".
 const CONSTANTS: [u32; 4] = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574];
 
-/// 64 bytes of key stream, as little-endian words.
-#[inline(always)]
-pub fn block(key: &[u32; 8], counter: u32, nonce: &[u32; 3]) -> [u64; 8] {
-    let mut w = [
-        CONSTANTS[0],
-        CONSTANTS[1],
-        CONSTANTS[2],
-        CONSTANTS[3],
-        key[0],
-        key[1],
-        key[2],
-        key[3],
-        key[4],
-        key[5],
-        key[6],
-        key[7],
-        counter,
-        nonce[0],
-        nonce[1],
-        nonce[2],
-    ];
-    for _ in 0..10 {
-        quarter_rounds(&mut w, [0, 4, 8, 12], [1, 5, 9, 13]);
-        quarter_rounds(&mut w, [2, 6, 10, 14], [3, 7, 11, 15]);
-        quarter_rounds(&mut w, [0, 5, 10, 15], [3, 4, 9, 14]);
-        quarter_rounds(&mut w, [1, 6, 11, 12], [2, 7, 8, 13]);
+/// A key, a nonce, and what the blocks of one message have in common. All bytes zero is a valid value.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct ChaCha20 {
+    key: [u32; 8],
+    nonce: [u32; 3],
+    /// The state after the first column round, but for column 0, which has the counter.
+    columns: [[u32; 4]; 3],
+}
+
+impl ChaCha20 {
+    /// A new message. The words are those of RFC 8439: little-endian.
+    #[inline(always)]
+    pub fn start(&mut self, key: &[u32; 8], nonce: [u32; 3]) {
+        self.key = *key;
+        self.nonce = nonce;
+        let mut w = [0; 16];
+        for column in 1..4 {
+            w[column] = CONSTANTS[column];
+            w[4 + column] = key[column];
+            w[8 + column] = key[4 + column];
+            w[12 + column] = nonce[column - 1];
+        }
+        quarter_round(&mut w, [1, 5, 9, 13]);
+        quarter_round(&mut w, [2, 6, 10, 14]);
+        quarter_round(&mut w, [3, 7, 11, 15]);
+        self.columns = [[w[1], w[5], w[9], w[13]], [w[2], w[6], w[10], w[14]], [w[3], w[7], w[11], w[15]]];
     }
-    [
-        pair(w[0], CONSTANTS[0], w[1], CONSTANTS[1]),
-        pair(w[2], CONSTANTS[2], w[3], CONSTANTS[3]),
-        pair(w[4], key[0], w[5], key[1]),
-        pair(w[6], key[2], w[7], key[3]),
-        pair(w[8], key[4], w[9], key[5]),
-        pair(w[10], key[6], w[11], key[7]),
-        pair(w[12], counter, w[13], nonce[0]),
-        pair(w[14], nonce[1], w[15], nonce[2]),
-    ]
+
+    /// 64 bytes of key stream, as little-endian words.
+    #[inline(always)]
+    pub fn block(&self, counter: u32) -> [u32; 16] {
+        let mut w = [0; 16];
+        for (column, words) in (1..).zip(&self.columns) {
+            [w[column], w[4 + column], w[8 + column], w[12 + column]] = *words;
+        }
+        [w[0], w[4], w[8], w[12]] = [CONSTANTS[0], self.key(0), self.key(4), counter];
+        quarter_round(&mut w, [0, 4, 8, 12]);
+        diagonal_round(&mut w);
+        for _ in 1..10 {
+            quarter_rounds(&mut w, [0, 4, 8, 12], [1, 5, 9, 13]);
+            quarter_rounds(&mut w, [2, 6, 10, 14], [3, 7, 11, 15]);
+            diagonal_round(&mut w);
+        }
+        // Written out, for a loop would put `w` on the stack.
+        w[0] = w[0].wrapping_add(CONSTANTS[0]);
+        w[1] = w[1].wrapping_add(CONSTANTS[1]);
+        w[2] = w[2].wrapping_add(CONSTANTS[2]);
+        w[3] = w[3].wrapping_add(CONSTANTS[3]);
+        w[4] = w[4].wrapping_add(self.key(0));
+        w[5] = w[5].wrapping_add(self.key(1));
+        w[6] = w[6].wrapping_add(self.key(2));
+        w[7] = w[7].wrapping_add(self.key(3));
+        w[8] = w[8].wrapping_add(self.key(4));
+        w[9] = w[9].wrapping_add(self.key(5));
+        w[10] = w[10].wrapping_add(self.key(6));
+        w[11] = w[11].wrapping_add(self.key(7));
+        w[12] = w[12].wrapping_add(counter);
+        w[13] = w[13].wrapping_add(self.nonce(0));
+        w[14] = w[14].wrapping_add(self.nonce(1));
+        w[15] = w[15].wrapping_add(self.nonce(2));
+        w
+    }
+
+    // Volatile: each use reads the map again. The compiler would otherwise copy all of it to the stack, where there is
+    // no room.
+
+    #[inline(always)]
+    fn key(&self, word: usize) -> u32 {
+        // SAFETY: a reference.
+        unsafe { (&raw const self.key[word]).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn nonce(&self, word: usize) -> u32 {
+        // SAFETY: a reference.
+        unsafe { (&raw const self.nonce[word]).read_volatile() }
+    }
+}
+
+#[inline(always)]
+fn diagonal_round(w: &mut [u32; 16]) {
+    quarter_rounds(w, [0, 5, 10, 15], [3, 4, 9, 14]);
+    quarter_rounds(w, [1, 6, 11, 12], [2, 7, 8, 13]);
+}
+
+#[inline(always)]
+fn quarter_round(w: &mut [u32; 16], [a, b, c, d]: [usize; 4]) {
+    w[a] = w[a].wrapping_add(w[b]);
+    w[d] = (w[d] ^ w[a]).rotate_left(16);
+    w[c] = w[c].wrapping_add(w[d]);
+    w[b] = (w[b] ^ w[c]).rotate_left(12);
+    w[a] = w[a].wrapping_add(w[b]);
+    w[d] = (w[d] ^ w[a]).rotate_left(8);
+    w[c] = w[c].wrapping_add(w[d]);
+    w[b] = (w[b] ^ w[c]).rotate_left(7);
 }
 
 #[cfg(target_arch = "bpf")]
@@ -106,19 +165,6 @@ fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {
 
 #[cfg(not(target_arch = "bpf"))]
 fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {
-    for [a, b, c, d] in [i, j] {
-        w[a] = w[a].wrapping_add(w[b]);
-        w[d] = (w[d] ^ w[a]).rotate_left(16);
-        w[c] = w[c].wrapping_add(w[d]);
-        w[b] = (w[b] ^ w[c]).rotate_left(12);
-        w[a] = w[a].wrapping_add(w[b]);
-        w[d] = (w[d] ^ w[a]).rotate_left(8);
-        w[c] = w[c].wrapping_add(w[d]);
-        w[b] = (w[b] ^ w[c]).rotate_left(7);
-    }
-}
-
-#[inline(always)]
-fn pair(low: u32, low_start: u32, high: u32, high_start: u32) -> u64 {
-    u64::from(low.wrapping_add(low_start)) | u64::from(high.wrapping_add(high_start)) << 32
+    quarter_round(w, i);
+    quarter_round(w, j);
 }

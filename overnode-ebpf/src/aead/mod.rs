@@ -13,6 +13,7 @@ mod unaligned;
 
 use core::ptr;
 
+use chacha20::ChaCha20;
 use poly1305::{Absorbing, Poly1305};
 
 /// Bytes that one step enciphers: a ChaCha20 block.
@@ -51,9 +52,7 @@ pub struct Short;
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Default)]
 pub struct Cipher {
-    key: [u32; 8],
-    nonce: [u32; 3],
-    reserved: u32,
+    chacha: ChaCha20,
     aad_len: u64,
     poly: Poly1305,
 }
@@ -62,8 +61,7 @@ impl Cipher {
     /// A new message. The words are those of RFC 8439, section 2.3: little-endian.
     #[inline(always)]
     pub fn start(&mut self, key: &[u32; 8], nonce: [u32; 3]) {
-        self.key = *key;
-        self.nonce = nonce;
+        self.chacha.start(key, nonce);
         self.aad_len = 0;
         self.poly.clear();
     }
@@ -84,9 +82,9 @@ impl Cipher {
         counter: u32,
         text: impl FnOnce() -> (*mut u8, *const u8, u32),
     ) -> Result<(), Short> {
-        let stream = chacha20::block(&self.key, counter, &self.nonce);
+        let stream = self.chacha.block(counter);
         if counter == 0 {
-            self.poly.set_key(stream[0], stream[1], stream[2], stream[3]);
+            self.poly.set_key(&stream);
             return Ok(());
         }
         let (text, end, left) = text();
@@ -95,22 +93,21 @@ impl Cipher {
             if text.wrapping_add(BLOCK_LEN).cast_const() > end {
                 return Err(Short);
             }
-            for group in 0..BLOCK_LEN / GROUP_LEN {
-                let at = text.wrapping_add(group * GROUP_LEN);
-                // SAFETY: before `end`, as just checked.
-                unsafe { encipher::<D>(&mut mac, at, &stream, group, (u64::MAX, u64::MAX)) };
+            // Written out, for a loop over `stream` would put it on the stack.
+            // SAFETY: before `end`, as just checked.
+            unsafe {
+                encipher::<D, 0>(&mut mac, text, &stream, ALL);
+                encipher::<D, 1>(&mut mac, text, &stream, ALL);
+                encipher::<D, 2>(&mut mac, text, &stream, ALL);
+                encipher::<D, 3>(&mut mac, text, &stream, ALL);
             }
         } else {
-            for group in 0..BLOCK_LEN / GROUP_LEN {
-                let Some(rest) = left.checked_sub((group * GROUP_LEN) as u32).filter(|rest| *rest > 0) else {
-                    break;
-                };
-                let at = text.wrapping_add(group * GROUP_LEN);
-                if at.wrapping_add(GROUP_LEN).cast_const() > end {
-                    return Err(Short);
-                }
-                // SAFETY: before `end`, as just checked.
-                unsafe { encipher::<D>(&mut mac, at, &stream, group, masks(rest)) };
+            // SAFETY: the caller's.
+            unsafe {
+                encipher_rest::<D, 0>(&mut mac, text, end, &stream, left)?;
+                encipher_rest::<D, 1>(&mut mac, text, end, &stream, left)?;
+                encipher_rest::<D, 2>(&mut mac, text, end, &stream, left)?;
+                encipher_rest::<D, 3>(&mut mac, text, end, &stream, left)?;
             }
         }
         let h = mac.into_accumulator();
@@ -137,10 +134,12 @@ impl Cipher {
             if at.wrapping_add(GROUP_LEN) > end {
                 return Err(Short);
             }
-            let (keep_low, keep_high) = masks(rest);
-            // SAFETY: before `end`, as just checked.
-            let (low, high) = unsafe { (unaligned::load::<0>(at), unaligned::load::<8>(at)) };
-            mac.absorb(low & keep_low, high & keep_high, 1);
+            let mut words = [0; 4];
+            for (word, keep) in masks(rest).into_iter().enumerate() {
+                // SAFETY: before `end`, as just checked.
+                words[word] = u64::from(keep & unsafe { unaligned::load(at.wrapping_add(4 * word)) });
+            }
+            mac.absorb(words);
         }
         let h = mac.into_accumulator();
         self.poly.suspend(h);
@@ -151,47 +150,73 @@ impl Cipher {
     /// The tag, as two little-endian words.
     #[inline(always)]
     pub fn finish(&mut self, text_len: u64) -> [u64; 2] {
+        const LOW: u64 = 0xffff_ffff;
         let mut mac = self.poly.resume();
-        mac.absorb(self.aad_len, text_len, 1);
+        mac.absorb([self.aad_len & LOW, self.aad_len >> 32, text_len & LOW, text_len >> 32]);
         let h = mac.into_accumulator();
         self.poly.suspend(h);
         self.poly.tag()
     }
 }
 
-/// One group of a block: `keep` says which of its bytes are text.
+/// A group of a block; the bytes that `keep` leaves out are no text.
 ///
 /// # Safety
-/// The 16 bytes at `at` must be valid for reads and writes.
+/// The block must be valid for reads and writes as far as the group's end.
 #[inline(always)]
-unsafe fn encipher<D: Direction>(
+unsafe fn encipher<D: Direction, const GROUP: usize>(
     mac: &mut Absorbing<'_>,
-    at: *mut u8,
-    stream: &[u64; 8],
-    group: usize,
-    keep: (u64, u64),
+    text: *mut u8,
+    stream: &[u32; 16],
+    keep: [u32; 4],
 ) {
-    // SAFETY: the caller's.
-    let (low, high) = unsafe { (unaligned::load::<0>(at), unaligned::load::<8>(at)) };
-    let (low_out, high_out) = (low ^ stream[2 * group], high ^ stream[2 * group + 1]);
-    // SAFETY: the caller's.
-    unsafe {
-        unaligned::store::<0>(at, low_out);
-        unaligned::store::<8>(at, high_out);
-    }
-    let (low, high) = if D::SEAL { (low_out, high_out) } else { (low, high) };
-    mac.absorb(low & keep.0, high & keep.1, 1);
+    let word = |word: usize| {
+        let at = text.wrapping_add(GROUP * GROUP_LEN + 4 * word);
+        // SAFETY: the caller's.
+        let before = unsafe { unaligned::load(at) };
+        let after = before ^ stream[4 * GROUP + word];
+        // SAFETY: the caller's.
+        unsafe { unaligned::store(at, after) };
+        u64::from(keep[word] & if D::SEAL { after } else { before })
+    };
+    mac.absorb([word(0), word(1), word(2), word(3)]);
 }
 
-/// Masks that keep the first `rest` bytes (1 or more) of a group, as two little-endian words.
+/// A group of a block of which only `left` bytes are text: nothing, if that ends before the group.
+///
+/// # Safety
+/// As for [`Cipher::block`].
 #[inline(always)]
-fn masks(rest: u32) -> (u64, u64) {
+unsafe fn encipher_rest<D: Direction, const GROUP: usize>(
+    mac: &mut Absorbing<'_>,
+    text: *mut u8,
+    end: *const u8,
+    stream: &[u32; 16],
+    left: u32,
+) -> Result<(), Short> {
+    let start = (GROUP * GROUP_LEN) as u32;
+    if left <= start {
+        return Ok(());
+    }
+    if text.wrapping_add((GROUP + 1) * GROUP_LEN).cast_const() > end {
+        return Err(Short);
+    }
+    // SAFETY: before `end`, as just checked.
+    unsafe { encipher::<D, GROUP>(mac, text, stream, masks(left - start)) };
+    Ok(())
+}
+
+/// Every byte of a group.
+const ALL: [u32; 4] = [u32::MAX; 4];
+
+/// Masks that keep the first `rest` bytes (1 or more) of a group.
+#[inline(always)]
+fn masks(rest: u32) -> [u32; 4] {
     let keep = |bytes: u32| match bytes {
-        0 => 0,
-        1..8 => (1 << (bytes * 8)) - 1,
-        _ => u64::MAX,
+        0..4 => (1 << (bytes * 8)) - 1,
+        _ => u32::MAX,
     };
-    (keep(rest), keep(rest.saturating_sub(8)))
+    [keep(rest), keep(rest.saturating_sub(4)), keep(rest.saturating_sub(8)), keep(rest.saturating_sub(12))]
 }
 
 /// True if the two tags are the same; takes as long when they are not.

@@ -1,26 +1,26 @@
-//! Poly1305 (RFC 8439, section 2.5) with 32-bit limbs: eBPF multiplies 64 bits by 64 into 64, so that limbs
-//! of 44 bits have no use, and clamping keeps every limb of `r` below 2^28, so that limbs need not be cut to 26.
+//! Poly1305 (RFC 8439, section 2.5) in four limbs of 32 bits, 16 multiplications a block: eBPF multiplies 64 bits by
+//! 64 into 64, so that limbs of 44 bits have no use, and clamping keeps the limbs of `r` below 2^28, so that those
+//! of the accumulator need not be cut to 26.
+
+use core::mem::offset_of;
 
 /// The authenticator's state between blocks. All bytes zero is a valid value.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Default)]
 pub struct Poly1305 {
-    /// The accumulator, in limbs of 32 bits (the last: 2). The first may be unreduced, below 2^34.
-    h: [u64; 5],
-    /// The clamped key: 32 bits each, below 2^28.
+    /// The accumulator, in limbs of 32 bits. The first may be unreduced, below 2^32 * 2.02; the last has 34 bits.
+    h: [u64; 4],
+    /// The clamped key: below 2^28 each; all but the first are multiples of 4.
     r: [u64; 4],
-    /// `5 * (r / 4)`: what a limb of `r` weighs after it went over 2^130. Exact but for the first, whose two low
-    /// bits are in `r0_low`.
+    /// `r * 5 / 4` of all but the first limb: what it weighs after it went over 2^130.
     q: [u64; 4],
-    /// `r[0] % 4`.
-    r0_low: u64,
     /// What the tag is masked with.
-    pad: [u64; 2],
+    pad: [u64; 4],
 }
 
-/// The state while blocks are absorbed: held in registers.
+/// The accumulator while blocks are absorbed: held in registers.
 pub struct Absorbing<'a> {
-    h: [u64; 5],
+    h: [u64; 4],
     key: &'a Poly1305,
 }
 
@@ -30,17 +30,17 @@ impl Poly1305 {
     /// Forgets what was absorbed.
     #[inline(always)]
     pub fn clear(&mut self) {
-        self.h = [0; 5];
+        self.h = [0; 4];
     }
 
-    /// Sets the one-time key: `r` (not clamped yet) and the pad, little-endian words.
+    /// Sets the one-time key, the first 32 bytes of block 0: `r`, not clamped yet, and the pad.
     #[inline(always)]
-    pub fn set_key(&mut self, r_low: u64, r_high: u64, pad_low: u64, pad_high: u64) {
-        let (low, high) = (r_low & 0x0fff_fffc_0fff_ffff, r_high & 0x0fff_fffc_0fff_fffc);
-        self.r = [low & LOW, low >> 32, high & LOW, high >> 32];
-        self.q = [(self.r[0] >> 2) * 5, (self.r[1] >> 2) * 5, (self.r[2] >> 2) * 5, (self.r[3] >> 2) * 5];
-        self.r0_low = self.r[0] & 3;
-        self.pad = [pad_low, pad_high];
+    pub fn set_key(&mut self, stream: &[u32; 16]) {
+        let [r0, r1, r2, r3, p0, p1, p2, p3, ..] = *stream;
+        let clamped = [r0 & 0x0fff_ffff, r1 & 0x0fff_fffc, r2 & 0x0fff_fffc, r3 & 0x0fff_fffc];
+        self.r = clamped.map(u64::from);
+        self.q = clamped.map(|limb| u64::from(limb >> 2) * 5);
+        self.pad = [p0, p1, p2, p3].map(u64::from);
     }
 
     /// The accumulator, to be continued.
@@ -49,74 +49,104 @@ impl Poly1305 {
         Absorbing { h: self.h, key: self }
     }
 
+    /// Stores the accumulator.
+    #[inline(always)]
+    pub fn suspend(&mut self, h: [u64; 4]) {
+        self.h = h;
+    }
+
     /// The tag of what was absorbed, as two little-endian words.
     #[inline(always)]
     pub fn tag(&self) -> [u64; 2] {
-        let [h0, h1, h2, h3, h4] = self.h;
-        // `h` is below 2^130 + 2^34. It is at least p = 2^130 - 5 just if h + 5 has a bit above 2^130.
-        let carry = (5 + h0) >> 32;
-        let carry = (carry + h1) >> 32;
-        let carry = (carry + h2) >> 32;
-        let carry = (carry + h3) >> 32;
-        let above = (carry + h4) >> 2;
-        let t0 = h0 + 5 * above + (self.pad[0] & LOW);
-        let t1 = (t0 >> 32) + h1 + (self.pad[0] >> 32);
-        let t2 = (t1 >> 32) + h2 + (self.pad[1] & LOW);
-        let t3 = (t2 >> 32) + h3 + (self.pad[1] >> 32);
+        let [h0, h1, h2, h3] = self.h;
+        // `h` is below 2^130 + 2^34. It is at least p = 2^130 - 5 just if h + 5 reaches 2^130.
+        let carry = (h0 + 5) >> 32;
+        let carry = (h1 + carry) >> 32;
+        let carry = (h2 + carry) >> 32;
+        let above = (h3 + carry) >> 34;
+        let t0 = h0 + 5 * above + self.pad[0];
+        let t1 = h1 + (t0 >> 32) + self.pad[1];
+        let t2 = h2 + (t1 >> 32) + self.pad[2];
+        let t3 = h3 + (t2 >> 32) + self.pad[3];
         [(t0 & LOW) | t1 << 32, (t2 & LOW) | t3 << 32]
     }
 
-    // Volatile: each use reads the map again. The compiler would otherwise keep the key on the stack, where there is
-    // no room, and move it to a register from there just the same.
-
+    /// `sum + limb * factor`, with the limb in one of the arrays of this struct, by its offset there.
     #[inline(always)]
-    fn r(&self, limb: usize) -> u64 {
-        // SAFETY: a reference.
-        unsafe { (&raw const self.r[limb]).read_volatile() }
-    }
-
-    #[inline(always)]
-    fn q(&self, limb: usize) -> u64 {
-        // SAFETY: a reference.
-        unsafe { (&raw const self.q[limb]).read_volatile() }
-    }
-
-    #[inline(always)]
-    fn r0_low(&self) -> u64 {
-        // SAFETY: a reference.
-        unsafe { (&raw const self.r0_low).read_volatile() }
-    }
-
-    /// Stores the accumulator.
-    #[inline(always)]
-    pub fn suspend(&mut self, h: [u64; 5]) {
-        self.h = h;
+    fn multiply_add<const OFFSET: usize>(&self, sum: u64, factor: u64) -> u64 {
+        #[cfg(target_arch = "bpf")]
+        {
+            // The compiler would read all limbs first, and keep them on the stack, where there is no room.
+            let mut sum = sum;
+            // SAFETY: reads a limb of `self`.
+            unsafe {
+                core::arch::asm!(
+                    "{limb} = *(u64 *)({key} + {offset})",
+                    "{limb} *= {factor}",
+                    "{sum} += {limb}",
+                    limb = out(reg) _,
+                    key = in(reg) &raw const *self,
+                    offset = const OFFSET,
+                    factor = in(reg) factor,
+                    sum = inout(reg) sum,
+                    options(readonly, nostack),
+                );
+            }
+            sum
+        }
+        #[cfg(not(target_arch = "bpf"))]
+        {
+            let limbs = [&self.h, &self.r, &self.q, &self.pad];
+            sum + limbs[OFFSET / 32][OFFSET % 32 / 8] * factor
+        }
     }
 }
+
+// Offsets of limbs in `Poly1305`.
+const R0: usize = offset_of!(Poly1305, r);
+const R1: usize = R0 + 8;
+const R2: usize = R0 + 16;
+const R3: usize = R0 + 24;
+const Q1: usize = offset_of!(Poly1305, q) + 8;
+const Q2: usize = Q1 + 8;
+const Q3: usize = Q1 + 16;
 
 impl Absorbing<'_> {
     /// The accumulator.
     #[inline(always)]
-    pub fn into_accumulator(self) -> [u64; 5] {
+    pub fn into_accumulator(self) -> [u64; 4] {
         self.h
     }
 
-    /// Adds a block (little-endian words; `top` is the bit above it: 1 for a full block) and multiplies by `r`.
+    /// Adds a whole block of 16 bytes (four words of 32 bits) and multiplies by `r`.
+    ///
+    /// In units of 2^32: the first sum is at most 3.02, the next two 2, the last 6 (34 bits, a word, the bit above the
+    /// block). With `r` below 2^28 and `q` below 2^28 * 1.25, the products add up to less than 2^60 * 15.6, so nothing
+    /// overflows; the part of the last above 34 bits is below 2^26 * 13.1, five times which leaves the first limb
+    /// below 2.02 again.
     #[inline(always)]
-    pub fn absorb(&mut self, low: u64, high: u64, top: u64) {
-        // s0 < 2^32 * 3.25, s1 to s3 < 2^33, s4 <= 4; r < 2^28, q < 2^28 * 1.25. Hence each sum is below
-        // 2^60 * 10.75 + 2^31, the top limb below 2^28 * 10.75 + 2^4, and the next s0 below the bound above.
-        let s0 = self.h[0] + (low & LOW);
-        let s1 = self.h[1] + (low >> 32);
-        let s2 = self.h[2] + (high & LOW);
-        let s3 = self.h[3] + (high >> 32);
-        let s4 = self.h[4] + top;
+    pub fn absorb(&mut self, words: [u64; 4]) {
         let key = self.key;
-        let x0 = s0 * key.r(0) + s1 * key.q(3) + s2 * key.q(2) + s3 * key.q(1) + s4 * key.q(0);
-        let x1 = s0 * key.r(1) + s1 * key.r(0) + s2 * key.q(3) + s3 * key.q(2) + s4 * key.q(1) + (x0 >> 32);
-        let x2 = s0 * key.r(2) + s1 * key.r(1) + s2 * key.r(0) + s3 * key.q(3) + s4 * key.q(2) + (x1 >> 32);
-        let x3 = s0 * key.r(3) + s1 * key.r(2) + s2 * key.r(1) + s3 * key.r(0) + s4 * key.q(3) + (x2 >> 32);
-        let x4 = s4 * key.r0_low() + (x3 >> 32);
-        self.h = [(x0 & LOW) + (x4 >> 2) * 5, x1 & LOW, x2 & LOW, x3 & LOW, x4 & 3];
+        let s0 = self.h[0] + words[0];
+        let s1 = self.h[1] + words[1];
+        let s2 = self.h[2] + words[2];
+        let s3 = self.h[3] + words[3] + (1 << 32);
+        let x0 = key.multiply_add::<R0>(0, s0);
+        let x0 = key.multiply_add::<Q3>(x0, s1);
+        let x0 = key.multiply_add::<Q2>(x0, s2);
+        let x0 = key.multiply_add::<Q1>(x0, s3);
+        let x1 = key.multiply_add::<R1>(x0 >> 32, s0);
+        let x1 = key.multiply_add::<R0>(x1, s1);
+        let x1 = key.multiply_add::<Q3>(x1, s2);
+        let x1 = key.multiply_add::<Q2>(x1, s3);
+        let x2 = key.multiply_add::<R2>(x1 >> 32, s0);
+        let x2 = key.multiply_add::<R1>(x2, s1);
+        let x2 = key.multiply_add::<R0>(x2, s2);
+        let x2 = key.multiply_add::<Q3>(x2, s3);
+        let x3 = key.multiply_add::<R3>(x2 >> 32, s0);
+        let x3 = key.multiply_add::<R2>(x3, s1);
+        let x3 = key.multiply_add::<R1>(x3, s2);
+        let x3 = key.multiply_add::<R0>(x3, s3);
+        self.h = [(x0 & LOW) + (x3 >> 34) * 5, x1 & LOW, x2 & LOW, x3 & 0x3_ffff_ffff];
     }
 }

@@ -1,0 +1,181 @@
+//! Asks the daemon: HTTP with JSON over its unix socket.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::client::conn::http1;
+use hyper::{Method, Request, header};
+use hyper_util::rt::TokioIo;
+use overnode_daemon::api::{self, ApiError, ErrorKind, error::ErrorBody};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use crate::failure::Failure;
+use crate::options::Context;
+use crate::presence::Presence;
+
+/// The largest answer that is read, in bytes.
+const ANSWER_LIMIT: usize = 256 * 1024 * 1024;
+
+/// How long an answer may take. Launching and resetting load and remove programs, and derive a key.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Speaks to one daemon; a connection for each request.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+    state_dir: PathBuf,
+    debug: bool,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum Unanswered {
+    /// Nothing listens on the socket.
+    NotRunning,
+    /// The socket is not for this user.
+    Denied,
+    /// The daemon said no.
+    Refused(ApiError),
+    /// The daemon is there, but something went wrong on the way.
+    Broken(String),
+}
+
+impl Client {
+    /// For the daemon whose directories these are.
+    pub fn new(context: &Context) -> Self {
+        Self {
+            socket: context.run_dir.join(api::SOCKET),
+            state_dir: context.state_dir.clone(),
+            debug: context.debug,
+        }
+    }
+
+    /// Asks for something.
+    ///
+    /// # Errors
+    /// In words for people; [`Self::try_get`] tells the cases apart.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.try_get(path).await.map_err(|why| self.explain(why))
+    }
+
+    /// Asks for something to be done.
+    ///
+    /// # Errors
+    /// In words for people.
+    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Failure> {
+        let body = serde_json::to_vec(body)
+            .map_err(|error| Failure::failed(format_args!("the request has no JSON form: {error}")))?;
+        self.ask(Method::POST, path, body.into()).await.map_err(|why| self.explain(why))
+    }
+
+    /// Asks for something.
+    ///
+    /// # Errors
+    /// [`Unanswered`]
+    pub async fn try_get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Unanswered> {
+        self.ask(Method::GET, path, Bytes::new()).await
+    }
+
+    /// Who runs, if anybody does.
+    ///
+    /// # Errors
+    /// When something does run but does not answer properly, or is not for this user.
+    pub async fn running(&self) -> Result<Option<api::Version>, Failure> {
+        match self.try_get("/v1/version").await {
+            Ok(version) => Ok(Some(version)),
+            Err(Unanswered::NotRunning) => Ok(None),
+            Err(why @ (Unanswered::Denied | Unanswered::Refused(_) | Unanswered::Broken(_))) => {
+                Err(self.explain(why))
+            }
+        }
+    }
+
+    /// The socket of the daemon.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// In words for people.
+    pub fn explain(&self, why: Unanswered) -> Failure {
+        match why {
+            Unanswered::NotRunning => {
+                Failure::failed(Presence::of(&self.state_dir).not_running(&self.socket))
+            }
+            Unanswered::Denied => Failure::failed(format_args!(
+                "{}: permission denied: the daemon answers root only, so run this command as root (with sudo)",
+                self.socket.display()
+            )),
+            Unanswered::Refused(error) => error.into(),
+            Unanswered::Broken(why) => Failure::failed(format_args!(
+                "the daemon did not answer on {}: {why}; its log tells more",
+                self.socket.display()
+            )),
+        }
+    }
+
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<T, Unanswered> {
+        self.note(format_args!("> {method} {path}"));
+        let (status, answer) = tokio::time::timeout(PATIENCE, self.exchange(method, path, body))
+            .await
+            .map_err(|_| Unanswered::Broken(format!("no answer within {} s", PATIENCE.as_secs())))??;
+        self.note(format_args!("< {status}, {} bytes", answer.len()));
+        if !(200..300).contains(&status) {
+            let kind = ErrorKind::from_status(status);
+            return Err(match serde_json::from_slice::<ErrorBody>(&answer) {
+                Ok(body) => Unanswered::Refused(ApiError::new(kind, body.error)),
+                Err(_) => Unanswered::Broken(format!("HTTP status {status} without a reason")),
+            });
+        }
+        serde_json::from_slice(&answer).map_err(|error| {
+            Unanswered::Broken(format!(
+                "its answer is not understood: {error}: is it of another version than this command ({})?",
+                env!("CARGO_PKG_VERSION")
+            ))
+        })
+    }
+
+    async fn exchange(&self, method: Method, path: &str, body: Bytes) -> Result<(u16, Bytes), Unanswered> {
+        let broken = |error: &dyn fmt::Display| Unanswered::Broken(error.to_string());
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::NotADirectory => {
+                Unanswered::NotRunning
+            }
+            io::ErrorKind::PermissionDenied => Unanswered::Denied,
+            _ => broken(&error),
+        })?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, "overnode")
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::new(body))
+            .map_err(|error| broken(&error))?;
+        let response = sender.send_request(request).await.map_err(|error| broken(&error))?;
+        let status = response.status().as_u16();
+        let answer = Limited::new(response.into_body(), ANSWER_LIMIT)
+            .collect()
+            .await
+            .map_err(|error| broken(&error))?;
+        Ok((status, answer.to_bytes()))
+    }
+
+    fn note(&self, what: fmt::Arguments<'_>) {
+        if self.debug {
+            let _ = writeln!(io::stderr(), "overnode: debug: {} {what}", self.socket.display());
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! `overnode attach`, `overnode detach`
+
+use overnode_daemon::api::{self, Attached, Detached, Netns, Target};
+
+use super::demand_root;
+use crate::client::Client;
+use crate::container;
+use crate::failure::Failure;
+use crate::options::{Attach, Context, Detach};
+
+/// Plugs a network namespace in.
+///
+/// # Errors
+/// When there is no such container, the daemon does not run, or it refuses.
+pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure> {
+    demand_root("attach")?;
+    let mut request =
+        api::Attach { target: wanted.target, netns: None, address: wanted.ip, name: wanted.name };
+    if let Target::Container(name) = &request.target {
+        let container = container::find(name)?;
+        let Some(pid) = container.pid else {
+            return Err(Failure::failed(format_args!(
+                "container {name:?} is not running: start it, then attach it"
+            )));
+        };
+        request.netns = Some(Netns::Pid(pid));
+        request.name =
+            request.name.or_else(|| api::check_name(&container.name).is_ok().then_some(container.name));
+        request.target = Target::Container(container.id);
+    }
+    let attached: Attached = Client::new(context).post("/v1/attach", &request).await?;
+    Ok(format!("{}\n", attached.address))
+}
+
+/// Plugs a network namespace out.
+///
+/// # Errors
+/// When nothing of that name is attached, the daemon does not run, or it refuses.
+pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure> {
+    demand_root("detach")?;
+    let target = match wanted.target {
+        // One that is gone from its engine can still be detached by its name or full ID.
+        Target::Container(name) => match container::find(&name) {
+            Ok(container) => Target::Container(container.id),
+            Err(_) => Target::Container(name),
+        },
+        target @ (Target::Name(_) | Target::Path(_) | Target::Process(_)) => target,
+    };
+    Client::new(context).post::<Detached>("/v1/detach", &api::Detach { target }).await?;
+    Ok(String::new())
+}

@@ -1,0 +1,97 @@
+//! `overnode launch`
+
+use overnode_daemon::api::{self, LaunchOutcome, Launched, Token};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{demand_root, listed, read_secret};
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::options::{Context, Launch};
+use crate::start::{self, Started};
+
+/// Starts the daemon when none runs, and has it launch the node. A daemon that was started for nothing is stopped again.
+///
+/// # Errors
+/// When the node does not run afterwards as it was wanted.
+pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
+    let token = token(&wanted)?;
+    demand_root("launch")?;
+    let client = Client::new(context);
+    let (started, _) = start::ensure_running(context, &client).await?;
+    let request = api::Launch {
+        id: wanted.id,
+        token,
+        hosts: wanted.hosts,
+        nickname: wanted.nickname,
+        interface: wanted.interface,
+        mtu: wanted.mtu,
+        discovery: wanted.no_discovery.then_some(false),
+        subnet: wanted.subnet,
+        range: wanted.range,
+        restart: started.is_some(),
+    };
+    let launched = tokio::select! {
+        launched = client.post("/v1/launch", &request) => launched,
+        why = interrupted() => Err(why),
+    };
+    match (launched, started) {
+        (Ok(launched), _) => Ok(describe(&launched)),
+        (Err(why), None) => Err(why),
+        (Err(why), Some(started)) => Err(undo(started, why).await),
+    }
+}
+
+async fn undo(started: Started, why: Failure) -> Failure {
+    match started.stop().await {
+        Ok(()) => why,
+        Err(also) => why.and(also),
+    }
+}
+
+/// Comes back when somebody wants this command to end.
+async fn interrupted() -> Failure {
+    let failure =
+        |signal: &str| Failure::failed(format_args!("interrupted by {signal}: launch again when ready"));
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => failure("SIGINT"),
+        _ = terminate.recv() => failure("SIGTERM"),
+    }
+}
+
+/// From the option, the file or the environment, in this order.
+fn token(wanted: &Launch) -> Result<Token, Failure> {
+    let text = match (&wanted.token, &wanted.token_file) {
+        (Some(token), _) => token.clone(),
+        (None, Some(file)) => read_secret("--token-file", file)?.to_string(),
+        (None, None) => match std::env::var("OVERNODE_TOKEN") {
+            Ok(token) => token,
+            Err(std::env::VarError::NotPresent) => {
+                return Err(Failure::usage(
+                    "the cluster's token is missing: give --token, --token-file or OVERNODE_TOKEN; \
+                     `overnode token` makes one",
+                ));
+            }
+            Err(std::env::VarError::NotUnicode(_)) => {
+                return Err(Failure::usage(
+                    "OVERNODE_TOKEN is not text in UTF-8: set it to the cluster's token",
+                ));
+            }
+        },
+    };
+    Token::new(text).map_err(Failure::usage)
+}
+
+fn describe(launched: &Launched) -> String {
+    let Launched { outcome, id, nickname, targets } = launched;
+    let what = match outcome {
+        LaunchOutcome::Started => "launched",
+        LaunchOutcome::Restarted => "started again",
+        LaunchOutcome::AlreadyRunning => "already running",
+    };
+    format!("node {id} ({nickname}): {what}; targets: {}\n", listed(targets))
+}

@@ -1,0 +1,77 @@
+//! One module for each command, or for each pair of opposites.
+
+mod attach;
+mod inspect;
+mod launch;
+mod peer;
+mod prime;
+mod reset;
+mod resume;
+mod status;
+mod targets;
+mod token;
+mod version;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use zeroize::Zeroizing;
+
+use crate::failure::Failure;
+use crate::options::{Command, Context};
+
+/// The longest secret that is read from a file, in bytes.
+const SECRET_LIMIT: u64 = 8192;
+
+/// Carries the command out; what goes to standard output comes back.
+///
+/// # Errors
+/// When it was not carried out.
+pub async fn run(context: &Context, command: Command) -> Result<String, Failure> {
+    match command {
+        Command::Launch(wanted) => launch::run(context, wanted).await,
+        Command::Connect(wanted) => targets::connect(context, wanted).await,
+        Command::Forget(wanted) => targets::forget(context, wanted).await,
+        Command::Attach(wanted) => attach::attach(context, wanted).await,
+        Command::Detach(wanted) => attach::detach(context, wanted).await,
+        Command::Status(wanted) => status::run(context, &wanted).await,
+        Command::Inspect => inspect::run(context).await,
+        Command::Prime(wanted) => prime::run(context, &wanted).await,
+        Command::Reset(wanted) => reset::run(context, &wanted).await,
+        Command::Resume => resume::run(context).await,
+        Command::Peer(wanted) => peer::run(context, wanted).await,
+        Command::Token => token::run(),
+        Command::Version => version::run(context).await,
+    }
+}
+
+/// For commands that change something.
+fn demand_root(command: &str) -> Result<(), Failure> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(Failure::failed(format_args!(
+        "`overnode {command}` must be run as root: it changes this host's network; run it with sudo"
+    )))
+}
+
+/// The first line of a file, or of standard input when that is `-`.
+fn read_secret(option: &str, file: &Path) -> Result<Zeroizing<String>, Failure> {
+    let mut text = Zeroizing::new(String::new());
+    let read = if file == Path::new("-") {
+        io::stdin().lock().take(SECRET_LIMIT).read_to_string(&mut text)
+    } else {
+        File::open(file).and_then(|file| file.take(SECRET_LIMIT).read_to_string(&mut text))
+    };
+    read.map_err(|error| Failure::usage(format_args!("{option} {}: {error}", file.display())))?;
+    Ok(Zeroizing::new(text.lines().next().unwrap_or_default().trim_end_matches('\r').to_owned()))
+}
+
+/// Names, with commas between; a word for none.
+fn listed<T: ToString>(items: &[T]) -> String {
+    if items.is_empty() {
+        return "none".to_owned();
+    }
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
+}

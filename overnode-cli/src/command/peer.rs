@@ -1,0 +1,61 @@
+//! `overnode peer`
+
+use overnode_daemon::api::{self, ExternalPeerAdded, ExternalPeerRemoved, ExternalPeerStatus};
+
+use super::{demand_root, listed, read_secret};
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::options::{AddPeer, Context, Peer};
+use crate::render::{self, Style};
+
+/// Adds, removes or lists WireGuard peers that are no nodes.
+///
+/// # Errors
+/// When the daemon does not run or refuses.
+pub async fn run(context: &Context, wanted: Peer) -> Result<String, Failure> {
+    let client = Client::new(context);
+    match wanted {
+        Peer::Add(wanted) => add(&client, wanted).await,
+        Peer::Remove { public_key } => {
+            demand_root("peer remove")?;
+            let request = api::RemoveExternalPeer { public_key };
+            let removed: ExternalPeerRemoved = client.post("/v1/external-peers/remove", &request).await?;
+            Ok(format!("removed; it had {}\n", listed(&removed.allowed_ips)))
+        }
+        Peer::List { json: true } => Ok(render::json(&client.get("/v1/external-peers").await?)),
+        Peer::List { json: false } => {
+            let peers: Vec<ExternalPeerStatus> = client.get("/v1/external-peers").await?;
+            Ok(render::external_peers(&peers, Style::of(context)))
+        }
+    }
+}
+
+async fn add(client: &Client, wanted: AddPeer) -> Result<String, Failure> {
+    let preshared_key = match &wanted.preshared_key_file {
+        None => None,
+        Some(file) => {
+            let key = read_secret("--preshared-key-file", file)?;
+            let bad =
+                |error| Failure::usage(format_args!("--preshared-key-file {}: {error}", file.display()));
+            Some(key.trim().parse().map_err(bad)?)
+        }
+    };
+    demand_root("peer add")?;
+    let request = api::AddExternalPeer {
+        public_key: wanted.public_key,
+        preshared_key,
+        endpoint: wanted.endpoint,
+        allowed_ips: wanted.allowed_ips,
+        persistent_keepalive_seconds: wanted.keepalive,
+        name: wanted.name,
+    };
+    let added: ExternalPeerAdded = client.post("/v1/external-peers", &request).await?;
+    let ExternalPeerAdded { public_key, port, subnet, replaced } = added;
+    let what = if replaced { "changed" } else { "added" };
+    let psk = if request.preshared_key.is_some() { "PresharedKey = (the same)\n" } else { "" };
+    Ok(format!(
+        "# {what}; in the peer's own configuration:\n\
+         [Peer]\nPublicKey = {public_key}\n{psk}AllowedIPs = {subnet}\n\
+         # Endpoint = an address of this host, with port {port}\n"
+    ))
+}

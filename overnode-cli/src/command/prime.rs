@@ -1,0 +1,36 @@
+//! `overnode prime`
+
+use std::time::{Duration, Instant};
+
+use overnode_daemon::api::Primed;
+
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::options::{Context, Prime};
+
+/// How often the node is asked.
+const POLL: Duration = Duration::from_millis(250);
+
+/// Waits until this node can give an address to a container.
+///
+/// # Errors
+/// When it cannot within the time given, or the daemon does not run.
+pub async fn run(context: &Context, wanted: &Prime) -> Result<String, Failure> {
+    let client = Client::new(context);
+    let begun = Instant::now();
+    loop {
+        let primed: Primed = client.get("/v1/prime").await?;
+        if primed.ready {
+            return Ok(String::new());
+        }
+        if let Some(seconds) = wanted.timeout
+            && begun.elapsed() >= Duration::from_secs(seconds)
+        {
+            return Err(Failure::failed(format_args!(
+                "this node cannot give addresses after {seconds} s: {}; `overnode status --ipam --connections` tells more",
+                primed.waiting_for.as_deref().unwrap_or("it waits for address space")
+            )));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}

@@ -1,0 +1,40 @@
+//! `overnode status`
+
+use serde_json::Value;
+
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::options::{Context, Status};
+use crate::render::{self, Section, Style};
+
+/// The sections that were named, or all.
+///
+/// # Errors
+/// When the daemon does not run or refuses.
+pub async fn run(context: &Context, wanted: &Status) -> Result<String, Failure> {
+    let client = Client::new(context);
+    let sections = sections(wanted);
+    if !wanted.json {
+        let status = client.get("/v1/status").await?;
+        return Ok(render::status(&status, &sections, Style::of(context)));
+    }
+    let mut document: Value = client.get("/v1/status").await?;
+    if let Some(fields) = document.as_object_mut()
+        && !sections.is_empty()
+    {
+        fields.retain(|name, _| sections.iter().any(|section| section.fields().contains(&name.as_str())));
+    }
+    Ok(render::json(&document))
+}
+
+fn sections(wanted: &Status) -> Vec<Section> {
+    let named = [
+        (wanted.targets, Section::Targets),
+        (wanted.peers, Section::Peers),
+        (wanted.connections, Section::Connections),
+        (wanted.endpoints, Section::Endpoints),
+        (wanted.ipam, Section::Ipam),
+        (wanted.counters, Section::Counters),
+    ];
+    named.into_iter().filter_map(|(named, section)| named.then_some(section)).collect()
+}

@@ -1,0 +1,31 @@
+//! `overnode connect`, `overnode forget`
+
+use overnode_daemon::api::{self, Targets};
+
+use super::{demand_root, listed};
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::options::{Connect, Context, Forget};
+
+/// Adds targets.
+///
+/// # Errors
+/// When the daemon does not run or refuses.
+pub async fn connect(context: &Context, wanted: Connect) -> Result<String, Failure> {
+    demand_root("connect")?;
+    let request = api::Connect { hosts: wanted.hosts, replace: wanted.replace };
+    Client::new(context).post("/v1/connect", &request).await.map(describe)
+}
+
+/// Removes targets.
+///
+/// # Errors
+/// When the daemon does not run or refuses.
+pub async fn forget(context: &Context, wanted: Forget) -> Result<String, Failure> {
+    demand_root("forget")?;
+    Client::new(context).post("/v1/forget", &api::Forget { hosts: wanted.hosts }).await.map(describe)
+}
+
+fn describe(targets: Targets) -> String {
+    format!("targets: {}\n", listed(&targets.targets))
+}

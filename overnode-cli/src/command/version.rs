@@ -1,0 +1,34 @@
+//! `overnode version`
+
+use overnode_daemon::api::Version;
+
+use crate::client::{Client, Unanswered};
+use crate::failure::Failure;
+use crate::options::Context;
+
+/// The versions of this command and of the daemon, if one can be asked.
+///
+/// # Errors
+/// None: a daemon that does not answer is told of.
+pub async fn run(context: &Context) -> Result<String, Failure> {
+    let client = Client::new(context);
+    let daemon = match client.try_get::<Version>("/v1/version").await {
+        Ok(version) => describe(&version),
+        Err(Unanswered::NotRunning) => "not running".to_owned(),
+        Err(Unanswered::Denied) => "only root may ask it".to_owned(),
+        Err(why @ (Unanswered::Refused(_) | Unanswered::Broken(_))) => client.explain(why).to_string(),
+    };
+    Ok(format!("overnode   {}\novernoded  {daemon}\n", env!("CARGO_PKG_VERSION")))
+}
+
+fn describe(version: &Version) -> String {
+    let mut text = format!("{}, process {}", version.version, version.pid);
+    if let Some((oldest, newest)) = version.protocols {
+        let protocols = if oldest == newest { newest.to_string() } else { format!("{oldest} to {newest}") };
+        text = format!("{text}, protocol {protocols}");
+    }
+    if let Some(kernel) = &version.kernel {
+        text = format!("{text}, kernel {kernel}");
+    }
+    text
+}

@@ -1,0 +1,490 @@
+//! The command line.
+
+use std::ffi::OsStr;
+use std::io::{self, IsTerminal, Write};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use ipnet::IpNet;
+use overnode_daemon::api::{Host, Target};
+use overnode_daemon::options::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
+use overnode_daemon::types::{NodeId, PublicKey};
+
+use crate::failure::Failure;
+
+/// Joins the containers of many Linux hosts into one private, encrypted network
+///
+/// Every host runs one equal node; nodes find each other, and each can work alone when the network splits.
+#[derive(Debug, Parser)]
+#[command(name = "overnode", version, after_help = EXAMPLES, max_term_width = 100)]
+pub struct Cli {
+    /// For every command.
+    #[command(flatten)]
+    pub global: Global,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  host1 > sudo overnode launch --id 1 --token my-cluster-password host1 host2
+  host2 > sudo overnode launch --id 2 --token my-cluster-password host1 host2
+  host1 > sudo overnode attach my-container
+  host1 > sudo overnode status
+
+Exit status: 0 done, 1 failed (one line on standard error says why and what to do), 2 wrong usage.";
+
+/// For every command.
+#[derive(Clone, Debug, Args)]
+pub struct Global {
+    /// Say more, and have a daemon that is started log more
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    pub debug: bool,
+
+    /// Print without colours; so does NO_COLOR in the environment
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    pub no_color: bool,
+
+    /// Where the node's identity, keys and addresses are kept
+    #[arg(long, global = true, help_heading = "Everywhere", env = "OVERNODE_STATE_DIR", hide_env_values = true, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
+    pub state_dir: PathBuf,
+
+    /// Where the daemon's socket is
+    #[arg(long, global = true, help_heading = "Everywhere", env = "OVERNODE_RUN_DIR", hide_env_values = true, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    pub run_dir: PathBuf,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Launch(Launch),
+    Connect(Connect),
+    Forget(Forget),
+    Attach(Attach),
+    Detach(Detach),
+    Status(Status),
+    /// Print everything the node knows as JSON, without secrets
+    Inspect,
+    Prime(Prime),
+    Reset(Reset),
+    /// Start a node that was launched and is not running
+    Resume,
+    #[command(subcommand)]
+    Peer(Peer),
+    /// Print a strong random token
+    Token,
+    /// Print the versions of this command and of the daemon
+    Version,
+}
+
+/// Start this host's node and join the cluster
+///
+/// The hosts named become its targets: it connects to them and keeps trying. They need not be reachable, and need not exist. A node
+/// that is its own target skips itself. Launched again while it runs, it gets the hosts named as further targets; launched
+/// again after it was stopped, it starts again with the hosts named, or else with the targets it had.
+///
+/// Every node of a cluster has the same token and an ID of its own. Nodes 1 to 4 can give addresses to containers by themselves.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode launch --id 1 --token my-cluster-password host1 host2 host3
+  sudo overnode launch --id 2 --token-file /root/token host1
+  overnode token | sudo tee /root/token    # makes a token; then copy it to the other hosts")]
+pub struct Launch {
+    /// This node's ID in the cluster, 1 to 4095
+    #[arg(long, value_name = "ID", allow_hyphen_values = true)]
+    pub id: NodeId,
+
+    /// The cluster's token; visible in the list of processes, unlike with --token-file or OVERNODE_TOKEN
+    #[arg(long, value_name = "TOKEN", conflicts_with = "token_file", allow_hyphen_values = true)]
+    pub token: Option<String>,
+
+    /// Read the token from the first line of this file; - is standard input
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+
+    /// The node's name for people [default: the host's name]
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub nickname: Option<String>,
+
+    /// The interface to the other hosts [default: whichever routes to them]
+    #[arg(long, value_name = "NAME", value_parser = interface)]
+    pub interface: Option<String>,
+
+    /// MTU of the containers' interfaces, in bytes [default: what fits the interface to the other hosts]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(576..=65455))]
+    pub mtu: Option<u32>,
+
+    /// Connect to targets only, not to nodes that they tell of
+    #[arg(long)]
+    pub no_discovery: bool,
+
+    /// Addresses that nodes give out, inside the subnet; the same on every node [default: 10.40.0.0/13]
+    #[arg(long, value_name = "NETWORK")]
+    pub range: Option<IpNet>,
+
+    /// All addresses of the container network; the same on every node [default: 10.32.0.0/12]
+    #[arg(long, value_name = "NETWORK")]
+    pub subnet: Option<IpNet>,
+
+    /// Targets: names or IP addresses
+    #[arg(value_name = "HOST")]
+    pub hosts: Vec<Host>,
+}
+
+/// Add targets: hosts that this node connects to
+///
+/// They need not be reachable, and need not exist: they are kept and tried again and again.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode connect host2 host3
+  sudo overnode connect --replace 192.0.2.7    # the only target from now on")]
+pub struct Connect {
+    /// Instead of the targets that there are
+    #[arg(long)]
+    pub replace: bool,
+
+    /// Names or IP addresses
+    #[arg(value_name = "HOST", required = true)]
+    pub hosts: Vec<Host>,
+}
+
+/// Remove targets
+///
+/// They are never connected to as targets again. A connection to a live node stays: the other nodes tell of it.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  sudo overnode forget host3")]
+pub struct Forget {
+    /// As given to `launch` or `connect`
+    #[arg(value_name = "HOST", required = true)]
+    pub hosts: Vec<Host>,
+}
+
+/// Plug a container, or any network namespace, into the network and print its address
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode attach my-container            # of Docker or podman, by name or ID
+  sudo overnode attach netns:blue --ip 10.32.0.7/12
+  sudo overnode attach pid:4711")]
+pub struct Attach {
+    /// netns:NAME, netns:/path, pid:NUMBER, or a container's name or ID
+    pub target: Target,
+
+    /// A static address, 10.32.0.1 to 10.39.239.255 unless the subnet was changed [default: the next free one]
+    #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = address)]
+    pub ip: Option<IpNet>,
+
+    /// A name for people [default: the container's name]
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub name: Option<String>,
+}
+
+/// Plug a container out of the network, whether or not it still exists
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode detach my-container
+  sudo overnode detach netns:blue")]
+pub struct Detach {
+    /// As given to `attach`, or the name that it was given there
+    pub target: Target,
+}
+
+/// Show the node, its targets, peers, connections, containers, addresses and packet counters
+///
+/// All sections, unless some are named.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode status
+  sudo overnode status --connections --targets
+  sudo overnode status --peers --json")]
+pub struct Status {
+    /// The configured targets
+    #[arg(long)]
+    pub targets: bool,
+
+    /// The nodes of the cluster, and who is connected to whom
+    #[arg(long)]
+    pub peers: bool,
+
+    /// This node's control connections
+    #[arg(long)]
+    pub connections: bool,
+
+    /// Whose the addresses are
+    #[arg(long)]
+    pub ipam: bool,
+
+    /// The containers that are attached on this host
+    #[arg(long)]
+    pub endpoints: bool,
+
+    /// What became of packets, by reason
+    #[arg(long)]
+    pub counters: bool,
+
+    /// For programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Wait until this node can give an address to a container
+///
+/// Nodes 1 to 4 can at once, others as soon as they hold addresses.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  sudo overnode prime --timeout 60 && sudo overnode attach my-container")]
+pub struct Prime {
+    /// Give up after this time [default: never]
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+}
+
+/// Stop and destroy the node
+///
+/// It leaves the cluster, and everything that it made on this host is removed. Works on a node that is not running too.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode reset
+  sudo overnode reset --force    # although containers are attached
+
+Then tell the nodes that had it as a target:
+  sudo overnode forget HOST")]
+pub struct Reset {
+    /// Even while containers are attached
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Manage WireGuard peers that are no nodes of the cluster
+#[derive(Debug, Subcommand)]
+pub enum Peer {
+    Add(AddPeer),
+    /// Remove a WireGuard peer
+    #[command(after_help = "\
+Example:
+  sudo overnode peer remove xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=")]
+    Remove {
+        /// Its public key
+        public_key: PublicKey,
+    },
+    /// List the WireGuard peers
+    List {
+        /// For programs
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Add a WireGuard peer, or change one; prints what to put into its configuration
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  sudo overnode peer add xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg= --allowed-ips 10.39.250.1/32 \\
+      --endpoint laptop.example.org:51820 --keepalive 25")]
+pub struct AddPeer {
+    /// Its public key, 44 characters of base64
+    pub public_key: PublicKey,
+
+    /// What it may send from and what is sent to it
+    #[arg(long, value_name = "NETWORK,…", value_delimiter = ',', required = true)]
+    pub allowed_ips: Vec<IpNet>,
+
+    /// Where it listens; resolved once, now [default: it must call first]
+    #[arg(long, value_name = "HOST:PORT", value_parser = endpoint)]
+    pub endpoint: Option<SocketAddr>,
+
+    /// A file with a key shared with it alone, as `wg genpsk` makes it; - is standard input
+    #[arg(long, value_name = "FILE")]
+    pub preshared_key_file: Option<PathBuf>,
+
+    /// Send something at least this often
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u16).range(1..))]
+    pub keepalive: Option<u16>,
+
+    /// A name for people
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub name: Option<String>,
+}
+
+/// What every command works with.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// Absolute.
+    pub state_dir: PathBuf,
+    /// Absolute.
+    pub run_dir: PathBuf,
+    /// Say more.
+    pub debug: bool,
+    /// Print colours.
+    pub color: bool,
+    /// Columns that tables may take; none when what is printed is not for a terminal.
+    pub width: Option<u16>,
+}
+
+impl Global {
+    /// With the environment and the terminal looked at.
+    ///
+    /// # Errors
+    /// When the current directory, to which a directory given is relative, is gone.
+    pub fn context(self) -> Result<Context, Failure> {
+        // The daemon does not keep this command's current directory.
+        let absolute = |option: &str, dir: PathBuf| {
+            std::path::absolute(&dir).map_err(|error| {
+                Failure::usage(format_args!("{option} {}: {error}: give a directory", dir.display()))
+            })
+        };
+        let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let dumb = std::env::var_os("TERM").is_some_and(|term| term == OsStr::new("dumb"));
+        Ok(Context {
+            state_dir: absolute("--state-dir", self.state_dir)?,
+            run_dir: absolute("--run-dir", self.run_dir)?,
+            debug: self.debug,
+            color: !self.no_color && !set("NO_COLOR") && !dumb && io::stdout().is_terminal(),
+            width: width(),
+        })
+    }
+}
+
+/// Prints what clap found: help as it is, an error in one line.
+pub fn explain(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A reader that has seen enough is no failure.
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::MissingSubcommand | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let mut command = command_in(std::env::args());
+            let _ = write!(io::stderr(), "{}", command.render_help());
+            ExitCode::from(2)
+        }
+        _ => {
+            let line = in_one_line(&error.render().to_string(), &command_in(std::env::args()));
+            let _ = writeln!(io::stderr(), "overnode: {line}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The paragraphs of clap's message that say what is wrong, and where to read more.
+fn in_one_line(rendered: &str, command: &clap::Command) -> String {
+    let mut said: Vec<String> = Vec::new();
+    for paragraph in rendered.split("\n\n") {
+        let line = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
+        if !(line.is_empty() || line.starts_with("Usage: ") || line.starts_with("For more information")) {
+            said.push(line.trim_start_matches("error: ").trim_start_matches("tip: ").to_owned());
+        }
+    }
+    let name = command.get_bin_name().unwrap_or_else(|| command.get_name());
+    format!("{}; see `{name} --help`", said.join("; "))
+}
+
+/// The command whose help fits.
+fn command_in(arguments: impl Iterator<Item = String>) -> clap::Command {
+    let mut command = Cli::command();
+    command.build();
+    for argument in arguments.skip(1) {
+        if let Some(sub) = command.find_subcommand(&argument).cloned() {
+            command = sub;
+        }
+    }
+    command
+}
+
+fn width() -> Option<u16> {
+    // Shells keep COLUMNS to themselves: whoever exports it means it.
+    let told =
+        std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok()).filter(|&width| width > 0);
+    told.or_else(|| terminal_size::terminal_size_of(io::stdout()).map(|(width, _)| width.0))
+}
+
+fn name(text: &str) -> Result<String, String> {
+    overnode_daemon::api::check_name(text).map_err(|error| error.to_string())?;
+    Ok(text.to_owned())
+}
+
+fn interface(text: &str) -> Result<String, &'static str> {
+    // The kernel's rule (net/core/dev.c, dev_valid_name).
+    let fits = (1..=15).contains(&text.len()) && text != "." && text != "..";
+    if fits && !text.contains(|c: char| c == '/' || c == ':' || c.is_whitespace()) {
+        Ok(text.to_owned())
+    } else {
+        Err("an interface's name has 1 to 15 characters, without spaces, / and :")
+    }
+}
+
+fn address(text: &str) -> Result<IpNet, String> {
+    if !text.contains('/') {
+        return Err(format!("the prefix is missing: give the subnet's, as in {text}/12"));
+    }
+    text.parse().map_err(|_| "give an address with the subnet's prefix, as in 10.32.0.7/12".to_owned())
+}
+
+fn endpoint(text: &str) -> Result<SocketAddr, String> {
+    let mut found = text.to_socket_addrs().map_err(|error| format!("{error}: give HOST:PORT"))?;
+    found.next().ok_or_else(|| "the name has no address".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wrong(line: &str) -> String {
+        let words = || line.split(' ').map(str::to_owned);
+        let error = Cli::try_parse_from(words()).unwrap_err();
+        in_one_line(&error.render().to_string(), &command_in(words()))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn errors_are_one_line_with_what_to_do() {
+        for id in ["0", "4096", "65536", "one", "-1", "1.5"] {
+            assert_eq!(
+                wrong(&format!("overnode launch --token t --id {id}")),
+                format!(
+                    "invalid value '{id}' for '--id <ID>': an ID is a whole number from 1 to 4095; \
+                     see `overnode launch --help`"
+                )
+            );
+        }
+        assert_eq!(
+            wrong("overnode launch --token t"),
+            "the following required arguments were not provided: --id <ID>; see `overnode launch --help`"
+        );
+        assert_eq!(
+            wrong("overnode launhc"),
+            "unrecognized subcommand 'launhc'; a similar subcommand exists: 'launch'; see `overnode --help`"
+        );
+        assert!(wrong("overnode launch --id 1 --token a --token-file b").contains("cannot be used with"));
+    }
+
+    #[test]
+    fn values_are_checked() {
+        assert!(wrong("overnode connect").contains("<HOST>"));
+        assert!(wrong("overnode connect host:6783").contains("without a port"));
+        assert!(wrong("overnode attach pid:x").contains("netns:NAME"));
+        assert!(wrong("overnode attach netns:a --ip 10.32.0.7").contains("as in 10.32.0.7/12"));
+        assert!(wrong("overnode attach netns:a --ip x/12").contains("as in 10.32.0.7/12"));
+        assert!(wrong("overnode launch --id 1 --mtu 100").contains("576"));
+        assert!(wrong("overnode launch --id 1 --interface a-much-too-long-name").contains("15 characters"));
+        assert!(wrong("overnode peer add short --allowed-ips 10.0.0.0/8").contains("44 characters"));
+        assert!(wrong("overnode prime --timeout soon").contains("soon"));
+    }
+}

@@ -1,0 +1,106 @@
+//! What is known about this host's node when no daemon answers.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// The database that every launched node has.
+const DATABASE: &str = "overnode.redb";
+
+/// The file that a running daemon has locked.
+pub const LOCK: &str = "lock";
+
+/// What is known about this host's node when no daemon answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// No node was launched here.
+    Never,
+    /// A node was launched here.
+    Stopped,
+    /// This user may not look.
+    Unknown,
+    /// A daemon runs on the state directory all the same: this process.
+    Deaf(u32),
+}
+
+impl Presence {
+    /// Looks at the state directory; changes nothing.
+    pub fn of(state_dir: &Path) -> Self {
+        if let Some(pid) = lock_holder(&state_dir.join(LOCK)) {
+            return Self::Deaf(pid);
+        }
+        match fs::metadata(state_dir.join(DATABASE)) {
+            Ok(_) => Self::Stopped,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Self::Never
+            }
+            Err(_) => Self::Unknown,
+        }
+    }
+
+    /// What, why, and what to do.
+    pub fn not_running(self, socket: &Path) -> String {
+        match self {
+            Self::Never => "overnode is not running on this host: no node was launched here; \
+                 start one with `overnode launch --id ID --token TOKEN`"
+                .to_owned(),
+            Self::Stopped => "overnode is not running on this host: its node was launched and is stopped; \
+                 start it with `overnode resume`"
+                .to_owned(),
+            Self::Unknown => format!(
+                "overnode is not running on this host: nothing listens on {}; start it with `overnode resume` \
+                 or `overnode launch`",
+                socket.display()
+            ),
+            Self::Deaf(pid) => format!(
+                "overnode cannot be asked: its daemon runs (process {pid}), but nothing listens on {}; \
+                 check --run-dir, or else stop the daemon with `kill {pid}` and start it with `overnode resume`",
+                socket.display()
+            ),
+        }
+    }
+}
+
+/// The daemon that holds a lock on the file. Read from the kernel's list: trying to take the lock could get in the way of a
+/// daemon that starts at this moment.
+fn lock_holder(file: &Path) -> Option<u32> {
+    let inode = fs::metadata(file).ok()?.ino();
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| holder(line, inode)).filter(|pid| {
+        // The device in the list is not the one that stat shows on every file system, so the inode is not proof enough.
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "overnoded")
+    })
+}
+
+/// From a line such as `1: FLOCK  ADVISORY  WRITE 4711 fe:01:1234 0 EOF`.
+fn holder(line: &str, inode: u64) -> Option<u32> {
+    let mut fields = line.split_whitespace().skip(1);
+    let (kind, _, access) = (fields.next()?, fields.next()?, fields.next()?);
+    let (pid, file) = (fields.next()?, fields.next()?);
+    let locked: u64 = file.rsplit(':').next()?.parse().ok()?;
+    (kind == "FLOCK" && access == "WRITE" && locked == inode).then(|| pid.parse().ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_is_found_by_its_inode() {
+        assert_eq!(holder("1: FLOCK  ADVISORY  WRITE 4711 fe:01:1234 0 EOF", 1234), Some(4711));
+        assert_eq!(holder("1: FLOCK  ADVISORY  WRITE 4711 fe:01:1234 0 EOF", 123), None);
+        assert_eq!(holder("1: POSIX  ADVISORY  WRITE 4711 fe:01:1234 0 EOF", 1234), None);
+        assert_eq!(holder("1: -> FLOCK  ADVISORY  WRITE 4711 fe:01:1234 0 EOF", 1234), None);
+        assert_eq!(holder("", 1), None);
+    }
+
+    #[test]
+    fn never_launched_and_stopped_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Presence::of(dir.path()), Presence::Never);
+        assert_eq!(Presence::of(&dir.path().join("absent")), Presence::Never);
+        fs::write(dir.path().join(DATABASE), "").unwrap();
+        assert_eq!(Presence::of(dir.path()), Presence::Stopped);
+    }
+}

@@ -1,0 +1,282 @@
+//! Tables that fit: without borders, one line for each row where that is possible. On a terminal that is too narrow for this, columns
+//! that can be spared are left out, then the last column is wrapped; on one that is narrower still each row becomes a block of lines
+//! with everything in it.
+
+use comfy_table::presets::NOTHING;
+use comfy_table::{Cell as TableCell, Color, ColumnConstraint, ContentArrangement, Table};
+
+use crate::options::Context;
+
+/// The narrowest that a wrapped last column may be.
+const WRAPPED: u16 = 24;
+
+/// The gap between columns.
+const GAP: u16 = 2;
+
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Style {
+    /// Columns of the terminal; none when it is not a terminal, and every row then is one line.
+    pub width: Option<u16>,
+    /// Whether to use colours.
+    pub color: bool,
+}
+
+/// What a cell means, shown as a colour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tone {
+    /// Neither.
+    Plain,
+    /// As it should be.
+    Good,
+    /// Not yet, or not quite.
+    Wait,
+    /// Not as it should be.
+    Bad,
+}
+
+/// A text and what it means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cell {
+    text: String,
+    tone: Tone,
+}
+
+/// Rows under headings. Columns in which nothing stands are not shown.
+#[derive(Clone, Debug)]
+pub struct Grid {
+    headings: Vec<&'static str>,
+    spare: &'static [&'static str],
+    rows: Vec<Vec<Cell>>,
+}
+
+impl Style {
+    /// For standard output.
+    pub fn of(context: &Context) -> Self {
+        Self { width: context.width, color: context.color }
+    }
+}
+
+impl Cell {
+    /// A text with a meaning. What other hosts send must not steer the terminal: control characters are shown as `?`.
+    pub fn new(text: impl ToString, tone: Tone) -> Self {
+        let text = text.to_string().chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+        Self { text, tone }
+    }
+}
+
+impl<T: ToString> From<T> for Cell {
+    fn from(text: T) -> Self {
+        Self::new(text, Tone::Plain)
+    }
+}
+
+/// A text that may be absent.
+pub fn maybe<T: ToString>(value: Option<T>) -> Cell {
+    value.map_or_else(|| Cell::from(""), Cell::from)
+}
+
+impl Grid {
+    /// Without rows.
+    pub fn new(headings: &[&'static str]) -> Self {
+        Self { headings: headings.to_vec(), spare: &[], rows: Vec::new() }
+    }
+
+    /// With columns that may be left out where there is no room, the first one first.
+    pub fn spare(self, spare: &'static [&'static str]) -> Self {
+        Self { spare, ..self }
+    }
+
+    /// Adds a row; it has a cell for each heading.
+    pub fn row<const N: usize>(&mut self, cells: [Cell; N]) {
+        assert_eq!(N, self.headings.len(), "a row has a cell for each heading");
+        self.rows.push(cells.into());
+    }
+
+    /// As lines; `(none)` when there are no rows.
+    pub fn render(mut self, style: Style) -> String {
+        if self.rows.is_empty() {
+            return "(none)\n".to_owned();
+        }
+        let rows = self.rows.clone();
+        self.drop_columns(|_, column| rows.iter().all(|row| row[column].text.is_empty()));
+        let Some(width) = style.width else { return self.table(style, None) };
+        let mut narrower = self.clone();
+        for spare in self.spare.iter().map(Some).chain([None]) {
+            let widths = narrower.widths();
+            let gaps = GAP * (widths.len() as u16).saturating_sub(1);
+            let natural = widths.iter().sum::<u16>() + gaps;
+            let last = widths.last().copied().unwrap_or(0);
+            if natural <= width {
+                return narrower.table(style, None);
+            }
+            if natural - last + last.min(WRAPPED) <= width {
+                return narrower.table(style, Some(width));
+            }
+            if let Some(spare) = spare {
+                narrower.drop_columns(|heading, _| heading == *spare);
+            }
+        }
+        self.blocks(style, width)
+    }
+
+    /// Drops those of which the heading and the number say so.
+    fn drop_columns(&mut self, unwanted: impl Fn(&str, usize) -> bool) {
+        for column in (0..self.headings.len()).rev() {
+            if unwanted(self.headings[column], column) {
+                self.headings.remove(column);
+                for row in &mut self.rows {
+                    row.remove(column);
+                }
+            }
+        }
+    }
+
+    fn widths(&self) -> Vec<u16> {
+        let mut table = Table::new();
+        table.set_header(&self.headings);
+        for row in &self.rows {
+            table.add_row(row.iter().map(|cell| &cell.text));
+        }
+        table.column_max_content_widths()
+    }
+
+    fn table(&self, style: Style, width: Option<u16>) -> String {
+        let mut table = bare(style, width);
+        table.set_header(self.headings.iter().map(|heading| heading.to_uppercase()));
+        for row in &self.rows {
+            table.add_row(
+                row.iter().map(|cell| styled(if cell.text.is_empty() { "-" } else { &cell.text }, cell.tone)),
+            );
+        }
+        finished(table)
+    }
+
+    fn blocks(&self, style: Style, width: u16) -> String {
+        let blocks = self.rows.iter().map(|row| {
+            let pairs = self.headings.iter().zip(row).filter(|(_, cell)| !cell.text.is_empty());
+            pairs_of(pairs.map(|(heading, cell)| (*heading, cell)), Style { width: Some(width), ..style })
+        });
+        blocks.collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// Names on the left, what they are on the right.
+pub fn pairs_of<'a>(pairs: impl Iterator<Item = (&'a str, &'a Cell)>, style: Style) -> String {
+    let mut table = bare(style, style.width);
+    for (name, cell) in pairs {
+        table.add_row([TableCell::new(name), styled(&cell.text, cell.tone)]);
+    }
+    finished(table)
+}
+
+fn bare(style: Style, width: Option<u16>) -> Table {
+    let mut table = Table::new();
+    table.load_preset(NOTHING);
+    match width {
+        Some(width) => table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width + GAP),
+        None => table.set_content_arrangement(ContentArrangement::Disabled),
+    };
+    if style.color {
+        table.enforce_styling()
+    } else {
+        table.force_no_tty()
+    };
+    table
+}
+
+fn styled(text: &str, tone: Tone) -> TableCell {
+    let cell = TableCell::new(text);
+    match tone {
+        Tone::Plain => cell,
+        Tone::Good => cell.fg(Color::Green),
+        Tone::Wait => cell.fg(Color::Yellow),
+        Tone::Bad => cell.fg(Color::Red),
+    }
+}
+
+fn finished(mut table: Table) -> String {
+    let last = table.column_count().saturating_sub(1);
+    for (index, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, GAP));
+        if index != last {
+            column.set_constraint(ColumnConstraint::ContentWidth);
+        }
+    }
+    let mut text = table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n");
+    text.push('\n');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PIPE: Style = Style { width: None, color: false };
+
+    fn grid() -> Grid {
+        let mut grid = Grid::new(&["host", "state", "nothing", "note"]);
+        grid.row(["host2".into(), Cell::new("established", Tone::Good), "".into(), "".into()]);
+        let note = "the name does not resolve, which is tried again all the time";
+        grid.row(["a-longer-name.example".into(), "retrying".into(), "".into(), note.into()]);
+        grid
+    }
+
+    #[test]
+    fn a_pipe_gets_one_line_for_each_row() {
+        assert_eq!(
+            grid().render(PIPE),
+            "HOST                   STATE        NOTE\n\
+             host2                  established  -\n\
+             a-longer-name.example  retrying     the name does not resolve, which is tried again all the time\n"
+        );
+    }
+
+    #[test]
+    fn a_terminal_gets_the_last_column_wrapped() {
+        assert_eq!(
+            grid().render(Style { width: Some(80), color: false }),
+            "HOST                   STATE        NOTE\n\
+             host2                  established  -\n\
+             a-longer-name.example  retrying     the name does not resolve, which is tried\n\
+             \x20                                   again all the time\n"
+        );
+    }
+
+    #[test]
+    fn a_narrow_terminal_gets_blocks() {
+        assert_eq!(
+            grid().render(Style { width: Some(40), color: false }),
+            "host   host2\n\
+             state  established\n\
+             \n\
+             host   a-longer-name.example\n\
+             state  retrying\n\
+             note   the name does not resolve, which\n\
+             \x20      is tried again all the time\n"
+        );
+    }
+
+    #[test]
+    fn columns_that_can_be_spared_go_first() {
+        let mut grid = Grid::new(&["name", "endpoint", "sent"]).spare(&["endpoint"]);
+        grid.row(["host2", "192.0.2.12:6784", "4 KiB"].map(Cell::from));
+        let style = Style { width: Some(24), color: false };
+        assert_eq!(grid.clone().render(style), "NAME   SENT\nhost2  4 KiB\n");
+        assert!(grid.render(Style { width: Some(40), ..style }).contains("192.0.2.12:6784"));
+    }
+
+    #[test]
+    fn colours_come_only_when_wanted_and_never_from_content() {
+        let colored = grid().render(Style { width: None, color: true });
+        assert!(colored.contains("\u{1b}[38;5;10m"), "{colored:?}");
+        let mut hostile = Grid::new(&["name"]);
+        hostile.row([Cell::from("a\u{1b}[2Jb\nc")]);
+        assert_eq!(hostile.render(PIPE), "NAME\na?[2Jb?c\n");
+    }
+
+    #[test]
+    fn nothing_is_said_to_be_nothing() {
+        assert_eq!(Grid::new(&["name"]).render(PIPE), "(none)\n");
+    }
+}

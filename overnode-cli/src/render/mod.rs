@@ -1,0 +1,94 @@
+//! What people read.
+
+mod grid;
+mod sections;
+mod units;
+
+use overnode_daemon::api::{ExternalPeerStatus, Status};
+use serde_json::Value;
+
+pub use grid::Style;
+
+/// A part of what `status` shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Section {
+    /// `--targets`
+    Targets,
+    /// `--peers`
+    Peers,
+    /// `--connections`
+    Connections,
+    /// `--endpoints`
+    Endpoints,
+    /// `--ipam`
+    Ipam,
+    /// `--counters`
+    Counters,
+}
+
+impl Section {
+    /// In the order in which they are shown.
+    const ALL: [Self; 6] =
+        [Self::Targets, Self::Peers, Self::Connections, Self::Endpoints, Self::Ipam, Self::Counters];
+
+    /// The fields of the JSON document that belong to it.
+    pub const fn fields(self) -> &'static [&'static str] {
+        match self {
+            Self::Targets => &["targets"],
+            Self::Peers => &["peers", "external_peers"],
+            Self::Connections => &["connections"],
+            Self::Endpoints => &["endpoints"],
+            Self::Ipam => &["ipam"],
+            Self::Counters => &["counters"],
+        }
+    }
+
+    const fn title(self) -> &'static str {
+        match self {
+            Self::Targets => "Targets",
+            Self::Peers => "Peers",
+            Self::Connections => "Connections",
+            Self::Endpoints => "Endpoints",
+            Self::Ipam => "Addresses",
+            Self::Counters => "Packets",
+        }
+    }
+}
+
+/// The sections named; the node and all sections when none is.
+pub fn status(status: &Status, named: &[Section], style: Style) -> String {
+    if let [section] = named {
+        return body(status, *section, true, style);
+    }
+    let mut text = if named.is_empty() { sections::node(&status.node, style) } else { String::new() };
+    for section in Section::ALL {
+        if named.is_empty() || named.contains(&section) {
+            let gap = if text.is_empty() { "" } else { "\n" };
+            let body = body(status, section, !named.is_empty(), style);
+            text = format!("{text}{gap}{}\n{body}", section.title());
+        }
+    }
+    text
+}
+
+/// WireGuard peers that are no nodes.
+pub fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
+    sections::external_peers(peers, style)
+}
+
+/// For programs, and still readable.
+pub fn json(document: &Value) -> String {
+    format!("{document:#}\n")
+}
+
+/// `detailed` when somebody asked for just this: what grows faster than the cluster is shown only then.
+fn body(status: &Status, section: Section, detailed: bool, style: Style) -> String {
+    match section {
+        Section::Targets => sections::targets(&status.targets, style),
+        Section::Peers => sections::peers(status, detailed, style),
+        Section::Connections => sections::connections(&status.connections, style),
+        Section::Endpoints => sections::endpoints(&status.endpoints, style),
+        Section::Ipam => sections::ipam(&status.ipam, style),
+        Section::Counters => sections::counters(&status.counters, style),
+    }
+}

@@ -1,0 +1,310 @@
+//! The sections of `status`.
+
+use std::time::SystemTime;
+
+use overnode_daemon::api::{
+    ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState, EndpointStatus,
+    ExternalPeerStatus, IpamStatus, LastError, NodeState, NodeStatus, Path, PeerStatus, SessionState, Status,
+    TargetState, TargetStatus,
+};
+use overnode_daemon::types::NodeId;
+
+use super::grid::{Cell, Grid, Style, Tone, maybe, pairs_of};
+use super::units::{bytes, duration, round_trip, since};
+
+/// This node.
+pub fn node(node: &NodeStatus, style: Style) -> String {
+    let state = match node.state {
+        NodeState::Starting => Cell::new("starting", Tone::Wait),
+        NodeState::Running => Cell::new("running", Tone::Good),
+        NodeState::Impaired => Cell::new("impaired", Tone::Bad),
+        NodeState::Leaving => Cell::new("leaving", Tone::Wait),
+    };
+    let mut pairs: Vec<(&str, Cell)> = vec![
+        ("node", named(node.id, &node.nickname).into()),
+        ("state", state),
+        ("version", format!("{}, up {}", node.version, duration(node.uptime_seconds)).into()),
+    ];
+    let (subnet, range) = (node.network.subnet, node.network.range);
+    pairs.extend(node.address.map(|address| ("address", Cell::from(address))));
+    pairs.push(("subnet", format!("{subnet}, of which {range} is given out").into()));
+    let underlay: Vec<String> =
+        node.interface.iter().cloned().chain(node.underlay.iter().map(ToString::to_string)).collect();
+    if !underlay.is_empty() {
+        pairs.push(("underlay", underlay.join(", ").into()));
+    }
+    pairs.extend(node.mtu.map(|mtu| ("mtu", Cell::from(mtu))));
+    pairs.extend(node.attachment.as_ref().map(|how| ("programs", Cell::from(how))));
+    if node.discovery == Some(false) {
+        pairs.push(("discovery", "off".into()));
+    }
+    pairs.push(("public key", node.public_key.into()));
+    pairs.extend(node.problems.iter().map(|problem| ("problem", Cell::new(problem, Tone::Bad))));
+    pairs_of(pairs.iter().map(|(name, cell)| (*name, cell)), style)
+}
+
+/// `--targets`
+pub fn targets(targets: &[TargetStatus], style: Style) -> String {
+    let mut grid = Grid::new(&["host", "state", "node", "note"]);
+    for target in targets {
+        let state = match target.state {
+            TargetState::Connecting => Cell::new("connecting", Tone::Wait),
+            TargetState::Established => Cell::new("established", Tone::Good),
+            TargetState::Retrying => Cell::new("retrying", Tone::Wait),
+            TargetState::Failed => Cell::new("failed", Tone::Bad),
+            TargetState::Myself => Cell::new("this node", Tone::Good),
+        };
+        let note = match target.state {
+            // What went wrong before is of no interest any more.
+            TargetState::Established | TargetState::Myself => String::new(),
+            TargetState::Connecting | TargetState::Retrying | TargetState::Failed => {
+                trouble(target.last_error.as_ref(), target.next_try_in_seconds)
+            }
+        };
+        grid.row([Cell::from(&target.host), state, maybe(target.peer), note.into()]);
+    }
+    grid.render(style)
+}
+
+/// `--peers`; with everybody's connections when `detailed`.
+pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
+    let mut grid = Grid::new(&[
+        "node", "address", "state", "since", "session", "endpoint", "mtu", "received", "sent", "note",
+    ])
+    .spare(&["endpoint", "since", "address", "mtu"]);
+    for peer in &status.peers {
+        let [session, endpoint, mtu, received, sent, note] = data(peer.data.as_ref());
+        let state = reachability(peer);
+        let since = maybe(peer.since_seconds.map(duration));
+        let name = named(peer.id, &peer.nickname);
+        grid.row([
+            name.into(),
+            maybe(peer.address),
+            state,
+            since,
+            session,
+            endpoint,
+            mtu,
+            received,
+            sent,
+            note,
+        ]);
+    }
+    let mut text = grid.render(style);
+    if detailed && status.peers.iter().any(|peer| !peer.links.is_empty()) {
+        text = format!("{text}\nConnections between nodes\n{}", links(&status.peers, style));
+    }
+    if !status.external_peers.is_empty() {
+        text = format!("{text}\nWireGuard peers\n{}", external_peers(&status.external_peers, style));
+    }
+    text
+}
+
+/// `--connections`
+pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
+    let mut grid = Grid::new(&["", "remote", "state", "node", "rtt", "since", "encryption", "note"])
+        .spare(&["encryption", "since", "rtt"]);
+    for connection in connections {
+        let note = match connection.state {
+            ConnectionState::Established => String::new(),
+            ConnectionState::Connecting
+            | ConnectionState::Pending
+            | ConnectionState::Retrying
+            | ConnectionState::Failed => {
+                trouble(connection.last_error.as_ref(), connection.next_try_in_seconds)
+            }
+        };
+        grid.row([
+            arrow(connection.direction).into(),
+            Cell::from(&connection.remote),
+            connection_state(connection.state),
+            maybe(connection.peer.map(|id| named(id, connection.nickname.as_deref().unwrap_or_default()))),
+            maybe(connection.rtt_microseconds.map(round_trip)),
+            maybe(connection.since_seconds.map(duration)),
+            maybe(connection.encryption.as_ref()),
+            note.into(),
+        ]);
+    }
+    grid.render(style)
+}
+
+/// `--endpoints`
+pub fn endpoints(endpoints: &[EndpointStatus], style: Style) -> String {
+    let now = SystemTime::now();
+    let mut grid = Grid::new(&["address", "name", "interface", "state", "since", "target"]);
+    for endpoint in endpoints {
+        let state = match endpoint.state {
+            EndpointState::Attached => Cell::new("attached", Tone::Good),
+            EndpointState::Gone => Cell::new("gone", Tone::Bad),
+        };
+        grid.row([
+            endpoint.address.into(),
+            maybe(endpoint.name.as_ref()),
+            Cell::from(&endpoint.interface),
+            state,
+            maybe(endpoint.attached_unix_seconds.map(|then| since(then, now))),
+            Cell::from(&endpoint.target),
+        ]);
+    }
+    grid.render(style)
+}
+
+/// `--ipam`
+pub fn ipam(ipam: &IpamStatus, style: Style) -> String {
+    let mut grid = Grid::new(&["node", "addresses", "share", "active", "state"]);
+    for owner in &ipam.owners {
+        grid.row([
+            named(owner.id, &owner.nickname).into(),
+            owner.addresses.into(),
+            format!("{:.1}%", owner.percent).into(),
+            maybe(owner.active),
+            reachable(owner.reachable),
+        ]);
+    }
+    let waiting = ipam.waiting_for.as_deref().unwrap_or("no address space yet");
+    let lead = match ipam.ready {
+        true => "this node can give out addresses".to_owned(),
+        false => format!("this node cannot give out addresses: {waiting}"),
+    };
+    format!("{}{}", pairs_of([("ready", &Cell::from(lead))].into_iter(), style), grid.render(style))
+}
+
+/// `--counters`
+pub fn counters(counters: &[CounterStatus], style: Style) -> String {
+    let mut grid = Grid::new(&["reason", "packets", "fate", "meaning"]);
+    for counter in counters.iter().filter(|counter| counter.count > 0) {
+        let fate = if counter.dropped { Cell::new("dropped", Tone::Wait) } else { "passed".into() };
+        grid.row([
+            Cell::from(&counter.reason),
+            counter.count.into(),
+            fate,
+            Cell::from(counter.description.trim()),
+        ]);
+    }
+    grid.render(style)
+}
+
+/// WireGuard peers that are no nodes.
+pub fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
+    let mut grid = Grid::new(&[
+        "allowed",
+        "name",
+        "session",
+        "endpoint",
+        "mtu",
+        "received",
+        "sent",
+        "public key",
+        "note",
+    ])
+    .spare(&["endpoint", "mtu"]);
+    for peer in peers {
+        let allowed = peer.allowed_ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let [session, endpoint, mtu, received, sent, note] = data(peer.data.as_ref());
+        let name = maybe(peer.name.as_ref());
+        grid.row([
+            allowed.into(),
+            name,
+            session,
+            endpoint,
+            mtu,
+            received,
+            sent,
+            peer.public_key.into(),
+            note,
+        ]);
+    }
+    grid.render(style)
+}
+
+/// Who is connected to whom, as each of them tells.
+fn links(peers: &[PeerStatus], style: Style) -> String {
+    let mut grid = Grid::new(&["node", "", "remote", "to", "state"]);
+    for peer in peers {
+        for link in &peer.links {
+            grid.row([
+                named(peer.id, &peer.nickname).into(),
+                maybe(link.direction.map(arrow)),
+                maybe(link.remote),
+                named(link.peer, link.nickname.as_deref().unwrap_or_default()).into(),
+                connection_state(link.state),
+            ]);
+        }
+    }
+    grid.render(style)
+}
+
+/// Session, endpoint, MTU, received, sent, note.
+fn data(data: Option<&DataStatus>) -> [Cell; 6] {
+    let Some(data) = data else { return [(); 6].map(|()| "".into()) };
+    let age = data.session_age_seconds.map(|age| format!(" {}", duration(age))).unwrap_or_default();
+    let session = match data.session {
+        SessionState::None => Cell::new("none", Tone::Bad),
+        SessionState::Handshake => Cell::new("handshake", Tone::Wait),
+        SessionState::Established => Cell::new(format!("established{age}"), Tone::Good),
+        SessionState::Expired => Cell::new(format!("expired{age}"), Tone::Bad),
+    };
+    let note = match data.session {
+        SessionState::Established => String::new(),
+        SessionState::None | SessionState::Handshake | SessionState::Expired => {
+            trouble(data.last_error.as_ref(), None)
+        }
+    };
+    [
+        session,
+        maybe(data.endpoint),
+        maybe(data.mtu),
+        bytes(data.rx_bytes).into(),
+        bytes(data.tx_bytes).into(),
+        note.into(),
+    ]
+}
+
+fn reachability(peer: &PeerStatus) -> Cell {
+    if peer.myself {
+        return Cell::new("this node", Tone::Good);
+    }
+    match (peer.reachable, peer.path) {
+        (Some(true), Some(Path::Direct)) => Cell::new("direct", Tone::Good),
+        (Some(true), Some(Path::Via(node))) => Cell::new(format!("through {node}"), Tone::Wait),
+        (state, _) => reachable(state),
+    }
+}
+
+fn reachable(state: Option<bool>) -> Cell {
+    match state {
+        Some(true) => Cell::new("reachable", Tone::Good),
+        Some(false) => Cell::new("unreachable", Tone::Bad),
+        None => "".into(),
+    }
+}
+
+fn connection_state(state: ConnectionState) -> Cell {
+    match state {
+        ConnectionState::Connecting => Cell::new("connecting", Tone::Wait),
+        ConnectionState::Pending => Cell::new("pending", Tone::Wait),
+        ConnectionState::Established => Cell::new("established", Tone::Good),
+        ConnectionState::Retrying => Cell::new("retrying", Tone::Wait),
+        ConnectionState::Failed => Cell::new("failed", Tone::Bad),
+    }
+}
+
+const fn arrow(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Outbound => "->",
+        Direction::Inbound => "<-",
+    }
+}
+
+fn named(id: NodeId, nickname: &str) -> String {
+    if nickname.is_empty() { id.to_string() } else { format!("{id}({nickname})") }
+}
+
+fn trouble(error: Option<&LastError>, next_try_in_seconds: Option<u64>) -> String {
+    let what = error.map(|error| match error.seconds_ago {
+        Some(age) => format!("{} ({} ago)", error.message, duration(age)),
+        None => error.message.clone(),
+    });
+    let next = next_try_in_seconds.map(|seconds| format!("next try in {}", duration(seconds)));
+    what.into_iter().chain(next).collect::<Vec<_>>().join("; ")
+}

@@ -1,0 +1,415 @@
+//! Starts the daemon, waits for it, and stops it again.
+
+use std::env;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use overnode_daemon::api::Version;
+use overnode_daemon::node;
+
+use crate::client::{Client, Unanswered};
+use crate::failure::Failure;
+use crate::options::Context;
+use crate::presence::{self, Presence};
+use crate::systemd;
+
+/// The daemon's executable.
+const DAEMON: &str = "overnoded";
+
+/// Where packages put daemons, when it is neither beside this command nor in PATH.
+const DAEMON_DIRS: [&str; 6] = [
+    "/usr/local/sbin",
+    "/usr/sbin",
+    "/usr/local/libexec",
+    "/usr/libexec",
+    "/usr/lib/overnode",
+    "/usr/local/bin",
+];
+
+/// The log of a daemon that systemd did not start, inside the run directory.
+pub const LOG: &str = "overnoded.log";
+
+/// How long a daemon may take until it answers. Its programs are verified by the kernel meanwhile.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a daemon may take to end.
+const LAST_WORDS: Duration = Duration::from_secs(20);
+
+const POLL: Duration = Duration::from_millis(25);
+
+/// A daemon that this command started.
+#[derive(Debug)]
+pub struct Started {
+    how: How,
+    context: Context,
+    before: Before,
+}
+
+/// What there was before the daemon was started.
+#[derive(Clone, Copy, Debug)]
+struct Before {
+    presence: Presence,
+    state_dir: bool,
+    run_dir: bool,
+}
+
+#[derive(Debug)]
+enum How {
+    Unit {
+        was_enabled: bool,
+    },
+    Detached {
+        child: Child,
+        /// Where its part of the log begins.
+        log_from: usize,
+    },
+}
+
+/// Starts the daemon unless one answers already.
+///
+/// # Errors
+/// When it does not come up; nothing is left running then.
+pub async fn ensure_running(
+    context: &Context,
+    client: &Client,
+) -> Result<(Option<Started>, Version), Failure> {
+    if let Some(version) = client.running().await? {
+        return Ok((None, version));
+    }
+    let mut started =
+        if systemd::is_in_charge(context) { start_unit(context)? } else { start_detached(context).await? };
+    match started.answer(client).await {
+        Ok(version) if started.is(&version) => Ok((Some(started), version)),
+        // Somebody else's was quicker, and all that is there now belongs to it.
+        Ok(version) => {
+            started.end().await?;
+            Ok((None, version))
+        }
+        Err(why) => match started.stop().await {
+            Ok(()) => Err(why),
+            Err(also) => Err(why.and(also)),
+        },
+    }
+}
+
+impl Before {
+    fn of(context: &Context) -> Self {
+        Self {
+            presence: Presence::of(&context.state_dir),
+            state_dir: context.state_dir.exists(),
+            run_dir: context.run_dir.exists(),
+        }
+    }
+
+    async fn restore(self, context: &Context) -> Result<(), Failure> {
+        let Context { state_dir, run_dir, .. } = context;
+        let presence = Presence::of(state_dir);
+        if matches!(presence, Presence::Deaf(_)) {
+            // Another daemon had the state already, and this one ended because of it.
+            return Ok(());
+        }
+        // A daemon that got as far as having a state may have made more than files.
+        if self.presence == Presence::Never && presence == Presence::Stopped {
+            node::reset_offline(state_dir, run_dir, true)
+                .await
+                .map_err(|error| Failure::failed(format_args!("{error:#}; `overnode reset` tries again")))?;
+        }
+        if !self.state_dir {
+            let _ = fs::remove_file(state_dir.join(presence::LOCK));
+            let _ = fs::remove_dir(state_dir);
+        }
+        let _ = fs::remove_file(run_dir.join(LOG));
+        if !self.run_dir {
+            let _ = fs::remove_dir(run_dir);
+        }
+        Ok(())
+    }
+}
+
+/// Waits until a daemon that said that it ends has ended, and removes what was made to start it.
+///
+/// # Errors
+/// When it does not end.
+pub async fn ended(context: &Context, client: &Client, pid: u32) -> Result<(), Failure> {
+    let deadline = Instant::now() + LAST_WORDS;
+    while runs(pid)
+        || matches!(client.try_get::<Version>("/v1/version").await, Ok(version) if version.pid == pid)
+    {
+        if Instant::now() > deadline {
+            return Err(Failure::failed(format_args!(
+                "the daemon (process {pid}) does not end: stop it with `kill {pid}`, then run `overnode reset` again"
+            )));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    forget_start(context)
+}
+
+/// Removes what was made to start a daemon: its log, its run directory, its place among what systemd starts.
+///
+/// # Errors
+/// When systemd refuses.
+pub fn forget_start(context: &Context) -> Result<(), Failure> {
+    let _ = fs::remove_file(context.run_dir.join(LOG));
+    // Only when it is empty: it may not be ours alone.
+    let _ = fs::remove_dir(&context.run_dir);
+    if systemd::is_in_charge(context) && systemd::is_enabled() {
+        systemd::stop_and_disable()?;
+    }
+    Ok(())
+}
+
+impl Started {
+    /// Stops it, and removes what was made by starting it. A node that had been launched before stays launched.
+    ///
+    /// # Errors
+    /// When it does not stop, or something cannot be removed.
+    pub async fn stop(mut self) -> Result<(), Failure> {
+        self.end().await?;
+        self.before.restore(&self.context).await
+    }
+
+    async fn end(&mut self) -> Result<(), Failure> {
+        match &mut self.how {
+            How::Unit { was_enabled: true } => systemd::stop(),
+            How::Unit { was_enabled: false } => systemd::stop_and_disable(),
+            How::Detached { child, .. } => end(child).await,
+        }
+    }
+
+    fn is(&self, version: &Version) -> bool {
+        match &self.how {
+            How::Unit { .. } => true,
+            How::Detached { child, .. } => child.id() == version.pid,
+        }
+    }
+
+    async fn answer(&mut self, client: &Client) -> Result<Version, Failure> {
+        let begun = Instant::now();
+        let mut progress = Progress::default();
+        loop {
+            // One that ends while it starts may have taken the question, so only its own words count as a reason.
+            match client.try_get::<Version>("/v1/version").await {
+                Ok(version) => return Ok(version),
+                Err(why @ Unanswered::Denied) => return Err(client.explain(why)),
+                Err(Unanswered::NotRunning | Unanswered::Refused(_) | Unanswered::Broken(_)) => {}
+            }
+            if let How::Detached { child, .. } = &mut self.how {
+                match child.try_wait() {
+                    Ok(None) => {}
+                    Ok(Some(status)) => return self.ended_early(client, &status.to_string()).await,
+                    Err(error) => {
+                        return Err(Failure::failed(format_args!(
+                            "the daemon cannot be waited for: {error}"
+                        )));
+                    }
+                }
+            }
+            if begun.elapsed() > PATIENCE {
+                return Err(Failure::failed(format_args!(
+                    "the daemon did not answer on {} within {} s: {}",
+                    client.socket().display(),
+                    PATIENCE.as_secs(),
+                    self.last_words()
+                )));
+            }
+            progress.show(begun);
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    async fn ended_early(&self, client: &Client, status: &str) -> Result<Version, Failure> {
+        match client.try_get::<Version>("/v1/version").await {
+            Ok(version) => Ok(version),
+            Err(_) => Err(Failure::failed(format_args!(
+                "the daemon did not start: {} ({status})",
+                self.last_words()
+            ))),
+        }
+    }
+
+    fn last_words(&self) -> String {
+        let log = self.context.run_dir.join(LOG);
+        let text = fs::read(&log).unwrap_or_default();
+        let from = match self.how {
+            How::Detached { log_from, .. } => log_from.min(text.len()),
+            How::Unit { .. } => 0,
+        };
+        reason_in(&String::from_utf8_lossy(&text[from..]))
+            .unwrap_or_else(|| format!("it said nothing in {}", log.display()))
+    }
+}
+
+/// Why a daemon ended, from its log: the last error, else the last line, without the time and the level.
+pub fn reason_in(log: &str) -> Option<String> {
+    let said = |line: &str| line.split_once(" ERROR ").map(|(_, message)| message.trim().to_owned());
+    log.lines()
+        .rev()
+        .find_map(said)
+        .or_else(|| log.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned))
+}
+
+fn start_unit(context: &Context) -> Result<Started, Failure> {
+    let before = Before::of(context);
+    let was_enabled = systemd::is_enabled();
+    let undo = |why: Failure| {
+        let undone = if was_enabled { systemd::stop() } else { systemd::stop_and_disable() };
+        match undone {
+            Ok(()) => why,
+            Err(also) => why.and(also),
+        }
+    };
+    systemd::set_debug(context.debug).and_then(|()| systemd::start()).map_err(undo)?;
+    Ok(Started { how: How::Unit { was_enabled }, context: context.clone(), before })
+}
+
+async fn start_detached(context: &Context) -> Result<Started, Failure> {
+    let daemon = find_daemon()?;
+    let before = Before::of(context);
+    let started = open_log(context).and_then(|log| {
+        let log_from = log.metadata()?.len() as usize;
+        Ok(How::Detached { child: spawn(&daemon, context, log)?, log_from })
+    });
+    match started {
+        Ok(how) => Ok(Started { how, context: context.clone(), before }),
+        Err(error) => {
+            let why = Failure::failed(format_args!(
+                "{} could not be started with its log in {}: {error}; --run-dir names another directory",
+                daemon.display(),
+                context.run_dir.display()
+            ));
+            before.restore(context).await?;
+            Err(why)
+        }
+    }
+}
+
+fn open_log(context: &Context) -> io::Result<File> {
+    DirBuilder::new().recursive(true).mode(0o755).create(&context.run_dir)?;
+    OpenOptions::new().create(true).append(true).mode(0o600).open(context.run_dir.join(LOG))
+}
+
+fn spawn(daemon: &Path, context: &Context, log: File) -> io::Result<Child> {
+    let mut command = Command::new(daemon);
+    command
+        .arg("--state-dir")
+        .arg(&context.state_dir)
+        .arg("--run-dir")
+        .arg(&context.run_dir)
+        .arg("--no-color")
+        .current_dir("/")
+        // Whoever may read the daemon's environment need not learn it from there.
+        .env_remove("OVERNODE_TOKEN")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    if context.debug {
+        command.arg("--debug");
+    }
+    // SAFETY: between fork and exec only system calls are made; they take no pointers.
+    unsafe {
+        command.pre_exec(|| {
+            // Out of the terminal's reach, and without holding open what the caller waits for the end of.
+            if libc::setsid() < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int);
+            Ok(())
+        });
+    }
+    command.spawn()
+}
+
+fn find_daemon() -> Result<PathBuf, Failure> {
+    let beside = env::current_exe().ok().and_then(|own| own.parent().map(|dir| dir.join(DAEMON)));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let in_path = env::split_paths(&path).filter(|dir| dir.is_absolute()).map(|dir| dir.join(DAEMON));
+    let elsewhere = DAEMON_DIRS.iter().map(|dir| Path::new(dir).join(DAEMON));
+    beside.into_iter().chain(in_path).chain(elsewhere).find(|file| file.is_file()).ok_or_else(|| {
+        Failure::failed(format_args!(
+            "{DAEMON} was not found, neither beside this command nor in PATH nor in {}: install it there",
+            DAEMON_DIRS.join(", ")
+        ))
+    })
+}
+
+async fn end(child: &mut Child) -> Result<(), Failure> {
+    let pid = child.id();
+    let cannot =
+        |error: io::Error| Failure::failed(format_args!("the daemon (process {pid}) does not end: {error}"));
+    let asked = Instant::now();
+    if child.try_wait().map_err(cannot)?.is_none() {
+        // SAFETY: kill takes no pointers; the child was not waited for, so the number is still its own.
+        unsafe { libc::kill(pid as libc::pid_t, libc::SIGTERM) };
+    }
+    while child.try_wait().map_err(cannot)?.is_none() {
+        if asked.elapsed() > LAST_WORDS {
+            child.kill().map_err(cannot)?;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+/// Whether the process runs. One that has ended and that nobody waited for does not.
+fn runs(pid: u32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // The name, in brackets, may itself contain brackets and spaces (proc(5)).
+    let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+    !matches!(state, None | Some('Z' | 'X'))
+}
+
+/// A line for whoever watches a terminal, once waiting has become noticeable.
+#[derive(Default)]
+struct Progress {
+    shown: bool,
+}
+
+impl Progress {
+    fn show(&mut self, begun: Instant) {
+        if !self.shown && begun.elapsed() > Duration::from_millis(500) && io::stderr().is_terminal() {
+            let _ = write!(io::stderr(), "waiting for the daemon …");
+            self.shown = true;
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if self.shown {
+            let _ = write!(io::stderr(), "\r\u{1b}[K");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_error_in_a_log_is_the_reason() {
+        let log = "2026-01-01T00:00:00.000000Z ERROR old\n2026-01-01T00:00:01.000000Z ERROR no room: make some\n\
+                   2026-01-01T00:00:02.000000Z  INFO bye\n\n";
+        assert_eq!(reason_in(log).as_deref(), Some("no room: make some"));
+        assert_eq!(reason_in("Segmentation fault \n\n").as_deref(), Some("Segmentation fault"));
+        assert_eq!(reason_in("\n"), None);
+    }
+
+    #[test]
+    fn running_processes_are_told_from_ended_ones() {
+        assert!(runs(std::process::id()));
+        let mut child = Command::new("true").spawn().unwrap();
+        let begun = Instant::now();
+        while runs(child.id()) {
+            assert!(begun.elapsed() < Duration::from_secs(10), "a zombie counts as running");
+            std::thread::sleep(POLL);
+        }
+        child.wait().unwrap();
+        assert!(!runs(u32::MAX));
+    }
+}

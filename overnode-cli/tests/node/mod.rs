@@ -1,0 +1,246 @@
+//! A node whose answers are known, behind the real server.
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use std::fs;
+use std::thread;
+
+use overnode_daemon::api::*;
+use overnode_daemon::types::{Network, PublicKey};
+use tokio::sync::mpsc;
+
+use crate::common::Host;
+
+/// A node whose answers are known. The socket is there when it has been made; everything ends with the process.
+pub struct Canned {
+    pub host: Host,
+}
+
+impl Canned {
+    /// Answers each request by this function.
+    pub fn start(mut answer: impl FnMut(Request) -> Result<Reply, ApiError> + Send + 'static) -> Self {
+        Self::start_with(move |mut calls| {
+            while let Some((request, reply)) = calls.blocking_recv() {
+                let _ = reply.send(answer(request));
+            }
+        })
+    }
+
+    /// Hands all requests to this function.
+    pub fn start_with(node: impl FnOnce(mpsc::Receiver<Call>) + Send + 'static) -> Self {
+        Self::at(Host::new(), node)
+    }
+
+    /// The same, at a host that exists already.
+    pub fn at(host: Host, node: impl FnOnce(mpsc::Receiver<Call>) + Send + 'static) -> Self {
+        fs::create_dir_all(host.run_dir()).unwrap();
+        let (calls, requests) = mpsc::channel(16);
+        let socket = host.socket();
+        let (bound, ready) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let listener = server::bind(&socket).unwrap();
+                bound.send(()).unwrap();
+                serve(listener, calls).await.unwrap();
+            });
+        });
+        ready.recv().unwrap();
+        thread::spawn(move || node(requests));
+        Self { host }
+    }
+}
+
+/// As a daemon of node 1 would tell.
+pub fn version(pid: u32) -> Version {
+    let id = Some(1.try_into().unwrap());
+    Version { version: "9.9.9".into(), protocols: None, kernel: None, pid, id, state_dir: None }
+}
+
+/// Something of everything.
+pub fn sample() -> Status {
+    let error =
+        |message: &str, seconds_ago| LastError { message: message.into(), seconds_ago: Some(seconds_ago) };
+    let data = DataStatus {
+        session: SessionState::Established,
+        session_age_seconds: Some(90),
+        endpoint: Some("192.0.2.12:6784".parse().unwrap()),
+        mtu: Some(1420),
+        rx_bytes: 123_456_789,
+        tx_bytes: 4096,
+        rx_packets: Some(100_000),
+        tx_packets: Some(7),
+        received_seconds_ago: Some(1),
+        last_error: None,
+    };
+    let peer = PeerStatus {
+        id: 1.try_into().unwrap(),
+        nickname: "host1".into(),
+        myself: true,
+        reachable: Some(true),
+        since_seconds: Some(12_345),
+        path: None,
+        address: Some("10.39.240.1".parse().unwrap()),
+        underlay: vec!["192.0.2.11:6783".parse().unwrap()],
+        public_key: Some(PublicKey([1; 32])),
+        version: Some("0.1.0".into()),
+        links: vec![LinkStatus {
+            direction: Some(Direction::Outbound),
+            remote: Some("192.0.2.12:6783".parse().unwrap()),
+            peer: 2.try_into().unwrap(),
+            nickname: Some("host2".into()),
+            state: ConnectionState::Established,
+        }],
+        data: None,
+    };
+    let connection = ConnectionStatus {
+        direction: Direction::Outbound,
+        remote: "192.0.2.12:6783".into(),
+        state: ConnectionState::Established,
+        since_seconds: Some(12_300),
+        encryption: Some("Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s".into()),
+        peer: Some(2.try_into().unwrap()),
+        nickname: Some("host2".into()),
+        rtt_microseconds: Some(340),
+        next_try_in_seconds: None,
+        last_error: None,
+    };
+    let target = TargetStatus {
+        host: "host1".parse().unwrap(),
+        state: TargetState::Myself,
+        peer: Some(1.try_into().unwrap()),
+        next_try_in_seconds: None,
+        last_error: None,
+    };
+    let owner = RangeOwner {
+        id: 1.try_into().unwrap(),
+        nickname: "host1".into(),
+        addresses: 131_072,
+        percent: 25.0,
+        active: Some(2),
+        reachable: Some(true),
+        ranges: vec!["10.40.0.0/15".parse().unwrap()],
+    };
+    Status {
+        node: NodeStatus {
+            id: 1.try_into().unwrap(),
+            nickname: "host1".into(),
+            state: NodeState::Impaired,
+            problems: vec!["UDP port 6783 is in use: stop whatever uses it (`ss -lnup` shows it)".into()],
+            version: "0.1.0".into(),
+            uptime_seconds: 12_345,
+            address: Some("10.39.240.1".parse().unwrap()),
+            underlay: vec!["192.0.2.11".parse().unwrap()],
+            interface: Some("eth0".into()),
+            mtu: Some(1420),
+            network: Network::default(),
+            public_key: PublicKey([1; 32]),
+            discovery: Some(true),
+            attachment: Some("tcx".into()),
+        },
+        targets: vec![
+            target.clone(),
+            TargetStatus {
+                host: "host2".parse().unwrap(),
+                state: TargetState::Established,
+                peer: Some(2.try_into().unwrap()),
+                ..target.clone()
+            },
+            TargetStatus {
+                host: "host9".parse().unwrap(),
+                state: TargetState::Retrying,
+                peer: None,
+                next_try_in_seconds: Some(12),
+                last_error: Some(error("the name does not resolve", 3)),
+            },
+        ],
+        peers: vec![
+            peer.clone(),
+            PeerStatus {
+                id: 2.try_into().unwrap(),
+                nickname: "host2".into(),
+                myself: false,
+                path: Some(Path::Direct),
+                address: Some("10.39.240.2".parse().unwrap()),
+                data: Some(data.clone()),
+                ..peer.clone()
+            },
+            PeerStatus {
+                id: 3.try_into().unwrap(),
+                nickname: String::new(),
+                myself: false,
+                reachable: Some(false),
+                since_seconds: None,
+                address: Some("10.39.240.3".parse().unwrap()),
+                links: Vec::new(),
+                data: Some(DataStatus {
+                    session: SessionState::None,
+                    session_age_seconds: None,
+                    endpoint: None,
+                    last_error: Some(error("no answer to the handshake", 5)),
+                    ..data.clone()
+                }),
+                ..peer
+            },
+        ],
+        connections: vec![
+            connection.clone(),
+            ConnectionStatus {
+                remote: "192.0.2.14:6783".into(),
+                state: ConnectionState::Failed,
+                since_seconds: None,
+                encryption: None,
+                peer: Some(4.try_into().unwrap()),
+                nickname: Some("host4".into()),
+                rtt_microseconds: None,
+                last_error: Some(error("the token differs", 60)),
+                ..connection
+            },
+        ],
+        endpoints: vec![EndpointStatus {
+            name: Some("web".into()),
+            target: "netns:blue".parse().unwrap(),
+            address: "10.40.0.1/12".parse().unwrap(),
+            fixed: false,
+            interface: "ov1a2b3c4d".into(),
+            attached_unix_seconds: Some(1_700_000_000),
+            state: EndpointState::Attached,
+        }],
+        ipam: IpamStatus {
+            ready: true,
+            waiting_for: None,
+            owners: vec![
+                owner.clone(),
+                RangeOwner {
+                    id: 2.try_into().unwrap(),
+                    nickname: "host2".into(),
+                    active: None,
+                    reachable: Some(false),
+                    ..owner
+                },
+            ],
+        },
+        external_peers: vec![ExternalPeerStatus {
+            public_key: "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=".parse().unwrap(),
+            name: Some("laptop".into()),
+            preshared_key: true,
+            allowed_ips: vec!["10.39.250.1/32".parse().unwrap()],
+            persistent_keepalive_seconds: Some(25),
+            data: Some(data),
+        }],
+        counters: vec![
+            CounterStatus {
+                reason: "sealed".into(),
+                description: "Sealed and sent to a peer.".into(),
+                dropped: false,
+                count: 4_294_967_296,
+            },
+            CounterStatus {
+                reason: "spoofed".into(),
+                description: "A container sent from an address, or a hardware address, that is not its own."
+                    .into(),
+                dropped: true,
+                count: 7,
+            },
+        ],
+    }
+}

@@ -1,0 +1,198 @@
+//! What the command says without a daemon: help, wrong usage, a daemon that does not run, a user who is not root.
+
+mod common;
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+
+use common::{Host, Outcome, install_overnode, overnode};
+
+const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+
+/// The commands that ask the daemon, each with arguments that are right.
+const ASKING: [&[&str]; 10] = [
+    &["connect", "host2"],
+    &["forget", "host2"],
+    &["attach", "netns:blue"],
+    &["detach", "netns:blue"],
+    &["status"],
+    &["inspect"],
+    &["prime"],
+    &["resume"],
+    &["peer", "add", KEY, "--allowed-ips", "10.39.250.1/32"],
+    &["peer", "list"],
+];
+
+fn run(arguments: &[&str]) -> Outcome {
+    Host::new().run(arguments)
+}
+
+#[test]
+fn wrong_usage_exits_with_two_and_one_line() {
+    let wrong: &[(&[&str], &str)] = &[
+        (&["launhc"], "'launch'"),
+        (&["launch", "--token", "t"], "--id <ID>"),
+        (&["launch", "--id", "0", "--token", "t"], "from 1 to 4095"),
+        (&["launch", "--id", "4096", "--token", "t"], "from 1 to 4095"),
+        (&["launch", "--id", "-1", "--token", "t"], "from 1 to 4095"),
+        (&["launch", "--id", "one", "--token", "t"], "from 1 to 4095"),
+        (&["launch", "--id", "1"], "--token-file"),
+        (&["launch", "--id", "1", "--token", ""], "empty"),
+        (&["launch", "--id", "1", "--token", " \t"], "empty"),
+        (&["launch", "--id", "1", "--token-file", "/nonexistent"], "/nonexistent"),
+        (&["launch", "--id", "1", "--token-file", "/dev/null"], "empty"),
+        (&["launch", "--id", "1", "--token", "t", "host:6783"], "without a port"),
+        (&["launch", "--id", "1", "--token", "t", "--subnet", "10.32.0.0"], "--subnet"),
+        (&["launch", "--id", "1", "--token", "t", "--nickname", "two words"], "letters"),
+        (&["connect"], "HOST"),
+        (&["connect", ""], "host name"),
+        (&["forget"], "HOST"),
+        (&["attach"], "TARGET"),
+        (&["attach", "pid:none"], "pid:NUMBER"),
+        (&["attach", "netns:a", "--ip", "10.32.0.7"], "10.32.0.7/12"),
+        (&["attach", "netns:a", "--ip", "300.0.0.1/12"], "10.32.0.7/12"),
+        (&["prime", "--timeout", "-5"], "-5"),
+        (&["status", "--everything"], "--everything"),
+        (&["expose"], "expose"),
+        (&["peer", "add", "short", "--allowed-ips", "10.0.0.1/32"], "44 characters"),
+        (&["peer", "add", KEY], "--allowed-ips"),
+        (
+            &["peer", "add", KEY, "--allowed-ips", "10.0.0.1/32", "--preshared-key-file", "/dev/null"],
+            "32 bytes",
+        ),
+        (&["peer", "add", KEY, "--allowed-ips", "10.0.0.1/32", "--endpoint", "1.2.3.4"], "HOST:PORT"),
+    ];
+    for (arguments, expected) in wrong {
+        let outcome = run(arguments);
+        assert_eq!(outcome.code, 2, "{arguments:?}: {outcome:?}");
+        assert!(outcome.error_line().contains(expected), "{arguments:?}: {outcome:?}");
+        assert_eq!(outcome.stdout, "", "{arguments:?}");
+    }
+}
+
+#[test]
+fn an_empty_token_from_the_environment_is_refused() {
+    let host = Host::new();
+    let outcome = Outcome::of(host.command(&["launch", "--id", "1"]).env("OVERNODE_TOKEN", ""));
+    assert_eq!(outcome.code, 2);
+    assert!(outcome.error_line().contains("empty"));
+    assert!(host.is_untouched());
+}
+
+#[test]
+fn every_command_explains_itself_with_an_example() {
+    let help = run(&["help"]);
+    assert_eq!(help.code, 0);
+    let commands = [
+        "launch",
+        "connect",
+        "forget",
+        "attach",
+        "detach",
+        "status",
+        "prime",
+        "reset",
+        "peer add",
+        "peer remove",
+    ];
+    for command in commands {
+        assert!(help.stdout.contains(command.split(' ').next().unwrap()), "{command}");
+        let words: Vec<&str> = command.split(' ').chain(["--help"]).collect();
+        let outcome = run(&words);
+        assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""), "{command}");
+        assert!(outcome.stdout.contains(&format!("overnode {command} ")), "{command}: {}", outcome.stdout);
+        assert!(outcome.stdout.contains("Example"), "{command}: {}", outcome.stdout);
+    }
+    for absent in ["expose", "hide", "reclaim"] {
+        assert!(!help.stdout.contains(absent), "{absent} comes later");
+    }
+}
+
+#[test]
+fn without_a_command_the_help_is_shown() {
+    let outcome = run(&[]);
+    assert_eq!(outcome.code, 2);
+    assert!(outcome.stderr.contains("Usage: overnode"));
+}
+
+#[test]
+fn tokens_are_strong_and_differ() {
+    let tokens: Vec<String> = (0..50).map(|_| run(&["token"]).stdout).collect();
+    for token in &tokens {
+        let text = token.strip_suffix('\n').unwrap();
+        assert_eq!(text.len(), 40, "240 bits");
+        assert!(text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_'));
+        assert!(!text.starts_with('-'));
+        assert_eq!(tokens.iter().filter(|other| *other == token).count(), 1);
+    }
+}
+
+#[test]
+fn version_works_without_a_daemon() {
+    let outcome = run(&["version"]);
+    assert_eq!(outcome.code, 0);
+    let own = env!("CARGO_PKG_VERSION");
+    assert_eq!(outcome.stdout, format!("overnode   {own}\novernoded  not running\n"));
+    assert_eq!(run(&["--version"]).stdout, format!("overnode {own}\n"));
+}
+
+#[test]
+fn a_node_that_was_never_launched_is_told_from_one_that_was_stopped() {
+    for arguments in ASKING {
+        let host = Host::new();
+        let outcome = host.run(arguments);
+        assert_eq!(outcome.code, 1, "{arguments:?}: {outcome:?}");
+        let line = outcome.error_line();
+        assert!(line.contains("overnode is not running on this host: no node was launched"), "{line}");
+        assert!(line.contains("`overnode launch"), "{line}");
+        assert!(host.is_untouched(), "{arguments:?}");
+
+        if arguments == ["resume"] {
+            continue;
+        }
+        host.pretend_launched();
+        let line = host.run(arguments).error_line();
+        assert!(line.contains("is stopped; start it with `overnode resume`"), "{line}");
+    }
+}
+
+#[test]
+fn a_socket_that_nobody_listens_on_is_no_daemon() {
+    let host = Host::new();
+    fs::create_dir_all(host.run_dir()).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(host.socket()).unwrap());
+    let outcome = host.run(&["status"]);
+    assert_eq!(outcome.code, 1);
+    assert!(outcome.error_line().contains("not running"));
+}
+
+#[test]
+fn changes_need_root_and_say_so() {
+    let changing: [&[&str]; 9] = [
+        &["launch", "--id", "1", "--token", "t"],
+        &["connect", "host2"],
+        &["forget", "host2"],
+        &["attach", "netns:blue"],
+        &["detach", "netns:blue"],
+        &["reset", "--force"],
+        &["resume"],
+        &["peer", "add", KEY, "--allowed-ips", "10.39.250.1/32"],
+        &["peer", "remove", KEY],
+    ];
+    // Another user cannot run what lies in a directory of root's.
+    let dir = tempfile::tempdir().unwrap();
+    let copy = install_overnode(dir.path());
+    for arguments in changing {
+        let host = Host::new();
+        let mut command = overnode(&copy, &host, arguments);
+        if nix::unistd::geteuid().is_root() {
+            command.uid(65534).gid(65534);
+        }
+        let outcome = Outcome::of(&mut command);
+        assert_eq!(outcome.code, 1, "{arguments:?}: {outcome:?}");
+        let line = outcome.error_line();
+        assert!(line.contains(&format!("`overnode {}", arguments[0])), "{line}");
+        assert!(line.contains("must be run as root"), "{line}");
+        assert!(host.is_untouched(), "{arguments:?}");
+    }
+}

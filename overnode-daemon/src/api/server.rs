@@ -1,0 +1,169 @@
+//! The routes.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post};
+use serde::de::DeserializeOwned;
+use tokio::net::{UnixListener, UnixSocket};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{ApiError, BODY_LIMIT, Call, ErrorKind, Reply, Request, error::ErrorBody};
+
+/// Once the node has ended, answers under way have this long to be read.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 128;
+
+/// Makes the socket: only its owner may use it, from its first moment on. A socket that is there already is
+/// replaced, so the caller must know that no other daemon listens on it.
+///
+/// # Errors
+/// What the system says; `InvalidInput` when the path is longer than a socket's may be (107 bytes).
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    let fresh = path.with_extension("new");
+    match fs::remove_file(&fresh) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let socket = UnixSocket::new_stream()?;
+    // Linux gives the file the mode that the socket has when it is bound (net/unix/af_unix.c, unix_bind_bsd).
+    // SAFETY: fchmod takes no pointers, and the descriptor is open.
+    if unsafe { libc::fchmod(socket.as_raw_fd(), 0o600) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    socket.bind(&fresh)?;
+    let listener = socket.listen(BACKLOG)?;
+    fs::set_permissions(&fresh, Permissions::from_mode(0o600))?;
+    fs::rename(&fresh, path)?;
+    Ok(listener)
+}
+
+/// Answers requests until the node ends, that is, until the other end of `node` is dropped.
+///
+/// # Errors
+/// When the listener fails.
+pub async fn serve(listener: UnixListener, node: mpsc::Sender<Call>) -> io::Result<()> {
+    let (gone, last) = (node.clone(), node.clone());
+    let serving =
+        axum::serve(listener, router(node)).with_graceful_shutdown(async move { gone.closed().await });
+    tokio::select! {
+        ended = serving => ended,
+        () = async { last.closed().await; tokio::time::sleep(LAST_ANSWERS).await } => Ok(()),
+    }
+}
+
+fn router(node: mpsc::Sender<Call>) -> Router {
+    Router::new()
+        .route("/v1/version", get(|node| ask(node, Request::Version)))
+        .route("/v1/status", get(|node| ask(node, Request::Status)))
+        .route("/v1/inspect", get(|node| ask(node, Request::Inspect)))
+        .route("/v1/prime", get(|node| ask(node, Request::Prime)))
+        .route("/v1/launch", with_body(Request::Launch))
+        .route("/v1/connect", with_body(Request::Connect))
+        .route("/v1/forget", with_body(Request::Forget))
+        .route("/v1/attach", with_body(Request::Attach))
+        .route("/v1/detach", with_body(Request::Detach))
+        .route("/v1/reset", with_body(Request::Reset))
+        .route(
+            "/v1/external-peers",
+            with_body(Request::AddExternalPeer).get(|node| ask(node, Request::ListExternalPeers)),
+        )
+        .route("/v1/external-peers/remove", with_body(Request::RemoveExternalPeer))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .with_state(node)
+}
+
+type Node = State<mpsc::Sender<Call>>;
+
+fn with_body<T: DeserializeOwned + Send + 'static>(
+    request: fn(T) -> Request,
+) -> MethodRouter<mpsc::Sender<Call>> {
+    post(move |node: Node, body: Result<Bytes, BytesRejection>| async move {
+        let bytes = match body {
+            Ok(bytes) => bytes,
+            Err(rejection) => {
+                let message = format!("the request's body was not read: {}", rejection.body_text());
+                return refuse(rejection.status(), &ApiError::usage(message));
+            }
+        };
+        match serde_json::from_slice(&bytes) {
+            Ok(body) => ask(node, request(body)).await,
+            Err(error) => {
+                ApiError::usage(format_args!("the request's body is not the JSON that is expected: {error}"))
+                    .into_response()
+            }
+        }
+    })
+}
+
+async fn ask(State(node): Node, request: Request) -> Response {
+    let (answer, answered) = oneshot::channel();
+    let stopped =
+        || ApiError::failed("the node stopped before it answered: `overnode resume` starts it again");
+    if node.send((request, answer)).await.is_err() {
+        return stopped().into_response();
+    }
+    match answered.await {
+        Ok(Ok(reply)) => reply.into_response(),
+        Ok(Err(error)) => error.into_response(),
+        Err(_) => stopped().into_response(),
+    }
+}
+
+async fn unknown_path(uri: Uri) -> ApiError {
+    ApiError::missing(format_args!(
+        "{} is not part of this interface: every path starts with /v1/",
+        uri.path()
+    ))
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Response {
+    let message = format!("{method} is not what {} takes: use the other one of GET and POST", uri.path());
+    refuse(StatusCode::METHOD_NOT_ALLOWED, &ApiError::usage(message))
+}
+
+impl IntoResponse for Reply {
+    fn into_response(self) -> Response {
+        match serde_json::to_vec(&self) {
+            Ok(body) => json(StatusCode::OK, body),
+            Err(error) => {
+                ApiError::failed(format_args!("the answer has no JSON form: {error}")).into_response()
+            }
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let status = match self.kind {
+            ErrorKind::Usage => StatusCode::BAD_REQUEST,
+            ErrorKind::Refused => StatusCode::CONFLICT,
+            ErrorKind::Missing => StatusCode::NOT_FOUND,
+            ErrorKind::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        refuse(status, &self)
+    }
+}
+
+fn refuse(status: StatusCode, error: &ApiError) -> Response {
+    let body = ErrorBody { error: error.message.clone() };
+    json(status, serde_json::to_vec(&body).unwrap_or_default())
+}
+
+fn json(status: StatusCode, body: Vec<u8>) -> Response {
+    (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+}

@@ -1,0 +1,358 @@
+//! What `status` tells. Durations and ages are whole seconds of a clock that never jumps (`…_seconds`, `…_seconds_ago`); points in
+//! time are seconds since 1970 (`…_unix_seconds`). What is not known is absent.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::target::{Host, Target};
+use crate::types::{Network, NodeId, PublicKey};
+
+/// The node and everything it knows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// This node.
+    pub node: NodeStatus,
+    /// In the order in which they were added.
+    pub targets: Vec<TargetStatus>,
+    /// All nodes that are known, this one first, then by ID.
+    pub peers: Vec<PeerStatus>,
+    /// Control connections and attempts at one.
+    pub connections: Vec<ConnectionStatus>,
+    /// What is attached, by address.
+    pub endpoints: Vec<EndpointStatus>,
+    /// Whose the address space is.
+    pub ipam: IpamStatus,
+    /// WireGuard peers that are no nodes, by address.
+    #[serde(default)]
+    pub external_peers: Vec<ExternalPeerStatus>,
+    /// What became of packets, by code; those that are zero may be left out.
+    pub counters: Vec<CounterStatus>,
+}
+
+/// This node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Its ID.
+    pub id: NodeId,
+    /// Its name for people.
+    pub nickname: String,
+    /// What it is doing.
+    pub state: NodeState,
+    /// What is wrong, one sentence each, with what to do.
+    #[serde(default)]
+    pub problems: Vec<String>,
+    /// The daemon's version.
+    pub version: String,
+    /// How long the daemon has been running.
+    pub uptime_seconds: u64,
+    /// The node's own address in the container network.
+    pub address: Option<IpAddr>,
+    /// The underlay's addresses of this host.
+    #[serde(default)]
+    pub underlay: Vec<IpAddr>,
+    /// The underlay's interface.
+    pub interface: Option<String>,
+    /// The containers' MTU in bytes.
+    pub mtu: Option<u32>,
+    /// The cluster's addresses.
+    pub network: Network,
+    /// The node's key, for Noise and WireGuard.
+    pub public_key: PublicKey,
+    /// Whether it connects to nodes that others tell of.
+    pub discovery: Option<bool>,
+    /// How the programs are attached: `tcx`, `clsact`, with `+xdp` where XDP opens.
+    pub attachment: Option<String>,
+}
+
+/// What a node is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NodeState {
+    /// Not everything is in place yet.
+    Starting,
+    /// It does its work.
+    Running,
+    /// It does its work, but `problems` has something that needs a person.
+    Impaired,
+    /// A reset is under way.
+    Leaving,
+}
+
+/// One target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetStatus {
+    /// As it was given.
+    pub host: Host,
+    /// What became of it.
+    pub state: TargetState,
+    /// Which node it turned out to be.
+    pub peer: Option<NodeId>,
+    /// When it is tried next.
+    pub next_try_in_seconds: Option<u64>,
+    /// Why the last try failed.
+    pub last_error: Option<LastError>,
+}
+
+/// What became of a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TargetState {
+    /// A try is under way.
+    Connecting,
+    /// There is a connection.
+    Established,
+    /// It will be tried again.
+    Retrying,
+    /// It is not tried again until something changes.
+    Failed,
+    /// It is this node.
+    Myself,
+}
+
+/// The last thing that went wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastError {
+    /// One line.
+    pub message: String,
+    /// When.
+    pub seconds_ago: Option<u64>,
+}
+
+/// One node of the cluster, also this one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// Its ID.
+    pub id: NodeId,
+    /// Its name for people; empty when nobody has told yet.
+    pub nickname: String,
+    /// Whether it is this node.
+    pub myself: bool,
+    /// Whether it is reachable, directly or through others.
+    pub reachable: Option<bool>,
+    /// How long that has been so.
+    pub since_seconds: Option<u64>,
+    /// How data gets there.
+    pub path: Option<Path>,
+    /// Its own address in the container network.
+    pub address: Option<IpAddr>,
+    /// Where it can be connected to.
+    #[serde(default)]
+    pub underlay: Vec<SocketAddr>,
+    /// Its key.
+    pub public_key: Option<PublicKey>,
+    /// Its version of the software.
+    pub version: Option<String>,
+    /// Its control connections, as it tells of them.
+    #[serde(default)]
+    pub links: Vec<LinkStatus>,
+    /// The data session with it; absent for this node itself.
+    pub data: Option<DataStatus>,
+}
+
+/// How data gets to a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Path {
+    /// Straight over the underlay.
+    Direct,
+    /// Through another node.
+    Via(NodeId),
+}
+
+/// A control connection that a peer has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkStatus {
+    /// Who called; not known of other nodes' connections.
+    pub direction: Option<Direction>,
+    /// The other end's address.
+    pub remote: Option<SocketAddr>,
+    /// The other end.
+    pub peer: NodeId,
+    /// Its name for people.
+    pub nickname: Option<String>,
+    /// Whether both ends tell of it: only then is it established.
+    pub state: ConnectionState,
+}
+
+/// The data session with a peer and what went over it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataStatus {
+    /// Whether packets can be sent.
+    pub session: SessionState,
+    /// How old the keys in use are.
+    pub session_age_seconds: Option<u64>,
+    /// Where packets go.
+    pub endpoint: Option<SocketAddr>,
+    /// The largest packet of a container that fits, in bytes.
+    pub mtu: Option<u32>,
+    /// Plaintext received, in bytes.
+    pub rx_bytes: u64,
+    /// Plaintext sent, in bytes.
+    pub tx_bytes: u64,
+    /// Messages received.
+    pub rx_packets: Option<u64>,
+    /// Messages sent.
+    pub tx_packets: Option<u64>,
+    /// When something was received last.
+    pub received_seconds_ago: Option<u64>,
+    /// Why the last handshake failed.
+    pub last_error: Option<LastError>,
+}
+
+/// Whether packets can be sent to a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SessionState {
+    /// There are no keys: packets are dropped.
+    None,
+    /// A handshake is under way and there are no keys yet: packets are dropped.
+    Handshake,
+    /// They can.
+    Established,
+    /// The keys are too old: packets are dropped.
+    Expired,
+}
+
+/// A control connection, or an attempt at one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionStatus {
+    /// Who called.
+    pub direction: Direction,
+    /// The other end: an address with port, or the name of a target that was never resolved.
+    pub remote: String,
+    /// What became of it.
+    pub state: ConnectionState,
+    /// How long that has been so.
+    pub since_seconds: Option<u64>,
+    /// The control connection's encryption, such as `Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s`.
+    pub encryption: Option<String>,
+    /// Who is at the other end.
+    pub peer: Option<NodeId>,
+    /// Its name for people.
+    pub nickname: Option<String>,
+    /// Round trip time, in microseconds.
+    pub rtt_microseconds: Option<u64>,
+    /// When it is tried next; absent when it never is, or is established.
+    pub next_try_in_seconds: Option<u64>,
+    /// Why it is not established, or why it was not before.
+    pub last_error: Option<LastError>,
+}
+
+/// Who called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Direction {
+    /// This node.
+    Outbound,
+    /// The other one.
+    Inbound,
+}
+
+/// What became of a control connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ConnectionState {
+    /// Being dialled, or shaking hands.
+    Connecting,
+    /// Only one end tells of it yet.
+    Pending,
+    /// In use.
+    Established,
+    /// Will be dialled again.
+    Retrying,
+    /// Will not be dialled again, or was refused.
+    Failed,
+}
+
+/// Something attached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointStatus {
+    /// A name for people.
+    pub name: Option<String>,
+    /// As it was attached.
+    pub target: Target,
+    /// Its address with the subnet's prefix.
+    pub address: IpNet,
+    /// Whether the address was asked for, instead of given out.
+    #[serde(rename = "static")]
+    pub fixed: bool,
+    /// The interface's name on the host.
+    pub interface: String,
+    /// When it was attached.
+    pub attached_unix_seconds: Option<u64>,
+    /// Whether it works.
+    pub state: EndpointState,
+}
+
+/// Whether an endpoint works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EndpointState {
+    /// It does.
+    Attached,
+    /// Its interface is gone; the address is still kept.
+    Gone,
+}
+
+/// Whose the address space is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct IpamStatus {
+    /// Whether this node can give an address to a container.
+    pub ready: bool,
+    /// Why it cannot.
+    pub waiting_for: Option<String>,
+    /// By ID.
+    pub owners: Vec<RangeOwner>,
+}
+
+/// A node that owns address space.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RangeOwner {
+    /// The node.
+    pub id: NodeId,
+    /// Its name for people; empty when nobody has told yet.
+    pub nickname: String,
+    /// The addresses it owns.
+    pub addresses: u64,
+    /// That is this much of the range, 0 to 100.
+    pub percent: f64,
+    /// How many of them are in use.
+    pub active: Option<u64>,
+    /// Whether the node is reachable; true for this one.
+    pub reachable: Option<bool>,
+    /// The same as networks.
+    #[serde(default)]
+    pub ranges: Vec<IpNet>,
+}
+
+/// A WireGuard peer that is no node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExternalPeerStatus {
+    /// Its key.
+    pub public_key: PublicKey,
+    /// A name for people.
+    pub name: Option<String>,
+    /// Whether a pre-shared key is set.
+    pub preshared_key: bool,
+    /// What it may send from, and what is sent to it.
+    pub allowed_ips: Vec<IpNet>,
+    /// The interval, when set.
+    pub persistent_keepalive_seconds: Option<u16>,
+    /// The session with it and what went over it.
+    pub data: Option<DataStatus>,
+}
+
+/// What became of some packets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CounterStatus {
+    /// The code's name.
+    pub reason: String,
+    /// What it means, in a sentence.
+    pub description: String,
+    /// Whether these packets were dropped.
+    pub dropped: bool,
+    /// How many.
+    pub count: u64,
+}

@@ -1,0 +1,97 @@
+//! Something to dial: its state and the pauses between tries.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use rand::rngs::StdRng;
+
+use super::{AttemptId, FIRST_PAUSE, LONGEST_PAUSE, PAUSE_GROWTH};
+use crate::types::NodeId;
+
+#[derive(Clone, Debug)]
+pub(super) struct Destination {
+    /// As gossip told, or as the name resolved last.
+    pub addresses: Vec<SocketAddr>,
+    pub state: State,
+    /// Which node answered last.
+    pub leads_to: Option<NodeId>,
+    pub last_error: Option<(String, Instant)>,
+    patience: Duration,
+    pause: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// For that time; and, while there is a connection that makes tries needless, for its loss.
+    Waiting {
+        until: Instant,
+    },
+    Dialling(AttemptId),
+    /// It leads to this node: never again.
+    Myself,
+}
+
+impl Destination {
+    /// "At once" means after `patience`.
+    pub fn new(addresses: Vec<SocketAddr>, patience: Duration, now: Instant) -> Self {
+        Self {
+            addresses,
+            state: State::Waiting { until: now + patience },
+            leads_to: None,
+            last_error: None,
+            patience,
+            pause: FIRST_PAUSE,
+        }
+    }
+
+    pub fn is_due(&self, now: Instant) -> bool {
+        matches!(self.state, State::Waiting { until } if until <= now)
+    }
+
+    /// Forgets pauses, and also that it once led to this node: names move.
+    pub fn try_at_once(&mut self, now: Instant) {
+        self.pause = FIRST_PAUSE;
+        match self.state {
+            State::Dialling(_) => {}
+            State::Waiting { .. } | State::Myself => {
+                self.state = State::Waiting { until: now + self.patience }
+            }
+        }
+    }
+
+    /// The pause grows on: only a connection that lives makes it short again.
+    pub fn handle_established(&mut self, peer: NodeId, now: Instant) {
+        self.leads_to = Some(peer);
+        self.last_error = None;
+        if let State::Dialling(_) = self.state {
+            self.state = State::Waiting { until: now };
+        }
+    }
+
+    pub fn handle_failed(&mut self, why: String, is_myself: bool, now: Instant, rng: &mut StdRng) {
+        self.leads_to = None;
+        if is_myself {
+            self.state = State::Myself;
+            self.last_error = None;
+            return;
+        }
+        self.last_error = Some((why, now));
+        self.wait(now, rng);
+    }
+
+    pub fn handle_lost(&mut self, why: &str, was_long_lived: bool, now: Instant, rng: &mut StdRng) {
+        self.last_error = Some((why.to_owned(), now));
+        match self.state {
+            State::Dialling(_) => {}
+            State::Waiting { .. } | State::Myself if was_long_lived => self.try_at_once(now),
+            State::Waiting { .. } | State::Myself => self.wait(now, rng),
+        }
+    }
+
+    fn wait(&mut self, now: Instant, rng: &mut StdRng) {
+        let jittered = self.pause.mul_f64(rng.random_range(0.5..1.5)).min(LONGEST_PAUSE);
+        self.state = State::Waiting { until: now + jittered };
+        self.pause = self.pause.mul_f64(PAUSE_GROWTH).min(LONGEST_PAUSE);
+    }
+}

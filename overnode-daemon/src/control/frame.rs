@@ -1,0 +1,202 @@
+//! Framing of control connections.
+//!
+//! On the wire: a length (u16, big-endian) and so many bytes, which are one Noise message or, if shorter than
+//! an authentication tag, a [plaintext verdict](TOKEN_REFUSED). In the plaintext of a transport message: one byte, [`MORE`] or
+//! [`LAST`], and a part of a message of the layer above. A message without any bytes is a heartbeat.
+
+/// Longest Noise message, in bytes (Noise specification section 3).
+pub const MAX_FRAME: usize = 65535;
+/// Longest frame while the handshake lasts: nothing of it comes near.
+pub const MAX_HANDSHAKE_FRAME: usize = 2048;
+/// Longest message of the layer above, in bytes.
+pub const MAX_MESSAGE: usize = 1 << 20;
+/// Bytes of a Poly1305 tag.
+pub const TAG: usize = 16;
+/// Longest part of a message that fits one frame.
+pub const MAX_PART: usize = MAX_FRAME - TAG - 1;
+/// The one frame that is not encrypted: the responder could not read the third handshake message, which only
+/// another token explains.
+pub const TOKEN_REFUSED: &[u8] = b"\x01";
+
+const MORE: u8 = 1;
+const LAST: u8 = 0;
+
+/// Bytes that no node of overnode sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadFrame {
+    /// A frame longer than the phase allows.
+    #[error("a frame of {0} bytes, more than this phase allows")]
+    TooLong(usize),
+    /// A message of more than [`MAX_MESSAGE`] bytes.
+    #[error("a message of more than {MAX_MESSAGE} bytes")]
+    MessageTooLong,
+    /// A transport message without its first byte, or with an unknown one.
+    #[error("a part of a message without a valid mark")]
+    Mark,
+    /// A part without content that is not the last: only meant to keep us busy.
+    #[error("an empty part of a message")]
+    EmptyPart,
+}
+
+/// Least room for one read. An idle connection holds no more than this.
+const READ_AHEAD: usize = 4096;
+
+/// Cuts received bytes into frames.
+#[derive(Debug, Default)]
+pub struct Cutter {
+    buffer: Vec<u8>,
+    start: usize,
+}
+
+impl Cutter {
+    /// Where received bytes are appended.
+    pub fn buffer(&mut self) -> &mut Vec<u8> {
+        if self.start > 0 {
+            self.buffer.drain(..self.start);
+            self.start = 0;
+        }
+        if self.buffer.is_empty() {
+            self.buffer.shrink_to(READ_AHEAD);
+        }
+        self.buffer.reserve(READ_AHEAD);
+        &mut self.buffer
+    }
+
+    /// The next whole frame, if it has arrived.
+    ///
+    /// # Errors
+    /// [`BadFrame::TooLong`] as soon as the length is read and exceeds `limit`.
+    pub fn next(&mut self, limit: usize) -> Result<Option<&[u8]>, BadFrame> {
+        let rest = &self.buffer[self.start..];
+        let Some((length, body)) = rest.split_first_chunk() else { return Ok(None) };
+        let length = usize::from(u16::from_be_bytes(*length));
+        if length > limit {
+            return Err(BadFrame::TooLong(length));
+        }
+        let Some(frame) = body.get(..length) else { return Ok(None) };
+        self.start += 2 + length;
+        Ok(Some(frame))
+    }
+
+    /// True if some bytes of an unfinished frame are held.
+    pub fn is_mid_frame(&self) -> bool {
+        self.start < self.buffer.len()
+    }
+}
+
+/// Joins the parts of messages.
+#[derive(Debug, Default)]
+pub struct Joiner {
+    message: Vec<u8>,
+}
+
+impl Joiner {
+    /// Takes the plaintext of one transport message; returns the message that it completes.
+    ///
+    /// # Errors
+    /// [`BadFrame`] if it is no valid part, or the message grows beyond [`MAX_MESSAGE`].
+    pub fn push(&mut self, plaintext: &[u8]) -> Result<Option<Vec<u8>>, BadFrame> {
+        let Some((&mark, part)) = plaintext.split_first() else { return Err(BadFrame::Mark) };
+        if self.message.len() + part.len() > MAX_MESSAGE {
+            return Err(BadFrame::MessageTooLong);
+        }
+        match mark {
+            MORE if part.is_empty() => Err(BadFrame::EmptyPart),
+            MORE => {
+                self.message.extend_from_slice(part);
+                Ok(None)
+            }
+            LAST => {
+                self.message.extend_from_slice(part);
+                Ok(Some(std::mem::take(&mut self.message)))
+            }
+            _ => Err(BadFrame::Mark),
+        }
+    }
+}
+
+/// The plaintexts of the transport messages that carry `message`; one, for an empty message.
+pub fn parts(message: &[u8]) -> impl Iterator<Item = Vec<u8>> {
+    let count = message.len().div_ceil(MAX_PART).max(1);
+    (0..count).map(move |index| {
+        let start = index * MAX_PART;
+        let end = message.len().min(start + MAX_PART);
+        let mut plaintext = Vec::with_capacity(1 + end - start);
+        plaintext.push(if index + 1 == count { LAST } else { MORE });
+        plaintext.extend_from_slice(&message[start..end]);
+        plaintext
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn messages_of_every_critical_length_survive() {
+        for length in [0, 1, MAX_PART - 1, MAX_PART, MAX_PART + 1, 2 * MAX_PART, MAX_MESSAGE] {
+            let message: Vec<u8> = (0..length).map(|i| i as u8).collect();
+            let mut joiner = Joiner::default();
+            let mut whole = Vec::new();
+            for part in parts(&message) {
+                assert!(part.len() <= MAX_PART + 1);
+                whole.extend(joiner.push(&part).unwrap());
+            }
+            assert_eq!(whole, [message]);
+        }
+    }
+
+    #[test]
+    fn bounds_hold() {
+        let mut joiner = Joiner::default();
+        let part = [&[MORE], [0; MAX_PART].as_slice()].concat();
+        for _ in 0..MAX_MESSAGE / MAX_PART {
+            assert_eq!(joiner.push(&part), Ok(None));
+        }
+        assert_eq!(joiner.push(&part), Err(BadFrame::MessageTooLong));
+        assert_eq!(Joiner::default().push(&[]), Err(BadFrame::Mark));
+        assert_eq!(Joiner::default().push(&[9, 1]), Err(BadFrame::Mark));
+        assert_eq!(Joiner::default().push(&[MORE]), Err(BadFrame::EmptyPart));
+        let mut cutter = Cutter::default();
+        cutter.buffer().extend([0x08, 0x01]);
+        assert_eq!(cutter.next(MAX_HANDSHAKE_FRAME), Err(BadFrame::TooLong(0x801)));
+    }
+
+    proptest! {
+        #[test]
+        fn frames_are_cut_the_same_however_the_bytes_arrive(
+            frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..12),
+            steps in prop::collection::vec(1_usize..50, 1..40),
+        ) {
+            let stream: Vec<u8> = frames
+                .iter()
+                .flat_map(|frame| [&(frame.len() as u16).to_be_bytes(), frame.as_slice()].concat())
+                .collect();
+            let (mut cutter, mut cut, mut sent) = (Cutter::default(), Vec::new(), 0);
+            for step in steps.iter().cycle() {
+                let end = stream.len().min(sent + step);
+                cutter.buffer().extend_from_slice(&stream[sent..end]);
+                while let Some(frame) = cutter.next(MAX_FRAME).unwrap() {
+                    cut.push(frame.to_vec());
+                }
+                sent = end;
+                if sent == stream.len() {
+                    break;
+                }
+            }
+            prop_assert_eq!(cut, frames);
+            prop_assert!(!cutter.is_mid_frame());
+        }
+
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), limit in 0_usize..300) {
+            let (mut cutter, mut joiner) = (Cutter::default(), Joiner::default());
+            cutter.buffer().extend_from_slice(&bytes);
+            while let Ok(Some(frame)) = cutter.next(limit) {
+                let _ = joiner.push(frame);
+            }
+        }
+    }
+}

@@ -1,0 +1,404 @@
+//! The encrypted channel between two nodes: `Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s` (Noise specification, revision
+//! 34) over any byte stream.
+//!
+//! ```text
+//! initiator                                       responder
+//!   e                                        ->
+//!                                            <-     e, ee, s, es
+//!   s, se, psk, [Hello]                      ->     cannot be read: TOKEN_REFUSED, in the clear
+//!                                            <-     Hello, Verdict
+//!   Verdict                                  ->
+//! ```
+//! The first greeting is encrypted under the token, and the second goes to somebody who has proven to have it: without
+//! the token a stranger learns the responder's public key and nothing else. Both sides tell each other their
+//! verdict, so that both can tell people.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use snow::{Builder, HandshakeState, StatelessTransportState};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::frame::{self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, TAG, TOKEN_REFUSED};
+use super::hello::{Hello, Refusal, Verdict};
+use super::key;
+use crate::types::{PublicKey, Secret};
+
+/// Everything up to the verdicts must have happened within this time.
+pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// How often a side that has nothing to say sends a heartbeat ([`Writer::heartbeat`]).
+pub const HEARTBEAT: Duration = Duration::from_secs(5);
+/// A side that has heard nothing for so long gives the connection up: three heartbeats.
+pub const READ_LIMIT: Duration = Duration::from_secs(15);
+/// A message that the other side does not take within this time ends the connection.
+pub const WRITE_LIMIT: Duration = Duration::from_secs(15);
+
+const LINGER: Duration = Duration::from_secs(1);
+/// The Noise protocol, as `status` names it.
+pub const PATTERN: &str = "Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s";
+const PROLOGUE: &[u8] = b"overnode control v1";
+
+/// What a node needs to introduce itself.
+#[derive(Clone, Debug)]
+pub struct Me {
+    /// The node's static key; its public half must be that of `hello`.
+    pub static_secret: Secret,
+    /// The key derived from the token.
+    pub cluster_key: Secret,
+    /// How the node introduces itself.
+    pub hello: Hello,
+}
+
+/// Which side opened the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// This node dialled.
+    Initiator,
+    /// The other node dialled.
+    Responder,
+}
+
+/// An established connection.
+#[derive(Debug)]
+pub struct Link<S> {
+    /// Who is at the other end.
+    pub peer: Hello,
+    /// The receiving half.
+    pub reader: Reader<S>,
+    /// The sending half.
+    pub writer: Writer<S>,
+}
+
+/// The receiving half of a connection. Needs no lock that it shares with the other half.
+#[derive(Debug)]
+pub struct Reader<S> {
+    stream: ReadHalf<S>,
+    noise: Arc<StatelessTransportState>,
+    nonce: u64,
+    cutter: Cutter,
+    joiner: Joiner,
+}
+
+/// The sending half of a connection.
+#[derive(Debug)]
+pub struct Writer<S> {
+    stream: WriteHalf<S>,
+    noise: Arc<StatelessTransportState>,
+    nonce: u64,
+}
+
+/// Runs the handshake. `admit` is asked about a peer that has proven to have the token and fits: it may refuse it,
+/// for an ID clash with a third node.
+///
+/// # Errors
+/// The [`Refusal`], after the other side was told if it could be.
+pub async fn connect<S>(
+    stream: S,
+    role: Role,
+    me: &Me,
+    admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
+) -> Result<Link<S>, Refusal>
+where
+    S: AsyncRead + AsyncWrite,
+{
+    timeout(HANDSHAKE_LIMIT, handshake(stream, role, me, admit))
+        .await
+        .unwrap_or(Err(Refusal::TimedOut(HANDSHAKE_LIMIT.as_secs())))
+}
+
+impl<S: AsyncRead> Reader<S> {
+    /// The next message; heartbeats are swallowed. Cancel-safe: a call that is dropped loses nothing.
+    ///
+    /// # Errors
+    /// [`Refusal::TimedOut`] if not even a heartbeat came within [`READ_LIMIT`]; [`Refusal::Closed`], [`Refusal::Io`];
+    /// [`Refusal::Frame`] or [`Refusal::Garbage`] if the bytes are not what a node sends. The connection is useless after any of
+    /// them.
+    pub async fn receive(&mut self) -> Result<Vec<u8>, Refusal> {
+        loop {
+            let message = self.receive_any(Instant::now() + READ_LIMIT).await?;
+            if !message.is_empty() {
+                return Ok(message);
+            }
+        }
+    }
+
+    async fn receive_any(&mut self, deadline: Instant) -> Result<Vec<u8>, Refusal> {
+        loop {
+            while let Some(frame) = self.cutter.next(MAX_FRAME)? {
+                if frame.len() < TAG {
+                    return Err(refusal_in_the_clear(frame));
+                }
+                let mut plaintext = vec![0; frame.len() - TAG];
+                self.noise
+                    .read_message(self.nonce, frame, &mut plaintext)
+                    .map_err(|_| Refusal::Garbage("a message was altered on its way"))?;
+                self.nonce += 1;
+                if let Some(message) = self.joiner.push(&plaintext)? {
+                    return Ok(message);
+                }
+            }
+            let read = timeout_at(deadline, self.stream.read_buf(self.cutter.buffer()))
+                .await
+                .map_err(|_| Refusal::TimedOut(READ_LIMIT.as_secs()))??;
+            if read == 0 {
+                return Err(Refusal::Closed);
+            }
+        }
+    }
+}
+
+impl<S: AsyncWrite> Writer<S> {
+    /// Sends a message of 1 to [`frame::MAX_MESSAGE`] bytes. Not cancel-safe: a call that is dropped midway leaves the connection
+    /// useless.
+    ///
+    /// # Errors
+    /// [`Refusal::Frame`] if the message is too long, [`Refusal::TimedOut`] if the other side does not take it within
+    /// [`WRITE_LIMIT`], [`Refusal::Io`].
+    pub async fn send(&mut self, message: &[u8]) -> Result<(), Refusal> {
+        if message.len() > frame::MAX_MESSAGE {
+            return Err(frame::BadFrame::MessageTooLong.into());
+        }
+        timeout(WRITE_LIMIT, self.send_parts(message))
+            .await
+            .unwrap_or(Err(Refusal::TimedOut(WRITE_LIMIT.as_secs())))
+    }
+
+    /// Sends a heartbeat. Due every [`HEARTBEAT`], unless something else was sent.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub async fn heartbeat(&mut self) -> Result<(), Refusal> {
+        self.send(&[]).await
+    }
+
+    /// Says that nothing more will come. Errors do not matter any more.
+    pub async fn close(mut self) {
+        let _ = timeout(WRITE_LIMIT, self.stream.shutdown()).await;
+    }
+
+    async fn send_parts(&mut self, message: &[u8]) -> Result<(), Refusal> {
+        for part in frame::parts(message) {
+            let mut sealed = vec![0; part.len() + TAG];
+            self.noise
+                .write_message(self.nonce, &part, &mut sealed)
+                .map_err(|_| Refusal::Garbage("a message could not be sealed"))?;
+            self.nonce += 1;
+            write_frame(&mut self.stream, &sealed).await?;
+        }
+        self.stream.flush().await?;
+        Ok(())
+    }
+}
+
+async fn handshake<S>(
+    stream: S,
+    role: Role,
+    me: &Me,
+    admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
+) -> Result<Link<S>, Refusal>
+where
+    S: AsyncRead + AsyncWrite,
+{
+    let (mut read, mut write) = tokio::io::split(stream);
+    let mut cutter = Cutter::default();
+    let noise = start(role, me);
+    match role {
+        Role::Initiator => {
+            let noise = initiate(noise, &mut read, &mut write, &mut cutter, me).await?;
+            let (mut reader, mut writer) = halves(read, write, cutter, noise)?;
+            let greeting = reader.receive_greeting().await?;
+            let peer = Hello::decode(&greeting, reader.remote_key()?, me.hello.versions);
+            let checked = judge(me, &peer, admit);
+            writer.send(&Verdict::of(&checked).encode()).await?;
+            finish(me, peer, checked, reader, writer).await
+        }
+        Role::Responder => {
+            let (noise, greeting) = respond(noise, &mut read, &mut write, &mut cutter).await?;
+            let (reader, mut writer) = halves(read, write, cutter, noise)?;
+            let peer = Hello::decode(&greeting, reader.remote_key()?, me.hello.versions);
+            let checked = judge(me, &peer, admit);
+            writer.send(&me.hello.encode()).await?;
+            writer.send(&Verdict::of(&checked).encode()).await?;
+            finish(me, peer, checked, reader, writer).await
+        }
+    }
+}
+
+fn start(role: Role, me: &Me) -> HandshakeState {
+    let psk = key::control_key(&me.cluster_key);
+    let build = || {
+        let builder = Builder::new(PATTERN.parse()?)
+            .local_private_key(&me.static_secret.0)?
+            .psk(3, &psk.0)?
+            .prologue(PROLOGUE)?;
+        match role {
+            Role::Initiator => builder.build_initiator(),
+            Role::Responder => builder.build_responder(),
+        }
+    };
+    build().expect("the pattern is known and has all it needs")
+}
+
+async fn initiate<S: AsyncRead + AsyncWrite>(
+    mut noise: HandshakeState,
+    read: &mut ReadHalf<S>,
+    write: &mut WriteHalf<S>,
+    cutter: &mut Cutter,
+    me: &Me,
+) -> Result<HandshakeState, Refusal> {
+    write_handshake(&mut noise, write, &[]).await?;
+    read_frame(read, cutter, |answer| {
+        let mut payload = [0; MAX_HANDSHAKE_FRAME];
+        noise.read_message(answer, &mut payload).map_err(|_| Refusal::Garbage("its answer cannot be read"))
+    })
+    .await?;
+    write_handshake(&mut noise, write, &me.hello.encode()).await?;
+    Ok(noise)
+}
+
+async fn respond<S: AsyncRead + AsyncWrite>(
+    mut noise: HandshakeState,
+    read: &mut ReadHalf<S>,
+    write: &mut WriteHalf<S>,
+    cutter: &mut Cutter,
+) -> Result<(HandshakeState, Vec<u8>), Refusal> {
+    let mut payload = [0; MAX_HANDSHAKE_FRAME];
+    read_frame(read, cutter, |first| {
+        noise
+            .read_message(first, &mut payload)
+            .map_err(|_| Refusal::Garbage("its first message cannot be read"))
+    })
+    .await?;
+    write_handshake(&mut noise, write, &[]).await?;
+    let greeting = read_frame(read, cutter, |third| match noise.read_message(third, &mut payload) {
+        Ok(length) => Ok(Ok(payload[..length].to_vec())),
+        // The initiator's key, in the same message, is not under the token: it fails only if bytes were altered. snow does
+        // not tell the two apart, and a wrong token is what happens.
+        Err(snow::Error::Decrypt) => Ok(Err(Refusal::Token)),
+        Err(_) => Err(Refusal::Garbage("its third message cannot be read")),
+    })
+    .await?;
+    match greeting {
+        Ok(greeting) => Ok((noise, greeting)),
+        Err(refusal) => {
+            write_frame(write, TOKEN_REFUSED).await?;
+            write.shutdown().await?;
+            Err(refusal)
+        }
+    }
+}
+
+fn halves<S: AsyncRead + AsyncWrite>(
+    read: ReadHalf<S>,
+    write: WriteHalf<S>,
+    cutter: Cutter,
+    noise: HandshakeState,
+) -> Result<(Reader<S>, Writer<S>), Refusal> {
+    let noise = noise
+        .into_stateless_transport_mode()
+        .map_err(|_| Refusal::Garbage("the handshake did not come to its end"))?;
+    let noise = Arc::new(noise);
+    let reader = Reader { stream: read, noise: noise.clone(), nonce: 0, cutter, joiner: Joiner::default() };
+    Ok((reader, Writer { stream: write, noise, nonce: 0 }))
+}
+
+impl<S: AsyncRead> Reader<S> {
+    fn remote_key(&self) -> Result<PublicKey, Refusal> {
+        let key = self.noise.get_remote_static().and_then(|key| key.try_into().ok());
+        key.map(PublicKey).ok_or(Refusal::Garbage("it has no public key"))
+    }
+
+    /// The responder's greeting is the first thing under both keys: if it does not open, the responder has another token but
+    /// does not say so.
+    async fn receive_greeting(&mut self) -> Result<Vec<u8>, Refusal> {
+        match self.receive_any(Instant::now() + HANDSHAKE_LIMIT).await {
+            Err(Refusal::Garbage(_)) => Err(Refusal::Token),
+            other => other,
+        }
+    }
+}
+
+fn judge(
+    me: &Me,
+    peer: &Result<Hello, Refusal>,
+    admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
+) -> Result<(), Refusal> {
+    match peer {
+        Ok(peer) => me.hello.check(peer).and_then(|()| admit(peer)),
+        Err(Refusal::Version { ours, theirs }) => Err(Refusal::Version { ours: *ours, theirs: *theirs }),
+        Err(_) => Err(Refusal::Garbage("its greeting cannot be read")),
+    }
+}
+
+async fn finish<S: AsyncRead + AsyncWrite>(
+    me: &Me,
+    peer: Result<Hello, Refusal>,
+    checked: Result<(), Refusal>,
+    mut reader: Reader<S>,
+    writer: Writer<S>,
+) -> Result<Link<S>, Refusal> {
+    // A side that refuses listens on only so that closing does not destroy its own words on their way.
+    let patience = if checked.is_ok() { HANDSHAKE_LIMIT } else { LINGER };
+    let verdict = reader.receive_any(Instant::now() + patience).await;
+    let outcome = match (peer, checked, verdict) {
+        (Err(refusal), _, _) | (Ok(_), Err(refusal), _) | (Ok(_), Ok(()), Err(refusal)) => Err(refusal),
+        (Ok(peer), Ok(()), Ok(verdict)) => {
+            Verdict::decode(&verdict).and_then(|verdict| verdict.into_result(&me.hello, &peer)).map(|()| peer)
+        }
+    };
+    match outcome {
+        Ok(peer) => Ok(Link { peer, reader, writer }),
+        Err(refusal) => {
+            writer.close().await;
+            Err(refusal)
+        }
+    }
+}
+
+async fn write_handshake<W: AsyncWrite + Unpin>(
+    noise: &mut HandshakeState,
+    write: &mut W,
+    payload: &[u8],
+) -> Result<(), Refusal> {
+    let mut message = [0; MAX_HANDSHAKE_FRAME];
+    let length = noise
+        .write_message(payload, &mut message)
+        .map_err(|_| Refusal::Garbage("a handshake message could not be made"))?;
+    write_frame(write, &message[..length]).await?;
+    Ok(write.flush().await?)
+}
+
+async fn write_frame<W: AsyncWrite + Unpin>(write: &mut W, frame: &[u8]) -> Result<(), Refusal> {
+    let length = u16::try_from(frame.len()).map_err(|_| frame::BadFrame::TooLong(frame.len()))?;
+    let mut bytes = Vec::with_capacity(2 + frame.len());
+    bytes.extend(length.to_be_bytes());
+    bytes.extend(frame);
+    Ok(write.write_all(&bytes).await?)
+}
+
+async fn read_frame<R: AsyncRead + Unpin, T>(
+    read: &mut R,
+    cutter: &mut Cutter,
+    mut handle: impl FnMut(&[u8]) -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
+    loop {
+        match cutter.next(MAX_HANDSHAKE_FRAME) {
+            Ok(Some(frame)) if frame.len() < TAG => return Err(refusal_in_the_clear(frame)),
+            Ok(Some(frame)) => return handle(frame),
+            Ok(None) => {}
+            Err(_) => return Err(Refusal::Garbage("its messages are too long")),
+        }
+        if read.read_buf(cutter.buffer()).await? == 0 {
+            return Err(Refusal::Closed);
+        }
+    }
+}
+
+fn refusal_in_the_clear(frame: &[u8]) -> Refusal {
+    if frame == TOKEN_REFUSED { Refusal::Token } else { Refusal::Garbage("its messages are too short") }
+}
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

@@ -1,0 +1,22 @@
+//! Steps of what must be all or nothing. In debug builds a test may end the process, as SIGKILL does, after the nth
+//! of them: `OVERNODE_KILL_AT=n`. Release builds only log.
+
+/// Marks that a step of `launch` or `reset` is done.
+pub fn step(name: &'static str) {
+    tracing::debug!(step = name, "done");
+    #[cfg(debug_assertions)]
+    kill_if_asked(name);
+}
+
+#[cfg(debug_assertions)]
+fn kill_if_asked(name: &'static str) {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    static STEPS: AtomicU32 = AtomicU32::new(0);
+    let step = STEPS.fetch_add(1, Ordering::Relaxed) + 1;
+    let asked = std::env::var("OVERNODE_KILL_AT").ok().and_then(|text| text.parse().ok());
+    if asked == Some(step) {
+        tracing::warn!(step = name, "ending here, as OVERNODE_KILL_AT asks");
+        let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
+    }
+}

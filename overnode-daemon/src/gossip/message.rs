@@ -1,0 +1,198 @@
+//! What neighbours send each other, and its bounds.
+//!
+//! On the wire: the format's version (one byte, [`FORMAT`]), then a [`Message`] in postcard.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use ring::digest::{SHA256, digest};
+use serde::{Deserialize, Serialize};
+
+use crate::control::hello::{MAX_NICKNAME, clean};
+use crate::types::{NodeId, PublicKey};
+
+/// The version of the wire format.
+pub const FORMAT: u8 = 1;
+/// Most control addresses in a record.
+pub const MAX_ADDRESSES: usize = 16;
+/// Most ranges in a record.
+pub const MAX_RANGES: usize = 256;
+/// Most static claims in a record.
+pub const MAX_CLAIMS: usize = 1024;
+/// Greatest incarnation and version that are believed: the owner must always be able to outbid a false record.
+pub const MAX_STAMP: u64 = 1 << 62;
+/// A delta is cut so that no message exceeds this, in bytes, by more than one record.
+pub const DELTA_BYTES: usize = 256 * 1024;
+
+/// What a node says of itself. Only its owner makes new versions of it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Record {
+    /// Whose record it is.
+    pub id: NodeId,
+    /// Counts the node's starts; greater is later.
+    pub incarnation: u64,
+    /// Counts the changes within one incarnation.
+    pub version: u64,
+    /// True once the node has left the cluster for good (`overnode reset`): nothing else counts any more.
+    pub left: bool,
+    /// For people.
+    pub nickname: String,
+    /// The node's static key, for control connections and for the data plane.
+    pub public_key: PublicKey,
+    /// Where its control connections are accepted.
+    pub addresses: Vec<SocketAddr>,
+    /// Nodes that it has a connection with, in ascending order.
+    pub links: Vec<NodeId>,
+    /// The address space that it gives out.
+    pub ranges: Vec<IpNet>,
+    /// Single addresses outside of all ranges that are attached to it.
+    pub claims: Vec<IpAddr>,
+}
+
+/// How new a record is: the greater is the newer. Two records of one version differ only if somebody lies or a disk was
+/// copied; the hash makes all nodes prefer the same one, and comparing finds them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Stamp {
+    /// See [`Record::incarnation`].
+    pub incarnation: u64,
+    /// See [`Record::version`].
+    pub version: u64,
+    /// The first bytes of the SHA-256 of the record in postcard. Not part of the record.
+    pub hash: [u8; 4],
+}
+
+/// A message between neighbours.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// A hash of everything the sender knows. Who knows something else answers with a [`Message::Digest`].
+    Summary([u8; 16]),
+    /// How new everything is that the sender knows. Answered by what it lacks, and, if `ask` is set, a request for
+    /// what it has newer.
+    Digest {
+        /// False if the receiver sends a digest of its own anyway.
+        ask: bool,
+        /// In ascending order of IDs.
+        stamps: Vec<(NodeId, Stamp)>,
+    },
+    /// Asks for these records.
+    Request(Vec<NodeId>),
+    /// Records that may be news.
+    Delta(Vec<Record>),
+}
+
+/// A message that no node of overnode sends. The connection that it came by should be closed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadMessage {
+    /// No bytes.
+    #[error("an empty message")]
+    Empty,
+    /// Another format.
+    #[error("a message in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host")]
+    Format(u8),
+    /// Not a message.
+    #[error("a message that cannot be read")]
+    Unreadable,
+    /// A record or list beyond its bounds.
+    #[error("a message with {0}")]
+    Bounds(&'static str),
+}
+
+impl Record {
+    /// How new it is.
+    pub fn stamp(&self) -> Stamp {
+        let bytes = postcard::to_allocvec(self).expect("plain data always encodes");
+        let mut hash = [0; 4];
+        hash.copy_from_slice(&digest(&SHA256, &bytes).as_ref()[..4]);
+        Stamp { incarnation: self.incarnation, version: self.version, hash }
+    }
+
+    /// What is kept of a node that has left.
+    pub(super) fn into_tombstone(mut self) -> Self {
+        self.left = true;
+        self.addresses.clear();
+        self.links.clear();
+        self.ranges.clear();
+        self.claims.clear();
+        self
+    }
+
+    fn has_content(&self) -> bool {
+        !(self.addresses.is_empty()
+            && self.links.is_empty()
+            && self.ranges.is_empty()
+            && self.claims.is_empty())
+    }
+
+    pub(super) fn check(&self) -> Result<(), BadMessage> {
+        let bounds = [
+            (self.nickname.len() > MAX_NICKNAME, "too long a nickname"),
+            (clean(&self.nickname) != self.nickname, "control characters in a nickname"),
+            (self.addresses.len() > MAX_ADDRESSES, "too many addresses"),
+            (self.ranges.len() > MAX_RANGES, "too many ranges"),
+            (self.claims.len() > MAX_CLAIMS, "too many claims"),
+            (self.left && self.has_content(), "a tombstone that is not empty"),
+            (self.incarnation > MAX_STAMP || self.version > MAX_STAMP, "an impossible version"),
+            (!is_ascending(&self.links), "links out of order"),
+            (self.links.binary_search(&self.id).is_ok(), "a link of a node to itself"),
+        ];
+        match bounds.iter().find(|(broken, _)| *broken) {
+            Some((_, what)) => Err(BadMessage::Bounds(what)),
+            None => Ok(()),
+        }
+    }
+
+    /// Brings an own record within the bounds that others check.
+    pub(super) fn fit(&mut self) {
+        self.nickname = clean(&self.nickname);
+        self.addresses.truncate(MAX_ADDRESSES);
+        self.ranges.truncate(MAX_RANGES);
+        self.claims.truncate(MAX_CLAIMS);
+    }
+}
+
+impl Message {
+    /// The bytes that travel.
+    pub fn encode(&self) -> Vec<u8> {
+        postcard::to_extend(self, vec![FORMAT]).expect("plain data always encodes")
+    }
+
+    /// Reads a message and checks every bound.
+    ///
+    /// # Errors
+    /// [`BadMessage`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, BadMessage> {
+        let (&format, body) = bytes.split_first().ok_or(BadMessage::Empty)?;
+        if format != FORMAT {
+            return Err(BadMessage::Format(format));
+        }
+        let (message, rest) = postcard::take_from_bytes(body).map_err(|_| BadMessage::Unreadable)?;
+        if !rest.is_empty() {
+            return Err(BadMessage::Unreadable);
+        }
+        match &message {
+            Self::Summary(_) => {}
+            Self::Digest { stamps, .. } if !is_ascending_by(stamps, |(id, _)| *id) => {
+                return Err(BadMessage::Bounds("a digest out of order"));
+            }
+            Self::Digest { .. } => {}
+            Self::Request(ids) if !is_ascending(ids) => {
+                return Err(BadMessage::Bounds("a request out of order"));
+            }
+            Self::Request(_) => {}
+            Self::Delta(records) if !is_ascending_by(records, |record| record.id) => {
+                return Err(BadMessage::Bounds("a delta out of order"));
+            }
+            Self::Delta(records) => records.iter().try_for_each(Record::check)?,
+        }
+        Ok(message)
+    }
+}
+
+/// Strictly ascending: without duplicates, so never more than there are IDs.
+fn is_ascending<T: Ord + Copy>(list: &[T]) -> bool {
+    is_ascending_by(list, |item| *item)
+}
+
+fn is_ascending_by<T, K: Ord>(list: &[T], key: impl Fn(&T) -> K) -> bool {
+    list.windows(2).all(|pair| matches!(pair, [a, b] if key(a) < key(b)))
+}

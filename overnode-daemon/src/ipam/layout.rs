@@ -1,0 +1,162 @@
+//! Which addresses of the cluster are for what.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{IpamError, from_number, to_number};
+use crate::types::{Network, NodeId};
+
+/// One address for every possible ID, from number 0.
+const NODE_ADDRESSES: u128 = NodeId::MAX as u128 + 1;
+/// The smallest range: 16 addresses, four for each of the nodes 1 to 4.
+const LEAST_HOST_BITS: u8 = 4;
+
+/// The cluster's addresses, checked and divided.
+///
+/// | addresses | by default | for |
+/// | --- | --- | --- |
+/// | the range, its first and last excepted | 10.40.0.1 to 10.47.255.254 | given out by nodes |
+/// | the 4096 below the range, or above it if there is no room below | 10.39.240.0 to 10.39.255.255 | nodes, by ID |
+/// | what is below (or above) these | 10.32.0.1 to 10.39.239.255 | static addresses |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    network: Network,
+    nodes: u128,
+    statics: (u128, u128),
+}
+
+/// A subnet and range that cannot work. The words are for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadNetwork {
+    /// The range is not a part of the subnet.
+    #[error("the range {range} is not inside the subnet {subnet}; give a --range that is")]
+    Outside {
+        /// The range.
+        range: IpNet,
+        /// The subnet.
+        subnet: IpNet,
+    },
+    /// The range is too small to be divided.
+    #[error("the range {range} is too small; give a --range of at least 16 addresses")]
+    TooSmall {
+        /// The range.
+        range: IpNet,
+    },
+    /// No room for the addresses of nodes and for static ones beside the range.
+    #[error(
+        "the range {range} leaves no room in the subnet {subnet} for the {NODE_ADDRESSES} addresses of nodes and for static ones; give a \
+         smaller --range or a larger --subnet"
+    )]
+    NoRoom {
+        /// The range.
+        range: IpNet,
+        /// The subnet.
+        subnet: IpNet,
+    },
+    /// Bits are set behind the prefix.
+    #[error("{given} has bits set behind its prefix; write {meant}")]
+    HostBits {
+        /// What was given.
+        given: IpNet,
+        /// What it would be without.
+        meant: IpNet,
+    },
+}
+
+impl Layout {
+    /// Checks and divides the cluster's addresses.
+    ///
+    /// # Errors
+    /// [`BadNetwork`].
+    pub fn new(network: Network) -> Result<Self, BadNetwork> {
+        let Network { subnet, range } = network;
+        for given in [subnet, range] {
+            if given.trunc() != given {
+                return Err(BadNetwork::HostBits { given, meant: given.trunc() });
+            }
+        }
+        if subnet == range {
+            return Err(BadNetwork::NoRoom { range, subnet });
+        }
+        if !subnet.contains(&range) {
+            return Err(BadNetwork::Outside { range, subnet });
+        }
+        if range.max_prefix_len() - range.prefix_len() < LEAST_HOST_BITS {
+            return Err(BadNetwork::TooSmall { range });
+        }
+        let (subnet_first, subnet_last) = bounds(subnet);
+        let (range_first, range_last) = bounds(range);
+        let (nodes, statics) = if range_first - subnet_first >= 2 * NODE_ADDRESSES {
+            (range_first - NODE_ADDRESSES, (subnet_first + 1, range_first - NODE_ADDRESSES - 1))
+        } else if subnet_last - range_last >= 2 * NODE_ADDRESSES {
+            (range_last + 1, (range_last + 1 + NODE_ADDRESSES, subnet_last - 1))
+        } else {
+            return Err(BadNetwork::NoRoom { range, subnet });
+        };
+        Ok(Self { network, nodes, statics })
+    }
+
+    /// The subnet and range that it divides.
+    pub fn network(&self) -> Network {
+        self.network
+    }
+
+    /// A node's own address.
+    pub fn node_address(&self, id: NodeId) -> IpAddr {
+        self.address(self.nodes + u128::from(id.get()))
+    }
+
+    /// The quarter of the range that a node owns by birth; none from ID 5.
+    pub fn quarter(&self, id: NodeId) -> Option<IpNet> {
+        if !id.owns_a_quarter() {
+            return None;
+        }
+        let range = self.network.range;
+        range.subnets(range.prefix_len() + 2).ok()?.nth(usize::from(id.get() - 1))
+    }
+
+    /// The first and last address that a node can give out of its quarter: the range's first and last belong to nobody.
+    pub fn usable(&self, id: NodeId) -> Option<(IpAddr, IpAddr)> {
+        let (first, last) = bounds(self.quarter(id)?);
+        let (range_first, range_last) = bounds(self.network.range);
+        Some((self.address(first.max(range_first + 1)), self.address(last.min(range_last - 1))))
+    }
+
+    /// The first and last static address.
+    pub fn statics(&self) -> (IpAddr, IpAddr) {
+        (self.address(self.statics.0), self.address(self.statics.1))
+    }
+
+    /// Whether an address may be chosen by hand.
+    ///
+    /// # Errors
+    /// [`IpamError::OutsideSubnet`] or [`IpamError::Reserved`].
+    pub fn check_static(&self, address: IpAddr) -> Result<(), IpamError> {
+        let Network { subnet, range } = self.network;
+        let (first, last) = self.statics();
+        if !subnet.contains(&address) {
+            return Err(IpamError::OutsideSubnet { address, subnet, first, last });
+        }
+        let number = to_number(address);
+        let why = if (self.statics.0..=self.statics.1).contains(&number) {
+            return Ok(());
+        } else if range.contains(&address) {
+            "nodes give the addresses of the range out by themselves"
+        } else if (self.nodes..self.nodes + NODE_ADDRESSES).contains(&number) {
+            "it is kept for the nodes themselves"
+        } else {
+            "it lies beyond the static addresses"
+        };
+        Err(IpamError::Reserved { address, why, first, last })
+    }
+
+    fn address(&self, number: u128) -> IpAddr {
+        from_number(self.network.subnet.addr(), number)
+    }
+}
+
+/// The first and last number of a network.
+fn bounds(net: IpNet) -> (u128, u128) {
+    (to_number(net.network()), to_number(net.broadcast()))
+}

@@ -1,0 +1,349 @@
+//! Control connections: listening, dialling, and two tasks for each connection. What is said on them is decided elsewhere.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, interval, timeout};
+
+use crate::control::dial::{AttemptId, Place};
+use crate::control::hello::{Hello, Refusal};
+use crate::control::session::{self, Me, Reader, Role, Writer};
+use crate::types::{NodeId, PublicKey};
+
+/// How long a connection attempt to one address may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a name may take to resolve.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A ping is sent this often.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+/// Inbound connections that may be shaking hands at one time.
+const PENDING: usize = 64;
+/// Messages that may wait for a slow peer before its connection is closed.
+const OUTBOX: usize = 256;
+
+/// Frames of a control connection: the first byte of each message.
+const FRAME_GOSSIP: u8 = 0;
+const FRAME_PING: u8 = 1;
+const FRAME_PONG: u8 = 2;
+
+/// Tells streams of one daemon apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct StreamId(u64);
+
+/// What happened on the mesh.
+#[derive(Debug)]
+pub enum MeshEvent {
+    /// A connection is up: both ends have proven the token.
+    Opened(Box<Opened>),
+    /// A gossip message arrived.
+    Received(StreamId, Vec<u8>),
+    /// A round trip was measured.
+    RoundTrip(StreamId, Duration),
+    /// A connection ended.
+    Closed(StreamId, String),
+    /// What a name resolved to.
+    Resolved(AttemptId, Vec<SocketAddr>),
+    /// An attempt did not lead to a connection.
+    DialFailed(AttemptId, DialFailure),
+    /// Somebody called and was refused.
+    Refused { remote: SocketAddr, refusal: Refusal },
+}
+
+/// Why dialling did not lead to a connection. The words are for people.
+#[derive(Debug, thiserror::Error)]
+pub enum DialFailure {
+    /// The name has no address, now.
+    #[error("the name {0} does not resolve; it is tried again, or take it back with `overnode forget {0}`")]
+    Unresolved(String),
+    /// TCP did not connect.
+    #[error("{0}: {1}; check that a node runs there and that TCP port 6783 is open")]
+    Unreachable(SocketAddr, String),
+    /// Connected, and then refused by one of the two.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+/// A connection that is up.
+#[derive(Debug)]
+pub struct Opened {
+    pub id: StreamId,
+    /// The attempt that led to it; none when the other side called.
+    pub attempt: Option<AttemptId>,
+    pub remote: SocketAddr,
+    pub local: SocketAddr,
+    pub hello: Hello,
+    pub outbox: Outbox,
+}
+
+/// Sends on a connection without ever waiting. Dropping it closes the connection.
+#[derive(Debug)]
+pub struct Outbox(mpsc::Sender<Vec<u8>>);
+
+impl Outbox {
+    /// Queues a gossip message. False when the peer is too slow or gone: the connection should be dropped.
+    pub fn send(&self, message: &[u8]) -> bool {
+        let mut frame = Vec::with_capacity(message.len() + 1);
+        frame.push(FRAME_GOSSIP);
+        frame.extend_from_slice(message);
+        self.0.try_send(frame).is_ok()
+    }
+}
+
+/// Who has which ID, as far as this node knows of living nodes: callers that say otherwise are refused.
+pub type Residents = Arc<Mutex<BTreeMap<NodeId, (PublicKey, String)>>>;
+
+/// All control connections of this node. Dropping it ends them.
+pub struct Mesh {
+    shared: Shared,
+    tasks: JoinSet<()>,
+}
+
+#[derive(Clone)]
+struct Shared {
+    me: Arc<Me>,
+    residents: Residents,
+    port: u16,
+    events: mpsc::Sender<MeshEvent>,
+    next: Arc<AtomicU64>,
+}
+
+impl Shared {
+    fn admit(&self, peer: &Hello) -> Result<(), Refusal> {
+        let residents = self.residents.lock().unwrap_or_else(PoisonError::into_inner);
+        match residents.get(&peer.id) {
+            Some((public_key, nickname)) if *public_key != peer.public_key => Err(Refusal::IdClash {
+                id: peer.id,
+                holder: nickname.clone(),
+                newcomer: peer.nickname.clone(),
+            }),
+            Some(_) | None => Ok(()),
+        }
+    }
+}
+
+impl Mesh {
+    /// Listens on `port`, IPv6 and IPv4, and reports to `events`.
+    ///
+    /// # Errors
+    /// When the port is taken.
+    pub fn listen(port: u16, me: Me, residents: Residents, events: mpsc::Sender<MeshEvent>) -> io::Result<Self> {
+        let shared = Shared { me: Arc::new(me), residents, port, events, next: Arc::default() };
+        let mut tasks = JoinSet::new();
+        let pending = Arc::new(Semaphore::new(PENDING));
+        for listener in listeners(port)? {
+            tasks.spawn(accept(listener, shared.clone(), pending.clone()));
+        }
+        Ok(Self { shared, tasks })
+    }
+
+    /// Makes one attempt. The outcome is an event.
+    pub fn dial(&mut self, attempt: AttemptId, place: Place) {
+        while self.tasks.try_join_next().is_some() {}
+        let shared = self.shared.clone();
+        self.tasks.spawn(async move {
+            let failure = match call(&shared, attempt, place).await {
+                Ok((ends, link)) => return run(shared, Some(attempt), ends, link).await,
+                Err(failure) => failure,
+            };
+            let _ = shared.events.send(MeshEvent::DialFailed(attempt, failure)).await;
+        });
+    }
+}
+
+fn listeners(port: u16) -> io::Result<Vec<TcpListener>> {
+    let v4 = TcpSocket::new_v4()?;
+    v4.set_reuseaddr(true)?;
+    v4.bind((Ipv4Addr::UNSPECIFIED, port).into())?;
+    let mut listeners = vec![v4.listen(128)?];
+    // A host may have IPv6 turned off.
+    if let Ok(v6) = v6_socket(port) {
+        listeners.push(v6.listen(128)?);
+    }
+    Ok(listeners)
+}
+
+fn v6_socket(port: u16) -> io::Result<TcpSocket> {
+    let socket = TcpSocket::new_v6()?;
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Ipv6V6Only, &true)?;
+    socket.set_reuseaddr(true)?;
+    socket.bind((Ipv6Addr::UNSPECIFIED, port).into())?;
+    Ok(socket)
+}
+
+async fn accept(listener: TcpListener, shared: Shared, pending: Arc<Semaphore>) {
+    let mut tasks = JoinSet::new();
+    loop {
+        while tasks.try_join_next().is_some() {}
+        let Ok(permit) = pending.clone().acquire_owned().await else { return };
+        let (stream, remote) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!("accepting a control connection failed: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let shared = shared.clone();
+        tasks.spawn(async move {
+            let result = greet(&shared, stream, Role::Responder).await;
+            drop(permit);
+            match result {
+                Ok((ends, link)) => run(shared, None, ends, link).await,
+                Err(refusal) => {
+                    let remote = plain(remote);
+                    let _ = shared.events.send(MeshEvent::Refused { remote, refusal }).await;
+                }
+            }
+        });
+    }
+}
+
+/// Both ends' addresses.
+struct Ends {
+    remote: SocketAddr,
+    local: SocketAddr,
+}
+
+type Link = session::Link<TcpStream>;
+
+async fn call(shared: &Shared, attempt: AttemptId, place: Place) -> Result<(Ends, Link), DialFailure> {
+    let (addresses, mut last) = match place {
+        Place::Name(name) => {
+            let addresses = resolve(&name, shared.port).await;
+            let _ = shared.events.send(MeshEvent::Resolved(attempt, addresses.clone())).await;
+            (addresses, DialFailure::Unresolved(name))
+        }
+        Place::Addresses(id, addresses) => (addresses, DialFailure::Unresolved(format!("node {id}"))),
+    };
+    for address in addresses {
+        let stream = match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => {
+                last = DialFailure::Unreachable(address, error.to_string());
+                continue;
+            }
+            Err(_) => {
+                last = DialFailure::Unreachable(address, "no answer".to_owned());
+                continue;
+            }
+        };
+        match greet(shared, stream, Role::Initiator).await {
+            Ok(link) => return Ok(link),
+            Err(refusal) => last = refusal.into(),
+        }
+    }
+    Err(last)
+}
+
+async fn resolve(name: &str, port: u16) -> Vec<SocketAddr> {
+    if let Ok(address) = name.parse::<SocketAddr>() {
+        return vec![address];
+    }
+    if let Ok(address) = name.parse::<IpAddr>() {
+        return vec![(address, port).into()];
+    }
+    let Ok(Ok(found)) = timeout(RESOLVE_TIMEOUT, lookup_host((name, port))).await else { return Vec::new() };
+    let found: BTreeSet<SocketAddr> = found.collect();
+    found.into_iter().collect()
+}
+
+async fn greet(shared: &Shared, stream: TcpStream, role: Role) -> Result<(Ends, Link), Refusal> {
+    stream.set_nodelay(true)?;
+    let ends = Ends { remote: plain(stream.peer_addr()?), local: plain(stream.local_addr()?) };
+    let link = session::connect(stream, role, &shared.me, |peer| shared.admit(peer)).await?;
+    Ok((ends, link))
+}
+
+/// IPv4 addresses as such, however the socket shows them.
+fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+async fn run(shared: Shared, attempt: Option<AttemptId>, ends: Ends, link: Link) {
+    let id = StreamId(shared.next.fetch_add(1, Ordering::Relaxed));
+    let (outbox, queue) = mpsc::channel(OUTBOX);
+    let pongs = outbox.downgrade();
+    let opened = Opened {
+        id,
+        attempt,
+        remote: ends.remote,
+        local: ends.local,
+        hello: link.peer,
+        outbox: Outbox(outbox),
+    };
+    if shared.events.send(MeshEvent::Opened(Box::new(opened))).await.is_err() {
+        return;
+    }
+    let born = Instant::now();
+    let why = tokio::select! {
+        why = read(id, link.reader, &shared.events, pongs, born) => why,
+        why = write(link.writer, queue, born) => why,
+    };
+    let _ = shared.events.send(MeshEvent::Closed(id, why)).await;
+}
+
+async fn read(
+    id: StreamId,
+    mut reader: Reader<TcpStream>,
+    events: &mpsc::Sender<MeshEvent>,
+    pongs: mpsc::WeakSender<Vec<u8>>,
+    born: Instant,
+) -> String {
+    loop {
+        let mut message = match reader.receive().await {
+            Ok(message) => message,
+            Err(refusal) => return refusal.to_string(),
+        };
+        let event = match message.first() {
+            Some(&FRAME_GOSSIP) => MeshEvent::Received(id, message.split_off(1)),
+            Some(&FRAME_PING) if message.len() == 9 => {
+                message[0] = FRAME_PONG;
+                // A full queue loses the answer; the peer asks again.
+                if let Some(outbox) = pongs.upgrade() {
+                    let _ = outbox.try_send(message);
+                }
+                continue;
+            }
+            Some(&FRAME_PONG) => {
+                let Ok(sent) = <[u8; 8]>::try_from(&message[1..]) else {
+                    return "it sent a malformed frame".to_owned();
+                };
+                let sent = Duration::from_micros(u64::from_le_bytes(sent));
+                let Some(rtt) = born.elapsed().checked_sub(sent) else {
+                    return "it answered a ping of the future".to_owned();
+                };
+                MeshEvent::RoundTrip(id, rtt)
+            }
+            Some(_) | None => return "it sent a malformed frame".to_owned(),
+        };
+        if events.send(event).await.is_err() {
+            return "this node stops".to_owned();
+        }
+    }
+}
+
+async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>, born: Instant) -> String {
+    let mut heartbeat = interval(HEARTBEAT);
+    loop {
+        let frame = tokio::select! {
+            frame = queue.recv() => match frame {
+                Some(frame) => frame,
+                None => return "this node closed it".to_owned(),
+            },
+            _ = heartbeat.tick() => {
+                let micros = u64::try_from(born.elapsed().as_micros()).unwrap_or(u64::MAX);
+                [&[FRAME_PING][..], &micros.to_le_bytes()].concat()
+            }
+        };
+        if let Err(refusal) = writer.send(&frame).await {
+            return refusal.to_string();
+        }
+    }
+}

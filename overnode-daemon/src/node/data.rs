@@ -1,0 +1,315 @@
+//! The data plane's peers: what gossip says becomes peers and routes, what the handshakes decide becomes sessions.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use overnode_ebpf::wire::DATA_PORT;
+
+use super::running::Node;
+use crate::control::key;
+use crate::datapath::PeerState;
+use crate::gossip::Record;
+use crate::handshake::{Activity, AdoptedSession, Event, Initiate, PeerConfig};
+use crate::net::udp::Received;
+use crate::types::{PeerIndex, PublicKey, Secret};
+
+/// How much longer than the node with the lower ID the other one waits before it initiates.
+const SECOND: Duration = Duration::from_millis(1500);
+/// An address of a node that does not answer a handshake within this time is given up for the next one.
+const PATIENCE: Duration = Duration::from_secs(7);
+
+/// A peer as the data plane was told of it.
+pub(super) struct DataPeer {
+    pub(super) public_key: PublicKey,
+    /// Where it may be, best first; one for a peer that is no node.
+    candidates: Vec<SocketAddr>,
+    /// Which of them is tried.
+    candidate: usize,
+    tried_since: Instant,
+    pub(super) routes: Vec<IpNet>,
+    /// What the maps said last.
+    pub(super) state: Option<PeerState>,
+    pub(super) last_error: Option<(String, Instant)>,
+}
+
+impl DataPeer {
+    pub(super) fn endpoint(&self) -> Option<SocketAddr> {
+        self.candidates.get(self.candidate).copied()
+    }
+
+    /// True if the sealing session can be used.
+    pub(super) fn has_session(&self, now: Instant) -> bool {
+        self.state
+            .as_ref()
+            .is_some_and(|state| state.sessions.iter().any(|session| session.sealing && session.expires > now))
+    }
+}
+
+/// What a peer is to be in the data plane.
+pub(super) struct Wanted {
+    pub(super) public_key: PublicKey,
+    pub(super) preshared_key: Secret,
+    pub(super) candidates: Vec<SocketAddr>,
+    pub(super) initiate: Initiate,
+    pub(super) persistent_keepalive: Option<Duration>,
+    pub(super) routes: Vec<IpNet>,
+}
+
+impl Node {
+    /// Takes over what an earlier daemon left in the maps, then configures all peers that the store knows.
+    pub(super) async fn adopt(&mut self, now: Instant) -> anyhow::Result<()> {
+        let pinned = self.datapath.peers()?;
+        let records: Vec<Record> =
+            self.gossip.records().filter(|record| record.id != self.identity.id && !record.left).cloned().collect();
+        for record in &records {
+            self.dialer.learn(record.id, record.addresses.clone(), now);
+            self.configure_peer(record, now).await?;
+        }
+        for external in self.store.external_peers()? {
+            self.configure_external(external, now).await?;
+        }
+        self.datapath.set_own_routes(&self.own_routes())?;
+        for state in pinned {
+            let known = self.peers.get(&state.index).is_some_and(|peer| peer.public_key == state.public_key);
+            if !known {
+                self.datapath.remove_peer(state.index)?;
+                continue;
+            }
+            for session in state.sessions {
+                self.handshakes.adopt(
+                    state.index,
+                    AdoptedSession {
+                        local_index: session.local_index,
+                        remote_index: session.remote_index,
+                        initiator: session.initiator,
+                        confirmed: session.confirmed,
+                        created: session.created,
+                        sealing: session.sealing,
+                    },
+                    now,
+                );
+            }
+        }
+        self.read_maps(now);
+        Ok(())
+    }
+
+    /// Gives a node's record to the data plane.
+    pub(super) async fn configure_peer(&mut self, record: &Record, now: Instant) -> anyhow::Result<()> {
+        let wanted = Wanted {
+            public_key: record.public_key,
+            preshared_key: key::pair_key(&self.identity.cluster_key, &self.public_key, &record.public_key),
+            candidates: self.candidates(record),
+            initiate: if self.identity.id < record.id { Initiate::AtOnce } else { Initiate::After(SECOND) },
+            persistent_keepalive: None,
+            routes: self.routes_of(record),
+        };
+        self.configure(record.id.peer_index(), wanted, now).await
+    }
+
+    pub(super) async fn configure(
+        &mut self,
+        index: PeerIndex,
+        wanted: Wanted,
+        now: Instant,
+    ) -> anyhow::Result<()> {
+        let before = self.peers.remove(&index);
+        if before.as_ref().is_some_and(|before| before.public_key != wanted.public_key) {
+            // A node that was reset and launched again has another key: nothing of the old one may stay.
+            self.handshakes.remove_peer(index, now);
+            self.pump_handshakes(now).await;
+            self.datapath.remove_peer(index)?;
+        }
+        let before = before.filter(|before| before.public_key == wanted.public_key);
+        let kept = before.as_ref().and_then(DataPeer::endpoint);
+        let candidate =
+            kept.and_then(|kept| wanted.candidates.iter().position(|it| *it == kept)).unwrap_or_default();
+        let mut peer = DataPeer {
+            public_key: wanted.public_key,
+            candidates: wanted.candidates,
+            candidate,
+            tried_since: before.as_ref().map_or(now, |before| before.tried_since),
+            routes: wanted.routes,
+            state: before.as_ref().and_then(|before| before.state.clone()),
+            last_error: before.as_ref().and_then(|before| before.last_error.clone()),
+        };
+        // A peer with a session is where its packets come from, whatever anyone says.
+        let endpoint = peer.endpoint().filter(|_| !peer.has_session(now));
+        if endpoint.is_some() && endpoint != kept {
+            peer.tried_since = now;
+        }
+        self.datapath.set_peer(index, &peer.public_key, endpoint).await?;
+        self.datapath.set_routes(index, &peer.routes)?;
+        self.handshakes.upsert_peer(
+            index,
+            PeerConfig {
+                public_key: peer.public_key,
+                preshared_key: wanted.preshared_key,
+                endpoint,
+                initiate: wanted.initiate,
+                persistent_keepalive: wanted.persistent_keepalive,
+            },
+            now,
+        );
+        self.peers.insert(index, peer);
+        Ok(())
+    }
+
+    pub(super) fn remove_data_peer(&mut self, index: PeerIndex, now: Instant) {
+        self.handshakes.remove_peer(index, now);
+        self.peers.remove(&index);
+        if let Err(error) = self.datapath.remove_peer(index) {
+            tracing::warn!("peer {index} was not removed from the data plane: {error:#}");
+        }
+    }
+
+    pub(super) async fn handle_datagram(&mut self, datagram: Received, now: Instant) {
+        // Packets of peers come in here: from now on the programs have to see them.
+        if let Err(error) = self.datapath.ensure_underlay(datagram.ifindex).await {
+            tracing::warn!("the programs cannot receive on interface {}: {error:#}", datagram.ifindex);
+        }
+        self.handshakes.handle_datagram(now, datagram.from, &datagram.bytes);
+    }
+
+    /// Carries out what the handshakes have decided.
+    pub(super) async fn pump_handshakes(&mut self, now: Instant) {
+        loop {
+            while let Some(event) = self.handshakes.poll_event() {
+                if let Err(error) = self.handle_handshake(event, now).await {
+                    tracing::warn!("the data plane refused: {error:#}");
+                }
+            }
+            let Some(transmit) = self.handshakes.poll_transmit() else { return };
+            if let Err(error) = self.udp.send(transmit.to, None, &transmit.bytes).await {
+                tracing::debug!("a handshake message to {} was not sent: {error}", transmit.to);
+            }
+        }
+    }
+
+    async fn handle_handshake(&mut self, event: Event, now: Instant) -> anyhow::Result<()> {
+        match event {
+            Event::Install { peer, session } => {
+                self.datapath.install_session(peer, &session)?;
+                if let Some(peer) = self.peers.get_mut(&peer) {
+                    peer.last_error = None;
+                }
+                tracing::debug!("a session with peer {peer}");
+            }
+            Event::Withdraw { peer, local_index } => self.datapath.withdraw_session(peer, local_index)?,
+            Event::SendKeepalive { peer } => self.datapath.keepalive(peer).await?,
+            Event::EndpointChanged { peer, endpoint } => {
+                let Some(known) = self.peers.get_mut(&peer) else { return Ok(()) };
+                if !known.candidates.contains(&endpoint) {
+                    known.candidates.insert(0, endpoint);
+                }
+                known.candidate = known.candidates.iter().position(|it| *it == endpoint).unwrap_or_default();
+                let public_key = known.public_key;
+                self.datapath.set_peer(peer, &public_key, Some(endpoint)).await?;
+            }
+            Event::Failed { peer, why } => {
+                tracing::debug!("no session with peer {peer}: {why}");
+                if let Some(peer) = self.peers.get_mut(&peer) {
+                    peer.last_error = Some((why.to_string(), now));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Once a second: what the programs saw goes to the handshakes; peers that do not answer are tried elsewhere.
+    pub(super) fn read_maps(&mut self, now: Instant) {
+        let states = match self.datapath.peers() {
+            Ok(states) => states,
+            Err(error) => return tracing::warn!("the maps cannot be read: {error:#}"),
+        };
+        for state in states {
+            let index = state.index;
+            for session in &state.sessions {
+                if !session.initiator && session.confirmed {
+                    self.handshakes.handle_confirmed(index, session.local_index, now);
+                }
+            }
+            let activity = Activity {
+                last_data_sent: state.last_data_sent,
+                last_sent: state.last_sent,
+                last_data_received: state.last_data_received,
+                last_received: state.last_received,
+                endpoint: state.endpoint,
+            };
+            self.handshakes.handle_activity(index, &activity);
+            if let Some(peer) = self.peers.get_mut(&index) {
+                peer.state = Some(state);
+            }
+        }
+        self.try_elsewhere(now);
+        self.note_reachability(now);
+    }
+
+    fn try_elsewhere(&mut self, now: Instant) {
+        for (&index, peer) in &mut self.peers {
+            if peer.candidates.len() < 2 || peer.has_session(now) || now < peer.tried_since + PATIENCE {
+                continue;
+            }
+            peer.candidate = (peer.candidate + 1) % peer.candidates.len();
+            peer.tried_since = now;
+            if let Some(endpoint) = peer.endpoint() {
+                self.handshakes.set_endpoint(index, endpoint);
+            }
+        }
+    }
+
+    fn note_reachability(&mut self, now: Instant) {
+        self.refresh_residents();
+        let paths = self.gossip.paths();
+        let ids: Vec<_> = self.gossip.records().map(|record| record.id).collect();
+        for id in ids {
+            let reachable = id == self.identity.id || paths.contains_key(&id);
+            match self.reachable.get(&id) {
+                Some((known, _)) if *known == reachable => {}
+                Some(_) | None => {
+                    self.reachable.insert(id, (reachable, now));
+                }
+            }
+        }
+    }
+
+    /// Where a node may be, best first: where its control connection is, then where it says it is.
+    fn candidates(&self, record: &Record) -> Vec<SocketAddr> {
+        let connected = self.stream_to(record.id).map(|stream| stream.remote.ip());
+        let mut candidates: Vec<SocketAddr> = Vec::new();
+        for ip in connected.into_iter().chain(record.addresses.iter().map(SocketAddr::ip)) {
+            let candidate = SocketAddr::new(ip, DATA_PORT);
+            if !candidates.contains(&candidate) {
+                candidates.push(candidate);
+            }
+        }
+        candidates
+    }
+
+    /// The prefixes that lead to a node. What is not its to announce is left out.
+    fn routes_of(&self, record: &Record) -> Vec<IpNet> {
+        let layout = self.ipam.layout();
+        let mut routes = vec![IpNet::from(layout.node_address(record.id))];
+        let quarter = layout.quarter(record.id);
+        routes.extend(record.ranges.iter().filter(|range| quarter.is_some_and(|quarter| quarter.contains(*range))));
+        for &claim in &record.claims {
+            let earlier = self.gossip.records().any(|other| other.id < record.id && other.claims.contains(&claim));
+            if layout.check_static(claim).is_ok() && !self.ipam.allocated().contains_key(&claim) && !earlier {
+                routes.push(IpNet::from(claim));
+            }
+        }
+        routes
+    }
+
+    fn own_routes(&self) -> Vec<IpNet> {
+        let mut routes = self.ipam.ranges();
+        routes.push(self.ipam.layout().node_address(self.identity.id).into());
+        routes
+    }
+
+    /// The host's addresses or routes have changed.
+    pub(super) async fn underlay_changed(&mut self) -> anyhow::Result<()> {
+        self.datapath.refresh().await
+    }
+}

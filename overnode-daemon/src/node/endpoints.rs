@@ -1,0 +1,190 @@
+//! `attach`, `detach`, and containers that go away by themselves.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use ipnet::IpNet;
+
+use super::running::Node;
+use crate::api::{self, ApiError, Netns, Primed, Target};
+use crate::datapath::{self, KnownEndpoint, NetnsRef};
+use crate::store::Attachment;
+
+impl Node {
+    pub(super) async fn attach(&mut self, request: api::Attach) -> Result<api::Attached, ApiError> {
+        let now = Instant::now();
+        let attachments = self.store.attachments().map_err(ApiError::failed)?;
+        if let Some(known) = attachments.iter().find(|known| known.target == request.target.to_string()) {
+            return Err(ApiError::refused(format_args!(
+                "{} is attached already, as {}: detach it first with `overnode detach {}`",
+                request.target, known.address, request.target
+            )));
+        }
+        if let Some(name) = &request.name
+            && attachments.iter().any(|known| known.name.as_ref() == Some(name))
+        {
+            return Err(ApiError::refused(format_args!("the name {name} is taken by another endpoint: give another --name")));
+        }
+        let netns = match request.netns.or_else(|| request.target.netns()) {
+            Some(Netns::Path(path)) => NetnsRef::Path(path),
+            Some(Netns::Pid(pid)) => NetnsRef::Pid(pid),
+            None => {
+                return Err(ApiError::usage(format_args!(
+                    "where the container {} runs was not told: give its process as netns {{\"pid\": N}}",
+                    request.target
+                )));
+            }
+        };
+        let identity = netns.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?;
+        let owner = request.target.to_string();
+        let fixed = request.address.is_some();
+        let address = match request.address {
+            Some(address) => self.claim(address, &owner)?,
+            None => self.ipam.allocate(&owner).map_err(|error| ApiError::refused(error.to_string()))?,
+        };
+        let attachment = Attachment {
+            address,
+            is_static: fixed,
+            target: owner,
+            netns: netns.path().to_string_lossy().into_owned(),
+            netns_inode: identity.inode,
+            name: request.name,
+            host_interface: datapath::host_interface(address),
+            since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        };
+        // On disk before anything uses it: a crash from here on leaves an address too many in use, never one twice.
+        if let Err(error) = self.store.add_attachment(&attachment) {
+            self.ipam.release(address);
+            return Err(ApiError::failed(error));
+        }
+        let plan = datapath::Attachment {
+            netns,
+            address,
+            host_interface: attachment.host_interface.clone(),
+        };
+        let attached = match self.datapath.attach(&plan).await {
+            Ok(attached) => attached,
+            Err(error) => {
+                self.give_back(address);
+                return Err(ApiError::failed(format_args!("{} was not attached: {error:#}", request.target)));
+            }
+        };
+        self.announce_claims(now).await;
+        Ok(api::Attached {
+            address: self.with_prefix(address),
+            interface: datapath::CONTAINER_INTERFACE.to_owned(),
+            host_interface: attached.host_interface,
+            mtu: attached.mtu,
+        })
+    }
+
+    pub(super) async fn detach(&mut self, request: api::Detach) -> Result<api::Detached, ApiError> {
+        let wanted = request.target.to_string();
+        let attachments = self.store.attachments().map_err(ApiError::failed)?;
+        let known = attachments
+            .iter()
+            .find(|known| known.target == wanted)
+            .or_else(|| attachments.iter().find(|known| known.name.as_ref() == Some(&wanted)));
+        let Some(known) = known else {
+            return Err(ApiError::missing(format_args!(
+                "{wanted} is not attached: `overnode status --endpoints` lists what is"
+            )));
+        };
+        self.datapath
+            .detach(&known.host_interface)
+            .await
+            .map_err(|error| ApiError::failed(format_args!("{wanted} was not detached: {error:#}")))?;
+        self.give_back(known.address);
+        self.announce_claims(Instant::now()).await;
+        Ok(api::Detached { address: self.with_prefix(known.address) })
+    }
+
+    pub(super) fn primed(&self) -> Primed {
+        match self.ipam.check_ready() {
+            Ok(()) => Primed { ready: true, waiting_for: None },
+            Err(why) => Primed { ready: false, waiting_for: Some(why.to_string()) },
+        }
+    }
+
+    /// Removes what belongs to nobody, and gives back the addresses of containers that are gone.
+    pub(super) async fn reconcile(&mut self, now: Instant) -> anyhow::Result<()> {
+        let attachments = self.store.attachments()?;
+        let known: Vec<KnownEndpoint> = attachments
+            .iter()
+            .map(|it| KnownEndpoint {
+                address: it.address,
+                host_interface: it.host_interface.clone(),
+                netns: NetnsRef::Path(it.netns.clone().into()),
+            })
+            .collect();
+        for lost in self.datapath.reconcile(&known).await? {
+            let Some(attachment) = attachments.iter().find(|it| it.host_interface == lost.host_interface) else { continue };
+            if lost.netns_exists && self.plug_in_again(attachment).await {
+                continue;
+            }
+            tracing::info!("{} is gone; its address {} is free again", attachment.target, attachment.address);
+            self.give_back(attachment.address);
+        }
+        self.announce_claims(now).await;
+        Ok(())
+    }
+
+    /// An interface can be lost without its container: when the node's host interfaces were deleted by hand, or with a reset that
+    /// was cut short. True if it is back.
+    async fn plug_in_again(&mut self, attachment: &Attachment) -> bool {
+        let netns = NetnsRef::Path(attachment.netns.clone().into());
+        if netns.id().map(|identity| identity.inode).ok() != Some(attachment.netns_inode) {
+            return false;
+        }
+        let plan = datapath::Attachment {
+            netns,
+            address: attachment.address,
+            host_interface: attachment.host_interface.clone(),
+        };
+        match self.datapath.attach(&plan).await {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!("{} cannot be plugged in again: {error:#}", attachment.target);
+                false
+            }
+        }
+    }
+
+    fn claim(&mut self, address: IpNet, owner: &str) -> Result<IpAddr, ApiError> {
+        let subnet = self.identity.network.subnet;
+        if address.prefix_len() != subnet.prefix_len() {
+            return Err(ApiError::usage(format_args!(
+                "{address} does not have the subnet's prefix: give {}/{}",
+                address.addr(),
+                subnet.prefix_len()
+            )));
+        }
+        let ip = address.addr();
+        self.ipam.claim(ip, owner).map_err(|error| ApiError::refused(error.to_string()))?;
+        Ok(ip)
+    }
+
+    fn give_back(&mut self, address: IpAddr) {
+        // In this order: what is forgotten on disk first could be given out twice after a crash, were it still in use.
+        self.ipam.release(address);
+        if let Err(error) = self.store.remove_attachment(address) {
+            tracing::warn!("that {address} is free again was not stored: {error}");
+        }
+    }
+
+    async fn announce_claims(&mut self, now: Instant) {
+        let claims = self.ipam.claims();
+        self.gossip.update_own(|own| own.claims = claims, now);
+        self.pump(now).await;
+    }
+
+    pub(super) fn with_prefix(&self, address: IpAddr) -> IpNet {
+        IpNet::new(address, self.identity.network.subnet.prefix_len()).unwrap_or_else(|_| address.into())
+    }
+}
+
+/// As it was attached; the text was checked then.
+pub(super) fn target_of(attachment: &Attachment) -> Target {
+    attachment.target.parse().unwrap_or_else(|_| Target::Path(Path::new(&attachment.target).to_owned()))
+}

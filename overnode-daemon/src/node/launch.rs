@@ -1,0 +1,158 @@
+//! `launch`: a new identity, or the one that this host has.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rand::TryRngCore;
+use rand::rngs::OsRng;
+
+use super::Daemon;
+use super::running::Node;
+use crate::api::{self, ApiError, LaunchOutcome, Launched};
+use crate::control::hello::{MAX_NICKNAME, NEWEST_VERSION, OLDEST_VERSION};
+use crate::control::key;
+use crate::datapath::Datapath;
+use crate::fault;
+use crate::ipam::Layout;
+use crate::store::Identity;
+use crate::types::{Network, Secret};
+
+/// The oldest and the newest control protocol that this build speaks.
+pub(super) const PROTOCOLS: (u16, u16) = (OLDEST_VERSION, NEWEST_VERSION);
+
+impl Daemon {
+    pub(super) async fn launch(&mut self, request: api::Launch) -> Result<Launched, ApiError> {
+        let cluster_key = derive(&request).await?;
+        fault::step("cluster key");
+        match self.store.identity().map_err(failed)? {
+            Some(identity) => self.launch_again(request, &identity, &cluster_key).await,
+            None => self.launch_first(request, cluster_key).await,
+        }
+    }
+
+    async fn launch_first(&mut self, request: api::Launch, cluster_key: Secret) -> Result<Launched, ApiError> {
+        let identity = identity(&request, cluster_key)?;
+        let id = identity.id;
+        let nickname = identity.nickname.clone();
+        let targets: Vec<String> = request.hosts.iter().map(api::Host::to_string).collect();
+        self.store.set_identity(&identity, Some(&targets)).map_err(failed)?;
+        fault::step("identity");
+        match Node::start(&self.options, &self.store, identity, self.started).await {
+            Ok(node) => self.node = Some(node),
+            Err(error) => {
+                let mut message = format!("node {id} was not launched: {error:#}");
+                for left in Datapath::tear_down(&self.options.state_dir).await {
+                    message.push_str(&format!("; moreover, not all was undone: {left:#}"));
+                }
+                self.leaving = true;
+                return Err(ApiError::failed(message));
+            }
+        }
+        fault::step("running");
+        Ok(Launched { outcome: LaunchOutcome::Started, id, nickname, targets: request.hosts })
+    }
+
+    async fn launch_again(
+        &mut self,
+        request: api::Launch,
+        identity: &Identity,
+        cluster_key: &Secret,
+    ) -> Result<Launched, ApiError> {
+        let id = identity.id;
+        if id != request.id {
+            return Err(ApiError::refused(format_args!(
+                "this host is node {id} already, not {}: one host runs one node; run `overnode reset` first to give it another ID",
+                request.id
+            )));
+        }
+        if !same(cluster_key, &identity.cluster_key) {
+            return Err(ApiError::refused(format_args!(
+                "node {id} of this host was launched with another token: run `overnode reset` first to join another cluster"
+            )));
+        }
+        let asked = network(&request)?;
+        if (request.subnet.is_some() || request.range.is_some()) && asked != identity.network {
+            return Err(ApiError::refused(format_args!(
+                "node {id} of this host has subnet {} and range {}: run `overnode reset` first to change them",
+                identity.network.subnet, identity.network.range
+            )));
+        }
+        let nickname = identity.nickname.clone();
+        let Some(node) = &mut self.node else {
+            return Err(ApiError::failed("the node of this host is not running: see the daemon's log"));
+        };
+        let replace = request.restart && !request.hosts.is_empty();
+        let targets = if request.hosts.is_empty() {
+            node.targets()?
+        } else {
+            node.connect(api::Connect { hosts: request.hosts, replace }).await?.targets
+        };
+        let outcome = if request.restart { LaunchOutcome::Restarted } else { LaunchOutcome::AlreadyRunning };
+        Ok(Launched { outcome, id, nickname, targets })
+    }
+}
+
+async fn derive(request: &api::Launch) -> Result<Secret, ApiError> {
+    let token = request.token.clone();
+    tokio::task::spawn_blocking(move || key::cluster_key(token.expose()))
+        .await
+        .map_err(|error| ApiError::failed(format_args!("the token cannot be turned into a key: {error}")))?
+        .map_err(|error| ApiError::usage(error.to_string()))
+}
+
+fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiError> {
+    let network = network(request)?;
+    let nickname = match &request.nickname {
+        Some(nickname) if nickname.is_empty() || nickname.len() > MAX_NICKNAME || nickname.chars().any(char::is_control) => {
+            return Err(ApiError::usage(format_args!(
+                "the nickname must have 1 to {MAX_NICKNAME} bytes of printable text"
+            )));
+        }
+        Some(nickname) => nickname.clone(),
+        None => nix::unistd::gethostname()
+            .ok()
+            .map(|name| name.to_string_lossy().chars().take(MAX_NICKNAME).collect())
+            .unwrap_or_default(),
+    };
+    let (mut static_secret, mut instance) = (Secret([0; 32]), [0; 16]);
+    OsRng
+        .try_fill_bytes(&mut static_secret.0)
+        .and_then(|()| OsRng.try_fill_bytes(&mut instance))
+        .map_err(|error| ApiError::failed(format_args!("the system gives no random numbers: {error}")))?;
+    Ok(Identity {
+        id: request.id,
+        instance: u128::from_le_bytes(instance),
+        static_secret,
+        cluster_key,
+        network,
+        nickname,
+        interface: request.interface.clone(),
+        mtu: request.mtu,
+        discovery: request.discovery.unwrap_or(true),
+        // Greater than that of any earlier node with this ID: others may remember that one.
+        incarnation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+    })
+}
+
+fn network(request: &api::Launch) -> Result<Network, ApiError> {
+    let default = Network::default();
+    let network =
+        Network { subnet: request.subnet.unwrap_or(default.subnet), range: request.range.unwrap_or(default.range) };
+    Layout::new(network).map_err(ApiError::usage)?;
+    if network.subnet.addr().is_ipv6() {
+        return Err(ApiError::usage(format_args!(
+            "the subnet {} is IPv6, which container networks cannot be yet: give an IPv4 --subnet",
+            network.subnet
+        )));
+    }
+    Ok(network)
+}
+
+/// In constant time: a key is compared with one that somebody may be guessing at.
+fn same(a: &Secret, b: &Secret) -> bool {
+    #[expect(deprecated, reason = "ring offers no other constant-time comparison of byte strings")]
+    ring::constant_time::verify_slices_are_equal(&a.0, &b.0).is_ok()
+}
+
+fn failed(error: impl std::fmt::Display) -> ApiError {
+    ApiError::failed(error)
+}

@@ -1,0 +1,239 @@
+//! Control connections: what the mesh reports goes to the dialler and to gossip, and what these decide goes back.
+
+use std::net::SocketAddr;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use super::running::Node;
+use crate::api::{self, ApiError, Host};
+use crate::control::CONTROL_PORT;
+use crate::control::dial::{self, AttemptId, Verdict};
+use crate::gossip;
+use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
+use crate::types::NodeId;
+
+/// The stream of a control connection that is up. What people are told of it, the dialler knows.
+pub(super) struct Stream {
+    connection: dial::ConnectionId,
+    pub(super) peer: NodeId,
+    pub(super) remote: SocketAddr,
+    local: SocketAddr,
+    pub(super) rtt: Option<Duration>,
+    outbox: Outbox,
+}
+
+impl Node {
+    pub(super) fn handle_mesh(&mut self, event: MeshEvent, now: Instant) {
+        match event {
+            MeshEvent::Opened(opened) => self.opened(*opened, now),
+            MeshEvent::Received(id, bytes) => self.received(id, &bytes, now),
+            MeshEvent::RoundTrip(id, rtt) => {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    stream.rtt = Some(rtt);
+                }
+            }
+            MeshEvent::Closed(id, why) => self.close(id, &why, now),
+            MeshEvent::Resolved(attempt, addresses) => self.dialer.handle_resolved(attempt, &addresses),
+            MeshEvent::DialFailed(attempt, failure) => self.dial_failed(attempt, &failure, now),
+            MeshEvent::Refused { remote, refusal } => {
+                tracing::debug!("a caller at {remote} was refused: {refusal}");
+                self.dialer.handle_refused(remote, &refusal, now);
+            }
+        }
+    }
+
+    /// The stream to a node that is in use.
+    pub(super) fn stream_to(&self, peer: NodeId) -> Option<&Stream> {
+        let connection = self.dialer.connection(peer)?;
+        self.streams.values().find(|stream| stream.connection == connection)
+    }
+
+    fn opened(&mut self, opened: Opened, now: Instant) {
+        let peer = opened.hello.id;
+        let (connection, verdict) =
+            self.dialer.handle_established(opened.attempt, &opened.hello, opened.remote, now);
+        // Dropping the outbox closes the stream.
+        let Verdict::Keep { is_first } = verdict else { return };
+        tracing::info!("connected with node {peer} ({}) at {}", opened.hello.nickname, opened.remote);
+        let stream = Stream {
+            connection,
+            peer,
+            remote: opened.remote,
+            local: opened.local,
+            rtt: None,
+            outbox: opened.outbox,
+        };
+        self.streams.insert(opened.id, stream);
+        if is_first {
+            self.gossip.handle_connected(peer, now);
+        } else {
+            self.gossip.resync(peer);
+        }
+        self.announce_addresses(now);
+    }
+
+    fn received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
+        let Some(peer) = self.streams.get(&id).map(|stream| stream.peer) else { return };
+        if let Err(error) = self.gossip.handle_message(peer, bytes, now) {
+            tracing::warn!("node {peer} sent {error}; its connection is closed");
+            self.close(id, &error.to_string(), now);
+        }
+    }
+
+    fn close(&mut self, id: StreamId, why: &str, now: Instant) {
+        let Some(stream) = self.streams.remove(&id) else { return };
+        tracing::info!("the connection with node {} at {} ended: {why}", stream.peer, stream.remote);
+        match self.dialer.handle_lost(stream.connection, why, now) {
+            Some((peer, true)) => self.gossip.handle_disconnected(peer, now),
+            Some((peer, false)) => self.gossip.resync(peer),
+            None => {}
+        }
+    }
+
+    fn dial_failed(&mut self, attempt: AttemptId, failure: &DialFailure, now: Instant) {
+        tracing::debug!("dialling failed: {failure}");
+        match failure {
+            DialFailure::Refused(refusal) => self.dialer.handle_failed(attempt, refusal, now),
+            DialFailure::Unresolved(_) | DialFailure::Unreachable(..) => {
+                self.dialer.handle_unresolved(attempt, &failure.to_string(), now);
+            }
+        }
+    }
+
+    /// Tells the others where this node is: the addresses that its connections use.
+    fn announce_addresses(&mut self, now: Instant) {
+        let mut addresses: Vec<SocketAddr> =
+            self.streams.values().map(|it| SocketAddr::new(it.local.ip(), CONTROL_PORT)).collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        self.gossip.update_own(
+            |own| {
+                for address in addresses {
+                    if !own.addresses.contains(&address) {
+                        own.addresses.push(address);
+                    }
+                }
+            },
+            now,
+        );
+    }
+
+    pub(super) async fn pump_gossip(&mut self, now: Instant) {
+        while let Some(action) = self.gossip.poll_action() {
+            match action {
+                gossip::Action::Send { to, message } => self.send(to, &message, now),
+                gossip::Action::Changed(id) => self.learn(id, now).await,
+                gossip::Action::Removed(id) => self.unlearn(id, now),
+                gossip::Action::Contested { public_key, nickname } => {
+                    let problem = format!(
+                        "another host ({nickname}, key {public_key}) was launched with this node's ID {}: reset one of the two",
+                        self.identity.id
+                    );
+                    self.report(problem);
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, to: NodeId, message: &gossip::Message, now: Instant) {
+        let Some(connection) = self.dialer.connection(to) else { return };
+        let Some((&id, stream)) = self.streams.iter().find(|(_, stream)| stream.connection == connection) else { return };
+        if !stream.outbox.send(&message.encode()) {
+            self.close(id, "the other side does not read what it is sent", now);
+        }
+    }
+
+    /// Something that needs a person.
+    fn report(&mut self, problem: String) {
+        if !self.problems.contains(&problem) {
+            tracing::warn!("{problem}");
+            self.problems.push(problem);
+        }
+    }
+
+    async fn learn(&mut self, id: NodeId, now: Instant) {
+        let Some(record) = self.gossip.record(id).cloned() else { return };
+        if let Err(error) = self.store.set_peers([&record]) {
+            tracing::warn!("what node {id} says was not stored: {error}");
+        }
+        for clash in self.ipam.handle_claims(id, &record.claims) {
+            self.report(format!(
+                "the address {clash} is in use here and on node {id} ({}): detach one of the two",
+                record.nickname
+            ));
+        }
+        self.dialer.learn(id, record.addresses.clone(), now);
+        if let Err(error) = self.configure_peer(&record, now).await {
+            tracing::warn!("node {id} cannot be given to the data plane: {error:#}");
+        }
+    }
+
+    fn unlearn(&mut self, id: NodeId, now: Instant) {
+        tracing::info!("node {id} has left the cluster");
+        self.ipam.handle_claims(id, &[]);
+        self.dialer.unlearn(id);
+        if let Some(record) = self.gossip.record(id)
+            && let Err(error) = self.store.set_peers([record])
+        {
+            tracing::warn!("that node {id} has left was not stored: {error}");
+        }
+        self.remove_data_peer(id.peer_index(), now);
+    }
+
+    /// Who answers callers has to know which IDs are taken by nodes that live.
+    pub(super) fn refresh_residents(&self) {
+        let paths = self.gossip.paths();
+        let living = self.gossip.records().filter(|record| !record.left && paths.contains_key(&record.id));
+        let living = living.map(|record| (record.id, (record.public_key, record.nickname.clone()))).collect();
+        *self.residents.lock().unwrap_or_else(PoisonError::into_inner) = living;
+    }
+
+    pub(super) fn pump_dialer(&mut self) {
+        while let Some(action) = self.dialer.poll_action() {
+            match action {
+                dial::Action::Dial { attempt, place } => self.mesh.dial(attempt, place),
+                dial::Action::Close(connection) => self.streams.retain(|_, stream| stream.connection != connection),
+            }
+        }
+    }
+
+    /// Adds targets, or puts them in the place of those that there are.
+    pub(super) async fn connect(&mut self, request: api::Connect) -> Result<api::Targets, ApiError> {
+        let mut targets = if request.replace { Vec::new() } else { self.targets()? };
+        for host in request.hosts {
+            if !targets.contains(&host) {
+                targets.push(host);
+            }
+        }
+        self.set_targets(targets).await
+    }
+
+    /// Removes targets: all, or none if one is unknown.
+    pub(super) async fn forget(&mut self, request: api::Forget) -> Result<api::Targets, ApiError> {
+        let mut targets = self.targets()?;
+        for host in request.hosts {
+            let Some(position) = targets.iter().position(|target| *target == host) else {
+                return Err(ApiError::missing(format_args!(
+                    "{host} is not a target of this node: nothing was changed; `overnode status --targets` lists the targets"
+                )));
+            };
+            targets.remove(position);
+        }
+        self.set_targets(targets).await
+    }
+
+    pub(super) fn targets(&self) -> Result<Vec<Host>, ApiError> {
+        let names = self.store.targets().map_err(ApiError::failed)?;
+        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
+    async fn set_targets(&mut self, targets: Vec<Host>) -> Result<api::Targets, ApiError> {
+        let now = Instant::now();
+        let names: Vec<String> = targets.iter().map(Host::to_string).collect();
+        self.store.set_targets(&names).map_err(ApiError::failed)?;
+        // Tries all of them at once, also those that there were: `connect` means now.
+        self.dialer.replace_targets(&names, now);
+        self.pump(now).await;
+        Ok(api::Targets { targets })
+    }
+}

@@ -1,0 +1,176 @@
+//! The one task that joins the parts: it waits for whatever happens next, tells the cores that decide, and carries out what they answer.
+//!
+//! [`Daemon`] lives as long as the process and may have no node yet; [`running::Node`] is a launched one.
+
+mod data;
+mod endpoints;
+mod external;
+mod launch;
+mod links;
+mod reset;
+mod running;
+mod status;
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::api::{self, ApiError, Reply, Request};
+use crate::options::Options;
+use crate::store::Store;
+
+pub use reset::reset_offline;
+use running::Node;
+
+/// A daemon that was not launched within this time ends by itself.
+const UNLAUNCHED: Duration = Duration::from_secs(120);
+
+/// Runs the daemon until it is told to stop, or its node was reset.
+///
+/// # Errors
+/// When another daemon has the state or the socket, or the stored node cannot be started.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let store = Arc::new(Store::open(&options.state_dir)?);
+    let listener = listen(&options.run_dir)?;
+    let (calls, mut requests) = mpsc::channel(64);
+    let server = tokio::spawn(api::serve(listener, calls));
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+
+    let mut daemon = Daemon { options, store, node: None, started: Instant::now(), leaving: false };
+    if let Some(identity) = daemon.store.identity()? {
+        let node = Node::start(&daemon.options, &daemon.store, identity, daemon.started).await;
+        daemon.node = Some(node.context("the node cannot start")?);
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let watchdog = sd_notify::watchdog_enabled().map_or(Duration::from_secs(3600), |period| period / 2);
+    let mut alive = tokio::time::interval(watchdog);
+
+    while !daemon.leaving {
+        tokio::select! {
+            Some((request, answer)) = requests.recv() => {
+                // Who asked may have gone away; what was asked is done all the same.
+                let _ = answer.send(daemon.handle(request).await);
+            }
+            input = next_input(&mut daemon.node) => {
+                if let Some(node) = &mut daemon.node {
+                    node.handle_input(input).await;
+                }
+            }
+            _ = alive.tick() => {
+                let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+                if daemon.node.is_none() && daemon.started.elapsed() > UNLAUNCHED {
+                    break;
+                }
+            }
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    // The last answer has to reach its reader.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    server.abort();
+    let _ = std::fs::remove_file(daemon.options.run_dir.join(api::SOCKET));
+    if daemon.leaving || daemon.node.is_none() {
+        drop(daemon.node);
+        let store = Arc::into_inner(daemon.store).context("the state is still in use")?;
+        store.destroy().context("the state directory cannot be removed")?;
+    }
+    Ok(())
+}
+
+/// The process, with a node or without.
+struct Daemon {
+    options: Options,
+    store: Arc<Store>,
+    node: Option<Node>,
+    started: Instant,
+    leaving: bool,
+}
+
+impl Daemon {
+    async fn handle(&mut self, request: Request) -> Result<Reply, ApiError> {
+        match request {
+            Request::Launch(launch) => self.launch(launch).await.map(Reply::Launched),
+            Request::Reset(reset) => self.reset(reset).await.map(Reply::WasReset),
+            Request::Version => Ok(Reply::Version(self.version())),
+            Request::Connect(connect) => self.node()?.connect(connect).await.map(Reply::Targets),
+            Request::Forget(forget) => self.node()?.forget(forget).await.map(Reply::Targets),
+            Request::Attach(attach) => self.node()?.attach(attach).await.map(Reply::Attached),
+            Request::Detach(detach) => self.node()?.detach(detach).await.map(Reply::Detached),
+            Request::Status => self.node()?.status().map(|status| Reply::Status(Box::new(status))),
+            Request::Inspect => self.node()?.inspect().map(Reply::Inspect),
+            Request::Prime => Ok(Reply::Primed(self.node()?.primed())),
+            Request::AddExternalPeer(peer) => {
+                self.node()?.add_external(peer).await.map(Reply::ExternalPeerAdded)
+            }
+            Request::RemoveExternalPeer(peer) => {
+                self.node()?.remove_external(&peer).map(Reply::ExternalPeerRemoved)
+            }
+            Request::ListExternalPeers => self.node()?.externals().map(Reply::ExternalPeers),
+        }
+    }
+
+    fn node(&mut self) -> Result<&mut Node, ApiError> {
+        self.node.as_mut().ok_or_else(|| {
+            ApiError::refused(
+                "no node was launched on this host: run `overnode launch --id ID --token TOKEN HOST...` first",
+            )
+        })
+    }
+
+    fn version(&self) -> api::Version {
+        api::Version {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocols: Some(launch::PROTOCOLS),
+            kernel: nix::sys::utsname::uname().ok().map(|name| name.release().to_string_lossy().into_owned()),
+            pid: std::process::id(),
+            id: self.node.as_ref().map(Node::id),
+            state_dir: Some(self.options.state_dir.clone()),
+        }
+    }
+}
+
+/// What happens next to the node; never, when there is none. Cancelling loses nothing.
+async fn next_input(node: &mut Option<Node>) -> running::Input {
+    match node {
+        Some(node) => node.next_input().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn listen(run_dir: &Path) -> anyhow::Result<UnixListener> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(run_dir)
+        .with_context(|| format!("the run directory {} cannot be made", run_dir.display()))?;
+    let path = run_dir.join(api::SOCKET);
+    // The state directory's lock says that no other daemon has this state; another one may still have this run directory.
+    if std::os::unix::net::UnixStream::connect(&path).is_ok() {
+        anyhow::bail!(
+            "another daemon answers on {}: one host runs one node; give this one another --run-dir, or stop that one",
+            path.display()
+        );
+    }
+    match std::fs::remove_file(&path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(error).with_context(|| format!("the old socket {} cannot be removed", path.display()));
+        }
+    }
+    let listener =
+        UnixListener::bind(&path).with_context(|| format!("the socket {} cannot be made", path.display()))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("the socket {} cannot be protected", path.display()))?;
+    Ok(listener)
+}

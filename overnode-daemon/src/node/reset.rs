@@ -1,0 +1,89 @@
+//! `reset`: leaving the cluster, and leaving nothing on this host.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::Daemon;
+use super::running::Node;
+use crate::api::{self, ApiError, WasReset};
+use crate::datapath::Datapath;
+use crate::fault;
+use crate::store::{Store, StoreError};
+
+/// How long the neighbours are given to hear that the node leaves.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+impl Daemon {
+    pub(super) async fn reset(&mut self, request: api::Reset) -> Result<WasReset, ApiError> {
+        let Some(node) = &mut self.node else {
+            self.leaving = true;
+            return Ok(WasReset { id: None, left: Vec::new() });
+        };
+        if !request.force {
+            refuse_attached(&self.store).map_err(ApiError::refused)?;
+        }
+        let id = node.id();
+        node.leave().await;
+        fault::step("farewell");
+        self.node = None;
+        let errors = Datapath::tear_down(&self.options.state_dir).await;
+        fault::step("torn down");
+        self.leaving = true;
+        Ok(WasReset { id: Some(id), left: errors.iter().map(|error| format!("{error:#}")).collect() })
+    }
+}
+
+impl Node {
+    async fn leave(&mut self) {
+        self.gossip.leave();
+        self.pump_gossip(std::time::Instant::now()).await;
+        tokio::time::sleep(FAREWELL).await;
+    }
+}
+
+/// Resets a node whose daemon does not run. The other nodes are not told.
+///
+/// # Errors
+/// When containers are attached and `force` is false, or something cannot be removed.
+pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> anyhow::Result<()> {
+    // A state directory that is gone, or that this version cannot read, must not keep anyone from cleaning up.
+    let store = match Store::open_existing(state_dir) {
+        Ok(store) => Some(store),
+        Err(StoreError::Missing { .. }) => None,
+        Err(error) if force => {
+            tracing::warn!("{error:#}");
+            None
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(store) = &store
+        && !force
+    {
+        refuse_attached(store).map_err(anyhow::Error::msg)?;
+    }
+    let errors = Datapath::tear_down(state_dir).await;
+    if let Some(store) = store {
+        store.destroy().context("the state directory cannot be removed")?;
+    }
+    for file in [api::SOCKET, "overnoded.log"] {
+        let _ = std::fs::remove_file(run_dir.join(file));
+    }
+    match errors.into_iter().next() {
+        Some(error) => Err(error.context("not everything could be removed")),
+        None => Ok(()),
+    }
+}
+
+fn refuse_attached(store: &Store) -> Result<(), String> {
+    let attached = store.attachments().map_err(|error| error.to_string())?;
+    if attached.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<String> = attached.iter().map(|it| format!("{} ({})", it.target, it.address)).collect();
+    Err(format!(
+        "containers are attached: {}: detach them first with `overnode detach TARGET`, or cut them off with `overnode reset --force`",
+        names.join(", ")
+    ))
+}

@@ -1,0 +1,278 @@
+//! A launched node: what it holds, what can happen to it, and the order in which things are carried out.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use tokio::sync::mpsc;
+
+use super::data::DataPeer;
+use super::external::External;
+use super::launch::PROTOCOLS;
+use super::links::Stream;
+use crate::control::CONTROL_PORT;
+use crate::control::dial::Dialer;
+use crate::control::hello::Hello;
+use crate::control::session::Me;
+use crate::datapath::{Datapath, LinkEvent, OpenOptions};
+use crate::fault;
+use crate::gossip::{Gossip, Record};
+use crate::handshake::Handshakes;
+use crate::ipam::Ipam;
+use crate::net::mesh::{Mesh, MeshEvent, Residents, StreamId};
+use crate::net::udp::{Received, UdpSockets};
+use crate::options::Options;
+use crate::store::{Identity, Store};
+use crate::types::{NodeId, PeerIndex, PublicKey};
+
+/// How often the maps are read for activity, confirmations and statistics.
+const TICK: Duration = Duration::from_secs(1);
+/// How often what belongs to nobody is removed.
+const RECONCILE: Duration = Duration::from_secs(60);
+
+/// What can happen.
+pub(super) enum Input {
+    Mesh(MeshEvent),
+    Datagram(Received),
+    Link(LinkEvent),
+    Timeout,
+}
+
+/// A launched node.
+pub(super) struct Node {
+    pub(super) identity: Identity,
+    pub(super) store: Arc<Store>,
+    pub(super) started: Instant,
+    pub(super) public_key: PublicKey,
+    pub(super) incarnation: u64,
+    pub(super) datapath: Datapath,
+    pub(super) handshakes: Handshakes,
+    pub(super) gossip: Gossip,
+    pub(super) dialer: Dialer,
+    pub(super) ipam: Ipam,
+    pub(super) udp: Arc<UdpSockets>,
+    pub(super) mesh: Mesh,
+    pub(super) streams: BTreeMap<StreamId, Stream>,
+    pub(super) residents: Residents,
+    pub(super) peers: BTreeMap<PeerIndex, DataPeer>,
+    pub(super) externals: BTreeMap<PeerIndex, External>,
+    pub(super) reachable: BTreeMap<NodeId, (bool, Instant)>,
+    pub(super) problems: Vec<String>,
+    mesh_events: mpsc::Receiver<MeshEvent>,
+    datagrams: mpsc::Receiver<Received>,
+    link_events: mpsc::Receiver<LinkEvent>,
+    next_tick: Instant,
+    next_reconcile: Instant,
+}
+
+impl Node {
+    /// Starts what the store describes, or carries on with what an earlier daemon left in the kernel.
+    pub(super) async fn start(
+        options: &Options,
+        store: &Arc<Store>,
+        identity: Identity,
+        started: Instant,
+    ) -> anyhow::Result<Self> {
+        let now = Instant::now();
+        let handshakes = Handshakes::new(identity.static_secret.clone(), StdRng::from_os_rng());
+        let public_key = handshakes.public_key();
+        let ipam = allocations(store, &identity)?;
+        let incarnation = store.next_incarnation()?.context("the identity is gone")?;
+        fault::step("incarnation");
+        // The ports first: without them the kernel need not be touched.
+        let udp = Arc::new(UdpSockets::bind(overnode_ebpf::wire::DATA_PORT).context(
+            "UDP port 6784 cannot be opened: stop what uses it (`ss -lnup` shows it), then launch again",
+        )?);
+        let hello = Hello {
+            versions: PROTOCOLS,
+            id: identity.id,
+            incarnation,
+            nickname: identity.nickname.clone(),
+            network: identity.network,
+            public_key,
+        };
+        let me = Me {
+            static_secret: identity.static_secret.clone(),
+            cluster_key: identity.cluster_key.clone(),
+            hello,
+        };
+        let residents: Residents = Arc::new(Mutex::default());
+        let (events, mesh_events) = mpsc::channel(1024);
+        let mesh = Mesh::listen(CONTROL_PORT, me, residents.clone(), events).context(
+            "TCP port 6783 cannot be opened: stop what uses it (`ss -lntp` shows it), then launch again",
+        )?;
+        fault::step("ports");
+        let datapath = Datapath::open(OpenOptions {
+            state_dir: &options.state_dir,
+            network: identity.network,
+            node_address: ipam.layout().node_address(identity.id),
+            interface: identity.interface.clone(),
+            mtu: identity.mtu,
+            debug: options.debug,
+            xdp: false,
+        })
+        .await?;
+        fault::step("datapath");
+        let link_events = datapath.watch()?;
+        let datagrams = receive(udp.clone());
+        let own = Record {
+            id: identity.id,
+            incarnation,
+            version: 0,
+            left: false,
+            nickname: identity.nickname.clone(),
+            public_key,
+            addresses: Vec::new(),
+            links: Vec::new(),
+            ranges: ipam.ranges(),
+            claims: ipam.claims(),
+        };
+        let mut gossip = Gossip::new(own, StdRng::from_os_rng(), now);
+        gossip.restore(store.peers()?);
+        let mut dialer = Dialer::new(identity.id, identity.discovery, StdRng::from_os_rng());
+        for host in store.targets()? {
+            dialer.add_target(host.as_str(), now);
+        }
+        let mut node = Self {
+            handshakes,
+            identity,
+            store: store.clone(),
+            started,
+            public_key,
+            incarnation,
+            datapath,
+            gossip,
+            dialer,
+            ipam,
+            udp,
+            mesh,
+            streams: BTreeMap::new(),
+            residents,
+            peers: BTreeMap::new(),
+            externals: BTreeMap::new(),
+            reachable: BTreeMap::new(),
+            problems: Vec::new(),
+            mesh_events,
+            datagrams,
+            link_events,
+            next_tick: now,
+            next_reconcile: now + RECONCILE,
+        };
+        node.adopt(now).await?;
+        fault::step("peers");
+        node.reconcile(now).await?;
+        fault::step("endpoints");
+        node.pump(now).await;
+        Ok(node)
+    }
+
+    pub(super) fn id(&self) -> NodeId {
+        self.identity.id
+    }
+
+    /// Waits for what happens next. Cancelling loses nothing.
+    pub(super) async fn next_input(&mut self) -> Input {
+        let deadline = [
+            Some(self.next_tick),
+            self.handshakes.poll_timeout(),
+            self.gossip.poll_timeout(),
+            self.dialer.poll_timeout(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+        .unwrap_or(self.next_tick);
+        tokio::select! {
+            biased;
+            () = tokio::time::sleep_until(deadline.into()) => Input::Timeout,
+            Some(event) = self.mesh_events.recv() => Input::Mesh(event),
+            Some(event) = self.link_events.recv() => Input::Link(event),
+            Some(datagram) = self.datagrams.recv() => Input::Datagram(datagram),
+        }
+    }
+
+    /// Takes one input and carries out all that follows from it.
+    pub(super) async fn handle_input(&mut self, input: Input) {
+        let now = Instant::now();
+        match input {
+            Input::Mesh(event) => self.handle_mesh(event, now),
+            Input::Datagram(datagram) => self.handle_datagram(datagram, now).await,
+            Input::Link(event) => self.handle_link(event, now).await,
+            Input::Timeout => self.handle_timeout(now).await,
+        }
+        self.pump(now).await;
+    }
+
+    async fn handle_timeout(&mut self, now: Instant) {
+        self.handshakes.handle_timeout(now, SystemTime::now());
+        self.gossip.handle_timeout(now);
+        self.dialer.handle_timeout(now);
+        if self.next_tick <= now {
+            self.next_tick = now + TICK;
+            self.read_maps(now);
+        }
+        if self.next_reconcile <= now {
+            self.next_reconcile = now + RECONCILE;
+            if let Err(error) = self.reconcile(now).await {
+                tracing::warn!("cleaning up failed: {error:#}");
+            }
+        }
+    }
+
+    /// Carries out what the cores have decided.
+    pub(super) async fn pump(&mut self, now: Instant) {
+        self.pump_gossip(now).await;
+        self.pump_dialer();
+        self.pump_handshakes(now).await;
+    }
+
+    async fn handle_link(&mut self, event: LinkEvent, now: Instant) {
+        match event {
+            LinkEvent::Vanished(_) => {
+                if let Err(error) = self.reconcile(now).await {
+                    tracing::warn!("an interface is gone, and cleaning up failed: {error:#}");
+                }
+            }
+            LinkEvent::AddressesChanged | LinkEvent::RoutesChanged => {
+                if let Err(error) = self.underlay_changed().await {
+                    tracing::warn!("the underlay changed, and following it failed: {error:#}");
+                }
+            }
+        }
+    }
+}
+
+/// The addresses that were given out before.
+fn allocations(store: &Store, identity: &Identity) -> anyhow::Result<Ipam> {
+    let attachments = store.attachments()?;
+    let allocated = attachments.into_iter().map(|attachment| (attachment.address, attachment.target)).collect();
+    let mut ipam = Ipam::new(identity.network, identity.id, allocated)?;
+    if let Some(last) = store.cursor()? {
+        ipam.resume_after(last);
+    }
+    Ok(ipam)
+}
+
+/// A task that moves datagrams from the sockets into a queue. When the node is too slow, the newest are lost, as on any network.
+fn receive(udp: Arc<UdpSockets>) -> mpsc::Receiver<Received> {
+    let (sender, receiver) = mpsc::channel(1024);
+    tokio::spawn(async move {
+        loop {
+            match udp.recv().await {
+                Ok(received) => {
+                    if let Err(mpsc::error::TrySendError::Closed(_)) = sender.try_send(received) {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!("receiving handshakes failed: {error}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    });
+    receiver
+}

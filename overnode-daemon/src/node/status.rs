@@ -1,0 +1,329 @@
+//! What `status` and `inspect` tell, gathered from all parts.
+
+use std::time::Instant;
+
+use overnode_ebpf::reason::Reason;
+
+use super::endpoints::target_of;
+use super::running::Node;
+use crate::api::{
+    ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState, EndpointStatus,
+    IpamStatus, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RangeOwner, SessionState, Status,
+    TargetState, TargetStatus,
+};
+use crate::control::dial::{self, Phase};
+use crate::control::session::PATTERN;
+use crate::gossip::{self, Record};
+use crate::types::{NodeId, PeerIndex};
+
+impl Node {
+    pub(super) fn status(&mut self) -> Result<Status, ApiError> {
+        let now = Instant::now();
+        self.read_maps(now);
+        Ok(Status {
+            node: self.node_status(now)?,
+            targets: self.target_status(now)?,
+            peers: self.peer_status(now),
+            connections: self.connection_status(now),
+            endpoints: self.endpoint_status()?,
+            ipam: self.ipam_status(),
+            external_peers: self.externals()?,
+            counters: self.counter_status()?,
+        })
+    }
+
+    /// Everything. What a type keeps secret has no JSON form, so that no field can slip through.
+    pub(super) fn inspect(&mut self) -> Result<serde_json::Value, ApiError> {
+        let now = Instant::now();
+        let status = self.status()?;
+        let sessions: Vec<_> = self
+            .peers
+            .values()
+            .filter_map(|peer| peer.state.as_ref())
+            .map(|state| {
+                let sessions: Vec<_> = state
+                    .sessions
+                    .iter()
+                    .map(|session| {
+                        serde_json::json!({
+                            "local_index": session.local_index,
+                            "remote_index": session.remote_index,
+                            "initiator": session.initiator,
+                            "confirmed": session.confirmed,
+                            "sealing": session.sealing,
+                            "age_seconds": now.saturating_duration_since(session.created).as_secs(),
+                            "expires_in_seconds": session.expires.saturating_duration_since(now).as_secs(),
+                        })
+                    })
+                    .collect();
+                serde_json::json!({ "peer": state.index, "public_key": state.public_key, "sessions": sessions })
+            })
+            .collect();
+        let handshakes: serde_json::Map<_, _> =
+            self.handshakes.counters().named().map(|(name, count)| (name.to_owned(), count.into())).collect();
+        let records: Vec<&Record> = self.gossip.records().collect();
+        let routes: Vec<_> = self
+            .peers
+            .iter()
+            .map(|(index, peer)| serde_json::json!({ "peer": index, "prefixes": peer.routes }))
+            .collect();
+        Ok(serde_json::json!({
+            "status": status,
+            "incarnation": self.incarnation,
+            "records": records,
+            "routes": routes,
+            "data": { "peers": sessions, "underlay": self.datapath.underlay() },
+            "handshakes": handshakes,
+        }))
+    }
+
+    fn node_status(&self, now: Instant) -> Result<NodeStatus, ApiError> {
+        let identity = &self.identity;
+        let underlay = self.datapath.underlay();
+        Ok(NodeStatus {
+            id: identity.id,
+            nickname: identity.nickname.clone(),
+            state: if self.problems.is_empty() { NodeState::Running } else { NodeState::Impaired },
+            problems: self.problems.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_seconds: now.duration_since(self.started).as_secs(),
+            address: Some(self.ipam.layout().node_address(identity.id)),
+            underlay: underlay.addresses.clone(),
+            interface: identity.interface.clone().or_else(|| underlay.interfaces.first().map(|it| it.name.clone())),
+            mtu: Some(underlay.container_mtu),
+            network: identity.network,
+            public_key: self.public_key,
+            discovery: Some(identity.discovery),
+            attachment: Some(format!("{:?}", underlay.hook).to_lowercase()),
+        })
+    }
+
+    fn target_status(&self, now: Instant) -> Result<Vec<TargetStatus>, ApiError> {
+        let known = self.dialer.target_status();
+        Ok(self
+            .targets()?
+            .into_iter()
+            .map(|host| {
+                let view = known.iter().find(|view| view.name == host.as_str());
+                let phase = view.map_or(&Phase::Connecting, |view| &view.phase);
+                TargetStatus {
+                    state: match phase {
+                        Phase::Connecting => TargetState::Connecting,
+                        Phase::Established => TargetState::Established,
+                        Phase::Retrying { .. } => TargetState::Retrying,
+                        Phase::Myself => TargetState::Myself,
+                        Phase::Refused => TargetState::Failed,
+                    },
+                    peer: view.and_then(|view| view.peer),
+                    next_try_in_seconds: next_try(phase, now),
+                    last_error: view.and_then(|view| view.last_error.as_ref()).map(|error| last_error(error, now)),
+                    host,
+                }
+            })
+            .collect())
+    }
+
+    fn peer_status(&self, now: Instant) -> Vec<PeerStatus> {
+        let paths = self.gossip.paths();
+        let mut peers: Vec<PeerStatus> = self
+            .gossip
+            .records()
+            .filter(|record| !record.left)
+            .map(|record| {
+                let myself = record.id == self.identity.id;
+                let reachable = self.reachable.get(&record.id);
+                PeerStatus {
+                    id: record.id,
+                    nickname: record.nickname.clone(),
+                    myself,
+                    reachable: Some(myself || paths.contains_key(&record.id)),
+                    since_seconds: reachable.map(|(_, since)| now.saturating_duration_since(*since).as_secs()),
+                    path: (!myself).then(|| paths.get(&record.id).map(path)).flatten(),
+                    address: Some(self.ipam.layout().node_address(record.id)),
+                    underlay: record.addresses.clone(),
+                    public_key: Some(record.public_key),
+                    version: None,
+                    links: if myself { self.own_links() } else { self.links_of(record) },
+                    data: (!myself).then(|| self.data_status(record.id.peer_index(), now)).flatten(),
+                }
+            })
+            .collect();
+        peers.sort_by_key(|peer| (!peer.myself, peer.id));
+        peers
+    }
+
+    fn own_links(&self) -> Vec<LinkStatus> {
+        let established = self.dialer.connection_status().into_iter().filter(|it| it.phase == Phase::Established);
+        established
+            .filter_map(|connection| {
+                let peer = connection.peer?;
+                Some(LinkStatus {
+                    direction: Some(direction(connection.direction)),
+                    remote: connection.address.parse().ok(),
+                    peer,
+                    nickname: connection.nickname,
+                    state: self.link_state(self.identity.id, peer),
+                })
+            })
+            .collect()
+    }
+
+    fn links_of(&self, record: &Record) -> Vec<LinkStatus> {
+        record
+            .links
+            .iter()
+            .map(|&peer| LinkStatus {
+                direction: None,
+                remote: None,
+                peer,
+                nickname: self.gossip.record(peer).map(|record| record.nickname.clone()),
+                state: self.link_state(record.id, peer),
+            })
+            .collect()
+    }
+
+    fn link_state(&self, one: NodeId, other: NodeId) -> ConnectionState {
+        let says = |a, b| self.gossip.record(a).is_some_and(|record| record.links.contains(&b));
+        if says(one, other) && says(other, one) { ConnectionState::Established } else { ConnectionState::Pending }
+    }
+
+    fn connection_status(&self, now: Instant) -> Vec<ConnectionStatus> {
+        self.dialer
+            .connection_status()
+            .into_iter()
+            .map(|view| {
+                let established = view.phase == Phase::Established;
+                let state = match (&view.phase, view.peer) {
+                    (Phase::Connecting, _) => ConnectionState::Connecting,
+                    (Phase::Established, Some(peer)) => self.link_state(self.identity.id, peer),
+                    (Phase::Established, None) => ConnectionState::Pending,
+                    (Phase::Retrying { .. }, _) => ConnectionState::Retrying,
+                    (Phase::Myself | Phase::Refused, _) => ConnectionState::Failed,
+                };
+                let rtt = view.peer.filter(|_| established).and_then(|peer| self.stream_to(peer)?.rtt);
+                let myself = || LastError {
+                    message: "it is this node itself; it is never tried again".to_owned(),
+                    seconds_ago: None,
+                };
+                ConnectionStatus {
+                    direction: direction(view.direction),
+                    remote: view.address,
+                    state,
+                    since_seconds: view.since.map(|since| now.saturating_duration_since(since).as_secs()),
+                    encryption: established.then(|| PATTERN.to_owned()),
+                    peer: view.peer,
+                    nickname: view.nickname,
+                    rtt_microseconds: rtt.and_then(|rtt| u64::try_from(rtt.as_micros()).ok()),
+                    next_try_in_seconds: next_try(&view.phase, now),
+                    last_error: if view.phase == Phase::Myself {
+                        Some(myself())
+                    } else {
+                        view.last_error.as_ref().map(|error| last_error(error, now))
+                    },
+                }
+            })
+            .collect()
+    }
+
+    fn endpoint_status(&self) -> Result<Vec<EndpointStatus>, ApiError> {
+        let attachments = self.store.attachments().map_err(ApiError::failed)?;
+        Ok(attachments
+            .iter()
+            .map(|it| EndpointStatus {
+                name: it.name.clone(),
+                target: target_of(it),
+                address: self.with_prefix(it.address),
+                fixed: it.is_static,
+                interface: it.host_interface.clone(),
+                attached_unix_seconds: Some(it.since),
+                state: if self.datapath.has_endpoint(&it.host_interface) {
+                    EndpointState::Attached
+                } else {
+                    EndpointState::Gone
+                },
+            })
+            .collect())
+    }
+
+    fn ipam_status(&self) -> IpamStatus {
+        let primed = self.primed();
+        let owners = (1..=4).filter_map(|id| NodeId::new(id).ok()).filter_map(|id| {
+            let layout = self.ipam.layout();
+            let quarter = layout.quarter(id)?;
+            let record = self.gossip.record(id).filter(|record| !record.left);
+            let addresses = 1_u64 << (quarter.max_prefix_len() - quarter.prefix_len()).min(63);
+            Some(RangeOwner {
+                id,
+                nickname: record.map(|record| record.nickname.clone()).unwrap_or_default(),
+                addresses,
+                percent: 25.0,
+                active: (id == self.identity.id).then(|| self.ipam.active() as u64),
+                reachable: Some(self.reachable.get(&id).is_some_and(|(reachable, _)| *reachable)),
+                ranges: vec![quarter],
+            })
+        });
+        let owners = owners.collect();
+        IpamStatus { ready: primed.ready, waiting_for: primed.waiting_for, owners }
+    }
+
+    fn counter_status(&self) -> Result<Vec<CounterStatus>, ApiError> {
+        let counters = self.datapath.counters()?;
+        Ok(Reason::ALL
+            .iter()
+            .filter_map(|reason| {
+                let count = *counters.get(reason.as_str())?;
+                (count > 0).then(|| CounterStatus {
+                    reason: reason.as_str().to_owned(),
+                    description: reason.describe().trim().to_owned(),
+                    dropped: reason.is_drop(),
+                    count,
+                })
+            })
+            .collect())
+    }
+
+    pub(super) fn data_status(&self, index: PeerIndex, now: Instant) -> Option<DataStatus> {
+        let peer = self.peers.get(&index)?;
+        let state = peer.state.as_ref()?;
+        let sealing = state.sessions.iter().find(|session| session.sealing);
+        Some(DataStatus {
+            session: match sealing {
+                Some(session) if session.expires > now => SessionState::Established,
+                Some(_) => SessionState::Expired,
+                None if self.handshakes.peer(index).is_some_and(|view| view.waiting) => SessionState::Handshake,
+                None => SessionState::None,
+            },
+            session_age_seconds: sealing.map(|session| now.saturating_duration_since(session.created).as_secs()),
+            endpoint: state.endpoint,
+            mtu: Some(state.mtu),
+            rx_bytes: state.rx_bytes,
+            tx_bytes: state.tx_bytes,
+            rx_packets: Some(state.rx_packets),
+            tx_packets: Some(state.tx_packets),
+            received_seconds_ago: state.last_received.map(|at| now.saturating_duration_since(at).as_secs()),
+            last_error: peer.last_error.as_ref().map(|error| last_error(error, now)),
+        })
+    }
+}
+
+fn direction(direction: dial::Direction) -> Direction {
+    match direction {
+        dial::Direction::Out => Direction::Outbound,
+        dial::Direction::In => Direction::Inbound,
+    }
+}
+
+fn path(path: &gossip::Path) -> Path {
+    if path.hops == 1 { Path::Direct } else { Path::Via(path.via) }
+}
+
+fn next_try(phase: &Phase, now: Instant) -> Option<u64> {
+    match phase {
+        Phase::Retrying { next } => Some(next.saturating_duration_since(now).as_secs()),
+        Phase::Connecting | Phase::Established | Phase::Myself | Phase::Refused => None,
+    }
+}
+
+fn last_error((why, at): &(String, Instant), now: Instant) -> LastError {
+    LastError { message: why.clone(), seconds_ago: Some(now.saturating_duration_since(*at).as_secs()) }
+}

@@ -1,0 +1,140 @@
+//! Directories, files and the lock.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use redb::{DatabaseError, StorageError};
+
+use super::{DATABASE, LOCK, Result, StoreError};
+
+const DIRECTORY_MODE: u32 = 0o700;
+const FILE_MODE: u32 = 0o600;
+
+pub(super) fn make_directory(directory: &Path) -> Result<()> {
+    let made = match directory.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => fs::create_dir_all(parent),
+        Some(_) | None => Ok(()),
+    };
+    made.map_err(|why| io("could not make the parent directory of", directory, why))?;
+    match DirBuilder::new().mode(DIRECTORY_MODE).create(directory) {
+        Ok(()) => {}
+        Err(why) if why.kind() == io::ErrorKind::AlreadyExists => check_is_ours(directory)?,
+        Err(why) => return Err(io("could not make the state directory", directory, why)),
+    }
+    // The umask may have taken bits away, and an older directory may have too many.
+    fs::set_permissions(directory, Permissions::from_mode(DIRECTORY_MODE))
+        .map_err(|why| io("could not make private the state directory", directory, why))
+}
+
+/// An existing directory is made private below: never one that is used for something else, like `/tmp`.
+fn check_is_ours(directory: &Path) -> Result<()> {
+    let look = || {
+        let is_empty = fs::read_dir(directory)?.next().transpose()?.is_none();
+        Ok(is_empty || directory.join(DATABASE).try_exists()? || directory.join(LOCK).try_exists()?)
+    };
+    if look().map_err(|why| io("could not look into", directory, why))? {
+        return Ok(());
+    }
+    Err(StoreError::Foreign { path: directory.to_owned() })
+}
+
+pub(super) fn make_private_file(path: &Path) -> Result<File> {
+    let open = || {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(FILE_MODE)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(path)?;
+        file.set_permissions(Permissions::from_mode(FILE_MODE))?;
+        Ok(file)
+    };
+    open().map_err(|why| io("could not open for writing", path, why))
+}
+
+pub(super) fn lock(directory: &Path) -> Result<File> {
+    let path = directory.join(LOCK);
+    loop {
+        let mut file = make_private_file(&path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut text = String::new();
+                let holder = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+                return Err(StoreError::Locked { path: directory.to_owned(), holder });
+            }
+            Err(TryLockError::Error(why)) => return Err(io("could not lock", &path, why)),
+        }
+        if is_still_at(&file, &path) {
+            let mut write = || {
+                file.set_len(0)?;
+                file.rewind()?;
+                writeln!(file, "{}", std::process::id())
+            };
+            write().map_err(|why| io("could not write", &path, why))?;
+            return Ok(file);
+        }
+    }
+}
+
+/// False if a reset has removed the file between opening and locking: then the lock means nothing.
+fn is_still_at(file: &File, path: &Path) -> bool {
+    let inode =
+        |metadata: io::Result<fs::Metadata>| metadata.map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    let locked = inode(file.metadata());
+    locked.is_some() && locked == inode(fs::symlink_metadata(path))
+}
+
+/// Removes files, and the directory if it is empty then.
+pub(super) fn remove(directory: &Path, files: &[&str]) -> Result<()> {
+    for file in files {
+        let path = directory.join(file);
+        match fs::remove_file(&path) {
+            Ok(()) => {}
+            Err(why) if why.kind() == io::ErrorKind::NotFound => {}
+            Err(why) => return Err(io("could not remove", &path, why)),
+        }
+    }
+    match fs::remove_dir(directory) {
+        Ok(()) => Ok(()),
+        Err(why) if matches!(why.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
+            Ok(())
+        }
+        // A mount point or a directory in a place that is not ours to change: empty is enough.
+        Err(why) if matches!(why.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::PermissionDenied) => {
+            Ok(())
+        }
+        Err(why) => Err(io("could not remove", directory, why)),
+    }
+}
+
+pub(super) fn opening(directory: &Path, path: &Path, why: DatabaseError) -> StoreError {
+    match why {
+        DatabaseError::DatabaseAlreadyOpen => StoreError::Locked { path: directory.to_owned(), holder: None },
+        DatabaseError::UpgradeRequired(found) => {
+            StoreError::Schema { path: directory.to_owned(), found: format!("of database format {found}") }
+        }
+        // What redb says of a file that is no database of its own.
+        DatabaseError::Storage(StorageError::Io(why)) if why.kind() != io::ErrorKind::InvalidData => {
+            io("could not open", path, why)
+        }
+        other => StoreError::Damaged { path: path.to_owned(), why: other.to_string() },
+    }
+}
+
+pub(super) fn io(what: &'static str, path: &Path, why: io::Error) -> StoreError {
+    let advice = match why.kind() {
+        io::ErrorKind::PermissionDenied => "run as root, or give a --state-dir that you may write to",
+        io::ErrorKind::ReadOnlyFilesystem => "give a --state-dir on a file system that can be written to",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room on the disk",
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            "give a --state-dir that is a directory"
+        }
+        _ => "check the path, or give another --state-dir",
+    };
+    StoreError::Io { what, path: path.to_owned(), why, advice }
+}

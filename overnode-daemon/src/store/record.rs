@@ -1,0 +1,167 @@
+//! The records that the store keeps. Secrets are split off: they are kept as raw bytes, never in JSON.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
+use crate::control::key;
+use crate::control::session::Me;
+use crate::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
+
+/// Who this node is: made by `launch`, gone with `reset`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The node's ID.
+    pub id: NodeId,
+    /// Random, made at launch: tells two launches apart.
+    pub instance: u128,
+    /// Curve25519, for control connections and for the data plane.
+    pub static_secret: Secret,
+    /// Derived from the token, which is not kept.
+    pub cluster_key: Secret,
+    /// The cluster's addresses.
+    pub network: Network,
+    /// For people.
+    pub nickname: String,
+    /// The underlay interface, if one was chosen.
+    pub interface: Option<String>,
+    /// The underlay's MTU in bytes, if one was given.
+    pub mtu: Option<u32>,
+    /// Whether nodes that gossip tells of are dialled.
+    pub discovery: bool,
+    /// Counts the node's starts. A launch begins with the time in milliseconds since 1970, so that it exceeds the incarnations before a
+    /// reset.
+    pub incarnation: u64,
+}
+
+/// A network namespace that has an address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// Its address.
+    pub address: IpAddr,
+    /// True if the address was chosen by hand.
+    pub is_static: bool,
+    /// As people named it: `netns:NAME`, `pid:N`, a container.
+    pub target: String,
+    /// The path that the namespace was opened by.
+    pub netns: String,
+    /// The namespace's inode number, which tells it from a later one at the same path; 0 if unknown.
+    pub netns_inode: u64,
+    /// For people, if one was given.
+    pub name: Option<String>,
+    /// The host's end of its veth pair.
+    pub host_interface: String,
+    /// When it was attached, in seconds since 1970.
+    pub since: u64,
+}
+
+/// A WireGuard peer that is no node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExternalPeer {
+    /// Its place in the data plane, from 4096.
+    pub index: PeerIndex,
+    /// For people, if one was given.
+    pub name: Option<String>,
+    /// Its WireGuard key.
+    pub public_key: PublicKey,
+    /// An additional secret, as `wg` calls it.
+    pub preshared_key: Option<Secret>,
+    /// Where it is, if that is known.
+    pub endpoint: Option<SocketAddr>,
+    /// What it may send from, and what is sent to it.
+    pub allowed: Vec<IpNet>,
+    /// Seconds between keepalives, if it needs them.
+    pub keepalive: Option<u16>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct PublicIdentity {
+    id: NodeId,
+    instance: String,
+    network: Network,
+    nickname: String,
+    interface: Option<String>,
+    mtu: Option<u32>,
+    discovery: bool,
+    incarnation: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct PublicExternalPeer {
+    pub(super) index: PeerIndex,
+    name: Option<String>,
+    public_key: PublicKey,
+    endpoint: Option<SocketAddr>,
+    allowed: Vec<IpNet>,
+    keepalive: Option<u16>,
+}
+
+impl Identity {
+    /// How this node introduces itself to others.
+    pub fn introduction(&self) -> Me {
+        let hello = Hello {
+            versions: (OLDEST_VERSION, NEWEST_VERSION),
+            id: self.id,
+            incarnation: self.incarnation,
+            nickname: self.nickname.clone(),
+            network: self.network,
+            public_key: key::public_key(&self.static_secret),
+        };
+        Me { static_secret: self.static_secret.clone(), cluster_key: self.cluster_key.clone(), hello }
+    }
+
+    pub(super) fn public(&self) -> PublicIdentity {
+        PublicIdentity {
+            id: self.id,
+            instance: format!("{:032x}", self.instance),
+            network: self.network,
+            nickname: self.nickname.clone(),
+            interface: self.interface.clone(),
+            mtu: self.mtu,
+            discovery: self.discovery,
+            incarnation: self.incarnation,
+        }
+    }
+
+    pub(super) fn join(public: PublicIdentity, static_secret: Secret, cluster_key: Secret) -> Self {
+        Self {
+            id: public.id,
+            instance: u128::from_str_radix(&public.instance, 16).unwrap_or_default(),
+            static_secret,
+            cluster_key,
+            network: public.network,
+            nickname: public.nickname,
+            interface: public.interface,
+            mtu: public.mtu,
+            discovery: public.discovery,
+            incarnation: public.incarnation,
+        }
+    }
+}
+
+impl ExternalPeer {
+    pub(super) fn public(&self) -> PublicExternalPeer {
+        PublicExternalPeer {
+            index: self.index,
+            name: self.name.clone(),
+            public_key: self.public_key,
+            endpoint: self.endpoint,
+            allowed: self.allowed.clone(),
+            keepalive: self.keepalive,
+        }
+    }
+
+    pub(super) fn join(public: PublicExternalPeer, preshared_key: Option<Secret>) -> Self {
+        Self {
+            index: public.index,
+            name: public.name,
+            public_key: public.public_key,
+            preshared_key,
+            endpoint: public.endpoint,
+            allowed: public.allowed,
+            keepalive: public.keepalive,
+        }
+    }
+}

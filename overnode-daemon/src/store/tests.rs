@@ -1,0 +1,328 @@
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::types::{Network, PublicKey};
+
+fn identity() -> Identity {
+    Identity {
+        id: NodeId::new(3).unwrap(),
+        instance: 0x1234_5678_9abc_def0_0fed_cba9_8765_4321,
+        static_secret: Secret(*b"static-secret-static-secret-stat"),
+        cluster_key: Secret(*b"cluster-key-cluster-key-cluster-"),
+        network: Network::default(),
+        nickname: "host3".into(),
+        interface: Some("eth1".into()),
+        mtu: None,
+        discovery: true,
+        incarnation: 1_700_000_000_000,
+    }
+}
+
+fn attachment(last: u8) -> Attachment {
+    Attachment {
+        address: [10, 44, 0, last].into(),
+        is_static: false,
+        target: format!("netns:box{last}"),
+        netns: format!("/run/netns/box{last}"),
+        netns_inode: 4_026_532_000,
+        name: None,
+        host_interface: format!("ov{last:08x}"),
+        since: 1_700_000_000,
+    }
+}
+
+fn external(secret: Option<u8>) -> ExternalPeer {
+    ExternalPeer {
+        index: PeerIndex(4096),
+        name: Some("phone".into()),
+        public_key: PublicKey([8; 32]),
+        preshared_key: secret.map(|byte| Secret([byte; 32])),
+        endpoint: Some("[2001:db8::1]:51820".parse().unwrap()),
+        allowed: vec!["10.32.9.9/32".parse().unwrap()],
+        keepalive: Some(25),
+    }
+}
+
+fn record(id: u16) -> gossip::Record {
+    gossip::Record {
+        id: NodeId::new(id).unwrap(),
+        incarnation: 1,
+        version: 7,
+        left: false,
+        nickname: "host".into(),
+        public_key: PublicKey([1; 32]),
+        addresses: vec!["192.0.2.1:6783".parse().unwrap()],
+        links: vec![NodeId::new(9).unwrap()],
+        ranges: vec!["10.40.0.0/15".parse().unwrap()],
+        claims: vec!["10.32.0.1".parse().unwrap()],
+    }
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().mode() & 0o7777
+}
+
+#[test]
+fn everything_survives_a_restart() {
+    let place = TempDir::new().unwrap();
+    let directory = place.path().join("a/state");
+    let store = Store::open(&directory).unwrap();
+    assert_eq!(store.identity().unwrap(), None);
+    assert_eq!(store.next_incarnation().unwrap(), None);
+    store.set_identity(&identity(), Some(&["host2".into(), "host1".into()])).unwrap();
+    store.add_attachment(&attachment(1)).unwrap();
+    store.add_attachment(&attachment(20)).unwrap();
+    store.add_attachment(&attachment(3)).unwrap();
+    let by_hand = Attachment { address: [10, 32, 0, 1].into(), is_static: true, ..attachment(4) };
+    store.add_attachment(&by_hand).unwrap();
+    store.set_peers([&record(1), &record(4095)]).unwrap();
+    store.set_external_peer(&external(Some(5))).unwrap();
+    drop(store);
+
+    let store = Store::open_existing(&directory).unwrap();
+    assert_eq!(store.identity().unwrap(), Some(identity()));
+    assert_eq!(store.targets().unwrap(), ["host1", "host2"]);
+    assert_eq!(store.attachments().unwrap(), [by_hand, attachment(1), attachment(3), attachment(20)]);
+    assert_eq!(store.cursor().unwrap(), Some([10, 44, 0, 3].into()), "given last, not greatest, not by hand");
+    assert_eq!(store.peers().unwrap(), [record(1), record(4095)]);
+    assert_eq!(store.external_peers().unwrap(), [external(Some(5))]);
+    assert_eq!(store.next_incarnation().unwrap(), Some(identity().incarnation + 1));
+    assert_eq!(store.next_incarnation().unwrap(), Some(identity().incarnation + 2));
+    assert_eq!(store.targets().unwrap().len(), 2, "an incarnation changes nothing else");
+
+    store.set_targets(&["host9".into()]).unwrap();
+    store.remove_peer(NodeId::new(1).unwrap()).unwrap();
+    store.set_external_peer(&external(None)).unwrap();
+    assert!(store.remove_attachment([10, 44, 0, 20].into()).unwrap());
+    assert!(!store.remove_attachment([10, 44, 0, 20].into()).unwrap());
+    drop(store);
+    let store = Store::open(&directory).unwrap();
+    assert_eq!(store.targets().unwrap(), ["host9"]);
+    assert_eq!(store.peers().unwrap(), [record(4095)]);
+    assert_eq!(store.external_peers().unwrap(), [external(None)]);
+    assert!(store.remove_external_peer(PeerIndex(4096)).unwrap());
+    assert!(!store.remove_external_peer(PeerIndex(4096)).unwrap());
+    assert_eq!(store.attachments().unwrap().len(), 3);
+}
+
+#[test]
+fn an_address_is_not_given_twice() {
+    let place = TempDir::new().unwrap();
+    let store = Store::open(place.path()).unwrap();
+    store.add_attachment(&attachment(1)).unwrap();
+    let other = Attachment { target: "netns:other".into(), ..attachment(1) };
+    let error = store.add_attachment(&other).unwrap_err();
+    assert_eq!(error.to_string(), "10.44.0.1 is attached already; detach it first");
+    assert_eq!(store.attachments().unwrap(), [attachment(1)]);
+    store.update_attachment(&other).unwrap();
+    assert_eq!(store.attachments().unwrap(), [other]);
+}
+
+#[test]
+fn only_the_owner_reads_it_whatever_the_umask() {
+    let place = TempDir::new().unwrap();
+    let directory = place.path().join("state");
+    fs::create_dir(&directory).unwrap();
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).unwrap();
+    fs::write(directory.join(LOCK), "").unwrap();
+    fs::set_permissions(directory.join(LOCK), fs::Permissions::from_mode(0o666)).unwrap();
+    let _store = Store::open(&directory).unwrap();
+    assert_eq!(mode(&directory), 0o700);
+    assert_eq!(mode(&directory.join(DATABASE)), 0o600);
+    assert_eq!(mode(&directory.join(LOCK)), 0o600);
+}
+
+#[test]
+fn secrets_are_kept_out_of_what_people_read() {
+    let shown = format!("{:?} {:?}", identity(), external(Some(5)));
+    assert!(
+        !shown.contains("static-secret") && !shown.contains("[5,") && shown.contains("Secret(..)"),
+        "{shown}"
+    );
+    let place = TempDir::new().unwrap();
+    let store = Store::open(place.path()).unwrap();
+    store.set_external_peer(&external(Some(0x77))).unwrap();
+    assert!(bytes_of(place.path()).windows(32).any(|window| window == [0x77; 32]));
+    let peer = encode(&external(Some(0x77)).public());
+    assert!(!String::from_utf8(peer).unwrap().contains("preshared"));
+}
+
+fn bytes_of(directory: &Path) -> Vec<u8> {
+    fs::read(directory.join(DATABASE)).unwrap()
+}
+
+#[test]
+fn a_second_daemon_is_refused_and_told_by_whom() {
+    let place = TempDir::new().unwrap();
+    let first = Store::open(place.path()).unwrap();
+    for attempt in [Store::open(place.path()).map(drop), Store::wipe(place.path())] {
+        let text = attempt.unwrap_err().to_string();
+        let expected =
+            format!("another daemon (process {}) runs on {}", std::process::id(), place.path().display());
+        assert!(text.starts_with(&expected), "{text}");
+    }
+    drop(first);
+    Store::open(place.path()).unwrap();
+}
+
+#[test]
+fn state_of_another_version_is_refused_and_left_alone() {
+    for found in ["2", "0", "\"x\"", "garbage"] {
+        let place = TempDir::new().unwrap();
+        let store = Store::open(place.path()).unwrap();
+        store.set_identity(&identity(), None).unwrap();
+        store
+            .change(|change| Ok(change.open_table(META)?.insert("schema", found.as_bytes()).map(drop)?))
+            .unwrap();
+        drop(store);
+        let error = Store::open(place.path()).unwrap_err();
+        assert!(matches!(error, StoreError::Schema { .. }), "{error}");
+        assert!(error.to_string().contains("overnode reset --force"), "{error}");
+        let database = Database::open(place.path().join(DATABASE)).unwrap();
+        let table = database.begin_read().unwrap().open_table(META).unwrap();
+        assert_eq!(table.get("schema").unwrap().unwrap().value(), found.as_bytes());
+        assert!(table.get("identity").unwrap().is_some());
+    }
+}
+
+#[test]
+fn what_is_no_database_is_refused_and_left_alone() {
+    let place = TempDir::new().unwrap();
+    let path = place.path().join(DATABASE);
+    for bytes in [b"not a database".repeat(1000), vec![0; 4096], vec![0xff; 100_000], b"x".to_vec()] {
+        fs::write(&path, &bytes).unwrap();
+        let error = Store::open(place.path()).unwrap_err();
+        assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), bytes);
+    }
+    Store::wipe(place.path()).unwrap();
+    assert!(!place.path().exists());
+}
+
+#[test]
+fn a_damaged_database_is_an_error_and_never_wrong_data() {
+    let place = TempDir::new().unwrap();
+    let store = Store::open(place.path()).unwrap();
+    store.set_identity(&identity(), Some(&["host2".into()])).unwrap();
+    drop(store);
+    let path = place.path().join(DATABASE);
+    let good = fs::read(&path).unwrap();
+    let mut refused = 0;
+    for position in (0..good.len()).step_by(good.len() / 150) {
+        let mut bad = good.clone();
+        bad[position] ^= 0xff;
+        bad[position ^ 1] ^= 0x55;
+        fs::write(&path, &bad).unwrap();
+        match Store::open(place.path()).and_then(|store| store.identity()) {
+            Ok(read) => assert_eq!(read, Some(identity()), "byte {position}"),
+            Err(error) => {
+                assert!(matches!(error, StoreError::Damaged { .. } | StoreError::Schema { .. }), "{error}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 0);
+}
+
+#[test]
+fn unusable_directories_are_explained() {
+    let place = TempDir::new().unwrap();
+    let file = place.path().join("file");
+    fs::write(&file, "").unwrap();
+    let text = Store::open(&file).unwrap_err().to_string();
+    assert!(text.contains("give a --state-dir that is a directory"), "{text}");
+    let text = Store::open(&file.join("below")).unwrap_err().to_string();
+    assert!(text.contains("give a --state-dir that is a directory"), "{text}");
+
+    let text = Store::open(place.path()).unwrap_err().to_string();
+    assert!(text.contains("holds other files and no state of overnode"), "{text}");
+    assert_ne!(mode(place.path()), 0o000);
+    assert!(file.exists());
+
+    let text = Store::open_existing(&place.path().join("none")).unwrap_err().to_string();
+    assert!(text.contains("`overnode launch` makes one"), "{text}");
+    assert!(!place.path().join("none").exists());
+
+    let text = Store::open(Path::new("/proc/overnode")).unwrap_err().to_string();
+    assert!(text.starts_with("could not make the state directory /proc/overnode: "), "{text}");
+
+    let trap = place.path().join("trap");
+    fs::create_dir(&trap).unwrap();
+    symlink(&file, trap.join(LOCK)).unwrap();
+    assert!(Store::open(&trap).is_err(), "a link is not followed");
+    assert_eq!(fs::read(&file).unwrap(), b"");
+}
+
+#[test]
+fn nothing_is_left_after_destruction() {
+    let place = TempDir::new().unwrap();
+    let directory = place.path().join("state");
+    Store::open(&directory).unwrap().destroy().unwrap();
+    assert!(!directory.exists());
+    Store::wipe(&directory).unwrap();
+    let store = Store::open(&directory).unwrap();
+    fs::write(directory.join("notes"), "mine").unwrap();
+    store.destroy().unwrap();
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "other people's files stay");
+}
+
+/// This test runs itself in a second process, which it kills.
+#[test]
+fn what_was_answered_survives_sigkill() {
+    const PLACE: &str = "OVERNODE_TEST_STORE";
+    if let Some(directory) = std::env::var_os(PLACE) {
+        write_until_killed(Path::new(&directory));
+    }
+    let place = TempDir::new().unwrap();
+    let mut known = 0;
+    for round in 0..6 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["store::tests::what_was_answered_survives_sigkill", "--exact", "--nocapture"])
+            .env(PLACE, place.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut answered = known;
+        while answered < known + 5 + round {
+            let line = lines.next().unwrap().unwrap();
+            answered = line.trim_start_matches("answered ").parse().unwrap_or(answered);
+        }
+        child.kill().unwrap();
+        for line in lines.map_while(std::result::Result::ok) {
+            answered = line.trim_start_matches("answered ").parse().unwrap_or(answered);
+        }
+        child.wait().unwrap();
+        let store = Store::open(place.path()).unwrap();
+        let kept = store.attachments().unwrap();
+        assert!(
+            kept.len() == answered || kept.len() == answered + 1,
+            "{} kept, {answered} answered",
+            kept.len()
+        );
+        assert_eq!(
+            store.cursor().unwrap(),
+            kept.last().map(|last| last.address),
+            "two tables, one transaction"
+        );
+        known = kept.len();
+    }
+    assert!(known >= 45);
+}
+
+#[expect(clippy::print_stdout, reason = "the parent reads it")]
+fn write_until_killed(directory: &Path) -> ! {
+    let store = Store::open(directory).unwrap();
+    let mut count = store.attachments().unwrap().len();
+    loop {
+        count += 1;
+        let address = std::net::Ipv4Addr::from_bits(0x0a2c_0000 + count as u32).into();
+        store.add_attachment(&Attachment { address, ..attachment(0) }).unwrap();
+        println!("answered {count}");
+    }
+}

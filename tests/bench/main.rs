@@ -1,0 +1,130 @@
+//! `cargo xtask bench datapath`: what sealing and opening cost in the kernel, and what containers on two hosts get out of
+//! it, side by side with other ways to join them, in one run.
+//!
+//! All networks are set up first and measured in turn, round by round, so that a slow minute of the machine falls on all
+//! of them; what is printed is the median of the rounds.
+
+#![allow(clippy::print_stdout, reason = "the tables are what it is for")]
+#![allow(clippy::print_stderr, reason = "progress goes to stderr")]
+
+mod measure;
+mod network;
+mod probe;
+mod programs;
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, Subcommand};
+
+use measure::{Round, Times};
+use network::{Kind, Network};
+use report::{Outcome, Report};
+
+/// Measures overnode beside others. Needs root.
+#[derive(Debug, Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+    /// What cargo adds by itself.
+    #[arg(long, hide = true, global = true)]
+    bench: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The programs by themselves, then containers on two hosts.
+    Datapath(Datapath),
+}
+
+#[derive(Debug, Parser)]
+struct Datapath {
+    /// Write everything measured to this file, too.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// One short round: shows that all works, not how fast it is.
+    #[arg(long)]
+    quick: bool,
+    /// How often each network is measured.
+    #[arg(long, value_name = "COUNT", default_value_t = 3, conflicts_with = "quick")]
+    rounds: u32,
+    /// Only these networks.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    only: Vec<Kind>,
+}
+
+fn main() -> ExitCode {
+    let Command::Datapath(arguments) = Arguments::parse().command;
+    match datapath(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn datapath(arguments: Datapath) -> Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the benchmark makes network namespaces and loads programs: run it as root"
+    );
+    let start = Instant::now();
+    let (rounds, times) =
+        if arguments.quick { (1, Times::QUICK) } else { (arguments.rounds.max(1), Times::FULL) };
+    let kinds = if arguments.only.is_empty() { Kind::ALL.to_vec() } else { arguments.only };
+
+    eprintln!("programs: running each with packets of {:?} bytes", programs::SIZES);
+    let programs = programs::measure(if arguments.quick { 200 } else { 5000 });
+    if let Err(error) = &programs {
+        eprintln!("programs: {error:#}");
+    }
+    let networks = measure_networks(&kinds, rounds, times);
+
+    let report = Report {
+        programs: programs.map_err(|error| format!("{error:#}")),
+        networks,
+        rounds,
+        took: start.elapsed(),
+    };
+    print!("{report}");
+    if let Some(file) = arguments.json {
+        let folder = std::env::var_os("OVERNODE_BENCH_FOLDER").map(PathBuf::from).unwrap_or_default();
+        let file = folder.join(file);
+        let text = serde_json::to_string_pretty(&report.to_json())?;
+        std::fs::write(&file, text + "\n").with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    ensure!(report.is_complete(), "something could not be measured: the reasons are above");
+    Ok(())
+}
+
+fn measure_networks(kinds: &[Kind], rounds: u32, times: Times) -> Vec<Outcome> {
+    let mut networks: Vec<(Kind, Result<Network>, Vec<Round>)> = Vec::new();
+    for &kind in kinds {
+        eprintln!("setting up {kind}");
+        networks.push((kind, Network::set_up(kind), Vec::new()));
+    }
+    let total = times.of_a_round() * rounds * u32::try_from(kinds.len()).unwrap_or(u32::MAX);
+    eprintln!("measuring for about {}", report::spoken(total));
+    for round in 1..=rounds {
+        for (kind, network, results) in &mut networks {
+            let Ok(ready) = network else { continue };
+            eprintln!("round {round} of {rounds}: {kind}");
+            match measure::round(ready, times) {
+                Ok(result) => results.push(result),
+                Err(error) => *network = Err(error),
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+    networks
+        .into_iter()
+        .map(|(kind, network, rounds)| Outcome {
+            kind,
+            result: network.map(|_| rounds).map_err(|error| format!("{error:#}")),
+        })
+        .collect()
+}

@@ -1,0 +1,250 @@
+//! The networks to compare. Each has two containers, each on a host of its own, and between the hosts one veth pair with
+//! an MTU of 1500 as the underlay:
+//!
+//! ```text
+//! container a ── host a ══ underlay ══ host b ── container b
+//! ```
+//!
+//! Every rival is an interface on both hosts, and the hosts forward the containers' packets through it: the same path
+//! that overnode's packets take, and what a container host does with a VPN. Encrypted rivals get overnode's inner MTU of
+//! 1420 bytes; else they run as they come. `veth` leaves the hosts out: two containers on one cable, the least
+//! that the kernel can do. `routed` has the hosts and no tunnel.
+
+mod nebula;
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use ipnet::{IpNet, Ipv4Net};
+use lab::wireguard::{Configuration, Device, Peer, Stock, key_pair};
+use lab::{Container, Entry, Lab, gateway};
+
+use crate::probe;
+
+const UNDERLAY: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 168, 77, 1), Ipv4Addr::new(192, 168, 77, 2)];
+const UNDERLAY_MTU: u32 = 1500;
+/// Addresses of the tunnel's ends on the hosts.
+const TUNNEL: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 99, 0, 1), Ipv4Addr::new(10, 99, 0, 2)];
+const CONTAINER: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 98, 1, 2), Ipv4Addr::new(10, 98, 2, 2)];
+const GATEWAY: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 98, 1, 1), Ipv4Addr::new(10, 98, 2, 1)];
+/// What overnode leaves to containers on this underlay.
+const TUNNEL_MTU: u32 = 1420;
+const VXLAN_MTU: u32 = 1450;
+const WIREGUARD_PORT: u16 = 51820;
+const TOKEN: &str = "the token of the benchmark";
+/// Each host and the other one.
+const PAIRS: [(usize, usize); 2] = [(0, 1), (1, 0)];
+
+/// A way to join two containers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// One veth pair, no hosts between.
+    Veth,
+    /// Hosts that forward without a tunnel.
+    Routed,
+    /// The kernel's VXLAN, without encryption.
+    Vxlan,
+    /// Mullvad's userspace WireGuard.
+    Gotatun,
+    /// Cloudflare's userspace WireGuard.
+    Boringtun,
+    /// Slack's Nebula.
+    Nebula,
+    /// This project.
+    Overnode,
+}
+
+impl Kind {
+    /// All, in the order of the table.
+    pub const ALL: [Self; 7] =
+        [Self::Veth, Self::Routed, Self::Vxlan, Self::Gotatun, Self::Boringtun, Self::Nebula, Self::Overnode];
+
+    /// Whether it is another's encrypted network.
+    pub const fn is_rival(self) -> bool {
+        match self {
+            Self::Gotatun | Self::Boringtun | Self::Nebula => true,
+            Self::Veth | Self::Routed | Self::Vxlan | Self::Overnode => false,
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Veth => "veth",
+            Self::Routed => "routed",
+            Self::Vxlan => "vxlan",
+            Self::Gotatun => "gotatun",
+            Self::Boringtun => "boringtun",
+            Self::Nebula => "nebula",
+            Self::Overnode => "overnode",
+        })
+    }
+}
+
+/// Two containers that can reach each other. Fields are dropped in this order: the tunnel before the hosts that it is on.
+pub struct Network {
+    /// The container that sends.
+    pub a: Container,
+    /// The container that receives.
+    pub b: Container,
+    /// The address of `b`.
+    pub to: Ipv4Addr,
+    _tunnel: Tunnel,
+    _lab: Lab,
+}
+
+/// What has to stay alive for the tunnel to work.
+enum Tunnel {
+    None,
+    WireGuard { _devices: Vec<Device> },
+    Nebula { _nodes: nebula::Nodes },
+}
+
+impl Network {
+    /// Makes it, and waits until the first ping has come back.
+    ///
+    /// # Errors
+    /// When something it needs is missing, or no ping comes back within 30 seconds.
+    pub fn set_up(kind: Kind) -> Result<Self> {
+        let lab = Lab::new("bench").entry(Entry::Setns).build()?;
+        let [a, b] = [lab.host(1).container("a")?, lab.host(2).container("b")?];
+        let tunnel = match kind {
+            Kind::Veth => {
+                veth(&a, &b)?;
+                Tunnel::None
+            }
+            Kind::Routed => {
+                forward(&lab, [&a, &b], UNDERLAY_MTU)?;
+                for (own, other) in PAIRS {
+                    route(&lab, own, &["via", &UNDERLAY[other].to_string()])?;
+                }
+                Tunnel::None
+            }
+            Kind::Vxlan => {
+                forward(&lab, [&a, &b], VXLAN_MTU)?;
+                vxlan(&lab)?;
+                Tunnel::None
+            }
+            Kind::Gotatun | Kind::Boringtun => {
+                forward(&lab, [&a, &b], TUNNEL_MTU)?;
+                let stock = if kind == Kind::Gotatun { Stock::Gotatun } else { Stock::Boringtun };
+                Tunnel::WireGuard { _devices: wireguard(&lab, stock)? }
+            }
+            Kind::Nebula => {
+                forward(&lab, [&a, &b], TUNNEL_MTU)?;
+                Tunnel::Nebula { _nodes: nebula::start(&lab)? }
+            }
+            Kind::Overnode => {
+                overnode(&lab, [&a, &b])?;
+                Tunnel::None
+            }
+        };
+        let IpAddr::V4(to) = b.address() else { anyhow::bail!("{} is no IPv4 address", b.address()) };
+        lab::eventually(Duration::from_secs(30), || {
+            let lost = probe::ping(a.netns(), to, 1, Duration::from_millis(1))?.lost();
+            ensure!(lost == 0, "the containers cannot reach each other");
+            Ok(())
+        })?;
+        Ok(Self { a, b, to, _tunnel: tunnel, _lab: lab })
+    }
+}
+
+fn veth(a: &Container, b: &Container) -> Result<()> {
+    let mtu = UNDERLAY_MTU.to_string();
+    let peer = ["peer", "name", "eth0", "mtu", &mtu, "netns", b.netns().name()];
+    a.netns().ip(&[&["link", "add", "eth0", "mtu", &mtu, "type", "veth"], &peer[..]].concat())?;
+    for (container, address) in [a, b].into_iter().zip(CONTAINER) {
+        container.netns().ip(&["address", "add", &format!("{address}/16"), "dev", "eth0"])?;
+        container.netns().ip(&["link", "set", "eth0", "up"])?;
+        container.set_address(Some(address.into()));
+    }
+    Ok(())
+}
+
+/// Gives the hosts a cable of their own in place of the lab's bridge, which would be one more hop.
+fn cable(lab: &Lab) -> Result<()> {
+    let (first, second) = (lab.host(1).netns(), lab.host(2).netns());
+    let mtu = UNDERLAY_MTU.to_string();
+    for host in lab.hosts() {
+        host.netns().ip(&["link", "del", host.interface()])?;
+    }
+    let peer = ["peer", "name", "eth0", "mtu", &mtu, "netns", second.name()];
+    first.ip(&[&["link", "add", "eth0", "mtu", &mtu, "type", "veth"], &peer[..]].concat())?;
+    for (host, address) in lab.hosts().iter().zip(UNDERLAY) {
+        host.netns().ip(&["address", "add", &format!("{address}/24"), "dev", "eth0"])?;
+        host.netns().ip(&["link", "set", "eth0", "up"])?;
+    }
+    Ok(())
+}
+
+/// Hosts on a cable that forward for the containers behind them.
+fn forward(lab: &Lab, containers: [&Container; 2], mtu: u32) -> Result<()> {
+    cable(lab)?;
+    for (own, container) in containers.into_iter().enumerate() {
+        gateway::plug(&lab.hosts()[own], container, CONTAINER[own], GATEWAY[own], mtu)?;
+    }
+    Ok(())
+}
+
+/// Tells a host the way to the other host's container.
+fn route(lab: &Lab, own: usize, way: &[&str]) -> Result<()> {
+    let network = network_of(1 - own).to_string();
+    lab.hosts()[own].netns().ip(&[&["route", "add", &network], way].concat()).map(drop)
+}
+
+fn network_of(side: usize) -> IpNet {
+    IpNet::V4(Ipv4Net::new_assert(CONTAINER[side], 24).trunc())
+}
+
+fn vxlan(lab: &Lab) -> Result<()> {
+    for (own, other) in PAIRS {
+        let host = lab.hosts()[own].netns();
+        let remote = UNDERLAY[other].to_string();
+        let port = ["dstport", "4789", "dev", "eth0"];
+        host.ip(
+            &[&["link", "add", "vx0", "type", "vxlan", "id", "77", "remote", &remote], &port[..]].concat()
+        )?;
+        host.ip(&["address", "add", &format!("{}/24", TUNNEL[own]), "dev", "vx0"])?;
+        host.ip(&["link", "set", "vx0", "mtu", &VXLAN_MTU.to_string(), "up"])?;
+        route(lab, own, &["via", &TUNNEL[other].to_string()])?;
+    }
+    Ok(())
+}
+
+fn wireguard(lab: &Lab, stock: Stock) -> Result<Vec<Device>> {
+    let keys = [key_pair()?, key_pair()?];
+    let mut devices = Vec::new();
+    for (own, other) in PAIRS {
+        let host = lab.hosts()[own].netns();
+        let device = Device::start(stock, host)?;
+        device.configure(&Configuration {
+            private_key: &keys[own].0,
+            listen_port: WIREGUARD_PORT,
+            peer: Peer {
+                public_key: keys[other].1,
+                preshared_key: None,
+                endpoint: Some(SocketAddr::new(UNDERLAY[other].into(), WIREGUARD_PORT)),
+                allowed_ips: &[network_of(other)],
+                keepalive: None,
+            },
+        })?;
+        device.up(host, TUNNEL_MTU, &[network_of(other)])?;
+        devices.push(device);
+    }
+    Ok(devices)
+}
+
+fn overnode(lab: &Lab, containers: [&Container; 2]) -> Result<()> {
+    cable(lab)?;
+    for (own, other) in PAIRS {
+        let host = &lab.hosts()[own];
+        let (id, target) = ((own + 1).to_string(), UNDERLAY[other].to_string());
+        host.overnode_with(&["launch", "--id", &id, &target], &[("OVERNODE_TOKEN", TOKEN)])?.success()?;
+        host.attach(containers[own], &[]).with_context(|| format!("the daemon's log: {}", host.log()))?;
+    }
+    Ok(())
+}

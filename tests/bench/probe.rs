@@ -1,0 +1,243 @@
+//! Probes that send from one namespace to another and measure what arrives: pings with nanoseconds, and a flood of small
+//! datagrams.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockProtocol, SockType,
+    SockaddrIn, SockaddrStorage, recvmsg, sendmsg, setsockopt, socket, sockopt,
+};
+use nix::sys::time::TimeSpec;
+
+use lab::Netns;
+
+/// How long a ping waits for the last answers.
+const LINGER: Duration = Duration::from_secs(2);
+/// A flood's rate is measured after this long.
+const WARM_UP: Duration = Duration::from_millis(200);
+/// Payload of a ping, as `ping` has it: 84 bytes of IP packet.
+const PING_PAYLOAD: usize = 56;
+const ICMP_HEADER: usize = 8;
+
+/// The round-trip times of a series of pings.
+#[derive(Clone, Debug, Default)]
+pub struct Pings {
+    /// Requests sent.
+    pub sent: u64,
+    /// Round-trip times of the requests answered, sorted.
+    pub times: Vec<Duration>,
+}
+
+impl Pings {
+    /// Requests without an answer.
+    pub fn lost(&self) -> u64 {
+        self.sent - self.times.len() as u64
+    }
+
+    /// The mean; zero if nothing was answered.
+    pub fn average(&self) -> Duration {
+        let count = u32::try_from(self.times.len()).unwrap_or(u32::MAX).max(1);
+        self.times.iter().sum::<Duration>() / count
+    }
+
+    /// The time that `percent` of the answers did not exceed; zero if nothing was answered.
+    pub fn percentile(&self, percent: usize) -> Duration {
+        let rank = (self.times.len() * percent).div_ceil(100).saturating_sub(1);
+        self.times.get(rank).copied().unwrap_or_default()
+    }
+}
+
+/// Sends ICMP echo requests at an interval, whether answered or not, and measures as `ping` does: from the clock before
+/// the send call to the kernel's own time stamp of the answer. Ends when all are answered, 2 seconds after the last
+/// at the latest.
+///
+/// # Errors
+/// When a raw socket cannot be had, or the kernel refuses to send.
+pub fn ping(from: &Netns, to: Ipv4Addr, count: u64, interval: Duration) -> Result<Pings> {
+    from.enter(move || {
+        let mut pinger = Pinger::open(to)?;
+        let mut due = Instant::now();
+        for _ in 0..count {
+            pinger.collect_until(due, false)?;
+            pinger.send()?;
+            due = Instant::now().max(due) + interval;
+        }
+        pinger.collect_until(Instant::now() + LINGER, true)?;
+        Ok(pinger.finish())
+    })
+}
+
+struct Pinger {
+    socket: OwnedFd,
+    to: Ipv4Addr,
+    ident: [u8; 2],
+    /// When each was sent, and the answer's round-trip time.
+    sent: Vec<(Duration, Option<Duration>)>,
+    answered: usize,
+}
+
+impl Pinger {
+    fn open(to: Ipv4Addr) -> Result<Self> {
+        let socket = socket(
+            AddressFamily::Inet,
+            SockType::Raw,
+            SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+            SockProtocol::Icmp,
+        )
+        .context("cannot open a raw socket")?;
+        setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
+        setsockopt(&socket, sockopt::RcvBufForce, &(1 << 22))?;
+        let ident = (SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos() as u16).to_be_bytes();
+        Ok(Self { socket, to, ident, sent: Vec::new(), answered: 0 })
+    }
+
+    fn send(&mut self) -> Result<()> {
+        let number = self.sent.len() as u64;
+        let mut message = [0; ICMP_HEADER + PING_PAYLOAD];
+        message[0] = 8;
+        message[4..6].copy_from_slice(&self.ident);
+        message[6..8].copy_from_slice(&(number as u16).to_be_bytes());
+        message[8..16].copy_from_slice(&number.to_be_bytes());
+        let checksum = checksum(&message);
+        message[2..4].copy_from_slice(&checksum.to_be_bytes());
+        self.sent.push((now(), None));
+        let to = SockaddrIn::from(SocketAddrV4::new(self.to, 0));
+        let parts = [IoSlice::new(&message)];
+        let none: [ControlMessage<'_>; 0] = [];
+        match sendmsg(self.socket.as_raw_fd(), &parts, &none, MsgFlags::empty(), Some(&to)) {
+            // What a full queue or a missing route swallows is a lost ping, which is what is counted.
+            Ok(_) | Err(Errno::ENOBUFS | Errno::EAGAIN | Errno::EHOSTUNREACH | Errno::ENETUNREACH) => Ok(()),
+            Err(error) => Err(anyhow!(error).context(format!("cannot send a ping to {}", self.to))),
+        }
+    }
+
+    fn collect_until(&mut self, deadline: Instant, all_is_enough: bool) -> Result<()> {
+        loop {
+            self.collect()?;
+            if all_is_enough && self.answered == self.sent.len() {
+                return Ok(());
+            }
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return Ok(()) };
+            match ppoll(
+                &mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)],
+                Some(TimeSpec::from_duration(left)),
+                None,
+            ) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => bail!("cannot wait for a ping's answer: {error}"),
+            }
+        }
+    }
+
+    fn collect(&mut self) -> Result<()> {
+        loop {
+            let mut bytes = [0; 256];
+            let mut parts = [IoSliceMut::new(&mut bytes)];
+            let mut space = nix::cmsg_space!(TimeSpec);
+            let message = match recvmsg::<SockaddrStorage>(
+                self.socket.as_raw_fd(),
+                &mut parts,
+                Some(&mut space),
+                MsgFlags::empty(),
+            ) {
+                Ok(message) => message,
+                Err(Errno::EAGAIN) => return Ok(()),
+                Err(Errno::EINTR) => continue,
+                Err(error) => bail!("cannot receive a ping's answer: {error}"),
+            };
+            let length = message.bytes;
+            let stamp = message.cmsgs()?.find_map(|control| match control {
+                ControlMessageOwned::ScmTimestampns(time) => Some(Duration::from(time)),
+                _ => None,
+            });
+            let arrived = stamp.unwrap_or_else(now);
+            let Some(number) = self.number_of(&bytes[..length]) else { continue };
+            let Some((sent, time)) = self.sent.get_mut(number) else { continue };
+            if time.is_none() {
+                *time = Some(arrived.saturating_sub(*sent));
+                self.answered += 1;
+            }
+        }
+    }
+
+    /// The number in an answer to one of ours, with its IP header before it.
+    fn number_of(&self, packet: &[u8]) -> Option<usize> {
+        let header = usize::from(packet.first()? & 0xf) * 4;
+        let message = packet.get(header..header + ICMP_HEADER + PING_PAYLOAD)?;
+        if message[0] != 0 || message[4..6] != self.ident || checksum(message) != 0 {
+            return None;
+        }
+        Some(u64::from_be_bytes(message[8..16].try_into().ok()?) as usize)
+    }
+
+    fn finish(self) -> Pings {
+        let mut times: Vec<_> = self.sent.iter().filter_map(|(_, time)| *time).collect();
+        times.sort_unstable();
+        Pings { sent: self.sent.len() as u64, times }
+    }
+}
+
+fn now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+fn checksum(bytes: &[u8]) -> u16 {
+    let sum: u32 =
+        bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0))).sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    !((folded + (folded >> 16)) as u16)
+}
+
+/// Sends datagrams as fast as one thread can, one per system call, and counts what one receiving thread gets: datagrams
+/// per second.
+///
+/// # Errors
+/// When a socket cannot be had, or nothing arrives at all.
+pub fn flood(from: &Netns, to: &Netns, address: Ipv4Addr, payload: usize, time: Duration) -> Result<f64> {
+    let receiver = to.enter(|| {
+        let socket = UdpSocket::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?;
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        setsockopt(&socket, sockopt::RcvBufForce, &(1 << 23))?;
+        Ok(socket)
+    })?;
+    let target = SocketAddr::from((address, receiver.local_addr()?.port()));
+    let sender = from.enter(|| {
+        let socket = UdpSocket::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?;
+        socket.connect(target).context("cannot reach the flood's target")?;
+        Ok(socket)
+    })?;
+    let (stop, received) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (count, seconds) = thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut bytes = [0; 2048];
+            while !stop.load(Ordering::Relaxed) {
+                if receiver.recv(&mut bytes).is_ok() {
+                    received.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        scope.spawn(|| {
+            let bytes = vec![0x5a; payload];
+            while !stop.load(Ordering::Relaxed) {
+                // A full queue refuses some, which is not worth a word: what arrives is what counts.
+                let _ = sender.send(&bytes);
+            }
+        });
+        thread::sleep(WARM_UP);
+        let (before, start) = (received.load(Ordering::Relaxed), Instant::now());
+        thread::sleep(time);
+        let (after, seconds) = (received.load(Ordering::Relaxed), start.elapsed().as_secs_f64());
+        stop.store(true, Ordering::Relaxed);
+        (after - before, seconds)
+    });
+    ensure!(count > 0, "no datagram arrived at {target}");
+    Ok(count as f64 / seconds)
+}

@@ -1,0 +1,249 @@
+//! The programs by themselves: the time of one run over one packet (`BPF_PROG_TEST_RUN`), and what the verifier had to
+//! look at.
+//!
+//! Each message is sealed and opened once: sealing changes the packet, and opening it again would be a replay. So every run
+//! is a system call of its own, and the figure is the median of the kernel's own timing of each.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use nix::time::{ClockId, clock_gettime};
+use overnode_ebpf::map::{
+    Address, Config, Endpoint, Peer, ROUTE_LOCAL, ROUTE_PEER, Route, SESSION_LIVE, SESSION_SLOT_BITS, Session,
+};
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::replay::{WORDS, Window};
+use overnode_ebpf::wire::{DATA_PORT, ETHERNET_LEN, IPV4_LEN, UDP_LEN};
+
+/// Lengths of the inner packets, from the IP header on, in bytes.
+pub const SIZES: [usize; 3] = [64, 512, 1400];
+const PROGRAMS: [&str; 4] = ["from_container", "seal", "from_underlay", "from_underlay_xdp"];
+
+const INNER: [[u8; 4]; 2] = [[10, 40, 0, 1], [10, 48, 0, 1]];
+const OUTER: [[u8; 4]; 2] = [[192, 168, 77, 1], [192, 168, 77, 2]];
+const SLOT: u32 = 1;
+const INDEX: u32 = 0x5a5a5 << SESSION_SLOT_BITS | SLOT;
+const PEER: u32 = 2;
+const LOOPBACK: u32 = 1;
+const TC_ACT_REDIRECT: u32 = 7;
+const XDP_REDIRECT: u32 = 4;
+
+/// What was found.
+#[derive(Debug)]
+pub struct Programs {
+    /// Instructions that the verifier processed, by program.
+    pub verified: BTreeMap<&'static str, u32>,
+    /// One for each of [`SIZES`].
+    pub costs: Vec<Cost>,
+}
+
+/// Time per packet of one length.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// Length of the inner packet in bytes.
+    pub size: usize,
+    /// `seal`.
+    pub seal: Duration,
+    /// `from_underlay`.
+    pub open: Duration,
+    /// `from_underlay_xdp`.
+    pub open_xdp: Duration,
+}
+
+/// Loads the programs that the daemon embeds and runs each `runs` times for each length.
+///
+/// # Errors
+/// When the kernel does not load them, or when one refuses a good packet.
+pub fn measure(runs: usize) -> Result<Programs> {
+    let mut bench = Bench::load()?;
+    let costs = SIZES.iter().map(|&size| bench.cost(size, runs)).collect::<Result<_>>()?;
+    Ok(Programs { verified: bench.verified, costs })
+}
+
+struct Bench {
+    programs: Ebpf,
+    verified: BTreeMap<&'static str, u32>,
+    routes: LpmTrie<MapData, Address, Route>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+impl Bench {
+    fn load() -> Result<Self> {
+        let mut programs = EbpfLoader::new()
+            .verifier_log_level(VerifierLogLevel::STATS)
+            .override_global("DEBUG", &0u8, true)
+            .load(overnode_daemon::PROGRAMS)
+            .context("cannot load the programs' maps")?;
+        let mut verified = BTreeMap::new();
+        for name in PROGRAMS {
+            let program =
+                programs.program_mut(name).with_context(|| format!("there is no program {name}"))?;
+            let info = match program {
+                Program::SchedClassifier(program) => program.load().and_then(|()| program.info()),
+                Program::Xdp(program) => program.load().and_then(|()| program.info()),
+                _ => bail!("{name} is of another kind than expected"),
+            }
+            .with_context(|| format!("the kernel refuses {name}"))?;
+            verified.insert(name, info.verified_instruction_count().context("this kernel does not tell")?);
+        }
+        fill(&mut programs)?;
+        let routes = take(&mut programs, "ROUTES")?;
+        let counters = take(&mut programs, "COUNTERS")?;
+        Ok(Self { programs, verified, routes, counters })
+    }
+
+    fn cost(&mut self, size: usize, runs: usize) -> Result<Cost> {
+        let (seal, messages) = self.seal(size, runs)?;
+        let open = self.open("from_underlay", TC_ACT_REDIRECT, &messages)?;
+        let (_, messages) = self.seal(size, runs)?;
+        let open_xdp = self.open("from_underlay_xdp", XDP_REDIRECT, &messages)?;
+        Ok(Cost { size, seal, open, open_xdp })
+    }
+
+    fn seal(&mut self, size: usize, runs: usize) -> Result<(Duration, Vec<Vec<u8>>)> {
+        self.route(0, ROUTE_LOCAL, LOOPBACK)?;
+        self.route(1, ROUTE_PEER, PEER)?;
+        let frame = frame(size)?;
+        let mut times = Vec::with_capacity(runs);
+        let mut messages = Vec::with_capacity(runs);
+        for _ in 0..runs {
+            let (time, message) = self.run("seal", TC_ACT_REDIRECT, &frame)?;
+            times.push(time);
+            messages.push(message);
+        }
+        ensure!(messages[0].len() > frame.len() + IPV4_LEN + UDP_LEN, "seal did not make the packet longer");
+        ensure!(messages[0] != messages[runs - 1], "seal made the same message twice");
+        Ok((median(times), messages))
+    }
+
+    fn open(&mut self, program: &str, verdict: u32, messages: &[Vec<u8>]) -> Result<Duration> {
+        self.route(0, ROUTE_PEER, PEER)?;
+        self.route(1, ROUTE_LOCAL, LOOPBACK)?;
+        let times = messages
+            .iter()
+            .map(|message| Ok(self.run(program, verdict, message)?.0))
+            .collect::<Result<_>>()?;
+        Ok(median(times))
+    }
+
+    fn route(&mut self, side: usize, kind: u32, target: u32) -> Result<()> {
+        let key = Key::new(128, Address::from_v4(INNER[side]));
+        Ok(self.routes.insert(&key, Route { kind, target }, 0)?)
+    }
+
+    fn run(&self, name: &str, verdict: u32, packet: &[u8]) -> Result<(Duration, Vec<u8>)> {
+        let before = self.counts()?;
+        let mut out = vec![0; 2048];
+        let options =
+            TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), ..TestRunOptions::new() };
+        let result = match self.programs.program(name).context("a program is missing")? {
+            Program::SchedClassifier(program) => SchedClassifier::test_run(program, options),
+            Program::Xdp(program) => Xdp::test_run(program, options),
+            _ => bail!("{name} is of another kind than expected"),
+        }
+        .with_context(|| format!("cannot run {name}"))?;
+        if result.return_value != verdict {
+            let after = self.counts()?;
+            let reasons: Vec<_> = Reason::ALL
+                .iter()
+                .filter(|reason| before[**reason as usize] != after[**reason as usize])
+                .map(|reason| reason.as_str())
+                .collect();
+            bail!("{name} gave {} to a good packet: {}", result.return_value, reasons.join(", "));
+        }
+        out.truncate(result.data_size_out as usize);
+        Ok((result.duration, out))
+    }
+
+    fn counts(&self) -> Result<Vec<u64>> {
+        let slots = overnode_ebpf::reason::REASON_SLOTS;
+        (0..slots).map(|slot| Ok(self.counters.get(&slot, 0)?.iter().sum())).collect()
+    }
+}
+
+/// One peer whose session seals and opens under the same key, so that what was sealed can be opened here.
+fn fill(programs: &mut Ebpf) -> Result<()> {
+    let mut config: Array<_, Config> = take(programs, "CONFIG")?;
+    let subnet = Address::from_v4([10, 32, 0, 0]);
+    let node = Address::from_v4([10, 39, 240, 1]);
+    config.set(0, Config { subnet, subnet_bits: Address::V4_BITS + 12, normaliser: LOOPBACK, node }, 0)?;
+
+    let mut endpoints: HashMap<_, u32, Endpoint> = take(programs, "ENDPOINTS")?;
+    let endpoint = Endpoint {
+        address: Address::from_v4(INNER[1]),
+        mac: [2, 0, 0, 0, 0, 1],
+        gateway_mac: [2, 0, 0, 0, 0, 2],
+    };
+    endpoints.insert(LOOPBACK, endpoint, 0)?;
+
+    let mut addresses: HashMap<_, Address, u32> = take(programs, "LOCAL_ADDRESSES")?;
+    addresses.insert(Address::from_v4(OUTER[1]), 0, 0)?;
+
+    let mut peers: Array<_, Peer> = take(programs, "PEERS")?;
+    let peer = Peer {
+        remote: Address::from_v4(OUTER[1]),
+        local: Address::from_v4(OUTER[0]),
+        remote_port_be: DATA_PORT.to_be(),
+        present: 1,
+        ifindex: LOOPBACK,
+        tx_slot: SLOT,
+        mtu: 1420,
+        ..Peer::default()
+    };
+    peers.set(PEER, peer, 0)?;
+
+    let mut sessions: Array<_, Session> = take(programs, "SESSIONS")?;
+    let created_ns = u64::try_from(Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME)?).as_nanos())?;
+    let session = Session {
+        state: SESSION_LIVE,
+        peer: PEER,
+        local_index: INDEX,
+        remote_index: INDEX,
+        tx_key: [0x0bad_cafe; 8],
+        rx_key: [0x0bad_cafe; 8],
+        created_ns,
+        expires_ns: created_ns + 3600 * 1_000_000_000,
+        initiator: 1,
+        tx_counter: 0,
+        window: Window { next: 0, words: [0; WORDS] },
+    };
+    sessions.set(SLOT, session, 0)?;
+    Ok(())
+}
+
+fn take<M: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
+    programs: &mut Ebpf,
+    name: &str,
+) -> Result<M> {
+    let map = programs.take_map(name).with_context(|| format!("there is no map {name}"))?;
+    M::try_from(map).with_context(|| format!("map {name} has another layout than expected"))
+}
+
+/// An Ethernet frame with a UDP datagram from one container to the other; `size` counts from the IP header on.
+fn frame(size: usize) -> Result<Vec<u8>> {
+    let mut ip = vec![0x45, 0];
+    ip.extend(u16::try_from(size)?.to_be_bytes());
+    ip.extend([0, 1, 0x40, 0, 64, 17, 0, 0]);
+    ip.extend(INNER.concat());
+    let sum: u32 = ip.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    let checksum = !(((sum & 0xffff) + (sum >> 16)) as u16);
+    ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+
+    let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0];
+    frame.extend(ip);
+    for field in [4000, 4001, u16::try_from(size - IPV4_LEN)?, 0] {
+        frame.extend(u16::to_be_bytes(field));
+    }
+    frame.resize(ETHERNET_LEN + size, 0x5a);
+    Ok(frame)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}

@@ -1,0 +1,339 @@
+//! What is printed and written: tables, ratios, and the floor that the project holds itself to.
+
+use std::fmt;
+use std::time::Duration;
+
+use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::{CellAlignment, Table};
+use serde_json::{Value, json};
+
+use crate::measure::Round;
+use crate::network::Kind;
+use crate::programs::Programs;
+
+/// Everything measured.
+pub struct Report {
+    /// The programs by themselves, or why they could not be measured.
+    pub programs: Result<Programs, String>,
+    /// In the order of the table.
+    pub networks: Vec<Outcome>,
+    /// How often each network was to be measured.
+    pub rounds: u32,
+    /// From start to end.
+    pub took: Duration,
+}
+
+/// One network.
+pub struct Outcome {
+    /// Which.
+    pub kind: Kind,
+    /// Its rounds, or why there are none.
+    pub result: Result<Vec<Round>, String>,
+}
+
+/// A figure of a round: how to name it, find it, print it, and whether more is better.
+struct Figure {
+    key: &'static str,
+    title: &'static str,
+    of: fn(&Round) -> f64,
+    digits: usize,
+    more_is_better: bool,
+}
+
+const FIGURES: [Figure; 6] = [
+    Figure {
+        key: "rtt_average_us",
+        title: "RTT avg µs",
+        of: |round| round.rtt_average,
+        digits: 1,
+        more_is_better: false,
+    },
+    Figure {
+        key: "rtt_median_us",
+        title: "median µs",
+        of: |round| round.rtt_median,
+        digits: 1,
+        more_is_better: false,
+    },
+    Figure {
+        key: "rtt_p99_us",
+        title: "p99 µs",
+        of: |round| round.rtt_p99,
+        digits: 1,
+        more_is_better: false,
+    },
+    Figure {
+        key: "packets_per_second",
+        title: "64 B UDP/s",
+        of: |round| round.packets,
+        digits: 0,
+        more_is_better: true,
+    },
+    Figure {
+        key: "one_flow_gbps",
+        title: "TCP ×1 Gbit/s",
+        of: |round| round.one_flow,
+        digits: 2,
+        more_is_better: true,
+    },
+    Figure {
+        key: "four_flows_gbps",
+        title: "TCP ×4 Gbit/s",
+        of: |round| round.four_flows,
+        digits: 2,
+        more_is_better: true,
+    },
+];
+const RTT_AVERAGE: usize = 0;
+const PACKETS: usize = 3;
+const ONE_FLOW: usize = 4;
+
+/// A line of the floor.
+struct Check {
+    what: String,
+    value: f64,
+    floor: String,
+    passed: bool,
+}
+
+impl Report {
+    /// Whether everything asked for was measured.
+    pub fn is_complete(&self) -> bool {
+        self.programs.is_ok() && self.networks.iter().all(|outcome| outcome.result.is_ok())
+    }
+
+    /// All figures, each round included.
+    pub fn to_json(&self) -> Value {
+        let programs = match &self.programs {
+            Err(reason) => json!({ "error": reason }),
+            Ok(programs) => json!({
+                "verified_instructions": programs.verified,
+                "nanoseconds": programs.costs.iter().map(|cost| json!({
+                    "packet_bytes": cost.size,
+                    "seal": nanos(cost.seal),
+                    "open": nanos(cost.open),
+                    "open_xdp": nanos(cost.open_xdp),
+                })).collect::<Vec<_>>(),
+            }),
+        };
+        let networks: serde_json::Map<_, _> = self
+            .networks
+            .iter()
+            .map(|outcome| {
+                let value = match &outcome.result {
+                    Err(reason) => json!({ "error": reason }),
+                    Ok(rounds) => json!({
+                        "median": figures(|figure| json!(median(rounds, figure))),
+                        "rounds": rounds.iter().map(|round| {
+                            let mut value = figures(|figure| json!((figure.of)(round)));
+                            value["lost_pings"] = json!(round.lost);
+                            value
+                        }).collect::<Vec<_>>(),
+                        "overnode_is_better_by": figures(|figure| json!(self.ratio(outcome.kind, figure))),
+                    }),
+                };
+                (outcome.kind.to_string(), value)
+            })
+            .collect();
+        json!({
+            "machine": { "kernel": kernel(), "cpu": cpu(), "cores": cores() },
+            "rounds": self.rounds,
+            "seconds": self.took.as_secs_f64(),
+            "programs": programs,
+            "networks": networks,
+            "floor": self.checks().iter().map(|check| json!({
+                "what": check.what, "value": check.value, "floor": check.floor, "passed": check.passed,
+            })).collect::<Vec<_>>(),
+        })
+    }
+
+    fn value(&self, kind: Kind, figure: &Figure) -> Option<f64> {
+        let outcome = self.networks.iter().find(|outcome| outcome.kind == kind)?;
+        median(outcome.result.as_ref().ok()?, figure)
+    }
+
+    /// How many times better overnode is than this one; less than 1 where it is worse.
+    fn ratio(&self, kind: Kind, figure: &Figure) -> Option<f64> {
+        let (own, other) = (self.value(Kind::Overnode, figure)?, self.value(kind, figure)?);
+        Some(if figure.more_is_better { own / other } else { other / own })
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        let mut checks = Vec::new();
+        if let Ok(programs) = &self.programs {
+            for cost in programs.costs.iter().filter(|cost| cost.size == 1400) {
+                for (what, time) in [("seal", cost.seal), ("open", cost.open)] {
+                    checks.push(at_most(format!("{what} 1400 bytes, ns"), nanos(time), 4200.0));
+                }
+            }
+            for (program, &count) in &programs.verified {
+                checks.push(at_most(
+                    format!("verified instructions of {program}"),
+                    f64::from(count),
+                    60_000.0,
+                ));
+            }
+        }
+        let own = |figure: usize| self.value(Kind::Overnode, &FIGURES[figure]);
+        if let Some(rtt) = own(RTT_AVERAGE) {
+            checks.push(at_most("average RTT, µs".into(), rtt, 10.0));
+        }
+        let best = |kinds: Vec<Kind>, figure: usize| {
+            let ratios = kinds.into_iter().filter_map(|kind| self.ratio(kind, &FIGURES[figure]));
+            ratios.min_by(f64::total_cmp)
+        };
+        let rivals = Kind::ALL.into_iter().filter(|kind| kind.is_rival()).collect();
+        if let Some(ratio) = best(rivals, RTT_AVERAGE) {
+            checks.push(at_least("average RTT: times lower than the best rival's".into(), ratio, 8.0));
+        }
+        if let Some(packets) = own(PACKETS) {
+            checks.push(at_least("64-byte datagrams per second".into(), packets, 250_000.0));
+        }
+        if let Some(rate) = own(ONE_FLOW) {
+            checks.push(at_least("one TCP flow, Gbit/s".into(), rate, 1.0));
+        }
+        if let Some(ratio) = best(vec![Kind::Boringtun], ONE_FLOW) {
+            checks.push(at_least("one TCP flow: times boringtun's".into(), ratio, 1.5));
+        }
+        checks
+    }
+
+    fn program_table(&self) -> Table {
+        let mut table = table(&["inner packet", "seal ns", "open ns", "open (XDP) ns"]);
+        for cost in self.programs.iter().flat_map(|programs| &programs.costs) {
+            let times = [cost.seal, cost.open, cost.open_xdp].map(|time| format!("{:.0}", nanos(time)));
+            table.add_row([format!("{} bytes", cost.size)].into_iter().chain(times));
+        }
+        table
+    }
+
+    fn network_table(&self) -> Table {
+        let titles: Vec<_> =
+            ["network"].into_iter().chain(FIGURES.iter().map(|figure| figure.title)).collect();
+        let mut table = table(&titles);
+        for outcome in &self.networks {
+            let cells = FIGURES.iter().map(|figure| match self.value(outcome.kind, figure) {
+                Some(value) => format!("{value:.*}", figure.digits),
+                None => "–".into(),
+            });
+            table.add_row([outcome.kind.to_string()].into_iter().chain(cells));
+        }
+        table
+    }
+
+    fn ratio_table(&self) -> Table {
+        let titles: Vec<_> =
+            ["overnode against"].into_iter().chain(FIGURES.iter().map(|figure| figure.title)).collect();
+        let mut table = table(&titles);
+        for outcome in self.networks.iter().filter(|outcome| outcome.kind != Kind::Overnode) {
+            let cells = FIGURES.iter().map(|figure| match self.ratio(outcome.kind, figure) {
+                Some(ratio) => format!("{ratio:.2}×"),
+                None => "–".into(),
+            });
+            table.add_row([outcome.kind.to_string()].into_iter().chain(cells));
+        }
+        table
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\n{}, Linux {}, {} cores\n", cpu(), kernel(), cores())?;
+        match &self.programs {
+            Err(reason) => writeln!(f, "The programs could not be measured: {reason}\n")?,
+            Ok(programs) => {
+                writeln!(f, "The programs, one run over one packet (median)\n{}", self.program_table())?;
+                let counts: Vec<_> =
+                    programs.verified.iter().map(|(program, count)| format!("{program} {count}")).collect();
+                writeln!(f, "verified instructions: {}\n", counts.join(", "))?;
+            }
+        }
+        let rounds =
+            if self.rounds == 1 { "one round".into() } else { format!("median of {} rounds", self.rounds) };
+        writeln!(f, "Container to container across two hosts, {rounds}\n{}", self.network_table())?;
+        for Outcome { kind, result } in &self.networks {
+            if let Err(reason) = result {
+                writeln!(f, "{kind} could not be measured: {reason}")?;
+            }
+        }
+        if self.value(Kind::Overnode, &FIGURES[RTT_AVERAGE]).is_some() {
+            writeln!(f, "\nHow many times better overnode is (below 1: worse)\n{}", self.ratio_table())?;
+        }
+        writeln!(f, "\nThe floor")?;
+        for check in self.checks() {
+            let mark = if check.passed { "PASS" } else { "FAIL" };
+            writeln!(f, "{mark}  {}: {} ({})", check.what, short(check.value), check.floor)?;
+        }
+        writeln!(f, "\ntook {}", spoken(self.took))
+    }
+}
+
+fn figures(value: impl Fn(&Figure) -> Value) -> Value {
+    FIGURES
+        .iter()
+        .map(|figure| (figure.key.to_owned(), value(figure)))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
+}
+
+fn median(rounds: &[Round], figure: &Figure) -> Option<f64> {
+    let mut values: Vec<_> = rounds.iter().map(figure.of).collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        count if count % 2 == 0 => Some(f64::midpoint(values[middle - 1], values[middle])),
+        _ => Some(values[middle]),
+    }
+}
+
+fn at_most(what: String, value: f64, limit: f64) -> Check {
+    Check { what, value, floor: format!("at most {}", short(limit)), passed: value <= limit }
+}
+
+fn at_least(what: String, value: f64, limit: f64) -> Check {
+    Check { what, value, floor: format!("at least {}", short(limit)), passed: value >= limit }
+}
+
+fn short(value: f64) -> String {
+    if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.2}") }
+}
+
+fn nanos(time: Duration) -> f64 {
+    time.as_nanos() as f64
+}
+
+/// A duration in words.
+pub fn spoken(time: Duration) -> String {
+    match time.as_secs() {
+        seconds @ 0..100 => format!("{seconds} seconds"),
+        seconds => format!("{:.1} minutes", seconds as f64 / 60.0),
+    }
+}
+
+fn table(titles: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(UTF8_HORIZONTAL_ONLY).set_header(titles);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+fn kernel() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_or_else(|_| "?".into(), |text| text.trim().to_owned())
+}
+
+fn cpu() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("model name"));
+    line.map_or_else(
+        || "unknown processor".into(),
+        |line| line.trim_start_matches([' ', '\t', ':']).to_owned(),
+    )
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}

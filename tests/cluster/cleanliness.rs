@@ -1,0 +1,176 @@
+//! Invariant C1: `reset`, a failed `launch` and a removed container leave nothing behind.
+
+use std::net::{TcpListener, UdpSocket};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lab::{Host, Lab, eventually};
+
+use crate::support::{
+    MILLISECOND, TOKEN, all_reach_all, attached, in_lab, launch, launch_all, list, one_each,
+};
+
+/// The daemon looks for what belongs to nobody every minute; an event usually tells it at once.
+const SWEEP: Duration = Duration::from_secs(75);
+
+/// Fails with the list of what a node left on the host.
+pub fn ensure_clean(host: &Host) -> Result<()> {
+    eventually(Duration::from_secs(5), || {
+        let remains = host.remains()?;
+        ensure!(remains.is_empty(), "left on {}: {}", host.name, remains.join(", "));
+        Ok(())
+    })
+}
+
+#[test]
+fn reset_leaves_nothing() -> Result<()> {
+    in_lab(Lab::new("reset").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let host = lab.host(1);
+        assert!(!host.remains()?.is_empty() && !host.pins()?.is_empty(), "the node made nothing?");
+        let complaint = host.overnode(&["reset"])?.failure(1)?;
+        assert!(complaint.contains(&containers[0].target()), "{complaint}");
+        assert!(complaint.contains("--force"), "{complaint}");
+        assert_eq!(containers[0].ping(containers[1].address(), 100, MILLISECOND)?.lost(), 0);
+        host.detach(&containers[0])?;
+        host.overnode(&["reset"])?.success()?;
+        ensure_clean(host)?;
+        lab.host(2).overnode(&["reset", "--force"])?.success()?;
+        ensure_clean(lab.host(2))?;
+        assert_eq!(containers[1].netns().interfaces()?, Vec::<String>::new());
+        Ok(())
+    })
+}
+
+#[test]
+fn reset_works_on_a_node_that_is_not_running() -> Result<()> {
+    in_lab(Lab::new("dead").hosts(1), |lab| {
+        let host = lab.host(1);
+        launch(lab, host)?;
+        let container = attached(host, "c")?;
+        host.kill_daemon()?;
+        let complaint = host.overnode(&["reset"])?.failure(1)?;
+        assert!(complaint.contains(&container.target()), "{complaint}");
+        host.overnode(&["reset", "--force"])?.success()?;
+        ensure_clean(host)?;
+        assert_eq!(container.netns().interfaces()?, Vec::<String>::new());
+        // And once more, where nothing is.
+        let _ = host.overnode(&["reset"])?;
+        ensure_clean(host)
+    })
+}
+
+#[test]
+fn one_nodes_reset_does_not_disturb_another_of_the_same_machine() -> Result<()> {
+    in_lab(Lab::new("apart").hosts(3), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let pings = lab::ping::Pinging::start(
+            containers[0].netns(),
+            containers[1].address(),
+            Some(2000),
+            MILLISECOND,
+        )?;
+        lab.host(3).overnode(&["reset", "--force"])?.success()?;
+        ensure_clean(lab.host(3))?;
+        assert_eq!(pings.finish()?.lost(), 0);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_launch_that_fails_leaves_nothing() -> Result<()> {
+    in_lab(Lab::new("failed").hosts(1), |lab| {
+        let host = lab.host(1);
+        let id_and_token = ["launch", "--id", "1", "--token", TOKEN];
+        let tcp = host.netns().enter(|| Ok(TcpListener::bind(("0.0.0.0", 6783))?))?;
+        let complaint = host.overnode(&id_and_token)?.failure(1)?;
+        assert!(complaint.contains("6783"), "{complaint}");
+        ensure_clean(host)?;
+        drop(tcp);
+
+        let udp = host.netns().enter(|| Ok(UdpSocket::bind(("0.0.0.0", 6784))?))?;
+        let complaint = host.overnode(&id_and_token)?.failure(1)?;
+        assert!(complaint.contains("6784"), "{complaint}");
+        ensure_clean(host)?;
+        drop(udp);
+
+        let words = [&id_and_token[..], &["--interface", "nosuch0"]].concat();
+        let complaint = host.overnode(&words)?.complaint()?;
+        assert!(complaint.contains("nosuch0"), "{complaint}");
+        ensure_clean(host)?;
+
+        host.overnode(&id_and_token)?.success()?;
+        host.overnode(&["reset"])?.success()?;
+        ensure_clean(host)
+    })
+}
+
+fn wait_until_nothing_is_attached(host: &Host) -> Result<()> {
+    eventually(SWEEP, || {
+        let status = host.status()?;
+        let endpoints = list(&status, "endpoints")?;
+        ensure!(endpoints.is_empty(), "still attached: {endpoints:?}");
+        let interfaces = host.netns().interfaces()?;
+        let left: Vec<_> =
+            interfaces.iter().filter(|name| name.starts_with("ov") && !name.starts_with("ovn")).collect();
+        ensure!(left.is_empty(), "still there: {left:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_container_that_dies_is_cleaned_up() -> Result<()> {
+    in_lab(Lab::new("dies").hosts(1), |lab| {
+        let host = lab.host(1);
+        launch(lab, host)?;
+        let container = attached(host, "c")?;
+        drop(container);
+        wait_until_nothing_is_attached(host)
+    })
+}
+
+#[test]
+fn a_container_that_dies_while_no_daemon_runs_is_cleaned_up() -> Result<()> {
+    in_lab(Lab::new("dies-alone").hosts(1), |lab| {
+        let host = lab.host(1);
+        launch(lab, host)?;
+        let (dies, lives) = (attached(host, "dies")?, attached(host, "lives")?);
+        host.kill_daemon()?;
+        drop(dies);
+        host.overnode(&["resume"])?.success()?;
+        eventually(SWEEP, || {
+            let status = host.status()?;
+            let endpoints = list(&status, "endpoints")?;
+            ensure!(endpoints.len() == 1, "{endpoints:?}");
+            ensure!(
+                endpoints[0]["address"]
+                    .as_str()
+                    .is_some_and(|it| it.starts_with(&lives.address().to_string()))
+            );
+            Ok(())
+        })
+    })
+}
+
+#[test]
+fn a_failed_attach_leaves_nothing() -> Result<()> {
+    in_lab(Lab::new("attach").hosts(1), |lab| {
+        let host = lab.host(1);
+        launch(lab, host)?;
+        let container = host.container("c")?;
+        let before = host.netns().interfaces()?;
+        // The name that the interface would get is taken.
+        container.netns().ip(&["link", "add", "overnode0", "type", "bridge"])?;
+        host.overnode(&["attach", &container.target()])?.failure(1)?;
+        assert_eq!(host.netns().interfaces()?, before);
+        assert_eq!(list(&host.status()?, "endpoints")?.len(), 0);
+        container.netns().ip(&["link", "del", "overnode0"])?;
+        let address = host.attach(&container, &[])?;
+        assert_eq!(address.to_string(), "10.40.0.1/12", "the address of the failed try was not given back");
+        Ok(())
+    })
+}

@@ -1,0 +1,66 @@
+//! The daemon is killed after each step of `launch` in turn. Whatever is half done then: launching again completes it, and reset
+//! removes it.
+//!
+//! Daemons of development builds honour `OVERNODE_KILL_AT=n`: SIGKILL to themselves after the nth step.
+
+use anyhow::{Result, ensure};
+use lab::{Host, Lab};
+
+use crate::cleanliness::ensure_clean;
+use crate::support::{TOKEN, attached, in_lab};
+
+/// More steps than `launch` will ever have.
+const LIMIT: usize = 100;
+/// It has at least this many: fewer would mean that the variable is not honoured.
+const LEAST: usize = 3;
+
+/// True when the daemon was killed, false when there are fewer steps.
+fn launch_and_die(host: &Host, step: usize) -> Result<bool> {
+    let step = step.to_string();
+    let outcome =
+        host.overnode_with(&["launch", "--id", "1", "--token", TOKEN], &[("OVERNODE_KILL_AT", &step)])?;
+    if outcome.status.success() {
+        ensure!(host.daemon_pid().is_some(), "launch succeeded and no daemon runs");
+        return Ok(false);
+    }
+    outcome.failure(1)?;
+    ensure!(host.daemon_pid().is_none(), "the daemon lives on");
+    Ok(true)
+}
+
+/// Kills after each step, lets `repair` work on what is left, and expects a clean host after a reset.
+fn at_every_step(name: &str, repair: impl Fn(&Host) -> Result<()>) -> Result<()> {
+    in_lab(Lab::new(name).hosts(1), |lab| {
+        let host = lab.host(1);
+        let mut steps = 0;
+        while launch_and_die(host, steps + 1)? {
+            steps += 1;
+            repair(host).map_err(|error| error.context(format!("killed after step {steps} of launch")))?;
+            ensure_clean(host)?;
+            ensure!(steps < LIMIT, "launch never ends");
+        }
+        ensure!(steps >= LEAST, "only {steps} steps: is OVERNODE_KILL_AT honoured?");
+        host.overnode(&["reset", "--force"])?.success()?;
+        ensure_clean(host)
+    })
+}
+
+#[test]
+fn reset_removes_what_a_killed_launch_left() -> Result<()> {
+    at_every_step("crash-reset", |host| {
+        // Where the identity was not on disk yet, there may be nothing to reset.
+        let outcome = host.overnode(&["reset"])?;
+        if outcome.status.success() { Ok(()) } else { outcome.failure(1).map(drop) }
+    })
+}
+
+#[test]
+fn launching_again_completes_what_a_killed_launch_left() -> Result<()> {
+    at_every_step("crash-launch", |host| {
+        host.overnode(&["launch", "--id", "1", "--token", TOKEN])?.success()?;
+        let container = attached(host, "c")?;
+        ensure!(host.status()?["node"]["state"] == "running");
+        drop(container);
+        host.overnode(&["reset", "--force"])?.success().map(drop)
+    })
+}

@@ -1,0 +1,13 @@
+//! Real daemons on hosts of the lab: what the contract promises, and attempts to break it.
+
+mod bad_input;
+mod cleanliness;
+mod crash_points;
+mod hostile;
+mod life;
+mod offloads;
+mod resilience;
+mod secrecy;
+mod spoofing;
+mod support;
+mod token;

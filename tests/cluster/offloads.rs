@@ -1,0 +1,95 @@
+//! Checksum and segmentation offloads in every combination inside the containers: every byte that arrives is correct.
+
+use std::net::UdpSocket;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::flow::{self, Amount};
+use lab::{Container, Family, Lab};
+
+use crate::support::{MILLISECOND, PATIENCE, all_reach_all, attached, in_lab, launch_all};
+
+const INTERFACE: &str = "overnode0";
+const FEATURES: [&str; 4] = ["tx", "sg", "tso", "gso"];
+
+fn set_features(container: &Container, enabled: impl Fn(usize) -> bool) -> Result<()> {
+    let mut words = vec!["-K", INTERFACE];
+    for (number, feature) in FEATURES.iter().enumerate() {
+        words.extend([*feature, if enabled(number) { "on" } else { "off" }]);
+    }
+    // ethtool complains of combinations that do not exist and sets the rest.
+    let output = container.command("ethtool").args(&words).output().context("ethtool cannot be started")?;
+    ensure!(output.status.code().is_some(), "ethtool was killed");
+    Ok(())
+}
+
+/// Sends one buffer that the kernel (or nobody, before it leaves the container) cuts into datagrams: UDP_SEGMENT.
+fn send_segmented(from: &Container, to: &Container) -> Result<()> {
+    const SEGMENT: u16 = 1200;
+    const SEGMENTS: usize = 40;
+    let (source, target) = (from.address(), to.address());
+    let inbox = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
+    let outbox = from.netns().enter(move || Ok(UdpSocket::bind((source, 0))?))?;
+    inbox.set_read_timeout(Some(Duration::from_secs(2)))?;
+    let size = libc::c_int::from(SEGMENT);
+    // SAFETY: the value outlives the call and its size is given.
+    let outcome = unsafe {
+        libc::setsockopt(outbox.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, (&raw const size).cast(), 4)
+    };
+    ensure!(outcome == 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
+    let sent: Vec<u8> = (0..SEGMENTS * usize::from(SEGMENT))
+        .map(|place| (place as u32).wrapping_mul(2_654_435_761) as u8)
+        .collect();
+    outbox.send_to(&sent, inbox.local_addr()?)?;
+    let mut buffer = vec![0; 65536];
+    for (number, expected) in sent.chunks(usize::from(SEGMENT)).enumerate() {
+        let (length, _) = inbox
+            .recv_from(&mut buffer)
+            .with_context(|| format!("segment {number} of {SEGMENTS} did not arrive"))?;
+        ensure!(buffer[..length] == *expected, "segment {number} is wrong");
+    }
+    Ok(())
+}
+
+fn every_combination(builder: lab::Builder) -> Result<()> {
+    in_lab(builder.hosts(2), |lab| {
+        launch_all(lab)?;
+        let one = attached(lab.host(1), "one")?;
+        let neighbour = attached(lab.host(1), "neighbour")?;
+        let far = attached(lab.host(2), "far")?;
+        one.reach(far.address(), PATIENCE)?;
+        for combination in 0..1 << FEATURES.len() {
+            let enabled = |number: usize| combination & (1 << number) != 0;
+            for container in [&one, &neighbour, &far] {
+                set_features(container, enabled)?;
+            }
+            let attempt = || -> Result<()> {
+                for to in [&far, &neighbour] {
+                    flow::tcp(&one, to, Amount::Bytes(1_500_003))?;
+                    flow::tcp(to, &one, Amount::Bytes(1_500_003))?;
+                    send_segmented(&one, to)?;
+                }
+                let datagrams = flow::udp(&one, &far, 50, 1300, MILLISECOND)?;
+                ensure!(datagrams.received == 50 && datagrams.corrupt == 0, "{datagrams:?}");
+                Ok(())
+            };
+            attempt().with_context(|| {
+                let on: Vec<_> =
+                    (0..FEATURES.len()).filter(|it| enabled(*it)).map(|it| FEATURES[it]).collect();
+                format!("with {on:?} on and the rest off")
+            })?;
+        }
+        all_reach_all(&[one, neighbour, far])
+    })
+}
+
+#[test]
+fn offloads_in_every_combination_over_ipv4() -> Result<()> {
+    every_combination(Lab::new("offloads4"))
+}
+
+#[test]
+fn offloads_in_every_combination_over_ipv6() -> Result<()> {
+    every_combination(Lab::new("offloads6").family(Family::V6))
+}

@@ -1,0 +1,167 @@
+//! Invariant L1: killing or upgrading the daemon loses no packet of established traffic; the restarted one adopts what is pinned.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::flow::{self, Amount, TcpFlow};
+use lab::ping::Pinging;
+use lab::{Family, Lab, eventually};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::{
+    MILLISECOND, PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, list, one_each, peer,
+    wait_for_sessions,
+};
+
+/// Daemons of both hosts die and come back, in turn, under pings and a stream.
+fn deaths_lose_nothing(builder: lab::Builder) -> Result<()> {
+    const PINGS: u32 = 6000;
+    in_lab(builder.hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let (one, two) = (&containers[0], &containers[1]);
+        let pings = Pinging::start(one.netns(), two.address(), Some(PINGS), MILLISECOND)?;
+        let there = TcpFlow::start_at_rate(one, two, Amount::UntilStopped, Some(20_000_000))?;
+        let back = TcpFlow::start_at_rate(two, one, Amount::UntilStopped, Some(20_000_000))?;
+        for host in [lab.host(2), lab.host(1), lab.host(2)] {
+            there.wait_for(1_000_000, PATIENCE)?;
+            host.kill_daemon()?;
+            // Nobody is there, and yet.
+            there.wait_for(4_000_000, PATIENCE)?;
+            back.wait_for(1_000_000, PATIENCE)?;
+            ensure!(host.daemon_pid().is_none(), "a daemon runs that nobody started");
+            host.overnode(&["resume"])?.success()?;
+        }
+        let stats = pings.finish()?;
+        ensure!(stats.lost() == 0, "{} of {} pings were lost", stats.lost(), stats.sent);
+        for flow in [there, back] {
+            let received = flow.stop()?;
+            ensure!(received.longest_pause < Duration::from_millis(200), "it stood still: {received:?}");
+        }
+        wait_for_sessions(lab)
+    })
+}
+
+#[test]
+fn killed_daemons_lose_nothing_over_ipv4() -> Result<()> {
+    deaths_lose_nothing(Lab::new("killed4"))
+}
+
+#[test]
+fn killed_daemons_lose_nothing_over_ipv6() -> Result<()> {
+    deaths_lose_nothing(Lab::new("killed6").family(Family::V6))
+}
+
+/// As an upgrade does it: SIGTERM, then the new one starts.
+#[test]
+fn stopped_daemons_lose_nothing() -> Result<()> {
+    in_lab(Lab::new("stopped").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let pings = Pinging::start(containers[0].netns(), containers[1].address(), Some(4000), MILLISECOND)?;
+        for host in lab.hosts() {
+            let pid = host.daemon_pid().context("no daemon")?;
+            kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+            eventually(PATIENCE, || {
+                ensure!(host.daemon_pid().is_none(), "SIGTERM does not stop the daemon");
+                Ok(())
+            })?;
+            host.overnode(&["resume"])?.success()?;
+        }
+        let stats = pings.finish()?;
+        ensure!(stats.lost() == 0, "{} of {} pings were lost", stats.lost(), stats.sent);
+        Ok(())
+    })
+}
+
+#[test]
+fn the_restarted_daemon_adopts_sessions_containers_and_counters() -> Result<()> {
+    in_lab(Lab::new("adopts").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let host = lab.host(1);
+        let before = host.status()?;
+        let sealed = counter(host, "sealed")?;
+        ensure!(sealed > 0, "nothing was sealed");
+        std::thread::sleep(Duration::from_millis(2100));
+        host.kill_daemon()?;
+        host.overnode(&["resume"])?.success()?;
+        let after = host.status()?;
+        assert_eq!(after["node"]["public_key"], before["node"]["public_key"]);
+        assert_eq!(list(&after, "endpoints")?, list(&before, "endpoints")?);
+        let data = peer(host, 2)?.context("node 2 is not known")?["data"].clone();
+        assert_eq!(data["session"], "established");
+        // Not made anew: as old as before, and older.
+        assert!(data["session_age_seconds"].as_u64() >= Some(2), "{data}");
+        assert!(counter(host, "sealed")? >= sealed);
+        // The address space is remembered as well.
+        let another = attached(host, "another")?;
+        assert_ne!(another.address(), containers[0].address());
+        another.reach(containers[1].address(), PATIENCE)
+    })
+}
+
+#[test]
+fn both_daemons_may_be_away_for_a_while() -> Result<()> {
+    in_lab(Lab::new("away").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        for host in lab.hosts() {
+            host.kill_daemon()?;
+        }
+        let stats = containers[0].ping(containers[1].address(), 5000, MILLISECOND)?;
+        assert_eq!(stats.lost(), 0);
+        flow::tcp(&containers[1], &containers[0], Amount::Bytes(20_000_000))?;
+        for host in lab.hosts() {
+            host.overnode(&["resume"])?.success()?;
+        }
+        wait_for_sessions(lab)?;
+        all_reach_all(&containers)
+    })
+}
+
+#[test]
+fn a_cut_underlay_heals() -> Result<()> {
+    in_lab(Lab::new("heals").hosts(3).routed(), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        lab.unplug(lab.host(2))?;
+        assert_eq!(containers[0].ping(containers[1].address(), 20, MILLISECOND)?.received, 0);
+        // The others do not notice.
+        assert_eq!(containers[0].ping(containers[2].address(), 500, MILLISECOND)?.lost(), 0);
+        lab.plug(lab.host(2))?;
+        all_reach_all(&containers)
+    })
+}
+
+fn roaming(family: Family) -> Result<()> {
+    in_lab(Lab::new("roaming").hosts(2).family(family), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let new = lab.renumber(lab.host(2), 77)?;
+        all_reach_all(&containers)?;
+        eventually(PATIENCE, || {
+            let data = peer(lab.host(1), 2)?.context("node 2 is not known")?["data"].clone();
+            let endpoint = data["endpoint"].as_str().unwrap_or_default().to_owned();
+            ensure!(endpoint.contains(&new.to_string()), "host1 still sends to {endpoint}");
+            Ok(())
+        })
+    })
+}
+
+#[test]
+fn a_peer_that_moves_is_followed_over_ipv4() -> Result<()> {
+    roaming(Family::V4)
+}
+
+#[test]
+fn a_peer_that_moves_is_followed_over_ipv6() -> Result<()> {
+    roaming(Family::V6)
+}

@@ -1,0 +1,140 @@
+//! Invariant S1: no packet of a container leaves a host unencrypted, whatever is up, down, restarting or misconfigured.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lab::flow::{self, Amount};
+use lab::{Family, Lab, eventually};
+
+use crate::support::{
+    MILLISECOND, PATIENCE, all_reach_all, attached, counter, ensure_nothing_plain, ensure_sealed, in_lab,
+    launch, launch_all, one_each, wait_for_sessions,
+};
+
+fn nothing_plain_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> {
+    in_lab(builder.hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        let capture = lab.capture()?;
+        launch(lab, a)?;
+        let one = attached(a, "one")?;
+        // Where node 2's containers will be: nobody is there yet.
+        let future: IpAddr = "10.42.0.1".parse()?;
+        let pings = one.start_pinging(future, MILLISECOND)?;
+        std::thread::sleep(Duration::from_millis(300));
+        launch(lab, b)?;
+        let two = attached(b, "two")?;
+        one.reach(two.address(), PATIENCE)?;
+        let back = two.start_pinging(one.address(), MILLISECOND)?;
+        flow::tcp(&one, &two, Amount::Bytes(2_000_000))?;
+        a.kill_daemon()?;
+        flow::tcp(&two, &one, Amount::Bytes(2_000_000))?;
+        b.kill_daemon()?;
+        flow::tcp(&one, &two, Amount::Bytes(2_000_000))?;
+        a.overnode(&["resume"])?.success()?;
+        // The peer goes for good, and comes back as another.
+        b.overnode(&["reset", "--force"])?.success()?;
+        std::thread::sleep(Duration::from_millis(300));
+        launch(lab, b)?;
+        b.attach(&two, &[])?;
+        one.reach(two.address(), PATIENCE)?;
+        a.overnode(&["reset", "--force"])?.success()?;
+        std::thread::sleep(Duration::from_millis(300));
+        let _ = (pings.stop()?, back.stop()?);
+        ensure_sealed(&capture.stop()?)
+    })
+}
+
+#[test]
+fn nothing_plain_leaves_a_host_over_ipv4() -> Result<()> {
+    nothing_plain_through_the_life_of_nodes(Lab::new("plain4"))
+}
+
+#[test]
+fn nothing_plain_leaves_a_host_over_ipv6() -> Result<()> {
+    nothing_plain_through_the_life_of_nodes(Lab::new("plain6").family(Family::V6))
+}
+
+#[test]
+fn without_a_peer_packets_are_dropped_and_counted() -> Result<()> {
+    in_lab(Lab::new("no-peer").hosts(2), |lab| {
+        let host = lab.host(1);
+        launch(lab, host)?;
+        let one = attached(host, "one")?;
+        let capture = lab.capture()?;
+        let before = counter(host, "no-route")?;
+        for to in ["10.42.0.1", "10.46.3.4", "10.33.0.9"] {
+            assert_eq!(one.ping(to.parse()?, 50, MILLISECOND)?.received, 0);
+        }
+        ensure_nothing_plain(&capture.stop()?)?;
+        assert_eq!(counter(host, "no-route")? - before, 150);
+        Ok(())
+    })
+}
+
+/// The control connection works and names the peer, the handshake's messages do not get through.
+#[test]
+fn without_a_session_packets_are_dropped_and_counted() -> Result<()> {
+    in_lab(Lab::new("no-session").hosts(2), |lab| {
+        let rule = ["add", "rule", "bridge", "lab", "cuts", "udp", "dport", "6784", "drop"];
+        lab.underlay().run("nft", &rule)?;
+        for host in lab.hosts() {
+            launch(lab, host)?;
+        }
+        let containers = one_each(lab)?;
+        let host = lab.host(1);
+        // From the moment that the route is known, it is the session that is missing.
+        eventually(PATIENCE, || {
+            let before = counter(host, "no-session")?;
+            ensure!(containers[0].ping(containers[1].address(), 5, MILLISECOND)?.received == 0);
+            ensure!(
+                counter(host, "no-session")? > before,
+                "packets for a known peer are not counted as no-session"
+            );
+            Ok(())
+        })?;
+        let capture = lab.capture()?;
+        let before = counter(host, "no-session")?;
+        assert_eq!(containers[0].ping(containers[1].address(), 100, MILLISECOND)?.received, 0);
+        assert_eq!(counter(host, "no-session")? - before, 100);
+        let captured = capture.stop()?;
+        ensure_nothing_plain(&captured)?;
+        assert_eq!(captured.count(|packet| packet.wireguard_type() == Some(4))?, 0);
+
+        lab.underlay().run("nft", &["flush", "chain", "bridge", "lab", "cuts"])?;
+        wait_for_sessions(lab)?;
+        all_reach_all(&containers)
+    })
+}
+
+#[test]
+fn a_cut_between_hosts_heals_and_shows_nothing() -> Result<()> {
+    in_lab(Lab::new("cut").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let capture = lab.capture()?;
+        lab.cut(lab.host(1), lab.host(2))?;
+        assert_eq!(containers[0].ping(containers[1].address(), 200, MILLISECOND)?.received, 0);
+        lab.heal(lab.host(1), lab.host(2))?;
+        all_reach_all(&containers)?;
+        ensure_sealed(&capture.stop()?)
+    })
+}
+
+/// The underlay's own route to the container network must never be taken.
+#[test]
+fn a_default_route_does_not_lure_packets_out() -> Result<()> {
+    in_lab(Lab::new("lure").hosts(2).routed(), |lab| {
+        let host = lab.host(1);
+        launch(lab, host)?;
+        let one = attached(host, "one")?;
+        host.netns().enter(|| Ok(std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?))?;
+        let capture = lab.capture()?;
+        for to in ["10.42.0.1", "10.47.255.254", "192.168.50.10", "8.8.8.8"] {
+            let _ = lab::ping::Pinging::start(one.netns(), to.parse()?, Some(20), MILLISECOND)?.finish();
+        }
+        let captured = capture.stop()?;
+        ensure_nothing_plain(&captured)
+    })
+}

@@ -1,0 +1,146 @@
+//! What the tests of this folder share.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use lab::{Container, Host, Lab, eventually};
+use serde_json::Value;
+
+pub const TOKEN: &str = "my-cluster-password";
+pub const MILLISECOND: Duration = Duration::from_millis(1);
+/// Longer than anything may take that is not bound to a timer, on a loaded machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Builds a lab and runs a test in it; an error gets the ends of the daemons' logs.
+pub fn in_lab(builder: lab::Builder, test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
+    const LINES: usize = 25;
+    let lab = builder.build()?;
+    test(&lab).map_err(|error| {
+        let mut text = format!("{error:#}");
+        for host in lab.hosts() {
+            let log = host.log();
+            let lines: Vec<&str> = log.lines().collect();
+            text += &format!(
+                "\n--- log of {}:\n{}",
+                host.name,
+                lines[lines.len().saturating_sub(LINES)..].join("\n")
+            );
+        }
+        anyhow!("{text}")
+    })
+}
+
+/// `overnode launch` with the host's number as the ID and every host as a target.
+pub fn launch(lab: &Lab, host: &Host) -> Result<String> {
+    let id = host.number.to_string();
+    let targets = lab.targets();
+    host.overnode(&[&["launch", "--id", &id, "--token", TOKEN], &targets[..]].concat())?.success()
+}
+
+/// Launches every host's node and waits until each has a data session with every other.
+pub fn launch_all(lab: &Lab) -> Result<()> {
+    for host in lab.hosts() {
+        launch(lab, host)?;
+    }
+    wait_for_sessions(lab)
+}
+
+/// Waits until each node has a data session with every other.
+pub fn wait_for_sessions(lab: &Lab) -> Result<()> {
+    for host in lab.hosts() {
+        for other in lab.hosts().iter().filter(|other| other.number != host.number) {
+            eventually(PATIENCE, || {
+                let peer = peer(host, other.number)?
+                    .with_context(|| format!("{} does not know {}", host.name, other.name))?;
+                let session = &peer["data"]["session"];
+                ensure!(session == "established", "{}'s session with {} is {session}", host.name, other.name);
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// What a host's node tells of the peer with this ID.
+pub fn peer(host: &Host, id: usize) -> Result<Option<Value>> {
+    Ok(list(&host.status()?, "peers")?.iter().find(|peer| peer["id"] == id).cloned())
+}
+
+/// A list of the status document.
+pub fn list<'a>(status: &'a Value, name: &str) -> Result<&'a Vec<Value>> {
+    status[name].as_array().with_context(|| format!("the status has no list {name:?}"))
+}
+
+/// A counter of a host's programs.
+pub fn counter(host: &Host, reason: &str) -> Result<u64> {
+    let status = host.status()?;
+    let counters = list(&status, "counters")?;
+    Ok(counters
+        .iter()
+        .find(|counter| counter["reason"] == reason)
+        .and_then(|it| it["count"].as_u64())
+        .unwrap_or(0))
+}
+
+/// The targets of a host's node, as they were given.
+pub fn targets(host: &Host) -> Result<Vec<String>> {
+    let status = host.status()?;
+    Ok(list(&status, "targets")?.iter().filter_map(|it| it["host"].as_str().map(str::to_owned)).collect())
+}
+
+/// A container of the host, plugged in.
+pub fn attached(host: &Host, name: &str) -> Result<Container> {
+    let container = host.container(name)?;
+    host.attach(&container, &[])?;
+    Ok(container)
+}
+
+/// A container on each host, in the order of the hosts.
+pub fn one_each(lab: &Lab) -> Result<Vec<Container>> {
+    lab.hosts().iter().map(|host| attached(host, "c")).collect()
+}
+
+/// Waits until every container reaches every other.
+pub fn all_reach_all(containers: &[Container]) -> Result<()> {
+    for from in containers {
+        for to in containers {
+            if from.address() != to.address() {
+                from.reach(to.address(), PATIENCE)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// True for an address of the container network.
+pub fn is_overlay(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.octets()[0] == 10 && (32..48).contains(&v4.octets()[1]),
+        IpAddr::V6(_) => false,
+    }
+}
+
+/// Fails when the capture is not complete, has no data message at all, or shows anything of what containers sent: their payload, or
+/// a packet with an address of theirs.
+pub fn ensure_sealed(captured: &lab::capture::Captured) -> Result<()> {
+    ensure!(captured.missed == 0, "the capture misses {} packets", captured.missed);
+    let data = captured.count(|packet| packet.wireguard_type() == Some(4))?;
+    ensure!(data > 0, "no data message was captured");
+    ensure_nothing_plain(captured)
+}
+
+/// As [`ensure_sealed`], where data messages need not have been sent.
+pub fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
+    let plain = captured.containing(&lab::flow::MARKER)?;
+    ensure!(
+        plain.is_empty(),
+        "{} packets show the containers' payload; the first: {:?}",
+        plain.len(),
+        plain[0].ip
+    );
+    let bare =
+        captured.count(|packet| packet.ip.is_some_and(|ip| is_overlay(ip.from) || is_overlay(ip.to)))?;
+    ensure!(bare == 0, "{bare} packets of containers travel without their sealed cover");
+    Ok(())
+}

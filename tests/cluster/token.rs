@@ -1,0 +1,213 @@
+//! Invariant S2: a host without the token gets nothing, and the reason is named on both sides.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lab::{Host, Lab, eventually};
+
+use crate::support::{
+    MILLISECOND, PATIENCE, TOKEN, attached, in_lab, launch, launch_all, list, one_each, peer,
+    wait_for_sessions,
+};
+
+#[test]
+fn a_wrong_token_is_named_on_both_sides_and_nothing_is_exchanged() -> Result<()> {
+    in_lab(Lab::new("token").hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        launch(lab, a)?;
+        b.overnode(&["launch", "--id", "2", "--token", "another-password", "host1"])?.success()?;
+        let (one, two) = (attached(a, "one")?, attached(b, "two")?);
+        for (host, other) in [(a, 2), (b, 1)] {
+            eventually(PATIENCE, || {
+                let status = host.status()?;
+                let named = list(&status, "connections")?.iter().any(|it| {
+                    it["last_error"]["message"].as_str().is_some_and(|text| text.contains("token"))
+                });
+                ensure!(named, "{} does not name the token: {}", host.name, status["connections"]);
+                Ok(())
+            })?;
+            let table = host.overnode(&["status", "--connections"])?.success()?;
+            assert!(table.contains("token"), "{table}");
+            assert!(peer(host, other)?.is_none(), "{} knows node {other}", host.name);
+        }
+        let capture = lab.capture()?;
+        assert_eq!(one.ping(two.address(), 200, MILLISECOND)?.received, 0);
+        assert_eq!(two.ping(one.address(), 200, MILLISECOND)?.received, 0);
+        assert_eq!(capture.stop()?.count(|packet| packet.wireguard_type() == Some(4))?, 0);
+        Ok(())
+    })
+}
+
+/// An outsider does not disturb those who have the token.
+#[test]
+fn an_outsider_among_members_stays_outside() -> Result<()> {
+    in_lab(Lab::new("outsider").hosts(3), |lab| {
+        let [a, b, c] = lab.hosts() else { unreachable!() };
+        launch(lab, a)?;
+        launch(lab, b)?;
+        // The ID of a member, too.
+        c.overnode(&["launch", "--id", "2", "--token", "another-password", "host1", "host2"])?.success()?;
+        let (one, two, thief) = (attached(a, "one")?, attached(b, "two")?, attached(c, "thief")?);
+        one.reach(two.address(), PATIENCE)?;
+        let stats = one.ping(two.address(), 1000, MILLISECOND)?;
+        assert_eq!(stats.lost(), 0);
+        assert_eq!(thief.ping(one.address(), 100, MILLISECOND)?.received, 0);
+        assert_eq!(list(&c.status()?, "peers")?.len(), 1, "it knows of itself only");
+        Ok(())
+    })
+}
+
+fn connect(from: &Host, to: SocketAddr) -> Result<TcpStream> {
+    let stream = from.netns().enter(move || Ok(TcpStream::connect_timeout(&to, Duration::from_secs(5))?))?;
+    stream.set_read_timeout(Some(Duration::from_secs(15)))?;
+    Ok(stream)
+}
+
+#[test]
+fn strangers_on_the_control_port_learn_nothing() -> Result<()> {
+    in_lab(Lab::new("strangers").hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        launch(lab, a)?;
+        let port = SocketAddr::new(a.address(), 6783);
+        let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+        for length in [0usize, 1, 2, 3, 47, 48, 96, 1000, 65_537, 1_000_000] {
+            let garbage: Vec<u8> = (0..length)
+                .map(|_| {
+                    seed =
+                        seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    (seed >> 56) as u8
+                })
+                .collect();
+            let mut stream = connect(b, port)?;
+            // The node may hang up at any point.
+            let _ = stream.write_all(&garbage);
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let mut said = Vec::new();
+            let _ = stream.read_to_end(&mut said);
+            assert!(said.len() <= 128, "{} bytes told to a stranger", said.len());
+            assert!(!said.windows(5).any(|window| window == b"host1"), "its name is told to a stranger");
+        }
+        assert_eq!(list(&a.status()?, "peers")?.len(), 1);
+        launch(lab, b)?;
+        wait_for_sessions(lab)
+    })
+}
+
+#[test]
+fn idle_connections_keep_nobody_out() -> Result<()> {
+    in_lab(Lab::new("idle").hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        launch(lab, a)?;
+        let port = SocketAddr::new(a.address(), 6783);
+        let idle = (0..100).map(|_| connect(b, port)).collect::<Result<Vec<_>>>()?;
+        launch(lab, b)?;
+        wait_for_sessions(lab)?;
+        drop(idle);
+        Ok(())
+    })
+}
+
+#[test]
+fn tokens_may_come_from_a_file_or_the_environment() -> Result<()> {
+    in_lab(Lab::new("sources").hosts(3), |lab| {
+        let [a, b, c] = lab.hosts() else { unreachable!() };
+        let file = lab.folder().join("token");
+        std::fs::write(&file, format!("{TOKEN}\n"))?;
+        launch(lab, a)?;
+        let words = ["launch", "--id", "2", "--token-file", &file.to_string_lossy(), "host1"];
+        b.overnode(&words)?.success()?;
+        c.overnode_with(&["launch", "--id", "3", "host1"], &[("OVERNODE_TOKEN", TOKEN)])?.success()?;
+        wait_for_sessions(lab)
+    })
+}
+
+#[test]
+fn generated_tokens_are_strong_and_work() -> Result<()> {
+    in_lab(Lab::new("generated").hosts(2), |lab| {
+        let host = lab.host(1);
+        let (one, two) = (host.overnode(&["token"])?.success()?, host.overnode(&["token"])?.success()?);
+        assert_ne!(one, two);
+        let token = one.trim();
+        assert!(token.len() >= 20 && !token.contains(char::is_whitespace), "{token:?}");
+        for host in lab.hosts() {
+            let id = host.number.to_string();
+            let words = [&["launch", "--id", &id, "--token", token], &lab.targets()[..]].concat();
+            host.overnode(&words)?.success()?;
+        }
+        wait_for_sessions(lab)
+    })
+}
+
+#[test]
+fn two_nodes_with_one_id_are_told_of_it() -> Result<()> {
+    in_lab(Lab::new("clash").hosts(3), |lab| {
+        let [a, b, c] = lab.hosts() else { unreachable!() };
+        launch_all_but_last(lab)?;
+        c.overnode(&["launch", "--id", "2", "--token", TOKEN, "host1", "host2"])?.success()?;
+        eventually(PATIENCE, || {
+            let status = c.status()?.to_string();
+            ensure!(status.contains("ID"), "nothing is said of the ID in use: {status}");
+            Ok(())
+        })?;
+        let (one, two) = (attached(a, "one")?, attached(b, "two")?);
+        one.reach(two.address(), PATIENCE)?;
+        assert_eq!(one.ping(two.address(), 500, MILLISECOND)?.lost(), 0);
+        Ok(())
+    })
+}
+
+fn launch_all_but_last(lab: &Lab) -> Result<()> {
+    let [a, b, _] = lab.hosts() else { unreachable!() };
+    launch(lab, a)?;
+    launch(lab, b)?;
+    eventually(PATIENCE, || {
+        ensure!(peer(a, 2)?.is_some_and(|peer| peer["data"]["session"] == "established"), "no session yet");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_cluster_with_other_addresses_is_refused_with_a_reason() -> Result<()> {
+    in_lab(Lab::new("ranges").hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        launch(lab, a)?;
+        let words = [
+            "launch",
+            "--id",
+            "2",
+            "--token",
+            TOKEN,
+            "--subnet",
+            "172.16.0.0/12",
+            "--range",
+            "172.24.0.0/13",
+        ];
+        b.overnode(&[&words[..], &["host1"]].concat())?.success()?;
+        eventually(PATIENCE, || {
+            let table = b.overnode(&["status", "--connections"])?.success()?;
+            ensure!(table.contains("172.16.0.0/12") || table.contains("10.32.0.0/12"), "no reason: {table}");
+            Ok(())
+        })?;
+        assert!(peer(a, 2)?.is_none());
+        Ok(())
+    })
+}
+
+#[test]
+fn members_exchange_data_only_with_members() -> Result<()> {
+    in_lab(Lab::new("members").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        containers[0].reach(containers[1].address(), PATIENCE)?;
+        // The same cluster, but one node starts over with another token: what it had is of no use to it.
+        let b = lab.host(2);
+        b.overnode(&["reset", "--force"])?.success()?;
+        b.overnode(&["launch", "--id", "2", "--token", "another-password", "host1"])?.success()?;
+        let two = &containers[1];
+        b.attach(two, &[])?;
+        assert_eq!(two.ping(containers[0].address(), 200, MILLISECOND)?.received, 0);
+        Ok(())
+    })
+}

@@ -1,0 +1,65 @@
+//! Processes of other people's programs that run beside a test.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::describe;
+
+/// As much of a process's output as an error message shows, in bytes.
+const LAST_WORDS: u64 = 2048;
+
+/// A process that runs until this is dropped, and what it writes.
+#[derive(Debug)]
+pub struct Background {
+    command: String,
+    child: Child,
+    log: File,
+}
+
+impl Background {
+    /// Starts it with stdout and stderr going to an unnamed file.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(mut command: Command) -> Result<Self> {
+        let log = tempfile::tempfile().context("cannot make a log file")?;
+        let text = describe(&command);
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log.try_clone()?)
+            .spawn()
+            .with_context(|| format!("`{text}` cannot be started"))?;
+        Ok(Self { command: text, child, log })
+    }
+
+    /// Fails if it has ended.
+    ///
+    /// # Errors
+    /// When it has ended; the message holds its last words.
+    pub fn check(&mut self) -> Result<()> {
+        let Some(status) = self.child.try_wait()? else { return Ok(()) };
+        bail!("`{}` ended by itself ({status}): {}", self.command, self.last_words())
+    }
+
+    /// The end of what it wrote.
+    pub fn last_words(&self) -> String {
+        let length = self.log.metadata().map_or(0, |metadata| metadata.len());
+        let start = length.saturating_sub(LAST_WORDS);
+        let mut text = vec![0; (length - start) as usize];
+        match self.log.read_exact_at(&mut text, start) {
+            Ok(()) => String::from_utf8_lossy(&text).trim().to_owned(),
+            Err(error) => format!("(its output cannot be read: {error})"),
+        }
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

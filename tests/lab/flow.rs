@@ -1,0 +1,310 @@
+//! TCP and UDP streams whose every byte is known, so that what arrives can be verified and what must not be
+//! seen can be searched for.
+//!
+//! The stream consists of 16-byte blocks: [`MARKER`], then the block's number. A packet of 23 bytes of payload or
+//! more therefore holds the whole marker.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use crate::container::Container;
+
+/// In every payload that the lab sends; must never be seen on an underlay.
+pub const MARKER: [u8; 8] = *b"OVNsecrt";
+
+const BLOCK: usize = 16;
+const CHUNK: usize = 64 * 1024;
+/// A stream that stands still this long has failed.
+const STALL: Duration = Duration::from_secs(20);
+
+/// When a stream is over.
+#[derive(Clone, Copy, Debug)]
+pub enum Amount {
+    /// After this many bytes.
+    Bytes(u64),
+    /// After this time.
+    Time(Duration),
+    /// When [`TcpFlow::stop`] is called.
+    UntilStopped,
+}
+
+/// A TCP stream under way from one container to another.
+#[derive(Debug)]
+pub struct TcpFlow {
+    sender: JoinHandle<Result<u64>>,
+    receiver: JoinHandle<Result<Received>>,
+    progress: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+}
+
+/// What became of a TCP stream: every byte was verified.
+#[derive(Clone, Copy, Debug)]
+pub struct Received {
+    /// Bytes, all of them as sent.
+    pub bytes: u64,
+    /// From the first byte to the last.
+    pub took: Duration,
+    /// The longest time without anything arriving.
+    pub longest_pause: Duration,
+}
+
+impl Received {
+    /// 10⁹ bits per second, payload only.
+    pub fn gigabits(&self) -> f64 {
+        self.bytes as f64 * 8.0 / self.took.as_secs_f64().max(1e-9) / 1e9
+    }
+}
+
+impl TcpFlow {
+    /// Connects from `from` to `to`, which listens on a free port of its overlay address, and starts to send.
+    ///
+    /// # Errors
+    /// When the connection is not made within ten seconds.
+    pub fn start(from: &Container, to: &Container, amount: Amount) -> Result<Self> {
+        Self::start_at_rate(from, to, amount, None)
+    }
+
+    /// As [`Self::start`], with no more than `rate` bytes per second.
+    pub fn start_at_rate(
+        from: &Container,
+        to: &Container,
+        amount: Amount,
+        rate: Option<u64>,
+    ) -> Result<Self> {
+        let address = to.address();
+        let listener = to.netns().enter(move || Ok(TcpListener::bind((address, 0))?))?;
+        let target = listener.local_addr()?;
+        let stream = from
+            .netns()
+            .enter(move || Ok(TcpStream::connect_timeout(&target, Duration::from_secs(10))?))
+            .with_context(|| format!("no TCP connection from {} to {} ({target})", from.name, to.name))?;
+        let (accepted, _) = listener.accept()?;
+        stream.set_write_timeout(Some(STALL))?;
+        accepted.set_read_timeout(Some(STALL))?;
+        let (progress, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let receiver = std::thread::spawn({
+            let progress = Arc::clone(&progress);
+            move || receive(accepted, &progress)
+        });
+        let sender = std::thread::spawn({
+            let stop = Arc::clone(&stop);
+            move || send(stream, amount, rate, &stop)
+        });
+        Ok(Self { sender, receiver, progress, stop })
+    }
+
+    /// Verified bytes so far.
+    pub fn progress(&self) -> u64 {
+        self.progress.load(Ordering::Relaxed)
+    }
+
+    /// Waits until this many more bytes have arrived.
+    pub fn wait_for(&self, more: u64, limit: Duration) -> Result<()> {
+        let wanted = self.progress() + more;
+        crate::eventually(limit, || {
+            let now = self.progress();
+            ensure!(now >= wanted, "the TCP stream stands at {now} bytes, {wanted} were expected");
+            Ok(())
+        })
+    }
+
+    /// Tells the sender that it is enough, and waits for the rest to arrive.
+    pub fn stop(self) -> Result<Received> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.finish()
+    }
+
+    /// Waits for the end of the stream.
+    ///
+    /// # Errors
+    /// When it broke, stood still for 20 seconds, or a byte was wrong or missing.
+    pub fn finish(self) -> Result<Received> {
+        let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))?;
+        let received = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))??;
+        let sent = sent?;
+        ensure!(received.bytes == sent, "{sent} bytes were sent and {} arrived", received.bytes);
+        Ok(received)
+    }
+}
+
+/// Sends a TCP stream from one container to another and verifies it.
+pub fn tcp(from: &Container, to: &Container, amount: Amount) -> Result<Received> {
+    TcpFlow::start(from, to, amount)?.finish()
+}
+
+fn send(mut stream: TcpStream, amount: Amount, rate: Option<u64>, stop: &AtomicBool) -> Result<u64> {
+    let started = Instant::now();
+    let chunk = rate.map_or(CHUNK, |rate| (rate as usize / 200).clamp(BLOCK, CHUNK) / BLOCK * BLOCK);
+    let mut buffer = vec![0; chunk];
+    let mut sent = 0u64;
+    while !stop.load(Ordering::Relaxed) {
+        let wanted = match amount {
+            Amount::Bytes(bytes) => bytes - sent,
+            Amount::Time(time) if started.elapsed() >= time => 0,
+            Amount::Time(_) | Amount::UntilStopped => u64::MAX,
+        };
+        if wanted == 0 {
+            break;
+        }
+        fill(&mut buffer, sent);
+        let length = buffer.len().min(usize::try_from(wanted).unwrap_or(usize::MAX));
+        stream.write_all(&buffer[..length]).with_context(|| format!("sending stopped after {sent} bytes"))?;
+        sent += length as u64;
+        if let Some(rate) = rate {
+            let due = started + Duration::from_secs_f64(sent as f64 / rate as f64);
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+    }
+    stream.shutdown(Shutdown::Write)?;
+    Ok(sent)
+}
+
+fn receive(mut stream: TcpStream, progress: &AtomicU64) -> Result<Received> {
+    let (mut buffer, mut expected) = (vec![0; CHUNK], vec![0; CHUNK + BLOCK]);
+    let (mut bytes, mut longest_pause) = (0u64, Duration::ZERO);
+    let (mut started, mut last) = (None, Instant::now());
+    loop {
+        let length = match stream.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(length) => length,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => {
+                return Err(error).with_context(|| format!("receiving stopped after {bytes} bytes"));
+            }
+        };
+        let now = Instant::now();
+        if started.is_some() {
+            longest_pause = longest_pause.max(now - last);
+        }
+        started.get_or_insert(now);
+        last = now;
+        let skew = (bytes % BLOCK as u64) as usize;
+        fill(&mut expected, bytes - skew as u64);
+        ensure!(
+            buffer[..length] == expected[skew..skew + length],
+            "a byte between {bytes} and {} of the TCP stream is wrong",
+            bytes + length as u64
+        );
+        bytes += length as u64;
+        progress.store(bytes, Ordering::Relaxed);
+    }
+    Ok(Received { bytes, took: started.map_or(Duration::ZERO, |started| last - started), longest_pause })
+}
+
+/// The stream's bytes from `start` on, which is a multiple of the block's size.
+fn fill(buffer: &mut [u8], start: u64) {
+    for (number, block) in (start / BLOCK as u64..).zip(buffer.chunks_mut(BLOCK)) {
+        let mut whole = [0; BLOCK];
+        whole[..8].copy_from_slice(&MARKER);
+        whole[8..].copy_from_slice(&number.to_be_bytes());
+        block.copy_from_slice(&whole[..block.len()]);
+    }
+}
+
+/// What became of a burst of datagrams.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Datagrams {
+    /// Sent.
+    pub sent: u64,
+    /// Arrived, each counted once.
+    pub received: u64,
+    /// Arrived more than once.
+    pub duplicated: u64,
+    /// Arrived after a later one.
+    pub reordered: u64,
+    /// Arrived with a wrong length or a wrong byte.
+    pub corrupt: u64,
+}
+
+/// Sends `count` numbered datagrams with `size` bytes of payload each (16 at the least), one each `interval`, and verifies what arrives until half
+/// a second after the last one was sent.
+pub fn udp(
+    from: &Container,
+    to: &Container,
+    count: u64,
+    size: usize,
+    interval: Duration,
+) -> Result<Datagrams> {
+    ensure!(size >= BLOCK, "a datagram has room for its number from {BLOCK} bytes on");
+    let (source, target) = (from.address(), to.address());
+    let inbox = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
+    let outbox = from.netns().enter(move || Ok(UdpSocket::bind((source, 0))?))?;
+    let address = inbox.local_addr()?;
+    inbox.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| collect(&inbox, count, size, &over));
+        let sent = send_datagrams(&outbox, address, count, size, interval);
+        std::thread::sleep(Duration::from_millis(500));
+        over.store(true, Ordering::Relaxed);
+        let received = receiver.join().map_err(|_| anyhow!("the receiver panicked"))??;
+        Ok(Datagrams { sent: sent?, ..received })
+    })
+}
+
+fn send_datagrams(
+    socket: &UdpSocket,
+    to: SocketAddr,
+    count: u64,
+    size: usize,
+    interval: Duration,
+) -> Result<u64> {
+    let started = Instant::now();
+    let mut payload = vec![0; size];
+    let mut sent = 0;
+    for number in 0..count {
+        fill(&mut payload, number * BLOCK as u64);
+        match socket.send_to(&payload, to) {
+            Ok(_) => sent += 1,
+            // The path refused it (too big, or no route): it counts as not sent.
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
+            Err(error) => return Err(error).context("a datagram was not sent"),
+        }
+        let due = started + interval * u32::try_from(number + 1).unwrap_or(u32::MAX);
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+    }
+    Ok(sent)
+}
+
+fn collect(socket: &UdpSocket, count: u64, size: usize, over: &AtomicBool) -> Result<Datagrams> {
+    let (mut buffer, mut expected) = (vec![0; 65536], vec![0; size]);
+    let mut seen = vec![false; usize::try_from(count)?];
+    let mut result = Datagrams::default();
+    let mut newest = None;
+    loop {
+        let length = match socket.recv_from(&mut buffer) {
+            Ok((length, _)) => length,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                if over.load(Ordering::Relaxed) {
+                    return Ok(result);
+                }
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let number = buffer[8..16].try_into().map_or(u64::MAX, u64::from_be_bytes);
+        let genuine = number < count && {
+            fill(&mut expected, number * BLOCK as u64);
+            buffer[..length] == expected[..]
+        };
+        if !genuine {
+            result.corrupt += 1;
+            continue;
+        }
+        if std::mem::replace(&mut seen[number as usize], true) {
+            result.duplicated += 1;
+            continue;
+        }
+        result.received += 1;
+        if newest.is_some_and(|newest| number < newest) {
+            result.reordered += 1;
+        }
+        newest = newest.max(Some(number));
+    }
+}

@@ -1,0 +1,162 @@
+//! Network namespaces, and ways into them.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow};
+use nix::sched::{CloneFlags, setns};
+
+use crate::cleanup;
+use crate::run;
+
+/// How a command gets into a namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// As `nsenter --net=`: the network changes and nothing else. `/sys/class/net` shows the machine's own interfaces.
+    Setns,
+    /// By `ip netns exec`: also a mount namespace of its own, with a fresh `/sys` and the `/etc/hosts` of
+    /// the namespace, which knows the lab's host names.
+    IpNetns,
+}
+
+/// A named network namespace, as `ip netns add` makes it. Removed, with its processes, when dropped.
+#[derive(Debug)]
+pub struct Netns {
+    name: String,
+    file: Arc<OwnedFd>,
+}
+
+impl Netns {
+    /// Makes one, with the loopback interface up.
+    pub fn new(name: &str) -> Result<Self> {
+        {
+            let _one_at_a_time = cleanup::lock()?;
+            run("ip", &["netns", "add", name])?;
+        }
+        let path = path_of(name);
+        let file = File::open(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
+        let netns = Self { name: name.to_owned(), file: Arc::new(file.into()) };
+        netns.ip(&["link", "set", "lo", "up"])?;
+        // Without it, a link-local address is of no use for its first second.
+        netns.enter(|| Ok(std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0")?))?;
+        Ok(netns)
+    }
+
+    /// Its name, as `ip netns` knows it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// `/run/netns/NAME`.
+    pub fn path(&self) -> PathBuf {
+        path_of(&self.name)
+    }
+
+    /// Runs `ip` on this namespace; returns its standard output.
+    pub fn ip(&self, arguments: &[&str]) -> Result<String> {
+        run("ip", &[&["-n", &self.name], arguments].concat())
+    }
+
+    /// The names of its interfaces, without `lo`.
+    pub fn interfaces(&self) -> Result<Vec<String>> {
+        let links: serde_json::Value = serde_json::from_str(&self.ip(&["-j", "link", "show"])?)?;
+        let links = links.as_array().context("`ip -j link` printed no list")?;
+        let mut names: Vec<String> = links
+            .iter()
+            .filter_map(|link| link["ifname"].as_str())
+            .filter(|name| *name != "lo")
+            .map(str::to_owned)
+            .collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Runs `work` on a thread of its own inside the namespace. Sockets made there stay in the namespace
+    /// wherever they are used afterwards.
+    ///
+    /// # Panics
+    /// With the panic of `work`.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        std::thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    setns(&*self.file, CloneFlags::CLONE_NEWNET)
+                        .with_context(|| format!("namespace {} cannot be entered", self.name))?;
+                    work()
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// A command that will run inside the namespace.
+    ///
+    /// It is killed when the thread that starts it ends, so that nothing outlives a test; a process
+    /// that shall outlive it (a daemon) detaches itself.
+    pub fn command(&self, entry: Entry, program: impl AsRef<OsStr>) -> Command {
+        let mut command = match entry {
+            Entry::Setns => Command::new(program),
+            Entry::IpNetns => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", &self.name]).arg(program);
+                command
+            }
+        };
+        let file = Arc::clone(&self.file);
+        // SAFETY: between fork and exec only system calls are made.
+        unsafe {
+            command.pre_exec(move || {
+                if entry == Entry::Setns && libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        command
+    }
+
+    /// Runs a command inside the namespace (as `nsenter --net` would); it must succeed. Returns its standard output.
+    pub fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        let output = self
+            .command(Entry::Setns, program)
+            .args(arguments)
+            .stdin(std::process::Stdio::null())
+            .output()
+            .with_context(|| format!("{program} cannot be started in {}", self.name))?;
+        if !output.status.success() {
+            return Err(anyhow!(
+                "`{program} {}` failed in {} ({}): {}",
+                arguments.join(" "),
+                self.name,
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            ));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Processes inside the namespace, this process's own threads not counted.
+    pub fn processes(&self) -> Vec<i32> {
+        let Ok(inode) = std::fs::metadata(self.path()).map(|meta| meta.ino()) else { return Vec::new() };
+        cleanup::processes_in(inode)
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        cleanup::remove_netns(&self.name);
+    }
+}
+
+pub(crate) fn path_of(name: &str) -> PathBuf {
+    PathBuf::from("/run/netns").join(name)
+}

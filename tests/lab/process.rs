@@ -1,0 +1,128 @@
+//! Commands with a time limit, and what came of them.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// How a command ended.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The command, for messages.
+    pub command: String,
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// What it printed.
+    pub stdout: String,
+    /// What it complained of.
+    pub stderr: String,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl Outcome {
+    /// Standard output of a command that had to succeed.
+    ///
+    /// # Errors
+    /// When it did not exit with 0; names the command and what it printed.
+    pub fn success(self) -> Result<String> {
+        ensure!(
+            self.status.success(),
+            "`{}` failed ({}): {}{}",
+            self.command,
+            self.status,
+            self.stderr,
+            self.stdout
+        );
+        Ok(self.stdout)
+    }
+
+    /// The one line of complaint of a command that had to fail with this exit code.
+    ///
+    /// # Errors
+    /// When it exited otherwise, printed something to standard output, or not exactly one line to standard error.
+    pub fn failure(self, code: i32) -> Result<String> {
+        ensure!(
+            self.status.code() == Some(code),
+            "`{}` ended with {} instead of exit code {code}: {}{}",
+            self.command,
+            self.status,
+            self.stderr,
+            self.stdout
+        );
+        self.complaint()
+    }
+
+    /// The one line of complaint of a command that had to fail: with exit code 1 (failed) or 2 (wrong usage).
+    ///
+    /// # Errors
+    /// When it exited otherwise, printed something to standard output, or not exactly one line to standard error.
+    pub fn complaint(self) -> Result<String> {
+        ensure!(
+            matches!(self.status.code(), Some(1 | 2)),
+            "`{}` ended with {} instead of exit code 1 or 2: {}{}",
+            self.command,
+            self.status,
+            self.stderr,
+            self.stdout
+        );
+        ensure!(self.stdout.is_empty(), "`{}` failed and yet printed: {}", self.command, self.stdout);
+        let complaint = self.stderr.trim_end();
+        ensure!(
+            !complaint.is_empty() && complaint.lines().count() == 1,
+            "`{}` complained in {} lines: {complaint}",
+            self.command,
+            complaint.lines().count()
+        );
+        Ok(complaint.to_owned())
+    }
+}
+
+/// Runs a command to its end. Output goes through files in `folder`, not pipes: a daemon that a command leaves
+/// behind may inherit them and keep them open.
+///
+/// # Errors
+/// When it cannot be started or runs longer than `limit` (it is killed then).
+pub fn run_limited(mut command: Command, folder: &Path, limit: Duration) -> Result<Outcome> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let paths = ["out", "err"].map(|kind| folder.join(format!("command-{number}.{kind}")));
+    let text = describe(&command);
+    let started = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(File::create(&paths[0])?)
+        .stderr(File::create(&paths[1])?)
+        .spawn()
+        .with_context(|| format!("`{text}` cannot be started"))?;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break Some(status);
+        }
+        if started.elapsed() > limit {
+            child.kill()?;
+            child.wait()?;
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    let took = started.elapsed();
+    let [stdout, stderr] =
+        paths.map(|path| (std::fs::read(&path).unwrap_or_default(), std::fs::remove_file(&path)).0);
+    let [stdout, stderr] = [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let Some(status) = status else {
+        bail!("`{text}` was still running after {} s and was killed: {stderr}{stdout}", limit.as_secs());
+    };
+    Ok(Outcome { command: text, status, stdout, stderr, took })
+}
+
+pub(crate) fn describe(command: &Command) -> String {
+    std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}

@@ -1,0 +1,269 @@
+//! Stock userspace WireGuard: boringtun and gotatun as processes, spoken to through their configuration socket.
+
+use std::fmt;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use ipnet::IpNet;
+
+use crate::background::Background;
+use crate::netns::{Entry, Netns};
+
+/// Where userspace WireGuards put their configuration sockets. One directory for all network namespaces: interface
+/// names must differ.
+const SOCKETS: &str = "/var/run/wireguard";
+
+/// A Curve25519 or pre-shared key.
+pub type Key = [u8; 32];
+
+/// A WireGuard program of somebody else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stock {
+    /// Cloudflare's.
+    Boringtun,
+    /// Mullvad's.
+    Gotatun,
+}
+
+impl Stock {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Boringtun, Self::Gotatun];
+
+    const fn program(self) -> &'static str {
+        match self {
+            Self::Boringtun => "boringtun-cli",
+            Self::Gotatun => "gotatun",
+        }
+    }
+}
+
+impl fmt::Display for Stock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Boringtun => "boringtun",
+            Self::Gotatun => "gotatun",
+        })
+    }
+}
+
+/// The file of a rival's program: in `rivals/bin` of the target directory, where `cargo xtask` installs it.
+///
+/// # Errors
+/// When it is not there.
+pub fn installed(program: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("cannot tell where this program is")?;
+    own.ancestors()
+        .map(|folder| folder.join("rivals/bin").join(program))
+        .find(|file| file.is_file())
+        .with_context(|| format!("{program} is not installed: run `cargo xtask setup` first"))
+}
+
+/// A new private key and its public key.
+pub fn key_pair() -> Result<(Key, Key)> {
+    let mut bytes = [0; 32];
+    std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut bytes)?;
+    let public = x25519_dalek::PublicKey::from(&x25519_dalek::StaticSecret::from(bytes));
+    Ok((bytes, public.to_bytes()))
+}
+
+/// What `wg` would call `[Interface]` and `[Peer]`.
+#[derive(Debug)]
+pub struct Configuration<'a> {
+    /// The interface's own key.
+    pub private_key: &'a Key,
+    /// UDP port.
+    pub listen_port: u16,
+    /// The one peer.
+    pub peer: Peer<'a>,
+}
+
+/// A peer as the stock process sees it.
+#[derive(Debug)]
+pub struct Peer<'a> {
+    /// Its public key.
+    pub public_key: Key,
+    /// Mixed into the handshake, if set.
+    pub preshared_key: Option<&'a Key>,
+    /// Where it is; without it the process can only answer.
+    pub endpoint: Option<SocketAddr>,
+    /// What it may send from and is sent.
+    pub allowed_ips: &'a [IpNet],
+    /// Send something at least this often.
+    pub keepalive: Option<Duration>,
+}
+
+/// A running stock WireGuard with its TUN interface.
+#[derive(Debug)]
+pub struct Device {
+    stock: Stock,
+    interface: String,
+    process: Background,
+}
+
+/// What a device says about its peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerState {
+    /// How long ago the last handshake ended; `None` before the first.
+    pub handshake_age: Option<Duration>,
+    /// Bytes received.
+    pub received: u64,
+    /// Bytes sent.
+    pub sent: u64,
+}
+
+impl Device {
+    /// Starts the process and waits for its socket.
+    ///
+    /// # Errors
+    /// When it is not installed or does not come up within 5 seconds; the message ends with its last words.
+    pub fn start(stock: Stock, netns: &Netns) -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        // Unique on the machine and, for any process ID, no longer than the kernel allows.
+        let interface = format!("ovw{}n{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        ensure_tun()?;
+        let mut command = netns.command(Entry::Setns, installed(stock.program())?);
+        command.args(["--foreground", "--disable-drop-privileges", "--verbosity", "error", &interface]);
+        let process = Background::start(command)?;
+        let mut device = Self { stock, interface, process };
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while device.get().is_err() {
+            device.process.check()?;
+            ensure!(
+                Instant::now() < deadline,
+                "{stock} does not answer at its socket: {}",
+                device.process.last_words()
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(device)
+    }
+
+    /// Sets everything, replacing what was set.
+    ///
+    /// # Errors
+    /// When the process refuses.
+    pub fn configure(&self, configuration: &Configuration<'_>) -> Result<()> {
+        let Configuration { private_key, listen_port, peer } = configuration;
+        let mut text =
+            format!("private_key={}\nlisten_port={listen_port}\nreplace_peers=true\n", hex(*private_key));
+        text += &format!("public_key={}\n", hex(&peer.public_key));
+        if let Some(key) = peer.preshared_key {
+            text += &format!("preshared_key={}\n", hex(key));
+        }
+        if let Some(endpoint) = peer.endpoint {
+            text += &format!("endpoint={endpoint}\n");
+        }
+        if let Some(keepalive) = peer.keepalive {
+            text += &format!("persistent_keepalive_interval={}\n", keepalive.as_secs());
+        }
+        text += "replace_allowed_ips=true\n";
+        for range in peer.allowed_ips {
+            text += &format!("allowed_ip={range}\n");
+        }
+        self.ask(&format!("set=1\n{text}\n"))?;
+        Ok(())
+    }
+
+    /// Brings the interface up and sends what is for these networks into it.
+    ///
+    /// # Errors
+    /// When `ip` refuses.
+    pub fn up(&self, netns: &Netns, mtu: u32, networks: &[IpNet]) -> Result<()> {
+        netns.ip(&["link", "set", &self.interface, "mtu", &mtu.to_string(), "up"])?;
+        for network in networks {
+            netns.ip(&["route", "add", &network.to_string(), "dev", &self.interface])?;
+        }
+        Ok(())
+    }
+
+    /// What the device says about its peer.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn peer(&self) -> Result<PeerState> {
+        let lines = self.get()?;
+        let number = |name: &str| -> u64 {
+            lines.iter().find(|(key, _)| key == name).and_then(|(_, value)| value.parse().ok()).unwrap_or(0)
+        };
+        let last =
+            Duration::new(number("last_handshake_time_sec"), number("last_handshake_time_nsec") as u32);
+        // The protocol wants the time since the Unix epoch; boringtun gives the age.
+        let age = match self.stock {
+            Stock::Boringtun => last,
+            Stock::Gotatun => SystemTime::now().duration_since(UNIX_EPOCH)?.saturating_sub(last),
+        };
+        Ok(PeerState {
+            handshake_age: (!last.is_zero()).then_some(age),
+            received: number("rx_bytes"),
+            sent: number("tx_bytes"),
+        })
+    }
+
+    /// Fails with the process's last words if it has ended.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn check(&mut self) -> Result<()> {
+        self.process.check()
+    }
+
+    fn get(&self) -> Result<Vec<(String, String)>> {
+        self.ask("get=1\n\n")
+    }
+
+    fn ask(&self, request: &str) -> Result<Vec<(String, String)>> {
+        let mut socket = UnixStream::connect(self.socket())?;
+        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        socket.write_all(request.as_bytes())?;
+        let mut lines = Vec::new();
+        for line in BufReader::new(socket).lines() {
+            let line = line?;
+            let Some((key, value)) = line.split_once('=') else { continue };
+            if key == "errno" {
+                if value != "0" {
+                    bail!("{} refuses its configuration: error {value}", self.interface);
+                }
+                return Ok(lines);
+            }
+            lines.push((key.to_owned(), value.to_owned()));
+        }
+        bail!("{} did not answer to the end", self.interface)
+    }
+
+    fn socket(&self) -> PathBuf {
+        Path::new(SOCKETS).join(format!("{}.sock", self.interface))
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.socket());
+    }
+}
+
+/// Makes `/dev/net/tun` where a machine lacks it.
+///
+/// # Errors
+/// When it cannot be made (not root).
+pub fn ensure_tun() -> Result<()> {
+    let file = Path::new("/dev/net/tun");
+    if file.exists() {
+        return Ok(());
+    }
+    fs::create_dir_all("/dev/net")?;
+    let mode = nix::sys::stat::Mode::from_bits_truncate(0o666);
+    let device = nix::sys::stat::makedev(10, 200);
+    nix::sys::stat::mknod(file, nix::sys::stat::SFlag::S_IFCHR, mode, device)
+        .context("cannot make /dev/net/tun")
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,272 @@
+//! Making sure of what the other commands need. Looks before it acts, so that a second run costs nothing.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::step::{Step, show};
+use crate::toolchain::{self, Compiler};
+use crate::workspace::Workspace;
+
+/// The release of bpf-linker that is installed where there is none.
+const LINKER_VERSION: &str = "0.13.0";
+/// LLVM releases that it can be built with.
+const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
+/// What Debian's compiler for the eBPF target consists of.
+const DEBIAN_COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// What the machine is to be made ready for. Each includes the one before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Purpose {
+    /// Building.
+    Build,
+    /// Hosts as network namespaces: programs of the system, and root.
+    Lab,
+    /// Every test: also stock WireGuard programs to talk to.
+    Test,
+    /// Measuring beside rivals.
+    Bench,
+}
+
+/// A program, the Debian package that has it, and what needs it.
+const PROGRAMS: &[(&str, &str, Purpose)] = &[
+    ("cc", "gcc", Purpose::Build),
+    ("ip", "iproute2", Purpose::Lab),
+    ("tc", "iproute2", Purpose::Lab),
+    ("ping", "iputils-ping", Purpose::Lab),
+    ("tcpdump", "tcpdump", Purpose::Lab),
+    ("nft", "nftables", Purpose::Lab),
+    ("ethtool", "ethtool", Purpose::Lab),
+    ("iperf3", "iperf3", Purpose::Lab),
+    ("sysctl", "procps", Purpose::Lab),
+    ("mountpoint", "util-linux", Purpose::Lab),
+    ("sha256sum", "coreutils", Purpose::Lab),
+    ("nebula", "nebula", Purpose::Bench),
+];
+
+/// Stock WireGuard programs: program, cargo package, version. They go into the target directory: nobody's own
+/// installation is touched.
+const RIVALS: [(&str, &str, &str); 2] =
+    [("boringtun-cli", "boringtun-cli", "0.7.1"), ("gotatun", "gotatun-cli", "0.10.2")];
+
+/// Looks for everything; installs what is missing when it can.
+///
+/// # Errors
+/// When something is missing and this is not root on Debian: the message has the commands to type.
+pub fn run(purpose: Purpose) -> Result<()> {
+    let machine = Machine::look();
+    let mut packages: Vec<String> = Vec::new();
+    for (program, package, needed_by) in PROGRAMS {
+        if *needed_by <= purpose && find(program).is_none() {
+            packages.push((*package).to_owned());
+        }
+    }
+    let mut compiler = Compiler::find();
+    if compiler.is_none() {
+        packages.extend(DEBIAN_COMPILER.map(str::to_owned));
+    }
+    packages.dedup();
+    machine.install(&packages, compiler.is_none())?;
+    if compiler.is_none() {
+        compiler = Compiler::find();
+    }
+    let compiler = compiler.context("Debian's Rust compiler was installed and yet cannot be found")?;
+    if toolchain::bpf_linker().is_none() {
+        install_linker(&machine, &compiler)?;
+    }
+    if purpose >= Purpose::Lab {
+        machine.need_root()?;
+        mount_bpffs()?;
+    }
+    if purpose >= Purpose::Test {
+        let folder = Workspace::find()?.target.join("rivals");
+        for (program, package, version) in RIVALS {
+            if !folder.join("bin").join(program).is_file() {
+                cargo_install(package, version, &["--root", &folder.to_string_lossy()], &[])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What this program may do here.
+struct Machine {
+    root: bool,
+    apt: bool,
+}
+
+impl Machine {
+    fn look() -> Self {
+        Self { root: nix::unistd::geteuid().is_root(), apt: find("apt-get").is_some() }
+    }
+
+    /// Installs Debian packages, or says how.
+    fn install(&self, packages: &[String], compiler: bool) -> Result<()> {
+        if packages.is_empty() {
+            return Ok(());
+        }
+        let list = packages.join(" ");
+        if !self.apt || !self.root {
+            let mut advice = format!("missing on this machine: {list}.");
+            if self.apt {
+                advice += &format!(
+                    "\nInstall it:\n    sudo apt-get update && sudo apt-get install -y --no-install-recommends {list}"
+                );
+            } else {
+                advice += "\nInstall it with the system's package manager (these are the names in Debian).";
+            }
+            if compiler {
+                advice += "\nInstead of rustc-web, cargo-web and rust-web-src, an ordinary rustup will do:\n    \
+                           rustup toolchain install nightly --component rust-src";
+            }
+            bail!("{advice}");
+        }
+        let step = Step::start(format!("install {list}"));
+        let install = || {
+            let mut apt = apt();
+            apt.args(["install", "-y", "--no-install-recommends"]).args(packages);
+            apt
+        };
+        // The lists may be absent or old: only a failure tells.
+        if show(&mut install()).is_err() {
+            show(apt().args(["update", "-q"]))?;
+            show(&mut install())?;
+        }
+        step.done();
+        Ok(())
+    }
+
+    fn need_root(&self) -> Result<()> {
+        if !self.root {
+            bail!(
+                "this makes network namespaces and loads eBPF programs: run it as root (sudo --preserve-env=PATH,HOME cargo xtask …)"
+            );
+        }
+        Ok(())
+    }
+}
+
+fn apt() -> Command {
+    let mut apt = Command::new("apt-get");
+    apt.env("DEBIAN_FRONTEND", "noninteractive");
+    apt.args(["-qq", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0"]);
+    apt
+}
+
+/// bpf-linker reads what the compiler writes: it must be built with an LLVM at least as new as the compiler's.
+fn install_linker(machine: &Machine, compiler: &Compiler) -> Result<()> {
+    let major = llvm_major(compiler).context("the compiler does not tell its LLVM version")?;
+    let wanted = major.max(*LINKER_LLVM.start());
+    let prefix = PathBuf::from(format!("/usr/lib/llvm-{wanted}"));
+    let advice = || {
+        format!(
+            "bpf-linker is missing and LLVM {wanted}, which the compiler for eBPF uses, is not to be had from this machine's \
+             packages. Install a bpf-linker that brings its own:\n    cargo binstall bpf-linker\nor the archive of your \
+             machine from https://github.com/aya-rs/bpf-linker/releases, unpacked into a folder of PATH"
+        )
+    };
+    if !LINKER_LLVM.contains(&wanted) {
+        bail!("{}", advice());
+    }
+    if !prefix.join("include/llvm-c").is_dir() {
+        let package = format!("llvm-{wanted}-dev");
+        machine.install(&[package], false).with_context(advice)?;
+    }
+    cargo_install(
+        "bpf-linker",
+        LINKER_VERSION,
+        &["--no-default-features", "--features", &format!("llvm-{wanted}")],
+        &[("LLVM_PREFIX", &prefix)],
+    )
+}
+
+fn llvm_major(compiler: &Compiler) -> Option<u32> {
+    let mut rustc = match compiler {
+        Compiler::Rustup => {
+            let mut rustc = Command::new("rustc");
+            rustc.arg("+nightly");
+            rustc
+        }
+        Compiler::Debian => Command::new("/usr/bin/rustc"),
+    };
+    let output = rustc.env_remove("RUSTUP_TOOLCHAIN").arg("-vV").output().ok()?;
+    parse_llvm_major(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn parse_llvm_major(version: &str) -> Option<u32> {
+    version.lines().find_map(|line| line.strip_prefix("LLVM version: "))?.split('.').next()?.parse().ok()
+}
+
+/// `cargo install`, with the toolchain that builds the workspace.
+fn cargo_install(
+    package: &str,
+    version: &str,
+    options: &[&str],
+    environment: &[(&str, &Path)],
+) -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["install", "--quiet", "--locked", package, "--version", version]).args(options);
+    command.envs(environment.iter().copied());
+    Step::start(format!("install {package} {version} (cargo install)")).show(&mut command)
+}
+
+fn mount_bpffs() -> Result<()> {
+    const BPF_FS_MAGIC: libc::c_long = 0xcafe_4a11;
+    // SAFETY: all-zero is a valid statfs, and the path is a C string.
+    let is_mounted = unsafe {
+        let mut about: libc::statfs = std::mem::zeroed();
+        libc::statfs(c"/sys/fs/bpf".as_ptr(), &raw mut about) == 0 && about.f_type == BPF_FS_MAGIC
+    };
+    if is_mounted {
+        return Ok(());
+    }
+    let mut mount = Command::new("mount");
+    Step::start(format!("mount {BPFFS}"))
+        .show(mount.args(["-t", "bpf", "bpf", BPFFS]).stderr(Stdio::inherit()))
+        .context(
+            "no bpffs, where programs and maps are pinned: this kernel or this container does not allow it",
+        )
+}
+
+/// Where a program is: on `PATH`, in cargo's folder of programs, or where Debian keeps root's.
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(toolchain::cargo_programs())
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|folder| folder.join(program))
+        .find(|file| file.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_llvm_of_a_compiler_is_read() {
+        assert_eq!(parse_llvm_major("rustc 1.96.0\nhost: x\nLLVM version: 22.1.8\n"), Some(22));
+        assert_eq!(parse_llvm_major("rustc 1.96.0\n"), None);
+    }
+
+    #[test]
+    fn programs_are_found() {
+        assert!(find("sh").is_some());
+        assert_eq!(find("no-such-program-of-overnode"), None);
+    }
+
+    #[test]
+    fn who_may_not_install_is_told_what_to_type() {
+        let machine = Machine { root: false, apt: true };
+        assert!(machine.install(&[], false).is_ok());
+        let advice = machine.install(&["tcpdump".into(), "rustc-web".into()], true).unwrap_err().to_string();
+        assert!(
+            advice.contains("sudo apt-get install -y --no-install-recommends tcpdump rustc-web"),
+            "{advice}"
+        );
+        assert!(advice.contains("rustup toolchain install nightly --component rust-src"), "{advice}");
+        assert!(machine.need_root().is_err());
+    }
+}

@@ -1,0 +1,42 @@
+//! Where things are.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+/// This workspace.
+#[derive(Debug)]
+pub struct Workspace {
+    /// The folder of the top `Cargo.toml`.
+    pub root: PathBuf,
+    /// Where cargo puts what it builds.
+    pub target: PathBuf,
+}
+
+impl Workspace {
+    /// Asks cargo.
+    pub fn find() -> Result<Self> {
+        let mut cargo = Command::new(cargo_program());
+        cargo.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]);
+        cargo.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"));
+        let output = cargo.output().context("cargo cannot be started")?;
+        let metadata: Value = serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("cargo metadata: {}", String::from_utf8_lossy(&output.stderr)))?;
+        let folder =
+            |name: &str| metadata[name].as_str().map(PathBuf::from).with_context(|| format!("no {name}"));
+        Ok(Self { root: folder("workspace_root")?, target: folder("target_directory")? })
+    }
+
+    /// The cargo that runs this program, at the workspace's root.
+    pub fn cargo(&self) -> Command {
+        let mut cargo = Command::new(cargo_program());
+        cargo.current_dir(&self.root);
+        cargo
+    }
+}
+
+fn cargo_program() -> std::ffi::OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
