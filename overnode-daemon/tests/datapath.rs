@@ -110,6 +110,18 @@ fn clsact_carries_the_same_traffic() {
     ping.lost_nothing();
     let count = filters(&pair.a).matches("direct-action").count();
     assert_eq!(count, 1, "replaced, not added: {}", filters(&pair.a));
+    let known = KnownEndpoint {
+        host_interface: "ov00000001".into(),
+        address: addr("10.40.0.1"),
+        netns: netns(&pair.container_a),
+    };
+    pair.a.run(async |datapath| {
+        // Somebody removes the qdisc, and with it the filter: it comes back.
+        run("tc", &["qdisc", "del", "dev", "eth0", "clsact"]);
+        assert!(!filters(&pair.a).contains("from_underlay"));
+        assert_eq!(datapath.reconcile(&[known]).await.unwrap(), []);
+    });
+    pair.ping_across(5, "0.01");
     pair.a.tear_down();
     pair.a.is_clean();
     pair.b.tear_down();
@@ -128,17 +140,20 @@ fn from_clsact_to_tcx_and_back_without_a_gap() {
     }
     let pair = Pair::new(false);
     pair.connect();
+    let environment = pair.a.environment();
+    let variables = [
+        ("OVERNODE_NO_TCX", "1"),
+        ("DATAPATH_STATE", environment.0.as_str()),
+        ("DATAPATH_NETNS", environment.1.as_str()),
+    ];
+    // The kernel stops an interface for a moment when it gets its clsact qdisc. So that one is there before the pings.
+    assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
     let ping = pair.background_ping(3000, "0.001");
     for _ in 0..2 {
-        let environment = pair.a.environment();
-        let variables = [
-            ("OVERNODE_NO_TCX", "1"),
-            ("DATAPATH_STATE", &environment.0),
-            ("DATAPATH_NETNS", &environment.1),
-        ];
-        assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
         assert_eq!(pair.a.run(async |datapath| datapath.underlay().hook), Hook::Tcx);
+        assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
     }
+    assert_eq!(pair.a.run(async |datapath| datapath.underlay().hook), Hook::Tcx);
     ping.lost_nothing();
     let filters = run("tc", &["-n", &pair.a.namespace.name, "filter", "show", "dev", "eth0", "ingress"]);
     assert_eq!(filters.trim(), "");
@@ -176,6 +191,11 @@ fn native_xdp_carries_the_same_traffic() {
         assert!(pair.a.run(async |datapath| datapath.underlay()).interfaces[0].xdp);
     }
     ping.lost_nothing();
+    // Launched without it again: back to TC.
+    pair.a.xdp = false;
+    assert!(!pair.a.run(async |datapath| datapath.underlay()).interfaces[0].xdp);
+    assert!(!ip_output(&pair.a.namespace, &["-d", "link", "show", "eth0"]).contains("prog/xdp"));
+    pair.ping_across(5, "0.01");
     pair.a.tear_down();
     pair.a.is_clean();
 }

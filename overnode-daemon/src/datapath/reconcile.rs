@@ -12,7 +12,7 @@ use super::bpffs::Pin;
 use super::endpoint::is_ours;
 use super::netns::NetnsRef;
 use super::normaliser::{FIRST, Normaliser, SECOND};
-use super::programs::{FROM_CONTAINER, SEAL};
+use super::programs::{FROM_CONTAINER, FROM_UNDERLAY, Hook, SEAL};
 use crate::types::from_map;
 
 /// A container that the node believes to be attached.
@@ -81,7 +81,7 @@ impl Datapath {
             if let Some(address) = known_names.get(link.name.as_str()) {
                 self.routes.set_local(IpNet::from(*address), link.index);
             }
-            if !self.has_program(FROM_CONTAINER, link.index) {
+            if self.must_attach(FROM_CONTAINER, link.index) {
                 self.programs.attach(FROM_CONTAINER, link, &self.pins)?;
             }
         }
@@ -95,6 +95,12 @@ impl Datapath {
         }
         self.clean_sessions();
         self.refresh_host().await?;
+        let underlay: Vec<u32> = self.underlay.interfaces.keys().copied().collect();
+        for link in links.iter().filter(|link| underlay.contains(&link.index)) {
+            if self.must_attach(FROM_UNDERLAY, link.index) {
+                self.programs.attach(FROM_UNDERLAY, link, &self.pins)?;
+            }
+        }
 
         Ok(known
             .iter()
@@ -107,16 +113,18 @@ impl Datapath {
             .collect())
     }
 
-    fn has_program(&self, program: &str, ifindex: u32) -> bool {
-        self.pins.is_there(&Pin::Link { ifindex, program: program.into() })
-            || self.pins.is_there(&Pin::Filter { ifindex, program: program.into() })
+    /// A tcx link stays while it is pinned. Filters of the older kind go with a qdisc that anybody may remove: those are attached
+    /// anew each time, which replaces what is there.
+    fn must_attach(&self, program: &str, ifindex: u32) -> bool {
+        self.programs.hook() == Hook::Clsact
+            || !self.pins.is_there(&Pin::Link { ifindex, program: program.into() })
     }
 
     /// Somebody may delete the pair or turn its offloads on.
     async fn repair_normaliser(&mut self) -> Result<()> {
         let normaliser = Normaliser::ensure(&self.netlink, &self.alias, &self.node).await?;
         if normaliser.second.index != self.normaliser.second.index
-            || !self.has_program(SEAL, normaliser.second.index)
+            || self.must_attach(SEAL, normaliser.second.index)
         {
             self.programs.attach(SEAL, &normaliser.second, &self.pins)?;
         }
