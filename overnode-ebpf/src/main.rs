@@ -1,11 +1,5 @@
 //! The programs. On the host this file is an empty `main`, so that `cargo build --workspace` works.
-#![cfg_attr(
-    target_arch = "bpf",
-    no_std,
-    no_main,
-    feature(core_intrinsics, asm_experimental_arch),
-    allow(internal_features)
-)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(core_intrinsics), allow(internal_features))]
 
 #[cfg(target_arch = "bpf")]
 mod program;
