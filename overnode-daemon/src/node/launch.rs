@@ -128,8 +128,11 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
         interface: request.interface.clone(),
         mtu: request.mtu,
         discovery: request.discovery.unwrap_or(true),
+        xdp: request.xdp,
         // Greater than that of any earlier node with this ID: others may remember that one.
-        incarnation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        incarnation: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
     })
 }
 

@@ -112,7 +112,7 @@ impl Node {
             interface: identity.interface.clone(),
             mtu: identity.mtu,
             debug: options.debug,
-            xdp: false,
+            xdp: identity.xdp,
         })
         .await?;
         fault::step("datapath");

@@ -1,5 +1,6 @@
 //! What `status` and `inspect` tell, gathered from all parts.
 
+use std::net::IpAddr;
 use std::time::Instant;
 
 use overnode_ebpf::reason::Reason;
@@ -13,6 +14,7 @@ use crate::api::{
 };
 use crate::control::dial::{self, Phase};
 use crate::control::session::PATTERN;
+use crate::datapath::{Hook, UnderlayStatus};
 use crate::gossip::{self, Record};
 use crate::types::{NodeId, PeerIndex};
 
@@ -88,13 +90,13 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_seconds: now.duration_since(self.started).as_secs(),
             address: Some(self.ipam.layout().node_address(identity.id)),
-            underlay: underlay.addresses.clone(),
+            underlay: underlay.addresses.iter().copied().filter(is_of_use).collect(),
             interface: identity.interface.clone().or_else(|| underlay.interfaces.first().map(|it| it.name.clone())),
             mtu: Some(underlay.container_mtu),
             network: identity.network,
             public_key: self.public_key,
             discovery: Some(identity.discovery),
-            attachment: Some(format!("{:?}", underlay.hook).to_lowercase()),
+            attachment: Some(attachment(&underlay)),
         })
     }
 
@@ -303,6 +305,23 @@ impl Node {
             received_seconds_ago: state.last_received.map(|at| now.saturating_duration_since(at).as_secs()),
             last_error: peer.last_error.as_ref().map(|error| last_error(error, now)),
         })
+    }
+}
+
+fn attachment(underlay: &UnderlayStatus) -> String {
+    let hook = match underlay.hook {
+        Hook::Tcx => "tcx",
+        Hook::Clsact => "clsact",
+    };
+    let xdp = if underlay.interfaces.iter().any(|interface| interface.xdp) { "+xdp" } else { "" };
+    format!("{hook}{xdp}")
+}
+
+/// Addresses that other hosts may know this one by.
+fn is_of_use(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
     }
 }
 

@@ -31,6 +31,8 @@ pub struct Identity {
     pub mtu: Option<u32>,
     /// Whether nodes that gossip tells of are dialled.
     pub discovery: bool,
+    /// Whether messages are opened in native XDP where the interface can.
+    pub xdp: bool,
     /// Counts the node's starts. A launch begins with the time in milliseconds since 1970, so that it exceeds the incarnations before a
     /// reset.
     pub incarnation: u64,
@@ -85,6 +87,7 @@ pub(super) struct PublicIdentity {
     interface: Option<String>,
     mtu: Option<u32>,
     discovery: bool,
+    xdp: bool,
     incarnation: u64,
 }
 
@@ -121,6 +124,7 @@ impl Identity {
             interface: self.interface.clone(),
             mtu: self.mtu,
             discovery: self.discovery,
+            xdp: self.xdp,
             incarnation: self.incarnation,
         }
     }
@@ -136,6 +140,7 @@ impl Identity {
             interface: public.interface,
             mtu: public.mtu,
             discovery: public.discovery,
+            xdp: public.xdp,
             incarnation: public.incarnation,
         }
     }

@@ -19,6 +19,7 @@ fn identity() -> Identity {
         interface: Some("eth1".into()),
         mtu: None,
         discovery: true,
+        xdp: false,
         incarnation: 1_700_000_000_000,
     }
 }
