@@ -143,7 +143,7 @@ fn in_time(next: u64, counter: u64) -> Result<(), Reason> {
 /// that far, a message may be taken for a replay; never the other way round.
 #[inline(always)]
 const fn tag(counter: u64) -> u64 {
-    counter / 32 & 0xffff_ffff
+    (counter / 32) & 0xffff_ffff
 }
 
 #[inline(always)]

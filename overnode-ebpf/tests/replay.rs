@@ -151,7 +151,7 @@ fn distances() {
             window.takes(base + distance);
             match distance {
                 0 => window.refuses(base, Reason::Replayed),
-                ..=WINDOW => window.takes(base),
+                1..=WINDOW => window.takes(base),
                 _ => window.refuses(base, Reason::TooOld),
             }
         }
