@@ -24,7 +24,9 @@ impl Node {
         if let Some(name) = &request.name
             && attachments.iter().any(|known| known.name.as_ref() == Some(name))
         {
-            return Err(ApiError::refused(format_args!("the name {name} is taken by another endpoint: give another --name")));
+            return Err(ApiError::refused(format_args!(
+                "the name {name} is taken by another endpoint: give another --name"
+            )));
         }
         let netns = match request.netns.or_else(|| request.target.netns()) {
             Some(Netns::Path(path)) => NetnsRef::Path(path),
@@ -58,11 +60,7 @@ impl Node {
             self.ipam.release(address);
             return Err(ApiError::failed(error));
         }
-        let plan = datapath::Attachment {
-            netns,
-            address,
-            host_interface: attachment.host_interface.clone(),
-        };
+        let plan = datapath::Attachment { netns, address, host_interface: attachment.host_interface.clone() };
         let attached = match self.datapath.attach(&plan).await {
             Ok(attached) => attached,
             Err(error) => {
@@ -119,7 +117,10 @@ impl Node {
             })
             .collect();
         for lost in self.datapath.reconcile(&known).await? {
-            let Some(attachment) = attachments.iter().find(|it| it.host_interface == lost.host_interface) else { continue };
+            let Some(attachment) = attachments.iter().find(|it| it.host_interface == lost.host_interface)
+            else {
+                continue;
+            };
             if lost.netns_exists && self.plug_in_again(attachment).await {
                 continue;
             }

@@ -137,7 +137,10 @@ impl Node {
 
     fn send(&mut self, to: NodeId, message: &gossip::Message, now: Instant) {
         let Some(connection) = self.dialer.connection(to) else { return };
-        let Some((&id, stream)) = self.streams.iter().find(|(_, stream)| stream.connection == connection) else { return };
+        let Some((&id, stream)) = self.streams.iter().find(|(_, stream)| stream.connection == connection)
+        else {
+            return;
+        };
         if !stream.outbox.send(&message.encode()) {
             self.close(id, "the other side does not read what it is sent", now);
         }
@@ -192,7 +195,9 @@ impl Node {
         while let Some(action) = self.dialer.poll_action() {
             match action {
                 dial::Action::Dial { attempt, place } => self.mesh.dial(attempt, place),
-                dial::Action::Close(connection) => self.streams.retain(|_, stream| stream.connection != connection),
+                dial::Action::Close(connection) => {
+                    self.streams.retain(|_, stream| stream.connection != connection)
+                }
             }
         }
     }

@@ -248,7 +248,8 @@ impl Node {
 /// The addresses that were given out before.
 fn allocations(store: &Store, identity: &Identity) -> anyhow::Result<Ipam> {
     let attachments = store.attachments()?;
-    let allocated = attachments.into_iter().map(|attachment| (attachment.address, attachment.target)).collect();
+    let allocated =
+        attachments.into_iter().map(|attachment| (attachment.address, attachment.target)).collect();
     let mut ipam = Ipam::new(identity.network, identity.id, allocated)?;
     if let Some(last) = store.cursor()? {
         ipam.resume_after(last);
