@@ -124,6 +124,11 @@ pub struct Launch {
     #[arg(long)]
     pub no_discovery: bool,
 
+    /// Open messages in native XDP on the underlay's interface, instead of in TC. Its segmentation offloads are lost to
+    /// everything else on the host
+    #[arg(long, requires = "interface")]
+    pub xdp: bool,
+
     /// Addresses that nodes give out, inside the subnet; the same on every node [default: 10.40.0.0/13]
     #[arg(long, value_name = "NETWORK")]
     pub range: Option<IpNet>,
@@ -292,7 +297,7 @@ Example:
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
-  sudo overnode peer add xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg= --allowed-ips 10.39.250.1/32 \\
+  sudo overnode peer add xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg= --allowed-ips 10.32.100.1/32 \\
       --endpoint laptop.example.org:51820 --keepalive 25")]
 pub struct AddPeer {
     /// Its public key, 44 characters of base64

@@ -182,7 +182,10 @@ fn fill(programs: &mut Ebpf) -> Result<()> {
     endpoints.insert(LOOPBACK, endpoint, 0)?;
 
     let mut addresses: HashMap<_, Address, u32> = take(programs, "LOCAL_ADDRESSES")?;
-    addresses.insert(Address::from_v4(OUTER[1]), 0, 0)?;
+    // Both: the peer is followed to where its messages come from, which is here.
+    for address in OUTER {
+        addresses.insert(Address::from_v4(address), 0, 0)?;
+    }
 
     let mut peers: Array<_, Peer> = take(programs, "PEERS")?;
     let peer = Peer {

@@ -1,5 +1,9 @@
 //! The programs under BPF_PROG_TEST_RUN: every path, every reason, TC and XDP, IPv4 and IPv6 underlays. Needs root.
 
+#[path = "programs/containers.rs"]
+mod containers;
+#[path = "programs/opening.rs"]
+mod opening;
 #[path = "programs/packet.rs"]
 mod packet;
 #[path = "programs/sealing.rs"]

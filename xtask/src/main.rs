@@ -91,7 +91,9 @@ fn run(command: Command) -> Result<()> {
             build_release(&workspace, &[])?;
             let mut cargo = workspace.cargo();
             cargo.args(["bench", "--locked", "--package", "overnode-tests", "--bench", "datapath", "--"]);
-            step::show(cargo.args(bench.what).env("OVERNODE_BIN_DIR", workspace.target.join("release")))
+            cargo.args(bench.what).env("OVERNODE_BIN_DIR", workspace.target.join("release"));
+            // Cargo changes the folder; file names given here are meant from this one.
+            step::show(cargo.env("OVERNODE_BENCH_FOLDER", std::env::current_dir()?))
         }
     }
 }

@@ -32,7 +32,8 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
         Window::accept(&raw mut (*session).window, counter)?;
     }
     confirm(session, peer);
-    roam(frame, &outer, peer)?;
+    // Answers go to where the last authenticated message came from (whitepaper section 6.5).
+    outer.update(frame, peer)?;
     let inner_len = if outer.text_len() == 0 { 0 } else { inner_len(frame, &outer)? };
     account(peer, now, inner_len);
     if outer.text_len() == 0 {
@@ -82,28 +83,6 @@ fn confirm(session: *mut Session, peer: *mut Peer) {
             (*peer).tx_slot = (*session).local_index & (SESSION_SLOTS - 1);
         }
     }
-}
-
-/// Answers go to where the last authenticated message came from (whitepaper section 6.5).
-#[inline(always)]
-fn roam(frame: impl Frame, outer: &Outer, peer: *mut Peer) -> Result<(), Reason> {
-    let (remote, local, remote_port_be) = outer.endpoints(frame)?;
-    let ifindex = frame.ifindex();
-    // SAFETY: values of an array map are valid for the whole program. A value that two CPUs write at once may be
-    // mixed until the next message.
-    unsafe {
-        if (*peer).remote != remote
-            || (*peer).local != local
-            || (*peer).remote_port_be != remote_port_be
-            || (*peer).ifindex != ifindex
-        {
-            (*peer).remote = remote;
-            (*peer).local = local;
-            (*peer).remote_port_be = remote_port_be;
-            (*peer).ifindex = ifindex;
-        }
-    }
-    Ok(())
 }
 
 /// Length of the inner packet, padding excluded.

@@ -2,7 +2,7 @@
 
 use core::hint::black_box;
 
-use overnode_ebpf::map::Address;
+use overnode_ebpf::map::{Address, Peer};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
     DATA_HEADER_LEN, DATA_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN,
@@ -16,6 +16,8 @@ const FRAGMENT_OFFSET: u16 = 0x1fff;
 const MORE_FRAGMENTS: u16 = 0x2000;
 const NEXT_HEADER_FRAGMENT: u8 = 44;
 const FRAGMENT_HEADER_LEN: usize = 8;
+/// Third word of an IPv4 address that is mapped into IPv6.
+const V4_MAPPED: u32 = 0xffff_u32.to_be();
 /// The longest headers up to the message's type.
 const HEADERS_LEN: usize = ETHERNET_LEN + 60 + UDP_LEN + DATA_HEADER_LEN;
 
@@ -65,24 +67,49 @@ impl Outer {
         black_box(offset) & 0x3f
     }
 
-    /// Source address, destination address and source port (network byte order).
+    /// Makes the peer's endpoints those of this message. Compares first, in place: nothing is written, and no
+    /// address is on the stack, as long as all stays the same.
     #[inline(always)]
-    pub fn endpoints(&self, frame: impl Frame) -> Result<(Address, Address, u16), Reason> {
-        // SAFETY: `at` has checked the bounds, here and below.
+    pub fn update(&self, frame: impl Frame, peer: *mut Peer) -> Result<(), Reason> {
+        // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole program.
         unsafe {
+            let remote = (&raw mut (*peer).remote).cast::<[u32; 4]>();
+            let local = (&raw mut (*peer).local).cast::<[u32; 4]>();
             if self.is_v6() {
                 let headers = at::<Stack<Ipv6>>(frame, ETHERNET_LEN)?;
                 let (ip, udp) = (&(*headers).ip, &(*headers).udp);
-                Ok((v6_address(&ip.source), v6_address(&ip.destination), udp.source_be))
+                for word in 0..4 {
+                    set(remote.cast::<u32>().add(word), ip.source[word]);
+                    set(local.cast::<u32>().add(word), ip.destination[word]);
+                }
+                set(&raw mut (*peer).remote_port_be, udp.source_be);
             } else {
                 let headers = at::<Stack<Ipv4>>(frame, ETHERNET_LEN)?;
                 let (ip, udp) = (&(*headers).ip, &(*headers).udp);
-                Ok((
-                    Address::from_v4(ip.source.to_ne_bytes()),
-                    Address::from_v4(ip.destination.to_ne_bytes()),
-                    udp.source_be,
-                ))
+                for (word, prefix) in [0, 0, V4_MAPPED].into_iter().enumerate() {
+                    set(remote.cast::<u32>().add(word), prefix);
+                    set(local.cast::<u32>().add(word), prefix);
+                }
+                set(remote.cast::<u32>().add(3), ip.source);
+                set(local.cast::<u32>().add(3), ip.destination);
+                set(&raw mut (*peer).remote_port_be, udp.source_be);
             }
+            set(&raw mut (*peer).ifindex, frame.ifindex());
+        }
+        Ok(())
+    }
+}
+
+/// Writes what is not there yet: other CPUs read the same cache line.
+///
+/// # Safety
+/// `place` points into a map's value and is aligned.
+#[inline(always)]
+unsafe fn set<T: PartialEq + Copy>(place: *mut T, value: T) {
+    // SAFETY: by the contract above.
+    unsafe {
+        if *place != value {
+            *place = value;
         }
     }
 }
