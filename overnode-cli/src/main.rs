@@ -30,8 +30,10 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(output) => write_out(&output),
         Err(failure) => {
+            let text = failure.to_string();
+            let name = if text.starts_with("overnode ") { "" } else { "overnode: " };
             // Nobody is left to tell when this fails.
-            let _ = writeln!(io::stderr(), "overnode: {failure}");
+            let _ = writeln!(io::stderr(), "{name}{text}");
             ExitCode::from(failure.exit())
         }
     }

@@ -124,6 +124,11 @@ pub struct Launch {
     #[arg(long)]
     pub no_discovery: bool,
 
+    /// Open messages in native XDP on the underlay's interface, instead of in TC. Its segmentation offloads are lost to
+    /// everything else on the host
+    #[arg(long, requires = "interface")]
+    pub xdp: bool,
+
     /// Addresses that nodes give out, inside the subnet; the same on every node [default: 10.40.0.0/13]
     #[arg(long, value_name = "NETWORK")]
     pub range: Option<IpNet>,

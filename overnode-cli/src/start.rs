@@ -60,8 +60,14 @@ struct Before {
 
 #[derive(Debug)]
 enum How {
-    Unit { was_enabled: bool },
-    Detached { child: Child },
+    Unit {
+        was_enabled: bool,
+    },
+    Detached {
+        child: Child,
+        /// Where its part of the log begins.
+        log_from: usize,
+    },
 }
 
 /// Starts the daemon unless one answers already.
@@ -172,14 +178,14 @@ impl Started {
         match &mut self.how {
             How::Unit { was_enabled: true } => systemd::stop(),
             How::Unit { was_enabled: false } => systemd::stop_and_disable(),
-            How::Detached { child } => end(child).await,
+            How::Detached { child, .. } => end(child).await,
         }
     }
 
     fn is(&self, version: &Version) -> bool {
         match &self.how {
             How::Unit { .. } => true,
-            How::Detached { child } => child.id() == version.pid,
+            How::Detached { child, .. } => child.id() == version.pid,
         }
     }
 
@@ -187,14 +193,13 @@ impl Started {
         let begun = Instant::now();
         let mut progress = Progress::default();
         loop {
+            // One that ends while it starts may have taken the question, so only its own words count as a reason.
             match client.try_get::<Version>("/v1/version").await {
                 Ok(version) => return Ok(version),
-                Err(Unanswered::NotRunning) => {}
-                Err(why @ (Unanswered::Denied | Unanswered::Refused(_) | Unanswered::Broken(_))) => {
-                    return Err(client.explain(why));
-                }
+                Err(why @ Unanswered::Denied) => return Err(client.explain(why)),
+                Err(Unanswered::NotRunning | Unanswered::Refused(_) | Unanswered::Broken(_)) => {}
             }
-            if let How::Detached { child } = &mut self.how {
+            if let How::Detached { child, .. } = &mut self.how {
                 match child.try_wait() {
                     Ok(None) => {}
                     Ok(Some(status)) => return self.ended_early(client, &status.to_string()).await,
@@ -231,12 +236,22 @@ impl Started {
     fn last_words(&self) -> String {
         let log = self.context.run_dir.join(LOG);
         let text = fs::read(&log).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text).into_owned();
-        match text.lines().rev().find(|line| !line.trim().is_empty()) {
-            Some(line) => line.trim_start_matches("overnoded: ").to_owned(),
-            None => format!("it said nothing in {}", log.display()),
-        }
+        let from = match self.how {
+            How::Detached { log_from, .. } => log_from.min(text.len()),
+            How::Unit { .. } => 0,
+        };
+        reason_in(&String::from_utf8_lossy(&text[from..]))
+            .unwrap_or_else(|| format!("it said nothing in {}", log.display()))
     }
+}
+
+/// Why a daemon ended, from its log: the last error, else the last line, without the time and the level.
+pub fn reason_in(log: &str) -> Option<String> {
+    let said = |line: &str| line.split_once(" ERROR ").map(|(_, message)| message.trim().to_owned());
+    log.lines()
+        .rev()
+        .find_map(said)
+        .or_else(|| log.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned))
 }
 
 fn start_unit(context: &Context) -> Result<Started, Failure> {
@@ -256,8 +271,12 @@ fn start_unit(context: &Context) -> Result<Started, Failure> {
 async fn start_detached(context: &Context) -> Result<Started, Failure> {
     let daemon = find_daemon()?;
     let before = Before::of(context);
-    match open_log(context).and_then(|log| spawn(&daemon, context, log)) {
-        Ok(child) => Ok(Started { how: How::Detached { child }, context: context.clone(), before }),
+    let started = open_log(context).and_then(|log| {
+        let log_from = log.metadata()?.len() as usize;
+        Ok(How::Detached { child: spawn(&daemon, context, log)?, log_from })
+    });
+    match started {
+        Ok(how) => Ok(Started { how, context: context.clone(), before }),
         Err(error) => {
             let why = Failure::failed(format_args!(
                 "{} could not be started with its log in {}: {error}; --run-dir names another directory",
@@ -371,6 +390,15 @@ impl Drop for Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_error_in_a_log_is_the_reason() {
+        let log = "2026-01-01T00:00:00.000000Z ERROR old\n2026-01-01T00:00:01.000000Z ERROR no room: make some\n\
+                   2026-01-01T00:00:02.000000Z  INFO bye\n\n";
+        assert_eq!(reason_in(log).as_deref(), Some("no room: make some"));
+        assert_eq!(reason_in("Segmentation fault \n\n").as_deref(), Some("Segmentation fault"));
+        assert_eq!(reason_in("\n"), None);
+    }
 
     #[test]
     fn running_processes_are_told_from_ended_ones() {

@@ -8,6 +8,7 @@ use overnode_daemon::options::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 
 use crate::failure::Failure;
 use crate::options::Context;
+use crate::start::reason_in;
 
 /// The unit.
 pub const UNIT: &str = "overnode.service";
@@ -49,18 +50,20 @@ pub fn set_debug(debug: bool) -> Result<(), Failure> {
 /// Starts the unit, now and whenever the host starts. Comes back when the daemon says that it is ready.
 ///
 /// # Errors
-/// With the last line of the unit's log.
+/// With the last error in the unit's log.
 pub fn start() -> Result<(), Failure> {
     let output = systemctl(&["enable", "--now", UNIT])?;
     if output.status.success() {
         return Ok(());
     }
     let log = Command::new("journalctl")
-        .args(["--unit", UNIT, "--lines", "1", "--output", "cat", "--no-pager"])
+        .args(["--unit", UNIT, "--lines", "20", "--output", "cat", "--no-pager"])
         .stdin(Stdio::null())
         .output();
-    let last = log.map(|log| String::from_utf8_lossy(&log.stdout).trim().to_owned()).unwrap_or_default();
-    let why = if last.is_empty() { String::from_utf8_lossy(&output.stderr).trim().to_owned() } else { last };
+    let why = log
+        .ok()
+        .and_then(|log| reason_in(&String::from_utf8_lossy(&log.stdout)))
+        .unwrap_or_else(|| String::from_utf8_lossy(&output.stderr).trim().to_owned());
     Err(Failure::failed(format_args!("{UNIT} did not start: {why}; `journalctl -u {UNIT}` tells more")))
 }
 

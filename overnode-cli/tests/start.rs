@@ -168,7 +168,15 @@ fn a_launch_that_is_interrupted_leaves_nothing() {
 #[test]
 fn a_daemon_that_ends_at_once_is_quoted() {
     let host = Host::new();
-    let daemon = "#!/bin/sh\necho starting\necho 'overnoded: TCP port 6783 is in use: stop whatever uses it' >&2\nexit 1\n";
+    fs::create_dir(host.run_dir()).unwrap();
+    let log = host.run_dir().join("overnoded.log");
+    fs::write(&log, "2025-01-01T00:00:00.000000Z ERROR of an earlier day\n").unwrap();
+    let outcome = Running::start(&host, "#!/bin/sh\nexit 3\n", &LAUNCH).outcome();
+    assert!(outcome.error_line().contains("it said nothing"), "{outcome:?}");
+    fs::remove_dir_all(host.run_dir()).unwrap();
+
+    let host = Host::new();
+    let daemon = "#!/bin/sh\necho starting\necho '2026-01-01T00:00:00.000000Z ERROR TCP port 6783 is in use: stop whatever uses it' >&2\nexit 1\n";
     let outcome = Running::start(&host, daemon, &LAUNCH).outcome();
     assert_eq!(outcome.code, 1);
     let line = outcome.error_line();
@@ -177,6 +185,27 @@ fn a_daemon_that_ends_at_once_is_quoted() {
         "{line}"
     );
     assert!(!host.run_dir().exists() && !host.state_dir().exists());
+}
+
+#[test]
+fn a_daemon_that_ends_while_it_is_asked_is_quoted() {
+    let host = Host::new();
+    host.pretend_launched();
+    // It takes the first question, says why it cannot go on, and ends.
+    let daemon = "#!/bin/sh\necho $$ > \"$0.tmp\"\nmv \"$0.tmp\" \"$0.pid\"\nwhile [ ! -e \"$0.asked\" ]; do sleep 0.05; done\n\
+                  echo '2026-01-01T00:00:00.000000Z ERROR no room: make some'\nsleep 0.3\nexit 1\n";
+    let running = Running::start(&host, daemon, &["resume"]);
+    running.daemon();
+    let (asked, socket) = (running.bin.join("overnoded.asked"), host.socket());
+    let _node = Canned::at(host, move |mut calls| {
+        drop(calls.blocking_recv());
+        fs::write(asked, "").unwrap();
+        fs::remove_file(socket).unwrap();
+    });
+    let outcome = running.outcome();
+    assert_eq!(outcome.code, 1);
+    let line = outcome.error_line();
+    assert!(line.contains("did not start: no room: make some (exit status: 1)"), "{line}");
 }
 
 #[test]

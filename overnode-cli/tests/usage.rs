@@ -143,7 +143,7 @@ fn a_node_that_was_never_launched_is_told_from_one_that_was_stopped() {
         let outcome = host.run(arguments);
         assert_eq!(outcome.code, 1, "{arguments:?}: {outcome:?}");
         let line = outcome.error_line();
-        assert!(line.contains("overnode is not running on this host: no node was launched"), "{line}");
+        assert!(line.starts_with("overnode is not running on this host: no node was launched"), "{line}");
         assert!(line.contains("`overnode launch"), "{line}");
         assert!(host.is_untouched(), "{arguments:?}");
 

@@ -139,11 +139,13 @@ impl Store {
         let lock = disk::lock(directory)?;
         let path = directory.join(DATABASE);
         disk::make_private_file(&path)?;
-        let database = Database::builder()
-            .set_cache_size(CACHE_BYTES)
-            .set_check_integrity_on_open(true)
-            .create(&path)
-            .map_err(|why| disk::opening(directory, &path, why))?;
+        let database = disk::patiently(|| {
+            Database::builder()
+                .set_cache_size(CACHE_BYTES)
+                .set_check_integrity_on_open(true)
+                .create(&path)
+                .map_err(|why| disk::opening(directory, &path, why))
+        })?;
         let store = Self { directory: directory.to_owned(), database, _lock: lock };
         store.check_schema()?;
         Ok(store)

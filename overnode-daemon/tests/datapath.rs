@@ -110,6 +110,18 @@ fn clsact_carries_the_same_traffic() {
     ping.lost_nothing();
     let count = filters(&pair.a).matches("direct-action").count();
     assert_eq!(count, 1, "replaced, not added: {}", filters(&pair.a));
+    let known = KnownEndpoint {
+        host_interface: "ov00000001".into(),
+        address: addr("10.40.0.1"),
+        netns: netns(&pair.container_a),
+    };
+    pair.a.run(async |datapath| {
+        // Somebody removes the qdisc, and with it the filter: it comes back.
+        run("tc", &["qdisc", "del", "dev", "eth0", "clsact"]);
+        assert!(!filters(&pair.a).contains("from_underlay"));
+        assert_eq!(datapath.reconcile(&[known]).await.unwrap(), []);
+    });
+    pair.ping_across(5, "0.01");
     pair.a.tear_down();
     pair.a.is_clean();
     pair.b.tear_down();
@@ -128,17 +140,20 @@ fn from_clsact_to_tcx_and_back_without_a_gap() {
     }
     let pair = Pair::new(false);
     pair.connect();
+    let environment = pair.a.environment();
+    let variables = [
+        ("OVERNODE_NO_TCX", "1"),
+        ("DATAPATH_STATE", environment.0.as_str()),
+        ("DATAPATH_NETNS", environment.1.as_str()),
+    ];
+    // The kernel stops an interface for a moment when it gets its clsact qdisc. So that one is there before the pings.
+    assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
     let ping = pair.background_ping(3000, "0.001");
     for _ in 0..2 {
-        let environment = pair.a.environment();
-        let variables = [
-            ("OVERNODE_NO_TCX", "1"),
-            ("DATAPATH_STATE", &environment.0),
-            ("DATAPATH_NETNS", &environment.1),
-        ];
-        assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
         assert_eq!(pair.a.run(async |datapath| datapath.underlay().hook), Hook::Tcx);
+        assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
     }
+    assert_eq!(pair.a.run(async |datapath| datapath.underlay().hook), Hook::Tcx);
     ping.lost_nothing();
     let filters = run("tc", &["-n", &pair.a.namespace.name, "filter", "show", "dev", "eth0", "ingress"]);
     assert_eq!(filters.trim(), "");
@@ -176,6 +191,11 @@ fn native_xdp_carries_the_same_traffic() {
         assert!(pair.a.run(async |datapath| datapath.underlay()).interfaces[0].xdp);
     }
     ping.lost_nothing();
+    // Launched without it again: back to TC.
+    pair.a.xdp = false;
+    assert!(!pair.a.run(async |datapath| datapath.underlay()).interfaces[0].xdp);
+    assert!(!ip_output(&pair.a.namespace, &["-d", "link", "show", "eth0"]).contains("prog/xdp"));
+    pair.ping_across(5, "0.01");
     pair.a.tear_down();
     pair.a.is_clean();
 }
@@ -291,21 +311,51 @@ fn reconcile_removes_what_is_nobodys_and_nothing_else() {
             ip(&["-n", host, "link", "set", name, "alias", alias]);
         }
     }
-    let known = KnownEndpoint { host_interface: "ov00000001".into(), address: addr("10.40.0.1") };
-    let gone = KnownEndpoint { host_interface: "ov00000003".into(), address: addr("10.40.0.3") };
+    // Ours, by the hardware address that it had from the beginning: a daemon was killed before it could mark it.
+    let node = pair.a.node();
+    let mac = format!("02:{}:{}:{}:12:34", &node[..2], &node[2..4], &node[4..6]);
+    ip(&[
+        "-n",
+        host,
+        "link",
+        "add",
+        "ovcccccccc",
+        "address",
+        &mac,
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "unmarked",
+    ]);
+    let known = KnownEndpoint {
+        host_interface: "ov00000001".into(),
+        address: addr("10.40.0.1"),
+        netns: netns(&pair.container_a),
+    };
+    let gone = KnownEndpoint {
+        host_interface: "ov00000003".into(),
+        address: addr("10.40.0.3"),
+        netns: netns(&second),
+    };
     pair.a.run(async |datapath| {
         datapath.attach(&attachment(&pair.container_a, "10.40.0.1", "ov00000001")).await.unwrap();
         datapath.attach(&attachment(&second, "10.40.0.2", "ov00000002")).await.unwrap();
     });
     pair.a.run(async |datapath| {
         let lost = datapath.reconcile(&[known.clone(), gone.clone()]).await.unwrap();
+        assert!(lost[0].netns_exists && lost[0].address == addr("10.40.0.3"));
         assert_eq!(lost.iter().map(|lost| lost.host_interface.as_str()).collect::<Vec<_>>(), ["ov00000003"]);
         assert_eq!(datapath.reconcile(std::slice::from_ref(&known)).await.unwrap(), []);
     });
     let links = ip_output(&pair.a.namespace, &["link"]);
-    for (name, stays) in
-        [("ov00000001", true), ("ov00000002", false), ("ovaaaaaaaa", true), ("ovbbbbbbbb", true)]
-    {
+    for (name, stays) in [
+        ("ov00000001", true),
+        ("ov00000002", false),
+        ("ovaaaaaaaa", true),
+        ("ovbbbbbbbb", true),
+        ("ovcccccccc", false),
+    ] {
         assert_eq!(links.contains(name), stays, "{name}: {links}");
     }
     assert!(!ip_output(&second, &["link"]).contains("overnode0"));
@@ -318,11 +368,14 @@ fn a_container_that_goes_away_is_told_and_forgotten() {
     pair.a.run(async |datapath| {
         let mut events = datapath.watch().unwrap();
         datapath.attach(&attachment(&short_lived, "10.40.0.7", "ov00000007")).await.unwrap();
+        let netns = netns(&short_lived);
+        assert!(datapath.is_attached("ov00000007"));
         drop(short_lived);
         expect(&mut events, &LinkEvent::Vanished("ov00000007".into())).await;
-        let known = KnownEndpoint { host_interface: "ov00000007".into(), address: addr("10.40.0.7") };
+        let known = KnownEndpoint { host_interface: "ov00000007".into(), address: addr("10.40.0.7"), netns };
         let lost = datapath.reconcile(&[known]).await.unwrap();
-        assert_eq!(lost.len(), 1);
+        assert!(lost.len() == 1 && !lost[0].netns_exists, "{lost:?}");
+        assert!(!datapath.is_attached("ov00000007"));
         // The address can be given to another.
         datapath.attach(&attachment(&pair.container_a, "10.40.0.7", "ov00000008")).await.unwrap();
         ip(&["addr", "add", "192.0.2.77/24", "dev", "eth0"]);
@@ -369,6 +422,47 @@ fn paths_follow_routes_addresses_and_mtus() {
 }
 
 #[test]
+fn an_underlay_without_ethernet_is_named_and_harms_no_other_peer() {
+    let pair = Pair::new(false);
+    pair.connect();
+    pair.a.run(async |datapath| {
+        ip(&["tuntap", "add", "tun0", "mode", "tun"]);
+        ip(&["link", "set", "tun0", "up"]);
+        ip(&["route", "add", "203.0.113.0/24", "dev", "tun0"]);
+        let endpoint = Some("203.0.113.3:6784".parse().unwrap());
+        datapath.set_peer(PeerIndex(3), &PublicKey([3; 32]), endpoint).await.unwrap();
+        let problems = datapath.underlay().problems;
+        assert!(problems.len() == 1 && problems[0].contains("tun0"), "{problems:?}");
+        datapath.refresh().await.unwrap();
+    });
+    pair.ping_across(3, "0.01");
+}
+
+#[test]
+fn maps_of_another_version_are_refused_in_use_and_replaced_otherwise() {
+    let pair = Pair::new(false);
+    pair.a.run(async |datapath| {
+        datapath.attach(&attachment(&pair.container_a, "10.40.0.1", "ov00000001")).await.unwrap();
+    });
+    let pin = format!("/sys/fs/bpf/overnode/{}/maps/CONFIG", pair.a.node());
+    std::fs::remove_file(&pin).unwrap();
+    run(
+        "bpftool",
+        &["map", "create", &pin, "type", "array", "key", "4", "value", "8", "entries", "1", "name", "CONFIG"],
+    );
+    let error = pair.a.try_open().unwrap_err().to_string();
+    assert!(
+        error.contains("another version") && error.contains("CONFIG") && error.contains("reset"),
+        "{error}"
+    );
+    ip(&["-n", &pair.a.namespace.name, "link", "del", "ov00000001"]);
+    pair.a.run(async |datapath| {
+        assert_eq!(datapath.reconcile(&[]).await.unwrap(), []);
+        datapath.attach(&attachment(&pair.container_a, "10.40.0.1", "ov00000001")).await.unwrap();
+    });
+}
+
+#[test]
 fn one_interface_may_be_chosen() {
     let mut pair = Pair::new(false);
     pair.a.interface = Some("lo".into());
@@ -405,18 +499,18 @@ fn a_session_slot_is_quarantined_and_wiped() {
         assert_eq!(datapath.peers().unwrap()[0].sessions.len(), 1, "another index in the same slot");
         datapath.withdraw_session(peer, keys.local_index).unwrap();
         assert_eq!(datapath.peers().unwrap()[0].sessions, []);
-        assert!(datapath.install_session(peer, &keys).is_err(), "less than a second ago");
+        assert!(datapath.install_session(peer, &keys).is_err(), "a moment ago");
         let before = datapath.counters().unwrap();
         pair.container_a.exec_status("ping", &["-q", "-c", "2", "-i", "0.01", "-W", "0.1", "10.42.0.1"]);
         let grown = growth(&before, &datapath.counters().unwrap());
         assert_eq!(grown, [("no-session", 2)], "dropped and counted, never sent");
-        tokio::time::sleep(Duration::from_millis(1200)).await;
+        tokio::time::sleep(Duration::from_millis(900)).await;
         datapath.install_session(peer, &pair.keys(true, 1)).unwrap();
         assert!(datapath.install_session(PeerIndex(77), &pair.keys(true, 5)).is_err(), "no such peer");
     });
     pair.b.run(async |datapath| {
         datapath.withdraw_session(PeerIndex(1), pair.keys(false, 1).local_index).unwrap();
-        tokio::time::sleep(Duration::from_millis(1200)).await;
+        tokio::time::sleep(Duration::from_millis(900)).await;
         datapath.install_session(PeerIndex(1), &pair.keys(false, 1)).unwrap();
     });
     pair.ping_across(5, "0.01");
@@ -479,12 +573,12 @@ fn a_foreign_normaliser_is_an_error_and_stays() {
     assert!(ip_output(&pair.a.namespace, &["link"]).contains("ovn0"));
 }
 
+fn netns(container: &Namespace) -> NetnsRef {
+    NetnsRef::Path(container.path())
+}
+
 fn attachment(container: &Namespace, address: &str, host_interface: &str) -> Attachment {
-    Attachment {
-        netns: NetnsRef::Path(container.path()),
-        address: addr(address),
-        host_interface: host_interface.into(),
-    }
+    Attachment { netns: netns(container), address: addr(address), host_interface: host_interface.into() }
 }
 
 fn growth<'a>(before: &BTreeMap<&'a str, u64>, after: &BTreeMap<&'a str, u64>) -> Vec<(&'a str, u64)> {

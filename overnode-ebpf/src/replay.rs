@@ -1,8 +1,9 @@
 //! The replay window, safe across CPUs without a lock (after RFC 6479, whose ring this is, with WireGuard's size).
 //!
-//! A word of the ring belongs to one block of 32 counters at a time and moves only to later blocks, by
-//! compare-and-swap of block and bitmap together. So a counter's bit is set at most once, whatever the CPUs do at
-//! the same time; [`Window::next`] may lag behind for a moment, which lets nothing in twice.
+//! A word of the ring belongs to one block of 32 counters at a time. [`Window::next`] is raised before a counter is
+//! marked; so whoever finds another block in its word, and then its own counter still in time, knows that the block
+//! found is an earlier one. Words therefore move to later blocks only, by compare-and-swap of block and bitmap
+//! together, and a counter's bit is set at most once, whatever the CPUs do at the same time.
 
 use crate::reason::Reason;
 use crate::wire::REJECT_AFTER_MESSAGES;
@@ -12,7 +13,7 @@ pub const WINDOW: u64 = 8192 - 64;
 /// Words of the ring; each covers 32 counters.
 pub const WORDS: usize = 256;
 
-/// Attempts at a compare-and-swap. Each one that fails means that another CPU accepted a counter of the same 32.
+/// Attempts at a compare-and-swap. Each one that fails means that another CPU accepted a counter meanwhile.
 const ATTEMPTS: usize = 16;
 
 /// Which counters were seen. Each word holds a tag (upper half: the low 32 bits of `counter / 32`) and a bitmap
@@ -43,58 +44,29 @@ impl Window {
     #[inline(always)]
     pub unsafe fn check(this: *const Self, counter: u64) -> Result<(), Reason> {
         // SAFETY: the caller's.
-        let next = unsafe { cell::load(&raw const (*this).next) };
-        in_time(next, counter)?;
+        in_time(unsafe { cell::load(&raw const (*this).next) }, counter)?;
         // SAFETY: the caller's; the index is below WORDS.
-        let word =
-            unsafe { cell::load((&raw const (*this).words).cast::<u64>().wrapping_add(index(counter))) };
-        mark(word, counter).map(|_| ())
+        let word = unsafe { cell::load((&raw const (*this).words).cast::<u64>().add(index(counter))) };
+        if word >> 32 == tag(counter) && word & bit(counter) != 0 { Err(Reason::Replayed) } else { Ok(()) }
     }
 
     /// Marks a counter as seen, once its message is authenticated.
     ///
     /// # Errors
     /// [`Reason::TooOld`], [`Reason::Replayed`], or [`Reason::Exhausted`] for a counter that no session may use.
-    /// [`Reason::Helper`] if so many other CPUs accepted neighbours of this counter at this very moment that it
-    /// could not be marked: the message counts as lost.
+    /// [`Reason::Helper`] if so many other CPUs accepted counters at this very moment that this one could not be
+    /// marked: the message counts as lost.
     ///
     /// # Safety
     /// As for [`Self::check`]; writes are made through the pointer.
     #[inline(always)]
     pub unsafe fn accept(this: *mut Self, counter: u64) -> Result<(), Reason> {
-        // SAFETY: the caller's.
-        let mut next = unsafe { cell::load(&raw const (*this).next) };
-        in_time(next, counter)?;
         // SAFETY: the caller's; the index is below WORDS.
-        let word = unsafe { (&raw mut (*this).words).cast::<u64>().add(index(counter)) };
-        // SAFETY: the caller's.
-        let mut seen = unsafe { cell::load(word) };
-        let mut marked = false;
-        for _ in 0..ATTEMPTS {
-            let with = mark(seen, counter)?;
-            // SAFETY: the caller's.
-            let found = unsafe { cell::compare_exchange(word, seen, with) };
-            if found == seen {
-                marked = true;
-                break;
-            }
-            seen = found;
+        unsafe {
+            raise(&raw mut (*this).next, counter)?;
+            let word = (&raw mut (*this).words).cast::<u64>().add(index(counter));
+            mark(word, &raw mut (*this).next, counter)
         }
-        if !marked {
-            return Err(Reason::Helper);
-        }
-        for _ in 0..ATTEMPTS {
-            if next > counter {
-                break;
-            }
-            // SAFETY: the caller's.
-            let found = unsafe { cell::compare_exchange(&raw mut (*this).next, next, counter + 1) };
-            if found == next {
-                break;
-            }
-            next = found;
-        }
-        Ok(())
     }
 }
 
@@ -102,6 +74,58 @@ impl Default for Window {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Makes `next` greater than the counter.
+///
+/// # Safety
+/// As for [`Window::accept`].
+#[inline(always)]
+unsafe fn raise(next: *mut u64, counter: u64) -> Result<(), Reason> {
+    // SAFETY: the caller's.
+    let mut seen = unsafe { cell::load(next) };
+    in_time(seen, counter)?;
+    for _ in 0..ATTEMPTS {
+        if seen > counter {
+            return Ok(());
+        }
+        // SAFETY: the caller's.
+        let found = unsafe { cell::compare_exchange(next, seen, counter + 1) };
+        if found == seen {
+            return Ok(());
+        }
+        seen = found;
+    }
+    Err(Reason::Helper)
+}
+
+/// Sets the counter's bit, in a word that its block takes over if need be.
+///
+/// # Safety
+/// As for [`Window::accept`].
+#[inline(always)]
+unsafe fn mark(word: *mut u64, next: *mut u64, counter: u64) -> Result<(), Reason> {
+    // SAFETY: the caller's.
+    let mut seen = unsafe { cell::load(word) };
+    for _ in 0..ATTEMPTS {
+        let marked = if seen >> 32 == tag(counter) {
+            if seen & bit(counter) != 0 {
+                return Err(Reason::Replayed);
+            }
+            seen | bit(counter)
+        } else {
+            // SAFETY: the caller's.
+            in_time(unsafe { cell::load_after(next) }, counter)?;
+            tag(counter) << 32 | bit(counter)
+        };
+        // SAFETY: the caller's.
+        let found = unsafe { cell::compare_exchange(word, seen, marked) };
+        if found == seen {
+            return Ok(());
+        }
+        seen = found;
+    }
+    Err(Reason::Helper)
 }
 
 #[inline(always)]
@@ -115,37 +139,33 @@ fn in_time(next: u64, counter: u64) -> Result<(), Reason> {
     }
 }
 
-/// The word with the counter's bit set, moved to the counter's block if it belongs to an earlier one.
+/// Low 32 bits of the number of the counter's block. A block that is 2^37 counters later has the same: after a leap
+/// that far, a message may be taken for a replay; never the other way round.
 #[inline(always)]
-fn mark(word: u64, counter: u64) -> Result<u64, Reason> {
-    let bit = 1u64 << (counter % 32);
-    let block = (counter / 32) as u32;
-    // Distances, not values: the tag wraps after 2^37 counters.
-    let ahead = block.wrapping_sub((word >> 32) as u32);
-    if ahead == 0 {
-        if word & bit != 0 { Err(Reason::Replayed) } else { Ok(word | bit) }
-    } else if ahead > 1 << 31 {
-        Err(Reason::TooOld)
-    } else {
-        Ok(u64::from(block) << 32 | bit)
-    }
+const fn tag(counter: u64) -> u64 {
+    (counter / 32) & 0xffff_ffff
 }
 
 #[inline(always)]
-fn index(counter: u64) -> usize {
+const fn bit(counter: u64) -> u64 {
+    1 << (counter % 32)
+}
+
+#[inline(always)]
+const fn index(counter: u64) -> usize {
     (counter / 32) as usize % WORDS
 }
 
 /// Words shared between CPUs. `AtomicU64` has no compare-and-swap on the BPF target; the kernel has.
 mod cell {
     #[cfg(not(target_arch = "bpf"))]
-    pub use host::{compare_exchange, load};
+    pub use host::{compare_exchange, load, load_after};
     #[cfg(target_arch = "bpf")]
-    pub use kernel::{compare_exchange, load};
+    pub use kernel::{compare_exchange, load, load_after};
 
     #[cfg(target_arch = "bpf")]
     mod kernel {
-        use core::intrinsics::{AtomicOrdering, atomic_cxchg};
+        use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 
         /// # Safety
         /// `word` must be valid for reads.
@@ -153,6 +173,16 @@ mod cell {
         pub unsafe fn load(word: *const u64) -> u64 {
             // SAFETY: the caller's. One instruction, which is all that a relaxed load is.
             unsafe { word.read_volatile() }
+        }
+
+        /// A load that stays behind earlier ones: the kernel orders atomics that return a value fully.
+        ///
+        /// # Safety
+        /// `word` must be valid for reads and writes.
+        #[inline(always)]
+        pub unsafe fn load_after(word: *mut u64) -> u64 {
+            // SAFETY: the caller's.
+            unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(word, 0) }
         }
 
         /// Returns what was found; it was replaced if that equals `old`.
@@ -171,13 +201,20 @@ mod cell {
     #[cfg(not(target_arch = "bpf"))]
     mod host {
         use core::sync::atomic::AtomicU64;
-        use core::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
+        use core::sync::atomic::Ordering::SeqCst;
 
         /// # Safety
         /// `word` must be valid for reads, and otherwise be used through this module only.
         pub unsafe fn load(word: *const u64) -> u64 {
             // SAFETY: the caller's; nothing is written.
-            unsafe { AtomicU64::from_ptr(word.cast_mut()) }.load(Relaxed)
+            unsafe { AtomicU64::from_ptr(word.cast_mut()) }.load(SeqCst)
+        }
+
+        /// # Safety
+        /// As for [`load`].
+        pub unsafe fn load_after(word: *mut u64) -> u64 {
+            // SAFETY: the caller's.
+            unsafe { load(word) }
         }
 
         /// Returns what was found; it was replaced if that equals `old`.
@@ -186,7 +223,7 @@ mod cell {
         /// `word` must be valid for reads and writes, and otherwise be used through this module only.
         pub unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
             // SAFETY: the caller's.
-            match unsafe { AtomicU64::from_ptr(word) }.compare_exchange(old, new, SeqCst, Acquire) {
+            match unsafe { AtomicU64::from_ptr(word) }.compare_exchange(old, new, SeqCst, SeqCst) {
                 Ok(found) | Err(found) => found,
             }
         }

@@ -1,5 +1,7 @@
 //! The AEAD in the kernel: `aead_check` under BPF_PROG_TEST_RUN, against Wycheproof's vectors and ring.
 
+#![allow(clippy::print_stdout, reason = "figures for people")]
+
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -43,7 +45,8 @@ fn wycheproof() -> Result<()> {
 fn agrees_with_ring() -> Result<()> {
     let mut kernel = Kernel::load()?;
     let mut rng = StdRng::seed_from_u64(8439);
-    let longest = if kernel.admits(9000)? { 9000 } else { 1500 };
+    // Test runs of a TC program want the packet in one page, less some room around it; before 6.18 at least.
+    let longest = [9000, 3400, 1500].into_iter().find(|len| kernel.admits(*len)).context("no test runs")?;
     let lengths = (0..=257).chain((0..1500).map(|_| rng.random_range(0..=1500)).collect::<Vec<_>>());
     let long = (0..300).map(|_| rng.random_range(0..=longest)).collect::<Vec<_>>();
     for len in lengths.chain(long).chain([1500, longest]) {
@@ -54,13 +57,7 @@ fn agrees_with_ring() -> Result<()> {
         let aad: Vec<u8> = (0..aad_len).map(|_| rng.random()).collect();
         let text: Vec<u8> = (0..len).map(|_| rng.random()).collect();
 
-        let ring = LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &key).expect("32 bytes"));
-        let mut sealed = text.clone();
-        let tag = ring
-            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(&aad), &mut sealed)
-            .expect("ring seals this much");
-        let tag: [u8; TAG_LEN] = tag.as_ref().try_into()?;
-
+        let (sealed, tag) = ring_seals(&key, &nonce, &aad, &text);
         assert_eq!(kernel.seal(&key, &nonce, &aad, &text)?, (sealed.clone(), tag), "sealing {len} bytes");
         assert_eq!(kernel.open(&key, &nonce, &aad, &sealed, &tag)?, Ok(text), "opening {len} bytes");
         let mut forged = sealed;
@@ -103,6 +100,15 @@ fn cost() -> Result<()> {
         println!("{len:>6} {:>9} {:>9}", seal.as_nanos(), open.as_nanos());
     }
     Ok(())
+}
+
+fn ring_seals(key: &[u8; 32], nonce: &[u8; 12], aad: &[u8], text: &[u8]) -> (Vec<u8>, [u8; TAG_LEN]) {
+    let ring = LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("a key of 32 bytes"));
+    let mut sealed = text.to_vec();
+    let tag = ring
+        .seal_in_place_separate_tag(Nonce::assume_unique_for_key(*nonce), Aad::from(aad), &mut sealed)
+        .expect("ring seals this much");
+    (sealed, tag.as_ref().try_into().expect("a tag of 16 bytes"))
 }
 
 struct Kernel(Ebpf);
@@ -159,16 +165,16 @@ impl Kernel {
     }
 
     /// Whether this kernel's test-run takes packets with so much text.
-    fn admits(&mut self, len: usize) -> Result<bool> {
-        Ok(self.run(&request(0, &[0; 32], &[0; 12], &[0; 160], &vec![0; len], &[0; TAG_LEN])).is_ok())
+    fn admits(&mut self, len: usize) -> bool {
+        self.run(&request(0, &[0; 32], &[0; 12], &[0; 160], &vec![0; len], &[0; TAG_LEN])).is_ok()
     }
 
     fn time(&mut self, packet: &[u8]) -> Result<Duration> {
         let mut best = Duration::MAX;
-        for _ in 0..7 {
+        for _ in 0..50 {
             let result = program(&mut self.0)?.test_run(TestRunOptions {
                 data_in: Some(packet),
-                repeat: 20_000,
+                repeat: 1_000,
                 ..TestRunOptions::default()
             })?;
             best = best.min(result.duration);

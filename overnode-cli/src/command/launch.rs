@@ -26,6 +26,7 @@ pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
         interface: wanted.interface,
         mtu: wanted.mtu,
         discovery: wanted.no_discovery.then_some(false),
+        xdp: wanted.xdp,
         subnet: wanted.subnet,
         range: wanted.range,
         restart: started.is_some(),

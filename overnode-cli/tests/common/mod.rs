@@ -111,7 +111,12 @@ impl Outcome {
     /// The one line that a command that fails writes.
     pub fn error_line(&self) -> String {
         let line = self.stderr.strip_suffix('\n').unwrap_or_else(|| panic!("not a line: {self:?}"));
-        assert!(!line.contains('\n') && line.starts_with("overnode: "), "{self:?}");
+        assert!(
+            !line.contains('\n')
+                && (line.starts_with("overnode: ")
+                    || line.starts_with("overnode is not running on this host: ")),
+            "{self:?}"
+        );
         line.to_owned()
     }
 }

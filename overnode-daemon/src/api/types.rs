@@ -37,6 +37,9 @@ pub struct Launch {
     /// Whether to connect to nodes that other nodes tell of. Default: true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub discovery: Option<bool>,
+    /// Open messages in native XDP on the interface given. Default: in TC.
+    #[serde(default)]
+    pub xdp: bool,
     /// All addresses of the container network. Default: 10.32.0.0/12.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subnet: Option<IpNet>,

@@ -23,12 +23,14 @@ use status::Refused;
 pub use status::{ConnectionStatus, Direction, Phase, TargetStatus};
 
 use super::hello::{Hello, Refusal};
-use crate::types::NodeId;
+use crate::types::{NodeId, PublicKey};
 
 /// The first pause after a failed try.
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// A node that learns of one with a lower ID gives it so much time to dial first.
+pub const HEAD_START: Duration = Duration::from_secs(2);
 /// Each pause is so many times the one before. Jittered by half each way, within [`LONGEST_PAUSE`].
 pub const PAUSE_GROWTH: f64 = 1.5;
 /// The loss of a connection that lived so long is followed by a try at once.
@@ -133,7 +135,7 @@ impl Dialer {
         let target = self
             .destinations
             .entry(Key::Target(name.to_owned()))
-            .or_insert_with(|| Destination::new(Vec::new(), now));
+            .or_insert_with(|| Destination::new(Vec::new(), Duration::ZERO, now));
         target.try_at_once(now);
         self.start_due(now);
     }
@@ -182,7 +184,9 @@ impl Dialer {
                 known.try_at_once(now);
             }
             None => {
-                self.destinations.insert(Key::Learned(id), Destination::new(addresses, now));
+                // The connection that the lower ID opens stays, so the higher one waits for it.
+                let patience = if id < self.own { HEAD_START } else { Duration::ZERO };
+                self.destinations.insert(Key::Learned(id), Destination::new(addresses, patience, now));
             }
         }
         self.start_due(now);
@@ -216,13 +220,28 @@ impl Dialer {
         self.next_connection += 1;
         let direction = if attempt.is_some() { Direction::Out } else { Direction::In };
         let key = attempt.and_then(|attempt| self.attempts.remove(&attempt));
-        if let Some(destination) = key.and_then(|key| self.destinations.get_mut(&key)) {
-            destination.handle_established(peer.id, now);
+        match key {
+            Some(Key::Learned(wanted)) if wanted != peer.id => {
+                let why = format!(
+                    "the address that node {wanted} tells leads to node {} ({})",
+                    peer.id, peer.nickname
+                );
+                if let Some(destination) = self.destinations.get_mut(&Key::Learned(wanted)) {
+                    destination.handle_failed(why, false, now, &mut self.rng);
+                }
+            }
+            Some(key) => {
+                if let Some(destination) = self.destinations.get_mut(&key) {
+                    destination.handle_established(peer.id, now);
+                }
+            }
+            None => {}
         }
         self.refused.remove(&address.ip());
         let new = Connection {
             peer: peer.id,
             nickname: peer.nickname.clone(),
+            public_key: peer.public_key,
             incarnation: peer.incarnation,
             direction,
             address,
@@ -297,6 +316,13 @@ impl Dialer {
             self.start_due(now);
         }
         Some((lost.peer, is_last))
+    }
+
+    /// The nickname of the node that is connected under `id` with another key: two hosts have one ID. To be asked, with
+    /// [`crate::gossip::Gossip::clash`], before a newcomer is admitted.
+    pub fn clash(&self, id: NodeId, public_key: &PublicKey) -> Option<&str> {
+        let mut of_id = self.connections.values().filter(|connection| connection.peer == id);
+        of_id.find(|connection| connection.public_key != *public_key).map(|other| other.nickname.as_str())
     }
 
     /// The connection to send to a node by: the newest.

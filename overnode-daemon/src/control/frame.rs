@@ -1,8 +1,8 @@
 //! Framing of control connections.
 //!
 //! On the wire: a length (u16, big-endian) and so many bytes, which are one Noise message or, if shorter than
-//! an authentication tag, a [plaintext verdict](TOKEN_REFUSED). In the plaintext of a transport message: one byte, [`MORE`] or
-//! [`LAST`], and a part of a message of the layer above. A message without any bytes is a heartbeat.
+//! an authentication tag, a [plaintext verdict](TOKEN_REFUSED). In the plaintext of a transport message: one byte, `MORE` or
+//! `LAST`, and a part of a message of the layer above. A message without any bytes is a heartbeat.
 
 /// Longest Noise message, in bytes (Noise specification section 3).
 pub const MAX_FRAME: usize = 65535;
@@ -38,6 +38,9 @@ pub enum BadFrame {
     EmptyPart,
 }
 
+/// Least room for one read. An idle connection holds no more than this.
+const READ_AHEAD: usize = 4096;
+
 /// Cuts received bytes into frames.
 #[derive(Debug, Default)]
 pub struct Cutter {
@@ -52,6 +55,10 @@ impl Cutter {
             self.buffer.drain(..self.start);
             self.start = 0;
         }
+        if self.buffer.is_empty() {
+            self.buffer.shrink_to(READ_AHEAD);
+        }
+        self.buffer.reserve(READ_AHEAD);
         &mut self.buffer
     }
 

@@ -94,7 +94,7 @@ pub enum Refusal {
     #[error("the other side closed the connection")]
     Closed,
     /// Not the protocol of overnode.
-    #[error("what answers there is no overnode node of this protocol ({0}); check the address and the port")]
+    #[error("the other end is no overnode node ({0}); check the address and the port")]
     Garbage(&'static str),
     /// A frame that breaks the protocol's rules.
     #[error("the other side broke the protocol ({0}); check that both hosts run the same overnode")]

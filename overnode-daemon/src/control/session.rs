@@ -10,7 +10,7 @@
 //!   Verdict                                  ->
 //! ```
 //! The first greeting is encrypted under the token, and the second goes to somebody who has proven to have it: without
-//! the token a stranger learns the responder's public key and nothing else. Both sides tell each other their
+//! the token a stranger at either end learns the node's public key and nothing else. Both sides tell each other their
 //! verdict, so that both can tell people.
 
 use std::sync::Arc;
@@ -34,6 +34,7 @@ pub const READ_LIMIT: Duration = Duration::from_secs(15);
 /// A message that the other side does not take within this time ends the connection.
 pub const WRITE_LIMIT: Duration = Duration::from_secs(15);
 
+const LINGER: Duration = Duration::from_secs(1);
 /// The Noise protocol, as `status` names it.
 pub const PATTERN: &str = "Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s";
 const PROLOGUE: &[u8] = b"overnode control v1";
@@ -337,7 +338,9 @@ async fn finish<S: AsyncRead + AsyncWrite>(
     mut reader: Reader<S>,
     writer: Writer<S>,
 ) -> Result<Link<S>, Refusal> {
-    let verdict = reader.receive_any(Instant::now() + HANDSHAKE_LIMIT).await;
+    // A side that refuses listens on only so that closing does not destroy its own words on their way.
+    let patience = if checked.is_ok() { HANDSHAKE_LIMIT } else { LINGER };
+    let verdict = reader.receive_any(Instant::now() + patience).await;
     let outcome = match (peer, checked, verdict) {
         (Err(refusal), _, _) | (Ok(_), Err(refusal), _) | (Ok(_), Ok(()), Err(refusal)) => Err(refusal),
         (Ok(peer), Ok(()), Ok(verdict)) => {

@@ -45,11 +45,18 @@ pub struct Attached {
     pub host_interface: String,
     /// The container's network namespace.
     pub netns: NetnsId,
+    /// MTU of both ends, bytes.
+    pub mtu: u32,
 }
 
-/// A new name for a host's end. Names do not repeat but by chance, 1 in 2^32.
-pub fn host_interface(rng: &mut impl rand::Rng) -> String {
-    format!("ov{:08x}", rng.random::<u32>())
+/// The name of the host's end for an address: the same each time, and no two for one network.
+pub fn host_interface(address: IpAddr) -> String {
+    let id = match address {
+        IpAddr::V4(v4) => u32::from(v4),
+        // The host part of an overlay prefix differs in its low bits.
+        IpAddr::V6(v6) => v6.to_bits() as u32,
+    };
+    format!("ov{id:08x}")
 }
 
 /// True for names that [`host_interface`] gives.
@@ -116,7 +123,14 @@ impl Datapath {
         self.routes.set_local(IpNet::from(address), host.index);
         self.sync_routes()?;
         self.netlink.set_up(host.index).await?;
-        Ok(Attached { ifindex: host.index, mac, gateway_mac, host_interface: host_interface.clone(), netns })
+        Ok(Attached {
+            ifindex: host.index,
+            mac,
+            gateway_mac,
+            host_interface: host_interface.clone(),
+            netns,
+            mtu,
+        })
     }
 
     /// Unplugs a container: its interfaces, routes and programs. One that is gone already is no error.
@@ -198,14 +212,14 @@ pub(super) fn detach_all(link: &Link, pins: &super::bpffs::Pins) -> Vec<anyhow::
 
 #[cfg(test)]
 mod tests {
-    use rand::SeedableRng as _;
-
     use super::*;
 
     #[test]
     fn names_of_host_ends() {
-        let name = host_interface(&mut rand::rngs::StdRng::seed_from_u64(1));
-        assert!(is_host_interface(&name), "{name}");
+        let name = host_interface("10.40.0.1".parse().unwrap());
+        assert_eq!(name, "ov0a280001");
+        assert!(is_host_interface(&name));
+        assert!(is_host_interface(&host_interface("fd00::1".parse().unwrap())));
         for other in ["ov", "ovn0", "ov1234567", "ov123456789", "ov1234567G", "eth0", "ov1234567A"] {
             assert!(!is_host_interface(other), "{other}");
         }

@@ -356,13 +356,17 @@ fields!(Peer {
 impl Cell<'_, Peer> {
     /// Sets the underlay addresses. A message sealed in between may go to a mixture: it is lost, not leaked.
     pub(super) fn set_path(self, remote: IpAddr, port: u16, local: Option<IpAddr>, ifindex: u32) {
-        let local = local.map_or(Address::default(), to_map);
-        // SAFETY: both fields lie in a live value; bytes have no alignment.
-        unsafe {
-            store_bytes(&raw mut (*self.pointer.as_ptr()).remote, to_map(remote));
-            store_bytes(&raw mut (*self.pointer.as_ptr()).local, local);
-        }
+        // SAFETY: the field lies in a live value; bytes have no alignment.
+        unsafe { store_bytes(&raw mut (*self.pointer.as_ptr()).remote, to_map(remote)) };
         self.remote_port_be().store(port.to_be(), Ordering::Relaxed);
+        self.set_source(local, ifindex);
+    }
+
+    /// Sets the near end only: the far end follows what the program hears.
+    pub(super) fn set_source(self, local: Option<IpAddr>, ifindex: u32) {
+        let local = local.map_or(Address::default(), to_map);
+        // SAFETY: the field lies in a live value; bytes have no alignment.
+        unsafe { store_bytes(&raw mut (*self.pointer.as_ptr()).local, local) };
         self.ifindex().store(ifindex, Ordering::Release);
     }
 }

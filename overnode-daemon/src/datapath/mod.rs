@@ -37,7 +37,7 @@ pub use self::endpoint::{Attached, Attachment, CONTAINER_INTERFACE, host_interfa
 pub use self::netns::{NetnsId, NetnsRef};
 pub use self::programs::Hook;
 pub use self::reconcile::{KnownEndpoint, Lost};
-pub use self::session::{PeerState, REJECT_AFTER, SessionInstall, SessionState};
+pub use self::session::{PeerState, SessionState};
 pub use self::underlay::{UnderlayInterface, UnderlayStatus};
 pub use self::watch::LinkEvent;
 
@@ -160,6 +160,11 @@ impl Datapath {
         self.sync_routes()
     }
 
+    /// Whether a host interface is there and has its program.
+    pub fn has_endpoint(&self, host_interface: &str) -> bool {
+        self.endpoints.contains_key(host_interface)
+    }
+
     /// The prefixes that a peer owns.
     pub fn routes(&self, peer: PeerIndex) -> Vec<IpNet> {
         self.routes.owned_by(peer).collect()
@@ -180,6 +185,11 @@ impl Datapath {
     /// The map cannot be read.
     pub fn counters(&self) -> Result<BTreeMap<&'static str, u64>> {
         self.maps.counters()
+    }
+
+    /// True if a container is plugged in by this host end.
+    pub fn is_attached(&self, host_interface: &str) -> bool {
+        self.endpoints.contains_key(host_interface)
     }
 
     /// The node's name among pinned objects and in the aliases of its interfaces.
@@ -246,16 +256,22 @@ impl Datapath {
     }
 }
 
-/// Maps of another layout are of no use: made anew if nothing uses them, else an error.
+/// Maps of another layout are of no use: made anew if no container uses them, else an error.
 fn check_maps(pins: &Pins, interfaces: &[u32]) -> Result<()> {
     let mismatches = pinned_mismatches(pins);
     if mismatches.is_empty() {
         return Ok(());
     }
-    if pins.list().iter().any(|pin| interfaces.contains(&pin.ifindex())) {
+    let is_container = |pin: &Pin| match pin {
+        Pin::Link { ifindex, program } | Pin::Filter { ifindex, program } => {
+            program == FROM_CONTAINER && interfaces.contains(ifindex)
+        }
+        Pin::Qdisc { .. } => false,
+    };
+    if pins.list().iter().any(is_container) {
         bail!(
-            "the maps in use were made by another version of overnode ({}): detach the containers and run `overnode reset`, or \
-             start the version that made them",
+            "the maps in use were made by another version of overnode ({}): detach the containers and run \
+             `overnode reset`, or start the version that made them",
             mismatches.join("; ")
         );
     }

@@ -62,6 +62,11 @@ impl NetnsRef {
         Ok((file, NetnsId { device: meta.dev(), inode: meta.ino() }))
     }
 
+    /// False if the name may stand for another namespace later: process numbers are used again.
+    pub(super) fn is_lasting(&self) -> bool {
+        !self.path().starts_with("/proc")
+    }
+
     /// Its identity now.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! Loads the programs, attaches them, and replaces those of an earlier daemon without a gap.
 
+use std::fmt;
 use std::io;
 
 use anyhow::{Context as _, Result, anyhow};
@@ -40,6 +41,15 @@ pub enum Hook {
     Tcx,
     /// Filters of the clsact qdisc, on older kernels or if `OVERNODE_NO_TCX=1`.
     Clsact,
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        })
+    }
 }
 
 /// The loaded programs.

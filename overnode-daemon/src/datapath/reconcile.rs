@@ -10,8 +10,9 @@ use tracing::{info, warn};
 use super::Datapath;
 use super::bpffs::Pin;
 use super::endpoint::is_ours;
+use super::netns::NetnsRef;
 use super::normaliser::{FIRST, Normaliser, SECOND};
-use super::programs::{FROM_CONTAINER, SEAL};
+use super::programs::{FROM_CONTAINER, FROM_UNDERLAY, Hook, SEAL};
 use crate::types::from_map;
 
 /// A container that the node believes to be attached.
@@ -21,6 +22,8 @@ pub struct KnownEndpoint {
     pub host_interface: String,
     /// Its address.
     pub address: IpAddr,
+    /// Where it was attached.
+    pub netns: NetnsRef,
 }
 
 /// A container that is not attached any more.
@@ -30,8 +33,9 @@ pub struct Lost {
     pub host_interface: String,
     /// Its address.
     pub address: IpAddr,
-    /// What is wrong, for people.
-    pub why: &'static str,
+    /// True if its network namespace is still there, so that it can be attached again. Never for a process's: its number may be
+    /// another's by now.
+    pub netns_exists: bool,
 }
 
 impl Datapath {
@@ -77,7 +81,7 @@ impl Datapath {
             if let Some(address) = known_names.get(link.name.as_str()) {
                 self.routes.set_local(IpNet::from(*address), link.index);
             }
-            if !self.is_attached(FROM_CONTAINER, link.index) {
+            if self.must_attach(FROM_CONTAINER, link.index) {
                 self.programs.attach(FROM_CONTAINER, link, &self.pins)?;
             }
         }
@@ -91,6 +95,12 @@ impl Datapath {
         }
         self.clean_sessions();
         self.refresh_host().await?;
+        let underlay: Vec<u32> = self.underlay.interfaces.keys().copied().collect();
+        for link in links.iter().filter(|link| underlay.contains(&link.index)) {
+            if self.must_attach(FROM_UNDERLAY, link.index) {
+                self.programs.attach(FROM_UNDERLAY, link, &self.pins)?;
+            }
+        }
 
         Ok(known
             .iter()
@@ -98,21 +108,23 @@ impl Datapath {
             .map(|endpoint| Lost {
                 host_interface: endpoint.host_interface.clone(),
                 address: endpoint.address,
-                why: "its interface is gone: the container was stopped or restarted",
+                netns_exists: endpoint.netns.is_lasting() && endpoint.netns.id().is_ok(),
             })
             .collect())
     }
 
-    fn is_attached(&self, program: &str, ifindex: u32) -> bool {
-        self.pins.is_there(&Pin::Link { ifindex, program: program.into() })
-            || self.pins.is_there(&Pin::Filter { ifindex, program: program.into() })
+    /// A tcx link stays while it is pinned. Filters of the older kind go with a qdisc that anybody may remove: those are attached
+    /// anew each time, which replaces what is there.
+    fn must_attach(&self, program: &str, ifindex: u32) -> bool {
+        self.programs.hook() == Hook::Clsact
+            || !self.pins.is_there(&Pin::Link { ifindex, program: program.into() })
     }
 
     /// Somebody may delete the pair or turn its offloads on.
     async fn repair_normaliser(&mut self) -> Result<()> {
         let normaliser = Normaliser::ensure(&self.netlink, &self.alias, &self.node).await?;
         if normaliser.second.index != self.normaliser.second.index
-            || !self.is_attached(SEAL, normaliser.second.index)
+            || self.must_attach(SEAL, normaliser.second.index)
         {
             self.programs.attach(SEAL, &normaliser.second, &self.pins)?;
         }

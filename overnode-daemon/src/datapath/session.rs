@@ -15,29 +15,12 @@ use overnode_ebpf::replay::Window;
 use super::Datapath;
 use super::clock::Clock;
 use super::maps::{Cell, Slots};
+use crate::handshake::{REJECT_AFTER_TIME, SessionKeys};
 use crate::types::{PeerIndex, PublicKey, Secret, from_map};
 
-/// A session neither seals nor opens after this time (whitepaper section 6.1, `Reject-After-Time`).
-pub const REJECT_AFTER: Duration = Duration::from_secs(180);
-/// Programs run to their end in far less than this; until then a withdrawn slot keeps its keys.
-const QUARANTINE: Duration = Duration::from_secs(1);
-
-/// The keys of one finished handshake.
-#[derive(Clone, Debug)]
-pub struct SessionInstall {
-    /// Receiver index that the peer puts into its messages; its low bits are the slot.
-    pub local_index: u32,
-    /// Receiver index for messages to the peer.
-    pub remote_index: u32,
-    /// Seals.
-    pub tx_key: Secret,
-    /// Opens.
-    pub rx_key: Secret,
-    /// True if this node was the handshake's initiator: it may send at once.
-    pub initiator: bool,
-    /// When the handshake ended.
-    pub created: Instant,
-}
+/// Programs run to their end in far less than this; until then a withdrawn slot keeps its keys. Half of the second after which
+/// the handshakes use a slot again.
+const QUARANTINE: Duration = Duration::from_millis(500);
 
 /// A peer as the maps hold it.
 #[derive(Clone, Debug)]
@@ -136,13 +119,14 @@ impl Datapath {
         Ok(peers)
     }
 
-    /// Configures a peer: finds the way to `endpoint` and watches the interface that leads there. Without an endpoint the present
+    /// Configures a peer: finds the way to `endpoint` and takes messages on the interface that leads there. Without an endpoint the present
     /// one stays. A peer that has another key now loses its sessions first.
     ///
     /// No route to the endpoint is no error: [`Datapath::refresh`] tries again.
     ///
     /// # Errors
-    /// The index is out of range; the interface cannot be watched.
+    /// The index is out of range; netlink or a map refuses. An interface that cannot be used is told in
+    /// [`Datapath::underlay`] instead.
     pub async fn set_peer(
         &mut self,
         peer: PeerIndex,
@@ -180,14 +164,14 @@ impl Datapath {
     /// Puts a session into its slot and lets it be used.
     ///
     /// # Errors
-    /// The peer is not configured; the slot is in use, or was withdrawn less than a second ago.
-    pub fn install_session(&mut self, peer: PeerIndex, keys: &SessionInstall) -> Result<()> {
+    /// The peer is not configured; the slot is in use, or was withdrawn a moment ago.
+    pub fn install_session(&mut self, peer: PeerIndex, keys: &SessionKeys) -> Result<()> {
         let slot = slot_of(keys.local_index)?;
         let (to, session) = (self.peer_cell(peer)?, self.session_cell(slot)?);
         ensure!(to.present().load(Ordering::Acquire) != 0, "peer {peer} is not configured");
         ensure!(
             session.state().load(Ordering::Acquire) == SESSION_FREE && session.is_wiped(),
-            "session slot {slot} is in use, or was withdrawn less than a second ago"
+            "session slot {slot} is in use, or was withdrawn a moment ago"
         );
         let created_ns = Clock::now().boot_ns(keys.created);
         let mut value = Session {
@@ -198,7 +182,7 @@ impl Datapath {
             tx_key: words(&keys.tx_key),
             rx_key: words(&keys.rx_key),
             created_ns,
-            expires_ns: created_ns.saturating_add(REJECT_AFTER.as_nanos() as u64),
+            expires_ns: created_ns.saturating_add(REJECT_AFTER_TIME.as_nanos() as u64),
             initiator: keys.initiator.into(),
             tx_counter: 0,
             window: Window::new(),
@@ -215,7 +199,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// Takes a session away. Its keys are wiped a second later, when no program uses them any more. One that is gone is no error.
+    /// Takes a session away. Its keys are wiped half a second later, when no program uses them any more. One that is gone is no error.
     ///
     /// # Errors
     /// The index cannot be one of a slot.

@@ -5,13 +5,15 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use overnode_ebpf::map::LOCAL_ADDRESS_SLOTS;
 use overnode_ebpf::wire::{OVERHEAD_IPV4, OVERHEAD_IPV6, TAG_LEN};
 use serde::Serialize;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::Datapath;
+use super::bpffs::Pin;
 use super::links::Link;
-use super::programs::{FROM_UNDERLAY, Hook};
+use super::programs::{FROM_UNDERLAY, FROM_UNDERLAY_XDP, Hook};
 use crate::types::{PeerIndex, from_map};
 
 /// Least MTU that IPv6 links have (RFC 8200 section 5). Containers get no less.
@@ -28,8 +30,10 @@ pub struct UnderlayStatus {
     pub hook: Hook,
     /// MTU of containers attached from now on, bytes.
     pub container_mtu: u32,
-    /// The host's addresses.
+    /// The host's addresses that others can reach.
     pub addresses: Vec<IpAddr>,
+    /// What is wrong with it, for people.
+    pub problems: Vec<String>,
 }
 
 /// An interface on which messages are taken.
@@ -50,6 +54,8 @@ pub struct UnderlayInterface {
 pub(super) struct Underlay {
     pub(super) interfaces: BTreeMap<u32, UnderlayInterface>,
     pub(super) addresses: BTreeSet<IpAddr>,
+    /// Interfaces that lead to peers but cannot be used, and why.
+    problems: BTreeMap<u32, String>,
     /// MTU of `--interface`, else of the default route's interface.
     pub(super) main_mtu: Option<u32>,
 }
@@ -61,7 +67,8 @@ impl Datapath {
             interfaces: self.underlay.interfaces.values().cloned().collect(),
             hook: self.programs.hook(),
             container_mtu: self.container_mtu(),
-            addresses: self.underlay.addresses.iter().copied().collect(),
+            addresses: self.underlay.addresses.iter().copied().filter(is_reachable).collect(),
+            problems: self.underlay.problems.values().cloned().collect(),
         }
     }
 
@@ -103,8 +110,11 @@ impl Datapath {
             link.name
         );
         self.programs.attach(FROM_UNDERLAY, link, &self.pins)?;
+        let xdp = Pin::Link { ifindex: link.index, program: FROM_UNDERLAY_XDP.into() };
         if self.xdp && !link.is_loopback {
             self.programs.attach_xdp(link, &self.pins)?;
+        } else {
+            self.pins.remove(&xdp).context("the XDP program of an earlier launch cannot be removed")?;
         }
         info!(interface = link.name, "taking messages");
         let known = UnderlayInterface {
@@ -115,6 +125,19 @@ impl Datapath {
         };
         self.underlay.interfaces.insert(link.index, known);
         Ok(())
+    }
+
+    /// An interface that cannot be used must not keep the other peers from being configured.
+    async fn try_underlay(&mut self, ifindex: u32) {
+        let Err(error) = self.ensure_underlay(ifindex).await else {
+            self.underlay.problems.remove(&ifindex);
+            return;
+        };
+        let problem = format!("{error:#}");
+        if self.underlay.problems.get(&ifindex) != Some(&problem) {
+            warn!("{problem}");
+            self.underlay.problems.insert(ifindex, problem);
+        }
     }
 
     /// Follows changes of the host's addresses, routes and interfaces: call it after [`super::LinkEvent::AddressesChanged`] and
@@ -134,12 +157,22 @@ impl Datapath {
 
     /// Addresses and interfaces, without the peers.
     pub(super) async fn refresh_host(&mut self) -> Result<()> {
-        let addresses: BTreeSet<IpAddr> =
-            self.netlink.addresses().await?.into_iter().map(|(address, _)| address).collect();
+        // A host with more addresses than the map holds (a load balancer's, say) must still start: the lowest ones count.
+        let addresses: BTreeSet<IpAddr> = self
+            .netlink
+            .addresses()
+            .await?
+            .into_iter()
+            .map(|(address, _)| address)
+            .filter(|address| !address.is_loopback())
+            .take(LOCAL_ADDRESS_SLOTS as usize)
+            .collect();
         self.maps.set_local_addresses(&addresses.iter().copied().collect::<Vec<_>>())?;
         self.underlay.addresses = addresses;
         let links = self.netlink.links().await?;
-        self.underlay.interfaces.retain(|ifindex, _| links.iter().any(|link| link.index == *ifindex));
+        let is_there = |ifindex: &u32| links.iter().any(|link| link.index == *ifindex);
+        self.underlay.interfaces.retain(|ifindex, _| is_there(ifindex));
+        self.underlay.problems.retain(|ifindex, _| is_there(ifindex));
         for link in &links {
             if let Some(known) = self.underlay.interfaces.get_mut(&link.index) {
                 known.mtu = link.mtu;
@@ -172,25 +205,41 @@ impl Datapath {
             None => None,
         };
         let route = self.netlink.route(endpoint.ip(), only).await?;
+        let present = self.peer_cell(peer)?.read();
         let Some(route) = route else {
             debug!(%peer, "there is no route to the peer's endpoint");
-            self.peer_cell(peer)?.set_path(endpoint.ip(), endpoint.port(), None, 0);
+            let cell = self.peer_cell(peer)?;
+            if moved {
+                cell.set_path(endpoint.ip(), endpoint.port(), None, 0);
+            } else {
+                cell.set_source(None, 0);
+            }
             return Ok(());
         };
-        self.ensure_underlay(route.ifindex).await?;
+        self.try_underlay(route.ifindex).await;
         let link_mtu =
             self.underlay.interfaces.get(&route.ifindex).map_or(USUAL_MTU, |interface| interface.mtu);
         let path_mtu = route.mtu.filter(|mtu| *mtu != 0).map_or(link_mtu, |mtu| mtu.min(link_mtu));
         let mtu = largest_inner(path_mtu, endpoint.is_ipv6()).min(self.container_mtu());
         let cell = self.peer_cell(peer)?;
-        let present = cell.read();
-        let local = from_map(present.local);
-        if moved || present.ifindex != route.ifindex || !self.underlay.addresses.contains(&local) {
+        if moved {
             cell.set_path(endpoint.ip(), endpoint.port(), route.source, route.ifindex);
+        } else if present.ifindex != route.ifindex
+            || !self.underlay.addresses.contains(&from_map(present.local))
+        {
+            cell.set_source(route.source, route.ifindex);
         }
         cell.mtu().store(mtu, Ordering::Relaxed);
         Ok(())
     }
+}
+
+fn is_reachable(address: &IpAddr) -> bool {
+    let is_link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !is_link_local
 }
 
 /// Largest inner packet (from its IP header on) for outer packets of `path_mtu` bytes. Padding never exceeds it, so nothing is

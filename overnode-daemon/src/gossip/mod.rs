@@ -38,6 +38,9 @@ use crate::types::{NodeId, PublicKey};
 pub const COMPARE_INTERVAL: Duration = Duration::from_secs(30);
 /// News wait this long for more, so that a burst of changes travels as one.
 pub const COLLECT: Duration = Duration::from_millis(50);
+/// A node publishes changes of itself no more often than every so much per neighbour: at a cold start of a thousand nodes, each
+/// gains links for seconds, and tells all others of each.
+pub const PACE: Duration = Duration::from_millis(2);
 /// A contested own record is answered no more often than this.
 pub const DEFEND_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -51,7 +54,8 @@ pub enum Action {
         /// What to send.
         message: Message,
     },
-    /// There is a newer record of a node that is part of the cluster.
+    /// There is a newer record of a node that is part of the cluster. By the time this is polled there may be one newer still, even a
+    /// tombstone, which has an action of its own.
     Changed(NodeId),
     /// A node has left the cluster for good.
     Removed(NodeId),
@@ -76,8 +80,9 @@ pub struct Gossip {
     neighbours: BTreeSet<NodeId>,
     /// Records to pass on, with the neighbours that are known to have them.
     news: BTreeMap<NodeId, BTreeSet<NodeId>>,
-    /// True if the draft differs from what was last published.
-    own_changed: bool,
+    /// When to publish the draft, if it differs from what was published last.
+    publish_at: Option<Instant>,
+    published: Option<Instant>,
     /// The record that the own one must outbid.
     defence: Option<Record>,
     defended: Option<Instant>,
@@ -100,7 +105,8 @@ impl Gossip {
             records: BTreeMap::from([(own.id, own)]),
             neighbours: BTreeSet::new(),
             news: BTreeMap::new(),
-            own_changed: false,
+            publish_at: None,
+            published: None,
             defence: None,
             defended: None,
             flush_at: None,
@@ -192,9 +198,9 @@ impl Gossip {
     /// Leaves the cluster: the tombstone is ready to be sent at once, and nothing is listened to any more.
     pub fn leave(&mut self) {
         self.draft = self.draft.clone().into_tombstone();
-        self.draft.version += 1;
+        self.raise_version();
         self.put(self.draft.clone());
-        self.own_changed = false;
+        self.publish_at = None;
         self.defence = None;
         self.flush_at = None;
         for peer in std::mem::take(&mut self.neighbours) {
@@ -224,9 +230,11 @@ impl Gossip {
         if self.defence.is_some() && self.may_defend(now) {
             self.defend(now);
         }
+        if self.publish_at.is_some_and(|at| at <= now) {
+            self.publish_own(now);
+        }
         if self.flush_at.is_some_and(|at| at <= now) {
             self.flush_at = None;
-            self.publish_own();
             self.pass_on();
         }
         if self.compare_at <= now {
@@ -238,7 +246,7 @@ impl Gossip {
     /// When to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let defend_at = self.defence.as_ref().and(self.defended).map(|last| last + DEFEND_INTERVAL);
-        [self.flush_at, defend_at, Some(self.compare_at)].into_iter().flatten().min()
+        [self.publish_at, self.flush_at, defend_at, Some(self.compare_at)].into_iter().flatten().min()
     }
 
     /// The next thing to do.
@@ -332,7 +340,7 @@ impl Gossip {
         };
         self.actions.push_back(Action::Contested { public_key, nickname });
         self.defended = Some(now);
-        if incarnation > self.draft.incarnation || version >= MAX_STAMP {
+        if incarnation > self.draft.incarnation {
             self.draft.incarnation = incarnation.saturating_add(1).min(MAX_STAMP);
             self.draft.version = 0;
         } else {
@@ -341,10 +349,20 @@ impl Gossip {
         self.note_own_change(now);
     }
 
+    fn raise_version(&mut self) {
+        if self.draft.version < MAX_STAMP {
+            self.draft.version += 1;
+        } else {
+            self.draft.incarnation = self.draft.incarnation.saturating_add(1).min(MAX_STAMP);
+            self.draft.version = 1;
+        }
+    }
+
     fn note_own_change(&mut self, now: Instant) {
         if !self.draft.left {
-            self.own_changed = true;
-            self.flush_soon(now);
+            let pace = PACE * u32::try_from(self.neighbours.len()).unwrap_or(u32::MAX);
+            let earliest = self.published.map_or(now, |last| last + pace);
+            self.publish_at.get_or_insert(earliest.max(now + COLLECT));
         }
     }
 
@@ -352,12 +370,12 @@ impl Gossip {
         self.flush_at.get_or_insert(now + COLLECT);
     }
 
-    fn publish_own(&mut self) {
-        if !std::mem::take(&mut self.own_changed) {
-            return;
-        }
+    fn publish_own(&mut self, now: Instant) {
+        self.publish_at = None;
+        self.published = Some(now);
+        self.flush_at = Some(now);
         self.draft.links = self.neighbours.iter().copied().collect();
-        self.draft.version += 1;
+        self.raise_version();
         self.put(self.draft.clone());
         self.news.insert(self.own, BTreeSet::new());
     }

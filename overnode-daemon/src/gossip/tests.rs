@@ -1,1 +1,745 @@
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 
+use proptest::prelude::{any, prop, prop_assert, proptest};
+use rand::seq::IteratorRandom;
+use rand::{Rng, SeedableRng};
+
+use super::*;
+
+fn id(id: u16) -> NodeId {
+    NodeId::new(id).unwrap()
+}
+
+fn record(number: u16, incarnation: u64) -> Record {
+    Record {
+        id: id(number),
+        incarnation,
+        version: 0,
+        left: false,
+        nickname: format!("host{number}"),
+        public_key: PublicKey([number as u8; 32]),
+        addresses: vec![format!("192.0.2.{}:6783", number % 250).parse().unwrap()],
+        links: Vec::new(),
+        ranges: Vec::new(),
+        claims: Vec::new(),
+    }
+}
+
+/// N nodes, one clock, one seed. Links deliver in order with random delay, and lose what is in flight when they are cut, as
+/// TCP connections do.
+struct World {
+    now: Instant,
+    rng: StdRng,
+    nodes: BTreeMap<NodeId, Gossip>,
+    keys: BTreeMap<NodeId, PublicKey>,
+    links: BTreeMap<(NodeId, NodeId), Link>,
+    removed: BTreeMap<NodeId, BTreeSet<NodeId>>,
+    contested: BTreeSet<NodeId>,
+    messages: u64,
+    records: u64,
+    bytes: u64,
+}
+
+/// What is on its way, in one direction.
+#[derive(Default)]
+struct Link {
+    queue: VecDeque<(Instant, Vec<u8>)>,
+}
+
+impl World {
+    fn new(count: u16, seed: u64) -> Self {
+        let mut world = Self {
+            now: Instant::now(),
+            rng: StdRng::seed_from_u64(seed),
+            nodes: BTreeMap::new(),
+            keys: BTreeMap::new(),
+            links: BTreeMap::new(),
+            removed: BTreeMap::new(),
+            contested: BTreeSet::new(),
+            messages: 0,
+            records: 0,
+            bytes: 0,
+        };
+        for number in 1..=count {
+            world.start(record(number, 1));
+        }
+        world
+    }
+
+    fn start(&mut self, own: Record) {
+        let rng = StdRng::seed_from_u64(self.rng.random());
+        self.keys.insert(own.id, own.public_key);
+        self.nodes.insert(own.id, Gossip::new(own, rng, self.now));
+    }
+
+    fn node(&mut self, number: u16) -> &mut Gossip {
+        self.nodes.get_mut(&id(number)).unwrap()
+    }
+
+    fn is_linked(&self, one: NodeId, other: NodeId) -> bool {
+        self.links.contains_key(&(one, other))
+    }
+
+    fn connect(&mut self, one: NodeId, other: NodeId) {
+        if one == other || self.is_linked(one, other) {
+            return;
+        }
+        for (from, to) in [(one, other), (other, one)] {
+            self.links.insert((from, to), Link::default());
+            let now = self.now;
+            self.nodes.get_mut(&from).unwrap().handle_connected(to, now);
+        }
+        self.collect();
+    }
+
+    fn cut(&mut self, one: NodeId, other: NodeId) {
+        for (from, to) in [(one, other), (other, one)] {
+            if self.links.remove(&(from, to)).is_some()
+                && let Some(node) = self.nodes.get_mut(&from)
+            {
+                node.handle_disconnected(to, self.now);
+            }
+        }
+        self.collect();
+    }
+
+    /// The node dies without a word; its disk is gone too.
+    fn kill(&mut self, node: NodeId) {
+        self.nodes.remove(&node);
+        for other in self.nodes.keys().copied().collect::<Vec<_>>() {
+            self.cut(node, other);
+        }
+    }
+
+    fn collect(&mut self) {
+        for (from, node) in &mut self.nodes {
+            while let Some(action) = node.poll_action() {
+                match action {
+                    Action::Send { to, message } => {
+                        let bytes = message.encode();
+                        self.messages += 1;
+                        self.bytes += bytes.len() as u64;
+                        if let Message::Delta(records) = &message {
+                            self.records += records.len() as u64;
+                        }
+                        assert!(bytes.len() <= crate::control::frame::MAX_MESSAGE);
+                        if let Some(link) = self.links.get_mut(&(*from, to)) {
+                            let earliest = link.queue.back().map_or(self.now, |(at, _)| *at);
+                            let delay = Duration::from_micros(self.rng.random_range(100..200_000));
+                            link.queue.push_back((earliest.max(self.now + delay), bytes));
+                        }
+                    }
+                    Action::Changed(changed) => assert!(node.record(changed).is_some()),
+                    Action::Removed(removed) => {
+                        self.removed.entry(*from).or_default().insert(removed);
+                    }
+                    Action::Contested { .. } => {
+                        self.contested.insert(*from);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Runs to the next event, or to `end`.
+    fn step(&mut self, end: Instant) {
+        let arrivals = self.links.values().filter_map(|link| link.queue.front()).map(|(at, _)| *at);
+        let timeouts = self.nodes.values().filter_map(Gossip::poll_timeout);
+        let next = arrivals.chain(timeouts).min().unwrap_or(end).min(end);
+        self.now = self.now.max(next);
+        for ((from, to), link) in &mut self.links {
+            while link.queue.front().is_some_and(|(at, _)| *at <= self.now) {
+                let (_, bytes) = link.queue.pop_front().unwrap();
+                self.nodes.get_mut(to).unwrap().handle_message(*from, &bytes, self.now).unwrap();
+            }
+        }
+        for node in self.nodes.values_mut() {
+            if node.poll_timeout().is_some_and(|at| at <= self.now) {
+                node.handle_timeout(self.now);
+            }
+        }
+        self.collect();
+    }
+
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.step(end);
+        }
+    }
+
+    /// Each node's component by the links as they are.
+    fn component(&self, start: NodeId) -> BTreeSet<NodeId> {
+        let (mut seen, mut queue) = (BTreeSet::from([start]), vec![start]);
+        while let Some(node) = queue.pop() {
+            for other in self.nodes.keys() {
+                if self.is_linked(node, *other) && seen.insert(*other) {
+                    queue.push(*other);
+                }
+            }
+        }
+        seen
+    }
+
+    /// Everyone knows the newest word of everyone in its component, and who is in it.
+    fn converged(&self) -> Result<(), String> {
+        for (own, gossip) in &self.nodes {
+            let component = self.component(*own);
+            for other in &component {
+                let truth = self.nodes[other].own();
+                if gossip.record(*other) != Some(truth) {
+                    return Err(format!(
+                        "{own} knows {:?} of {other}, which is {truth:?}",
+                        gossip.record(*other)
+                    ));
+                }
+                if truth.public_key != self.keys[other] {
+                    return Err(format!("{other} has lost its key"));
+                }
+            }
+            let mut reached: BTreeSet<_> = gossip.paths().into_keys().collect();
+            reached.insert(*own);
+            if reached != component {
+                return Err(format!("{own} reaches {reached:?}, but {component:?} are there"));
+            }
+        }
+        Ok(())
+    }
+
+    fn assert_converges_within(&mut self, limit: Duration, seed: u64) {
+        let end = self.now + limit;
+        let mut last = Err("not tried".into());
+        while self.now < end {
+            self.run(Duration::from_millis(100));
+            last = self.converged();
+            if last.is_ok() {
+                return;
+            }
+        }
+        panic!("seed {seed}: not converged after {limit:?}: {}", last.unwrap_err());
+    }
+
+    fn chain(&mut self, count: u16) {
+        for number in 1..count {
+            self.connect(id(number), id(number + 1));
+        }
+    }
+
+    fn mesh(&mut self) {
+        let all: Vec<_> = self.nodes.keys().copied().collect();
+        for one in &all {
+            for other in all.iter().filter(|other| *other > one) {
+                self.connect(*one, *other);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_chain_learns_everything_from_end_to_end() {
+    let mut world = World::new(8, 1);
+    world.chain(8);
+    world.assert_converges_within(Duration::from_secs(5), 1);
+    assert_eq!(world.node(1).paths()[&id(8)], Path { via: id(2), hops: 7 });
+    let claim: IpAddr = "10.32.0.7".parse().unwrap();
+    let now = world.now;
+    world.node(8).update_own(|own| own.claims.push(claim), now);
+    world.run(Duration::from_secs(2));
+    assert_eq!(world.node(1).record(id(8)).unwrap().claims, [claim]);
+}
+
+#[test]
+fn in_a_mesh_nobody_passes_on_anything() {
+    let mut world = World::new(20, 2);
+    world.mesh();
+    world.assert_converges_within(Duration::from_secs(5), 2);
+    world.run(Duration::from_secs(5));
+    let (records, now) = (world.records, world.now);
+    world.node(7).update_own(|own| own.nickname = "changed".into(), now);
+    world.run(Duration::from_millis(900));
+    assert_eq!(world.node(20).record(id(7)).unwrap().nickname, "changed");
+    assert_eq!(world.records - records, 19);
+}
+
+#[test]
+fn a_node_that_gains_many_links_does_not_tell_of_each() {
+    let mut now = Instant::now();
+    let mut gossip = Gossip::new(record(1, 1), StdRng::seed_from_u64(1), now);
+    let mut told = 0;
+    let mut versions = BTreeSet::new();
+    for number in 2..1002 {
+        gossip.handle_connected(id(number), now);
+        now += Duration::from_millis(5);
+        gossip.handle_timeout(now);
+        told += std::iter::from_fn(|| gossip.poll_action())
+            .filter(|action| matches!(action, Action::Send { message: Message::Delta(_), .. }))
+            .count();
+        versions.insert(gossip.own().version);
+    }
+    assert!(told < 6000, "{told} records sent, where each of every link would be 500,000");
+    assert!(versions.len() < 20, "{} versions", versions.len());
+    // A single change later is told at once.
+    now += Duration::from_secs(10);
+    gossip.handle_timeout(now);
+    now += Duration::from_secs(10);
+    gossip.update_own(|own| own.nickname = "changed".into(), now);
+    assert_eq!(gossip.poll_timeout(), Some(now + COLLECT));
+}
+
+#[test]
+fn an_idle_mesh_costs_each_node_little() {
+    let mut world = World::new(30, 3);
+    world.mesh();
+    world.run(Duration::from_secs(60));
+    let (messages, bytes) = (world.messages, world.bytes);
+    world.run(Duration::from_secs(600));
+    let per_node_and_minute = (world.bytes - bytes) as f64 / 30.0 / 10.0;
+    assert!((world.messages - messages) <= 30 * 28, "{}", world.messages - messages);
+    assert!(per_node_and_minute < 60.0, "{per_node_and_minute} bytes");
+}
+
+#[test]
+fn what_was_lost_in_flight_is_found_by_comparing() {
+    let mut world = World::new(3, 4);
+    world.mesh();
+    world.assert_converges_within(Duration::from_secs(5), 4);
+    let now = world.now;
+    world.node(1).update_own(|own| own.nickname = "new".into(), now);
+    world.run(COLLECT);
+    for link in world.links.values_mut() {
+        link.queue.clear();
+    }
+    world.run(Duration::from_millis(500));
+    assert!(world.converged().is_err(), "the loss was real");
+    world.assert_converges_within(COMPARE_INTERVAL * 2, 4);
+}
+
+/// 4 leaves it to 2 to tell 3 what 1 says; the link between 2 and 3 dies with the news in flight.
+#[test]
+fn news_lost_with_a_link_come_by_another_way_at_once() {
+    let mut lost = 0;
+    for seed in 0..40 {
+        let mut world = World::new(4, seed);
+        for (one, other) in [(1, 2), (2, 3), (2, 4), (4, 3)] {
+            world.connect(id(one), id(other));
+        }
+        world.assert_converges_within(Duration::from_secs(5), seed);
+        let now = world.now;
+        world.node(1).update_own(|own| own.nickname = "news".into(), now);
+        let knows = |world: &mut World, number| world.node(number).record(id(1)).unwrap().nickname == "news";
+        while !knows(&mut world, 4) && !knows(&mut world, 3) {
+            world.step(now + Duration::from_secs(5));
+        }
+        if knows(&mut world, 3) {
+            continue;
+        }
+        // What 4 decides not to pass on is decided by now.
+        world.run(COLLECT);
+        lost += u16::from(!knows(&mut world, 3));
+        world.cut(id(2), id(3));
+        world.run(Duration::from_millis(1500));
+        assert!(knows(&mut world, 3), "seed {seed}");
+    }
+    assert!(lost > 5, "{lost} seeds lost the news");
+}
+
+#[test]
+fn a_node_that_leaves_is_removed_everywhere_and_stays_so() {
+    let mut world = World::new(5, 5);
+    world.chain(5);
+    world.assert_converges_within(Duration::from_secs(5), 5);
+    // Node 5 is away while node 1 leaves, and knows it as living.
+    world.cut(id(4), id(5));
+    world.run(Duration::from_secs(1));
+    world.node(1).leave();
+    world.collect();
+    world.run(Duration::from_secs(1));
+    world.kill(id(1));
+    world.run(Duration::from_secs(2));
+    for number in 2..=4 {
+        assert!(world.removed[&id(number)].contains(&id(1)));
+        assert!(world.node(number).record(id(1)).unwrap().left);
+        assert!(world.node(number).record(id(1)).unwrap().addresses.is_empty());
+    }
+    world.connect(id(4), id(5));
+    world.assert_converges_within(Duration::from_secs(3), 5);
+    assert!(world.removed[&id(5)].contains(&id(1)));
+    assert!(!world.node(2).paths().contains_key(&id(1)));
+    // It is launched again, as something new.
+    let mut relaunched = record(1, 2);
+    relaunched.public_key = PublicKey([99; 32]);
+    world.start(relaunched);
+    world.connect(id(1), id(3));
+    world.assert_converges_within(Duration::from_secs(3), 5);
+    assert!(world.contested.is_empty());
+}
+
+#[test]
+fn a_relaunch_whose_clock_went_back_still_wins() {
+    let mut world = World::new(3, 6);
+    world.chain(3);
+    world.assert_converges_within(Duration::from_secs(5), 6);
+    world.node(3).leave();
+    world.collect();
+    world.run(Duration::from_secs(1));
+    world.kill(id(3));
+    let mut relaunched = record(3, 0);
+    relaunched.public_key = PublicKey([98; 32]);
+    world.start(relaunched);
+    world.connect(id(2), id(3));
+    world.assert_converges_within(Duration::from_secs(5), 6);
+    assert!(!world.node(1).record(id(3)).unwrap().left);
+    assert!(world.contested.contains(&id(3)));
+}
+
+#[test]
+fn a_clash_is_seen_by_who_knows_the_first() {
+    let mut world = World::new(3, 7);
+    world.chain(3);
+    world.assert_converges_within(Duration::from_secs(5), 7);
+    let stranger = PublicKey([77; 32]);
+    assert_eq!(world.node(1).clash(id(3), &stranger), Some("host3"));
+    assert_eq!(world.node(1).clash(id(3), &PublicKey([3; 32])), None, "itself");
+    assert_eq!(world.node(1).clash(id(1), &stranger), Some("host1"));
+    assert_eq!(world.node(1).clash(id(9), &stranger), None, "unknown");
+    world.cut(id(2), id(3));
+    world.run(Duration::from_secs(1));
+    assert_eq!(world.node(1).clash(id(3), &stranger), None, "gone: it may have been made anew");
+}
+
+/// What a holder of the token may say of others, in bytes of the wire.
+fn lies(victim: &Record, rng: &mut StdRng) -> Vec<u8> {
+    let mut lie = victim.clone();
+    match rng.random_range(0..6) {
+        0 => lie.version += rng.random_range(1..100),
+        1 => lie.incarnation += rng.random_range(1..1 << 40),
+        2 => {
+            lie.version += 1;
+            lie.public_key = PublicKey([66; 32]);
+            lie.ranges = vec!["10.40.0.0/13".parse().unwrap()];
+        }
+        3 => {
+            lie.version += 1;
+            lie = lie.into_tombstone();
+        }
+        4 => lie.nickname = "no new version".into(),
+        _ => {
+            lie.version = MAX_STAMP;
+            lie.links.clear();
+        }
+    }
+    if lie.left {
+        lie = lie.into_tombstone();
+    }
+    lie.version = lie.version.min(MAX_STAMP);
+    lie.incarnation = lie.incarnation.min(MAX_STAMP);
+    Message::Delta(vec![lie]).encode()
+}
+
+#[test]
+fn lies_are_healed() {
+    for seed in 0..60 {
+        let mut world = World::new(7, seed);
+        world.chain(7);
+        world.connect(id(1), id(7));
+        world.assert_converges_within(Duration::from_secs(10), seed);
+        for _ in 0..15 {
+            let (from, to) = *world.links.keys().choose(&mut world.rng).unwrap();
+            let victim = (1..=7).map(id).filter(|node| *node != from).choose(&mut world.rng).unwrap();
+            let truth = world.nodes[&from].record(victim).unwrap().clone();
+            let lie = lies(&truth, &mut world.rng);
+            let now = world.now;
+            world.nodes.get_mut(&to).unwrap().handle_message(from, &lie, now).unwrap();
+            world.collect();
+            let pause = Duration::from_millis(world.rng.random_range(0..800));
+            world.run(pause);
+        }
+        world.assert_converges_within(COMPARE_INTERVAL * 8, seed);
+    }
+}
+
+#[test]
+fn a_stream_of_lies_is_answered_once_a_second() {
+    let mut world = World::new(2, 8);
+    world.chain(2);
+    world.assert_converges_within(Duration::from_secs(5), 8);
+    let records = world.records;
+    for _ in 0..1000 {
+        let mut lie = world.node(2).own().clone();
+        lie.version += 5;
+        let now = world.now;
+        world.node(2).handle_message(id(1), &Message::Delta(vec![lie]).encode(), now).unwrap();
+        world.collect();
+        world.run(Duration::from_millis(10));
+    }
+    let answers = world.records - records;
+    assert!((8..=12).contains(&answers), "{answers} answers in 10 s");
+}
+
+/// Two living hosts have one ID, and neither gives in: both are told, at a bounded rate.
+#[test]
+fn two_hosts_with_one_id_are_told_of_each_other() {
+    let mut now = Instant::now();
+    let mut other = record(7, 5);
+    other.public_key = PublicKey([0xee; 32]);
+    let mut hosts = [record(7, 1), other].map(|own| Gossip::new(own, StdRng::seed_from_u64(1), now));
+    for host in &mut hosts {
+        host.handle_connected(id(1), now);
+    }
+    let (mut told, mut messages) = ([0, 0], 0);
+    for _ in 0..1000 {
+        now += Duration::from_millis(10);
+        for (from, to) in [(0, 1), (1, 0)] {
+            hosts[from].handle_timeout(now);
+            while let Some(action) = hosts[from].poll_action() {
+                match action {
+                    Action::Send { message, .. } => {
+                        messages += 1;
+                        hosts[to].handle_message(id(1), &message.encode(), now).unwrap();
+                    }
+                    Action::Contested { public_key, .. } => {
+                        told[from] += 1;
+                        assert_ne!(public_key, hosts[from].own().public_key);
+                    }
+                    Action::Changed(_) | Action::Removed(_) => {}
+                }
+            }
+        }
+    }
+    assert!(told.iter().all(|times| (3..=11).contains(times)), "{told:?} in 10 s");
+    assert!(messages < 60, "{messages} in 10 s");
+}
+
+/// The test that counts: everything at random.
+fn storm(seed: u64, count: u16, steps: usize) {
+    let mut world = World::new(count, seed);
+    world.chain(count);
+    let mut incarnation = 1;
+    for _ in 0..steps {
+        let all: Vec<_> = world.nodes.keys().copied().collect();
+        let one = *all.iter().choose(&mut world.rng).unwrap();
+        let other = *all.iter().choose(&mut world.rng).unwrap();
+        match world.rng.random_range(0..12) {
+            0..=4 => world.connect(one, other),
+            5..=7 => world.cut(one, other),
+            8 | 9 => {
+                let now = world.now;
+                let value: u32 = world.rng.random();
+                world
+                    .nodes
+                    .get_mut(&one)
+                    .unwrap()
+                    .update_own(|own| own.nickname = format!("host{value}"), now);
+            }
+            10 => {
+                // Restarted with its disk: the same key, the next incarnation, what it knew.
+                incarnation += 1;
+                let known: Vec<_> = world.nodes[&one].records().cloned().collect();
+                world.kill(one);
+                let own = known.iter().find(|record| record.id == one).unwrap().clone();
+                world.start(Record { incarnation: own.incarnation + 1, version: 0, ..own });
+                world.nodes.get_mut(&one).unwrap().restore(known);
+            }
+            _ => {
+                // Reset, heard by whoever is near, and launched again.
+                incarnation += 1;
+                world.nodes.get_mut(&one).unwrap().leave();
+                world.collect();
+                world.run(Duration::from_millis(250));
+                world.kill(one);
+                let mut relaunched = record(one.get(), 1000 * incarnation);
+                relaunched.public_key = PublicKey([incarnation as u8; 32]);
+                world.start(relaunched);
+            }
+        }
+        let pause = Duration::from_millis(world.rng.random_range(0..400));
+        world.run(pause);
+    }
+    // Whatever the topology is now, it holds.
+    world.assert_converges_within(COMPARE_INTERVAL * 8, seed);
+    world.chain(count);
+    world.assert_converges_within(Duration::from_secs(10), seed);
+}
+
+#[test]
+fn whatever_happens_all_who_are_connected_agree() {
+    for seed in 0..150 {
+        storm(seed, 9, 60);
+    }
+}
+
+#[test]
+fn fifty_nodes_agree_too() {
+    for seed in 0..3 {
+        storm(seed, 50, 80);
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_world() {
+    let run = |seed| {
+        let mut world = World::new(9, seed);
+        world.chain(9);
+        world.run(Duration::from_secs(100));
+        (world.messages, world.bytes, world.records)
+    };
+    assert_eq!(run(1), run(1));
+    assert_ne!(run(1), run(2));
+}
+
+#[test]
+fn own_words_are_brought_within_bounds() {
+    let mut own = record(1, 1);
+    own.nickname = format!("\u{1b}[31m{}", "é".repeat(100));
+    own.claims = (0..5000_u32).map(|n| std::net::Ipv4Addr::from_bits(n).into()).collect();
+    own.links = vec![id(1), id(1)];
+    let gossip = Gossip::new(own, StdRng::seed_from_u64(1), Instant::now());
+    assert_eq!(gossip.own().check(), Ok(()));
+    assert_eq!(gossip.own().nickname, format!("[31m{}", "é".repeat(30)));
+    assert_eq!(gossip.own().claims.len(), MAX_CLAIMS);
+}
+
+#[test]
+fn messages_beyond_bounds_are_refused_whole() {
+    let refused = |message: Message| Message::decode(&message.encode()).unwrap_err();
+    let delta = |change: fn(&mut Record)| {
+        let mut bad = record(2, 1);
+        change(&mut bad);
+        refused(Message::Delta(vec![record(1, 1), bad]))
+    };
+    let bounds = [
+        delta(|r| r.nickname = "x".repeat(65)),
+        delta(|r| r.nickname = "a\u{7}".into()),
+        delta(|r| r.nickname = "a\u{202e}b".into()),
+        delta(|r| r.addresses = vec!["192.0.2.1:1".parse().unwrap(); MAX_ADDRESSES + 1]),
+        delta(|r| r.ranges = vec!["10.0.0.0/8".parse().unwrap(); MAX_RANGES + 1]),
+        delta(|r| r.claims = vec!["10.0.0.1".parse().unwrap(); MAX_CLAIMS + 1]),
+        delta(|r| r.incarnation = MAX_STAMP + 1),
+        delta(|r| r.version = u64::MAX),
+        delta(|r| r.links = vec![id(3), id(3)]),
+        delta(|r| r.links = vec![id(4), id(3)]),
+        delta(|r| r.links = vec![id(2)]),
+        delta(|r| r.left = true),
+        refused(Message::Delta(vec![record(2, 1), record(2, 2)])),
+        refused(Message::Request(vec![id(2), id(1)])),
+        refused(Message::Digest {
+            ask: true,
+            stamps: vec![(id(2), Stamp::default()), (id(2), Stamp::default())],
+        }),
+    ];
+    assert!(bounds.iter().all(|error| matches!(error, BadMessage::Bounds(_))), "{bounds:?}");
+    assert_eq!(Message::decode(&[]), Err(BadMessage::Empty));
+    assert_eq!(Message::decode(&[2, 0]), Err(BadMessage::Format(2)));
+    let mut longer = Message::Request(vec![id(1)]).encode();
+    longer.push(0);
+    assert_eq!(Message::decode(&longer), Err(BadMessage::Unreadable));
+    // ID 0, ID 4096.
+    assert_eq!(Message::decode(&[FORMAT, 2, 1, 0]), Err(BadMessage::Unreadable));
+    assert_eq!(Message::decode(&[FORMAT, 2, 1, 0x80, 0x20]), Err(BadMessage::Unreadable));
+}
+
+#[test]
+fn a_refused_message_changes_nothing() {
+    let mut world = World::new(2, 9);
+    world.chain(2);
+    world.assert_converges_within(Duration::from_secs(5), 9);
+    let before: Vec<_> = world.node(1).records().cloned().collect();
+    let mut bad = record(9, 1);
+    bad.version = u64::MAX;
+    let now = world.now;
+    let outcome = world.node(1).handle_message(id(2), &Message::Delta(vec![record(8, 1), bad]).encode(), now);
+    assert!(outcome.is_err());
+    let good = Message::Delta(vec![record(8, 1)]).encode();
+    assert_eq!(world.node(1).handle_message(id(7), &good, now), Ok(()), "not a neighbour");
+    assert_eq!(world.node(1).records().cloned().collect::<Vec<_>>(), before);
+}
+
+fn full() -> Record {
+    Record {
+        id: id(300),
+        incarnation: 1_700_000_000_000,
+        version: 3,
+        left: false,
+        nickname: "höst".into(),
+        public_key: PublicKey([0xaa; 32]),
+        addresses: vec!["192.0.2.1:6783".parse().unwrap(), "[2001:db8::2]:6783".parse().unwrap()],
+        links: vec![id(1), id(4095)],
+        ranges: vec!["10.40.0.0/15".parse().unwrap(), "fd00::/64".parse().unwrap()],
+        claims: vec!["10.32.0.1".parse().unwrap()],
+    }
+}
+
+/// These bytes are read by nodes of other versions: a change of any of them needs a new [`FORMAT`].
+#[test]
+fn the_wire_format_is_this() {
+    let hex = |message: &Message| data_encoding::HEXLOWER.encode(&message.encode());
+    let stamp = Stamp { incarnation: 300, version: 2, hash: [1, 2, 3, 4] };
+    let golden = [
+        (Message::Summary([7; 16]), "0100".to_owned() + &"07".repeat(16)),
+        (Message::Digest { ask: true, stamps: vec![(id(1), stamp)] }, "0101010101ac020201020304".into()),
+        (Message::Request(vec![id(1), id(300)]), "01020201ac02".into()),
+        (
+            Message::Delta(vec![full()]),
+            [
+                "010301",                                 // format, delta, one record
+                "ac02",                                   // ID
+                "80d095ffbc31",                           // incarnation
+                "03",                                     // version
+                "00",                                     // left
+                "0568c3b67374",                           // nickname
+                &"aa".repeat(32),                         // public key
+                "0200c0000201ff34",                       // addresses: IPv4, port
+                "0120010db8000000000000000000000002ff34", // IPv6, port
+                "0201ff1f",                               // links
+                "02000a2800000f",                         // ranges: IPv4
+                "01fd00000000000000000000000000000040",   // IPv6
+                "01000a200001",                           // claims
+            ]
+            .concat(),
+        ),
+    ];
+    for (message, bytes) in golden {
+        assert_eq!(hex(&message), bytes);
+        assert_eq!(Message::decode(&message.encode()), Ok(message));
+    }
+    // SHA-256 of the record's bytes above, by Python's hashlib.
+    assert_eq!(full().stamp().hash, [171, 145, 135, 107]);
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_panic_and_what_is_read_is_within_bounds(bytes in prop::collection::vec(any::<u8>(), 0..300), kind in 0_u8..4) {
+        for bytes in [bytes.clone(), [&[FORMAT, kind], bytes.as_slice()].concat()] {
+            if let Ok(Message::Delta(records)) = Message::decode(&bytes) {
+                prop_assert!(records.iter().all(|record| record.check().is_ok()));
+            }
+        }
+    }
+
+    #[test]
+    fn altered_messages_never_panic_a_node(flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+        let mut gossip = Gossip::new(record(1, 1), StdRng::seed_from_u64(1), Instant::now());
+        let now = Instant::now();
+        gossip.handle_connected(id(2), now);
+        for message in [
+            Message::Delta(vec![record(1, 5), full()]),
+            Message::Digest { ask: true, stamps: vec![(id(1), Stamp::default()), (id(9), full().stamp())] },
+            Message::Request((1..50).map(id).collect()),
+        ] {
+            let mut bytes = message.encode();
+            for (place, value) in &flips {
+                let place = place.index(bytes.len());
+                bytes[place] ^= value;
+            }
+            let _ = gossip.handle_message(id(2), &bytes, now);
+            gossip.handle_timeout(now + Duration::from_secs(40));
+        }
+        prop_assert!(gossip.own().check().is_ok());
+        while let Some(action) = gossip.poll_action() {
+            if let Action::Send { message, .. } = action {
+                prop_assert!(Message::decode(&message.encode()).is_ok());
+            }
+        }
+    }
+}

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
@@ -133,7 +133,12 @@ impl Mesh {
     ///
     /// # Errors
     /// When the port is taken.
-    pub fn listen(port: u16, me: Me, residents: Residents, events: mpsc::Sender<MeshEvent>) -> io::Result<Self> {
+    pub fn listen(
+        port: u16,
+        me: Me,
+        residents: Residents,
+        events: mpsc::Sender<MeshEvent>,
+    ) -> io::Result<Self> {
         let shared = Shared { me: Arc::new(me), residents, port, events, next: Arc::default() };
         let mut tasks = JoinSet::new();
         let pending = Arc::new(Semaphore::new(PENDING));

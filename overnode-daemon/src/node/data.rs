@@ -8,7 +8,7 @@ use overnode_ebpf::wire::DATA_PORT;
 
 use super::running::Node;
 use crate::control::key;
-use crate::datapath::{PeerState, SessionInstall};
+use crate::datapath::PeerState;
 use crate::gossip::Record;
 use crate::handshake::{Activity, AdoptedSession, Event, Initiate, PeerConfig};
 use crate::net::udp::Received;
@@ -40,9 +40,9 @@ impl DataPeer {
 
     /// True if the sealing session can be used.
     pub(super) fn has_session(&self, now: Instant) -> bool {
-        self.state
-            .as_ref()
-            .is_some_and(|state| state.sessions.iter().any(|session| session.sealing && session.expires > now))
+        self.state.as_ref().is_some_and(|state| {
+            state.sessions.iter().any(|session| session.sealing && session.expires > now)
+        })
     }
 }
 
@@ -60,8 +60,12 @@ impl Node {
     /// Takes over what an earlier daemon left in the maps, then configures all peers that the store knows.
     pub(super) async fn adopt(&mut self, now: Instant) -> anyhow::Result<()> {
         let pinned = self.datapath.peers()?;
-        let records: Vec<Record> =
-            self.gossip.records().filter(|record| record.id != self.identity.id && !record.left).cloned().collect();
+        let records: Vec<Record> = self
+            .gossip
+            .records()
+            .filter(|record| record.id != self.identity.id && !record.left)
+            .cloned()
+            .collect();
         for record in &records {
             self.dialer.learn(record.id, record.addresses.clone(), now);
             self.configure_peer(record, now).await?;
@@ -190,15 +194,7 @@ impl Node {
     async fn handle_handshake(&mut self, event: Event, now: Instant) -> anyhow::Result<()> {
         match event {
             Event::Install { peer, session } => {
-                let keys = SessionInstall {
-                    local_index: session.local_index,
-                    remote_index: session.remote_index,
-                    tx_key: session.tx_key,
-                    rx_key: session.rx_key,
-                    initiator: session.initiator,
-                    created: session.created,
-                };
-                self.datapath.install_session(peer, &keys)?;
+                self.datapath.install_session(peer, &session)?;
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.last_error = None;
                 }
@@ -300,9 +296,12 @@ impl Node {
         let layout = self.ipam.layout();
         let mut routes = vec![IpNet::from(layout.node_address(record.id))];
         let quarter = layout.quarter(record.id);
-        routes.extend(record.ranges.iter().filter(|range| quarter.is_some_and(|quarter| quarter.contains(*range))));
+        routes.extend(
+            record.ranges.iter().filter(|range| quarter.is_some_and(|quarter| quarter.contains(*range))),
+        );
         for &claim in &record.claims {
-            let earlier = self.gossip.records().any(|other| other.id < record.id && other.claims.contains(&claim));
+            let earlier =
+                self.gossip.records().any(|other| other.id < record.id && other.claims.contains(&claim));
             if layout.check_static(claim).is_ok() && !self.ipam.allocated().contains_key(&claim) && !earlier {
                 routes.push(IpNet::from(claim));
             }

@@ -24,7 +24,9 @@ impl Node {
         if let Some(name) = &request.name
             && attachments.iter().any(|known| known.name.as_ref() == Some(name))
         {
-            return Err(ApiError::refused(format_args!("the name {name} is taken by another endpoint: give another --name")));
+            return Err(ApiError::refused(format_args!(
+                "the name {name} is taken by another endpoint: give another --name"
+            )));
         }
         let netns = match request.netns.or_else(|| request.target.netns()) {
             Some(Netns::Path(path)) => NetnsRef::Path(path),
@@ -50,7 +52,7 @@ impl Node {
             netns: netns.path().to_string_lossy().into_owned(),
             netns_inode: identity.inode,
             name: request.name,
-            host_interface: datapath::host_interface(&mut rand::rng()),
+            host_interface: datapath::host_interface(address),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
         // On disk before anything uses it: a crash from here on leaves an address too many in use, never one twice.
@@ -58,11 +60,7 @@ impl Node {
             self.ipam.release(address);
             return Err(ApiError::failed(error));
         }
-        let plan = datapath::Attachment {
-            netns,
-            address,
-            host_interface: attachment.host_interface.clone(),
-        };
+        let plan = datapath::Attachment { netns, address, host_interface: attachment.host_interface.clone() };
         let attached = match self.datapath.attach(&plan).await {
             Ok(attached) => attached,
             Err(error) => {
@@ -75,7 +73,7 @@ impl Node {
             address: self.with_prefix(address),
             interface: datapath::CONTAINER_INTERFACE.to_owned(),
             host_interface: attached.host_interface,
-            mtu: self.datapath.container_mtu(),
+            mtu: attached.mtu,
         })
     }
 
@@ -112,11 +110,18 @@ impl Node {
         let attachments = self.store.attachments()?;
         let known: Vec<KnownEndpoint> = attachments
             .iter()
-            .map(|it| KnownEndpoint { address: it.address, host_interface: it.host_interface.clone() })
+            .map(|it| KnownEndpoint {
+                address: it.address,
+                host_interface: it.host_interface.clone(),
+                netns: NetnsRef::Path(it.netns.clone().into()),
+            })
             .collect();
         for lost in self.datapath.reconcile(&known).await? {
-            let Some(attachment) = attachments.iter().find(|it| it.host_interface == lost.host_interface) else { continue };
-            if self.plug_in_again(attachment).await {
+            let Some(attachment) = attachments.iter().find(|it| it.host_interface == lost.host_interface)
+            else {
+                continue;
+            };
+            if lost.netns_exists && self.plug_in_again(attachment).await {
                 continue;
             }
             tracing::info!("{} is gone; its address {} is free again", attachment.target, attachment.address);

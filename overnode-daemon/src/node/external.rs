@@ -8,7 +8,9 @@ use overnode_ebpf::wire::DATA_PORT;
 
 use super::data::Wanted;
 use super::running::Node;
-use crate::api::{self, AddExternalPeer, ApiError, ExternalPeerAdded, ExternalPeerRemoved, ExternalPeerStatus};
+use crate::api::{
+    self, AddExternalPeer, ApiError, ExternalPeerAdded, ExternalPeerRemoved, ExternalPeerStatus,
+};
 use crate::handshake::Initiate;
 use crate::store::ExternalPeer;
 use crate::types::{PeerIndex, Secret};
@@ -17,9 +19,14 @@ use crate::types::{PeerIndex, Secret};
 pub(super) type External = ExternalPeer;
 
 impl Node {
-    pub(super) async fn add_external(&mut self, request: AddExternalPeer) -> Result<ExternalPeerAdded, ApiError> {
+    pub(super) async fn add_external(
+        &mut self,
+        request: AddExternalPeer,
+    ) -> Result<ExternalPeerAdded, ApiError> {
         let now = Instant::now();
-        if request.public_key == self.public_key || self.gossip.records().any(|it| it.public_key == request.public_key) {
+        if request.public_key == self.public_key
+            || self.gossip.records().any(|it| it.public_key == request.public_key)
+        {
             return Err(ApiError::refused(format_args!(
                 "{} is the key of a node of this cluster: give the key of a WireGuard peer that is no node",
                 request.public_key
@@ -55,7 +62,11 @@ impl Node {
         })
     }
 
-    pub(super) async fn configure_external(&mut self, peer: ExternalPeer, now: Instant) -> anyhow::Result<()> {
+    pub(super) async fn configure_external(
+        &mut self,
+        peer: ExternalPeer,
+        now: Instant,
+    ) -> anyhow::Result<()> {
         let wanted = Wanted {
             public_key: peer.public_key,
             preshared_key: peer.preshared_key.clone().unwrap_or(Secret([0; 32])),
@@ -73,7 +84,8 @@ impl Node {
         &mut self,
         request: &api::RemoveExternalPeer,
     ) -> Result<ExternalPeerRemoved, ApiError> {
-        let Some(peer) = self.externals.values().find(|it| it.public_key == request.public_key).cloned() else {
+        let Some(peer) = self.externals.values().find(|it| it.public_key == request.public_key).cloned()
+        else {
             return Err(ApiError::missing(format_args!(
                 "no WireGuard peer has the key {}: `overnode peer list` shows them",
                 request.public_key

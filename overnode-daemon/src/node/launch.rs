@@ -29,7 +29,11 @@ impl Daemon {
         }
     }
 
-    async fn launch_first(&mut self, request: api::Launch, cluster_key: Secret) -> Result<Launched, ApiError> {
+    async fn launch_first(
+        &mut self,
+        request: api::Launch,
+        cluster_key: Secret,
+    ) -> Result<Launched, ApiError> {
         let identity = identity(&request, cluster_key)?;
         let id = identity.id;
         let nickname = identity.nickname.clone();
@@ -102,7 +106,11 @@ async fn derive(request: &api::Launch) -> Result<Secret, ApiError> {
 fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiError> {
     let network = network(request)?;
     let nickname = match &request.nickname {
-        Some(nickname) if nickname.is_empty() || nickname.len() > MAX_NICKNAME || nickname.chars().any(char::is_control) => {
+        Some(nickname)
+            if nickname.is_empty()
+                || nickname.len() > MAX_NICKNAME
+                || nickname.chars().any(char::is_control) =>
+        {
             return Err(ApiError::usage(format_args!(
                 "the nickname must have 1 to {MAX_NICKNAME} bytes of printable text"
             )));
@@ -128,15 +136,20 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
         interface: request.interface.clone(),
         mtu: request.mtu,
         discovery: request.discovery.unwrap_or(true),
+        xdp: request.xdp,
         // Greater than that of any earlier node with this ID: others may remember that one.
-        incarnation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        incarnation: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
     })
 }
 
 fn network(request: &api::Launch) -> Result<Network, ApiError> {
     let default = Network::default();
-    let network =
-        Network { subnet: request.subnet.unwrap_or(default.subnet), range: request.range.unwrap_or(default.range) };
+    let network = Network {
+        subnet: request.subnet.unwrap_or(default.subnet),
+        range: request.range.unwrap_or(default.range),
+    };
     Layout::new(network).map_err(ApiError::usage)?;
     if network.subnet.addr().is_ipv6() {
         return Err(ApiError::usage(format_args!(

@@ -64,6 +64,11 @@ impl Node {
             outbox: opened.outbox,
         };
         self.streams.insert(opened.id, stream);
+        // Before the next caller comes; gossip will say the same in a moment.
+        self.residents
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(peer, (opened.hello.public_key, opened.hello.nickname));
         if is_first {
             self.gossip.handle_connected(peer, now);
         } else {
@@ -84,7 +89,10 @@ impl Node {
         let Some(stream) = self.streams.remove(&id) else { return };
         tracing::info!("the connection with node {} at {} ended: {why}", stream.peer, stream.remote);
         match self.dialer.handle_lost(stream.connection, why, now) {
-            Some((peer, true)) => self.gossip.handle_disconnected(peer, now),
+            Some((peer, true)) => {
+                self.gossip.handle_disconnected(peer, now);
+                self.refresh_residents();
+            }
             Some((peer, false)) => self.gossip.resync(peer),
             None => {}
         }
@@ -135,9 +143,25 @@ impl Node {
         }
     }
 
+    /// Keeps what the others said of themselves: after a restart it is known at once. Every change of the disk waits for the disk, so
+    /// changes are collected.
+    pub(super) fn save_peers(&mut self) {
+        if self.unsaved.is_empty() {
+            return;
+        }
+        let records = self.unsaved.iter().filter_map(|id| self.gossip.record(*id));
+        match self.store.set_peers(records) {
+            Ok(()) => self.unsaved.clear(),
+            Err(error) => tracing::warn!("what other nodes say was not stored: {error}"),
+        }
+    }
+
     fn send(&mut self, to: NodeId, message: &gossip::Message, now: Instant) {
         let Some(connection) = self.dialer.connection(to) else { return };
-        let Some((&id, stream)) = self.streams.iter().find(|(_, stream)| stream.connection == connection) else { return };
+        let Some((&id, stream)) = self.streams.iter().find(|(_, stream)| stream.connection == connection)
+        else {
+            return;
+        };
         if !stream.outbox.send(&message.encode()) {
             self.close(id, "the other side does not read what it is sent", now);
         }
@@ -153,9 +177,7 @@ impl Node {
 
     async fn learn(&mut self, id: NodeId, now: Instant) {
         let Some(record) = self.gossip.record(id).cloned() else { return };
-        if let Err(error) = self.store.set_peers([&record]) {
-            tracing::warn!("what node {id} says was not stored: {error}");
-        }
+        self.unsaved.insert(id);
         for clash in self.ipam.handle_claims(id, &record.claims) {
             self.report(format!(
                 "the address {clash} is in use here and on node {id} ({}): detach one of the two",
@@ -172,11 +194,7 @@ impl Node {
         tracing::info!("node {id} has left the cluster");
         self.ipam.handle_claims(id, &[]);
         self.dialer.unlearn(id);
-        if let Some(record) = self.gossip.record(id)
-            && let Err(error) = self.store.set_peers([record])
-        {
-            tracing::warn!("that node {id} has left was not stored: {error}");
-        }
+        self.unsaved.insert(id);
         self.remove_data_peer(id.peer_index(), now);
     }
 
@@ -192,7 +210,9 @@ impl Node {
         while let Some(action) = self.dialer.poll_action() {
             match action {
                 dial::Action::Dial { attempt, place } => self.mesh.dial(attempt, place),
-                dial::Action::Close(connection) => self.streams.retain(|_, stream| stream.connection != connection),
+                dial::Action::Close(connection) => {
+                    self.streams.retain(|_, stream| stream.connection != connection)
+                }
             }
         }
     }

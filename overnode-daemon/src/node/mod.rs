@@ -165,7 +165,8 @@ fn listen(run_dir: &Path) -> anyhow::Result<UnixListener> {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => {
-            return Err(error).with_context(|| format!("the old socket {} cannot be removed", path.display()));
+            return Err(error)
+                .with_context(|| format!("the old socket {} cannot be removed", path.display()));
         }
     }
     let listener =

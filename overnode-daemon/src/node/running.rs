@@ -1,6 +1,6 @@
 //! A launched node: what it holds, what can happen to it, and the order in which things are carried out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -61,6 +61,8 @@ pub(super) struct Node {
     pub(super) externals: BTreeMap<PeerIndex, External>,
     pub(super) reachable: BTreeMap<NodeId, (bool, Instant)>,
     pub(super) problems: Vec<String>,
+    /// Whose records are newer than those on disk.
+    pub(super) unsaved: BTreeSet<NodeId>,
     mesh_events: mpsc::Receiver<MeshEvent>,
     datagrams: mpsc::Receiver<Received>,
     link_events: mpsc::Receiver<LinkEvent>,
@@ -112,7 +114,7 @@ impl Node {
             interface: identity.interface.clone(),
             mtu: identity.mtu,
             debug: options.debug,
-            xdp: false,
+            xdp: identity.xdp,
         })
         .await?;
         fault::step("datapath");
@@ -155,6 +157,7 @@ impl Node {
             externals: BTreeMap::new(),
             reachable: BTreeMap::new(),
             problems: Vec::new(),
+            unsaved: BTreeSet::new(),
             mesh_events,
             datagrams,
             link_events,
@@ -213,6 +216,7 @@ impl Node {
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.read_maps(now);
+            self.save_peers();
         }
         if self.next_reconcile <= now {
             self.next_reconcile = now + RECONCILE;
@@ -248,7 +252,8 @@ impl Node {
 /// The addresses that were given out before.
 fn allocations(store: &Store, identity: &Identity) -> anyhow::Result<Ipam> {
     let attachments = store.attachments()?;
-    let allocated = attachments.into_iter().map(|attachment| (attachment.address, attachment.target)).collect();
+    let allocated =
+        attachments.into_iter().map(|attachment| (attachment.address, attachment.target)).collect();
     let mut ipam = Ipam::new(identity.network, identity.id, allocated)?;
     if let Some(last) = store.cursor()? {
         ipam.resume_after(last);

@@ -1,5 +1,6 @@
 //! What `status` and `inspect` tell, gathered from all parts.
 
+use std::net::IpAddr;
 use std::time::Instant;
 
 use overnode_ebpf::reason::Reason;
@@ -7,12 +8,13 @@ use overnode_ebpf::reason::Reason;
 use super::endpoints::target_of;
 use super::running::Node;
 use crate::api::{
-    ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState, EndpointStatus,
-    IpamStatus, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RangeOwner, SessionState, Status,
-    TargetState, TargetStatus,
+    ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState,
+    EndpointStatus, IpamStatus, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RangeOwner,
+    SessionState, Status, TargetState, TargetStatus,
 };
 use crate::control::dial::{self, Phase};
 use crate::control::session::PATTERN;
+use crate::datapath::{Hook, UnderlayStatus};
 use crate::gossip::{self, Record};
 use crate::types::{NodeId, PeerIndex};
 
@@ -88,13 +90,16 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_seconds: now.duration_since(self.started).as_secs(),
             address: Some(self.ipam.layout().node_address(identity.id)),
-            underlay: underlay.addresses.clone(),
-            interface: identity.interface.clone().or_else(|| underlay.interfaces.first().map(|it| it.name.clone())),
+            underlay: underlay.addresses.iter().copied().filter(is_of_use).collect(),
+            interface: identity
+                .interface
+                .clone()
+                .or_else(|| underlay.interfaces.first().map(|it| it.name.clone())),
             mtu: Some(underlay.container_mtu),
             network: identity.network,
             public_key: self.public_key,
             discovery: Some(identity.discovery),
-            attachment: Some(format!("{:?}", underlay.hook).to_lowercase()),
+            attachment: Some(attachment(&underlay)),
         })
     }
 
@@ -116,7 +121,9 @@ impl Node {
                     },
                     peer: view.and_then(|view| view.peer),
                     next_try_in_seconds: next_try(phase, now),
-                    last_error: view.and_then(|view| view.last_error.as_ref()).map(|error| last_error(error, now)),
+                    last_error: view
+                        .and_then(|view| view.last_error.as_ref())
+                        .map(|error| last_error(error, now)),
                     host,
                 }
             })
@@ -137,7 +144,8 @@ impl Node {
                     nickname: record.nickname.clone(),
                     myself,
                     reachable: Some(myself || paths.contains_key(&record.id)),
-                    since_seconds: reachable.map(|(_, since)| now.saturating_duration_since(*since).as_secs()),
+                    since_seconds: reachable
+                        .map(|(_, since)| now.saturating_duration_since(*since).as_secs()),
                     path: (!myself).then(|| paths.get(&record.id).map(path)).flatten(),
                     address: Some(self.ipam.layout().node_address(record.id)),
                     underlay: record.addresses.clone(),
@@ -153,7 +161,8 @@ impl Node {
     }
 
     fn own_links(&self) -> Vec<LinkStatus> {
-        let established = self.dialer.connection_status().into_iter().filter(|it| it.phase == Phase::Established);
+        let established =
+            self.dialer.connection_status().into_iter().filter(|it| it.phase == Phase::Established);
         established
             .filter_map(|connection| {
                 let peer = connection.peer?;
@@ -184,7 +193,11 @@ impl Node {
 
     fn link_state(&self, one: NodeId, other: NodeId) -> ConnectionState {
         let says = |a, b| self.gossip.record(a).is_some_and(|record| record.links.contains(&b));
-        if says(one, other) && says(other, one) { ConnectionState::Established } else { ConnectionState::Pending }
+        if says(one, other) && says(other, one) {
+            ConnectionState::Established
+        } else {
+            ConnectionState::Pending
+        }
     }
 
     fn connection_status(&self, now: Instant) -> Vec<ConnectionStatus> {
@@ -290,10 +303,13 @@ impl Node {
             session: match sealing {
                 Some(session) if session.expires > now => SessionState::Established,
                 Some(_) => SessionState::Expired,
-                None if self.handshakes.peer(index).is_some_and(|view| view.waiting) => SessionState::Handshake,
+                None if self.handshakes.peer(index).is_some_and(|view| view.waiting) => {
+                    SessionState::Handshake
+                }
                 None => SessionState::None,
             },
-            session_age_seconds: sealing.map(|session| now.saturating_duration_since(session.created).as_secs()),
+            session_age_seconds: sealing
+                .map(|session| now.saturating_duration_since(session.created).as_secs()),
             endpoint: state.endpoint,
             mtu: Some(state.mtu),
             rx_bytes: state.rx_bytes,
@@ -303,6 +319,23 @@ impl Node {
             received_seconds_ago: state.last_received.map(|at| now.saturating_duration_since(at).as_secs()),
             last_error: peer.last_error.as_ref().map(|error| last_error(error, now)),
         })
+    }
+}
+
+fn attachment(underlay: &UnderlayStatus) -> String {
+    let hook = match underlay.hook {
+        Hook::Tcx => "tcx",
+        Hook::Clsact => "clsact",
+    };
+    let xdp = if underlay.interfaces.iter().any(|interface| interface.xdp) { "+xdp" } else { "" };
+    format!("{hook}{xdp}")
+}
+
+/// Addresses that other hosts may know this one by.
+fn is_of_use(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 use redb::{DatabaseError, StorageError};
 
@@ -11,6 +12,8 @@ use super::{DATABASE, LOCK, Result, StoreError};
 
 const DIRECTORY_MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;
+const LOCK_TRIES: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 pub(super) fn make_directory(directory: &Path) -> Result<()> {
     let made = match directory.parent() {
@@ -56,7 +59,22 @@ pub(super) fn make_private_file(path: &Path) -> Result<File> {
     open().map_err(|why| io("could not open for writing", path, why))
 }
 
+/// Tries for a moment: between `fork` and `exec` a child of the last holder has the locks of its parent.
+pub(super) fn patiently<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 0..LOCK_TRIES {
+        match attempt() {
+            Err(StoreError::Locked { .. }) => std::thread::sleep(LOCK_PAUSE),
+            outcome => return outcome,
+        }
+    }
+    attempt()
+}
+
 pub(super) fn lock(directory: &Path) -> Result<File> {
+    patiently(|| lock_now(directory))
+}
+
+fn lock_now(directory: &Path) -> Result<File> {
     let path = directory.join(LOCK);
     loop {
         let mut file = make_private_file(&path)?;

@@ -5,6 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
+use crate::control::key;
+use crate::control::session::Me;
 use crate::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
 /// Who this node is: made by `launch`, gone with `reset`.
@@ -28,6 +31,8 @@ pub struct Identity {
     pub mtu: Option<u32>,
     /// Whether nodes that gossip tells of are dialled.
     pub discovery: bool,
+    /// Whether messages are opened in native XDP where the interface can.
+    pub xdp: bool,
     /// Counts the node's starts. A launch begins with the time in milliseconds since 1970, so that it exceeds the incarnations before a
     /// reset.
     pub incarnation: u64,
@@ -82,6 +87,7 @@ pub(super) struct PublicIdentity {
     interface: Option<String>,
     mtu: Option<u32>,
     discovery: bool,
+    xdp: bool,
     incarnation: u64,
 }
 
@@ -96,6 +102,19 @@ pub(super) struct PublicExternalPeer {
 }
 
 impl Identity {
+    /// How this node introduces itself to others.
+    pub fn introduction(&self) -> Me {
+        let hello = Hello {
+            versions: (OLDEST_VERSION, NEWEST_VERSION),
+            id: self.id,
+            incarnation: self.incarnation,
+            nickname: self.nickname.clone(),
+            network: self.network,
+            public_key: key::public_key(&self.static_secret),
+        };
+        Me { static_secret: self.static_secret.clone(), cluster_key: self.cluster_key.clone(), hello }
+    }
+
     pub(super) fn public(&self) -> PublicIdentity {
         PublicIdentity {
             id: self.id,
@@ -105,6 +124,7 @@ impl Identity {
             interface: self.interface.clone(),
             mtu: self.mtu,
             discovery: self.discovery,
+            xdp: self.xdp,
             incarnation: self.incarnation,
         }
     }
@@ -120,6 +140,7 @@ impl Identity {
             interface: public.interface,
             mtu: public.mtu,
             discovery: public.discovery,
+            xdp: public.xdp,
             incarnation: public.incarnation,
         }
     }

@@ -19,6 +19,7 @@ fn identity() -> Identity {
         interface: Some("eth1".into()),
         mtu: None,
         discovery: true,
+        xdp: false,
         incarnation: 1_700_000_000_000,
     }
 }
@@ -325,4 +326,21 @@ fn write_until_killed(directory: &Path) -> ! {
         store.add_attachment(&Attachment { address, ..attachment(0) }).unwrap();
         println!("answered {count}");
     }
+}
+
+/// A child has its parent's locks until it has become another program.
+#[test]
+fn a_store_is_opened_again_while_children_are_started() {
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                Command::new("/bin/true").status().unwrap();
+            }
+        });
+        let place = TempDir::new().unwrap();
+        let outcome: Result<()> = (0..150).try_for_each(|_| Store::open(place.path()).map(drop));
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        outcome.unwrap();
+    });
 }

@@ -9,7 +9,8 @@ use std::thread;
 use std::time::Instant;
 
 use nix::sched::{CloneFlags, setns};
-use overnode_daemon::datapath::{Attachment, Datapath, NetnsRef, OpenOptions, SessionInstall, node_name};
+use overnode_daemon::datapath::{Attachment, Datapath, NetnsRef, OpenOptions, node_name};
+use overnode_daemon::handshake::SessionKeys;
 use overnode_daemon::types::{Network, PeerIndex, PublicKey, Secret};
 
 /// Runs a command, fails the test if it fails, returns what it printed.
@@ -320,11 +321,11 @@ impl Pair {
     }
 
     /// The session of a slot, as one end has it.
-    pub fn keys(&self, initiator: bool, slot: u32) -> SessionInstall {
+    pub fn keys(&self, initiator: bool, slot: u32) -> SessionKeys {
         let key = |end: u8| Secret([end + slot as u8; 32]);
         let index = |end: u32| end << 28 | slot;
         let ((local, remote), (tx, rx)) = if initiator { ((1, 2), (100, 200)) } else { ((2, 1), (200, 100)) };
-        SessionInstall {
+        SessionKeys {
             local_index: index(local),
             remote_index: index(remote),
             tx_key: key(tx),
@@ -338,21 +339,22 @@ impl Pair {
         self.background_ping(count, interval).lost_nothing();
     }
 
-    pub fn background_ping(&self, count: u32, interval: &str) -> Ping {
+    pub fn background_ping(&self, count: u32, interval: &str) -> Ping<'_> {
         let count = count.to_string();
         let warm_up = ["-q", "-c", "1", "-W", "2", "10.42.0.1"];
         assert!(self.container_a.exec_status("ping", &warm_up), "not even one packet goes across");
         let arguments = ["-q", "-c", &count, "-i", interval, "-W", "2", "10.42.0.1"];
         let child = self.container_a.command("ping", &arguments).stdout(Stdio::piped()).spawn().unwrap();
-        Ping { child }
+        Ping { child, pair: self }
     }
 }
 
-pub struct Ping {
+pub struct Ping<'a> {
     child: Child,
+    pair: &'a Pair,
 }
 
-impl Ping {
+impl Ping<'_> {
     pub fn lost_nothing(self) {
         let output = self.child.wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
@@ -363,7 +365,14 @@ impl Ping {
             .split(|char: char| !char.is_ascii_digit())
             .filter_map(|number| number.parse().ok())
             .collect();
-        assert_eq!(numbers[0], numbers[1], "sent and received: {text}");
-        assert!(numbers[0] > 0);
+        assert!(numbers[0] > 0, "{text}");
+        if numbers[0] != numbers[1] {
+            let counters = [&self.pair.a, &self.pair.b].map(|host| {
+                let mut counters = host.run(async |datapath| datapath.counters().unwrap());
+                counters.retain(|_, count| *count != 0);
+                counters
+            });
+            panic!("packets were lost: {text}{counters:?}");
+        }
     }
 }

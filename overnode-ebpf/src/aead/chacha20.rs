@@ -19,17 +19,8 @@ impl ChaCha20 {
     pub fn start(&mut self, key: &[u32; 8], nonce: [u32; 3]) {
         self.key = *key;
         self.nonce = nonce;
-        let mut w = [0; 16];
-        for column in 1..4 {
-            w[column] = CONSTANTS[column];
-            w[4 + column] = key[column];
-            w[8 + column] = key[4 + column];
-            w[12 + column] = nonce[column - 1];
-        }
-        quarter_round(&mut w, [1, 5, 9, 13]);
-        quarter_round(&mut w, [2, 6, 10, 14]);
-        quarter_round(&mut w, [3, 7, 11, 15]);
-        self.columns = [[w[1], w[5], w[9], w[13]], [w[2], w[6], w[10], w[14]], [w[3], w[7], w[11], w[15]]];
+        let column = |n: usize| quarter([CONSTANTS[n], key[n], key[4 + n], nonce[n - 1]]);
+        self.columns = [column(1), column(2), column(3)];
     }
 
     /// 64 bytes of key stream, as little-endian words.
@@ -39,8 +30,7 @@ impl ChaCha20 {
         for (column, words) in (1..).zip(&self.columns) {
             [w[column], w[4 + column], w[8 + column], w[12 + column]] = *words;
         }
-        [w[0], w[4], w[8], w[12]] = [CONSTANTS[0], self.key(0), self.key(4), counter];
-        quarter_round(&mut w, [0, 4, 8, 12]);
+        [w[0], w[4], w[8], w[12]] = quarter([CONSTANTS[0], self.key(0), self.key(4), counter]);
         diagonal_round(&mut w);
         for _ in 1..10 {
             quarter_rounds(&mut w, [0, 4, 8, 12], [1, 5, 9, 13]);
@@ -89,18 +79,22 @@ fn diagonal_round(w: &mut [u32; 16]) {
     quarter_rounds(w, [1, 6, 11, 12], [2, 7, 8, 13]);
 }
 
+/// A quarter round (section 2.1).
 #[inline(always)]
-fn quarter_round(w: &mut [u32; 16], [a, b, c, d]: [usize; 4]) {
-    w[a] = w[a].wrapping_add(w[b]);
-    w[d] = (w[d] ^ w[a]).rotate_left(16);
-    w[c] = w[c].wrapping_add(w[d]);
-    w[b] = (w[b] ^ w[c]).rotate_left(12);
-    w[a] = w[a].wrapping_add(w[b]);
-    w[d] = (w[d] ^ w[a]).rotate_left(8);
-    w[c] = w[c].wrapping_add(w[d]);
-    w[b] = (w[b] ^ w[c]).rotate_left(7);
+fn quarter([mut a, mut b, mut c, mut d]: [u32; 4]) -> [u32; 4] {
+    a = a.wrapping_add(b);
+    d = (d ^ a).rotate_left(16);
+    c = c.wrapping_add(d);
+    b = (b ^ c).rotate_left(12);
+    a = a.wrapping_add(b);
+    d = (d ^ a).rotate_left(8);
+    c = c.wrapping_add(d);
+    b = (b ^ c).rotate_left(7);
+    [a, b, c, d]
 }
 
+/// Two quarter rounds, in step. In the compiler's own order of these operations a double round takes a quarter more
+/// instructions, which go into moving words between registers and stack; pairs of quarter rounds just fill the registers.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
 fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {
@@ -165,6 +159,7 @@ fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {
 
 #[cfg(not(target_arch = "bpf"))]
 fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {
-    quarter_round(w, i);
-    quarter_round(w, j);
+    for [a, b, c, d] in [i, j] {
+        [w[a], w[b], w[c], w[d]] = quarter([w[a], w[b], w[c], w[d]]);
+    }
 }

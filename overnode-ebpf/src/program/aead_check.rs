@@ -53,5 +53,8 @@ fn check(skb: *mut __sk_buff) -> Result<(), Reason> {
     // SAFETY: a live map value, claimed.
     unsafe { (*aad.cipher()).start(&request.key, request.nonce) };
     let opens = request.action == OPEN;
-    aad.absorb().and_then(|()| if opens { text.open() } else { text.seal() })
+    if aad.len > 0 {
+        aad.absorb()?;
+    }
+    if opens { text.open() } else { text.seal() }
 }

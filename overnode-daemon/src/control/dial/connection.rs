@@ -4,12 +4,13 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::Direction;
-use crate::types::NodeId;
+use crate::types::{NodeId, PublicKey};
 
 #[derive(Clone, Debug)]
 pub(super) struct Connection {
     pub peer: NodeId,
     pub nickname: String,
+    pub public_key: PublicKey,
     pub incarnation: u64,
     pub direction: Direction,
     pub address: SocketAddr,
@@ -20,6 +21,10 @@ impl Connection {
     /// Whether this connection may stay, given another one with the same node. `self` is the newer exactly if it was not asked
     /// about before; where age decides, only the side that opened both decides, and keeps the older.
     pub fn stays_beside(&self, other: &Self, own: NodeId) -> bool {
+        if self.public_key != other.public_key {
+            // Two hosts with one ID: whoever was there first.
+            return self.since < other.since;
+        }
         if self.incarnation != other.incarnation {
             return self.incarnation > other.incarnation;
         }

@@ -17,6 +17,7 @@ pub(super) struct Destination {
     /// Which node answered last.
     pub leads_to: Option<NodeId>,
     pub last_error: Option<(String, Instant)>,
+    patience: Duration,
     pause: Duration,
 }
 
@@ -32,12 +33,14 @@ pub(super) enum State {
 }
 
 impl Destination {
-    pub fn new(addresses: Vec<SocketAddr>, now: Instant) -> Self {
+    /// "At once" means after `patience`.
+    pub fn new(addresses: Vec<SocketAddr>, patience: Duration, now: Instant) -> Self {
         Self {
             addresses,
-            state: State::Waiting { until: now },
+            state: State::Waiting { until: now + patience },
             leads_to: None,
             last_error: None,
+            patience,
             pause: FIRST_PAUSE,
         }
     }
@@ -51,7 +54,9 @@ impl Destination {
         self.pause = FIRST_PAUSE;
         match self.state {
             State::Dialling(_) => {}
-            State::Waiting { .. } | State::Myself => self.state = State::Waiting { until: now },
+            State::Waiting { .. } | State::Myself => {
+                self.state = State::Waiting { until: now + self.patience }
+            }
         }
     }
 

@@ -316,3 +316,46 @@ fn parallel_connections_are_bounded() {
     assert_eq!(bench.dialer.connection_status().len(), MAX_PARALLEL);
     assert_eq!(bench.actions().len(), 50 - MAX_PARALLEL);
 }
+
+#[test]
+fn of_two_nodes_that_learn_of_each_other_the_lower_id_dials_first() {
+    let mut higher = Bench::new(5);
+    higher.dialer.learn(id(2), vec![address(2)], higher.now);
+    assert_eq!(higher.dials(), []);
+    assert_eq!(higher.pass_to_next(), HEAD_START);
+    higher.dial();
+}
+
+#[test]
+fn an_address_that_leads_elsewhere_is_not_dialled_in_a_loop() {
+    let mut bench = Bench::new(1);
+    bench.dialer.learn(id(5), vec![address(6)], bench.now);
+    let mut tries = 0;
+    let end = bench.now + Duration::from_secs(600);
+    while bench.now < end {
+        for (attempt, _) in bench.dials() {
+            tries += 1;
+            bench.established(Some(attempt), &hello(6, 1));
+        }
+        bench.pass_to_next();
+    }
+    assert!((20..60).contains(&tries), "{tries} tries in 10 minutes");
+    let status = bench.dialer.connection_status();
+    let why = &status.iter().find(|one| one.peer == Some(id(5))).unwrap().last_error.as_ref().unwrap().0;
+    assert_eq!(why, "the address that node 5 tells leads to node 6 (host6)");
+    assert!(status.iter().any(|one| one.peer == Some(id(6)) && one.phase == Phase::Established));
+}
+
+#[test]
+fn a_second_host_with_an_id_is_seen_and_does_not_replace_the_first() {
+    let mut bench = Bench::new(1);
+    let (first, _) = bench.established(None, &hello(7, 1));
+    let mut second = hello(7, 9);
+    second.public_key = PublicKey([0xee; 32]);
+    assert_eq!(bench.dialer.clash(id(7), &second.public_key), Some("host7"));
+    assert_eq!(bench.dialer.clash(id(7), &hello(7, 1).public_key), None);
+    bench.pass(Duration::from_secs(1));
+    assert_eq!(bench.established(None, &second).1, Verdict::Close);
+    assert_eq!(bench.dialer.connection(id(7)), Some(first));
+    assert_eq!(bench.actions(), []);
+}
