@@ -256,7 +256,7 @@ impl fmt::Display for Report {
                 writeln!(f, "{kind} could not be measured: {reason}")?;
             }
         }
-        if self.value(Kind::Overnode, &FIGURES[RTT_AVERAGE]).is_some() {
+        if self.value(Kind::Overnode, &FIGURES[RTT_AVERAGE]).is_some() && self.networks.len() > 1 {
             writeln!(f, "\nHow many times better overnode is (below 1: worse)\n{}", self.ratio_table())?;
         }
         writeln!(f, "\nThe floor")?;

@@ -128,6 +128,8 @@ impl Underlay {
         let old = host.address();
         let new = with_last_byte(old, last_byte);
         ensure!(!host.addresses.contains(&new), "{new} is the address that the host has");
+        // Else the new address, a second one in its subnet, would go with the old one.
+        host.netns().enter(|| Ok(std::fs::write("/proc/sys/net/ipv4/conf/all/promote_secondaries", "1")?))?;
         self.add_address(host.netns(), new)?;
         let old = format!("{old}/{}", prefix(old));
         host.netns().ip(&["address", "del", &old, "dev", INTERFACE])?;
