@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use lab::{Container, Host, Lab};
+use lab::{Container, Host, Lab, flow};
 
 const TOKEN: &str = "virtual-machine";
 /// Longer than anything may take that is not bound to a timer, in an emulated machine.
@@ -23,7 +23,8 @@ fn main() -> ExitCode {
     let outcome = match part.as_str() {
         "cluster" => cluster::run(),
         "wireguard" => wireguard::run(),
-        _ => Err(anyhow!("name one: cluster, wireguard")),
+        "rekey" => wireguard::rekey(),
+        _ => Err(anyhow!("name one: cluster, wireguard, rekey")),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -61,8 +62,18 @@ fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 /// Pings each way between two containers, of which none may be lost.
 fn pings_both_ways(one: &Container, other: &Container) -> Result<()> {
     for (from, to) in [(one, other), (other, one)] {
-        let pings = from.ping(to.address(), 100, Duration::from_millis(20))?;
+        let pings = from.ping(to.address(), 100, Duration::from_millis(10))?;
         ensure!(pings.lost() == 0 && pings.duplicates == 0, "{} to {}: {pings:?}", from.name, to.name);
+    }
+    Ok(())
+}
+
+/// Datagrams of which all arrive as they were sent: the shortest, one that needs padding, the longest.
+fn datagrams(from: &Container, to: &Container) -> Result<()> {
+    const COUNT: u64 = 50;
+    for size in [16, 17, 600, 1392] {
+        let found = flow::udp(from, to, COUNT, size, Duration::from_millis(10))?;
+        ensure!(found.received == COUNT && found.corrupt == 0, "{size} bytes to {}: {found:?}", to.name);
     }
     Ok(())
 }

@@ -4,13 +4,15 @@ use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use lab::flow::{self, Amount};
+use lab::ping::Pinging;
 use lab::{Container, Entry, Family, Host, Lab, gateway};
 
-use crate::{PATIENCE, TOKEN, ensure_no, in_lab, pings_both_ways, step};
+use crate::{PATIENCE, TOKEN, datagrams, ensure_no, in_lab, pings_both_ways, step};
 
 /// In the static part of the subnet: the node's containers look for it on their own link.
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 38, 0, 7);
@@ -36,30 +38,40 @@ pub fn run() -> Result<()> {
         (Initiator::Kernel, Family::V6, true),
     ] {
         println!("the kernel's WireGuard; initiator: {initiator:?}, {family:?}, pre-shared key: {preshared}");
-        in_lab(Lab::new("kernel").family(family).entry(Entry::Setns), |lab| meet(lab, initiator, preshared))?;
+        in_lab(Lab::new("kernel").family(family).entry(Entry::Setns), |lab| talk(lab, initiator, preshared))?;
     }
     Ok(())
 }
 
-fn meet(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<()> {
-    let (node, kernel) = (lab.host(1), lab.host(2));
-    let [inside, outside] = [node.container("inside")?, kernel.container("outside")?];
-    gateway::plug(kernel, &outside, OUTSIDE, OUTSIDE_GATEWAY, MTU)?;
-    step("configure both", || {
-        node.overnode(&["launch", "--id", "1", "--token", TOKEN])?.success()?;
-        node.attach(&inside, &[])?;
-        introduce(lab, initiator, preshared)
-    })?;
-    let (from, to): (&Container, &Container) = match initiator {
-        Initiator::Node => (&inside, &outside),
-        Initiator::Kernel => (&outside, &inside),
+/// WireGuard makes new keys after 120 seconds: both roles side by side, under pings that end 15 seconds later.
+pub fn rekey() -> Result<()> {
+    const INTERVAL: Duration = Duration::from_millis(50);
+    const PINGS: u32 = 2700;
+    let watch = |initiator: Initiator| -> Result<()> {
+        let plan = Lab::new("rekey").entry(Entry::Setns);
+        in_lab(plan, |lab| {
+            let (inside, outside) = meet(lab, initiator, true)?;
+            let first = handshake(lab.host(2))?;
+            step(&format!("new keys under pings; initiator: {initiator:?}"), || {
+                let out = Pinging::start(inside.netns(), outside.address(), Some(PINGS), INTERVAL)?;
+                let back = Pinging::start(outside.netns(), inside.address(), Some(PINGS), INTERVAL)?;
+                for pings in [out.finish()?, back.finish()?] {
+                    ensure!(pings.lost() == 0 && pings.duplicates == 0, "{pings:?}");
+                }
+                ensure!(handshake(lab.host(2))? > first, "the keys are the old ones");
+                Ok(())
+            })
+        })
     };
-    step("handshake", || {
-        from.reach(to.address(), PATIENCE)?;
-        let handshakes = kernel.netns().run("wg", &["show", "wg0", "latest-handshakes"])?;
-        ensure!(!handshakes.trim_end().ends_with("\t0"), "pings pass without a handshake: {handshakes}");
-        Ok(())
-    })?;
+    thread::scope(|scope| {
+        let watches =
+            [Initiator::Node, Initiator::Kernel].map(|initiator| scope.spawn(move || watch(initiator)));
+        watches.into_iter().try_for_each(|watch| watch.join().map_err(|_| anyhow!("a panic"))?)
+    })
+}
+
+fn talk(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<()> {
+    let (inside, outside) = meet(lab, initiator, preshared)?;
     step("pings both ways", || pings_both_ways(&inside, &outside))?;
     step("TCP both ways", || {
         for (from, to) in [(&inside, &outside), (&outside, &inside)] {
@@ -68,16 +80,38 @@ fn meet(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<()> {
         }
         Ok(())
     })?;
-    step("UDP of every kind of length", || {
-        for (from, to) in [(&inside, &outside), (&outside, &inside)] {
-            for size in [16, 17, 600, 1392] {
-                let datagrams = flow::udp(from, to, 50, size, Duration::from_millis(10))?;
-                ensure!(datagrams.received == 50 && datagrams.corrupt == 0, "{size} bytes: {datagrams:?}");
-            }
+    step("UDP of several lengths", || {
+        [(&inside, &outside), (&outside, &inside)].into_iter().try_for_each(|(from, to)| datagrams(from, to))
+    })?;
+    ensure_no(lab.host(1), &["forged", "replayed", "foreign-source", "malformed", "offload"])
+}
+
+/// A container of the node and one behind the kernel's WireGuard, after the first ping.
+fn meet(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<(Container, Container)> {
+    let (node, kernel) = (lab.host(1), lab.host(2));
+    let [inside, outside] = [node.container("inside")?, kernel.container("outside")?];
+    gateway::plug(kernel, &outside, OUTSIDE, OUTSIDE_GATEWAY, MTU)?;
+    step("configure both", || {
+        node.overnode(&["launch", "--id", "1", "--token", TOKEN])?.success()?;
+        node.attach(&inside, &[])?;
+        introduce(lab, initiator, preshared)
+    })?;
+    step("handshake", || {
+        match initiator {
+            Initiator::Node => inside.reach(outside.address(), PATIENCE)?,
+            Initiator::Kernel => outside.reach(inside.address(), PATIENCE)?,
         }
+        ensure!(handshake(kernel)? > 0, "pings pass without a handshake");
         Ok(())
     })?;
-    ensure_no(node, &["forged", "replayed", "foreign-source", "malformed", "offload"])
+    Ok((inside, outside))
+}
+
+/// When the kernel's WireGuard had its last handshake, in seconds since the Unix epoch; 0 before the first.
+fn handshake(kernel: &Host) -> Result<u64> {
+    let line = kernel.netns().run("wg", &["show", "wg0", "latest-handshakes"])?;
+    let time = line.split_whitespace().last().with_context(|| format!("wg has no peer: {line}"))?;
+    time.parse().with_context(|| line.clone())
 }
 
 /// Tells each of the other, and only the initiator where the other is.

@@ -1,7 +1,8 @@
 //! `cargo xtask vm`: the promise "Linux 6.1 and later", kept in a virtual machine.
 //!
 //! QEMU boots Debian's cloud kernel with an initramfs that holds the programs under test and what they call. Neither
-//! the machine's own kernel nor its root file system takes part. It is emulated in software: that works everywhere, also where KVM is missing or does not nest.
+//! the machine's own kernel nor its root file system takes part. It is emulated in software: that works
+//! everywhere, also where KVM is missing or does not nest.
 
 mod image;
 mod kernel;
@@ -62,10 +63,12 @@ enum Part {
     Cluster,
     /// A node and the kernel's WireGuard
     Wireguard,
+    /// New keys between these two
+    Rekey,
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::Aead, Self::Programs, Self::Cluster, Self::Wireguard];
+    const ALL: [Self; 5] = [Self::Aead, Self::Programs, Self::Cluster, Self::Wireguard, Self::Rekey];
 
     /// Also the first word of what the init process prints about it.
     const fn name(self) -> &'static str {
@@ -74,6 +77,7 @@ impl Part {
             Self::Programs => "programs",
             Self::Cluster => "cluster",
             Self::Wireguard => "wireguard",
+            Self::Rekey => "rekey",
         }
     }
 
@@ -83,6 +87,7 @@ impl Part {
             Self::Programs => "bpf_programs",
             Self::Cluster => "vm cluster",
             Self::Wireguard => "vm wireguard",
+            Self::Rekey => "vm rekey",
         }
     }
 }
