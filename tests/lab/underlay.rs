@@ -128,9 +128,10 @@ impl Underlay {
         let old = host.address();
         let new = with_last_byte(old, last_byte);
         ensure!(!host.addresses.contains(&new), "{new} is the address that the host has");
+        let removed = format!("{old}/{}", prefix(old));
+        // First: an IPv4 address that joined another of its subnet would go with it.
+        host.netns().ip(&["address", "del", &removed, "dev", INTERFACE])?;
         self.add_address(host.netns(), new)?;
-        let old = format!("{old}/{}", prefix(old));
-        host.netns().ip(&["address", "del", &old, "dev", INTERFACE])?;
         if let Some(gateway) = self.gateway(host.number, new) {
             let family = if gateway.is_ipv4() { "-4" } else { "-6" };
             host.netns().ip(&[family, "route", "replace", "default", "via", &gateway.to_string()])?;
