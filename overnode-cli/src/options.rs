@@ -297,7 +297,7 @@ Example:
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
-  sudo overnode peer add xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg= --allowed-ips 10.39.250.1/32 \\
+  sudo overnode peer add xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg= --allowed-ips 10.32.100.1/32 \\
       --endpoint laptop.example.org:51820 --keepalive 25")]
 pub struct AddPeer {
     /// Its public key, 44 characters of base64

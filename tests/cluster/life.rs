@@ -141,18 +141,18 @@ fn launching_again_is_harmless() -> Result<()> {
         let pid = host.daemon_pid().context("no daemon")?;
         let said = host.overnode(&["launch", "--id", "1", "--token", TOKEN, "another"])?.success()?;
         assert!(said.contains("already running"), "{said}");
-        assert_eq!(targets(host)?, ["host1", "host2", "another"]);
+        assert_eq!(targets(host)?, ["another", "host1", "host2"]);
         assert_eq!(host.daemon_pid(), Some(pid));
 
         for (id, token, named) in [("2", TOKEN, "1"), ("1", "other", "token")] {
             let complaint = host.overnode(&["launch", "--id", id, "--token", token])?.failure(1)?;
             assert!(complaint.contains("overnode reset") && complaint.contains(named), "{complaint}");
         }
-        assert_eq!(targets(host)?, ["host1", "host2", "another"]);
+        assert_eq!(targets(host)?, ["another", "host1", "host2"]);
 
         host.kill_daemon()?;
         host.overnode(&["launch", "--id", "1", "--token", TOKEN])?.success()?;
-        assert_eq!(targets(host)?, ["host1", "host2", "another"]);
+        assert_eq!(targets(host)?, ["another", "host1", "host2"]);
         host.kill_daemon()?;
         host.overnode(&["launch", "--id", "1", "--token", TOKEN, "host2"])?.success()?;
         assert_eq!(targets(host)?, ["host2"]);
@@ -169,10 +169,10 @@ fn targets_are_added_removed_replaced_and_kept() -> Result<()> {
         host.overnode(&["launch", "--id", "1", "--token", TOKEN])?.success()?;
         assert_eq!(targets(host)?, Vec::<String>::new());
         host.overnode(&["connect", "host2", "no-such-host", "192.0.2.7"])?.success()?;
-        assert_eq!(targets(host)?, ["host2", "no-such-host", "192.0.2.7"]);
+        assert_eq!(targets(host)?, ["192.0.2.7", "host2", "no-such-host"]);
         let complaint = host.overnode(&["forget", "host2", "unheard-of"])?.failure(1)?;
         assert!(complaint.contains("unheard-of"), "{complaint}");
-        assert_eq!(targets(host)?, ["host2", "no-such-host", "192.0.2.7"], "all of them, or none");
+        assert_eq!(targets(host)?, ["192.0.2.7", "host2", "no-such-host"], "all of them, or none");
         host.overnode(&["forget", "192.0.2.7"])?.success()?;
         host.kill_daemon()?;
         host.overnode(&["resume"])?.success()?;

@@ -83,10 +83,13 @@ pub fn counter(host: &Host, reason: &str) -> Result<u64> {
         .unwrap_or(0))
 }
 
-/// The targets of a host's node, as they were given.
+/// The targets of a host's node, as they were given, sorted.
 pub fn targets(host: &Host) -> Result<Vec<String>> {
     let status = host.status()?;
-    Ok(list(&status, "targets")?.iter().filter_map(|it| it["host"].as_str().map(str::to_owned)).collect())
+    let mut targets: Vec<String> =
+        list(&status, "targets")?.iter().filter_map(|it| it["host"].as_str().map(str::to_owned)).collect();
+    targets.sort();
+    Ok(targets)
 }
 
 /// A container of the host, plugged in.

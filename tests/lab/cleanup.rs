@@ -108,10 +108,12 @@ pub(crate) fn pids() -> impl Iterator<Item = i32> {
     names_in("/proc").filter_map(|name| name.parse().ok())
 }
 
-/// True until the process has ended; one that only waits to be reaped has ended.
+/// True until the process has ended. One that only waits to be reaped has ended, but not one whose first thread has
+/// and others have not: they still hold its sockets and locks.
 pub(crate) fn is_alive(pid: i32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']))
+    let first_ended = stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']));
+    !first_ended || names_in(format!("/proc/{pid}/task")).count() > 1
 }
 
 /// The lock that creation of namespaces and sweeps take, across processes: `ip netns add` races with itself when

@@ -93,8 +93,8 @@ fn quarter([mut a, mut b, mut c, mut d]: [u32; 4]) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// Two quarter rounds, in step. In the compiler's own order of these operations a double round takes a quarter more
-/// instructions, which go into moving words between registers and stack; pairs of quarter rounds just fill the registers.
+/// Two quarter rounds, in step. In the compiler's own order of these operations a double round takes a fifth more
+/// instructions, which move words between registers and stack; a pair of quarter rounds just fills the registers.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
 fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {

@@ -1,8 +1,8 @@
 //! Words at any address, one instruction each.
 //!
 //! LLVM takes the BPF target for one that cannot read unaligned words and makes bytes and shifts of
-//! `read_unaligned`. The kernel lets packets be read so on every architecture with efficient unaligned access, x86-64 and
-//! arm64 among them.
+//! `read_unaligned`. The kernel lets packets be read so on every architecture with efficient unaligned access,
+//! x86-64 and arm64 among them. Volatile, or the compiler reads all words of a block first, and keeps them on the stack.
 
 /// The little-endian word at `at`.
 ///

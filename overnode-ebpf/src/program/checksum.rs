@@ -33,8 +33,10 @@ pub fn ipv4_checksum(header: &Ipv4) -> u16 {
     !fold(sum)
 }
 
-/// Bytes per turn of the loop.
+/// Most bytes per turn of the loop, a power of two. With more, the compiler needs hundreds of bytes of stack.
 const BLOCK_LEN: u32 = 64;
+/// Most turns for what is left of less than a block: one for each smaller power of two.
+const REST_TURNS: u32 = BLOCK_LEN.ilog2();
 
 struct Sum {
     skb: Skb,
@@ -59,7 +61,12 @@ pub fn udp_v6(skb: Skb, len: u32) -> Result<u16, Reason> {
     let mut state = Sum { skb, offset: (ETHERNET_LEN + size_of::<Ipv6>()) as u32, rest: len, sum };
     // SAFETY: the callback matches the helper's contract, and the state outlives the call.
     let turns = unsafe {
-        bpf_loop(len.div_ceil(BLOCK_LEN), add_block as *mut c_void, core::ptr::from_mut(&mut state).cast(), 0)
+        bpf_loop(
+            len / BLOCK_LEN + REST_TURNS,
+            add_block as *mut c_void,
+            core::ptr::from_mut(&mut state).cast(),
+            0,
+        )
     };
     if turns < 0 || state.rest != 0 {
         return Err(Reason::Helper);
@@ -71,41 +78,65 @@ pub fn udp_v6(skb: Skb, len: u32) -> Result<u16, Reason> {
     }
 }
 
-/// Adds up to 64 bytes. Returns 1 to stop.
+/// Adds the largest power of two of bytes that is left, up to [`BLOCK_LEN`].
 #[inline(never)]
 extern "C" fn add_block(_: u32, state: *mut Sum) -> i64 {
     // SAFETY: `udp_v6` passes its state.
     let state = unsafe { &mut *state };
-    if state.rest >= BLOCK_LEN {
-        let Ok(words) = at::<[u32; (BLOCK_LEN / 4) as usize]>(state.skb, masked(state.offset)) else {
-            return 1;
-        };
+    let added = match state.rest {
+        BLOCK_LEN.. => state.add::<{ BLOCK_LEN as usize / 4 }>(),
+        32.. => state.add::<8>(),
+        16.. => state.add::<4>(),
+        8.. => state.add::<2>(),
+        4.. => state.add::<1>(),
+        2.. => state.add_half(),
+        1 => state.add_last(),
+        0 => return STOP,
+    };
+    if added.is_err() { STOP } else { GO_ON }
+}
+
+const GO_ON: i64 = 0;
+const STOP: i64 = 1;
+
+impl Sum {
+    #[inline(always)]
+    fn add<const WORDS: usize>(&mut self) -> Result<(), Reason> {
+        let words = at::<[u32; WORDS]>(self.skb, masked(self.offset))?;
+        let mut sum = 0;
         let mut word = 0;
-        while word < (BLOCK_LEN / 4) as usize {
+        while word < WORDS {
             // SAFETY: `at` has checked the bounds.
-            state.sum += u64::from(unsafe { (*words)[word] });
+            sum += u64::from(unsafe { (*words)[word] });
             word += 1;
         }
-        state.offset += BLOCK_LEN;
-        state.rest -= BLOCK_LEN;
-        return 0;
+        self.advance(sum, (WORDS * 4) as u32);
+        Ok(())
     }
-    let mut done = 0;
-    while done + 2 <= BLOCK_LEN && state.rest >= 2 {
-        let Ok(half) = at::<u16>(state.skb, masked(state.offset + done)) else { return 1 };
+
+    #[inline(always)]
+    fn add_half(&mut self) -> Result<(), Reason> {
+        let half = at::<u16>(self.skb, masked(self.offset))?;
         // SAFETY: `at` has checked the bounds.
-        state.sum += u64::from(unsafe { *half });
-        state.rest -= 2;
-        done += 2;
+        self.advance(u64::from(unsafe { *half }), 2);
+        Ok(())
     }
-    if state.rest == 1 {
-        // With the byte before it, which there always is: the header has an even length.
-        let Ok(last) = at::<[u8; 2]>(state.skb, masked(state.offset + done - 1)) else { return 1 };
+
+    /// The last byte, taken with the one before it: there always is one, for the header has an even length.
+    #[inline(always)]
+    fn add_last(&mut self) -> Result<(), Reason> {
+        let half = at::<[u8; 2]>(self.skb, masked(self.offset - 1))?;
         // SAFETY: `at` has checked the bounds.
-        state.sum += u64::from(unsafe { (*last)[1] });
-        state.rest = 0;
+        self.advance(u64::from(u16::from_ne_bytes([unsafe { (*half)[1] }, 0])), 1);
+        Ok(())
     }
-    0
+
+    #[inline(always)]
+    fn advance(&mut self, sum: u64, len: u32) {
+        self.sum += sum;
+        self.offset += len;
+        self.rest -= len;
+    }
 }
 
 /// An offset whose greatest value the verifier sees, and the compiler does not.

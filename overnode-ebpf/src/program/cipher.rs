@@ -17,7 +17,8 @@ use overnode_ebpf::aead::{
 };
 use overnode_ebpf::reason::Reason;
 
-/// Largest offset into a packet, as a mask that the verifier understands; jumbo frames have 9000 bytes.
+/// Largest offset into a packet that a text may reach, as a mask that the verifier understands; jumbo frames have
+/// 9000 bytes. What is longer is refused as malformed.
 const OFFSET_MASK: usize = 0x3fff;
 
 /// Memory for messages in work on this CPU. More than one, because a program that runs in a process's context
@@ -203,6 +204,9 @@ impl<P: Packet> Job<P> {
 
     #[inline(always)]
     fn run<D: Direction>(&self) -> Result<[u64; 2], Reason> {
+        if u64::from(self.offset) + u64::from(self.len) > OFFSET_MASK as u64 {
+            return Err(Reason::Malformed);
+        }
         self.each(1 + self.len.div_ceil(BLOCK_LEN as u32), block::<P, D>)?;
         // SAFETY: the scratch memory is ours.
         Ok(unsafe { (*self.scratch).cipher.finish(u64::from(self.len)) })
