@@ -160,7 +160,7 @@ impl Node {
                 address.addr()
             )));
         }
-        if address.prefix_len() != subnet.prefix_len() {
+        if subnet.contains(&address.addr()) && address.prefix_len() != subnet.prefix_len() {
             return Err(ApiError::usage(format_args!(
                 "{address} does not have the subnet's prefix: give {}/{}",
                 address.addr(),

@@ -225,6 +225,7 @@ impl Node {
     /// Adds targets, or puts them in the place of those that there are.
     pub(super) async fn connect(&mut self, request: api::Connect) -> Result<api::Targets, ApiError> {
         need_hosts(&request.hosts)?;
+        some_hosts(&request.hosts)?;
         let mut targets = if request.replace { Vec::new() } else { self.targets()? };
         for host in request.hosts {
             if !targets.contains(&host) {
@@ -237,6 +238,7 @@ impl Node {
     /// Removes targets: all, or none if one is unknown.
     pub(super) async fn forget(&mut self, request: api::Forget) -> Result<api::Targets, ApiError> {
         need_hosts(&request.hosts)?;
+        some_hosts(&request.hosts)?;
         let mut targets = self.targets()?;
         for host in request.hosts {
             let Some(position) = targets.iter().position(|target| *target == host) else {
@@ -270,4 +272,8 @@ fn need_hosts(hosts: &[Host]) -> Result<(), ApiError> {
         return Err(ApiError::usage("no host is named: give at least one"));
     }
     Ok(())
+}
+
+fn some_hosts(hosts: &[Host]) -> Result<(), ApiError> {
+    if hosts.is_empty() { Err(ApiError::usage("no host was named: name at least one")) } else { Ok(()) }
 }
