@@ -154,6 +154,12 @@ impl Node {
 
     fn claim(&mut self, address: IpNet, owner: &str) -> Result<IpAddr, ApiError> {
         let subnet = self.identity.network.subnet;
+        if !subnet.contains(&address.addr()) {
+            return Err(ApiError::usage(format_args!(
+                "{} is outside the subnet {subnet}: give an address inside it",
+                address.addr()
+            )));
+        }
         if address.prefix_len() != subnet.prefix_len() {
             return Err(ApiError::usage(format_args!(
                 "{address} does not have the subnet's prefix: give {}/{}",

@@ -232,7 +232,7 @@ fn expect_fragmentation_needed(world: &World, packet: &[u8], gso_size: u32, mtu:
 
 fn tcp(len: usize, header: u8) -> Vec<u8> {
     let mut segment = vec![0x5a; len];
-    segment[12] = header / 4 << 4;
+    segment[12] = (header / 4) << 4;
     ipv4_with(CONTAINER, REMOTE, 6, &segment)
 }
 

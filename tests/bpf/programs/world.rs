@@ -118,14 +118,19 @@ pub struct World {
     pub ebpf: Ebpf,
 }
 
-/// Loads all programs.
-pub fn load(debug: u8) -> Ebpf {
+/// All programs, for [`load`].
+pub const ALL: &[&str] = &["from_container", "seal", "from_underlay", "from_underlay_xdp", "aead_check"];
+/// Those that packets run through.
+const PATHS: &[&str] = &["from_container", "seal", "from_underlay", "from_underlay_xdp"];
+
+/// Loads these programs.
+pub fn load(debug: u8, names: &[&str]) -> Ebpf {
     let mut ebpf = EbpfLoader::new()
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("DEBUG", &debug, true)
         .load(overnode_daemon::PROGRAMS)
         .expect("the object is understood");
-    for (name, program) in ebpf.programs_mut() {
+    for (name, program) in ebpf.programs_mut().filter(|(name, _)| names.contains(name)) {
         let loaded = match program {
             Program::SchedClassifier(program) => program.load(),
             Program::Xdp(program) => program.load(),
@@ -139,7 +144,12 @@ pub fn load(debug: u8) -> Ebpf {
 impl World {
     /// A node with two containers and two peers; a live session with the first.
     pub fn new(underlay: Underlay) -> Self {
-        let mut world = Self { ebpf: load(0) };
+        Self::with_debug(underlay, 0)
+    }
+
+    /// Likewise; `debug` not 0 makes the programs speak.
+    pub fn with_debug(underlay: Underlay, debug: u8) -> Self {
+        let mut world = Self { ebpf: load(debug, PATHS) };
         world
             .array("CONFIG")
             .set(
