@@ -129,12 +129,15 @@ impl Node {
                     "{allowed} overlaps the range {range}, whose addresses nodes give to containers: choose others"
                 )));
             }
-            if let Some((address, owner)) = self.ipam.allocated().iter().find(|(address, _)| allowed.contains(*address)) {
+            if let Some((address, owner)) =
+                self.ipam.allocated().iter().find(|(address, _)| allowed.contains(*address))
+            {
                 return Err(ApiError::refused(format_args!(
                     "{allowed} contains {address}, which {owner} on this host has: choose others"
                 )));
             }
-            let node = self.gossip.records().find(|it| allowed.contains(&self.ipam.layout().node_address(it.id)));
+            let node =
+                self.gossip.records().find(|it| allowed.contains(&self.ipam.layout().node_address(it.id)));
             if let Some(node) = node {
                 return Err(ApiError::refused(format_args!(
                     "{allowed} contains the address of node {} itself: choose others",
