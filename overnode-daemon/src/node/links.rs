@@ -12,6 +12,9 @@ use crate::gossip;
 use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
 use crate::types::NodeId;
 
+/// Problems that are kept: the latest.
+const MAX_PROBLEMS: usize = 32;
+
 /// The stream of a control connection that is up. What people are told of it, the dialler knows.
 pub(super) struct Stream {
     connection: dial::ConnectionId,
@@ -75,6 +78,7 @@ impl Node {
             self.gossip.resync(peer);
         }
         self.announce_addresses(now);
+        self.heard_at(peer.peer_index(), opened.remote.ip(), now);
     }
 
     fn received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
@@ -108,7 +112,7 @@ impl Node {
         }
     }
 
-    /// Tells the others where this node is: the addresses that its connections use.
+    /// Tells the others where this node is: the addresses that its connections use, new ones first, for there is a limit.
     fn announce_addresses(&mut self, now: Instant) {
         let mut addresses: Vec<SocketAddr> =
             self.streams.values().map(|it| SocketAddr::new(it.local.ip(), CONTROL_PORT)).collect();
@@ -118,7 +122,7 @@ impl Node {
             |own| {
                 for address in addresses {
                     if !own.addresses.contains(&address) {
-                        own.addresses.push(address);
+                        own.addresses.insert(0, address);
                     }
                 }
             },
@@ -167,12 +171,16 @@ impl Node {
         }
     }
 
-    /// Something that needs a person.
+    /// Something that needs a person. The words may be a liar's, so there is an end to what is kept.
     fn report(&mut self, problem: String) {
-        if !self.problems.contains(&problem) {
-            tracing::warn!("{problem}");
-            self.problems.push(problem);
+        if self.problems.contains(&problem) {
+            return;
         }
+        tracing::warn!("{problem}");
+        if self.problems.len() >= MAX_PROBLEMS {
+            self.problems.remove(0);
+        }
+        self.problems.push(problem);
     }
 
     async fn learn(&mut self, id: NodeId, now: Instant) {
