@@ -16,6 +16,7 @@ use super::links::{End, Link, Mac, Netlink};
 use super::netns::{NetnsId, NetnsRef, inside};
 use super::programs::{FROM_CONTAINER, detach_filter};
 use super::{Datapath, mac_of, offload, quieten};
+use crate::fault;
 use crate::types::to_map;
 
 /// Name of the interface inside a container.
@@ -112,16 +113,22 @@ impl Datapath {
         let near = End { name: host_interface, mac: gateway_mac, mtu, namespace: None };
         let far = End { name: CONTAINER_INTERFACE, mac, mtu, namespace: Some(namespace.as_raw_fd()) };
         self.netlink.create_veth(&near, &far).await?;
+        fault::step("veth");
         let host = self.netlink.link_named(host_interface).await?.context("the new interface vanished")?;
         self.endpoints.insert(host_interface.clone(), host.index);
         self.netlink.mark(host.index, &self.alias).await?;
         quieten(host_interface);
+        fault::step("veth marked");
         self.programs.attach(FROM_CONTAINER, &host, &self.pins)?;
+        fault::step("from_container");
         self.maps.set_endpoint(host.index, Endpoint { address: to_map(*address), mac, gateway_mac })?;
         let (address, prefix) = (*address, self.network.subnet.prefix_len());
+        fault::step("endpoint");
         inside(namespace, move || async move { configure(address, prefix).await }).await?;
+        fault::step("container configured");
         self.routes.set_local(IpNet::from(address), host.index);
         self.sync_routes()?;
+        fault::step("route");
         self.netlink.set_up(host.index).await?;
         Ok(Attached {
             ifindex: host.index,
@@ -142,6 +149,7 @@ impl Datapath {
         if let Some(link) = &link {
             ensure!(self.is_ours(link), "the interface {host_interface} was not made by this node: it stays");
             self.netlink.delete(link.index).await?;
+            fault::step("veth deleted");
         }
         let known = self.endpoints.remove(host_interface);
         match known.or(link.map(|link| link.index)) {
@@ -155,6 +163,7 @@ impl Datapath {
         self.routes.remove_local(ifindex);
         let routes = self.sync_routes();
         let endpoint = self.maps.remove_endpoint(ifindex);
+        fault::step("endpoint forgotten");
         self.pins.remove(&Pin::Link { ifindex, program: FROM_CONTAINER.into() })?;
         self.pins.remove(&Pin::Filter { ifindex, program: FROM_CONTAINER.into() })?;
         self.pins.remove(&Pin::Qdisc { ifindex })?;

@@ -49,6 +49,7 @@ use self::normaliser::Normaliser;
 use self::programs::{FROM_CONTAINER, FROM_UNDERLAY, Programs, SEAL};
 use self::routes::{Change, RouteTable, difference};
 use self::underlay::Underlay;
+use crate::fault;
 use crate::types::{Network, PeerIndex, to_map};
 
 /// How to open the data plane.
@@ -120,8 +121,11 @@ impl Datapath {
         }
         check_maps(&pins, &links.iter().map(|link| link.index).collect::<Vec<_>>())?;
         let (mut programs, maps) = Programs::load(crate::PROGRAMS, &pins, options.debug, options.xdp)?;
+        fault::step("maps");
         let normaliser = Normaliser::ensure(&netlink, &alias, &node).await?;
+        fault::step("normaliser");
         programs.attach(SEAL, &normaliser.second, &pins)?;
+        fault::step("seal");
         normaliser.set_up(&netlink).await?;
 
         let installed = maps.routes()?;
@@ -211,7 +215,10 @@ impl Datapath {
                 })
             };
             if is_ours(link, &self.alias, &self.node) && has(FROM_CONTAINER) {
-                self.programs.attach(FROM_CONTAINER, link, &self.pins)?;
+                // What fails keeps its old program, or is about to vanish: a matter of one container.
+                if let Err(error) = self.programs.attach(FROM_CONTAINER, link, &self.pins) {
+                    warn!(%error, interface = link.name, "the program of an earlier daemon stays");
+                }
                 self.endpoints.insert(link.name.clone(), link.index);
             }
             if has(FROM_UNDERLAY)
@@ -237,22 +244,27 @@ impl Datapath {
         })
     }
 
-    /// Makes the map hold what the table wants. What fails is tried again with the next change.
+    /// Makes the map hold what the table wants, as far as it can. What fails is tried again with the next change.
     fn sync_routes(&mut self) -> Result<()> {
         let wanted = self.routes.wanted();
-        for change in difference(&self.installed, &wanted) {
-            match change {
-                Change::Put(prefix, route) => {
-                    self.maps.set_route(prefix, route)?;
+        // The first time may have made the room that it lacked.
+        self.try_routes(&wanted).or_else(|_| self.try_routes(&wanted))
+    }
+
+    fn try_routes(&mut self, wanted: &BTreeMap<IpNet, Route>) -> Result<()> {
+        let mut result = Ok(());
+        for change in difference(&self.installed, wanted) {
+            let changed = match change {
+                Change::Put(prefix, route) => self.maps.set_route(prefix, route).map(|()| {
                     self.installed.insert(prefix, route);
-                }
-                Change::Delete(prefix) => {
-                    self.maps.remove_route(prefix)?;
+                }),
+                Change::Delete(prefix) => self.maps.remove_route(prefix).map(|()| {
                     self.installed.remove(&prefix);
-                }
-            }
+                }),
+            };
+            result = result.and(changed);
         }
-        Ok(())
+        result
     }
 }
 
@@ -289,7 +301,13 @@ fn mac_of(node: &str, last: [u8; 2]) -> Mac {
     [2, byte(0), byte(2), byte(4), last[0], last[1]]
 }
 
-/// No IPv6 on an interface of ours. Where /proc is read-only, addr_gen_mode alone has to do.
+/// No IPv6 on an interface of ours, and nothing that comes in by it is for the host's own stack: should its program ever be taken
+/// away, by whomever, packets of containers are neither forwarded nor delivered. Where /proc is read-only, addr_gen_mode
+/// alone has to do.
 fn quieten(interface: &str) {
-    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), "1");
+    for (family, setting, value) in
+        [("ipv6", "disable_ipv6", "1"), ("ipv4", "forwarding", "0"), ("ipv4", "rp_filter", "1")]
+    {
+        let _ = std::fs::write(format!("/proc/sys/net/{family}/conf/{interface}/{setting}"), value);
+    }
 }

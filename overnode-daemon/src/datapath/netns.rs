@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::future::Future;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
@@ -46,7 +46,9 @@ impl NetnsRef {
     /// There is no such file or process, or it is no network namespace.
     pub(super) fn open(&self) -> Result<(File, NetnsId)> {
         let path = self.path();
-        let file = File::open(&path).with_context(|| match self {
+        // A pipe by that name would be waited for, for ever.
+        let open = || File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
+        let file = open().with_context(|| match self {
             Self::Path(path) => format!("the network namespace {} cannot be opened", path.display()),
             Self::Pid(pid) => {
                 format!("the network namespace of process {pid} cannot be opened: does it still run?")
@@ -118,4 +120,20 @@ where
         })
         .context("a thread cannot be started")?;
     answered.await.context("the thread in the network namespace panicked")?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pipe_in_the_place_of_a_namespace_is_refused_and_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (done, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || done.send(NetnsRef::Path(path).id().unwrap_err().to_string()));
+        let error = ended.recv_timeout(std::time::Duration::from_secs(10)).unwrap();
+        assert!(error.contains("is not a network namespace"), "{error}");
+    }
 }

@@ -10,9 +10,10 @@ use tracing::{info, warn};
 use super::Datapath;
 use super::bpffs::Pin;
 use super::endpoint::is_ours;
+use super::links::Link;
 use super::netns::NetnsRef;
 use super::normaliser::{FIRST, Normaliser, SECOND};
-use super::programs::{FROM_CONTAINER, FROM_UNDERLAY, Hook, SEAL};
+use super::programs::{FROM_CONTAINER, FROM_UNDERLAY, SEAL};
 use crate::types::from_map;
 
 /// A container that the node believes to be attached.
@@ -58,7 +59,8 @@ impl Datapath {
             .filter(|link| is_ours(link, &alias, &node) && link.name != FIRST && link.name != SECOND)
         {
             let entry = in_map.get(&link.index).map(|endpoint| from_map(endpoint.address));
-            if known_names.get(link.name.as_str()).copied() == entry && entry.is_some() && link.is_up {
+            let is_wanted = known_names.get(link.name.as_str()).copied() == entry && entry.is_some();
+            if is_wanted && link.is_up && self.keep_program(FROM_CONTAINER, link) {
                 whole.insert(link.name.as_str());
                 self.endpoints.insert(link.name.clone(), link.index);
                 continue;
@@ -73,7 +75,9 @@ impl Datapath {
             links.iter().filter(|link| whole.contains(link.name.as_str())).map(|link| link.index).collect();
         let of_routes: Vec<u32> = self.routes.local().values().copied().collect();
         for ifindex in in_map.keys().copied().chain(of_routes).filter(|ifindex| !in_use.contains(ifindex)) {
-            self.forget_endpoint(ifindex)?;
+            if let Err(error) = self.forget_endpoint(ifindex) {
+                warn!(%error, ifindex, "what the maps hold of an interface that is gone cannot be removed");
+            }
         }
         self.endpoints.retain(|_, ifindex| in_use.contains(ifindex));
 
@@ -81,11 +85,10 @@ impl Datapath {
             if let Some(address) = known_names.get(link.name.as_str()) {
                 self.routes.set_local(IpNet::from(*address), link.index);
             }
-            if self.must_attach(FROM_CONTAINER, link.index) {
-                self.programs.attach(FROM_CONTAINER, link, &self.pins)?;
-            }
         }
-        self.sync_routes()?;
+        if let Err(error) = self.sync_routes() {
+            warn!(%error, "not every route can be entered");
+        }
 
         in_use.extend(links.iter().map(|link| link.index));
         for pin in self.pins.list().into_iter().filter(|pin| !in_use.contains(&pin.ifindex())) {
@@ -97,9 +100,7 @@ impl Datapath {
         self.refresh_host().await?;
         let underlay: Vec<u32> = self.underlay.interfaces.keys().copied().collect();
         for link in links.iter().filter(|link| underlay.contains(&link.index)) {
-            if self.must_attach(FROM_UNDERLAY, link.index) {
-                self.programs.attach(FROM_UNDERLAY, link, &self.pins)?;
-            }
+            self.keep_program(FROM_UNDERLAY, link);
         }
 
         Ok(known
@@ -113,21 +114,23 @@ impl Datapath {
             .collect())
     }
 
-    /// A tcx link stays while it is pinned. Filters of the older kind go with a qdisc that anybody may remove: those are attached
-    /// anew each time, which replaces what is there.
-    fn must_attach(&self, program: &str, ifindex: u32) -> bool {
-        self.programs.hook() == Hook::Clsact
-            || !self.pins.is_there(&Pin::Link { ifindex, program: program.into() })
+    /// Attaches anew, which replaces what is there without a gap: anybody may have removed a filter, or detached a link that is still
+    /// pinned. False if the interface has no program.
+    fn keep_program(&mut self, program: &'static str, link: &Link) -> bool {
+        let Err(error) = self.programs.attach(program, link, &self.pins) else { return true };
+        warn!(%error, interface = link.name, "its program cannot be attached anew");
+        [
+            Pin::Link { ifindex: link.index, program: program.into() },
+            Pin::Filter { ifindex: link.index, program: program.into() },
+        ]
+        .iter()
+        .any(|pin| self.pins.is_there(pin))
     }
 
     /// Somebody may delete the pair or turn its offloads on.
     async fn repair_normaliser(&mut self) -> Result<()> {
         let normaliser = Normaliser::ensure(&self.netlink, &self.alias, &self.node).await?;
-        if normaliser.second.index != self.normaliser.second.index
-            || self.must_attach(SEAL, normaliser.second.index)
-        {
-            self.programs.attach(SEAL, &normaliser.second, &self.pins)?;
-        }
+        self.programs.attach(SEAL, &normaliser.second, &self.pins)?;
         normaliser.set_up(&self.netlink).await?;
         self.normaliser = normaliser;
         self.write_config()

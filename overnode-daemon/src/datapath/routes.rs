@@ -3,17 +3,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
-use overnode_ebpf::map::{ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, Route};
+use overnode_ebpf::map::{ENDPOINT_SLOTS, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, ROUTE_SLOTS, Route};
 
 use crate::types::PeerIndex;
 
+/// Routes that peers may fill the map with: room for this host's containers and ranges is kept.
+const PEER_ROUTES: usize = (ROUTE_SLOTS - 2 * ENDPOINT_SLOTS) as usize;
+
 /// The wanted routes, by owner. Where several want the same prefix: what is attached here wins over what this node
-/// owns, that over a peer, and the lower peer index over the higher.
+/// owns, that over a peer, and the lower peer index over the higher. Where peers want more than the map holds, each gets as many as the
+/// others, its first ones.
 #[derive(Debug, Default)]
 pub(super) struct RouteTable {
     local: BTreeMap<IpNet, u32>,
     own: BTreeSet<IpNet>,
-    peers: BTreeMap<PeerIndex, BTreeSet<IpNet>>,
+    peers: BTreeMap<PeerIndex, Vec<IpNet>>,
 }
 
 /// A difference between the table and the map.
@@ -30,7 +34,7 @@ impl RouteTable {
         for (prefix, route) in entries {
             match route.kind {
                 ROUTE_LOCAL => _ = table.local.insert(*prefix, route.target),
-                ROUTE_PEER => _ = table.peers.entry(PeerIndex(route.target)).or_default().insert(*prefix),
+                ROUTE_PEER => table.peers.entry(PeerIndex(route.target)).or_default().push(*prefix),
                 _ => _ = table.own.insert(*prefix),
             }
         }
@@ -38,7 +42,9 @@ impl RouteTable {
     }
 
     pub(super) fn set_peer(&mut self, peer: PeerIndex, prefixes: &[IpNet]) {
-        let prefixes: BTreeSet<IpNet> = prefixes.iter().map(IpNet::trunc).collect();
+        let mut seen = BTreeSet::new();
+        let prefixes: Vec<IpNet> =
+            prefixes.iter().map(IpNet::trunc).filter(|prefix| seen.insert(*prefix)).collect();
         if prefixes.is_empty() {
             self.peers.remove(&peer);
         } else {
@@ -68,15 +74,30 @@ impl RouteTable {
 
     /// What the map should hold.
     pub(super) fn wanted(&self) -> BTreeMap<IpNet, Route> {
-        let mut wanted = BTreeMap::new();
-        for (peer, prefixes) in self.peers.iter().rev() {
-            wanted
-                .extend(prefixes.iter().map(|prefix| (*prefix, Route { kind: ROUTE_PEER, target: peer.0 })));
-        }
+        let mut wanted = self.of_peers();
         wanted.extend(self.own.iter().map(|prefix| (*prefix, Route { kind: ROUTE_NONE, target: 0 })));
         wanted.extend(
             self.local.iter().map(|(prefix, target)| (*prefix, Route { kind: ROUTE_LOCAL, target: *target })),
         );
+        wanted
+    }
+
+    fn of_peers(&self) -> BTreeMap<IpNet, Route> {
+        let mut wanted: BTreeMap<IpNet, Route> = BTreeMap::new();
+        let mut rest: Vec<_> = self.peers.iter().map(|(peer, prefixes)| (peer.0, prefixes.iter())).collect();
+        while !rest.is_empty() {
+            rest.retain_mut(|(peer, prefixes)| {
+                let Some(prefix) = prefixes.next() else { return false };
+                let route = Route { kind: ROUTE_PEER, target: *peer };
+                let is_full = wanted.len() >= PEER_ROUTES;
+                match wanted.get_mut(prefix) {
+                    Some(other) if other.target > *peer => *other = route,
+                    None if !is_full => _ = wanted.insert(*prefix, route),
+                    Some(_) | None => {}
+                }
+                true
+            });
+        }
         wanted
     }
 }
@@ -123,6 +144,28 @@ mod tests {
         assert_eq!(table.wanted()[&net("10.44.0.0/16")].target, 2);
         table.set_own(&[net("10.44.0.0/16")]);
         assert_eq!(table.wanted()[&net("10.44.0.0/16")].kind, ROUTE_NONE);
+    }
+
+    #[test]
+    fn a_peer_with_very_many_prefixes_leaves_room_for_the_others() {
+        let mut table = RouteTable::default();
+        table.set_own(&[net("10.40.0.0/15")]);
+        table.set_local(net("10.40.0.1/32"), 9);
+        for peer in 1..=100_u8 {
+            let claims = (0..=255).flat_map(|c| (0..4).map(move |d| [c, d]));
+            let claims = claims.map(|[c, d]| format!("10.{peer}.{c}.{d}/32").parse().unwrap());
+            let own = net(&format!("192.168.{peer}.0/24"));
+            table.set_peer(PeerIndex(peer.into()), &[own].into_iter().chain(claims).collect::<Vec<_>>());
+        }
+        let wanted = table.wanted();
+        assert!(wanted.len() <= ROUTE_SLOTS as usize, "{}", wanted.len());
+        assert_eq!(wanted[&net("10.40.0.1/32")].kind, ROUTE_LOCAL);
+        for peer in 1..=100 {
+            assert_eq!(wanted[&net(&format!("192.168.{peer}.0/24"))].target, peer);
+        }
+        // Who wants little gets it, however late it comes.
+        table.set_peer(PeerIndex(4000), &[net("172.16.0.0/16"), net("172.17.0.0/16")]);
+        assert_eq!(table.wanted()[&net("172.17.0.0/16")].target, 4000);
     }
 
     #[test]

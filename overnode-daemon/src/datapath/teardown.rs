@@ -9,6 +9,7 @@ use super::bpffs::{Pin, Pins, node_name};
 use super::endpoint::{detach_all, is_ours};
 use super::links::Netlink;
 use super::{Datapath, alias_of};
+use crate::fault;
 
 impl Datapath {
     /// Removes interfaces, filters, programs, maps and directories of the node whose state directory this is or was. Needs no daemon
@@ -29,6 +30,7 @@ impl Datapath {
             Ok(netlink) => remove_from_interfaces(&netlink, &node, pins.as_ref()).await,
             Err(error) => vec![error],
         });
+        fault::step("interfaces");
         if let Some(pins) = pins {
             errors.extend(pins.remove_everything().context("pinned objects cannot be removed").err());
         }
@@ -48,6 +50,7 @@ async fn remove_from_interfaces(netlink: &Netlink, node: &str, pins: Option<&Pin
             debug!(interface = link.name, "removing");
             // The other end of a pair is gone with the first.
             errors.extend(netlink.delete(link.index).await.err());
+            fault::step("interface");
         } else if let Some(pins) = pins {
             errors.extend(detach_all(link, pins));
             if pins.is_there(&Pin::Qdisc { ifindex: link.index }) {

@@ -56,7 +56,9 @@ pub(super) struct Underlay {
     pub(super) addresses: BTreeSet<IpAddr>,
     /// Interfaces that lead to peers but cannot be used, and why.
     problems: BTreeMap<u32, String>,
-    /// MTU of `--interface`, else of the default route's interface.
+    /// Index of `--interface`, else of the default route's interface.
+    pub(super) main: Option<u32>,
+    /// Its MTU.
     pub(super) main_mtu: Option<u32>,
 }
 
@@ -127,8 +129,14 @@ impl Datapath {
         Ok(())
     }
 
-    /// An interface that cannot be used must not keep the other peers from being configured.
-    async fn try_underlay(&mut self, ifindex: u32) {
+    /// False for the interfaces that `--interface` excludes. Asks nobody: callers may be flooded.
+    pub fn may_receive_on(&self, ifindex: u32) -> bool {
+        self.interface.is_none() || self.underlay.main == Some(ifindex)
+    }
+
+    /// As [`Self::ensure_underlay`]; an interface that cannot be used is told in [`Self::underlay`], and keeps no other peer from being
+    /// configured.
+    pub async fn try_underlay(&mut self, ifindex: u32) {
         let Err(error) = self.ensure_underlay(ifindex).await else {
             self.underlay.problems.remove(&ifindex);
             return;
@@ -147,12 +155,14 @@ impl Datapath {
     /// Netlink or a map refuses; what was done until then stays.
     pub async fn refresh(&mut self) -> Result<()> {
         self.refresh_host().await?;
+        let mut result = Ok(());
         for peer in self.peers()? {
             if let Some(endpoint) = peer.endpoint {
-                self.find_path(peer.index, endpoint, false).await?;
+                // One that fails must not keep the others from being found.
+                result = result.and(self.find_path(peer.index, endpoint, false).await);
             }
         }
-        Ok(())
+        result
     }
 
     /// Addresses and interfaces, without the peers.
@@ -183,6 +193,7 @@ impl Datapath {
             Some(name) => links.iter().find(|link| link.name == *name).map(|link| link.index),
             None => self.netlink.default_interface().await,
         };
+        self.underlay.main = main;
         self.underlay.main_mtu = links.iter().find(|link| Some(link.index) == main).map(|link| link.mtu);
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Control connections: listening, dialling, and two tasks for each connection. What is said on them is decided elsewhere.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, timeout};
 
@@ -23,8 +23,11 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A ping is sent this often.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// Inbound connections that may be shaking hands at one time.
-const PENDING: usize = 64;
+/// Inbound connections that may be shaking hands at one time, for each address family. One more, and the oldest has to go: an honest
+/// caller is done within a few round trips.
+const PENDING: usize = 128;
+/// The same for one source.
+const PENDING_OF_SOURCE: usize = 32;
 /// Messages that may wait for a slow peer before its connection is closed.
 const OUTBOX: usize = 256;
 
@@ -141,9 +144,8 @@ impl Mesh {
     ) -> io::Result<Self> {
         let shared = Shared { me: Arc::new(me), residents, port, events, next: Arc::default() };
         let mut tasks = JoinSet::new();
-        let pending = Arc::new(Semaphore::new(PENDING));
         for listener in listeners(port)? {
-            tasks.spawn(accept(listener, shared.clone(), pending.clone()));
+            tasks.spawn(accept(listener, shared.clone()));
         }
         Ok(Self { shared, tasks })
     }
@@ -182,11 +184,11 @@ fn v6_socket(port: u16) -> io::Result<TcpSocket> {
     Ok(socket)
 }
 
-async fn accept(listener: TcpListener, shared: Shared, pending: Arc<Semaphore>) {
+async fn accept(listener: TcpListener, shared: Shared) {
     let mut tasks = JoinSet::new();
+    let mut pending = Pending::default();
     loop {
         while tasks.try_join_next().is_some() {}
-        let Ok(permit) = pending.clone().acquire_owned().await else { return };
         let (stream, remote) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -196,17 +198,58 @@ async fn accept(listener: TcpListener, shared: Shared, pending: Arc<Semaphore>) 
             }
         };
         let shared = shared.clone();
+        let given_up = pending.admit(plain(remote).ip());
         tasks.spawn(async move {
-            let result = greet(&shared, stream, Role::Responder).await;
-            drop(permit);
-            match result {
-                Ok((ends, link)) => run(shared, None, ends, link).await,
-                Err(refusal) => {
-                    let remote = plain(remote);
-                    let _ = shared.events.send(MeshEvent::Refused { remote, refusal }).await;
-                }
+            let welcomed = tokio::select! {
+                welcomed = welcome(&shared, stream, remote) => welcomed,
+                _ = given_up => None,
+            };
+            if let Some((ends, link)) = welcomed {
+                run(shared, None, ends, link).await;
             }
         });
+    }
+}
+
+/// Shakes hands with a caller. Who is refused is pending until that was told.
+async fn welcome(shared: &Shared, stream: TcpStream, remote: SocketAddr) -> Option<(Ends, Link)> {
+    match greet(shared, stream, Role::Responder).await {
+        Ok(link) => Some(link),
+        Err(refusal) => {
+            let remote = plain(remote);
+            let _ = shared.events.send(MeshEvent::Refused { remote, refusal }).await;
+            None
+        }
+    }
+}
+
+/// Callers that have proven nothing yet, the oldest first. Dropping a sender gives its caller up.
+#[derive(Default)]
+struct Pending(VecDeque<(IpAddr, oneshot::Sender<()>)>);
+
+impl Pending {
+    /// What it returns ends when the caller is to be given up.
+    fn admit(&mut self, ip: IpAddr) -> oneshot::Receiver<()> {
+        let source = source_of(ip);
+        self.0.retain(|(_, sender)| !sender.is_closed());
+        let of_source = self.0.iter().filter(|(other, _)| *other == source).count();
+        if of_source >= PENDING_OF_SOURCE {
+            let oldest = self.0.iter().position(|(other, _)| *other == source);
+            oldest.and_then(|oldest| self.0.remove(oldest));
+        } else if self.0.len() >= PENDING {
+            self.0.pop_front();
+        }
+        let (sender, receiver) = oneshot::channel();
+        self.0.push_back((source, sender));
+        receiver
+    }
+}
+
+/// What one host can choose freely of its IPv6 address does not count.
+fn source_of(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(_) => ip,
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64).into(),
     }
 }
 
@@ -350,5 +393,70 @@ async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>
         if let Err(refusal) = writer.send(&frame).await {
             return refusal.to_string();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::key;
+    use crate::types::{Network, Secret};
+
+    fn me(id: u16, secret: u8) -> Me {
+        let static_secret = Secret([secret; 32]);
+        let hello = Hello {
+            versions: (1, 1),
+            id: NodeId::new(id).unwrap(),
+            incarnation: 1,
+            nickname: format!("node{id}"),
+            network: Network::default(),
+            public_key: crate::handshake::public_key(&static_secret),
+        };
+        Me { static_secret, cluster_key: key::cluster_key("a token of some length").unwrap(), hello }
+    }
+
+    fn shared(me: Me, events: mpsc::Sender<MeshEvent>) -> Shared {
+        Shared { me: Arc::new(me), residents: Residents::default(), port: 0, events, next: Arc::default() }
+    }
+
+    #[tokio::test]
+    async fn those_who_say_nothing_keep_nobody_out() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (events, mut received) = mpsc::channel(16);
+        let accepting = tokio::spawn(accept(listener, shared(me(1, 1), events)));
+        let mut idle = Vec::new();
+        for last in 1..=8 {
+            for _ in 0..2 * PENDING_OF_SOURCE {
+                let socket = TcpSocket::new_v4().unwrap();
+                socket.bind(([127, 0, 0, last], 0).into()).unwrap();
+                idle.push(socket.connect(address).await.unwrap());
+            }
+        }
+        let (events, _kept) = mpsc::channel(16);
+        let caller = shared(me(2, 2), events);
+        let begun = Instant::now();
+        greet(&caller, TcpStream::connect(address).await.unwrap(), Role::Initiator).await.unwrap();
+        let event = received.recv().await.unwrap();
+        assert!(matches!(&event, MeshEvent::Opened(opened) if opened.hello.id.get() == 2), "{event:?}");
+        assert!(begun.elapsed() < session::HANDSHAKE_LIMIT / 2, "{:?}", begun.elapsed());
+        accepting.abort();
+    }
+
+    #[test]
+    fn the_oldest_caller_of_the_busiest_source_goes_first() {
+        let mut pending = Pending::default();
+        let mut quiet = pending.admit("192.0.2.1".parse().unwrap());
+        let mut flood: Vec<_> = (0..=PENDING_OF_SOURCE as u64)
+            .map(|n| pending.admit(Ipv6Addr::from_bits(0x2001_0db8 << 96 | u128::from(n)).into()))
+            .collect();
+        let is_given_up =
+            |it: &mut oneshot::Receiver<()>| it.try_recv() == Err(oneshot::error::TryRecvError::Closed);
+        assert!(is_given_up(&mut flood[0]) && !is_given_up(&mut flood[1]) && !is_given_up(&mut quiet));
+        assert_eq!(pending.0.len(), PENDING_OF_SOURCE + 1);
+        // Who has ended makes room by itself.
+        drop(flood);
+        drop(pending.admit("192.0.2.2".parse().unwrap()));
+        assert_eq!(pending.0.len(), 2);
     }
 }

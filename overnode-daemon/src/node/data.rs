@@ -1,6 +1,7 @@
 //! The data plane's peers: what gossip says becomes peers and routes, what the handshakes decide becomes sessions.
 
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -18,6 +19,8 @@ use crate::types::{PeerIndex, PublicKey, Secret};
 const SECOND: Duration = Duration::from_millis(1500);
 /// An address of a node that does not answer a handshake within this time is given up for the next one.
 const PATIENCE: Duration = Duration::from_secs(7);
+/// Most addresses that are tried of one peer: a record's, and where it was heard.
+const MAX_CANDIDATES: usize = 32;
 
 /// A peer as the data plane was told of it.
 pub(super) struct DataPeer {
@@ -26,6 +29,8 @@ pub(super) struct DataPeer {
     candidates: Vec<SocketAddr>,
     /// Which of them is tried.
     candidate: usize,
+    /// True if the candidate is not tried yet.
+    is_chosen: bool,
     tried_since: Instant,
     pub(super) routes: Vec<IpNet>,
     /// What the maps said last.
@@ -36,6 +41,16 @@ pub(super) struct DataPeer {
 impl DataPeer {
     pub(super) fn endpoint(&self) -> Option<SocketAddr> {
         self.candidates.get(self.candidate).copied()
+    }
+
+    /// Makes this the candidate, also if it is none yet.
+    fn prefer(&mut self, place: SocketAddr) {
+        self.candidate = self.candidates.iter().position(|it| *it == place).unwrap_or_else(|| {
+            self.candidates.insert(0, place);
+            self.candidates.truncate(MAX_CANDIDATES);
+            0
+        });
+        self.is_chosen = true;
     }
 
     /// True if the sealing session can be used.
@@ -60,6 +75,22 @@ impl Node {
     /// Takes over what an earlier daemon left in the maps, then configures all peers that the store knows.
     pub(super) async fn adopt(&mut self, now: Instant) -> anyhow::Result<()> {
         let pinned = self.datapath.peers()?;
+        // A peer with a session may have moved since it said where it is: that it has one must be known before it is configured, or
+        // what is under way to it would be diverted.
+        for state in &pinned {
+            let peer = DataPeer {
+                public_key: state.public_key,
+                candidates: state.endpoint.into_iter().collect(),
+                candidate: 0,
+                is_chosen: false,
+                tried_since: now,
+                routes: Vec::new(),
+                state: Some(state.clone()),
+                last_error: None,
+            };
+            self.peers.insert(state.index, peer);
+        }
+        let mut known = BTreeSet::new();
         let records: Vec<Record> = self
             .gossip
             .records()
@@ -68,16 +99,27 @@ impl Node {
             .collect();
         for record in &records {
             self.dialer.learn(record.id, record.addresses.clone(), now);
-            self.configure_peer(record, now).await?;
+            known.insert(record.id.peer_index());
+            // One that cannot be configured must not keep the node from the others.
+            if let Err(error) = self.configure_peer(record, now).await {
+                tracing::warn!("node {} cannot be given to the data plane: {error:#}", record.id);
+            }
         }
         for external in self.store.external_peers()? {
-            self.configure_external(external, now).await?;
+            let index = external.index;
+            known.insert(index);
+            if let Err(error) = self.configure_external(external, now).await {
+                tracing::warn!("the WireGuard peer {index} cannot be given to the data plane: {error:#}");
+            }
         }
         self.datapath.set_own_routes(&self.own_routes())?;
         for state in pinned {
-            let known = self.peers.get(&state.index).is_some_and(|peer| peer.public_key == state.public_key);
-            if !known {
-                self.datapath.remove_peer(state.index)?;
+            if !known.contains(&state.index) {
+                self.remove_data_peer(state.index, now);
+                continue;
+            }
+            if self.peers.get(&state.index).is_none_or(|peer| peer.public_key != state.public_key) {
+                // Its sessions went when it was configured.
                 continue;
             }
             for session in state.sessions {
@@ -122,7 +164,7 @@ impl Node {
         if before.as_ref().is_some_and(|before| before.public_key != wanted.public_key) {
             // A node that was reset and launched again has another key: nothing of the old one may stay.
             self.handshakes.remove_peer(index, now);
-            self.pump_handshakes(now).await;
+            self.pump_handshakes(now, None).await;
             self.datapath.remove_peer(index)?;
         }
         let before = before.filter(|before| before.public_key == wanted.public_key);
@@ -133,6 +175,7 @@ impl Node {
             public_key: wanted.public_key,
             candidates: wanted.candidates,
             candidate,
+            is_chosen: false,
             tried_since: before.as_ref().map_or(now, |before| before.tried_since),
             routes: wanted.routes,
             state: before.as_ref().and_then(|before| before.state.clone()),
@@ -143,21 +186,19 @@ impl Node {
         if endpoint.is_some() && endpoint != kept {
             peer.tried_since = now;
         }
-        self.datapath.set_peer(index, &peer.public_key, endpoint).await?;
-        self.datapath.set_routes(index, &peer.routes)?;
-        self.handshakes.upsert_peer(
-            index,
-            PeerConfig {
-                public_key: peer.public_key,
-                preshared_key: wanted.preshared_key,
-                endpoint,
-                initiate: wanted.initiate,
-                persistent_keepalive: wanted.persistent_keepalive,
-            },
-            now,
-        );
+        let config = PeerConfig {
+            public_key: peer.public_key,
+            preshared_key: wanted.preshared_key,
+            endpoint,
+            initiate: wanted.initiate,
+            persistent_keepalive: wanted.persistent_keepalive,
+        };
+        // What fails is tried again, and costs the peer nothing else.
+        let path = self.datapath.set_peer(index, &peer.public_key, endpoint).await;
+        let routes = self.datapath.set_routes(index, &peer.routes);
+        self.handshakes.upsert_peer(index, config, now);
         self.peers.insert(index, peer);
-        Ok(())
+        path.and(routes)
     }
 
     pub(super) fn remove_data_peer(&mut self, index: PeerIndex, now: Instant) {
@@ -169,15 +210,28 @@ impl Node {
     }
 
     pub(super) async fn handle_datagram(&mut self, datagram: Received, now: Instant) {
-        // Packets of peers come in here: from now on the programs have to see them.
-        if let Err(error) = self.datapath.ensure_underlay(datagram.ifindex).await {
-            tracing::warn!("the programs cannot receive on interface {}: {error:#}", datagram.ifindex);
+        if !self.datapath.may_receive_on(datagram.ifindex) {
+            return tracing::trace!(
+                ifindex = datagram.ifindex,
+                "a datagram by an interface that is not used"
+            );
         }
+        let authenticated = |node: &Self| {
+            let counters = node.handshakes.counters();
+            counters.initiations_answered + counters.responses_accepted
+        };
+        let before = authenticated(self);
         self.handshakes.handle_datagram(now, datagram.from, &datagram.bytes);
+        if authenticated(self) != before {
+            // Packets of a peer come in here: from now on the programs have to see them.
+            self.datapath.try_underlay(datagram.ifindex).await;
+        }
+        self.pump_handshakes(now, Some((datagram.from, datagram.to))).await;
     }
 
-    /// Carries out what the handshakes have decided.
-    pub(super) async fn pump_handshakes(&mut self, now: Instant) {
+    /// Carries out what the handshakes have decided. An answer to a datagram, of which `asked` tells whence and whereto it came, goes out
+    /// from the address that was asked: a firewall on the way takes it from no other.
+    pub(super) async fn pump_handshakes(&mut self, now: Instant, asked: Option<(SocketAddr, IpAddr)>) {
         loop {
             while let Some(event) = self.handshakes.poll_event() {
                 if let Err(error) = self.handle_handshake(event, now).await {
@@ -185,7 +239,8 @@ impl Node {
                 }
             }
             let Some(transmit) = self.handshakes.poll_transmit() else { return };
-            if let Err(error) = self.udp.send(transmit.to, None, &transmit.bytes).await {
+            let from = asked.filter(|(asker, _)| *asker == transmit.to).map(|(_, address)| address);
+            if let Err(error) = self.udp.send(transmit.to, from, &transmit.bytes).await {
                 tracing::debug!("a handshake message to {} was not sent: {error}", transmit.to);
             }
         }
@@ -204,10 +259,8 @@ impl Node {
             Event::SendKeepalive { peer } => self.datapath.keepalive(peer).await?,
             Event::EndpointChanged { peer, endpoint } => {
                 let Some(known) = self.peers.get_mut(&peer) else { return Ok(()) };
-                if !known.candidates.contains(&endpoint) {
-                    known.candidates.insert(0, endpoint);
-                }
-                known.candidate = known.candidates.iter().position(|it| *it == endpoint).unwrap_or_default();
+                known.prefer(endpoint);
+                known.is_chosen = false;
                 let public_key = known.public_key;
                 self.datapath.set_peer(peer, &public_key, Some(endpoint)).await?;
             }
@@ -221,7 +274,7 @@ impl Node {
         Ok(())
     }
 
-    /// Once a second: what the programs saw goes to the handshakes; peers that do not answer are tried elsewhere.
+    /// What the programs saw goes to the handshakes.
     pub(super) fn read_maps(&mut self, now: Instant) {
         let states = match self.datapath.peers() {
             Ok(states) => states,
@@ -246,20 +299,41 @@ impl Node {
                 peer.state = Some(state);
             }
         }
-        self.try_elsewhere(now);
         self.note_reachability(now);
     }
 
-    fn try_elsewhere(&mut self, now: Instant) {
+    /// Peers that do not answer are tried at the next of their addresses.
+    pub(super) async fn try_elsewhere(&mut self, now: Instant) {
+        let mut moved = Vec::new();
         for (&index, peer) in &mut self.peers {
-            if peer.candidates.len() < 2 || peer.has_session(now) || now < peer.tried_since + PATIENCE {
+            let is_chosen = std::mem::take(&mut peer.is_chosen);
+            if peer.has_session(now) {
                 continue;
             }
-            peer.candidate = (peer.candidate + 1) % peer.candidates.len();
-            peer.tried_since = now;
-            if let Some(endpoint) = peer.endpoint() {
-                self.handshakes.set_endpoint(index, endpoint);
+            if !is_chosen {
+                if peer.candidates.len() < 2 || now < peer.tried_since + PATIENCE {
+                    continue;
+                }
+                peer.candidate = (peer.candidate + 1) % peer.candidates.len();
             }
+            peer.tried_since = now;
+            moved.extend(peer.endpoint().map(|endpoint| (index, peer.public_key, endpoint)));
+        }
+        for (index, public_key, endpoint) in moved {
+            self.handshakes.set_endpoint(index, endpoint);
+            // The handshakes follow the endpoint in the maps, and so do the messages of the session to come.
+            if let Err(error) = self.datapath.set_peer(index, &public_key, Some(endpoint)).await {
+                tracing::warn!("peer {index} cannot be tried at {endpoint}: {error:#}");
+            }
+        }
+    }
+
+    /// A node was just spoken with at this address: if there is no session with it, that is where to try, and now.
+    pub(super) fn heard_at(&mut self, index: PeerIndex, ip: IpAddr, now: Instant) {
+        let place = SocketAddr::new(ip, DATA_PORT);
+        match self.peers.get_mut(&index) {
+            Some(peer) if !peer.has_session(now) && peer.endpoint() != Some(place) => peer.prefer(place),
+            Some(_) | None => self.handshakes.retry(index),
         }
     }
 
@@ -284,7 +358,7 @@ impl Node {
         let mut candidates: Vec<SocketAddr> = Vec::new();
         for ip in connected.into_iter().chain(record.addresses.iter().map(SocketAddr::ip)) {
             let candidate = SocketAddr::new(ip, DATA_PORT);
-            if !candidates.contains(&candidate) {
+            if is_of_a_host(ip) && !candidates.contains(&candidate) {
                 candidates.push(candidate);
             }
         }
@@ -299,13 +373,11 @@ impl Node {
         routes.extend(
             record.ranges.iter().filter(|range| quarter.is_some_and(|quarter| quarter.contains(*range))),
         );
-        for &claim in &record.claims {
-            let earlier =
-                self.gossip.records().any(|other| other.id < record.id && other.claims.contains(&claim));
-            if layout.check_static(claim).is_ok() && !self.ipam.allocated().contains_key(&claim) && !earlier {
-                routes.push(IpNet::from(claim));
-            }
-        }
+        // Of several that claim an address, the data plane prefers the lowest ID.
+        let may_have = |claim: &IpAddr| {
+            layout.check_static(*claim).is_ok() && !self.ipam.allocated().contains_key(claim)
+        };
+        routes.extend(record.claims.iter().copied().filter(may_have).map(IpNet::from));
         routes
     }
 
@@ -314,9 +386,25 @@ impl Node {
         routes.push(self.ipam.layout().node_address(self.identity.id).into());
         routes
     }
+}
 
-    /// The host's addresses or routes have changed.
-    pub(super) async fn underlay_changed(&mut self) -> anyhow::Result<()> {
-        self.datapath.refresh().await
+/// False for what is no address of another host, whoever says so.
+fn is_of_a_host(ip: IpAddr) -> bool {
+    let is_broadcast = ip == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
+    !(ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || is_broadcast)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peers_are_not_sought_at_addresses_that_no_other_host_has() {
+        for ip in ["0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "::", "::1", "ff02::1"] {
+            assert!(!is_of_a_host(ip.parse().unwrap()), "{ip}");
+        }
+        for ip in ["192.0.2.1", "10.0.0.255", "2001:db8::1", "fe80::1"] {
+            assert!(is_of_a_host(ip.parse().unwrap()), "{ip}");
+        }
     }
 }

@@ -9,7 +9,8 @@ use ipnet::IpNet;
 use super::running::Node;
 use crate::api::{self, ApiError, Netns, Primed, Target};
 use crate::datapath::{self, KnownEndpoint, NetnsRef};
-use crate::store::Attachment;
+use crate::fault;
+use crate::store::{Attachment, StoreError};
 
 impl Node {
     pub(super) async fn attach(&mut self, request: api::Attach) -> Result<api::Attached, ApiError> {
@@ -60,14 +61,18 @@ impl Node {
             self.ipam.release(address);
             return Err(ApiError::failed(error));
         }
+        fault::step("attachment");
         let plan = datapath::Attachment { netns, address, host_interface: attachment.host_interface.clone() };
         let attached = match self.datapath.attach(&plan).await {
             Ok(attached) => attached,
             Err(error) => {
-                self.give_back(address);
+                if let Err(left) = self.give_back(address) {
+                    tracing::warn!("{address} stays taken: {left}");
+                }
                 return Err(ApiError::failed(format_args!("{} was not attached: {error:#}", request.target)));
             }
         };
+        fault::step("attached");
         self.announce_claims(now).await;
         Ok(api::Attached {
             address: self.with_prefix(address),
@@ -93,7 +98,10 @@ impl Node {
             .detach(&known.host_interface)
             .await
             .map_err(|error| ApiError::failed(format_args!("{wanted} was not detached: {error:#}")))?;
-        self.give_back(known.address);
+        fault::step("unplugged");
+        self.give_back(known.address).map_err(|error| {
+            ApiError::failed(format_args!("{wanted} was unplugged, but keeps its address: {error}"))
+        })?;
         self.announce_claims(Instant::now()).await;
         Ok(api::Detached { address: self.with_prefix(known.address) })
     }
@@ -125,7 +133,9 @@ impl Node {
                 continue;
             }
             tracing::info!("{} is gone; its address {} is free again", attachment.target, attachment.address);
-            self.give_back(attachment.address);
+            if let Err(error) = self.give_back(attachment.address) {
+                tracing::warn!("{} stays taken: {error}", attachment.address);
+            }
         }
         self.announce_claims(now).await;
         Ok(())
@@ -154,7 +164,13 @@ impl Node {
 
     fn claim(&mut self, address: IpNet, owner: &str) -> Result<IpAddr, ApiError> {
         let subnet = self.identity.network.subnet;
-        if address.prefix_len() != subnet.prefix_len() {
+        if !subnet.contains(&address.addr()) {
+            return Err(ApiError::usage(format_args!(
+                "{} is outside the subnet {subnet}: give an address inside it",
+                address.addr()
+            )));
+        }
+        if subnet.contains(&address.addr()) && address.prefix_len() != subnet.prefix_len() {
             return Err(ApiError::usage(format_args!(
                 "{address} does not have the subnet's prefix: give {}/{}",
                 address.addr(),
@@ -166,12 +182,11 @@ impl Node {
         Ok(ip)
     }
 
-    fn give_back(&mut self, address: IpAddr) {
-        // In this order: what is forgotten on disk first could be given out twice after a crash, were it still in use.
+    /// To be called when nothing uses the address any more. It stays taken if the disk cannot be written: after a restart it would be.
+    fn give_back(&mut self, address: IpAddr) -> Result<(), StoreError> {
+        self.store.remove_attachment(address)?;
         self.ipam.release(address);
-        if let Err(error) = self.store.remove_attachment(address) {
-            tracing::warn!("that {address} is free again was not stored: {error}");
-        }
+        Ok(())
     }
 
     async fn announce_claims(&mut self, now: Instant) {

@@ -12,6 +12,9 @@ use crate::gossip;
 use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
 use crate::types::NodeId;
 
+/// Problems that are kept: the latest.
+const MAX_PROBLEMS: usize = 32;
+
 /// The stream of a control connection that is up. What people are told of it, the dialler knows.
 pub(super) struct Stream {
     connection: dial::ConnectionId,
@@ -75,6 +78,7 @@ impl Node {
             self.gossip.resync(peer);
         }
         self.announce_addresses(now);
+        self.heard_at(peer.peer_index(), opened.remote.ip(), now);
     }
 
     fn received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
@@ -108,7 +112,7 @@ impl Node {
         }
     }
 
-    /// Tells the others where this node is: the addresses that its connections use.
+    /// Tells the others where this node is: the addresses that its connections use, new ones first, for there is a limit.
     fn announce_addresses(&mut self, now: Instant) {
         let mut addresses: Vec<SocketAddr> =
             self.streams.values().map(|it| SocketAddr::new(it.local.ip(), CONTROL_PORT)).collect();
@@ -118,7 +122,7 @@ impl Node {
             |own| {
                 for address in addresses {
                     if !own.addresses.contains(&address) {
-                        own.addresses.push(address);
+                        own.addresses.insert(0, address);
                     }
                 }
             },
@@ -167,17 +171,26 @@ impl Node {
         }
     }
 
-    /// Something that needs a person.
+    /// Something that needs a person. The words may be a liar's, so there is an end to what is kept.
     fn report(&mut self, problem: String) {
-        if !self.problems.contains(&problem) {
-            tracing::warn!("{problem}");
-            self.problems.push(problem);
+        if self.problems.contains(&problem) {
+            return;
         }
+        tracing::warn!("{problem}");
+        if self.problems.len() >= MAX_PROBLEMS {
+            self.problems.remove(0);
+        }
+        self.problems.push(problem);
     }
 
     async fn learn(&mut self, id: NodeId, now: Instant) {
         let Some(record) = self.gossip.record(id).cloned() else { return };
         self.unsaved.insert(id);
+        let known = self.peers.get(&id.peer_index());
+        if known.is_none_or(|known| known.public_key != record.public_key) {
+            // On disk before there can be a session: a restarted daemon withdraws what it cannot attribute.
+            self.save_peers();
+        }
         for clash in self.ipam.handle_claims(id, &record.claims) {
             self.report(format!(
                 "the address {clash} is in use here and on node {id} ({}): detach one of the two",
@@ -219,6 +232,8 @@ impl Node {
 
     /// Adds targets, or puts them in the place of those that there are.
     pub(super) async fn connect(&mut self, request: api::Connect) -> Result<api::Targets, ApiError> {
+        need_hosts(&request.hosts)?;
+        some_hosts(&request.hosts)?;
         let mut targets = if request.replace { Vec::new() } else { self.targets()? };
         for host in request.hosts {
             if !targets.contains(&host) {
@@ -230,6 +245,8 @@ impl Node {
 
     /// Removes targets: all, or none if one is unknown.
     pub(super) async fn forget(&mut self, request: api::Forget) -> Result<api::Targets, ApiError> {
+        need_hosts(&request.hosts)?;
+        some_hosts(&request.hosts)?;
         let mut targets = self.targets()?;
         for host in request.hosts {
             let Some(position) = targets.iter().position(|target| *target == host) else {
@@ -256,4 +273,15 @@ impl Node {
         self.pump(now).await;
         Ok(api::Targets { targets })
     }
+}
+
+fn need_hosts(hosts: &[Host]) -> Result<(), ApiError> {
+    if hosts.is_empty() {
+        return Err(ApiError::usage("no host is named: give at least one"));
+    }
+    Ok(())
+}
+
+fn some_hosts(hosts: &[Host]) -> Result<(), ApiError> {
+    if hosts.is_empty() { Err(ApiError::usage("no host was named: name at least one")) } else { Ok(()) }
 }

@@ -11,8 +11,7 @@ mod reset;
 mod running;
 mod status;
 
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,6 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::api::{self, ApiError, Reply, Request};
+use crate::datapath::Datapath;
 use crate::options::Options;
 use crate::store::Store;
 
@@ -48,9 +48,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     if let Some(identity) = daemon.store.identity()? {
         let node = Node::start(&daemon.options, &daemon.store, identity, daemon.started).await;
         daemon.node = Some(node.context("the node cannot start")?);
+    } else {
+        // What is left of a node whose state is gone belongs to nobody.
+        for left in Datapath::tear_down(&daemon.options.state_dir).await {
+            tracing::warn!("what an earlier node left cannot be removed: {left:#}");
+        }
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let watchdog = sd_notify::watchdog_enabled().map_or(Duration::from_secs(3600), |period| period / 2);
+    let watchdog = sd_notify::watchdog_enabled().map_or(UNLAUNCHED / 4, |period| period / 2);
     let mut alive = tokio::time::interval(watchdog);
 
     while !daemon.leaving {
@@ -161,17 +166,5 @@ fn listen(run_dir: &Path) -> anyhow::Result<UnixListener> {
             path.display()
         );
     }
-    match std::fs::remove_file(&path) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => {
-            return Err(error)
-                .with_context(|| format!("the old socket {} cannot be removed", path.display()));
-        }
-    }
-    let listener =
-        UnixListener::bind(&path).with_context(|| format!("the socket {} cannot be made", path.display()))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
-        .with_context(|| format!("the socket {} cannot be protected", path.display()))?;
-    Ok(listener)
+    api::server::bind(&path).with_context(|| format!("the socket {} cannot be made", path.display()))
 }

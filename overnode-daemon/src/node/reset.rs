@@ -52,6 +52,7 @@ pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> any
     let store = match Store::open_existing(state_dir) {
         Ok(store) => Some(store),
         Err(StoreError::Missing { .. }) => None,
+        Err(error @ StoreError::Locked { .. }) => return Err(error.into()),
         Err(error) if force => {
             tracing::warn!("{error:#}");
             None
@@ -64,9 +65,11 @@ pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> any
         refuse_attached(store).map_err(anyhow::Error::msg)?;
     }
     let errors = Datapath::tear_down(state_dir).await;
-    if let Some(store) = store {
-        store.destroy().context("the state directory cannot be removed")?;
+    match store {
+        Some(store) => store.destroy(),
+        None => Store::wipe(state_dir),
     }
+    .context("the state directory cannot be removed")?;
     for file in [api::SOCKET, "overnoded.log"] {
         let _ = std::fs::remove_file(run_dir.join(file));
     }

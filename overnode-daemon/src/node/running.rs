@@ -216,6 +216,7 @@ impl Node {
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.read_maps(now);
+            self.try_elsewhere(now).await;
             self.save_peers();
         }
         if self.next_reconcile <= now {
@@ -223,6 +224,7 @@ impl Node {
             if let Err(error) = self.reconcile(now).await {
                 tracing::warn!("cleaning up failed: {error:#}");
             }
+            self.follow_underlay().await;
         }
     }
 
@@ -230,21 +232,31 @@ impl Node {
     pub(super) async fn pump(&mut self, now: Instant) {
         self.pump_gossip(now).await;
         self.pump_dialer();
-        self.pump_handshakes(now).await;
+        self.pump_handshakes(now, None).await;
     }
 
+    /// What waits in the queue is taken at once: a thousand containers that end together are one clean-up.
     async fn handle_link(&mut self, event: LinkEvent, now: Instant) {
-        match event {
-            LinkEvent::Vanished(_) => {
-                if let Err(error) = self.reconcile(now).await {
-                    tracing::warn!("an interface is gone, and cleaning up failed: {error:#}");
-                }
+        let (mut vanished, mut moved) = (false, false);
+        let mut next = Some(event);
+        while let Some(event) = next {
+            match event {
+                LinkEvent::Vanished(_) => vanished = true,
+                LinkEvent::AddressesChanged | LinkEvent::RoutesChanged => moved = true,
             }
-            LinkEvent::AddressesChanged | LinkEvent::RoutesChanged => {
-                if let Err(error) = self.underlay_changed().await {
-                    tracing::warn!("the underlay changed, and following it failed: {error:#}");
-                }
-            }
+            next = self.link_events.try_recv().ok();
+        }
+        if vanished && let Err(error) = self.reconcile(now).await {
+            tracing::warn!("an interface is gone, and cleaning up failed: {error:#}");
+        }
+        if moved {
+            self.follow_underlay().await;
+        }
+    }
+
+    async fn follow_underlay(&mut self) {
+        if let Err(error) = self.datapath.refresh().await {
+            tracing::warn!("following the underlay failed: {error:#}");
         }
     }
 }
