@@ -474,7 +474,7 @@ fn one_interface_may_be_chosen() {
             .map(|error| error.to_string());
         // `lo` leads nowhere: either there is no route, or it says which interface is the right one.
         assert!(error.is_none_or(|error| error.contains("--interface")));
-        let eth0 = std::fs::read_to_string("/proc/net/dev").unwrap();
+        let eth0 = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
         assert!(eth0.contains("eth0"));
         assert_eq!(
             datapath.underlay().interfaces.iter().filter(|interface| interface.name == "eth0").count(),

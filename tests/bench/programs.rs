@@ -5,13 +5,16 @@
 //! is a system call of its own, and the figure is the median of the kernel's own timing of each.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, MapData, PerCpuArray};
-use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
+use aya::programs::{Program, ProgramError, SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::time::{ClockId, clock_gettime};
 use overnode_ebpf::map::{
     Address, Config, Endpoint, Peer, ROUTE_LOCAL, ROUTE_PEER, Route, SESSION_LIVE, SESSION_SLOT_BITS, Session,
@@ -19,6 +22,7 @@ use overnode_ebpf::map::{
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::{WORDS, Window};
 use overnode_ebpf::wire::{DATA_PORT, ETHERNET_LEN, IPV4_LEN, UDP_LEN};
+use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
 /// Lengths of the inner packets, from the IP header on, in bytes.
 pub const SIZES: [usize; 3] = [64, 512, 1400];
@@ -38,6 +42,8 @@ const XDP_REDIRECT: u32 = 4;
 pub struct Programs {
     /// Instructions that the verifier processed, by program.
     pub verified: BTreeMap<&'static str, u32>,
+    /// Bytes of stack that a program and its deepest callback use together, by program.
+    pub stack: BTreeMap<&'static str, u32>,
     /// One for each of [`SIZES`].
     pub costs: Vec<Cost>,
 }
@@ -53,6 +59,8 @@ pub struct Cost {
     pub open: Duration,
     /// `from_underlay_xdp`.
     pub open_xdp: Duration,
+    /// ring's cipher in user space, with vector instructions, over as many bytes: how fast the machine is just now.
+    pub ring: Duration,
 }
 
 /// Loads the programs that the daemon embeds and runs each `runs` times for each length.
@@ -60,9 +68,10 @@ pub struct Cost {
 /// # Errors
 /// When the kernel does not load them, or when one refuses a good packet.
 pub fn measure(runs: usize) -> Result<Programs> {
+    let stack = stack_depths()?;
     let mut bench = Bench::load()?;
     let costs = SIZES.iter().map(|&size| bench.cost(size, runs)).collect::<Result<_>>()?;
-    Ok(Programs { verified: bench.verified, costs })
+    Ok(Programs { verified: bench.verified, stack, costs })
 }
 
 struct Bench {
@@ -74,21 +83,13 @@ struct Bench {
 
 impl Bench {
     fn load() -> Result<Self> {
-        let mut programs = EbpfLoader::new()
-            .verifier_log_level(VerifierLogLevel::STATS)
-            .override_global("DEBUG", &0u8, true)
-            .load(overnode_daemon::PROGRAMS)
-            .context("cannot load the programs' maps")?;
+        let mut programs = parse()?;
         let mut verified = BTreeMap::new();
         for name in PROGRAMS {
             let program =
                 programs.program_mut(name).with_context(|| format!("there is no program {name}"))?;
-            let info = match program {
-                Program::SchedClassifier(program) => program.load().and_then(|()| program.info()),
-                Program::Xdp(program) => program.load().and_then(|()| program.info()),
-                _ => bail!("{name} is of another kind than expected"),
-            }
-            .with_context(|| format!("the kernel refuses {name}"))?;
+            load(program).with_context(|| format!("the kernel refuses {name}"))?;
+            let info = program.info()?;
             verified.insert(name, info.verified_instruction_count().context("this kernel does not tell")?);
         }
         fill(&mut programs)?;
@@ -102,7 +103,7 @@ impl Bench {
         let open = self.open("from_underlay", TC_ACT_REDIRECT, &messages)?;
         let (_, messages) = self.seal(size, runs)?;
         let open_xdp = self.open("from_underlay_xdp", XDP_REDIRECT, &messages)?;
-        Ok(Cost { size, seal, open, open_xdp })
+        Ok(Cost { size, seal, open, open_xdp, ring: ring(size, runs)? })
     }
 
     fn seal(&mut self, size: usize, runs: usize) -> Result<(Duration, Vec<Vec<u8>>)> {
@@ -164,6 +165,52 @@ impl Bench {
         let slots = overnode_ebpf::reason::REASON_SLOTS;
         (0..slots).map(|slot| Ok(self.counters.get(&slot, 0)?.iter().sum())).collect()
     }
+}
+
+fn parse() -> Result<Ebpf> {
+    EbpfLoader::new()
+        .verifier_log_level(VerifierLogLevel::STATS)
+        .override_global("DEBUG", &0u8, true)
+        .load(overnode_daemon::PROGRAMS)
+        .context("cannot load the programs' maps")
+}
+
+fn load(program: &mut Program) -> Result<(), ProgramError> {
+    match program {
+        Program::SchedClassifier(program) => program.load(),
+        Program::Xdp(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// Asks the verifier how much stack each program needs. It tells in its log, and aya hands the log out only when a load
+/// failed: so each is loaded once with no file descriptor left for the result, which the kernel notices last.
+fn stack_depths() -> Result<BTreeMap<&'static str, u32>> {
+    let mut programs = parse()?;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let mut depths = BTreeMap::new();
+    for name in PROGRAMS {
+        let program = programs.program_mut(name).with_context(|| format!("there is no program {name}"))?;
+        // The lowest number that is free, which the next file would get.
+        let next = File::open("/dev/null")?.as_raw_fd();
+        setrlimit(Resource::RLIMIT_NOFILE, next.try_into()?, hard)?;
+        let outcome = load(program);
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
+        let Err(ProgramError::LoadError { io_error, verifier_log }) = outcome else {
+            bail!("{name} was loaded without a file descriptor");
+        };
+        let log = verifier_log.to_string();
+        let line = log.lines().find_map(|line| line.strip_prefix("stack depth "));
+        let line = line.with_context(|| format!("the kernel refuses {name}: {io_error}: {log}"))?;
+        let mut frames = line.split('+').map(str::parse::<u32>);
+        let own = frames.next().context("no stack depth")??;
+        let mut deepest = 0;
+        for frame in frames {
+            deepest = deepest.max(frame?);
+        }
+        depths.insert(name, own + deepest);
+    }
+    Ok(depths)
 }
 
 /// One peer whose session seals and opens under the same key, so that what was sealed can be opened here.
@@ -244,6 +291,24 @@ fn frame(size: usize) -> Result<Vec<u8>> {
     }
     frame.resize(ETHERNET_LEN + size, 0x5a);
     Ok(frame)
+}
+
+fn ring(size: usize, runs: usize) -> Result<Duration> {
+    let key = UnboundKey::new(&CHACHA20_POLY1305, &[7; 32]).map_err(|_| anyhow!("ring refuses a key"))?;
+    let key = LessSafeKey::new(key);
+    let mut text = vec![0x5a; size];
+    let mut times = Vec::with_capacity(runs);
+    for run in 0..runs {
+        let mut nonce = [0; 12];
+        nonce[4..].copy_from_slice(&(run as u64).to_le_bytes());
+        let start = Instant::now();
+        let tag = key
+            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::empty(), &mut text)
+            .map_err(|_| anyhow!("ring does not seal"))?;
+        times.push(start.elapsed());
+        let _ = std::hint::black_box(tag);
+    }
+    Ok(median(times))
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {

@@ -1,5 +1,6 @@
 //! What is printed and written: tables, ratios, and the floor that the project holds itself to.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -108,11 +109,13 @@ impl Report {
             Err(reason) => json!({ "error": reason }),
             Ok(programs) => json!({
                 "verified_instructions": programs.verified,
+                "stack_bytes": programs.stack,
                 "nanoseconds": programs.costs.iter().map(|cost| json!({
                     "packet_bytes": cost.size,
                     "seal": nanos(cost.seal),
                     "open": nanos(cost.open),
                     "open_xdp": nanos(cost.open_xdp),
+                    "ring_in_user_space": nanos(cost.ring),
                 })).collect::<Vec<_>>(),
             }),
         };
@@ -199,9 +202,11 @@ impl Report {
     }
 
     fn program_table(&self) -> Table {
-        let mut table = table(&["inner packet", "seal ns", "open ns", "open (XDP) ns"]);
+        let mut table =
+            table(&["inner packet", "seal ns", "open ns", "open (XDP) ns", "ring, user space ns"]);
         for cost in self.programs.iter().flat_map(|programs| &programs.costs) {
-            let times = [cost.seal, cost.open, cost.open_xdp].map(|time| format!("{:.0}", nanos(time)));
+            let times =
+                [cost.seal, cost.open, cost.open_xdp, cost.ring].map(|time| format!("{:.0}", nanos(time)));
             table.add_row([format!("{} bytes", cost.size)].into_iter().chain(times));
         }
         table
@@ -243,9 +248,13 @@ impl fmt::Display for Report {
             Err(reason) => writeln!(f, "The programs could not be measured: {reason}\n")?,
             Ok(programs) => {
                 writeln!(f, "The programs, one run over one packet (median)\n{}", self.program_table())?;
-                let counts: Vec<_> =
-                    programs.verified.iter().map(|(program, count)| format!("{program} {count}")).collect();
-                writeln!(f, "verified instructions: {}\n", counts.join(", "))?;
+                let list = |values: &BTreeMap<&str, u32>| {
+                    let items: Vec<_> =
+                        values.iter().map(|(program, value)| format!("{program} {value}")).collect();
+                    items.join(", ")
+                };
+                writeln!(f, "verified instructions: {}", list(&programs.verified))?;
+                writeln!(f, "bytes of stack, callbacks included: {}\n", list(&programs.stack))?;
             }
         }
         let rounds =

@@ -33,7 +33,9 @@ fn record(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
     let frames: Vec<Vec<u8>> = captured
         .packets()?
         .iter()
-        .filter(|packet| packet.wireguard_type() == Some(4) && packet.ip.is_some_and(|ip| ip.to == target))
+        .filter(|packet| packet.wireguard_type() == Some(4))
+        // Keepalives have no ciphertext to tamper with.
+        .filter(|packet| packet.ip.is_some_and(|ip| ip.to == target && ip.payload.len() > 32))
         .map(|packet| packet.bytes.to_vec())
         .collect();
     ensure!(frames.len() >= 200, "only {} data messages were recorded", frames.len());

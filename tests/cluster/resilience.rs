@@ -35,7 +35,7 @@ fn deaths_lose_nothing(builder: lab::Builder) -> Result<()> {
             host.overnode(&["resume"])?.success()?;
         }
         let stats = pings.finish()?;
-        ensure!(stats.lost() == 0, "{} of {} pings were lost", stats.lost(), stats.sent);
+        ensure!(stats.lost() == 0, "{} of {} pings were lost: {:?}", stats.lost(), stats.sent, stats.missing);
         for flow in [there, back] {
             let received = flow.stop()?;
             ensure!(received.longest_pause < Duration::from_millis(200), "it stood still: {received:?}");

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::process::{Child, Stdio};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -12,7 +13,7 @@ use crate::flow::MARKER;
 use crate::netns::{Entry, Netns};
 
 /// What `ping` says at its end.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PingStats {
     /// Requests sent.
     pub sent: u32,
@@ -22,6 +23,8 @@ pub struct PingStats {
     pub duplicates: u32,
     /// Shortest, average and longest round trip, in microseconds; `None` when nothing came back.
     pub rtt: Option<Rtt>,
+    /// Which requests got no answer: their numbers, from 1 on, as first and last of each run.
+    pub missing: Vec<(u32, u32)>,
 }
 
 /// Round-trip times in microseconds.
@@ -56,8 +59,10 @@ impl PingStats {
             let mut next = || numbers.next()?.ok().map(|milliseconds| milliseconds * 1000.0);
             Some(Rtt { min: next()?, average: next()?, max: next()? })
         });
+        let sent = number("transmitted").context("ping printed no count of requests")?;
         Ok(Self {
-            sent: number("transmitted").context("ping printed no count of requests")?,
+            sent,
+            missing: missing(text, sent),
             received: number("received").context("ping printed no count of answers")?,
             duplicates: number("duplicates").unwrap_or(0),
             rtt,
@@ -65,10 +70,43 @@ impl PingStats {
     }
 }
 
+/// Runs of numbers up to `sent` that no line names.
+fn missing(text: &str, sent: u32) -> Vec<(u32, u32)> {
+    // The number on the wire has 16 bits and starts again.
+    let mut seen = vec![false; sent as usize + 1];
+    let mut rounds = 0;
+    let mut last = 0;
+    for line in text.lines() {
+        let Some((_, rest)) = line.split_once("icmp_seq=") else { continue };
+        let Some(number) = rest.split(' ').next().and_then(|number| number.parse::<u32>().ok()) else {
+            continue;
+        };
+        if line.contains("nreachable") {
+            continue;
+        }
+        if number + 0x8000 < last {
+            rounds += 1;
+        }
+        last = number;
+        if let Some(seen) = seen.get_mut((rounds * 0x1_0000 + number) as usize) {
+            *seen = true;
+        }
+    }
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for number in (1..=sent).filter(|number| !seen[*number as usize]) {
+        match runs.last_mut() {
+            Some((_, end)) if *end + 1 == number => *end = number,
+            Some(_) | None => runs.push((number, number)),
+        }
+    }
+    runs
+}
+
 /// A `ping` under way.
 #[derive(Debug)]
 pub struct Pinging {
     child: Option<Child>,
+    output: Option<JoinHandle<std::io::Result<String>>>,
 }
 
 impl Pinging {
@@ -76,27 +114,20 @@ impl Pinging {
     pub fn start(netns: &Netns, to: IpAddr, count: Option<u32>, interval: Duration) -> Result<Self> {
         let pattern: String = MARKER.iter().map(|byte| format!("{byte:02x}")).collect();
         let mut command = netns.command(Entry::Setns, "ping");
-        command.args([
-            "-n",
-            "-q",
-            "-p",
-            &pattern,
-            "-W",
-            "1",
-            "-i",
-            &format!("{:.4}", interval.as_secs_f64()),
-        ]);
+        command.args(["-n", "-p", &pattern, "-W", "1", "-i", &format!("{:.4}", interval.as_secs_f64())]);
         if let Some(count) = count {
             command.args(["-c", &count.to_string()]);
         }
-        let child = command
+        let mut child = command
             .arg(to.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .context("ping cannot be started")?;
-        Ok(Self { child: Some(child) })
+        // A pipe that nobody reads would stop it.
+        let output = child.stdout.take().map(|stdout| std::thread::spawn(|| std::io::read_to_string(stdout)));
+        Ok(Self { child: Some(child), output })
     }
 
     /// Stops it and returns what it counted. A request that is under way just then counts as lost: where every answer
@@ -112,7 +143,9 @@ impl Pinging {
     pub fn finish(mut self) -> Result<PingStats> {
         let Some(child) = self.child.take() else { bail!("ping has ended already") };
         let output = child.wait_with_output()?;
-        let stdout = String::from_utf8_lossy(&output.stdout);
+        let Some(Ok(Ok(stdout))) = self.output.take().map(JoinHandle::join) else {
+            bail!("ping's output is lost")
+        };
         // 1 means that nothing came back, which the statistics tell as well.
         match output.status.code() {
             Some(0 | 1) => PingStats::parse(&stdout),
@@ -146,10 +179,20 @@ mod tests {
     }
 
     #[test]
+    fn missing_answers_are_listed() {
+        let line = |number: u32| format!("64 bytes from 10.0.0.2: icmp_seq={number} ttl=64 time=0.005 ms\n");
+        let text: String = [1, 2, 5, 7, 8].into_iter().map(line).collect();
+        assert_eq!(missing(&text, 10), [(3, 4), (6, 6), (9, 10)]);
+        let wrapped: String = (1..=70_000).map(|number| line(number % 0x1_0000)).collect();
+        assert_eq!(missing(&wrapped, 70_001), [(70_001, 70_001)]);
+    }
+
+    #[test]
     fn unanswered_pings_have_no_round_trip() {
         let text = "2 packets transmitted, 0 received, +2 errors, 100% packet loss, time 10ms\n";
         let stats = PingStats::parse(text).unwrap();
         assert_eq!((stats.sent, stats.received, stats.rtt), (2, 0, None));
+        assert_eq!(stats.missing, [(1, 2)]);
         assert!(PingStats::parse("ping: unknown host\n").is_err());
     }
 }

@@ -128,11 +128,10 @@ impl Underlay {
         let old = host.address();
         let new = with_last_byte(old, last_byte);
         ensure!(!host.addresses.contains(&new), "{new} is the address that the host has");
-        // Else the new address, a second one in its subnet, would go with the old one.
-        host.netns().enter(|| Ok(std::fs::write("/proc/sys/net/ipv4/conf/all/promote_secondaries", "1")?))?;
+        let removed = format!("{old}/{}", prefix(old));
+        // First: an IPv4 address that joined another of its subnet would go with it.
+        host.netns().ip(&["address", "del", &removed, "dev", INTERFACE])?;
         self.add_address(host.netns(), new)?;
-        let old = format!("{old}/{}", prefix(old));
-        host.netns().ip(&["address", "del", &old, "dev", INTERFACE])?;
         if let Some(gateway) = self.gateway(host.number, new) {
             let family = if gateway.is_ipv4() { "-4" } else { "-6" };
             host.netns().ip(&[family, "route", "replace", "default", "via", &gateway.to_string()])?;

@@ -9,6 +9,7 @@ mod step;
 mod test;
 #[expect(dead_code, reason = "the build of the programs uses more of it")]
 mod toolchain;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -38,6 +39,8 @@ enum Command {
     Test(test::Arguments),
     /// Show a cluster of three hosts at work, in network namespaces of this machine. Needs root.
     Demo,
+    /// Run the programs and the nodes on Linux 6.1, the oldest kernel promised, in QEMU. Takes minutes.
+    Vm(vm::Arguments),
     /// Measure, beside rivals. Needs root.
     Bench(Bench),
 }
@@ -85,6 +88,7 @@ fn run(command: Command) -> Result<()> {
             let folder = workspace.target.join("release");
             step::show(std::process::Command::new(folder.join("demo")).env("OVERNODE_BIN_DIR", &folder))
         }
+        Command::Vm(arguments) => vm::run(&arguments),
         Command::Bench(bench) => {
             setup::run(Purpose::Bench)?;
             let workspace = Workspace::find()?;

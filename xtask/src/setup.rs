@@ -91,6 +91,17 @@ pub fn run(purpose: Purpose) -> Result<()> {
     Ok(())
 }
 
+/// As [`run`], for programs (with the Debian packages that have them) that one command alone needs.
+///
+/// # Errors
+/// When one is missing and this is not root on Debian.
+pub fn programs(wanted: &[(&str, &str)]) -> Result<()> {
+    let missing = wanted.iter().filter(|(program, _)| find(program).is_none());
+    let mut packages: Vec<String> = missing.map(|(_, package)| (*package).to_owned()).collect();
+    packages.dedup();
+    Machine::look().install(&packages, false)
+}
+
 /// What this program may do here.
 struct Machine {
     root: bool,
@@ -148,7 +159,8 @@ impl Machine {
     }
 }
 
-fn apt() -> Command {
+/// `apt-get` that asks nothing and waits for others.
+pub fn apt() -> Command {
     let mut apt = Command::new("apt-get");
     apt.env("DEBIAN_FRONTEND", "noninteractive");
     apt.args(["-qq", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0"]);
@@ -232,7 +244,7 @@ fn mount_bpffs() -> Result<()> {
 }
 
 /// Where a program is: on `PATH`, in cargo's folder of programs, or where Debian keeps root's.
-fn find(program: &str) -> Option<PathBuf> {
+pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(toolchain::cargo_programs())

@@ -44,14 +44,9 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
             "warnings",
         ]))?;
     }
-    let build = ["build", "--locked", "--package", "overnode-cli", "--package", "overnode-daemon", "--bins"];
-    Step::start("build the programs that the tests run").show(workspace.cargo().args(build))?;
-    Step::start("build the tests").show(workspace.cargo().args([
-        "test",
-        "--locked",
-        "--workspace",
-        "--no-run",
-    ]))?;
+    // Together: the features of dependencies would differ otherwise, and much be built twice.
+    let build = ["build", "--locked", "--workspace", "--all-targets"];
+    Step::start("build the programs and their tests").show(workspace.cargo().args(build))?;
     let outcome = run_tests(workspace, &arguments.filters);
     let took = seconds(started.elapsed());
     match outcome {

@@ -333,6 +333,12 @@ fn error_number(error: &ProgramError) -> Option<i32> {
     if let ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) = error {
         return error.raw_os_error();
     }
+    // Transparent variants are no sources of their own.
+    if let ProgramError::IOError(error) | ProgramError::TcError(TcError::IoError(error)) = error
+        && let Some(number) = error.raw_os_error()
+    {
+        return Some(number);
+    }
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = source {
         if let Some(number) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
@@ -375,4 +381,18 @@ fn read_log(ebpf: &mut Ebpf) -> Option<JoinHandle<()>> {
             ready.clear_ready();
         }
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_that_vanished_is_recognised_however_it_is_wrapped() {
+        let gone = || io::Error::from_raw_os_error(libc::ENODEV);
+        assert!(is_missing(&ProgramError::IOError(gone())));
+        assert!(is_missing(&ProgramError::TcError(TcError::IoError(gone()))));
+        assert!(!is_missing(&io::Error::from_raw_os_error(libc::EPERM).into()));
+        assert!(!is_missing(&ProgramError::NotLoaded));
+    }
 }

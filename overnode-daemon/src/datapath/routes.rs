@@ -34,7 +34,7 @@ impl RouteTable {
         for (prefix, route) in entries {
             match route.kind {
                 ROUTE_LOCAL => _ = table.local.insert(*prefix, route.target),
-                ROUTE_PEER => _ = table.peers.entry(PeerIndex(route.target)).or_default().push(*prefix),
+                ROUTE_PEER => table.peers.entry(PeerIndex(route.target)).or_default().push(*prefix),
                 _ => _ = table.own.insert(*prefix),
             }
         }

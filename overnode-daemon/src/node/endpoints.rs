@@ -164,7 +164,13 @@ impl Node {
 
     fn claim(&mut self, address: IpNet, owner: &str) -> Result<IpAddr, ApiError> {
         let subnet = self.identity.network.subnet;
-        if address.prefix_len() != subnet.prefix_len() {
+        if !subnet.contains(&address.addr()) {
+            return Err(ApiError::usage(format_args!(
+                "{} is outside the subnet {subnet}: give an address inside it",
+                address.addr()
+            )));
+        }
+        if subnet.contains(&address.addr()) && address.prefix_len() != subnet.prefix_len() {
             return Err(ApiError::usage(format_args!(
                 "{address} does not have the subnet's prefix: give {}/{}",
                 address.addr(),

@@ -186,6 +186,11 @@ impl Node {
     async fn learn(&mut self, id: NodeId, now: Instant) {
         let Some(record) = self.gossip.record(id).cloned() else { return };
         self.unsaved.insert(id);
+        let known = self.peers.get(&id.peer_index());
+        if known.is_none_or(|known| known.public_key != record.public_key) {
+            // On disk before there can be a session: a restarted daemon withdraws what it cannot attribute.
+            self.save_peers();
+        }
         for clash in self.ipam.handle_claims(id, &record.claims) {
             self.report(format!(
                 "the address {clash} is in use here and on node {id} ({}): detach one of the two",
@@ -227,6 +232,8 @@ impl Node {
 
     /// Adds targets, or puts them in the place of those that there are.
     pub(super) async fn connect(&mut self, request: api::Connect) -> Result<api::Targets, ApiError> {
+        need_hosts(&request.hosts)?;
+        some_hosts(&request.hosts)?;
         let mut targets = if request.replace { Vec::new() } else { self.targets()? };
         for host in request.hosts {
             if !targets.contains(&host) {
@@ -238,6 +245,8 @@ impl Node {
 
     /// Removes targets: all, or none if one is unknown.
     pub(super) async fn forget(&mut self, request: api::Forget) -> Result<api::Targets, ApiError> {
+        need_hosts(&request.hosts)?;
+        some_hosts(&request.hosts)?;
         let mut targets = self.targets()?;
         for host in request.hosts {
             let Some(position) = targets.iter().position(|target| *target == host) else {
@@ -264,4 +273,15 @@ impl Node {
         self.pump(now).await;
         Ok(api::Targets { targets })
     }
+}
+
+fn need_hosts(hosts: &[Host]) -> Result<(), ApiError> {
+    if hosts.is_empty() {
+        return Err(ApiError::usage("no host is named: give at least one"));
+    }
+    Ok(())
+}
+
+fn some_hosts(hosts: &[Host]) -> Result<(), ApiError> {
+    if hosts.is_empty() { Err(ApiError::usage("no host was named: name at least one")) } else { Ok(()) }
 }

@@ -1,0 +1,105 @@
+//! Two nodes, from `launch` to `reset`.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::flow::{self, Amount, TcpFlow};
+use lab::ping::Pinging;
+use lab::{Container, Family, Host, Lab, eventually};
+
+use crate::{PATIENCE, TOKEN, datagrams, ensure_no, in_lab, pings_both_ways, step};
+
+/// Both families of the underlay, and XDP.
+pub fn run() -> Result<()> {
+    for (name, family, options) in [
+        ("IPv4", Family::V4, &[][..]),
+        ("IPv6", Family::V6, &[]),
+        ("IPv4, XDP", Family::V4, &["--interface", "eth0", "--xdp"]),
+    ] {
+        println!("two hosts, {name} between them");
+        in_lab(Lab::new("vm").hosts(2).family(family), |lab| live(lab, options))?;
+    }
+    Ok(())
+}
+
+fn live(lab: &Lab, options: &[&str]) -> Result<()> {
+    step("launch", || lab.hosts().iter().try_for_each(|host| launch(lab, host, options)))?;
+    let containers = step("attach", || {
+        [(1, "a"), (1, "b"), (2, "c")].map(|(host, name)| attach(lab.host(host), name)).into_iter().collect()
+    });
+    let containers: Vec<Container> = containers?;
+    let [a, b, c] = &containers[..] else { unreachable!("three were attached") };
+    step("everyone reaches everyone", || {
+        [(a, b), (a, c), (c, b)].into_iter().try_for_each(|(one, other)| {
+            one.reach(other.address(), PATIENCE)?;
+            pings_both_ways(one, other)
+        })
+    })?;
+    step("TCP between and within hosts", || {
+        for (from, to) in [(a, c), (c, a), (a, b)] {
+            let received = flow::tcp(from, to, Amount::Bytes(4_000_000))?;
+            ensure!(received.bytes == 4_000_000, "{received:?}");
+        }
+        Ok(())
+    })?;
+    step("UDP of several lengths", || datagrams(a, c))?;
+    step("SIGKILL of each daemon under pings and TCP, and its return", || die_and_return(lab, a, c))?;
+    lab.hosts()
+        .iter()
+        .try_for_each(|host| ensure_no(host, &["forged", "replayed", "malformed", "offload"]))?;
+    step("reset", || lab.hosts().iter().try_for_each(reset))?;
+    for container in &containers {
+        let interfaces = container.netns().interfaces()?;
+        ensure!(interfaces.is_empty(), "left inside {}: {interfaces:?}", container.name);
+    }
+    Ok(())
+}
+
+fn launch(lab: &Lab, host: &Host, options: &[&str]) -> Result<()> {
+    let id = host.number.to_string();
+    let words = [&["launch", "--id", &id, "--token", TOKEN], options, &lab.targets()[..]].concat();
+    host.overnode(&words)?.success()?;
+    let status = host.status()?;
+    let hook = status["node"]["attachment"].as_str().unwrap_or_default();
+    // tcx came with Linux 6.6: this is where the other way is tried.
+    let wanted = if options.is_empty() { "clsact" } else { "clsact+xdp" };
+    ensure!(hook == wanted, "programs are attached by {hook:?}");
+    Ok(())
+}
+
+fn attach(host: &Host, name: &str) -> Result<Container> {
+    let container = host.container(name)?;
+    host.attach(&container, &[])?;
+    Ok(container)
+}
+
+fn die_and_return(lab: &Lab, from: &Container, to: &Container) -> Result<()> {
+    const SOME: u64 = 500_000;
+    let pings = Pinging::start(from.netns(), to.address(), Some(2500), Duration::from_millis(10))?;
+    let stream = TcpFlow::start_at_rate(from, to, Amount::UntilStopped, Some(400_000))?;
+    for host in [lab.host(2), lab.host(1)] {
+        stream.wait_for(SOME, PATIENCE)?;
+        host.kill_daemon()?;
+        stream.wait_for(SOME, PATIENCE)?;
+        ensure!(host.daemon_pid().is_none(), "a daemon runs that nobody started");
+        host.overnode(&["resume"])?.success()?;
+        eventually(PATIENCE, || {
+            let state = host.status()?["node"]["state"].clone();
+            ensure!(state == "running", "{} is {state}", host.name);
+            Ok(())
+        })?;
+    }
+    stream.wait_for(SOME, PATIENCE)?;
+    let pings = pings.finish()?;
+    ensure!(pings.lost() == 0, "{} of {} pings were lost", pings.lost(), pings.sent);
+    stream.stop().context("the TCP stream").map(drop)
+}
+
+fn reset(host: &Host) -> Result<()> {
+    host.overnode(&["reset", "--force"])?.success()?;
+    eventually(Duration::from_secs(5), || {
+        let remains = host.remains()?;
+        ensure!(remains.is_empty(), "left on {}: {}", host.name, remains.join(", "));
+        Ok(())
+    })
+}

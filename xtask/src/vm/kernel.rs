@@ -1,0 +1,101 @@
+//! Debian's kernel, from its package, unpacked into the target directory: never installed.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::setup;
+use crate::step::{Step, show};
+
+/// The package that depends on the current one.
+const META_PACKAGE: &str = "linux-image-cloud-amd64";
+/// What is promised, and what Debian 12 has.
+const SERIES: &str = "6.1.";
+
+/// A kernel and its modules.
+#[derive(Debug)]
+pub struct Kernel {
+    /// As `uname -r` says.
+    pub release: String,
+    /// The bootable file.
+    pub image: PathBuf,
+    /// The folder that holds `kernel/`.
+    pub modules: PathBuf,
+}
+
+impl Kernel {
+    /// The one in `folder/kernel`; downloaded by apt if there is none.
+    ///
+    /// # Errors
+    /// There is none and this is not Debian 12, or the package cannot be had.
+    pub fn get(folder: &Path) -> Result<Self> {
+        let place = folder.join("kernel");
+        if !place.is_dir() {
+            download(folder, &place)?;
+        }
+        Self::in_folder(&place).with_context(|| format!("remove {} and try again", place.display()))
+    }
+
+    fn in_folder(place: &Path) -> Result<Self> {
+        let boot = place.join("boot");
+        let name = names_in(&boot)?.into_iter().find(|name| name.starts_with("vmlinuz-"));
+        let name = name.with_context(|| format!("no kernel in {}", boot.display()))?;
+        let release = name.trim_start_matches("vmlinuz-").to_owned();
+        let modules = ["lib/modules", "usr/lib/modules"]
+            .map(|folder| place.join(folder).join(&release))
+            .into_iter()
+            .find(|folder| folder.is_dir())
+            .with_context(|| format!("no modules of {release} in {}", place.display()))?;
+        Ok(Self { image: boot.join(&name), modules, release })
+    }
+}
+
+fn download(folder: &Path, place: &Path) -> Result<()> {
+    let package = match current_package() {
+        Ok(package) => package,
+        // The lists may be absent: only a failure tells.
+        Err(_) => {
+            Step::start("read the package lists").show(setup::apt().args(["update", "-q"]))?;
+            current_package()?
+        }
+    };
+    ensure!(
+        package.contains(SERIES),
+        "{META_PACKAGE} is {package} here: Debian 12, which has Linux {SERIES}x, is needed. Or unpack that package of Debian 12 \
+         by `dpkg-deb --extract` into {}",
+        place.display()
+    );
+    let step = Step::start(format!("download {package}"));
+    let fresh = folder.join("download");
+    let _ = std::fs::remove_dir_all(&fresh);
+    std::fs::create_dir_all(&fresh)?;
+    show(setup::apt().args(["-o", "APT::Sandbox::User=root", "download", &package]).current_dir(&fresh))?;
+    let file = names_in(&fresh)?.into_iter().find(|name| name.ends_with(".deb"));
+    let file = fresh.join(file.context("apt-get downloaded nothing")?);
+    let unpacked = fresh.join("unpacked");
+    show(Command::new("dpkg-deb").arg("--extract").arg(&file).arg(&unpacked))?;
+    // Only what is whole gets the name that later runs look for.
+    std::fs::rename(&unpacked, place)?;
+    std::fs::remove_dir_all(&fresh)?;
+    step.done();
+    Ok(())
+}
+
+fn current_package() -> Result<String> {
+    let output = Command::new("apt-cache")
+        .args(["depends", "--important", META_PACKAGE])
+        .output()
+        .context("apt-cache cannot be started: this needs Debian")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let package = text.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
+    Ok(package.with_context(|| format!("apt knows no {META_PACKAGE}"))?.to_owned())
+}
+
+fn names_in(folder: &Path) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    names.sort();
+    Ok(names)
+}

@@ -1,0 +1,252 @@
+//! `cargo xtask vm`: the promise "Linux 6.1 and later", kept in a virtual machine.
+//!
+//! QEMU boots Debian's cloud kernel with an initramfs that holds the programs under test and what they call. Neither
+//! the machine's own kernel nor its root file system takes part. It is emulated in software: that works
+//! everywhere, also where KVM is missing or does not nest.
+
+mod image;
+mod kernel;
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::setup::{self, Purpose};
+use crate::step::{Step, describe, seconds};
+use crate::workspace::Workspace;
+
+use kernel::Kernel;
+
+/// The machine is stopped after this time.
+const LIMIT: Duration = Duration::from_secs(20 * 60);
+/// What the init process prints in front of a part's name and exit status.
+const RESULT: &str = "vm-part";
+
+/// Programs and the Debian packages that have them, for this machine (first four) and for the one inside.
+const PROGRAMS: [(&str, &str); 11] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("cpio", "cpio"),
+    ("depmod", "kmod"),
+    ("strip", "binutils"),
+    ("busybox", "busybox-static"),
+    ("ip", "iproute2"),
+    ("tc", "iproute2"),
+    ("ping", "iputils-ping"),
+    ("nft", "nftables"),
+    ("mountpoint", "util-linux"),
+    ("wg", "wireguard-tools"),
+];
+const HERE_ONLY: usize = 4;
+
+/// Options of the command.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// What to run there [default: everything]
+    #[arg(value_name = "PART", value_enum)]
+    parts: Vec<Part>,
+}
+
+/// What is run inside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// The cipher under BPF_PROG_TEST_RUN
+    Aead,
+    /// The programs under BPF_PROG_TEST_RUN, and their size for this kernel's verifier
+    Programs,
+    /// Two nodes, from launch to reset
+    Cluster,
+    /// A node and the kernel's WireGuard
+    Wireguard,
+    /// New keys between these two
+    Rekey,
+}
+
+impl Part {
+    const ALL: [Self; 5] = [Self::Aead, Self::Programs, Self::Cluster, Self::Wireguard, Self::Rekey];
+
+    /// Also the first word of what the init process prints about it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Aead => "aead",
+            Self::Programs => "programs",
+            Self::Cluster => "cluster",
+            Self::Wireguard => "wireguard",
+            Self::Rekey => "rekey",
+        }
+    }
+
+    const fn command(self) -> &'static str {
+        match self {
+            Self::Aead => "bpf_aead",
+            Self::Programs => "bpf_programs",
+            Self::Cluster => "vm cluster",
+            Self::Wireguard => "vm wireguard",
+            Self::Rekey => "vm rekey",
+        }
+    }
+}
+
+/// Builds, packs, boots and judges.
+///
+/// # Errors
+/// When something is missing and cannot be installed, or a part fails; the machine's output has been shown by then.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    setup::run(Purpose::Build)?;
+    setup::programs(&PROGRAMS)?;
+    let workspace = Workspace::find()?;
+    let folder = workspace.target.join("vm");
+    std::fs::create_dir_all(&folder)?;
+    let kernel = Kernel::get(&folder)?;
+    let mut programs = build(&workspace)?;
+    for (program, _) in &PROGRAMS[HERE_ONLY..] {
+        let file = setup::find(program).with_context(|| format!("{program} was there a moment ago"))?;
+        programs.push(((*program).to_owned(), file));
+    }
+    let parts = if arguments.parts.is_empty() { Part::ALL.to_vec() } else { arguments.parts.clone() };
+    let step = Step::start("pack the initramfs");
+    let image = image::pack(&folder, &kernel, &programs, &init(&parts))?;
+    step.done();
+    let started = Instant::now();
+    let step = Step::start(format!("boot Linux {} in QEMU and run {}", kernel.release, names(&parts)));
+    let lines = boot(&kernel.image, &image)?;
+    judge(&parts, &lines)?;
+    step.done();
+    println!("it works on Linux {}: {}; {}", kernel.release, names(&parts), seconds(started.elapsed()));
+    Ok(())
+}
+
+fn names(parts: &[Part]) -> String {
+    parts.iter().map(|part| part.name()).collect::<Vec<_>>().join(", ")
+}
+
+/// Builds what is to run inside: names there and files here.
+fn build(workspace: &Workspace) -> Result<Vec<(String, PathBuf)>> {
+    let words = ["--package", "overnode-cli", "--package", "overnode-daemon", "--package", "overnode-tests"];
+    let mut cargo = workspace.cargo();
+    cargo.args(["build", "--locked", "--bins"]).args(words);
+    Step::start("build overnode, overnoded and the story").show(&mut cargo)?;
+    let folder = workspace.target.join("debug");
+    let mut programs: Vec<(String, PathBuf)> =
+        ["overnode", "overnoded", "vm"].map(|name| (name.to_owned(), folder.join(name))).into();
+    let mut cargo = workspace.cargo();
+    cargo.args(["test", "--locked", "--no-run", "--message-format", "json-render-diagnostics"]);
+    cargo.args(["--package", "overnode-tests", "--test", "bpf_aead", "--test", "bpf_programs"]);
+    let step = Step::start("build the tests of the programs");
+    let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
+    ensure!(output.status.success(), "`{}` failed ({})", describe(&cargo), output.status);
+    for line in output.stdout.split(|byte| *byte == b'\n') {
+        let Ok(message) = serde_json::from_slice::<Value>(line) else { continue };
+        if let (Some(file), Some(name)) = (message["executable"].as_str(), message["target"]["name"].as_str())
+        {
+            programs.push((name.to_owned(), file.into()));
+        }
+    }
+    step.done();
+    Ok(programs)
+}
+
+/// The script that is the first process inside.
+fn init(parts: &[Part]) -> String {
+    let mut script = "#!/bin/busybox sh\n\
+        export PATH=/bin OVERNODE_BIN_DIR=/bin RUST_BACKTRACE=0\n\
+        /bin/busybox --install -s /bin\n\
+        mount -t proc proc /proc\n\
+        mount -t sysfs sys /sys\n\
+        mount -t devtmpfs dev /dev\n\
+        mount -t bpf bpf /sys/fs/bpf\n\
+        mount -t tmpfs tmp /tmp\n\
+        mount -t tmpfs run /run\n\
+        ip link set lo up\n"
+        .to_owned();
+    for part in parts {
+        let (name, command) = (part.name(), part.command());
+        script += &format!("echo '--- {name}'\n{command} 2>&1\necho {RESULT} {name} $?\n");
+    }
+    script + "poweroff -f\n"
+}
+
+/// Runs the machine to its end; shows and gives back the lines that it prints.
+fn boot(kernel: &Path, image: &Path) -> Result<Vec<String>> {
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "2048", "-no-reboot", "-nodefaults"]);
+    qemu.args(["-display", "none", "-serial", "stdio", "-device", "virtio-rng-pci"]);
+    qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(image);
+    qemu.args(["-append", "console=ttyS0 quiet panic=-1"]);
+    qemu.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = qemu.spawn().context("QEMU cannot be started")?;
+    let output = child.stdout.take().context("no pipe")?;
+    let over = Arc::new(AtomicBool::new(false));
+    let watch = {
+        let (over, pid) = (Arc::clone(&over), nix::unistd::Pid::from_raw(i32::try_from(child.id())?));
+        std::thread::spawn(move || stop_in_time(pid, &over))
+    };
+    let mut lines = Vec::new();
+    for line in BufReader::new(output).split(b'\n') {
+        let line = String::from_utf8_lossy(&line?).trim_end().to_owned();
+        println!("    {line}");
+        lines.push(line);
+    }
+    over.store(true, Ordering::Relaxed);
+    let was_stopped = watch.join().unwrap_or(false);
+    let status = child.wait()?;
+    ensure!(!was_stopped, "the machine did not come to an end in {}", seconds(LIMIT));
+    ensure!(status.success(), "QEMU failed ({status})");
+    Ok(lines)
+}
+
+/// True if it had to. The process is not waited for before `over`, so that its ID remains its own.
+fn stop_in_time(pid: nix::unistd::Pid, over: &AtomicBool) -> bool {
+    let deadline = Instant::now() + LIMIT;
+    while !over.load(Ordering::Relaxed) {
+        if Instant::now() > deadline {
+            return nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).is_ok();
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    false
+}
+
+/// Every part has to have said that it ended well.
+fn judge(parts: &[Part], lines: &[String]) -> Result<()> {
+    let mut failures = Vec::new();
+    for part in parts {
+        let name = part.name();
+        let status = lines.iter().find_map(|line| line.strip_prefix(&format!("{RESULT} {name} ")));
+        match status {
+            Some("0") => {}
+            Some(status) => failures.push(format!("{name} failed (exit status {status})")),
+            None => failures.push(format!("{name} did not come to an end")),
+        }
+    }
+    if !failures.is_empty() {
+        bail!("{}: see above", failures.join(", "));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_has_to_end_well() {
+        let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
+        let parts = [Part::Aead, Part::Cluster];
+        assert!(judge(&parts, &lines("x\nvm-part aead 0\nvm-part cluster 0")).is_ok());
+        let error = judge(&parts, &lines("vm-part aead 101\nvm-part clus")).unwrap_err().to_string();
+        assert!(error.contains("aead failed (exit status 101), cluster did not come to an end"), "{error}");
+    }
+
+    #[test]
+    fn the_first_process_reports_on_each_part() {
+        let script = init(&[Part::Wireguard]);
+        assert!(script.contains("vm wireguard 2>&1\necho vm-part wireguard $?\n"), "{script}");
+        assert!(script.ends_with("poweroff -f\n"), "{script}");
+    }
+}
