@@ -167,7 +167,11 @@ fn a_state_directory_that_cannot_be_used_is_named() -> Result<()> {
         assert_eq!(std::fs::read(&database)?, vec![0x5a; 8192], "what is not understood is not touched");
         assert_eq!(host.daemon_pid(), None);
         assert_eq!(host.netns().interfaces()?, ["eth0"]);
-        Ok(())
+
+        refused(host, &["reset"], 1, &["overnode.redb", "--force"])?;
+        host.overnode(&["reset", "--force"])?.success()?;
+        ensure_clean(host)?;
+        launch(lab, host).map(drop)
     })
 }
 

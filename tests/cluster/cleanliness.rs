@@ -178,3 +178,22 @@ fn a_failed_attach_leaves_nothing() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn what_a_node_left_is_removed_when_its_state_is_gone() -> Result<()> {
+    in_lab(Lab::new("stateless").hosts(1), |lab| {
+        let host = lab.host(1);
+        launch(lab, host)?;
+        let container = attached(host, "c")?;
+        host.kill_daemon()?;
+        std::fs::remove_dir_all(host.state_directory())?;
+        assert!(!host.pins()?.is_empty(), "nothing is left to be removed");
+        let _daemon = lab::background::Background::start(host.command("overnoded")?)?;
+        eventually(Duration::from_secs(10), || {
+            ensure!(host.pins()?.is_empty(), "still pinned: {:?}", host.pins()?);
+            ensure!(host.netns().interfaces()? == [host.interface()], "interfaces are left");
+            ensure!(container.netns().interfaces()?.is_empty(), "the container is still plugged in");
+            Ok(())
+        })
+    })
+}

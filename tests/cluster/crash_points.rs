@@ -1,5 +1,5 @@
-//! The daemon is killed after each step of `launch` in turn. Whatever is half done then: launching again completes it, and reset
-//! removes it.
+//! The daemon is killed after each step of `launch`, `attach`, `detach` and `reset` in turn. Whatever is half done then: doing it again
+//! completes it, and reset removes it.
 //!
 //! Daemons of development builds honour `OVERNODE_KILL_AT=n`: SIGKILL to themselves after the nth step.
 
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use lab::{Host, Lab};
 
 use crate::cleanliness::ensure_clean;
-use crate::support::{TOKEN, attached, in_lab};
+use crate::support::{PATIENCE, TOKEN, attached, in_lab, list};
 
 /// More steps than `launch` will ever have.
 const LIMIT: usize = 100;
@@ -59,8 +59,15 @@ fn resetting_again_completes_what_a_killed_reset_left() -> Result<()> {
                 host.overnode(&["reset", "--force"])?;
                 continue;
             }
-            let container = attached(host, "c")?;
+            let container = host.container("c")?;
             // The daemon goes on to count its steps.
+            if !host.overnode(&["attach", &container.target()])?.status.success() {
+                host.overnode(&["reset", "--force"])?.success()?;
+                ensure_clean(host).with_context(|| format!("killed after step {step}"))?;
+                let left = container.netns().interfaces()?;
+                ensure!(left.is_empty(), "killed after step {step}: {left:?} is left in the container");
+                continue;
+            }
             if host.overnode(&["reset", "--force"])?.status.success() {
                 ensure_clean(host)?;
                 ensure!(killed > 0, "no reset was killed");
@@ -93,5 +100,52 @@ fn launching_again_completes_what_a_killed_launch_left() -> Result<()> {
         ensure!(host.status()?["node"]["state"] == "running");
         drop(container);
         host.overnode(&["reset", "--force"])?.success().map(drop)
+    })
+}
+
+/// Kills after each step of `attach` and of `detach`; the node that is started again must know what is so, and go on from there.
+#[test]
+fn attaching_and_detaching_again_complete_what_a_kill_left() -> Result<()> {
+    in_lab(Lab::new("crash-attach").hosts(1), |lab| {
+        let host = lab.host(1);
+        let (mut in_attach, mut in_detach) = (0, 0);
+        for step in 1..LIMIT {
+            if launch_and_die(host, step)? {
+                host.overnode(&["reset", "--force"])?;
+                continue;
+            }
+            let container = host.container("c")?;
+            let target = container.target();
+            let attached = host.overnode(&["attach", &target])?.status.success();
+            let detached = attached && host.overnode(&["detach", &target])?.status.success();
+            if detached {
+                ensure!(in_attach >= LEAST && in_detach >= LEAST, "{in_attach} steps, {in_detach} steps");
+                return Ok(());
+            }
+            let repair = || -> Result<()> {
+                if host.daemon_pid().is_none() {
+                    host.overnode(&["resume"])?.success()?;
+                }
+                let is_attached = !list(&host.status()?, "endpoints")?.is_empty();
+                let plugged_in = container.netns().interfaces()?;
+                ensure!(is_attached != plugged_in.is_empty(), "attached: {is_attached}, has {plugged_in:?}");
+                if is_attached {
+                    host.detach(&container)?;
+                }
+                // The first address is free again, and comes with all that belongs to it.
+                host.overnode(&["attach", &target, "--ip", "10.32.0.9/12"])?.success()?;
+                let neighbour = host.container("n")?;
+                host.attach(&neighbour, &[])?;
+                neighbour.reach("10.32.0.9".parse()?, PATIENCE)?;
+                host.detach(&container)?;
+                ensure!(container.netns().interfaces()?.is_empty(), "detached, and still plugged in");
+                host.detach(&neighbour)?;
+                host.overnode(&["reset"])?.success()?;
+                ensure_clean(host)
+            };
+            repair().with_context(|| format!("killed after step {step}"))?;
+            *(if attached { &mut in_detach } else { &mut in_attach }) += 1;
+        }
+        bail!("detach never ends")
     })
 }

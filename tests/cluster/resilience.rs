@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::{
-    MILLISECOND, PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, list, one_each, peer,
+    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch_all, list, one_each, peer,
     wait_for_sessions,
 };
 
@@ -164,4 +164,63 @@ fn a_peer_that_moves_is_followed_over_ipv4() -> Result<()> {
 #[test]
 fn a_peer_that_moves_is_followed_over_ipv6() -> Result<()> {
     roaming(Family::V6)
+}
+
+/// Drops packets of a host to and from a port; with `address`, only of this address of the host.
+fn block(host: &lab::Host, protocol: &str, port: u16, address: Option<&str>) -> Result<()> {
+    let port = port.to_string();
+    let nft = |words: &[&str]| host.netns().run("nft", words).map(drop);
+    nft(&["add", "table", "inet", "block"])?;
+    for (chain, side) in [("input", "daddr"), ("output", "saddr")] {
+        let hook = format!("{{ type filter hook {chain} priority 0; }}");
+        nft(&["add", "chain", "inet", "block", chain, &hook])?;
+        let whose: Vec<&str> = address.map_or(Vec::new(), |address| vec!["ip", side, address]);
+        for end in ["sport", "dport"] {
+            nft(&[&["add", "rule", "inet", "block", chain], &whose[..], &[protocol, end, &port, "drop"]]
+                .concat())?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_restarted_daemon_goes_on_sending_to_where_a_peer_has_moved() -> Result<()> {
+    in_lab(Lab::new("moved").hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        // From now on only its packets tell where node 2 is, and its containers send nothing.
+        block(a, "tcp", 6783, None)?;
+        let new = lab.renumber(b, 77)?;
+        eventually(PATIENCE, || {
+            let data = peer(a, 2)?.context("node 2 is not known")?["data"].clone();
+            let endpoint = data["endpoint"].as_str().unwrap_or_default().to_owned();
+            ensure!(endpoint.contains(&new.to_string()), "host1 still sends to {endpoint}");
+            Ok(())
+        })?;
+        let pings = containers[0].start_pinging(containers[1].address(), MILLISECOND)?;
+        std::thread::sleep(Duration::from_millis(300));
+        a.kill_daemon()?;
+        a.overnode(&["resume"])?.success()?;
+        std::thread::sleep(Duration::from_secs(3));
+        assert_eq!(pings.stop()?.lost(), 0);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_peer_is_tried_at_every_address_and_answers_from_the_one_that_was_asked() -> Result<()> {
+    const SECOND: &str = "192.168.48.99";
+    in_lab(Lab::new("second").hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        b.netns().ip(&["address", "add", &format!("{SECOND}/24"), "dev", b.interface()])?;
+        block(b, "udp", 6784, Some(&b.address().to_string()))?;
+        b.overnode(&["launch", "--id", "2", "--token", TOKEN])?.success()?;
+        a.overnode(&["launch", "--id", "1", "--token", TOKEN, &b.address().to_string()])?.success()?;
+        eventually(PATIENCE, || peer(a, 2)?.map(drop).context("node 1 does not know node 2"))?;
+        a.overnode(&["connect", SECOND])?.success()?;
+        wait_for_sessions(lab)?;
+        all_reach_all(&one_each(lab)?)
+    })
 }

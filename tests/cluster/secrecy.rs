@@ -8,8 +8,8 @@ use lab::flow::{self, Amount};
 use lab::{Family, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, all_reach_all, attached, counter, ensure_nothing_plain, ensure_sealed, in_lab,
-    launch, launch_all, one_each, wait_for_sessions,
+    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, ensure_nothing_plain, ensure_sealed,
+    in_lab, launch, launch_all, one_each, wait_for_sessions,
 };
 
 fn nothing_plain_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> {
@@ -136,5 +136,92 @@ fn a_default_route_does_not_lure_packets_out() -> Result<()> {
         }
         let captured = capture.stop()?;
         ensure_nothing_plain(&captured)
+    })
+}
+
+/// Packets that came in by an interface of the node and that the host's own stack took, to deliver or to forward.
+fn taken_by_the_host(host: &lab::Host) -> Result<u64> {
+    let rules = host.netns().run("nft", &["list", "table", "inet", "taken"])?;
+    let counts = rules.split("packets ").skip(1).filter_map(|rest| rest.split(' ').next());
+    counts.map(|count| Ok(count.parse::<u64>()?)).sum()
+}
+
+#[test]
+fn without_their_programs_containers_reach_nothing() -> Result<()> {
+    in_lab(Lab::new("naked").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let ([a, b], [one, two]) = (lab.hosts(), &containers[..]) else { unreachable!() };
+        // A host that forwards, as those of other container engines do.
+        let conf = |name: &str, value: &str| {
+            a.netns().enter(|| Ok(std::fs::write(format!("/proc/sys/net/ipv4/conf/{name}"), value)?))
+        };
+        for hook in ["input", "forward"] {
+            let hooked = format!("{{ type filter hook {hook} priority 0; }}");
+            a.netns().run("nft", &["add", "table", "inet", "taken"])?;
+            a.netns().run("nft", &["add", "chain", "inet", "taken", hook, &hooked])?;
+            a.netns().run("nft", &["add", "rule", "inet", "taken", hook, "iifname", "ov*", "counter"])?;
+        }
+        let host_end = a.netns().interfaces()?.into_iter().find(|name| name.len() == 10);
+        let host_end = host_end.expect("no host end");
+        // What the container sends anywhere goes to the host end, whose address ARP has told.
+        one.run("ip", &["route", "add", "default", "via", &two.address().to_string()])?;
+        let far = two.address().to_string();
+        let neighbours: serde_json::Value =
+            serde_json::from_str(&one.netns().ip(&["-j", "neigh", "show", &far])?)?;
+        let gateway = neighbours[0]["lladdr"].as_str().expect("no gateway");
+        one.run(
+            "ip",
+            &["neigh", "replace", &far, "lladdr", gateway, "dev", "overnode0", "nud", "permanent"],
+        )?;
+        for pin in a.pins()?.iter().filter(|pin| pin.starts_with("links/") && !pin.ends_with("from_underlay"))
+        {
+            for node in std::fs::read_dir("/sys/fs/bpf/overnode")? {
+                let path = node?.path().join(pin);
+                if path.is_file() {
+                    std::fs::remove_file(path)?;
+                }
+            }
+        }
+        let send = || -> Result<()> {
+            for to in [a.address(), b.address(), two.address()] {
+                one.ping(to, 5, MILLISECOND)?;
+            }
+            Ok(())
+        };
+        send()?;
+        assert_eq!(taken_by_the_host(a)?, 0);
+        // It would see them: this is what the settings of the host end prevent.
+        conf(&format!("{host_end}/rp_filter"), "0")?;
+        conf("all/rp_filter", "0")?;
+        conf(&format!("{host_end}/forwarding"), "1")?;
+        send()?;
+        assert!(taken_by_the_host(a)? > 0, "the test sees nothing at all");
+        Ok(())
+    })
+}
+
+#[test]
+fn strangers_do_not_make_programs_attach() -> Result<()> {
+    in_lab(Lab::new("stranger").hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        a.overnode(&["launch", "--id", "1", "--token", TOKEN])?.success()?;
+        let to = std::net::SocketAddr::new(a.address(), 6784);
+        b.netns().enter(move || {
+            let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+            for kind in 0..=4_u8 {
+                let mut message = [0x55; 148];
+                message[..4].copy_from_slice(&[kind, 0, 0, 0]);
+                socket.send_to(&message, to)?;
+            }
+            Ok(())
+        })?;
+        std::thread::sleep(Duration::from_millis(500));
+        let interfaces = a.inspect()?["data"]["underlay"]["interfaces"].clone();
+        assert_eq!(interfaces, serde_json::json!([]));
+        launch(lab, b)?;
+        a.overnode(&["connect", b.target()])?.success()?;
+        wait_for_sessions(lab)
     })
 }

@@ -6,7 +6,6 @@
 
 mod bpffs;
 mod clock;
-mod container;
 mod endpoint;
 mod links;
 mod maps;
@@ -32,7 +31,6 @@ use overnode_ebpf::map::{Address, Config, Route};
 use tracing::{info, warn};
 
 pub use self::bpffs::node_name;
-pub use self::container::{Container, resolve};
 pub use self::endpoint::{Attached, Attachment, CONTAINER_INTERFACE, host_interface};
 pub use self::netns::{NetnsId, NetnsRef};
 pub use self::programs::Hook;
@@ -162,11 +160,6 @@ impl Datapath {
         self.peer_cell(peer)?;
         self.routes.set_peer(peer, prefixes);
         self.sync_routes()
-    }
-
-    /// Whether a host interface is there and has its program.
-    pub fn has_endpoint(&self, host_interface: &str) -> bool {
-        self.endpoints.contains_key(host_interface)
     }
 
     /// The prefixes that a peer owns.

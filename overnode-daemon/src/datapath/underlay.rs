@@ -239,7 +239,12 @@ impl Datapath {
             || !self.underlay.addresses.contains(&from_map(present.local))
         {
             cell.set_source(route.source, route.ifindex);
+            if cell.tx_slot().load(Ordering::Relaxed) != 0 {
+                // The peer sends to where it last heard from: it must hear before it next sends.
+                self.normaliser.send_keepalive(peer)?;
+            }
         }
+        let cell = self.peer_cell(peer)?;
         cell.mtu().store(mtu, Ordering::Relaxed);
         Ok(())
     }

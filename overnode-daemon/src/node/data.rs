@@ -249,6 +249,10 @@ impl Node {
     async fn handle_handshake(&mut self, event: Event, now: Instant) -> anyhow::Result<()> {
         match event {
             Event::Install { peer, session } => {
+                // A daemon that does not know a peer ends its sessions: whose this is must survive this one.
+                if self.unsaved.iter().any(|id| id.peer_index() == peer) {
+                    self.save_peers();
+                }
                 self.datapath.install_session(peer, &session)?;
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.last_error = None;

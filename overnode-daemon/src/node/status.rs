@@ -249,7 +249,7 @@ impl Node {
                 fixed: it.is_static,
                 interface: it.host_interface.clone(),
                 attached_unix_seconds: Some(it.since),
-                state: if self.datapath.has_endpoint(&it.host_interface) {
+                state: if self.datapath.is_attached(&it.host_interface) {
                     EndpointState::Attached
                 } else {
                     EndpointState::Gone

@@ -89,6 +89,10 @@ fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
     if largest(skb)? > mtu {
         return too_big::answer(skb, endpoint, config, mtu);
     }
+    // To the host's own stack it is somebody else's frame, in case `seal` is not there to take it.
+    let ethernet = at::<Ethernet>(skb, 0)?;
+    // SAFETY: `at` has checked the bounds.
+    unsafe { (*ethernet).destination = [0; 3] };
     Ok(Sent { counted: None, verdict: redirect(config.normaliser) })
 }
 
