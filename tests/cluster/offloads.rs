@@ -25,7 +25,9 @@ fn set_features(container: &Container, enabled: impl Fn(usize) -> bool) -> Resul
 }
 
 /// Sends one buffer that the kernel (or nobody, before it leaves the container) cuts into datagrams: UDP_SEGMENT.
-fn send_segmented(from: &Container, to: &Container) -> Result<()> {
+///
+/// Kernels before 6.11 refuse that with EIO where the interface does not do checksums; nothing is sent then.
+fn send_segmented(from: &Container, to: &Container, checksums: bool) -> Result<()> {
     const SEGMENT: u16 = 1200;
     const SEGMENTS: usize = 40;
     let (source, target) = (from.address(), to.address());
@@ -41,7 +43,10 @@ fn send_segmented(from: &Container, to: &Container) -> Result<()> {
     let sent: Vec<u8> = (0..SEGMENTS * usize::from(SEGMENT))
         .map(|place| (place as u32).wrapping_mul(2_654_435_761) as u8)
         .collect();
-    outbox.send_to(&sent, inbox.local_addr()?)?;
+    match outbox.send_to(&sent, inbox.local_addr()?) {
+        Err(error) if !checksums && error.raw_os_error() == Some(libc::EIO) => return Ok(()),
+        outcome => outcome.context("the buffer of segments")?,
+    };
     let mut buffer = vec![0; 65536];
     for (number, expected) in sent.chunks(usize::from(SEGMENT)).enumerate() {
         let (length, _) = inbox
@@ -68,7 +73,7 @@ fn every_combination(builder: lab::Builder) -> Result<()> {
                 for to in [&far, &neighbour] {
                     flow::tcp(&one, to, Amount::Bytes(1_500_003))?;
                     flow::tcp(to, &one, Amount::Bytes(1_500_003))?;
-                    send_segmented(&one, to)?;
+                    send_segmented(&one, to, enabled(0))?;
                 }
                 let datagrams = flow::udp(&one, &far, 50, 1300, MILLISECOND)?;
                 ensure!(datagrams.received == 50 && datagrams.corrupt == 0, "{datagrams:?}");
