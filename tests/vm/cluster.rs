@@ -35,6 +35,8 @@ fn live(lab: &Lab, options: &[&str]) -> Result<()> {
             pings_both_ways(one, other)
         })
     })?;
+    let hook = if options.is_empty() { "clsact" } else { "clsact+xdp" };
+    lab.hosts().iter().try_for_each(|host| ensure_attached_by(host, hook))?;
     step("TCP between and within hosts", || {
         for (from, to) in [(a, c), (c, a), (a, b)] {
             let received = flow::tcp(from, to, Amount::Bytes(4_000_000))?;
@@ -58,12 +60,13 @@ fn live(lab: &Lab, options: &[&str]) -> Result<()> {
 fn launch(lab: &Lab, host: &Host, options: &[&str]) -> Result<()> {
     let id = host.number.to_string();
     let words = [&["launch", "--id", &id, "--token", TOKEN], options, &lab.targets()[..]].concat();
-    host.overnode(&words)?.success()?;
-    let status = host.status()?;
-    let hook = status["node"]["attachment"].as_str().unwrap_or_default();
-    // tcx came with Linux 6.6: this is where the other way is tried.
-    let wanted = if options.is_empty() { "clsact" } else { "clsact+xdp" };
-    ensure!(hook == wanted, "programs are attached by {hook:?}");
+    host.overnode(&words)?.success().map(drop)
+}
+
+/// tcx came with Linux 6.6: this is where the other way is tried. Interfaces to peers are known once there are peers.
+fn ensure_attached_by(host: &Host, wanted: &str) -> Result<()> {
+    let hook = host.status()?["node"]["attachment"].clone();
+    ensure!(hook == wanted, "programs of {} are attached by {hook}, not by {wanted}", host.name);
     Ok(())
 }
 
