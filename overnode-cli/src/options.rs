@@ -93,8 +93,8 @@ pub enum Command {
 #[command(after_help = "\
 Examples:
   sudo overnode launch --id 1 --token my-cluster-password host1 host2 host3
-  sudo overnode launch --id 2 --token-file /root/token host1
-  overnode token | sudo tee /root/token    # makes a token; then copy it to the other hosts")]
+  sudo overnode launch --id 2 --token-file /etc/overnode.token host1
+  overnode token | sudo tee /etc/overnode.token  # makes a token; then copy it to the other hosts")]
 pub struct Launch {
     /// This node's ID in the cluster, 1 to 4095
     #[arg(long, value_name = "ID", allow_hyphen_values = true)]
