@@ -2,9 +2,6 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rand::TryRngCore;
-use rand::rngs::OsRng;
-
 use super::Daemon;
 use super::running::Node;
 use crate::api::{self, ApiError, LaunchOutcome, Launched};
@@ -121,15 +118,10 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
             .map(|name| name.to_string_lossy().chars().take(MAX_NICKNAME).collect())
             .unwrap_or_default(),
     };
-    let (mut static_secret, mut instance) = (Secret([0; 32]), [0; 16]);
-    OsRng
-        .try_fill_bytes(&mut static_secret.0)
-        .and_then(|()| OsRng.try_fill_bytes(&mut instance))
-        .map_err(|error| ApiError::failed(format_args!("the system gives no random numbers: {error}")))?;
     Ok(Identity {
         id: request.id,
-        instance: u128::from_le_bytes(instance),
-        static_secret,
+        instance: rand::random(),
+        static_secret: key::new_secret().map_err(ApiError::failed)?,
         cluster_key,
         network,
         nickname,

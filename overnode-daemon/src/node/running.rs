@@ -11,12 +11,9 @@ use tokio::sync::mpsc;
 
 use super::data::DataPeer;
 use super::external::External;
-use super::launch::PROTOCOLS;
 use super::links::Stream;
 use crate::control::CONTROL_PORT;
 use crate::control::dial::Dialer;
-use crate::control::hello::Hello;
-use crate::control::session::Me;
 use crate::datapath::{Datapath, LinkEvent, OpenOptions};
 use crate::fault;
 use crate::gossip::{Gossip, Record};
@@ -75,7 +72,7 @@ impl Node {
     pub(super) async fn start(
         options: &Options,
         store: &Arc<Store>,
-        identity: Identity,
+        mut identity: Identity,
         started: Instant,
     ) -> anyhow::Result<Self> {
         let now = Instant::now();
@@ -83,27 +80,15 @@ impl Node {
         let public_key = handshakes.public_key();
         let ipam = allocations(store, &identity)?;
         let incarnation = store.next_incarnation()?.context("the identity is gone")?;
+        identity.incarnation = incarnation;
         fault::step("incarnation");
         // The ports first: without them the kernel need not be touched.
         let udp = Arc::new(UdpSockets::bind(overnode_ebpf::wire::DATA_PORT).context(
             "UDP port 6784 cannot be opened: stop what uses it (`ss -lnup` shows it), then launch again",
         )?);
-        let hello = Hello {
-            versions: PROTOCOLS,
-            id: identity.id,
-            incarnation,
-            nickname: identity.nickname.clone(),
-            network: identity.network,
-            public_key,
-        };
-        let me = Me {
-            static_secret: identity.static_secret.clone(),
-            cluster_key: identity.cluster_key.clone(),
-            hello,
-        };
         let residents: Residents = Arc::new(Mutex::default());
         let (events, mesh_events) = mpsc::channel(1024);
-        let mesh = Mesh::listen(CONTROL_PORT, me, residents.clone(), events).context(
+        let mesh = Mesh::listen(CONTROL_PORT, identity.introduction(), residents.clone(), events).context(
             "TCP port 6783 cannot be opened: stop what uses it (`ss -lntp` shows it), then launch again",
         )?;
         fault::step("ports");
