@@ -54,6 +54,9 @@ struct Datapath {
     /// Only these networks.
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<Kind>,
+    /// No networks: only the programs by themselves.
+    #[arg(long, conflicts_with = "only")]
+    programs_only: bool,
 }
 
 fn main() -> ExitCode {
@@ -75,7 +78,11 @@ fn datapath(arguments: Datapath) -> Result<()> {
     let start = Instant::now();
     let (rounds, times) =
         if arguments.quick { (1, Times::QUICK) } else { (arguments.rounds.max(1), Times::FULL) };
-    let kinds = if arguments.only.is_empty() { Kind::ALL.to_vec() } else { arguments.only };
+    let kinds = match (arguments.programs_only, arguments.only) {
+        (true, _) => Vec::new(),
+        (false, only) if only.is_empty() => Kind::ALL.to_vec(),
+        (false, only) => only,
+    };
 
     eprintln!("programs: running each with packets of {:?} bytes", programs::SIZES);
     let programs = programs::measure(if arguments.quick { 200 } else { 5000 });

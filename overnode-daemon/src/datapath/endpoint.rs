@@ -118,6 +118,7 @@ impl Datapath {
         self.endpoints.insert(host_interface.clone(), host.index);
         self.netlink.mark(host.index, &self.alias).await?;
         quieten(host_interface);
+        offload::let_the_other_end_aggregate(host_interface)?;
         fault::step("veth marked");
         self.programs.attach(FROM_CONTAINER, &host, &self.pins)?;
         fault::step("from_container");

@@ -32,6 +32,17 @@ pub(super) fn receive_aggregated(interface: &str) -> Result<()> {
         .with_context(|| format!("GRO of {interface} cannot be turned on"))
 }
 
+/// Turns TCP segmentation off at the host's end of a veth: for what such an end sends, a veth does GRO at the other end only
+/// when this is off (`veth_skb_is_eligible_for_gro`, Linux 5.13). Nothing sends large segments through that end.
+///
+/// # Errors
+/// The interface does not exist, or its driver keeps one of them on.
+pub(super) fn let_the_other_end_aggregate(interface: &str) -> Result<()> {
+    let is_tcp = |name: &str| name.starts_with("tx-tcp") && name.ends_with("-segmentation");
+    set(interface, is_tcp, false)
+        .with_context(|| format!("TCP segmentation of {interface} cannot be turned off"))
+}
+
 /// True if an interface hands on no packet unfinished.
 pub(super) fn finishes_every_packet(interface: &str) -> Result<bool> {
     let device = Device::open(interface)?;

@@ -19,8 +19,15 @@ impl ChaCha20 {
     pub fn start(&mut self, key: &[u32; 8], nonce: [u32; 3]) {
         self.key = *key;
         self.nonce = nonce;
-        let column = |n: usize| quarter([CONSTANTS[n], key[n], key[4 + n], nonce[n - 1]]);
-        self.columns = [column(1), column(2), column(3)];
+        for n in 1..4 {
+            let [a, b, c, d] = quarter([CONSTANTS[n], self.key(n), self.key(4 + n), self.nonce(n - 1)]);
+            let column = (&raw mut self.columns[n - 1]).cast::<u32>();
+            for (word, value) in [a, b, c, d].into_iter().enumerate() {
+                // Volatile, too: one column at a time takes less of the stack.
+                // SAFETY: a word of the column.
+                unsafe { column.add(word).write_volatile(value) };
+            }
+        }
     }
 
     /// 64 bytes of key stream, as little-endian words.

@@ -30,7 +30,11 @@ impl Poly1305 {
     /// Forgets what was absorbed.
     #[inline(always)]
     pub fn clear(&mut self) {
-        self.h = [0; 4];
+        for limb in &mut self.h {
+            // Volatile, for the compiler would call a loop over bytes.
+            // SAFETY: a reference.
+            unsafe { core::ptr::from_mut(limb).write_volatile(0) };
+        }
     }
 
     /// Sets the one-time key, the first 32 bytes of block 0: `r`, not clamped yet, and the pad.

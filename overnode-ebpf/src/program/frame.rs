@@ -6,8 +6,9 @@
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{__sk_buff, BPF_CSUM_LEVEL_INC, BPF_F_INGRESS, xdp_md};
 use aya_ebpf::helpers::generated::{
-    bpf_csum_level, bpf_csum_update, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_proto,
-    bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+    bpf_csum_level, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
+    bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_head,
+    bpf_xdp_adjust_tail,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_IPV4, IPV4_LEN, IPV6_LEN};
@@ -93,6 +94,9 @@ impl Ipv4 {
     }
 }
 
+/// Packet type of `skb->pkt_type`: for this host.
+pub const PACKET_HOST: u32 = 0;
+
 /// IP protocol numbers.
 pub const PROTOCOL_ICMP: u8 = 1;
 pub const PROTOCOL_TCP: u8 = 6;
@@ -131,6 +135,8 @@ pub trait Frame: Packet {
     /// Removes the `outer` bytes after the Ethernet header and what lies behind `inner` more bytes, in a
     /// packet whose payload was authenticated and changed. `from_v6`: the outer header is IPv6.
     fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason>;
+    /// Hands the packet to the container behind a host end; `joins`: the kernel may join it with others like it.
+    fn hand_over(self, ifindex: u32, joins: bool) -> i64;
 
     /// Bytes that [`at`] can reach.
     #[inline(always)]
@@ -146,8 +152,8 @@ pub trait Frame: Packet {
         let ethernet = at::<Ethernet>(self, 0)?;
         // SAFETY: `at` has checked the bounds; the hardware addresses lie in a map at even offsets.
         unsafe {
-            (*ethernet).destination = *destination.as_ptr().cast::<Mac>();
-            (*ethernet).source = *source.as_ptr().cast::<Mac>();
+            copy_mac(&raw mut (*ethernet).destination, destination.as_ptr().cast());
+            copy_mac(&raw mut (*ethernet).source, source.as_ptr().cast());
             (*ethernet).kind_be = ETHERTYPE_IPV4.to_be();
         }
         Ok(())
@@ -221,6 +227,17 @@ impl Frame for Skb {
         unsafe { bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_INC)) };
         Ok(())
     }
+
+    #[inline(always)]
+    fn hand_over(self, ifindex: u32, joins: bool) -> i64 {
+        // Through the host end a packet passes the NAPI of the veth, which joins segments (GRO). What is never joined
+        // takes the shorter way, unless the frame would have to be parsed again to be the container's.
+        // SAFETY: the context is valid.
+        if joins || unsafe { (*self).pkt_type } != PACKET_HOST {
+            return redirect(ifindex);
+        }
+        redirect_peer(ifindex)
+    }
 }
 
 impl Frame for *mut xdp_md {
@@ -272,6 +289,23 @@ impl Frame for *mut xdp_md {
         }
         Ok(())
     }
+
+    #[inline(always)]
+    fn hand_over(self, ifindex: u32, _: bool) -> i64 {
+        redirect(ifindex)
+    }
+}
+
+/// Copies a hardware address by words: as a whole, the compiler would call a loop over its bytes.
+///
+/// # Safety
+/// Both are valid, `to` for writes.
+#[inline(always)]
+unsafe fn copy_mac(to: *mut Mac, from: *const Mac) {
+    for word in 0..3 {
+        // SAFETY: by the contract above.
+        unsafe { to.cast::<u16>().add(word).write(from.cast::<u16>().add(word).read_volatile()) };
+    }
 }
 
 /// Makes the first `len` bytes readable and writable by pointer.
@@ -286,6 +320,28 @@ fn pull(skb: Skb, len: u32) -> Result<(), Reason> {
 pub fn resize(skb: Skb, len: u32) -> Result<(), Reason> {
     // SAFETY: the context is valid.
     if unsafe { bpf_skb_change_tail(skb, len, 0) } != 0 { Err(Reason::Helper) } else { Ok(()) }
+}
+
+/// True if the kernel still has to finish a checksum in the packet (`CHECKSUM_PARTIAL`): whoever sends it would have two
+/// of its bytes overwritten. Destroys the first two bytes of the packet.
+///
+/// No field of the context tells. But bpf_l4_csum_replace adjusts a checksum that is finished and leaves one alone
+/// that is not, as the rest of the sum does not cover the change (`inet_proto_csum_replace4`, Linux 4.1): so it is let
+/// loose on two bytes that do not matter.
+#[inline(always)]
+pub fn is_unfinished(skb: Skb) -> Result<bool, Reason> {
+    const TWO_BYTES: u64 = 2;
+    let word = at::<u16>(skb, 0)?;
+    // SAFETY: `at` has checked the bounds; the context is valid.
+    let changed = unsafe {
+        word.write_volatile(0);
+        bpf_l4_csum_replace(skb, 0, 0, 1, TWO_BYTES)
+    };
+    if changed != 0 {
+        return Err(Reason::Helper);
+    }
+    // SAFETY: `at` has checked the bounds.
+    Ok(unsafe { at::<u16>(skb, 0)?.read_volatile() } == 0)
 }
 
 /// Inserts bytes behind the Ethernet header, or removes them there.
@@ -311,6 +367,13 @@ pub fn change_protocol(skb: Skb, ethertype: u16) -> Result<(), Reason> {
 pub fn redirect(ifindex: u32) -> i64 {
     // SAFETY: has no preconditions.
     unsafe { bpf_redirect(ifindex, 0) }
+}
+
+/// Hands the packet to the other end of a veth, in another network namespace, without a queue between.
+#[inline(always)]
+pub fn redirect_peer(ifindex: u32) -> i64 {
+    // SAFETY: has no preconditions.
+    unsafe { bpf_redirect_peer(ifindex, 0) }
 }
 
 /// Lets the packet come in by an interface, anew.

@@ -1,15 +1,16 @@
 //! From a container: check who sends, find out where to.
 
-use aya_ebpf::helpers::generated::{bpf_redirect_peer, bpf_skb_change_type};
+use aya_ebpf::helpers::generated::bpf_skb_change_type;
 use overnode_ebpf::map::{Endpoint, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER};
 use overnode_ebpf::reason::Reason;
-use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, IPV4_LEN, UDP_LEN};
+use overnode_ebpf::wire::{ECN_MASK, ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, IPV4_LEN, UDP_LEN};
 
-use super::frame::{Ethernet, Frame, Ipv4, Mac, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, redirect};
-use super::{Sent, arp, maps, too_big};
-
-/// Packet types of `skb->pkt_type`.
-const PACKET_HOST: u32 = 0;
+use super::frame::{
+    Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, is_unfinished, redirect,
+    redirect_peer,
+};
+use super::maps::Routes;
+use super::{Sent, arp, maps, seal, too_big};
 
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
     let endpoint = maps::endpoint(skb.ifindex()).ok_or(Reason::Unconfigured)?;
@@ -53,7 +54,7 @@ fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
     if u32::from_be(destination) >= 0xe000_0000 {
         return Err(Reason::Unsupported);
     }
-    let route = maps::route_v4(destination).ok_or(Reason::NoRoute)?;
+    let route = Routes::new().v4(destination).ok_or(Reason::NoRoute)?;
     match route.kind {
         ROUTE_LOCAL => local(skb, route.target),
         ROUTE_PEER => remote(skb, endpoint, route.target),
@@ -75,24 +76,33 @@ fn local(skb: Skb, ifindex: u32) -> Result<Sent, Reason> {
             return Err(Reason::Helper);
         }
     }
-    // SAFETY: has no preconditions.
-    Ok(Sent { counted: Some(Reason::Local), verdict: unsafe { bpf_redirect_peer(ifindex, 0) } })
+    Ok(Sent { counted: Some(Reason::Local), verdict: redirect_peer(ifindex) })
 }
 
-/// To a peer: through the normaliser, which segments and finishes checksums, to `seal`.
+/// To a peer: sealed here if the packet is one and complete, else through the normaliser, which segments and
+/// finishes checksums, to `seal`.
 #[inline(always)]
 fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
     let peer = maps::peer(index).ok_or(Reason::NoRoute)?;
     // SAFETY: values of an array map are valid for the whole program.
     let mtu = unsafe { (*peer).mtu };
     let config = maps::config().ok_or(Reason::Unconfigured)?;
-    if largest(skb)? > mtu {
+    let inner_len = largest(skb)?;
+    if inner_len > mtu {
         return too_big::answer(skb, endpoint, config, mtu);
+    }
+    if skb.gso_size() == 0 && !is_unfinished(skb)? {
+        let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+        // SAFETY: `at` has checked the bounds.
+        let ecn = unsafe { (*ip).tos } & ECN_MASK;
+        return seal::seal(skb, &seal::Job { peer: index, inner_len, ecn });
     }
     // To the host's own stack it is somebody else's frame, in case `seal` is not there to take it.
     let ethernet = at::<Ethernet>(skb, 0)?;
-    // SAFETY: `at` has checked the bounds.
-    unsafe { (*ethernet).destination = [0; 3] };
+    for word in 0..3 {
+        // SAFETY: `at` has checked the bounds.
+        unsafe { (&raw mut (*ethernet).destination).cast::<u16>().add(word).write_volatile(0) };
+    }
     Ok(Sent { counted: None, verdict: redirect(config.normaliser) })
 }
 

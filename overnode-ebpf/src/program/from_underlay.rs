@@ -8,7 +8,8 @@ use overnode_ebpf::replay::Window;
 use overnode_ebpf::wire::{DATA_HEADER_LEN, ETHERNET_LEN, IPV4_LEN, TYPE_DATA, ecn_decapsulated};
 
 use super::checksum::fold;
-use super::frame::{DataHeader, Frame, Ipv4, at, redirect};
+use super::frame::{DataHeader, Frame, Ipv4, PROTOCOL_TCP, at};
+use super::maps::Routes;
 use super::outer::{self, Outer};
 use super::{Sent, cipher, maps};
 
@@ -120,13 +121,14 @@ fn deliver(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Resul
     let text = outer.message() + DATA_HEADER_LEN;
     let ip = at::<Ipv4>(frame, text)?;
     // SAFETY: `at` has checked the bounds.
-    let (source, destination, version_ihl, tos) =
-        unsafe { ((*ip).source, (*ip).destination, (*ip).version_ihl, (*ip).tos) };
-    match maps::route_v4(source) {
+    let (source, destination, version_ihl, tos, protocol) =
+        unsafe { ((*ip).source, (*ip).destination, (*ip).version_ihl, (*ip).tos, (*ip).protocol) };
+    let mut routes = Routes::new();
+    match routes.v4(source) {
         Some(route) if route.kind == ROUTE_PEER && route.target == peer => {}
         _ => return Err(Reason::ForeignSource),
     }
-    let ifindex = match maps::route_v4(destination) {
+    let ifindex = match routes.v4(destination) {
         Some(route) if route.kind == ROUTE_LOCAL => route.target,
         _ => return Err(Reason::NotHere),
     };
@@ -148,6 +150,5 @@ fn deliver(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Resul
     }
     frame.strip((text - ETHERNET_LEN) as u32, inner_len, outer.is_v6())?;
     frame.set_ethernet(&endpoint.mac, &endpoint.gateway_mac)?;
-    // The host end, not its peer: so the packet passes the veth's NAPI, which joins segments (GRO).
-    Ok(Sent { counted: Some(Reason::Opened), verdict: redirect(ifindex) })
+    Ok(Sent { counted: Some(Reason::Opened), verdict: frame.hand_over(ifindex, protocol == PROTOCOL_TCP) })
 }

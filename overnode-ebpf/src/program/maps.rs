@@ -50,10 +50,41 @@ pub fn endpoint(ifindex: u32) -> Option<&'static Endpoint> {
     unsafe { ENDPOINTS.get(ifindex) }
 }
 
-/// Where an IPv4 address (as it lies in the packet) of the overlay is.
+/// An address in words, which the compiler fills without calling a loop over bytes.
+pub type Words = [u32; 4];
+
+/// The v4-mapped form of an address as it lies in a packet.
 #[inline(always)]
-pub fn route_v4(address: u32) -> Option<&'static Route> {
-    ROUTES.get(Key::new(128, Address::from_v4(address.to_ne_bytes())))
+pub const fn v4_mapped(address: u32) -> Words {
+    [0, 0, V4_MAPPED, address]
+}
+
+/// Third word of an IPv4 address that is mapped into IPv6.
+pub const V4_MAPPED: u32 = 0xffff_u32.to_be();
+
+/// Where addresses of the overlay are.
+///
+/// One key for all that a program looks up: each of its own would take as much of the stack again.
+#[repr(C)]
+pub struct Routes {
+    // What [`Key`] holds; that type is packed, and would be filled byte by byte.
+    bits: u32,
+    address: Words,
+}
+
+impl Routes {
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self { bits: 128, address: v4_mapped(0) }
+    }
+
+    /// Where an IPv4 address (as it lies in the packet) is.
+    #[inline(always)]
+    pub fn v4(&mut self, address: u32) -> Option<&'static Route> {
+        self.address[3] = address;
+        // SAFETY: the same layout, with greater alignment.
+        ROUTES.get(unsafe { &*(&raw const *self).cast::<Key<Address>>() })
+    }
 }
 
 /// A peer that the daemon has configured.
@@ -72,8 +103,9 @@ pub fn session(slot: u32) -> Option<*mut Session> {
 
 /// True if the address is one of this host's own.
 #[inline(always)]
-pub fn is_local(address: &Address) -> bool {
-    LOCAL_ADDRESSES.get_ptr(address).is_some()
+pub fn is_local(address: &Words) -> bool {
+    // SAFETY: the same size and alignment, and an address is valid whatever it holds.
+    LOCAL_ADDRESSES.get_ptr(unsafe { &*address.as_ptr().cast::<Address>() }).is_some()
 }
 
 /// Nanoseconds since boot, suspend included.

@@ -2,7 +2,7 @@
 
 use core::hint::black_box;
 
-use overnode_ebpf::map::{Address, Peer};
+use overnode_ebpf::map::Peer;
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
     DATA_HEADER_LEN, DATA_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN,
@@ -16,8 +16,6 @@ const FRAGMENT_OFFSET: u16 = 0x1fff;
 const MORE_FRAGMENTS: u16 = 0x2000;
 const NEXT_HEADER_FRAGMENT: u8 = 44;
 const FRAGMENT_HEADER_LEN: usize = 8;
-/// Third word of an IPv4 address that is mapped into IPv6.
-const V4_MAPPED: u32 = 0xffff_u32.to_be();
 /// The longest headers up to the message's type.
 const HEADERS_LEN: usize = ETHERNET_LEN + 60 + UDP_LEN + DATA_HEADER_LEN;
 
@@ -86,7 +84,7 @@ impl Outer {
             } else {
                 let headers = at::<Stack<Ipv4>>(frame, ETHERNET_LEN)?;
                 let (ip, udp) = (&(*headers).ip, &(*headers).udp);
-                for (word, prefix) in [0, 0, V4_MAPPED].into_iter().enumerate() {
+                for (word, prefix) in [0, 0, maps::V4_MAPPED].into_iter().enumerate() {
                     set(remote.cast::<u32>().add(word), prefix);
                     set(local.cast::<u32>().add(word), prefix);
                 }
@@ -152,7 +150,7 @@ fn v4(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     // SAFETY: `at` has checked the bounds.
     let (destination, tos, total_len) =
         unsafe { ((*ip).destination, (*ip).tos, u32::from(u16::from_be((*ip).total_len_be))) };
-    if !ours || !maps::is_local(&Address::from_v4(destination.to_ne_bytes())) {
+    if !ours || !maps::is_local(&maps::v4_mapped(destination)) {
         return Ok(None);
     }
     if !plain {
@@ -183,7 +181,7 @@ fn v6(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     };
     // SAFETY: `at` has checked the bounds.
     let (destination, available) =
-        unsafe { (v6_address(&(*ip).destination), u32::from(u16::from_be((*ip).payload_len_be))) };
+        unsafe { ((*ip).destination, u32::from(u16::from_be((*ip).payload_len_be))) };
     if !ours || !maps::is_local(&destination) {
         return Ok(None);
     }
@@ -220,10 +218,4 @@ fn text_len(frame: impl Frame, ip_len: usize, available: u32) -> Result<u64, Rea
         return Err(Reason::Malformed);
     }
     u64::from(udp_len).checked_sub((UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u64).ok_or(Reason::Malformed)
-}
-
-#[inline(always)]
-fn v6_address(words: &[u32; 4]) -> Address {
-    // SAFETY: both are 16 bytes, and an address is valid whatever they hold.
-    unsafe { core::mem::transmute::<[u32; 4], Address>(*words) }
 }

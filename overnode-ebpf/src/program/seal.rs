@@ -14,19 +14,20 @@ use super::frame::{
     DataHeader, Ethernet, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Skb, Udp, adjust_room, at, change_protocol,
     redirect_ingress, resize,
 };
+use super::maps::{Routes, Words};
 use super::{Sent, cipher, maps};
 
 const TTL: u8 = 64;
 const DONT_FRAGMENT: u16 = 0x4000;
 
 /// What to seal for whom.
-struct Job {
+pub struct Job {
     /// Peer index.
-    peer: u32,
+    pub peer: u32,
     /// Length of the inner packet; 0 makes a keepalive.
-    inner_len: u32,
+    pub inner_len: u32,
     /// ECN codepoint of the inner packet.
-    ecn: u8,
+    pub ecn: u8,
 }
 
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
@@ -78,7 +79,7 @@ fn job(skb: Skb) -> Result<Job, Reason> {
     if !sane {
         return Err(Reason::Malformed);
     }
-    match maps::route_v4(destination) {
+    match Routes::new().v4(destination) {
         Some(route) if route.kind == ROUTE_PEER => {
             Ok(Job { peer: route.target, inner_len: total_len, ecn: tos & ECN_MASK })
         }
@@ -86,8 +87,9 @@ fn job(skb: Skb) -> Result<Job, Reason> {
     }
 }
 
+/// Seals and sends an IPv4 packet that is complete: its checksums are finished, and it is one packet.
 #[inline(always)]
-fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
+pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
     let peer = maps::peer(job.peer).ok_or(Reason::NoRoute)?;
     // SAFETY: values of an array map are valid for the whole program, here and below.
     let (slot, mtu) = unsafe { ((*peer).tx_slot, (*peer).mtu) };
@@ -203,8 +205,8 @@ fn write_v6(skb: Skb, peer: *mut Peer, udp_len: u32, ecn: u8) -> Result<(), Reas
         (*ip).payload_len_be = (udp_len as u16).to_be();
         (*ip).next_header = PROTOCOL_UDP;
         (*ip).hop_limit = TTL;
-        (*ip).source = words(&raw const (*peer).local);
-        (*ip).destination = words(&raw const (*peer).remote);
+        copy_address(&raw mut (*ip).source, &raw const (*peer).local);
+        copy_address(&raw mut (*ip).destination, &raw const (*peer).remote);
         (*peer).remote_port_be
     };
     write_udp(skb, ETHERNET_LEN + IPV6_LEN, port_be, udp_len)
@@ -249,10 +251,14 @@ fn account(peer: *mut Peer, now: u64, inner_len: u32) {
     }
 }
 
+/// Copies an address by words: as a whole, the compiler would call a loop over its bytes.
+///
 /// # Safety
-/// `address` points into a map's value.
+/// `from` points into a map's value, `to` into the packet.
 #[inline(always)]
-unsafe fn words(address: *const Address) -> [u32; 4] {
-    // SAFETY: by the contract above; addresses are aligned to 4.
-    unsafe { *address.cast::<[u32; 4]>() }
+unsafe fn copy_address(to: *mut Words, from: *const Address) {
+    for word in 0..4 {
+        // SAFETY: by the contract above; addresses in maps are aligned to 4.
+        unsafe { to.cast::<u32>().add(word).write(from.cast::<u32>().add(word).read_volatile()) };
+    }
 }

@@ -25,11 +25,11 @@ fn neighbours_get_packets_as_they_are() {
 }
 
 #[test]
-fn packets_for_a_peer_go_to_the_normaliser_addressed_to_no_interface() {
+fn what_must_be_segmented_goes_to_the_normaliser_addressed_to_no_interface() {
     let world = World::new(Underlay::V4);
-    for size in [28, 100, MTU as usize] {
+    for size in [100, MTU as usize, 3000] {
         let frame = from_container(&to_remote(size));
-        let output = world.run("from_container", &frame);
+        let output = world.run_gso("from_container", &frame, 64);
         assert_eq!(output.verdict, TC_ACT_REDIRECT);
         // Where nothing seals it, the host's own stack must not take it for its own.
         assert_eq!(output.frame, [&[0; 6], &frame[6..]].concat());

@@ -12,14 +12,16 @@ use crate::world::{
 
 #[test]
 fn what_is_sealed_opens_with_ring() {
-    for underlay in UNDERLAYS {
+    // A complete packet is sealed where it comes from the container.
+    for (underlay, program) in UNDERLAYS.into_iter().flat_map(|one| [(one, "seal"), (one, "from_container")])
+    {
         let mut world = World::new(underlay);
         let mut bytes = 0;
         let sizes = (28..=MTU as usize).filter(|size| size % 13 == 0 || *size < 100 || *size > 1340);
         for (counter, size) in sizes.enumerate() {
             let packet = to_remote(size);
-            let output = world.run("seal", &from_container(&packet));
-            assert_eq!(output.verdict, TC_ACT_REDIRECT, "{underlay:?}, {size} bytes");
+            let output = world.run(program, &from_container(&packet));
+            assert_eq!(output.verdict, TC_ACT_REDIRECT, "{program}, {underlay:?}, {size} bytes");
             let sealed = Sealed::parse(underlay, &output.frame);
             assert_eq!(sealed.class, 0);
             let (receiver, used, text) = open(&TX_KEY, &sealed.message);
