@@ -176,6 +176,9 @@ impl Report {
                     60_000.0,
                 ));
             }
+            for (program, &bytes) in &programs.stack {
+                checks.push(at_most(format!("bytes of stack of {program}"), f64::from(bytes), 449.0));
+            }
         }
         let own = |figure: usize| self.value(Kind::Overnode, &FIGURES[figure]);
         if let Some(rtt) = own(RTT_AVERAGE) {

@@ -19,8 +19,8 @@ impl ChaCha20 {
     pub fn start(&mut self, key: &[u32; 8], nonce: [u32; 3]) {
         self.key = *key;
         self.nonce = nonce;
-        for n in 1..4 {
-            let [a, b, c, d] = quarter([CONSTANTS[n], self.key(n), self.key(4 + n), self.nonce(n - 1)]);
+        for (n, constant) in CONSTANTS.into_iter().enumerate().skip(1) {
+            let [a, b, c, d] = quarter([constant, self.key(n), self.key(4 + n), self.nonce(n - 1)]);
             let column = (&raw mut self.columns[n - 1]).cast::<u32>();
             for (word, value) in [a, b, c, d].into_iter().enumerate() {
                 // Volatile, too: one column at a time takes less of the stack.
