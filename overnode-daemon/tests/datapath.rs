@@ -545,6 +545,35 @@ fn a_new_session_takes_over_without_a_loss() {
 }
 
 #[test]
+fn probes_of_every_size_that_the_underlay_takes_arrive() {
+    for is_ipv6 in [false, true] {
+        let pair = Pair::new(is_ipv6);
+        pair.connect();
+        pair.ping_across(2, "0.01");
+        let largest = if is_ipv6 { 1420 } else { 1440 };
+        pair.a.run(async |datapath| {
+            for (n, inner_len) in (0..).zip([0, 500, largest, largest + 1]) {
+                datapath.send_probe(PeerIndex(2), addr("10.39.240.2"), &[n; 64], inner_len).unwrap();
+            }
+            assert!(datapath.send_probe(PeerIndex(2), addr("10.39.240.2"), &[0; 65], 500).is_err());
+        });
+        pair.b.run(async |datapath| {
+            let mut probes = datapath.probes().unwrap();
+            for (n, inner_len) in (0..).zip([92, 500, largest]) {
+                let probe =
+                    tokio::time::timeout(Duration::from_secs(5), probes.recv()).await.unwrap().unwrap();
+                assert_eq!((probe.peer, probe.inner_len, probe.payload), (PeerIndex(1), inner_len, [n; 64]));
+            }
+            assert!(
+                tokio::time::timeout(Duration::from_millis(50), probes.recv()).await.is_err(),
+                "too large"
+            );
+            assert!(datapath.probes().is_err(), "taken");
+        });
+    }
+}
+
+#[test]
 fn a_keepalive_confirms_the_session_at_the_other_end() {
     let pair = Pair::new(false);
     pair.connect();

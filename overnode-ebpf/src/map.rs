@@ -9,6 +9,7 @@
 //! | `SESSIONS` | array | session slot | [`Session`] |
 //! | `LOCAL_ADDRESSES` | hash | [`Address`] | u32, unused |
 //! | `COUNTERS` | per-CPU array | [`crate::reason::Reason`] | u64 packets |
+//! | `PROBES` | ring buffer | | [`Probe`] |
 //!
 //! Who writes what. The daemon writes everything but what is marked "program" below. A session's slot is
 //! filled while no program can find it, then published by storing its number in [`Peer::tx_slot`] and its state in
@@ -66,8 +67,10 @@ pub struct Config {
     pub subnet_bits: u32,
     /// Interface index of the end of the normaliser that packets for other hosts are redirected to.
     pub normaliser: u32,
-    /// Source address of ICMP errors that programs send: the node's own address.
+    /// The node's own address: source of ICMP errors that programs send, and where probes go to.
     pub node: Address,
+    /// The node's ID, which relayed messages name.
+    pub node_id: u32,
 }
 
 /// A container's place on this host, found by the host end of its veth.
@@ -118,6 +121,10 @@ pub struct Peer {
     pub tx_slot: u32,
     /// Largest inner packet (from the IP header on) that the path takes, in bytes.
     pub mtu: u32,
+    /// Peer index of the node that relays messages to this one; 0 if they go straight.
+    pub via: u32,
+    /// Fills up to the next 8 bytes.
+    pub unused: u32,
     /// The peer's Curve25519 public key, so that a restarted daemon knows whose sessions these are.
     pub public_key: [u8; 32],
     /// Inner bytes sent (program).
@@ -136,6 +143,21 @@ pub struct Peer {
     pub last_tx_ns: u64,
     /// Boot time of the last message sent that was no keepalive (program).
     pub last_data_tx_ns: u64,
+}
+
+/// Bytes of the `PROBES` ring, a power of two: room for a probe and an answer of each of several hundred peers.
+pub const PROBES_LEN: u32 = 1 << 16;
+
+/// A probe that a peer sent to this node, opened.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Who sent it: the peer whose session opened it.
+    pub peer: u32,
+    /// Length of the inner packet that it came in, bytes.
+    pub inner_len: u32,
+    /// What followed the inner UDP header.
+    pub payload: [u32; crate::wire::PROBE_LEN / 4],
 }
 
 /// [`Session::state`]: the slot is empty.
@@ -187,12 +209,15 @@ mod pod {
     unsafe impl aya::Pod for super::Peer {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Session {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Probe {}
 }
 
 const _: () = {
-    assert!(size_of::<Config>() == 40);
+    assert!(size_of::<Config>() == 44);
     assert!(size_of::<Endpoint>() == 28);
     assert!(size_of::<Route>() == 8);
-    assert!(size_of::<Peer>() == 16 + 16 + 2 + 2 + 4 + 4 + 4 + 32 + 8 * 8);
+    assert!(size_of::<Peer>() == 16 + 16 + 2 + 2 + 4 + 4 + 4 + 4 + 4 + 32 + 8 * 8);
+    assert!(size_of::<Probe>() == 8 + crate::wire::PROBE_LEN);
     assert!(size_of::<Session>() == 4 * 4 + 32 + 32 + 4 * 8 + size_of::<crate::replay::Window>());
 };

@@ -44,6 +44,12 @@ reasons! {
     KeepaliveSent = 5, "keepalive-sent";
     /// Answered with ICMP "fragmentation needed": larger than the path to that peer takes.
     TooBig = 6, "too-big";
+    /// A message between two other nodes, passed on.
+    Relayed = 7, "relayed";
+    /// A probe of a path, received from a peer.
+    ProbeReceived = 8, "probe-received";
+    /// A probe of a path, sent to a peer.
+    ProbeSent = 9, "probe-sent";
 
     /// Not a protocol that containers may use here: neither IPv4 nor ARP, or broadcast, or multicast.
     Unsupported = 16, "unsupported";
@@ -81,6 +87,12 @@ reasons! {
     Fragment = 32, "fragment";
     /// Arrived at an interface that no program was told about.
     Unconfigured = 33, "unconfigured";
+    /// A relayed message that has taken too many hops: it would travel in a loop.
+    HopLimit = 34, "hop-limit";
+    /// A relayed message that did not come from where the node is that it names as the last one: only nodes of the cluster are relayed for.
+    ForeignRelay = 35, "foreign-relay";
+    /// A relayed message that would have to go back to where it came from.
+    RelayLoop = 36, "relay-loop";
 }
 
 /// Codes from here on mean that the packet was dropped.

@@ -38,19 +38,93 @@ pub const ETHERTYPE_IPV4: u16 = 0x0800;
 pub const ETHERTYPE_ARP: u16 = 0x0806;
 /// EtherType of IPv6.
 pub const ETHERTYPE_IPV6: u16 = 0x86dd;
-/// EtherType (IEEE 802 local experimental 1) of the frame by which the daemon asks `seal` for a keepalive:
-/// its payload is the peer index, u32 little-endian. See [`crate::map`].
-pub const ETHERTYPE_KEEPALIVE: u16 = 0x88b5;
+/// First byte of a message that is relayed: [`RELAY_LEN`] bytes of relay header, then the message itself, of any type. No type of
+/// WireGuard, whose implementations drop it.
+///
+/// | offset | bytes | what |
+/// | --- | --- | --- |
+/// | 0 | 1 | this type |
+/// | 1 | 1 | hops that the message may still take |
+/// | 2 | 2 | ID of the node that it is for |
+/// | 4 | 2 | ID of the node that sent it first |
+/// | 6 | 2 | ID of the node that passed it on last |
+///
+/// IDs are big-endian.
+pub const TYPE_RELAY: u8 = 0x80;
+/// Length of the relay header.
+pub const RELAY_LEN: usize = 8;
+/// Hops that a relayed message may take from its sender on: what still travels in a loop then is dropped.
+pub const RELAY_HOPS: u8 = 8;
+
+/// A relay header, see [`TYPE_RELAY`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Relay {
+    /// Hops that the message may still take.
+    pub hops: u8,
+    /// The node that it is for.
+    pub destination: u16,
+    /// The node that sent it first.
+    pub source: u16,
+    /// The node that passed it on last.
+    pub previous: u16,
+}
+
+impl Relay {
+    /// As it lies on the wire.
+    pub const fn to_bytes(self) -> [u8; RELAY_LEN] {
+        let [a, b] = self.destination.to_be_bytes();
+        let [c, d] = self.source.to_be_bytes();
+        let [e, f] = self.previous.to_be_bytes();
+        [TYPE_RELAY, self.hops, a, b, c, d, e, f]
+    }
+
+    /// The header at the front of a datagram, and the message behind it; `None` if there is none.
+    pub fn split(datagram: &[u8]) -> Option<(Self, &[u8])> {
+        let ([kind, hops, a, b, c, d, e, f], message) = datagram.split_first_chunk()?;
+        let relay = Self {
+            hops: *hops,
+            destination: u16::from_be_bytes([*a, *b]),
+            source: u16::from_be_bytes([*c, *d]),
+            previous: u16::from_be_bytes([*e, *f]),
+        };
+        (*kind == TYPE_RELAY).then_some((relay, message))
+    }
+}
+
+/// Ethernet header of a packet that the daemon gives to `seal`, to be sent into the first end of the normaliser: to which
+/// peer it goes is in the source address, that it is the daemon's in the destination, which `from_container` never lets be this.
+///
+/// `is_direct`: not through a relay, whatever the peer's entry says, and however large. The packet itself is IPv4; zeros in its place make
+/// a keepalive ([`KEEPALIVE_FRAME_LEN`]).
+pub const fn daemon_header(peer: u32, is_direct: bool) -> [u8; ETHERNET_LEN] {
+    let [a, b, c, d] = peer.to_le_bytes();
+    let [e, f] = ETHERTYPE_IPV4.to_be_bytes();
+    let [g, h, i, j, k, l] = DAEMON_MAC;
+    [g, h, i, j, k, l, a, b, c, d, is_direct as u8, 0, e, f]
+}
+
+/// Destination address of [`daemon_header`].
+pub const DAEMON_MAC: [u8; 6] = [0, 0, 0, 0, 0, 1];
 
 /// Length of [`keepalive_frame`].
-pub const KEEPALIVE_FRAME_LEN: usize = ETHERNET_LEN + 4;
+pub const KEEPALIVE_FRAME_LEN: usize = ETHERNET_LEN + IPV4_LEN;
 
-/// The frame that makes `seal` send a keepalive to a peer, to be sent into the first end of the normaliser.
+/// The frame that makes `seal` send a keepalive to a peer.
 pub const fn keepalive_frame(peer: u32) -> [u8; KEEPALIVE_FRAME_LEN] {
-    let [e, f] = ETHERTYPE_KEEPALIVE.to_be_bytes();
-    let [a, b, c, d] = peer.to_le_bytes();
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, e, f, a, b, c, d]
+    let header = daemon_header(peer, false);
+    let mut frame = [0; KEEPALIVE_FRAME_LEN];
+    let mut at = 0;
+    while at < ETHERNET_LEN {
+        frame[at] = header[at];
+        at += 1;
+    }
+    frame
 }
+
+/// UDP port of probes, which nodes send each other inside the tunnel, from node address to node address.
+pub const PROBE_PORT: u16 = 6784;
+/// Bytes behind a probe's inner UDP header that reach the daemon. What follows only makes the probe larger.
+pub const PROBE_LEN: usize = 64;
 
 /// Bytes that sealing adds before the inner packet over IPv4.
 pub const OVERHEAD_IPV4: usize = IPV4_LEN + UDP_LEN + DATA_HEADER_LEN;
@@ -106,8 +180,20 @@ mod tests {
     }
 
     #[test]
-    fn the_keepalive_frame_names_the_peer() {
+    fn frames_of_the_daemon_name_the_peer() {
         let frame = keepalive_frame(0x0102_0304);
-        assert_eq!(frame[12..], [0x88, 0xb5, 4, 3, 2, 1]);
+        assert_eq!(frame[..14], [0, 0, 0, 0, 0, 1, 4, 3, 2, 1, 0, 0, 8, 0]);
+        assert_eq!(frame[14..], [0; 20]);
+        assert_eq!(daemon_header(0xfff, true)[6..12], [0xff, 0x0f, 0, 0, 1, 0]);
+    }
+
+    #[test]
+    fn relay_headers_come_back() {
+        let relay = Relay { hops: 8, destination: 0x0102, source: 0x0304, previous: 0x0506 };
+        let bytes = relay.to_bytes();
+        assert_eq!(bytes, [0x80, 8, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(Relay::split(&[&bytes[..], b"text"].concat()), Some((relay, &b"text"[..])));
+        assert_eq!(Relay::split(&bytes[..7]), None);
+        assert_eq!(Relay::split(&[4; 32]), None);
     }
 }

@@ -218,7 +218,11 @@ fn fill(programs: &mut Ebpf) -> Result<()> {
     let mut config: Array<_, Config> = take(programs, "CONFIG")?;
     let subnet = Address::from_v4([10, 32, 0, 0]);
     let node = Address::from_v4([10, 39, 240, 1]);
-    config.set(0, Config { subnet, subnet_bits: Address::V4_BITS + 12, normaliser: LOOPBACK, node }, 0)?;
+    config.set(
+        0,
+        Config { subnet, subnet_bits: Address::V4_BITS + 12, normaliser: LOOPBACK, node, node_id: 1 },
+        0,
+    )?;
 
     let mut endpoints: HashMap<_, u32, Endpoint> = take(programs, "ENDPOINTS")?;
     let endpoint = Endpoint {

@@ -13,12 +13,12 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering, fence};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpuArray};
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf};
 use aya::{Ebpf, Pod};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use overnode_ebpf::map::{
-    Address, Config, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, Peer, ROUTE_SLOTS, Route,
-    SESSION_SLOTS, Session,
+    Address, Config, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer,
+    ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -47,7 +47,7 @@ const fn mapped(layout: Layout) -> Layout {
 }
 
 /// The maps that are pinned.
-pub(super) const LAYOUTS: [Layout; 7] = [
+pub(super) const LAYOUTS: [Layout; 8] = [
     layout("CONFIG", 4, size_of::<Config>(), 1),
     layout("ENDPOINTS", 4, size_of::<Endpoint>(), ENDPOINT_SLOTS),
     layout("ROUTES", 4 + size_of::<Address>(), size_of::<Route>(), ROUTE_SLOTS),
@@ -55,6 +55,8 @@ pub(super) const LAYOUTS: [Layout; 7] = [
     mapped(layout("SESSIONS", 4, size_of::<Session>(), SESSION_SLOTS)),
     layout("LOCAL_ADDRESSES", size_of::<Address>(), 4, LOCAL_ADDRESS_SLOTS),
     layout("COUNTERS", 4, 8, REASON_SLOTS),
+    // Of a ring buffer, the entries are bytes.
+    layout("PROBES", 0, 0, PROBES_LEN),
 ];
 
 impl Layout {
@@ -98,6 +100,8 @@ pub(super) struct Maps {
     routes: LpmTrie<MapData, Address, Route>,
     local_addresses: HashMap<MapData, Address, u32>,
     counters: PerCpuArray<MapData, u64>,
+    /// Until somebody reads them.
+    pub(super) probes: Option<RingBuf<MapData>>,
     pub(super) peers: Slots<Peer>,
     pub(super) sessions: Arc<Slots<Session>>,
 }
@@ -127,6 +131,7 @@ impl Maps {
             routes: take("ROUTES")?.try_into()?,
             local_addresses: take("LOCAL_ADDRESSES")?.try_into()?,
             counters: take("COUNTERS")?.try_into()?,
+            probes: Some(take("PROBES")?.try_into()?),
             peers: Slots::map(data(&take("PEERS")?)?, PEER_SLOTS)?,
             sessions: Arc::new(Slots::map(data(&take("SESSIONS")?)?, SESSION_SLOTS)?),
         })
@@ -351,6 +356,7 @@ fields!(Peer {
     ifindex: AtomicU32,
     tx_slot: AtomicU32,
     mtu: AtomicU32,
+    via: AtomicU32,
 });
 
 impl Cell<'_, Peer> {
@@ -382,7 +388,11 @@ unsafe fn store_bytes(place: *mut Address, address: Address) {
 
 fn data(map: &Map) -> Result<&MapData> {
     match map {
-        Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data) | Map::PerCpuArray(data) => Ok(data),
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::LpmTrie(data)
+        | Map::PerCpuArray(data)
+        | Map::RingBuf(data) => Ok(data),
         other => bail!("the object has a map of a kind that the daemon does not know: {other:?}"),
     }
 }

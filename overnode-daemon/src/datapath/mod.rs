@@ -12,6 +12,7 @@ mod maps;
 mod netns;
 mod normaliser;
 mod offload;
+mod path;
 mod programs;
 mod reconcile;
 mod routes;
@@ -33,6 +34,7 @@ use tracing::{info, warn};
 pub use self::bpffs::node_name;
 pub use self::endpoint::{Attached, Attachment, CONTAINER_INTERFACE, host_interface};
 pub use self::netns::{NetnsId, NetnsRef};
+pub use self::path::{Probe, Probes};
 pub use self::programs::Hook;
 pub use self::reconcile::{KnownEndpoint, Lost};
 pub use self::session::{PeerState, SessionState};
@@ -48,7 +50,7 @@ use self::programs::{FROM_CONTAINER, FROM_UNDERLAY, Programs, SEAL};
 use self::routes::{Change, RouteTable, difference};
 use self::underlay::Underlay;
 use crate::fault;
-use crate::types::{Network, PeerIndex, to_map};
+use crate::types::{Network, NodeId, PeerIndex, to_map};
 
 /// How to open the data plane.
 #[derive(Clone, Debug)]
@@ -57,7 +59,9 @@ pub struct OpenOptions<'a> {
     pub state_dir: &'a Path,
     /// The cluster's addresses.
     pub network: Network,
-    /// The node's own address: source of ICMP errors.
+    /// The node's ID, which relayed messages name.
+    pub node_id: NodeId,
+    /// The node's own address: source of ICMP errors, and where probes go to.
     pub node_address: IpAddr,
     /// The only underlay interface to use; none for whichever leads to the peers.
     pub interface: Option<String>,
@@ -74,6 +78,7 @@ pub struct Datapath {
     node: String,
     alias: String,
     network: Network,
+    node_id: NodeId,
     node_address: IpAddr,
     interface: Option<String>,
     mtu: Option<u32>,
@@ -129,6 +134,7 @@ impl Datapath {
         let installed = maps.routes()?;
         let mut datapath = Self {
             network: options.network,
+            node_id: options.node_id,
             node_address: options.node_address,
             interface: options.interface,
             mtu: options.mtu,
@@ -234,6 +240,7 @@ impl Datapath {
             subnet_bits: u32::from(subnet.prefix_len()) + v4_bits,
             normaliser: self.normaliser.first.index,
             node: to_map(self.node_address),
+            node_id: self.node_id.get().into(),
         })
     }
 

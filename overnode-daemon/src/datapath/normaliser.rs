@@ -5,11 +5,10 @@ use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use overnode_ebpf::wire::{ETHERTYPE_KEEPALIVE, keepalive_frame};
+use overnode_ebpf::wire::ETHERTYPE_IPV4;
 
 use super::links::{End, Link, Netlink};
 use super::{mac_of, offload, quieten};
-use crate::types::PeerIndex;
 
 /// Packets for other hosts are redirected to it.
 pub(super) const FIRST: &str = "ovn0";
@@ -22,7 +21,7 @@ const MTU: u32 = 65535;
 pub(super) struct Normaliser {
     pub(super) first: Link,
     pub(super) second: Link,
-    /// Packet socket for the frames that ask `seal` for a keepalive.
+    /// Packet socket for the frames that the daemon gives to `seal`.
     socket: OwnedFd,
 }
 
@@ -79,12 +78,12 @@ impl Normaliser {
         Ok(())
     }
 
-    pub(super) fn send_keepalive(&self, peer: PeerIndex) -> Result<()> {
-        let frame = keepalive_frame(peer.0);
+    /// Sends a frame that begins with a [`overnode_ebpf::wire::daemon_header`].
+    pub(super) fn send(&self, frame: &[u8]) -> Result<()> {
         // SAFETY: all zeros are a valid `sockaddr_ll`.
         let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         to.sll_family = libc::AF_PACKET as u16;
-        to.sll_protocol = ETHERTYPE_KEEPALIVE.to_be();
+        to.sll_protocol = ETHERTYPE_IPV4.to_be();
         to.sll_ifindex = self.first.index.try_into()?;
         // SAFETY: both pointers are to locals of the sizes given.
         let sent = unsafe {
@@ -99,7 +98,7 @@ impl Normaliser {
         };
         if sent < 0 {
             return Err(io::Error::last_os_error())
-                .with_context(|| format!("no keepalive can be sent through {FIRST}"));
+                .with_context(|| format!("nothing can be sent through {FIRST}"));
         }
         Ok(())
     }

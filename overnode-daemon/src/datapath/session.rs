@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use overnode_ebpf::map::{Peer, SESSION_FREE, SESSION_LIVE, SESSION_SLOT_BITS, SESSION_UNCONFIRMED, Session};
 use overnode_ebpf::replay::Window;
+use overnode_ebpf::wire::keepalive_frame;
 
 use super::Datapath;
 use super::clock::Clock;
@@ -35,6 +36,8 @@ pub struct PeerState {
     pub ifindex: u32,
     /// Largest inner packet, bytes.
     pub mtu: u32,
+    /// Which peer relays to it; none if messages go straight.
+    pub via: Option<PeerIndex>,
     /// Its sessions, in the order of their slots.
     pub sessions: Vec<SessionState>,
     /// Inner bytes sent.
@@ -221,7 +224,7 @@ impl Datapath {
     /// # Errors
     /// The normaliser is gone.
     pub async fn keepalive(&mut self, peer: PeerIndex) -> Result<()> {
-        self.normaliser.send_keepalive(peer)
+        self.normaliser.send(&keepalive_frame(peer.0))
     }
 
     fn withdraw_all(&self, peer: PeerIndex) {
@@ -319,6 +322,7 @@ fn peer_state(index: u32, peer: &Peer, clock: Clock) -> PeerState {
         endpoint: (port != 0 && !remote.is_unspecified()).then(|| SocketAddr::new(remote, port)),
         ifindex: peer.ifindex,
         mtu: peer.mtu,
+        via: (peer.via != 0).then_some(PeerIndex(peer.via)),
         sessions: Vec::new(),
         tx_bytes: peer.tx_bytes,
         tx_packets: peer.tx_packets,

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use overnode_ebpf::map::LOCAL_ADDRESS_SLOTS;
-use overnode_ebpf::wire::{OVERHEAD_IPV4, OVERHEAD_IPV6, TAG_LEN};
+use overnode_ebpf::wire::{OVERHEAD_IPV4, OVERHEAD_IPV6, TAG_LEN, keepalive_frame};
 use serde::Serialize;
 use tracing::{debug, info, warn};
 
@@ -241,7 +241,7 @@ impl Datapath {
             cell.set_source(route.source, route.ifindex);
             if cell.tx_slot().load(Ordering::Relaxed) != 0 {
                 // The peer sends to where it last heard from: it must hear before it next sends.
-                self.normaliser.send_keepalive(peer)?;
+                self.normaliser.send(&keepalive_frame(peer.0))?;
             }
         }
         let cell = self.peer_cell(peer)?;

@@ -95,6 +95,7 @@ impl Node {
         let datapath = Datapath::open(OpenOptions {
             state_dir: &options.state_dir,
             network: identity.network,
+            node_id: identity.id,
             node_address: ipam.layout().node_address(identity.id),
             interface: identity.interface.clone(),
             mtu: identity.mtu,

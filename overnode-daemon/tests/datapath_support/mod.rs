@@ -11,7 +11,7 @@ use std::time::Instant;
 use nix::sched::{CloneFlags, setns};
 use overnode_daemon::datapath::{Attachment, Datapath, NetnsRef, OpenOptions, node_name};
 use overnode_daemon::handshake::SessionKeys;
-use overnode_daemon::types::{Network, PeerIndex, PublicKey, Secret};
+use overnode_daemon::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
 /// Runs a command, fails the test if it fails, returns what it printed.
 pub fn run(program: &str, arguments: &[&str]) -> String {
@@ -211,11 +211,18 @@ impl Host {
         assert!(!nets.contains("from_underlay") && !nets.contains("seal"), "{nets}");
     }
 
+    /// Node addresses end with the ID.
+    fn node_id(&self) -> NodeId {
+        let IpAddr::V4(address) = self.node_address else { panic!("{} is not IPv4", self.node_address) };
+        NodeId::new(address.octets()[3].into()).unwrap()
+    }
+
     async fn open(&self) -> anyhow::Result<Datapath> {
         self.is_opened.store(true, Ordering::Relaxed);
         Datapath::open(OpenOptions {
             state_dir: self.state_dir(),
             network: Network::default(),
+            node_id: self.node_id(),
             node_address: self.node_address,
             interface: self.interface.clone(),
             mtu: None,

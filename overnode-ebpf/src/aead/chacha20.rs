@@ -19,14 +19,22 @@ impl ChaCha20 {
     pub fn start(&mut self, key: &[u32; 8], nonce: [u32; 3]) {
         self.key = *key;
         self.nonce = nonce;
-        for (n, constant) in CONSTANTS.into_iter().enumerate().skip(1) {
-            let [a, b, c, d] = quarter([constant, self.key(n), self.key(4 + n), self.nonce(n - 1)]);
-            let column = (&raw mut self.columns[n - 1]).cast::<u32>();
-            for (word, value) in [a, b, c, d].into_iter().enumerate() {
-                // Volatile, too: one column at a time takes less of the stack.
-                // SAFETY: a word of the column.
-                unsafe { column.add(word).write_volatile(value) };
-            }
+        self.start_column::<1>();
+        self.start_column::<2>();
+        self.start_column::<3>();
+    }
+
+    /// Volatile stores, like the loads: one column after the other takes less of the stack.
+    #[inline(always)]
+    fn start_column<const N: usize>(&mut self) {
+        let [a, b, c, d] = quarter([CONSTANTS[N], self.key(N), self.key(4 + N), self.nonce(N - 1)]);
+        let column = (&raw mut self.columns[N - 1]).cast::<u32>();
+        // SAFETY: the words of the column.
+        unsafe {
+            column.write_volatile(a);
+            column.add(1).write_volatile(b);
+            column.add(2).write_volatile(c);
+            column.add(3).write_volatile(d);
         }
     }
 

@@ -48,14 +48,14 @@ fn check(skb: *mut __sk_buff) -> Result<(), Reason> {
     // SAFETY: within the packet, as just checked.
     let request = unsafe { &*(at as *const Request) };
     let scratch = Claimed::new()?;
-    let aad = Job { packet: skb, scratch: scratch.0, offset: BODY, len: request.aad_len };
-    let offset = BODY + request.aad_len.next_multiple_of(GROUP_LEN as u32);
-    let text = Job { packet: skb, scratch: scratch.0, offset, len: request.text_len };
+    let aad = Job::new(skb, &scratch, BODY, request.aad_len);
     // SAFETY: a live map value, claimed.
     unsafe { (*aad.cipher()).start(&request.key, request.nonce) };
     let opens = request.action == OPEN;
-    if aad.len > 0 {
+    if request.aad_len > 0 {
         aad.absorb()?;
     }
+    let offset = BODY + request.aad_len.next_multiple_of(GROUP_LEN as u32);
+    let text = Job::new(skb, &scratch, offset, request.text_len);
     if opens { text.open() } else { text.seal() }
 }

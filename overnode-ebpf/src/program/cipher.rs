@@ -33,6 +33,11 @@ pub struct Scratch {
     busy: u64,
     /// Set by an iteration that found the packet to end too early.
     short: u64,
+    /// Of the text, from the packet's first byte. This and the length are here and not in the [`Job`], so that the verifier
+    /// forgets what it knows of them: else it would follow every iteration once for each combination of headers.
+    offset: u64,
+    /// Of the text, without the tag.
+    len: u64,
     cipher: Cipher,
     /// The tag that came with a message being opened.
     claimed: [u64; 2],
@@ -92,7 +97,7 @@ pub unsafe fn seal<P: Packet>(
     len: u32,
 ) -> Result<(), Reason> {
     let scratch = Claimed::new()?;
-    let job = Job { packet, scratch: scratch.0, offset, len };
+    let job = Job::new(packet, &scratch, offset, len);
     // SAFETY: the caller's; the scratch memory is ours.
     unsafe { (*job.cipher()).start(&*key, nonce_words(counter)) };
     job.seal()
@@ -114,7 +119,7 @@ pub unsafe fn open<P: Packet>(
     len: u32,
 ) -> Result<(), Reason> {
     let scratch = Claimed::new()?;
-    let job = Job { packet, scratch: scratch.0, offset, len };
+    let job = Job::new(packet, &scratch, offset, len);
     // SAFETY: the caller's; the scratch memory is ours.
     unsafe { (*job.cipher()).start(&*key, nonce_words(counter)) };
     job.open()
@@ -156,14 +161,33 @@ pub struct Job<P> {
     /// The packet.
     pub packet: P,
     /// Claimed.
-    pub scratch: *mut Scratch,
-    /// Of the text, from the packet's first byte.
-    pub offset: u32,
-    /// Of the text, without the tag.
-    pub len: u32,
+    scratch: *mut Scratch,
 }
 
 impl<P: Packet> Job<P> {
+    /// A text of `len` bytes at `offset` from the packet's first byte. One at a time for a scratch memory.
+    #[inline(always)]
+    pub fn new(packet: P, scratch: &Claimed, offset: u32, len: u32) -> Self {
+        // SAFETY: a live map value, claimed.
+        unsafe {
+            (&raw mut (*scratch.0).offset).write_volatile(offset.into());
+            (&raw mut (*scratch.0).len).write_volatile(len.into());
+        }
+        Self { packet, scratch: scratch.0 }
+    }
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        // SAFETY: a live map value, claimed.
+        unsafe { (&raw const (*self.scratch).len).read_volatile() as u32 }
+    }
+
+    #[inline(always)]
+    fn offset(&self) -> u64 {
+        // SAFETY: a live map value, claimed.
+        unsafe { (&raw const (*self.scratch).offset).read_volatile() }
+    }
+
     /// The scratch memory's cipher, to be started.
     #[inline(always)]
     pub fn cipher(&self) -> *mut Cipher {
@@ -199,17 +223,17 @@ impl<P: Packet> Job<P> {
     #[inline(always)]
     pub fn absorb(&self) -> Result<(), Reason> {
         self.each(1, block::<P, Seal>)?;
-        self.each(self.len.div_ceil(BLOCK_LEN as u32), absorb::<P>)
+        self.each(self.len().div_ceil(BLOCK_LEN as u32), absorb::<P>)
     }
 
     #[inline(always)]
     fn run<D: Direction>(&self) -> Result<[u64; 2], Reason> {
-        if u64::from(self.offset) + u64::from(self.len) > OFFSET_MASK as u64 {
+        if self.offset() + u64::from(self.len()) > OFFSET_MASK as u64 {
             return Err(Reason::Malformed);
         }
-        self.each(1 + self.len.div_ceil(BLOCK_LEN as u32), block::<P, D>)?;
+        self.each(1 + self.len().div_ceil(BLOCK_LEN as u32), block::<P, D>)?;
         // SAFETY: the scratch memory is ours.
-        Ok(unsafe { (*self.scratch).cipher.finish(u64::from(self.len)) })
+        Ok(unsafe { (*self.scratch).cipher.finish(u64::from(self.len())) })
     }
 
     #[inline(always)]
@@ -230,7 +254,7 @@ impl<P: Packet> Job<P> {
     /// Where the tag lies, if it lies within the packet.
     #[inline(always)]
     fn tag(&self) -> Option<*mut u64> {
-        let at = self.packet.data() + (black_box(self.offset as usize + self.len as usize) & OFFSET_MASK);
+        let at = self.packet.data() + (black_box(self.offset() as usize + self.len() as usize) & OFFSET_MASK);
         (at + GROUP_LEN <= self.packet.data_end()).then_some(at as *mut u64)
     }
 
@@ -238,8 +262,8 @@ impl<P: Packet> Job<P> {
     #[inline(always)]
     fn text(&self, index: u32) -> (*mut u8, *const u8, u32) {
         let start = index * BLOCK_LEN as u32;
-        let at = self.packet.data() + (black_box((self.offset + start) as usize) & OFFSET_MASK);
-        (at as *mut u8, self.packet.data_end() as *const u8, self.len - start)
+        let at = self.packet.data() + (black_box(self.offset() as usize + start as usize) & OFFSET_MASK);
+        (at as *mut u8, self.packet.data_end() as *const u8, self.len().wrapping_sub(start))
     }
 }
 

@@ -4,7 +4,7 @@
 //! kernel allows that on x86-64 and arm64, and `read_unaligned` would become one load per byte.
 
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
-use aya_ebpf::bindings::{__sk_buff, BPF_CSUM_LEVEL_INC, BPF_F_INGRESS, xdp_md};
+use aya_ebpf::bindings::{__sk_buff, BPF_CSUM_LEVEL_INC, xdp_md};
 use aya_ebpf::helpers::generated::{
     bpf_csum_level, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
     bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_head,
@@ -135,6 +135,8 @@ pub trait Frame: Packet {
     /// Removes the `outer` bytes after the Ethernet header and what lies behind `inner` more bytes, in a
     /// packet whose payload was authenticated and changed. `from_v6`: the outer header is IPv6.
     fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason>;
+    /// The context of a TC program, if it is one.
+    fn skb(self) -> Option<Skb>;
     /// Hands the packet to the container behind a host end; `joins`: the kernel may join it with others like it.
     fn hand_over(self, ifindex: u32, joins: bool) -> i64;
 
@@ -207,12 +209,7 @@ impl Frame for Skb {
 
     #[inline(always)]
     fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason> {
-        // A checksum of the whole packet that the device computed (CHECKSUM_COMPLETE) is wrong by now. Only growing
-        // drops it, and only with such a checksum does bpf_csum_update succeed.
-        // SAFETY: the context is valid.
-        if unsafe { bpf_csum_update(self, 0) } >= 0 {
-            resize(self, self.len() + 1)?;
-        }
+        forget_checksum(self)?;
         // The inner packet's protocol has to be the packet's, which only this helper changes on 6.1.
         let outer = if from_v6 {
             change_protocol(self, ETHERTYPE_IPV4)?;
@@ -226,6 +223,11 @@ impl Frame for Skb {
         // SAFETY: the context is valid. A refusal changes nothing.
         unsafe { bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_INC)) };
         Ok(())
+    }
+
+    #[inline(always)]
+    fn skb(self) -> Option<Skb> {
+        Some(self)
     }
 
     #[inline(always)]
@@ -291,6 +293,11 @@ impl Frame for *mut xdp_md {
     }
 
     #[inline(always)]
+    fn skb(self) -> Option<Skb> {
+        None
+    }
+
+    #[inline(always)]
     fn hand_over(self, ifindex: u32, _: bool) -> i64 {
         redirect(ifindex)
     }
@@ -313,6 +320,14 @@ unsafe fn copy_mac(to: *mut Mac, from: *const Mac) {
 fn pull(skb: Skb, len: u32) -> Result<(), Reason> {
     // SAFETY: the context is valid.
     if unsafe { bpf_skb_pull_data(skb, len) } != 0 { Err(Reason::Helper) } else { Ok(()) }
+}
+
+/// Drops a checksum of the whole packet that the device computed (CHECKSUM_COMPLETE), for it no longer fits. May add a byte at the end.
+#[inline(always)]
+pub fn forget_checksum(skb: Skb) -> Result<(), Reason> {
+    // Only growing drops it, and only with such a checksum does bpf_csum_update succeed.
+    // SAFETY: the context is valid.
+    if unsafe { bpf_csum_update(skb, 0) } >= 0 { resize(skb, skb.len() + 1) } else { Ok(()) }
 }
 
 /// Sets a packet's length: cuts it, or appends zeros. Finishes nothing, but undoes GSO and makes all linear.
@@ -374,11 +389,4 @@ pub fn redirect(ifindex: u32) -> i64 {
 pub fn redirect_peer(ifindex: u32) -> i64 {
     // SAFETY: has no preconditions.
     unsafe { bpf_redirect_peer(ifindex, 0) }
-}
-
-/// Lets the packet come in by an interface, anew.
-#[inline(always)]
-pub fn redirect_ingress(ifindex: u32) -> i64 {
-    // SAFETY: has no preconditions.
-    unsafe { bpf_redirect(ifindex, u64::from(BPF_F_INGRESS)) }
 }

@@ -95,7 +95,7 @@ fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
         let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
         // SAFETY: `at` has checked the bounds.
         let ecn = unsafe { (*ip).tos } & ECN_MASK;
-        return seal::seal(skb, &seal::Job { peer: index, inner_len, ecn });
+        return seal::seal(skb, &seal::Job { peer: index, inner_len, ecn, kind: seal::Kind::Data });
     }
     // To the host's own stack it is somebody else's frame, in case `seal` is not there to take it.
     let ethernet = at::<Ethernet>(skb, 0)?;

@@ -5,19 +5,28 @@ use overnode_ebpf::map::{
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::Window;
-use overnode_ebpf::wire::{DATA_HEADER_LEN, ETHERNET_LEN, IPV4_LEN, TYPE_DATA, ecn_decapsulated};
+use overnode_ebpf::wire::{
+    DATA_HEADER_LEN, ETHERNET_LEN, IPV4_LEN, PROBE_LEN, PROBE_PORT, TYPE_DATA, ecn_decapsulated,
+};
 
 use super::checksum::fold;
-use super::frame::{DataHeader, Frame, Ipv4, PROTOCOL_TCP, at};
+use super::frame::{DataHeader, Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Udp, at};
 use super::maps::Routes;
 use super::outer::{self, Outer};
-use super::{Sent, cipher, maps};
+use super::{Sent, cipher, maps, relay};
 
 /// `None`: not a data message for this host.
 pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     let Some(outer) = outer::parse(frame)? else { return Ok(None) };
     if frame.gso_size() != 0 {
         return Err(Reason::Offload);
+    }
+    if outer.is_relayed() && !relay::is_here(frame, &outer)? {
+        // The programs for TC come after those for XDP, which cannot ask the kernel for the next hop.
+        return frame.skb().map(|skb| relay::pass_on(skb, &outer)).transpose();
+    }
+    if outer.is_relayed() && !is_data(frame, &outer)? {
+        return Ok(None);
     }
     frame.linearize_all()?;
     let now = maps::now();
@@ -33,14 +42,78 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
         Window::accept(&raw mut (*session).window, counter)?;
     }
     confirm(session, peer);
-    // Answers go to where the last authenticated message came from (whitepaper section 6.5).
-    outer.update(frame, peer)?;
-    let inner_len = if outer.text_len() == 0 { 0 } else { inner_len(frame, &outer)? };
-    account(peer, now, inner_len);
+    if !outer.is_relayed() {
+        // Answers go to where the last authenticated message came from (whitepaper section 6.5).
+        outer.update(frame, peer)?;
+    }
     if outer.text_len() == 0 {
+        account(peer, now, 0);
         return Err(Reason::KeepaliveReceived);
     }
+    let inner_len = inner_len(frame, &outer)?;
+    if is_for_node(frame, &outer)? {
+        account(peer, now, 0);
+        return Err(probe(frame, &outer, index, inner_len)?);
+    }
+    account(peer, now, inner_len);
     deliver(frame, &outer, index, inner_len).map(Some)
+}
+
+/// True if a relayed message is a data message. Others are the daemon's.
+#[inline(always)]
+fn is_data(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
+    let header = at::<DataHeader>(frame, outer.message())?;
+    // SAFETY: `at` has checked the bounds.
+    Ok(unsafe { (*header).kind } == u32::from(TYPE_DATA).to_le())
+}
+
+/// True if the inner packet is for the node itself, and not for a container.
+#[inline(always)]
+fn is_for_node(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
+    let ip = at::<Ipv4>(frame, outer.message() + DATA_HEADER_LEN)?;
+    let config = maps::config().ok_or(Reason::Unconfigured)?;
+    // SAFETY: `at` has checked the bounds.
+    Ok(config.node.to_v4().map(u32::from_ne_bytes) == Some(unsafe { (*ip).destination }))
+}
+
+/// Hands a probe to the daemon. Whose it is, its session says; its source address does not matter.
+#[inline(always)]
+fn probe(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Result<Reason, Reason> {
+    if outer.is_relayed() {
+        // It says nothing about the straight path.
+        return Err(Reason::NotHere);
+    }
+    let text = outer.message() + DATA_HEADER_LEN;
+    let packet = at::<ProbePacket>(frame, text)?;
+    // SAFETY: `at` has checked the bounds.
+    let sane = unsafe {
+        (*packet).ip.version_ihl == 0x45
+            && (*packet).ip.protocol == PROTOCOL_UDP
+            && (*packet).udp.destination_be == PROBE_PORT.to_be()
+    };
+    if !sane || inner_len < size_of::<ProbePacket>() as u32 {
+        return Err(Reason::NotHere);
+    }
+    let Some(mut entry) = maps::reserve_probe() else { return Err(Reason::Helper) };
+    let place = entry.as_mut_ptr();
+    // SAFETY: the entry is this program's until it is submitted; `at` has checked the packet's bounds.
+    unsafe {
+        (*place).peer = peer;
+        (*place).inner_len = inner_len;
+        for word in 0..PROBE_LEN / 4 {
+            (*place).payload[word] = (&raw const (*packet).payload[word]).read_volatile();
+        }
+    }
+    entry.submit(0);
+    Ok(Reason::ProbeReceived)
+}
+
+/// The part of a probe's packet that the daemon gets.
+#[repr(C)]
+struct ProbePacket {
+    ip: Ipv4,
+    udp: Udp,
+    payload: [u32; PROBE_LEN / 4],
 }
 
 /// The session that a message belongs to, and the message's counter.

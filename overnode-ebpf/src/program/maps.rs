@@ -4,11 +4,12 @@ use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::Key;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray};
+use aya_ebpf::maps::ring_buf::RingBufEntry;
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use overnode_ebpf::map::{
-    Address, Config, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, Peer, ROUTE_SLOTS, Route,
-    SESSION_SLOTS, Session,
+    Address, Config, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe,
+    ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -27,6 +28,14 @@ static SESSIONS: Array<Session> = Array::with_max_entries(SESSION_SLOTS, BPF_F_M
 static LOCAL_ADDRESSES: HashMap<Address, u32> = HashMap::with_max_entries(LOCAL_ADDRESS_SLOTS, 0);
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON_SLOTS, 0);
+#[map]
+static PROBES: RingBuf = RingBuf::with_byte_size(PROBES_LEN, 0);
+
+/// Room for a probe, if the daemon keeps up.
+#[inline(always)]
+pub fn reserve_probe() -> Option<RingBufEntry<Probe>> {
+    PROBES.reserve::<Probe>(0)
+}
 
 /// Counts a packet.
 #[inline(always)]

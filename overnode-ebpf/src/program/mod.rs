@@ -9,12 +9,14 @@ pub mod aead_check;
 pub mod arp;
 pub mod checksum;
 pub mod cipher;
+pub mod envelope;
 pub mod frame;
 pub mod from_container;
 pub mod from_underlay;
 pub mod log;
 pub mod maps;
 pub mod outer;
+pub mod relay;
 pub mod seal;
 pub mod too_big;
 

@@ -6,7 +6,7 @@ use overnode_ebpf::map::Peer;
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
     DATA_HEADER_LEN, DATA_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN,
-    TAG_LEN, TYPE_DATA, UDP_LEN,
+    RELAY_LEN, TAG_LEN, TYPE_DATA, TYPE_RELAY, UDP_LEN,
 };
 
 use super::frame::{Ethernet, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
@@ -17,7 +17,7 @@ const MORE_FRAGMENTS: u16 = 0x2000;
 const NEXT_HEADER_FRAGMENT: u8 = 44;
 const FRAGMENT_HEADER_LEN: usize = 8;
 /// The longest headers up to the message's type.
-const HEADERS_LEN: usize = ETHERNET_LEN + 60 + UDP_LEN + DATA_HEADER_LEN;
+const HEADERS_LEN: usize = ETHERNET_LEN + 60 + UDP_LEN + RELAY_LEN + DATA_HEADER_LEN;
 
 /// Where a data message lies.
 ///
@@ -30,6 +30,8 @@ pub struct Outer {
     ecn: u64,
     /// Bytes of ciphertext, without the tag.
     text_len: u64,
+    /// Length of the relay header.
+    relay_len: u64,
 }
 
 /// An IP header with UDP behind it.
@@ -58,11 +60,47 @@ impl Outer {
         self.text_len as u32
     }
 
+    /// True if there is a relay header.
+    #[inline(always)]
+    pub fn is_relayed(&self) -> bool {
+        self.relay_len != 0
+    }
+
+    /// Offset of the relay header, if there is one.
+    #[inline(always)]
+    pub fn relay(&self) -> usize {
+        let offset = ETHERNET_LEN + UDP_LEN + if self.is_v6() { IPV6_LEN } else { IPV4_LEN };
+        black_box(offset) & 0x7f
+    }
+
     /// Offset of the message's header.
     #[inline(always)]
     pub fn message(&self) -> usize {
-        let offset = ETHERNET_LEN + UDP_LEN + if self.is_v6() { IPV6_LEN } else { IPV4_LEN };
-        black_box(offset) & 0x3f
+        black_box(self.relay() + self.relay_len as usize) & 0x7f
+    }
+
+    /// True if it came from where a peer is.
+    #[inline(always)]
+    pub fn is_from(&self, frame: impl Frame, peer: *mut Peer) -> Result<bool, Reason> {
+        // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole program.
+        unsafe {
+            let remote = (&raw const (*peer).remote).cast::<u32>();
+            let mut differs = 0;
+            let port = if self.is_v6() {
+                let headers = at::<Stack<Ipv6>>(frame, ETHERNET_LEN)?;
+                for word in 0..4 {
+                    differs |= *remote.add(word) ^ (*headers).ip.source[word];
+                }
+                (*headers).udp.source_be
+            } else {
+                let headers = at::<Stack<Ipv4>>(frame, ETHERNET_LEN)?;
+                for (word, expected) in maps::v4_mapped((*headers).ip.source).into_iter().enumerate() {
+                    differs |= *remote.add(word) ^ expected;
+                }
+                (*headers).udp.source_be
+            };
+            Ok(differs == 0 && port == (*peer).remote_port_be)
+        }
     }
 
     /// Makes the peer's endpoints those of this message. Compares first, in place: nothing is written, and no
@@ -112,7 +150,7 @@ unsafe fn set<T: PartialEq + Copy>(place: *mut T, value: T) {
     }
 }
 
-/// Finds the data message that a packet is. `None`: it is none, or none for this host.
+/// Finds the data message, or the relayed one of whatever type, that a packet is. `None`: it is none, or none for this host.
 #[inline(always)]
 pub fn parse(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     let Ok(ethernet) = at::<Ethernet>(frame, 0) else { return Ok(None) };
@@ -141,24 +179,25 @@ fn v4(frame: impl Frame) -> Result<Option<Outer>, Reason> {
         return Ok(None);
     }
     let plain = header_len == IPV4_LEN as u32 && fragment & MORE_FRAGMENTS == 0;
-    let ours = if plain {
-        is_data(frame, ETHERNET_LEN + IPV4_LEN)
+    let kind = if plain {
+        kind(frame, ETHERNET_LEN + IPV4_LEN)
     } else {
-        is_data(frame, ETHERNET_LEN + (black_box(u64::from(header_len)) & 0x3c) as usize)
+        kind(frame, ETHERNET_LEN + (black_box(u64::from(header_len)) & 0x3c) as usize)
     };
     let Ok(ip) = at::<Ipv4>(frame, ETHERNET_LEN) else { return Ok(None) };
     // SAFETY: `at` has checked the bounds.
     let (destination, tos, total_len) =
         unsafe { ((*ip).destination, (*ip).tos, u32::from(u16::from_be((*ip).total_len_be))) };
-    if !ours || !maps::is_local(&maps::v4_mapped(destination)) {
+    if kind == OTHER || !maps::is_local(&maps::v4_mapped(destination)) {
         return Ok(None);
     }
     if !plain {
         return Err(Reason::Fragment);
     }
     let available = total_len.checked_sub(IPV4_LEN as u32).ok_or(Reason::Malformed)?;
-    let text_len = text_len(frame, IPV4_LEN, available)?;
-    Ok(Some(Outer { v6: 0, ecn: u64::from(tos & ECN_MASK), text_len }))
+    let relay_len = relay_len(kind);
+    let text_len = text_len(frame, IPV4_LEN, available, relay_len)?;
+    Ok(Some(Outer { v6: 0, ecn: u64::from(tos & ECN_MASK), text_len, relay_len }))
 }
 
 #[inline(always)]
@@ -172,32 +211,42 @@ fn v6(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     if first >> 28 != 6 {
         return Ok(None);
     }
-    let ours = match next_header {
-        PROTOCOL_UDP => is_data(frame, ETHERNET_LEN + IPV6_LEN),
-        NEXT_HEADER_FRAGMENT => {
-            is_first_fragment(frame) && is_data(frame, ETHERNET_LEN + IPV6_LEN + FRAGMENT_HEADER_LEN)
+    let kind = match next_header {
+        PROTOCOL_UDP => kind(frame, ETHERNET_LEN + IPV6_LEN),
+        NEXT_HEADER_FRAGMENT if is_first_fragment(frame) => {
+            kind(frame, ETHERNET_LEN + IPV6_LEN + FRAGMENT_HEADER_LEN)
         }
-        _ => false,
+        _ => OTHER,
     };
     // SAFETY: `at` has checked the bounds.
     let (destination, available) =
         unsafe { ((*ip).destination, u32::from(u16::from_be((*ip).payload_len_be))) };
-    if !ours || !maps::is_local(&destination) {
+    if kind == OTHER || !maps::is_local(&destination) {
         return Ok(None);
     }
     if next_header != PROTOCOL_UDP {
         return Err(Reason::Fragment);
     }
-    let text_len = text_len(frame, IPV6_LEN, available)?;
-    Ok(Some(Outer { v6: 1, ecn: u64::from(first >> 20) & u64::from(ECN_MASK), text_len }))
+    let relay_len = relay_len(kind);
+    let text_len = text_len(frame, IPV6_LEN, available, relay_len)?;
+    Ok(Some(Outer { v6: 1, ecn: u64::from(first >> 20) & u64::from(ECN_MASK), text_len, relay_len }))
 }
 
-/// True if UDP at this offset is for the data port and carries a data message, by its first byte.
+/// Neither a data message nor a relayed one. No message has this type.
+const OTHER: u8 = 0;
+
+/// The type of the message in UDP at this offset, if it is for the data port and one that the programs take.
 #[inline(always)]
-fn is_data(frame: impl Frame, offset: usize) -> bool {
-    let Ok(start) = at::<[u8; UDP_LEN + 1]>(frame, offset) else { return false };
+fn kind(frame: impl Frame, offset: usize) -> u8 {
+    let Ok(start) = at::<[u8; UDP_LEN + 1]>(frame, offset) else { return OTHER };
     // SAFETY: `at` has checked the bounds.
-    unsafe { (*start.cast::<Udp>()).destination_be == DATA_PORT.to_be() && (*start)[UDP_LEN] == TYPE_DATA }
+    let (port_be, kind) = unsafe { ((*start.cast::<Udp>()).destination_be, (*start)[UDP_LEN]) };
+    if port_be == DATA_PORT.to_be() && (kind == TYPE_DATA || kind == TYPE_RELAY) { kind } else { OTHER }
+}
+
+#[inline(always)]
+fn relay_len(kind: u8) -> u64 {
+    if kind == TYPE_RELAY { RELAY_LEN as u64 } else { 0 }
 }
 
 #[inline(always)]
@@ -210,12 +259,13 @@ fn is_first_fragment(frame: impl Frame) -> bool {
 
 /// Bytes of ciphertext in the datagram behind an IP header whose payload has `available` bytes.
 #[inline(always)]
-fn text_len(frame: impl Frame, ip_len: usize, available: u32) -> Result<u64, Reason> {
+fn text_len(frame: impl Frame, ip_len: usize, available: u32, relay_len: u64) -> Result<u64, Reason> {
     let udp = at::<Udp>(frame, ETHERNET_LEN + ip_len)?;
     // SAFETY: `at` has checked the bounds.
     let udp_len = u32::from(u16::from_be(unsafe { (*udp).len_be }));
     if udp_len > available || (ETHERNET_LEN + ip_len) as u32 + udp_len > frame.len() {
         return Err(Reason::Malformed);
     }
-    u64::from(udp_len).checked_sub((UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u64).ok_or(Reason::Malformed)
+    let headers = (UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u64 + relay_len;
+    u64::from(udp_len).checked_sub(headers).ok_or(Reason::Malformed)
 }

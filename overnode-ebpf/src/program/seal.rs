@@ -1,24 +1,31 @@
 //! To a peer: seal what comes out of the normaliser, put the outer headers in front, and send.
 
-use aya_ebpf::helpers::generated::bpf_redirect_neigh;
-use overnode_ebpf::map::{Address, Peer, ROUTE_PEER, SESSION_LIVE, Session};
+use core::hint::black_box;
+
+use overnode_ebpf::map::{Peer, ROUTE_PEER, SESSION_LIVE, Session};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
-    DATA_HEADER_LEN, DATA_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_KEEPALIVE,
-    IPV4_LEN, IPV6_LEN, OVERHEAD_IPV4, OVERHEAD_IPV6, PADDING, REJECT_AFTER_MESSAGES, TAG_LEN, TYPE_DATA,
-    UDP_LEN,
+    DAEMON_MAC, DATA_HEADER_LEN, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN,
+    OVERHEAD_IPV4, PADDING, REJECT_AFTER_MESSAGES, RELAY_LEN, TAG_LEN, TYPE_DATA, UDP_LEN,
 };
 
-use super::checksum::{ipv4_checksum, udp_v6};
-use super::frame::{
-    DataHeader, Ethernet, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Skb, Udp, adjust_room, at, change_protocol,
-    redirect_ingress, resize,
-};
-use super::maps::{Routes, Words};
-use super::{Sent, cipher, maps};
+use super::frame::{DataHeader, Ethernet, Frame, Ipv4, Skb, adjust_room, at, change_protocol, resize};
+use super::maps::Routes;
+use super::{Sent, cipher, envelope, maps, relay};
 
-const TTL: u8 = 64;
-const DONT_FRAGMENT: u16 = 0x4000;
+/// Last word of the destination address of frames that the daemon made.
+const FROM_DAEMON: u16 = u16::from_ne_bytes([DAEMON_MAC[4], DAEMON_MAC[5]]);
+
+/// What is sealed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A packet of a container.
+    Data,
+    /// Nothing.
+    Keepalive,
+    /// The daemon's packet, by no way but the straight one.
+    Probe,
+}
 
 /// What to seal for whom.
 pub struct Job {
@@ -28,6 +35,8 @@ pub struct Job {
     pub inner_len: u32,
     /// ECN codepoint of the inner packet.
     pub ecn: u8,
+    /// What it is.
+    pub kind: Kind,
 }
 
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
@@ -36,36 +45,23 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
     }
     let ethernet = at::<Ethernet>(skb, 0)?;
     // SAFETY: `at` has checked the bounds.
-    match u16::from_be(unsafe { (*ethernet).kind_be }) {
-        ETHERTYPE_IPV4 => seal(skb, &job(skb)?),
-        ETHERTYPE_KEEPALIVE => restart(skb),
-        _ => Err(Reason::Unsupported),
+    if unsafe { (*ethernet).kind_be } != ETHERTYPE_IPV4.to_be() {
+        return Err(Reason::Unsupported);
     }
-}
-
-/// Makes the daemon's frame an IPv4 one and lets it come in again: the kernel gives only to such frames
-/// room for outer headers, and the next hop. What IPv4 header it has says version 0, which no packet of a container can.
-#[inline(always)]
-fn restart(skb: Skb) -> Result<Sent, Reason> {
-    let peer = at::<u32>(skb, ETHERNET_LEN)?;
-    // SAFETY: `at` has checked the bounds.
-    let peer = u32::from_le(unsafe { *peer });
-    resize(skb, ETHERNET_LEN as u32)?;
-    resize(skb, (ETHERNET_LEN + IPV4_LEN) as u32)?;
-    skb.set_ethernet(&[0; 6], &[0; 6])?;
-    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
-    // SAFETY: `at` has checked the bounds.
-    unsafe { (*ip).destination = peer };
-    Ok(Sent { counted: None, verdict: redirect_ingress(skb.ifindex()) })
+    seal(skb, &job(skb)?)
 }
 
 #[inline(always)]
 fn job(skb: Skb) -> Result<Job, Reason> {
     skb.linearize((ETHERNET_LEN + IPV4_LEN) as u32)?;
+    let ethernet = at::<Ethernet>(skb, 0)?;
     let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
     // SAFETY: `at` has checked the bounds.
-    let (version_ihl, destination, tos, total_len, sane) = unsafe {
+    let (mark, from, flags, version_ihl, destination, tos, total_len, sane) = unsafe {
         (
+            (*ethernet).destination[2],
+            (*ethernet).source,
+            (*ethernet).source[2],
             (*ip).version_ihl,
             (*ip).destination,
             (*ip).tos,
@@ -73,15 +69,22 @@ fn job(skb: Skb) -> Result<Job, Reason> {
             (*ip).is_sane(skb.len() - ETHERNET_LEN as u32),
         )
     };
-    if version_ihl == 0 {
-        return Ok(Job { peer: destination, inner_len: 0, ecn: 0 });
+    if mark == FROM_DAEMON {
+        let peer = u32::from(u16::from_le(from[0])) | u32::from(u16::from_le(from[1])) << 16;
+        let kind = if flags == 0 { Kind::Keepalive } else { Kind::Probe };
+        let inner_len = match kind {
+            Kind::Probe if version_ihl == 0 || !sane => return Err(Reason::Malformed),
+            Kind::Probe => total_len,
+            _ => 0,
+        };
+        return Ok(Job { peer, inner_len, ecn: 0, kind });
     }
     if !sane {
         return Err(Reason::Malformed);
     }
     match Routes::new().v4(destination) {
         Some(route) if route.kind == ROUTE_PEER => {
-            Ok(Job { peer: route.target, inner_len: total_len, ecn: tos & ECN_MASK })
+            Ok(Job { peer: route.target, inner_len: total_len, ecn: tos & ECN_MASK, kind: Kind::Data })
         }
         _ => Err(Reason::NoRoute),
     }
@@ -92,50 +95,56 @@ fn job(skb: Skb) -> Result<Job, Reason> {
 pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
     let peer = maps::peer(job.peer).ok_or(Reason::NoRoute)?;
     // SAFETY: values of an array map are valid for the whole program, here and below.
-    let (slot, mtu) = unsafe { ((*peer).tx_slot, (*peer).mtu) };
-    if job.inner_len > mtu {
+    let (slot, mtu, via) = unsafe { ((*peer).tx_slot, (*peer).mtu, (*peer).via) };
+    let is_probe = job.kind == Kind::Probe;
+    if job.inner_len > mtu && !is_probe {
         return Err(Reason::TooBig);
     }
     let now = maps::now();
     let session = sealing_session(slot, job.peer, now)?;
+    let is_relayed = via != 0 && !is_probe;
+    let hop = if is_relayed { maps::peer(via).ok_or(Reason::NoRoute)? } else { peer };
     let counter = draw_counter(session)?;
-    let text_len = job.inner_len.next_multiple_of(PADDING as u32).min(mtu);
-    // SAFETY: as above.
-    let remote_v4 = unsafe { (*peer).remote.to_v4() };
+    // A probe is as long as it says, for its length is what it probes.
+    let text_len =
+        if is_probe { job.inner_len } else { job.inner_len.next_multiple_of(PADDING as u32).min(mtu) };
+    let relay_len = if is_relayed { RELAY_LEN as u32 } else { 0 };
 
     if skb.len() != ETHERNET_LEN as u32 + job.inner_len {
-        resize(skb, ETHERNET_LEN as u32 + job.inner_len)?;
+        resize(skb, ETHERNET_LEN as u32 + job.inner_len.max(IPV4_LEN as u32))?;
     }
     resize(skb, (ETHERNET_LEN + TAG_LEN) as u32 + text_len)?;
-    if remote_v4.is_none() {
+    if !envelope::is_v4(hop) {
         change_protocol(skb, ETHERTYPE_IPV6)?;
     }
-    adjust_room(skb, OVERHEAD_IPV4 as i32)?;
+    adjust_room(skb, (OVERHEAD_IPV4 as u32 + relay_len) as i32)?;
 
-    // SAFETY: as above.
-    let key = unsafe { &raw const (*session).tx_key };
-    let udp_len = (UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u32 + text_len;
-    let overhead = if let Some(remote) = remote_v4 {
-        write_v4(skb, peer, remote, udp_len, job.ecn)?;
-        OVERHEAD_IPV4
-    } else {
-        write_v6(skb, peer, udp_len, job.ecn)?;
-        OVERHEAD_IPV6
-    };
-    write_message(skb, ETHERNET_LEN + overhead - DATA_HEADER_LEN, session, counter)?;
-    // SAFETY: as above.
-    unsafe { cipher::seal(skb, key, counter, (ETHERNET_LEN + overhead) as u32, text_len)? };
-    if remote_v4.is_none() {
-        let checksum = udp_v6(skb, udp_len)?;
-        let udp = at::<Udp>(skb, ETHERNET_LEN + IPV6_LEN)?;
-        // SAFETY: `at` has checked the bounds.
-        unsafe { (*udp).checksum = checksum };
+    let udp_len = (UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u32 + relay_len + text_len;
+    let ip_len = envelope::write(skb, hop, udp_len, job.ecn)?;
+    let relay = black_box(ETHERNET_LEN + ip_len + UDP_LEN) & 0x7f;
+    if is_relayed {
+        relay::write(skb, relay, job.peer)?;
     }
-    account(peer, now, job.inner_len);
-    let counted = if job.inner_len == 0 { Reason::KeepaliveSent } else { Reason::Sealed };
-    // SAFETY: as above; without parameters the helper looks the next hop up by the packet's own addresses.
-    let verdict = unsafe { bpf_redirect_neigh((*peer).ifindex, core::ptr::null_mut(), 0, 0) };
-    Ok(Sent { counted: Some(counted), verdict })
+    let message = black_box(relay + relay_len as usize) & 0x7f;
+    write_message(skb, message, session, counter)?;
+    // SAFETY: as above.
+    unsafe {
+        cipher::seal(
+            skb,
+            &raw const (*session).tx_key,
+            counter,
+            (message + DATA_HEADER_LEN) as u32,
+            text_len,
+        )?;
+    }
+    envelope::finish(skb, hop)?;
+    let (counted, data_len) = match job.kind {
+        Kind::Data => (Reason::Sealed, job.inner_len),
+        Kind::Keepalive => (Reason::KeepaliveSent, 0),
+        Kind::Probe => (Reason::ProbeSent, 0),
+    };
+    account(peer, now, data_len);
+    Ok(Sent { counted: Some(counted), verdict: envelope::send(hop) })
 }
 
 #[inline(always)]
@@ -171,61 +180,6 @@ fn draw_counter(session: *mut Session) -> Result<u64, Reason> {
 }
 
 #[inline(always)]
-fn write_v4(skb: Skb, peer: *mut Peer, remote: [u8; 4], udp_len: u32, ecn: u8) -> Result<(), Reason> {
-    // SAFETY: values of an array map are valid for the whole program.
-    let (local, port_be) = unsafe { ((*peer).local.to_v4().ok_or(Reason::NoRoute)?, (*peer).remote_port_be) };
-    let mut header = Ipv4 {
-        version_ihl: 0x45,
-        tos: ecn,
-        total_len_be: ((IPV4_LEN as u32 + udp_len) as u16).to_be(),
-        id_be: 0,
-        fragment_be: DONT_FRAGMENT.to_be(),
-        ttl: TTL,
-        protocol: PROTOCOL_UDP,
-        checksum: 0,
-        source: u32::from_ne_bytes(local),
-        destination: u32::from_ne_bytes(remote),
-    };
-    header.checksum = ipv4_checksum(&header);
-    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
-    // SAFETY: `at` has checked the bounds.
-    unsafe { *ip = header };
-    write_udp(skb, ETHERNET_LEN + IPV4_LEN, port_be, udp_len)
-}
-
-#[inline(always)]
-fn write_v6(skb: Skb, peer: *mut Peer, udp_len: u32, ecn: u8) -> Result<(), Reason> {
-    let ethernet = at::<Ethernet>(skb, 0)?;
-    // SAFETY: `at` has checked the bounds.
-    unsafe { (*ethernet).kind_be = ETHERTYPE_IPV6.to_be() };
-    let ip = at::<Ipv6>(skb, ETHERNET_LEN)?;
-    // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole program.
-    let port_be = unsafe {
-        (*ip).version_class_label_be = (6 << 28 | u32::from(ecn) << 20).to_be();
-        (*ip).payload_len_be = (udp_len as u16).to_be();
-        (*ip).next_header = PROTOCOL_UDP;
-        (*ip).hop_limit = TTL;
-        copy_address(&raw mut (*ip).source, &raw const (*peer).local);
-        copy_address(&raw mut (*ip).destination, &raw const (*peer).remote);
-        (*peer).remote_port_be
-    };
-    write_udp(skb, ETHERNET_LEN + IPV6_LEN, port_be, udp_len)
-}
-
-#[inline(always)]
-fn write_udp(skb: Skb, offset: usize, port_be: u16, udp_len: u32) -> Result<(), Reason> {
-    let udp = at::<Udp>(skb, offset)?;
-    // SAFETY: `at` has checked the bounds.
-    unsafe {
-        (*udp).source_be = DATA_PORT.to_be();
-        (*udp).destination_be = port_be;
-        (*udp).len_be = (udp_len as u16).to_be();
-        (*udp).checksum = 0;
-    }
-    Ok(())
-}
-
-#[inline(always)]
 fn write_message(skb: Skb, offset: usize, session: *mut Session, counter: u64) -> Result<(), Reason> {
     let header = at::<DataHeader>(skb, offset)?;
     // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole program.
@@ -248,17 +202,5 @@ fn account(peer: *mut Peer, now: u64, inner_len: u32) {
             maps::fetch_add(&raw mut (*peer).tx_bytes, u64::from(inner_len));
             (*peer).last_data_tx_ns = now;
         }
-    }
-}
-
-/// Copies an address by words: as a whole, the compiler would call a loop over its bytes.
-///
-/// # Safety
-/// `from` points into a map's value, `to` into the packet.
-#[inline(always)]
-unsafe fn copy_address(to: *mut Words, from: *const Address) {
-    for word in 0..4 {
-        // SAFETY: by the contract above; addresses in maps are aligned to 4.
-        unsafe { to.cast::<u32>().add(word).write(from.cast::<u32>().add(word).read_volatile()) };
     }
 }

@@ -51,6 +51,14 @@ fn two_frames_fit_the_stack_of_old_kernels() {
     assert!(sum < BUDGET, "{entry:?} and {callee:?} take {sum} bytes");
 }
 
+/// A function that ends with a call, as one that may panic does, is refused by kernels before 6.10.
+#[test]
+fn no_function_may_panic() {
+    let panicking: Vec<_> =
+        stack_frames(overnode_daemon::PROGRAMS).into_keys().filter(|name| name.contains("panic")).collect();
+    assert!(panicking.is_empty(), "{panicking:?}");
+}
+
 /// Bytes of stack that each function of a BPF object reaches down to.
 fn stack_frames(elf: &[u8]) -> BTreeMap<String, u64> {
     const FRAME_POINTER: u8 = 10;

@@ -171,6 +171,11 @@ pub struct Sealed {
 impl Sealed {
     /// Takes a frame apart.
     pub fn parse(underlay: Underlay, frame: &[u8]) -> Self {
+        Self::parse_to(underlay, frame, 6784)
+    }
+
+    /// Takes a frame for another port apart.
+    pub fn parse_to(underlay: Underlay, frame: &[u8], port: u16) -> Self {
         let (class, addresses, udp) = match underlay {
             Underlay::V4 => {
                 let ip = &frame[14..];
@@ -200,7 +205,7 @@ impl Sealed {
             (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => panic!("mixed families"),
         };
         assert_eq!(addresses, expected, "outer addresses");
-        assert_eq!(udp[..4], [26, 128, 26, 128], "ports 6784");
+        assert_eq!(udp[..4], [6784_u16.to_be_bytes(), port.to_be_bytes()].concat(), "ports");
         assert_eq!(usize::from(u16::from_be_bytes([udp[4], udp[5]])), udp.len(), "UDP length");
         match underlay {
             Underlay::V4 => assert_eq!(udp[6..8], [0, 0], "no UDP checksum"),

@@ -86,10 +86,10 @@ fn a_keepalive_is_an_empty_message() {
 fn a_keepalive_needs_a_session() {
     let world = World::new(Underlay::V4);
     for (peer, reason) in [(crate::world::OTHER_PEER, Reason::NoSession), (9, Reason::NoRoute)] {
-        let first = world.run("seal", &overnode_ebpf::wire::keepalive_frame(peer));
-        world.expect_drop("seal", &first.frame, reason);
+        world.expect_drop("seal", &overnode_ebpf::wire::keepalive_frame(peer), reason);
     }
-    world.expect_drop("seal", &ethernet([0; 6], [0; 6], 0x88b5, &[1, 0, 0]), Reason::Malformed);
+    let nothing = [&overnode_ebpf::wire::daemon_header(PEER, true)[..], &[0; 20]].concat();
+    world.expect_drop("seal", &nothing, Reason::Malformed);
 }
 
 #[test]
