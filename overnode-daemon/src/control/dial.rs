@@ -53,7 +53,7 @@ pub struct ConnectionId(pub u64);
 /// Where to dial.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// A target: resolve the name now (port [`super::CONTROL_PORT`] unless it names one), then try its addresses in turn.
+    /// A target: resolve the name now (port [`super::CONTROL_PORT`]), then try its addresses in turn.
     Name(String),
     /// The addresses that gossip told of a node: try them in turn.
     Addresses(NodeId, Vec<SocketAddr>),

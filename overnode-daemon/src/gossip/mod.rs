@@ -10,17 +10,21 @@
 //! node). A node that leaves puts up a tombstone, which is kept: whoever comes back from a long
 //! separation must not revive the dead.
 //!
+//! From the links that both ends report follow the shortest paths, on which [parcels](parcel) go from any node to any other.
+//!
 //! Inputs: [`Gossip::handle_connected`], [`Gossip::handle_disconnected`], [`Gossip::handle_message`],
-//! [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs: [`Gossip::poll_action`],
+//! [`Gossip::handle_parcel`], [`Gossip::send_parcel`], [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs: [`Gossip::poll_action`],
 //! [`Gossip::poll_timeout`].
 
 mod message;
+pub mod parcel;
 mod topology;
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -30,6 +34,7 @@ use ring::digest::{SHA256, digest};
 pub use message::{
     BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_RANGES, MAX_STAMP, Message, Record, Stamp,
 };
+pub use parcel::{BadParcel, Parcel, Undelivered};
 pub use topology::Path;
 
 use crate::types::{NodeId, PublicKey};
@@ -54,6 +59,15 @@ pub enum Action {
         /// What to send.
         message: Message,
     },
+    /// Send a parcel to a neighbour: one of this node's, or one that it passes on.
+    SendParcel {
+        /// The neighbour.
+        to: NodeId,
+        /// What to send.
+        parcel: Parcel,
+    },
+    /// A parcel for this node has arrived.
+    Deliver(Parcel),
     /// There is a newer record of a node that is part of the cluster. By the time this is polled there may be one newer still, even a
     /// tombstone, which has an action of its own.
     Changed(NodeId),
@@ -89,6 +103,8 @@ pub struct Gossip {
     flush_at: Option<Instant>,
     compare_at: Instant,
     actions: VecDeque<Action>,
+    /// Made when asked for, and forgotten with the next change of a link.
+    paths: OnceLock<BTreeMap<NodeId, Path>>,
 }
 
 impl Gossip {
@@ -112,6 +128,7 @@ impl Gossip {
             flush_at: None,
             compare_at: now,
             actions: VecDeque::new(),
+            paths: OnceLock::new(),
         };
         gossip.compare_at = now + gossip.jittered(COMPARE_INTERVAL);
         gossip
@@ -141,9 +158,26 @@ impl Gossip {
         self.records.get(&id)
     }
 
-    /// The shortest path to every other node that is reached, directly or through others.
-    pub fn paths(&self) -> BTreeMap<NodeId, Path> {
-        topology::paths(self.own, &self.records)
+    /// The shortest path to every other node that is reached, directly or through others. Computed anew only if a link has changed
+    /// since it was asked for last.
+    pub fn paths(&self) -> &BTreeMap<NodeId, Path> {
+        self.paths.get_or_init(|| topology::paths(self.own, &self.neighbours, &self.records))
+    }
+
+    /// The neighbour through which the shortest path to a node leads; none if it is not reached.
+    pub fn next_hop(&self, to: NodeId) -> Option<NodeId> {
+        self.paths().get(&to).map(|path| path.via)
+    }
+
+    /// The other nodes that are reached, directly or through others.
+    pub fn reachable(&self) -> BTreeSet<NodeId> {
+        self.paths().keys().copied().collect()
+    }
+
+    /// The neighbours to which this node passes on what `source` tells everybody: its children in the tree of shortest paths from
+    /// `source`.
+    pub fn branches(&self, source: NodeId) -> Vec<NodeId> {
+        topology::branches(source, self.own, &self.neighbours, &self.records)
     }
 
     /// The nickname of the node that has `id` and is another than the one with `public_key`: it is reached now, so one of the two must go.
@@ -158,6 +192,7 @@ impl Gossip {
         if peer == self.own || !self.neighbours.insert(peer) {
             return;
         }
+        self.paths.take();
         self.note_own_change(now);
         self.send(peer, Message::Digest { ask: false, stamps: self.stamps() });
     }
@@ -172,6 +207,7 @@ impl Gossip {
     /// The last connection with `peer` ended.
     pub fn handle_disconnected(&mut self, peer: NodeId, now: Instant) {
         if self.neighbours.remove(&peer) {
+            self.paths.take();
             self.note_own_change(now);
         }
     }
@@ -203,6 +239,7 @@ impl Gossip {
         self.publish_at = None;
         self.defence = None;
         self.flush_at = None;
+        self.paths.take();
         for peer in std::mem::take(&mut self.neighbours) {
             self.send(peer, Message::Delta(vec![self.draft.clone()]));
         }
@@ -223,6 +260,49 @@ impl Gossip {
             }
         }
         Ok(())
+    }
+
+    /// Sends something to a node, directly or through others.
+    ///
+    /// # Errors
+    /// [`Undelivered`] if that cannot be now. That there is no error does not mean that it arrives.
+    pub fn send_parcel(&mut self, to: NodeId, kind: u8, body: Vec<u8>) -> Result<(), Undelivered> {
+        if to == self.own {
+            return Err(Undelivered::ToMyself);
+        }
+        if body.len() > parcel::MAX_BODY {
+            return Err(Undelivered::TooLong(body.len()));
+        }
+        let next = self.parcel_hop(to).ok_or(Undelivered::NoWay(to))?;
+        let parcel = Parcel { from: self.own, to, hops: parcel::MAX_HOPS, kind, body };
+        self.actions.push_back(Action::SendParcel { to: next, parcel });
+        Ok(())
+    }
+
+    /// A parcel came from `peer`: it is for this node ([`Action::Deliver`]), or passed on ([`Action::SendParcel`]), or dropped. Parcels of
+    /// nodes that are no neighbours are ignored.
+    ///
+    /// # Errors
+    /// [`BadParcel`] if it breaks the protocol: the connection should be closed.
+    pub fn handle_parcel(&mut self, peer: NodeId, bytes: &[u8]) -> Result<Option<Undelivered>, BadParcel> {
+        let mut parcel = Parcel::decode(bytes)?;
+        if !self.neighbours.contains(&peer) || parcel.from == self.own {
+            return Ok(None);
+        }
+        if parcel.to == self.own {
+            self.actions.push_back(Action::Deliver(parcel));
+            return Ok(None);
+        }
+        parcel.hops -= 1;
+        if parcel.hops == 0 {
+            return Ok(Some(Undelivered::TooFar));
+        }
+        // Back to where it came from: the two nodes know different links, and would toss it to and fro.
+        match self.parcel_hop(parcel.to).filter(|next| *next != peer) {
+            Some(next) => self.actions.push_back(Action::SendParcel { to: next, parcel }),
+            None => return Ok(Some(Undelivered::NoWay(parcel.to))),
+        }
+        Ok(None)
     }
 
     /// Does what is due.
@@ -252,6 +332,11 @@ impl Gossip {
     /// The next thing to do.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
+    }
+
+    /// A neighbour needs no word of its own to be reached.
+    fn parcel_hop(&self, to: NodeId) -> Option<NodeId> {
+        if self.neighbours.contains(&to) { Some(to) } else { self.next_hop(to) }
     }
 
     fn handle_summary(&mut self, peer: NodeId, hash: [u8; 16]) {
@@ -313,8 +398,14 @@ impl Gossip {
     }
 
     fn put(&mut self, record: Record) -> Option<Record> {
-        self.stamps.insert(record.id, record.stamp());
-        self.records.insert(record.id, record)
+        let id = record.id;
+        self.stamps.insert(id, record.stamp());
+        let before = self.records.insert(id, record);
+        let now = &self.records[&id];
+        if before.as_ref().is_none_or(|before| before.links != now.links || before.left != now.left) {
+            self.paths.take();
+        }
+        before
     }
 
     fn handle_word_about_self(&mut self, record: Record, stamp: Stamp, now: Instant) {

@@ -6,6 +6,9 @@ use rand::seq::IteratorRandom;
 use rand::{Rng, SeedableRng};
 
 use super::*;
+use crate::control::packet::Packet;
+
+mod parcels;
 
 fn id(id: u16) -> NodeId {
     NodeId::new(id).unwrap()
@@ -36,6 +39,8 @@ struct World {
     links: BTreeMap<(NodeId, NodeId), Link>,
     removed: BTreeMap<NodeId, BTreeSet<NodeId>>,
     contested: BTreeSet<NodeId>,
+    delivered: Vec<Parcel>,
+    undelivered: Vec<Undelivered>,
     messages: u64,
     records: u64,
     bytes: u64,
@@ -44,7 +49,7 @@ struct World {
 /// What is on its way, in one direction.
 #[derive(Default)]
 struct Link {
-    queue: VecDeque<(Instant, Vec<u8>)>,
+    queue: VecDeque<(Instant, Packet)>,
 }
 
 impl World {
@@ -57,6 +62,8 @@ impl World {
             links: BTreeMap::new(),
             removed: BTreeMap::new(),
             contested: BTreeSet::new(),
+            delivered: Vec::new(),
+            undelivered: Vec::new(),
             messages: 0,
             records: 0,
             bytes: 0,
@@ -113,6 +120,7 @@ impl World {
     }
 
     fn collect(&mut self) {
+        let mut outgoing = Vec::new();
         for (from, node) in &mut self.nodes {
             while let Some(action) = node.poll_action() {
                 match action {
@@ -124,11 +132,14 @@ impl World {
                             self.records += records.len() as u64;
                         }
                         assert!(bytes.len() <= crate::control::frame::MAX_MESSAGE);
-                        if let Some(link) = self.links.get_mut(&(*from, to)) {
-                            let earliest = link.queue.back().map_or(self.now, |(at, _)| *at);
-                            let delay = Duration::from_micros(self.rng.random_range(100..200_000));
-                            link.queue.push_back((earliest.max(self.now + delay), bytes));
-                        }
+                        outgoing.push((*from, to, Packet::Gossip(bytes)));
+                    }
+                    Action::SendParcel { to, parcel } => {
+                        outgoing.push((*from, to, Packet::Parcel(parcel.encode())));
+                    }
+                    Action::Deliver(parcel) => {
+                        assert_eq!(parcel.to, *from);
+                        self.delivered.push(parcel);
                     }
                     Action::Changed(changed) => assert!(node.record(changed).is_some()),
                     Action::Removed(removed) => {
@@ -138,6 +149,13 @@ impl World {
                         self.contested.insert(*from);
                     }
                 }
+            }
+        }
+        for (from, to, packet) in outgoing {
+            if let Some(link) = self.links.get_mut(&(from, to)) {
+                let earliest = link.queue.back().map_or(self.now, |(at, _)| *at);
+                let delay = Duration::from_micros(self.rng.random_range(100..200_000));
+                link.queue.push_back((earliest.max(self.now + delay), packet));
             }
         }
     }
@@ -150,8 +168,15 @@ impl World {
         self.now = self.now.max(next);
         for ((from, to), link) in &mut self.links {
             while link.queue.front().is_some_and(|(at, _)| *at <= self.now) {
-                let (_, bytes) = link.queue.pop_front().unwrap();
-                self.nodes.get_mut(to).unwrap().handle_message(*from, &bytes, self.now).unwrap();
+                let (_, packet) = link.queue.pop_front().unwrap();
+                let node = self.nodes.get_mut(to).unwrap();
+                match packet {
+                    Packet::Gossip(bytes) => node.handle_message(*from, &bytes, self.now).unwrap(),
+                    Packet::Parcel(bytes) => {
+                        self.undelivered.extend(node.handle_parcel(*from, &bytes).unwrap());
+                    }
+                    Packet::Ping(_) | Packet::Pong(_) => unreachable!("{packet:?}"),
+                }
             }
         }
         for node in self.nodes.values_mut() {
@@ -198,7 +223,7 @@ impl World {
                     return Err(format!("{other} has lost its key"));
                 }
             }
-            let mut reached: BTreeSet<_> = gossip.paths().into_keys().collect();
+            let mut reached = gossip.reachable();
             reached.insert(*own);
             if reached != component {
                 return Err(format!("{own} reaches {reached:?}, but {component:?} are there"));
@@ -502,7 +527,10 @@ fn two_hosts_with_one_id_are_told_of_each_other() {
                         told[from] += 1;
                         assert_ne!(public_key, hosts[from].own().public_key);
                     }
-                    Action::Changed(_) | Action::Removed(_) => {}
+                    Action::Changed(_)
+                    | Action::Removed(_)
+                    | Action::SendParcel { .. }
+                    | Action::Deliver(_) => {}
                 }
             }
         }

@@ -14,6 +14,7 @@ use tokio::time::{Instant, interval, timeout};
 
 use crate::control::dial::{AttemptId, Place};
 use crate::control::hello::{Hello, Refusal};
+use crate::control::packet::Packet;
 use crate::control::session::{self, Me, Reader, Role, Writer};
 use crate::types::{NodeId, PublicKey};
 
@@ -31,11 +32,6 @@ const PENDING_OF_SOURCE: usize = 32;
 /// Messages that may wait for a slow peer before its connection is closed.
 const OUTBOX: usize = 256;
 
-/// Frames of a control connection: the first byte of each message.
-const FRAME_GOSSIP: u8 = 0;
-const FRAME_PING: u8 = 1;
-const FRAME_PONG: u8 = 2;
-
 /// Tells streams of one daemon apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StreamId(u64);
@@ -47,6 +43,8 @@ pub enum MeshEvent {
     Opened(Box<Opened>),
     /// A gossip message arrived.
     Received(StreamId, Vec<u8>),
+    /// A parcel arrived, for this node or to be passed on.
+    Parcel(StreamId, Vec<u8>),
     /// A round trip was measured.
     RoundTrip(StreamId, Duration),
     /// A connection ended.
@@ -90,12 +88,9 @@ pub struct Opened {
 pub struct Outbox(mpsc::Sender<Vec<u8>>);
 
 impl Outbox {
-    /// Queues a gossip message. False when the peer is too slow or gone: the connection should be dropped.
-    pub fn send(&self, message: &[u8]) -> bool {
-        let mut frame = Vec::with_capacity(message.len() + 1);
-        frame.push(FRAME_GOSSIP);
-        frame.extend_from_slice(message);
-        self.0.try_send(frame).is_ok()
+    /// Queues a message. False when the peer is too slow or gone: the connection should be dropped.
+    pub fn send(&self, message: &Packet) -> bool {
+        self.0.try_send(message.encode()).is_ok()
     }
 }
 
@@ -345,31 +340,27 @@ async fn read(
     born: Instant,
 ) -> String {
     loop {
-        let mut message = match reader.receive().await {
+        let message = match reader.receive().await {
             Ok(message) => message,
             Err(refusal) => return refusal.to_string(),
         };
-        let event = match message.first() {
-            Some(&FRAME_GOSSIP) => MeshEvent::Received(id, message.split_off(1)),
-            Some(&FRAME_PING) if message.len() == 9 => {
-                message[0] = FRAME_PONG;
+        let event = match Packet::decode(&message) {
+            Ok(Packet::Gossip(bytes)) => MeshEvent::Received(id, bytes),
+            Ok(Packet::Parcel(bytes)) => MeshEvent::Parcel(id, bytes),
+            Ok(Packet::Ping(number)) => {
                 // A full queue loses the answer; the peer asks again.
                 if let Some(outbox) = pongs.upgrade() {
-                    let _ = outbox.try_send(message);
+                    let _ = outbox.try_send(Packet::Pong(number).encode());
                 }
                 continue;
             }
-            Some(&FRAME_PONG) => {
-                let Ok(sent) = <[u8; 8]>::try_from(&message[1..]) else {
-                    return "it sent a malformed frame".to_owned();
-                };
-                let sent = Duration::from_micros(u64::from_le_bytes(sent));
-                let Some(rtt) = born.elapsed().checked_sub(sent) else {
+            Ok(Packet::Pong(sent)) => {
+                let Some(rtt) = born.elapsed().checked_sub(Duration::from_micros(sent)) else {
                     return "it answered a ping of the future".to_owned();
                 };
                 MeshEvent::RoundTrip(id, rtt)
             }
-            Some(_) | None => return "it sent a malformed frame".to_owned(),
+            Err(bad) => return format!("it sent {bad}"),
         };
         if events.send(event).await.is_err() {
             return "this node stops".to_owned();
@@ -387,7 +378,7 @@ async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>
             },
             _ = heartbeat.tick() => {
                 let micros = u64::try_from(born.elapsed().as_micros()).unwrap_or(u64::MAX);
-                [&[FRAME_PING][..], &micros.to_le_bytes()].concat()
+                Packet::Ping(micros).encode()
             }
         };
         if let Err(refusal) = writer.send(&frame).await {
@@ -410,7 +401,7 @@ mod tests {
             incarnation: 1,
             nickname: format!("node{id}"),
             network: Network::default(),
-            public_key: crate::handshake::public_key(&static_secret),
+            public_key: key::public_key(&static_secret),
         };
         Me { static_secret, cluster_key: key::cluster_key("a token of some length").unwrap(), hello }
     }

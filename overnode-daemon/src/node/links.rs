@@ -8,7 +8,8 @@ use super::running::Node;
 use crate::api::{self, ApiError, Host};
 use crate::control::CONTROL_PORT;
 use crate::control::dial::{self, AttemptId, Verdict};
-use crate::gossip;
+use crate::control::packet::Packet;
+use crate::gossip::{self, Parcel};
 use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
 use crate::types::NodeId;
 
@@ -30,6 +31,7 @@ impl Node {
         match event {
             MeshEvent::Opened(opened) => self.opened(*opened, now),
             MeshEvent::Received(id, bytes) => self.received(id, &bytes, now),
+            MeshEvent::Parcel(id, bytes) => self.parcel_received(id, &bytes, now),
             MeshEvent::RoundTrip(id, rtt) => {
                 if let Some(stream) = self.streams.get_mut(&id) {
                     stream.rtt = Some(rtt);
@@ -89,6 +91,27 @@ impl Node {
         }
     }
 
+    fn parcel_received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
+        let Some(peer) = self.streams.get(&id).map(|stream| stream.peer) else { return };
+        match self.gossip.handle_parcel(peer, bytes) {
+            Ok(None) => {}
+            Ok(Some(why)) => tracing::debug!("a parcel that node {peer} sent was not passed on: {why}"),
+            Err(error) => {
+                tracing::warn!("node {peer} sent {error}; its connection is closed");
+                self.close(id, &error.to_string(), now);
+            }
+        }
+    }
+
+    /// Takes a parcel for this node.
+    fn deliver(&mut self, parcel: &Parcel) {
+        tracing::debug!(
+            "node {} sent a parcel of kind {}, which nobody here reads",
+            parcel.from,
+            parcel.kind
+        );
+    }
+
     fn close(&mut self, id: StreamId, why: &str, now: Instant) {
         let Some(stream) = self.streams.remove(&id) else { return };
         tracing::info!("the connection with node {} at {} ended: {why}", stream.peer, stream.remote);
@@ -133,7 +156,13 @@ impl Node {
     pub(super) async fn pump_gossip(&mut self, now: Instant) {
         while let Some(action) = self.gossip.poll_action() {
             match action {
-                gossip::Action::Send { to, message } => self.send(to, &message, now),
+                gossip::Action::Send { to, message } => {
+                    self.send(to, &Packet::Gossip(message.encode()), now);
+                }
+                gossip::Action::SendParcel { to, parcel } => {
+                    self.send(to, &Packet::Parcel(parcel.encode()), now);
+                }
+                gossip::Action::Deliver(parcel) => self.deliver(&parcel),
                 gossip::Action::Changed(id) => self.learn(id, now).await,
                 gossip::Action::Removed(id) => self.unlearn(id, now),
                 gossip::Action::Contested { public_key, nickname } => {
@@ -160,13 +189,13 @@ impl Node {
         }
     }
 
-    fn send(&mut self, to: NodeId, message: &gossip::Message, now: Instant) {
+    fn send(&mut self, to: NodeId, packet: &Packet, now: Instant) {
         let Some(connection) = self.dialer.connection(to) else { return };
         let Some((&id, stream)) = self.streams.iter().find(|(_, stream)| stream.connection == connection)
         else {
             return;
         };
-        if !stream.outbox.send(&message.encode()) {
+        if !stream.outbox.send(packet) {
             self.close(id, "the other side does not read what it is sent", now);
         }
     }
