@@ -2,16 +2,18 @@ use proptest::prelude::*;
 use tokio::io::{DuplexStream, duplex};
 
 use super::*;
-use crate::types::{Network, NodeId};
+use crate::types::{Network, NodeId, VerifyingKey};
 
 fn node(id: u16, seed: u8) -> Me {
     let static_secret = Secret([seed; 32]);
     let hello = Hello {
-        versions: (1, 1),
+        versions: (2, 2),
         id: NodeId::new(id).unwrap(),
         incarnation: 1,
         nickname: format!("host{id}"),
         network: Network::default(),
+        verifying_key: VerifyingKey([seed; 32]),
+        process: id.into(),
         public_key: key::public_key(&static_secret),
     };
     Me { static_secret, cluster_key: Secret([9; 32]), hello }
@@ -177,11 +179,11 @@ async fn a_misfit_is_named_on_both_sides() {
     let (a, b) = meet(&one, &modern).await;
     assert_eq!(
         words(a),
-        "no common protocol version: this node speaks 1 to 1, the other 7 to 9; upgrade overnode on this host"
+        "no common protocol version: this node speaks 2 to 2, the other 7 to 9; upgrade overnode on this host"
     );
     assert_eq!(
         words(b),
-        "no common protocol version: this node speaks 7 to 9, the other 1 to 1; upgrade overnode on the other host"
+        "no common protocol version: this node speaks 7 to 9, the other 2 to 2; upgrade overnode on the other host"
     );
 
     let (a, b) = meet(&one, &node(1, 3)).await;
@@ -370,9 +372,9 @@ proptest! {
 
     #[test]
     fn greetings_and_verdicts_of_any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-        let with_version = [&[1, 0, 1, 0], bytes.as_slice()].concat();
+        let with_version = [&[2, 0, 2, 0], bytes.as_slice()].concat();
         for bytes in [&bytes, &with_version] {
-            if let Ok(hello) = Hello::decode(bytes, PublicKey([1; 32]), (1, 1)) {
+            if let Ok(hello) = Hello::decode(bytes, PublicKey([1; 32]), (2, 2)) {
                 prop_assert!(hello.nickname.len() <= crate::control::hello::MAX_NICKNAME);
                 prop_assert!(!hello.nickname.contains(char::is_control));
             }
@@ -384,16 +386,18 @@ proptest! {
 #[test]
 fn the_greeting_has_this_wire_format() {
     let golden = [
-        vec![1, 0, 1, 0],                      // versions
+        vec![2, 0, 2, 0],                      // versions
         vec![2],                               // ID
         vec![0xac, 0x02],                      // incarnation 300
         vec![5, b'h', b'o', b's', b't', b'2'], // nickname
         vec![0, 10, 32, 0, 0, 12],             // subnet
         vec![0, 10, 40, 0, 0, 13],             // range
+        vec![2; 32],                           // verifying key
+        vec![0x81, 0x02],                      // process 257
     ]
     .concat();
     let mut hello = node(2, 2).hello;
-    hello.incarnation = 300;
+    (hello.incarnation, hello.process) = (300, 257);
     assert_eq!(hello.encode(), golden);
     let longer = [golden, vec![1, 2, 3]].concat();
     assert_eq!(Hello::decode(&longer, hello.public_key, (1, 4)).unwrap(), hello, "later versions may append");

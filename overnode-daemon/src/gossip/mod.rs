@@ -6,9 +6,8 @@
 //! by comparing: neighbours exchange digests when they connect, and every [`COMPARE_INTERVAL`] a hash
 //! with one neighbour chosen at random.
 //!
-//! A record about this node that it did not make is answered by a newer one ([`Action::Contested`] tells the
-//! node). A node that leaves puts up a tombstone, which is kept: whoever comes back from a long
-//! separation must not revive the dead.
+//! A record about this node that it did not make is answered by a newer one ([`dispute`]). A node that leaves puts up a tombstone, which is
+//! kept: whoever comes back from a long separation must not revive the dead.
 //!
 //! From the links that both ends report follow the shortest paths, on which [parcels](parcel) go from any node to any other.
 //!
@@ -16,8 +15,10 @@
 //! [`Gossip::handle_parcel`], [`Gossip::send_parcel`], [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs: [`Gossip::poll_action`],
 //! [`Gossip::poll_timeout`].
 
+mod dispute;
 mod message;
 pub mod parcel;
+mod sign;
 mod topology;
 
 #[cfg(test)]
@@ -31,13 +32,16 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use ring::digest::{SHA256, digest};
 
+use dispute::Contender;
+pub use dispute::{CLASH_INTERVAL, DEFEND_INTERVAL, OBJECTION};
 pub use message::{
     BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_RANGES, MAX_STAMP, Message, Record, Stamp,
 };
 pub use parcel::{BadParcel, Parcel, Undelivered};
+pub use sign::{Keys, Signature, Signer};
 pub use topology::Path;
 
-use crate::types::{NodeId, PublicKey};
+use crate::types::NodeId;
 
 /// How often a node compares what it knows with one neighbour. Jittered by a quarter each way.
 pub const COMPARE_INTERVAL: Duration = Duration::from_secs(30);
@@ -46,8 +50,6 @@ pub const COLLECT: Duration = Duration::from_millis(50);
 /// A node publishes changes of itself no more often than every so much per neighbour: at a cold start of a thousand nodes, each
 /// gains links for seconds, and tells all others of each.
 pub const PACE: Duration = Duration::from_millis(2);
-/// A contested own record is answered no more often than this.
-pub const DEFEND_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the node must do or know.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,12 +75,15 @@ pub enum Action {
     Changed(NodeId),
     /// A node has left the cluster for good.
     Removed(NodeId),
-    /// Somebody spreads another record of this node: a second host with its ID, a copied disk, or a liar.
-    Contested {
-        /// The key that the other record names.
-        public_key: PublicKey,
-        /// The nickname that it names.
-        nickname: String,
+    /// There is another record of this node, under other keys or by a host that has the same: a second host with its ID, or one with a
+    /// copy of its disk.
+    Contested(Box<Record>),
+    /// There is another record of a node that has just outbid it, under other keys: two hosts have one ID. It is not believed.
+    Clash {
+        /// The other record.
+        record: Box<Record>,
+        /// The nickname of the node that stays.
+        holder: String,
     },
 }
 
@@ -86,12 +91,15 @@ pub enum Action {
 #[derive(Debug)]
 pub struct Gossip {
     own: NodeId,
+    signer: Signer,
     rng: StdRng,
     /// The own record as it will be published next; `records` has it as it was published last.
     draft: Record,
     records: BTreeMap<NodeId, Record>,
     stamps: BTreeMap<NodeId, Stamp>,
     neighbours: BTreeSet<NodeId>,
+    /// What the neighbours have proven themselves with.
+    proven: BTreeMap<NodeId, Keys>,
     /// Records to pass on, with the neighbours that are known to have them.
     news: BTreeMap<NodeId, BTreeSet<NodeId>>,
     /// When to publish the draft, if it differs from what was published last.
@@ -100,6 +108,9 @@ pub struct Gossip {
     /// The record that the own one must outbid.
     defence: Option<Record>,
     defended: Option<Instant>,
+    contenders: BTreeMap<NodeId, Contender>,
+    /// When a second host with an ID was reported last.
+    clashes: BTreeMap<NodeId, Instant>,
     flush_at: Option<Instant>,
     compare_at: Instant,
     actions: VecDeque<Action>,
@@ -108,23 +119,29 @@ pub struct Gossip {
 }
 
 impl Gossip {
-    /// Gossip of the node that `own` describes. Its links are those of the neighbours, whatever `own` says.
-    pub fn new(mut own: Record, rng: StdRng, now: Instant) -> Self {
+    /// Gossip of the node that `own` describes. Its links are those of the neighbours, and its signature is the signer's, whatever `own`
+    /// says.
+    pub fn new(mut own: Record, signer: Signer, rng: StdRng, now: Instant) -> Self {
         own.links.clear();
         own.left = false;
         own.fit();
+        signer.sign(&mut own);
         let mut gossip = Self {
             own: own.id,
+            signer,
             rng,
             draft: own.clone(),
             stamps: BTreeMap::from([(own.id, own.stamp())]),
             records: BTreeMap::from([(own.id, own)]),
             neighbours: BTreeSet::new(),
+            proven: BTreeMap::new(),
             news: BTreeMap::new(),
             publish_at: None,
             published: None,
             defence: None,
             defended: None,
+            contenders: BTreeMap::new(),
+            clashes: BTreeMap::new(),
             flush_at: None,
             compare_at: now,
             actions: VecDeque::new(),
@@ -137,7 +154,7 @@ impl Gossip {
     /// Takes up what was known before a restart.
     pub fn restore(&mut self, records: impl IntoIterator<Item = Record>) {
         for record in records {
-            if record.id != self.own && record.check().is_ok() {
+            if record.id != self.own && record.check().is_ok() && sign::is_signed(&record) {
                 self.put(record);
             }
         }
@@ -180,18 +197,17 @@ impl Gossip {
         topology::branches(source, self.own, &self.neighbours, &self.records)
     }
 
-    /// The nickname of the node that has `id` and is another than the one with `public_key`: it is reached now, so one of the two must go.
-    pub fn clash(&self, id: NodeId, public_key: &PublicKey) -> Option<&str> {
-        let record = self.records.get(&id)?;
-        let lives = id == self.own || (!record.left && self.paths().contains_key(&id));
-        (lives && record.public_key != *public_key).then_some(record.nickname.as_str())
+    /// The records of the other nodes that are reached.
+    pub fn living(&self) -> impl Iterator<Item = &Record> {
+        self.paths().keys().filter_map(|id| self.records.get(id))
     }
 
-    /// A connection with `peer` was established.
-    pub fn handle_connected(&mut self, peer: NodeId, now: Instant) {
+    /// A connection with `peer` was established, which has proven to have `keys`.
+    pub fn handle_connected(&mut self, peer: NodeId, keys: Keys, now: Instant) {
         if peer == self.own || !self.neighbours.insert(peer) {
             return;
         }
+        self.proven.insert(peer, keys);
         self.paths.take();
         self.note_own_change(now);
         self.send(peer, Message::Digest { ask: false, stamps: self.stamps() });
@@ -207,6 +223,7 @@ impl Gossip {
     /// The last connection with `peer` ended.
     pub fn handle_disconnected(&mut self, peer: NodeId, now: Instant) {
         if self.neighbours.remove(&peer) {
+            self.proven.remove(&peer);
             self.paths.take();
             self.note_own_change(now);
         }
@@ -224,6 +241,8 @@ impl Gossip {
             left: before.left,
             public_key: before.public_key,
             links: before.links.clone(),
+            verifying_key: before.verifying_key,
+            signature: before.signature,
             ..self.draft.clone()
         };
         if self.draft != before {
@@ -235,6 +254,7 @@ impl Gossip {
     pub fn leave(&mut self) {
         self.draft = self.draft.clone().into_tombstone();
         self.raise_version();
+        self.signer.sign(&mut self.draft);
         self.put(self.draft.clone());
         self.publish_at = None;
         self.defence = None;
@@ -256,53 +276,10 @@ impl Gossip {
                 Message::Summary(hash) => self.handle_summary(peer, hash),
                 Message::Digest { ask, stamps } => self.handle_digest(peer, ask, stamps),
                 Message::Request(ids) => self.send_records(peer, &ids),
-                Message::Delta(records) => self.handle_delta(peer, records, now),
+                Message::Delta(records) => return self.handle_delta(peer, records, now),
             }
         }
         Ok(())
-    }
-
-    /// Sends something to a node, directly or through others.
-    ///
-    /// # Errors
-    /// [`Undelivered`] if that cannot be now. That there is no error does not mean that it arrives.
-    pub fn send_parcel(&mut self, to: NodeId, kind: u8, body: Vec<u8>) -> Result<(), Undelivered> {
-        if to == self.own {
-            return Err(Undelivered::ToMyself);
-        }
-        if body.len() > parcel::MAX_BODY {
-            return Err(Undelivered::TooLong(body.len()));
-        }
-        let next = self.parcel_hop(to).ok_or(Undelivered::NoWay(to))?;
-        let parcel = Parcel { from: self.own, to, hops: parcel::MAX_HOPS, kind, body };
-        self.actions.push_back(Action::SendParcel { to: next, parcel });
-        Ok(())
-    }
-
-    /// A parcel came from `peer`: it is for this node ([`Action::Deliver`]), or passed on ([`Action::SendParcel`]), or dropped. Parcels of
-    /// nodes that are no neighbours are ignored.
-    ///
-    /// # Errors
-    /// [`BadParcel`] if it breaks the protocol: the connection should be closed.
-    pub fn handle_parcel(&mut self, peer: NodeId, bytes: &[u8]) -> Result<Option<Undelivered>, BadParcel> {
-        let mut parcel = Parcel::decode(bytes)?;
-        if !self.neighbours.contains(&peer) || parcel.from == self.own {
-            return Ok(None);
-        }
-        if parcel.to == self.own {
-            self.actions.push_back(Action::Deliver(parcel));
-            return Ok(None);
-        }
-        parcel.hops -= 1;
-        if parcel.hops == 0 {
-            return Ok(Some(Undelivered::TooFar));
-        }
-        // Back to where it came from: the two nodes know different links, and would toss it to and fro.
-        match self.parcel_hop(parcel.to).filter(|next| *next != peer) {
-            Some(next) => self.actions.push_back(Action::SendParcel { to: next, parcel }),
-            None => return Ok(Some(Undelivered::NoWay(parcel.to))),
-        }
-        Ok(None)
     }
 
     /// Does what is due.
@@ -310,6 +287,7 @@ impl Gossip {
         if self.defence.is_some() && self.may_defend(now) {
             self.defend(now);
         }
+        self.admit_contenders(now);
         if self.publish_at.is_some_and(|at| at <= now) {
             self.publish_own(now);
         }
@@ -326,17 +304,16 @@ impl Gossip {
     /// When to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let defend_at = self.defence.as_ref().and(self.defended).map(|last| last + DEFEND_INTERVAL);
-        [self.publish_at, self.flush_at, defend_at, Some(self.compare_at)].into_iter().flatten().min()
+        let admit_at = self.next_admission();
+        [self.publish_at, self.flush_at, defend_at, admit_at, Some(self.compare_at)]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// The next thing to do.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
-    }
-
-    /// A neighbour needs no word of its own to be reached.
-    fn parcel_hop(&self, to: NodeId) -> Option<NodeId> {
-        if self.neighbours.contains(&to) { Some(to) } else { self.next_hop(to) }
     }
 
     fn handle_summary(&mut self, peer: NodeId, hash: [u8; 16]) {
@@ -366,20 +343,39 @@ impl Gossip {
         }
     }
 
-    fn handle_delta(&mut self, peer: NodeId, records: Vec<Record>, now: Instant) {
-        for record in records {
-            let (id, stamp) = (record.id, record.stamp());
-            let known = self.stamps.get(&id).copied();
-            if id == self.own {
-                self.handle_word_about_self(record, stamp, now);
-            } else if known.is_none_or(|known| known < stamp) {
-                self.take(peer, record, now);
-            } else if known == Some(stamp)
-                && let Some(have) = self.news.get_mut(&id)
-            {
-                have.insert(peer);
+    fn handle_delta(&mut self, peer: NodeId, records: Vec<Record>, now: Instant) -> Result<(), BadMessage> {
+        let records: Vec<_> = records.into_iter().map(|record| (record.stamp(), record)).collect();
+        // A signature costs more than all the rest, and most of what comes by is known.
+        for (stamp, record) in &records {
+            if self.is_news(peer, record, *stamp) && !sign::is_signed(record) {
+                return Err(BadMessage::Signature(record.id));
             }
         }
+        for (stamp, record) in records {
+            if !self.is_news(peer, &record, stamp) {
+                if self.stamps.get(&record.id) == Some(&stamp)
+                    && let Some(have) = self.news.get_mut(&record.id)
+                {
+                    have.insert(peer);
+                }
+            } else if record.id == self.own {
+                self.handle_word_about_self(record, now);
+            } else if self.is_disputed(&record) {
+                self.handle_contender(peer, record, now);
+            } else {
+                self.take(peer, record, now);
+            }
+        }
+        Ok(())
+    }
+
+    /// True if it is newer than what is known, or a neighbour's own word against what others said of it.
+    fn is_news(&self, peer: NodeId, record: &Record, stamp: Stamp) -> bool {
+        let Some(known) = self.records.get(&record.id) else { return true };
+        let keys = record.keys();
+        let is_first_hand =
+            peer == record.id && self.proven.get(&peer) == Some(&keys) && known.keys() != keys;
+        is_first_hand || self.stamps[&record.id] < stamp
     }
 
     fn take(&mut self, peer: NodeId, record: Record, now: Instant) {
@@ -387,7 +383,9 @@ impl Gossip {
         self.actions.push_back(if record.left { Action::Removed(id) } else { Action::Changed(id) });
         self.news.insert(id, BTreeSet::from([peer]));
         self.flush_soon(now);
-        let lost_links = self.put(record).map(|before| before.links).unwrap_or_default();
+        let before = self.put(record);
+        self.settle(id, now);
+        let lost_links = before.map(|before| before.links).unwrap_or_default();
         // A neighbour that lost its link with `id` may have lost what `id` would have told it.
         for cut in lost_links {
             let is_lost = self.records[&id].links.binary_search(&cut).is_err();
@@ -406,38 +404,6 @@ impl Gossip {
             self.paths.take();
         }
         before
-    }
-
-    fn handle_word_about_self(&mut self, record: Record, stamp: Stamp, now: Instant) {
-        if self.draft.left || stamp <= self.stamps[&self.own] {
-            return;
-        }
-        if self.defence.as_ref().is_none_or(|worst| worst.stamp() < stamp) {
-            self.defence = Some(record);
-        }
-        if self.may_defend(now) {
-            self.defend(now);
-        }
-    }
-
-    fn may_defend(&self, now: Instant) -> bool {
-        self.defended.is_none_or(|last| last + DEFEND_INTERVAL <= now)
-    }
-
-    /// Outbids the false record, and has it published.
-    fn defend(&mut self, now: Instant) {
-        let Some(Record { incarnation, version, public_key, nickname, .. }) = self.defence.take() else {
-            return;
-        };
-        self.actions.push_back(Action::Contested { public_key, nickname });
-        self.defended = Some(now);
-        if incarnation > self.draft.incarnation {
-            self.draft.incarnation = incarnation.saturating_add(1).min(MAX_STAMP);
-            self.draft.version = 0;
-        } else {
-            self.draft.version = self.draft.version.max(version);
-        }
-        self.note_own_change(now);
     }
 
     fn raise_version(&mut self) {
@@ -467,6 +433,7 @@ impl Gossip {
         self.flush_at = Some(now);
         self.draft.links = self.neighbours.iter().copied().collect();
         self.raise_version();
+        self.signer.sign(&mut self.draft);
         self.put(self.draft.clone());
         self.news.insert(self.own, BTreeSet::new());
     }

@@ -5,6 +5,9 @@
 //!
 //! On the wire: [`FORMAT`], hops (u8), kind (u8), from and to (u16, big-endian), then the body.
 
+use std::time::Instant;
+
+use super::{Action, Gossip};
 use crate::types::NodeId;
 
 /// The version of the wire format.
@@ -13,6 +16,8 @@ pub const FORMAT: u8 = 1;
 pub const MAX_BODY: usize = 16 * 1024;
 /// A parcel may be passed on so often: more than any path between nodes that know the same links, and an end to going in circles.
 pub const MAX_HOPS: u8 = 16;
+/// The kind of what asks a node whether it objects to another record of itself: a [`super::Message::Delta`] with that record.
+pub const KIND_CLASH: u8 = 0;
 /// The kind of what the address allocations of two nodes tell each other.
 pub const KIND_ALLOCATION: u8 = 1;
 
@@ -108,5 +113,64 @@ impl Parcel {
             return Err(BadParcel::Body(body.len()));
         }
         Ok(Self { from, to, hops, kind, body: body.to_vec() })
+    }
+}
+
+impl Gossip {
+    /// Sends something to a node, directly or through others.
+    ///
+    /// # Errors
+    /// [`Undelivered`] if that cannot be now. That there is no error does not mean that it arrives.
+    pub fn send_parcel(&mut self, to: NodeId, kind: u8, body: Vec<u8>) -> Result<(), Undelivered> {
+        if to == self.own {
+            return Err(Undelivered::ToMyself);
+        }
+        if body.len() > MAX_BODY {
+            return Err(Undelivered::TooLong(body.len()));
+        }
+        let next = self.parcel_hop(to).ok_or(Undelivered::NoWay(to))?;
+        let parcel = Parcel { from: self.own, to, hops: MAX_HOPS, kind, body };
+        self.actions.push_back(Action::SendParcel { to: next, parcel });
+        Ok(())
+    }
+
+    /// A parcel came from `peer`: it is for this node ([`Action::Deliver`]), or passed on ([`Action::SendParcel`]), or dropped. Parcels of
+    /// nodes that are no neighbours are ignored.
+    ///
+    /// # Errors
+    /// [`BadParcel`] if it breaks the protocol: the connection should be closed.
+    pub fn handle_parcel(
+        &mut self,
+        peer: NodeId,
+        bytes: &[u8],
+        now: Instant,
+    ) -> Result<Option<Undelivered>, BadParcel> {
+        let mut parcel = Parcel::decode(bytes)?;
+        if !self.neighbours.contains(&peer) || parcel.from == self.own {
+            return Ok(None);
+        }
+        if parcel.to == self.own && parcel.kind == KIND_CLASH {
+            self.handle_challenge(&parcel.body, now);
+            return Ok(None);
+        }
+        if parcel.to == self.own {
+            self.actions.push_back(Action::Deliver(parcel));
+            return Ok(None);
+        }
+        parcel.hops -= 1;
+        if parcel.hops == 0 {
+            return Ok(Some(Undelivered::TooFar));
+        }
+        // Back to where it came from: the two nodes know different links, and would toss it to and fro.
+        match self.parcel_hop(parcel.to).filter(|next| *next != peer) {
+            Some(next) => self.actions.push_back(Action::SendParcel { to: next, parcel }),
+            None => return Ok(Some(Undelivered::NoWay(parcel.to))),
+        }
+        Ok(None)
+    }
+
+    /// A neighbour needs no word of its own to be reached.
+    pub(super) fn parcel_hop(&self, to: NodeId) -> Option<NodeId> {
+        if self.neighbours.contains(&to) { Some(to) } else { self.next_hop(to) }
     }
 }

@@ -112,7 +112,8 @@ mod tests {
     use rand::{Rng, SeedableRng};
 
     use super::*;
-    use crate::types::PublicKey;
+    use crate::gossip::Signature;
+    use crate::types::{PublicKey, VerifyingKey};
 
     fn id(id: usize) -> NodeId {
         NodeId::new(id as u16).unwrap()
@@ -131,6 +132,8 @@ mod tests {
             links: (1..=count).filter(|other| *other != node && says(node, *other)).map(id).collect(),
             ranges: Vec::new(),
             claims: Vec::new(),
+            verifying_key: VerifyingKey::default(),
+            signature: Signature::default(),
         };
         (1..=count).map(|node| (id(node), record(node))).collect()
     }
@@ -209,12 +212,8 @@ mod tests {
                 }
             }
             let reached = paths(id(source), &links(source, &records), &records);
-            for node in 1..=count {
-                assert_eq!(
-                    told[node],
-                    usize::from(reached.contains_key(&id(node))),
-                    "seed {seed}: node {node}"
-                );
+            for (node, times) in told.into_iter().enumerate().skip(1) {
+                assert_eq!(times, usize::from(reached.contains_key(&id(node))), "seed {seed}: node {node}");
             }
         }
     }

@@ -391,16 +391,18 @@ async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>
 mod tests {
     use super::*;
     use crate::control::key;
-    use crate::types::{Network, Secret};
+    use crate::types::{Network, Secret, VerifyingKey};
 
     fn me(id: u16, secret: u8) -> Me {
         let static_secret = Secret([secret; 32]);
         let hello = Hello {
-            versions: (1, 1),
+            versions: (2, 2),
             id: NodeId::new(id).unwrap(),
             incarnation: 1,
             nickname: format!("node{id}"),
             network: Network::default(),
+            verifying_key: VerifyingKey::default(),
+            process: id.into(),
             public_key: key::public_key(&static_secret),
         };
         Me { static_secret, cluster_key: key::cluster_key("a token of some length").unwrap(), hello }

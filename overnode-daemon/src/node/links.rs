@@ -8,6 +8,7 @@ use super::running::Node;
 use crate::api::{self, ApiError, Host};
 use crate::control::CONTROL_PORT;
 use crate::control::dial::{self, AttemptId, Verdict};
+use crate::control::hello::Refusal;
 use crate::control::packet::Packet;
 use crate::gossip::{self, Parcel};
 use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
@@ -55,6 +56,7 @@ impl Node {
 
     fn opened(&mut self, opened: Opened, now: Instant) {
         let peer = opened.hello.id;
+        let keys = opened.hello.keys();
         let (connection, verdict) =
             self.dialer.handle_established(opened.attempt, &opened.hello, opened.remote, now);
         // Dropping the outbox closes the stream.
@@ -75,7 +77,7 @@ impl Node {
             .unwrap_or_else(PoisonError::into_inner)
             .insert(peer, (opened.hello.public_key, opened.hello.nickname));
         if is_first {
-            self.gossip.handle_connected(peer, now);
+            self.gossip.handle_connected(peer, keys, now);
         } else {
             self.gossip.resync(peer);
         }
@@ -93,7 +95,7 @@ impl Node {
 
     fn parcel_received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
         let Some(peer) = self.streams.get(&id).map(|stream| stream.peer) else { return };
-        match self.gossip.handle_parcel(peer, bytes) {
+        match self.gossip.handle_parcel(peer, bytes, now) {
             Ok(None) => {}
             Ok(Some(why)) => tracing::debug!("a parcel that node {peer} sent was not passed on: {why}"),
             Err(error) => {
@@ -165,14 +167,38 @@ impl Node {
                 gossip::Action::Deliver(parcel) => self.deliver(&parcel),
                 gossip::Action::Changed(id) => self.learn(id, now).await,
                 gossip::Action::Removed(id) => self.unlearn(id, now),
-                gossip::Action::Contested { public_key, nickname } => {
-                    let problem = format!(
-                        "another host ({nickname}, key {public_key}) was launched with this node's ID {}: reset one of the two",
-                        self.identity.id
-                    );
-                    self.report(problem);
+                gossip::Action::Contested(record) => {
+                    let id = self.identity.id;
+                    self.report_clash(&record, self.identity.nickname.clone(), now);
+                    let problem = if record.public_key == self.public_key {
+                        Refusal::Copy(id).to_string()
+                    } else {
+                        format!(
+                            "another host ({}, key {}) was launched with this node's ID {id}: run `overnode reset` on one of the two, \
+                             then launch it with an ID of its own",
+                            record.nickname, record.public_key
+                        )
+                    };
+                    self.report_for_now(problem, now);
                 }
+                gossip::Action::Clash { record, holder } => self.report_clash(&record, holder, now),
             }
+        }
+    }
+
+    /// Two hosts with one ID, as gossip tells: shown where it would be if the second one had called here.
+    fn report_clash(&mut self, record: &gossip::Record, holder: String, now: Instant) {
+        let newcomer = record.nickname.clone();
+        let refusal = if record.public_key == self.public_key {
+            Refusal::Copy(record.id)
+        } else {
+            Refusal::IdClash { id: record.id, holder, newcomer }
+        };
+        if let Some(address) = record.addresses.first() {
+            self.dialer.handle_refused(*address, &refusal, now);
+        }
+        if record.id != self.identity.id {
+            self.report_for_now(refusal.to_string(), now);
         }
     }
 
@@ -198,6 +224,23 @@ impl Node {
         if !stream.outbox.send(packet) {
             self.close(id, "the other side does not read what it is sent", now);
         }
+    }
+
+    /// Something that needs a person, and is said again as long as it lasts.
+    fn report_for_now(&mut self, problem: String, now: Instant) {
+        if !self.passing_problems.contains_key(&problem) {
+            tracing::warn!("{problem}");
+        }
+        self.passing_problems.retain(|_, at| now < *at + dial::REMEMBER_REFUSED);
+        if self.passing_problems.len() < MAX_PROBLEMS {
+            self.passing_problems.insert(problem, now);
+        }
+    }
+
+    /// What needs a person now.
+    pub(super) fn problems(&self, now: Instant) -> Vec<String> {
+        let passing = self.passing_problems.iter().filter(|(_, at)| now < **at + dial::REMEMBER_REFUSED);
+        self.problems.iter().chain(passing.map(|(problem, _)| problem)).cloned().collect()
     }
 
     /// Something that needs a person. The words may be a liar's, so there is an end to what is kept.
@@ -242,10 +285,9 @@ impl Node {
 
     /// Who answers callers has to know which IDs are taken by nodes that live.
     pub(super) fn refresh_residents(&self) {
-        let paths = self.gossip.paths();
-        let living = self.gossip.records().filter(|record| !record.left && paths.contains_key(&record.id));
-        let living = living.map(|record| (record.id, (record.public_key, record.nickname.clone()))).collect();
-        *self.residents.lock().unwrap_or_else(PoisonError::into_inner) = living;
+        let living = self.gossip.living();
+        let living = living.map(|record| (record.id, (record.public_key, record.nickname.clone())));
+        *self.residents.lock().unwrap_or_else(PoisonError::into_inner) = living.collect();
     }
 
     pub(super) fn pump_dialer(&mut self) {

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 use super::*;
-use crate::types::{Network, PublicKey};
+use crate::types::{Network, PublicKey, VerifyingKey};
 
 fn identity() -> Identity {
     Identity {
@@ -61,6 +61,8 @@ fn record(id: u16) -> gossip::Record {
         links: vec![NodeId::new(9).unwrap()],
         ranges: vec!["10.40.0.0/15".parse().unwrap()],
         claims: vec!["10.32.0.1".parse().unwrap()],
+        verifying_key: VerifyingKey([2; 32]),
+        signature: gossip::Signature([3; 64]),
     }
 }
 

@@ -1,7 +1,7 @@
 use rand::SeedableRng;
 
 use super::*;
-use crate::types::{Network, PublicKey};
+use crate::types::{Network, PublicKey, VerifyingKey};
 
 struct Bench {
     dialer: Dialer,
@@ -19,6 +19,8 @@ fn hello(number: u16, incarnation: u64) -> Hello {
         incarnation,
         nickname: format!("host{number}"),
         network: Network::default(),
+        verifying_key: VerifyingKey::default(),
+        process: incarnation,
         public_key: PublicKey([number as u8; 32]),
     }
 }

@@ -56,16 +56,20 @@ fn a_parcel_ends_after_its_last_hop_and_never_turns_back() {
     let mut world = World::new(3, 4);
     world.chain(3);
     world.assert_converges_within(Duration::from_secs(5), 4);
+    let now = world.now;
     let weary = Parcel { from: id(1), to: id(3), hops: 1, ..parcel() };
-    assert_eq!(world.node(2).handle_parcel(id(1), &weary.encode()), Ok(Some(Undelivered::TooFar)));
+    assert_eq!(world.node(2).handle_parcel(id(1), &weary.encode(), now), Ok(Some(Undelivered::TooFar)));
     let astray = Parcel { from: id(1), to: id(3), ..parcel() };
-    assert_eq!(world.node(2).handle_parcel(id(3), &astray.encode()), Ok(Some(Undelivered::NoWay(id(3)))));
+    assert_eq!(
+        world.node(2).handle_parcel(id(3), &astray.encode(), now),
+        Ok(Some(Undelivered::NoWay(id(3))))
+    );
     let lost = Parcel { from: id(1), to: id(9), ..parcel() };
-    assert_eq!(world.node(2).handle_parcel(id(1), &lost.encode()), Ok(Some(Undelivered::NoWay(id(9)))));
+    assert_eq!(world.node(2).handle_parcel(id(1), &lost.encode(), now), Ok(Some(Undelivered::NoWay(id(9)))));
     // Of a node that is no neighbour, and one that claims to be of the node itself.
-    assert_eq!(world.node(1).handle_parcel(id(3), &weary.encode()), Ok(None));
+    assert_eq!(world.node(1).handle_parcel(id(3), &weary.encode(), now), Ok(None));
     let forged = Parcel { from: id(2), to: id(3), ..parcel() };
-    assert_eq!(world.node(2).handle_parcel(id(1), &forged.encode()), Ok(None));
+    assert_eq!(world.node(2).handle_parcel(id(1), &forged.encode(), now), Ok(None));
     assert_eq!(world.node(2).poll_action(), None);
     assert_eq!(world.node(1).poll_action(), None);
 }
