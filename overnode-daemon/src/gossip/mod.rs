@@ -41,7 +41,7 @@ pub use parcel::{BadParcel, Parcel, Undelivered};
 pub use sign::{Keys, Signature, Signer};
 pub use topology::Path;
 
-use crate::types::NodeId;
+use crate::types::{NodeId, VerifyingKey};
 
 /// How often a node compares what it knows with one neighbour. Jittered by a quarter each way.
 pub const COMPARE_INTERVAL: Duration = Duration::from_secs(30);
@@ -113,6 +113,9 @@ pub struct Gossip {
     clashes: BTreeMap<NodeId, Instant>,
     flush_at: Option<Instant>,
     compare_at: Instant,
+    parcels_sent: u64,
+    /// Of each node the last parcel that has arrived, and under which key.
+    parcels_heard: BTreeMap<NodeId, (VerifyingKey, (u64, u64))>,
     actions: VecDeque<Action>,
     /// Made when asked for, and forgotten with the next change of a link.
     paths: OnceLock<BTreeMap<NodeId, Path>>,
@@ -144,6 +147,8 @@ impl Gossip {
             clashes: BTreeMap::new(),
             flush_at: None,
             compare_at: now,
+            parcels_sent: 0,
+            parcels_heard: BTreeMap::new(),
             actions: VecDeque::new(),
             paths: OnceLock::new(),
         };

@@ -1,12 +1,15 @@
 //! Parcels: what one node sends another that may be no neighbour, over control connections, passed on by those between.
 //!
 //! A parcel is sent once and may be lost: with a connection, with a node on its way, or because there is no way. Who needs an answer asks
-//! again. What arrives is not necessarily in order.
+//! again. What arrives was signed by its sender and arrives once: a parcel that was sent before one that has arrived is dropped.
 //!
-//! On the wire: [`FORMAT`], hops (u8), kind (u8), from and to (u16, big-endian), then the body.
+//! On the wire, integers big-endian: [`FORMAT`], hops (u8), kind (u8), from and to (u16 each), incarnation and number (u64 each), the
+//! signature (64 bytes), then the body. Signed is all but the format and the hops, after the name `overnode parcel v1`.
 
 use std::time::Instant;
 
+use super::message::Record;
+use super::sign::{self, Signature};
 use super::{Action, Gossip};
 use crate::types::NodeId;
 
@@ -16,6 +19,10 @@ pub const FORMAT: u8 = 1;
 pub const MAX_BODY: usize = 16 * 1024;
 /// A parcel may be passed on so often: more than any path between nodes that know the same links, and an end to going in circles.
 pub const MAX_HOPS: u8 = 16;
+/// Bytes of all but the body.
+const HEAD: usize = 2 + 21 + 64;
+const SIGNED: &[u8] = b"overnode parcel v1";
+
 /// The kind of what asks a node whether it objects to another record of itself: a [`super::Message::Delta`] with that record.
 pub const KIND_CLASH: u8 = 0;
 /// The kind of what the address allocations of two nodes tell each other.
@@ -32,6 +39,10 @@ pub struct Parcel {
     pub hops: u8,
     /// Which part of the node it is for: [`KIND_ALLOCATION`].
     pub kind: u8,
+    /// The sender's incarnation, and which of the parcels it is that the sender has sent in it: greater is later.
+    pub serial: (u64, u64),
+    /// The sender's.
+    pub signature: Signature,
     /// What that part has to say; at most [`MAX_BODY`] bytes.
     pub body: Vec<u8>,
 }
@@ -74,15 +85,21 @@ pub enum Undelivered {
     /// More than [`MAX_BODY`] bytes.
     #[error("its body has {0} bytes, where {MAX_BODY} are the most")]
     TooLong(usize),
+    /// It has come, and its sender has not signed it as far as this node knows the sender's key.
+    #[error("it is not signed by node {0} as this node knows it")]
+    Unsigned(NodeId),
+    /// It has come before, or after one that was sent later.
+    #[error("node {0} has sent it before one that has arrived already")]
+    Late(NodeId),
 }
 
 impl Parcel {
     /// The bytes that travel.
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(7 + self.body.len());
-        bytes.extend([FORMAT, self.hops, self.kind]);
-        bytes.extend(self.from.get().to_be_bytes());
-        bytes.extend(self.to.get().to_be_bytes());
+        let mut bytes = Vec::with_capacity(HEAD + self.body.len());
+        bytes.extend([FORMAT, self.hops]);
+        bytes.extend(self.head());
+        bytes.extend(self.signature.0);
         bytes.extend_from_slice(&self.body);
         bytes
     }
@@ -92,28 +109,50 @@ impl Parcel {
     /// # Errors
     /// [`BadParcel`].
     pub fn decode(bytes: &[u8]) -> Result<Self, BadParcel> {
-        let Some((&[format, hops, kind, a, b, c, d], body)) = bytes.split_first_chunk() else {
-            return Err(BadParcel::Short);
-        };
+        let &format = bytes.first().ok_or(BadParcel::Short)?;
         if format != FORMAT {
             return Err(BadParcel::Format(format));
         }
+        let mut rest = &bytes[1..];
+        let [hops, kind] = take(&mut rest)?;
         if hops == 0 || hops > MAX_HOPS {
             return Err(BadParcel::Hops(hops));
         }
-        let id = |bytes| {
-            let id = u16::from_be_bytes(bytes);
+        let mut id = || {
+            let id = u16::from_be_bytes(take(&mut rest)?);
             NodeId::new(id).map_err(|_| BadParcel::Id(id))
         };
-        let (from, to) = (id([a, b])?, id([c, d])?);
+        let (from, to) = (id()?, id()?);
         if from == to {
             return Err(BadParcel::Circle);
         }
-        if body.len() > MAX_BODY {
-            return Err(BadParcel::Body(body.len()));
+        let serial = (u64::from_be_bytes(take(&mut rest)?), u64::from_be_bytes(take(&mut rest)?));
+        let signature = Signature(take(&mut rest)?);
+        if rest.len() > MAX_BODY {
+            return Err(BadParcel::Body(rest.len()));
         }
-        Ok(Self { from, to, hops, kind, body: body.to_vec() })
+        Ok(Self { from, to, hops, kind, serial, signature, body: rest.to_vec() })
     }
+
+    fn head(&self) -> [u8; 21] {
+        let mut head = [0; 21];
+        head[0] = self.kind;
+        head[1..3].copy_from_slice(&self.from.get().to_be_bytes());
+        head[3..5].copy_from_slice(&self.to.get().to_be_bytes());
+        head[5..13].copy_from_slice(&self.serial.0.to_be_bytes());
+        head[13..].copy_from_slice(&self.serial.1.to_be_bytes());
+        head
+    }
+
+    fn signed_part(&self) -> Vec<u8> {
+        [SIGNED, &self.head(), &self.body].concat()
+    }
+}
+
+fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], BadParcel> {
+    let (first, rest) = bytes.split_first_chunk().ok_or(BadParcel::Short)?;
+    *bytes = rest;
+    Ok(*first)
 }
 
 impl Gossip {
@@ -129,7 +168,11 @@ impl Gossip {
             return Err(Undelivered::TooLong(body.len()));
         }
         let next = self.parcel_hop(to).ok_or(Undelivered::NoWay(to))?;
-        let parcel = Parcel { from: self.own, to, hops: MAX_HOPS, kind, body };
+        self.parcels_sent += 1;
+        let serial = (self.draft.incarnation, self.parcels_sent);
+        let signature = Signature::default();
+        let mut parcel = Parcel { from: self.own, to, hops: MAX_HOPS, kind, serial, signature, body };
+        parcel.signature = self.signer.sign_bytes(&parcel.signed_part());
         self.actions.push_back(Action::SendParcel { to: next, parcel });
         Ok(())
     }
@@ -154,8 +197,7 @@ impl Gossip {
             return Ok(None);
         }
         if parcel.to == self.own {
-            self.actions.push_back(Action::Deliver(parcel));
-            return Ok(None);
+            return Ok(self.accept(parcel).err());
         }
         parcel.hops -= 1;
         if parcel.hops == 0 {
@@ -167,6 +209,21 @@ impl Gossip {
             None => return Ok(Some(Undelivered::NoWay(parcel.to))),
         }
         Ok(None)
+    }
+
+    fn accept(&mut self, parcel: Parcel) -> Result<(), Undelivered> {
+        let from = parcel.from;
+        let known = self.records.get(&from).map(Record::keys);
+        let key = self.proven.get(&from).copied().or(known).ok_or(Undelivered::Unsigned(from))?.verifying_key;
+        if !sign::is_signature(&key, &parcel.signed_part(), &parcel.signature) {
+            return Err(Undelivered::Unsigned(from));
+        }
+        if self.parcels_heard.get(&from).is_some_and(|(of, last)| *of == key && parcel.serial <= *last) {
+            return Err(Undelivered::Late(from));
+        }
+        self.parcels_heard.insert(from, (key, parcel.serial));
+        self.actions.push_back(Action::Deliver(parcel));
+        Ok(())
     }
 
     /// A neighbour needs no word of its own to be reached.

@@ -4,10 +4,18 @@ use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
 
 use super::{World, id};
 use crate::gossip::parcel::{FORMAT, KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
-use crate::gossip::{BadParcel, Parcel, Path, Undelivered};
+use crate::gossip::{Action, BadParcel, Parcel, Path, Signature, Undelivered};
 
 fn parcel() -> Parcel {
-    Parcel { from: id(5), to: id(300), hops: MAX_HOPS, kind: KIND_ALLOCATION, body: b"give".to_vec() }
+    Parcel {
+        from: id(5),
+        to: id(300),
+        hops: MAX_HOPS,
+        kind: KIND_ALLOCATION,
+        serial: (1_700_000_000_000, 258),
+        signature: Signature(std::array::from_fn(|place| place as u8)),
+        body: b"give".to_vec(),
+    }
 }
 
 #[test]
@@ -93,10 +101,68 @@ fn parcels_take_the_way_that_is_left() {
     assert_eq!(world.undelivered, []);
 }
 
+#[test]
+fn a_parcel_arrives_once_and_only_as_its_sender_made_it() {
+    let mut world = World::new(3, 6);
+    world.chain(3);
+    world.assert_converges_within(Duration::from_secs(5), 6);
+    let now = world.now;
+    let mut made = Vec::new();
+    for body in [b"one", b"two"] {
+        world.node(1).send_parcel(id(3), 1, body.to_vec()).unwrap();
+        let Some(Action::SendParcel { to, parcel }) = world.node(1).poll_action() else { panic!() };
+        assert_eq!(to, id(2));
+        made.push(parcel);
+    }
+    // The relay, which has the token like all of them, makes changes.
+    let forge = |change: fn(&mut Parcel)| {
+        let mut forged = made[0].clone();
+        change(&mut forged);
+        forged.encode()
+    };
+    for forged in [
+        forge(|it| it.body = b"all".to_vec()),
+        forge(|it| it.kind = 2),
+        forge(|it| it.from = id(2)),
+        forge(|it| it.serial.0 += 1),
+        forge(|it| it.serial.1 += 1),
+        forge(|it| it.signature = Signature([0; 64])),
+        forge(|it| it.from = id(9)),
+    ] {
+        let outcome = world.node(3).handle_parcel(id(2), &forged, now);
+        assert!(matches!(outcome, Ok(Some(Undelivered::Unsigned(_)))), "{outcome:?}");
+    }
+    let mut hear = |parcel: &Parcel| world.node(3).handle_parcel(id(2), &parcel.encode(), now).unwrap();
+    assert_eq!(hear(&made[0]), None);
+    assert_eq!(hear(&made[0]), Some(Undelivered::Late(id(1))));
+    assert_eq!(hear(&made[1]), None);
+    assert_eq!(hear(&made[0]), Some(Undelivered::Late(id(1))));
+    world.collect();
+    assert_eq!(world.delivered.len(), 2);
+    // After a restart it counts from one again, in a later incarnation.
+    world.kill(id(1));
+    world.start(super::record(1, 2));
+    world.connect(id(1), id(2));
+    world.assert_converges_within(Duration::from_secs(5), 6);
+    world.node(1).send_parcel(id(3), 1, b"new".to_vec()).unwrap();
+    world.collect();
+    world.run(Duration::from_secs(1));
+    assert_eq!(world.delivered.len(), 3);
+}
+
 /// These bytes are read by nodes of other versions: a change of any of them needs a new [`FORMAT`].
 #[test]
 fn the_wire_format_is_this() {
-    let golden = "0110010005012c67697665";
+    let signature: Vec<u8> = (0..64).collect();
+    let golden = [
+        "01100100", // format, hops, kind
+        "05012c",   // from, to
+        "0000018bcfe56800",
+        "0000000000000102",
+        &data_encoding::HEXLOWER.encode(&signature),
+        "67697665",
+    ]
+    .concat();
     assert_eq!(data_encoding::HEXLOWER.encode(&parcel().encode()), golden);
     assert_eq!(Parcel::decode(&parcel().encode()), Ok(parcel()));
 }
@@ -122,7 +188,7 @@ fn parcels_beyond_bounds_are_refused() {
         bad[place] = value;
         assert_eq!(Parcel::decode(&bad), Err(expected));
     }
-    for length in 0..7 {
+    for length in 0..good.len() - parcel().body.len() {
         assert_eq!(Parcel::decode(&good[..length]), Err(BadParcel::Short));
     }
 }
@@ -130,7 +196,7 @@ fn parcels_beyond_bounds_are_refused() {
 proptest! {
     #[test]
     fn what_is_read_is_what_was_written(bytes in prop::collection::vec(any::<u8>(), 0..60), hops in 0_u8..20) {
-        for bytes in [bytes.clone(), [&[FORMAT, hops, 1, 0, 5, 1], bytes.as_slice()].concat()] {
+        for bytes in [bytes.clone(), [&[FORMAT, hops, 1, 0, 5, 1], bytes.as_slice(), &[7; 80]].concat()] {
             if let Ok(parcel) = Parcel::decode(&bytes) {
                 prop_assert_eq!(parcel.encode(), bytes);
                 prop_assert!(parcel.hops <= MAX_HOPS && parcel.from != parcel.to);
