@@ -109,6 +109,11 @@ pub enum Refusal {
     /// A frame that breaks the protocol's rules.
     #[error("the other side broke the protocol ({0}); check that both hosts run the same overnode")]
     Frame(#[from] BadFrame),
+    /// The other side broke the rules of what travels in frames.
+    #[error(
+        "it was cut off because it sent {0}; check that it is a node of yours and runs the same overnode"
+    )]
+    CutOff(String),
     /// The other side gave a reason that this build does not know.
     #[error(
         "the other side refused for a reason that this version does not know; upgrade overnode on this host"
@@ -120,6 +125,11 @@ impl Refusal {
     /// True if trying the same address again is pointless: it is this node.
     pub const fn is_myself(&self) -> bool {
         matches!(self, Self::Myself)
+    }
+
+    /// True if the other side did what no honest node does.
+    pub const fn is_misconduct(&self) -> bool {
+        matches!(self, Self::Garbage(_) | Self::Frame(_) | Self::CutOff(_))
     }
 }
 
@@ -153,6 +163,7 @@ impl Verdict {
                 | Refusal::Closed
                 | Refusal::Garbage(_)
                 | Refusal::Frame(_)
+                | Refusal::CutOff(_)
                 | Refusal::Unknown,
             ) => Self::Other,
         }

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
+use super::limit::{BYTES_PER_SECOND, MESSAGES_PER_SECOND};
 use super::sign::{Keys, Signature};
 use crate::control::hello::{MAX_NICKNAME, clean};
 use crate::types::{NodeId, PublicKey, VerifyingKey};
@@ -102,6 +103,9 @@ pub enum BadMessage {
     /// A record or list beyond its bounds.
     #[error("a message with {0}")]
     Bounds(&'static str),
+    /// More than an honest node sends.
+    #[error("more than any node has to say: {MESSAGES_PER_SECOND} messages and {} KiB a second", BYTES_PER_SECOND >> 10)]
+    Flood,
     /// A record that the key it names has not signed.
     #[error("a false record of node {0}, which that node has not signed")]
     Signature(NodeId),

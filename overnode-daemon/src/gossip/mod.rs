@@ -16,6 +16,7 @@
 //! [`Gossip::poll_timeout`].
 
 mod dispute;
+mod limit;
 mod message;
 pub mod parcel;
 mod sign;
@@ -34,6 +35,7 @@ use ring::digest::{SHA256, digest};
 
 use dispute::Contender;
 pub use dispute::{CLASH_INTERVAL, DEFEND_INTERVAL, OBJECTION};
+use limit::Allowance;
 pub use message::{
     BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_RANGES, MAX_STAMP, Message, Record, Stamp,
 };
@@ -98,6 +100,8 @@ pub struct Gossip {
     records: BTreeMap<NodeId, Record>,
     stamps: BTreeMap<NodeId, Stamp>,
     neighbours: BTreeSet<NodeId>,
+    /// What each that ever was a neighbour may still say.
+    allowances: BTreeMap<NodeId, Allowance>,
     /// What the neighbours have proven themselves with.
     proven: BTreeMap<NodeId, Keys>,
     /// Records to pass on, with the neighbours that are known to have them.
@@ -137,6 +141,7 @@ impl Gossip {
             stamps: BTreeMap::from([(own.id, own.stamp())]),
             records: BTreeMap::from([(own.id, own)]),
             neighbours: BTreeSet::new(),
+            allowances: BTreeMap::new(),
             proven: BTreeMap::new(),
             news: BTreeMap::new(),
             publish_at: None,
@@ -273,18 +278,26 @@ impl Gossip {
     /// A message came from `peer`. Messages of nodes that are no neighbours are ignored.
     ///
     /// # Errors
-    /// [`BadMessage`] if it breaks the protocol: nothing of it was taken, and the connection should be closed.
+    /// [`BadMessage`] if it breaks the protocol, or is one too many: nothing of it was taken, and the connection should be closed.
     pub fn handle_message(&mut self, peer: NodeId, bytes: &[u8], now: Instant) -> Result<(), BadMessage> {
-        let message = Message::decode(bytes)?;
-        if self.neighbours.contains(&peer) {
-            match message {
-                Message::Summary(hash) => self.handle_summary(peer, hash),
-                Message::Digest { ask, stamps } => self.handle_digest(peer, ask, stamps),
-                Message::Request(ids) => self.send_records(peer, &ids),
-                Message::Delta(records) => return self.handle_delta(peer, records, now),
-            }
+        if !self.neighbours.contains(&peer) {
+            return Ok(());
+        }
+        if !self.hear(peer, bytes.len(), now) {
+            return Err(BadMessage::Flood);
+        }
+        match Message::decode(bytes)? {
+            Message::Summary(hash) => self.handle_summary(peer, hash),
+            Message::Digest { ask, stamps } => self.handle_digest(peer, ask, stamps),
+            Message::Request(ids) => self.answer(peer, &ids),
+            Message::Delta(records) => return self.handle_delta(peer, records, now),
         }
         Ok(())
+    }
+
+    /// False if the neighbour says too much.
+    fn hear(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
+        self.allowances.entry(peer).or_insert_with(|| Allowance::new(now)).hear(bytes, now)
     }
 
     /// Does what is due.
@@ -342,7 +355,7 @@ impl Gossip {
             .filter(|(id, stamp)| is_older(&self.stamps, id, stamp))
             .map(|(id, _)| *id)
             .collect();
-        self.send_records(peer, &news);
+        self.answer(peer, &news);
         if ask && !wanted.is_empty() {
             self.send(peer, Message::Request(wanted));
         }
@@ -474,22 +487,31 @@ impl Gossip {
         self.send(peer, Message::Summary(self.summary()));
     }
 
-    fn send_records(&mut self, peer: NodeId, ids: &[NodeId]) {
-        let (mut delta, mut bytes) = (Vec::new(), 0);
+    fn answer(&mut self, peer: NodeId, ids: &[NodeId]) {
+        let bytes = self.send_records(peer, ids);
+        if let Some(allowance) = self.allowances.get_mut(&peer) {
+            allowance.answer(bytes);
+        }
+    }
+
+    /// Returns about how many bytes that are.
+    fn send_records(&mut self, peer: NodeId, ids: &[NodeId]) -> usize {
+        let (mut delta, mut bytes, mut total) = (Vec::new(), 0, 0);
         for record in ids.iter().filter_map(|id| self.records.get(id)) {
-            bytes += 128 + 3 * record.links.len() + 18 * (record.ranges.len() + record.claims.len());
+            bytes += 256 + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len());
             delta.push(record.clone());
             if bytes >= message::DELTA_BYTES {
                 self.actions.push_back(Action::Send {
                     to: peer,
                     message: Message::Delta(std::mem::take(&mut delta)),
                 });
-                bytes = 0;
+                total += std::mem::take(&mut bytes);
             }
         }
         if !delta.is_empty() {
             self.send(peer, Message::Delta(delta));
         }
+        total + bytes
     }
 
     fn send(&mut self, to: NodeId, message: Message) {

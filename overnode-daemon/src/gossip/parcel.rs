@@ -68,6 +68,9 @@ pub enum BadParcel {
     /// More than [`MAX_BODY`] bytes.
     #[error("a parcel with a body of {0} bytes, where {MAX_BODY} are the most")]
     Body(usize),
+    /// More than an honest node sends.
+    #[error("{}", super::BadMessage::Flood)]
+    Flood,
 }
 
 /// Why a parcel was not sent, or not passed on.
@@ -188,8 +191,14 @@ impl Gossip {
         bytes: &[u8],
         now: Instant,
     ) -> Result<Option<Undelivered>, BadParcel> {
+        if !self.neighbours.contains(&peer) {
+            return Ok(None);
+        }
+        if !self.hear(peer, bytes.len(), now) {
+            return Err(BadParcel::Flood);
+        }
         let mut parcel = Parcel::decode(bytes)?;
-        if !self.neighbours.contains(&peer) || parcel.from == self.own {
+        if parcel.from == self.own {
             return Ok(None);
         }
         if parcel.to == self.own && parcel.kind == KIND_CLASH {

@@ -48,7 +48,7 @@ pub enum MeshEvent {
     /// A round trip was measured.
     RoundTrip(StreamId, Duration),
     /// A connection ended.
-    Closed(StreamId, String),
+    Closed(StreamId, Refusal),
     /// What a name resolved to.
     Resolved(AttemptId, Vec<SocketAddr>),
     /// An attempt did not lead to a connection.
@@ -338,11 +338,11 @@ async fn read(
     events: &mpsc::Sender<MeshEvent>,
     pongs: mpsc::WeakSender<Vec<u8>>,
     born: Instant,
-) -> String {
+) -> Refusal {
     loop {
         let message = match reader.receive().await {
             Ok(message) => message,
-            Err(refusal) => return refusal.to_string(),
+            Err(refusal) => return refusal,
         };
         let event = match Packet::decode(&message) {
             Ok(Packet::Gossip(bytes)) => MeshEvent::Received(id, bytes),
@@ -356,25 +356,25 @@ async fn read(
             }
             Ok(Packet::Pong(sent)) => {
                 let Some(rtt) = born.elapsed().checked_sub(Duration::from_micros(sent)) else {
-                    return "it answered a ping of the future".to_owned();
+                    return Refusal::CutOff("the answer to a ping of the future".to_owned());
                 };
                 MeshEvent::RoundTrip(id, rtt)
             }
-            Err(bad) => return format!("it sent {bad}"),
+            Err(bad) => return Refusal::CutOff(bad.to_string()),
         };
         if events.send(event).await.is_err() {
-            return "this node stops".to_owned();
+            return Refusal::Closed;
         }
     }
 }
 
-async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>, born: Instant) -> String {
+async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>, born: Instant) -> Refusal {
     let mut heartbeat = interval(HEARTBEAT);
     loop {
         let frame = tokio::select! {
             frame = queue.recv() => match frame {
                 Some(frame) => frame,
-                None => return "this node closed it".to_owned(),
+                None => return Refusal::Closed,
             },
             _ = heartbeat.tick() => {
                 let micros = u64::try_from(born.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -382,7 +382,7 @@ async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>
             }
         };
         if let Err(refusal) = writer.send(&frame).await {
-            return refusal.to_string();
+            return refusal;
         }
     }
 }

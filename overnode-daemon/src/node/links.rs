@@ -38,7 +38,8 @@ impl Node {
                     stream.rtt = Some(rtt);
                 }
             }
-            MeshEvent::Closed(id, why) => self.close(id, &why, now),
+            MeshEvent::Closed(id, why) if why.is_misconduct() => self.cut_off(id, &why, now),
+            MeshEvent::Closed(id, why) => self.close(id, &why.to_string(), now),
             MeshEvent::Resolved(attempt, addresses) => self.dialer.handle_resolved(attempt, &addresses),
             MeshEvent::DialFailed(attempt, failure) => self.dial_failed(attempt, &failure, now),
             MeshEvent::Refused { remote, refusal } => {
@@ -88,8 +89,7 @@ impl Node {
     fn received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
         let Some(peer) = self.streams.get(&id).map(|stream| stream.peer) else { return };
         if let Err(error) = self.gossip.handle_message(peer, bytes, now) {
-            tracing::warn!("node {peer} sent {error}; its connection is closed");
-            self.close(id, &error.to_string(), now);
+            self.cut_off(id, &Refusal::CutOff(error.to_string()), now);
         }
     }
 
@@ -99,10 +99,18 @@ impl Node {
             Ok(None) => {}
             Ok(Some(why)) => tracing::debug!("a parcel that node {peer} sent was not passed on: {why}"),
             Err(error) => {
-                tracing::warn!("node {peer} sent {error}; its connection is closed");
-                self.close(id, &error.to_string(), now);
+                self.cut_off(id, &Refusal::CutOff(error.to_string()), now);
             }
         }
+    }
+
+    /// Ends a connection whose other end does what no honest node does. If that one had called, nothing else would show it.
+    fn cut_off(&mut self, id: StreamId, why: &Refusal, now: Instant) {
+        let Some(stream) = self.streams.get(&id) else { return };
+        tracing::warn!("the connection with node {} at {} is cut: {why}", stream.peer, stream.remote);
+        let remote = stream.remote;
+        self.close(id, &why.to_string(), now);
+        self.dialer.handle_refused(remote, why, now);
     }
 
     /// Takes a parcel for this node.
