@@ -22,6 +22,8 @@ use crate::types::{NodeId, PublicKey};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a name may take to resolve.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most addresses of one destination that are tried in one attempt.
+const MAX_TRIES: usize = 8;
 /// A ping is sent this often.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Inbound connections that may be shaking hands at one time, for each address family. One more, and the oldest has to go: an honest
@@ -256,6 +258,14 @@ struct Ends {
 
 type Link = session::Link<TcpStream>;
 
+/// The addresses in the order in which they are tried: the families in turn, so that one of them that leads nowhere costs little time.
+fn in_turn(addresses: BTreeSet<SocketAddr>) -> Vec<SocketAddr> {
+    let (v4, v6): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv4);
+    let longer = v4.len().max(v6.len());
+    let turn = |place: usize| [v6.get(place), v4.get(place)].into_iter().flatten().copied();
+    (0..longer).flat_map(turn).take(MAX_TRIES).collect()
+}
+
 async fn call(shared: &Shared, attempt: AttemptId, place: Place) -> Result<(Ends, Link), DialFailure> {
     let (addresses, mut last) = match place {
         Place::Name(name) => {
@@ -293,8 +303,7 @@ async fn resolve(name: &str, port: u16) -> Vec<SocketAddr> {
         return vec![(address, port).into()];
     }
     let Ok(Ok(found)) = timeout(RESOLVE_TIMEOUT, lookup_host((name, port))).await else { return Vec::new() };
-    let found: BTreeSet<SocketAddr> = found.collect();
-    found.into_iter().collect()
+    in_turn(found.collect())
 }
 
 async fn greet(shared: &Shared, stream: TcpStream, role: Role) -> Result<(Ends, Link), Refusal> {
@@ -434,6 +443,32 @@ mod tests {
         assert!(matches!(&event, MeshEvent::Opened(opened) if opened.hello.id.get() == 2), "{event:?}");
         assert!(begun.elapsed() < session::HANDSHAKE_LIMIT / 2, "{:?}", begun.elapsed());
         accepting.abort();
+    }
+
+    #[test]
+    fn the_families_of_addresses_take_turns() {
+        let in_turn = |addresses: &[&str]| {
+            let addresses = addresses.iter().map(|ip| SocketAddr::new(ip.parse().unwrap(), 1)).collect();
+            in_turn(addresses).iter().map(|it| it.ip().to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            in_turn(&["192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1"]),
+            ["2001:db8::1", "192.0.2.1", "192.0.2.2", "192.0.2.3"]
+        );
+        assert_eq!(
+            in_turn(&["2001:db8::1", "2001:db8::2", "192.0.2.1"]),
+            ["2001:db8::1", "192.0.2.1", "2001:db8::2"]
+        );
+        assert_eq!(in_turn(&[]), [""; 0]);
+        let many: Vec<String> = (1..100).map(|n| format!("192.0.2.{n}")).collect();
+        assert_eq!(in_turn(&many.iter().map(String::as_str).collect::<Vec<_>>()).len(), MAX_TRIES);
+    }
+
+    #[tokio::test]
+    async fn a_name_that_does_not_resolve_is_not_an_address() {
+        assert_eq!(resolve("nowhere.invalid", 6783).await, []);
+        assert_eq!(resolve("2001:db8::1", 6783).await, ["[2001:db8::1]:6783".parse().unwrap()]);
+        assert_eq!(resolve("192.0.2.1", 6783).await, ["192.0.2.1:6783".parse().unwrap()]);
     }
 
     #[test]

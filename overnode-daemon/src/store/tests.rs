@@ -89,7 +89,7 @@ fn everything_survives_a_restart() {
 
     let store = Store::open_existing(&directory).unwrap();
     assert_eq!(store.identity().unwrap(), Some(identity()));
-    assert_eq!(store.targets().unwrap(), ["host1", "host2"]);
+    assert_eq!(store.targets().unwrap(), ["host2", "host1"], "in the order given");
     assert_eq!(store.attachments().unwrap(), [by_hand, attachment(1), attachment(3), attachment(20)]);
     assert_eq!(store.cursor().unwrap(), Some([10, 44, 0, 3].into()), "given last, not greatest, not by hand");
     assert_eq!(store.peers().unwrap(), [record(1), record(4095)]);
