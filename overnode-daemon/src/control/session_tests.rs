@@ -38,6 +38,7 @@ async fn two_nodes_with_one_token_meet_and_talk() {
     let (one, two) = (node(1, 1), node(2, 2));
     let (a, b) = meet(&one, &two).await;
     let (mut a, mut b) = (a.unwrap(), b.unwrap());
+    assert_eq!((a.version, b.version), (2, 2));
     assert_eq!(a.peer, two.hello);
     assert_eq!(b.peer, one.hello);
     let long: Vec<u8> = (0..frame::MAX_MESSAGE).map(|i| (i % 251) as u8).collect();
@@ -192,6 +193,67 @@ async fn a_misfit_is_named_on_both_sides() {
 
     let (a, b) = meet(&one, &one).await;
     assert!(matches!((&a, &b), (Err(Refusal::Myself), Err(Refusal::Myself))));
+}
+
+#[tokio::test]
+async fn the_newest_version_that_both_know_is_spoken() {
+    for (ours, theirs, expected) in [
+        ((1, 3), (2, 5), Some(3)),
+        ((2, 2), (1, 9), Some(2)),
+        ((4, 6), (1, 4), Some(4)),
+        ((1, 2), (3, 4), None),
+    ] {
+        let (mut one, mut two) = (node(1, 1), node(2, 2));
+        (one.hello.versions, two.hello.versions) = (ours, theirs);
+        let (a, b) = meet(&one, &two).await;
+        match expected {
+            Some(version) => assert_eq!((a.unwrap().version, b.unwrap().version), (version, version)),
+            None => {
+                for (text, old) in [(words(a), "this host"), (words(b), "the other host")] {
+                    assert!(text.contains("1 to 2") && text.contains("3 to 4"), "{text}");
+                    assert!(text.ends_with(&format!("upgrade overnode on {old}")), "{text}");
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_host_with_a_copy_of_the_disk_is_no_mirror() {
+    for id in [1, 2] {
+        let one = node(1, 1);
+        let mut copy = node(id, 1);
+        copy.hello.process = 99;
+        let (a, b) = meet(&one, &copy).await;
+        for outcome in [a, b] {
+            let text = words(outcome);
+            assert!(text.contains("a copy of this node's disk") && text.contains("overnode reset"), "{text}");
+        }
+    }
+}
+
+/// These bytes are read by nodes of other versions: new reasons go to the end.
+#[test]
+fn the_verdicts_have_this_wire_format() {
+    let clash =
+        || Refusal::IdClash { id: NodeId::new(300).unwrap(), holder: "one".into(), newcomer: "two".into() };
+    let network = Network::default();
+    let versions = Refusal::Version { ours: (1, 1), theirs: (2, 2) };
+    let elsewhere = Refusal::Network { ours: network, theirs: network, peer: String::new() };
+    for (outcome, golden) in [
+        (Ok(()), "00"),
+        (Err(versions), "01"),
+        (Err(elsewhere), "02"),
+        (Err(clash()), "03ac02036f6e650374776f"),
+        (Err(Refusal::Myself), "04"),
+        (Err(Refusal::Closed), "05"),
+        (Err(Refusal::Copy(NodeId::new(1).unwrap())), "06"),
+    ] {
+        let verdict = Verdict::of(&outcome);
+        assert_eq!(data_encoding::HEXLOWER.encode(&verdict.encode()), golden);
+        assert_eq!(Verdict::decode(&verdict.encode()).unwrap(), verdict);
+    }
+    assert!(matches!(Verdict::decode(&[7]), Err(Refusal::Unknown)), "of a later version");
 }
 
 #[tokio::test]

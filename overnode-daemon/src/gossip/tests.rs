@@ -10,6 +10,7 @@ use crate::control::packet::Packet;
 use crate::types::{PublicKey, Secret, VerifyingKey};
 
 mod clashes;
+mod hostile;
 mod parcels;
 
 fn id(id: u16) -> NodeId {

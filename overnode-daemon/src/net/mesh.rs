@@ -82,6 +82,8 @@ pub struct Opened {
     pub remote: SocketAddr,
     pub local: SocketAddr,
     pub hello: Hello,
+    /// The control protocol that both speak.
+    pub version: u16,
     pub outbox: Outbox,
 }
 
@@ -328,6 +330,7 @@ async fn run(shared: Shared, attempt: Option<AttemptId>, ends: Ends, link: Link)
         remote: ends.remote,
         local: ends.local,
         hello: link.peer,
+        version: link.version,
         outbox: Outbox(outbox),
     };
     if shared.events.send(MeshEvent::Opened(Box::new(opened))).await.is_err() {

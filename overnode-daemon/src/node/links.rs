@@ -62,7 +62,8 @@ impl Node {
             self.dialer.handle_established(opened.attempt, &opened.hello, opened.remote, now);
         // Dropping the outbox closes the stream.
         let Verdict::Keep { is_first } = verdict else { return };
-        tracing::info!("connected with node {peer} ({}) at {}", opened.hello.nickname, opened.remote);
+        let Opened { hello, remote, version, .. } = &opened;
+        tracing::info!("connected with node {peer} ({}) at {remote}, protocol {version}", hello.nickname);
         let stream = Stream {
             connection,
             peer,
