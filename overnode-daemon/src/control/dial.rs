@@ -233,6 +233,12 @@ impl Dialer {
             self.connections.iter().filter(|(_, old)| old.peer == peer.id).map(|(id, _)| *id).collect();
         let is_kept = rivals.iter().all(|rival| new.stays_beside(&self.connections[rival], self.own));
         if !is_kept {
+            let other = rivals.iter().map(|rival| &self.connections[rival]);
+            if let Some(holder) = other.into_iter().find(|old| old.public_key != new.public_key) {
+                let (holder, newcomer) = (holder.nickname.clone(), new.nickname);
+                let clash = Refusal::IdClash { id: peer.id, holder, newcomer };
+                self.handle_refused(address, &clash, now);
+            }
             return (id, Verdict::Close);
         }
         for rival in &rivals {

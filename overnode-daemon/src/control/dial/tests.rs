@@ -363,4 +363,8 @@ fn a_second_host_with_an_id_is_seen_and_does_not_replace_the_first() {
     assert_eq!(bench.established(None, &second).1, Verdict::Close);
     assert_eq!(bench.dialer.connection(id(7)), Some(first));
     assert_eq!(bench.actions(), []);
+    let status = bench.dialer.connection_status();
+    let refused = status.iter().find(|one| one.phase == Phase::Refused).unwrap();
+    let words = &refused.last_error.as_ref().unwrap().0;
+    assert!(words.starts_with("ID 7 is used twice: by host7 and by host7"), "{words}");
 }
