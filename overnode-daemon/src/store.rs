@@ -25,7 +25,7 @@ use crate::gossip;
 use crate::types::{NodeId, PeerIndex, Secret};
 
 /// The layout of the tables. Another one is refused.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 /// The database's name in the state directory.
 pub const DATABASE: &str = "overnode.redb";
 /// The lock's name in the state directory. Holds the process ID of the daemon.
@@ -35,7 +35,8 @@ const CACHE_BYTES: usize = 1 << 20;
 
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const SECRETS: TableDefinition<&str, &[u8]> = TableDefinition::new("secrets");
-const TARGETS: TableDefinition<&str, ()> = TableDefinition::new("targets");
+/// By the order in which they were added.
+const TARGETS: TableDefinition<u32, &str> = TableDefinition::new("targets");
 const ATTACHMENTS: TableDefinition<&str, &[u8]> = TableDefinition::new("attachments");
 const PEERS: TableDefinition<u16, &[u8]> = TableDefinition::new("peers");
 const EXTERNAL: TableDefinition<u32, &[u8]> = TableDefinition::new("external_peers");
@@ -193,14 +194,14 @@ impl Store {
         })
     }
 
-    /// The names of the targets.
+    /// The names of the targets, in the order in which they were added.
     ///
     /// # Errors
     /// [`StoreError::Damaged`].
     pub fn targets(&self) -> Result<Vec<String>> {
         self.read(|read| {
             let table = read.open_table(TARGETS)?;
-            table.iter()?.map(|entry| Ok(entry?.0.value().to_owned())).collect()
+            table.iter()?.map(|entry| Ok(entry?.1.value().to_owned())).collect()
         })
     }
 
@@ -490,9 +491,9 @@ fn encode<T: Serialize>(value: &T) -> Vec<u8> {
 
 fn replace_targets(change: &WriteTransaction, targets: &[String]) -> std::result::Result<(), redb::Error> {
     let mut table = change.open_table(TARGETS)?;
-    table.retain(|_, ()| false)?;
-    for target in targets {
-        table.insert(target.as_str(), ())?;
+    table.retain(|_, _| false)?;
+    for (place, target) in (0..).zip(targets) {
+        table.insert(place, target.as_str())?;
     }
     Ok(())
 }

@@ -89,6 +89,11 @@ impl fmt::Display for PeerIndex {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublicKey(pub [u8; 32]);
 
+/// An Ed25519 public key, which a node's records are verified with. Shown and parsed as [`PublicKey`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(from = "PublicKey", into = "PublicKey")]
+pub struct VerifyingKey(pub [u8; 32]);
+
 /// 32 bytes that nobody may see: wiped when dropped, never printed.
 #[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
 pub struct Secret(pub [u8; 32]);
@@ -129,6 +134,18 @@ impl FromStr for Secret {
 
     fn from_str(text: &str) -> Result<Self, BadKey> {
         decode_key(text).map(Self)
+    }
+}
+
+impl From<PublicKey> for VerifyingKey {
+    fn from(bytes: PublicKey) -> Self {
+        Self(bytes.0)
+    }
+}
+
+impl From<VerifyingKey> for PublicKey {
+    fn from(bytes: VerifyingKey) -> Self {
+        Self(bytes.0)
     }
 }
 

@@ -11,7 +11,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ use status::Refused;
 pub use status::{ConnectionStatus, Direction, Phase, TargetStatus};
 
 use super::hello::{Hello, Refusal};
-use crate::types::{NodeId, PublicKey};
+use crate::types::NodeId;
 
 /// The first pause after a failed try.
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -53,7 +53,7 @@ pub struct ConnectionId(pub u64);
 /// Where to dial.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// A target: resolve the name now (port [`super::CONTROL_PORT`] unless it names one), then try its addresses in turn.
+    /// A target: resolve the name now (port [`super::CONTROL_PORT`]), then try its addresses in turn.
     Name(String),
     /// The addresses that gossip told of a node: try them in turn.
     Addresses(NodeId, Vec<SocketAddr>),
@@ -86,17 +86,14 @@ pub enum Verdict {
     Close,
 }
 
-/// A name that is no target.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0} is not a target of this node; `overnode status --targets` lists them")]
-pub struct UnknownTarget(pub String);
-
 /// The dialler of one node.
 #[derive(Debug)]
 pub struct Dialer {
     own: NodeId,
     discovery: bool,
     rng: StdRng,
+    /// In the order in which they were added.
+    targets: Vec<String>,
     destinations: BTreeMap<Key, Destination>,
     attempts: BTreeMap<AttemptId, Key>,
     connections: BTreeMap<ConnectionId, Connection>,
@@ -120,6 +117,7 @@ impl Dialer {
             own,
             discovery,
             rng,
+            targets: Vec::new(),
             destinations: BTreeMap::new(),
             attempts: BTreeMap::new(),
             connections: BTreeMap::new(),
@@ -132,6 +130,9 @@ impl Dialer {
 
     /// Adds a target and tries it at once, also if it was one already.
     pub fn add_target(&mut self, name: &str, now: Instant) {
+        if !self.targets.iter().any(|target| target == name) {
+            self.targets.push(name.to_owned());
+        }
         let target = self
             .destinations
             .entry(Key::Target(name.to_owned()))
@@ -140,18 +141,10 @@ impl Dialer {
         self.start_due(now);
     }
 
-    /// Removes a target. Connections stay; a try that is under way is not counted any more.
-    ///
-    /// # Errors
-    /// [`UnknownTarget`].
-    pub fn forget_target(&mut self, name: &str) -> Result<(), UnknownTarget> {
-        let key = Key::Target(name.to_owned());
-        self.destinations.remove(&key).map(drop).ok_or_else(|| UnknownTarget(name.to_owned()))
-    }
-
-    /// Makes `names` the targets, instead of those there were.
+    /// Makes `names` the targets, instead of those there were, and tries all of them at once. Connections stay; a try that is under way
+    /// with what is a target no more is not counted.
     pub fn replace_targets(&mut self, names: &[String], now: Instant) {
-        let names: BTreeSet<_> = names.iter().collect();
+        self.targets.retain(|name| names.contains(name));
         self.destinations.retain(|key, _| match key {
             Key::Target(name) => names.contains(name),
             Key::Learned(_) => true,
@@ -159,17 +152,6 @@ impl Dialer {
         for name in names {
             self.add_target(name, now);
         }
-    }
-
-    /// The targets' names.
-    pub fn targets(&self) -> Vec<String> {
-        self.destinations
-            .keys()
-            .filter_map(|key| match key {
-                Key::Target(name) => Some(name.clone()),
-                Key::Learned(_) => None,
-            })
-            .collect()
     }
 
     /// Gossip knows these addresses of a node.
@@ -251,6 +233,12 @@ impl Dialer {
             self.connections.iter().filter(|(_, old)| old.peer == peer.id).map(|(id, _)| *id).collect();
         let is_kept = rivals.iter().all(|rival| new.stays_beside(&self.connections[rival], self.own));
         if !is_kept {
+            let other = rivals.iter().map(|rival| &self.connections[rival]);
+            if let Some(holder) = other.into_iter().find(|old| old.public_key != new.public_key) {
+                let (holder, newcomer) = (holder.nickname.clone(), new.nickname);
+                let clash = Refusal::IdClash { id: peer.id, holder, newcomer };
+                self.handle_refused(address, &clash, now);
+            }
             return (id, Verdict::Close);
         }
         for rival in &rivals {
@@ -316,13 +304,6 @@ impl Dialer {
             self.start_due(now);
         }
         Some((lost.peer, is_last))
-    }
-
-    /// The nickname of the node that is connected under `id` with another key: two hosts have one ID. To be asked, with
-    /// [`crate::gossip::Gossip::clash`], before a newcomer is admitted.
-    pub fn clash(&self, id: NodeId, public_key: &PublicKey) -> Option<&str> {
-        let mut of_id = self.connections.values().filter(|connection| connection.peer == id);
-        of_id.find(|connection| connection.public_key != *public_key).map(|other| other.nickname.as_str())
     }
 
     /// The connection to send to a node by: the newest.

@@ -148,6 +148,21 @@ mod tests {
         }
     }
 
+    /// These bytes are read by nodes of other versions.
+    #[test]
+    fn the_wire_format_is_this() {
+        let hex = |bytes: &[u8]| data_encoding::HEXLOWER.encode(bytes);
+        assert_eq!(parts(b"").map(|part| hex(&part)).collect::<Vec<_>>(), ["00"]);
+        assert_eq!(parts(b"abc").map(|part| hex(&part)).collect::<Vec<_>>(), ["00616263"]);
+        let long: Vec<_> = parts(&[7; MAX_PART + 2]).collect();
+        assert_eq!((long[0].len(), &long[0][..3]), (65_519, &[1, 7, 7][..]));
+        assert_eq!(hex(&long[1]), "000707");
+        let mut cutter = Cutter::default();
+        cutter.buffer().extend_from_slice(&[0, 3, 1, 2, 3, 0, 1, 1]);
+        assert_eq!(cutter.next(MAX_FRAME).unwrap(), Some(&[1, 2, 3][..]));
+        assert_eq!(cutter.next(MAX_FRAME).unwrap(), Some(TOKEN_REFUSED));
+    }
+
     #[test]
     fn bounds_hold() {
         let mut joiner = Joiner::default();

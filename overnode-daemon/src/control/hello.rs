@@ -5,12 +5,13 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use super::frame::BadFrame;
-use crate::types::{Network, NodeId, PublicKey};
+use crate::gossip::Keys;
+use crate::types::{Network, NodeId, PublicKey, VerifyingKey};
 
 /// The oldest control protocol that this build speaks.
-pub const OLDEST_VERSION: u16 = 1;
+pub const OLDEST_VERSION: u16 = 2;
 /// The newest control protocol that this build speaks.
-pub const NEWEST_VERSION: u16 = 1;
+pub const NEWEST_VERSION: u16 = 2;
 /// Longest nickname, in bytes.
 pub const MAX_NICKNAME: usize = 64;
 
@@ -27,6 +28,10 @@ pub struct Hello {
     pub nickname: String,
     /// The cluster's addresses, as this node was told.
     pub network: Network,
+    /// What its records are verified with.
+    pub verifying_key: VerifyingKey,
+    /// Drawn when the daemon starts: tells it from another that runs with a copy of its disk.
+    pub process: u64,
     /// Never sent: proven by the handshake.
     pub public_key: PublicKey,
 }
@@ -78,6 +83,11 @@ pub enum Refusal {
         /// The nickname of the other.
         newcomer: String,
     },
+    /// The other host has this one's disk.
+    #[error(
+        "another host runs with a copy of this node's disk (node {0}); stop one of the two, run `overnode reset --force` there, and          launch it with an ID of its own"
+    )]
+    Copy(NodeId),
     /// The connection leads back to this node.
     #[error("this address is the node's own; it needs no connection to itself")]
     Myself,
@@ -99,6 +109,11 @@ pub enum Refusal {
     /// A frame that breaks the protocol's rules.
     #[error("the other side broke the protocol ({0}); check that both hosts run the same overnode")]
     Frame(#[from] BadFrame),
+    /// The other side broke the rules of what travels in frames.
+    #[error(
+        "it was cut off because it sent {0}; check that it is a node of yours and runs the same overnode"
+    )]
+    CutOff(String),
     /// The other side gave a reason that this build does not know.
     #[error(
         "the other side refused for a reason that this version does not know; upgrade overnode on this host"
@@ -111,6 +126,11 @@ impl Refusal {
     pub const fn is_myself(&self) -> bool {
         matches!(self, Self::Myself)
     }
+
+    /// True if the other side did what no honest node does.
+    pub const fn is_misconduct(&self) -> bool {
+        matches!(self, Self::Garbage(_) | Self::Frame(_) | Self::CutOff(_))
+    }
 }
 
 /// A refusal as one side tells it to the other. New reasons go to the end.
@@ -122,6 +142,7 @@ pub(super) enum Verdict {
     IdClash { id: NodeId, holder: String, newcomer: String },
     Myself,
     Other,
+    Copy,
 }
 
 impl Verdict {
@@ -134,6 +155,7 @@ impl Verdict {
                 Self::IdClash { id: *id, holder: clip(holder), newcomer: clip(newcomer) }
             }
             Err(Refusal::Myself) => Self::Myself,
+            Err(Refusal::Copy(_)) => Self::Copy,
             Err(
                 Refusal::Token
                 | Refusal::TimedOut(_)
@@ -141,6 +163,7 @@ impl Verdict {
                 | Refusal::Closed
                 | Refusal::Garbage(_)
                 | Refusal::Frame(_)
+                | Refusal::CutOff(_)
                 | Refusal::Unknown,
             ) => Self::Other,
         }
@@ -154,6 +177,7 @@ impl Verdict {
             Self::IdClash { id, holder, newcomer } => Err(Refusal::IdClash { id, holder, newcomer }),
             Self::Myself => Err(Refusal::Myself),
             Self::Other => Err(Refusal::Unknown),
+            Self::Copy => Err(Refusal::Copy(me.id)),
         }
     }
 
@@ -174,6 +198,11 @@ impl Verdict {
 }
 
 impl Hello {
+    /// What the node proves itself with.
+    pub fn keys(&self) -> Keys {
+        Keys { public_key: self.public_key, verifying_key: self.verifying_key }
+    }
+
     /// The bytes that travel: oldest and newest version (u16 little-endian each), then postcard.
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = [self.versions.0.to_le_bytes(), self.versions.1.to_le_bytes()].concat();
@@ -182,6 +211,8 @@ impl Hello {
             incarnation: self.incarnation,
             nickname: clip(&self.nickname),
             network: self.network,
+            verifying_key: self.verifying_key,
+            process: self.process,
         };
         bytes.extend(postcard::to_allocvec(&body).expect("plain data of bounded size"));
         bytes
@@ -207,6 +238,8 @@ impl Hello {
             incarnation: body.incarnation,
             nickname: clean(&body.nickname),
             network: body.network,
+            verifying_key: body.verifying_key,
+            process: body.process,
             public_key,
         })
     }
@@ -216,7 +249,7 @@ impl Hello {
     /// # Errors
     /// The [`Refusal`] that applies.
     pub fn check(&self, peer: &Self) -> Result<(), Refusal> {
-        if self.public_key == peer.public_key && self.id == peer.id {
+        if self.public_key == peer.public_key && self.id == peer.id && self.process == peer.process {
             return Err(Refusal::Myself);
         }
         if common_version(self.versions, peer.versions).is_none() {
@@ -224,6 +257,9 @@ impl Hello {
         }
         if self.network != peer.network {
             return Err(network(self, peer));
+        }
+        if self.public_key == peer.public_key {
+            return Err(Refusal::Copy(self.id));
         }
         if self.id == peer.id {
             return Err(Refusal::IdClash {
@@ -258,6 +294,8 @@ struct Body {
     incarnation: u64,
     nickname: String,
     network: Network,
+    verifying_key: VerifyingKey,
+    process: u64,
 }
 
 fn network(me: &Hello, peer: &Hello) -> Refusal {

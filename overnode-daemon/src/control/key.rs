@@ -22,6 +22,7 @@ pub const MAX_TOKEN: usize = 4096;
 const SALT: &[u8] = b"overnode cluster key v1";
 const PAIR: &[u8] = b"overnode pair v1";
 const CONTROL: &[u8] = b"overnode control v1";
+const SIGNING: &[u8] = b"overnode signing v1";
 
 /// A token that cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -58,6 +59,11 @@ pub fn pair_key(cluster_key: &Secret, one: &PublicKey, other: &PublicKey) -> Sec
 /// The pre-shared key of control connections (the psk3 of the Noise pattern).
 pub fn control_key(cluster_key: &Secret) -> Secret {
     expand(cluster_key, &[CONTROL])
+}
+
+/// The seed of the Ed25519 key with which the node that has this static secret signs.
+pub fn signing_seed(static_secret: &Secret) -> Secret {
+    expand(static_secret, &[SIGNING])
 }
 
 /// 32 bytes from the system's generator: a new static key.

@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, Wr
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::frame::{self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, TAG, TOKEN_REFUSED};
-use super::hello::{Hello, Refusal, Verdict};
+use super::hello::{Hello, Refusal, Verdict, common_version};
 use super::key;
 use crate::types::{PublicKey, Secret};
 
@@ -64,6 +64,8 @@ pub enum Role {
 pub struct Link<S> {
     /// Who is at the other end.
     pub peer: Hello,
+    /// The control protocol that is spoken: the newest that both know.
+    pub version: u16,
     /// The receiving half.
     pub reader: Reader<S>,
     /// The sending half.
@@ -348,7 +350,12 @@ async fn finish<S: AsyncRead + AsyncWrite>(
         }
     };
     match outcome {
-        Ok(peer) => Ok(Link { peer, reader, writer }),
+        Ok(peer) => {
+            let version = common_version(me.hello.versions, peer.versions);
+            let version =
+                version.ok_or(Refusal::Version { ours: me.hello.versions, theirs: peer.versions })?;
+            Ok(Link { peer, version, reader, writer })
+        }
         Err(refusal) => {
             writer.close().await;
             Err(refusal)

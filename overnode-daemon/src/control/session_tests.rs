@@ -2,16 +2,18 @@ use proptest::prelude::*;
 use tokio::io::{DuplexStream, duplex};
 
 use super::*;
-use crate::types::{Network, NodeId};
+use crate::types::{Network, NodeId, VerifyingKey};
 
 fn node(id: u16, seed: u8) -> Me {
     let static_secret = Secret([seed; 32]);
     let hello = Hello {
-        versions: (1, 1),
+        versions: (2, 2),
         id: NodeId::new(id).unwrap(),
         incarnation: 1,
         nickname: format!("host{id}"),
         network: Network::default(),
+        verifying_key: VerifyingKey([seed; 32]),
+        process: id.into(),
         public_key: key::public_key(&static_secret),
     };
     Me { static_secret, cluster_key: Secret([9; 32]), hello }
@@ -36,6 +38,7 @@ async fn two_nodes_with_one_token_meet_and_talk() {
     let (one, two) = (node(1, 1), node(2, 2));
     let (a, b) = meet(&one, &two).await;
     let (mut a, mut b) = (a.unwrap(), b.unwrap());
+    assert_eq!((a.version, b.version), (2, 2));
     assert_eq!(a.peer, two.hello);
     assert_eq!(b.peer, one.hello);
     let long: Vec<u8> = (0..frame::MAX_MESSAGE).map(|i| (i % 251) as u8).collect();
@@ -177,11 +180,11 @@ async fn a_misfit_is_named_on_both_sides() {
     let (a, b) = meet(&one, &modern).await;
     assert_eq!(
         words(a),
-        "no common protocol version: this node speaks 1 to 1, the other 7 to 9; upgrade overnode on this host"
+        "no common protocol version: this node speaks 2 to 2, the other 7 to 9; upgrade overnode on this host"
     );
     assert_eq!(
         words(b),
-        "no common protocol version: this node speaks 7 to 9, the other 1 to 1; upgrade overnode on the other host"
+        "no common protocol version: this node speaks 7 to 9, the other 2 to 2; upgrade overnode on the other host"
     );
 
     let (a, b) = meet(&one, &node(1, 3)).await;
@@ -190,6 +193,67 @@ async fn a_misfit_is_named_on_both_sides() {
 
     let (a, b) = meet(&one, &one).await;
     assert!(matches!((&a, &b), (Err(Refusal::Myself), Err(Refusal::Myself))));
+}
+
+#[tokio::test]
+async fn the_newest_version_that_both_know_is_spoken() {
+    for (ours, theirs, expected) in [
+        ((1, 3), (2, 5), Some(3)),
+        ((2, 2), (1, 9), Some(2)),
+        ((4, 6), (1, 4), Some(4)),
+        ((1, 2), (3, 4), None),
+    ] {
+        let (mut one, mut two) = (node(1, 1), node(2, 2));
+        (one.hello.versions, two.hello.versions) = (ours, theirs);
+        let (a, b) = meet(&one, &two).await;
+        match expected {
+            Some(version) => assert_eq!((a.unwrap().version, b.unwrap().version), (version, version)),
+            None => {
+                for (text, old) in [(words(a), "this host"), (words(b), "the other host")] {
+                    assert!(text.contains("1 to 2") && text.contains("3 to 4"), "{text}");
+                    assert!(text.ends_with(&format!("upgrade overnode on {old}")), "{text}");
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_host_with_a_copy_of_the_disk_is_no_mirror() {
+    for id in [1, 2] {
+        let one = node(1, 1);
+        let mut copy = node(id, 1);
+        copy.hello.process = 99;
+        let (a, b) = meet(&one, &copy).await;
+        for outcome in [a, b] {
+            let text = words(outcome);
+            assert!(text.contains("a copy of this node's disk") && text.contains("overnode reset"), "{text}");
+        }
+    }
+}
+
+/// These bytes are read by nodes of other versions: new reasons go to the end.
+#[test]
+fn the_verdicts_have_this_wire_format() {
+    let clash =
+        || Refusal::IdClash { id: NodeId::new(300).unwrap(), holder: "one".into(), newcomer: "two".into() };
+    let network = Network::default();
+    let versions = Refusal::Version { ours: (1, 1), theirs: (2, 2) };
+    let elsewhere = Refusal::Network { ours: network, theirs: network, peer: String::new() };
+    for (outcome, golden) in [
+        (Ok(()), "00"),
+        (Err(versions), "01"),
+        (Err(elsewhere), "02"),
+        (Err(clash()), "03ac02036f6e650374776f"),
+        (Err(Refusal::Myself), "04"),
+        (Err(Refusal::Closed), "05"),
+        (Err(Refusal::Copy(NodeId::new(1).unwrap())), "06"),
+    ] {
+        let verdict = Verdict::of(&outcome);
+        assert_eq!(data_encoding::HEXLOWER.encode(&verdict.encode()), golden);
+        assert_eq!(Verdict::decode(&verdict.encode()).unwrap(), verdict);
+    }
+    assert!(matches!(Verdict::decode(&[7]), Err(Refusal::Unknown)), "of a later version");
 }
 
 #[tokio::test]
@@ -370,9 +434,9 @@ proptest! {
 
     #[test]
     fn greetings_and_verdicts_of_any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-        let with_version = [&[1, 0, 1, 0], bytes.as_slice()].concat();
+        let with_version = [&[2, 0, 2, 0], bytes.as_slice()].concat();
         for bytes in [&bytes, &with_version] {
-            if let Ok(hello) = Hello::decode(bytes, PublicKey([1; 32]), (1, 1)) {
+            if let Ok(hello) = Hello::decode(bytes, PublicKey([1; 32]), (2, 2)) {
                 prop_assert!(hello.nickname.len() <= crate::control::hello::MAX_NICKNAME);
                 prop_assert!(!hello.nickname.contains(char::is_control));
             }
@@ -384,16 +448,18 @@ proptest! {
 #[test]
 fn the_greeting_has_this_wire_format() {
     let golden = [
-        vec![1, 0, 1, 0],                      // versions
+        vec![2, 0, 2, 0],                      // versions
         vec![2],                               // ID
         vec![0xac, 0x02],                      // incarnation 300
         vec![5, b'h', b'o', b's', b't', b'2'], // nickname
         vec![0, 10, 32, 0, 0, 12],             // subnet
         vec![0, 10, 40, 0, 0, 13],             // range
+        vec![2; 32],                           // verifying key
+        vec![0x81, 0x02],                      // process 257
     ]
     .concat();
     let mut hello = node(2, 2).hello;
-    hello.incarnation = 300;
+    (hello.incarnation, hello.process) = (300, 257);
     assert_eq!(hello.encode(), golden);
     let longer = [golden, vec![1, 2, 3]].concat();
     assert_eq!(Hello::decode(&longer, hello.public_key, (1, 4)).unwrap(), hello, "later versions may append");

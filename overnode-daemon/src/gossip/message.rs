@@ -8,11 +8,13 @@ use ipnet::IpNet;
 use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
+use super::limit::{BYTES_PER_SECOND, MESSAGES_PER_SECOND};
+use super::sign::{Keys, Signature};
 use crate::control::hello::{MAX_NICKNAME, clean};
-use crate::types::{NodeId, PublicKey};
+use crate::types::{NodeId, PublicKey, VerifyingKey};
 
 /// The version of the wire format.
-pub const FORMAT: u8 = 1;
+pub const FORMAT: u8 = 2;
 /// Most control addresses in a record.
 pub const MAX_ADDRESSES: usize = 16;
 /// Most ranges in a record.
@@ -47,6 +49,12 @@ pub struct Record {
     pub ranges: Vec<IpNet>,
     /// Single addresses outside of all ranges that are attached to it.
     pub claims: Vec<IpAddr>,
+    /// The key that the record is signed with.
+    #[serde(default)]
+    pub verifying_key: VerifyingKey,
+    /// Over everything above.
+    #[serde(default)]
+    pub signature: Signature,
 }
 
 /// How new a record is: the greater is the newer. Two records of one version differ only if somebody lies or a disk was
@@ -95,6 +103,12 @@ pub enum BadMessage {
     /// A record or list beyond its bounds.
     #[error("a message with {0}")]
     Bounds(&'static str),
+    /// More than an honest node sends.
+    #[error("more than any node has to say: {MESSAGES_PER_SECOND} messages and {} KiB a second", BYTES_PER_SECOND >> 10)]
+    Flood,
+    /// A record that the key it names has not signed.
+    #[error("a false record of node {0}, which that node has not signed")]
+    Signature(NodeId),
 }
 
 impl Record {
@@ -104,6 +118,11 @@ impl Record {
         let mut hash = [0; 4];
         hash.copy_from_slice(&digest(&SHA256, &bytes).as_ref()[..4]);
         Stamp { incarnation: self.incarnation, version: self.version, hash }
+    }
+
+    /// What its owner proves itself with.
+    pub fn keys(&self) -> Keys {
+        Keys { public_key: self.public_key, verifying_key: self.verifying_key }
     }
 
     /// What is kept of a node that has left.

@@ -6,33 +6,44 @@
 //! by comparing: neighbours exchange digests when they connect, and every [`COMPARE_INTERVAL`] a hash
 //! with one neighbour chosen at random.
 //!
-//! A record about this node that it did not make is answered by a newer one ([`Action::Contested`] tells the
-//! node). A node that leaves puts up a tombstone, which is kept: whoever comes back from a long
-//! separation must not revive the dead.
+//! A record about this node that it did not make is answered by a newer one ([`dispute`]). A node that leaves puts up a tombstone, which is
+//! kept: whoever comes back from a long separation must not revive the dead.
+//!
+//! From the links that both ends report follow the shortest paths, on which [parcels](parcel) go from any node to any other.
 //!
 //! Inputs: [`Gossip::handle_connected`], [`Gossip::handle_disconnected`], [`Gossip::handle_message`],
-//! [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs: [`Gossip::poll_action`],
+//! [`Gossip::handle_parcel`], [`Gossip::send_parcel`], [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs: [`Gossip::poll_action`],
 //! [`Gossip::poll_timeout`].
 
+mod dispute;
+mod limit;
 mod message;
+pub mod parcel;
+mod sign;
 mod topology;
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::rngs::StdRng;
 use ring::digest::{SHA256, digest};
 
+use dispute::Contender;
+pub use dispute::{CLASH_INTERVAL, DEFEND_INTERVAL, OBJECTION};
+use limit::Allowance;
 pub use message::{
     BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_RANGES, MAX_STAMP, Message, Record, Stamp,
 };
+pub use parcel::{BadParcel, Parcel, Undelivered};
+pub use sign::{Keys, Signature, Signer};
 pub use topology::Path;
 
-use crate::types::{NodeId, PublicKey};
+use crate::types::{NodeId, VerifyingKey};
 
 /// How often a node compares what it knows with one neighbour. Jittered by a quarter each way.
 pub const COMPARE_INTERVAL: Duration = Duration::from_secs(30);
@@ -41,8 +52,6 @@ pub const COLLECT: Duration = Duration::from_millis(50);
 /// A node publishes changes of itself no more often than every so much per neighbour: at a cold start of a thousand nodes, each
 /// gains links for seconds, and tells all others of each.
 pub const PACE: Duration = Duration::from_millis(2);
-/// A contested own record is answered no more often than this.
-pub const DEFEND_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the node must do or know.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,17 +63,29 @@ pub enum Action {
         /// What to send.
         message: Message,
     },
+    /// Send a parcel to a neighbour: one of this node's, or one that it passes on.
+    SendParcel {
+        /// The neighbour.
+        to: NodeId,
+        /// What to send.
+        parcel: Parcel,
+    },
+    /// A parcel for this node has arrived.
+    Deliver(Parcel),
     /// There is a newer record of a node that is part of the cluster. By the time this is polled there may be one newer still, even a
     /// tombstone, which has an action of its own.
     Changed(NodeId),
     /// A node has left the cluster for good.
     Removed(NodeId),
-    /// Somebody spreads another record of this node: a second host with its ID, a copied disk, or a liar.
-    Contested {
-        /// The key that the other record names.
-        public_key: PublicKey,
-        /// The nickname that it names.
-        nickname: String,
+    /// There is another record of this node, under other keys or by a host that has the same: a second host with its ID, or one with a
+    /// copy of its disk.
+    Contested(Box<Record>),
+    /// There is another record of a node that has just outbid it, under other keys: two hosts have one ID. It is not believed.
+    Clash {
+        /// The other record.
+        record: Box<Record>,
+        /// The nickname of the node that stays.
+        holder: String,
     },
 }
 
@@ -72,12 +93,17 @@ pub enum Action {
 #[derive(Debug)]
 pub struct Gossip {
     own: NodeId,
+    signer: Signer,
     rng: StdRng,
     /// The own record as it will be published next; `records` has it as it was published last.
     draft: Record,
     records: BTreeMap<NodeId, Record>,
     stamps: BTreeMap<NodeId, Stamp>,
     neighbours: BTreeSet<NodeId>,
+    /// What each that ever was a neighbour may still say.
+    allowances: BTreeMap<NodeId, Allowance>,
+    /// What the neighbours have proven themselves with.
+    proven: BTreeMap<NodeId, Keys>,
     /// Records to pass on, with the neighbours that are known to have them.
     news: BTreeMap<NodeId, BTreeSet<NodeId>>,
     /// When to publish the draft, if it differs from what was published last.
@@ -86,32 +112,50 @@ pub struct Gossip {
     /// The record that the own one must outbid.
     defence: Option<Record>,
     defended: Option<Instant>,
+    contenders: BTreeMap<NodeId, Contender>,
+    /// When a second host with an ID was reported last.
+    clashes: BTreeMap<NodeId, Instant>,
     flush_at: Option<Instant>,
     compare_at: Instant,
+    parcels_sent: u64,
+    /// Of each node the last parcel that has arrived, and under which key.
+    parcels_heard: BTreeMap<NodeId, (VerifyingKey, (u64, u64))>,
     actions: VecDeque<Action>,
+    /// Made when asked for, and forgotten with the next change of a link.
+    paths: OnceLock<BTreeMap<NodeId, Path>>,
 }
 
 impl Gossip {
-    /// Gossip of the node that `own` describes. Its links are those of the neighbours, whatever `own` says.
-    pub fn new(mut own: Record, rng: StdRng, now: Instant) -> Self {
+    /// Gossip of the node that `own` describes. Its links are those of the neighbours, and its signature is the signer's, whatever `own`
+    /// says.
+    pub fn new(mut own: Record, signer: Signer, rng: StdRng, now: Instant) -> Self {
         own.links.clear();
         own.left = false;
         own.fit();
+        signer.sign(&mut own);
         let mut gossip = Self {
             own: own.id,
+            signer,
             rng,
             draft: own.clone(),
             stamps: BTreeMap::from([(own.id, own.stamp())]),
             records: BTreeMap::from([(own.id, own)]),
             neighbours: BTreeSet::new(),
+            allowances: BTreeMap::new(),
+            proven: BTreeMap::new(),
             news: BTreeMap::new(),
             publish_at: None,
             published: None,
             defence: None,
             defended: None,
+            contenders: BTreeMap::new(),
+            clashes: BTreeMap::new(),
             flush_at: None,
             compare_at: now,
+            parcels_sent: 0,
+            parcels_heard: BTreeMap::new(),
             actions: VecDeque::new(),
+            paths: OnceLock::new(),
         };
         gossip.compare_at = now + gossip.jittered(COMPARE_INTERVAL);
         gossip
@@ -120,7 +164,7 @@ impl Gossip {
     /// Takes up what was known before a restart.
     pub fn restore(&mut self, records: impl IntoIterator<Item = Record>) {
         for record in records {
-            if record.id != self.own && record.check().is_ok() {
+            if record.id != self.own && record.check().is_ok() && sign::is_signed(&record) {
                 self.put(record);
             }
         }
@@ -141,23 +185,40 @@ impl Gossip {
         self.records.get(&id)
     }
 
-    /// The shortest path to every other node that is reached, directly or through others.
-    pub fn paths(&self) -> BTreeMap<NodeId, Path> {
-        topology::paths(self.own, &self.records)
+    /// The shortest path to every other node that is reached, directly or through others. Computed anew only if a link has changed
+    /// since it was asked for last.
+    pub fn paths(&self) -> &BTreeMap<NodeId, Path> {
+        self.paths.get_or_init(|| topology::paths(self.own, &self.neighbours, &self.records))
     }
 
-    /// The nickname of the node that has `id` and is another than the one with `public_key`: it is reached now, so one of the two must go.
-    pub fn clash(&self, id: NodeId, public_key: &PublicKey) -> Option<&str> {
-        let record = self.records.get(&id)?;
-        let lives = id == self.own || (!record.left && self.paths().contains_key(&id));
-        (lives && record.public_key != *public_key).then_some(record.nickname.as_str())
+    /// The neighbour through which the shortest path to a node leads; none if it is not reached.
+    pub fn next_hop(&self, to: NodeId) -> Option<NodeId> {
+        self.paths().get(&to).map(|path| path.via)
     }
 
-    /// A connection with `peer` was established.
-    pub fn handle_connected(&mut self, peer: NodeId, now: Instant) {
+    /// The other nodes that are reached, directly or through others.
+    pub fn reachable(&self) -> BTreeSet<NodeId> {
+        self.paths().keys().copied().collect()
+    }
+
+    /// The neighbours to which this node passes on what `source` tells everybody: its children in the tree of shortest paths from
+    /// `source`.
+    pub fn branches(&self, source: NodeId) -> Vec<NodeId> {
+        topology::branches(source, self.own, &self.neighbours, &self.records)
+    }
+
+    /// The records of the other nodes that are reached.
+    pub fn living(&self) -> impl Iterator<Item = &Record> {
+        self.paths().keys().filter_map(|id| self.records.get(id))
+    }
+
+    /// A connection with `peer` was established, which has proven to have `keys`.
+    pub fn handle_connected(&mut self, peer: NodeId, keys: Keys, now: Instant) {
         if peer == self.own || !self.neighbours.insert(peer) {
             return;
         }
+        self.proven.insert(peer, keys);
+        self.paths.take();
         self.note_own_change(now);
         self.send(peer, Message::Digest { ask: false, stamps: self.stamps() });
     }
@@ -172,6 +233,8 @@ impl Gossip {
     /// The last connection with `peer` ended.
     pub fn handle_disconnected(&mut self, peer: NodeId, now: Instant) {
         if self.neighbours.remove(&peer) {
+            self.proven.remove(&peer);
+            self.paths.take();
             self.note_own_change(now);
         }
     }
@@ -188,6 +251,8 @@ impl Gossip {
             left: before.left,
             public_key: before.public_key,
             links: before.links.clone(),
+            verifying_key: before.verifying_key,
+            signature: before.signature,
             ..self.draft.clone()
         };
         if self.draft != before {
@@ -199,10 +264,12 @@ impl Gossip {
     pub fn leave(&mut self) {
         self.draft = self.draft.clone().into_tombstone();
         self.raise_version();
+        self.signer.sign(&mut self.draft);
         self.put(self.draft.clone());
         self.publish_at = None;
         self.defence = None;
         self.flush_at = None;
+        self.paths.take();
         for peer in std::mem::take(&mut self.neighbours) {
             self.send(peer, Message::Delta(vec![self.draft.clone()]));
         }
@@ -211,18 +278,26 @@ impl Gossip {
     /// A message came from `peer`. Messages of nodes that are no neighbours are ignored.
     ///
     /// # Errors
-    /// [`BadMessage`] if it breaks the protocol: nothing of it was taken, and the connection should be closed.
+    /// [`BadMessage`] if it breaks the protocol, or is one too many: nothing of it was taken, and the connection should be closed.
     pub fn handle_message(&mut self, peer: NodeId, bytes: &[u8], now: Instant) -> Result<(), BadMessage> {
-        let message = Message::decode(bytes)?;
-        if self.neighbours.contains(&peer) {
-            match message {
-                Message::Summary(hash) => self.handle_summary(peer, hash),
-                Message::Digest { ask, stamps } => self.handle_digest(peer, ask, stamps),
-                Message::Request(ids) => self.send_records(peer, &ids),
-                Message::Delta(records) => self.handle_delta(peer, records, now),
-            }
+        if !self.neighbours.contains(&peer) {
+            return Ok(());
+        }
+        if !self.hear(peer, bytes.len(), now) {
+            return Err(BadMessage::Flood);
+        }
+        match Message::decode(bytes)? {
+            Message::Summary(hash) => self.handle_summary(peer, hash),
+            Message::Digest { ask, stamps } => self.handle_digest(peer, ask, stamps),
+            Message::Request(ids) => self.answer(peer, &ids),
+            Message::Delta(records) => return self.handle_delta(peer, records, now),
         }
         Ok(())
+    }
+
+    /// False if the neighbour says too much.
+    fn hear(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
+        self.allowances.entry(peer).or_insert_with(|| Allowance::new(now)).hear(bytes, now)
     }
 
     /// Does what is due.
@@ -230,6 +305,7 @@ impl Gossip {
         if self.defence.is_some() && self.may_defend(now) {
             self.defend(now);
         }
+        self.admit_contenders(now);
         if self.publish_at.is_some_and(|at| at <= now) {
             self.publish_own(now);
         }
@@ -246,7 +322,11 @@ impl Gossip {
     /// When to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let defend_at = self.defence.as_ref().and(self.defended).map(|last| last + DEFEND_INTERVAL);
-        [self.publish_at, self.flush_at, defend_at, Some(self.compare_at)].into_iter().flatten().min()
+        let admit_at = self.next_admission();
+        [self.publish_at, self.flush_at, defend_at, admit_at, Some(self.compare_at)]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// The next thing to do.
@@ -275,26 +355,45 @@ impl Gossip {
             .filter(|(id, stamp)| is_older(&self.stamps, id, stamp))
             .map(|(id, _)| *id)
             .collect();
-        self.send_records(peer, &news);
+        self.answer(peer, &news);
         if ask && !wanted.is_empty() {
             self.send(peer, Message::Request(wanted));
         }
     }
 
-    fn handle_delta(&mut self, peer: NodeId, records: Vec<Record>, now: Instant) {
-        for record in records {
-            let (id, stamp) = (record.id, record.stamp());
-            let known = self.stamps.get(&id).copied();
-            if id == self.own {
-                self.handle_word_about_self(record, stamp, now);
-            } else if known.is_none_or(|known| known < stamp) {
-                self.take(peer, record, now);
-            } else if known == Some(stamp)
-                && let Some(have) = self.news.get_mut(&id)
-            {
-                have.insert(peer);
+    fn handle_delta(&mut self, peer: NodeId, records: Vec<Record>, now: Instant) -> Result<(), BadMessage> {
+        let records: Vec<_> = records.into_iter().map(|record| (record.stamp(), record)).collect();
+        // A signature costs more than all the rest, and most of what comes by is known.
+        for (stamp, record) in &records {
+            if self.is_news(peer, record, *stamp) && !sign::is_signed(record) {
+                return Err(BadMessage::Signature(record.id));
             }
         }
+        for (stamp, record) in records {
+            if !self.is_news(peer, &record, stamp) {
+                if self.stamps.get(&record.id) == Some(&stamp)
+                    && let Some(have) = self.news.get_mut(&record.id)
+                {
+                    have.insert(peer);
+                }
+            } else if record.id == self.own {
+                self.handle_word_about_self(record, now);
+            } else if self.is_disputed(&record) {
+                self.handle_contender(peer, record, now);
+            } else {
+                self.take(peer, record, now);
+            }
+        }
+        Ok(())
+    }
+
+    /// True if it is newer than what is known, or a neighbour's own word against what others said of it.
+    fn is_news(&self, peer: NodeId, record: &Record, stamp: Stamp) -> bool {
+        let Some(known) = self.records.get(&record.id) else { return true };
+        let keys = record.keys();
+        let is_first_hand =
+            peer == record.id && self.proven.get(&peer) == Some(&keys) && known.keys() != keys;
+        is_first_hand || self.stamps[&record.id] < stamp
     }
 
     fn take(&mut self, peer: NodeId, record: Record, now: Instant) {
@@ -302,7 +401,9 @@ impl Gossip {
         self.actions.push_back(if record.left { Action::Removed(id) } else { Action::Changed(id) });
         self.news.insert(id, BTreeSet::from([peer]));
         self.flush_soon(now);
-        let lost_links = self.put(record).map(|before| before.links).unwrap_or_default();
+        let before = self.put(record);
+        self.settle(id, now);
+        let lost_links = before.map(|before| before.links).unwrap_or_default();
         // A neighbour that lost its link with `id` may have lost what `id` would have told it.
         for cut in lost_links {
             let is_lost = self.records[&id].links.binary_search(&cut).is_err();
@@ -313,40 +414,14 @@ impl Gossip {
     }
 
     fn put(&mut self, record: Record) -> Option<Record> {
-        self.stamps.insert(record.id, record.stamp());
-        self.records.insert(record.id, record)
-    }
-
-    fn handle_word_about_self(&mut self, record: Record, stamp: Stamp, now: Instant) {
-        if self.draft.left || stamp <= self.stamps[&self.own] {
-            return;
+        let id = record.id;
+        self.stamps.insert(id, record.stamp());
+        let before = self.records.insert(id, record);
+        let now = &self.records[&id];
+        if before.as_ref().is_none_or(|before| before.links != now.links || before.left != now.left) {
+            self.paths.take();
         }
-        if self.defence.as_ref().is_none_or(|worst| worst.stamp() < stamp) {
-            self.defence = Some(record);
-        }
-        if self.may_defend(now) {
-            self.defend(now);
-        }
-    }
-
-    fn may_defend(&self, now: Instant) -> bool {
-        self.defended.is_none_or(|last| last + DEFEND_INTERVAL <= now)
-    }
-
-    /// Outbids the false record, and has it published.
-    fn defend(&mut self, now: Instant) {
-        let Some(Record { incarnation, version, public_key, nickname, .. }) = self.defence.take() else {
-            return;
-        };
-        self.actions.push_back(Action::Contested { public_key, nickname });
-        self.defended = Some(now);
-        if incarnation > self.draft.incarnation {
-            self.draft.incarnation = incarnation.saturating_add(1).min(MAX_STAMP);
-            self.draft.version = 0;
-        } else {
-            self.draft.version = self.draft.version.max(version);
-        }
-        self.note_own_change(now);
+        before
     }
 
     fn raise_version(&mut self) {
@@ -376,6 +451,7 @@ impl Gossip {
         self.flush_at = Some(now);
         self.draft.links = self.neighbours.iter().copied().collect();
         self.raise_version();
+        self.signer.sign(&mut self.draft);
         self.put(self.draft.clone());
         self.news.insert(self.own, BTreeSet::new());
     }
@@ -411,22 +487,31 @@ impl Gossip {
         self.send(peer, Message::Summary(self.summary()));
     }
 
-    fn send_records(&mut self, peer: NodeId, ids: &[NodeId]) {
-        let (mut delta, mut bytes) = (Vec::new(), 0);
+    fn answer(&mut self, peer: NodeId, ids: &[NodeId]) {
+        let bytes = self.send_records(peer, ids);
+        if let Some(allowance) = self.allowances.get_mut(&peer) {
+            allowance.answer(bytes);
+        }
+    }
+
+    /// Returns about how many bytes that are.
+    fn send_records(&mut self, peer: NodeId, ids: &[NodeId]) -> usize {
+        let (mut delta, mut bytes, mut total) = (Vec::new(), 0, 0);
         for record in ids.iter().filter_map(|id| self.records.get(id)) {
-            bytes += 128 + 3 * record.links.len() + 18 * (record.ranges.len() + record.claims.len());
+            bytes += 256 + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len());
             delta.push(record.clone());
             if bytes >= message::DELTA_BYTES {
                 self.actions.push_back(Action::Send {
                     to: peer,
                     message: Message::Delta(std::mem::take(&mut delta)),
                 });
-                bytes = 0;
+                total += std::mem::take(&mut bytes);
             }
         }
         if !delta.is_empty() {
             self.send(peer, Message::Delta(delta));
         }
+        total + bytes
     }
 
     fn send(&mut self, to: NodeId, message: Message) {

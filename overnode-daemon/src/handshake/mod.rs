@@ -34,7 +34,6 @@ use self::cookie::{Guard, Verdict};
 use self::index::Slots;
 use self::message::{BadMessage, CookieReply, Initiation, Message, Response};
 use self::noise::Identity;
-pub use self::noise::public_key;
 use self::peer::{Peer, Pending, Session};
 pub use self::timers::REJECT_AFTER_TIME;
 use self::timers::{INITIATION_INTERVAL, INITIATIONS_AT_ONCE, JITTER};

@@ -13,6 +13,7 @@ use x25519_dalek::StaticSecret;
 use zeroize::Zeroize;
 
 use super::message::{INITIATION_NOISE_LEN, RESPONSE_NOISE_LEN};
+use crate::control::key::public_key;
 use crate::types::{PublicKey, Secret};
 
 const CONSTRUCTION: &str = "Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
@@ -22,11 +23,6 @@ const PSK: u8 = 2;
 
 /// Bytes of a TAI64N timestamp.
 pub const TIMESTAMP_LEN: usize = 12;
-
-/// The public key that belongs to a secret one.
-pub fn public_key(secret: &Secret) -> PublicKey {
-    PublicKey(x25519_dalek::PublicKey::from(&StaticSecret::from(secret.0)).to_bytes())
-}
 
 /// This node's static key pair.
 pub struct Identity {

@@ -14,6 +14,7 @@ use tokio::time::{Instant, interval, timeout};
 
 use crate::control::dial::{AttemptId, Place};
 use crate::control::hello::{Hello, Refusal};
+use crate::control::packet::Packet;
 use crate::control::session::{self, Me, Reader, Role, Writer};
 use crate::types::{NodeId, PublicKey};
 
@@ -21,6 +22,8 @@ use crate::types::{NodeId, PublicKey};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a name may take to resolve.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most addresses of one destination that are tried in one attempt.
+const MAX_TRIES: usize = 8;
 /// A ping is sent this often.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Inbound connections that may be shaking hands at one time, for each address family. One more, and the oldest has to go: an honest
@@ -30,11 +33,6 @@ const PENDING: usize = 128;
 const PENDING_OF_SOURCE: usize = 32;
 /// Messages that may wait for a slow peer before its connection is closed.
 const OUTBOX: usize = 256;
-
-/// Frames of a control connection: the first byte of each message.
-const FRAME_GOSSIP: u8 = 0;
-const FRAME_PING: u8 = 1;
-const FRAME_PONG: u8 = 2;
 
 /// Tells streams of one daemon apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,10 +45,12 @@ pub enum MeshEvent {
     Opened(Box<Opened>),
     /// A gossip message arrived.
     Received(StreamId, Vec<u8>),
+    /// A parcel arrived, for this node or to be passed on.
+    Parcel(StreamId, Vec<u8>),
     /// A round trip was measured.
     RoundTrip(StreamId, Duration),
     /// A connection ended.
-    Closed(StreamId, String),
+    Closed(StreamId, Refusal),
     /// What a name resolved to.
     Resolved(AttemptId, Vec<SocketAddr>),
     /// An attempt did not lead to a connection.
@@ -82,6 +82,8 @@ pub struct Opened {
     pub remote: SocketAddr,
     pub local: SocketAddr,
     pub hello: Hello,
+    /// The control protocol that both speak.
+    pub version: u16,
     pub outbox: Outbox,
 }
 
@@ -90,12 +92,9 @@ pub struct Opened {
 pub struct Outbox(mpsc::Sender<Vec<u8>>);
 
 impl Outbox {
-    /// Queues a gossip message. False when the peer is too slow or gone: the connection should be dropped.
-    pub fn send(&self, message: &[u8]) -> bool {
-        let mut frame = Vec::with_capacity(message.len() + 1);
-        frame.push(FRAME_GOSSIP);
-        frame.extend_from_slice(message);
-        self.0.try_send(frame).is_ok()
+    /// Queues a message. False when the peer is too slow or gone: the connection should be dropped.
+    pub fn send(&self, message: &Packet) -> bool {
+        self.0.try_send(message.encode()).is_ok()
     }
 }
 
@@ -261,6 +260,14 @@ struct Ends {
 
 type Link = session::Link<TcpStream>;
 
+/// The addresses in the order in which they are tried: the families in turn, so that one of them that leads nowhere costs little time.
+fn in_turn(addresses: BTreeSet<SocketAddr>) -> Vec<SocketAddr> {
+    let (v4, v6): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv4);
+    let longer = v4.len().max(v6.len());
+    let turn = |place: usize| [v6.get(place), v4.get(place)].into_iter().flatten().copied();
+    (0..longer).flat_map(turn).take(MAX_TRIES).collect()
+}
+
 async fn call(shared: &Shared, attempt: AttemptId, place: Place) -> Result<(Ends, Link), DialFailure> {
     let (addresses, mut last) = match place {
         Place::Name(name) => {
@@ -298,8 +305,7 @@ async fn resolve(name: &str, port: u16) -> Vec<SocketAddr> {
         return vec![(address, port).into()];
     }
     let Ok(Ok(found)) = timeout(RESOLVE_TIMEOUT, lookup_host((name, port))).await else { return Vec::new() };
-    let found: BTreeSet<SocketAddr> = found.collect();
-    found.into_iter().collect()
+    in_turn(found.collect())
 }
 
 async fn greet(shared: &Shared, stream: TcpStream, role: Role) -> Result<(Ends, Link), Refusal> {
@@ -324,6 +330,7 @@ async fn run(shared: Shared, attempt: Option<AttemptId>, ends: Ends, link: Link)
         remote: ends.remote,
         local: ends.local,
         hello: link.peer,
+        version: link.version,
         outbox: Outbox(outbox),
     };
     if shared.events.send(MeshEvent::Opened(Box::new(opened))).await.is_err() {
@@ -343,55 +350,51 @@ async fn read(
     events: &mpsc::Sender<MeshEvent>,
     pongs: mpsc::WeakSender<Vec<u8>>,
     born: Instant,
-) -> String {
+) -> Refusal {
     loop {
-        let mut message = match reader.receive().await {
+        let message = match reader.receive().await {
             Ok(message) => message,
-            Err(refusal) => return refusal.to_string(),
+            Err(refusal) => return refusal,
         };
-        let event = match message.first() {
-            Some(&FRAME_GOSSIP) => MeshEvent::Received(id, message.split_off(1)),
-            Some(&FRAME_PING) if message.len() == 9 => {
-                message[0] = FRAME_PONG;
+        let event = match Packet::decode(&message) {
+            Ok(Packet::Gossip(bytes)) => MeshEvent::Received(id, bytes),
+            Ok(Packet::Parcel(bytes)) => MeshEvent::Parcel(id, bytes),
+            Ok(Packet::Ping(number)) => {
                 // A full queue loses the answer; the peer asks again.
                 if let Some(outbox) = pongs.upgrade() {
-                    let _ = outbox.try_send(message);
+                    let _ = outbox.try_send(Packet::Pong(number).encode());
                 }
                 continue;
             }
-            Some(&FRAME_PONG) => {
-                let Ok(sent) = <[u8; 8]>::try_from(&message[1..]) else {
-                    return "it sent a malformed frame".to_owned();
-                };
-                let sent = Duration::from_micros(u64::from_le_bytes(sent));
-                let Some(rtt) = born.elapsed().checked_sub(sent) else {
-                    return "it answered a ping of the future".to_owned();
+            Ok(Packet::Pong(sent)) => {
+                let Some(rtt) = born.elapsed().checked_sub(Duration::from_micros(sent)) else {
+                    return Refusal::CutOff("the answer to a ping of the future".to_owned());
                 };
                 MeshEvent::RoundTrip(id, rtt)
             }
-            Some(_) | None => return "it sent a malformed frame".to_owned(),
+            Err(bad) => return Refusal::CutOff(bad.to_string()),
         };
         if events.send(event).await.is_err() {
-            return "this node stops".to_owned();
+            return Refusal::Closed;
         }
     }
 }
 
-async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>, born: Instant) -> String {
+async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>, born: Instant) -> Refusal {
     let mut heartbeat = interval(HEARTBEAT);
     loop {
         let frame = tokio::select! {
             frame = queue.recv() => match frame {
                 Some(frame) => frame,
-                None => return "this node closed it".to_owned(),
+                None => return Refusal::Closed,
             },
             _ = heartbeat.tick() => {
                 let micros = u64::try_from(born.elapsed().as_micros()).unwrap_or(u64::MAX);
-                [&[FRAME_PING][..], &micros.to_le_bytes()].concat()
+                Packet::Ping(micros).encode()
             }
         };
         if let Err(refusal) = writer.send(&frame).await {
-            return refusal.to_string();
+            return refusal;
         }
     }
 }
@@ -400,17 +403,19 @@ async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>
 mod tests {
     use super::*;
     use crate::control::key;
-    use crate::types::{Network, Secret};
+    use crate::types::{Network, Secret, VerifyingKey};
 
     fn me(id: u16, secret: u8) -> Me {
         let static_secret = Secret([secret; 32]);
         let hello = Hello {
-            versions: (1, 1),
+            versions: (2, 2),
             id: NodeId::new(id).unwrap(),
             incarnation: 1,
             nickname: format!("node{id}"),
             network: Network::default(),
-            public_key: crate::handshake::public_key(&static_secret),
+            verifying_key: VerifyingKey::default(),
+            process: id.into(),
+            public_key: key::public_key(&static_secret),
         };
         Me { static_secret, cluster_key: key::cluster_key("a token of some length").unwrap(), hello }
     }
@@ -441,6 +446,32 @@ mod tests {
         assert!(matches!(&event, MeshEvent::Opened(opened) if opened.hello.id.get() == 2), "{event:?}");
         assert!(begun.elapsed() < session::HANDSHAKE_LIMIT / 2, "{:?}", begun.elapsed());
         accepting.abort();
+    }
+
+    #[test]
+    fn the_families_of_addresses_take_turns() {
+        let in_turn = |addresses: &[&str]| {
+            let addresses = addresses.iter().map(|ip| SocketAddr::new(ip.parse().unwrap(), 1)).collect();
+            in_turn(addresses).iter().map(|it| it.ip().to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            in_turn(&["192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1"]),
+            ["2001:db8::1", "192.0.2.1", "192.0.2.2", "192.0.2.3"]
+        );
+        assert_eq!(
+            in_turn(&["2001:db8::1", "2001:db8::2", "192.0.2.1"]),
+            ["2001:db8::1", "192.0.2.1", "2001:db8::2"]
+        );
+        assert_eq!(in_turn(&[]), [""; 0]);
+        let many: Vec<String> = (1..100).map(|n| format!("192.0.2.{n}")).collect();
+        assert_eq!(in_turn(&many.iter().map(String::as_str).collect::<Vec<_>>()).len(), MAX_TRIES);
+    }
+
+    #[tokio::test]
+    async fn a_name_that_does_not_resolve_is_not_an_address() {
+        assert_eq!(resolve("nowhere.invalid", 6783).await, []);
+        assert_eq!(resolve("2001:db8::1", 6783).await, ["[2001:db8::1]:6783".parse().unwrap()]);
+        assert_eq!(resolve("192.0.2.1", 6783).await, ["192.0.2.1:6783".parse().unwrap()]);
     }
 
     #[test]

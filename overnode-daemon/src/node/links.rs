@@ -8,7 +8,9 @@ use super::running::Node;
 use crate::api::{self, ApiError, Host};
 use crate::control::CONTROL_PORT;
 use crate::control::dial::{self, AttemptId, Verdict};
-use crate::gossip;
+use crate::control::hello::Refusal;
+use crate::control::packet::Packet;
+use crate::gossip::{self, Parcel};
 use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
 use crate::types::NodeId;
 
@@ -30,12 +32,14 @@ impl Node {
         match event {
             MeshEvent::Opened(opened) => self.opened(*opened, now),
             MeshEvent::Received(id, bytes) => self.received(id, &bytes, now),
+            MeshEvent::Parcel(id, bytes) => self.parcel_received(id, &bytes, now),
             MeshEvent::RoundTrip(id, rtt) => {
                 if let Some(stream) = self.streams.get_mut(&id) {
                     stream.rtt = Some(rtt);
                 }
             }
-            MeshEvent::Closed(id, why) => self.close(id, &why, now),
+            MeshEvent::Closed(id, why) if why.is_misconduct() => self.cut_off(id, &why, now),
+            MeshEvent::Closed(id, why) => self.close(id, &why.to_string(), now),
             MeshEvent::Resolved(attempt, addresses) => self.dialer.handle_resolved(attempt, &addresses),
             MeshEvent::DialFailed(attempt, failure) => self.dial_failed(attempt, &failure, now),
             MeshEvent::Refused { remote, refusal } => {
@@ -53,11 +57,13 @@ impl Node {
 
     fn opened(&mut self, opened: Opened, now: Instant) {
         let peer = opened.hello.id;
+        let keys = opened.hello.keys();
         let (connection, verdict) =
             self.dialer.handle_established(opened.attempt, &opened.hello, opened.remote, now);
         // Dropping the outbox closes the stream.
         let Verdict::Keep { is_first } = verdict else { return };
-        tracing::info!("connected with node {peer} ({}) at {}", opened.hello.nickname, opened.remote);
+        let Opened { hello, remote, version, .. } = &opened;
+        tracing::info!("connected with node {peer} ({}) at {remote}, protocol {version}", hello.nickname);
         let stream = Stream {
             connection,
             peer,
@@ -73,7 +79,7 @@ impl Node {
             .unwrap_or_else(PoisonError::into_inner)
             .insert(peer, (opened.hello.public_key, opened.hello.nickname));
         if is_first {
-            self.gossip.handle_connected(peer, now);
+            self.gossip.handle_connected(peer, keys, now);
         } else {
             self.gossip.resync(peer);
         }
@@ -84,9 +90,37 @@ impl Node {
     fn received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
         let Some(peer) = self.streams.get(&id).map(|stream| stream.peer) else { return };
         if let Err(error) = self.gossip.handle_message(peer, bytes, now) {
-            tracing::warn!("node {peer} sent {error}; its connection is closed");
-            self.close(id, &error.to_string(), now);
+            self.cut_off(id, &Refusal::CutOff(error.to_string()), now);
         }
+    }
+
+    fn parcel_received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
+        let Some(peer) = self.streams.get(&id).map(|stream| stream.peer) else { return };
+        match self.gossip.handle_parcel(peer, bytes, now) {
+            Ok(None) => {}
+            Ok(Some(why)) => tracing::debug!("a parcel that node {peer} sent was not passed on: {why}"),
+            Err(error) => {
+                self.cut_off(id, &Refusal::CutOff(error.to_string()), now);
+            }
+        }
+    }
+
+    /// Ends a connection whose other end does what no honest node does. If that one had called, nothing else would show it.
+    fn cut_off(&mut self, id: StreamId, why: &Refusal, now: Instant) {
+        let Some(stream) = self.streams.get(&id) else { return };
+        tracing::warn!("the connection with node {} at {} is cut: {why}", stream.peer, stream.remote);
+        let remote = stream.remote;
+        self.close(id, &why.to_string(), now);
+        self.dialer.handle_refused(remote, why, now);
+    }
+
+    /// Takes a parcel for this node.
+    fn deliver(&mut self, parcel: &Parcel) {
+        tracing::debug!(
+            "node {} sent a parcel of kind {}, which nobody here reads",
+            parcel.from,
+            parcel.kind
+        );
     }
 
     fn close(&mut self, id: StreamId, why: &str, now: Instant) {
@@ -133,17 +167,47 @@ impl Node {
     pub(super) async fn pump_gossip(&mut self, now: Instant) {
         while let Some(action) = self.gossip.poll_action() {
             match action {
-                gossip::Action::Send { to, message } => self.send(to, &message, now),
+                gossip::Action::Send { to, message } => {
+                    self.send(to, &Packet::Gossip(message.encode()), now);
+                }
+                gossip::Action::SendParcel { to, parcel } => {
+                    self.send(to, &Packet::Parcel(parcel.encode()), now);
+                }
+                gossip::Action::Deliver(parcel) => self.deliver(&parcel),
                 gossip::Action::Changed(id) => self.learn(id, now).await,
                 gossip::Action::Removed(id) => self.unlearn(id, now),
-                gossip::Action::Contested { public_key, nickname } => {
-                    let problem = format!(
-                        "another host ({nickname}, key {public_key}) was launched with this node's ID {}: reset one of the two",
-                        self.identity.id
-                    );
-                    self.report(problem);
+                gossip::Action::Contested(record) => {
+                    let id = self.identity.id;
+                    self.report_clash(&record, self.identity.nickname.clone(), now);
+                    let problem = if record.public_key == self.public_key {
+                        Refusal::Copy(id).to_string()
+                    } else {
+                        format!(
+                            "another host ({}, key {}) was launched with this node's ID {id}: run `overnode reset` on one of the two, \
+                             then launch it with an ID of its own",
+                            record.nickname, record.public_key
+                        )
+                    };
+                    self.report_for_now(problem, now);
                 }
+                gossip::Action::Clash { record, holder } => self.report_clash(&record, holder, now),
             }
+        }
+    }
+
+    /// Two hosts with one ID, as gossip tells: shown where it would be if the second one had called here.
+    fn report_clash(&mut self, record: &gossip::Record, holder: String, now: Instant) {
+        let newcomer = record.nickname.clone();
+        let refusal = if record.public_key == self.public_key {
+            Refusal::Copy(record.id)
+        } else {
+            Refusal::IdClash { id: record.id, holder, newcomer }
+        };
+        if let Some(address) = record.addresses.first() {
+            self.dialer.handle_refused(*address, &refusal, now);
+        }
+        if record.id != self.identity.id {
+            self.report_for_now(refusal.to_string(), now);
         }
     }
 
@@ -160,15 +224,32 @@ impl Node {
         }
     }
 
-    fn send(&mut self, to: NodeId, message: &gossip::Message, now: Instant) {
+    fn send(&mut self, to: NodeId, packet: &Packet, now: Instant) {
         let Some(connection) = self.dialer.connection(to) else { return };
         let Some((&id, stream)) = self.streams.iter().find(|(_, stream)| stream.connection == connection)
         else {
             return;
         };
-        if !stream.outbox.send(&message.encode()) {
+        if !stream.outbox.send(packet) {
             self.close(id, "the other side does not read what it is sent", now);
         }
+    }
+
+    /// Something that needs a person, and is said again as long as it lasts.
+    fn report_for_now(&mut self, problem: String, now: Instant) {
+        if !self.passing_problems.contains_key(&problem) {
+            tracing::warn!("{problem}");
+        }
+        self.passing_problems.retain(|_, at| now < *at + dial::REMEMBER_REFUSED);
+        if self.passing_problems.len() < MAX_PROBLEMS {
+            self.passing_problems.insert(problem, now);
+        }
+    }
+
+    /// What needs a person now.
+    pub(super) fn problems(&self, now: Instant) -> Vec<String> {
+        let passing = self.passing_problems.iter().filter(|(_, at)| now < **at + dial::REMEMBER_REFUSED);
+        self.problems.iter().chain(passing.map(|(problem, _)| problem)).cloned().collect()
     }
 
     /// Something that needs a person. The words may be a liar's, so there is an end to what is kept.
@@ -213,10 +294,9 @@ impl Node {
 
     /// Who answers callers has to know which IDs are taken by nodes that live.
     pub(super) fn refresh_residents(&self) {
-        let paths = self.gossip.paths();
-        let living = self.gossip.records().filter(|record| !record.left && paths.contains_key(&record.id));
-        let living = living.map(|record| (record.id, (record.public_key, record.nickname.clone()))).collect();
-        *self.residents.lock().unwrap_or_else(PoisonError::into_inner) = living;
+        let living = self.gossip.living();
+        let living = living.map(|record| (record.id, (record.public_key, record.nickname.clone())));
+        *self.residents.lock().unwrap_or_else(PoisonError::into_inner) = living.collect();
     }
 
     pub(super) fn pump_dialer(&mut self) {

@@ -16,14 +16,14 @@ use crate::control::CONTROL_PORT;
 use crate::control::dial::Dialer;
 use crate::datapath::{Datapath, LinkEvent, OpenOptions};
 use crate::fault;
-use crate::gossip::{Gossip, Record};
+use crate::gossip::{Gossip, Record, Signature, Signer};
 use crate::handshake::Handshakes;
 use crate::ipam::Ipam;
 use crate::net::mesh::{Mesh, MeshEvent, Residents, StreamId};
 use crate::net::udp::{Received, UdpSockets};
 use crate::options::Options;
 use crate::store::{Identity, Store};
-use crate::types::{NodeId, PeerIndex, PublicKey};
+use crate::types::{NodeId, PeerIndex, PublicKey, VerifyingKey};
 
 /// How often the maps are read for activity, confirmations and statistics.
 const TICK: Duration = Duration::from_secs(1);
@@ -58,6 +58,8 @@ pub(super) struct Node {
     pub(super) externals: BTreeMap<PeerIndex, External>,
     pub(super) reachable: BTreeMap<NodeId, (bool, Instant)>,
     pub(super) problems: Vec<String>,
+    /// Those that are over when nobody has said so for a while.
+    pub(super) passing_problems: BTreeMap<String, Instant>,
     /// Whose records are newer than those on disk.
     pub(super) unsaved: BTreeSet<NodeId>,
     mesh_events: mpsc::Receiver<MeshEvent>,
@@ -117,8 +119,11 @@ impl Node {
             links: Vec::new(),
             ranges: ipam.ranges(),
             claims: ipam.claims(),
+            verifying_key: VerifyingKey::default(),
+            signature: Signature::default(),
         };
-        let mut gossip = Gossip::new(own, StdRng::from_os_rng(), now);
+        let signer = Signer::new(&identity.static_secret);
+        let mut gossip = Gossip::new(own, signer, StdRng::from_os_rng(), now);
         gossip.restore(store.peers()?);
         let mut dialer = Dialer::new(identity.id, identity.discovery, StdRng::from_os_rng());
         for host in store.targets()? {
@@ -143,6 +148,7 @@ impl Node {
             externals: BTreeMap::new(),
             reachable: BTreeMap::new(),
             problems: Vec::new(),
+            passing_problems: BTreeMap::new(),
             unsaved: BTreeSet::new(),
             mesh_events,
             datagrams,

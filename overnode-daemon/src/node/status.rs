@@ -82,11 +82,12 @@ impl Node {
     fn node_status(&self, now: Instant) -> Result<NodeStatus, ApiError> {
         let identity = &self.identity;
         let underlay = self.datapath.underlay();
+        let problems = self.problems(now);
         Ok(NodeStatus {
             id: identity.id,
             nickname: identity.nickname.clone(),
-            state: if self.problems.is_empty() { NodeState::Running } else { NodeState::Impaired },
-            problems: self.problems.clone(),
+            state: if problems.is_empty() { NodeState::Running } else { NodeState::Impaired },
+            problems,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_seconds: now.duration_since(self.started).as_secs(),
             address: Some(self.ipam.layout().node_address(identity.id)),

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
 use crate::control::key;
 use crate::control::session::Me;
+use crate::gossip::Signer;
 use crate::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
 /// Who this node is: made by `launch`, gone with `reset`.
@@ -102,7 +103,7 @@ pub(super) struct PublicExternalPeer {
 }
 
 impl Identity {
-    /// How this node introduces itself to others.
+    /// How this node introduces itself to others, as long as its daemon runs.
     pub fn introduction(&self) -> Me {
         let hello = Hello {
             versions: (OLDEST_VERSION, NEWEST_VERSION),
@@ -110,6 +111,8 @@ impl Identity {
             incarnation: self.incarnation,
             nickname: self.nickname.clone(),
             network: self.network,
+            verifying_key: Signer::new(&self.static_secret).verifying_key(),
+            process: rand::random(),
             public_key: key::public_key(&self.static_secret),
         };
         Me { static_secret: self.static_secret.clone(), cluster_key: self.cluster_key.clone(), hello }

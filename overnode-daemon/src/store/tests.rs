@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 use super::*;
-use crate::types::{Network, PublicKey};
+use crate::types::{Network, PublicKey, VerifyingKey};
 
 fn identity() -> Identity {
     Identity {
@@ -61,6 +61,8 @@ fn record(id: u16) -> gossip::Record {
         links: vec![NodeId::new(9).unwrap()],
         ranges: vec!["10.40.0.0/15".parse().unwrap()],
         claims: vec!["10.32.0.1".parse().unwrap()],
+        verifying_key: VerifyingKey([2; 32]),
+        signature: gossip::Signature([3; 64]),
     }
 }
 
@@ -87,7 +89,7 @@ fn everything_survives_a_restart() {
 
     let store = Store::open_existing(&directory).unwrap();
     assert_eq!(store.identity().unwrap(), Some(identity()));
-    assert_eq!(store.targets().unwrap(), ["host1", "host2"]);
+    assert_eq!(store.targets().unwrap(), ["host2", "host1"], "in the order given");
     assert_eq!(store.attachments().unwrap(), [by_hand, attachment(1), attachment(3), attachment(20)]);
     assert_eq!(store.cursor().unwrap(), Some([10, 44, 0, 3].into()), "given last, not greatest, not by hand");
     assert_eq!(store.peers().unwrap(), [record(1), record(4095)]);
@@ -173,7 +175,7 @@ fn a_second_daemon_is_refused_and_told_by_whom() {
 
 #[test]
 fn state_of_another_version_is_refused_and_left_alone() {
-    for found in ["2", "0", "\"x\"", "garbage"] {
+    for found in ["1", "3", "\"x\"", "garbage"] {
         let place = TempDir::new().unwrap();
         let store = Store::open(place.path()).unwrap();
         store.set_identity(&identity(), None).unwrap();

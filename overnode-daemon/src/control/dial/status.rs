@@ -75,21 +75,20 @@ pub(super) struct Refused {
 }
 
 impl Dialer {
-    /// The targets, by name.
+    /// The targets, in the order in which they were added.
     pub fn target_status(&self) -> Vec<TargetStatus> {
-        self.destinations
-            .iter()
-            .filter_map(|(key, destination)| match key {
-                Key::Target(name) => Some(TargetStatus {
-                    name: name.clone(),
-                    addresses: destination.addresses.clone(),
-                    phase: self.phase(key),
-                    peer: destination.leads_to,
-                    last_error: destination.last_error.clone(),
-                }),
-                Key::Learned(_) => None,
+        let status = |name: &String| {
+            let key = Key::Target(name.clone());
+            let destination = self.destinations.get(&key)?;
+            Some(TargetStatus {
+                name: name.clone(),
+                addresses: destination.addresses.clone(),
+                phase: self.phase(&key),
+                peer: destination.leads_to,
+                last_error: destination.last_error.clone(),
             })
-            .collect()
+        };
+        self.targets.iter().filter_map(status).collect()
     }
 
     /// The established connections by node; then the destinations without one; then what was refused lately.

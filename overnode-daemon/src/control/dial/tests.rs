@@ -1,7 +1,9 @@
+use std::collections::BTreeSet;
+
 use rand::SeedableRng;
 
 use super::*;
-use crate::types::{Network, PublicKey};
+use crate::types::{Network, PublicKey, VerifyingKey};
 
 struct Bench {
     dialer: Dialer,
@@ -19,6 +21,8 @@ fn hello(number: u16, incarnation: u64) -> Hello {
         incarnation,
         nickname: format!("host{number}"),
         network: Network::default(),
+        verifying_key: VerifyingKey::default(),
+        process: incarnation,
         public_key: PublicKey([number as u8; 32]),
     }
 }
@@ -77,6 +81,10 @@ impl Bench {
         self.dialer.handle_established(attempt, peer, address(peer.id.get()), self.now)
     }
 
+    fn targets(&self) -> Vec<String> {
+        self.dialer.target_status().into_iter().map(|target| target.name).collect()
+    }
+
     fn target(&self, name: &str) -> TargetStatus {
         self.dialer.target_status().into_iter().find(|target| target.name == name).unwrap()
     }
@@ -117,7 +125,7 @@ fn an_unresolvable_name_is_kept_and_connect_tries_at_once() {
     bench.dialer.handle_unresolved(attempt, "the name does not resolve", bench.now);
     bench.dialer.add_target("nowhere.invalid", bench.now);
     bench.dial();
-    assert_eq!(bench.dialer.targets(), ["nowhere.invalid"]);
+    assert_eq!(bench.targets(), ["nowhere.invalid"]);
 }
 
 #[test]
@@ -189,15 +197,14 @@ fn targets_are_forgotten_and_replaced() {
     bench.dialer.add_target("host3", bench.now);
     let dials = bench.dials();
     let (connection, _) = bench.established(Some(dials[0].0), &hello(2, 1));
-    assert_eq!(bench.dialer.forget_target("host2"), Ok(()));
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    bench.dialer.replace_targets(&names(&["host4", "host3", "host1"]), bench.now);
+    assert_eq!(bench.targets(), ["host3", "host4", "host1"], "as they were added");
     assert_eq!(bench.dialer.connection(id(2)), Some(connection), "it stays connected");
-    let error = bench.dialer.forget_target("host2").unwrap_err();
-    assert!(error.to_string().starts_with("host2 is not a target"));
-    bench.dialer.replace_targets(&["host4".into(), "host3".into()], bench.now);
-    assert_eq!(bench.dialer.targets(), ["host3", "host4"]);
     bench.dialer.handle_lost(connection, "gone", bench.now + LONG_LIVED);
     let places: Vec<_> = bench.dials().into_iter().map(|(_, place)| place).collect();
-    assert_eq!(places, [Place::Name("host4".into())], "host3 is under way, host2 forgotten");
+    let expected = ["host4", "host1"].map(|name| Place::Name(name.into()));
+    assert_eq!(places, expected, "host3 is under way, host2 forgotten");
 }
 
 #[test]
@@ -352,10 +359,12 @@ fn a_second_host_with_an_id_is_seen_and_does_not_replace_the_first() {
     let (first, _) = bench.established(None, &hello(7, 1));
     let mut second = hello(7, 9);
     second.public_key = PublicKey([0xee; 32]);
-    assert_eq!(bench.dialer.clash(id(7), &second.public_key), Some("host7"));
-    assert_eq!(bench.dialer.clash(id(7), &hello(7, 1).public_key), None);
     bench.pass(Duration::from_secs(1));
     assert_eq!(bench.established(None, &second).1, Verdict::Close);
     assert_eq!(bench.dialer.connection(id(7)), Some(first));
     assert_eq!(bench.actions(), []);
+    let status = bench.dialer.connection_status();
+    let refused = status.iter().find(|one| one.phase == Phase::Refused).unwrap();
+    let words = &refused.last_error.as_ref().unwrap().0;
+    assert!(words.starts_with("ID 7 is used twice: by host7 and by host7"), "{words}");
 }

@@ -1,0 +1,154 @@
+//! Two hosts with one ID.
+//!
+//! An ID changes hands only if its holder lets it: a record under other keys than those of a node that is reached waits for [`OBJECTION`],
+//! and the holder is asked, by a [parcel](super::parcel::KIND_CLASH). A holder that is there objects, by a record that outbids the other
+//! ([`Action::Contested`]), and then the other is dropped and reported ([`Action::Clash`]). A holder that is gone says nothing, and its
+//! successor is believed. A neighbour that is connected cannot be replaced at all, and within one incarnation nobody changes keys.
+
+use std::time::{Duration, Instant};
+
+use super::message::{MAX_STAMP, Message, Record};
+use super::parcel::{KIND_CLASH, MAX_BODY, MAX_HOPS};
+use super::{Action, Gossip, sign};
+use crate::types::NodeId;
+
+/// So long may a node that is reached take to object: to hear of it, to outbid it, and to be heard.
+pub const OBJECTION: Duration = Duration::from_secs(5);
+/// After an objection, nobody is heard for so long who claims the same ID.
+pub const CLASH_INTERVAL: Duration = Duration::from_secs(30);
+/// A contested own record is answered no more often than this.
+pub const DEFEND_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A record that waits for the objection of another node with its ID.
+#[derive(Debug)]
+pub(super) struct Contender {
+    record: Record,
+    /// Who told of it.
+    from: NodeId,
+    until: Instant,
+}
+
+impl Gossip {
+    /// True if the ID of this record belongs to a node with other keys, as far as this node can tell.
+    pub(super) fn is_disputed(&self, record: &Record) -> bool {
+        let keys = record.keys();
+        if let Some(proven) = self.proven.get(&record.id) {
+            return *proven != keys;
+        }
+        let Some(known) = self.records.get(&record.id).filter(|known| known.keys() != keys) else {
+            return false;
+        };
+        !known.left && (known.incarnation == record.incarnation || self.paths().contains_key(&known.id))
+    }
+
+    /// Lets a disputed record wait, and passes it on.
+    pub(super) fn handle_contender(&mut self, peer: NodeId, record: Record, now: Instant) {
+        let id = record.id;
+        // The holder must be able to hear of it, and to outbid it.
+        let challenge = Message::Delta(vec![record.clone()]).encode();
+        let is_far = self.paths().get(&id).is_some_and(|path| path.hops > MAX_HOPS.into());
+        if record.incarnation > MAX_STAMP / 2 || challenge.len() > MAX_BODY || is_far {
+            return;
+        }
+        let was_heard = self.clashes.get(&id).is_some_and(|last| now < *last + CLASH_INTERVAL);
+        let waiting = self.contenders.get(&id);
+        if was_heard || waiting.is_some_and(|waiting| record.stamp() <= waiting.record.stamp()) {
+            return;
+        }
+        let until = match waiting {
+            Some(waiting) if waiting.record.keys() == record.keys() => waiting.until,
+            Some(_) | None => now + OBJECTION,
+        };
+        // Fails only if the holder is gone by now.
+        let _ = self.send_parcel(id, KIND_CLASH, challenge);
+        let has_not = |next: &&NodeId| **next != peer && **next != id && !self.is_linked(peer, **next);
+        for next in self.neighbours.iter().filter(has_not).copied().collect::<Vec<_>>() {
+            self.send(next, Message::Delta(vec![record.clone()]));
+        }
+        self.contenders.insert(id, Contender { record, from: peer, until });
+    }
+
+    /// A record of a node was believed: if it outbids another one that waits, there are two such nodes.
+    pub(super) fn settle(&mut self, id: NodeId, now: Instant) {
+        let Some(contender) = self.contenders.get(&id) else { return };
+        let Some(known) = self.records.get(&id) else { return };
+        if contender.record.stamp() > known.stamp() {
+            return;
+        }
+        let is_rival = contender.record.keys() != known.keys() && !contender.record.left && !known.left;
+        let holder = known.nickname.clone();
+        let Some(Contender { record, .. }) = self.contenders.remove(&id) else { return };
+        if is_rival {
+            self.clashes.insert(id, now);
+            self.actions.push_back(Action::Clash { record: Box::new(record), holder });
+        }
+    }
+
+    /// Believes those whom nobody has objected to.
+    pub(super) fn admit_contenders(&mut self, now: Instant) {
+        let due: Vec<_> =
+            self.contenders.iter().filter(|(_, it)| it.until <= now).map(|(id, _)| *id).collect();
+        for id in due {
+            let Some(mut contender) = self.contenders.remove(&id) else { continue };
+            let keys = contender.record.keys();
+            if self.proven.get(&id).is_some_and(|proven| *proven != keys) {
+                contender.until = now + OBJECTION;
+                self.contenders.insert(id, contender);
+            } else if self.records.get(&id).is_none_or(|known| {
+                known.incarnation < contender.record.incarnation
+                    || (known.keys() == keys && known.stamp() < contender.record.stamp())
+            }) {
+                self.take(contender.from, contender.record, now);
+            }
+        }
+    }
+
+    pub(super) fn next_admission(&self) -> Option<Instant> {
+        self.contenders.values().map(|contender| contender.until).min()
+    }
+
+    /// Somebody spreads a newer record of this node.
+    pub(super) fn handle_word_about_self(&mut self, record: Record, now: Instant) {
+        if self.draft.left {
+            return;
+        }
+        if self.defence.as_ref().is_none_or(|worst| worst.stamp() < record.stamp()) {
+            self.defence = Some(record);
+        }
+        if self.may_defend(now) {
+            self.defend(now);
+        }
+    }
+
+    /// Another node asks whether this one objects to a record of its ID.
+    pub(super) fn handle_challenge(&mut self, bytes: &[u8], now: Instant) {
+        let Ok(Message::Delta(records)) = Message::decode(bytes) else { return };
+        for record in records {
+            if record.id == self.own && record.stamp() > self.stamps[&self.own] && sign::is_signed(&record) {
+                self.handle_word_about_self(record, now);
+            }
+        }
+    }
+
+    pub(super) fn may_defend(&self, now: Instant) -> bool {
+        self.defended.is_none_or(|last| last + DEFEND_INTERVAL <= now)
+    }
+
+    /// Outbids the other record, and has it published.
+    pub(super) fn defend(&mut self, now: Instant) {
+        let Some(rival) = self.defence.take() else { return };
+        let is_other = rival.keys() != self.draft.keys();
+        if rival.incarnation > self.draft.incarnation || is_other {
+            self.draft.incarnation = rival.incarnation.saturating_add(1).min(MAX_STAMP);
+            self.draft.version = 0;
+        } else {
+            self.draft.version = self.draft.version.max(rival.version);
+        }
+        // A tombstone is of an earlier life of this host. So may be a record under its own keys, once: of a disk that was put back.
+        if !rival.left && (is_other || self.defended.is_some()) {
+            self.actions.push_back(Action::Contested(Box::new(rival)));
+        }
+        self.defended = Some(now);
+        self.note_own_change(now);
+    }
+}

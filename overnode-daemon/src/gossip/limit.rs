@@ -1,0 +1,124 @@
+//! How much a neighbour may say, and have us say.
+//!
+//! Two buckets for each neighbour, of bytes and of messages, which outlive its connection: who is cut off and comes back finds them as empty as
+//! they were. What it asks for counts as if it had sent it. A cold start is what they must allow: at 1000 nodes, each linked with all
+//! others, a neighbour that tells of everybody sends 1000 records of 2 KiB each time that it compares, and few dozen versions of them before all is quiet.
+
+use std::time::{Duration, Instant};
+
+/// Bytes that may come at once: all records that there can be, twice.
+pub const BURST_BYTES: u64 = 64 << 20;
+/// Bytes that may come each second, again and again.
+pub const BYTES_PER_SECOND: u64 = 256 << 10;
+/// Messages that may come at once.
+pub const BURST_MESSAGES: u64 = 16 << 10;
+/// Messages that may come each second, again and again: more than [`super::COLLECT`] lets an honest node send.
+pub const MESSAGES_PER_SECOND: u64 = 128;
+
+/// What one neighbour may still say.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Allowance {
+    bytes: Bucket,
+    messages: Bucket,
+    at: Instant,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Bucket {
+    /// Taken and not refilled yet, in thousandths.
+    taken: u64,
+    burst: u64,
+    each_second: u64,
+}
+
+impl Allowance {
+    pub fn new(now: Instant) -> Self {
+        let bucket = |burst, each_second| Bucket { taken: 0, burst, each_second };
+        let bytes = bucket(BURST_BYTES, BYTES_PER_SECOND);
+        Self { bytes, messages: bucket(BURST_MESSAGES, MESSAGES_PER_SECOND), at: now }
+    }
+
+    /// Takes one message. False if that is too much.
+    pub fn hear(&mut self, bytes: usize, now: Instant) -> bool {
+        let passed = now.saturating_duration_since(self.at);
+        self.at = self.at.max(now);
+        self.bytes.refill(passed);
+        self.messages.refill(passed);
+        let has_room = self.bytes.has_room() && self.messages.has_room();
+        self.bytes.take(bytes);
+        self.messages.take(1);
+        has_room
+    }
+
+    /// Takes what is sent because it asked.
+    pub fn answer(&mut self, bytes: usize) {
+        self.bytes.take(bytes);
+    }
+}
+
+impl Bucket {
+    fn refill(&mut self, passed: Duration) {
+        let millis = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX);
+        self.taken = self.taken.saturating_sub(millis.saturating_mul(self.each_second));
+    }
+
+    fn has_room(&self) -> bool {
+        self.taken < self.burst * 1000
+    }
+
+    /// At most as much again as the burst: who was too much for us is heard again some time.
+    fn take(&mut self, count: usize) {
+        let count = u64::try_from(count).unwrap_or(u64::MAX);
+        self.taken = self.taken.saturating_add(count.saturating_mul(1000)).min(self.burst * 2000);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_is_heard_and_then_so_much_each_second() {
+        let mut now = Instant::now();
+        let mut allowance = Allowance::new(now);
+        let heard = (0..2 * BURST_MESSAGES).filter(|_| allowance.hear(1, now)).count();
+        assert_eq!(heard as u64, BURST_MESSAGES);
+        // What was too much counts as well.
+        now += Duration::from_secs(BURST_MESSAGES / MESSAGES_PER_SECOND - 1);
+        assert!(!allowance.hear(1, now));
+        now += Duration::from_secs(2);
+        assert!(allowance.hear(1, now));
+        let mut heard = 0;
+        for _ in 0..1000 {
+            now += Duration::from_millis(1);
+            heard += u64::from(allowance.hear(1, now)) + u64::from(allowance.hear(1, now));
+        }
+        assert!(heard <= 2 * MESSAGES_PER_SECOND, "{heard} in a second");
+    }
+
+    #[test]
+    fn bytes_count_and_so_do_answers() {
+        let mut now = Instant::now();
+        let mut allowance = Allowance::new(now);
+        assert!(allowance.hear(BURST_BYTES as usize / 2, now));
+        allowance.answer(BURST_BYTES as usize / 2);
+        assert!(!allowance.hear(1, now));
+        now += Duration::from_secs(1);
+        assert!(
+            allowance.hear(BYTES_PER_SECOND as usize, now),
+            "what has come is judged by what came before"
+        );
+        assert!(!allowance.hear(1, now));
+    }
+
+    #[test]
+    fn nobody_is_kept_out_for_ever() {
+        let mut now = Instant::now();
+        let mut allowance = Allowance::new(now);
+        for _ in 0..1000 {
+            allowance.hear(BURST_BYTES as usize, now);
+        }
+        now += Duration::from_secs(2 * BURST_BYTES / BYTES_PER_SECOND);
+        assert!(allowance.hear(1, now));
+    }
+}

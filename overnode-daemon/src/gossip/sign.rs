@@ -1,0 +1,105 @@
+//! Signatures, so that nobody can speak in another's name.
+//!
+//! Each node has an Ed25519 key that follows from its static secret. Its public half is told in the greeting of a connection, which
+//! proves the static key, and stands in every record, beside the ID and the static key, under the record's signature.
+
+use data_encoding::BASE64;
+use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::message::Record;
+use crate::control::key;
+use crate::types::{PublicKey, Secret, VerifyingKey};
+
+const RECORD: &[u8] = b"overnode record v1";
+
+/// Signs what one node says. Its secret half is never shown.
+#[derive(Debug)]
+pub struct Signer(Ed25519KeyPair);
+
+/// An Ed25519 signature. Shown as base64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Signature(pub [u8; 64]);
+
+/// What proves who somebody is: with the first it shakes hands, with the second it signs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keys {
+    /// The static key.
+    pub public_key: PublicKey,
+    /// The public half of its [`Signer`].
+    pub verifying_key: VerifyingKey,
+}
+
+impl Signer {
+    /// The signer of the node with this static secret.
+    pub fn new(static_secret: &Secret) -> Self {
+        let seed = key::signing_seed(static_secret);
+        Self(Ed25519KeyPair::from_seed_unchecked(&seed.0).expect("any 32 bytes are a seed"))
+    }
+
+    /// Its public half.
+    pub fn verifying_key(&self) -> VerifyingKey {
+        let mut key = [0; 32];
+        key.copy_from_slice(self.0.public_key().as_ref());
+        VerifyingKey(key)
+    }
+
+    /// Puts its key and its signature on a record of its node.
+    pub fn sign(&self, record: &mut Record) {
+        record.verifying_key = self.verifying_key();
+        record.signature = self.sign_bytes(&signed_part(record));
+    }
+
+    /// Signs bytes that begin with what they are for.
+    pub(super) fn sign_bytes(&self, bytes: &[u8]) -> Signature {
+        let mut signature = [0; 64];
+        signature.copy_from_slice(self.0.sign(bytes).as_ref());
+        Signature(signature)
+    }
+}
+
+/// True if the record is signed with the key that it names. That the key is its owner's is another question.
+pub(super) fn is_signed(record: &Record) -> bool {
+    is_signature(&record.verifying_key, &signed_part(record), &record.signature)
+}
+
+pub(super) fn is_signature(key: &VerifyingKey, bytes: &[u8], signature: &Signature) -> bool {
+    UnparsedPublicKey::new(&ED25519, key.0).verify(bytes, &signature.0).is_ok()
+}
+
+/// The record without its last field, after a name that no other signed bytes begin with.
+fn signed_part(record: &Record) -> Vec<u8> {
+    let mut bytes = postcard::to_extend(record, RECORD.to_vec()).expect("plain data always encodes");
+    bytes.truncate(bytes.len() - size_of::<Signature>());
+    bytes
+}
+
+impl Default for Signature {
+    fn default() -> Self {
+        Self([0; 64])
+    }
+}
+
+impl Serialize for Signature {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            return serializer.collect_str(&BASE64.encode_display(&self.0));
+        }
+        let (first, second) = self.0.split_at(32);
+        let half = |bytes: &[u8]| <[u8; 32]>::try_from(bytes).map_err(serde::ser::Error::custom);
+        (half(first)?, half(second)?).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Signature {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bytes = if deserializer.is_human_readable() {
+            BASE64.decode(String::deserialize(deserializer)?.as_bytes()).map_err(D::Error::custom)?
+        } else {
+            <([u8; 32], [u8; 32])>::deserialize(deserializer)
+                .map(|(first, second)| [first, second].concat())?
+        };
+        bytes.try_into().map(Self).map_err(|_| D::Error::custom("a signature is 64 bytes"))
+    }
+}

@@ -1,0 +1,351 @@
+use super::*;
+
+/// Hosts of one ID on both sides of a cut: what each side knows first stays, until one of the two is gone.
+fn divided() -> World {
+    let mut world = World::new(6, 1);
+    world.chain(6);
+    world.assert_converges_within(Duration::from_secs(5), 1);
+    world
+}
+
+/// What somebody without the keys may make of a record.
+fn forgeries(truth: &Record) -> Vec<Record> {
+    let change = |change: fn(&mut Record)| {
+        let mut forged = truth.clone();
+        change(&mut forged);
+        forged
+    };
+    vec![
+        change(|it| it.version += 1),
+        change(|it| it.incarnation += 1),
+        change(|it| (it.version, it.nickname) = (it.version + 1, "liar".into())),
+        change(|it| (it.version, it.links) = (it.version + 1, Vec::new())),
+        change(|it| (it.version, it.ranges) = (it.version + 1, vec!["10.40.0.0/13".parse().unwrap()])),
+        change(|it| (it.version, it.public_key) = (it.version + 1, PublicKey([66; 32]))),
+        change(|it| (it.version, it.id) = (it.version + 1, id(6))),
+        change(|it| (it.version, it.signature) = (it.version + 1, Signature([7; 64]))),
+        change(|it| {
+            it.version += 1;
+            *it = it.clone().into_tombstone();
+        }),
+        // Signed, but the key is another's.
+        change(|it| {
+            it.version += 1;
+            let honest = it.verifying_key;
+            signer(66).sign(it);
+            it.verifying_key = honest;
+        }),
+    ]
+}
+
+#[test]
+fn what_its_owner_has_not_signed_is_refused_with_all_that_came_with_it() {
+    let mut world = divided();
+    let truth = world.node(1).record(id(3)).unwrap().clone();
+    let before: Vec<_> = world.node(1).records().cloned().collect();
+    for forged in forgeries(&truth) {
+        let news = record(1, 1);
+        assert!(sign::is_signed(&news));
+        let named = forged.id;
+        let message = Message::Delta(vec![forged, signed(blank(7, 1), 7)]).encode();
+        let now = world.now;
+        let outcome = world.node(1).handle_message(id(2), &message, now);
+        assert_eq!(outcome, Err(BadMessage::Signature(named)));
+    }
+    assert_eq!(world.node(1).records().cloned().collect::<Vec<_>>(), before);
+    assert_eq!(world.node(1).poll_action(), None);
+}
+
+#[test]
+fn what_is_known_is_not_verified_again() {
+    let mut world = divided();
+    let mut old = world.node(1).record(id(3)).unwrap().clone();
+    old.version -= 1;
+    let now = world.now;
+    let message = Message::Delta(vec![old]).encode();
+    assert_eq!(world.node(1).handle_message(id(2), &message, now), Ok(()), "older than what is known");
+}
+
+#[test]
+fn nobody_takes_the_id_of_a_node_that_is_reached_and_both_are_told() {
+    for (liar, victim) in [(1, 6), (2, 1), (3, 4), (5, 2)] {
+        let mut world = divided();
+        let mut usurper = signed(blank(victim, 1000), 66);
+        usurper.nickname = "usurper".into();
+        let usurper = signed(usurper, 66);
+        let to = if liar == 6 { 5 } else { liar + 1 };
+        let now = world.now;
+        let message = Message::Delta(vec![usurper]).encode();
+        world.node(to).handle_message(id(liar), &message, now).unwrap();
+        world.collect();
+        world.run(OBJECTION * 2);
+        world.assert_converges_within(Duration::from_secs(1), 1);
+        for number in (1..=6).filter(|number| *number != victim) {
+            assert_eq!(world.node(number).record(id(victim)).unwrap().nickname, format!("host{victim}"));
+        }
+        let told = |number| world.clashes.contains(&(id(number), id(victim)));
+        assert!(to == victim || told(to), "{liar} lies of {victim}: {:?}", world.clashes);
+        assert_eq!(world.contested, BTreeSet::from([id(victim)]), "{liar} lies of {victim}");
+    }
+}
+
+#[test]
+fn one_incarnation_has_one_pair_of_keys() {
+    let mut world = divided();
+    world.cut(id(5), id(6));
+    world.run(Duration::from_secs(2));
+    let known = world.node(1).record(id(6)).unwrap().clone();
+    let mut other = signed(blank(6, known.incarnation), 66);
+    other.version = known.version + 10;
+    let now = world.now;
+    let message = |record| Message::Delta(vec![record]).encode();
+    let same_incarnation = message(signed(other.clone(), 66));
+    world.node(1).handle_message(id(2), &same_incarnation, now).unwrap();
+    assert_eq!(world.node(1).record(id(6)), Some(&known));
+    // Gone without a word, disk and all, and launched again: the ID is free.
+    other.incarnation += 1;
+    world.node(1).handle_message(id(2), &message(signed(other, 66)), now).unwrap();
+    assert_eq!(world.node(1).record(id(6)).unwrap().keys(), keys(66));
+}
+
+#[test]
+fn a_neighbour_is_believed_against_what_others_said_of_it_before() {
+    let mut world = World::new(2, 3);
+    world.chain(2);
+    world.assert_converges_within(Duration::from_secs(5), 3);
+    let mut squatter = blank(9, MAX_STAMP);
+    squatter.version = MAX_STAMP;
+    let now = world.now;
+    let message = Message::Delta(vec![signed(squatter, 66)]).encode();
+    world.node(1).handle_message(id(2), &message, now).unwrap();
+    assert_eq!(world.node(1).record(id(9)).unwrap().keys(), keys(66));
+    world.start(record(9, 5));
+    world.connect(id(1), id(9));
+    world.run(Duration::from_secs(3));
+    assert_eq!(world.node(1).record(id(9)).unwrap().keys(), keys(9));
+    assert_eq!(world.node(1).living().map(|it| it.id.get()).collect::<Vec<_>>(), [2, 9]);
+}
+
+/// Hosts by place, so that two may have one ID. What is sent arrives at once.
+struct Hosts {
+    now: Instant,
+    hosts: Vec<Gossip>,
+    links: BTreeSet<(usize, usize)>,
+    contested: Vec<u32>,
+    clashes: Vec<u32>,
+    messages: u32,
+}
+
+impl Hosts {
+    fn new(own: Vec<Record>) -> Self {
+        let now = Instant::now();
+        let count = own.len();
+        let hosts = own.into_iter().map(|own| gossip(own, now)).collect();
+        let (contested, clashes) = (vec![0; count], vec![0; count]);
+        Self { now, hosts, links: BTreeSet::new(), contested, clashes, messages: 0 }
+    }
+
+    fn connect(&mut self, one: usize, other: usize) {
+        for (from, to) in [(one, other), (other, one)] {
+            self.links.insert((from, to));
+            let (peer, keys) = (self.hosts[to].own().id, self.hosts[to].own().keys());
+            self.hosts[from].handle_connected(peer, keys, self.now);
+        }
+    }
+
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.now += Duration::from_millis(10);
+            for from in 0..self.hosts.len() {
+                self.hosts[from].handle_timeout(self.now);
+                while let Some(action) = self.hosts[from].poll_action() {
+                    self.carry_out(from, action);
+                }
+            }
+        }
+    }
+
+    fn carry_out(&mut self, from: usize, action: Action) {
+        let host = &self.hosts[from];
+        match action {
+            Action::Send { to, message } => {
+                self.messages += 1;
+                let sender = host.own().id;
+                let leads =
+                    |place: &usize| self.links.contains(&(from, *place)) && self.hosts[*place].own().id == to;
+                if let Some(place) = (0..self.hosts.len()).find(leads) {
+                    self.hosts[place].handle_message(sender, &message.encode(), self.now).unwrap();
+                }
+            }
+            Action::Contested(rival) => {
+                assert_ne!(rival.keys(), host.own().keys());
+                self.contested[from] += 1;
+            }
+            Action::Clash { record, holder } => {
+                assert_ne!(record.keys(), host.record(record.id).unwrap().keys());
+                assert_ne!(record.nickname, holder);
+                self.clashes[from] += 1;
+            }
+            Action::SendParcel { to, parcel } => {
+                let leads =
+                    |place: &usize| self.links.contains(&(from, *place)) && self.hosts[*place].own().id == to;
+                if let Some(place) = (0..self.hosts.len()).find(leads) {
+                    let sender = self.hosts[from].own().id;
+                    self.hosts[place].handle_parcel(sender, &parcel.encode(), self.now).unwrap();
+                }
+            }
+            Action::Deliver(parcel) => panic!("nobody sends any: {parcel:?}"),
+            Action::Changed(_) | Action::Removed(_) => {}
+        }
+    }
+}
+
+fn rival() -> Record {
+    let mut rival = record(7, 50);
+    rival.nickname = "rival".into();
+    signed(rival, 66)
+}
+
+/// Two clusters, each with a host 7, are joined by a link between others.
+#[test]
+fn two_hosts_with_one_id_that_only_gossip_joins_are_both_told_and_neither_spreads() {
+    let mut net =
+        Hosts::new(vec![record(1, 1), record(2, 1), record(3, 1), record(4, 1), record(7, 1), rival()]);
+    for (one, other) in [(4, 0), (0, 1), (2, 3), (3, 5)] {
+        net.connect(one, other);
+    }
+    net.run(Duration::from_secs(5));
+    assert_eq!((net.contested.iter().sum::<u32>(), net.clashes.iter().sum::<u32>()), (0, 0));
+    net.connect(1, 2);
+    let messages = net.messages;
+    net.run(Duration::from_secs(5));
+    assert!(net.contested[4] > 0 && net.contested[5] > 0, "both are told: {:?}", net.contested);
+    assert!(net.clashes[1] > 0 && net.clashes[2] > 0, "and so is who sees it: {:?}", net.clashes);
+    net.run(Duration::from_secs(295));
+    for place in 0..6 {
+        let expected = if [0, 1, 4].contains(&place) { keys(7) } else { keys(66) };
+        assert_eq!(net.hosts[place].record(id(7)).unwrap().keys(), expected, "place {place}");
+        assert!(
+            net.contested[place] <= 25 && net.clashes[place] <= 25,
+            "{:?} {:?}",
+            net.contested,
+            net.clashes
+        );
+    }
+    assert!(net.messages - messages < 1000, "{} messages in 5 minutes", net.messages - messages);
+}
+
+#[test]
+fn two_hosts_with_one_id_that_hear_each_other_are_told_at_a_bounded_rate() {
+    let mut now = Instant::now();
+    let mut hosts = [record(7, 1), rival()].map(|own| gossip(own, now));
+    for host in &mut hosts {
+        host.handle_connected(id(1), keys(1), now);
+    }
+    let (mut told, mut messages) = ([0, 0], 0);
+    for _ in 0..1000 {
+        now += Duration::from_millis(10);
+        for (from, to) in [(0, 1), (1, 0)] {
+            hosts[from].handle_timeout(now);
+            while let Some(action) = hosts[from].poll_action() {
+                match action {
+                    Action::Send { message, .. } => {
+                        messages += 1;
+                        hosts[to].handle_message(id(1), &message.encode(), now).unwrap();
+                    }
+                    Action::Contested(_) => told[from] += 1,
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+    assert!(told.iter().all(|times| (3..=11).contains(times)), "{told:?} in 10 s");
+    assert!(messages < 60, "{messages} in 10 s");
+}
+
+#[test]
+fn a_disk_that_was_put_back_alarms_nobody_but_a_copy_does() {
+    let mut world = World::new(2, 5);
+    world.chain(2);
+    world.assert_converges_within(Duration::from_secs(5), 5);
+    let past = signed(record(2, 0), 2);
+    world.kill(id(2));
+    world.start(past);
+    world.connect(id(1), id(2));
+    world.assert_converges_within(Duration::from_secs(5), 5);
+    assert_eq!(world.contested, BTreeSet::new());
+    // Somebody with the same keys goes on.
+    let mut copy = world.node(2).own().clone();
+    copy.incarnation += 1;
+    let now = world.now;
+    let message = Message::Delta(vec![signed(copy, 2)]).encode();
+    world.node(2).handle_message(id(1), &message, now).unwrap();
+    world.run(Duration::from_secs(3));
+    assert_eq!(world.contested, BTreeSet::from([id(2)]));
+}
+
+#[test]
+fn a_stream_of_lies_is_answered_once_a_second() {
+    let mut world = World::new(2, 8);
+    world.chain(2);
+    world.assert_converges_within(Duration::from_secs(5), 8);
+    let records = world.records;
+    for _ in 0..1000 {
+        let mut lie = world.node(2).own().clone();
+        lie.version += 5;
+        let now = world.now;
+        let lie = Message::Delta(vec![signed(lie, 66)]).encode();
+        world.node(2).handle_message(id(1), &lie, now).unwrap();
+        world.collect();
+        world.run(Duration::from_millis(10));
+    }
+    let answers = world.records - records;
+    assert!((8..=12).contains(&answers), "{answers} answers in 10 s");
+}
+
+/// What a holder of the token may say of others and sign with keys of its own.
+fn lie(victim: &Record, rng: &mut StdRng) -> Record {
+    let mut lie = victim.clone();
+    match rng.random_range(0..5) {
+        0 => lie.version += rng.random_range(1..100),
+        1 => lie.incarnation += rng.random_range(1..1 << 40),
+        2 => {
+            lie.incarnation += 1;
+            lie = lie.into_tombstone();
+        }
+        3 => lie.nickname = "no new version".into(),
+        _ => (lie.incarnation, lie.links) = (MAX_STAMP, Vec::new()),
+    }
+    lie.version = lie.version.min(MAX_STAMP);
+    lie.incarnation = lie.incarnation.min(MAX_STAMP);
+    signed(lie, rng.random_range(60..70))
+}
+
+#[test]
+fn lies_about_nodes_that_are_there_change_nothing() {
+    for seed in 0..60 {
+        let mut world = World::new(7, seed);
+        world.chain(7);
+        world.connect(id(1), id(7));
+        world.assert_converges_within(Duration::from_secs(10), seed);
+        for _ in 0..15 {
+            let (from, to) = *world.links.keys().choose(&mut world.rng).unwrap();
+            let victim = (1..=7).map(id).filter(|node| *node != from).choose(&mut world.rng).unwrap();
+            let truth = world.nodes[&from].record(victim).unwrap().clone();
+            let lie = Message::Delta(vec![lie(&truth, &mut world.rng)]).encode();
+            let now = world.now;
+            world.nodes.get_mut(&to).unwrap().handle_message(from, &lie, now).unwrap();
+            world.collect();
+            let pause = Duration::from_millis(world.rng.random_range(0..800));
+            world.run(pause);
+            for (own, node) in &world.nodes {
+                for record in node.records() {
+                    assert_eq!(record.public_key, world.keys[&record.id], "seed {seed}: {own} believes it");
+                }
+                assert_eq!(node.reachable().len(), 6, "seed {seed}: {own}");
+            }
+        }
+        world.assert_converges_within(COMPARE_INTERVAL * 8, seed);
+    }
+}

@@ -1,0 +1,206 @@
+use std::time::Duration;
+
+use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
+
+use super::{World, id};
+use crate::gossip::parcel::{FORMAT, KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
+use crate::gossip::{Action, BadParcel, Parcel, Path, Signature, Undelivered};
+
+fn parcel() -> Parcel {
+    Parcel {
+        from: id(5),
+        to: id(300),
+        hops: MAX_HOPS,
+        kind: KIND_ALLOCATION,
+        serial: (1_700_000_000_000, 258),
+        signature: Signature(std::array::from_fn(|place| place as u8)),
+        body: b"give".to_vec(),
+    }
+}
+
+#[test]
+fn a_parcel_travels_along_a_chain_and_its_answer_back() {
+    let mut world = World::new(6, 1);
+    world.chain(6);
+    world.assert_converges_within(Duration::from_secs(5), 1);
+    world.node(1).send_parcel(id(6), 7, b"question".to_vec()).unwrap();
+    world.collect();
+    world.run(Duration::from_secs(2));
+    let [arrived] = &world.delivered[..] else { panic!("{:?}", world.delivered) };
+    assert_eq!((arrived.from, arrived.to, arrived.kind), (id(1), id(6), 7));
+    assert_eq!((arrived.hops, arrived.body.as_slice()), (MAX_HOPS - 4, &b"question"[..]));
+    world.node(6).send_parcel(id(1), 7, vec![9; MAX_BODY]).unwrap();
+    world.collect();
+    world.run(Duration::from_secs(2));
+    assert_eq!(world.delivered[1].body, [9; MAX_BODY]);
+}
+
+#[test]
+fn a_neighbour_is_sent_parcels_before_it_has_said_anything() {
+    let mut world = World::new(2, 2);
+    world.connect(id(1), id(2));
+    assert_eq!(world.node(1).next_hop(id(2)), None);
+    world.node(1).send_parcel(id(2), 1, Vec::new()).unwrap();
+    world.collect();
+    world.run(Duration::from_secs(1));
+    assert_eq!(world.delivered.len(), 1);
+}
+
+#[test]
+fn what_cannot_be_sent_is_said_at_once() {
+    let mut world = World::new(3, 3);
+    world.connect(id(1), id(2));
+    world.assert_converges_within(Duration::from_secs(5), 3);
+    let node = world.node(1);
+    assert_eq!(node.send_parcel(id(3), 1, Vec::new()), Err(Undelivered::NoWay(id(3))));
+    assert_eq!(node.send_parcel(id(1), 1, Vec::new()), Err(Undelivered::ToMyself));
+    let long = vec![0; MAX_BODY + 1];
+    assert_eq!(node.send_parcel(id(2), 1, long), Err(Undelivered::TooLong(MAX_BODY + 1)));
+    assert_eq!(node.poll_action(), None);
+}
+
+#[test]
+fn a_parcel_ends_after_its_last_hop_and_never_turns_back() {
+    let mut world = World::new(3, 4);
+    world.chain(3);
+    world.assert_converges_within(Duration::from_secs(5), 4);
+    let now = world.now;
+    let weary = Parcel { from: id(1), to: id(3), hops: 1, ..parcel() };
+    assert_eq!(world.node(2).handle_parcel(id(1), &weary.encode(), now), Ok(Some(Undelivered::TooFar)));
+    let astray = Parcel { from: id(1), to: id(3), ..parcel() };
+    assert_eq!(
+        world.node(2).handle_parcel(id(3), &astray.encode(), now),
+        Ok(Some(Undelivered::NoWay(id(3))))
+    );
+    let lost = Parcel { from: id(1), to: id(9), ..parcel() };
+    assert_eq!(world.node(2).handle_parcel(id(1), &lost.encode(), now), Ok(Some(Undelivered::NoWay(id(9)))));
+    // Of a node that is no neighbour, and one that claims to be of the node itself.
+    assert_eq!(world.node(1).handle_parcel(id(3), &weary.encode(), now), Ok(None));
+    let forged = Parcel { from: id(2), to: id(3), ..parcel() };
+    assert_eq!(world.node(2).handle_parcel(id(1), &forged.encode(), now), Ok(None));
+    assert_eq!(world.node(2).poll_action(), None);
+    assert_eq!(world.node(1).poll_action(), None);
+}
+
+/// Links come and go while everybody writes to everybody; whoever is reached has mail, and nothing goes in circles.
+#[test]
+fn parcels_take_the_way_that_is_left() {
+    let mut world = World::new(5, 5);
+    for (one, other) in [(1, 2), (2, 5), (1, 3), (3, 4), (4, 5)] {
+        world.connect(id(one), id(other));
+    }
+    world.assert_converges_within(Duration::from_secs(5), 5);
+    assert_eq!(world.node(1).paths()[&id(5)], Path { via: id(2), hops: 2 });
+    world.cut(id(2), id(5));
+    world.run(Duration::from_secs(2));
+    assert_eq!(world.node(1).paths()[&id(5)], Path { via: id(3), hops: 3 });
+    world.node(1).send_parcel(id(5), 1, b"around".to_vec()).unwrap();
+    world.collect();
+    world.run(Duration::from_secs(1));
+    assert_eq!(world.delivered[0].hops, MAX_HOPS - 2);
+    assert_eq!(world.undelivered, []);
+}
+
+#[test]
+fn a_parcel_arrives_once_and_only_as_its_sender_made_it() {
+    let mut world = World::new(3, 6);
+    world.chain(3);
+    world.assert_converges_within(Duration::from_secs(5), 6);
+    let now = world.now;
+    let mut made = Vec::new();
+    for body in [b"one", b"two"] {
+        world.node(1).send_parcel(id(3), 1, body.to_vec()).unwrap();
+        let Some(Action::SendParcel { to, parcel }) = world.node(1).poll_action() else { panic!() };
+        assert_eq!(to, id(2));
+        made.push(parcel);
+    }
+    // The relay, which has the token like all of them, makes changes.
+    let forge = |change: fn(&mut Parcel)| {
+        let mut forged = made[0].clone();
+        change(&mut forged);
+        forged.encode()
+    };
+    for forged in [
+        forge(|it| it.body = b"all".to_vec()),
+        forge(|it| it.kind = 2),
+        forge(|it| it.from = id(2)),
+        forge(|it| it.serial.0 += 1),
+        forge(|it| it.serial.1 += 1),
+        forge(|it| it.signature = Signature([0; 64])),
+        forge(|it| it.from = id(9)),
+    ] {
+        let outcome = world.node(3).handle_parcel(id(2), &forged, now);
+        assert!(matches!(outcome, Ok(Some(Undelivered::Unsigned(_)))), "{outcome:?}");
+    }
+    let mut hear = |parcel: &Parcel| world.node(3).handle_parcel(id(2), &parcel.encode(), now).unwrap();
+    assert_eq!(hear(&made[0]), None);
+    assert_eq!(hear(&made[0]), Some(Undelivered::Late(id(1))));
+    assert_eq!(hear(&made[1]), None);
+    assert_eq!(hear(&made[0]), Some(Undelivered::Late(id(1))));
+    world.collect();
+    assert_eq!(world.delivered.len(), 2);
+    // After a restart it counts from one again, in a later incarnation.
+    world.kill(id(1));
+    world.start(super::record(1, 2));
+    world.connect(id(1), id(2));
+    world.assert_converges_within(Duration::from_secs(5), 6);
+    world.node(1).send_parcel(id(3), 1, b"new".to_vec()).unwrap();
+    world.collect();
+    world.run(Duration::from_secs(1));
+    assert_eq!(world.delivered.len(), 3);
+}
+
+/// These bytes are read by nodes of other versions: a change of any of them needs a new [`FORMAT`].
+#[test]
+fn the_wire_format_is_this() {
+    let signature: Vec<u8> = (0..64).collect();
+    let golden = [
+        "01100100", // format, hops, kind
+        "05012c",   // from, to
+        "0000018bcfe56800",
+        "0000000000000102",
+        &data_encoding::HEXLOWER.encode(&signature),
+        "67697665",
+    ]
+    .concat();
+    assert_eq!(data_encoding::HEXLOWER.encode(&parcel().encode()), golden);
+    assert_eq!(Parcel::decode(&parcel().encode()), Ok(parcel()));
+}
+
+#[test]
+fn parcels_beyond_bounds_are_refused() {
+    let refused = |change: fn(&mut Parcel)| {
+        let mut bad = parcel();
+        change(&mut bad);
+        Parcel::decode(&bad.encode()).unwrap_err()
+    };
+    assert_eq!(refused(|it| it.hops = 0), BadParcel::Hops(0));
+    assert_eq!(refused(|it| it.hops = MAX_HOPS + 1), BadParcel::Hops(MAX_HOPS + 1));
+    assert_eq!(refused(|it| it.to = it.from), BadParcel::Circle);
+    assert_eq!(refused(|it| it.body = vec![0; MAX_BODY + 1]), BadParcel::Body(MAX_BODY + 1));
+    let good = parcel().encode();
+    for (place, value, expected) in [
+        (0, FORMAT + 1, BadParcel::Format(FORMAT + 1)),
+        (4, 0, BadParcel::Id(0)),
+        (5, 0x10, BadParcel::Id(0x102c)),
+    ] {
+        let mut bad = good.clone();
+        bad[place] = value;
+        assert_eq!(Parcel::decode(&bad), Err(expected));
+    }
+    for length in 0..good.len() - parcel().body.len() {
+        assert_eq!(Parcel::decode(&good[..length]), Err(BadParcel::Short));
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_read_is_what_was_written(bytes in prop::collection::vec(any::<u8>(), 0..60), hops in 0_u8..20) {
+        for bytes in [bytes.clone(), [&[FORMAT, hops, 1, 0, 5, 1], bytes.as_slice(), &[7; 80]].concat()] {
+            if let Ok(parcel) = Parcel::decode(&bytes) {
+                prop_assert_eq!(parcel.encode(), bytes);
+                prop_assert!(parcel.hops <= MAX_HOPS && parcel.from != parcel.to);
+            }
+        }
+    }
+}
