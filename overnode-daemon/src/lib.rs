@@ -15,6 +15,7 @@ pub mod ipam;
 pub mod net;
 pub mod node;
 pub mod options;
+pub mod path;
 pub mod store;
 pub mod types;
 

@@ -1,0 +1,307 @@
+//! The search for the largest inner packet that the path carries (RFC 8899, "DPLPMTUD", with the shortcut of asking for the
+//! most first).
+//!
+//! Sizes are those of inner packets. A size has failed when so many probes of it vanished, each beside a small one that was
+//! answered. Until something has failed, the path is taken to carry what the local interface does, which is nearly always
+//! so: a first guess below it would teach containers a smaller MTU that they keep for minutes.
+
+use std::time::{Duration, Instant};
+
+/// What every path should carry: the least MTU of IPv6 (1280) less the headers of the tunnel over IPv6 (80). Taken at once when
+/// a larger size fails, until the search knows better (RFC 8899 section 5.1.2, `BASE_PLPMTU`).
+pub const BASE: u32 = 1200;
+/// The least that is looked for: what IPv4 hosts must accept (576) less the headers of the tunnel over IPv4 (60), and that
+/// rounded to the cipher's blocks.
+pub const FLOOR: u32 = 512;
+/// The search ends when the answer is known to so many bytes.
+pub const PRECISION: u32 = 8;
+/// So many probes of a size must vanish before it has failed (RFC 8899 section 5.1.2, `MAX_PROBES`); more where the
+/// path loses many packets.
+pub const TRIES: u32 = 3;
+/// And no more than these, whatever is lost.
+pub const MOST_TRIES: u32 = 12;
+/// How likely it may be that mere loss makes a size fail.
+const MISTAKE: f32 = 0.001;
+/// How often a size that works is tried again: RFC 8899 asks for less often, but this is how long a black hole may last.
+pub const CHECK_INTERVAL: Duration = Duration::from_secs(30);
+/// How often a larger size is tried (RFC 8899 section 5.1.1, `PMTU_RAISE_TIMER`).
+pub const RAISE_INTERVAL: Duration = Duration::from_secs(600);
+/// The pause after a try that shows nothing, since small probes vanish, too.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// The search on one path. At rest while the path is dead.
+#[derive(Debug)]
+pub(super) struct Search {
+    largest: u32,
+    mtu: u32,
+    confirmed_at: Option<Instant>,
+    is_confirmed: bool,
+    aim: Aim,
+    /// The probes of the present size.
+    flights: Vec<Flight>,
+    is_waiting: bool,
+    failures: u32,
+    /// When to send the next one; none while at rest.
+    next: Option<Instant>,
+    raise_at: Option<Instant>,
+}
+
+/// What the next probe is to find out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Aim {
+    /// That the present MTU holds.
+    Keep,
+    /// That the path now carries the most.
+    Largest,
+    /// That it carries [`BASE`], when so much has failed.
+    Base { high: u32 },
+    /// What it carries between a size that works and one that does not.
+    Between { low: u32, high: u32 },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Flight {
+    sequence: u64,
+    stamp: u64,
+    sent: Instant,
+}
+
+/// What is known of small probes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Small {
+    /// How long to wait for an answer.
+    pub(super) wait: Duration,
+    /// When the latest one was sent that was answered.
+    pub(super) passed: Option<Instant>,
+    /// How many are lost, 0 to 1.
+    pub(super) loss: f32,
+}
+
+impl Search {
+    pub(super) fn new(largest: u32) -> Self {
+        Self {
+            largest,
+            mtu: largest,
+            confirmed_at: None,
+            is_confirmed: false,
+            aim: Aim::Keep,
+            flights: Vec::new(),
+            is_waiting: false,
+            failures: 0,
+            next: None,
+            raise_at: None,
+        }
+    }
+
+    pub(super) fn mtu(&self) -> u32 {
+        self.mtu
+    }
+
+    pub(super) fn is_confirmed(&self) -> bool {
+        self.is_confirmed
+    }
+
+    pub(super) fn largest(&self) -> u32 {
+        self.largest
+    }
+
+    /// The local interface carries more or less than before.
+    pub(super) fn set_largest(&mut self, largest: u32, now: Instant) {
+        self.largest = largest;
+        self.mtu = self.mtu.min(largest);
+        if self.next.is_some() {
+            self.start(now);
+        }
+    }
+
+    /// The path is alive: checks what was known of it before, and then whether it carries more by now.
+    pub(super) fn start(&mut self, now: Instant) {
+        self.is_confirmed = false;
+        self.confirmed_at = None;
+        self.raise_at = (self.mtu < self.largest).then_some(now);
+        self.turn_to(Aim::Keep, now);
+    }
+
+    /// The path is dead.
+    pub(super) fn stop(&mut self) {
+        self.turn(Aim::Keep);
+        self.next = None;
+    }
+
+    /// Large packets seem to vanish: checks the MTU at once.
+    pub(super) fn suspect(&mut self, now: Instant) {
+        if self.aim == Aim::Keep && !self.is_waiting && self.next.is_some() {
+            self.next = Some(now);
+        }
+    }
+
+    /// When there is something to do.
+    pub(super) fn poll_timeout(&self, wait: Duration) -> Option<Instant> {
+        let next = self.next?;
+        match self.flights.last() {
+            Some(flight) if self.is_waiting => Some(flight.sent + wait),
+            _ => Some(next),
+        }
+    }
+
+    /// Gives up waiting if it is time. Returns the MTU that was believed in, if it has turned out to be too large.
+    pub(super) fn handle_timeout(&mut self, now: Instant, small: Small) -> Option<u32> {
+        let flight =
+            self.flights.last().filter(|flight| self.is_waiting && now >= flight.sent + small.wait)?;
+        self.is_waiting = false;
+        if small.passed.is_none_or(|passed| passed < flight.sent) {
+            self.next = Some(now + PAUSE);
+            return None;
+        }
+        self.failures += 1;
+        self.next = Some(now);
+        if self.failures >= tries(small.loss) { self.fail(now) } else { None }
+    }
+
+    /// The size of the probe to send now, if one is due.
+    pub(super) fn poll_size(&mut self, now: Instant) -> Option<u32> {
+        if self.is_waiting || self.next.is_none_or(|next| now < next) {
+            return None;
+        }
+        let may_rise = self.is_confirmed && self.raise_at.is_some_and(|at| now >= at);
+        if self.aim == Aim::Keep && may_rise {
+            self.turn(Aim::Largest);
+        }
+        Some(self.size())
+    }
+
+    /// A probe of that size was sent.
+    pub(super) fn handle_sent(&mut self, sequence: u64, stamp: u64, now: Instant) {
+        if self.flights.len() >= MOST_TRIES as usize {
+            self.flights.remove(0);
+        }
+        self.flights.push(Flight { sequence, stamp, sent: now });
+        self.is_waiting = true;
+    }
+
+    /// Takes an answer if it is to one of these probes.
+    pub(super) fn handle_answer(&mut self, sequence: u64, stamp: u64, now: Instant) -> bool {
+        let is_mine = self.flights.iter().any(|flight| flight.sequence == sequence && flight.stamp == stamp);
+        if is_mine {
+            self.pass(now);
+        }
+        is_mine
+    }
+
+    /// The other side has received packets of up to `seen` bytes in the `window` before it got what was sent at `asked`: then
+    /// only the answer of a probe is missing.
+    pub(super) fn handle_seen(&mut self, seen: u32, window: Duration, asked: Instant, now: Instant) {
+        let Some(first) = self.flights.first() else { return };
+        let is_new = self.confirmed_at.is_none_or(|at| at + window < first.sent);
+        if is_new && asked >= first.sent && seen >= self.size() {
+            self.pass(now);
+        }
+    }
+
+    /// The kernel has refused to send a packet of that size. Returns true if it was a probe of this search.
+    pub(super) fn handle_unsent(&mut self, size: u32, now: Instant) -> bool {
+        let is_mine = self.is_waiting && size == self.size();
+        if is_mine {
+            self.fail(now);
+        }
+        is_mine
+    }
+
+    fn size(&self) -> u32 {
+        match self.aim {
+            Aim::Keep => self.mtu,
+            Aim::Largest => self.largest,
+            Aim::Base { .. } => BASE,
+            Aim::Between { low, high } => low + ((high - low) / 2).next_multiple_of(PRECISION),
+        }
+    }
+
+    fn pass(&mut self, now: Instant) {
+        let size = self.size();
+        self.mtu = size;
+        self.is_confirmed = true;
+        self.confirmed_at = Some(now);
+        match self.aim {
+            Aim::Keep => self.rest(now),
+            Aim::Largest => {
+                self.raise_at = None;
+                self.rest(now);
+            }
+            Aim::Base { high } | Aim::Between { high, .. } => self.narrow(size, high, now),
+        }
+    }
+
+    fn fail(&mut self, now: Instant) -> Option<u32> {
+        let size = self.size();
+        let believed = (self.aim == Aim::Keep).then_some(size);
+        match self.aim {
+            Aim::Largest => self.narrow(self.mtu, size, now),
+            Aim::Between { low, .. } => self.narrow(low, size, now),
+            Aim::Keep if size > BASE => {
+                self.mtu = BASE;
+                self.is_confirmed = false;
+                self.turn_to(Aim::Base { high: size }, now);
+            }
+            Aim::Keep | Aim::Base { .. } if size > FLOOR => {
+                self.mtu = FLOOR;
+                self.is_confirmed = false;
+                self.narrow(FLOOR, size, now);
+            }
+            Aim::Keep | Aim::Base { .. } => {
+                self.is_confirmed = false;
+                self.raise_at = Some(now + RAISE_INTERVAL);
+                self.rest(now);
+            }
+        }
+        believed
+    }
+
+    fn narrow(&mut self, low: u32, high: u32, now: Instant) {
+        if high - low > PRECISION {
+            self.turn_to(Aim::Between { low, high }, now);
+        } else {
+            self.raise_at = Some(now + RAISE_INTERVAL);
+            if self.is_confirmed { self.rest(now) } else { self.turn_to(Aim::Keep, now) }
+        }
+    }
+
+    fn rest(&mut self, now: Instant) {
+        let check = now + CHECK_INTERVAL;
+        self.turn_to(Aim::Keep, self.raise_at.map_or(check, |at| at.clamp(now, check)));
+    }
+
+    fn turn_to(&mut self, aim: Aim, next: Instant) {
+        self.turn(aim);
+        self.next = Some(next);
+    }
+
+    fn turn(&mut self, aim: Aim) {
+        self.aim = aim;
+        self.flights.clear();
+        self.is_waiting = false;
+        self.failures = 0;
+    }
+}
+
+/// How many probes must vanish, so that it is hardly by chance.
+fn tries(loss: f32) -> u32 {
+    let mut chance = 1.0;
+    for tries in 0..MOST_TRIES {
+        if chance <= MISTAKE {
+            return tries.max(TRIES);
+        }
+        chance *= loss;
+    }
+    MOST_TRIES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lossy_path_is_tried_more_often() {
+        let counts = [0.0, 0.01, 0.15, 0.3, 0.51, 0.9, 1.0].map(tries);
+        assert_eq!(counts, [3, 3, 4, 6, 11, 12, 12]);
+    }
+}

@@ -1,0 +1,410 @@
+//! The path to one node.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use rand::rngs::StdRng;
+
+use super::mtu::{Search, Small};
+use super::probe::{Kind, Probe, SMALLEST};
+use super::rtt::{Rtt, SHORTEST_WAIT};
+use super::state::{Fault, PathState};
+
+/// Time between two requests on a path that is alive. With [`FAST_INTERVAL`] and [`DEAD_AFTER`] a dead path is noticed 1.4 to
+/// 2 s after its death, which leaves a second for gossip to tell and for others to reroute.
+pub const INTERVAL: Duration = Duration::from_millis(500);
+/// The same on quiet paths where there are many.
+pub const STRETCHED_INTERVAL: Duration = Duration::from_secs(2);
+/// The same after an answer is missed, on a path that comes back, and for [`FAST_START`] on a new one.
+pub const FAST_INTERVAL: Duration = Duration::from_millis(100);
+/// A new path is probed fast for so long: both nodes agree on a session within less, or something is in the way.
+pub const FAST_START: Duration = Duration::from_secs(5);
+/// A path is dead when a request and all after it have had no answer for so long.
+pub const DEAD_AFTER: Duration = Duration::from_millis(1400);
+/// And no less than so many, the last of which had [`SHORTEST_WAIT`]: a node that was too busy to ask must not take its own
+/// silence for the other's.
+pub const DEAD_REQUESTS: u32 = 6;
+/// A daemon that comes later than it asked to by so much has not been listening: silence counts from then on.
+pub const STALL: Duration = Duration::from_millis(300);
+/// So many requests in a row must be answered on a dead path before it is alive again.
+pub const ANSWERS_IN_A_ROW: usize = 3;
+/// They must have been sent within this.
+pub const ROW_WITHIN: Duration = Duration::from_secs(2);
+/// A path that dies sooner than this after it came alive has flapped.
+pub const STEADY: Duration = Duration::from_secs(60);
+/// A path that has flapped must be good for so long before it is alive again; twice that after each further time.
+pub const FIRST_HOLD: Duration = Duration::from_secs(1);
+/// And for no longer than this.
+pub const LONGEST_HOLD: Duration = Duration::from_secs(30);
+/// Loss is measured over so many requests.
+pub const HISTORY: usize = 100;
+/// An answer that is later than this is lost.
+pub const LATEST_ANSWER: Duration = Duration::from_secs(3);
+/// How far back [`Probe::seen`] looks: this to twice this.
+pub const SEEN_WINDOW: Duration = Duration::from_secs(2);
+/// Answers to one node: on average one per this time (a node asks half as often at its fastest) ...
+pub const ANSWER_INTERVAL: Duration = Duration::from_millis(25);
+/// ... and so many at once: a search for the MTU on a short path takes two for each of its steps.
+pub const ANSWER_BURST: u32 = 64;
+
+/// The path to one node.
+#[derive(Debug)]
+pub(super) struct Peer {
+    is_alive: bool,
+    since: Instant,
+    is_busy: bool,
+    added: Instant,
+    rtt: Rtt,
+    requests: VecDeque<Request>,
+    sequence: u64,
+    last_sent: Option<Instant>,
+    next: Instant,
+    last_heard: Option<Instant>,
+    silence: Option<Silence>,
+    good_since: Option<Instant>,
+    flaps: u32,
+    last_error: Option<(Fault, Instant)>,
+    pub(super) search: Search,
+    seen: Seen,
+    answers_until: Option<Instant>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Request {
+    sequence: u64,
+    stamp: u64,
+    sent: Instant,
+    fate: Fate,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Open,
+    Answered,
+    Lost,
+}
+
+/// Since the last answer.
+#[derive(Clone, Copy, Debug)]
+struct Silence {
+    /// When the first request since was sent.
+    since: Instant,
+    requests: u32,
+    /// When there were [`DEAD_REQUESTS`] of them.
+    enough_at: Option<Instant>,
+}
+
+impl Silence {
+    fn from(now: Instant) -> Self {
+        Self { since: now, requests: 0, enough_at: None }
+    }
+}
+
+/// What became of a probe that came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// To be answered with this.
+    Answer(Probe),
+    /// A request too many.
+    Limited,
+    /// The answer to a request of this node.
+    Heard,
+    /// An answer to nothing that this node waits for.
+    Stray,
+}
+
+impl Peer {
+    pub(super) fn new(largest: u32, now: Instant) -> Self {
+        Self {
+            is_alive: false,
+            since: now,
+            is_busy: false,
+            added: now,
+            rtt: Rtt::default(),
+            requests: VecDeque::with_capacity(HISTORY),
+            sequence: 0,
+            last_sent: None,
+            next: now,
+            last_heard: None,
+            silence: None,
+            good_since: None,
+            flaps: 0,
+            last_error: None,
+            search: Search::new(largest),
+            seen: Seen::default(),
+            answers_until: None,
+        }
+    }
+
+    pub(super) fn state(&self) -> PathState {
+        PathState {
+            alive: self.is_alive,
+            since: self.since,
+            rtt: self.rtt.smoothed(),
+            rtt_min: self.rtt.least(),
+            loss: self.loss(),
+            mtu: self.search.mtu(),
+            mtu_confirmed: self.search.is_confirmed(),
+            last_heard: self.last_heard,
+            last_error: self.last_error,
+        }
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        self.is_alive
+    }
+
+    /// Whether containers talk to that node.
+    pub(super) fn set_busy(&mut self, is_busy: bool, now: Instant) {
+        self.is_busy = is_busy;
+        if is_busy {
+            self.next = self.next.min(now + INTERVAL);
+        }
+    }
+
+    /// When there is something to do.
+    pub(super) fn poll_timeout(&self) -> Instant {
+        let search = self.search.poll_timeout(self.rtt.wait());
+        [self.hurry_at(), self.verdict_at(), search].into_iter().flatten().fold(self.next, Instant::min)
+    }
+
+    /// Does what is due; what is to be sent is added to `probes`.
+    pub(super) fn handle_timeout(
+        &mut self,
+        now: Instant,
+        is_crowded: bool,
+        rng: &mut StdRng,
+        probes: &mut Vec<Probe>,
+    ) {
+        if now > self.poll_timeout() + STALL {
+            self.silence = self.silence.map(|_| Silence::from(now));
+        }
+        for request in &mut self.requests {
+            if request.fate == Fate::Open && now >= request.sent + LATEST_ANSWER {
+                request.fate = Fate::Lost;
+            }
+        }
+        if self.verdict_at().is_some_and(|at| now >= at) {
+            self.handle_silence(now);
+        }
+        if let Some(size) = self.search.handle_timeout(now, self.small()) {
+            self.last_error = Some((Fault::TooLarge(size), now));
+        }
+        let size = self.search.poll_size(now);
+        if let Some(size) = size {
+            let probe = self.probe(size, now, rng);
+            self.search.handle_sent(probe.sequence, probe.stamp, now);
+            probes.push(probe);
+        }
+        let is_due = now >= self.next || self.hurry_at().is_some_and(|at| now >= at);
+        if is_due || size.is_some() {
+            self.ask(now, rng, probes);
+            self.next = now + jittered(self.interval(now, is_crowded), rng);
+        }
+    }
+
+    /// Takes a probe that came.
+    pub(super) fn handle_probe(&mut self, probe: Probe, now: Instant) -> Outcome {
+        match probe.kind {
+            Kind::Request => {
+                if !self.may_answer(now) {
+                    return Outcome::Limited;
+                }
+                self.seen.record(probe.size, now);
+                Outcome::Answer(Probe {
+                    kind: Kind::Answer,
+                    size: SMALLEST,
+                    seen: self.seen.largest(now),
+                    ..probe
+                })
+            }
+            Kind::Answer => self.handle_answer(probe, now),
+        }
+    }
+
+    /// The kernel has refused to send an inner packet of that size.
+    pub(super) fn handle_unsent(&mut self, size: u32, now: Instant) {
+        let fault = if self.search.handle_unsent(size, now) { Fault::TooLarge(size) } else { Fault::Unsent };
+        self.last_error = Some((fault, now));
+    }
+
+    fn handle_answer(&mut self, probe: Probe, now: Instant) -> Outcome {
+        if self.search.handle_answer(probe.sequence, probe.stamp, now) {
+            self.handle_heard(now);
+            return Outcome::Heard;
+        }
+        let found = self.requests.binary_search_by_key(&probe.sequence, |request| request.sequence);
+        let Some(request) = found.ok().and_then(|at| self.requests.get_mut(at)) else {
+            return Outcome::Stray;
+        };
+        if request.stamp != probe.stamp || request.fate != Fate::Open || now >= request.sent + LATEST_ANSWER {
+            return Outcome::Stray;
+        }
+        request.fate = Fate::Answered;
+        let sent = request.sent;
+        self.rtt.sample(now.saturating_duration_since(sent));
+        self.search.handle_seen(probe.seen, 2 * SEEN_WINDOW, sent, now);
+        self.handle_heard(now);
+        Outcome::Heard
+    }
+
+    fn handle_heard(&mut self, now: Instant) {
+        let is_first = self.last_heard.is_none();
+        self.last_heard = Some(now);
+        self.silence = None;
+        let good_since = *self.good_since.get_or_insert(now);
+        if self.is_alive {
+            return;
+        }
+        if is_first || (now >= good_since + self.hold() && self.has_row(now)) {
+            self.is_alive = true;
+            self.since = now;
+            let wait = self.rtt.wait();
+            self.requests.retain(|request| request.fate == Fate::Answered || now < request.sent + wait);
+            self.search.start(now);
+        } else if now >= good_since + self.hold() {
+            self.next = self.next.min(now + FAST_INTERVAL);
+        }
+    }
+
+    fn handle_silence(&mut self, now: Instant) {
+        self.good_since = None;
+        if !self.is_alive {
+            return;
+        }
+        self.flaps = if now < self.since + STEADY { self.flaps + 1 } else { 0 };
+        self.is_alive = false;
+        self.since = now;
+        self.rtt.forget_least();
+        self.search.stop();
+        self.last_error = Some((Fault::Silent, now));
+    }
+
+    fn ask(&mut self, now: Instant, rng: &mut StdRng, probes: &mut Vec<Probe>) {
+        let probe = self.probe(SMALLEST, now, rng);
+        if self.requests.len() >= HISTORY {
+            self.requests.pop_front();
+        }
+        let request = Request { sequence: probe.sequence, stamp: probe.stamp, sent: now, fate: Fate::Open };
+        self.requests.push_back(request);
+        let silence = self.silence.get_or_insert(Silence::from(now));
+        silence.requests += 1;
+        if silence.requests == DEAD_REQUESTS {
+            silence.enough_at = Some(now);
+        }
+        self.last_sent = Some(now);
+        probes.push(probe);
+    }
+
+    fn probe(&mut self, size: u32, now: Instant, rng: &mut StdRng) -> Probe {
+        self.sequence += 1;
+        Probe {
+            kind: Kind::Request,
+            size,
+            sequence: self.sequence,
+            stamp: rng.random(),
+            seen: self.seen.largest(now),
+        }
+    }
+
+    fn interval(&self, now: Instant, is_crowded: bool) -> Duration {
+        let is_new = self.last_heard.is_none() && now < self.added + FAST_START;
+        let is_missing = self.is_alive && self.silence.is_some_and(|it| now >= it.since + self.rtt.wait());
+        let comes_back = !self.is_alive && self.good_since.is_some();
+        let is_held = self.good_since.is_some_and(|since| now < since + self.hold());
+        match () {
+            () if is_new || is_missing => FAST_INTERVAL,
+            () if comes_back && !is_held => FAST_INTERVAL,
+            () if comes_back || self.is_busy || !is_crowded => INTERVAL,
+            () => STRETCHED_INTERVAL,
+        }
+    }
+
+    /// When to ask again out of turn because an answer is missing.
+    fn hurry_at(&self) -> Option<Instant> {
+        let silence = self.silence.filter(|_| self.is_alive)?;
+        Some((silence.since + self.rtt.wait()).max(self.last_sent? + FAST_INTERVAL))
+    }
+
+    /// When silence is the path's death.
+    fn verdict_at(&self) -> Option<Instant> {
+        let (silence, _) = self.silence.zip(self.good_since)?;
+        Some((silence.since + DEAD_AFTER).max(silence.enough_at? + SHORTEST_WAIT))
+    }
+
+    fn hold(&self) -> Duration {
+        match self.flaps.checked_sub(2) {
+            None => Duration::ZERO,
+            Some(more) => FIRST_HOLD.saturating_mul(1 << more.min(16)).min(LONGEST_HOLD),
+        }
+    }
+
+    fn has_row(&self, now: Instant) -> bool {
+        let recent = self.requests.iter().rev().take_while(|request| now < request.sent + ROW_WITHIN);
+        let mut row = 0;
+        for request in recent {
+            row = if request.fate == Fate::Answered { row + 1 } else { 0 };
+            if row >= ANSWERS_IN_A_ROW {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn small(&self) -> Small {
+        let passed = self.requests.iter().rev().find(|request| request.fate == Fate::Answered);
+        Small { wait: self.rtt.wait(), passed: passed.map(|request| request.sent), loss: self.loss() }
+    }
+
+    fn loss(&self) -> f32 {
+        let settled = self.requests.iter().filter(|request| request.fate != Fate::Open).count();
+        let lost = self.requests.iter().filter(|request| request.fate == Fate::Lost).count();
+        if settled == 0 { 0.0 } else { lost as f32 / settled as f32 }
+    }
+
+    fn may_answer(&mut self, now: Instant) -> bool {
+        let until = self.answers_until.map_or(now, |until| until.max(now));
+        let may = until < now + ANSWER_INTERVAL * ANSWER_BURST;
+        if may {
+            self.answers_until = Some(until + ANSWER_INTERVAL);
+        }
+        may
+    }
+}
+
+/// The sizes that came in this window and in the one before.
+#[derive(Debug, Default)]
+struct Seen {
+    since: Option<Instant>,
+    present: u32,
+    before: u32,
+}
+
+impl Seen {
+    fn record(&mut self, size: u32, now: Instant) {
+        self.advance(now);
+        self.present = self.present.max(size);
+    }
+
+    fn largest(&mut self, now: Instant) -> u32 {
+        self.advance(now);
+        self.present.max(self.before)
+    }
+
+    fn advance(&mut self, now: Instant) {
+        let since = *self.since.get_or_insert(now);
+        if now < since + SEEN_WINDOW {
+            return;
+        }
+        let is_next = now < since + 2 * SEEN_WINDOW;
+        self.before = if is_next { self.present } else { 0 };
+        self.since = Some(if is_next { since + SEEN_WINDOW } else { now });
+        self.present = 0;
+    }
+}
+
+/// Shorter or longer by up to a tenth, so that many paths are not probed in step.
+fn jittered(interval: Duration, rng: &mut StdRng) -> Duration {
+    interval.mul_f64(rng.random_range(0.9..=1.1))
+}

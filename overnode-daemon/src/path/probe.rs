@@ -1,0 +1,210 @@
+//! The probe: what two nodes send each other inside the tunnel to measure the path between them.
+//!
+//! The payload of an inner packet, integers big-endian:
+//!
+//! | at | bytes | |
+//! | --- | --- | --- |
+//! | 0 | 1 | kind: 1 request, 2 answer |
+//! | 1 | 1 | version: 1 |
+//! | 2 | 2 | zero |
+//! | 4 | 4 | size of the whole inner packet |
+//! | 8 | 8 | sequence number; an answer has its request's |
+//! | 16 | 8 | stamp; an answer has its request's |
+//! | 24 | 4 | size of the largest inner packet with a probe that came from the other side lately |
+//! | 28 | | padding, zero, not looked at |
+//!
+//! The tunnel has proven who sent it and that nobody changed it; the sender may still be hostile.
+
+/// Bytes of a probe without padding.
+pub const HEADER: usize = 28;
+/// Bytes of the inner packet in front of the probe: an IPv4 header (20) and a UDP header (8).
+pub const ENVELOPE: u32 = 28;
+/// Size of the smallest inner packet with a probe, bytes.
+pub const SMALLEST: u32 = ENVELOPE + HEADER as u32;
+/// Size of the largest inner packet, bytes: IPv4 counts no further.
+pub const LARGEST: u32 = 65535;
+
+const VERSION: u8 = 1;
+const REQUEST: u8 = 1;
+const ANSWER: u8 = 2;
+
+/// What a probe is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// To be answered.
+    Request,
+    /// The answer; always of the smallest size.
+    Answer,
+}
+
+/// A probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Request or answer.
+    pub kind: Kind,
+    /// Size of the whole inner packet, bytes.
+    pub size: u32,
+    /// Number of the request.
+    pub sequence: u64,
+    /// What only one who has received the request knows.
+    pub stamp: u64,
+    /// Size of the largest inner packet with a probe that came from the other side lately, bytes; 0 if none did.
+    pub seen: u32,
+}
+
+/// Why bytes are no probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadProbe {
+    /// Fewer bytes than [`HEADER`].
+    #[error("a probe has {HEADER} bytes or more, not {0}")]
+    Short(usize),
+    /// A version that this node does not speak.
+    #[error("version {0} of probes is not known")]
+    Version(u8),
+    /// Neither request nor answer, or bytes in use that are reserved.
+    #[error("not a probe")]
+    Malformed,
+    /// It says another size than it has.
+    #[error("a probe that says {said} bytes came with {received}")]
+    Size {
+        /// By its own word.
+        said: u32,
+        /// As it came.
+        received: u32,
+    },
+}
+
+impl Probe {
+    /// The payload, padded so that the inner packet has [`Self::size`] bytes; [`SMALLEST`] at least, [`LARGEST`] at most.
+    pub fn encode(&self) -> Vec<u8> {
+        let size = self.size.clamp(SMALLEST, LARGEST);
+        let kind = match self.kind {
+            Kind::Request => REQUEST,
+            Kind::Answer => ANSWER,
+        };
+        let mut bytes = Vec::with_capacity((size - ENVELOPE) as usize);
+        bytes.extend([kind, VERSION, 0, 0]);
+        bytes.extend(size.to_be_bytes());
+        bytes.extend(self.sequence.to_be_bytes());
+        bytes.extend(self.stamp.to_be_bytes());
+        bytes.extend(self.seen.to_be_bytes());
+        bytes.resize((size - ENVELOPE) as usize, 0);
+        bytes
+    }
+
+    /// Takes a payload apart that came in an inner packet of `received` bytes. The head of the payload is enough: padding that
+    /// was left out is not missed.
+    ///
+    /// # Errors
+    /// See [`BadProbe`].
+    pub fn decode(bytes: &[u8], received: u32) -> Result<Self, BadProbe> {
+        let short = BadProbe::Short(bytes.len());
+        let (&[kind, version, reserved @ ..], rest) = bytes.split_first_chunk::<4>().ok_or(short)?;
+        let (size, rest) = rest.split_first_chunk().ok_or(short)?;
+        let (sequence, rest) = rest.split_first_chunk().ok_or(short)?;
+        let (stamp, rest) = rest.split_first_chunk().ok_or(short)?;
+        let (seen, _) = rest.split_first_chunk().ok_or(short)?;
+        if version != VERSION {
+            return Err(BadProbe::Version(version));
+        }
+        let kind = match (kind, reserved) {
+            (REQUEST, [0, 0]) => Kind::Request,
+            (ANSWER, [0, 0]) => Kind::Answer,
+            _ => return Err(BadProbe::Malformed),
+        };
+        let size = u32::from_be_bytes(*size);
+        if size != received || !(SMALLEST..=LARGEST).contains(&size) {
+            return Err(BadProbe::Size { said: size, received });
+        }
+        Ok(Self {
+            kind,
+            size,
+            sequence: u64::from_be_bytes(*sequence),
+            stamp: u64::from_be_bytes(*stamp),
+            seen: u32::from_be_bytes(*seen),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const REQUEST: Probe = Probe {
+        kind: Kind::Request,
+        size: 60,
+        sequence: 0x0102_0304_0506_0708,
+        stamp: 0x1112_1314_1516_1718,
+        seen: 1440,
+    };
+
+    #[test]
+    fn golden_vectors() {
+        let request = "01010000 0000003c 0102030405060708 1112131415161718 000005a0 00000000";
+        assert_eq!(hex(&REQUEST.encode()), request.replace(' ', ""));
+        let answer = Probe { kind: Kind::Answer, size: SMALLEST, seen: 65535, ..REQUEST };
+        let expected = "02010000 00000038 0102030405060708 1112131415161718 0000ffff";
+        assert_eq!(hex(&answer.encode()), expected.replace(' ', ""));
+    }
+
+    #[test]
+    fn every_size_is_met_to_the_byte() {
+        for size in [SMALLEST, SMALLEST + 1, 1200, 1440, 8940, LARGEST] {
+            let probe = Probe { size, ..REQUEST };
+            let bytes = probe.encode();
+            assert_eq!(bytes.len() as u32 + ENVELOPE, size);
+            assert_eq!(Probe::decode(&bytes, size), Ok(probe));
+            assert_eq!(Probe::decode(&bytes[..HEADER], size), Ok(probe), "the head is enough");
+        }
+        assert_eq!(Probe { size: 0, ..REQUEST }.encode().len(), HEADER);
+        assert_eq!(Probe { size: u32::MAX, ..REQUEST }.encode().len() as u32 + ENVELOPE, LARGEST);
+    }
+
+    #[test]
+    fn what_is_no_probe_is_refused() {
+        let good = REQUEST.encode();
+        for length in 0..HEADER {
+            assert_eq!(Probe::decode(&good[..length], 60), Err(BadProbe::Short(length)));
+        }
+        let with = |at: usize, byte: u8| {
+            let mut bytes = good.clone();
+            bytes[at] = byte;
+            Probe::decode(&bytes, 60)
+        };
+        for kind in [0, 3, 255] {
+            assert_eq!(with(0, kind), Err(BadProbe::Malformed));
+        }
+        assert_eq!(with(1, 2), Err(BadProbe::Version(2)));
+        assert_eq!(with(2, 1), Err(BadProbe::Malformed));
+        assert_eq!(with(3, 1), Err(BadProbe::Malformed));
+        assert_eq!(with(4, 1), Err(BadProbe::Size { said: 0x0100_003c, received: 60 }));
+        assert_eq!(Probe::decode(&good, 61), Err(BadProbe::Size { said: 60, received: 61 }));
+        let small = with(7, 10);
+        assert_eq!(small, Err(BadProbe::Size { said: 10, received: 60 }));
+        let mut bytes = good.clone();
+        bytes[7] = 10;
+        assert_eq!(Probe::decode(&bytes, 10), Err(BadProbe::Size { said: 10, received: 10 }));
+    }
+
+    proptest! {
+        #[test]
+        fn what_decodes_encodes_to_the_same_head(bytes in prop::collection::vec(any::<u8>(), 0..64), received: u32) {
+            if let Ok(probe) = Probe::decode(&bytes, received) {
+                prop_assert_eq!(&probe.encode()[..HEADER], &bytes[..HEADER]);
+            }
+        }
+
+        #[test]
+        fn any_probe_comes_back(sequence: u64, stamp: u64, seen: u32, size in SMALLEST..=LARGEST, answer: bool) {
+            let kind = if answer { Kind::Answer } else { Kind::Request };
+            let probe = Probe { kind, size, sequence, stamp, seen };
+            prop_assert_eq!(Probe::decode(&probe.encode(), size), Ok(probe));
+        }
+    }
+
+    fn hex(bytes: &[u8]) -> String {
+        data_encoding::HEXLOWER.encode(bytes)
+    }
+}

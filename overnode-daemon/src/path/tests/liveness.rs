@@ -1,0 +1,178 @@
+use super::*;
+
+#[test]
+fn the_first_answer_makes_a_new_path_alive_within_a_round_trip() {
+    let mut world = World::pair(1);
+    assert_eq!(world.is_alive(), (false, false));
+    world.run(ms(25));
+    assert_eq!(world.is_alive(), (true, true));
+    let state = world.state(A, B);
+    assert!(state.rtt.is_some_and(|rtt| (ms(20)..=ms(22)).contains(&rtt)), "{state:?}");
+    assert_eq!((state.rtt, state.loss, state.last_error), (state.rtt_min, 0.0, None));
+}
+
+#[test]
+fn a_path_that_opens_later_is_found_at_once_in_its_first_seconds() {
+    let mut world = World::pair(2);
+    world.set_both(DEAD);
+    world.run(ms(4000));
+    world.set_both(GOOD);
+    assert!(world.until(true, secs(1)) <= ms(140));
+    world.run(secs(10));
+    assert!(world.state(A, B).loss < 0.05, "what was lost before it opened does not count");
+}
+
+#[test]
+fn a_path_that_dies_in_both_directions_is_dead_within_two_seconds() {
+    let mut slowest = Duration::ZERO;
+    let mut fastest = Duration::MAX;
+    for seed in 0..50 {
+        let mut world = World::pair(seed);
+        world.run(ms(5000 + seed * 13));
+        world.set_both(DEAD);
+        let time = world.until(false, secs(3));
+        slowest = slowest.max(time);
+        fastest = fastest.min(time);
+        let state = world.state(A, B);
+        assert_eq!(state.last_error.map(|(fault, _)| fault), Some(Fault::Silent));
+    }
+    assert!(fastest >= ms(1390) && slowest <= ms(2000), "{fastest:?} to {slowest:?}");
+}
+
+#[test]
+fn a_path_that_dies_in_one_direction_is_dead_at_both_ends_within_two_seconds() {
+    for seed in 0..50 {
+        let mut world = World::pair(seed);
+        world.run(ms(5000 + seed * 13));
+        let (from, to) = if seed % 2 == 0 { (A, B) } else { (B, A) };
+        world.set(from, to, DEAD);
+        assert!(world.until(false, secs(3)) <= secs(2));
+        world.run(secs(70));
+        assert_eq!(world.is_alive(), (false, false));
+        assert_eq!(world.state(A, B).loss, 1.0);
+    }
+}
+
+#[test]
+fn a_path_that_heals_is_alive_within_a_second_and_has_a_fresh_record() {
+    for seed in 0..20 {
+        let mut world = World::pair(seed);
+        world.run(secs(5));
+        world.set_both(DEAD);
+        world.run(secs(60));
+        assert_eq!(world.is_alive(), (false, false));
+        world.set_both(GOOD);
+        let time = world.until(true, secs(3));
+        assert!(time <= secs(1), "{time:?}");
+        world.run(secs(10));
+        assert!(world.state(A, B).loss < 0.05);
+    }
+}
+
+#[test]
+fn one_answer_or_two_do_not_make_a_dead_path_alive() {
+    let mut world = World::pair(3);
+    world.run(secs(5));
+    world.set_both(DEAD);
+    world.run(secs(20));
+    // Less than three requests fit into a gap of this length.
+    for _ in 0..20 {
+        world.set_both(GOOD);
+        world.run(ms(130));
+        world.set_both(DEAD);
+        world.run(secs(3));
+        assert_eq!(world.is_alive(), (false, false));
+    }
+}
+
+#[test]
+fn a_third_of_all_packets_lost_is_no_death() {
+    for seed in 0..4 {
+        let mut world = World::pair(seed);
+        world.run(secs(1));
+        world.set(A, B, Link { loss: 0.3, ..GOOD });
+        world.run(secs(900));
+        let deaths = world.changes.iter().filter(|(_, _, _, state)| !state.alive).count();
+        assert_eq!(deaths, 0, "seed {seed}");
+        let loss = world.state(A, B).loss;
+        assert!((0.15..0.45).contains(&loss), "{loss}");
+    }
+}
+
+#[test]
+fn a_path_that_flaps_is_held_down_longer_each_time() {
+    let mut world = World::pair(4);
+    world.run(secs(5));
+    for _ in 0..60 {
+        world.set_both(DEAD);
+        world.run(secs(5));
+        world.set_both(GOOD);
+        world.run(secs(5));
+    }
+    let lives = world.changes.iter().filter(|(_, at, _, state)| *at == A && state.alive).count();
+    assert!((4..=7).contains(&lives), "{lives} times alive in 60 periods");
+    let time = world.until(true, secs(31));
+    assert!(time < secs(31), "{time:?}");
+    // It has been steady since: the next death is a first one again.
+    world.run(secs(70));
+    world.set_both(DEAD);
+    world.run(secs(5));
+    world.set_both(GOOD);
+    assert!(world.until(true, secs(3)) <= secs(1));
+}
+
+#[test]
+fn the_hold_ends_at_half_a_minute() {
+    let mut world = World::pair(5);
+    world.run(secs(5));
+    for _ in 0..12 {
+        world.set_both(DEAD);
+        world.run(secs(5));
+        world.set_both(GOOD);
+        assert!(world.until(true, secs(32)) <= secs(32));
+    }
+    world.set_both(DEAD);
+    world.run(secs(5));
+    world.set_both(GOOD);
+    let time = world.until(true, secs(32));
+    assert!(time >= secs(30) && time <= secs(32), "{time:?}");
+}
+
+#[test]
+fn a_daemon_that_stood_still_does_not_take_its_own_silence_for_the_others() {
+    let mut world = World::pair(6);
+    world.run(secs(5));
+    // Nothing is polled for four seconds, then the timer comes before the answers do.
+    world.now += secs(4);
+    let now = world.now;
+    for paths in world.nodes.values_mut() {
+        paths.handle_timeout(now);
+    }
+    world.run(secs(10));
+    assert!(world.changes.iter().all(|(_, _, _, state)| state.alive), "{:?}", world.changes);
+}
+
+#[test]
+fn a_slow_path_is_alive_and_measured() {
+    let mut world = World::pair(7);
+    world.set_both(Link { delay: ms(800), jitter: ms(50), ..GOOD });
+    world.run(secs(60));
+    assert_eq!(world.is_alive(), (true, true));
+    assert!(world.changes.iter().all(|(_, _, _, state)| state.alive));
+    let state = world.state(A, B);
+    assert!(state.rtt.is_some_and(|rtt| (ms(1600)..=ms(1700)).contains(&rtt)), "{state:?}");
+    assert_eq!(state.loss, 0.0);
+}
+
+#[test]
+fn reordered_answers_count() {
+    let mut world = World::pair(8);
+    world.set_both(Link { delay: ms(20), jitter: ms(400), ..GOOD });
+    world.run(secs(30));
+    world.set_both(DEAD);
+    world.run(secs(10));
+    world.set_both(Link { delay: ms(20), jitter: ms(400), ..GOOD });
+    assert!(world.until(true, secs(4)) <= secs(3));
+    world.run(secs(30));
+    assert_eq!(world.state(A, B).loss, 0.0);
+}
