@@ -79,6 +79,13 @@ impl fmt::Display for NodeId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PeerIndex(pub u32);
 
+impl PeerIndex {
+    /// The node whose place it is, if it is one's.
+    pub const fn node(self) -> Option<NodeId> {
+        if self.0 == 0 || self.0 > NodeId::MAX as u32 { None } else { Some(NodeId(self.0 as u16)) }
+    }
+}
+
 impl fmt::Display for PeerIndex {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)

@@ -552,17 +552,18 @@ fn probes_of_every_size_that_the_underlay_takes_arrive() {
         pair.ping_across(2, "0.01");
         let largest = if is_ipv6 { 1420 } else { 1440 };
         pair.a.run(async |datapath| {
-            for (n, inner_len) in (0..).zip([0, 500, largest, largest + 16]) {
-                datapath.send_probe(PeerIndex(2), addr("10.39.240.2"), &[n; 64], inner_len).unwrap();
+            for (n, inner_len) in (0..).zip([56, 500, largest, largest + 16]) {
+                let payload = vec![n; inner_len as usize - 28];
+                datapath.send_probe(PeerIndex(2), addr("10.39.240.2"), &payload).unwrap();
             }
-            assert!(datapath.send_probe(PeerIndex(2), addr("10.39.240.2"), &[0; 65], 500).is_err());
+            assert!(datapath.send_probe(PeerIndex(2), addr("10.39.240.2"), &[0; 65536]).is_err());
         });
         pair.b.run(async |datapath| {
             let mut probes = datapath.probes().unwrap();
-            for (n, inner_len) in (0..).zip([92, 500, largest]) {
+            for (n, inner_len) in (0..).zip([56, 500, largest]) {
                 let probe =
                     tokio::time::timeout(Duration::from_secs(5), probes.recv()).await.unwrap().unwrap();
-                assert_eq!((probe.peer, probe.inner_len, probe.payload), (PeerIndex(1), inner_len, [n; 64]));
+                assert_eq!((probe.peer, probe.inner_len, probe.payload), (PeerIndex(1), inner_len, [n; 28]));
             }
             assert!(
                 tokio::time::timeout(Duration::from_millis(50), probes.recv()).await.is_err(),

@@ -149,7 +149,7 @@ pub struct Peer {
 pub const PROBES_LEN: u32 = 1 << 16;
 
 /// A probe that a peer sent to this node, opened.
-#[repr(C, align(8))]
+#[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
     /// Who sent it: the peer whose session opened it.

@@ -124,7 +124,7 @@ pub const fn keepalive_frame(peer: u32) -> [u8; KEEPALIVE_FRAME_LEN] {
 /// UDP port of probes, which nodes send each other inside the tunnel, from node address to node address.
 pub const PROBE_PORT: u16 = 6784;
 /// Bytes behind a probe's inner UDP header that reach the daemon. What follows only makes the probe larger.
-pub const PROBE_LEN: usize = 64;
+pub const PROBE_LEN: usize = 28;
 
 /// Bytes that sealing adds before the inner packet over IPv4.
 pub const OVERHEAD_IPV4: usize = IPV4_LEN + UDP_LEN + DATA_HEADER_LEN;

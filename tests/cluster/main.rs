@@ -6,6 +6,7 @@ mod crash_points;
 mod hostile;
 mod life;
 mod offloads;
+mod relay;
 mod resilience;
 mod secrecy;
 mod spoofing;

@@ -50,6 +50,12 @@ impl Packet<'_> {
         self.ip.is_some_and(|ip| ip.protocol == TCP && (ip.ports.0 == port || ip.ports.1 == port))
     }
 
+    /// True for a message that nodes pass on for others: a relay header in UDP to port 6784.
+    pub fn is_relayed(&self) -> bool {
+        let ip = self.ip.filter(|ip| ip.protocol == UDP && ip.ports.1 == 6784);
+        ip.is_some_and(|ip| ip.payload.first() == Some(&0x80))
+    }
+
     /// The kind of a WireGuard message to UDP port 6784: 1 initiation, 2 response, 3 cookie, 4 data.
     pub fn wireguard_type(&self) -> Option<u8> {
         let ip = self.ip.filter(|ip| ip.protocol == UDP && ip.ports.1 == 6784)?;

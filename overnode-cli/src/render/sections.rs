@@ -69,11 +69,13 @@ pub fn targets(targets: &[TargetStatus], style: Style) -> String {
 /// `--peers`; with everybody's connections when `detailed`.
 pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
     let mut grid = Grid::new(&[
-        "node", "address", "state", "since", "session", "endpoint", "mtu", "received", "sent", "note",
+        "node", "address", "state", "since", "session", "path", "rtt", "loss", "endpoint", "mtu", "received",
+        "sent", "note",
     ])
-    .spare(&["endpoint", "since", "address", "mtu"]);
+    .spare(&["endpoint", "since", "address", "loss", "mtu", "rtt"]);
     for peer in &status.peers {
         let [session, endpoint, mtu, received, sent, note] = data(peer.data.as_ref());
+        let [path, rtt, loss] = route(peer.data.as_ref());
         let state = reachability(peer);
         let since = maybe(peer.since_seconds.map(duration));
         let name = named(peer.id, &peer.nickname);
@@ -83,6 +85,9 @@ pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
             state,
             since,
             session,
+            path,
+            rtt,
+            loss,
             endpoint,
             mtu,
             received,
@@ -232,6 +237,18 @@ fn links(peers: &[PeerStatus], style: Style) -> String {
         }
     }
     grid.render(style)
+}
+
+/// Path, round-trip time, loss.
+fn route(data: Option<&DataStatus>) -> [Cell; 3] {
+    let Some(route) = data.and_then(|data| data.route.as_ref()) else { return [(); 3].map(|()| "".into()) };
+    let path = match route.path {
+        Some(Path::Direct) => Cell::new("direct", Tone::Good),
+        Some(Path::Via(relay)) => Cell::new(format!("via {relay}"), Tone::Wait),
+        None => Cell::new("none", Tone::Bad),
+    };
+    let loss = route.loss_per_mille.map(|loss| format!("{}.{}%", loss / 10, loss % 10));
+    [path, maybe(route.rtt_microseconds.map(round_trip)), maybe(loss)]
 }
 
 /// Session, endpoint, MTU, received, sent, note.

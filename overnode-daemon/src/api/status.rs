@@ -187,6 +187,9 @@ pub struct DataStatus {
     pub endpoint: Option<SocketAddr>,
     /// The largest packet of a container that fits, in bytes.
     pub mtu: Option<u32>,
+    /// Which way packets take; absent for a peer that is no node, and before it is known.
+    #[serde(default)]
+    pub route: Option<RouteStatus>,
     /// Plaintext received, in bytes.
     pub rx_bytes: u64,
     /// Plaintext sent, in bytes.
@@ -198,6 +201,23 @@ pub struct DataStatus {
     /// When something was received last.
     pub received_seconds_ago: Option<u64>,
     /// Why the last handshake failed.
+    pub last_error: Option<LastError>,
+}
+
+/// Which way packets to a node take, and what the probes of the straight path say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteStatus {
+    /// Straight or through another node; absent if there is no way.
+    pub path: Option<Path>,
+    /// For how long it has been this way.
+    pub since_seconds: u64,
+    /// Whether packets pass straight, in both directions.
+    pub straight: bool,
+    /// Round-trip time of probes, smoothed, in microseconds.
+    pub rtt_microseconds: Option<u64>,
+    /// How many of a thousand probes were lost lately.
+    pub loss_per_mille: Option<u16>,
+    /// What went wrong last on the straight path.
     pub last_error: Option<LastError>,
 }
 

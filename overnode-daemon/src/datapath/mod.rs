@@ -93,6 +93,8 @@ pub struct Datapath {
     underlay: Underlay,
     /// Host ends by name.
     endpoints: BTreeMap<String, u32>,
+    /// Largest inner packet that the underlay interface leaves room for on the straight way, by peer, bytes.
+    largest: BTreeMap<PeerIndex, u32>,
 }
 
 impl fmt::Debug for Datapath {
@@ -143,6 +145,7 @@ impl Datapath {
             installed,
             underlay: Underlay::default(),
             endpoints: BTreeMap::new(),
+            largest: BTreeMap::new(),
             node,
             alias,
             netlink,

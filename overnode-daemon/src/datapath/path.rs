@@ -72,18 +72,16 @@ impl Datapath {
         Ok(Probes(ring.context("no probes can be received")?))
     }
 
-    /// Sends a probe over the straight path to a peer, in an inner packet of `inner_len` bytes to the peer's node address. Without a
-    /// session nothing is sent (and the drop is counted).
+    /// Sends a probe over the straight path to a peer, inside a UDP datagram to the peer's node address. Without a session nothing is
+    /// sent (and the drop is counted).
     ///
     /// # Errors
-    /// The payload is longer than [`PROBE_LEN`] or than fits; the packet is larger than any interface takes, or the normaliser is gone.
-    pub fn send_probe(&self, peer: PeerIndex, to: IpAddr, payload: &[u8], inner_len: u32) -> Result<()> {
+    /// The packet is larger than any interface takes, or the normaliser is gone.
+    pub fn send_probe(&self, peer: PeerIndex, to: IpAddr, payload: &[u8]) -> Result<()> {
         let (IpAddr::V4(from), IpAddr::V4(to)) = (self.node_address, to) else {
             bail!("node addresses are IPv4 for now");
         };
-        let inner_len = usize::try_from(inner_len)?.max(HEADERS_LEN + PROBE_LEN);
-        ensure!(payload.len() <= PROBE_LEN, "a probe has no room for {} bytes", payload.len());
-        let total = u16::try_from(inner_len).context("no packet is that large")?;
+        let total = u16::try_from(HEADERS_LEN + payload.len()).context("no packet is that large")?;
         let mut frame = daemon_header(peer.0, true).to_vec();
         let mut ip = [0; IPV4_LEN];
         ip[0] = 0x45;
@@ -94,14 +92,12 @@ impl Datapath {
         ip[16..20].copy_from_slice(&to.octets());
         let checksum = checksum(&ip);
         ip[10..12].copy_from_slice(&checksum.to_be_bytes());
-        let start = frame.len();
         frame.extend(ip);
         // Without a checksum of its own: Poly1305 is better.
         for field in [PROBE_PORT, PROBE_PORT, total - IPV4_LEN as u16, 0] {
             frame.extend(field.to_be_bytes());
         }
         frame.extend(payload);
-        frame.resize(start + inner_len, 0);
         self.normaliser.send(&frame)
     }
 
@@ -118,6 +114,11 @@ impl Datapath {
         ensure!(via != Some(peer), "no node is its own relay");
         self.peer_cell(peer)?.via().store(via.map_or(0, |via| via.0), Ordering::Release);
         Ok(())
+    }
+
+    /// Largest inner packet that the underlay interface leaves room for on the straight way to a peer, bytes.
+    pub fn largest(&self, peer: PeerIndex) -> u32 {
+        self.largest.get(&peer).copied().unwrap_or_else(|| self.container_mtu())
     }
 
     /// Sets the largest inner packet that the way to a peer takes, bytes.
@@ -156,6 +157,6 @@ mod tests {
         bytes.extend([9; PROBE_LEN]);
         let probe = parse(&bytes).unwrap();
         assert_eq!((probe.peer, probe.inner_len, probe.payload), (PeerIndex(7), 1420, [9; PROBE_LEN]));
-        assert_eq!(parse(&bytes[..71]), None);
+        assert_eq!(parse(&bytes[..8 + PROBE_LEN - 1]), None);
     }
 }

@@ -158,6 +158,7 @@ impl Datapath {
     pub fn remove_peer(&mut self, peer: PeerIndex) -> Result<()> {
         self.set_routes(peer, &[])?;
         self.withdraw_all(peer);
+        self.largest.remove(&peer);
         let cell = self.peer_cell(peer)?;
         cell.present().store(0, Ordering::Release);
         cell.wipe();

@@ -244,8 +244,9 @@ impl Datapath {
                 self.normaliser.send(&keepalive_frame(peer.0))?;
             }
         }
-        let cell = self.peer_cell(peer)?;
-        cell.mtu().store(mtu, Ordering::Relaxed);
+        if self.largest.insert(peer, mtu) != Some(mtu) {
+            self.set_mtu(peer, mtu)?;
+        }
         Ok(())
     }
 }

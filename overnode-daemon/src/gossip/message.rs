@@ -45,6 +45,8 @@ pub struct Record {
     pub addresses: Vec<SocketAddr>,
     /// Nodes that it has a connection with, in ascending order.
     pub links: Vec<NodeId>,
+    /// Those of them that it cannot exchange packets with directly, in ascending order: others do not relay through such a pair.
+    pub dark: Vec<NodeId>,
     /// The address space that it gives out.
     pub ranges: Vec<IpNet>,
     /// Single addresses outside of all ranges that are attached to it.
@@ -130,6 +132,7 @@ impl Record {
         self.left = true;
         self.addresses.clear();
         self.links.clear();
+        self.dark.clear();
         self.ranges.clear();
         self.claims.clear();
         self
@@ -138,6 +141,7 @@ impl Record {
     fn has_content(&self) -> bool {
         !(self.addresses.is_empty()
             && self.links.is_empty()
+            && self.dark.is_empty()
             && self.ranges.is_empty()
             && self.claims.is_empty())
     }
@@ -153,6 +157,7 @@ impl Record {
             (self.incarnation > MAX_STAMP || self.version > MAX_STAMP, "an impossible version"),
             (!is_ascending(&self.links), "links out of order"),
             (self.links.binary_search(&self.id).is_ok(), "a link of a node to itself"),
+            (!is_ascending(&self.dark), "dark links out of order"),
         ];
         match bounds.iter().find(|(broken, _)| *broken) {
             Some((_, what)) => Err(BadMessage::Bounds(what)),

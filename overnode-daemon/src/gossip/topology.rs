@@ -130,6 +130,7 @@ mod tests {
             public_key: PublicKey([0; 32]),
             addresses: Vec::new(),
             links: (1..=count).filter(|other| *other != node && says(node, *other)).map(id).collect(),
+            dark: Vec::new(),
             ranges: Vec::new(),
             claims: Vec::new(),
             verifying_key: VerifyingKey::default(),

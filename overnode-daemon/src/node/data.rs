@@ -5,8 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use overnode_ebpf::wire::DATA_PORT;
+use overnode_ebpf::wire::{DATA_PORT, TYPE_RELAY};
 
+use super::paths::stood_for;
 use super::running::Node;
 use crate::control::key;
 use crate::datapath::PeerState;
@@ -221,7 +222,13 @@ impl Node {
             counters.initiations_answered + counters.responses_accepted
         };
         let before = authenticated(self);
-        self.handshakes.handle_datagram(now, datagram.from, &datagram.bytes);
+        let (from, message) = if datagram.bytes.first() == Some(&TYPE_RELAY) {
+            let Some(unwrapped) = self.unwrap_relayed(&datagram.bytes) else { return };
+            unwrapped
+        } else {
+            (datagram.from, &datagram.bytes[..])
+        };
+        self.handshakes.handle_datagram(now, from, message);
         if authenticated(self) != before {
             // Packets of a peer come in here: from now on the programs have to see them.
             self.datapath.try_underlay(datagram.ifindex).await;
@@ -239,6 +246,9 @@ impl Node {
                 }
             }
             let Some(transmit) = self.handshakes.poll_transmit() else { return };
+            if self.send_relayed(&transmit).await {
+                continue;
+            }
             let from = asked.filter(|(asker, _)| *asker == transmit.to).map(|(_, address)| address);
             if let Err(error) = self.udp.send(transmit.to, from, &transmit.bytes).await {
                 tracing::debug!("a handshake message to {} was not sent: {error}", transmit.to);
@@ -261,6 +271,8 @@ impl Node {
             }
             Event::Withdraw { peer, local_index } => self.datapath.withdraw_session(peer, local_index)?,
             Event::SendKeepalive { peer } => self.datapath.keepalive(peer).await?,
+            // Where a node is cannot be learnt from what came through another.
+            Event::EndpointChanged { endpoint, .. } if stood_for(endpoint).is_some() => {}
             Event::EndpointChanged { peer, endpoint } => {
                 let Some(known) = self.peers.get_mut(&peer) else { return Ok(()) };
                 known.prefer(endpoint);
@@ -303,6 +315,7 @@ impl Node {
                 peer.state = Some(state);
             }
         }
+        self.follow_sessions(now);
         self.note_reachability(now);
     }
 

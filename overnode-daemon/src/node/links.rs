@@ -125,6 +125,7 @@ impl Node {
 
     fn close(&mut self, id: StreamId, why: &str, now: Instant) {
         let Some(stream) = self.streams.remove(&id) else { return };
+        self.ways.touch();
         tracing::info!("the connection with node {} at {} ended: {why}", stream.peer, stream.remote);
         match self.dialer.handle_lost(stream.connection, why, now) {
             Some((peer, true)) => {
@@ -267,6 +268,7 @@ impl Node {
     async fn learn(&mut self, id: NodeId, now: Instant) {
         let Some(record) = self.gossip.record(id).cloned() else { return };
         self.unsaved.insert(id);
+        self.ways.touch();
         let known = self.peers.get(&id.peer_index());
         if known.is_none_or(|known| known.public_key != record.public_key) {
             // On disk before there can be a session: a restarted daemon withdraws what it cannot attribute.
@@ -288,6 +290,8 @@ impl Node {
         tracing::info!("node {id} has left the cluster");
         self.ipam.handle_claims(id, &[]);
         self.dialer.unlearn(id);
+        self.paths.remove_peer(id);
+        self.ways.touch();
         self.unsaved.insert(id);
         self.remove_data_peer(id.peer_index(), now);
     }

@@ -7,6 +7,7 @@ mod endpoints;
 mod external;
 mod launch;
 mod links;
+mod paths;
 mod reset;
 mod running;
 mod status;

@@ -12,9 +12,10 @@ use tokio::sync::mpsc;
 use super::data::DataPeer;
 use super::external::External;
 use super::links::Stream;
+use super::paths::Ways;
 use crate::control::CONTROL_PORT;
 use crate::control::dial::Dialer;
-use crate::datapath::{Datapath, LinkEvent, OpenOptions};
+use crate::datapath::{Datapath, LinkEvent, OpenOptions, Probe, Probes};
 use crate::fault;
 use crate::gossip::{Gossip, Record, Signature, Signer};
 use crate::handshake::Handshakes;
@@ -22,6 +23,7 @@ use crate::ipam::Ipam;
 use crate::net::mesh::{Mesh, MeshEvent, Residents, StreamId};
 use crate::net::udp::{Received, UdpSockets};
 use crate::options::Options;
+use crate::path::Paths;
 use crate::store::{Identity, Store};
 use crate::types::{NodeId, PeerIndex, PublicKey, VerifyingKey};
 
@@ -34,6 +36,7 @@ const RECONCILE: Duration = Duration::from_secs(60);
 pub(super) enum Input {
     Mesh(MeshEvent),
     Datagram(Received),
+    Probe(Probe),
     Link(LinkEvent),
     Timeout,
 }
@@ -50,6 +53,8 @@ pub(super) struct Node {
     pub(super) gossip: Gossip,
     pub(super) dialer: Dialer,
     pub(super) ipam: Ipam,
+    pub(super) paths: Paths,
+    pub(super) ways: Ways,
     pub(super) udp: Arc<UdpSockets>,
     pub(super) mesh: Mesh,
     pub(super) streams: BTreeMap<StreamId, Stream>,
@@ -64,6 +69,7 @@ pub(super) struct Node {
     pub(super) unsaved: BTreeSet<NodeId>,
     mesh_events: mpsc::Receiver<MeshEvent>,
     datagrams: mpsc::Receiver<Received>,
+    probes: Probes,
     link_events: mpsc::Receiver<LinkEvent>,
     next_tick: Instant,
     next_reconcile: Instant,
@@ -94,7 +100,7 @@ impl Node {
             "TCP port 6783 cannot be opened: stop what uses it (`ss -lntp` shows it), then launch again",
         )?;
         fault::step("ports");
-        let datapath = Datapath::open(OpenOptions {
+        let mut datapath = Datapath::open(OpenOptions {
             state_dir: &options.state_dir,
             network: identity.network,
             node_id: identity.id,
@@ -107,6 +113,7 @@ impl Node {
         .await?;
         fault::step("datapath");
         let link_events = datapath.watch()?;
+        let probes = datapath.probes()?;
         let datagrams = receive(udp.clone());
         let own = Record {
             id: identity.id,
@@ -117,6 +124,7 @@ impl Node {
             public_key,
             addresses: Vec::new(),
             links: Vec::new(),
+            dark: Vec::new(),
             ranges: ipam.ranges(),
             claims: ipam.claims(),
             verifying_key: VerifyingKey::default(),
@@ -140,6 +148,8 @@ impl Node {
             gossip,
             dialer,
             ipam,
+            paths: Paths::new(StdRng::from_os_rng()),
+            ways: Ways::default(),
             udp,
             mesh,
             streams: BTreeMap::new(),
@@ -152,6 +162,7 @@ impl Node {
             unsaved: BTreeSet::new(),
             mesh_events,
             datagrams,
+            probes,
             link_events,
             next_tick: now,
             next_reconcile: now + RECONCILE,
@@ -175,6 +186,7 @@ impl Node {
             self.handshakes.poll_timeout(),
             self.gossip.poll_timeout(),
             self.dialer.poll_timeout(),
+            self.paths.poll_timeout(),
         ]
         .into_iter()
         .flatten()
@@ -186,6 +198,7 @@ impl Node {
             Some(event) = self.mesh_events.recv() => Input::Mesh(event),
             Some(event) = self.link_events.recv() => Input::Link(event),
             Some(datagram) = self.datagrams.recv() => Input::Datagram(datagram),
+            Ok(probe) = self.probes.recv() => Input::Probe(probe),
         }
     }
 
@@ -195,6 +208,7 @@ impl Node {
         match input {
             Input::Mesh(event) => self.handle_mesh(event, now),
             Input::Datagram(datagram) => self.handle_datagram(datagram, now).await,
+            Input::Probe(probe) => self.handle_probe(&probe, now),
             Input::Link(event) => self.handle_link(event, now).await,
             Input::Timeout => self.handle_timeout(now).await,
         }
@@ -205,6 +219,7 @@ impl Node {
         self.handshakes.handle_timeout(now, SystemTime::now());
         self.gossip.handle_timeout(now);
         self.dialer.handle_timeout(now);
+        self.paths.handle_timeout(now);
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.read_maps(now);
@@ -224,6 +239,7 @@ impl Node {
     pub(super) async fn pump(&mut self, now: Instant) {
         self.pump_gossip(now).await;
         self.pump_dialer();
+        self.pump_paths(now);
         self.pump_handshakes(now, None).await;
     }
 

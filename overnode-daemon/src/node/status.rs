@@ -10,12 +10,13 @@ use super::running::Node;
 use crate::api::{
     ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState,
     EndpointStatus, IpamStatus, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RangeOwner,
-    SessionState, Status, TargetState, TargetStatus,
+    RouteStatus, SessionState, Status, TargetState, TargetStatus,
 };
 use crate::control::dial::{self, Phase};
 use crate::control::session::PATTERN;
 use crate::datapath::{Hook, UnderlayStatus};
 use crate::gossip::{self, Record};
+use crate::path::route::Route;
 use crate::types::{NodeId, PeerIndex};
 
 impl Node {
@@ -313,12 +314,37 @@ impl Node {
                 .map(|session| now.saturating_duration_since(session.created).as_secs()),
             endpoint: state.endpoint,
             mtu: Some(state.mtu),
+            route: index.node().and_then(|id| self.route_status(id, now)),
             rx_bytes: state.rx_bytes,
             tx_bytes: state.tx_bytes,
             rx_packets: Some(state.rx_packets),
             tx_packets: Some(state.tx_packets),
             received_seconds_ago: state.last_received.map(|at| now.saturating_duration_since(at).as_secs()),
             last_error: peer.last_error.as_ref().map(|error| last_error(error, now)),
+        })
+    }
+}
+
+impl Node {
+    fn route_status(&self, id: NodeId, now: Instant) -> Option<RouteStatus> {
+        let (route, since) = self.ways.route(id)?;
+        let straight = self.paths.state(id);
+        let micros = |rtt: std::time::Duration| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
+        Some(RouteStatus {
+            path: match route {
+                Route::Direct => Some(Path::Direct),
+                Route::Via { relay, .. } => Some(Path::Via(relay)),
+                Route::Unreachable => None,
+            },
+            since_seconds: now.saturating_duration_since(since).as_secs(),
+            straight: straight.is_some_and(|state| state.alive),
+            rtt_microseconds: straight.and_then(|state| state.rtt).map(micros),
+            loss_per_mille: straight
+                .filter(|state| state.rtt.is_some())
+                .map(|state| (state.loss * 1000.0) as u16),
+            last_error: straight
+                .and_then(|state| state.last_error)
+                .map(|(fault, at)| last_error(&(fault.to_string(), at), now)),
         })
     }
 }

@@ -59,6 +59,7 @@ fn record(id: u16) -> gossip::Record {
         public_key: PublicKey([1; 32]),
         addresses: vec!["192.0.2.1:6783".parse().unwrap()],
         links: vec![NodeId::new(9).unwrap()],
+        dark: Vec::new(),
         ranges: vec!["10.40.0.0/15".parse().unwrap()],
         claims: vec!["10.32.0.1".parse().unwrap()],
         verifying_key: VerifyingKey([2; 32]),

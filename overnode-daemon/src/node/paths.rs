@@ -1,0 +1,255 @@
+//! Which way packets take to each node: probes tell whether the straight path works, gossip tells which relays there are, and the
+//! data plane is told what follows.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use overnode_ebpf::wire::{RELAY_HOPS, Relay};
+
+use super::running::Node;
+use crate::datapath::Probe;
+use crate::handshake::Transmit;
+use crate::path::route::{self, Graph, Route};
+use crate::path::{Action, PathState};
+use crate::types::{NodeId, PeerIndex};
+
+/// A path that nobody has tried for so long is given time to prove itself before a relay takes its place: sessions, connections
+/// and probes of a node that has just come take a moment each.
+const GRACE: Duration = Duration::from_secs(3);
+/// A peer whose containers had packets for it within this time is probed at the full rate.
+const BUSY: Duration = Duration::from_secs(10);
+
+/// What the node remembers of the ways.
+#[derive(Debug, Default)]
+pub(super) struct Ways {
+    /// The routes in use.
+    routes: BTreeMap<NodeId, Route>,
+    /// When each was chosen.
+    since: BTreeMap<NodeId, Instant>,
+    /// When a node was first looked for.
+    first_seen: BTreeMap<NodeId, Instant>,
+    /// Who passed on a handshake message of a node last.
+    heard_through: BTreeMap<NodeId, NodeId>,
+    /// Something happened that may change the routes.
+    is_stale: bool,
+}
+
+impl Ways {
+    /// How packets go to a node, and since when.
+    pub(super) fn route(&self, id: NodeId) -> Option<(Route, Instant)> {
+        Some((*self.routes.get(&id)?, *self.since.get(&id)?))
+    }
+
+    /// The routes are to be chosen anew.
+    pub(super) fn touch(&mut self) {
+        self.is_stale = true;
+    }
+}
+
+impl Node {
+    /// Probes whoever has a session, and nobody else.
+    pub(super) fn follow_sessions(&mut self, now: Instant) {
+        let mut with_session = BTreeSet::new();
+        for (index, peer) in &self.peers {
+            let Some(id) = index.node() else { continue };
+            self.ways.first_seen.entry(id).or_insert(now);
+            if !peer.has_session(now) {
+                continue;
+            }
+            with_session.insert(id);
+            self.paths.set_peer(id, self.datapath.largest(*index), now);
+            let sent = peer.state.as_ref().and_then(|state| state.last_data_sent);
+            self.paths.set_busy(id, sent.is_some_and(|at| now < at + BUSY), now);
+        }
+        let lost: Vec<NodeId> =
+            self.paths.states().map(|(id, _)| id).filter(|id| !with_session.contains(id)).collect();
+        for id in lost {
+            self.paths.remove_peer(id);
+            self.ways.touch();
+        }
+        let peers = &self.peers;
+        self.ways.first_seen.retain(|id, _| peers.contains_key(&id.peer_index()));
+        self.ways.heard_through.retain(|id, _| peers.contains_key(&id.peer_index()));
+        // The straight way of a node may have been found anew, with another MTU.
+        self.ways.touch();
+    }
+
+    pub(super) fn handle_probe(&mut self, probe: &Probe, now: Instant) {
+        let Some(from) = probe.peer.node() else { return };
+        if self.paths.state(from).is_none() {
+            // The first message under a session confirms it, and this is one.
+            self.read_maps(now);
+        }
+        self.paths.handle_probe(from, &probe.payload, probe.inner_len, now);
+    }
+
+    /// Sends what is to be sent, and chooses routes anew if anything has changed.
+    pub(super) fn pump_paths(&mut self, now: Instant) {
+        while let Some(action) = self.paths.poll_action() {
+            match action {
+                Action::Send { to, bytes } => {
+                    let address = self.ipam.layout().node_address(to);
+                    if let Err(error) = self.datapath.send_probe(to.peer_index(), address, &bytes) {
+                        tracing::debug!("a probe to node {to} was not sent: {error:#}");
+                        let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+                        self.paths.handle_unsent(to, size.saturating_add(crate::path::probe::ENVELOPE), now);
+                    }
+                }
+                Action::Changed { id } => {
+                    if let Some(state) = self.paths.state(id) {
+                        let what = if state.alive { "works" } else { "is dead" };
+                        tracing::info!("the straight path to node {id} {what} ({} bytes)", state.mtu);
+                    }
+                    self.ways.touch();
+                }
+            }
+        }
+        if std::mem::take(&mut self.ways.is_stale) {
+            self.choose_routes(now);
+        }
+    }
+
+    fn choose_routes(&mut self, now: Instant) {
+        let graph = self.graph();
+        let routes = route::choose(self.identity.id, &graph);
+        for (&id, &chosen) in &routes {
+            let index = id.peer_index();
+            if !self.peers.contains_key(&index) || self.is_young(id, graph.direct.get(&id), now) {
+                continue;
+            }
+            let via = match chosen {
+                Route::Direct | Route::Unreachable => None,
+                Route::Via { relay, .. } => Some(relay.peer_index()),
+            };
+            if let Err(error) = self.datapath.set_via(index, via) {
+                tracing::warn!("the way to node {id} cannot be changed: {error:#}");
+                continue;
+            }
+            if let Some(mtu) = route::mtu(id, chosen, &graph.direct)
+                && let Err(error) = self.datapath.set_mtu(index, mtu)
+            {
+                tracing::warn!("the MTU of the way to node {id} cannot be set: {error:#}");
+            }
+            if self.ways.routes.insert(id, chosen) != Some(chosen) {
+                self.ways.since.insert(id, now);
+                match chosen {
+                    Route::Direct => tracing::info!("packets for node {id} go straight"),
+                    Route::Via { relay, hops } => {
+                        tracing::info!("packets for node {id} go through node {relay} ({hops} hops)");
+                        // A session that could not be made straight can now.
+                        self.handshakes.retry(index);
+                    }
+                    Route::Unreachable => tracing::info!("no way to node {id} is known"),
+                }
+            }
+        }
+        self.ways.routes.retain(|id, _| routes.contains_key(id));
+        self.ways.since.retain(|id, _| routes.contains_key(id));
+        self.publish_dark(now);
+    }
+
+    fn graph(&self) -> Graph {
+        let links = self.gossip.records().filter(|record| !record.left).map(|record| {
+            let is_dark = |id: &NodeId| record.dark.binary_search(id).is_ok();
+            (record.id, record.links.iter().copied().filter(|id| !is_dark(id)).collect())
+        });
+        Graph {
+            direct: self.paths.states().collect(),
+            links: links.collect(),
+            present: self.ways.routes.clone(),
+        }
+    }
+
+    /// Tells the others with whom this node has a connection but cannot exchange packets.
+    fn publish_dark(&mut self, now: Instant) {
+        let links = self.streams.values().map(|stream| stream.peer);
+        let dark: BTreeSet<NodeId> = links
+            .filter(|id| {
+                let state = self.paths.state(*id);
+                !state.is_some_and(|state| state.alive) && !self.is_young(*id, state.as_ref(), now)
+            })
+            .collect();
+        if !self.gossip.own().dark.iter().eq(&dark) {
+            self.gossip.update_own(|own| own.dark = dark.into_iter().collect(), now);
+        }
+    }
+
+    /// True if a path was never alive, and could not have been yet.
+    fn is_young(&self, id: NodeId, state: Option<&PathState>, now: Instant) -> bool {
+        let since = match state {
+            Some(state) if state.alive || state.rtt.is_some() => return false,
+            Some(state) => Some(&state.since),
+            None => self.ways.first_seen.get(&id),
+        };
+        since.is_none_or(|since| now < *since + GRACE)
+    }
+
+    /// Takes the relay header off a handshake message. Gives the message, and an address that stands for its sender.
+    pub(super) fn unwrap_relayed<'a>(&mut self, datagram: &'a [u8]) -> Option<(SocketAddr, &'a [u8])> {
+        let (relay, message) = Relay::split(datagram)?;
+        let source = NodeId::new(relay.source).ok()?;
+        let previous = NodeId::new(relay.previous).ok()?;
+        if relay.destination != self.identity.id.get() || !self.peers.contains_key(&source.peer_index()) {
+            return None;
+        }
+        self.ways.heard_through.insert(source, previous);
+        Some((stand_in(source), message))
+    }
+
+    /// Sends a handshake message through a relay, if its peer is behind one, or it answers what came through one. True if that was all.
+    pub(super) async fn send_relayed(&mut self, transmit: &Transmit) -> bool {
+        let stood_for = stood_for(transmit.to);
+        let node = stood_for.or_else(|| transmit.peer.and_then(PeerIndex::node));
+        let relay = node.and_then(|id| match self.ways.routes.get(&id) {
+            Some(Route::Via { relay, .. }) => Some(*relay),
+            _ => stood_for.and_then(|_| self.ways.heard_through.get(&id).copied()),
+        });
+        if let (Some(node), Some(relay)) = (node, relay) {
+            let place = self.peers.get(&relay.peer_index()).and_then(|peer| peer.state.as_ref()?.endpoint);
+            let own = self.identity.id.get();
+            let header = Relay { hops: RELAY_HOPS, destination: node.get(), source: own, previous: own };
+            let datagram = [&header.to_bytes()[..], &transmit.bytes].concat();
+            if let Some(place) = place
+                && let Err(error) = self.udp.send(place, None, &datagram).await
+            {
+                tracing::debug!(
+                    "a handshake message to node {node} through node {relay} was not sent: {error}"
+                );
+            }
+        }
+        stood_for.is_some()
+    }
+}
+
+/// The address that stands for a node whose messages come through a relay: one of those that lead nowhere (RFC 6666).
+fn stand_in(id: NodeId) -> SocketAddr {
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, id.get())), 0)
+}
+
+/// The node that an address stands for.
+pub(super) fn stood_for(address: SocketAddr) -> Option<NodeId> {
+    match address {
+        SocketAddr::V6(v6) if v6.port() == 0 => {
+            let [0x100, 0, 0, 0, 0, 0, 0, id] = v6.ip().segments() else { return None };
+            NodeId::new(id).ok()
+        }
+        SocketAddr::V4(_) | SocketAddr::V6(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_stands_for_one_node() {
+        for id in [1, 77, NodeId::MAX] {
+            let id = NodeId::new(id).unwrap();
+            assert_eq!(stood_for(stand_in(id)), Some(id));
+        }
+        for other in ["[100::]:0", "[100::1]:1", "[100:1::1]:0", "192.0.2.1:0"] {
+            assert_eq!(stood_for(other.parse().unwrap()), None, "{other}");
+        }
+    }
+}

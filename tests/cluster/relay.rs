@@ -1,0 +1,132 @@
+//! Paths that die, and the ways around them (invariant L2): relays, and back to the straight path when it heals.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use lab::ping::{PingStats, Pinging};
+use lab::{Container, Host, Lab, eventually};
+use serde_json::{Value, json};
+
+use crate::support::{
+    PATIENCE, counter, ensure_nothing_plain, in_lab, launch, launch_all, one_each, peer, wait_for_sessions,
+};
+
+/// A path that dies is to be replaced within this time.
+const REPLACED: Duration = Duration::from_secs(3);
+const INTERVAL: Duration = Duration::from_millis(10);
+
+/// What a host says of the way to a node.
+fn route(host: &Host, to: usize) -> Result<Value> {
+    let peer = peer(host, to)?.with_context(|| format!("{} does not know node {to}", host.name))?;
+    Ok(peer["data"]["route"].clone())
+}
+
+fn wait_for_path(host: &Host, to: usize, path: &Value) -> Result<()> {
+    eventually(PATIENCE, || {
+        let route = route(host, to)?;
+        ensure!(
+            route["path"] == *path && route.is_object(),
+            "{} goes to {to} by {route}, not {path}",
+            host.name
+        );
+        Ok(())
+    })
+}
+
+fn via(id: usize) -> Value {
+    json!({ "via": id })
+}
+
+/// The longest time without an answer.
+fn longest_gap(stats: &PingStats) -> Duration {
+    stats.missing.iter().map(|(first, last)| INTERVAL * (last - first + 1)).max().unwrap_or_default()
+}
+
+fn ping(from: &Container, to: &Container) -> Result<Pinging> {
+    from.reach(to.address(), PATIENCE)?;
+    Pinging::start(from.netns(), to.address(), None, INTERVAL)
+}
+
+#[test]
+fn nodes_without_a_path_talk_through_a_third_that_cannot_read() -> Result<()> {
+    in_lab(Lab::new("chain").hosts(3), |lab| {
+        let [one, two, three] = [1, 2, 3].map(|number| lab.host(number));
+        lab.cut(one, three)?;
+        for host in lab.hosts() {
+            launch(lab, host)?;
+        }
+        wait_for_sessions(lab)?;
+        wait_for_path(one, 3, &via(2))?;
+        wait_for_path(three, 1, &via(2))?;
+        wait_for_path(one, 2, &json!("direct"))?;
+        let containers = one_each(lab)?;
+        let capture = two.capture()?;
+        let before = counter(two, "relayed")?;
+        containers[0].reach(containers[2].address(), PATIENCE)?;
+        let received = lab::flow::tcp(&containers[0], &containers[2], lab::flow::Amount::Bytes(3_000_000))?;
+        ensure!(received.bytes == 3_000_000, "{received:?}");
+        let captured = capture.stop()?;
+        ensure_nothing_plain(&captured)?;
+        let relayed = captured.count(|packet| packet.is_relayed())?;
+        ensure!(relayed > 1000, "{relayed} relayed messages were captured");
+        ensure!(counter(two, "relayed")? > before + 500, "node 2 does not count what it passes on");
+        // What it delivers itself is for its own container, of which there was nothing.
+        ensure!(counter(two, "opened")? == 0, "node 2 opened something");
+        let sessions = two.inspect()?["data"]["peers"].clone();
+        for of in sessions.as_array().context("no list of peers")? {
+            ensure!(of["peer"] == 1 || of["peer"] == 3, "{of}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_path_that_dies_in_one_direction_is_replaced_and_taken_again_when_it_heals() -> Result<()> {
+    in_lab(Lab::new("oneway").hosts(3), |lab| {
+        let [one, three] = [1, 3].map(|number| lab.host(number));
+        launch_all(lab)?;
+        wait_for_path(one, 3, &json!("direct"))?;
+        let containers = one_each(lab)?;
+        let pings = ping(&containers[0], &containers[2])?;
+        lab.cut_one_way(one, three)?;
+        let cut = Instant::now();
+        wait_for_path(one, 3, &via(2))?;
+        wait_for_path(three, 1, &via(2))?;
+        ensure!(cut.elapsed() < REPLACED + Duration::from_secs(1), "it took {:?}", cut.elapsed());
+        lab.heal(one, three)?;
+        wait_for_path(one, 3, &json!("direct"))?;
+        wait_for_path(three, 1, &json!("direct"))?;
+        let stats = pings.stop()?;
+        let gap = longest_gap(&stats);
+        ensure!(gap < REPLACED, "nothing arrived for {gap:?}: {:?}", stats.missing);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_relay_that_dies_is_replaced_by_another_and_the_last_one_is_missed_aloud() -> Result<()> {
+    in_lab(Lab::new("relays").hosts(4), |lab| {
+        let [one, three] = [1, 3].map(|number| lab.host(number));
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        lab.cut(one, three)?;
+        eventually(PATIENCE, || {
+            let path = route(one, 3)?["path"].clone();
+            ensure!(path == via(2) || path == via(4), "{path}");
+            Ok(())
+        })?;
+        let relay = if route(one, 3)?["path"] == via(2) { 2 } else { 4 };
+        let other = 6 - relay;
+        let pings = ping(&containers[0], &containers[2])?;
+        lab.unplug(lab.host(relay))?;
+        wait_for_path(one, 3, &via(other))?;
+        wait_for_path(three, 1, &via(other))?;
+        let gap = longest_gap(&pings.stop()?);
+        ensure!(gap < REPLACED, "nothing arrived for {gap:?}");
+        let dies = Instant::now();
+        lab.unplug(lab.host(other))?;
+        wait_for_path(one, 3, &Value::Null)?;
+        ensure!(dies.elapsed() < REPLACED + Duration::from_secs(1), "it took {:?}", dies.elapsed());
+        Ok(())
+    })
+}
