@@ -27,8 +27,8 @@ use rand::rngs::StdRng;
 
 pub use peer::{
     ANSWER_BURST, ANSWER_INTERVAL, ANSWERS_IN_A_ROW, DEAD_AFTER, DEAD_REQUESTS, FAST_INTERVAL, FAST_START,
-    FIRST_HOLD, HISTORY, INTERVAL, LATEST_ANSWER, LONGEST_HOLD, ROW_WITHIN, SEEN_WINDOW, STALL, STEADY,
-    STRETCHED_INTERVAL,
+    FIRST_HOLD, HISTORY, INTERVAL, LATEST_ANSWER, LONGEST_HOLD, LOSSY, LOSSY_INTERVAL, ROW_WITHIN,
+    SEEN_WINDOW, SIZE_GRACE, STALL, STEADY, STRETCHED_INTERVAL,
 };
 use peer::{Outcome, Peer};
 use probe::{LARGEST, Probe, SMALLEST};
@@ -96,10 +96,10 @@ impl Paths {
     /// carries directly, bytes. Known peers keep their state.
     pub fn set_peer(&mut self, id: NodeId, largest: u32, now: Instant) {
         let largest = largest.clamp(SMALLEST, LARGEST);
-        if !self.peers.contains_key(&id) {
-            self.peers.insert(id, Peer::new(largest, now));
+        self.peers.entry(id).or_insert_with(|| {
             self.due.insert((now, id));
-        }
+            Peer::new(largest, now)
+        });
         self.with(id, |peer, _| {
             if peer.search.largest() != largest {
                 peer.search.set_largest(largest, now);
