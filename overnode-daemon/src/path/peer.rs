@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use rand::rngs::StdRng;
 
+use super::answer::{Answers, SEEN_WINDOW};
 use super::mtu::Search;
 use super::probe::{Kind, Probe, SMALLEST};
 use super::rtt::{Rtt, SHORTEST_WAIT};
@@ -48,13 +49,6 @@ pub const HISTORY: usize = 100;
 pub const LATEST_ANSWER: Duration = Duration::from_secs(3);
 /// A large probe has so much longer than the small one that was sent after it, or half of the round trip if that is more.
 pub const SIZE_GRACE: Duration = Duration::from_millis(50);
-/// How far back [`Probe::seen`] looks: this to twice this.
-pub const SEEN_WINDOW: Duration = Duration::from_secs(2);
-/// Answers to one node: on average one per this time (a node asks less often for more than a moment) ...
-pub const ANSWER_INTERVAL: Duration = Duration::from_millis(25);
-/// ... and so many at once: a search for the MTU on a short path takes two for each of its steps.
-pub const ANSWER_BURST: u32 = 64;
-
 /// The path to one node.
 #[derive(Debug)]
 pub(super) struct Peer {
@@ -73,8 +67,7 @@ pub(super) struct Peer {
     flaps: u32,
     last_error: Option<(Fault, Instant)>,
     pub(super) search: Search,
-    seen: Seen,
-    answers_until: Option<Instant>,
+    answers: Answers,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -139,8 +132,7 @@ impl Peer {
             flaps: 0,
             last_error: None,
             search: Search::new(largest),
-            seen: Seen::default(),
-            answers_until: None,
+            answers: Answers::default(),
         }
     }
 
@@ -217,16 +209,7 @@ impl Peer {
     pub(super) fn handle_probe(&mut self, probe: Probe, now: Instant) -> Outcome {
         match probe.kind {
             Kind::Request => {
-                if !self.may_answer(now) {
-                    return Outcome::Limited;
-                }
-                self.seen.record(probe.size, now);
-                Outcome::Answer(Probe {
-                    kind: Kind::Answer,
-                    size: SMALLEST,
-                    seen: self.seen.largest(now),
-                    ..probe
-                })
+                self.answers.handle_request(probe, now).map_or(Outcome::Limited, Outcome::Answer)
             }
             Kind::Answer => self.handle_answer(probe, now),
         }
@@ -315,7 +298,7 @@ impl Peer {
             size,
             sequence: self.sequence,
             stamp: rng.random(),
-            seen: self.seen.largest(now),
+            seen: self.answers.seen(now),
         }
     }
 
@@ -368,46 +351,6 @@ impl Peer {
         let settled = self.requests.iter().filter(|request| request.fate != Fate::Open).count();
         let lost = self.requests.iter().filter(|request| request.fate == Fate::Lost).count();
         if settled == 0 { 0.0 } else { lost as f32 / settled as f32 }
-    }
-
-    fn may_answer(&mut self, now: Instant) -> bool {
-        let until = self.answers_until.map_or(now, |until| until.max(now));
-        let may = until < now + ANSWER_INTERVAL * ANSWER_BURST;
-        if may {
-            self.answers_until = Some(until + ANSWER_INTERVAL);
-        }
-        may
-    }
-}
-
-/// The sizes that came in this window and in the one before.
-#[derive(Debug, Default)]
-struct Seen {
-    since: Option<Instant>,
-    present: u32,
-    before: u32,
-}
-
-impl Seen {
-    fn record(&mut self, size: u32, now: Instant) {
-        self.advance(now);
-        self.present = self.present.max(size);
-    }
-
-    fn largest(&mut self, now: Instant) -> u32 {
-        self.advance(now);
-        self.present.max(self.before)
-    }
-
-    fn advance(&mut self, now: Instant) {
-        let since = *self.since.get_or_insert(now);
-        if now < since + SEEN_WINDOW {
-            return;
-        }
-        let is_next = now < since + 2 * SEEN_WINDOW;
-        self.before = if is_next { self.present } else { 0 };
-        self.since = Some(if is_next { since + SEEN_WINDOW } else { now });
-        self.present = 0;
     }
 }
 
