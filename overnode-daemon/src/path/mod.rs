@@ -13,6 +13,7 @@ pub mod mtu;
 pub mod probe;
 pub mod route;
 
+mod answer;
 mod peer;
 mod rtt;
 mod state;
@@ -25,9 +26,10 @@ use std::time::Instant;
 
 use rand::rngs::StdRng;
 
+pub use answer::{ANSWER_BURST, ANSWER_INTERVAL, SEEN_WINDOW};
 pub use peer::{
-    ANSWER_BURST, ANSWER_INTERVAL, ANSWERS_IN_A_ROW, DEAD_AFTER, DEAD_REQUESTS, FAST_INTERVAL, FAST_START,
-    FIRST_HOLD, HISTORY, INTERVAL, LATEST_ANSWER, LONGEST_HOLD, ROW_WITHIN, SEEN_WINDOW, STALL, STEADY,
+    ANSWERS_IN_A_ROW, DEAD_AFTER, DEAD_REQUESTS, FAST_INTERVAL, FAST_START, FIRST_HOLD, HISTORY, INTERVAL,
+    LATEST_ANSWER, LONGEST_HOLD, LOSSY, LOSSY_INTERVAL, ROW_WITHIN, SIZE_GRACE, STALL, STEADY,
     STRETCHED_INTERVAL,
 };
 use peer::{Outcome, Peer};
@@ -96,10 +98,10 @@ impl Paths {
     /// carries directly, bytes. Known peers keep their state.
     pub fn set_peer(&mut self, id: NodeId, largest: u32, now: Instant) {
         let largest = largest.clamp(SMALLEST, LARGEST);
-        if !self.peers.contains_key(&id) {
-            self.peers.insert(id, Peer::new(largest, now));
+        self.peers.entry(id).or_insert_with(|| {
             self.due.insert((now, id));
-        }
+            Peer::new(largest, now)
+        });
         self.with(id, |peer, _| {
             if peer.search.largest() != largest {
                 peer.search.set_largest(largest, now);

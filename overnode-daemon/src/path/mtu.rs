@@ -39,9 +39,11 @@ pub(super) struct Search {
     aim: Aim,
     /// The probes of the present size.
     flights: Vec<Flight>,
-    is_waiting: bool,
+    /// When the first of them was sent.
+    first_sent: Option<Instant>,
+    wait: Option<Wait>,
     failures: u32,
-    /// When to send the next one; none while at rest.
+    /// When to send the next one, or to give up waiting for an answer; none while at rest.
     next: Option<Instant>,
     raise_at: Option<Instant>,
 }
@@ -63,18 +65,14 @@ enum Aim {
 struct Flight {
     sequence: u64,
     stamp: u64,
-    sent: Instant,
 }
 
-/// What is known of small probes.
+/// For the answer to the last of the probes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Small {
-    /// How long to wait for an answer.
-    pub(super) wait: Duration,
-    /// When the latest one was sent that was answered.
-    pub(super) passed: Option<Instant>,
-    /// How many are lost, 0 to 1.
-    pub(super) loss: f32,
+struct Wait {
+    since: Instant,
+    /// A small probe that was sent no earlier was answered.
+    has_small_passed: bool,
 }
 
 impl Search {
@@ -86,7 +84,8 @@ impl Search {
             is_confirmed: false,
             aim: Aim::Keep,
             flights: Vec::new(),
-            is_waiting: false,
+            first_sent: None,
+            wait: None,
             failures: 0,
             next: None,
             raise_at: None,
@@ -130,37 +129,41 @@ impl Search {
 
     /// Large packets seem to vanish: checks the MTU at once.
     pub(super) fn suspect(&mut self, now: Instant) {
-        if self.aim == Aim::Keep && !self.is_waiting && self.next.is_some() {
+        if self.aim == Aim::Keep && self.wait.is_none() && self.next.is_some() {
             self.next = Some(now);
         }
     }
 
     /// When there is something to do.
-    pub(super) fn poll_timeout(&self, wait: Duration) -> Option<Instant> {
-        let next = self.next?;
-        match self.flights.last() {
-            Some(flight) if self.is_waiting => Some(flight.sent + wait),
-            _ => Some(next),
-        }
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.next
     }
 
-    /// Gives up waiting if it is time. Returns the MTU that was believed in, if it has turned out to be too large.
-    pub(super) fn handle_timeout(&mut self, now: Instant, small: Small) -> Option<u32> {
-        let flight =
-            self.flights.last().filter(|flight| self.is_waiting && now >= flight.sent + small.wait)?;
-        self.is_waiting = false;
-        if small.passed.is_none_or(|passed| passed < flight.sent) {
+    /// Gives up waiting if it is time; `loss` is that of small probes, 0 to 1. Returns the MTU that was believed in, if it has
+    /// turned out to be too large.
+    pub(super) fn handle_timeout(&mut self, now: Instant, loss: f32) -> Option<u32> {
+        let wait = self.wait.filter(|_| self.next.is_some_and(|next| now >= next))?;
+        self.wait = None;
+        if !wait.has_small_passed {
             self.next = Some(now + PAUSE);
             return None;
         }
         self.failures += 1;
         self.next = Some(now);
-        if self.failures >= tries(small.loss) { self.fail(now) } else { None }
+        if self.failures >= tries(loss) { self.fail(now) } else { None }
+    }
+
+    /// A small probe that was sent at `sent` was answered: one of this search that was sent before it has so much longer.
+    pub(super) fn handle_small(&mut self, sent: Instant, grace: Duration, now: Instant) {
+        if let Some(wait) = self.wait.as_mut().filter(|wait| sent >= wait.since) {
+            wait.has_small_passed = true;
+            self.next = self.next.map(|next| next.min(now + grace));
+        }
     }
 
     /// The size of the probe to send now, if one is due.
     pub(super) fn poll_size(&mut self, now: Instant) -> Option<u32> {
-        if self.is_waiting || self.next.is_none_or(|next| now < next) {
+        if self.wait.is_some() || self.next.is_none_or(|next| now < next) {
             return None;
         }
         let may_rise = self.is_confirmed && self.raise_at.is_some_and(|at| now >= at);
@@ -170,13 +173,15 @@ impl Search {
         Some(self.size())
     }
 
-    /// A probe of that size was sent.
-    pub(super) fn handle_sent(&mut self, sequence: u64, stamp: u64, now: Instant) {
+    /// A probe of that size was sent, whose answer is to be waited for until `patience` is over.
+    pub(super) fn handle_sent(&mut self, sequence: u64, stamp: u64, patience: Duration, now: Instant) {
         if self.flights.len() >= MOST_TRIES as usize {
             self.flights.remove(0);
         }
-        self.flights.push(Flight { sequence, stamp, sent: now });
-        self.is_waiting = true;
+        self.first_sent.get_or_insert(now);
+        self.flights.push(Flight { sequence, stamp });
+        self.wait = Some(Wait { since: now, has_small_passed: false });
+        self.next = Some(now + patience);
     }
 
     /// Takes an answer if it is to one of these probes.
@@ -191,16 +196,16 @@ impl Search {
     /// The other side has received packets of up to `seen` bytes in the `window` before it got what was sent at `asked`: then
     /// only the answer of a probe is missing.
     pub(super) fn handle_seen(&mut self, seen: u32, window: Duration, asked: Instant, now: Instant) {
-        let Some(first) = self.flights.first() else { return };
-        let is_new = self.confirmed_at.is_none_or(|at| at + window < first.sent);
-        if is_new && asked >= first.sent && seen >= self.size() {
+        let Some(first) = self.first_sent else { return };
+        let is_new = self.confirmed_at.is_none_or(|at| at + window < first);
+        if is_new && asked >= first && seen >= self.size() {
             self.pass(now);
         }
     }
 
     /// The kernel has refused to send a packet of that size. Returns true if it was a probe of this search.
     pub(super) fn handle_unsent(&mut self, size: u32, now: Instant) -> bool {
-        let is_mine = self.is_waiting && size == self.size();
+        let is_mine = self.wait.is_some() && size == self.size();
         if is_mine {
             self.fail(now);
         }
@@ -278,7 +283,8 @@ impl Search {
     fn turn(&mut self, aim: Aim) {
         self.aim = aim;
         self.flights.clear();
-        self.is_waiting = false;
+        self.first_sent = None;
+        self.wait = None;
         self.failures = 0;
     }
 }

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use super::mtu::{Search, Small};
+use super::answer::{Answers, SEEN_WINDOW};
+use super::mtu::Search;
 use super::probe::{Kind, Probe, SMALLEST};
 use super::rtt::{Rtt, SHORTEST_WAIT};
 use super::state::{Fault, PathState};
@@ -18,6 +19,11 @@ pub const INTERVAL: Duration = Duration::from_millis(500);
 pub const STRETCHED_INTERVAL: Duration = Duration::from_secs(2);
 /// The same after an answer is missed, on a path that comes back, and for [`FAST_START`] on a new one.
 pub const FAST_INTERVAL: Duration = Duration::from_millis(100);
+/// The same after an answer is missed on a path that loses more than [`LOSSY`]: where half of all round trips fail, a dozen in
+/// a row do every hour, two dozen do not.
+pub const LOSSY_INTERVAL: Duration = Duration::from_millis(50);
+/// Loss that is taken for the nature of the path, 0 to 1.
+pub const LOSSY: f32 = 0.2;
 /// A new path is probed fast for so long: both nodes agree on a session within less, or something is in the way.
 pub const FAST_START: Duration = Duration::from_secs(5);
 /// A path is dead when a request and all after it have had no answer for so long.
@@ -41,13 +47,8 @@ pub const LONGEST_HOLD: Duration = Duration::from_secs(30);
 pub const HISTORY: usize = 100;
 /// An answer that is later than this is lost.
 pub const LATEST_ANSWER: Duration = Duration::from_secs(3);
-/// How far back [`Probe::seen`] looks: this to twice this.
-pub const SEEN_WINDOW: Duration = Duration::from_secs(2);
-/// Answers to one node: on average one per this time (a node asks half as often at its fastest) ...
-pub const ANSWER_INTERVAL: Duration = Duration::from_millis(25);
-/// ... and so many at once: a search for the MTU on a short path takes two for each of its steps.
-pub const ANSWER_BURST: u32 = 64;
-
+/// A large probe has so much longer than the small one that was sent after it, or half of the round trip if that is more.
+pub const SIZE_GRACE: Duration = Duration::from_millis(50);
 /// The path to one node.
 #[derive(Debug)]
 pub(super) struct Peer {
@@ -66,8 +67,7 @@ pub(super) struct Peer {
     flaps: u32,
     last_error: Option<(Fault, Instant)>,
     pub(super) search: Search,
-    seen: Seen,
-    answers_until: Option<Instant>,
+    answers: Answers,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -132,8 +132,7 @@ impl Peer {
             flaps: 0,
             last_error: None,
             search: Search::new(largest),
-            seen: Seen::default(),
-            answers_until: None,
+            answers: Answers::default(),
         }
     }
 
@@ -157,16 +156,18 @@ impl Peer {
 
     /// Whether containers talk to that node.
     pub(super) fn set_busy(&mut self, is_busy: bool, now: Instant) {
-        self.is_busy = is_busy;
-        if is_busy {
+        let was_busy = std::mem::replace(&mut self.is_busy, is_busy);
+        if is_busy && !was_busy {
             self.next = self.next.min(now + INTERVAL);
         }
     }
 
     /// When there is something to do.
     pub(super) fn poll_timeout(&self) -> Instant {
-        let search = self.search.poll_timeout(self.rtt.wait());
-        [self.hurry_at(), self.verdict_at(), search].into_iter().flatten().fold(self.next, Instant::min)
+        [self.hurry_at(), self.verdict_at(), self.search.poll_timeout()]
+            .into_iter()
+            .flatten()
+            .fold(self.next, Instant::min)
     }
 
     /// Does what is due; what is to be sent is added to `probes`.
@@ -188,13 +189,13 @@ impl Peer {
         if self.verdict_at().is_some_and(|at| now >= at) {
             self.handle_silence(now);
         }
-        if let Some(size) = self.search.handle_timeout(now, self.small()) {
+        if let Some(size) = self.search.handle_timeout(now, self.loss()) {
             self.last_error = Some((Fault::TooLarge(size), now));
         }
         let size = self.search.poll_size(now);
         if let Some(size) = size {
             let probe = self.probe(size, now, rng);
-            self.search.handle_sent(probe.sequence, probe.stamp, now);
+            self.search.handle_sent(probe.sequence, probe.stamp, self.rtt.wait(), now);
             probes.push(probe);
         }
         let is_due = now >= self.next || self.hurry_at().is_some_and(|at| now >= at);
@@ -208,16 +209,7 @@ impl Peer {
     pub(super) fn handle_probe(&mut self, probe: Probe, now: Instant) -> Outcome {
         match probe.kind {
             Kind::Request => {
-                if !self.may_answer(now) {
-                    return Outcome::Limited;
-                }
-                self.seen.record(probe.size, now);
-                Outcome::Answer(Probe {
-                    kind: Kind::Answer,
-                    size: SMALLEST,
-                    seen: self.seen.largest(now),
-                    ..probe
-                })
+                self.answers.handle_request(probe, now).map_or(Outcome::Limited, Outcome::Answer)
             }
             Kind::Answer => self.handle_answer(probe, now),
         }
@@ -243,7 +235,9 @@ impl Peer {
         }
         request.fate = Fate::Answered;
         let sent = request.sent;
-        self.rtt.sample(now.saturating_duration_since(sent));
+        let rtt = now.saturating_duration_since(sent);
+        self.rtt.sample(rtt);
+        self.search.handle_small(sent, (rtt / 2).max(SIZE_GRACE), now);
         self.search.handle_seen(probe.seen, 2 * SEEN_WINDOW, sent, now);
         self.handle_heard(now);
         Outcome::Heard
@@ -304,7 +298,7 @@ impl Peer {
             size,
             sequence: self.sequence,
             stamp: rng.random(),
-            seen: self.seen.largest(now),
+            seen: self.answers.seen(now),
         }
     }
 
@@ -314,6 +308,7 @@ impl Peer {
         let comes_back = !self.is_alive && self.good_since.is_some();
         let is_held = self.good_since.is_some_and(|since| now < since + self.hold());
         match () {
+            () if is_missing && self.loss() > LOSSY => LOSSY_INTERVAL,
             () if is_new || is_missing => FAST_INTERVAL,
             () if comes_back && !is_held => FAST_INTERVAL,
             () if comes_back || self.is_busy || !is_crowded => INTERVAL,
@@ -352,55 +347,10 @@ impl Peer {
         false
     }
 
-    fn small(&self) -> Small {
-        let passed = self.requests.iter().rev().find(|request| request.fate == Fate::Answered);
-        Small { wait: self.rtt.wait(), passed: passed.map(|request| request.sent), loss: self.loss() }
-    }
-
     fn loss(&self) -> f32 {
         let settled = self.requests.iter().filter(|request| request.fate != Fate::Open).count();
         let lost = self.requests.iter().filter(|request| request.fate == Fate::Lost).count();
         if settled == 0 { 0.0 } else { lost as f32 / settled as f32 }
-    }
-
-    fn may_answer(&mut self, now: Instant) -> bool {
-        let until = self.answers_until.map_or(now, |until| until.max(now));
-        let may = until < now + ANSWER_INTERVAL * ANSWER_BURST;
-        if may {
-            self.answers_until = Some(until + ANSWER_INTERVAL);
-        }
-        may
-    }
-}
-
-/// The sizes that came in this window and in the one before.
-#[derive(Debug, Default)]
-struct Seen {
-    since: Option<Instant>,
-    present: u32,
-    before: u32,
-}
-
-impl Seen {
-    fn record(&mut self, size: u32, now: Instant) {
-        self.advance(now);
-        self.present = self.present.max(size);
-    }
-
-    fn largest(&mut self, now: Instant) -> u32 {
-        self.advance(now);
-        self.present.max(self.before)
-    }
-
-    fn advance(&mut self, now: Instant) {
-        let since = *self.since.get_or_insert(now);
-        if now < since + SEEN_WINDOW {
-            return;
-        }
-        let is_next = now < since + 2 * SEEN_WINDOW;
-        self.before = if is_next { self.present } else { 0 };
-        self.since = Some(if is_next { since + SEEN_WINDOW } else { now });
-        self.present = 0;
     }
 }
 

@@ -64,13 +64,15 @@ pub fn choose(own: NodeId, graph: &Graph) -> BTreeMap<NodeId, Route> {
     for hops in 2..=MAX_HOPS {
         let mut next = BTreeMap::new();
         for id in &far {
-            let nearer = graph.links.get(id).into_iter().flatten();
-            let relays: BTreeSet<_> = nearer
-                .filter(|other| graph.links.get(other).is_some_and(|links| links.contains(id)))
-                .filter_map(|other| ring.get(other))
-                .flatten()
-                .copied()
-                .collect();
+            let Some(links) = graph.links.get(id) else { continue };
+            let says_so = |other: &NodeId| graph.links.get(other).is_some_and(|links| links.contains(id));
+            let relays: BTreeSet<_> = if ring.len() < links.len() {
+                let nearer = ring.iter().filter(|(other, _)| links.contains(other) && says_so(other));
+                nearer.flat_map(|(_, relays)| relays).copied().collect()
+            } else {
+                let nearer = links.iter().filter_map(|other| ring.get_key_value(other));
+                nearer.filter(|(other, _)| says_so(other)).flat_map(|(_, relays)| relays).copied().collect()
+            };
             if let Some(relay) = best(*id, &relays, graph) {
                 routes.insert(*id, Route::Via { relay, hops });
                 next.insert(*id, relays);

@@ -5,6 +5,7 @@ mod liveness;
 mod mtu;
 mod route;
 mod scale;
+mod together;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -190,3 +190,51 @@ fn a_probe_that_the_kernel_refuses_has_failed_without_waiting() {
     world.nodes.get_mut(&A).unwrap().handle_unsent(B, SMALLEST, now);
     assert_eq!(world.state(A, B).last_error, Some((Fault::Unsent, now)));
 }
+
+/// Lets A's requests through to the test; returns the large and the small one that A sends at `now`.
+fn asked(paths: &mut Paths, now: Instant) -> (Option<Probe>, Option<Probe>) {
+    paths.handle_timeout(now);
+    let (mut large, mut small) = (None, None);
+    while let Some(action) = paths.poll_action() {
+        if let Action::Send { bytes, .. } = action {
+            let probe = Probe::decode(&bytes, size(&bytes)).unwrap();
+            if probe.size > SMALLEST { large = Some(probe) } else { small = Some(probe) }
+        }
+    }
+    (large, small)
+}
+
+fn answer(paths: &mut Paths, request: Probe, seen: u32, now: Instant) {
+    let answer = Probe { kind: probe::Kind::Answer, size: SMALLEST, seen, ..request };
+    paths.handle_probe(B, &answer.encode(), SMALLEST, now);
+}
+
+#[test]
+fn a_size_whose_answer_is_lost_is_confirmed_by_a_later_answer_but_not_by_what_was_seen_before() {
+    let mut now = Instant::now();
+    let mut paths = Paths::new(StdRng::seed_from_u64(12));
+    paths.set_peer(B, 1440, now);
+    let (_, small) = asked(&mut paths, now);
+    answer(&mut paths, small.unwrap(), 0, now);
+    let (large, small) = asked(&mut paths, now);
+    assert_eq!(large.map(|probe| probe.size), Some(1440));
+    answer(&mut paths, small.unwrap(), 1432, now);
+    assert!(!paths.state(B).unwrap().mtu_confirmed, "less was seen than was sent");
+
+    now += ms(100);
+    let (_, small) = asked(&mut paths, now);
+    answer(&mut paths, small.unwrap(), 1440, now);
+    assert!(paths.state(B).unwrap().mtu_confirmed);
+
+    // The black hole opens at once; what the other side saw before is no proof.
+    now += ms(100);
+    paths.handle_suspicion(B, now);
+    for _ in 0..40 {
+        let (_, small) = asked(&mut paths, now);
+        if let Some(small) = small {
+            answer(&mut paths, small, 1440, now);
+        }
+        now += ms(20);
+    }
+    assert!(paths.state(B).unwrap().mtu < 1440);
+}

@@ -222,3 +222,18 @@ fn what_a_node_knows_of_its_own_paths_goes_before_what_gossip_says_of_them() {
     graph.direct.get_mut(&node(3)).unwrap().alive = false;
     assert_eq!(choose(A, &graph)[&node(3)], Route::Unreachable);
 }
+
+#[test]
+fn a_link_that_one_end_only_reports_changes_no_route() {
+    for seed in 0..200 {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let nodes = rng.random_range(3..16);
+        let links = random(&mut rng, nodes, 0.3, 0.4);
+        let both: Links = links.iter().copied().filter(|(x, y)| links.contains(&(*y, *x))).collect();
+        for own in (1..=nodes).map(node) {
+            let all = view(own, nodes, &links);
+            let graph = Graph { links: view(own, nodes, &both).links, ..all.clone() };
+            assert_eq!(choose(own, &all), choose(own, &graph), "seed {seed}, node {own}");
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! What this node does for another one that asks.
+
+use std::time::{Duration, Instant};
+
+use super::probe::{Kind, Probe, SMALLEST};
+
+/// How far back [`Probe::seen`] looks: this to twice this.
+pub const SEEN_WINDOW: Duration = Duration::from_secs(2);
+/// Answers to one node: on average one per this time (a node asks less often for more than a moment) ...
+pub const ANSWER_INTERVAL: Duration = Duration::from_millis(25);
+/// ... and so many at once: a search for the MTU on a short path takes two for each of its steps.
+pub const ANSWER_BURST: u32 = 64;
+
+/// The answers to one node.
+#[derive(Debug, Default)]
+pub(super) struct Answers {
+    seen: Seen,
+    /// Each answer takes this on by [`ANSWER_INTERVAL`].
+    until: Option<Instant>,
+}
+
+impl Answers {
+    /// The answer; none if the node asks too often.
+    pub(super) fn handle_request(&mut self, request: Probe, now: Instant) -> Option<Probe> {
+        let until = self.until.map_or(now, |until| until.max(now));
+        if until >= now + ANSWER_INTERVAL * ANSWER_BURST {
+            return None;
+        }
+        self.until = Some(until + ANSWER_INTERVAL);
+        self.seen.record(request.size, now);
+        Some(Probe { kind: Kind::Answer, size: SMALLEST, seen: self.seen.largest(now), ..request })
+    }
+
+    /// For [`Probe::seen`].
+    pub(super) fn seen(&mut self, now: Instant) -> u32 {
+        self.seen.largest(now)
+    }
+}
+
+/// The sizes that came in this window and in the one before.
+#[derive(Debug, Default)]
+struct Seen {
+    since: Option<Instant>,
+    present: u32,
+    before: u32,
+}
+
+impl Seen {
+    fn record(&mut self, size: u32, now: Instant) {
+        self.advance(now);
+        self.present = self.present.max(size);
+    }
+
+    fn largest(&mut self, now: Instant) -> u32 {
+        self.advance(now);
+        self.present.max(self.before)
+    }
+
+    fn advance(&mut self, now: Instant) {
+        let since = *self.since.get_or_insert(now);
+        if now < since + SEEN_WINDOW {
+            return;
+        }
+        let is_next = now < since + 2 * SEEN_WINDOW;
+        self.before = if is_next { self.present } else { 0 };
+        self.since = Some(if is_next { since + SEEN_WINDOW } else { now });
+        self.present = 0;
+    }
+}
