@@ -1,15 +1,33 @@
 //! Gossip: how every node learns what every other says of itself. Deterministic; no I/O, no clock.
 //!
-//! Each node owns one [`Record`] and makes new versions of it; others pass it on. News travel as deltas. A node passes
+//! Each node owns one [`Record`], signs it and makes new versions of it; others pass it on. News travel as deltas. A node passes
 //! a record on to those neighbours that have no link with its owner nor with the neighbour it came from, as
 //! far as the records tell: in a full mesh nobody passes on anything, in a chain everybody does. What that misses is found
 //! by comparing: neighbours exchange digests when they connect, and every [`COMPARE_INTERVAL`] a hash
 //! with one neighbour chosen at random.
 //!
-//! A record about this node that it did not make is answered by a newer one ([`dispute`]). A node that leaves puts up a tombstone, which is
+//! A record about this node that it did not make is answered by a newer one. A node that leaves puts up a tombstone, which is
 //! kept: whoever comes back from a long separation must not revive the dead.
 //!
 //! From the links that both ends report follow the shortest paths, on which [parcels](parcel) go from any node to any other.
+//!
+//! # What a member can do that lies
+//!
+//! Whoever has the token is a member, and may be as many nodes as there are free IDs. It **can**
+//! * say of itself what it likes: addresses where it is not, ranges and claims that others check before they route to it, links, of which
+//!   only those count that the other end reports too;
+//! * take the ID of a node that is not reached, as any host can that is launched with it; keep quiet of what it should pass on; repeat what
+//!   others said before, which is recognised as old;
+//! * raise the alarm that an ID is used twice, by claiming it, once every [`CLASH_INTERVAL`];
+//! * make others remember a record of every ID there is, of 30 KiB at most.
+//!
+//! It **cannot**
+//! * change, extend, age or revoke what another node said, or say that it has left: that takes the other's key, and what is not signed
+//!   ends the connection that it came by ([`BadMessage::Signature`]);
+//! * take the ID of a node that is reached and objects within [`OBJECTION`], unless all paths to it lead through the liar; nor of one that is
+//!   connected with whoever is to believe it;
+//! * send parcels in another's name, or the same one twice;
+//! * use more of a neighbour than an honest node does at the start of a cluster of a thousand: it is cut off ([`BadMessage::Flood`]).
 //!
 //! Inputs: [`Gossip::handle_connected`], [`Gossip::handle_disconnected`], [`Gossip::handle_message`],
 //! [`Gossip::handle_parcel`], [`Gossip::send_parcel`], [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs: [`Gossip::poll_action`],
@@ -40,7 +58,7 @@ pub use message::{
     BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_RANGES, MAX_STAMP, Message, Record, Stamp,
 };
 pub use parcel::{BadParcel, Parcel, Undelivered};
-pub use sign::{Keys, Signature, Signer};
+pub use sign::{Keys, Signature, Signer, Verified};
 pub use topology::Path;
 
 use crate::types::{NodeId, VerifyingKey};
@@ -94,6 +112,7 @@ pub enum Action {
 pub struct Gossip {
     own: NodeId,
     signer: Signer,
+    verified: Option<Verified>,
     rng: StdRng,
     /// The own record as it will be published next; `records` has it as it was published last.
     draft: Record,
@@ -136,6 +155,7 @@ impl Gossip {
         let mut gossip = Self {
             own: own.id,
             signer,
+            verified: None,
             rng,
             draft: own.clone(),
             stamps: BTreeMap::from([(own.id, own.stamp())]),
@@ -164,10 +184,19 @@ impl Gossip {
     /// Takes up what was known before a restart.
     pub fn restore(&mut self, records: impl IntoIterator<Item = Record>) {
         for record in records {
-            if record.id != self.own && record.check().is_ok() && sign::is_signed(&record) {
+            if record.id != self.own && record.check().is_ok() && self.is_signed(&record) {
                 self.put(record);
             }
         }
+    }
+
+    /// Shares with other nodes of this process what is known to be signed.
+    pub fn share_verified(&mut self, verified: Verified) {
+        self.verified = Some(verified);
+    }
+
+    fn is_signed(&self, record: &Record) -> bool {
+        self.verified.as_ref().map_or_else(|| sign::is_signed(record), |verified| verified.is_signed(record))
     }
 
     /// The node's own record, with changes that are not published yet; its links are those last published.
@@ -365,7 +394,7 @@ impl Gossip {
         let records: Vec<_> = records.into_iter().map(|record| (record.stamp(), record)).collect();
         // A signature costs more than all the rest, and most of what comes by is known.
         for (stamp, record) in &records {
-            if self.is_news(peer, record, *stamp) && !sign::is_signed(record) {
+            if self.is_news(peer, record, *stamp) && !self.is_signed(record) {
                 return Err(BadMessage::Signature(record.id));
             }
         }
