@@ -121,6 +121,8 @@ pub struct Gossip {
     neighbours: BTreeSet<NodeId>,
     /// What each that ever was a neighbour may still say.
     allowances: BTreeMap<NodeId, Allowance>,
+    /// What may still be passed on to each.
+    burdens: BTreeMap<NodeId, Allowance>,
     /// What the neighbours have proven themselves with.
     proven: BTreeMap<NodeId, Keys>,
     /// Records to pass on, with the neighbours that are known to have them.
@@ -162,6 +164,7 @@ impl Gossip {
             records: BTreeMap::from([(own.id, own)]),
             neighbours: BTreeSet::new(),
             allowances: BTreeMap::new(),
+            burdens: BTreeMap::new(),
             proven: BTreeMap::new(),
             news: BTreeMap::new(),
             publish_at: None,
@@ -340,7 +343,7 @@ impl Gossip {
         }
         if self.flush_at.is_some_and(|at| at <= now) {
             self.flush_at = None;
-            self.pass_on();
+            self.pass_on(now);
         }
         if self.compare_at <= now {
             self.compare_at = now + self.jittered(COMPARE_INTERVAL);
@@ -485,7 +488,7 @@ impl Gossip {
         self.news.insert(self.own, BTreeSet::new());
     }
 
-    fn pass_on(&mut self) {
+    fn pass_on(&mut self, now: Instant) {
         let mut outgoing: BTreeMap<NodeId, Vec<NodeId>> = BTreeMap::new();
         for (id, have) in std::mem::take(&mut self.news) {
             for &peer in &self.neighbours {
@@ -497,8 +500,21 @@ impl Gossip {
             }
         }
         for (peer, ids) in outgoing {
-            self.send_records(peer, &ids);
+            // What is left out here is found by comparing.
+            let bytes = self.records_of(&ids).map(size).sum();
+            if self.may_pass(peer, bytes, now) {
+                self.send_records(peer, &ids);
+            }
         }
+    }
+
+    /// True if a neighbour takes more of what others say.
+    fn may_pass(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
+        self.burdens.entry(peer).or_insert_with(|| Allowance::of_ours(now)).pass(bytes, now)
+    }
+
+    fn records_of(&self, ids: &[NodeId]) -> impl Iterator<Item = &Record> {
+        ids.iter().filter_map(|id| self.records.get(id))
     }
 
     /// True if both ends say that they are linked.
@@ -517,30 +533,26 @@ impl Gossip {
     }
 
     fn answer(&mut self, peer: NodeId, ids: &[NodeId]) {
-        let bytes = self.send_records(peer, ids);
+        let bytes = self.records_of(ids).map(size).sum();
         if let Some(allowance) = self.allowances.get_mut(&peer) {
             allowance.answer(bytes);
         }
+        self.send_records(peer, ids);
     }
 
-    /// Returns about how many bytes that are.
-    fn send_records(&mut self, peer: NodeId, ids: &[NodeId]) -> usize {
-        let (mut delta, mut bytes, mut total) = (Vec::new(), 0, 0);
-        for record in ids.iter().filter_map(|id| self.records.get(id)) {
-            bytes += 256 + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len());
-            delta.push(record.clone());
+    fn send_records(&mut self, peer: NodeId, ids: &[NodeId]) {
+        let (mut deltas, mut bytes) = (vec![Vec::new()], 0);
+        for record in self.records_of(ids) {
             if bytes >= message::DELTA_BYTES {
-                self.actions.push_back(Action::Send {
-                    to: peer,
-                    message: Message::Delta(std::mem::take(&mut delta)),
-                });
-                total += std::mem::take(&mut bytes);
+                deltas.push(Vec::new());
+                bytes = 0;
             }
+            bytes += size(record);
+            deltas.last_mut().expect("it begins with one").push(record.clone());
         }
-        if !delta.is_empty() {
+        for delta in deltas.into_iter().filter(|delta| !delta.is_empty()) {
             self.send(peer, Message::Delta(delta));
         }
-        total + bytes
     }
 
     fn send(&mut self, to: NodeId, message: Message) {
@@ -561,4 +573,9 @@ impl Gossip {
     fn jittered(&mut self, time: Duration) -> Duration {
         time.mul_f64(self.rng.random_range(0.75..1.25))
     }
+}
+
+/// About how many bytes a record takes on the wire; rather too many.
+fn size(record: &Record) -> usize {
+    256 + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len())
 }
