@@ -146,14 +146,53 @@ fn two_nodes_with_one_id_are_told_of_it() -> Result<()> {
         let [a, b, c] = lab.hosts() else { unreachable!() };
         launch_all_but_last(lab)?;
         c.overnode(&["launch", "--id", "2", "--token", TOKEN, "host1", "host2"])?.success()?;
-        eventually(PATIENCE, || {
-            let status = c.status()?.to_string();
-            ensure!(status.contains("ID"), "nothing is said of the ID in use: {status}");
-            Ok(())
-        })?;
+        for host in [a, b, c] {
+            clash_is_shown(host)?;
+        }
         let (one, two) = (attached(a, "one")?, attached(b, "two")?);
         one.reach(two.address(), PATIENCE)?;
         assert_eq!(one.ping(two.address(), 500, MILLISECOND)?.lost(), 0);
+        Ok(())
+    })
+}
+
+/// Two clusters, each with a node 2, are joined by a link between the others; nobody dials whom gossip tells of.
+#[test]
+fn two_nodes_with_one_id_that_only_gossip_joins_are_told_of_it() -> Result<()> {
+    in_lab(Lab::new("twins").hosts(4), |lab| {
+        let [a, b, c, d] = lab.hosts() else { unreachable!() };
+        for (host, id, target) in [(a, "1", "host2"), (b, "2", "host1"), (c, "3", "host4"), (d, "2", "host3")]
+        {
+            let words = ["launch", "--id", id, "--token", TOKEN, "--no-discovery", target];
+            host.overnode(&words)?.success()?;
+        }
+        eventually(PATIENCE, || {
+            ensure!(peer(a, 2)?.is_some_and(|peer| peer["reachable"] == true), "1 and 2 are not joined");
+            ensure!(peer(c, 2)?.is_some_and(|peer| peer["reachable"] == true), "3 and 2 are not joined");
+            Ok(())
+        })?;
+        let keys = [peer(a, 2)?, peer(c, 2)?].map(|peer| peer.map(|peer| peer["public_key"].clone()));
+        a.overnode(&["connect", "host3"])?.success()?;
+        for host in [a, b, c, d] {
+            clash_is_shown(host)?;
+        }
+        let now = [peer(a, 2)?, peer(c, 2)?].map(|peer| peer.map(|peer| peer["public_key"].clone()));
+        assert_eq!(now, keys, "each side stays with the node 2 that it had");
+        assert!(keys[0] != keys[1] && peer(a, 3)?.is_some());
+        Ok(())
+    })
+}
+
+/// In `status --connections`, with what to do.
+fn clash_is_shown(host: &Host) -> Result<()> {
+    eventually(PATIENCE, || {
+        let status = host.status()?;
+        let connections = list(&status, "connections")?;
+        let is_told = connections.iter().any(|connection| {
+            let message = connection["last_error"]["message"].as_str().unwrap_or_default();
+            message.contains("ID 2 is used twice") && message.contains("overnode reset")
+        });
+        ensure!(is_told, "{} says nothing of the ID in use: {}", host.name, status["connections"]);
         Ok(())
     })
 }

@@ -135,13 +135,27 @@ impl Refusal {
 
 /// A refusal as one side tells it to the other. New reasons go to the end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Verdict {
+pub enum Verdict {
+    /// None: the peer is taken.
     Welcome,
+    /// See [`Refusal::Version`].
     Version,
+    /// See [`Refusal::Network`].
     Network,
-    IdClash { id: NodeId, holder: String, newcomer: String },
+    /// See [`Refusal::IdClash`].
+    IdClash {
+        /// The ID.
+        id: NodeId,
+        /// Who had it first.
+        holder: String,
+        /// Who came later.
+        newcomer: String,
+    },
+    /// See [`Refusal::Myself`].
     Myself,
+    /// Anything else.
     Other,
+    /// See [`Refusal::Copy`].
     Copy,
 }
 
@@ -185,7 +199,11 @@ impl Verdict {
         postcard::to_allocvec(self).expect("plain data of bounded size")
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self, Refusal> {
+    /// Reads what a peer says.
+    ///
+    /// # Errors
+    /// [`Refusal::Unknown`] for what this build cannot read.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Refusal> {
         // A reason added by a later version has an unknown number.
         let verdict: Self = postcard::from_bytes(bytes).map_err(|_| Refusal::Unknown)?;
         match verdict {
@@ -218,8 +236,11 @@ impl Hello {
         bytes
     }
 
-    /// Reads what [`Self::encode`] wrote; later versions may append to it.
-    pub(super) fn decode(bytes: &[u8], public_key: PublicKey, ours: (u16, u16)) -> Result<Self, Refusal> {
+    /// Reads what another node wrote, of which the handshake has proven the key; later versions may append to it.
+    ///
+    /// # Errors
+    /// [`Refusal::Garbage`], or [`Refusal::Version`] if no version is common with `ours`.
+    pub fn decode(bytes: &[u8], public_key: PublicKey, ours: (u16, u16)) -> Result<Self, Refusal> {
         let Some((&[a, b, c, d], body)) = bytes.split_first_chunk() else {
             return Err(Refusal::Garbage("its greeting is too short"));
         };

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::message::{MAX_STAMP, Message, Record};
 use super::parcel::{KIND_CLASH, MAX_BODY, MAX_HOPS};
-use super::{Action, Gossip, sign};
+use super::{Action, Gossip, size};
 use crate::types::NodeId;
 
 /// So long may a node that is reached take to object: to hear of it, to outbid it, and to be heard.
@@ -19,12 +19,18 @@ pub const CLASH_INTERVAL: Duration = Duration::from_secs(30);
 /// A contested own record is answered no more often than this.
 pub const DEFEND_INTERVAL: Duration = Duration::from_secs(1);
 
+/// No more records wait at a time: each makes others work.
+const MAX_CONTENDERS: usize = 64;
+
 /// A record that waits for the objection of another node with its ID.
 #[derive(Debug)]
 pub(super) struct Contender {
     record: Record,
     /// Who told of it.
     from: NodeId,
+    is_told: bool,
+    /// Not before.
+    tell_at: Instant,
     until: Instant,
 }
 
@@ -45,27 +51,49 @@ impl Gossip {
     pub(super) fn handle_contender(&mut self, peer: NodeId, record: Record, now: Instant) {
         let id = record.id;
         // The holder must be able to hear of it, and to outbid it.
-        let challenge = Message::Delta(vec![record.clone()]).encode();
+        let challenge = Message::Delta(vec![record.clone()]).encode().len();
         let is_far = self.paths().get(&id).is_some_and(|path| path.hops > MAX_HOPS.into());
-        if record.incarnation > MAX_STAMP / 2 || challenge.len() > MAX_BODY || is_far {
+        if record.incarnation > MAX_STAMP / 2 || challenge > MAX_BODY || is_far {
             return;
         }
         let was_heard = self.clashes.get(&id).is_some_and(|last| now < *last + CLASH_INTERVAL);
-        let waiting = self.contenders.get(&id);
-        if was_heard || waiting.is_some_and(|waiting| record.stamp() <= waiting.record.stamp()) {
-            return;
+        let is_full = self.contenders.len() >= MAX_CONTENDERS;
+        match self.contenders.get_mut(&id) {
+            _ if was_heard => {}
+            Some(waiting) if record.stamp() <= waiting.record.stamp() => {}
+            Some(waiting) => {
+                if waiting.record.keys() != record.keys() {
+                    waiting.until = now + OBJECTION;
+                }
+                (waiting.record, waiting.from, waiting.is_told) = (record, peer, false);
+            }
+            None if is_full => {}
+            None => {
+                let until = now + OBJECTION;
+                let new = Contender { record, from: peer, is_told: false, tell_at: now, until };
+                self.contenders.insert(id, new);
+            }
         }
-        let until = match waiting {
-            Some(waiting) if waiting.record.keys() == record.keys() => waiting.until,
-            Some(_) | None => now + OBJECTION,
-        };
-        // Fails only if the holder is gone by now.
-        let _ = self.send_parcel(id, KIND_CLASH, challenge);
-        let has_not = |next: &&NodeId| **next != peer && **next != id && !self.is_linked(peer, **next);
-        for next in self.neighbours.iter().filter(has_not).copied().collect::<Vec<_>>() {
-            self.send(next, Message::Delta(vec![record.clone()]));
+        self.tell_of_contenders(now);
+    }
+
+    /// Asks the holders, and lets others know who waits: of each ID no more often than its holder may answer.
+    fn tell_of_contenders(&mut self, now: Instant) {
+        let untold = self.contenders.iter().filter(|(_, it)| !it.is_told && it.tell_at <= now);
+        for id in untold.map(|(id, _)| *id).collect::<Vec<_>>() {
+            let Some(waiting) = self.contenders.get_mut(&id) else { continue };
+            (waiting.is_told, waiting.tell_at) = (true, now + DEFEND_INTERVAL);
+            let (peer, record) = (waiting.from, waiting.record.clone());
+            let delta = Message::Delta(vec![record.clone()]);
+            // Fails only if the holder is gone by now.
+            let _ = self.send_parcel(id, KIND_CLASH, delta.encode());
+            let has_not = |next: &&NodeId| **next != peer && **next != id && !self.is_linked(peer, **next);
+            for next in self.neighbours.iter().filter(has_not).copied().collect::<Vec<_>>() {
+                if self.may_pass(next, size(&record), now) {
+                    self.send(next, delta.clone());
+                }
+            }
         }
-        self.contenders.insert(id, Contender { record, from: peer, until });
     }
 
     /// A record of a node was believed: if it outbids another one that waits, there are two such nodes.
@@ -86,6 +114,7 @@ impl Gossip {
 
     /// Believes those whom nobody has objected to.
     pub(super) fn admit_contenders(&mut self, now: Instant) {
+        self.tell_of_contenders(now);
         let due: Vec<_> =
             self.contenders.iter().filter(|(_, it)| it.until <= now).map(|(id, _)| *id).collect();
         for id in due {
@@ -104,7 +133,8 @@ impl Gossip {
     }
 
     pub(super) fn next_admission(&self) -> Option<Instant> {
-        self.contenders.values().map(|contender| contender.until).min()
+        let next = |it: &Contender| if it.is_told { it.until } else { it.until.min(it.tell_at) };
+        self.contenders.values().map(next).min()
     }
 
     /// Somebody spreads a newer record of this node.
@@ -124,7 +154,7 @@ impl Gossip {
     pub(super) fn handle_challenge(&mut self, bytes: &[u8], now: Instant) {
         let Ok(Message::Delta(records)) = Message::decode(bytes) else { return };
         for record in records {
-            if record.id == self.own && record.stamp() > self.stamps[&self.own] && sign::is_signed(&record) {
+            if record.id == self.own && record.stamp() > self.stamps[&self.own] && self.is_signed(&record) {
                 self.handle_word_about_self(record, now);
             }
         }

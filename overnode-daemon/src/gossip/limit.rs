@@ -50,6 +50,28 @@ impl Allowance {
         has_room
     }
 
+    /// What this node passes on to a neighbour: half of what it may, so that nobody who floods makes this node one that does.
+    pub fn of_ours(now: Instant) -> Self {
+        let half = |bucket: Bucket| Bucket {
+            burst: bucket.burst / 2,
+            each_second: bucket.each_second / 2,
+            ..bucket
+        };
+        let whole = Self::new(now);
+        Self { bytes: half(whole.bytes), messages: half(whole.messages), at: now }
+    }
+
+    /// Takes one message, if there is room for it.
+    pub fn pass(&mut self, bytes: usize, now: Instant) -> bool {
+        let before = *self;
+        let has_room = self.hear(bytes, now);
+        if !has_room {
+            (self.bytes.taken, self.messages.taken) = (before.bytes.taken, before.messages.taken);
+            self.at = before.at;
+        }
+        has_room
+    }
+
     /// Takes what is sent because it asked.
     pub fn answer(&mut self, bytes: usize) {
         self.bytes.take(bytes);
@@ -109,6 +131,22 @@ mod tests {
             "what has come is judged by what came before"
         );
         assert!(!allowance.hear(1, now));
+    }
+
+    #[test]
+    fn what_is_passed_on_is_never_a_flood() {
+        let mut now = Instant::now();
+        let (mut ours, mut theirs) = (Allowance::of_ours(now), Allowance::new(now));
+        let mut passed = 0;
+        for _ in 0..200_000 {
+            now += Duration::from_millis(1);
+            if ours.pass(300, now) {
+                passed += 1;
+                assert!(theirs.hear(300, now));
+            }
+        }
+        let at_most = BURST_MESSAGES / 2 + 200 * MESSAGES_PER_SECOND / 2;
+        assert!((at_most - 10..=at_most + 10).contains(&passed), "{passed}");
     }
 
     #[test]

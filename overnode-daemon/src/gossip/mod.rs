@@ -1,15 +1,33 @@
 //! Gossip: how every node learns what every other says of itself. Deterministic; no I/O, no clock.
 //!
-//! Each node owns one [`Record`] and makes new versions of it; others pass it on. News travel as deltas. A node passes
+//! Each node owns one [`Record`], signs it and makes new versions of it; others pass it on. News travel as deltas. A node passes
 //! a record on to those neighbours that have no link with its owner nor with the neighbour it came from, as
 //! far as the records tell: in a full mesh nobody passes on anything, in a chain everybody does. What that misses is found
 //! by comparing: neighbours exchange digests when they connect, and every [`COMPARE_INTERVAL`] a hash
 //! with one neighbour chosen at random.
 //!
-//! A record about this node that it did not make is answered by a newer one ([`dispute`]). A node that leaves puts up a tombstone, which is
+//! A record about this node that it did not make is answered by a newer one. A node that leaves puts up a tombstone, which is
 //! kept: whoever comes back from a long separation must not revive the dead.
 //!
 //! From the links that both ends report follow the shortest paths, on which [parcels](parcel) go from any node to any other.
+//!
+//! # What a member can do that lies
+//!
+//! Whoever has the token is a member, and may be as many nodes as there are free IDs. It **can**
+//! * say of itself what it likes: addresses where it is not, ranges and claims that others check before they route to it, links, of which
+//!   only those count that the other end reports too;
+//! * take the ID of a node that is not reached, as any host can that is launched with it; keep quiet of what it should pass on; repeat what
+//!   others said before, which is recognised as old;
+//! * raise the alarm that an ID is used twice, by claiming it, once every [`CLASH_INTERVAL`];
+//! * make others remember a record of every ID there is, of 30 KiB at most.
+//!
+//! It **cannot**
+//! * change, extend, age or revoke what another node said, or say that it has left: that takes the other's key, and what is not signed
+//!   ends the connection that it came by ([`BadMessage::Signature`]);
+//! * take the ID of a node that is reached and objects within [`OBJECTION`], unless all paths to it lead through the liar; nor of one that is
+//!   connected with whoever is to believe it;
+//! * send parcels in another's name, or the same one twice;
+//! * use more of a neighbour than an honest node does at the start of a cluster of a thousand: it is cut off ([`BadMessage::Flood`]).
 //!
 //! Inputs: [`Gossip::handle_connected`], [`Gossip::handle_disconnected`], [`Gossip::handle_message`],
 //! [`Gossip::handle_parcel`], [`Gossip::send_parcel`], [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs: [`Gossip::poll_action`],
@@ -40,7 +58,7 @@ pub use message::{
     BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_RANGES, MAX_STAMP, Message, Record, Stamp,
 };
 pub use parcel::{BadParcel, Parcel, Undelivered};
-pub use sign::{Keys, Signature, Signer};
+pub use sign::{Keys, Signature, Signer, Verified};
 pub use topology::Path;
 
 use crate::types::{NodeId, VerifyingKey};
@@ -94,6 +112,7 @@ pub enum Action {
 pub struct Gossip {
     own: NodeId,
     signer: Signer,
+    verified: Option<Verified>,
     rng: StdRng,
     /// The own record as it will be published next; `records` has it as it was published last.
     draft: Record,
@@ -102,6 +121,8 @@ pub struct Gossip {
     neighbours: BTreeSet<NodeId>,
     /// What each that ever was a neighbour may still say.
     allowances: BTreeMap<NodeId, Allowance>,
+    /// What may still be passed on to each.
+    burdens: BTreeMap<NodeId, Allowance>,
     /// What the neighbours have proven themselves with.
     proven: BTreeMap<NodeId, Keys>,
     /// Records to pass on, with the neighbours that are known to have them.
@@ -136,12 +157,14 @@ impl Gossip {
         let mut gossip = Self {
             own: own.id,
             signer,
+            verified: None,
             rng,
             draft: own.clone(),
             stamps: BTreeMap::from([(own.id, own.stamp())]),
             records: BTreeMap::from([(own.id, own)]),
             neighbours: BTreeSet::new(),
             allowances: BTreeMap::new(),
+            burdens: BTreeMap::new(),
             proven: BTreeMap::new(),
             news: BTreeMap::new(),
             publish_at: None,
@@ -164,10 +187,19 @@ impl Gossip {
     /// Takes up what was known before a restart.
     pub fn restore(&mut self, records: impl IntoIterator<Item = Record>) {
         for record in records {
-            if record.id != self.own && record.check().is_ok() && sign::is_signed(&record) {
+            if record.id != self.own && record.check().is_ok() && self.is_signed(&record) {
                 self.put(record);
             }
         }
+    }
+
+    /// Shares with other nodes of this process what is known to be signed.
+    pub fn share_verified(&mut self, verified: Verified) {
+        self.verified = Some(verified);
+    }
+
+    fn is_signed(&self, record: &Record) -> bool {
+        self.verified.as_ref().map_or_else(|| sign::is_signed(record), |verified| verified.is_signed(record))
     }
 
     /// The node's own record, with changes that are not published yet; its links are those last published.
@@ -311,7 +343,7 @@ impl Gossip {
         }
         if self.flush_at.is_some_and(|at| at <= now) {
             self.flush_at = None;
-            self.pass_on();
+            self.pass_on(now);
         }
         if self.compare_at <= now {
             self.compare_at = now + self.jittered(COMPARE_INTERVAL);
@@ -365,7 +397,7 @@ impl Gossip {
         let records: Vec<_> = records.into_iter().map(|record| (record.stamp(), record)).collect();
         // A signature costs more than all the rest, and most of what comes by is known.
         for (stamp, record) in &records {
-            if self.is_news(peer, record, *stamp) && !sign::is_signed(record) {
+            if self.is_news(peer, record, *stamp) && !self.is_signed(record) {
                 return Err(BadMessage::Signature(record.id));
             }
         }
@@ -456,7 +488,7 @@ impl Gossip {
         self.news.insert(self.own, BTreeSet::new());
     }
 
-    fn pass_on(&mut self) {
+    fn pass_on(&mut self, now: Instant) {
         let mut outgoing: BTreeMap<NodeId, Vec<NodeId>> = BTreeMap::new();
         for (id, have) in std::mem::take(&mut self.news) {
             for &peer in &self.neighbours {
@@ -468,8 +500,21 @@ impl Gossip {
             }
         }
         for (peer, ids) in outgoing {
-            self.send_records(peer, &ids);
+            // What is left out here is found by comparing.
+            let bytes = self.records_of(&ids).map(size).sum();
+            if self.may_pass(peer, bytes, now) {
+                self.send_records(peer, &ids);
+            }
         }
+    }
+
+    /// True if a neighbour takes more of what others say.
+    fn may_pass(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
+        self.burdens.entry(peer).or_insert_with(|| Allowance::of_ours(now)).pass(bytes, now)
+    }
+
+    fn records_of(&self, ids: &[NodeId]) -> impl Iterator<Item = &Record> {
+        ids.iter().filter_map(|id| self.records.get(id))
     }
 
     /// True if both ends say that they are linked.
@@ -488,30 +533,26 @@ impl Gossip {
     }
 
     fn answer(&mut self, peer: NodeId, ids: &[NodeId]) {
-        let bytes = self.send_records(peer, ids);
+        let bytes = self.records_of(ids).map(size).sum();
         if let Some(allowance) = self.allowances.get_mut(&peer) {
             allowance.answer(bytes);
         }
+        self.send_records(peer, ids);
     }
 
-    /// Returns about how many bytes that are.
-    fn send_records(&mut self, peer: NodeId, ids: &[NodeId]) -> usize {
-        let (mut delta, mut bytes, mut total) = (Vec::new(), 0, 0);
-        for record in ids.iter().filter_map(|id| self.records.get(id)) {
-            bytes += 256 + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len());
-            delta.push(record.clone());
+    fn send_records(&mut self, peer: NodeId, ids: &[NodeId]) {
+        let (mut deltas, mut bytes) = (vec![Vec::new()], 0);
+        for record in self.records_of(ids) {
             if bytes >= message::DELTA_BYTES {
-                self.actions.push_back(Action::Send {
-                    to: peer,
-                    message: Message::Delta(std::mem::take(&mut delta)),
-                });
-                total += std::mem::take(&mut bytes);
+                deltas.push(Vec::new());
+                bytes = 0;
             }
+            bytes += size(record);
+            deltas.last_mut().expect("it begins with one").push(record.clone());
         }
-        if !delta.is_empty() {
+        for delta in deltas.into_iter().filter(|delta| !delta.is_empty()) {
             self.send(peer, Message::Delta(delta));
         }
-        total + bytes
     }
 
     fn send(&mut self, to: NodeId, message: Message) {
@@ -532,4 +573,9 @@ impl Gossip {
     fn jittered(&mut self, time: Duration) -> Duration {
         time.mul_f64(self.rng.random_range(0.75..1.25))
     }
+}
+
+/// About how many bytes a record takes on the wire; rather too many.
+fn size(record: &Record) -> usize {
+    256 + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len())
 }

@@ -88,6 +88,9 @@ pub enum Undelivered {
     /// More than [`MAX_BODY`] bytes.
     #[error("its body has {0} bytes, where {MAX_BODY} are the most")]
     TooLong(usize),
+    /// Too much was passed on to the next node lately.
+    #[error("node {0} is sent too much already")]
+    Busy(NodeId),
     /// It has come, and its sender has not signed it as far as this node knows the sender's key.
     #[error("it is not signed by node {0} as this node knows it")]
     Unsigned(NodeId),
@@ -214,7 +217,10 @@ impl Gossip {
         }
         // Back to where it came from: the two nodes know different links, and would toss it to and fro.
         match self.parcel_hop(parcel.to).filter(|next| *next != peer) {
-            Some(next) => self.actions.push_back(Action::SendParcel { to: next, parcel }),
+            Some(next) if self.may_pass(next, HEAD + parcel.body.len(), now) => {
+                self.actions.push_back(Action::SendParcel { to: next, parcel });
+            }
+            Some(next) => return Ok(Some(Undelivered::Busy(next))),
             None => return Ok(Some(Undelivered::NoWay(parcel.to))),
         }
         Ok(None)

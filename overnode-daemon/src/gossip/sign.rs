@@ -3,7 +3,11 @@
 //! Each node has an Ed25519 key that follows from its static secret. Its public half is told in the greeting of a connection, which
 //! proves the static key, and stands in every record, beside the ID and the static key, under the record's signature.
 
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use data_encoding::BASE64;
+use ring::digest::{SHA256, digest};
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -59,6 +63,21 @@ impl Signer {
     }
 }
 
+/// Records whose signatures are known to be good, for a process that runs many nodes, as a simulation does: each signature is verified once
+/// there, and not once by every node. It grows without end.
+#[derive(Clone, Debug, Default)]
+pub struct Verified(Arc<Mutex<BTreeSet<[u8; 32]>>>);
+
+impl Verified {
+    pub(super) fn is_signed(&self, record: &Record) -> bool {
+        let bytes = postcard::to_allocvec(record).expect("plain data always encodes");
+        let mut hash = [0; 32];
+        hash.copy_from_slice(digest(&SHA256, &bytes).as_ref());
+        let known = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known().contains(&hash) || is_signed(record) && known().insert(hash)
+    }
+}
+
 /// True if the record is signed with the key that it names. That the key is its owner's is another question.
 pub(super) fn is_signed(record: &Record) -> bool {
     is_signature(&record.verifying_key, &signed_part(record), &record.signature)
@@ -101,5 +120,41 @@ impl<'de> Deserialize<'de> for Signature {
                 .map(|(first, second)| [first, second].concat())?
         };
         bytes.try_into().map(Self).map_err(|_| D::Error::custom("a signature is 64 bytes"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gossip::tests::{record, signed};
+
+    #[test]
+    fn what_is_known_to_be_signed_is_that_and_nothing_else() {
+        let verified = Verified::default();
+        let good = record(1, 1);
+        let mut forged = good.clone();
+        forged.version += 1;
+        for _ in 0..2 {
+            assert!(verified.is_signed(&good));
+            assert!(!verified.is_signed(&forged));
+        }
+        assert_eq!(verified.0.lock().unwrap().len(), 1);
+        assert!(verified.clone().is_signed(&signed(forged, 1)));
+        assert_eq!(verified.0.lock().unwrap().len(), 2, "shared");
+    }
+
+    #[test]
+    fn keys_follow_from_the_secret_and_are_shown_as_text() {
+        let [one, again, other] = [1, 1, 2].map(|seed| Signer::new(&Secret([seed; 32])));
+        assert_eq!(one.verifying_key(), again.verifying_key());
+        assert_ne!(one.verifying_key(), other.verifying_key());
+        let record = record(1, 1);
+        let json = serde_json::to_string(&record).unwrap();
+        assert!(json.contains(&BASE64.encode(&record.signature.0)), "{json}");
+        assert_eq!(serde_json::from_str::<Record>(&json).unwrap(), record);
+        let cut = json.replace(&BASE64.encode(&record.signature.0), "AAAA");
+        assert!(serde_json::from_str::<Record>(&cut).is_err());
+        let debug = format!("{one:?}");
+        assert!(!debug.contains("[1, 1, 1"), "{debug}");
     }
 }

@@ -26,12 +26,12 @@ fn keys(seed: u8) -> Keys {
     Keys { public_key: PublicKey([seed; 32]), verifying_key: signer(seed).verifying_key() }
 }
 
-fn record(number: u16, incarnation: u64) -> Record {
+pub(super) fn record(number: u16, incarnation: u64) -> Record {
     signed(blank(number, incarnation), number as u8)
 }
 
 /// The record as the host with these keys would publish it.
-fn signed(mut record: Record, seed: u8) -> Record {
+pub(super) fn signed(mut record: Record, seed: u8) -> Record {
     record.public_key = PublicKey([seed; 32]);
     signer(seed).sign(&mut record);
     record

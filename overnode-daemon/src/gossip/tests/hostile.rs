@@ -46,12 +46,14 @@ fn parcels_and_garbage_count_too() {
         body: vec![0; MAX_BODY],
     };
     let mut heard = 0;
-    while world.node(2).handle_parcel(id(1), &parcel.encode(), now) == Ok(None) {
+    let mut passed = 0;
+    while world.node(2).handle_parcel(id(1), &parcel.encode(), now).is_ok() {
         heard += 1;
-        world.node(2).poll_action();
+        passed += u64::from(world.node(2).poll_action().is_some());
     }
     assert_eq!(world.node(2).handle_parcel(id(1), &parcel.encode(), now), Err(BadParcel::Flood));
     assert!((BURST_BYTES / 17_000..BURST_BYTES / 16_000).contains(&heard), "{heard} parcels");
+    assert!(heard * 4 / 10 < passed && passed < heard * 6 / 10, "{passed} of {heard} were passed on");
     let outcomes: BTreeSet<String> = (0..=BURST_MESSAGES)
         .map(|_| world.node(2).handle_message(id(3), &[9, 9], now).unwrap_err().to_string())
         .collect();
