@@ -605,7 +605,7 @@ fn full() -> Record {
         public_key: PublicKey([0xaa; 32]),
         addresses: vec!["192.0.2.1:6783".parse().unwrap(), "[2001:db8::2]:6783".parse().unwrap()],
         links: vec![id(1), id(4095)],
-        dark: Vec::new(),
+        dark: vec![id(4095)],
         ranges: vec!["10.40.0.0/15".parse().unwrap(), "fd00::/64".parse().unwrap()],
         claims: vec!["10.32.0.1".parse().unwrap()],
         verifying_key: VerifyingKey::default(),
@@ -616,8 +616,8 @@ fn full() -> Record {
 
 // HKDF of the static secret (32 bytes of 0xaa) and Ed25519, by Python's cryptography module.
 const VERIFYING_KEY: &str = "6b6d5ab5a2224e9fb93ccc21e7adca2cac1afec50067bec90715b70c977cd855";
-const SIGNATURE: &str = "b85fc8afcf84e1434a9ed6e32fe78506ffb8cd99ca1cb88d366e45c6c48bbd7c\
-                         e5cd655d050b243691339fd8abd07ba565ad05acc1a988a27a3284e70a874604";
+const SIGNATURE: &str = "68bd1f114d15c691eb8410d66d28ad3cbd968c5b217f247143b2d5cfb35a8ccd\
+                         b49380fef3198ef98f724be820e8f60042006f39ad657ab7433e8b231b18a909";
 
 /// These bytes are read by nodes of other versions: a change of any of them needs a new [`FORMAT`].
 #[test]
@@ -641,6 +641,7 @@ fn the_wire_format_is_this() {
                 "0200c0000201ff34",                       // addresses: IPv4, port
                 "0120010db8000000000000000000000002ff34", // IPv6, port
                 "0201ff1f",                               // links
+                "01ff1f",                                 // dark ones
                 "02000a2800000f",                         // ranges: IPv4
                 "01fd00000000000000000000000000000040",   // IPv6
                 "01000a200001",                           // claims
@@ -655,7 +656,7 @@ fn the_wire_format_is_this() {
         assert_eq!(Message::decode(&message.encode()), Ok(message));
     }
     // SHA-256 of the record's bytes above, by Python's hashlib.
-    assert_eq!(full().stamp().hash, [119, 0, 76, 142]);
+    assert_eq!(full().stamp().hash, [61, 2, 145, 159]);
 }
 
 proptest! {
