@@ -85,15 +85,26 @@ impl Ipam {
         self.lending.books.get(&quarter).filter(|book| book.heir.is_none()).map(|book| book.serial)
     }
 
-    /// Whether all that was begun is done: no request without its answer, no quarter half handed over, no reclaim without its end.
+    /// What was begun and is not done, in words: requests without their answers, quarters half handed over, reclaims without their end.
+    pub fn pending(&self) -> Vec<&'static str> {
+        let books = || self.lending.books.values();
+        let pending = [
+            (!self.allocation.waiting.is_empty(), "addresses are waited for"),
+            (!self.borrowing.requests.is_empty(), "lenders have not answered"),
+            (!self.borrowing.dirty.is_empty(), "lenders have not heard what is held"),
+            (!self.inbox.is_empty(), "a quarter is being received"),
+            (self.season.is_some(), "the own quarter is not lent yet"),
+            (books().any(|book| book.heir.is_some()), "a quarter is being handed over"),
+            (books().any(|book| !book.unsure.is_empty()), "borrowers have not said what they hold"),
+            (!self.reclaiming.is_settled(), "nodes have not heard who is gone"),
+            (self.leaving.is_some(), "the node is leaving"),
+        ];
+        pending.into_iter().filter(|(is, _)| *is).map(|(_, what)| what).collect()
+    }
+
+    /// Whether nothing is pending.
     pub fn is_settled(&self) -> bool {
-        self.allocation.waiting.is_empty()
-            && self.borrowing.requests.is_empty()
-            && self.borrowing.dirty.is_empty()
-            && self.inbox.is_empty()
-            && self.season.is_none()
-            && self.lending.books.values().all(|book| book.heir.is_none() && book.unsure.is_empty())
-            && self.reclaiming.is_settled()
+        self.pending().is_empty()
     }
 
     pub(super) fn lent_halves(&self) -> Vec<IpNet> {
@@ -154,7 +165,8 @@ impl Ipam {
         let Some(lent) = self.lending.loans.get(&(quarter, from)) else { return };
         let blocks = lent.loan.blocks.clone();
         let added = blocks.iter().filter(|block| !before.contains(block));
-        let exhausted = added.map(|block| size(*block)).sum::<u128>() < u128::from(need);
+        let added = added.map(|block| size(*block)).sum::<u128>();
+        let exhausted = added < u128::from(need) || (want > 0 && added == 0);
         self.send(from, &Message::Grant { quarter, serial, round, blocks, exhausted });
     }
 

@@ -92,9 +92,11 @@ impl Ipam {
             self.finish(now);
             return Ok(());
         }
-        let other = self.reclaiming.pledges.iter().find(|((gone, by), _)| *gone == of && !self.has_left(*by));
-        if let Some(((_, by), _)) = other {
-            return refuse(format!("node {by} is doing that already"));
+        let mut pledges = self.reclaiming.pledges.keys();
+        // The lowest ID wins in any case.
+        let other = pledges.find(|(gone, by)| *gone == of && *by < self.id && !self.has_left(*by));
+        if let Some((_, by)) = other {
+            return refuse(format!("node {by} is doing that already; `overnode status --ipam` there says what it waits for"));
         }
         if !self.reclaiming.claims.contains_key(&of) {
             self.put(Fact::Claim { of, incarnation });
@@ -142,8 +144,22 @@ impl Ipam {
             if self.reachable.contains(&of) {
                 self.abandon_claim(of);
                 self.fail(of, "it is reachable again".into());
-            } else {
-                self.drive_claim(of, now);
+            }
+        }
+        let claims: Vec<_> = self.reclaiming.claims.keys().copied().collect();
+        let mut complete = true;
+        for of in &claims {
+            complete &= self.drive_claim(*of, now);
+        }
+        // All at once: the dead were not asked about each other, and each may have held what another one lent.
+        if complete {
+            let claims = std::mem::take(&mut self.reclaiming.claims);
+            for (&of, claim) in &claims {
+                self.forget(Key::Claim(of));
+                self.bury(of, claim, now);
+            }
+            for (of, claim) in claims {
+                self.take_over(of, claim, now);
             }
         }
         self.tell_graves(now);
@@ -160,19 +176,21 @@ impl Ipam {
 
     /// Who has to agree: every member that is known, and whoever they name.
     fn must_agree(&self, of: NodeId, claim: &Claim) -> Vec<NodeId> {
-        let mut ids: Vec<_> = self.members().filter(|id| *id != of).collect();
+        let is_dead = |id: NodeId| id == of || self.reclaiming.claims.contains_key(&id);
+        let mut ids: Vec<_> = self.members().filter(|id| !is_dead(*id)).collect();
         for rival in claim.acks.values().flat_map(|ack| &ack.rivals).copied() {
-            if rival != self.id && rival != of && !self.has_left(rival) && !ids.contains(&rival) {
+            if rival != self.id && !is_dead(rival) && !self.has_left(rival) && !ids.contains(&rival) {
                 ids.push(rival);
             }
         }
         ids
     }
 
-    fn drive_claim(&mut self, of: NodeId, now: Instant) {
-        let Some(claim) = self.reclaiming.claims.get(&of) else { return };
+    /// Asks those who have not agreed yet. True if all have.
+    fn drive_claim(&mut self, of: NodeId, now: Instant) -> bool {
+        let Some(claim) = self.reclaiming.claims.get(&of) else { return false };
         let required = self.must_agree(of, claim);
-        let Some(claim) = self.reclaiming.claims.get_mut(&of) else { return };
+        let Some(claim) = self.reclaiming.claims.get_mut(&of) else { return false };
         claim.asked.retain(|id, _| required.contains(id));
         let message = Message::Reclaim { of, incarnation: claim.incarnation, round: claim.round };
         let mut ask = Vec::new();
@@ -193,19 +211,19 @@ impl Ipam {
         for id in ask {
             self.send(id, &message);
         }
-        if done && let Some(claim) = self.reclaiming.claims.remove(&of) {
-            self.forget(Key::Claim(of));
-            self.take_over(of, claim, now);
-        }
+        done
     }
 
-    fn take_over(&mut self, of: NodeId, claim: Claim, now: Instant) {
+    fn bury(&mut self, of: NodeId, claim: &Claim, now: Instant) {
         let (id, incarnation) = (self.id, claim.incarnation);
         self.put(Fact::Grave { id: of, incarnation, by: id });
         let untold = self.members().filter(|member| *member != of).map(|it| (it, Retry::new(now))).collect();
         let grave = Grave { incarnation, by: id, untold: Some(untold), told: BTreeSet::new() };
         self.reclaiming.graves.insert(of, grave);
         self.free_left(of, incarnation);
+    }
+
+    fn take_over(&mut self, of: NodeId, claim: Claim, now: Instant) {
         for (index, quarter) in quarters().enumerate() {
             let told = claim.acks.values().map(|ack| ack.titles[index]);
             let Some(latest) = told.chain([self.title_of(quarter)]).max_by_key(|title| title.serial) else {
