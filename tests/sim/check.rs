@@ -38,6 +38,13 @@ impl World {
                 .iter()
                 .filter(|id| self.hosts[id].node.as_ref().is_some_and(|node| node.ipam.lends(quarter).is_some()))
                 .collect();
+            let is_unknown = |id: &NodeId| {
+                self.hosts[id].node.as_ref().is_none_or(|node| node.gossip.record(quarter).is_none())
+            };
+            if lenders.is_empty() && self.hosts[&quarter].is_dead && living.iter().all(is_unknown) {
+                // It is as if it had never been.
+                continue;
+            }
             let [lender] = lenders[..] else {
                 return Err(format!("quarter {quarter} is lent by {lenders:?}"));
             };

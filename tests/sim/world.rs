@@ -346,6 +346,11 @@ impl World {
             }
             self.pump(at);
         }
+        for (at, peer) in [(a, b), (b, a)] {
+            if self.node(peer).is_none() {
+                self.after(Duration::from_secs(1), Event::Close { at, peer, link });
+            }
+        }
     }
 
     fn close(&mut self, at: NodeId, peer: NodeId, link: u64) {

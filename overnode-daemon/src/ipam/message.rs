@@ -67,8 +67,6 @@ pub enum Objection {
     Newer(u64),
     /// It takes the space back itself, and has the lower ID.
     Mine,
-    /// That was done already, by this node.
-    Done(NodeId),
 }
 
 /// A message between the allocations of two nodes.

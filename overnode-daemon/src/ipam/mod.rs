@@ -285,6 +285,7 @@ impl Ipam {
         } else {
             if before != Some(peer.incarnation) {
                 self.doubt(id, now);
+                self.tell_again(id);
             }
         }
         let is_new = self.peers.insert(id, peer).is_none();

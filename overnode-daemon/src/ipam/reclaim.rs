@@ -266,6 +266,23 @@ impl Ipam {
         }
     }
 
+    /// Tells a node who is gone for good, or whether one is.
+    pub(super) fn tell_graves_of(&mut self, to: NodeId, only: Option<NodeId>) {
+        let titles = self.titles();
+        let graves = self.reclaiming.graves.iter().filter(|(of, _)| only.is_none_or(|only| only == **of));
+        let told: Vec<_> = graves.map(|(of, grave)| (*of, grave.incarnation)).collect();
+        for (of, incarnation) in told {
+            self.send(to, &Message::Buried { of, incarnation, titles });
+        }
+    }
+
+    /// A node was started again, perhaps without its disk: it may not know who is gone.
+    pub(super) fn tell_again(&mut self, id: NodeId) {
+        for grave in self.reclaiming.graves.values_mut() {
+            grave.told.remove(&id);
+        }
+    }
+
     /// Promises to nodes that have left, and of nodes that are back, bind nobody.
     fn drop_pledges(&mut self) {
         // Where both are reachable, the claimant reaches that node too, and has given up.
@@ -301,8 +318,9 @@ impl Ipam {
         let known = self.peers.get(&of).map_or(0, |peer| peer.incarnation);
         let objection = if of == self.id || self.reachable.contains(&of) {
             Some(Objection::Alive)
-        } else if let Some(grave) = self.reclaiming.graves.get(&of).filter(|it| it.incarnation >= incarnation) {
-            Some(Objection::Done(grave.by))
+        } else if self.is_buried(of, incarnation) {
+            self.tell_graves_of(from, Some(of));
+            return;
         } else if known > incarnation {
             Some(Objection::Newer(known))
         } else if self.reclaiming.claims.contains_key(&of) && self.id < from {
@@ -372,7 +390,6 @@ impl Ipam {
                 "node {from} has seen it later than this node has; if it is gone for good since then, try again in a minute"
             ),
             Objection::Mine => format!("node {from} takes it back"),
-            Objection::Done(by) => format!("node {by} has taken it back already"),
         };
         self.fail(of, why);
     }

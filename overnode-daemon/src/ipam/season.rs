@@ -107,6 +107,7 @@ impl Ipam {
             return;
         }
         self.abandon_claim(from);
+        self.tell_graves_of(from, None);
         let book = self.lending.books.get(&quarter).map(|book| book.heir);
         let part = match book {
             None => Part::None,
