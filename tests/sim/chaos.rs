@@ -226,8 +226,10 @@ impl World {
             let buried = |world: &Self, id: &NodeId| {
                 let node = world.hosts[id].node.as_ref();
                 node.is_none_or(|node| {
-                    node.gossip.record(of).is_none_or(|record| record.left)
-                        || node.ipam.buried().any(|(id, _)| id == of)
+                    node.gossip.record(of).is_none_or(|record| {
+                        let up_to = node.ipam.buried().find(|(id, ..)| *id == of).map(|(_, up_to, _)| up_to);
+                        record.left || up_to.is_some_and(|up_to| record.incarnation <= up_to)
+                    })
                 })
             };
             let running = self.running();

@@ -36,7 +36,9 @@ impl World {
         for quarter in quarters() {
             let lenders: Vec<_> = living
                 .iter()
-                .filter(|id| self.hosts[id].node.as_ref().is_some_and(|node| node.ipam.lends(quarter).is_some()))
+                .filter(|id| {
+                    self.hosts[id].node.as_ref().is_some_and(|node| node.ipam.lends(quarter).is_some())
+                })
                 .collect();
             let is_unknown = |id: &NodeId| {
                 self.hosts[id].node.as_ref().is_none_or(|node| node.gossip.record(quarter).is_none())

@@ -77,7 +77,14 @@ impl Disk {
 }
 
 impl Node {
-    pub fn start(id: NodeId, disk: &mut Disk, network: Network, timing: Timing, rng: StdRng, now: Instant) -> Self {
+    pub fn start(
+        id: NodeId,
+        disk: &mut Disk,
+        network: Network,
+        timing: Timing,
+        rng: StdRng,
+        now: Instant,
+    ) -> Self {
         disk.incarnation += 1;
         let config = Config { network, id, incarnation: disk.incarnation, timing };
         let facts = disk.facts.values().cloned().collect::<Vec<_>>();

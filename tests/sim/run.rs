@@ -47,7 +47,13 @@ pub fn one(settings: Settings) -> (Counts, Result<(), String>) {
 }
 
 /// Runs seeds on all cores until they are done, or so many have failed.
-pub fn all(seeds: Range<u64>, nodes: u16, sabotage: Sabotage, most_failures: usize, progress: bool) -> Outcome {
+pub fn all(
+    seeds: Range<u64>,
+    nodes: u16,
+    sabotage: Sabotage,
+    most_failures: usize,
+    progress: bool,
+) -> Outcome {
     let next = AtomicU64::new(seeds.start);
     let outcome = Mutex::new(Outcome::default());
     let began = Instant::now();
@@ -67,7 +73,12 @@ pub fn all(seeds: Range<u64>, nodes: u16, sabotage: Sabotage, most_failures: usi
                     }
                     sum.add(seed, counts, result);
                     if progress && sum.seeds % 50 == 0 {
-                        eprint!("\r{} of {} seeds, {:.0} s ", sum.seeds, seeds.end - seeds.start, began.elapsed().as_secs_f64());
+                        eprint!(
+                            "\r{} of {} seeds, {:.0} s ",
+                            sum.seeds,
+                            seeds.end - seeds.start,
+                            began.elapsed().as_secs_f64()
+                        );
                     }
                     if sum.failures.len() >= most_failures {
                         return;
@@ -106,7 +117,19 @@ pub fn many(seeds: Range<u64>, nodes: u16) -> bool {
 
 /// Runs one seed and prints all that happens. False if something was wrong.
 pub fn replay(seed: u64, nodes: u16) -> bool {
-    let (counts, result) = one(Settings { seed, nodes, sabotage: Sabotage::None, verbose: true });
+    let mut world = World::new(Settings { seed, nodes, sabotage: Sabotage::None, verbose: true });
+    let result = world.live();
+    let counts = world.counts;
+    for (id, host) in &world.hosts {
+        let Some(node) = &host.node else { continue };
+        let links: Vec<_> = node.links.keys().map(|id| id.get()).collect();
+        let known: Vec<_> = node
+            .gossip
+            .records()
+            .map(|it| (it.id.get(), it.links.iter().map(|id| id.get()).collect::<Vec<_>>()))
+            .collect();
+        println!("{id}: links {links:?}, records {known:?}");
+    }
     println!("{counts:?}");
     match result {
         Ok(()) => true,

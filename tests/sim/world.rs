@@ -57,11 +57,24 @@ pub enum Payload {
 }
 
 pub enum Event {
-    Deliver { from: NodeId, to: NodeId, link: u64, payload: Payload },
+    Deliver {
+        from: NodeId,
+        to: NodeId,
+        link: u64,
+        payload: Payload,
+    },
     /// A parcel that took its time, wherever it was.
-    Late { from: NodeId, to: NodeId, body: Vec<u8> },
+    Late {
+        from: NodeId,
+        to: NodeId,
+        body: Vec<u8>,
+    },
     Dial(NodeId, NodeId),
-    Close { at: NodeId, peer: NodeId, link: u64 },
+    Close {
+        at: NodeId,
+        peer: NodeId,
+        link: u64,
+    },
     Timer(NodeId),
     Restart(NodeId),
     Launch(NodeId),
@@ -457,6 +470,8 @@ impl World {
         node.timer = None;
         if node.gossip.poll_timeout().is_some_and(|at| at <= now) {
             node.gossip.handle_timeout(now);
+            // It may have published links that changed.
+            node.paths_are_old = true;
         }
         if node.ipam.poll_timeout().is_some_and(|at| at <= now) {
             node.ipam.handle_timeout(now);
@@ -547,8 +562,12 @@ impl World {
 
     fn refresh_paths(&mut self, id: NodeId) {
         let now = self.now;
-        let targets: Vec<_> =
-            self.hosts.iter().filter(|(other, host)| **other != id && !host.is_dead).map(|(id, _)| *id).collect();
+        let targets: Vec<_> = self
+            .hosts
+            .iter()
+            .filter(|(other, host)| **other != id && !host.is_dead)
+            .map(|(id, _)| *id)
+            .collect();
         let Some(node) = self.node(id) else { return };
         if std::mem::take(&mut node.paths_are_old) {
             node.paths = node.gossip.paths();

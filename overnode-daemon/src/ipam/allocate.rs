@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::space::{next_free, overlap};
 use super::layout::quarters;
+use super::space::{next_free, overlap};
 use super::{Action, Fact, Ipam, IpamError, Key, Layout, Peer, Problem, RequestId};
 use crate::types::NodeId;
 
@@ -95,7 +95,8 @@ impl Allocation {
     }
 
     pub(super) fn used(&self) -> usize {
-        self.own_used + self.blocks.values().filter(|block| !block.lost).map(|block| block.used).sum::<usize>()
+        self.own_used
+            + self.blocks.values().filter(|block| !block.lost).map(|block| block.used).sum::<usize>()
     }
 
     /// The next free address: of the own part, or else of the fullest block that has one.
@@ -142,7 +143,8 @@ impl Ipam {
             return Err(IpamError::InUse { address, owner: owner.clone() });
         }
         let claims_it = |peer: &Peer| !peer.left && peer.claims.contains(&address);
-        let elsewhere = self.peers.iter().find(|(id, peer)| claims_it(peer) && !self.is_buried(**id, peer.incarnation));
+        let elsewhere =
+            self.peers.iter().find(|(id, peer)| claims_it(peer) && !self.is_buried(**id, peer.incarnation));
         if let Some((&node, _)) = elsewhere {
             return Err(IpamError::InUseElsewhere { address, node });
         }
@@ -186,7 +188,9 @@ impl Ipam {
         let mut announced = Vec::new();
         for range in IpNet::aggregate(&ranges) {
             // Who announces a whole half says that it lends it.
-            let half = quarters().filter_map(|quarter| self.layout.lendable(quarter)).find(|half| range.contains(half));
+            let half = quarters()
+                .filter_map(|quarter| self.layout.lendable(quarter))
+                .find(|half| range.contains(half));
             match half {
                 Some(half) if !lent.contains(&half) => {
                     announced.extend(range.subnets(half.prefix_len() + 1).into_iter().flatten());
@@ -252,8 +256,13 @@ impl Ipam {
 
     pub(super) fn fail_overdue(&mut self, now: Instant) {
         let overdue = |waiting: &Waiting| waiting.deadline <= now;
-        let requests: Vec<_> =
-            self.allocation.waiting.iter().filter(|(_, waiting)| overdue(waiting)).map(|(id, _)| *id).collect();
+        let requests: Vec<_> = self
+            .allocation
+            .waiting
+            .iter()
+            .filter(|(_, waiting)| overdue(waiting))
+            .map(|(id, _)| *id)
+            .collect();
         for request in requests {
             self.allocation.waiting.remove(&request);
             let error = self.no_lender();

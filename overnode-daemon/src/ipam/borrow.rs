@@ -65,11 +65,15 @@ impl Ipam {
             let heard = self.lending.heard.get(&quarter).map(|title| title.holder);
             let lends = |id: &NodeId| {
                 let peer = self.peers.get(id);
-                !self.has_pledged(*id) && peer.is_some_and(|peer| !peer.left && peer.ranges.iter().any(|range| range.contains(&half)))
+                !self.has_pledged(*id)
+                    && peer.is_some_and(|peer| {
+                        !peer.left && peer.ranges.iter().any(|range| range.contains(&half))
+                    })
             };
             let mut says_so = self.reachable.iter().copied().filter(lends);
             let best = heard.filter(|id| self.reachable.contains(id) && lends(id));
-            let heard = heard.filter(|id| self.reachable.contains(id) && *id != self.id && !self.has_pledged(*id));
+            let heard =
+                heard.filter(|id| self.reachable.contains(id) && *id != self.id && !self.has_pledged(*id));
             if let Some(lender) = best.or_else(|| says_so.next()).or(heard) {
                 self.borrowing.lenders.insert(quarter, lender);
             }
@@ -126,8 +130,11 @@ impl Ipam {
         if exhausted {
             self.refuse(quarter, from, Why::Exhausted, now);
         }
-        let held: BTreeMap<IpNet, bool> =
-            self.allocation.blocks_in(self.layout.lendable(quarter)).map(|(net, block)| (net, block.lost)).collect();
+        let held: BTreeMap<IpNet, bool> = self
+            .allocation
+            .blocks_in(self.layout.lendable(quarter))
+            .map(|(net, block)| (net, block.lost))
+            .collect();
         for (&block, &lost) in &held {
             let granted = blocks.binary_search(&block).is_ok();
             if !granted {
@@ -178,12 +185,14 @@ impl Ipam {
         let describe = |quarter: NodeId| {
             let refused = self.borrowing.refused.get(&quarter);
             match self.borrowing.lenders.get(&quarter) {
-                Some(lender) => match refused.filter(|refused| refused.by == *lender).map(|refused| refused.why) {
-                    Some(Why::Exhausted) => format!("node {lender} has none left"),
-                    Some(Why::NoAnswer) => format!("node {lender} does not answer"),
-                    Some(Why::NoLender) => format!("node {lender} does not lend yet"),
-                    None => format!("node {lender} was not asked yet"),
-                },
+                Some(lender) => {
+                    match refused.filter(|refused| refused.by == *lender).map(|refused| refused.why) {
+                        Some(Why::Exhausted) => format!("node {lender} has none left"),
+                        Some(Why::NoAnswer) => format!("node {lender} does not answer"),
+                        Some(Why::NoLender) => format!("node {lender} does not lend yet"),
+                        None => format!("node {lender} was not asked yet"),
+                    }
+                }
                 None if self.lending.books.contains_key(&quarter) => {
                     format!("all that this node lends of quarter {quarter} is lent")
                 }
@@ -233,7 +242,8 @@ impl Ipam {
     fn idle_blocks(&self) -> impl Iterator<Item = (IpNet, Instant)> {
         let capacity = self.allocation.capacity(&self.layout);
         let free = capacity.saturating_sub(self.allocation.used() as u128);
-        let enough = move |net: IpNet| free >= self.layout.usable_in(net) + RESERVE || self.id.owns_a_quarter();
+        let enough =
+            move |net: IpNet| free >= self.layout.usable_in(net) + RESERVE || self.id.owns_a_quarter();
         self.allocation
             .blocks
             .iter()
@@ -290,7 +300,9 @@ impl Ipam {
                 None => {}
             }
             match self.borrowing.lenders.get(&quarter).copied() {
-                Some(lender) if !self.is_refused(quarter, lender, now) => self.ask_again(quarter, lender, now),
+                Some(lender) if !self.is_refused(quarter, lender, now) => {
+                    self.ask_again(quarter, lender, now)
+                }
                 Some(_) | None => {
                     self.borrowing.dirty.insert(quarter);
                 }
@@ -362,7 +374,9 @@ impl Ipam {
             self.put(Fact::Heard { quarter, title });
             self.find_lenders();
             // Whoever got the quarter after it had answered has something else to say by now.
-            if quarter == self.id && let Some(season) = &mut self.season {
+            if quarter == self.id
+                && let Some(season) = &mut self.season
+            {
                 season.outdated(title.holder);
             }
         }

@@ -90,4 +90,3 @@ pub enum IpamError {
         node: NodeId,
     },
 }
-

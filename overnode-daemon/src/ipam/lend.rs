@@ -171,7 +171,14 @@ impl Ipam {
     }
 
     /// Enters what the borrower says it holds, and what it gets.
-    fn renew(&mut self, from: NodeId, quarter: NodeId, mut loan: Loan, round: Round, (need, want): (u32, u32)) {
+    fn renew(
+        &mut self,
+        from: NodeId,
+        quarter: NodeId,
+        mut loan: Loan,
+        round: Round,
+        (need, want): (u32, u32),
+    ) {
         let before = self.lending.loans.get(&(quarter, from)).map(|lent| lent.loan.blocks.clone());
         let before = before.unwrap_or_default();
         let mut contradictions = Vec::new();
@@ -221,7 +228,8 @@ impl Ipam {
     /// Enters what this node itself holds of a quarter that it lends.
     pub(super) fn enter_own(&mut self, quarter: NodeId) {
         let half = self.layout.lendable(quarter);
-        let blocks = self.allocation.blocks_in(half).filter(|(_, block)| !block.lost).map(|(net, _)| net).collect();
+        let blocks =
+            self.allocation.blocks_in(half).filter(|(_, block)| !block.lost).map(|(net, _)| net).collect();
         self.enter(quarter, self.id, Loan { epoch: self.epoch, blocks }, Round::default());
     }
 
@@ -286,7 +294,13 @@ impl Ipam {
     }
 
     /// This node lends a quarter from now on.
-    pub(super) fn take_title(&mut self, quarter: NodeId, serial: u64, loans: BTreeMap<NodeId, Loan>, now: Instant) {
+    pub(super) fn take_title(
+        &mut self,
+        quarter: NodeId,
+        serial: u64,
+        loans: BTreeMap<NodeId, Loan>,
+        now: Instant,
+    ) {
         let id = self.id;
         let old: Vec<_> = self.lending.of(quarter).map(|(borrower, _)| borrower).collect();
         for borrower in old {
@@ -297,7 +311,9 @@ impl Ipam {
         self.put(Fact::Book { quarter, serial, heir: None });
         self.fence(quarter);
         self.borrowing.dirty.remove(&quarter);
-        for (borrower, loan) in loans.into_iter().filter(|(borrower, loan)| *borrower != id && !loan.blocks.is_empty()) {
+        for (borrower, loan) in
+            loans.into_iter().filter(|(borrower, loan)| *borrower != id && !loan.blocks.is_empty())
+        {
             if self.is_gone(borrower, loan.epoch) {
                 continue;
             }

@@ -183,6 +183,8 @@ pub enum Message {
         epoch: u64,
         /// The latest titles that it has heard of, of the quarters in order.
         titles: [Title; 4],
+        /// Those that it lends itself.
+        lends: [bool; 4],
         /// What it holds, of all quarters.
         holds: Vec<IpNet>,
         /// Others that it agreed with before.
@@ -255,8 +257,7 @@ impl Message {
         if format != FORMAT {
             return Err(BadMessage::Format(format));
         }
-        let (message, rest) =
-            postcard::take_from_bytes::<Self>(body).map_err(|_| BadMessage::Unreadable)?;
+        let (message, rest) = postcard::take_from_bytes::<Self>(body).map_err(|_| BadMessage::Unreadable)?;
         if !rest.is_empty() {
             return Err(BadMessage::Unreadable);
         }
@@ -278,7 +279,9 @@ impl Message {
             | Self::Transfer { serial, .. }
             | Self::TransferAck { serial, .. } => &[*serial][..],
             Self::Title { title, .. } | Self::Answer { title, .. } => &[title.serial],
-            Self::ReclaimAck { titles, .. } | Self::Buried { titles, .. } => &titles.map(|title| title.serial),
+            Self::ReclaimAck { titles, .. } | Self::Buried { titles, .. } => {
+                &titles.map(|title| title.serial)
+            }
             Self::Ask { epoch, .. } => &[*epoch],
             Self::Reclaim { .. }
             | Self::ReclaimRefused { .. }

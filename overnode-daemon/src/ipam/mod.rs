@@ -153,7 +153,9 @@ pub enum Problem {
         node: NodeId,
     },
     /// A block is lost.
-    #[error("the block {block} that this node had borrowed belongs to others now, as node {lender} says; no more addresses are given from it")]
+    #[error(
+        "the block {block} that this node had borrowed belongs to others now, as node {lender} says; no more addresses are given from it"
+    )]
     Lost {
         /// The block.
         block: IpNet,
@@ -350,8 +352,8 @@ impl Ipam {
                 self.handle_transfer_ack(from, quarter, serial, part, taken, now);
             }
             Message::Reclaim { of, incarnation, round } => self.handle_reclaim(from, of, incarnation, round),
-            Message::ReclaimAck { of, round, epoch, titles, holds, rivals } => {
-                let ack = reclaim::Ack { loan: Loan { epoch, blocks: holds }, titles, rivals };
+            Message::ReclaimAck { of, round, epoch, titles, lends, holds, rivals } => {
+                let ack = reclaim::Ack { loan: Loan { epoch, blocks: holds }, titles, lends, rivals };
                 self.handle_reclaim_ack(from, of, round, ack);
             }
             Message::ReclaimRefused { of, round, why } => self.handle_refusal(from, of, round, why),
@@ -453,7 +455,10 @@ impl Ipam {
 
     /// The nodes that may hold something: all that are known and have neither left nor been buried.
     fn members(&self) -> impl Iterator<Item = NodeId> {
-        self.peers.iter().filter(|(id, peer)| !peer.left && !self.is_buried(**id, peer.incarnation)).map(|(id, _)| *id)
+        self.peers
+            .iter()
+            .filter(|(id, peer)| !peer.left && !self.is_buried(**id, peer.incarnation))
+            .map(|(id, _)| *id)
     }
 
     /// What was to be sent to a node that was not reachable is due now.

@@ -7,6 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
+use ipnet::IpNet;
+
 use super::fact::{Fact, Key};
 use super::layout::quarters;
 use super::message::{Loan, MAX_RIVALS, Message, Objection, Round, Title};
@@ -44,6 +46,7 @@ struct Claim {
 pub(super) struct Ack {
     pub(super) loan: Loan,
     pub(super) titles: [Title; 4],
+    pub(super) lends: [bool; 4],
     pub(super) rivals: Vec<NodeId>,
 }
 
@@ -87,7 +90,10 @@ impl Ipam {
         if self.reachable.contains(&of) {
             return refuse("it is reachable; run `overnode reset` on its host instead".into());
         }
-        if self.is_buried(of, incarnation) {
+        let is_lent = |half: &IpNet| self.peers.values().any(|peer| !peer.left && peer.ranges.contains(half));
+        let half = self.layout.lendable(of);
+        let has_lender = half.is_none_or(|half| is_lent(&half) || self.lending.books.contains_key(&of));
+        if self.is_buried(of, incarnation) && has_lender {
             self.effects.push(Action::Reclaimed(of));
             self.finish(now);
             return Ok(());
@@ -96,7 +102,9 @@ impl Ipam {
         // The lowest ID wins in any case.
         let other = pledges.find(|(gone, by)| *gone == of && *by < self.id && !self.has_left(*by));
         if let Some((_, by)) = other {
-            return refuse(format!("node {by} is doing that already; `overnode status --ipam` there says what it waits for"));
+            return refuse(format!(
+                "node {by} is doing that already; `overnode status --ipam` there says what it waits for"
+            ));
         }
         if !self.reclaiming.claims.contains_key(&of) {
             self.put(Fact::Claim { of, incarnation });
@@ -112,9 +120,9 @@ impl Ipam {
         claims.map(|(of, claim)| (*of, claim.asked.keys().copied().collect())).collect()
     }
 
-    /// Nodes that are gone for good, with the node that took back their space.
-    pub fn buried(&self) -> impl Iterator<Item = (NodeId, NodeId)> {
-        self.reclaiming.graves.iter().map(|(id, grave)| (*id, grave.by))
+    /// Nodes that are gone for good, with their last incarnation and the node that took back their space.
+    pub fn buried(&self) -> impl Iterator<Item = (NodeId, u64, NodeId)> {
+        self.reclaiming.graves.iter().map(|(id, grave)| (*id, grave.incarnation, grave.by))
     }
 
     pub(super) fn restore_claim(&mut self, of: NodeId, incarnation: u64, now: Instant) {
@@ -229,13 +237,20 @@ impl Ipam {
             let Some(latest) = told.chain([self.title_of(quarter)]).max_by_key(|title| title.serial) else {
                 continue;
             };
-            if latest.holder != of || self.lending.books.get(&quarter).is_some_and(|book| book.heir.is_none()) {
+            let is_lent = claim.acks.values().any(|ack| ack.lends[index]);
+            let is_mine = self.lending.books.get(&quarter).is_some_and(|book| book.heir.is_none());
+            if is_lent || is_mine || (latest.holder != of && quarter != of) {
                 continue;
             }
             let half = self.layout.lendable(quarter);
             let in_half = |loan: &Loan| Loan {
                 epoch: loan.epoch,
-                blocks: loan.blocks.iter().copied().filter(|net| half.is_some_and(|half| half.contains(net))).collect(),
+                blocks: loan
+                    .blocks
+                    .iter()
+                    .copied()
+                    .filter(|net| half.is_some_and(|half| half.contains(net)))
+                    .collect(),
             };
             let loans = claim.acks.iter().map(|(member, ack)| (*member, in_half(&ack.loan))).collect();
             // Beyond what it may have begun to hand to another: that must not be taken any more.
@@ -350,8 +365,13 @@ impl Ipam {
             self.fence(quarter);
         }
         let titles = self.titles();
+        let mut lends = [false; 4];
+        for (lends, quarter) in lends.iter_mut().zip(quarters()) {
+            let heir = self.lending.books.get(&quarter).map(|book| book.heir.map(|heir| heir.id));
+            *lends = heir.is_some_and(|heir| heir != Some(of));
+        }
         let holds = self.held().collect();
-        self.send(from, &Message::ReclaimAck { of, round, epoch: self.epoch, titles, holds, rivals });
+        self.send(from, &Message::ReclaimAck { of, round, epoch: self.epoch, titles, lends, holds, rivals });
     }
 
     /// The latest title of each quarter that this node knows of.
@@ -371,6 +391,13 @@ impl Ipam {
         if let Some(claim) = self.reclaiming.claims.get_mut(&of)
             && claim.round == round
         {
+            for (index, title) in ack.titles.iter().enumerate() {
+                let latest = claim.acks.values().map(|ack| ack.titles[index].serial).max();
+                // Whoever got the quarter after it had agreed has something else to say by now.
+                if latest.is_some_and(|latest| latest < title.serial) && title.holder != from {
+                    claim.acks.remove(&title.holder);
+                }
+            }
             claim.acks.insert(from, ack);
         }
     }
@@ -415,7 +442,11 @@ impl Ipam {
             let grave = Grave { incarnation, by: from, untold: None, told: BTreeSet::new() };
             self.reclaiming.graves.insert(of, grave);
             self.free_left(of, incarnation);
-            let pledges = self.reclaiming.pledges.iter().filter(|((gone, _), up_to)| *gone == of && **up_to <= incarnation);
+            let pledges = self
+                .reclaiming
+                .pledges
+                .iter()
+                .filter(|((gone, _), up_to)| *gone == of && **up_to <= incarnation);
             for (gone, by) in pledges.map(|(key, _)| *key).collect::<Vec<_>>() {
                 self.reclaiming.pledges.remove(&(gone, by));
                 self.forget(Key::Pledge(gone, by));

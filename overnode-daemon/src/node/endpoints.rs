@@ -169,7 +169,9 @@ impl Node {
         let answers = self.pump_ipam().map_err(ApiError::failed)?;
         for answer in answers {
             match answer {
-                ipam::Action::Granted { request: granted, address } if granted == request => return Ok(address),
+                ipam::Action::Granted { request: granted, address } if granted == request => {
+                    return Ok(address);
+                }
                 ipam::Action::Failed { request: failed, error } if failed == request => {
                     return Err(ApiError::refused(error.to_string()));
                 }
