@@ -233,7 +233,14 @@ impl World {
                 })
             };
             let running = self.running();
-            if let Some(id) = running.iter().find(|id| !buried(self, id)).copied() {
+            let lends =
+                |id: &NodeId| self.hosts[id].node.as_ref().is_some_and(|node| node.ipam.lends(of).is_some());
+            let is_orphaned = of.owns_a_quarter() && !running.iter().any(lends);
+            let knows = |id: &NodeId| {
+                self.hosts[id].node.as_ref().is_some_and(|node| node.gossip.record(of).is_some())
+            };
+            let ignorant = running.iter().find(|id| !buried(self, id) || (is_orphaned && knows(id)));
+            if let Some(id) = ignorant.copied() {
                 self.reclaim(id, of);
             }
         }

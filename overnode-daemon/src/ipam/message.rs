@@ -199,6 +199,11 @@ pub enum Message {
         /// Why.
         why: Objection,
     },
+    /// The sender has agreed, long ago: is it still wanted?
+    Pledged {
+        /// The node.
+        of: NodeId,
+    },
     /// The sender does not want the space of that node any more.
     ReclaimOver {
         /// The node.
@@ -284,6 +289,7 @@ impl Message {
             }
             Self::Ask { epoch, .. } => &[*epoch],
             Self::Reclaim { .. }
+            | Self::Pledged { .. }
             | Self::ReclaimRefused { .. }
             | Self::ReclaimOver { .. }
             | Self::BuriedAck { .. } => &[],
@@ -315,6 +321,7 @@ impl Message {
                 loans.iter().try_for_each(|(_, loan)| in_quarter(*quarter, &loan.blocks))
             }
             Self::Ask { .. }
+            | Self::Pledged { .. }
             | Self::Reclaim { .. }
             | Self::ReclaimRefused { .. }
             | Self::ReclaimOver { .. }

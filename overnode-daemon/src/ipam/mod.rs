@@ -351,12 +351,15 @@ impl Ipam {
             Message::TransferAck { quarter, serial, part, taken } => {
                 self.handle_transfer_ack(from, quarter, serial, part, taken, now);
             }
-            Message::Reclaim { of, incarnation, round } => self.handle_reclaim(from, of, incarnation, round),
+            Message::Reclaim { of, incarnation, round } => {
+                self.handle_reclaim(from, of, incarnation, round, now)
+            }
             Message::ReclaimAck { of, round, epoch, titles, lends, holds, rivals } => {
                 let ack = reclaim::Ack { loan: Loan { epoch, blocks: holds }, titles, lends, rivals };
                 self.handle_reclaim_ack(from, of, round, ack);
             }
             Message::ReclaimRefused { of, round, why } => self.handle_refusal(from, of, round, why),
+            Message::Pledged { of } => self.handle_pledged(from, of),
             Message::ReclaimOver { of } => self.handle_reclaim_over(from, of),
             Message::Buried { of, incarnation, titles } => {
                 self.handle_buried(from, of, incarnation, titles, now);
@@ -421,7 +424,7 @@ impl Ipam {
                 self.reclaiming.restore_grave(id, incarnation, by, by == self.id);
             }
             Fact::Pledge { of, incarnation, by } => {
-                self.reclaiming.pledges.insert((of, by), incarnation);
+                self.pledge(of, by, incarnation, now);
             }
             Fact::Claim { of, incarnation } => self.restore_claim(of, incarnation, now),
             Fact::Part { quarter, serial, part, parts, loans } => {

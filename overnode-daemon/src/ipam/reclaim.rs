@@ -19,8 +19,16 @@ use crate::types::NodeId;
 pub(super) struct Reclaiming {
     graves: BTreeMap<NodeId, Grave>,
     /// By the node that may be gone and the one that takes its space back: the incarnation.
-    pub(super) pledges: BTreeMap<(NodeId, NodeId), u64>,
+    pub(super) pledges: BTreeMap<(NodeId, NodeId), Pledge>,
     claims: BTreeMap<NodeId, Claim>,
+}
+
+/// A promise to take nothing more from a node.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pledge {
+    incarnation: u64,
+    /// When to ask whether it is still wanted: the word that it is not may have been lost.
+    retry: Retry,
 }
 
 #[derive(Clone, Debug)]
@@ -125,6 +133,11 @@ impl Ipam {
         self.reclaiming.graves.iter().map(|(id, grave)| (*id, grave.incarnation, grave.by))
     }
 
+    pub(super) fn pledge(&mut self, of: NodeId, by: NodeId, incarnation: u64, now: Instant) {
+        let retry = Retry { at: now + self.timing.retry_cap, tries: 8 };
+        self.reclaiming.pledges.insert((of, by), Pledge { incarnation, retry });
+    }
+
     pub(super) fn restore_claim(&mut self, of: NodeId, incarnation: u64, now: Instant) {
         let round = self.next_round();
         let settled = now + self.timing.settle;
@@ -171,15 +184,17 @@ impl Ipam {
             }
         }
         self.tell_graves(now);
-        self.drop_pledges();
+        self.drop_pledges(now);
     }
 
     pub(super) fn next_reclaim(&self) -> Option<Instant> {
         let asked = self.reclaiming.claims.values().flat_map(|claim| &claim.asked);
         let untold = self.reclaiming.graves.values().filter_map(|grave| grave.untold.as_ref()).flatten();
         let retries = asked.chain(untold).filter(|(id, _)| self.reachable.contains(id));
+        let pledges = self.reclaiming.pledges.iter().filter(|((_, by), _)| self.reachable.contains(by));
+        let pledges = pledges.map(|(_, pledge)| pledge.retry.at);
         let wakes = self.reclaiming.claims.values().filter_map(|claim| claim.wake);
-        retries.map(|(_, retry)| retry.at).chain(wakes).min()
+        retries.map(|(_, retry)| retry.at).chain(wakes).chain(pledges).min()
     }
 
     /// Who has to agree: every member that is known, and whoever they name.
@@ -299,7 +314,7 @@ impl Ipam {
     }
 
     /// Promises to nodes that have left, and of nodes that are back, bind nobody.
-    fn drop_pledges(&mut self) {
+    fn drop_pledges(&mut self, now: Instant) {
         // Where both are reachable, the claimant reaches that node too, and has given up.
         let met = |of, by| self.reachable.contains(&of) && self.reachable.contains(&by);
         let pledges = self.reclaiming.pledges.keys().copied();
@@ -307,6 +322,22 @@ impl Ipam {
         for (of, by) in void {
             self.reclaiming.pledges.remove(&(of, by));
             self.forget(Key::Pledge(of, by));
+        }
+        let mut ask = Vec::new();
+        for (&(of, by), pledge) in &mut self.reclaiming.pledges {
+            if self.reachable.contains(&by) && pledge.retry.take(now, &self.timing) {
+                ask.push((by, Message::Pledged { of }));
+            }
+        }
+        for (by, message) in ask {
+            self.send(by, &message);
+        }
+    }
+
+    pub(super) fn handle_pledged(&mut self, from: NodeId, of: NodeId) {
+        if !self.reclaiming.claims.contains_key(&of) {
+            self.tell_graves_of(from, Some(of));
+            self.send(from, &Message::ReclaimOver { of });
         }
     }
 
@@ -328,14 +359,18 @@ impl Ipam {
         self.effects.push(Action::ReclaimFailed(IpamError::Reclaim { of, why }));
     }
 
-    pub(super) fn handle_reclaim(&mut self, from: NodeId, of: NodeId, incarnation: u64, round: Round) {
+    pub(super) fn handle_reclaim(
+        &mut self,
+        from: NodeId,
+        of: NodeId,
+        incarnation: u64,
+        round: Round,
+        now: Instant,
+    ) {
         let refuse = |why| Message::ReclaimRefused { of, round, why };
         let known = self.peers.get(&of).map_or(0, |peer| peer.incarnation);
         let objection = if of == self.id || self.reachable.contains(&of) {
             Some(Objection::Alive)
-        } else if self.is_buried(of, incarnation) {
-            self.tell_graves_of(from, Some(of));
-            return;
         } else if known > incarnation {
             Some(Objection::Newer(known))
         } else if self.reclaiming.claims.contains_key(&of) && self.id < from {
@@ -357,7 +392,7 @@ impl Ipam {
             return;
         }
         rivals.truncate(MAX_RIVALS);
-        self.reclaiming.pledges.insert((of, from), incarnation);
+        self.pledge(of, from, incarnation, now);
         self.put(Fact::Pledge { of, incarnation, by: from });
         // Nothing that was asked of the dead is taken any more.
         let asked = self.borrowing.requests.iter().filter(|(_, request)| request.to == of);
@@ -446,7 +481,7 @@ impl Ipam {
                 .reclaiming
                 .pledges
                 .iter()
-                .filter(|((gone, _), up_to)| *gone == of && **up_to <= incarnation);
+                .filter(|((gone, _), pledge)| *gone == of && pledge.incarnation <= incarnation);
             for (gone, by) in pledges.map(|(key, _)| *key).collect::<Vec<_>>() {
                 self.reclaiming.pledges.remove(&(gone, by));
                 self.forget(Key::Pledge(gone, by));

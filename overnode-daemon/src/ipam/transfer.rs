@@ -229,6 +229,11 @@ impl Ipam {
         if !taken {
             // A launch that is gone may have had it. The birth owner finds out from all.
             self.drop_title(quarter);
+            if self.leaving.take_if(|leaving| !leaving.is_done).is_some() {
+                let heir = format!("node {from} was started anew while it was");
+                let error = IpamError::Heirless { id: self.id, borrowers: "others".into(), heir };
+                self.effects.push(Action::CannotLeave(error));
+            }
             return;
         }
         book.acked.insert(part);
