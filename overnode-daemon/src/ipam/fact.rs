@@ -27,6 +27,13 @@ pub enum Fact {
         /// Who, and since which change of hands.
         title: Title,
     },
+    /// The last change of hands by which this node came to lend a quarter, which it may have handed on since.
+    Taken {
+        /// The quarter.
+        quarter: NodeId,
+        /// The change of hands.
+        serial: u64,
+    },
     /// This node lends a quarter.
     Book {
         /// The quarter.
@@ -64,6 +71,8 @@ pub enum Fact {
         incarnation: u64,
         /// Who takes its space back.
         by: NodeId,
+        /// The question that was answered.
+        round: Round,
     },
     /// This node takes the space of another back, and waits for all others to agree.
     Claim {
@@ -103,6 +112,7 @@ pub enum Key {
     Epoch,
     Held(IpNet),
     Heard(NodeId),
+    Taken(NodeId),
     Book(NodeId),
     Loan(NodeId, NodeId),
     Grave(NodeId),
@@ -118,6 +128,7 @@ impl Fact {
             Self::Epoch(_) => Key::Epoch,
             Self::Held { block, .. } => Key::Held(*block),
             Self::Heard { quarter, .. } => Key::Heard(*quarter),
+            Self::Taken { quarter, .. } => Key::Taken(*quarter),
             Self::Book { quarter, .. } => Key::Book(*quarter),
             Self::Loan { quarter, borrower, .. } => Key::Loan(*quarter, *borrower),
             Self::Grave { id, .. } => Key::Grave(*id),
@@ -143,6 +154,7 @@ impl fmt::Display for Key {
             Self::Epoch => f.write_str("epoch"),
             Self::Held(block) => write!(f, "held {block}"),
             Self::Heard(quarter) => write!(f, "heard {quarter}"),
+            Self::Taken(quarter) => write!(f, "taken {quarter}"),
             Self::Book(quarter) => write!(f, "book {quarter}"),
             Self::Loan(quarter, borrower) => write!(f, "loan {quarter} {borrower}"),
             Self::Grave(id) => write!(f, "grave {id}"),

@@ -28,6 +28,8 @@ pub(super) struct Lending {
     pub(super) loans: BTreeMap<(NodeId, NodeId), Lent>,
     /// The latest title of each quarter.
     pub(super) heard: BTreeMap<NodeId, Title>,
+    /// The last title of each quarter that this node has taken.
+    pub(super) taken: BTreeMap<NodeId, u64>,
     /// Quarters that this node and another one lend, as that one says.
     disputes: BTreeMap<(NodeId, NodeId), Retry>,
 }
@@ -309,6 +311,8 @@ impl Ipam {
         }
         self.lending.book(quarter, serial, now).heir = None;
         self.put(Fact::Book { quarter, serial, heir: None });
+        self.lending.taken.insert(quarter, serial);
+        self.put(Fact::Taken { quarter, serial });
         self.fence(quarter);
         self.borrowing.dirty.remove(&quarter);
         for (borrower, loan) in

@@ -203,11 +203,15 @@ pub enum Message {
     Pledged {
         /// The node.
         of: NodeId,
+        /// The question that was answered.
+        round: Round,
     },
     /// The sender does not want the space of that node any more.
     ReclaimOver {
         /// The node.
         of: NodeId,
+        /// What was agreed to questions before this.
+        round: Round,
     },
     /// The space of a node was taken back; up to this incarnation it is gone for good.
     Buried {

@@ -359,8 +359,8 @@ impl Ipam {
                 self.handle_reclaim_ack(from, of, round, ack);
             }
             Message::ReclaimRefused { of, round, why } => self.handle_refusal(from, of, round, why),
-            Message::Pledged { of } => self.handle_pledged(from, of),
-            Message::ReclaimOver { of } => self.handle_reclaim_over(from, of),
+            Message::Pledged { of, round } => self.handle_pledged(from, of, round),
+            Message::ReclaimOver { of, round } => self.handle_reclaim_over(from, of, round),
             Message::Buried { of, incarnation, titles } => {
                 self.handle_buried(from, of, incarnation, titles, now);
             }
@@ -416,6 +416,9 @@ impl Ipam {
             Fact::Heard { quarter, title } => {
                 self.lending.heard.insert(quarter, title);
             }
+            Fact::Taken { quarter, serial } => {
+                self.lending.taken.insert(quarter, serial);
+            }
             Fact::Book { quarter, serial, heir } => self.lending.book(quarter, serial, now).heir = heir,
             Fact::Loan { quarter, borrower, loan, round } => {
                 self.lending.loans.insert((quarter, borrower), lend::Lent { loan, round });
@@ -423,8 +426,8 @@ impl Ipam {
             Fact::Grave { id, incarnation, by } => {
                 self.reclaiming.restore_grave(id, incarnation, by, by == self.id);
             }
-            Fact::Pledge { of, incarnation, by } => {
-                self.pledge(of, by, incarnation, now);
+            Fact::Pledge { of, incarnation, by, round } => {
+                self.pledge(of, by, incarnation, round, now);
             }
             Fact::Claim { of, incarnation } => self.restore_claim(of, incarnation, now),
             Fact::Part { quarter, serial, part, parts, loans } => {
@@ -470,7 +473,7 @@ impl Ipam {
             request.retry = Retry::new(now);
         }
         if let Some(retry) = self.season.as_mut().and_then(|season| season.asked.get_mut(&id)) {
-            *retry = Retry::new(now);
+            retry.retry = Retry::new(now);
         }
         for book in self.lending.books.values_mut() {
             if let Some(retry) = book.unsure.get_mut(&id) {
@@ -480,6 +483,13 @@ impl Ipam {
         }
         self.reclaiming.hurry(id, now);
     }
+}
+
+/// A question to one node. Asked anew, it has another round, so that late answers to the earlier one are told from those to this.
+#[derive(Clone, Copy, Debug)]
+struct Question {
+    round: Round,
+    retry: Retry,
 }
 
 /// When something unanswered is to be sent again.

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use super::fact::{Fact, Key};
 use super::layout::quarters;
 use super::message::{Loan, MAX_RIVALS, Message, Objection, Round, Title};
-use super::{Action, Ipam, IpamError, Problem, Retry};
+use super::{Action, Ipam, IpamError, Problem, Question, Retry};
 use crate::types::NodeId;
 
 #[derive(Clone, Debug, Default)]
@@ -27,6 +27,7 @@ pub(super) struct Reclaiming {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pledge {
     incarnation: u64,
+    round: Round,
     /// When to ask whether it is still wanted: the word that it is not may have been lost.
     retry: Retry,
 }
@@ -43,8 +44,7 @@ struct Grave {
 #[derive(Clone, Debug)]
 struct Claim {
     incarnation: u64,
-    round: Round,
-    asked: BTreeMap<NodeId, Retry>,
+    asked: BTreeMap<NodeId, Question>,
     acks: BTreeMap<NodeId, Ack>,
     settled: Instant,
     wake: Option<Instant>,
@@ -65,9 +65,11 @@ impl Reclaiming {
     }
 
     pub(super) fn hurry(&mut self, id: NodeId, now: Instant) {
-        let asked = self.claims.values_mut().map(|claim| &mut claim.asked);
+        for question in self.claims.values_mut().filter_map(|claim| claim.asked.get_mut(&id)) {
+            question.retry = Retry::new(now);
+        }
         let untold = self.graves.values_mut().filter_map(|grave| grave.untold.as_mut());
-        for retries in asked.chain(untold) {
+        for retries in untold {
             if let Some(retry) = retries.get_mut(&id) {
                 *retry = Retry::new(now);
             }
@@ -133,16 +135,15 @@ impl Ipam {
         self.reclaiming.graves.iter().map(|(id, grave)| (*id, grave.incarnation, grave.by))
     }
 
-    pub(super) fn pledge(&mut self, of: NodeId, by: NodeId, incarnation: u64, now: Instant) {
+    pub(super) fn pledge(&mut self, of: NodeId, by: NodeId, incarnation: u64, round: Round, now: Instant) {
         let retry = Retry { at: now + self.timing.retry_cap, tries: 8 };
-        self.reclaiming.pledges.insert((of, by), Pledge { incarnation, retry });
+        self.reclaiming.pledges.insert((of, by), Pledge { incarnation, round, retry });
     }
 
     pub(super) fn restore_claim(&mut self, of: NodeId, incarnation: u64, now: Instant) {
-        let round = self.next_round();
         let settled = now + self.timing.settle;
         let (asked, acks) = (BTreeMap::new(), BTreeMap::new());
-        self.reclaiming.claims.insert(of, Claim { incarnation, round, asked, acks, settled, wake: None });
+        self.reclaiming.claims.insert(of, Claim { incarnation, asked, acks, settled, wake: None });
     }
 
     pub(super) fn is_buried(&self, id: NodeId, incarnation: u64) -> bool {
@@ -189,12 +190,14 @@ impl Ipam {
 
     pub(super) fn next_reclaim(&self) -> Option<Instant> {
         let asked = self.reclaiming.claims.values().flat_map(|claim| &claim.asked);
+        let asked =
+            asked.filter(|(id, _)| self.reachable.contains(id)).map(|(_, question)| question.retry.at);
         let untold = self.reclaiming.graves.values().filter_map(|grave| grave.untold.as_ref()).flatten();
-        let retries = asked.chain(untold).filter(|(id, _)| self.reachable.contains(id));
+        let untold = untold.filter(|(id, _)| self.reachable.contains(id));
         let pledges = self.reclaiming.pledges.iter().filter(|((_, by), _)| self.reachable.contains(by));
         let pledges = pledges.map(|(_, pledge)| pledge.retry.at);
         let wakes = self.reclaiming.claims.values().filter_map(|claim| claim.wake);
-        retries.map(|(_, retry)| retry.at).chain(wakes).chain(pledges).min()
+        asked.chain(untold.map(|(_, retry)| retry.at)).chain(wakes).chain(pledges).min()
     }
 
     /// Who has to agree: every member that is known, and whoever they name.
@@ -213,9 +216,10 @@ impl Ipam {
     fn drive_claim(&mut self, of: NodeId, now: Instant) -> bool {
         let Some(claim) = self.reclaiming.claims.get(&of) else { return false };
         let required = self.must_agree(of, claim);
+        let (our, mut count) = (self.incarnation, self.rounds);
         let Some(claim) = self.reclaiming.claims.get_mut(&of) else { return false };
         claim.asked.retain(|id, _| required.contains(id));
-        let message = Message::Reclaim { of, incarnation: claim.incarnation, round: claim.round };
+        let incarnation = claim.incarnation;
         let mut ask = Vec::new();
         let mut complete = true;
         for id in required {
@@ -224,15 +228,19 @@ impl Ipam {
                 continue;
             }
             complete = false;
-            let retry = claim.asked.entry(id).or_insert_with(|| Retry::new(now));
-            if self.reachable.contains(&id) && retry.take(now, &self.timing) {
-                ask.push(id);
+            let question = claim.asked.entry(id).or_insert_with(|| {
+                count += 1;
+                Question { round: Round { incarnation: our, count }, retry: Retry::new(now) }
+            });
+            if self.reachable.contains(&id) && question.retry.take(now, &self.timing) {
+                ask.push((id, question.round));
             }
         }
         claim.wake = (complete && claim.settled > now).then_some(claim.settled);
         let done = complete && claim.settled <= now;
-        for id in ask {
-            self.send(id, &message);
+        self.rounds = count;
+        for (id, round) in ask {
+            self.send(id, &Message::Reclaim { of, incarnation, round });
         }
         done
     }
@@ -326,7 +334,7 @@ impl Ipam {
         let mut ask = Vec::new();
         for (&(of, by), pledge) in &mut self.reclaiming.pledges {
             if self.reachable.contains(&by) && pledge.retry.take(now, &self.timing) {
-                ask.push((by, Message::Pledged { of }));
+                ask.push((by, Message::Pledged { of, round: pledge.round }));
             }
         }
         for (by, message) in ask {
@@ -334,10 +342,10 @@ impl Ipam {
         }
     }
 
-    pub(super) fn handle_pledged(&mut self, from: NodeId, of: NodeId) {
+    pub(super) fn handle_pledged(&mut self, from: NodeId, of: NodeId, round: Round) {
         if !self.reclaiming.claims.contains_key(&of) {
             self.tell_graves_of(from, Some(of));
-            self.send(from, &Message::ReclaimOver { of });
+            self.send(from, &Message::ReclaimOver { of, round });
         }
     }
 
@@ -349,8 +357,9 @@ impl Ipam {
     pub(super) fn abandon_claim(&mut self, of: NodeId) {
         if self.reclaiming.claims.remove(&of).is_some() {
             self.forget(Key::Claim(of));
+            let round = self.next_round();
             for member in self.members().collect::<Vec<_>>() {
-                self.send(member, &Message::ReclaimOver { of });
+                self.send(member, &Message::ReclaimOver { of, round });
             }
         }
     }
@@ -392,8 +401,8 @@ impl Ipam {
             return;
         }
         rivals.truncate(MAX_RIVALS);
-        self.pledge(of, from, incarnation, now);
-        self.put(Fact::Pledge { of, incarnation, by: from });
+        self.pledge(of, from, incarnation, round, now);
+        self.put(Fact::Pledge { of, incarnation, by: from, round });
         // Nothing that was asked of the dead is taken any more.
         let asked = self.borrowing.requests.iter().filter(|(_, request)| request.to == of);
         for quarter in asked.map(|(quarter, _)| *quarter).collect::<Vec<_>>() {
@@ -424,7 +433,7 @@ impl Ipam {
 
     pub(super) fn handle_reclaim_ack(&mut self, from: NodeId, of: NodeId, round: Round, ack: Ack) {
         if let Some(claim) = self.reclaiming.claims.get_mut(&of)
-            && claim.round == round
+            && claim.asked.get(&from).is_some_and(|question| question.round == round)
         {
             for (index, title) in ack.titles.iter().enumerate() {
                 let latest = claim.acks.values().map(|ack| ack.titles[index].serial).max();
@@ -438,14 +447,11 @@ impl Ipam {
     }
 
     pub(super) fn handle_refusal(&mut self, from: NodeId, of: NodeId, round: Round, why: Objection) {
-        if self.reclaiming.claims.get(&of).is_none_or(|claim| claim.round != round) {
+        let question = self.reclaiming.claims.get(&of).and_then(|claim| claim.asked.get(&from));
+        if question.is_none_or(|question| question.round != round) {
             return;
         }
-        self.reclaiming.claims.remove(&of);
-        self.forget(Key::Claim(of));
-        for member in self.members().collect::<Vec<_>>() {
-            self.send(member, &Message::ReclaimOver { of });
-        }
+        self.abandon_claim(of);
         let why = match why {
             Objection::Alive => format!("node {from} reaches it; run `overnode reset` on its host instead"),
             Objection::Newer(_) => format!(
@@ -456,8 +462,9 @@ impl Ipam {
         self.fail(of, why);
     }
 
-    pub(super) fn handle_reclaim_over(&mut self, from: NodeId, of: NodeId) {
-        if self.reclaiming.pledges.remove(&(of, from)).is_some() {
+    pub(super) fn handle_reclaim_over(&mut self, from: NodeId, of: NodeId, round: Round) {
+        if self.reclaiming.pledges.get(&(of, from)).is_some_and(|pledge| pledge.round <= round) {
+            self.reclaiming.pledges.remove(&(of, from));
             self.forget(Key::Pledge(of, from));
         }
     }

@@ -8,14 +8,13 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::message::{Loan, MAX_RIVALS, Message, Part, Round, Title};
-use super::{Heir, Ipam, Retry};
+use super::{Heir, Ipam, Question, Retry};
 use crate::types::NodeId;
 
 /// The questions of a birth owner.
 #[derive(Clone, Debug)]
 pub(super) struct Season {
-    round: Round,
-    pub(super) asked: BTreeMap<NodeId, Retry>,
+    pub(super) asked: BTreeMap<NodeId, Question>,
     answers: BTreeMap<NodeId, Answer>,
     /// Not before this time is it concluded that all is known.
     pub(super) settled: Instant,
@@ -43,12 +42,12 @@ impl Ipam {
             return;
         }
         if self.season.is_none() {
-            let round = self.next_round();
             let settled = now + self.timing.settle;
             self.season =
-                Some(Season { round, asked: BTreeMap::new(), answers: BTreeMap::new(), settled, wake: None });
+                Some(Season { asked: BTreeMap::new(), answers: BTreeMap::new(), settled, wake: None });
         }
         let required = self.required();
+        let (incarnation, mut count) = (self.incarnation, self.rounds);
         let Some(season) = &mut self.season else { return };
         season.asked.retain(|id, _| required.contains(id));
         let mut ask = Vec::new();
@@ -59,18 +58,21 @@ impl Ipam {
                 continue;
             }
             complete = false;
-            let retry = season.asked.entry(id).or_insert_with(|| Retry::new(now));
-            if self.reachable.contains(&id) && retry.take(now, &self.timing) {
-                ask.push(id);
+            let question = season.asked.entry(id).or_insert_with(|| {
+                count += 1;
+                Question { round: Round { incarnation, count }, retry: Retry::new(now) }
+            });
+            if self.reachable.contains(&id) && question.retry.take(now, &self.timing) {
+                ask.push((id, question.round));
             }
         }
-        let message = Message::Ask { epoch: self.epoch, round: season.round };
         let knows_all = complete && self.targets_met;
         let done = knows_all && season.settled <= now;
         season.wake = (knows_all && !done).then_some(season.settled);
         let loans = done.then(|| std::mem::take(&mut season.answers));
-        for id in ask {
-            self.send(id, &message);
+        self.rounds = count;
+        for (id, round) in ask {
+            self.send(id, &Message::Ask { epoch: self.epoch, round });
         }
         if let Some(answers) = loans {
             self.season = None;
@@ -84,7 +86,7 @@ impl Ipam {
     pub(super) fn next_question(&self) -> Option<Instant> {
         let season = self.season.as_ref()?;
         let asked = season.asked.iter().filter(|(id, _)| self.reachable.contains(id));
-        asked.map(|(_, retry)| retry.at).chain(season.wake).min()
+        asked.map(|(_, question)| question.retry.at).chain(season.wake).min()
     }
 
     /// Who has to answer: every member that is known, and whoever they name.
@@ -102,7 +104,7 @@ impl Ipam {
     pub(super) fn handle_ask(&mut self, from: NodeId, epoch: u64, round: Round, now: Instant) {
         let quarter = from;
         let Some(half) = self.layout.lendable(quarter) else { return };
-        if self.is_buried(from, epoch) {
+        if self.is_gone(from, epoch) {
             self.tell_buried(from, epoch);
             return;
         }
@@ -136,7 +138,7 @@ impl Ipam {
 
     pub(super) fn handle_answer(&mut self, from: NodeId, round: Round, mut answer: Answer) {
         let Some(season) = &mut self.season else { return };
-        if season.round != round {
+        if season.asked.get(&from).is_none_or(|question| question.round != round) {
             return;
         }
         let half = self.layout.lendable(self.id);

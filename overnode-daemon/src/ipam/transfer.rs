@@ -182,7 +182,7 @@ impl Ipam {
             self.send(from, &ack(false));
             return;
         }
-        let has_it = self.lending.books.get(&quarter).is_some_and(|book| book.serial >= serial);
+        let has_it = self.lending.taken.get(&quarter).is_some_and(|taken| *taken >= serial);
         if has_it || self.title_of(quarter).serial > serial {
             self.send(from, &ack(true));
             return;
