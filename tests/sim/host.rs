@@ -70,6 +70,20 @@ impl Disk {
         }
     }
 
+    /// Whether this node has what another one takes.
+    pub fn contradicts(&self, fact: &Fact) -> bool {
+        match fact {
+            Fact::Held { block, lost: false } => self.facts.values().any(|known| {
+                matches!(known, Fact::Held { block: other, lost: false }
+                    if other.contains(block) || block.contains(other))
+            }),
+            Fact::Book { quarter, heir: None, .. } => {
+                matches!(self.facts.get(&Key::Book(*quarter)), Some(Fact::Book { heir: None, .. }))
+            }
+            _ => false,
+        }
+    }
+
     /// Whether a block with this address is on disk as this node's.
     pub fn holds(&self, address: IpAddr) -> bool {
         self.facts.values().any(|fact| matches!(fact, Fact::Held { block, .. } if block.contains(&address)))

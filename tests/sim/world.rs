@@ -603,6 +603,26 @@ impl World {
         if let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) {
             disk.write(changes, ignores_returns);
         }
+        if self.settings.sabotage == Sabotage::None {
+            self.check_disks(id, changes);
+        }
+    }
+
+    /// No two disks have the same block or the same quarter to lend.
+    fn check_disks(&mut self, id: NodeId, changes: &[ipam::Change]) {
+        let mut violations = Vec::new();
+        for change in changes {
+            let ipam::Change::Put(fact) = change else { continue };
+            for (other, host) in self.hosts.iter().filter(|(other, _)| **other != id) {
+                let Some(disk) = &host.disk else { continue };
+                if disk.contradicts(fact) {
+                    violations.push(format!("{id} writes {fact:?}, which {other} has"));
+                }
+            }
+        }
+        for violation in violations {
+            self.violate(violation);
+        }
     }
 
     fn carry_out(&mut self, id: NodeId, action: ipam::Action) {

@@ -398,6 +398,11 @@ impl Ipam {
     pub(super) fn drive_loans(&mut self, now: Instant) {
         let mut pokes = Vec::new();
         for (&quarter, book) in self.lending.books.iter_mut().filter(|(_, book)| book.heir.is_none()) {
+            let has_some = |id| {
+                let lent = self.lending.loans.get(&(quarter, id));
+                lent.is_some_and(|lent| !lent.loan.blocks.is_empty())
+            };
+            book.unsure.retain(|id, _| has_some(*id));
             for (&borrower, retry) in &mut book.unsure {
                 if self.reachable.contains(&borrower) && retry.take(now, &self.timing) {
                     pokes.push((borrower, Message::Poke { quarter, serial: book.serial }));
