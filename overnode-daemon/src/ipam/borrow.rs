@@ -108,7 +108,7 @@ impl Ipam {
     }
 
     pub(super) fn next_hand_back(&self) -> Option<Instant> {
-        self.idle_blocks().map(|(_, since)| since + self.timing.hand_back).min()
+        self.idle_blocks().into_iter().map(|(_, since)| since + self.timing.hand_back).min()
     }
 
     pub(super) fn handle_grant(
@@ -238,26 +238,35 @@ impl Ipam {
         refused.is_some_and(|refused| refused.by == lender && now < refused.at + self.penalty())
     }
 
-    /// Blocks that can be handed back, with the time since when they are unused.
-    fn idle_blocks(&self) -> impl Iterator<Item = (IpNet, Instant)> {
+    /// Blocks that are unused and more than the reserve, with the time since when; of several the largest first. The last one is
+    /// only halved.
+    fn idle_blocks(&self) -> Vec<(IpNet, Instant)> {
         let capacity = self.allocation.capacity(&self.layout);
         let free = capacity.saturating_sub(self.allocation.used() as u128);
-        let enough =
-            move |net: IpNet| free >= self.layout.usable_in(net) + RESERVE || self.id.owns_a_quarter();
-        self.allocation
-            .blocks
-            .iter()
-            .filter(move |(net, block)| block.used == 0 && (block.lost || enough(**net)))
-            .map(|(net, block)| (*net, block.idle_since))
+        let spare = |net: IpNet| self.id.owns_a_quarter() || free >= self.layout.usable_in(net) / 2 + RESERVE;
+        let blocks = self.allocation.blocks.iter();
+        let idle = blocks.filter(|(net, block)| block.used == 0 && (block.lost || spare(**net)));
+        let mut idle: Vec<_> = idle.map(|(net, block)| (*net, block.idle_since)).collect();
+        idle.sort_by_key(|(net, _)| net.prefix_len());
+        idle
     }
 
-    /// One at a time: each makes less to spare.
+    /// One at a time: each leaves less to spare.
     fn hand_back(&mut self, now: Instant) {
-        let wait = self.timing.hand_back;
         loop {
-            let due = self.idle_blocks().find(|(_, since)| *since + wait <= now);
-            let Some((block, _)) = due else { return };
+            let due = |since: Instant| since + self.timing.hand_back <= now;
+            let Some((block, since)) = self.idle_blocks().into_iter().find(|(_, since)| due(*since)) else {
+                return;
+            };
+            let free = self.allocation.capacity(&self.layout).saturating_sub(self.allocation.used() as u128);
+            let is_lost = self.allocation.blocks.get(&block).is_some_and(|block| block.lost);
+            let leaves_enough =
+                self.id.owns_a_quarter() || is_lost || free >= self.layout.usable_in(block) + RESERVE;
             self.give_back(block);
+            let half = block.subnets(block.prefix_len() + 1).ok().and_then(|mut halves| halves.next());
+            if !leaves_enough && let Some(half) = half {
+                self.hold(half, since);
+            }
         }
     }
 

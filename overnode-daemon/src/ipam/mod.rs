@@ -281,19 +281,20 @@ impl Ipam {
         }
         self.report_claims(id, &peer);
         self.report_ranges(id, &peer);
-        let before = self.peers.get(&id).map(|known| known.incarnation);
+        let known = self.peers.get(&id).map(|known| (known.incarnation, known.left));
+        let is_news = known != Some((peer.incarnation, peer.left));
         if peer.left {
             self.free_left(id, peer.incarnation);
         } else {
-            if before != Some(peer.incarnation) {
+            if known.map(|(incarnation, _)| incarnation) != Some(peer.incarnation) {
                 self.doubt(id, now);
                 self.tell_again(id);
             }
         }
-        let is_new = self.peers.insert(id, peer).is_none();
+        self.peers.insert(id, peer);
         self.dispute(id, now);
-        if is_new && let Some(season) = &mut self.season {
-            season.settled = now + self.timing.settle;
+        if is_news {
+            self.ask_all_again(now);
         }
         self.find_lenders();
         self.finish(now);
@@ -343,7 +344,7 @@ impl Ipam {
             Message::Ask { epoch, round } => self.handle_ask(from, epoch, round, now),
             Message::Answer { round, epoch, title, part, holds, rivals } => {
                 let answer = season::Answer { loan: Loan { epoch, blocks: holds }, title, part, rivals };
-                self.handle_answer(from, round, answer);
+                self.handle_answer(from, round, answer, now);
             }
             Message::Transfer { quarter, serial, epoch, part, parts, loans } => {
                 self.handle_transfer(from, quarter, serial, epoch, (part, parts), loans, now);
@@ -436,6 +437,15 @@ impl Ipam {
                 inbox.loans.insert(part, loans);
             }
         }
+    }
+
+    /// A node has come, has gone or was started again: while it went, what it had may have changed hands.
+    fn ask_all_again(&mut self, now: Instant) {
+        let settled = now + self.timing.settle;
+        if let Some(season) = &mut self.season {
+            season.restart(settled);
+        }
+        self.reclaiming.restart_claims(settled);
     }
 
     fn put(&mut self, fact: Fact) {

@@ -64,6 +64,14 @@ impl Reclaiming {
         self.graves.insert(id, Grave { incarnation, by, untold, told: BTreeSet::new() });
     }
 
+    pub(super) fn restart_claims(&mut self, settled: Instant) {
+        for claim in self.claims.values_mut() {
+            claim.acks.clear();
+            claim.asked.clear();
+            claim.settled = settled;
+        }
+    }
+
     pub(super) fn hurry(&mut self, id: NodeId, now: Instant) {
         for question in self.claims.values_mut().filter_map(|claim| claim.asked.get_mut(&id)) {
             question.retry = Retry::new(now);
@@ -126,8 +134,11 @@ impl Ipam {
 
     /// Nodes whose space this node takes back, with those that have not agreed yet.
     pub fn reclaims(&self) -> BTreeMap<NodeId, Vec<NodeId>> {
-        let claims = self.reclaiming.claims.iter();
-        claims.map(|(of, claim)| (*of, claim.asked.keys().copied().collect())).collect()
+        let missing = |of: NodeId, claim: &Claim| {
+            let required = self.must_agree(of, claim).into_iter();
+            required.filter(|id| !claim.acks.contains_key(id)).collect()
+        };
+        self.reclaiming.claims.iter().map(|(of, claim)| (*of, missing(*of, claim))).collect()
     }
 
     /// Nodes that are gone for good, with their last incarnation and the node that took back their space.
@@ -218,6 +229,10 @@ impl Ipam {
         let required = self.must_agree(of, claim);
         let (our, mut count) = (self.incarnation, self.rounds);
         let Some(claim) = self.reclaiming.claims.get_mut(&of) else { return false };
+        claim.wake = (claim.settled > now).then_some(claim.settled);
+        if claim.settled > now {
+            return false;
+        }
         claim.asked.retain(|id, _| required.contains(id));
         let incarnation = claim.incarnation;
         let mut ask = Vec::new();
@@ -236,13 +251,11 @@ impl Ipam {
                 ask.push((id, question.round));
             }
         }
-        claim.wake = (complete && claim.settled > now).then_some(claim.settled);
-        let done = complete && claim.settled <= now;
         self.rounds = count;
         for (id, round) in ask {
             self.send(id, &Message::Reclaim { of, incarnation, round });
         }
-        done
+        complete
     }
 
     fn bury(&mut self, of: NodeId, claim: &Claim, now: Instant) {
@@ -440,6 +453,7 @@ impl Ipam {
                 // Whoever got the quarter after it had agreed has something else to say by now.
                 if latest.is_some_and(|latest| latest < title.serial) && title.holder != from {
                     claim.acks.remove(&title.holder);
+                    claim.asked.remove(&title.holder);
                 }
             }
             claim.acks.insert(from, ack);

@@ -30,8 +30,17 @@ pub(super) struct Answer {
 }
 
 impl Season {
+    /// The node has something else to say by now; what it said before may still be on its way.
     pub(super) fn outdated(&mut self, id: NodeId) {
         self.answers.remove(&id);
+        self.asked.remove(&id);
+    }
+
+    /// The quarter may be in other hands by now: all are asked again.
+    pub(super) fn restart(&mut self, settled: Instant) {
+        self.answers.clear();
+        self.asked.clear();
+        self.settled = settled;
     }
 }
 
@@ -49,6 +58,10 @@ impl Ipam {
         let required = self.required();
         let (incarnation, mut count) = (self.incarnation, self.rounds);
         let Some(season) = &mut self.season else { return };
+        season.wake = (season.settled > now).then_some(season.settled);
+        if season.settled > now {
+            return;
+        }
         season.asked.retain(|id, _| required.contains(id));
         let mut ask = Vec::new();
         let mut complete = !required.is_empty();
@@ -66,15 +79,13 @@ impl Ipam {
                 ask.push((id, question.round));
             }
         }
-        let knows_all = complete && self.targets_met;
-        let done = knows_all && season.settled <= now;
-        season.wake = (knows_all && !done).then_some(season.settled);
-        let loans = done.then(|| std::mem::take(&mut season.answers));
+        let done = complete && self.targets_met;
+        let answers = done.then(|| std::mem::take(&mut season.answers));
         self.rounds = count;
         for (id, round) in ask {
             self.send(id, &Message::Ask { epoch: self.epoch, round });
         }
-        if let Some(answers) = loans {
+        if let Some(answers) = answers {
             self.season = None;
             let quarter = self.id;
             let serial = self.title_of(quarter).serial.saturating_add(1).max(self.epoch);
@@ -136,7 +147,7 @@ impl Ipam {
         self.send(from, &Message::Answer { round, epoch: self.epoch, title, part, holds, rivals });
     }
 
-    pub(super) fn handle_answer(&mut self, from: NodeId, round: Round, mut answer: Answer) {
+    pub(super) fn handle_answer(&mut self, from: NodeId, round: Round, mut answer: Answer, now: Instant) {
         let Some(season) = &mut self.season else { return };
         if season.asked.get(&from).is_none_or(|question| question.round != round) {
             return;
@@ -145,8 +156,14 @@ impl Ipam {
         answer.loan.blocks.retain(|block| half.is_some_and(|half| half.contains(block)));
         let title = answer.title;
         self.hear(self.id, title);
+        let settled = now + self.timing.settle;
         if let Some(season) = &mut self.season {
-            season.answers.insert(from, answer);
+            let lent = season.answers.get(&from).is_some_and(|before| before.part == Part::Lends);
+            if lent && answer.part == Part::None {
+                season.restart(settled);
+            } else {
+                season.answers.insert(from, answer);
+            }
         }
     }
 }
