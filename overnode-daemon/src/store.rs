@@ -15,13 +15,14 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use record::{Attachment, ExternalPeer, Identity};
 
 use crate::gossip;
+use crate::ipam;
 use crate::types::{NodeId, PeerIndex, Secret};
 
 /// The layout of the tables. Another one is refused.
@@ -39,6 +40,7 @@ const SECRETS: TableDefinition<&str, &[u8]> = TableDefinition::new("secrets");
 const TARGETS: TableDefinition<u32, &str> = TableDefinition::new("targets");
 const ATTACHMENTS: TableDefinition<&str, &[u8]> = TableDefinition::new("attachments");
 const PEERS: TableDefinition<u16, &[u8]> = TableDefinition::new("peers");
+const ADDRESSES: TableDefinition<&str, &[u8]> = TableDefinition::new("addresses");
 const EXTERNAL: TableDefinition<u32, &[u8]> = TableDefinition::new("external_peers");
 
 /// Why the store cannot do what it should. The words are for people.
@@ -280,6 +282,40 @@ impl Store {
         self.get_meta("cursor")
     }
 
+    /// What the allocation of addresses has kept.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn addresses(&self) -> Result<Vec<ipam::Fact>> {
+        self.read_all(|read| match read.open_table(ADDRESSES) {
+            Ok(table) => table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect(),
+            // Written by an earlier version.
+            Err(TableError::TableDoesNotExist(_)) => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        })
+    }
+
+    /// Keeps what the allocation of addresses has changed, in one transaction.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn change_addresses(&self, changes: &[ipam::Change]) -> Result<()> {
+        self.change(|change| {
+            let mut table = change.open_table(ADDRESSES)?;
+            for change in changes {
+                match change {
+                    ipam::Change::Put(fact) => {
+                        table.insert(fact.key().to_string().as_str(), encode(fact).as_slice())?;
+                    }
+                    ipam::Change::Forget(key) => {
+                        table.remove(key.to_string().as_str())?;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// The last known records of other nodes, by ID.
     ///
     /// # Errors
@@ -418,6 +454,7 @@ impl Store {
                 change.open_table(SECRETS)?;
                 change.open_table(TARGETS)?;
                 change.open_table(ATTACHMENTS)?;
+                change.open_table(ADDRESSES)?;
                 change.open_table(PEERS)?;
                 change.open_table(EXTERNAL)?;
                 Ok(())

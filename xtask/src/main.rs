@@ -43,6 +43,15 @@ enum Command {
     Vm(vm::Arguments),
     /// Measure, beside rivals. Needs root.
     Bench(Bench),
+    /// Attack gossip and the allocation of addresses in simulated clusters: `--seeds N --nodes M`, `--seed S`, `--scale`.
+    Sim(Sim),
+}
+
+#[derive(Debug, clap::Args)]
+struct Sim {
+    /// Options of the simulation: see `cargo xtask sim -- --help`.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+    options: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -89,6 +98,12 @@ fn run(command: Command) -> Result<()> {
             step::show(std::process::Command::new(folder.join("demo")).env("OVERNODE_BIN_DIR", &folder))
         }
         Command::Vm(arguments) => vm::run(&arguments),
+        Command::Sim(sim) => {
+            setup::run(Purpose::Build)?;
+            let mut cargo = Workspace::find()?.cargo();
+            cargo.args(["bench", "--locked", "--package", "overnode-tests", "--bench", "sim", "--"]);
+            step::show(cargo.args(sim.options))
+        }
         Command::Bench(bench) => {
             setup::run(Purpose::Bench)?;
             let workspace = Workspace::find()?;

@@ -123,6 +123,35 @@ impl Layout {
         Some((self.address(first.max(range_first + 1)), self.address(last.min(range_last - 1))))
     }
 
+    /// The half of a quarter that only the node with its ID ever gives out; none from ID 5.
+    pub fn own_part(&self, id: NodeId) -> Option<IpNet> {
+        self.half(id, 0)
+    }
+
+    /// The half of a quarter that is lent to other nodes; none from ID 5.
+    pub fn lendable(&self, quarter: NodeId) -> Option<IpNet> {
+        self.half(quarter, 1)
+    }
+
+    /// The quarter whose lendable half holds all of `block`.
+    pub fn quarter_of(&self, block: IpNet) -> Option<NodeId> {
+        quarters().find(|quarter| self.lendable(*quarter).is_some_and(|half| half.contains(&block)))
+    }
+
+    /// False for the first and the last address of the range, which nobody gets.
+    pub fn is_usable(&self, address: IpAddr) -> bool {
+        let range = self.network.range;
+        address != range.network() && address != range.broadcast()
+    }
+
+    /// How many addresses of `block` can be given out.
+    pub fn usable_in(&self, block: IpNet) -> u128 {
+        let (first, last) = bounds(block);
+        let range = self.network.range;
+        let lost = [range.network(), range.broadcast()].iter().filter(|ip| block.contains(*ip)).count();
+        (last - first).saturating_add(1).saturating_sub(lost as u128)
+    }
+
     /// The first and last static address.
     pub fn statics(&self) -> (IpAddr, IpAddr) {
         (self.address(self.statics.0), self.address(self.statics.1))
@@ -151,12 +180,22 @@ impl Layout {
         Err(IpamError::Reserved { address, why, first, last })
     }
 
+    fn half(&self, id: NodeId, which: usize) -> Option<IpNet> {
+        let quarter = self.quarter(id)?;
+        quarter.subnets(quarter.prefix_len() + 1).ok()?.nth(which)
+    }
+
     fn address(&self, number: u128) -> IpAddr {
         from_number(self.network.subnet.addr(), number)
     }
 }
 
+/// The IDs of the nodes that own a quarter by birth, which name the quarters.
+pub fn quarters() -> impl Iterator<Item = NodeId> {
+    (1..=4).filter_map(|number| NodeId::new(number).ok())
+}
+
 /// The first and last number of a network.
-fn bounds(net: IpNet) -> (u128, u128) {
+pub(super) fn bounds(net: IpNet) -> (u128, u128) {
     (to_number(net.network()), to_number(net.broadcast()))
 }

@@ -1,89 +1,191 @@
 //! Addresses for containers: which ones this node may give out, and which it has. Deterministic; no I/O, no clock.
 //!
-//! IDs 1 to 4 own a quarter of the cluster's range each by birth and allocate with no contact to anyone. Addresses are given
-//! next-fit, so that one that was released rests as long as possible. Static addresses are claimed
-//! outside of the range.
+//! The range has four quarters, named by the IDs 1 to 4. The first half of a quarter is only ever given out by the node with that
+//! ID, which needs nobody for it. The second half is lent in blocks, by the quarter's holder: by birth the same node. Nodes with other IDs have
+//! what they borrow. `docs/addresses.md` has the protocol and its reasons.
 //!
-//! The caller stores a grant before it uses or answers it, and [`Ipam::release`]s it if it cannot be stored.
+//! Inputs: [`Ipam::learn`], [`Ipam::set_reachable`], [`Ipam::set_targets_met`], [`Ipam::handle_message`], [`Ipam::allocate`],
+//! [`Ipam::release`], [`Ipam::claim`], [`Ipam::reclaim`], [`Ipam::leave`], [`Ipam::handle_timeout`]. Outputs:
+//! [`Ipam::poll_action`], [`Ipam::poll_timeout`].
+//!
+//! After each input, actions are polled until there are no more, and carried out in order; what a [`Action::Persist`] says is on
+//! disk before the next is polled. The caller stores a granted address before it uses or answers it, and
+//! [`Ipam::release`]s it if it cannot be stored.
 
+mod allocate;
+mod borrow;
+mod error;
+mod fact;
 mod layout;
+mod lend;
+mod message;
+mod reclaim;
+mod season;
+mod space;
+mod transfer;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
-pub use layout::{BadNetwork, Layout};
+pub use error::IpamError;
+pub use fact::{Change, Fact, Heir, Key};
+pub use layout::{BadNetwork, Layout, quarters};
+pub use message::{BadMessage, Loan, MAX_MESSAGE, Message, Round, Title};
 
 use crate::types::{Network, NodeId};
 
-/// Why there is no address. The words are for people.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum IpamError {
-    /// The node owns no address space.
-    #[error(
-        "node {id} cannot give addresses: only nodes with the IDs 1, 2, 3 and 4 own address space; attach on one of those, \
-         or give a static address with --ip"
-    )]
-    NotYet {
-        /// This node.
-        id: NodeId,
+/// What a node's allocation has to know from the start.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// The cluster's addresses.
+    pub network: Network,
+    /// This node.
+    pub id: NodeId,
+    /// Counts the node's starts: greater than at any earlier one, also before a reset.
+    pub incarnation: u64,
+    /// How long things take.
+    pub timing: Timing,
+}
+
+/// How long things take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// Unanswered messages are sent again after this, and after twice as long each time.
+    pub retry: Duration,
+    /// The longest time between two attempts.
+    pub retry_cap: Duration,
+    /// A lender that has not answered for so long is passed over, for twice as long.
+    pub lender: Duration,
+    /// A request for an address fails after this.
+    pub request: Duration,
+    /// A borrowed block that was unused for so long is handed back.
+    pub hand_back: Duration,
+    /// Who knew nobody else must have heard of nobody new for so long before it concludes anything.
+    pub settle: Duration,
+    /// Leaving fails after this.
+    pub leave: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            retry: Duration::from_millis(500),
+            retry_cap: Duration::from_secs(15),
+            lender: Duration::from_secs(2),
+            request: Duration::from_secs(15),
+            hand_back: Duration::from_secs(300),
+            settle: Duration::from_secs(1),
+            leave: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What gossip says of another node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// Counts its starts.
+    pub incarnation: u64,
+    /// True once it has left the cluster.
+    pub left: bool,
+    /// The address space that it gives out.
+    pub ranges: Vec<IpNet>,
+    /// Its static addresses.
+    pub claims: Vec<IpAddr>,
+}
+
+/// Names a request for an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+/// What the node must do or know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Bring all of this to disk, in one transaction, before the next action is polled.
+    Persist(Vec<Change>),
+    /// Send a message to a node, which may be far.
+    Send {
+        /// The node.
+        to: NodeId,
+        /// What.
+        bytes: Vec<u8>,
     },
-    /// All addresses are taken.
-    #[error(
-        "all {count} addresses of node {id} are in use ({ranges}); detach containers that are no longer needed, or attach \
-         on another of the nodes 1 to 4"
-    )]
-    Exhausted {
-        /// This node.
-        id: NodeId,
-        /// How many there are.
-        count: u128,
-        /// What this node owns.
-        ranges: String,
-    },
-    /// The address is not in the subnet.
-    #[error("{address} is outside of the cluster's subnet {subnet}; choose one from {first} to {last}")]
-    OutsideSubnet {
+    /// A request has its address, which is taken from now on.
+    Granted {
+        /// The request.
+        request: RequestId,
         /// The address.
         address: IpAddr,
-        /// The subnet.
-        subnet: IpNet,
-        /// The first static address.
-        first: IpAddr,
-        /// The last static address.
-        last: IpAddr,
     },
-    /// The address is one that nodes give out by themselves, or one kept for nodes, or the subnet's first or last.
-    #[error("{address} cannot be a static address: {why}; choose one from {first} to {last}")]
-    Reserved {
+    /// A request got none.
+    Failed {
+        /// The request.
+        request: RequestId,
+        /// Why.
+        error: IpamError,
+    },
+    /// Something that a person must know.
+    Report(Problem),
+    /// The space of a node was taken back.
+    Reclaimed(NodeId),
+    /// The space of a node was not taken back.
+    ReclaimFailed(IpamError),
+    /// Nothing keeps the node from leaving any more.
+    MayLeave,
+    /// The node cannot leave now, and goes on.
+    CannotLeave(IpamError),
+}
+
+/// Something that a person must know. Links stay up, and it does not spread.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
+pub enum Problem {
+    /// An address is used twice.
+    #[error("the address {address} is in use here and on node {node}: detach one of the two")]
+    Clash {
         /// The address.
         address: IpAddr,
-        /// What it is kept for.
-        why: &'static str,
-        /// The first static address.
-        first: IpAddr,
-        /// The last static address.
-        last: IpAddr,
-    },
-    /// Attached to this node already.
-    #[error("{address} is in use by {owner} on this node; choose another, or detach {owner} first")]
-    InUse {
-        /// The address.
-        address: IpAddr,
-        /// Who has it.
-        owner: String,
-    },
-    /// Claimed on another node.
-    #[error("{address} is in use on node {node}; choose another, or detach it there first")]
-    InUseElsewhere {
-        /// The address.
-        address: IpAddr,
-        /// The node that has it.
+        /// The other node.
         node: NodeId,
+    },
+    /// A block is lost.
+    #[error(
+        "the block {block} that this node had borrowed belongs to others now, as node {lender} says; no more addresses are given from it"
+    )]
+    Lost {
+        /// The block.
+        block: IpNet,
+        /// Who says so.
+        lender: NodeId,
+    },
+    /// A quarter is lent by another node.
+    #[error("node {holder} lends the quarter of node {quarter} by now; this node has stopped lending it")]
+    Superseded {
+        /// The quarter.
+        quarter: NodeId,
+        /// The other node.
+        holder: NodeId,
+    },
+    /// Others were told that this node is gone for good.
+    #[error(
+        "node {by} has taken back the address space of this node, which was said to be gone for good; containers with addresses that \
+         clash are reported one by one"
+    )]
+    Buried {
+        /// Who told this node.
+        by: NodeId,
+    },
+    /// Holdings of a borrower contradict the list.
+    #[error("node {borrower} uses the block {block}, which was lent to another node")]
+    Contradiction {
+        /// The node.
+        borrower: NodeId,
+        /// The block.
+        block: IpNet,
     },
 }
 
@@ -92,34 +194,74 @@ pub enum IpamError {
 pub struct Ipam {
     id: NodeId,
     layout: Layout,
-    allocated: BTreeMap<IpAddr, String>,
-    claims_elsewhere: BTreeMap<NodeId, BTreeSet<IpAddr>>,
-    /// The address given out last.
-    cursor: Option<IpAddr>,
+    timing: Timing,
+    incarnation: u64,
+    /// The incarnation of the first start since the launch, unless the node was buried since.
+    epoch: u64,
+    rounds: u64,
+    peers: BTreeMap<NodeId, Peer>,
+    reachable: BTreeSet<NodeId>,
+    targets_met: bool,
+    allocation: allocate::Allocation,
+    borrowing: borrow::Borrowing,
+    lending: lend::Lending,
+    season: Option<season::Season>,
+    inbox: BTreeMap<NodeId, transfer::Inbox>,
+    reclaiming: reclaim::Reclaiming,
+    leaving: Option<transfer::Leaving>,
+    changes: Vec<Change>,
+    effects: Vec<Action>,
+    actions: VecDeque<Action>,
 }
 
 impl Ipam {
-    /// The addresses of node `id`, with those that were given out before a restart, by owner.
+    /// The addresses of a node, with the facts that were persisted and the addresses that were given out before a restart, by owner.
     ///
     /// # Errors
     /// [`BadNetwork`] if the cluster's addresses make no sense.
     pub fn new(
-        network: Network,
-        id: NodeId,
+        config: Config,
+        facts: impl IntoIterator<Item = Fact>,
         allocated: BTreeMap<IpAddr, String>,
+        now: Instant,
     ) -> Result<Self, BadNetwork> {
-        let layout = Layout::new(network)?;
-        let cursor = layout
-            .quarter(id)
-            .and_then(|quarter| allocated.keys().rev().copied().find(|address| quarter.contains(address)));
-        Ok(Self { id, layout, allocated, claims_elsewhere: BTreeMap::new(), cursor })
-    }
-
-    /// Goes on behind `last`, the address given out last before the restart, so that those released lately rest.
-    pub fn resume_after(&mut self, last: IpAddr) {
-        if self.layout.quarter(self.id).is_some_and(|quarter| quarter.contains(&last)) {
-            self.cursor = Some(last);
+        let layout = Layout::new(config.network)?;
+        let mut ipam = Self {
+            id: config.id,
+            layout,
+            timing: config.timing,
+            incarnation: config.incarnation,
+            epoch: 0,
+            rounds: 0,
+            peers: BTreeMap::new(),
+            reachable: BTreeSet::new(),
+            targets_met: false,
+            allocation: allocate::Allocation::new(layout.own_part(config.id)),
+            borrowing: borrow::Borrowing::default(),
+            lending: lend::Lending::default(),
+            season: None,
+            inbox: BTreeMap::new(),
+            reclaiming: reclaim::Reclaiming::default(),
+            leaving: None,
+            changes: Vec::new(),
+            effects: Vec::new(),
+            actions: VecDeque::new(),
+        };
+        for fact in facts {
+            ipam.restore(fact, now);
         }
+        if ipam.epoch == 0 {
+            ipam.epoch = config.incarnation;
+            ipam.put(Fact::Epoch(config.incarnation));
+        }
+        for (address, owner) in allocated {
+            ipam.allocation.insert(address, owner);
+        }
+        ipam.allocation.resume();
+        // What the lenders know may be older than what is on this disk.
+        ipam.borrowing.dirty = ipam.held().filter_map(|block| layout.quarter_of(block)).collect();
+        ipam.finish(now);
+        Ok(ipam)
     }
 
     /// Which addresses of the cluster are for what.
@@ -127,126 +269,261 @@ impl Ipam {
         &self.layout
     }
 
-    /// The address space that this node owns: what it tells the others.
-    pub fn ranges(&self) -> Vec<IpNet> {
-        self.layout.quarter(self.id).into_iter().collect()
+    /// Tells this node's launches apart.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
     }
 
-    /// The static addresses on this node: what it tells the others besides its ranges.
-    pub fn claims(&self) -> Vec<IpAddr> {
-        self.allocated.keys().copied().filter(|address| !self.owns(*address)).collect()
-    }
-
-    /// Everything given out, by address, with its owner.
-    pub fn allocated(&self) -> &BTreeMap<IpAddr, String> {
-        &self.allocated
-    }
-
-    /// Addresses that this node can give out by itself, used ones included.
-    pub fn capacity(&self) -> u128 {
-        self.layout.usable(self.id).map_or(0, |(first, last)| to_number(last) - to_number(first) + 1)
-    }
-
-    /// Addresses that this node has given out of its own space.
-    pub fn active(&self) -> usize {
-        self.layout.usable(self.id).map_or(0, |(first, last)| self.allocated.range(first..=last).count())
-    }
-
-    /// Whether [`Self::allocate`] can give an address now.
-    ///
-    /// # Errors
-    /// The error that it would return.
-    pub fn check_ready(&self) -> Result<(), IpamError> {
-        let id = self.id;
-        if self.layout.usable(id).is_none() {
-            return Err(IpamError::NotYet { id });
+    /// What gossip says of another node now. Nodes that were never mentioned are not known.
+    pub fn learn(&mut self, id: NodeId, peer: Peer, now: Instant) {
+        if id == self.id || self.peers.get(&id) == Some(&peer) {
+            return;
         }
-        if self.active() as u128 == self.capacity() {
-            let ranges = self.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            return Err(IpamError::Exhausted { id, count: self.capacity(), ranges });
-        }
-        Ok(())
-    }
-
-    /// Gives an address of the node's own space to `owner`: the next free one behind the last given.
-    ///
-    /// # Errors
-    /// [`IpamError::NotYet`] on IDs from 5, [`IpamError::Exhausted`].
-    pub fn allocate(&mut self, owner: &str) -> Result<IpAddr, IpamError> {
-        self.check_ready()?;
-        let Some((first, last)) = self.layout.usable(self.id) else {
-            return Err(IpamError::NotYet { id: self.id });
-        };
-        let start = match self.cursor {
-            Some(cursor) if (first..last).contains(&cursor) => step(cursor),
-            Some(_) | None => first,
-        };
-        // Not both can be full: `check_ready` has counted.
-        let address = self.free_in(start, last).or_else(|| self.free_in(first, last));
-        let Some(address) = address else { return Err(IpamError::NotYet { id: self.id }) };
-        self.allocated.insert(address, owner.to_owned());
-        self.cursor = Some(address);
-        Ok(address)
-    }
-
-    /// Gives a static address to `owner`.
-    ///
-    /// # Errors
-    /// [`IpamError`] if it is no static address, or in use here or, as far as is known, elsewhere.
-    pub fn claim(&mut self, address: IpAddr, owner: &str) -> Result<(), IpamError> {
-        self.layout.check_static(address)?;
-        if let Some(owner) = self.allocated.get(&address) {
-            return Err(IpamError::InUse { address, owner: owner.clone() });
-        }
-        let elsewhere = self.claims_elsewhere.iter().find(|(_, claims)| claims.contains(&address));
-        if let Some((&node, _)) = elsewhere {
-            return Err(IpamError::InUseElsewhere { address, node });
-        }
-        self.allocated.insert(address, owner.to_owned());
-        Ok(())
-    }
-
-    /// Takes an address back. Returns who had it.
-    pub fn release(&mut self, address: IpAddr) -> Option<String> {
-        self.allocated.remove(&address)
-    }
-
-    /// What another node says of its static addresses. Returns those that are attached here too: a clash to be
-    /// reported.
-    pub fn handle_claims(&mut self, node: NodeId, claims: &[IpAddr]) -> Vec<IpAddr> {
-        if node == self.id {
-            return Vec::new();
-        }
-        if claims.is_empty() {
-            self.claims_elsewhere.remove(&node);
+        self.report_claims(id, &peer);
+        self.report_ranges(id, &peer);
+        let known = self.peers.get(&id).map(|known| (known.incarnation, known.left));
+        let is_news = known != Some((peer.incarnation, peer.left));
+        if peer.left {
+            self.free_left(id, peer.incarnation);
         } else {
-            self.claims_elsewhere.insert(node, claims.iter().copied().collect());
+            if known.map(|(incarnation, _)| incarnation) != Some(peer.incarnation) {
+                self.doubt(id, now);
+                self.tell_again(id);
+            }
         }
-        claims.iter().copied().filter(|address| self.allocated.contains_key(address)).collect()
+        self.peers.insert(id, peer);
+        self.dispute(id, now);
+        if is_news {
+            self.ask_all_again(now);
+        }
+        self.find_lenders();
+        self.finish(now);
     }
 
-    fn owns(&self, address: IpAddr) -> bool {
-        self.layout.quarter(self.id).is_some_and(|quarter| quarter.contains(&address))
+    /// Which nodes are reached now, directly or through others.
+    pub fn set_reachable(&mut self, reachable: BTreeSet<NodeId>, now: Instant) {
+        if self.reachable == reachable {
+            return;
+        }
+        let news: Vec<_> = reachable.difference(&self.reachable).copied().collect();
+        self.reachable = reachable;
+        for id in news {
+            self.hurry(id, now);
+        }
+        self.find_lenders();
+        self.finish(now);
     }
 
-    fn free_in(&self, first: IpAddr, last: IpAddr) -> Option<IpAddr> {
-        let mut candidate = first;
-        for taken in self.allocated.range(first..=last).map(|(address, _)| *address) {
-            if taken != candidate {
-                break;
-            }
-            if taken == last {
-                return None;
-            }
-            candidate = step(candidate);
+    /// Whether this node has met, since it was launched, a node at each of its targets.
+    pub fn set_targets_met(&mut self, met: bool, now: Instant) {
+        if self.targets_met != met {
+            self.targets_met = met;
+            self.finish(now);
         }
-        Some(candidate)
+    }
+
+    /// A message came from another node.
+    ///
+    /// # Errors
+    /// [`BadMessage`] if it breaks the protocol: nothing of it was taken.
+    pub fn handle_message(&mut self, from: NodeId, bytes: &[u8], now: Instant) -> Result<(), BadMessage> {
+        let message = Message::decode(bytes, &self.layout)?;
+        if from == self.id {
+            return Ok(());
+        }
+        match message {
+            Message::Request { quarter, serial, epoch, round, need, want, holds } => {
+                let loan = Loan { epoch, blocks: holds };
+                self.handle_request(from, quarter, serial, loan, round, (need, want));
+            }
+            Message::Grant { quarter, serial, round, blocks, exhausted } => {
+                self.handle_grant(from, quarter, serial, round, blocks, exhausted, now);
+            }
+            Message::Poke { quarter, serial } => self.handle_poke(from, quarter, serial, now),
+            Message::Title { quarter, title } => self.handle_title(from, quarter, title, now),
+            Message::Ask { epoch, round } => self.handle_ask(from, epoch, round, now),
+            Message::Answer { round, epoch, title, part, holds, rivals } => {
+                let answer = season::Answer { loan: Loan { epoch, blocks: holds }, title, part, rivals };
+                self.handle_answer(from, round, answer, now);
+            }
+            Message::Transfer { quarter, serial, epoch, part, parts, loans } => {
+                self.handle_transfer(from, quarter, serial, epoch, (part, parts), loans, now);
+            }
+            Message::TransferAck { quarter, serial, part, taken } => {
+                self.handle_transfer_ack(from, quarter, serial, part, taken, now);
+            }
+            Message::Reclaim { of, incarnation, round } => {
+                self.handle_reclaim(from, of, incarnation, round, now)
+            }
+            Message::ReclaimAck { of, round, epoch, titles, lends, holds, rivals } => {
+                let ack = reclaim::Ack { loan: Loan { epoch, blocks: holds }, titles, lends, rivals };
+                self.handle_reclaim_ack(from, of, round, ack);
+            }
+            Message::ReclaimRefused { of, round, why } => self.handle_refusal(from, of, round, why),
+            Message::Pledged { of, round } => self.handle_pledged(from, of, round),
+            Message::ReclaimOver { of, round } => self.handle_reclaim_over(from, of, round),
+            Message::Buried { of, incarnation, titles } => {
+                self.handle_buried(from, of, incarnation, titles, now);
+            }
+            Message::BuriedAck { of, incarnation } => self.handle_buried_ack(from, of, incarnation),
+        }
+        self.finish(now);
+        Ok(())
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.finish(now);
+    }
+
+    /// When to call [`Self::handle_timeout`] next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        [
+            self.next_request(),
+            self.next_hand_back(),
+            self.next_loan_check(),
+            self.next_question(),
+            self.next_transfer(),
+            self.next_reclaim(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// The next thing to do. Only to be called when all before it is done.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// Closes an input: does all that follows from it and from the time, and puts what must be on disk before all that depends on it.
+    fn finish(&mut self, now: Instant) {
+        self.drive_reclaim(now);
+        self.drive_season(now);
+        self.drive_transfers(now);
+        self.drive_loans(now);
+        self.drive_borrowing(now);
+        if !self.changes.is_empty() {
+            self.actions.push_back(Action::Persist(std::mem::take(&mut self.changes)));
+        }
+        self.actions.extend(self.effects.drain(..));
+    }
+
+    /// Takes a fact that was on disk.
+    fn restore(&mut self, fact: Fact, now: Instant) {
+        match fact {
+            Fact::Epoch(epoch) => self.epoch = epoch,
+            Fact::Held { block, lost } => self.allocation.add_block(block, lost, now),
+            Fact::Heard { quarter, title } => {
+                self.lending.heard.insert(quarter, title);
+            }
+            Fact::Taken { quarter, serial } => {
+                self.lending.taken.insert(quarter, serial);
+            }
+            Fact::Book { quarter, serial, heir } => self.lending.book(quarter, serial, now).heir = heir,
+            Fact::Loan { quarter, borrower, loan, round } => {
+                self.lending.loans.insert((quarter, borrower), lend::Lent { loan, round });
+            }
+            Fact::Grave { id, incarnation, by } => {
+                self.reclaiming.restore_grave(id, incarnation, by, by == self.id);
+            }
+            Fact::Pledge { of, incarnation, by, round } => {
+                self.pledge(of, by, incarnation, round, now);
+            }
+            Fact::Claim { of, incarnation } => self.restore_claim(of, incarnation, now),
+            Fact::Part { quarter, serial, part, parts, loans } => {
+                let inbox = self.inbox.entry(quarter).or_default();
+                (inbox.serial, inbox.parts) = (serial, parts);
+                inbox.loans.insert(part, loans);
+            }
+        }
+    }
+
+    /// A node has come, has gone or was started again: while it went, what it had may have changed hands.
+    fn ask_all_again(&mut self, now: Instant) {
+        let settled = now + self.timing.settle;
+        if let Some(season) = &mut self.season {
+            season.restart(settled);
+        }
+        self.reclaiming.restart_claims(settled);
+    }
+
+    fn put(&mut self, fact: Fact) {
+        self.changes.push(Change::Put(fact));
+    }
+
+    fn forget(&mut self, key: Key) {
+        self.changes.push(Change::Forget(key));
+    }
+
+    fn send(&mut self, to: NodeId, message: &Message) {
+        self.effects.push(Action::Send { to, bytes: message.encode() });
+    }
+
+    fn report(&mut self, problem: Problem) {
+        self.effects.push(Action::Report(problem));
+    }
+
+    fn next_round(&mut self) -> Round {
+        self.rounds += 1;
+        Round { incarnation: self.incarnation, count: self.rounds }
+    }
+
+    /// The nodes that may hold something: all that are known and have neither left nor been buried.
+    fn members(&self) -> impl Iterator<Item = NodeId> {
+        self.peers
+            .iter()
+            .filter(|(id, peer)| !peer.left && !self.is_buried(**id, peer.incarnation))
+            .map(|(id, _)| *id)
+    }
+
+    /// What was to be sent to a node that was not reachable is due now.
+    fn hurry(&mut self, id: NodeId, now: Instant) {
+        for request in self.borrowing.requests.values_mut().filter(|request| request.to == id) {
+            request.retry = Retry::new(now);
+        }
+        if let Some(retry) = self.season.as_mut().and_then(|season| season.asked.get_mut(&id)) {
+            retry.retry = Retry::new(now);
+        }
+        for book in self.lending.books.values_mut() {
+            if let Some(retry) = book.unsure.get_mut(&id) {
+                *retry = Retry::new(now);
+            }
+            book.retry = Retry::new(now);
+        }
+        self.reclaiming.hurry(id, now);
     }
 }
 
-/// The next address. Never called with the last one of a family: ranges end before it.
-fn step(address: IpAddr) -> IpAddr {
-    from_number(address, to_number(address).saturating_add(1))
+/// A question to one node. Asked anew, it has another round, so that late answers to the earlier one are told from those to this.
+#[derive(Clone, Copy, Debug)]
+struct Question {
+    round: Round,
+    retry: Retry,
+}
+
+/// When something unanswered is to be sent again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Retry {
+    at: Instant,
+    tries: u32,
+}
+
+impl Retry {
+    /// Due at once.
+    fn new(now: Instant) -> Self {
+        Self { at: now, tries: 0 }
+    }
+
+    /// True if it is due, and then it is put off.
+    fn take(&mut self, now: Instant, timing: &Timing) -> bool {
+        if self.at > now {
+            return false;
+        }
+        self.at = now + (timing.retry * 2_u32.pow(self.tries.min(8))).min(timing.retry_cap);
+        self.tries += 1;
+        true
+    }
 }
 
 fn to_number(address: IpAddr) -> u128 {

@@ -1,7 +1,11 @@
-use std::net::Ipv4Addr;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use proptest::prelude::*;
 
+use super::layout::bounds;
 use super::*;
 
 fn id(id: u16) -> NodeId {
@@ -17,103 +21,596 @@ fn net(subnet: &str, range: &str) -> Network {
 }
 
 fn node(number: u16) -> Ipam {
-    Ipam::new(Network::default(), id(number), BTreeMap::new()).unwrap()
+    let config =
+        Config { network: Network::default(), id: id(number), incarnation: 1000, timing: Timing::default() };
+    Ipam::new(config, [], BTreeMap::new(), Instant::now()).unwrap()
 }
 
-#[test]
-fn quarters_and_borders_of_the_default_range() {
-    let layout = Layout::new(Network::default()).unwrap();
-    let expected = [
-        ("10.40.0.0/15", "10.40.0.1", "10.41.255.255"),
-        ("10.42.0.0/15", "10.42.0.0", "10.43.255.255"),
-        ("10.44.0.0/15", "10.44.0.0", "10.45.255.255"),
-        ("10.46.0.0/15", "10.46.0.0", "10.47.255.254"),
-    ];
-    for (number, (quarter, first, last)) in (1..).zip(expected) {
-        assert_eq!(layout.quarter(id(number)), Some(quarter.parse().unwrap()));
-        assert_eq!(layout.usable(id(number)), Some((ip(first), ip(last))));
-        let mut ipam = node(number);
-        assert_eq!(ipam.allocate("a"), Ok(ip(first)));
-        ipam.resume_after(ip(last));
-        assert_eq!(ipam.allocate("b"), Ok(step(ip(first))), "the search goes round");
+/// A few nodes that all reach each other, or not; messages arrive at once.
+struct Cluster {
+    now: Instant,
+    network: Network,
+    nodes: BTreeMap<NodeId, Ipam>,
+    disks: BTreeMap<NodeId, BTreeMap<Key, Fact>>,
+    incarnations: BTreeMap<NodeId, u64>,
+    left: BTreeSet<NodeId>,
+    cut: BTreeSet<NodeId>,
+    queue: VecDeque<(NodeId, NodeId, Vec<u8>)>,
+    granted: BTreeMap<NodeId, Vec<IpAddr>>,
+    answers: Vec<(NodeId, Action)>,
+    messages: usize,
+}
+
+impl Cluster {
+    fn new(range: &str, ids: impl IntoIterator<Item = u16>) -> Self {
+        let mut cluster = Self {
+            now: Instant::now(),
+            network: net("10.0.0.0/8", range),
+            nodes: BTreeMap::new(),
+            disks: BTreeMap::new(),
+            incarnations: BTreeMap::new(),
+            left: BTreeSet::new(),
+            cut: BTreeSet::new(),
+            queue: VecDeque::new(),
+            granted: BTreeMap::new(),
+            answers: Vec::new(),
+            messages: 0,
+        };
+        for number in ids {
+            cluster.start(number, 1000 + u64::from(number));
+        }
+        cluster
     }
-    assert_eq!(layout.quarter(id(5)), None);
-    assert_eq!(layout.statics(), (ip("10.32.0.1"), ip("10.39.239.255")));
-    assert_eq!(layout.node_address(id(1)), ip("10.39.240.1"));
-    assert_eq!(layout.node_address(id(4095)), ip("10.39.255.255"));
-    assert_eq!(
-        [1, 2, 3, 4, 5].map(|number| node(number).capacity()),
-        [131_071, 131_072, 131_072, 131_071, 0]
-    );
+
+    fn start(&mut self, number: u16, incarnation: u64) {
+        let id = id(number);
+        let config = Config { network: self.network, id, incarnation, timing: Timing::default() };
+        let facts: Vec<_> = self.disks.entry(id).or_default().values().cloned().collect();
+        let allocated = self.granted.entry(id).or_default().iter().map(|address| (*address, String::new()));
+        let ipam = Ipam::new(config, facts, allocated.collect(), self.now).unwrap();
+        self.nodes.insert(id, ipam);
+        self.incarnations.insert(id, incarnation);
+        self.left.remove(&id);
+        self.pump();
+    }
+
+    fn node(&mut self, number: u16) -> &mut Ipam {
+        self.nodes.get_mut(&id(number)).unwrap()
+    }
+
+    /// Everyone hears what everyone has, and who is reached; all messages arrive.
+    fn pump(&mut self) {
+        loop {
+            let told: Vec<_> = self
+                .incarnations
+                .iter()
+                .map(|(id, incarnation)| {
+                    let node = self.nodes.get(id);
+                    let ranges = node.map(Ipam::ranges);
+                    let claims = node.map(Ipam::claims).unwrap_or_default();
+                    (*id, *incarnation, ranges, claims)
+                })
+                .collect();
+            let reachable = |one: NodeId| {
+                let others = self.nodes.keys().copied().filter(move |other| *other != one);
+                others.filter(|other| !self.cut.contains(other) && !self.cut.contains(&one)).collect()
+            };
+            let reachable: BTreeMap<NodeId, BTreeSet<NodeId>> =
+                self.nodes.keys().map(|id| (*id, reachable(*id))).collect();
+            for (own, node) in &mut self.nodes {
+                node.set_targets_met(true, self.now);
+                for (id, incarnation, ranges, claims) in &told {
+                    if id == own || !(reachable[own].contains(id) || self.left.contains(id)) {
+                        continue;
+                    }
+                    let left = self.left.contains(id);
+                    let ranges = ranges.clone().unwrap_or_default();
+                    node.learn(
+                        *id,
+                        Peer { incarnation: *incarnation, left, ranges, claims: claims.clone() },
+                        self.now,
+                    );
+                }
+                node.set_reachable(reachable[own].clone(), self.now);
+                while let Some(action) = node.poll_action() {
+                    match action {
+                        Action::Persist(changes) => {
+                            let disk = self.disks.get_mut(own).unwrap();
+                            for change in changes {
+                                match change {
+                                    Change::Put(fact) => disk.insert(fact.key(), fact),
+                                    Change::Forget(key) => disk.remove(&key),
+                                };
+                            }
+                        }
+                        Action::Send { to, bytes } => {
+                            assert!(bytes.len() <= MAX_MESSAGE);
+                            self.messages += 1;
+                            if reachable[own].contains(&to) {
+                                self.queue.push_back((*own, to, bytes));
+                            }
+                        }
+                        Action::Granted { address, .. } => self.granted.get_mut(own).unwrap().push(address),
+                        answer => self.answers.push((*own, answer)),
+                    }
+                }
+            }
+            let Some((from, to, bytes)) = self.queue.pop_front() else { return };
+            if let Some(node) = self.nodes.get_mut(&to) {
+                node.handle_message(from, &bytes, self.now).unwrap();
+            }
+        }
+    }
+
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while let Some(next) =
+            self.nodes.values().filter_map(Ipam::poll_timeout).min().filter(|at| *at <= end)
+        {
+            self.now = self.now.max(next);
+            for node in self.nodes.values_mut() {
+                node.handle_timeout(self.now);
+            }
+            self.pump();
+        }
+        self.now = end;
+    }
+
+    fn allocate(&mut self, number: u16, count: usize) {
+        for _ in 0..count {
+            let now = self.now;
+            self.node(number).allocate("container", now);
+            self.pump();
+        }
+    }
+
+    fn held(&mut self, number: u16) -> u128 {
+        self.node(number).held().map(super::space::size).sum()
+    }
+
+    fn errors(&self) -> Vec<String> {
+        self.answers
+            .iter()
+            .filter_map(|(_, answer)| match answer {
+                Action::Failed { error, .. } | Action::CannotLeave(error) | Action::ReclaimFailed(error) => {
+                    Some(error.to_string())
+                }
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn problems(&self, number: u16) -> Vec<Problem> {
+        self.answers
+            .iter()
+            .filter_map(|(node, answer)| match answer {
+                Action::Report(problem) if *node == id(number) => Some(problem.clone()),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// The node is gone, and everyone may know it.
+    fn remove(&mut self, number: u16) {
+        self.nodes.remove(&id(number));
+        self.disks.remove(&id(number));
+        self.granted.remove(&id(number));
+        self.pump();
+    }
+
+    /// No address twice, and every quarter with one lender at most.
+    fn check(&self) {
+        let mut seen = BTreeSet::new();
+        for address in self.granted.values().flatten() {
+            assert!(seen.insert(*address), "{address} was given twice");
+        }
+        for quarter in quarters() {
+            let lenders = self.nodes.values().filter(|node| node.lends(quarter).is_some()).count();
+            assert!(lenders <= 1, "quarter {quarter} has {lenders} lenders");
+        }
+    }
 }
 
+const LONG: Duration = Duration::from_secs(20);
+
 #[test]
-fn a_node_without_space_says_which_have_it() {
-    let error = node(5).allocate("a").unwrap_err();
-    assert_eq!(error, IpamError::NotYet { id: id(5) });
-    assert!(error.to_string().contains("IDs 1, 2, 3 and 4"));
-    assert!(node(5).ranges().is_empty());
-    assert_eq!(node(5).claim(ip("10.32.0.1"), "a"), Ok(()), "static addresses need no space");
+fn a_node_1_alone_gives_its_own_half_in_order_and_no_other_address() {
+    for (number, first) in [(1, "10.40.0.1"), (2, "10.42.0.0"), (3, "10.44.0.0"), (4, "10.46.0.0")] {
+        let mut ipam = node(number);
+        assert_eq!(ipam.layout().quarter(id(number)).unwrap().prefix_len(), 15);
+        assert_eq!(ipam.layout().own_part(id(number)).unwrap().prefix_len(), 16);
+        ipam.allocate("a", Instant::now());
+        let granted = std::iter::from_fn(|| ipam.poll_action()).find_map(|action| match action {
+            Action::Granted { address, .. } => Some(address),
+            _ => None,
+        });
+        assert_eq!(granted, Some(ip(first)));
+        assert_eq!(ipam.check_ready(), Ok(()));
+        assert_eq!(ipam.capacity(), if number == 1 { 65_535 } else { 65_536 });
+    }
+    let layout = *node(1).layout();
+    assert_eq!(layout.statics(), (ip("10.32.0.1"), ip("10.39.239.255")));
+    assert_eq!(layout.node_address(id(4095)), ip("10.39.255.255"));
+    let parts = quarters().flat_map(|quarter| [layout.own_part(quarter), layout.lendable(quarter)]);
+    let parts: Vec<_> = parts.flatten().collect();
+    assert_eq!(IpNet::aggregate(&parts), ["10.40.0.0/13".parse::<IpNet>().unwrap()]);
 }
 
 #[test]
 fn a_released_address_rests() {
-    let mut ipam = node(1);
-    let first = ipam.allocate("a").unwrap();
-    assert_eq!(ipam.release(first), Some("a".into()));
-    assert_eq!(ipam.release(first), None);
-    assert_eq!(ipam.allocate("b"), Ok(ip("10.40.0.2")));
-    let mut restarted = Ipam::new(Network::default(), id(1), ipam.allocated().clone()).unwrap();
-    assert_eq!(restarted.allocate("c"), Ok(ip("10.40.0.3")));
-    let mut empty = node(1);
-    empty.resume_after(ip("10.40.0.7"));
-    assert_eq!(empty.allocate("d"), Ok(ip("10.40.0.8")));
-    empty.resume_after(ip("10.46.0.7"));
+    let mut cluster = Cluster::new("10.1.0.0/24", [1]);
+    cluster.allocate(1, 1);
+    let now = cluster.now;
+    assert_eq!(cluster.granted[&id(1)], [ip("10.1.0.1")]);
+    assert_eq!(cluster.node(1).release(ip("10.1.0.1"), now), Some("container".into()));
+    assert_eq!(cluster.node(1).release(ip("10.1.0.1"), now), None);
+    cluster.allocate(1, 1);
+    assert_eq!(cluster.granted[&id(1)][1], ip("10.1.0.2"));
+    cluster.node(1).resume_after(ip("10.1.0.7"));
+    cluster.allocate(1, 1);
+    assert_eq!(cluster.granted[&id(1)][2], ip("10.1.0.8"));
+}
+
+#[test]
+fn node_5_waits_alone_fails_by_name_and_is_ready_when_a_lender_comes() {
+    let mut cluster = Cluster::new("10.1.0.0/20", [5]);
+    cluster.allocate(5, 1);
+    cluster.run(Duration::from_secs(14));
+    assert!(cluster.errors().is_empty());
+    cluster.run(Duration::from_secs(2));
+    let error = &cluster.errors()[0];
+    assert!(error.contains("node 5") && error.contains("node 1 is not known"), "{error}");
+    assert!(cluster.node(5).check_ready().is_err());
+    cluster.allocate(5, 1);
+    cluster.start(2, 5000);
+    cluster.run(Duration::from_secs(3));
+    assert_eq!(cluster.granted[&id(5)].len(), 1, "who waited has an address by itself");
+    assert_eq!(cluster.node(5).check_ready(), Ok(()));
+    assert!(cluster.node(5).layout().lendable(id(2)).unwrap().contains(&cluster.granted[&id(5)][0]));
+}
+
+#[test]
+fn what_is_borrowed_can_be_given_with_nobody_there() {
+    let mut cluster = Cluster::new("10.1.0.0/20", [2, 5]);
+    cluster.run(LONG);
+    cluster.cut.insert(id(5));
+    cluster.allocate(5, 10);
+    assert_eq!(cluster.granted[&id(5)].len(), 10);
+}
+
+#[test]
+fn blocks_are_sized_to_need() {
+    let mut cluster = Cluster::new("10.40.0.0/13", [1, 2, 5]);
+    cluster.network.subnet = "10.32.0.0/12".parse().unwrap();
+    cluster.run(LONG);
+    cluster.allocate(5, 3);
+    cluster.run(LONG);
+    assert!(cluster.held(5) <= 64, "{} addresses for 3 containers", cluster.held(5));
+    let before = cluster.messages;
+    cluster.allocate(5, 1997);
+    cluster.run(LONG);
+    assert_eq!(cluster.granted[&id(5)].len(), 2000);
+    let messages = cluster.messages - before;
+    assert!(messages <= 60, "{messages} messages for 2000 containers");
+    assert!(cluster.held(5) <= 4096 + 64, "{} addresses for 2000 containers", cluster.held(5));
+    assert!(cluster.node(5).held().count() <= 16);
+    cluster.check();
+}
+
+#[test]
+fn unused_blocks_are_handed_back_after_a_while_and_a_few_addresses_kept() {
+    let mut cluster = Cluster::new("10.1.0.0/20", [1, 5]);
+    cluster.run(LONG);
+    cluster.allocate(5, 200);
+    cluster.run(LONG);
+    let held = cluster.held(5);
+    let now = cluster.now;
+    for address in std::mem::take(cluster.granted.get_mut(&id(5)).unwrap()) {
+        cluster.node(5).release(address, now);
+    }
+    cluster.run(Duration::from_secs(200));
+    assert_eq!(cluster.held(5), held, "not at once");
+    cluster.run(Duration::from_secs(200));
+    assert!((8..=64).contains(&cluster.held(5)), "{}", cluster.held(5));
+    let lent: u128 = cluster
+        .node(1)
+        .ledger()
+        .flat_map(|(_, loans)| loans)
+        .flat_map(|(_, blocks)| blocks.iter().map(|block| super::space::size(*block)))
+        .sum();
+    assert_eq!(lent, cluster.held(5), "the lender knows");
+}
+
+#[test]
+fn an_exhausted_pool_is_explained_and_another_lender_is_found() {
+    let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 5]);
+    cluster.run(LONG);
+    // 8 addresses of each of the two.
+    cluster.allocate(5, 16);
+    cluster.run(LONG);
+    assert_eq!(cluster.granted[&id(5)].len(), 16);
+    cluster.allocate(5, 1);
+    cluster.run(LONG);
+    let error = cluster.errors().pop().unwrap();
+    assert!(error.contains("node 1 has none left, node 2 has none left, node 3 is not known"), "{error}");
+    cluster.check();
+}
+
+#[test]
+fn nodes_1_to_4_use_what_they_lend_once_their_own_half_is_full() {
+    let mut cluster = Cluster::new("10.1.0.0/26", [1, 2]);
+    cluster.run(LONG);
+    cluster.allocate(1, 7 + 8 + 8);
+    cluster.run(LONG);
     assert_eq!(
-        empty.allocate("e"),
-        Ok(ip("10.40.0.9")),
-        "an address of another node's quarter means nothing"
+        cluster.granted[&id(1)].len(),
+        7 + 8 + 8,
+        "its own half, the half that it lends, and node 2's"
     );
+    cluster.allocate(2, 8);
+    assert_eq!(cluster.granted[&id(2)].len(), 8, "its own half is never lent");
+    cluster.check();
 }
 
 #[test]
-fn a_full_quarter_says_so_and_recovers() {
-    let small = net("10.0.0.0/16", "10.0.255.0/28");
-    let mut ipam = Ipam::new(small, id(2), BTreeMap::new()).unwrap();
-    let given: Vec<_> = (0..4).map(|_| ipam.allocate("a").unwrap()).collect();
-    assert_eq!(given, [4, 5, 6, 7].map(|last| IpAddr::from(Ipv4Addr::new(10, 0, 255, last))));
-    let error = ipam.allocate("b").unwrap_err();
-    assert_eq!(error, IpamError::Exhausted { id: id(2), count: 4, ranges: "10.0.255.4/30".into() });
-    assert_eq!(ipam.check_ready(), Err(error));
-    ipam.release(given[2]);
-    assert_eq!(ipam.allocate("b"), Ok(given[2]));
-    for (number, capacity) in [(1, 3), (4, 3)] {
-        let mut ipam = Ipam::new(small, id(number), BTreeMap::new()).unwrap();
-        assert_eq!(ipam.capacity(), capacity);
-        for _ in 0..capacity {
-            let address = ipam.allocate("a").unwrap();
-            assert!(address != ip("10.0.255.0") && address != ip("10.0.255.15"));
-        }
-        assert!(matches!(ipam.allocate("a"), Err(IpamError::Exhausted { .. })));
-    }
+fn a_lender_that_leaves_hands_its_ledger_over_and_gets_it_back() {
+    let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 5]);
+    cluster.run(LONG);
+    cluster.allocate(5, 3);
+    let lent = cluster.node(5).held().collect::<Vec<_>>();
+    let lender = if cluster.node(1).layout().lendable(id(1)).unwrap().contains(&lent[0]) { 1 } else { 2 };
+    let now = cluster.now;
+    cluster.node(lender).leave(now);
+    cluster.pump();
+    assert!(cluster.answers.contains(&(id(lender), Action::MayLeave)));
+    let other = 3 - lender;
+    assert!(cluster.node(other).lends(id(lender)).is_some());
+    cluster.left.insert(id(lender));
+    cluster.remove(lender);
+    cluster.run(LONG);
+    assert_eq!(cluster.node(5).held().collect::<Vec<_>>(), lent);
+    cluster.start(lender, 9000);
+    cluster.run(LONG);
+    assert!(cluster.node(lender).lends(id(lender)).is_some(), "it lends again");
+    assert!(cluster.node(other).lends(id(lender)).is_none());
+    let ledger: Vec<_> =
+        cluster.node(lender).ledger().flat_map(|(_, loans)| loans).map(|(id, _)| id).collect();
+    assert_eq!(ledger, [id(5)], "with all that it had lent before");
+    cluster.check();
 }
 
 #[test]
-fn the_whole_default_quarter_can_be_given_out() {
-    let mut ipam = node(4);
-    let mut seen = BTreeSet::new();
-    for _ in 0..ipam.capacity() {
-        // Counting for the error would make this quadratic.
-        let (first, last) = ipam.layout.usable(ipam.id).unwrap();
-        let start = ipam.cursor.map_or(first, step);
-        let address = ipam.free_in(start, last).unwrap();
-        ipam.allocated.insert(address, String::new());
-        ipam.cursor = Some(address);
-        assert!(seen.insert(address));
+fn a_lender_whose_ledger_nobody_takes_cannot_leave() {
+    let mut cluster = Cluster::new("10.1.0.0/24", [1, 5]);
+    cluster.run(LONG);
+    cluster.cut.insert(id(5));
+    cluster.pump();
+    let now = cluster.now;
+    cluster.node(1).leave(now);
+    cluster.run(LONG);
+    let error = cluster.errors().pop().unwrap();
+    assert!(
+        error.contains("node 1 has lent addresses to node 5") && error.contains("no node is reachable"),
+        "{error}"
+    );
+    cluster.cut.clear();
+    cluster.allocate(1, 1);
+    assert_eq!(cluster.granted[&id(1)].len(), 1, "it goes on");
+}
+
+#[test]
+fn a_borrower_that_left_leaves_nothing_lent() {
+    let mut cluster = Cluster::new("10.1.0.0/24", [1, 5]);
+    cluster.run(LONG);
+    assert!(cluster.held(5) > 0);
+    cluster.left.insert(id(5));
+    cluster.remove(5);
+    assert_eq!(cluster.node(1).ledger().flat_map(|(_, loans)| loans).count(), 0);
+}
+
+#[test]
+fn two_halves_cannot_both_reclaim_and_the_lower_id_has_it_in_the_end() {
+    let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 3, 5]);
+    cluster.run(LONG);
+    cluster.allocate(5, 3);
+    let now = cluster.now;
+    assert!(cluster.node(2).reclaim(id(1), now).is_err(), "it is reachable");
+    assert!(cluster.node(2).reclaim(id(9), now).is_err(), "it is not known");
+    cluster.nodes.remove(&id(1));
+    cluster.granted.remove(&id(1));
+    cluster.pump();
+    cluster.cut.insert(id(3));
+    cluster.pump();
+    assert_eq!(cluster.node(2).reclaim(id(1), now), Ok(()));
+    assert_eq!(cluster.node(3).reclaim(id(1), now), Ok(()));
+    cluster.pump();
+    cluster.run(LONG);
+    assert_eq!(cluster.node(2).reclaims()[&id(1)], [id(3)], "it waits for the other half");
+    assert!(cluster.node(2).lends(id(1)).is_none() && cluster.node(3).lends(id(1)).is_none());
+    cluster.cut.clear();
+    cluster.pump();
+    cluster.run(LONG);
+    assert!(cluster.node(2).lends(id(1)).is_some() && cluster.node(3).lends(id(1)).is_none());
+    assert!(
+        cluster.errors().iter().any(|error| error.contains("node 2 takes it back")),
+        "{:?}",
+        cluster.errors()
+    );
+    assert_eq!(cluster.node(3).reclaim(id(1), now), Ok(()), "done is done");
+    cluster.check();
+}
+
+#[test]
+fn who_comes_back_from_the_grave_says_so_and_gives_nothing_of_what_it_lost() {
+    let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 5]);
+    cluster.run(LONG);
+    // Node 1 uses some of what it lends.
+    cluster.allocate(1, 9);
+    cluster.run(LONG);
+    let old = cluster.nodes.remove(&id(1)).unwrap();
+    let (old_disk, old_addresses) = (cluster.disks[&id(1)].clone(), cluster.granted.remove(&id(1)).unwrap());
+    drop(old);
+    cluster.pump();
+    let now = cluster.now;
+    cluster.node(2).reclaim(id(1), now).unwrap();
+    cluster.pump();
+    cluster.run(LONG);
+    assert!(cluster.node(2).lends(id(1)).is_some());
+    // All that it had lent or used is used by others.
+    cluster.allocate(2, 8 + 8 + 8 - 1);
+    cluster.run(LONG);
+    cluster.check();
+    cluster.disks.insert(id(1), old_disk);
+    cluster.granted.insert(id(1), old_addresses);
+    cluster.start(1, 2000);
+    cluster.run(LONG);
+    let problems = cluster.problems(1);
+    assert!(
+        problems.iter().any(|problem| matches!(problem, Problem::Buried { by } if *by == id(2))),
+        "{problems:?}"
+    );
+    assert!(problems.iter().any(|problem| matches!(problem, Problem::Lost { .. })), "{problems:?}");
+    let given: BTreeSet<_> = cluster.granted[&id(2)].iter().copied().collect();
+    let before = cluster.granted[&id(1)].len();
+    cluster.allocate(1, 8);
+    cluster.run(LONG);
+    let more: Vec<_> = cluster.granted[&id(1)][before..].to_vec();
+    assert!(more.iter().all(|address| !given.contains(address)), "it spreads: {more:?}");
+}
+
+#[test]
+fn a_fresh_node_1_gets_back_what_was_reclaimed_of_the_old_one() {
+    let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 5]);
+    cluster.run(LONG);
+    cluster.remove(1);
+    let now = cluster.now;
+    cluster.node(2).reclaim(id(1), now).unwrap();
+    cluster.run(LONG);
+    cluster.start(1, 9000);
+    cluster.run(LONG);
+    assert!(cluster.node(1).lends(id(1)).is_some());
+    assert!(cluster.problems(1).is_empty());
+    cluster.check();
+}
+
+#[test]
+fn claims_of_other_nodes_are_respected_and_clashes_found() {
+    let mut ipam = node(1);
+    let now = Instant::now();
+    let address = ip("10.32.0.9");
+    let peer = |claims: &[IpAddr]| Peer { incarnation: 1, claims: claims.to_vec(), ..Peer::default() };
+    ipam.learn(id(2), peer(&[address]), now);
+    assert_eq!(ipam.claim(address, "a"), Err(IpamError::InUseElsewhere { address, node: id(2) }));
+    ipam.learn(id(2), Peer { left: true, ..peer(&[address]) }, now);
+    assert_eq!(ipam.claim(address, "a"), Ok(()));
+    let clashes = |ipam: &mut Ipam| {
+        let actions: Vec<_> = std::iter::from_fn(|| ipam.poll_action()).collect();
+        actions.iter().filter(|action| matches!(action, Action::Report(Problem::Clash { .. }))).count()
+    };
+    assert_eq!(clashes(&mut ipam), 0);
+    ipam.learn(id(3), peer(&[address, ip("10.32.0.10")]), now);
+    assert_eq!(clashes(&mut ipam), 1);
+    ipam.learn(id(3), peer(&[address]), now);
+    assert_eq!(clashes(&mut ipam), 0, "once");
+}
+
+/// What is granted comes after all that it rests on is on disk.
+#[test]
+fn the_disk_comes_first() {
+    let mut cluster = Cluster::new("10.1.0.0/24", [1, 5]);
+    cluster.run(LONG);
+    let now = cluster.now;
+    let round = Round { incarnation: 1005, count: 1000 };
+    let serial = cluster.node(1).lends(id(1)).unwrap();
+    let holds = cluster.node(5).held().collect();
+    let request = Message::Request { quarter: id(1), serial, epoch: 1005, round, need: 5, want: 5, holds };
+    cluster.node(1).handle_message(id(5), &request.encode(), now).unwrap();
+    let first = cluster.node(1).poll_action();
+    assert!(matches!(first, Some(Action::Persist(_))), "{first:?}");
+    let second = cluster.node(1).poll_action();
+    let Some(Action::Send { bytes, .. }) = second else { panic!("{second:?}") };
+    let layout = *cluster.node(1).layout();
+    let answer = Message::decode(&bytes, &layout);
+    assert!(matches!(answer, Ok(Message::Grant { .. })), "{answer:?}");
+    // The same again is answered the same, and nothing is written.
+    cluster.node(1).handle_message(id(5), &request.encode(), now).unwrap();
+    assert_eq!(cluster.node(1).poll_action(), Some(Action::Send { to: id(5), bytes }));
+    // An older one is not answered at all.
+    let round = Round { incarnation: 1005, count: 999 };
+    let late =
+        Message::Request { quarter: id(1), serial, epoch: 1005, round, need: 0, want: 0, holds: Vec::new() };
+    cluster.node(1).handle_message(id(5), &late.encode(), now).unwrap();
+    assert_eq!(cluster.node(1).poll_action(), None);
+}
+
+#[test]
+fn hostile_messages_are_refused_whole() {
+    let layout = *node(1).layout();
+    let title = Title { serial: 1, holder: id(1) };
+    let request = |quarter, holds| Message::Request {
+        quarter,
+        serial: 1,
+        epoch: 1,
+        round: Round::default(),
+        need: 1,
+        want: 1,
+        holds,
+    };
+    let block = |text: &str| text.parse::<IpNet>().unwrap();
+    let loan = |text: &str| Loan { epoch: 1, blocks: vec![block(text)] };
+    let part =
+        |part, parts, loans| Message::Transfer { quarter: id(1), serial: 1, epoch: 1, part, parts, loans };
+    let refused = [
+        request(id(5), Vec::new()),
+        request(id(1), vec![block("10.40.0.0/24")]),
+        request(id(1), vec![block("10.43.0.0/24")]),
+        request(id(1), vec![block("10.41.1.0/24"), block("10.41.0.0/24")]),
+        request(id(1), vec![block("10.41.0.0/24"), block("10.41.0.0/25")]),
+        request(id(1), vec![block("10.41.0.1/24")]),
+        request(id(1), block("10.41.0.0/16").subnets(25).unwrap().take(257).collect()),
+        Message::Title { quarter: id(1), title: Title { serial: u64::MAX, ..title } },
+        Message::Poke { quarter: id(9), serial: 1 },
+        part(1, 1, Vec::new()),
+        part(0, u16::MAX, Vec::new()),
+        part(0, 1, vec![(id(6), loan("10.41.0.0/24")), (id(5), loan("10.41.1.0/24"))]),
+        part(0, 1, vec![(id(5), loan("10.43.0.0/24"))]),
+    ];
+    for message in refused {
+        let decoded = Message::decode(&message.encode(), &layout);
+        assert!(matches!(decoded, Err(BadMessage::Bounds(_))), "{message:?} is {decoded:?}");
     }
-    assert_eq!(seen.first(), Some(&ip("10.46.0.0")));
-    assert_eq!(seen.last(), Some(&ip("10.47.255.254")));
-    assert!(matches!(ipam.allocate("a"), Err(IpamError::Exhausted { count: 131_071, .. })));
+    let good = request(id(1), vec![block("10.41.0.0/24"), block("10.41.1.0/24")]);
+    assert_eq!(Message::decode(&good.encode(), &layout), Ok(good.clone()));
+    let mut longer = good.encode();
+    longer.push(0);
+    assert_eq!(Message::decode(&longer, &layout), Err(BadMessage::Unreadable));
+    assert_eq!(Message::decode(&[], &layout), Err(BadMessage::Empty));
+    assert_eq!(Message::decode(&[9, 0], &layout), Err(BadMessage::Format(9)));
+    assert!(matches!(Message::decode(&vec![1; MAX_MESSAGE + 1], &layout), Err(BadMessage::Bounds(_))));
+}
+
+#[test]
+fn impossible_networks_are_explained() {
+    let refused = |subnet, range| Layout::new(net(subnet, range)).unwrap_err();
+    assert!(matches!(refused("10.32.0.0/12", "10.48.0.0/13"), BadNetwork::Outside { .. }));
+    assert!(matches!(refused("10.32.0.0/12", "fd00::/64"), BadNetwork::Outside { .. }));
+    assert!(matches!(refused("10.40.0.0/13", "10.32.0.0/12"), BadNetwork::Outside { .. }));
+    assert!(matches!(refused("10.32.0.0/12", "10.32.0.0/12"), BadNetwork::NoRoom { .. }));
+    assert!(matches!(refused("10.0.0.0/24", "10.0.0.128/25"), BadNetwork::NoRoom { .. }));
+    assert!(matches!(refused("10.32.0.0/12", "10.40.0.0/29"), BadNetwork::TooSmall { .. }));
+    assert!(matches!(refused("10.32.0.0/12", "10.40.0.1/13"), BadNetwork::HostBits { .. }));
+}
+
+#[test]
+fn other_networks_are_divided_likewise() {
+    let above = Layout::new(net("10.0.0.0/8", "10.0.0.0/16")).unwrap();
+    assert_eq!(above.node_address(id(1)), ip("10.1.0.1"));
+    assert_eq!(above.statics(), (ip("10.1.16.0"), ip("10.255.255.254")));
+    let whole_family = Layout::new(net("0.0.0.0/0", "128.0.0.0/1")).unwrap();
+    assert_eq!(whole_family.usable(id(4)), Some((ip("224.0.0.0"), ip("255.255.255.254"))));
+    let v6 = Layout::new(net("fd00::/16", "fd00:8000::/17")).unwrap();
+    assert_eq!(v6.quarter(id(2)), Some("fd00:a000::/19".parse().unwrap()));
+    assert_eq!(v6.usable(id(1)).unwrap().0, ip("fd00:8000::1"));
 }
 
 #[test]
@@ -144,106 +641,57 @@ fn static_addresses_are_checked() {
     assert_eq!(ipam.allocated().len(), 2, "nothing was taken by a refused claim");
 }
 
-#[test]
-fn claims_of_other_nodes_are_respected_and_clashes_found() {
-    let mut ipam = node(1);
-    let address = ip("10.32.0.9");
-    assert!(ipam.handle_claims(id(2), &[address]).is_empty());
-    assert_eq!(ipam.claim(address, "a"), Err(IpamError::InUseElsewhere { address, node: id(2) }));
-    assert!(ipam.handle_claims(id(2), &[]).is_empty());
-    assert_eq!(ipam.claim(address, "a"), Ok(()));
-    assert_eq!(ipam.handle_claims(id(3), &[address, ip("10.32.0.10")]), [address]);
-    assert!(ipam.handle_claims(id(1), &[address]).is_empty(), "the node's own word");
-}
-
-#[test]
-fn impossible_networks_are_explained() {
-    let refused = |subnet, range| Layout::new(net(subnet, range)).unwrap_err();
-    assert!(matches!(refused("10.32.0.0/12", "10.48.0.0/13"), BadNetwork::Outside { .. }));
-    assert!(matches!(refused("10.32.0.0/12", "fd00::/64"), BadNetwork::Outside { .. }));
-    assert!(matches!(refused("10.40.0.0/13", "10.32.0.0/12"), BadNetwork::Outside { .. }));
-    assert!(matches!(refused("10.32.0.0/12", "10.32.0.0/12"), BadNetwork::NoRoom { .. }));
-    assert!(matches!(refused("10.0.0.0/24", "10.0.0.128/25"), BadNetwork::NoRoom { .. }));
-    assert!(matches!(refused("10.32.0.0/12", "10.40.0.0/29"), BadNetwork::TooSmall { .. }));
-    assert!(matches!(refused("10.32.0.0/12", "10.40.0.1/13"), BadNetwork::HostBits { .. }));
-}
-
-#[test]
-fn other_networks_are_divided_likewise() {
-    let above = Layout::new(net("10.0.0.0/8", "10.0.0.0/16")).unwrap();
-    assert_eq!(above.node_address(id(1)), ip("10.1.0.1"));
-    assert_eq!(above.statics(), (ip("10.1.16.0"), ip("10.255.255.254")));
-    let whole_family = Layout::new(net("0.0.0.0/0", "128.0.0.0/1")).unwrap();
-    assert_eq!(whole_family.usable(id(4)), Some((ip("224.0.0.0"), ip("255.255.255.254"))));
-    let v6 = Layout::new(net("fd00::/16", "fd00:8000::/17")).unwrap();
-    assert_eq!(v6.quarter(id(2)), Some("fd00:a000::/19".parse().unwrap()));
-    assert_eq!(v6.usable(id(1)).unwrap().0, ip("fd00:8000::1"));
-}
-
-#[derive(Clone, Debug)]
-enum Step {
-    Allocate,
-    ReleaseNth(usize),
-    Claim(u32),
-    Restart,
-}
-
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let step = prop_oneof![
-        4 => Just(Step::Allocate),
-        2 => any::<usize>().prop_map(Step::ReleaseNth),
-        1 => any::<u32>().prop_map(Step::Claim),
-        1 => Just(Step::Restart),
-    ];
-    prop::collection::vec(step, 1..200)
-}
-
 proptest! {
     #[test]
-    fn no_address_is_given_twice_or_to_the_wrong_node(steps in steps(), number in 1_u16..=4, bits in 0_u8..4) {
-        let range: IpNet = format!("10.1.0.0/{}", 28 - bits).parse().unwrap();
-        let network = Network { subnet: "10.0.0.0/8".parse().unwrap(), range };
-        let layout = Layout::new(network).unwrap();
-        let quarter = layout.quarter(id(number)).unwrap();
-        let (first, last) = layout.statics();
-        let mut ipam = Ipam::new(network, id(number), BTreeMap::new()).unwrap();
-        let mut model: BTreeMap<IpAddr, String> = BTreeMap::new();
-        for (index, step) in steps.into_iter().enumerate() {
-            let owner = format!("owner{index}");
-            match step {
-                Step::Allocate => match ipam.allocate(&owner) {
-                    Ok(address) => {
-                        prop_assert!(quarter.contains(&address));
-                        prop_assert!(address != range.network() && address != range.broadcast());
-                        prop_assert_eq!(model.insert(address, owner), None, "given twice");
-                    }
-                    Err(error) => {
-                        prop_assert!(matches!(error, IpamError::Exhausted { .. }), "{}", error);
-                        let used = model.keys().filter(|address| quarter.contains(*address)).count();
-                        prop_assert_eq!(used as u128, ipam.capacity());
-                    }
-                },
-                Step::ReleaseNth(nth) => {
-                    let chosen = model.keys().nth(nth % model.len().max(1)).copied();
-                    if let Some(address) = chosen {
-                        prop_assert_eq!(ipam.release(address), model.remove(&address));
-                    }
-                }
-                Step::Claim(bits) => {
-                    // Mostly near the static addresses' borders.
-                    let address = from_number(first, to_number(first) - 20 + u128::from(bits % 64));
-                    let free = !model.contains_key(&address) && (first..=last).contains(&address);
-                    prop_assert_eq!(ipam.claim(address, &owner).is_ok(), free);
-                    if free {
-                        model.insert(address, owner);
-                    }
-                }
-                Step::Restart => {
-                    ipam = Ipam::new(network, id(number), ipam.allocated().clone()).unwrap();
-                }
-            }
-            prop_assert_eq!(ipam.allocated(), &model);
+    fn free_blocks_and_taken_ones_are_the_whole(taken in prop::collection::vec((any::<u16>(), 17_u8..=32), 0..30)) {
+        let whole: IpNet = "10.1.0.0/16".parse().unwrap();
+        let taken: Vec<IpNet> = taken
+            .into_iter()
+            .map(|(offset, prefix)| {
+                let address = IpAddr::V4((0x0a01_0000 | u32::from(offset)).into());
+                IpNet::new(address, prefix).unwrap().trunc()
+            })
+            .collect();
+        let free = super::space::free(whole, taken.iter().copied());
+        prop_assert!(free.windows(2).all(|pair| bounds(pair[0]).1 < bounds(pair[1]).0));
+        for block in &free {
+            prop_assert!(!taken.iter().any(|taken| super::space::overlap(*taken, *block)));
         }
+        let free_size: u128 = free.iter().map(|block| super::space::size(*block)).sum();
+        let taken_size: u128 = IpNet::aggregate(&taken).iter().map(|block| super::space::size(*block)).sum();
+        prop_assert_eq!(free_size + taken_size, 65_536);
+    }
+
+    #[test]
+    fn chosen_blocks_are_free_and_suffice(
+        taken in prop::collection::vec((any::<u8>(), 24_u8..=32), 0..10),
+        count in 1_u128..400,
+    ) {
+        let whole: IpNet = "10.1.0.0/24".parse().unwrap();
+        let taken: Vec<IpNet> = taken
+            .into_iter()
+            .map(|(offset, prefix)| {
+                IpNet::new(IpAddr::V4((0x0a01_0000 | u32::from(offset)).into()), prefix).unwrap().trunc()
+            })
+            .collect();
+        let free = super::space::free(whole, taken.into_iter());
+        let left: u128 = free.iter().map(|block| super::space::size(*block)).sum();
+        let chosen = super::space::choose(&free, count, usize::MAX);
+        let size: u128 = chosen.iter().map(|block| super::space::size(*block)).sum();
+        prop_assert!(size >= count.min(left) && size <= left && size < 2 * count.max(1));
+        for block in &chosen {
+            prop_assert!(free.iter().any(|free| free.contains(block)));
+        }
+        prop_assert!(chosen.windows(2).all(|pair| bounds(pair[0]).1 < bounds(pair[1]).0));
+    }
+
+    #[test]
+    fn whatever_arrives_nothing_breaks(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        let mut ipam = node(1);
+        let mut framed = vec![1];
+        framed.extend(&bytes);
+        let _ = ipam.handle_message(id(2), &framed, Instant::now());
+        let _ = ipam.handle_message(id(2), &bytes, Instant::now());
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::running::Node;
 use crate::api::{self, ApiError, Netns, Primed, Target};
 use crate::datapath::{self, KnownEndpoint, NetnsRef};
 use crate::fault;
+use crate::ipam;
 use crate::store::{Attachment, StoreError};
 
 impl Node {
@@ -44,7 +45,7 @@ impl Node {
         let fixed = request.address.is_some();
         let address = match request.address {
             Some(address) => self.claim(address, &owner)?,
-            None => self.ipam.allocate(&owner).map_err(|error| ApiError::refused(error.to_string()))?,
+            None => self.allocate(&owner, now)?,
         };
         let attachment = Attachment {
             address,
@@ -58,7 +59,7 @@ impl Node {
         };
         // On disk before anything uses it: a crash from here on leaves an address too many in use, never one twice.
         if let Err(error) = self.store.add_attachment(&attachment) {
-            self.ipam.release(address);
+            self.ipam.release(address, now);
             return Err(ApiError::failed(error));
         }
         fault::step("attachment");
@@ -162,6 +163,28 @@ impl Node {
         }
     }
 
+    /// An address that this node can give at once.
+    fn allocate(&mut self, owner: &str, now: Instant) -> Result<IpAddr, ApiError> {
+        let request = self.ipam.allocate(owner, now);
+        let answers = self.pump_ipam().map_err(ApiError::failed)?;
+        for answer in answers {
+            match answer {
+                ipam::Action::Granted { request: granted, address } if granted == request => {
+                    return Ok(address);
+                }
+                ipam::Action::Failed { request: failed, error } if failed == request => {
+                    return Err(ApiError::refused(error.to_string()));
+                }
+                _ => {}
+            }
+        }
+        self.ipam.cancel(request);
+        match self.ipam.check_ready() {
+            Err(error) => Err(ApiError::refused(error.to_string())),
+            Ok(()) => Err(ApiError::failed("no address was found; try again")),
+        }
+    }
+
     fn claim(&mut self, address: IpNet, owner: &str) -> Result<IpAddr, ApiError> {
         let subnet = self.identity.network.subnet;
         if !subnet.contains(&address.addr()) {
@@ -185,7 +208,7 @@ impl Node {
     /// To be called when nothing uses the address any more. It stays taken if the disk cannot be written: after a restart it would be.
     fn give_back(&mut self, address: IpAddr) -> Result<(), StoreError> {
         self.store.remove_attachment(address)?;
-        self.ipam.release(address);
+        self.ipam.release(address, Instant::now());
         Ok(())
     }
 

@@ -10,8 +10,10 @@ use crate::control::CONTROL_PORT;
 use crate::control::dial::{self, AttemptId, Verdict};
 use crate::control::hello::Refusal;
 use crate::control::packet::Packet;
-use crate::gossip::{self, Parcel};
+use crate::gossip::{self, Parcel, Record};
+use crate::ipam;
 use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
+use crate::store::StoreError;
 use crate::types::NodeId;
 
 /// Problems that are kept: the latest.
@@ -274,21 +276,44 @@ impl Node {
             // On disk before there can be a session: a restarted daemon withdraws what it cannot attribute.
             self.save_peers();
         }
-        for clash in self.ipam.handle_claims(id, &record.claims) {
-            self.report(format!(
-                "the address {clash} is in use here and on node {id} ({}): detach one of the two",
-                record.nickname
-            ));
-        }
+        self.tell_ipam(&record, now);
         self.dialer.learn(id, record.addresses.clone(), now);
         if let Err(error) = self.configure_peer(&record, now).await {
             tracing::warn!("node {id} cannot be given to the data plane: {error:#}");
         }
     }
 
+    fn tell_ipam(&mut self, record: &Record, now: Instant) {
+        let peer = ipam::Peer {
+            incarnation: record.incarnation,
+            left: record.left,
+            ranges: record.ranges.clone(),
+            claims: record.claims.clone(),
+        };
+        self.ipam.learn(record.id, peer, now);
+        if let Err(error) = self.pump_ipam() {
+            tracing::warn!("the list of addresses cannot be kept: {error}");
+        }
+    }
+
+    /// Carries out what the allocation has decided. Returns what it answers.
+    pub(super) fn pump_ipam(&mut self) -> Result<Vec<ipam::Action>, StoreError> {
+        let mut answers = Vec::new();
+        while let Some(action) = self.ipam.poll_action() {
+            match action {
+                ipam::Action::Persist(changes) => self.store.change_addresses(&changes)?,
+                ipam::Action::Report(problem) => self.report(problem.to_string()),
+                answer => answers.push(answer),
+            }
+        }
+        Ok(answers)
+    }
+
     fn unlearn(&mut self, id: NodeId, now: Instant) {
         tracing::info!("node {id} has left the cluster");
-        self.ipam.handle_claims(id, &[]);
+        if let Some(record) = self.gossip.record(id).cloned() {
+            self.tell_ipam(&record, now);
+        }
         self.dialer.unlearn(id);
         self.paths.remove_peer(id);
         self.ways.touch();

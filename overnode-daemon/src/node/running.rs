@@ -19,7 +19,7 @@ use crate::datapath::{Datapath, LinkEvent, OpenOptions, Probe, Probes};
 use crate::fault;
 use crate::gossip::{Gossip, Record, Signature, Signer};
 use crate::handshake::Handshakes;
-use crate::ipam::Ipam;
+use crate::ipam::{self, Ipam};
 use crate::net::mesh::{Mesh, MeshEvent, Residents, StreamId};
 use crate::net::udp::{Received, UdpSockets};
 use crate::options::Options;
@@ -86,9 +86,9 @@ impl Node {
         let now = Instant::now();
         let handshakes = Handshakes::new(identity.static_secret.clone(), StdRng::from_os_rng());
         let public_key = handshakes.public_key();
-        let ipam = allocations(store, &identity)?;
         let incarnation = store.next_incarnation()?.context("the identity is gone")?;
         identity.incarnation = incarnation;
+        let ipam = allocations(store, &identity, now)?;
         fault::step("incarnation");
         // The ports first: without them the kernel need not be touched.
         let udp = Arc::new(UdpSockets::bind(overnode_ebpf::wire::DATA_PORT).context(
@@ -270,11 +270,17 @@ impl Node {
 }
 
 /// The addresses that were given out before.
-fn allocations(store: &Store, identity: &Identity) -> anyhow::Result<Ipam> {
+fn allocations(store: &Store, identity: &Identity, now: Instant) -> anyhow::Result<Ipam> {
     let attachments = store.attachments()?;
     let allocated =
         attachments.into_iter().map(|attachment| (attachment.address, attachment.target)).collect();
-    let mut ipam = Ipam::new(identity.network, identity.id, allocated)?;
+    let config = ipam::Config {
+        network: identity.network,
+        id: identity.id,
+        incarnation: identity.incarnation,
+        timing: ipam::Timing::default(),
+    };
+    let mut ipam = Ipam::new(config, store.addresses()?, allocated, now)?;
     if let Some(last) = store.cursor()? {
         ipam.resume_after(last);
     }

@@ -1,0 +1,331 @@
+//! Addresses given to containers, out of what this node holds.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Instant;
+
+use ipnet::IpNet;
+
+use super::layout::quarters;
+use super::space::{next_free, overlap};
+use super::{Action, Fact, Ipam, IpamError, Key, Layout, Peer, Problem, RequestId};
+use crate::types::NodeId;
+
+/// What this node holds, and what it has given out.
+#[derive(Clone, Debug)]
+pub(super) struct Allocation {
+    own: Option<IpNet>,
+    own_used: usize,
+    allocated: BTreeMap<IpAddr, String>,
+    pub(super) blocks: BTreeMap<IpNet, Block>,
+    pub(super) waiting: BTreeMap<RequestId, Waiting>,
+    requests: u64,
+    /// The address given out last.
+    cursor: Option<IpAddr>,
+}
+
+/// A borrowed block, or a part of a quarter that this node lends and uses itself.
+#[derive(Clone, Debug)]
+pub(super) struct Block {
+    pub(super) used: usize,
+    pub(super) lost: bool,
+    pub(super) idle_since: Instant,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Waiting {
+    owner: String,
+    pub(super) deadline: Instant,
+}
+
+impl Allocation {
+    pub(super) fn new(own: Option<IpNet>) -> Self {
+        Self {
+            own,
+            own_used: 0,
+            allocated: BTreeMap::new(),
+            blocks: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            requests: 0,
+            cursor: None,
+        }
+    }
+
+    pub(super) fn add_block(&mut self, block: IpNet, lost: bool, now: Instant) {
+        let used = self.allocated.keys().filter(|address| block.contains(*address)).count();
+        self.blocks.insert(block, Block { used, lost, idle_since: now });
+    }
+
+    pub(super) fn insert(&mut self, address: IpAddr, owner: String) {
+        if self.allocated.insert(address, owner).is_some() {
+            return;
+        }
+        if self.own.is_some_and(|own| own.contains(&address)) {
+            self.own_used += 1;
+        } else if let Some(block) = self.block_mut(address) {
+            block.used += 1;
+        }
+    }
+
+    fn remove(&mut self, address: IpAddr, now: Instant) -> Option<String> {
+        let owner = self.allocated.remove(&address)?;
+        if self.own.is_some_and(|own| own.contains(&address)) {
+            self.own_used -= 1;
+        } else if let Some(block) = self.block_mut(address) {
+            block.used -= 1;
+            block.idle_since = now;
+        }
+        Some(owner)
+    }
+
+    /// Goes on behind the highest address that was given out.
+    pub(super) fn resume(&mut self) {
+        let own = self.own;
+        self.cursor = self.allocated.keys().rev().copied().find(|it| own.is_some_and(|own| own.contains(it)));
+    }
+
+    fn block_mut(&mut self, address: IpAddr) -> Option<&mut Block> {
+        self.blocks.iter_mut().find(|(block, _)| block.contains(&address)).map(|(_, block)| block)
+    }
+
+    /// Addresses in all that can be given from.
+    pub(super) fn capacity(&self, layout: &Layout) -> u128 {
+        let blocks = self.blocks.iter().filter(|(_, block)| !block.lost).map(|(net, _)| *net);
+        self.own.into_iter().chain(blocks).map(|net| layout.usable_in(net)).sum()
+    }
+
+    pub(super) fn used(&self) -> usize {
+        self.own_used
+            + self.blocks.values().filter(|block| !block.lost).map(|block| block.used).sum::<usize>()
+    }
+
+    /// The next free address: of the own part, or else of the fullest block that has one.
+    fn pick(&self, layout: &Layout) -> Option<IpAddr> {
+        let has_room = |net: IpNet, used: usize| (used as u128) < layout.usable_in(net);
+        let own = self.own.filter(|own| has_room(*own, self.own_used));
+        let blocks = self.blocks.iter().filter(|(net, block)| !block.lost && has_room(**net, block.used));
+        let fullest = || blocks.rev().max_by_key(|(_, block)| block.used).map(|(net, _)| *net);
+        let net = own.or_else(fullest)?;
+        next_free(net, self.cursor, &self.allocated, |address| layout.is_usable(address))
+    }
+
+    /// What is held of one quarter.
+    pub(super) fn blocks_in(&self, half: Option<IpNet>) -> impl Iterator<Item = (IpNet, &Block)> {
+        let in_half = move |net: &IpNet| half.is_some_and(|half| half.contains(net));
+        self.blocks.iter().filter(move |(net, _)| in_half(net)).map(|(net, block)| (*net, block))
+    }
+}
+
+impl Ipam {
+    /// Asks for an address for `owner`. Answered by [`Action::Granted`], at once if this node has a free one, or
+    /// [`Action::Failed`].
+    pub fn allocate(&mut self, owner: &str, now: Instant) -> RequestId {
+        self.allocation.requests += 1;
+        let request = RequestId(self.allocation.requests);
+        let waiting = Waiting { owner: owner.to_owned(), deadline: now + self.timing.request };
+        self.allocation.waiting.insert(request, waiting);
+        self.finish(now);
+        request
+    }
+
+    /// Nobody waits for the answer any more. False if it was answered.
+    pub fn cancel(&mut self, request: RequestId) -> bool {
+        self.allocation.waiting.remove(&request).is_some()
+    }
+
+    /// Gives a static address to `owner`.
+    ///
+    /// # Errors
+    /// [`IpamError`] if it is no static address, or in use here or, as far as is known, elsewhere.
+    pub fn claim(&mut self, address: IpAddr, owner: &str) -> Result<(), IpamError> {
+        self.layout.check_static(address)?;
+        if let Some(owner) = self.allocation.allocated.get(&address) {
+            return Err(IpamError::InUse { address, owner: owner.clone() });
+        }
+        let claims_it = |peer: &Peer| !peer.left && peer.claims.contains(&address);
+        let elsewhere =
+            self.peers.iter().find(|(id, peer)| claims_it(peer) && !self.is_buried(**id, peer.incarnation));
+        if let Some((&node, _)) = elsewhere {
+            return Err(IpamError::InUseElsewhere { address, node });
+        }
+        self.allocation.insert(address, owner.to_owned());
+        Ok(())
+    }
+
+    /// Takes an address back. Returns who had it.
+    pub fn release(&mut self, address: IpAddr, now: Instant) -> Option<String> {
+        let owner = self.allocation.remove(address, now);
+        self.finish(now);
+        owner
+    }
+
+    /// Goes on behind `last`, the address given out last before the restart, so that those released lately rest.
+    pub fn resume_after(&mut self, last: IpAddr) {
+        if self.allocation.own.is_some_and(|own| own.contains(&last)) {
+            self.allocation.cursor = Some(last);
+        }
+    }
+
+    /// Everything given out, by address, with its owner.
+    pub fn allocated(&self) -> &BTreeMap<IpAddr, String> {
+        &self.allocation.allocated
+    }
+
+    /// The static addresses on this node: what it tells the others besides its ranges.
+    pub fn claims(&self) -> Vec<IpAddr> {
+        let range = self.layout.network().range;
+        self.allocation.allocated.keys().copied().filter(|address| !range.contains(address)).collect()
+    }
+
+    /// The address space that leads to this node: what it tells the others. Blocks that others have borrowed of it are
+    /// theirs, by the longest prefix.
+    pub fn ranges(&self) -> Vec<IpNet> {
+        let mut ranges: Vec<IpNet> = self.allocation.own.into_iter().collect();
+        ranges.extend(self.lent_halves());
+        let held = self.allocation.blocks.iter().filter(|(_, block)| !block.lost).map(|(net, _)| *net);
+        ranges.extend(held);
+        let lent = self.lent_halves();
+        let mut announced = Vec::new();
+        for range in IpNet::aggregate(&ranges) {
+            // Who announces a whole half says that it lends it.
+            let half = quarters()
+                .filter_map(|quarter| self.layout.lendable(quarter))
+                .find(|half| range.contains(half));
+            match half {
+                Some(half) if !lent.contains(&half) => {
+                    announced.extend(range.subnets(half.prefix_len() + 1).into_iter().flatten());
+                }
+                Some(_) | None => announced.push(range),
+            }
+        }
+        announced
+    }
+
+    /// What this node has borrowed, or uses of a quarter that it lends.
+    pub fn held(&self) -> impl Iterator<Item = IpNet> {
+        self.allocation.blocks.iter().filter(|(_, block)| !block.lost).map(|(net, _)| *net)
+    }
+
+    /// Blocks that others have by now, where addresses are in use here.
+    pub fn lost(&self) -> impl Iterator<Item = IpNet> {
+        self.allocation.blocks.iter().filter(|(_, block)| block.lost).map(|(net, _)| *net)
+    }
+
+    /// Addresses that this node can give out by itself, used ones included.
+    pub fn capacity(&self) -> u128 {
+        self.allocation.capacity(&self.layout) + self.lendable_free()
+    }
+
+    /// Addresses that this node has given out of its own space.
+    pub fn active(&self) -> usize {
+        self.allocation.used()
+    }
+
+    /// Requests that are not answered yet.
+    pub fn waiting(&self) -> usize {
+        self.allocation.waiting.len()
+    }
+
+    /// Whether [`Self::allocate`] can give an address now.
+    ///
+    /// # Errors
+    /// The error that it would fail with in the end, if nothing changes.
+    pub fn check_ready(&self) -> Result<(), IpamError> {
+        if self.leaving.is_some() {
+            return Err(IpamError::Leaving { id: self.id });
+        }
+        if self.capacity() > self.active() as u128 { Ok(()) } else { Err(self.no_lender()) }
+    }
+
+    /// Gives addresses to those who wait, as far as they go.
+    pub(super) fn serve(&mut self) {
+        if self.leaving.is_some() {
+            for request in std::mem::take(&mut self.allocation.waiting).into_keys() {
+                self.effects.push(Action::Failed { request, error: IpamError::Leaving { id: self.id } });
+            }
+        }
+        while !self.allocation.waiting.is_empty()
+            && let Some(address) = self.allocation.pick(&self.layout)
+            && let Some((request, waiting)) = self.allocation.waiting.pop_first()
+        {
+            self.allocation.insert(address, waiting.owner);
+            self.allocation.cursor = Some(address);
+            self.effects.push(Action::Granted { request, address });
+        }
+    }
+
+    pub(super) fn fail_overdue(&mut self, now: Instant) {
+        let overdue = |waiting: &Waiting| waiting.deadline <= now;
+        let requests: Vec<_> = self
+            .allocation
+            .waiting
+            .iter()
+            .filter(|(_, waiting)| overdue(waiting))
+            .map(|(id, _)| *id)
+            .collect();
+        for request in requests {
+            self.allocation.waiting.remove(&request);
+            let error = self.no_lender();
+            self.effects.push(Action::Failed { request, error });
+        }
+    }
+
+    pub(super) fn hold(&mut self, block: IpNet, now: Instant) {
+        self.allocation.add_block(block, false, now);
+        self.put(Fact::Held { block, lost: false });
+    }
+
+    pub(super) fn unhold(&mut self, block: IpNet) {
+        self.allocation.blocks.remove(&block);
+        self.forget(Key::Held(block));
+    }
+
+    /// Another node has the block: what is in use stays, nothing more is given.
+    pub(super) fn lose(&mut self, block: IpNet, lender: NodeId) {
+        let Some(held) = self.allocation.blocks.get_mut(&block) else { return };
+        if held.used == 0 {
+            self.unhold(block);
+        } else if !std::mem::replace(&mut held.lost, true) {
+            self.put(Fact::Held { block, lost: true });
+            self.report(Problem::Lost { block, lender });
+        }
+    }
+
+    pub(super) fn report_claims(&mut self, node: NodeId, peer: &Peer) {
+        let known = self.peers.get(&node).map(|known| known.claims.as_slice()).unwrap_or_default();
+        let range = self.layout.network().range;
+        let clashes: Vec<_> = peer
+            .claims
+            .iter()
+            .filter(|address| !known.contains(address) && !range.contains(*address))
+            .filter(|address| self.allocation.allocated.contains_key(address))
+            .map(|address| Problem::Clash { address: *address, node })
+            .collect();
+        self.effects.extend(clashes.into_iter().map(Action::Report));
+    }
+
+    /// Addresses in use here, in a block that another node says it holds, and this one holds too.
+    pub(super) fn report_ranges(&mut self, node: NodeId, peer: &Peer) {
+        let known = self.peers.get(&node).map(|known| known.ranges.as_slice()).unwrap_or_default();
+        let news = peer.ranges.iter().filter(|range| !known.contains(range));
+        let mut clashes = Vec::new();
+        for range in news.filter(|range| self.is_block(**range)) {
+            let shared = self.allocation.blocks.keys().filter(|block| overlap(**block, *range));
+            for address in shared.flat_map(|block| self.addresses_in(*block)) {
+                if range.contains(&address) {
+                    clashes.push(Action::Report(Problem::Clash { address, node }));
+                }
+            }
+        }
+        self.effects.extend(clashes);
+    }
+
+    fn is_block(&self, range: IpNet) -> bool {
+        let half = self.layout.quarter_of(range).and_then(|quarter| self.layout.lendable(quarter));
+        half.is_some_and(|half| half != range)
+    }
+
+    pub(super) fn addresses_in(&self, block: IpNet) -> impl Iterator<Item = IpAddr> {
+        self.allocation.allocated.range(block.network()..=block.broadcast()).map(|(address, _)| *address)
+    }
+}

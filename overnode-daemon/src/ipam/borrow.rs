@@ -1,0 +1,393 @@
+//! Borrowing blocks, telling the lenders what is held, and handing back.
+//!
+//! There is one request per quarter at a time. It names all that the node holds of the quarter, and only the answer to the
+//! latest one is taken: so the lender may free whatever a request does not name.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use ipnet::IpNet;
+
+use super::layout::quarters;
+use super::message::{MAX_BLOCKS, Message, Round, Title};
+use super::{Fact, Ipam, IpamError, Retry, Timing};
+use crate::types::NodeId;
+
+/// Who has nothing asks for so much, at least.
+const LEAST: usize = 16;
+/// Nobody asks for more at once.
+const MOST: usize = 4096;
+/// So many free addresses are not handed back: a node that is cut off can give them.
+const RESERVE: u128 = 8;
+/// Who holds so many blocks does not ask for more.
+const MANY_BLOCKS: usize = MAX_BLOCKS - 32;
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Borrowing {
+    pub(super) requests: BTreeMap<NodeId, Request>,
+    /// Quarters of which the lender may think that this node holds something else than it does.
+    pub(super) dirty: BTreeSet<NodeId>,
+    /// Who lends each quarter, if another node does and is reachable.
+    pub(super) lenders: BTreeMap<NodeId, NodeId>,
+    refused: BTreeMap<NodeId, Refused>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Request {
+    pub(super) to: NodeId,
+    serial: u64,
+    round: Round,
+    need: usize,
+    want: usize,
+    since: Instant,
+    pub(super) retry: Retry,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Refused {
+    by: NodeId,
+    at: Instant,
+    why: Why,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    Exhausted,
+    NoAnswer,
+    NoLender,
+}
+
+impl Ipam {
+    pub(super) fn find_lenders(&mut self) {
+        self.borrowing.lenders.clear();
+        for quarter in quarters().filter(|quarter| !self.lending.books.contains_key(quarter)) {
+            let Some(half) = self.layout.lendable(quarter) else { continue };
+            let heard = self.lending.heard.get(&quarter).map(|title| title.holder);
+            let lends = |id: &NodeId| {
+                let peer = self.peers.get(id);
+                !self.has_pledged(*id)
+                    && peer.is_some_and(|peer| {
+                        !peer.left && peer.ranges.iter().any(|range| range.contains(&half))
+                    })
+            };
+            let mut says_so = self.reachable.iter().copied().filter(lends);
+            let best = heard.filter(|id| self.reachable.contains(id) && lends(id));
+            let heard =
+                heard.filter(|id| self.reachable.contains(id) && *id != self.id && !self.has_pledged(*id));
+            if let Some(lender) = best.or_else(|| says_so.next()).or(heard) {
+                self.borrowing.lenders.insert(quarter, lender);
+            }
+        }
+    }
+
+    pub(super) fn drive_borrowing(&mut self, now: Instant) {
+        let penalty = self.penalty();
+        self.borrowing.refused.retain(|_, refused| now < refused.at + penalty);
+        self.serve();
+        if !self.allocation.waiting.is_empty() {
+            self.lend_to_self(self.allocation.waiting.len(), now);
+            self.serve();
+        }
+        self.fail_overdue(now);
+        self.hand_back(now);
+        self.redirect(now);
+        self.synchronise(now);
+        self.borrow(now);
+        self.send_requests(now);
+    }
+
+    pub(super) fn next_request(&self) -> Option<Instant> {
+        let deadline = self.allocation.waiting.values().map(|waiting| waiting.deadline).min();
+        let requests = self.borrowing.requests.values();
+        let retry = requests.clone().filter(|it| self.reachable.contains(&it.to)).map(|it| it.retry.at).min();
+        let late = requests.filter(|it| it.want > 0).map(|it| it.since + self.timing.lender).min();
+        let wants = self.demand().is_some();
+        let refused = self.borrowing.refused.iter().map(|(_, it)| it.at + self.penalty());
+        let again = refused.min().filter(|_| wants || !self.borrowing.dirty.is_empty());
+        [deadline, retry, late, again].into_iter().flatten().min()
+    }
+
+    pub(super) fn next_hand_back(&self) -> Option<Instant> {
+        self.idle_blocks().into_iter().map(|(_, since)| since + self.timing.hand_back).min()
+    }
+
+    pub(super) fn handle_grant(
+        &mut self,
+        from: NodeId,
+        quarter: NodeId,
+        serial: u64,
+        round: Round,
+        blocks: Vec<IpNet>,
+        exhausted: bool,
+        now: Instant,
+    ) {
+        let Some(request) = self.borrowing.requests.get(&quarter) else { return };
+        if (request.to, request.serial, request.round) != (from, serial, round) {
+            return;
+        }
+        self.borrowing.requests.remove(&quarter);
+        self.borrowing.refused.remove(&quarter);
+        if exhausted {
+            self.refuse(quarter, from, Why::Exhausted, now);
+        }
+        let held: BTreeMap<IpNet, bool> = self
+            .allocation
+            .blocks_in(self.layout.lendable(quarter))
+            .map(|(net, block)| (net, block.lost))
+            .collect();
+        for (&block, &lost) in &held {
+            let granted = blocks.binary_search(&block).is_ok();
+            if !granted {
+                self.lose(block, from);
+            } else if lost {
+                self.hold(block, now);
+            }
+        }
+        for block in blocks {
+            if !held.keys().any(|known| super::space::overlap(*known, block)) {
+                self.hold(block, now);
+            }
+        }
+    }
+
+    pub(super) fn handle_poke(&mut self, from: NodeId, quarter: NodeId, serial: u64, now: Instant) {
+        if let Some(&title) = self.lending.heard.get(&quarter)
+            && title.serial > serial
+        {
+            self.send(from, &Message::Title { quarter, title });
+            return;
+        }
+        if self.lending.books.contains_key(&quarter) || self.has_pledged(from) {
+            return;
+        }
+        self.hear(quarter, Title { serial, holder: from });
+        self.borrowing.refused.remove(&quarter);
+        self.ask_again(quarter, from, now);
+    }
+
+    /// The node that was asked does not lend the quarter.
+    pub(super) fn handle_no_lender(&mut self, from: NodeId, quarter: NodeId, now: Instant) {
+        if self.borrowing.requests.get(&quarter).is_some_and(|request| request.to == from) {
+            self.borrowing.requests.remove(&quarter);
+            self.borrowing.dirty.insert(quarter);
+            self.refuse(quarter, from, Why::NoLender, now);
+        }
+    }
+
+    /// Makes sure that nothing is taken that was asked for before now.
+    pub(super) fn fence(&mut self, quarter: NodeId) {
+        if self.borrowing.requests.remove(&quarter).is_some() {
+            self.borrowing.dirty.insert(quarter);
+        }
+    }
+
+    pub(super) fn no_lender(&self) -> IpamError {
+        let describe = |quarter: NodeId| {
+            let refused = self.borrowing.refused.get(&quarter);
+            match self.borrowing.lenders.get(&quarter) {
+                Some(lender) => {
+                    match refused.filter(|refused| refused.by == *lender).map(|refused| refused.why) {
+                        Some(Why::Exhausted) => format!("node {lender} has none left"),
+                        Some(Why::NoAnswer) => format!("node {lender} does not answer"),
+                        Some(Why::NoLender) => format!("node {lender} does not lend yet"),
+                        None => format!("node {lender} was not asked yet"),
+                    }
+                }
+                None if self.lending.books.contains_key(&quarter) => {
+                    format!("all that this node lends of quarter {quarter} is lent")
+                }
+                None if quarter == self.id => "this node does not lend yet".to_owned(),
+                None if self.reachable.contains(&quarter) => format!("node {quarter} does not lend yet"),
+                None if self.peers.contains_key(&quarter) => format!("node {quarter} is not reachable"),
+                None => format!("node {quarter} is not known"),
+            }
+        };
+        let lenders = quarters().map(describe).collect::<Vec<_>>().join(", ");
+        IpamError::NoLender { id: self.id, count: self.active(), lenders }
+    }
+
+    fn demand(&self) -> Option<(usize, usize)> {
+        if self.leaving.is_some() {
+            return None;
+        }
+        let waiting = self.allocation.waiting.len();
+        let used = self.allocation.used();
+        let capacity = self.allocation.capacity(&self.layout);
+        let is_low = !self.id.owns_a_quarter() && capacity.saturating_sub(used as u128) <= used as u128 / 8;
+        let need = if capacity == 0 { waiting.max(1) } else { waiting };
+        let wants = waiting > 0 || is_low;
+        let want = need.max(used).max(LEAST).next_power_of_two().min(MOST);
+        (wants && self.allocation.blocks.len() < MANY_BLOCKS).then_some((need, want.max(need)))
+    }
+
+    fn penalty(&self) -> std::time::Duration {
+        let Timing { lender, .. } = self.timing;
+        if self.allocation.waiting.is_empty() && self.allocation.capacity(&self.layout) > 0 {
+            lender * 15
+        } else {
+            lender * 2
+        }
+    }
+
+    fn refuse(&mut self, quarter: NodeId, by: NodeId, why: Why, now: Instant) {
+        self.borrowing.refused.insert(quarter, Refused { by, at: now, why });
+    }
+
+    fn is_refused(&self, quarter: NodeId, lender: NodeId, now: Instant) -> bool {
+        let refused = self.borrowing.refused.get(&quarter);
+        refused.is_some_and(|refused| refused.by == lender && now < refused.at + self.penalty())
+    }
+
+    /// Blocks that are unused and more than the reserve, with the time since when; of several the largest first. The last one is
+    /// only halved.
+    fn idle_blocks(&self) -> Vec<(IpNet, Instant)> {
+        let capacity = self.allocation.capacity(&self.layout);
+        let free = capacity.saturating_sub(self.allocation.used() as u128);
+        let spare = |net: IpNet| self.id.owns_a_quarter() || free >= self.layout.usable_in(net) / 2 + RESERVE;
+        let blocks = self.allocation.blocks.iter();
+        let idle = blocks.filter(|(net, block)| block.used == 0 && (block.lost || spare(**net)));
+        let mut idle: Vec<_> = idle.map(|(net, block)| (*net, block.idle_since)).collect();
+        idle.sort_by_key(|(net, _)| net.prefix_len());
+        idle
+    }
+
+    /// One at a time: each leaves less to spare.
+    fn hand_back(&mut self, now: Instant) {
+        loop {
+            let due = |since: Instant| since + self.timing.hand_back <= now;
+            let Some((block, since)) = self.idle_blocks().into_iter().find(|(_, since)| due(*since)) else {
+                return;
+            };
+            let free = self.allocation.capacity(&self.layout).saturating_sub(self.allocation.used() as u128);
+            let is_lost = self.allocation.blocks.get(&block).is_some_and(|block| block.lost);
+            let leaves_enough =
+                self.id.owns_a_quarter() || is_lost || free >= self.layout.usable_in(block) + RESERVE;
+            self.give_back(block);
+            let half = block.subnets(block.prefix_len() + 1).ok().and_then(|mut halves| halves.next());
+            if !leaves_enough && let Some(half) = half {
+                self.hold(half, since);
+            }
+        }
+    }
+
+    pub(super) fn give_back(&mut self, block: IpNet) {
+        self.unhold(block);
+        if let Some(quarter) = self.layout.quarter_of(block) {
+            self.fence(quarter);
+            self.borrowing.dirty.insert(quarter);
+        }
+    }
+
+    /// Gives up on requests that were not answered, or that went to a node that another one has replaced.
+    fn redirect(&mut self, now: Instant) {
+        for quarter in quarters() {
+            let Some(request) = self.borrowing.requests.get(&quarter) else { continue };
+            let to = request.to;
+            let late = request.want > 0 && request.since + self.timing.lender <= now;
+            let lost = !self.reachable.contains(&to);
+            let replaced = lost && self.borrowing.lenders.contains_key(&quarter);
+            let lends_itself = self.lending.books.contains_key(&quarter);
+            if lends_itself || replaced || (request.want > 0 && lost) {
+                self.fence(quarter);
+            } else if late {
+                self.refuse(quarter, to, Why::NoAnswer, now);
+                self.request(quarter, to, (0, 0), now);
+            }
+        }
+    }
+
+    /// Tells the lenders what is held, where they may not know.
+    fn synchronise(&mut self, now: Instant) {
+        for quarter in std::mem::take(&mut self.borrowing.dirty) {
+            match self.lending.books.get(&quarter).map(|book| book.heir) {
+                Some(None) => {
+                    self.enter_own(quarter);
+                    continue;
+                }
+                // What is handed over does not change any more; the heir will ask.
+                Some(Some(_)) => continue,
+                None => {}
+            }
+            match self.borrowing.lenders.get(&quarter).copied() {
+                Some(lender) if !self.is_refused(quarter, lender, now) => {
+                    self.ask_again(quarter, lender, now)
+                }
+                Some(_) | None => {
+                    self.borrowing.dirty.insert(quarter);
+                }
+            }
+        }
+    }
+
+    fn ask_again(&mut self, quarter: NodeId, lender: NodeId, now: Instant) {
+        let before = self.borrowing.requests.get(&quarter).filter(|request| request.to == lender);
+        let amount = before.map_or((0, 0), |request| (request.need, request.want));
+        self.request(quarter, lender, amount, now);
+    }
+
+    fn borrow(&mut self, now: Instant) {
+        let Some(demand) = self.demand() else { return };
+        if self.borrowing.requests.values().any(|request| request.want > 0) {
+            return;
+        }
+        let order = |quarter: &NodeId| {
+            let has_some = self.allocation.blocks_in(self.layout.lendable(*quarter)).next().is_some();
+            (!has_some, (quarter.get() + 4 - self.id.get() % 4) % 4)
+        };
+        let lenders = self.borrowing.lenders.iter();
+        let willing = lenders.filter(|(quarter, lender)| !self.is_refused(**quarter, **lender, now));
+        let best = willing.min_by_key(|(quarter, _)| order(quarter));
+        if let Some((&quarter, &lender)) = best {
+            self.request(quarter, lender, demand, now);
+        }
+    }
+
+    fn request(&mut self, quarter: NodeId, to: NodeId, (need, want): (usize, usize), now: Instant) {
+        let serial = self.lending.heard.get(&quarter).map_or(0, |title| title.serial);
+        let round = self.next_round();
+        self.borrowing.dirty.remove(&quarter);
+        let since = match self.borrowing.requests.get(&quarter) {
+            Some(before) if before.to == to && before.want > 0 => before.since,
+            Some(_) | None => now,
+        };
+        let request = Request { to, serial, round, need, want, since, retry: Retry::new(now) };
+        self.borrowing.requests.insert(quarter, request);
+    }
+
+    fn send_requests(&mut self, now: Instant) {
+        let mut messages = Vec::new();
+        for (&quarter, request) in &mut self.borrowing.requests {
+            if self.reachable.contains(&request.to) && request.retry.take(now, &self.timing) {
+                let half = self.layout.lendable(quarter);
+                let message = Message::Request {
+                    quarter,
+                    serial: request.serial,
+                    epoch: self.epoch,
+                    round: request.round,
+                    need: u32::try_from(request.need).unwrap_or(u32::MAX),
+                    want: u32::try_from(request.want).unwrap_or(u32::MAX),
+                    holds: self.allocation.blocks_in(half).map(|(net, _)| net).collect(),
+                };
+                messages.push((request.to, message));
+            }
+        }
+        for (to, message) in messages {
+            self.send(to, &message);
+        }
+    }
+
+    /// Takes notice of who lends a quarter.
+    pub(super) fn hear(&mut self, quarter: NodeId, title: Title) {
+        if self.lending.heard.get(&quarter).is_none_or(|known| known.serial < title.serial) {
+            self.lending.heard.insert(quarter, title);
+            self.put(Fact::Heard { quarter, title });
+            self.find_lenders();
+            // Whoever got the quarter after it had answered has something else to say by now.
+            if quarter == self.id
+                && let Some(season) = &mut self.season
+            {
+                season.outdated(title.holder);
+            }
+        }
+    }
+}

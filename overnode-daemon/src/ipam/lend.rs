@@ -1,0 +1,432 @@
+//! Lending: the ledger of the quarters that this node holds.
+//!
+//! For each borrower the ledger has at least all that the borrower holds, at every moment: what is lent is on disk before the
+//! borrower hears of it, and is free again only by the borrower's own word, or when it is gone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use ipnet::IpNet;
+
+use super::fact::{Fact, Heir, Key};
+use super::message::{Loan, MAX_BLOCKS, Message, Round, Title};
+use super::space::{choose, free, overlap, single, size};
+use super::{Ipam, Problem, Retry};
+use crate::types::NodeId;
+
+/// Most blocks that one answer adds.
+const MOST_BLOCKS: usize = 8;
+const FIRST: NodeId = match NodeId::new(1) {
+    Ok(id) => id,
+    Err(_) => unreachable!(),
+};
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Lending {
+    pub(super) books: BTreeMap<NodeId, Book>,
+    /// By quarter and borrower, this node included. An entry without blocks keeps late requests out.
+    pub(super) loans: BTreeMap<(NodeId, NodeId), Lent>,
+    /// The latest title of each quarter.
+    pub(super) heard: BTreeMap<NodeId, Title>,
+    /// The last title of each quarter that this node has taken.
+    pub(super) taken: BTreeMap<NodeId, u64>,
+    /// Quarters that this node and another one lend, as that one says.
+    disputes: BTreeMap<(NodeId, NodeId), Retry>,
+}
+
+/// A quarter that this node lends.
+#[derive(Clone, Debug)]
+pub(super) struct Book {
+    pub(super) serial: u64,
+    pub(super) heir: Option<Heir>,
+    /// Borrowers that may hold less than the ledger says.
+    pub(super) unsure: BTreeMap<NodeId, Retry>,
+    /// Parts of the ledger that the heir has.
+    pub(super) acked: BTreeSet<u16>,
+    /// When to send the heir what it lacks.
+    pub(super) retry: Retry,
+}
+
+/// What is lent to one node.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Lent {
+    pub(super) loan: Loan,
+    pub(super) round: Round,
+}
+
+impl Lending {
+    pub(super) fn book(&mut self, quarter: NodeId, serial: u64, now: Instant) -> &mut Book {
+        let book = self.books.entry(quarter).or_insert_with(|| Book {
+            serial,
+            heir: None,
+            unsure: BTreeMap::new(),
+            acked: BTreeSet::new(),
+            retry: Retry::new(now),
+        });
+        book.serial = serial;
+        book
+    }
+
+    pub(super) fn of(&self, quarter: NodeId) -> impl Iterator<Item = (NodeId, &Lent)> {
+        let entries = self.loans.range((quarter, FIRST)..).take_while(move |((of, _), _)| *of == quarter);
+        entries.map(|((_, borrower), lent)| (*borrower, lent))
+    }
+}
+
+impl Ipam {
+    /// Quarters that this node lends, with what is lent of each to whom.
+    pub fn ledger(&self) -> impl Iterator<Item = (NodeId, Vec<(NodeId, &[IpNet])>)> {
+        self.lending.books.iter().filter(|(_, book)| book.heir.is_none()).map(|(quarter, _)| {
+            let lent = self.lending.of(*quarter).filter(|(_, lent)| !lent.loan.blocks.is_empty());
+            (*quarter, lent.map(|(id, lent)| (id, lent.loan.blocks.as_slice())).collect())
+        })
+    }
+
+    /// The change of hands by which this node lends a quarter, if it does.
+    pub fn lends(&self, quarter: NodeId) -> Option<u64> {
+        self.lending.books.get(&quarter).filter(|book| book.heir.is_none()).map(|book| book.serial)
+    }
+
+    /// What was begun and is not done, in words: requests without their answers, quarters half handed over, reclaims without their end.
+    pub fn pending(&self) -> Vec<&'static str> {
+        let books = || self.lending.books.values();
+        let pending = [
+            (!self.allocation.waiting.is_empty(), "addresses are waited for"),
+            (!self.borrowing.requests.is_empty(), "lenders have not answered"),
+            (!self.borrowing.dirty.is_empty(), "lenders have not heard what is held"),
+            (!self.inbox.is_empty(), "a quarter is being received"),
+            (self.season.is_some(), "the own quarter is not lent yet"),
+            (books().any(|book| book.heir.is_some()), "a quarter is being handed over"),
+            (books().any(|book| !book.unsure.is_empty()), "borrowers have not said what they hold"),
+            (!self.reclaiming.is_settled(), "nodes have not heard who is gone"),
+            (self.leaving.is_some(), "the node is leaving"),
+        ];
+        pending.into_iter().filter(|(is, _)| *is).map(|(_, what)| what).collect()
+    }
+
+    /// Whether nothing is pending.
+    pub fn is_settled(&self) -> bool {
+        self.pending().is_empty()
+    }
+
+    pub(super) fn lent_halves(&self) -> Vec<IpNet> {
+        let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
+        active.filter_map(|(quarter, _)| self.layout.lendable(*quarter)).collect()
+    }
+
+    /// Addresses that this node lends and that nobody has.
+    pub(super) fn lendable_free(&self) -> u128 {
+        let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
+        active.flat_map(|(quarter, _)| self.free_blocks(*quarter)).map(size).sum()
+    }
+
+    fn free_blocks(&self, quarter: NodeId) -> Vec<IpNet> {
+        let Some(half) = self.layout.lendable(quarter) else { return Vec::new() };
+        let lent = self.lending.of(quarter).flat_map(|(_, lent)| lent.loan.blocks.iter().copied());
+        // Nobody gets the range's last address.
+        let last = single(self.layout.network().range.broadcast());
+        free(half, lent.chain([last]))
+    }
+
+    pub(super) fn handle_request(
+        &mut self,
+        from: NodeId,
+        quarter: NodeId,
+        serial: u64,
+        loan: Loan,
+        round: Round,
+        (need, want): (u32, u32),
+    ) {
+        if self.is_gone(from, loan.epoch) {
+            self.tell_buried(from, loan.epoch);
+            return;
+        }
+        let Some(book) = self.lending.books.get_mut(&quarter) else {
+            let title = self.title_of(quarter);
+            self.send(from, &Message::Title { quarter, title });
+            return;
+        };
+        if book.heir.is_some() {
+            return;
+        }
+        if book.serial != serial {
+            let serial = book.serial;
+            self.send(from, &Message::Poke { quarter, serial });
+            return;
+        }
+        let known = self.lending.loans.get(&(quarter, from));
+        if known.is_some_and(|known| (known.loan.epoch, known.round) > (loan.epoch, round)) {
+            return;
+        }
+        let is_repeated = known.is_some_and(|known| (known.loan.epoch, known.round) == (loan.epoch, round));
+        let before = loan.blocks.clone();
+        if !is_repeated {
+            book.unsure.remove(&from);
+            self.renew(from, quarter, loan, round, (need, want));
+        }
+        let Some(lent) = self.lending.loans.get(&(quarter, from)) else { return };
+        let blocks = lent.loan.blocks.clone();
+        let added = blocks.iter().filter(|block| !before.contains(block));
+        let added = added.map(|block| size(*block)).sum::<u128>();
+        let exhausted = added < u128::from(need) || (want > 0 && added == 0);
+        self.send(from, &Message::Grant { quarter, serial, round, blocks, exhausted });
+    }
+
+    /// Enters what the borrower says it holds, and what it gets.
+    fn renew(
+        &mut self,
+        from: NodeId,
+        quarter: NodeId,
+        mut loan: Loan,
+        round: Round,
+        (need, want): (u32, u32),
+    ) {
+        let before = self.lending.loans.get(&(quarter, from)).map(|lent| lent.loan.blocks.clone());
+        let before = before.unwrap_or_default();
+        let mut contradictions = Vec::new();
+        loan.blocks.retain(|block| {
+            let is_free = before.contains(block) || !self.is_lent_to_another(quarter, from, *block);
+            if !is_free {
+                contradictions.push(*block);
+            }
+            is_free
+        });
+        for block in contradictions {
+            self.report(Problem::Contradiction { borrower: from, block });
+        }
+        self.enter(quarter, from, loan, round);
+        let amount = self.grantable(quarter, need, want);
+        if amount > 0 {
+            self.add(quarter, from, amount);
+        }
+    }
+
+    /// How many addresses to add: no more than a quarter of what is left, unless they are needed at once.
+    fn grantable(&self, quarter: NodeId, need: u32, want: u32) -> u128 {
+        if self.leaving.is_some() {
+            return 0;
+        }
+        let left: u128 = self.free_blocks(quarter).into_iter().map(size).sum();
+        u128::from(want).min(u128::from(need).max(left / 4)).min(left)
+    }
+
+    /// Lends about so many addresses more. Returns the blocks.
+    fn add(&mut self, quarter: NodeId, borrower: NodeId, amount: u128) -> Vec<IpNet> {
+        let Some(lent) = self.lending.loans.get(&(quarter, borrower)).cloned() else { return Vec::new() };
+        let Lent { mut loan, round } = lent;
+        let room = (MAX_BLOCKS - 16).saturating_sub(loan.blocks.len());
+        let chosen = choose(&self.free_blocks(quarter), amount, MOST_BLOCKS.min(room));
+        loan.blocks.extend(&chosen);
+        loan.blocks.sort_unstable();
+        self.enter(quarter, borrower, loan, round);
+        chosen
+    }
+
+    pub(super) fn enter(&mut self, quarter: NodeId, borrower: NodeId, loan: Loan, round: Round) {
+        self.put(Fact::Loan { quarter, borrower, loan: loan.clone(), round });
+        self.lending.loans.insert((quarter, borrower), Lent { loan, round });
+    }
+
+    /// Enters what this node itself holds of a quarter that it lends.
+    pub(super) fn enter_own(&mut self, quarter: NodeId) {
+        let half = self.layout.lendable(quarter);
+        let blocks =
+            self.allocation.blocks_in(half).filter(|(_, block)| !block.lost).map(|(net, _)| net).collect();
+        self.enter(quarter, self.id, Loan { epoch: self.epoch, blocks }, Round::default());
+    }
+
+    /// Takes blocks of a quarter that this node lends for its own containers.
+    pub(super) fn lend_to_self(&mut self, need: usize, now: Instant) {
+        let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
+        let quarters: Vec<_> = active.map(|(quarter, _)| *quarter).collect();
+        for quarter in quarters {
+            let want = need.max(self.allocation.used()).next_power_of_two();
+            let need = u32::try_from(need).unwrap_or(u32::MAX);
+            let amount = self.grantable(quarter, need, u32::try_from(want).unwrap_or(u32::MAX));
+            if amount == 0 {
+                continue;
+            }
+            self.enter_own(quarter);
+            for block in self.add(quarter, self.id, amount) {
+                self.hold(block, now);
+            }
+            return;
+        }
+    }
+
+    fn is_lent_to_another(&self, quarter: NodeId, borrower: NodeId, block: IpNet) -> bool {
+        self.lending
+            .of(quarter)
+            .any(|(id, lent)| id != borrower && lent.loan.blocks.iter().any(|other| overlap(*other, block)))
+    }
+
+    /// True if a node of that launch has left or was buried.
+    pub(super) fn is_gone(&self, id: NodeId, epoch: u64) -> bool {
+        let left = self.peers.get(&id).is_some_and(|peer| peer.left && peer.incarnation >= epoch);
+        left || self.is_buried(id, epoch)
+    }
+
+    /// Frees what was lent to a node that has left for good.
+    pub(super) fn free_left(&mut self, borrower: NodeId, incarnation: u64) {
+        let quarters: Vec<_> = self.lending.books.keys().copied().collect();
+        for quarter in quarters {
+            let lent = self.lending.loans.get(&(quarter, borrower));
+            let has_some =
+                lent.is_some_and(|lent| lent.loan.epoch <= incarnation && !lent.loan.blocks.is_empty());
+            let is_handing = self.lending.books.get(&quarter).is_none_or(|book| book.heir.is_some());
+            if has_some && !is_handing {
+                // Whatever that launch asked for is late from now on.
+                let loan = Loan { epoch: incarnation.saturating_add(1), blocks: Vec::new() };
+                self.enter(quarter, borrower, loan, Round::default());
+                if let Some(book) = self.lending.books.get_mut(&quarter) {
+                    book.unsure.remove(&borrower);
+                }
+            }
+        }
+    }
+
+    /// A borrower was started again, perhaps without its disk: does it hold all that the ledger says?
+    pub(super) fn doubt(&mut self, borrower: NodeId, now: Instant) {
+        for (quarter, book) in &mut self.lending.books {
+            let lent = self.lending.loans.get(&(*quarter, borrower));
+            if lent.is_some_and(|lent| !lent.loan.blocks.is_empty()) {
+                book.unsure.insert(borrower, Retry::new(now));
+            }
+        }
+    }
+
+    /// This node lends a quarter from now on.
+    pub(super) fn take_title(
+        &mut self,
+        quarter: NodeId,
+        serial: u64,
+        loans: BTreeMap<NodeId, Loan>,
+        now: Instant,
+    ) {
+        let id = self.id;
+        let old: Vec<_> = self.lending.of(quarter).map(|(borrower, _)| borrower).collect();
+        for borrower in old {
+            self.lending.loans.remove(&(quarter, borrower));
+            self.forget(Key::Loan(quarter, borrower));
+        }
+        self.lending.book(quarter, serial, now).heir = None;
+        self.put(Fact::Book { quarter, serial, heir: None });
+        self.lending.taken.insert(quarter, serial);
+        self.put(Fact::Taken { quarter, serial });
+        self.fence(quarter);
+        self.borrowing.dirty.remove(&quarter);
+        for (borrower, loan) in
+            loans.into_iter().filter(|(borrower, loan)| *borrower != id && !loan.blocks.is_empty())
+        {
+            if self.is_gone(borrower, loan.epoch) {
+                continue;
+            }
+            self.enter(quarter, borrower, loan, Round::default());
+            if let Some(book) = self.lending.books.get_mut(&quarter) {
+                book.unsure.insert(borrower, Retry::new(now));
+            }
+        }
+        self.enter_own(quarter);
+        self.lending.heard.remove(&quarter);
+        self.hear(quarter, Title { serial, holder: id });
+        self.find_lenders();
+        for other in self.peers.keys().copied().collect::<Vec<_>>() {
+            self.dispute(other, now);
+        }
+    }
+
+    /// This node does not lend a quarter any more.
+    pub(super) fn drop_title(&mut self, quarter: NodeId) {
+        self.lending.books.remove(&quarter);
+        self.lending.disputes.retain(|(disputed, _), _| *disputed != quarter);
+        self.forget(Key::Book(quarter));
+        let borrowers: Vec<_> = self.lending.of(quarter).map(|(borrower, _)| borrower).collect();
+        for borrower in borrowers {
+            self.lending.loans.remove(&(quarter, borrower));
+            self.forget(Key::Loan(quarter, borrower));
+        }
+        if self.allocation.blocks_in(self.layout.lendable(quarter)).next().is_some() {
+            self.borrowing.dirty.insert(quarter);
+        }
+        self.find_lenders();
+    }
+
+    /// The latest title that this node has heard of.
+    pub(super) fn title_of(&self, quarter: NodeId) -> Title {
+        self.lending.heard.get(&quarter).copied().unwrap_or(Title { serial: 0, holder: quarter })
+    }
+
+    pub(super) fn handle_title(&mut self, from: NodeId, quarter: NodeId, title: Title, now: Instant) {
+        if let Some(book) = self.lending.books.get(&quarter) {
+            let mine = Title { serial: book.serial, holder: self.id };
+            let is_active = book.heir.is_none();
+            let loses = (title.serial, self.id.get()) > (mine.serial, title.holder.get());
+            if title.holder == self.id || !is_active {
+                return;
+            }
+            if loses {
+                self.drop_title(quarter);
+                self.report(Problem::Superseded { quarter, holder: title.holder });
+            } else if title.holder == from {
+                self.send(from, &Message::Title { quarter, title: mine });
+            }
+        }
+        self.hear(quarter, title);
+        if title.holder != from {
+            self.handle_no_lender(from, quarter, now);
+        }
+    }
+
+    /// Notes whether another node says that it lends a quarter which this one lends.
+    pub(super) fn dispute(&mut self, other: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get(&other).filter(|peer| !peer.left) else {
+            self.lending.disputes.retain(|(_, id), _| *id != other);
+            return;
+        };
+        for (&quarter, book) in &self.lending.books {
+            let half = self.layout.lendable(quarter);
+            let says_so = half.is_some_and(|half| peer.ranges.iter().any(|range| range.contains(&half)));
+            if says_so && book.heir.is_none() {
+                self.lending.disputes.entry((quarter, other)).or_insert_with(|| Retry::new(now));
+            } else {
+                self.lending.disputes.remove(&(quarter, other));
+            }
+        }
+    }
+
+    /// Asks borrowers whether they still hold what the ledger says.
+    pub(super) fn drive_loans(&mut self, now: Instant) {
+        let mut pokes = Vec::new();
+        for (&quarter, book) in self.lending.books.iter_mut().filter(|(_, book)| book.heir.is_none()) {
+            let has_some = |id| {
+                let lent = self.lending.loans.get(&(quarter, id));
+                lent.is_some_and(|lent| !lent.loan.blocks.is_empty())
+            };
+            book.unsure.retain(|id, _| has_some(*id));
+            for (&borrower, retry) in &mut book.unsure {
+                if self.reachable.contains(&borrower) && retry.take(now, &self.timing) {
+                    pokes.push((borrower, Message::Poke { quarter, serial: book.serial }));
+                }
+            }
+        }
+        for (&(quarter, other), retry) in &mut self.lending.disputes {
+            if let Some(book) = self.lending.books.get(&quarter)
+                && self.reachable.contains(&other)
+                && retry.take(now, &self.timing)
+            {
+                let title = Title { serial: book.serial, holder: self.id };
+                pokes.push((other, Message::Title { quarter, title }));
+            }
+        }
+        for (borrower, poke) in pokes {
+            self.send(borrower, &poke);
+        }
+    }
+
+    pub(super) fn next_loan_check(&self) -> Option<Instant> {
+        let active = self.lending.books.values().filter(|book| book.heir.is_none());
+        let unsure = active.flat_map(|book| &book.unsure).filter(|(id, _)| self.reachable.contains(id));
+        let disputes = self.lending.disputes.iter().filter(|((_, id), _)| self.reachable.contains(id));
+        unsure.map(|(_, retry)| retry.at).chain(disputes.map(|(_, retry)| retry.at)).min()
+    }
+}

@@ -1,0 +1,555 @@
+//! Taking back the space of a node that is gone for good.
+//!
+//! All other nodes that are known have to agree, so that of two halves of a cluster that was cut neither can do it alone, and of
+//! two nodes that try the one with the lower ID succeeds. Who agrees takes nothing more from the node that is gone, and says what it has. The half of
+//! a quarter that is never lent stays with the ID: its next launch needs nobody's consent to use it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use ipnet::IpNet;
+
+use super::fact::{Fact, Key};
+use super::layout::quarters;
+use super::message::{Loan, MAX_RIVALS, Message, Objection, Round, Title};
+use super::{Action, Ipam, IpamError, Problem, Question, Retry};
+use crate::types::NodeId;
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Reclaiming {
+    graves: BTreeMap<NodeId, Grave>,
+    /// By the node that may be gone and the one that takes its space back: the incarnation.
+    pub(super) pledges: BTreeMap<(NodeId, NodeId), Pledge>,
+    claims: BTreeMap<NodeId, Claim>,
+}
+
+/// A promise to take nothing more from a node.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pledge {
+    incarnation: u64,
+    round: Round,
+    /// When to ask whether it is still wanted: the word that it is not may have been lost.
+    retry: Retry,
+}
+
+#[derive(Clone, Debug)]
+struct Grave {
+    incarnation: u64,
+    by: NodeId,
+    /// Members that were not told yet, if it is for this node to tell them.
+    untold: Option<BTreeMap<NodeId, Retry>>,
+    told: BTreeSet<NodeId>,
+}
+
+#[derive(Clone, Debug)]
+struct Claim {
+    incarnation: u64,
+    asked: BTreeMap<NodeId, Question>,
+    acks: BTreeMap<NodeId, Ack>,
+    settled: Instant,
+    wake: Option<Instant>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Ack {
+    pub(super) loan: Loan,
+    pub(super) titles: [Title; 4],
+    pub(super) lends: [bool; 4],
+    pub(super) rivals: Vec<NodeId>,
+}
+
+impl Reclaiming {
+    pub(super) fn restore_grave(&mut self, id: NodeId, incarnation: u64, by: NodeId, mine: bool) {
+        let untold = mine.then(BTreeMap::new);
+        self.graves.insert(id, Grave { incarnation, by, untold, told: BTreeSet::new() });
+    }
+
+    pub(super) fn restart_claims(&mut self, settled: Instant) {
+        for claim in self.claims.values_mut() {
+            claim.acks.clear();
+            claim.asked.clear();
+            claim.settled = settled;
+        }
+    }
+
+    pub(super) fn hurry(&mut self, id: NodeId, now: Instant) {
+        for question in self.claims.values_mut().filter_map(|claim| claim.asked.get_mut(&id)) {
+            question.retry = Retry::new(now);
+        }
+        let untold = self.graves.values_mut().filter_map(|grave| grave.untold.as_mut());
+        for retries in untold {
+            if let Some(retry) = retries.get_mut(&id) {
+                *retry = Retry::new(now);
+            }
+        }
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        self.claims.is_empty()
+            && self.graves.values().all(|grave| grave.untold.as_ref().is_none_or(BTreeMap::is_empty))
+    }
+}
+
+impl Ipam {
+    /// Takes back the space of a node that is gone for good: answered by [`Action::Reclaimed`], when all other nodes have agreed, or
+    /// [`Action::ReclaimFailed`].
+    ///
+    /// # Errors
+    /// [`IpamError::Reclaim`] if that node is this one, unknown, reachable, or somebody else does it already.
+    pub fn reclaim(&mut self, of: NodeId, now: Instant) -> Result<(), IpamError> {
+        let refuse = |why: String| Err(IpamError::Reclaim { of, why });
+        if of == self.id {
+            return refuse("that is this node; `overnode reset` gives back what it has".into());
+        }
+        let Some(peer) = self.peers.get(&of) else {
+            return refuse("no node with that ID is known here".into());
+        };
+        let incarnation = peer.incarnation;
+        if self.reachable.contains(&of) {
+            return refuse("it is reachable; run `overnode reset` on its host instead".into());
+        }
+        let is_lent = |half: &IpNet| self.peers.values().any(|peer| !peer.left && peer.ranges.contains(half));
+        let half = self.layout.lendable(of);
+        let has_lender = half.is_none_or(|half| is_lent(&half) || self.lending.books.contains_key(&of));
+        if self.is_buried(of, incarnation) && has_lender {
+            self.effects.push(Action::Reclaimed(of));
+            self.finish(now);
+            return Ok(());
+        }
+        let mut pledges = self.reclaiming.pledges.keys();
+        // The lowest ID wins in any case.
+        let other = pledges.find(|(gone, by)| *gone == of && *by < self.id && !self.has_left(*by));
+        if let Some((_, by)) = other {
+            return refuse(format!(
+                "node {by} is doing that already; `overnode status --ipam` there says what it waits for"
+            ));
+        }
+        if !self.reclaiming.claims.contains_key(&of) {
+            self.put(Fact::Claim { of, incarnation });
+            self.restore_claim(of, incarnation, now);
+        }
+        self.finish(now);
+        Ok(())
+    }
+
+    /// Nodes whose space this node takes back, with those that have not agreed yet.
+    pub fn reclaims(&self) -> BTreeMap<NodeId, Vec<NodeId>> {
+        let missing = |of: NodeId, claim: &Claim| {
+            let required = self.must_agree(of, claim).into_iter();
+            required.filter(|id| !claim.acks.contains_key(id)).collect()
+        };
+        self.reclaiming.claims.iter().map(|(of, claim)| (*of, missing(*of, claim))).collect()
+    }
+
+    /// Nodes that are gone for good, with their last incarnation and the node that took back their space.
+    pub fn buried(&self) -> impl Iterator<Item = (NodeId, u64, NodeId)> {
+        self.reclaiming.graves.iter().map(|(id, grave)| (*id, grave.incarnation, grave.by))
+    }
+
+    pub(super) fn pledge(&mut self, of: NodeId, by: NodeId, incarnation: u64, round: Round, now: Instant) {
+        let retry = Retry { at: now + self.timing.retry_cap, tries: 8 };
+        self.reclaiming.pledges.insert((of, by), Pledge { incarnation, round, retry });
+    }
+
+    pub(super) fn restore_claim(&mut self, of: NodeId, incarnation: u64, now: Instant) {
+        let settled = now + self.timing.settle;
+        let (asked, acks) = (BTreeMap::new(), BTreeMap::new());
+        self.reclaiming.claims.insert(of, Claim { incarnation, asked, acks, settled, wake: None });
+    }
+
+    pub(super) fn is_buried(&self, id: NodeId, incarnation: u64) -> bool {
+        self.reclaiming.graves.get(&id).is_some_and(|grave| incarnation <= grave.incarnation)
+    }
+
+    fn has_left(&self, id: NodeId) -> bool {
+        self.peers.get(&id).is_some_and(|peer| peer.left || self.is_buried(id, peer.incarnation))
+    }
+
+    pub(super) fn tell_buried(&mut self, id: NodeId, epoch: u64) {
+        if let Some(grave) = self.reclaiming.graves.get(&id).filter(|grave| epoch <= grave.incarnation) {
+            let (incarnation, titles) = (grave.incarnation, self.titles());
+            self.send(id, &Message::Buried { of: id, incarnation, titles });
+        }
+    }
+
+    pub(super) fn drive_reclaim(&mut self, now: Instant) {
+        for of in self.reclaiming.claims.keys().copied().collect::<Vec<_>>() {
+            if self.reachable.contains(&of) {
+                self.abandon_claim(of);
+                self.fail(of, "it is reachable again".into());
+            }
+        }
+        let claims: Vec<_> = self.reclaiming.claims.keys().copied().collect();
+        let mut complete = true;
+        for of in &claims {
+            complete &= self.drive_claim(*of, now);
+        }
+        // All at once: the dead were not asked about each other, and each may have held what another one lent.
+        if complete {
+            let claims = std::mem::take(&mut self.reclaiming.claims);
+            for (&of, claim) in &claims {
+                self.forget(Key::Claim(of));
+                self.bury(of, claim, now);
+            }
+            for (of, claim) in claims {
+                self.take_over(of, claim, now);
+            }
+        }
+        self.tell_graves(now);
+        self.drop_pledges(now);
+    }
+
+    pub(super) fn next_reclaim(&self) -> Option<Instant> {
+        let asked = self.reclaiming.claims.values().flat_map(|claim| &claim.asked);
+        let asked =
+            asked.filter(|(id, _)| self.reachable.contains(id)).map(|(_, question)| question.retry.at);
+        let untold = self.reclaiming.graves.values().filter_map(|grave| grave.untold.as_ref()).flatten();
+        let untold = untold.filter(|(id, _)| self.reachable.contains(id));
+        let pledges = self.reclaiming.pledges.iter().filter(|((_, by), _)| self.reachable.contains(by));
+        let pledges = pledges.map(|(_, pledge)| pledge.retry.at);
+        let wakes = self.reclaiming.claims.values().filter_map(|claim| claim.wake);
+        asked.chain(untold.map(|(_, retry)| retry.at)).chain(wakes).chain(pledges).min()
+    }
+
+    /// Who has to agree: every member that is known, and whoever they name.
+    fn must_agree(&self, of: NodeId, claim: &Claim) -> Vec<NodeId> {
+        let is_dead = |id: NodeId| id == of || self.reclaiming.claims.contains_key(&id);
+        let mut ids: Vec<_> = self.members().filter(|id| !is_dead(*id)).collect();
+        for rival in claim.acks.values().flat_map(|ack| &ack.rivals).copied() {
+            if rival != self.id && !is_dead(rival) && !self.has_left(rival) && !ids.contains(&rival) {
+                ids.push(rival);
+            }
+        }
+        ids
+    }
+
+    /// Asks those who have not agreed yet. True if all have.
+    fn drive_claim(&mut self, of: NodeId, now: Instant) -> bool {
+        let Some(claim) = self.reclaiming.claims.get(&of) else { return false };
+        let required = self.must_agree(of, claim);
+        let (our, mut count) = (self.incarnation, self.rounds);
+        let Some(claim) = self.reclaiming.claims.get_mut(&of) else { return false };
+        claim.wake = (claim.settled > now).then_some(claim.settled);
+        if claim.settled > now {
+            return false;
+        }
+        claim.asked.retain(|id, _| required.contains(id));
+        let incarnation = claim.incarnation;
+        let mut ask = Vec::new();
+        let mut complete = true;
+        for id in required {
+            if claim.acks.contains_key(&id) {
+                claim.asked.remove(&id);
+                continue;
+            }
+            complete = false;
+            let question = claim.asked.entry(id).or_insert_with(|| {
+                count += 1;
+                Question { round: Round { incarnation: our, count }, retry: Retry::new(now) }
+            });
+            if self.reachable.contains(&id) && question.retry.take(now, &self.timing) {
+                ask.push((id, question.round));
+            }
+        }
+        self.rounds = count;
+        for (id, round) in ask {
+            self.send(id, &Message::Reclaim { of, incarnation, round });
+        }
+        complete
+    }
+
+    fn bury(&mut self, of: NodeId, claim: &Claim, now: Instant) {
+        let (id, incarnation) = (self.id, claim.incarnation);
+        self.put(Fact::Grave { id: of, incarnation, by: id });
+        let untold = self.members().filter(|member| *member != of).map(|it| (it, Retry::new(now))).collect();
+        let grave = Grave { incarnation, by: id, untold: Some(untold), told: BTreeSet::new() };
+        self.reclaiming.graves.insert(of, grave);
+        self.free_left(of, incarnation);
+    }
+
+    fn take_over(&mut self, of: NodeId, claim: Claim, now: Instant) {
+        for (index, quarter) in quarters().enumerate() {
+            let told = claim.acks.values().map(|ack| ack.titles[index]);
+            let Some(latest) = told.chain([self.title_of(quarter)]).max_by_key(|title| title.serial) else {
+                continue;
+            };
+            let is_lent = claim.acks.values().any(|ack| ack.lends[index]);
+            let is_mine = self.lending.books.get(&quarter).is_some_and(|book| book.heir.is_none());
+            if is_lent || is_mine || (latest.holder != of && quarter != of) {
+                continue;
+            }
+            let half = self.layout.lendable(quarter);
+            let in_half = |loan: &Loan| Loan {
+                epoch: loan.epoch,
+                blocks: loan
+                    .blocks
+                    .iter()
+                    .copied()
+                    .filter(|net| half.is_some_and(|half| half.contains(net)))
+                    .collect(),
+            };
+            let loans = claim.acks.iter().map(|(member, ack)| (*member, in_half(&ack.loan))).collect();
+            // Beyond what it may have begun to hand to another: that must not be taken any more.
+            self.take_title(quarter, latest.serial.saturating_add(2), loans, now);
+        }
+        self.effects.push(Action::Reclaimed(of));
+    }
+
+    fn tell_graves(&mut self, now: Instant) {
+        let members: BTreeSet<_> = self.members().collect();
+        let mut messages = Vec::new();
+        let titles = self.titles();
+        for (&of, grave) in &mut self.reclaiming.graves {
+            let Some(untold) = &mut grave.untold else { continue };
+            // The node itself, should it come back, is a member again by its later incarnation.
+            for member in members.iter().filter(|member| !grave.told.contains(member)) {
+                untold.entry(*member).or_insert_with(|| Retry::new(now));
+            }
+            untold.retain(|id, _| members.contains(id));
+            for (&to, retry) in untold.iter_mut() {
+                if self.reachable.contains(&to) && retry.take(now, &self.timing) {
+                    messages.push((to, Message::Buried { of, incarnation: grave.incarnation, titles }));
+                }
+            }
+        }
+        for (to, message) in messages {
+            self.send(to, &message);
+        }
+    }
+
+    /// Tells a node who is gone for good, or whether one is.
+    pub(super) fn tell_graves_of(&mut self, to: NodeId, only: Option<NodeId>) {
+        let titles = self.titles();
+        let graves = self.reclaiming.graves.iter().filter(|(of, _)| only.is_none_or(|only| only == **of));
+        let told: Vec<_> = graves.map(|(of, grave)| (*of, grave.incarnation)).collect();
+        for (of, incarnation) in told {
+            self.send(to, &Message::Buried { of, incarnation, titles });
+        }
+    }
+
+    /// A node was started again, perhaps without its disk: it may not know who is gone.
+    pub(super) fn tell_again(&mut self, id: NodeId) {
+        for grave in self.reclaiming.graves.values_mut() {
+            grave.told.remove(&id);
+        }
+    }
+
+    /// Promises to nodes that have left, and of nodes that are back, bind nobody.
+    fn drop_pledges(&mut self, now: Instant) {
+        // Where both are reachable, the claimant reaches that node too, and has given up.
+        let met = |of, by| self.reachable.contains(&of) && self.reachable.contains(&by);
+        let pledges = self.reclaiming.pledges.keys().copied();
+        let void: Vec<_> = pledges.filter(|(of, by)| self.has_left(*by) || met(*of, *by)).collect();
+        for (of, by) in void {
+            self.reclaiming.pledges.remove(&(of, by));
+            self.forget(Key::Pledge(of, by));
+        }
+        let mut ask = Vec::new();
+        for (&(of, by), pledge) in &mut self.reclaiming.pledges {
+            if self.reachable.contains(&by) && pledge.retry.take(now, &self.timing) {
+                ask.push((by, Message::Pledged { of, round: pledge.round }));
+            }
+        }
+        for (by, message) in ask {
+            self.send(by, &message);
+        }
+    }
+
+    pub(super) fn handle_pledged(&mut self, from: NodeId, of: NodeId, round: Round) {
+        if !self.reclaiming.claims.contains_key(&of) {
+            self.tell_graves_of(from, Some(of));
+            self.send(from, &Message::ReclaimOver { of, round });
+        }
+    }
+
+    /// True if this node has promised to take nothing from `id`.
+    pub(super) fn has_pledged(&self, id: NodeId) -> bool {
+        self.reclaiming.pledges.keys().any(|(of, _)| *of == id)
+    }
+
+    pub(super) fn abandon_claim(&mut self, of: NodeId) {
+        if self.reclaiming.claims.remove(&of).is_some() {
+            self.forget(Key::Claim(of));
+            let round = self.next_round();
+            for member in self.members().collect::<Vec<_>>() {
+                self.send(member, &Message::ReclaimOver { of, round });
+            }
+        }
+    }
+
+    fn fail(&mut self, of: NodeId, why: String) {
+        self.effects.push(Action::ReclaimFailed(IpamError::Reclaim { of, why }));
+    }
+
+    pub(super) fn handle_reclaim(
+        &mut self,
+        from: NodeId,
+        of: NodeId,
+        incarnation: u64,
+        round: Round,
+        now: Instant,
+    ) {
+        let refuse = |why| Message::ReclaimRefused { of, round, why };
+        let known = self.peers.get(&of).map_or(0, |peer| peer.incarnation);
+        let objection = if of == self.id || self.reachable.contains(&of) {
+            Some(Objection::Alive)
+        } else if known > incarnation {
+            Some(Objection::Newer(known))
+        } else if self.reclaiming.claims.contains_key(&of) && self.id < from {
+            Some(Objection::Mine)
+        } else {
+            None
+        };
+        if let Some(why) = objection {
+            self.send(from, &refuse(why));
+            return;
+        }
+        if self.reclaiming.claims.remove(&of).is_some() {
+            self.forget(Key::Claim(of));
+            self.fail(of, format!("node {from} takes it back"));
+        }
+        let by_others = self.reclaiming.pledges.keys().filter(|(gone, by)| *gone == of && *by != from);
+        let mut rivals: Vec<_> = by_others.map(|(_, by)| *by).collect();
+        if rivals.len() > MAX_RIVALS {
+            return;
+        }
+        rivals.truncate(MAX_RIVALS);
+        self.pledge(of, from, incarnation, round, now);
+        self.put(Fact::Pledge { of, incarnation, by: from, round });
+        // Nothing that was asked of the dead is taken any more.
+        let asked = self.borrowing.requests.iter().filter(|(_, request)| request.to == of);
+        for quarter in asked.map(|(quarter, _)| *quarter).collect::<Vec<_>>() {
+            self.fence(quarter);
+        }
+        let titles = self.titles();
+        let mut lends = [false; 4];
+        for (lends, quarter) in lends.iter_mut().zip(quarters()) {
+            let heir = self.lending.books.get(&quarter).map(|book| book.heir.map(|heir| heir.id));
+            *lends = heir.is_some_and(|heir| heir != Some(of));
+        }
+        let holds = self.held().collect();
+        self.send(from, &Message::ReclaimAck { of, round, epoch: self.epoch, titles, lends, holds, rivals });
+    }
+
+    /// The latest title of each quarter that this node knows of.
+    fn titles(&self) -> [Title; 4] {
+        let mut titles = [Title { serial: 0, holder: self.id }; 4];
+        for (title, quarter) in titles.iter_mut().zip(quarters()) {
+            *title = match self.lending.books.get(&quarter).map(|book| (book.serial, book.heir)) {
+                Some((serial, Some(heir))) => Title { serial, holder: heir.id },
+                Some((serial, None)) => Title { serial, holder: self.id },
+                None => self.title_of(quarter),
+            };
+        }
+        titles
+    }
+
+    pub(super) fn handle_reclaim_ack(&mut self, from: NodeId, of: NodeId, round: Round, ack: Ack) {
+        if let Some(claim) = self.reclaiming.claims.get_mut(&of)
+            && claim.asked.get(&from).is_some_and(|question| question.round == round)
+        {
+            for (index, title) in ack.titles.iter().enumerate() {
+                let latest = claim.acks.values().map(|ack| ack.titles[index].serial).max();
+                // Whoever got the quarter after it had agreed has something else to say by now.
+                if latest.is_some_and(|latest| latest < title.serial) && title.holder != from {
+                    claim.acks.remove(&title.holder);
+                    claim.asked.remove(&title.holder);
+                }
+            }
+            claim.acks.insert(from, ack);
+        }
+    }
+
+    pub(super) fn handle_refusal(&mut self, from: NodeId, of: NodeId, round: Round, why: Objection) {
+        let question = self.reclaiming.claims.get(&of).and_then(|claim| claim.asked.get(&from));
+        if question.is_none_or(|question| question.round != round) {
+            return;
+        }
+        self.abandon_claim(of);
+        let why = match why {
+            Objection::Alive => format!("node {from} reaches it; run `overnode reset` on its host instead"),
+            Objection::Newer(_) => format!(
+                "node {from} has seen it later than this node has; if it is gone for good since then, try again in a minute"
+            ),
+            Objection::Mine => format!("node {from} takes it back"),
+        };
+        self.fail(of, why);
+    }
+
+    pub(super) fn handle_reclaim_over(&mut self, from: NodeId, of: NodeId, round: Round) {
+        if self.reclaiming.pledges.get(&(of, from)).is_some_and(|pledge| pledge.round <= round) {
+            self.reclaiming.pledges.remove(&(of, from));
+            self.forget(Key::Pledge(of, from));
+        }
+    }
+
+    pub(super) fn handle_buried(
+        &mut self,
+        from: NodeId,
+        of: NodeId,
+        incarnation: u64,
+        titles: [Title; 4],
+        now: Instant,
+    ) {
+        if of == self.id {
+            self.handle_own_funeral(from, incarnation);
+        } else if self.reclaiming.graves.get(&of).is_none_or(|grave| grave.incarnation < incarnation) {
+            self.put(Fact::Grave { id: of, incarnation, by: from });
+            let grave = Grave { incarnation, by: from, untold: None, told: BTreeSet::new() };
+            self.reclaiming.graves.insert(of, grave);
+            self.free_left(of, incarnation);
+            let pledges = self
+                .reclaiming
+                .pledges
+                .iter()
+                .filter(|((gone, _), pledge)| *gone == of && pledge.incarnation <= incarnation);
+            for (gone, by) in pledges.map(|(key, _)| *key).collect::<Vec<_>>() {
+                self.reclaiming.pledges.remove(&(gone, by));
+                self.forget(Key::Pledge(gone, by));
+            }
+            if self.reclaiming.claims.get(&of).is_some_and(|claim| claim.incarnation <= incarnation) {
+                self.reclaiming.claims.remove(&of);
+                self.forget(Key::Claim(of));
+                self.fail(of, format!("node {from} has taken it back already"));
+            }
+            self.find_lenders();
+        }
+        for (quarter, title) in quarters().zip(titles) {
+            if title.holder != self.id && title.serial > self.title_of(quarter).serial {
+                self.handle_title(from, quarter, title, now);
+            }
+        }
+        self.send(from, &Message::BuriedAck { of, incarnation });
+    }
+
+    /// This node was said to be gone for good, and others have what it had.
+    fn handle_own_funeral(&mut self, from: NodeId, incarnation: u64) {
+        if self.epoch > incarnation {
+            return;
+        }
+        self.report(Problem::Buried { by: from });
+        self.epoch = self.incarnation.max(incarnation.saturating_add(1));
+        self.put(Fact::Epoch(self.epoch));
+        for quarter in self.lending.books.keys().copied().collect::<Vec<_>>() {
+            self.drop_title(quarter);
+        }
+        for quarter in quarters() {
+            self.fence(quarter);
+        }
+        let held: Vec<_> = self.held().collect();
+        for block in held {
+            // The lender may let this node keep it, when it is asked.
+            self.lose(block, from);
+            self.borrowing.dirty.extend(self.layout.quarter_of(block));
+        }
+    }
+
+    pub(super) fn handle_buried_ack(&mut self, from: NodeId, of: NodeId, incarnation: u64) {
+        if let Some(grave) = self.reclaiming.graves.get_mut(&of).filter(|it| it.incarnation == incarnation) {
+            grave.told.insert(from);
+            if let Some(untold) = &mut grave.untold {
+                untold.remove(&from);
+            }
+        }
+    }
+}

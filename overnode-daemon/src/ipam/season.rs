@@ -1,0 +1,169 @@
+//! How the birth owner of a quarter comes to lend it.
+//!
+//! A node that was just launched cannot know whether it was launched before, and what it had lent then. It asks every
+//! node that it knows. When all of them have answered, nobody else lends the quarter, and it has met all its targets, it takes
+//! what they hold as lent, and lends the rest.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::message::{Loan, MAX_RIVALS, Message, Part, Round, Title};
+use super::{Heir, Ipam, Question, Retry};
+use crate::types::NodeId;
+
+/// The questions of a birth owner.
+#[derive(Clone, Debug)]
+pub(super) struct Season {
+    pub(super) asked: BTreeMap<NodeId, Question>,
+    answers: BTreeMap<NodeId, Answer>,
+    /// Not before this time is it concluded that all is known.
+    pub(super) settled: Instant,
+    wake: Option<Instant>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Answer {
+    pub(super) loan: Loan,
+    pub(super) title: Title,
+    pub(super) part: Part,
+    pub(super) rivals: Vec<NodeId>,
+}
+
+impl Season {
+    /// The node has something else to say by now; what it said before may still be on its way.
+    pub(super) fn outdated(&mut self, id: NodeId) {
+        self.answers.remove(&id);
+        self.asked.remove(&id);
+    }
+
+    /// The quarter may be in other hands by now: all are asked again.
+    pub(super) fn restart(&mut self, settled: Instant) {
+        self.answers.clear();
+        self.asked.clear();
+        self.settled = settled;
+    }
+}
+
+impl Ipam {
+    pub(super) fn drive_season(&mut self, now: Instant) {
+        if !self.id.owns_a_quarter() || self.lending.books.contains_key(&self.id) || self.leaving.is_some() {
+            self.season = None;
+            return;
+        }
+        if self.season.is_none() {
+            let settled = now + self.timing.settle;
+            self.season =
+                Some(Season { asked: BTreeMap::new(), answers: BTreeMap::new(), settled, wake: None });
+        }
+        let required = self.required();
+        let (incarnation, mut count) = (self.incarnation, self.rounds);
+        let Some(season) = &mut self.season else { return };
+        season.wake = (season.settled > now).then_some(season.settled);
+        if season.settled > now {
+            return;
+        }
+        season.asked.retain(|id, _| required.contains(id));
+        let mut ask = Vec::new();
+        let mut complete = !required.is_empty();
+        for id in required {
+            if season.answers.get(&id).is_some_and(|answer| answer.part == Part::None) {
+                season.asked.remove(&id);
+                continue;
+            }
+            complete = false;
+            let question = season.asked.entry(id).or_insert_with(|| {
+                count += 1;
+                Question { round: Round { incarnation, count }, retry: Retry::new(now) }
+            });
+            if self.reachable.contains(&id) && question.retry.take(now, &self.timing) {
+                ask.push((id, question.round));
+            }
+        }
+        let done = complete && self.targets_met;
+        let answers = done.then(|| std::mem::take(&mut season.answers));
+        self.rounds = count;
+        for (id, round) in ask {
+            self.send(id, &Message::Ask { epoch: self.epoch, round });
+        }
+        if let Some(answers) = answers {
+            self.season = None;
+            let quarter = self.id;
+            let serial = self.title_of(quarter).serial.saturating_add(1).max(self.epoch);
+            let loans = answers.into_iter().map(|(id, answer)| (id, answer.loan)).collect();
+            self.take_title(quarter, serial, loans, now);
+        }
+    }
+
+    pub(super) fn next_question(&self) -> Option<Instant> {
+        let season = self.season.as_ref()?;
+        let asked = season.asked.iter().filter(|(id, _)| self.reachable.contains(id));
+        asked.map(|(_, question)| question.retry.at).chain(season.wake).min()
+    }
+
+    /// Who has to answer: every member that is known, and whoever they name.
+    fn required(&self) -> Vec<NodeId> {
+        let mut required: Vec<_> = self.members().collect();
+        let named = self.season.iter().flat_map(|season| season.answers.values()).flat_map(|it| &it.rivals);
+        for id in named.copied().chain([self.title_of(self.id).holder]) {
+            if id != self.id && !self.peers.contains_key(&id) && !required.contains(&id) {
+                required.push(id);
+            }
+        }
+        required
+    }
+
+    pub(super) fn handle_ask(&mut self, from: NodeId, epoch: u64, round: Round, now: Instant) {
+        let quarter = from;
+        let Some(half) = self.layout.lendable(quarter) else { return };
+        if self.is_gone(from, epoch) {
+            self.tell_buried(from, epoch);
+            return;
+        }
+        self.abandon_claim(from);
+        self.tell_graves_of(from, None);
+        let book = self.lending.books.get(&quarter).map(|book| book.heir);
+        let part = match book {
+            None => Part::None,
+            Some(Some(heir)) if heir.id == from && heir.epoch < epoch => {
+                // The launch that was to have it is gone, and whoever has it now will answer by itself.
+                self.drop_title(quarter);
+                Part::None
+            }
+            Some(Some(_)) => Part::Lends,
+            Some(None) => {
+                self.begin_transfer(quarter, Heir { id: from, epoch }, now);
+                Part::Lends
+            }
+        };
+        self.fence(quarter);
+        let lender = self.borrowing.lenders.get(&quarter).copied();
+        let heir = book.flatten().map(|heir| heir.id);
+        let pledged = self.reclaiming.pledges.keys().filter(|(of, _)| *of == from).map(|(_, by)| *by);
+        let mut rivals: Vec<_> = pledged.chain(lender).chain(heir).filter(|id| *id != from).collect();
+        rivals.truncate(MAX_RIVALS);
+        let held = self.allocation.blocks_in(Some(half)).filter(|(_, block)| !block.lost);
+        let holds = held.map(|(net, _)| net).collect();
+        let title = self.title_of(quarter);
+        self.send(from, &Message::Answer { round, epoch: self.epoch, title, part, holds, rivals });
+    }
+
+    pub(super) fn handle_answer(&mut self, from: NodeId, round: Round, mut answer: Answer, now: Instant) {
+        let Some(season) = &mut self.season else { return };
+        if season.asked.get(&from).is_none_or(|question| question.round != round) {
+            return;
+        }
+        let half = self.layout.lendable(self.id);
+        answer.loan.blocks.retain(|block| half.is_some_and(|half| half.contains(block)));
+        let title = answer.title;
+        self.hear(self.id, title);
+        let settled = now + self.timing.settle;
+        if let Some(season) = &mut self.season {
+            let lent = season.answers.get(&from).is_some_and(|before| before.part == Part::Lends);
+            if lent && answer.part == Part::None {
+                season.restart(settled);
+            } else {
+                season.answers.insert(from, answer);
+            }
+        }
+    }
+}

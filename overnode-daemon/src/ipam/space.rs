@@ -1,0 +1,121 @@
+//! Arithmetic of blocks.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::layout::bounds;
+use super::{from_number, to_number};
+
+/// True if they have an address in common.
+pub(super) fn overlap(one: IpNet, other: IpNet) -> bool {
+    one.contains(&other) || other.contains(&one)
+}
+
+/// Addresses in a block.
+pub(super) fn size(block: IpNet) -> u128 {
+    let (first, last) = bounds(block);
+    (last - first).saturating_add(1)
+}
+
+/// The block of one address.
+pub(super) fn single(address: IpAddr) -> IpNet {
+    address.into()
+}
+
+/// What of `whole` is not in `taken` (any order, overlaps allowed), as the fewest blocks in ascending order.
+pub(super) fn free(whole: IpNet, taken: impl Iterator<Item = IpNet>) -> Vec<IpNet> {
+    let (first, last) = bounds(whole);
+    let mut taken: Vec<_> = taken.map(bounds).filter(|(a, b)| *b >= first && *a <= last).collect();
+    taken.sort_unstable();
+    let mut blocks = Vec::new();
+    let mut next = first;
+    for (a, b) in taken {
+        if a > next {
+            split(whole, next, a - 1, &mut blocks);
+        }
+        next = next.max(b.saturating_add(1));
+    }
+    if next <= last {
+        split(whole, next, last, &mut blocks);
+    }
+    blocks
+}
+
+/// Chooses blocks of together about `count` addresses, at least one where there is any: the smallest that is large enough, cut to
+/// size; or the largest there are, `most` of them at most.
+pub(super) fn choose(free: &[IpNet], count: u128, most: usize) -> Vec<IpNet> {
+    let mut free = free.to_vec();
+    let mut chosen = Vec::new();
+    let mut left = count;
+    while left > 0 && chosen.len() < most && !free.is_empty() {
+        let wanted = left.checked_next_power_of_two().unwrap_or(u128::MAX);
+        let fitting = (0..free.len()).filter(|index| size(free[*index]) >= wanted);
+        let best = fitting.min_by_key(|index| size(free[*index]));
+        let largest = || (0..free.len()).rev().max_by_key(|index| size(free[*index]));
+        let Some(index) = best.or_else(largest) else { break };
+        let block = free.remove(index);
+        let block = if size(block) > wanted { cut(block, wanted) } else { block };
+        left = left.saturating_sub(size(block));
+        chosen.push(block);
+    }
+    chosen.sort_unstable();
+    chosen
+}
+
+/// The first `size` addresses of `block`; a power of two.
+fn cut(block: IpNet, size: u128) -> IpNet {
+    let prefix = block.max_prefix_len() - size.trailing_zeros() as u8;
+    IpNet::new(block.network(), prefix).unwrap_or(block)
+}
+
+fn split(like: IpNet, first: u128, last: u128, blocks: &mut Vec<IpNet>) {
+    let family = like.addr();
+    let most = like.max_prefix_len();
+    let mut next = first;
+    loop {
+        let room = (last - next).saturating_add(1);
+        let aligned = if next == 0 { 127 } else { next.trailing_zeros() };
+        let bits = aligned.min(room.ilog2()).min(u32::from(most));
+        if let Ok(block) = IpNet::new(from_number(family, next), most - bits as u8) {
+            blocks.push(block);
+        }
+        match next.checked_add(1 << bits) {
+            Some(after) if after <= last => next = after,
+            Some(_) | None => return,
+        }
+    }
+}
+
+/// The first free address of `block` from `from` on, round its end, that `is_free`.
+pub(super) fn next_free(
+    block: IpNet,
+    from: Option<IpAddr>,
+    taken: &std::collections::BTreeMap<IpAddr, String>,
+    is_usable: impl Fn(IpAddr) -> bool,
+) -> Option<IpAddr> {
+    let (first, last) = bounds(block);
+    let like = block.addr();
+    let start = match from.map(to_number) {
+        Some(from) if (first..last).contains(&from) => from + 1,
+        Some(_) | None => first,
+    };
+    let search = |first: u128, last: u128| {
+        if first > last {
+            return None;
+        }
+        let mut candidate = first;
+        let (low, high) = (from_number(like, first), from_number(like, last));
+        let mut taken = taken.range(low..=high).map(|(address, _)| to_number(*address)).peekable();
+        while candidate <= last {
+            if taken.peek() == Some(&candidate) {
+                taken.next();
+            } else if is_usable(from_number(like, candidate)) {
+                return Some(from_number(like, candidate));
+            }
+            candidate += 1;
+        }
+        None
+    };
+    search(start, last).or_else(|| if start == first { None } else { search(first, start - 1) })
+}

@@ -1,0 +1,247 @@
+//! A quarter changes hands: when its holder leaves, or gives it back to its birth owner.
+//!
+//! The giver stops lending, for good, before it says anything; the heir lends once it has the whole ledger on disk. So at
+//! no time do two nodes lend. Nobody but the heir, in the launch that was meant, can take the quarter.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::fact::{Fact, Heir, Key};
+use super::message::{Loan, Message, Title};
+use super::{Action, Ipam, IpamError, Retry};
+use crate::types::NodeId;
+
+/// Parts are cut so that no message is too long.
+const PART_BYTES: usize = 8 * 1024;
+
+/// A ledger that arrives in parts.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Inbox {
+    pub(super) serial: u64,
+    pub(super) parts: u16,
+    pub(super) loans: BTreeMap<u16, Vec<(NodeId, Loan)>>,
+}
+
+/// The node was told to leave.
+#[derive(Clone, Debug)]
+pub(super) struct Leaving {
+    deadline: Instant,
+    is_done: bool,
+}
+
+impl Ipam {
+    /// Prepares to leave the cluster: hands back what is borrowed, and hands what was lent to others over to another node.
+    /// Answered by [`Action::MayLeave`] or [`Action::CannotLeave`]. Nothing should be attached any more.
+    pub fn leave(&mut self, now: Instant) {
+        self.leaving = Some(Leaving { deadline: now + self.timing.leave, is_done: false });
+        let unused = self.allocation.blocks.iter().filter(|(_, block)| block.used == 0);
+        for block in unused.map(|(net, _)| *net).collect::<Vec<_>>() {
+            self.give_back(block);
+        }
+        for quarter in self.lending.books.keys().copied().collect::<Vec<_>>() {
+            if self.lending.books[&quarter].heir.is_none() {
+                self.enter_own(quarter);
+            }
+        }
+        self.finish(now);
+    }
+
+    /// Who has to take over, if anybody must: a quarter of which nothing is lent can be forgotten by its birth owner.
+    fn needs_heir(&self, quarter: NodeId) -> bool {
+        quarter != self.id
+            || self.lending.of(quarter).any(|(id, lent)| id != self.id && !lent.loan.blocks.is_empty())
+    }
+
+    fn choose_heir(&self, quarter: NodeId) -> Option<Heir> {
+        let rank = |id: &NodeId| (*id != quarter, !id.owns_a_quarter(), *id);
+        let id = self.members().filter(|id| self.reachable.contains(id)).min_by_key(rank)?;
+        Some(Heir { id, epoch: self.peers.get(&id)?.incarnation })
+    }
+
+    pub(super) fn begin_transfer(&mut self, quarter: NodeId, heir: Heir, now: Instant) {
+        let Some(book) = self.lending.books.get_mut(&quarter) else { return };
+        book.serial += 1;
+        book.heir = Some(heir);
+        book.acked.clear();
+        book.retry = Retry::new(now);
+        let serial = book.serial;
+        self.put(Fact::Book { quarter, serial, heir: Some(heir) });
+    }
+
+    pub(super) fn drive_transfers(&mut self, now: Instant) {
+        for quarter in self.lending.books.keys().copied().collect::<Vec<_>>() {
+            let heir = self.lending.books[&quarter].heir;
+            match heir {
+                Some(heir) if self.is_gone(heir.id, heir.epoch) => self.drop_title(quarter),
+                Some(heir) => self.send_parts(quarter, heir, now),
+                None if self.leaving.as_ref().is_some_and(|it| !it.is_done) && self.needs_heir(quarter) => {
+                    if let Some(heir) = self.choose_heir(quarter) {
+                        self.begin_transfer(quarter, heir, now);
+                        self.send_parts(quarter, heir, now);
+                    }
+                }
+                None => {}
+            }
+        }
+        let Some(leaving) = &self.leaving else { return };
+        if leaving.is_done {
+            return;
+        }
+        let kept: Vec<_> = self
+            .lending
+            .books
+            .iter()
+            .filter(|(quarter, book)| book.heir.is_some() || self.needs_heir(**quarter))
+            .map(|(quarter, _)| *quarter)
+            .collect();
+        if kept.is_empty() {
+            self.leaving = Some(Leaving { is_done: true, ..leaving.clone() });
+            self.effects.push(Action::MayLeave);
+        } else if leaving.deadline <= now {
+            self.leaving = None;
+            let error = self.heirless(&kept);
+            self.effects.push(Action::CannotLeave(error));
+        }
+    }
+
+    pub(super) fn next_transfer(&self) -> Option<Instant> {
+        let reachable = |heir: Option<Heir>| heir.is_some_and(|heir| self.reachable.contains(&heir.id));
+        let retry = self.lending.books.values().filter(|it| reachable(it.heir)).map(|it| it.retry.at).min();
+        let deadline = self.leaving.as_ref().filter(|it| !it.is_done).map(|it| it.deadline);
+        [retry, deadline].into_iter().flatten().min()
+    }
+
+    fn heirless(&self, kept: &[NodeId]) -> IpamError {
+        let borrowers: std::collections::BTreeSet<_> = kept
+            .iter()
+            .flat_map(|quarter| self.lending.of(*quarter))
+            .filter(|(id, lent)| *id != self.id && !lent.loan.blocks.is_empty())
+            .map(|(id, _)| id)
+            .collect();
+        let heirs: std::collections::BTreeSet<_> =
+            kept.iter().filter_map(|quarter| self.lending.books[quarter].heir).map(|heir| heir.id).collect();
+        let list = |ids: &std::collections::BTreeSet<NodeId>| {
+            ids.iter().map(|id| format!("node {id}")).collect::<Vec<_>>().join(", ")
+        };
+        let heir = if heirs.is_empty() {
+            "no node is reachable".to_owned()
+        } else {
+            format!("{} did not confirm", list(&heirs))
+        };
+        let borrowers = if borrowers.is_empty() { "others".to_owned() } else { list(&borrowers) };
+        IpamError::Heirless { id: self.id, borrowers, heir }
+    }
+
+    fn send_parts(&mut self, quarter: NodeId, heir: Heir, now: Instant) {
+        let Some(book) = self.lending.books.get_mut(&quarter) else { return };
+        if !self.reachable.contains(&heir.id) || !book.retry.take(now, &self.timing) {
+            return;
+        }
+        let (serial, acked) = (book.serial, book.acked.clone());
+        let parts = self.parts(quarter);
+        let count = u16::try_from(parts.len()).unwrap_or(u16::MAX);
+        for (part, loans) in (0..count).zip(parts).filter(|(part, _)| !acked.contains(part)) {
+            let epoch = heir.epoch;
+            self.send(heir.id, &Message::Transfer { quarter, serial, epoch, part, parts: count, loans });
+        }
+    }
+
+    /// The ledger, in parts; at least one. It does not change any more, so they are the same each time.
+    fn parts(&self, quarter: NodeId) -> Vec<Vec<(NodeId, Loan)>> {
+        let mut parts = vec![Vec::new()];
+        let mut bytes = 0;
+        for (id, lent) in self.lending.of(quarter).filter(|(_, lent)| !lent.loan.blocks.is_empty()) {
+            let length = 16 + 20 * lent.loan.blocks.len();
+            if bytes > 0 && bytes + length > PART_BYTES {
+                parts.push(Vec::new());
+                bytes = 0;
+            }
+            bytes += length;
+            if let Some(part) = parts.last_mut() {
+                part.push((id, lent.loan.clone()));
+            }
+        }
+        parts
+    }
+
+    pub(super) fn handle_transfer(
+        &mut self,
+        from: NodeId,
+        quarter: NodeId,
+        serial: u64,
+        epoch: u64,
+        (part, parts): (u16, u16),
+        loans: Vec<(NodeId, Loan)>,
+        now: Instant,
+    ) {
+        let ack = |taken| Message::TransferAck { quarter, serial, part, taken };
+        if self.has_pledged(from) {
+            return;
+        }
+        if self.epoch > epoch {
+            self.send(from, &ack(false));
+            return;
+        }
+        let has_it = self.lending.taken.get(&quarter).is_some_and(|taken| *taken >= serial);
+        if has_it || self.title_of(quarter).serial > serial {
+            self.send(from, &ack(true));
+            return;
+        }
+        if self.leaving.is_some() || self.lending.books.contains_key(&quarter) {
+            return;
+        }
+        let inbox = self.inbox.entry(quarter).or_default();
+        if inbox.serial > serial || (inbox.serial == serial && inbox.parts != parts) {
+            return;
+        }
+        if inbox.serial < serial {
+            let old = std::mem::replace(inbox, Inbox { serial, parts, loans: BTreeMap::new() });
+            for part in old.loans.into_keys() {
+                self.forget(Key::Part(quarter, part));
+            }
+        }
+        let inbox = self.inbox.entry(quarter).or_default();
+        inbox.loans.insert(part, loans.clone());
+        let is_complete = inbox.loans.len() == usize::from(parts);
+        self.put(Fact::Part { quarter, serial, part, parts, loans });
+        if is_complete && let Some(inbox) = self.inbox.remove(&quarter) {
+            for part in 0..parts {
+                self.forget(Key::Part(quarter, part));
+            }
+            self.take_title(quarter, serial, inbox.loans.into_values().flatten().collect(), now);
+        }
+        self.send(from, &ack(true));
+    }
+
+    pub(super) fn handle_transfer_ack(
+        &mut self,
+        from: NodeId,
+        quarter: NodeId,
+        serial: u64,
+        part: u16,
+        taken: bool,
+        now: Instant,
+    ) {
+        let Some(book) = self.lending.books.get_mut(&quarter) else { return };
+        if book.serial != serial || book.heir.is_none_or(|heir| heir.id != from) {
+            return;
+        }
+        if !taken {
+            // A launch that is gone may have had it. The birth owner finds out from all.
+            self.drop_title(quarter);
+            if self.leaving.take_if(|leaving| !leaving.is_done).is_some() {
+                let heir = format!("node {from} was started anew while it was");
+                let error = IpamError::Heirless { id: self.id, borrowers: "others".into(), heir };
+                self.effects.push(Action::CannotLeave(error));
+            }
+            return;
+        }
+        book.acked.insert(part);
+        book.retry = Retry { at: now.max(book.retry.at), ..book.retry };
+        let acked = book.acked.len();
+        if acked == self.parts(quarter).len() {
+            self.drop_title(quarter);
+            self.hear(quarter, Title { serial, holder: from });
+        }
+    }
+}

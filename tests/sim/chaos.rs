@@ -1,0 +1,277 @@
+//! What befalls the hosts.
+
+use std::time::Duration;
+
+use overnode_daemon::types::NodeId;
+use rand::Rng;
+use rand::seq::{IndexedRandom, SliceRandom};
+
+use crate::world::{Event, World};
+
+impl World {
+    /// One random thing, and when the next one comes.
+    pub fn chaos(&mut self) {
+        match self.rng.random_range(0..100) {
+            0..45 => self.some_containers(),
+            45..60 => self.fewer_containers(),
+            60..64 => self.claim_something(),
+            64..74 => self.cut_something(),
+            74..84 => self.crash_something(),
+            84..92 => self.reset_something(),
+            92..95 => self.kill_something(),
+            _ => self.reclaim_something(),
+        }
+        let delay = self.random(0.05, 2.0);
+        self.after(delay, Event::Chaos);
+    }
+
+    fn pick(&mut self) -> Option<NodeId> {
+        self.running().choose(&mut self.rng).copied()
+    }
+
+    fn some_containers(&mut self) {
+        let Some(id) = self.pick() else { return };
+        let most = if self.rng.random_bool(0.1) { 30 } else { 4 };
+        for _ in 0..self.rng.random_range(1..=most) {
+            self.ask_address(id);
+        }
+    }
+
+    /// A container wants an address.
+    pub fn ask_address(&mut self, id: NodeId) {
+        let now = self.now;
+        self.counts.attaches += 1;
+        let owner = format!("container {}", self.counts.attaches);
+        let Some(node) = self.node(id) else { return };
+        if node.leaving {
+            return;
+        }
+        let own_free = id.owns_a_quarter() && node.ipam.check_ready().is_ok();
+        let request = node.ipam.allocate(&owner, now);
+        node.waiting.insert(request, owner);
+        self.pump(id);
+        // IDs 1 to 4 allocate with no contact to anyone, others out of what they hold.
+        let Some(node) = self.node(id) else { return };
+        if own_free && node.waiting.contains_key(&request) {
+            self.violate(format!("{id} has free addresses and lets a container wait"));
+        }
+    }
+
+    fn fewer_containers(&mut self) {
+        let Some(id) = self.pick() else { return };
+        let some = self.rng.random_range(1..20);
+        self.detach(id, some);
+    }
+
+    /// Removes up to so many containers of a node.
+    pub fn detach(&mut self, id: NodeId, most: usize) {
+        let now = self.now;
+        let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) else { return };
+        let mut chosen: Vec<_> = disk.attachments.keys().copied().collect();
+        chosen.shuffle(&mut self.rng);
+        for address in chosen.into_iter().take(most) {
+            let Some(host) = self.hosts.get_mut(&id) else { return };
+            let (Some(disk), Some(node)) = (&mut host.disk, &mut host.node) else { return };
+            disk.attachments.remove(&address);
+            // In use twice only if something else is wrong, which was noticed then.
+            if self.used.get(&address) == Some(&id) {
+                self.used.remove(&address);
+            }
+            node.ipam.release(address, now);
+            self.pump(id);
+        }
+    }
+
+    fn claim_something(&mut self) {
+        let Some(id) = self.pick() else { return };
+        let address = format!("10.200.0.{}", self.rng.random_range(1..6)).parse().expect("an address");
+        let Some(host) = self.hosts.get_mut(&id) else { return };
+        let (Some(disk), Some(node)) = (&mut host.disk, &mut host.node) else { return };
+        if !node.leaving && node.ipam.claim(address, "static").is_ok() {
+            disk.attachments.insert(address, "static".into());
+            self.pump(id);
+        }
+    }
+
+    fn cut_something(&mut self) {
+        let mut ids = self.ids();
+        ids.shuffle(&mut self.rng);
+        let time = self.random(0.5, 40.0);
+        let directions = match self.rng.random_range(0..4) {
+            0 => vec![(ids[0], ids[1])],
+            1 => vec![(ids[0], ids[1]), (ids[1], ids[0])],
+            _ => {
+                let border = self.rng.random_range(1..ids.len());
+                let (left, right) = ids.split_at(border);
+                let pairs = left.iter().flat_map(|a| right.iter().flat_map(|b| [(*a, *b), (*b, *a)]));
+                pairs.collect()
+            }
+        };
+        self.counts.partitions += 1;
+        self.log(|| format!("cut {directions:?} for {time:?}"));
+        self.block(directions, time);
+    }
+
+    fn crash_something(&mut self) {
+        let Some(id) = self.pick() else { return };
+        if self.rng.random_bool(0.7) {
+            // In the midst of something.
+            let count = self.rng.random_range(0..12);
+            if let Some(node) = self.node(id) {
+                node.crash_after.get_or_insert(count);
+            }
+        } else {
+            self.crash(id);
+            let delay = self.random(0.1, 30.0);
+            self.after(delay, Event::Restart(id));
+        }
+    }
+
+    fn reset_something(&mut self) {
+        let Some(id) = self.pick() else { return };
+        if self.node(id).is_some_and(|node| node.leaving) {
+            return;
+        }
+        self.log(|| format!("reset {id}"));
+        // Nodes that lend must not forget it; all others may lose their disks at any time.
+        let lends = self.hosts[&id].disk.as_ref().is_some_and(|disk| {
+            disk.facts.values().any(|fact| matches!(fact, overnode_daemon::ipam::Fact::Book { .. }))
+        });
+        if !lends && self.rng.random_bool(0.3) {
+            self.counts.resets += 1;
+            self.wipe(id);
+            let delay = self.random(0.1, 20.0);
+            self.after(delay, Event::Launch(id));
+            return;
+        }
+        self.detach(id, usize::MAX);
+        let now = self.now;
+        let Some(node) = self.node(id) else { return };
+        node.leaving = true;
+        node.ipam.leave(now);
+        self.pump(id);
+    }
+
+    /// A host is gone for good.
+    fn kill_something(&mut self) {
+        let dead = self.hosts.values().filter(|host| host.is_dead).count();
+        let Some(id) = self.pick() else { return };
+        if dead < 2 && self.hosts.len() > 5 {
+            self.log(|| format!("kill {id}"));
+            self.wipe(id);
+            if let Some(host) = self.hosts.get_mut(&id) {
+                host.is_dead = true;
+            }
+        }
+    }
+
+    fn reclaim_something(&mut self) {
+        let dead: Vec<_> = self.hosts.iter().filter(|(_, host)| host.is_dead).map(|(id, _)| *id).collect();
+        let Some(&of) = dead.choose(&mut self.rng) else { return };
+        for _ in 0..self.rng.random_range(1..3) {
+            if let Some(id) = self.pick() {
+                self.reclaim(id, of);
+            }
+        }
+        if self.rng.random_bool(0.3) {
+            let delay = self.random(0.0, 30.0);
+            self.after(delay, Event::Launch(of));
+        }
+    }
+
+    pub fn reclaim(&mut self, id: NodeId, of: NodeId) {
+        let now = self.now;
+        let Some(node) = self.node(id).filter(|node| !node.leaving) else { return };
+        let outcome = node.ipam.reclaim(of, now);
+        self.counts.reclaims += 1;
+        self.log(|| format!("{id} is told to reclaim {of}: {outcome:?}"));
+        self.pump(id);
+    }
+
+    /// All faults end, all hosts run, people take back what belongs to the dead.
+    pub fn heal(&mut self) {
+        self.log(|| "heal".into());
+        self.blocked.clear();
+        self.is_rough = false;
+        for id in self.ids() {
+            let host = &self.hosts[&id];
+            if host.is_dead {
+                continue;
+            }
+            if host.disk.is_none() {
+                self.launch(id);
+            } else {
+                self.restart(id);
+            }
+            if let Some(node) = self.node(id) {
+                node.crash_after = None;
+            }
+        }
+        self.redial();
+    }
+
+    fn redial(&mut self) {
+        for a in self.ids() {
+            for b in self.ids().into_iter().filter(|b| a < *b) {
+                let delay = self.random(0.01, 2.0);
+                self.after(delay, Event::Dial(a, b));
+            }
+        }
+    }
+
+    /// What a person does about nodes that stay unreachable.
+    pub fn bury_the_dead(&mut self) {
+        let dead: Vec<_> = self.hosts.iter().filter(|(_, host)| host.is_dead).map(|(id, _)| *id).collect();
+        for of in dead {
+            let buried = |world: &Self, id: &NodeId| {
+                let node = world.hosts[id].node.as_ref();
+                node.is_none_or(|node| {
+                    node.gossip.record(of).is_none_or(|record| {
+                        let up_to = node.ipam.buried().find(|(id, ..)| *id == of).map(|(_, up_to, _)| up_to);
+                        record.left || up_to.is_some_and(|up_to| record.incarnation <= up_to)
+                    })
+                })
+            };
+            let running = self.running();
+            let lends =
+                |id: &NodeId| self.hosts[id].node.as_ref().is_some_and(|node| node.ipam.lends(of).is_some());
+            let is_orphaned = of.owns_a_quarter() && !running.iter().any(lends);
+            let knows = |id: &NodeId| {
+                self.hosts[id].node.as_ref().is_some_and(|node| node.gossip.record(of).is_some())
+            };
+            let ignorant = running.iter().find(|id| !buried(self, id) || (is_orphaned && knows(id)));
+            if let Some(id) = ignorant.copied() {
+                self.reclaim(id, of);
+            }
+        }
+    }
+
+    /// Random things for a while, then peace. False if something went wrong on the way.
+    pub fn live(&mut self) -> Result<(), String> {
+        for id in self.ids() {
+            let delay = if self.rng.random_bool(0.8) { 0.0 } else { 20.0 };
+            let delay = self.random(0.0, delay + 3.0);
+            self.after(delay, Event::Launch(id));
+        }
+        let delay = self.random(1.0, 10.0);
+        self.after(delay, Event::Chaos);
+        let time = self.random(30.0, 150.0);
+        self.run(time);
+        self.drop_chaos();
+        for _ in 0..120 {
+            if !self.violations.is_empty() {
+                break;
+            }
+            self.heal();
+            self.bury_the_dead();
+            self.run(Duration::from_secs(5));
+            if self.converged().is_ok() {
+                break;
+            }
+        }
+        match self.violations.first() {
+            Some(violation) => Err(violation.clone()),
+            None => self.converged(),
+        }
+    }
+}

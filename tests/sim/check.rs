@@ -1,0 +1,76 @@
+//! What has to hold in the end.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+use overnode_daemon::ipam::quarters;
+use overnode_daemon::types::NodeId;
+
+use crate::world::World;
+
+impl World {
+    /// All nodes see the same, each address has one holder, and nothing is pending.
+    pub fn converged(&self) -> Result<(), String> {
+        let living: BTreeSet<NodeId> =
+            self.hosts.iter().filter(|(_, host)| !host.is_dead).map(|(id, _)| *id).collect();
+        for id in &living {
+            let Some(node) = &self.hosts[id].node else { return Err(format!("{id} does not run")) };
+            for other in living.iter().filter(|other| *other != id) {
+                let truth = self.hosts[other].node.as_ref().map(|other| other.gossip.own());
+                if node.gossip.record(*other) != truth {
+                    return Err(format!("{id} does not know the latest of {other}"));
+                }
+                if !node.paths.contains_key(other) {
+                    return Err(format!("{id} does not reach {other}"));
+                }
+            }
+            if !node.ipam.is_settled() {
+                return Err(format!("{id} is not done: {:?}", node.ipam.pending()));
+            }
+        }
+        self.check_ledgers(&living)
+    }
+
+    fn check_ledgers(&self, living: &BTreeSet<NodeId>) -> Result<(), String> {
+        let mut lent: BTreeMap<NodeId, BTreeSet<IpNet>> = BTreeMap::new();
+        for quarter in quarters() {
+            let lenders: Vec<_> = living
+                .iter()
+                .filter(|id| {
+                    self.hosts[id].node.as_ref().is_some_and(|node| node.ipam.lends(quarter).is_some())
+                })
+                .collect();
+            let is_unknown = |id: &NodeId| {
+                self.hosts[id].node.as_ref().is_none_or(|node| node.gossip.record(quarter).is_none())
+            };
+            if lenders.is_empty() && self.hosts[&quarter].is_dead && living.iter().all(is_unknown) {
+                // It is as if it had never been.
+                continue;
+            }
+            let [lender] = lenders[..] else {
+                return Err(format!("quarter {quarter} is lent by {lenders:?}"));
+            };
+            let Some(node) = &self.hosts[lender].node else { continue };
+            for (_, loans) in node.ipam.ledger().filter(|(of, _)| *of == quarter) {
+                for (borrower, blocks) in loans {
+                    if !living.contains(&borrower) {
+                        return Err(format!("{lender} has lent {blocks:?} to {borrower}, which is gone"));
+                    }
+                    lent.entry(borrower).or_default().extend(blocks);
+                }
+            }
+        }
+        for id in living {
+            let Some(node) = &self.hosts[id].node else { continue };
+            let held: BTreeSet<IpNet> = node.ipam.held().collect();
+            let lent = lent.remove(id).unwrap_or_default();
+            if held != lent {
+                return Err(format!("{id} holds {held:?}, and was lent {lent:?}"));
+            }
+            if node.ipam.lost().next().is_some() {
+                return Err(format!("{id} has lost blocks: {:?}", node.ipam.lost().collect::<Vec<_>>()));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,150 @@
+//! One host: what is on its disk, and its node while that runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Instant;
+
+use overnode_daemon::gossip::{Gossip, Path, Record};
+use overnode_daemon::ipam::{Change, Config, Fact, Ipam, Key, Peer, RequestId, Timing};
+use overnode_daemon::types::{Network, NodeId, PublicKey};
+use rand::rngs::StdRng;
+
+/// What survives a crash, exactly as it was written.
+#[derive(Clone, Debug, Default)]
+pub struct Disk {
+    /// Counts the starts.
+    pub incarnation: u64,
+    pub facts: BTreeMap<Key, Fact>,
+    /// Containers, by address. They run on when the node crashes.
+    pub attachments: BTreeMap<IpAddr, String>,
+    pub peers: BTreeMap<NodeId, Record>,
+    /// What the last write has replaced, for disks that forget it.
+    pub undo: Vec<(Key, Option<Fact>)>,
+}
+
+/// A running node: the real cores.
+pub struct Node {
+    pub gossip: Gossip,
+    pub ipam: Ipam,
+    /// The connection with each neighbour, by number.
+    pub links: BTreeMap<NodeId, u64>,
+    pub met: BTreeSet<NodeId>,
+    pub paths: BTreeMap<NodeId, Path>,
+    pub paths_are_old: bool,
+    /// Containers that wait for an address.
+    pub waiting: BTreeMap<RequestId, String>,
+    /// The process dies before it carries out so many actions more.
+    pub crash_after: Option<u32>,
+    pub leaving: bool,
+    pub timer: Option<Instant>,
+}
+
+/// One machine.
+#[derive(Default)]
+pub struct Host {
+    pub disk: Option<Disk>,
+    pub node: Option<Node>,
+    /// It never comes back with this disk.
+    pub is_dead: bool,
+}
+
+impl Disk {
+    pub fn write(&mut self, changes: &[Change], ignores_returns: bool) {
+        self.undo.clear();
+        for change in changes {
+            let (key, before) = match change {
+                Change::Put(fact) => (fact.key(), self.facts.insert(fact.key(), fact.clone())),
+                Change::Forget(Key::Held(_)) if ignores_returns => continue,
+                Change::Forget(key) => (*key, self.facts.remove(key)),
+            };
+            self.undo.push((key, before));
+        }
+    }
+
+    pub fn forget_last_write(&mut self) {
+        for (key, before) in std::mem::take(&mut self.undo).into_iter().rev() {
+            match before {
+                Some(fact) => self.facts.insert(key, fact),
+                None => self.facts.remove(&key),
+            };
+        }
+    }
+
+    /// Whether this node has what another one takes.
+    pub fn contradicts(&self, fact: &Fact) -> bool {
+        match fact {
+            Fact::Held { block, lost: false } => self.facts.values().any(|known| {
+                matches!(known, Fact::Held { block: other, lost: false }
+                    if other.contains(block) || block.contains(other))
+            }),
+            Fact::Book { quarter, heir: None, .. } => {
+                matches!(self.facts.get(&Key::Book(*quarter)), Some(Fact::Book { heir: None, .. }))
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether a block with this address is on disk as this node's.
+    pub fn holds(&self, address: IpAddr) -> bool {
+        self.facts.values().any(|fact| matches!(fact, Fact::Held { block, .. } if block.contains(&address)))
+    }
+}
+
+impl Node {
+    pub fn start(
+        id: NodeId,
+        disk: &mut Disk,
+        network: Network,
+        timing: Timing,
+        rng: StdRng,
+        now: Instant,
+    ) -> Self {
+        disk.incarnation += 1;
+        let config = Config { network, id, incarnation: disk.incarnation, timing };
+        let facts = disk.facts.values().cloned().collect::<Vec<_>>();
+        let mut ipam = Ipam::new(config, facts, disk.attachments.clone(), now).expect("the network is valid");
+        for record in disk.peers.values() {
+            ipam.learn(record.id, peer(record), now);
+        }
+        let own = Record {
+            id,
+            incarnation: disk.incarnation,
+            version: 0,
+            left: false,
+            nickname: String::new(),
+            public_key: PublicKey([id.get() as u8; 32]),
+            addresses: Vec::new(),
+            links: Vec::new(),
+            ranges: ipam.ranges(),
+            claims: ipam.claims(),
+        };
+        let mut gossip = Gossip::new(own, rng, now);
+        gossip.restore(disk.peers.values().cloned());
+        Self {
+            gossip,
+            ipam,
+            links: BTreeMap::new(),
+            met: BTreeSet::new(),
+            paths: BTreeMap::new(),
+            paths_are_old: true,
+            waiting: BTreeMap::new(),
+            crash_after: None,
+            leaving: false,
+            timer: None,
+        }
+    }
+
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        [self.gossip.poll_timeout(), self.ipam.poll_timeout()].into_iter().flatten().min()
+    }
+}
+
+/// What gossip tells the allocation of a node.
+pub fn peer(record: &Record) -> Peer {
+    Peer {
+        incarnation: record.incarnation,
+        left: record.left,
+        ranges: record.ranges.clone(),
+        claims: record.claims.clone(),
+    }
+}

@@ -1,0 +1,43 @@
+//! `cargo xtask sim`: the real cores of many nodes, in one process, under one seed and one clock. Everything else is simulated: the
+//! disks, the network with its partitions, and the people.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
+
+mod chaos;
+mod check;
+mod host;
+mod run;
+mod world;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Attack the allocation of addresses.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// How many runs.
+    #[arg(long, default_value_t = 1000)]
+    seeds: u64,
+    /// The first seed.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
+    /// Only this seed, with all that happens.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Nodes in each run.
+    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(4..=200))]
+    nodes: u16,
+    /// Cargo passes it to benchmarks.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let outcome = match arguments.seed {
+        Some(seed) => run::replay(seed, arguments.nodes),
+        None => run::many(arguments.first..arguments.first + arguments.seeds, arguments.nodes),
+    };
+    if outcome { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,66 @@
+//! The allocation of addresses under attack, as far as there is time for at each change; and the attack itself, on allocations
+//! that are broken.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "failing seeds are for people")]
+
+mod chaos;
+mod check;
+mod host;
+#[expect(dead_code, reason = "the program uses more of it")]
+mod run;
+mod world;
+
+use world::{Sabotage, Settings};
+
+fn assert_fine(seed: u64, nodes: u16) {
+    let (_, outcome) = run::one(Settings { seed, nodes, sabotage: Sabotage::None, verbose: false });
+    assert_eq!(outcome, Ok(()), "replay with `cargo xtask sim --nodes {nodes} --seed {seed}`");
+}
+
+#[test]
+fn two_thousand_lives_of_nine_nodes() {
+    let outcome = run::all(0..2000, 9, Sabotage::None, 1, false);
+    assert!(outcome.failures.is_empty(), "replay with `cargo xtask sim --seed SEED`: {:?}", outcome.failures);
+    assert_eq!((outcome.seeds, outcome.counts.duplicates, outcome.unconverged), (2000, 0, 0));
+    let counts = outcome.counts;
+    for (count, what) in [
+        (counts.partitions, "partitions"),
+        (counts.crashes, "crashes"),
+        (counts.resets, "resets"),
+        (counts.reclaims, "reclaims"),
+        (counts.granted, "granted addresses"),
+    ] {
+        assert!(count > 2000, "the attack is weak: {count} {what}");
+    }
+}
+
+fn assert_found(sabotage: Sabotage) {
+    let outcome = run::all(0..500, 9, sabotage, 1, false);
+    assert!(!outcome.failures.is_empty(), "{sabotage:?} was not found in {} lives", outcome.seeds);
+    let duplicates = outcome.counts.duplicates;
+    println!(
+        "{sabotage:?}: found after {} lives, {duplicates} duplicates: {:?}",
+        outcome.seeds, outcome.failures
+    );
+}
+
+#[test]
+fn a_disk_that_forgets_the_last_write_is_found() {
+    assert_found(Sabotage::ForgetfulDisk);
+}
+
+#[test]
+fn a_node_that_answers_before_it_writes_is_found() {
+    assert_found(Sabotage::AnswersFirst);
+}
+
+#[test]
+fn a_borrower_that_keeps_what_it_handed_back_is_found() {
+    assert_found(Sabotage::KeepsReturned);
+}
+
+/// The quarter was handed on, and the message by which it had come arrived again.
+#[test]
+fn regression_a_late_copy_of_a_transfer() {
+    assert_fine(250, 9);
+}

@@ -1,0 +1,702 @@
+//! All hosts, the network between them, and one clock.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use overnode_daemon::gossip;
+use overnode_daemon::ipam::{self, Layout, Problem, Timing};
+use overnode_daemon::types::{Network, NodeId};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::host::{Disk, Host, Node, peer};
+
+/// What is wrong with a node, on purpose: the simulation has to notice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sabotage {
+    #[default]
+    None,
+    /// A crash takes the last write with it.
+    ForgetfulDisk,
+    /// Messages go out before what they depend on is written.
+    AnswersFirst,
+    /// The disk keeps blocks that were handed back.
+    KeepsReturned,
+}
+
+/// How one run is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    pub seed: u64,
+    pub nodes: u16,
+    pub sabotage: Sabotage,
+    /// Print what happens.
+    pub verbose: bool,
+}
+
+/// What happened in a run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    pub steps: u64,
+    pub partitions: u64,
+    pub crashes: u64,
+    pub resets: u64,
+    pub reclaims: u64,
+    pub attaches: u64,
+    pub granted: u64,
+    pub refused: u64,
+    pub duplicates: u64,
+    pub reports: u64,
+}
+
+pub enum Payload {
+    Gossip(Vec<u8>),
+    Parcel { from: NodeId, to: NodeId, hops: u8, body: Vec<u8> },
+}
+
+pub enum Event {
+    Deliver {
+        from: NodeId,
+        to: NodeId,
+        link: u64,
+        payload: Payload,
+    },
+    /// A parcel that took its time, wherever it was.
+    Late {
+        from: NodeId,
+        to: NodeId,
+        body: Vec<u8>,
+    },
+    Dial(NodeId, NodeId),
+    Close {
+        at: NodeId,
+        peer: NodeId,
+        link: u64,
+    },
+    Timer(NodeId),
+    Restart(NodeId),
+    Launch(NodeId),
+    Unblock(u64),
+    Chaos,
+}
+
+struct Queued {
+    at: Instant,
+    order: u64,
+    event: Event,
+}
+
+impl PartialEq for Queued {
+    fn eq(&self, other: &Self) -> bool {
+        self.order == other.order
+    }
+}
+impl Eq for Queued {}
+impl PartialOrd for Queued {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Queued {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at, self.order).cmp(&(other.at, other.order))
+    }
+}
+
+pub struct World {
+    pub settings: Settings,
+    pub rng: StdRng,
+    pub start: Instant,
+    pub now: Instant,
+    pub network: Network,
+    pub layout: Layout,
+    pub timing: Timing,
+    pub hosts: BTreeMap<NodeId, Host>,
+    /// Directions in which nothing arrives, with the fault that they belong to.
+    pub blocked: BTreeMap<(NodeId, NodeId), u64>,
+    pub faults: u64,
+    /// The latest connection of each pair.
+    links: u64,
+    queue: BinaryHeap<Reverse<Queued>>,
+    order: u64,
+    /// Addresses of the range in use, by whom.
+    pub used: BTreeMap<IpAddr, NodeId>,
+    pub counts: Counts,
+    pub problems: BTreeMap<NodeId, BTreeSet<Problem>>,
+    pub violations: Vec<String>,
+    /// Parcels are lost, doubled and late.
+    pub is_rough: bool,
+}
+
+impl World {
+    pub fn new(settings: Settings) -> Self {
+        let mut rng = StdRng::seed_from_u64(settings.seed);
+        let now = Instant::now();
+        let prefix = [20, 23, 24, 25, 26][rng.random_range(0..5)];
+        let network = Network {
+            subnet: "10.0.0.0/8".parse().expect("a network"),
+            range: format!("10.1.0.0/{prefix}").parse().expect("a network"),
+        };
+        let timing = Timing { hand_back: Duration::from_secs(rng.random_range(5..60)), ..Timing::default() };
+        let layout = Layout::new(network).expect("a valid network");
+        let mut world = Self {
+            settings,
+            rng,
+            start: now,
+            now,
+            network,
+            layout,
+            timing,
+            hosts: BTreeMap::new(),
+            blocked: BTreeMap::new(),
+            faults: 0,
+            links: 0,
+            queue: BinaryHeap::new(),
+            order: 0,
+            used: BTreeMap::new(),
+            counts: Counts::default(),
+            problems: BTreeMap::new(),
+            violations: Vec::new(),
+            is_rough: true,
+        };
+        for number in 1..=settings.nodes {
+            let id = NodeId::new(number).expect("a valid ID");
+            world.hosts.insert(id, Host::default());
+        }
+        world
+    }
+
+    pub fn ids(&self) -> Vec<NodeId> {
+        self.hosts.keys().copied().collect()
+    }
+
+    pub fn running(&self) -> Vec<NodeId> {
+        self.hosts.iter().filter(|(_, host)| host.node.is_some()).map(|(id, _)| *id).collect()
+    }
+
+    pub fn node(&mut self, id: NodeId) -> Option<&mut Node> {
+        self.hosts.get_mut(&id)?.node.as_mut()
+    }
+
+    pub fn log(&self, text: impl FnOnce() -> String) {
+        if self.settings.verbose {
+            eprintln!("{:9.3} {}", (self.now - self.start).as_secs_f64(), text());
+        }
+    }
+
+    pub fn violate(&mut self, text: String) {
+        self.log(|| format!("VIOLATION {text}"));
+        self.violations.push(text);
+    }
+
+    pub fn after(&mut self, delay: Duration, event: Event) {
+        self.order += 1;
+        self.queue.push(Reverse(Queued { at: self.now + delay, order: self.order, event }));
+    }
+
+    pub fn random(&mut self, low: f64, high: f64) -> Duration {
+        Duration::from_secs_f64(self.rng.random_range(low..high))
+    }
+
+    /// Runs the next event, if it comes before `end`. False if it does not.
+    pub fn step(&mut self, end: Instant) -> bool {
+        if self.queue.peek().is_none_or(|Reverse(next)| next.at > end) {
+            self.now = end;
+            return false;
+        }
+        let Some(Reverse(Queued { at, event, .. })) = self.queue.pop() else { return false };
+        self.now = self.now.max(at);
+        self.counts.steps += 1;
+        self.handle(event);
+        true
+    }
+
+    pub fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.violations.is_empty() && self.step(end) {}
+    }
+
+    /// No more random things.
+    pub fn drop_chaos(&mut self) {
+        self.queue.retain(|Reverse(queued)| !matches!(queued.event, Event::Chaos));
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Deliver { from, to, link, payload } => self.deliver(from, to, link, payload),
+            Event::Late { from, to, body } => self.give_parcel(from, to, &body),
+            Event::Dial(a, b) => self.dial(a, b),
+            Event::Close { at, peer, link } => self.close(at, peer, link),
+            Event::Timer(id) => self.timer(id),
+            Event::Restart(id) => self.restart(id),
+            Event::Launch(id) => self.launch(id),
+            Event::Unblock(fault) => self.unblock(fault),
+            Event::Chaos => self.chaos(),
+        }
+    }
+
+    /// A new node on a host that has none.
+    pub fn launch(&mut self, id: NodeId) {
+        let milliseconds = 1_700_000_000_000 + (self.now - self.start).as_millis() as u64;
+        let Some(host) = self.hosts.get_mut(&id) else { return };
+        if host.disk.is_some() {
+            return;
+        }
+        host.is_dead = false;
+        host.disk = Some(Disk { incarnation: milliseconds, ..Disk::default() });
+        self.log(|| format!("launch {id}"));
+        self.restart(id);
+    }
+
+    /// Starts the node that the disk has.
+    pub fn restart(&mut self, id: NodeId) {
+        let rng = StdRng::seed_from_u64(self.rng.random());
+        let (network, timing, now) = (self.network, self.timing, self.now);
+        let Some(host) = self.hosts.get_mut(&id) else { return };
+        if host.node.is_some() || host.is_dead {
+            return;
+        }
+        let Some(disk) = &mut host.disk else { return };
+        host.node = Some(Node::start(id, disk, network, timing, rng, now));
+        self.log(|| format!("start {id}"));
+        self.pump(id);
+        for other in self.ids() {
+            if other != id {
+                let delay = self.random(0.01, 1.0);
+                self.after(delay, Event::Dial(id.min(other), id.max(other)));
+            }
+        }
+    }
+
+    /// The process ends without a word; the disk stays.
+    pub fn crash(&mut self, id: NodeId) {
+        let Some(host) = self.hosts.get_mut(&id) else { return };
+        if host.node.take().is_none() {
+            return;
+        }
+        self.counts.crashes += 1;
+        if self.settings.sabotage == Sabotage::ForgetfulDisk
+            && let Some(disk) = &mut host.disk
+        {
+            disk.forget_last_write();
+        }
+        self.log(|| format!("crash {id}"));
+        self.hang_up(id);
+    }
+
+    /// The others notice, sooner or later, that nobody is there.
+    fn hang_up(&mut self, id: NodeId) {
+        let links: Vec<_> = self
+            .hosts
+            .iter()
+            .filter_map(|(other, host)| Some((*other, *host.node.as_ref()?.links.get(&id)?)))
+            .collect();
+        for (other, link) in links {
+            let delay = self.random(0.0, 4.0);
+            self.after(delay, Event::Close { at: other, peer: id, link });
+        }
+    }
+
+    /// The host loses its node and its disk.
+    pub fn wipe(&mut self, id: NodeId) {
+        let Some(host) = self.hosts.get_mut(&id) else { return };
+        host.node = None;
+        host.disk = None;
+        self.used.retain(|_, user| *user != id);
+        self.problems.remove(&id);
+        self.hang_up(id);
+    }
+
+    pub fn is_blocked(&self, from: NodeId, to: NodeId) -> bool {
+        self.blocked.contains_key(&(from, to))
+    }
+
+    /// Nothing arrives in these directions until the fault is over.
+    pub fn block(&mut self, directions: Vec<(NodeId, NodeId)>, time: Duration) {
+        self.faults += 1;
+        let fault = self.faults;
+        for (from, to) in directions {
+            self.blocked.insert((from, to), fault);
+            for (at, peer) in [(from, to), (to, from)] {
+                let link = self.node(at).and_then(|node| node.links.get(&peer).copied());
+                if let Some(link) = link {
+                    let delay = self.random(0.1, 6.0);
+                    self.after(delay, Event::Close { at, peer, link });
+                }
+            }
+        }
+        self.after(time, Event::Unblock(fault));
+    }
+
+    fn unblock(&mut self, fault: u64) {
+        self.log(|| format!("fault {fault} is over"));
+        self.blocked.retain(|_, number| *number != fault);
+    }
+
+    fn dial(&mut self, a: NodeId, b: NodeId) {
+        let linked = |world: &mut Self, at, peer| world.node(at).map(|node| node.links.get(&peer).copied());
+        let (Some(at_a), Some(at_b)) = (linked(self, a, b), linked(self, b, a)) else { return };
+        if at_a.is_some() && at_a == at_b {
+            return;
+        }
+        if self.is_blocked(a, b) || self.is_blocked(b, a) {
+            let delay = self.random(0.3, 2.0);
+            self.after(delay, Event::Dial(a, b));
+            return;
+        }
+        self.links += 1;
+        let (link, now) = (self.links, self.now);
+        for (at, peer) in [(a, b), (b, a)] {
+            if let Some(node) = self.node(at) {
+                if node.links.insert(peer, link).is_some() {
+                    node.gossip.handle_disconnected(peer, now);
+                }
+                node.gossip.handle_connected(peer, now);
+                node.met.insert(peer);
+                node.paths_are_old = true;
+            }
+            self.pump(at);
+        }
+        for (at, peer) in [(a, b), (b, a)] {
+            if self.node(peer).is_none() {
+                self.after(Duration::from_secs(1), Event::Close { at, peer, link });
+            }
+        }
+    }
+
+    fn close(&mut self, at: NodeId, peer: NodeId, link: u64) {
+        let now = self.now;
+        let Some(node) = self.node(at) else { return };
+        if node.links.get(&peer) != Some(&link) {
+            return;
+        }
+        node.links.remove(&peer);
+        node.gossip.handle_disconnected(peer, now);
+        node.paths_are_old = true;
+        self.pump(at);
+        let delay = self.random(0.1, 2.0);
+        self.after(delay, Event::Dial(at.min(peer), at.max(peer)));
+        // The other end may not have noticed anything.
+        let other = self.node(peer).and_then(|node| node.links.get(&at).copied());
+        if other == Some(link) {
+            let delay = self.random(0.0, 4.0);
+            self.after(delay, Event::Close { at: peer, peer: at, link });
+        }
+    }
+
+    fn deliver(&mut self, from: NodeId, to: NodeId, link: u64, payload: Payload) {
+        let now = self.now;
+        let Some(node) = self.node(to) else { return };
+        if node.links.get(&from) != Some(&link) {
+            return;
+        }
+        match payload {
+            Payload::Gossip(bytes) => {
+                if let Err(error) = node.gossip.handle_message(from, &bytes, now) {
+                    self.violate(format!("{to} cannot read what {from} says: {error}"));
+                }
+                self.pump(to);
+            }
+            Payload::Parcel { from, to: end, body, .. } if end == to => self.give_parcel(from, to, &body),
+            Payload::Parcel { from, to: end, hops, body } => {
+                if hops > 0 {
+                    self.forward(to, Payload::Parcel { from, to: end, hops: hops - 1, body });
+                }
+            }
+        }
+    }
+
+    fn give_parcel(&mut self, from: NodeId, to: NodeId, body: &[u8]) {
+        let now = self.now;
+        let Some(node) = self.node(to) else { return };
+        if let Err(error) = node.ipam.handle_message(from, body, now) {
+            self.violate(format!("{to} cannot read what {from} sent: {error}"));
+        }
+        self.pump(to);
+    }
+
+    /// Passes a parcel on to the next node on its way, as gossip has it.
+    fn forward(&mut self, at: NodeId, payload: Payload) {
+        let Payload::Parcel { to, .. } = &payload else { return };
+        let to = *to;
+        let Some(node) = self.node(at) else { return };
+        let Some(path) = node.paths.get(&to).copied() else { return };
+        self.transmit(at, path.via, payload);
+    }
+
+    /// As TCP does: in order, or not at all.
+    fn transmit(&mut self, from: NodeId, to: NodeId, payload: Payload) {
+        let Some(link) = self.node(from).and_then(|node| node.links.get(&to).copied()) else { return };
+        if self.is_blocked(from, to) {
+            return;
+        }
+        let delay = match &payload {
+            // Gossip relies on the order within a connection.
+            Payload::Gossip(_) => Duration::from_millis(30),
+            Payload::Parcel { .. } => self.random(0.001, 0.2),
+        };
+        self.after(delay, Event::Deliver { from, to, link, payload });
+    }
+
+    fn send_parcel(&mut self, from: NodeId, to: NodeId, body: Vec<u8>) {
+        if body.len() > ipam::MAX_MESSAGE {
+            self.violate(format!("{from} sends {} bytes at once", body.len()));
+        }
+        if self.is_rough {
+            let dice = self.rng.random_range(0..100);
+            if dice < 8 {
+                return;
+            }
+            if dice < 20 {
+                let most = if dice < 12 { 200.0 } else { 5.0 };
+                let delay = self.random(0.1, most);
+                self.after(delay, Event::Late { from, to, body: body.clone() });
+                if dice < 16 {
+                    return;
+                }
+            }
+        }
+        self.forward(from, Payload::Parcel { from, to, hops: 16, body });
+    }
+
+    fn timer(&mut self, id: NodeId) {
+        let now = self.now;
+        let Some(node) = self.node(id) else { return };
+        if node.timer.is_none_or(|at| at > now) {
+            return;
+        }
+        node.timer = None;
+        if node.gossip.poll_timeout().is_some_and(|at| at <= now) {
+            node.gossip.handle_timeout(now);
+            // It may have published links that changed.
+            node.paths_are_old = true;
+        }
+        if node.ipam.poll_timeout().is_some_and(|at| at <= now) {
+            node.ipam.handle_timeout(now);
+            if node.ipam.poll_timeout().is_some_and(|at| at <= now) {
+                self.violate(format!("the allocation of {id} does not do what is due"));
+            }
+        }
+        self.pump(id);
+    }
+
+    /// True if the node dies now, before it does anything more.
+    fn dies(&mut self, id: NodeId) -> bool {
+        let Some(node) = self.node(id) else { return true };
+        match &mut node.crash_after {
+            Some(0) => {
+                self.crash(id);
+                let delay = self.random(0.1, 20.0);
+                self.after(delay, Event::Restart(id));
+                true
+            }
+            Some(left) => {
+                *left -= 1;
+                false
+            }
+            None => false,
+        }
+    }
+
+    /// Carries out what the cores of a node have decided.
+    pub fn pump(&mut self, id: NodeId) {
+        let mut delayed = Vec::new();
+        loop {
+            if let Some(action) = self.node(id).and_then(|node| node.gossip.poll_action()) {
+                if self.dies(id) {
+                    return;
+                }
+                self.carry_out_gossip(id, action);
+                continue;
+            }
+            self.refresh_paths(id);
+            if let Some(action) = self.node(id).and_then(|node| node.ipam.poll_action()) {
+                if self.dies(id) {
+                    return;
+                }
+                match action {
+                    ipam::Action::Persist(changes) if self.settings.sabotage == Sabotage::AnswersFirst => {
+                        delayed.push(changes);
+                    }
+                    action => self.carry_out(id, action),
+                }
+                continue;
+            }
+            if self.node(id).is_none() || !self.announce(id) {
+                break;
+            }
+        }
+        for changes in delayed {
+            if self.dies(id) {
+                return;
+            }
+            self.persist(id, &changes);
+        }
+        let Some(node) = self.node(id) else { return };
+        if let Some(at) = node.poll_timeout()
+            && node.timer.is_none_or(|timer| at < timer)
+        {
+            node.timer = Some(at);
+            let delay = at.saturating_duration_since(self.now);
+            self.after(delay, Event::Timer(id));
+        }
+    }
+
+    fn carry_out_gossip(&mut self, id: NodeId, action: gossip::Action) {
+        let now = self.now;
+        match action {
+            gossip::Action::Send { to, message } => self.transmit(id, to, Payload::Gossip(message.encode())),
+            gossip::Action::Changed(other) | gossip::Action::Removed(other) => {
+                let Some(host) = self.hosts.get_mut(&id) else { return };
+                let (Some(node), Some(disk)) = (&mut host.node, &mut host.disk) else { return };
+                let Some(record) = node.gossip.record(other).cloned() else { return };
+                disk.peers.insert(other, record.clone());
+                node.ipam.learn(other, peer(&record), now);
+                node.paths_are_old = true;
+            }
+            gossip::Action::Contested { .. } => {}
+        }
+    }
+
+    fn refresh_paths(&mut self, id: NodeId) {
+        let now = self.now;
+        let targets: Vec<_> = self
+            .hosts
+            .iter()
+            .filter(|(other, host)| **other != id && !host.is_dead)
+            .map(|(id, _)| *id)
+            .collect();
+        let Some(node) = self.node(id) else { return };
+        if std::mem::take(&mut node.paths_are_old) {
+            node.paths = node.gossip.paths();
+            let reachable = node.paths.keys().copied().collect();
+            node.ipam.set_reachable(reachable, now);
+            node.ipam.set_targets_met(targets.iter().all(|target| node.met.contains(target)), now);
+        }
+    }
+
+    /// Tells the others what this node has. True if that is news.
+    fn announce(&mut self, id: NodeId) -> bool {
+        let now = self.now;
+        let Some(node) = self.node(id) else { return false };
+        if node.leaving && node.gossip.own().left {
+            return false;
+        }
+        let (ranges, claims) = (node.ipam.ranges(), node.ipam.claims());
+        if node.gossip.own().ranges == ranges && node.gossip.own().claims == claims {
+            return false;
+        }
+        node.gossip.update_own(
+            |own| {
+                own.ranges = ranges;
+                own.claims = claims;
+            },
+            now,
+        );
+        true
+    }
+
+    fn persist(&mut self, id: NodeId, changes: &[ipam::Change]) {
+        let ignores_returns = self.settings.sabotage == Sabotage::KeepsReturned;
+        if let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) {
+            disk.write(changes, ignores_returns);
+        }
+        if self.settings.sabotage == Sabotage::None {
+            self.check_disks(id, changes);
+        }
+    }
+
+    /// No two disks have the same block or the same quarter to lend.
+    fn check_disks(&mut self, id: NodeId, changes: &[ipam::Change]) {
+        let mut violations = Vec::new();
+        for change in changes {
+            let ipam::Change::Put(fact) = change else { continue };
+            for (other, host) in self.hosts.iter().filter(|(other, _)| **other != id) {
+                let Some(disk) = &host.disk else { continue };
+                if disk.contradicts(fact) {
+                    violations.push(format!("{id} writes {fact:?}, which {other} has"));
+                }
+            }
+        }
+        for violation in violations {
+            self.violate(violation);
+        }
+    }
+
+    fn carry_out(&mut self, id: NodeId, action: ipam::Action) {
+        match action {
+            ipam::Action::Persist(changes) => {
+                self.log(|| format!("{id} writes {changes:?}"));
+                self.persist(id, &changes);
+            }
+            ipam::Action::Send { to, bytes } => {
+                self.log(|| format!("{id} -> {to} {:?}", ipam::Message::decode(&bytes, &self.layout)));
+                self.send_parcel(id, to, bytes);
+            }
+            ipam::Action::Granted { request, address } => {
+                let owner = self.node(id).and_then(|node| node.waiting.remove(&request));
+                match owner {
+                    Some(owner) => self.attach(id, address, owner),
+                    None => self.violate(format!("{id} answers a request that nobody made")),
+                }
+            }
+            ipam::Action::Failed { request, error } => {
+                self.log(|| format!("{id}: {error}"));
+                self.counts.refused += 1;
+                if let Some(node) = self.node(id) {
+                    node.waiting.remove(&request);
+                }
+            }
+            ipam::Action::Report(problem) => {
+                self.log(|| format!("{id} reports {problem}"));
+                self.counts.reports += 1;
+                self.problems.entry(id).or_default().insert(problem);
+            }
+            ipam::Action::Reclaimed(of) => self.log(|| format!("{id} has reclaimed {of}")),
+            ipam::Action::ReclaimFailed(error) => self.log(|| format!("{id}: {error}")),
+            ipam::Action::MayLeave => self.leave(id),
+            ipam::Action::CannotLeave(error) => {
+                self.log(|| format!("{id}: {error}"));
+                if let Some(node) = self.node(id) {
+                    node.leaving = false;
+                }
+            }
+        }
+    }
+
+    /// A container gets an address: from here on it is in use.
+    fn attach(&mut self, id: NodeId, address: IpAddr, owner: String) {
+        self.log(|| format!("{id} gives {address} to {owner}"));
+        self.counts.granted += 1;
+        let is_own = self.layout.own_part(id).is_some_and(|own| own.contains(&address));
+        let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) else { return };
+        let is_kept = is_own || disk.holds(address) || self.settings.sabotage != Sabotage::None;
+        disk.attachments.insert(address, owner);
+        if !is_kept {
+            self.violate(format!("{id} gives {address}, which is not on its disk"));
+        }
+        if !self.layout.is_usable(address) {
+            self.violate(format!("{id} gives {address}, which nobody may have"));
+        }
+        if let Some(other) = self.used.insert(address, id) {
+            self.counts.duplicates += 1;
+            self.violate(format!("{id} gives {address}, which {other} has given"));
+        }
+    }
+
+    /// The node has handed over all it must, and leaves.
+    fn leave(&mut self, id: NodeId) {
+        self.counts.resets += 1;
+        self.log(|| format!("{id} leaves"));
+        let Some(node) = self.node(id) else { return };
+        node.gossip.leave();
+        while let Some(action) = self.node(id).and_then(|node| node.gossip.poll_action()) {
+            self.carry_out_gossip(id, action);
+        }
+        self.wipe(id);
+        let delay = self.random(0.1, 20.0);
+        self.after(delay, Event::Launch(id));
+    }
+}
