@@ -71,6 +71,7 @@ pub enum Command {
     /// Print everything the node knows as JSON, without secrets
     Inspect,
     Prime(Prime),
+    Reclaim(Reclaim),
     Reset(Reset),
     /// Start a node that was launched and is not running
     Resume,
@@ -254,6 +255,22 @@ pub struct Prime {
     /// Give up after this time [default: never]
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
+}
+
+/// Take back the address space of a node that is gone for good
+///
+/// All other nodes have to agree, those that cannot be reached just now, too: two halves of a cluster must not take the same space.
+/// Never do this to a node that is only unreachable; refused while it is reachable.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  sudo overnode reclaim 3    # the disk of host3 is lost")]
+pub struct Reclaim {
+    /// The ID of the node
+    pub id: NodeId,
+    /// Stop waiting after this time; the node goes on by itself
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub timeout: u64,
 }
 
 /// Stop and destroy the node

@@ -1,5 +1,6 @@
 //! Real daemons on hosts of the lab: what the contract promises, and attempts to break it.
 
+mod addresses;
 mod bad_input;
 mod cleanliness;
 mod crash_points;

@@ -5,6 +5,7 @@ mod inspect;
 mod launch;
 mod peer;
 mod prime;
+mod reclaim;
 mod reset;
 mod resume;
 mod status;
@@ -39,6 +40,7 @@ pub async fn run(context: &Context, command: Command) -> Result<String, Failure>
         Command::Inspect => inspect::run(context).await,
         Command::Prime(wanted) => prime::run(context, &wanted).await,
         Command::Reset(wanted) => reset::run(context, &wanted).await,
+        Command::Reclaim(wanted) => reclaim::run(context, &wanted).await,
         Command::Resume => resume::run(context).await,
         Command::Peer(wanted) => peer::run(context, wanted).await,
         Command::Token => token::run(),

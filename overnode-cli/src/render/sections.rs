@@ -171,7 +171,13 @@ pub fn ipam(ipam: &IpamStatus, style: Style) -> String {
         true => "this node can give out addresses".to_owned(),
         false => format!("this node cannot give out addresses: {waiting}"),
     };
-    format!("{}{}", pairs_of([("ready", &Cell::from(lead))].into_iter(), style), grid.render(style))
+    let mut text =
+        format!("{}{}", pairs_of([("ready", &Cell::from(lead))].into_iter(), style), grid.render(style));
+    for reclaim in &ipam.reclaims {
+        let missing = reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        text += &format!("taking back the space of node {}: waiting for nodes {missing}\n", reclaim.id);
+    }
+    text
 }
 
 /// `--counters`

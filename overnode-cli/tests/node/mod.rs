@@ -216,6 +216,7 @@ pub fn sample() -> Status {
         ipam: IpamStatus {
             ready: true,
             waiting_for: None,
+            reclaims: vec![ReclaimStatus { id: 4.try_into().unwrap(), missing: vec![3.try_into().unwrap()] }],
             owners: vec![
                 owner.clone(),
                 RangeOwner {

@@ -17,6 +17,7 @@
 //! | `POST /v1/reset` | [`Reset`] | [`WasReset`] |
 //! | `GET /v1/external-peers` | | list of [`ExternalPeerStatus`] |
 //! | `POST /v1/external-peers` | [`AddExternalPeer`] | [`ExternalPeerAdded`] |
+//! | `POST /v1/reclaim` | [`Reclaim`] | [`Reclaimed`], at once |
 //! | `POST /v1/external-peers/remove` | [`RemoveExternalPeer`] | [`ExternalPeerRemoved`] |
 //!
 //! A refusal has the status code of its [`ErrorKind`] and the body `{"error": "what: why: what to do"}`.
@@ -64,6 +65,8 @@ pub enum Request {
     Inspect,
     /// Can an address be given to a container now? [`Reply::Primed`], at once.
     Prime,
+    /// Take back the address space of a node that is gone for good: [`Reply::Reclaimed`], at once.
+    Reclaim(Reclaim),
     /// Leave the cluster and remove everything: [`Reply::WasReset`], after which the daemon exits.
     Reset(Reset),
     /// [`Reply::ExternalPeerAdded`].
@@ -94,6 +97,8 @@ pub enum Reply {
     Inspect(serde_json::Value),
     /// To [`Request::Prime`].
     Primed(Primed),
+    /// To [`Request::Reclaim`].
+    Reclaimed(Reclaimed),
     /// To [`Request::Reset`].
     WasReset(WasReset),
     /// To [`Request::AddExternalPeer`].

@@ -75,6 +75,7 @@ fn router(node: mpsc::Sender<Call>) -> Router {
         .route("/v1/forget", with_body(Request::Forget))
         .route("/v1/attach", with_body(Request::Attach))
         .route("/v1/detach", with_body(Request::Detach))
+        .route("/v1/reclaim", with_body(Request::Reclaim))
         .route("/v1/reset", with_body(Request::Reset))
         .route(
             "/v1/external-peers",

@@ -325,6 +325,18 @@ pub struct IpamStatus {
     pub waiting_for: Option<String>,
     /// By ID.
     pub owners: Vec<RangeOwner>,
+    /// Nodes whose space this node takes back.
+    #[serde(default)]
+    pub reclaims: Vec<ReclaimStatus>,
+}
+
+/// A node whose space is taken back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReclaimStatus {
+    /// The node that is gone for good.
+    pub id: NodeId,
+    /// Nodes that have not agreed yet.
+    pub missing: Vec<NodeId>,
 }
 
 /// A node that owns address space.

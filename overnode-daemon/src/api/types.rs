@@ -148,6 +148,25 @@ pub struct Detached {
     pub address: IpNet,
 }
 
+/// Takes back the address space of a node that is gone for good.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reclaim {
+    /// The node.
+    pub id: NodeId,
+}
+
+/// How far taking back the address space of a node is. It goes on by itself; asking again tells more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reclaimed {
+    /// The node.
+    pub id: NodeId,
+    /// True if its space is this node's now.
+    pub done: bool,
+    /// Nodes that have not agreed yet.
+    pub missing: Vec<NodeId>,
+}
+
 /// Leaves the cluster and removes everything that the node made on this host.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

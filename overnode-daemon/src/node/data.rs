@@ -317,6 +317,7 @@ impl Node {
         }
         self.follow_sessions(now);
         self.note_reachability(now);
+        self.paths_changed = true;
     }
 
     /// Peers that do not answer are tried at the next of their addresses.
@@ -386,10 +387,8 @@ impl Node {
     fn routes_of(&self, record: &Record) -> Vec<IpNet> {
         let layout = self.ipam.layout();
         let mut routes = vec![IpNet::from(layout.node_address(record.id))];
-        let quarter = layout.quarter(record.id);
-        routes.extend(
-            record.ranges.iter().filter(|range| quarter.is_some_and(|quarter| quarter.contains(*range))),
-        );
+        let pool = self.identity.network.range;
+        routes.extend(record.ranges.iter().filter(|range| pool.contains(*range)));
         // Of several that claim an address, the data plane prefers the lowest ID.
         let may_have = |claim: &IpAddr| {
             layout.check_static(*claim).is_ok() && !self.ipam.allocated().contains_key(claim)
@@ -398,7 +397,7 @@ impl Node {
         routes
     }
 
-    fn own_routes(&self) -> Vec<IpNet> {
+    pub(super) fn own_routes(&self) -> Vec<IpNet> {
         let mut routes = self.ipam.ranges();
         routes.push(self.ipam.layout().node_address(self.identity.id).into());
         routes

@@ -7,15 +7,36 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use ipnet::IpNet;
 
 use super::running::Node;
-use crate::api::{self, ApiError, Netns, Primed, Target};
+use crate::api::{self, ApiError, Netns, Target};
 use crate::datapath::{self, KnownEndpoint, NetnsRef};
 use crate::fault;
-use crate::ipam;
 use crate::store::{Attachment, StoreError};
 
+/// Where the container runs.
+fn netns_of(request: &api::Attach) -> Result<NetnsRef, ApiError> {
+    match request.netns.clone().or_else(|| request.target.netns()) {
+        Some(Netns::Path(path)) => Ok(NetnsRef::Path(path)),
+        Some(Netns::Pid(pid)) => Ok(NetnsRef::Pid(pid)),
+        None => Err(ApiError::usage(format_args!(
+            "where the container {} runs was not told: give its process as netns {{\"pid\": N}}",
+            request.target
+        ))),
+    }
+}
+
 impl Node {
+    /// Plugs a container in at the static address that it asks for.
     pub(super) async fn attach(&mut self, request: api::Attach) -> Result<api::Attached, ApiError> {
-        let now = Instant::now();
+        self.check_attach(&request)?;
+        let Some(wanted) = request.address else {
+            return Err(ApiError::usage("no address was given, and none was looked for"));
+        };
+        let address = self.claim(wanted, &request.target.to_string())?;
+        self.attach_at(request, address).await
+    }
+
+    /// Refuses what cannot be attached whatever address it gets.
+    pub(super) fn check_attach(&self, request: &api::Attach) -> Result<(), ApiError> {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         if let Some(known) = attachments.iter().find(|known| known.target == request.target.to_string()) {
             return Err(ApiError::refused(format_args!(
@@ -30,23 +51,31 @@ impl Node {
                 "the name {name} is taken by another endpoint: give another --name"
             )));
         }
-        let netns = match request.netns.or_else(|| request.target.netns()) {
-            Some(Netns::Path(path)) => NetnsRef::Path(path),
-            Some(Netns::Pid(pid)) => NetnsRef::Pid(pid),
-            None => {
-                return Err(ApiError::usage(format_args!(
-                    "where the container {} runs was not told: give its process as netns {{\"pid\": N}}",
-                    request.target
-                )));
-            }
-        };
+        netns_of(request)?.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?;
+        Ok(())
+    }
+
+    /// Plugs a container in at an address that was found for it.
+    pub(super) async fn attach_at(
+        &mut self,
+        request: api::Attach,
+        address: IpAddr,
+    ) -> Result<api::Attached, ApiError> {
+        let attached = self.plug(request, address).await;
+        if attached.is_err() && !self.datapath.is_attached(&datapath::host_interface(address)) {
+            self.ipam.release(address, Instant::now());
+        }
+        attached
+    }
+
+    async fn plug(&mut self, request: api::Attach, address: IpAddr) -> Result<api::Attached, ApiError> {
+        // Time has passed since the address was asked for.
+        self.check_attach(&request)?;
+        let now = Instant::now();
+        let netns = netns_of(&request)?;
         let identity = netns.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?;
         let owner = request.target.to_string();
         let fixed = request.address.is_some();
-        let address = match request.address {
-            Some(address) => self.claim(address, &owner)?,
-            None => self.allocate(&owner, now)?,
-        };
         let attachment = Attachment {
             address,
             is_static: fixed,
@@ -58,10 +87,7 @@ impl Node {
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
         // On disk before anything uses it: a crash from here on leaves an address too many in use, never one twice.
-        if let Err(error) = self.store.add_attachment(&attachment) {
-            self.ipam.release(address, now);
-            return Err(ApiError::failed(error));
-        }
+        self.store.add_attachment(&attachment).map_err(ApiError::failed)?;
         fault::step("attachment");
         let plan = datapath::Attachment { netns, address, host_interface: attachment.host_interface.clone() };
         let attached = match self.datapath.attach(&plan).await {
@@ -105,13 +131,6 @@ impl Node {
         })?;
         self.announce_claims(Instant::now()).await;
         Ok(api::Detached { address: self.with_prefix(known.address) })
-    }
-
-    pub(super) fn primed(&self) -> Primed {
-        match self.ipam.check_ready() {
-            Ok(()) => Primed { ready: true, waiting_for: None },
-            Err(why) => Primed { ready: false, waiting_for: Some(why.to_string()) },
-        }
     }
 
     /// Removes what belongs to nobody, and gives back the addresses of containers that are gone.
@@ -160,28 +179,6 @@ impl Node {
                 tracing::warn!("{} cannot be plugged in again: {error:#}", attachment.target);
                 false
             }
-        }
-    }
-
-    /// An address that this node can give at once.
-    fn allocate(&mut self, owner: &str, now: Instant) -> Result<IpAddr, ApiError> {
-        let request = self.ipam.allocate(owner, now);
-        let answers = self.pump_ipam().map_err(ApiError::failed)?;
-        for answer in answers {
-            match answer {
-                ipam::Action::Granted { request: granted, address } if granted == request => {
-                    return Ok(address);
-                }
-                ipam::Action::Failed { request: failed, error } if failed == request => {
-                    return Err(ApiError::refused(error.to_string()));
-                }
-                _ => {}
-            }
-        }
-        self.ipam.cancel(request);
-        match self.ipam.check_ready() {
-            Err(error) => Err(ApiError::refused(error.to_string())),
-            Ok(()) => Err(ApiError::failed("no address was found; try again")),
         }
     }
 

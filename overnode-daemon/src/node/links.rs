@@ -10,10 +10,8 @@ use crate::control::CONTROL_PORT;
 use crate::control::dial::{self, AttemptId, Verdict};
 use crate::control::hello::Refusal;
 use crate::control::packet::Packet;
-use crate::gossip::{self, Parcel, Record};
-use crate::ipam;
+use crate::gossip;
 use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
-use crate::store::StoreError;
 use crate::types::NodeId;
 
 /// Problems that are kept: the latest.
@@ -75,6 +73,7 @@ impl Node {
             outbox: opened.outbox,
         };
         self.streams.insert(opened.id, stream);
+        self.paths_changed = true;
         // Before the next caller comes; gossip will say the same in a moment.
         self.residents
             .lock()
@@ -116,18 +115,10 @@ impl Node {
         self.dialer.handle_refused(remote, why, now);
     }
 
-    /// Takes a parcel for this node.
-    fn deliver(&mut self, parcel: &Parcel) {
-        tracing::debug!(
-            "node {} sent a parcel of kind {}, which nobody here reads",
-            parcel.from,
-            parcel.kind
-        );
-    }
-
     fn close(&mut self, id: StreamId, why: &str, now: Instant) {
         let Some(stream) = self.streams.remove(&id) else { return };
         self.ways.touch();
+        self.paths_changed = true;
         tracing::info!("the connection with node {} at {} ended: {why}", stream.peer, stream.remote);
         match self.dialer.handle_lost(stream.connection, why, now) {
             Some((peer, true)) => {
@@ -176,7 +167,7 @@ impl Node {
                 gossip::Action::SendParcel { to, parcel } => {
                     self.send(to, &Packet::Parcel(parcel.encode()), now);
                 }
-                gossip::Action::Deliver(parcel) => self.deliver(&parcel),
+                gossip::Action::Deliver(parcel) => self.deliver(&parcel, now),
                 gossip::Action::Changed(id) => self.learn(id, now).await,
                 gossip::Action::Removed(id) => self.unlearn(id, now),
                 gossip::Action::Contested(record) => {
@@ -239,7 +230,7 @@ impl Node {
     }
 
     /// Something that needs a person, and is said again as long as it lasts.
-    fn report_for_now(&mut self, problem: String, now: Instant) {
+    pub(super) fn report_for_now(&mut self, problem: String, now: Instant) {
         if !self.passing_problems.contains_key(&problem) {
             tracing::warn!("{problem}");
         }
@@ -256,7 +247,7 @@ impl Node {
     }
 
     /// Something that needs a person. The words may be a liar's, so there is an end to what is kept.
-    fn report(&mut self, problem: String) {
+    pub(super) fn report(&mut self, problem: String) {
         if self.problems.contains(&problem) {
             return;
         }
@@ -271,6 +262,7 @@ impl Node {
         let Some(record) = self.gossip.record(id).cloned() else { return };
         self.unsaved.insert(id);
         self.ways.touch();
+        self.paths_changed = true;
         let known = self.peers.get(&id.peer_index());
         if known.is_none_or(|known| known.public_key != record.public_key) {
             // On disk before there can be a session: a restarted daemon withdraws what it cannot attribute.
@@ -283,32 +275,6 @@ impl Node {
         }
     }
 
-    fn tell_ipam(&mut self, record: &Record, now: Instant) {
-        let peer = ipam::Peer {
-            incarnation: record.incarnation,
-            left: record.left,
-            ranges: record.ranges.clone(),
-            claims: record.claims.clone(),
-        };
-        self.ipam.learn(record.id, peer, now);
-        if let Err(error) = self.pump_ipam() {
-            tracing::warn!("the list of addresses cannot be kept: {error}");
-        }
-    }
-
-    /// Carries out what the allocation has decided. Returns what it answers.
-    pub(super) fn pump_ipam(&mut self) -> Result<Vec<ipam::Action>, StoreError> {
-        let mut answers = Vec::new();
-        while let Some(action) = self.ipam.poll_action() {
-            match action {
-                ipam::Action::Persist(changes) => self.store.change_addresses(&changes)?,
-                ipam::Action::Report(problem) => self.report(problem.to_string()),
-                answer => answers.push(answer),
-            }
-        }
-        Ok(answers)
-    }
-
     fn unlearn(&mut self, id: NodeId, now: Instant) {
         tracing::info!("node {id} has left the cluster");
         if let Some(record) = self.gossip.record(id).cloned() {
@@ -317,6 +283,7 @@ impl Node {
         self.dialer.unlearn(id);
         self.paths.remove_peer(id);
         self.ways.touch();
+        self.paths_changed = true;
         self.unsaved.insert(id);
         self.remove_data_peer(id.peer_index(), now);
     }

@@ -2,6 +2,7 @@
 //!
 //! [`Daemon`] lives as long as the process and may have no node yet; [`running::Node`] is a launched one.
 
+mod addresses;
 mod data;
 mod endpoints;
 mod external;
@@ -27,6 +28,7 @@ use crate::datapath::Datapath;
 use crate::options::Options;
 use crate::store::Store;
 
+use addresses::Waiting;
 pub use reset::reset_offline;
 use running::Node;
 
@@ -45,7 +47,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
-    let mut daemon = Daemon { options, store, node: None, started: Instant::now(), leaving: false };
+    let waiting = Waiting::default();
+    let mut daemon = Daemon { options, store, node: None, started: Instant::now(), leaving: false, waiting };
     if let Some(identity) = daemon.store.identity()? {
         let node = Node::start(&daemon.options, &daemon.store, identity, daemon.started).await;
         daemon.node = Some(node.context("the node cannot start")?);
@@ -61,14 +64,15 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 
     while !daemon.leaving {
         tokio::select! {
-            Some((request, answer)) = requests.recv() => {
-                // Who asked may have gone away; what was asked is done all the same.
-                let _ = answer.send(daemon.handle(request).await);
-            }
+            Some((request, answer)) = requests.recv() => daemon.begin(request, answer).await,
             input = next_input(&mut daemon.node) => {
                 if let Some(node) = &mut daemon.node {
                     node.handle_input(input).await;
+                    if let Some(broken) = node.broken.take() {
+                        return Err(broken.context("the node stops, for it must not give an address twice"));
+                    }
                 }
+                daemon.settle().await;
             }
             _ = alive.tick() => {
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
@@ -100,6 +104,7 @@ struct Daemon {
     node: Option<Node>,
     started: Instant,
     leaving: bool,
+    waiting: Waiting,
 }
 
 impl Daemon {
@@ -114,7 +119,8 @@ impl Daemon {
             Request::Detach(detach) => self.node()?.detach(detach).await.map(Reply::Detached),
             Request::Status => self.node()?.status().map(|status| Reply::Status(Box::new(status))),
             Request::Inspect => self.node()?.inspect().map(Reply::Inspect),
-            Request::Prime => Ok(Reply::Primed(self.node()?.primed())),
+            Request::Prime => Ok(Reply::Primed(self.node()?.prime().await)),
+            Request::Reclaim(reclaim) => self.node()?.reclaim(reclaim).await.map(Reply::Reclaimed),
             Request::AddExternalPeer(peer) => {
                 self.node()?.add_external(peer).await.map(Reply::ExternalPeerAdded)
             }

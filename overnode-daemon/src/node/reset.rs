@@ -16,14 +16,19 @@ use crate::store::{Store, StoreError};
 const FAREWELL: Duration = Duration::from_millis(200);
 
 impl Daemon {
+    /// Refuses to leave while containers are attached.
+    pub(super) fn check_reset(&self) -> Result<(), ApiError> {
+        refuse_attached(&self.store).map_err(ApiError::refused)
+    }
+
     pub(super) async fn reset(&mut self, request: api::Reset) -> Result<WasReset, ApiError> {
+        if self.node.is_some() && !request.force {
+            self.check_reset()?;
+        }
         let Some(node) = &mut self.node else {
             self.leaving = true;
             return Ok(WasReset { id: None, left: Vec::new() });
         };
-        if !request.force {
-            refuse_attached(&self.store).map_err(ApiError::refused)?;
-        }
         let id = node.id();
         node.leave().await;
         fault::step("farewell");

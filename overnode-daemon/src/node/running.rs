@@ -1,6 +1,6 @@
 //! A launched node: what it holds, what can happen to it, and the order in which things are carried out.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -9,6 +9,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tokio::sync::mpsc;
 
+use super::addresses::Outcome;
 use super::data::DataPeer;
 use super::external::External;
 use super::links::Stream;
@@ -19,7 +20,7 @@ use crate::datapath::{Datapath, LinkEvent, OpenOptions, Probe, Probes};
 use crate::fault;
 use crate::gossip::{Gossip, Record, Signature, Signer};
 use crate::handshake::Handshakes;
-use crate::ipam::{self, Ipam};
+use crate::ipam::{self, Ipam, RequestId};
 use crate::net::mesh::{Mesh, MeshEvent, Residents, StreamId};
 use crate::net::udp::{Received, UdpSockets};
 use crate::options::Options;
@@ -55,6 +56,18 @@ pub(super) struct Node {
     pub(super) ipam: Ipam,
     pub(super) paths: Paths,
     pub(super) ways: Ways,
+    /// What has ended that somebody may wait for.
+    pub(super) outcomes: VecDeque<Outcome>,
+    /// The request that shall bring address space, if none is there.
+    pub(super) priming: Option<RequestId>,
+    /// Nodes whose space this daemon has taken back.
+    pub(super) reclaimed: BTreeSet<NodeId>,
+    /// Targets that this daemon was connected with.
+    pub(super) met_targets: BTreeSet<String>,
+    /// Control connections came or went.
+    pub(super) paths_changed: bool,
+    /// Why the node cannot go on.
+    pub(super) broken: Option<anyhow::Error>,
     pub(super) udp: Arc<UdpSockets>,
     pub(super) mesh: Mesh,
     pub(super) streams: BTreeMap<StreamId, Stream>,
@@ -150,6 +163,12 @@ impl Node {
             ipam,
             paths: Paths::new(StdRng::from_os_rng()),
             ways: Ways::default(),
+            outcomes: VecDeque::new(),
+            priming: None,
+            reclaimed: BTreeSet::new(),
+            met_targets: BTreeSet::new(),
+            paths_changed: true,
+            broken: None,
             udp,
             mesh,
             streams: BTreeMap::new(),
@@ -187,6 +206,7 @@ impl Node {
             self.gossip.poll_timeout(),
             self.dialer.poll_timeout(),
             self.paths.poll_timeout(),
+            self.ipam.poll_timeout(),
         ]
         .into_iter()
         .flatten()
@@ -220,6 +240,9 @@ impl Node {
         self.gossip.handle_timeout(now);
         self.dialer.handle_timeout(now);
         self.paths.handle_timeout(now);
+        if self.ipam.poll_timeout().is_some_and(|at| at <= now) {
+            self.ipam.handle_timeout(now);
+        }
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.read_maps(now);
@@ -237,6 +260,12 @@ impl Node {
 
     /// Carries out what the cores have decided.
     pub(super) async fn pump(&mut self, now: Instant) {
+        self.pump_gossip(now).await;
+        if std::mem::take(&mut self.paths_changed) {
+            self.tell_ipam_of_paths(now);
+        }
+        self.pump_ipam(now).await;
+        // What the allocation has to say to others.
         self.pump_gossip(now).await;
         self.pump_dialer();
         self.pump_paths(now);

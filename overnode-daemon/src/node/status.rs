@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::Instant;
 
+use ipnet::IpNet;
 use overnode_ebpf::reason::Reason;
 
 use super::endpoints::target_of;
@@ -10,7 +11,7 @@ use super::running::Node;
 use crate::api::{
     ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState,
     EndpointStatus, IpamStatus, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RangeOwner,
-    RouteStatus, SessionState, Status, TargetState, TargetStatus,
+    ReclaimStatus, RouteStatus, SessionState, Status, TargetState, TargetStatus,
 };
 use crate::control::dial::{self, Phase};
 use crate::control::session::PATTERN;
@@ -260,25 +261,43 @@ impl Node {
             .collect())
     }
 
+    /// Every node that gives out addresses, with what it holds.
     fn ipam_status(&self) -> IpamStatus {
-        let primed = self.primed();
-        let owners = (1..=4).filter_map(|id| NodeId::new(id).ok()).filter_map(|id| {
-            let layout = self.ipam.layout();
-            let quarter = layout.quarter(id)?;
-            let record = self.gossip.record(id).filter(|record| !record.left);
-            let addresses = 1_u64 << (quarter.max_prefix_len() - quarter.prefix_len()).min(63);
-            Some(RangeOwner {
-                id,
-                nickname: record.map(|record| record.nickname.clone()).unwrap_or_default(),
-                addresses,
-                percent: 25.0,
-                active: (id == self.identity.id).then(|| self.ipam.active() as u64),
-                reachable: Some(self.reachable.get(&id).is_some_and(|(reachable, _)| *reachable)),
-                ranges: vec![quarter],
-            })
-        });
-        let owners = owners.collect();
-        IpamStatus { ready: primed.ready, waiting_for: primed.waiting_for, owners }
+        let pool = self.ipam.layout().network().range;
+        let size = |net: &IpNet| 2_f64.powi(i32::from(net.max_prefix_len() - net.prefix_len()));
+        let all: Vec<(NodeId, IpNet)> = self
+            .gossip
+            .records()
+            .filter(|record| !record.left)
+            .flat_map(|record| record.ranges.iter().map(|range| (record.id, *range)))
+            .filter(|(_, range)| pool.contains(range))
+            .collect();
+        let mut owners: Vec<RangeOwner> = Vec::new();
+        for record in self.gossip.records().filter(|record| !record.left) {
+            let ranges: Vec<IpNet> =
+                all.iter().filter(|(id, _)| *id == record.id).map(|(_, net)| *net).collect();
+            if ranges.is_empty() {
+                continue;
+            }
+            // What a lender announces includes what it has lent.
+            let lent = all.iter().filter(|(id, net)| {
+                *id != record.id && ranges.iter().any(|range| range.contains(net) && range != net)
+            });
+            let addresses =
+                ranges.iter().map(&size).sum::<f64>() - lent.map(|(_, net)| size(net)).sum::<f64>();
+            owners.push(RangeOwner {
+                id: record.id,
+                nickname: record.nickname.clone(),
+                addresses: addresses as u64,
+                percent: addresses / size(&pool) * 100.0,
+                active: (record.id == self.identity.id).then(|| self.ipam.active() as u64),
+                reachable: Some(self.reachable.get(&record.id).is_some_and(|(reachable, _)| *reachable)),
+                ranges,
+            });
+        }
+        let waiting_for = self.ipam.check_ready().err().map(|why| why.to_string());
+        let reclaims = self.ipam.reclaims().into_iter().map(|(id, missing)| ReclaimStatus { id, missing });
+        IpamStatus { ready: waiting_for.is_none(), waiting_for, owners, reclaims: reclaims.collect() }
     }
 
     fn counter_status(&self) -> Result<Vec<CounterStatus>, ApiError> {

@@ -1,0 +1,40 @@
+//! `overnode reclaim`
+
+use std::time::{Duration, Instant};
+
+use overnode_daemon::api::{self, Reclaimed};
+
+use super::{demand_root, listed};
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::options::{Context, Reclaim};
+
+/// How often the node is asked.
+const POLL: Duration = Duration::from_millis(250);
+
+/// Takes back the address space of a node that is gone for good, and waits until all other nodes have agreed.
+///
+/// # Errors
+/// When that node is reachable or unknown, another node does it already, not all have agreed within the time given, or
+/// the daemon does not run.
+pub async fn run(context: &Context, wanted: &Reclaim) -> Result<String, Failure> {
+    demand_root("reclaim")?;
+    let client = Client::new(context);
+    let begun = Instant::now();
+    loop {
+        let reclaimed: Reclaimed = client.post("/v1/reclaim", &api::Reclaim { id: wanted.id }).await?;
+        if reclaimed.done {
+            return Ok(format!("the address space of node {} is this node's now\n", reclaimed.id));
+        }
+        if begun.elapsed() >= Duration::from_secs(wanted.timeout) {
+            return Err(Failure::failed(format_args!(
+                "the address space of node {} is not taken back yet: nodes that have to agree are missing: {}; it goes on by itself when \
+                 they can be reached, and `overnode status --ipam` tells how far it is. Those that are gone for good have to be \
+                 reclaimed, too",
+                reclaimed.id,
+                listed(&reclaimed.missing)
+            )));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}

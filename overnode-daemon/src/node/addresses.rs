@@ -1,0 +1,265 @@
+//! Addresses that may have to be borrowed first: what the allocation decides is carried out, and who waits for it is answered.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+
+use super::Daemon;
+use super::running::Node;
+use crate::api::{self, ApiError, Primed, Reply};
+use crate::gossip::parcel::KIND_ALLOCATION;
+use crate::gossip::{Parcel, Record};
+use crate::ipam::{self, IpamError, RequestId};
+
+/// Whom a request for an address that shall only show that there are some is for.
+const PRIMING: &str = "prime";
+
+/// How a request that may take a while ended.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// The address was found, and is taken; or there is none.
+    Address(RequestId, Result<IpAddr, IpamError>),
+    /// The node may leave the cluster, or may not.
+    Leave(Result<(), IpamError>),
+}
+
+/// Where an answer goes.
+pub(super) type Answer = oneshot::Sender<Result<Reply, ApiError>>;
+
+/// Who waits for an [`Outcome`].
+#[derive(Default)]
+pub(super) struct Waiting {
+    attaching: BTreeMap<RequestId, (api::Attach, Answer)>,
+    leaving: Option<(api::Reset, Answer)>,
+}
+
+impl Node {
+    /// What gossip says of a node goes to the allocation.
+    pub(super) fn tell_ipam(&mut self, record: &Record, now: Instant) {
+        let peer = ipam::Peer {
+            incarnation: record.incarnation,
+            left: record.left,
+            ranges: record.ranges.clone(),
+            claims: record.claims.clone(),
+        };
+        self.ipam.learn(record.id, peer, now);
+    }
+
+    /// Whom the allocation can write to, and whether the node has met everybody that it was told of.
+    pub(super) fn tell_ipam_of_paths(&mut self, now: Instant) {
+        self.ipam.set_reachable(self.gossip.reachable(), now);
+        for view in self.dialer.target_status() {
+            if matches!(
+                view.phase,
+                crate::control::dial::Phase::Established | crate::control::dial::Phase::Myself
+            ) {
+                self.met_targets.insert(view.name.clone());
+            }
+        }
+        let met = self.dialer.target_status().iter().all(|view| self.met_targets.contains(&view.name));
+        self.ipam.set_targets_met(met, now);
+    }
+
+    /// Takes a parcel for this node.
+    pub(super) fn deliver(&mut self, parcel: &Parcel, now: Instant) {
+        if parcel.kind != KIND_ALLOCATION {
+            return tracing::debug!("node {} sent a parcel of the unknown kind {}", parcel.from, parcel.kind);
+        }
+        if let Err(error) = self.ipam.handle_message(parcel.from, &parcel.body, now) {
+            tracing::debug!("node {} sent nonsense about addresses: {error}", parcel.from);
+        }
+    }
+
+    /// Carries out what the allocation has decided. When the disk fails, nothing that was to come after is done.
+    pub(super) async fn pump_ipam(&mut self, now: Instant) {
+        if self.broken.is_some() {
+            return;
+        }
+        while let Some(action) = self.ipam.poll_action() {
+            match action {
+                ipam::Action::Persist(changes) => {
+                    if let Err(error) = self.store.change_addresses(&changes) {
+                        let why = anyhow::Error::new(error);
+                        self.broken = Some(why.context("the list of addresses cannot be kept on disk"));
+                        return;
+                    }
+                }
+                ipam::Action::Send { to, bytes } => {
+                    if let Err(why) = self.gossip.send_parcel(to, KIND_ALLOCATION, bytes) {
+                        tracing::debug!("node {to} was not asked for addresses: {why}");
+                    }
+                }
+                ipam::Action::Granted { request, address } => self.granted(request, address, now),
+                ipam::Action::Failed { request, .. } if self.priming == Some(request) => self.priming = None,
+                ipam::Action::Failed { request, error } => {
+                    self.outcomes.push_back(Outcome::Address(request, Err(error)));
+                }
+                ipam::Action::Report(problem) => self.report(problem.to_string()),
+                ipam::Action::Reclaimed(id) => {
+                    tracing::info!("the address space of node {id} is this node's now");
+                    self.reclaimed.insert(id);
+                }
+                ipam::Action::ReclaimFailed(error) => self.report_for_now(error.to_string(), now),
+                ipam::Action::MayLeave => self.outcomes.push_back(Outcome::Leave(Ok(()))),
+                ipam::Action::CannotLeave(error) => self.outcomes.push_back(Outcome::Leave(Err(error))),
+            }
+        }
+        self.announce_addresses_held(now).await;
+    }
+
+    fn granted(&mut self, request: RequestId, address: IpAddr, now: Instant) {
+        if self.priming == Some(request) {
+            self.priming = None;
+            self.ipam.release(address, now);
+        } else {
+            self.outcomes.push_back(Outcome::Address(request, Ok(address)));
+        }
+    }
+
+    /// Tells the others which space this node gives out, if that has changed, and the data plane, too.
+    async fn announce_addresses_held(&mut self, now: Instant) {
+        let ranges = self.ipam.ranges();
+        if self.gossip.own().ranges == ranges {
+            return;
+        }
+        if let Err(error) = self.datapath.set_own_routes(&self.own_routes()) {
+            tracing::warn!("the own address space cannot be entered: {error:#}");
+        }
+        self.gossip.update_own(|own| own.ranges = ranges, now);
+        self.pump_gossip(now).await;
+    }
+
+    /// Whether there is an address for a container now. If not, sees to it that there will be one.
+    pub(super) async fn prime(&mut self) -> Primed {
+        match self.ipam.check_ready() {
+            Ok(()) => Primed { ready: true, waiting_for: None },
+            Err(why) => {
+                if self.priming.is_none() {
+                    let now = Instant::now();
+                    self.priming = Some(self.ipam.allocate(PRIMING, now));
+                    self.pump(now).await;
+                }
+                Primed { ready: false, waiting_for: Some(why.to_string()) }
+            }
+        }
+    }
+}
+
+impl Node {
+    /// Begins to take back the space of a node that is gone for good, or says how far that is.
+    pub(super) async fn reclaim(&mut self, request: api::Reclaim) -> Result<api::Reclaimed, ApiError> {
+        let now = Instant::now();
+        let id = request.id;
+        self.reclaimed.remove(&id);
+        self.ipam.reclaim(id, now).map_err(ApiError::refused)?;
+        self.pump(now).await;
+        if self.reclaimed.contains(&id) {
+            return Ok(api::Reclaimed { id, done: true, missing: Vec::new() });
+        }
+        let missing = self.ipam.reclaims().remove(&id).unwrap_or_default();
+        Ok(api::Reclaimed { id, done: false, missing })
+    }
+}
+
+impl Daemon {
+    /// Answers a request, now or later.
+    pub(super) async fn begin(&mut self, request: api::Request, answer: Answer) {
+        // Who asked may have gone away; what was asked is done all the same.
+        let reply = match request {
+            api::Request::Attach(attach) if attach.address.is_none() => {
+                self.begin_attach(attach, answer).await
+            }
+            api::Request::Reset(reset) if !reset.force && self.node.is_some() => {
+                self.begin_reset(reset, answer).await
+            }
+            other => Some((self.handle(other).await, answer)),
+        };
+        if let Some((reply, answer)) = reply {
+            let _ = answer.send(reply);
+        }
+        self.settle().await;
+    }
+
+    /// Answers those whose requests have ended.
+    pub(super) async fn settle(&mut self) {
+        while let Some(outcome) = self.node.as_mut().and_then(|node| node.outcomes.pop_front()) {
+            match outcome {
+                Outcome::Address(request, found) => {
+                    let Some(node) = &mut self.node else { return };
+                    let Some((attach, answer)) = self.waiting.attaching.remove(&request) else {
+                        if let Ok(address) = found {
+                            node.ipam.release(address, Instant::now());
+                        }
+                        continue;
+                    };
+                    let reply = match found {
+                        Ok(address) if answer.is_closed() => {
+                            // The container need not be there any more, and nobody would learn the address.
+                            node.ipam.release(address, Instant::now());
+                            continue;
+                        }
+                        Ok(address) => node.attach_at(attach, address).await.map(Reply::Attached),
+                        Err(error) => Err(ApiError::refused(error)),
+                    };
+                    let _ = answer.send(reply);
+                }
+                Outcome::Leave(may) => {
+                    let Some((reset, answer)) = self.waiting.leaving.take() else { continue };
+                    let reply = match may {
+                        Ok(()) => self.reset(reset).await.map(Reply::WasReset),
+                        Err(error) => Err(ApiError::refused(error)),
+                    };
+                    let _ = answer.send(reply);
+                }
+            }
+        }
+    }
+
+    async fn begin_attach(
+        &mut self,
+        attach: api::Attach,
+        answer: Answer,
+    ) -> Option<(Result<Reply, ApiError>, Answer)> {
+        let is_waiting = self.waiting.attaching.values().any(|(other, _)| other.target == attach.target);
+        let node = match self.node() {
+            Ok(node) => node,
+            Err(error) => return Some((Err(error), answer)),
+        };
+        if is_waiting {
+            let error = ApiError::refused(format_args!(
+                "{} is being attached already, and waits for an address: `overnode status --ipam` says for whom",
+                attach.target
+            ));
+            return Some((Err(error), answer));
+        }
+        if let Err(error) = node.check_attach(&attach) {
+            return Some((Err(error), answer));
+        }
+        let now = Instant::now();
+        let request = node.ipam.allocate(&attach.target.to_string(), now);
+        node.pump(now).await;
+        self.waiting.attaching.insert(request, (attach, answer));
+        None
+    }
+
+    async fn begin_reset(
+        &mut self,
+        reset: api::Reset,
+        answer: Answer,
+    ) -> Option<(Result<Reply, ApiError>, Answer)> {
+        if let Err(error) = self.check_reset() {
+            return Some((Err(error), answer));
+        }
+        if self.waiting.leaving.is_some() {
+            return Some((Err(ApiError::refused("the node is leaving already")), answer));
+        }
+        let node = self.node.as_mut()?;
+        let now = Instant::now();
+        node.ipam.leave(now);
+        node.pump(now).await;
+        self.waiting.leaving = Some((reset, answer));
+        None
+    }
+}
