@@ -18,7 +18,7 @@ const LEAST: usize = 16;
 /// Nobody asks for more at once.
 const MOST: usize = 4096;
 /// So many free addresses are not handed back: a node that is cut off can give them.
-const RESERVE: u128 = 8;
+const RESERVE: u128 = 16;
 /// Who holds so many blocks does not ask for more.
 const MANY_BLOCKS: usize = MAX_BLOCKS - 32;
 

@@ -296,6 +296,9 @@ impl Ipam {
     }
 
     fn tell_graves(&mut self, now: Instant) {
+        if self.reclaiming.graves.values().all(|grave| grave.untold.is_none()) {
+            return;
+        }
         let members: BTreeSet<_> = self.members().collect();
         let mut messages = Vec::new();
         let titles = self.titles();
