@@ -33,7 +33,15 @@ struct Row {
 pub fn table(sizes: &[u16]) -> bool {
     println!(
         "{:>6} {:>12} {:>12} {:>12} {:>14} {:>14} {:>12} {:>12} {:>8}",
-        "nodes", "cold start", "all primed", "one change", "messages/min", "bytes/min", "memory", "paths", "took"
+        "nodes",
+        "cold start",
+        "all primed",
+        "one change",
+        "messages/min",
+        "bytes/min",
+        "memory",
+        "paths",
+        "took"
     );
     let mut rows: Vec<Row> = Vec::new();
     for size in sizes {
@@ -98,9 +106,8 @@ fn measure(nodes: u16) -> Row {
         if cold.is_none() && knows_all(&world) {
             cold = Some(world.now - start);
         }
-        let is_primed = |id: &NodeId| {
-            world.hosts[id].node.as_ref().is_some_and(|node| node.ipam.check_ready().is_ok())
-        };
+        let is_primed =
+            |id: &NodeId| world.hosts[id].node.as_ref().is_some_and(|node| node.ipam.check_ready().is_ok());
         if primed.is_none() && ids.iter().all(is_primed) {
             primed = Some(world.now - start);
         }

@@ -35,7 +35,7 @@ pub(super) struct Borrowing {
 #[derive(Clone, Debug)]
 pub(super) struct Request {
     pub(super) to: NodeId,
-    serial: u64,
+    pub(super) serial: u64,
     round: Round,
     need: usize,
     want: usize,

@@ -118,7 +118,9 @@ impl Ipam {
         }
         let mut pledges = self.reclaiming.pledges.keys();
         // The lowest ID wins in any case.
-        let other = pledges.find(|(gone, by)| *gone == of && *by < self.id && !self.has_left(*by));
+        let other = pledges.find(|(gone, by)| {
+            *gone == of && *by < self.id && self.reachable.contains(by) && !self.has_left(*by)
+        });
         if let Some((_, by)) = other {
             return refuse(format!(
                 "node {by} is doing that already; `overnode status --ipam` there says what it waits for"
