@@ -341,7 +341,7 @@ impl Ipam {
                 self.handle_request(from, quarter, serial, loan, round, (need, want));
             }
             Message::Grant { quarter, serial, round, blocks, exhausted } => {
-                self.handle_grant(from, quarter, serial, round, blocks, exhausted, now);
+                self.handle_grant(from, quarter, (serial, round), blocks, exhausted, now);
             }
             Message::Poke { quarter, serial } => self.handle_poke(from, quarter, serial, now),
             Message::Title { quarter, title } => self.handle_title(from, quarter, title, now),
@@ -351,7 +351,7 @@ impl Ipam {
                 self.handle_answer(from, round, answer, now);
             }
             Message::Transfer { quarter, serial, epoch, part, parts, loans } => {
-                self.handle_transfer(from, quarter, serial, epoch, (part, parts), loans, now);
+                self.handle_transfer(from, quarter, (serial, epoch), (part, parts), loans, now);
             }
             Message::TransferAck { quarter, serial, part, taken } => {
                 self.handle_transfer_ack(from, quarter, serial, part, taken, now);
