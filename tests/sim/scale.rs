@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use overnode_daemon::ipam::Timing;
-use overnode_daemon::types::NodeId;
+use overnode_daemon::ipam::{Layout, Timing};
+use overnode_daemon::types::{Network, NodeId};
 use rand::Rng;
 
 use crate::world::{Event, Sabotage, Settings, World};
@@ -77,7 +77,8 @@ fn measure(nodes: u16) -> Row {
     let mut world = World::new(Settings { seed: 1, nodes, sabotage: Sabotage::None, verbose: false });
     world.is_rough = false;
     world.pace = Duration::from_millis(250);
-    world.set_network("10.32.0.0/12", "10.40.0.0/13");
+    world.network = Network::default();
+    world.layout = Layout::new(world.network).expect("a valid network");
     world.timing = Timing::default();
     let ids = world.ids();
     if nodes > FULL_MESH {

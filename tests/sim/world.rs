@@ -183,13 +183,6 @@ impl World {
         world
     }
 
-    /// Other addresses, before anything runs.
-    pub fn set_network(&mut self, subnet: &str, range: &str) {
-        self.network =
-            Network { subnet: subnet.parse().expect("a network"), range: range.parse().expect("a network") };
-        self.layout = Layout::new(self.network).expect("a valid network");
-    }
-
     pub fn ids(&self) -> Vec<NodeId> {
         self.hosts.keys().copied().collect()
     }
