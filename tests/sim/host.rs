@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use overnode_daemon::gossip::{Gossip, Path, Record};
 use overnode_daemon::ipam::{Change, Config, Fact, Ipam, Key, Peer, RequestId, Timing};
@@ -31,6 +31,7 @@ pub struct Node {
     pub met: BTreeSet<NodeId>,
     pub paths: BTreeMap<NodeId, Path>,
     pub paths_are_old: bool,
+    pub paths_at: Option<Instant>,
     /// Containers that wait for an address.
     pub waiting: BTreeMap<RequestId, String>,
     /// The process dies before it carries out so many actions more.
@@ -127,6 +128,7 @@ impl Node {
             met: BTreeSet::new(),
             paths: BTreeMap::new(),
             paths_are_old: true,
+            paths_at: None,
             waiting: BTreeMap::new(),
             crash_after: None,
             leaving: false,
@@ -134,8 +136,9 @@ impl Node {
         }
     }
 
-    pub fn poll_timeout(&self) -> Option<Instant> {
-        [self.gossip.poll_timeout(), self.ipam.poll_timeout()].into_iter().flatten().min()
+    pub fn poll_timeout(&self, pace: Duration) -> Option<Instant> {
+        let paths = self.paths_at.filter(|_| self.paths_are_old).map(|last| last + pace);
+        [self.gossip.poll_timeout(), self.ipam.poll_timeout(), paths].into_iter().flatten().min()
     }
 }
 

@@ -7,6 +7,7 @@ mod chaos;
 mod check;
 mod host;
 mod run;
+mod scale;
 mod world;
 
 use std::process::ExitCode;
@@ -28,6 +29,12 @@ struct Arguments {
     /// Nodes in each run.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(4..=200))]
     nodes: u16,
+    /// Instead: how clusters of 10, 100 and 1000 nodes converge, and what they cost.
+    #[arg(long)]
+    scale: bool,
+    /// With --scale: only clusters of this size.
+    #[arg(long)]
+    size: Option<u16>,
     /// Cargo passes it to benchmarks.
     #[arg(long, hide = true)]
     bench: bool,
@@ -35,6 +42,10 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if arguments.scale {
+        let sizes = arguments.size.map_or_else(|| vec![10, 100, 1000], |size| vec![size]);
+        return if scale::table(&sizes) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let outcome = match arguments.seed {
         Some(seed) => run::replay(seed, arguments.nodes),
         None => run::many(arguments.first..arguments.first + arguments.seeds, arguments.nodes),

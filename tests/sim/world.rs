@@ -128,6 +128,18 @@ pub struct World {
     pub violations: Vec<String>,
     /// Parcels are lost, doubled and late.
     pub is_rough: bool,
+    /// Who connects with whom; everyone with everyone if there is none.
+    pub mesh: Option<BTreeSet<(NodeId, NodeId)>>,
+    /// Paths are found anew no more often than this.
+    pub pace: Duration,
+    pub traffic: Traffic,
+}
+
+/// What went over the network.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Traffic {
+    pub messages: u64,
+    pub bytes: u64,
 }
 
 impl World {
@@ -160,6 +172,9 @@ impl World {
             problems: BTreeMap::new(),
             violations: Vec::new(),
             is_rough: true,
+            mesh: None,
+            pace: Duration::ZERO,
+            traffic: Traffic::default(),
         };
         for number in 1..=settings.nodes {
             let id = NodeId::new(number).expect("a valid ID");
@@ -263,7 +278,7 @@ impl World {
         self.log(|| format!("start {id}"));
         self.pump(id);
         for other in self.ids() {
-            if other != id {
+            if other != id && self.connects(id, other) {
                 let delay = self.random(0.01, 1.0);
                 self.after(delay, Event::Dial(id.min(other), id.max(other)));
             }
@@ -333,6 +348,11 @@ impl World {
     fn unblock(&mut self, fault: u64) {
         self.log(|| format!("fault {fault} is over"));
         self.blocked.retain(|_, number| *number != fault);
+    }
+
+    /// Whether two nodes ever connect.
+    fn connects(&self, a: NodeId, b: NodeId) -> bool {
+        self.mesh.as_ref().is_none_or(|mesh| mesh.contains(&(a.min(b), a.max(b))))
     }
 
     fn dial(&mut self, a: NodeId, b: NodeId) {
@@ -432,6 +452,11 @@ impl World {
         if self.is_blocked(from, to) {
             return;
         }
+        self.traffic.messages += 1;
+        self.traffic.bytes += match &payload {
+            Payload::Gossip(bytes) => bytes.len() as u64,
+            Payload::Parcel { body, .. } => body.len() as u64 + 8,
+        };
         let delay = match &payload {
             // Gossip relies on the order within a connection.
             Payload::Gossip(_) => Duration::from_millis(30),
@@ -534,8 +559,9 @@ impl World {
             }
             self.persist(id, &changes);
         }
+        let pace = self.pace;
         let Some(node) = self.node(id) else { return };
-        if let Some(at) = node.poll_timeout()
+        if let Some(at) = node.poll_timeout(pace)
             && node.timer.is_none_or(|timer| at < timer)
         {
             node.timer = Some(at);
@@ -562,14 +588,20 @@ impl World {
 
     fn refresh_paths(&mut self, id: NodeId) {
         let now = self.now;
+        let pace = self.pace;
+        let is_early = |node: &Node| node.paths_at.is_some_and(|last| now < last + pace);
+        if self.node(id).is_none_or(|node| !node.paths_are_old || is_early(node)) {
+            return;
+        }
         let targets: Vec<_> = self
             .hosts
             .iter()
-            .filter(|(other, host)| **other != id && !host.is_dead)
+            .filter(|(other, host)| **other != id && !host.is_dead && self.connects(id, **other))
             .map(|(id, _)| *id)
             .collect();
         let Some(node) = self.node(id) else { return };
         if std::mem::take(&mut node.paths_are_old) {
+            node.paths_at = Some(now);
             node.paths = node.gossip.paths();
             let reachable = node.paths.keys().copied().collect();
             node.ipam.set_reachable(reachable, now);

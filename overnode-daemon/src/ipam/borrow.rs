@@ -18,7 +18,7 @@ const LEAST: usize = 16;
 /// Nobody asks for more at once.
 const MOST: usize = 4096;
 /// So many free addresses are not handed back: a node that is cut off can give them.
-const RESERVE: u128 = 8;
+const RESERVE: u128 = 16;
 /// Who holds so many blocks does not ask for more.
 const MANY_BLOCKS: usize = MAX_BLOCKS - 32;
 
@@ -35,7 +35,7 @@ pub(super) struct Borrowing {
 #[derive(Clone, Debug)]
 pub(super) struct Request {
     pub(super) to: NodeId,
-    serial: u64,
+    pub(super) serial: u64,
     round: Round,
     need: usize,
     want: usize,
@@ -102,7 +102,7 @@ impl Ipam {
         let retry = requests.clone().filter(|it| self.reachable.contains(&it.to)).map(|it| it.retry.at).min();
         let late = requests.filter(|it| it.want > 0).map(|it| it.since + self.timing.lender).min();
         let wants = self.demand().is_some();
-        let refused = self.borrowing.refused.iter().map(|(_, it)| it.at + self.penalty());
+        let refused = self.borrowing.refused.values().map(|it| it.at + self.penalty());
         let again = refused.min().filter(|_| wants || !self.borrowing.dirty.is_empty());
         [deadline, retry, late, again].into_iter().flatten().min()
     }
@@ -115,8 +115,7 @@ impl Ipam {
         &mut self,
         from: NodeId,
         quarter: NodeId,
-        serial: u64,
-        round: Round,
+        (serial, round): (u64, Round),
         blocks: Vec<IpNet>,
         exhausted: bool,
         now: Instant,

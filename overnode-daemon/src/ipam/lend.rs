@@ -372,7 +372,9 @@ impl Ipam {
             }
         }
         self.hear(quarter, title);
-        if title.holder != from {
+        // A lender with that title would have answered the request itself.
+        let request = self.borrowing.requests.get(&quarter).filter(|request| request.to == from);
+        if title.holder != from || request.is_some_and(|request| title.serial <= request.serial) {
             self.handle_no_lender(from, quarter, now);
         }
     }

@@ -282,6 +282,8 @@ impl Ipam {
         self.report_claims(id, &peer);
         self.report_ranges(id, &peer);
         let known = self.peers.get(&id).map(|known| (known.incarnation, known.left));
+        let before = self.peers.get(&id);
+        let may_lend = before.is_none_or(|known| known.ranges != peer.ranges || known.left != peer.left);
         let is_news = known != Some((peer.incarnation, peer.left));
         if peer.left {
             self.free_left(id, peer.incarnation);
@@ -296,7 +298,9 @@ impl Ipam {
         if is_news {
             self.ask_all_again(now);
         }
-        self.find_lenders();
+        if may_lend {
+            self.find_lenders();
+        }
         self.finish(now);
     }
 
@@ -337,7 +341,7 @@ impl Ipam {
                 self.handle_request(from, quarter, serial, loan, round, (need, want));
             }
             Message::Grant { quarter, serial, round, blocks, exhausted } => {
-                self.handle_grant(from, quarter, serial, round, blocks, exhausted, now);
+                self.handle_grant(from, quarter, (serial, round), blocks, exhausted, now);
             }
             Message::Poke { quarter, serial } => self.handle_poke(from, quarter, serial, now),
             Message::Title { quarter, title } => self.handle_title(from, quarter, title, now),
@@ -347,7 +351,7 @@ impl Ipam {
                 self.handle_answer(from, round, answer, now);
             }
             Message::Transfer { quarter, serial, epoch, part, parts, loans } => {
-                self.handle_transfer(from, quarter, serial, epoch, (part, parts), loans, now);
+                self.handle_transfer(from, quarter, (serial, epoch), (part, parts), loans, now);
             }
             Message::TransferAck { quarter, serial, part, taken } => {
                 self.handle_transfer_ack(from, quarter, serial, part, taken, now);

@@ -118,7 +118,9 @@ impl Ipam {
         }
         let mut pledges = self.reclaiming.pledges.keys();
         // The lowest ID wins in any case.
-        let other = pledges.find(|(gone, by)| *gone == of && *by < self.id && !self.has_left(*by));
+        let other = pledges.find(|(gone, by)| {
+            *gone == of && *by < self.id && self.reachable.contains(by) && !self.has_left(*by)
+        });
         if let Some((_, by)) = other {
             return refuse(format!(
                 "node {by} is doing that already; `overnode status --ipam` there says what it waits for"
@@ -296,6 +298,9 @@ impl Ipam {
     }
 
     fn tell_graves(&mut self, now: Instant) {
+        if self.reclaiming.graves.values().all(|grave| grave.untold.is_none()) {
+            return;
+        }
         let members: BTreeSet<_> = self.members().collect();
         let mut messages = Vec::new();
         let titles = self.titles();
