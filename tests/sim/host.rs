@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use overnode_daemon::gossip::{Gossip, Path, Record};
+use overnode_daemon::gossip::{Gossip, Keys, Path, Record, Signature, Signer, Verified};
 use overnode_daemon::ipam::{Change, Config, Fact, Ipam, Key, Peer, RequestId, Timing};
-use overnode_daemon::types::{Network, NodeId, PublicKey};
+use overnode_daemon::types::{Network, NodeId, PublicKey, Secret, VerifyingKey};
 use rand::rngs::StdRng;
 
 /// What survives a crash, exactly as it was written.
@@ -98,6 +98,7 @@ impl Node {
         network: Network,
         timing: Timing,
         rng: StdRng,
+        verified: Verified,
         now: Instant,
     ) -> Self {
         disk.incarnation += 1;
@@ -113,13 +114,17 @@ impl Node {
             version: 0,
             left: false,
             nickname: String::new(),
-            public_key: PublicKey([id.get() as u8; 32]),
+            public_key: public_key(id),
             addresses: Vec::new(),
             links: Vec::new(),
+            dark: Vec::new(),
             ranges: ipam.ranges(),
             claims: ipam.claims(),
+            verifying_key: VerifyingKey::default(),
+            signature: Signature::default(),
         };
-        let mut gossip = Gossip::new(own, rng, now);
+        let mut gossip = Gossip::new(own, signer(id), rng, now);
+        gossip.share_verified(verified);
         gossip.restore(disk.peers.values().cloned());
         Self {
             gossip,
@@ -140,6 +145,23 @@ impl Node {
         let paths = self.paths_at.filter(|_| self.paths_are_old).map(|last| last + pace);
         [self.gossip.poll_timeout(), self.ipam.poll_timeout(), paths].into_iter().flatten().min()
     }
+}
+
+/// What a node signs with: the same in each of its lives, for keys that change are not what is tried here.
+fn signer(id: NodeId) -> Signer {
+    Signer::new(&Secret([id.get().to_le_bytes()[0] ^ id.get().to_le_bytes()[1]; 32]))
+}
+
+fn public_key(id: NodeId) -> PublicKey {
+    let [low, high] = id.get().to_le_bytes();
+    let mut key = [low; 32];
+    key[0] = high;
+    PublicKey(key)
+}
+
+/// The keys that a node introduces itself with.
+pub fn keys(id: NodeId) -> Keys {
+    Keys { public_key: public_key(id), verifying_key: signer(id).verifying_key() }
 }
 
 /// What gossip tells the allocation of a node.

@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use overnode_daemon::gossip;
+use overnode_daemon::gossip::{self, Verified};
 use overnode_daemon::ipam::{self, Layout, Problem, Timing};
 use overnode_daemon::types::{Network, NodeId};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::host::{Disk, Host, Node, peer};
+use crate::host::{Disk, Host, Node, keys, peer};
 
 /// What is wrong with a node, on purpose: the simulation has to notice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,7 +53,14 @@ pub struct Counts {
 
 pub enum Payload {
     Gossip(Vec<u8>),
-    Parcel { from: NodeId, to: NodeId, hops: u8, body: Vec<u8> },
+    Parcel {
+        from: NodeId,
+        to: NodeId,
+        hops: u8,
+        body: Vec<u8>,
+    },
+    /// A parcel of gossip's own, for the next hop.
+    Sealed(Vec<u8>),
 }
 
 pub enum Event {
@@ -114,6 +121,7 @@ pub struct World {
     pub layout: Layout,
     pub timing: Timing,
     pub hosts: BTreeMap<NodeId, Host>,
+    verified: Verified,
     /// Directions in which nothing arrives, with the fault that they belong to.
     pub blocked: BTreeMap<(NodeId, NodeId), u64>,
     pub faults: u64,
@@ -162,6 +170,7 @@ impl World {
             layout,
             timing,
             hosts: BTreeMap::new(),
+            verified: Verified::default(),
             blocked: BTreeMap::new(),
             faults: 0,
             links: 0,
@@ -274,7 +283,7 @@ impl World {
             return;
         }
         let Some(disk) = &mut host.disk else { return };
-        host.node = Some(Node::start(id, disk, network, timing, rng, now));
+        host.node = Some(Node::start(id, disk, network, timing, rng, self.verified.clone(), now));
         self.log(|| format!("start {id}"));
         self.pump(id);
         for other in self.ids() {
@@ -373,7 +382,7 @@ impl World {
                 if node.links.insert(peer, link).is_some() {
                     node.gossip.handle_disconnected(peer, now);
                 }
-                node.gossip.handle_connected(peer, now);
+                node.gossip.handle_connected(peer, keys(peer), now);
                 node.met.insert(peer);
                 node.paths_are_old = true;
             }
@@ -419,6 +428,12 @@ impl World {
                 }
                 self.pump(to);
             }
+            Payload::Sealed(bytes) => {
+                if let Err(error) = node.gossip.handle_parcel(from, &bytes, now) {
+                    self.violate(format!("{to} cannot read the parcel that {from} passes on: {error}"));
+                }
+                self.pump(to);
+            }
             Payload::Parcel { from, to: end, body, .. } if end == to => self.give_parcel(from, to, &body),
             Payload::Parcel { from, to: end, hops, body } => {
                 if hops > 0 {
@@ -456,10 +471,11 @@ impl World {
         self.traffic.bytes += match &payload {
             Payload::Gossip(bytes) => bytes.len() as u64,
             Payload::Parcel { body, .. } => body.len() as u64 + 8,
+            Payload::Sealed(bytes) => bytes.len() as u64,
         };
         let delay = match &payload {
             // Gossip relies on the order within a connection.
-            Payload::Gossip(_) => Duration::from_millis(30),
+            Payload::Gossip(_) | Payload::Sealed(_) => Duration::from_millis(30),
             Payload::Parcel { .. } => self.random(0.001, 0.2),
         };
         self.after(delay, Event::Deliver { from, to, link, payload });
@@ -582,7 +598,12 @@ impl World {
                 node.ipam.learn(other, peer(&record), now);
                 node.paths_are_old = true;
             }
-            gossip::Action::Contested { .. } => {}
+            gossip::Action::SendParcel { to, parcel } => {
+                self.transmit(id, to, Payload::Sealed(parcel.encode()));
+            }
+            // What the allocation sends takes its own, rougher way here.
+            gossip::Action::Deliver(_) => {}
+            gossip::Action::Contested(_) | gossip::Action::Clash { .. } => {}
         }
     }
 
@@ -602,7 +623,7 @@ impl World {
         let Some(node) = self.node(id) else { return };
         if std::mem::take(&mut node.paths_are_old) {
             node.paths_at = Some(now);
-            node.paths = node.gossip.paths();
+            node.paths = node.gossip.paths().clone();
             let reachable = node.paths.keys().copied().collect();
             node.ipam.set_reachable(reachable, now);
             node.ipam.set_targets_met(targets.iter().all(|target| node.met.contains(target)), now);
