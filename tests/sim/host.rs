@@ -50,12 +50,12 @@ pub struct Host {
 }
 
 impl Disk {
-    pub fn write(&mut self, changes: &[Change], ignores_returns: bool) {
+    pub fn write(&mut self, changes: &[Change], loses_loans: bool) {
         self.undo.clear();
         for change in changes {
             let (key, before) = match change {
+                Change::Put(Fact::Loan { .. }) if loses_loans => continue,
                 Change::Put(fact) => (fact.key(), self.facts.insert(fact.key(), fact.clone())),
-                Change::Forget(Key::Held(_)) if ignores_returns => continue,
                 Change::Forget(key) => (*key, self.facts.remove(key)),
             };
             self.undo.push((key, before));

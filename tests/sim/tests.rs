@@ -55,8 +55,8 @@ fn a_node_that_answers_before_it_writes_is_found() {
 }
 
 #[test]
-fn a_borrower_that_keeps_what_it_handed_back_is_found() {
-    assert_found(Sabotage::KeepsReturned);
+fn a_lender_that_does_not_keep_what_it_lends_is_found() {
+    assert_found(Sabotage::LosesLoans);
 }
 
 /// The quarter was handed on, and the message by which it had come arrived again.

@@ -22,8 +22,8 @@ pub enum Sabotage {
     ForgetfulDisk,
     /// Messages go out before what they depend on is written.
     AnswersFirst,
-    /// The disk keeps blocks that were handed back.
-    KeepsReturned,
+    /// What a node lends is not kept.
+    LosesLoans,
 }
 
 /// How one run is made.
@@ -652,9 +652,9 @@ impl World {
     }
 
     fn persist(&mut self, id: NodeId, changes: &[ipam::Change]) {
-        let ignores_returns = self.settings.sabotage == Sabotage::KeepsReturned;
+        let loses_loans = self.settings.sabotage == Sabotage::LosesLoans;
         if let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) {
-            disk.write(changes, ignores_returns);
+            disk.write(changes, loses_loans);
         }
         if self.settings.sabotage == Sabotage::None {
             self.check_disks(id, changes);

@@ -198,6 +198,13 @@ impl Gossip {
         self.verified = Some(verified);
     }
 
+    fn sign(&mut self) {
+        self.signer.sign(&mut self.draft);
+        if let Some(verified) = &self.verified {
+            verified.trust(&self.draft);
+        }
+    }
+
     fn is_signed(&self, record: &Record) -> bool {
         self.verified.as_ref().map_or_else(|| sign::is_signed(record), |verified| verified.is_signed(record))
     }
@@ -296,7 +303,7 @@ impl Gossip {
     pub fn leave(&mut self) {
         self.draft = self.draft.clone().into_tombstone();
         self.raise_version();
-        self.signer.sign(&mut self.draft);
+        self.sign();
         self.put(self.draft.clone());
         self.publish_at = None;
         self.defence = None;
@@ -483,7 +490,7 @@ impl Gossip {
         self.flush_at = Some(now);
         self.draft.links = self.neighbours.iter().copied().collect();
         self.raise_version();
-        self.signer.sign(&mut self.draft);
+        self.sign();
         self.put(self.draft.clone());
         self.news.insert(self.own, BTreeSet::new());
     }

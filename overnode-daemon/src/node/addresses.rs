@@ -2,17 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use super::Daemon;
 use super::running::Node;
 use crate::api::{self, ApiError, Primed, Reply};
+use crate::control::dial::Phase;
 use crate::gossip::parcel::KIND_ALLOCATION;
 use crate::gossip::{Parcel, Record};
 use crate::ipam::{self, IpamError, RequestId};
+use crate::types::NodeId;
 
+/// A node that is reached through others counts as reachable after this time.
+const STEADY: Duration = Duration::from_millis(900);
+/// A target that was not met for so long is taken for one that is not there: it need not exist.
+const ABSENT: Duration = Duration::from_secs(10);
 /// Whom a request for an address that shall only show that there are some is for.
 const PRIMING: &str = "prime";
 
@@ -49,16 +55,22 @@ impl Node {
 
     /// Whom the allocation can write to, and whether the node has met everybody that it was told of.
     pub(super) fn tell_ipam_of_paths(&mut self, now: Instant) {
-        self.ipam.set_reachable(self.gossip.reachable(), now);
-        for view in self.dialer.target_status() {
-            if matches!(
-                view.phase,
-                crate::control::dial::Phase::Established | crate::control::dial::Phase::Myself
-            ) {
+        // What is heard of nodes that are far may be old for a moment after a separation, until the records are compared.
+        let is_steady = |id: &NodeId| {
+            self.reachable.get(id).is_some_and(|(reachable, since)| *reachable && now >= *since + STEADY)
+        };
+        let paths = self.gossip.paths().iter();
+        let reachable =
+            paths.filter(|(id, path)| path.hops == 1 || is_steady(id)).map(|(id, _)| *id).collect();
+        self.ipam.set_reachable(reachable, now);
+        let targets = self.dialer.target_status();
+        for view in &targets {
+            if matches!(view.phase, Phase::Established | Phase::Myself) {
                 self.met_targets.insert(view.name.clone());
             }
         }
-        let met = self.dialer.target_status().iter().all(|view| self.met_targets.contains(&view.name));
+        let met =
+            now >= self.started + ABSENT || targets.iter().all(|view| self.met_targets.contains(&view.name));
         self.ipam.set_targets_met(met, now);
     }
 
