@@ -4,6 +4,7 @@ mod bodies;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,9 +21,12 @@ fn every_seed_and_every_regression_passes() {
         let mut seeds = 0;
         for folder in ["corpus", "regressions"] {
             for file in files(&folder_of(folder).join(target.name)) {
-                eprintln!("{}", file.display());
+                let bytes = fs::read(&file).expect("a file that was listed");
                 let started = Instant::now();
-                (target.body)(&fs::read(&file).expect("a file that was listed"));
+                if let Err(panic) = std::panic::catch_unwind(|| (target.body)(&bytes)) {
+                    let _ = writeln!(std::io::stderr(), "{} panics", file.display());
+                    std::panic::resume_unwind(panic);
+                }
                 assert!(started.elapsed() < LONGEST, "{} took {:?}", file.display(), started.elapsed());
                 seeds += usize::from(folder == "corpus");
             }

@@ -260,7 +260,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ),
         (
             "my-record-by-another",
-            [signed_message(0, 9, &delta(&[rival.clone()])), wait(60), wait(1100)].concat(),
+            [signed_message(0, 9, &delta(std::slice::from_ref(&rival))), wait(60), wait(1100)].concat(),
         ),
         ("challenge", [vec![3], parcel(2, 1, KIND_CLASH, delta(&[rival]).encode())].concat()),
         (
