@@ -8,6 +8,7 @@ mod control;
 mod gossip;
 mod handshake;
 mod input;
+mod path;
 mod wire;
 
 /// Something to fuzz.
@@ -23,10 +24,11 @@ pub struct Target {
 }
 
 /// All of them. `xtask/src/fuzz.rs` has the same names.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     Target { name: "gossip", body: gossip::run, seeds: gossip::seeds },
     Target { name: "handshake", body: handshake::run, seeds: handshake::seeds },
     Target { name: "control", body: control::run, seeds: control::seeds },
     Target { name: "api", body: api::run, seeds: api::seeds },
+    Target { name: "path", body: path::run, seeds: path::seeds },
     Target { name: "wire", body: wire::run, seeds: wire::seeds },
 ];

@@ -58,12 +58,14 @@ enum Target {
     Control,
     /// Requests to the daemon, and the names in them
     Api,
-    /// Parcels, path probes, the header of relayed messages
+    /// The paths of a node that gets probes
+    Path,
+    /// Parcels, probes, the header of relayed messages
     Wire,
 }
 
 impl Target {
-    const ALL: [Self; 5] = [Self::Gossip, Self::Handshake, Self::Control, Self::Api, Self::Wire];
+    const ALL: [Self; 6] = [Self::Gossip, Self::Handshake, Self::Control, Self::Api, Self::Path, Self::Wire];
 
     const fn name(self) -> &'static str {
         match self {
@@ -71,6 +73,7 @@ impl Target {
             Self::Handshake => "handshake",
             Self::Control => "control",
             Self::Api => "api",
+            Self::Path => "path",
             Self::Wire => "wire",
         }
     }
@@ -197,7 +200,10 @@ impl Progress {
         if let ["INFO:", "Loaded", _, "PC", "tables", count, ..] = words[..] {
             self.all = count.trim_start_matches('(').parse().unwrap_or(0);
         }
-        !(words.is_empty() || words[0] == "INFO:" || line.starts_with("stat::") || line.starts_with('#'))
+        !(words.is_empty()
+            || words[0] == "INFO:"
+            || line.starts_with("stat::")
+            || line.starts_with(['#', '"']))
     }
 }
 
@@ -227,6 +233,7 @@ mod tests {
             )
         );
         assert_eq!(progress, Progress { executions: 65536, edges: 834, all: 98765, inputs: 120 });
+        assert!(!progress.is_worth_showing(r#""\376\310" # Uses: 98"#));
         assert!(progress.is_worth_showing("thread '<unnamed>' panicked at bodies/api.rs:1:1:"));
         assert_eq!(
             progress.to_string(),

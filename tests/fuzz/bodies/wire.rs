@@ -1,17 +1,12 @@
-//! What travels inside the tunnel and around it: parcels, probes, the header of messages that are relayed.
-
-use std::time::{Duration, Instant};
+//! Decoders that keep nothing in mind: parcels, path probes, the header of messages that are relayed.
 
 use overnode_daemon::gossip::parcel::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
 use overnode_daemon::gossip::{Parcel, Signature};
-use overnode_daemon::path::probe::{ENVELOPE, HEADER, Kind, LARGEST, Probe, SMALLEST};
-use overnode_daemon::path::{Action, Paths};
+use overnode_daemon::path::probe::{ENVELOPE, HEADER, Kind, Probe, SMALLEST};
 use overnode_daemon::types::NodeId;
 use overnode_ebpf::wire::Relay;
-use rand::SeedableRng;
-use rand::rngs::StdRng;
 
-use super::input::{Input, MAX_STEPS};
+use super::input::Input;
 
 /// The first byte says what the others are.
 pub fn run(data: &[u8]) {
@@ -23,7 +18,6 @@ pub fn run(data: &[u8]) {
             probe(input.0, received);
         }
         2 => relay(input.0),
-        3 => paths(&mut input),
         _ => {}
     }
 }
@@ -49,62 +43,6 @@ fn relay(bytes: &[u8]) {
     assert_eq!([&relay.to_bytes(), message].concat(), bytes);
 }
 
-/// A node among two others that send any probes; one of them also answers, sometimes not truly.
-fn paths(input: &mut Input<'_>) {
-    let mut now = Instant::now();
-    let mut paths = Paths::new(StdRng::seed_from_u64(1));
-    let peers = [1, 2].map(|number| NodeId::new(number).expect("in range"));
-    for peer in peers {
-        paths.set_peer(peer, 1440, now);
-    }
-    let mut asked: Vec<(NodeId, Probe)> = Vec::new();
-    for _ in 0..MAX_STEPS {
-        let Some(step) = input.step() else { break };
-        let peer = peers[usize::from(step >> 4) & 1];
-        match step & 15 {
-            0 => {
-                let received = u32::from(input.short());
-                paths.handle_probe(peer, input.bytes(), received, now);
-            }
-            1 => {
-                let which = usize::from(input.byte());
-                if let Some((peer, request)) = asked.get(which % asked.len().max(1)) {
-                    let (lie, seen) = (input.byte(), u32::from(input.short()));
-                    let stamp = request.stamp ^ u64::from(lie);
-                    let answer = Probe { kind: Kind::Answer, size: SMALLEST, stamp, seen, ..*request };
-                    paths.handle_probe(*peer, &answer.encode(), SMALLEST, now);
-                }
-            }
-            2 => {
-                now += Duration::from_millis(u64::from(input.short()));
-                paths.handle_timeout(now);
-                assert!(paths.poll_timeout().is_some_and(|next| next > now), "it would be called for ever");
-            }
-            3 => paths.set_busy(peer, step & 0x20 == 0, now),
-            4 => paths.handle_unsent(peer, u32::from(input.short()), now),
-            5 => paths.handle_suspicion(peer, now),
-            6 => paths.set_peer(peer, u32::from(input.short()), now),
-            _ => {}
-        }
-        let mut sent = 0;
-        while let Some(action) = paths.poll_action() {
-            let Action::Send { to, bytes } = action else { continue };
-            sent += 1;
-            assert!(sent <= 16, "one step makes it send and send");
-            let size = bytes.len() as u32 + ENVELOPE;
-            let probe = Probe::decode(&bytes, size).expect("a probe that was made");
-            match probe.kind {
-                Kind::Request => asked.push((to, probe)),
-                Kind::Answer => assert_eq!(size, SMALLEST, "an answer is never longer than its request"),
-            }
-        }
-        for peer in peers {
-            let state = paths.state(peer).expect("it was not removed");
-            assert!(state.mtu <= LARGEST, "{state:?}");
-        }
-    }
-}
-
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let id = |number| NodeId::new(number).expect("in range");
     let parcel = Parcel {
@@ -120,16 +58,11 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let answer = Probe { kind: Kind::Answer, size: SMALLEST, ..request };
     let received = |probe: &Probe| (probe.size as u16).to_le_bytes();
     let probe = |probe: &Probe| [&[1], &received(probe)[..], &probe.encode()].concat();
-    let incoming = [&[0], &received(&request)[..], &Input::framed(&request.encode())].concat();
     let relay = Relay { hops: 3, destination: 1, source: 2, previous: 3 };
-    let exchange = [2, 0, 0, 1, 0, 0, 0xa0, 5, 1, 1, 0, 0xa0, 5, 2, 100, 0].repeat(3);
     vec![
         ("parcel", [&[0], parcel.encode().as_slice()].concat()),
         ("request", probe(&request)),
         ("answer", probe(&answer)),
         ("relay", [&[2], &relay.to_bytes()[..], &[1, 2, 3]].concat()),
-        ("asked", [vec![3], incoming.clone(), incoming].concat()),
-        ("answered", [vec![3], exchange.clone()].concat()),
-        ("silent", [vec![3], exchange, [2, 255, 255].repeat(8), vec![5, 4, 0, 4, 6, 0, 3]].concat()),
     ]
 }
