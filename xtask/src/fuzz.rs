@@ -43,7 +43,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
     /// Run this one input instead.
-    #[arg(long, value_name = "FILE", conflicts_with = "seconds")]
+    #[arg(long, value_name = "FILE", conflicts_with = "seconds", requires = "targets")]
     input: Option<PathBuf>,
 }
 
@@ -111,7 +111,11 @@ fn build(workspace: &Workspace) -> Result<PathBuf> {
     cargo.env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\u{1f}"));
     let step = Step::start("build the fuzzer (minutes, the first time)");
     let status = cargo.stdin(Stdio::null()).status().context("cargo cannot be started")?;
-    ensure!(status.success(), "the fuzzer was not built ({status})");
+    ensure!(
+        status.success(),
+        "the fuzzer was not built ({status}); if its lock file is older than a dependency of the daemon, run `cargo update \
+         --workspace` in tests/fuzz"
+    );
     step.done();
     Ok(target.join(TRIPLE).join("release/fuzz"))
 }
