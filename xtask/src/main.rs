@@ -4,6 +4,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
+mod fuzz;
 mod setup;
 mod step;
 mod test;
@@ -41,6 +42,8 @@ enum Command {
     Demo,
     /// Run the programs and the nodes on Linux 6.1, the oldest kernel promised, in QEMU. Takes minutes.
     Vm(vm::Arguments),
+    /// Give the decoders what nobody would think of, guided by what it reaches. A minute each, or `--seconds`.
+    Fuzz(fuzz::Arguments),
     /// Measure, beside rivals. Needs root.
     Bench(Bench),
     /// Attack gossip and the allocation of addresses in simulated clusters: `--seeds N --nodes M`, `--seed S`, `--scale`.
@@ -104,6 +107,7 @@ fn run(command: Command) -> Result<()> {
             cargo.args(["bench", "--locked", "--package", "overnode-tests", "--bench", "sim", "--"]);
             step::show(cargo.args(sim.options))
         }
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Bench(bench) => {
             setup::run(Purpose::Bench)?;
             let workspace = Workspace::find()?;

@@ -195,7 +195,8 @@ impl Verdict {
         }
     }
 
-    pub(super) fn encode(&self) -> Vec<u8> {
+    /// The bytes that travel: postcard.
+    pub fn encode(&self) -> Vec<u8> {
         postcard::to_allocvec(self).expect("plain data of bounded size")
     }
 
@@ -222,7 +223,7 @@ impl Hello {
     }
 
     /// The bytes that travel: oldest and newest version (u16 little-endian each), then postcard.
-    pub(super) fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self) -> Vec<u8> {
         let mut bytes = [self.versions.0.to_le_bytes(), self.versions.1.to_le_bytes()].concat();
         let body = Body {
             id: self.id,

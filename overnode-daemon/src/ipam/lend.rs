@@ -358,6 +358,10 @@ impl Ipam {
 
     pub(super) fn handle_title(&mut self, from: NodeId, quarter: NodeId, title: Title, now: Instant) {
         if let Some(book) = self.lending.books.get(&quarter) {
+            if title.holder == self.id && book.heir.is_none() && title.serial > book.serial {
+                // That of an earlier life of this node, which nobody knew when it got the quarter anew: those who do know it ask by it.
+                return self.resume_title(quarter, title);
+            }
             let mine = Title { serial: book.serial, holder: self.id };
             let is_active = book.heir.is_none();
             let loses = (title.serial, self.id.get()) > (mine.serial, title.holder.get());
@@ -377,6 +381,13 @@ impl Ipam {
         if title.holder != from || request.is_some_and(|request| title.serial <= request.serial) {
             self.handle_no_lender(from, quarter, now);
         }
+    }
+
+    fn resume_title(&mut self, quarter: NodeId, title: Title) {
+        let Some(book) = self.lending.books.get_mut(&quarter) else { return };
+        book.serial = title.serial;
+        self.put(Fact::Book { quarter, serial: title.serial, heir: None });
+        self.hear(quarter, title);
     }
 
     /// Notes whether another node says that it lends a quarter which this one lends.

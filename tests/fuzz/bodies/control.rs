@@ -1,0 +1,138 @@
+//! Control connections: frames, messages, greetings, verdicts.
+
+use overnode_daemon::control::frame::{self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, MAX_MESSAGE};
+use overnode_daemon::control::hello::{Hello, MAX_NICKNAME, Refusal, Verdict, clean};
+use overnode_daemon::control::packet::Packet;
+use overnode_daemon::types::{Network, NodeId, PublicKey, VerifyingKey};
+
+use super::input::Input;
+
+/// The first byte says what the others are.
+pub fn run(data: &[u8]) {
+    let mut input = Input(data);
+    match input.byte() {
+        0 => frames(&mut input),
+        1 => packet(input.0),
+        2 => greeting(&mut input),
+        3 => verdict(input.0),
+        4 => parts(&mut input),
+        _ => {}
+    }
+}
+
+/// Frames are cut the same however the bytes arrive, and nothing is kept of those that were cut.
+fn frames(input: &mut Input<'_>) {
+    let limit = if input.byte() & 1 == 0 { MAX_FRAME } else { MAX_HANDSHAKE_FRAME };
+    let step = usize::from(input.byte()) + 1;
+    let at_once = cut(input.0.chunks(input.0.len().max(1)), limit);
+    assert_eq!(cut(input.0.chunks(step), limit), at_once);
+    let (frames, _) = at_once;
+    let mut joiner = Joiner::default();
+    for frame in frames {
+        assert!(frame.len() <= limit);
+        match joiner.push(&frame) {
+            Ok(Some(message)) => packet(&message),
+            Ok(None) => {}
+            Err(_) => break,
+        }
+    }
+}
+
+fn cut<'a>(chunks: impl Iterator<Item = &'a [u8]>, limit: usize) -> (Vec<Vec<u8>>, bool) {
+    let (mut cutter, mut frames) = (Cutter::default(), Vec::new());
+    for chunk in chunks {
+        cutter.buffer().extend_from_slice(chunk);
+        loop {
+            match cutter.next(limit) {
+                Ok(Some(frame)) => frames.push(frame.to_vec()),
+                Ok(None) => break,
+                Err(_) => return (frames, true),
+            }
+        }
+        assert!(cutter.buffer().len() < 2 + limit, "an unfinished frame is all that is kept");
+    }
+    (frames, false)
+}
+
+fn packet(bytes: &[u8]) {
+    if let Ok(packet) = Packet::decode(bytes) {
+        assert_eq!(packet.encode(), bytes);
+    }
+}
+
+fn greeting(input: &mut Input<'_>) {
+    let mine = me();
+    match Hello::decode(input.0, PublicKey([2; 32]), mine.versions) {
+        Ok(hello) => {
+            assert_eq!(clean(&hello.nickname), hello.nickname);
+            assert!(hello.nickname.len() <= MAX_NICKNAME);
+            let encoded = hello.encode();
+            let again = Hello::decode(&encoded, hello.public_key, mine.versions);
+            assert_eq!(again.expect("what was read can be sent"), hello);
+            refusal(mine.check(&hello));
+        }
+        Err(error) => refusal(Err(error)),
+    }
+}
+
+fn refusal(checked: Result<(), Refusal>) {
+    if let Err(refusal) = checked {
+        let words = refusal.to_string();
+        assert!(words.len() < 1000 && !words.chars().any(char::is_control), "{words:?}");
+    }
+}
+
+fn verdict(bytes: &[u8]) {
+    let Ok(verdict) = Verdict::decode(bytes) else { return };
+    if let Verdict::IdClash { holder, newcomer, .. } = &verdict {
+        for name in [holder, newcomer] {
+            assert!(name.len() <= MAX_NICKNAME && clean(name) == *name, "{name:?}");
+        }
+    }
+    assert_eq!(Verdict::decode(&verdict.encode()).expect("what was read can be sent"), verdict);
+}
+
+/// A message survives being sent; one of bytes that repeat, so that it can be long.
+fn parts(input: &mut Input<'_>) {
+    let length = usize::from(input.short()) * 17 % (MAX_MESSAGE + 1);
+    let pattern = if input.0.is_empty() { &[0] } else { input.0 };
+    let message: Vec<u8> = pattern.iter().copied().cycle().take(length).collect();
+    let mut joiner = Joiner::default();
+    let joined: Vec<_> =
+        frame::parts(&message).filter_map(|part| joiner.push(&part).expect("a part that was made")).collect();
+    assert!(joined == [message], "a message of {length} bytes");
+}
+
+fn me() -> Hello {
+    Hello {
+        versions: (2, 2),
+        id: NodeId::new(1).expect("in range"),
+        incarnation: 1,
+        nickname: "host1".into(),
+        network: Network::default(),
+        verifying_key: VerifyingKey([1; 32]),
+        process: 1,
+        public_key: PublicKey([1; 32]),
+    }
+}
+
+pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let peer =
+        Hello { id: NodeId::new(4095).expect("in range"), nickname: "hôte".into(), process: 2, ..me() };
+    let clash = Verdict::IdClash { id: peer.id, holder: "host1".into(), newcomer: "host2\u{202e}\n".into() };
+    let of = |kind: u8, bytes: &[u8]| [&[kind], bytes].concat();
+    vec![
+        ("frames", of(0, &[0, 2, 0, 3, 0, 1, 7, 0, 9, 1, 1, 1, 2, 3, 4, 5, 6, 7, 0, 4, 1, 0, 0, 0])),
+        ("too-long-a-frame", of(0, &[1, 200, 0, 2, 1, 3, 8, 1, 0, 0])),
+        ("packet-gossip", of(1, &Packet::Gossip(vec![1, 2]).encode())),
+        ("packet-ping", of(1, &Packet::Ping(7).encode())),
+        ("packet-parcel", of(1, &Packet::Parcel(vec![3]).encode())),
+        ("greeting", of(2, &peer.encode())),
+        ("greeting-from-myself", of(2, &me().encode())),
+        ("greeting-of-a-later-version", of(2, &Hello { versions: (3, 9), ..peer.clone() }.encode())),
+        ("greeting-with-more", of(2, &[peer.encode(), vec![1, 2, 3]].concat())),
+        ("verdict-welcome", of(3, &Verdict::Welcome.encode())),
+        ("verdict-clash", of(3, &clash.encode())),
+        ("parts", of(4, &[0, 100, 1, 2, 3])),
+    ]
+}

@@ -1,0 +1,279 @@
+//! Gossip: messages of neighbours that are members, and so can sign for themselves but not for others.
+
+use std::time::{Duration, Instant};
+
+use overnode_daemon::control::frame::MAX_MESSAGE;
+use overnode_daemon::gossip::parcel::{KIND_ALLOCATION, KIND_CLASH, MAX_BODY};
+use overnode_daemon::gossip::{
+    Action, Gossip, Keys, MAX_STAMP, Message, Parcel, Record, Signature, Signer, Stamp,
+};
+use overnode_daemon::types::{NodeId, PublicKey, Secret, VerifyingKey};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use ring::signature::Ed25519KeyPair;
+
+use super::input::{Input, MAX_STEPS};
+
+const OWN: u16 = 1;
+/// Its neighbours at the start. Whoever is between the first and the last may be one.
+const NEIGHBOURS: [u16; 2] = [2, 3];
+
+/// A node among hostile neighbours, step by step.
+pub fn run(data: &[u8]) {
+    let mut world = World::new();
+    let mut input = Input(data);
+    for _ in 0..MAX_STEPS {
+        let Some(step) = input.step() else { break };
+        world.step(step, &mut input);
+        world.check();
+    }
+}
+
+struct World {
+    gossip: Gossip,
+    now: Instant,
+}
+
+impl World {
+    fn new() -> Self {
+        let now = Instant::now();
+        let mut gossip = Gossip::new(blank(OWN), signer(OWN), StdRng::seed_from_u64(1), now);
+        for peer in NEIGHBOURS {
+            gossip.handle_connected(id(peer), keys(peer), now);
+        }
+        Self { gossip, now }
+    }
+
+    fn step(&mut self, step: u8, input: &mut Input<'_>) {
+        let peer = id(2 + u16::from(step >> 4) % 4);
+        match step & 15 {
+            0 => self.message(peer, input.bytes()),
+            // Everything in it is signed: by the node that it names, or by the neighbour in its name.
+            1 => {
+                let by = input.byte();
+                let bytes = input.bytes();
+                if let Ok(Message::Delta(mut records)) = Message::decode(bytes) {
+                    for record in &mut records {
+                        let number = if by == 0 { record.id.get() } else { by.into() };
+                        record.public_key = keys(number).public_key;
+                        signer(number).sign(record);
+                    }
+                    self.message(peer, &Message::Delta(records).encode());
+                }
+            }
+            2 => self.parcel(peer, input.bytes()),
+            3 => {
+                let bytes = input.bytes();
+                if let Ok(parcel) = Parcel::decode(bytes) {
+                    self.parcel(peer, &signed(parcel).encode());
+                }
+            }
+            4 => {
+                self.now += Duration::from_millis(u64::from(input.short()));
+                self.gossip.handle_timeout(self.now);
+                let next = self.gossip.poll_timeout();
+                assert!(
+                    next.is_some_and(|next| next > self.now),
+                    "it would be called again at once, for ever"
+                );
+            }
+            5 => self.gossip.handle_disconnected(peer, self.now),
+            6 => {
+                let by = input.byte();
+                let keys = keys(if by == 0 { peer.get() } else { by.into() });
+                self.gossip.handle_connected(peer, keys, self.now);
+            }
+            7 => self.gossip.resync(peer),
+            8 => {
+                let nickname = String::from_utf8_lossy(input.bytes()).into_owned();
+                self.gossip.update_own(|own| own.nickname = nickname, self.now);
+            }
+            9 => {
+                let _ = self.gossip.send_parcel(peer, KIND_ALLOCATION, input.bytes().to_vec());
+            }
+            10 => {
+                for source in 1..=8 {
+                    self.gossip.branches(id(source));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn message(&mut self, peer: NodeId, bytes: &[u8]) {
+        if let Ok(message) = Message::decode(bytes) {
+            let encoded = message.encode();
+            assert!(encoded.len() <= bytes.len(), "the form that is sent is the shortest");
+            assert_eq!(Message::decode(&encoded).as_ref(), Ok(&message));
+            if let Message::Delta(records) = message {
+                for record in records {
+                    record.stamp();
+                }
+            }
+        }
+        if let Err(error) = self.gossip.handle_message(peer, bytes, self.now) {
+            assert!(!error.to_string().chars().any(char::is_control));
+        }
+    }
+
+    fn parcel(&mut self, peer: NodeId, bytes: &[u8]) {
+        if let Ok(parcel) = Parcel::decode(bytes) {
+            assert_eq!(parcel.encode(), bytes);
+        }
+        let _ = self.gossip.handle_parcel(peer, bytes, self.now);
+    }
+
+    /// What holds at any time.
+    fn check(&mut self) {
+        while let Some(action) = self.gossip.poll_action() {
+            match action {
+                Action::Send { to, message } => {
+                    assert_ne!(to, id(OWN));
+                    let encoded = message.encode();
+                    assert!(encoded.len() < MAX_MESSAGE);
+                    assert_eq!(Message::decode(&encoded), Ok(message), "others would cut this node off");
+                }
+                Action::SendParcel { to, parcel } => {
+                    assert_ne!(to, id(OWN));
+                    assert_eq!(
+                        Parcel::decode(&parcel.encode()),
+                        Ok(parcel),
+                        "others would cut this node off"
+                    );
+                }
+                Action::Deliver(parcel) => {
+                    assert_eq!(parcel.to, id(OWN));
+                    assert!(parcel.body.len() <= MAX_BODY);
+                    assert_eq!(signed(parcel.clone()).signature, parcel.signature, "it was forged");
+                }
+                Action::Changed(node) | Action::Removed(node) => {
+                    assert!(self.gossip.record(node).is_some());
+                    assert_ne!(node, id(OWN), "nobody else speaks for this node");
+                }
+                Action::Contested(record) => assert_eq!(record.id, id(OWN)),
+                Action::Clash { record, .. } => assert_ne!(record.id, id(OWN)),
+            }
+        }
+        let own = self.gossip.record(id(OWN)).expect("the own record is always there");
+        assert_eq!(own.keys(), keys(OWN));
+        assert!(!own.left, "only this node itself says that it has left");
+        assert!(own.incarnation <= MAX_STAMP && own.version <= MAX_STAMP);
+        assert!(self.gossip.records().count() <= usize::from(NodeId::MAX));
+        for (to, path) in self.gossip.paths() {
+            assert_ne!(*to, id(OWN));
+            assert!(path.hops > 0);
+            assert_eq!(
+                self.gossip.paths().get(&path.via).map(|first| first.hops),
+                Some(1),
+                "not a neighbour"
+            );
+        }
+    }
+}
+
+fn id(number: u16) -> NodeId {
+    NodeId::new(number).expect("in range")
+}
+
+fn secret(number: u16) -> Secret {
+    Secret([number as u8; 32])
+}
+
+fn signer(number: u16) -> Signer {
+    Signer::new(&secret(number))
+}
+
+fn keys(number: u16) -> Keys {
+    Keys { public_key: PublicKey([number as u8; 32]), verifying_key: signer(number).verifying_key() }
+}
+
+fn blank(number: u16) -> Record {
+    Record {
+        id: id(number),
+        incarnation: 1,
+        version: 1,
+        left: false,
+        nickname: format!("host{number}"),
+        public_key: keys(number).public_key,
+        addresses: Vec::new(),
+        links: Vec::new(),
+        dark: Vec::new(),
+        ranges: Vec::new(),
+        claims: Vec::new(),
+        verifying_key: VerifyingKey::default(),
+        signature: Signature::default(),
+    }
+}
+
+/// As its sender signs it: see [`overnode_daemon::gossip::parcel`].
+fn signed(mut parcel: Parcel) -> Parcel {
+    let bytes = parcel.encode();
+    let text = [b"overnode parcel v1", &bytes[2..23], parcel.body.as_slice()].concat();
+    let seed = overnode_daemon::control::key::signing_seed(&secret(parcel.from.get()));
+    let pair = Ed25519KeyPair::from_seed_unchecked(&seed.0).expect("any 32 bytes are a seed");
+    parcel.signature.0.copy_from_slice(pair.sign(&text).as_ref());
+    parcel
+}
+
+pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let message = |step: u8, message: &Message| [vec![step], Input::framed(&message.encode())].concat();
+    let signed_message = |peer: u8, by: u8, message: &Message| {
+        [vec![peer << 4 | 1, by], Input::framed(&message.encode())].concat()
+    };
+    let wait = |milliseconds: u16| [&[4], &milliseconds.to_le_bytes()[..]].concat();
+    let linked = |number: u16, links: &[u16]| Record {
+        links: links.iter().map(|link| id(*link)).collect(),
+        addresses: vec!["192.0.2.1:6783".parse().expect("an address")],
+        ..blank(number)
+    };
+    let full = Record {
+        dark: vec![id(3)],
+        ranges: vec!["10.40.0.0/15".parse().expect("a range")],
+        claims: vec!["10.32.0.7".parse().expect("an address"), "fd00::7".parse().expect("an address")],
+        ..linked(2, &[1, 3])
+    };
+    let parcel = |from: u16, to: u16, kind: u8, body: Vec<u8>| {
+        let signature = Signature::default();
+        let parcel = Parcel { from: id(from), to: id(to), hops: 3, kind, serial: (1, 1), signature, body };
+        Input::framed(&parcel.encode())
+    };
+    let stamp = Stamp { incarnation: 1, version: 2, hash: [1, 2, 3, 4] };
+    let rival = Record { incarnation: 9, ..blank(OWN) };
+    let delta = |records: &[Record]| Message::Delta(records.to_vec());
+    vec![
+        ("summary", message(0, &Message::Summary([7; 16]))),
+        ("digest", message(0, &Message::Digest { ask: true, stamps: vec![(id(1), stamp), (id(7), stamp)] })),
+        ("request", message(0, &Message::Request(vec![id(1), id(2)]))),
+        ("delta", [signed_message(0, 0, &delta(&[full.clone(), linked(3, &[1, 2])])), wait(60)].concat()),
+        ("unsigned", message(0, &delta(std::slice::from_ref(&full)))),
+        (
+            "chain",
+            [
+                signed_message(0, 0, &delta(&[linked(2, &[1, 4])])),
+                signed_message(0, 0, &delta(&[linked(4, &[2, 5]), linked(5, &[4])])),
+                vec![0x29, 1, 0, 9, 10],
+                wait(60),
+                [vec![3], parcel(5, 1, KIND_ALLOCATION, vec![1])].concat(),
+                [vec![0x13], parcel(3, 5, KIND_ALLOCATION, vec![1])].concat(),
+            ]
+            .concat(),
+        ),
+        (
+            "my-record-by-another",
+            [signed_message(0, 9, &delta(std::slice::from_ref(&rival))), wait(60), wait(1100)].concat(),
+        ),
+        ("challenge", [vec![3], parcel(2, 1, KIND_CLASH, delta(&[rival]).encode())].concat()),
+        (
+            "another-node-7",
+            [
+                signed_message(0, 0, &delta(&[linked(2, &[1, 7]), linked(7, &[2])])),
+                signed_message(1, 9, &delta(&[Record { incarnation: 5, ..linked(7, &[2]) }])),
+                wait(5100),
+                vec![0x05, 0x06, 0, 7],
+            ]
+            .concat(),
+        ),
+        ("tombstone", signed_message(0, 0, &delta(&[Record { left: true, version: 9, ..blank(2) }]))),
+        ("nickname", [vec![8], Input::framed(b"a\x1b[2Jb"), wait(60)].concat()),
+    ]
+}

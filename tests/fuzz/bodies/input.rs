@@ -1,0 +1,38 @@
+//! Taking an input apart. What is missing at its end is zero: no input is too short.
+
+/// Steps of one input, at most: a body that keeps state must not take long.
+pub const MAX_STEPS: usize = 64;
+
+/// The rest of an input.
+pub struct Input<'a>(pub &'a [u8]);
+
+impl<'a> Input<'a> {
+    /// The next byte; none at the end.
+    pub fn step(&mut self) -> Option<u8> {
+        let (first, rest) = self.0.split_first()?;
+        self.0 = rest;
+        Some(*first)
+    }
+
+    pub fn byte(&mut self) -> u8 {
+        self.step().unwrap_or(0)
+    }
+
+    pub fn short(&mut self) -> u16 {
+        u16::from_le_bytes([self.byte(), self.byte()])
+    }
+
+    /// Bytes behind their number (u16, little-endian); fewer at the end.
+    pub fn bytes(&mut self) -> &'a [u8] {
+        let length = usize::from(self.short()).min(self.0.len());
+        let (bytes, rest) = self.0.split_at(length);
+        self.0 = rest;
+        bytes
+    }
+
+    /// What [`Self::bytes`] reads.
+    pub fn framed(bytes: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(bytes.len()).expect("seeds are short");
+        [&length.to_le_bytes(), bytes].concat()
+    }
+}

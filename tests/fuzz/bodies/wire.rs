@@ -1,0 +1,68 @@
+//! Decoders that keep nothing in mind: parcels, path probes, the header of messages that are relayed.
+
+use overnode_daemon::gossip::parcel::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
+use overnode_daemon::gossip::{Parcel, Signature};
+use overnode_daemon::path::probe::{ENVELOPE, HEADER, Kind, Probe, SMALLEST};
+use overnode_daemon::types::NodeId;
+use overnode_ebpf::wire::Relay;
+
+use super::input::Input;
+
+/// The first byte says what the others are.
+pub fn run(data: &[u8]) {
+    let mut input = Input(data);
+    match input.byte() {
+        0 => parcel(input.0),
+        1 => {
+            let received = u32::from(input.short());
+            probe(input.0, received);
+        }
+        2 => relay(input.0),
+        _ => {}
+    }
+}
+
+fn parcel(bytes: &[u8]) {
+    let Ok(parcel) = Parcel::decode(bytes) else { return };
+    assert_eq!(parcel.encode(), bytes);
+    assert!(parcel.from != parcel.to && parcel.body.len() <= MAX_BODY);
+    assert!((1..=MAX_HOPS).contains(&parcel.hops));
+}
+
+fn probe(bytes: &[u8], received: u32) {
+    let Ok(probe) = Probe::decode(bytes, received) else { return };
+    assert_eq!(probe.size, received);
+    let encoded = probe.encode();
+    assert_eq!(encoded[..HEADER], bytes[..HEADER]);
+    assert_eq!(encoded.len(), (received - ENVELOPE) as usize);
+    assert_eq!(Probe::decode(&encoded, received), Ok(probe));
+}
+
+fn relay(bytes: &[u8]) {
+    let Some((relay, message)) = Relay::split(bytes) else { return };
+    assert_eq!([&relay.to_bytes(), message].concat(), bytes);
+}
+
+pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let id = |number| NodeId::new(number).expect("in range");
+    let parcel = Parcel {
+        from: id(1),
+        to: id(4095),
+        hops: MAX_HOPS,
+        kind: KIND_ALLOCATION,
+        serial: (1, 2),
+        signature: Signature([5; 64]),
+        body: vec![1, 2, 3],
+    };
+    let request = Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 2, seen: 1440 };
+    let answer = Probe { kind: Kind::Answer, size: SMALLEST, ..request };
+    let received = |probe: &Probe| (probe.size as u16).to_le_bytes();
+    let probe = |probe: &Probe| [&[1], &received(probe)[..], &probe.encode()].concat();
+    let relay = Relay { hops: 3, destination: 1, source: 2, previous: 3 };
+    vec![
+        ("parcel", [&[0], parcel.encode().as_slice()].concat()),
+        ("request", probe(&request)),
+        ("answer", probe(&answer)),
+        ("relay", [&[2], &relay.to_bytes()[..], &[1, 2, 3]].concat()),
+    ]
+}
