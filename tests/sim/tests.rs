@@ -64,3 +64,13 @@ fn a_lender_that_does_not_keep_what_it_lends_is_found() {
 fn regression_a_late_copy_of_a_transfer() {
     assert_fine(250, 9);
 }
+
+#[test]
+fn regression_a_quarter_got_anew_under_a_lower_serial() {
+    assert_fine(1795, 9);
+}
+
+#[test]
+fn regression_the_dead_were_taken_for_lenders() {
+    assert_fine(1988, 9);
+}

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use super::fact::{Fact, Key};
 use super::layout::quarters;
 use super::message::{Loan, MAX_RIVALS, Message, Objection, Round, Title};
-use super::{Action, Ipam, IpamError, Problem, Question, Retry};
+use super::{Action, Ipam, IpamError, Peer, Problem, Question, Retry};
 use crate::types::NodeId;
 
 #[derive(Clone, Debug, Default)]
@@ -108,7 +108,11 @@ impl Ipam {
         if self.reachable.contains(&of) {
             return refuse("it is reachable; run `overnode reset` on its host instead".into());
         }
-        let is_lent = |half: &IpNet| self.peers.values().any(|peer| !peer.left && peer.ranges.contains(half));
+        // What those said who are gone for good themselves does not count.
+        let is_there = |id: NodeId, peer: &Peer| !peer.left && !self.is_buried(id, peer.incarnation);
+        let is_lent = |half: &IpNet| {
+            self.peers.iter().any(|(id, peer)| is_there(*id, peer) && peer.ranges.contains(half))
+        };
         let half = self.layout.lendable(of);
         let has_lender = half.is_none_or(|half| is_lent(&half) || self.lending.books.contains_key(&of));
         if self.is_buried(of, incarnation) && has_lender {
