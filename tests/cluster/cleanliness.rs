@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, TOKEN, all_reach_all, attached, in_lab, launch, launch_all, list, one_each,
+    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, in_lab, launch, launch_all, list, one_each,
 };
 
 /// The daemon looks for what belongs to nobody every minute; an event usually tells it at once.
@@ -189,7 +189,7 @@ fn what_a_node_left_is_removed_when_its_state_is_gone() -> Result<()> {
         std::fs::remove_dir_all(host.state_directory())?;
         assert!(!host.pins()?.is_empty(), "nothing is left to be removed");
         let _daemon = lab::background::Background::start(host.command("overnoded")?)?;
-        eventually(Duration::from_secs(10), || {
+        eventually(PATIENCE, || {
             ensure!(host.pins()?.is_empty(), "still pinned: {:?}", host.pins()?);
             ensure!(host.netns().interfaces()? == [host.interface()], "interfaces are left");
             ensure!(container.netns().interfaces()?.is_empty(), "the container is still plugged in");

@@ -171,13 +171,12 @@ pub fn ipam(ipam: &IpamStatus, style: Style) -> String {
         true => "this node can give out addresses".to_owned(),
         false => format!("this node cannot give out addresses: {waiting}"),
     };
-    let mut text =
-        format!("{}{}", pairs_of([("ready", &Cell::from(lead))].into_iter(), style), grid.render(style));
+    let mut facts = vec![("ready", Cell::from(lead))];
     for reclaim in &ipam.reclaims {
         let missing = reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        text += &format!("taking back the space of node {}: waiting for nodes {missing}\n", reclaim.id);
+        facts.push(("reclaim", format!("of node {}: waiting for {missing}", reclaim.id).into()));
     }
-    text
+    format!("{}{}", pairs_of(facts.iter().map(|(name, cell)| (*name, cell)), style), grid.render(style))
 }
 
 /// `--counters`
