@@ -26,12 +26,14 @@ use tokio::sync::mpsc;
 use crate::api::{self, ApiError, Reply, Request};
 use crate::datapath::Datapath;
 use crate::options::Options;
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 
 use addresses::Waiting;
 pub use reset::reset_offline;
 use running::Node;
 
+/// How long a daemon that was killed may take to let go of its lock and its socket.
+const LETTING_GO: Duration = Duration::from_millis(1500);
 /// A daemon that was not launched within this time ends by itself.
 const UNLAUNCHED: Duration = Duration::from_secs(120);
 
@@ -40,8 +42,11 @@ const UNLAUNCHED: Duration = Duration::from_secs(120);
 /// # Errors
 /// When another daemon has the state or the socket, or the stored node cannot be started.
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    let store = Arc::new(Store::open(&options.state_dir)?);
-    let listener = listen(&options.run_dir)?;
+    let store = Arc::new(
+        patiently(|| Store::open(&options.state_dir), |error| matches!(error, StoreError::Locked { .. }))
+            .await?,
+    );
+    let listener = patiently(|| listen(&options.run_dir), |_| true).await?;
     let (calls, mut requests) = mpsc::channel(64);
     let server = tokio::spawn(api::serve(listener, calls));
     let mut terminate = signal(SignalKind::terminate())?;
@@ -156,6 +161,23 @@ async fn next_input(node: &mut Option<Node>) -> running::Input {
     match node {
         Some(node) => node.next_input().await,
         None => std::future::pending().await,
+    }
+}
+
+/// Tries again for a moment what fails: a daemon that was just killed still holds its lock and its socket until the kernel has taken
+/// it apart.
+async fn patiently<T, E>(
+    mut attempt: impl FnMut() -> Result<T, E>,
+    may_pass: impl Fn(&E) -> bool,
+) -> Result<T, E> {
+    let deadline = Instant::now() + LETTING_GO;
+    loop {
+        match attempt() {
+            Err(error) if may_pass(&error) && Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(50)).await
+            }
+            outcome => return outcome,
+        }
     }
 }
 
