@@ -157,9 +157,7 @@ impl Node {
             }
         }
     }
-}
 
-impl Node {
     /// Begins to take back the space of a node that is gone for good, or says how far that is.
     pub(super) async fn reclaim(&mut self, request: api::Reclaim) -> Result<api::Reclaimed, ApiError> {
         let now = Instant::now();

@@ -62,7 +62,9 @@ impl Node {
         address: IpAddr,
     ) -> Result<api::Attached, ApiError> {
         let attached = self.plug(request, address).await;
-        if attached.is_err() && !self.datapath.is_attached(&datapath::host_interface(address)) {
+        // What is on disk stays taken: after a restart it would be.
+        let is_free = || self.store.attachments().is_ok_and(|all| all.iter().all(|it| it.address != address));
+        if attached.is_err() && is_free() {
             self.ipam.release(address, Instant::now());
         }
         attached
