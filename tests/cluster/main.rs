@@ -6,6 +6,8 @@ mod cleanliness;
 mod crash_points;
 mod hostile;
 mod life;
+mod mismatch;
+mod mtu;
 mod offloads;
 mod relay;
 mod resilience;

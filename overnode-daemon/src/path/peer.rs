@@ -160,6 +160,7 @@ impl Peer {
         if is_busy && !was_busy {
             self.next = self.next.min(now + INTERVAL);
         }
+        self.search.set_busy(is_busy, now);
     }
 
     /// When there is something to do.
