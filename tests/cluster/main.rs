@@ -5,6 +5,7 @@ mod bad_input;
 mod cleanliness;
 mod crash_points;
 mod hostile;
+mod inspect;
 mod life;
 mod mismatch;
 mod mtu;

@@ -1,15 +1,14 @@
 //! Underlays that carry less or more than an Ethernet does, with real TCP between containers. (`life.rs` has a plain jumbo underlay.)
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::flow::{Amount, TcpFlow};
-use lab::{Container, Host, Lab, eventually, flow};
+use lab::{Container, Family, Host, Lab, eventually, flow};
 
-use crate::support::{PATIENCE, all_reach_all, attached, in_lab, launch_all, list, one_each, peer};
+use crate::support::{PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, list, one_each, peer};
 
-/// What WireGuard over UDP over IPv4 adds to a packet.
-const OVERHEAD: u64 = 60;
 /// How exactly the search for the MTU has to know it.
 const PRECISION: u64 = 8;
 /// The lab's interfaces let so much more in than their MTU (a VLAN's tag).
@@ -25,7 +24,8 @@ fn mtu(host: &Host, to: usize) -> Result<u64> {
 
 /// Waits until a node has found what the way to another carries, for outer packets of `carries` bytes.
 fn found(host: &Host, to: usize, carries: u64) -> Result<u64> {
-    let most = carries - OVERHEAD;
+    // What WireGuard over UDP over IP adds.
+    let most = carries - if host.address().is_ipv4() { 60 } else { 80 };
     eventually(PATIENCE * 2, || {
         let mtu = mtu(host, to)?;
         ensure!(
@@ -62,8 +62,8 @@ fn send(from: &Container, to: &Container) -> Result<()> {
 }
 
 /// A router on the way carries less than the hosts' interfaces and never says so.
-fn black_hole(carries: u32) -> Result<()> {
-    in_lab(Lab::new("hole").hosts(2).routed(), |lab| {
+fn black_hole(carries: u32, family: Family) -> Result<()> {
+    in_lab(Lab::new("hole").hosts(2).routed().family(family), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         lab.narrow(b, carries)?;
         launch_all(lab)?;
@@ -77,7 +77,10 @@ fn black_hole(carries: u32) -> Result<()> {
         send(two, one)?;
         for (host, to) in [(a, b), (b, a)] {
             // Nothing searches for the MTU of control connections.
-            let filter = format!("dst {} and ( sport = :6783 or dport = :6783 )", to.address());
+            let filter = match to.address() {
+                IpAddr::V4(v4) => format!("dst {v4} and ( sport = :6783 or dport = :6783 )"),
+                IpAddr::V6(v6) => format!("dst [{v6}] and ( sport = :6783 or dport = :6783 )"),
+            };
             let sockets = host.netns().run("ss", &["-Htni", "state", "established", &filter])?;
             let sizes: Vec<u32> = sockets
                 .split_whitespace()
@@ -85,6 +88,8 @@ fn black_hole(carries: u32) -> Result<()> {
                 .collect();
             ensure!(!sizes.is_empty() && sizes.iter().all(|size| *size <= 1220), "{}: {sockets}", host.name);
         }
+        let route = a.netns().ip(&["route", "get", &b.address().to_string()])?;
+        ensure!(!route.contains("mtu"), "the router has told: {route}");
         // It is shown to people.
         let table = a.overnode(&["status", "--connections"])?.success()?;
         ensure!(table.contains(&there.to_string()), "{table}");
@@ -95,12 +100,17 @@ fn black_hole(carries: u32) -> Result<()> {
 
 #[test]
 fn a_way_that_carries_1400_bytes_and_does_not_say_so_is_found_out() -> Result<()> {
-    black_hole(1400)
+    black_hole(1400, Family::V4)
 }
 
 #[test]
 fn a_way_that_carries_1280_bytes_and_does_not_say_so_is_found_out() -> Result<()> {
-    black_hole(1280)
+    black_hole(1280, Family::V4)
+}
+
+#[test]
+fn a_way_over_ipv6_that_carries_1280_bytes_and_does_not_say_so_is_found_out() -> Result<()> {
+    black_hole(1280, Family::V6)
 }
 
 #[test]
@@ -124,10 +134,45 @@ fn a_stream_survives_a_way_that_begins_to_carry_less() -> Result<()> {
     })
 }
 
+/// What goes through a relay is as large as both hops allow.
+#[test]
+fn relayed_ways_carry_what_both_hops_do() -> Result<()> {
+    const RELAY_HEADER: u64 = 8;
+    in_lab(Lab::new("relayed").hosts(3).routed(), |lab| {
+        let [a, b, c] = lab.hosts() else { unreachable!() };
+        lab.cut(a, c)?;
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        let [one, _, three] = &containers[..] else { unreachable!() };
+        let expect = |mtus: [u64; 2]| {
+            eventually(PATIENCE * 2, || {
+                let found = [mtu(a, 3)?, mtu(c, 1)?];
+                ensure!(found == mtus, "{found:?} instead of {mtus:?}");
+                Ok(())
+            })
+        };
+        // Of 1500 bytes the containers' MTU leaves 1420.
+        expect([1420 - RELAY_HEADER; 2])?;
+        one.reach(three.address(), PATIENCE)?;
+        learns(one, three, 1420 - RELAY_HEADER)?;
+        send(one, three)?;
+        // The second hop becomes narrower; node 1 itself never sends over it.
+        lab.narrow(c, 1280)?;
+        let beyond = found(b, 3, 1280)?;
+        let back = found(c, 2, 1280)?;
+        expect([beyond - RELAY_HEADER, back - RELAY_HEADER])?;
+        learns(one, three, beyond - RELAY_HEADER)?;
+        send(one, three)?;
+        send(three, one)?;
+        ensure!(counter(b, "relayed")? > 0, "nothing was relayed");
+        Ok(())
+    })
+}
+
 #[test]
 fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
     in_lab(Lab::new("jumbos").hosts(3).routed(), |lab| {
-        let [a, b, c] = lab.hosts() else { unreachable!() };
+        let [a, b, _] = lab.hosts() else { unreachable!() };
         launch_all(lab)?;
         let early = attached(a, "early")?;
         // Two of the hosts, and the router, learn to carry more.

@@ -68,6 +68,7 @@ impl Node {
                 "loss": state.loss,
                 "mtu": state.mtu,
                 "mtu_confirmed": state.mtu_confirmed,
+                "carries": state.carries,
                 "heard_seconds_ago": state.last_heard.map(|at| now.saturating_duration_since(at).as_secs()),
             })
         });
@@ -87,9 +88,9 @@ impl Node {
             let loans = loans.into_iter().map(|(id, blocks)| json!({ "borrower": id, "blocks": blocks }));
             json!({ "quarter": quarter, "serial": ipam.lends(quarter), "loans": loans.collect::<Vec<_>>() })
         });
-        let buried = ipam.buried().map(|(id, incarnation, by)| {
-            json!({ "id": id, "incarnation": incarnation, "by": by })
-        });
+        let buried = ipam
+            .buried()
+            .map(|(id, incarnation, by)| json!({ "id": id, "incarnation": incarnation, "by": by }));
         json!({
             "epoch": ipam.epoch(),
             "capacity": u64::try_from(ipam.capacity()).unwrap_or(u64::MAX),

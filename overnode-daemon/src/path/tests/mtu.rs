@@ -182,6 +182,29 @@ fn loss_is_not_taken_for_a_black_hole() {
 }
 
 #[test]
+fn a_node_tells_what_each_of_its_living_paths_carries() {
+    let mut world = World::new(15, 3, 1440);
+    let c = node(3);
+    for (from, to) in [(A, c), (c, A)] {
+        world.set(from, to, DEAD);
+    }
+    world.run(secs(5));
+    assert_eq!((world.state(A, B).carries, world.state(c, B).carries), (Some(1440), Some(1440)));
+    world.set(B, c, Link { carries: 1300, ..GOOD });
+    world.run(CHECK_INTERVAL + secs(10));
+    let found = world.state(B, c).mtu;
+    assert!((1293..=1300).contains(&found), "{found}");
+    assert_eq!(world.state(A, B).carries, Some(found));
+    assert_eq!(world.state(A, c).carries, None, "nothing was ever heard of it");
+    // What is dead does not count.
+    for (from, to) in [(B, c), (c, B)] {
+        world.set(from, to, DEAD);
+    }
+    world.run(secs(5));
+    assert_eq!(world.state(A, B).carries, Some(1440));
+}
+
+#[test]
 fn a_dead_path_says_nothing_of_its_mtu() {
     let mut world = World::pair(9);
     world.run(secs(29));
