@@ -184,7 +184,9 @@ impl Node {
                     since_seconds: view.since.map(|since| now.saturating_duration_since(since).as_secs()),
                     encryption: established.then(|| PATTERN.to_owned()),
                     peer: view.peer,
-                    nickname: view.nickname,
+                    nickname: view
+                        .nickname
+                        .or_else(|| Some(self.gossip.record(view.peer?)?.nickname.clone())),
                     rtt_microseconds: rtt.and_then(|rtt| u64::try_from(rtt.as_micros()).ok()),
                     mtu: data.as_ref().and_then(|data| data.mtu),
                     route: data.and_then(|data| data.route),
