@@ -21,6 +21,7 @@ mod lend;
 mod message;
 mod reclaim;
 mod season;
+mod shares;
 mod space;
 mod transfer;
 
@@ -37,6 +38,7 @@ pub use error::IpamError;
 pub use fact::{Change, Fact, Heir, Key};
 pub use layout::{BadNetwork, Layout, quarters};
 pub use message::{BadMessage, Loan, MAX_MESSAGE, Message, Round, Title};
+pub use shares::{Share, Shares};
 
 use crate::types::{Network, NodeId};
 

@@ -6,11 +6,13 @@ mod addresses;
 mod data;
 mod endpoints;
 mod external;
+mod inspect;
 mod launch;
 mod links;
 mod paths;
 mod reset;
 mod running;
+mod shares;
 mod status;
 
 use std::os::unix::fs::DirBuilderExt;
