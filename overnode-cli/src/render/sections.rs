@@ -176,6 +176,7 @@ pub fn ipam(ipam: &IpamStatus, style: Style) -> String {
         let missing = reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         facts.push(("reclaim", format!("of node {}: waiting for {missing}", reclaim.id).into()));
     }
+    facts.extend(ipam.problems.iter().map(|problem| ("problem", Cell::new(problem, Tone::Bad))));
     format!("{}{}", pairs_of(facts.iter().map(|(name, cell)| (*name, cell)), style), grid.render(style))
 }
 

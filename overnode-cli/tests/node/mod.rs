@@ -217,6 +217,9 @@ pub fn sample() -> Status {
             ready: true,
             waiting_for: None,
             reclaims: vec![ReclaimStatus { id: 4.try_into().unwrap(), missing: vec![3.try_into().unwrap()] }],
+            problems: vec![
+                "the address 10.33.7.5 is in use here and on node 2: detach one of the two".into(),
+            ],
             owners: vec![
                 owner.clone(),
                 RangeOwner {

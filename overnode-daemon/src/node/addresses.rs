@@ -108,17 +108,30 @@ impl Node {
                 ipam::Action::Failed { request, error } => {
                     self.outcomes.push_back(Outcome::Address(request, Err(error)));
                 }
-                ipam::Action::Report(problem) => self.report(problem.to_string()),
+                ipam::Action::Report(problem) => {
+                    self.report(problem.to_string());
+                    self.mark_address_problem(problem.to_string(), now);
+                }
                 ipam::Action::Reclaimed(id) => {
                     tracing::info!("the address space of node {id} is this node's now");
                     self.reclaimed.insert(id);
                 }
-                ipam::Action::ReclaimFailed(error) => self.report_for_now(error.to_string(), now),
+                ipam::Action::ReclaimFailed(error) => {
+                    self.report_for_now(error.to_string(), now);
+                    self.mark_address_problem(error.to_string(), now);
+                }
                 ipam::Action::MayLeave => self.outcomes.push_back(Outcome::Leave(Ok(()))),
                 ipam::Action::CannotLeave(error) => self.outcomes.push_back(Outcome::Leave(Err(error))),
             }
         }
         self.announce_addresses_held(now).await;
+    }
+
+    /// It is shown with the addresses for as long as it is shown at all.
+    fn mark_address_problem(&mut self, problem: String, now: Instant) {
+        self.address_problems.insert(problem);
+        let all = self.problems(now);
+        self.address_problems.retain(|problem| all.contains(problem));
     }
 
     fn granted(&mut self, request: RequestId, address: IpAddr, now: Instant) {

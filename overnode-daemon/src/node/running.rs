@@ -76,6 +76,8 @@ pub(super) struct Node {
     pub(super) externals: BTreeMap<PeerIndex, External>,
     pub(super) reachable: BTreeMap<NodeId, (bool, Instant)>,
     pub(super) problems: Vec<String>,
+    /// Those of all problems that are about addresses.
+    pub(super) address_problems: BTreeSet<String>,
     /// Those that are over when nobody has said so for a while.
     pub(super) passing_problems: BTreeMap<String, Instant>,
     /// Whose records are newer than those on disk.
@@ -177,6 +179,7 @@ impl Node {
             externals: BTreeMap::new(),
             reachable: BTreeMap::new(),
             problems: Vec::new(),
+            address_problems: BTreeSet::new(),
             passing_problems: BTreeMap::new(),
             unsaved: BTreeSet::new(),
             mesh_events,

@@ -30,7 +30,7 @@ impl Node {
             peers: self.peer_status(now),
             connections: self.connection_status(now),
             endpoints: self.endpoint_status()?,
-            ipam: self.ipam_status(),
+            ipam: self.ipam_status(now),
             external_peers: self.externals()?,
             counters: self.counter_status()?,
         })
@@ -141,15 +141,15 @@ impl Node {
             .filter(|record| !record.left)
             .map(|record| {
                 let myself = record.id == self.identity.id;
-                let reachable = self.reachable.get(&record.id);
+                let reach = self.reach(record.id);
+                let reachable = myself || reach.is_some_and(|(reachable, _)| reachable);
                 PeerStatus {
                     id: record.id,
                     nickname: record.nickname.clone(),
                     myself,
-                    reachable: Some(myself || paths.contains_key(&record.id)),
-                    since_seconds: reachable
-                        .map(|(_, since)| now.saturating_duration_since(*since).as_secs()),
-                    path: (!myself).then(|| paths.get(&record.id).map(path)).flatten(),
+                    reachable: Some(reachable),
+                    since_seconds: reach.map(|(_, since)| now.saturating_duration_since(since).as_secs()),
+                    path: paths.get(&record.id).filter(|_| reachable && !myself).map(path),
                     address: Some(self.ipam.layout().node_address(record.id)),
                     underlay: record.addresses.clone(),
                     public_key: Some(record.public_key),
@@ -161,6 +161,16 @@ impl Node {
             .collect();
         peers.sort_by_key(|peer| (!peer.myself, peer.id));
         peers
+    }
+
+    /// Whether a node is reachable, and since when. Of a node that is cut off, its connections tell only after seconds that nothing
+    /// comes any more; the probes know it at once.
+    fn reach(&self, id: NodeId) -> Option<(bool, Instant)> {
+        let (connected, since) = *self.reachable.get(&id)?;
+        match self.ways.route(id) {
+            Some((Route::Unreachable, since)) if connected => Some((false, since)),
+            Some(_) | None => Some((connected, since)),
+        }
     }
 
     fn own_links(&self) -> Vec<LinkStatus> {
@@ -262,7 +272,7 @@ impl Node {
     }
 
     /// Every node that gives out addresses, with what it holds.
-    fn ipam_status(&self) -> IpamStatus {
+    fn ipam_status(&self, now: Instant) -> IpamStatus {
         let pool = self.ipam.layout().network().range;
         let size = |net: &IpNet| 2_f64.powi(i32::from(net.max_prefix_len() - net.prefix_len()));
         let all: Vec<(NodeId, IpNet)> = self
@@ -291,13 +301,21 @@ impl Node {
                 addresses: addresses as u64,
                 percent: addresses / size(&pool) * 100.0,
                 active: (record.id == self.identity.id).then(|| self.ipam.active() as u64),
-                reachable: Some(self.reachable.get(&record.id).is_some_and(|(reachable, _)| *reachable)),
+                reachable: Some(self.reach(record.id).is_some_and(|(reachable, _)| reachable)),
                 ranges,
             });
         }
         let waiting_for = self.ipam.check_ready().err().map(|why| why.to_string());
         let reclaims = self.ipam.reclaims().into_iter().map(|(id, missing)| ReclaimStatus { id, missing });
-        IpamStatus { ready: waiting_for.is_none(), waiting_for, owners, reclaims: reclaims.collect() }
+        let mut problems = self.problems(now);
+        problems.retain(|problem| self.address_problems.contains(problem));
+        IpamStatus {
+            ready: waiting_for.is_none(),
+            waiting_for,
+            owners,
+            reclaims: reclaims.collect(),
+            problems,
+        }
     }
 
     fn counter_status(&self) -> Result<Vec<CounterStatus>, ApiError> {
