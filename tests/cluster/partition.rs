@@ -96,8 +96,8 @@ fn halves_that_are_apart_for_a_minute_both_attach_and_grow_together_again() -> R
         }
         ensure_unique(&containers)?;
 
-        across.iter().try_for_each(|(near, far)| lab.heal(near, far))?;
         let healed = Instant::now();
+        across.iter().try_for_each(|(near, far)| lab.heal(near, far))?;
         containers[0].reach(containers[3].address(), REUNITED)?;
         let first = healed.elapsed();
         lab.hosts().iter().try_for_each(|host| wait_for_peers(host, 5))?;

@@ -30,7 +30,7 @@ pub(super) struct Ways {
     routes: BTreeMap<NodeId, Route>,
     /// When each was chosen.
     since: BTreeMap<NodeId, Instant>,
-    /// Relays of nodes to which no way is known any more.
+    /// Relays that have proven themselves, of nodes to which no other way is known.
     kept: BTreeMap<NodeId, NodeId>,
     /// When a node was first looked for.
     first_seen: BTreeMap<NodeId, Instant>,
@@ -54,7 +54,7 @@ impl Ways {
                 None
             }
             Route::Via { relay, .. } => {
-                self.kept.remove(&id);
+                self.kept.retain(|of, kept| *of != id || *kept == relay);
                 Some(relay)
             }
             Route::Unreachable => {
@@ -300,8 +300,12 @@ mod tests {
         for second in 26..30 {
             assert_eq!(choose(&mut ways, Route::Unreachable, second), Some(one));
         }
+        // It has just come back, and does not say yet whom it reaches.
+        assert_eq!(choose(&mut ways, via(one), 30), Some(one));
+        assert_eq!(choose(&mut ways, Route::Unreachable, 31), Some(one));
         // Until another is known.
-        assert_eq!(choose(&mut ways, via(other), 30), Some(other));
+        assert_eq!(choose(&mut ways, via(other), 32), Some(other));
+        assert_eq!(choose(&mut ways, Route::Unreachable, 33), None);
         assert_eq!(choose(&mut ways, Route::Direct, 40), None);
         assert_eq!(choose(&mut ways, Route::Unreachable, 50), None);
     }
