@@ -1,8 +1,10 @@
 //! Address space that is borrowed, kept through separations, handed over and taken back.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use ipnet::IpNet;
 use lab::{Host, Lab, eventually};
 use serde_json::Value;
 
@@ -102,26 +104,26 @@ fn a_lender_that_resets_leaves_its_ledger_to_another() -> Result<()> {
     })
 }
 
-/// A quarter of the default range.
-const QUARTER: f64 = 131_072.0;
+/// The half of node 1's quarter that is lent.
+const LENT_BY_ONE: &str = "10.41.0.0/16";
 
-/// The IDs of those who have more than their own quarter, as they say themselves.
-fn heirs(hosts: &[(&Host, usize)]) -> Result<Vec<usize>> {
-    let mut heirs = Vec::new();
-    for &(host, id) in hosts {
-        let own = owners(host)?.into_iter().find(|(owner, _)| *owner == id as u64);
-        if own.is_some_and(|(_, addresses)| addresses > QUARTER) {
-            heirs.push(id);
-        }
-    }
-    Ok(heirs)
+/// Who lends it, as a host has it.
+fn holders(host: &Host) -> Result<BTreeSet<u64>> {
+    let half: IpNet = LENT_BY_ONE.parse()?;
+    let status = host.status()?;
+    let owners = status["ipam"]["owners"].as_array().context("no owners")?;
+    let lends = |owner: &&Value| {
+        let ranges = owner["ranges"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        ranges.filter_map(|range| range.parse::<IpNet>().ok()).any(|range| range.contains(&half))
+    };
+    Ok(owners.iter().filter(lends).filter_map(|owner| owner["id"].as_u64()).collect())
 }
 
 #[test]
 fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
     in_lab(Lab::new("heirs").hosts(4), |lab| {
         let [one, two, three, five] = [1, 2, 3, 4].map(|number| lab.host(number));
-        let nodes = [(one, 1), (two, 2), (three, 3), (five, 5)];
+        let living = [(two, 2), (three, 3), (five, 5)];
         // Node 5 comes when there is only node 1 to borrow from.
         launch_as(lab, one, 1)?;
         launch_as(lab, five, 5)?;
@@ -155,21 +157,23 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         for host in [two, three, five] {
             containers.push(attached(host, "apart")?);
         }
-        ensure!(heirs(&nodes[1..])?.is_empty(), "somebody did it alone");
+        for (host, id) in &living {
+            ensure!(holders(host)? == BTreeSet::from([1]), "node {id} says {:?}", holders(host)?);
+        }
         for other in [three, five] {
             lab.heal(two, other)?;
         }
-        let one_heir = || -> Result<()> {
-            for host in [two, three, five] {
-                let ipam = host.status()?["ipam"].clone();
-                let waiting = &ipam["reclaims"];
-                ensure!(waiting.as_array().is_none_or(Vec::is_empty), "{}: {waiting}", host.name);
+        eventually(PATIENCE * 2, || {
+            let mut heirs = BTreeSet::new();
+            for (host, id) in &living {
+                let waiting = host.status()?["ipam"]["reclaims"].clone();
+                ensure!(waiting.as_array().is_none_or(Vec::is_empty), "node {id}: {waiting}");
+                let theirs = holders(host)?.into_iter().find(|holder| *holder != 1);
+                heirs.insert(theirs.with_context(|| format!("node {id} knows of no heir"))?);
             }
-            let heirs = heirs(&nodes[1..])?;
             ensure!(heirs.len() == 1, "the space is held by {heirs:?}");
             Ok(())
-        };
-        eventually(PATIENCE * 2, one_heir)?;
+        })?;
         for host in [two, three, five] {
             containers.push(attached(host, "healed")?);
         }
@@ -197,10 +201,17 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         }
         ensure_unique(&containers)?;
         all_reach_all(&containers)?;
-        one_heir()?;
-        for (host, _) in &nodes[1..] {
-            let problems = host.status()?["ipam"]["problems"].clone();
-            ensure!(problems.as_array().is_some_and(Vec::is_empty), "{}: {problems}", host.name);
+        eventually(PATIENCE, || {
+            let all = lab.hosts().iter().map(holders).collect::<Result<BTreeSet<_>>>()?;
+            let agree = all.len() == 1 && all.iter().all(|holders| holders.len() == 1);
+            ensure!(agree, "the space is held by {all:?}");
+            Ok(())
+        })?;
+        for (host, _) in &living {
+            // Who lost the race for the space says so, and that is all.
+            let problems = host.status()?["ipam"]["problems"].to_string();
+            let clash = ["in use", "belongs to others", "lent to another"];
+            ensure!(!clash.iter().any(|words| problems.contains(words)), "{}: {problems}", host.name);
         }
         Ok(())
     })
