@@ -93,7 +93,9 @@ fn reset_all(lab: &Lab) -> Result<()> {
     std::thread::scope(|scope| {
         let reset = |host: &Host| host.overnode(&["reset", "--force"])?.success();
         let resets: Vec<_> = lab.hosts().iter().map(|host| scope.spawn(move || reset(host))).collect();
-        resets.into_iter().try_for_each(|reset| reset.join().expect("a thread that panicked").map(drop))
+        resets.into_iter().try_for_each(|reset| {
+            reset.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(drop)
+        })
     })?;
     for host in lab.hosts() {
         ensure!(host.remains()?.is_empty(), "{}: {:?}", host.name, host.remains()?);
