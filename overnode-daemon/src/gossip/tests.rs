@@ -55,6 +55,7 @@ fn blank(number: u16, incarnation: u64) -> Record {
         dark: Vec::new(),
         ranges: Vec::new(),
         claims: Vec::new(),
+        names: Vec::new(),
         verifying_key: VerifyingKey::default(),
         signature: Signature::default(),
     }

@@ -269,6 +269,7 @@ impl Node {
             self.save_peers();
         }
         self.tell_ipam(&record, now);
+        self.dns.learn(&record);
         self.dialer.learn(id, record.addresses.clone(), now);
         if let Err(error) = self.configure_peer(&record, now).await {
             tracing::warn!("node {id} cannot be given to the data plane: {error:#}");
@@ -279,6 +280,7 @@ impl Node {
         tracing::info!("node {id} has left the cluster");
         if let Some(record) = self.gossip.record(id).cloned() {
             self.tell_ipam(&record, now);
+            self.dns.learn(&record);
         }
         self.dialer.unlearn(id);
         self.paths.remove_peer(id);

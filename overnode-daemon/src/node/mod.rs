@@ -4,6 +4,7 @@
 
 mod addresses;
 mod data;
+mod dns;
 mod endpoints;
 mod external;
 mod launch;
@@ -126,6 +127,9 @@ impl Daemon {
             Request::Inspect => self.node()?.inspect().map(Reply::Inspect),
             Request::Prime => Ok(Reply::Primed(self.node()?.prime().await)),
             Request::Reclaim(reclaim) => self.node()?.reclaim(reclaim).await.map(Reply::Reclaimed),
+            Request::DnsAdd(add) => self.node()?.dns_add(add).await.map(Reply::DnsAddresses),
+            Request::DnsRemove(remove) => self.node()?.dns_remove(remove).await.map(Reply::DnsAddresses),
+            Request::DnsLookup(lookup) => self.node()?.dns_lookup(&lookup).map(Reply::DnsAddresses),
             Request::AddExternalPeer(peer) => {
                 self.node()?.add_external(peer).await.map(Reply::ExternalPeerAdded)
             }

@@ -200,6 +200,7 @@ fn blank(number: u16) -> Record {
         dark: Vec::new(),
         ranges: Vec::new(),
         claims: Vec::new(),
+        names: Vec::new(),
         verifying_key: VerifyingKey::default(),
         signature: Signature::default(),
     }
