@@ -116,13 +116,21 @@ impl Node {
         let netns = OwnNetns::new().await?;
         let plan = datapath::Attachment { netns: netns.netns(), address, host_interface };
         self.datapath.attach(&plan).await?;
-        let sockets = netns
-            .run(move || {
-                Sockets::open(address).with_context(|| format!("port 53 of {address} cannot be opened"))
-            })
-            .await?;
-        let server = Server::start(self.dns.service.clone(), sockets, self.identity.network.subnet)?;
-        Ok(Place { server, netns })
+        match self.serve_in(&netns).await {
+            Ok(server) => Ok(Place { server, netns }),
+            Err(error) => {
+                self.datapath.detach(&plan.host_interface).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn serve_in(&self, netns: &OwnNetns) -> anyhow::Result<Server> {
+        let address = self.dns.address;
+        let open =
+            move || Sockets::open(address).with_context(|| format!("port 53 of {address} cannot be opened"));
+        let sockets = netns.run(open).await?;
+        Ok(Server::start(self.dns.service.clone(), sockets, self.identity.network.subnet)?)
     }
 
     /// Tells the others, and the own server, which names this node has.
