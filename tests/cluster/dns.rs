@@ -266,8 +266,8 @@ fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_bac
         }
 
         let began = Instant::now();
-        lab.cut(one, two);
-        lab.cut(one, three);
+        lab.cut(one, two)?;
+        lab.cut(one, three)?;
         for (host, client) in [(two, &near), (three, &far)] {
             wait_for(host, client, "web.overnode.local", &[], PATIENCE)?;
             wait_for(host, client, "stays.overnode.local", &[shared], PATIENCE)?;
@@ -280,8 +280,8 @@ fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_bac
         assert_eq!(lost["reachable"], false);
 
         one.overnode(&["dns-remove", "goes"])?.success()?;
-        lab.heal(one, two);
-        lab.heal(one, three);
+        lab.heal(one, two)?;
+        lab.heal(one, three)?;
         let began = Instant::now();
         let mut is_back = [false; 2];
         // From here on, at no time on any node: the others still remember it.

@@ -111,6 +111,15 @@ impl Node {
         }
     }
 
+    /// Before the daemon ends by itself: what would vanish soon after it must not be in the way of the next one.
+    pub(super) async fn stop_dns(&mut self) {
+        if self.dns.place.take().is_some()
+            && let Err(error) = self.datapath.detach(&datapath::host_interface(self.dns.address)).await
+        {
+            tracing::debug!("the place where DNS is served goes with the daemon: {error:#}");
+        }
+    }
+
     async fn make_place(&mut self, host_interface: String) -> anyhow::Result<Place> {
         let address = self.dns.address;
         let netns = OwnNetns::new().await?;

@@ -91,6 +91,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         }
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    if let Some(node) = &mut daemon.node {
+        node.stop_dns().await;
+    }
     // The last answer has to reach its reader.
     tokio::time::sleep(Duration::from_millis(100)).await;
     server.abort();
