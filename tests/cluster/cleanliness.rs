@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, dns_interface, in_lab, launch, launch_all, list, one_each,
+    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, dns_interface, in_lab, launch, launch_all, list,
+    one_each,
 };
 
 /// The daemon looks for what belongs to nobody every minute; an event usually tells it at once.

@@ -102,8 +102,10 @@ fn measure(nodes: u16) -> Row {
     let start = world.now;
     let mut cold = None;
     let mut primed = None;
+    let mut progress = Progress::new(nodes);
     while (cold.is_none() || primed.is_none()) && world.now - start < Duration::from_secs(300) {
         world.run(Duration::from_millis(250));
+        progress.show("cold start", &world);
         if cold.is_none() && knows_all(&world) {
             cold = Some(world.now - start);
         }
@@ -113,11 +115,20 @@ fn measure(nodes: u16) -> Row {
             primed = Some(world.now - start);
         }
     }
-    world.run(Duration::from_secs(30));
+    for _ in 0..30 {
+        world.run(Duration::from_secs(1));
+        progress.show("coming to rest", &world);
+    }
     let change = one_change(&mut world);
-    world.run(Duration::from_secs(60));
+    for _ in 0..60 {
+        world.run(Duration::from_secs(1));
+        progress.show("coming to rest", &world);
+    }
     let before = world.traffic;
-    world.run(Duration::from_secs(300));
+    for _ in 0..300 {
+        world.run(Duration::from_secs(1));
+        progress.show("idle", &world);
+    }
     let minutes = 5.0 * f64::from(nodes);
     let traffic = world.traffic;
     let last = ids[ids.len() - 1];
@@ -135,6 +146,34 @@ fn measure(nodes: u16) -> Row {
         memory: resident().saturating_sub(memory) / u64::from(nodes),
         paths,
         took: began.elapsed(),
+    }
+}
+
+/// A line on standard error, every few seconds.
+struct Progress {
+    nodes: u16,
+    last: Instant,
+}
+
+impl Progress {
+    const INTERVAL: Duration = Duration::from_secs(5);
+
+    fn new(nodes: u16) -> Self {
+        Self { nodes, last: Instant::now() }
+    }
+
+    fn show(&mut self, phase: &str, world: &World) {
+        if self.last.elapsed() < Self::INTERVAL {
+            return;
+        }
+        self.last = Instant::now();
+        eprintln!(
+            "{} nodes, {phase}: {:.2} s simulated, {} messages, {} MiB sent",
+            self.nodes,
+            (world.now - world.start).as_secs_f64(),
+            world.traffic.messages,
+            world.traffic.bytes >> 20
+        );
     }
 }
 

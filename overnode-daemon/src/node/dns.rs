@@ -1,10 +1,10 @@
 //! Names: which ones this node has and tells, which ones count, and the server that containers ask.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use rand::SeedableRng as _;
@@ -20,6 +20,8 @@ use crate::path::route::Route;
 use crate::store::Identity;
 use crate::types::NodeId;
 
+/// A node that comes back is given this time to say what has changed.
+const STEADY: Duration = Duration::from_millis(900);
 /// Most addresses in one request.
 const MAX_ADDRESSES: usize = 64;
 
@@ -29,6 +31,8 @@ pub(super) struct Dns {
     address: IpAddr,
     wanted: bool,
     service: Arc<Service>,
+    /// Nodes that packets get to, and since when.
+    present: BTreeMap<NodeId, Instant>,
     place: Option<Place>,
 }
 
@@ -48,7 +52,7 @@ impl Dns {
         let directory = Directory::new(domains.clone(), subnet, Zone::new(StdRng::from_os_rng()));
         let upstream = Upstream::new(Path::new(dns::RESOLV_CONF), address, subnet);
         let service = Arc::new(Service::new(directory, upstream));
-        Self { domains, address, wanted: identity.dns, service, place: None }
+        Self { domains, address, wanted: identity.dns, service, present: BTreeMap::new(), place: None }
     }
 
     /// What a node says of its names.
@@ -84,7 +88,9 @@ impl Node {
             self.dns.learn(record);
         }
         self.announce_names(now);
-        self.tell_dns_of_paths();
+        // What is not published yet is known here.
+        self.dns.learn(self.gossip.own());
+        self.tell_dns_of_paths(now);
     }
 
     /// Starts the server, unless it is there.
@@ -177,11 +183,24 @@ impl Node {
         Ok(names.into_iter().collect())
     }
 
-    /// Names of nodes count that packets get to.
-    pub(super) fn tell_dns_of_paths(&mut self) {
+    /// Names of nodes count that packets get to, once it is sure that they still say the same: what was removed during a separation must not
+    /// be seen again, not even until the news arrives.
+    pub(super) fn tell_dns_of_paths(&mut self, now: Instant) {
         let has_way = |id: &NodeId| !matches!(self.ways.route(*id), Some((Route::Unreachable, _)));
-        let mut reachable: BTreeSet<NodeId> = self.gossip.paths().keys().copied().filter(has_way).collect();
+        let here = self.gossip.paths().keys().copied().filter(has_way);
+        let since = |id: &NodeId| self.dns.present.get(id).copied().unwrap_or(now);
+        let present: BTreeMap<NodeId, Instant> = here.map(|id| (id, since(&id))).collect();
+        let in_use =
+            self.streams.values().filter(|it| self.dialer.connection(it.peer) == Some(it.connection));
+        let in_step: BTreeMap<NodeId, Option<Instant>> = in_use.map(|it| (it.peer, it.in_step)).collect();
+        // A neighbour's news come before its answer to a ping; those of others come with the news of their links.
+        let has_told = |id: &NodeId, since: Instant| {
+            in_step.get(id).is_none_or(|last| last.is_some_and(|last| last >= since))
+        };
+        let current = present.iter().filter(|(id, since)| now >= **since + STEADY && has_told(id, **since));
+        let mut reachable: BTreeSet<NodeId> = current.map(|(id, _)| *id).collect();
         reachable.insert(self.identity.id);
+        self.dns.present = present;
         self.dns.service.directory().zone_mut().set_reachable(reachable);
     }
 

@@ -278,7 +278,7 @@ impl Node {
         self.pump_dialer();
         self.pump_paths(now);
         if paths_changed {
-            self.tell_dns_of_paths();
+            self.tell_dns_of_paths(now);
         }
         self.pump_handshakes(now, None).await;
     }
