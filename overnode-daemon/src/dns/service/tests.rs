@@ -103,7 +103,7 @@ fn edns_is_answered_and_a_later_version_refused() {
     let mut later = with_edns(query("web.overnode.local.", RecordType::A), 4096);
     later.edns.as_mut().unwrap().set_version(1);
     let reply = ask(&service, &later, Transport::Udp);
-    assert_eq!(reply.metadata.response_code, ResponseCode::BADVERS);
+    assert_eq!(u16::from(reply.metadata.response_code), 16, "BADVERS");
     assert!(reply.answers.is_empty());
 }
 
