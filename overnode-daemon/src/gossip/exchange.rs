@@ -41,10 +41,14 @@ impl Gossip {
         theirs: Vec<(NodeId, Stamp)>,
         now: Instant,
     ) {
-        let known: BTreeMap<_, _> = theirs.iter().copied().collect();
-        let is_news = |id: &NodeId, stamp: &Stamp| known.get(id).map_or(ask, |known| known < stamp);
-        let news = self.stamps.iter().filter(|(id, stamp)| is_news(id, stamp));
-        let stamps: Vec<_> = news.map(|(id, stamp)| (*id, *stamp)).collect();
+        let stamps: Vec<_> = if ask {
+            let known: BTreeMap<_, _> = theirs.iter().copied().collect();
+            let is_news = |(id, stamp): &(&NodeId, &Stamp)| known.get(id).is_none_or(|known| known < *stamp);
+            self.stamps.iter().filter(is_news).map(|(id, stamp)| (*id, *stamp)).collect()
+        } else {
+            let newer = |(id, theirs): &(NodeId, Stamp)| self.stamps.get(id).filter(|stamp| *stamp > theirs);
+            theirs.iter().filter_map(|offer| newer(offer).map(|stamp| (offer.0, *stamp))).collect()
+        };
         if !stamps.is_empty() {
             self.send(peer, Message::Digest { ask: false, stamps });
         }
