@@ -30,7 +30,7 @@ pub struct Answer {
     /// What was asked for.
     pub records: Vec<Record>,
     /// Where there is none of that: how long this may be kept.
-    pub soa: Option<Record>,
+    pub soa: Option<Box<Record>>,
 }
 
 /// The names of the container network, as one node serves them.
@@ -134,7 +134,7 @@ impl Answer {
 
     fn none(exists: bool, zone: &Name) -> Self {
         let code = if exists { ResponseCode::NoError } else { ResponseCode::NXDomain };
-        Self { code, records: Vec::new(), soa: Some(soa(zone)) }
+        Self { code, records: Vec::new(), soa: Some(Box::new(soa(zone))) }
     }
 
     fn refused() -> Self {

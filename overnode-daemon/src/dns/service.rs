@@ -128,7 +128,7 @@ impl Service {
                 let mut reply = reply_to(&query, answer.code);
                 reply.metadata.authoritative = answer.code != ResponseCode::Refused;
                 reply.answers = answer.records;
-                reply.authorities.extend(answer.soa);
+                reply.authorities.extend(answer.soa.map(|soa| *soa));
                 Step::Send(encode(reply, &query, transport))
             }
             Verdict::Elsewhere => match self.pending.share(from).filter(|_| query.metadata.recursion_desired)
