@@ -545,7 +545,7 @@ fn the_domain_is_chosen_at_launch_and_names_need_not_be_served() -> Result<()> {
         let [one, two] = [lab.host(1), lab.host(2)];
         let launch = |host: &Host, more: &[&str]| {
             let id = host.number.to_string();
-            let words = [&["launch", "--id", &id, "--token", TOKEN, &one.target()], more].concat();
+            let words = [&["launch", "--id", &id, "--token", TOKEN, one.target()], more].concat();
             host.overnode(&words)
         };
         launch(one, &["--dns-domain", "Lab.Example."])?.success()?;
