@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal, Write};
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -10,6 +10,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use ipnet::IpNet;
 use overnode_daemon::api::{Host, Target};
+use overnode_daemon::dns::Domain;
 use overnode_daemon::options::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 use overnode_daemon::types::{NodeId, PublicKey};
 
@@ -70,6 +71,9 @@ pub enum Command {
     Status(Status),
     /// Print everything the node knows as JSON, without secrets
     Inspect,
+    DnsAdd(DnsAdd),
+    DnsRemove(DnsRemove),
+    DnsLookup(DnsLookup),
     Prime(Prime),
     Reclaim(Reclaim),
     Reset(Reset),
@@ -138,6 +142,14 @@ pub struct Launch {
     #[arg(long, value_name = "NETWORK")]
     pub subnet: Option<IpNet>,
 
+    /// The domain under which containers find each other's names, beside weave.local [default: overnode.local]
+    #[arg(long, value_name = "DOMAIN", value_parser = domain, conflicts_with = "no_dns")]
+    pub dns_domain: Option<String>,
+
+    /// Serve no names to the containers of this host
+    #[arg(long)]
+    pub no_dns: bool,
+
     /// Targets: names or IP addresses
     #[arg(value_name = "HOST")]
     pub hosts: Vec<Host>,
@@ -189,7 +201,7 @@ pub struct Attach {
     #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = address)]
     pub ip: Option<IpNet>,
 
-    /// A name for people [default: the container's name]
+    /// A name for people, and for other containers in DNS [default: the container's name]
     #[arg(long, value_name = "NAME", value_parser = name)]
     pub name: Option<String>,
 }
@@ -205,7 +217,7 @@ pub struct Detach {
     pub target: Target,
 }
 
-/// Show the node, its targets, peers, connections, containers, addresses and packet counters
+/// Show the node, its targets, peers, connections, containers, addresses, names and packet counters
 ///
 /// All sections, unless some are named.
 #[derive(Debug, Args)]
@@ -235,6 +247,10 @@ pub struct Status {
     #[arg(long)]
     pub endpoints: bool,
 
+    /// The names that containers find, and what each stands for
+    #[arg(long)]
+    pub dns: bool,
+
     /// What became of packets, by reason
     #[arg(long)]
     pub counters: bool,
@@ -242,6 +258,54 @@ pub struct Status {
     /// For programs
     #[arg(long)]
     pub json: bool,
+}
+
+/// Make a name stand for addresses, for the containers of all hosts
+///
+/// A name may stand for several addresses, added on one node or on several; containers get them in random order. It is served as long as
+/// the node on which it was added is reached, and survives a restart of that one. Names of containers need not be added.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode dns-add db 10.40.0.7             # db.overnode.local
+  sudo overnode dns-add www 192.0.2.10 192.0.2.11")]
+pub struct DnsAdd {
+    /// With or without the domain
+    #[arg(value_name = "NAME")]
+    pub name: String,
+
+    /// IP addresses, of containers or of anything else
+    #[arg(value_name = "ADDRESS", required = true)]
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Undo dns-add; on the node where that was done
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode dns-remove db                    # all addresses that were added on this node
+  sudo overnode dns-remove www 192.0.2.11")]
+pub struct DnsRemove {
+    /// With or without the domain
+    #[arg(value_name = "NAME")]
+    pub name: String,
+
+    /// Which addresses [default: all]
+    #[arg(value_name = "ADDRESS")]
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Print the addresses that a name stands for, one a line
+///
+/// As containers of this host are told; only names of the container network, of which `overnode status --dns` lists all.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  sudo overnode dns-lookup db")]
+pub struct DnsLookup {
+    /// With or without the domain
+    #[arg(value_name = "NAME")]
+    pub name: String,
 }
 
 /// Wait until this node can give an address to a container
@@ -436,6 +500,10 @@ fn width() -> Option<u16> {
 fn name(text: &str) -> Result<String, String> {
     overnode_daemon::api::check_name(text).map_err(|error| error.to_string())?;
     Ok(text.to_owned())
+}
+
+fn domain(text: &str) -> Result<String, String> {
+    Domain::new(text).map(|domain| domain.as_str().to_owned()).map_err(|error| error.to_string())
 }
 
 fn interface(text: &str) -> Result<String, &'static str> {

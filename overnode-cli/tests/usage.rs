@@ -10,7 +10,7 @@ use common::{Host, Outcome, install_overnode, overnode};
 const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
 
 /// The commands that ask the daemon, each with arguments that are right.
-const ASKING: [&[&str]; 10] = [
+const ASKING: [&[&str]; 13] = [
     &["connect", "host2"],
     &["forget", "host2"],
     &["attach", "netns:blue"],
@@ -19,6 +19,9 @@ const ASKING: [&[&str]; 10] = [
     &["inspect"],
     &["prime"],
     &["resume"],
+    &["dns-add", "web", "10.40.0.1"],
+    &["dns-remove", "web"],
+    &["dns-lookup", "web"],
     &["peer", "add", KEY, "--allowed-ips", "10.39.250.1/32"],
     &["peer", "list"],
 ];
@@ -51,6 +54,12 @@ fn wrong_usage_exits_with_two_and_one_line() {
         (&["attach", "pid:none"], "pid:NUMBER"),
         (&["attach", "netns:a", "--ip", "10.32.0.7"], "10.32.0.7/12"),
         (&["attach", "netns:a", "--ip", "300.0.0.1/12"], "10.32.0.7/12"),
+        (&["launch", "--id", "1", "--token", "t", "--dns-domain", "a..b"], "labels"),
+        (&["launch", "--id", "1", "--token", "t", "--dns-domain", "a", "--no-dns"], "--no-dns"),
+        (&["dns-add", "web"], "ADDRESS"),
+        (&["dns-add", "web", "host2"], "host2"),
+        (&["dns-remove"], "NAME"),
+        (&["dns-lookup"], "NAME"),
         (&["prime", "--timeout", "-5"], "-5"),
         (&["status", "--everything"], "--everything"),
         (&["expose"], "expose"),

@@ -1,13 +1,14 @@
 //! The node: everything of overnode that runs in user space and is not the command line.
 //!
 //! The parts that decide have no I/O and read no clock: [`handshake`], [`gossip`], [`ipam`] and the dialler in [`control`]. They
-//! take events with the time and return actions. The parts that act are thin: [`datapath`] programs the
+//! take events with the time and return actions; so does the zone in [`dns`]. The parts that act are thin: [`datapath`] programs the
 //! kernel, [`net`] owns the sockets, [`store`] the disk, [`api`] the unix socket. [`node`] is one
 //! task that joins them.
 
 pub mod api;
 pub mod control;
 pub mod datapath;
+pub mod dns;
 pub mod fault;
 pub mod gossip;
 pub mod handshake;

@@ -316,6 +316,25 @@ impl Store {
         })
     }
 
+    /// The names that were added by hand.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn names(&self) -> Result<Vec<gossip::Named>> {
+        Ok(self.get_meta("names")?.unwrap_or_default())
+    }
+
+    /// Makes these the names that were added by hand.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn set_names(&self, names: &[gossip::Named]) -> Result<()> {
+        self.change(|change| {
+            change.open_table(META)?.insert("names", encode(&names).as_slice())?;
+            Ok(())
+        })
+    }
+
     /// The last known records of other nodes, by ID.
     ///
     /// # Errors

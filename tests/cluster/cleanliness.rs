@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, in_lab, launch, launch_all, list, one_each,
+    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, dns_interface, in_lab, launch, launch_all, list,
+    one_each,
 };
 
 /// The daemon looks for what belongs to nobody every minute; an event usually tells it at once.
@@ -115,8 +116,10 @@ fn wait_until_nothing_is_attached(host: &Host) -> Result<()> {
         let endpoints = list(&status, "endpoints")?;
         ensure!(endpoints.is_empty(), "still attached: {endpoints:?}");
         let interfaces = host.netns().interfaces()?;
-        let left: Vec<_> =
-            interfaces.iter().filter(|name| name.starts_with("ov") && !name.starts_with("ovn")).collect();
+        let is_of_a_container = |name: &&String| {
+            name.starts_with("ov") && !name.starts_with("ovn") && **name != dns_interface(host)
+        };
+        let left: Vec<_> = interfaces.iter().filter(is_of_a_container).collect();
         ensure!(left.is_empty(), "still there: {left:?}");
         Ok(())
     })

@@ -118,6 +118,7 @@ fn busy_node(lab: &Lab) -> Result<Value> {
     let (file, network) = (file.to_string_lossy(), "10.39.250.1/32");
     let words = ["peer", "add", &device, "--allowed-ips", network, "--preshared-key-file", &file];
     a.overnode(&[&words[..], &["--keepalive", "25", "--name", "laptop"]].concat())?.success()?;
+    a.overnode(&["dns-add", "printer", "192.0.2.9"])?.success()?;
     let (one, five) = (attached(a, "one")?, attached(c, "five")?);
     one.reach(five.address(), PATIENCE)?;
     eventually(PATIENCE, || {

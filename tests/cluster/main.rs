@@ -4,6 +4,7 @@ mod addresses;
 mod bad_input;
 mod cleanliness;
 mod crash_points;
+mod dns;
 mod documents;
 mod hostile;
 mod inspect;

@@ -163,8 +163,7 @@ fn without_their_programs_containers_reach_nothing() -> Result<()> {
             a.netns().run("nft", &["add", "chain", "inet", "taken", hook, &hooked])?;
             a.netns().run("nft", &["add", "rule", "inet", "taken", hook, "iifname", "ov*", "counter"])?;
         }
-        let host_end = a.netns().interfaces()?.into_iter().find(|name| name.len() == 10);
-        let host_end = host_end.expect("no host end");
+        let host_end = a.status()?["endpoints"][0]["interface"].as_str().expect("no host end").to_owned();
         // What the container sends anywhere goes to the host end, whose address ARP has told.
         one.run("ip", &["route", "add", "default", "via", &two.address().to_string()])?;
         let far = two.address().to_string();

@@ -109,6 +109,11 @@ pub fn targets(host: &Host) -> Result<Vec<String>> {
     Ok(targets)
 }
 
+/// The interface by which containers reach the node's DNS: named after the node's address, 10.39.240.0 + ID.
+pub fn dns_interface(host: &Host) -> String {
+    format!("ov0a27f0{:02x}", host.number)
+}
+
 /// A container of the host, plugged in.
 pub fn attached(host: &Host, name: &str) -> Result<Container> {
     let container = host.container(name)?;

@@ -63,6 +63,17 @@ impl Host {
         std::fs::write(folder.join("hosts"), text).context("the host's /etc/hosts")
     }
 
+    /// What `ip netns exec` binds over `/etc/resolv.conf` of what is started from then on. Written in place, so that what runs then
+    /// sees later changes.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_resolv_conf(&self, text: &str) -> Result<()> {
+        let folder = Path::new("/etc/netns").join(self.netns.name());
+        std::fs::create_dir_all(&folder)?;
+        std::fs::write(folder.join("resolv.conf"), text).context("the host's /etc/resolv.conf")
+    }
+
     /// Its network namespace.
     pub fn netns(&self) -> &Netns {
         &self.netns

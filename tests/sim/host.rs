@@ -120,6 +120,7 @@ impl Node {
             dark: Vec::new(),
             ranges: ipam.ranges(),
             claims: ipam.claims(),
+            names: Vec::new(),
             verifying_key: VerifyingKey::default(),
             signature: Signature::default(),
         };

@@ -40,6 +40,7 @@ const PROGRAMS: &[(&str, &str, Purpose)] = &[
     ("nft", "nftables", Purpose::Lab),
     ("ethtool", "ethtool", Purpose::Lab),
     ("iperf3", "iperf3", Purpose::Lab),
+    ("dig", "bind9-dnsutils", Purpose::Test),
     ("sysctl", "procps", Purpose::Lab),
     ("mountpoint", "util-linux", Purpose::Lab),
     ("sha256sum", "coreutils", Purpose::Lab),

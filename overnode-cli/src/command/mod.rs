@@ -1,6 +1,7 @@
 //! One module for each command, or for each pair of opposites.
 
 mod attach;
+mod dns;
 mod inspect;
 mod launch;
 mod peer;
@@ -41,6 +42,9 @@ pub async fn run(context: &Context, command: Command) -> Result<String, Failure>
         Command::Prime(wanted) => prime::run(context, &wanted).await,
         Command::Reset(wanted) => reset::run(context, &wanted).await,
         Command::Reclaim(wanted) => reclaim::run(context, &wanted).await,
+        Command::DnsAdd(wanted) => dns::add(context, wanted).await,
+        Command::DnsRemove(wanted) => dns::remove(context, wanted).await,
+        Command::DnsLookup(wanted) => dns::lookup(context, wanted).await,
         Command::Resume => resume::run(context).await,
         Command::Peer(wanted) => peer::run(context, wanted).await,
         Command::Token => token::run(),

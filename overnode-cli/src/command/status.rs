@@ -34,6 +34,7 @@ fn sections(wanted: &Status) -> Vec<Section> {
         (wanted.connections, Section::Connections),
         (wanted.endpoints, Section::Endpoints),
         (wanted.ipam, Section::Ipam),
+        (wanted.dns, Section::Dns),
         (wanted.counters, Section::Counters),
     ];
     named.into_iter().filter_map(|(named, section)| named.then_some(section)).collect()

@@ -22,14 +22,23 @@ pub enum Section {
     Endpoints,
     /// `--ipam`
     Ipam,
+    /// `--dns`
+    Dns,
     /// `--counters`
     Counters,
 }
 
 impl Section {
     /// In the order in which they are shown.
-    const ALL: [Self; 6] =
-        [Self::Targets, Self::Peers, Self::Connections, Self::Endpoints, Self::Ipam, Self::Counters];
+    const ALL: [Self; 7] = [
+        Self::Targets,
+        Self::Peers,
+        Self::Connections,
+        Self::Endpoints,
+        Self::Ipam,
+        Self::Dns,
+        Self::Counters,
+    ];
 
     /// The fields of the JSON document that belong to it.
     pub const fn fields(self) -> &'static [&'static str] {
@@ -39,6 +48,7 @@ impl Section {
             Self::Connections => &["connections"],
             Self::Endpoints => &["endpoints"],
             Self::Ipam => &["ipam"],
+            Self::Dns => &["dns"],
             Self::Counters => &["counters"],
         }
     }
@@ -50,6 +60,7 @@ impl Section {
             Self::Connections => "Connections",
             Self::Endpoints => "Endpoints",
             Self::Ipam => "Addresses",
+            Self::Dns => "Names",
             Self::Counters => "Packets",
         }
     }
@@ -89,6 +100,7 @@ fn body(status: &Status, section: Section, detailed: bool, style: Style) -> Stri
         Section::Connections => sections::connections(&status.connections, style),
         Section::Endpoints => sections::endpoints(&status.endpoints, style),
         Section::Ipam => sections::ipam(&status.ipam, style),
+        Section::Dns => sections::dns(&status.dns, style),
         Section::Counters => sections::counters(&status.counters, style),
     }
 }

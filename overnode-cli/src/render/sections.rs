@@ -3,9 +3,9 @@
 use std::time::SystemTime;
 
 use overnode_daemon::api::{
-    ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState, EndpointStatus,
-    ExternalPeerStatus, IpamStatus, LastError, NodeState, NodeStatus, Path, PeerStatus, RouteStatus,
-    SessionState, Status, TargetState, TargetStatus,
+    ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, DnsStatus, EndpointState,
+    EndpointStatus, ExternalPeerStatus, IpamStatus, LastError, NodeState, NodeStatus, Path, PeerStatus,
+    RouteStatus, SessionState, Status, TargetState, TargetStatus,
 };
 use overnode_daemon::types::NodeId;
 
@@ -225,6 +225,38 @@ fn loans(ipam: &IpamStatus, style: Style) -> String {
         ]);
     }
     grid.render(style)
+}
+
+/// `--dns`
+pub fn dns(dns: &DnsStatus, style: Style) -> String {
+    let lead = match (&dns.address, &dns.domain) {
+        (Some(address), Some(domain)) if dns.serving => {
+            let domains: Vec<&str> =
+                std::iter::once(domain.as_str()).chain(dns.aliases.iter().map(String::as_str)).collect();
+            Cell::from(format!("at {address}, under {}", domains.join(" and ")))
+        }
+        _ => Cell::new("not served to containers", Tone::Wait),
+    };
+    let upstream: Vec<String> = dns.upstream.iter().map(ToString::to_string).collect();
+    let upstream = match upstream.is_empty() {
+        true => Cell::new("no resolver in /etc/resolv.conf", Tone::Wait),
+        false => upstream.join(", ").into(),
+    };
+    let queries = format!(
+        "{}, of which {} went elsewhere ({} without an answer); {} refused",
+        dns.queries, dns.forwarded, dns.failed, dns.refused
+    );
+    let facts = [("names", lead), ("elsewhere", upstream), ("queries", queries.into())];
+    let mut grid = Grid::new(&["name", "address", "node", "state"]);
+    for entry in &dns.entries {
+        grid.row([
+            Cell::from(&entry.name),
+            entry.address.into(),
+            named(entry.node, &entry.nickname).into(),
+            reachable(Some(entry.reachable)),
+        ]);
+    }
+    format!("{}{}", pairs_of(facts.iter().map(|(name, cell)| (*name, cell)), style), grid.render(style))
 }
 
 /// `--counters`

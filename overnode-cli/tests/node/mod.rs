@@ -262,6 +262,33 @@ pub fn sample() -> Status {
                 },
             ],
         },
+        dns: DnsStatus {
+            serving: true,
+            address: Some("10.39.240.1".parse().unwrap()),
+            domain: Some("overnode.local".into()),
+            aliases: vec!["weave.local".into()],
+            upstream: vec!["192.0.2.53".parse().unwrap()],
+            queries: 1234,
+            forwarded: 5,
+            failed: 2,
+            refused: 3,
+            entries: vec![
+                DnsEntry {
+                    name: "db".into(),
+                    address: "10.42.0.9".parse().unwrap(),
+                    node: 2.try_into().unwrap(),
+                    nickname: "host2".into(),
+                    reachable: false,
+                },
+                DnsEntry {
+                    name: "web".into(),
+                    address: "10.40.0.1".parse().unwrap(),
+                    node: 1.try_into().unwrap(),
+                    nickname: "host1".into(),
+                    reachable: true,
+                },
+            ],
+        },
         external_peers: vec![ExternalPeerStatus {
             public_key: "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=".parse().unwrap(),
             name: Some("laptop".into()),

@@ -18,6 +18,9 @@
 //! | `GET /v1/external-peers` | | list of [`ExternalPeerStatus`] |
 //! | `POST /v1/external-peers` | [`AddExternalPeer`] | [`ExternalPeerAdded`] |
 //! | `POST /v1/reclaim` | [`Reclaim`] | [`Reclaimed`], at once |
+//! | `POST /v1/dns/add` | [`DnsAdd`] | [`DnsAddresses`] |
+//! | `POST /v1/dns/remove` | [`DnsRemove`] | [`DnsAddresses`] |
+//! | `POST /v1/dns/lookup` | [`DnsLookup`] | [`DnsAddresses`] |
 //! | `POST /v1/external-peers/remove` | [`RemoveExternalPeer`] | [`ExternalPeerRemoved`] |
 //!
 //! A refusal has the status code of its [`ErrorKind`] and the body `{"error": "what: why: what to do"}`.
@@ -69,6 +72,12 @@ pub enum Request {
     Reclaim(Reclaim),
     /// Leave the cluster and remove everything: [`Reply::WasReset`], after which the daemon exits.
     Reset(Reset),
+    /// Make a name stand for addresses: [`Reply::DnsAddresses`].
+    DnsAdd(DnsAdd),
+    /// Undo that: [`Reply::DnsAddresses`].
+    DnsRemove(DnsRemove),
+    /// What a name stands for: [`Reply::DnsAddresses`].
+    DnsLookup(DnsLookup),
     /// [`Reply::ExternalPeerAdded`].
     AddExternalPeer(AddExternalPeer),
     /// [`Reply::ExternalPeerRemoved`].
@@ -101,6 +110,8 @@ pub enum Reply {
     Reclaimed(Reclaimed),
     /// To [`Request::Reset`].
     WasReset(WasReset),
+    /// To [`Request::DnsAdd`], [`Request::DnsRemove`] and [`Request::DnsLookup`].
+    DnsAddresses(DnsAddresses),
     /// To [`Request::AddExternalPeer`].
     ExternalPeerAdded(ExternalPeerAdded),
     /// To [`Request::RemoveExternalPeer`].

@@ -76,6 +76,9 @@ fn router(node: mpsc::Sender<Call>) -> Router {
         .route("/v1/attach", with_body(Request::Attach))
         .route("/v1/detach", with_body(Request::Detach))
         .route("/v1/reclaim", with_body(Request::Reclaim))
+        .route("/v1/dns/add", with_body(Request::DnsAdd))
+        .route("/v1/dns/remove", with_body(Request::DnsRemove))
+        .route("/v1/dns/lookup", with_body(Request::DnsLookup))
         .route("/v1/reset", with_body(Request::Reset))
         .route(
             "/v1/external-peers",

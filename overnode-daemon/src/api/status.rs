@@ -24,6 +24,9 @@ pub struct Status {
     pub endpoints: Vec<EndpointStatus>,
     /// Whose the address space is.
     pub ipam: IpamStatus,
+    /// Names, and who serves them to containers.
+    #[serde(default)]
+    pub dns: DnsStatus,
     /// WireGuard peers that are no nodes, by address.
     #[serde(default)]
     pub external_peers: Vec<ExternalPeerStatus>,
@@ -386,6 +389,49 @@ pub struct RangeOwner {
     /// What leads to it, as networks: also what it has lent, for which there is a longer prefix at the borrower.
     #[serde(default)]
     pub ranges: Vec<IpNet>,
+}
+
+/// Names, and who serves them to containers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsStatus {
+    /// Whether this node serves them.
+    pub serving: bool,
+    /// At which address: the name server to give to containers of this host.
+    pub address: Option<IpAddr>,
+    /// Under which domain.
+    pub domain: Option<String>,
+    /// Also under these.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// The host's own resolvers, which are asked for everything else.
+    #[serde(default)]
+    pub upstream: Vec<IpAddr>,
+    /// Queries of containers since the daemon started.
+    pub queries: u64,
+    /// Of those, asked of the host's resolvers.
+    pub forwarded: u64,
+    /// Of those, without an answer from there.
+    pub failed: u64,
+    /// Queries that were refused: malformed, or too many at once.
+    pub refused: u64,
+    /// By name, then by address.
+    #[serde(default)]
+    pub entries: Vec<DnsEntry>,
+}
+
+/// A name and an address that it stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsEntry {
+    /// Without the domain.
+    pub name: String,
+    /// The address.
+    pub address: IpAddr,
+    /// Which node says so.
+    pub node: NodeId,
+    /// Its name for people; empty when nobody has told yet.
+    pub nickname: String,
+    /// Whether that node is reached: only then is the name served.
+    pub reachable: bool,
 }
 
 /// A WireGuard peer that is no node.

@@ -4,7 +4,7 @@
 //! misspelt option must not be silently without effect.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
@@ -46,6 +46,12 @@ pub struct Launch {
     /// The part of the subnet that nodes give out by themselves. Default: 10.40.0.0/13.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub range: Option<IpNet>,
+    /// Whether names are served to containers. Default: true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dns: Option<bool>,
+    /// The domain under which they are. Default: `overnode.local`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dns_domain: Option<String>,
     /// The daemon was started for this request. When it found a node on disk, that node was therefore stopped until now: `hosts`,
     /// when there are any, replace its targets instead of being added to them.
     #[serde(default)]
@@ -146,6 +152,44 @@ pub struct Detach {
 pub struct Detached {
     /// The address that it had, with the subnet's prefix.
     pub address: IpNet,
+}
+
+/// Makes a name stand for addresses, in addition to those that it stands for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DnsAdd {
+    /// With or without the domain.
+    pub name: String,
+    /// At least one.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Undoes a [`DnsAdd`] of this node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DnsRemove {
+    /// With or without the domain.
+    pub name: String,
+    /// Which addresses; none for all that were added.
+    #[serde(default)]
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Asks what a name stands for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DnsLookup {
+    /// With or without the domain.
+    pub name: String,
+}
+
+/// What a name stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsAddresses {
+    /// The name with this node's domain.
+    pub name: String,
+    /// After adding and removing, those that were added on this node; after a lookup, all that nodes tell of which are reached.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Takes back the address space of a node that is gone for good.

@@ -33,7 +33,7 @@ use tracing::{info, warn};
 
 pub use self::bpffs::node_name;
 pub use self::endpoint::{Attached, Attachment, CONTAINER_INTERFACE, host_interface};
-pub use self::netns::{NetnsId, NetnsRef};
+pub use self::netns::{NetnsId, NetnsRef, OwnNetns};
 pub use self::path::{Probe, Probes};
 pub use self::programs::Hook;
 pub use self::reconcile::{KnownEndpoint, Lost};

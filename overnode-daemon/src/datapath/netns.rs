@@ -3,11 +3,12 @@
 use std::fmt;
 use std::fs::File;
 use std::future::Future;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -93,6 +94,45 @@ impl NetnsId {
         let meta = std::fs::metadata("/proc/thread-self/ns/net")
             .context("/proc/thread-self/ns/net cannot be read")?;
         Ok(Self { device: meta.dev(), inode: meta.ino() })
+    }
+}
+
+/// A network namespace without a name, which is there as long as this is, or a socket in it.
+#[derive(Debug)]
+pub struct OwnNetns(File);
+
+impl OwnNetns {
+    /// Makes one. In it, ports below 1024 are for everybody: nobody else is there.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn new() -> Result<Self> {
+        let (answer, answered) = oneshot::channel();
+        let make = || {
+            unshare(CloneFlags::CLONE_NEWNET).context("a network namespace cannot be made")?;
+            // Where /proc is read-only, it takes a capability to open such ports.
+            let _ = std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+            File::open("/proc/thread-self/ns/net").context("the new network namespace cannot be opened")
+        };
+        let run = move || _ = answer.send(make());
+        std::thread::Builder::new().name("netns".into()).spawn(run).context("a thread cannot be started")?;
+        answered.await.context("the thread in the network namespace panicked")?.map(Self)
+    }
+
+    /// What to name it by, in this process.
+    pub fn netns(&self) -> NetnsRef {
+        NetnsRef::Path(format!("/proc/self/fd/{}", self.0.as_raw_fd()).into())
+    }
+
+    /// Runs `work` on a thread that has entered it.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered, or the error of `work`.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        inside(self.0.try_clone()?, move || async move { work() }).await
     }
 }
 

@@ -7,7 +7,7 @@ use rand::Rng;
 use ring::digest::{SHA256, digest};
 
 use super::limit::Allowance;
-use super::message::{self, Message, Record, Stamp};
+use super::message::{self, Message, Named, Record, Stamp};
 use super::{Action, Gossip};
 use crate::types::NodeId;
 
@@ -227,5 +227,6 @@ impl Gossip {
 
 /// About how many bytes a record takes on the wire; rather too many.
 pub(super) fn size(record: &Record) -> usize {
-    256 + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len())
+    let names = record.names.iter().map(Named::size).sum::<usize>();
+    256 + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len()) + names
 }

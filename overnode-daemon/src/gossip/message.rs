@@ -11,20 +11,34 @@ use serde::{Deserialize, Serialize};
 use super::limit::{BYTES_PER_SECOND, MESSAGES_PER_SECOND};
 use super::sign::{Keys, Signature};
 use crate::control::hello::{MAX_NICKNAME, clean};
+use crate::dns::name::is_relative;
 use crate::types::{NodeId, PublicKey, VerifyingKey};
 
 /// The version of the wire format.
-pub const FORMAT: u8 = 2;
+pub const FORMAT: u8 = 3;
 /// Most control addresses in a record.
 pub const MAX_ADDRESSES: usize = 16;
 /// Most ranges in a record.
 pub const MAX_RANGES: usize = 256;
 /// Most static claims in a record.
 pub const MAX_CLAIMS: usize = 1024;
+/// Most names in a record; one that has several addresses counts several times.
+pub const MAX_NAMES: usize = 2000;
+/// Most bytes that the names in a record take, by [`Named::size`].
+pub const NAME_BYTES: usize = 64 * 1024;
 /// Greatest incarnation and version that are believed: the owner must always be able to outbid a false record.
 pub const MAX_STAMP: u64 = 1 << 62;
 /// A delta is cut so that no message exceeds this, in bytes, by more than one record.
 pub const DELTA_BYTES: usize = 256 * 1024;
+
+/// A name and an address that it stands for. The name is as [`dns::name`](crate::dns::name) wants it: relative to the domain.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Named {
+    /// Without the domain.
+    pub name: String,
+    /// What it stands for.
+    pub address: IpAddr,
+}
 
 /// What a node says of itself. Only its owner makes new versions of it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -51,6 +65,9 @@ pub struct Record {
     pub ranges: Vec<IpNet>,
     /// Single addresses outside of all ranges that are attached to it.
     pub claims: Vec<IpAddr>,
+    /// Names of its containers, and those that were added by hand on it, in ascending order.
+    #[serde(default)]
+    pub names: Vec<Named>,
     /// The key that the record is signed with.
     #[serde(default)]
     pub verifying_key: VerifyingKey,
@@ -112,6 +129,13 @@ pub enum BadMessage {
     Signature(NodeId),
 }
 
+impl Named {
+    /// About how many bytes it takes in a record.
+    pub fn size(&self) -> usize {
+        2 + self.name.len() + if self.address.is_ipv4() { 5 } else { 17 }
+    }
+}
+
 impl Record {
     /// How new it is.
     pub fn stamp(&self) -> Stamp {
@@ -134,6 +158,7 @@ impl Record {
         self.dark.clear();
         self.ranges.clear();
         self.claims.clear();
+        self.names.clear();
         self
     }
 
@@ -142,7 +167,8 @@ impl Record {
             && self.links.is_empty()
             && self.dark.is_empty()
             && self.ranges.is_empty()
-            && self.claims.is_empty())
+            && self.claims.is_empty()
+            && self.names.is_empty())
     }
 
     pub(super) fn check(&self) -> Result<(), BadMessage> {
@@ -152,6 +178,13 @@ impl Record {
             (self.addresses.len() > MAX_ADDRESSES, "too many addresses"),
             (self.ranges.len() > MAX_RANGES, "too many ranges"),
             (self.claims.len() > MAX_CLAIMS, "too many claims"),
+            (self.names.len() > MAX_NAMES, "too many names"),
+            (
+                self.names.iter().map(Named::size).sum::<usize>() > NAME_BYTES,
+                "names that are too long together",
+            ),
+            (!is_ascending_by(&self.names, |named| named), "names out of order"),
+            (!self.names.iter().all(|named| is_relative(&named.name)), "a name that cannot be one"),
             (self.left && self.has_content(), "a tombstone that is not empty"),
             (self.incarnation > MAX_STAMP || self.version > MAX_STAMP, "an impossible version"),
             (!is_ascending(&self.links), "links out of order"),
@@ -170,6 +203,13 @@ impl Record {
         self.addresses.truncate(MAX_ADDRESSES);
         self.ranges.truncate(MAX_RANGES);
         self.claims.truncate(MAX_CLAIMS);
+        self.names.retain(|named| is_relative(&named.name));
+        self.names.sort();
+        self.names.dedup();
+        self.names.truncate(MAX_NAMES);
+        while self.names.iter().map(Named::size).sum::<usize>() > NAME_BYTES {
+            self.names.pop();
+        }
     }
 }
 
@@ -216,6 +256,6 @@ fn is_ascending<T: Ord + Copy>(list: &[T]) -> bool {
     is_ascending_by(list, |item| *item)
 }
 
-fn is_ascending_by<T, K: Ord>(list: &[T], key: impl Fn(&T) -> K) -> bool {
+fn is_ascending_by<'a, T, K: Ord>(list: &'a [T], key: impl Fn(&'a T) -> K) -> bool {
     list.windows(2).all(|pair| matches!(pair, [a, b] if key(a) < key(b)))
 }

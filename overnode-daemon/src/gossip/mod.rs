@@ -20,7 +20,7 @@
 //! * take the ID of a node that is not reached, as any host can that is launched with it; keep quiet of what it should pass on, or offer what it
 //!   then does not send, for which others are asked after [`ASK_AGAIN`]; repeat what others said before, which is recognised as old;
 //! * raise the alarm that an ID is used twice, by claiming it, once every [`CLASH_INTERVAL`];
-//! * make others remember a record of every ID there is, of 30 KiB at most.
+//! * make others remember a record of every ID there is, of 100 KiB at most.
 //!
 //! It **cannot**
 //! * change, extend, age or revoke what another node said, or say that it has left: that takes the other's key, and what is not signed
@@ -55,10 +55,11 @@ use rand::rngs::StdRng;
 use dispute::Contender;
 pub use dispute::{CLASH_INTERVAL, DEFEND_INTERVAL, OBJECTION};
 pub use exchange::ASK_AGAIN;
-use exchange::Wanted;
-use limit::Allowance;
+use exchange::{Wanted, size};
+use limit::{Allowance, BYTES_PER_SECOND};
 pub use message::{
-    BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_RANGES, MAX_STAMP, Message, Record, Stamp,
+    BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_NAMES, MAX_RANGES, MAX_STAMP, Message, NAME_BYTES,
+    Named, Record, Stamp,
 };
 pub use parcel::{BadParcel, Parcel, Undelivered};
 pub use sign::{Keys, Signature, Signer, Verified};
@@ -457,7 +458,10 @@ impl Gossip {
 
     fn note_own_change(&mut self, now: Instant) {
         if !self.draft.left {
-            let pace = PACE * u32::try_from(self.neighbours.len()).unwrap_or(u32::MAX);
+            // A record with many names is long, and what each neighbour takes in a second is limited.
+            let weight = Duration::from_secs(1) * u32::try_from(size(&self.draft)).unwrap_or(u32::MAX)
+                / (BYTES_PER_SECOND / 2) as u32;
+            let pace = weight.max(PACE * u32::try_from(self.neighbours.len()).unwrap_or(u32::MAX));
             let earliest = self.published.map_or(now, |last| last + pace);
             self.publish_at.get_or_insert(earliest.max(now + COLLECT));
         }

@@ -16,7 +16,7 @@ use super::message::Record;
 use crate::control::key;
 use crate::types::{PublicKey, Secret, VerifyingKey};
 
-const RECORD: &[u8] = b"overnode record v1";
+const RECORD: &[u8] = b"overnode record v2";
 
 /// Signs what one node says. Its secret half is never shown.
 #[derive(Debug)]

@@ -55,6 +55,7 @@ fn blank(number: u16, incarnation: u64) -> Record {
         dark: Vec::new(),
         ranges: Vec::new(),
         claims: Vec::new(),
+        names: Vec::new(),
         verifying_key: VerifyingKey::default(),
         signature: Signature::default(),
     }
@@ -534,10 +535,14 @@ fn own_words_are_brought_within_bounds() {
     own.nickname = format!("\u{1b}[31m{}", "é".repeat(100));
     own.claims = (0..5000_u32).map(|n| std::net::Ipv4Addr::from_bits(n).into()).collect();
     own.links = vec![id(1), id(1)];
+    own.names = (0..5000).rev().map(|n| named(&format!("n{n:04}"), "10.0.0.1")).collect();
+    own.names.extend([named("No", "10.0.0.1"), named("n0000", "10.0.0.1")]);
     let gossip = gossip(own, Instant::now());
     assert_eq!(gossip.own().check(), Ok(()));
     assert_eq!(gossip.own().nickname, format!("[31m{}", "é".repeat(30)));
     assert_eq!(gossip.own().claims.len(), MAX_CLAIMS);
+    assert_eq!(gossip.own().names.len(), MAX_NAMES);
+    assert_eq!(gossip.own().names[1], named("n0001", "10.0.0.1"));
 }
 
 #[test]
@@ -555,6 +560,18 @@ fn messages_beyond_bounds_are_refused_whole() {
         delta(|r| r.addresses = vec!["192.0.2.1:1".parse().unwrap(); MAX_ADDRESSES + 1]),
         delta(|r| r.ranges = vec!["10.0.0.0/8".parse().unwrap(); MAX_RANGES + 1]),
         delta(|r| r.claims = vec!["10.0.0.1".parse().unwrap(); MAX_CLAIMS + 1]),
+        delta(|r| r.names = (0..=MAX_NAMES).map(|n| named(&format!("n{n:05}"), "10.0.0.1")).collect()),
+        delta(|r| {
+            r.names =
+                (0..500).map(|n| named(&format!("n{n:05}{}", ["a"; 61].join(".")), "10.0.0.1")).collect();
+        }),
+        delta(|r| r.names = vec![named("web", "10.0.0.1"); 2]),
+        delta(|r| r.names = vec![named("web", "10.0.0.2"), named("web", "10.0.0.1")]),
+        delta(|r| r.names = vec![named("b", "10.0.0.1"), named("a", "10.0.0.1")]),
+        delta(|r| r.names = vec![named("Web", "10.0.0.1")]),
+        delta(|r| r.names = vec![named("", "10.0.0.1")]),
+        delta(|r| r.names = vec![named("a..b", "10.0.0.1")]),
+        delta(|r| r.names = vec![named("a\u{1b}", "10.0.0.1")]),
         delta(|r| r.incarnation = MAX_STAMP + 1),
         delta(|r| r.version = u64::MAX),
         delta(|r| r.links = vec![id(3), id(3)]),
@@ -580,6 +597,59 @@ fn messages_beyond_bounds_are_refused_whole() {
 }
 
 #[test]
+fn names_that_were_removed_during_a_separation_never_rise_again() {
+    for seed in 0..8 {
+        let mut world = World::new(5, seed);
+        world.mesh();
+        let now = world.now;
+        world
+            .node(1)
+            .update_own(|own| own.names = vec![named("db", "10.40.0.2"), named("web", "10.40.0.1")], now);
+        world.assert_converges_within(Duration::from_secs(5), seed);
+        let names = |world: &mut World, at: u16| world.node(at).record(id(1)).unwrap().names.clone();
+        assert_eq!(names(&mut world, 5).len(), 2);
+        // 1 and 2 on one side; the others remember what node 1 said, and tell each other.
+        for (one, other) in [(1, 3), (1, 4), (1, 5), (2, 3), (2, 4), (2, 5)] {
+            world.cut(id(one), id(other));
+        }
+        let now = world.now;
+        world.node(1).update_own(|own| own.names.retain(|it| it.name == "db"), now);
+        world.run(Duration::from_secs(60));
+        assert_eq!(names(&mut world, 2), [named("db", "10.40.0.2")]);
+        assert_eq!(names(&mut world, 4).len(), 2);
+        // What comes back first is the side that remembers more.
+        world.connect(id(2), id(4));
+        for _ in 0..60 {
+            world.run(Duration::from_millis(500));
+            assert_eq!(names(&mut world, 1), [named("db", "10.40.0.2")], "seed {seed}");
+            assert_eq!(names(&mut world, 2), [named("db", "10.40.0.2")], "seed {seed}");
+        }
+        for at in 3..=5 {
+            assert_eq!(names(&mut world, at), [named("db", "10.40.0.2")], "seed {seed}, node {at}");
+        }
+    }
+}
+
+#[test]
+fn a_node_with_very_many_names_that_change_all_the_time_is_not_cut_off() {
+    let mut world = World::new(2, 3);
+    world.connect(id(1), id(2));
+    world.run(Duration::from_secs(1));
+    let most = |round: u32| -> Vec<Named> {
+        let name = |n: usize| format!("container-{n:05}-{:03}", round % 1000);
+        (0..MAX_NAMES).map(|n| named(&name(n), "10.40.0.1")).collect()
+    };
+    for round in 0..3000 {
+        let now = world.now;
+        world.node(1).update_own(|own| own.names = most(round), now);
+        world.run(Duration::from_millis(100));
+    }
+    world.assert_converges_within(Duration::from_secs(5), 3);
+    let seen = world.node(2).record(id(1)).unwrap().names.clone();
+    assert_eq!(seen.first(), most(2999).first());
+}
+
+#[test]
 fn a_refused_message_changes_nothing() {
     let mut world = World::new(2, 9);
     world.chain(2);
@@ -595,6 +665,10 @@ fn a_refused_message_changes_nothing() {
     assert_eq!(world.node(1).records().cloned().collect::<Vec<_>>(), before);
 }
 
+fn named(name: &str, address: &str) -> Named {
+    Named { name: name.into(), address: address.parse().unwrap() }
+}
+
 fn full() -> Record {
     let full = Record {
         id: id(300),
@@ -608,6 +682,7 @@ fn full() -> Record {
         dark: vec![id(4095)],
         ranges: vec!["10.40.0.0/15".parse().unwrap(), "fd00::/64".parse().unwrap()],
         claims: vec!["10.32.0.1".parse().unwrap()],
+        names: vec![named("db", "2001:db8::7"), named("web", "10.40.0.7")],
         verifying_key: VerifyingKey::default(),
         signature: Signature::default(),
     };
@@ -616,8 +691,8 @@ fn full() -> Record {
 
 // HKDF of the static secret (32 bytes of 0xaa) and Ed25519, by Python's cryptography module.
 const VERIFYING_KEY: &str = "6b6d5ab5a2224e9fb93ccc21e7adca2cac1afec50067bec90715b70c977cd855";
-const SIGNATURE: &str = "68bd1f114d15c691eb8410d66d28ad3cbd968c5b217f247143b2d5cfb35a8ccd\
-                         b49380fef3198ef98f724be820e8f60042006f39ad657ab7433e8b231b18a909";
+const SIGNATURE: &str = "86e5a99770b5db8d780692845978ece5e7d4267aa21d6ba9486a8aac81ce3ebb\
+                         4f6599f22ebd072d112b035f86296181f4ffc92cddb25b7734c94d1390dafe09";
 
 /// These bytes are read by nodes of other versions: a change of any of them needs a new [`FORMAT`].
 #[test]
@@ -625,26 +700,28 @@ fn the_wire_format_is_this() {
     let hex = |message: &Message| data_encoding::HEXLOWER.encode(&message.encode());
     let stamp = Stamp { incarnation: 300, version: 2, hash: [1, 2, 3, 4] };
     let golden = [
-        (Message::Summary([7; 16]), "0200".to_owned() + &"07".repeat(16)),
-        (Message::Digest { ask: true, stamps: vec![(id(1), stamp)] }, "0201010101ac020201020304".into()),
-        (Message::Request(vec![id(1), id(300)]), "02020201ac02".into()),
+        (Message::Summary([7; 16]), "0300".to_owned() + &"07".repeat(16)),
+        (Message::Digest { ask: true, stamps: vec![(id(1), stamp)] }, "0301010101ac020201020304".into()),
+        (Message::Request(vec![id(1), id(300)]), "03020201ac02".into()),
         (
             Message::Delta(vec![full()]),
             [
-                "020301",                                 // format, delta, one record
-                "ac02",                                   // ID
-                "80d095ffbc31",                           // incarnation
-                "03",                                     // version
-                "00",                                     // left
-                "0568c3b67374",                           // nickname
-                &"aa".repeat(32),                         // public key
-                "0200c0000201ff34",                       // addresses: IPv4, port
-                "0120010db8000000000000000000000002ff34", // IPv6, port
-                "0201ff1f",                               // links
-                "01ff1f",                                 // dark ones
-                "02000a2800000f",                         // ranges: IPv4
-                "01fd00000000000000000000000000000040",   // IPv6
-                "01000a200001",                           // claims
+                "030301",                                     // format, delta, one record
+                "ac02",                                       // ID
+                "80d095ffbc31",                               // incarnation
+                "03",                                         // version
+                "00",                                         // left
+                "0568c3b67374",                               // nickname
+                &"aa".repeat(32),                             // public key
+                "0200c0000201ff34",                           // addresses: IPv4, port
+                "0120010db8000000000000000000000002ff34",     // IPv6, port
+                "0201ff1f",                                   // links
+                "01ff1f",                                     // dark ones
+                "02000a2800000f",                             // ranges: IPv4
+                "01fd00000000000000000000000000000040",       // IPv6
+                "01000a200001",                               // claims
+                "020264620120010db8000000000000000000000007", // names: IPv6
+                "03776562000a280007",                         // IPv4
                 VERIFYING_KEY,
                 SIGNATURE,
             ]
@@ -656,7 +733,7 @@ fn the_wire_format_is_this() {
         assert_eq!(Message::decode(&message.encode()), Ok(message));
     }
     // SHA-256 of the record's bytes above, by Python's hashlib.
-    assert_eq!(full().stamp().hash, [61, 2, 145, 159]);
+    assert_eq!(full().stamp().hash, [25, 42, 212, 39]);
 }
 
 proptest! {

@@ -133,6 +133,7 @@ mod tests {
             dark: Vec::new(),
             ranges: Vec::new(),
             claims: Vec::new(),
+            names: Vec::new(),
             verifying_key: VerifyingKey::default(),
             signature: Signature::default(),
         };

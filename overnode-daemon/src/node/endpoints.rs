@@ -138,7 +138,7 @@ impl Node {
     /// Removes what belongs to nobody, and gives back the addresses of containers that are gone.
     pub(super) async fn reconcile(&mut self, now: Instant) -> anyhow::Result<()> {
         let attachments = self.store.attachments()?;
-        let known: Vec<KnownEndpoint> = attachments
+        let mut known: Vec<KnownEndpoint> = attachments
             .iter()
             .map(|it| KnownEndpoint {
                 address: it.address,
@@ -146,6 +146,7 @@ impl Node {
                 netns: NetnsRef::Path(it.netns.clone().into()),
             })
             .collect();
+        known.extend(self.dns.endpoint());
         for lost in self.datapath.reconcile(&known).await? {
             let Some(attachment) = attachments.iter().find(|it| it.host_interface == lost.host_interface)
             else {
@@ -159,6 +160,7 @@ impl Node {
                 tracing::warn!("{} stays taken: {error}", attachment.address);
             }
         }
+        self.keep_dns(now).await;
         self.announce_claims(now).await;
         Ok(())
     }
@@ -214,6 +216,7 @@ impl Node {
     async fn announce_claims(&mut self, now: Instant) {
         let claims = self.ipam.claims();
         self.gossip.update_own(|own| own.claims = claims, now);
+        self.announce_names(now);
         self.pump(now).await;
     }
 

@@ -8,6 +8,7 @@ use crate::api::{self, ApiError, LaunchOutcome, Launched};
 use crate::control::hello::{MAX_NICKNAME, NEWEST_VERSION, OLDEST_VERSION};
 use crate::control::key;
 use crate::datapath::Datapath;
+use crate::dns::{DEFAULT_DOMAIN, Domain};
 use crate::fault;
 use crate::ipam::Layout;
 use crate::store::Identity;
@@ -77,6 +78,13 @@ impl Daemon {
                 identity.network.subnet, identity.network.range
             )));
         }
+        let domain = domain(&request)?;
+        let present = identity.dns_domain.as_deref().unwrap_or(DEFAULT_DOMAIN);
+        if domain.is_some_and(|domain| domain.as_str() != present) {
+            return Err(ApiError::refused(format_args!(
+                "node {id} of this host serves names under {present}: run `overnode reset` first to change that"
+            )));
+        }
         let nickname = identity.nickname.clone();
         let Some(node) = &mut self.node else {
             return Err(ApiError::failed("the node of this host is not running: see the daemon's log"));
@@ -129,11 +137,18 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
         mtu: request.mtu,
         discovery: request.discovery.unwrap_or(true),
         xdp: request.xdp,
+        dns: request.dns.unwrap_or(true),
+        dns_domain: domain(request)?.map(|domain| domain.as_str().to_owned()),
         // Greater than that of any earlier node with this ID: others may remember that one.
         incarnation: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
     })
+}
+
+fn domain(request: &api::Launch) -> Result<Option<Domain>, ApiError> {
+    let domain = request.dns_domain.as_deref().map(Domain::new).transpose();
+    domain.map_err(|error| ApiError::usage(format_args!("the domain cannot be served: {error}")))
 }
 
 fn network(request: &api::Launch) -> Result<Network, ApiError> {

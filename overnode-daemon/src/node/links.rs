@@ -19,11 +19,13 @@ const MAX_PROBLEMS: usize = 32;
 
 /// The stream of a control connection that is up. What people are told of it, the dialler knows.
 pub(super) struct Stream {
-    connection: dial::ConnectionId,
+    pub(super) connection: dial::ConnectionId,
     pub(super) peer: NodeId,
     pub(super) remote: SocketAddr,
     local: SocketAddr,
     pub(super) rtt: Option<Duration>,
+    /// When the last ping left that was answered: what the other end had sent until then has arrived.
+    pub(super) in_step: Option<Instant>,
     outbox: Outbox,
 }
 
@@ -36,6 +38,7 @@ impl Node {
             MeshEvent::RoundTrip(id, rtt) => {
                 if let Some(stream) = self.streams.get_mut(&id) {
                     stream.rtt = Some(rtt);
+                    stream.in_step = now.checked_sub(rtt);
                 }
             }
             MeshEvent::Closed(id, why) if why.is_misconduct() => self.cut_off(id, &why, now),
@@ -70,6 +73,7 @@ impl Node {
             remote: opened.remote,
             local: opened.local,
             rtt: None,
+            in_step: None,
             outbox: opened.outbox,
         };
         self.streams.insert(opened.id, stream);
@@ -274,6 +278,7 @@ impl Node {
             self.save_peers();
         }
         self.tell_ipam(&record, now);
+        self.dns.learn(&record);
         self.dialer.learn(id, record.addresses.clone(), now);
         if let Err(error) = self.configure_peer(&record, now).await {
             tracing::warn!("node {id} cannot be given to the data plane: {error:#}");
@@ -284,6 +289,7 @@ impl Node {
         tracing::info!("node {id} has left the cluster");
         if let Some(record) = self.gossip.record(id).cloned() {
             self.tell_ipam(&record, now);
+            self.dns.learn(&record);
         }
         self.dialer.unlearn(id);
         self.paths.remove_peer(id);

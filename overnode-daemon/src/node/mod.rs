@@ -4,6 +4,7 @@
 
 mod addresses;
 mod data;
+mod dns;
 mod endpoints;
 mod external;
 mod inspect;
@@ -92,6 +93,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         }
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    if let Some(node) = &mut daemon.node {
+        node.stop_dns().await;
+    }
     // The last answer has to reach its reader.
     tokio::time::sleep(Duration::from_millis(100)).await;
     server.abort();
@@ -128,6 +132,9 @@ impl Daemon {
             Request::Inspect => self.node()?.inspect().map(Reply::Inspect),
             Request::Prime => Ok(Reply::Primed(self.node()?.prime().await)),
             Request::Reclaim(reclaim) => self.node()?.reclaim(reclaim).await.map(Reply::Reclaimed),
+            Request::DnsAdd(add) => self.node()?.dns_add(add).await.map(Reply::DnsAddresses),
+            Request::DnsRemove(remove) => self.node()?.dns_remove(remove).await.map(Reply::DnsAddresses),
+            Request::DnsLookup(lookup) => self.node()?.dns_lookup(&lookup).map(Reply::DnsAddresses),
             Request::AddExternalPeer(peer) => {
                 self.node()?.add_external(peer).await.map(Reply::ExternalPeerAdded)
             }

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::addresses::Outcome;
 use super::data::DataPeer;
+use super::dns::Dns;
 use super::external::External;
 use super::links::Stream;
 use super::paths::Ways;
@@ -64,6 +65,8 @@ pub(super) struct Node {
     pub(super) reclaimed: BTreeSet<NodeId>,
     /// Targets that this daemon was connected with.
     pub(super) met_targets: BTreeSet<String>,
+    /// The names, and who serves them.
+    pub(super) dns: Dns,
     /// Control connections came or went.
     pub(super) paths_changed: bool,
     /// Why the node cannot go on.
@@ -140,6 +143,7 @@ impl Node {
             dark: Vec::new(),
             ranges: ipam.ranges(),
             claims: ipam.claims(),
+            names: Vec::new(),
             verifying_key: VerifyingKey::default(),
             signature: Signature::default(),
         };
@@ -150,6 +154,7 @@ impl Node {
         for host in store.targets()? {
             dialer.add_target(host.as_str(), now);
         }
+        let dns = Dns::new(&identity, ipam.layout().node_address(identity.id));
         let mut node = Self {
             handshakes,
             identity,
@@ -167,6 +172,7 @@ impl Node {
             priming: None,
             reclaimed: BTreeSet::new(),
             met_targets: BTreeSet::new(),
+            dns,
             paths_changed: true,
             broken: None,
             udp,
@@ -190,6 +196,7 @@ impl Node {
         fault::step("peers");
         node.reconcile(now).await?;
         fault::step("endpoints");
+        node.adopt_names(now);
         node.pump(now).await;
         Ok(node)
     }
@@ -261,7 +268,8 @@ impl Node {
     /// Carries out what the cores have decided.
     pub(super) async fn pump(&mut self, now: Instant) {
         self.pump_gossip(now).await;
-        if std::mem::take(&mut self.paths_changed) {
+        let paths_changed = std::mem::take(&mut self.paths_changed);
+        if paths_changed {
             self.tell_ipam_of_paths(now);
         }
         self.pump_ipam(now).await;
@@ -269,6 +277,9 @@ impl Node {
         self.pump_gossip(now).await;
         self.pump_dialer();
         self.pump_paths(now);
+        if paths_changed {
+            self.tell_dns_of_paths(now);
+        }
         self.pump_handshakes(now, None).await;
     }
 

@@ -30,6 +30,7 @@ impl Node {
             connections: self.connection_status(now),
             endpoints: self.endpoint_status()?,
             ipam: self.ipam_status(),
+            dns: self.dns_status(),
             external_peers: self.externals()?,
             counters: self.counter_status()?,
         })

@@ -34,6 +34,10 @@ pub struct Identity {
     pub discovery: bool,
     /// Whether messages are opened in native XDP where the interface can.
     pub xdp: bool,
+    /// Whether DNS is served to containers.
+    pub dns: bool,
+    /// The domain that it serves, if one was chosen.
+    pub dns_domain: Option<String>,
     /// Counts the node's starts. A launch begins with the time in milliseconds since 1970, so that it exceeds the incarnations before a
     /// reset.
     pub incarnation: u64,
@@ -89,6 +93,10 @@ pub(super) struct PublicIdentity {
     mtu: Option<u32>,
     discovery: bool,
     xdp: bool,
+    #[serde(default = "yes")]
+    dns: bool,
+    #[serde(default)]
+    dns_domain: Option<String>,
     incarnation: u64,
 }
 
@@ -128,6 +136,8 @@ impl Identity {
             mtu: self.mtu,
             discovery: self.discovery,
             xdp: self.xdp,
+            dns: self.dns,
+            dns_domain: self.dns_domain.clone(),
             incarnation: self.incarnation,
         }
     }
@@ -144,9 +154,16 @@ impl Identity {
             mtu: public.mtu,
             discovery: public.discovery,
             xdp: public.xdp,
+            dns: public.dns,
+            dns_domain: public.dns_domain,
             incarnation: public.incarnation,
         }
     }
+}
+
+/// Of nodes that were launched before there was DNS.
+fn yes() -> bool {
+    true
 }
 
 impl ExternalPeer {

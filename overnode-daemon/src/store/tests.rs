@@ -20,6 +20,8 @@ fn identity() -> Identity {
         mtu: None,
         discovery: true,
         xdp: false,
+        dns: true,
+        dns_domain: Some("lab.example".into()),
         incarnation: 1_700_000_000_000,
     }
 }
@@ -62,6 +64,7 @@ fn record(id: u16) -> gossip::Record {
         dark: Vec::new(),
         ranges: vec!["10.40.0.0/15".parse().unwrap()],
         claims: vec!["10.32.0.1".parse().unwrap()],
+        names: vec![gossip::Named { name: "web".into(), address: "10.32.0.1".parse().unwrap() }],
         verifying_key: VerifyingKey([2; 32]),
         signature: gossip::Signature([3; 64]),
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use overnode_daemon::control::frame::MAX_MESSAGE;
 use overnode_daemon::gossip::parcel::{KIND_ALLOCATION, KIND_CLASH, MAX_BODY};
 use overnode_daemon::gossip::{
-    Action, Gossip, Keys, MAX_STAMP, Message, Parcel, Record, Signature, Signer, Stamp,
+    Action, Gossip, Keys, MAX_STAMP, Message, Named, Parcel, Record, Signature, Signer, Stamp,
 };
 use overnode_daemon::types::{NodeId, PublicKey, Secret, VerifyingKey};
 use rand::SeedableRng;
@@ -200,9 +200,14 @@ fn blank(number: u16) -> Record {
         dark: Vec::new(),
         ranges: Vec::new(),
         claims: Vec::new(),
+        names: Vec::new(),
         verifying_key: VerifyingKey::default(),
         signature: Signature::default(),
     }
+}
+
+fn named(name: &str, address: &str) -> Named {
+    Named { name: name.into(), address: address.parse().expect("an address") }
 }
 
 /// As its sender signs it: see [`overnode_daemon::gossip::parcel`].
@@ -230,6 +235,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         dark: vec![id(3)],
         ranges: vec!["10.40.0.0/15".parse().expect("a range")],
         claims: vec!["10.32.0.7".parse().expect("an address"), "fd00::7".parse().expect("an address")],
+        names: vec![named("db", "2001:db8::7"), named("web", "10.40.0.7")],
         ..linked(2, &[1, 3])
     };
     let parcel = |from: u16, to: u16, kind: u8, body: Vec<u8>| {

@@ -1,0 +1,303 @@
+//! Answers to single questions, from the zone. No I/O, no clock.
+
+use std::net::IpAddr;
+
+use hickory_proto::op::{Query, ResponseCode};
+use hickory_proto::rr::rdata::{A, AAAA, PTR, SOA};
+use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
+use ipnet::IpNet;
+
+use super::name::Domain;
+use super::zone::Zone;
+
+/// How long an answer may be kept, seconds: names come and go with containers.
+pub const TTL: u32 = 1;
+
+/// What is said to a question.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict {
+    /// This, and nobody else is asked.
+    Answer(Answer),
+    /// It is none of ours.
+    Elsewhere,
+}
+
+/// An answer from the zone.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// Whether the name exists.
+    pub code: ResponseCode,
+    /// What was asked for.
+    pub records: Vec<Record>,
+    /// Where there is none of that: how long this may be kept.
+    pub soa: Option<Box<Record>>,
+}
+
+/// The names of the container network, as one node serves them.
+#[derive(Debug)]
+pub struct Directory {
+    domains: Vec<Domain>,
+    subnet: IpNet,
+    zone: Zone,
+}
+
+impl Directory {
+    /// `domains`: the first is the one that reverse lookups name. `subnet`: whose addresses nobody else knows.
+    pub fn new(domains: Vec<Domain>, subnet: IpNet, zone: Zone) -> Self {
+        Self { domains, subnet, zone }
+    }
+
+    /// The names.
+    pub fn zone(&self) -> &Zone {
+        &self.zone
+    }
+
+    /// The names, to be changed.
+    pub fn zone_mut(&mut self) -> &mut Zone {
+        &mut self.zone
+    }
+
+    /// The domains, the first one first.
+    pub fn domains(&self) -> &[Domain] {
+        &self.domains
+    }
+
+    /// True if nobody else has a say in this name.
+    pub fn owns(&self, name: &Name) -> bool {
+        self.domains.iter().any(|domain| domain.name().zone_of(name))
+    }
+
+    /// What to say to a question.
+    pub fn ask(&mut self, query: &Query) -> Verdict {
+        let is_plain = query.query_class == DNSClass::IN && !is_transfer(query.query_type);
+        let domain = self.domains.iter().find(|domain| domain.name().zone_of(&query.name)).cloned();
+        match (domain, network_of(&query.name)) {
+            _ if !is_plain => Verdict::Answer(Answer::refused()),
+            (Some(domain), _) => Verdict::Answer(self.forward(&domain, query)),
+            (None, Some(network)) => self.reverse(network, query),
+            (None, None) => Verdict::Elsewhere,
+        }
+    }
+
+    fn forward(&mut self, domain: &Domain, query: &Query) -> Answer {
+        let none = |exists: bool| Answer::none(exists, domain.name());
+        let Some(name) = domain.part_before(&query.name) else { return none(false) };
+        if name.is_empty() {
+            let asked = matches!(query.query_type, RecordType::SOA | RecordType::ANY);
+            return if asked { Answer::of(vec![soa(domain.name())]) } else { none(true) };
+        }
+        if !self.zone.exists(&name) {
+            return none(false);
+        }
+        let wanted = |address: &IpAddr| match query.query_type {
+            RecordType::A => address.is_ipv4(),
+            RecordType::AAAA => address.is_ipv6(),
+            kind => kind == RecordType::ANY,
+        };
+        let addresses = self.zone.addresses(&name).into_iter().filter(wanted);
+        let records: Vec<Record> = addresses.map(|it| record(query.name.clone(), data_of(it))).collect();
+        if records.is_empty() { none(true) } else { Answer::of(records) }
+    }
+
+    fn reverse(&mut self, network: IpNet, query: &Query) -> Verdict {
+        let address = (network.prefix_len() == network.max_prefix_len()).then(|| network.addr());
+        let names = address.map(|address| self.zone.names(address)).unwrap_or_default();
+        let is_ours = self.subnet.contains(&network);
+        if names.is_empty() && !is_ours {
+            return Verdict::Elsewhere;
+        }
+        let pointers: Vec<Record> = names
+            .iter()
+            .filter_map(|name| self.domains.first()?.absolute(name))
+            .map(|name| record(query.name.clone(), RData::PTR(PTR(name))))
+            .collect();
+        let asked = matches!(query.query_type, RecordType::PTR | RecordType::ANY);
+        if asked && !pointers.is_empty() {
+            return Verdict::Answer(Answer::of(pointers));
+        }
+        let exists = !pointers.is_empty() || address.is_none();
+        Verdict::Answer(Answer::none(exists, &self.zone_above(&query.name)))
+    }
+
+    /// The longest name above an address of the subnet whose whole network is in it.
+    fn zone_above(&self, name: &Name) -> Name {
+        let bits = if self.subnet.addr().is_ipv4() { 8 } else { 4 };
+        let labels = usize::from(self.subnet.prefix_len().div_ceil(bits)) + 2;
+        name.trim_to(labels)
+    }
+}
+
+impl Answer {
+    fn of(records: Vec<Record>) -> Self {
+        Self { code: ResponseCode::NoError, records, soa: None }
+    }
+
+    fn none(exists: bool, zone: &Name) -> Self {
+        let code = if exists { ResponseCode::NoError } else { ResponseCode::NXDomain };
+        Self { code, records: Vec::new(), soa: Some(Box::new(soa(zone))) }
+    }
+
+    fn refused() -> Self {
+        Self { code: ResponseCode::Refused, records: Vec::new(), soa: None }
+    }
+}
+
+fn is_transfer(kind: RecordType) -> bool {
+    matches!(kind, RecordType::AXFR | RecordType::IXFR)
+}
+
+/// The addresses that a name of a reverse lookup stands for.
+fn network_of(name: &Name) -> Option<IpNet> {
+    name.parse_arpa_name().ok()
+}
+
+fn data_of(address: IpAddr) -> RData {
+    match address {
+        IpAddr::V4(v4) => RData::A(A(v4)),
+        IpAddr::V6(v6) => RData::AAAA(AAAA(v6)),
+    }
+}
+
+fn record(name: Name, data: RData) -> Record {
+    Record::from_rdata(name, TTL, data)
+}
+
+fn soa(zone: &Name) -> Record {
+    let contact = zone.prepend_label("hostmaster").unwrap_or_else(|_| zone.clone());
+    let (serial, refresh, retry, expire) = (1, 3600, 600, 86400);
+    let soa = SOA::new(zone.clone(), contact, serial, refresh, retry, expire, TTL);
+    record(zone.clone(), RData::SOA(soa))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    use super::*;
+    use crate::gossip::Named;
+    use crate::types::{Network, NodeId};
+
+    fn directory() -> Directory {
+        let mut zone = Zone::new(StdRng::seed_from_u64(1));
+        let names = [
+            ("web", "10.40.0.1"),
+            ("web", "10.40.0.2"),
+            ("a.deep", "10.40.0.3"),
+            ("outside", "192.0.2.7"),
+            ("both", "10.40.0.4"),
+            ("both", "2001:db8::4"),
+        ];
+        let names: Vec<_> = names
+            .iter()
+            .map(|(name, it)| Named { name: (*name).into(), address: it.parse().unwrap() })
+            .collect();
+        let node = NodeId::new(1).unwrap();
+        zone.set_names(node, &names);
+        zone.set_reachable(BTreeSet::from([node]));
+        let domains = ["overnode.local", "weave.local"].map(|it| Domain::new(it).unwrap()).to_vec();
+        Directory::new(domains, Network::default().subnet, zone)
+    }
+
+    fn ask(name: &str, kind: RecordType) -> Verdict {
+        directory().ask(&Query::query(Name::from_ascii(name).unwrap(), kind))
+    }
+
+    fn answer(name: &str, kind: RecordType) -> Answer {
+        match ask(name, kind) {
+            Verdict::Answer(answer) => answer,
+            Verdict::Elsewhere => panic!("{name} {kind} is asked elsewhere"),
+        }
+    }
+
+    fn data(name: &str, kind: RecordType) -> Vec<String> {
+        let answer = answer(name, kind);
+        assert_eq!(answer.code, ResponseCode::NoError);
+        assert!(answer.soa.is_none() && answer.records.iter().all(|record| record.ttl == TTL));
+        let mut data: Vec<String> = answer.records.iter().map(|record| record.data.to_string()).collect();
+        data.sort();
+        data
+    }
+
+    /// The SOA that says for how long this holds.
+    fn none(name: &str, kind: RecordType, code: ResponseCode) -> String {
+        let answer = answer(name, kind);
+        assert_eq!((answer.code, answer.records.len()), (code, 0), "{name} {kind}");
+        let soa = answer.soa.unwrap();
+        assert_eq!((soa.record_type(), soa.ttl), (RecordType::SOA, TTL));
+        assert!(soa.name.zone_of(&Name::from_ascii(name).unwrap()), "{} of {name}", soa.name);
+        soa.name.to_string()
+    }
+
+    #[test]
+    fn names_are_found_under_both_domains_in_any_case() {
+        for name in ["web.overnode.local.", "web.weave.local.", "WEB.OverNode.local."] {
+            assert_eq!(data(name, RecordType::A), ["10.40.0.1", "10.40.0.2"]);
+        }
+        let answer = answer("wEb.weave.local.", RecordType::A);
+        assert_eq!(answer.records[0].name.to_string(), "wEb.weave.local.", "as it was asked");
+        assert_eq!(data("a.deep.overnode.local.", RecordType::ANY), ["10.40.0.3"]);
+        assert_eq!(data("both.overnode.local.", RecordType::AAAA), ["2001:db8::4"]);
+        assert_eq!(data("both.overnode.local.", RecordType::A), ["10.40.0.4"]);
+        assert_eq!(data("both.overnode.local.", RecordType::ANY).len(), 2);
+    }
+
+    #[test]
+    fn what_exists_without_such_data_is_no_error() {
+        for kind in [RecordType::AAAA, RecordType::TXT, RecordType::HTTPS, RecordType::MX, RecordType::PTR] {
+            assert_eq!(none("web.overnode.local.", kind, ResponseCode::NoError), "overnode.local.");
+        }
+        assert_eq!(none("deep.weave.local.", RecordType::A, ResponseCode::NoError), "weave.local.");
+        none("overnode.local.", RecordType::A, ResponseCode::NoError);
+        assert_eq!(data("overnode.local.", RecordType::SOA).len(), 1);
+    }
+
+    #[test]
+    fn what_does_not_exist_is_said_not_to_and_is_asked_nowhere_else() {
+        for name in
+            ["other.overnode.local.", "x.web.overnode.local.", "b\\.c.overnode.local.", "*.weave.local."]
+        {
+            for kind in [RecordType::A, RecordType::AAAA] {
+                none(name, kind, ResponseCode::NXDomain);
+            }
+        }
+    }
+
+    #[test]
+    fn other_names_are_none_of_ours() {
+        for name in
+            ["example.org.", "local.", ".", "xovernode.local.", "web.", "8.8.8.8.in-addr.arpa.", "arpa."]
+        {
+            assert_eq!(ask(name, RecordType::A), Verdict::Elsewhere, "{name}");
+        }
+        for name in ["10.in-addr.arpa.", "2.0.192.in-addr.arpa.", "48.10.in-addr.arpa."] {
+            assert_eq!(ask(name, RecordType::PTR), Verdict::Elsewhere, "{name}");
+        }
+    }
+
+    #[test]
+    fn addresses_have_names() {
+        assert_eq!(data("1.0.40.10.in-addr.arpa.", RecordType::PTR), ["web.overnode.local."]);
+        assert_eq!(data("3.0.40.10.IN-ADDR.ARPA.", RecordType::PTR), ["a.deep.overnode.local."]);
+        assert_eq!(data("7.2.0.192.in-addr.arpa.", RecordType::PTR), ["outside.overnode.local."]);
+        let v6 = Name::from(IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 4])).to_string();
+        assert_eq!(data(&v6, RecordType::PTR), ["both.overnode.local."]);
+        let zone = none("1.0.40.10.in-addr.arpa.", RecordType::TXT, ResponseCode::NoError);
+        assert_eq!(zone, "40.10.in-addr.arpa.");
+        none("40.10.in-addr.arpa.", RecordType::PTR, ResponseCode::NoError);
+        none("0.40.10.in-addr.arpa.", RecordType::PTR, ResponseCode::NoError);
+        none("9.0.40.10.in-addr.arpa.", RecordType::PTR, ResponseCode::NXDomain);
+    }
+
+    #[test]
+    fn transfers_and_other_classes_are_refused() {
+        for name in ["overnode.local.", "example.org."] {
+            assert_eq!(answer(name, RecordType::AXFR), Answer::refused());
+            let mut query = Query::query(Name::from_ascii(name).unwrap(), RecordType::TXT);
+            query.set_query_class(DNSClass::CH);
+            assert_eq!(directory().ask(&query), Verdict::Answer(Answer::refused()));
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Names as nodes tell them to each other: lower-case labels with dots between them, without the domain and without a dot at the end.
+
+use hickory_proto::rr::Name;
+
+/// Most bytes of a name without its domain.
+pub const MAX_NAME: usize = 128;
+/// Most bytes of a label (RFC 1035, section 2.3.4).
+const MAX_LABEL: usize = 63;
+/// Most bytes of a domain: with it, every name is a name of DNS.
+const MAX_DOMAIN: usize = 100;
+
+/// A domain that cannot be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a domain is labels with dots between them, as in overnode.local, each of letters, digits, hyphens and underscores; 100 bytes at most"
+)]
+pub struct BadDomain;
+
+/// A name that cannot be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a name has letters, digits, hyphens, underscores, and dots between its labels; at most 63 bytes each, 128 in all"
+)]
+pub struct BadName;
+
+/// True for a name in the form that travels.
+pub fn is_relative(name: &str) -> bool {
+    let is_label = |label: &str| {
+        (1..=MAX_LABEL).contains(&label.len())
+            && label.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_'))
+    };
+    name.len() <= MAX_NAME && name.split('.').all(is_label)
+}
+
+/// What somebody typed, with or without the domain and the dot at the end, in the form that travels.
+///
+/// # Errors
+/// [`BadName`].
+pub fn relative(text: &str, domains: &[Domain]) -> Result<String, BadName> {
+    let lower = text.to_ascii_lowercase();
+    let name = lower.strip_suffix('.').unwrap_or(&lower);
+    let inside = domains.iter().find_map(|domain| name.strip_suffix(&domain.text)?.strip_suffix('.'));
+    let name = inside.unwrap_or(name);
+    if is_relative(name) { Ok(name.to_owned()) } else { Err(BadName) }
+}
+
+/// A domain under which names are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Domain {
+    text: String,
+    name: Name,
+}
+
+impl Domain {
+    /// Reads one as people write it, with or without the dot at the end.
+    ///
+    /// # Errors
+    /// [`BadDomain`].
+    pub fn new(text: &str) -> Result<Self, BadDomain> {
+        let lower = text.to_ascii_lowercase();
+        let text = lower.strip_suffix('.').unwrap_or(&lower);
+        if text.len() > MAX_DOMAIN || !is_relative(text) || is_of_addresses(text) {
+            return Err(BadDomain);
+        }
+        let name = Name::from_ascii(format!("{text}.")).map_err(|_| BadDomain)?;
+        Ok(Self { text: text.to_owned(), name })
+    }
+
+    /// Without the dot at the end.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    pub(super) fn name(&self) -> &Name {
+        &self.name
+    }
+
+    /// The part of a name before this domain: empty for the domain itself, none for a name outside, or one that nobody can have.
+    pub(super) fn part_before(&self, name: &Name) -> Option<String> {
+        // `Name::num_labels` leaves out an asterisk.
+        let labels = name.iter().count().checked_sub(self.name.iter().count())?;
+        let labels: Option<Vec<String>> = name
+            .iter()
+            .take(labels)
+            .map(|label| std::str::from_utf8(label).ok().map(str::to_ascii_lowercase))
+            .collect();
+        let labels = labels?;
+        // A dot inside a label would make two of it.
+        labels.iter().all(|label| is_relative(label) && !label.contains('.')).then(|| labels.join("."))
+    }
+
+    /// The name of DNS that a name in the form that travels stands for here.
+    pub(super) fn absolute(&self, relative: &str) -> Option<Name> {
+        Name::from_ascii(format!("{relative}.{}.", self.text)).ok()
+    }
+}
+
+/// Reverse lookups are answered by address.
+fn is_of_addresses(domain: &str) -> bool {
+    domain == "arpa" || domain.ends_with(".arpa")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn domains() -> Vec<Domain> {
+        vec![Domain::new("overnode.local").unwrap(), Domain::new("weave.local.").unwrap()]
+    }
+
+    #[test]
+    fn names_are_brought_into_the_form_that_travels() {
+        for (typed, form) in [
+            ("web", "web"),
+            ("Web", "web"),
+            ("web.", "web"),
+            ("WEB.Overnode.Local", "web"),
+            ("web.overnode.local.", "web"),
+            ("web.weave.local", "web"),
+            ("a.b_c-1.weave.local", "a.b_c-1"),
+            ("web.example.org", "web.example.org"),
+            ("overnode.local", "overnode.local"),
+            ("webovernode.local", "webovernode.local"),
+        ] {
+            assert_eq!(relative(typed, &domains()).as_deref(), Ok(form), "{typed}");
+        }
+        let long = "a".repeat(64);
+        let many = ["a"; 65].join(".");
+        for bad in [
+            "",
+            ".",
+            "..",
+            ".web",
+            "web..",
+            "a..b",
+            "a b",
+            "é",
+            "*",
+            "a/b",
+            "a\n",
+            ".overnode.local",
+            &long,
+            &many,
+        ] {
+            assert_eq!(relative(bad, &domains()), Err(BadName), "{bad:?}");
+        }
+        assert!(is_relative(&"a".repeat(63)) && is_relative(&["a"; 64].join(".")) && !is_relative("A"));
+    }
+
+    #[test]
+    fn domains_that_no_name_fits_into_are_refused() {
+        for bad in ["", ".", "a..b", "local..", "a b", "in-addr.arpa", "arpa", &["a"; 51].join(".")] {
+            assert_eq!(Domain::new(bad), Err(BadDomain), "{bad:?}");
+        }
+        let longest = Domain::new(&["a".repeat(50), "b".repeat(49)].join(".")).unwrap();
+        let name = ["c".repeat(63), "d".repeat(62), "e".into()].join(".");
+        assert!(is_relative(&name) && name.len() == MAX_NAME);
+        assert!(longest.absolute(&name).is_some());
+    }
+
+    #[test]
+    fn labels_that_cannot_be_told_apart_are_nobodys() {
+        let domain = Domain::new("overnode.local").unwrap();
+        let name = |labels: &[&[u8]]| {
+            Name::from_labels(labels.iter().copied().chain([&b"overnode"[..], b"local"])).unwrap()
+        };
+        assert_eq!(domain.part_before(&name(&[b"a", b"b"])).as_deref(), Some("a.b"));
+        assert_eq!(domain.part_before(&name(&[])).as_deref(), Some(""));
+        for odd in [&b"a.b"[..], b"a\\", b"\0", b"\xff", b"*"] {
+            assert_eq!(domain.part_before(&name(&[odd])), None);
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The sockets: a thread of its own with both of them, which ends with the [`Server`].
+
+use std::io;
+use std::net::{self, IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::PORT;
+use super::service::{Quota, Service, Step, Transport};
+
+/// A longer query is none.
+const MAX_QUERY: usize = 4096;
+/// Most connections.
+const CONNECTIONS: usize = 256;
+/// The same of one container.
+const CONNECTIONS_OF_ONE: usize = 16;
+/// How long a connection may be quiet, and how long an answer may take to be read.
+const QUIET: Duration = Duration::from_secs(10);
+/// Queries of one connection.
+const QUERIES_OF_CONNECTION: usize = 1000;
+/// After an error of a socket.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The sockets, opened in whatever network namespace [`Sockets::open`] was called.
+pub struct Sockets {
+    udp: net::UdpSocket,
+    tcp: net::TcpListener,
+}
+
+impl Sockets {
+    /// UDP and TCP, port 53.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn open(address: IpAddr) -> io::Result<Self> {
+        let address = SocketAddr::new(address, PORT);
+        let (udp, tcp) = (net::UdpSocket::bind(address)?, net::TcpListener::bind(address)?);
+        udp.set_nonblocking(true)?;
+        tcp.set_nonblocking(true)?;
+        Ok(Self { udp, tcp })
+    }
+}
+
+/// A running server. Dropping it closes the sockets.
+#[derive(Debug)]
+pub struct Server {
+    _running: oneshot::Sender<()>,
+}
+
+impl Server {
+    /// Answers what comes from addresses of `subnet`.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn start(service: Arc<Service>, sockets: Sockets, subnet: IpNet) -> io::Result<Self> {
+        let (running, stopped) = oneshot::channel();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        std::thread::Builder::new().name("dns".into()).spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    ended = serve(service, sockets, subnet) => {
+                        if let Err(error) = ended {
+                            tracing::warn!("DNS is not served: {error}");
+                        }
+                    }
+                    _ = stopped => {}
+                }
+            });
+        })?;
+        Ok(Self { _running: running })
+    }
+
+    /// False if it has ended by itself.
+    pub fn is_running(&self) -> bool {
+        !self._running.is_closed()
+    }
+}
+
+async fn serve(service: Arc<Service>, sockets: Sockets, subnet: IpNet) -> io::Result<()> {
+    let udp = UdpSocket::from_std(sockets.udp)?;
+    let tcp = TcpListener::from_std(sockets.tcp)?;
+    tokio::join!(serve_udp(service.clone(), Arc::new(udp), subnet), serve_tcp(service, tcp, subnet));
+    Ok(())
+}
+
+async fn serve_udp(service: Arc<Service>, socket: Arc<UdpSocket>, subnet: IpNet) {
+    let mut tasks = JoinSet::new();
+    let mut buffer = vec![0; MAX_QUERY];
+    loop {
+        let (len, from) = match socket.recv_from(&mut buffer).await {
+            Ok(received) => received,
+            Err(error) => {
+                tracing::debug!("a DNS query was not received: {error}");
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
+        while tasks.try_join_next().is_some() {}
+        if !subnet.contains(&from.ip()) || from.port() == 0 {
+            continue;
+        }
+        match service.begin(buffer.get(..len).unwrap_or_default(), from.ip(), Transport::Udp) {
+            Step::Ignore => {}
+            // A socket that takes nothing now loses it, as any network may.
+            Step::Send(bytes) => _ = socket.try_send_to(&bytes, from),
+            Step::Ask(pending) => {
+                let (service, socket) = (service.clone(), socket.clone());
+                tasks.spawn(async move {
+                    let bytes = service.finish(pending).await;
+                    let _ = socket.try_send_to(&bytes, from);
+                });
+            }
+        }
+    }
+}
+
+async fn serve_tcp(service: Arc<Service>, listener: TcpListener, subnet: IpNet) {
+    let quota = Quota::new(CONNECTIONS, CONNECTIONS_OF_ONE);
+    let mut connections = JoinSet::new();
+    loop {
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::debug!("a DNS connection was not accepted: {error}");
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
+        while connections.try_join_next().is_some() {}
+        let Some(share) = quota.share(from.ip()).filter(|_| subnet.contains(&from.ip())) else { continue };
+        let service = service.clone();
+        connections.spawn(async move {
+            // Whatever ends it: the other side is told by the end.
+            let _ = converse(&service, stream, from.ip()).await;
+            drop(share);
+        });
+    }
+}
+
+/// One query after the other.
+async fn converse(service: &Service, mut stream: TcpStream, from: IpAddr) -> io::Result<()> {
+    let mut buffer = vec![0; MAX_QUERY];
+    for _ in 0..QUERIES_OF_CONNECTION {
+        let len = usize::from(timeout(QUIET, stream.read_u16()).await??);
+        let Some(query) = buffer.get_mut(..len) else { break };
+        timeout(QUIET, stream.read_exact(query)).await??;
+        let answer = match service.begin(query, from, Transport::Tcp) {
+            Step::Ignore => break,
+            Step::Send(bytes) => bytes,
+            Step::Ask(pending) => service.finish(pending).await,
+        };
+        let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
+        let framed = [&length.to_be_bytes()[..], &answer].concat();
+        timeout(QUIET, stream.write_all(&framed)).await??;
+    }
+    Ok(())
+}

@@ -1,0 +1,286 @@
+//! Queries in, answers out: bytes on both sides.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hickory_proto::op::{Edns, Message, MessageType, Metadata, ResponseCode};
+use hickory_proto::serialize::binary::{BinEncodable as _, BinEncoder};
+
+use super::directory::{Directory, Verdict};
+use super::upstream::{Flags, Upstream};
+
+/// Most questions that wait for the host's resolvers.
+const PENDING: usize = 512;
+/// The same of one container.
+const PENDING_OF_ONE: usize = 64;
+/// Most bytes of an answer by UDP: what fits into a packet everywhere.
+const UDP_BYTES: u16 = 1232;
+/// Of a client that does not say what it takes (RFC 1035).
+const UDP_BYTES_UNSAID: u16 = 512;
+const HEADER: usize = 12;
+
+/// How a query came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// In a datagram.
+    Udp,
+    /// By a connection.
+    Tcp,
+}
+
+/// What is to be done with a query.
+pub enum Step {
+    /// Nothing: it is none.
+    Ignore,
+    /// Send this.
+    Send(Vec<u8>),
+    /// Ask elsewhere: [`Service::finish`].
+    Ask(Pending),
+}
+
+/// A query that waits for the host's resolvers.
+pub struct Pending {
+    query: Message,
+    transport: Transport,
+    _share: Share,
+}
+
+/// How many queries came, since the daemon started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// All that could be read.
+    pub queries: u64,
+    /// Of those, asked elsewhere.
+    pub forwarded: u64,
+    /// Of those, without an answer from there.
+    pub failed: u64,
+    /// Sent back because they are not to be answered, or too many at once.
+    pub refused: u64,
+}
+
+/// Answers queries.
+pub struct Service {
+    directory: Mutex<Directory>,
+    upstream: Upstream,
+    pending: Quota,
+    queries: AtomicU64,
+    forwarded: AtomicU64,
+    failed: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl Service {
+    /// With these names, and these resolvers for all others.
+    pub fn new(directory: Directory, upstream: Upstream) -> Self {
+        Self {
+            directory: Mutex::new(directory),
+            upstream,
+            pending: Quota::new(PENDING, PENDING_OF_ONE),
+            queries: AtomicU64::new(0),
+            forwarded: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        }
+    }
+
+    /// The names.
+    pub fn directory(&self) -> MutexGuard<'_, Directory> {
+        self.directory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whom it asks elsewhere.
+    pub fn upstream(&self) -> &Upstream {
+        &self.upstream
+    }
+
+    /// What was asked so far.
+    pub fn counts(&self) -> Counts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counts {
+            queries: read(&self.queries),
+            forwarded: read(&self.forwarded),
+            failed: read(&self.failed),
+            refused: read(&self.refused),
+        }
+    }
+
+    /// Takes a query that a container has sent.
+    pub fn begin(&self, bytes: &[u8], from: IpAddr, transport: Transport) -> Step {
+        let Some(header) = bytes.first_chunk::<HEADER>() else { return Step::Ignore };
+        // An answer to an answer could go on for ever.
+        if header[2] & 0x80 != 0 {
+            return Step::Ignore;
+        }
+        let query = match read(header, bytes) {
+            Ok(query) => query,
+            Err(code) => return self.refuse(header, code),
+        };
+        self.queries.fetch_add(1, Ordering::Relaxed);
+        if query.edns.as_ref().is_some_and(|edns| edns.version() != 0) {
+            return Step::Send(encode(reply_to(&query, ResponseCode::BADVERS), &query, transport));
+        }
+        let Some(question) = query.queries.first() else { return self.refuse(header, ResponseCode::FormErr) };
+        let verdict = self.directory().ask(question);
+        match verdict {
+            Verdict::Answer(answer) => {
+                let mut reply = reply_to(&query, answer.code);
+                reply.metadata.authoritative = answer.code != ResponseCode::Refused;
+                reply.answers = answer.records;
+                reply.authorities.extend(answer.soa.map(|soa| *soa));
+                Step::Send(encode(reply, &query, transport))
+            }
+            Verdict::Elsewhere => match self.pending.share(from).filter(|_| query.metadata.recursion_desired)
+            {
+                Some(share) => Step::Ask(Pending { query, transport, _share: share }),
+                None => self.refuse(header, ResponseCode::Refused),
+            },
+        }
+    }
+
+    /// Asks elsewhere, and gives the answer.
+    pub async fn finish(&self, pending: Pending) -> Vec<u8> {
+        let Pending { query, transport, _share } = pending;
+        self.forwarded.fetch_add(1, Ordering::Relaxed);
+        let flags = Flags {
+            dnssec_ok: query.edns.as_ref().is_some_and(|edns| edns.flags().dnssec_ok),
+            checking_disabled: query.metadata.checking_disabled,
+        };
+        let question = query.queries.first().cloned().unwrap_or_default();
+        let reply = match self.upstream.ask(question, flags).await {
+            Ok(found) => {
+                let mut reply = reply_to(&query, found.metadata.response_code);
+                reply.metadata.authentic_data = found.metadata.authentic_data;
+                // Nobody else has a say in our names.
+                let directory = self.directory();
+                let may = |record: &hickory_proto::rr::Record| !directory.owns(&record.name);
+                reply.answers = found.answers.into_iter().filter(may).collect();
+                reply.authorities = found.authorities.into_iter().filter(may).collect();
+                reply.additionals = found.additionals.into_iter().filter(may).collect();
+                reply
+            }
+            Err(code) => {
+                self.failed.fetch_add(1, Ordering::Relaxed);
+                reply_to(&query, code)
+            }
+        };
+        encode(reply, &query, transport)
+    }
+
+    fn refuse(&self, header: &[u8; HEADER], code: ResponseCode) -> Step {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        Step::Send(bare(header, code))
+    }
+}
+
+/// Reads a query with one question.
+fn read(header: &[u8; HEADER], bytes: &[u8]) -> Result<Message, ResponseCode> {
+    let [_, _, flags, _, questions @ .., _, _, _, _, _, _] = header;
+    let counts = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
+    if flags & 0x78 != 0 {
+        return Err(ResponseCode::NotImp);
+    }
+    // Before anything is made of them: counts may promise more than there is.
+    if *questions != [0, 1] || counts(6) != 0 || counts(8) != 0 || counts(10) > 2 {
+        return Err(ResponseCode::FormErr);
+    }
+    let message = Message::from_vec(bytes).map_err(|_| ResponseCode::FormErr)?;
+    if message.metadata.message_type != MessageType::Query || message.queries.len() != 1 {
+        return Err(ResponseCode::FormErr);
+    }
+    Ok(message)
+}
+
+fn reply_to(query: &Message, code: ResponseCode) -> Message {
+    let mut reply = Message::response(query.metadata.id, query.metadata.op_code);
+    reply.metadata = Metadata::response_from_request(&query.metadata);
+    reply.metadata.recursion_available = true;
+    reply.metadata.response_code = code;
+    reply.queries.clone_from(&query.queries);
+    if let Some(asked) = &query.edns {
+        let mut edns = Edns::new();
+        edns.set_max_payload(UDP_BYTES);
+        edns.set_version(0);
+        edns.set_dnssec_ok(asked.flags().dnssec_ok);
+        reply.set_edns(edns);
+    }
+    reply
+}
+
+/// What does not fit is left out, and that is said.
+fn encode(reply: Message, query: &Message, transport: Transport) -> Vec<u8> {
+    let most = match (transport, &query.edns) {
+        (Transport::Tcp, _) => u16::MAX,
+        (Transport::Udp, Some(edns)) => edns.max_payload().clamp(UDP_BYTES_UNSAID, UDP_BYTES),
+        (Transport::Udp, None) => UDP_BYTES_UNSAID,
+    };
+    let mut bytes = Vec::with_capacity(UDP_BYTES_UNSAID.into());
+    let mut encoder = BinEncoder::new(&mut bytes);
+    encoder.set_max_size(most);
+    match reply.emit(&mut encoder) {
+        Ok(()) => bytes,
+        Err(error) => {
+            tracing::debug!("an answer cannot be written: {error}");
+            let [high, low] = query.metadata.id.to_be_bytes();
+            bare(&[high, low, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], ResponseCode::ServFail)
+        }
+    }
+}
+
+/// An answer to what could not be read, or shall not be.
+fn bare(header: &[u8; HEADER], code: ResponseCode) -> Vec<u8> {
+    // Answer, same kind of query, recursion desired as it was, and available.
+    vec![header[0], header[1], 0x80 | header[2] & 0x79, 0x80 | code.low(), 0, 0, 0, 0, 0, 0, 0, 0]
+}
+
+/// How much of something may be in use at one time: in all, and by one container.
+#[derive(Clone, Debug)]
+pub(super) struct Quota {
+    most: usize,
+    most_of_one: usize,
+    taken: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
+}
+
+/// A part of a [`Quota`], until it is dropped.
+pub(super) struct Share {
+    of: IpAddr,
+    quota: Quota,
+}
+
+impl Quota {
+    pub(super) fn new(most: usize, most_of_one: usize) -> Self {
+        Self { most, most_of_one, taken: Arc::default() }
+    }
+
+    pub(super) fn share(&self, of: IpAddr) -> Option<Share> {
+        let mut taken = self.lock();
+        let all: usize = taken.values().sum();
+        let own = taken.get(&of).copied().unwrap_or(0);
+        if all >= self.most || own >= self.most_of_one {
+            return None;
+        }
+        taken.insert(of, own + 1);
+        drop(taken);
+        Some(Share { of, quota: self.clone() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<IpAddr, usize>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut taken = self.quota.lock();
+        if let Some(count) = taken.get_mut(&self.of) {
+            *count -= 1;
+            if *count == 0 {
+                taken.remove(&self.of);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,215 @@
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use hickory_proto::op::{OpCode, Query};
+use hickory_proto::rr::{Name, RecordType};
+use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use super::super::{Domain, Zone};
+use super::*;
+use crate::gossip::Named;
+use crate::types::{Network, NodeId};
+
+const FROM: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 40, 0, 9));
+
+/// With 100 addresses of `many`, and no resolvers.
+fn service() -> Service {
+    let mut zone = Zone::new(StdRng::seed_from_u64(1));
+    let node = NodeId::new(1).unwrap();
+    let many = (0..100).map(|n| ("many", format!("10.40.1.{n}")));
+    let names = many.chain([("web", "10.40.0.1".to_owned())]);
+    let mut names: Vec<Named> =
+        names.map(|(name, it)| Named { name: name.into(), address: it.parse().unwrap() }).collect();
+    names.sort();
+    zone.set_names(node, &names);
+    zone.set_reachable(BTreeSet::from([node]));
+    let subnet = Network::default().subnet;
+    let directory = Directory::new(vec![Domain::new("overnode.local").unwrap()], subnet, zone);
+    Service::new(directory, Upstream::new(Path::new("/nonexistent"), "10.39.240.1".parse().unwrap(), subnet))
+}
+
+fn query(name: &str, kind: RecordType) -> Message {
+    let mut message = Message::query();
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+    message
+}
+
+fn with_edns(mut message: Message, payload: u16) -> Message {
+    let mut edns = Edns::new();
+    edns.set_max_payload(payload);
+    message.set_edns(edns);
+    message
+}
+
+fn bytes(service: &Service, query: &Message, transport: Transport) -> Vec<u8> {
+    match service.begin(&query.to_vec().unwrap(), FROM, transport) {
+        Step::Send(bytes) => bytes,
+        Step::Ignore => panic!("ignored"),
+        Step::Ask(_) => panic!("asked elsewhere"),
+    }
+}
+
+fn ask(service: &Service, query: &Message, transport: Transport) -> Message {
+    let reply = Message::from_vec(&bytes(service, query, transport)).unwrap();
+    assert_eq!(reply.metadata.id, query.metadata.id);
+    assert_eq!(reply.metadata.message_type, MessageType::Response);
+    assert!(reply.metadata.recursion_available);
+    reply
+}
+
+#[test]
+fn a_name_is_answered_with_authority() {
+    let service = service();
+    let query = query("Web.overnode.local.", RecordType::A);
+    let reply = ask(&service, &query, Transport::Udp);
+    assert_eq!(reply.metadata.response_code, ResponseCode::NoError);
+    assert!(reply.metadata.authoritative && reply.metadata.recursion_desired && !reply.metadata.truncation);
+    assert_eq!(reply.queries, query.queries);
+    assert_eq!(reply.answers.len(), 1);
+    assert!(reply.edns.is_none(), "it was not offered");
+    assert_eq!(service.counts(), Counts { queries: 1, ..Counts::default() });
+}
+
+#[test]
+fn what_does_not_fit_is_cut_and_said_to_be_and_tcp_has_it_all() {
+    let service = service();
+    let plain = query("many.overnode.local.", RecordType::A);
+    for (query, most) in [
+        (plain.clone(), 512),
+        (with_edns(plain.clone(), 0), 512),
+        (with_edns(plain.clone(), 800), 800),
+        (with_edns(plain.clone(), 1232), 1232),
+        (with_edns(plain.clone(), 65535), 1232),
+    ] {
+        let reply = bytes(&service, &query, Transport::Udp);
+        assert!(reply.len() <= most, "{} of {most}", reply.len());
+        let reply = Message::from_vec(&reply).unwrap();
+        assert!(reply.metadata.truncation);
+        assert!(reply.answers.len() > 25, "as much as fits");
+    }
+    let whole = ask(&service, &plain, Transport::Tcp);
+    assert!(!whole.metadata.truncation);
+    assert_eq!(whole.answers.len(), 100);
+}
+
+#[test]
+fn edns_is_answered_and_a_later_version_refused() {
+    let service = service();
+    let reply = ask(&service, &with_edns(query("web.overnode.local.", RecordType::A), 4096), Transport::Udp);
+    assert_eq!(reply.edns.unwrap().max_payload(), 1232);
+    let mut later = with_edns(query("web.overnode.local.", RecordType::A), 4096);
+    later.edns.as_mut().unwrap().set_version(1);
+    let reply = ask(&service, &later, Transport::Udp);
+    assert_eq!(u16::from(reply.metadata.response_code), 16, "BADVERS");
+    assert!(reply.answers.is_empty());
+}
+
+#[test]
+fn what_is_no_query_is_ignored_or_refused_in_twelve_bytes() {
+    let service = service();
+    let good = query("web.overnode.local.", RecordType::A).to_vec().unwrap();
+    let begin = |bytes: &[u8]| match service.begin(bytes, FROM, Transport::Udp) {
+        Step::Ignore => None,
+        Step::Send(reply) => {
+            assert_eq!(reply.len(), HEADER);
+            assert_eq!(reply[..2], bytes[..2]);
+            Some(Message::from_vec(&reply).unwrap().metadata.response_code)
+        }
+        Step::Ask(_) => panic!("asked elsewhere"),
+    };
+    let altered = |at: usize, value: u8| {
+        let mut bytes = good.clone();
+        bytes[at] = value;
+        begin(&bytes)
+    };
+    for short in 0..HEADER {
+        assert_eq!(begin(&good[..short]), None);
+    }
+    assert_eq!(altered(2, 0x81), None, "an answer");
+    assert_eq!(altered(2, 0x29), Some(ResponseCode::NotImp), "an update");
+    for cut in HEADER..good.len() {
+        assert_eq!(begin(&good[..cut]), Some(ResponseCode::FormErr), "cut at {cut}");
+    }
+    for (at, value) in [(4, 0xff), (5, 0), (5, 2), (6, 0xff), (7, 1), (9, 1), (10, 0xff), (11, 3), (11, 1)] {
+        assert_eq!(altered(at, value), Some(ResponseCode::FormErr), "{value} at {at}");
+    }
+    // A name that points at itself.
+    let pointer = [&good[..HEADER], &[0xc0, 12, 0, 1, 0, 1]].concat();
+    assert_eq!(begin(&pointer), Some(ResponseCode::FormErr));
+    assert_eq!(service.counts().queries, 0);
+    assert!(service.counts().refused > 20);
+}
+
+#[tokio::test]
+async fn without_resolvers_other_names_fail() {
+    let service = service();
+    let query = with_edns(query("example.org.", RecordType::A), 1232);
+    let Step::Ask(pending) = service.begin(&query.to_vec().unwrap(), FROM, Transport::Udp) else {
+        panic!("not asked elsewhere")
+    };
+    let reply = Message::from_vec(&service.finish(pending).await).unwrap();
+    assert_eq!(reply.metadata.response_code, ResponseCode::ServFail);
+    assert!(!reply.metadata.authoritative && reply.edns.is_some());
+    assert_eq!(service.counts(), Counts { queries: 1, forwarded: 1, failed: 1, refused: 0 });
+}
+
+#[test]
+fn only_who_asks_for_it_is_asked_elsewhere_and_only_so_often_at_a_time() {
+    let service = service();
+    let mut query = query("example.org.", RecordType::A);
+    query.metadata.recursion_desired = false;
+    let refused = bytes(&service, &query, Transport::Udp);
+    assert_eq!(Message::from_vec(&refused).unwrap().metadata.response_code, ResponseCode::Refused);
+    query.metadata.recursion_desired = true;
+    let query = query.to_vec().unwrap();
+    let mut waiting = Vec::new();
+    for container in 0..20_u8 {
+        let from = IpAddr::from([10, 40, 0, container]);
+        for _ in 0..2 * PENDING_OF_ONE {
+            if let Step::Ask(pending) = service.begin(&query, from, Transport::Udp) {
+                waiting.push(pending);
+            }
+        }
+        assert_eq!(waiting.len(), (usize::from(container) + 1) * PENDING_OF_ONE);
+        if waiting.len() == PENDING {
+            break;
+        }
+    }
+    assert_eq!(waiting.len(), PENDING);
+    assert!(matches!(service.begin(&query, "10.40.9.9".parse().unwrap(), Transport::Udp), Step::Send(_)));
+    waiting.clear();
+    assert!(matches!(service.begin(&query, FROM, Transport::Udp), Step::Ask(_)));
+    assert!(service.pending.lock().is_empty(), "shares are given back");
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_panic_and_no_answer_is_longer_than_it_may_be(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        let service = service();
+        for transport in [Transport::Udp, Transport::Tcp] {
+            if let Step::Send(reply) = service.begin(&bytes, FROM, transport) {
+                prop_assert!(transport == Transport::Tcp || reply.len() <= usize::from(UDP_BYTES));
+                prop_assert!(Message::from_vec(&reply).is_ok());
+            }
+        }
+    }
+
+    #[test]
+    fn altered_queries_are_answered_or_refused(flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+        let service = service();
+        let mut bytes = with_edns(query("many.overnode.local.", RecordType::ANY), 1232).to_vec().unwrap();
+        for (place, value) in &flips {
+            let place = place.index(bytes.len());
+            bytes[place] ^= value;
+        }
+        if let Step::Send(reply) = service.begin(&bytes, FROM, Transport::Udp) {
+            prop_assert_eq!(&reply[..2], &bytes[..2]);
+            prop_assert!(reply.len() <= usize::from(UDP_BYTES));
+            let reply = Message::from_vec(&reply).unwrap();
+            prop_assert!(reply.metadata.op_code == OpCode::Query || reply.metadata.response_code == ResponseCode::NotImp);
+        }
+    }
+}

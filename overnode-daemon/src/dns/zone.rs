@@ -1,0 +1,230 @@
+//! Which names there are, what they stand for, and who says so. No I/O, no clock.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+
+use crate::gossip::Named;
+use crate::types::NodeId;
+
+/// Most addresses, or names, of one answer: a random choice of them.
+pub const MAX_ANSWERS: usize = 256;
+
+/// The names of all nodes. What a node that is not reached says does not count, until it is reached again.
+#[derive(Debug)]
+pub struct Zone {
+    nodes: BTreeMap<NodeId, Vec<Named>>,
+    reachable: BTreeSet<NodeId>,
+    /// By the name with its labels in reverse order: what is below a name follows it.
+    forward: BTreeMap<String, BTreeSet<(IpAddr, NodeId)>>,
+    reverse: BTreeMap<IpAddr, BTreeSet<(String, NodeId)>>,
+    rng: StdRng,
+}
+
+impl Zone {
+    /// A zone without names.
+    pub fn new(rng: StdRng) -> Self {
+        Self {
+            nodes: BTreeMap::new(),
+            reachable: BTreeSet::new(),
+            forward: BTreeMap::new(),
+            reverse: BTreeMap::new(),
+            rng,
+        }
+    }
+
+    /// What a node says, instead of what it said before.
+    pub fn set_names(&mut self, node: NodeId, names: &[Named]) {
+        if self.nodes.get(&node).map_or(&[][..], Vec::as_slice) == names {
+            return;
+        }
+        for named in self.nodes.remove(&node).unwrap_or_default() {
+            take_out(&mut self.forward, &backwards(&named.name), &(named.address, node));
+            take_out(&mut self.reverse, &named.address, &(named.name, node));
+        }
+        for named in names {
+            self.forward.entry(backwards(&named.name)).or_default().insert((named.address, node));
+            self.reverse.entry(named.address).or_default().insert((named.name.clone(), node));
+        }
+        if !names.is_empty() {
+            self.nodes.insert(node, names.to_vec());
+        }
+    }
+
+    /// Whose names count: this node and those that it reaches.
+    pub fn set_reachable(&mut self, nodes: BTreeSet<NodeId>) {
+        self.reachable = nodes;
+    }
+
+    /// The addresses of a name, in an order that is random each time.
+    pub fn addresses(&mut self, name: &str) -> Vec<IpAddr> {
+        let found = self.forward.get(&backwards(name)).into_iter().flatten();
+        let found: BTreeSet<IpAddr> =
+            found.filter(|(_, node)| self.reachable.contains(node)).map(|(address, _)| *address).collect();
+        self.shuffled(found)
+    }
+
+    /// The names of an address, in an order that is random each time.
+    pub fn names(&mut self, address: IpAddr) -> Vec<String> {
+        let found = self.reverse.get(&address).into_iter().flatten();
+        let found: BTreeSet<String> =
+            found.filter(|(_, node)| self.reachable.contains(node)).map(|(name, _)| name.clone()).collect();
+        self.shuffled(found)
+    }
+
+    /// True if the name stands for something, or a name below it does.
+    pub fn exists(&self, name: &str) -> bool {
+        let first = backwards(name);
+        let below = format!("{first}.");
+        let counts = |holders: &BTreeSet<(IpAddr, NodeId)>| {
+            holders.iter().any(|(_, node)| self.reachable.contains(node))
+        };
+        let mut below = self.forward.range(below.clone()..).take_while(|(name, _)| name.starts_with(&below));
+        self.forward.get(&first).is_some_and(counts) || below.any(|(_, holders)| counts(holders))
+    }
+
+    /// Everything, with who says it and whether that counts, by name.
+    pub fn entries(&self) -> Vec<(&Named, NodeId, bool)> {
+        let mut entries: Vec<_> = self
+            .nodes
+            .iter()
+            .flat_map(|(node, names)| names.iter().map(|it| (it, *node, self.reachable.contains(node))))
+            .collect();
+        entries.sort();
+        entries
+    }
+
+    fn shuffled<T>(&mut self, found: BTreeSet<T>) -> Vec<T> {
+        let mut found: Vec<T> = found.into_iter().collect();
+        let count = found.len().min(MAX_ANSWERS);
+        found.partial_shuffle(&mut self.rng, count);
+        // The chosen ones are at the end.
+        found.drain(..found.len() - count);
+        found
+    }
+}
+
+fn backwards(name: &str) -> String {
+    name.rsplit('.').collect::<Vec<_>>().join(".")
+}
+
+fn take_out<K: Ord, V: Ord>(map: &mut BTreeMap<K, BTreeSet<V>>, key: &K, value: &V) {
+    if let Some(values) = map.get_mut(key) {
+        values.remove(value);
+        if values.is_empty() {
+            map.remove(key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+
+    fn id(id: u16) -> NodeId {
+        NodeId::new(id).unwrap()
+    }
+
+    fn named(name: &str, address: &str) -> Named {
+        Named { name: name.into(), address: address.parse().unwrap() }
+    }
+
+    fn zone(nodes: &[(u16, &[(&str, &str)])]) -> Zone {
+        let mut zone = Zone::new(StdRng::seed_from_u64(1));
+        for (node, names) in nodes {
+            zone.set_names(id(*node), &names.iter().map(|(name, it)| named(name, it)).collect::<Vec<_>>());
+        }
+        zone.set_reachable(nodes.iter().map(|(node, _)| id(*node)).collect());
+        zone
+    }
+
+    fn texts(addresses: Vec<IpAddr>) -> Vec<String> {
+        let mut texts: Vec<String> = addresses.iter().map(IpAddr::to_string).collect();
+        texts.sort();
+        texts
+    }
+
+    #[test]
+    fn a_name_stands_for_all_that_any_node_says() {
+        let mut zone = zone(&[
+            (1, &[("web", "10.40.0.1"), ("web", "10.40.0.2"), ("db", "10.40.0.3")]),
+            (2, &[("web", "10.42.0.1"), ("web", "10.40.0.1")]),
+        ]);
+        assert_eq!(texts(zone.addresses("web")), ["10.40.0.1", "10.40.0.2", "10.42.0.1"]);
+        assert_eq!(texts(zone.addresses("db")), ["10.40.0.3"]);
+        assert!(zone.addresses("other").is_empty() && !zone.exists("other"));
+        assert_eq!(zone.names("10.40.0.1".parse().unwrap()), ["web"]);
+        assert!(zone.names("10.40.0.9".parse().unwrap()).is_empty());
+    }
+
+    #[test]
+    fn the_order_is_random_and_fair() {
+        let mut zone = zone(&[(1, &[("web", "10.40.0.1"), ("web", "10.40.0.2"), ("web", "10.40.0.3")])]);
+        let mut firsts = BTreeMap::new();
+        for _ in 0..3000 {
+            *firsts.entry(zone.addresses("web")[0]).or_insert(0) += 1;
+        }
+        assert_eq!(firsts.len(), 3);
+        assert!(firsts.values().all(|count| (850..1150).contains(count)), "{firsts:?}");
+    }
+
+    #[test]
+    fn very_many_addresses_are_a_random_choice_without_repetition() {
+        let mut zone = Zone::new(StdRng::seed_from_u64(2));
+        let all = (0..1000_u32).map(|n| Named {
+            name: "web".into(),
+            address: std::net::Ipv4Addr::from_bits(0x0a28_0000 + n).into(),
+        });
+        zone.set_names(id(1), &all.collect::<Vec<_>>());
+        zone.set_reachable([id(1)].into());
+        let mut seen = BTreeSet::new();
+        for _ in 0..100 {
+            let some = zone.addresses("web");
+            assert_eq!(some.iter().collect::<BTreeSet<_>>().len(), MAX_ANSWERS);
+            seen.extend(some);
+        }
+        assert_eq!(seen.len(), 1000, "each has its turn");
+    }
+
+    #[test]
+    fn names_of_a_node_that_is_lost_leave_and_come_back() {
+        let mut zone =
+            zone(&[(1, &[("web", "10.40.0.1")]), (2, &[("web", "10.42.0.1"), ("a.b", "10.42.0.2")])]);
+        zone.set_reachable([id(1)].into());
+        assert_eq!(texts(zone.addresses("web")), ["10.40.0.1"]);
+        assert!(!zone.exists("a.b") && !zone.exists("b"));
+        assert!(zone.names("10.42.0.1".parse().unwrap()).is_empty());
+        assert_eq!(zone.entries().len(), 3, "they are still shown");
+        zone.set_reachable([id(1), id(2)].into());
+        assert_eq!(texts(zone.addresses("web")), ["10.40.0.1", "10.42.0.1"]);
+        assert!(zone.exists("a.b"));
+    }
+
+    #[test]
+    fn what_a_node_says_no_more_is_gone() {
+        let mut zone =
+            zone(&[(1, &[("web", "10.40.0.1"), ("db", "10.40.0.1")]), (2, &[("web", "10.40.0.1")])]);
+        zone.set_names(id(1), &[named("db", "10.40.0.2")]);
+        assert_eq!(texts(zone.addresses("web")), ["10.40.0.1"], "node 2 says it still");
+        assert_eq!(texts(zone.addresses("db")), ["10.40.0.2"]);
+        zone.set_names(id(2), &[]);
+        assert!(!zone.exists("web"));
+        zone.set_names(id(1), &[]);
+        assert!(zone.forward.is_empty() && zone.reverse.is_empty() && zone.nodes.is_empty());
+    }
+
+    #[test]
+    fn a_name_with_names_below_it_exists() {
+        let zone = zone(&[(1, &[("a.b.c", "10.40.0.1"), ("a.bb", "10.40.0.2")])]);
+        for name in ["a.b.c", "b.c", "c", "bb", "a.bb"] {
+            assert!(zone.exists(name), "{name}");
+        }
+        for name in ["b", "a", "cc", "d.a.b.c", "a.b", "x.c"] {
+            assert!(!zone.exists(name), "{name}");
+        }
+    }
+}

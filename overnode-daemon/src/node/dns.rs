@@ -1,0 +1,316 @@
+//! Names: which ones this node has and tells, which ones count, and the server that containers ask.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+
+use super::running::Node;
+use crate::api::{self, ApiError, DnsAddresses, DnsEntry, DnsStatus};
+use crate::datapath::{self, KnownEndpoint, OwnNetns};
+use crate::dns::server::Sockets;
+use crate::dns::{self, Directory, Domain, Server, Service, Upstream, Zone, name};
+use crate::gossip::{MAX_NAMES, NAME_BYTES, Named, Record};
+use crate::path::route::Route;
+use crate::store::Identity;
+use crate::types::NodeId;
+
+/// A node that comes back is given this time to say what has changed.
+const STEADY: Duration = Duration::from_millis(900);
+/// Most addresses in one request.
+const MAX_ADDRESSES: usize = 64;
+
+/// The names, and the server if there is one.
+pub(super) struct Dns {
+    domains: Vec<Domain>,
+    address: IpAddr,
+    wanted: bool,
+    service: Arc<Service>,
+    /// Nodes that packets get to, and since when.
+    present: BTreeMap<NodeId, Instant>,
+    place: Option<Place>,
+}
+
+/// Where containers find the server: a network namespace of its own, plugged in at the node's address.
+struct Place {
+    server: Server,
+    netns: OwnNetns,
+}
+
+impl Dns {
+    pub(super) fn new(identity: &Identity, address: IpAddr) -> Self {
+        let chosen = identity.dns_domain.as_deref().unwrap_or(dns::DEFAULT_DOMAIN);
+        let mut domains: Vec<Domain> =
+            [chosen, dns::ALIAS].iter().filter_map(|text| Domain::new(text).ok()).collect();
+        domains.dedup();
+        let subnet = identity.network.subnet;
+        let directory = Directory::new(domains.clone(), subnet, Zone::new(StdRng::from_os_rng()));
+        let upstream = Upstream::new(Path::new(dns::RESOLV_CONF), address, subnet);
+        let service = Arc::new(Service::new(directory, upstream));
+        Self { domains, address, wanted: identity.dns, service, present: BTreeMap::new(), place: None }
+    }
+
+    /// What a node says of its names.
+    pub(super) fn learn(&self, record: &Record) {
+        self.service.directory().zone_mut().set_names(record.id, &record.names);
+    }
+
+    /// What the data plane must not take for something that belongs to nobody.
+    pub(super) fn endpoint(&self) -> Option<KnownEndpoint> {
+        self.place.as_ref().map(|place| KnownEndpoint {
+            address: self.address,
+            host_interface: datapath::host_interface(self.address),
+            netns: place.netns.netns(),
+        })
+    }
+
+    fn relative(&self, text: &str) -> Result<String, ApiError> {
+        name::relative(text, &self.domains)
+            .map_err(|error| ApiError::usage(format_args!("{text:?} cannot be a name in DNS: {error}")))
+    }
+
+    /// With the domain.
+    fn full(&self, name: &str) -> String {
+        let domain = self.domains.first().map_or(dns::DEFAULT_DOMAIN, Domain::as_str);
+        format!("{name}.{domain}")
+    }
+}
+
+impl Node {
+    /// Takes up what is known at the start.
+    pub(super) fn adopt_names(&mut self, now: Instant) {
+        for record in self.gossip.records() {
+            self.dns.learn(record);
+        }
+        self.announce_names(now);
+        // What is not published yet is known here.
+        self.dns.learn(self.gossip.own());
+        self.tell_dns_of_paths(now);
+    }
+
+    /// Starts the server, unless it is there.
+    pub(super) async fn keep_dns(&mut self, now: Instant) {
+        let interface = datapath::host_interface(self.dns.address);
+        let is_whole = |place: &Place| place.server.is_running() && self.datapath.is_attached(&interface);
+        if !self.dns.wanted || self.dns.place.as_ref().is_some_and(is_whole) {
+            return;
+        }
+        if self.dns.place.take().is_some() {
+            tracing::warn!("the place where DNS is served was lost; it is made anew");
+            if let Err(error) = self.datapath.detach(&interface).await {
+                tracing::warn!("{interface} cannot be removed: {error:#}");
+            }
+        }
+        match self.make_place(interface).await {
+            Ok(place) => self.dns.place = Some(place),
+            Err(error) => {
+                let problem = format!(
+                    "names are not served to containers: {error:#}; it is tried again each minute, or launch with --no-dns"
+                );
+                self.report_for_now(problem, now);
+            }
+        }
+    }
+
+    /// Before the daemon ends by itself: what would vanish soon after it must not be in the way of the next one.
+    pub(super) async fn stop_dns(&mut self) {
+        if self.dns.place.take().is_some()
+            && let Err(error) = self.datapath.detach(&datapath::host_interface(self.dns.address)).await
+        {
+            tracing::debug!("the place where DNS is served goes with the daemon: {error:#}");
+        }
+    }
+
+    async fn make_place(&mut self, host_interface: String) -> anyhow::Result<Place> {
+        let address = self.dns.address;
+        let netns = OwnNetns::new().await?;
+        let plan = datapath::Attachment { netns: netns.netns(), address, host_interface };
+        self.datapath.attach(&plan).await?;
+        match self.serve_in(&netns).await {
+            Ok(server) => Ok(Place { server, netns }),
+            Err(error) => {
+                self.datapath.detach(&plan.host_interface).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn serve_in(&self, netns: &OwnNetns) -> anyhow::Result<Server> {
+        let address = self.dns.address;
+        let open =
+            move || Sockets::open(address).with_context(|| format!("port 53 of {address} cannot be opened"));
+        let sockets = netns.run(open).await?;
+        Ok(Server::start(self.dns.service.clone(), sockets, self.identity.network.subnet)?)
+    }
+
+    /// Tells the others, and the own server, which names this node has.
+    pub(super) fn announce_names(&mut self, now: Instant) {
+        let names = match self.own_names() {
+            Ok(names) => names,
+            Err(error) => return tracing::warn!("the names of this node cannot be read: {}", error.message),
+        };
+        if self.gossip.own().names == names {
+            return;
+        }
+        let (count, size) = (names.len(), bytes(&names));
+        if count > MAX_NAMES || size > NAME_BYTES {
+            self.report_for_now(
+                format!(
+                    "this node has more names than it can tell the others ({count} of {MAX_NAMES}, {size} of {NAME_BYTES} bytes): \
+                     the last ones are not served; remove some with `overnode dns-remove`"
+                ),
+                now,
+            );
+        }
+        self.gossip.update_own(|own| own.names = names, now);
+        self.dns.learn(self.gossip.own());
+    }
+
+    /// Those of its containers, and those that were added.
+    fn own_names(&self) -> Result<Vec<Named>, ApiError> {
+        let attachments = self.store.attachments().map_err(ApiError::failed)?;
+        let of_container = |it: &crate::store::Attachment| {
+            let name = name::relative(it.name.as_deref()?, &self.dns.domains).ok()?;
+            Some(Named { name, address: it.address })
+        };
+        let mut names: BTreeSet<Named> = attachments.iter().filter_map(of_container).collect();
+        names.extend(self.store.names().map_err(ApiError::failed)?);
+        Ok(names.into_iter().collect())
+    }
+
+    /// Names of nodes count that packets get to, once it is sure that they still say the same: what was removed during a separation must not
+    /// be seen again, not even until the news arrives.
+    pub(super) fn tell_dns_of_paths(&mut self, now: Instant) {
+        let has_way = |id: &NodeId| !matches!(self.ways.route(*id), Some((Route::Unreachable, _)));
+        let here = self.gossip.paths().keys().copied().filter(has_way);
+        let since = |id: &NodeId| self.dns.present.get(id).copied().unwrap_or(now);
+        let present: BTreeMap<NodeId, Instant> = here.map(|id| (id, since(&id))).collect();
+        let in_use =
+            self.streams.values().filter(|it| self.dialer.connection(it.peer) == Some(it.connection));
+        let in_step: BTreeMap<NodeId, Option<Instant>> = in_use.map(|it| (it.peer, it.in_step)).collect();
+        // A neighbour's news come before its answer to a ping; those of others come with the news of their links.
+        let has_told = |id: &NodeId, since: Instant| {
+            in_step.get(id).is_none_or(|last| last.is_some_and(|last| last >= since))
+        };
+        let current = present.iter().filter(|(id, since)| now >= **since + STEADY && has_told(id, **since));
+        let mut reachable: BTreeSet<NodeId> = current.map(|(id, _)| *id).collect();
+        reachable.insert(self.identity.id);
+        self.dns.present = present;
+        self.dns.service.directory().zone_mut().set_reachable(reachable);
+    }
+
+    pub(super) async fn dns_add(&mut self, request: api::DnsAdd) -> Result<DnsAddresses, ApiError> {
+        let name = self.dns.relative(&request.name)?;
+        check_addresses(&request.addresses)?;
+        if request.addresses.is_empty() {
+            return Err(ApiError::usage("no address is given: give at least one"));
+        }
+        let mut added: BTreeSet<Named> = self.store.names().map_err(ApiError::failed)?.into_iter().collect();
+        added.extend(request.addresses.iter().map(|it| Named { name: name.clone(), address: *it }));
+        let all: BTreeSet<Named> = self.own_names()?.into_iter().chain(added.iter().cloned()).collect();
+        if all.len() > MAX_NAMES || bytes(&all) > NAME_BYTES {
+            return Err(ApiError::refused(format_args!(
+                "{name} was not added: a node can have {MAX_NAMES} names, of {} KiB together: remove some with `overnode dns-remove`",
+                NAME_BYTES >> 10
+            )));
+        }
+        self.change_names(name, added.into_iter().collect()).await
+    }
+
+    pub(super) async fn dns_remove(&mut self, request: api::DnsRemove) -> Result<DnsAddresses, ApiError> {
+        let name = self.dns.relative(&request.name)?;
+        let mut added = self.store.names().map_err(ApiError::failed)?;
+        let is_there = |address: &IpAddr| added.iter().any(|it| it.name == name && it.address == *address);
+        if let Some(unknown) = request.addresses.iter().find(|address| !is_there(address)) {
+            return Err(ApiError::missing(format_args!(
+                "{unknown} was not added to {name} on this node: nothing was changed; `overnode status --dns` lists what was, and on which node"
+            )));
+        }
+        let before = added.len();
+        added.retain(|it| {
+            it.name != name || !(request.addresses.is_empty() || request.addresses.contains(&it.address))
+        });
+        if added.len() == before {
+            return Err(ApiError::missing(format_args!(
+                "{name} was not added on this node: nothing was changed; `overnode status --dns` lists what was, and on which node"
+            )));
+        }
+        self.change_names(name, added).await
+    }
+
+    async fn change_names(&mut self, name: String, added: Vec<Named>) -> Result<DnsAddresses, ApiError> {
+        let now = Instant::now();
+        self.store.set_names(&added).map_err(ApiError::failed)?;
+        self.announce_names(now);
+        self.pump(now).await;
+        let addresses = added.into_iter().filter(|it| it.name == name).map(|it| it.address).collect();
+        Ok(DnsAddresses { name: self.dns.full(&name), addresses })
+    }
+
+    pub(super) fn dns_lookup(&mut self, request: &api::DnsLookup) -> Result<DnsAddresses, ApiError> {
+        let name = self.dns.relative(&request.name)?;
+        let addresses = self.dns.service.directory().zone_mut().addresses(&name);
+        let name = self.dns.full(&name);
+        if addresses.is_empty() {
+            return Err(ApiError::missing(format_args!(
+                "{name} stands for no address: `overnode status --dns` lists the names that there are"
+            )));
+        }
+        Ok(DnsAddresses { name, addresses })
+    }
+
+    pub(super) fn dns_status(&self) -> DnsStatus {
+        let counts = self.dns.service.counts();
+        let directory = self.dns.service.directory();
+        let nickname =
+            |id: NodeId| self.gossip.record(id).map(|record| record.nickname.clone()).unwrap_or_default();
+        let entries = directory.zone().entries().into_iter().map(|(named, node, reachable)| DnsEntry {
+            name: named.name.clone(),
+            address: named.address,
+            node,
+            nickname: nickname(node),
+            reachable,
+        });
+        let mut domains = self.dns.domains.iter().map(|domain| domain.as_str().to_owned());
+        DnsStatus {
+            serving: self.dns.place.is_some(),
+            address: self.dns.place.is_some().then_some(self.dns.address),
+            domain: domains.next(),
+            aliases: domains.collect(),
+            upstream: self.dns.service.upstream().servers(),
+            queries: counts.queries,
+            forwarded: counts.forwarded,
+            failed: counts.failed,
+            refused: counts.refused,
+            entries: entries.collect(),
+        }
+    }
+}
+
+fn bytes<'a>(names: impl IntoIterator<Item = &'a Named>) -> usize {
+    names.into_iter().map(Named::size).sum()
+}
+
+/// Only what another host or container can have.
+fn check_addresses(addresses: &[IpAddr]) -> Result<(), ApiError> {
+    if addresses.len() > MAX_ADDRESSES {
+        return Err(ApiError::usage(format_args!(
+            "too many addresses: give {MAX_ADDRESSES} at most at a time"
+        )));
+    }
+    let is_odd = |address: &&IpAddr| {
+        let is_broadcast = **address == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
+        address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_broadcast
+    };
+    match addresses.iter().find(is_odd) {
+        Some(odd) => Err(ApiError::usage(format_args!(
+            "a name cannot stand for {odd}: give the address of a host or a container"
+        ))),
+        None => Ok(()),
+    }
+}
