@@ -27,6 +27,7 @@ pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
         mtu: wanted.mtu,
         discovery: wanted.no_discovery.then_some(false),
         xdp: wanted.xdp,
+        docker: wanted.no_docker.then_some(false),
         subnet: wanted.subnet,
         range: wanted.range,
         restart: started.is_some(),

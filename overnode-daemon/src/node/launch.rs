@@ -129,6 +129,7 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
         mtu: request.mtu,
         discovery: request.discovery.unwrap_or(true),
         xdp: request.xdp,
+        docker: request.docker.unwrap_or(true),
         // Greater than that of any earlier node with this ID: others may remember that one.
         incarnation: SystemTime::now()
             .duration_since(UNIX_EPOCH)

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use super::docker::DockerSide;
 use super::running::Node;
 use crate::api::{self, ApiError, Host};
 use crate::control::CONTROL_PORT;
@@ -243,7 +244,8 @@ impl Node {
     /// What needs a person now.
     pub(super) fn problems(&self, now: Instant) -> Vec<String> {
         let passing = self.passing_problems.iter().filter(|(_, at)| now < **at + dial::REMEMBER_REFUSED);
-        self.problems.iter().chain(passing.map(|(problem, _)| problem)).cloned().collect()
+        let docker = self.docker.iter().flat_map(DockerSide::problems);
+        self.problems.iter().chain(passing.map(|(problem, _)| problem)).chain(docker).cloned().collect()
     }
 
     /// Something that needs a person. The words may be a liar's, so there is an end to what is kept.

@@ -11,12 +11,14 @@ use tokio::sync::mpsc;
 
 use super::addresses::Outcome;
 use super::data::DataPeer;
+use super::docker::DockerSide;
 use super::external::External;
 use super::links::Stream;
 use super::paths::Ways;
 use crate::control::CONTROL_PORT;
 use crate::control::dial::Dialer;
 use crate::datapath::{Datapath, LinkEvent, OpenOptions, Probe, Probes};
+use crate::docker::{Event, Incoming};
 use crate::fault;
 use crate::gossip::{Gossip, Record, Signature, Signer};
 use crate::handshake::Handshakes;
@@ -39,6 +41,7 @@ pub(super) enum Input {
     Datagram(Received),
     Probe(Probe),
     Link(LinkEvent),
+    Docker(Event),
     Timeout,
 }
 
@@ -62,6 +65,8 @@ pub(super) struct Node {
     pub(super) priming: Option<RequestId>,
     /// Nodes whose space this daemon has taken back.
     pub(super) reclaimed: BTreeSet<NodeId>,
+    /// The engine that is served, if one is.
+    pub(super) docker: Option<DockerSide>,
     /// Targets that this daemon was connected with.
     pub(super) met_targets: BTreeSet<String>,
     /// Control connections came or went.
@@ -84,6 +89,7 @@ pub(super) struct Node {
     datagrams: mpsc::Receiver<Received>,
     probes: Probes,
     link_events: mpsc::Receiver<LinkEvent>,
+    from_docker: Option<Incoming>,
     next_tick: Instant,
     next_reconcile: Instant,
 }
@@ -150,6 +156,12 @@ impl Node {
         for host in store.targets()? {
             dialer.add_target(host.as_str(), now);
         }
+        let served = options.docker().filter(|_| identity.docker);
+        let served = served
+            .map(|places| DockerSide::start(&places, store, &identity, &ipam, now))
+            .transpose()
+            .context("the list of Docker networks cannot be read")?;
+        let (docker, from_docker) = served.unzip();
         let mut node = Self {
             handshakes,
             identity,
@@ -166,6 +178,7 @@ impl Node {
             outcomes: VecDeque::new(),
             priming: None,
             reclaimed: BTreeSet::new(),
+            docker,
             met_targets: BTreeSet::new(),
             paths_changed: true,
             broken: None,
@@ -183,6 +196,7 @@ impl Node {
             datagrams,
             probes,
             link_events,
+            from_docker,
             next_tick: now,
             next_reconcile: now + RECONCILE,
         };
@@ -219,6 +233,7 @@ impl Node {
             Some(event) = self.link_events.recv() => Input::Link(event),
             Some(datagram) = self.datagrams.recv() => Input::Datagram(datagram),
             Ok(probe) = self.probes.recv() => Input::Probe(probe),
+            event = from(&mut self.from_docker) => Input::Docker(event),
         }
     }
 
@@ -230,6 +245,7 @@ impl Node {
             Input::Datagram(datagram) => self.handle_datagram(datagram, now).await,
             Input::Probe(probe) => self.handle_probe(&probe, now),
             Input::Link(event) => self.handle_link(event, now).await,
+            Input::Docker(event) => self.handle_docker(event, now).await,
             Input::Timeout => self.handle_timeout(now).await,
         }
         self.pump(now).await;
@@ -295,6 +311,14 @@ impl Node {
         if let Err(error) = self.datapath.refresh().await {
             tracing::warn!("following the underlay failed: {error:#}");
         }
+    }
+}
+
+/// What comes next from the engine; never, when none is served.
+async fn from(docker: &mut Option<Incoming>) -> Event {
+    match docker {
+        Some(incoming) => incoming.next().await,
+        None => std::future::pending().await,
     }
 }
 
