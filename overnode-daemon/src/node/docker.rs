@@ -11,7 +11,7 @@ use super::addresses::Outcome;
 use super::running::Node;
 use crate::datapath::{self, NetnsRef, Place};
 use crate::docker::{
-    self, Docker, Event, Incoming, News, Order, Places, Refusal, Request, Response, Service, Settings, Step,
+    Docker, Event, Incoming, News, Order, Places, Refusal, Request, Response, Service, Settings, Step,
     engine::NotDone,
 };
 use crate::fault;
