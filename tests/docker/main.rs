@@ -116,7 +116,7 @@ fn addresses_ports_and_further_networks() -> Result<()> {
         let web = [
             &["run", "--detach", "--network", "overnode", "--name", "web"][..],
             &serve,
-            &[IMAGE, "/bin/nc", "-lk", "-p", "80", "-e", "/bin/cat"],
+            &[IMAGE, "/bin/nc", "-ll", "-p", "80", "-e", "/bin/cat"],
         ]
         .concat();
         one.docker(&web)?.success()?;
@@ -184,7 +184,7 @@ fn a_compose_file_on_each_of_two_hosts() -> Result<()> {
         let web = file(
             "web.yml",
             &[
-                service("web", "    command: [/bin/nc, -lk, -p, \"80\", -e, /bin/cat]\n    networks: {default: {ipv4_address: 10.35.0.80}}\n"),
+                service("web", "    command: [/bin/nc, -ll, -p, \"80\", -e, /bin/cat]\n    networks: {default: {ipv4_address: 10.35.0.80}}\n"),
                 service("beside", "    command: [/bin/sleep, \"100000\"]\n    networks: {default: {aliases: [neighbour]}}\n"),
             ]
             .concat(),

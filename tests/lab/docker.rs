@@ -150,7 +150,9 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// When it cannot be started.
     pub fn docker(&self, arguments: &[&str]) -> Result<Outcome> {
-        self.client("docker", arguments)
+        // Beside the engine's own one there may be a newer one, which offers what this engine does not have.
+        let own = Path::new("/usr/bin/docker");
+        self.client(if own.exists() { "/usr/bin/docker" } else { "docker" }, arguments)
     }
 
     /// Runs another client of the engine, such as `docker-compose`.
@@ -225,6 +227,8 @@ impl<'a> Engine<'a> {
         let mut daemon = self.daemon.take().context("the engine does not run")?;
         daemon.kill()?;
         daemon.wait()?;
+        // Its containerd dies with it, but where nobody reaps orphans, the next engine takes the dead one for alive.
+        let _ = fs::remove_file(self.folder.join("exec/containerd/containerd.pid"));
         Ok(())
     }
 
@@ -262,8 +266,9 @@ impl<'a> Engine<'a> {
     /// The end of what the engine logged.
     pub fn last_words(&self) -> String {
         let log = fs::read_to_string(self.folder.join("dockerd.log")).unwrap_or_default();
-        let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(20)..].join("\n")
+        let is_of_use = |line: &&str| !line.contains("module=grpc") && !line.contains("io.containerd.");
+        let lines: Vec<&str> = log.lines().filter(is_of_use).collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
     }
 
     fn host_option(&self) -> String {

@@ -13,7 +13,10 @@ pub mod message;
 pub mod plan;
 pub mod server;
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -45,6 +48,8 @@ pub struct Places {
 #[derive(Debug)]
 pub struct Service {
     socket: PathBuf,
+    /// The inode number of the socket's file; 0 if there is none.
+    bound: Arc<AtomicU64>,
     orders: mpsc::UnboundedSender<Order>,
     tasks: [JoinHandle<()>; 2],
 }
@@ -85,11 +90,12 @@ impl Service {
         let (tell, news) = mpsc::channel(64);
         let (orders, ordered) = mpsc::unbounded_channel();
         let socket = socket_in(&places.plugins);
+        let bound = Arc::default();
         let tasks = [
-            tokio::spawn(server::serve(socket.clone(), call, tell.clone())),
+            tokio::spawn(server::serve(socket.clone(), Arc::clone(&bound), call, tell.clone())),
             tokio::spawn(engine::watch(places.engine.clone(), ordered, tell)),
         ];
-        (Self { socket, orders, tasks }, Incoming { calls, news })
+        (Self { socket, bound, orders, tasks }, Incoming { calls, news })
     }
 
     /// Has the engine asked for something.
@@ -104,7 +110,11 @@ impl Drop for Service {
         for task in &self.tasks {
             task.abort();
         }
-        remove_socket(&self.socket);
+        // The task that listens may not have ended yet: whether it is ours, the file itself has to tell.
+        let inode = std::fs::metadata(&self.socket).map(|found| found.ino());
+        if inode.is_ok_and(|inode| inode == self.bound.load(Ordering::Relaxed)) {
+            let _ = std::fs::remove_file(&self.socket);
+        }
     }
 }
 
@@ -113,9 +123,8 @@ pub fn socket_in(plugins: &Path) -> PathBuf {
     plugins.join(NAME).with_extension("sock")
 }
 
-/// Removes the plugin's socket, if no other daemon answers on it.
+/// Removes a plugin's socket that a dead daemon left.
 pub fn remove_socket(socket: &Path) {
-    // A listener that this process has just closed refuses connections.
     if std::os::unix::net::UnixStream::connect(socket).is_err() {
         let _ = std::fs::remove_file(socket);
     }

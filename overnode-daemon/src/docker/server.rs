@@ -3,6 +3,8 @@
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -33,11 +35,17 @@ struct ErrorBody<'a> {
 }
 
 /// Answers at `socket` as long as anybody listens to `calls`. A socket that somebody removes is made again.
-pub(super) async fn serve(socket: PathBuf, calls: mpsc::Sender<Call>, news: mpsc::Sender<News>) {
+pub(super) async fn serve(
+    socket: PathBuf,
+    bound: Arc<AtomicU64>,
+    calls: mpsc::Sender<Call>,
+    news: mpsc::Sender<News>,
+) {
     let mut told = None;
     while !calls.is_closed() {
         let trouble = match listen(&socket) {
             Ok((listener, inode)) => {
+                bound.store(inode, Ordering::Relaxed);
                 tell(&news, &mut told, None).await;
                 tokio::select! {
                     served = axum::serve(listener, router(calls.clone())) => served.err().map(|why| why.to_string()),

@@ -108,9 +108,8 @@ fn refuse_attached(store: &Store) -> Result<(), String> {
         .iter()
         .map(|it| match (it.kind, &it.name) {
             (Kind::Docker, Some(name)) => format!("{name} ({})", it.address),
-            (Kind::Docker | Kind::Netns | Kind::Cni | Kind::Host, _) => {
-                format!("{} ({})", it.target, it.address)
-            }
+            (Kind::Docker, None) => format!("a Docker container ({})", it.address),
+            (Kind::Netns | Kind::Cni | Kind::Host, _) => format!("{} ({})", it.target, it.address),
         })
         .collect();
     let how = if attached.iter().any(|it| it.kind == Kind::Docker) {
