@@ -110,3 +110,40 @@ fn the_host_loses_power() -> Result<()> {
         nothing_left(lab.host(2))
     })
 }
+
+/// The engine's gateway would take packets for the container network to other hosts, unsealed.
+#[test]
+fn packets_of_a_container_that_is_cut_off_do_not_leave_by_the_engines_gateway() -> Result<()> {
+    with_engines("docker-guard", 2, |lab, engines| {
+        let [one, two] = engines else { unreachable!() };
+        // From a network of the user's own, which a reset does not take away.
+        let create = ["network", "create", "--driver", "overnode", "--ipam-driver", "overnode", "mine"];
+        one.docker(&create)?.success()?;
+        let run = ["run", "--detach", "--network", "mine", "--name", "here", IMAGE, "/bin/sleep", "100000"];
+        one.docker(&run)?.success()?;
+        let there = two.run("there", &[])?;
+        let outside = lab.host(2).address().to_string();
+        one.reach("here", &there, PATIENCE)?;
+        one.reach("here", &outside, PATIENCE)?;
+        let capture = lab.capture()?;
+        let before = endpoint(lab.host(1), "here")?;
+        // By accident: the node plugs it in again, as it was.
+        let interface = before["interface"].as_str().unwrap_or_default();
+        lab.host(1).netns().ip(&["link", "del", interface])?;
+        one.reach("here", &there, PATIENCE)?;
+        ensure!(endpoint(lab.host(1), "here")?["address"] == before["address"]);
+        one.overnode(&["reset", "--force"])?.success()?;
+        let pinged = one.docker(&["exec", "here", "ping", "-c", "2", "-W", "1", &there])?;
+        ensure!(!pinged.status.success(), "{}", pinged.stdout);
+        // The rest of the world is still there.
+        one.reach("here", &outside, PATIENCE)?;
+        nothing_is_plain(&capture.stop()?)
+    })
+}
+
+fn nothing_is_plain(captured: &lab::capture::Captured) -> Result<()> {
+    let of_ours = |ip: std::net::IpAddr| matches!(ip, std::net::IpAddr::V4(v4) if v4.octets()[0] == 10 && (32..48).contains(&v4.octets()[1]));
+    let bare = captured.count(|packet| packet.ip.is_some_and(|ip| of_ours(ip.from) || of_ours(ip.to)))?;
+    ensure!(bare == 0, "{bare} packets of containers travel without their sealed cover");
+    Ok(())
+}

@@ -7,6 +7,7 @@
 mod bpffs;
 mod clock;
 mod endpoint;
+mod guard;
 mod links;
 mod maps;
 mod netns;

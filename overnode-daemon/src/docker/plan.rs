@@ -240,6 +240,11 @@ impl Docker {
         self.leases.values().map(|lease| &lease.record)
     }
 
+    /// The container's network namespace of an address that is plugged in.
+    pub fn sandbox(&self, address: IpAddr) -> Option<&str> {
+        self.leases.get(&address).map(|lease| lease.record.netns.as_str()).filter(|path| !path.is_empty())
+    }
+
     /// A new engine process: what an earlier one had asked for and not yet made an endpoint of, nobody will.
     fn activate(&self, now: Instant) -> Step {
         let answer = Response::Manifest { implements: ["NetworkDriver", "IpamDriver"] };
@@ -481,7 +486,10 @@ fn mac_of(address: IpAddr) -> [u8; 6] {
 fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let bytes: Vec<u8> = text
         .split([':', '-'])
-        .map(|byte| (byte.len() == 2).then(|| u8::from_str_radix(byte, 16).ok()).flatten())
+        .map(|byte| {
+            let fits = byte.len() == 2 && byte.bytes().all(|digit| digit.is_ascii_hexdigit());
+            fits.then(|| u8::from_str_radix(byte, 16).ok()).flatten()
+        })
         .collect::<Option<_>>()?;
     let mac: [u8; 6] = bytes.try_into().ok()?;
     (mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)

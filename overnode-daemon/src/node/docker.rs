@@ -251,6 +251,7 @@ impl Node {
             }
             Step::Unplug(record, response) => {
                 self.unplug(record.address).await?;
+                self.unguard(record.address).await;
                 self.keep(*record, now)?;
                 Ok(response)
             }
@@ -265,6 +266,15 @@ impl Node {
                 self.announce_claims(now).await;
                 Ok(response)
             }
+        }
+    }
+
+    /// A container that leaves the network while it runs has its other routes back.
+    async fn unguard(&mut self, address: IpAddr) {
+        let sandbox = self.docker.as_ref().and_then(|docker| docker.plan.sandbox(address)).map(str::to_owned);
+        let Some(sandbox) = sandbox else { return };
+        if let Err(why) = self.datapath.unguard(&NetnsRef::Path(sandbox.into())).await {
+            tracing::debug!("{why:#}");
         }
     }
 
@@ -284,9 +294,21 @@ impl Node {
     /// Makes the interface anew: the engine may ask again when it did not hear the answer.
     async fn plug_for_docker(&mut self, mut record: Attachment, now: Instant) -> Result<(), Refusal> {
         self.unplug(record.address).await?;
-        // An engine in another mount namespace has its containers' namespaces at paths that lead nowhere here.
-        record.netns_inode =
-            NetnsRef::Path(record.netns.clone().into()).id().map_or(0, |identity| identity.inode);
+        let sandbox = NetnsRef::Path(record.netns.clone().into());
+        record.netns_inode = match sandbox.id() {
+            Ok(identity) => {
+                self.datapath.guard(&sandbox).await.map_err(|why| Refusal::new(format_args!("{why:#}")))?;
+                identity.inode
+            }
+            // An engine in another mount namespace has its containers' namespaces at paths that lead nowhere here.
+            Err(why) => {
+                tracing::warn!(
+                    "{} is plugged in without the rules that keep its packets from the engine's own gateway: {why:#}",
+                    record.address
+                );
+                0
+            }
+        };
         let plan = datapath::Attachment {
             place: Place::Waiting,
             address: record.address,
