@@ -59,6 +59,78 @@ fn a_fifth_node_borrows_what_it_needs_and_keeps_it_alone() -> Result<()> {
     })
 }
 
+/// In JSON and in tables that fit the terminal, on both sides; who cannot be reached is marked.
+#[test]
+fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
+    in_lab(Lab::new("loans").hosts(2), |lab| {
+        let (lender, borrower) = (lab.host(1), lab.host(2));
+        launch_as(lab, lender, 1)?;
+        launch_as(lab, borrower, 5)?;
+        let _one = attached(borrower, "one")?;
+        let ipam = |host: &Host| Ok::<_, anyhow::Error>(host.status()?["ipam"].clone());
+        let table = |host: &Host, columns: &str| -> Result<Vec<String>> {
+            let shown = host.overnode_with(&["status", "--ipam"], &[("COLUMNS", columns)])?.success()?;
+            Ok(shown.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect())
+        };
+        let mut networks = Value::Null;
+        for (host, other) in [(lender, 5), (borrower, 1)] {
+            eventually(PATIENCE, || {
+                let ipam = ipam(host)?;
+                let [loan] = &ipam["loans"].as_array().context("no loans")?[..] else {
+                    anyhow::bail!("{}: {}", host.name, ipam["loans"]);
+                };
+                ensure!(loan["lender"] == 1 && loan["borrower"] == 5, "{loan}");
+                ensure!(loan["lender_reachable"] == true && loan["borrower_reachable"] == true, "{loan}");
+                let lent = loan["addresses"].as_u64().context("no number")?;
+                ensure!((1..=64).contains(&lent), "{loan}");
+                ensure!(networks.is_null() || networks == loan["networks"], "{} sees {loan}", host.name);
+                networks = loan["networks"].clone();
+                let addresses = |id: u64| -> Result<u64> {
+                    let owners = owners(host)?;
+                    let owner = owners.iter().find(|(owner, _)| *owner == id);
+                    Ok(owner.with_context(|| format!("{id} has nothing: {owners:?}"))?.1 as u64)
+                };
+                ensure!(addresses(1)? == 131_072 - lent && addresses(5)? == lent, "{ipam}");
+                // Of 2 to 4 nobody has heard.
+                ensure!((2..=4).all(|id| addresses(id).is_ok_and(|count| count == 131_072)), "{ipam}");
+                let lines = table(host, "80")?;
+                let network = loan["networks"][0].as_str().unwrap_or_default();
+                let line = format!("1(host1) 5(host2) {lent} reachable {network}");
+                ensure!(lines.iter().any(|it| it.starts_with(&line)), "no {line:?} in {lines:#?}");
+                for id in 2..=4 {
+                    let line = format!("{id} 131072 25.0% - unreachable");
+                    ensure!(lines.contains(&line), "no {line:?} in {lines:#?}");
+                }
+                ensure!(
+                    lines.iter().any(|it| it.starts_with(&format!("{other}(")) && it.ends_with(" reachable"))
+                );
+                Ok(())
+            })?;
+        }
+        lab.unplug(lender)?;
+        for (host, other, mark) in [(lender, 5, "borrower unreachable"), (borrower, 1, "lender unreachable")]
+        {
+            eventually(PATIENCE * 2, || {
+                let ipam = ipam(host)?;
+                let owner = ipam["owners"].as_array().and_then(|all| all.iter().find(|it| it["id"] == other));
+                ensure!(owner.is_some_and(|owner| owner["reachable"] == false), "{}: {ipam}", host.name);
+                let loan = &ipam["loans"][0];
+                ensure!(loan["lender_reachable"] != loan["borrower_reachable"], "{loan}");
+                ensure!(
+                    table(host, "80")?.iter().any(|line| line.contains(mark)),
+                    "{:#?}",
+                    table(host, "80")?
+                );
+                let narrow = host.overnode_with(&["status", "--ipam"], &[("COLUMNS", "40")])?.success()?;
+                ensure!(narrow.lines().all(|line| line.chars().count() <= 40), "{narrow}");
+                ensure!(narrow.contains(mark), "{narrow}");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn a_node_without_addresses_says_whom_it_waits_for_and_goes_on_by_itself() -> Result<()> {
     in_lab(Lab::new("waits").hosts(2), |lab| {

@@ -3,6 +3,7 @@
 //! A body takes any bytes, gives them to decoders as hostile hosts and careless people would, and panics if anything panics or a
 //! property does not hold. It is deterministic but for the epoch of its clock.
 
+mod allocation;
 mod api;
 mod control;
 mod gossip;
@@ -24,10 +25,11 @@ pub struct Target {
 }
 
 /// All of them. `xtask/src/fuzz.rs` has the same names.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     Target { name: "gossip", body: gossip::run, seeds: gossip::seeds },
     Target { name: "handshake", body: handshake::run, seeds: handshake::seeds },
     Target { name: "control", body: control::run, seeds: control::seeds },
+    Target { name: "allocation", body: allocation::run, seeds: allocation::seeds },
     Target { name: "api", body: api::run, seeds: api::seeds },
     Target { name: "path", body: path::run, seeds: path::seeds },
     Target { name: "wire", body: wire::run, seeds: wire::seeds },

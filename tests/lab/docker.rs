@@ -76,8 +76,6 @@ impl<'a> Engine<'a> {
         command
             .arg("--data-root")
             .arg(self.folder.join("data"))
-            .arg("--exec-root")
-            .arg(self.folder.join("exec"))
             .arg("--pidfile")
             .arg(self.folder.join("pid"))
             .arg("--host")
@@ -122,7 +120,11 @@ impl<'a> Engine<'a> {
 
     /// The plugin's socket, if it is there, by a path that leads there from this process's mount namespace.
     pub fn plugin(&self) -> PathBuf {
-        let path = Path::new(PLUGINS).join("overnode.sock");
+        self.seen(&Path::new(PLUGINS).join("overnode.sock"))
+    }
+
+    /// How this process sees a path of the engine's mount namespace.
+    fn seen(&self, path: &Path) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{}", self.holder.id(), path.display()))
     }
 
@@ -228,7 +230,7 @@ impl<'a> Engine<'a> {
         daemon.kill()?;
         daemon.wait()?;
         // Its containerd dies with it, but where nobody reaps orphans, the next engine takes the dead one for alive.
-        let _ = fs::remove_file(self.folder.join("exec/containerd/containerd.pid"));
+        let _ = fs::remove_file(self.seen(Path::new("/run/docker/containerd/containerd.pid")));
         Ok(())
     }
 
@@ -240,7 +242,6 @@ impl<'a> Engine<'a> {
     pub fn lose_power(&mut self) -> Result<()> {
         let pins = cleanup::pins_of(&self.host.state_directory());
         self.stop_everything();
-        fs::remove_dir_all(self.folder.join("exec")).context("the engine's exec root")?;
         for file in ["pid", "docker.sock"] {
             let _ = fs::remove_file(self.folder.join(file));
         }

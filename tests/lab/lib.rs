@@ -155,6 +155,17 @@ impl Lab {
         self.underlay.carrier(host.number, true)
     }
 
+    /// Makes a black hole of a host's link, in a lab with a router: the router's side takes packets of up to `mtu` bytes and drops
+    /// larger ones without a word; the host's interface stays as it is.
+    pub fn narrow(&self, host: &Host, mtu: u32) -> Result<()> {
+        self.underlay.narrow(host.number, mtu)
+    }
+
+    /// Gives a host's link another MTU, in bytes, at both ends. (A bridge goes on with the least of all links.)
+    pub fn set_mtu(&self, host: &Host, mtu: u32) -> Result<()> {
+        self.underlay.set_mtu(host, mtu)
+    }
+
     /// Gives a host another underlay address in the same subnet (family of the lab's first), in place of
     /// its present one; [`Host::addresses`] keeps naming the old ones.
     pub fn renumber(&self, host: &Host, last_byte: u8) -> Result<std::net::IpAddr> {

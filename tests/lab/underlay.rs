@@ -124,6 +124,26 @@ impl Underlay {
         self.netns.ip(&["link", "set", &port(number), if up { "up" } else { "down" }]).map(drop)
     }
 
+    /// Of a router only: the link to a host takes no more than `mtu` bytes on the router's side, and nobody is told.
+    pub(crate) fn narrow(&self, number: usize, mtu: u32) -> Result<()> {
+        ensure!(self.topology == Topology::Routed, "a bridge has one MTU: build the lab with `routed`");
+        let silent = "{ type filter hook output priority 0; }";
+        self.netns.run("nft", &["add", "chain", self.table(), "lab", "silent", silent])?;
+        for error in [["icmp", "destination-unreachable"], ["icmpv6", "packet-too-big"]] {
+            let [family, kind] = error;
+            self.netns
+                .run("nft", &["add", "rule", self.table(), "lab", "silent", family, "type", kind, "drop"])?;
+        }
+        self.netns.ip(&["link", "set", &port(number), "mtu", &mtu.to_string()]).map(drop)
+    }
+
+    /// Both ends of a host's link.
+    pub(crate) fn set_mtu(&self, host: &Host, mtu: u32) -> Result<()> {
+        let mtu = mtu.to_string();
+        self.netns.ip(&["link", "set", &port(host.number), "mtu", &mtu])?;
+        host.netns().ip(&["link", "set", INTERFACE, "mtu", &mtu]).map(drop)
+    }
+
     pub(crate) fn renumber(&self, host: &Host, last_byte: u8) -> Result<IpAddr> {
         let old = host.address();
         let new = with_last_byte(old, last_byte);

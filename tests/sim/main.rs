@@ -33,8 +33,11 @@ struct Arguments {
     #[arg(long)]
     scale: bool,
     /// With --scale: only clusters of this size.
-    #[arg(long)]
+    #[arg(long, requires = "scale")]
     size: Option<u16>,
+    /// With --scale: everyone is connected with everyone, whatever the size.
+    #[arg(long, requires = "scale")]
+    full_mesh: bool,
     /// Cargo passes it to benchmarks.
     #[arg(long, hide = true)]
     bench: bool,
@@ -44,7 +47,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.scale {
         let sizes = arguments.size.map_or_else(|| vec![10, 100, 1000], |size| vec![size]);
-        return if scale::table(&sizes) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        return if scale::table(&sizes, arguments.full_mesh) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     let outcome = match arguments.seed {
         Some(seed) => run::replay(seed, arguments.nodes),

@@ -56,6 +56,8 @@ enum Target {
     Handshake,
     /// Frames, messages, greetings and verdicts of control connections
     Control,
+    /// What members tell the allocation of addresses
+    Allocation,
     /// Requests to the daemon, and the names in them
     Api,
     /// The paths of a node that gets probes
@@ -65,13 +67,15 @@ enum Target {
 }
 
 impl Target {
-    const ALL: [Self; 6] = [Self::Gossip, Self::Handshake, Self::Control, Self::Api, Self::Path, Self::Wire];
+    const ALL: [Self; 7] =
+        [Self::Gossip, Self::Handshake, Self::Control, Self::Allocation, Self::Api, Self::Path, Self::Wire];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Gossip => "gossip",
             Self::Handshake => "handshake",
             Self::Control => "control",
+            Self::Allocation => "allocation",
             Self::Api => "api",
             Self::Path => "path",
             Self::Wire => "wire",

@@ -4,13 +4,13 @@ use std::time::SystemTime;
 
 use overnode_daemon::api::{
     ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState, EndpointStatus,
-    ExternalPeerStatus, IpamStatus, Kind, LastError, NodeState, NodeStatus, Path, PeerStatus, SessionState,
-    Status, TargetState, TargetStatus,
+    ExternalPeerStatus, IpamStatus, Kind, LastError, NodeState, NodeStatus, Path, PeerStatus, RouteStatus,
+    SessionState, Status, TargetState, TargetStatus,
 };
 use overnode_daemon::types::NodeId;
 
 use super::grid::{Cell, Grid, Style, Tone, maybe, pairs_of};
-use super::units::{bytes, duration, round_trip, since};
+use super::units::{bytes, duration, round_trip, share, since};
 
 /// This node.
 pub fn node(node: &NodeStatus, style: Style) -> String {
@@ -75,7 +75,7 @@ pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
     .spare(&["endpoint", "since", "address", "loss", "mtu", "rtt"]);
     for peer in &status.peers {
         let [session, endpoint, mtu, received, sent, note] = data(peer.data.as_ref());
-        let [path, rtt, loss] = route(peer.data.as_ref());
+        let [path, rtt, loss] = route(peer.data.as_ref().and_then(|data| data.route.as_ref()));
         let state = reachability(peer);
         let since = maybe(peer.since_seconds.map(duration));
         let name = named(peer.id, &peer.nickname);
@@ -107,8 +107,20 @@ pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
 
 /// `--connections`
 pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
-    let mut grid = Grid::new(&["", "remote", "state", "node", "rtt", "since", "encryption", "note"])
-        .spare(&["encryption", "since", "rtt"]);
+    let mut grid = Grid::new(&[
+        "",
+        "remote",
+        "state",
+        "node",
+        "rtt",
+        "path",
+        "loss",
+        "mtu",
+        "since",
+        "encryption",
+        "note",
+    ])
+    .spare(&["encryption", "loss", "since", "rtt", "path", "mtu"]);
     for connection in connections {
         let note = match connection.state {
             ConnectionState::Established => String::new(),
@@ -119,12 +131,16 @@ pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
                 trouble(connection.last_error.as_ref(), connection.next_try_in_seconds)
             }
         };
+        let [path, _, loss] = route(connection.route.as_ref());
         grid.row([
             arrow(connection.direction).into(),
             Cell::from(&connection.remote),
             connection_state(connection.state),
             maybe(connection.peer.map(|id| named(id, connection.nickname.as_deref().unwrap_or_default()))),
             maybe(connection.rtt_microseconds.map(round_trip)),
+            path,
+            loss,
+            maybe(connection.mtu),
             maybe(connection.since_seconds.map(duration)),
             maybe(connection.encryption.as_ref()),
             note.into(),
@@ -171,7 +187,7 @@ pub fn ipam(ipam: &IpamStatus, style: Style) -> String {
         grid.row([
             named(owner.id, &owner.nickname).into(),
             owner.addresses.into(),
-            format!("{:.1}%", owner.percent).into(),
+            share(owner.percent).into(),
             maybe(owner.active),
             reachable(owner.reachable),
         ]);
@@ -186,7 +202,39 @@ pub fn ipam(ipam: &IpamStatus, style: Style) -> String {
         let missing = reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         facts.push(("reclaim", format!("of node {}: waiting for {missing}", reclaim.id).into()));
     }
-    format!("{}{}", pairs_of(facts.iter().map(|(name, cell)| (*name, cell)), style), grid.render(style))
+    facts.extend(ipam.problems.iter().map(|problem| ("problem", Cell::new(problem, Tone::Bad))));
+    let facts = pairs_of(facts.iter().map(|(name, cell)| (*name, cell)), style);
+    let mut text = format!("{facts}{}", grid.render(style));
+    if !ipam.loans.is_empty() {
+        text = format!("{text}\nLent\n{}", loans(ipam, style));
+    }
+    text
+}
+
+/// Who lent what to whom.
+fn loans(ipam: &IpamStatus, style: Style) -> String {
+    let name = |id: NodeId| {
+        let owner = ipam.owners.iter().find(|owner| owner.id == id);
+        named(id, owner.map_or("", |owner| &owner.nickname))
+    };
+    let mut grid = Grid::new(&["by", "to", "addresses", "state", "networks"]);
+    for loan in &ipam.loans {
+        let state = match (loan.lender_reachable, loan.borrower_reachable) {
+            (true, true) => reachable(Some(true)),
+            (false, true) => Cell::new("lender unreachable", Tone::Bad),
+            (true, false) => Cell::new("borrower unreachable", Tone::Bad),
+            (false, false) => Cell::new("both unreachable", Tone::Bad),
+        };
+        let networks = loan.networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        grid.row([
+            name(loan.lender).into(),
+            name(loan.borrower).into(),
+            loan.addresses.into(),
+            state,
+            networks.into(),
+        ]);
+    }
+    grid.render(style)
 }
 
 /// `--counters`
@@ -255,8 +303,8 @@ fn links(peers: &[PeerStatus], style: Style) -> String {
 }
 
 /// Path, round-trip time, loss.
-fn route(data: Option<&DataStatus>) -> [Cell; 3] {
-    let Some(route) = data.and_then(|data| data.route.as_ref()) else { return [(); 3].map(|()| "".into()) };
+fn route(route: Option<&RouteStatus>) -> [Cell; 3] {
+    let Some(route) = route else { return [(); 3].map(|()| "".into()) };
     let path = match route.path {
         Some(Path::Direct) => Cell::new("direct", Tone::Good),
         Some(Path::Via(relay)) => Cell::new(format!("via {relay}"), Tone::Wait),
@@ -277,7 +325,10 @@ fn data(data: Option<&DataStatus>) -> [Cell; 6] {
         SessionState::Expired => Cell::new(format!("expired{age}"), Tone::Bad),
     };
     let note = match data.session {
-        SessionState::Established => String::new(),
+        SessionState::Established => {
+            let astray = data.route.as_ref().filter(|route| !route.straight);
+            astray.map_or_else(String::new, |route| trouble(route.last_error.as_ref(), None))
+        }
         SessionState::None | SessionState::Handshake | SessionState::Expired => {
             trouble(data.last_error.as_ref(), None)
         }

@@ -50,6 +50,16 @@ pub fn round_trip(microseconds: u64) -> String {
     format!("{value:.decimals$} ms")
 }
 
+/// A part of the whole, 0 to 100, with a digit that says something: `25.0%`, `0.018%`, `0%`.
+pub fn share(percent: f64) -> String {
+    match percent {
+        0.1.. => format!("{percent:.1}%"),
+        0.001.. => format!("{percent:.3}%"),
+        0.0 => "0%".to_owned(),
+        _ => "<0.001%".to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,6 +72,14 @@ mod tests {
             shown.into_iter().chain([(86_399, "23h59m"), (86_400, "1d0h"), (446_400, "5d4h")])
         {
             assert_eq!(duration(seconds), text);
+        }
+    }
+
+    #[test]
+    fn shares() {
+        let shown = [(100.0, "100.0%"), (24.994, "25.0%"), (0.1, "0.1%"), (0.0061, "0.006%")];
+        for (percent, text) in shown.into_iter().chain([(0.000_19, "<0.001%"), (0.0, "0%")]) {
+            assert_eq!(share(percent), text);
         }
     }
 

@@ -109,6 +109,8 @@ pub fn sample() -> Status {
         peer: Some(2.try_into().unwrap()),
         nickname: Some("host2".into()),
         rtt_microseconds: Some(340),
+        mtu: Some(1420),
+        route: data.route.clone(),
         next_try_in_seconds: None,
         last_error: None,
     };
@@ -200,6 +202,8 @@ pub fn sample() -> Status {
                 peer: Some(4.try_into().unwrap()),
                 nickname: Some("host4".into()),
                 rtt_microseconds: None,
+                mtu: None,
+                route: None,
                 last_error: Some(error("the token differs", 60)),
                 ..connection
             },
@@ -218,6 +222,27 @@ pub fn sample() -> Status {
         ipam: IpamStatus {
             ready: true,
             waiting_for: None,
+            loans: vec![
+                LoanStatus {
+                    lender: 1.try_into().unwrap(),
+                    borrower: 5.try_into().unwrap(),
+                    addresses: 80,
+                    networks: vec!["10.41.0.0/26".parse().unwrap(), "10.41.0.64/28".parse().unwrap()],
+                    lender_reachable: true,
+                    borrower_reachable: true,
+                },
+                LoanStatus {
+                    lender: 2.try_into().unwrap(),
+                    borrower: 5.try_into().unwrap(),
+                    addresses: 16,
+                    networks: vec!["10.43.0.0/28".parse().unwrap()],
+                    lender_reachable: false,
+                    borrower_reachable: true,
+                },
+            ],
+            problems: vec![
+                "the address 10.40.0.9 is in use here and on node 7: detach one of the two".into(),
+            ],
             reclaims: vec![ReclaimStatus { id: 4.try_into().unwrap(), missing: vec![3.try_into().unwrap()] }],
             owners: vec![
                 owner.clone(),
@@ -226,6 +251,15 @@ pub fn sample() -> Status {
                     nickname: "host2".into(),
                     active: None,
                     reachable: Some(false),
+                    ..owner.clone()
+                },
+                RangeOwner {
+                    id: 5.try_into().unwrap(),
+                    nickname: "host5".into(),
+                    addresses: 96,
+                    percent: 0.018,
+                    active: None,
+                    ranges: vec!["10.41.0.0/26".parse().unwrap(), "10.41.0.64/28".parse().unwrap()],
                     ..owner
                 },
             ],

@@ -255,6 +255,12 @@ pub struct ConnectionStatus {
     pub nickname: Option<String>,
     /// Round trip time, in microseconds.
     pub rtt_microseconds: Option<u64>,
+    /// The largest packet of a container that fits on the way to that node, in bytes; absent without a connection.
+    #[serde(default)]
+    pub mtu: Option<u32>,
+    /// Which way packets of containers take to that node; absent without a connection.
+    #[serde(default)]
+    pub route: Option<RouteStatus>,
     /// When it is tried next; absent when it never is, or is established.
     pub next_try_in_seconds: Option<u64>,
     /// Why it is not established, or why it was not before.
@@ -332,8 +338,14 @@ pub struct IpamStatus {
     pub ready: bool,
     /// Why it cannot.
     pub waiting_for: Option<String>,
-    /// By ID.
+    /// By ID: every node that gives addresses out, and every quarter's owner by birth of whom nothing was heard.
     pub owners: Vec<RangeOwner>,
+    /// Who lent what to whom, by lender and borrower.
+    #[serde(default)]
+    pub loans: Vec<LoanStatus>,
+    /// What is wrong with addresses, one sentence each, with what to do.
+    #[serde(default)]
+    pub problems: Vec<String>,
     /// Nodes whose space this node takes back.
     #[serde(default)]
     pub reclaims: Vec<ReclaimStatus>,
@@ -348,6 +360,23 @@ pub struct ReclaimStatus {
     pub missing: Vec<NodeId>,
 }
 
+/// What one node has lent to another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoanStatus {
+    /// The node that lends.
+    pub lender: NodeId,
+    /// The node that gives these addresses out.
+    pub borrower: NodeId,
+    /// How many they are.
+    pub addresses: u64,
+    /// The same as networks, ascending.
+    pub networks: Vec<IpNet>,
+    /// Whether the lender is reachable; true for this node.
+    pub lender_reachable: bool,
+    /// Whether the borrower is reachable; true for this node.
+    pub borrower_reachable: bool,
+}
+
 /// A node that owns address space.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RangeOwner {
@@ -355,7 +384,7 @@ pub struct RangeOwner {
     pub id: NodeId,
     /// Its name for people; empty when nobody has told yet.
     pub nickname: String,
-    /// The addresses it owns.
+    /// The addresses it can give out, borrowed ones included, lent ones not.
     pub addresses: u64,
     /// That is this much of the range, 0 to 100.
     pub percent: f64,
@@ -363,7 +392,7 @@ pub struct RangeOwner {
     pub active: Option<u64>,
     /// Whether the node is reachable; true for this one.
     pub reachable: Option<bool>,
-    /// The same as networks.
+    /// What leads to it, as networks: also what it has lent, for which there is a longer prefix at the borrower.
     #[serde(default)]
     pub ranges: Vec<IpNet>,
 }

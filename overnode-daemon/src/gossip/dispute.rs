@@ -7,9 +7,10 @@
 
 use std::time::{Duration, Instant};
 
+use super::exchange::size;
 use super::message::{MAX_STAMP, Message, Record};
 use super::parcel::{KIND_CLASH, MAX_BODY, MAX_HOPS};
-use super::{Action, Gossip, size};
+use super::{Action, Gossip};
 use crate::types::NodeId;
 
 /// So long may a node that is reached take to object: to hear of it, to outbid it, and to be heard.

@@ -76,10 +76,9 @@ pub struct Stamp {
 pub enum Message {
     /// A hash of everything the sender knows. Who knows something else answers with a [`Message::Digest`].
     Summary([u8; 16]),
-    /// How new everything is that the sender knows. Answered by what it lacks, and, if `ask` is set, a request for
-    /// what it has newer.
+    /// Offers records: who lacks one requests it, and who has a newer one offers that.
     Digest {
-        /// False if the receiver sends a digest of its own anyway.
+        /// If these are all that the sender knows, and it wants to be offered what it does not name.
         ask: bool,
         /// In ascending order of IDs.
         stamps: Vec<(NodeId, Stamp)>,

@@ -1,8 +1,9 @@
 //! Gossip: how every node learns what every other says of itself. Deterministic; no I/O, no clock.
 //!
-//! Each node owns one [`Record`], signs it and makes new versions of it; others pass it on. News travel as deltas. A node passes
-//! a record on to those neighbours that have no link with its owner nor with the neighbour it came from, as
-//! far as the records tell: in a full mesh nobody passes on anything, in a chain everybody does. What that misses is found
+//! Each node owns one [`Record`], signs it and makes new versions of it, which it sends to its neighbours. They offer it to those of
+//! theirs that have no link with its owner nor with the neighbour it came from, as
+//! far as the records tell; who lacks it asks one of those that offer it, so that it travels to everybody once.
+//! In a full mesh nobody passes on anything, in a chain everybody does. What that misses is found
 //! by comparing: neighbours exchange digests when they connect, and every [`COMPARE_INTERVAL`] a hash
 //! with one neighbour chosen at random.
 //!
@@ -16,8 +17,8 @@
 //! Whoever has the token is a member, and may be as many nodes as there are free IDs. It **can**
 //! * say of itself what it likes: addresses where it is not, ranges and claims that others check before they route to it, links, of which
 //!   only those count that the other end reports too;
-//! * take the ID of a node that is not reached, as any host can that is launched with it; keep quiet of what it should pass on; repeat what
-//!   others said before, which is recognised as old;
+//! * take the ID of a node that is not reached, as any host can that is launched with it; keep quiet of what it should pass on, or offer what it
+//!   then does not send, for which others are asked after [`ASK_AGAIN`]; repeat what others said before, which is recognised as old;
 //! * raise the alarm that an ID is used twice, by claiming it, once every [`CLASH_INTERVAL`];
 //! * make others remember a record of every ID there is, of 30 KiB at most.
 //!
@@ -34,6 +35,7 @@
 //! [`Gossip::poll_timeout`].
 
 mod dispute;
+mod exchange;
 mod limit;
 mod message;
 pub mod parcel;
@@ -49,10 +51,11 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use ring::digest::{SHA256, digest};
 
 use dispute::Contender;
 pub use dispute::{CLASH_INTERVAL, DEFEND_INTERVAL, OBJECTION};
+pub use exchange::ASK_AGAIN;
+use exchange::Wanted;
 use limit::Allowance;
 pub use message::{
     BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_RANGES, MAX_STAMP, Message, Record, Stamp,
@@ -127,6 +130,10 @@ pub struct Gossip {
     proven: BTreeMap<NodeId, Keys>,
     /// Records to pass on, with the neighbours that are known to have them.
     news: BTreeMap<NodeId, BTreeSet<NodeId>>,
+    /// Records that neighbours were asked for.
+    wanted: BTreeMap<NodeId, Wanted>,
+    /// When to look whether they have come.
+    ask_again_at: Option<Instant>,
     /// When to publish the draft, if it differs from what was published last.
     publish_at: Option<Instant>,
     published: Option<Instant>,
@@ -167,6 +174,8 @@ impl Gossip {
             burdens: BTreeMap::new(),
             proven: BTreeMap::new(),
             news: BTreeMap::new(),
+            wanted: BTreeMap::new(),
+            ask_again_at: None,
             publish_at: None,
             published: None,
             defence: None,
@@ -274,6 +283,7 @@ impl Gossip {
         if self.neighbours.remove(&peer) {
             self.proven.remove(&peer);
             self.paths.take();
+            self.ask_others(peer, now);
             self.note_own_change(now);
         }
     }
@@ -327,7 +337,7 @@ impl Gossip {
         }
         match Message::decode(bytes)? {
             Message::Summary(hash) => self.handle_summary(peer, hash),
-            Message::Digest { ask, stamps } => self.handle_digest(peer, ask, stamps),
+            Message::Digest { ask, stamps } => self.handle_digest(peer, ask, stamps, now),
             Message::Request(ids) => self.answer(peer, &ids),
             Message::Delta(records) => return self.handle_delta(peer, records, now),
         }
@@ -352,6 +362,9 @@ impl Gossip {
             self.flush_at = None;
             self.pass_on(now);
         }
+        if self.ask_again_at.is_some_and(|at| at <= now) {
+            self.ask_again(now);
+        }
         if self.compare_at <= now {
             self.compare_at = now + self.jittered(COMPARE_INTERVAL);
             self.compare();
@@ -362,7 +375,7 @@ impl Gossip {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let defend_at = self.defence.as_ref().and(self.defended).map(|last| last + DEFEND_INTERVAL);
         let admit_at = self.next_admission();
-        [self.publish_at, self.flush_at, defend_at, admit_at, Some(self.compare_at)]
+        [self.publish_at, self.flush_at, defend_at, admit_at, self.ask_again_at, Some(self.compare_at)]
             .into_iter()
             .flatten()
             .min()
@@ -371,33 +384,6 @@ impl Gossip {
     /// The next thing to do.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
-    }
-
-    fn handle_summary(&mut self, peer: NodeId, hash: [u8; 16]) {
-        if hash != self.summary() {
-            self.send(peer, Message::Digest { ask: true, stamps: self.stamps() });
-        }
-    }
-
-    fn handle_digest(&mut self, peer: NodeId, ask: bool, theirs: Vec<(NodeId, Stamp)>) {
-        let theirs: BTreeMap<_, _> = theirs.into_iter().collect();
-        let is_older =
-            |than: &BTreeMap<NodeId, Stamp>, id, stamp| than.get(id).is_none_or(|known| known < stamp);
-        let news: Vec<_> = self
-            .stamps
-            .iter()
-            .filter(|(id, stamp)| is_older(&theirs, id, stamp))
-            .map(|(id, _)| *id)
-            .collect();
-        let wanted: Vec<_> = theirs
-            .iter()
-            .filter(|(id, stamp)| is_older(&self.stamps, id, stamp))
-            .map(|(id, _)| *id)
-            .collect();
-        self.answer(peer, &news);
-        if ask && !wanted.is_empty() {
-            self.send(peer, Message::Request(wanted));
-        }
     }
 
     fn handle_delta(&mut self, peer: NodeId, records: Vec<Record>, now: Instant) -> Result<(), BadMessage> {
@@ -409,12 +395,9 @@ impl Gossip {
             }
         }
         for (stamp, record) in records {
+            self.want_no_more(peer, record.id, stamp);
             if !self.is_news(peer, &record, stamp) {
-                if self.stamps.get(&record.id) == Some(&stamp)
-                    && let Some(have) = self.news.get_mut(&record.id)
-                {
-                    have.insert(peer);
-                }
+                self.note_holder(peer, record.id, stamp);
             } else if record.id == self.own {
                 self.handle_word_about_self(record, now);
             } else if self.is_disputed(&record) {
@@ -495,94 +478,7 @@ impl Gossip {
         self.news.insert(self.own, BTreeSet::new());
     }
 
-    fn pass_on(&mut self, now: Instant) {
-        let mut outgoing: BTreeMap<NodeId, Vec<NodeId>> = BTreeMap::new();
-        for (id, have) in std::mem::take(&mut self.news) {
-            for &peer in &self.neighbours {
-                let told_by_another = id != self.own && self.is_linked(id, peer)
-                    || have.iter().any(|&source| self.is_linked(source, peer));
-                if peer != id && !have.contains(&peer) && !told_by_another {
-                    outgoing.entry(peer).or_default().push(id);
-                }
-            }
-        }
-        for (peer, ids) in outgoing {
-            // What is left out here is found by comparing.
-            let bytes = self.records_of(&ids).map(size).sum();
-            if self.may_pass(peer, bytes, now) {
-                self.send_records(peer, &ids);
-            }
-        }
-    }
-
-    /// True if a neighbour takes more of what others say.
-    fn may_pass(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
-        self.burdens.entry(peer).or_insert_with(|| Allowance::of_ours(now)).pass(bytes, now)
-    }
-
-    fn records_of(&self, ids: &[NodeId]) -> impl Iterator<Item = &Record> {
-        ids.iter().filter_map(|id| self.records.get(id))
-    }
-
-    /// True if both ends say that they are linked.
-    fn is_linked(&self, one: NodeId, other: NodeId) -> bool {
-        let says = |a, b| self.records.get(&a).is_some_and(|record| record.links.binary_search(&b).is_ok());
-        says(one, other) && says(other, one)
-    }
-
-    fn compare(&mut self) {
-        if self.neighbours.is_empty() {
-            return;
-        }
-        let chosen = self.rng.random_range(0..self.neighbours.len());
-        let Some(&peer) = self.neighbours.iter().nth(chosen) else { return };
-        self.send(peer, Message::Summary(self.summary()));
-    }
-
-    fn answer(&mut self, peer: NodeId, ids: &[NodeId]) {
-        let bytes = self.records_of(ids).map(size).sum();
-        if let Some(allowance) = self.allowances.get_mut(&peer) {
-            allowance.answer(bytes);
-        }
-        self.send_records(peer, ids);
-    }
-
-    fn send_records(&mut self, peer: NodeId, ids: &[NodeId]) {
-        let (mut deltas, mut bytes) = (vec![Vec::new()], 0);
-        for record in self.records_of(ids) {
-            if bytes >= message::DELTA_BYTES {
-                deltas.push(Vec::new());
-                bytes = 0;
-            }
-            bytes += size(record);
-            deltas.last_mut().expect("it begins with one").push(record.clone());
-        }
-        for delta in deltas.into_iter().filter(|delta| !delta.is_empty()) {
-            self.send(peer, Message::Delta(delta));
-        }
-    }
-
-    fn send(&mut self, to: NodeId, message: Message) {
-        self.actions.push_back(Action::Send { to, message });
-    }
-
-    fn stamps(&self) -> Vec<(NodeId, Stamp)> {
-        self.stamps.iter().map(|(id, stamp)| (*id, *stamp)).collect()
-    }
-
-    fn summary(&self) -> [u8; 16] {
-        let bytes = postcard::to_allocvec(&self.stamps()).expect("plain data always encodes");
-        let mut hash = [0; 16];
-        hash.copy_from_slice(&digest(&SHA256, &bytes).as_ref()[..16]);
-        hash
-    }
-
     fn jittered(&mut self, time: Duration) -> Duration {
         time.mul_f64(self.rng.random_range(0.75..1.25))
     }
-}
-
-/// About how many bytes a record takes on the wire; rather too many.
-fn size(record: &Record) -> usize {
-    256 + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len())
 }

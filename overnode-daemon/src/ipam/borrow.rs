@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use super::layout::quarters;
 use super::message::{MAX_BLOCKS, Message, Round, Title};
-use super::{Fact, Ipam, IpamError, Retry, Timing};
+use super::{Fact, Ipam, IpamError, Peer, Retry, Timing};
 use crate::types::NodeId;
 
 /// Who has nothing asks for so much, at least.
@@ -58,17 +58,24 @@ enum Why {
 }
 
 impl Ipam {
+    /// Which quarters a node says that it lends.
+    pub(super) fn lends_of(&self, peer: &Peer) -> [bool; 4] {
+        let mut quarters = quarters();
+        std::array::from_fn(|_| {
+            let half = quarters.next().and_then(|quarter| self.layout.lendable(quarter));
+            let has = |half| peer.ranges.iter().any(|range| range.contains(&half));
+            !peer.left && half.is_some_and(has)
+        })
+    }
+
     pub(super) fn find_lenders(&mut self) {
         self.borrowing.lenders.clear();
         for quarter in quarters().filter(|quarter| !self.lending.books.contains_key(quarter)) {
-            let Some(half) = self.layout.lendable(quarter) else { continue };
+            let place = usize::from(quarter.get()) - 1;
             let heard = self.lending.heard.get(&quarter).map(|title| title.holder);
             let lends = |id: &NodeId| {
                 let peer = self.peers.get(id);
-                !self.has_pledged(*id)
-                    && peer.is_some_and(|peer| {
-                        !peer.left && peer.ranges.iter().any(|range| range.contains(&half))
-                    })
+                peer.is_some_and(|peer| self.lends_of(peer)[place]) && !self.has_pledged(*id)
             };
             let mut says_so = self.reachable.iter().copied().filter(lends);
             let best = heard.filter(|id| self.reachable.contains(id) && lends(id));

@@ -21,6 +21,7 @@ mod lend;
 mod message;
 mod reclaim;
 mod season;
+mod shares;
 mod space;
 mod transfer;
 
@@ -37,6 +38,7 @@ pub use error::IpamError;
 pub use fact::{Change, Fact, Heir, Key};
 pub use layout::{BadNetwork, Layout, quarters};
 pub use message::{BadMessage, Loan, MAX_MESSAGE, Message, Round, Title};
+pub use shares::{Share, Shares};
 
 use crate::types::{Network, NodeId};
 
@@ -282,8 +284,8 @@ impl Ipam {
         self.report_claims(id, &peer);
         self.report_ranges(id, &peer);
         let known = self.peers.get(&id).map(|known| (known.incarnation, known.left));
-        let before = self.peers.get(&id);
-        let may_lend = before.is_none_or(|known| known.ranges != peer.ranges || known.left != peer.left);
+        let lends = |peer: &Peer| self.lends_of(peer);
+        let is_other_lender = self.peers.get(&id).map(lends).unwrap_or_default() != lends(&peer);
         let is_news = known != Some((peer.incarnation, peer.left));
         if peer.left {
             self.free_left(id, peer.incarnation);
@@ -298,7 +300,7 @@ impl Ipam {
         if is_news {
             self.ask_all_again(now);
         }
-        if may_lend {
+        if is_other_lender {
             self.find_lenders();
         }
         self.finish(now);

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{Ipv6V6Only, TcpMaxSeg};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -22,6 +24,9 @@ use crate::types::{NodeId, PublicKey};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a name may take to resolve.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most bytes of a TCP segment of a control connection: an IPv6 packet of the least MTU that there is (1280) less the headers of IPv6
+/// and TCP. Nothing searches for the MTU there, and a router that drops larger packets without a word must not part two nodes.
+const SEGMENT: u32 = 1220;
 /// Most addresses of one destination that are tried in one attempt.
 const MAX_TRIES: usize = 8;
 /// A ping is sent this often.
@@ -166,6 +171,8 @@ impl Mesh {
 fn listeners(port: u16) -> io::Result<Vec<TcpListener>> {
     let v4 = TcpSocket::new_v4()?;
     v4.set_reuseaddr(true)?;
+    // Those that it accepts inherit it.
+    setsockopt(&v4, TcpMaxSeg, &SEGMENT)?;
     v4.bind((Ipv4Addr::UNSPECIFIED, port).into())?;
     let mut listeners = vec![v4.listen(128)?];
     // A host may have IPv6 turned off.
@@ -177,7 +184,8 @@ fn listeners(port: u16) -> io::Result<Vec<TcpListener>> {
 
 fn v6_socket(port: u16) -> io::Result<TcpSocket> {
     let socket = TcpSocket::new_v6()?;
-    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Ipv6V6Only, &true)?;
+    setsockopt(&socket, Ipv6V6Only, &true)?;
+    setsockopt(&socket, TcpMaxSeg, &SEGMENT)?;
     socket.set_reuseaddr(true)?;
     socket.bind((Ipv6Addr::UNSPECIFIED, port).into())?;
     Ok(socket)
@@ -278,7 +286,7 @@ async fn call(shared: &Shared, attempt: AttemptId, place: Place) -> Result<(Ends
         Place::Addresses(id, addresses) => (addresses, DialFailure::Unresolved(format!("node {id}"))),
     };
     for address in addresses {
-        let stream = match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
+        let stream = match timeout(CONNECT_TIMEOUT, dial_address(address)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => {
                 last = DialFailure::Unreachable(address, error.to_string());
@@ -295,6 +303,12 @@ async fn call(shared: &Shared, attempt: AttemptId, place: Place) -> Result<(Ends
         }
     }
     Err(last)
+}
+
+async fn dial_address(address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    setsockopt(&socket, TcpMaxSeg, &SEGMENT)?;
+    socket.connect(address).await
 }
 
 async fn resolve(name: &str, port: u16) -> Vec<SocketAddr> {

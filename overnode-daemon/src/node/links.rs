@@ -248,7 +248,12 @@ impl Node {
         self.problems.iter().chain(passing.map(|(problem, _)| problem)).chain(docker).cloned().collect()
     }
 
-    /// Something that needs a person. The words may be a liar's, so there is an end to what is kept.
+    /// What of that is about addresses: all that lasts.
+    pub(super) fn address_problems(&self) -> Vec<String> {
+        self.problems.clone()
+    }
+
+    /// Something about addresses that needs a person. The words may be a liar's, so there is an end to what is kept.
     pub(super) fn report(&mut self, problem: String) {
         if self.problems.contains(&problem) {
             return;

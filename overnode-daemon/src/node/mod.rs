@@ -7,11 +7,13 @@ mod data;
 mod docker;
 mod endpoints;
 mod external;
+mod inspect;
 mod launch;
 mod links;
 mod paths;
 mod reset;
 mod running;
+mod shares;
 mod status;
 
 use std::os::unix::fs::DirBuilderExt;

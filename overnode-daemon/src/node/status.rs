@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 use std::time::Instant;
 
-use ipnet::IpNet;
 use overnode_ebpf::reason::Reason;
 
 use super::docker::is_plugged;
@@ -11,8 +10,8 @@ use super::endpoints::target_of;
 use super::running::Node;
 use crate::api::{
     ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState,
-    EndpointStatus, IpamStatus, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RangeOwner,
-    ReclaimStatus, RouteStatus, SessionState, Status, TargetState, TargetStatus,
+    EndpointStatus, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RouteStatus,
+    SessionState, Status, TargetState, TargetStatus,
 };
 use crate::control::dial::{self, Phase};
 use crate::control::session::PATTERN;
@@ -35,51 +34,6 @@ impl Node {
             external_peers: self.externals()?,
             counters: self.counter_status()?,
         })
-    }
-
-    /// Everything. What a type keeps secret has no JSON form, so that no field can slip through.
-    pub(super) fn inspect(&mut self) -> Result<serde_json::Value, ApiError> {
-        let now = Instant::now();
-        let status = self.status()?;
-        let sessions: Vec<_> = self
-            .peers
-            .values()
-            .filter_map(|peer| peer.state.as_ref())
-            .map(|state| {
-                let sessions: Vec<_> = state
-                    .sessions
-                    .iter()
-                    .map(|session| {
-                        serde_json::json!({
-                            "local_index": session.local_index,
-                            "remote_index": session.remote_index,
-                            "initiator": session.initiator,
-                            "confirmed": session.confirmed,
-                            "sealing": session.sealing,
-                            "age_seconds": now.saturating_duration_since(session.created).as_secs(),
-                            "expires_in_seconds": session.expires.saturating_duration_since(now).as_secs(),
-                        })
-                    })
-                    .collect();
-                serde_json::json!({ "peer": state.index, "public_key": state.public_key, "sessions": sessions })
-            })
-            .collect();
-        let handshakes: serde_json::Map<_, _> =
-            self.handshakes.counters().named().map(|(name, count)| (name.to_owned(), count.into())).collect();
-        let records: Vec<&Record> = self.gossip.records().collect();
-        let routes: Vec<_> = self
-            .peers
-            .iter()
-            .map(|(index, peer)| serde_json::json!({ "peer": index, "prefixes": peer.routes }))
-            .collect();
-        Ok(serde_json::json!({
-            "status": status,
-            "incarnation": self.incarnation,
-            "records": records,
-            "routes": routes,
-            "data": { "peers": sessions, "underlay": self.datapath.underlay() },
-            "handshakes": handshakes,
-        }))
     }
 
     fn node_status(&self, now: Instant) -> Result<NodeStatus, ApiError> {
@@ -154,7 +108,7 @@ impl Node {
                     address: Some(self.ipam.layout().node_address(record.id)),
                     underlay: record.addresses.clone(),
                     public_key: Some(record.public_key),
-                    version: None,
+                    version: myself.then(|| env!("CARGO_PKG_VERSION").to_owned()),
                     links: if myself { self.own_links() } else { self.links_of(record) },
                     data: (!myself).then(|| self.data_status(record.id.peer_index(), now)).flatten(),
                 }
@@ -218,6 +172,8 @@ impl Node {
                     (Phase::Myself | Phase::Refused, _) => ConnectionState::Failed,
                 };
                 let rtt = view.peer.filter(|_| established).and_then(|peer| self.stream_to(peer)?.rtt);
+                let data = view.peer.filter(|_| established);
+                let data = data.and_then(|peer| self.data_status(peer.peer_index(), now));
                 let myself = || LastError {
                     message: "it is this node itself; it is never tried again".to_owned(),
                     seconds_ago: None,
@@ -229,8 +185,12 @@ impl Node {
                     since_seconds: view.since.map(|since| now.saturating_duration_since(since).as_secs()),
                     encryption: established.then(|| PATTERN.to_owned()),
                     peer: view.peer,
-                    nickname: view.nickname,
+                    nickname: view
+                        .nickname
+                        .or_else(|| Some(self.gossip.record(view.peer?)?.nickname.clone())),
                     rtt_microseconds: rtt.and_then(|rtt| u64::try_from(rtt.as_micros()).ok()),
+                    mtu: data.as_ref().and_then(|data| data.mtu),
+                    route: data.and_then(|data| data.route),
                     next_try_in_seconds: next_try(&view.phase, now),
                     last_error: if view.phase == Phase::Myself {
                         Some(myself())
@@ -264,45 +224,6 @@ impl Node {
                 },
             })
             .collect())
-    }
-
-    /// Every node that gives out addresses, with what it holds.
-    fn ipam_status(&self) -> IpamStatus {
-        let pool = self.ipam.layout().network().range;
-        let size = |net: &IpNet| 2_f64.powi(i32::from(net.max_prefix_len() - net.prefix_len()));
-        let all: Vec<(NodeId, IpNet)> = self
-            .gossip
-            .records()
-            .filter(|record| !record.left)
-            .flat_map(|record| record.ranges.iter().map(|range| (record.id, *range)))
-            .filter(|(_, range)| pool.contains(range))
-            .collect();
-        let mut owners: Vec<RangeOwner> = Vec::new();
-        for record in self.gossip.records().filter(|record| !record.left) {
-            let ranges: Vec<IpNet> =
-                all.iter().filter(|(id, _)| *id == record.id).map(|(_, net)| *net).collect();
-            if ranges.is_empty() {
-                continue;
-            }
-            // What a lender announces includes what it has lent.
-            let lent = all.iter().filter(|(id, net)| {
-                *id != record.id && ranges.iter().any(|range| range.contains(net) && range != net)
-            });
-            let addresses =
-                ranges.iter().map(&size).sum::<f64>() - lent.map(|(_, net)| size(net)).sum::<f64>();
-            owners.push(RangeOwner {
-                id: record.id,
-                nickname: record.nickname.clone(),
-                addresses: addresses as u64,
-                percent: addresses / size(&pool) * 100.0,
-                active: (record.id == self.identity.id).then(|| self.ipam.active() as u64),
-                reachable: Some(self.reachable.get(&record.id).is_some_and(|(reachable, _)| *reachable)),
-                ranges,
-            });
-        }
-        let waiting_for = self.ipam.check_ready().err().map(|why| why.to_string());
-        let reclaims = self.ipam.reclaims().into_iter().map(|(id, missing)| ReclaimStatus { id, missing });
-        IpamStatus { ready: waiting_for.is_none(), waiting_for, owners, reclaims: reclaims.collect() }
     }
 
     fn counter_status(&self) -> Result<Vec<CounterStatus>, ApiError> {

@@ -80,6 +80,8 @@ pub struct Paths {
     due: BTreeSet<(Instant, NodeId)>,
     actions: VecDeque<Action>,
     counters: Counters,
+    /// What each living path carries, for whoever sends through this node; 0 if none lives.
+    carries: u16,
 }
 
 impl Paths {
@@ -91,6 +93,7 @@ impl Paths {
             due: BTreeSet::new(),
             actions: VecDeque::new(),
             counters: Counters::default(),
+            carries: 0,
         }
     }
 
@@ -113,6 +116,7 @@ impl Paths {
     pub fn remove_peer(&mut self, id: NodeId) {
         if let Some(peer) = self.peers.remove(&id) {
             self.due.remove(&(peer.poll_timeout(), id));
+            self.measure();
         }
         self.actions.retain(|action| match action {
             Action::Send { to, .. } => *to != id,
@@ -139,6 +143,7 @@ impl Paths {
         let Some(outcome) = self.with(from, |peer, _| peer.handle_probe(probe, now)) else { return };
         match outcome {
             Outcome::Answer(answer) => {
+                let answer = Probe { carries: self.carries, ..answer };
                 self.actions.push_back(Action::Send { to: from, bytes: answer.encode() });
             }
             Outcome::Limited => self.counters.limited += 1,
@@ -164,8 +169,9 @@ impl Paths {
         let due: Vec<_> = self.due.range(..=(now, LAST)).map(|(_, id)| *id).collect();
         for id in due {
             self.with(id, |peer, rng| peer.handle_timeout(now, is_crowded, rng, &mut probes));
-            let sends = probes.drain(..).map(|probe| Action::Send { to: id, bytes: probe.encode() });
-            self.actions.extend(sends);
+            let carries = self.carries;
+            let probes = probes.drain(..).map(|probe| Probe { carries, ..probe });
+            self.actions.extend(probes.map(|probe| Action::Send { to: id, bytes: probe.encode() }));
         }
     }
 
@@ -205,8 +211,15 @@ impl Paths {
         }
         if (before.1, before.2) != (after.1, after.2) {
             self.actions.push_back(Action::Changed { id });
+            self.measure();
         }
         Some(result)
+    }
+
+    fn measure(&mut self) {
+        let living = self.peers.values().filter(|peer| peer.is_alive());
+        let least = living.map(|peer| peer.search.mtu()).min();
+        self.carries = least.map_or(0, |least| u16::try_from(least).unwrap_or(u16::MAX));
     }
 }
 

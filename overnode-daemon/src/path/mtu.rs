@@ -24,6 +24,8 @@ pub const MOST_TRIES: u32 = 12;
 const MISTAKE: f32 = 0.001;
 /// How often a size that works is tried again: RFC 8899 asks for less often, but this is how long a black hole may last.
 pub const CHECK_INTERVAL: Duration = Duration::from_secs(30);
+/// The same where containers talk to each other, and would notice.
+pub const BUSY_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// How often a larger size is tried (RFC 8899 section 5.1.1, `PMTU_RAISE_TIMER`).
 pub const RAISE_INTERVAL: Duration = Duration::from_secs(600);
 /// The pause after a try that shows nothing, since small probes vanish, too.
@@ -34,6 +36,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 pub(super) struct Search {
     largest: u32,
     mtu: u32,
+    is_busy: bool,
     confirmed_at: Option<Instant>,
     is_confirmed: bool,
     aim: Aim,
@@ -80,6 +83,7 @@ impl Search {
         Self {
             largest,
             mtu: largest,
+            is_busy: false,
             confirmed_at: None,
             is_confirmed: false,
             aim: Aim::Keep,
@@ -131,6 +135,15 @@ impl Search {
     pub(super) fn suspect(&mut self, now: Instant) {
         if self.aim == Aim::Keep && self.wait.is_none() && self.next.is_some() {
             self.next = Some(now);
+        }
+    }
+
+    /// Whether containers talk to that node: then the MTU is checked more often.
+    pub(super) fn set_busy(&mut self, is_busy: bool, now: Instant) {
+        self.is_busy = is_busy;
+        let is_at_rest = self.aim == Aim::Keep && self.wait.is_none() && self.flights.is_empty();
+        if is_busy && is_at_rest {
+            self.next = self.next.map(|next| next.min(now + BUSY_CHECK_INTERVAL));
         }
     }
 
@@ -271,7 +284,7 @@ impl Search {
     }
 
     fn rest(&mut self, now: Instant) {
-        let check = now + CHECK_INTERVAL;
+        let check = now + if self.is_busy { BUSY_CHECK_INTERVAL } else { CHECK_INTERVAL };
         self.turn_to(Aim::Keep, self.raise_at.map_or(check, |at| at.clamp(now, check)));
     }
 

@@ -68,6 +68,7 @@ pub(super) struct Peer {
     last_error: Option<(Fault, Instant)>,
     pub(super) search: Search,
     answers: Answers,
+    carries: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -133,6 +134,7 @@ impl Peer {
             last_error: None,
             search: Search::new(largest),
             answers: Answers::default(),
+            carries: None,
         }
     }
 
@@ -145,6 +147,7 @@ impl Peer {
             loss: self.loss(),
             mtu: self.search.mtu(),
             mtu_confirmed: self.search.is_confirmed(),
+            carries: self.carries,
             last_heard: self.last_heard,
             last_error: self.last_error,
         }
@@ -160,6 +163,7 @@ impl Peer {
         if is_busy && !was_busy {
             self.next = self.next.min(now + INTERVAL);
         }
+        self.search.set_busy(is_busy, now);
     }
 
     /// When there is something to do.
@@ -207,6 +211,7 @@ impl Peer {
 
     /// Takes a probe that came.
     pub(super) fn handle_probe(&mut self, probe: Probe, now: Instant) -> Outcome {
+        self.carries = Some(u32::from(probe.carries)).filter(|size| *size > 0).or(self.carries);
         match probe.kind {
             Kind::Request => {
                 self.answers.handle_request(probe, now).map_or(Outcome::Limited, Outcome::Answer)
@@ -299,6 +304,7 @@ impl Peer {
             sequence: self.sequence,
             stamp: rng.random(),
             seen: self.answers.seen(now),
+            carries: 0,
         }
     }
 

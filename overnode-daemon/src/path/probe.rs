@@ -6,7 +6,7 @@
 //! | --- | --- | --- |
 //! | 0 | 1 | kind: 1 request, 2 answer |
 //! | 1 | 1 | version: 1 |
-//! | 2 | 2 | zero |
+//! | 2 | 2 | size of the largest inner packet that every living path of the sender carries, relay headers included; 0 if there is none |
 //! | 4 | 4 | size of the whole inner packet |
 //! | 8 | 8 | sequence number; an answer has its request's |
 //! | 16 | 8 | stamp; an answer has its request's |
@@ -50,6 +50,9 @@ pub struct Probe {
     pub stamp: u64,
     /// Size of the largest inner packet with a probe that came from the other side lately, bytes; 0 if none did.
     pub seen: u32,
+    /// Size of the largest inner packet that each of the sender's living direct paths carries, bytes; 0 if it has none. Whoever sends
+    /// through that node needs to know.
+    pub carries: u16,
 }
 
 /// Why bytes are no probe.
@@ -61,7 +64,7 @@ pub enum BadProbe {
     /// A version that this node does not speak.
     #[error("version {0} of probes is not known")]
     Version(u8),
-    /// Neither request nor answer, or bytes in use that are reserved.
+    /// Neither request nor answer.
     #[error("not a probe")]
     Malformed,
     /// It says another size than it has.
@@ -83,7 +86,8 @@ impl Probe {
             Kind::Answer => ANSWER,
         };
         let mut bytes = Vec::with_capacity((size - ENVELOPE) as usize);
-        bytes.extend([kind, VERSION, 0, 0]);
+        bytes.extend([kind, VERSION]);
+        bytes.extend(self.carries.to_be_bytes());
         bytes.extend(size.to_be_bytes());
         bytes.extend(self.sequence.to_be_bytes());
         bytes.extend(self.stamp.to_be_bytes());
@@ -99,7 +103,7 @@ impl Probe {
     /// See [`BadProbe`].
     pub fn decode(bytes: &[u8], received: u32) -> Result<Self, BadProbe> {
         let short = BadProbe::Short(bytes.len());
-        let (&[kind, version, reserved @ ..], rest) = bytes.split_first_chunk::<4>().ok_or(short)?;
+        let (&[kind, version, carries @ ..], rest) = bytes.split_first_chunk::<4>().ok_or(short)?;
         let (size, rest) = rest.split_first_chunk().ok_or(short)?;
         let (sequence, rest) = rest.split_first_chunk().ok_or(short)?;
         let (stamp, rest) = rest.split_first_chunk().ok_or(short)?;
@@ -107,9 +111,9 @@ impl Probe {
         if version != VERSION {
             return Err(BadProbe::Version(version));
         }
-        let kind = match (kind, reserved) {
-            (REQUEST, [0, 0]) => Kind::Request,
-            (ANSWER, [0, 0]) => Kind::Answer,
+        let kind = match kind {
+            REQUEST => Kind::Request,
+            ANSWER => Kind::Answer,
             _ => return Err(BadProbe::Malformed),
         };
         let size = u32::from_be_bytes(*size);
@@ -122,6 +126,7 @@ impl Probe {
             sequence: u64::from_be_bytes(*sequence),
             stamp: u64::from_be_bytes(*stamp),
             seen: u32::from_be_bytes(*seen),
+            carries: u16::from_be_bytes(carries),
         })
     }
 }
@@ -138,14 +143,15 @@ mod tests {
         sequence: 0x0102_0304_0506_0708,
         stamp: 0x1112_1314_1516_1718,
         seen: 1440,
+        carries: 1212,
     };
 
     #[test]
     fn golden_vectors() {
-        let request = "01010000 0000003c 0102030405060708 1112131415161718 000005a0 00000000";
+        let request = "010104bc 0000003c 0102030405060708 1112131415161718 000005a0 00000000";
         assert_eq!(hex(&REQUEST.encode()), request.replace(' ', ""));
         let answer = Probe { kind: Kind::Answer, size: SMALLEST, seen: 65535, ..REQUEST };
-        let expected = "02010000 00000038 0102030405060708 1112131415161718 0000ffff";
+        let expected = "020104bc 00000038 0102030405060708 1112131415161718 0000ffff";
         assert_eq!(hex(&answer.encode()), expected.replace(' ', ""));
     }
 
@@ -177,8 +183,6 @@ mod tests {
             assert_eq!(with(0, kind), Err(BadProbe::Malformed));
         }
         assert_eq!(with(1, 2), Err(BadProbe::Version(2)));
-        assert_eq!(with(2, 1), Err(BadProbe::Malformed));
-        assert_eq!(with(3, 1), Err(BadProbe::Malformed));
         assert_eq!(with(4, 1), Err(BadProbe::Size { said: 0x0100_003c, received: 60 }));
         assert_eq!(Probe::decode(&good, 61), Err(BadProbe::Size { said: 60, received: 61 }));
         let small = with(7, 10);
@@ -197,9 +201,9 @@ mod tests {
         }
 
         #[test]
-        fn any_probe_comes_back(sequence: u64, stamp: u64, seen: u32, size in SMALLEST..=LARGEST, answer: bool) {
+        fn any_probe_comes_back(sequence: u64, stamp: u64, seen: u32, carries: u16, size in SMALLEST..=LARGEST, answer: bool) {
             let kind = if answer { Kind::Answer } else { Kind::Request };
-            let probe = Probe { kind, size, sequence, stamp, seen };
+            let probe = Probe { kind, size, sequence, stamp, seen, carries };
             prop_assert_eq!(Probe::decode(&probe.encode(), size), Ok(probe));
         }
     }

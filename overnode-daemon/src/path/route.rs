@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use super::mtu::FLOOR;
 use super::state::PathState;
 use crate::types::NodeId;
 
@@ -14,8 +15,8 @@ use crate::types::NodeId;
 pub const MAX_HOPS: u8 = 8;
 /// Bytes of a relay header.
 pub const RELAY_HEADER: u32 = 8;
-/// What relays are taken to carry beyond the first hop, bytes of inner packet and relay header: nobody has measured it for this
-/// node. It leaves containers 1280 bytes, the least that IPv6 works with.
+/// What is taken to fit beyond those hops that this node knows of, bytes of inner packet and relay header: it leaves containers 1280
+/// bytes, the least that IPv6 works with. A relay tells what its own paths carry; what comes after, nobody tells.
 pub const BEYOND_FIRST_HOP: u32 = 1280 + RELAY_HEADER;
 /// The present relay stays unless another one is nearer by more than this and by more than a quarter: round-trip times
 /// waver, and each change may reorder packets.
@@ -92,8 +93,11 @@ pub fn choose(own: NodeId, graph: &Graph) -> BTreeMap<NodeId, Route> {
 pub fn mtu(to: NodeId, route: Route, direct: &BTreeMap<NodeId, PathState>) -> Option<u32> {
     match route {
         Route::Direct => Some(direct.get(&to)?.mtu),
-        Route::Via { relay, .. } => {
-            Some(direct.get(&relay)?.mtu.min(BEYOND_FIRST_HOP).saturating_sub(RELAY_HEADER))
+        Route::Via { relay, hops } => {
+            let first = direct.get(&relay)?;
+            let second = first.carries.map_or(BEYOND_FIRST_HOP, |size| size.max(FLOOR));
+            let later = if hops > 2 { BEYOND_FIRST_HOP } else { u32::MAX };
+            Some(first.mtu.min(second).min(later).saturating_sub(RELAY_HEADER))
         }
         Route::Unreachable => None,
     }

@@ -19,6 +19,8 @@ pub struct PathState {
     pub mtu: u32,
     /// False while [`Self::mtu`] is a guess that no probe has confirmed since the path came alive.
     pub mtu_confirmed: bool,
+    /// Size of the largest inner packet that the living paths of that node carry, as it says, bytes; none before it has said.
+    pub carries: Option<u32>,
     /// When the last answer came.
     pub last_heard: Option<Instant>,
     /// What went wrong last, and when.

@@ -68,7 +68,7 @@ pub fn run(data: &[u8]) {
 }
 
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    let request = Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 2, seen: 1440 };
+    let request = Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 2, seen: 1440, carries: 1440 };
     let incoming =
         [&[0], &(request.size as u16).to_le_bytes()[..], &Input::framed(&request.encode())].concat();
     let exchange = [2, 0, 0, 1, 0, 0, 0xa0, 5, 1, 1, 0, 0xa0, 5, 2, 100, 0].repeat(3);

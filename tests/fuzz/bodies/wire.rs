@@ -54,7 +54,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         signature: Signature([5; 64]),
         body: vec![1, 2, 3],
     };
-    let request = Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 2, seen: 1440 };
+    let request = Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 2, seen: 1440, carries: 1440 };
     let answer = Probe { kind: Kind::Answer, size: SMALLEST, ..request };
     let received = |probe: &Probe| (probe.size as u16).to_le_bytes();
     let probe = |probe: &Probe| [&[1], &received(probe)[..], &probe.encode()].concat();

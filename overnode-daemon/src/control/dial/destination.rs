@@ -63,7 +63,6 @@ impl Destination {
     /// The pause grows on: only a connection that lives makes it short again.
     pub fn handle_established(&mut self, peer: NodeId, now: Instant) {
         self.leads_to = Some(peer);
-        self.last_error = None;
         if let State::Dialling(_) = self.state {
             self.state = State::Waiting { until: now };
         }

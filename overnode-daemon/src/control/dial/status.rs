@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use super::{Dialer, Key, State};
+use super::{Destination, Dialer, Key, State};
 use crate::types::NodeId;
 
 /// Which side opened a connection.
@@ -63,7 +63,7 @@ pub struct ConnectionStatus {
     pub nickname: Option<String>,
     /// Since when it is established.
     pub since: Option<Instant>,
-    /// The last error, with its time.
+    /// The last error, with its time; of an established connection, why there was none before.
     pub last_error: Option<(String, Instant)>,
 }
 
@@ -102,7 +102,7 @@ impl Dialer {
             peer: Some(connection.peer),
             nickname: Some(connection.nickname.clone()),
             since: Some(connection.since),
-            last_error: None,
+            last_error: self.last_error_of(connection.peer),
         });
         let open = self.destinations.iter().filter(|(key, _)| self.phase(key) != Phase::Established);
         let open = open.map(|(key, destination)| ConnectionStatus {
@@ -131,6 +131,16 @@ impl Dialer {
             last_error: Some((refused.why.clone(), refused.at)),
         });
         established.chain(open).chain(refused).collect()
+    }
+
+    /// Why there was no connection with a node before, or why one ended.
+    fn last_error_of(&self, peer: NodeId) -> Option<(String, Instant)> {
+        let leads_there = |key: &Key, to: &Destination| match key {
+            Key::Target(_) => to.leads_to == Some(peer),
+            Key::Learned(id) => *id == peer,
+        };
+        let errors = self.destinations.iter().filter(|(key, to)| leads_there(key, to));
+        errors.filter_map(|(_, to)| to.last_error.clone()).max_by_key(|(_, at)| *at)
     }
 
     fn phase(&self, key: &Key) -> Phase {

@@ -76,7 +76,7 @@ fn the_answer_of_one_node_is_not_taken_from_another() {
 fn a_flood_of_requests_is_answered_at_a_bounded_rate_with_small_packets() {
     let (mut paths, now) = alone();
     sent(&mut paths);
-    let request = Probe { kind: Kind::Request, size: 1440, sequence: 7, stamp: 9, seen: 0 };
+    let request = Probe { kind: Kind::Request, size: 1440, sequence: 7, stamp: 9, seen: 0, carries: 0 };
     for n in 0..10_000 {
         give(&mut paths, B, Probe { sequence: n, ..request }, now + ms(n / 10));
     }
@@ -94,7 +94,7 @@ fn a_flood_of_requests_is_answered_at_a_bounded_rate_with_small_packets() {
 fn the_largest_size_that_came_is_told_and_forgotten() {
     let (mut paths, now) = alone();
     sent(&mut paths);
-    let request = Probe { kind: Kind::Request, size: 1440, sequence: 1, stamp: 1, seen: 0 };
+    let request = Probe { kind: Kind::Request, size: 1440, sequence: 1, stamp: 1, seen: 0, carries: 0 };
     let mut seen_at = |size, at| {
         give(&mut paths, B, Probe { size, ..request }, at);
         sent(&mut paths)[0].seen
@@ -111,7 +111,12 @@ fn a_removed_node_is_a_stranger_and_gets_nothing_more() {
     let (mut paths, now) = alone();
     paths.remove_peer(B);
     assert_eq!((paths.poll_action(), paths.poll_timeout(), paths.state(B)), (None, None, None));
-    give(&mut paths, B, Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 1, seen: 0 }, now);
+    give(
+        &mut paths,
+        B,
+        Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 1, seen: 0, carries: 0 },
+        now,
+    );
     assert_eq!((paths.poll_action(), paths.counters().strangers), (None, 1));
 }
 

@@ -1,4 +1,4 @@
-use super::super::mtu::{CHECK_INTERVAL, FLOOR, PRECISION, RAISE_INTERVAL};
+use super::super::mtu::{BUSY_CHECK_INTERVAL, CHECK_INTERVAL, FLOOR, PRECISION, RAISE_INTERVAL};
 use super::*;
 
 fn size(bytes: &[u8]) -> u32 {
@@ -84,6 +84,36 @@ fn a_black_hole_is_found_within_the_check_interval_and_heals_with_the_next_rise(
 }
 
 #[test]
+fn where_containers_talk_a_black_hole_is_found_sooner() {
+    let mut world = World::pair(13);
+    world.run(secs(45));
+    let now = world.now;
+    world.nodes.get_mut(&A).unwrap().set_busy(B, true, now);
+    world.run(secs(20));
+    narrow(&mut world, 1240);
+    world.run(BUSY_CHECK_INTERVAL + secs(1));
+    assert!(world.state(A, B).mtu <= 1240, "{:?}", world.state(A, B));
+    world.run(secs(9));
+    assert_found(&world, 1240);
+    // Also when they begin to talk after it opened.
+    let mut world = World::pair(14);
+    world.run(secs(32));
+    narrow(&mut world, 1240);
+    let now = world.now;
+    world.nodes.get_mut(&A).unwrap().set_busy(B, true, now);
+    world.run(BUSY_CHECK_INTERVAL + secs(1));
+    assert!(world.state(A, B).mtu <= 1240, "{:?}", world.state(A, B));
+    // The probes are few, and the interval is the long one again afterwards.
+    let now = world.now;
+    world.nodes.get_mut(&A).unwrap().set_busy(B, false, now);
+    world.run(secs(60));
+    world.tap.clear();
+    world.run(CHECK_INTERVAL * 4);
+    let checks = sizes_of(&world);
+    assert!(checks.len() <= 8, "two nodes in four intervals: {checks:?}");
+}
+
+#[test]
 fn a_suspicion_finds_a_black_hole_in_a_second() {
     let mut world = World::pair(5);
     world.run(secs(45));
@@ -141,10 +171,37 @@ fn loss_is_not_taken_for_a_black_hole() {
         let mut world = World::pair(seed);
         world.run(secs(1));
         world.set_both(Link { loss: 0.2, ..GOOD });
+        for (one, other) in [(A, B), (B, A)] {
+            let now = world.now;
+            world.nodes.get_mut(&one).unwrap().set_busy(other, seed % 2 == 0, now);
+        }
         world.run(secs(1200));
         let changes = world.changes.iter().filter(|(_, _, _, state)| state.mtu != 1440).count();
         assert_eq!(changes, 0, "seed {seed}: {:?}", world.changes);
     }
+}
+
+#[test]
+fn a_node_tells_what_each_of_its_living_paths_carries() {
+    let mut world = World::new(15, 3, 1440);
+    let c = node(3);
+    for (from, to) in [(A, c), (c, A)] {
+        world.set(from, to, DEAD);
+    }
+    world.run(secs(5));
+    assert_eq!((world.state(A, B).carries, world.state(c, B).carries), (Some(1440), Some(1440)));
+    world.set(B, c, Link { carries: 1300, ..GOOD });
+    world.run(CHECK_INTERVAL + secs(10));
+    let found = world.state(B, c).mtu;
+    assert!((1293..=1300).contains(&found), "{found}");
+    assert_eq!(world.state(A, B).carries, Some(found));
+    assert_eq!(world.state(A, c).carries, None, "nothing was ever heard of it");
+    // What is dead does not count.
+    for (from, to) in [(B, c), (c, B)] {
+        world.set(from, to, DEAD);
+    }
+    world.run(secs(5));
+    assert_eq!(world.state(A, B).carries, Some(1440));
 }
 
 #[test]

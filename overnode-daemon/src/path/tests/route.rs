@@ -14,6 +14,7 @@ fn state(now: Instant, alive: bool, rtt: Option<u64>) -> PathState {
         loss: 0.0,
         mtu: 1440,
         mtu_confirmed: true,
+        carries: None,
         last_heard: None,
         last_error: None,
     }
@@ -92,11 +93,18 @@ fn no_route_has_more_than_eight_links() {
 }
 
 #[test]
-fn a_route_carries_what_its_first_hop_and_the_relay_header_leave() {
+fn a_route_carries_what_is_known_of_its_hops_less_the_relay_header() {
     let mut graph = view(A, 3, &links(&[(1, 2), (2, 3)]));
     let of = |id, route, graph: &Graph| mtu(node(id), route, &graph.direct);
     assert_eq!(of(2, Route::Direct, &graph), Some(1440));
     assert_eq!(of(3, via(2, 2), &graph), Some(BEYOND_FIRST_HOP - RELAY_HEADER));
+    // The relay tells of the second hop, and of no more.
+    for (carries, two, three) in [(1440, 1432, 1280), (1220, 1212, 1212), (8940, 1432, 1280), (1, 504, 504)] {
+        graph.direct.get_mut(&B).unwrap().carries = Some(carries);
+        assert_eq!(of(3, via(2, 2), &graph), Some(two));
+        assert_eq!(of(3, via(2, 3), &graph), Some(three));
+    }
+    graph.direct.get_mut(&B).unwrap().carries = Some(1440);
     graph.direct.get_mut(&B).unwrap().mtu = 1200;
     assert_eq!(of(3, via(2, 2), &graph), Some(1192));
     assert_eq!(of(3, Route::Unreachable, &graph), None);

@@ -1,0 +1,58 @@
+//! Who has which part of the address space, as `status --ipam` tells.
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+
+use super::running::Node;
+use crate::api::{IpamStatus, LoanStatus, RangeOwner, ReclaimStatus};
+use crate::types::NodeId;
+
+impl Node {
+    pub(super) fn ipam_status(&self) -> IpamStatus {
+        let pool = self.ipam.layout().network().range;
+        let total = 2_f64.powi(i32::from(pool.max_prefix_len() - pool.prefix_len()));
+        let said: BTreeMap<NodeId, Vec<IpNet>> = self
+            .gossip
+            .records()
+            .filter(|record| !record.left)
+            .map(|record| (record.id, record.ranges.clone()))
+            .collect();
+        let shares = self.ipam.shares(&said);
+        let is_reachable = |id: NodeId| {
+            id == self.identity.id || self.reachable.get(&id).is_some_and(|(reachable, _)| *reachable)
+        };
+        let owners = shares.owners.into_iter().map(|(id, share)| RangeOwner {
+            id,
+            nickname: self.gossip.record(id).map(|record| record.nickname.clone()).unwrap_or_default(),
+            addresses: u64::try_from(share.addresses).unwrap_or(u64::MAX),
+            percent: share.addresses as f64 / total * 100.0,
+            active: (id == self.identity.id).then(|| self.ipam.active() as u64),
+            reachable: Some(is_reachable(id)),
+            ranges: share.ranges,
+        });
+        let loans = shares.loans.into_iter().map(|((lender, borrower), networks)| LoanStatus {
+            lender,
+            borrower,
+            addresses: networks.iter().map(size).fold(0, u64::saturating_add),
+            networks,
+            lender_reachable: is_reachable(lender),
+            borrower_reachable: is_reachable(borrower),
+        });
+        let waiting_for = self.ipam.check_ready().err().map(|why| why.to_string());
+        let reclaims = self.ipam.reclaims().into_iter().map(|(id, missing)| ReclaimStatus { id, missing });
+        IpamStatus {
+            ready: waiting_for.is_none(),
+            waiting_for,
+            owners: owners.collect(),
+            loans: loans.collect(),
+            problems: self.address_problems(),
+            reclaims: reclaims.collect(),
+        }
+    }
+}
+
+/// Addresses of a network.
+fn size(network: &IpNet) -> u64 {
+    1_u64.checked_shl(u32::from(network.max_prefix_len() - network.prefix_len())).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,179 @@
+//! `inspect`: everything that it prints is in `docs/inspect.md`, and nothing of it is a secret.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result, ensure};
+use aya::maps::{Array, Map, MapData};
+use lab::{Host, Lab, eventually};
+use overnode_daemon::control::key;
+use overnode_daemon::store::Store;
+use overnode_daemon::types::PublicKey;
+use overnode_ebpf::map::Session;
+use serde_json::Value;
+
+use crate::support::{PATIENCE, TOKEN, attached, in_lab, launch, peer};
+
+const PRESHARED_KEY: [u8; 32] = *b"a key that must not be shown: 0!";
+
+/// What this node may have nothing of: which node lends to the fifth is for that one to choose.
+const NOT_HERE: [&str; 4] = [
+    "status.ipam.reclaims[].",
+    "status.external_peers[].data.route.",
+    "allocation.buried[].",
+    "allocation.lends[].loans[].",
+];
+
+/// The fields that the page describes: its sections name one place or several, its tables what is there.
+fn documented() -> Result<BTreeSet<String>> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/inspect.md");
+    let page = std::fs::read_to_string(path).context("docs/inspect.md")?;
+    let quoted = |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
+    let mut places = Vec::new();
+    let mut fields = BTreeSet::new();
+    for line in page.lines() {
+        if let Some(heading) = line.strip_prefix("## ") {
+            places = quoted(heading);
+            if heading == "Top level" {
+                places.push(String::new());
+            }
+        } else if let Some(cell) = line.strip_prefix("| `") {
+            let cell = format!("`{}", cell.split(" | ").next().unwrap_or_default());
+            for place in &places {
+                let dot = if place.is_empty() { "" } else { "." };
+                fields.extend(quoted(&cell).iter().map(|field| format!("{place}{dot}{field}")));
+            }
+        }
+    }
+    Ok(fields)
+}
+
+/// Every field of a document, as `a.b[].c`.
+fn fields(place: &str, value: &Value, found: &mut BTreeMap<String, Value>) {
+    match value {
+        Value::Object(map) => {
+            for (name, value) in map {
+                let dot = if place.is_empty() { "" } else { "." };
+                let field = format!("{place}{dot}{name}");
+                fields(&field, value, found);
+                found.insert(field, value.clone());
+            }
+        }
+        Value::Array(list) => list.iter().for_each(|value| fields(&format!("{place}[]"), value, found)),
+        _ => {}
+    }
+}
+
+/// The session keys that the programs of a host have.
+fn session_keys(host: &Host) -> Result<Vec<[u8; 32]>> {
+    let pin = lab::cleanup::pins_of(&host.state_directory())?.join("maps/SESSIONS");
+    let sessions = Array::<_, Session>::try_from(Map::Array(MapData::from_pin(pin)?))?;
+    let mut keys = Vec::new();
+    for session in sessions.iter() {
+        let session = session?;
+        for words in [session.tx_key, session.rx_key] {
+            let mut key = [0; 32];
+            for (bytes, word) in key.chunks_mut(4).zip(words) {
+                bytes.copy_from_slice(&word.to_le_bytes());
+            }
+            if key != [0; 32] {
+                keys.push(key);
+            }
+        }
+    }
+    Ok(keys)
+}
+
+/// What 32 bytes may look like in JSON.
+fn shapes(bytes: &[u8; 32]) -> Vec<String> {
+    let base64 = PublicKey(*bytes).to_string();
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let numbers = |list: Vec<u32>| list.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    let words =
+        bytes.chunks(4).map(|word| word.iter().rev().fold(0, |sum, byte| sum << 8 | u32::from(*byte)));
+    vec![
+        base64.trim_end_matches('=').to_owned(),
+        base64.replace('+', "-").replace('/', "_").trim_end_matches('=').to_owned(),
+        hex.to_uppercase(),
+        hex,
+        numbers(bytes.iter().map(|byte| u32::from(*byte)).collect()),
+        numbers(words.collect()),
+    ]
+}
+
+fn shows(text: &str, bytes: &[u8; 32]) -> bool {
+    shapes(bytes).iter().any(|shape| text.contains(shape))
+}
+
+/// Node 1 with a neighbour, a borrower, a container, a target that is nowhere, somebody it refuses, and a WireGuard device.
+fn busy_node(lab: &Lab) -> Result<Value> {
+    let [a, b, c, stranger] = lab.hosts() else { unreachable!() };
+    launch(lab, a)?;
+    launch(lab, b)?;
+    c.overnode(&["launch", "--id", "5", "--token", TOKEN, "host1", "host2"])?.success()?;
+    stranger.overnode(&["launch", "--id", "9", "--token", "another-password", "host1"])?.success()?;
+    a.overnode(&["connect", "nowhere.invalid"])?.success()?;
+    let file = lab.folder().join("psk");
+    std::fs::write(&file, PublicKey(PRESHARED_KEY).to_string())?;
+    let device = key::public_key(&key::new_secret()?).to_string();
+    let (file, network) = (file.to_string_lossy(), "10.39.250.1/32");
+    let words = ["peer", "add", &device, "--allowed-ips", network, "--preshared-key-file", &file];
+    a.overnode(&[&words[..], &["--keepalive", "25", "--name", "laptop"]].concat())?.success()?;
+    let (one, five) = (attached(a, "one")?, attached(c, "five")?);
+    one.reach(five.address(), PATIENCE)?;
+    eventually(PATIENCE, || {
+        ensure!(peer(a, 2)?.is_some_and(|it| it["data"]["route"].is_object()), "no way to node 2 yet");
+        let document = a.inspect()?;
+        let loans = document["status"]["ipam"]["loans"].as_array().context("no loans")?;
+        ensure!(loans.iter().any(|loan| loan["borrower"] == 5), "nobody has lent to node 5: {loans:?}");
+        let connections = document["status"]["connections"].as_array().context("no connections")?;
+        ensure!(connections.iter().any(|it| it["state"] == "failed"), "the stranger did not call yet");
+        Ok(document)
+    })
+}
+
+#[test]
+fn inspect_prints_what_its_page_describes_and_no_secret() -> Result<()> {
+    in_lab(Lab::new("inspect").hosts(4), |lab| {
+        let a = lab.host(1);
+        let document = busy_node(lab)?;
+        let documented = documented()?;
+        let mut printed = BTreeMap::new();
+        fields("", &document, &mut printed);
+        let missing: Vec<_> = printed.keys().filter(|field| !documented.contains(*field)).collect();
+        ensure!(missing.is_empty(), "docs/inspect.md does not have {missing:?}");
+        // And the page describes no more than there is: in this state of the node, but for these.
+        let absent: Vec<_> = documented
+            .iter()
+            .filter(|field| !printed.contains_key(*field))
+            .filter(|field| {
+                !["via", "message", "seconds_ago"].iter().any(|name| field.ends_with(name))
+                    && !NOT_HERE.iter().any(|place| field.starts_with(place))
+            })
+            .collect();
+        ensure!(absent.is_empty(), "docs/inspect.md has {absent:?}, which is not printed");
+
+        let text = format!("{document}{}", a.status()?);
+        let mut secrets = session_keys(a)?;
+        ensure!(secrets.len() >= 4, "{} session keys were found", secrets.len());
+        a.kill_daemon()?;
+        let store = eventually(PATIENCE, || Ok(Store::open_existing(&a.state_directory())?))?;
+        let identity = store.identity()?.context("no identity")?;
+        drop(store);
+        let own = key::public_key(&identity.static_secret);
+        ensure!(shows(&text, &own.0), "the public key is not found in this way, so no secret would be");
+        secrets.extend([identity.static_secret.0, identity.cluster_key.0, PRESHARED_KEY]);
+        secrets.extend([
+            key::control_key(&identity.cluster_key).0,
+            key::signing_seed(&identity.static_secret).0,
+        ]);
+        for record in document["records"].as_array().context("no records")? {
+            let other: PublicKey = record["public_key"].as_str().context("no key")?.parse()?;
+            secrets.push(key::pair_key(&identity.cluster_key, &own, &other).0);
+        }
+        for (number, secret) in secrets.iter().enumerate() {
+            ensure!(!shows(&text, secret), "secret {number} of {} is shown", secrets.len());
+        }
+        ensure!(!text.contains(TOKEN), "the token is shown");
+        Ok(())
+    })
+}

@@ -1,0 +1,239 @@
+//! Nodes that do not fit together: `status --connections` says so on both sides, in words that tell what to do, and what they tell
+//! helps.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+
+use anyhow::{Context, Result, bail, ensure};
+use lab::{Host, Lab, eventually};
+use overnode_daemon::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION, Refusal};
+use overnode_daemon::control::key;
+use overnode_daemon::control::session::{self, Me, Role};
+use overnode_daemon::types::{Network, NodeId, VerifyingKey};
+use serde_json::Value;
+use tokio::runtime::{Builder, Runtime};
+
+use crate::support::{PATIENCE, TOKEN, in_lab, list, peer};
+
+/// How one side came to talk to the other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Called,
+    WasCalled,
+}
+
+/// Waits until a host tells all these words of its connection with a host: in JSON, with the time, and in one line of the table.
+fn told(host: &Host, side: Side, of: &Host, words: &[&str]) -> Result<()> {
+    let (direction, state, arrow) = match side {
+        Side::Called => ("outbound", "retrying", "-> "),
+        Side::WasCalled => ("inbound", "failed", "<- "),
+    };
+    let from = format!("{}:", of.address());
+    let fits = |it: &Value| {
+        let message = it["last_error"]["message"].as_str().unwrap_or_default();
+        it["direction"] == direction
+            // While a try is under way, the last one's error stands.
+            && (it["state"] == state || side == Side::Called && it["state"] == "connecting")
+            && it["remote"].as_str().is_some_and(|remote| remote.starts_with(&from))
+            && it["last_error"]["seconds_ago"].is_u64()
+            && words.iter().all(|word| message.contains(word))
+    };
+    eventually(PATIENCE, || {
+        let status = host.status()?;
+        let connections = list(&status, "connections")?;
+        ensure!(
+            connections.iter().any(fits),
+            "{} does not tell {words:?} of {}: {}",
+            host.name,
+            of.name,
+            status["connections"]
+        );
+        let table = host.overnode(&["status", "--connections"])?.success()?;
+        let line = table.lines().find(|line| {
+            line.starts_with(arrow) && line.contains(&from) && words.iter().all(|word| line.contains(word))
+        });
+        let line =
+            line.with_context(|| format!("the table of {} does not tell {words:?}:\n{table}", host.name))?;
+        ensure!(line.contains(state) || side == Side::Called && line.contains("connecting"), "{line}");
+        ensure!(line.contains(" ago)"), "without its time: {line}");
+        Ok(())
+    })
+}
+
+/// Waits until two hosts' nodes have a control connection, and neither has a complaint left of the other.
+fn joined(one: &Host, id: usize, other: &Host, other_id: usize) -> Result<()> {
+    for (host, id) in [(one, other_id), (other, id)] {
+        eventually(PATIENCE, || {
+            let status = host.status()?;
+            let connections = list(&status, "connections")?;
+            let with = |it: &&Value| it["peer"] == id && it["state"] == "established";
+            ensure!(connections.iter().any(|it| with(&it)), "{}: {}", host.name, status["connections"]);
+            ensure!(
+                connections.iter().all(|it| it["state"] != "failed"),
+                "{} still complains: {}",
+                host.name,
+                status["connections"]
+            );
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn start(host: &Host, id: &str, token: &str, more: &[&str]) -> Result<()> {
+    host.overnode(&[&["launch", "--id", id, "--token", token], more].concat())?.success().map(drop)
+}
+
+#[test]
+fn another_token_is_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
+    in_lab(Lab::new("tokens").hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        start(a, "1", TOKEN, &[])?;
+        start(b, "2", "another-password", &["host1"])?;
+        let words = ["the token differs", "`overnode reset`", "launch it with the cluster's token"];
+        told(a, Side::WasCalled, b, &words)?;
+        told(b, Side::Called, a, &words)?;
+        // The other way round, too.
+        a.overnode(&["connect", "host2"])?.success()?;
+        told(a, Side::Called, b, &words)?;
+        told(b, Side::WasCalled, a, &words)?;
+        ensure!(peer(a, 2)?.is_none() && peer(b, 1)?.is_none(), "they know each other");
+        b.overnode(&["reset"])?.success()?;
+        start(b, "2", TOKEN, &["host1"])?;
+        joined(a, 1, b, 2)
+    })
+}
+
+#[test]
+fn other_addresses_are_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
+    in_lab(Lab::new("networks").hosts(3), |lab| {
+        let [a, b, c] = lab.hosts() else { unreachable!() };
+        start(a, "1", TOKEN, &[])?;
+        start(b, "2", TOKEN, &["--range", "10.44.0.0/14", "host1"])?;
+        start(c, "3", TOKEN, &["--subnet", "172.16.0.0/12", "--range", "172.24.0.0/13", "host1"])?;
+        let usual = "subnet 10.32.0.0/12 and range 10.40.0.0/13";
+        let advice =
+            "run `overnode reset` on the wrong one, then launch it with the right --subnet and --range";
+        for (host, name, network) in [
+            (b, "node 2 (host2)", "subnet 10.32.0.0/12 and range 10.44.0.0/14"),
+            (c, "node 3 (host3)", "subnet 172.16.0.0/12 and range 172.24.0.0/13"),
+        ] {
+            let (here, there) = (format!("this node has {usual}"), format!("{name} has {network}"));
+            told(a, Side::WasCalled, host, &[&here, &there, advice])?;
+            let (here, there) = (format!("this node has {network}"), format!("node 1 (host1) has {usual}"));
+            told(host, Side::Called, a, &[&here, &there, advice])?;
+        }
+        ensure!(list(&a.status()?, "peers")?.len() == 1, "it knows of itself only");
+        b.overnode(&["reset"])?.success()?;
+        start(b, "2", TOKEN, &["--subnet", "10.32.0.0/12", "--range", "10.40.0.0/13", "host1"])?;
+        eventually(PATIENCE, || {
+            ensure!(peer(a, 2)?.is_some_and(|peer| peer["reachable"] == true), "1 and 2 are not joined");
+            Ok(())
+        })
+    })
+}
+
+#[test]
+fn an_id_that_is_taken_is_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
+    in_lab(Lab::new("ids").hosts(3), |lab| {
+        let [a, b, c] = lab.hosts() else { unreachable!() };
+        start(a, "1", TOKEN, &[])?;
+        start(b, "2", TOKEN, &["host1"])?;
+        joined(a, 1, b, 2)?;
+        let key = |host: &Host| -> Result<Value> {
+            Ok(peer(host, 1)?.context("node 1 is not known")?["public_key"].clone())
+        };
+        let holder = key(b)?;
+        // The later one calls the holder of its ID, and one that knows the holder.
+        start(c, "1", TOKEN, &["host1", "host2"])?;
+        let advice = "run `overnode reset` on one of them, then launch it with an ID of its own";
+        let twice = ["ID 1 is used twice", "host1", "host3", advice];
+        for host in [a, b] {
+            told(host, Side::WasCalled, c, &twice)?;
+            told(c, Side::Called, host, &twice)?;
+        }
+        ensure!(key(b)? == holder && key(a)? == holder, "the later one was not refused");
+        ensure!(list(&c.status()?, "peers")?.len() == 1, "the later one was let in");
+        c.overnode(&["reset"])?.success()?;
+        start(c, "3", TOKEN, &["host1", "host2"])?;
+        joined(a, 1, c, 3)?;
+        joined(b, 2, c, 3)
+    })
+}
+
+/// A node of another version: the product's own code with other numbers, on a host of the lab.
+struct Stranger {
+    me: Me,
+    runtime: Runtime,
+}
+
+impl Stranger {
+    fn new(versions: (u16, u16)) -> Result<Self> {
+        let static_secret = key::new_secret()?;
+        let hello = Hello {
+            versions,
+            id: NodeId::new(2)?,
+            incarnation: 1,
+            nickname: "stranger".to_owned(),
+            network: Network::default(),
+            verifying_key: VerifyingKey::default(),
+            process: 7,
+            public_key: key::public_key(&static_secret),
+        };
+        let me = Me { static_secret, cluster_key: key::cluster_key(TOKEN)?, hello };
+        Ok(Self { me, runtime: Builder::new_current_thread().enable_all().build()? })
+    }
+
+    fn meet(&self, stream: TcpStream, role: Role) -> Result<Refusal> {
+        stream.set_nonblocking(true)?;
+        let met = self.runtime.block_on(async {
+            let stream = tokio::net::TcpStream::from_std(stream)?;
+            anyhow::Ok(session::connect(stream, role, &self.me, |_| Ok(())).await)
+        })?;
+        match met {
+            Ok(link) => bail!("version {} was agreed upon", link.version),
+            Err(refusal) => Ok(refusal),
+        }
+    }
+}
+
+#[test]
+fn another_version_is_told_on_both_sides_with_the_one_to_upgrade() -> Result<()> {
+    in_lab(Lab::new("versions").hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        let to = SocketAddr::new(a.address(), 6783);
+        let own = format!("{OLDEST_VERSION} to {NEWEST_VERSION}");
+        start(a, "1", TOKEN, &[])?;
+        let newer = (NEWEST_VERSION + 1, NEWEST_VERSION + 3);
+        let older = (OLDEST_VERSION - 1, OLDEST_VERSION - 1);
+        let call = |stranger: &Stranger| {
+            let stream = b.netns().enter(move || Ok(TcpStream::connect(to)?))?;
+            stranger.meet(stream, Role::Initiator)
+        };
+        for (versions, here, there) in
+            [(newer, "this host", "the other host"), (older, "the other host", "this host")]
+        {
+            let theirs = format!("{} to {}", versions.0, versions.1);
+            let refusal = call(&Stranger::new(versions)?)?.to_string();
+            let expected = format!(
+                "no common protocol version: this node speaks {theirs}, the other {own}; upgrade overnode on {there}"
+            );
+            ensure!(refusal == expected, "the caller is told {refusal:?}");
+            let expected = format!(
+                "no common protocol version: this node speaks {own}, the other {theirs}; upgrade overnode on {here}"
+            );
+            told(a, Side::WasCalled, b, &[&expected])?;
+        }
+        // The daemon calls.
+        let listener = b.netns().enter(|| Ok(TcpListener::bind("0.0.0.0:6783")?))?;
+        a.overnode(&["connect", "host2"])?.success()?;
+        let refusal = Stranger::new(newer)?.meet(listener.accept()?.0, Role::Responder)?;
+        ensure!(refusal.to_string().contains("upgrade overnode on the other host"), "it is told {refusal}");
+        told(a, Side::Called, b, &["no common protocol version", "upgrade overnode on this host"])?;
+        // It goes on looking for one that fits.
+        let refusal = Stranger::new(older)?.meet(listener.accept()?.0, Role::Responder)?;
+        ensure!(refusal.to_string().contains("upgrade overnode on this host"), "it is told {refusal}");
+        told(a, Side::Called, b, &["no common protocol version", "upgrade overnode on the other host"])?;
+        ensure!(list(&a.status()?, "peers")?.len() == 1, "it knows of itself only");
+        Ok(())
+    })
+}

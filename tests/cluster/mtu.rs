@@ -1,0 +1,218 @@
+//! Underlays that carry less or more than an Ethernet does, with real TCP between containers. (`life.rs` has a plain jumbo underlay.)
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::flow::{Amount, TcpFlow};
+use lab::{Container, Family, Host, Lab, eventually, flow};
+
+use crate::support::{PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, list, one_each, peer};
+
+/// How exactly the search for the MTU has to know it.
+const PRECISION: u64 = 8;
+/// The lab's interfaces let so much more in than their MTU (a VLAN's tag).
+const SLACK: u64 = 4;
+const BYTES: u64 = 5_000_000;
+const IP_AND_ICMP: u64 = 28;
+
+/// The MTU of the way to a node, as a host's node has it.
+fn mtu(host: &Host, to: usize) -> Result<u64> {
+    let peer = peer(host, to)?.with_context(|| format!("{} does not know node {to}", host.name))?;
+    peer["data"]["mtu"].as_u64().context("no MTU")
+}
+
+/// Waits until a node has found what the way to another carries, for outer packets of `carries` bytes.
+fn found(host: &Host, to: usize, carries: u64) -> Result<u64> {
+    // What WireGuard over UDP over IP adds.
+    let most = carries - if host.address().is_ipv4() { 60 } else { 80 };
+    eventually(PATIENCE * 2, || {
+        let mtu = mtu(host, to)?;
+        ensure!(
+            mtu > most - PRECISION && mtu <= most + SLACK,
+            "{} sends {mtu} bytes to node {to}, not {most}",
+            host.name
+        );
+        Ok(mtu)
+    })
+}
+
+/// Pings with packets of so many bytes that must not be cut into pieces.
+fn ping(from: &Container, to: &Container, size: u64) -> Result<String> {
+    let size = (size - IP_AND_ICMP).to_string();
+    from.run(
+        "ping",
+        &["-M", "do", "-c", "3", "-i", "0.05", "-W", "2", "-s", &size, &to.address().to_string()],
+    )
+}
+
+/// A container is told by ICMP what the way carries, and remembers it.
+fn learns(from: &Container, to: &Container, mtu: u64) -> Result<()> {
+    let refused = ping(from, to, mtu + 1);
+    ensure!(refused.is_err(), "a packet of more than {mtu} bytes went through");
+    let route = from.run("ip", &["route", "get", &to.address().to_string()])?;
+    ensure!(route.contains(&format!("mtu {mtu}")), "{} has learnt nothing of {mtu}: {route}", from.name);
+    ping(from, to, mtu).map(drop)
+}
+
+fn send(from: &Container, to: &Container) -> Result<()> {
+    let received = flow::tcp(from, to, Amount::Bytes(BYTES))?;
+    ensure!(received.bytes == BYTES, "{received:?}");
+    Ok(())
+}
+
+/// A router on the way carries less than the hosts' interfaces and never says so.
+fn black_hole(carries: u32, family: Family) -> Result<()> {
+    in_lab(Lab::new("hole").hosts(2).routed().family(family), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        lab.narrow(b, carries)?;
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        let [one, two] = &containers[..] else { unreachable!() };
+        let there = found(a, 2, carries.into())?;
+        let back = found(b, 1, carries.into())?;
+        learns(one, two, there)?;
+        learns(two, one, back)?;
+        send(one, two)?;
+        send(two, one)?;
+        for (host, to) in [(a, b), (b, a)] {
+            // Nothing searches for the MTU of control connections.
+            let filter = match to.address() {
+                IpAddr::V4(v4) => format!("dst {v4} and ( sport = :6783 or dport = :6783 )"),
+                IpAddr::V6(v6) => format!("dst [{v6}] and ( sport = :6783 or dport = :6783 )"),
+            };
+            let sockets = host.netns().run("ss", &["-Htni", "state", "established", &filter])?;
+            let sizes: Vec<u32> = sockets
+                .split_whitespace()
+                .filter_map(|word| word.strip_prefix("mss:")?.parse().ok())
+                .collect();
+            ensure!(!sizes.is_empty() && sizes.iter().all(|size| *size <= 1220), "{}: {sockets}", host.name);
+        }
+        let route = a.netns().ip(&["route", "get", &b.address().to_string()])?;
+        ensure!(!route.contains("mtu"), "the router has told: {route}");
+        // It is shown to people.
+        let table = a.overnode(&["status", "--connections"])?.success()?;
+        ensure!(table.contains(&there.to_string()), "{table}");
+        ensure!(list(&a.status()?, "connections")?.iter().any(|it| it["mtu"] == there), "not in JSON");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_way_that_carries_1400_bytes_and_does_not_say_so_is_found_out() -> Result<()> {
+    black_hole(1400, Family::V4)
+}
+
+#[test]
+fn a_way_that_carries_1280_bytes_and_does_not_say_so_is_found_out() -> Result<()> {
+    black_hole(1280, Family::V4)
+}
+
+#[test]
+fn a_way_over_ipv6_that_carries_1280_bytes_and_does_not_say_so_is_found_out() -> Result<()> {
+    black_hole(1280, Family::V6)
+}
+
+#[test]
+fn a_stream_survives_a_way_that_begins_to_carry_less() -> Result<()> {
+    in_lab(Lab::new("shrinks").hosts(2).routed(), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        found(a, 2, 1480)?;
+        let stream =
+            TcpFlow::start_at_rate(&containers[0], &containers[1], Amount::UntilStopped, Some(200_000))?;
+        stream.wait_for(200_000, PATIENCE)?;
+        lab.narrow(b, 1280)?;
+        found(a, 2, 1280)?;
+        stream.wait_for(400_000, PATIENCE * 2)?;
+        let received = stream.stop()?;
+        // One check while containers talk, its probes, and what TCP waits meanwhile.
+        ensure!(received.longest_pause < Duration::from_secs(18), "{received:?}");
+        Ok(())
+    })
+}
+
+/// Two nodes without a path reach each other through a third; the hop from that one to the last may carry less than the rest.
+fn relayed(last_hop: Option<u32>) -> Result<()> {
+    const RELAY_HEADER: u64 = 8;
+    in_lab(Lab::new("relayed").hosts(3).routed(), |lab| {
+        let [a, b, c] = lab.hosts() else { unreachable!() };
+        lab.cut(a, c)?;
+        if let Some(carries) = last_hop {
+            lab.narrow(c, carries)?;
+        }
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        let [one, _, three] = &containers[..] else { unreachable!() };
+        let (there, back) = match last_hop {
+            Some(carries) => (found(b, 3, carries.into())?, found(c, 2, carries.into())?),
+            // What 1500 bytes leave containers over IPv6.
+            None => (1420, 1420),
+        };
+        // Node 3 knows of the relay that it carries no more than this to everybody.
+        let mtus = [there, back.min(there)].map(|mtu| mtu - RELAY_HEADER);
+        eventually(PATIENCE * 2, || {
+            let found = [mtu(a, 3)?, mtu(c, 1)?];
+            ensure!(found == mtus, "{found:?} instead of {mtus:?}");
+            Ok(())
+        })?;
+        one.reach(three.address(), PATIENCE)?;
+        learns(one, three, mtus[0])?;
+        learns(three, one, mtus[1])?;
+        send(one, three)?;
+        send(three, one)?;
+        ensure!(counter(b, "relayed")? > 1000, "{} messages were relayed", counter(b, "relayed")?);
+        Ok(())
+    })
+}
+
+#[test]
+fn relayed_ways_carry_what_both_hops_do() -> Result<()> {
+    relayed(None)
+}
+
+#[test]
+fn relayed_ways_carry_what_a_narrow_second_hop_does() -> Result<()> {
+    relayed(Some(1280))
+}
+
+#[test]
+fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
+    in_lab(Lab::new("jumbos").hosts(3).routed(), |lab| {
+        let [a, b, _] = lab.hosts() else { unreachable!() };
+        launch_all(lab)?;
+        let early = attached(a, "early")?;
+        // Two of the hosts, and the router, learn to carry more.
+        for host in [a, b] {
+            lab.set_mtu(host, 9000)?;
+        }
+        for host in [a, b] {
+            eventually(PATIENCE, || {
+                let mtu = host.status()?["node"]["mtu"].clone();
+                ensure!(mtu == 8920, "containers of {} would have {mtu} bytes", host.name);
+                Ok(())
+            })?;
+        }
+        let containers = one_each(lab)?;
+        let [one, two, three] = &containers[..] else { unreachable!() };
+        all_reach_all(&containers)?;
+        let inside = |it: &Container| it.run("ip", &["link", "show", "overnode0"]);
+        ensure!(inside(one)?.contains("mtu 8920") && inside(two)?.contains("mtu 8920"), "{}", inside(one)?);
+        ensure!(inside(&early)?.contains("mtu 1420"), "what runs keeps its MTU: {}", inside(&early)?);
+        eventually(PATIENCE * 2, || {
+            ensure!(mtu(a, 2)? == 8920 && mtu(b, 1)? == 8920, "{} and {}", mtu(a, 2)?, mtu(b, 1)?);
+            Ok(())
+        })?;
+        ping(one, two, 8920)?;
+        send(one, two)?;
+        // To the third host there are 1500 bytes, which the router says; the search finds out without it.
+        let narrow = found(a, 3, 1500)?;
+        learns(one, three, narrow)?;
+        send(one, three)?;
+        send(three, one)?;
+        send(&early, three)?;
+        send(two, &early)
+    })
+}
