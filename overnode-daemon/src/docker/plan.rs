@@ -245,6 +245,12 @@ impl Docker {
         self.leases.get(&address).map(|lease| lease.record.netns.as_str()).filter(|path| !path.is_empty())
     }
 
+    /// What was joined to a namespace that was not there yet: an engine makes it afterwards.
+    pub fn unsettled(&self) -> impl Iterator<Item = &Attachment> {
+        let joined = |record: &&Attachment| record.engine.as_ref().is_some_and(|engine| engine.joined);
+        self.records().filter(joined).filter(|record| record.netns_inode == 0)
+    }
+
     /// A new engine process: what an earlier one had asked for and not yet made an endpoint of, nobody will.
     fn activate(&self, now: Instant) -> Step {
         let answer = Response::Manifest { implements: ["NetworkDriver", "IpamDriver"] };

@@ -269,6 +269,25 @@ impl Node {
         }
     }
 
+    /// Guards the containers whose namespaces have come to be: an engine joins an endpoint before it makes the namespace. An engine in
+    /// another mount namespace has them at paths that lead nowhere here.
+    pub(super) async fn settle_sandboxes(&mut self, now: Instant) {
+        let Some(docker) = &self.docker else { return };
+        let unsettled: Vec<Attachment> = docker.plan.unsettled().cloned().collect();
+        for mut record in unsettled {
+            let sandbox = NetnsRef::Path(record.netns.clone().into());
+            let Ok(identity) = sandbox.id() else { continue };
+            if let Err(why) = self.datapath.guard(&sandbox).await {
+                tracing::warn!("{} has no rules against the engine's own gateway: {why:#}", record.address);
+                continue;
+            }
+            record.netns_inode = identity.inode;
+            if let Err(why) = self.keep(record, now) {
+                tracing::warn!("{why}");
+            }
+        }
+    }
+
     /// A container that leaves the network while it runs has its other routes back.
     async fn unguard(&mut self, address: IpAddr) {
         let sandbox = self.docker.as_ref().and_then(|docker| docker.plan.sandbox(address)).map(str::to_owned);
@@ -292,23 +311,8 @@ impl Node {
     }
 
     /// Makes the interface anew: the engine may ask again when it did not hear the answer.
-    async fn plug_for_docker(&mut self, mut record: Attachment, now: Instant) -> Result<(), Refusal> {
+    async fn plug_for_docker(&mut self, record: Attachment, now: Instant) -> Result<(), Refusal> {
         self.unplug(record.address).await?;
-        let sandbox = NetnsRef::Path(record.netns.clone().into());
-        record.netns_inode = match sandbox.id() {
-            Ok(identity) => {
-                self.datapath.guard(&sandbox).await.map_err(|why| Refusal::new(format_args!("{why:#}")))?;
-                identity.inode
-            }
-            // An engine in another mount namespace has its containers' namespaces at paths that lead nowhere here.
-            Err(why) => {
-                tracing::warn!(
-                    "{} is plugged in without the rules that keep its packets from the engine's own gateway: {why:#}",
-                    record.address
-                );
-                0
-            }
-        };
         let plan = datapath::Attachment {
             place: Place::Waiting,
             address: record.address,

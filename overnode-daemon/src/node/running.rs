@@ -262,6 +262,7 @@ impl Node {
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.read_maps(now);
+            self.settle_sandboxes(now).await;
             self.try_elsewhere(now).await;
             self.save_peers();
         }
@@ -290,6 +291,8 @@ impl Node {
 
     /// What waits in the queue is taken at once: a thousand containers that end together are one clean-up.
     async fn handle_link(&mut self, event: LinkEvent, now: Instant) {
+        // Perhaps an engine has moved an interface into its container.
+        self.settle_sandboxes(now).await;
         let (mut vanished, mut moved) = (false, false);
         let mut next = Some(event);
         while let Some(event) = next {
