@@ -1,5 +1,11 @@
 //! Hosts with a Docker engine each: what people do with `docker` works across them.
 
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "measurements, and what nodes and engines logged"
+)]
+
 mod failures;
 mod life;
 mod load;
