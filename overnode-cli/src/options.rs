@@ -129,6 +129,10 @@ pub struct Launch {
     #[arg(long)]
     pub no_discovery: bool,
 
+    /// Leave this host's Docker engine alone: no plugin for its networks, and no default network
+    #[arg(long)]
+    pub no_docker: bool,
+
     /// Open messages in native XDP on the underlay's interface, instead of in TC. Its segmentation offloads are lost to
     /// everything else on the host
     #[arg(long, requires = "interface")]

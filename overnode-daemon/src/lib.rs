@@ -2,13 +2,14 @@
 //!
 //! The parts that decide have no I/O and read no clock: [`handshake`], [`gossip`], [`ipam`] and the dialler in [`control`]. They
 //! take events with the time and return actions; so does the zone in [`dns`]. The parts that act are thin: [`datapath`] programs the
-//! kernel, [`net`] owns the sockets, [`store`] the disk, [`api`] the unix socket. [`node`] is one
+//! kernel, [`net`] owns the sockets, [`docker`] serves a Docker engine, [`store`] the disk, [`api`] the unix socket. [`node`] is one
 //! task that joins them.
 
 pub mod api;
 pub mod control;
 pub mod datapath;
 pub mod dns;
+pub mod docker;
 pub mod fault;
 pub mod gossip;
 pub mod handshake;

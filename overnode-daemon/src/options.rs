@@ -1,14 +1,19 @@
 //! The daemon's own command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
+
+use crate::docker;
 
 /// Where the state lies, unless told otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/overnode";
 
 /// Where the socket lies, unless told otherwise.
 pub const DEFAULT_RUN_DIR: &str = "/run/overnode";
+
+/// The variable that says where a Docker engine looks for plugins.
+pub const DOCKER_PLUGINS: &str = "OVERNODE_DOCKER_PLUGINS";
 
 /// The daemon of an overnode node. `overnode launch` starts it: there is seldom a reason to do so by hand.
 #[derive(Clone, Debug, PartialEq, Eq, Parser)]
@@ -22,6 +27,15 @@ pub struct Options {
     #[arg(long, env = "OVERNODE_RUN_DIR", value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
 
+    /// Where a Docker engine looks for plugins [default: /run/docker/plugins, if both directories above are the default ones; else no
+    /// engine is served]
+    #[arg(long, env = DOCKER_PLUGINS, value_name = "DIR")]
+    pub docker_plugins: Option<PathBuf>,
+
+    /// The socket of that engine
+    #[arg(long, env = "OVERNODE_DOCKER_SOCKET", value_name = "PATH", default_value = docker::ENGINE)]
+    pub docker_socket: PathBuf,
+
     /// Log more, also from the eBPF programs
     #[arg(long, env = "OVERNODE_DEBUG", value_parser = clap::builder::FalseyValueParser::new())]
     pub debug: bool,
@@ -32,11 +46,25 @@ pub struct Options {
 }
 
 impl Options {
+    /// The engine to serve, if any.
+    pub fn docker(&self) -> Option<docker::Places> {
+        let plugins = docker_plugins(&self.state_dir, &self.run_dir, self.docker_plugins.as_deref())?;
+        Some(docker::Places { plugins, engine: self.docker_socket.clone() })
+    }
+
     /// Whether the log may have colours.
     pub fn color(&self) -> bool {
         // https://no-color.org: any value but an empty one.
         !self.no_color && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
     }
+}
+
+/// Where an engine looks for the plugin of a node with these directories. Nodes with directories of their own are several on one
+/// machine, and an engine has one node: they serve none but the one that is given.
+pub fn docker_plugins(state_dir: &Path, run_dir: &Path, given: Option<&Path>) -> Option<PathBuf> {
+    let is_usual = state_dir == Path::new(DEFAULT_STATE_DIR) && run_dir == Path::new(DEFAULT_RUN_DIR);
+    let usual = is_usual.then_some(Path::new(docker::PLUGINS));
+    given.filter(|given| !given.as_os_str().is_empty()).or(usual).map(Path::to_owned)
 }
 
 #[cfg(test)]
@@ -48,5 +76,17 @@ mod tests {
         let options = Options::parse_from(["overnoded"]);
         assert_eq!(options.state_dir, PathBuf::from(DEFAULT_STATE_DIR));
         assert_eq!(options.run_dir, PathBuf::from(DEFAULT_RUN_DIR));
+    }
+
+    #[test]
+    fn only_a_node_in_the_usual_place_serves_the_engine_in_the_usual_place() {
+        let docker = |arguments: &[&str]| {
+            let words = ["overnoded"].iter().chain(arguments);
+            Options::parse_from(words).docker().map(|places| places.plugins)
+        };
+        assert_eq!(docker(&[]), Some(PathBuf::from(docker::PLUGINS)));
+        assert_eq!(docker(&["--state-dir", "/tmp/other"]), None);
+        assert_eq!(docker(&["--run-dir", "/tmp/other"]), None);
+        assert_eq!(docker(&["--run-dir", "/tmp/other", "--docker-plugins", "/x"]), Some("/x".into()));
     }
 }

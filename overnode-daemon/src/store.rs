@@ -11,6 +11,7 @@ mod record;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableErro
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use record::{Attachment, ExternalPeer, Identity};
+pub use record::{Attachment, EngineEndpoint, ExternalPeer, Identity, Kind};
 
 use crate::gossip;
 use crate::ipam;
@@ -272,6 +273,44 @@ impl Store {
             Ok(())
         })?;
         Ok(existed)
+    }
+
+    /// The networks that a Docker engine has made with this node, by ID.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn docker_networks(&self) -> Result<BTreeSet<String>> {
+        Ok(self.get_meta("docker_networks")?.unwrap_or_default())
+    }
+
+    /// Replaces the list of networks that a Docker engine has made.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn set_docker_networks(&self, networks: &BTreeSet<String>) -> Result<()> {
+        self.change(|change| {
+            change.open_table(META)?.insert("docker_networks", encode(networks).as_slice()).map(drop)?;
+            Ok(())
+        })
+    }
+
+    /// Whether the default network was made in a Docker engine.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn has_default_network(&self) -> Result<bool> {
+        Ok(self.get_meta("docker_default")?.unwrap_or_default())
+    }
+
+    /// Keeps whether the default network was made in a Docker engine.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`].
+    pub fn set_default_network(&self, made: bool) -> Result<()> {
+        self.change(|change| {
+            change.open_table(META)?.insert("docker_default", encode(&made).as_slice()).map(drop)?;
+            Ok(())
+        })
     }
 
     /// The address that was given out last: [`crate::ipam::Ipam::resume_after`].

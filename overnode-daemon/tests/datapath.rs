@@ -270,14 +270,15 @@ fn a_failed_attach_leaves_nothing() {
         refused(datapath, &attachment(&taken, "10.40.0.1", "ov00000001"), "overnode0 is there already").await;
         refused(datapath, &attachment(&pair.container_a, "10.60.0.1", "ov00000001"), "outside").await;
         refused(datapath, &attachment(&pair.container_a, "10.40.0.1", "eth0"), "no name").await;
-        let own = Attachment {
-            netns: NetnsRef::Path("/proc/thread-self/ns/net".into()),
-            address: addr("10.40.0.1"),
-            host_interface: "ov00000001".into(),
-        };
-        refused(datapath, &own, "host's own").await;
-        let gone = Attachment { netns: NetnsRef::Pid(u32::MAX), ..own };
+        let at = |netns| Attachment::inside(netns, addr("10.40.0.1"));
+        refused(datapath, &at(NetnsRef::Path("/proc/thread-self/ns/net".into())), "host's own").await;
+        let gone = at(NetnsRef::Pid(u32::MAX));
         refused(datapath, &gone, "does it still run").await;
+        let group = Attachment {
+            mac: Some([1, 0, 0, 0, 0, 1]),
+            ..attachment(&pair.container_a, "10.40.0.1", "ov00000001")
+        };
+        refused(datapath, &group, "hardware address").await;
         datapath.attach(&attachment(&pair.container_a, "10.40.0.1", "ov00000001")).await.unwrap();
         let other = Namespace::new("c");
         refused(datapath, &attachment(&other, "10.40.0.1", "ov00000002"), "attached already").await;
@@ -624,7 +625,8 @@ fn netns(container: &Namespace) -> NetnsRef {
 }
 
 fn attachment(container: &Namespace, address: &str, host_interface: &str) -> Attachment {
-    Attachment { netns: netns(container), address: addr(address), host_interface: host_interface.into() }
+    let ordinary = Attachment::inside(netns(container), addr(address));
+    Attachment { host_interface: host_interface.into(), ..ordinary }
 }
 
 fn growth<'a>(before: &BTreeMap<&'a str, u64>, after: &BTreeMap<&'a str, u64>) -> Vec<(&'a str, u64)> {

@@ -48,6 +48,7 @@ pub fn sweep() {
     let dead = names_in(NAMESPACES)
         .chain(names_in(NAME_FILES))
         .chain(names_in(&std::env::temp_dir()))
+        .chain(crate::docker::cgroups())
         .filter_map(|name| split(&name).filter(|(pid, _)| !is_alive(*pid)).map(|(_, prefix)| prefix))
         .collect::<BTreeSet<_>>();
     for prefix in dead {
@@ -151,6 +152,9 @@ fn remove_all(prefix: &str) {
     };
     for name in names_in(NAMESPACES).chain(names_in(NAME_FILES)).filter(ours).collect::<BTreeSet<_>>() {
         remove_netns(&name);
+    }
+    for name in crate::docker::cgroups().filter(ours).collect::<BTreeSet<_>>() {
+        crate::docker::remove_cgroup(&name);
     }
     let folder = folder_of(prefix);
     for state in names_in(&folder).map(|name| folder.join(name).join(crate::host::STATE)) {

@@ -2,10 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -39,6 +41,8 @@ pub struct Host {
     entry: Entry,
     folder: PathBuf,
     prefix: String,
+    /// The mount namespace of its container engine, if it has one.
+    mounts: Mutex<Option<Arc<OwnedFd>>>,
 }
 
 impl Host {
@@ -52,7 +56,17 @@ impl Host {
             Entry::IpNetns => name.clone(),
             Entry::Setns => addresses[0].to_string(),
         };
-        Ok(Self { name, number, addresses, target, netns, entry, folder, prefix: site.prefix.clone() })
+        Ok(Self {
+            name,
+            number,
+            addresses,
+            target,
+            netns,
+            entry,
+            folder,
+            prefix: site.prefix.clone(),
+            mounts: Mutex::default(),
+        })
     }
 
     /// What `ip netns exec` binds over `/etc/hosts`. Written in place, so that running processes see it.
@@ -77,6 +91,16 @@ impl Host {
     /// Its network namespace.
     pub fn netns(&self) -> &Netns {
         &self.netns
+    }
+
+    /// Its folder: everything on its disk.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The mount namespace that commands on this host run in from here on; none for the machine's own.
+    pub(crate) fn set_mounts(&self, mounts: Option<Arc<OwnedFd>>) {
+        *self.mounts.lock().unwrap_or_else(PoisonError::into_inner) = mounts;
     }
 
     /// Its first underlay address.
@@ -125,6 +149,9 @@ impl Host {
                 }
                 Ok(())
             });
+        }
+        if let Some(mounts) = &*self.mounts.lock().unwrap_or_else(PoisonError::into_inner) {
+            crate::docker::enter(&mut command, Arc::clone(mounts));
         }
         let path = std::env::var("PATH").unwrap_or_default();
         command

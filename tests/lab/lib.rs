@@ -25,6 +25,7 @@ pub mod binaries;
 pub mod capture;
 pub mod cleanup;
 pub mod container;
+pub mod docker;
 pub mod flow;
 pub mod gateway;
 pub mod host;

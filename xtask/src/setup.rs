@@ -44,6 +44,10 @@ const PROGRAMS: &[(&str, &str, Purpose)] = &[
     ("sysctl", "procps", Purpose::Lab),
     ("mountpoint", "util-linux", Purpose::Lab),
     ("sha256sum", "coreutils", Purpose::Lab),
+    ("dockerd", "docker.io", Purpose::Test),
+    ("docker-compose", "docker-compose", Purpose::Test),
+    ("iptables", "iptables", Purpose::Test),
+    ("busybox", "busybox-static", Purpose::Test),
     ("nebula", "nebula", Purpose::Bench),
 ];
 

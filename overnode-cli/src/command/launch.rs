@@ -29,6 +29,7 @@ pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
         xdp: wanted.xdp,
         dns: wanted.no_dns.then_some(false),
         dns_domain: wanted.dns_domain,
+        docker: wanted.no_docker.then_some(false),
         subnet: wanted.subnet,
         range: wanted.range,
         restart: started.is_some(),

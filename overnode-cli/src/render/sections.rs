@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use overnode_daemon::api::{
     ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, DnsStatus, EndpointState,
-    EndpointStatus, ExternalPeerStatus, IpamStatus, LastError, NodeState, NodeStatus, Path, PeerStatus,
+    EndpointStatus, ExternalPeerStatus, IpamStatus, Kind, LastError, NodeState, NodeStatus, Path, PeerStatus,
     RouteStatus, SessionState, Status, TargetState, TargetStatus,
 };
 use overnode_daemon::types::NodeId;
@@ -152,10 +152,18 @@ pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
 /// `--endpoints`
 pub fn endpoints(endpoints: &[EndpointStatus], style: Style) -> String {
     let now = SystemTime::now();
-    let mut grid = Grid::new(&["address", "name", "interface", "state", "since", "target"]);
+    let mut grid = Grid::new(&["address", "name", "interface", "state", "since", "kind", "image", "target"])
+        .spare(&["interface", "kind"]);
     for endpoint in endpoints {
+        let kind = match endpoint.kind {
+            Kind::Netns => "netns",
+            Kind::Docker => "docker",
+            Kind::Cni => "cni",
+            Kind::Host => "host",
+        };
         let state = match endpoint.state {
             EndpointState::Attached => Cell::new("attached", Tone::Good),
+            EndpointState::Reserved => Cell::new("reserved", Tone::Wait),
             EndpointState::Gone => Cell::new("gone", Tone::Bad),
         };
         grid.row([
@@ -164,6 +172,8 @@ pub fn endpoints(endpoints: &[EndpointStatus], style: Style) -> String {
             Cell::from(&endpoint.interface),
             state,
             maybe(endpoint.attached_unix_seconds.map(|then| since(then, now))),
+            kind.into(),
+            maybe(endpoint.image.as_ref()),
             Cell::from(&endpoint.target),
         ]);
     }

@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::target::{Host, Target};
+pub use crate::store::Kind;
 use crate::types::{Network, NodeId, PublicKey};
 
 /// The node and everything it knows.
@@ -298,10 +299,16 @@ pub enum ConnectionState {
 /// Something attached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointStatus {
-    /// A name for people.
+    /// Who plugged it in.
+    #[serde(default)]
+    pub kind: Kind,
+    /// A name for people; an engine's container's.
     pub name: Option<String>,
-    /// As it was attached.
+    /// As it was attached; an engine's: the container's ID, or the endpoint's as long as that is not known.
     pub target: Target,
+    /// The image that the container runs, where an engine tells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
     /// Its address with the subnet's prefix.
     pub address: IpNet,
     /// Whether the address was asked for, instead of given out.
@@ -321,6 +328,8 @@ pub struct EndpointStatus {
 pub enum EndpointState {
     /// It does.
     Attached,
+    /// An engine has the address, for a container that is not plugged in at the moment.
+    Reserved,
     /// Its interface is gone; the address is still kept.
     Gone,
 }

@@ -40,6 +40,9 @@ pub struct Launch {
     /// Open messages in native XDP on the interface given. Default: in TC.
     #[serde(default)]
     pub xdp: bool,
+    /// Whether to serve this host's Docker engine, and to make its default network. Default: true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub docker: Option<bool>,
     /// All addresses of the container network. Default: 10.32.0.0/12.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subnet: Option<IpNet>,

@@ -1,4 +1,4 @@
-//! Containers: a veth whose far end is made inside the container's network namespace.
+//! Containers: a veth whose far end is made inside the container's network namespace, or is left for a container engine to move there.
 
 use std::fs::File;
 use std::net::IpAddr;
@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::bpffs::Pin;
 use super::links::{End, Link, Mac, Netlink};
-use super::netns::{NetnsId, NetnsRef, inside};
+use super::netns::{self, NetnsId, NetnsRef};
 use super::programs::{FROM_CONTAINER, detach_filter};
 use super::{Datapath, mac_of, offload, quieten};
 use crate::fault;
@@ -22,15 +22,44 @@ use crate::types::to_map;
 /// Name of the interface inside a container.
 pub const CONTAINER_INTERFACE: &str = "overnode0";
 
+/// Who brings the container's end to where it belongs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// It is made inside this network namespace, gets its address there, and goes up.
+    Inside {
+        /// The container's network namespace.
+        netns: NetnsRef,
+        /// Its name there.
+        interface: String,
+    },
+    /// It waits in the host's namespace, down and without an address, under the name [`waiting_interface`]: a container engine moves
+    /// it, names it and configures it.
+    Waiting,
+}
+
 /// What to attach, where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// The container's network namespace.
-    pub netns: NetnsRef,
+    /// Where the container's end goes.
+    pub place: Place,
     /// Its address; the prefix is the subnet's.
     pub address: IpAddr,
+    /// Its hardware address; none for one by chance.
+    pub mac: Option<[u8; 6]>,
     /// Name of the host's end: `ov` and 8 hex digits, see [`host_interface`].
     pub host_interface: String,
+}
+
+impl Attachment {
+    /// An ordinary one: [`CONTAINER_INTERFACE`] inside `netns`, with a hardware address by chance.
+    pub fn inside(netns: NetnsRef, address: IpAddr) -> Self {
+        Self {
+            place: Place::Inside { netns, interface: CONTAINER_INTERFACE.to_owned() },
+            address,
+            mac: None,
+            host_interface: host_interface(address),
+        }
+    }
 }
 
 /// What was attached.
@@ -44,8 +73,8 @@ pub struct Attached {
     pub gateway_mac: [u8; 6],
     /// Name of the host's end.
     pub host_interface: String,
-    /// The container's network namespace.
-    pub netns: NetnsId,
+    /// The container's network namespace; none while its end waits for an engine.
+    pub netns: Option<NetnsId>,
     /// MTU of both ends, bytes.
     pub mtu: u32,
 }
@@ -60,6 +89,18 @@ pub fn host_interface(address: IpAddr) -> String {
     format!("ov{id:08x}")
 }
 
+/// The name of the container's end for an address, while it waits in the host's namespace for an engine to move it.
+pub fn waiting_interface(address: IpAddr) -> String {
+    host_interface(address).replacen("ov", "ovc", 1)
+}
+
+/// A hardware address by chance: locally administered, unicast.
+pub fn random_mac() -> [u8; 6] {
+    let mut mac: Mac = rand::rng().random();
+    mac[0] = mac[0] & 0xfc | 2;
+    mac
+}
+
 /// True for names that [`host_interface`] gives.
 pub(super) fn is_host_interface(name: &str) -> bool {
     name.strip_prefix("ov").is_some_and(|digits| {
@@ -71,10 +112,10 @@ impl Datapath {
     /// Plugs a container in. Whatever fails, nothing of it stays.
     ///
     /// # Errors
-    /// The namespace cannot be opened, is the host's own, or has an `overnode0` already; the address is outside the subnet or
-    /// attached already; the kernel refuses.
+    /// The namespace cannot be opened, is the host's own, or has an interface of that name already; the address is outside the subnet
+    /// or attached already; the hardware address is a group's; the kernel refuses.
     pub async fn attach(&mut self, attachment: &Attachment) -> Result<Attached> {
-        let Attachment { netns, address, host_interface } = attachment;
+        let Attachment { place, address, mac, host_interface } = attachment;
         ensure!(
             is_host_interface(host_interface),
             "{host_interface:?} is no name for the host's end of a container"
@@ -85,33 +126,52 @@ impl Datapath {
             self.network.subnet
         );
         ensure!(!self.routes.local().contains_key(&IpNet::from(*address)), "{address} is attached already");
-        let (namespace, id) = netns.open()?;
-        ensure!(id != NetnsId::current()?, "{netns} is the host's own network namespace: name a container's");
+        ensure!(
+            mac.is_none_or(|mac| mac[0] & 1 == 0 && mac != [0; 6]),
+            "no interface can have this hardware address"
+        );
+        let inside = match place {
+            Place::Inside { netns, interface } => {
+                let (namespace, id) = netns.open()?;
+                ensure!(
+                    id != NetnsId::current()?,
+                    "{netns} is the host's own network namespace: name a container's"
+                );
+                Some(Inside { namespace, id, interface })
+            }
+            Place::Waiting => None,
+        };
         ensure!(
             self.netlink.link_named(host_interface).await?.is_none(),
             "an interface named {host_interface} is there already"
         );
-        match self.plug(attachment, namespace, id).await {
+        match self.plug(attachment, inside).await {
             Ok(attached) => Ok(attached),
             Err(error) => {
                 if let Err(left) = self.detach(host_interface).await {
                     warn!(%left, host_interface, "what a failed attach had made cannot be removed yet");
                 }
-                Err(error.context(format!("{netns} cannot be attached")))
+                Err(match place {
+                    Place::Inside { netns, .. } => error.context(format!("{netns} cannot be attached")),
+                    Place::Waiting => error.context(format!("{address} cannot be attached")),
+                })
             }
         }
     }
 
-    async fn plug(&mut self, attachment: &Attachment, namespace: File, netns: NetnsId) -> Result<Attached> {
+    async fn plug(&mut self, attachment: &Attachment, inside: Option<Inside<'_>>) -> Result<Attached> {
         let Attachment { address, host_interface, .. } = attachment;
         let mtu = self.container_mtu();
-        let mut random = rand::rng();
-        let gateway_mac = mac_of(&self.node, random.random());
-        let mut mac: Mac = random.random();
-        // Locally administered, unicast.
-        mac[0] = mac[0] & 0xfc | 2;
+        let gateway_mac = mac_of(&self.node, rand::rng().random());
+        let mac = attachment.mac.unwrap_or_else(random_mac);
+        let waiting = waiting_interface(*address);
+        let (name, netns) = match &inside {
+            Some(Inside { interface, id, .. }) => (*interface, Some(*id)),
+            None => (waiting.as_str(), None),
+        };
+        let namespace = inside.as_ref().map(|inside| inside.namespace.as_raw_fd());
         let near = End { name: host_interface, mac: gateway_mac, mtu, namespace: None };
-        let far = End { name: CONTAINER_INTERFACE, mac, mtu, namespace: Some(namespace.as_raw_fd()) };
+        let far = End { name, mac, mtu, namespace };
         self.netlink.create_veth(&near, &far).await?;
         fault::step("veth");
         let host = self.netlink.link_named(host_interface).await?.context("the new interface vanished")?;
@@ -125,7 +185,18 @@ impl Datapath {
         self.maps.set_endpoint(host.index, Endpoint { address: to_map(*address), mac, gateway_mac })?;
         let (address, prefix) = (*address, self.network.subnet.prefix_len());
         fault::step("endpoint");
-        inside(namespace, move || async move { configure(address, prefix).await }).await?;
+        match inside {
+            Some(Inside { namespace, interface, .. }) => {
+                let interface = interface.to_owned();
+                netns::inside(namespace, move || async move { configure(&interface, address, prefix).await })
+                    .await?;
+            }
+            None => {
+                quieten(&waiting);
+                // The device keeps it when it moves.
+                offload::receive_aggregated(&waiting)?;
+            }
+        }
         fault::step("container configured");
         self.routes.set_local(IpNet::from(address), host.index);
         self.sync_routes()?;
@@ -193,15 +264,22 @@ pub(super) fn is_ours(link: &Link, alias: &str, node: &str) -> bool {
     }
 }
 
+/// An opened namespace, and the name of the interface in it.
+struct Inside<'a> {
+    namespace: File,
+    id: NetnsId,
+    interface: &'a str,
+}
+
 /// Runs inside the container's namespace.
-async fn configure(address: IpAddr, prefix: u8) -> Result<()> {
+async fn configure(interface: &str, address: IpAddr, prefix: u8) -> Result<()> {
     let netlink = Netlink::open()?;
     let find = async |name: &str| {
         netlink.link_named(name).await?.ok_or_else(|| anyhow!("there is no {name} inside the container"))
     };
     netlink.set_up(find("lo").await?.index).await?;
-    let link = find(CONTAINER_INTERFACE).await?;
-    offload::receive_aggregated(CONTAINER_INTERFACE)?;
+    let link = find(interface).await?;
+    offload::receive_aggregated(interface)?;
     netlink.add_address(link.index, address, prefix).await?;
     netlink.set_up(link.index).await
 }
@@ -230,7 +308,10 @@ mod tests {
         assert_eq!(name, "ov0a280001");
         assert!(is_host_interface(&name));
         assert!(is_host_interface(&host_interface("fd00::1".parse().unwrap())));
-        for other in ["ov", "ovn0", "ov1234567", "ov123456789", "ov1234567G", "eth0", "ov1234567A"] {
+        let waiting = waiting_interface("10.40.0.1".parse().unwrap());
+        assert_eq!(waiting, "ovc0a280001");
+        for other in ["ov", "ovn0", &waiting, "ov1234567", "ov123456789", "ov1234567G", "eth0", "ov1234567A"]
+        {
             assert!(!is_host_interface(other), "{other}");
         }
     }

@@ -6,16 +6,23 @@ use std::os::fd::RawFd;
 
 use anyhow::{Context as _, Result, anyhow};
 use futures_util::{StreamExt as _, TryStreamExt as _};
+use ipnet::IpNet;
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags,
     LinkInfo, LinkLayerType, LinkMessage,
 };
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute};
 use netlink_packet_route::tc::TcHandle;
 use rtnetlink::sys::AsyncSocket as _;
-use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, RouteMessageBuilder, RuleAddRequest};
 use tokio::task::JoinHandle;
+
+use super::guard;
+
+/// Priority of the first of two rules; that of the main table is 32766.
+const GUARD: u32 = 32764;
 
 /// A hardware address.
 pub(super) type Mac = [u8; 6];
@@ -233,6 +240,42 @@ impl Netlink {
             }
         }
         None
+    }
+
+    /// Rules by which packets for `subnet` take a route of their own or none, but not the default route.
+    pub(super) async fn add_guard(&self, subnet: IpNet) -> Result<()> {
+        for rule in self.guard(subnet) {
+            match rule.execute().await {
+                Err(error) if errno(&error) != Some(libc::EEXIST) => {
+                    return Err(error).context("a routing rule cannot be added");
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Rules that are gone already are no error.
+    pub(super) async fn remove_guard(&self, subnet: IpNet) -> Result<()> {
+        for mut rule in self.guard(subnet) {
+            match self.handle.rule().del(rule.message_mut().clone()).execute().await {
+                Err(error) if errno(&error) != Some(libc::ENOENT) => {
+                    return Err(error).context("a routing rule cannot be removed");
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn guard(&self, subnet: IpNet) -> Vec<RuleAddRequest<Ipv4Addr>> {
+        let Some((network, bits)) = guard::v4(subnet) else { return Vec::new() };
+        let rule =
+            |priority| self.handle.rule().add().v4().destination_prefix(network, bits).priority(priority);
+        let mut routed = rule(GUARD).action(RuleAction::ToTable);
+        // Of the main table everything but the default route.
+        routed.message_mut().attributes.push(RuleAttribute::SuppressPrefixLen(0));
+        vec![routed, rule(GUARD + 1).action(RuleAction::Unreachable).table_id(0)]
     }
 
     /// True if filters are attached to an interface at its ingress or egress.

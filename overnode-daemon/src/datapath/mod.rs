@@ -7,6 +7,7 @@
 mod bpffs;
 mod clock;
 mod endpoint;
+mod guard;
 mod links;
 mod maps;
 mod netns;
@@ -32,7 +33,9 @@ use overnode_ebpf::map::{Address, Config, Route};
 use tracing::{info, warn};
 
 pub use self::bpffs::node_name;
-pub use self::endpoint::{Attached, Attachment, CONTAINER_INTERFACE, host_interface};
+pub use self::endpoint::{
+    Attached, Attachment, CONTAINER_INTERFACE, Place, host_interface, random_mac, waiting_interface,
+};
 pub use self::netns::{NetnsId, NetnsRef, OwnNetns};
 pub use self::path::{Probe, Probes};
 pub use self::programs::Hook;

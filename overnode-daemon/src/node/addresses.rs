@@ -29,6 +29,10 @@ pub(super) enum Outcome {
     Address(RequestId, Result<IpAddr, IpamError>),
     /// The node may leave the cluster, or may not.
     Leave(Result<(), IpamError>),
+    /// The engine has the default network, or it was tried.
+    DefaultNetwork,
+    /// The engine has the default network no longer; or why it has.
+    NetworkRemoved(Result<(), String>),
 }
 
 /// Where an answer goes.
@@ -39,6 +43,8 @@ pub(super) type Answer = oneshot::Sender<Result<Reply, ApiError>>;
 pub(super) struct Waiting {
     attaching: BTreeMap<RequestId, (api::Attach, Answer)>,
     leaving: Option<(api::Reset, Answer)>,
+    launching: Vec<(api::Launched, Answer)>,
+    removing: Option<(api::Reset, Answer)>,
 }
 
 impl Node {
@@ -181,9 +187,8 @@ impl Daemon {
             api::Request::Attach(attach) if attach.address.is_none() => {
                 self.begin_attach(attach, answer).await
             }
-            api::Request::Reset(reset) if !reset.force && self.node.is_some() => {
-                self.begin_reset(reset, answer).await
-            }
+            api::Request::Reset(reset) if self.node.is_some() => self.begin_reset(reset, answer).await,
+            api::Request::Launch(launch) => self.begin_launch(launch, answer).await,
             other => Some((self.handle(other).await, answer)),
         };
         if let Some((reply, answer)) = reply {
@@ -199,9 +204,7 @@ impl Daemon {
                 Outcome::Address(request, found) => {
                     let Some(node) = &mut self.node else { return };
                     let Some((attach, answer)) = self.waiting.attaching.remove(&request) else {
-                        if let Ok(address) = found {
-                            node.ipam.release(address, Instant::now());
-                        }
+                        node.found_for_docker(request, found).await;
                         continue;
                     };
                     let reply = match found {
@@ -218,10 +221,25 @@ impl Daemon {
                 Outcome::Leave(may) => {
                     let Some((reset, answer)) = self.waiting.leaving.take() else { continue };
                     let reply = match may {
-                        Ok(()) => self.reset(reset).await.map(Reply::WasReset),
-                        Err(error) => Err(ApiError::refused(error)),
+                        Ok(()) => self.reset(reset, None).await.map(Reply::WasReset),
+                        Err(error) => {
+                            // Its default network was removed before.
+                            self.node.as_ref().map(Node::want_default_network);
+                            Err(ApiError::refused(error))
+                        }
                     };
                     let _ = answer.send(reply);
+                }
+                Outcome::DefaultNetwork => {
+                    for (launched, answer) in std::mem::take(&mut self.waiting.launching) {
+                        let _ = answer.send(Ok(Reply::Launched(launched)));
+                    }
+                }
+                Outcome::NetworkRemoved(removed) => {
+                    let Some((reset, answer)) = self.waiting.removing.take() else { continue };
+                    if let Some((reply, answer)) = self.go_on_with_reset(reset, answer, removed).await {
+                        let _ = answer.send(reply);
+                    }
                 }
             }
         }
@@ -259,11 +277,35 @@ impl Daemon {
         reset: api::Reset,
         answer: Answer,
     ) -> Option<(Result<Reply, ApiError>, Answer)> {
-        if let Err(error) = self.check_reset() {
+        if !reset.force
+            && let Err(error) = self.check_reset()
+        {
             return Some((Err(error), answer));
         }
-        if self.waiting.leaving.is_some() {
+        if self.waiting.leaving.is_some() || self.waiting.removing.is_some() {
             return Some((Err(ApiError::refused("the node is leaving already")), answer));
+        }
+        if self.node.as_ref()?.remove_default_network(reset.force) {
+            self.waiting.removing = Some((reset, answer));
+            return None;
+        }
+        self.go_on_with_reset(reset, answer, Ok(())).await
+    }
+
+    /// When the engine has been asked to remove the default network.
+    async fn go_on_with_reset(
+        &mut self,
+        reset: api::Reset,
+        answer: Answer,
+        removed: Result<(), String>,
+    ) -> Option<(Result<Reply, ApiError>, Answer)> {
+        if reset.force {
+            return Some((self.reset(reset, removed.err()).await.map(Reply::WasReset), answer));
+        }
+        // The engine was asked, and meanwhile containers may have come.
+        if let Err(error) = removed.map_err(ApiError::refused).and_then(|()| self.check_reset()) {
+            self.node.as_ref().map(Node::want_default_network);
+            return Some((Err(error), answer));
         }
         let node = self.node.as_mut()?;
         let now = Instant::now();
@@ -271,5 +313,22 @@ impl Daemon {
         node.pump(now).await;
         self.waiting.leaving = Some((reset, answer));
         None
+    }
+
+    /// The answer waits until an engine that is there has the default network.
+    async fn begin_launch(
+        &mut self,
+        launch: api::Launch,
+        answer: Answer,
+    ) -> Option<(Result<Reply, ApiError>, Answer)> {
+        let launched = match self.launch(launch).await {
+            Ok(launched) => launched,
+            Err(error) => return Some((Err(error), answer)),
+        };
+        if self.node.as_ref().is_some_and(Node::want_default_network) {
+            self.waiting.launching.push((launched, answer));
+            return None;
+        }
+        Some((Ok(Reply::Launched(launched)), answer))
     }
 }

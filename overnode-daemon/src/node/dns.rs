@@ -106,7 +106,7 @@ impl Node {
                 tracing::warn!("{interface} cannot be removed: {error:#}");
             }
         }
-        match self.make_place(interface).await {
+        match self.make_place().await {
             Ok(place) => self.dns.place = Some(place),
             Err(error) => {
                 let problem = format!(
@@ -126,10 +126,10 @@ impl Node {
         }
     }
 
-    async fn make_place(&mut self, host_interface: String) -> anyhow::Result<Place> {
+    async fn make_place(&mut self) -> anyhow::Result<Place> {
         let address = self.dns.address;
         let netns = OwnNetns::new().await?;
-        let plan = datapath::Attachment { netns: netns.netns(), address, host_interface };
+        let plan = datapath::Attachment::inside(netns.netns(), address);
         self.datapath.attach(&plan).await?;
         match self.serve_in(&netns).await {
             Ok(server) => Ok(Place { server, netns }),

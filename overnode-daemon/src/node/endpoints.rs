@@ -6,11 +6,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
 
+use super::docker::is_plugged;
 use super::running::Node;
 use crate::api::{self, ApiError, Netns, Target};
 use crate::datapath::{self, KnownEndpoint, NetnsRef};
 use crate::fault;
-use crate::store::{Attachment, StoreError};
+use crate::store::{Attachment, Kind, StoreError};
 
 /// Where the container runs.
 fn netns_of(request: &api::Attach) -> Result<NetnsRef, ApiError> {
@@ -79,19 +80,22 @@ impl Node {
         let owner = request.target.to_string();
         let fixed = request.address.is_some();
         let attachment = Attachment {
+            kind: Kind::Netns,
             address,
             is_static: fixed,
             target: owner,
             netns: netns.path().to_string_lossy().into_owned(),
             netns_inode: identity.inode,
             name: request.name,
+            image: None,
+            engine: None,
             host_interface: datapath::host_interface(address),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
         // On disk before anything uses it: a crash from here on leaves an address too many in use, never one twice.
         self.store.add_attachment(&attachment).map_err(ApiError::failed)?;
         fault::step("attachment");
-        let plan = datapath::Attachment { netns, address, host_interface: attachment.host_interface.clone() };
+        let plan = datapath::Attachment::inside(netns, address);
         let attached = match self.datapath.attach(&plan).await {
             Ok(attached) => attached,
             Err(error) => {
@@ -123,6 +127,11 @@ impl Node {
                 "{wanted} is not attached: `overnode status --endpoints` lists what is"
             )));
         };
+        if known.kind != Kind::Netns {
+            return Err(ApiError::refused(format_args!(
+                "{wanted} was not plugged in by `overnode attach`: the engine that did so plugs it out when its container stops"
+            )));
+        }
         self.datapath
             .detach(&known.host_interface)
             .await
@@ -140,6 +149,7 @@ impl Node {
         let attachments = self.store.attachments()?;
         let mut known: Vec<KnownEndpoint> = attachments
             .iter()
+            .filter(|it| is_plugged(it))
             .map(|it| KnownEndpoint {
                 address: it.address,
                 host_interface: it.host_interface.clone(),
@@ -153,6 +163,11 @@ impl Node {
                 continue;
             };
             if lost.netns_exists && self.plug_in_again(attachment).await {
+                continue;
+            }
+            if attachment.kind == Kind::Docker {
+                // Its engine says when it needs the address no more.
+                tracing::debug!("the interface of {} is gone", attachment.address);
                 continue;
             }
             tracing::info!("{} is gone; its address {} is free again", attachment.target, attachment.address);
@@ -173,9 +188,8 @@ impl Node {
             return false;
         }
         let plan = datapath::Attachment {
-            netns,
-            address: attachment.address,
-            host_interface: attachment.host_interface.clone(),
+            mac: attachment.engine.as_ref().map(|engine| engine.mac),
+            ..datapath::Attachment::inside(netns, attachment.address)
         };
         match self.datapath.attach(&plan).await {
             Ok(_) => true,
@@ -207,13 +221,13 @@ impl Node {
     }
 
     /// To be called when nothing uses the address any more. It stays taken if the disk cannot be written: after a restart it would be.
-    fn give_back(&mut self, address: IpAddr) -> Result<(), StoreError> {
+    pub(super) fn give_back(&mut self, address: IpAddr) -> Result<(), StoreError> {
         self.store.remove_attachment(address)?;
         self.ipam.release(address, Instant::now());
         Ok(())
     }
 
-    async fn announce_claims(&mut self, now: Instant) {
+    pub(super) async fn announce_claims(&mut self, now: Instant) {
         let claims = self.ipam.claims();
         self.gossip.update_own(|own| own.claims = claims, now);
         self.announce_names(now);

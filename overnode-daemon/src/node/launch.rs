@@ -139,6 +139,7 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
         xdp: request.xdp,
         dns: request.dns.unwrap_or(true),
         dns_domain: domain(request)?.map(|domain| domain.as_str().to_owned()),
+        docker: request.docker.unwrap_or(true),
         // Greater than that of any earlier node with this ID: others may remember that one.
         incarnation: SystemTime::now()
             .duration_since(UNIX_EPOCH)

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use super::docker::DockerSide;
 use super::running::Node;
 use crate::api::{self, ApiError, Host};
 use crate::control::CONTROL_PORT;
@@ -247,7 +248,8 @@ impl Node {
     /// What needs a person now.
     pub(super) fn problems(&self, now: Instant) -> Vec<String> {
         let passing = self.passing_problems.iter().filter(|(_, at)| now < **at + dial::REMEMBER_REFUSED);
-        self.problems.iter().chain(passing.map(|(problem, _)| problem)).cloned().collect()
+        let docker = self.docker.iter().flat_map(DockerSide::problems);
+        self.problems.iter().chain(passing.map(|(problem, _)| problem)).chain(docker).cloned().collect()
     }
 
     /// What of that is about addresses: all that lasts.

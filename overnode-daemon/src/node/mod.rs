@@ -5,6 +5,7 @@
 mod addresses;
 mod data;
 mod dns;
+mod docker;
 mod endpoints;
 mod external;
 mod inspect;
@@ -122,7 +123,7 @@ impl Daemon {
     async fn handle(&mut self, request: Request) -> Result<Reply, ApiError> {
         match request {
             Request::Launch(launch) => self.launch(launch).await.map(Reply::Launched),
-            Request::Reset(reset) => self.reset(reset).await.map(Reply::WasReset),
+            Request::Reset(reset) => self.reset(reset, None).await.map(Reply::WasReset),
             Request::Version => Ok(Reply::Version(self.version())),
             Request::Connect(connect) => self.node()?.connect(connect).await.map(Reply::Targets),
             Request::Forget(forget) => self.node()?.forget(forget).await.map(Reply::Targets),

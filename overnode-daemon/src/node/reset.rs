@@ -1,16 +1,19 @@
 //! `reset`: leaving the cluster, and leaving nothing on this host.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 
 use super::Daemon;
+use super::docker::is_plugged;
 use super::running::Node;
 use crate::api::{self, ApiError, WasReset};
 use crate::datapath::Datapath;
+use crate::docker;
 use crate::fault;
-use crate::store::{Store, StoreError};
+use crate::options::{DOCKER_PLUGINS, docker_plugins};
+use crate::store::{Kind, Store, StoreError};
 
 /// How long the neighbours are given to hear that the node leaves.
 const FAREWELL: Duration = Duration::from_millis(200);
@@ -21,7 +24,12 @@ impl Daemon {
         refuse_attached(&self.store).map_err(ApiError::refused)
     }
 
-    pub(super) async fn reset(&mut self, request: api::Reset) -> Result<WasReset, ApiError> {
+    /// `left` is what could not be removed before.
+    pub(super) async fn reset(
+        &mut self,
+        request: api::Reset,
+        left: Option<String>,
+    ) -> Result<WasReset, ApiError> {
         if self.node.is_some() && !request.force {
             self.check_reset()?;
         }
@@ -36,7 +44,8 @@ impl Daemon {
         let errors = Datapath::tear_down(&self.options.state_dir).await;
         fault::step("torn down");
         self.leaving = true;
-        Ok(WasReset { id: Some(id), left: errors.iter().map(|error| format!("{error:#}")).collect() })
+        let left = left.into_iter().chain(errors.iter().map(|error| format!("{error:#}"))).collect();
+        Ok(WasReset { id: Some(id), left })
     }
 }
 
@@ -78,6 +87,10 @@ pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> any
     for file in [api::SOCKET, "overnoded.log"] {
         let _ = std::fs::remove_file(run_dir.join(file));
     }
+    let given = std::env::var_os(DOCKER_PLUGINS).map(PathBuf::from);
+    if let Some(plugins) = docker_plugins(state_dir, run_dir, given.as_deref()) {
+        docker::remove_socket(&docker::socket_in(&plugins));
+    }
     match errors.into_iter().next() {
         Some(error) => Err(error.context("not everything could be removed")),
         None => Ok(()),
@@ -85,13 +98,27 @@ pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> any
 }
 
 fn refuse_attached(store: &Store) -> Result<(), String> {
-    let attached = store.attachments().map_err(|error| error.to_string())?;
+    let mut attached = store.attachments().map_err(|error| error.to_string())?;
+    // An engine's containers that are stopped come to nothing without the network.
+    attached.retain(is_plugged);
     if attached.is_empty() {
         return Ok(());
     }
-    let names: Vec<String> = attached.iter().map(|it| format!("{} ({})", it.target, it.address)).collect();
+    let names: Vec<String> = attached
+        .iter()
+        .map(|it| match (it.kind, &it.name) {
+            (Kind::Docker, Some(name)) => format!("{name} ({})", it.address),
+            (Kind::Docker, None) => format!("a Docker container ({})", it.address),
+            (Kind::Netns | Kind::Cni | Kind::Host, _) => format!("{} ({})", it.target, it.address),
+        })
+        .collect();
+    let how = if attached.iter().any(|it| it.kind == Kind::Docker) {
+        "stop those of Docker and detach the others with `overnode detach TARGET` first"
+    } else {
+        "detach them first with `overnode detach TARGET`"
+    };
     Err(format!(
-        "containers are attached: {}: detach them first with `overnode detach TARGET`, or cut them off with `overnode reset --force`",
+        "containers are attached: {}: {how}, or cut them off with `overnode reset --force`",
         names.join(", ")
     ))
 }

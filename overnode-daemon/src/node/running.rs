@@ -12,12 +12,14 @@ use tokio::sync::mpsc;
 use super::addresses::Outcome;
 use super::data::DataPeer;
 use super::dns::Dns;
+use super::docker::DockerSide;
 use super::external::External;
 use super::links::Stream;
 use super::paths::Ways;
 use crate::control::CONTROL_PORT;
 use crate::control::dial::Dialer;
 use crate::datapath::{Datapath, LinkEvent, OpenOptions, Probe, Probes};
+use crate::docker::{Event, Incoming};
 use crate::fault;
 use crate::gossip::{Gossip, Record, Signature, Signer};
 use crate::handshake::Handshakes;
@@ -40,6 +42,7 @@ pub(super) enum Input {
     Datagram(Received),
     Probe(Probe),
     Link(LinkEvent),
+    Docker(Event),
     Timeout,
 }
 
@@ -63,6 +66,8 @@ pub(super) struct Node {
     pub(super) priming: Option<RequestId>,
     /// Nodes whose space this daemon has taken back.
     pub(super) reclaimed: BTreeSet<NodeId>,
+    /// The engine that is served, if one is.
+    pub(super) docker: Option<DockerSide>,
     /// Targets that this daemon was connected with.
     pub(super) met_targets: BTreeSet<String>,
     /// The names, and who serves them.
@@ -87,6 +92,7 @@ pub(super) struct Node {
     datagrams: mpsc::Receiver<Received>,
     probes: Probes,
     link_events: mpsc::Receiver<LinkEvent>,
+    from_docker: Option<Incoming>,
     next_tick: Instant,
     next_reconcile: Instant,
 }
@@ -155,6 +161,12 @@ impl Node {
             dialer.add_target(host.as_str(), now);
         }
         let dns = Dns::new(&identity, ipam.layout().node_address(identity.id));
+        let served = options.docker().filter(|_| identity.docker);
+        let served = served
+            .map(|places| DockerSide::start(&places, store, &identity, &ipam, now))
+            .transpose()
+            .context("the list of Docker networks cannot be read")?;
+        let (docker, from_docker) = served.unzip();
         let mut node = Self {
             handshakes,
             identity,
@@ -171,6 +183,7 @@ impl Node {
             outcomes: VecDeque::new(),
             priming: None,
             reclaimed: BTreeSet::new(),
+            docker,
             met_targets: BTreeSet::new(),
             dns,
             paths_changed: true,
@@ -189,6 +202,7 @@ impl Node {
             datagrams,
             probes,
             link_events,
+            from_docker,
             next_tick: now,
             next_reconcile: now + RECONCILE,
         };
@@ -226,6 +240,7 @@ impl Node {
             Some(event) = self.link_events.recv() => Input::Link(event),
             Some(datagram) = self.datagrams.recv() => Input::Datagram(datagram),
             Ok(probe) = self.probes.recv() => Input::Probe(probe),
+            event = from(&mut self.from_docker) => Input::Docker(event),
         }
     }
 
@@ -237,6 +252,7 @@ impl Node {
             Input::Datagram(datagram) => self.handle_datagram(datagram, now).await,
             Input::Probe(probe) => self.handle_probe(&probe, now),
             Input::Link(event) => self.handle_link(event, now).await,
+            Input::Docker(event) => self.handle_docker(event, now).await,
             Input::Timeout => self.handle_timeout(now).await,
         }
         self.pump(now).await;
@@ -253,6 +269,7 @@ impl Node {
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.read_maps(now);
+            self.settle_sandboxes(now).await;
             self.try_elsewhere(now).await;
             self.save_peers();
         }
@@ -285,6 +302,8 @@ impl Node {
 
     /// What waits in the queue is taken at once: a thousand containers that end together are one clean-up.
     async fn handle_link(&mut self, event: LinkEvent, now: Instant) {
+        // Perhaps an engine has moved an interface into its container.
+        self.settle_sandboxes(now).await;
         let (mut vanished, mut moved) = (false, false);
         let mut next = Some(event);
         while let Some(event) = next {
@@ -306,6 +325,14 @@ impl Node {
         if let Err(error) = self.datapath.refresh().await {
             tracing::warn!("following the underlay failed: {error:#}");
         }
+    }
+}
+
+/// What comes next from the engine; never, when none is served.
+async fn from(docker: &mut Option<Incoming>) -> Event {
+    match docker {
+        Some(incoming) => incoming.next().await,
+        None => std::future::pending().await,
     }
 }
 

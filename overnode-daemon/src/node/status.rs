@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use overnode_ebpf::reason::Reason;
 
+use super::docker::is_plugged;
 use super::endpoints::target_of;
 use super::running::Node;
 use crate::api::{
@@ -217,13 +218,17 @@ impl Node {
         Ok(attachments
             .iter()
             .map(|it| EndpointStatus {
+                kind: it.kind,
+                image: it.image.clone(),
                 name: it.name.clone(),
                 target: target_of(it),
                 address: self.with_prefix(it.address),
                 fixed: it.is_static,
                 interface: it.host_interface.clone(),
                 attached_unix_seconds: Some(it.since),
-                state: if self.datapath.is_attached(&it.host_interface) {
+                state: if !is_plugged(it) {
+                    EndpointState::Reserved
+                } else if self.datapath.is_attached(&it.host_interface) {
                     EndpointState::Attached
                 } else {
                     EndpointState::Gone

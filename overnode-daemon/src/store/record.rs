@@ -38,26 +38,66 @@ pub struct Identity {
     pub dns: bool,
     /// The domain that it serves, if one was chosen.
     pub dns_domain: Option<String>,
+    /// Whether container networks are served to a Docker engine.
+    pub docker: bool,
     /// Counts the node's starts. A launch begins with the time in milliseconds since 1970, so that it exceeds the incarnations before a
     /// reset.
     pub incarnation: u64,
 }
 
-/// A network namespace that has an address.
+/// Who plugged an endpoint in, and therefore plugs it out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// `overnode attach`.
+    #[default]
+    Netns,
+    /// A Docker engine.
+    Docker,
+    /// A container runtime, through CNI.
+    Cni,
+    /// `overnode expose`: it is the host itself.
+    Host,
+}
+
+/// What a Docker engine calls one of its endpoints. Before the engine has made it, there is only its address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineEndpoint {
+    /// The network's ID.
+    pub network: String,
+    /// The endpoint's ID.
+    pub endpoint: String,
+    /// Hardware address of the container's end.
+    pub mac: [u8; 6],
+    /// Whether it is plugged into a container. Where that is, [`Attachment::netns`] tells.
+    pub joined: bool,
+}
+
+/// Something that has an address: a network namespace, a container of an engine, the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
+    /// Who plugged it in.
+    #[serde(default)]
+    pub kind: Kind,
     /// Its address.
     pub address: IpAddr,
     /// True if the address was chosen by hand.
     pub is_static: bool,
-    /// As people named it: `netns:NAME`, `pid:N`, a container.
+    /// As people named it: `netns:NAME`, `pid:N`, a container. An engine's: the container's ID as far as it is known, or else the
+    /// endpoint's.
     pub target: String,
-    /// The path that the namespace was opened by.
+    /// The path that the namespace was opened by; empty while an engine has not told any.
     pub netns: String,
     /// The namespace's inode number, which tells it from a later one at the same path; 0 if unknown.
     pub netns_inode: u64,
-    /// For people, if one was given.
+    /// For people, if one was given; an engine's: the container's name.
     pub name: Option<String>,
+    /// The image that the container runs, if an engine has told it.
+    #[serde(default)]
+    pub image: Option<String>,
+    /// What a Docker engine made of it.
+    #[serde(default)]
+    pub engine: Option<EngineEndpoint>,
     /// The host's end of its veth pair.
     pub host_interface: String,
     /// When it was attached, in seconds since 1970.
@@ -97,7 +137,14 @@ pub(super) struct PublicIdentity {
     dns: bool,
     #[serde(default)]
     dns_domain: Option<String>,
+    #[serde(default = "yes")]
+    docker: bool,
     incarnation: u64,
+}
+
+/// Of nodes that were launched before there was such a choice.
+fn yes() -> bool {
+    true
 }
 
 #[derive(Serialize, Deserialize)]
@@ -138,6 +185,7 @@ impl Identity {
             xdp: self.xdp,
             dns: self.dns,
             dns_domain: self.dns_domain.clone(),
+            docker: self.docker,
             incarnation: self.incarnation,
         }
     }
@@ -156,14 +204,10 @@ impl Identity {
             xdp: public.xdp,
             dns: public.dns,
             dns_domain: public.dns_domain,
+            docker: public.docker,
             incarnation: public.incarnation,
         }
     }
-}
-
-/// Of nodes that were launched before there was DNS.
-fn yes() -> bool {
-    true
 }
 
 impl ExternalPeer {

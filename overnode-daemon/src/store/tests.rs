@@ -22,18 +22,22 @@ fn identity() -> Identity {
         xdp: false,
         dns: true,
         dns_domain: Some("lab.example".into()),
+        docker: true,
         incarnation: 1_700_000_000_000,
     }
 }
 
 fn attachment(last: u8) -> Attachment {
     Attachment {
+        kind: Kind::Netns,
         address: [10, 44, 0, last].into(),
         is_static: false,
         target: format!("netns:box{last}"),
         netns: format!("/run/netns/box{last}"),
         netns_inode: 4_026_532_000,
         name: None,
+        image: None,
+        engine: None,
         host_interface: format!("ov{last:08x}"),
         since: 1_700_000_000,
     }

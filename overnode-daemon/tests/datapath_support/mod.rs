@@ -318,11 +318,9 @@ impl Pair {
             datapath.set_peer(peer, &PublicKey([other; 32]), Some(endpoint)).await.unwrap();
             datapath.set_routes(peer, &[net(other)]).unwrap();
             datapath.install_session(peer, &self.keys(initiator, 1)).unwrap();
-            let attachment = Attachment {
-                netns: NetnsRef::Path(container.path()),
-                address: addr(&format!("10.{}.0.1", 38 + 2 * me)),
-                host_interface: format!("ov0000000{me}"),
-            };
+            let address = addr(&format!("10.{}.0.1", 38 + 2 * me));
+            let ordinary = Attachment::inside(NetnsRef::Path(container.path()), address);
+            let attachment = Attachment { host_interface: format!("ov0000000{me}"), ..ordinary };
             datapath.attach(&attachment).await.unwrap();
         });
     }

@@ -1,0 +1,347 @@
+//! Asks the engine: which containers have our endpoints, and for the default network. Everything has a time and a size limit, and an
+//! engine that is not there or does not answer is no error: it is asked again later.
+//!
+//! The engine's API (docs.docker.com/reference/api/engine), without a version in the path: an engine takes its newest then.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Bytes;
+use hyper::client::conn::http1;
+use hyper::{Method, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use ipnet::IpNet;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::NAME;
+use crate::api::check_name;
+
+/// How long one answer may take. While it makes a network, the engine asks the plugin.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The largest answer that is read, in bytes.
+const ANSWER_LIMIT: usize = 32 << 20;
+/// How often to look when nothing happens.
+const IDLE: Duration = Duration::from_secs(30);
+/// How often to try what could not be done yet.
+const RETRY: Duration = Duration::from_secs(2);
+/// When a container was joined, the engine shows it a moment later.
+const SOON: Duration = Duration::from_millis(100);
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Look at the containers soon; `again` if the last look was not enough.
+    Look {
+        /// Rather later than at the first time.
+        again: bool,
+    },
+    /// Make the default network with this subnet, as soon as an engine is there.
+    CreateDefault(IpNet),
+    /// Remove the default network. With force, containers are cut off from it.
+    RemoveDefault {
+        /// Also when containers use it.
+        force: bool,
+    },
+}
+
+/// What became of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// What the engine has.
+    Report(Report),
+    /// Of making the default network: it is there; or why not, and whether that is worth telling. It is tried again.
+    Default(Result<(), NotDone>),
+    /// Of removing the default network.
+    Removed(Result<(), NotDone>),
+    /// Why the plugin's socket cannot be served, or that it can.
+    Trouble(Option<String>),
+}
+
+/// Why something is not done.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotDone {
+    /// There is no engine, or it does not answer.
+    #[error("no Docker engine answers at {}: {why}", socket.display())]
+    Absent {
+        /// Where it would.
+        socket: PathBuf,
+        /// What happens instead.
+        why: String,
+    },
+    /// It says no.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// What the engine has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Its running containers.
+    pub containers: Vec<Container>,
+    /// The IDs of its networks with this driver.
+    pub networks: Vec<String>,
+}
+
+/// A container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Container {
+    /// The first twelve digits of its ID.
+    pub id: String,
+    /// Its name, if it is one that can be shown.
+    pub name: Option<String>,
+    /// The image that it runs, as it was named.
+    pub image: Option<String>,
+    /// The IDs of its endpoints.
+    pub endpoints: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct ListedContainer {
+    id: String,
+    #[serde(default)]
+    names: Option<Vec<String>>,
+    #[serde(default)]
+    image: Option<String>,
+    #[serde(default)]
+    network_settings: Option<ListedSettings>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct ListedSettings {
+    #[serde(default)]
+    networks: Option<BTreeMap<String, Option<ListedEndpoint>>>,
+}
+
+#[derive(Deserialize)]
+struct ListedEndpoint {
+    #[serde(rename = "EndpointID", default)]
+    endpoint: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct ListedNetwork {
+    id: String,
+    name: String,
+    driver: String,
+    #[serde(default)]
+    containers: Option<BTreeMap<String, serde_json::Value>>,
+}
+
+#[derive(Deserialize)]
+struct EngineError {
+    message: String,
+}
+
+/// Carries out orders and looks now and then, until nobody listens.
+pub(super) async fn watch(
+    socket: PathBuf,
+    mut orders: mpsc::UnboundedReceiver<Order>,
+    news: mpsc::Sender<News>,
+) {
+    let engine = Engine { socket };
+    let mut wanted: Option<IpNet> = None;
+    let mut retry_at = Instant::now();
+    let mut look_at = Instant::now();
+    let mut pause = SOON;
+    loop {
+        let next = if wanted.is_some() { look_at.min(retry_at) } else { look_at };
+        let told = tokio::select! {
+            order = orders.recv() => match order {
+                None => return,
+                Some(Order::Look { again }) => {
+                    pause = if again { (pause * 2).min(RETRY) } else { SOON };
+                    look_at = look_at.min(Instant::now() + pause);
+                    continue;
+                }
+                Some(Order::CreateDefault(subnet)) => {
+                    wanted = Some(subnet);
+                    retry_at = Instant::now();
+                    continue;
+                }
+                Some(Order::RemoveDefault { force }) => {
+                    wanted = None;
+                    News::Removed(engine.remove_default(force).await)
+                }
+            },
+            () = sleep_until(next) => match wanted {
+                Some(subnet) if retry_at <= Instant::now() => {
+                    let made = engine.create_default(subnet).await;
+                    match &made {
+                        Ok(()) => wanted = None,
+                        Err(_) => retry_at = Instant::now() + RETRY,
+                    }
+                    News::Default(made)
+                }
+                Some(_) | None => {
+                    look_at = Instant::now() + IDLE;
+                    match engine.report().await {
+                        Ok(report) => News::Report(report),
+                        Err(why) => {
+                            tracing::debug!("{why}");
+                            continue;
+                        }
+                    }
+                }
+            },
+        };
+        if news.send(told).await.is_err() {
+            return;
+        }
+    }
+}
+
+struct Engine {
+    socket: PathBuf,
+}
+
+impl Engine {
+    async fn report(&self) -> Result<Report, NotDone> {
+        let containers: Vec<ListedContainer> = self.get("/containers/json").await?;
+        let networks: Vec<ListedNetwork> = self.get("/networks").await?;
+        Ok(Report {
+            containers: containers.into_iter().filter_map(container).collect(),
+            networks: networks
+                .into_iter()
+                .filter(|network| network.driver == NAME)
+                .map(|network| network.id)
+                .collect(),
+        })
+    }
+
+    async fn default_network(&self) -> Result<Option<ListedNetwork>, NotDone> {
+        // Not by name in the path: that would also find an ID that begins so.
+        let networks: Vec<ListedNetwork> = self.get("/networks").await?;
+        Ok(networks.into_iter().find(|network| network.name == NAME))
+    }
+
+    async fn create_default(&self, subnet: IpNet) -> Result<(), NotDone> {
+        if let Some(found) = self.default_network().await? {
+            if found.driver == NAME {
+                return Ok(());
+            }
+            return Err(NotDone::Refused(format!(
+                "Docker has a network named {NAME} with the driver {}: rename or remove it, or create one under another name with `docker network create --driver {NAME} --ipam-driver {NAME} --subnet {subnet} NAME`",
+                found.driver
+            )));
+        }
+        let body = json!({
+            "Name": NAME,
+            "CheckDuplicate": true,
+            "Driver": NAME,
+            "Attachable": false,
+            // Without a subnet of the user's, an engine takes no --ip.
+            "IPAM": { "Driver": NAME, "Config": [{ "Subnet": subnet.to_string() }] },
+        });
+        match self.ask(Method::POST, "/networks/create", Some(&body)).await? {
+            (status, _) if status.is_success() => Ok(()),
+            // Somebody else was faster.
+            (StatusCode::CONFLICT, _) => Ok(()),
+            (status, answer) => Err(refused("the default network was not made", status, &answer)),
+        }
+    }
+
+    async fn remove_default(&self, force: bool) -> Result<(), NotDone> {
+        let Some(found) = self.default_network().await?.filter(|network| network.driver == NAME) else {
+            return Ok(());
+        };
+        let path = format!("/networks/{}", found.id);
+        if force {
+            // A list of networks does not tell their containers.
+            let detailed: ListedNetwork = self.get(&path).await?;
+            for container in detailed.containers.unwrap_or_default().into_keys() {
+                let body = json!({ "Container": container, "Force": true });
+                self.ask(Method::POST, &format!("{path}/disconnect"), Some(&body)).await?;
+            }
+        }
+        match self.ask(Method::DELETE, &path, None).await? {
+            (status, _) if status.is_success() || status == StatusCode::NOT_FOUND => Ok(()),
+            (status, answer) => Err(refused("the default network was not removed", status, &answer)),
+        }
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, NotDone> {
+        let (status, body) = self.ask(Method::GET, path, None).await?;
+        if !status.is_success() {
+            return Err(refused(&format!("{path} was not answered"), status, &body));
+        }
+        serde_json::from_slice(&body)
+            .map_err(|why| self.absent(format!("its answer to {path} is not understood: {why}")))
+    }
+
+    async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&serde_json::Value>,
+    ) -> Result<(StatusCode, Bytes), NotDone> {
+        match timeout(PATIENCE, exchange(&self.socket, method, path, body)).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(why)) => Err(self.absent(format!("{why:#}"))),
+            Err(_) => Err(self.absent(format!("no answer to {path} within {} s", PATIENCE.as_secs()))),
+        }
+    }
+
+    fn absent(&self, why: String) -> NotDone {
+        NotDone::Absent { socket: self.socket.clone(), why }
+    }
+}
+
+async fn exchange(
+    socket: &Path,
+    method: Method,
+    path: &str,
+    body: Option<&serde_json::Value>,
+) -> anyhow::Result<(StatusCode, Bytes)> {
+    let stream = UnixStream::connect(socket).await?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    // Ends with this function, also when that is given up.
+    let mut driver = JoinSet::new();
+    driver.spawn(connection);
+    let bytes = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
+    let request = hyper::Request::builder()
+        .method(method)
+        .uri(path)
+        .header(header::HOST, "docker")
+        .header(header::CONTENT_TYPE, "application/json")
+        .header(header::CONNECTION, "close")
+        .body(Full::new(Bytes::from(bytes)))?;
+    let response = sender.send_request(request).await?;
+    let status = response.status();
+    let body = Limited::new(response.into_body(), ANSWER_LIMIT)
+        .collect()
+        .await
+        .map_err(|why| anyhow::anyhow!("the answer was not read: {why}"))?;
+    Ok((status, body.to_bytes()))
+}
+
+fn refused(what: &str, status: StatusCode, body: &[u8]) -> NotDone {
+    let said = serde_json::from_slice::<EngineError>(body).map(|error| error.message);
+    let said = said.unwrap_or_else(|_| status.to_string());
+    NotDone::Refused(format!("{what}: Docker says: {}", said.chars().take(300).collect::<String>()))
+}
+
+fn container(listed: ListedContainer) -> Option<Container> {
+    let is_id = listed.id.len() >= 12 && listed.id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let id = listed.id.get(..12).filter(|_| is_id)?.to_owned();
+    // Links give a container more names, with the other container's before them.
+    let mut names = listed.names.unwrap_or_default().into_iter();
+    let name = names
+        .find_map(|name| name.strip_prefix('/').filter(|name| check_name(name).is_ok()).map(str::to_owned));
+    let printable =
+        |image: &String| image.len() <= 256 && !image.is_empty() && !image.chars().any(char::is_control);
+    let networks = listed.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+    let endpoints =
+        networks.into_values().flatten().map(|listed| listed.endpoint).filter(|id| !id.is_empty()).collect();
+    Some(Container { id, name, image: listed.image.filter(printable), endpoints })
+}

@@ -1,0 +1,509 @@
+//! What to answer an engine, and what to do before. No I/O, no clock.
+//!
+//! This holds what is on disk: the networks, and the addresses that the engine has, each with the endpoint that it made of it. A
+//! [`Step`] says what has to be done; when it is done and on disk, the node says so by [`Docker::keep`], [`Docker::forget`] and
+//! [`Docker::set_networks`]. What failed has therefore not happened.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+
+use super::NAME;
+use super::engine::{Container, Report};
+use super::message::{
+    CreateEndpoint, CreateNetwork, Interface, InterfaceName, Join, Refusal, ReleaseAddress, Request,
+    RequestAddress, RequestPool, Response, shortened,
+};
+use crate::api::check_name;
+use crate::datapath::waiting_interface;
+use crate::store::{Attachment, EngineEndpoint, Kind};
+
+/// What an engine that answers has not known for so long is gone.
+pub const FORGOTTEN: Duration = Duration::from_secs(180);
+/// An address without an endpoint that is younger may still be waiting for it when the engine introduces itself.
+const FRESH: Duration = Duration::from_secs(10);
+/// No engine has more networks of this driver.
+const MAX_NETWORKS: usize = 4096;
+/// An engine that gets the same pool so often is looking for another one, which there is not.
+const MAX_POOLS_IN_A_ROW: u32 = 16;
+/// Names of interfaces in containers begin with this: `overnode0`.
+const INTERFACE_PREFIX: &str = "overnode";
+const OPTION_TYPE: &str = "RequestAddressType";
+const OPTION_TYPE_GATEWAY: &str = "com.docker.network.gateway";
+const OPTION_NAME: &str = "com.docker.network.endpoint.name";
+
+/// The cluster's addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// All addresses of the container network.
+    pub subnet: IpNet,
+    /// The part that is given out.
+    pub range: IpNet,
+    /// The first and the last address of a node.
+    pub nodes: (IpAddr, IpAddr),
+    /// The address of this one.
+    pub node: IpAddr,
+}
+
+/// What has to be done, and what to answer then.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// Nothing.
+    Answer(Response),
+    /// Find an address, or take this one. Then [`Docker::held`], and [`Self::Keep`] of that.
+    Find {
+        /// The one that was asked for.
+        fixed: Option<IpAddr>,
+        /// The container's name, if the engine tells it.
+        name: Option<String>,
+    },
+    /// Keep the list of networks on disk.
+    Networks(BTreeSet<String>, Response),
+    /// Keep this on disk.
+    Keep(Box<Attachment>, Response),
+    /// Make the interface anew, waiting for the engine, and keep this on disk.
+    Plug(Box<Attachment>, Response),
+    /// Remove the interface, and keep this on disk.
+    Unplug(Box<Attachment>, Response),
+    /// Remove the interfaces, forget these on disk, and give the addresses back.
+    Free(Vec<IpAddr>, Response),
+}
+
+/// All that is known of an engine's networks and endpoints.
+#[derive(Debug)]
+pub struct Docker {
+    settings: Settings,
+    networks: BTreeSet<String>,
+    leases: BTreeMap<IpAddr, Lease>,
+    pools_in_a_row: u32,
+}
+
+#[derive(Debug)]
+struct Lease {
+    record: Attachment,
+    /// When the engine last showed that it knows of it.
+    seen: Instant,
+}
+
+impl Docker {
+    /// With what is on disk. Attachments of other kinds are passed over.
+    pub fn new(
+        settings: Settings,
+        networks: BTreeSet<String>,
+        attachments: Vec<Attachment>,
+        now: Instant,
+    ) -> Self {
+        let ours = attachments.into_iter().filter(|record| record.kind == Kind::Docker);
+        let leases = ours.map(|record| (record.address, Lease { record, seen: now })).collect();
+        Self { settings, networks, leases, pools_in_a_row: 0 }
+    }
+
+    /// Decides what to do about a request.
+    ///
+    /// # Errors
+    /// [`Refusal`], in words for people.
+    pub fn decide(&mut self, request: Request, now: Instant) -> Result<Step, Refusal> {
+        let answer = |response| Ok(Step::Answer(response));
+        match request {
+            Request::Activate => Ok(self.activate(now)),
+            Request::NetworkCapabilities => answer(Response::NetworkCapabilities {
+                scope: "local",
+                connectivity_scope: "global",
+                gw_alloc_checker: true,
+            }),
+            Request::IpamCapabilities => answer(Response::IpamCapabilities { mac: false, replay: false }),
+            // An engine that finds the global space does not look whether the pool overlaps a route of the host.
+            Request::AddressSpaces => answer(Response::AddressSpaces {
+                local_default_address_space: NAME,
+                global_default_address_space: NAME,
+            }),
+            Request::GatewayCheck => answer(Response::GatewayCheck { skip_v4: true, skip_v6: true }),
+            Request::RequestPool(request) => self.pool(&request),
+            Request::RequestAddress(request) => self.address(&request),
+            Request::ReleaseAddress(request) => self.release(&request),
+            Request::CreateNetwork(request) => self.create_network(request),
+            Request::DeleteNetwork(request) => {
+                let mut networks = self.networks.clone();
+                Ok(if networks.remove(&request.network) {
+                    Step::Networks(networks, Response::Done {})
+                } else {
+                    Step::Answer(Response::Done {})
+                })
+            }
+            Request::CreateEndpoint(request) => self.create_endpoint(request),
+            Request::DeleteEndpoint(id) => Ok(match self.by_endpoint(&id.endpoint) {
+                Some(record) => Step::Unplug(Box::new(unbound(record.clone())), Response::Done {}),
+                None => Step::Answer(Response::Done {}),
+            }),
+            Request::EndpointInfo(id) => match self.by_endpoint(&id.endpoint) {
+                Some(_) => answer(Response::Info { value: serde_json::Map::new() }),
+                None => Err(unknown_endpoint(&id.endpoint)),
+            },
+            Request::Join(request) => self.join(request),
+            Request::Leave(id) => Ok(match self.by_endpoint(&id.endpoint) {
+                Some(record) => Step::Unplug(Box::new(apart(record.clone())), Response::Done {}),
+                None => Step::Answer(Response::Done {}),
+            }),
+            Request::ReleasePool(_) | Request::Notice => answer(Response::Done {}),
+        }
+    }
+
+    /// What is to be kept of an address that was found.
+    pub fn held(
+        &self,
+        address: IpAddr,
+        fixed: bool,
+        name: Option<String>,
+        since: u64,
+    ) -> (Attachment, Response) {
+        let record = Attachment {
+            kind: Kind::Docker,
+            address,
+            is_static: fixed,
+            target: "docker".to_owned(),
+            netns: String::new(),
+            netns_inode: 0,
+            name,
+            image: None,
+            engine: None,
+            host_interface: crate::datapath::host_interface(address),
+            since,
+        };
+        (record, self.answer_address(address))
+    }
+
+    /// This is on disk now.
+    pub fn keep(&mut self, record: Attachment, now: Instant) {
+        self.leases.insert(record.address, Lease { record, seen: now });
+    }
+
+    /// This is not on disk any more.
+    pub fn forget(&mut self, address: IpAddr) {
+        self.leases.remove(&address);
+    }
+
+    /// These are on disk now.
+    pub fn set_networks(&mut self, networks: BTreeSet<String>) {
+        self.networks = networks;
+    }
+
+    /// What the engine told of its containers and networks: names and images to keep, and what is gone without a word.
+    pub fn report(&mut self, report: &Report, now: Instant) -> Vec<Step> {
+        let mut steps = Vec::new();
+        let mut networks = self.networks.clone();
+        networks.extend(report.networks.iter().take(MAX_NETWORKS).cloned());
+        if networks != self.networks {
+            steps.push(Step::Networks(networks, Response::Done {}));
+        }
+        let containers: BTreeMap<&str, &Container> = report
+            .containers
+            .iter()
+            .flat_map(|container| container.endpoints.iter().map(move |id| (id.as_str(), container)))
+            .collect();
+        let mut gone = Vec::new();
+        for (address, lease) in &mut self.leases {
+            let endpoint = lease.record.engine.as_ref().map(|engine| engine.endpoint.as_str());
+            let Some(container) = endpoint.and_then(|endpoint| containers.get(endpoint)) else {
+                if now.saturating_duration_since(lease.seen) >= FORGOTTEN {
+                    gone.push(*address);
+                }
+                continue;
+            };
+            lease.seen = now;
+            let told = Attachment {
+                name: container.name.clone().or_else(|| lease.record.name.clone()),
+                image: container.image.clone(),
+                target: container.id.clone(),
+                ..lease.record.clone()
+            };
+            if told != lease.record {
+                steps.push(Step::Keep(Box::new(told), Response::Done {}));
+            }
+        }
+        if !gone.is_empty() {
+            steps.push(Step::Free(gone, Response::Done {}));
+        }
+        steps
+    }
+
+    /// Whether a container has an endpoint and its name is not known yet.
+    pub fn has_unnamed(&self) -> bool {
+        self.leases.values().any(|lease| {
+            lease.record.image.is_none() && lease.record.engine.as_ref().is_some_and(|it| it.joined)
+        })
+    }
+
+    /// Everything that the engine has an address for.
+    pub fn records(&self) -> impl Iterator<Item = &Attachment> {
+        self.leases.values().map(|lease| &lease.record)
+    }
+
+    /// The container's network namespace of an address that is plugged in.
+    pub fn sandbox(&self, address: IpAddr) -> Option<&str> {
+        self.leases.get(&address).map(|lease| lease.record.netns.as_str()).filter(|path| !path.is_empty())
+    }
+
+    /// What was joined to a namespace that was not there yet: an engine makes it afterwards.
+    pub fn unsettled(&self) -> impl Iterator<Item = &Attachment> {
+        let joined = |record: &&Attachment| record.engine.as_ref().is_some_and(|engine| engine.joined);
+        self.records().filter(joined).filter(|record| record.netns_inode == 0)
+    }
+
+    /// A new engine process: what an earlier one had asked for and not yet made an endpoint of, nobody will.
+    fn activate(&self, now: Instant) -> Step {
+        let answer = Response::Manifest { implements: ["NetworkDriver", "IpamDriver"] };
+        let left: Vec<IpAddr> = self
+            .leases
+            .iter()
+            .filter(|(_, lease)| {
+                lease.record.engine.is_none() && now.saturating_duration_since(lease.seen) >= FRESH
+            })
+            .map(|(address, _)| *address)
+            .collect();
+        if left.is_empty() { Step::Answer(answer) } else { Step::Free(left, answer) }
+    }
+
+    fn pool(&mut self, request: &RequestPool) -> Result<Step, Refusal> {
+        let Settings { subnet, range, .. } = self.settings;
+        if request.v6 {
+            return Err(Refusal::new("overnode networks are IPv4: leave out --ipv6"));
+        }
+        if request.pool.is_empty() {
+            self.pools_in_a_row += 1;
+            if self.pools_in_a_row > MAX_POOLS_IN_A_ROW {
+                self.pools_in_a_row = 0;
+                return Err(Refusal::new(format_args!(
+                    "the engine refuses {subnet}, for the host has a route into it, and overnode has no other: create the network with --subnet {subnet}"
+                )));
+            }
+        } else if request.pool.parse::<IpNet>().ok() != Some(subnet) {
+            return Err(Refusal::new(format_args!(
+                "every overnode network has the subnet {subnet} of the cluster, not {}: give --subnet {subnet}, or none",
+                shortened(&request.pool)
+            )));
+        } else {
+            self.pools_in_a_row = 0;
+        }
+        let part = (!request.sub_pool.is_empty()).then(|| request.sub_pool.parse::<IpNet>().ok());
+        if part.is_some_and(|part| part.is_none_or(|part| !part.contains(&range))) {
+            return Err(Refusal::new(format_args!(
+                "addresses are given out of {range} by the nodes themselves, not of {}: leave out --ip-range",
+                shortened(&request.sub_pool)
+            )));
+        }
+        Ok(Step::Answer(Response::Pool { id: NAME, pool: subnet.to_string() }))
+    }
+
+    fn address(&mut self, request: &RequestAddress) -> Result<Step, Refusal> {
+        self.pools_in_a_row = 0;
+        if request.pool != NAME {
+            return Err(Refusal::new(format_args!(
+                "there is no address pool {:?}: create the network with --ipam-driver {NAME}",
+                shortened(&request.pool)
+            )));
+        }
+        let option = |name: &str| request.options.get(name).and_then(serde_json::Value::as_str);
+        let wanted: Option<IpAddr> = match request.address.as_str() {
+            "" => None,
+            text => Some(text.parse().map_err(|_| {
+                Refusal::Malformed(format!("Address {:?} is no IP address", shortened(text)))
+            })?),
+        };
+        if option(OPTION_TYPE) == Some(OPTION_TYPE_GATEWAY) {
+            let (first, last) = self.settings.nodes;
+            return match wanted {
+                // An engine that restores its networks asks for what it was given: perhaps when the node had another ID.
+                Some(gateway) if !(first..=last).contains(&gateway) => Err(Refusal::new(
+                    "overnode networks have no gateway of their own, as the engine gives containers a way out: leave out --gateway",
+                )),
+                gateway => Ok(Step::Answer(self.answer_address(gateway.unwrap_or(self.settings.node)))),
+            };
+        }
+        let name = option(OPTION_NAME).filter(|name| check_name(name).is_ok()).map(str::to_owned);
+        Ok(Step::Find { fixed: wanted, name })
+    }
+
+    fn answer_address(&self, address: IpAddr) -> Response {
+        Response::Address { address: format!("{address}/{}", self.settings.subnet.prefix_len()) }
+    }
+
+    fn release(&self, request: &ReleaseAddress) -> Result<Step, Refusal> {
+        let address: IpAddr = request.address.parse().map_err(|_| {
+            Refusal::Malformed(format!("Address {:?} is no IP address", shortened(&request.address)))
+        })?;
+        Ok(if self.leases.contains_key(&address) {
+            Step::Free(vec![address], Response::Done {})
+        } else {
+            Step::Answer(Response::Done {})
+        })
+    }
+
+    fn create_network(&mut self, request: CreateNetwork) -> Result<Step, Refusal> {
+        let subnet = self.settings.subnet;
+        self.pools_in_a_row = 0;
+        if !request.v6.is_empty() {
+            return Err(Refusal::new("overnode networks are IPv4: leave out --ipv6"));
+        }
+        let fits = |pool: &str| pool.parse::<IpNet>().ok() == Some(subnet);
+        if request.v4.len() != 1 || !request.v4.iter().all(|pool| fits(&pool.pool)) {
+            return Err(Refusal::new(format_args!(
+                "an overnode network has the one subnet {subnet} of the cluster: create it with --driver {NAME} --ipam-driver {NAME}"
+            )));
+        }
+        if self.networks.contains(&request.network) {
+            return Ok(Step::Answer(Response::Done {}));
+        }
+        if self.networks.len() >= MAX_NETWORKS {
+            return Err(Refusal::new(format_args!("there are {MAX_NETWORKS} overnode networks already")));
+        }
+        let mut networks = self.networks.clone();
+        networks.insert(request.network);
+        Ok(Step::Networks(networks, Response::Done {}))
+    }
+
+    fn create_endpoint(&self, request: CreateEndpoint) -> Result<Step, Refusal> {
+        if !self.networks.contains(&request.network) {
+            return Err(Refusal::new(format_args!(
+                "this node does not know the network {}: if `docker network ls` shows it, remove it and create it anew",
+                shortened(&request.network)
+            )));
+        }
+        if !request.interface.address_v6.is_empty() {
+            return Err(Refusal::new("overnode networks are IPv4: leave out the IPv6 address"));
+        }
+        let text = &request.interface.address;
+        let address = text.parse::<IpNet>().map_err(|_| {
+            Refusal::Malformed(format!("Address {:?} is no IP address with its prefix", shortened(text)))
+        })?;
+        let not_ours = || {
+            Refusal::new(format_args!(
+                "{address} was not given to this engine by this node: create the network with --ipam-driver {NAME}"
+            ))
+        };
+        if address.prefix_len() != self.settings.subnet.prefix_len() {
+            return Err(not_ours());
+        }
+        let lease = self.leases.get(&address.addr()).ok_or_else(not_ours)?;
+        let given = match request.interface.mac_address.as_str() {
+            "" => None,
+            text => Some(parse_mac(text).ok_or_else(|| {
+                Refusal::new(format_args!(
+                    "{:?} cannot be the hardware address of a container",
+                    shortened(text)
+                ))
+            })?),
+        };
+        match &lease.record.engine {
+            Some(known) if known.endpoint != request.endpoint => {
+                return Err(Refusal::new(format_args!(
+                    "{} belongs to another endpoint: {}",
+                    address.addr(),
+                    lease.record.name.as_deref().unwrap_or(&known.endpoint)
+                )));
+            }
+            // Asked again, for the answer was lost.
+            Some(known) if given.is_none_or(|mac| mac == known.mac) => {
+                return Ok(Step::Answer(endpoint_answer(given.is_none(), known.mac)));
+            }
+            Some(_) | None => {}
+        }
+        if let Some(other) = self.by_endpoint(&request.endpoint)
+            && other.address != address.addr()
+        {
+            return Err(Refusal::new(format_args!(
+                "this endpoint has the address {} already",
+                other.address
+            )));
+        }
+        let mac = given.unwrap_or_else(|| mac_of(address.addr()));
+        let engine =
+            EngineEndpoint { network: request.network, endpoint: request.endpoint, mac, joined: false };
+        let target = engine.endpoint.clone();
+        let record = Attachment { engine: Some(engine), target, ..lease.record.clone() };
+        Ok(Step::Keep(Box::new(record), endpoint_answer(given.is_none(), mac)))
+    }
+
+    fn join(&self, request: Join) -> Result<Step, Refusal> {
+        let record =
+            self.by_endpoint(&request.endpoint).ok_or_else(|| unknown_endpoint(&request.endpoint))?;
+        let rival = self.records().find(|other| {
+            other.netns == request.sandbox
+                && other.address != record.address
+                && other.engine.as_ref().is_some_and(|engine| engine.joined)
+        });
+        if let Some(rival) = rival {
+            return Err(Refusal::new(format_args!(
+                "this container is in the container network already, as {}: all overnode networks are one network; give it one of them",
+                rival.address
+            )));
+        }
+        let mut record = record.clone();
+        record.netns = request.sandbox;
+        record.netns_inode = 0;
+        if let Some(engine) = &mut record.engine {
+            engine.joined = true;
+        }
+        let interface_name =
+            InterfaceName { src_name: waiting_interface(record.address), dst_prefix: INTERFACE_PREFIX };
+        Ok(Step::Plug(Box::new(record), Response::Joined { interface_name }))
+    }
+
+    fn by_endpoint(&self, id: &str) -> Option<&Attachment> {
+        self.records().find(|record| record.engine.as_ref().is_some_and(|engine| engine.endpoint == id))
+    }
+}
+
+fn unknown_endpoint(id: &str) -> Refusal {
+    Refusal::new(format_args!("there is no endpoint {}: start the container again", shortened(id)))
+}
+
+/// What remains when the endpoint has left its container.
+fn apart(mut record: Attachment) -> Attachment {
+    record.netns = String::new();
+    record.netns_inode = 0;
+    if let Some(engine) = &mut record.engine {
+        engine.joined = false;
+    }
+    record
+}
+
+/// What remains when the endpoint is gone: its address.
+fn unbound(record: Attachment) -> Attachment {
+    Attachment { engine: None, ..apart(record) }
+}
+
+/// An engine takes it for an error to be told of what it has settled itself.
+fn endpoint_answer(tell: bool, mac: [u8; 6]) -> Response {
+    let mac_address = if tell { write_mac(mac) } else { String::new() };
+    Response::Endpoint { interface: Interface { mac_address, ..Interface::default() } }
+}
+
+/// Locally administered, and the same each time for the same address: neighbours of a container that starts anew need not learn.
+fn mac_of(address: IpAddr) -> [u8; 6] {
+    let low = match address {
+        IpAddr::V4(v4) => v4.octets(),
+        IpAddr::V6(v6) => (v6.to_bits() as u32).to_be_bytes(),
+    };
+    [0x02, 0x6f, low[0], low[1], low[2], low[3]]
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let bytes: Vec<u8> = text
+        .split([':', '-'])
+        .map(|byte| {
+            let fits = byte.len() == 2 && byte.bytes().all(|digit| digit.is_ascii_hexdigit());
+            fits.then(|| u8::from_str_radix(byte, 16).ok()).flatten()
+        })
+        .collect::<Option<_>>()?;
+    let mac: [u8; 6] = bytes.try_into().ok()?;
+    (mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
+}
+
+fn write_mac(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,143 @@
+//! The plugin's socket: HTTP with JSON.
+
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response as HttpResponse};
+use serde::Serialize;
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, oneshot};
+
+use super::engine::News;
+use super::message::{BODY_LIMIT, Refusal, Request, Response};
+use super::{Call, NAME};
+use crate::api::server::bind;
+
+/// How often to look whether the socket is still where the engine looks for it.
+const LOOK: Duration = Duration::from_secs(3);
+const MEDIA_TYPE: &str = "application/vnd.docker.plugins.v1.2+json";
+
+/// Both protocols' errors: the network driver's has one name, the address driver's another.
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct ErrorBody<'a> {
+    err: &'a str,
+    error: &'a str,
+}
+
+/// Answers at `socket` as long as anybody listens to `calls`. A socket that somebody removes is made again.
+pub(super) async fn serve(
+    socket: PathBuf,
+    bound: Arc<AtomicU64>,
+    calls: mpsc::Sender<Call>,
+    news: mpsc::Sender<News>,
+) {
+    let mut told = None;
+    while !calls.is_closed() {
+        let trouble = match listen(&socket) {
+            Ok((listener, inode)) => {
+                bound.store(inode, Ordering::Relaxed);
+                tell(&news, &mut told, None).await;
+                tokio::select! {
+                    served = axum::serve(listener, router(calls.clone())) => served.err().map(|why| why.to_string()),
+                    () = vanished(&socket, inode) => None,
+                }
+            }
+            Err(why) => Some(format!(
+                "Docker networks cannot be served at {}: {why}; the node tries again",
+                socket.display()
+            )),
+        };
+        if trouble.is_some() {
+            tell(&news, &mut told, trouble).await;
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+async fn tell(news: &mpsc::Sender<News>, told: &mut Option<String>, trouble: Option<String>) {
+    if *told != trouble {
+        told.clone_from(&trouble);
+        let _ = news.send(News::Trouble(trouble)).await;
+    }
+}
+
+fn listen(socket: &Path) -> io::Result<(UnixListener, u64)> {
+    if let Some(folder) = socket.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        return Err(io::Error::other(format!("another process serves the driver {NAME} there")));
+    }
+    let listener = bind(socket)?;
+    Ok((listener, std::fs::metadata(socket)?.ino()))
+}
+
+async fn vanished(socket: &Path, inode: u64) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        if std::fs::metadata(socket).map(|found| found.ino()).ok() != Some(inode) {
+            return;
+        }
+    }
+}
+
+fn router(calls: mpsc::Sender<Call>) -> Router {
+    Router::new().fallback(answer).layer(DefaultBodyLimit::max(BODY_LIMIT)).with_state(calls)
+}
+
+async fn answer(
+    State(calls): State<mpsc::Sender<Call>>,
+    uri: Uri,
+    body: Result<Bytes, BytesRejection>,
+) -> HttpResponse {
+    let bytes = match body {
+        Ok(bytes) => bytes,
+        Err(rejection) => {
+            return refuse(
+                rejection.status(),
+                &format!("the request's body was not read: {}", rejection.body_text()),
+            );
+        }
+    };
+    match ask(&calls, uri.path(), &bytes).await {
+        Ok(response) => json(StatusCode::OK, &response),
+        Err(refusal) => {
+            let status = match refusal {
+                Refusal::Malformed(_) => StatusCode::BAD_REQUEST,
+                Refusal::Unknown(_) => StatusCode::NOT_FOUND,
+                // The protocols have it so: understood, and not done.
+                Refusal::Refused(_) => StatusCode::OK,
+            };
+            refuse(status, &refusal.to_string())
+        }
+    }
+}
+
+async fn ask(calls: &mpsc::Sender<Call>, path: &str, body: &[u8]) -> Result<Response, Refusal> {
+    let request = Request::parse(path, body)?;
+    let stopped = || Refusal::new("the overnode node stops: `overnode resume` starts it again");
+    let (answer, answered) = oneshot::channel();
+    calls.send((request, answer)).await.map_err(|_| stopped())?;
+    answered.await.map_err(|_| stopped())?
+}
+
+fn refuse(status: StatusCode, why: &str) -> HttpResponse {
+    json(status, &ErrorBody { err: why, error: why })
+}
+
+fn json(status: StatusCode, body: &impl Serialize) -> HttpResponse {
+    match serde_json::to_vec(body) {
+        Ok(body) => (status, [(header::CONTENT_TYPE, MEDIA_TYPE)], body).into_response(),
+        Err(why) => (StatusCode::INTERNAL_SERVER_ERROR, why.to_string()).into_response(),
+    }
+}

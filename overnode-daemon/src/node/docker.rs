@@ -1,0 +1,340 @@
+//! A Docker engine's networks: carries out what [`crate::docker::plan`] decides, with the node's addresses and its data plane.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use tokio::sync::oneshot;
+
+use super::addresses::Outcome;
+use super::running::Node;
+use crate::datapath::{self, NetnsRef, Place};
+use crate::docker::{
+    Docker, Event, Incoming, News, Order, Places, Refusal, Request, Response, Service, Settings, Step,
+    engine::NotDone,
+};
+use crate::fault;
+use crate::ipam::{Ipam, IpamError, RequestId};
+use crate::store::{Attachment, Identity, Kind, Store};
+use crate::types::NodeId;
+
+/// Requests that may wait for an address at the same time.
+const MAX_WAITING: usize = 4096;
+
+type Answer = oneshot::Sender<Result<Response, Refusal>>;
+
+/// The node's side of an engine.
+pub(super) struct DockerSide {
+    service: Service,
+    plan: Docker,
+    /// Who waits for an address, with the name that it is for.
+    waiting: BTreeMap<RequestId, (Option<String>, Answer)>,
+    /// Why the plugin's socket cannot be served.
+    trouble: Option<String>,
+    /// Why the engine does not make the default network.
+    refused: Option<String>,
+}
+
+impl DockerSide {
+    /// Starts to serve the engine; it need not be there.
+    pub(super) fn start(
+        places: &Places,
+        store: &Store,
+        identity: &Identity,
+        ipam: &Ipam,
+        now: Instant,
+    ) -> anyhow::Result<(Self, Incoming)> {
+        let node_address = |id: u16| NodeId::new(id).map(|id| ipam.layout().node_address(id));
+        let settings = Settings {
+            subnet: identity.network.subnet,
+            range: identity.network.range,
+            nodes: (
+                node_address(1).context("there is no node 1")?,
+                node_address(4095).context("there is no node 4095")?,
+            ),
+            node: ipam.layout().node_address(identity.id),
+        };
+        let plan = Docker::new(settings, store.docker_networks()?, store.attachments()?, now);
+        let (service, incoming) = Service::start(places);
+        if !store.has_default_network()? {
+            service.order(Order::CreateDefault(settings.subnet));
+        }
+        let waiting = BTreeMap::new();
+        Ok((Self { service, plan, waiting, trouble: None, refused: None }, incoming))
+    }
+
+    /// What needs a person now.
+    pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
+        self.trouble.iter().chain(&self.refused)
+    }
+}
+
+impl Node {
+    /// Has the default network made, if an engine is served. False if none is.
+    pub(super) fn want_default_network(&self) -> bool {
+        let subnet = self.identity.network.subnet;
+        self.order(Order::CreateDefault(subnet))
+    }
+
+    /// Has the default network removed, if an engine is served. False if none is.
+    pub(super) fn remove_default_network(&self, force: bool) -> bool {
+        self.order(Order::RemoveDefault { force })
+    }
+
+    fn order(&self, order: Order) -> bool {
+        let Some(docker) = &self.docker else { return false };
+        docker.service.order(order);
+        true
+    }
+
+    /// Takes what comes from the engine.
+    pub(super) async fn handle_docker(&mut self, event: Event, now: Instant) {
+        match event {
+            Event::Call((request, answer)) => self.call(request, answer, now).await,
+            Event::News(News::Report(report)) => {
+                let Some(docker) = &mut self.docker else { return };
+                for step in docker.plan.report(&report, now) {
+                    if let Step::Free(addresses, _) = &step {
+                        tracing::info!(
+                            "the Docker engine knows nothing of {addresses:?} any more: free again"
+                        );
+                    }
+                    if let Err(why) = self.carry_out(step, now).await {
+                        tracing::warn!("what the Docker engine tells was not kept: {why}");
+                    }
+                }
+                self.look(true);
+            }
+            Event::News(News::Default(made)) => {
+                if let (Ok(()), Err(why)) = (&made, self.store.set_default_network(true)) {
+                    tracing::warn!("that the default network is there was not kept: {why}");
+                }
+                if let Some(docker) = &mut self.docker {
+                    docker.refused = match made {
+                        Ok(()) => None,
+                        Err(why @ NotDone::Absent { .. }) => {
+                            tracing::debug!("{why}");
+                            None
+                        }
+                        Err(NotDone::Refused(why)) => Some(why),
+                    };
+                }
+                self.outcomes.push_back(Outcome::DefaultNetwork);
+            }
+            Event::News(News::Removed(removed)) => {
+                self.outcomes.push_back(Outcome::NetworkRemoved(match removed {
+                    Ok(()) => Ok(()),
+                    Err(why @ NotDone::Absent { .. }) => {
+                        tracing::info!("the default network stays in the engine's list: {why}");
+                        Ok(())
+                    }
+                    Err(NotDone::Refused(why)) => Err(why),
+                }));
+            }
+            Event::News(News::Trouble(trouble)) => {
+                if let Some(why) = &trouble {
+                    tracing::warn!("{why}");
+                }
+                if let Some(docker) = &mut self.docker {
+                    docker.trouble = trouble;
+                }
+            }
+        }
+    }
+
+    /// Has the engine asked for names that are not known yet.
+    fn look(&self, again: bool) {
+        if let Some(docker) = &self.docker
+            && docker.plan.has_unnamed()
+        {
+            docker.service.order(Order::Look { again });
+        }
+    }
+
+    async fn call(&mut self, request: Request, answer: Answer, now: Instant) {
+        let Some(docker) = &mut self.docker else { return };
+        tracing::debug!(?request, "the Docker engine asks");
+        let done = match docker.plan.decide(request, now) {
+            Ok(Step::Find { fixed: None, name }) => return self.find(name, answer, now).await,
+            Ok(Step::Find { fixed: Some(address), name }) => self.take(address, name, now).await,
+            Ok(step) => self.carry_out(step, now).await,
+            Err(refusal) => Err(refusal),
+        };
+        if let Err(refusal) = &done {
+            tracing::info!("refused to the Docker engine: {refusal}");
+        }
+        // An engine that was killed asks no more; what it asked for is told by its successor.
+        let _ = answer.send(done);
+        self.look(false);
+    }
+
+    async fn find(&mut self, name: Option<String>, answer: Answer, now: Instant) {
+        let Some(docker) = &mut self.docker else { return };
+        if docker.waiting.len() >= MAX_WAITING {
+            let _ =
+                answer.send(Err(Refusal::new("too many containers wait for an address: start some later")));
+            return;
+        }
+        let owner = name.as_deref().map_or("docker".to_owned(), |name| format!("docker: {name}"));
+        let request = self.ipam.allocate(&owner, now);
+        docker.waiting.insert(request, (name, answer));
+        self.pump(now).await;
+    }
+
+    /// The outcome of a request that nobody else waits for.
+    pub(super) async fn found_for_docker(&mut self, request: RequestId, found: Result<IpAddr, IpamError>) {
+        let now = Instant::now();
+        let waiter = self.docker.as_mut().and_then(|docker| docker.waiting.remove(&request));
+        match (waiter, found) {
+            (Some((name, answer)), Ok(address)) if !answer.is_closed() => {
+                let _ = answer.send(self.hold(address, false, name, now).await);
+            }
+            (_, Ok(address)) => drop(self.ipam.release(address, now)),
+            (Some((_, answer)), Err(why)) => drop(answer.send(Err(Refusal::new(why)))),
+            (None, Err(_)) => {}
+        }
+    }
+
+    async fn take(
+        &mut self,
+        address: IpAddr,
+        name: Option<String>,
+        now: Instant,
+    ) -> Result<Response, Refusal> {
+        self.ipam.claim(address, name.as_deref().unwrap_or("docker")).map_err(Refusal::new)?;
+        let held = self.hold(address, true, name, now).await;
+        if held.is_ok() {
+            self.announce_claims(now).await;
+        }
+        held
+    }
+
+    async fn hold(
+        &mut self,
+        address: IpAddr,
+        fixed: bool,
+        name: Option<String>,
+        now: Instant,
+    ) -> Result<Response, Refusal> {
+        let Some(docker) = &mut self.docker else { return Err(Refusal::new("no engine is served")) };
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let (record, response) = docker.plan.held(address, fixed, name, since);
+        // On disk before it is answered: a crash from here on leaves an address too many in use, never one twice.
+        if let Err(why) = self.store.add_attachment(&record) {
+            self.ipam.release(address, now);
+            return Err(Refusal::new(why));
+        }
+        docker.plan.keep(record, now);
+        fault::step("docker address");
+        Ok(response)
+    }
+
+    async fn carry_out(&mut self, step: Step, now: Instant) -> Result<Response, Refusal> {
+        match step {
+            Step::Answer(response) => Ok(response),
+            Step::Find { .. } => Err(Refusal::new("an address cannot be found here")),
+            Step::Networks(networks, response) => {
+                self.store.set_docker_networks(&networks).map_err(Refusal::new)?;
+                if let Some(docker) = &mut self.docker {
+                    docker.plan.set_networks(networks);
+                }
+                Ok(response)
+            }
+            Step::Keep(record, response) => {
+                self.keep(*record, now)?;
+                Ok(response)
+            }
+            Step::Plug(record, response) => {
+                self.plug_for_docker(*record, now).await?;
+                Ok(response)
+            }
+            Step::Unplug(record, response) => {
+                self.unplug(record.address).await?;
+                self.unguard(record.address).await;
+                self.keep(*record, now)?;
+                Ok(response)
+            }
+            Step::Free(addresses, response) => {
+                for address in addresses {
+                    self.unplug(address).await?;
+                    self.give_back(address).map_err(Refusal::new)?;
+                    if let Some(docker) = &mut self.docker {
+                        docker.plan.forget(address);
+                    }
+                }
+                self.announce_claims(now).await;
+                Ok(response)
+            }
+        }
+    }
+
+    /// Guards the containers whose namespaces have come to be: an engine joins an endpoint before it makes the namespace. An engine in
+    /// another mount namespace has them at paths that lead nowhere here.
+    pub(super) async fn settle_sandboxes(&mut self, now: Instant) {
+        let Some(docker) = &self.docker else { return };
+        let unsettled: Vec<Attachment> = docker.plan.unsettled().cloned().collect();
+        for mut record in unsettled {
+            let sandbox = NetnsRef::Path(record.netns.clone().into());
+            let Ok(identity) = sandbox.id() else { continue };
+            if let Err(why) = self.datapath.guard(&sandbox).await {
+                tracing::warn!("{} has no rules against the engine's own gateway: {why:#}", record.address);
+                continue;
+            }
+            record.netns_inode = identity.inode;
+            if let Err(why) = self.keep(record, now) {
+                tracing::warn!("{why}");
+            }
+        }
+    }
+
+    /// A container that leaves the network while it runs has its other routes back.
+    async fn unguard(&mut self, address: IpAddr) {
+        let sandbox = self.docker.as_ref().and_then(|docker| docker.plan.sandbox(address)).map(str::to_owned);
+        let Some(sandbox) = sandbox else { return };
+        if let Err(why) = self.datapath.unguard(&NetnsRef::Path(sandbox.into())).await {
+            tracing::debug!("{why:#}");
+        }
+    }
+
+    fn keep(&mut self, record: Attachment, now: Instant) -> Result<(), Refusal> {
+        self.store.update_attachment(&record).map_err(Refusal::new)?;
+        if let Some(docker) = &mut self.docker {
+            docker.plan.keep(record, now);
+        }
+        self.announce_names(now);
+        Ok(())
+    }
+
+    async fn unplug(&mut self, address: IpAddr) -> Result<(), Refusal> {
+        let unplugged = self.datapath.detach(&datapath::host_interface(address)).await;
+        unplugged.map_err(|why| Refusal::new(format_args!("{address} was not unplugged: {why:#}")))
+    }
+
+    /// Makes the interface anew: the engine may ask again when it did not hear the answer.
+    async fn plug_for_docker(&mut self, record: Attachment, now: Instant) -> Result<(), Refusal> {
+        self.unplug(record.address).await?;
+        let plan = datapath::Attachment {
+            place: Place::Waiting,
+            address: record.address,
+            mac: record.engine.as_ref().map(|engine| engine.mac),
+            host_interface: record.host_interface.clone(),
+        };
+        let address = record.address;
+        self.keep(record, now)?;
+        fault::step("docker endpoint");
+        if let Err(why) = self.datapath.attach(&plan).await {
+            return Err(Refusal::new(format_args!("{address} was not plugged in: {why:#}")));
+        }
+        fault::step("docker plugged");
+        Ok(())
+    }
+}
+
+/// Whether an interface belongs to what is on disk.
+pub(super) fn is_plugged(attachment: &Attachment) -> bool {
+    match attachment.kind {
+        Kind::Docker => attachment.engine.as_ref().is_some_and(|engine| engine.joined),
+        Kind::Netns | Kind::Cni | Kind::Host => true,
+    }
+}

@@ -1,0 +1,149 @@
+//! Either side dies, or the whole host does.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lab::docker::IMAGE;
+use lab::eventually;
+
+use crate::support::{PATIENCE, endpoint, endpoints, nothing_left, with_engines};
+
+#[test]
+fn the_engine_is_killed_and_started_again() -> Result<()> {
+    with_engines("docker-kill", 2, |lab, engines| {
+        let [one, two] = engines else { unreachable!() };
+        let always = two.run("always", &["--restart", "always"])?;
+        let fixed = two.run("fixed", &["--restart", "always", "--ip", "10.36.0.1"])?;
+        two.run("once", &[])?;
+        one.run("here", &[])?;
+        one.reach("here", &always, PATIENCE)?;
+        one.reach("here", &fixed, PATIENCE)?;
+        two.kill()?;
+        // Nobody needs an engine to send packets.
+        one.reach("here", &always, PATIENCE)?;
+        two.start()?;
+        eventually(PATIENCE, || {
+            let running = two.docker(&["ps", "--format", "{{.Names}}"])?.success()?;
+            ensure!(running.lines().filter(|it| ["always", "fixed"].contains(it)).count() == 2, "{running}");
+            Ok(())
+        })?;
+        one.reach("here", &two.address("always")?, PATIENCE)?;
+        one.reach("here", "10.36.0.1", PATIENCE)?;
+        // What the engine gave up, it gives back.
+        eventually(PATIENCE, || {
+            let listed = endpoints(lab.host(2))?;
+            ensure!(listed.len() == 2, "{listed:?}");
+            Ok(())
+        })?;
+        two.docker(&["rm", "--force", "always", "fixed", "once"])?.success()?;
+        nothing_left(lab.host(2))
+    })
+}
+
+#[test]
+fn the_node_is_killed_and_started_again() -> Result<()> {
+    with_engines("docker-node", 2, |lab, engines| {
+        let [one, two] = engines else { unreachable!() };
+        let old = two.run("old", &[])?;
+        one.run("here", &[])?;
+        one.reach("here", &old, PATIENCE)?;
+        lab.host(2).kill_daemon()?;
+        one.reach("here", &old, Duration::from_secs(5))?;
+        // The engine tries again for half a minute.
+        let new = std::thread::scope(|scope| -> Result<String> {
+            let starting = scope.spawn(|| two.run("new", &[]));
+            std::thread::sleep(Duration::from_secs(2));
+            two.overnode(&["resume"])?.success()?;
+            starting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        one.reach("here", &new, PATIENCE)?;
+        one.reach("here", &old, PATIENCE)?;
+        ensure!(endpoint(lab.host(2), "old")?["address"] == format!("{old}/12"));
+
+        // A container that ends meanwhile.
+        lab.host(2).kill_daemon()?;
+        let stopping = std::thread::scope(|scope| {
+            let stopping = scope.spawn(|| two.docker(&["rm", "--force", "old"]));
+            std::thread::sleep(Duration::from_secs(1));
+            let resumed = two.overnode(&["resume"]).and_then(lab::Outcome::success);
+            (stopping.join(), resumed)
+        });
+        stopping.1?;
+        stopping.0.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?.success()?;
+        two.docker(&["rm", "--force", "new"])?.success()?;
+        nothing_left(lab.host(2))
+    })
+}
+
+#[test]
+fn the_host_loses_power() -> Result<()> {
+    with_engines("docker-power", 2, |lab, engines| {
+        let [one, two] = engines else { unreachable!() };
+        one.run("here", &[])?;
+        two.run("always", &["--restart", "always"])?;
+        two.run("fixed", &["--restart", "unless-stopped", "--ip", "10.36.0.2"])?;
+        two.run("once", &[])?;
+        one.reach("here", "10.36.0.2", PATIENCE)?;
+        two.lose_power()?;
+        // In the order of the units of systemd.
+        two.overnode(&["resume"])?.success()?;
+        two.start()?;
+        eventually(PATIENCE, || {
+            let running = two.docker(&["ps", "--format", "{{.Names}}"])?.success()?;
+            ensure!(running.lines().count() == 2, "{running}");
+            Ok(())
+        })?;
+        one.reach("here", &two.address("always")?, PATIENCE)?;
+        one.reach("here", "10.36.0.2", PATIENCE)?;
+        two.reach("fixed", &one.address("here")?, PATIENCE)?;
+        endpoint(lab.host(2), "always")?;
+        eventually(PATIENCE, || {
+            let listed = endpoints(lab.host(2))?;
+            ensure!(listed.len() == 2, "{listed:?}");
+            Ok(())
+        })?;
+        // And it still makes new ones.
+        let words =
+            ["run", "--rm", "--network", "overnode", IMAGE, "ping", "-c", "1", "-W", "5", "10.36.0.2"];
+        two.docker(&words)?.success()?;
+        two.docker(&["rm", "--force", "always", "fixed", "once"])?.success()?;
+        nothing_left(lab.host(2))
+    })
+}
+
+/// The engine's gateway would take packets for the container network to other hosts, unsealed.
+#[test]
+fn packets_of_a_container_that_is_cut_off_do_not_leave_by_the_engines_gateway() -> Result<()> {
+    with_engines("docker-guard", 2, |lab, engines| {
+        let [one, two] = engines else { unreachable!() };
+        // From a network of the user's own, which a reset does not take away.
+        let create = ["network", "create", "--driver", "overnode", "--ipam-driver", "overnode", "mine"];
+        one.docker(&create)?.success()?;
+        let run = ["run", "--detach", "--network", "mine", "--name", "here", IMAGE, "/bin/sleep", "100000"];
+        one.docker(&run)?.success()?;
+        let there = two.run("there", &[])?;
+        let outside = lab.host(2).address().to_string();
+        one.reach("here", &there, PATIENCE)?;
+        one.reach("here", &outside, PATIENCE)?;
+        let capture = lab.capture()?;
+        let before = endpoint(lab.host(1), "here")?;
+        // By accident: the node plugs it in again, as it was.
+        let interface = before["interface"].as_str().unwrap_or_default();
+        lab.host(1).netns().ip(&["link", "del", interface])?;
+        one.reach("here", &there, PATIENCE)?;
+        ensure!(endpoint(lab.host(1), "here")?["address"] == before["address"]);
+        one.overnode(&["reset", "--force"])?.success()?;
+        let pinged = one.docker(&["exec", "here", "ping", "-c", "2", "-W", "1", &there])?;
+        ensure!(!pinged.status.success(), "{}", pinged.stdout);
+        // The rest of the world is still there.
+        one.reach("here", &outside, PATIENCE)?;
+        nothing_is_plain(&capture.stop()?)
+    })
+}
+
+fn nothing_is_plain(captured: &lab::capture::Captured) -> Result<()> {
+    let of_ours = |ip: std::net::IpAddr| matches!(ip, std::net::IpAddr::V4(v4) if v4.octets()[0] == 10 && (32..48).contains(&v4.octets()[1]));
+    let bare = captured.count(|packet| packet.ip.is_some_and(|ip| of_ours(ip.from) || of_ours(ip.to)))?;
+    ensure!(bare == 0, "{bare} packets of containers travel without their sealed cover");
+    Ok(())
+}

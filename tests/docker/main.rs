@@ -1,0 +1,237 @@
+//! Hosts with a Docker engine each: what people do with `docker` works across them.
+
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "measurements, and what nodes and engines logged"
+)]
+
+mod failures;
+mod life;
+mod load;
+mod protocol;
+mod support;
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::docker::{Engine, IMAGE};
+use lab::{Capture, Host, eventually};
+
+use support::{PATIENCE, endpoint, endpoints, nothing_left, with_engines};
+
+#[test]
+fn containers_of_two_engines_talk() -> Result<()> {
+    with_engines("docker-talk", 2, |lab, engines| {
+        let [one, two] = engines else { unreachable!() };
+        let here = one.run("here", &[])?;
+        let there = two.run("there", &[])?;
+        ensure!(here != there);
+        one.reach("here", &there, PATIENCE)?;
+        two.reach("there", &here, PATIENCE)?;
+
+        let capture: Capture = lab.capture()?;
+        two.docker(&["exec", "--detach", "there", "nc", "-l", "-p", "7000", "-e", "/bin/cat"])?.success()?;
+        let echoed = eventually(PATIENCE, || {
+            let said =
+                one.exec("here", &["sh", "-c", &format!("echo overnode-echo | nc -w 2 {there} 7000")])?;
+            ensure!(said == "overnode-echo\n", "the echo is {said:?}");
+            Ok(said)
+        })?;
+        ensure!(!echoed.is_empty());
+        let captured = capture.stop()?;
+        ensure!(
+            captured.containing(b"overnode-echo")?.is_empty(),
+            "what containers say can be read underway"
+        );
+
+        let listed = endpoint(lab.host(1), "here")?;
+        ensure!(listed["kind"] == "docker", "{listed}");
+        ensure!(listed["image"] == IMAGE, "{listed}");
+        ensure!(listed["address"] == format!("{here}/12"), "{listed}");
+        ensure!(listed["state"] == "attached", "{listed}");
+        ensure!(listed["attached_unix_seconds"].is_u64(), "{listed}");
+        let id = one.docker(&["inspect", "--format", "{{.Id}}", "here"])?.success()?;
+        ensure!(id.get(..12) == listed["target"].as_str(), "{listed}: {id}");
+        let table = one.overnode(&["status", "--endpoints"])?.success()?;
+        ensure!(table.contains("here") && table.contains(IMAGE) && table.contains(&here), "{table}");
+
+        the_interface_is_as_it_was_made(one, "here")?;
+        refused(one.overnode(&["detach", "here"])?.complaint()?, "engine")?;
+
+        // An address that comes back is another one's only after all others.
+        one.docker(&["restart", "--time", "0", "here"])?.success()?;
+        one.reach("here", &there, PATIENCE)?;
+        two.reach("there", &one.address("here")?, PATIENCE)?;
+
+        for (engine, name) in [(&*one, "here"), (&*two, "there")] {
+            engine.docker(&["rm", "--force", name])?.success()?;
+        }
+        lab.hosts().iter().try_for_each(nothing_left)
+    })
+}
+
+/// What the data plane needs of the container's end is still so after the engine moved it.
+fn the_interface_is_as_it_was_made(engine: &Engine<'_>, name: &str) -> Result<()> {
+    let inspect = |what: &str| -> Result<String> {
+        Ok(engine.docker(&["inspect", "--format", what, name])?.success()?.trim().to_owned())
+    };
+    let pid = inspect("{{.State.Pid}}")?;
+    let features = engine.client("nsenter", &["-t", &pid, "-n", "ethtool", "-k", "overnode0"])?.success()?;
+    ensure!(features.contains("generic-receive-offload: on"), "{features}");
+    let link = engine.exec(name, &["ip", "link", "show", "overnode0"])?;
+    ensure!(link.contains("mtu 1420"), "{link}");
+    let mac = inspect("{{with index .NetworkSettings.Networks \"overnode\"}}{{.MacAddress}}{{end}}")?;
+    ensure!(link.contains(&mac), "{link} instead of {mac}");
+    Ok(())
+}
+
+fn refused(complaint: String, reason: &str) -> Result<()> {
+    ensure!(complaint.contains(reason), "{complaint}");
+    Ok(())
+}
+
+/// Everything that Docker's own networks offer, beside or around ours.
+#[test]
+fn addresses_ports_and_further_networks() -> Result<()> {
+    with_engines("docker-use", 2, |lab, engines| {
+        let [one, two] = engines else { unreachable!() };
+        let says_no = |engine: &Engine<'_>, words: &[&str], why: &str| -> Result<()> {
+            let outcome = engine.docker(words)?;
+            ensure!(!outcome.status.success(), "`{}` was done", outcome.command);
+            ensure!(outcome.stderr.contains(why), "`{}` says: {}", outcome.command, outcome.stderr);
+            Ok(())
+        };
+
+        // Static addresses, and another hardware address.
+        let fixed = two.run("fixed", &["--ip", "10.33.7.5", "--mac-address", "02:11:22:33:44:55"])?;
+        ensure!(fixed == "10.33.7.5");
+        ensure!(endpoint(lab.host(2), "fixed")?["static"] == true);
+        let link = two.exec("fixed", &["ip", "link", "show", "overnode0"])?;
+        ensure!(link.contains("02:11:22:33:44:55"), "{link}");
+        one.run("plain", &[])?;
+        one.reach("plain", "10.33.7.5", PATIENCE)?;
+        let run = |address| ["run", "--network", "overnode", "--ip", address, IMAGE, "/bin/sleep", "1"];
+        says_no(two, &run("10.33.7.5"), "in use")?;
+        eventually(PATIENCE, || says_no(one, &run("10.33.7.5"), "node 2"))?;
+        says_no(one, &run("10.40.0.77"), "give the addresses of the range out by themselves")?;
+
+        // A published port, and a way out that the engine gives.
+        let serve = ["--publish", "8080:80"];
+        let web = [
+            &["run", "--detach", "--network", "overnode", "--name", "web"][..],
+            &serve,
+            &[IMAGE, "/bin/nc", "-ll", "-p", "80", "-e", "/bin/cat"],
+        ]
+        .concat();
+        one.docker(&web)?.success()?;
+        let outside = format!("echo from outside | busybox nc -w 2 {} 8080", lab.host(1).address());
+        eventually(PATIENCE, || {
+            let said = lab.host(2).netns().run("sh", &["-c", &outside])?;
+            ensure!(said == "from outside\n", "the published port says {said:?}");
+            Ok(())
+        })?;
+        one.reach("plain", &lab.host(2).address().to_string(), PATIENCE)?;
+
+        // A network of another driver beside ours.
+        one.docker(&["network", "create", "beside"])?.success()?;
+        one.docker(&["network", "connect", "beside", "plain"])?.success()?;
+        one.reach("plain", "10.33.7.5", PATIENCE)?;
+        let routes = one.exec("plain", &["ip", "route"])?;
+        ensure!(routes.contains("10.32.0.0/12 dev overnode0"), "{routes}");
+
+        // Further networks of ours are the same network under another name.
+        let create = |options: &[&'static str]| {
+            [&["network", "create", "--driver", "overnode", "--ipam-driver", "overnode"][..], options]
+                .concat()
+        };
+        one.docker(&create(&["second"]))?.success()?;
+        one.docker(&create(&["--subnet", "10.32.0.0/12", "third"]))?.success()?;
+        says_no(one, &create(&["--subnet", "10.99.0.0/16", "bad"]), "subnet 10.32.0.0/12")?;
+        says_no(
+            one,
+            &create(&["--subnet", "10.32.0.0/12", "--ip-range", "10.32.1.0/24", "bad"]),
+            "--ip-range",
+        )?;
+        says_no(one, &create(&["--subnet", "10.32.0.0/12", "--gateway", "10.32.0.1", "bad"]), "no gateway")?;
+        says_no(one, &["network", "create", "--driver", "overnode", "bad"], "--ipam-driver overnode")?;
+        let other = ["run", "--detach", "--network", "third", "--ip", "10.34.0.9", "--name", "other"];
+        one.docker(&[&other[..], &[IMAGE, "/bin/sleep", "100000"]].concat())?.success()?;
+        one.reach("plain", "10.34.0.9", PATIENCE)?;
+        two.reach("fixed", "10.34.0.9", PATIENCE)?;
+        says_no(one, &["network", "connect", "second", "plain"], "all overnode networks are one network")?;
+        one.reach("plain", "10.33.7.5", PATIENCE)?;
+
+        // In and out of it while the container runs.
+        one.docker(&["network", "disconnect", "third", "other"])?.success()?;
+        one.docker(&["network", "connect", "--ip", "10.34.0.9", "third", "other"])?.success()?;
+        two.reach("fixed", "10.34.0.9", PATIENCE)?;
+
+        one.docker(&["rm", "--force", "plain", "web", "other"])?.success()?;
+        one.docker(&["network", "rm", "second", "third", "beside"])?.success()?;
+        two.docker(&["rm", "--force", "fixed"])?.success()?;
+        lab.hosts().iter().try_for_each(nothing_left)
+    })
+}
+
+#[test]
+fn a_compose_file_on_each_of_two_hosts() -> Result<()> {
+    with_engines("docker-compose", 2, |lab, engines| {
+        let [one, two] = engines else { unreachable!() };
+        let file = |name: &str, services: &str| -> Result<String> {
+            let path = lab.folder().join(name);
+            let networks = "networks:\n  default:\n    name: overnode\n    external: true\n";
+            fs::write(&path, format!("version: \"3.5\"\nservices:\n{services}{networks}"))?;
+            Ok(path.to_string_lossy().into_owned())
+        };
+        let service =
+            |name: &str, rest: &str| format!("  {name}:\n    image: {IMAGE}\n    restart: always\n{rest}");
+        let web = file(
+            "web.yml",
+            &[
+                service("web", "    command: [/bin/nc, -ll, -p, \"80\", -e, /bin/cat]\n    networks: {default: {ipv4_address: 10.35.0.80}}\n"),
+                service("beside", "    command: [/bin/sleep, \"100000\"]\n    networks: {default: {aliases: [neighbour]}}\n"),
+            ]
+            .concat(),
+        )?;
+        let client = file("client.yml", &service("client", "    command: [/bin/sleep, \"100000\"]\n"))?;
+        let compose = |engine: &Engine<'_>, file: &str, words: &[&str]| {
+            engine.client("docker-compose", &[&["-f", file, "-p", "app"], words].concat())?.success()
+        };
+        compose(one, &web, &["up", "-d"])?;
+        compose(two, &client, &["up", "-d"])?;
+        let say = "echo hello | nc -w 2 10.35.0.80 80";
+        eventually(PATIENCE, || {
+            let said = compose(two, &client, &["exec", "-T", "client", "sh", "-c", say])?;
+            ensure!(said == "hello\n", "the other host's service says {said:?}");
+            Ok(())
+        })?;
+        // Docker's own names and aliases, as far as one engine knows them.
+        let find =
+            |name: &str| compose(one, &web, &["exec", "-T", "web", "ping", "-c", "1", "-W", "2", name]);
+        find("beside")?;
+        find("neighbour")?;
+        let names: Vec<String> = endpoints(lab.host(1))?
+            .iter()
+            .map(|it| it["name"].as_str().map(str::to_owned).context("an endpoint has no name"))
+            .collect::<Result<_>>()?;
+        ensure!(names.len() == 2 && names.iter().all(|name| name.starts_with("app_")), "{names:?}");
+        compose(one, &web, &["down", "--timeout", "0"])?;
+        compose(two, &client, &["down", "--timeout", "0"])?;
+        lab.hosts().iter().try_for_each(nothing_left)
+    })
+}
+
+/// Waits until the network of this name is there or not.
+fn has_network(engine: &Engine<'_>, name: &str) -> Result<bool> {
+    let listed = engine.docker(&["network", "ls", "--format", "{{.Name}} {{.Driver}}"])?.success()?;
+    Ok(listed.lines().any(|line| line == format!("{name} overnode")))
+}
+
+fn daemon_is_gone(host: &Host) -> Result<()> {
+    eventually(Duration::from_secs(10), || {
+        ensure!(host.daemon_pid().is_none(), "the daemon of {} still runs", host.name);
+        Ok(())
+    })
+}

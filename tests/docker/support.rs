@@ -1,0 +1,74 @@
+//! What the tests share.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::docker::Engine;
+use lab::{Host, Lab, eventually};
+use serde_json::Value;
+
+pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TOKEN: &str = "docker test";
+
+/// Runs a test with an engine and a node on each host; what they logged is shown when it fails.
+pub fn with_engines(
+    name: &str,
+    hosts: usize,
+    test: impl FnOnce(&Lab, &mut [Engine<'_>]) -> Result<()>,
+) -> Result<()> {
+    let lab = Lab::new(name).hosts(hosts).build()?;
+    let mut engines = lab.hosts().iter().map(Engine::launch).collect::<Result<Vec<_>>>()?;
+    let result = launch_all(&lab, &engines).and_then(|()| test(&lab, &mut engines));
+    if result.is_err() {
+        for (host, engine) in lab.hosts().iter().zip(&engines) {
+            eprintln!("--- {}: overnoded\n{}--- dockerd\n{}", host.name, host.log(), engine.last_words());
+        }
+    }
+    result
+}
+
+fn launch_all(lab: &Lab, engines: &[Engine<'_>]) -> Result<()> {
+    (1..).zip(engines).try_for_each(|(id, engine)| launch(lab, engine, id, &[]))
+}
+
+/// Launches the node of an engine's host.
+pub fn launch(lab: &Lab, engine: &Engine<'_>, id: usize, options: &[&str]) -> Result<()> {
+    let id = id.to_string();
+    let mut words = vec!["launch", "--id", &id, "--token", TOKEN];
+    words.extend(options);
+    words.extend(lab.targets());
+    engine.overnode(&words)?.success()?;
+    Ok(())
+}
+
+/// What `status` lists as attached.
+pub fn endpoints(host: &Host) -> Result<Vec<Value>> {
+    Ok(host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone())
+}
+
+/// Waits until an endpoint with this name is there, with its image.
+pub fn endpoint(host: &Host, name: &str) -> Result<Value> {
+    eventually(PATIENCE, || {
+        endpoints(host)?
+            .into_iter()
+            .find(|it| it["name"] == name && it["image"].is_string())
+            .with_context(|| format!("{name} is not listed with its image"))
+    })
+}
+
+/// Waits until nothing of any container is left on the host: no endpoint, no address, no interface.
+pub fn nothing_left(host: &Host) -> Result<()> {
+    eventually(PATIENCE, || {
+        let left = endpoints(host)?;
+        ensure!(left.is_empty(), "{} still lists {left:?}", host.name);
+        let status = host.status()?;
+        let active =
+            status["ipam"]["owners"].as_array().into_iter().flatten().find_map(|it| it["active"].as_u64());
+        ensure!(active == Some(0), "{} still has {active:?} addresses given out", host.name);
+        let interfaces = host.netns().interfaces()?;
+        let of_ours = |name: &&String| name.starts_with("ov") && !name.starts_with("ovn");
+        let left: Vec<&String> = interfaces.iter().filter(of_ours).collect();
+        ensure!(left.is_empty(), "{} still has {left:?}", host.name);
+        Ok(())
+    })
+}
