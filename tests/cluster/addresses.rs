@@ -4,17 +4,13 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use ipnet::IpNet;
 use lab::{Host, Lab, eventually};
 use serde_json::Value;
 
-use crate::support::{PATIENCE, TOKEN, all_reach_all, attached, in_lab, list};
-
-/// Launches a node with this ID, with every host as a target.
-fn launch_as(lab: &Lab, host: &Host, id: usize) -> Result<()> {
-    let id = id.to_string();
-    host.overnode(&[&["launch", "--id", &id, "--token", TOKEN], &lab.targets()[..]].concat())?.success()?;
-    Ok(())
-}
+use crate::support::{
+    PATIENCE, all_reach_all, attached, ensure_unique, in_lab, launch, launch_as, wait_for_peers,
+};
 
 /// Who holds address space, as a host has it.
 fn owners(host: &Host) -> Result<Vec<(u64, f64)>> {
@@ -22,15 +18,6 @@ fn owners(host: &Host) -> Result<Vec<(u64, f64)>> {
     let owners = status["ipam"]["owners"].as_array().context("no owners")?;
     let owner = |it: &Value| Some((it["id"].as_u64()?, it["addresses"].as_f64()?));
     Ok(owners.iter().filter_map(owner).collect())
-}
-
-fn wait_for_peers(host: &Host, count: usize) -> Result<()> {
-    eventually(PATIENCE, || {
-        let status = host.status()?;
-        let reachable = list(&status, "peers")?.iter().filter(|peer| peer["reachable"] == true).count();
-        ensure!(reachable == count, "{} reaches {reachable} nodes instead of {count}", host.name);
-        Ok(())
-    })
 }
 
 #[test]
@@ -53,9 +40,7 @@ fn a_fifth_node_borrows_what_it_needs_and_keeps_it_alone() -> Result<()> {
         lab.heal(lender, borrower)?;
         wait_for_peers(lender, 2)?;
         all_reach_all(&containers)?;
-        let addresses: BTreeSet<_> = containers.iter().map(|container| container.address()).collect();
-        ensure!(addresses.len() == containers.len(), "an address was given twice: {addresses:?}");
-        Ok(())
+        ensure_unique(&containers)
     })
 }
 
@@ -134,26 +119,32 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
 #[test]
 fn a_node_without_addresses_says_whom_it_waits_for_and_goes_on_by_itself() -> Result<()> {
     in_lab(Lab::new("waits").hosts(2), |lab| {
-        let (lender, borrower) = (lab.host(1), lab.host(2));
+        let (borrower, lender) = (lab.host(1), lab.host(2));
         launch_as(lab, borrower, 5)?;
-        let refused = borrower.overnode(&["prime", "--timeout", "1"])?;
-        ensure!(refused.status.code() == Some(1) && refused.stderr.contains("nodes 1 to 4"), "{refused:?}");
+        let refused = borrower.overnode(&["prime", "--timeout", "1"])?.failure(1)?;
+        ensure!(refused.contains("nodes 1 to 4"), "{refused}");
+        let mut prime = borrower.command("overnode")?;
+        let mut prime = prime.arg("prime").spawn()?;
         let container = borrower.container("c")?;
-        let name = format!("netns:{}", container.netns().name());
         let begun = Instant::now();
-        let refused = borrower.overnode(&["attach", &name])?;
-        ensure!(
-            refused.status.code() == Some(1) && refused.stderr.contains("overnode connect"),
-            "{refused:?}"
-        );
-        ensure!(begun.elapsed() > Duration::from_secs(5), "it did not wait");
-        // The next one waits, too, and meanwhile somebody comes.
+        let refused = borrower.overnode(&["attach", &container.target()])?.failure(1)?;
+        let waited = begun.elapsed();
+        ensure!(waited > Duration::from_secs(5) && waited < Duration::from_secs(30), "it waited {waited:?}");
+        for named in ["node 5 ", "node 1 ", "node 2 ", "node 3 ", "node 4 ", "overnode connect"] {
+            ensure!(refused.contains(named), "it does not speak of {named}: {refused}");
+        }
+        ensure!(container.netns().interfaces()?.is_empty(), "something is left in the container");
+        ensure!(prime.try_wait()?.is_none(), "prime does not wait");
+        // The next one waits, too, and meanwhile node 2 comes.
         let mut attach = borrower.command("overnode")?;
-        attach.args(["attach", &name]).stdout(std::process::Stdio::piped());
-        let waiting = attach.spawn()?;
-        launch_as(lab, lender, 1)?;
+        attach.args(["attach", &container.target()]).stdout(std::process::Stdio::piped());
+        let mut waiting = attach.spawn()?;
+        std::thread::sleep(Duration::from_secs(1));
+        ensure!(waiting.try_wait()?.is_none(), "attach does not wait");
+        launch(lab, lender)?;
         let output = waiting.wait_with_output()?;
         ensure!(output.status.success(), "{output:?}");
+        ensure!(prime.wait()?.success(), "prime failed");
         let address = String::from_utf8(output.stdout)?;
         container.set_address(address.trim().split('/').next().and_then(|it| it.parse().ok()));
         let other = attached(lender, "d")?;
@@ -180,62 +171,120 @@ fn a_lender_that_resets_leaves_its_ledger_to_another() -> Result<()> {
                 containers.push(attached(host, name)?);
             }
         }
-        let addresses: BTreeSet<_> = containers.iter().map(|container| container.address()).collect();
-        ensure!(addresses.len() == containers.len(), "an address was given twice: {addresses:?}");
+        ensure_unique(&containers)?;
         all_reach_all(&containers)
     })
 }
 
+/// The half of node 1's quarter that is lent.
+const LENT_BY_ONE: &str = "10.41.0.0/16";
+
+/// Who lends it, as a host has it.
+fn holders(host: &Host) -> Result<BTreeSet<u64>> {
+    let half: IpNet = LENT_BY_ONE.parse()?;
+    let status = host.status()?;
+    let owners = status["ipam"]["owners"].as_array().context("no owners")?;
+    let lends = |owner: &&Value| {
+        let ranges = owner["ranges"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        ranges.filter_map(|range| range.parse::<IpNet>().ok()).any(|range| range.contains(&half))
+    };
+    Ok(owners.iter().filter(lends).filter_map(|owner| owner["id"].as_u64()).collect())
+}
+
 #[test]
 fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
-    in_lab(Lab::new("heirs").hosts(3), |lab| {
-        let [one, two, three] = [1, 2, 3].map(|number| lab.host(number));
-        for (host, id) in [(one, 1), (two, 2), (three, 3)] {
+    in_lab(Lab::new("heirs").hosts(4), |lab| {
+        let [one, two, three, five] = [1, 2, 3, 4].map(|number| lab.host(number));
+        let living = [(two, 2), (three, 3), (five, 5)];
+        // Node 5 comes when there is only node 1 to borrow from.
+        launch_as(lab, one, 1)?;
+        launch_as(lab, five, 5)?;
+        let mut containers = vec![attached(one, "a")?, attached(five, "a")?];
+        for (host, id) in [(two, 2), (three, 3)] {
             launch_as(lab, host, id)?;
+            containers.push(attached(host, "a")?);
         }
-        for host in [one, two, three] {
-            wait_for_peers(host, 3)?;
-        }
-        let early = two.overnode(&["reclaim", "1"])?;
-        ensure!(early.status.code() == Some(1) && early.stderr.contains("reachable"), "{early:?}");
+        lab.hosts().iter().try_for_each(|host| wait_for_peers(host, 4))?;
+        all_reach_all(&containers)?;
+        let early = two.overnode(&["reclaim", "1"])?.failure(1)?;
+        ensure!(early.contains("reachable"), "{early}");
+
         one.kill_daemon()?;
         lab.unplug(one)?;
-        lab.cut(two, three)?;
-        for host in [two, three] {
-            wait_for_peers(host, 1)?;
-            let pending = host.overnode(&["reclaim", "1", "--timeout", "1"])?;
-            ensure!(
-                pending.status.code() == Some(1) && pending.stderr.contains("have to agree"),
-                "{pending:?}"
-            );
+        for other in [three, five] {
+            lab.cut(two, other)?;
         }
-        lab.heal(two, three)?;
-        let holders = || -> Result<Vec<usize>> {
-            let mut holders = Vec::new();
-            for (host, id) in [(two, 2), (three, 3)] {
-                let mine = owners(host)?.into_iter().find(|(owner, _)| *owner == id as u64);
-                // A quarter of the default range has 131,072 addresses.
-                if mine.is_some_and(|(_, addresses)| addresses > 131_072.0) {
-                    holders.push(id);
-                }
-            }
-            Ok(holders)
-        };
+        // Of the halves, neither can do it alone.
+        for (host, count, missing) in [(two, 1, "3"), (three, 2, "2")] {
+            wait_for_peers(host, count)?;
+            // What is unreachable for packets counts as gone when its connections have ended.
+            eventually(PATIENCE, || {
+                let pending = host.overnode(&["reclaim", "1", "--timeout", "1"])?.failure(1)?;
+                ensure!(pending.contains("have to agree") && pending.contains(missing), "{pending}");
+                Ok(())
+            })?;
+            let table = host.overnode(&["status", "--ipam"])?.success()?;
+            ensure!(table.contains("of node 1: waiting for"), "{table}");
+        }
+        for host in [two, three, five] {
+            containers.push(attached(host, "apart")?);
+        }
+        for (host, id) in &living {
+            ensure!(holders(host)? == BTreeSet::from([1]), "node {id} says {:?}", holders(host)?);
+        }
+        for other in [three, five] {
+            lab.heal(two, other)?;
+        }
         eventually(PATIENCE * 2, || {
-            let holders = holders()?;
-            ensure!(holders.len() == 1, "the space is held by {holders:?}");
-            let waiting = two.status()?["ipam"]["reclaims"].clone();
-            ensure!(waiting.as_array().is_none_or(Vec::is_empty), "{waiting}");
+            let mut heirs = BTreeSet::new();
+            for (host, id) in &living {
+                let waiting = host.status()?["ipam"]["reclaims"].clone();
+                ensure!(waiting.as_array().is_none_or(Vec::is_empty), "node {id}: {waiting}");
+                let theirs = holders(host)?.into_iter().find(|holder| *holder != 1);
+                heirs.insert(theirs.with_context(|| format!("node {id} knows of no heir"))?);
+            }
+            ensure!(heirs.len() == 1, "the space is held by {heirs:?}");
             Ok(())
         })?;
-        ensure!(holders()?.len() == 1, "two heirs in the end");
-        // The dead one rises: it is told, and says so.
-        lab.plug(one)?;
+        for host in [two, three, five] {
+            containers.push(attached(host, "healed")?);
+        }
+        ensure_unique(&containers)?;
+        all_reach_all(&containers[1..])?;
+
+        // The dead one rises, does not know yet, and gives away what it may; then it is told, and says so.
         one.overnode(&["resume"])?.success()?;
-        eventually(PATIENCE, || {
-            let problems = one.status()?["node"]["problems"].to_string();
-            ensure!(problems.contains("taken back"), "node 1 does not know: {problems}");
+        containers.push(attached(one, "risen")?);
+        lab.plug(one)?;
+        eventually(PATIENCE * 2, || {
+            let status = one.status()?;
+            for problems in [&status["node"]["problems"], &status["ipam"]["problems"]] {
+                ensure!(problems.to_string().contains("taken back"), "node 1 does not know: {problems}");
+            }
             Ok(())
-        })
+        })?;
+        for section in [&["status"][..], &["status", "--ipam"]] {
+            let table = one.overnode(section)?.success()?;
+            ensure!(table.contains("taken back"), "{table}");
+        }
+        lab.hosts().iter().try_for_each(|host| wait_for_peers(host, 4))?;
+        for host in lab.hosts() {
+            containers.push(attached(host, "late")?);
+        }
+        ensure_unique(&containers)?;
+        all_reach_all(&containers)?;
+        eventually(PATIENCE, || {
+            let all = lab.hosts().iter().map(holders).collect::<Result<BTreeSet<_>>>()?;
+            let agree = all.len() == 1 && all.iter().all(|holders| holders.len() == 1);
+            ensure!(agree, "the space is held by {all:?}");
+            Ok(())
+        })?;
+        for (host, _) in &living {
+            // Who lost the race for the space says so, and that is all.
+            let problems = host.status()?["ipam"]["problems"].to_string();
+            let clash = ["in use", "belongs to others", "lent to another"];
+            ensure!(!clash.iter().any(|words| problems.contains(words)), "{}: {problems}", host.name);
+        }
+        Ok(())
     })
 }

@@ -8,7 +8,8 @@ use lab::{Container, Host, Lab, eventually};
 use serde_json::{Value, json};
 
 use crate::support::{
-    PATIENCE, counter, ensure_nothing_plain, in_lab, launch, launch_all, one_each, peer, wait_for_sessions,
+    PATIENCE, attached, counter, ensure_nothing_plain, in_lab, launch, launch_all, one_each, peer,
+    wait_for_sessions,
 };
 
 /// A path that dies is to be replaced within this time.
@@ -127,6 +128,88 @@ fn a_relay_that_dies_is_replaced_by_another_and_the_last_one_is_missed_aloud() -
         lab.unplug(lab.host(other))?;
         wait_for_path(one, 3, &Value::Null)?;
         ensure!(dies.elapsed() < REPLACED + Duration::from_secs(1), "it took {:?}", dies.elapsed());
+        Ok(())
+    })
+}
+
+/// Both ends of a chain, their IDs, and the other's.
+const ENDS: [(usize, usize); 2] = [(1, 3), (3, 1)];
+
+/// Three nodes of which the first and the last talk only through the second, with a container each on these two.
+fn chain(lab: &Lab) -> Result<[Container; 2]> {
+    lab.cut(lab.host(1), lab.host(3))?;
+    for host in lab.hosts() {
+        launch(lab, host)?;
+    }
+    for (end, other) in ENDS {
+        wait_for_path(lab.host(end), other, &via(2))?;
+    }
+    let containers = [attached(lab.host(1), "one")?, attached(lab.host(3), "three")?];
+    containers[0].reach(containers[1].address(), PATIENCE)?;
+    Ok(containers)
+}
+
+/// Waits until `status` of a host says this of the node, as JSON and as a table.
+fn wait_until_said(host: &Host, node: usize, reachable: bool) -> Result<()> {
+    eventually(PATIENCE, || {
+        let peer = peer(host, node)?.with_context(|| format!("{} forgot node {node}", host.name))?;
+        ensure!(peer["reachable"] == reachable, "{} says {peer}", host.name);
+        let table = host.overnode(&["status", "--peers"])?.success()?;
+        let name = format!("{node}(host{node})");
+        let row = table.lines().find(|line| line.starts_with(&name)).context("no row")?;
+        ensure!(row.contains("unreachable") != reachable, "{} says {row}", host.name);
+        Ok(())
+    })
+}
+
+#[test]
+fn the_only_relay_dies_and_both_ends_say_that_the_other_is_unreachable() -> Result<()> {
+    in_lab(Lab::new("bridge").hosts(3), |lab| {
+        let containers = chain(lab)?;
+        lab.unplug(lab.host(2))?;
+        let dies = Instant::now();
+        for (end, other) in ENDS {
+            for gone in [2, other] {
+                wait_until_said(lab.host(end), gone, false)?;
+            }
+        }
+        ensure!(dies.elapsed() < REPLACED + Duration::from_secs(1), "it took {:?}", dies.elapsed());
+        ensure!(containers[0].ping(containers[1].address(), 10, INTERVAL)?.received == 0, "by which way?");
+        lab.plug(lab.host(2))?;
+        for (end, other) in ENDS {
+            wait_until_said(lab.host(end), other, true)?;
+        }
+        containers[0].reach(containers[1].address(), PATIENCE)
+    })
+}
+
+/// Invariant L1 for those who talk through others.
+#[test]
+fn daemons_that_die_on_the_only_way_are_missed_aloud_but_packets_pass() -> Result<()> {
+    in_lab(Lab::new("passes").hosts(3), |lab| {
+        let containers = chain(lab)?;
+        // The relays have to serve for a while before they are trusted.
+        std::thread::sleep(Duration::from_secs(6));
+        let pings = ping(&containers[0], &containers[1])?;
+        for (dies, witnesses) in [(2, &[(1, 2), (1, 3), (3, 2), (3, 1)][..]), (3, &[(1, 3), (2, 3)])] {
+            lab.host(dies).kill_daemon()?;
+            let died = Instant::now();
+            for (witness, gone) in witnesses {
+                wait_until_said(lab.host(*witness), *gone, false)?;
+            }
+            ensure!(died.elapsed() < REPLACED + Duration::from_secs(1), "it took {:?}", died.elapsed());
+            // Longer than probes need.
+            std::thread::sleep(REPLACED.saturating_sub(died.elapsed()));
+            lab.host(dies).overnode(&["resume"])?.success()?;
+            for (end, other) in ENDS {
+                wait_for_path(lab.host(end), other, &via(2))?;
+                wait_until_said(lab.host(end), other, true)?;
+            }
+            std::thread::sleep(Duration::from_secs(6));
+        }
+        let stats = pings.stop()?;
+        // The last one may be under way.
+        ensure!(stats.received > 500 && stats.lost() <= 1, "{} lost: {:?}", stats.lost(), stats.missing);
         Ok(())
     })
 }

@@ -1,9 +1,11 @@
 //! What the tests of this folder share.
 
+use std::borrow::Borrow;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use lab::{Container, Host, Lab, eventually};
 use serde_json::Value;
 
@@ -33,7 +35,12 @@ pub fn in_lab(builder: lab::Builder, test: impl FnOnce(&Lab) -> Result<()>) -> R
 
 /// `overnode launch` with the host's number as the ID and every host as a target.
 pub fn launch(lab: &Lab, host: &Host) -> Result<String> {
-    let id = host.number.to_string();
+    launch_as(lab, host, host.number)
+}
+
+/// `overnode launch` with this ID and every host as a target.
+pub fn launch_as(lab: &Lab, host: &Host, id: usize) -> Result<String> {
+    let id = id.to_string();
     let targets = lab.targets();
     host.overnode(&[&["launch", "--id", &id, "--token", TOKEN], &targets[..]].concat())?.success()
 }
@@ -60,6 +67,16 @@ pub fn wait_for_sessions(lab: &Lab) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Waits until the host's node reaches so many nodes, itself among them.
+pub fn wait_for_peers(host: &Host, count: usize) -> Result<()> {
+    eventually(PATIENCE * 2, || {
+        let status = host.status()?;
+        let reachable = list(&status, "peers")?.iter().filter(|peer| peer["reachable"] == true).count();
+        ensure!(reachable == count, "{} reaches {reachable} nodes instead of {count}", host.name);
+        Ok(())
+    })
 }
 
 /// What a host's node tells of the peer with this ID.
@@ -105,12 +122,24 @@ pub fn one_each(lab: &Lab) -> Result<Vec<Container>> {
 }
 
 /// Waits until every container reaches every other.
-pub fn all_reach_all(containers: &[Container]) -> Result<()> {
-    for from in containers {
-        for to in containers {
+pub fn all_reach_all<T: Borrow<Container>>(containers: &[T]) -> Result<()> {
+    for from in containers.iter().map(Borrow::borrow) {
+        for to in containers.iter().map(Borrow::borrow) {
             if from.address() != to.address() {
                 from.reach(to.address(), PATIENCE)?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Fails when two containers have the same address.
+pub fn ensure_unique<'a>(containers: impl IntoIterator<Item = &'a Container>) -> Result<()> {
+    let mut owners = BTreeMap::new();
+    for container in containers {
+        let (address, name) = (container.address(), container.netns().name());
+        if let Some(other) = owners.insert(address, name) {
+            bail!("{address} was given to {other} and to {name}");
         }
     }
     Ok(())

@@ -130,7 +130,7 @@ pub struct PeerStatus {
     pub nickname: String,
     /// Whether it is this node.
     pub myself: bool,
-    /// Whether it is reachable, directly or through others.
+    /// Whether it is reachable, directly or through others: over control connections, and for packets of containers.
     pub reachable: Option<bool>,
     /// How long that has been so.
     pub since_seconds: Option<u64>,

@@ -106,7 +106,7 @@ impl Ipam {
         };
         let incarnation = peer.incarnation;
         if self.reachable.contains(&of) {
-            return refuse("it is reachable; run `overnode reset` on its host instead".into());
+            return refuse("it is reachable, or was some seconds ago; run `overnode reset` on its host instead, or try again soon if it is gone".into());
         }
         // What those said who are gone for good themselves does not count.
         let is_there = |id: NodeId, peer: &Peer| !peer.left && !self.is_buried(id, peer.incarnation);

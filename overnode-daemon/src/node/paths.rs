@@ -19,6 +19,9 @@ use crate::types::{NodeId, PeerIndex};
 const GRACE: Duration = Duration::from_secs(3);
 /// A peer whose containers had packets for it within this time is probed at the full rate.
 const BUSY: Duration = Duration::from_secs(10);
+/// A relay that served for so long stays the way when probes find none any more: what is dead may be a daemon, without which packets
+/// are passed on all the same. One that was taken later was taken because the destination had just stopped answering.
+const SETTLED: Duration = Duration::from_secs(5);
 
 /// What the node remembers of the ways.
 #[derive(Debug, Default)]
@@ -27,6 +30,8 @@ pub(super) struct Ways {
     routes: BTreeMap<NodeId, Route>,
     /// When each was chosen.
     since: BTreeMap<NodeId, Instant>,
+    /// Relays that have proven themselves, of nodes to which no other way is known.
+    kept: BTreeMap<NodeId, NodeId>,
     /// When a node was first looked for.
     first_seen: BTreeMap<NodeId, Instant>,
     /// Who passed on a handshake message of a node last.
@@ -39,6 +44,28 @@ impl Ways {
     /// How packets go to a node, and since when.
     pub(super) fn route(&self, id: NodeId) -> Option<(Route, Instant)> {
         Some((*self.routes.get(&id)?, *self.since.get(&id)?))
+    }
+
+    /// Through whom packets go by a route that was just chosen.
+    fn relay(&mut self, id: NodeId, chosen: Route, now: Instant) -> Option<NodeId> {
+        match chosen {
+            Route::Direct => {
+                self.kept.remove(&id);
+                None
+            }
+            Route::Via { relay, .. } => {
+                self.kept.retain(|of, kept| *of != id || *kept == relay);
+                Some(relay)
+            }
+            Route::Unreachable => {
+                if let Some((Route::Via { relay, .. }, since)) = self.route(id)
+                    && now >= since + SETTLED
+                {
+                    self.kept.insert(id, relay);
+                }
+                self.kept.get(&id).copied()
+            }
+        }
     }
 
     /// The routes are to be chosen anew.
@@ -118,10 +145,7 @@ impl Node {
             if !self.peers.contains_key(&index) || self.is_young(id, graph.direct.get(&id), now) {
                 continue;
             }
-            let via = match chosen {
-                Route::Direct | Route::Unreachable => None,
-                Route::Via { relay, .. } => Some(relay.peer_index()),
-            };
+            let via = self.ways.relay(id, chosen, now).map(NodeId::peer_index);
             if let Err(error) = self.datapath.set_via(index, via) {
                 tracing::warn!("the way to node {id} cannot be changed: {error:#}");
                 continue;
@@ -146,6 +170,7 @@ impl Node {
         }
         self.ways.routes.retain(|id, _| routes.contains_key(id));
         self.ways.since.retain(|id, _| routes.contains_key(id));
+        self.ways.kept.retain(|id, _| routes.contains_key(id));
         self.publish_dark(now);
     }
 
@@ -251,5 +276,37 @@ mod tests {
         for other in ["[100::]:0", "[100::1]:1", "[100:1::1]:0", "192.0.2.1:0"] {
             assert_eq!(stood_for(other.parse().unwrap()), None, "{other}");
         }
+    }
+
+    #[test]
+    fn a_relay_that_served_for_long_is_kept_when_no_way_is_known() {
+        let (to, one, other) = (NodeId::new(3).unwrap(), NodeId::new(2).unwrap(), NodeId::new(4).unwrap());
+        let start = Instant::now();
+        let mut ways = Ways::default();
+        let choose = |ways: &mut Ways, route: Route, seconds: u64| {
+            let now = start + Duration::from_secs(seconds);
+            let relay = ways.relay(to, route, now);
+            if ways.routes.insert(to, route) != Some(route) {
+                ways.since.insert(to, now);
+            }
+            relay
+        };
+        let via = |relay| Route::Via { relay, hops: 2 };
+        // The destination died: the straight way is as good as any.
+        assert_eq!(choose(&mut ways, Route::Direct, 0), None);
+        assert_eq!(choose(&mut ways, via(one), 10), Some(one));
+        assert_eq!(choose(&mut ways, Route::Unreachable, 11), None);
+        assert_eq!(choose(&mut ways, via(one), 20), Some(one));
+        for second in 26..30 {
+            assert_eq!(choose(&mut ways, Route::Unreachable, second), Some(one));
+        }
+        // It has just come back, and does not say yet whom it reaches.
+        assert_eq!(choose(&mut ways, via(one), 30), Some(one));
+        assert_eq!(choose(&mut ways, Route::Unreachable, 31), Some(one));
+        // Until another is known.
+        assert_eq!(choose(&mut ways, via(other), 32), Some(other));
+        assert_eq!(choose(&mut ways, Route::Unreachable, 33), None);
+        assert_eq!(choose(&mut ways, Route::Direct, 40), None);
+        assert_eq!(choose(&mut ways, Route::Unreachable, 50), None);
     }
 }

@@ -19,9 +19,8 @@ impl Node {
             .map(|record| (record.id, record.ranges.clone()))
             .collect();
         let shares = self.ipam.shares(&said);
-        let is_reachable = |id: NodeId| {
-            id == self.identity.id || self.reachable.get(&id).is_some_and(|(reachable, _)| *reachable)
-        };
+        let is_reachable =
+            |id: NodeId| id == self.identity.id || self.reach(id).is_some_and(|(reachable, _)| reachable);
         let owners = shares.owners.into_iter().map(|(id, share)| RangeOwner {
             id,
             nickname: self.gossip.record(id).map(|record| record.nickname.clone()).unwrap_or_default(),

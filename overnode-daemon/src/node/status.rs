@@ -96,15 +96,15 @@ impl Node {
             .filter(|record| !record.left)
             .map(|record| {
                 let myself = record.id == self.identity.id;
-                let reachable = self.reachable.get(&record.id);
+                let reach = self.reach(record.id);
+                let reachable = myself || reach.is_some_and(|(reachable, _)| reachable);
                 PeerStatus {
                     id: record.id,
                     nickname: record.nickname.clone(),
                     myself,
-                    reachable: Some(myself || paths.contains_key(&record.id)),
-                    since_seconds: reachable
-                        .map(|(_, since)| now.saturating_duration_since(*since).as_secs()),
-                    path: (!myself).then(|| paths.get(&record.id).map(path)).flatten(),
+                    reachable: Some(reachable),
+                    since_seconds: reach.map(|(_, since)| now.saturating_duration_since(since).as_secs()),
+                    path: paths.get(&record.id).filter(|_| reachable && !myself).map(path),
                     address: Some(self.ipam.layout().node_address(record.id)),
                     underlay: record.addresses.clone(),
                     public_key: Some(record.public_key),
@@ -116,6 +116,16 @@ impl Node {
             .collect();
         peers.sort_by_key(|peer| (!peer.myself, peer.id));
         peers
+    }
+
+    /// Whether a node is reachable, and since when. Of a node that is cut off, its connections tell only after seconds that nothing
+    /// comes any more; the probes know it at once.
+    pub(super) fn reach(&self, id: NodeId) -> Option<(bool, Instant)> {
+        let (connected, since) = *self.reachable.get(&id)?;
+        match self.ways.route(id) {
+            Some((Route::Unreachable, since)) if connected => Some((false, since)),
+            Some(_) | None => Some((connected, since)),
+        }
     }
 
     fn own_links(&self) -> Vec<LinkStatus> {
