@@ -74,3 +74,9 @@ fn regression_a_quarter_got_anew_under_a_lower_serial() {
 fn regression_the_dead_were_taken_for_lenders() {
     assert_fine(1988, 9);
 }
+
+/// One node took back the space of the dead lender of a quarter, another one that of the dead node that the quarter had belonged to.
+#[test]
+fn regression_two_nodes_take_back_one_quarter_from_two_dead() {
+    assert_fine(5256, 9);
+}

@@ -65,7 +65,7 @@ pub enum Objection {
     Alive,
     /// It knows a later incarnation of that node.
     Newer(u64),
-    /// It takes the space back itself, and has the lower ID.
+    /// It takes space back itself, of this node or of another, and has the lower ID.
     Mine,
 }
 
@@ -187,7 +187,7 @@ pub enum Message {
         lends: [bool; 4],
         /// What it holds, of all quarters.
         holds: Vec<IpNet>,
-        /// Others that it agreed with before.
+        /// Others that it agreed with before, about this node or about others.
         rivals: Vec<NodeId>,
     },
     /// Not agreed.

@@ -1,7 +1,8 @@
 //! Taking back the space of a node that is gone for good.
 //!
 //! All other nodes that are known have to agree, so that of two halves of a cluster that was cut neither can do it alone, and of
-//! two nodes that try the one with the lower ID succeeds. Who agrees takes nothing more from the node that is gone, and says what it has. The half of
+//! two nodes that try the one with the lower ID succeeds: also where they take back from different nodes, one of which may lend the quarter of
+//! the other. Who agrees takes nothing more from the node that is gone, and says what it has. The half of
 //! a quarter that is never lent stays with the ID: its next launch needs nobody's consent to use it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -122,13 +123,11 @@ impl Ipam {
         }
         let mut pledges = self.reclaiming.pledges.keys();
         // The lowest ID wins in any case.
-        let other = pledges.find(|(gone, by)| {
-            *gone == of && *by < self.id && self.reachable.contains(by) && !self.has_left(*by)
-        });
-        if let Some((_, by)) = other {
-            return refuse(format!(
-                "node {by} is doing that already; `overnode status --ipam` there says what it waits for"
-            ));
+        let other = pledges
+            .find(|(_, by)| *by < self.id && self.reachable.contains(by) && !self.has_left(*by))
+            .map(|(_, by)| *by);
+        if let Some(by) = other {
+            return refuse(doing_that(by));
         }
         if !self.reclaiming.claims.contains_key(&of) {
             self.put(Fact::Claim { of, incarnation });
@@ -404,7 +403,7 @@ impl Ipam {
             Some(Objection::Alive)
         } else if known > incarnation {
             Some(Objection::Newer(known))
-        } else if self.reclaiming.claims.contains_key(&of) && self.id < from {
+        } else if !self.reclaiming.claims.is_empty() && self.id < from {
             Some(Objection::Mine)
         } else {
             None
@@ -413,16 +412,16 @@ impl Ipam {
             self.send(from, &refuse(why));
             return;
         }
-        if self.reclaiming.claims.remove(&of).is_some() {
-            self.forget(Key::Claim(of));
-            self.fail(of, format!("node {from} takes it back"));
+        for of in self.reclaiming.claims.keys().copied().collect::<Vec<_>>() {
+            self.abandon_claim(of);
+            self.fail(of, doing_that(from));
         }
-        let by_others = self.reclaiming.pledges.keys().filter(|(gone, by)| *gone == of && *by != from);
-        let mut rivals: Vec<_> = by_others.map(|(_, by)| *by).collect();
+        let by_others = self.reclaiming.pledges.keys().map(|(_, by)| *by).filter(|by| *by != from);
+        let rivals: BTreeSet<_> = by_others.collect();
         if rivals.len() > MAX_RIVALS {
             return;
         }
-        rivals.truncate(MAX_RIVALS);
+        let rivals = rivals.into_iter().collect();
         self.pledge(of, from, incarnation, round, now);
         self.put(Fact::Pledge { of, incarnation, by: from, round });
         // Nothing that was asked of the dead is taken any more.
@@ -480,7 +479,7 @@ impl Ipam {
             Objection::Newer(_) => format!(
                 "node {from} has seen it later than this node has; if it is gone for good since then, try again in a minute"
             ),
-            Objection::Mine => format!("node {from} takes it back"),
+            Objection::Mine => doing_that(from),
         };
         self.fail(of, why);
     }
@@ -561,4 +560,12 @@ impl Ipam {
             }
         }
     }
+}
+
+/// Why a node gives way to another one.
+fn doing_that(by: NodeId) -> String {
+    format!(
+        "node {by} takes back address space already, and only one can at a time: `overnode status --ipam` there says what it waits for; \
+         run it there as well, or here when that is done"
+    )
 }

@@ -432,7 +432,7 @@ fn two_halves_cannot_both_reclaim_and_the_lower_id_has_it_in_the_end() {
     cluster.run(LONG);
     assert!(cluster.node(2).lends(id(1)).is_some() && cluster.node(3).lends(id(1)).is_none());
     assert!(
-        cluster.errors().iter().any(|error| error.contains("node 2 takes it back")),
+        cluster.errors().iter().any(|error| error.contains("node 2 takes back address space already")),
         "{:?}",
         cluster.errors()
     );
