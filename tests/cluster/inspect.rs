@@ -15,8 +15,9 @@ use crate::support::{PATIENCE, TOKEN, attached, in_lab, launch, peer};
 
 const PRESHARED_KEY: [u8; 32] = *b"a key that must not be shown: 0!";
 
-/// What this node may have nothing of: which node lends to the fifth is for that one to choose.
-const NOT_HERE: [&str; 4] = [
+/// What this node may have nothing of: which node lends to the fifth is for that one to choose, and there is no engine.
+const NOT_HERE: [&str; 5] = [
+    "status.endpoints[].image",
     "status.ipam.reclaims[].",
     "status.external_peers[].data.route.",
     "allocation.buried[].",

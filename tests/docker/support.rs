@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use lab::docker::Engine;
 use lab::{Host, Lab, eventually};
+use overnode_daemon::datapath::host_interface;
 use serde_json::Value;
 
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -66,7 +67,12 @@ pub fn nothing_left(host: &Host) -> Result<()> {
             status["ipam"]["owners"].as_array().into_iter().flatten().find_map(|it| it["active"].as_u64());
         ensure!(active == Some(0), "{} still has {active:?} addresses given out", host.name);
         let interfaces = host.netns().interfaces()?;
-        let of_ours = |name: &&String| name.starts_with("ov") && !name.starts_with("ovn");
+        // Where names are served is there as long as the node is.
+        let dns =
+            status["dns"]["address"].as_str().and_then(|address| address.parse().ok()).map(host_interface);
+        let of_ours = |name: &&String| {
+            name.starts_with("ov") && !name.starts_with("ovn") && Some(*name) != dns.as_ref()
+        };
         let left: Vec<&String> = interfaces.iter().filter(of_ours).collect();
         ensure!(left.is_empty(), "{} still has {left:?}", host.name);
         Ok(())

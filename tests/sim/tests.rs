@@ -80,3 +80,9 @@ fn regression_the_dead_were_taken_for_lenders() {
 fn regression_two_nodes_take_back_one_quarter_from_two_dead() {
     assert_fine(5256, 9);
 }
+
+/// A node left while it took back the space of a node whose quarter it lent, and handed that to one that had agreed before.
+#[test]
+fn regression_a_quarter_handed_on_by_a_node_that_takes_it_back() {
+    assert_fine(56341, 9);
+}

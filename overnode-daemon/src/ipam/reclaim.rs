@@ -47,6 +47,8 @@ struct Claim {
     incarnation: u64,
     asked: BTreeMap<NodeId, Question>,
     acks: BTreeMap<NodeId, Ack>,
+    /// The latest title of each quarter, in order, that was known when the acks were looked at.
+    serials: [u64; 4],
     settled: Instant,
     wake: Option<Instant>,
 }
@@ -99,6 +101,9 @@ impl Ipam {
     /// [`IpamError::Reclaim`] if that node is this one, unknown, reachable, or somebody else does it already.
     pub fn reclaim(&mut self, of: NodeId, now: Instant) -> Result<(), IpamError> {
         let refuse = |why: String| Err(IpamError::Reclaim { of, why });
+        if self.leaving.is_some() {
+            return Err(IpamError::Leaving { id: self.id });
+        }
         if of == self.id {
             return refuse("that is this node; `overnode reset` gives back what it has".into());
         }
@@ -159,7 +164,8 @@ impl Ipam {
     pub(super) fn restore_claim(&mut self, of: NodeId, incarnation: u64, now: Instant) {
         let settled = now + self.timing.settle;
         let (asked, acks) = (BTreeMap::new(), BTreeMap::new());
-        self.reclaiming.claims.insert(of, Claim { incarnation, asked, acks, settled, wake: None });
+        let claim = Claim { incarnation, asked, acks, serials: [0; 4], settled, wake: None };
+        self.reclaiming.claims.insert(of, claim);
     }
 
     pub(super) fn is_buried(&self, id: NodeId, incarnation: u64) -> bool {
@@ -228,8 +234,29 @@ impl Ipam {
         ids
     }
 
+    /// Who got a quarter after it had agreed has something else to say by now, and is asked once more.
+    fn drop_stale_acks(&mut self, of: NodeId) {
+        let known = self.titles();
+        let Some(claim) = self.reclaiming.claims.get_mut(&of) else { return };
+        for (index, known) in known.into_iter().enumerate() {
+            let told = claim.acks.values().map(|ack| ack.titles[index]);
+            let latest =
+                told.fold(known, |latest, title| if title.serial > latest.serial { title } else { latest });
+            if latest.serial <= claim.serials[index] {
+                continue;
+            }
+            claim.serials[index] = latest.serial;
+            let is_stale = |ack: &Ack| ack.titles[index].serial < latest.serial;
+            if claim.acks.get(&latest.holder).is_some_and(is_stale) {
+                claim.acks.remove(&latest.holder);
+                claim.asked.remove(&latest.holder);
+            }
+        }
+    }
+
     /// Asks those who have not agreed yet. True if all have.
     fn drive_claim(&mut self, of: NodeId, now: Instant) -> bool {
+        self.drop_stale_acks(of);
         let Some(claim) = self.reclaiming.claims.get(&of) else { return false };
         let required = self.must_agree(of, claim);
         let (our, mut count) = (self.incarnation, self.rounds);
@@ -279,7 +306,8 @@ impl Ipam {
                 continue;
             };
             let is_lent = claim.acks.values().any(|ack| ack.lends[index]);
-            let is_mine = self.lending.books.get(&quarter).is_some_and(|book| book.heir.is_none());
+            let book = self.lending.books.get(&quarter);
+            let is_mine = book.is_some_and(|book| book.heir.is_none_or(|heir| heir.id != of));
             if is_lent || is_mine || (latest.holder != of && quarter != of) {
                 continue;
             }
@@ -385,6 +413,13 @@ impl Ipam {
         }
     }
 
+    pub(super) fn abandon_claims(&mut self, why: &str) {
+        for of in self.reclaiming.claims.keys().copied().collect::<Vec<_>>() {
+            self.abandon_claim(of);
+            self.fail(of, why.to_owned());
+        }
+    }
+
     fn fail(&mut self, of: NodeId, why: String) {
         self.effects.push(Action::ReclaimFailed(IpamError::Reclaim { of, why }));
     }
@@ -412,10 +447,7 @@ impl Ipam {
             self.send(from, &refuse(why));
             return;
         }
-        for of in self.reclaiming.claims.keys().copied().collect::<Vec<_>>() {
-            self.abandon_claim(of);
-            self.fail(of, doing_that(from));
-        }
+        self.abandon_claims(&doing_that(from));
         let by_others = self.reclaiming.pledges.keys().map(|(_, by)| *by).filter(|by| *by != from);
         let rivals: BTreeSet<_> = by_others.collect();
         if rivals.len() > MAX_RIVALS {
@@ -456,14 +488,6 @@ impl Ipam {
         if let Some(claim) = self.reclaiming.claims.get_mut(&of)
             && claim.asked.get(&from).is_some_and(|question| question.round == round)
         {
-            for (index, title) in ack.titles.iter().enumerate() {
-                let latest = claim.acks.values().map(|ack| ack.titles[index].serial).max();
-                // Whoever got the quarter after it had agreed has something else to say by now.
-                if latest.is_some_and(|latest| latest < title.serial) && title.holder != from {
-                    claim.acks.remove(&title.holder);
-                    claim.asked.remove(&title.holder);
-                }
-            }
             claim.acks.insert(from, ack);
         }
     }

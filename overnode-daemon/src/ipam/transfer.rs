@@ -34,6 +34,7 @@ impl Ipam {
     /// Answered by [`Action::MayLeave`] or [`Action::CannotLeave`]. Nothing should be attached any more.
     pub fn leave(&mut self, now: Instant) {
         self.leaving = Some(Leaving { deadline: now + self.timing.leave, is_done: false });
+        self.abandon_claims("this node leaves the cluster");
         let unused = self.allocation.blocks.iter().filter(|(_, block)| block.used == 0);
         for block in unused.map(|(net, _)| *net).collect::<Vec<_>>() {
             self.give_back(block);
