@@ -86,3 +86,10 @@ fn regression_two_nodes_take_back_one_quarter_from_two_dead() {
 fn regression_a_quarter_handed_on_by_a_node_that_takes_it_back() {
     assert_fine(56341, 9);
 }
+
+/// A request that the borrower had given up arrived after all, and what was lent for it was nobody's.
+#[test]
+fn regression_a_late_request_is_answered() {
+    assert_fine(16924, 9);
+    assert_fine(19002, 9);
+}

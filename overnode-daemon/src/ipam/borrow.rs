@@ -127,8 +127,13 @@ impl Ipam {
         exhausted: bool,
         now: Instant,
     ) {
-        let Some(request) = self.borrowing.requests.get(&quarter) else { return };
-        if (request.to, request.serial, request.round) != (from, serial, round) {
+        let asked = self.borrowing.requests.get(&quarter).map(|it| (it.to, it.serial, it.round));
+        if asked != Some((from, serial, round)) {
+            // A request that was given up has arrived after all: the lender takes these blocks for lent.
+            let is_unknown = |block: &IpNet| !self.held().any(|held| held == *block);
+            if self.borrowing.lenders.get(&quarter) == Some(&from) && blocks.iter().any(is_unknown) {
+                self.borrowing.dirty.insert(quarter);
+            }
             return;
         }
         self.borrowing.requests.remove(&quarter);
