@@ -2,9 +2,8 @@
 //! it finds its plugins.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Read as _;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,6 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::cleanup;
 use crate::host::Host;
+use crate::http;
 use crate::netns::Entry;
 use crate::process::{Outcome, run_limited};
 use crate::{eventually, run};
@@ -90,7 +90,7 @@ impl<'a> Engine<'a> {
             if let Some(status) = self.daemon.as_mut().map(Child::try_wait).transpose()?.flatten() {
                 bail!("dockerd ended ({status}): {}", self.last_words());
             }
-            let (code, _) = request(&self.socket(), "GET", "/_ping", "")?;
+            let (code, _) = http::request(&self.socket(), "GET", "/_ping", "")?;
             ensure!(code == 200, "dockerd answers with {code}");
             Ok(())
         })
@@ -210,7 +210,7 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// When it does not answer.
     pub fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
-        request(&self.socket(), method, path, body)
+        http::request(&self.socket(), method, path, body)
     }
 
     /// One request to the plugin, as the engine sends them. Returns the status code and the body.
@@ -218,7 +218,7 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// When it does not answer.
     pub fn ask_plugin(&self, method: &str, body: &str) -> Result<(u16, String)> {
-        request(&self.plugin(), "POST", &format!("/{method}"), body)
+        http::request(&self.plugin(), "POST", &format!("/{method}"), body)
     }
 
     /// SIGKILL to the engine. Its containers go on.
@@ -393,20 +393,4 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
 
 fn names_in(folder: PathBuf) -> Vec<String> {
     subfolders(&folder).iter().filter_map(|path| path.file_name()?.to_str().map(str::to_owned)).collect()
-}
-
-fn request(socket: &Path, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
-    let mut stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    write!(
-        stream,
-        "{method} {path} HTTP/1.0\r\nHost: docker\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-        body.len()
-    )?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let answer = String::from_utf8_lossy(&answer).into_owned();
-    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status code")?;
-    Ok((code, body.to_owned()))
 }

@@ -1,9 +1,7 @@
 //! A host: a network namespace with its own state directory, in which real daemons run.
 
-use std::io::{Read, Write};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,6 +14,7 @@ use serde_json::Value;
 
 use crate::capture::Capture;
 use crate::container::Container;
+use crate::http;
 use crate::netns::{Entry, Netns};
 use crate::process::{Outcome, run_limited};
 use crate::underlay::{INTERFACE, Underlay};
@@ -186,21 +185,7 @@ impl Host {
 
     /// One request to the daemon's socket. Returns the status code and the body.
     pub fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
-        let socket = self.socket();
-        let mut stream = UnixStream::connect(&socket).with_context(|| socket.display().to_string())?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nHost: overnode\r\nConnection: close\r\nContent-Type: application/json\r\n\
-             Content-Length: {}\r\n\r\n{body}",
-            body.len()
-        )?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer)?;
-        let answer = String::from_utf8_lossy(&answer).into_owned();
-        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-        let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status code")?;
-        Ok((code, body.to_owned()))
+        http::request(&self.socket(), method, path, body)
     }
 
     /// The daemon's process: the one called `overnoded` that was given this host's state directory.

@@ -29,6 +29,7 @@ pub mod docker;
 pub mod flow;
 pub mod gateway;
 pub mod host;
+mod http;
 pub mod iperf;
 pub mod netns;
 pub mod pcap;

@@ -107,16 +107,13 @@ impl OwnNetns {
     /// # Errors
     /// The kernel refuses.
     pub async fn new() -> Result<Self> {
-        let (answer, answered) = oneshot::channel();
         let make = || {
             unshare(CloneFlags::CLONE_NEWNET).context("a network namespace cannot be made")?;
             // Where /proc is read-only, it takes a capability to open such ports.
             let _ = std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
             File::open("/proc/thread-self/ns/net").context("the new network namespace cannot be opened")
         };
-        let run = move || _ = answer.send(make());
-        std::thread::Builder::new().name("netns".into()).spawn(run).context("a thread cannot be started")?;
-        answered.await.context("the thread in the network namespace panicked")?.map(Self)
+        on_thread(make).await.map(Self)
     }
 
     /// What to name it by, in this process.
@@ -147,18 +144,19 @@ where
     F: FnOnce() -> Fut + Send + 'static,
     Fut: Future<Output = Result<T>>,
 {
+    let enter_and_work = move || {
+        setns(&namespace, CloneFlags::CLONE_NEWNET).context("the network namespace cannot be entered")?;
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work())
+    };
+    on_thread(enter_and_work).await
+}
+
+/// Runs `work` on a new thread, whose network namespace is nobody else's business.
+async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let (answer, answered) = oneshot::channel();
-    std::thread::Builder::new()
-        .name("netns".into())
-        .spawn(move || {
-            let result = setns(&namespace, CloneFlags::CLONE_NEWNET)
-                .context("the network namespace cannot be entered")
-                .and_then(|()| Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?))
-                .and_then(|runtime| runtime.block_on(work()));
-            // Nobody waits any more when the caller was cancelled.
-            let _ = answer.send(result);
-        })
-        .context("a thread cannot be started")?;
+    // Nobody waits any more when the caller was cancelled.
+    let run = move || _ = answer.send(work());
+    std::thread::Builder::new().name("netns".into()).spawn(run).context("a thread cannot be started")?;
     answered.await.context("the thread in the network namespace panicked")?
 }
 

@@ -52,8 +52,11 @@ impl Gossip {
         if !stamps.is_empty() {
             self.send(peer, Message::Digest { ask: false, stamps });
         }
-        let lacking = theirs.into_iter().filter(|(id, stamp)| self.lacks(peer, *id, *stamp, now)).collect();
-        self.request(peer, lacking);
+        let lacking = theirs.into_iter().filter(|(id, stamp)| self.lacks(peer, *id, *stamp, now));
+        let wanted: Vec<_> = lacking.map(|(id, _)| id).collect();
+        if !wanted.is_empty() {
+            self.send(peer, Message::Request(wanted));
+        }
     }
 
     /// A neighbour has this version. True if it should be asked for it now.
@@ -99,8 +102,7 @@ impl Gossip {
     /// What was asked for and has not come in time is asked of others.
     pub(super) fn ask_again(&mut self, now: Instant) {
         self.ask_instead(|wanted| wanted.asked + ASK_AGAIN <= now, now);
-        let next = self.wanted.values().map(|wanted| wanted.asked + ASK_AGAIN).min();
-        self.ask_again_at = next;
+        self.ask_again_at = self.wanted.values().map(|wanted| wanted.asked + ASK_AGAIN).min();
     }
 
     /// What `peer` was asked for is asked of others.
@@ -124,12 +126,6 @@ impl Gossip {
         });
         for (peer, ids) in requests {
             self.send(peer, Message::Request(ids));
-        }
-    }
-
-    fn request(&mut self, peer: NodeId, lacking: Vec<(NodeId, Stamp)>) {
-        if !lacking.is_empty() {
-            self.send(peer, Message::Request(lacking.into_iter().map(|(id, _)| id).collect()));
         }
     }
 

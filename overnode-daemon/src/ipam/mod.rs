@@ -39,6 +39,7 @@ pub use fact::{Change, Fact, Heir, Key};
 pub use layout::{BadNetwork, Layout, quarters};
 pub use message::{BadMessage, Loan, MAX_MESSAGE, Message, Round, Title};
 pub use shares::{Share, Shares};
+pub use space::size;
 
 use crate::types::{Network, NodeId};
 

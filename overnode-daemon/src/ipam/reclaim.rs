@@ -53,6 +53,14 @@ struct Claim {
     wake: Option<Instant>,
 }
 
+impl Claim {
+    /// The latest title of a quarter, by its place in the order: the one that is `known` here, or one that was told with consent.
+    fn latest(&self, index: usize, known: Title) -> Title {
+        let told = self.acks.values().map(|ack| ack.titles[index]);
+        told.chain([known]).max_by_key(|title| title.serial).unwrap_or(known)
+    }
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct Ack {
     pub(super) loan: Loan,
@@ -239,9 +247,7 @@ impl Ipam {
         let known = self.titles();
         let Some(claim) = self.reclaiming.claims.get_mut(&of) else { return };
         for (index, known) in known.into_iter().enumerate() {
-            let told = claim.acks.values().map(|ack| ack.titles[index]);
-            let latest =
-                told.fold(known, |latest, title| if title.serial > latest.serial { title } else { latest });
+            let latest = claim.latest(index, known);
             if latest.serial <= claim.serials[index] {
                 continue;
             }
@@ -301,10 +307,7 @@ impl Ipam {
 
     fn take_over(&mut self, of: NodeId, claim: Claim, now: Instant) {
         for (index, quarter) in quarters().enumerate() {
-            let told = claim.acks.values().map(|ack| ack.titles[index]);
-            let Some(latest) = told.chain([self.title_of(quarter)]).max_by_key(|title| title.serial) else {
-                continue;
-            };
+            let latest = claim.latest(index, self.title_of(quarter));
             let is_lent = claim.acks.values().any(|ack| ack.lends[index]);
             let book = self.lending.books.get(&quarter);
             let is_mine = book.is_some_and(|book| book.heir.is_none_or(|heir| heir.id != of));

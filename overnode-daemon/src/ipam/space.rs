@@ -13,7 +13,7 @@ pub(super) fn overlap(one: IpNet, other: IpNet) -> bool {
 }
 
 /// Addresses in a block.
-pub(super) fn size(block: IpNet) -> u128 {
+pub fn size(block: IpNet) -> u128 {
     let (first, last) = bounds(block);
     (last - first).saturating_add(1)
 }

@@ -6,12 +6,13 @@ use ipnet::IpNet;
 
 use super::running::Node;
 use crate::api::{IpamStatus, LoanStatus, RangeOwner, ReclaimStatus};
+use crate::ipam;
 use crate::types::NodeId;
 
 impl Node {
     pub(super) fn ipam_status(&self) -> IpamStatus {
         let pool = self.ipam.layout().network().range;
-        let total = 2_f64.powi(i32::from(pool.max_prefix_len() - pool.prefix_len()));
+        let total = ipam::size(pool) as f64;
         let said: BTreeMap<NodeId, Vec<IpNet>> = self
             .gossip
             .records()
@@ -24,7 +25,7 @@ impl Node {
         let owners = shares.owners.into_iter().map(|(id, share)| RangeOwner {
             id,
             nickname: self.gossip.record(id).map(|record| record.nickname.clone()).unwrap_or_default(),
-            addresses: u64::try_from(share.addresses).unwrap_or(u64::MAX),
+            addresses: count(share.addresses),
             percent: share.addresses as f64 / total * 100.0,
             active: (id == self.identity.id).then(|| self.ipam.active() as u64),
             reachable: Some(is_reachable(id)),
@@ -33,7 +34,7 @@ impl Node {
         let loans = shares.loans.into_iter().map(|((lender, borrower), networks)| LoanStatus {
             lender,
             borrower,
-            addresses: networks.iter().map(size).fold(0, u64::saturating_add),
+            addresses: count(networks.iter().map(|network| ipam::size(*network)).sum()),
             networks,
             lender_reachable: is_reachable(lender),
             borrower_reachable: is_reachable(borrower),
@@ -51,7 +52,6 @@ impl Node {
     }
 }
 
-/// Addresses of a network.
-fn size(network: &IpNet) -> u64 {
-    1_u64.checked_shl(u32::from(network.max_prefix_len() - network.prefix_len())).unwrap_or(u64::MAX)
+fn count(addresses: u128) -> u64 {
+    u64::try_from(addresses).unwrap_or(u64::MAX)
 }
