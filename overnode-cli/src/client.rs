@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
@@ -24,6 +24,11 @@ const ANSWER_LIMIT: usize = 256 * 1024 * 1024;
 
 /// How long an answer may take. Launching and resetting load and remove programs, and derive a key.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long a daemon that was killed may take to be gone.
+const ENDING: Duration = Duration::from_secs(1);
+
+const POLL: Duration = Duration::from_millis(25);
 
 /// Speaks to one daemon; a connection for each request.
 #[derive(Clone, Debug)]
@@ -82,17 +87,29 @@ impl Client {
         self.ask(Method::GET, path, Bytes::new()).await
     }
 
-    /// Who runs, if anybody does.
+    /// Who runs, if anybody does. A daemon that is just ending does not.
     ///
     /// # Errors
     /// When something does run but does not answer properly, or is not for this user.
     pub async fn running(&self) -> Result<Option<api::Version>, Failure> {
-        match self.try_get("/v1/version").await {
-            Ok(version) => Ok(Some(version)),
-            Err(Unanswered::NotRunning) => Ok(None),
-            Err(why @ (Unanswered::Denied | Unanswered::Refused(_) | Unanswered::Broken(_))) => {
-                Err(self.explain(why))
+        let begun = Instant::now();
+        loop {
+            // A process that was killed takes questions, and keeps its lock, until the kernel has closed all that it had open.
+            let may_be_ending = begun.elapsed() < ENDING;
+            match self.try_get("/v1/version").await {
+                Ok(version) => return Ok(Some(version)),
+                Err(Unanswered::NotRunning) => match Presence::of(&self.state_dir) {
+                    Presence::Deaf(_) if may_be_ending => {}
+                    Presence::Deaf(_) | Presence::Never | Presence::Stopped | Presence::Unknown => {
+                        return Ok(None);
+                    }
+                },
+                Err(Unanswered::Broken(_)) if may_be_ending => {}
+                Err(why @ (Unanswered::Denied | Unanswered::Refused(_) | Unanswered::Broken(_))) => {
+                    return Err(self.explain(why));
+                }
             }
+            tokio::time::sleep(POLL).await;
         }
     }
 
@@ -177,5 +194,41 @@ impl Client {
         if self.debug {
             let _ = writeln!(io::stderr(), "overnode: debug: {} {what}", self.socket.display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_daemon_that_dies_with_the_question_does_not_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join(api::SOCKET);
+        let listener = UnixListener::bind(&socket).unwrap();
+        let client = Client { socket, state_dir: dir.path().to_owned(), debug: false };
+        let dies = async {
+            drop(listener.accept().await.unwrap());
+            drop(listener);
+        };
+        let (running, ()) = tokio::join!(client.running(), dies);
+        assert!(running.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn what_never_answers_properly_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join(api::SOCKET);
+        let listener = UnixListener::bind(&socket).unwrap();
+        let client = Client { socket, state_dir: dir.path().to_owned(), debug: false };
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                drop(stream);
+            }
+        });
+        let why = client.running().await.unwrap_err();
+        assert!(why.to_string().contains("did not answer"), "{why}");
     }
 }
