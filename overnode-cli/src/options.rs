@@ -68,6 +68,8 @@ pub enum Command {
     Forget(Forget),
     Attach(Attach),
     Detach(Detach),
+    Expose(Expose),
+    Hide(Hide),
     Status(Status),
     /// Print everything the node knows as JSON, without secrets
     Inspect,
@@ -220,6 +222,32 @@ pub struct Detach {
     /// As given to `attach`, or the name that it was given there
     pub target: Target,
 }
+
+/// Give this host itself an address in the container network and print it
+///
+/// From then on the host and the containers of all hosts reach each other, and so do hosts that are exposed. The interface is overnode0. It comes
+/// back with the node after a reboot, until `overnode hide`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode expose
+  sudo overnode expose --name storage           # containers find it as storage.overnode.local")]
+pub struct Expose {
+    /// A static address, 10.32.0.1 to 10.39.239.255 unless the subnet was changed [default: the next free one]
+    #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = address)]
+    pub ip: Option<IpNet>,
+
+    /// A name for people, and for containers in DNS [default: none]
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub name: Option<String>,
+}
+
+/// Take this host's address in the container network away
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  sudo overnode hide")]
+pub struct Hide {}
 
 /// Show the node, its targets, peers, connections, containers, addresses, names and packet counters
 ///

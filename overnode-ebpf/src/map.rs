@@ -91,12 +91,15 @@ pub const ROUTE_NONE: u32 = 0;
 pub const ROUTE_LOCAL: u32 = 1;
 /// [`Route::kind`]: reached through a peer; the target is the peer index.
 pub const ROUTE_PEER: u32 = 2;
+/// [`Route::kind`]: this host itself; the target is the ifindex of the outer end (key of `ENDPOINTS`) of a veth pair both ends of which
+/// are in the host's namespace.
+pub const ROUTE_HOST: u32 = 3;
 
 /// Where a prefix of the overlay is. Longest prefix wins; the same table says who may send from where.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Route {
-    /// One of `ROUTE_NONE`, `ROUTE_LOCAL`, `ROUTE_PEER`.
+    /// One of `ROUTE_NONE`, `ROUTE_LOCAL`, `ROUTE_PEER`, `ROUTE_HOST`.
     pub kind: u32,
     /// Interface index or peer index.
     pub target: u32,

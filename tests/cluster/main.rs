@@ -6,6 +6,7 @@ mod cleanliness;
 mod crash_points;
 mod dns;
 mod documents;
+mod expose;
 mod hostile;
 mod inspect;
 mod life;

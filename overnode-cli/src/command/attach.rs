@@ -1,4 +1,4 @@
-//! `overnode attach`, `overnode detach`
+//! `overnode attach`, `overnode detach`, `overnode expose`, `overnode hide`
 
 use overnode_daemon::api::{self, Attached, Detached, Netns, Target};
 
@@ -6,7 +6,7 @@ use super::demand_root;
 use crate::client::Client;
 use crate::container;
 use crate::failure::Failure;
-use crate::options::{Attach, Context, Detach};
+use crate::options::{Attach, Context, Detach, Expose};
 
 /// Plugs a network namespace in.
 ///
@@ -44,8 +44,29 @@ pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure
             Ok(container) => Target::Container(container.id),
             Err(_) => Target::Container(name),
         },
-        target @ (Target::Name(_) | Target::Path(_) | Target::Process(_)) => target,
+        target @ (Target::Name(_) | Target::Path(_) | Target::Process(_) | Target::Host) => target,
     };
     Client::new(context).post::<Detached>("/v1/detach", &api::Detach { target }).await?;
+    Ok(String::new())
+}
+
+/// Gives the host an address in the container network.
+///
+/// # Errors
+/// When it has another one already, the daemon does not run, or it refuses.
+pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure> {
+    demand_root("expose")?;
+    let request = api::Attach { target: Target::Host, netns: None, address: wanted.ip, name: wanted.name };
+    let attached: Attached = Client::new(context).post("/v1/attach", &request).await?;
+    Ok(format!("{}\n", attached.address))
+}
+
+/// Takes that address away.
+///
+/// # Errors
+/// When the host has none, the daemon does not run, or it refuses.
+pub async fn hide(context: &Context) -> Result<String, Failure> {
+    demand_root("hide")?;
+    Client::new(context).post::<Detached>("/v1/detach", &api::Detach { target: Target::Host }).await?;
     Ok(String::new())
 }

@@ -37,6 +37,8 @@ pub async fn run(context: &Context, command: Command) -> Result<String, Failure>
         Command::Forget(wanted) => targets::forget(context, wanted).await,
         Command::Attach(wanted) => attach::attach(context, wanted).await,
         Command::Detach(wanted) => attach::detach(context, wanted).await,
+        Command::Expose(wanted) => attach::expose(context, wanted).await,
+        Command::Hide(_) => attach::hide(context).await,
         Command::Status(wanted) => status::run(context, &wanted).await,
         Command::Inspect => inspect::run(context).await,
         Command::Prime(wanted) => prime::run(context, &wanted).await,

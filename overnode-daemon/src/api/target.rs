@@ -32,6 +32,8 @@ pub enum Target {
     /// A Docker or podman container by name or ID. The daemon knows no container engine: the request must
     /// come with the container's process.
     Container(String),
+    /// `host:`, this host itself.
+    Host,
 }
 
 /// Where a network namespace is found.
@@ -82,13 +84,13 @@ impl FromStr for Host {
 }
 
 impl Target {
-    /// Where it is found by the target alone: none for a container.
+    /// Where it is found by the target alone: none for a container, and for the host, which needs none.
     pub fn netns(&self) -> Option<Netns> {
         match self {
             Self::Name(name) => Some(Netns::Path(Path::new("/run/netns").join(name))),
             Self::Path(path) => Some(Netns::Path(path.clone())),
             Self::Process(pid) => Some(Netns::Pid(*pid)),
-            Self::Container(_) => None,
+            Self::Container(_) | Self::Host => None,
         }
     }
 }
@@ -115,6 +117,9 @@ impl FromStr for Target {
                 Ok(pid) => Ok(Self::Process(pid)),
             };
         }
+        if text == "host:" {
+            return Ok(Self::Host);
+        }
         check_name(text).map_err(|_| bad())?;
         Ok(Self::Container(text.to_owned()))
     }
@@ -133,6 +138,7 @@ impl fmt::Display for Target {
             Self::Path(path) => write!(f, "netns:{}", path.display()),
             Self::Process(pid) => write!(f, "pid:{pid}"),
             Self::Container(container) => f.write_str(container),
+            Self::Host => f.write_str("host:"),
         }
     }
 }
@@ -229,11 +235,12 @@ mod tests {
             "a b",
             "a:b",
             "x\n",
+            "host:a",
             "../x",
         ] {
             assert!(bad.parse::<Target>().is_err(), "{bad}");
         }
-        for text in ["netns:a", "netns:/a/b", "pid:7", "web"] {
+        for text in ["netns:a", "netns:/a/b", "pid:7", "web", "host", "host:"] {
             assert_eq!(text.parse::<Target>().unwrap().to_string(), text);
         }
     }

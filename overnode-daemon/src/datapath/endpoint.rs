@@ -4,7 +4,7 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd as _;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use ipnet::IpNet;
 use overnode_ebpf::map::Endpoint;
 use rand::Rng as _;
@@ -32,6 +32,8 @@ pub enum Place {
         /// Its name there.
         interface: String,
     },
+    /// It stays in the host's namespace, gets its address there, and goes up: the host itself has an address in the container network.
+    Host,
     /// It waits in the host's namespace, down and without an address, under the name [`waiting_interface`]: a container engine moves
     /// it, names it and configures it.
     Waiting,
@@ -59,6 +61,11 @@ impl Attachment {
             mac: None,
             host_interface: host_interface(address),
         }
+    }
+
+    /// The host itself.
+    pub fn host(address: IpAddr) -> Self {
+        Self { place: Place::Host, address, mac: None, host_interface: host_interface(address) }
     }
 }
 
@@ -109,11 +116,11 @@ pub(super) fn is_host_interface(name: &str) -> bool {
 }
 
 impl Datapath {
-    /// Plugs a container in. Whatever fails, nothing of it stays.
+    /// Plugs a container or the host in. Whatever fails, nothing of it stays.
     ///
     /// # Errors
     /// The namespace cannot be opened, is the host's own, or has an interface of that name already; the address is outside the subnet
-    /// or attached already; the hardware address is a group's; the kernel refuses.
+    /// or attached already; the hardware address is a group's; the host has a route of its own into the subnet; the kernel refuses.
     pub async fn attach(&mut self, attachment: &Attachment) -> Result<Attached> {
         let Attachment { place, address, mac, host_interface } = attachment;
         ensure!(
@@ -135,9 +142,13 @@ impl Datapath {
                 let (namespace, id) = netns.open()?;
                 ensure!(
                     id != NetnsId::current()?,
-                    "{netns} is the host's own network namespace: name a container's"
+                    "{netns} is the host's own network namespace: name a container's, or use `overnode expose`"
                 );
                 Some(Inside { namespace, id, interface })
+            }
+            Place::Host => {
+                self.refuse_other_ways().await?;
+                None
             }
             Place::Waiting => None,
         };
@@ -153,9 +164,22 @@ impl Datapath {
                 }
                 Err(match place {
                     Place::Inside { netns, .. } => error.context(format!("{netns} cannot be attached")),
-                    Place::Waiting => error.context(format!("{address} cannot be attached")),
+                    Place::Host | Place::Waiting => error.context(format!("{address} cannot be attached")),
                 })
             }
+        }
+    }
+
+    /// Where the host reaches addresses of the subnet by another interface, it would not reach either all containers, or all of what it
+    /// reached until then: other nodes, maybe.
+    async fn refuse_other_ways(&self) -> Result<()> {
+        let subnet = self.network.subnet;
+        match self.netlink.route_into(subnet).await? {
+            None => Ok(()),
+            Some((prefix, interface)) => bail!(
+                "the host reaches {prefix} through {interface}, and that overlaps with the container network {subnet}: \
+                 remove that route, or launch all nodes with another --subnet"
+            ),
         }
     }
 
@@ -165,8 +189,10 @@ impl Datapath {
         let gateway_mac = mac_of(&self.node, rand::rng().random());
         let mac = attachment.mac.unwrap_or_else(random_mac);
         let waiting = waiting_interface(*address);
+        let is_host = attachment.place == Place::Host;
         let (name, netns) = match &inside {
             Some(Inside { interface, id, .. }) => (*interface, Some(*id)),
+            None if is_host => (CONTAINER_INTERFACE, None),
             None => (waiting.as_str(), None),
         };
         let namespace = inside.as_ref().map(|inside| inside.namespace.as_raw_fd());
@@ -188,8 +214,18 @@ impl Datapath {
         match inside {
             Some(Inside { namespace, interface, .. }) => {
                 let interface = interface.to_owned();
-                netns::inside(namespace, move || async move { configure(&interface, address, prefix).await })
-                    .await?;
+                let set_up = async move || {
+                    let netlink = Netlink::open()?;
+                    let loopback =
+                        netlink.link_named("lo").await?.context("there is no lo inside the container")?;
+                    netlink.set_up(loopback.index).await?;
+                    configure(&netlink, &interface, address, prefix).await
+                };
+                netns::inside(namespace, set_up).await?;
+            }
+            None if is_host => {
+                quieten(CONTAINER_INTERFACE);
+                configure(&self.netlink, CONTAINER_INTERFACE, address, prefix).await?;
             }
             None => {
                 quieten(&waiting);
@@ -198,7 +234,7 @@ impl Datapath {
             }
         }
         fault::step("container configured");
-        self.routes.set_local(IpNet::from(address), host.index);
+        self.routes.set_local(IpNet::from(address), host.index, is_host);
         self.sync_routes()?;
         fault::step("route");
         self.netlink.set_up(host.index).await?;
@@ -271,14 +307,9 @@ struct Inside<'a> {
     interface: &'a str,
 }
 
-/// Runs inside the container's namespace.
-async fn configure(interface: &str, address: IpAddr, prefix: u8) -> Result<()> {
-    let netlink = Netlink::open()?;
-    let find = async |name: &str| {
-        netlink.link_named(name).await?.ok_or_else(|| anyhow!("there is no {name} inside the container"))
-    };
-    netlink.set_up(find("lo").await?.index).await?;
-    let link = find(interface).await?;
+/// Runs in the namespace of the container's end, of which `netlink` is.
+async fn configure(netlink: &Netlink, interface: &str, address: IpAddr, prefix: u8) -> Result<()> {
+    let link = netlink.link_named(interface).await?.with_context(|| format!("there is no {interface}"))?;
     offload::receive_aggregated(interface)?;
     netlink.add_address(link.index, address, prefix).await?;
     netlink.set_up(link.index).await

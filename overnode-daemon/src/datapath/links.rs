@@ -242,6 +242,35 @@ impl Netlink {
         None
     }
 
+    /// A route of the main table, other than a default route, to something that overlaps with `subnet`, and its interface.
+    pub(super) async fn route_into(&self, subnet: IpNet) -> Result<Option<(IpNet, String)>> {
+        let message = match subnet {
+            IpNet::V4(_) => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            IpNet::V6(_) => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        };
+        let routes: Vec<RouteMessage> = self
+            .handle
+            .route()
+            .get(message)
+            .execute()
+            .try_collect()
+            .await
+            .context("routes cannot be listed")?;
+        let overlapping =
+            routes.iter().filter(|route| route.header.table == libc::RT_TABLE_MAIN).find_map(|route| {
+                let prefix = destination_of(route)?;
+                let overlaps = prefix.contains(&subnet) || subnet.contains(&prefix);
+                (prefix.prefix_len() > 0 && overlaps)
+                    .then(|| (prefix, route_of(route).map(|route| route.ifindex)))
+            });
+        let Some((prefix, ifindex)) = overlapping else { return Ok(None) };
+        let link = match ifindex {
+            Some(ifindex) => self.link(ifindex).await?,
+            None => None,
+        };
+        Ok(Some((prefix, link.map_or_else(|| "no interface".to_owned(), |link| link.name))))
+    }
+
     /// Rules by which packets for `subnet` take a route of their own or none, but not the default route.
     pub(super) async fn add_guard(&self, subnet: IpNet) -> Result<()> {
         for rule in self.guard(subnet) {
@@ -379,6 +408,16 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
         }
     }
     (route.ifindex != 0).then_some(route)
+}
+
+/// What a route leads to.
+fn destination_of(message: &RouteMessage) -> Option<IpNet> {
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
+        RouteAttribute::Destination(RouteAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
+        _ => None,
+    })?;
+    IpNet::new(address, message.header.destination_prefix_length).ok()
 }
 
 /// The error number with which the kernel answered.

@@ -23,8 +23,8 @@ pub struct KnownEndpoint {
     pub host_interface: String,
     /// Its address.
     pub address: IpAddr,
-    /// Where it was attached.
-    pub netns: NetnsRef,
+    /// Where it was attached; none: the host itself.
+    pub netns: Option<NetnsRef>,
 }
 
 /// A container that is not attached any more.
@@ -49,8 +49,8 @@ impl Datapath {
         self.repair_normaliser().await?;
         let links = self.netlink.links().await?;
         let in_map = self.maps.endpoints()?;
-        let known_names: BTreeMap<&str, IpAddr> =
-            known.iter().map(|endpoint| (endpoint.host_interface.as_str(), endpoint.address)).collect();
+        let known_names: BTreeMap<&str, &KnownEndpoint> =
+            known.iter().map(|endpoint| (endpoint.host_interface.as_str(), endpoint)).collect();
 
         let (alias, node) = (self.alias.clone(), self.node.clone());
         let mut whole = BTreeSet::new();
@@ -59,7 +59,8 @@ impl Datapath {
             .filter(|link| is_ours(link, &alias, &node) && link.name != FIRST && link.name != SECOND)
         {
             let entry = in_map.get(&link.index).map(|endpoint| from_map(endpoint.address));
-            let is_wanted = known_names.get(link.name.as_str()).copied() == entry && entry.is_some();
+            let is_wanted =
+                known_names.get(link.name.as_str()).is_some_and(|known| Some(known.address) == entry);
             if is_wanted && link.is_up && self.keep_program(FROM_CONTAINER, link) {
                 whole.insert(link.name.as_str());
                 self.endpoints.insert(link.name.clone(), link.index);
@@ -73,7 +74,7 @@ impl Datapath {
 
         let mut in_use: BTreeSet<u32> =
             links.iter().filter(|link| whole.contains(link.name.as_str())).map(|link| link.index).collect();
-        let of_routes: Vec<u32> = self.routes.local().values().copied().collect();
+        let of_routes: Vec<u32> = self.routes.local().values().map(|route| route.target).collect();
         for ifindex in in_map.keys().copied().chain(of_routes).filter(|ifindex| !in_use.contains(ifindex)) {
             if let Err(error) = self.forget_endpoint(ifindex) {
                 warn!(%error, ifindex, "what the maps hold of an interface that is gone cannot be removed");
@@ -82,8 +83,8 @@ impl Datapath {
         self.endpoints.retain(|_, ifindex| in_use.contains(ifindex));
 
         for link in links.iter().filter(|link| whole.contains(link.name.as_str())) {
-            if let Some(address) = known_names.get(link.name.as_str()) {
-                self.routes.set_local(IpNet::from(*address), link.index);
+            if let Some(known) = known_names.get(link.name.as_str()) {
+                self.routes.set_local(IpNet::from(known.address), link.index, known.netns.is_none());
             }
         }
         if let Err(error) = self.sync_routes() {
@@ -109,7 +110,10 @@ impl Datapath {
             .map(|endpoint| Lost {
                 host_interface: endpoint.host_interface.clone(),
                 address: endpoint.address,
-                netns_exists: endpoint.netns.is_lasting() && endpoint.netns.id().is_ok(),
+                netns_exists: endpoint
+                    .netns
+                    .as_ref()
+                    .is_none_or(|netns| netns.is_lasting() && netns.id().is_ok()),
             })
             .collect())
     }

@@ -1,9 +1,12 @@
 //! Who owns which prefix. Decides only: no map is touched here.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
-use overnode_ebpf::map::{ENDPOINT_SLOTS, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, ROUTE_SLOTS, Route};
+use overnode_ebpf::map::{
+    ENDPOINT_SLOTS, ROUTE_HOST, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, ROUTE_SLOTS, Route,
+};
 
 use crate::types::PeerIndex;
 
@@ -15,7 +18,7 @@ const PEER_ROUTES: usize = (ROUTE_SLOTS - 2 * ENDPOINT_SLOTS) as usize;
 /// others, its first ones.
 #[derive(Debug, Default)]
 pub(super) struct RouteTable {
-    local: BTreeMap<IpNet, u32>,
+    local: BTreeMap<IpNet, Route>,
     own: BTreeSet<IpNet>,
     peers: BTreeMap<PeerIndex, Vec<IpNet>>,
 }
@@ -33,7 +36,7 @@ impl RouteTable {
         let mut table = Self::default();
         for (prefix, route) in entries {
             match route.kind {
-                ROUTE_LOCAL => _ = table.local.insert(*prefix, route.target),
+                ROUTE_LOCAL | ROUTE_HOST => _ = table.local.insert(*prefix, *route),
                 ROUTE_PEER => table.peers.entry(PeerIndex(route.target)).or_default().push(*prefix),
                 _ => _ = table.own.insert(*prefix),
             }
@@ -56,16 +59,24 @@ impl RouteTable {
         self.own = prefixes.iter().map(IpNet::trunc).collect();
     }
 
-    pub(super) fn set_local(&mut self, address: IpNet, ifindex: u32) {
-        self.local.insert(address, ifindex);
+    /// `is_host`: the address is this host's, not a container's.
+    pub(super) fn set_local(&mut self, address: IpNet, ifindex: u32, is_host: bool) {
+        let kind = if is_host { ROUTE_HOST } else { ROUTE_LOCAL };
+        self.local.insert(address, Route { kind, target: ifindex });
     }
 
     pub(super) fn remove_local(&mut self, ifindex: u32) {
-        self.local.retain(|_, target| *target != ifindex);
+        self.local.retain(|_, route| route.target != ifindex);
     }
 
-    pub(super) fn local(&self) -> &BTreeMap<IpNet, u32> {
+    /// What is attached here, by address.
+    pub(super) fn local(&self) -> &BTreeMap<IpNet, Route> {
         &self.local
+    }
+
+    /// True if the host has this address in the container network.
+    pub(super) fn is_of_host(&self, address: IpAddr) -> bool {
+        self.local.get(&IpNet::from(address)).is_some_and(|route| route.kind == ROUTE_HOST)
     }
 
     pub(super) fn owned_by(&self, peer: PeerIndex) -> impl Iterator<Item = IpNet> {
@@ -76,9 +87,7 @@ impl RouteTable {
     pub(super) fn wanted(&self) -> BTreeMap<IpNet, Route> {
         let mut wanted = self.of_peers();
         wanted.extend(self.own.iter().map(|prefix| (*prefix, Route { kind: ROUTE_NONE, target: 0 })));
-        wanted.extend(
-            self.local.iter().map(|(prefix, target)| (*prefix, Route { kind: ROUTE_LOCAL, target: *target })),
-        );
+        wanted.extend(&self.local);
         wanted
     }
 
@@ -125,7 +134,7 @@ mod tests {
     fn what_is_attached_here_wins_and_a_peer_gets_its_prefix_back() {
         let mut table = RouteTable::default();
         table.set_peer(PeerIndex(2), &[net("10.40.0.1/32"), net("10.42.7.7/15")]);
-        table.set_local(net("10.40.0.1/32"), 9);
+        table.set_local(net("10.40.0.1/32"), 9, false);
         let before = table.wanted();
         assert_eq!(before[&net("10.40.0.1/32")], Route { kind: ROUTE_LOCAL, target: 9 });
         assert_eq!(before[&net("10.42.0.0/15")], Route { kind: ROUTE_PEER, target: 2 });
@@ -150,7 +159,7 @@ mod tests {
     fn a_peer_with_very_many_prefixes_leaves_room_for_the_others() {
         let mut table = RouteTable::default();
         table.set_own(&[net("10.40.0.0/15")]);
-        table.set_local(net("10.40.0.1/32"), 9);
+        table.set_local(net("10.40.0.1/32"), 9, false);
         for peer in 1..=100_u8 {
             let claims = (0..=255).flat_map(|c| (0..4).map(move |d| [c, d]));
             let claims = claims.map(|[c, d]| format!("10.{peer}.{c}.{d}/32").parse().unwrap());
@@ -173,7 +182,8 @@ mod tests {
         let mut table = RouteTable::default();
         table.set_peer(PeerIndex(4), &[net("10.46.0.0/15"), net("fd00::/64")]);
         table.set_own(&[net("10.40.0.0/15")]);
-        table.set_local(net("10.40.0.1/32"), 12);
+        table.set_local(net("10.40.0.1/32"), 12, false);
+        table.set_local(net("10.40.0.2/32"), 13, true);
         let wanted = table.wanted();
         assert_eq!(difference(&wanted, &RouteTable::adopt(&wanted).wanted()), []);
     }

@@ -174,7 +174,8 @@ impl Datapath {
             .await?
             .into_iter()
             .map(|(address, _)| address)
-            .filter(|address| !address.is_loopback())
+            // Who sends to the host's address in the container network does so through the tunnel.
+            .filter(|address| !address.is_loopback() && !self.routes.is_of_host(*address))
             .take(LOCAL_ADDRESS_SLOTS as usize)
             .collect();
         self.maps.set_local_addresses(&addresses.iter().copied().collect::<Vec<_>>())?;

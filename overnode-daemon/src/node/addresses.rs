@@ -262,6 +262,11 @@ impl Daemon {
             ));
             return Some((Err(error), answer));
         }
+        match node.exposed(&attach) {
+            Ok(Some(exposed)) => return Some((Ok(Reply::Attached(exposed)), answer)),
+            Ok(None) => {}
+            Err(error) => return Some((Err(error), answer)),
+        }
         if let Err(error) = node.check_attach(&attach) {
             return Some((Err(error), answer));
         }

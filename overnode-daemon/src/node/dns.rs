@@ -65,7 +65,7 @@ impl Dns {
         self.place.as_ref().map(|place| KnownEndpoint {
             address: self.address,
             host_interface: datapath::host_interface(self.address),
-            netns: place.netns.netns(),
+            netns: Some(place.netns.netns()),
         })
     }
 

@@ -13,11 +13,14 @@ use crate::datapath::{self, KnownEndpoint, NetnsRef};
 use crate::fault;
 use crate::store::{Attachment, Kind, StoreError};
 
-/// Where the container runs.
-fn netns_of(request: &api::Attach) -> Result<NetnsRef, ApiError> {
+/// Where the container runs; none: it is the host.
+fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
+    if request.target == Target::Host {
+        return Ok(None);
+    }
     match request.netns.clone().or_else(|| request.target.netns()) {
-        Some(Netns::Path(path)) => Ok(NetnsRef::Path(path)),
-        Some(Netns::Pid(pid)) => Ok(NetnsRef::Pid(pid)),
+        Some(Netns::Path(path)) => Ok(Some(NetnsRef::Path(path))),
+        Some(Netns::Pid(pid)) => Ok(Some(NetnsRef::Pid(pid))),
         None => Err(ApiError::usage(format_args!(
             "where the container {} runs was not told: give its process as netns {{\"pid\": N}}",
             request.target
@@ -28,12 +31,42 @@ fn netns_of(request: &api::Attach) -> Result<NetnsRef, ApiError> {
 impl Node {
     /// Plugs a container in at the static address that it asks for.
     pub(super) async fn attach(&mut self, request: api::Attach) -> Result<api::Attached, ApiError> {
+        if let Some(exposed) = self.exposed(&request)? {
+            return Ok(exposed);
+        }
         self.check_attach(&request)?;
         let Some(wanted) = request.address else {
             return Err(ApiError::usage("no address was given, and none was looked for"));
         };
         let address = self.claim(wanted, &request.target.to_string())?;
         self.attach_at(request, address).await
+    }
+
+    /// The host is exposed once, however often that is asked for.
+    pub(super) fn exposed(&self, request: &api::Attach) -> Result<Option<api::Attached>, ApiError> {
+        if request.target != Target::Host {
+            return Ok(None);
+        }
+        let attachments = self.store.attachments().map_err(ApiError::failed)?;
+        let exposed = attachments.into_iter().find(|it| it.kind == Kind::Host);
+        let as_asked = |it: &Attachment| {
+            request.address.is_none_or(|wanted| wanted == self.with_prefix(it.address))
+                && (request.name.is_none() || request.name == it.name)
+        };
+        match exposed {
+            None => Ok(None),
+            Some(it) if as_asked(&it) => Ok(Some(api::Attached {
+                address: self.with_prefix(it.address),
+                interface: datapath::CONTAINER_INTERFACE.to_owned(),
+                host_interface: it.host_interface,
+                mtu: self.datapath.container_mtu(),
+            })),
+            Some(it) => Err(ApiError::refused(format_args!(
+                "this host is exposed already, as {}{}: take that back first with `overnode hide`",
+                it.address,
+                it.name.map(|name| format!(" named {name}")).unwrap_or_default()
+            ))),
+        }
     }
 
     /// Refuses what cannot be attached whatever address it gets.
@@ -52,7 +85,9 @@ impl Node {
                 "the name {name} is taken by another endpoint: give another --name"
             )));
         }
-        netns_of(request)?.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?;
+        if let Some(netns) = netns_of(request)? {
+            netns.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?;
+        }
         Ok(())
     }
 
@@ -76,16 +111,19 @@ impl Node {
         self.check_attach(&request)?;
         let now = Instant::now();
         let netns = netns_of(&request)?;
-        let identity = netns.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?;
+        let inode = match &netns {
+            Some(netns) => netns.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?.inode,
+            None => 0,
+        };
         let owner = request.target.to_string();
         let fixed = request.address.is_some();
         let attachment = Attachment {
-            kind: Kind::Netns,
+            kind: if netns.is_some() { Kind::Netns } else { Kind::Host },
             address,
             is_static: fixed,
             target: owner,
-            netns: netns.path().to_string_lossy().into_owned(),
-            netns_inode: identity.inode,
+            netns: netns.as_ref().map(|it| it.path().to_string_lossy().into_owned()).unwrap_or_default(),
+            netns_inode: inode,
             name: request.name,
             image: None,
             engine: None,
@@ -95,14 +133,20 @@ impl Node {
         // On disk before anything uses it: a crash from here on leaves an address too many in use, never one twice.
         self.store.add_attachment(&attachment).map_err(ApiError::failed)?;
         fault::step("attachment");
-        let plan = datapath::Attachment::inside(netns, address);
+        let plan = match netns {
+            Some(netns) => datapath::Attachment::inside(netns, address),
+            None => datapath::Attachment::host(address),
+        };
         let attached = match self.datapath.attach(&plan).await {
             Ok(attached) => attached,
             Err(error) => {
                 if let Err(left) = self.give_back(address) {
                     tracing::warn!("{address} stays taken: {left}");
                 }
-                return Err(ApiError::failed(format_args!("{} was not attached: {error:#}", request.target)));
+                return Err(ApiError::failed(match request.target {
+                    Target::Host => format!("this host was not exposed: {error:#}"),
+                    target => format!("{target} was not attached: {error:#}"),
+                }));
             }
         };
         fault::step("attached");
@@ -123,11 +167,14 @@ impl Node {
             .find(|known| known.target == wanted)
             .or_else(|| attachments.iter().find(|known| known.name.as_ref() == Some(&wanted)));
         let Some(known) = known else {
+            if request.target == Target::Host {
+                return Err(ApiError::missing("this host is not exposed: there is nothing to hide"));
+            }
             return Err(ApiError::missing(format_args!(
                 "{wanted} is not attached: `overnode status --endpoints` lists what is"
             )));
         };
-        if known.kind != Kind::Netns {
+        if !matches!(known.kind, Kind::Netns | Kind::Host) {
             return Err(ApiError::refused(format_args!(
                 "{wanted} was not plugged in by `overnode attach`: the engine that did so plugs it out when its container stops"
             )));
@@ -153,7 +200,7 @@ impl Node {
             .map(|it| KnownEndpoint {
                 address: it.address,
                 host_interface: it.host_interface.clone(),
-                netns: NetnsRef::Path(it.netns.clone().into()),
+                netns: (it.kind != Kind::Host).then(|| NetnsRef::Path(it.netns.clone().into())),
             })
             .collect();
         known.extend(self.dns.endpoint());
@@ -165,8 +212,8 @@ impl Node {
             if lost.netns_exists && self.plug_in_again(attachment).await {
                 continue;
             }
-            if attachment.kind == Kind::Docker {
-                // Its engine says when it needs the address no more.
+            if matches!(attachment.kind, Kind::Docker | Kind::Host) {
+                // Its engine, or `hide`, says when the address is needed no more.
                 tracing::debug!("the interface of {} is gone", attachment.address);
                 continue;
             }
@@ -183,13 +230,17 @@ impl Node {
     /// An interface can be lost without its container: when the node's host interfaces were deleted by hand, or with a reset that
     /// was cut short. True if it is back.
     async fn plug_in_again(&mut self, attachment: &Attachment) -> bool {
-        let netns = NetnsRef::Path(attachment.netns.clone().into());
-        if netns.id().map(|identity| identity.inode).ok() != Some(attachment.netns_inode) {
-            return false;
-        }
-        let plan = datapath::Attachment {
-            mac: attachment.engine.as_ref().map(|engine| engine.mac),
-            ..datapath::Attachment::inside(netns, attachment.address)
+        let plan = if attachment.kind == Kind::Host {
+            datapath::Attachment::host(attachment.address)
+        } else {
+            let netns = NetnsRef::Path(attachment.netns.clone().into());
+            if netns.id().map(|identity| identity.inode).ok() != Some(attachment.netns_inode) {
+                return false;
+            }
+            datapath::Attachment {
+                mac: attachment.engine.as_ref().map(|engine| engine.mac),
+                ..datapath::Attachment::inside(netns, attachment.address)
+            }
         };
         match self.datapath.attach(&plan).await {
             Ok(_) => true,

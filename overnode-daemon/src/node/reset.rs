@@ -109,10 +109,13 @@ fn refuse_attached(store: &Store) -> Result<(), String> {
         .map(|it| match (it.kind, &it.name) {
             (Kind::Docker, Some(name)) => format!("{name} ({})", it.address),
             (Kind::Docker, None) => format!("a Docker container ({})", it.address),
-            (Kind::Netns | Kind::Cni | Kind::Host, _) => format!("{} ({})", it.target, it.address),
+            (Kind::Host, _) => format!("this host ({})", it.address),
+            (Kind::Netns | Kind::Cni, _) => format!("{} ({})", it.target, it.address),
         })
         .collect();
-    let how = if attached.iter().any(|it| it.kind == Kind::Docker) {
+    let how = if attached.iter().all(|it| it.kind == Kind::Host) {
+        "hide it first with `overnode hide`"
+    } else if attached.iter().any(|it| it.kind == Kind::Docker) {
         "stop those of Docker and detach the others with `overnode detach TARGET` first"
     } else {
         "detach them first with `overnode detach TARGET`"

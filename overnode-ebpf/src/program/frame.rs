@@ -137,8 +137,9 @@ pub trait Frame: Packet {
     fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason>;
     /// The context of a TC program, if it is one.
     fn skb(self) -> Option<Skb>;
-    /// Hands the packet to the container behind a host end; `joins`: the kernel may join it with others like it.
-    fn hand_over(self, ifindex: u32, joins: bool) -> i64;
+    /// Hands the packet to the container behind a host end; `by_host_end`: through that end, because the kernel may join the packet with
+    /// others like it there, or because the other end is in the same namespace.
+    fn hand_over(self, ifindex: u32, by_host_end: bool) -> i64;
 
     /// Bytes that [`at`] can reach.
     #[inline(always)]
@@ -231,11 +232,11 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
-    fn hand_over(self, ifindex: u32, joins: bool) -> i64 {
+    fn hand_over(self, ifindex: u32, by_host_end: bool) -> i64 {
         // Through the host end a packet passes the NAPI of the veth, which joins segments (GRO). What is never joined
         // takes the shorter way, unless the frame would have to be parsed again to be the container's.
         // SAFETY: the context is valid.
-        if joins || unsafe { (*self).pkt_type } != PACKET_HOST {
+        if by_host_end || unsafe { (*self).pkt_type } != PACKET_HOST {
             return redirect(ifindex);
         }
         redirect_peer(ifindex)

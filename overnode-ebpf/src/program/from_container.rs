@@ -1,7 +1,7 @@
 //! From a container: check who sends, find out where to.
 
 use aya_ebpf::helpers::generated::bpf_skb_change_type;
-use overnode_ebpf::map::{Endpoint, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER};
+use overnode_ebpf::map::{Endpoint, ROUTE_HOST, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, Route};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{ECN_MASK, ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, IPV4_LEN, UDP_LEN};
 
@@ -56,18 +56,22 @@ fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
     }
     let route = Routes::new().v4(destination).ok_or(Reason::NoRoute)?;
     match route.kind {
-        ROUTE_LOCAL => local(skb, route.target),
+        ROUTE_LOCAL | ROUTE_HOST => local(skb, route),
         ROUTE_PEER => remote(skb, endpoint, route.target),
         ROUTE_NONE => Err(Reason::NotHere),
         _ => Err(Reason::NoRoute),
     }
 }
 
-/// To another container of this host, offloads and all.
+/// To another container of this host, or to the host, offloads and all.
 #[inline(always)]
-fn local(skb: Skb, ifindex: u32) -> Result<Sent, Reason> {
+fn local(skb: Skb, route: &Route) -> Result<Sent, Reason> {
+    let ifindex = route.target;
     let target = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
     skb.set_ethernet(&target.mac, &target.gateway_mac)?;
+    if route.kind == ROUTE_HOST {
+        return Ok(Sent { counted: Some(Reason::Local), verdict: redirect(ifindex) });
+    }
     // SAFETY: the context is valid.
     if unsafe { (*skb).pkt_type } != PACKET_HOST {
         // The frame is not parsed again on its way into the other namespace.

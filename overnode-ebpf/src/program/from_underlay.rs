@@ -1,7 +1,8 @@
 //! From the underlay: open what a peer sent, and deliver it. TC and XDP run the same code.
 
 use overnode_ebpf::map::{
-    Peer, ROUTE_LOCAL, ROUTE_PEER, SESSION_FREE, SESSION_LIVE, SESSION_SLOTS, SESSION_UNCONFIRMED, Session,
+    Peer, ROUTE_HOST, ROUTE_LOCAL, ROUTE_PEER, SESSION_FREE, SESSION_LIVE, SESSION_SLOTS,
+    SESSION_UNCONFIRMED, Session,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::Window;
@@ -201,8 +202,10 @@ fn deliver(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Resul
         Some(route) if route.kind == ROUTE_PEER && route.target == peer => {}
         _ => return Err(Reason::ForeignSource),
     }
-    let ifindex = match routes.v4(destination) {
-        Some(route) if route.kind == ROUTE_LOCAL => route.target,
+    let (ifindex, is_host) = match routes.v4(destination) {
+        Some(route) if route.kind == ROUTE_LOCAL || route.kind == ROUTE_HOST => {
+            (route.target, route.kind == ROUTE_HOST)
+        }
         _ => return Err(Reason::NotHere),
     };
     let endpoint = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
@@ -223,5 +226,7 @@ fn deliver(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Resul
     }
     frame.strip((text - ETHERNET_LEN) as u32, inner_len, outer.is_v6())?;
     frame.set_ethernet(&endpoint.mac, &endpoint.gateway_mac)?;
-    Ok(Sent { counted: Some(Reason::Opened), verdict: frame.hand_over(ifindex, protocol == PROTOCOL_TCP) })
+    // `bpf_redirect_peer` leads into other namespaces only.
+    let by_host_end = is_host || protocol == PROTOCOL_TCP;
+    Ok(Sent { counted: Some(Reason::Opened), verdict: frame.hand_over(ifindex, by_host_end) })
 }
