@@ -8,6 +8,7 @@
 //! | `GET /v1/version` | | [`Version`] |
 //! | `GET /v1/status` | | [`Status`] |
 //! | `GET /v1/inspect` | | one document, without secrets |
+//! | `GET /v1/metrics` | | the same for Prometheus ([`crate::metrics`]) |
 //! | `GET /v1/prime` | | [`Primed`] |
 //! | `POST /v1/launch` | [`Launch`] | [`Launched`] |
 //! | `POST /v1/connect` | [`Connect`] | [`Targets`] |
@@ -26,6 +27,7 @@
 //! A refusal has the status code of its [`ErrorKind`] and the body `{"error": "what: why: what to do"}`.
 
 pub mod error;
+pub mod health;
 pub mod server;
 pub mod status;
 pub mod target;
@@ -35,6 +37,7 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 
 pub use error::{ApiError, ErrorKind};
+pub use health::{Finding, Health, Level};
 pub use server::serve;
 pub use status::*;
 pub use target::{BadHost, BadTarget, Host, Netns, Target};

@@ -18,6 +18,8 @@ use serde::de::DeserializeOwned;
 use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::metrics;
+
 use super::{ApiError, BODY_LIMIT, Call, ErrorKind, Reply, Request, error::ErrorBody};
 
 /// Once the node has ended, answers under way have this long to be read.
@@ -69,6 +71,7 @@ fn router(node: mpsc::Sender<Call>) -> Router {
         .route("/v1/version", get(|node| ask(node, Request::Version)))
         .route("/v1/status", get(|node| ask(node, Request::Status)))
         .route("/v1/inspect", get(|node| ask(node, Request::Inspect)))
+        .route("/v1/metrics", get(|State(node)| metrics::answer(node)))
         .route("/v1/prime", get(|node| ask(node, Request::Prime)))
         .route("/v1/launch", with_body(Request::Launch))
         .route("/v1/connect", with_body(Request::Connect))

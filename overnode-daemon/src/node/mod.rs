@@ -29,6 +29,7 @@ use tokio::sync::mpsc;
 
 use crate::api::{self, ApiError, Reply, Request};
 use crate::datapath::Datapath;
+use crate::metrics;
 use crate::options::Options;
 use crate::store::{Store, StoreError};
 
@@ -52,6 +53,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     );
     let listener = patiently(|| listen(&options.run_dir), |_| true).await?;
     let (calls, mut requests) = mpsc::channel(64);
+    let metrics = options.metrics.map(|address| tokio::spawn(metrics::serve(address, calls.clone())));
     let server = tokio::spawn(api::serve(listener, calls));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -100,6 +102,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     // The last answer has to reach its reader.
     tokio::time::sleep(Duration::from_millis(100)).await;
     server.abort();
+    metrics.inspect(|serving| serving.abort());
     let _ = std::fs::remove_file(daemon.options.run_dir.join(api::SOCKET));
     if daemon.leaving || daemon.node.is_none() {
         drop(daemon.node);
