@@ -171,7 +171,8 @@ impl<'a> Podman<'a> {
     fn stop_everything(&self) {
         let root = self.folder.to_string_lossy().into_owned();
         let mentions = |pid: &i32| {
-            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(&root))
+            fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| String::from_utf8_lossy(&line).contains(&root))
         };
         let monitors: Vec<i32> = cleanup::pids().filter(mentions).collect();
         let is_child = |pid: &i32| parent(*pid).is_some_and(|parent| monitors.contains(&parent));
@@ -193,7 +194,9 @@ impl<'a> Podman<'a> {
 
     /// The network namespaces of its containers that podman knows of.
     fn namespaces(&self) -> Vec<PathBuf> {
-        let Ok(listed) = self.run(&["ps", "--all", "--quiet"]).and_then(Outcome::success) else { return Vec::new() };
+        let Ok(listed) = self.run(&["ps", "--all", "--quiet"]).and_then(Outcome::success) else {
+            return Vec::new();
+        };
         let path = |id: &str| {
             let words = ["inspect", "--format", "{{.NetworkSettings.SandboxKey}}", id];
             let path = PathBuf::from(self.run(&words).ok()?.success().ok()?.trim());

@@ -65,7 +65,7 @@ pub struct Config {
     ipam: Option<Value>,
     #[serde(default)]
     ip_masq: Option<bool>,
-    #[serde(default, rename = "cni.dev/valid-attachments")]
+    #[serde(default, rename = "cni.dev/valid-attachments", deserialize_with = "present")]
     valid: Option<Value>,
 }
 
@@ -109,6 +109,11 @@ pub enum Task {
     Status,
 }
 
+/// A key that is there, even if its value is null.
+fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
+}
+
 type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 /// Reads `CNI_COMMAND`.
@@ -146,7 +151,8 @@ pub fn config(input: &[u8]) -> Result<Config, CniError> {
             format_args!("more than {INPUT_LIMIT} bytes are not read: make it smaller"),
         ));
     }
-    serde_json::from_slice(input).map_err(|error| {
+    let object = serde_json::from_slice::<serde_json::Map<String, Value>>(input);
+    object.and_then(|object| Config::deserialize(Value::Object(object))).map_err(|error| {
         CniError::new(
             Code::Decode,
             "the network configuration on standard input is not understood",
@@ -368,10 +374,11 @@ fn valid(config: &Config) -> Result<Vec<(String, String)>, CniError> {
             "GC removes what is not listed there: the runtime has to give it, even if it is empty",
         ));
     };
-    let list: Vec<Attached> = Deserialize::deserialize(list).map_err(|error: serde_json::Error| {
-        CniError::new(Code::Decode, "cni.dev/valid-attachments is not understood", error)
-    })?;
-    Ok(list.into_iter().map(|it| (it.container, it.ifname)).collect())
+    let list: Option<Vec<Attached>> =
+        Deserialize::deserialize(list).map_err(|error: serde_json::Error| {
+            CniError::new(Code::Decode, "cni.dev/valid-attachments is not understood", error)
+        })?;
+    Ok(list.into_iter().flatten().map(|it| (it.container, it.ifname)).collect())
 }
 
 fn bad_config(message: impl std::fmt::Display, details: &str) -> CniError {
