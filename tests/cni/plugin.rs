@@ -132,7 +132,7 @@ fn the_life_of_attachments() -> Result<()> {
     ensure!(a.run("ip", &["rule"])?.lines().count() == 3, "rules are left");
 
     // An interface of the requested name that is there already is an error, and stays.
-    a.run("ip", &["link", "add", "eth0", "type", "dummy"])?;
+    a.run("ip", &["link", "add", "eth0", "type", "veth", "peer", "name", "mine"])?;
     call.refused("ADD", &none, 100)?;
     call.done("DEL", &none)?;
     ensure!(a.run("ip", &["link", "show", "eth0"])?.contains("eth0"));
