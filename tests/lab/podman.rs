@@ -72,8 +72,8 @@ impl<'a> Podman<'a> {
         )?;
         network("plain", r#"{"type": "overnode-cni", "capabilities": {"ips": true, "mac": true}}"#)?;
         let settings = format!(
-            "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nruntime = \"crun\"\nlock_type = \"file\"\n\
-             [containers]\ncgroups = \"disabled\"\nlog_driver = \"k8s-file\"\n\
+            "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nruntime = \"runc\"\nlock_type = \"file\"\n\
+             [containers]\ncgroups = \"enabled\"\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\nlog_driver = \"k8s-file\"\n\
              [network]\nnetwork_backend = \"cni\"\ncni_plugin_dirs = [\"{}\", \"{PLUGINS}\"]\nnetwork_config_dir = \"{}\"\n",
             self.folder.join("plugins").display(),
             self.folder.join("net.d").display()

@@ -47,7 +47,7 @@ const PROGRAMS: &[(&str, &str, Purpose)] = &[
     ("dockerd", "docker.io", Purpose::Test),
     ("docker-compose", "docker-compose", Purpose::Test),
     ("podman", "podman", Purpose::Test),
-    ("crun", "crun", Purpose::Test),
+    ("runc", "runc", Purpose::Test),
     ("/usr/lib/cni/portmap", "containernetworking-plugins", Purpose::Test),
     ("iptables", "iptables", Purpose::Test),
     ("busybox", "busybox-static", Purpose::Test),
