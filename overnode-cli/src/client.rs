@@ -74,9 +74,21 @@ impl Client {
     /// # Errors
     /// In words for people.
     pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Failure> {
+        self.try_post(path, body).await.map_err(|why| self.explain(why))
+    }
+
+    /// Asks for something to be done.
+    ///
+    /// # Errors
+    /// [`Unanswered`]
+    pub async fn try_post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Unanswered> {
         let body = serde_json::to_vec(body)
-            .map_err(|error| Failure::failed(format_args!("the request has no JSON form: {error}")))?;
-        self.ask(Method::POST, path, body.into()).await.map_err(|why| self.explain(why))
+            .map_err(|error| Unanswered::Broken(format!("the request has no JSON form: {error}")))?;
+        self.ask(Method::POST, path, body.into()).await
     }
 
     /// Asks for something.

@@ -5,6 +5,7 @@
 //! place, and so is the one line on standard error of a command that fails.
 
 mod client;
+mod cni;
 mod command;
 mod container;
 mod failure;
@@ -23,6 +24,9 @@ use crate::failure::Failure;
 use crate::options::Cli;
 
 fn main() -> ExitCode {
+    if cni::is_meant(std::env::args_os().next().as_deref()) {
+        return cni::main();
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return options::explain(&error),

@@ -175,6 +175,7 @@ fn attach_prints_the_address_and_nothing_else() {
                 interface: "overnode0".into(),
                 host_interface: "ov1a2b3c4d".into(),
                 mtu: 1420,
+                mac: None,
             }))
         }
         other => panic!("unexpected: {other:?}"),

@@ -20,7 +20,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableErro
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use record::{Attachment, EngineEndpoint, ExternalPeer, Identity, Kind};
+pub use record::{Attachment, CniEndpoint, EngineEndpoint, ExternalPeer, Identity, Kind};
 
 use crate::gossip;
 use crate::ipam;

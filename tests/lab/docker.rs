@@ -97,18 +97,7 @@ impl<'a> Engine<'a> {
     }
 
     fn import(&self) -> Result<()> {
-        let root = self.folder.join("image");
-        fs::create_dir_all(root.join("bin"))?;
-        let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
-        fs::copy(busybox.context("there is no busybox: install busybox-static")?, root.join("bin/busybox"))?;
-        for applet in ["cat", "ip", "nc", "nslookup", "ping", "sh", "sleep", "wget"] {
-            let link = root.join("bin").join(applet);
-            if !link.exists() {
-                std::os::unix::fs::symlink("busybox", link)?;
-            }
-        }
-        let archive = self.folder.join("image.tar");
-        run("tar", &["-C", &root.to_string_lossy(), "-cf", &archive.to_string_lossy(), "."])?;
+        let archive = busybox_archive(&self.folder)?;
         self.docker(&["import", &archive.to_string_lossy(), IMAGE])?.success()?;
         Ok(())
     }
@@ -393,4 +382,21 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
 
 fn names_in(folder: PathBuf) -> Vec<String> {
     subfolders(&folder).iter().filter_map(|path| path.file_name()?.to_str().map(str::to_owned)).collect()
+}
+
+/// What containers of tests run: an archive of a root folder with busybox.
+pub(crate) fn busybox_archive(folder: &Path) -> Result<PathBuf> {
+    let root = folder.join("image");
+    fs::create_dir_all(root.join("bin"))?;
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
+    fs::copy(busybox.context("there is no busybox: install busybox-static")?, root.join("bin/busybox"))?;
+    for applet in ["cat", "ip", "nc", "nslookup", "ping", "sh", "sleep", "wget"] {
+        let link = root.join("bin").join(applet);
+        if !link.exists() {
+            std::os::unix::fs::symlink("busybox", link)?;
+        }
+    }
+    let archive = folder.join("image.tar");
+    run("tar", &["-C", &root.to_string_lossy(), "-cf", &archive.to_string_lossy(), "."])?;
+    Ok(archive)
 }

@@ -34,6 +34,7 @@ pub mod iperf;
 pub mod netns;
 pub mod pcap;
 pub mod ping;
+pub mod podman;
 pub mod process;
 pub mod raw;
 mod underlay;

@@ -15,7 +15,7 @@ use crate::options::{Attach, Context, Detach, Expose};
 pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure> {
     demand_root("attach")?;
     let mut request =
-        api::Attach { target: wanted.target, netns: None, address: wanted.ip, name: wanted.name };
+        api::Attach { target: wanted.target, netns: None, address: wanted.ip, name: wanted.name, cni: None };
     if let Target::Container(name) = &request.target {
         let container = container::find(name)?;
         let Some(pid) = container.pid else {
@@ -46,7 +46,7 @@ pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure
         },
         target @ (Target::Name(_) | Target::Path(_) | Target::Process(_) | Target::Host) => target,
     };
-    Client::new(context).post::<Detached>("/v1/detach", &api::Detach { target }).await?;
+    Client::new(context).post::<Detached>("/v1/detach", &api::Detach { target, cni: None }).await?;
     Ok(String::new())
 }
 
@@ -56,7 +56,8 @@ pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure
 /// When it has another one already, the daemon does not run, or it refuses.
 pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure> {
     demand_root("expose")?;
-    let request = api::Attach { target: Target::Host, netns: None, address: wanted.ip, name: wanted.name };
+    let request =
+        api::Attach { target: Target::Host, netns: None, address: wanted.ip, name: wanted.name, cni: None };
     let attached: Attached = Client::new(context).post("/v1/attach", &request).await?;
     Ok(format!("{}\n", attached.address))
 }
@@ -67,6 +68,8 @@ pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure
 /// When the host has none, the daemon does not run, or it refuses.
 pub async fn hide(context: &Context) -> Result<String, Failure> {
     demand_root("hide")?;
-    Client::new(context).post::<Detached>("/v1/detach", &api::Detach { target: Target::Host }).await?;
+    Client::new(context)
+        .post::<Detached>("/v1/detach", &api::Detach { target: Target::Host, cni: None })
+        .await?;
     Ok(String::new())
 }

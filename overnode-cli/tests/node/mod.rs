@@ -212,6 +212,7 @@ pub fn sample() -> Status {
         endpoints: vec![EndpointStatus {
             kind: Kind::Netns,
             image: None,
+            cni: None,
             name: Some("web".into()),
             target: "netns:blue".parse().unwrap(),
             address: "10.40.0.1/12".parse().unwrap(),

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::health::Health;
 use super::target::{Host, Target};
-pub use crate::store::Kind;
+pub use crate::store::{CniEndpoint, Kind};
 use crate::types::{Network, NodeId, PublicKey};
 
 /// The node and everything it knows.
@@ -313,6 +313,9 @@ pub struct EndpointStatus {
     /// The image that the container runs, where an engine tells it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// What a container runtime calls it; `target` is its container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cni: Option<CniEndpoint>,
     /// Its address with the subnet's prefix.
     pub address: IpNet,
     /// Whether the address was asked for, instead of given out.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use super::target::{Host, Netns, Target};
+use crate::store::CniEndpoint;
 use crate::types::{NodeId, PublicKey, Secret};
 
 /// Starts the node, or adds targets to one that runs already.
@@ -127,6 +128,21 @@ pub struct Attach {
     /// A name for people, as [`check_name`] allows.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name")]
     pub name: Option<String>,
+    /// A container runtime asks for it, through CNI.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cni: Option<CniAttach>,
+}
+
+/// What a container runtime wants beside that. The target is its container; an address with a prefix as long as addresses are gets
+/// the subnet's; a name that is taken is left out.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CniAttach {
+    /// What it calls the attachment.
+    pub endpoint: CniEndpoint,
+    /// A hardware address. Default: one by chance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<[u8; 6]>,
 }
 
 /// An endpoint that was plugged in.
@@ -140,6 +156,9 @@ pub struct Attached {
     pub host_interface: String,
     /// The interface's MTU in bytes.
     pub mtu: u32,
+    /// The hardware address inside the network namespace, if it was made just now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
 }
 
 /// Plugs a network namespace out, whether or not it still exists.
@@ -148,6 +167,9 @@ pub struct Attached {
 pub struct Detach {
     /// As it was attached: `netns:…`, `pid:…` or the container's ID; or else the name it was given.
     pub target: Target,
+    /// What the container runtime that had it plugged in calls it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cni: Option<CniEndpoint>,
 }
 
 /// An endpoint that was plugged out.

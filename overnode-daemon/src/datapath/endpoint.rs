@@ -115,6 +115,19 @@ pub(super) fn is_host_interface(name: &str) -> bool {
     })
 }
 
+/// Deletes the host's end for an address, and with it the container's, of a node whose daemon does not run: it gives the address
+/// back when it runs again. False if there is none.
+///
+/// # Errors
+/// The kernel refuses.
+pub async fn cut(address: IpAddr) -> Result<bool> {
+    let netlink = Netlink::open()?;
+    match netlink.link_named(&host_interface(address)).await? {
+        Some(link) if link.is_veth => netlink.delete(link.index).await.map(|()| true),
+        Some(_) | None => Ok(false),
+    }
+}
+
 impl Datapath {
     /// Plugs a container or the host in. Whatever fails, nothing of it stays.
     ///

@@ -34,7 +34,7 @@ use tracing::{info, warn};
 
 pub use self::bpffs::node_name;
 pub use self::endpoint::{
-    Attached, Attachment, CONTAINER_INTERFACE, Place, host_interface, random_mac, waiting_interface,
+    Attached, Attachment, CONTAINER_INTERFACE, Place, cut, host_interface, random_mac, waiting_interface,
 };
 pub use self::netns::{NetnsId, NetnsRef, OwnNetns};
 pub use self::path::{Probe, Probes};

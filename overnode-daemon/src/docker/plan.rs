@@ -168,6 +168,7 @@ impl Docker {
             name,
             image: None,
             engine: None,
+            cni: None,
             host_interface: crate::datapath::host_interface(address),
             since,
         };

@@ -267,6 +267,9 @@ impl Daemon {
             Ok(None) => {}
             Err(error) => return Some((Err(error), answer)),
         }
+        if let Err(error) = node.displace(&attach).await {
+            return Some((Err(error), answer));
+        }
         if let Err(error) = node.check_attach(&attach) {
             return Some((Err(error), answer));
         }

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use super::docker::is_plugged;
 use super::running::Node;
 use crate::api::{self, ApiError, Netns, Target};
-use crate::datapath::{self, KnownEndpoint, NetnsRef};
+use crate::datapath::{self, KnownEndpoint, NetnsRef, Place};
 use crate::fault;
 use crate::store::{Attachment, Kind, StoreError};
 
@@ -34,10 +34,14 @@ impl Node {
         if let Some(exposed) = self.exposed(&request)? {
             return Ok(exposed);
         }
+        self.displace(&request).await?;
         self.check_attach(&request)?;
-        let Some(wanted) = request.address else {
+        let Some(mut wanted) = request.address else {
             return Err(ApiError::usage("no address was given, and none was looked for"));
         };
+        if request.cni.is_some() && wanted.prefix_len() == wanted.max_prefix_len() {
+            wanted = self.with_prefix(wanted.addr());
+        }
         let address = self.claim(wanted, &request.target.to_string())?;
         self.attach_at(request, address).await
     }
@@ -60,6 +64,7 @@ impl Node {
                 interface: datapath::CONTAINER_INTERFACE.to_owned(),
                 host_interface: it.host_interface,
                 mtu: self.datapath.container_mtu(),
+                mac: None,
             })),
             Some(it) => Err(ApiError::refused(format_args!(
                 "this host is exposed already, as {}{}: take that back first with `overnode hide`",
@@ -72,13 +77,21 @@ impl Node {
     /// Refuses what cannot be attached whatever address it gets.
     pub(super) fn check_attach(&self, request: &api::Attach) -> Result<(), ApiError> {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
-        if let Some(known) = attachments.iter().find(|known| known.target == request.target.to_string()) {
+        let known = attachments.iter().find(|known| known.target == request.target.to_string());
+        if let (Some(known), Some(_)) = (known, &request.cni) {
+            return Err(ApiError::refused(format_args!(
+                "{} is attached already, as {}: a container can be in the network once; delete that attachment first",
+                request.target, known.address
+            )));
+        }
+        if let Some(known) = known {
             return Err(ApiError::refused(format_args!(
                 "{} is attached already, as {}: detach it first with `overnode detach {}`",
                 request.target, known.address, request.target
             )));
         }
         if let Some(name) = &request.name
+            && request.cni.is_none()
             && attachments.iter().any(|known| known.name.as_ref() == Some(name))
         {
             return Err(ApiError::refused(format_args!(
@@ -89,6 +102,24 @@ impl Node {
             netns.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?;
         }
         Ok(())
+    }
+
+    /// A runtime whose host was switched off asks anew, without having deleted what was there before.
+    pub(super) async fn displace(&mut self, request: &api::Attach) -> Result<(), ApiError> {
+        if request.cni.is_none() {
+            return Ok(());
+        }
+        let target = request.target.to_string();
+        let attachments = self.store.attachments().map_err(ApiError::failed)?;
+        let Some(known) = attachments.into_iter().find(|it| it.kind == Kind::Cni && it.target == target)
+        else {
+            return Ok(());
+        };
+        let inode = NetnsRef::Path(known.netns.clone().into()).id().map(|identity| identity.inode).ok();
+        if inode == Some(known.netns_inode) && self.datapath.is_attached(&known.host_interface) {
+            return Ok(());
+        }
+        self.remove(&known).await
     }
 
     /// Plugs a container in at an address that was found for it.
@@ -117,27 +148,51 @@ impl Node {
         };
         let owner = request.target.to_string();
         let fixed = request.address.is_some();
+        let cni = request.cni.clone();
+        let attachments = self.store.attachments().map_err(ApiError::failed)?;
+        let is_taken = |name: &String| attachments.iter().any(|it| it.name.as_ref() == Some(name));
         let attachment = Attachment {
-            kind: if netns.is_some() { Kind::Netns } else { Kind::Host },
+            kind: match (&cni, &netns) {
+                (Some(_), _) => Kind::Cni,
+                (None, Some(_)) => Kind::Netns,
+                (None, None) => Kind::Host,
+            },
             address,
             is_static: fixed,
             target: owner,
             netns: netns.as_ref().map(|it| it.path().to_string_lossy().into_owned()).unwrap_or_default(),
             netns_inode: inode,
-            name: request.name,
+            name: request.name.filter(|name| !is_taken(name)),
             image: None,
             engine: None,
+            cni: cni.as_ref().map(|cni| cni.endpoint.clone()),
             host_interface: datapath::host_interface(address),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
         // On disk before anything uses it: a crash from here on leaves an address too many in use, never one twice.
         self.store.add_attachment(&attachment).map_err(ApiError::failed)?;
         fault::step("attachment");
-        let plan = match netns {
+        let mut plan = match netns.clone() {
             Some(netns) => datapath::Attachment::inside(netns, address),
             None => datapath::Attachment::host(address),
         };
-        let attached = match self.datapath.attach(&plan).await {
+        let mut inside = datapath::CONTAINER_INTERFACE.to_owned();
+        if let (Some(cni), Place::Inside { interface, .. }) = (&cni, &mut plan.place) {
+            interface.clone_from(&cni.endpoint.interface);
+            inside.clone_from(interface);
+            plan.mac = cni.mac;
+        }
+        let mut plugged = self.datapath.attach(&plan).await;
+        if let (Some(_), Some(netns), Ok(_)) = (&cni, &netns, &plugged)
+            && let Err(why) = self.datapath.guard(netns).await
+        {
+            // Another plugin may give the container a way out, which what is for containers must not take.
+            if let Err(left) = self.datapath.detach(&plan.host_interface).await {
+                tracing::warn!("{} stays until later: {left:#}", plan.host_interface);
+            }
+            plugged = Err(why.context("its rules against another way out cannot be set"));
+        }
+        let attached = match plugged {
             Ok(attached) => attached,
             Err(error) => {
                 if let Err(left) = self.give_back(address) {
@@ -153,15 +208,33 @@ impl Node {
         self.announce_claims(now).await;
         Ok(api::Attached {
             address: self.with_prefix(address),
-            interface: datapath::CONTAINER_INTERFACE.to_owned(),
+            interface: inside,
             host_interface: attached.host_interface,
             mtu: attached.mtu,
+            mac: Some(attached.mac.map(|byte| format!("{byte:02x}")).join(":")),
         })
     }
 
     pub(super) async fn detach(&mut self, request: api::Detach) -> Result<api::Detached, ApiError> {
         let wanted = request.target.to_string();
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
+        if let Some(endpoint) = &request.cni {
+            let is_it = |it: &&Attachment| {
+                let cni = it.cni.as_ref();
+                it.kind == Kind::Cni
+                    && it.target == wanted
+                    && cni.is_some_and(|cni| cni.network == endpoint.network && cni.ifname == endpoint.ifname)
+            };
+            let Some(known) = attachments.iter().find(is_it) else {
+                return Err(ApiError::missing(format_args!(
+                    "{wanted} is not attached to {}",
+                    endpoint.network
+                )));
+            };
+            self.remove(known).await?;
+            self.announce_claims(Instant::now()).await;
+            return Ok(api::Detached { address: self.with_prefix(known.address) });
+        }
         let known = attachments
             .iter()
             .find(|known| known.target == wanted)
@@ -179,16 +252,29 @@ impl Node {
                 "{wanted} was not plugged in by `overnode attach`: the engine that did so plugs it out when its container stops"
             )));
         }
+        self.remove(known).await?;
+        self.announce_claims(Instant::now()).await;
+        Ok(api::Detached { address: self.with_prefix(known.address) })
+    }
+
+    async fn remove(&mut self, known: &Attachment) -> Result<(), ApiError> {
+        let target = &known.target;
         self.datapath
             .detach(&known.host_interface)
             .await
-            .map_err(|error| ApiError::failed(format_args!("{wanted} was not detached: {error:#}")))?;
+            .map_err(|error| ApiError::failed(format_args!("{target} was not detached: {error:#}")))?;
         fault::step("unplugged");
+        let netns = NetnsRef::Path(known.netns.clone().into());
+        let is_there = || netns.id().is_ok_and(|identity| identity.inode == known.netns_inode);
+        if known.kind == Kind::Cni
+            && is_there()
+            && let Err(why) = self.datapath.unguard(&netns).await
+        {
+            tracing::debug!("{why:#}");
+        }
         self.give_back(known.address).map_err(|error| {
-            ApiError::failed(format_args!("{wanted} was unplugged, but keeps its address: {error}"))
-        })?;
-        self.announce_claims(Instant::now()).await;
-        Ok(api::Detached { address: self.with_prefix(known.address) })
+            ApiError::failed(format_args!("{target} was unplugged, but keeps its address: {error}"))
+        })
     }
 
     /// Removes what belongs to nobody, and gives back the addresses of containers that are gone.
@@ -209,7 +295,9 @@ impl Node {
             else {
                 continue;
             };
-            if lost.netns_exists && self.plug_in_again(attachment).await {
+            // A runtime's plugin deletes an interface by itself while no daemon runs.
+            let may_return = lost.netns_exists && attachment.kind != Kind::Cni;
+            if may_return && self.plug_in_again(attachment).await {
                 continue;
             }
             if matches!(attachment.kind, Kind::Docker | Kind::Host) {

@@ -223,6 +223,7 @@ impl Node {
             .map(|it| EndpointStatus {
                 kind: it.kind,
                 image: it.image.clone(),
+                cni: it.cni.clone(),
                 name: it.name.clone(),
                 target: target_of(it),
                 address: self.with_prefix(it.address),

@@ -73,6 +73,18 @@ pub struct EngineEndpoint {
     pub joined: bool,
 }
 
+/// What a container runtime calls an attachment that it asked for through CNI; the container's ID is the attachment's target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CniEndpoint {
+    /// The network's name.
+    pub network: String,
+    /// `CNI_IFNAME`, which with the container's ID tells attachments apart.
+    pub ifname: String,
+    /// The interface inside the container: `ifname`, unless another plugin made that one.
+    pub interface: String,
+}
+
 /// Something that has an address: a network namespace, a container of an engine, the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
@@ -98,6 +110,9 @@ pub struct Attachment {
     /// What a Docker engine made of it.
     #[serde(default)]
     pub engine: Option<EngineEndpoint>,
+    /// What a container runtime calls it.
+    #[serde(default)]
+    pub cni: Option<CniEndpoint>,
     /// The host's end of its veth pair.
     pub host_interface: String,
     /// When it was attached, in seconds since 1970.

@@ -38,6 +38,7 @@ fn attachment(last: u8) -> Attachment {
         name: None,
         image: None,
         engine: None,
+        cni: None,
         host_interface: format!("ov{last:08x}"),
         since: 1_700_000_000,
     }

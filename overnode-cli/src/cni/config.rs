@@ -1,0 +1,415 @@
+//! What a runtime asks for: environment variables, and the network configuration on standard input.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use overnode_daemon::api::{self, CniEndpoint, Target};
+use overnode_daemon::datapath::CONTAINER_INTERFACE;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::error::{CniError, Code};
+
+/// The versions of the specification that are spoken, oldest first.
+pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+
+/// The newest of them.
+pub const NEWEST: &str = VERSIONS[VERSIONS.len() - 1];
+
+/// The longest input, in bytes.
+pub const INPUT_LIMIT: usize = 1 << 20;
+
+/// `CNI_COMMAND`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Plug a container in.
+    Add,
+    /// Plug it out.
+    Del,
+    /// Is it as it was made?
+    Check,
+    /// Remove attachments that are not listed.
+    Gc,
+    /// Can containers be added?
+    Status,
+    /// Which versions are spoken?
+    Version,
+}
+
+/// The plugin's configuration, as the runtime hands it over. Keys that are not known are for others.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Config {
+    /// The version that was selected.
+    #[serde(default)]
+    pub cni_version: Option<String>,
+    /// The network's name.
+    #[serde(default)]
+    pub name: String,
+    /// The interface inside the container, where an earlier plugin of the chain makes `CNI_IFNAME`.
+    #[serde(default)]
+    pub interface: Option<String>,
+    /// `--run-dir` of the node.
+    #[serde(default)]
+    pub run_dir: Option<PathBuf>,
+    /// DNS settings that replace the node's.
+    #[serde(default)]
+    pub dns: Option<Value>,
+    /// The result so far.
+    #[serde(default)]
+    pub prev_result: Option<Value>,
+    #[serde(default)]
+    runtime_config: Option<Runtime>,
+    #[serde(default)]
+    ipam: Option<Value>,
+    #[serde(default)]
+    ip_masq: Option<bool>,
+    #[serde(default, rename = "cni.dev/valid-attachments", deserialize_with = "present")]
+    valid: Option<Value>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Runtime {
+    #[serde(default)]
+    ips: Option<Vec<String>>,
+    #[serde(default)]
+    mac: Option<String>,
+}
+
+/// Which container, and what it is to get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// `CNI_CONTAINERID`.
+    pub container: Target,
+    /// What the node keeps of it.
+    pub endpoint: CniEndpoint,
+    /// `CNI_NETNS`; absent only where the container may be gone.
+    pub netns: Option<String>,
+    /// A static address; one without a prefix is as long as addresses are.
+    pub address: Option<IpNet>,
+    /// A hardware address.
+    pub mac: Option<[u8; 6]>,
+    /// The container's name.
+    pub name: Option<String>,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// [`Command::Add`]
+    Add(Attachment),
+    /// [`Command::Del`]
+    Del(Attachment),
+    /// [`Command::Check`]
+    Check(Attachment),
+    /// [`Command::Gc`], with the container ID and `CNI_IFNAME` of each attachment that stays.
+    Gc(Vec<(String, String)>),
+    /// [`Command::Status`]
+    Status,
+}
+
+/// A key that is there, even if its value is null.
+fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
+}
+
+type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// Reads `CNI_COMMAND`.
+///
+/// # Errors
+/// It is none.
+pub fn command(env: Env<'_>) -> Result<Command, CniError> {
+    let given = env("CNI_COMMAND").unwrap_or_default();
+    Ok(match given.as_str() {
+        "ADD" => Command::Add,
+        "DEL" => Command::Del,
+        "CHECK" => Command::Check,
+        "GC" => Command::Gc,
+        "STATUS" => Command::Status,
+        "VERSION" => Command::Version,
+        _ => {
+            return Err(CniError::new(
+                Code::Environment,
+                format_args!("CNI_COMMAND is {:?}", shortened(&given)),
+                "it must be ADD, DEL, CHECK, GC, STATUS or VERSION: this program is run by container runtimes, see docs/cni.md",
+            ));
+        }
+    })
+}
+
+/// Reads the configuration; of which version it is, is not looked at.
+///
+/// # Errors
+/// It is no configuration.
+pub fn config(input: &[u8]) -> Result<Config, CniError> {
+    if input.len() > INPUT_LIMIT {
+        return Err(CniError::new(
+            Code::Decode,
+            "the network configuration is too large",
+            format_args!("more than {INPUT_LIMIT} bytes are not read: make it smaller"),
+        ));
+    }
+    let object = serde_json::from_slice::<serde_json::Map<String, Value>>(input);
+    object.and_then(|object| Config::deserialize(Value::Object(object))).map_err(|error| {
+        CniError::new(
+            Code::Decode,
+            "the network configuration on standard input is not understood",
+            format_args!("{error}: correct the file of the network, usually in /etc/cni/net.d"),
+        )
+    })
+}
+
+/// The version, as it is answered in.
+///
+/// # Errors
+/// It is not spoken, or does not have the command.
+pub fn version(config: &Config, command: Command) -> Result<&'static str, CniError> {
+    // A configuration without one is of version 0.1.0, says the specification.
+    let given = config.cni_version.as_deref().unwrap_or("0.1.0");
+    let Some(at) = VERSIONS.iter().position(|known| *known == given) else {
+        return Err(CniError::new(
+            Code::Incompatible,
+            format_args!("CNI version {:?} is not supported", shortened(given)),
+            format_args!("supported are {}: set cniVersion to one of these", VERSIONS.join(", ")),
+        ));
+    };
+    let since = match command {
+        Command::Gc | Command::Status => "1.1.0",
+        Command::Check => "0.4.0",
+        Command::Add | Command::Del | Command::Version => VERSIONS[0],
+    };
+    if VERSIONS.iter().position(|known| *known == since) > Some(at) {
+        return Err(CniError::new(
+            Code::Incompatible,
+            format_args!("CNI version {given} does not have this command"),
+            format_args!("it is there since {since}: set cniVersion to that or a later one"),
+        ));
+    }
+    Ok(VERSIONS[at])
+}
+
+/// What to do.
+///
+/// # Errors
+/// Variables or values make no sense; or a key asks for something that cannot be had.
+pub fn task(command: Command, config: &Config, env: Env<'_>) -> Result<Task, CniError> {
+    if !is_name(&config.name) {
+        return Err(bad_config(
+            format_args!("the network's name is {:?}", shortened(&config.name)),
+            "1 to 128 letters, digits, dots, hyphens and underscores, beginning with a letter or a digit: correct `name`",
+        ));
+    }
+    if let Some(interface) = &config.interface
+        && !is_interface(interface)
+    {
+        return Err(bad_config(
+            format_args!("`interface` is {:?}", shortened(interface)),
+            "no interface can have that name: give 1 to 15 characters without spaces and slashes",
+        ));
+    }
+    unsupported(config, command)?;
+    Ok(match command {
+        Command::Add => Task::Add(attachment(command, config, env)?),
+        Command::Del => Task::Del(attachment(command, config, env)?),
+        Command::Check => Task::Check(attachment(command, config, env)?),
+        Command::Gc => Task::Gc(valid(config)?),
+        Command::Status | Command::Version => Task::Status,
+    })
+}
+
+/// Whoever sets these expects something that does not happen. What was added must still be removed.
+fn unsupported(config: &Config, command: Command) -> Result<(), CniError> {
+    if matches!(command, Command::Del | Command::Gc) {
+        return Ok(());
+    }
+    let refuse = |key: &str, value: &dyn std::fmt::Display, why: &str| {
+        let value = shortened(&value.to_string());
+        Err(CniError::new(Code::Unsupported, format_args!("the key {key} with the value {value}"), why))
+    };
+    let empty = |value: &&Value| value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty);
+    if let Some(ipam) = config.ipam.as_ref().filter(|it| !empty(it)) {
+        return refuse("ipam", ipam, "nodes give addresses out themselves, so that no two clash: remove it");
+    }
+    if config.ip_masq == Some(true) {
+        return refuse(
+            "ipMasq",
+            &true,
+            "this network has no gateway: remove it, and chain the plugin after `bridge`, see docs/cni.md",
+        );
+    }
+    Ok(())
+}
+
+fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachment, CniError> {
+    let may_be_gone = command == Command::Del;
+    let get = |name: &str| env(name).unwrap_or_default();
+    let (id, ifname, netns) = (get("CNI_CONTAINERID"), get("CNI_IFNAME"), get("CNI_NETNS"));
+    let container = id.parse::<Target>().ok().filter(|it| matches!(it, Target::Container(_)));
+    let mut bad = Vec::new();
+    if container.is_none() {
+        bad.push(format!("CNI_CONTAINERID={:?}", shortened(&id)));
+    }
+    if !is_interface(&ifname) {
+        bad.push(format!("CNI_IFNAME={:?}", shortened(&ifname)));
+    }
+    if !may_be_gone && !netns.starts_with('/') || netns.len() > 4096 {
+        bad.push(format!("CNI_NETNS={:?}", shortened(&netns)));
+    }
+    let (Some(container), true) = (container, bad.is_empty()) else {
+        return Err(CniError::new(
+            Code::Environment,
+            format_args!("environment variables make no sense: {}", bad.join(", ")),
+            "a container ID has 1 to 128 letters, digits, dots, hyphens and underscores; an interface's name 1 to 15 \
+             characters; the network namespace is a path that begins with /",
+        ));
+    };
+    let is_chained = config.prev_result.is_some();
+    let interface = match &config.interface {
+        Some(interface) => interface.clone(),
+        None if is_chained && command == Command::Add => CONTAINER_INTERFACE.to_owned(),
+        None => ifname.clone(),
+    };
+    if is_chained && command == Command::Add && interface == ifname {
+        return Err(bad_config(
+            format_args!("`interface` is {interface:?}, which an earlier plugin of the chain makes"),
+            "give another name as `interface`, or none",
+        ));
+    }
+    let netns = Some(netns).filter(|path| !path.is_empty());
+    let endpoint = CniEndpoint { network: config.name.clone(), ifname, interface };
+    let mut wanted = Attachment { container, endpoint, netns, address: None, mac: None, name: None };
+    if command == Command::Add {
+        extras(&mut wanted, config, &get("CNI_ARGS"))?;
+    }
+    Ok(wanted)
+}
+
+/// `CNI_ARGS`, and what the runtime was asked to hand over.
+fn extras(wanted: &mut Attachment, config: &Config, args: &str) -> Result<(), CniError> {
+    let bad_args = |what: &dyn std::fmt::Display, why: &str| {
+        Err(CniError::new(Code::Environment, format_args!("CNI_ARGS: {what}"), why))
+    };
+    let mut ignore_unknown = false;
+    let (mut unknown, mut address, mut mac) = (None, None, None);
+    let (mut pod, mut namespace) = (None, None);
+    for pair in args.split(';').filter(|pair| !pair.is_empty()) {
+        let Some((key, value)) = pair.split_once('=') else {
+            return bad_args(&format_args!("{:?} has no =", shortened(pair)), "give KEY=VALUE;KEY=VALUE");
+        };
+        match key {
+            "IgnoreUnknown" => ignore_unknown = matches!(value, "1" | "true" | "TRUE" | "True" | "t" | "T"),
+            "IP" => address = Some(value),
+            "MAC" => mac = Some(value),
+            "K8S_POD_NAME" => pod = Some(value),
+            "K8S_POD_NAMESPACE" => namespace = Some(value),
+            _ => unknown = unknown.or(Some(key)),
+        }
+    }
+    if let (Some(key), false) = (unknown, ignore_unknown) {
+        return bad_args(
+            &format_args!("the key {:?} is not known", shortened(key)),
+            "known are IP, MAC, K8S_POD_NAME, K8S_POD_NAMESPACE: set IgnoreUnknown=1 to have others ignored",
+        );
+    }
+    // What is for everybody in the chain is the first one's.
+    if config.prev_result.is_some() {
+        (address, mac) = (None, None);
+    }
+    if let Some(text) = address {
+        match parse_address(text) {
+            Some(address) => wanted.address = Some(address),
+            None => return bad_args(&format_args!("IP={:?}", shortened(text)), "give one IPv4 address"),
+        }
+    }
+    if let Some(text) = mac {
+        match parse_mac(text) {
+            Some(mac) => wanted.mac = Some(mac),
+            None => return bad_args(&format_args!("MAC={:?}", shortened(text)), "give a unicast address"),
+        }
+    }
+    if let Some(ips) = config.runtime_config.as_ref().and_then(|it| it.ips.as_deref())
+        && !ips.is_empty()
+    {
+        match ips {
+            [one] if parse_address(one).is_some() => wanted.address = parse_address(one),
+            _ => {
+                return Err(bad_config(
+                    format_args!("runtimeConfig.ips is {:?}", shortened(&ips.join(" "))),
+                    "a container has one IPv4 address in this network: give one",
+                ));
+            }
+        }
+    }
+    if let Some(text) = config.runtime_config.as_ref().and_then(|it| it.mac.as_deref()) {
+        let Some(mac) = parse_mac(text) else {
+            return Err(bad_config(
+                format_args!("runtimeConfig.mac is {:?}", shortened(text)),
+                "give a unicast address such as 02:00:00:00:00:01",
+            ));
+        };
+        wanted.mac = Some(mac);
+    }
+    let full = match (pod, namespace) {
+        (Some(pod), Some(namespace)) if !namespace.is_empty() => Some(format!("{pod}.{namespace}")),
+        (pod, _) => pod.map(str::to_owned),
+    };
+    // A name that nobody can be found by is no reason to do without the container.
+    wanted.name = full.filter(|name| api::check_name(name).is_ok());
+    Ok(())
+}
+
+fn valid(config: &Config) -> Result<Vec<(String, String)>, CniError> {
+    #[derive(Deserialize)]
+    struct Attached {
+        #[serde(rename = "containerID")]
+        container: String,
+        ifname: String,
+    }
+    // Removing everything because of a misspelt key would be a poor joke.
+    let Some(list) = &config.valid else {
+        return Err(bad_config(
+            "the key cni.dev/valid-attachments is missing",
+            "GC removes what is not listed there: the runtime has to give it, even if it is empty",
+        ));
+    };
+    let list: Option<Vec<Attached>> =
+        Deserialize::deserialize(list).map_err(|error: serde_json::Error| {
+            CniError::new(Code::Decode, "cni.dev/valid-attachments is not understood", error)
+        })?;
+    Ok(list.into_iter().flatten().map(|it| (it.container, it.ifname)).collect())
+}
+
+fn bad_config(message: impl std::fmt::Display, details: &str) -> CniError {
+    CniError::new(Code::Config, message, details)
+}
+
+fn parse_address(text: &str) -> Option<IpNet> {
+    let address: IpNet = text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).ok()?;
+    address.addr().is_ipv4().then_some(address)
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let bytes: Vec<u8> = text
+        .split(':')
+        .map(|byte| (byte.len() == 2).then(|| u8::from_str_radix(byte, 16).ok()).flatten())
+        .collect::<Option<_>>()?;
+    let mac: [u8; 6] = bytes.try_into().ok()?;
+    (mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
+}
+
+fn is_name(name: &str) -> bool {
+    api::check_name(name).is_ok()
+}
+
+/// As the kernel sees it.
+fn is_interface(name: &str) -> bool {
+    let is_bad =
+        |byte: u8| byte == b'/' || byte == b':' || byte.is_ascii_whitespace() || byte.is_ascii_control();
+    (1..=15).contains(&name.len()) && name != "." && name != ".." && !name.bytes().any(is_bad)
+}
+
+fn shortened(text: &str) -> String {
+    text.chars().take(80).collect()
+}

@@ -1,0 +1,296 @@
+//! `overnode-cni`: the command under another name, which container runtimes run as a CNI plugin (specification 1.1).
+//!
+//! [`config`] reads what is asked for and decides nothing else; here it is carried out with the daemon; [`result`] has the answers' forms.
+
+mod config;
+mod error;
+mod inside;
+mod result;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::io::{self, Read as _, Write as _};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use overnode_daemon::api::{
+    self, Attached, Detached, EndpointState, EndpointStatus, ErrorKind, Primed, Status,
+};
+use overnode_daemon::options::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
+use serde_json::{Value, json};
+
+use crate::client::{Client, Unanswered};
+use crate::options::Context;
+use config::{Attachment, Command, Config, INPUT_LIMIT, NEWEST, Task, VERSIONS};
+use error::{CniError, Code};
+
+/// Whether the program was called by the plugin's name.
+pub fn is_meant(program: Option<&OsStr>) -> bool {
+    program.and_then(|path| Path::new(path).file_name()).is_some_and(|name| name == "overnode-cni")
+}
+
+/// Reads the environment and standard input, does what they say, and writes the result to standard output.
+pub fn main() -> ExitCode {
+    let env = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+    let mut input = Vec::new();
+    let read = match config::command(&env) {
+        Ok(_) => io::stdin().lock().take(INPUT_LIMIT as u64 + 1).read_to_end(&mut input),
+        Err(_) => Ok(0),
+    };
+    let (output, code) = match read {
+        Ok(_) => run(&input, &env),
+        Err(why) => {
+            let error = CniError::new(
+                Code::Io,
+                "standard input cannot be read",
+                format_args!("{why}: the runtime has to send the network configuration there"),
+            );
+            (Some(error.document(NEWEST)), ExitCode::FAILURE)
+        }
+    };
+    let written = output.map_or(Ok(()), |output| writeln!(io::stdout().lock(), "{output}"));
+    if written.is_err() { ExitCode::FAILURE } else { code }
+}
+
+fn run(input: &[u8], env: &dyn Fn(&str) -> Option<String>) -> (Option<Value>, ExitCode) {
+    // Errors are told in the version asked for, where that is known.
+    let mut version = NEWEST.to_owned();
+    match answer(input, env, &mut version) {
+        Ok(output) => (output, ExitCode::SUCCESS),
+        Err(error) => (Some(error.document(&version)), ExitCode::FAILURE),
+    }
+}
+
+fn answer(
+    input: &[u8],
+    env: &dyn Fn(&str) -> Option<String>,
+    spoken: &mut String,
+) -> Result<Option<Value>, CniError> {
+    let command = config::command(env)?;
+    if command == Command::Version {
+        return versions(input).map(Some);
+    }
+    let config = config::config(input)?;
+    let version = config::version(&config, command)?;
+    version.clone_into(spoken);
+    let task = config::task(command, &config, env)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|why| {
+        CniError::new(Code::Io, "the asynchronous runtime did not start", format_args!("{why}: try again"))
+    })?;
+    let directory =
+        |name: &str, default: &str| env(name).map_or_else(|| PathBuf::from(default), PathBuf::from);
+    let context = Context {
+        state_dir: directory("OVERNODE_STATE_DIR", DEFAULT_STATE_DIR),
+        run_dir: config.run_dir.clone().unwrap_or_else(|| directory("OVERNODE_RUN_DIR", DEFAULT_RUN_DIR)),
+        debug: false,
+        color: false,
+        width: None,
+    };
+    let node = Node { client: Client::new(&context) };
+    runtime.block_on(async {
+        match task {
+            Task::Add(wanted) => node.add(version, &config, &wanted).await.map(Some),
+            Task::Del(wanted) => node.del(&wanted).await.map(|()| None),
+            Task::Check(wanted) => node.check(&config, &wanted).await.map(|()| None),
+            Task::Gc(valid) => node.gc(&config.name, &valid).await.map(|()| None),
+            Task::Status => node.status().await.map(|()| None),
+        }
+    })
+}
+
+/// Older runtimes send nothing.
+fn versions(input: &[u8]) -> Result<Value, CniError> {
+    let asked = match input {
+        [] => None,
+        _ => config::config(input)?.cni_version,
+    };
+    Ok(json!({"cniVersion": asked.as_deref().unwrap_or(NEWEST), "supportedVersions": VERSIONS}))
+}
+
+struct Node {
+    client: Client,
+}
+
+impl Node {
+    async fn add(&self, version: &str, config: &Config, wanted: &Attachment) -> Result<Value, CniError> {
+        // What it would be added to is looked at before anything is made.
+        result::previous(config)?;
+        let netns = wanted.netns.as_ref().map(|path| api::Netns::Path(path.into()));
+        let request = api::Attach {
+            target: wanted.container.clone(),
+            netns,
+            address: wanted.address,
+            name: wanted.name.clone(),
+            cni: Some(api::CniAttach { endpoint: wanted.endpoint.clone(), mac: wanted.mac }),
+        };
+        let attached: Attached = match self.client.try_post("/v1/attach", &request).await {
+            Ok(attached) => attached,
+            Err(why) => return Err(self.not_added(why).await),
+        };
+        let dns = match &config.dns {
+            Some(_) => None,
+            None => self.client.try_get::<Status>("/v1/status").await.ok().map(|status| status.dns),
+        };
+        let result = result::added(version, config, wanted, &attached, dns.as_ref());
+        if result.is_err() {
+            self.del(wanted).await?;
+        }
+        result
+    }
+
+    async fn not_added(&self, why: Unanswered) -> CniError {
+        let message = "the container was not attached";
+        let code = match &why {
+            Unanswered::NotRunning => Code::TryAgain,
+            Unanswered::Refused(refusal) => match refusal.kind {
+                ErrorKind::Usage => Code::Config,
+                ErrorKind::Missing => Code::UnknownContainer,
+                ErrorKind::Refused => match self.client.try_get::<Primed>("/v1/prime").await {
+                    Ok(Primed { ready: false, .. }) => Code::TryAgain,
+                    Ok(_) | Err(_) => Code::Node,
+                },
+                ErrorKind::Failed => Code::Node,
+            },
+            Unanswered::Denied | Unanswered::Broken(_) => Code::Io,
+        };
+        CniError::new(code, message, self.client.explain(why))
+    }
+
+    async fn del(&self, wanted: &Attachment) -> Result<(), CniError> {
+        let request = api::Detach { target: wanted.container.clone(), cni: Some(wanted.endpoint.clone()) };
+        match self.client.try_post::<Detached>("/v1/detach", &request).await {
+            Ok(_) => Ok(()),
+            Err(Unanswered::Refused(refusal)) if refusal.kind == ErrorKind::Missing => Ok(()),
+            Err(Unanswered::NotRunning) => cut(wanted).await,
+            Err(why) => {
+                let details = self.client.explain(why);
+                Err(CniError::new(Code::TryAgain, "the container was not detached", details))
+            }
+        }
+    }
+
+    async fn check(&self, config: &Config, wanted: &Attachment) -> Result<(), CniError> {
+        let Some(expected) = result::previous(config)? else {
+            return Err(CniError::new(
+                Code::Config,
+                "prevResult is missing",
+                "CHECK compares with what ADD answered: the runtime has to give it",
+            ));
+        };
+        let wrong = |what: String| {
+            let details = "delete the attachment and add it again, or restart the container";
+            Err(CniError::new(Code::Node, what, details))
+        };
+        let known = self.endpoints().await.map_err(|why| {
+            CniError::new(Code::TryAgain, "the node cannot be asked", self.client.explain(why))
+        })?;
+        let is_it =
+            |it: &&EndpointStatus| it.target == wanted.container && is_attachment(it, &wanted.endpoint);
+        let Some(found) = known.iter().find(is_it) else {
+            return Err(CniError::new(
+                Code::UnknownContainer,
+                format_args!("{} is not attached to {}", wanted.container, wanted.endpoint.network),
+                "add it again, or restart the container",
+            ));
+        };
+        let interface =
+            found.cni.as_ref().map_or(wanted.endpoint.interface.as_str(), |it| it.interface.as_str());
+        if found.state != EndpointState::Attached {
+            return wrong(format!("the interface of {} is gone", found.address));
+        }
+        if !result::has(expected, interface, &found.address.to_string()) {
+            return wrong(format!("prevResult does not have {} on {interface}", found.address));
+        }
+        let netns = wanted.netns.as_deref().unwrap_or_default();
+        match inside::interfaces(netns) {
+            Ok(Some(interfaces))
+                if interfaces.contains(&(interface.to_owned(), Some(found.address.addr()))) =>
+            {
+                Ok(())
+            }
+            Ok(Some(_)) => wrong(format!("{interface} in {netns} does not have {}", found.address)),
+            Ok(None) => wrong(format!("{netns} is no network namespace")),
+            Err(why) => wrong(format!("{netns}: {why}")),
+        }
+    }
+
+    async fn gc(&self, network: &str, valid: &[(String, String)]) -> Result<(), CniError> {
+        let known = match self.endpoints().await {
+            Ok(known) => known,
+            Err(why) => {
+                let details = self.client.explain(why);
+                return Err(CniError::new(Code::TryAgain, "the node cannot be asked", details));
+            }
+        };
+        let valid: BTreeSet<(&str, &str)> =
+            valid.iter().map(|(id, name)| (id.as_str(), name.as_str())).collect();
+        let mut errors = Vec::new();
+        for found in known {
+            let Some(endpoint) = found.cni else { continue };
+            let container = found.target.to_string();
+            if endpoint.network != network || valid.contains(&(container.as_str(), endpoint.ifname.as_str()))
+            {
+                continue;
+            }
+            let request = api::Detach { target: found.target, cni: Some(endpoint) };
+            match self.client.try_post::<Detached>("/v1/detach", &request).await {
+                Ok(_) => {}
+                Err(Unanswered::Refused(refusal)) if refusal.kind == ErrorKind::Missing => {}
+                Err(why) => errors.push(format!("{container}: {}", self.client.explain(why))),
+            }
+        }
+        if errors.is_empty() {
+            return Ok(());
+        }
+        Err(CniError::new(Code::Node, "not everything that is stale was removed", errors.join("; ")))
+    }
+
+    async fn status(&self) -> Result<(), CniError> {
+        let message = "containers cannot be added";
+        match self.client.try_get::<Primed>("/v1/prime").await {
+            Ok(Primed { ready: true, .. }) => Ok(()),
+            Ok(Primed { waiting_for, .. }) => {
+                let why = waiting_for.unwrap_or_else(|| "this node has no addresses to give out".into());
+                Err(CniError::new(
+                    Code::NotAvailable,
+                    message,
+                    format_args!("{why}: `overnode prime` waits until that has changed"),
+                ))
+            }
+            Err(why) => Err(CniError::new(Code::NotAvailable, message, self.client.explain(why))),
+        }
+    }
+
+    async fn endpoints(&self) -> Result<Vec<EndpointStatus>, Unanswered> {
+        self.client.try_get::<Status>("/v1/status").await.map(|status| status.endpoints)
+    }
+}
+
+fn is_attachment(found: &EndpointStatus, wanted: &api::CniEndpoint) -> bool {
+    found.cni.as_ref().is_some_and(|it| it.network == wanted.network && it.ifname == wanted.ifname)
+}
+
+/// While no daemon runs, the interface is deleted; the address is given back by the daemon when it runs again and misses that.
+async fn cut(wanted: &Attachment) -> Result<(), CniError> {
+    let Some(netns) = &wanted.netns else { return Ok(()) };
+    let failed = |why: String| {
+        CniError::new(
+            Code::TryAgain,
+            "the container was not detached",
+            format_args!(
+                "the daemon does not run, and {why}: start it with `overnode resume`, then try again"
+            ),
+        )
+    };
+    let Some(found) = inside::interfaces(netns).map_err(&failed)? else { return Ok(()) };
+    let ours = [wanted.endpoint.interface.as_str(), overnode_daemon::datapath::CONTAINER_INTERFACE];
+    let addresses: BTreeSet<IpAddr> =
+        found.into_iter().filter(|(name, _)| ours.contains(&name.as_str())).filter_map(|it| it.1).collect();
+    for address in addresses {
+        overnode_daemon::datapath::cut(address).await.map_err(|why| failed(format!("{why:#}")))?;
+    }
+    Ok(())
+}

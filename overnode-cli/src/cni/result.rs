@@ -1,0 +1,89 @@
+//! Results, in the form that each version has.
+
+use serde_json::{Map, Value, json};
+
+use overnode_daemon::api::{Attached, DnsStatus};
+
+use super::config::{Attachment, Config};
+use super::error::{CniError, Code};
+
+/// What `ADD` answers: the result so far, if there is one, with this attachment added.
+///
+/// # Errors
+/// The result so far is none.
+pub fn added(
+    version: &str,
+    config: &Config,
+    wanted: &Attachment,
+    attached: &Attached,
+    dns: Option<&DnsStatus>,
+) -> Result<Value, CniError> {
+    let mut result = previous(config)?.cloned().unwrap_or_default();
+    result.insert("cniVersion".into(), version.into());
+    let mut near = json!({"name": attached.host_interface});
+    let mut far = json!({"name": attached.interface, "sandbox": wanted.netns});
+    if let Some(mac) = &attached.mac {
+        far["mac"] = mac.as_str().into();
+    }
+    if version == "1.1.0" {
+        near["mtu"] = attached.mtu.into();
+        far["mtu"] = attached.mtu.into();
+    }
+    let interfaces = list(&mut result, "interfaces")?;
+    interfaces.extend([near, far]);
+    let mut ip = json!({"address": attached.address, "interface": interfaces.len() - 1});
+    if version.starts_with("0.") {
+        ip["version"] = if attached.address.addr().is_ipv4() { "4" } else { "6" }.into();
+    }
+    list(&mut result, "ips")?.push(ip);
+    let dns = match (&config.dns, dns) {
+        (Some(given), _) => Some(given.clone()),
+        (None, Some(DnsStatus { serving: true, address: Some(address), domain, .. })) => {
+            let domain = domain.as_deref().map(|it| it.trim_end_matches('.'));
+            Some(json!({"nameservers": [address], "search": domain.into_iter().collect::<Vec<_>>()}))
+        }
+        (None, _) => None,
+    };
+    if let Some(dns) = dns {
+        result.insert("dns".into(), dns);
+    }
+    Ok(Value::Object(result))
+}
+
+/// The result so far.
+///
+/// # Errors
+/// It is no object.
+pub fn previous(config: &Config) -> Result<Option<&Map<String, Value>>, CniError> {
+    match &config.prev_result {
+        None => Ok(None),
+        Some(Value::Object(result)) => Ok(Some(result)),
+        Some(_) => Err(unclear("prevResult is no object")),
+    }
+}
+
+/// Whether a result has an address on an interface of that name inside the container.
+pub fn has(result: &Map<String, Value>, interface: &str, address: &str) -> bool {
+    let array = |key: &str| result.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    array("ips").iter().any(|ip| {
+        let index = ip["interface"].as_u64().and_then(|index| usize::try_from(index).ok());
+        let found = index.and_then(|index| array("interfaces").get(index));
+        ip["address"] == address && found.is_some_and(|found| found["name"] == interface)
+    })
+}
+
+fn list<'a>(result: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Value>, CniError> {
+    let entry = result.entry(key).or_insert(Value::Null);
+    if entry.is_null() {
+        *entry = json!([]);
+    }
+    entry.as_array_mut().ok_or_else(|| unclear(&format!("prevResult.{key} is no list")))
+}
+
+fn unclear(what: &str) -> CniError {
+    CniError::new(
+        Code::Decode,
+        what,
+        "the plugin before this one in the chain, or the runtime, gave it: see its log",
+    )
+}

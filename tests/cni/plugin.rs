@@ -1,0 +1,221 @@
+//! The plugin, called as runtimes call it.
+
+use std::io::Write as _;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::{Container, Host, Lab, eventually};
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Call<'a> {
+    host: &'a Host,
+    container: &'a str,
+    netns: String,
+    ifname: &'a str,
+    args: &'a str,
+}
+
+impl<'a> Call<'a> {
+    fn new(host: &'a Host, container: &'a Container) -> Self {
+        let netns = container.netns().path().to_string_lossy().into_owned();
+        Self { host, container: &container.name, netns, ifname: "eth0", args: "" }
+    }
+
+    /// Whether it succeeded, and what it wrote.
+    fn run(&self, command: &str, more: &Value) -> Result<(bool, Value)> {
+        let mut conf = json!({"cniVersion": "1.1.0", "name": "net", "type": "overnode-cni"});
+        conf.as_object_mut().context("no object")?.extend(more.as_object().context("no object")?.clone());
+        // dash has no `exec -a`.
+        let mut plugin = self.host.command("bash")?;
+        plugin
+            .args(["-c", "exec -a overnode-cni overnode"])
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", self.container)
+            .env("CNI_NETNS", &self.netns)
+            .env("CNI_IFNAME", self.ifname)
+            .env("CNI_ARGS", self.args)
+            .env("CNI_PATH", "/usr/lib/cni")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let mut child = plugin.spawn()?;
+        child.stdin.take().context("no pipe")?.write_all(conf.to_string().as_bytes())?;
+        let output = child.wait_with_output()?;
+        let value =
+            if output.stdout.is_empty() { Value::Null } else { serde_json::from_slice(&output.stdout)? };
+        Ok((output.status.success(), value))
+    }
+
+    fn done(&self, command: &str, more: &Value) -> Result<Value> {
+        let (success, value) = self.run(command, more)?;
+        ensure!(success, "{command}: {value}");
+        Ok(value)
+    }
+
+    fn refused(&self, command: &str, more: &Value, code: u64) -> Result<()> {
+        let (success, value) = self.run(command, more)?;
+        ensure!(!success && value["code"] == code, "{command}: {value} instead of {code}");
+        Ok(())
+    }
+}
+
+fn launched(name: &str, hosts: usize) -> Result<Lab> {
+    let lab = Lab::new(name).hosts(hosts).build()?;
+    for (id, host) in (1..).zip(lab.hosts()) {
+        let id = i32::to_string(&id);
+        let words =
+            [vec!["launch", "--id", &id, "--token", "cni test", "--no-docker"], lab.targets()].concat();
+        host.overnode(&words)?.success()?;
+    }
+    Ok(lab)
+}
+
+fn endpoints(host: &Host) -> Result<Vec<Value>> {
+    Ok(host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone())
+}
+
+#[test]
+fn the_life_of_attachments() -> Result<()> {
+    let lab = launched("cni-life", 2)?;
+    let (host, other) = (lab.host(1), lab.host(2));
+    let (a, b) = (host.container("a")?, other.container("b")?);
+    let none = json!({});
+    let call = Call { args: "IgnoreUnknown=1;K8S_POD_NAME=alpha", ..Call::new(host, &a) };
+    let there = Call { ifname: "net1", ..Call::new(other, &b) };
+    call.done("STATUS", &none)?;
+
+    // The interface has the name that was asked for, and the result is what is there.
+    let result = call.done("ADD", &none)?;
+    ensure!(
+        result["interfaces"][1]["name"] == "eth0" && result["interfaces"][1]["sandbox"] == call.netns,
+        "{result}"
+    );
+    let address = result["ips"][0]["address"].as_str().context("no address")?.to_owned();
+    let link = a.run("ip", &["address", "show", "eth0"])?;
+    ensure!(link.contains(&address), "{link} instead of {address}");
+    let mac = result["interfaces"][1]["mac"].as_str().context("no mac")?;
+    ensure!(link.contains(mac), "{link} instead of {mac}");
+    ensure!(result["dns"]["nameservers"][0].is_string(), "{result}");
+    let listed = endpoints(host)?;
+    ensure!(
+        listed[0]["name"] == "alpha" && listed[0]["kind"] == "cni" && listed[0]["target"] == "a",
+        "{listed:?}"
+    );
+    ensure!(
+        listed[0]["cni"] == json!({"network": "net", "ifname": "eth0", "interface": "eth0"}),
+        "{listed:?}"
+    );
+
+    // Others reach it.
+    let far =
+        there.done("ADD", &json!({"runtimeConfig": {"ips": ["10.33.1.2"], "mac": "02:00:00:00:00:09"}}))?;
+    ensure!(far["ips"][0]["address"] == "10.33.1.2/12", "{far}");
+    ensure!(b.run("ip", &["link", "show", "net1"])?.contains("02:00:00:00:00:09"));
+    a.reach("10.33.1.2".parse()?, PATIENCE)?;
+
+    // As it was made; and not.
+    let previous = json!({"prevResult": result});
+    call.done("CHECK", &previous)?;
+    call.refused("CHECK", &json!({"prevResult": far}), 100)?;
+    Call { container: "unknown", ..Call::new(host, &a) }.refused("CHECK", &previous, 3)?;
+    call.refused("ADD", &none, 100)?;
+    a.run("ip", &["address", "flush", "dev", "eth0"])?;
+    call.refused("CHECK", &previous, 100)?;
+
+    // Best effort, and more than once.
+    call.done("DEL", &previous)?;
+    call.done("DEL", &none)?;
+    ensure!(endpoints(host)?.is_empty(), "{:?}", endpoints(host)?);
+    ensure!(!a.run("ip", &["link"])?.contains("eth0"));
+    ensure!(a.run("ip", &["rule"])?.lines().count() == 3, "rules are left");
+
+    // An interface of the requested name that is there already is an error, and stays.
+    a.run("ip", &["link", "add", "eth0", "type", "veth", "peer", "name", "mine"])?;
+    call.refused("ADD", &none, 100)?;
+    call.done("DEL", &none)?;
+    ensure!(a.run("ip", &["link", "show", "eth0"])?.contains("eth0"));
+    ensure!(endpoints(host)?.is_empty());
+
+    // Chained after another plugin that has made it.
+    let chained = json!({"prevResult": {"interfaces": [{"name": "eth0", "sandbox": call.netns}], "ips": []}});
+    let result = call.done("ADD", &chained)?;
+    ensure!(
+        result["interfaces"][2]["name"] == "overnode0" && result["interfaces"][0]["name"] == "eth0",
+        "{result}"
+    );
+    call.done("CHECK", &json!({"prevResult": result}))?;
+    a.reach("10.33.1.2".parse()?, PATIENCE)?;
+    call.done("DEL", &json!({"prevResult": result}))?;
+    Call { netns: "/run/netns/nonexistent".into(), ..Call::new(host, &a) }.refused("ADD", &none, 3)?;
+    Ok(())
+}
+
+#[test]
+fn garbage_is_collected_of_one_network_only() -> Result<()> {
+    let lab = launched("cni-gc", 1)?;
+    let host = lab.host(1);
+    let containers = ["keep", "stale", "other", "hand"]
+        .map(|name| host.container(name))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+    let [keep, stale, other, hand] = &containers[..] else { unreachable!() };
+    let elsewhere = json!({"name": "elsewhere"});
+    // At the same time.
+    std::thread::scope(|scope| -> Result<()> {
+        let keep = scope.spawn(|| Call::new(host, keep).done("ADD", &json!({})));
+        let stale = scope.spawn(|| Call::new(host, stale).done("ADD", &json!({})));
+        let other = scope.spawn(|| Call::new(host, other).done("ADD", &elsewhere));
+        for added in [keep, stale, other] {
+            added.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+        }
+        Ok(())
+    })?;
+    host.attach(hand, &[])?;
+    let addresses: std::collections::BTreeSet<String> =
+        endpoints(host)?.iter().map(|it| it["address"].to_string()).collect();
+    ensure!(addresses.len() == 4, "{addresses:?}");
+    let call = Call::new(host, keep);
+    call.refused("GC", &json!({}), 7)?;
+    let valid = json!({"cni.dev/valid-attachments": [{"containerID": "keep", "ifname": "eth0"}]});
+    ensure!(call.done("GC", &valid)? == Value::Null, "no output on success");
+    let names: Vec<String> = endpoints(host)?.iter().map(|it| it["target"].to_string()).collect();
+    ensure!(names.len() == 3 && !names.contains(&"\"stale\"".to_owned()), "{names:?}");
+    call.done("GC", &json!({"cni.dev/valid-attachments": null}))?;
+    ensure!(endpoints(host)?.len() == 2);
+    call.done("GC", &json!({"name": "elsewhere", "cni.dev/valid-attachments": []}))?;
+    ensure!(endpoints(host)?.len() == 1, "what was attached by hand is no runtime's");
+    Ok(())
+}
+
+#[test]
+fn a_container_deleted_while_no_daemon_runs_is_not_plugged_in_again() -> Result<()> {
+    let lab = launched("cni-down", 1)?;
+    let host = lab.host(1);
+    let (a, b) = (host.container("a")?, host.container("b")?);
+    let none = json!({});
+    let call = Call::new(host, &a);
+    let gone = Call { container: "b", netns: Call::new(host, &b).netns, ..Call::new(host, &a) };
+    call.done("ADD", &none)?;
+    gone.done("ADD", &none)?;
+    host.kill_daemon()?;
+    call.refused("STATUS", &none, 50)?;
+    let c = host.container("c")?;
+    Call::new(host, &c).refused("ADD", &none, 11)?;
+    call.done("DEL", &none)?;
+    call.done("DEL", &none)?;
+    ensure!(!a.run("ip", &["link"])?.contains("eth0"), "the interface is still there");
+    drop(b);
+    gone.done("DEL", &none)?;
+    host.overnode(&["resume"])?.success()?;
+    eventually(PATIENCE, || {
+        let left = endpoints(host)?;
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })?;
+    ensure!(!a.run("ip", &["link"])?.contains("eth0"), "it was plugged in again");
+    call.done("ADD", &none)?;
+    call.done("DEL", &none)?;
+    Ok(())
+}

@@ -1,0 +1,90 @@
+//! Two hosts with a podman each.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lab::podman::{IMAGE, Podman};
+use lab::{Host, Lab, eventually};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn nothing_left(host: &Host) -> Result<()> {
+    eventually(PATIENCE, || {
+        let status = host.status()?;
+        ensure!(status["endpoints"].as_array().is_some_and(Vec::is_empty), "{}", status["endpoints"]);
+        let left = host.netns().interfaces()?.into_iter().find(|it| it.starts_with("veth"));
+        ensure!(left.is_none(), "{left:?} is left");
+        Ok(())
+    })
+}
+
+#[test]
+fn containers_of_two_podmans_talk() -> Result<()> {
+    let lab = Lab::new("cni-podman").hosts(2).build()?;
+    let podmans = lab.hosts().iter().map(Podman::prepare).collect::<Result<Vec<_>>>()?;
+    let [one, two] = &podmans[..] else { unreachable!() };
+    for (id, host) in (1..).zip(lab.hosts()) {
+        let id = i32::to_string(&id);
+        let words =
+            [vec!["launch", "--id", &id, "--token", "podman test", "--no-docker"], lab.targets()].concat();
+        host.overnode(&words)?.success()?;
+    }
+    let result = story(&lab, one, two);
+    if result.is_err() {
+        for host in lab.hosts() {
+            eprintln!("--- {}: overnoded\n{}", host.name, host.log());
+        }
+    }
+    result
+}
+
+fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
+    // At the same time, on one host.
+    let (here, beside) = std::thread::scope(|scope| {
+        let beside = scope.spawn(|| one.sleep("beside", "overnode", &[]));
+        let here = one.sleep("here", "overnode", &[]);
+        (here, beside.join())
+    });
+    let here = here?;
+    let beside = beside.map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+    ensure!(here != beside);
+    let serve = ["--detach", "--publish", "8080:80", "--network", "overnode", "--name", "there"];
+    let server = ["/bin/nc", "-ll", "-p", "80", "-e", "/bin/cat"];
+    two.run(&[&["run"][..], &serve, &[IMAGE], &server].concat())?.success()?;
+    let there = two.address("there")?;
+    one.reach("here", &there, PATIENCE)?;
+    two.reach("there", &beside, PATIENCE)?;
+
+    // By name, from the other host.
+    one.reach("here", "there", PATIENCE)?;
+
+    // The published port, from the host itself and from another one; and the way out.
+    let outside = format!("echo from outside | busybox nc -w 2 {} 8080", lab.host(2).address());
+    for host in [lab.host(2), lab.host(1)] {
+        eventually(PATIENCE, || {
+            let said = host.netns().run("sh", &["-c", &outside])?;
+            ensure!(said == "from outside\n", "the published port says {said:?} on {}", host.name);
+            Ok(())
+        })?;
+    }
+    one.reach("here", &lab.host(2).address().to_string(), PATIENCE)?;
+
+    // The container network alone, with a static address.
+    let alone = two.sleep("alone", "plain", &["--ip", "10.33.4.5"])?;
+    ensure!(alone == "10.33.4.5");
+    one.reach("here", "10.33.4.5", PATIENCE)?;
+
+    // The power fails. The runtime starts its containers again without having deleted anything.
+    two.lose_power()?;
+    lab.host(2).overnode(&["resume"])?.success()?;
+    nothing_left(lab.host(2))?;
+    two.run(&["start", "there", "alone"])?.success()?;
+    one.reach("here", "10.33.4.5", PATIENCE)?;
+    one.reach("here", &two.address("there")?, PATIENCE)?;
+
+    for (podman, host) in [(one, lab.host(1)), (two, lab.host(2))] {
+        podman.run(&["rm", "--all", "--force", "--time", "0"])?.success()?;
+        nothing_left(host)?;
+    }
+    Ok(())
+}

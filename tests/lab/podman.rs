@@ -1,0 +1,227 @@
+//! Podman on a host, with its own storage, and networks through CNI with the stock plugins and `overnode-cni`.
+//!
+//! Containers share the machine's control groups and `/run`; everything that podman keeps is in the host's folder.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::cleanup;
+use crate::docker::busybox_archive;
+use crate::eventually;
+use crate::host::Host;
+use crate::netns::Entry;
+use crate::process::{Outcome, run_limited};
+
+/// The image that every podman has: busybox.
+pub const IMAGE: &str = "localhost/tiny";
+/// Where Debian's `containernetworking-plugins` are.
+const PLUGINS: &str = "/usr/lib/cni";
+/// Longer than any command may take on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// A host's podman. Its containers go away when this is dropped.
+#[derive(Debug)]
+pub struct Podman<'a> {
+    host: &'a Host,
+    folder: PathBuf,
+}
+
+impl<'a> Podman<'a> {
+    /// Prepares podman on a host: with the plugin, the network `overnode` (a `bridge` for the way out and for published ports, and
+    /// the container network chained after it), the network `plain` (the container network alone), and the image.
+    ///
+    /// # Errors
+    /// When podman or the stock plugins are not installed.
+    pub fn prepare(host: &'a Host) -> Result<Self> {
+        let folder = host.folder().join("podman");
+        for name in ["plugins", "net.d", "root"] {
+            fs::create_dir_all(folder.join(name))?;
+        }
+        let podman = Self { host, folder };
+        podman.write_settings()?;
+        let archive = busybox_archive(&podman.folder)?;
+        podman.run(&["import", &archive.to_string_lossy(), IMAGE])?.success()?;
+        Ok(podman)
+    }
+
+    fn write_settings(&self) -> Result<()> {
+        let plugin = self.plugin();
+        if !plugin.exists() {
+            std::os::unix::fs::symlink(crate::binaries::folder()?.join("overnode"), &plugin)?;
+        }
+        let network = |name: &str, plugins: &str| -> Result<()> {
+            let text = format!(r#"{{"cniVersion": "0.4.0", "name": "{name}", "plugins": [{plugins}]}}"#);
+            Ok(fs::write(self.folder.join("net.d").join(format!("{name}.conflist")), text)?)
+        };
+        let number = self.host.number;
+        let bridge = format!(
+            r#"{{"type": "bridge", "bridge": "cni-overnode", "isGateway": true, "ipMasq": true, "hairpinMode": true,
+                "ipam": {{"type": "host-local", "dataDir": "{}", "routes": [{{"dst": "0.0.0.0/0"}}],
+                "ranges": [[{{"subnet": "10.8{number}.0.0/24"}}]]}}}}"#,
+            self.folder.join("host-local").display()
+        );
+        network(
+            "overnode",
+            &format!(
+                r#"{bridge}, {{"type": "portmap", "capabilities": {{"portMappings": true}}}},
+                {{"type": "overnode-cni", "interface": "overnode0"}}"#
+            ),
+        )?;
+        network("plain", r#"{"type": "overnode-cni", "capabilities": {"ips": true, "mac": true}}"#)?;
+        let settings = format!(
+            "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nruntime = \"runc\"\nlock_type = \"file\"\n\
+             [containers]\ncgroups = \"enabled\"\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\nlog_driver = \"k8s-file\"\n\
+             [network]\nnetwork_backend = \"cni\"\ncni_plugin_dirs = [\"{}\", \"{PLUGINS}\"]\nnetwork_config_dir = \"{}\"\n",
+            self.folder.join("plugins").display(),
+            self.folder.join("net.d").display()
+        );
+        fs::write(self.folder.join("containers.conf"), settings).context("containers.conf")
+    }
+
+    /// The plugin, as runtimes find it.
+    pub fn plugin(&self) -> PathBuf {
+        self.folder.join("plugins/overnode-cni")
+    }
+
+    /// Runs `podman` with these arguments.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn run(&self, arguments: &[&str]) -> Result<Outcome> {
+        // With the machine's own /sys, for control groups.
+        let mut command = self.host.netns().command(Entry::Setns, "podman");
+        let folder = |name: &str| self.folder.join(name);
+        command
+            .args(["--storage-driver", "vfs"])
+            .arg("--root")
+            .arg(folder("root"))
+            .arg("--runroot")
+            .arg(folder("run"))
+            .arg("--tmpdir")
+            .arg(folder("tmp"))
+            .args(arguments)
+            .env("CONTAINERS_CONF", folder("containers.conf"))
+            .env("OVERNODE_STATE_DIR", self.host.state_directory())
+            .env("OVERNODE_RUN_DIR", self.host.run_directory())
+            .current_dir(&self.folder);
+        run_limited(command, &self.folder, PATIENCE)
+    }
+
+    /// Starts a container that sleeps, with further options. Returns its address in the container network.
+    ///
+    /// # Errors
+    /// When `podman run` fails.
+    pub fn sleep(&self, name: &str, network: &str, options: &[&str]) -> Result<String> {
+        let first = ["run", "--detach", "--network", network, "--name", name];
+        let words = [&first[..], options, &[IMAGE, "/bin/sleep", "100000"]].concat();
+        self.run(&words)?.success()?;
+        self.address(name)
+    }
+
+    /// The address of a container in the container network.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn address(&self, name: &str) -> Result<String> {
+        let endpoints = self.host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone();
+        let found = endpoints.iter().find(|it| it["name"] == name);
+        let address = found.and_then(|it| it["address"].as_str()).and_then(|it| it.split('/').next());
+        Ok(address.with_context(|| format!("{name} is not among {endpoints:?}"))?.to_owned())
+    }
+
+    /// Runs a command inside a container; it must succeed. Returns its standard output.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn exec(&self, name: &str, command: &[&str]) -> Result<String> {
+        self.run(&[&["exec", name], command].concat())?.success()
+    }
+
+    /// Fails unless an address or a name answers a ping from inside a container within the time limit.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn reach(&self, name: &str, to: &str, limit: Duration) -> Result<()> {
+        eventually(limit, || self.exec(name, &["/bin/ping", "-c", "1", "-W", "1", to]).map(drop))
+    }
+
+    /// What the host loses when it loses power, as far as podman and the node are concerned: processes, interfaces but the
+    /// underlay's, what is in `/run`, bpffs.
+    ///
+    /// # Errors
+    /// When something cannot be removed.
+    pub fn lose_power(&self) -> Result<()> {
+        let pins = cleanup::pins_of(&self.host.state_directory());
+        self.stop_everything();
+        let _ = fs::remove_dir_all(self.host.run_directory());
+        for name in self.host.netns().interfaces()? {
+            if name != self.host.interface() {
+                let _ = self.host.netns().ip(&["link", "del", &name]);
+            }
+        }
+        self.host.netns().run("nft", &["flush", "ruleset"])?;
+        let _ = fs::remove_dir_all(pins?);
+        Ok(())
+    }
+
+    /// Everything but what is on disk. Containers are in namespaces of their own: they are known by their monitors' children.
+    fn stop_everything(&self) {
+        let root = self.folder.to_string_lossy().into_owned();
+        let mentions = |pid: &i32| {
+            fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| String::from_utf8_lossy(&line).contains(&root))
+        };
+        let monitors: Vec<i32> = cleanup::pids().filter(mentions).collect();
+        let is_child = |pid: &i32| parent(*pid).is_some_and(|parent| monitors.contains(&parent));
+        let children: Vec<i32> = cleanup::pids().filter(is_child).collect();
+        let namespaces = self.namespaces();
+        cleanup::kill_all(&monitors);
+        cleanup::kill_all(&children);
+        cleanup::kill_all(&self.host.netns().processes());
+        for path in namespaces {
+            let _ = nix::mount::umount2(&path, nix::mount::MntFlags::MNT_DETACH);
+            let _ = fs::remove_file(&path);
+        }
+        for name in ["run", "tmp"] {
+            unmount_below(&self.folder.join(name));
+            let _ = fs::remove_dir_all(self.folder.join(name));
+        }
+        unmount_below(&self.folder.join("root"));
+    }
+
+    /// The network namespaces of its containers that podman knows of.
+    fn namespaces(&self) -> Vec<PathBuf> {
+        let Ok(listed) = self.run(&["ps", "--all", "--quiet"]).and_then(Outcome::success) else {
+            return Vec::new();
+        };
+        let path = |id: &str| {
+            let words = ["inspect", "--format", "{{.NetworkSettings.SandboxKey}}", id];
+            let path = PathBuf::from(self.run(&words).ok()?.success().ok()?.trim());
+            path.starts_with("/run/netns").then_some(path)
+        };
+        listed.lines().filter_map(path).collect()
+    }
+}
+
+impl Drop for Podman<'_> {
+    fn drop(&mut self) {
+        let _ = self.run(&["rm", "--all", "--force", "--time", "0"]);
+        self.stop_everything();
+    }
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn unmount_below(folder: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let points: Vec<&str> = mounts.lines().filter_map(|line| line.split(' ').nth(1)).collect();
+    for point in points.into_iter().rev().filter(|point| Path::new(point).starts_with(folder)) {
+        let _ = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
