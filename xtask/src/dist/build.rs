@@ -38,6 +38,25 @@ pub fn host(workspace: &Workspace) -> Result<Built> {
     Ok(Built { programs, documents, libraries: libraries(workspace, &target)? })
 }
 
+/// The development build, as tests use it; its documents go to a folder.
+///
+/// # Errors
+/// When it does not build.
+pub fn development(workspace: &Workspace, documents: PathBuf) -> Result<Built> {
+    let programs = workspace.target.join("debug");
+    // `cargo xtask test` has built all of it.
+    if std::env::var_os("OVERNODE_BIN_DIR").is_none() {
+        let mut cargo = workspace.cargo();
+        // With the tests: the features of dependencies would differ otherwise, and much be built twice.
+        cargo.args(["build", "--locked", "--package", "overnode-daemon", "--package", "overnode-cli"]);
+        cargo.args(["--package", "overnode-tests", "--bins", "--example", "documents"]);
+        Step::start("build the programs").show(&mut cargo)?;
+    }
+    let _ = std::fs::remove_dir_all(&documents);
+    output(Command::new(programs.join("examples/documents")).arg(&documents))?;
+    Ok(Built { programs, documents, libraries: libraries(workspace, &triple("gnu"))? })
+}
+
 /// For any Linux: with musl, and no library outside.
 ///
 /// # Errors

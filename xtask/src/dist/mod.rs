@@ -94,16 +94,20 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Only the package, for what wants to install it.
+/// Packages of the development build, one with each suffix, for what wants to install them.
 ///
 /// # Errors
 /// As [`run`].
-pub fn deb(workspace: &Workspace, suffix: &str) -> Result<PathBuf> {
-    setup::programs(&PROGRAMS)?;
-    let release = Release::of(workspace, suffix)?;
-    let built = build::host(workspace)?;
-    let out = workspace.target.join("dist");
-    Ok(package::make(workspace, &built, &release, &out, package::Compression::Fast)?.file)
+pub fn trials(workspace: &Workspace, suffixes: [&str; 2]) -> Result<[PathBuf; 2]> {
+    setup::programs(&PROGRAMS[..3])?;
+    let out = workspace.target.join("dist-test");
+    std::fs::create_dir_all(&out)?;
+    let built = build::development(workspace, out.join("documents"))?;
+    let make = |suffix| {
+        let release = Release::of(workspace, suffix)?;
+        Ok(package::make(workspace, &built, &release, &out, package::Compression::Fast)?.file)
+    };
+    Ok([make(suffixes[0])?, make(suffixes[1])?])
 }
 
 /// What systemd thinks of the unit's hardening, in one line: 0 is closed, 10 is open.

@@ -34,22 +34,7 @@ fn workspace() -> Workspace {
 /// The development build and its documents; brought up to date once.
 fn built() -> &'static Built {
     static BUILT: OnceLock<Built> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let workspace = workspace();
-        let mut cargo = workspace.cargo();
-        // `cargo xtask test` has built all of it.
-        if std::env::var_os("OVERNODE_BIN_DIR").is_none() {
-            cargo.args(["build", "--quiet", "--locked", "--package", "overnode-daemon"]);
-            output(cargo.args(["--package", "overnode-cli", "--bins", "--example", "documents"]))
-                .expect("overnode builds");
-        }
-        let programs = workspace.target.join("debug");
-        let folder = scratch("documents");
-        output(Command::new(programs.join("examples/documents")).arg(&folder))
-            .expect("documents are written");
-        let libraries = build::libraries(&workspace, &build::triple("gnu")).expect("cargo tells what is in");
-        Built { programs, documents: folder, libraries }
-    })
+    BUILT.get_or_init(|| build::development(&workspace(), scratch("documents")).expect("overnode builds"))
 }
 
 /// Tests are processes or threads of one process: each has folders of its own.
