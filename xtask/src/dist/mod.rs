@@ -103,7 +103,7 @@ pub fn trials(workspace: &Workspace, suffixes: [&str; 2]) -> Result<[PathBuf; 2]
     let out = workspace.target.join("dist-test");
     std::fs::create_dir_all(&out)?;
     let built = build::development(workspace, out.join("documents"))?;
-    let make = |suffix| {
+    let make = |suffix| -> Result<PathBuf> {
         let release = Release::of(workspace, suffix)?;
         Ok(package::make(workspace, &built, &release, &out, package::Compression::Fast)?.file)
     };
