@@ -48,6 +48,12 @@ const PROGRAMS: &[(&str, &str, Purpose)] = &[
     ("docker-compose", "docker-compose", Purpose::Test),
     ("iptables", "iptables", Purpose::Test),
     ("busybox", "busybox-static", Purpose::Test),
+    ("dpkg-shlibdeps", "dpkg-dev", Purpose::Test),
+    ("strip", "binutils", Purpose::Test),
+    ("systemd-analyze", "systemd", Purpose::Test),
+    ("man", "man-db", Purpose::Test),
+    ("zsh", "zsh", Purpose::Test),
+    ("fish", "fish", Purpose::Test),
     ("nebula", "nebula", Purpose::Bench),
 ];
 

@@ -195,14 +195,11 @@ struct Machine<'a> {
 /// Runs the machine to its end; shows and gives back the lines that it prints.
 fn boot(machine: &Machine<'_>) -> Result<Vec<String>> {
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-cpu", "max", "-smp", "2", "-m", "2048", "-no-reboot", "-nodefaults"]);
+    qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "2048", "-no-reboot", "-nodefaults"]);
     qemu.args(["-display", "none", "-serial", "stdio", "-device", "virtio-rng-pci"]);
-    // The whole of Debian would take minutes to start in an emulated one; where KVM is missing, it does.
     if let Some(disk) = machine.disk {
-        qemu.args(["-accel", "kvm"]);
         qemu.arg("-drive").arg(format!("if=virtio,format=raw,file={}", disk.display()));
     }
-    qemu.args(["-accel", "tcg"]);
     qemu.arg("-kernel").arg(machine.kernel).arg("-initrd").arg(machine.initramfs);
     qemu.args(["-append", "console=ttyS0 quiet panic=-1"]);
     qemu.stdin(Stdio::null()).stdout(Stdio::piped());
