@@ -115,6 +115,10 @@ fn disk(
     fs::create_dir_all(&wanted)?;
     let _ = fs::remove_file(wanted.join("story.service"));
     symlink("/etc/systemd/system/story.service", wanted.join("story.service"))?;
+    // A login prompt would take the line away from the story.
+    let prompt = debian.join("etc/systemd/system/serial-getty@ttyS0.service");
+    let _ = fs::remove_file(&prompt);
+    symlink("/dev/null", prompt)?;
     let disk = folder.join("debian-12.ext4");
     let _ = fs::remove_file(&disk);
     let mkfs = setup::find("mkfs.ext4").context("mkfs.ext4 was there a moment ago")?;
