@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::OnceLock;
 
 use super::build::Built;
 use super::package::{self, Compression};
@@ -31,10 +30,9 @@ fn workspace() -> Workspace {
     Workspace::find().expect("cargo tells where it is")
 }
 
-/// The development build and its documents; brought up to date once.
-fn built() -> &'static Built {
-    static BUILT: OnceLock<Built> = OnceLock::new();
-    BUILT.get_or_init(|| build::development(&workspace(), scratch("documents")).expect("overnode builds"))
+/// The development build, with documents of the test's own.
+fn built(test: &str) -> Built {
+    build::development(&workspace(), scratch(&format!("{test}-documents"))).expect("overnode builds")
 }
 
 /// Tests are processes or threads of one process: each has folders of its own.
@@ -57,12 +55,13 @@ impl Drop for Scratch {
 #[test]
 fn the_package_holds_what_it_promises() {
     let workspace = workspace();
-    let documents = Scratch(built().documents.clone());
+    let built = built("package");
+    let documents = Scratch(built.documents.clone());
     let out = Scratch(scratch("package"));
     let release = Release { version: "1.2.3+4".into(), time: 1_700_000_000 };
     let make = || {
         let made =
-            package::make(&workspace, built(), &release, &out.0, Compression::Fast).expect("it is packed");
+            package::make(&workspace, &built, &release, &out.0, Compression::Fast).expect("it is packed");
         let bytes = std::fs::read(&made.file).expect("it is there");
         (made, bytes)
     };
@@ -117,8 +116,9 @@ fn the_scripts_are_understood_by_a_plain_shell() {
 
 #[test]
 fn man_pages_render_and_completions_know_every_command() {
-    let documents = Scratch(built().documents.clone());
-    let help = output(Command::new(built().programs.join("overnode")).arg("--help")).expect("it has help");
+    let built = built("pages");
+    let documents = Scratch(built.documents.clone());
+    let help = output(Command::new(built.programs.join("overnode")).arg("--help")).expect("it has help");
     let commands: Vec<&str> = help
         .lines()
         .skip_while(|line| *line != "Commands:")
