@@ -14,8 +14,13 @@ use crate::start::reason_in;
 pub const UNIT: &str = "overnode.service";
 
 /// Where packages and administrators put units (systemd.unit(5)).
-const UNIT_DIRS: [&str; 4] =
-    ["/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"];
+const UNIT_DIRS: [&str; 5] = [
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+];
 
 /// Whether the daemon of these directories is systemd's: it runs, has the unit, and would start it in the network namespace that
 /// this command runs in.

@@ -4,6 +4,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
+mod dist;
 mod fuzz;
 mod setup;
 mod step;
@@ -36,6 +37,8 @@ enum Command {
     Setup,
     /// Build the release binaries: target/release/overnode and target/release/overnoded.
     Build,
+    /// Make the Debian package and the archive of static programs, with checksums.
+    Dist(dist::Arguments),
     /// Check the formatting, run clippy and every test. Needs root.
     Test(test::Arguments),
     /// Show a cluster of three hosts at work, in network namespaces of this machine. Needs root.
@@ -90,6 +93,7 @@ fn run(command: Command) -> Result<()> {
             println!("{0}/overnode\n{0}/overnoded", folder.display());
             Ok(())
         }
+        Command::Dist(arguments) => dist::run(&arguments),
         Command::Test(arguments) => {
             setup::run(Purpose::Test)?;
             test::run(&Workspace::find()?, &arguments)

@@ -51,6 +51,12 @@ const PROGRAMS: &[(&str, &str, Purpose)] = &[
     ("/usr/lib/cni/portmap", "containernetworking-plugins", Purpose::Test),
     ("iptables", "iptables", Purpose::Test),
     ("busybox", "busybox-static", Purpose::Test),
+    ("dpkg-shlibdeps", "dpkg-dev", Purpose::Test),
+    ("strip", "binutils", Purpose::Test),
+    ("systemd-analyze", "systemd", Purpose::Test),
+    ("man", "man-db", Purpose::Test),
+    ("zsh", "zsh", Purpose::Test),
+    ("fish", "fish", Purpose::Test),
     ("nebula", "nebula", Purpose::Bench),
 ];
 

@@ -255,6 +255,9 @@ fn netns_cookie() -> Result<u64> {
 fn base() -> Result<(PathBuf, Option<OwnedFd>)> {
     let here = Path::new(MOUNT_POINT);
     let own = fs::metadata("/proc/self/ns/mnt").context("/proc must be mounted")?.ino();
+    if is_the_first(here) {
+        return Ok((here.to_owned(), None));
+    }
     let mut first_error = None;
     for (inode, namespace) in mount_namespaces().take(MAX_TRIES) {
         let opened = if inode == own {
@@ -309,6 +312,25 @@ fn mount_if_missing() -> Result<()> {
     })
 }
 
+/// Whether the bpffs seen here is PID 1's, seen through another mount namespace. A unit of systemd has one of its own, and may not enter
+/// others.
+fn is_the_first(here: &Path) -> bool {
+    let Ok(found) = fs::metadata(here) else { return false };
+    let Ok(mounts) = fs::read_to_string("/proc/1/mountinfo") else { return false };
+    let device = format!("{}:{}", libc::major(found.dev()), libc::minor(found.dev()));
+    is_bpffs(here) && last_mount(&mounts, MOUNT_POINT) == Some(device.as_str())
+}
+
+/// The device that is mounted at a place, the last of several, as proc(5) lists mounts.
+fn last_mount<'a>(mountinfo: &'a str, place: &str) -> Option<&'a str> {
+    let mounts = mountinfo.lines().filter_map(|line| {
+        let mut words = line.split(' ').skip(2);
+        let (device, _root, at) = (words.next()?, words.next()?, words.next()?);
+        (at == place).then_some(device)
+    });
+    mounts.last()
+}
+
 fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|found| {
         found.filesystem_type() == BPF_FS_MAGIC && !found.flags().contains(FsFlags::ST_RDONLY)
@@ -318,6 +340,14 @@ fn is_bpffs(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_mount_at_a_place_counts() {
+        let list = "30 24 0:29 / /sys/fs/bpf rw - bpf bpf rw\n31 24 0:30 / /sys/fs/bpf/x rw - bpf bpf rw\n\
+                    32 30 0:31 / /sys/fs/bpf rw - bpf bpf rw\n33\n";
+        assert_eq!(last_mount(list, MOUNT_POINT), Some("0:31"));
+        assert_eq!(last_mount(list, "/none"), None);
+    }
 
     #[test]
     fn a_state_directory_keeps_its_name_when_it_is_removed() {

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-const SIOCETHTOOL: libc::c_ulong = 0x8946;
+const SIOCETHTOOL: libc::Ioctl = 0x8946;
 const ETHTOOL_GSTRINGS: u32 = 0x1b;
 const ETHTOOL_GSSET_INFO: u32 = 0x37;
 const ETHTOOL_GFEATURES: u32 = 0x3a;

@@ -123,7 +123,14 @@ pub(super) fn remove(directory: &Path, files: &[&str]) -> Result<()> {
             Ok(())
         }
         // A mount point or a directory in a place that is not ours to change: empty is enough.
-        Err(why) if matches!(why.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::PermissionDenied) => {
+        Err(why)
+            if matches!(
+                why.kind(),
+                io::ErrorKind::ResourceBusy
+                    | io::ErrorKind::PermissionDenied
+                    | io::ErrorKind::ReadOnlyFilesystem
+            ) =>
+        {
             Ok(())
         }
         Err(why) => Err(io("could not remove", directory, why)),

@@ -14,7 +14,7 @@ use crate::step::{describe, show};
 
 /// What the lab, WireGuard and overnode want of the kernel; with all that these need. They are loaded on demand, as on any
 /// machine.
-const MODULES: [&str; 6] = ["veth", "bridge", "nf_tables", "sch_ingress", "cls_bpf", "wireguard"];
+pub const MODULES: [&str; 6] = ["veth", "bridge", "nf_tables", "sch_ingress", "cls_bpf", "wireguard"];
 const FOLDERS: [&str; 11] =
     ["bin", "sbin", "etc", "dev", "proc", "sys", "tmp", "run", "var", "root", "usr/bin"];
 
@@ -22,7 +22,13 @@ const FOLDERS: [&str; 11] =
 ///
 /// # Errors
 /// When a program, a library or a module is missing.
-pub fn pack(folder: &Path, kernel: &Kernel, programs: &[(String, PathBuf)], init: &str) -> Result<PathBuf> {
+pub fn pack(
+    folder: &Path,
+    kernel: &Kernel,
+    programs: &[(String, PathBuf)],
+    modules: &[&str],
+    init: &str,
+) -> Result<PathBuf> {
     let root = folder.join("root");
     let _ = fs::remove_dir_all(&root);
     for folder in FOLDERS {
@@ -31,7 +37,7 @@ pub fn pack(folder: &Path, kernel: &Kernel, programs: &[(String, PathBuf)], init
     for (name, file) in programs {
         put_program(&root, name, file).with_context(|| format!("{name} ({})", file.display()))?;
     }
-    put_modules(&root, kernel)?;
+    put_modules(&root, kernel, modules)?;
     fs::write(root.join("init"), init)?;
     fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755))?;
     // The kernel calls this one to load a module that it lacks.
@@ -64,7 +70,7 @@ fn put_program(root: &Path, name: &str, file: &Path) -> Result<()> {
 }
 
 /// The modules, and the tables by which `modprobe` finds them.
-fn put_modules(root: &Path, kernel: &Kernel) -> Result<()> {
+fn put_modules(root: &Path, kernel: &Kernel, modules: &[&str]) -> Result<()> {
     // FOLDER/lib/modules/RELEASE
     let base = kernel.modules.ancestors().nth(3).context("modules lie in lib/modules")?;
     let tables = kernel.modules.join("modules.dep");
@@ -72,11 +78,15 @@ fn put_modules(root: &Path, kernel: &Kernel) -> Result<()> {
         depmod(base, &kernel.release)?;
     }
     let text = fs::read_to_string(&tables)?;
+    let built_in = fs::read_to_string(kernel.modules.join("modules.builtin"))?;
     let mut files = BTreeSet::new();
-    for module in MODULES {
+    for module in modules {
+        if built_in.lines().any(|file| file.ends_with(&format!("/{module}.ko"))) {
+            continue;
+        }
         let line = text.lines().find(|line| {
             let name = line.split(':').next().and_then(|file| file.rsplit('/').next()).unwrap_or_default();
-            name.split('.').next().is_some_and(|name| name.replace('-', "_") == module)
+            name.split('.').next().is_some_and(|name| name.replace('-', "_") == *module)
         });
         let line = line.with_context(|| format!("Linux {} has no module {module}", kernel.release))?;
         files.extend(line.split([':', ' ']).filter(|file| !file.is_empty()));

@@ -6,6 +6,7 @@
 
 mod image;
 mod kernel;
+mod package;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -65,10 +66,13 @@ enum Part {
     Wireguard,
     /// New keys between these two
     Rekey,
+    /// The Debian package on Debian 12 with systemd: install, reboot, upgrade, purge
+    Package,
 }
 
 impl Part {
-    const ALL: [Self; 5] = [Self::Aead, Self::Programs, Self::Cluster, Self::Wireguard, Self::Rekey];
+    const ALL: [Self; 6] =
+        [Self::Aead, Self::Programs, Self::Cluster, Self::Wireguard, Self::Rekey, Self::Package];
 
     /// Also the first word of what the init process prints about it.
     const fn name(self) -> &'static str {
@@ -78,6 +82,7 @@ impl Part {
             Self::Cluster => "cluster",
             Self::Wireguard => "wireguard",
             Self::Rekey => "rekey",
+            Self::Package => "package",
         }
     }
 
@@ -88,6 +93,7 @@ impl Part {
             Self::Cluster => "vm cluster",
             Self::Wireguard => "vm wireguard",
             Self::Rekey => "vm rekey",
+            Self::Package => "has a machine of its own",
         }
     }
 }
@@ -103,18 +109,25 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let folder = workspace.target.join("vm");
     std::fs::create_dir_all(&folder)?;
     let kernel = Kernel::get(&folder)?;
+    let mut parts = if arguments.parts.is_empty() { Part::ALL.to_vec() } else { arguments.parts.clone() };
+    if parts.contains(&Part::Package) {
+        package::run(&workspace, &folder, &kernel)?;
+        parts.retain(|part| *part != Part::Package);
+        if parts.is_empty() {
+            return Ok(());
+        }
+    }
     let mut programs = build(&workspace)?;
     for (program, _) in &PROGRAMS[HERE_ONLY..] {
         let file = setup::find(program).with_context(|| format!("{program} was there a moment ago"))?;
         programs.push(((*program).to_owned(), file));
     }
-    let parts = if arguments.parts.is_empty() { Part::ALL.to_vec() } else { arguments.parts.clone() };
     let step = Step::start("pack the initramfs");
-    let image = image::pack(&folder, &kernel, &programs, &init(&parts))?;
+    let image = image::pack(&folder, &kernel, &programs, &image::MODULES, &init(&parts))?;
     step.done();
     let started = Instant::now();
     let step = Step::start(format!("boot Linux {} in QEMU and run {}", kernel.release, names(&parts)));
-    let lines = boot(&kernel.image, &image)?;
+    let lines = boot(&Machine { kernel: &kernel.image, initramfs: &image, disk: None })?;
     judge(&parts, &lines)?;
     step.done();
     println!("it works on Linux {}: {}; {}", kernel.release, names(&parts), seconds(started.elapsed()));
@@ -171,12 +184,23 @@ fn init(parts: &[Part]) -> String {
     script + "poweroff -f\n"
 }
 
+/// What is started.
+struct Machine<'a> {
+    kernel: &'a Path,
+    initramfs: &'a Path,
+    /// A file system image.
+    disk: Option<&'a Path>,
+}
+
 /// Runs the machine to its end; shows and gives back the lines that it prints.
-fn boot(kernel: &Path, image: &Path) -> Result<Vec<String>> {
+fn boot(machine: &Machine<'_>) -> Result<Vec<String>> {
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "2048", "-no-reboot", "-nodefaults"]);
     qemu.args(["-display", "none", "-serial", "stdio", "-device", "virtio-rng-pci"]);
-    qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(image);
+    if let Some(disk) = machine.disk {
+        qemu.arg("-drive").arg(format!("if=virtio,format=raw,file={}", disk.display()));
+    }
+    qemu.arg("-kernel").arg(machine.kernel).arg("-initrd").arg(machine.initramfs);
     qemu.args(["-append", "console=ttyS0 quiet panic=-1"]);
     qemu.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = qemu.spawn().context("QEMU cannot be started")?;

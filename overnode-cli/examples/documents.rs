@@ -1,0 +1,135 @@
+//! Writes the man pages and the completions of the commands into a directory: `documents DIR`.
+//!
+//! Both come from the definition of the command line, so that they cannot say anything else than `--help`. `cargo xtask dist` runs this;
+//! it is no part of the program that people get.
+
+#![allow(clippy::print_stderr, reason = "this is a program for a terminal")]
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+use clap_complete::Shell;
+use clap_mangen::Man;
+
+#[expect(dead_code, reason = "only what wrong usage needs is called")]
+#[path = "../src/failure.rs"]
+mod failure;
+#[expect(dead_code, reason = "only the definition is used")]
+#[path = "../src/options.rs"]
+mod options;
+
+/// What the command reads and writes, for its page.
+const FILES: &str = "\
+.TP
+\\fI/etc/default/overnode\\fR
+The daemon's environment: see the comments there.
+.TP
+\\fI/var/lib/overnode\\fR
+Identity, keys and addresses of the node; another place with \\fB\\-\\-state\\-dir\\fR.
+.TP
+\\fI/run/overnode/overnode.sock\\fR
+The daemon's socket, which speaks HTTP with JSON; another place with \\fB\\-\\-run\\-dir\\fR.
+.TP
+\\fI/sys/fs/bpf/overnode\\fR
+The programs and maps of the node. They outlive the daemon, and the traffic with them.
+";
+
+fn main() -> ExitCode {
+    let Some(folder) = std::env::args_os().nth(1) else {
+        eprintln!("usage: documents DIR");
+        return ExitCode::from(2);
+    };
+    match write(Path::new(&folder)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}: {error}", Path::new(&folder).display());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn write(folder: &Path) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    let mut command = options::Cli::command();
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        clap_complete::generate_to(shell, &mut command, "overnode", folder)?;
+    }
+    let mut command = options::Cli::command().disable_help_subcommand(true);
+    command.build();
+    pages(folder, &command)?;
+    let mut daemon = overnode_daemon::options::Options::command();
+    daemon.build();
+    page(folder, &daemon, "8", "overnode(1), systemctl(1)")
+}
+
+/// The page of a command and those of the commands below it.
+fn pages(folder: &Path, command: &clap::Command) -> io::Result<()> {
+    let name = command.get_display_name().unwrap_or(command.get_name());
+    let also = if name == "overnode" { "overnoded(8)" } else { "overnode(1), overnoded(8)" };
+    page(folder, command, "1", also)?;
+    command.get_subcommands().filter(|sub| !sub.is_hide_set()).try_for_each(|sub| pages(folder, sub))
+}
+
+fn page(folder: &Path, command: &clap::Command, section: &str, also: &str) -> io::Result<()> {
+    let is_main = !command.get_display_name().unwrap_or_default().contains('-');
+    let man = Man::new(command.clone())
+        .section(section)
+        .source(concat!("overnode ", env!("CARGO_PKG_VERSION")))
+        .manual("overnode");
+    let mut page = Vec::new();
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    if command.get_arguments().any(|argument| !argument.is_hide_set()) {
+        man.render_options_section(&mut page)?;
+    }
+    if command.has_subcommands() {
+        man.render_subcommands_section(&mut page)?;
+    }
+    if let Some(text) = command.get_after_help() {
+        page.write_all(after_help(&text.to_string()).as_bytes())?;
+    }
+    if is_main {
+        write!(page, ".SH FILES\n{FILES}")?;
+    }
+    writeln!(page, ".SH \"SEE ALSO\"\n{also}")?;
+    fs::write(folder.join(man.get_filename()), page)
+}
+
+/// `Examples:` and `Exit status:` become sections; lines that are indented stay as they are.
+fn after_help(text: &str) -> String {
+    let mut page = String::new();
+    let mut section = "";
+    for paragraph in text.split("\n\n") {
+        let (title, rest) = match paragraph.split_once(':') {
+            Some(("Example" | "Examples", rest)) => ("EXAMPLES", rest),
+            Some(("Exit status", rest)) => ("EXIT STATUS", rest),
+            _ => (if section.is_empty() { "NOTES" } else { section }, paragraph),
+        };
+        page += &if title != section { format!(".SH \"{title}\"\n") } else { ".PP\n".to_owned() };
+        section = title;
+        let mut verbatim = false;
+        for line in rest.trim_matches('\n').lines() {
+            if line.starts_with("  ") != verbatim {
+                verbatim = !verbatim;
+                page += if verbatim { ".RS 4\n.nf\n" } else { ".fi\n.RE\n" };
+            }
+            let _ = writeln!(page, "{}", escape(line.strip_prefix("  ").unwrap_or(line).trim_end()));
+        }
+        if verbatim {
+            page += ".fi\n.RE\n";
+        }
+    }
+    page
+}
+
+/// For roff: a line that is text whatever it starts with, and hyphens that can be copied.
+fn escape(line: &str) -> String {
+    let text = line.replace('\\', "\\(rs").replace('-', "\\-");
+    if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }
+}

@@ -1,0 +1,162 @@
+//! `cargo xtask dist`: the Debian package, and the archive of static programs for every other Linux.
+//!
+//! The same tree in the same place, built by the same compiler, gives the same bytes: times come from the commit, owners and modes are set, names are sorted.
+
+mod archive;
+mod build;
+mod package;
+#[cfg(test)]
+mod tests;
+mod tree;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::setup::{self, Purpose};
+use crate::step::{Step, describe};
+use crate::workspace::Workspace;
+
+use tree::Tree;
+
+/// Programs, and the Debian packages that have them.
+const PROGRAMS: [(&str, &str); 5] = [
+    ("dpkg-deb", "dpkg"),
+    ("dpkg-shlibdeps", "dpkg-dev"),
+    ("strip", "binutils"),
+    ("musl-gcc", "musl-tools"),
+    ("systemd-analyze", "systemd"),
+];
+
+/// Options of the command.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    cargo xtask dist                          into target/dist\n  \
+    cargo xtask dist --version-suffix +2      the same as a later version, to try an upgrade")]
+pub struct Arguments {
+    /// Where to put the package and the archive [default: target/dist]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Added to the version
+    #[arg(long, value_name = "TEXT", default_value = "", value_parser = suffix)]
+    version_suffix: String,
+}
+
+/// What is made, and out of what.
+#[derive(Debug)]
+pub struct Release {
+    /// The workspace's version, with what was asked to be added.
+    pub version: String,
+    /// When the tree was committed, in seconds since 1970: the time of every file.
+    pub time: u64,
+}
+
+impl Release {
+    /// Of this tree.
+    ///
+    /// # Errors
+    /// When neither git nor SOURCE_DATE_EPOCH tells the time.
+    pub fn of(workspace: &Workspace, suffix: &str) -> Result<Self> {
+        let time = match std::env::var("SOURCE_DATE_EPOCH") {
+            Ok(time) => time,
+            Err(_) => {
+                let mut git = Command::new("git");
+                git.current_dir(&workspace.root).args(["log", "-1", "--format=%ct"]);
+                output(&mut git).context("no commit tells the time: set SOURCE_DATE_EPOCH")?
+            }
+        };
+        let time = time.trim().parse().with_context(|| format!("{time:?} is no time in seconds"))?;
+        Ok(Self { version: format!("{}{suffix}", env!("CARGO_PKG_VERSION")), time })
+    }
+}
+
+/// Builds and packs; says what came out.
+///
+/// # Errors
+/// When something is missing and cannot be installed, or a step fails.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    setup::run(Purpose::Build)?;
+    setup::programs(&PROGRAMS)?;
+    let workspace = Workspace::find()?;
+    let release = Release::of(&workspace, &arguments.version_suffix)?;
+    let out = arguments.out.clone().unwrap_or_else(|| workspace.target.join("dist"));
+    std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
+    let built = build::host(&workspace)?;
+    let static_built = build::static_programs(&workspace, &built)?;
+    let package = package::make(&workspace, &built, &release, &out, package::Compression::Small)?;
+    let archive = archive::make(&workspace, &static_built, &release, &out)?;
+    println!("depends on: {}", package.depends);
+    for file in [&package.file, &archive] {
+        report(file)?;
+    }
+    println!("overnode.service: {}", exposure(&workspace)?);
+    Ok(())
+}
+
+/// Packages of the development build, one with each suffix, for what wants to install them.
+///
+/// # Errors
+/// As [`run`].
+pub fn trials(workspace: &Workspace, suffixes: [&str; 2]) -> Result<[PathBuf; 2]> {
+    setup::programs(&PROGRAMS[..3])?;
+    let out = workspace.target.join("dist-test");
+    std::fs::create_dir_all(&out)?;
+    let built = build::development(workspace, out.join("documents"))?;
+    let make = |suffix| -> Result<PathBuf> {
+        let release = Release::of(workspace, suffix)?;
+        Ok(package::make(workspace, &built, &release, &out, package::Compression::Fast)?.file)
+    };
+    Ok([make(suffixes[0])?, make(suffixes[1])?])
+}
+
+/// What systemd thinks of the unit's hardening, in one line: 0 is closed, 10 is open.
+///
+/// # Errors
+/// When `systemd-analyze` does not tell.
+fn exposure(workspace: &Workspace) -> Result<String> {
+    let unit = workspace.root.join("dist/overnode.service");
+    let mut analyze = Command::new("systemd-analyze");
+    let text = output(analyze.args(["security", "--offline=true", "--no-pager"]).arg(unit))?;
+    let line = text.lines().find(|line| line.contains("Overall exposure level"));
+    let line = line.with_context(|| format!("`{}` names no level: {text}", describe(&analyze)))?;
+    // The verdict is followed by a face.
+    let words: Vec<&str> = line.split_whitespace().filter(|word| word.is_ascii()).collect();
+    Ok(words.join(" ").split_once(": ").context("no level")?.1.replacen("", "overall exposure level ", 1))
+}
+
+fn report(file: &Path) -> Result<()> {
+    let size = std::fs::metadata(file)?.len();
+    let mut sum = Command::new("sha256sum");
+    let text = output(sum.arg(file))?;
+    let sum = text.split_whitespace().next().context("sha256sum says nothing")?;
+    println!("{}: {:.1} MB, SHA-256 {sum}", file.display(), size as f64 / 1e6);
+    Ok(())
+}
+
+/// What a command says, which has to exit with 0.
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("`{}` cannot be started", describe(command)))?;
+    ensure!(
+        output.status.success(),
+        "`{}` failed ({}): {}",
+        describe(command),
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// What Debian allows in a version without an epoch and a revision (deb-version(7)).
+fn suffix(text: &str) -> Result<String, &'static str> {
+    let fits = text.chars().all(|c| c.is_ascii_alphanumeric() || ".+~".contains(c));
+    if fits { Ok(text.to_owned()) } else { Err("a version has letters, digits, `.`, `+` and `~` only") }
+}
+
+/// A step with one command whose output is not for the eyes.
+fn quietly(what: &str, command: &mut Command) -> Result<()> {
+    let step = Step::start(what);
+    output(command)?;
+    step.done();
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! A folder that becomes a package: every file with its mode, and the same time for all.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::step::describe;
+
+use super::output;
+
+/// A folder that is being filled.
+#[derive(Debug)]
+pub struct Tree {
+    root: PathBuf,
+}
+
+impl Tree {
+    /// An empty one; what was there is removed.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new(root: PathBuf) -> Result<Self> {
+        let _ = fs::remove_dir_all(&root);
+        let tree = Self { root };
+        tree.folder("")?;
+        Ok(tree)
+    }
+
+    /// Where it is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Puts a file there, with the folders above it.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn put(&self, place: &str, mode: u32, content: &[u8]) -> Result<()> {
+        self.above(place)?;
+        let file = self.root.join(place);
+        fs::write(&file, content).with_context(|| file.display().to_string())?;
+        Ok(fs::set_permissions(&file, Permissions::from_mode(mode))?)
+    }
+
+    /// A copy of a file.
+    ///
+    /// # Errors
+    /// When it cannot be read or written.
+    pub fn copy(&self, place: &str, mode: u32, from: &Path) -> Result<()> {
+        let content = fs::read(from).with_context(|| from.display().to_string())?;
+        self.put(place, mode, &content)
+    }
+
+    /// A program, without the symbols that only a debugger reads.
+    ///
+    /// # Errors
+    /// When it cannot be stripped.
+    pub fn program(&self, place: &str, from: &Path) -> Result<()> {
+        self.above(place)?;
+        let file = self.root.join(place);
+        let mut strip = Command::new("strip");
+        strip.args(["--strip-unneeded", "--remove-section=.comment", "--remove-section=.note", "-o"]);
+        output(strip.arg(&file).arg(from))?;
+        Ok(fs::set_permissions(&file, Permissions::from_mode(0o755))?)
+    }
+
+    /// A compressed file.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn compressed(&self, place: &str, content: &[u8]) -> Result<()> {
+        self.put(place, 0o644, &gzip(content)?)
+    }
+
+    /// A link to something else.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn link(&self, place: &str, to: &str) -> Result<()> {
+        self.above(place)?;
+        Ok(symlink(to, self.root.join(place))?)
+    }
+
+    /// What the files take, in KiB, as Debian counts (each rounded up).
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn size(&self) -> Result<u64> {
+        fn below(folder: &Path) -> Result<u64> {
+            let mut sum = 1;
+            for entry in fs::read_dir(folder)? {
+                let entry = entry?;
+                let kind = entry.file_type()?;
+                sum += match () {
+                    () if kind.is_dir() => below(&entry.path())?,
+                    () if kind.is_file() => entry.metadata()?.len().div_ceil(1024),
+                    () => 1,
+                };
+            }
+            Ok(sum)
+        }
+        below(&self.root)
+    }
+
+    fn above(&self, place: &str) -> Result<()> {
+        let mut folder = String::new();
+        let (folders, _) = place.rsplit_once('/').unwrap_or_default();
+        for name in folders.split('/').filter(|name| !name.is_empty()) {
+            folder = format!("{folder}{name}/");
+            self.folder(&folder)?;
+        }
+        Ok(())
+    }
+
+    /// Its mode does not depend on the umask.
+    fn folder(&self, place: &str) -> Result<()> {
+        let folder = self.root.join(place);
+        fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        Ok(fs::set_permissions(&folder, Permissions::from_mode(0o755))?)
+    }
+}
+
+/// Without a name and a time.
+fn gzip(content: &[u8]) -> Result<Vec<u8>> {
+    let mut gzip = Command::new("gzip");
+    gzip.args(["-9", "--no-name", "--stdout"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = gzip.spawn().context("gzip cannot be started")?;
+    let mut input = child.stdin.take().context("no pipe")?;
+    let written = std::thread::scope(|scope| {
+        scope.spawn(move || std::io::Write::write_all(&mut input, content));
+        child.wait_with_output()
+    })?;
+    ensure!(written.status.success(), "`{}` failed ({})", describe(&gzip), written.status);
+    Ok(written.stdout)
+}
