@@ -14,6 +14,7 @@ pub mod fault;
 pub mod gossip;
 pub mod handshake;
 pub mod ipam;
+pub mod monitor;
 pub mod net;
 pub mod node;
 pub mod options;

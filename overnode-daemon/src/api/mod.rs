@@ -9,6 +9,7 @@
 //! | `GET /v1/status` | | [`Status`] |
 //! | `GET /v1/inspect` | | one document, without secrets |
 //! | `GET /v1/prime` | | [`Primed`] |
+//! | `GET /v1/monitor` | | lines without end, each a [`MonitorEvent`] |
 //! | `POST /v1/launch` | [`Launch`] | [`Launched`] |
 //! | `POST /v1/connect` | [`Connect`] | [`Targets`] |
 //! | `POST /v1/forget` | [`Forget`] | [`Targets`] |
@@ -26,6 +27,7 @@
 //! A refusal has the status code of its [`ErrorKind`] and the body `{"error": "what: why: what to do"}`.
 
 pub mod error;
+pub mod monitor;
 pub mod server;
 pub mod status;
 pub mod target;
@@ -35,6 +37,7 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 
 pub use error::{ApiError, ErrorKind};
+pub use monitor::*;
 pub use server::serve;
 pub use status::*;
 pub use target::{BadHost, BadTarget, Host, Netns, Target};
@@ -66,6 +69,8 @@ pub enum Request {
     Status,
     /// [`Reply::Inspect`].
     Inspect,
+    /// Who is watched: [`Reply::Watching`], at once. Whoever asks reads already.
+    Monitor,
     /// Can an address be given to a container now? [`Reply::Primed`], at once.
     Prime,
     /// Take back the address space of a node that is gone for good: [`Reply::Reclaimed`], at once.
@@ -104,6 +109,8 @@ pub enum Reply {
     Status(Box<Status>),
     /// To [`Request::Inspect`]: an object of any shape, without secrets.
     Inspect(serde_json::Value),
+    /// To [`Request::Monitor`].
+    Watching(Watching),
     /// To [`Request::Prime`].
     Primed(Primed),
     /// To [`Request::Reclaim`].

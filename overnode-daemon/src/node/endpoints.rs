@@ -7,8 +7,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use ipnet::IpNet;
 
 use super::docker::is_plugged;
+use super::monitor::container_of;
 use super::running::Node;
-use crate::api::{self, ApiError, Netns, Target};
+use crate::api::{self, ApiError, Happening, Netns, Target};
 use crate::datapath::{self, KnownEndpoint, NetnsRef};
 use crate::fault;
 use crate::store::{Attachment, Kind, StoreError};
@@ -150,6 +151,7 @@ impl Node {
             }
         };
         fault::step("attached");
+        self.tell(|_| Happening::Attached(container_of(&attachment)));
         self.announce_claims(now).await;
         Ok(api::Attached {
             address: self.with_prefix(address),
@@ -184,6 +186,7 @@ impl Node {
             .await
             .map_err(|error| ApiError::failed(format_args!("{wanted} was not detached: {error:#}")))?;
         fault::step("unplugged");
+        self.tell(|_| Happening::Detached(container_of(known)));
         self.give_back(known.address).map_err(|error| {
             ApiError::failed(format_args!("{wanted} was unplugged, but keeps its address: {error}"))
         })?;
@@ -217,6 +220,7 @@ impl Node {
                 tracing::debug!("the interface of {} is gone", attachment.address);
                 continue;
             }
+            self.tell(|_| Happening::Gone(container_of(attachment)));
             tracing::info!("{} is gone; its address {} is free again", attachment.target, attachment.address);
             if let Err(error) = self.give_back(attachment.address) {
                 tracing::warn!("{} stays taken: {error}", attachment.address);
