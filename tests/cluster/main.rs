@@ -11,6 +11,7 @@ mod hostile;
 mod inspect;
 mod life;
 mod mismatch;
+mod monitor;
 mod mtu;
 mod offloads;
 mod orders;

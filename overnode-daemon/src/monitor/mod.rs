@@ -4,4 +4,11 @@
 pub mod decode;
 pub mod hub;
 
+use overnode_ebpf::reason::Reason;
+
 pub use hub::{Hub, Reader, TooMany};
+
+/// The names of all reasons for which packets are dropped.
+pub fn drop_reasons() -> impl Iterator<Item = &'static str> {
+    Reason::ALL.iter().filter(|reason| reason.is_drop()).map(|reason| reason.as_str())
+}

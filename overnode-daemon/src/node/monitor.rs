@@ -9,9 +9,9 @@ use overnode_ebpf::reason::Reason;
 use super::running::Node;
 use crate::api::{ApiError, Container, DroppedPacket, Happening, Program, Watching, Who};
 use crate::datapath::Drops;
-use crate::monitor::Hub;
 use crate::monitor::decode::Seen;
 use crate::monitor::hub;
+use crate::monitor::{Hub, drop_reasons};
 use crate::store::Attachment;
 use crate::types::{NodeId, PeerIndex};
 
@@ -105,7 +105,7 @@ impl Node {
             self.monitor.tallies = None;
             return;
         }
-        let drops = Reason::ALL.iter().filter(|reason| reason.is_drop()).map(|reason| reason.as_str());
+        let drops = drop_reasons();
         let counter = |reason: &str| counters.get(reason).copied().unwrap_or(0);
         match &mut self.monitor.tallies {
             None => {
