@@ -26,10 +26,16 @@ struct Shared {
     readers: AtomicUsize,
 }
 
-/// There are [`MAX_READERS`] readers already, or the daemon ends.
+/// Why nobody more can read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{MAX_READERS} monitors watch this node already: end one of them first")]
-pub struct TooMany;
+pub enum NotRead {
+    /// There are [`MAX_READERS`] readers.
+    #[error("{MAX_READERS} monitors watch this node already: end one of them first")]
+    TooMany,
+    /// The daemon ends.
+    #[error("the daemon is ending: `overnode resume` starts the node again")]
+    Ending,
+}
 
 impl Default for Hub {
     fn default() -> Self {
@@ -63,13 +69,13 @@ impl Hub {
     /// A new reader, who gets what is told from now on.
     ///
     /// # Errors
-    /// [`TooMany`]
-    pub fn read(&self) -> Result<Reader, TooMany> {
+    /// [`NotRead`]
+    pub fn read(&self) -> Result<Reader, NotRead> {
         let lines = self.0.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        let lines = lines.as_ref().ok_or(TooMany)?;
+        let lines = lines.as_ref().ok_or(NotRead::Ending)?;
         let more = |readers: usize| (readers < MAX_READERS).then_some(readers + 1);
         let counted = self.0.readers.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        counted.map_err(|_| TooMany)?;
+        counted.map_err(|_| NotRead::TooMany)?;
         Ok(Reader { lines: lines.subscribe(), hub: self.clone() })
     }
 
@@ -151,7 +157,7 @@ mod tests {
             }
             assert_eq!(reader.next().await, None);
         }
-        assert_eq!(hub.read().unwrap_err(), TooMany);
+        assert_eq!(hub.read().unwrap_err(), NotRead::Ending);
     }
 
     #[tokio::test]
@@ -170,7 +176,7 @@ mod tests {
         let hub = Hub::default();
         assert!(!hub.is_watched());
         let mut readers: Vec<Reader> = (0..MAX_READERS).map(|_| hub.read().unwrap()).collect();
-        assert_eq!(hub.read().unwrap_err(), TooMany);
+        assert_eq!(hub.read().unwrap_err(), NotRead::TooMany);
         readers.pop();
         assert!(hub.read().is_ok());
         readers.clear();

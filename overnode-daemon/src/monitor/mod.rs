@@ -6,7 +6,7 @@ pub mod hub;
 
 use overnode_ebpf::reason::Reason;
 
-pub use hub::{Hub, Reader, TooMany};
+pub use hub::{Hub, NotRead, Reader};
 
 /// The names of all reasons for which packets are dropped.
 pub fn drop_reasons() -> impl Iterator<Item = &'static str> {
