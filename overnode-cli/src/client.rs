@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
-use hyper::{Method, Request, header};
+use hyper::{Method, Request, Response, header};
 use hyper_util::rt::TokioIo;
 use overnode_daemon::api::{self, ApiError, ErrorKind, error::ErrorBody};
 use serde::Serialize;
@@ -27,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long a daemon that was killed may take to be gone.
 const ENDING: Duration = Duration::from_secs(1);
+
+/// The longest line of an answer without end, in bytes.
+const LINE_LIMIT: usize = 1024 * 1024;
 
 const POLL: Duration = Duration::from_millis(25);
 
@@ -49,6 +52,38 @@ pub enum Unanswered {
     Refused(ApiError),
     /// The daemon is there, but something went wrong on the way.
     Broken(String),
+}
+
+/// An answer that goes on, line by line.
+#[derive(Debug)]
+pub struct Lines {
+    body: Incoming,
+    buffer: Vec<u8>,
+}
+
+impl Lines {
+    /// The next line, without its end; `None` after the last. Cancelling loses nothing.
+    ///
+    /// # Errors
+    /// The connection broke, or a line does not end.
+    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Unanswered> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let rest = self.buffer.split_off(end + 1);
+                let mut line = std::mem::replace(&mut self.buffer, rest);
+                line.pop();
+                return Ok(Some(line));
+            }
+            if self.buffer.len() > LINE_LIMIT {
+                return Err(Unanswered::Broken("a line of its answer does not end".to_owned()));
+            }
+            let Some(frame) = self.body.frame().await else { return Ok(None) };
+            let frame = frame.map_err(|error| Unanswered::Broken(error.to_string()))?;
+            if let Ok(data) = frame.into_data() {
+                self.buffer.extend_from_slice(&data);
+            }
+        }
+    }
 }
 
 impl Client {
@@ -97,6 +132,23 @@ impl Client {
     /// [`Unanswered`]
     pub async fn try_get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Unanswered> {
         self.ask(Method::GET, path, Bytes::new()).await
+    }
+
+    /// Asks for an answer that goes on.
+    ///
+    /// # Errors
+    /// [`Unanswered`]
+    pub async fn lines(&self, path: &str) -> Result<Lines, Unanswered> {
+        self.note(format_args!("> GET {path}"));
+        let response = tokio::time::timeout(PATIENCE, self.send(Method::GET, path, Bytes::new()))
+            .await
+            .map_err(|_| Unanswered::Broken(format!("no answer within {} s", PATIENCE.as_secs())))??;
+        let status = response.status().as_u16();
+        self.note(format_args!("< {status}"));
+        if !(200..300).contains(&status) {
+            return Err(refusal(status, &everything(response).await?));
+        }
+        Ok(Lines { body: response.into_body(), buffer: Vec::new() })
     }
 
     /// Who runs, if anybody does. A daemon that is just ending does not.
@@ -160,11 +212,7 @@ impl Client {
             .map_err(|_| Unanswered::Broken(format!("no answer within {} s", PATIENCE.as_secs())))??;
         self.note(format_args!("< {status}, {} bytes", answer.len()));
         if !(200..300).contains(&status) {
-            let kind = ErrorKind::from_status(status);
-            return Err(match serde_json::from_slice::<ErrorBody>(&answer) {
-                Ok(body) => Unanswered::Refused(ApiError::new(kind, body.error)),
-                Err(_) => Unanswered::Broken(format!("HTTP status {status} without a reason")),
-            });
+            return Err(refusal(status, &answer));
         }
         serde_json::from_slice(&answer).map_err(|error| {
             Unanswered::Broken(format!(
@@ -175,6 +223,11 @@ impl Client {
     }
 
     async fn exchange(&self, method: Method, path: &str, body: Bytes) -> Result<(u16, Bytes), Unanswered> {
+        let response = self.send(method, path, body).await?;
+        Ok((response.status().as_u16(), everything(response).await?))
+    }
+
+    async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, Unanswered> {
         let broken = |error: &dyn fmt::Display| Unanswered::Broken(error.to_string());
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::NotADirectory => {
@@ -193,19 +246,25 @@ impl Client {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(body))
             .map_err(|error| broken(&error))?;
-        let response = sender.send_request(request).await.map_err(|error| broken(&error))?;
-        let status = response.status().as_u16();
-        let answer = Limited::new(response.into_body(), ANSWER_LIMIT)
-            .collect()
-            .await
-            .map_err(|error| broken(&error))?;
-        Ok((status, answer.to_bytes()))
+        sender.send_request(request).await.map_err(|error| broken(&error))
     }
 
     fn note(&self, what: fmt::Arguments<'_>) {
         if self.debug {
             let _ = writeln!(io::stderr(), "overnode: debug: {} {what}", self.socket.display());
         }
+    }
+}
+
+async fn everything(response: Response<Incoming>) -> Result<Bytes, Unanswered> {
+    let answer = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
+    Ok(answer.map_err(|error| Unanswered::Broken(error.to_string()))?.to_bytes())
+}
+
+fn refusal(status: u16, answer: &[u8]) -> Unanswered {
+    match serde_json::from_slice::<ErrorBody>(answer) {
+        Ok(body) => Unanswered::Refused(ApiError::new(ErrorKind::from_status(status), body.error)),
+        Err(_) => Unanswered::Broken(format!("HTTP status {status} without a reason")),
     }
 }
 

@@ -73,6 +73,7 @@ pub enum Command {
     Status(Status),
     /// Print everything the node knows as JSON, without secrets
     Inspect,
+    Monitor(Monitor),
     DnsAdd(DnsAdd),
     DnsRemove(DnsRemove),
     DnsLookup(DnsLookup),
@@ -288,6 +289,39 @@ pub struct Status {
     pub counters: bool,
 
     /// For programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show dropped packets, and what happens to peers, paths and containers, as it happens
+///
+/// One line for each, until Ctrl-C. Of a dropped packet its headers are shown, never what it carries; of many that are dropped for one reason
+/// some are shown each second, and how many more there were.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode monitor
+  sudo overnode monitor --reason spoofed --reason no-route
+  sudo overnode monitor --events
+  sudo overnode monitor --json --for 60 > what-happened.jsonl")]
+pub struct Monitor {
+    /// Dropped packets only
+    #[arg(long)]
+    pub drops: bool,
+
+    /// Peers, paths and containers only
+    #[arg(long)]
+    pub events: bool,
+
+    /// Of the dropped packets only those dropped for this reason; may be given several times. `status --counters` tells what each means
+    #[arg(long, value_name = "REASON", value_parser = reason)]
+    pub reason: Vec<String>,
+
+    /// End after this time [default: with Ctrl-C]
+    #[arg(long = "for", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub seconds: Option<u64>,
+
+    /// For programs: one JSON object a line
     #[arg(long)]
     pub json: bool,
 }
@@ -532,6 +566,14 @@ fn width() -> Option<u16> {
 fn name(text: &str) -> Result<String, String> {
     overnode_daemon::api::check_name(text).map_err(|error| error.to_string())?;
     Ok(text.to_owned())
+}
+
+fn reason(text: &str) -> Result<String, String> {
+    let known: Vec<&str> = overnode_daemon::monitor::drop_reasons().collect();
+    if known.contains(&text) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("packets are dropped for one of: {}", known.join(", ")))
 }
 
 fn domain(text: &str) -> Result<String, String> {

@@ -10,13 +10,14 @@ use common::{Host, Outcome, install_overnode, overnode};
 const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
 
 /// The commands that ask the daemon, each with arguments that are right.
-const ASKING: [&[&str]; 13] = [
+const ASKING: [&[&str]; 14] = [
     &["connect", "host2"],
     &["forget", "host2"],
     &["attach", "netns:blue"],
     &["detach", "netns:blue"],
     &["status"],
     &["inspect"],
+    &["monitor"],
     &["prime"],
     &["resume"],
     &["dns-add", "web", "10.40.0.1"],
@@ -62,6 +63,8 @@ fn wrong_usage_exits_with_two_and_one_line() {
         (&["dns-lookup"], "NAME"),
         (&["prime", "--timeout", "-5"], "-5"),
         (&["status", "--everything"], "--everything"),
+        (&["monitor", "--reason", "boredom"], "no-route"),
+        (&["monitor", "--for", "0"], "--for"),
         (&["expose"], "expose"),
         (&["peer", "add", "short", "--allowed-ips", "10.0.0.1/32"], "44 characters"),
         (&["peer", "add", KEY], "--allowed-ips"),

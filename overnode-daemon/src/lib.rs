@@ -15,6 +15,7 @@ pub mod gossip;
 pub mod handshake;
 pub mod ipam;
 pub mod metrics;
+pub mod monitor;
 pub mod net;
 pub mod node;
 pub mod options;

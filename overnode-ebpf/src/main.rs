@@ -20,8 +20,11 @@ mod entry {
     use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
     use aya_ebpf::macros::{classifier, xdp};
     use aya_ebpf::programs::{TcContext, XdpContext};
+    use overnode_ebpf::map::{
+        PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL,
+    };
 
-    use crate::program::{Sent, aead_check, from_container, from_underlay, log, maps, seal};
+    use crate::program::{Sent, aead_check, from_container, from_underlay, log, maps, record, seal};
 
     /// Counts what goes on, and says with which verdict.
     #[inline(always)]
@@ -39,6 +42,7 @@ mod entry {
             Ok(sent) => finish(&sent) as i32,
             Err(reason) => {
                 maps::count(reason);
+                record::dropped(ctx, reason, PROGRAM_FROM_CONTAINER);
                 log::from_container(ctx, reason);
                 TC_ACT_SHOT as i32
             }
@@ -52,6 +56,7 @@ mod entry {
             Ok(sent) => finish(&sent) as i32,
             Err(reason) => {
                 maps::count(reason);
+                record::dropped(ctx, reason, PROGRAM_SEAL);
                 log::seal(ctx, reason);
                 TC_ACT_SHOT as i32
             }
@@ -67,6 +72,7 @@ mod entry {
             Ok(None) => TC_ACT_UNSPEC,
             Err(reason) => {
                 maps::count(reason);
+                record::dropped(ctx, reason, PROGRAM_FROM_UNDERLAY);
                 log::from_underlay(ctx, reason);
                 TC_ACT_SHOT as i32
             }
@@ -81,6 +87,7 @@ mod entry {
             Ok(None) => xdp_action::XDP_PASS,
             Err(reason) => {
                 maps::count(reason);
+                record::dropped(ctx, reason, PROGRAM_FROM_UNDERLAY_XDP);
                 log::from_underlay_xdp(ctx, reason);
                 xdp_action::XDP_DROP
             }

@@ -10,6 +10,8 @@
 //! | `LOCAL_ADDRESSES` | hash | [`Address`] | u32, unused |
 //! | `COUNTERS` | per-CPU array | [`crate::reason::Reason`] | u64 packets |
 //! | `PROBES` | ring buffer | | [`Probe`] |
+//! | `MONITOR` | array | [`crate::reason::Reason`] | u32, how many more drops may be recorded |
+//! | `DROPS` | ring buffer | | [`Dropped`] |
 //!
 //! Who writes what. The daemon writes everything but what is marked "program" below. A session's slot is
 //! filled while no program can find it, then published by storing its number in [`Peer::tx_slot`] and its state in
@@ -163,6 +165,49 @@ pub struct Probe {
     pub payload: [u32; crate::wire::PROBE_LEN / 4],
 }
 
+/// Bytes of the `DROPS` ring, a power of two: room for all that `MONITOR` allows in a second.
+pub const DROPS_LEN: u32 = 1 << 18;
+/// Bytes of a dropped packet that are recorded, a power of two: Ethernet, IPv6, UDP, a relay header and a data message's, and then the
+/// inner IPv4 header with the ports behind it.
+pub const DROPPED_LEN: usize = 128;
+
+/// [`Dropped::program`]
+pub const PROGRAM_FROM_CONTAINER: u32 = 0;
+/// [`Dropped::program`]
+pub const PROGRAM_SEAL: u32 = 1;
+/// [`Dropped::program`]
+pub const PROGRAM_FROM_UNDERLAY: u32 = 2;
+/// [`Dropped::program`]
+pub const PROGRAM_FROM_UNDERLAY_XDP: u32 = 3;
+/// [`Dropped::vlan`]: the packet has a tag.
+pub const VLAN_PRESENT: u32 = 1 << 16;
+
+/// A packet that was dropped while somebody monitors.
+///
+/// Programs record one only as long as `MONITOR` holds more than 0 for the reason, and take 1 off each time. The daemon fills it up once a
+/// second while somebody wants to know, so a flood of dropped packets costs no more than counting them does, and programs stop by
+/// themselves soon after a daemon was killed.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// Boot time (ns, `CLOCK_BOOTTIME`).
+    pub time_ns: u64,
+    /// [`crate::reason::Reason`]
+    pub reason: u32,
+    /// One of `PROGRAM_*`.
+    pub program: u32,
+    /// The interface that it came in by.
+    pub ifindex: u32,
+    /// Its length from the Ethernet header on, in bytes.
+    pub len: u32,
+    /// How many of [`Dropped::bytes`] are the packet's; the others are anything.
+    pub captured: u32,
+    /// `VLAN_PRESENT` and the tag, if one was taken off before the program saw the packet; else 0.
+    pub vlan: u32,
+    /// The packet's first bytes, from the Ethernet header on, as it was when it was given up.
+    pub bytes: [u8; DROPPED_LEN],
+}
+
 /// [`Session::state`]: the slot is empty.
 pub const SESSION_FREE: u32 = 0;
 /// [`Session::state`]: receives; must not send before the peer has proven that it has the keys.
@@ -214,6 +259,8 @@ mod pod {
     unsafe impl aya::Pod for super::Session {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Probe {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Dropped {}
 }
 
 const _: () = {
@@ -222,5 +269,6 @@ const _: () = {
     assert!(size_of::<Route>() == 8);
     assert!(size_of::<Peer>() == 16 + 16 + 2 + 2 + 4 + 4 + 4 + 4 + 4 + 32 + 8 * 8);
     assert!(size_of::<Probe>() == 8 + crate::wire::PROBE_LEN);
+    assert!(size_of::<Dropped>() == 8 + 6 * 4 + DROPPED_LEN);
     assert!(size_of::<Session>() == 4 * 4 + 32 + 32 + 4 * 8 + size_of::<crate::replay::Window>());
 };

@@ -9,6 +9,8 @@ mod object;
 mod opening;
 #[path = "programs/packet.rs"]
 mod packet;
+#[path = "programs/recording.rs"]
+mod recording;
 #[path = "programs/relaying.rs"]
 mod relaying;
 #[path = "programs/sealing.rs"]

@@ -24,7 +24,7 @@ const REFUSALS: [&str; 9] = [
 ];
 
 /// Data messages from host1 to host2, as Ethernet frames, recorded during a few pings.
-fn record(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
+pub fn record(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
     let capture = lab.host(2).capture()?;
     let stats = containers[0].ping(containers[1].address(), 200, MILLISECOND)?;
     ensure!(stats.lost() == 0, "{} pings were lost", stats.lost());
@@ -43,7 +43,7 @@ fn record(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
 }
 
 /// The underlay's end of host2's cable: what is sent here arrives at host2 as if it came from the network.
-fn attacker(lab: &Lab) -> Result<Injector> {
+pub fn attacker(lab: &Lab) -> Result<Injector> {
     // The veth's other end sends towards the host.
     Injector::open(lab.underlay(), "p2")
 }

@@ -12,6 +12,7 @@ mod inspect;
 mod life;
 mod metrics;
 mod mismatch;
+mod monitor;
 mod mtu;
 mod offloads;
 mod orders;

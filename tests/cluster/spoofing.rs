@@ -13,14 +13,14 @@ const INTERFACE: &str = "overnode0";
 const BROADCAST: [u8; 6] = [0xff; 6];
 
 /// A hardware address of the container, as its own namespace knows it.
-fn own_mac(container: &Container) -> Result<[u8; 6]> {
+pub fn own_mac(container: &Container) -> Result<[u8; 6]> {
     let links: serde_json::Value =
         serde_json::from_str(&container.netns().ip(&["-j", "link", "show", INTERFACE])?)?;
     parse_mac(links[0]["address"].as_str().context("no hardware address")?)
 }
 
 /// The hardware address that ARP gave for `other`.
-fn learnt_mac(container: &Container, other: IpAddr) -> Result<[u8; 6]> {
+pub fn learnt_mac(container: &Container, other: IpAddr) -> Result<[u8; 6]> {
     container.reach(other, PATIENCE)?;
     let neighbours: serde_json::Value =
         serde_json::from_str(&container.netns().ip(&["-j", "neigh", "show", &other.to_string()])?)?;
@@ -40,7 +40,7 @@ fn octets(address: IpAddr) -> [u8; 4] {
 }
 
 /// A UDP datagram with the lab's marker, in an Ethernet frame.
-fn datagram(from_mac: [u8; 6], to_mac: [u8; 6], from: IpAddr, to: IpAddr) -> Vec<u8> {
+pub fn datagram(from_mac: [u8; 6], to_mac: [u8; 6], from: IpAddr, to: IpAddr) -> Vec<u8> {
     let payload = [&MARKER[..], &MARKER].concat();
     let length = (20 + 8 + payload.len()) as u16;
     let mut ip = vec![0x45, 0];

@@ -4,6 +4,7 @@ mod attach;
 mod dns;
 mod inspect;
 mod launch;
+mod monitor;
 mod peer;
 mod prime;
 mod reclaim;
@@ -41,6 +42,7 @@ pub async fn run(context: &Context, command: Command) -> Result<String, Failure>
         Command::Hide(_) => attach::hide(context).await,
         Command::Status(wanted) => status::run(context, &wanted).await,
         Command::Inspect => inspect::run(context).await,
+        Command::Monitor(wanted) => monitor::run(context, &wanted).await,
         Command::Prime(wanted) => prime::run(context, &wanted).await,
         Command::Reset(wanted) => reset::run(context, &wanted).await,
         Command::Reclaim(wanted) => reclaim::run(context, &wanted).await,

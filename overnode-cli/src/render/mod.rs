@@ -1,5 +1,6 @@
 //! What people read.
 
+mod event;
 mod grid;
 mod sections;
 mod units;
@@ -7,6 +8,7 @@ mod units;
 use overnode_daemon::api::{ExternalPeerStatus, Status};
 use serde_json::Value;
 
+pub use event::event;
 pub use grid::Style;
 
 /// A part of what `status` shows.

@@ -5,6 +5,7 @@ use std::fs;
 use std::thread;
 
 use overnode_daemon::api::*;
+use overnode_daemon::monitor::Hub;
 use overnode_daemon::types::{Network, PublicKey};
 use tokio::sync::mpsc;
 
@@ -41,7 +42,7 @@ impl Canned {
             runtime.block_on(async {
                 let listener = server::bind(&socket).unwrap();
                 bound.send(()).unwrap();
-                serve(listener, calls).await.unwrap();
+                serve(listener, calls, Hub::default()).await.unwrap();
             });
         });
         ready.recv().unwrap();

@@ -10,6 +10,7 @@
 //! | `GET /v1/inspect` | | one document, without secrets |
 //! | `GET /v1/metrics` | | the same for Prometheus ([`crate::metrics`]) |
 //! | `GET /v1/prime` | | [`Primed`] |
+//! | `GET /v1/monitor` | | lines without end, each a [`MonitorEvent`] |
 //! | `POST /v1/launch` | [`Launch`] | [`Launched`] |
 //! | `POST /v1/connect` | [`Connect`] | [`Targets`] |
 //! | `POST /v1/forget` | [`Forget`] | [`Targets`] |
@@ -28,6 +29,7 @@
 
 pub mod error;
 pub mod health;
+pub mod monitor;
 pub mod server;
 pub mod status;
 pub mod target;
@@ -38,6 +40,7 @@ use tokio::sync::oneshot;
 
 pub use error::{ApiError, ErrorKind};
 pub use health::{Finding, Health, Level};
+pub use monitor::*;
 pub use server::serve;
 pub use status::*;
 pub use target::{BadHost, BadTarget, Host, Netns, Target};
@@ -69,6 +72,8 @@ pub enum Request {
     Status,
     /// [`Reply::Inspect`].
     Inspect,
+    /// Who is watched: [`Reply::Watching`], at once. Whoever asks reads already.
+    Monitor,
     /// Can an address be given to a container now? [`Reply::Primed`], at once.
     Prime,
     /// Take back the address space of a node that is gone for good: [`Reply::Reclaimed`], at once.
@@ -107,6 +112,8 @@ pub enum Reply {
     Status(Box<Status>),
     /// To [`Request::Inspect`]: an object of any shape, without secrets.
     Inspect(serde_json::Value),
+    /// To [`Request::Monitor`].
+    Watching(Watching),
     /// To [`Request::Prime`].
     Primed(Primed),
     /// To [`Request::Reclaim`].

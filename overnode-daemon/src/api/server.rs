@@ -8,19 +8,20 @@ use std::path::Path;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
+use futures_util::stream;
 use serde::de::DeserializeOwned;
 use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::{mpsc, oneshot};
 
+use super::{ApiError, BODY_LIMIT, Call, ErrorKind, Happening, Reply, Request, error::ErrorBody};
 use crate::metrics;
-
-use super::{ApiError, BODY_LIMIT, Call, ErrorKind, Reply, Request, error::ErrorBody};
+use crate::monitor::hub::{Hub, line_now};
 
 /// Once the node has ended, answers under way have this long to be read.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
@@ -56,23 +57,24 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 ///
 /// # Errors
 /// When the listener fails.
-pub async fn serve(listener: UnixListener, node: mpsc::Sender<Call>) -> io::Result<()> {
+pub async fn serve(listener: UnixListener, node: mpsc::Sender<Call>, hub: Hub) -> io::Result<()> {
     let (gone, last) = (node.clone(), node.clone());
     let serving =
-        axum::serve(listener, router(node)).with_graceful_shutdown(async move { gone.closed().await });
+        axum::serve(listener, router(node, hub)).with_graceful_shutdown(async move { gone.closed().await });
     tokio::select! {
         ended = serving => ended,
         () = async { last.closed().await; tokio::time::sleep(LAST_ANSWERS).await } => Ok(()),
     }
 }
 
-fn router(node: mpsc::Sender<Call>) -> Router {
+fn router(node: mpsc::Sender<Call>, hub: Hub) -> Router {
     Router::new()
         .route("/v1/version", get(|node| ask(node, Request::Version)))
         .route("/v1/status", get(|node| ask(node, Request::Status)))
         .route("/v1/inspect", get(|node| ask(node, Request::Inspect)))
         .route("/v1/metrics", get(|State(node)| metrics::answer(node)))
         .route("/v1/prime", get(|node| ask(node, Request::Prime)))
+        .route("/v1/monitor", get(|node| monitor(node, hub)))
         .route("/v1/launch", with_body(Request::Launch))
         .route("/v1/connect", with_body(Request::Connect))
         .route("/v1/forget", with_body(Request::Forget))
@@ -118,17 +120,40 @@ fn with_body<T: DeserializeOwned + Send + 'static>(
 }
 
 async fn ask(State(node): Node, request: Request) -> Response {
+    match call(&node, request).await {
+        Ok(reply) => reply.into_response(),
+        Err(error) => error.into_response(),
+    }
+}
+
+async fn call(node: &mpsc::Sender<Call>, request: Request) -> Result<Reply, ApiError> {
     let (answer, answered) = oneshot::channel();
     let stopped =
-        || ApiError::failed("the node stopped before it answered: `overnode resume` starts it again");
-    if node.send((request, answer)).await.is_err() {
-        return stopped().into_response();
-    }
-    match answered.await {
-        Ok(Ok(reply)) => reply.into_response(),
-        Ok(Err(error)) => error.into_response(),
-        Err(_) => stopped().into_response(),
-    }
+        |()| ApiError::failed("the node stopped before it answered: `overnode resume` starts it again");
+    node.send((request, answer)).await.map_err(|_| stopped(()))?;
+    answered.await.map_err(|_| stopped(()))?
+}
+
+/// Events as they happen, until the reader has enough or the daemon ends.
+async fn monitor(State(node): Node, hub: Hub) -> Response {
+    // Before the node is asked, which tells only while somebody reads.
+    let reader = match hub.read() {
+        Ok(reader) => reader,
+        Err(error) => return ApiError::refused(error).into_response(),
+    };
+    let first = match call(&node, Request::Monitor).await {
+        Ok(Reply::Watching(watching)) => line_now(Happening::Watching(watching)),
+        Ok(other) => return other.into_response(),
+        Err(error) => return error.into_response(),
+    };
+    let lines = stream::unfold((Some(first), reader), |(first, mut reader)| async move {
+        let line = match first {
+            Some(first) => first,
+            None => reader.next().await?,
+        };
+        Some((Ok::<_, io::Error>(line), (None, reader)))
+    });
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
 }
 
 async fn unknown_path(uri: Uri) -> ApiError {

@@ -17,6 +17,11 @@ impl Clock {
         Self { instant: Instant::now(), boot_ns: boot.as_nanos() as u64 }
     }
 
+    /// The programs' clock.
+    pub(super) const fn boot_now(self) -> u64 {
+        self.boot_ns
+    }
+
     /// `None` for 0, which means "never".
     pub(super) fn instant(self, boot_ns: u64) -> Option<Instant> {
         match boot_ns {

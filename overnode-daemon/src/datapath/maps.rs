@@ -17,7 +17,7 @@ use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpu
 use aya::{Ebpf, Pod};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use overnode_ebpf::map::{
-    Address, Config, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer,
+    Address, Config, DROPS_LEN, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer,
     ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
@@ -47,7 +47,7 @@ const fn mapped(layout: Layout) -> Layout {
 }
 
 /// The maps that are pinned.
-pub(super) const LAYOUTS: [Layout; 8] = [
+pub(super) const LAYOUTS: [Layout; 10] = [
     layout("CONFIG", 4, size_of::<Config>(), 1),
     layout("ENDPOINTS", 4, size_of::<Endpoint>(), ENDPOINT_SLOTS),
     layout("ROUTES", 4 + size_of::<Address>(), size_of::<Route>(), ROUTE_SLOTS),
@@ -57,6 +57,8 @@ pub(super) const LAYOUTS: [Layout; 8] = [
     layout("COUNTERS", 4, 8, REASON_SLOTS),
     // Of a ring buffer, the entries are bytes.
     layout("PROBES", 0, 0, PROBES_LEN),
+    layout("MONITOR", 4, 4, REASON_SLOTS),
+    layout("DROPS", 0, 0, DROPS_LEN),
 ];
 
 impl Layout {
@@ -102,6 +104,9 @@ pub(super) struct Maps {
     counters: PerCpuArray<MapData, u64>,
     /// Until somebody reads them.
     pub(super) probes: Option<RingBuf<MapData>>,
+    monitor: Array<MapData, u32>,
+    /// Until somebody reads them.
+    pub(super) drops: Option<RingBuf<MapData>>,
     pub(super) peers: Slots<Peer>,
     pub(super) sessions: Arc<Slots<Session>>,
 }
@@ -132,6 +137,8 @@ impl Maps {
             local_addresses: take("LOCAL_ADDRESSES")?.try_into()?,
             counters: take("COUNTERS")?.try_into()?,
             probes: Some(take("PROBES")?.try_into()?),
+            monitor: take("MONITOR")?.try_into()?,
+            drops: Some(take("DROPS")?.try_into()?),
             peers: Slots::map(data(&take("PEERS")?)?, PEER_SLOTS)?,
             sessions: Arc::new(Slots::map(data(&take("SESSIONS")?)?, SESSION_SLOTS)?),
         })
@@ -198,6 +205,14 @@ impl Maps {
             self.local_addresses.insert(*new, 0, 0).with_context(|| {
                 format!("the address {} cannot be entered (up to {LOCAL_ADDRESS_SLOTS})", from_map(*new))
             })?;
+        }
+        Ok(())
+    }
+
+    /// How many packets dropped for each reason may be recorded from now on.
+    pub(super) fn allow_records(&mut self, each: u32) -> Result<()> {
+        for reason in Reason::ALL.iter().filter(|reason| reason.is_drop()) {
+            self.monitor.set(*reason as u32, each, 0).context("MONITOR cannot be written")?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 
 mod bpffs;
 mod clock;
+mod drops;
 mod endpoint;
 mod guard;
 mod links;
@@ -33,6 +34,7 @@ use overnode_ebpf::map::{Address, Config, Route};
 use tracing::{info, warn};
 
 pub use self::bpffs::node_name;
+pub use self::drops::Drops;
 pub use self::endpoint::{
     Attached, Attachment, CONTAINER_INTERFACE, Place, cut, host_interface, random_mac, waiting_interface,
 };

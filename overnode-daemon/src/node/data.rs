@@ -9,6 +9,7 @@ use overnode_ebpf::wire::{DATA_PORT, TYPE_RELAY};
 
 use super::paths::stood_for;
 use super::running::Node;
+use crate::api::Happening;
 use crate::control::key;
 use crate::datapath::PeerState;
 use crate::gossip::Record;
@@ -316,6 +317,7 @@ impl Node {
             }
         }
         self.follow_sessions(now);
+        self.watch_sessions(now);
         self.note_reachability(now);
         self.paths_changed = true;
     }
@@ -357,13 +359,23 @@ impl Node {
 
     fn note_reachability(&mut self, now: Instant) {
         self.refresh_residents();
-        let paths = self.gossip.paths();
         let ids: Vec<_> = self.gossip.records().map(|record| record.id).collect();
         for id in ids {
-            let reachable = id == self.identity.id || paths.contains_key(&id);
+            let reachable = id == self.identity.id || self.gossip.paths().contains_key(&id);
             match self.reachable.get(&id) {
                 Some((known, _)) if *known == reachable => {}
-                Some(_) | None => {
+                before => {
+                    // That a node has come, or has left for good, is told elsewhere.
+                    if before.is_some() && self.peers.contains_key(&id.peer_index()) {
+                        self.tell(|node| {
+                            let peer = node.who(id.peer_index());
+                            if reachable {
+                                Happening::NodeReachable { peer }
+                            } else {
+                                Happening::NodeUnreachable { peer }
+                            }
+                        });
+                    }
                     self.reachable.insert(id, (reachable, now));
                 }
             }

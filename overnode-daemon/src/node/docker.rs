@@ -8,7 +8,9 @@ use anyhow::Context as _;
 use tokio::sync::oneshot;
 
 use super::addresses::Outcome;
+use super::monitor::container_of;
 use super::running::Node;
+use crate::api::Happening;
 use crate::datapath::{self, NetnsRef, Place};
 use crate::docker::{
     Docker, Event, Incoming, News, Order, Places, Refusal, Request, Response, Service, Settings, Step,
@@ -246,12 +248,15 @@ impl Node {
                 Ok(response)
             }
             Step::Plug(record, response) => {
+                let container = container_of(&record);
                 self.plug_for_docker(*record, now).await?;
+                self.tell(|_| Happening::Attached(container));
                 Ok(response)
             }
             Step::Unplug(record, response) => {
                 self.unplug(record.address).await?;
                 self.unguard(record.address).await;
+                self.tell(|_| Happening::Detached(container_of(&record)));
                 self.keep(*record, now)?;
                 Ok(response)
             }

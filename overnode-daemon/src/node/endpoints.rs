@@ -7,8 +7,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use ipnet::IpNet;
 
 use super::docker::is_plugged;
+use super::monitor::container_of;
 use super::running::Node;
-use crate::api::{self, ApiError, Netns, Target};
+use crate::api::{self, ApiError, Happening, Netns, Target};
 use crate::datapath::{self, KnownEndpoint, NetnsRef, Place};
 use crate::fault;
 use crate::store::{Attachment, Kind, StoreError};
@@ -205,6 +206,7 @@ impl Node {
             }
         };
         fault::step("attached");
+        self.tell(|_| Happening::Attached(container_of(&attachment)));
         self.announce_claims(now).await;
         Ok(api::Attached {
             address: self.with_prefix(address),
@@ -272,6 +274,7 @@ impl Node {
         {
             tracing::debug!("{why:#}");
         }
+        self.tell(|_| Happening::Detached(container_of(known)));
         self.give_back(known.address).map_err(|error| {
             ApiError::failed(format_args!("{target} was unplugged, but keeps its address: {error}"))
         })
@@ -305,6 +308,7 @@ impl Node {
                 tracing::debug!("the interface of {} is gone", attachment.address);
                 continue;
             }
+            self.tell(|_| Happening::Gone(container_of(attachment)));
             tracing::info!("{} is gone; its address {} is free again", attachment.target, attachment.address);
             if let Err(error) = self.give_back(attachment.address) {
                 tracing::warn!("{} stays taken: {error}", attachment.address);

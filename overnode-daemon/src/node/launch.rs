@@ -38,7 +38,7 @@ impl Daemon {
         let targets: Vec<String> = request.hosts.iter().map(api::Host::to_string).collect();
         self.store.set_identity(&identity, Some(&targets)).map_err(failed)?;
         fault::step("identity");
-        match Node::start(&self.options, &self.store, identity, self.started).await {
+        match Node::start(&self.options, &self.store, identity, self.started, &self.hub).await {
             Ok(node) => self.node = Some(node),
             Err(error) => {
                 let mut message = format!("node {id} was not launched: {error:#}");

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::docker::DockerSide;
 use super::running::Node;
-use crate::api::{self, ApiError, Host};
+use crate::api::{self, ApiError, Happening, Host, Who};
 use crate::control::CONTROL_PORT;
 use crate::control::dial::{self, AttemptId, Verdict};
 use crate::control::hello::Refusal;
@@ -68,6 +68,7 @@ impl Node {
         let Verdict::Keep { is_first } = verdict else { return };
         let Opened { hello, remote, version, .. } = &opened;
         tracing::info!("connected with node {peer} ({}) at {remote}, protocol {version}", hello.nickname);
+        let (remote, name) = (*remote, hello.nickname.clone());
         let stream = Stream {
             connection,
             peer,
@@ -78,6 +79,10 @@ impl Node {
             outbox: opened.outbox,
         };
         self.streams.insert(opened.id, stream);
+        self.tell(|_| Happening::Connected {
+            peer: Who { id: Some(peer), name: Some(name), ..Who::default() },
+            remote,
+        });
         self.paths_changed = true;
         // Before the next caller comes; gossip will say the same in a moment.
         self.residents
@@ -125,6 +130,12 @@ impl Node {
         self.ways.touch();
         self.paths_changed = true;
         tracing::info!("the connection with node {} at {} ended: {why}", stream.peer, stream.remote);
+        let Stream { peer, remote, .. } = stream;
+        self.tell(|node| Happening::Disconnected {
+            peer: node.who(peer.peer_index()),
+            remote,
+            why: why.to_owned(),
+        });
         match self.dialer.handle_lost(stream.connection, why, now) {
             Some((peer, true)) => {
                 self.gossip.handle_disconnected(peer, now);
@@ -238,6 +249,7 @@ impl Node {
     pub(super) fn report_for_now(&mut self, problem: String, now: Instant) {
         if !self.passing_problems.contains_key(&problem) {
             tracing::warn!("{problem}");
+            self.tell(|_| Happening::Problem { problem: problem.clone() });
         }
         self.passing_problems.retain(|_, at| now < *at + dial::REMEMBER_REFUSED);
         if self.passing_problems.len() < MAX_PROBLEMS {
@@ -263,6 +275,7 @@ impl Node {
             return;
         }
         tracing::warn!("{problem}");
+        self.tell(|_| Happening::Problem { problem: problem.clone() });
         if self.problems.len() >= MAX_PROBLEMS {
             self.problems.remove(0);
         }
@@ -274,10 +287,13 @@ impl Node {
         self.unsaved.insert(id);
         self.ways.touch();
         self.paths_changed = true;
-        let known = self.peers.get(&id.peer_index());
-        if known.is_none_or(|known| known.public_key != record.public_key) {
+        let known = self.peers.get(&id.peer_index()).map(|known| known.public_key);
+        if known != Some(record.public_key) {
             // On disk before there can be a session: a restarted daemon withdraws what it cannot attribute.
             self.save_peers();
+        }
+        if known.is_none() {
+            self.tell(|node| Happening::NodeAppeared { peer: node.who(id.peer_index()) });
         }
         self.tell_ipam(&record, now);
         self.dns.learn(&record);
@@ -289,6 +305,7 @@ impl Node {
 
     fn unlearn(&mut self, id: NodeId, now: Instant) {
         tracing::info!("node {id} has left the cluster");
+        self.tell(|node| Happening::NodeLeft { peer: node.who(id.peer_index()) });
         if let Some(record) = self.gossip.record(id).cloned() {
             self.tell_ipam(&record, now);
             self.dns.learn(&record);
@@ -313,7 +330,15 @@ impl Node {
             match action {
                 dial::Action::Dial { attempt, place } => self.mesh.dial(attempt, place),
                 dial::Action::Close(connection) => {
-                    self.streams.retain(|_, stream| stream.connection != connection)
+                    let of = |stream: &Stream| stream.connection == connection;
+                    let closed = self.streams.extract_if(.., |_, stream| of(stream));
+                    for (_, Stream { peer, remote, .. }) in closed.collect::<Vec<_>>() {
+                        self.tell(|node| Happening::Disconnected {
+                            peer: node.who(peer.peer_index()),
+                            remote,
+                            why: "it is not needed any more".to_owned(),
+                        });
+                    }
                 }
             }
         }

@@ -11,6 +11,7 @@ mod external;
 mod inspect;
 mod launch;
 mod links;
+mod monitor;
 mod paths;
 mod reset;
 mod running;
@@ -30,6 +31,7 @@ use tokio::sync::mpsc;
 use crate::api::{self, ApiError, Reply, Request};
 use crate::datapath::Datapath;
 use crate::metrics;
+use crate::monitor::Hub;
 use crate::options::Options;
 use crate::store::{Store, StoreError};
 
@@ -54,14 +56,16 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let listener = patiently(|| listen(&options.run_dir), |_| true).await?;
     let (calls, mut requests) = mpsc::channel(64);
     let metrics = options.metrics.map(|address| tokio::spawn(metrics::serve(address, calls.clone())));
-    let server = tokio::spawn(api::serve(listener, calls));
+    let hub = Hub::default();
+    let server = tokio::spawn(api::serve(listener, calls, hub.clone()));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
     let waiting = Waiting::default();
-    let mut daemon = Daemon { options, store, node: None, started: Instant::now(), leaving: false, waiting };
+    let started = Instant::now();
+    let mut daemon = Daemon { options, store, node: None, hub, started, leaving: false, waiting };
     if let Some(identity) = daemon.store.identity()? {
-        let node = Node::start(&daemon.options, &daemon.store, identity, daemon.started).await;
+        let node = Node::start(&daemon.options, &daemon.store, identity, daemon.started, &daemon.hub).await;
         daemon.node = Some(node.context("the node cannot start")?);
     } else {
         // What is left of a node whose state is gone belongs to nobody.
@@ -99,6 +103,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     if let Some(node) = &mut daemon.node {
         node.stop_dns().await;
     }
+    daemon.hub.close();
     // The last answer has to reach its reader.
     tokio::time::sleep(Duration::from_millis(100)).await;
     server.abort();
@@ -117,6 +122,7 @@ struct Daemon {
     options: Options,
     store: Arc<Store>,
     node: Option<Node>,
+    hub: Hub,
     started: Instant,
     leaving: bool,
     waiting: Waiting,
@@ -134,6 +140,7 @@ impl Daemon {
             Request::Detach(detach) => self.node()?.detach(detach).await.map(Reply::Detached),
             Request::Status => self.node()?.status().map(|status| Reply::Status(Box::new(status))),
             Request::Inspect => self.node()?.inspect().map(Reply::Inspect),
+            Request::Monitor => self.node()?.watched().map(Reply::Watching),
             Request::Prime => Ok(Reply::Primed(self.node()?.prime().await)),
             Request::Reclaim(reclaim) => self.node()?.reclaim(reclaim).await.map(Reply::Reclaimed),
             Request::DnsAdd(add) => self.node()?.dns_add(add).await.map(Reply::DnsAddresses),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use overnode_ebpf::wire::{RELAY_HOPS, Relay};
 
 use super::running::Node;
+use crate::api::{Happening, Path};
 use crate::datapath::Probe;
 use crate::handshake::Transmit;
 use crate::path::route::{self, Graph, Route};
@@ -127,6 +128,11 @@ impl Node {
                     if let Some(state) = self.paths.state(id) {
                         let what = if state.alive { "works" } else { "is dead" };
                         tracing::info!("the straight path to node {id} {what} ({} bytes)", state.mtu);
+                        self.tell(|node| Happening::StraightPath {
+                            peer: node.who(id.peer_index()),
+                            works: state.alive,
+                            mtu: state.mtu,
+                        });
                     }
                     self.ways.touch();
                 }
@@ -157,6 +163,14 @@ impl Node {
             }
             if self.ways.routes.insert(id, chosen) != Some(chosen) {
                 self.ways.since.insert(id, now);
+                self.tell(|node| Happening::PathChanged {
+                    peer: node.who(index),
+                    path: match chosen {
+                        Route::Direct => Some(Path::Direct),
+                        Route::Via { relay, .. } => Some(Path::Via(relay)),
+                        Route::Unreachable => None,
+                    },
+                });
                 match chosen {
                     Route::Direct => tracing::info!("packets for node {id} go straight"),
                     Route::Via { relay, hops } => {

@@ -15,6 +15,7 @@ use super::dns::Dns;
 use super::docker::DockerSide;
 use super::external::External;
 use super::links::Stream;
+use super::monitor::Monitor;
 use super::paths::Ways;
 use crate::control::CONTROL_PORT;
 use crate::control::dial::Dialer;
@@ -24,6 +25,8 @@ use crate::fault;
 use crate::gossip::{Gossip, Record, Signature, Signer};
 use crate::handshake::Handshakes;
 use crate::ipam::{self, Ipam, RequestId};
+use crate::monitor::Hub;
+use crate::monitor::decode::Seen;
 use crate::net::mesh::{Mesh, MeshEvent, Residents, StreamId};
 use crate::net::udp::{Received, UdpSockets};
 use crate::options::Options;
@@ -41,6 +44,7 @@ pub(super) enum Input {
     Mesh(MeshEvent),
     Datagram(Received),
     Probe(Probe),
+    Drops(Vec<Seen>),
     Link(LinkEvent),
     Docker(Event),
     Timeout,
@@ -72,6 +76,8 @@ pub(super) struct Node {
     pub(super) met_targets: BTreeSet<String>,
     /// The names, and who serves them.
     pub(super) dns: Dns,
+    /// Who watches, and what is watched.
+    pub(super) monitor: Monitor,
     /// Control connections came or went.
     pub(super) paths_changed: bool,
     /// Why the node cannot go on.
@@ -104,6 +110,7 @@ impl Node {
         store: &Arc<Store>,
         mut identity: Identity,
         started: Instant,
+        hub: &Hub,
     ) -> anyhow::Result<Self> {
         let now = Instant::now();
         let handshakes = Handshakes::new(identity.static_secret.clone(), StdRng::from_os_rng());
@@ -136,6 +143,9 @@ impl Node {
         fault::step("datapath");
         let link_events = datapath.watch()?;
         let probes = datapath.probes()?;
+        // An earlier daemon may have been killed while somebody watched.
+        datapath.allow_records(0)?;
+        let monitor = Monitor::new(hub.clone(), datapath.drops()?);
         let datagrams = receive(udp.clone());
         let own = Record {
             id: identity.id,
@@ -186,6 +196,7 @@ impl Node {
             docker,
             met_targets: BTreeSet::new(),
             dns,
+            monitor,
             paths_changed: true,
             broken: None,
             udp,
@@ -241,6 +252,7 @@ impl Node {
             Some(datagram) = self.datagrams.recv() => Input::Datagram(datagram),
             Ok(probe) = self.probes.recv() => Input::Probe(probe),
             event = from(&mut self.from_docker) => Input::Docker(event),
+            Ok(drops) = self.monitor.drops.recv() => Input::Drops(drops),
         }
     }
 
@@ -250,6 +262,8 @@ impl Node {
         match input {
             Input::Mesh(event) => self.handle_mesh(event, now),
             Input::Datagram(datagram) => self.handle_datagram(datagram, now).await,
+            // Nothing follows from these.
+            Input::Drops(drops) => return self.handle_drops(drops),
             Input::Probe(probe) => self.handle_probe(&probe, now),
             Input::Link(event) => self.handle_link(event, now).await,
             Input::Docker(event) => self.handle_docker(event, now).await,
@@ -269,6 +283,7 @@ impl Node {
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.read_maps(now);
+            self.watch_drops();
             self.settle_sandboxes(now).await;
             self.try_elsewhere(now).await;
             self.save_peers();

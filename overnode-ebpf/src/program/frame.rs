@@ -7,9 +7,10 @@ use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{__sk_buff, BPF_CSUM_LEVEL_INC, xdp_md};
 use aya_ebpf::helpers::generated::{
     bpf_csum_level, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
-    bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_head,
-    bpf_xdp_adjust_tail,
+    bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_pull_data,
+    bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_load_bytes,
 };
+use overnode_ebpf::map::VLAN_PRESENT;
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_IPV4, IPV4_LEN, IPV6_LEN};
 
@@ -126,6 +127,13 @@ pub trait Frame: Packet {
     fn len(self) -> u32;
     /// The interface that it came in by.
     fn ifindex(self) -> u32;
+    /// `VLAN_PRESENT` and the tag that the kernel keeps beside the packet, or 0.
+    fn vlan(self) -> u32;
+    /// Copies the packet's first `len` bytes, 1 at least, wherever they lie. False if there are fewer.
+    ///
+    /// # Safety
+    /// `to` has room for them.
+    unsafe fn copy_to(self, to: *mut u8, len: u32) -> bool;
     /// Size of the segments if this is more than one packet, else 0.
     fn gso_size(self) -> u32;
     /// Makes the first `len` bytes readable by pointer.
@@ -183,6 +191,18 @@ impl Frame for Skb {
     fn ifindex(self) -> u32 {
         // SAFETY: the kernel hands a valid context to the program.
         unsafe { (*self).ifindex }
+    }
+
+    #[inline(always)]
+    fn vlan(self) -> u32 {
+        // SAFETY: the kernel hands a valid context to the program.
+        unsafe { if (*self).vlan_present == 0 { 0 } else { VLAN_PRESENT | (*self).vlan_tci } }
+    }
+
+    #[inline(always)]
+    unsafe fn copy_to(self, to: *mut u8, len: u32) -> bool {
+        // SAFETY: the context is valid; the rest by the contract above.
+        unsafe { bpf_skb_load_bytes(self.cast(), 0, to.cast(), len) == 0 }
     }
 
     #[inline(always)]
@@ -262,6 +282,17 @@ impl Frame for *mut xdp_md {
     fn ifindex(self) -> u32 {
         // SAFETY: the kernel hands a valid context to the program.
         unsafe { (*self).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn vlan(self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    unsafe fn copy_to(self, to: *mut u8, len: u32) -> bool {
+        // SAFETY: the context is valid; the rest by the contract above.
+        unsafe { bpf_xdp_load_bytes(self, 0, to.cast(), len) == 0 }
     }
 
     #[inline(always)]

@@ -8,8 +8,8 @@ use aya_ebpf::maps::ring_buf::RingBufEntry;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use overnode_ebpf::map::{
-    Address, Config, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe,
-    ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
+    Address, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS,
+    PROBES_LEN, Peer, Probe, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -30,11 +30,36 @@ static LOCAL_ADDRESSES: HashMap<Address, u32> = HashMap::with_max_entries(LOCAL_
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON_SLOTS, 0);
 #[map]
 static PROBES: RingBuf = RingBuf::with_byte_size(PROBES_LEN, 0);
+#[map]
+static MONITOR: Array<u32> = Array::with_max_entries(REASON_SLOTS, 0);
+#[map]
+static DROPS: RingBuf = RingBuf::with_byte_size(DROPS_LEN, 0);
 
 /// Room for a probe, if the daemon keeps up.
 #[inline(always)]
 pub fn reserve_probe() -> Option<RingBufEntry<Probe>> {
     PROBES.reserve::<Probe>(0)
+}
+
+/// Whether a packet dropped for this reason is to be recorded; takes it off what the daemon has allowed. Two CPUs at once may record one
+/// more than that.
+#[inline(always)]
+pub fn may_record(reason: Reason) -> bool {
+    let Some(left) = MONITOR.get_ptr_mut(reason as u32) else { return false };
+    // SAFETY: values of an array map are valid for the whole program.
+    unsafe {
+        let before = left.read_volatile();
+        if before != 0 {
+            left.write_volatile(before - 1);
+        }
+        before != 0
+    }
+}
+
+/// Room for a record of a dropped packet, if there is any.
+#[inline(always)]
+pub fn reserve_dropped() -> Option<RingBufEntry<Dropped>> {
+    DROPS.reserve::<Dropped>(0)
 }
 
 /// Counts a packet.

@@ -16,6 +16,7 @@ pub mod from_underlay;
 pub mod log;
 pub mod maps;
 pub mod outer;
+pub mod record;
 pub mod relay;
 pub mod seal;
 pub mod too_big;

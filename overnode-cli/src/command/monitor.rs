@@ -1,0 +1,126 @@
+//! `overnode monitor`
+
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use overnode_daemon::api::{Happening, MonitorEvent};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::client::{Client, Unanswered};
+use crate::failure::Failure;
+use crate::options::{Context, Monitor};
+use crate::render;
+
+/// Prints events until somebody has enough.
+///
+/// # Errors
+/// When the daemon does not run, refuses or ends; standard output cannot be written.
+pub async fn run(context: &Context, wanted: &Monitor) -> Result<String, Failure> {
+    let no_signal = |error| Failure::failed(format_args!("signals cannot be received: {error}"));
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signal)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(no_signal)?;
+    let end = async {
+        match wanted.seconds {
+            Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds)).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        ended = watch(context, wanted) => ended?,
+        () = end => {}
+        _ = interrupt.recv() => {
+            if io::stdout().is_terminal() {
+                // Behind the ^C.
+                let _ = writeln!(io::stdout());
+            }
+        }
+        _ = terminate.recv() => {}
+    }
+    Ok(String::new())
+}
+
+/// Returns when nobody reads what is printed.
+async fn watch(context: &Context, wanted: &Monitor) -> Result<(), Failure> {
+    let client = Client::new(context);
+    let mut lines = client.lines("/v1/monitor").await.map_err(|why| client.explain(why))?;
+    loop {
+        let line = match lines.next().await {
+            Ok(Some(line)) => line,
+            // A daemon that was killed breaks the connection.
+            Ok(None) | Err(Unanswered::Broken(_)) => {
+                return Err(Failure::failed(
+                    "the daemon has ended: `overnode resume` starts the node again, unless it was reset",
+                ));
+            }
+            Err(why) => return Err(client.explain(why)),
+        };
+        let event: MonitorEvent = serde_json::from_slice(&line).map_err(|error| {
+            Failure::failed(format_args!(
+                "the daemon's answer is not understood: {error}: is it of another version than this command ({})?",
+                env!("CARGO_PKG_VERSION")
+            ))
+        })?;
+        if !is_wanted(wanted, &event.what) {
+            continue;
+        }
+        let text = if wanted.json {
+            let mut line = line;
+            line.push(b'\n');
+            line
+        } else {
+            render::event(&event, context.color).into_bytes()
+        };
+        let mut stdout = io::stdout().lock();
+        match stdout.write_all(&text).and_then(|()| stdout.flush()) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            Err(error) => return Err(Failure::failed(format_args!("standard output: {error}"))),
+        }
+    }
+}
+
+/// Drops and events, unless only one of them is named; a reason names drops. What concerns the monitor itself is always shown.
+fn is_wanted(wanted: &Monitor, what: &Happening) -> bool {
+    let all = !wanted.drops && !wanted.events;
+    let drops = wanted.drops || !wanted.reason.is_empty() || all;
+    let events = wanted.events || (all && wanted.reason.is_empty());
+    let is_asked_for =
+        |reason: &String| drops && (wanted.reason.is_empty() || wanted.reason.contains(reason));
+    match what {
+        Happening::Watching(_) | Happening::Missed { .. } => true,
+        Happening::Drop(dropped) => is_asked_for(&dropped.reason),
+        Happening::DropsNotShown { reason, .. } => is_asked_for(reason),
+        _ => events,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::options::{Cli, Command};
+
+    #[test]
+    fn what_is_named_is_shown() {
+        let shown = |line: &str| {
+            let cli = Cli::try_parse_from(format!("overnode monitor {line}").split_whitespace()).unwrap();
+            let Command::Monitor(wanted) = cli.command else { panic!("another command") };
+            let not_shown = |reason: &str| Happening::DropsNotShown { reason: reason.to_owned(), count: 1 };
+            let all = [
+                not_shown("spoofed"),
+                not_shown("no-route"),
+                Happening::Problem { problem: String::new() },
+                Happening::Missed { count: 1 },
+            ];
+            all.map(|what| is_wanted(&wanted, &what))
+        };
+        assert_eq!(shown(""), [true, true, true, true]);
+        assert_eq!(shown("--drops"), [true, true, false, true]);
+        assert_eq!(shown("--events"), [false, false, true, true]);
+        assert_eq!(shown("--drops --events"), [true, true, true, true]);
+        assert_eq!(shown("--reason spoofed"), [true, false, false, true]);
+        assert_eq!(shown("--reason spoofed --reason no-route"), [true, true, false, true]);
+        assert_eq!(shown("--reason spoofed --events"), [true, false, true, true]);
+    }
+}

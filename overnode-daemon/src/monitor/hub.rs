@@ -1,0 +1,185 @@
+//! Events on their way to readers. A reader that is too slow misses events, and is told how many; nobody waits for it.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::body::Bytes;
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+
+use crate::api::{Happening, MonitorEvent};
+
+/// Most readers at a time.
+pub const MAX_READERS: usize = 16;
+/// Events that wait for the slowest reader, at most.
+const WAITING: usize = 1024;
+
+/// Where events are told. Clones are the same one.
+#[derive(Clone, Debug)]
+pub struct Hub(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// Until the daemon ends.
+    lines: Mutex<Option<broadcast::Sender<Bytes>>>,
+    readers: AtomicUsize,
+}
+
+/// Why nobody more can read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotRead {
+    /// There are [`MAX_READERS`] readers.
+    #[error("{MAX_READERS} monitors watch this node already: end one of them first")]
+    TooMany,
+    /// The daemon ends.
+    #[error("the daemon is ending: `overnode resume` starts the node again")]
+    Ending,
+}
+
+impl Default for Hub {
+    fn default() -> Self {
+        let lines = Mutex::new(Some(broadcast::Sender::new(WAITING)));
+        Self(Arc::new(Shared { lines, readers: AtomicUsize::new(0) }))
+    }
+}
+
+impl Hub {
+    /// True while somebody reads. Whoever has something to tell need not make it up otherwise.
+    pub fn is_watched(&self) -> bool {
+        self.0.readers.load(Ordering::Relaxed) > 0
+    }
+
+    /// Tells everybody who reads what happened just now.
+    pub fn tell(&self, what: Happening) {
+        self.tell_of(now(), what);
+    }
+
+    /// Tells everybody who reads what happened, in milliseconds since 1970.
+    pub fn tell_of(&self, unix_milliseconds: u64, what: Happening) {
+        if !self.is_watched() {
+            return;
+        }
+        if let Some(lines) = &*self.0.lines.lock().unwrap_or_else(PoisonError::into_inner) {
+            // Whoever read may just have gone.
+            let _ = lines.send(line(unix_milliseconds, what));
+        }
+    }
+
+    /// A new reader, who gets what is told from now on.
+    ///
+    /// # Errors
+    /// [`NotRead`]
+    pub fn read(&self) -> Result<Reader, NotRead> {
+        let lines = self.0.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = lines.as_ref().ok_or(NotRead::Ending)?;
+        let more = |readers: usize| (readers < MAX_READERS).then_some(readers + 1);
+        let counted = self.0.readers.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        counted.map_err(|_| NotRead::TooMany)?;
+        Ok(Reader { lines: lines.subscribe(), hub: self.clone() })
+    }
+
+    /// The end: readers get what waits for them, and nothing after that.
+    pub fn close(&self) {
+        self.0.lines.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+/// Somebody who reads, until dropped.
+#[derive(Debug)]
+pub struct Reader {
+    lines: broadcast::Receiver<Bytes>,
+    hub: Hub,
+}
+
+impl Reader {
+    /// The next line, with its end; `None` when there will be no more. Cancelling loses nothing.
+    pub async fn next(&mut self) -> Option<Bytes> {
+        match self.lines.recv().await {
+            Ok(line) => Some(line),
+            Err(RecvError::Lagged(count)) => Some(line(now(), Happening::Missed { count })),
+            Err(RecvError::Closed) => None,
+        }
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.hub.0.readers.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// An event of now as a line, for one reader alone.
+pub fn line_now(what: Happening) -> Bytes {
+    line(now(), what)
+}
+
+fn line(unix_milliseconds: u64, what: Happening) -> Bytes {
+    // Nothing in it can fail to have a JSON form.
+    let mut line = serde_json::to_vec(&MonitorEvent { unix_milliseconds, what }).unwrap_or_default();
+    line.push(b'\n');
+    line.into()
+}
+
+/// Milliseconds since 1970.
+pub fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(n: usize) -> Happening {
+        Happening::Problem { problem: n.to_string() }
+    }
+
+    async fn next(reader: &mut Reader) -> Happening {
+        let line = reader.next().await.unwrap();
+        assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
+        serde_json::from_slice::<MonitorEvent>(&line).unwrap().what
+    }
+
+    #[tokio::test]
+    async fn everybody_gets_everything_in_order_until_the_end() {
+        let hub = Hub::default();
+        hub.tell(problem(0));
+        let mut readers = [hub.read().unwrap(), hub.read().unwrap()];
+        for n in 1..4 {
+            hub.tell(problem(n));
+        }
+        hub.close();
+        hub.tell(problem(4));
+        for reader in &mut readers {
+            for n in 1..4 {
+                assert_eq!(next(reader).await, problem(n));
+            }
+            assert_eq!(reader.next().await, None);
+        }
+        assert_eq!(hub.read().unwrap_err(), NotRead::Ending);
+    }
+
+    #[tokio::test]
+    async fn whoever_is_slow_learns_how_much_was_missed() {
+        let hub = Hub::default();
+        let mut slow = hub.read().unwrap();
+        for n in 0..WAITING + 10 {
+            hub.tell(problem(n));
+        }
+        assert_eq!(next(&mut slow).await, Happening::Missed { count: 10 });
+        assert_eq!(next(&mut slow).await, problem(10));
+    }
+
+    #[test]
+    fn there_is_an_end_to_the_readers() {
+        let hub = Hub::default();
+        assert!(!hub.is_watched());
+        let mut readers: Vec<Reader> = (0..MAX_READERS).map(|_| hub.read().unwrap()).collect();
+        assert_eq!(hub.read().unwrap_err(), NotRead::TooMany);
+        readers.pop();
+        assert!(hub.read().is_ok());
+        readers.clear();
+        assert!(!hub.is_watched());
+    }
+}

@@ -1,0 +1,272 @@
+//! What `overnode monitor` is told: which packets were dropped, and what happens to peers, paths and containers.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Instant;
+
+use overnode_ebpf::reason::Reason;
+
+use super::running::Node;
+use crate::api::{ApiError, Container, DroppedPacket, Happening, Program, Watching, Who};
+use crate::datapath::Drops;
+use crate::monitor::decode::Seen;
+use crate::monitor::hub;
+use crate::monitor::{Hub, drop_reasons};
+use crate::store::Attachment;
+use crate::types::{NodeId, PeerIndex};
+
+/// Dropped packets that are shown a second, at most, for each reason. All of them fit into the ring of the programs.
+const SHOWN: u32 = 32;
+
+const _: () = {
+    // The kernel puts 8 bytes in front of each record.
+    let record = size_of::<overnode_ebpf::map::Dropped>() + 8;
+    assert!(Reason::ALL.len() * SHOWN as usize * record < overnode_ebpf::map::DROPS_LEN as usize);
+};
+
+/// What the node remembers of its monitors.
+pub(super) struct Monitor {
+    pub(super) hub: Hub,
+    pub(super) drops: Drops,
+    /// Of each reason, while somebody watches.
+    tallies: Option<BTreeMap<&'static str, Tally>>,
+    /// Peers with a session.
+    with_session: BTreeSet<PeerIndex>,
+}
+
+/// Packets dropped for one reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Tally {
+    /// What the counter said when somebody began to watch.
+    before: u64,
+    /// Shown since.
+    shown: u64,
+    /// Since then told to be not shown.
+    told: u64,
+}
+
+impl Tally {
+    /// How many more are not shown, given what the counter says.
+    fn not_shown(&mut self, counter: u64) -> u64 {
+        let more = counter.saturating_sub(self.before).saturating_sub(self.shown + self.told);
+        self.told += more;
+        more
+    }
+}
+
+impl Monitor {
+    pub(super) fn new(hub: Hub, drops: Drops) -> Self {
+        Self { hub, drops, tallies: None, with_session: BTreeSet::new() }
+    }
+}
+
+impl Node {
+    /// Tells who watches, if anybody does.
+    pub(super) fn tell(&self, what: impl FnOnce(&Self) -> Happening) {
+        if self.monitor.hub.is_watched() {
+            self.monitor.hub.tell(what(self));
+        }
+    }
+
+    /// Somebody watches from now on.
+    pub(super) fn watched(&mut self) -> Result<Watching, ApiError> {
+        if self.monitor.tallies.is_none() {
+            self.watch_drops();
+        }
+        Ok(Watching {
+            id: self.identity.id,
+            nickname: self.identity.nickname.clone(),
+            drops_per_second: SHOWN,
+        })
+    }
+
+    /// Once a second: lets the programs record as much as can be shown, and tells how much cannot be.
+    pub(super) fn watch_drops(&mut self) {
+        let is_watched = self.monitor.hub.is_watched();
+        if !is_watched && self.monitor.tallies.is_none() {
+            return;
+        }
+        // Before what waits is taken, so that what is counted is not yet taken for not shown.
+        let counters = match self.datapath.counters() {
+            Ok(counters) => counters,
+            Err(error) => return tracing::warn!("dropped packets cannot be shown: {error:#}"),
+        };
+        loop {
+            let batch = self.monitor.drops.try_recv();
+            if batch.is_empty() {
+                break;
+            }
+            self.handle_drops(batch);
+        }
+        if let Err(error) = self.datapath.allow_records(if is_watched { SHOWN } else { 0 }) {
+            tracing::warn!("dropped packets cannot be shown: {error:#}");
+        }
+        if !is_watched {
+            self.monitor.tallies = None;
+            return;
+        }
+        let drops = drop_reasons();
+        let counter = |reason: &str| counters.get(reason).copied().unwrap_or(0);
+        match &mut self.monitor.tallies {
+            None => {
+                let tally = |reason| (reason, Tally { before: counter(reason), ..Tally::default() });
+                self.monitor.tallies = Some(drops.map(tally).collect());
+            }
+            Some(tallies) => {
+                for (reason, tally) in tallies {
+                    let count = tally.not_shown(counter(reason));
+                    if count > 0 {
+                        let reason = (*reason).to_owned();
+                        self.monitor.hub.tell(Happening::DropsNotShown { reason, count });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Tells of dropped packets.
+    pub(super) fn handle_drops(&mut self, batch: Vec<Seen>) {
+        if !self.monitor.hub.is_watched() {
+            return;
+        }
+        let attachments = self.store.attachments().unwrap_or_default();
+        let now = hub::now();
+        for seen in batch {
+            if let Some(tally) =
+                self.monitor.tallies.as_mut().and_then(|tallies| tallies.get_mut(seen.reason.as_str()))
+            {
+                tally.shown += 1;
+            }
+            let at = now.saturating_sub(self.datapath.milliseconds_since(seen.time_ns));
+            let dropped = self.dropped(seen, &attachments);
+            self.monitor.hub.tell_of(at, Happening::Drop(Box::new(dropped)));
+        }
+    }
+
+    /// Finds out whose a packet is.
+    fn dropped(&self, seen: Seen, attachments: &[Attachment]) -> DroppedPacket {
+        let Seen { reason, program, ifindex, len, headers, .. } = seen;
+        let interface = self.datapath.interface_name(ifindex);
+        let at = |address: Option<IpAddr>| attachments.iter().find(|it| Some(it.address) == address);
+        let inner = headers.inner.as_ref();
+        let (container, peer) = match program {
+            Program::FromContainer | Program::Seal => {
+                let sender = attachments.iter().find(|it| Some(&*it.host_interface) == interface);
+                let sender = sender.or_else(|| at(inner.map(|inner| inner.source)));
+                (sender, inner.and_then(|inner| self.owner(inner.destination)))
+            }
+            Program::FromUnderlay | Program::FromUnderlayXdp => {
+                let session = headers.message.as_ref().and_then(|it| self.session_of(it.receiver));
+                let relayed = || NodeId::new(headers.relay.as_ref()?.source).ok().map(NodeId::peer_index);
+                let outer = || {
+                    let outer = headers.outer.as_ref()?;
+                    self.peer_at(outer.source, outer.source_port)
+                };
+                let peer = session.or_else(relayed).or_else(outer);
+                (at(inner.map(|inner| inner.destination)), peer)
+            }
+        };
+        DroppedPacket {
+            reason: reason.as_str().to_owned(),
+            program,
+            interface: interface.map(str::to_owned),
+            bytes: len,
+            container: container.map(container_of),
+            peer: peer.map(|peer| self.who(peer)),
+            headers,
+        }
+    }
+
+    /// The peer to which an address of the container network belongs.
+    fn owner(&self, address: IpAddr) -> Option<PeerIndex> {
+        let routes =
+            self.peers.iter().flat_map(|(index, peer)| peer.routes.iter().map(move |it| (it, index)));
+        let leads_there = routes.filter(|(route, _)| route.contains(&address));
+        leads_there.max_by_key(|(route, _)| route.prefix_len()).map(|(_, index)| *index)
+    }
+
+    fn session_of(&self, receiver: u32) -> Option<PeerIndex> {
+        let has = |peer: &&super::data::DataPeer| {
+            peer.state.as_ref().is_some_and(|it| it.sessions.iter().any(|it| it.local_index == receiver))
+        };
+        self.peers.iter().find(|(_, peer)| has(peer)).map(|(index, _)| *index)
+    }
+
+    /// Who is there; if nobody uses that port, whoever is at the address.
+    fn peer_at(&self, address: IpAddr, port: Option<u16>) -> Option<PeerIndex> {
+        let at = |peer: &super::data::DataPeer| {
+            let place = peer.state.as_ref()?.endpoint.or_else(|| peer.endpoint())?;
+            (place.ip() == address).then_some(Some(place.port()) == port)
+        };
+        let here = self.peers.iter().filter_map(|(index, peer)| Some((at(peer)?, *index)));
+        here.max_by_key(|(same_port, index)| (*same_port, std::cmp::Reverse(*index))).map(|(_, index)| index)
+    }
+
+    /// A peer's names.
+    pub(super) fn who(&self, index: PeerIndex) -> Who {
+        match index.node() {
+            Some(id) => Who {
+                id: Some(id),
+                public_key: None,
+                name: self.gossip.record(id).map(|record| record.nickname.clone()),
+            },
+            None => {
+                let external = self.externals.get(&index);
+                Who {
+                    id: None,
+                    public_key: external.map(|it| it.public_key),
+                    name: external.and_then(|it| it.name.clone()),
+                }
+            }
+        }
+    }
+
+    /// Tells which sessions have come and gone.
+    pub(super) fn watch_sessions(&mut self, now: Instant) {
+        let with_session: BTreeSet<PeerIndex> =
+            self.peers.iter().filter(|(_, peer)| peer.has_session(now)).map(|(index, _)| *index).collect();
+        let before = std::mem::replace(&mut self.monitor.with_session, with_session);
+        for index in self.monitor.with_session.difference(&before) {
+            self.tell(|node| Happening::SessionEstablished { peer: node.who(*index) });
+        }
+        for index in before.difference(&self.monitor.with_session) {
+            self.tell(|node| {
+                let last_error = node.peers.get(index).and_then(|peer| peer.last_error.as_ref());
+                let why = last_error.map(|(why, _)| why.clone());
+                Happening::SessionLost { peer: node.who(*index), why }
+            });
+        }
+    }
+}
+
+/// What people call a container.
+pub(super) fn container_of(attachment: &Attachment) -> Container {
+    Container {
+        address: attachment.address,
+        target: attachment.target.clone(),
+        name: attachment.name.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_shown_is_told_once() {
+        let mut tally = Tally { before: 100, ..Tally::default() };
+        assert_eq!(tally.not_shown(100), 0);
+        tally.shown = 30;
+        assert_eq!(tally.not_shown(1130), 1000);
+        assert_eq!(tally.not_shown(1130), 0);
+        // One that is recorded a moment after it was counted makes up for itself.
+        assert_eq!(tally.not_shown(1131), 1);
+        tally.shown += 1;
+        assert_eq!(tally.not_shown(1131), 0);
+        assert_eq!(tally.not_shown(1132), 0);
+        tally.shown += 1;
+        assert_eq!(tally.not_shown(1134), 1);
+        // Maps that were made anew.
+        assert_eq!(tally.not_shown(5), 0);
+    }
+}

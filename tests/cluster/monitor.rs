@@ -1,0 +1,304 @@
+//! `overnode monitor`: what is dropped and what happens, told as it happens; and whoever watches costs the node nothing.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use lab::flow::MARKER;
+use lab::raw::Injector;
+use lab::{Host, Lab, eventually};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use crate::hostile::{attacker, record};
+use crate::spoofing::{datagram, learnt_mac, own_mac};
+use crate::support::{
+    MILLISECOND, PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, one_each, wait_for_peers,
+};
+
+/// A monitor that runs until this is dropped.
+struct Watcher {
+    child: Child,
+    output: PathBuf,
+}
+
+impl Watcher {
+    /// Returns when it watches.
+    fn start(lab: &Lab, host: &Host, arguments: &[&str]) -> Result<Self> {
+        let watcher = Self::start_now(lab, host, &[&["monitor", "--json"], arguments].concat())?;
+        watcher.wait_for(|event| event["event"] == "watching")?;
+        Ok(watcher)
+    }
+
+    fn start_now(lab: &Lab, host: &Host, arguments: &[&str]) -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let output = lab.folder().join(format!("monitor-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
+        let mut command = host.command("overnode")?;
+        command.args(arguments).stdin(Stdio::null()).stdout(File::create(&output)?);
+        let child = command.stderr(File::create(output.with_extension("err"))?).spawn()?;
+        Ok(Self { child, output })
+    }
+
+    fn text(&self) -> Result<String> {
+        Ok(std::fs::read_to_string(&self.output)?)
+    }
+
+    /// All complete lines so far, each of which has to be JSON.
+    fn events(&self) -> Result<Vec<Value>> {
+        let text = self.text()?;
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        whole.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+    }
+
+    fn wait_for(&self, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
+        eventually(PATIENCE, || {
+            let events = self.events()?;
+            let last: Vec<_> = events.iter().rev().take(10).collect();
+            events.iter().find(|event| is_it(event)).cloned().with_context(|| format!("not among {last:?}"))
+        })
+    }
+
+    fn drop_of(&self, reason: &str) -> Result<Value> {
+        self.wait_for(|event| event["event"] == "drop" && event["reason"] == reason)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(self.child.id() as i32), signal)?)
+    }
+
+    /// Waits until it has ended. Its exit status, and what it complained of.
+    fn end(mut self) -> Result<(ExitStatus, String)> {
+        let status = eventually(PATIENCE, || self.child.try_wait()?.context("the monitor goes on"))?;
+        Ok((status, std::fs::read_to_string(self.output.with_extension("err"))?))
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -> Result<()> {
+    in_lab(Lab::new("drops").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let [thief, far] = &containers[..] else { bail!("two containers") };
+        let watchers = [Watcher::start(lab, lab.host(1), &[])?, Watcher::start(lab, lab.host(1), &[])?];
+        let (mac, gateway) = (own_mac(thief)?, learnt_mac(thief, far.address())?);
+        let injector = Injector::open(thief.netns(), "overnode0")?;
+        injector.send(&datagram(mac, gateway, "10.42.0.77".parse()?, far.address()))?;
+        injector.send(&datagram(mac, gateway, thief.address(), "10.46.0.1".parse()?))?;
+        for watcher in &watchers {
+            let spoofed = watcher.drop_of("spoofed")?;
+            ensure!(spoofed["program"] == "from-container", "{spoofed}");
+            ensure!(spoofed["container"]["address"] == json!(thief.address()), "{spoofed}");
+            ensure!(spoofed["container"]["target"] == thief.target(), "{spoofed}");
+            ensure!(spoofed["peer"] == json!({"id": 2, "name": "host2"}), "{spoofed}");
+            let inner = &spoofed["inner"];
+            ensure!(inner["source"] == "10.42.0.77" && inner["protocol"] == "udp", "{spoofed}");
+            ensure!(inner["destination"] == json!(far.address()), "{spoofed}");
+            ensure!(inner["source_port"] == 5000 && inner["destination_port"] == 5001, "{spoofed}");
+            let lost = watcher.drop_of("no-route")?;
+            ensure!(lost["inner"]["destination"] == "10.46.0.1" && lost["peer"].is_null(), "{lost}");
+            ensure!(lost["unix_milliseconds"].as_u64() > Some(1_600_000_000_000), "{lost}");
+        }
+        // What somebody else makes of a message from node 1.
+        let watcher = Watcher::start(lab, lab.host(2), &["--reason", "forged"])?;
+        let mut forged = record(lab, &containers)?.swap_remove(0);
+        forged[42 + 8..42 + 16].copy_from_slice(&(1_u64 << 33).to_le_bytes());
+        *forged.last_mut().context("no bytes")? ^= 1;
+        attacker(lab)?.send(&forged)?;
+        let seen = watcher.drop_of("forged")?;
+        ensure!(seen["peer"] == json!({"id": 1, "name": "host1"}), "{seen}");
+        ensure!(seen["message"]["counter"] == 1_u64 << 33 && seen["inner"].is_null(), "{seen}");
+        ensure!(seen["outer"]["source"] == json!(lab.host(1).address()), "{seen}");
+        ensure!(seen["interface"] == lab.host(2).interface(), "{seen}");
+        for watcher in watchers.iter().chain([&watcher]) {
+            let text = watcher.text()?;
+            ensure!(!text.as_bytes().windows(MARKER.len()).any(|window| window == MARKER), "payload: {text}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn what_happens_to_peers_paths_and_containers_is_told() -> Result<()> {
+    in_lab(Lab::new("events").hosts(3), |lab| {
+        let [one, two, three] = [1, 2, 3].map(|number| lab.host(number));
+        launch_all(lab)?;
+        wait_for_peers(one, 3)?;
+        let watcher = Watcher::start(lab, one, &["--events"])?;
+        let of = |id: usize, event: &Value| event["peer"]["id"] == id;
+        let container = attached(one, "c")?;
+        let told = watcher.wait_for(|event| event["event"] == "attached")?;
+        ensure!(told["address"] == json!(container.address()), "{told}");
+        one.detach(&container)?;
+        watcher.wait_for(|event| event["event"] == "detached" && event["address"] == told["address"])?;
+
+        lab.cut(one, three)?;
+        watcher.wait_for(|it| it["event"] == "straight-path" && of(3, it) && it["works"] == false)?;
+        let path =
+            |to: Value| watcher.wait_for(|it| it["event"] == "path-changed" && of(3, it) && it["path"] == to);
+        path(json!({"via": 2}))?;
+        lab.heal(one, three)?;
+        watcher.wait_for(|it| it["event"] == "straight-path" && of(3, it) && it["works"] == true)?;
+        path(json!("direct"))?;
+
+        two.kill_daemon()?;
+        let told = watcher.wait_for(|it| it["event"] == "disconnected" && of(2, it))?;
+        ensure!(told["why"].as_str().is_some_and(|why| !why.is_empty()), "{told}");
+        watcher.wait_for(|it| it["event"] == "node-unreachable" && of(2, it))?;
+        two.overnode(&["resume"])?.success()?;
+        watcher.wait_for(|it| it["event"] == "connected" && of(2, it))?;
+        watcher.wait_for(|it| it["event"] == "node-reachable" && of(2, it))?;
+        three.overnode(&["reset"])?.success()?;
+        watcher.wait_for(|it| it["event"] == "node-left" && of(3, it))?;
+        watcher.wait_for(|it| it["event"] == "session-lost" && of(3, it))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_monitor_ends_as_it_should() -> Result<()> {
+    in_lab(Lab::new("end").hosts(1), |lab| {
+        let host = lab.host(1);
+        launch_all(lab)?;
+        for signal in [Signal::SIGINT, Signal::SIGTERM] {
+            let watcher = Watcher::start(lab, host, &[])?;
+            watcher.signal(signal)?;
+            let (status, complaint) = watcher.end()?;
+            ensure!(status.success() && complaint.is_empty(), "{signal}: {status}, {complaint}");
+        }
+        let begun = Instant::now();
+        let (status, _) = Watcher::start(lab, host, &["--for", "1"])?.end()?;
+        ensure!(status.success() && begun.elapsed() >= Duration::from_secs(1), "{status}");
+        // Somebody reads one line and goes.
+        let mut command = host.command("overnode")?;
+        let mut child = command.arg("monitor").stdout(Stdio::piped()).spawn()?;
+        let mut reader = BufReader::new(child.stdout.take().context("no pipe")?);
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        ensure!(line.contains("watching") && line.contains("node 1 (host1)"), "{line:?}");
+        drop(reader);
+        attached(host, "c")?;
+        let status = eventually(PATIENCE, || child.try_wait()?.context("the monitor goes on"))?;
+        ensure!(status.success(), "{status}");
+        // The daemon goes, with a word and without.
+        let watcher = Watcher::start(lab, host, &[])?;
+        host.kill_daemon()?;
+        let (status, complaint) = watcher.end()?;
+        ensure!(status.code() == Some(1), "{status}");
+        ensure!(complaint.lines().count() == 1 && complaint.contains("overnode resume"), "{complaint}");
+        host.overnode(&["resume"])?.success()?;
+        let watcher = Watcher::start(lab, host, &[])?;
+        let pid = host.daemon_pid().context("no daemon")?;
+        kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+        let (status, complaint) = watcher.end()?;
+        ensure!(status.code() == Some(1) && complaint.contains("overnode resume"), "{status}: {complaint}");
+        let refused = host.overnode(&["monitor"])?.failure(1)?;
+        ensure!(refused.contains("overnode resume"), "{refused}");
+        Ok(())
+    })
+}
+
+/// Resident memory, in KiB.
+fn memory(pid: i32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
+    line.split_whitespace().nth(1).and_then(|number| number.parse().ok()).context("no number")
+}
+
+#[test]
+fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> {
+    const FLOOD: usize = 100_000;
+    const MORE_MEMORY: u64 = 48 * 1024;
+    in_lab(Lab::new("flood").hosts(2), |lab| {
+        let host = lab.host(1);
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let watcher = Watcher::start(lab, host, &[])?;
+        // Asks, and never reads.
+        let mut sleeper = UnixStream::connect(host.socket())?;
+        write!(sleeper, "GET /v1/monitor HTTP/1.1\r\nHost: overnode\r\n\r\n")?;
+        let (thief, far) = (&containers[0], &containers[1]);
+        let frame = datagram(
+            own_mac(thief)?,
+            learnt_mac(thief, far.address())?,
+            "10.42.0.77".parse()?,
+            far.address(),
+        );
+        let pid = host.daemon_pid().context("no daemon")?;
+        let (memory_before, counted_before) = (memory(pid)?, counter(host, "spoofed")?);
+        let injector = Injector::open(thief.netns(), "overnode0")?;
+        let frames = vec![frame; FLOOD / 100];
+        let mut slowest = Duration::ZERO;
+        for _ in 0..100 {
+            injector.send_all(&frames)?;
+            let begun = Instant::now();
+            if slowest < Duration::from_secs(1) {
+                host.request("GET", "/v1/status", "")?;
+            }
+            slowest = slowest.max(begun.elapsed());
+        }
+        ensure!(slowest < Duration::from_secs(5), "the daemon took {slowest:?} to answer");
+        let more = memory(pid)?.saturating_sub(memory_before);
+        ensure!(more < MORE_MEMORY, "the daemon takes {more} KiB more");
+        let counted = counter(host, "spoofed")? - counted_before;
+        ensure!(counted >= FLOOD as u64, "only {counted} are counted");
+        // All of them are accounted for, few of them one by one.
+        let shown = eventually(PATIENCE, || {
+            let (mut one_by_one, mut all) = (0, 0);
+            for event in watcher.events()?.iter().filter(|event| event["reason"] == "spoofed") {
+                match event["event"].as_str() {
+                    Some("drop") => (one_by_one, all) = (one_by_one + 1, all + 1),
+                    _ => all += event["count"].as_u64().context("no count")?,
+                }
+            }
+            ensure!(all == counted, "{all} of {counted} are accounted for");
+            Ok(one_by_one)
+        })?;
+        ensure!((1..10_000).contains(&shown), "{shown} are shown");
+        ensure!(containers[0].ping(far.address(), 100, MILLISECOND)?.lost() == 0, "pings were lost");
+        // Nobody watches any more: what is dropped now is seen by nobody, also not by who comes later.
+        drop((watcher, sleeper));
+        std::thread::sleep(Duration::from_millis(2500));
+        injector.send_all(&frames)?;
+        let late = Watcher::start(lab, host, &["--reason", "spoofed"])?;
+        std::thread::sleep(Duration::from_millis(1500));
+        let seen = late.events()?;
+        ensure!(seen.len() == 1, "what happened before is told: {seen:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn there_is_an_end_to_the_monitors() -> Result<()> {
+    in_lab(Lab::new("readers").hosts(1), |lab| {
+        let host = lab.host(1);
+        launch_all(lab)?;
+        let mut watchers = Vec::new();
+        for _ in 0..16 {
+            watchers.push(Watcher::start(lab, host, &[])?);
+        }
+        let refused = host.overnode(&["monitor"])?.failure(1)?;
+        ensure!(refused.contains("16 monitors"), "{refused}");
+        watchers.pop();
+        eventually(PATIENCE, || {
+            Watcher::start_now(lab, host, &["monitor", "--for", "1"])?.end().and_then(|(status, why)| {
+                ensure!(status.success(), "{why}");
+                Ok(())
+            })
+        })
+    })
+}
