@@ -40,7 +40,10 @@ fn status_shows_every_section_in_lines_that_programs_can_cut() {
     for expected in [
         "node        1(host1)\n",
         "version     0.1.0, up 3h25m\n",
-        "problem     UDP port 6783 is in use",
+        "critical  UDP port 6783 is in use",
+        "critical  node 3 is not reachable; see that its host and its node run",
+        "warning   packets for node 2 (host2) go through node 3: probes have no answer; see that UDP 6784 passes",
+        "warning   the target host9 is not connected: the name does not resolve; `overnode forget host9` if",
         "\nTargets\nHOST",
         "host9  retrying     -     the name does not resolve (3s ago); next try in 12s\n",
         "\nPeers\nNODE",

@@ -2,7 +2,7 @@
 //!
 //! The parts that decide have no I/O and read no clock: [`handshake`], [`gossip`], [`ipam`] and the dialler in [`control`]. They
 //! take events with the time and return actions; so does the zone in [`dns`]. The parts that act are thin: [`datapath`] programs the
-//! kernel, [`net`] owns the sockets, [`docker`] serves a Docker engine, [`store`] the disk, [`api`] the unix socket. [`node`] is one
+//! kernel, [`net`] owns the sockets, [`docker`] serves a Docker engine, [`store`] the disk, [`api`] the unix socket, [`metrics`] Prometheus. [`node`] is one
 //! task that joins them.
 
 pub mod api;
@@ -14,6 +14,7 @@ pub mod fault;
 pub mod gossip;
 pub mod handshake;
 pub mod ipam;
+pub mod metrics;
 pub mod monitor;
 pub mod net;
 pub mod node;

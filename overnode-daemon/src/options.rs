@@ -1,5 +1,6 @@
 //! The daemon's own command line.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
@@ -35,6 +36,10 @@ pub struct Options {
     /// The socket of that engine
     #[arg(long, env = "OVERNODE_DOCKER_SOCKET", value_name = "PATH", default_value = docker::ENGINE)]
     pub docker_socket: PathBuf,
+
+    /// Serve metrics for Prometheus at this address, as in 127.0.0.1:6785 [default: nowhere; the socket has them under /v1/metrics]
+    #[arg(long, env = "OVERNODE_METRICS", value_name = "ADDRESS:PORT")]
+    pub metrics: Option<SocketAddr>,
 
     /// Log more, also from the eBPF programs
     #[arg(long, env = "OVERNODE_DEBUG", value_parser = clap::builder::FalseyValueParser::new())]

@@ -113,7 +113,7 @@ fn clsact_carries_the_same_traffic() {
     let known = KnownEndpoint {
         host_interface: "ov00000001".into(),
         address: addr("10.40.0.1"),
-        netns: netns(&pair.container_a),
+        netns: Some(netns(&pair.container_a)),
     };
     pair.a.run(async |datapath| {
         // Somebody removes the qdisc, and with it the filter: it comes back.
@@ -332,12 +332,12 @@ fn reconcile_removes_what_is_nobodys_and_nothing_else() {
     let known = KnownEndpoint {
         host_interface: "ov00000001".into(),
         address: addr("10.40.0.1"),
-        netns: netns(&pair.container_a),
+        netns: Some(netns(&pair.container_a)),
     };
     let gone = KnownEndpoint {
         host_interface: "ov00000003".into(),
         address: addr("10.40.0.3"),
-        netns: netns(&second),
+        netns: Some(netns(&second)),
     };
     pair.a.run(async |datapath| {
         datapath.attach(&attachment(&pair.container_a, "10.40.0.1", "ov00000001")).await.unwrap();
@@ -373,7 +373,11 @@ fn a_container_that_goes_away_is_told_and_forgotten() {
         assert!(datapath.is_attached("ov00000007"));
         drop(short_lived);
         expect(&mut events, &LinkEvent::Vanished("ov00000007".into())).await;
-        let known = KnownEndpoint { host_interface: "ov00000007".into(), address: addr("10.40.0.7"), netns };
+        let known = KnownEndpoint {
+            host_interface: "ov00000007".into(),
+            address: addr("10.40.0.7"),
+            netns: Some(netns),
+        };
         let lost = datapath.reconcile(&[known]).await.unwrap();
         assert!(lost.len() == 1 && !lost[0].netns_exists, "{lost:?}");
         assert!(!datapath.is_attached("ov00000007"));

@@ -10,6 +10,7 @@ mod expose;
 mod hostile;
 mod inspect;
 mod life;
+mod metrics;
 mod mismatch;
 mod monitor;
 mod mtu;

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use overnode_daemon::ipam::Fact;
 use overnode_daemon::types::NodeId;
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
 
+use crate::host::Disk;
 use crate::world::{Event, World};
 
 impl World {
@@ -134,9 +136,10 @@ impl World {
         }
         self.log(|| format!("reset {id}"));
         // Nodes that lend must not forget it; all others may lose their disks at any time.
-        let lends = self.hosts[&id].disk.as_ref().is_some_and(|disk| {
-            disk.facts.values().any(|fact| matches!(fact, overnode_daemon::ipam::Fact::Book { .. }))
-        });
+        let lends = self.hosts[&id]
+            .disk
+            .as_ref()
+            .is_some_and(|disk| disk.facts.values().any(|fact| matches!(fact, Fact::Book { .. })));
         if !lends && self.rng.random_bool(0.3) {
             self.counts.resets += 1;
             self.wipe(id);
@@ -156,13 +159,31 @@ impl World {
     fn kill_something(&mut self) {
         let dead = self.hosts.values().filter(|host| host.is_dead).count();
         let Some(id) = self.pick() else { return };
-        if dead < 2 && self.hosts.len() > 5 {
+        if dead < 2 && self.hosts.len() > 5 && !self.is_only_witness(id) {
             self.log(|| format!("kill {id}"));
             self.wipe(id);
             if let Some(host) = self.hosts.get_mut(&id) {
                 host.is_dead = true;
             }
         }
+    }
+
+    /// Whether a node lends to a launch of another one that somebody has not heard of. Were it gone for good, all who know of it could
+    /// take back what it lent without knowing whom to ask: that cannot be excluded (docs/addresses.md).
+    fn is_only_witness(&self, id: NodeId) -> bool {
+        let Some(disk) = &self.hosts[&id].disk else { return false };
+        let lives = disk.facts.values().filter_map(|fact| match fact {
+            Fact::Loan { borrower, loan, .. } if !loan.blocks.is_empty() => Some((*borrower, loan.epoch)),
+            _ => None,
+        });
+        let is_known = |disk: &Disk, (borrower, epoch)| {
+            disk.peers.get(&borrower).is_some_and(|record| !record.left && record.incarnation >= epoch)
+        };
+        lives.filter(|(borrower, _)| *borrower != id).any(|life| {
+            let others =
+                self.hosts.iter().filter(|(other, host)| **other != id && **other != life.0 && !host.is_dead);
+            others.filter_map(|(_, host)| host.disk.as_ref()).any(|disk| !is_known(disk, life))
+        })
     }
 
     fn reclaim_something(&mut self) {

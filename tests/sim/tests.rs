@@ -93,3 +93,17 @@ fn regression_a_late_request_is_answered() {
     assert_fine(16924, 9);
     assert_fine(19002, 9);
 }
+
+/// A node was asked to take nothing from another, was told that this is over, and went on not to take anything from that one.
+#[test]
+fn regression_a_promise_that_is_over_holds_nobody_back() {
+    for seed in [23733, 66955, 97846] {
+        assert_fine(seed, 9);
+    }
+}
+
+/// A node that had just agreed that another one takes back what was handed to a dead one took it itself: its own quarter.
+#[test]
+fn regression_a_quarter_that_its_birth_owner_has_consented_to_lose() {
+    assert_fine(4950, 9);
+}

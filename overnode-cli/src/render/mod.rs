@@ -73,7 +73,11 @@ pub fn status(status: &Status, named: &[Section], style: Style) -> String {
     if let [section] = named {
         return body(status, *section, true, style);
     }
-    let mut text = if named.is_empty() { sections::node(&status.node, style) } else { String::new() };
+    let mut text = if named.is_empty() {
+        format!("{}\n{}", sections::health(status, style), sections::node(&status.node, style))
+    } else {
+        String::new()
+    };
     for section in Section::ALL {
         if named.is_empty() || named.contains(&section) {
             let gap = if text.is_empty() { "" } else { "\n" };

@@ -4,13 +4,36 @@ use std::time::SystemTime;
 
 use overnode_daemon::api::{
     ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, DnsStatus, EndpointState,
-    EndpointStatus, ExternalPeerStatus, IpamStatus, Kind, LastError, NodeState, NodeStatus, Path, PeerStatus,
-    RouteStatus, SessionState, Status, TargetState, TargetStatus,
+    EndpointStatus, ExternalPeerStatus, IpamStatus, Kind, LastError, Level, NodeState, NodeStatus, Path,
+    PeerStatus, RouteStatus, SessionState, Status, TargetState, TargetStatus,
 };
 use overnode_daemon::types::NodeId;
 
 use super::grid::{Cell, Grid, Style, Tone, maybe, pairs_of};
 use super::units::{bytes, duration, round_trip, share, since};
+
+/// What is wrong and what to do, one paragraph each; or that nothing is.
+pub fn health(status: &Status, style: Style) -> String {
+    let mut pairs: Vec<(&str, Cell)> = Vec::new();
+    for finding in &status.health.findings {
+        let (name, tone) = match finding.level {
+            Level::Critical => ("critical", Tone::Bad),
+            Level::Warning | Level::Ok => ("warning", Tone::Wait),
+        };
+        let gap = if finding.advice.is_empty() { "" } else { "; " };
+        pairs.push((name, Cell::new(format!("{}{gap}{}", finding.what, finding.advice), tone)));
+    }
+    if pairs.is_empty() {
+        let others = status.peers.iter().filter(|peer| !peer.myself).count();
+        let nodes = match others {
+            0 => "no other node is known yet".to_owned(),
+            1 => "the other node is reachable".to_owned(),
+            _ => format!("all {others} other nodes are reachable"),
+        };
+        pairs.push(("health", Cell::new(format!("all is well: {nodes}"), Tone::Good)));
+    }
+    pairs_of(pairs.iter().map(|(name, cell)| (*name, cell)), style)
+}
 
 /// This node.
 pub fn node(node: &NodeStatus, style: Style) -> String {
@@ -39,7 +62,6 @@ pub fn node(node: &NodeStatus, style: Style) -> String {
         pairs.push(("discovery", "off".into()));
     }
     pairs.push(("public key", node.public_key.into()));
-    pairs.extend(node.problems.iter().map(|problem| ("problem", Cell::new(problem, Tone::Bad))));
     pairs_of(pairs.iter().map(|(name, cell)| (*name, cell)), style)
 }
 

@@ -131,7 +131,8 @@ pub fn sample() -> Status {
         reachable: Some(true),
         ranges: vec!["10.40.0.0/15".parse().unwrap()],
     };
-    Status {
+    let mut status = Status {
+        health: Health::default(),
         node: NodeStatus {
             id: 1.try_into().unwrap(),
             nickname: "host1".into(),
@@ -315,5 +316,7 @@ pub fn sample() -> Status {
                 count: 7,
             },
         ],
-    }
+    };
+    status.health = Health::of(&status);
+    status
 }

@@ -8,6 +8,7 @@
 //! | `GET /v1/version` | | [`Version`] |
 //! | `GET /v1/status` | | [`Status`] |
 //! | `GET /v1/inspect` | | one document, without secrets |
+//! | `GET /v1/metrics` | | the same for Prometheus ([`crate::metrics`]) |
 //! | `GET /v1/prime` | | [`Primed`] |
 //! | `GET /v1/monitor` | | lines without end, each a [`MonitorEvent`] |
 //! | `POST /v1/launch` | [`Launch`] | [`Launched`] |
@@ -27,6 +28,7 @@
 //! A refusal has the status code of its [`ErrorKind`] and the body `{"error": "what: why: what to do"}`.
 
 pub mod error;
+pub mod health;
 pub mod monitor;
 pub mod server;
 pub mod status;
@@ -37,6 +39,7 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 
 pub use error::{ApiError, ErrorKind};
+pub use health::{Finding, Health, Level};
 pub use monitor::*;
 pub use server::serve;
 pub use status::*;

@@ -20,6 +20,7 @@ use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{ApiError, BODY_LIMIT, Call, ErrorKind, Happening, Reply, Request, error::ErrorBody};
+use crate::metrics;
 use crate::monitor::hub::{Hub, line_now};
 
 /// Once the node has ended, answers under way have this long to be read.
@@ -71,6 +72,7 @@ fn router(node: mpsc::Sender<Call>, hub: Hub) -> Router {
         .route("/v1/version", get(|node| ask(node, Request::Version)))
         .route("/v1/status", get(|node| ask(node, Request::Status)))
         .route("/v1/inspect", get(|node| ask(node, Request::Inspect)))
+        .route("/v1/metrics", get(|State(node)| metrics::answer(node)))
         .route("/v1/prime", get(|node| ask(node, Request::Prime)))
         .route("/v1/monitor", get(|node| monitor(node, hub)))
         .route("/v1/launch", with_body(Request::Launch))

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::health::Health;
 use super::target::{Host, Target};
 pub use crate::store::Kind;
 use crate::types::{Network, NodeId, PublicKey};
@@ -13,6 +14,9 @@ use crate::types::{Network, NodeId, PublicKey};
 /// The node and everything it knows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
+    /// What is wrong, and what to do.
+    #[serde(default)]
+    pub health: Health,
     /// This node.
     pub node: NodeStatus,
     /// In the order in which they were added.

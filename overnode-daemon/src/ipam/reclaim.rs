@@ -380,8 +380,7 @@ impl Ipam {
         let pledges = self.reclaiming.pledges.keys().copied();
         let void: Vec<_> = pledges.filter(|(of, by)| self.has_left(*by) || met(*of, *by)).collect();
         for (of, by) in void {
-            self.reclaiming.pledges.remove(&(of, by));
-            self.forget(Key::Pledge(of, by));
+            self.drop_pledge(of, by);
         }
         let mut ask = Vec::new();
         for (&(of, by), pledge) in &mut self.reclaiming.pledges {
@@ -392,6 +391,13 @@ impl Ipam {
         for (by, message) in ask {
             self.send(by, &message);
         }
+    }
+
+    /// What that node lends may be taken again, if nobody else was promised the same.
+    fn drop_pledge(&mut self, of: NodeId, by: NodeId) {
+        self.reclaiming.pledges.remove(&(of, by));
+        self.forget(Key::Pledge(of, by));
+        self.find_lenders();
     }
 
     pub(super) fn handle_pledged(&mut self, from: NodeId, of: NodeId, round: Round) {
@@ -513,8 +519,7 @@ impl Ipam {
 
     pub(super) fn handle_reclaim_over(&mut self, from: NodeId, of: NodeId, round: Round) {
         if self.reclaiming.pledges.get(&(of, from)).is_some_and(|pledge| pledge.round <= round) {
-            self.reclaiming.pledges.remove(&(of, from));
-            self.forget(Key::Pledge(of, from));
+            self.drop_pledge(of, from);
         }
     }
 
@@ -539,8 +544,7 @@ impl Ipam {
                 .iter()
                 .filter(|((gone, _), pledge)| *gone == of && pledge.incarnation <= incarnation);
             for (gone, by) in pledges.map(|(key, _)| *key).collect::<Vec<_>>() {
-                self.reclaiming.pledges.remove(&(gone, by));
-                self.forget(Key::Pledge(gone, by));
+                self.drop_pledge(gone, by);
             }
             if self.reclaiming.claims.get(&of).is_some_and(|claim| claim.incarnation <= incarnation) {
                 self.reclaiming.claims.remove(&of);

@@ -56,6 +56,7 @@ impl Ipam {
                 Some(Season { asked: BTreeMap::new(), answers: BTreeMap::new(), settled, wake: None });
         }
         let required = self.required();
+        let has_promised = !self.reclaiming.pledges.is_empty();
         let (incarnation, mut count) = (self.incarnation, self.rounds);
         let Some(season) = &mut self.season else { return };
         season.wake = (season.settled > now).then_some(season.settled);
@@ -79,7 +80,8 @@ impl Ipam {
                 ask.push((id, question.round));
             }
         }
-        let done = complete && self.targets_met;
+        // Who takes back the space of a node that had this quarter was told that nobody else lends it.
+        let done = complete && self.targets_met && !has_promised;
         let answers = done.then(|| std::mem::take(&mut season.answers));
         self.rounds = count;
         for (id, round) in ask {

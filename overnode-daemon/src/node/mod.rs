@@ -30,6 +30,7 @@ use tokio::sync::mpsc;
 
 use crate::api::{self, ApiError, Reply, Request};
 use crate::datapath::Datapath;
+use crate::metrics;
 use crate::monitor::Hub;
 use crate::options::Options;
 use crate::store::{Store, StoreError};
@@ -54,6 +55,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     );
     let listener = patiently(|| listen(&options.run_dir), |_| true).await?;
     let (calls, mut requests) = mpsc::channel(64);
+    let metrics = options.metrics.map(|address| tokio::spawn(metrics::serve(address, calls.clone())));
     let hub = Hub::default();
     let server = tokio::spawn(api::serve(listener, calls, hub.clone()));
     let mut terminate = signal(SignalKind::terminate())?;
@@ -105,6 +107,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     // The last answer has to reach its reader.
     tokio::time::sleep(Duration::from_millis(100)).await;
     server.abort();
+    metrics.inspect(|serving| serving.abort());
     let _ = std::fs::remove_file(daemon.options.run_dir.join(api::SOCKET));
     if daemon.leaving || daemon.node.is_none() {
         drop(daemon.node);

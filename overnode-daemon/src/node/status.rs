@@ -10,7 +10,7 @@ use super::endpoints::target_of;
 use super::running::Node;
 use crate::api::{
     ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState,
-    EndpointStatus, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RouteStatus,
+    EndpointStatus, Health, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RouteStatus,
     SessionState, Status, TargetState, TargetStatus,
 };
 use crate::control::dial::{self, Phase};
@@ -24,7 +24,8 @@ impl Node {
     pub(super) fn status(&mut self) -> Result<Status, ApiError> {
         let now = Instant::now();
         self.read_maps(now);
-        Ok(Status {
+        let mut status = Status {
+            health: Health::default(),
             node: self.node_status(now)?,
             targets: self.target_status(now)?,
             peers: self.peer_status(now),
@@ -34,7 +35,9 @@ impl Node {
             dns: self.dns_status(),
             external_peers: self.externals()?,
             counters: self.counter_status()?,
-        })
+        };
+        status.health = Health::of(&status);
+        Ok(status)
     }
 
     fn node_status(&self, now: Instant) -> Result<NodeStatus, ApiError> {

@@ -1,0 +1,388 @@
+//! What a person should know first: what is wrong, how bad that is, and what to do. Made of nothing but what [`Status`] tells.
+
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+
+use super::status::{
+    ConnectionState, DataStatus, Direction, EndpointState, LastError, Path, PeerStatus, SessionState, Status,
+    TargetState,
+};
+use crate::types::NodeId;
+
+/// A path that loses more of a thousand probes than this is worth a word.
+const LOSSY: u16 = 20;
+/// A handshake may take this many seconds before it is worth one.
+const HANDSHAKE: u64 = 10;
+/// Nodes that are named before the rest is only counted.
+const NAMED: usize = 5;
+
+/// How a node is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// The worst of the findings; `ok` without any.
+    pub level: Level,
+    /// What is wrong, the worst first.
+    pub findings: Vec<Finding>,
+}
+
+/// How bad something is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Level {
+    /// All is as it should be.
+    #[default]
+    Ok,
+    /// Everything works, but not as well, or not as safely, as it should.
+    Warning,
+    /// Something does not work.
+    Critical,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// How bad it is.
+    pub level: Level,
+    /// What is wrong and why; one line.
+    pub what: String,
+    /// What to do; empty where `what` says so already.
+    pub advice: String,
+}
+
+impl Health {
+    /// Judges a status.
+    pub fn of(status: &Status) -> Self {
+        let mut findings = Vec::new();
+        let critical = |what: &String| Finding::new(Level::Critical, what, "");
+        findings.extend(status.node.problems.iter().map(critical));
+        findings.extend(status.ipam.problems.iter().map(critical));
+        unreachable(status, &mut findings);
+        for peer in status.peers.iter().filter(|peer| !peer.myself && peer.reachable != Some(false)) {
+            findings.extend(peer.data.as_ref().and_then(|data| of_data(peer, data)));
+        }
+        addresses(status, &mut findings);
+        targets(status, &mut findings);
+        refused(status, &mut findings);
+        for endpoint in status.endpoints.iter().filter(|it| it.state == EndpointState::Gone) {
+            let name = endpoint.name.clone().unwrap_or_else(|| endpoint.target.to_string());
+            findings.push(Finding::new(
+                Level::Warning,
+                format_args!("{name} ({}) has lost its interface", endpoint.address),
+                format_args!("it comes back within a minute if its network namespace is still there; else restart it, or `overnode detach {}`", endpoint.target),
+            ));
+        }
+        findings.sort_by_key(|finding| std::cmp::Reverse(finding.level));
+        Self { level: findings.first().map_or(Level::Ok, |worst| worst.level), findings }
+    }
+}
+
+impl Finding {
+    fn new(level: Level, what: impl ToString, advice: impl ToString) -> Self {
+        Self { level, what: what.to_string(), advice: advice.to_string() }
+    }
+}
+
+fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
+    let lost: Vec<&PeerStatus> =
+        status.peers.iter().filter(|peer| !peer.myself && peer.reachable == Some(false)).collect();
+    let (what, advice) = match lost[..] {
+        [] => return,
+        [one] => {
+            let since = one.since_seconds.map(|s| format!(" since {}", duration(s))).unwrap_or_default();
+            let advice = format!(
+                "see that its host and its node run, and that TCP and UDP 6783 and 6784 pass; if it is gone for good: `overnode reclaim {}`",
+                one.id
+            );
+            (format!("{} is not reachable{since}", named(one.id, &one.nickname)), advice)
+        }
+        _ => {
+            let mut names = String::new();
+            for peer in lost.iter().take(NAMED) {
+                let _ = write!(names, "{}{}", if names.is_empty() { "" } else { ", " }, peer.id);
+            }
+            let more = lost.len().saturating_sub(NAMED);
+            let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let advice = "if this host is the one that is cut off, look at its own network first: `overnode status --connections`";
+            (format!("{} nodes are not reachable: {names}{rest}", lost.len()), advice.to_owned())
+        }
+    };
+    findings.push(Finding::new(Level::Critical, what, advice));
+}
+
+/// What packets to a node that is reachable meet.
+fn of_data(peer: &PeerStatus, data: &DataStatus) -> Option<Finding> {
+    const OPEN: &str = "see that UDP 6784 passes between the two hosts, in both directions";
+    let name = named(peer.id, &peer.nickname);
+    let waited = peer.since_seconds.is_none_or(|since| since >= HANDSHAKE);
+    if data.session != SessionState::Established {
+        // New ones take a moment.
+        return waited.then(|| {
+            let why = because(data.last_error.as_ref());
+            Finding::new(
+                Level::Critical,
+                format_args!("packets do not get to {name}: there are no keys{why}"),
+                OPEN,
+            )
+        });
+    }
+    let route = data.route.as_ref()?;
+    match route.path {
+        None if waited => Some(Finding::new(
+            Level::Critical,
+            format_args!(
+                "packets do not get to {name}, neither straight nor through another node{}",
+                because(route.last_error.as_ref())
+            ),
+            OPEN,
+        )),
+        Some(Path::Via(relay)) => Some(Finding::new(
+            Level::Warning,
+            format_args!("packets for {name} go through node {relay}{}", because(route.last_error.as_ref())),
+            OPEN,
+        )),
+        Some(Path::Direct) => route.loss_per_mille.filter(|loss| *loss > LOSSY).map(|loss| {
+            Finding::new(
+                Level::Warning,
+                format_args!("of the probes to {name}, {}.{} % are lost", loss / 10, loss % 10),
+                "look for a link that is overloaded or failing between the two hosts",
+            )
+        }),
+        None => None,
+    }
+}
+
+fn addresses(status: &Status, findings: &mut Vec<Finding>) {
+    if !status.ipam.ready {
+        let why = status.ipam.waiting_for.as_deref().unwrap_or("it holds no address space yet");
+        findings.push(Finding::new(
+            Level::Critical,
+            format_args!("containers cannot get an address here: {why}"),
+            "connect this node with one of nodes 1 to 4, which lend addresses: `overnode connect HOST`",
+        ));
+    }
+    for reclaim in &status.ipam.reclaims {
+        let missing = reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        findings.push(Finding::new(
+            Level::Warning,
+            format_args!(
+                "the addresses of node {} are not taken back yet: nodes {missing} have to agree",
+                reclaim.id
+            ),
+            "start those nodes; reclaim those that are gone for good, too",
+        ));
+    }
+}
+
+fn targets(status: &Status, findings: &mut Vec<Finding>) {
+    for target in &status.targets {
+        let level = match target.state {
+            TargetState::Failed => Level::Critical,
+            TargetState::Retrying => Level::Warning,
+            TargetState::Connecting | TargetState::Established | TargetState::Myself => continue,
+        };
+        // A node that is known to be away is named as such.
+        let is_lost =
+            |id: NodeId| status.peers.iter().any(|peer| peer.id == id && peer.reachable == Some(false));
+        let Some(error) = target.last_error.as_ref().filter(|_| !target.peer.is_some_and(is_lost)) else {
+            continue;
+        };
+        findings.push(Finding::new(
+            level,
+            format_args!("the target {} is not connected: {}", target.host, error.message),
+            format_args!("`overnode forget {}` if it is not to be tried any more", target.host),
+        ));
+    }
+}
+
+/// Others that call and are not let in: a wrong token, another network, an ID that is taken.
+fn refused(status: &Status, findings: &mut Vec<Finding>) {
+    let calls = status
+        .connections
+        .iter()
+        .filter(|it| it.direction == Direction::Inbound && it.state == ConnectionState::Failed);
+    for call in calls {
+        if let Some(error) = &call.last_error {
+            findings.push(Finding::new(
+                Level::Warning,
+                format_args!("{} was not let in: {}", call.remote, error.message),
+                "",
+            ));
+        }
+    }
+}
+
+fn because(error: Option<&LastError>) -> String {
+    error.map(|error| format!(": {}", error.message)).unwrap_or_default()
+}
+
+fn named(id: NodeId, nickname: &str) -> String {
+    if nickname.is_empty() { format!("node {id}") } else { format!("node {id} ({nickname})") }
+}
+
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} days", seconds / 86400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// A node with one neighbour, all well; `change` spoils it.
+    fn health(change: impl FnOnce(&mut Value)) -> Health {
+        let mut status = json!({
+            "node": {
+                "id": 1, "nickname": "host1", "state": "running", "version": "1", "uptime_seconds": 60,
+                "network": crate::types::Network::default(), "public_key": crate::types::PublicKey([1; 32]),
+            },
+            "targets": [{"host": "host2", "state": "established", "peer": 2}],
+            "peers": [
+                {"id": 1, "nickname": "host1", "myself": true, "reachable": true},
+                {
+                    "id": 2, "nickname": "host2", "myself": false, "reachable": true, "since_seconds": 60,
+                    "data": {
+                        "session": "established", "rx_bytes": 0, "tx_bytes": 0,
+                        "route": {"path": "direct", "since_seconds": 60, "straight": true, "loss_per_mille": 1},
+                    },
+                },
+            ],
+            "connections": [{"direction": "inbound", "remote": "192.0.2.2:6783", "state": "established", "peer": 2}],
+            "endpoints": [{
+                "target": "netns:a", "address": "10.40.0.1/12", "static": false, "interface": "ov0a280001", "state": "attached",
+            }],
+            "ipam": {"ready": true, "owners": []},
+            "counters": [],
+        });
+        change(&mut status);
+        Health::of(&serde_json::from_value(status).unwrap())
+    }
+
+    fn only(health: &Health) -> &Finding {
+        assert_eq!(health.findings.len(), 1, "{health:?}");
+        assert_eq!(health.level, health.findings[0].level);
+        &health.findings[0]
+    }
+
+    #[test]
+    fn nothing_is_wrong() {
+        assert_eq!(health(|_| {}), Health::default());
+    }
+
+    #[test]
+    fn each_thing_that_is_wrong_is_named_once_with_what_to_do() {
+        type Case = (fn(&mut Value), Level, &'static str, &'static str);
+        let cases: [Case; 11] = [
+            (|it| it["node"]["problems"] = json!(["port taken"]), Level::Critical, "port taken", ""),
+            (|it| it["ipam"]["problems"] = json!(["clash"]), Level::Critical, "clash", ""),
+            (
+                |it| it["peers"][1]["reachable"] = false.into(),
+                Level::Critical,
+                "node 2 (host2) is not reachable since 60 s",
+                "overnode reclaim 2",
+            ),
+            (
+                |it| it["peers"][1]["data"]["session"] = "expired".into(),
+                Level::Critical,
+                "there are no keys",
+                "UDP 6784",
+            ),
+            (
+                |it| it["peers"][1]["data"]["route"]["path"] = Value::Null,
+                Level::Critical,
+                "neither straight nor",
+                "UDP 6784",
+            ),
+            (
+                |it| it["peers"][1]["data"]["route"]["path"] = json!({"via": 3}),
+                Level::Warning,
+                "go through node 3",
+                "UDP 6784",
+            ),
+            (
+                |it| it["peers"][1]["data"]["route"]["loss_per_mille"] = 35.into(),
+                Level::Warning,
+                "3.5 % are lost",
+                "link",
+            ),
+            (
+                |it| it["ipam"]["ready"] = false.into(),
+                Level::Critical,
+                "cannot get an address",
+                "overnode connect",
+            ),
+            (
+                |it| it["ipam"]["reclaims"] = json!([{"id": 4, "missing": [3]}]),
+                Level::Warning,
+                "node 4 are not taken back",
+                "start those",
+            ),
+            (
+                |it| it["endpoints"][0]["state"] = "gone".into(),
+                Level::Warning,
+                "netns:a (10.40.0.1/12)",
+                "overnode detach netns:a",
+            ),
+            (
+                |it| {
+                    it["targets"][0] = json!({"host": "h", "state": "failed", "last_error": {"message": "the token differs"}})
+                },
+                Level::Critical,
+                "the target h is not connected: the token differs",
+                "overnode forget h",
+            ),
+        ];
+        for (change, level, what, advice) in cases {
+            let health = health(change);
+            let finding = only(&health);
+            assert_eq!(finding.level, level, "{finding:?}");
+            assert!(finding.what.contains(what) && finding.advice.contains(advice), "{finding:?}");
+        }
+    }
+
+    #[test]
+    fn who_calls_with_a_wrong_token_is_named() {
+        let call = json!({
+            "direction": "inbound", "remote": "192.0.2.9:40000", "state": "failed", "last_error": {"message": "another token"},
+        });
+        let health = health(|it| it["connections"].as_array_mut().unwrap().push(call));
+        assert_eq!(only(&health).what, "192.0.2.9:40000 was not let in: another token");
+    }
+
+    #[test]
+    fn a_target_whose_node_is_away_is_not_named_twice() {
+        let health = health(|it| {
+            it["peers"][1]["reachable"] = false.into();
+            it["targets"][0] = json!({"host": "host2", "state": "retrying", "peer": 2, "last_error": {"message": "no answer"}});
+        });
+        only(&health);
+    }
+
+    #[test]
+    fn new_nodes_are_given_a_moment() {
+        let health = health(|it| {
+            it["peers"][1]["since_seconds"] = 2.into();
+            it["peers"][1]["data"]["session"] = "handshake".into();
+        });
+        assert_eq!(health, Health::default());
+    }
+
+    #[test]
+    fn many_nodes_that_are_away_take_one_line_and_the_worst_comes_first() {
+        let health = health(|it| {
+            it["endpoints"][0]["state"] = "gone".into();
+            for id in 3..30 {
+                let away = json!({"id": id, "nickname": "", "myself": false, "reachable": false});
+                it["peers"].as_array_mut().unwrap().push(away);
+            }
+        });
+        let levels: Vec<Level> = health.findings.iter().map(|finding| finding.level).collect();
+        assert_eq!(levels, [Level::Critical, Level::Warning]);
+        assert_eq!(health.findings[0].what, "27 nodes are not reachable: 3, 4, 5, 6, 7 and 22 more");
+    }
+}

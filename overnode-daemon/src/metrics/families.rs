@@ -1,0 +1,272 @@
+//! Which metrics there are, and where in [`Status`] each comes from.
+
+use std::collections::BTreeMap;
+use std::fmt::Error;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, NoLabelSet,
+};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Unit;
+
+use crate::api::{
+    ConnectionState, DataStatus, EndpointState, Kind, Level, NodeState, Path, PeerStatus, SessionState,
+    Status, TargetState,
+};
+
+/// One node at one moment.
+#[derive(Debug)]
+pub(super) struct Families(pub(super) Status);
+
+type Labels<'a> = Vec<(&'a str, String)>;
+
+/// One metric: its name without prefix and `_total`, what it means, its unit.
+struct Family<'a> {
+    name: &'a str,
+    help: &'a str,
+    unit: Option<Unit>,
+}
+
+const fn family<'a>(name: &'a str, help: &'a str) -> Family<'a> {
+    Family { name, help, unit: None }
+}
+
+impl<'a> Family<'a> {
+    fn in_unit(self, unit: Unit) -> Self {
+        Self { unit: Some(unit), ..self }
+    }
+
+    fn gauges<V: EncodeGaugeValue>(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        values: impl IntoIterator<Item = (Labels<'a>, V)>,
+    ) -> Result<(), Error> {
+        let name = format!("overnode_{}", self.name);
+        let mut metric =
+            encoder.encode_descriptor(&name, self.help, self.unit.as_ref(), MetricType::Gauge)?;
+        for (labels, value) in values {
+            if labels.is_empty() {
+                metric.encode_gauge(&value)?;
+            } else {
+                metric.encode_family(&Set(&labels))?.encode_gauge(&value)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn counters<V: EncodeCounterValue>(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        values: impl IntoIterator<Item = (Labels<'a>, V)>,
+    ) -> Result<(), Error> {
+        let name = format!("overnode_{}", self.name);
+        let mut metric =
+            encoder.encode_descriptor(&name, self.help, self.unit.as_ref(), MetricType::Counter)?;
+        for (labels, value) in values {
+            if labels.is_empty() {
+                metric.encode_counter::<NoLabelSet, V, u64>(&value, None)?;
+            } else {
+                metric.encode_family(&Set(&labels))?.encode_counter::<NoLabelSet, V, u64>(&value, None)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Labels whose values are made while they are encoded.
+#[derive(Debug)]
+struct Set<'a>(&'a Labels<'a>);
+
+impl EncodeLabelSet for Set<'_> {
+    fn encode(&self, encoder: &mut prometheus_client::encoding::LabelSetEncoder<'_>) -> Result<(), Error> {
+        for (name, value) in self.0 {
+            let mut label = encoder.encode_label();
+            let mut key = label.encode_label_key()?;
+            std::fmt::Write::write_str(&mut key, name)?;
+            let mut text = key.encode_label_value()?;
+            std::fmt::Write::write_str(&mut text, value)?;
+            text.finish()?;
+        }
+        Ok(())
+    }
+}
+
+impl Collector for Families {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
+        let encoder = &mut encoder;
+        self.node(encoder)?;
+        self.packets(encoder)?;
+        self.peers(encoder)?;
+        self.connections(encoder)?;
+        self.addresses(encoder)?;
+        self.names(encoder)
+    }
+}
+
+impl Families {
+    fn node(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let node = &self.0.node;
+        let labels = vec![
+            ("node", node.id.to_string()),
+            ("nickname", node.nickname.clone()),
+            ("version", node.version.clone()),
+            ("programs", node.attachment.clone().unwrap_or_default()),
+        ];
+        family("node", "This node; always 1.").gauges(encoder, [(labels, 1_i64)])?;
+        family("uptime", "How long the daemon has been running.")
+            .in_unit(Unit::Seconds)
+            .gauges(encoder, [(vec![], count(node.uptime_seconds))])?;
+        let impaired = i64::from(node.state == NodeState::Impaired);
+        family("impaired", "1 while the node has a problem that needs a person.")
+            .gauges(encoder, [(vec![], impaired)])?;
+        let findings = [Level::Warning, Level::Critical].map(|level| {
+            let found = self.0.health.findings.iter().filter(|finding| finding.level == level).count();
+            (vec![("level", name_of(&level))], found as i64)
+        });
+        family("findings", "What `overnode status` finds wrong, by how bad it is.")
+            .gauges(encoder, findings)?;
+        let mtu = node.mtu.map(|mtu| (vec![], i64::from(mtu)));
+        family("container_mtu", "The MTU of containers that are attached from now on.")
+            .in_unit(Unit::Bytes)
+            .gauges(encoder, mtu)?;
+        let mut endpoints = BTreeMap::<_, i64>::new();
+        for kind in [Kind::Netns, Kind::Docker, Kind::Cni, Kind::Host] {
+            endpoints.insert((name_of(&kind), name_of(&EndpointState::Attached)), 0);
+        }
+        for endpoint in &self.0.endpoints {
+            *endpoints.entry((name_of(&endpoint.kind), name_of(&endpoint.state))).or_default() += 1;
+        }
+        let endpoints = endpoints
+            .into_iter()
+            .map(|((kind, state), found)| (vec![("kind", kind), ("state", state)], found));
+        family("endpoints", "What is attached on this host, by who attached it and whether it works.")
+            .gauges(encoder, endpoints)
+    }
+
+    fn packets(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let packets =
+            self.0.counters.iter().map(|it| {
+                (vec![("reason", it.reason.clone()), ("dropped", it.dropped.to_string())], it.count)
+            });
+        family(
+            "packets",
+            "What became of packets, by reason; since the node was launched or the host started.",
+        )
+        .counters(encoder, packets)
+    }
+
+    fn peers(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let others = || self.0.peers.iter().filter(|peer| !peer.myself);
+        let names =
+            others().map(|it| (vec![("peer", it.id.to_string()), ("nickname", it.nickname.clone())], 1_i64));
+        family("peer", "Each other node that is known; always 1.").gauges(encoder, names)?;
+        let of = |peer: &PeerStatus| vec![("peer", peer.id.to_string())];
+        let reachable = others().map(|it| (of(it), i64::from(it.reachable == Some(true))));
+        family("peer_reachable", "1 while the node is reachable, directly or through others.")
+            .gauges(encoder, reachable)?;
+        let data = || others().filter_map(|it| Some((of(it), it.data.as_ref()?)));
+        let gauge = |value: fn(&DataStatus) -> Option<f64>| {
+            data().filter_map(move |(labels, data)| Some((labels, value(data)?)))
+        };
+        let session = gauge(|it| Some(f64::from(it.session == SessionState::Established)));
+        family("peer_session", "1 while there are keys to seal packets for the node.")
+            .gauges(encoder, session)?;
+        family("peer_session_age", "How old those keys are.")
+            .in_unit(Unit::Seconds)
+            .gauges(encoder, gauge(|it| Some(it.session_age_seconds? as f64)))?;
+        let direct = gauge(|it| Some(f64::from(it.route.as_ref()?.path == Some(Path::Direct))));
+        family("peer_path_direct", "1 while packets take the straight path to the node.")
+            .gauges(encoder, direct)?;
+        let relayed = gauge(|it| Some(f64::from(matches!(it.route.as_ref()?.path, Some(Path::Via(_))))));
+        family("peer_path_relayed", "1 while packets go through another node.").gauges(encoder, relayed)?;
+        family("peer_rtt", "Round-trip time of probes on the straight path, smoothed.")
+            .in_unit(Unit::Seconds)
+            .gauges(encoder, gauge(|it| Some(it.route.as_ref()?.rtt_microseconds? as f64 / 1e6)))?;
+        family("peer_loss", "How many of the probes on the straight path were lost lately.")
+            .in_unit(Unit::Other("ratio".to_owned()))
+            .gauges(encoder, gauge(|it| Some(f64::from(it.route.as_ref()?.loss_per_mille?) / 1000.0)))?;
+        family("peer_mtu", "The largest packet of a container that fits on the way to the node.")
+            .in_unit(Unit::Bytes)
+            .gauges(encoder, gauge(|it| it.mtu.map(f64::from)))?;
+        let counter = |value: fn(&DataStatus) -> Option<u64>| {
+            data().filter_map(move |(labels, data)| Some((labels, value(data)?)))
+        };
+        family("peer_received", "Packets of containers from the node, opened.")
+            .in_unit(Unit::Bytes)
+            .counters(encoder, counter(|it| Some(it.rx_bytes)))?;
+        family("peer_sent", "Packets of containers to the node, before they are sealed.")
+            .in_unit(Unit::Bytes)
+            .counters(encoder, counter(|it| Some(it.tx_bytes)))?;
+        family("peer_received_messages", "Messages from the node, keepalives included.")
+            .counters(encoder, counter(|it| it.rx_packets))?;
+        family("peer_sent_messages", "Messages to the node, keepalives included.")
+            .counters(encoder, counter(|it| it.tx_packets))
+    }
+
+    fn connections(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        use ConnectionState as C;
+        use TargetState as T;
+        let connections = [C::Connecting, C::Pending, C::Established, C::Retrying, C::Failed].map(|state| {
+            let found = self.0.connections.iter().filter(|it| it.state == state).count();
+            (vec![("state", name_of(&state))], found as i64)
+        });
+        family("connections", "Control connections and attempts at one, by state.")
+            .gauges(encoder, connections)?;
+        let targets = [T::Connecting, T::Established, T::Retrying, T::Failed, T::Myself].map(|state| {
+            let found = self.0.targets.iter().filter(|it| it.state == state).count();
+            (vec![("state", name_of(&state))], found as i64)
+        });
+        family("targets", "Hosts that the node is to be connected with, by state.").gauges(encoder, targets)
+    }
+
+    fn addresses(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let ipam = &self.0.ipam;
+        family("ipam_ready", "1 while this node can give an address to a container.")
+            .gauges(encoder, [(vec![], i64::from(ipam.ready))])?;
+        family("ipam_problems", "Contradictions between nodes about who may give out which addresses.")
+            .gauges(encoder, [(vec![], ipam.problems.len() as i64)])?;
+        let own = ipam.owners.iter().find(|owner| owner.id == self.0.node.id);
+        let held = own.map(|owner| (vec![], count(owner.addresses)));
+        family("ipam_addresses", "Addresses that this node can give out, borrowed ones included.")
+            .gauges(encoder, held)?;
+        let active = own.and_then(|owner| owner.active).map(|active| (vec![], count(active)));
+        family("ipam_active_addresses", "Of those, addresses in use.").gauges(encoder, active)?;
+        let sum = |lent: bool| {
+            let mine = |id| id == self.0.node.id;
+            let loans = ipam.loans.iter().filter(|it| mine(if lent { it.lender } else { it.borrower }));
+            [(vec![], count(loans.map(|it| it.addresses).sum()))]
+        };
+        family("ipam_lent_addresses", "Addresses that this node has lent to others.")
+            .gauges(encoder, sum(true))?;
+        family("ipam_borrowed_addresses", "Addresses that others have lent to this node.")
+            .gauges(encoder, sum(false))?;
+        family("ipam_reclaims", "Nodes whose addresses this node is taking back.")
+            .gauges(encoder, [(vec![], ipam.reclaims.len() as i64)])
+    }
+
+    fn names(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let dns = &self.0.dns;
+        family("dns_serving", "1 while this node serves names to its containers.")
+            .gauges(encoder, [(vec![], i64::from(dns.serving))])?;
+        family("dns_names", "Names and addresses that are known.")
+            .gauges(encoder, [(vec![], dns.entries.len() as i64)])?;
+        family("dns_queries", "Queries of containers.").counters(encoder, [(vec![], dns.queries)])?;
+        let outcomes = [("forwarded", dns.forwarded), ("failed", dns.failed), ("refused", dns.refused)]
+            .map(|(outcome, queries)| (vec![("outcome", outcome.to_owned())], queries));
+        family(
+            "dns_outcomes",
+            "Queries that the host's resolvers were asked, those without an answer from there, and those that were refused.",
+        )
+        .counters(encoder, outcomes)
+    }
+}
+
+/// As in `status --json`.
+fn name_of(value: &impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|it| it.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn count(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,147 @@
+//! Metrics: what a node tells Prometheus is what `docs/metrics.md` and the dashboard say, and nobody hears it unasked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+
+use anyhow::{Context, Result, ensure};
+use lab::{Host, Lab, eventually};
+use serde_json::Value;
+
+use crate::support::{
+    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, in_lab, launch_as, wait_for_sessions,
+};
+
+const ADDRESS: &str = "127.0.0.1:6785";
+
+fn launch_with_metrics(host: &Host, targets: &[&str]) -> Result<String> {
+    let arguments = [&["launch", "--id", "1", "--token", TOKEN], targets].concat();
+    host.overnode_with(&arguments, &[("OVERNODE_METRICS", ADDRESS)])?.success()
+}
+
+fn get(host: &Host, path: &str) -> Result<(u16, String)> {
+    let address: SocketAddr = ADDRESS.parse()?;
+    let mut stream = host.netns().enter(|| Ok(TcpStream::connect_timeout(&address, PATIENCE)?))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status code")?;
+    Ok((code, body.to_owned()))
+}
+
+/// Values by name and labels.
+fn samples(text: &str) -> Result<BTreeMap<String, f64>> {
+    ensure!(text.ends_with("# EOF\n"), "it is cut off");
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines
+        .map(|line| {
+            let (series, value) = line.rsplit_once(' ').with_context(|| format!("no value: {line}"))?;
+            Ok((series.to_owned(), value.parse().with_context(|| format!("no number: {line}"))?))
+        })
+        .collect()
+}
+
+fn names_in(text: &str) -> BTreeSet<String> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let words = text.split(|c| !is_part(c)).filter(|word| word.starts_with("overnode_"));
+    words.map(str::to_owned).collect()
+}
+
+#[test]
+fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
+    in_lab(Lab::new("metrics").hosts(2), |lab| {
+        let [a, b] = lab.hosts() else { unreachable!() };
+        launch_with_metrics(a, &lab.targets())?;
+        launch_as(lab, b, 2)?;
+        wait_for_sessions(lab)?;
+        let containers = [attached(a, "one")?, attached(b, "two")?];
+        all_reach_all(&containers)?;
+        containers[0].ping(containers[1].address(), 20, MILLISECOND)?;
+        // Probes take a moment to tell the round-trip time.
+        let text = eventually(PATIENCE, || {
+            let (code, text) = get(a, "/metrics")?;
+            ensure!(code == 200 && text.contains("overnode_peer_rtt_seconds{"), "{code}: {text}");
+            Ok(text)
+        })?;
+        let values = samples(&text)?;
+        let told: BTreeSet<String> =
+            values.keys().map(|series| series.split('{').next().unwrap_or_default().to_owned()).collect();
+
+        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md"))?;
+        let tables: String = page.lines().filter(|line| line.starts_with("| `overnode_")).collect();
+        let documented = names_in(&tables);
+        ensure!(
+            told == documented,
+            "only told or only documented: {:?}",
+            told.symmetric_difference(&documented)
+        );
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../dist/grafana/overnode.json");
+        let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(file)?)?;
+        let unknown: Vec<String> =
+            names_in(&dashboard["panels"].to_string()).difference(&told).cloned().collect();
+        ensure!(unknown.is_empty(), "the dashboard shows what is not told: {unknown:?}");
+
+        for (series, wanted) in [
+            ("overnode_peer_reachable{peer=\"2\"}", 1.0),
+            ("overnode_peer_session{peer=\"2\"}", 1.0),
+            ("overnode_peer_path_direct{peer=\"2\"}", 1.0),
+            ("overnode_peer_path_relayed{peer=\"2\"}", 0.0),
+            ("overnode_endpoints{kind=\"netns\",state=\"attached\"}", 1.0),
+            ("overnode_findings{level=\"critical\"}", 0.0),
+            ("overnode_ipam_active_addresses", 1.0),
+            ("overnode_ipam_ready", 1.0),
+            ("overnode_connections{state=\"established\"}", 1.0),
+        ] {
+            ensure!(values.get(series) == Some(&wanted), "{series} is {:?}\n{text}", values.get(series));
+        }
+        let sealed = values.get("overnode_packets_total{reason=\"sealed\",dropped=\"false\"}");
+        ensure!(sealed.is_some_and(|sealed| *sealed >= 20.0), "{sealed:?} packets were sealed");
+        let rtt = values["overnode_peer_rtt_seconds{peer=\"2\"}"];
+        ensure!(rtt > 0.0 && rtt < 1.0, "a round-trip time of {rtt} s");
+        // Neither who talks nor what is called how.
+        for container in &containers {
+            ensure!(!text.contains(&container.address().to_string()), "an address is told");
+        }
+
+        let (code, text) = a.request("GET", "/v1/metrics", "")?;
+        ensure!(code == 200 && samples(&text)?.keys().eq(values.keys()), "the socket tells something else");
+        ensure!(get(a, "/v1/status")?.0 == 404, "the port tells more than metrics");
+        let listening = b.netns().run("ss", &["-Hltn"])?;
+        ensure!(!listening.contains(":6785"), "node 2 was not asked to: {listening}");
+
+        // A node that is gone shows.
+        b.kill_daemon()?;
+        lab.cut(a, b)?;
+        eventually(PATIENCE, || {
+            let values = samples(&get(a, "/metrics")?.1)?;
+            let critical = values["overnode_findings{level=\"critical\"}"];
+            ensure!(values["overnode_peer_reachable{peer=\"2\"}"] == 0.0 && critical >= 1.0, "{values:?}");
+            Ok(())
+        })?;
+        let shown = a.overnode(&["status"])?.success()?;
+        ensure!(shown.contains("critical  node 2 (host2) is not reachable"), "{shown}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_port_that_is_taken_keeps_no_node_from_working() -> Result<()> {
+    in_lab(Lab::new("metrics-taken").hosts(1), |lab| {
+        let host = lab.host(1);
+        let address: SocketAddr = ADDRESS.parse()?;
+        let taken = host.netns().enter(|| Ok(TcpListener::bind(address)?))?;
+        launch_with_metrics(host, &[])?;
+        attached(host, "c")?;
+        eventually(PATIENCE, || {
+            ensure!(host.log().contains("metrics cannot be served at 127.0.0.1:6785"), "{}", host.log());
+            Ok(())
+        })?;
+        drop(taken);
+        eventually(PATIENCE, || {
+            ensure!(get(host, "/metrics")?.0 == 200, "it does not answer");
+            Ok(())
+        })
+    })
+}
