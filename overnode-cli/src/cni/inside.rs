@@ -8,11 +8,14 @@ use nix::ifaddrs::getifaddrs;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
-/// The names of the interfaces there, each with an address if it has any. None if there is no such namespace.
+/// An interface's name, and an address of it if it has any.
+pub type Interface = (String, Option<IpAddr>);
+
+/// The interfaces there. None if there is no such namespace.
 ///
 /// # Errors
 /// It cannot be entered, or looked into.
-pub fn interfaces(netns: &str) -> Result<Option<Vec<(String, Option<IpAddr>)>>, String> {
+pub fn interfaces(netns: &str) -> Result<Option<Vec<Interface>>, String> {
     // A pipe by that name would be waited for, for ever.
     let Ok(file) = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(netns) else {
         return Ok(None);

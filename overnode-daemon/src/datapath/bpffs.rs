@@ -323,12 +323,12 @@ fn is_the_first(here: &Path) -> bool {
 
 /// The device that is mounted at a place, the last of several, as proc(5) lists mounts.
 fn last_mount<'a>(mountinfo: &'a str, place: &str) -> Option<&'a str> {
-    let mounts = mountinfo.lines().filter_map(|line| {
+    let mut mounts = mountinfo.lines().filter_map(|line| {
         let mut words = line.split(' ').skip(2);
         let (device, _root, at) = (words.next()?, words.next()?, words.next()?);
         (at == place).then_some(device)
     });
-    mounts.last()
+    mounts.next_back()
 }
 
 fn is_bpffs(path: &Path) -> bool {
