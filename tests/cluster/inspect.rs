@@ -15,9 +15,10 @@ use crate::support::{PATIENCE, TOKEN, attached, in_lab, launch, peer};
 
 const PRESHARED_KEY: [u8; 32] = *b"a key that must not be shown: 0!";
 
-/// What this node may have nothing of: which node lends to the fifth is for that one to choose, and there is no engine.
-const NOT_HERE: [&str; 5] = [
+/// What this node may have nothing of: which node lends to the fifth is for that one to choose, and there is no engine or container runtime.
+const NOT_HERE: [&str; 6] = [
     "status.endpoints[].image",
+    "status.endpoints[].cni",
     "status.ipam.reclaims[].",
     "status.external_peers[].data.route.",
     "allocation.buried[].",

@@ -19,6 +19,8 @@ use crate::process::{Outcome, run_limited};
 pub const IMAGE: &str = "localhost/tiny";
 /// Where Debian's `containernetworking-plugins` are.
 const PLUGINS: &str = "/usr/lib/cni";
+/// Where runc remembers what runs.
+const RUNC: &str = "/run/runc";
 /// Longer than any command may take on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -177,7 +179,7 @@ impl<'a> Podman<'a> {
         let monitors: Vec<i32> = cleanup::pids().filter(mentions).collect();
         let is_child = |pid: &i32| parent(*pid).is_some_and(|parent| monitors.contains(&parent));
         let children: Vec<i32> = cleanup::pids().filter(is_child).collect();
-        let namespaces = self.namespaces();
+        let (namespaces, containers) = (self.namespaces(), self.containers());
         cleanup::kill_all(&monitors);
         cleanup::kill_all(&children);
         cleanup::kill_all(&self.host.netns().processes());
@@ -185,6 +187,11 @@ impl<'a> Podman<'a> {
             let _ = nix::mount::umount2(&path, nix::mount::MntFlags::MNT_DETACH);
             let _ = fs::remove_file(&path);
         }
+        for container in containers {
+            let _ = fs::remove_dir_all(Path::new(RUNC).join(container));
+        }
+        // Addresses on the bridge are kept there, as the documentation has it: in what a reboot empties.
+        let _ = fs::remove_dir_all(self.folder.join("host-local"));
         for name in ["run", "tmp"] {
             unmount_below(&self.folder.join(name));
             let _ = fs::remove_dir_all(self.folder.join(name));
@@ -192,17 +199,20 @@ impl<'a> Podman<'a> {
         unmount_below(&self.folder.join("root"));
     }
 
+    /// The full IDs of its containers.
+    fn containers(&self) -> Vec<String> {
+        let listed = self.run(&["ps", "--all", "--quiet", "--no-trunc"]).and_then(Outcome::success);
+        listed.map(|listed| listed.lines().map(str::to_owned).collect()).unwrap_or_default()
+    }
+
     /// The network namespaces of its containers that podman knows of.
     fn namespaces(&self) -> Vec<PathBuf> {
-        let Ok(listed) = self.run(&["ps", "--all", "--quiet"]).and_then(Outcome::success) else {
-            return Vec::new();
-        };
         let path = |id: &str| {
             let words = ["inspect", "--format", "{{.NetworkSettings.SandboxKey}}", id];
             let path = PathBuf::from(self.run(&words).ok()?.success().ok()?.trim());
             path.starts_with("/run/netns").then_some(path)
         };
-        listed.lines().filter_map(path).collect()
+        self.containers().iter().filter_map(|id| path(id)).collect()
     }
 }
 
