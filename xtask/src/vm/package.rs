@@ -50,8 +50,11 @@ pub fn run(workspace: &Workspace, folder: &Path, kernel: &Kernel) -> Result<()> 
     let initramfs = image::pack(&initramfs, kernel, &[("busybox".to_owned(), busybox)], &MODULES, INIT)?;
     let machine = Machine { kernel: &kernel.image, initramfs: &initramfs, disk: Some(&disk) };
     let step = Step::start("start Debian, install and launch");
-    boot(&machine)?;
+    let lines = boot(&machine)?;
     step.done();
+    // It ends with a reboot, at which QEMU ends, and says nothing but when it fails.
+    let failed = lines.iter().any(|line| line.starts_with(RESULT));
+    ensure!(!failed, "package failed before the reboot: see above");
     let step = Step::start("start it again, upgrade, remove, purge");
     let lines = boot(&machine)?;
     step.done();
