@@ -1,6 +1,6 @@
 //! The daemon's own command line.
 
-use std::net::SocketAddr;
+use std::net::{AddrParseError, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
@@ -15,6 +15,13 @@ pub const DEFAULT_RUN_DIR: &str = "/run/overnode";
 
 /// The variable that says where a Docker engine looks for plugins.
 pub const DOCKER_PLUGINS: &str = "OVERNODE_DOCKER_PLUGINS";
+
+/// None for a variable that is set to nothing, which must not keep a node from starting.
+type MaybeAddress = Option<SocketAddr>;
+
+fn address_if_any(text: &str) -> Result<MaybeAddress, AddrParseError> {
+    if text.is_empty() { Ok(None) } else { text.parse().map(Some) }
+}
 
 /// The daemon of an overnode node. `overnode launch` starts it: there is seldom a reason to do so by hand.
 #[derive(Clone, Debug, PartialEq, Eq, Parser)]
@@ -38,8 +45,15 @@ pub struct Options {
     pub docker_socket: PathBuf,
 
     /// Serve metrics for Prometheus at this address, as in 127.0.0.1:6785 [default: nowhere; the socket has them under /v1/metrics]
-    #[arg(long, env = "OVERNODE_METRICS", value_name = "ADDRESS:PORT")]
-    pub metrics: Option<SocketAddr>,
+    #[arg(
+        long,
+        env = "OVERNODE_METRICS",
+        value_name = "ADDRESS:PORT",
+        default_value = "",
+        hide_default_value = true,
+        value_parser = address_if_any
+    )]
+    pub metrics: MaybeAddress,
 
     /// Log more, also from the eBPF programs
     #[arg(long, env = "OVERNODE_DEBUG", value_parser = clap::builder::FalseyValueParser::new())]
@@ -81,6 +95,16 @@ mod tests {
         let options = Options::parse_from(["overnoded"]);
         assert_eq!(options.state_dir, PathBuf::from(DEFAULT_STATE_DIR));
         assert_eq!(options.run_dir, PathBuf::from(DEFAULT_RUN_DIR));
+    }
+
+    #[test]
+    fn metrics_are_served_where_an_address_is_given() {
+        let metrics =
+            |value: &str| Options::try_parse_from(["overnoded", "--metrics", value]).map(|it| it.metrics);
+        assert_eq!(Options::parse_from(["overnoded"]).metrics, None);
+        assert_eq!(metrics("").unwrap(), None);
+        assert_eq!(metrics("[::1]:6785").unwrap(), Some("[::1]:6785".parse().unwrap()));
+        assert!(metrics("6785").is_err());
     }
 
     #[test]
