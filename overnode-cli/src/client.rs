@@ -31,7 +31,8 @@ const ENDING: Duration = Duration::from_secs(1);
 /// The longest line of an answer without end, in bytes.
 const LINE_LIMIT: usize = 1024 * 1024;
 
-const POLL: Duration = Duration::from_millis(25);
+/// How often a daemon that comes or goes is looked at.
+pub const POLL: Duration = Duration::from_millis(25);
 
 /// Speaks to one daemon; a connection for each request.
 #[derive(Clone, Debug)]
@@ -274,12 +275,16 @@ mod tests {
 
     use super::*;
 
+    fn listen(dir: &Path) -> (UnixListener, Client) {
+        let socket = dir.join(api::SOCKET);
+        let listener = UnixListener::bind(&socket).unwrap();
+        (listener, Client { socket, state_dir: dir.to_owned(), debug: false })
+    }
+
     #[tokio::test]
     async fn a_daemon_that_dies_with_the_question_does_not_run() {
         let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join(api::SOCKET);
-        let listener = UnixListener::bind(&socket).unwrap();
-        let client = Client { socket, state_dir: dir.path().to_owned(), debug: false };
+        let (listener, client) = listen(dir.path());
         let dies = async {
             drop(listener.accept().await.unwrap());
             drop(listener);
@@ -291,9 +296,7 @@ mod tests {
     #[tokio::test]
     async fn what_never_answers_properly_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join(api::SOCKET);
-        let listener = UnixListener::bind(&socket).unwrap();
-        let client = Client { socket, state_dir: dir.path().to_owned(), debug: false };
+        let (listener, client) = listen(dir.path());
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 drop(stream);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use overnode_daemon::api::Version;
 use overnode_daemon::node;
 
-use crate::client::{Client, Unanswered};
+use crate::client::{Client, POLL, Unanswered};
 use crate::failure::Failure;
 use crate::options::Context;
 use crate::presence::{self, Presence};
@@ -39,8 +39,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a daemon may take to end.
 const LAST_WORDS: Duration = Duration::from_secs(20);
-
-const POLL: Duration = Duration::from_millis(25);
 
 /// A daemon that this command started.
 #[derive(Debug)]

@@ -229,20 +229,11 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// When something cannot be removed.
     pub fn lose_power(&mut self) -> Result<()> {
-        let pins = cleanup::pins_of(&self.host.state_directory());
         self.stop_everything();
         for file in ["pid", "docker.sock"] {
             let _ = fs::remove_file(self.folder.join(file));
         }
-        let _ = fs::remove_dir_all(self.host.run_directory());
-        for name in self.host.netns().interfaces()? {
-            // The other end of a pair is gone already.
-            if name != self.host.interface() {
-                let _ = self.host.netns().ip(&["link", "del", &name]);
-            }
-        }
-        self.host.netns().run("nft", &["flush", "ruleset"])?;
-        let _ = fs::remove_dir_all(pins?);
+        self.host.forget_all_but_disks()?;
         self.holder = hold(self.host)?;
         self.host.set_mounts(Some(self.mounts()?));
         Ok(())

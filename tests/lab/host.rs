@@ -217,6 +217,24 @@ impl Host {
         Ok(())
     }
 
+    /// What is gone when the power fails, processes apart: interfaces but the underlay's, firewall rules, the node's part of `/run`,
+    /// bpffs.
+    ///
+    /// # Errors
+    /// When something cannot be removed.
+    pub(crate) fn forget_all_but_disks(&self) -> Result<()> {
+        let _ = std::fs::remove_dir_all(self.run_directory());
+        for name in self.netns().interfaces()? {
+            // The other end of a pair is gone already.
+            if name != self.interface() {
+                let _ = self.netns().ip(&["link", "del", &name]);
+            }
+        }
+        self.netns().run("nft", &["flush", "ruleset"])?;
+        let _ = std::fs::remove_dir_all(cleanup::pins_of(&self.state_directory())?);
+        Ok(())
+    }
+
     /// What the daemon has logged, if it was started without systemd.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.run_directory().join("overnoded.log")).unwrap_or_default()

@@ -156,17 +156,8 @@ impl<'a> Podman<'a> {
     /// # Errors
     /// When something cannot be removed.
     pub fn lose_power(&self) -> Result<()> {
-        let pins = cleanup::pins_of(&self.host.state_directory());
         self.stop_everything();
-        let _ = fs::remove_dir_all(self.host.run_directory());
-        for name in self.host.netns().interfaces()? {
-            if name != self.host.interface() {
-                let _ = self.host.netns().ip(&["link", "del", &name]);
-            }
-        }
-        self.host.netns().run("nft", &["flush", "ruleset"])?;
-        let _ = fs::remove_dir_all(pins?);
-        Ok(())
+        self.host.forget_all_but_disks()
     }
 
     /// Everything but what is on disk. Containers are in namespaces of their own: they are known by their monitors' children.

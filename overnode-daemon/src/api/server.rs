@@ -126,7 +126,8 @@ async fn ask(State(node): Node, request: Request) -> Response {
     }
 }
 
-async fn call(node: &mpsc::Sender<Call>, request: Request) -> Result<Reply, ApiError> {
+/// Asks the node, and waits for its answer.
+pub(crate) async fn call(node: &mpsc::Sender<Call>, request: Request) -> Result<Reply, ApiError> {
     let (answer, answered) = oneshot::channel();
     let stopped =
         |()| ApiError::failed("the node stopped before it answered: `overnode resume` starts it again");

@@ -5,7 +5,7 @@ use std::fmt::Error;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, NoLabelSet,
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, MetricEncoder, NoLabelSet,
 };
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
@@ -21,7 +21,7 @@ pub(super) struct Families(pub(super) Status);
 
 type Labels<'a> = Vec<(&'a str, String)>;
 
-/// One metric: its name without prefix and `_total`, what it means, its unit.
+/// One metric: its name without the prefix, its unit and `_total`, what it means, its unit.
 struct Family<'a> {
     name: &'a str,
     help: &'a str,
@@ -37,14 +37,20 @@ impl<'a> Family<'a> {
         Self { unit: Some(unit), ..self }
     }
 
+    fn begin<'e>(
+        &'e self,
+        encoder: &'e mut DescriptorEncoder<'_>,
+        kind: MetricType,
+    ) -> Result<MetricEncoder<'e>, Error> {
+        encoder.encode_descriptor(self.name, self.help, self.unit.as_ref(), kind)
+    }
+
     fn gauges<V: EncodeGaugeValue>(
         &self,
         encoder: &mut DescriptorEncoder<'_>,
         values: impl IntoIterator<Item = (Labels<'a>, V)>,
     ) -> Result<(), Error> {
-        let name = format!("overnode_{}", self.name);
-        let mut metric =
-            encoder.encode_descriptor(&name, self.help, self.unit.as_ref(), MetricType::Gauge)?;
+        let mut metric = self.begin(encoder, MetricType::Gauge)?;
         for (labels, value) in values {
             if labels.is_empty() {
                 metric.encode_gauge(&value)?;
@@ -60,9 +66,7 @@ impl<'a> Family<'a> {
         encoder: &mut DescriptorEncoder<'_>,
         values: impl IntoIterator<Item = (Labels<'a>, V)>,
     ) -> Result<(), Error> {
-        let name = format!("overnode_{}", self.name);
-        let mut metric =
-            encoder.encode_descriptor(&name, self.help, self.unit.as_ref(), MetricType::Counter)?;
+        let mut metric = self.begin(encoder, MetricType::Counter)?;
         for (labels, value) in values {
             if labels.is_empty() {
                 metric.encode_counter::<NoLabelSet, V, u64>(&value, None)?;

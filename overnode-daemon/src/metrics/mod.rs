@@ -17,9 +17,9 @@ use axum::routing::get;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
-use crate::api::{ApiError, Call, Reply, Request, Status};
+use crate::api::{Call, Reply, Request, Status, server};
 
 /// The format, OpenMetrics' text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -32,7 +32,7 @@ const PAGE: &str = "overnode: the metrics are at /metrics\n";
 
 /// The metrics of a node, as Prometheus reads them.
 pub fn render(status: Status) -> String {
-    let mut registry = Registry::default();
+    let mut registry = Registry::with_prefix("overnode");
     registry.register_collector(Box::new(families::Families(status)));
     let mut text = String::new();
     // Writing to a string does not fail.
@@ -42,17 +42,12 @@ pub fn render(status: Status) -> String {
 
 /// The answer to a request for metrics.
 pub async fn answer(node: mpsc::Sender<Call>) -> Response {
-    let (answer, answered) = oneshot::channel();
-    let stopped = || ApiError::failed("the node stopped before it answered").into_response();
-    if node.send((Request::Status, answer)).await.is_err() {
-        return stopped();
-    }
-    match answered.await {
-        Ok(Ok(Reply::Status(status))) => {
+    match server::call(&node, Request::Status).await {
+        Ok(Reply::Status(status)) => {
             ([(header::CONTENT_TYPE, CONTENT_TYPE)], render(*status)).into_response()
         }
-        Ok(Ok(_)) | Err(_) => stopped(),
-        Ok(Err(error)) => error.into_response(),
+        Ok(other) => other.into_response(),
+        Err(error) => error.into_response(),
     }
 }
 

@@ -17,7 +17,6 @@ const STORY: &str = include_str!("package.sh");
 /// Beside what every Debian has.
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,udev,kmod,iproute2,iputils-ping,procps,docker.io,iptables,ca-certificates,\
     init-system-helpers,busybox-static";
-const MIRROR: &str = "http://deb.debian.org/debian";
 /// To find its disk.
 const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 const INIT: &str = "#!/bin/busybox sh\n\
@@ -71,8 +70,7 @@ fn debian(folder: &Path) -> Result<PathBuf> {
         let _ = fs::remove_dir_all(&fresh);
         let mut debootstrap = Command::new("debootstrap");
         debootstrap.args(["--variant=minbase", &format!("--include={PACKAGES}"), "bookworm"]);
-        Step::start("debootstrap Debian 12 (minutes, the first time)")
-            .show(debootstrap.arg(&fresh).arg(MIRROR))?;
+        Step::start("debootstrap Debian 12 (minutes, the first time)").show(debootstrap.arg(&fresh))?;
         for folder in ["var/cache/apt/archives", "var/lib/apt/lists"] {
             let _ = fs::remove_dir_all(fresh.join(folder));
         }
