@@ -1,8 +1,7 @@
 //! Metrics: what a node tells Prometheus is what `docs/metrics.md` and the dashboard say, and nobody hears it unasked.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 
 use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
@@ -20,15 +19,7 @@ fn launch_with_metrics(host: &Host, targets: &[&str]) -> Result<String> {
 }
 
 fn get(host: &Host, path: &str) -> Result<(u16, String)> {
-    let address: SocketAddr = ADDRESS.parse()?;
-    let mut stream = host.netns().enter(|| Ok(TcpStream::connect_timeout(&address, PATIENCE)?))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status code")?;
-    Ok((code, body.to_owned()))
+    host.get(ADDRESS.parse()?, path)
 }
 
 /// Values by name and labels.

@@ -1,6 +1,6 @@
 //! A host: a network namespace with its own state directory, in which real daemons run.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -186,6 +186,14 @@ impl Host {
     /// One request to the daemon's socket. Returns the status code and the body.
     pub fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
         http::request(&self.socket(), method, path, body)
+    }
+
+    /// `GET` over TCP, asked on the host itself. Returns the status code and the body.
+    ///
+    /// # Errors
+    /// When nobody listens there, or the answer is none.
+    pub fn get(&self, address: SocketAddr, path: &str) -> Result<(u16, String)> {
+        http::get(&self.netns, address, path)
     }
 
     /// The daemon's process: the one called `overnoded` that was given this host's state directory.

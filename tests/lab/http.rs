@@ -1,11 +1,14 @@
-//! Requests over a unix socket.
+//! Requests over unix sockets and TCP.
 
 use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+
+use crate::netns::Netns;
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -15,8 +18,22 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// # Errors
 /// When nobody listens, or the answer is none.
 pub(crate) fn request(socket: &Path, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
-    let mut stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
+    let stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
     stream.set_read_timeout(Some(PATIENCE))?;
+    exchange(stream, method, path, body)
+}
+
+/// `GET` over TCP, from inside a network namespace. Returns the status code and the body.
+///
+/// # Errors
+/// When nobody listens, or the answer is none.
+pub(crate) fn get(netns: &Netns, address: SocketAddr, path: &str) -> Result<(u16, String)> {
+    let stream = netns.enter(|| Ok(TcpStream::connect_timeout(&address, PATIENCE)?))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    exchange(stream, "GET", path, "")
+}
+
+fn exchange(mut stream: impl Read + Write, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
     write!(
         stream,
         "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",

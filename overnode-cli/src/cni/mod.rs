@@ -160,15 +160,22 @@ impl Node {
     }
 
     async fn del(&self, wanted: &Attachment) -> Result<(), CniError> {
-        let request = api::Detach { target: wanted.container.clone(), cni: Some(wanted.endpoint.clone()) };
-        match self.client.try_post::<Detached>("/v1/detach", &request).await {
-            Ok(_) => Ok(()),
-            Err(Unanswered::Refused(refusal)) if refusal.kind == ErrorKind::Missing => Ok(()),
+        match self.detach(wanted.container.clone(), wanted.endpoint.clone()).await {
+            Ok(()) => Ok(()),
             Err(Unanswered::NotRunning) => cut(wanted).await,
             Err(why) => {
                 let details = self.client.explain(why);
                 Err(CniError::new(Code::TryAgain, "the container was not detached", details))
             }
+        }
+    }
+
+    /// What is not attached any more is detached.
+    async fn detach(&self, target: api::Target, endpoint: api::CniEndpoint) -> Result<(), Unanswered> {
+        let request = api::Detach { target, cni: Some(endpoint) };
+        match self.client.try_post::<Detached>("/v1/detach", &request).await {
+            Err(Unanswered::Refused(refusal)) if refusal.kind == ErrorKind::Missing => Ok(()),
+            outcome => outcome.map(drop),
         }
     }
 
@@ -235,11 +242,8 @@ impl Node {
             {
                 continue;
             }
-            let request = api::Detach { target: found.target, cni: Some(endpoint) };
-            match self.client.try_post::<Detached>("/v1/detach", &request).await {
-                Ok(_) => {}
-                Err(Unanswered::Refused(refusal)) if refusal.kind == ErrorKind::Missing => {}
-                Err(why) => errors.push(format!("{container}: {}", self.client.explain(why))),
+            if let Err(why) = self.detach(found.target, endpoint).await {
+                errors.push(format!("{container}: {}", self.client.explain(why)));
             }
         }
         if errors.is_empty() {

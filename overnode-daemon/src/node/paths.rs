@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use overnode_ebpf::wire::{RELAY_HOPS, Relay};
 
 use super::running::Node;
-use crate::api::{Happening, Path};
+use super::status::path_of;
+use crate::api::Happening;
 use crate::datapath::Probe;
 use crate::handshake::Transmit;
 use crate::path::route::{self, Graph, Route};
@@ -163,14 +164,7 @@ impl Node {
             }
             if self.ways.routes.insert(id, chosen) != Some(chosen) {
                 self.ways.since.insert(id, now);
-                self.tell(|node| Happening::PathChanged {
-                    peer: node.who(index),
-                    path: match chosen {
-                        Route::Direct => Some(Path::Direct),
-                        Route::Via { relay, .. } => Some(Path::Via(relay)),
-                        Route::Unreachable => None,
-                    },
-                });
+                self.tell(|node| Happening::PathChanged { peer: node.who(index), path: path_of(chosen) });
                 match chosen {
                     Route::Direct => tracing::info!("packets for node {id} go straight"),
                     Route::Via { relay, hops } => {

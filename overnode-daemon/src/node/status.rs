@@ -291,11 +291,7 @@ impl Node {
         let straight = self.paths.state(id);
         let micros = |rtt: std::time::Duration| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
         Some(RouteStatus {
-            path: match route {
-                Route::Direct => Some(Path::Direct),
-                Route::Via { relay, .. } => Some(Path::Via(relay)),
-                Route::Unreachable => None,
-            },
+            path: path_of(route),
             since_seconds: now.saturating_duration_since(since).as_secs(),
             straight: straight.is_some_and(|state| state.alive),
             rtt_microseconds: straight.and_then(|state| state.rtt).map(micros),
@@ -330,6 +326,15 @@ fn direction(direction: dial::Direction) -> Direction {
     match direction {
         dial::Direction::Out => Direction::Outbound,
         dial::Direction::In => Direction::Inbound,
+    }
+}
+
+/// The way that packets take, if there is one.
+pub(super) fn path_of(route: Route) -> Option<Path> {
+    match route {
+        Route::Direct => Some(Path::Direct),
+        Route::Via { relay, .. } => Some(Path::Via(relay)),
+        Route::Unreachable => None,
     }
 }
 
