@@ -6,6 +6,7 @@
 //! task that joins them.
 
 pub mod api;
+pub mod bulk;
 pub mod control;
 pub mod datapath;
 pub mod dns;
