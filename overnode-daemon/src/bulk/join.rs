@@ -172,7 +172,9 @@ impl Joiner {
                     ipv4_checksum(ipv4_sum(&packet[..IPV4_HEADER]), read_u16(packet, 2), read_u16(packet, 4))
                 };
                 // No flag but DF, as in the kernel.
-                headers.transport == IPV4_HEADER && packet[6] & 0x80 == 0 && checksum() == read_u16(packet, 10)
+                headers.transport == IPV4_HEADER
+                    && packet[6] & 0x80 == 0
+                    && checksum() == read_u16(packet, 10)
             }
             _ => headers.transport == IPV6_HEADER,
         };

@@ -7,8 +7,6 @@
 pub mod join;
 pub mod packet;
 pub mod segment;
-#[cfg(test)]
-mod tests;
 
 pub use join::Joiner;
 pub use packet::{BadPacket, VnetHeader};

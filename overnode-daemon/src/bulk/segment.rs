@@ -20,9 +20,14 @@ pub struct Cut<'a> {
 #[derive(Clone, Copy, Debug)]
 enum How {
     /// As it is; with a partial checksum or not.
-    Whole { partial: bool },
+    Whole {
+        partial: bool,
+    },
     /// A checksum that no receiver would find is finished here: it is summed from `start` on and stored at `field`.
-    Finish { start: usize, field: usize },
+    Finish {
+        start: usize,
+        field: usize,
+    },
     Segments(Segments),
 }
 
