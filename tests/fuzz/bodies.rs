@@ -5,6 +5,7 @@
 
 mod allocation;
 mod api;
+mod bulk;
 mod control;
 mod gossip;
 mod handshake;
@@ -25,7 +26,7 @@ pub struct Target {
 }
 
 /// All of them. `xtask/src/fuzz.rs` has the same names.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
     Target { name: "gossip", body: gossip::run, seeds: gossip::seeds },
     Target { name: "handshake", body: handshake::run, seeds: handshake::seeds },
     Target { name: "control", body: control::run, seeds: control::seeds },
@@ -33,4 +34,5 @@ pub const TARGETS: [Target; 7] = [
     Target { name: "api", body: api::run, seeds: api::seeds },
     Target { name: "path", body: path::run, seeds: path::seeds },
     Target { name: "wire", body: wire::run, seeds: wire::seeds },
+    Target { name: "bulk", body: bulk::run, seeds: bulk::seeds },
 ];

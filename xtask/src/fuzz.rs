@@ -64,11 +64,21 @@ enum Target {
     Path,
     /// Parcels, probes, the header of relayed messages
     Wire,
+    /// Packets that the bulk path cuts and joins
+    Bulk,
 }
 
 impl Target {
-    const ALL: [Self; 7] =
-        [Self::Gossip, Self::Handshake, Self::Control, Self::Allocation, Self::Api, Self::Path, Self::Wire];
+    const ALL: [Self; 8] = [
+        Self::Gossip,
+        Self::Handshake,
+        Self::Control,
+        Self::Allocation,
+        Self::Api,
+        Self::Path,
+        Self::Wire,
+        Self::Bulk,
+    ];
 
     const fn name(self) -> &'static str {
         match self {
@@ -79,6 +89,7 @@ impl Target {
             Self::Api => "api",
             Self::Path => "path",
             Self::Wire => "wire",
+            Self::Bulk => "bulk",
         }
     }
 }

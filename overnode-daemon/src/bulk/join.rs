@@ -1,0 +1,298 @@
+//! Joining: consecutive packets of a flow become one super-packet for a TAP device, by the rules of `tcp_gro_receive`,
+//! `udp_gro_receive`, `inet_gro_receive` and `ipv6_gro_receive` of the kernel, and so that cutting it again gives the same packets.
+
+use super::packet::{
+    ETHERNET_HEADER, GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, IPV4_HEADER, IPV6_HEADER,
+    MAX_PACKET, TCP, VNET_HEADER, VnetHeader, flag, ipv4_checksum, ipv4_sum, read_u16, read_u32, write_u16,
+};
+use super::segment::MAX_SEGMENTS;
+
+/// Flows that can be joined at the same time.
+pub const FLOWS: usize = 8;
+/// Datagrams in one super-packet of UDP, the kernel's `UDP_GRO_CNT_MAX`.
+const MAX_DATAGRAMS: usize = 64;
+/// The longest super-packet, in bytes.
+const MAX_JOINED: usize = 65_535;
+/// Bytes in front of the packet.
+const ROOM: usize = VNET_HEADER + ETHERNET_HEADER;
+/// The Ethernet header, both addresses, both ports, protocol and version.
+const KEY: usize = ETHERNET_HEADER + 32 + 4 + 2;
+
+/// Keeps what may grow until something else comes, or [`Joiner::flush`]. Allocates nothing after [`Joiner::new`].
+#[derive(Debug)]
+pub struct Joiner {
+    joins_udp: bool,
+    slots: [Slot; FLOWS],
+    /// For what is delivered alone.
+    alone: Box<[u8]>,
+    /// Slots that were opened.
+    opened: u64,
+}
+
+/// A flow of which something is pending.
+#[derive(Debug)]
+struct Slot {
+    /// Also whether anything is: none is 0.
+    segments: usize,
+    /// Its place in the order of [`Joiner::opened`].
+    age: u64,
+    key: [u8; KEY],
+    headers: Headers,
+    /// Payload of the first segment, in bytes.
+    size: usize,
+    /// Bytes of the packet so far.
+    length: usize,
+    /// A whole TAP frame: vnet header, Ethernet header, packet.
+    frame: Box<[u8]>,
+}
+
+/// Whether a segment continues what is pending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fit {
+    No,
+    Yes,
+    /// And nothing may follow it.
+    Last,
+}
+
+impl Joiner {
+    /// One without anything pending. UDP is joined only where the kernel of the other end of the TAP device takes it.
+    pub fn new(joins_udp: bool) -> Self {
+        let headers = Headers { version: 0, protocol: 0, transport: 0, payload: 0 };
+        let slot = |_| Slot {
+            segments: 0,
+            age: 0,
+            key: [0; KEY],
+            headers,
+            size: 0,
+            length: 0,
+            frame: vec![0; ROOM + MAX_JOINED].into_boxed_slice(),
+        };
+        Self {
+            joins_udp,
+            slots: std::array::from_fn(slot),
+            alone: vec![0; ROOM + MAX_PACKET].into_boxed_slice(),
+            opened: 0,
+        }
+    }
+
+    /// Takes a packet with the Ethernet header to put in front of it. What is delivered are whole frames for the TAP device: vnet
+    /// header, Ethernet header, packet. Packets of a flow are delivered in the order they came; one that is not a whole packet of TCP
+    /// or UDP comes after everything that is pending.
+    ///
+    /// A packet of more than [`MAX_PACKET`] bytes is no IP packet, and dropped.
+    pub fn push(
+        &mut self,
+        link: [u8; ETHERNET_HEADER],
+        packet: &[u8],
+        partial: bool,
+        deliver: &mut impl FnMut(&[u8]),
+    ) {
+        if packet.len() > MAX_PACKET {
+            return;
+        }
+        let Ok(headers) = Headers::read(packet) else {
+            self.flush(deliver);
+            return self.alone(link, packet, VnetHeader::default(), deliver);
+        };
+        let key = key_of(&link, packet, &headers);
+        let fits = partial && self.can_join(packet, &headers);
+        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.segments > 0 && slot.key == key) {
+            let fit = if fits { slot.fit(packet, &headers) } else { Fit::No };
+            if fit != Fit::No {
+                slot.append(packet);
+            }
+            if fit != Fit::Yes {
+                slot.close(deliver);
+            }
+            if fit != Fit::No {
+                return;
+            }
+        }
+        if fits && !ends(packet, &headers) {
+            self.open(&link, packet, headers, key, deliver);
+        } else {
+            let vnet = if partial { headers.vnet() } else { VnetHeader::default() };
+            self.alone(link, packet, vnet, deliver);
+        }
+    }
+
+    /// Delivers everything that is pending, the oldest first.
+    pub fn flush(&mut self, deliver: &mut impl FnMut(&[u8])) {
+        while let Some(slot) = self.oldest() {
+            slot.close(deliver);
+        }
+    }
+
+    fn oldest(&mut self) -> Option<&mut Slot> {
+        self.slots.iter_mut().filter(|slot| slot.segments > 0).min_by_key(|slot| slot.age)
+    }
+
+    fn open(
+        &mut self,
+        link: &[u8; ETHERNET_HEADER],
+        packet: &[u8],
+        headers: Headers,
+        key: [u8; KEY],
+        deliver: &mut impl FnMut(&[u8]),
+    ) {
+        if self.slots.iter().all(|slot| slot.segments > 0)
+            && let Some(slot) = self.oldest()
+        {
+            slot.close(deliver);
+        }
+        let age = self.opened;
+        let Some(slot) = self.slots.iter_mut().find(|slot| slot.segments == 0) else { return };
+        slot.frame[VNET_HEADER..ROOM].copy_from_slice(link);
+        slot.frame[ROOM..ROOM + packet.len()].copy_from_slice(packet);
+        (slot.segments, slot.age, slot.key, slot.headers) = (1, age, key, headers);
+        (slot.size, slot.length) = (packet.len() - headers.payload, packet.len());
+        self.opened += 1;
+    }
+
+    fn alone(
+        &mut self,
+        link: [u8; ETHERNET_HEADER],
+        packet: &[u8],
+        vnet: VnetHeader,
+        deliver: &mut impl FnMut(&[u8]),
+    ) {
+        let frame = &mut self.alone[..ROOM + packet.len()];
+        frame[..VNET_HEADER].copy_from_slice(&vnet.to_bytes());
+        frame[VNET_HEADER..ROOM].copy_from_slice(&link);
+        frame[ROOM..].copy_from_slice(packet);
+        deliver(frame);
+    }
+
+    /// Whether it may be a segment of a super-packet at all. Its checksums are right, or the super-packet would mend them.
+    fn can_join(&self, packet: &[u8], headers: &Headers) -> bool {
+        let plain = match headers.version {
+            4 => {
+                let checksum = || {
+                    ipv4_checksum(ipv4_sum(&packet[..IPV4_HEADER]), read_u16(packet, 2), read_u16(packet, 4))
+                };
+                // No flag but DF, as in the kernel.
+                headers.transport == IPV4_HEADER
+                    && packet[6] & 0x80 == 0
+                    && checksum() == read_u16(packet, 10)
+            }
+            _ => headers.transport == IPV6_HEADER,
+        };
+        let kind = match headers.protocol {
+            TCP => packet[headers.transport + 13] & (flag::SYN | flag::RST | flag::URG) == 0,
+            _ => self.joins_udp,
+        };
+        plain
+            && kind
+            && packet.len() > headers.payload
+            && packet.len() <= MAX_JOINED
+            && read_u16(packet, headers.transport + headers.checksum_offset()) == headers.pseudo(packet)
+    }
+}
+
+impl Slot {
+    /// For a packet of the same flow that [`Joiner::can_join`].
+    fn fit(&self, packet: &[u8], headers: &Headers) -> Fit {
+        let first = &self.frame[ROOM..];
+        let body = packet.len() - headers.payload;
+        let most = if headers.protocol == TCP { MAX_SEGMENTS } else { MAX_DATAGRAMS };
+        let fits = *headers == self.headers
+            && body <= self.size
+            && self.length + body <= MAX_JOINED
+            && self.segments < most
+            && if headers.version == 4 { self.fits_ipv4(first, packet) } else { fits_ipv6(first, packet) }
+            && (headers.protocol != TCP || self.fits_tcp(first, packet));
+        match (fits, body < self.size || ends(packet, headers)) {
+            (false, _) => Fit::No,
+            (true, false) => Fit::Yes,
+            (true, true) => Fit::Last,
+        }
+    }
+
+    /// Type of service, DF, time to live; IDs that count up.
+    fn fits_ipv4(&self, first: &[u8], packet: &[u8]) -> bool {
+        packet[1] == first[1]
+            && packet[6] == first[6]
+            && packet[8] == first[8]
+            && read_u16(packet, 4) == read_u16(first, 4).wrapping_add(self.segments as u16)
+    }
+
+    /// Everything but checksum, PSH and FIN. The kernel compares the window too, which is in the same word as the flags, but not the
+    /// urgent pointer.
+    fn fits_tcp(&self, first: &[u8], packet: &[u8]) -> bool {
+        let Headers { transport, payload, .. } = self.headers;
+        let (before, header) = (&first[transport..payload], &packet[transport..payload]);
+        let joined = (self.length - payload) as u32;
+        let differs = header[13] ^ (before[13] & !flag::CWR);
+        read_u32(header, 4) == read_u32(before, 4).wrapping_add(joined)
+            && header[8..13] == before[8..13]
+            && differs & !(flag::FIN | flag::PSH) == 0
+            && header[14..16] == before[14..16]
+            && header[18..] == before[18..]
+    }
+
+    fn append(&mut self, packet: &[u8]) {
+        let body = &packet[self.headers.payload..];
+        self.frame[ROOM + self.length..][..body.len()].copy_from_slice(body);
+        self.length += body.len();
+        self.segments += 1;
+        if self.headers.protocol == TCP {
+            let at = self.headers.transport + 13;
+            self.frame[ROOM + at] |= packet[at] & (flag::FIN | flag::PSH);
+        }
+    }
+
+    /// Delivers what is pending.
+    fn close(&mut self, deliver: &mut impl FnMut(&[u8])) {
+        let frame = &mut self.frame[..ROOM + self.length];
+        let mut vnet = self.headers.vnet();
+        if self.segments > 1 {
+            let packet = &mut frame[ROOM..];
+            vnet.gso_size = self.size as u16;
+            vnet.gso_type = finish(packet, &self.headers);
+        }
+        frame[..VNET_HEADER].copy_from_slice(&vnet.to_bytes());
+        deliver(frame);
+        self.segments = 0;
+    }
+}
+
+/// Writes lengths and sums of a super-packet into its headers; returns its type for the vnet header.
+fn finish(packet: &mut [u8], headers: &Headers) -> u8 {
+    let length = packet.len();
+    if headers.version == 4 {
+        write_u16(packet, 2, length as u16);
+        let checksum = ipv4_checksum(ipv4_sum(&packet[..IPV4_HEADER]), length as u16, read_u16(packet, 4));
+        write_u16(packet, 10, checksum);
+    } else {
+        write_u16(packet, 4, (length - IPV6_HEADER) as u16);
+    }
+    let pseudo = headers.pseudo(packet);
+    write_u16(packet, headers.transport + headers.checksum_offset(), pseudo);
+    if headers.protocol != TCP {
+        write_u16(packet, headers.transport + 4, (length - headers.transport) as u16);
+        return GSO_UDP_L4;
+    }
+    let ecn = if packet[headers.transport + 13] & flag::CWR != 0 { GSO_ECN } else { 0 };
+    ecn | if headers.version == 4 { GSO_TCPV4 } else { GSO_TCPV6 }
+}
+
+/// Traffic class, flow label and hop limit.
+fn fits_ipv6(first: &[u8], packet: &[u8]) -> bool {
+    packet[..4] == first[..4] && packet[7] == first[7]
+}
+
+/// Whether nothing may follow it in a super-packet.
+fn ends(packet: &[u8], headers: &Headers) -> bool {
+    headers.protocol == TCP && packet[headers.transport + 13] & (flag::FIN | flag::PSH) != 0
+}
+
+fn key_of(link: &[u8; ETHERNET_HEADER], packet: &[u8], headers: &Headers) -> [u8; KEY] {
+    let addresses = if headers.version == 4 { &packet[12..20] } else { &packet[8..40] };
+    let mut key = [0; KEY];
+    key[..14].copy_from_slice(link);
+    key[14..14 + addresses.len()].copy_from_slice(addresses);
+    key[46..50].copy_from_slice(&packet[headers.transport..headers.transport + 4]);
+    (key[50], key[51]) = (headers.protocol, headers.version);
+    key
+}

@@ -1,0 +1,266 @@
+//! What is read of an inner packet, the header that a TAP device puts in front of it, and the sums of RFC 1071.
+
+/// Bytes of [`VnetHeader`].
+pub const VNET_HEADER: usize = 10;
+/// Bytes of an Ethernet header without tags.
+pub const ETHERNET_HEADER: usize = 14;
+/// The longest IPv6 packet without a jumbo option, in bytes; IPv4's longest is shorter.
+pub const MAX_PACKET: usize = 40 + 65_535;
+
+/// In [`VnetHeader::flags`]: the checksum at [`VnetHeader::csum_start`] is partial.
+pub const NEEDS_CSUM: u8 = 1;
+/// In [`VnetHeader::gso_type`]: one packet.
+pub const GSO_NONE: u8 = 0;
+/// In [`VnetHeader::gso_type`]: segments of TCP over IPv4.
+pub const GSO_TCPV4: u8 = 1;
+/// In [`VnetHeader::gso_type`]: segments of TCP over IPv6.
+pub const GSO_TCPV6: u8 = 4;
+/// In [`VnetHeader::gso_type`]: datagrams of UDP, over IPv4 or IPv6.
+pub const GSO_UDP_L4: u8 = 5;
+/// In [`VnetHeader::gso_type`], beside TCP's: the first segment has CWR.
+pub const GSO_ECN: u8 = 0x80;
+
+pub(super) const TCP: u8 = 6;
+pub(super) const UDP: u8 = 17;
+/// Bytes of the part that no IP header lacks.
+pub(super) const IPV4_HEADER: usize = 20;
+pub(super) const IPV6_HEADER: usize = 40;
+const TCP_HEADER: usize = 20;
+const UDP_HEADER: usize = 8;
+/// More extension headers than any stack sends in one packet.
+const MAX_EXTENSIONS: usize = 8;
+
+/// TCP's flags, in byte 13 of its header.
+pub(super) mod flag {
+    pub const FIN: u8 = 0x01;
+    pub const SYN: u8 = 0x02;
+    pub const RST: u8 = 0x04;
+    pub const PSH: u8 = 0x08;
+    pub const URG: u8 = 0x20;
+    pub const CWR: u8 = 0x80;
+}
+
+/// `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h), in the byte order of this machine, as a TAP device has it unless told
+/// otherwise. Offsets count from the first byte of the Ethernet header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VnetHeader {
+    /// [`NEEDS_CSUM`] and others.
+    pub flags: u8,
+    /// [`GSO_NONE`] or another, with [`GSO_ECN`].
+    pub gso_type: u8,
+    /// Bytes of the Ethernet, IP and transport header. Only a hint when it comes from the kernel.
+    pub hdr_len: u16,
+    /// Payload of each segment but the last, in bytes.
+    pub gso_size: u16,
+    /// Where the sum begins.
+    pub csum_start: u16,
+    /// Where it is stored, from `csum_start` on.
+    pub csum_offset: u16,
+}
+
+impl VnetHeader {
+    /// The bytes in front of the frame.
+    pub fn to_bytes(self) -> [u8; VNET_HEADER] {
+        let mut bytes = [self.flags, self.gso_type, 0, 0, 0, 0, 0, 0, 0, 0];
+        let numbers = [self.hdr_len, self.gso_size, self.csum_start, self.csum_offset];
+        for (place, number) in bytes[2..].chunks_exact_mut(2).zip(numbers) {
+            place.copy_from_slice(&number.to_ne_bytes());
+        }
+        bytes
+    }
+
+    /// Reads what [`Self::to_bytes`] wrote, or the kernel.
+    pub fn from_bytes(bytes: [u8; VNET_HEADER]) -> Self {
+        let [flags, gso_type, a, b, c, d, e, f, g, h] = bytes;
+        Self {
+            flags,
+            gso_type,
+            hdr_len: u16::from_ne_bytes([a, b]),
+            gso_size: u16::from_ne_bytes([c, d]),
+            csum_start: u16::from_ne_bytes([e, f]),
+            csum_offset: u16::from_ne_bytes([g, h]),
+        }
+    }
+}
+
+/// A packet that cannot be cut, or has no transport header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadPacket {
+    /// Neither version 4 nor 6.
+    #[error("not an IP packet")]
+    NotIp,
+    /// A header says another length than there is, or less than its own.
+    #[error("a packet of {0} bytes whose headers say another length")]
+    Length(usize),
+    /// Neither TCP nor UDP.
+    #[error("a packet of protocol {0}")]
+    Protocol(u8),
+    /// A part of a packet has no transport header of its own.
+    #[error("a fragment")]
+    Fragment,
+    /// See [`VnetHeader::gso_type`].
+    #[error("segments of the unknown or another protocol's type {0:#x}")]
+    GsoType(u8),
+    /// Nothing in each segment.
+    #[error("segments without payload")]
+    GsoSize,
+    /// See [`super::segment::MAX_SEGMENTS`].
+    #[error("{0} segments")]
+    Segments(usize),
+    /// Not where the transport header has it, or outside of the packet, or its IP header would change.
+    #[error("a checksum at {start} + {offset}")]
+    Checksum {
+        /// [`VnetHeader::csum_start`].
+        start: u16,
+        /// [`VnetHeader::csum_offset`].
+        offset: u16,
+    },
+    /// Each segment needs a checksum of its own.
+    #[error("segments of a packet whose checksum is finished")]
+    Finished,
+}
+
+/// The headers of a whole packet of TCP or UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Headers {
+    /// 4 or 6.
+    pub version: u8,
+    /// TCP's or UDP's number.
+    pub protocol: u8,
+    /// Bytes before the transport header.
+    pub transport: usize,
+    /// Bytes before the payload.
+    pub payload: usize,
+}
+
+impl Headers {
+    /// Reads them. The lengths that they say are those of the packet.
+    ///
+    /// # Errors
+    /// [`BadPacket`]: any other packet.
+    pub fn read(packet: &[u8]) -> Result<Self, BadPacket> {
+        let length = BadPacket::Length(packet.len());
+        let version = packet.first().ok_or(BadPacket::NotIp)? >> 4;
+        let (protocol, transport) = match version {
+            4 => read_ipv4(packet)?,
+            6 => read_ipv6(packet)?,
+            _ => return Err(BadPacket::NotIp),
+        };
+        let rest = packet.get(transport..).ok_or(length)?;
+        let header = match protocol {
+            TCP if rest.len() >= TCP_HEADER => usize::from(rest[12] >> 4) * 4,
+            UDP if rest.len() >= UDP_HEADER && usize::from(read_u16(rest, 4)) == rest.len() => UDP_HEADER,
+            TCP | UDP => return Err(length),
+            other => return Err(BadPacket::Protocol(other)),
+        };
+        let least = if protocol == TCP { TCP_HEADER } else { UDP_HEADER };
+        if header < least || header > rest.len() {
+            return Err(length);
+        }
+        Ok(Self { version, protocol, transport, payload: transport + header })
+    }
+
+    /// Where the transport header has its checksum, from its first byte on.
+    pub fn checksum_offset(&self) -> usize {
+        if self.protocol == TCP { 16 } else { 6 }
+    }
+
+    /// The header that a packet with these headers and a partial checksum has in front of it, as a single packet.
+    pub fn vnet(&self) -> VnetHeader {
+        let from_ethernet = |offset: usize| u16::try_from(ETHERNET_HEADER + offset).unwrap_or(u16::MAX);
+        VnetHeader {
+            flags: NEEDS_CSUM,
+            gso_type: GSO_NONE,
+            hdr_len: from_ethernet(self.payload),
+            gso_size: 0,
+            csum_start: from_ethernet(self.transport),
+            csum_offset: if self.protocol == TCP { 16 } else { 6 },
+        }
+    }
+
+    /// What the checksum field of such a packet holds while the checksum is partial: the sum of the pseudo-header. Never 0.
+    ///
+    /// A routing header is not followed: the sum is for the address that the IP header has.
+    pub fn pseudo(&self, packet: &[u8]) -> u16 {
+        let addresses = if self.version == 4 { &packet[12..20] } else { &packet[8..40] };
+        let length = (packet.len() - self.transport) as u32;
+        fold(sum(addresses) + u32::from(self.protocol) + (length & 0xffff) + (length >> 16))
+    }
+}
+
+fn read_ipv4(packet: &[u8]) -> Result<(u8, usize), BadPacket> {
+    let length = BadPacket::Length(packet.len());
+    if packet.len() < IPV4_HEADER || usize::from(read_u16(packet, 2)) != packet.len() {
+        return Err(length);
+    }
+    let header = usize::from(packet[0] & 0x0f) * 4;
+    if header < IPV4_HEADER || header > packet.len() {
+        return Err(length);
+    }
+    // More fragments, or not the first one.
+    if read_u16(packet, 6) & 0x3fff != 0 {
+        return Err(BadPacket::Fragment);
+    }
+    Ok((packet[9], header))
+}
+
+fn read_ipv6(packet: &[u8]) -> Result<(u8, usize), BadPacket> {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const FRAGMENT: u8 = 44;
+    const DESTINATION: u8 = 60;
+    let length = BadPacket::Length(packet.len());
+    if packet.len() < IPV6_HEADER || IPV6_HEADER + usize::from(read_u16(packet, 4)) != packet.len() {
+        return Err(length);
+    }
+    let (mut next, mut at) = (packet[6], IPV6_HEADER);
+    for _ in 0..MAX_EXTENSIONS {
+        match next {
+            HOP_BY_HOP | ROUTING | DESTINATION => {}
+            FRAGMENT => return Err(BadPacket::Fragment),
+            other => return Ok((other, at)),
+        }
+        let [header, units] = *packet.get(at..at + 2).ok_or(length)? else { return Err(length) };
+        (next, at) = (header, at + 8 + usize::from(units) * 8);
+    }
+    Err(length)
+}
+
+pub(super) fn read_u16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_be_bytes([bytes[at], bytes[at + 1]])
+}
+
+pub(super) fn read_u32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+pub(super) fn write_u16(bytes: &mut [u8], at: usize, value: u16) {
+    bytes[at..at + 2].copy_from_slice(&value.to_be_bytes());
+}
+
+pub(super) fn write_u32(bytes: &mut [u8], at: usize, value: u32) {
+    bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
+}
+
+/// The sum of 16-bit words; a last odd byte is a word's first. At most 65,536 words.
+pub(super) fn sum(bytes: &[u8]) -> u32 {
+    let words = bytes.chunks_exact(2);
+    let odd = words.remainder().first().map_or(0, |&byte| u32::from(byte) << 8);
+    words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum::<u32>() + odd
+}
+
+/// Adds the carries.
+pub(super) fn fold(sum: u32) -> u16 {
+    let once = (sum & 0xffff) + (sum >> 16);
+    ((once & 0xffff) + (once >> 16)) as u16
+}
+
+/// The sum of an IPv4 header without its length, ID and checksum: see [`ipv4_checksum`].
+pub(super) fn ipv4_sum(header: &[u8]) -> u32 {
+    sum(&header[..2]) + sum(&header[6..10]) + sum(&header[12..])
+}
+
+/// The checksum of an IPv4 header, from [`ipv4_sum`] and what that leaves out.
+pub(super) fn ipv4_checksum(rest: u32, length: u16, id: u16) -> u16 {
+    !fold(rest + u32::from(length) + u32::from(id))
+}

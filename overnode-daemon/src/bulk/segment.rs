@@ -1,0 +1,226 @@
+//! Cutting: one super-packet from a TAP device becomes packets that fit the path, as `tcp_gso_segment`, `__udp_gso_segment`,
+//! `inet_gso_segment` and `ipv6_gso_segment` of the kernel make them.
+
+use super::packet::{
+    BadPacket, ETHERNET_HEADER, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, IPV4_HEADER,
+    IPV6_HEADER, NEEDS_CSUM, TCP, UDP, VnetHeader, flag, fold, ipv4_checksum, ipv4_sum, read_u16, read_u32,
+    sum, write_u16, write_u32,
+};
+
+/// Segments of one super-packet. 64 kB in segments of 36 bytes (the kernel's least MSS, 48, with timestamps) are fewer.
+pub const MAX_SEGMENTS: usize = 2048;
+
+/// How one frame of a TAP device is cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Cut<'a> {
+    packet: &'a [u8],
+    how: How,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum How {
+    /// As it is; with a partial checksum or not.
+    Whole {
+        partial: bool,
+    },
+    /// A checksum that no receiver would find is finished here: it is summed from `start` on and stored at `field`.
+    Finish {
+        start: usize,
+        field: usize,
+    },
+    Segments(Segments),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Segments {
+    headers: Headers,
+    /// Payload of each but the last, in bytes.
+    size: usize,
+    count: usize,
+    /// See [`ipv4_sum`]; 0 for IPv6.
+    ipv4: u32,
+    /// The sum of the pseudo-header without the length.
+    pseudo: u32,
+}
+
+impl<'a> Cut<'a> {
+    /// Decides it for a packet that was read behind a vnet header and an Ethernet header.
+    ///
+    /// A partial checksum that is not in the packet's own TCP or UDP header (in a tunnel of the container's, for example) is finished.
+    ///
+    /// # Errors
+    /// [`BadPacket`]: the packet is to be dropped.
+    pub fn new(packet: &'a [u8], vnet: &VnetHeader) -> Result<Self, BadPacket> {
+        let how = match (vnet.flags & NEEDS_CSUM != 0, vnet.gso_type) {
+            (false, GSO_NONE) if packet.is_empty() => return Err(BadPacket::NotIp),
+            (false, GSO_NONE) => How::Whole { partial: false },
+            (false, _) => return Err(BadPacket::Finished),
+            (true, GSO_NONE) => match Headers::read(packet) {
+                Ok(headers) if has_checksum_of(&headers, vnet) => How::Whole { partial: true },
+                _ => finish(packet, vnet)?,
+            },
+            (true, _) => How::Segments(Segments::new(packet, vnet)?),
+        };
+        Ok(Self { packet, how })
+    }
+
+    /// Packets that it makes; at least 1, at most [`MAX_SEGMENTS`].
+    #[allow(clippy::len_without_is_empty, reason = "there is always one")]
+    pub fn len(&self) -> usize {
+        match &self.how {
+            How::Segments(segments) => segments.count,
+            How::Whole { .. } | How::Finish { .. } => 1,
+        }
+    }
+
+    /// Whether the transport checksum of each is partial.
+    pub fn is_partial(&self) -> bool {
+        match self.how {
+            How::Whole { partial } => partial,
+            How::Finish { .. } => false,
+            How::Segments(_) => true,
+        }
+    }
+
+    /// Bytes of each packet but the last, which is no longer.
+    pub fn stride(&self) -> usize {
+        self.length(0)
+    }
+
+    /// Bytes of one packet.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn length(&self, index: usize) -> usize {
+        assert!(index < self.len(), "no such segment");
+        match &self.how {
+            How::Segments(segments) => {
+                let rest = self.packet.len() - segments.headers.payload - index * segments.size;
+                segments.headers.payload + rest.min(segments.size)
+            }
+            How::Whole { .. } | How::Finish { .. } => self.packet.len(),
+        }
+    }
+
+    /// Writes one packet to the beginning of `out`; returns its length in bytes.
+    ///
+    /// # Panics
+    /// If there are not so many, or `out` is shorter.
+    pub fn write(&self, index: usize, out: &mut [u8]) -> usize {
+        let length = self.length(index);
+        let out = &mut out[..length];
+        match &self.how {
+            How::Whole { .. } => out.copy_from_slice(self.packet),
+            How::Finish { start, field } => {
+                out.copy_from_slice(self.packet);
+                // As the kernel does it: 0 would say that there is none.
+                let checksum = match !fold(sum(&out[*start..])) {
+                    0 => 0xffff,
+                    other => other,
+                };
+                write_u16(out, *field, checksum);
+            }
+            How::Segments(segments) => segments.write(self.packet, index, out),
+        }
+        length
+    }
+}
+
+impl Segments {
+    fn new(packet: &[u8], vnet: &VnetHeader) -> Result<Self, BadPacket> {
+        let headers = Headers::read(packet)?;
+        let known = match vnet.gso_type & !GSO_ECN {
+            GSO_TCPV4 => headers.version == 4 && headers.protocol == TCP,
+            GSO_TCPV6 => headers.version == 6 && headers.protocol == TCP,
+            GSO_UDP_L4 => headers.protocol == UDP && vnet.gso_type & GSO_ECN == 0,
+            _ => false,
+        };
+        if !known {
+            return Err(BadPacket::GsoType(vnet.gso_type));
+        }
+        if !has_checksum_of(&headers, vnet) {
+            return Err(BadPacket::Checksum { start: vnet.csum_start, offset: vnet.csum_offset });
+        }
+        let size = usize::from(vnet.gso_size);
+        if size == 0 {
+            return Err(BadPacket::GsoSize);
+        }
+        let count = (packet.len() - headers.payload).div_ceil(size).max(1);
+        if count > MAX_SEGMENTS {
+            return Err(BadPacket::Segments(count));
+        }
+        let ipv4 = if headers.version == 4 { ipv4_sum(&packet[..headers.transport]) } else { 0 };
+        let field = read_u16(packet, headers.transport + headers.checksum_offset());
+        let transport_length = (packet.len() - headers.transport) as u16;
+        let pseudo = u32::from(field) + u32::from(!transport_length);
+        Ok(Self { headers, size, count, ipv4, pseudo })
+    }
+
+    fn write(&self, packet: &[u8], index: usize, out: &mut [u8]) {
+        let Headers { version, protocol, transport, payload } = self.headers;
+        let offset = index * self.size;
+        let length = out.len();
+        out[..payload].copy_from_slice(&packet[..payload]);
+        let body = length - payload;
+        out[payload..].copy_from_slice(&packet[payload + offset..][..body]);
+        if version == 4 {
+            let id = read_u16(packet, 4).wrapping_add(index as u16);
+            write_u16(out, 2, length as u16);
+            write_u16(out, 4, id);
+            write_u16(out, 10, ipv4_checksum(self.ipv4, length as u16, id));
+            debug_assert!(transport >= IPV4_HEADER);
+        } else {
+            write_u16(out, 4, (length - IPV6_HEADER) as u16);
+        }
+        let header = &mut out[transport..];
+        let transport_length = header.len() as u16;
+        if protocol == TCP {
+            self.write_tcp(header, index, offset as u32);
+        } else {
+            write_u16(header, 4, transport_length);
+        }
+        let partial = fold(self.pseudo + u32::from(transport_length));
+        write_u16(header, self.headers.checksum_offset(), partial);
+    }
+
+    fn write_tcp(&self, header: &mut [u8], index: usize, offset: u32) {
+        write_u32(header, 4, read_u32(header, 4).wrapping_add(offset));
+        let mut flags = header[13];
+        if index > 0 {
+            flags &= !flag::CWR;
+        }
+        if index + 1 < self.count {
+            flags &= !(flag::FIN | flag::PSH);
+        }
+        if flags & flag::URG != 0 && index > 0 {
+            let urgent = u32::from(read_u16(header, 18)).saturating_sub(offset);
+            if urgent == 0 {
+                flags &= !flag::URG;
+            }
+            write_u16(header, 18, urgent as u16);
+        }
+        header[13] = flags;
+    }
+}
+
+fn has_checksum_of(headers: &Headers, vnet: &VnetHeader) -> bool {
+    usize::from(vnet.csum_start) == ETHERNET_HEADER + headers.transport
+        && usize::from(vnet.csum_offset) == headers.checksum_offset()
+}
+
+/// The IP header is out of its reach: addresses are checked elsewhere.
+fn finish(packet: &[u8], vnet: &VnetHeader) -> Result<How, BadPacket> {
+    let bad = BadPacket::Checksum { start: vnet.csum_start, offset: vnet.csum_offset };
+    let header = match packet.first().ok_or(BadPacket::NotIp)? {
+        first @ 0x45..=0x4f => usize::from(first & 0x0f) * 4,
+        0x60..=0x6f => IPV6_HEADER,
+        _ => return Err(BadPacket::NotIp),
+    };
+    let start = usize::from(vnet.csum_start).checked_sub(ETHERNET_HEADER).ok_or(bad)?;
+    let field = start + usize::from(vnet.csum_offset);
+    // The sum of at most 65,536 words does not overflow.
+    if start < header || field + 2 > packet.len() || packet.len() > super::packet::MAX_PACKET {
+        return Err(bad);
+    }
+    Ok(How::Finish { start, field })
+}
