@@ -22,8 +22,6 @@ pub mod peer;
 pub mod process;
 pub mod segment;
 pub mod session;
-#[cfg(test)]
-mod tests;
 mod worker;
 
 pub use join::Joiner;
