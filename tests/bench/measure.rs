@@ -2,14 +2,17 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use lab::iperf::Server;
+use serde_json::Value;
 
 use crate::network::Network;
 use crate::probe;
 
 /// Payload of the small datagrams, in bytes.
 const SMALL: usize = 64;
+/// A flow runs for so long before pings are measured beside it.
+const RAMP: Duration = Duration::from_millis(300);
 const PING_INTERVAL: Duration = Duration::from_millis(1);
 
 /// How long each part of a round takes.
@@ -29,7 +32,7 @@ impl Times {
     /// A round's length, roughly.
     pub fn of_a_round(&self) -> Duration {
         let pings = PING_INTERVAL * u32::try_from(self.pings).unwrap_or(u32::MAX);
-        pings + self.flood + Duration::from_secs(u64::from(self.stream_seconds) * 2 + 1)
+        pings + self.flood * 2 + Duration::from_secs(u64::from(self.stream_seconds) * 5 + 1)
     }
 }
 
@@ -50,6 +53,20 @@ pub struct Round {
     pub one_flow: f64,
     /// Goodput of four TCP flows together, Gbit/s.
     pub four_flows: f64,
+    /// Goodput of sixteen TCP flows together, Gbit/s.
+    pub sixteen_flows: f64,
+    /// Goodput of one TCP flow in each direction at once, together, Gbit/s.
+    pub both_ways: f64,
+    /// Goodput of UDP that is sent many segments at once, Gbit/s.
+    pub udp_gso: f64,
+    /// Processor time of the whole machine for each gigabyte of one TCP flow, both ends and the sender's own work included, s.
+    pub cpu_per_gigabyte: f64,
+    /// Mean round-trip time of pings beside one TCP flow, µs.
+    pub loaded_rtt_average: f64,
+    /// 99th percentile of the same, µs.
+    pub loaded_rtt_p99: f64,
+    /// Segments that the sender of one TCP flow sent again, per gigabyte.
+    pub retransmits: f64,
 }
 
 /// Measures a network once.
@@ -63,17 +80,55 @@ pub fn round(network: &Network, times: Times) -> Result<Round> {
     ensure!(pings.lost() * 100 <= pings.sent, "{} of {} pings were lost", pings.lost(), pings.sent);
     let packets = probe::flood(a, b, to, SMALL, times.flood).context("small datagrams")?;
     let server = Server::start(b, to.into())?;
-    let stream =
-        |flows| server.tcp(a, times.stream_seconds, flows).with_context(|| format!("TCP, flows: {flows}"));
+    let seconds = times.stream_seconds.to_string();
+    let stream = |what: &[&str]| {
+        let arguments = [&["-t", &seconds], what].concat();
+        server.client(a, &arguments).with_context(|| format!("TCP {}", what.join(" ")))
+    };
+    let goodput = |report: &Value, sum: &str| {
+        report["end"][sum]["bits_per_second"].as_f64().context("iperf3 printed no sum").map(|rate| rate / 1e9)
+    };
+    let (before, one) = (busy()?, stream(&["-P", "1"])?);
+    let busy = busy()? - before;
+    let gigabytes = one["end"]["sum_received"]["bytes"].as_f64().context("iperf3 printed no bytes")? / 1e9;
+    let retransmits = one["end"]["sum_sent"]["retransmits"].as_f64().unwrap_or_default();
+    let both = stream(&["--bidir"])?;
+    let loaded = std::thread::scope(|scope| {
+        let flow = scope.spawn(|| stream(&["-P", "1"]));
+        std::thread::sleep(RAMP);
+        let count = u64::from(times.stream_seconds) * 700;
+        let loaded = probe::ping(a, to, count, PING_INTERVAL);
+        flow.join().map_err(|_| anyhow!("the flow beside the pings panicked"))??;
+        loaded
+    })?;
     Ok(Round {
         rtt_average: micros(pings.average()),
         rtt_median: micros(pings.percentile(50)),
         rtt_p99: micros(pings.percentile(99)),
         lost: pings.lost(),
         packets,
-        one_flow: stream(1)? / 1e9,
-        four_flows: stream(4)? / 1e9,
+        one_flow: goodput(&one, "sum_received")?,
+        four_flows: goodput(&stream(&["-P", "4"])?, "sum_received")?,
+        sixteen_flows: goodput(&stream(&["-P", "16"])?, "sum_received")?,
+        both_ways: goodput(&both, "sum_received")? + goodput(&both, "sum_received_bidir_reverse")?,
+        udp_gso: probe::gso(a, b, to, times.flood).context("UDP, many segments at once")? / 1e9,
+        cpu_per_gigabyte: busy.as_secs_f64() / gigabytes.max(1e-9),
+        loaded_rtt_average: micros(loaded.average()),
+        loaded_rtt_p99: micros(loaded.percentile(99)),
+        retransmits: retransmits / gigabytes.max(1e-9),
     })
+}
+
+/// Time that the processors have been busy since the machine started.
+fn busy() -> Result<Duration> {
+    let text = std::fs::read_to_string("/proc/stat")?;
+    let line = text.lines().next().context("/proc/stat is empty")?;
+    let fields: Vec<u64> = line.split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect();
+    // user, nice, system, idle, iowait, irq, softirq (proc(5)), in hundredths of a second.
+    let [user, nice, system, _, _, irq, softirq, ..] = fields[..] else {
+        bail!("/proc/stat is not understood")
+    };
+    Ok(Duration::from_millis(10 * (user + nice + system + irq + softirq)))
 }
 
 fn micros(time: Duration) -> f64 {

@@ -53,20 +53,58 @@ pub enum Kind {
     Boringtun,
     /// Slack's Nebula.
     Nebula,
+    /// VXLAN over an underlay that does not segment.
+    VxlanNotso,
     /// This project.
     Overnode,
+    /// With ChaCha20-Poly1305 for bulk flows.
+    OvernodeChacha,
+    /// With AES-256-GCM for bulk flows.
+    OvernodeAes,
+    /// The same over an underlay that does not segment.
+    OvernodeAesNotso,
+    /// Without workers: the programs alone.
+    OvernodeOff,
 }
 
 impl Kind {
     /// All, in the order of the table.
-    pub const ALL: [Self; 7] =
-        [Self::Veth, Self::Routed, Self::Vxlan, Self::Gotatun, Self::Boringtun, Self::Nebula, Self::Overnode];
+    pub const ALL: [Self; 12] = [
+        Self::Veth,
+        Self::Routed,
+        Self::Vxlan,
+        Self::VxlanNotso,
+        Self::Gotatun,
+        Self::Boringtun,
+        Self::Nebula,
+        Self::Overnode,
+        Self::OvernodeChacha,
+        Self::OvernodeAes,
+        Self::OvernodeAesNotso,
+        Self::OvernodeOff,
+    ];
+
+    /// Whether it is this project.
+    pub const fn is_own(self) -> bool {
+        self.bulk().is_some()
+    }
+
+    /// What `--bulk` is, if it is this project.
+    const fn bulk(self) -> Option<&'static str> {
+        match self {
+            Self::Overnode => Some("auto"),
+            Self::OvernodeChacha => Some("chacha"),
+            Self::OvernodeAes | Self::OvernodeAesNotso => Some("aes"),
+            Self::OvernodeOff => Some("off"),
+            _ => None,
+        }
+    }
 
     /// Whether it is another's encrypted network.
     pub const fn is_rival(self) -> bool {
         match self {
             Self::Gotatun | Self::Boringtun | Self::Nebula => true,
-            Self::Veth | Self::Routed | Self::Vxlan | Self::Overnode => false,
+            _ => false,
         }
     }
 }
@@ -80,7 +118,12 @@ impl fmt::Display for Kind {
             Self::Gotatun => "gotatun",
             Self::Boringtun => "boringtun",
             Self::Nebula => "nebula",
+            Self::VxlanNotso => "vxlan, TSO off",
             Self::Overnode => "overnode",
+            Self::OvernodeChacha => "overnode chacha",
+            Self::OvernodeAes => "overnode aes",
+            Self::OvernodeAesNotso => "overnode aes, TSO off",
+            Self::OvernodeOff => "overnode off",
         })
     }
 }
@@ -124,7 +167,7 @@ impl Network {
                 }
                 Tunnel::None
             }
-            Kind::Vxlan => {
+            Kind::Vxlan | Kind::VxlanNotso => {
                 forward(&lab, [&a, &b], VXLAN_MTU)?;
                 vxlan(&lab)?;
                 Tunnel::None
@@ -138,11 +181,21 @@ impl Network {
                 forward(&lab, [&a, &b], TUNNEL_MTU)?;
                 Tunnel::Nebula { _nodes: nebula::start(&lab)? }
             }
-            Kind::Overnode => {
-                overnode(&lab, [&a, &b])?;
+            Kind::Overnode
+            | Kind::OvernodeChacha
+            | Kind::OvernodeAes
+            | Kind::OvernodeAesNotso
+            | Kind::OvernodeOff => {
+                overnode(&lab, [&a, &b], kind.bulk().unwrap_or_default())?;
                 Tunnel::None
             }
         };
+        if matches!(kind, Kind::VxlanNotso | Kind::OvernodeAesNotso) {
+            for host in lab.hosts() {
+                let off = ["-K", "eth0", "tso", "off", "gso", "on", "tx-udp-segmentation", "off"];
+                host.netns().run("ethtool", &off)?;
+            }
+        }
         let IpAddr::V4(to) = b.address() else { anyhow::bail!("{} is no IPv4 address", b.address()) };
         lab::eventually(Duration::from_secs(30), || {
             let lost = probe::ping(a.netns(), to, 1, Duration::from_millis(1))?.lost();
@@ -238,13 +291,22 @@ fn wireguard(lab: &Lab, stock: Stock) -> Result<Vec<Device>> {
     Ok(devices)
 }
 
-fn overnode(lab: &Lab, containers: [&Container; 2]) -> Result<()> {
+fn overnode(lab: &Lab, containers: [&Container; 2], bulk: &str) -> Result<()> {
     cable(lab)?;
     for (own, other) in PAIRS {
         let host = &lab.hosts()[own];
         let (id, target) = ((own + 1).to_string(), UNDERLAY[other].to_string());
-        host.overnode_with(&["launch", "--id", &id, &target], &[("OVERNODE_TOKEN", TOKEN)])?.success()?;
+        host.overnode_with(&["launch", "--bulk", bulk, "--id", &id, &target], &[("OVERNODE_TOKEN", TOKEN)])?
+            .success()?;
         host.attach(containers[own], &[]).with_context(|| format!("the daemon's log: {}", host.log()))?;
+    }
+    for host in lab.hosts().iter().filter(|_| bulk != "off") {
+        lab::eventually(Duration::from_secs(30), || {
+            let status = host.status()?;
+            let mut peers = status["peers"].as_array().into_iter().flatten();
+            ensure!(peers.any(|peer| peer["data"]["bulk"]["in_use"] == true), "no workers: {}", host.log());
+            Ok(())
+        })?;
     }
     Ok(())
 }

@@ -237,3 +237,52 @@ pub fn flood(from: &Netns, to: &Netns, address: Ipv4Addr, payload: usize, time: 
     ensure!(count > 0, "no datagram arrived at {target}");
     Ok(count as f64 / seconds)
 }
+
+/// Sends UDP many segments at once (UDP_SEGMENT, Linux 4.18) as fast as one thread can, and counts the bits that one thread receives,
+/// which takes them as the kernel joined them: bits per second.
+///
+/// # Errors
+/// When a socket cannot be had, or nothing arrives at all.
+pub fn gso(from: &Netns, to: &Netns, address: Ipv4Addr, time: Duration) -> Result<f64> {
+    const SEGMENT: u16 = 1372;
+    const SEGMENTS: usize = 44;
+    let receiver = to.enter(|| {
+        let socket = UdpSocket::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?;
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        setsockopt(&socket, sockopt::RcvBufForce, &(1 << 23))?;
+        setsockopt(&socket, sockopt::UdpGroSegment, &true)?;
+        Ok(socket)
+    })?;
+    let target = SocketAddr::from((address, receiver.local_addr()?.port()));
+    let sender = from.enter(|| {
+        let socket = UdpSocket::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?;
+        socket.connect(target).context("cannot reach the target")?;
+        setsockopt(&socket, sockopt::UdpGsoSegment, &i32::from(SEGMENT))?;
+        Ok(socket)
+    })?;
+    let (stop, received) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (bytes, seconds) = thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut bytes = vec![0; 1 << 16];
+            while !stop.load(Ordering::Relaxed) {
+                if let Ok(len) = receiver.recv(&mut bytes) {
+                    received.fetch_add(len as u64, Ordering::Relaxed);
+                }
+            }
+        });
+        scope.spawn(|| {
+            let bytes = vec![0x5a; usize::from(SEGMENT) * SEGMENTS];
+            while !stop.load(Ordering::Relaxed) {
+                let _ = sender.send(&bytes);
+            }
+        });
+        thread::sleep(WARM_UP);
+        let (before, start) = (received.load(Ordering::Relaxed), Instant::now());
+        thread::sleep(time);
+        let (after, seconds) = (received.load(Ordering::Relaxed), start.elapsed().as_secs_f64());
+        stop.store(true, Ordering::Relaxed);
+        (after - before, seconds)
+    });
+    ensure!(bytes > 0, "no datagram arrived at {target}");
+    Ok(bytes as f64 * 8.0 / seconds)
+}

@@ -41,53 +41,39 @@ struct Figure {
     more_is_better: bool,
 }
 
-const FIGURES: [Figure; 6] = [
-    Figure {
-        key: "rtt_average_us",
-        title: "RTT avg µs",
-        of: |round| round.rtt_average,
-        digits: 1,
-        more_is_better: false,
-    },
-    Figure {
-        key: "rtt_median_us",
-        title: "median µs",
-        of: |round| round.rtt_median,
-        digits: 1,
-        more_is_better: false,
-    },
-    Figure {
-        key: "rtt_p99_us",
-        title: "p99 µs",
-        of: |round| round.rtt_p99,
-        digits: 1,
-        more_is_better: false,
-    },
-    Figure {
-        key: "packets_per_second",
-        title: "64 B UDP/s",
-        of: |round| round.packets,
-        digits: 0,
-        more_is_better: true,
-    },
-    Figure {
-        key: "one_flow_gbps",
-        title: "TCP ×1 Gbit/s",
-        of: |round| round.one_flow,
-        digits: 2,
-        more_is_better: true,
-    },
-    Figure {
-        key: "four_flows_gbps",
-        title: "TCP ×4 Gbit/s",
-        of: |round| round.four_flows,
-        digits: 2,
-        more_is_better: true,
-    },
+const FIGURES: [Figure; 14] = [
+    figure("rtt_average_us", "RTT avg µs", |round| round.rtt_average, 1, false),
+    figure("rtt_median_us", "median µs", |round| round.rtt_median, 1, false),
+    figure("rtt_p99_us", "p99 µs", |round| round.rtt_p99, 1, false),
+    figure("packets_per_second", "64 B UDP/s", |round| round.packets, 0, true),
+    figure("one_flow_gbps", "TCP ×1 Gbit/s", |round| round.one_flow, 2, true),
+    figure("four_flows_gbps", "TCP ×4 Gbit/s", |round| round.four_flows, 2, true),
+    figure("sixteen_flows_gbps", "TCP ×16", |round| round.sixteen_flows, 2, true),
+    figure("both_ways_gbps", "both ways", |round| round.both_ways, 2, true),
+    figure("udp_gso_gbps", "UDP GSO", |round| round.udp_gso, 2, true),
+    figure("cpu_seconds_per_gigabyte", "CPU s/GB", |round| round.cpu_per_gigabyte, 2, false),
+    figure("loaded_rtt_average_us", "loaded RTT", |round| round.loaded_rtt_average, 0, false),
+    figure("loaded_rtt_p99_us", "p99", |round| round.loaded_rtt_p99, 0, false),
+    figure("retransmits_per_gigabyte", "resent/GB", |round| round.retransmits, 0, false),
+    figure("lost_pings", "lost", |round| round.lost as f64, 0, false),
 ];
+
+const fn figure(
+    key: &'static str,
+    title: &'static str,
+    of: fn(&Round) -> f64,
+    digits: usize,
+    more_is_better: bool,
+) -> Figure {
+    Figure { key, title, of, digits, more_is_better }
+}
+
 const RTT_AVERAGE: usize = 0;
 const PACKETS: usize = 3;
 const ONE_FLOW: usize = 4;
+const LOADED_P99: usize = 11;
+/// The columns of each table, for a terminal has no room for all.
+const PARTS: [std::ops::Range<usize>; 2] = [0..7, 7..14];
 
 /// A line of the floor.
 struct Check {
@@ -184,6 +170,30 @@ impl Report {
         if let Some(rtt) = own(RTT_AVERAGE) {
             checks.push(at_most("average RTT, µs".into(), rtt, 10.0));
         }
+        let of = |kind, figure: usize| self.value(kind, &FIGURES[figure]);
+        if let Some(rate) = of(Kind::OvernodeChacha, ONE_FLOW) {
+            checks.push(at_least("one TCP flow with ChaCha20-Poly1305, Gbit/s".into(), rate, 5.0));
+        }
+        if let Some(rate) = of(Kind::OvernodeAes, ONE_FLOW) {
+            checks.push(at_least("one TCP flow with AES-256-GCM, Gbit/s".into(), rate, 8.5));
+        }
+        if let (Some(own), Some(rival)) = (of(Kind::Overnode, ONE_FLOW), of(Kind::Gotatun, ONE_FLOW)) {
+            checks.push(at_least("one TCP flow: times gotatun's".into(), own / rival, 3.0));
+        }
+        if let (Some(own), Some(plain)) =
+            (of(Kind::OvernodeAesNotso, ONE_FLOW), of(Kind::VxlanNotso, ONE_FLOW))
+        {
+            checks.push(at_least("one TCP flow with AES, TSO off: times VXLAN's".into(), own / plain, 0.9));
+        }
+        if let (Some(with), Some(without)) =
+            (of(Kind::Overnode, LOADED_P99), of(Kind::OvernodeOff, LOADED_P99))
+        {
+            checks.push(at_most(
+                "p99 of the RTT beside a flow: times that without workers".into(),
+                with / without,
+                1.0,
+            ));
+        }
         let best = |kinds: Vec<Kind>, figure: usize| {
             let ratios = kinds.into_iter().filter_map(|kind| self.ratio(kind, &FIGURES[figure]));
             ratios.min_by(f64::total_cmp)
@@ -215,12 +225,11 @@ impl Report {
         table
     }
 
-    fn network_table(&self) -> Table {
-        let titles: Vec<_> =
-            ["network"].into_iter().chain(FIGURES.iter().map(|figure| figure.title)).collect();
+    fn network_table(&self, part: &[Figure]) -> Table {
+        let titles: Vec<_> = ["network"].into_iter().chain(part.iter().map(|figure| figure.title)).collect();
         let mut table = table(&titles);
         for outcome in &self.networks {
-            let cells = FIGURES.iter().map(|figure| match self.value(outcome.kind, figure) {
+            let cells = part.iter().map(|figure| match self.value(outcome.kind, figure) {
                 Some(value) => format!("{value:.*}", figure.digits),
                 None => "–".into(),
             });
@@ -229,12 +238,12 @@ impl Report {
         table
     }
 
-    fn ratio_table(&self) -> Table {
+    fn ratio_table(&self, part: &[Figure]) -> Table {
         let titles: Vec<_> =
-            ["overnode against"].into_iter().chain(FIGURES.iter().map(|figure| figure.title)).collect();
+            ["overnode against"].into_iter().chain(part.iter().map(|figure| figure.title)).collect();
         let mut table = table(&titles);
-        for outcome in self.networks.iter().filter(|outcome| outcome.kind != Kind::Overnode) {
-            let cells = FIGURES.iter().map(|figure| match self.ratio(outcome.kind, figure) {
+        for outcome in self.networks.iter().filter(|outcome| !outcome.kind.is_own()) {
+            let cells = part.iter().map(|figure| match self.ratio(outcome.kind, figure) {
                 Some(ratio) => format!("{ratio:.2}×"),
                 None => "–".into(),
             });
@@ -262,14 +271,21 @@ impl fmt::Display for Report {
         }
         let rounds =
             if self.rounds == 1 { "one round".into() } else { format!("median of {} rounds", self.rounds) };
-        writeln!(f, "Container to container across two hosts, {rounds}\n{}", self.network_table())?;
+        writeln!(f, "Container to container across two hosts, {rounds}")?;
+        let parts = || PARTS.into_iter().filter_map(|part| FIGURES.get(part));
+        for part in parts() {
+            writeln!(f, "{}", self.network_table(part))?;
+        }
         for Outcome { kind, result } in &self.networks {
             if let Err(reason) = result {
                 writeln!(f, "{kind} could not be measured: {reason}")?;
             }
         }
         if self.value(Kind::Overnode, &FIGURES[RTT_AVERAGE]).is_some() && self.networks.len() > 1 {
-            writeln!(f, "\nHow many times better overnode is (below 1: worse)\n{}", self.ratio_table())?;
+            writeln!(f, "\nHow many times better overnode is (below 1: worse)")?;
+            for part in parts() {
+                writeln!(f, "{}", self.ratio_table(part))?;
+            }
         }
         writeln!(f, "\nThe floor")?;
         for check in self.checks() {

@@ -165,6 +165,7 @@ pub struct Worker {
     batch: Box<[u8]>,
     received: Vec<Box<[u8]>>,
     joiner: Joiner,
+    is_ending: bool,
 }
 
 impl Worker {
@@ -192,6 +193,7 @@ impl Worker {
             batch: vec![0; BATCH_LEN].into(),
             received: (0..RECEIVES).map(|_| vec![0; 65536].into()).collect(),
             joiner: Joiner::new(joins_udp),
+            is_ending: false,
         }
     }
 
@@ -208,7 +210,7 @@ impl Worker {
             }
             last = now;
             self.shared.maps.alive(self.number.into(), now);
-            if self.obey() {
+            if self.obey() || self.is_ending {
                 return Ok(());
             }
             let sent = self.send_turn(now)?;
@@ -386,6 +388,10 @@ impl Worker {
             return Ok(());
         }
         let header = Header::from_message(message).ok_or(Reason::Malformed)?;
+        if !self.sessions.contains_key(&header.receiver) {
+            // A peer uses a new session as soon as it has it: perhaps it is among what the control thread has said meanwhile.
+            self.is_ending |= self.obey();
+        }
         let session = self.sessions.get(&header.receiver).ok_or(Reason::UnknownIndex)?;
         let text = session.open(&header, message, now)?;
         let peer = self.peers.get(&session.peer.0).ok_or(Reason::UnknownIndex)?;
