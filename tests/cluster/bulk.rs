@@ -1,44 +1,388 @@
 //! The bulk path: flows that move a lot go through workers, and whatever happens to those, nothing is lost but time.
 
-use anyhow::{Result, ensure};
-use lab::flow::{self, Amount};
-use lab::{Lab, eventually};
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, UdpSocket};
+use std::time::Duration;
 
-use crate::support::{PATIENCE, counter, in_lab, launch_all, one_each};
+use anyhow::{Context, Result, ensure};
+use lab::flow::{self, Amount, TcpFlow};
+use lab::{Family, Host, Lab, eventually};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
-/// Waits until the workers of both hosts serve each other.
+use crate::support::{
+    PATIENCE, TOKEN, all_reach_all, counter, ensure_nothing_plain, in_lab, launch_all, one_each,
+    wait_for_sessions,
+};
+
+const PORT: u16 = 6783;
+/// Of a data message with a full-sized packet over an underlay with an MTU of 1500: header, packet, tag.
+const MESSAGE: usize = 16 + 1420 + 16;
+const MEGABYTE: u64 = 1_000_000;
+
+fn workers(host: &Host) -> Result<Pid> {
+    let status = host.status()?;
+    let pid = status["node"]["bulk"]["pid"].as_i64().context("no workers run")?;
+    Ok(Pid::from_raw(i32::try_from(pid)?))
+}
+
+/// Whether a host's workers serve the other nodes.
+fn serves(host: &Host) -> Result<bool> {
+    let status = host.status()?;
+    let mut others = status["peers"].as_array().into_iter().flatten().filter(|peer| peer["myself"] == false);
+    Ok(others.all(|peer| peer["data"]["bulk"]["in_use"] == true))
+}
+
+/// Waits until the workers of all hosts serve each other.
 fn wait_for_workers(lab: &Lab) -> Result<()> {
-    for host in lab.hosts() {
+    wait_for_sessions(lab)?;
+    lab.hosts().iter().try_for_each(|host| {
         eventually(PATIENCE, || {
-            let status = host.status()?;
-            let served = status["peers"].as_array().into_iter().flatten();
-            let served = served.filter(|peer| peer["data"]["bulk"]["in_use"] == true).count();
-            ensure!(
-                served == lab.hosts().len() - 1,
-                "{} serves {served} peers: {}",
-                host.name,
-                status["peers"]
-            );
+            ensure!(serves(host)?, "{} does not serve all: {}\n{}", host.name, host.status()?, host.log());
             Ok(())
+        })
+    })
+}
+
+/// What the workers of a host dropped, by reason.
+fn drops(host: &Host) -> Result<BTreeMap<String, u64>> {
+    // Told once a second.
+    std::thread::sleep(Duration::from_millis(2200));
+    Ok(serde_json::from_value(host.status()?["node"]["bulk"]["drops"].clone())?)
+}
+
+fn arrives_whole(builder: lab::Builder) -> Result<()> {
+    in_lab(builder.hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        wait_for_workers(lab)?;
+        let capture = lab.capture()?;
+        let before = counter(lab.host(1), "bulk-sent")?;
+        let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(50 * MEGABYTE + 7))?;
+        assert_eq!(received.bytes, 50 * MEGABYTE + 7);
+        let sent = counter(lab.host(1), "bulk-sent")? - before;
+        ensure!(sent > 300, "the workers got {sent} packets only");
+        let captured = capture.stop()?;
+        let bulk = captured.count(|packet| {
+            packet.ip.is_some_and(|ip| ip.protocol == lab::pcap::UDP && ip.ports == (PORT, PORT))
         })?;
-    }
-    Ok(())
+        ensure!(bulk > 100, "{bulk} messages of the bulk path were captured");
+        ensure_nothing_plain(&captured)?;
+        ensure!(
+            drops(lab.host(1))?.is_empty() && drops(lab.host(2))?.is_empty(),
+            "workers dropped something"
+        );
+        Ok(())
+    })
 }
 
 #[test]
 fn a_large_flow_goes_through_the_workers_and_arrives_whole() -> Result<()> {
-    in_lab(Lab::new("bulk").hosts(2), |lab| {
+    arrives_whole(Lab::new("bulk4"))
+}
+
+#[test]
+fn so_it_does_over_ipv6() -> Result<()> {
+    arrives_whole(Lab::new("bulk6").family(Family::V6))
+}
+
+#[test]
+fn and_over_a_jumbo_underlay_behind_a_router() -> Result<()> {
+    arrives_whole(Lab::new("bulk9000").routed().mtu(9000))
+}
+
+/// Killed, on either side, while they have a flow in hand: it goes on in the programs at once, and through new workers later.
+#[test]
+fn killed_workers_cost_a_moment_and_no_connection() -> Result<()> {
+    in_lab(Lab::new("bulkkill").hosts(2), |lab| {
         launch_all(lab)?;
         let containers = one_each(lab)?;
         wait_for_workers(lab)?;
-        let before = counter(&lab.hosts()[0], "bulk-sent")?;
-        let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(1_000_000_007))?;
-        println!("{:.2} Gbit/s", received.gigabits());
-        println!("{}", lab.hosts()[0].status()?["counters"]);
-        println!("{}", lab.hosts()[1].status()?["counters"]);
-        println!("{}", lab.hosts()[1].status()?["peers"]);
-        assert_eq!(received.bytes, 1_000_000_007);
-        ensure!(counter(&lab.hosts()[0], "bulk-sent")? > before + 10_000, "the workers got little");
+        let flow = TcpFlow::start_at_rate(
+            &containers[0],
+            &containers[1],
+            Amount::UntilStopped,
+            Some(40 * MEGABYTE),
+        )?;
+        for host in [lab.host(1), lab.host(2)] {
+            flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+            let before = workers(host)?;
+            kill(before, Signal::SIGKILL)?;
+            flow.wait_for(20 * MEGABYTE, PATIENCE)?;
+            eventually(PATIENCE, || {
+                ensure!(workers(host)? != before, "the killed workers are still told of");
+                Ok(())
+            })?;
+            wait_for_workers(lab)?;
+        }
+        let bulk = counter(lab.host(1), "bulk-sent")?;
+        flow.wait_for(20 * MEGABYTE, PATIENCE)?;
+        ensure!(counter(lab.host(1), "bulk-sent")? > bulk, "the flow does not come back to the new workers");
+        let received = flow.stop()?;
+        // 100 ms, and then TCP's own time to notice and to send again.
+        ensure!(received.longest_pause < Duration::from_secs(2), "it stood still: {received:?}");
+        Ok(())
+    })
+}
+
+/// Stopped processes neither answer nor end.
+#[test]
+fn workers_that_hang_cost_a_moment_and_no_connection() -> Result<()> {
+    in_lab(Lab::new("bulkstop").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        wait_for_workers(lab)?;
+        let flow = TcpFlow::start_at_rate(
+            &containers[0],
+            &containers[1],
+            Amount::UntilStopped,
+            Some(40 * MEGABYTE),
+        )?;
+        for host in [lab.host(1), lab.host(2)] {
+            flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+            let pid = workers(host)?;
+            kill(pid, Signal::SIGSTOP)?;
+            flow.wait_for(20 * MEGABYTE, PATIENCE)?;
+            kill(pid, Signal::SIGCONT)?;
+            flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+            wait_for_workers(lab)?;
+        }
+        let received = flow.stop()?;
+        ensure!(received.longest_pause < Duration::from_secs(2), "it stood still: {received:?}");
+        Ok(())
+    })
+}
+
+/// The workers are a process of their own, and the next daemon finds them at work.
+#[test]
+fn a_killed_daemon_costs_the_workers_nothing() -> Result<()> {
+    in_lab(Lab::new("bulkdaemon").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        wait_for_workers(lab)?;
+        let before = lab.hosts().iter().map(workers).collect::<Result<Vec<_>>>()?;
+        let flow = TcpFlow::start_at_rate(
+            &containers[0],
+            &containers[1],
+            Amount::UntilStopped,
+            Some(40 * MEGABYTE),
+        )?;
+        flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+        for host in lab.hosts() {
+            host.kill_daemon()?;
+            flow.wait_for(20 * MEGABYTE, PATIENCE)?;
+            host.overnode(&["resume"])?.success()?;
+            flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+        }
+        let received = flow.stop()?;
+        ensure!(received.longest_pause < Duration::from_millis(500), "it stood still: {received:?}");
+        assert_eq!(lab.hosts().iter().map(workers).collect::<Result<Vec<_>>>()?, before);
+        wait_for_workers(lab)?;
+        for host in lab.hosts() {
+            let status = host.status()?;
+            let silences: Vec<_> = status["peers"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|peer| peer["data"]["bulk"]["silences"].as_u64())
+                .collect();
+            assert_eq!(silences, [0], "{status}");
+        }
+        Ok(())
+    })
+}
+
+/// A firewall that knows nothing of UDP port 6783, from the beginning and in the middle of a flow.
+#[test]
+fn where_the_port_is_closed_the_programs_do_it_all() -> Result<()> {
+    in_lab(Lab::new("bulkwall").hosts(2), |lab| {
+        let wall = |rule: &str| {
+            let host = lab.host(2).netns();
+            host.run("nft", &["add", "table", "inet", "wall"])?;
+            host.run("nft", &["add chain inet wall in { type filter hook input priority 0; }"])?;
+            host.run("nft", &[rule]).map(drop)
+        };
+        let closed = "add rule inet wall in udp dport 6783 drop";
+        wall(closed)?;
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        wait_for_sessions(lab)?;
+        let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(20 * MEGABYTE))?;
+        assert_eq!(received.bytes, 20 * MEGABYTE);
+        assert_eq!(counter(lab.host(1), "bulk-sent")?, 0);
+
+        lab.host(2).netns().run("nft", &["flush", "chain", "inet", "wall", "in"])?;
+        eventually(4 * PATIENCE, || {
+            ensure!(serves(lab.host(1))? && serves(lab.host(2))?, "the open port is not noticed");
+            Ok(())
+        })?;
+        let flow = TcpFlow::start_at_rate(
+            &containers[0],
+            &containers[1],
+            Amount::UntilStopped,
+            Some(40 * MEGABYTE),
+        )?;
+        flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+        ensure!(counter(lab.host(1), "bulk-sent")? > 0, "the flow stays in the programs");
+        wall(closed)?;
+        flow.wait_for(20 * MEGABYTE, PATIENCE)?;
+        let received = flow.stop()?;
+        ensure!(received.longest_pause < Duration::from_secs(2), "it stood still: {received:?}");
+        Ok(())
+    })
+}
+
+/// Data messages that went to host2, one datagram each.
+fn recorded(lab: &Lab, containers: &[lab::Container]) -> Result<Vec<Vec<u8>>> {
+    let capture = lab.host(2).capture()?;
+    flow::tcp(&containers[0], &containers[1], Amount::Bytes(3 * MEGABYTE))?;
+    let captured = capture.stop()?;
+    let target = lab.host(2).address();
+    let messages: Vec<Vec<u8>> = captured
+        .packets()?
+        .iter()
+        .filter_map(|packet| packet.ip)
+        .filter(|ip| ip.to == target && ip.protocol == lab::pcap::UDP && ip.ports.1 == PORT)
+        // The underlay's veths carry batches whole.
+        .flat_map(|ip| ip.payload.chunks(MESSAGE).map(<[u8]>::to_vec))
+        .filter(|message| message.len() > 64 && message[0] == 4)
+        .collect();
+    ensure!(messages.len() > 500, "only {} messages were recorded", messages.len());
+    Ok(messages)
+}
+
+/// Invariant S4: whatever an attacker on the underlay sends, recorded, changed or made up, is dropped and counted.
+#[test]
+fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
+    in_lab(Lab::new("bulkhostile").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        wait_for_workers(lab)?;
+        let messages = recorded(lab, &containers)?;
+        let target = SocketAddr::new(lab.host(2).address(), PORT);
+        let socket = lab.host(1).netns().enter(move || Ok(UdpSocket::bind("0.0.0.0:0")?))?;
+        let send = |messages: &mut dyn Iterator<Item = Vec<u8>>| -> Result<u64> {
+            let mut sent = 0;
+            for message in messages {
+                socket.send_to(&message, target)?;
+                sent += 1;
+                if sent % 64 == 0 {
+                    // No more than the receiver takes: each one is to be counted.
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            }
+            Ok(sent)
+        };
+        let before = drops(lab.host(2))?;
+        let delivered = counter(lab.host(2), "bulk-received")?;
+        let mut rng = StdRng::seed_from_u64(5);
+
+        let replayed = send(&mut messages.iter().chain(messages.iter().rev()).cloned())?;
+        let mut flipped = messages.iter().take(2000).map(|message| {
+            let mut message = message.clone();
+            // Anywhere behind the header: in it, other reasons may come first.
+            let at = rng.random_range(16..message.len());
+            message[at] ^= 1 << rng.random_range(0..8);
+            // A counter that nobody has seen.
+            message[12] ^= 1;
+            message
+        });
+        let forged = send(&mut flipped)?;
+        let mut cut = messages.iter().enumerate().take(400).map(|(at, message)| message[..at % 31].to_vec());
+        let truncated = send(&mut cut)?;
+        let mut strangers = messages.iter().take(500).map(|message| {
+            let mut message = message.clone();
+            message[4..8].copy_from_slice(&0xffff_ffff_u32.to_le_bytes());
+            message
+        });
+        let unknown = send(&mut strangers)?;
+
+        let after = drops(lab.host(2))?;
+        let more = |reasons: &[&str]| -> u64 {
+            let of = |drops: &BTreeMap<String, u64>| {
+                reasons.iter().filter_map(|reason| drops.get(*reason)).sum::<u64>()
+            };
+            of(&after) - of(&before)
+        };
+        assert_eq!(more(&["replayed", "too-old"]), replayed, "{after:?}");
+        assert_eq!(more(&["forged"]), forged, "{after:?}");
+        assert_eq!(more(&["unknown-index"]), unknown, "{after:?}");
+        // Those of a length of 0 to 3 that look like no message at all, too.
+        assert_eq!(more(&["malformed"]), truncated, "{after:?}");
+        assert_eq!(counter(lab.host(2), "bulk-received")?, delivered, "something was delivered");
+        let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(20 * MEGABYTE))?;
+        assert_eq!(received.bytes, 20 * MEGABYTE);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_node_without_workers_works_with_one_that_has_some() -> Result<()> {
+    in_lab(Lab::new("bulkoff").hosts(2), |lab| {
+        let launch = |host: &Host, id: &str, bulk: &[&str]| {
+            let words = [&["launch", "--id", id][..], bulk, &lab.targets()].concat();
+            host.overnode_with(&words, &[("OVERNODE_TOKEN", TOKEN)])?.success()
+        };
+        launch(lab.host(1), "1", &["--bulk", "off"])?;
+        launch(lab.host(2), "2", &["--bulk", "aes", "--bulk-workers", "3"])?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        for (from, to) in [(0, 1), (1, 0)] {
+            let received = flow::tcp(&containers[from], &containers[to], Amount::Bytes(10 * MEGABYTE))?;
+            assert_eq!(received.bytes, 10 * MEGABYTE);
+        }
+        let [one, two] = [lab.host(1).status()?, lab.host(2).status()?];
+        assert_eq!(one["node"]["bulk"]["pid"], serde_json::Value::Null);
+        assert_eq!(
+            (&one["node"]["bulk"]["mode"], &one["node"]["bulk"]["workers"]),
+            (&"off".into(), &0.into())
+        );
+        assert_eq!(
+            (&two["node"]["bulk"]["mode"], &two["node"]["bulk"]["workers"]),
+            (&"aes".into(), &3.into())
+        );
+        assert_eq!(counter(lab.host(2), "bulk-sent")?, 0);
+        Ok(())
+    })
+}
+
+/// More workers on one side than on the other, several flows both ways, each with a cipher that its own side chose.
+#[test]
+fn different_numbers_of_workers_and_ciphers_go_together() -> Result<()> {
+    in_lab(Lab::new("bulkmany").hosts(2), |lab| {
+        for (host, bulk, workers) in [(lab.host(1), "chacha", "3"), (lab.host(2), "aes", "2")] {
+            let words = ["launch", "--bulk", bulk, "--bulk-workers", workers, "--id", workers];
+            host.overnode_with(&[&words[..], &lab.targets()].concat(), &[("OVERNODE_TOKEN", TOKEN)])?
+                .success()?;
+        }
+        let containers = one_each(lab)?;
+        wait_for_workers(lab)?;
+        let flows = (0..8)
+            .map(|number| {
+                let (from, to) = (&containers[number % 2], &containers[1 - number % 2]);
+                TcpFlow::start(from, to, Amount::Bytes(20 * MEGABYTE))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        for flow in flows {
+            assert_eq!(flow.finish()?.bytes, 20 * MEGABYTE);
+        }
+        std::thread::sleep(Duration::from_millis(1500));
+        for (host, cipher) in [(lab.host(1), "ChaCha20-Poly1305"), (lab.host(2), "AES-256-GCM")] {
+            let status = host.status()?;
+            let bulk = status["peers"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .map(|peer| &peer["data"]["bulk"])
+                .find(|bulk| bulk.is_object())
+                .context("no workers")?;
+            assert_eq!(bulk["cipher"], cipher);
+            for bytes in ["tx_bytes", "rx_bytes"] {
+                ensure!(bulk[bytes].as_u64() > Some(40 * MEGABYTE), "{bytes} of {}: {bulk}", host.name);
+            }
+        }
         Ok(())
     })
 }
