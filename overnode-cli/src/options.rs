@@ -10,6 +10,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use ipnet::IpNet;
 use overnode_daemon::api::{Host, Target};
+use overnode_daemon::bulk::control::Mode;
 use overnode_daemon::dns::Domain;
 use overnode_daemon::options::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 use overnode_daemon::types::{NodeId, PublicKey};
@@ -141,6 +142,14 @@ pub struct Launch {
     #[arg(long, requires = "interface")]
     pub xdp: bool,
 
+    /// Workers in user space for flows that move a lot: off, or which cipher they seal with
+    #[arg(long, value_name = "CIPHER", value_enum, default_value_t = Bulk::Auto)]
+    pub bulk: Bulk,
+
+    /// How many such workers, one core each [default: half of the cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub bulk_workers: Option<u8>,
+
     /// Addresses that nodes give out, inside the subnet; the same on every node [default: 10.40.0.0/13]
     #[arg(long, value_name = "NETWORK")]
     pub range: Option<IpNet>,
@@ -160,6 +169,30 @@ pub struct Launch {
     /// Targets: names or IP addresses
     #[arg(value_name = "HOST")]
     pub hosts: Vec<Host>,
+}
+
+/// What seals flows that move a lot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Bulk {
+    /// The eBPF programs, as all else
+    Off,
+    /// Workers, with the cipher that both ends do faster
+    Auto,
+    /// Workers, with ChaCha20-Poly1305
+    Chacha,
+    /// Workers, with AES-256-GCM
+    Aes,
+}
+
+impl From<Bulk> for Mode {
+    fn from(bulk: Bulk) -> Self {
+        match bulk {
+            Bulk::Off => Self::Off,
+            Bulk::Auto => Self::Auto,
+            Bulk::Chacha => Self::ChaCha,
+            Bulk::Aes => Self::Aes,
+        }
+    }
 }
 
 /// Add targets: hosts that this node connects to

@@ -3,9 +3,14 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use overnode_daemon::{node, options::Options};
+use overnode_daemon::{bulk, node, options::Options};
 
 fn main() -> ExitCode {
+    if let [_, first, settings] = &std::env::args().collect::<Vec<_>>()[..]
+        && first == bulk::process::ARGUMENT
+    {
+        return run_workers(settings);
+    }
     let options = Options::parse();
     let filter = if options.debug { "info,overnode_daemon=debug,overnode_ebpf=debug" } else { "info" };
     tracing_subscriber::fmt()
@@ -25,6 +30,17 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_workers(settings: &str) -> ExitCode {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
+    match bulk::process::run(settings) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("the workers of the bulk path end: {error:#}");
             ExitCode::FAILURE
         }
     }

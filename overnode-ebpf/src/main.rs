@@ -6,6 +6,7 @@
 //! | `seal` | second end of the normaliser, ingress | seals for a peer and sends |
 //! | `from_underlay` | underlay interface, ingress | opens what peers sent and delivers |
 //! | `from_underlay_xdp` | the same as an XDP program | the same |
+//! | `from_bulk` | TAP device of a worker of the bulk path, ingress | delivers what the worker opened |
 //! | `aead_check` | nowhere: tests run it | seals or opens a test vector |
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(core_intrinsics), allow(internal_features))]
 
@@ -21,10 +22,13 @@ mod entry {
     use aya_ebpf::macros::{classifier, xdp};
     use aya_ebpf::programs::{TcContext, XdpContext};
     use overnode_ebpf::map::{
-        PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL,
+        PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP,
+        PROGRAM_SEAL,
     };
 
-    use crate::program::{Sent, aead_check, from_container, from_underlay, log, maps, record, seal};
+    use crate::program::{
+        Sent, aead_check, from_bulk, from_container, from_underlay, log, maps, record, seal,
+    };
 
     /// Counts what goes on, and says with which verdict.
     #[inline(always)]
@@ -90,6 +94,20 @@ mod entry {
                 record::dropped(ctx, reason, PROGRAM_FROM_UNDERLAY_XDP);
                 log::from_underlay_xdp(ctx, reason);
                 xdp_action::XDP_DROP
+            }
+        }
+    }
+
+    #[classifier]
+    pub fn from_bulk(ctx: TcContext) -> i32 {
+        let ctx = ctx.skb.skb;
+        match from_bulk::run(ctx) {
+            Ok(sent) => finish(&sent) as i32,
+            Err(reason) => {
+                maps::count(reason);
+                record::dropped(ctx, reason, PROGRAM_FROM_BULK);
+                log::from_bulk(ctx, reason);
+                TC_ACT_SHOT as i32
             }
         }
     }

@@ -12,6 +12,9 @@
 //! | `PROBES` | ring buffer | | [`Probe`] |
 //! | `MONITOR` | array | [`crate::reason::Reason`] | u32, how many more drops may be recorded |
 //! | `DROPS` | ring buffer | | [`Dropped`] |
+//! | `BULK_WORKERS` | array | worker | [`BulkWorker`] |
+//! | `BULK_PEERS` | array | peer index | [`BulkPeer`] |
+//! | `BULK_FLOWS` | LRU hash | [`BulkFlowKey`] | [`BulkFlow`] |
 //!
 //! Who writes what. The daemon writes everything but what is marked "program" below. A session's slot is
 //! filled while no program can find it, then published by storing its number in [`Peer::tx_slot`] and its state in
@@ -165,6 +168,76 @@ pub struct Probe {
     pub payload: [u32; crate::wire::PROBE_LEN / 4],
 }
 
+/// Most workers of the bulk path, and so most of its devices.
+pub const BULK_WORKER_SLOTS: u32 = 16;
+/// Entries of `BULK_FLOWS`; the least recently used makes room.
+pub const BULK_FLOW_SLOTS: u32 = 16384;
+/// A worker that has not said for so long that it lives gets nothing (ns).
+pub const BULK_SILENCE_NS: u64 = 100_000_000;
+/// A flow that pauses for so long is an ordinary one again (ns). What it sent before has long arrived: packets of both paths never
+/// mix on the way from the bulk path.
+pub const BULK_PAUSE_NS: u64 = 50_000_000;
+/// Bytes that a flow sends in large packets, without such a pause, before it moves to the bulk path.
+pub const BULK_THRESHOLD: u64 = 128 << 10;
+/// Bytes after which it no longer waits for a moment in which nothing of its peer is in the normaliser: ordinary packets that are
+/// overtaken once look like a loss, which costs less than to stay.
+pub const BULK_PATIENCE: u64 = 4 << 20;
+
+/// A worker in user space. The process of the workers writes it, the daemon clears it.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BulkWorker {
+    /// Its TAP device; 0 while there is no such worker.
+    pub ifindex: u32,
+    /// Fills up to the next 8 bytes.
+    pub unused: u32,
+    /// Boot time (ns) at which it last was at work or waited for it.
+    pub alive_ns: u64,
+}
+
+/// What the bulk path does for a peer. The process of the workers writes it, the daemon clears it.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BulkPeer {
+    /// Over how many workers its flows are spread; 0 while the peer is served by the programs alone.
+    pub workers: u32,
+    /// Packets handed to the normaliser (program `from_container`).
+    pub normalising: u32,
+    /// Packets that came out of it (program `seal`).
+    pub normalised: u32,
+    /// Fills up to the next 8 bytes.
+    pub unused: u32,
+    /// Boot time (ns) until which flows of this peer are on the bulk path (program).
+    pub busy_until_ns: u64,
+}
+
+/// A flow from a container of this host.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BulkFlowKey {
+    /// The container's IPv4 address, or all of an IPv6 address folded into it, as it lies in the packet.
+    pub source: u32,
+    /// The other end's, likewise.
+    pub destination: u32,
+    /// Both ports, as they lie in the packet.
+    pub ports: u32,
+    /// IP protocol.
+    pub protocol: u32,
+}
+
+/// How much a flow sends.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BulkFlow {
+    /// Boot time (ns) of its last packet (program).
+    pub last_ns: u64,
+    /// Bytes sent in large packets since its last pause (program); [`BULK_MOVED`] once it is on the bulk path.
+    pub bytes: u64,
+}
+
+/// [`BulkFlow::bytes`]: the flow is on the bulk path.
+pub const BULK_MOVED: u64 = u64::MAX;
+
 /// Bytes of the `DROPS` ring, a power of two: room for all that `MONITOR` allows in a second.
 pub const DROPS_LEN: u32 = 1 << 18;
 /// Bytes of a dropped packet that are recorded, a power of two: Ethernet, IPv6, UDP, a relay header and a data message's, and then the
@@ -179,6 +252,8 @@ pub const PROGRAM_SEAL: u32 = 1;
 pub const PROGRAM_FROM_UNDERLAY: u32 = 2;
 /// [`Dropped::program`]
 pub const PROGRAM_FROM_UNDERLAY_XDP: u32 = 3;
+/// [`Dropped::program`]
+pub const PROGRAM_FROM_BULK: u32 = 4;
 /// [`Dropped::vlan`]: the packet has a tag.
 pub const VLAN_PRESENT: u32 = 1 << 16;
 
@@ -261,6 +336,14 @@ mod pod {
     unsafe impl aya::Pod for super::Probe {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Dropped {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::BulkWorker {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::BulkPeer {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::BulkFlowKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::BulkFlow {}
 }
 
 const _: () = {
@@ -270,5 +353,9 @@ const _: () = {
     assert!(size_of::<Peer>() == 16 + 16 + 2 + 2 + 4 + 4 + 4 + 4 + 4 + 32 + 8 * 8);
     assert!(size_of::<Probe>() == 8 + crate::wire::PROBE_LEN);
     assert!(size_of::<Dropped>() == 8 + 6 * 4 + DROPPED_LEN);
+    assert!(size_of::<BulkWorker>() == 16);
+    assert!(size_of::<BulkPeer>() == 24);
+    assert!(size_of::<BulkFlowKey>() == 16);
+    assert!(size_of::<BulkFlow>() == 16);
     assert!(size_of::<Session>() == 4 * 4 + 32 + 32 + 4 * 8 + size_of::<crate::replay::Window>());
 };

@@ -50,6 +50,10 @@ reasons! {
     ProbeReceived = 8, "probe-received";
     /// A probe of a path, sent to a peer.
     ProbeSent = 9, "probe-sent";
+    /// Handed to a worker of the bulk path: many segments at once, or one of a flow that sends such.
+    BulkSent = 10, "bulk-sent";
+    /// Received by a worker of the bulk path and delivered, several segments at once perhaps.
+    BulkReceived = 11, "bulk-received";
 
     /// Not a protocol that containers may use here: neither IPv4 nor ARP, or broadcast, or multicast.
     Unsupported = 16, "unsupported";

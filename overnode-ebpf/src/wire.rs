@@ -2,6 +2,8 @@
 
 /// UDP port of container traffic and of key handshakes.
 pub const DATA_PORT: u16 = 6784;
+/// UDP port of the bulk path: messages of its workers and its own handshakes.
+pub const BULK_PORT: u16 = 6783;
 /// TCP port of control connections.
 pub const CONTROL_PORT: u16 = 6783;
 
@@ -102,6 +104,22 @@ pub const fn daemon_header(peer: u32, is_direct: bool) -> [u8; ETHERNET_LEN] {
     let [g, h, i, j, k, l] = DAEMON_MAC;
     [g, h, i, j, k, l, a, b, c, d, is_direct as u8, 0, e, f]
 }
+
+/// Ethernet header of a packet between the programs and a worker of the bulk path, both ways: which peer it goes to or comes from.
+pub const fn bulk_header(peer: u32) -> [u8; ETHERNET_LEN] {
+    let mut header = daemon_header(peer, false);
+    header[5] = BULK_MAC[5];
+    header
+}
+
+/// The peer that a [`bulk_header`] names; `None` if it is none.
+pub fn bulk_peer(header: &[u8; ETHERNET_LEN]) -> Option<u32> {
+    let [a, b, c, d, e, f, g, h, i, j, ..] = *header;
+    ([a, b, c, d, e, f] == BULK_MAC).then(|| u32::from_le_bytes([g, h, i, j]))
+}
+
+/// Destination address of [`bulk_header`].
+pub const BULK_MAC: [u8; 6] = [0, 0, 0, 0, 0, 2];
 
 /// Destination address of [`daemon_header`].
 pub const DAEMON_MAC: [u8; 6] = [0, 0, 0, 0, 0, 1];

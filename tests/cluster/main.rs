@@ -2,6 +2,7 @@
 
 mod addresses;
 mod bad_input;
+mod bulk;
 mod cleanliness;
 mod crash_points;
 mod dns;

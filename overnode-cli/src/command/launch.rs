@@ -27,6 +27,8 @@ pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
         mtu: wanted.mtu,
         discovery: wanted.no_discovery.then_some(false),
         xdp: wanted.xdp,
+        bulk: Some(wanted.bulk.into()),
+        bulk_workers: wanted.bulk_workers,
         dns: wanted.no_dns.then_some(false),
         dns_domain: wanted.dns_domain,
         docker: wanted.no_docker.then_some(false),

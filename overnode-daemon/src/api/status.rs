@@ -1,6 +1,7 @@
 //! What `status` tells. Durations and ages are whole seconds of a clock that never jumps (`…_seconds`, `…_seconds_ago`); points in
 //! time are seconds since 1970 (`…_unix_seconds`). What is not known is absent.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
@@ -8,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::health::Health;
 use super::target::{Host, Target};
+use crate::bulk::control::Mode;
+use crate::bulk::message::Cipher;
 pub use crate::store::{CniEndpoint, Kind};
 use crate::types::{Network, NodeId, PublicKey};
 
@@ -72,6 +75,9 @@ pub struct NodeStatus {
     pub discovery: Option<bool>,
     /// How the programs are attached: `tcx`, `clsact`, with `+xdp` where XDP opens.
     pub attachment: Option<String>,
+    /// The workers of the bulk path.
+    #[serde(default)]
+    pub bulk: WorkersStatus,
 }
 
 /// What a node is doing.
@@ -210,6 +216,49 @@ pub struct DataStatus {
     pub received_seconds_ago: Option<u64>,
     /// Why the last handshake failed.
     pub last_error: Option<LastError>,
+    /// What workers do for its flows that move a lot; absent without workers. Their bytes and messages are counted above, too.
+    #[serde(default)]
+    pub bulk: Option<BulkStatus>,
+}
+
+/// What the workers of the bulk path do for a peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BulkStatus {
+    /// Whether flows that move a lot go through workers; else the programs take them, as all others.
+    pub in_use: bool,
+    /// What seals them.
+    pub cipher: Cipher,
+    /// Plaintext received through workers, in bytes.
+    pub rx_bytes: u64,
+    /// Plaintext sent through workers, in bytes.
+    pub tx_bytes: u64,
+    /// Messages received by workers.
+    pub rx_packets: u64,
+    /// Messages sent by workers.
+    pub tx_packets: u64,
+    /// Plaintext received through workers in the last second, in bits.
+    pub rx_bits_per_second: u64,
+    /// Plaintext sent through workers in the last second, in bits.
+    pub tx_bits_per_second: u64,
+    /// How often the peer's workers have fallen silent while something was sent to them.
+    pub silences: u64,
+}
+
+/// The workers of the bulk path on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkersStatus {
+    /// What was chosen at launch.
+    pub mode: Mode,
+    /// How many work.
+    pub workers: usize,
+    /// Their process.
+    pub pid: Option<i32>,
+    /// How fast one of them is with each cipher, in MiB a second.
+    pub speeds: BTreeMap<String, u32>,
+    /// Packets and messages that they dropped, by reason.
+    pub drops: BTreeMap<String, u64>,
+    /// Why there are none.
+    pub error: Option<String>,
 }
 
 /// Which way packets to a node take, and what the probes of the straight path say.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use super::target::{Host, Netns, Target};
+use crate::bulk::control::Mode;
 use crate::store::CniEndpoint;
 use crate::types::{NodeId, PublicKey, Secret};
 
@@ -44,6 +45,12 @@ pub struct Launch {
     /// Whether to serve this host's Docker engine, and to make its default network. Default: true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub docker: Option<bool>,
+    /// Whether workers in user space seal bulk flows, and with which cipher. Default: whichever both ends do faster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bulk: Option<Mode>,
+    /// How many of them, 1 to 16. Default: half of the cores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bulk_workers: Option<u8>,
     /// All addresses of the container network. Default: 10.32.0.0/12.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subnet: Option<IpNet>,

@@ -1,12 +1,28 @@
-//! The bulk path: flows that send super-packets go through a worker in user space, which cuts, seals, opens and joins them.
+//! The bulk path: flows that send many segments at once go through workers in user space, which cut, seal, open and join them.
 //!
-//! [`Cut`] makes inner packets that fit the path out of what a TAP device gave; [`Joiner`] makes super-packets for a TAP device out of
-//! inner packets that came. The checksum of such packets is never finished on the way, the seal protects them: what a checksum field
+//! | file | what |
+//! | --- | --- |
+//! | `message` | what travels between workers |
+//! | `session` | keys, nonces, replay windows |
+//! | `peer` | whether a peer is served, and with which cipher |
+//! | `segment`, `join`, `packet` | packets cut out of what a TAP device gives, and joined for one |
+//! | `worker`, `process` | the threads that move packets, and the process that they live in |
+//! | `control`, `link` | what it and the daemon say to each other, and how it is started |
+//!
+//! The checksum of such packets is never finished on the way, the seal protects them: what a checksum field
 //! holds is the sum of the pseudo-header, as in the kernel's `CHECKSUM_PARTIAL`.
 
+pub mod control;
 pub mod join;
+pub mod link;
+mod measure;
+pub mod message;
 pub mod packet;
+pub mod peer;
+pub mod process;
 pub mod segment;
+pub mod session;
+mod worker;
 
 pub use join::Joiner;
 pub use packet::{BadPacket, VnetHeader};

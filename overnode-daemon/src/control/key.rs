@@ -23,6 +23,8 @@ const SALT: &[u8] = b"overnode cluster key v1";
 const PAIR: &[u8] = b"overnode pair v1";
 const CONTROL: &[u8] = b"overnode control v1";
 const SIGNING: &[u8] = b"overnode signing v1";
+const BULK_PAIR: &[u8] = b"overnode bulk pair v1";
+const BULK: &[u8] = b"overnode bulk v1";
 
 /// A token that cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,8 +54,22 @@ pub fn cluster_key(token: &str) -> Result<Secret, BadToken> {
 
 /// The WireGuard pre-shared key of two nodes. The order of the public keys does not matter.
 pub fn pair_key(cluster_key: &Secret, one: &PublicKey, other: &PublicKey) -> Secret {
+    of_pair(PAIR, cluster_key, one, other)
+}
+
+/// The pre-shared key of two nodes for the handshakes of the bulk path. The order of the public keys does not matter.
+pub fn bulk_pair_key(cluster_key: &Secret, one: &PublicKey, other: &PublicKey) -> Secret {
+    of_pair(BULK_PAIR, cluster_key, one, other)
+}
+
+/// The key of one worker and cipher of the bulk path, from one of the two secrets of a handshake.
+pub fn bulk_key(secret: &Secret, cipher: u8, worker: u8) -> Secret {
+    expand(secret, &[BULK, &[cipher, worker]])
+}
+
+fn of_pair(label: &[u8], cluster_key: &Secret, one: &PublicKey, other: &PublicKey) -> Secret {
     let (lower, higher) = if one <= other { (one, other) } else { (other, one) };
-    expand(cluster_key, &[PAIR, &lower.0, &higher.0])
+    expand(cluster_key, &[label, &lower.0, &higher.0])
 }
 
 /// The pre-shared key of control connections (the psk3 of the Noise pattern).

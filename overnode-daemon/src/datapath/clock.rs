@@ -4,17 +4,22 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
+/// The programs' clock.
+pub fn boot_now_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from).as_nanos() as u64
+}
+
 /// Both clocks at one moment.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Clock {
+pub struct Clock {
     instant: Instant,
     boot_ns: u64,
 }
 
 impl Clock {
-    pub(super) fn now() -> Self {
-        let boot = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-        Self { instant: Instant::now(), boot_ns: boot.as_nanos() as u64 }
+    /// Now.
+    pub fn now() -> Self {
+        Self { instant: Instant::now(), boot_ns: boot_now_ns() }
     }
 
     /// The programs' clock.
@@ -23,7 +28,7 @@ impl Clock {
     }
 
     /// `None` for 0, which means "never".
-    pub(super) fn instant(self, boot_ns: u64) -> Option<Instant> {
+    pub fn instant(self, boot_ns: u64) -> Option<Instant> {
         match boot_ns {
             0 => None,
             ns if ns <= self.boot_ns => self.instant.checked_sub(Duration::from_nanos(self.boot_ns - ns)),
@@ -31,7 +36,8 @@ impl Clock {
         }
     }
 
-    pub(super) fn boot_ns(self, instant: Instant) -> u64 {
+    /// The programs' clock at that moment.
+    pub fn boot_ns(self, instant: Instant) -> u64 {
         let nanos = |duration: Duration| duration.as_nanos() as u64;
         match instant.checked_duration_since(self.instant) {
             Some(ahead) => self.boot_ns.saturating_add(nanos(ahead)),

@@ -6,10 +6,10 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::maps::lpm_trie::Key;
@@ -17,12 +17,14 @@ use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpu
 use aya::{Ebpf, Pod};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use overnode_ebpf::map::{
-    Address, Config, DROPS_LEN, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer,
-    ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
+    Address, BULK_FLOW_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey, BulkPeer, BulkWorker, Config,
+    DROPS_LEN, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, ROUTE_SLOTS,
+    Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
 use super::bpffs::Pins;
+use super::bulk::BulkMaps;
 use crate::types::{from_map, to_map};
 
 /// `BPF_F_MMAPABLE` (Linux 5.5).
@@ -47,7 +49,7 @@ const fn mapped(layout: Layout) -> Layout {
 }
 
 /// The maps that are pinned.
-pub(super) const LAYOUTS: [Layout; 10] = [
+pub(super) const LAYOUTS: [Layout; 13] = [
     layout("CONFIG", 4, size_of::<Config>(), 1),
     layout("ENDPOINTS", 4, size_of::<Endpoint>(), ENDPOINT_SLOTS),
     layout("ROUTES", 4 + size_of::<Address>(), size_of::<Route>(), ROUTE_SLOTS),
@@ -59,6 +61,9 @@ pub(super) const LAYOUTS: [Layout; 10] = [
     layout("PROBES", 0, 0, PROBES_LEN),
     layout("MONITOR", 4, 4, REASON_SLOTS),
     layout("DROPS", 0, 0, DROPS_LEN),
+    mapped(layout("BULK_WORKERS", 4, size_of::<BulkWorker>(), BULK_WORKER_SLOTS)),
+    mapped(layout("BULK_PEERS", 4, size_of::<BulkPeer>(), PEER_SLOTS)),
+    layout("BULK_FLOWS", size_of::<BulkFlowKey>(), size_of::<BulkFlow>(), BULK_FLOW_SLOTS),
 ];
 
 impl Layout {
@@ -109,6 +114,9 @@ pub(super) struct Maps {
     pub(super) drops: Option<RingBuf<MapData>>,
     pub(super) peers: Slots<Peer>,
     pub(super) sessions: Arc<Slots<Session>>,
+    pub(super) bulk: BulkMaps,
+    /// `BULK_WORKERS` and `BULK_PEERS`, for another process.
+    pub(super) bulk_fds: [OwnedFd; 2],
 }
 
 impl fmt::Debug for Maps {
@@ -130,7 +138,12 @@ impl Maps {
             maps.insert(layout.name, map);
         }
         let mut take = |name: &str| maps.remove(name).ok_or_else(|| anyhow!("the object has no map {name}"));
+        let mut own =
+            |name: &str| -> Result<OwnedFd> { Ok(data(&take(name)?)?.fd().as_fd().try_clone_to_owned()?) };
+        let bulk_fds = [own("BULK_WORKERS")?, own("BULK_PEERS")?];
         Ok(Self {
+            bulk: BulkMaps::open(bulk_fds[0].as_fd(), bulk_fds[1].as_fd())?,
+            bulk_fds,
             config: take("CONFIG")?.try_into()?,
             endpoints: take("ENDPOINTS")?.try_into()?,
             routes: take("ROUTES")?.try_into()?,
@@ -139,8 +152,8 @@ impl Maps {
             probes: Some(take("PROBES")?.try_into()?),
             monitor: take("MONITOR")?.try_into()?,
             drops: Some(take("DROPS")?.try_into()?),
-            peers: Slots::map(data(&take("PEERS")?)?, PEER_SLOTS)?,
-            sessions: Arc::new(Slots::map(data(&take("SESSIONS")?)?, SESSION_SLOTS)?),
+            peers: Slots::map(data(&take("PEERS")?)?.fd().as_fd(), PEER_SLOTS)?,
+            sessions: Arc::new(Slots::map(data(&take("SESSIONS")?)?.fd().as_fd(), SESSION_SLOTS)?),
         })
     }
 
@@ -242,7 +255,7 @@ unsafe impl<T> Send for Slots<T> {}
 unsafe impl<T> Sync for Slots<T> {}
 
 impl<T: Pod> Slots<T> {
-    fn map(data: &MapData, len: u32) -> Result<Self> {
+    pub(super) fn map(map: BorrowedFd<'_>, len: u32) -> Result<Self> {
         let stride = size_of::<T>().next_multiple_of(8);
         // SAFETY: a new mapping, placed by the kernel; it is unmapped only when `self` is dropped.
         let base = unsafe {
@@ -251,7 +264,7 @@ impl<T: Pod> Slots<T> {
                 stride * len as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
-                data.fd().as_fd().as_raw_fd(),
+                map.as_raw_fd(),
                 0,
             )
         };
@@ -364,6 +377,8 @@ macro_rules! fields {
     };
 }
 
+fields!(BulkWorker { ifindex: AtomicU32, alive_ns: AtomicU64 });
+fields!(BulkPeer { workers: AtomicU32 });
 fields!(Session { state: AtomicU32, peer: AtomicU32, local_index: AtomicU32 });
 fields!(Peer {
     remote_port_be: AtomicU16,
@@ -405,6 +420,7 @@ fn data(map: &Map) -> Result<&MapData> {
     match map {
         Map::Array(data)
         | Map::HashMap(data)
+        | Map::LruHashMap(data)
         | Map::LpmTrie(data)
         | Map::PerCpuArray(data)
         | Map::RingBuf(data) => Ok(data),

@@ -5,6 +5,7 @@
 //! network namespace of the thread that calls [`Datapath::open`]; all threads that use it must be in that one.
 
 mod bpffs;
+mod bulk;
 mod clock;
 mod drops;
 mod endpoint;
@@ -23,7 +24,7 @@ mod teardown;
 mod underlay;
 mod watch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::path::Path;
@@ -34,6 +35,8 @@ use overnode_ebpf::map::{Address, Config, Route};
 use tracing::{info, warn};
 
 pub use self::bpffs::node_name;
+pub use self::bulk::{BulkDevice, BulkMaps};
+pub use self::clock::{Clock, boot_now_ns};
 pub use self::drops::Drops;
 pub use self::endpoint::{
     Attached, Attachment, CONTAINER_INTERFACE, Place, cut, host_interface, random_mac, waiting_interface,
@@ -98,6 +101,8 @@ pub struct Datapath {
     underlay: Underlay,
     /// Host ends by name.
     endpoints: BTreeMap<String, u32>,
+    /// Devices of the bulk path's workers.
+    bulk_devices: BTreeSet<u32>,
     /// Largest inner packet that the underlay interface leaves room for on the straight way, by peer, bytes.
     largest: BTreeMap<PeerIndex, u32>,
 }
@@ -150,6 +155,7 @@ impl Datapath {
             installed,
             underlay: Underlay::default(),
             endpoints: BTreeMap::new(),
+            bulk_devices: BTreeSet::new(),
             largest: BTreeMap::new(),
             node,
             alias,

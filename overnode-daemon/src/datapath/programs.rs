@@ -25,6 +25,8 @@ use super::maps::{LAYOUTS, Maps};
 pub(super) const FROM_CONTAINER: &str = "from_container";
 /// Ingress of the normaliser's second end.
 pub(super) const SEAL: &str = "seal";
+/// Ingress of the device of each worker of the bulk path.
+pub(super) const FROM_BULK: &str = "from_bulk";
 /// Ingress of underlay interfaces.
 pub(super) const FROM_UNDERLAY: &str = "from_underlay";
 /// The same for XDP.
@@ -66,7 +68,7 @@ impl Programs {
     /// The kernel refuses; the text names what it lacks.
     pub(super) fn load(object: &[u8], pins: &Pins, debug: bool, xdp: bool) -> Result<(Self, Maps)> {
         let mut ebpf = parse(object, pins, debug, VerifierLogLevel::STATS)?;
-        let mut wanted = vec![FROM_CONTAINER, SEAL, FROM_UNDERLAY];
+        let mut wanted = vec![FROM_CONTAINER, SEAL, FROM_UNDERLAY, FROM_BULK];
         if xdp {
             wanted.push(FROM_UNDERLAY_XDP);
         }

@@ -13,7 +13,7 @@ use super::endpoint::is_ours;
 use super::links::Link;
 use super::netns::NetnsRef;
 use super::normaliser::{FIRST, Normaliser, SECOND};
-use super::programs::{FROM_CONTAINER, FROM_UNDERLAY, SEAL};
+use super::programs::{FROM_BULK, FROM_CONTAINER, FROM_UNDERLAY, SEAL};
 use crate::types::from_map;
 
 /// A container that the node believes to be attached.
@@ -53,10 +53,13 @@ impl Datapath {
             known.iter().map(|endpoint| (endpoint.host_interface.as_str(), endpoint)).collect();
 
         let (alias, node) = (self.alias.clone(), self.node.clone());
+        self.bulk_devices.retain(|ifindex| links.iter().any(|link| link.index == *ifindex));
+        let bulk_devices = self.bulk_devices.clone();
         let mut whole = BTreeSet::new();
         for link in links
             .iter()
             .filter(|link| is_ours(link, &alias, &node) && link.name != FIRST && link.name != SECOND)
+            .filter(|link| !bulk_devices.contains(&link.index))
         {
             let entry = in_map.get(&link.index).map(|endpoint| from_map(endpoint.address));
             let is_wanted =
@@ -102,6 +105,10 @@ impl Datapath {
         let underlay: Vec<u32> = self.underlay.interfaces.keys().copied().collect();
         for link in links.iter().filter(|link| underlay.contains(&link.index)) {
             self.keep_program(FROM_UNDERLAY, link);
+        }
+
+        for link in links.iter().filter(|link| bulk_devices.contains(&link.index)) {
+            self.keep_program(FROM_BULK, link);
         }
 
         Ok(known

@@ -270,8 +270,16 @@ counters! {
 
 impl Handshakes {
     /// A node without peers. `rng` must come from the operating system outside of tests: keys are drawn from it.
-    pub fn new(static_secret: Secret, mut rng: StdRng) -> Self {
-        let identity = Identity::new(static_secret);
+    pub fn new(static_secret: Secret, rng: StdRng) -> Self {
+        Self::with(Identity::new(static_secret, noise::WIREGUARD), rng)
+    }
+
+    /// The same for the bulk path, whose sessions are apart: no message of one handshake means anything to the other.
+    pub fn for_bulk(static_secret: Secret, rng: StdRng) -> Self {
+        Self::with(Identity::new(static_secret, noise::BULK), rng)
+    }
+
+    fn with(identity: Identity, mut rng: StdRng) -> Self {
         Self {
             guard: Guard::new(&identity.public()),
             identity,

@@ -17,7 +17,10 @@ use crate::control::key::public_key;
 use crate::types::{PublicKey, Secret};
 
 const CONSTRUCTION: &str = "Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
-const IDENTIFIER: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
+/// The prologue of WireGuard's handshakes.
+pub const WIREGUARD: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
+/// The prologue of the bulk path's: a message of one kind is none of the other, although the static keys are the same.
+pub const BULK: &[u8] = b"overnode bulk v1";
 /// Where the pattern mixes the pre-shared key in: at the end of the second message.
 const PSK: u8 = 2;
 
@@ -29,6 +32,7 @@ pub struct Identity {
     secret: Secret,
     public: PublicKey,
     params: NoiseParams,
+    prologue: &'static [u8],
 }
 
 /// The keys of a finished handshake.
@@ -52,9 +56,10 @@ pub struct Received {
 }
 
 impl Identity {
-    pub fn new(secret: Secret) -> Self {
+    /// `prologue`: [`WIREGUARD`] or [`BULK`].
+    pub fn new(secret: Secret, prologue: &'static [u8]) -> Self {
         let params = CONSTRUCTION.parse().expect("snow knows WireGuard's construction");
-        Self { public: public_key(&secret), secret, params }
+        Self { public: public_key(&secret), secret, params, prologue }
     }
 
     pub fn public(&self) -> PublicKey {
@@ -100,7 +105,7 @@ impl Identity {
 
     fn builder(&self, ephemeral: Secret) -> Result<Builder<'_>, Error> {
         Builder::with_resolver(self.params.clone(), Box::new(Resolver { ephemeral }))
-            .prologue(IDENTIFIER)?
+            .prologue(self.prologue)?
             .local_private_key(&self.secret.0)
     }
 }
@@ -289,7 +294,7 @@ mod tests {
     use super::*;
 
     fn identity(seed: u8) -> Identity {
-        Identity::new(Secret([seed; 32]))
+        Identity::new(Secret([seed; 32]), WIREGUARD)
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::net::udp::Received;
 use crate::types::{PeerIndex, PublicKey, Secret};
 
 /// How much longer than the node with the lower ID the other one waits before it initiates.
-const SECOND: Duration = Duration::from_millis(1500);
+pub(super) const SECOND: Duration = Duration::from_millis(1500);
 /// An address of a node that does not answer a handshake within this time is given up for the next one.
 const PATIENCE: Duration = Duration::from_secs(7);
 /// Most addresses that are tried of one peer: a record's, and where it was heard.

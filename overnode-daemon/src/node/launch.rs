@@ -2,6 +2,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use overnode_ebpf::map::BULK_WORKER_SLOTS;
+
 use super::Daemon;
 use super::running::Node;
 use crate::api::{self, ApiError, LaunchOutcome, Launched};
@@ -140,11 +142,24 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
         dns: request.dns.unwrap_or(true),
         dns_domain: domain(request)?.map(|domain| domain.as_str().to_owned()),
         docker: request.docker.unwrap_or(true),
+        bulk: request.bulk.unwrap_or_default(),
+        bulk_workers: bulk_workers(request)?,
         // Greater than that of any earlier node with this ID: others may remember that one.
         incarnation: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
     })
+}
+
+fn bulk_workers(request: &api::Launch) -> Result<Option<u8>, ApiError> {
+    match request.bulk_workers {
+        Some(workers) if workers == 0 || u32::from(workers) > BULK_WORKER_SLOTS => {
+            Err(ApiError::usage(format_args!(
+                "{workers} workers cannot be: give 1 to {BULK_WORKER_SLOTS}, or --bulk off for none"
+            )))
+        }
+        workers => Ok(workers),
+    }
 }
 
 fn domain(request: &api::Launch) -> Result<Option<Domain>, ApiError> {

@@ -9,6 +9,7 @@ use super::Daemon;
 use super::docker::is_plugged;
 use super::running::Node;
 use crate::api::{self, ApiError, WasReset};
+use crate::bulk;
 use crate::datapath::Datapath;
 use crate::docker;
 use crate::fault;
@@ -39,6 +40,7 @@ impl Daemon {
         };
         let id = node.id();
         node.leave().await;
+        node.stop_bulk().await;
         fault::step("farewell");
         self.node = None;
         let errors = Datapath::tear_down(&self.options.state_dir).await;
@@ -78,13 +80,16 @@ pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> any
     {
         refuse_attached(store).map_err(anyhow::Error::msg)?;
     }
+    if let Ok(Some(workers)) = bulk::link::Link::connect(run_dir) {
+        workers.stop().await;
+    }
     let errors = Datapath::tear_down(state_dir).await;
     match store {
         Some(store) => store.destroy(),
         None => Store::wipe(state_dir),
     }
     .context("the state directory cannot be removed")?;
-    for file in [api::SOCKET, "overnoded.log"] {
+    for file in [api::SOCKET, bulk::control::SOCKET, "overnoded.log"] {
         let _ = std::fs::remove_file(run_dir.join(file));
     }
     let given = std::env::var_os(DOCKER_PLUGINS).map(PathBuf::from);

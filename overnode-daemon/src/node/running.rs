@@ -10,6 +10,7 @@ use rand::rngs::StdRng;
 use tokio::sync::mpsc;
 
 use super::addresses::Outcome;
+use super::bulk::Bulk;
 use super::data::DataPeer;
 use super::dns::Dns;
 use super::docker::DockerSide;
@@ -17,6 +18,7 @@ use super::external::External;
 use super::links::Stream;
 use super::monitor::Monitor;
 use super::paths::Ways;
+use crate::bulk::control::FromWorkers;
 use crate::control::CONTROL_PORT;
 use crate::control::dial::Dialer;
 use crate::datapath::{Datapath, LinkEvent, OpenOptions, Probe, Probes};
@@ -47,6 +49,8 @@ pub(super) enum Input {
     Drops(Vec<Seen>),
     Link(LinkEvent),
     Docker(Event),
+    /// `None`: the workers of the bulk path are gone.
+    Bulk(Option<FromWorkers>),
     Timeout,
 }
 
@@ -59,6 +63,7 @@ pub(super) struct Node {
     pub(super) incarnation: u64,
     pub(super) datapath: Datapath,
     pub(super) handshakes: Handshakes,
+    pub(super) bulk: Bulk,
     pub(super) gossip: Gossip,
     pub(super) dialer: Dialer,
     pub(super) ipam: Ipam,
@@ -179,6 +184,7 @@ impl Node {
         let (docker, from_docker) = served.unzip();
         let mut node = Self {
             handshakes,
+            bulk: Bulk::new(&identity, &options.run_dir, now),
             identity,
             store: store.clone(),
             started,
@@ -219,6 +225,8 @@ impl Node {
         };
         node.adopt(now).await?;
         fault::step("peers");
+        node.start_bulk(now).await;
+        fault::step("bulk");
         node.reconcile(now).await?;
         fault::step("endpoints");
         node.adopt_names(now);
@@ -239,6 +247,7 @@ impl Node {
             self.dialer.poll_timeout(),
             self.paths.poll_timeout(),
             self.ipam.poll_timeout(),
+            self.bulk.poll_timeout(),
         ]
         .into_iter()
         .flatten()
@@ -252,6 +261,7 @@ impl Node {
             Some(datagram) = self.datagrams.recv() => Input::Datagram(datagram),
             Ok(probe) = self.probes.recv() => Input::Probe(probe),
             event = from(&mut self.from_docker) => Input::Docker(event),
+            said = self.bulk.next() => Input::Bulk(said),
             Ok(drops) = self.monitor.drops.recv() => Input::Drops(drops),
         }
     }
@@ -267,6 +277,7 @@ impl Node {
             Input::Probe(probe) => self.handle_probe(&probe, now),
             Input::Link(event) => self.handle_link(event, now).await,
             Input::Docker(event) => self.handle_docker(event, now).await,
+            Input::Bulk(said) => self.handle_bulk(said, now).await,
             Input::Timeout => self.handle_timeout(now).await,
         }
         self.pump(now).await;
@@ -280,9 +291,11 @@ impl Node {
         if self.ipam.poll_timeout().is_some_and(|at| at <= now) {
             self.ipam.handle_timeout(now);
         }
+        self.handle_bulk_timeout(now).await;
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.read_maps(now);
+            self.follow_bulk_peers(now);
             self.watch_drops();
             self.settle_sandboxes(now).await;
             self.try_elsewhere(now).await;

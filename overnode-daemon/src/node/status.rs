@@ -62,6 +62,7 @@ impl Node {
             public_key: self.public_key,
             discovery: Some(identity.discovery),
             attachment: Some(attachment(&underlay)),
+            bulk: self.bulk.workers_status(),
         })
     }
 
@@ -261,6 +262,7 @@ impl Node {
         let peer = self.peers.get(&index)?;
         let state = peer.state.as_ref()?;
         let sealing = state.sessions.iter().find(|session| session.sealing);
+        let bulk = self.bulk.status(index);
         Some(DataStatus {
             session: match sealing {
                 Some(session) if session.expires > now => SessionState::Established,
@@ -275,12 +277,13 @@ impl Node {
             endpoint: state.endpoint,
             mtu: Some(state.mtu),
             route: index.node().and_then(|id| self.route_status(id, now)),
-            rx_bytes: state.rx_bytes,
-            tx_bytes: state.tx_bytes,
-            rx_packets: Some(state.rx_packets),
-            tx_packets: Some(state.tx_packets),
+            rx_bytes: state.rx_bytes + bulk.as_ref().map_or(0, |bulk| bulk.rx_bytes),
+            tx_bytes: state.tx_bytes + bulk.as_ref().map_or(0, |bulk| bulk.tx_bytes),
+            rx_packets: Some(state.rx_packets + bulk.as_ref().map_or(0, |bulk| bulk.rx_packets)),
+            tx_packets: Some(state.tx_packets + bulk.as_ref().map_or(0, |bulk| bulk.tx_packets)),
             received_seconds_ago: state.last_received.map(|at| now.saturating_duration_since(at).as_secs()),
             last_error: peer.last_error.as_ref().map(|error| last_error(error, now)),
+            bulk,
         })
     }
 }

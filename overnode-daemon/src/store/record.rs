@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::bulk::control::Mode;
 use crate::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
 use crate::control::key;
 use crate::control::session::Me;
@@ -40,6 +41,10 @@ pub struct Identity {
     pub dns_domain: Option<String>,
     /// Whether container networks are served to a Docker engine.
     pub docker: bool,
+    /// Whether workers in user space seal bulk flows, and with which cipher.
+    pub bulk: Mode,
+    /// How many of them, if a number was given.
+    pub bulk_workers: Option<u8>,
     /// Counts the node's starts. A launch begins with the time in milliseconds since 1970, so that it exceeds the incarnations before a
     /// reset.
     pub incarnation: u64,
@@ -154,6 +159,10 @@ pub(super) struct PublicIdentity {
     dns_domain: Option<String>,
     #[serde(default = "yes")]
     docker: bool,
+    #[serde(default)]
+    bulk: Mode,
+    #[serde(default)]
+    bulk_workers: Option<u8>,
     incarnation: u64,
 }
 
@@ -201,6 +210,8 @@ impl Identity {
             dns: self.dns,
             dns_domain: self.dns_domain.clone(),
             docker: self.docker,
+            bulk: self.bulk,
+            bulk_workers: self.bulk_workers,
             incarnation: self.incarnation,
         }
     }
@@ -220,6 +231,8 @@ impl Identity {
             dns: public.dns,
             dns_domain: public.dns_domain,
             docker: public.docker,
+            bulk: public.bulk,
+            bulk_workers: public.bulk_workers,
             incarnation: public.incarnation,
         }
     }

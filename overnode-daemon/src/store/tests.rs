@@ -20,6 +20,8 @@ fn identity() -> Identity {
         mtu: None,
         discovery: true,
         xdp: false,
+        bulk: Default::default(),
+        bulk_workers: None,
         dns: true,
         dns_domain: Some("lab.example".into()),
         docker: true,

@@ -10,7 +10,7 @@ use super::frame::{
     redirect_peer,
 };
 use super::maps::Routes;
-use super::{Sent, arp, maps, seal, too_big};
+use super::{Sent, arp, bulk, maps, seal, too_big};
 
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
     let endpoint = maps::endpoint(skb.ifindex()).ok_or(Reason::Unconfigured)?;
@@ -83,7 +83,7 @@ fn local(skb: Skb, route: &Route) -> Result<Sent, Reason> {
     Ok(Sent { counted: Some(Reason::Local), verdict: redirect_peer(ifindex) })
 }
 
-/// To a peer: sealed here if the packet is one and complete, else through the normaliser, which segments and
+/// To a peer: by a worker if it belongs to a bulk flow; sealed here if the packet is one and complete, else through the normaliser, which segments and
 /// finishes checksums, to `seal`.
 #[inline(always)]
 fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
@@ -94,6 +94,9 @@ fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
     let inner_len = largest(skb)?;
     if inner_len > mtu {
         return too_big::answer(skb, endpoint, config, mtu);
+    }
+    if let Some(sent) = bulk::steer(skb, index) {
+        return Ok(sent);
     }
     if skb.gso_size() == 0 && !is_unfinished(skb)? {
         let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
@@ -107,6 +110,7 @@ fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
         // SAFETY: `at` has checked the bounds.
         unsafe { (&raw mut (*ethernet).destination).cast::<u16>().add(word).write_volatile(0) };
     }
+    bulk::normalising(skb, index);
     Ok(Sent { counted: None, verdict: redirect(config.normaliser) })
 }
 

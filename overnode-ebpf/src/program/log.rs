@@ -32,6 +32,7 @@ macro_rules! refusals {
 }
 
 refusals! {
+    from_bulk: Skb;
     from_container: Skb;
     seal: Skb;
     from_underlay: Skb;

@@ -5,11 +5,12 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::ring_buf::RingBufEntry;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use overnode_ebpf::map::{
-    Address, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS,
-    PROBES_LEN, Peer, Probe, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
+    Address, BULK_FLOW_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey, BulkPeer, BulkWorker, Config,
+    DROPS_LEN, Dropped, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe,
+    ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -34,6 +35,41 @@ static PROBES: RingBuf = RingBuf::with_byte_size(PROBES_LEN, 0);
 static MONITOR: Array<u32> = Array::with_max_entries(REASON_SLOTS, 0);
 #[map]
 static DROPS: RingBuf = RingBuf::with_byte_size(DROPS_LEN, 0);
+
+// The process of the workers writes these two through mmap.
+#[map]
+static BULK_WORKERS: Array<BulkWorker> = Array::with_max_entries(BULK_WORKER_SLOTS, BPF_F_MMAPABLE);
+#[map]
+static BULK_PEERS: Array<BulkPeer> = Array::with_max_entries(PEER_SLOTS, BPF_F_MMAPABLE);
+#[map]
+static BULK_FLOWS: LruHashMap<BulkFlowKey, BulkFlow> = LruHashMap::with_max_entries(BULK_FLOW_SLOTS, 0);
+
+/// A worker of the bulk path.
+#[inline(always)]
+pub fn bulk_worker(number: u32) -> Option<*mut BulkWorker> {
+    BULK_WORKERS.get_ptr_mut(number)
+}
+
+/// What the bulk path does for a peer; `None` if nothing.
+#[inline(always)]
+pub fn bulk_peer(index: u32) -> Option<*mut BulkPeer> {
+    let peer = BULK_PEERS.get_ptr_mut(index)?;
+    // SAFETY: values of an array map are valid for the whole program.
+    (unsafe { (&raw const (*peer).workers).read_volatile() } != 0).then_some(peer)
+}
+
+/// A flow that has sent large packets.
+#[inline(always)]
+pub fn bulk_flow(key: &BulkFlowKey) -> Option<*mut BulkFlow> {
+    BULK_FLOWS.get_ptr_mut(key)
+}
+
+/// Remembers a flow.
+#[inline(always)]
+pub fn add_bulk_flow(key: &BulkFlowKey, flow: &BulkFlow) {
+    // Without room, the flow stays an ordinary one.
+    let _ = BULK_FLOWS.insert(key, flow, 0);
+}
 
 /// Room for a probe, if the daemon keeps up.
 #[inline(always)]
@@ -157,6 +193,16 @@ pub fn now() -> u64 {
 pub unsafe fn fetch_add(word: *mut u64, by: u64) -> u64 {
     // SAFETY: by the contract above.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(word, by) }
+}
+
+/// Adds 1.
+///
+/// # Safety
+/// `word` points into a map's value and is aligned.
+#[inline(always)]
+pub unsafe fn add(word: *mut u32, by: u32) {
+    // SAFETY: by the contract above.
+    unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(word, by) };
 }
 
 /// Replaces `old` by `new`; false if the word held something else.

@@ -7,10 +7,12 @@ use overnode_ebpf::reason::Reason;
 
 pub mod aead_check;
 pub mod arp;
+pub mod bulk;
 pub mod checksum;
 pub mod cipher;
 pub mod envelope;
 pub mod frame;
+pub mod from_bulk;
 pub mod from_container;
 pub mod from_underlay;
 pub mod log;

@@ -11,7 +11,7 @@ use overnode_ebpf::wire::{
 
 use super::frame::{DataHeader, Ethernet, Frame, Ipv4, Skb, adjust_room, at, change_protocol, resize};
 use super::maps::Routes;
-use super::{Sent, cipher, envelope, maps, relay};
+use super::{Sent, bulk, cipher, envelope, maps, relay};
 
 /// Last word of the destination address of frames that the daemon made.
 const FROM_DAEMON: u16 = u16::from_ne_bytes([DAEMON_MAC[4], DAEMON_MAC[5]]);
@@ -48,7 +48,11 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
     if unsafe { (*ethernet).kind_be } != ETHERTYPE_IPV4.to_be() {
         return Err(Reason::Unsupported);
     }
-    seal(skb, &job(skb)?)
+    let job = job(skb)?;
+    if job.kind == Kind::Data {
+        bulk::normalised(job.peer);
+    }
+    seal(skb, &job)
 }
 
 #[inline(always)]

@@ -119,7 +119,7 @@ fn initiations_closer_than_twenty_milliseconds_are_not_answered() {
     let mut world = World::new(1, 2);
     world.introduce(1, 0, Initiate::OnlyAnswer);
     let (mut stamper, remote) = (Stamper::default(), world.nodes[1].core.public_key());
-    let identity = Identity::new(world.nodes[0].secret(0));
+    let identity = Identity::new(world.nodes[0].secret(0), super::super::noise::WIREGUARD);
     let (now, wall, from) = (world.now, world.wall, world.nodes[0].address);
     let core = &mut world.nodes[1].core;
     let mut jar = cookie::Jar::new(&remote);

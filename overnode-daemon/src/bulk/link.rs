@@ -1,0 +1,241 @@
+//! The daemon's side: starts the workers' process, finds one that an earlier daemon started, and talks with it.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use command_fds::{CommandFdExt as _, FdMapping};
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrStorage, UnixAddr, sockopt,
+};
+use nix::unistd::Pid;
+use overnode_ebpf::wire::BULK_PORT;
+use tokio::io::unix::AsyncFd;
+
+use super::control::{FromWorkers, SOCKET, ToWorkers, receive, send};
+use super::process::{ARGUMENT, FIRST_FD, Start};
+use crate::datapath::BulkDevice;
+
+/// Bytes that wait in each direction of a worker's socket.
+const BUFFER: usize = 4 << 20;
+
+/// A connection with the workers' process.
+#[derive(Debug)]
+pub struct Link {
+    socket: AsyncFd<OwnedFd>,
+    pid: Pid,
+}
+
+impl Link {
+    /// Connects with the process whose socket is in `run_dir`; `None` if none listens.
+    ///
+    /// # Errors
+    /// The socket is somebody else's, or cannot be used.
+    pub fn connect(run_dir: &Path) -> Result<Option<Self>> {
+        let address = UnixAddr::new(&run_dir.join(SOCKET))?;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        match socket::connect(socket.as_raw_fd(), &address) {
+            Ok(()) => {}
+            Err(Errno::ENOENT | Errno::ECONNREFUSED) => return Ok(None),
+            Err(error) => return Err(error).context("the workers' socket cannot be used"),
+        }
+        let peer = socket::getsockopt(&socket, sockopt::PeerCredentials)?;
+        let pid = Pid::from_raw(peer.pid());
+        // SAFETY: the descriptor is owned, and stays what it is until the end.
+        let socket = unsafe { AsyncFd::register(socket) };
+        Ok(Some(Self { socket: socket.context("the workers cannot be heard")?, pid }))
+    }
+
+    /// The next message; `None` when the process is gone. Cancelling loses nothing.
+    ///
+    /// # Errors
+    /// The process is not understood.
+    pub async fn next(&self) -> io::Result<Option<FromWorkers>> {
+        loop {
+            let mut ready = self.socket.readable().await?;
+            if let Ok(message) = ready.try_io(|socket| receive(socket.get_ref())) {
+                return message;
+            }
+        }
+    }
+
+    /// Tells the process something.
+    ///
+    /// # Errors
+    /// It is gone, or has not listened for long.
+    pub fn tell(&self, message: &ToWorkers) -> io::Result<()> {
+        send(self.socket.get_ref(), message)
+    }
+
+    /// Who listened at the socket when it was connected with.
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw()
+    }
+
+    /// Tells the process to end, and waits until it has.
+    pub async fn stop(self) {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        let ended = async { while let Ok(Some(_)) = self.next().await {} };
+        if self.tell(&ToWorkers::Stop).is_err() || tokio::time::timeout(PATIENCE, ended).await.is_err() {
+            self.kill();
+        }
+    }
+
+    /// Ends a process that does not listen.
+    pub fn kill(&self) {
+        let _ = kill(self.pid, Signal::SIGKILL);
+    }
+}
+
+/// What the sockets of one worker are.
+#[derive(Debug)]
+pub struct Ports {
+    v4: Vec<OwnedFd>,
+    v6: Vec<OwnedFd>,
+}
+
+impl Ports {
+    /// Binds UDP port 6783 for each of `workers`, IPv4 and IPv6 apart; a family that the host lacks is left out. A message goes to the
+    /// worker whose number, counted around, is that of the worker that sent it.
+    ///
+    /// # Errors
+    /// The port is taken.
+    pub fn bind(workers: usize) -> Result<Self> {
+        let group = |address: SocketAddr| -> Result<Vec<OwnedFd>> {
+            let mut sockets = Vec::new();
+            for _ in 0..workers {
+                match bind(address) {
+                    Ok(socket) => sockets.push(socket),
+                    Err(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL) => return Ok(Vec::new()),
+                    Err(error) => {
+                        return Err(error).with_context(|| {
+                            format!("UDP port {BULK_PORT} cannot be opened: stop what uses it (`ss -lnup` shows it)")
+                        });
+                    }
+                }
+            }
+            if let Some(first) = sockets.first().filter(|_| workers > 1) {
+                choose_by_sender(first, workers as u32)?;
+            }
+            Ok(sockets)
+        };
+        let ports = Self {
+            v4: group((Ipv4Addr::UNSPECIFIED, BULK_PORT).into())?,
+            v6: group((Ipv6Addr::UNSPECIFIED, BULK_PORT).into())?,
+        };
+        anyhow::ensure!(!ports.v4.is_empty() || !ports.v6.is_empty(), "the host has neither IPv4 nor IPv6");
+        Ok(ports)
+    }
+}
+
+fn bind(address: SocketAddr) -> Result<OwnedFd, Errno> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket::socket(family, SockType::Datagram, flags, SockProtocol::Udp)?;
+    socket::setsockopt(&socket, sockopt::ReusePort, &true)?;
+    if address.is_ipv6() {
+        socket::setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+    }
+    // Beyond the system's limits, which root may; without that right, as much as they allow.
+    if socket::setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+        socket::setsockopt(&socket, sockopt::RcvBuf, &BUFFER)?;
+    }
+    if socket::setsockopt(&socket, sockopt::SndBufForce, &BUFFER).is_err() {
+        socket::setsockopt(&socket, sockopt::SndBuf, &BUFFER)?;
+    }
+    socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    Ok(socket)
+}
+
+/// The kernel chooses among the sockets of one port by the byte of a message that names the sending worker (classic BPF on the UDP
+/// payload, Linux 4.5). So all that one worker sends is opened by one worker, in order, and no datagram can choose another window.
+fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
+    const LOAD_BYTE: u16 = (libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16;
+    const MODULO: u16 = (libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_A) as u16;
+    const WORKER: u32 = 2;
+    let step = |code, k| libc::sock_filter { code, jt: 0, jf: 0, k };
+    let mut steps = [step(LOAD_BYTE, WORKER), step(MODULO, workers), step(RETURN, 0)];
+    let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
+    // SAFETY: the program and its steps are valid as long as the call lasts.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    Errno::result(set).map(drop).context("messages cannot be spread over workers")
+}
+
+/// Starts the process. It outlives its parent.
+///
+/// # Errors
+/// The socket cannot be made, or the process not be started.
+pub fn start(
+    run_dir: &Path,
+    mode: super::control::Mode,
+    maps: [BorrowedFd<'_>; 2],
+    devices: Vec<BulkDevice>,
+    ports: Ports,
+) -> Result<Child> {
+    let settings = Start {
+        mode,
+        devices: devices.iter().map(|device| device.ifindex).collect(),
+        has_v4: !ports.v4.is_empty(),
+        has_v6: !ports.v6.is_empty(),
+        joins_udp: devices.iter().all(|device| device.takes_uso),
+    };
+    let mut fds = vec![listen(run_dir)?];
+    for map in maps {
+        fds.push(map.try_clone_to_owned()?);
+    }
+    let (mut v4, mut v6) = (ports.v4.into_iter(), ports.v6.into_iter());
+    for device in devices {
+        fds.push(device.file.into());
+        fds.extend(v4.next());
+        fds.extend(v6.next());
+    }
+    let mappings =
+        (FIRST_FD..).zip(fds).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("overnoded")
+        .arg(ARGUMENT)
+        .arg(serde_json::to_string(&settings)?)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .process_group(0)
+        // Whatever is in the daemon's, a token perhaps, is none of its business.
+        .env_clear()
+        .fd_mappings(mappings)
+        .context("descriptors collide")?;
+    command.spawn().context("the process of the workers cannot be started")
+}
+
+fn listen(run_dir: &Path) -> Result<OwnedFd> {
+    let path = run_dir.join(SOCKET);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("{} cannot be replaced", path.display()));
+        }
+        Ok(()) | Err(_) => {}
+    }
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    // The run directory is root's alone.
+    socket::bind(socket.as_raw_fd(), &UnixAddr::new(&path)?)
+        .with_context(|| format!("the socket {} cannot be made", path.display()))?;
+    socket::listen(&socket, Backlog::new(4)?)?;
+    Ok(socket)
+}

@@ -1,0 +1,55 @@
+//! How fast this host is with each cipher.
+
+use std::time::{Duration, Instant};
+
+use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+
+use super::message::{Cipher, TAG_LEN};
+
+/// Length of the messages measured: a full-sized packet.
+const LEN: usize = 1408;
+/// Time for each cipher.
+const TIME: Duration = Duration::from_millis(4);
+
+/// Bytes sealed and opened in a second by one core, MiB/s, at least 1, in the order of the ciphers' numbers. Takes a few milliseconds.
+pub fn speeds() -> [u32; Cipher::ALL.len()] {
+    Cipher::ALL.map(|cipher| {
+        // The first round fetches code and tables.
+        measure(cipher, TIME / 4);
+        measure(cipher, TIME)
+    })
+}
+
+fn measure(cipher: Cipher, time: Duration) -> u32 {
+    let algorithm = match cipher {
+        Cipher::ChaCha => &CHACHA20_POLY1305,
+        Cipher::Aes => &AES_256_GCM,
+    };
+    // A key that protects nothing.
+    let Ok(key) = UnboundKey::new(algorithm, &[0; 32]).map(LessSafeKey::new) else { return 1 };
+    let mut message = vec![0; LEN + TAG_LEN];
+    let (started, mut rounds) = (Instant::now(), 0_u64);
+    while started.elapsed() < time {
+        let nonce = || Nonce::assume_unique_for_key([0; 12]);
+        let (text, tag) = message.split_at_mut(LEN);
+        if let Ok(made) = key.seal_in_place_separate_tag(nonce(), Aad::empty(), text) {
+            tag.copy_from_slice(made.as_ref());
+        }
+        if key.open_in_place(nonce(), Aad::empty(), &mut message).is_err() {
+            return 1;
+        }
+        rounds += 1;
+    }
+    let rate = rounds as f64 * LEN as f64 / started.elapsed().as_secs_f64() / f64::from(1 << 20);
+    (rate as u32).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ciphers_work_on_every_machine() {
+        assert!(speeds().iter().all(|speed| *speed > 1), "{:?}", speeds());
+    }
+}

@@ -1,0 +1,474 @@
+//! The workers' process: it has the devices, the sockets and the keys, and goes on while no daemon runs. Its main thread talks with the
+//! daemon and judges peers; one thread for each worker moves packets.
+//!
+//! It is a process of its own so that a daemon may be killed, hang or be upgraded while flows go on. It ends by itself when no daemon is
+//! there and its last session has expired, or when its devices are gone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::net::UdpSocket;
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{self, SockFlag, sockopt};
+use overnode_ebpf::reason::Reason;
+use quinn_udp::Transmit;
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+
+use super::control::{FromWorkers, Keys, MAX_REPORTS, Mode, ToWorkers, VERSION, receive, send};
+use super::measure;
+use super::peer::{Endpoint, Peer};
+use super::session::{Handshaken, Session};
+use super::worker::{Command, Shared, Socket, Sockets, Worker, say_hello};
+use crate::datapath::{BulkMaps, boot_now_ns};
+use crate::types::{PeerIndex, Secret};
+
+/// First argument of the program, in place of any option, that makes it this process.
+pub const ARGUMENT: &str = "bulk-workers";
+/// The first of the descriptors that the process is given.
+pub const FIRST_FD: RawFd = 3;
+
+/// What the process is called in lists of processes.
+const NAME: &std::ffi::CStr = c"overnode-bulk";
+/// How often peers are judged while any is served.
+const TICK: Duration = Duration::from_millis(20);
+/// How often otherwise.
+const IDLE: Duration = Duration::from_millis(200);
+/// How often the daemon is told what peers do.
+const REPORT: Duration = Duration::from_secs(1);
+/// How long a process that is told to stop carries on with what waits.
+const DRAIN: Duration = Duration::from_millis(150);
+/// How long a process without a daemon and without sessions stays.
+const LONELY: Duration = Duration::from_secs(10);
+/// Handshake messages and the like that wait for the daemon; more are dropped.
+const EVENTS: usize = 1024;
+
+/// What the process is started with. Descriptors follow from [`FIRST_FD`] on: the listening socket, the maps `BULK_WORKERS` and
+/// `BULK_PEERS`, then for each worker its device and its sockets, IPv4 first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Start {
+    /// Which cipher to seal with.
+    pub mode: Mode,
+    /// Interface index of each worker's device.
+    pub devices: Vec<u32>,
+    /// Whether there are sockets for IPv4.
+    pub has_v4: bool,
+    /// Whether there are sockets for IPv6.
+    pub has_v6: bool,
+    /// Whether the devices take several UDP packets at once (Linux 6.2).
+    pub joins_udp: bool,
+}
+
+/// Runs the process to its end.
+///
+/// # Errors
+/// It was not started as it must be, or a worker broke.
+pub fn run(argument: &str) -> Result<()> {
+    let start: Start = serde_json::from_str(argument).context("started without its settings")?;
+    // SAFETY: whoever starts this process hands these descriptors over, and nothing else in it knows them.
+    let mut fds = (FIRST_FD..).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let mut take = || fds.next().context("a descriptor is missing");
+    let listener = take()?;
+    let maps = BulkMaps::open(take()?.as_fd(), take()?.as_fd())?;
+    let mut hands = Vec::new();
+    let mut sending = Sockets { v4: None, v6: None };
+    for worker in 0..start.devices.len() {
+        let device = File::from(take()?);
+        let mut socket = |is_there: bool, ours: &mut Option<Socket>| -> Result<Option<Socket>> {
+            if !is_there {
+                return Ok(None);
+            }
+            let socket = UdpSocket::from(take()?);
+            if worker == 0 {
+                *ours = Some(Socket::new(socket.try_clone()?)?);
+            }
+            Ok(Some(Socket::new(socket)?))
+        };
+        let v4 = socket(start.has_v4, &mut sending.v4)?;
+        let v6 = socket(start.has_v6, &mut sending.v6)?;
+        hands.push((device, Sockets { v4, v6 }));
+    }
+    drop_privileges()?;
+    let (events, incoming) = mpsc::sync_channel(EVENTS);
+    let shared = Arc::new(Shared {
+        maps,
+        mode: start.mode,
+        speeds: measure::speeds(),
+        workers: start.devices.len() as u32,
+        drops: std::array::from_fn(|_| Default::default()),
+        events,
+        wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+    });
+    let mut threads = Vec::new();
+    for (number, (device, sockets)) in (0_u8..).zip(hands) {
+        threads.push(Thread::spawn(number, device, sockets, &start, &shared)?);
+    }
+    info!(workers = threads.len(), speeds = ?shared.speeds, "the workers of the bulk path are there");
+    let process = Process {
+        start,
+        listener,
+        daemon: None,
+        shared,
+        incoming,
+        sending,
+        threads,
+        peers: BTreeMap::new(),
+        sessions: BTreeMap::new(),
+        confirmed: BTreeSet::new(),
+        served: BTreeSet::new(),
+        alone_since: Instant::now(),
+        next_report: Instant::now(),
+        is_stopping: false,
+    };
+    process.run()
+}
+
+/// What is open stays open; nothing else can be opened, changed or traced.
+fn drop_privileges() -> Result<()> {
+    nix::sys::prctl::set_name(NAME).context("the process cannot be named")?;
+    nix::sys::prctl::set_dumpable(false).context("the process can be traced")?;
+    for set in
+        [caps::CapSet::Ambient, caps::CapSet::Inheritable, caps::CapSet::Effective, caps::CapSet::Permitted]
+    {
+        caps::clear(None, set).context("capabilities cannot be dropped")?;
+    }
+    nix::sys::prctl::set_no_new_privs().context("capabilities could come back")
+}
+
+/// A worker's thread, as others see it.
+struct Thread {
+    commands: mpsc::Sender<Command>,
+    wake: Arc<EventFd>,
+    handle: std::thread::JoinHandle<io::Result<()>>,
+}
+
+impl Thread {
+    fn spawn(
+        number: u8,
+        device: File,
+        sockets: Sockets,
+        start: &Start,
+        shared: &Arc<Shared>,
+    ) -> Result<Self> {
+        let (commands, orders) = mpsc::channel();
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+        let ifindex = start.devices.get(usize::from(number)).copied().unwrap_or_default();
+        let worker =
+            Worker::new(number, device, start.joins_udp, sockets, orders, wake.clone(), shared.clone());
+        shared.maps.set_worker(number.into(), ifindex, boot_now_ns());
+        let handle =
+            std::thread::Builder::new().name(format!("worker {number}")).spawn(move || worker.run())?;
+        Ok(Self { commands, wake, handle })
+    }
+
+    fn order(&self, command: Command) {
+        if self.commands.send(command).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// The main thread.
+struct Process {
+    start: Start,
+    listener: OwnedFd,
+    daemon: Option<OwnedFd>,
+    shared: Arc<Shared>,
+    incoming: mpsc::Receiver<FromWorkers>,
+    sending: Sockets,
+    threads: Vec<Thread>,
+    peers: BTreeMap<u32, Arc<Peer>>,
+    /// By local index.
+    sessions: BTreeMap<u32, Arc<Session>>,
+    /// Sessions of which the daemon knows that the peer has proven itself.
+    confirmed: BTreeSet<u32>,
+    served: BTreeSet<u32>,
+    alone_since: Instant,
+    next_report: Instant,
+    is_stopping: bool,
+}
+
+impl Process {
+    fn run(mut self) -> Result<()> {
+        loop {
+            self.wait()?;
+            self.accept();
+            self.listen();
+            let now = boot_now_ns();
+            self.judge(now);
+            self.carry();
+            if self.threads.iter().any(|thread| thread.handle.is_finished()) {
+                return self.end().context("a worker has ended");
+            }
+            if self.is_stopping {
+                self.withdraw_from_programs();
+                std::thread::sleep(DRAIN);
+                return self.end();
+            }
+            let has_sessions = self.sessions.values().any(|session| now < session.expires_ns);
+            if self.daemon.is_some() || has_sessions {
+                self.alone_since = Instant::now();
+            } else if self.alone_since.elapsed() > LONELY {
+                info!("no daemon and no sessions: the workers end");
+                self.withdraw_from_programs();
+                return self.end();
+            }
+        }
+    }
+
+    fn wait(&self) -> Result<()> {
+        let mut fds = vec![
+            PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN),
+        ];
+        fds.extend(self.daemon.as_ref().map(|daemon| PollFd::new(daemon.as_fd(), PollFlags::POLLIN)));
+        let timeout = if self.served.is_empty() { IDLE } else { TICK };
+        match poll(&mut fds, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO)) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let _ = self.shared.wake.read();
+        Ok(())
+    }
+
+    /// A new daemon takes the place of the one before.
+    fn accept(&mut self) {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let Ok(fd) = socket::accept4(self.listener.as_raw_fd(), flags) else { return };
+        // SAFETY: just opened, owned by nobody else.
+        let daemon = unsafe { OwnedFd::from_raw_fd(fd) };
+        let is_ours = socket::getsockopt(&daemon, sockopt::PeerCredentials)
+            .is_ok_and(|peer| peer.uid() == nix::unistd::geteuid().as_raw());
+        if !is_ours {
+            return warn!("somebody else's process wants to be the daemon");
+        }
+        self.daemon = Some(daemon);
+        self.confirmed.clear();
+        self.introduce();
+    }
+
+    fn introduce(&mut self) {
+        self.tell(&FromWorkers::State {
+            version: VERSION,
+            program: env!("CARGO_PKG_VERSION").to_owned(),
+            mode: self.start.mode,
+            devices: self.start.devices.clone(),
+            speeds: self.shared.speeds,
+        });
+        let now = boot_now_ns();
+        let sessions: Vec<_> =
+            self.sessions.values().filter(|session| now < session.expires_ns).cloned().collect();
+        for session in sessions {
+            let sealing = self.peers.get(&session.peer.0).and_then(|peer| peer.current.load_full());
+            self.tell(&FromWorkers::Session {
+                peer: session.peer.0,
+                local_index: session.local_index,
+                remote_index: session.remote_index,
+                created_ns: session.created_ns,
+                is_initiator: session.is_initiator,
+                is_confirmed: session.is_confirmed(),
+                is_sealing: sealing.is_some_and(|sealing| sealing.local_index == session.local_index),
+            });
+        }
+        self.tell(&FromWorkers::Ready);
+    }
+
+    /// Takes all that the daemon says.
+    fn listen(&mut self) {
+        while let Some(daemon) = &self.daemon {
+            match receive::<ToWorkers>(daemon) {
+                Ok(Some(message)) => self.obey(message),
+                Ok(None) => self.daemon = None,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    warn!(%error, "the daemon is not understood");
+                    self.daemon = None;
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, message: ToWorkers) {
+        match message {
+            ToWorkers::Peer { peer: index, endpoint, rtt_ms } => {
+                let peer = match self.peers.get(&index) {
+                    Some(peer) => peer.clone(),
+                    None => {
+                        let peer = Arc::new(Peer::new(PeerIndex(index)));
+                        self.peers.insert(index, peer.clone());
+                        self.order(|| Command::Peer(peer.clone()));
+                        peer
+                    }
+                };
+                peer.set_rtt(rtt_ms);
+                // One with a session is where its messages come from.
+                if peer.current.load().is_none() || peer.endpoint.load().is_none() {
+                    peer.endpoint.store(endpoint.map(|remote| Arc::new(Endpoint { remote, local: None })));
+                }
+            }
+            ToWorkers::RemovePeer { peer } => {
+                self.peers.remove(&peer);
+                self.served.remove(&peer);
+                self.sessions.retain(|_, session| session.peer.0 != peer);
+                self.shared.maps.serve(peer, 0);
+                self.order(|| Command::RemovePeer(PeerIndex(peer)));
+            }
+            ToWorkers::Install(keys) => self.install(keys),
+            ToWorkers::Withdraw { local_index } => {
+                self.order(|| Command::Withdraw(local_index));
+                self.confirmed.remove(&local_index);
+                let Some(session) = self.sessions.remove(&local_index) else { return };
+                if let Some(peer) = self.peers.get(&session.peer.0) {
+                    let is_current = peer
+                        .current
+                        .load()
+                        .as_ref()
+                        .is_some_and(|current| current.local_index == local_index);
+                    if is_current {
+                        peer.forget();
+                    }
+                }
+            }
+            ToWorkers::Keepalive { peer } => {
+                if let Some(peer) = self.peers.get(&peer)
+                    && let Err(reason) = say_hello(&self.shared, &self.sending, 0, peer, true, boot_now_ns())
+                {
+                    self.shared.dropped(reason);
+                }
+            }
+            ToWorkers::Send { to, from, bytes } => {
+                let transmit = Transmit {
+                    destination: to,
+                    ecn: None,
+                    contents: &bytes,
+                    segment_size: None,
+                    src_ip: from,
+                };
+                if self.sending.send(&transmit).is_err() {
+                    self.shared.dropped(Reason::NoRoute);
+                }
+            }
+            ToWorkers::Stop => self.is_stopping = true,
+        }
+    }
+
+    fn install(&mut self, keys: Keys) {
+        let Some(peer) = self.peers.get(&keys.peer).cloned() else { return };
+        let session = Arc::new(Session::new(Handshaken {
+            peer: peer.index,
+            local_index: keys.local_index,
+            remote_index: keys.remote_index,
+            tx: Secret(keys.tx),
+            rx: Secret(keys.rx),
+            created_ns: keys.created_ns,
+            expires_ns: keys.expires_ns,
+            is_initiator: keys.is_initiator,
+        }));
+        self.sessions.insert(keys.local_index, session.clone());
+        // Workers first: an answer may come at once.
+        self.order(|| Command::Session(session.clone()));
+        if session.is_initiator {
+            peer.current.store(Some(session));
+        }
+    }
+
+    fn order(&self, command: impl Fn() -> Command) {
+        for thread in &self.threads {
+            thread.order(command());
+        }
+    }
+
+    /// Tells the programs which peers are served, and asks those that could be.
+    fn judge(&mut self, now: u64) {
+        for (index, peer) in &self.peers {
+            if peer.judge(now) {
+                if self.served.insert(*index) {
+                    self.shared.maps.serve(*index, self.shared.workers);
+                }
+            } else if self.served.remove(index) {
+                self.shared.maps.serve(*index, 0);
+            }
+            if peer.is_to_be_asked(now)
+                && let Err(reason) = say_hello(&self.shared, &self.sending, 0, peer, true, now)
+            {
+                self.shared.dropped(reason);
+                // Not again at once.
+                peer.said_hello(now);
+            }
+        }
+    }
+
+    /// Carries to the daemon what there is to tell.
+    fn carry(&mut self) {
+        while let Ok(event) = self.incoming.try_recv() {
+            self.tell(&event);
+        }
+        let confirmed: Vec<_> = self
+            .sessions
+            .values()
+            .filter(|session| {
+                !session.is_initiator
+                    && session.is_confirmed()
+                    && !self.confirmed.contains(&session.local_index)
+            })
+            .map(|session| (session.peer.0, session.local_index))
+            .collect();
+        for (peer, local_index) in confirmed {
+            if self.tell(&FromWorkers::Confirmed { peer, local_index }) {
+                self.confirmed.insert(local_index);
+            }
+        }
+        if self.next_report > Instant::now() {
+            return;
+        }
+        self.next_report = Instant::now() + REPORT;
+        let reports: Vec<_> =
+            self.peers.values().map(|peer| peer.report(self.shared.mode, self.shared.speeds)).collect();
+        for some in reports.chunks(MAX_REPORTS) {
+            self.tell(&FromWorkers::Peers(some.to_vec()));
+        }
+        let drops = self.shared.drops.iter().map(|count| count.load(std::sync::atomic::Ordering::Relaxed));
+        let drops: Vec<_> = (0..).zip(drops).filter(|(_, count)| *count != 0).collect();
+        self.tell(&FromWorkers::Drops(drops));
+    }
+
+    /// True if the daemon gets it.
+    fn tell(&mut self, message: &FromWorkers) -> bool {
+        self.daemon.as_ref().is_some_and(|daemon| send(daemon, message).is_ok())
+    }
+
+    /// The programs hand nothing to these workers any more.
+    fn withdraw_from_programs(&self) {
+        for index in self.peers.keys() {
+            self.shared.maps.serve(*index, 0);
+        }
+        for worker in 0..self.shared.workers {
+            self.shared.maps.clear_worker(worker, self.device(worker));
+        }
+    }
+
+    fn device(&self, worker: u32) -> u32 {
+        self.start.devices.get(worker as usize).copied().unwrap_or_default()
+    }
+
+    fn end(self) -> Result<()> {
+        self.withdraw_from_programs();
+        self.order(|| Command::Stop);
+        let mut result = Ok(());
+        for thread in self.threads {
+            match thread.handle.join() {
+                Ok(ended) => result = result.and(ended.map_err(anyhow::Error::from)),
+                Err(_) => result = result.and(Err(anyhow::anyhow!("a worker panicked"))),
+            }
+        }
+        result
+    }
+}

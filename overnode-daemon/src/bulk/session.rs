@@ -1,0 +1,336 @@
+//! The keys of the bulk path: of one handshake, for each worker and cipher one of its own.
+//!
+//! The handshake's two secrets seal nothing. From each follows, by HKDF-SHA256 (RFC 5869), one key for each pair of cipher and sending
+//! worker; so no key meets two ciphers, and no two workers draw counters for one key. Keys live in the memory of the workers' process
+//! only: a process that starts anew makes new handshakes, so no counter is drawn twice.
+
+use std::cell::UnsafeCell;
+use std::fmt;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use overnode_ebpf::map::BULK_WORKER_SLOTS;
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::replay::Window;
+use overnode_ebpf::wire::REJECT_AFTER_MESSAGES;
+use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+
+use super::message::{Cipher, HEADER_LEN, Header, TAG_LEN};
+use crate::control::key;
+use crate::types::{PeerIndex, Secret};
+
+const WORKERS: usize = BULK_WORKER_SLOTS as usize;
+/// Messages under one key of AES-256-GCM: far below the 2^32 full-sized ones at which its integrity bound weakens (RFC 9001, appendix B,
+/// computes 2^23 packets of 2^14 bytes for AES-GCM's confidentiality at 2^-57; sessions are renewed every two minutes long before).
+const MOST_MESSAGES: u64 = 1 << 36;
+const _: () = assert!(MOST_MESSAGES < REJECT_AFTER_MESSAGES);
+
+/// One session with a peer.
+pub struct Session {
+    /// With whom.
+    pub peer: PeerIndex,
+    /// Receiver index in messages to us.
+    pub local_index: u32,
+    /// Receiver index in messages to the peer.
+    pub remote_index: u32,
+    /// Boot time (ns) at which the handshake ended.
+    pub created_ns: u64,
+    /// Boot time (ns) after which it neither seals nor opens.
+    pub expires_ns: u64,
+    /// Whether we were the handshake's initiator.
+    pub is_initiator: bool,
+    is_confirmed: AtomicBool,
+    tx: Secret,
+    rx: Secret,
+    sending: [Sending; WORKERS],
+    receiving: [OnceLock<Box<Receiving>>; WORKERS],
+}
+
+/// What a session is made of.
+#[derive(Clone, Debug)]
+pub struct Handshaken {
+    /// With whom.
+    pub peer: PeerIndex,
+    /// Receiver index in messages to us.
+    pub local_index: u32,
+    /// Receiver index in messages to the peer.
+    pub remote_index: u32,
+    /// The handshake's secret for what we send.
+    pub tx: Secret,
+    /// The handshake's secret for what we receive.
+    pub rx: Secret,
+    /// Boot time (ns) at which the handshake ended.
+    pub created_ns: u64,
+    /// Boot time (ns) after which it neither seals nor opens.
+    pub expires_ns: u64,
+    /// Whether we were the handshake's initiator.
+    pub is_initiator: bool,
+}
+
+/// A worker's own part of the sealing side.
+#[derive(Default)]
+struct Sending {
+    keys: [OnceLock<Box<LessSafeKey>>; Cipher::ALL.len()],
+    counters: [AtomicU64; Cipher::ALL.len()],
+}
+
+/// What is known of one worker of the peer.
+struct Receiving {
+    keys: [OnceLock<Box<LessSafeKey>>; Cipher::ALL.len()],
+    windows: [SharedWindow; Cipher::ALL.len()],
+}
+
+/// A replay window that several threads use at once.
+struct SharedWindow(UnsafeCell<Window>);
+
+// SAFETY: the window is used through `Window::check` and `Window::accept` only, which are made for several CPUs at once.
+unsafe impl Sync for SharedWindow {}
+// SAFETY: plain data.
+unsafe impl Send for SharedWindow {}
+
+impl SharedWindow {
+    fn check(&self, counter: u64) -> Result<(), Reason> {
+        // SAFETY: see above.
+        unsafe { Window::check(self.0.get(), counter) }
+    }
+
+    fn accept(&self, counter: u64) -> Result<(), Reason> {
+        // SAFETY: see above.
+        unsafe { Window::accept(self.0.get(), counter) }
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session")
+            .field("peer", &self.peer)
+            .field("index", &self.local_index)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// A session that has sealed nothing yet.
+    pub fn new(made: Handshaken) -> Self {
+        Self {
+            peer: made.peer,
+            local_index: made.local_index,
+            remote_index: made.remote_index,
+            created_ns: made.created_ns,
+            expires_ns: made.expires_ns,
+            is_initiator: made.is_initiator,
+            is_confirmed: made.is_initiator.into(),
+            tx: made.tx,
+            rx: made.rx,
+            sending: std::array::from_fn(|_| Sending::default()),
+            receiving: std::array::from_fn(|_| OnceLock::new()),
+        }
+    }
+
+    /// Whether the peer has proven that it has the keys; before, nothing may be sealed.
+    pub fn is_confirmed(&self) -> bool {
+        self.is_confirmed.load(Ordering::Acquire)
+    }
+
+    /// The peer has proven that it has the keys. True if that was not known before.
+    pub fn confirm(&self) -> bool {
+        !self.is_confirmed.swap(true, Ordering::AcqRel)
+    }
+
+    /// Seals `message` in place: room for the header, the plaintext, room for the tag.
+    ///
+    /// # Errors
+    /// [`Reason::NoSession`] before the peer has proven that it has the keys, [`Reason::Expired`] when it is too old,
+    /// [`Reason::Exhausted`] when it has sealed too much, [`Reason::Malformed`] if there is no room.
+    pub fn seal(
+        &self,
+        worker: u8,
+        cipher: Cipher,
+        is_partial: bool,
+        message: &mut [u8],
+        now_ns: u64,
+    ) -> Result<(), Reason> {
+        if !self.is_confirmed() {
+            return Err(Reason::NoSession);
+        }
+        if now_ns >= self.expires_ns {
+            return Err(Reason::Expired);
+        }
+        let sending = self.sending.get(usize::from(worker)).ok_or(Reason::Malformed)?;
+        let key = sending.keys[cipher as usize].get_or_init(|| derive(&self.tx, cipher, worker));
+        let counter = draw(&sending.counters[cipher as usize])?;
+        let header = Header { cipher, worker, is_partial, receiver: self.remote_index, counter }.to_bytes();
+        let (place, rest) = message.split_first_chunk_mut::<HEADER_LEN>().ok_or(Reason::Malformed)?;
+        let (text, tag) = rest.split_last_chunk_mut::<TAG_LEN>().ok_or(Reason::Malformed)?;
+        *place = header;
+        let made = key
+            .seal_in_place_separate_tag(nonce(counter), Aad::from(header), text)
+            .map_err(|_| Reason::Malformed)?;
+        tag.copy_from_slice(made.as_ref());
+        Ok(())
+    }
+
+    /// Opens a message in place and returns its plaintext.
+    ///
+    /// # Errors
+    /// [`Reason::Expired`]; [`Reason::Replayed`] and [`Reason::TooOld`] by the window of that worker and cipher; [`Reason::Forged`].
+    pub fn open<'a>(
+        &self,
+        header: &Header,
+        message: &'a mut [u8],
+        now_ns: u64,
+    ) -> Result<&'a mut [u8], Reason> {
+        if now_ns >= self.expires_ns {
+            return Err(Reason::Expired);
+        }
+        let receiving = self.receiving.get(usize::from(header.worker)).ok_or(Reason::Malformed)?;
+        let receiving = receiving.get_or_init(Receiving::new);
+        let cipher = header.cipher as usize;
+        let window = &receiving.windows[cipher];
+        window.check(header.counter)?;
+        let key = receiving.keys[cipher].get_or_init(|| derive(&self.rx, header.cipher, header.worker));
+        let (aad, sealed) = message.split_first_chunk_mut::<HEADER_LEN>().ok_or(Reason::Malformed)?;
+        let opened =
+            key.open_in_place(nonce(header.counter), Aad::from(&*aad), sealed).map_err(|_| Reason::Forged)?;
+        window.accept(header.counter)?;
+        Ok(opened)
+    }
+}
+
+impl Receiving {
+    fn new() -> Box<Self> {
+        Box::new(Self {
+            keys: std::array::from_fn(|_| OnceLock::new()),
+            windows: std::array::from_fn(|_| SharedWindow(UnsafeCell::new(Window::new()))),
+        })
+    }
+}
+
+/// The next counter; no two callers get the same.
+fn draw(counter: &AtomicU64) -> Result<u64, Reason> {
+    // Looked at first so that an exhausted counter stays where it is: it must never wrap around.
+    if counter.load(Ordering::Relaxed) >= MOST_MESSAGES {
+        return Err(Reason::Exhausted);
+    }
+    let drawn = counter.fetch_add(1, Ordering::Relaxed);
+    if drawn >= MOST_MESSAGES { Err(Reason::Exhausted) } else { Ok(drawn) }
+}
+
+fn derive(secret: &Secret, cipher: Cipher, worker: u8) -> Box<LessSafeKey> {
+    let algorithm = match cipher {
+        Cipher::ChaCha => &CHACHA20_POLY1305,
+        Cipher::Aes => &AES_256_GCM,
+    };
+    let key = key::bulk_key(secret, cipher as u8, worker);
+    Box::new(LessSafeKey::new(UnboundKey::new(algorithm, &key.0).expect("both take keys of 32 bytes")))
+}
+
+/// 32 zero bits and the counter, little-endian, as in WireGuard.
+fn nonce(counter: u64) -> Nonce {
+    let mut bytes = [0; NONCE_LEN];
+    bytes[4..].copy_from_slice(&counter.to_le_bytes());
+    Nonce::assume_unique_for_key(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const END: u64 = 1000;
+
+    fn pair() -> (Session, Session) {
+        let make = |tx: u8, rx: u8, is_initiator| {
+            Session::new(Handshaken {
+                peer: PeerIndex(1),
+                local_index: rx.into(),
+                remote_index: tx.into(),
+                tx: Secret([tx; 32]),
+                rx: Secret([rx; 32]),
+                created_ns: 0,
+                expires_ns: END,
+                is_initiator,
+            })
+        };
+        (make(1, 2, true), make(2, 1, false))
+    }
+
+    fn sealed(session: &Session, worker: u8, cipher: Cipher, text: &[u8]) -> Vec<u8> {
+        let mut message = [&[0; HEADER_LEN], text, &[0; TAG_LEN]].concat();
+        session.seal(worker, cipher, false, &mut message, 0).unwrap();
+        message
+    }
+
+    fn open(session: &Session, message: &[u8]) -> Result<Vec<u8>, Reason> {
+        let mut message = message.to_vec();
+        let header = Header::from_message(&message).ok_or(Reason::Malformed)?;
+        session.open(&header, &mut message, 0).map(|text| text.to_vec())
+    }
+
+    #[test]
+    fn each_worker_and_cipher_has_its_own_key_and_window() {
+        let (a, b) = pair();
+        let mut seen = std::collections::BTreeSet::new();
+        for worker in 0..16 {
+            for cipher in Cipher::ALL {
+                let message = sealed(&a, worker, cipher, b"the same text every time");
+                assert!(seen.insert(message[HEADER_LEN..].to_vec()), "two keys make the same ciphertext");
+                assert_eq!(open(&b, &message).unwrap(), b"the same text every time");
+                assert_eq!(open(&b, &message), Err(Reason::Replayed));
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_sealed_before_the_peer_has_proven_itself() {
+        let (_, b) = pair();
+        let mut message = [0; 64];
+        assert_eq!(b.seal(0, Cipher::Aes, false, &mut message, 0), Err(Reason::NoSession));
+        assert!(b.confirm() && !b.confirm());
+        assert_eq!(b.seal(0, Cipher::Aes, false, &mut message, 0), Ok(()));
+        assert_eq!(b.seal(16, Cipher::Aes, false, &mut message, 0), Err(Reason::Malformed));
+    }
+
+    #[test]
+    fn a_session_ends() {
+        let (a, b) = pair();
+        let message = sealed(&a, 0, Cipher::ChaCha, b"text");
+        let header = Header::from_message(&message).unwrap();
+        assert_eq!(b.open(&header, &mut message.clone(), END), Err(Reason::Expired));
+        let mut more = [0; 64];
+        assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, END), Err(Reason::Expired));
+        a.sending[0].counters[0].store(MOST_MESSAGES - 1, Ordering::Relaxed);
+        assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, 0), Ok(()));
+        for _ in 0..3 {
+            assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, 0), Err(Reason::Exhausted));
+        }
+        assert_eq!(a.sending[0].counters[0].load(Ordering::Relaxed), MOST_MESSAGES);
+    }
+
+    #[test]
+    fn every_bit_counts() {
+        let (a, b) = pair();
+        for cipher in Cipher::ALL {
+            let message = sealed(&a, 3, cipher, b"a packet");
+            for bit in 0..message.len() * 8 {
+                let mut changed = message.clone();
+                changed[bit / 8] ^= 1 << (bit % 8);
+                // The receiver index finds the session: here there is only one.
+                let is_index = (32..64).contains(&bit);
+                assert!(open(&b, &changed).is_err(), "bit {bit} {is_index}");
+            }
+            for len in 0..message.len() {
+                assert!(open(&b, &message[..len]).is_err(), "{len} bytes");
+            }
+            assert_eq!(open(&b, &message).unwrap(), b"a packet");
+        }
+    }
+
+    #[test]
+    fn a_message_is_not_taken_for_one_of_the_other_direction() {
+        let (a, b) = pair();
+        b.confirm();
+        let message = sealed(&b, 0, Cipher::Aes, b"text");
+        assert_eq!(open(&b, &message), Err(Reason::Forged));
+        assert_eq!(open(&a, &message).unwrap(), b"text");
+    }
+}

@@ -1,0 +1,520 @@
+//! One worker: a thread between a TAP device and its sockets. Packets of containers are cut, sealed and sent in batches; what peers
+//! send is opened, joined and written to the device. On the way of a packet nothing is allocated and no lock is taken.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, IoSliceMut, Read as _, Write as _};
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use overnode_ebpf::reason::{REASON_SLOTS, Reason};
+use overnode_ebpf::wire::{
+    ECN_MASK, ETHERNET_LEN, TYPE_COOKIE_REPLY, TYPE_INITIATION, bulk_header, bulk_peer, ecn_decapsulated,
+};
+use quinn_udp::{EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+
+use super::control::{FromWorkers, Mode};
+use super::join::Joiner;
+use super::message::{Cipher, HEADER_LEN, HELLO_LEN, Header, Hello, TAG_LEN};
+use super::packet::{VNET_HEADER, VnetHeader};
+use super::peer::Peer;
+use super::segment::Cut;
+use super::session::Session;
+use crate::datapath::{BulkMaps, boot_now_ns};
+use crate::types::PeerIndex;
+
+/// What one read of the device gives at most: both headers and the largest IP packet.
+const FRAME_LEN: usize = VNET_HEADER + ETHERNET_LEN + 65536;
+/// UDP payload of one batch at most (RFC 768 less the IPv6 and UDP headers).
+const BATCH_LEN: usize = 65_487;
+/// Batches that one call receives.
+const RECEIVES: usize = 8;
+/// Frames, or calls to receive, before the other direction has its turn.
+const TURN: usize = 16;
+/// How long a worker without work waits; it says that it lives each time.
+const WAIT: Duration = Duration::from_millis(25);
+/// How long a full socket is waited for before a batch is dropped.
+const FULL: u16 = 5;
+/// A worker that was not at work for so long (ns) drops what waits: its flows have gone on elsewhere.
+const STALE_NS: u64 = overnode_ebpf::map::BULK_SILENCE_NS;
+
+/// What changes the set of peers and sessions.
+#[derive(Clone, Debug)]
+pub enum Command {
+    /// A peer came.
+    Peer(Arc<Peer>),
+    /// A peer went, with its sessions.
+    RemovePeer(PeerIndex),
+    /// A handshake has ended.
+    Session(Arc<Session>),
+    /// A session is not to be used any more.
+    Withdraw(u32),
+    /// End.
+    Stop,
+}
+
+/// What all workers share.
+pub struct Shared {
+    /// The maps by which the programs know of workers and peers.
+    pub maps: BulkMaps,
+    /// Which cipher to seal with.
+    pub mode: Mode,
+    /// How fast this host is with each, MiB/s.
+    pub speeds: [u32; Cipher::ALL.len()],
+    /// How many workers there are.
+    pub workers: u32,
+    /// Packets and messages dropped, by reason.
+    pub drops: [AtomicU64; REASON_SLOTS as usize],
+    /// What the daemon is to hear.
+    pub events: mpsc::SyncSender<FromWorkers>,
+    /// Wakes whoever carries it there.
+    pub wake: EventFd,
+}
+
+impl Shared {
+    /// Counts what was dropped.
+    pub fn dropped(&self, reason: Reason) {
+        if let Some(count) = self.drops.get(reason as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Tells the daemon, if it keeps up.
+    pub fn tell(&self, event: FromWorkers) {
+        if self.events.try_send(event).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// A UDP socket of one address family.
+pub struct Socket {
+    socket: UdpSocket,
+    state: UdpSocketState,
+}
+
+impl Socket {
+    /// Sets all that batches need.
+    ///
+    /// # Errors
+    /// An option is refused.
+    pub fn new(socket: UdpSocket) -> io::Result<Self> {
+        let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+        Ok(Self { socket, state })
+    }
+
+    /// Sends, waiting a moment if the socket is full.
+    fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        match self.state.try_send(UdpSockRef::from(&self.socket), transmit) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let _ = poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)], FULL);
+                self.state.try_send(UdpSockRef::from(&self.socket), transmit)
+            }
+            result => result,
+        }
+    }
+}
+
+/// The sockets of a worker.
+pub struct Sockets {
+    /// IPv4, if the host has it.
+    pub v4: Option<Socket>,
+    /// IPv6, if the host has it.
+    pub v6: Option<Socket>,
+}
+
+impl Sockets {
+    fn of(&self, remote: SocketAddr) -> Option<&Socket> {
+        if remote.is_ipv4() { self.v4.as_ref() } else { self.v6.as_ref() }
+    }
+
+    /// Sends one message, or as many of `segment_size` as `contents` holds.
+    ///
+    /// # Errors
+    /// What `sendmsg` reports, or that there is no such socket.
+    pub fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.of(transmit.destination).ok_or(io::ErrorKind::Unsupported)?.send(transmit)
+    }
+
+    /// Messages that one batch may hold.
+    fn most(&self, remote: SocketAddr) -> usize {
+        self.of(remote).map_or(1, |socket| socket.state.max_gso_segments())
+    }
+}
+
+/// One worker.
+pub struct Worker {
+    number: u8,
+    device: File,
+    sockets: Sockets,
+    commands: mpsc::Receiver<Command>,
+    wake: Arc<EventFd>,
+    shared: Arc<Shared>,
+    peers: HashMap<u32, Arc<Peer>>,
+    sessions: HashMap<u32, Arc<Session>>,
+    /// Who sent data and is to be told that it arrives.
+    owed: Vec<Arc<Peer>>,
+    frame: Box<[u8]>,
+    batch: Box<[u8]>,
+    received: Vec<Box<[u8]>>,
+    joiner: Joiner,
+}
+
+impl Worker {
+    /// A worker that knows nobody.
+    pub fn new(
+        number: u8,
+        device: File,
+        joins_udp: bool,
+        sockets: Sockets,
+        commands: mpsc::Receiver<Command>,
+        wake: Arc<EventFd>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        Self {
+            number,
+            device,
+            sockets,
+            commands,
+            wake,
+            shared,
+            peers: HashMap::new(),
+            sessions: HashMap::new(),
+            owed: Vec::new(),
+            frame: vec![0; FRAME_LEN].into(),
+            batch: vec![0; BATCH_LEN].into(),
+            received: (0..RECEIVES).map(|_| vec![0; 65536].into()).collect(),
+            joiner: Joiner::new(joins_udp),
+        }
+    }
+
+    /// Works until it is told to stop, or its device is gone.
+    ///
+    /// # Errors
+    /// The device or a socket is broken.
+    pub fn run(mut self) -> io::Result<()> {
+        let mut last = boot_now_ns();
+        loop {
+            let now = boot_now_ns();
+            if now > last + STALE_NS {
+                self.discard()?;
+            }
+            last = now;
+            self.shared.maps.alive(self.number.into(), now);
+            if self.obey() {
+                return Ok(());
+            }
+            let sent = self.send_turn(now)?;
+            let received = self.receive_turn(now)?;
+            self.pay(now);
+            if !sent && !received {
+                self.wait()?;
+            }
+        }
+    }
+
+    /// Waits for anything to do, but not for long.
+    fn wait(&self) -> io::Result<()> {
+        let owes = !self.owed.is_empty();
+        let wait = if owes { Duration::from_nanos(super::peer::FEEDBACK_NS / 2) } else { WAIT };
+        let device = self.device.as_fd();
+        // A family that is missing has the device's place: a descriptor that is there twice does no harm.
+        let v4 = self.sockets.v4.as_ref().map_or(device, |v4| v4.socket.as_fd());
+        let v6 = self.sockets.v6.as_ref().map_or(device, |v6| v6.socket.as_fd());
+        let mut fds = [device, self.wake.as_fd(), v4, v6].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::ZERO);
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let [first, ..] = &fds;
+        if first.revents().is_some_and(|events| events.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL)) {
+            return Err(io::Error::other("the device is gone"));
+        }
+        Ok(())
+    }
+
+    /// Takes what the control thread says. True if it is the end.
+    fn obey(&mut self) -> bool {
+        let mut any = false;
+        while let Ok(command) = self.commands.try_recv() {
+            any = true;
+            match command {
+                Command::Peer(peer) => {
+                    self.peers.insert(peer.index.0, peer);
+                }
+                Command::RemovePeer(index) => {
+                    self.peers.remove(&index.0);
+                    self.sessions.retain(|_, session| session.peer != index);
+                    self.owed.retain(|peer| peer.index != index);
+                }
+                Command::Session(session) => {
+                    self.sessions.insert(session.local_index, session);
+                }
+                Command::Withdraw(local_index) => {
+                    self.sessions.remove(&local_index);
+                }
+                Command::Stop => return true,
+            }
+        }
+        if any {
+            let _ = self.wake.read();
+        }
+        false
+    }
+
+    /// Drops what waits in the device.
+    fn discard(&mut self) -> io::Result<()> {
+        while read(&mut self.device, &mut self.frame)?.is_some() {
+            self.shared.dropped(Reason::Expired);
+        }
+        Ok(())
+    }
+
+    fn send_turn(&mut self, now: u64) -> io::Result<bool> {
+        for turn in 0..TURN {
+            let Some(len) = read(&mut self.device, &mut self.frame)? else { return Ok(turn > 0) };
+            if let Err(reason) = self.send_frame(len, now) {
+                self.shared.dropped(reason);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Cuts, seals and sends what a container sent.
+    fn send_frame(&mut self, len: usize, now: u64) -> Result<(), Reason> {
+        let frame = self.frame.get(..len).ok_or(Reason::Malformed)?;
+        let (vnet, frame) = frame.split_first_chunk::<VNET_HEADER>().ok_or(Reason::Malformed)?;
+        let (ethernet, packet) = frame.split_first_chunk::<ETHERNET_LEN>().ok_or(Reason::Malformed)?;
+        // The host's own stack may speak into any interface: that is nobody's packet.
+        let index = bulk_peer(ethernet).ok_or(Reason::Unsupported)?;
+        let peer = self.peers.get(&index).ok_or(Reason::NoRoute)?;
+        let session = peer.current.load();
+        let session = session.as_ref().ok_or(Reason::NoSession)?;
+        let endpoint = peer.endpoint.load();
+        let endpoint = endpoint.as_ref().ok_or(Reason::NoRoute)?;
+        let cut = Cut::new(packet, &VnetHeader::from_bytes(*vnet)).map_err(|_| Reason::Malformed)?;
+        let cipher = peer.cipher(self.shared.mode, self.shared.speeds);
+        let stride = HEADER_LEN + cut.stride() + TAG_LEN;
+        let most = (BATCH_LEN / stride).min(self.sockets.most(endpoint.remote)).max(1);
+        let ecn = packet.get(1).copied().ok_or(Reason::Malformed)? & ECN_MASK;
+        let mut next = 0;
+        while next < cut.len() {
+            let end = (next + most).min(cut.len());
+            let mut used = 0;
+            for segment in next..end {
+                let place = self.batch.get_mut(used..).ok_or(Reason::Malformed)?;
+                let text = place.get_mut(HEADER_LEN..).ok_or(Reason::Malformed)?;
+                let len = HEADER_LEN + cut.write(segment, text) + TAG_LEN;
+                let message = place.get_mut(..len).ok_or(Reason::TooBig)?;
+                session.seal(self.number, cipher, cut.is_partial(), message, now)?;
+                used += len;
+            }
+            let transmit = Transmit {
+                destination: endpoint.remote,
+                ecn: EcnCodepoint::from_bits(ecn),
+                contents: self.batch.get(..used).ok_or(Reason::Malformed)?,
+                segment_size: (end - next > 1).then_some(stride),
+                src_ip: endpoint.local,
+            };
+            self.sockets.send(&transmit).map_err(|error| match error.raw_os_error() {
+                Some(libc::EMSGSIZE) => Reason::TooBig,
+                Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => Reason::NoRoute,
+                Some(_) | None => Reason::Helper,
+            })?;
+            next = end;
+        }
+        peer.sent(cut.len() as u64, packet.len() as u64, now);
+        Ok(())
+    }
+
+    fn receive_turn(&mut self, now: u64) -> io::Result<bool> {
+        let v4 = self.receive(true, now)?;
+        let v6 = self.receive(false, now)?;
+        Ok(v4 || v6)
+    }
+
+    fn receive(&mut self, is_v4: bool, now: u64) -> io::Result<bool> {
+        for turn in 0..TURN {
+            let socket = if is_v4 { &self.sockets.v4 } else { &self.sockets.v6 };
+            let Some(socket) = socket else { return Ok(false) };
+            let mut metas = [RecvMeta::default(); RECEIVES];
+            let got = {
+                let mut buffers = self.received.iter_mut();
+                let mut slices: [IoSliceMut<'_>; RECEIVES] = std::array::from_fn(|_| {
+                    IoSliceMut::new(buffers.next().map_or(&mut [][..], |buffer| &mut buffer[..]))
+                });
+                socket.state.recv(UdpSockRef::from(&socket.socket), &mut slices, &mut metas)
+            };
+            let got = match got {
+                Ok(got) => got,
+                Err(error) if is_passing(&error) => return Ok(turn > 0),
+                Err(error) => return Err(error),
+            };
+            let mut received = std::mem::take(&mut self.received);
+            for (buffer, meta) in received.iter_mut().zip(&metas).take(got) {
+                let Some(bytes) = buffer.get_mut(..meta.len) else { continue };
+                for message in bytes.chunks_mut(meta.stride.max(1)) {
+                    if let Err(reason) = self.take(message, meta, now) {
+                        self.shared.dropped(reason);
+                    }
+                }
+            }
+            self.received = received;
+            let (device, shared) = (&mut self.device, &self.shared);
+            self.joiner.flush(&mut |frame| write(device, frame, shared));
+        }
+        Ok(true)
+    }
+
+    /// Opens a message and does what it is for.
+    fn take(&mut self, message: &mut [u8], meta: &RecvMeta, now: u64) -> Result<(), Reason> {
+        if message.first().is_some_and(|kind| (TYPE_INITIATION..=TYPE_COOKIE_REPLY).contains(kind)) {
+            let event = FromWorkers::Received {
+                from: meta.addr,
+                to: meta.dst_ip,
+                bytes: message.get(..message.len().min(256)).unwrap_or_default().to_vec(),
+            };
+            self.shared.tell(event);
+            return Ok(());
+        }
+        let header = Header::from_message(message).ok_or(Reason::Malformed)?;
+        let session = self.sessions.get(&header.receiver).ok_or(Reason::UnknownIndex)?;
+        let text = session.open(&header, message, now)?;
+        let peer = self.peers.get(&session.peer.0).ok_or(Reason::UnknownIndex)?;
+        if session.confirm() {
+            peer.current.store(Some(session.clone()));
+        }
+        peer.follow(meta.addr, meta.dst_ip);
+        if let Some(hello) = Hello::from_plaintext(text) {
+            peer.heard(0, now);
+            peer.greeted(hello);
+            if hello.wants_answer && now >= peer.feedback_due() {
+                let peer = peer.clone();
+                say_hello(&self.shared, &self.sockets, self.number, &peer, false, now)?;
+            }
+            return Ok(());
+        }
+        peer.heard(text.len() as u64, now);
+        if !self.owed.iter().any(|owed| owed.index == peer.index) {
+            self.owed.push(peer.clone());
+        }
+        mark_congestion(text, meta.ecn)?;
+        let link = bulk_header(peer.index.0);
+        let (device, shared) = (&mut self.device, &self.shared);
+        self.joiner.push(link, text, header.is_partial, &mut |frame| write(device, frame, shared));
+        Ok(())
+    }
+
+    /// Tells peers that their data arrives.
+    fn pay(&mut self, now: u64) {
+        let Self { owed, shared, sockets, number, .. } = self;
+        owed.retain(|peer| {
+            let is_due = now >= peer.feedback_due();
+            if is_due && let Err(reason) = say_hello(shared, sockets, *number, peer, false, now) {
+                shared.dropped(reason);
+            }
+            !is_due
+        });
+    }
+}
+
+/// Says hello to a peer under the session that seals.
+///
+/// # Errors
+/// There is no session, no address, or no way.
+pub fn say_hello(
+    shared: &Shared,
+    sockets: &Sockets,
+    worker: u8,
+    peer: &Peer,
+    wants_answer: bool,
+    now: u64,
+) -> Result<(), Reason> {
+    let session = peer.current.load();
+    let session = session.as_ref().ok_or(Reason::NoSession)?;
+    let endpoint = peer.endpoint.load();
+    let endpoint = endpoint.as_ref().ok_or(Reason::NoRoute)?;
+    let mut message = [0; HEADER_LEN + HELLO_LEN + TAG_LEN];
+    let hello = Hello { wants_answer, speeds: shared.speeds };
+    message[HEADER_LEN..][..HELLO_LEN].copy_from_slice(&hello.to_bytes());
+    let cipher = peer.cipher(shared.mode, shared.speeds);
+    session.seal(worker, cipher, false, &mut message, now)?;
+    let transmit = Transmit {
+        destination: endpoint.remote,
+        ecn: None,
+        contents: &message,
+        segment_size: None,
+        src_ip: endpoint.local,
+    };
+    sockets.send(&transmit).map_err(|_| Reason::NoRoute)?;
+    peer.said_hello(now);
+    Ok(())
+}
+
+/// Combines the ECN codepoints as RFC 6040 says. Only IPv4 packets are marked: there are no others yet.
+fn mark_congestion(packet: &mut [u8], outer: Option<EcnCodepoint>) -> Result<(), Reason> {
+    let outer = outer.map_or(0, |ecn| ecn as u8);
+    let Some(header) = packet.first_chunk_mut::<12>() else { return Err(Reason::Malformed) };
+    if header[0] >> 4 != 4 {
+        return Err(Reason::Unsupported);
+    }
+    let inner = header[1];
+    let ecn = ecn_decapsulated(outer, inner).ok_or(Reason::Congestion)?;
+    let marked = inner & !ECN_MASK | ecn;
+    if marked != inner {
+        let before = u16::from_be_bytes([header[0], inner]);
+        let after = u16::from_be_bytes([header[0], marked]);
+        let sum = u16::from_be_bytes([header[10], header[11]]);
+        // RFC 1624, equation 3.
+        let mut new = u32::from(!sum) + u32::from(!before) + u32::from(after);
+        while new > 0xffff {
+            new = (new & 0xffff) + (new >> 16);
+        }
+        header[1] = marked;
+        [header[10], header[11]] = (!(new as u16)).to_be_bytes();
+    }
+    Ok(())
+}
+
+/// The next frame of the device, if one waits.
+fn read(device: &mut File, frame: &mut [u8]) -> io::Result<Option<usize>> {
+    match device.read(frame) {
+        Ok(0) => Err(io::Error::other("the device is gone")),
+        Ok(len) => Ok(Some(len)),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn write(device: &mut File, frame: &[u8], shared: &Shared) {
+    // Down, out of memory, or not a frame for the kernel: one packet's matter.
+    if device.write(frame).is_err() {
+        shared.dropped(Reason::Helper);
+    }
+}
+
+/// Errors of an earlier message that a socket reports at the next call.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::EAGAIN
+                | libc::EINTR
+                | libc::ECONNREFUSED
+                | libc::EHOSTUNREACH
+                | libc::ENETUNREACH
+                | libc::ENETDOWN
+                | libc::ENOBUFS
+                | libc::ENOMEM
+        )
+    )
+}

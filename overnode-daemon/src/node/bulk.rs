@@ -1,0 +1,470 @@
+//! The bulk path: starts its workers or takes over those of an earlier daemon, gives them peers and keys, and starts them anew when they end.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context as _, Result};
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::wire::BULK_PORT;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+
+use super::data::SECOND;
+use super::running::Node;
+use crate::api::{BulkStatus, WorkersStatus};
+use crate::bulk::control::{FromWorkers, Keys, Mode, Report, SOCKET, ToWorkers, VERSION};
+use crate::bulk::link::{self, Link, Ports};
+use crate::bulk::message::Cipher;
+use crate::bulk::peer::UNKNOWN_RTT_MS;
+use crate::control::key;
+use crate::datapath::Clock;
+use crate::handshake::{
+    Activity, AdoptedSession, Event, Handshakes, Initiate, PeerConfig, REJECT_AFTER_TIME, SessionKeys,
+};
+use crate::store::Identity;
+use crate::types::{PeerIndex, PublicKey, Secret};
+
+/// How long a process may take to say what it has.
+const GREETING: Duration = Duration::from_secs(3);
+/// A process that has said nothing for so long is ended.
+const SILENCE: Duration = Duration::from_secs(5);
+/// How long to wait before workers that ended are started anew, the first time and at most.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// Workers that lived so long were no failure to start.
+const STEADY: Duration = Duration::from_secs(60);
+
+/// The bulk path of this node.
+pub(super) struct Bulk {
+    mode: Mode,
+    workers: usize,
+    run_dir: PathBuf,
+    handshakes: Handshakes,
+    link: Option<Link>,
+    devices: Vec<u32>,
+    speeds: [u32; Cipher::ALL.len()],
+    started: Instant,
+    last_heard: Instant,
+    /// When to start workers again.
+    restart_at: Option<Instant>,
+    /// How long was waited before the last start.
+    waited: Duration,
+    peers: BTreeMap<PeerIndex, Configured>,
+    reports: BTreeMap<PeerIndex, Goodput>,
+    drops: BTreeMap<&'static str, u64>,
+    /// Why there are no workers.
+    pub(super) error: Option<String>,
+}
+
+/// A peer as the handshakes and the workers were told of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Configured {
+    public_key: PublicKey,
+    endpoint: Option<SocketAddr>,
+    rtt_ms: u32,
+}
+
+/// What the workers said of a peer last, and how fast its data went by then.
+#[derive(Clone, Copy)]
+struct Goodput {
+    report: Report,
+    at: Instant,
+    /// Inner bits a second sent and received.
+    rates: (u64, u64),
+}
+
+impl Bulk {
+    pub(super) fn new(identity: &Identity, run_dir: &Path, now: Instant) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        let most = overnode_ebpf::map::BULK_WORKER_SLOTS as usize;
+        Self {
+            mode: identity.bulk,
+            workers: identity.bulk_workers.map_or(cores / 2, usize::from).clamp(1, most),
+            run_dir: run_dir.to_owned(),
+            handshakes: Handshakes::for_bulk(identity.static_secret.clone(), StdRng::from_os_rng()),
+            link: None,
+            devices: Vec::new(),
+            speeds: [0; Cipher::ALL.len()],
+            started: now,
+            last_heard: now,
+            restart_at: None,
+            waited: Duration::ZERO,
+            peers: BTreeMap::new(),
+            reports: BTreeMap::new(),
+            drops: BTreeMap::new(),
+            error: None,
+        }
+    }
+
+    /// What the workers say next; `None` when they are gone. Never, while there are none. Cancelling loses nothing.
+    pub(super) async fn next(&self) -> Option<FromWorkers> {
+        match &self.link {
+            Some(link) => link.next().await.ok().flatten(),
+            None => std::future::pending().await,
+        }
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        let handshakes = self.link.as_ref().and_then(|_| self.handshakes.poll_timeout());
+        self.restart_at.into_iter().chain(handshakes).min()
+    }
+
+    /// What people are told of a peer's bulk path.
+    pub(super) fn status(&self, peer: PeerIndex) -> Option<BulkStatus> {
+        let Goodput { report, rates: (tx, rx), .. } = self.reports.get(&peer)?;
+        Some(BulkStatus {
+            in_use: report.is_served,
+            cipher: report.cipher,
+            rx_bytes: report.rx_bytes,
+            tx_bytes: report.tx_bytes,
+            rx_packets: report.rx_packets,
+            tx_packets: report.tx_packets,
+            rx_bits_per_second: *rx,
+            tx_bits_per_second: *tx,
+            silences: report.silences,
+        })
+    }
+
+    /// What people are told of the workers.
+    pub(super) fn workers_status(&self) -> WorkersStatus {
+        let speeds = Cipher::ALL.into_iter().zip(self.speeds).filter(|_| self.link.is_some());
+        WorkersStatus {
+            mode: self.mode,
+            workers: self.devices.len(),
+            pid: self.link.as_ref().map(Link::pid),
+            speeds: speeds.map(|(cipher, speed)| (cipher.name().to_owned(), speed)).collect(),
+            drops: self.drops.iter().map(|(reason, count)| ((*reason).to_owned(), *count)).collect(),
+            error: self.error.clone(),
+        }
+    }
+
+    fn tell(&self, message: &ToWorkers) {
+        let Some(link) = &self.link else { return };
+        if let Err(error) = link.tell(message) {
+            // Gone is noticed elsewhere; one that does not listen would not know its keys.
+            if error.kind() == std::io::ErrorKind::WouldBlock {
+                tracing::warn!("the workers of the bulk path do not listen: they are started anew");
+                link.kill();
+            }
+        }
+    }
+}
+
+impl Node {
+    /// Takes over the workers of an earlier daemon, or starts some. Without, everything is left to the programs: that is said once.
+    pub(super) async fn start_bulk(&mut self, now: Instant) {
+        if self.bulk.mode == Mode::Off {
+            if let Ok(Some(link)) = Link::connect(&self.bulk.run_dir) {
+                let _ = link.tell(&ToWorkers::Stop);
+            }
+            return self.datapath.bulk_maps().clear();
+        }
+        if self.adopt_workers(now).await {
+            return;
+        }
+        self.datapath.bulk_maps().clear();
+        match self.start_workers().await {
+            Ok(()) => self.bulk.error = None,
+            Err(error) => {
+                let error = format!("no bulk path, the programs do all the work: {error:#}");
+                if self.bulk.error.as_ref() != Some(&error) {
+                    tracing::warn!("{error}");
+                }
+                self.bulk.error = Some(error);
+                self.restart_later(now);
+            }
+        }
+    }
+
+    async fn adopt_workers(&mut self, now: Instant) -> bool {
+        let link = match Link::connect(&self.bulk.run_dir) {
+            Ok(Some(link)) => link,
+            Ok(None) => return false,
+            Err(error) => {
+                tracing::warn!("{error:#}");
+                return false;
+            }
+        };
+        let said = tokio::time::timeout(GREETING, collect(&link)).await;
+        let Ok(Some((state, sessions))) = said else {
+            tracing::warn!("the workers of an earlier daemon do not answer: they are ended");
+            link.kill();
+            return false;
+        };
+        let FromWorkers::State { version, program, mode, devices, speeds } = state else { return false };
+        let is_same = version == VERSION && program == env!("CARGO_PKG_VERSION") && mode == self.bulk.mode;
+        if !is_same || devices.len() != self.bulk.workers {
+            // What waits in them is still sent; flows go on with the programs meanwhile.
+            let _ = link.tell(&ToWorkers::Stop);
+            self.datapath.bulk_maps().clear();
+            return false;
+        }
+        for device in &devices {
+            if let Err(error) = self.datapath.adopt_bulk_device(*device).await {
+                tracing::warn!("the workers of an earlier daemon are of no use: {error:#}");
+                link.kill();
+                return false;
+            }
+        }
+        (self.bulk.devices, self.bulk.speeds) = (devices, speeds);
+        (self.bulk.link, self.bulk.started, self.bulk.last_heard) = (Some(link), now, now);
+        self.follow_bulk_peers(now);
+        let clock = Clock::now();
+        let mut strangers = BTreeSet::new();
+        for session in sessions {
+            let FromWorkers::Session {
+                peer,
+                local_index,
+                remote_index,
+                created_ns,
+                is_initiator,
+                is_confirmed,
+                is_sealing,
+            } = session
+            else {
+                continue;
+            };
+            if !self.bulk.peers.contains_key(&PeerIndex(peer)) {
+                strangers.insert(peer);
+                continue;
+            }
+            let session = AdoptedSession {
+                local_index,
+                remote_index,
+                initiator: is_initiator,
+                confirmed: is_confirmed,
+                created: clock.instant(created_ns).unwrap_or(now),
+                sealing: is_sealing,
+            };
+            self.bulk.handshakes.adopt(PeerIndex(peer), session, now);
+        }
+        for peer in strangers {
+            self.bulk.tell(&ToWorkers::RemovePeer { peer });
+        }
+        self.pump_bulk(None);
+        tracing::debug!("the workers of an earlier daemon go on");
+        true
+    }
+
+    async fn start_workers(&mut self) -> Result<()> {
+        let ports = Ports::bind(self.bulk.workers)?;
+        let mut devices = Vec::new();
+        for _ in 0..self.bulk.workers {
+            devices.push(self.datapath.bulk_device().await?);
+        }
+        let indexes: Vec<u32> = devices.iter().map(|device| device.ifindex).collect();
+        let maps = self.datapath.bulk_map_fds();
+        let mut child = link::start(&self.bulk.run_dir, self.bulk.mode, maps, devices, ports)?;
+        // Whoever is this process's child must be waited for, whenever it ends.
+        std::thread::spawn(move || child.wait());
+        let link = Link::connect(&self.bulk.run_dir)?.context("the workers' socket vanished")?;
+        let now = Instant::now();
+        (self.bulk.link, self.bulk.devices) = (Some(link), indexes);
+        (self.bulk.started, self.bulk.last_heard) = (now, now);
+        self.bulk.peers.clear();
+        self.follow_bulk_peers(now);
+        self.pump_bulk(None);
+        Ok(())
+    }
+
+    fn restart_later(&mut self, now: Instant) {
+        let (first, most) = BACKOFF;
+        let lived = now.saturating_duration_since(self.bulk.started) > STEADY;
+        self.bulk.waited = if lived { first } else { (self.bulk.waited * 2).clamp(first, most) };
+        self.bulk.restart_at = Some(now + self.bulk.waited);
+    }
+
+    /// Workers that end are started anew; meanwhile the programs hand them nothing.
+    fn lose_workers(&mut self, now: Instant) {
+        self.bulk.link = None;
+        self.datapath.bulk_maps().clear();
+        let devices = std::mem::take(&mut self.bulk.devices);
+        self.datapath.forget_bulk_devices(&devices);
+        let peers: Vec<PeerIndex> = std::mem::take(&mut self.bulk.peers).into_keys().collect();
+        for peer in peers {
+            self.bulk.handshakes.remove_peer(peer, now);
+        }
+        self.pump_bulk(None);
+        self.bulk.reports.clear();
+        self.restart_later(now);
+        tracing::warn!(
+            "the workers of the bulk path are gone: the programs do all the work until there are new ones"
+        );
+    }
+
+    pub(super) async fn handle_bulk(&mut self, said: Option<FromWorkers>, now: Instant) {
+        let Some(said) = said else { return self.lose_workers(now) };
+        self.bulk.last_heard = now;
+        match said {
+            FromWorkers::State { speeds, .. } => self.bulk.speeds = speeds,
+            FromWorkers::Session { .. } | FromWorkers::Ready => {}
+            FromWorkers::Received { from, to, bytes } => {
+                self.bulk.handshakes.handle_datagram(now, from, &bytes);
+                self.pump_bulk(to.map(|to| (from, to)));
+            }
+            FromWorkers::Confirmed { peer, local_index } => {
+                self.bulk.handshakes.handle_confirmed(PeerIndex(peer), local_index, now);
+                self.pump_bulk(None);
+            }
+            FromWorkers::Peers(reports) => {
+                for report in reports {
+                    self.take_report(report, now);
+                }
+            }
+            FromWorkers::Drops(drops) => {
+                let name = |code: u32| Reason::ALL.iter().find(|reason| **reason as u32 == code);
+                self.bulk.drops = drops
+                    .into_iter()
+                    .filter_map(|(code, count)| Some((name(code)?.as_str(), count)))
+                    .collect();
+            }
+        }
+    }
+
+    fn take_report(&mut self, report: Report, now: Instant) {
+        let index = PeerIndex(report.peer);
+        let clock = Clock::now();
+        let activity = Activity {
+            last_data_sent: clock.instant(report.last_data_tx_ns),
+            last_sent: clock.instant(report.last_tx_ns),
+            last_data_received: clock.instant(report.last_data_rx_ns),
+            last_received: clock.instant(report.last_rx_ns),
+            endpoint: report.endpoint,
+        };
+        self.bulk.handshakes.handle_activity(index, &activity);
+        let rates = self.bulk.reports.get(&index).map_or((0, 0), |before| {
+            let elapsed = now.saturating_duration_since(before.at).as_secs_f64().max(0.001);
+            let rate = |new: u64, old: u64| (new.saturating_sub(old) as f64 * 8.0 / elapsed) as u64;
+            (rate(report.tx_bytes, before.report.tx_bytes), rate(report.rx_bytes, before.report.rx_bytes))
+        });
+        self.bulk.reports.insert(index, Goodput { report, at: now, rates });
+    }
+
+    /// Does what is due, once a second and when the handshakes say so.
+    pub(super) async fn handle_bulk_timeout(&mut self, now: Instant) {
+        if self.bulk.restart_at.take_if(|at| *at <= now).is_some() {
+            self.start_bulk(now).await;
+        }
+        if self.bulk.link.is_some() {
+            self.bulk.handshakes.handle_timeout(now, SystemTime::now());
+            self.pump_bulk(None);
+        }
+    }
+
+    /// Tells handshakes and workers which peers there are and where. To be called about once a second.
+    pub(super) fn follow_bulk_peers(&mut self, now: Instant) {
+        let Some(link) = &self.bulk.link else { return };
+        if now > self.bulk.last_heard + SILENCE {
+            tracing::warn!("the workers of the bulk path say nothing: they are started anew");
+            return link.kill();
+        }
+        let wanted: BTreeMap<PeerIndex, Configured> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.has_session(now) || peer.state.is_some())
+            .filter_map(|(index, peer)| {
+                let id = index.node()?;
+                let endpoint = peer.state.as_ref()?.endpoint;
+                let rtt = self.paths.state(id).and_then(|state| state.rtt);
+                let configured = Configured {
+                    public_key: peer.public_key,
+                    endpoint: endpoint.map(|it| SocketAddr::new(it.ip(), BULK_PORT)),
+                    rtt_ms: rtt.map_or(UNKNOWN_RTT_MS, |rtt| rtt.as_millis().min(10_000) as u32 + 1),
+                };
+                Some((*index, configured))
+            })
+            .collect();
+        let gone: Vec<PeerIndex> = self
+            .bulk
+            .peers
+            .iter()
+            .filter(|(index, before)| {
+                wanted.get(index).is_none_or(|peer| peer.public_key != before.public_key)
+            })
+            .map(|(index, _)| *index)
+            .collect();
+        for index in gone {
+            self.bulk.peers.remove(&index);
+            self.bulk.reports.remove(&index);
+            self.bulk.handshakes.remove_peer(index, now);
+            self.bulk.tell(&ToWorkers::RemovePeer { peer: index.0 });
+        }
+        for (index, peer) in wanted {
+            if self.bulk.peers.get(&index) == Some(&peer) {
+                continue;
+            }
+            self.bulk.peers.insert(index, peer);
+            let Configured { public_key, endpoint, rtt_ms } = peer;
+            self.bulk.tell(&ToWorkers::Peer { peer: index.0, endpoint, rtt_ms });
+            let is_first = index.0 > u32::from(self.identity.id.get());
+            let config = PeerConfig {
+                public_key,
+                preshared_key: key::bulk_pair_key(&self.identity.cluster_key, &self.public_key, &public_key),
+                endpoint,
+                initiate: if is_first { Initiate::AtOnce } else { Initiate::After(SECOND) },
+                persistent_keepalive: None,
+            };
+            self.bulk.handshakes.upsert_peer(index, config, now);
+        }
+    }
+
+    /// Carries out what the handshakes of the bulk path have decided.
+    pub(super) fn pump_bulk(&mut self, asked: Option<(SocketAddr, IpAddr)>) {
+        let clock = Clock::now();
+        while let Some(event) = self.bulk.handshakes.poll_event() {
+            match event {
+                Event::Install { peer, session } => self.bulk.tell(&install(peer, &session, clock)),
+                Event::Withdraw { local_index, .. } => self.bulk.tell(&ToWorkers::Withdraw { local_index }),
+                Event::SendKeepalive { peer } => self.bulk.tell(&ToWorkers::Keepalive { peer: peer.0 }),
+                // Workers follow each message that they authenticate.
+                Event::EndpointChanged { peer, endpoint } => {
+                    let rtt_ms = self.bulk.peers.get(&peer).map_or(UNKNOWN_RTT_MS, |peer| peer.rtt_ms);
+                    self.bulk.tell(&ToWorkers::Peer { peer: peer.0, endpoint: Some(endpoint), rtt_ms });
+                }
+                Event::Failed { peer, why } => tracing::debug!("no bulk session with peer {peer}: {why}"),
+            }
+        }
+        while let Some(transmit) = self.bulk.handshakes.poll_transmit() {
+            let from = asked.filter(|(asker, _)| *asker == transmit.to).map(|(_, address)| address);
+            self.bulk.tell(&ToWorkers::Send { to: transmit.to, from, bytes: transmit.bytes });
+        }
+    }
+
+    /// The node leaves: its workers end.
+    pub(super) async fn stop_bulk(&mut self) {
+        if let Some(link) = self.bulk.link.take() {
+            link.stop().await;
+        }
+        let _ = std::fs::remove_file(self.bulk.run_dir.join(SOCKET));
+    }
+}
+
+/// All that a process has, up to [`FromWorkers::Ready`].
+async fn collect(link: &Link) -> Option<(FromWorkers, Vec<FromWorkers>)> {
+    let state = link.next().await.ok()??;
+    let mut sessions = Vec::new();
+    loop {
+        match link.next().await.ok()?? {
+            FromWorkers::Ready => return Some((state, sessions)),
+            said @ FromWorkers::Session { .. } => sessions.push(said),
+            _ => {}
+        }
+    }
+}
+
+fn install(peer: PeerIndex, session: &SessionKeys, clock: Clock) -> ToWorkers {
+    let created_ns = clock.boot_ns(session.created);
+    let Secret(tx) = &session.tx_key;
+    let Secret(rx) = &session.rx_key;
+    ToWorkers::Install(Keys {
+        peer: peer.0,
+        local_index: session.local_index,
+        remote_index: session.remote_index,
+        tx: *tx,
+        rx: *rx,
+        created_ns,
+        expires_ns: created_ns.saturating_add(REJECT_AFTER_TIME.as_nanos() as u64),
+        is_initiator: session.initiator,
+    })
+}
