@@ -3,6 +3,7 @@
 mod join;
 mod model;
 mod segment;
+mod tap;
 
 use proptest::prelude::*;
 

@@ -88,9 +88,12 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         let numbers = [vnet.hdr_len, vnet.gso_size, vnet.csum_start, vnet.csum_offset];
         let numbers: Vec<u8> = numbers.into_iter().flat_map(u16::to_le_bytes).collect();
         seeds.push((cut, [&[0, vnet.flags, vnet.gso_type], &numbers[..], &packet.bytes()].concat()));
-        let segments =
-            packet.cut(100).iter().flat_map(|segment| [vec![0], Input::framed(&segment.bytes())].concat());
-        seeds.push((join, [1].into_iter().chain(segments).collect()));
+        let mut segments = vec![1];
+        for segment in packet.cut(100) {
+            segments.push(0);
+            segments.extend(Input::framed(&segment.bytes()));
+        }
+        seeds.push((join, segments));
     }
     let long = [0, 10, 22, 0, 13, 0].repeat(20);
     let all: Vec<u8> = (0..24).flat_map(|which| [which, 9, 100, which, 13, 0, which, 0, 0x18]).collect();
