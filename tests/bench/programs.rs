@@ -26,7 +26,7 @@ use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
 /// Lengths of the inner packets, from the IP header on, in bytes.
 pub const SIZES: [usize; 3] = [64, 512, 1400];
-const PROGRAMS: [&str; 4] = ["from_container", "seal", "from_underlay", "from_underlay_xdp"];
+const PROGRAMS: [&str; 5] = ["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk"];
 
 const INNER: [[u8; 4]; 2] = [[10, 40, 0, 1], [10, 48, 0, 1]];
 const OUTER: [[u8; 4]; 2] = [[192, 168, 77, 1], [192, 168, 77, 2]];

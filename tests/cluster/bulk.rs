@@ -290,7 +290,8 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
             message
         });
         let forged = send(&mut flipped)?;
-        let mut cut = messages.iter().enumerate().take(400).map(|(at, message)| message[..at % 31].to_vec());
+        let mut cut =
+            messages.iter().enumerate().take(400).map(|(at, message)| message[..1 + at % 31].to_vec());
         let truncated = send(&mut cut)?;
         let mut strangers = messages.iter().take(500).map(|message| {
             let mut message = message.clone();
@@ -309,7 +310,6 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
         assert_eq!(more(&["replayed", "too-old"]), replayed, "{after:?}");
         assert_eq!(more(&["forged"]), forged, "{after:?}");
         assert_eq!(more(&["unknown-index"]), unknown, "{after:?}");
-        // Those of a length of 0 to 3 that look like no message at all, too.
         assert_eq!(more(&["malformed"]), truncated, "{after:?}");
         assert_eq!(counter(lab.host(2), "bulk-received")?, delivered, "something was delivered");
         let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(20 * MEGABYTE))?;
@@ -353,7 +353,8 @@ fn a_node_without_workers_works_with_one_that_has_some() -> Result<()> {
 fn different_numbers_of_workers_and_ciphers_go_together() -> Result<()> {
     in_lab(Lab::new("bulkmany").hosts(2), |lab| {
         for (host, bulk, workers) in [(lab.host(1), "chacha", "3"), (lab.host(2), "aes", "2")] {
-            let words = ["launch", "--bulk", bulk, "--bulk-workers", workers, "--id", workers];
+            let id = host.number.to_string();
+            let words = ["launch", "--bulk", bulk, "--bulk-workers", workers, "--id", &id];
             host.overnode_with(&[&words[..], &lab.targets()].concat(), &[("OVERNODE_TOKEN", TOKEN)])?
                 .success()?;
         }

@@ -54,6 +54,7 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
         let text = eventually(PATIENCE, || {
             let (code, text) = get(a, "/metrics")?;
             ensure!(code == 200 && text.contains("overnode_peer_rtt_seconds{"), "{code}: {text}");
+            ensure!(text.contains("overnode_bulk_peer_in_use{"), "the workers say nothing: {text}");
             Ok(text)
         })?;
         let values = samples(&text)?;

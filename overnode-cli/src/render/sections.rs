@@ -3,10 +3,12 @@
 use std::time::SystemTime;
 
 use overnode_daemon::api::{
-    ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, DnsStatus, EndpointState,
-    EndpointStatus, ExternalPeerStatus, IpamStatus, Kind, LastError, Level, NodeState, NodeStatus, Path,
-    PeerStatus, RouteStatus, SessionState, Status, TargetState, TargetStatus,
+    BulkStatus, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, DnsStatus,
+    EndpointState, EndpointStatus, ExternalPeerStatus, IpamStatus, Kind, LastError, Level, NodeState,
+    NodeStatus, Path, PeerStatus, RouteStatus, SessionState, Status, TargetState, TargetStatus,
+    WorkersStatus,
 };
+use overnode_daemon::bulk::control::Mode;
 use overnode_daemon::types::NodeId;
 
 use super::grid::{Cell, Grid, Style, Tone, maybe, pairs_of};
@@ -58,11 +60,25 @@ pub fn node(node: &NodeStatus, style: Style) -> String {
     }
     pairs.extend(node.mtu.map(|mtu| ("mtu", Cell::from(mtu))));
     pairs.extend(node.attachment.as_ref().map(|how| ("programs", Cell::from(how))));
+    pairs.extend(workers(&node.bulk).map(|text| ("bulk flows", Cell::from(text))));
     if node.discovery == Some(false) {
         pairs.push(("discovery", "off".into()));
     }
     pairs.push(("public key", node.public_key.into()));
     pairs_of(pairs.iter().map(|(name, cell)| (*name, cell)), style)
+}
+
+/// What becomes of flows that move a lot; nothing while workers start.
+fn workers(bulk: &WorkersStatus) -> Option<String> {
+    let how_many = match (bulk.mode, bulk.workers) {
+        (Mode::Off, _) => return Some("in the kernel, as all others".to_owned()),
+        (_, 0) => return bulk.error.as_ref().map(|_| "in the kernel: there are no workers".to_owned()),
+        (_, 1) => "1 worker".to_owned(),
+        (_, workers) => format!("{workers} workers"),
+    };
+    let speeds: Vec<String> =
+        bulk.speeds.iter().map(|(cipher, speed)| format!("{cipher} {speed} MiB/s")).collect();
+    Some(format!("{how_many}, each {}", speeds.join(" or ")))
 }
 
 /// `--targets`
@@ -139,10 +155,11 @@ pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
         "loss",
         "mtu",
         "since",
+        "bulk flows",
         "encryption",
         "note",
     ])
-    .spare(&["encryption", "loss", "since", "rtt", "path", "mtu"]);
+    .spare(&["encryption", "bulk flows", "loss", "since", "rtt", "path", "mtu"]);
     for connection in connections {
         let note = match connection.state {
             ConnectionState::Established => String::new(),
@@ -164,11 +181,31 @@ pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
             loss,
             maybe(connection.mtu),
             maybe(connection.since_seconds.map(duration)),
+            maybe(connection.bulk.as_ref().map(bulk)),
             maybe(connection.encryption.as_ref()),
             note.into(),
         ]);
     }
     grid.render(style)
+}
+
+/// What seals flows that move a lot, and how fast they go in both directions together.
+fn bulk(bulk: &BulkStatus) -> String {
+    let rate = bulk.rx_bits_per_second + bulk.tx_bits_per_second;
+    match (bulk.in_use, rate) {
+        (false, _) => "in the kernel".to_owned(),
+        (true, 0) => bulk.cipher.name().to_owned(),
+        (true, rate) => format!("{} {}", bulk.cipher.name(), bit_rate(rate)),
+    }
+}
+
+fn bit_rate(bits: u64) -> String {
+    let bits = bits as f64;
+    match () {
+        () if bits >= 1e9 => format!("{:.1} Gbit/s", bits / 1e9),
+        () if bits >= 1e6 => format!("{:.0} Mbit/s", bits / 1e6),
+        () => format!("{:.0} kbit/s", bits / 1e3),
+    }
 }
 
 /// `--endpoints`

@@ -5,6 +5,8 @@ use std::fs;
 use std::thread;
 
 use overnode_daemon::api::*;
+use overnode_daemon::bulk::control::Mode;
+use overnode_daemon::bulk::message::Cipher;
 use overnode_daemon::monitor::Hub;
 use overnode_daemon::types::{Network, PublicKey};
 use tokio::sync::mpsc;
@@ -80,6 +82,17 @@ pub fn sample() -> Status {
         tx_packets: Some(7),
         received_seconds_ago: Some(1),
         last_error: None,
+        bulk: Some(BulkStatus {
+            in_use: true,
+            cipher: Cipher::Aes,
+            rx_bytes: 1_000_000,
+            tx_bytes: 2000,
+            rx_packets: 800,
+            tx_packets: 4,
+            rx_bits_per_second: 5_310_000_000,
+            tx_bits_per_second: 1_000_000,
+            silences: 0,
+        }),
     };
     let peer = PeerStatus {
         id: 1.try_into().unwrap(),
@@ -114,6 +127,7 @@ pub fn sample() -> Status {
         route: data.route.clone(),
         next_try_in_seconds: None,
         last_error: None,
+        bulk: data.bulk.clone(),
     };
     let target = TargetStatus {
         host: "host1".parse().unwrap(),
@@ -148,6 +162,13 @@ pub fn sample() -> Status {
             public_key: PublicKey([1; 32]),
             discovery: Some(true),
             attachment: Some("tcx".into()),
+            bulk: WorkersStatus {
+                mode: Mode::Auto,
+                workers: 1,
+                pid: Some(4711),
+                speeds: [("AES-256-GCM".to_owned(), 3980), ("ChaCha20-Poly1305".to_owned(), 1880)].into(),
+                ..WorkersStatus::default()
+            },
         },
         targets: vec![
             target.clone(),
@@ -206,6 +227,7 @@ pub fn sample() -> Status {
                 rtt_microseconds: None,
                 mtu: None,
                 route: None,
+                bulk: None,
                 last_error: Some(error("the token differs", 60)),
                 ..connection
             },

@@ -63,6 +63,11 @@ impl Health {
         }
         addresses(status, &mut findings);
         targets(status, &mut findings);
+        if let Some(error) = &status.node.bulk.error {
+            let advice =
+                "mend it, or launch with `--bulk off` to do without: only flows that move a lot are slower";
+            findings.push(Finding::new(Level::Warning, error, advice));
+        }
         refused(status, &mut findings);
         for endpoint in status.endpoints.iter().filter(|it| it.state == EndpointState::Gone) {
             let name = endpoint.name.clone().unwrap_or_else(|| endpoint.target.to_string());

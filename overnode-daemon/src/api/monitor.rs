@@ -194,6 +194,8 @@ pub enum Program {
     FromUnderlay,
     /// The same in XDP.
     FromUnderlayXdp,
+    /// What a worker of the bulk path opened, to a container.
+    FromBulk,
 }
 
 /// The headers of a dropped packet, as far as they can be read.

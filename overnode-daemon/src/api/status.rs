@@ -321,6 +321,9 @@ pub struct ConnectionStatus {
     pub next_try_in_seconds: Option<u64>,
     /// Why it is not established, or why it was not before.
     pub last_error: Option<LastError>,
+    /// What workers do for flows to that node that move a lot; absent without workers.
+    #[serde(default)]
+    pub bulk: Option<BulkStatus>,
 }
 
 /// Who called.

@@ -13,7 +13,7 @@ use command_fds::{CommandFdExt as _, FdMapping};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{
-    self, AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrStorage, UnixAddr, sockopt,
+    self, AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, UnixAddr, sockopt,
 };
 use nix::unistd::Pid;
 use overnode_ebpf::wire::BULK_PORT;
@@ -196,7 +196,7 @@ pub fn start(
         has_v6: !ports.v6.is_empty(),
         joins_udp: devices.iter().all(|device| device.takes_uso),
     };
-    let mut fds = vec![listen(run_dir)?];
+    let mut fds = vec![named_socket(run_dir)?];
     for map in maps {
         fds.push(map.try_clone_to_owned()?);
     }
@@ -223,7 +223,8 @@ pub fn start(
     command.spawn().context("the process of the workers cannot be started")
 }
 
-fn listen(run_dir: &Path) -> Result<OwnedFd> {
+/// The process itself listens: who listens is who the kernel says is at the other end.
+fn named_socket(run_dir: &Path) -> Result<OwnedFd> {
     let path = run_dir.join(SOCKET);
     match std::fs::remove_file(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -236,6 +237,5 @@ fn listen(run_dir: &Path) -> Result<OwnedFd> {
     // The run directory is root's alone.
     socket::bind(socket.as_raw_fd(), &UnixAddr::new(&path)?)
         .with_context(|| format!("the socket {} cannot be made", path.display()))?;
-    socket::listen(&socket, Backlog::new(4)?)?;
     Ok(socket)
 }

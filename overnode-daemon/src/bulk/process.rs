@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{self, SockFlag, sockopt};
+use nix::sys::socket::{self, Backlog, SockFlag, sockopt};
 use overnode_ebpf::reason::Reason;
 use quinn_udp::Transmit;
 use serde::{Deserialize, Serialize};
@@ -77,6 +77,7 @@ pub fn run(argument: &str) -> Result<()> {
     let mut fds = (FIRST_FD..).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
     let mut take = || fds.next().context("a descriptor is missing");
     let listener = take()?;
+    socket::listen(&listener, Backlog::new(4)?)?;
     let maps = BulkMaps::open(take()?.as_fd(), take()?.as_fd())?;
     let mut hands = Vec::new();
     let mut sending = Sockets { v4: None, v6: None };

@@ -14,7 +14,7 @@ use super::programs::FROM_BULK;
 use super::{Datapath, quieten};
 
 /// Names of the devices: the kernel puts a number at the end.
-const NAME: &str = "ovnb%d";
+const PREFIX: &str = "ovnb";
 /// The largest that a TAP device has.
 const MTU: u32 = 65521;
 
@@ -146,6 +146,23 @@ impl Datapath {
         Ok(())
     }
 
+    /// Removes devices of workers that nobody has taken over. True if there were any.
+    ///
+    /// # Errors
+    /// Interfaces cannot be listed or removed.
+    pub async fn remove_stray_bulk_devices(&mut self) -> Result<bool> {
+        let mut any = false;
+        for link in self.netlink.links().await? {
+            let is_device = link.alias.as_deref() == Some(self.alias.as_str())
+                && link.name.strip_prefix(PREFIX).is_some_and(|number| number.parse::<u32>().is_ok());
+            if is_device && !self.bulk_devices.contains(&link.index) {
+                self.netlink.delete(link.index).await?;
+                any = true;
+            }
+        }
+        Ok(any)
+    }
+
     /// Devices of workers that are gone are nobody's any more.
     pub fn forget_bulk_devices(&mut self, devices: &[u32]) {
         self.bulk_devices.retain(|ifindex| !devices.contains(ifindex));
@@ -156,7 +173,7 @@ impl Datapath {
 fn create(file: &File) -> io::Result<String> {
     // SAFETY: all zeros are a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(NAME.bytes()) {
+    for (to, from) in request.ifr_name.iter_mut().zip(PREFIX.bytes().chain(*b"%d")) {
         *to = from as libc::c_char;
     }
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;

@@ -10,10 +10,28 @@ use prometheus_client::encoding::{
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
 
+use overnode_ebpf::reason::Reason;
+
 use crate::api::{
-    ConnectionState, DataStatus, EndpointState, Kind, Level, NodeState, Path, PeerStatus, SessionState,
-    Status, TargetState,
+    BulkStatus, ConnectionState, DataStatus, EndpointState, Kind, Level, NodeState, Path, PeerStatus,
+    SessionState, Status, TargetState,
 };
+
+/// Why workers drop something.
+const BULK_DROPS: [Reason; 12] = [
+    Reason::Unsupported,
+    Reason::Malformed,
+    Reason::NoRoute,
+    Reason::NoSession,
+    Reason::Expired,
+    Reason::Exhausted,
+    Reason::Helper,
+    Reason::UnknownIndex,
+    Reason::Replayed,
+    Reason::TooOld,
+    Reason::Forged,
+    Reason::Congestion,
+];
 
 /// One node at one moment.
 #[derive(Debug)]
@@ -205,7 +223,46 @@ impl Families {
         family("peer_received_messages", "Messages from the node, keepalives included.")
             .counters(encoder, counter(|it| it.rx_packets))?;
         family("peer_sent_messages", "Messages to the node, keepalives included.")
-            .counters(encoder, counter(|it| it.tx_packets))
+            .counters(encoder, counter(|it| it.tx_packets))?;
+        self.bulk(encoder)
+    }
+
+    fn bulk(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let workers = &self.0.node.bulk;
+        family("bulk_workers", "Workers of the bulk path.")
+            .gauges(encoder, [(vec![], workers.workers as i64)])?;
+        let drops = BULK_DROPS.map(|reason| {
+            let count = workers.drops.get(reason.as_str()).copied().unwrap_or_default();
+            (vec![("reason", reason.as_str().to_owned())], count)
+        });
+        family(
+            "bulk_drops",
+            "Packets and messages that workers dropped, by reason; since they were started.",
+        )
+        .counters(encoder, drops)?;
+        let bulk = || {
+            let others =
+                self.0.peers.iter().filter_map(|peer| Some((peer, peer.data.as_ref()?.bulk.as_ref()?)));
+            others.map(|(peer, bulk)| (vec![("peer", peer.id.to_string())], bulk))
+        };
+        let used = bulk().map(|(mut labels, bulk)| {
+            labels.push(("cipher", bulk.cipher.name().to_owned()));
+            (labels, i64::from(bulk.in_use))
+        });
+        family("bulk_peer_in_use", "1 while flows to the node that move a lot go through workers.")
+            .gauges(encoder, used)?;
+        let counter = |value: fn(&BulkStatus) -> u64| bulk().map(move |(labels, bulk)| (labels, value(bulk)));
+        family("bulk_peer_received", "The part of peer_received that came through workers.")
+            .in_unit(Unit::Bytes)
+            .counters(encoder, counter(|it| it.rx_bytes))?;
+        family("bulk_peer_sent", "The part of peer_sent that went through workers.")
+            .in_unit(Unit::Bytes)
+            .counters(encoder, counter(|it| it.tx_bytes))?;
+        family(
+            "bulk_peer_silences",
+            "How often the node's workers fell silent while something was sent to them.",
+        )
+        .counters(encoder, counter(|it| it.silences))
     }
 
     fn connections(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {

@@ -5,8 +5,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use overnode_ebpf::map::{
-    DROPPED_LEN, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL,
-    VLAN_PRESENT,
+    DROPPED_LEN, PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP,
+    PROGRAM_SEAL, VLAN_PRESENT,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
@@ -53,12 +53,15 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
         PROGRAM_SEAL => Program::Seal,
         PROGRAM_FROM_UNDERLAY => Program::FromUnderlay,
         PROGRAM_FROM_UNDERLAY_XDP => Program::FromUnderlayXdp,
+        PROGRAM_FROM_BULK => Program::FromBulk,
         _ => return None,
     };
     let captured = usize::try_from(captured).ok().filter(|captured| *captured <= DROPPED_LEN)?;
     let mut headers = match program {
         Program::FromContainer => of_container(packet.get(..captured)?),
-        Program::Seal => Headers { inner: inner_of_frame(packet.get(..captured)?), ..Headers::default() },
+        Program::Seal | Program::FromBulk => {
+            Headers { inner: inner_of_frame(packet.get(..captured)?), ..Headers::default() }
+        }
         Program::FromUnderlay | Program::FromUnderlayXdp => {
             of_underlay(packet.get(..captured)?, is_opened(reason))
         }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Result, bail};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::BULK_PORT;
 use rand::SeedableRng as _;
@@ -30,6 +30,8 @@ use crate::types::{PeerIndex, PublicKey, Secret};
 const GREETING: Duration = Duration::from_secs(3);
 /// A process that has said nothing for so long is ended.
 const SILENCE: Duration = Duration::from_secs(5);
+/// How long workers take to notice that their devices are gone.
+const STRAYS: Duration = Duration::from_millis(500);
 /// How long to wait before workers that ended are started anew, the first time and at most.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
 /// Workers that lived so long were no failure to start.
@@ -155,9 +157,7 @@ impl Node {
     /// Takes over the workers of an earlier daemon, or starts some. Without, everything is left to the programs: that is said once.
     pub(super) async fn start_bulk(&mut self, now: Instant) {
         if self.bulk.mode == Mode::Off {
-            if let Ok(Some(link)) = Link::connect(&self.bulk.run_dir) {
-                let _ = link.tell(&ToWorkers::Stop);
-            }
+            self.stop_bulk().await;
             return self.datapath.bulk_maps().clear();
         }
         if self.adopt_workers(now).await {
@@ -196,8 +196,7 @@ impl Node {
         let is_same = version == VERSION && program == env!("CARGO_PKG_VERSION") && mode == self.bulk.mode;
         if !is_same || devices.len() != self.bulk.workers {
             // What waits in them is still sent; flows go on with the programs meanwhile.
-            let _ = link.tell(&ToWorkers::Stop);
-            self.datapath.bulk_maps().clear();
+            link.stop().await;
             return false;
         }
         for device in &devices {
@@ -248,6 +247,10 @@ impl Node {
     }
 
     async fn start_workers(&mut self) -> Result<()> {
+        if self.datapath.remove_stray_bulk_devices().await? {
+            // Workers that no socket leads to any more: without their devices they end.
+            tokio::time::sleep(STRAYS).await;
+        }
         let ports = Ports::bind(self.bulk.workers)?;
         let mut devices = Vec::new();
         for _ in 0..self.bulk.workers {
@@ -258,7 +261,14 @@ impl Node {
         let mut child = link::start(&self.bulk.run_dir, self.bulk.mode, maps, devices, ports)?;
         // Whoever is this process's child must be waited for, whenever it ends.
         std::thread::spawn(move || child.wait());
-        let link = Link::connect(&self.bulk.run_dir)?.context("the workers' socket vanished")?;
+        let started = Instant::now();
+        let link = loop {
+            match Link::connect(&self.bulk.run_dir)? {
+                Some(link) => break link,
+                None if started.elapsed() > GREETING => bail!("the process of the workers does not listen"),
+                None => tokio::time::sleep(Duration::from_millis(2)).await,
+            }
+        };
         let now = Instant::now();
         (self.bulk.link, self.bulk.devices) = (Some(link), indexes);
         (self.bulk.started, self.bulk.last_heard) = (now, now);
@@ -433,7 +443,8 @@ impl Node {
 
     /// The node leaves: its workers end.
     pub(super) async fn stop_bulk(&mut self) {
-        if let Some(link) = self.bulk.link.take() {
+        let link = self.bulk.link.take().or_else(|| Link::connect(&self.bulk.run_dir).ok().flatten());
+        if let Some(link) = link {
             link.stop().await;
         }
         let _ = std::fs::remove_file(self.bulk.run_dir.join(SOCKET));

@@ -155,6 +155,9 @@ impl Node {
                 let sender = sender.or_else(|| at(inner.map(|inner| inner.source)));
                 (sender, inner.and_then(|inner| self.owner(inner.destination)))
             }
+            Program::FromBulk => {
+                (at(inner.map(|inner| inner.destination)), inner.and_then(|inner| self.owner(inner.source)))
+            }
             Program::FromUnderlay | Program::FromUnderlayXdp => {
                 let session = headers.message.as_ref().and_then(|it| self.session_of(it.receiver));
                 let relayed = || NodeId::new(headers.relay.as_ref()?.source).ok().map(NodeId::peer_index);

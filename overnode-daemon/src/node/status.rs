@@ -205,6 +205,7 @@ impl Node {
                         .or_else(|| Some(self.gossip.record(view.peer?)?.nickname.clone())),
                     rtt_microseconds: rtt.and_then(|rtt| u64::try_from(rtt.as_micros()).ok()),
                     mtu: data.as_ref().and_then(|data| data.mtu),
+                    bulk: data.as_ref().and_then(|data| data.bulk.clone()),
                     route: data.and_then(|data| data.route),
                     next_try_in_seconds: next_try(&view.phase, now),
                     last_error: if view.phase == Phase::Myself {

@@ -120,9 +120,10 @@ pub struct World {
 }
 
 /// All programs, for [`load`].
-pub const ALL: &[&str] = &["from_container", "seal", "from_underlay", "from_underlay_xdp", "aead_check"];
+pub const ALL: &[&str] =
+    &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk", "aead_check"];
 /// Those that packets run through.
-const PATHS: &[&str] = &["from_container", "seal", "from_underlay", "from_underlay_xdp"];
+const PATHS: &[&str] = &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk"];
 
 /// Loads these programs.
 pub fn load(debug: u8, names: &[&str]) -> Ebpf {

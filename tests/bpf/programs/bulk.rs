@@ -1,0 +1,235 @@
+//! The bulk path: which packets go to workers, and what workers may deliver.
+
+use aya::maps::Array;
+use overnode_ebpf::map::{
+    BULK_PATIENCE, BULK_SILENCE_NS, BULK_THRESHOLD, BulkPeer, BulkWorker, Peer, ROUTE_HOST,
+};
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::wire::{bulk_header, bulk_peer};
+
+use crate::packet::{ethernet, from_container, ipv4, ipv4_with, set_ipv4_checksum};
+use crate::world::{
+    CONTAINER, CONTAINER_MAC, GATEWAY_MAC, IFINDEX, MTU, NEIGHBOUR, OTHER_PEER, OTHER_REMOTE, Output, PEER,
+    REMOTE, TC_ACT_REDIRECT, UNATTACHED, Underlay, World, boot_ns,
+};
+
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+const SEGMENT: u32 = 1360;
+
+impl World {
+    /// One worker that was at work so long ago, and serves the peer.
+    fn serve(&mut self, ago_ns: u64) {
+        self.set_worker(0, BulkWorker { ifindex: IFINDEX, unused: 0, alive_ns: boot_ns() - ago_ns });
+        let peer = self.bulk_peer();
+        self.set_bulk_peer(BulkPeer { workers: 1, ..peer });
+    }
+
+    fn set_worker(&mut self, number: u32, worker: BulkWorker) {
+        let map = self.ebpf.map_mut("BULK_WORKERS").expect("BULK_WORKERS");
+        Array::try_from(map).and_then(|mut map| map.set(number, worker, 0)).expect("BULK_WORKERS");
+    }
+
+    fn bulk_peer(&mut self) -> BulkPeer {
+        let map = self.ebpf.map_mut("BULK_PEERS").expect("BULK_PEERS");
+        Array::try_from(map).and_then(|map| map.get(&PEER, 0)).expect("BULK_PEERS")
+    }
+
+    fn set_bulk_peer(&mut self, peer: BulkPeer) {
+        let map = self.ebpf.map_mut("BULK_PEERS").expect("BULK_PEERS");
+        Array::try_from(map).and_then(|mut map| map.set(PEER, peer, 0)).expect("BULK_PEERS");
+    }
+
+    /// A packet of segments from the container to the peer's.
+    fn send_large(&self, protocol: u8, port: u16) -> Output {
+        self.run_gso("from_container", &from_container(&large(protocol, port)), SEGMENT)
+    }
+
+    /// Sends until the flow has moved; how many packets that took.
+    fn move_flow(&self, port: u16) -> usize {
+        (1..=2000)
+            .find(|_| is_steered(&self.send_large(TCP, port)))
+            .expect("a flow moves when it has sent enough")
+    }
+}
+
+/// As large as a test run takes.
+fn large(protocol: u8, port: u16) -> Vec<u8> {
+    let mut transport = vec![0; 3000];
+    transport[..4].copy_from_slice(&[port.to_be_bytes(), 80_u16.to_be_bytes()].concat());
+    // TCP: a header of 20 bytes.
+    transport[12] = 5 << 4;
+    ipv4_with(CONTAINER, REMOTE, protocol, &transport)
+}
+
+fn small(port: u16) -> Vec<u8> {
+    let mut segment = [0; 20];
+    segment[..4].copy_from_slice(&[port.to_be_bytes(), 80_u16.to_be_bytes()].concat());
+    segment[12] = 5 << 4;
+    ipv4_with(CONTAINER, REMOTE, TCP, &segment)
+}
+
+fn is_steered(output: &Output) -> bool {
+    let header = output.frame.first_chunk().expect("an Ethernet header");
+    output.verdict == TC_ACT_REDIRECT && bulk_peer(header) == Some(PEER)
+}
+
+#[test]
+fn a_flow_moves_when_it_has_sent_enough_and_all_of_it_does() {
+    let mut world = World::new(Underlay::V4);
+    world.serve(0);
+    // Nothing waits in the normaliser: as if `seal` had had each at once.
+    world.set_bulk_peer(BulkPeer { workers: 1, ..BulkPeer::default() });
+    let mut sent = 0;
+    let moved = (1..1000).find(|_| {
+        let waiting = world.bulk_peer();
+        world.set_bulk_peer(BulkPeer { normalised: waiting.normalising, ..waiting });
+        let output = world.send_large(TCP, 1000);
+        sent += output.frame.len() as u64;
+        is_steered(&output)
+    });
+    assert!(moved.is_some() && sent >= BULK_THRESHOLD && sent < BULK_THRESHOLD + 4000, "{sent} bytes");
+    let packet = small(1000);
+    let output = world.run("from_container", &from_container(&packet));
+    assert!(is_steered(&output), "a small packet of the flow stays behind");
+    assert_eq!(output.frame, [&bulk_header(PEER)[..], &packet].concat());
+    assert!(is_steered(&world.send_large(TCP, 1000)));
+    // Others stay, large or small.
+    assert!(!is_steered(&world.send_large(TCP, 1001)));
+    assert!(!is_steered(&world.run("from_container", &from_container(&small(1001)))));
+    assert_eq!(world.count(Reason::BulkSent), 3);
+}
+
+#[test]
+fn udp_in_segments_moves_and_other_protocols_and_fragments_do_not() {
+    let mut world = World::new(Underlay::V4);
+    world.serve(0);
+    world.move_flow(7);
+    assert!((0..2000).any(|_| is_steered(&world.send_large(UDP, 8))), "UDP");
+    assert!(!(0..2000).any(|_| is_steered(&world.send_large(253, 9))), "another protocol");
+    for fragment in [0x2000_u16, 0x0001] {
+        let mut packet = small(7);
+        packet[6..8].copy_from_slice(&fragment.to_be_bytes());
+        set_ipv4_checksum(&mut packet);
+        assert!(!is_steered(&world.run("from_container", &from_container(&packet))), "a fragment");
+    }
+}
+
+#[test]
+fn a_flow_does_not_overtake_itself_but_does_not_wait_for_ever() {
+    let mut world = World::new(Underlay::V4);
+    world.serve(0);
+    // What goes into the normaliser never comes out in a test run.
+    let packets = world.move_flow(1000) as u64;
+    let each = 14 + large(TCP, 0).len() as u64;
+    assert_eq!(packets, BULK_PATIENCE.div_ceil(each));
+    assert!(world.bulk_peer().normalising > 0);
+}
+
+#[test]
+fn the_normaliser_is_counted_on_both_ends() {
+    let mut world = World::new(Underlay::V4);
+    world.serve(0);
+    world.send_large(TCP, 5);
+    assert_eq!((world.bulk_peer().normalising, world.bulk_peer().normalised), (1, 0));
+    world.run("seal", &ethernet(GATEWAY_MAC, CONTAINER_MAC, 0x0800, &ipv4(CONTAINER, REMOTE, 500)));
+    assert_eq!((world.bulk_peer().normalising, world.bulk_peer().normalised), (1, 1));
+    world.keepalive(PEER);
+    assert_eq!(world.bulk_peer().normalised, 1, "the daemon's frames go into it elsewhere");
+}
+
+#[test]
+fn a_worker_that_is_silent_or_gone_gets_nothing() {
+    let mut world = World::new(Underlay::V4);
+    world.serve(0);
+    world.move_flow(1000);
+    assert!(is_steered(&world.send_large(TCP, 1000)));
+    world.serve(BULK_SILENCE_NS + 1_000_000);
+    assert!(!is_steered(&world.send_large(TCP, 1000)), "to a worker that hangs");
+    world.serve(0);
+    assert!(!is_steered(&world.send_large(TCP, 1000)), "back at once, past what is in the normaliser");
+    world.move_flow(1000);
+    world.set_worker(0, BulkWorker { ifindex: 0, unused: 0, alive_ns: boot_ns() });
+    assert!(!is_steered(&world.send_large(TCP, 1000)), "to a worker that is not there");
+    world.serve(0);
+    world.move_flow(1000);
+    let peer = world.bulk_peer();
+    world.set_bulk_peer(BulkPeer { workers: 0, ..peer });
+    assert!(!is_steered(&world.send_large(TCP, 1000)), "for a peer that is not served");
+    assert!(!is_steered(&world.run("from_container", &from_container(&small(1000)))));
+}
+
+#[test]
+fn what_is_too_big_is_answered_on_this_path_too() {
+    let mut world = World::new(Underlay::V4);
+    world.serve(0);
+    world.move_flow(1000);
+    world.change_peer(PEER, |peer: &mut Peer| peer.mtu = MTU - 100);
+    let before = world.count(Reason::TooBig);
+    let output = world.run_gso("from_container", &from_container(&large(TCP, 1000)), SEGMENT);
+    assert!(!is_steered(&output));
+    assert_eq!(world.count(Reason::TooBig), before + 1);
+}
+
+#[test]
+fn spoofers_do_not_get_to_workers_either() {
+    let mut world = World::new(Underlay::V4);
+    world.serve(0);
+    world.move_flow(1000);
+    let mut packet = large(TCP, 1000);
+    packet[12..16].copy_from_slice(&NEIGHBOUR.octets());
+    set_ipv4_checksum(&mut packet);
+    world.expect_drop("from_container", &from_container(&packet), Reason::Spoofed);
+}
+
+#[test]
+fn workers_deliver_what_a_peer_may_send() {
+    let world = World::new(Underlay::V4);
+    let packet = ipv4(REMOTE, CONTAINER, 1400);
+    let output = world.run("from_bulk", &[&bulk_header(PEER)[..], &packet].concat());
+    assert_eq!(output.verdict, TC_ACT_REDIRECT);
+    assert_eq!(output.frame, ethernet(CONTAINER_MAC, GATEWAY_MAC, 0x0800, &packet));
+    // Joined.
+    let packet = ipv4(REMOTE, CONTAINER, 3000);
+    let output = world.run_gso("from_bulk", &[&bulk_header(PEER)[..], &packet].concat(), SEGMENT);
+    assert_eq!(output.frame, ethernet(CONTAINER_MAC, GATEWAY_MAC, 0x0800, &packet));
+    assert_eq!(world.counts(), [(Reason::BulkReceived, 2)]);
+}
+
+#[test]
+fn a_peer_sends_from_its_own_addresses_only_to_containers_of_this_host_only() {
+    let mut world = World::new(Underlay::V4);
+    let frame = |peer, packet: Vec<u8>| [&bulk_header(peer)[..], &packet].concat();
+    // Another peer's, this host's, nobody's; and the right one's in another peer's name.
+    for source in [OTHER_REMOTE, NEIGHBOUR, UNATTACHED, [192, 0, 2, 7].into(), [10, 46, 0, 1].into()] {
+        world.expect_drop("from_bulk", &frame(PEER, ipv4(source, CONTAINER, 200)), Reason::ForeignSource);
+    }
+    world.expect_drop("from_bulk", &frame(OTHER_PEER, ipv4(REMOTE, CONTAINER, 200)), Reason::ForeignSource);
+    world.expect_drop("from_bulk", &frame(0, ipv4(REMOTE, CONTAINER, 200)), Reason::ForeignSource);
+    for destination in [OTHER_REMOTE, REMOTE, UNATTACHED, [192, 0, 2, 7].into()] {
+        world.expect_drop("from_bulk", &frame(PEER, ipv4(REMOTE, destination, 200)), Reason::NotHere);
+    }
+    // The host is reached where it is exposed, and there only.
+    world.set_route(UNATTACHED, 32, ROUTE_HOST, IFINDEX);
+    let output = world.run("from_bulk", &frame(PEER, ipv4(REMOTE, UNATTACHED, 200)));
+    assert_eq!(output.verdict, TC_ACT_REDIRECT);
+}
+
+#[test]
+fn frames_that_no_worker_wrote_are_refused() {
+    let world = World::new(Underlay::V4);
+    let packet = ipv4(REMOTE, CONTAINER, 200);
+    let good = [&bulk_header(PEER)[..], &packet].concat();
+    let mut other = good.clone();
+    other[5] = 1;
+    world.expect_drop("from_bulk", &other, Reason::Unsupported);
+    let mut other = good.clone();
+    other[12..14].copy_from_slice(&0x86dd_u16.to_be_bytes());
+    world.expect_drop("from_bulk", &other, Reason::Unsupported);
+    for (at, value) in [(0, 0x65), (0, 0x44), (2, 0xff)] {
+        let mut other = good.clone();
+        other[14 + at] = value;
+        world.expect_drop("from_bulk", &other, Reason::Malformed);
+    }
+    world.expect_drop("from_bulk", &good[..14 + 20], Reason::Malformed);
+}
