@@ -102,10 +102,7 @@ impl Kind {
 
     /// Whether it is another's encrypted network.
     pub const fn is_rival(self) -> bool {
-        match self {
-            Self::Gotatun | Self::Boringtun | Self::Nebula => true,
-            _ => false,
-        }
+        matches!(self, Self::Gotatun | Self::Boringtun | Self::Nebula)
     }
 }
 

@@ -1,13 +1,16 @@
 //! The bulk path: flows that move a lot go through workers, and whatever happens to those, nothing is lost but time.
 
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::flow::{self, Amount, TcpFlow};
-use lab::{Family, Host, Lab, eventually};
+use lab::{Container, Family, Host, Lab, eventually};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 use nix::unistd::Pid;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -235,7 +238,7 @@ fn where_the_port_is_closed_the_programs_do_it_all() -> Result<()> {
 }
 
 /// Data messages that went to host2, one datagram each.
-fn recorded(lab: &Lab, containers: &[lab::Container]) -> Result<Vec<Vec<u8>>> {
+fn recorded(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
     let capture = lab.host(2).capture()?;
     flow::tcp(&containers[0], &containers[1], Amount::Bytes(3 * MEGABYTE))?;
     let captured = capture.stop()?;
@@ -384,6 +387,116 @@ fn different_numbers_of_workers_and_ciphers_go_together() -> Result<()> {
                 ensure!(bulk[bytes].as_u64() > Some(40 * MEGABYTE), "{bytes} of {}: {bulk}", host.name);
             }
         }
+        Ok(())
+    })
+}
+
+fn sysctl(container: &Container, name: &str, value: &str) -> Result<()> {
+    container.run("sysctl", &["-q", "-w", &format!("net.ipv4.{name}={value}")]).map(drop)
+}
+
+/// TCP in all its moods: with and without timestamps, window scaling, SACK and ECN, with small segments, with a lossy underlay.
+#[test]
+fn tcp_of_every_kind_arrives_whole() -> Result<()> {
+    in_lab(Lab::new("bulktcp").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        wait_for_workers(lab)?;
+        let [one, two] = &containers[..] else { unreachable!("two were made") };
+        let both = |name: &str, value: &str| containers.iter().try_for_each(|it| sysctl(it, name, value));
+        let transfer = |what: &str| {
+            let before = counter(lab.host(1), "bulk-sent")?;
+            let received = flow::tcp(one, two, Amount::Bytes(20 * MEGABYTE + 3)).context(what.to_owned())?;
+            assert_eq!(received.bytes, 20 * MEGABYTE + 3, "{what}");
+            ensure!(counter(lab.host(1), "bulk-sent")? > before, "{what}: the flow stayed in the programs");
+            Ok(())
+        };
+        for (name, usual, unusual) in [
+            ("tcp_timestamps", "1", "0"),
+            ("tcp_window_scaling", "1", "0"),
+            ("tcp_sack", "1", "0"),
+            ("tcp_ecn", "2", "1"),
+        ] {
+            both(name, unusual)?;
+            transfer(name)?;
+            both(name, usual)?;
+        }
+        for mss in ["216", "536", "1001"] {
+            one.run(
+                "ip",
+                &["route", "replace", &two.address().to_string(), "dev", "overnode0", "advmss", mss],
+            )?;
+            two.run(
+                "ip",
+                &["route", "replace", &one.address().to_string(), "dev", "overnode0", "advmss", mss],
+            )?;
+            transfer(&format!("segments of {mss} bytes"))?;
+        }
+        // One batch in fifty is lost.
+        let host = lab.host(2).netns();
+        host.run("nft", &["add", "table", "inet", "lossy"])?;
+        host.run("nft", &["add chain inet lossy in { type filter hook input priority 0; }"])?;
+        host.run("nft", &["add rule inet lossy in udp dport 6783 numgen random mod 50 == 0 drop"])?;
+        transfer("a lossy underlay")?;
+        host.run("nft", &["delete", "table", "inet", "lossy"])?;
+        Ok(())
+    })
+}
+
+/// Bursts and pauses, so that the flow changes its path again and again; writes of all sizes; urgent bytes in between.
+#[test]
+fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
+    const BURSTS: usize = 12;
+    in_lab(Lab::new("bulkburst").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        wait_for_workers(lab)?;
+        let address = containers[1].address();
+        let listener = containers[1].netns().enter(move || Ok(TcpListener::bind((address, 0))?))?;
+        let target = listener.local_addr()?;
+        let mut sender = containers[0].netns().enter(move || Ok(TcpStream::connect(target)?))?;
+        let (mut receiver, _) = listener.accept()?;
+        receiver.set_read_timeout(Some(PATIENCE))?;
+        // Urgent bytes stay where they are in the stream.
+        setsockopt(&receiver, sockopt::OobInline, &true)?;
+        let byte = |at: usize| (at * 31 % 253) as u8;
+        let sending = std::thread::spawn(move || -> Result<usize> {
+            let mut rng = StdRng::seed_from_u64(7);
+            let mut sent = 0;
+            for burst in 0..BURSTS {
+                let until = sent + 1_500_000;
+                while sent < until {
+                    let len = if rng.random_bool(0.5) {
+                        rng.random_range(1..200)
+                    } else {
+                        rng.random_range(1..300_000)
+                    };
+                    let bytes: Vec<u8> = (sent..sent + len).map(byte).collect();
+                    sender.write_all(&bytes)?;
+                    sent += len;
+                    if rng.random_bool(0.1) {
+                        sent += send(sender.as_raw_fd(), &[byte(sent)], MsgFlags::MSG_OOB)?;
+                    }
+                }
+                std::thread::sleep(Duration::from_millis(if burst % 2 == 0 { 70 } else { 10 }));
+            }
+            Ok(sent)
+        });
+        let (mut buffer, mut at) = (vec![0; 1 << 17], 0);
+        loop {
+            let len = receiver.read(&mut buffer)?;
+            if len == 0 {
+                break;
+            }
+            for (offset, seen) in buffer[..len].iter().enumerate() {
+                ensure!(*seen == byte(at + offset), "byte {} is wrong", at + offset);
+            }
+            at += len;
+        }
+        let sent = sending.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
+        assert_eq!(at, sent);
+        ensure!(counter(lab.host(1), "bulk-sent")? > 100, "the bursts stayed in the programs");
+        ensure!(counter(lab.host(1), "sealed")? > 100, "the programs had nothing");
         Ok(())
     })
 }

@@ -1,9 +1,11 @@
-//! Decoders that keep nothing in mind: parcels, path probes, the header of messages that are relayed.
+//! Decoders that keep nothing in mind: parcels, path probes, the header of messages that are relayed, messages of the bulk path.
 
+use overnode_daemon::bulk::message::{Cipher, HEADER_LEN, Header, Hello};
+use overnode_daemon::bulk::session::{Handshaken, Session};
 use overnode_daemon::gossip::parcel::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
 use overnode_daemon::gossip::{Parcel, Signature};
 use overnode_daemon::path::probe::{ENVELOPE, HEADER, Kind, Probe, SMALLEST};
-use overnode_daemon::types::NodeId;
+use overnode_daemon::types::{NodeId, PeerIndex, Secret};
 use overnode_ebpf::wire::Relay;
 
 use super::input::Input;
@@ -18,6 +20,7 @@ pub fn run(data: &[u8]) {
             probe(input.0, received);
         }
         2 => relay(input.0),
+        3 => bulk(input.0),
         _ => {}
     }
 }
@@ -43,6 +46,29 @@ fn relay(bytes: &[u8]) {
     assert_eq!([&relay.to_bytes(), message].concat(), bytes);
 }
 
+fn bulk(bytes: &[u8]) {
+    if let Some(header) = Header::from_message(bytes) {
+        assert_eq!(header.to_bytes(), bytes[..HEADER_LEN]);
+        let _ = session().open(&header, &mut bytes.to_vec(), 0).expect_err("nobody has the keys");
+    }
+    if let Some(hello) = Hello::from_plaintext(bytes) {
+        assert_eq!(Hello::from_plaintext(&hello.to_bytes()), Some(hello));
+    }
+}
+
+fn session() -> Session {
+    Session::new(Handshaken {
+        peer: PeerIndex(1),
+        local_index: 1,
+        remote_index: 2,
+        tx: Secret([1; 32]),
+        rx: Secret([2; 32]),
+        created_ns: 0,
+        expires_ns: 1,
+        is_initiator: true,
+    })
+}
+
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let id = |number| NodeId::new(number).expect("in range");
     let parcel = Parcel {
@@ -58,11 +84,15 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let answer = Probe { kind: Kind::Answer, size: SMALLEST, ..request };
     let received = |probe: &Probe| (probe.size as u16).to_le_bytes();
     let probe = |probe: &Probe| [&[1], &received(probe)[..], &probe.encode()].concat();
+    let header = Header { cipher: Cipher::Aes, worker: 1, is_partial: true, receiver: 1, counter: 2 };
+    let hello = Hello { wants_answer: true, speeds: [1880, 3980] };
     let relay = Relay { hops: 3, destination: 1, source: 2, previous: 3 };
     vec![
         ("parcel", [&[0], parcel.encode().as_slice()].concat()),
         ("request", probe(&request)),
         ("answer", probe(&answer)),
         ("relay", [&[2], &relay.to_bytes()[..], &[1, 2, 3]].concat()),
+        ("bulk-message", [&[3], &header.to_bytes()[..], &[0; 40]].concat()),
+        ("bulk-hello", [&[3], &hello.to_bytes()[..]].concat()),
     ]
 }

@@ -14,7 +14,7 @@ use crate::step::{describe, show};
 
 /// What the lab, WireGuard and overnode want of the kernel; with all that these need. They are loaded on demand, as on any
 /// machine.
-pub const MODULES: [&str; 6] = ["veth", "bridge", "nf_tables", "sch_ingress", "cls_bpf", "wireguard"];
+pub const MODULES: [&str; 7] = ["veth", "bridge", "nf_tables", "sch_ingress", "cls_bpf", "tun", "wireguard"];
 const FOLDERS: [&str; 11] =
     ["bin", "sbin", "etc", "dev", "proc", "sys", "tmp", "run", "var", "root", "usr/bin"];
 
