@@ -20,7 +20,7 @@ use overnode_ebpf::wire::BULK_PORT;
 use tokio::io::unix::AsyncFd;
 
 use super::control::{FromWorkers, SOCKET, ToWorkers, receive, send};
-use super::process::{ARGUMENT, FIRST_FD, Start};
+use super::process::{ARGUMENT, FIRST_FD, NAME, Start};
 use crate::datapath::BulkDevice;
 
 /// Bytes that wait in each direction of a worker's socket.
@@ -210,7 +210,7 @@ pub fn start(
         (FIRST_FD..).zip(fds).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
     let mut command = Command::new("/proc/self/exe");
     command
-        .arg0("overnoded")
+        .arg0(NAME)
         .arg(ARGUMENT)
         .arg(serde_json::to_string(&settings)?)
         .stdin(Stdio::null())

@@ -37,7 +37,7 @@ pub const ARGUMENT: &str = "bulk-workers";
 pub const FIRST_FD: RawFd = 3;
 
 /// What the process is called in lists of processes.
-const NAME: &std::ffi::CStr = c"overnode-bulk";
+pub const NAME: &str = "overnode-bulk";
 /// How often peers are judged while any is served.
 const TICK: Duration = Duration::from_millis(20);
 /// How often otherwise.
@@ -134,7 +134,7 @@ pub fn run(argument: &str) -> Result<()> {
 
 /// What is open stays open; nothing else can be opened, changed or traced.
 fn drop_privileges() -> Result<()> {
-    nix::sys::prctl::set_name(NAME).context("the process cannot be named")?;
+    nix::sys::prctl::set_name(&std::ffi::CString::new(NAME)?).context("the process cannot be named")?;
     nix::sys::prctl::set_dumpable(false).context("the process can be traced")?;
     for set in
         [caps::CapSet::Ambient, caps::CapSet::Inheritable, caps::CapSet::Effective, caps::CapSet::Permitted]
@@ -252,6 +252,12 @@ impl Process {
             return warn!("somebody else's process wants to be the daemon");
         }
         self.daemon = Some(daemon);
+        // What a daemon that lost this process has cleared, and what only the last one was told.
+        let now = boot_now_ns();
+        for (worker, device) in (0..).zip(&self.start.devices) {
+            self.shared.maps.set_worker(worker, *device, now);
+        }
+        self.served.clear();
         self.confirmed.clear();
         self.introduce();
     }

@@ -305,16 +305,21 @@ impl Worker {
         let cut = Cut::new(packet, &VnetHeader::from_bytes(*vnet)).map_err(|_| Reason::Malformed)?;
         let cipher = peer.cipher(self.shared.mode, self.shared.speeds);
         let stride = HEADER_LEN + cut.stride() + TAG_LEN;
+        if stride > BATCH_LEN {
+            return Err(Reason::TooBig);
+        }
         let most = (BATCH_LEN / stride).min(self.sockets.most(endpoint.remote)).max(1);
         let ecn = packet.get(1).copied().ok_or(Reason::Malformed)? & ECN_MASK;
-        let mut next = 0;
+        let (mut next, mut bytes) = (0, 0);
         while next < cut.len() {
             let end = (next + most).min(cut.len());
             let mut used = 0;
             for segment in next..end {
                 let place = self.batch.get_mut(used..).ok_or(Reason::Malformed)?;
                 let text = place.get_mut(HEADER_LEN..).ok_or(Reason::Malformed)?;
-                let len = HEADER_LEN + cut.write(segment, text) + TAG_LEN;
+                let segment_len = cut.write(segment, text);
+                bytes += segment_len as u64;
+                let len = HEADER_LEN + segment_len + TAG_LEN;
                 let message = place.get_mut(..len).ok_or(Reason::TooBig)?;
                 session.seal(self.number, cipher, cut.is_partial(), message, now)?;
                 used += len;
@@ -333,7 +338,7 @@ impl Worker {
             })?;
             next = end;
         }
-        peer.sent(cut.len() as u64, packet.len() as u64, now);
+        peer.sent(cut.len() as u64, bytes, now);
         Ok(())
     }
 

@@ -372,7 +372,6 @@ impl Node {
         let wanted: BTreeMap<PeerIndex, Configured> = self
             .peers
             .iter()
-            .filter(|(_, peer)| peer.has_session(now) || peer.state.is_some())
             .filter_map(|(index, peer)| {
                 let id = index.node()?;
                 let endpoint = peer.state.as_ref()?.endpoint;

@@ -30,6 +30,7 @@ within() {
     done
 }
 uptime() { cut -d ' ' -f 1 /proc/uptime; }
+workers() { overnode status --json | tr -d ' \n' | grep '"workers":1' && pgrep -x overnode-bulk; }
 pid() { systemctl show -P MainPID overnode; }
 
 # The other host: a network namespace with programs of its own, which no package replaces.
@@ -92,6 +93,8 @@ first() {
     within 180 docker network inspect overnode || failed "no network overnode"
     check "docker run" docker run -d --name web --restart always --network overnode box /bin/busybox sleep 1000000
     within 180 reaches box "$(web)" || failed "the other host does not reach the container $(web)"
+    within 60 workers || failed "no workers: $(overnode status --json)"
+    echo "ok: the bulk path has a worker, under the unit's restrictions, too"
     echo "ok: a container of the other host reaches the one of Docker, $(web)"
     echo 2 >$kept/stage
     sync
@@ -113,6 +116,7 @@ second() {
     box=$(other status --endpoints --json | grep -o '10\.4[0-9]\.[0-9]*\.[0-9]*' | head -1)
     within 120 reaches near "$box" || failed "near does not reach box ($box)"
 
+    within 60 workers || failed "no workers after the reboot"
     old=$(pid)
     flow 1500 box "$(web)" /tmp/in
     flow 1500 near "$box" /tmp/out
