@@ -23,14 +23,14 @@ use crate::support::{
 };
 
 /// A monitor that runs until this is dropped.
-struct Watcher {
+pub struct Watcher {
     child: Child,
     output: PathBuf,
 }
 
 impl Watcher {
     /// Returns when it watches.
-    fn start(lab: &Lab, host: &Host, arguments: &[&str]) -> Result<Self> {
+    pub fn start(lab: &Lab, host: &Host, arguments: &[&str]) -> Result<Self> {
         let watcher = Self::start_now(lab, host, &[&["monitor", "--json"], arguments].concat())?;
         watcher.wait_for(|event| event["event"] == "watching")?;
         Ok(watcher)
@@ -64,7 +64,8 @@ impl Watcher {
         })
     }
 
-    fn drop_of(&self, reason: &str) -> Result<Value> {
+    /// The first packet that it shows as dropped for this reason.
+    pub fn drop_of(&self, reason: &str) -> Result<Value> {
         self.wait_for(|event| event["event"] == "drop" && event["reason"] == reason)
     }
 

@@ -5,10 +5,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use lab::flow::{self, Amount, TcpFlow};
 use lab::ping::Pinging;
+use lab::raw::Injector;
 use lab::{Family, Lab, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::monitor::Watcher;
+use crate::spoofing::{datagram, learnt_mac, own_mac};
 use crate::support::{
     MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch_all, list, one_each, peer,
     wait_for_sessions,
@@ -74,6 +77,46 @@ fn stopped_daemons_lose_nothing() -> Result<()> {
         let stats = pings.finish()?;
         ensure!(stats.lost() == 0, "{} of {} pings were lost", stats.lost(), stats.sent);
         Ok(())
+    })
+}
+
+/// An older version knew fewer maps. What it pinned is taken over, the others are made, and nobody notices.
+#[test]
+fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()> {
+    const NEWER: [&str; 5] = ["MONITOR", "DROPS", "BULK_WORKERS", "BULK_PEERS", "BULK_FLOWS"];
+    in_lab(Lab::new("newer-maps").hosts(2), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        all_reach_all(&containers)?;
+        let (thief, far) = (&containers[0], &containers[1]);
+        let pings = Pinging::start(thief.netns(), far.address(), Some(8000), MILLISECOND)?;
+        for host in lab.hosts() {
+            let sealed = counter(host, "sealed")?;
+            let pid = host.daemon_pid().context("no daemon")?;
+            kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+            eventually(PATIENCE, || {
+                ensure!(host.daemon_pid().is_none(), "SIGTERM does not stop the daemon");
+                Ok(())
+            })?;
+            let before = host.pins()?;
+            for name in NEWER {
+                host.unpin(&format!("maps/{name}"))?;
+            }
+            ensure!(host.pins()?.len() == before.len() - NEWER.len(), "{:?}", host.pins()?);
+            host.overnode(&["resume"])?.success()?;
+            let after = host.pins()?;
+            ensure!(before.iter().all(|pin| after.contains(pin)), "{after:?} instead of {before:?}");
+            ensure!(counter(host, "sealed")? >= sealed, "what the older version counted is lost");
+        }
+        let stats = pings.finish()?;
+        ensure!(stats.lost() == 0, "{} of {} pings were lost: {:?}", stats.lost(), stats.sent, stats.missing);
+        wait_for_sessions(lab)?;
+        // The programs write to the new maps, not to those that nobody reads any more.
+        let watcher = Watcher::start(lab, lab.host(1), &["--reason", "spoofed"])?;
+        let (mac, gateway) = (own_mac(thief)?, learnt_mac(thief, far.address())?);
+        let injector = Injector::open(thief.netns(), "overnode0")?;
+        injector.send(&datagram(mac, gateway, "10.42.0.77".parse()?, far.address()))?;
+        watcher.drop_of("spoofed").map(drop)
     })
 }
 

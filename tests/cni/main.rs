@@ -2,5 +2,6 @@
 
 #![expect(clippy::print_stderr, reason = "what nodes logged")]
 
+mod load;
 mod plugin;
 mod podman;

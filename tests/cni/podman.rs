@@ -6,21 +6,27 @@ use anyhow::{Result, ensure};
 use lab::podman::{IMAGE, Podman};
 use lab::{Host, Lab, eventually};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
-fn nothing_left(host: &Host) -> Result<()> {
+pub fn nothing_left(host: &Host) -> Result<()> {
     eventually(PATIENCE, || {
         let status = host.status()?;
         ensure!(status["endpoints"].as_array().is_some_and(Vec::is_empty), "{}", status["endpoints"]);
+        let owners = status["ipam"]["owners"].as_array().into_iter().flatten();
+        let active = owners.filter_map(|it| it["active"].as_u64()).next();
+        ensure!(active == Some(0), "{} still has {active:?} addresses given out", host.name);
         let left = host.netns().interfaces()?.into_iter().find(|it| it.starts_with("veth"));
         ensure!(left.is_none(), "{left:?} is left");
         Ok(())
     })
 }
 
-#[test]
-fn containers_of_two_podmans_talk() -> Result<()> {
-    let lab = Lab::new("cni-podman").hosts(2).build()?;
+/// Runs a test with a podman and a node on each of two hosts; what the nodes logged is shown when it fails.
+pub fn with_podmans(
+    name: &str,
+    test: impl FnOnce(&Lab, &Podman<'_>, &Podman<'_>) -> Result<()>,
+) -> Result<()> {
+    let lab = Lab::new(name).hosts(2).build()?;
     let podmans = lab.hosts().iter().map(Podman::prepare).collect::<Result<Vec<_>>>()?;
     let [one, two] = &podmans[..] else { unreachable!() };
     for (id, host) in (1..).zip(lab.hosts()) {
@@ -29,13 +35,18 @@ fn containers_of_two_podmans_talk() -> Result<()> {
             [vec!["launch", "--id", &id, "--token", "podman test", "--no-docker"], lab.targets()].concat();
         host.overnode(&words)?.success()?;
     }
-    let result = story(&lab, one, two);
+    let result = test(&lab, one, two);
     if result.is_err() {
         for host in lab.hosts() {
             eprintln!("--- {}: overnoded\n{}", host.name, host.log());
         }
     }
     result
+}
+
+#[test]
+fn containers_of_two_podmans_talk() -> Result<()> {
+    with_podmans("cni-podman", story)
 }
 
 fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
@@ -48,7 +59,17 @@ fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
     let here = here?;
     let beside = beside.map_err(|_| anyhow::anyhow!("a thread panicked"))??;
     ensure!(here != beside);
-    let serve = ["--detach", "--publish", "8080:80", "--network", "overnode", "--name", "there"];
+    let serve = [
+        "--detach",
+        "--restart",
+        "always",
+        "--publish",
+        "8080:80",
+        "--network",
+        "overnode",
+        "--name",
+        "there",
+    ];
     let server = ["/bin/nc", "-ll", "-p", "80", "-e", "/bin/cat"];
     two.run(&[&["run"][..], &serve, &[IMAGE], &server].concat())?.success()?;
     let there = two.address("there")?;
@@ -56,7 +77,15 @@ fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
     two.reach("there", &beside, PATIENCE)?;
 
     // By name, from the other host.
+    let served_by_name = || {
+        eventually(PATIENCE, || {
+            let said = one.exec("here", &["/bin/sh", "-c", "echo by name | nc -w 2 there 80"])?;
+            ensure!(said == "by name\n", "the server says {said:?}");
+            Ok(())
+        })
+    };
     one.reach("here", "there", PATIENCE)?;
+    served_by_name()?;
 
     // The published port, from the host itself and from another one; and the way out.
     let outside = format!("echo from outside | busybox nc -w 2 {} 8080", lab.host(2).address());
@@ -70,7 +99,8 @@ fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
     one.reach("here", &lab.host(2).address().to_string(), PATIENCE)?;
 
     // The container network alone, with a static address.
-    let alone = two.sleep("alone", "plain", &["--ip", "10.33.4.5"])?;
+    let alone = two.sleep("alone", "plain", &["--restart", "always", "--ip", "10.33.4.5"])?;
+    two.sleep("once", "overnode", &[])?;
     ensure!(alone == "10.33.4.5");
     one.reach("here", "10.33.4.5", PATIENCE)?;
 
@@ -78,9 +108,15 @@ fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
     two.lose_power()?;
     lab.host(2).overnode(&["resume"])?.success()?;
     nothing_left(lab.host(2))?;
-    two.run(&["start", "there", "alone"])?.success()?;
+    // What podman-restart.service runs.
+    two.run(&["start", "--all", "--filter", "restart-policy=always"])?.success()?;
+    let running = two.run(&["ps", "--format", "{{.Names}}"])?.success()?;
+    let mut running: Vec<&str> = running.lines().collect();
+    running.sort_unstable();
+    ensure!(running == ["alone", "there"], "{running:?} run");
     one.reach("here", "10.33.4.5", PATIENCE)?;
     one.reach("here", &two.address("there")?, PATIENCE)?;
+    served_by_name()?;
 
     for (podman, host) in [(one, lab.host(1)), (two, lab.host(2))] {
         podman.run(&["rm", "--all", "--force", "--time", "0"])?.success()?;

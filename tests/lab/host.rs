@@ -280,6 +280,15 @@ impl Host {
         Ok(found)
     }
 
+    /// Removes one of the node's pins, named as [`Self::pins`] names it: as a version that did not know it would have left things.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn unpin(&self, name: &str) -> Result<()> {
+        let path = cleanup::pins_of(&self.state_directory())?.join(name);
+        std::fs::remove_file(&path).with_context(|| path.display().to_string())
+    }
+
     /// Everything on this host that a node may leave behind: interfaces other than the underlay's, eBPF programs on the
     /// underlay's interface, routes, pins, files and processes. Empty on a host where no node ever was.
     pub fn remains(&self) -> Result<Vec<String>> {

@@ -33,7 +33,8 @@ pub struct Podman<'a> {
 
 impl<'a> Podman<'a> {
     /// Prepares podman on a host: with the plugin, the network `overnode` (a `bridge` for the way out and for published ports, and
-    /// the container network chained after it), the network `plain` (the container network alone), and the image.
+    /// the container network chained after it), the network `plain` (the container network alone), the network `other` (a `bridge`
+    /// alone), and the image.
     ///
     /// # Errors
     /// When podman or the stock plugins are not installed.
@@ -59,17 +60,29 @@ impl<'a> Podman<'a> {
             Ok(fs::write(self.folder.join("net.d").join(format!("{name}.conflist")), text)?)
         };
         let number = self.host.number;
-        let bridge = format!(
-            r#"{{"type": "bridge", "bridge": "cni-overnode", "isGateway": true, "ipMasq": true, "hairpinMode": true,
+        let folder = self.folder.join("host-local");
+        let bridge = |name: &str, first: usize| {
+            format!(
+                r#"{{"type": "bridge", "bridge": "cni-{name}", "isGateway": true, "ipMasq": true, "hairpinMode": true,
                 "ipam": {{"type": "host-local", "dataDir": "{}", "routes": [{{"dst": "0.0.0.0/0"}}],
-                "ranges": [[{{"subnet": "10.8{number}.0.0/24"}}]]}}}}"#,
-            self.folder.join("host-local").display()
-        );
+                "ranges": [[{{"subnet": "10.{}.0.0/24"}}]]}}}}"#,
+                folder.display(),
+                first + number
+            )
+        };
         network(
             "overnode",
             &format!(
-                r#"{bridge}, {{"type": "portmap", "capabilities": {{"portMappings": true}}}},
-                {{"type": "overnode-cni", "interface": "overnode0"}}"#
+                r#"{}, {{"type": "portmap", "capabilities": {{"portMappings": true}}}},
+                {{"type": "overnode-cni", "interface": "overnode0"}}"#,
+                bridge("overnode", 80)
+            ),
+        )?;
+        network(
+            "other",
+            &format!(
+                r#"{}, {{"type": "portmap", "capabilities": {{"portMappings": true}}}}"#,
+                bridge("other", 90)
             ),
         )?;
         network("plain", r#"{"type": "overnode-cni", "capabilities": {"ips": true, "mac": true}}"#)?;

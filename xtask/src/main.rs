@@ -62,8 +62,8 @@ struct Sim {
 
 #[derive(Debug, clap::Args)]
 struct Bench {
-    /// What to measure, with its options: `datapath [--json FILE]`, see `cargo xtask bench datapath --help`; or `docker [CONTAINERS]`,
-    /// the time that a container takes to start, on each of two hosts.
+    /// What to measure, with its options: `datapath [--json FILE]`, see `cargo xtask bench datapath --help`; or `docker [CONTAINERS]`
+    /// or `podman [CONTAINERS]`, the time that a container takes to start, on each of two hosts.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "WHAT")]
     what: Vec<String>,
 }
@@ -117,14 +117,24 @@ fn run(command: Command) -> Result<()> {
             setup::run(Purpose::Bench)?;
             let workspace = Workspace::find()?;
             build_release(&workspace, &[])?;
-            if let Some(("docker", options)) =
+            if let Some((what @ ("docker" | "podman"), options)) =
                 bench.what.split_first().map(|(what, rest)| (what.as_str(), rest))
             {
+                let (test, name, count) = match what {
+                    "docker" => {
+                        ("docker", "many_containers_come_and_go_on_both_hosts", "OVERNODE_DOCKER_CONTAINERS")
+                    }
+                    _ => (
+                        "cni",
+                        "many_containers_of_podman_come_and_go_on_both_hosts",
+                        "OVERNODE_PODMAN_CONTAINERS",
+                    ),
+                };
                 let mut cargo = workspace.cargo();
-                cargo.args(["test", "--locked", "--package", "overnode-tests", "--test", "docker", "--"]);
-                cargo.args(["--exact", "load::many_containers_come_and_go_on_both_hosts", "--nocapture"]);
+                cargo.args(["test", "--locked", "--package", "overnode-tests", "--test", test, "--"]);
+                cargo.args(["--exact", &format!("load::{name}"), "--nocapture"]);
                 cargo.env("OVERNODE_BIN_DIR", workspace.target.join("release"));
-                cargo.env("OVERNODE_DOCKER_CONTAINERS", options.first().map_or("200", String::as_str));
+                cargo.env(count, options.first().map_or("200", String::as_str));
                 return step::show(&mut cargo);
             }
             let mut cargo = workspace.cargo();

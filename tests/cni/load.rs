@@ -1,0 +1,100 @@
+//! Many containers at once, with podman.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use lab::podman::{IMAGE, Podman};
+
+use crate::podman::{PATIENCE, nothing_left, with_podmans};
+
+/// How many on each host, unless the environment says otherwise: `cargo xtask bench podman` takes 200.
+const CONTAINERS: usize = 8;
+/// Commands on one host at the same time.
+const CLIENTS: usize = 4;
+
+#[test]
+fn many_containers_of_podman_come_and_go_on_both_hosts() -> Result<()> {
+    let count = match std::env::var("OVERNODE_PODMAN_CONTAINERS") {
+        Ok(text) => text.parse().context("OVERNODE_PODMAN_CONTAINERS is no number")?,
+        Err(_) => CONTAINERS,
+    };
+    with_podmans("cni-many", |lab, one, two| {
+        let without = both(one, two, |podman| start(podman, "other", count))?;
+        both(one, two, |podman| remove(podman, count))?;
+        let with = both(one, two, |podman| start(podman, "overnode", count))?;
+        let last = format!("c{}", count - 1);
+        one.reach("c0", &two.address(&last)?, PATIENCE)?;
+        two.reach("c0", &one.address(&last)?, PATIENCE)?;
+        let mut addresses = Vec::new();
+        for host in lab.hosts() {
+            let listed = host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone();
+            ensure!(listed.len() == count, "{} lists {} containers", host.name, listed.len());
+            addresses.extend(listed.iter().map(|it| it["address"].to_string()));
+        }
+        addresses.sort();
+        addresses.dedup();
+        ensure!(addresses.len() == 2 * count, "addresses were given twice");
+        let removed = both(one, two, |podman| remove(podman, count))?;
+        lab.hosts().iter().try_for_each(nothing_left)?;
+        for (index, host) in lab.hosts().iter().enumerate() {
+            println!(
+                "{}: {count} containers, {CLIENTS} at a time: {:.0} ms each on podman's bridge, {:.0} ms with overnode chained after it; removed in {:.0} ms each",
+                host.name,
+                per_container(without[index], count),
+                per_container(with[index], count),
+                per_container(removed[index], count),
+            );
+        }
+        Ok(())
+    })
+}
+
+fn per_container(took: Duration, count: usize) -> f64 {
+    took.as_secs_f64() * 1000.0 / count as f64
+}
+
+/// The same on both hosts at the same time; how long each took.
+fn both(
+    one: &Podman<'_>,
+    two: &Podman<'_>,
+    work: impl Fn(&Podman<'_>) -> Result<()> + Sync,
+) -> Result<[Duration; 2]> {
+    let timed = |podman: &Podman<'_>| -> Result<Duration> {
+        let started = Instant::now();
+        work(podman)?;
+        Ok(started.elapsed())
+    };
+    std::thread::scope(|scope| {
+        let there = scope.spawn(|| timed(two));
+        let here = timed(one);
+        Ok([here?, there.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?])
+    })
+}
+
+fn start(podman: &Podman<'_>, network: &str, count: usize) -> Result<()> {
+    each(count, |number| {
+        let name = format!("c{number}");
+        let words = ["run", "--detach", "--network", network, "--name", &name, IMAGE, "/bin/sleep", "100000"];
+        podman.run(&words)?.success().map(drop)
+    })
+}
+
+fn remove(podman: &Podman<'_>, count: usize) -> Result<()> {
+    each(count, |number| {
+        podman.run(&["rm", "--force", "--time", "0", &format!("c{number}")])?.success().map(drop)
+    })
+}
+
+/// A few at a time.
+fn each(count: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
+    std::thread::scope(|scope| {
+        let work = &work;
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|client| scope.spawn(move || (client..count).step_by(CLIENTS).try_for_each(work)))
+            .collect();
+        for client in clients {
+            client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        Ok(())
+    })
+}
