@@ -15,6 +15,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction};
 use serde::Serialize;
@@ -127,7 +128,8 @@ type Result<T> = std::result::Result<T, StoreError>;
 #[derive(Debug)]
 pub struct Store {
     directory: PathBuf,
-    database: Database,
+    /// None after the disk has refused something and the database could not be opened again yet.
+    database: Mutex<Option<Database>>,
     /// Dropped after the database: the next daemon must not get in before it is closed.
     _lock: File,
 }
@@ -141,15 +143,8 @@ impl Store {
     pub fn open(directory: &Path) -> Result<Self> {
         disk::make_directory(directory)?;
         let lock = disk::lock(directory)?;
-        let path = directory.join(DATABASE);
-        disk::make_private_file(&path)?;
-        let database = disk::patiently(|| {
-            Database::builder()
-                .set_cache_size(CACHE_BYTES)
-                .set_check_integrity_on_open(true)
-                .create(&path)
-                .map_err(|why| disk::opening(directory, &path, why))
-        })?;
+        disk::make_private_file(&directory.join(DATABASE))?;
+        let database = Mutex::new(Some(open_database(directory)?));
         let store = Self { directory: directory.to_owned(), database, _lock: lock };
         store.check_schema()?;
         Ok(store)
@@ -551,23 +546,39 @@ impl Store {
         &self,
         query: impl FnOnce(&redb::ReadTransaction) -> std::result::Result<T, redb::Error>,
     ) -> Result<T> {
-        let read = self.database.begin_read().map_err(redb::Error::from);
-        read.and_then(|read| query(&read)).map_err(|why| self.damaged(why.to_string()))
+        let outcome = self.with_database(|database| query(&database.begin_read()?))?;
+        outcome.map_err(|why| self.damaged(why.to_string()))
     }
 
     fn change(
         &self,
         change: impl FnOnce(&WriteTransaction) -> std::result::Result<(), redb::Error>,
     ) -> Result<()> {
-        let run = || {
-            let transaction = self.database.begin_write()?;
+        let outcome = self.with_database(|database| {
+            let transaction = database.begin_write()?;
             change(&transaction)?;
             Ok(transaction.commit()?)
+        })?;
+        outcome.map_err(|why| StoreError::Write { path: self.directory.clone(), why: why.to_string() })
+    }
+
+    /// After the disk has refused one thing, redb refuses everything until it is opened again, which takes it back to what was committed.
+    fn with_database<T>(
+        &self,
+        use_it: impl FnOnce(&Database) -> std::result::Result<T, redb::Error>,
+    ) -> Result<std::result::Result<T, redb::Error>> {
+        let mut database = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+        let opened = match &mut *database {
+            Some(opened) => opened,
+            closed => closed.insert(open_database(&self.directory)?),
         };
-        run().map_err(|why: redb::Error| StoreError::Write {
-            path: self.directory.clone(),
-            why: why.to_string(),
-        })
+        let outcome = use_it(opened);
+        if let Err(redb::Error::Io(_) | redb::Error::PreviousIo) = outcome {
+            // Closed before it is opened: one process at a time.
+            *database = None;
+            *database = open_database(&self.directory).ok();
+        }
+        Ok(outcome)
     }
 
     fn decode<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T> {
@@ -577,6 +588,17 @@ impl Store {
     fn damaged(&self, why: String) -> StoreError {
         StoreError::Damaged { path: self.directory.clone(), why }
     }
+}
+
+fn open_database(directory: &Path) -> Result<Database> {
+    let path = directory.join(DATABASE);
+    disk::patiently(|| {
+        Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .set_check_integrity_on_open(true)
+            .create(&path)
+            .map_err(|why| disk::opening(directory, &path, why))
+    })
 }
 
 /// JSON: fields can be added without another layout, and people can read it.

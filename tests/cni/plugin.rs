@@ -219,3 +219,100 @@ fn a_container_deleted_while_no_daemon_runs_is_not_plugged_in_again() -> Result<
     call.done("DEL", &none)?;
     Ok(())
 }
+
+/// A small file system for a host's state, which goes away with this.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(host: &Host) -> Result<Self> {
+        let path = host.state_directory();
+        std::fs::create_dir_all(&path)?;
+        nix::mount::mount(
+            Some("tmpfs"),
+            &path,
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            Some("size=8m,mode=0700"),
+        )?;
+        Ok(Self(path))
+    }
+
+    /// Leaves no byte free.
+    fn fill(&self) -> Result<()> {
+        let mut file = std::fs::File::create(self.0.join("filler"))?;
+        let page = [1; 4096];
+        loop {
+            match file.write(&page) {
+                Ok(1..) => {}
+                Ok(0) => return Ok(()),
+                Err(why) if why.kind() == std::io::ErrorKind::StorageFull => return Ok(()),
+                Err(why) => return Err(why.into()),
+            }
+        }
+    }
+
+    fn make_room(&self) -> Result<()> {
+        Ok(std::fs::remove_file(self.0.join("filler"))?)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// With a full disk what is there works on; what cannot be kept is refused in words and leaves nothing; with room again all is well.
+#[test]
+fn a_full_disk_refuses_in_words_and_loses_nothing() -> Result<()> {
+    const MANY: usize = 60;
+    let lab = Lab::new("cni-full").hosts(1).build()?;
+    let host = lab.host(1);
+    let disk = SmallDisk::mount(host)?;
+    let words = [vec!["launch", "--id", "1", "--token", "cni test", "--no-docker"], lab.targets()].concat();
+    host.overnode(&words)?.success()?;
+    let none = json!({});
+    let (a, b) = (host.container("a")?, host.container("b")?);
+    let (first, second) = (Call::new(host, &a), Call::new(host, &b));
+    let previous = json!({"prevResult": first.done("ADD", &none)?});
+    let far = second.done("ADD", &none)?["ips"][0]["address"].as_str().context("no address")?.to_owned();
+    let far = far.split('/').next().context("no address")?.parse()?;
+    let before = endpoints(host)?;
+    disk.fill()?;
+    // What is kept changes where it lies as long as there is place in the file: until one is refused.
+    let mut added = Vec::new();
+    let mut refusal = None;
+    for number in 0..MANY {
+        let container = host.container(&format!("c{number}"))?;
+        let (success, value) = Call::new(host, &container).run("ADD", &none)?;
+        if !success {
+            let left = container.run("ip", &["link"])?;
+            ensure!(!left.contains("eth0"), "an interface is left: {left}");
+            refusal = Some((value, container));
+            break;
+        }
+        added.push(container);
+    }
+    let (said, container) = refusal.context("nothing was refused")?;
+    ensure!(said.to_string().contains("disk is not full"), "{said}");
+    let listed = endpoints(host)?;
+    ensure!(listed.len() == before.len() + added.len(), "{} listed: {listed:?}", listed.len());
+    ensure!(listed.starts_with(&before) || before.iter().all(|it| listed.contains(it)), "{listed:?}");
+    first.done("CHECK", &previous)?;
+    a.reach(far, PATIENCE)?;
+
+    disk.make_room()?;
+    let call = Call::new(host, &container);
+    eventually(PATIENCE, || call.done("ADD", &none))?;
+    // All of it is kept.
+    host.kill_daemon()?;
+    host.overnode(&["resume"])?.success()?;
+    ensure!(endpoints(host)?.len() == before.len() + added.len() + 1, "{:?}", endpoints(host)?);
+    a.reach(far, PATIENCE)?;
+    for container in added.iter().chain([&a, &b, &container]) {
+        Call::new(host, container).done("DEL", &none)?;
+    }
+    ensure!(endpoints(host)?.is_empty(), "{:?}", endpoints(host)?);
+    host.overnode(&["reset", "--force"])?.success()?;
+    Ok(())
+}

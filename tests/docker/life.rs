@@ -1,5 +1,8 @@
 //! Launch and reset, with and without an engine.
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -23,6 +26,60 @@ fn an_engine_that_appears_later_gets_its_network_then() -> Result<()> {
     engine.overnode(&["reset"])?.success()?;
     ensure!(!has_network(&engine, "overnode")?);
     Ok(())
+}
+
+/// There is no such engine to be had any more: somebody who answers as one would. Upgraded, it gets its network.
+#[test]
+fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
+    const OLD: &str = r#"{"Version": "1.13.1", "ApiVersion": "1.26", "MinAPIVersion": "1.12"}"#;
+    let lab = Lab::new("docker-old").hosts(1).build()?;
+    let mut engine = Engine::prepare(lab.host(1))?;
+    let listener = UnixListener::bind(engine.socket())?;
+    listener.set_nonblocking(true)?;
+    let (upgraded, asked_to_create) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| -> Result<()> {
+        scope.spawn(|| {
+            while !upgraded.load(Ordering::Relaxed) {
+                let Ok((mut stream, _)) = listener.accept() else {
+                    std::thread::sleep(Duration::from_millis(20));
+                    continue;
+                };
+                let mut request = [0; 4096];
+                let _ = stream.set_nonblocking(false);
+                let read = stream.read(&mut request).unwrap_or_default();
+                let request = String::from_utf8_lossy(&request[..read]);
+                let body = if request.starts_with("GET /version ") { OLD } else { "[]" };
+                if request.starts_with("POST") {
+                    asked_to_create.store(true, Ordering::Relaxed);
+                }
+                let length = body.len();
+                let _ = write!(
+                    stream,
+                    "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+                );
+            }
+        });
+        let told = launch(&lab, &engine, 1, &[]).and_then(|()| {
+            eventually(PATIENCE, || {
+                let problems = lab.host(1).status()?["node"]["problems"].to_string();
+                ensure!(problems.contains("Docker 1.13.1 with API 1.26, is older than 20.10"), "{problems}");
+                ensure!(problems.contains("upgrade Docker"), "{problems}");
+                Ok(())
+            })
+        });
+        upgraded.store(true, Ordering::Relaxed);
+        told
+    })?;
+    drop(listener);
+    ensure!(!asked_to_create.load(Ordering::Relaxed), "it was asked for the network all the same");
+    std::fs::remove_file(engine.socket())?;
+    engine.start()?;
+    eventually(PATIENCE, || {
+        ensure!(has_network(&engine, "overnode")?, "there is no default network yet");
+        let problems = lab.host(1).status()?["node"]["problems"].clone();
+        ensure!(problems.as_array().is_none_or(Vec::is_empty), "{problems}");
+        Ok(())
+    })
 }
 
 #[test]

@@ -35,6 +35,9 @@ const RETRY: Duration = Duration::from_secs(2);
 /// When a container was joined, the engine shows it a moment later.
 const SOON: Duration = Duration::from_millis(100);
 
+/// The oldest version of the engine's API that is supported: Docker 20.10.
+const OLDEST: (u32, u32) = (1, 41);
+
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -139,6 +142,15 @@ struct ListedNetwork {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Version {
+    #[serde(default)]
+    version: String,
+    #[serde(default)]
+    api_version: String,
+}
+
+#[derive(Deserialize)]
 struct EngineError {
     message: String,
 }
@@ -225,7 +237,17 @@ impl Engine {
         Ok(networks.into_iter().find(|network| network.name == NAME))
     }
 
+    /// Whether the engine is one of those that are supported. One that does not tell its version is taken at its word later.
+    async fn check_version(&self) -> Result<(), NotDone> {
+        let found: Version = self.get("/version").await?;
+        match too_old(&found) {
+            Some(why) => Err(NotDone::Refused(why)),
+            None => Ok(()),
+        }
+    }
+
     async fn create_default(&self, subnet: IpNet) -> Result<(), NotDone> {
+        self.check_version().await?;
         if let Some(found) = self.default_network().await? {
             if found.driver == NAME {
                 return Ok(());
@@ -295,6 +317,19 @@ impl Engine {
     fn absent(&self, why: String) -> NotDone {
         NotDone::Absent { socket: self.socket.clone(), why }
     }
+}
+
+fn too_old(found: &Version) -> Option<String> {
+    let (major, minor) = found.api_version.split_once('.')?;
+    let api: (u32, u32) = (major.parse().ok()?, minor.parse().ok()?);
+    // It is shown to people: no control characters, no length that somebody else chooses.
+    let name: String = found.version.chars().filter(|it| it.is_ascii_graphic()).take(32).collect();
+    (api < OLDEST).then(|| {
+        format!(
+            "the engine, Docker {name} with API {}.{}, is older than 20.10 with API {}.{}, the oldest that is supported: upgrade Docker, or launch with --no-docker",
+            api.0, api.1, OLDEST.0, OLDEST.1
+        )
+    })
 }
 
 async fn exchange(
