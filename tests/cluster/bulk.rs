@@ -500,3 +500,23 @@ fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
         Ok(())
     })
 }
+
+/// Workers that no socket leads to any more are found by their devices.
+#[test]
+fn reset_ends_workers_that_nobody_can_speak_with() -> Result<()> {
+    in_lab(Lab::new("bulkstray").hosts(2), |lab| {
+        launch_all(lab)?;
+        wait_for_workers(lab)?;
+        let host = lab.host(1);
+        let pid = workers(host)?;
+        host.kill_daemon()?;
+        // What systemd does with the run directory of a unit that is stopped.
+        std::fs::remove_dir_all(host.run_directory())?;
+        host.overnode(&["reset", "--force"])?.success()?;
+        assert_eq!(host.remains()?, Vec::<String>::new());
+        eventually(PATIENCE, || {
+            ensure!(kill(pid, None).is_err(), "the workers run on");
+            Ok(())
+        })
+    })
+}

@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context as _, Result, anyhow};
 use overnode_ebpf::map::{BULK_WORKER_SLOTS, BulkPeer, BulkWorker, PEER_SLOTS};
 
+use super::links::Link;
 use super::maps::Slots;
 use super::programs::FROM_BULK;
 use super::{Datapath, quieten};
@@ -153,9 +154,7 @@ impl Datapath {
     pub async fn remove_stray_bulk_devices(&mut self) -> Result<bool> {
         let mut any = false;
         for link in self.netlink.links().await? {
-            let is_device = link.alias.as_deref() == Some(self.alias.as_str())
-                && link.name.strip_prefix(PREFIX).is_some_and(|number| number.parse::<u32>().is_ok());
-            if is_device && !self.bulk_devices.contains(&link.index) {
+            if is_bulk_device(&link, &self.alias) && !self.bulk_devices.contains(&link.index) {
                 self.netlink.delete(link.index).await?;
                 any = true;
             }
@@ -167,6 +166,12 @@ impl Datapath {
     pub fn forget_bulk_devices(&mut self, devices: &[u32]) {
         self.bulk_devices.retain(|ifindex| !devices.contains(ifindex));
     }
+}
+
+/// True for the devices of this node's workers. One without an alias ends with the daemon that was about to mark it.
+pub(super) fn is_bulk_device(link: &Link, alias: &str) -> bool {
+    link.alias.as_deref() == Some(alias)
+        && link.name.strip_prefix(PREFIX).is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
 /// Makes the TAP device of a descriptor, and tells its name.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::bpffs::Pin;
+use super::bulk::is_bulk_device;
 use super::links::{End, Link, Mac, Netlink};
 use super::netns::{self, NetnsId, NetnsRef};
 use super::programs::{FROM_CONTAINER, detach_filter};
@@ -291,7 +292,7 @@ impl Datapath {
         routes.and(endpoint)
     }
 
-    /// True for host ends and the normaliser's ends that this node made.
+    /// True for host ends, the normaliser's ends and devices of workers that this node made.
     pub(super) fn is_ours(&self, link: &Link) -> bool {
         is_ours(link, &self.alias, &self.node)
     }
@@ -300,6 +301,9 @@ impl Datapath {
 /// By the alias; or, when a daemon was killed before it could set that, by name and hardware address, which are there from the
 /// beginning.
 pub(super) fn is_ours(link: &Link, alias: &str, node: &str) -> bool {
+    if is_bulk_device(link, alias) {
+        return true;
+    }
     let is_named_so = is_host_interface(&link.name)
         || link.name == super::normaliser::FIRST
         || link.name == super::normaliser::SECOND;
