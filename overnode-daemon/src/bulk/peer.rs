@@ -17,6 +17,8 @@ const SILENCE_NS: u64 = 70_000_000;
 pub const FEEDBACK_NS: u64 = 20_000_000;
 /// A peer that is not served is asked again after this time (ns).
 const ASK_AGAIN_NS: u64 = 500_000_000;
+/// A peer that gets nothing for so long (ns) is at rest.
+const BUSY_NS: u64 = 500_000_000;
 /// Round trip of a peer of which it is not known (ms).
 pub const UNKNOWN_RTT_MS: u32 = 300;
 
@@ -84,8 +86,9 @@ impl Peer {
         self.silence_ns.store(silence_ns(rtt_ms), Ordering::Relaxed);
     }
 
-    /// Data was sent.
-    pub fn sent(&self, packets: u64, bytes: u64, now: u64) {
+    /// Data was sent. True if none was for a while.
+    pub fn sent(&self, packets: u64, bytes: u64, now: u64) -> bool {
+        let was_busy = self.is_busy(now);
         self.tx_packets.fetch_add(packets, Ordering::Relaxed);
         self.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.last_tx_ns.store(now, Ordering::Relaxed);
@@ -93,6 +96,12 @@ impl Peer {
         if self.waiting_since_ns.load(Ordering::Relaxed) == 0 {
             self.waiting_since_ns.store(now, Ordering::Relaxed);
         }
+        !was_busy
+    }
+
+    /// Whether data was sent lately.
+    pub fn is_busy(&self, now: u64) -> bool {
+        now < self.last_data_tx_ns.load(Ordering::Relaxed) + BUSY_NS
     }
 
     /// An authenticated message came, with so many bytes of a packet in it (0 for a hello).

@@ -38,7 +38,7 @@ pub const FIRST_FD: RawFd = 3;
 
 /// What the process is called in lists of processes.
 pub const NAME: &str = "overnode-bulk";
-/// How often peers are judged while any is served.
+/// How often peers are judged while data is sent to any.
 const TICK: Duration = Duration::from_millis(20);
 /// How often otherwise.
 const IDLE: Duration = Duration::from_millis(200);
@@ -231,7 +231,8 @@ impl Process {
             PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(self.daemon.as_ref().map(|daemon| PollFd::new(daemon.as_fd(), PollFlags::POLLIN)));
-        let timeout = if self.served.is_empty() { IDLE } else { TICK };
+        let now = boot_now_ns();
+        let timeout = if self.peers.values().any(|peer| peer.is_busy(now)) { TICK } else { IDLE };
         match poll(&mut fds, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),

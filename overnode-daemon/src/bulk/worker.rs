@@ -34,12 +34,12 @@ use crate::types::PeerIndex;
 const FRAME_LEN: usize = VNET_HEADER + ETHERNET_LEN + 65536;
 /// UDP payload of one batch at most (RFC 768 less the IPv6 and UDP headers).
 const BATCH_LEN: usize = 65_487;
-/// Batches that one call receives.
-const RECEIVES: usize = 8;
+/// Batches that one call receives, or single messages where the network gives no batches.
+const RECEIVES: usize = quinn_udp::BATCH_SIZE;
 /// Frames, or calls to receive, before the other direction has its turn.
-const TURN: usize = 16;
+const TURN: usize = 8;
 /// How long a worker without work waits; it says that it lives each time.
-const WAIT: Duration = Duration::from_millis(25);
+const WAIT: Duration = Duration::from_millis(45);
 /// How long a full socket is waited for before a batch is dropped.
 const FULL: u16 = 5;
 /// A worker that was not at work for so long (ns) drops what waits: its flows have gone on elsewhere.
@@ -338,13 +338,19 @@ impl Worker {
             })?;
             next = end;
         }
-        peer.sent(cut.len() as u64, bytes, now);
+        if peer.sent(cut.len() as u64, bytes, now) {
+            // From now on it matters whether the peer answers.
+            let _ = self.shared.wake.write(1);
+        }
         Ok(())
     }
 
     fn receive_turn(&mut self, now: u64) -> io::Result<bool> {
         let v4 = self.receive(true, now)?;
         let v6 = self.receive(false, now)?;
+        // Not earlier: what the next call brings may continue what is there.
+        let (device, shared) = (&mut self.device, &self.shared);
+        self.joiner.flush(&mut |frame| write(device, frame, shared));
         Ok(v4 || v6)
     }
 
@@ -375,8 +381,6 @@ impl Worker {
                 }
             }
             self.received = received;
-            let (device, shared) = (&mut self.device, &self.shared);
-            self.joiner.flush(&mut |frame| write(device, frame, shared));
         }
         Ok(true)
     }
