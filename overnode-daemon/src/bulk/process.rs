@@ -341,7 +341,13 @@ impl Process {
                         .as_ref()
                         .is_some_and(|current| current.local_index == local_index);
                     if is_current {
-                        peer.forget();
+                        let sessions = self.sessions.values();
+                        let others =
+                            sessions.filter(|other| other.peer == peer.index && other.is_confirmed());
+                        match others.max_by_key(|other| other.created_ns) {
+                            Some(newest) => peer.current.store(Some(newest.clone())),
+                            None => peer.forget(),
+                        }
                     }
                 }
             }

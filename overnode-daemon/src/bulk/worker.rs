@@ -236,8 +236,12 @@ impl Worker {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let [first, ..] = &fds;
-        if first.revents().is_some_and(|events| events.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL)) {
+        let [device, wake, ..] = &fds;
+        if wake.revents().is_some_and(|events| !events.is_empty()) {
+            let _ = self.wake.read();
+        }
+        if device.revents().is_some_and(|events| events.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL))
+        {
             return Err(io::Error::other("the device is gone"));
         }
         Ok(())
@@ -245,9 +249,7 @@ impl Worker {
 
     /// Takes what the control thread says. True if it is the end.
     fn obey(&mut self) -> bool {
-        let mut any = false;
         while let Ok(command) = self.commands.try_recv() {
-            any = true;
             match command {
                 Command::Peer(peer) => {
                     self.peers.insert(peer.index.0, peer);
@@ -265,9 +267,6 @@ impl Worker {
                 }
                 Command::Stop => return true,
             }
-        }
-        if any {
-            let _ = self.wake.read();
         }
         false
     }
