@@ -1,6 +1,6 @@
 //! `overnode-cni` as container runtimes call it: by hand, and by real podman with the stock plugins around it.
 
-#![expect(clippy::print_stderr, reason = "what nodes logged")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "figures, and what nodes logged")]
 
 mod load;
 mod plugin;

@@ -37,7 +37,7 @@ fn anything(input: &mut Input<'_>) {
 fn flows(input: &mut Input<'_>) {
     let mut flows: Vec<Packet> =
         (0..12_u16).map(|port| Packet { port, ..Packet::new(port % 2 == 1, port % 4 < 2, 0) }).collect();
-    let joins_udp = input.byte() % 2 == 0;
+    let joins_udp = input.byte().is_multiple_of(2);
     let mut packets: Vec<Opened> = Vec::new();
     while let Some(which) = input.step()
         && packets.len() < MAX_STEPS
