@@ -50,7 +50,7 @@ fn status_shows_every_section_in_lines_that_programs_can_cut() {
         "3         10.39.240.3  unreachable",
         "\nConnections\n",
         "->  192.0.2.12:6783  established  2(host2)  0.340 ms  via 3  1.5%  1420  3h25m  AES-256-GCM 5.3 Gbit/s  Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s  -\n",
-        "->  192.0.2.14:6783  failed       4(host4)  -         -      -     -     -      -                                      the token differs (1m0s ago)\n",
+        "->  192.0.2.14:6783  failed       4(host4)  -         -      -     -     -      -                       -                                      the token differs (1m0s ago)\n",
         "4.00 KiB  probes have no answer (1m10s ago)\n",
         "\nEndpoints\nADDRESS",
         "10.40.0.1/12  web   ov1a2b3c4d  attached",
