@@ -42,8 +42,8 @@ const TURN: usize = 8;
 const WAIT: Duration = Duration::from_millis(45);
 /// How long a full socket is waited for before a batch is dropped.
 const FULL: u16 = 5;
-/// A worker that was not at work for so long (ns) drops what waits: its flows have gone on elsewhere.
-const STALE_NS: u64 = overnode_ebpf::map::BULK_SILENCE_NS;
+/// A worker that was not at work for so long (ns) drops what waits. After less, what is late still fills the gaps that it left.
+const STALE_NS: u64 = 3_000_000_000;
 
 /// What changes the set of peers and sessions.
 #[derive(Clone, Debug)]
