@@ -56,21 +56,21 @@ fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
     }
     let route = Routes::new().v4(destination).ok_or(Reason::NoRoute)?;
     match route.kind {
-        ROUTE_LOCAL | ROUTE_HOST => local(skb, route),
+        ROUTE_LOCAL | ROUTE_HOST => hand_over(skb, route, Reason::Local),
         ROUTE_PEER => remote(skb, endpoint, route.target),
         ROUTE_NONE => Err(Reason::NotHere),
         _ => Err(Reason::NoRoute),
     }
 }
 
-/// To another container of this host, or to the host, offloads and all.
+/// To a container of this host, or to the host, offloads and all.
 #[inline(always)]
-fn local(skb: Skb, route: &Route) -> Result<Sent, Reason> {
+pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reason> {
     let ifindex = route.target;
     let target = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
     skb.set_ethernet(&target.mac, &target.gateway_mac)?;
     if route.kind == ROUTE_HOST {
-        return Ok(Sent { counted: Some(Reason::Local), verdict: redirect(ifindex) });
+        return Ok(Sent { counted: Some(counted), verdict: redirect(ifindex) });
     }
     // SAFETY: the context is valid.
     if unsafe { (*skb).pkt_type } != PACKET_HOST {
@@ -80,7 +80,7 @@ fn local(skb: Skb, route: &Route) -> Result<Sent, Reason> {
             return Err(Reason::Helper);
         }
     }
-    Ok(Sent { counted: Some(Reason::Local), verdict: redirect_peer(ifindex) })
+    Ok(Sent { counted: Some(counted), verdict: redirect_peer(ifindex) })
 }
 
 /// To a peer: by a worker if it belongs to a bulk flow; sealed here if the packet is one and complete, else through the normaliser, which segments and

@@ -1,8 +1,7 @@
 //! From the underlay: open what a peer sent, and deliver it. TC and XDP run the same code.
 
 use overnode_ebpf::map::{
-    Peer, ROUTE_HOST, ROUTE_LOCAL, ROUTE_PEER, SESSION_FREE, SESSION_LIVE, SESSION_SLOTS,
-    SESSION_UNCONFIRMED, Session,
+    Peer, ROUTE_HOST, SESSION_FREE, SESSION_LIVE, SESSION_SLOTS, SESSION_UNCONFIRMED, Session,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::Window;
@@ -197,17 +196,8 @@ fn deliver(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Resul
     // SAFETY: `at` has checked the bounds.
     let (source, destination, version_ihl, tos, protocol) =
         unsafe { ((*ip).source, (*ip).destination, (*ip).version_ihl, (*ip).tos, (*ip).protocol) };
-    let mut routes = Routes::new();
-    match routes.v4(source) {
-        Some(route) if route.kind == ROUTE_PEER && route.target == peer => {}
-        _ => return Err(Reason::ForeignSource),
-    }
-    let (ifindex, is_host) = match routes.v4(destination) {
-        Some(route) if route.kind == ROUTE_LOCAL || route.kind == ROUTE_HOST => {
-            (route.target, route.kind == ROUTE_HOST)
-        }
-        _ => return Err(Reason::NotHere),
-    };
+    let route = Routes::from_peer(peer, source, destination)?;
+    let (ifindex, is_host) = (route.target, route.kind == ROUTE_HOST);
     let endpoint = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
 
     let ecn = ecn_decapsulated(outer.ecn(), tos).ok_or(Reason::Congestion)?;

@@ -10,7 +10,7 @@ use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use overnode_ebpf::map::{
     Address, BULK_FLOW_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey, BulkPeer, BulkWorker, Config,
     DROPS_LEN, Dropped, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe,
-    ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
+    ROUTE_HOST, ROUTE_LOCAL, ROUTE_PEER, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -154,6 +154,20 @@ impl Routes {
         self.address[3] = address;
         // SAFETY: the same layout, with greater alignment.
         ROUTES.get(unsafe { &*(&raw const *self).cast::<Key<Address>>() })
+    }
+
+    /// Where on this host a packet of a peer goes, if the peer may send from that address.
+    #[inline(always)]
+    pub fn from_peer(peer: u32, source: u32, destination: u32) -> Result<&'static Route, Reason> {
+        let mut routes = Self::new();
+        match routes.v4(source) {
+            Some(route) if route.kind == ROUTE_PEER && route.target == peer => {}
+            _ => return Err(Reason::ForeignSource),
+        }
+        match routes.v4(destination) {
+            Some(route) if route.kind == ROUTE_LOCAL || route.kind == ROUTE_HOST => Ok(route),
+            _ => Err(Reason::NotHere),
+        }
     }
 }
 
