@@ -143,8 +143,8 @@ pub struct Launch {
     pub xdp: bool,
 
     /// Workers in user space for flows that move a lot: off, or which cipher they seal with
-    #[arg(long, value_name = "CIPHER", value_enum, default_value_t = Bulk::Auto)]
-    pub bulk: Bulk,
+    #[arg(long, value_name = "CIPHER", value_enum, default_value_t = Mode::Auto)]
+    pub bulk: Mode,
 
     /// How many such workers, one core each [default: half of the cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
@@ -169,30 +169,6 @@ pub struct Launch {
     /// Targets: names or IP addresses
     #[arg(value_name = "HOST")]
     pub hosts: Vec<Host>,
-}
-
-/// What seals flows that move a lot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Bulk {
-    /// The eBPF programs, as all else
-    Off,
-    /// Workers, with the cipher that both ends do faster
-    Auto,
-    /// Workers, with ChaCha20-Poly1305
-    Chacha,
-    /// Workers, with AES-256-GCM
-    Aes,
-}
-
-impl From<Bulk> for Mode {
-    fn from(bulk: Bulk) -> Self {
-        match bulk {
-            Bulk::Off => Self::Off,
-            Bulk::Auto => Self::Auto,
-            Bulk::Chacha => Self::ChaCha,
-            Bulk::Aes => Self::Aes,
-        }
-    }
 }
 
 /// Add targets: hosts that this node connects to

@@ -27,7 +27,7 @@ pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
         mtu: wanted.mtu,
         discovery: wanted.no_discovery.then_some(false),
         xdp: wanted.xdp,
-        bulk: Some(wanted.bulk.into()),
+        bulk: Some(wanted.bulk),
         bulk_workers: wanted.bulk_workers,
         dns: wanted.no_dns.then_some(false),
         dns_domain: wanted.dns_domain,

@@ -20,18 +20,19 @@ pub const MAX_LEN: usize = 16384;
 /// Peers in one [`FromWorkers::Peers`].
 pub const MAX_REPORTS: usize = 64;
 
-/// Which cipher a node's workers seal with (`--bulk`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What seals flows that move a lot (`--bulk`; what stands here is its help).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
 pub enum Mode {
-    /// No bulk path.
+    /// The eBPF programs, as all else
     Off,
-    /// Whichever both ends do faster.
+    /// Workers, with the cipher that both ends do faster
     #[default]
     Auto,
-    /// ChaCha20-Poly1305.
+    /// Workers, with ChaCha20-Poly1305
     ChaCha,
-    /// AES-256-GCM.
+    /// Workers, with AES-256-GCM
     Aes,
 }
 

@@ -1,9 +1,11 @@
 //! Joining: consecutive packets of a flow become one super-packet for a TAP device, by the rules of `tcp_gro_receive`,
 //! `udp_gro_receive`, `inet_gro_receive` and `ipv6_gro_receive` of the kernel, and so that cutting it again gives the same packets.
 
+use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN};
+
 use super::packet::{
-    ETHERNET_HEADER, GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, IPV4_HEADER, IPV6_HEADER,
-    MAX_PACKET, TCP, VNET_HEADER, VnetHeader, flag, ipv4_checksum, ipv4_sum, read_u16, read_u32, write_u16,
+    GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, MAX_PACKET, TCP, VNET_HEADER, VnetHeader, flag,
+    ipv4_checksum, ipv4_sum, read_u16, read_u32, write_u16,
 };
 use super::segment::MAX_SEGMENTS;
 
@@ -14,9 +16,9 @@ const MAX_DATAGRAMS: usize = 64;
 /// The longest super-packet, in bytes.
 const MAX_JOINED: usize = 65_535;
 /// Bytes in front of the packet.
-const ROOM: usize = VNET_HEADER + ETHERNET_HEADER;
+const ROOM: usize = VNET_HEADER + ETHERNET_LEN;
 /// The Ethernet header, both addresses, both ports, protocol and version.
-const KEY: usize = ETHERNET_HEADER + 32 + 4 + 2;
+const KEY: usize = ETHERNET_LEN + 32 + 4 + 2;
 
 /// Keeps what may grow until something else comes, or [`Joiner::flush`]. Allocates nothing after [`Joiner::new`].
 #[derive(Debug)]
@@ -83,7 +85,7 @@ impl Joiner {
     /// A packet of more than [`MAX_PACKET`] bytes is no IP packet, and dropped.
     pub fn push(
         &mut self,
-        link: [u8; ETHERNET_HEADER],
+        link: [u8; ETHERNET_LEN],
         packet: &[u8],
         partial: bool,
         deliver: &mut impl FnMut(&[u8]),
@@ -130,7 +132,7 @@ impl Joiner {
 
     fn open(
         &mut self,
-        link: &[u8; ETHERNET_HEADER],
+        link: &[u8; ETHERNET_LEN],
         packet: &[u8],
         headers: Headers,
         key: [u8; KEY],
@@ -152,7 +154,7 @@ impl Joiner {
 
     fn alone(
         &mut self,
-        link: [u8; ETHERNET_HEADER],
+        link: [u8; ETHERNET_LEN],
         packet: &[u8],
         vnet: VnetHeader,
         deliver: &mut impl FnMut(&[u8]),
@@ -168,15 +170,12 @@ impl Joiner {
     fn can_join(&self, packet: &[u8], headers: &Headers) -> bool {
         let plain = match headers.version {
             4 => {
-                let checksum = || {
-                    ipv4_checksum(ipv4_sum(&packet[..IPV4_HEADER]), read_u16(packet, 2), read_u16(packet, 4))
-                };
+                let checksum =
+                    || ipv4_checksum(ipv4_sum(&packet[..IPV4_LEN]), read_u16(packet, 2), read_u16(packet, 4));
                 // No flag but DF, as in the kernel.
-                headers.transport == IPV4_HEADER
-                    && packet[6] & 0x80 == 0
-                    && checksum() == read_u16(packet, 10)
+                headers.transport == IPV4_LEN && packet[6] & 0x80 == 0 && checksum() == read_u16(packet, 10)
             }
-            _ => headers.transport == IPV6_HEADER,
+            _ => headers.transport == IPV6_LEN,
         };
         let kind = match headers.protocol {
             TCP => packet[headers.transport + 13] & (flag::SYN | flag::RST | flag::URG) == 0,
@@ -262,10 +261,10 @@ fn finish(packet: &mut [u8], headers: &Headers) -> u8 {
     let length = packet.len();
     if headers.version == 4 {
         write_u16(packet, 2, length as u16);
-        let checksum = ipv4_checksum(ipv4_sum(&packet[..IPV4_HEADER]), length as u16, read_u16(packet, 4));
+        let checksum = ipv4_checksum(ipv4_sum(&packet[..IPV4_LEN]), length as u16, read_u16(packet, 4));
         write_u16(packet, 10, checksum);
     } else {
-        write_u16(packet, 4, (length - IPV6_HEADER) as u16);
+        write_u16(packet, 4, (length - IPV6_LEN) as u16);
     }
     let pseudo = headers.pseudo(packet);
     write_u16(packet, headers.transport + headers.checksum_offset(), pseudo);
@@ -287,7 +286,7 @@ fn ends(packet: &[u8], headers: &Headers) -> bool {
     headers.protocol == TCP && packet[headers.transport + 13] & (flag::FIN | flag::PSH) != 0
 }
 
-fn key_of(link: &[u8; ETHERNET_HEADER], packet: &[u8], headers: &Headers) -> [u8; KEY] {
+fn key_of(link: &[u8; ETHERNET_LEN], packet: &[u8], headers: &Headers) -> [u8; KEY] {
     let addresses = if headers.version == 4 { &packet[12..20] } else { &packet[8..40] };
     let mut key = [0; KEY];
     key[..14].copy_from_slice(link);

@@ -1,9 +1,9 @@
 //! What is read of an inner packet, the header that a TAP device puts in front of it, and the sums of RFC 1071.
 
+use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN, UDP_LEN};
+
 /// Bytes of [`VnetHeader`].
 pub const VNET_HEADER: usize = 10;
-/// Bytes of an Ethernet header without tags.
-pub const ETHERNET_HEADER: usize = 14;
 /// The longest IPv6 packet without a jumbo option, in bytes; IPv4's longest is shorter.
 pub const MAX_PACKET: usize = 40 + 65_535;
 
@@ -22,11 +22,7 @@ pub const GSO_ECN: u8 = 0x80;
 
 pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
-/// Bytes of the part that no IP header lacks.
-pub(super) const IPV4_HEADER: usize = 20;
-pub(super) const IPV6_HEADER: usize = 40;
 const TCP_HEADER: usize = 20;
-const UDP_HEADER: usize = 8;
 /// More extension headers than any stack sends in one packet.
 const MAX_EXTENSIONS: usize = 8;
 
@@ -149,11 +145,11 @@ impl Headers {
         let rest = packet.get(transport..).ok_or(length)?;
         let header = match protocol {
             TCP if rest.len() >= TCP_HEADER => usize::from(rest[12] >> 4) * 4,
-            UDP if rest.len() >= UDP_HEADER && usize::from(read_u16(rest, 4)) == rest.len() => UDP_HEADER,
+            UDP if rest.len() >= UDP_LEN && usize::from(read_u16(rest, 4)) == rest.len() => UDP_LEN,
             TCP | UDP => return Err(length),
             other => return Err(BadPacket::Protocol(other)),
         };
-        let least = if protocol == TCP { TCP_HEADER } else { UDP_HEADER };
+        let least = if protocol == TCP { TCP_HEADER } else { UDP_LEN };
         if header < least || header > rest.len() {
             return Err(length);
         }
@@ -167,7 +163,7 @@ impl Headers {
 
     /// The header that a packet with these headers and a partial checksum has in front of it, as a single packet.
     pub fn vnet(&self) -> VnetHeader {
-        let from_ethernet = |offset: usize| u16::try_from(ETHERNET_HEADER + offset).unwrap_or(u16::MAX);
+        let from_ethernet = |offset: usize| u16::try_from(ETHERNET_LEN + offset).unwrap_or(u16::MAX);
         VnetHeader {
             flags: NEEDS_CSUM,
             gso_type: GSO_NONE,
@@ -190,11 +186,11 @@ impl Headers {
 
 fn read_ipv4(packet: &[u8]) -> Result<(u8, usize), BadPacket> {
     let length = BadPacket::Length(packet.len());
-    if packet.len() < IPV4_HEADER || usize::from(read_u16(packet, 2)) != packet.len() {
+    if packet.len() < IPV4_LEN || usize::from(read_u16(packet, 2)) != packet.len() {
         return Err(length);
     }
     let header = usize::from(packet[0] & 0x0f) * 4;
-    if header < IPV4_HEADER || header > packet.len() {
+    if header < IPV4_LEN || header > packet.len() {
         return Err(length);
     }
     // More fragments, or not the first one.
@@ -210,10 +206,10 @@ fn read_ipv6(packet: &[u8]) -> Result<(u8, usize), BadPacket> {
     const FRAGMENT: u8 = 44;
     const DESTINATION: u8 = 60;
     let length = BadPacket::Length(packet.len());
-    if packet.len() < IPV6_HEADER || IPV6_HEADER + usize::from(read_u16(packet, 4)) != packet.len() {
+    if packet.len() < IPV6_LEN || IPV6_LEN + usize::from(read_u16(packet, 4)) != packet.len() {
         return Err(length);
     }
-    let (mut next, mut at) = (packet[6], IPV6_HEADER);
+    let (mut next, mut at) = (packet[6], IPV6_LEN);
     for _ in 0..MAX_EXTENSIONS {
         match next {
             HOP_BY_HOP | ROUTING | DESTINATION => {}

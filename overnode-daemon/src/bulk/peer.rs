@@ -220,9 +220,8 @@ fn silence_ns(rtt_ms: u32) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::session::Handshaken;
+    use super::super::control::Keys;
     use super::*;
-    use crate::types::Secret;
 
     const MS: u64 = 1_000_000;
 
@@ -230,12 +229,12 @@ mod tests {
         let peer = Peer::new(PeerIndex(2));
         peer.set_rtt(1);
         peer.greeted(Hello { wants_answer: false, speeds: [100, 200] });
-        peer.current.store(Some(Arc::new(Session::new(Handshaken {
-            peer: PeerIndex(2),
+        peer.current.store(Some(Arc::new(Session::new(&Keys {
+            peer: 2,
             local_index: 1,
             remote_index: 1,
-            tx: Secret([1; 32]),
-            rx: Secret([2; 32]),
+            tx: [1; 32],
+            rx: [2; 32],
             created_ns: 0,
             expires_ns: 10_000 * MS,
             is_initiator: true,

@@ -26,10 +26,10 @@ use tracing::{info, warn};
 use super::control::{FromWorkers, Keys, MAX_REPORTS, Mode, ToWorkers, VERSION, receive, send};
 use super::measure;
 use super::peer::{Endpoint, Peer};
-use super::session::{Handshaken, Session};
+use super::session::Session;
 use super::worker::{Command, Shared, Socket, Sockets, Worker, say_hello};
 use crate::datapath::{BulkMaps, boot_now_ns};
-use crate::types::{PeerIndex, Secret};
+use crate::types::PeerIndex;
 
 /// First argument of the program, in place of any option, that makes it this process.
 pub const ARGUMENT: &str = "bulk-workers";
@@ -376,16 +376,7 @@ impl Process {
 
     fn install(&mut self, keys: Keys) {
         let Some(peer) = self.peers.get(&keys.peer).cloned() else { return };
-        let session = Arc::new(Session::new(Handshaken {
-            peer: peer.index,
-            local_index: keys.local_index,
-            remote_index: keys.remote_index,
-            tx: Secret(keys.tx),
-            rx: Secret(keys.rx),
-            created_ns: keys.created_ns,
-            expires_ns: keys.expires_ns,
-            is_initiator: keys.is_initiator,
-        }));
+        let session = Arc::new(Session::new(&keys));
         self.sessions.insert(keys.local_index, session.clone());
         // Workers first: an answer may come at once.
         self.order(|| Command::Session(session.clone()));

@@ -1,10 +1,11 @@
 //! Cutting: one super-packet from a TAP device becomes packets that fit the path, as `tcp_gso_segment`, `__udp_gso_segment`,
 //! `inet_gso_segment` and `ipv6_gso_segment` of the kernel make them.
 
+use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN};
+
 use super::packet::{
-    BadPacket, ETHERNET_HEADER, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, IPV4_HEADER,
-    IPV6_HEADER, NEEDS_CSUM, TCP, UDP, VnetHeader, flag, fold, ipv4_checksum, ipv4_sum, read_u16, read_u32,
-    sum, write_u16, write_u32,
+    BadPacket, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, NEEDS_CSUM, TCP, UDP,
+    VnetHeader, flag, fold, ipv4_checksum, ipv4_sum, read_u16, read_u32, sum, write_u16, write_u32,
 };
 
 /// Segments of one super-packet. 64 kB in segments of 36 bytes (the kernel's least MSS, 48, with timestamps) are fewer.
@@ -168,9 +169,9 @@ impl Segments {
             write_u16(out, 2, length as u16);
             write_u16(out, 4, id);
             write_u16(out, 10, ipv4_checksum(self.ipv4, length as u16, id));
-            debug_assert!(transport >= IPV4_HEADER);
+            debug_assert!(transport >= IPV4_LEN);
         } else {
-            write_u16(out, 4, (length - IPV6_HEADER) as u16);
+            write_u16(out, 4, (length - IPV6_LEN) as u16);
         }
         let header = &mut out[transport..];
         let transport_length = header.len() as u16;
@@ -204,7 +205,7 @@ impl Segments {
 }
 
 fn has_checksum_of(headers: &Headers, vnet: &VnetHeader) -> bool {
-    usize::from(vnet.csum_start) == ETHERNET_HEADER + headers.transport
+    usize::from(vnet.csum_start) == ETHERNET_LEN + headers.transport
         && usize::from(vnet.csum_offset) == headers.checksum_offset()
 }
 
@@ -213,10 +214,10 @@ fn finish(packet: &[u8], vnet: &VnetHeader) -> Result<How, BadPacket> {
     let bad = BadPacket::Checksum { start: vnet.csum_start, offset: vnet.csum_offset };
     let header = match packet.first().ok_or(BadPacket::NotIp)? {
         first @ 0x45..=0x4f => usize::from(first & 0x0f) * 4,
-        0x60..=0x6f => IPV6_HEADER,
+        0x60..=0x6f => IPV6_LEN,
         _ => return Err(BadPacket::NotIp),
     };
-    let start = usize::from(vnet.csum_start).checked_sub(ETHERNET_HEADER).ok_or(bad)?;
+    let start = usize::from(vnet.csum_start).checked_sub(ETHERNET_LEN).ok_or(bad)?;
     let field = start + usize::from(vnet.csum_offset);
     // The sum of at most 65,536 words does not overflow.
     if start < header || field + 2 > packet.len() || packet.len() > super::packet::MAX_PACKET {

@@ -15,6 +15,7 @@ use overnode_ebpf::replay::Window;
 use overnode_ebpf::wire::REJECT_AFTER_MESSAGES;
 use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 
+use super::control::Keys;
 use super::message::{Cipher, HEADER_LEN, Header, TAG_LEN};
 use crate::control::key;
 use crate::types::{PeerIndex, Secret};
@@ -44,27 +45,6 @@ pub struct Session {
     rx: Secret,
     sending: [Sending; WORKERS],
     receiving: [OnceLock<Box<Receiving>>; WORKERS],
-}
-
-/// What a session is made of.
-#[derive(Clone, Debug)]
-pub struct Handshaken {
-    /// With whom.
-    pub peer: PeerIndex,
-    /// Receiver index in messages to us.
-    pub local_index: u32,
-    /// Receiver index in messages to the peer.
-    pub remote_index: u32,
-    /// The handshake's secret for what we send.
-    pub tx: Secret,
-    /// The handshake's secret for what we receive.
-    pub rx: Secret,
-    /// Boot time (ns) at which the handshake ended.
-    pub created_ns: u64,
-    /// Boot time (ns) after which it neither seals nor opens.
-    pub expires_ns: u64,
-    /// Whether we were the handshake's initiator.
-    pub is_initiator: bool,
 }
 
 /// A worker's own part of the sealing side.
@@ -111,17 +91,17 @@ impl fmt::Debug for Session {
 
 impl Session {
     /// A session that has sealed nothing yet.
-    pub fn new(made: Handshaken) -> Self {
+    pub fn new(keys: &Keys) -> Self {
         Self {
-            peer: made.peer,
-            local_index: made.local_index,
-            remote_index: made.remote_index,
-            created_ns: made.created_ns,
-            expires_ns: made.expires_ns,
-            is_initiator: made.is_initiator,
-            is_confirmed: made.is_initiator.into(),
-            tx: made.tx,
-            rx: made.rx,
+            peer: PeerIndex(keys.peer),
+            local_index: keys.local_index,
+            remote_index: keys.remote_index,
+            created_ns: keys.created_ns,
+            expires_ns: keys.expires_ns,
+            is_initiator: keys.is_initiator,
+            is_confirmed: keys.is_initiator.into(),
+            tx: Secret(keys.tx),
+            rx: Secret(keys.rx),
             sending: std::array::from_fn(|_| Sending::default()),
             receiving: std::array::from_fn(|_| OnceLock::new()),
         }
@@ -240,12 +220,12 @@ mod tests {
 
     fn pair() -> (Session, Session) {
         let make = |tx: u8, rx: u8, is_initiator| {
-            Session::new(Handshaken {
-                peer: PeerIndex(1),
+            Session::new(&Keys {
+                peer: 1,
                 local_index: rx.into(),
                 remote_index: tx.into(),
-                tx: Secret([tx; 32]),
-                rx: Secret([rx; 32]),
+                tx: [tx; 32],
+                rx: [rx; 32],
                 created_ns: 0,
                 expires_ns: END,
                 is_initiator,

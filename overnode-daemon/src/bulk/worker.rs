@@ -23,7 +23,7 @@ use quinn_udp::{EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use super::control::{FromWorkers, Mode};
 use super::join::Joiner;
 use super::message::{Cipher, HEADER_LEN, HELLO_LEN, Header, Hello, TAG_LEN};
-use super::packet::{VNET_HEADER, VnetHeader};
+use super::packet::{VNET_HEADER, VnetHeader, fold};
 use super::peer::Peer;
 use super::segment::Cut;
 use super::session::Session;
@@ -487,13 +487,10 @@ fn mark_congestion(packet: &mut [u8], outer: Option<EcnCodepoint>) -> Result<(),
         let before = u16::from_be_bytes([header[0], inner]);
         let after = u16::from_be_bytes([header[0], marked]);
         let sum = u16::from_be_bytes([header[10], header[11]]);
-        // RFC 1624, equation 3.
-        let mut new = u32::from(!sum) + u32::from(!before) + u32::from(after);
-        while new > 0xffff {
-            new = (new & 0xffff) + (new >> 16);
-        }
         header[1] = marked;
-        [header[10], header[11]] = (!(new as u16)).to_be_bytes();
+        // RFC 1624, equation 3.
+        let new = !fold(u32::from(!sum) + u32::from(!before) + u32::from(after));
+        [header[10], header[11]] = new.to_be_bytes();
     }
     Ok(())
 }

@@ -73,11 +73,6 @@ impl BulkMaps {
         }
     }
 
-    /// Whether the programs hand bulk flows of a peer to workers.
-    pub fn serves(&self, peer: u32) -> bool {
-        self.peers.at(peer).is_some_and(|cell| cell.workers().load(Ordering::Acquire) != 0)
-    }
-
     /// Nobody is served, and there are no workers.
     pub fn clear(&self) {
         for peer in 0..self.peers.len() {

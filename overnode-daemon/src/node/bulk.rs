@@ -11,7 +11,6 @@ use overnode_ebpf::wire::BULK_PORT;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
-use super::data::SECOND;
 use super::running::Node;
 use crate::api::{BulkStatus, WorkersStatus};
 use crate::bulk::control::{FromWorkers, Keys, Mode, Report, SOCKET, ToWorkers, VERSION};
@@ -21,10 +20,10 @@ use crate::bulk::peer::UNKNOWN_RTT_MS;
 use crate::control::key;
 use crate::datapath::Clock;
 use crate::handshake::{
-    Activity, AdoptedSession, Event, Handshakes, Initiate, PeerConfig, REJECT_AFTER_TIME, SessionKeys,
+    Activity, AdoptedSession, Event, Handshakes, PeerConfig, REJECT_AFTER_TIME, SessionKeys,
 };
 use crate::store::Identity;
-use crate::types::{PeerIndex, PublicKey, Secret};
+use crate::types::{NodeId, PeerIndex, PublicKey, Secret};
 
 /// How long a process may take to say what it has.
 const GREETING: Duration = Duration::from_secs(3);
@@ -369,7 +368,7 @@ impl Node {
             tracing::warn!("the workers of the bulk path say nothing: they are started anew");
             return link.kill();
         }
-        let wanted: BTreeMap<PeerIndex, Configured> = self
+        let wanted: BTreeMap<NodeId, Configured> = self
             .peers
             .iter()
             .filter_map(|(index, peer)| {
@@ -381,7 +380,7 @@ impl Node {
                     endpoint: endpoint.map(|it| SocketAddr::new(it.ip(), BULK_PORT)),
                     rtt_ms: rtt.map_or(UNKNOWN_RTT_MS, |rtt| rtt.as_millis().min(10_000) as u32 + 1),
                 };
-                Some((*index, configured))
+                Some((id, configured))
             })
             .collect();
         let gone: Vec<PeerIndex> = self
@@ -389,7 +388,8 @@ impl Node {
             .peers
             .iter()
             .filter(|(index, before)| {
-                wanted.get(index).is_none_or(|peer| peer.public_key != before.public_key)
+                let wanted = index.node().and_then(|id| wanted.get(&id));
+                wanted.is_none_or(|peer| peer.public_key != before.public_key)
             })
             .map(|(index, _)| *index)
             .collect();
@@ -399,19 +399,19 @@ impl Node {
             self.bulk.handshakes.remove_peer(index, now);
             self.bulk.tell(&ToWorkers::RemovePeer { peer: index.0 });
         }
-        for (index, peer) in wanted {
+        for (id, peer) in wanted {
+            let index = id.peer_index();
             if self.bulk.peers.get(&index) == Some(&peer) {
                 continue;
             }
             self.bulk.peers.insert(index, peer);
             let Configured { public_key, endpoint, rtt_ms } = peer;
             self.bulk.tell(&ToWorkers::Peer { peer: index.0, endpoint, rtt_ms });
-            let is_first = index.0 > u32::from(self.identity.id.get());
             let config = PeerConfig {
                 public_key,
                 preshared_key: key::bulk_pair_key(&self.identity.cluster_key, &self.public_key, &public_key),
                 endpoint,
-                initiate: if is_first { Initiate::AtOnce } else { Initiate::After(SECOND) },
+                initiate: self.initiative(id),
                 persistent_keepalive: None,
             };
             self.bulk.handshakes.upsert_peer(index, config, now);

@@ -15,10 +15,10 @@ use crate::datapath::PeerState;
 use crate::gossip::Record;
 use crate::handshake::{Activity, AdoptedSession, Event, Initiate, PeerConfig};
 use crate::net::udp::Received;
-use crate::types::{PeerIndex, PublicKey, Secret};
+use crate::types::{NodeId, PeerIndex, PublicKey, Secret};
 
 /// How much longer than the node with the lower ID the other one waits before it initiates.
-pub(super) const SECOND: Duration = Duration::from_millis(1500);
+const SECOND: Duration = Duration::from_millis(1500);
 /// An address of a node that does not answer a handshake within this time is given up for the next one.
 const PATIENCE: Duration = Duration::from_secs(7);
 /// Most addresses that are tried of one peer: a record's, and where it was heard.
@@ -149,11 +149,16 @@ impl Node {
             public_key: record.public_key,
             preshared_key: key::pair_key(&self.identity.cluster_key, &self.public_key, &record.public_key),
             candidates: self.candidates(record),
-            initiate: if self.identity.id < record.id { Initiate::AtOnce } else { Initiate::After(SECOND) },
+            initiate: self.initiative(record.id),
             persistent_keepalive: None,
             routes: self.routes_of(record),
         };
         self.configure(record.id.peer_index(), wanted, now).await
+    }
+
+    /// Which of two nodes begins the handshakes between them.
+    pub(super) fn initiative(&self, other: NodeId) -> Initiate {
+        if self.identity.id < other { Initiate::AtOnce } else { Initiate::After(SECOND) }
     }
 
     pub(super) async fn configure(

@@ -1,11 +1,12 @@
 //! Decoders that keep nothing in mind: parcels, path probes, the header of messages that are relayed, messages of the bulk path.
 
+use overnode_daemon::bulk::control::Keys;
 use overnode_daemon::bulk::message::{Cipher, HEADER_LEN, Header, Hello};
-use overnode_daemon::bulk::session::{Handshaken, Session};
+use overnode_daemon::bulk::session::Session;
 use overnode_daemon::gossip::parcel::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
 use overnode_daemon::gossip::{Parcel, Signature};
 use overnode_daemon::path::probe::{ENVELOPE, HEADER, Kind, Probe, SMALLEST};
-use overnode_daemon::types::{NodeId, PeerIndex, Secret};
+use overnode_daemon::types::NodeId;
 use overnode_ebpf::wire::Relay;
 
 use super::input::Input;
@@ -57,12 +58,12 @@ fn bulk(bytes: &[u8]) {
 }
 
 fn session() -> Session {
-    Session::new(Handshaken {
-        peer: PeerIndex(1),
+    Session::new(&Keys {
+        peer: 1,
         local_index: 1,
         remote_index: 2,
-        tx: Secret([1; 32]),
-        rx: Secret([2; 32]),
+        tx: [1; 32],
+        rx: [2; 32],
         created_ns: 0,
         expires_ns: 1,
         is_initiator: true,
