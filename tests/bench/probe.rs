@@ -198,6 +198,26 @@ fn checksum(bytes: &[u8]) -> u16 {
 /// # Errors
 /// When a socket cannot be had, or nothing arrives at all.
 pub fn flood(from: &Netns, to: &Netns, address: Ipv4Addr, payload: usize, time: Duration) -> Result<f64> {
+    let (sender, receiver) = udp_pair(from, to, address)?;
+    rate(&sender, &receiver, payload, 2048, |_| 1, time)
+}
+
+/// Sends UDP many segments at once (UDP_SEGMENT, Linux 4.18) as fast as one thread can, and counts the bits that one thread receives,
+/// which takes them as the kernel joined them: bits per second.
+///
+/// # Errors
+/// When a socket cannot be had, or nothing arrives at all.
+pub fn gso(from: &Netns, to: &Netns, address: Ipv4Addr, time: Duration) -> Result<f64> {
+    const SEGMENT: u16 = 1372;
+    const SEGMENTS: usize = 44;
+    let (sender, receiver) = udp_pair(from, to, address)?;
+    setsockopt(&sender, sockopt::UdpGsoSegment, &i32::from(SEGMENT))?;
+    setsockopt(&receiver, sockopt::UdpGroSegment, &true)?;
+    rate(&sender, &receiver, usize::from(SEGMENT) * SEGMENTS, 1 << 16, |len| len as u64 * 8, time)
+}
+
+/// A socket connected with another one.
+fn udp_pair(from: &Netns, to: &Netns, address: Ipv4Addr) -> Result<(UdpSocket, UdpSocket)> {
     let receiver = to.enter(|| {
         let socket = UdpSocket::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?;
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
@@ -210,13 +230,26 @@ pub fn flood(from: &Netns, to: &Netns, address: Ipv4Addr, payload: usize, time: 
         socket.connect(target).context("cannot reach the flood's target")?;
         Ok(socket)
     })?;
+    Ok((sender, receiver))
+}
+
+/// What comes per second when one thread sends `payload` bytes with each call and another one receives up to `most` with each; `worth` says
+/// what a call that got so many bytes counts for.
+fn rate(
+    sender: &UdpSocket,
+    receiver: &UdpSocket,
+    payload: usize,
+    most: usize,
+    worth: fn(usize) -> u64,
+    time: Duration,
+) -> Result<f64> {
     let (stop, received) = (AtomicBool::new(false), AtomicU64::new(0));
     let (count, seconds) = thread::scope(|scope| {
         scope.spawn(|| {
-            let mut bytes = [0; 2048];
+            let mut bytes = vec![0; most];
             while !stop.load(Ordering::Relaxed) {
-                if receiver.recv(&mut bytes).is_ok() {
-                    received.fetch_add(1, Ordering::Relaxed);
+                if let Ok(len) = receiver.recv(&mut bytes) {
+                    received.fetch_add(worth(len), Ordering::Relaxed);
                 }
             }
         });
@@ -234,55 +267,6 @@ pub fn flood(from: &Netns, to: &Netns, address: Ipv4Addr, payload: usize, time: 
         stop.store(true, Ordering::Relaxed);
         (after - before, seconds)
     });
-    ensure!(count > 0, "no datagram arrived at {target}");
+    ensure!(count > 0, "no datagram arrived at {}", sender.peer_addr()?);
     Ok(count as f64 / seconds)
-}
-
-/// Sends UDP many segments at once (UDP_SEGMENT, Linux 4.18) as fast as one thread can, and counts the bits that one thread receives,
-/// which takes them as the kernel joined them: bits per second.
-///
-/// # Errors
-/// When a socket cannot be had, or nothing arrives at all.
-pub fn gso(from: &Netns, to: &Netns, address: Ipv4Addr, time: Duration) -> Result<f64> {
-    const SEGMENT: u16 = 1372;
-    const SEGMENTS: usize = 44;
-    let receiver = to.enter(|| {
-        let socket = UdpSocket::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?;
-        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
-        setsockopt(&socket, sockopt::RcvBufForce, &(1 << 23))?;
-        setsockopt(&socket, sockopt::UdpGroSegment, &true)?;
-        Ok(socket)
-    })?;
-    let target = SocketAddr::from((address, receiver.local_addr()?.port()));
-    let sender = from.enter(|| {
-        let socket = UdpSocket::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?;
-        socket.connect(target).context("cannot reach the target")?;
-        setsockopt(&socket, sockopt::UdpGsoSegment, &i32::from(SEGMENT))?;
-        Ok(socket)
-    })?;
-    let (stop, received) = (AtomicBool::new(false), AtomicU64::new(0));
-    let (bytes, seconds) = thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut bytes = vec![0; 1 << 16];
-            while !stop.load(Ordering::Relaxed) {
-                if let Ok(len) = receiver.recv(&mut bytes) {
-                    received.fetch_add(len as u64, Ordering::Relaxed);
-                }
-            }
-        });
-        scope.spawn(|| {
-            let bytes = vec![0x5a; usize::from(SEGMENT) * SEGMENTS];
-            while !stop.load(Ordering::Relaxed) {
-                let _ = sender.send(&bytes);
-            }
-        });
-        thread::sleep(WARM_UP);
-        let (before, start) = (received.load(Ordering::Relaxed), Instant::now());
-        thread::sleep(time);
-        let (after, seconds) = (received.load(Ordering::Relaxed), start.elapsed().as_secs_f64());
-        stop.store(true, Ordering::Relaxed);
-        (after - before, seconds)
-    });
-    ensure!(bytes > 0, "no datagram arrived at {target}");
-    Ok(bytes as f64 * 8.0 / seconds)
 }

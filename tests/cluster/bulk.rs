@@ -56,11 +56,23 @@ fn drops(host: &Host) -> Result<BTreeMap<String, u64>> {
     Ok(serde_json::from_value(host.status()?["node"]["bulk"]["drops"].clone())?)
 }
 
-fn arrives_whole(builder: lab::Builder) -> Result<()> {
-    in_lab(builder.hosts(2), |lab| {
+/// Runs a test on hosts with a container each, whose workers serve each other.
+fn with_workers(builder: lab::Builder, test: impl FnOnce(&Lab, &[Container]) -> Result<()>) -> Result<()> {
+    in_lab(builder, |lab| {
         launch_all(lab)?;
         let containers = one_each(lab)?;
         wait_for_workers(lab)?;
+        test(lab, &containers)
+    })
+}
+
+/// A stream that the workers have to do with without being all that the machine does.
+fn steady_flow(containers: &[Container]) -> Result<TcpFlow> {
+    TcpFlow::start_at_rate(&containers[0], &containers[1], Amount::UntilStopped, Some(40 * MEGABYTE))
+}
+
+fn arrives_whole(builder: lab::Builder) -> Result<()> {
+    with_workers(builder.hosts(2), |lab, containers| {
         let capture = lab.capture()?;
         let before = counter(lab.host(1), "bulk-sent")?;
         let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(50 * MEGABYTE + 7))?;
@@ -99,16 +111,8 @@ fn and_over_a_jumbo_underlay_behind_a_router() -> Result<()> {
 /// Killed, on either side, while they have a flow in hand: it goes on in the programs at once, and through new workers later.
 #[test]
 fn killed_workers_cost_a_moment_and_no_connection() -> Result<()> {
-    in_lab(Lab::new("bulkkill").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        wait_for_workers(lab)?;
-        let flow = TcpFlow::start_at_rate(
-            &containers[0],
-            &containers[1],
-            Amount::UntilStopped,
-            Some(40 * MEGABYTE),
-        )?;
+    with_workers(Lab::new("bulkkill").hosts(2), |lab, containers| {
+        let flow = steady_flow(containers)?;
         for host in [lab.host(1), lab.host(2)] {
             flow.wait_for(5 * MEGABYTE, PATIENCE)?;
             let before = workers(host)?;
@@ -133,16 +137,8 @@ fn killed_workers_cost_a_moment_and_no_connection() -> Result<()> {
 /// Stopped processes neither answer nor end.
 #[test]
 fn workers_that_hang_cost_a_moment_and_no_connection() -> Result<()> {
-    in_lab(Lab::new("bulkstop").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        wait_for_workers(lab)?;
-        let flow = TcpFlow::start_at_rate(
-            &containers[0],
-            &containers[1],
-            Amount::UntilStopped,
-            Some(40 * MEGABYTE),
-        )?;
+    with_workers(Lab::new("bulkstop").hosts(2), |lab, containers| {
+        let flow = steady_flow(containers)?;
         for host in [lab.host(1), lab.host(2)] {
             flow.wait_for(5 * MEGABYTE, PATIENCE)?;
             let pid = workers(host)?;
@@ -161,17 +157,9 @@ fn workers_that_hang_cost_a_moment_and_no_connection() -> Result<()> {
 /// The workers are a process of their own, and the next daemon finds them at work.
 #[test]
 fn a_killed_daemon_costs_the_workers_nothing() -> Result<()> {
-    in_lab(Lab::new("bulkdaemon").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        wait_for_workers(lab)?;
+    with_workers(Lab::new("bulkdaemon").hosts(2), |lab, containers| {
         let before = lab.hosts().iter().map(workers).collect::<Result<Vec<_>>>()?;
-        let flow = TcpFlow::start_at_rate(
-            &containers[0],
-            &containers[1],
-            Amount::UntilStopped,
-            Some(40 * MEGABYTE),
-        )?;
+        let flow = steady_flow(containers)?;
         flow.wait_for(5 * MEGABYTE, PATIENCE)?;
         for host in lab.hosts() {
             host.kill_daemon()?;
@@ -221,12 +209,7 @@ fn where_the_port_is_closed_the_programs_do_it_all() -> Result<()> {
             ensure!(serves(lab.host(1))? && serves(lab.host(2))?, "the open port is not noticed");
             Ok(())
         })?;
-        let flow = TcpFlow::start_at_rate(
-            &containers[0],
-            &containers[1],
-            Amount::UntilStopped,
-            Some(40 * MEGABYTE),
-        )?;
+        let flow = steady_flow(&containers)?;
         flow.wait_for(5 * MEGABYTE, PATIENCE)?;
         ensure!(counter(lab.host(1), "bulk-sent")? > 0, "the flow stays in the programs");
         wall(closed)?;
@@ -259,11 +242,8 @@ fn recorded(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
 /// Invariant S4: whatever an attacker on the underlay sends, recorded, changed or made up, is dropped and counted.
 #[test]
 fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
-    in_lab(Lab::new("bulkhostile").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        wait_for_workers(lab)?;
-        let messages = recorded(lab, &containers)?;
+    with_workers(Lab::new("bulkhostile").hosts(2), |lab, containers| {
+        let messages = recorded(lab, containers)?;
         let target = SocketAddr::new(lab.host(2).address(), PORT);
         let socket = lab.host(1).netns().enter(move || Ok(UdpSocket::bind("0.0.0.0:0")?))?;
         let send = |messages: &mut dyn Iterator<Item = Vec<u8>>| -> Result<u64> {
@@ -398,11 +378,8 @@ fn sysctl(container: &Container, name: &str, value: &str) -> Result<()> {
 /// TCP in all its moods: with and without timestamps, window scaling, SACK and ECN, with small segments, with a lossy underlay.
 #[test]
 fn tcp_of_every_kind_arrives_whole() -> Result<()> {
-    in_lab(Lab::new("bulktcp").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        wait_for_workers(lab)?;
-        let [one, two] = &containers[..] else { unreachable!("two were made") };
+    with_workers(Lab::new("bulktcp").hosts(2), |lab, containers| {
+        let [one, two] = containers else { unreachable!("two were made") };
         let both = |name: &str, value: &str| containers.iter().try_for_each(|it| sysctl(it, name, value));
         let transfer = |what: &str| {
             let before = counter(lab.host(1), "bulk-sent")?;
@@ -447,10 +424,7 @@ fn tcp_of_every_kind_arrives_whole() -> Result<()> {
 #[test]
 fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
     const BURSTS: usize = 12;
-    in_lab(Lab::new("bulkburst").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        wait_for_workers(lab)?;
+    with_workers(Lab::new("bulkburst").hosts(2), |lab, containers| {
         let address = containers[1].address();
         let listener = containers[1].netns().enter(move || Ok(TcpListener::bind((address, 0))?))?;
         let target = listener.local_addr()?;

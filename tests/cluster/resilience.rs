@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use lab::flow::{self, Amount, TcpFlow};
 use lab::ping::Pinging;
 use lab::raw::Injector;
-use lab::{Family, Lab, eventually};
+use lab::{Family, Host, Lab, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -57,6 +57,16 @@ fn killed_daemons_lose_nothing_over_ipv6() -> Result<()> {
     deaths_lose_nothing(Lab::new("killed6").family(Family::V6))
 }
 
+/// SIGTERM to the daemon; returns when it is gone.
+fn terminate(host: &Host) -> Result<()> {
+    let pid = host.daemon_pid().context("no daemon")?;
+    kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+    eventually(PATIENCE, || {
+        ensure!(host.daemon_pid().is_none(), "SIGTERM does not stop the daemon");
+        Ok(())
+    })
+}
+
 /// As an upgrade does it: SIGTERM, then the new one starts.
 #[test]
 fn stopped_daemons_lose_nothing() -> Result<()> {
@@ -66,12 +76,7 @@ fn stopped_daemons_lose_nothing() -> Result<()> {
         all_reach_all(&containers)?;
         let pings = Pinging::start(containers[0].netns(), containers[1].address(), Some(4000), MILLISECOND)?;
         for host in lab.hosts() {
-            let pid = host.daemon_pid().context("no daemon")?;
-            kill(Pid::from_raw(pid), Signal::SIGTERM)?;
-            eventually(PATIENCE, || {
-                ensure!(host.daemon_pid().is_none(), "SIGTERM does not stop the daemon");
-                Ok(())
-            })?;
+            terminate(host)?;
             host.overnode(&["resume"])?.success()?;
         }
         let stats = pings.finish()?;
@@ -92,12 +97,7 @@ fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()
         let pings = Pinging::start(thief.netns(), far.address(), Some(8000), MILLISECOND)?;
         for host in lab.hosts() {
             let sealed = counter(host, "sealed")?;
-            let pid = host.daemon_pid().context("no daemon")?;
-            kill(Pid::from_raw(pid), Signal::SIGTERM)?;
-            eventually(PATIENCE, || {
-                ensure!(host.daemon_pid().is_none(), "SIGTERM does not stop the daemon");
-                Ok(())
-            })?;
+            terminate(host)?;
             let before = host.pins()?;
             for name in NEWER {
                 host.unpin(&format!("maps/{name}"))?;

@@ -1,8 +1,7 @@
 //! Many containers at once, with podman.
 
-use std::time::{Duration, Instant};
-
 use anyhow::{Context, Result, ensure};
+use lab::parallel::{both, each, milliseconds_each};
 use lab::podman::{IMAGE, Podman};
 
 use crate::podman::{PATIENCE, nothing_left, with_podmans};
@@ -40,39 +39,17 @@ fn many_containers_of_podman_come_and_go_on_both_hosts() -> Result<()> {
             println!(
                 "{}: {count} containers, {CLIENTS} at a time: {:.0} ms each on podman's bridge, {:.0} ms with overnode chained after it; removed in {:.0} ms each",
                 host.name,
-                per_container(without[index], count),
-                per_container(with[index], count),
-                per_container(removed[index], count),
+                milliseconds_each(without[index], count),
+                milliseconds_each(with[index], count),
+                milliseconds_each(removed[index], count),
             );
         }
         Ok(())
     })
 }
 
-fn per_container(took: Duration, count: usize) -> f64 {
-    took.as_secs_f64() * 1000.0 / count as f64
-}
-
-/// The same on both hosts at the same time; how long each took.
-fn both(
-    one: &Podman<'_>,
-    two: &Podman<'_>,
-    work: impl Fn(&Podman<'_>) -> Result<()> + Sync,
-) -> Result<[Duration; 2]> {
-    let timed = |podman: &Podman<'_>| -> Result<Duration> {
-        let started = Instant::now();
-        work(podman)?;
-        Ok(started.elapsed())
-    };
-    std::thread::scope(|scope| {
-        let there = scope.spawn(|| timed(two));
-        let here = timed(one);
-        Ok([here?, there.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?])
-    })
-}
-
 fn start(podman: &Podman<'_>, network: &str, count: usize) -> Result<()> {
-    each(count, |number| {
+    each(count, CLIENTS, |number| {
         let name = format!("c{number}");
         let words = ["run", "--detach", "--network", network, "--name", &name, IMAGE, "/bin/sleep", "100000"];
         podman.run(&words)?.success().map(drop)
@@ -80,21 +57,7 @@ fn start(podman: &Podman<'_>, network: &str, count: usize) -> Result<()> {
 }
 
 fn remove(podman: &Podman<'_>, count: usize) -> Result<()> {
-    each(count, |number| {
+    each(count, CLIENTS, |number| {
         podman.run(&["rm", "--force", "--time", "0", &format!("c{number}")])?.success().map(drop)
-    })
-}
-
-/// A few at a time.
-fn each(count: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
-    std::thread::scope(|scope| {
-        let work = &work;
-        let clients: Vec<_> = (0..CLIENTS)
-            .map(|client| scope.spawn(move || (client..count).step_by(CLIENTS).try_for_each(work)))
-            .collect();
-        for client in clients {
-            client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        }
-        Ok(())
     })
 }

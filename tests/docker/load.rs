@@ -1,9 +1,8 @@
 //! Many containers at once.
 
-use std::time::{Duration, Instant};
-
 use anyhow::{Context, Result, ensure};
 use lab::docker::{Engine, IMAGE};
+use lab::parallel::{both, each, milliseconds_each};
 
 use crate::support::{PATIENCE, nothing_left, with_engines};
 
@@ -43,39 +42,17 @@ fn many_containers_come_and_go_on_both_hosts() -> Result<()> {
             println!(
                 "{}: {count} containers, {CLIENTS} at a time: {:.0} ms each on Docker's bridge, {:.0} ms on overnode; removed in {:.0} ms each",
                 host.name,
-                per_container(*without, count),
-                per_container(with, count),
-                per_container(removed, count),
+                milliseconds_each(*without, count),
+                milliseconds_each(with, count),
+                milliseconds_each(removed, count),
             );
         }
         Ok(())
     })
 }
 
-fn per_container(took: Duration, count: usize) -> f64 {
-    took.as_secs_f64() * 1000.0 / count as f64
-}
-
-/// The same on both hosts at the same time; how long each took.
-fn both(
-    one: &Engine<'_>,
-    two: &Engine<'_>,
-    work: impl Fn(&Engine<'_>) -> Result<()> + Sync,
-) -> Result<[Duration; 2]> {
-    let timed = |engine: &Engine<'_>| -> Result<Duration> {
-        let started = Instant::now();
-        work(engine)?;
-        Ok(started.elapsed())
-    };
-    std::thread::scope(|scope| {
-        let there = scope.spawn(|| timed(two));
-        let here = timed(one);
-        Ok([here?, there.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?])
-    })
-}
-
 fn start(engine: &Engine<'_>, network: &str, count: usize) -> Result<()> {
-    each(count, |number| {
+    each(count, CLIENTS, |number| {
         let name = format!("c{number}");
         let words = ["run", "--detach", "--network", network, "--name", &name, IMAGE, "/bin/sleep", "100000"];
         engine.docker(&words)?.success().map(drop)
@@ -83,19 +60,7 @@ fn start(engine: &Engine<'_>, network: &str, count: usize) -> Result<()> {
 }
 
 fn remove(engine: &Engine<'_>, count: usize) -> Result<()> {
-    each(count, |number| engine.docker(&["rm", "--force", &format!("c{number}")])?.success().map(drop))
-}
-
-/// A few at a time.
-fn each(count: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
-    std::thread::scope(|scope| {
-        let work = &work;
-        let clients: Vec<_> = (0..CLIENTS)
-            .map(|client| scope.spawn(move || (client..count).step_by(CLIENTS).try_for_each(work)))
-            .collect();
-        for client in clients {
-            client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        }
-        Ok(())
+    each(count, CLIENTS, |number| {
+        engine.docker(&["rm", "--force", &format!("c{number}")])?.success().map(drop)
     })
 }

@@ -32,6 +32,7 @@ pub mod host;
 mod http;
 pub mod iperf;
 pub mod netns;
+pub mod parallel;
 pub mod pcap;
 pub mod ping;
 pub mod podman;
