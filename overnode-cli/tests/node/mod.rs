@@ -85,6 +85,7 @@ pub fn sample() -> Status {
         bulk: Some(BulkStatus {
             in_use: true,
             cipher: Cipher::Aes,
+            session_age_seconds: Some(70),
             rx_bytes: 1_000_000,
             tx_bytes: 2000,
             rx_packets: 800,

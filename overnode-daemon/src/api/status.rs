@@ -228,6 +228,9 @@ pub struct BulkStatus {
     pub in_use: bool,
     /// What seals them.
     pub cipher: Cipher,
+    /// Age of the newest keys, in seconds.
+    #[serde(default)]
+    pub session_age_seconds: Option<u64>,
     /// Plaintext received through workers, in bytes.
     pub rx_bytes: u64,
     /// Plaintext sent through workers, in bytes.

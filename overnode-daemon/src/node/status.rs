@@ -263,7 +263,7 @@ impl Node {
         let peer = self.peers.get(&index)?;
         let state = peer.state.as_ref()?;
         let sealing = state.sessions.iter().find(|session| session.sealing);
-        let bulk = self.bulk.status(index);
+        let bulk = self.bulk.status(index, now);
         Some(DataStatus {
             session: match sealing {
                 Some(session) if session.expires > now => SessionState::Established,
