@@ -264,7 +264,14 @@ impl Node {
                     format_args!("{why}: `overnode prime` waits until that has changed"),
                 ))
             }
-            Err(why) => Err(CniError::new(Code::NotAvailable, message, self.client.explain(why))),
+            Err(why) => {
+                // Nobody renews the keys: after three minutes containers reach those of this host only.
+                let code = match &why {
+                    Unanswered::NotRunning => Code::Limited,
+                    _ => Code::NotAvailable,
+                };
+                Err(CniError::new(code, message, self.client.explain(why)))
+            }
         }
     }
 

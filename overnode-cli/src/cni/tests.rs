@@ -162,7 +162,7 @@ fn what_concerns_no_attachment_needs_no_attachment() {
         let env = with(&[("CNI_COMMAND", command), ("OVERNODE_RUN_DIR", "/nonexistent/overnode")], &[]);
         let (output, _) = run(&conf("1.1.0", json!({"cni.dev/valid-attachments": []})), &env);
         let code = output.unwrap()["code"].as_u64();
-        let unreachable = [("GC", 11), ("STATUS", 50)].into_iter().find(|it| it.0 == command);
+        let unreachable = [("GC", 11), ("STATUS", 51)].into_iter().find(|it| it.0 == command);
         assert_eq!(code, unreachable.map(|it| it.1), "{command} comes as far as the node");
     }
 }
@@ -314,7 +314,7 @@ fn dns_of_the_configuration_goes_before_the_nodes() {
     assert_eq!(result["dns"], json!({"nameservers": ["192.0.2.1"]}));
 }
 
-/// Section 2, `DEL` and `STATUS`; section 5, Error, codes 11 and 50.
+/// Section 2, `DEL` and `STATUS`; section 5, Error, codes 11 and 51.
 #[test]
 fn without_a_daemon() {
     let input = conf("1.1.0", json!({"cni.dev/valid-attachments": null, "prevResult": {}}));
@@ -324,7 +324,7 @@ fn without_a_daemon() {
         error(&conf("1.1.0", json!({"cni.dev/valid-attachments": []})), &[("CNI_COMMAND", "GC")]).0,
         11
     );
-    assert_eq!(error(&input, &[("CNI_COMMAND", "STATUS")]).0, 50, "cannot service ADD requests");
+    assert_eq!(error(&input, &[("CNI_COMMAND", "STATUS")]).0, 51, "and no keys are renewed");
     // Best effort: of a container that is gone nothing is left to delete, however often that is asked.
     for netns in ["", "/nonexistent/netns", "/etc/passwd"] {
         for previous in [json!({}), json!({"prevResult": null}), json!({"prevResult": {}})] {
