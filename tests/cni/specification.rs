@@ -135,9 +135,9 @@ fn deleting_after_a_reboot() -> Result<()> {
     host.overnode(&["resume"])?.success()?;
     call(1).done("DEL", &results[1])?;
     nothing_left(host)?;
-    for at in 0..names.len() {
+    for (at, result) in results.iter().enumerate() {
         for _ in 0..2 {
-            call(at).done("DEL", &results[at])?;
+            call(at).done("DEL", result)?;
             Call { netns: String::new(), ..call(at) }.done("DEL", &none)?;
         }
     }

@@ -86,7 +86,7 @@ fn dropped(it: &DroppedPacket) -> String {
     };
     let from_container = matches!(it.program, Program::FromContainer | Program::Seal);
     if let Some(inner) = &headers.inner {
-        parts.push(flow(inner, &named));
+        parts.push(flow(inner, named));
     } else if let Some(arp) = &headers.arp {
         parts.push(format!(
             "ARP of {}{} about {}{}",
