@@ -1,16 +1,14 @@
 //! The bulk path: flows that move a lot go through workers, and whatever happens to those, nothing is lost but time.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lab::flow::{self, Amount, TcpFlow};
+use lab::flow::{self, Amount, Manner, TcpFlow};
+use lab::rough::Roughness;
 use lab::{Container, Family, Host, Lab, eventually};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 use nix::unistd::Pid;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -68,7 +66,7 @@ fn with_workers(builder: lab::Builder, test: impl FnOnce(&Lab, &[Container]) -> 
 
 /// A stream that the workers have to do with without being all that the machine does.
 fn steady_flow(containers: &[Container]) -> Result<TcpFlow> {
-    TcpFlow::start_at_rate(&containers[0], &containers[1], Amount::UntilStopped, Some(40 * MEGABYTE))
+    TcpFlow::start_as(&containers[0], &containers[1], Amount::UntilStopped, Manner::Rate(40 * MEGABYTE))
 }
 
 fn arrives_whole(builder: lab::Builder) -> Result<()> {
@@ -423,54 +421,44 @@ fn tcp_of_every_kind_arrives_whole() -> Result<()> {
 /// Bursts and pauses, so that the flow changes its path again and again; writes of all sizes; urgent bytes in between.
 #[test]
 fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
-    const BURSTS: usize = 12;
     with_workers(Lab::new("bulkburst").hosts(2), |lab, containers| {
-        let address = containers[1].address();
-        let listener = containers[1].netns().enter(move || Ok(TcpListener::bind((address, 0))?))?;
-        let target = listener.local_addr()?;
-        let mut sender = containers[0].netns().enter(move || Ok(TcpStream::connect(target)?))?;
-        let (mut receiver, _) = listener.accept()?;
-        receiver.set_read_timeout(Some(PATIENCE))?;
-        // Urgent bytes stay where they are in the stream.
-        setsockopt(&receiver, sockopt::OobInline, &true)?;
-        let byte = |at: usize| (at * 31 % 253) as u8;
-        let sending = std::thread::spawn(move || -> Result<usize> {
-            let mut rng = StdRng::seed_from_u64(7);
-            let mut sent = 0;
-            for burst in 0..BURSTS {
-                let until = sent + 1_500_000;
-                while sent < until {
-                    let len = if rng.random_bool(0.5) {
-                        rng.random_range(1..200)
-                    } else {
-                        rng.random_range(1..300_000)
-                    };
-                    let bytes: Vec<u8> = (sent..sent + len).map(byte).collect();
-                    sender.write_all(&bytes)?;
-                    sent += len;
-                    if rng.random_bool(0.1) {
-                        sent += send(sender.as_raw_fd(), &[byte(sent)], MsgFlags::MSG_OOB)?;
-                    }
-                }
-                std::thread::sleep(Duration::from_millis(if burst % 2 == 0 { 70 } else { 10 }));
-            }
-            Ok(sent)
-        });
-        let (mut buffer, mut at) = (vec![0; 1 << 17], 0);
-        loop {
-            let len = receiver.read(&mut buffer)?;
-            if len == 0 {
-                break;
-            }
-            for (offset, seen) in buffer[..len].iter().enumerate() {
-                ensure!(*seen == byte(at + offset), "byte {} is wrong", at + offset);
-            }
-            at += len;
-        }
-        let sent = sending.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
-        assert_eq!(at, sent);
+        let [one, two] = containers else { unreachable!("two were made") };
+        let amount = Amount::Bytes(40 * MEGABYTE + 1);
+        let received = TcpFlow::start_as(one, two, amount, Manner::Moody(7))?.finish()?;
+        assert_eq!(received.bytes, 40 * MEGABYTE + 1);
         ensure!(counter(lab.host(1), "bulk-sent")? > 100, "the bursts stayed in the programs");
         ensure!(counter(lab.host(1), "sealed")? > 100, "the programs had nothing");
+        Ok(())
+    })
+}
+
+/// Messages of both paths that are lost, come twice or late: TCP mends what is missing, and nothing else becomes of it.
+#[test]
+fn a_rough_underlay_spoils_nothing() -> Result<()> {
+    with_workers(Lab::new("bulkrough").hosts(2), |lab, containers| {
+        let [one, two] = containers else { unreachable!("two were made") };
+        let roughness = Roughness { lost: 0.002, doubled: 0.01, late: 0.01 };
+        let wire = lab.roughen(lab.host(2), roughness, 11)?;
+        let flows = [(one, two, Manner::Steady), (two, one, Manner::Moody(3))]
+            .into_iter()
+            .map(|(from, to, manner)| TcpFlow::start_as(from, to, Amount::Bytes(15 * MEGABYTE), manner))
+            .collect::<Result<Vec<_>>>()?;
+        for flow in flows {
+            assert_eq!(flow.finish()?.bytes, 15 * MEGABYTE);
+        }
+        let done = wire.done();
+        ensure!(done.lost > 10 && done.doubled > 50 && done.late > 50, "the wire was not rough: {done:?}");
+        for host in lab.hosts() {
+            ensure!(counter(host, "bulk-sent")? > 100, "the workers of {} had nothing", host.name);
+        }
+        // The doubled ones are dropped by the replay windows; the late ones are not.
+        let drops = [drops(lab.host(1))?, drops(lab.host(2))?];
+        let replayed: u64 = drops.iter().filter_map(|drops| drops.get("replayed")).sum();
+        ensure!((1..=done.doubled).contains(&replayed), "{drops:?}, {done:?}");
+        ensure!(drops.iter().flat_map(BTreeMap::keys).all(|reason| reason == "replayed"), "{drops:?}");
+        lab.smooth(lab.host(2), wire)?;
+        let received = flow::tcp(one, two, Amount::Bytes(20 * MEGABYTE))?;
+        assert_eq!(received.bytes, 20 * MEGABYTE);
         Ok(())
     })
 }

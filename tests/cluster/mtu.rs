@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lab::flow::{Amount, TcpFlow};
+use lab::flow::{Amount, Manner, TcpFlow};
 use lab::{Container, Family, Host, Lab, eventually, flow};
 
 use crate::support::{PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, list, one_each, peer};
@@ -122,7 +122,7 @@ fn a_stream_survives_a_way_that_begins_to_carry_less() -> Result<()> {
         all_reach_all(&containers)?;
         found(a, 2, 1480)?;
         let stream =
-            TcpFlow::start_at_rate(&containers[0], &containers[1], Amount::UntilStopped, Some(200_000))?;
+            TcpFlow::start_as(&containers[0], &containers[1], Amount::UntilStopped, Manner::Rate(200_000))?;
         stream.wait_for(200_000, PATIENCE)?;
         lab.narrow(b, 1280)?;
         found(a, 2, 1280)?;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lab::flow::{self, Amount, TcpFlow};
+use lab::flow::{self, Amount, Manner, TcpFlow};
 use lab::ping::Pinging;
 use lab::raw::Injector;
 use lab::{Family, Host, Lab, eventually};
@@ -26,8 +26,8 @@ fn deaths_lose_nothing(builder: lab::Builder) -> Result<()> {
         all_reach_all(&containers)?;
         let (one, two) = (&containers[0], &containers[1]);
         let pings = Pinging::start(one.netns(), two.address(), Some(PINGS), MILLISECOND)?;
-        let there = TcpFlow::start_at_rate(one, two, Amount::UntilStopped, Some(20_000_000))?;
-        let back = TcpFlow::start_at_rate(two, one, Amount::UntilStopped, Some(20_000_000))?;
+        let there = TcpFlow::start_as(one, two, Amount::UntilStopped, Manner::Rate(20_000_000))?;
+        let back = TcpFlow::start_as(two, one, Amount::UntilStopped, Manner::Rate(20_000_000))?;
         for host in [lab.host(2), lab.host(1), lab.host(2)] {
             there.wait_for(1_000_000, PATIENCE)?;
             host.kill_daemon()?;

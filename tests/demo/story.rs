@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use lab::flow::{self, Amount, MARKER, TcpFlow};
+use lab::flow::{self, Amount, MARKER, Manner, TcpFlow};
 use lab::ping::Pinging;
 use lab::{Capture, Container, Host, Lab, eventually};
 
@@ -190,7 +190,7 @@ impl<'a> Story<'a> {
         self.begin("kill host2's daemon (SIGKILL) during a transfer and 1000 pings per second");
         let (from, to, host) = (&self.containers[0], &self.containers[2], self.lab.host(2));
         let pings = Pinging::start(from.netns(), to.address(), Some(PINGS), MILLISECOND)?;
-        let transfer = TcpFlow::start_at_rate(from, to, Amount::UntilStopped, Some(40_000_000))?;
+        let transfer = TcpFlow::start_as(from, to, Amount::UntilStopped, Manner::Rate(40_000_000))?;
         transfer.wait_for(1_000_000, PATIENCE)?;
         let pid = host.daemon_pid().context("host2 has no daemon")?;
         host.kill_daemon()?;

@@ -4,14 +4,18 @@
 //! The stream consists of 16-byte blocks: [`MARKER`], then the block's number. A packet of 23 bytes of payload or
 //! more therefore holds the whole marker.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 use crate::container::Container;
 
@@ -20,6 +24,7 @@ pub const MARKER: [u8; 8] = *b"OVNsecrt";
 
 const BLOCK: usize = 16;
 const CHUNK: usize = 64 * 1024;
+const LONGEST_WRITE: usize = 300_000;
 /// A stream that stands still this long has failed.
 const STALL: Duration = Duration::from_secs(20);
 
@@ -32,6 +37,17 @@ pub enum Amount {
     Time(Duration),
     /// When [`TcpFlow::stop`] is called.
     UntilStopped,
+}
+
+/// How a stream is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// 64 KiB at a time, as fast as they are taken.
+    Steady,
+    /// Evenly, no more than this many bytes per second.
+    Rate(u64),
+    /// Bursts and pauses, writes of 1 to 300,000 bytes, urgent bytes in between; all drawn from this seed.
+    Moody(u64),
 }
 
 /// A TCP stream under way from one container to another.
@@ -67,16 +83,11 @@ impl TcpFlow {
     /// # Errors
     /// When the connection is not made within ten seconds.
     pub fn start(from: &Container, to: &Container, amount: Amount) -> Result<Self> {
-        Self::start_at_rate(from, to, amount, None)
+        Self::start_as(from, to, amount, Manner::Steady)
     }
 
-    /// As [`Self::start`], with no more than `rate` bytes per second.
-    pub fn start_at_rate(
-        from: &Container,
-        to: &Container,
-        amount: Amount,
-        rate: Option<u64>,
-    ) -> Result<Self> {
+    /// As [`Self::start`], written in another manner.
+    pub fn start_as(from: &Container, to: &Container, amount: Amount, manner: Manner) -> Result<Self> {
         let address = to.address();
         let listener = to.netns().enter(move || Ok(TcpListener::bind((address, 0))?))?;
         let target = listener.local_addr()?;
@@ -87,6 +98,8 @@ impl TcpFlow {
         let (accepted, _) = listener.accept()?;
         stream.set_write_timeout(Some(STALL))?;
         accepted.set_read_timeout(Some(STALL))?;
+        // Urgent bytes stay where they are in the stream.
+        setsockopt(&accepted, sockopt::OobInline, &true)?;
         let (progress, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let receiver = std::thread::spawn({
             let progress = Arc::clone(&progress);
@@ -94,7 +107,7 @@ impl TcpFlow {
         });
         let sender = std::thread::spawn({
             let stop = Arc::clone(&stop);
-            move || send(stream, amount, rate, &stop)
+            move || send(stream, amount, manner, &stop)
         });
         Ok(Self { sender, receiver, progress, stop })
     }
@@ -138,10 +151,10 @@ pub fn tcp(from: &Container, to: &Container, amount: Amount) -> Result<Received>
     TcpFlow::start(from, to, amount)?.finish()
 }
 
-fn send(mut stream: TcpStream, amount: Amount, rate: Option<u64>, stop: &AtomicBool) -> Result<u64> {
+fn send(mut stream: TcpStream, amount: Amount, manner: Manner, stop: &AtomicBool) -> Result<u64> {
     let started = Instant::now();
-    let chunk = rate.map_or(CHUNK, |rate| (rate as usize / 200).clamp(BLOCK, CHUNK) / BLOCK * BLOCK);
-    let mut buffer = vec![0; chunk];
+    let mut pace = Pace::new(manner, started);
+    let mut buffer = vec![0; LONGEST_WRITE + BLOCK];
     let mut sent = 0u64;
     while !stop.load(Ordering::Relaxed) {
         let wanted = match amount {
@@ -152,17 +165,72 @@ fn send(mut stream: TcpStream, amount: Amount, rate: Option<u64>, stop: &AtomicB
         if wanted == 0 {
             break;
         }
-        fill(&mut buffer, sent);
-        let length = buffer.len().min(usize::try_from(wanted).unwrap_or(usize::MAX));
-        stream.write_all(&buffer[..length]).with_context(|| format!("sending stopped after {sent} bytes"))?;
+        let write = pace.next(sent);
+        std::thread::sleep(write.pause);
+        let length = write.length.min(usize::try_from(wanted).unwrap_or(usize::MAX));
+        let skew = (sent % BLOCK as u64) as usize;
+        fill(&mut buffer[..skew + length], sent - skew as u64);
+        let bytes = &buffer[skew..skew + length];
+        let outcome = if write.urgent {
+            let flags = MsgFlags::MSG_OOB;
+            nix::sys::socket::send(stream.as_raw_fd(), bytes, flags).map(drop).map_err(Into::into)
+        } else {
+            stream.write_all(bytes)
+        };
+        outcome.with_context(|| format!("sending stopped after {sent} bytes"))?;
         sent += length as u64;
-        if let Some(rate) = rate {
-            let due = started + Duration::from_secs_f64(sent as f64 / rate as f64);
-            std::thread::sleep(due.saturating_duration_since(Instant::now()));
-        }
     }
     stream.shutdown(Shutdown::Write)?;
     Ok(sent)
+}
+
+/// What is written next, after a pause.
+struct Write {
+    pause: Duration,
+    length: usize,
+    urgent: bool,
+}
+
+/// Draws one write after the other.
+struct Pace {
+    manner: Manner,
+    started: Instant,
+    rng: StdRng,
+    /// Where in the stream the present burst ends.
+    burst_until: u64,
+}
+
+impl Pace {
+    fn new(manner: Manner, started: Instant) -> Self {
+        let seed = if let Manner::Moody(seed) = manner { seed } else { 0 };
+        Self { manner, started, rng: StdRng::seed_from_u64(seed), burst_until: 0 }
+    }
+
+    fn next(&mut self, sent: u64) -> Write {
+        match self.manner {
+            Manner::Steady => Write { pause: Duration::ZERO, length: CHUNK, urgent: false },
+            Manner::Rate(rate) => {
+                let due = self.started + Duration::from_secs_f64(sent as f64 / rate as f64);
+                let length = (rate as usize / 200).clamp(BLOCK, CHUNK) / BLOCK * BLOCK;
+                Write { pause: due.saturating_duration_since(Instant::now()), length, urgent: false }
+            }
+            Manner::Moody(_) => {
+                let rng = &mut self.rng;
+                let mut pause = Duration::ZERO;
+                if sent >= self.burst_until {
+                    pause = Duration::from_millis(rng.random_range(5..120));
+                    let longest = 1 << rng.random_range(17..25);
+                    self.burst_until = sent + rng.random_range(1 << 10..longest);
+                }
+                let (length, urgent) = match rng.random_range(0..20) {
+                    0 => (1, true),
+                    1..10 => (rng.random_range(1..200), false),
+                    _ => (rng.random_range(1..LONGEST_WRITE), false),
+                };
+                Write { pause, length, urgent }
+            }
+        }
+    }
 }
 
 fn receive(mut stream: TcpStream, progress: &AtomicU64) -> Result<Received> {

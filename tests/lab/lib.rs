@@ -38,6 +38,7 @@ pub mod ping;
 pub mod podman;
 pub mod process;
 pub mod raw;
+pub mod rough;
 mod underlay;
 pub mod wireguard;
 
@@ -162,6 +163,16 @@ impl Lab {
     /// larger ones without a word; the host's interface stays as it is.
     pub fn narrow(&self, host: &Host, mtu: u32) -> Result<()> {
         self.underlay.narrow(host.number, mtu)
+    }
+
+    /// Puts a rough wire in place of a host's cable, in a lab with a bridge, until [`Self::smooth`].
+    pub fn roughen(&self, host: &Host, roughness: rough::Roughness, seed: u64) -> Result<rough::Wire> {
+        self.underlay.roughen(host, roughness, seed)
+    }
+
+    /// Puts the cable back.
+    pub fn smooth(&self, host: &Host, wire: rough::Wire) -> Result<()> {
+        self.underlay.smooth(host, wire)
     }
 
     /// Gives a host's link another MTU, in bytes, at both ends. (A bridge goes on with the least of all links.)

@@ -1,8 +1,8 @@
-//! Ethernet frames as one likes them, for tests that attack.
+//! Ethernet frames as one likes them: for tests that attack, and for wires that are not as they should be.
 
 use std::ffi::CString;
-use std::io::Error;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::{Error, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 
@@ -17,31 +17,7 @@ pub struct Injector {
 impl Injector {
     /// Opens an interface of a namespace.
     pub fn open(netns: &Netns, interface: &str) -> Result<Self> {
-        let name = CString::new(interface)?;
-        netns.enter(move || {
-            // SAFETY: no pointer is passed.
-            let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-            if raw < 0 {
-                return Err(Error::last_os_error()).context("a packet socket");
-            }
-            // SAFETY: it was opened just now and nobody else has it.
-            let socket = unsafe { OwnedFd::from_raw_fd(raw) };
-            // SAFETY: a C string that lives during the call.
-            let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-            if index == 0 {
-                bail!("there is no interface {name:?}");
-            }
-            // SAFETY: all-zero is a valid address; the fields that count are set below.
-            let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-            address.sll_family = libc::AF_PACKET as u16;
-            address.sll_ifindex = index as i32;
-            let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-            // SAFETY: pointer and length describe the address above.
-            if unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } != 0 {
-                return Err(Error::last_os_error()).context("a packet socket cannot be bound");
-            }
-            Ok(Self { socket })
-        })
+        Ok(Self { socket: packet_socket(netns, interface, 0)? })
     }
 
     /// Sends one frame, link header included.
@@ -83,4 +59,92 @@ impl Injector {
         }
         Ok(())
     }
+}
+
+/// An interface whose every incoming frame is seen, and where frames can be sent.
+#[derive(Debug)]
+pub(crate) struct Tap {
+    socket: OwnedFd,
+}
+
+impl Tap {
+    pub(crate) fn open(netns: &Netns, interface: &str) -> Result<Self> {
+        let socket = packet_socket(netns, interface, libc::ETH_P_ALL as u16)?;
+        let set = |level, option, value: libc::c_int| {
+            let value_at = (&raw const value).cast();
+            // SAFETY: the value outlives the call and its size is given.
+            let outcome = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value_at, 4) };
+            if outcome == 0 {
+                Ok(())
+            } else {
+                Err(Error::last_os_error()).context("a packet socket's option")
+            }
+        };
+        // Its own frames are not to come back.
+        set(libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)?;
+        set(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 16 << 20)?;
+        Ok(Self { socket })
+    }
+
+    /// The next frame's length, if there is one.
+    pub(crate) fn receive(&self, buffer: &mut [u8]) -> Result<Option<usize>> {
+        let (at, length) = (buffer.as_mut_ptr().cast(), buffer.len());
+        // SAFETY: pointer and length describe the buffer.
+        let received = unsafe { libc::recv(self.socket.as_raw_fd(), at, length, libc::MSG_DONTWAIT) };
+        if received >= 0 {
+            return Ok(Some(received as usize));
+        }
+        match Error::last_os_error() {
+            error if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
+            error => Err(error).context("frames cannot be received"),
+        }
+    }
+
+    /// Sends a frame; one that finds the queue full, or is too long for the interface, is lost.
+    pub(crate) fn send(&self, frame: &[u8]) -> Result<()> {
+        // SAFETY: pointer and length describe the frame.
+        let sent = unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        match (sent >= 0).then_some(()).ok_or_else(Error::last_os_error) {
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EMSGSIZE)) => {
+                Err(error).context("a frame cannot be sent")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// A packet socket, bound to an interface of a namespace; it gets frames of this Ethernet type, none if it is 0.
+fn packet_socket(netns: &Netns, interface: &str, protocol: u16) -> Result<OwnedFd> {
+    let name = CString::new(interface)?;
+    netns.enter(move || {
+        // SAFETY: no pointer is passed.
+        let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+        if raw < 0 {
+            return Err(Error::last_os_error()).context("a packet socket");
+        }
+        // SAFETY: it was opened just now and nobody else has it.
+        let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+        // SAFETY: a C string that lives during the call.
+        let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+        if index == 0 {
+            bail!("there is no interface {name:?}");
+        }
+        // SAFETY: all-zero is a valid address; the fields that count are set below.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = protocol.to_be();
+        address.sll_ifindex = index as i32;
+        let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        // SAFETY: pointer and length describe the address above.
+        if unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } != 0 {
+            return Err(Error::last_os_error()).context("a packet socket cannot be bound");
+        }
+        Ok(socket)
+    })
 }

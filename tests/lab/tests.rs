@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use lab::flow::{self, Amount, MARKER, TcpFlow};
+use lab::flow::{self, Amount, MARKER, Manner, TcpFlow};
 use lab::{Container, Entry, Family, Host, Lab};
 
 const TICK: Duration = Duration::from_millis(10);
@@ -165,7 +165,7 @@ fn streams_are_verified_and_can_be_found_in_captures() -> Result<()> {
 fn a_stream_shows_an_interruption() -> Result<()> {
     let lab = Lab::new("interruption").build()?;
     let (a, b) = bare_pair(&lab)?;
-    let flow = TcpFlow::start_at_rate(&a, &b, Amount::UntilStopped, Some(10_000_000))?;
+    let flow = TcpFlow::start_as(&a, &b, Amount::UntilStopped, Manner::Rate(10_000_000))?;
     flow.wait_for(1_000_000, Duration::from_secs(5))?;
     lab.cut(lab.host(1), lab.host(2))?;
     std::thread::sleep(Duration::from_millis(400));

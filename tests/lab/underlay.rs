@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::host::Host;
 use crate::netns::Netns;
+use crate::rough::{Roughness, Wire};
 use crate::{Site, run};
 
 /// The name of each host's underlay interface.
@@ -137,6 +138,33 @@ impl Underlay {
         self.netns.ip(&["link", "set", &port(number), "mtu", &mtu.to_string()]).map(drop)
     }
 
+    /// Of a bridge only: a rough wire in place of a host's link. It carries frames as they are on a cable, so nothing in front of it may leave
+    /// checksums or segmentation to it.
+    pub(crate) fn roughen(&self, host: &Host, roughness: Roughness, seed: u64) -> Result<Wire> {
+        ensure!(self.topology == Topology::Bridged, "a router's links are not made rough");
+        let (port, [near, far]) = (port(host.number), rough_ends(host.number));
+        let mtu = self.mtu.to_string();
+        self.netns
+            .ip(&["link", "add", &near, "mtu", &mtu, "type", "veth", "peer", "name", &far, "mtu", &mtu])?;
+        self.netns.ip(&["link", "set", &port, "nomaster"])?;
+        self.netns.ip(&["link", "set", &far, "master", "br0"])?;
+        for (netns, interface) in [(&self.netns, far.as_str()), (host.netns(), INTERFACE)] {
+            offloads(netns, interface, "off")?;
+        }
+        for end in [&near, &far] {
+            self.netns.ip(&["link", "set", end, "up"])?;
+        }
+        Wire::start(&self.netns, [&port, &near], roughness, seed)
+    }
+
+    /// Takes a rough wire away again.
+    pub(crate) fn smooth(&self, host: &Host, mut wire: Wire) -> Result<()> {
+        wire.stop()?;
+        self.netns.ip(&["link", "del", &rough_ends(host.number)[0]])?;
+        self.netns.ip(&["link", "set", &port(host.number), "master", "br0"])?;
+        offloads(host.netns(), INTERFACE, "on")
+    }
+
     /// Both ends of a host's link.
     pub(crate) fn set_mtu(&self, host: &Host, mtu: u32) -> Result<()> {
         let mtu = mtu.to_string();
@@ -229,6 +257,18 @@ fn add_address(netns: &Netns, interface: &str, address: IpAddr, bits: u8) -> Res
 
 fn prefix(address: IpAddr) -> u8 {
     if address.is_ipv4() { 24 } else { 64 }
+}
+
+/// Checksums and segmentation that an interface does for the kernel.
+fn offloads(netns: &Netns, interface: &str, state: &str) -> Result<()> {
+    let features = ["tx", "tso", "gso", "tx-udp-segmentation"];
+    let words = features.iter().flat_map(|feature| [*feature, state]);
+    netns.run("ethtool", &["-K", interface].into_iter().chain(words).collect::<Vec<_>>()).map(drop)
+}
+
+/// The pair that leads from a rough wire to the bridge: the wire's end, the bridge's end.
+fn rough_ends(number: usize) -> [String; 2] {
+    [format!("r{number}"), format!("b{number}")]
 }
 
 fn port(number: usize) -> String {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lab::flow::{self, Amount, TcpFlow};
+use lab::flow::{self, Amount, Manner, TcpFlow};
 use lab::ping::Pinging;
 use lab::{Container, Family, Host, Lab, eventually};
 
@@ -79,7 +79,7 @@ fn attach(host: &Host, name: &str) -> Result<Container> {
 fn die_and_return(lab: &Lab, from: &Container, to: &Container) -> Result<()> {
     const SOME: u64 = 500_000;
     let pings = Pinging::start(from.netns(), to.address(), Some(2500), Duration::from_millis(10))?;
-    let stream = TcpFlow::start_at_rate(from, to, Amount::UntilStopped, Some(400_000))?;
+    let stream = TcpFlow::start_as(from, to, Amount::UntilStopped, Manner::Rate(400_000))?;
     for host in [lab.host(2), lab.host(1)] {
         stream.wait_for(SOME, PATIENCE)?;
         host.kill_daemon()?;

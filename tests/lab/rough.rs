@@ -1,0 +1,166 @@
+//! A wire that loses, doubles and reorders frames. The kernel's own (netem) is not everywhere; this one needs packet sockets only.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use anyhow::{Result, anyhow};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::netns::Netns;
+use crate::raw::Tap;
+
+/// More than any frame of an underlay without segmentation.
+const LONGEST: usize = 16 << 10;
+/// Frames that overtake one that is held back, at the most.
+const OVERTAKING: u32 = 40;
+/// A frame that nothing overtakes goes on after so many milliseconds.
+const HELD_MS: u8 = 5;
+
+/// What a wire does to frames, each a share of all between 0 and 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Roughness {
+    /// Never arrives.
+    pub lost: f64,
+    /// Arrives twice.
+    pub doubled: f64,
+    /// Arrives after up to 40 later ones.
+    pub late: f64,
+}
+
+/// What a wire has done so far, in frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// Passed through it, whatever became of them.
+    pub passed: u64,
+    /// Were dropped.
+    pub lost: u64,
+    /// Were sent twice.
+    pub doubled: u64,
+    /// Were overtaken.
+    pub late: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    passed: AtomicU64,
+    lost: AtomicU64,
+    doubled: AtomicU64,
+    late: AtomicU64,
+}
+
+/// A rough wire between two interfaces of a namespace, until it is dropped.
+#[derive(Debug)]
+pub struct Wire {
+    stop: Arc<AtomicBool>,
+    counters: Arc<Counters>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Wire {
+    pub(crate) fn start(netns: &Netns, ends: [&str; 2], roughness: Roughness, seed: u64) -> Result<Self> {
+        let taps = [Tap::open(netns, ends[0])?, Tap::open(netns, ends[1])?];
+        let (stop, counters) = (Arc::new(AtomicBool::new(false)), Arc::new(Counters::default()));
+        let thread = std::thread::spawn({
+            let (stop, counters) = (Arc::clone(&stop), Arc::clone(&counters));
+            move || carry(&taps, roughness, StdRng::seed_from_u64(seed), &stop, &counters)
+        });
+        Ok(Self { stop, counters, thread: Some(thread) })
+    }
+
+    /// What it has done so far.
+    pub fn done(&self) -> Done {
+        let [passed, lost, doubled, late] =
+            [&self.counters.passed, &self.counters.lost, &self.counters.doubled, &self.counters.late]
+                .map(|counter| counter.load(Ordering::Relaxed));
+        Done { passed, lost, doubled, late }
+    }
+
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread
+            .take()
+            .map_or(Ok(()), |thread| thread.join().map_err(|_| anyhow!("the rough wire panicked"))?)
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        // Whoever wants to know has called `stop`.
+        drop(self.stop());
+    }
+}
+
+/// Frames of one direction that wait to be overtaken: how many more shall do so, and the frame.
+type Held = VecDeque<(u32, Vec<u8>)>;
+
+fn carry(
+    taps: &[Tap; 2],
+    roughness: Roughness,
+    mut rng: StdRng,
+    stop: &AtomicBool,
+    counters: &Counters,
+) -> Result<()> {
+    let mut buffer = vec![0; LONGEST];
+    let mut held = [Held::new(), Held::new()];
+    while !stop.load(Ordering::Relaxed) {
+        let mut ready = taps.each_ref().map(|tap| PollFd::new(tap.as_fd(), PollFlags::POLLIN));
+        match poll(&mut ready, PollTimeout::from(HELD_MS)) {
+            Ok(0) => {
+                for (tap, held) in taps.iter().rev().zip(&mut held) {
+                    held.drain(..).try_for_each(|(_, frame)| tap.send(&frame))?;
+                }
+            }
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        for (number, held) in held.iter_mut().enumerate() {
+            let (from, to) = (&taps[number], &taps[1 - number]);
+            for _ in 0..64 {
+                let Some(length) = from.receive(&mut buffer)? else { break };
+                pass(&buffer[..length], to, roughness, &mut rng, held, counters)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn pass(
+    frame: &[u8],
+    to: &Tap,
+    roughness: Roughness,
+    rng: &mut StdRng,
+    held: &mut Held,
+    counters: &Counters,
+) -> Result<()> {
+    let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
+    count(&counters.passed);
+    if rng.random_bool(roughness.lost) {
+        count(&counters.lost);
+        return Ok(());
+    }
+    if rng.random_bool(roughness.late) {
+        count(&counters.late);
+        held.push_back((rng.random_range(1..=OVERTAKING), frame.to_vec()));
+        return Ok(());
+    }
+    to.send(frame)?;
+    if rng.random_bool(roughness.doubled) {
+        count(&counters.doubled);
+        to.send(frame)?;
+    }
+    for (left, _) in held.iter_mut() {
+        *left -= 1;
+    }
+    while let Some(at) = held.iter().position(|(left, _)| *left == 0) {
+        if let Some((_, frame)) = held.remove(at) {
+            to.send(&frame)?;
+        }
+    }
+    Ok(())
+}
