@@ -5,6 +5,7 @@ mod bad_input;
 mod bulk;
 mod cleanliness;
 mod crash_points;
+mod dashboard;
 mod dns;
 mod documents;
 mod expose;

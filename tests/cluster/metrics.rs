@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
 use serde_json::Value;
 
+use crate::dashboard;
 use crate::support::{
     MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, in_lab, launch_as, wait_for_sessions,
 };
@@ -34,10 +35,15 @@ fn samples(text: &str) -> Result<BTreeMap<String, f64>> {
         .collect()
 }
 
-fn names_in(text: &str) -> BTreeSet<String> {
-    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let words = text.split(|c| !is_part(c)).filter(|word| word.starts_with("overnode_"));
-    words.map(str::to_owned).collect()
+type Labels = BTreeSet<String>;
+
+/// A row of the page: the metric, its labels, and the values that they have if the row lists them.
+fn row(line: &str) -> (String, (Labels, Labels)) {
+    let quoted = |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Labels>();
+    let columns: Vec<&str> = line.split('|').collect();
+    let column = |at: usize| columns.get(at).copied().unwrap_or_default();
+    let (labels, values) = column(2).split_once(':').unwrap_or((column(2), ""));
+    (column(1).trim().trim_matches('`').to_owned(), (quoted(labels), quoted(values)))
 }
 
 #[test]
@@ -58,22 +64,25 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
             Ok(text)
         })?;
         let values = samples(&text)?;
-        let told: BTreeSet<String> =
-            values.keys().map(|series| series.split('{').next().unwrap_or_default().to_owned()).collect();
+        let told = dashboard::told(values.keys().map(String::as_str))?;
 
         let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md"))?;
-        let tables: String = page.lines().filter(|line| line.starts_with("| `overnode_")).collect();
-        let documented = names_in(&tables);
+        let documented = page.lines().filter(|line| line.starts_with("| `overnode_")).map(row);
+        let documented: BTreeMap<String, (Labels, Labels)> = documented.collect();
+        let names: BTreeSet<&String> = told.keys().collect();
         ensure!(
-            told == documented,
+            names.iter().copied().eq(documented.keys()),
             "only told or only documented: {:?}",
-            told.symmetric_difference(&documented)
+            names.symmetric_difference(&documented.keys().collect())
         );
+        for (metric, (labels, allowed)) in &documented {
+            ensure!(told[metric].keys().eq(labels), "{metric} has other labels: {:?}", told[metric]);
+            let values: Labels = told[metric].values().flatten().cloned().collect();
+            ensure!(allowed.is_empty() || values == *allowed, "{metric} has other values: {values:?}");
+        }
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../dist/grafana/overnode.json");
         let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(file)?)?;
-        let unknown: Vec<String> =
-            names_in(&dashboard["panels"].to_string()).difference(&told).cloned().collect();
-        ensure!(unknown.is_empty(), "the dashboard shows what is not told: {unknown:?}");
+        dashboard::check(&dashboard, &told).context("the dashboard shows what is not told")?;
 
         for (series, wanted) in [
             ("overnode_peer_reachable{peer=\"2\"}", 1.0),

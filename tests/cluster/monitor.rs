@@ -94,11 +94,14 @@ fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -
         let containers = one_each(lab)?;
         all_reach_all(&containers)?;
         let [thief, far] = &containers[..] else { bail!("two containers") };
+        let (shop, unnamed) = (lab.host(1).container("shop")?, attached(lab.host(1), "unnamed")?);
+        lab.host(1).attach(&shop, &["--name", "shop"])?;
         let watchers = [Watcher::start(lab, lab.host(1), &[])?, Watcher::start(lab, lab.host(1), &[])?];
         let (mac, gateway) = (own_mac(thief)?, learnt_mac(thief, far.address())?);
         let injector = Injector::open(thief.netns(), "overnode0")?;
         injector.send(&datagram(mac, gateway, "10.42.0.77".parse()?, far.address()))?;
         injector.send(&datagram(mac, gateway, thief.address(), "10.46.0.1".parse()?))?;
+        injector.send(&datagram(mac, gateway, shop.address(), unnamed.address()))?;
         for watcher in &watchers {
             let spoofed = watcher.drop_of("spoofed")?;
             ensure!(spoofed["program"] == "from-container", "{spoofed}");
@@ -109,6 +112,12 @@ fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -
             ensure!(inner["source"] == "10.42.0.77" && inner["protocol"] == "udp", "{spoofed}");
             ensure!(inner["destination"] == json!(far.address()), "{spoofed}");
             ensure!(inner["source_port"] == 5000 && inner["destination_port"] == 5001, "{spoofed}");
+            ensure!(spoofed["names"].is_null(), "neither address is attached here: {spoofed}");
+            let beside = watcher.wait_for(|it| it["inner"]["source"] == json!(shop.address()))?;
+            let names = [(shop.address().to_string(), "shop".to_owned())];
+            let names = names.into_iter().chain([(unnamed.address().to_string(), unnamed.target())]);
+            ensure!(beside["names"] == names.map(|(at, it)| (at, json!(it))).collect::<Value>(), "{beside}");
+            ensure!(beside["container"]["target"] == thief.target(), "{beside}");
             let lost = watcher.drop_of("no-route")?;
             ensure!(lost["inner"]["destination"] == "10.46.0.1" && lost["peer"].is_null(), "{lost}");
             ensure!(lost["unix_milliseconds"].as_u64() > Some(1_600_000_000_000), "{lost}");

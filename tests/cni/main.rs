@@ -5,3 +5,4 @@
 mod load;
 mod plugin;
 mod podman;
+mod specification;

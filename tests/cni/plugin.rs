@@ -8,30 +8,47 @@ use anyhow::{Context, Result, ensure};
 use lab::{Container, Host, Lab, eventually};
 use serde_json::{Value, json};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
-struct Call<'a> {
-    host: &'a Host,
-    container: &'a str,
-    netns: String,
-    ifname: &'a str,
-    args: &'a str,
+pub struct Call<'a> {
+    pub host: &'a Host,
+    pub container: &'a str,
+    pub netns: String,
+    pub ifname: &'a str,
+    pub args: &'a str,
 }
 
 impl<'a> Call<'a> {
-    fn new(host: &'a Host, container: &'a Container) -> Self {
+    pub fn new(host: &'a Host, container: &'a Container) -> Self {
         let netns = container.netns().path().to_string_lossy().into_owned();
         Self { host, container: &container.name, netns, ifname: "eth0", args: "" }
     }
 
     /// Whether it succeeded, and what it wrote.
-    fn run(&self, command: &str, more: &Value) -> Result<(bool, Value)> {
+    pub fn run(&self, command: &str, more: &Value) -> Result<(bool, Value)> {
+        // dash has no `exec -a`.
+        self.run_as("bash", &["-c", "exec -a overnode-cni overnode"], command, more)
+    }
+
+    /// The same with one of the stock plugins, which must succeed.
+    pub fn stock(&self, plugin: &str, command: &str, more: &Value) -> Result<Value> {
+        let (success, value) = self.run_as(&format!("/usr/lib/cni/{plugin}"), &[], command, more)?;
+        ensure!(success, "{plugin} {command}: {value}");
+        Ok(value)
+    }
+
+    fn run_as(
+        &self,
+        program: &str,
+        arguments: &[&str],
+        command: &str,
+        more: &Value,
+    ) -> Result<(bool, Value)> {
         let mut conf = json!({"cniVersion": "1.1.0", "name": "net", "type": "overnode-cni"});
         conf.as_object_mut().context("no object")?.extend(more.as_object().context("no object")?.clone());
-        // dash has no `exec -a`.
-        let mut plugin = self.host.command("bash")?;
+        let mut plugin = self.host.command(program)?;
         plugin
-            .args(["-c", "exec -a overnode-cni overnode"])
+            .args(arguments)
             .env("CNI_COMMAND", command)
             .env("CNI_CONTAINERID", self.container)
             .env("CNI_NETNS", &self.netns)
@@ -48,31 +65,35 @@ impl<'a> Call<'a> {
         Ok((output.status.success(), value))
     }
 
-    fn done(&self, command: &str, more: &Value) -> Result<Value> {
+    pub fn done(&self, command: &str, more: &Value) -> Result<Value> {
         let (success, value) = self.run(command, more)?;
         ensure!(success, "{command}: {value}");
         Ok(value)
     }
 
-    fn refused(&self, command: &str, more: &Value, code: u64) -> Result<()> {
+    pub fn refused(&self, command: &str, more: &Value, code: u64) -> Result<()> {
         let (success, value) = self.run(command, more)?;
         ensure!(!success && value["code"] == code, "{command}: {value} instead of {code}");
         Ok(())
     }
 }
 
-fn launched(name: &str, hosts: usize) -> Result<Lab> {
+pub fn launched(name: &str, hosts: usize) -> Result<Lab> {
+    launched_with(name, hosts, &[])
+}
+
+pub fn launched_with(name: &str, hosts: usize, options: &[&str]) -> Result<Lab> {
     let lab = Lab::new(name).hosts(hosts).build()?;
     for (id, host) in (1..).zip(lab.hosts()) {
         let id = i32::to_string(&id);
-        let words =
-            [vec!["launch", "--id", &id, "--token", "cni test", "--no-docker"], lab.targets()].concat();
+        let words = [&["launch", "--id", &id, "--token", "cni test", "--no-docker"], options, &lab.targets()]
+            .concat();
         host.overnode(&words)?.success()?;
     }
     Ok(lab)
 }
 
-fn endpoints(host: &Host) -> Result<Vec<Value>> {
+pub fn endpoints(host: &Host) -> Result<Vec<Value>> {
     Ok(host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone())
 }
 
@@ -200,7 +221,7 @@ fn a_container_deleted_while_no_daemon_runs_is_not_plugged_in_again() -> Result<
     call.done("ADD", &none)?;
     gone.done("ADD", &none)?;
     host.kill_daemon()?;
-    call.refused("STATUS", &none, 50)?;
+    call.refused("STATUS", &none, 51)?;
     let c = host.container("c")?;
     Call::new(host, &c).refused("ADD", &none, 11)?;
     call.done("DEL", &none)?;

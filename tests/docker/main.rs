@@ -9,6 +9,7 @@
 mod failures;
 mod life;
 mod load;
+mod monitor;
 mod protocol;
 mod support;
 

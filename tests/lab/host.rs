@@ -243,6 +243,15 @@ impl Host {
         Ok(())
     }
 
+    /// The power fails: everything but what is on disk is gone. Containers are their owners' to drop.
+    ///
+    /// # Errors
+    /// When something stays.
+    pub fn lose_power(&self) -> Result<()> {
+        cleanup::kill_all(&self.netns().processes());
+        self.forget_all_but_disks()
+    }
+
     /// What the daemon has logged, if it was started without systemd.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.run_directory().join("overnoded.log")).unwrap_or_default()

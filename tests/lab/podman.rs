@@ -56,7 +56,9 @@ impl<'a> Podman<'a> {
             std::os::unix::fs::symlink(crate::binaries::folder()?.join("overnode"), &plugin)?;
         }
         let network = |name: &str, plugins: &str| -> Result<()> {
-            let text = format!(r#"{{"cniVersion": "0.4.0", "name": "{name}", "plugins": [{plugins}]}}"#);
+            let text = format!(
+                r#"{{"cniVersion": "0.4.0", "name": "{name}", "disableCheck": true, "plugins": [{plugins}]}}"#
+            );
             Ok(fs::write(self.folder.join("net.d").join(format!("{name}.conflist")), text)?)
         };
         let number = self.host.number;

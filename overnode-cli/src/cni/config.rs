@@ -211,7 +211,10 @@ pub fn task(command: Command, config: &Config, env: Env<'_>) -> Result<Task, Cni
     }
     unsupported(config, command)?;
     Ok(match command {
-        Command::Add => Task::Add(attachment(command, config, env)?),
+        Command::Add => {
+            config.dns.as_ref().map_or(Ok(()), check_dns)?;
+            Task::Add(attachment(command, config, env)?)
+        }
         Command::Del => Task::Del(attachment(command, config, env)?),
         Command::Check => Task::Check(attachment(command, config, env)?),
         Command::Gc => Task::Gc(valid(config)?),
@@ -225,7 +228,6 @@ fn unsupported(config: &Config, command: Command) -> Result<(), CniError> {
         return Ok(());
     }
     let refuse = |key: &str, value: &dyn std::fmt::Display, why: &str| {
-        let value = shortened(&value.to_string());
         Err(CniError::new(Code::Unsupported, format_args!("the key {key} with the value {value}"), why))
     };
     let empty = |value: &&Value| value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty);
@@ -257,13 +259,18 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
     if !may_be_gone && !netns.starts_with('/') || netns.len() > 4096 {
         bad.push(format!("CNI_NETNS={:?}", shortened(&netns)));
     }
-    let (Some(container), true) = (container, bad.is_empty()) else {
-        return Err(CniError::new(
-            Code::Environment,
-            format_args!("environment variables make no sense: {}", bad.join(", ")),
-            "a container ID has 1 to 128 letters, digits, dots, hyphens and underscores; an interface's name 1 to 15 \
-             characters; the network namespace is a path that begins with /",
-        ));
+    let mut details = "a container ID has 1 to 128 letters, digits, dots, hyphens and underscores; an interface's name 1 to 15 \
+                       characters; the network namespace is a path that begins with /";
+    let args = if command == Command::Add { Args::parse(&get("CNI_ARGS")) } else { Ok(Args::default()) };
+    if let Err((what, why)) = &args {
+        if bad.is_empty() {
+            details = why;
+        }
+        bad.push(format!("CNI_ARGS: {what}"));
+    }
+    let (Some(container), Ok(args), true) = (container, args, bad.is_empty()) else {
+        let message = format_args!("environment variables make no sense: {}", bad.join(", "));
+        return Err(CniError::new(Code::Environment, message, details));
     };
     let is_chained = config.prev_result.is_some();
     let interface = match &config.interface {
@@ -279,56 +286,71 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
     }
     let netns = Some(netns).filter(|path| !path.is_empty());
     let endpoint = CniEndpoint { network: config.name.clone(), ifname, interface };
-    let mut wanted = Attachment { container, endpoint, netns, address: None, mac: None, name: None };
+    // What is for everybody in the chain is the first one's.
+    let (address, mac) = if is_chained { (None, None) } else { (args.address, args.mac) };
+    let mut wanted = Attachment { container, endpoint, netns, address, mac, name: args.name };
     if command == Command::Add {
-        extras(&mut wanted, config, &get("CNI_ARGS"))?;
+        capabilities(&mut wanted, config)?;
     }
     Ok(wanted)
 }
 
-/// `CNI_ARGS`, and what the runtime was asked to hand over.
-fn extras(wanted: &mut Attachment, config: &Config, args: &str) -> Result<(), CniError> {
-    let bad_args = |what: &dyn std::fmt::Display, why: &str| {
-        Err(CniError::new(Code::Environment, format_args!("CNI_ARGS: {what}"), why))
-    };
-    let mut ignore_unknown = false;
-    let (mut unknown, mut address, mut mac) = (None, None, None);
-    let (mut pod, mut namespace) = (None, None);
-    for pair in args.split(';').filter(|pair| !pair.is_empty()) {
-        let Some((key, value)) = pair.split_once('=') else {
-            return bad_args(&format_args!("{:?} has no =", shortened(pair)), "give KEY=VALUE;KEY=VALUE");
+/// What `CNI_ARGS` says.
+#[derive(Debug, Default)]
+struct Args {
+    address: Option<IpNet>,
+    mac: Option<[u8; 6]>,
+    name: Option<String>,
+}
+
+impl Args {
+    /// Or what is wrong, and what to do.
+    fn parse(text: &str) -> Result<Self, (String, &'static str)> {
+        let mut ignore_unknown = false;
+        let mut unknown = None;
+        let mut args = Self::default();
+        let (mut pod, mut namespace) = (None, None);
+        for pair in text.split(';').filter(|pair| !pair.is_empty()) {
+            let Some((key, value)) = pair.split_once('=') else {
+                return Err((format!("{:?} has no =", shortened(pair)), "give KEY=VALUE;KEY=VALUE"));
+            };
+            match key {
+                "IgnoreUnknown" => {
+                    ignore_unknown = matches!(value, "1" | "true" | "TRUE" | "True" | "t" | "T")
+                }
+                // Runtimes that were told none send them without a value.
+                "IP" | "MAC" if value.is_empty() => {}
+                "IP" => match parse_address(value) {
+                    Some(address) => args.address = Some(address),
+                    None => return Err((format!("IP={:?}", shortened(value)), "give one IPv4 address")),
+                },
+                "MAC" => match parse_mac(value) {
+                    Some(mac) => args.mac = Some(mac),
+                    None => return Err((format!("MAC={:?}", shortened(value)), "give a unicast address")),
+                },
+                "K8S_POD_NAME" => pod = Some(value),
+                "K8S_POD_NAMESPACE" => namespace = Some(value),
+                _ => unknown = unknown.or(Some(key)),
+            }
+        }
+        if let (Some(key), false) = (unknown, ignore_unknown) {
+            return Err((
+                format!("the key {:?} is not known", shortened(key)),
+                "known are IP, MAC, K8S_POD_NAME, K8S_POD_NAMESPACE: set IgnoreUnknown=1 to have others ignored",
+            ));
+        }
+        let full = match (pod, namespace) {
+            (Some(pod), Some(namespace)) if !namespace.is_empty() => Some(format!("{pod}.{namespace}")),
+            (pod, _) => pod.map(str::to_owned),
         };
-        match key {
-            "IgnoreUnknown" => ignore_unknown = matches!(value, "1" | "true" | "TRUE" | "True" | "t" | "T"),
-            "IP" => address = Some(value),
-            "MAC" => mac = Some(value),
-            "K8S_POD_NAME" => pod = Some(value),
-            "K8S_POD_NAMESPACE" => namespace = Some(value),
-            _ => unknown = unknown.or(Some(key)),
-        }
+        // A name that nobody can be found by is no reason to do without the container.
+        args.name = full.filter(|name| api::check_name(name).is_ok());
+        Ok(args)
     }
-    if let (Some(key), false) = (unknown, ignore_unknown) {
-        return bad_args(
-            &format_args!("the key {:?} is not known", shortened(key)),
-            "known are IP, MAC, K8S_POD_NAME, K8S_POD_NAMESPACE: set IgnoreUnknown=1 to have others ignored",
-        );
-    }
-    // What is for everybody in the chain is the first one's.
-    if config.prev_result.is_some() {
-        (address, mac) = (None, None);
-    }
-    if let Some(text) = address {
-        match parse_address(text) {
-            Some(address) => wanted.address = Some(address),
-            None => return bad_args(&format_args!("IP={:?}", shortened(text)), "give one IPv4 address"),
-        }
-    }
-    if let Some(text) = mac {
-        match parse_mac(text) {
-            Some(mac) => wanted.mac = Some(mac),
-            None => return bad_args(&format_args!("MAC={:?}", shortened(text)), "give a unicast address"),
-        }
-    }
+}
+
+/// What the runtime was asked to hand over.
+fn capabilities(wanted: &mut Attachment, config: &Config) -> Result<(), CniError> {
     if let Some(ips) = config.runtime_config.as_ref().and_then(|it| it.ips.as_deref())
         && !ips.is_empty()
     {
@@ -342,7 +364,9 @@ fn extras(wanted: &mut Attachment, config: &Config, args: &str) -> Result<(), Cn
             }
         }
     }
-    if let Some(text) = config.runtime_config.as_ref().and_then(|it| it.mac.as_deref()) {
+    if let Some(text) = config.runtime_config.as_ref().and_then(|it| it.mac.as_deref())
+        && !text.is_empty()
+    {
         let Some(mac) = parse_mac(text) else {
             return Err(bad_config(
                 format_args!("runtimeConfig.mac is {:?}", shortened(text)),
@@ -351,13 +375,35 @@ fn extras(wanted: &mut Attachment, config: &Config, args: &str) -> Result<(), Cn
         };
         wanted.mac = Some(mac);
     }
-    let full = match (pod, namespace) {
-        (Some(pod), Some(namespace)) if !namespace.is_empty() => Some(format!("{pod}.{namespace}")),
-        (pod, _) => pod.map(str::to_owned),
-    };
-    // A name that nobody can be found by is no reason to do without the container.
-    wanted.name = full.filter(|name| api::check_name(name).is_ok());
     Ok(())
+}
+
+/// What is handed on in the result has to be as results are.
+fn check_dns(dns: &Value) -> Result<(), CniError> {
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Dns {
+        #[serde(rename = "nameservers")]
+        _nameservers: Vec<IpAddr>,
+        #[serde(rename = "domain")]
+        _domain: String,
+        #[serde(rename = "search")]
+        _search: Vec<String>,
+        #[serde(rename = "options")]
+        _options: Vec<String>,
+    }
+    // A list would be taken for the fields in their order.
+    let told = if dns.is_object() {
+        Dns::deserialize(dns).map_err(|why| why.to_string())
+    } else {
+        Err("it is no object".into())
+    };
+    told.map(drop).map_err(|why| {
+        bad_config(
+            format_args!("dns is {}: {why}", shortened(&dns.to_string())),
+            "give nameservers (addresses), domain, search and options, or no dns at all",
+        )
+    })
 }
 
 fn valid(config: &Config) -> Result<Vec<(String, String)>, CniError> {

@@ -26,6 +26,8 @@ pub enum Code {
     TryAgain = 11,
     /// `STATUS`: no container can be added.
     NotAvailable = 50,
+    /// The same, and containers may not reach those of other hosts.
+    Limited = 51,
     /// The node refused or failed, or what was checked is not as it should be.
     Node = 100,
 }

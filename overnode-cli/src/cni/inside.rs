@@ -5,11 +5,20 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt as _;
 
 use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
-/// An interface's name, and an address of it if it has any.
-pub type Interface = (String, Option<IpAddr>);
+/// An interface, with one of its addresses if it has any.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// An address; one with several is listed for each.
+    pub address: Option<IpAddr>,
+    /// Whether it was turned on.
+    pub is_up: bool,
+}
 
 /// The interfaces there. None if there is no such namespace.
 ///
@@ -30,7 +39,11 @@ pub fn interfaces(netns: &str) -> Result<Option<Vec<Interface>>, String> {
         Ok(found
             .map(|it| {
                 let address = it.address.and_then(|address| address.as_sockaddr_in().map(|v4| v4.ip()));
-                (it.interface_name, address.map(|v4: Ipv4Addr| IpAddr::V4(v4)))
+                Interface {
+                    name: it.interface_name,
+                    address: address.map(|v4: Ipv4Addr| IpAddr::V4(v4)),
+                    is_up: it.flags.contains(InterfaceFlags::IFF_UP),
+                }
             })
             .collect())
     };

@@ -93,7 +93,7 @@ fn answer(
     runtime.block_on(async {
         match task {
             Task::Add(wanted) => node.add(version, &config, &wanted).await.map(Some),
-            Task::Del(wanted) => node.del(&wanted).await.map(|()| None),
+            Task::Del(wanted) => node.del(&config, &wanted).await.map(|()| None),
             Task::Check(wanted) => node.check(&config, &wanted).await.map(|()| None),
             Task::Gc(valid) => node.gc(&config.name, &valid).await.map(|()| None),
             Task::Status => node.status().await.map(|()| None),
@@ -136,7 +136,7 @@ impl Node {
         };
         let result = result::added(version, config, wanted, &attached, dns.as_ref());
         if result.is_err() {
-            self.del(wanted).await?;
+            self.del(config, wanted).await?;
         }
         result
     }
@@ -159,10 +159,10 @@ impl Node {
         CniError::new(code, message, self.client.explain(why))
     }
 
-    async fn del(&self, wanted: &Attachment) -> Result<(), CniError> {
+    async fn del(&self, config: &Config, wanted: &Attachment) -> Result<(), CniError> {
         match self.detach(wanted.container.clone(), wanted.endpoint.clone()).await {
             Ok(()) => Ok(()),
-            Err(Unanswered::NotRunning) => cut(wanted).await,
+            Err(Unanswered::NotRunning) => cut(config, wanted).await,
             Err(why) => {
                 let details = self.client.explain(why);
                 Err(CniError::new(Code::TryAgain, "the container was not detached", details))
@@ -212,13 +212,13 @@ impl Node {
             return wrong(format!("prevResult does not have {} on {interface}", found.address));
         }
         let netns = wanted.netns.as_deref().unwrap_or_default();
+        let is_it = |it: &inside::Interface| it.name == interface && it.address == Some(found.address.addr());
         match inside::interfaces(netns) {
-            Ok(Some(interfaces))
-                if interfaces.contains(&(interface.to_owned(), Some(found.address.addr()))) =>
-            {
-                Ok(())
-            }
-            Ok(Some(_)) => wrong(format!("{interface} in {netns} does not have {}", found.address)),
+            Ok(Some(interfaces)) => match interfaces.into_iter().find(is_it) {
+                Some(found) if found.is_up => Ok(()),
+                Some(_) => wrong(format!("{interface} in {netns} is turned off")),
+                None => wrong(format!("{interface} in {netns} does not have {}", found.address)),
+            },
             Ok(None) => wrong(format!("{netns} is no network namespace")),
             Err(why) => wrong(format!("{netns}: {why}")),
         }
@@ -264,7 +264,14 @@ impl Node {
                     format_args!("{why}: `overnode prime` waits until that has changed"),
                 ))
             }
-            Err(why) => Err(CniError::new(Code::NotAvailable, message, self.client.explain(why))),
+            Err(why) => {
+                // Nobody renews the keys: after three minutes containers reach those of this host only.
+                let code = match &why {
+                    Unanswered::NotRunning => Code::Limited,
+                    _ => Code::NotAvailable,
+                };
+                Err(CniError::new(code, message, self.client.explain(why)))
+            }
         }
     }
 
@@ -278,7 +285,7 @@ fn is_attachment(found: &EndpointStatus, wanted: &api::CniEndpoint) -> bool {
 }
 
 /// While no daemon runs, the interface is deleted; the address is given back by the daemon when it runs again and misses that.
-async fn cut(wanted: &Attachment) -> Result<(), CniError> {
+async fn cut(config: &Config, wanted: &Attachment) -> Result<(), CniError> {
     let Some(netns) = &wanted.netns else { return Ok(()) };
     let failed = |why: String| {
         CniError::new(
@@ -291,8 +298,11 @@ async fn cut(wanted: &Attachment) -> Result<(), CniError> {
     };
     let Some(found) = inside::interfaces(netns).map_err(&failed)? else { return Ok(()) };
     let ours = [wanted.endpoint.interface.as_str(), overnode_daemon::datapath::CONTAINER_INTERFACE];
-    let addresses: BTreeSet<IpAddr> =
-        found.into_iter().filter(|(name, _)| ours.contains(&name.as_str())).filter_map(|it| it.1).collect();
+    // At the path of a namespace that is gone there may be another container's by now.
+    let listed = config.prev_result.as_ref().and_then(result::addresses);
+    let is_meant = |address: &IpAddr| listed.as_ref().is_none_or(|listed| listed.contains(address));
+    let found = found.into_iter().filter(|it| ours.contains(&it.name.as_str()));
+    let addresses: BTreeSet<IpAddr> = found.filter_map(|it| it.address).filter(is_meant).collect();
     for address in addresses {
         overnode_daemon::datapath::cut(address).await.map_err(|why| failed(format!("{why:#}")))?;
     }

@@ -1,5 +1,9 @@
 //! Results, in the form that each version has.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 use serde_json::{Map, Value, json};
 
 use overnode_daemon::api::{Attached, DnsStatus};
@@ -53,13 +57,26 @@ pub fn added(
 /// The result so far.
 ///
 /// # Errors
-/// It is no object.
+/// It is no object, or what is to be added to is no list.
 pub fn previous(config: &Config) -> Result<Option<&Map<String, Value>>, CniError> {
     match &config.prev_result {
         None => Ok(None),
-        Some(Value::Object(result)) => Ok(Some(result)),
+        Some(Value::Object(result)) => {
+            let is_list = |key: &&str| result.get(*key).is_none_or(|it| it.is_null() || it.is_array());
+            match ["interfaces", "ips"].iter().find(|key| !is_list(key)) {
+                None => Ok(Some(result)),
+                Some(key) => Err(unclear(&format!("prevResult.{key} is no list"))),
+            }
+        }
         Some(_) => Err(unclear("prevResult is no object")),
     }
+}
+
+/// The addresses of a result. None if it has none that can be read.
+pub fn addresses(result: &Value) -> Option<BTreeSet<IpAddr>> {
+    let listed = result.get("ips").and_then(Value::as_array)?;
+    let read = |ip: &Value| ip["address"].as_str()?.parse::<IpNet>().ok().map(|it| it.addr());
+    Some(listed.iter().filter_map(read).collect()).filter(|it: &BTreeSet<IpAddr>| !it.is_empty())
 }
 
 /// Whether a result has an address on an interface of that name inside the container.

@@ -1,4 +1,5 @@
-//! What the specification demands of a plugin, as far as it can be told without a node. The words are the specification's.
+//! What the specification (1.1) demands of a plugin, as far as it can be told without a node; with one: tests/cni. Each test names the
+//! section. Delegated plugins (section 4) there are none.
 
 use super::*;
 
@@ -12,7 +13,7 @@ const ADD: &[(&str, &str)] = &[
     ("OVERNODE_STATE_DIR", "/nonexistent/overnode"),
 ];
 
-fn with<'a>(base: &[(&'a str, &'a str)], more: &[(&'a str, &'a str)]) -> impl Fn(&str) -> Option<String> {
+fn with(base: &[(&str, &str)], more: &[(&str, &str)]) -> impl Fn(&str) -> Option<String> + use<> {
     let all: Vec<(String, String)> =
         more.iter().chain(base).map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     move |name: &str| all.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone())
@@ -45,8 +46,9 @@ fn added_with(input: &[u8], more: &[(&str, &str)]) -> Attachment {
     }
 }
 
+/// Section 2, `VERSION`; section 5, VERSION Success.
 #[test]
-fn version_outputs_the_version_specified_on_input_and_all_supported_ones() {
+fn version_tells_what_is_spoken_in_the_version_of_the_question() {
     for asked in ["0.4.0", "1.1.0", "9.9.9"] {
         let input = json!({"cniVersion": asked}).to_string();
         let (output, code) = run(input.as_bytes(), &with(&[], &[("CNI_COMMAND", "VERSION")]));
@@ -59,17 +61,24 @@ fn version_outputs_the_version_specified_on_input_and_all_supported_ones() {
     assert_eq!(output.unwrap()["cniVersion"], "1.1.0");
 }
 
+/// Section 1, Version considerations; section 5, Error. `CHECK` came with 0.4.0, `GC` and `STATUS` with 1.1.0.
 #[test]
 fn incompatible_versions_are_code_1() {
     for version in ["0.1.0", "0.2.0", "1.2.0", "2.0.0", "", "1.1"] {
         assert_eq!(error(&conf(version, json!({})), &[]).0, 1, "{version}");
     }
     assert_eq!(error(br#"{"name": "net"}"#, &[]).0, 1, "no version is 0.1.0");
-    for (command, version) in [("CHECK", "0.3.1"), ("GC", "1.0.0"), ("STATUS", "1.0.0")] {
-        assert_eq!(error(&conf(version, json!({})), &[("CNI_COMMAND", command)]).0, 1, "{command}");
+    for (at, version) in VERSIONS.iter().enumerate() {
+        for (command, since) in [("ADD", 0), ("DEL", 0), ("CHECK", 2), ("GC", 4), ("STATUS", 4)] {
+            let valid = json!({"prevResult": {}, "interface": "o0", "cni.dev/valid-attachments": []});
+            let (output, _) = run(&conf(version, valid), &with(ADD, &[("CNI_COMMAND", command)]));
+            let code = output.map_or(0, |output| output["code"].as_u64().unwrap());
+            assert_eq!(code == 1, at < since, "{command} of {version}: {code}");
+        }
     }
 }
 
+/// Section 5, Error.
 #[test]
 fn errors_are_in_the_version_asked_for() {
     for version in VERSIONS {
@@ -78,8 +87,9 @@ fn errors_are_in_the_version_asked_for() {
     }
 }
 
+/// Section 2, Parameters; section 5, Error, code 4.
 #[test]
-fn the_error_message_must_contain_the_names_of_invalid_variables() {
+fn all_variables_that_make_no_sense_are_named() {
     let input = conf("1.1.0", json!({}));
     let long = "x".repeat(129);
     for (name, bad) in [
@@ -97,13 +107,27 @@ fn the_error_message_must_contain_the_names_of_invalid_variables() {
     }
     let (_, message) = error(&input, &[("CNI_CONTAINERID", ""), ("CNI_IFNAME", "")]);
     assert!(message.contains("CNI_CONTAINERID") && message.contains("CNI_IFNAME"), "{message}");
+    let all = ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS"];
+    let (code, message) = error(
+        &input,
+        &all.map(|name| (name, "/ /")).map(|(name, bad)| match name {
+            "CNI_NETNS" => (name, "relative"),
+            _ => (name, bad),
+        }),
+    );
+    assert!(code == 4 && all.iter().all(|name| message.contains(name)), "{message}");
     for name in ["0", "web_1.x-y"] {
         assert_eq!(added_with(&input, &[("CNI_CONTAINERID", name)]).container.to_string(), name);
     }
 }
 
+/// Section 1, well-known keys; section 5, Error, code 2.
 #[test]
-fn the_error_message_must_contain_the_key_and_value_of_the_unsupported_field() {
+fn a_key_that_is_not_honoured_is_told_with_all_of_its_value() {
+    let ranges: Vec<Value> = (0..100).map(|n| json!([{"subnet": format!("10.{n}.0.0/16")}])).collect();
+    let long = json!({"type": "host-local", "ranges": ranges});
+    let (code, message) = error(&conf("1.1.0", json!({"ipam": long})), &[]);
+    assert!(code == 2 && message.contains("ipam") && message.contains(&long.to_string()), "{message}");
     let (code, message) = error(&conf("1.1.0", json!({"ipam": {"type": "host-local"}})), &[]);
     assert_eq!(code, 2);
     assert!(message.contains("ipam") && message.contains("host-local"), "{message}");
@@ -116,6 +140,34 @@ fn the_error_message_must_contain_the_key_and_value_of_the_unsupported_field() {
     assert!(task_of(&conf("1.1.0", json!({"ipam": {}, "ipMasq": false})), &[]).is_ok());
 }
 
+/// Section 1, Plugin configuration objects; section 3, Deriving request configuration.
+#[test]
+fn keys_that_are_for_others_are_passed_over() {
+    let others = json!({
+        "cniVersions": ["0.4.0", "1.1.0"], "type": "overnode-cni", "args": {"labels": [{"key": "a"}]}, "disableGC": true, "keyA": [1],
+        "cni.dev/x": null, "runtimeConfig": {"portMappings": [{"hostPort": 80}], "dns": {}}, "prevResult": null, "cni.dev/attachments": [],
+        "cni.dev/valid-attachments": [{"containerID": "a", "ifname": "eth0", "later": 1}], "capabilities": {"ips": true}
+    });
+    for command in ["ADD", "DEL", "CHECK", "GC", "STATUS"] {
+        let with_others = task_of(&conf("1.1.0", others.clone()), &[("CNI_COMMAND", command)]).unwrap();
+        let plain = json!({"cni.dev/valid-attachments": [{"containerID": "a", "ifname": "eth0"}]});
+        assert_eq!(with_others, task_of(&conf("1.1.0", plain), &[("CNI_COMMAND", command)]).unwrap());
+    }
+}
+
+/// Section 2, `GC`, `STATUS` and `VERSION`: none of the parameters of an attachment.
+#[test]
+fn what_concerns_no_attachment_needs_no_attachment() {
+    for command in ["GC", "STATUS", "VERSION"] {
+        let env = with(&[("CNI_COMMAND", command), ("OVERNODE_RUN_DIR", "/nonexistent/overnode")], &[]);
+        let (output, _) = run(&conf("1.1.0", json!({"cni.dev/valid-attachments": []})), &env);
+        let code = output.unwrap()["code"].as_u64();
+        let unreachable = [("GC", 11), ("STATUS", 51)].into_iter().find(|it| it.0 == command);
+        assert_eq!(code, unreachable.map(|it| it.1), "{command} comes as far as the node");
+    }
+}
+
+/// Section 5, Error, code 6.
 #[test]
 fn what_is_no_configuration_is_code_6() {
     let huge = conf("1.1.0", json!({"x": "x".repeat(INPUT_LIMIT)}));
@@ -127,10 +179,18 @@ fn what_is_no_configuration_is_code_6() {
         error(&conf("1.1.0", json!({"cni.dev/valid-attachments": [1]})), &[("CNI_COMMAND", "GC")]).0,
         6
     );
-    let (code, _) = error(&conf("1.1.0", json!({"prevResult": 7, "interface": "o0"})), &[]);
-    assert_eq!(code, 6);
+    // Before anything is made.
+    for previous in [json!(7), json!([]), json!({"interfaces": {}}), json!({"ips": "10.1.0.1/16"})] {
+        let bad = conf("1.1.0", json!({"prevResult": previous, "interface": "o0"}));
+        assert_eq!(error(&bad, &[]).0, 6, "{previous}");
+        assert_eq!(error(&bad, &[("CNI_COMMAND", "CHECK")]).0, 6, "{previous}");
+        // But nothing keeps from deleting.
+        let (output, _) = run(&bad, &with(ADD, &[("CNI_COMMAND", "DEL")]));
+        assert_eq!(output, None, "{previous}");
+    }
 }
 
+/// Section 1, Configuration format; section 5, Error, code 7.
 #[test]
 fn what_makes_no_sense_is_code_7() {
     for bad in [
@@ -144,6 +204,11 @@ fn what_makes_no_sense_is_code_7() {
         json!({"runtimeConfig": {"ips": ["fd00::1/64"]}}),
         json!({"runtimeConfig": {"mac": "x"}}),
         json!({"runtimeConfig": {"mac": "ff:ff:ff:ff:ff:ff"}}),
+        json!({"dns": 5}),
+        json!({"dns": []}),
+        json!({"dns": {"nameservers": "192.0.2.1"}}),
+        json!({"dns": {"nameservers": ["ns.example"]}}),
+        json!({"dns": {"search": [1]}}),
     ] {
         assert_eq!(error(&conf("1.1.0", bad.clone()), &[]).0, 7, "{bad}");
     }
@@ -153,6 +218,7 @@ fn what_makes_no_sense_is_code_7() {
     assert!(code == 7 && message.contains("cni.dev/valid-attachments"), "{message}");
 }
 
+/// Section 2, Parameters; section 3, Deriving `runtimeConfig`.
 #[test]
 fn arguments_and_capabilities_are_understood() {
     let args =
@@ -175,6 +241,14 @@ fn arguments_and_capabilities_are_understood() {
     assert_eq!(wanted.endpoint.interface, "overnode0");
     let wanted = added_with(&conf("1.0.0", json!({})), &[("CNI_ARGS", "K8S_POD_NAME=a b")]);
     assert_eq!(wanted.name, None, "a name that cannot be one is no reason to refuse a container");
+    let empty = json!({"runtimeConfig": {"ips": [], "mac": ""}});
+    let wanted = added_with(&conf("1.0.0", empty), &[("CNI_ARGS", "IP=;MAC=;")]);
+    assert_eq!((wanted.address, wanted.mac), (None, None), "what is empty is not given");
+    // Of these nothing was told when the container was added.
+    let input = conf("1.0.0", json!({"prevResult": {}}));
+    for command in ["DEL", "CHECK"] {
+        assert!(task_of(&input, &[("CNI_COMMAND", command), ("CNI_ARGS", "x")]).is_ok(), "{command}");
+    }
 }
 
 fn attached() -> Attached {
@@ -187,8 +261,9 @@ fn attached() -> Attached {
     }
 }
 
+/// Section 5, ADD Success; before 1.0.0 an address has its `version`, since 1.1.0 an interface its `mtu`.
 #[test]
-fn results_are_in_the_version_supplied_on_input() {
+fn results_have_the_form_of_their_version() {
     for version in VERSIONS {
         let input = conf(version, json!({}));
         let (config, wanted) = (config::config(&input).unwrap(), added_with(&input, &[]));
@@ -206,8 +281,9 @@ fn results_are_in_the_version_supplied_on_input() {
     }
 }
 
+/// Section 2, `ADD`; section 5, ADD Success.
 #[test]
-fn a_plugin_provided_a_prev_result_must_output_it_with_its_modifications() {
+fn what_earlier_plugins_made_is_in_the_result() {
     let previous = json!({
         "cniVersion": "1.0.0",
         "interfaces": [{"name": "cni0"}, {"name": "eth0", "sandbox": "/run/netns/blue"}],
@@ -229,6 +305,7 @@ fn a_plugin_provided_a_prev_result_must_output_it_with_its_modifications() {
     assert!(!result::has(result.as_object().unwrap(), "overnode0", "10.40.0.2/12"));
 }
 
+/// Section 1, well-known keys; section 5, ADD Success.
 #[test]
 fn dns_of_the_configuration_goes_before_the_nodes() {
     let input = conf("1.0.0", json!({"dns": {"nameservers": ["192.0.2.1"]}}));
@@ -237,6 +314,7 @@ fn dns_of_the_configuration_goes_before_the_nodes() {
     assert_eq!(result["dns"], json!({"nameservers": ["192.0.2.1"]}));
 }
 
+/// Section 2, `DEL` and `STATUS`; section 5, Error, codes 11 and 51.
 #[test]
 fn without_a_daemon() {
     let input = conf("1.1.0", json!({"cni.dev/valid-attachments": null, "prevResult": {}}));
@@ -246,11 +324,24 @@ fn without_a_daemon() {
         error(&conf("1.1.0", json!({"cni.dev/valid-attachments": []})), &[("CNI_COMMAND", "GC")]).0,
         11
     );
-    assert_eq!(error(&input, &[("CNI_COMMAND", "STATUS")]).0, 50, "cannot service ADD requests");
+    assert_eq!(error(&input, &[("CNI_COMMAND", "STATUS")]).0, 51, "and no keys are renewed");
     // Best effort: of a container that is gone nothing is left to delete, however often that is asked.
     for netns in ["", "/nonexistent/netns", "/etc/passwd"] {
-        let (output, code) = run(&input, &with(ADD, &[("CNI_COMMAND", "DEL"), ("CNI_NETNS", netns)]));
-        assert_eq!((output, format!("{code:?}")), (None, format!("{:?}", ExitCode::SUCCESS)), "{netns}");
+        for previous in [json!({}), json!({"prevResult": null}), json!({"prevResult": {}})] {
+            let env = with(ADD, &[("CNI_COMMAND", "DEL"), ("CNI_NETNS", netns)]);
+            let (output, code) = run(&conf("1.1.0", previous), &env);
+            assert_eq!((output, format!("{code:?}")), (None, format!("{:?}", ExitCode::SUCCESS)), "{netns}");
+        }
+    }
+}
+
+#[test]
+fn addresses_of_a_result() {
+    let read = |result: Value| result::addresses(&result).into_iter().flatten().collect::<Vec<_>>();
+    let two = json!({"ips": [{"address": "10.40.0.1/12"}, {"address": "x"}, 7, {"address": "fd00::1/64"}]});
+    assert_eq!(read(two), ["10.40.0.1".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
+    for none in [json!(null), json!({}), json!({"ips": []}), json!({"ips": [{"address": 1}]}), json!([])] {
+        assert_eq!(result::addresses(&none), None, "{none}");
     }
 }
 

@@ -65,6 +65,7 @@ fn words(what: &Happening) -> (Option<Tone>, &'static str, String) {
         Happening::NodeUnreachable { peer } => (Tone::Bad, "node unreachable", who(peer)),
         Happening::NodeLeft { peer } => (Tone::Wait, "node left", who(peer)),
         Happening::Attached(it) => (Tone::Good, "attached", container(it)),
+        Happening::Named(it) => (Tone::Plain, "named", container(it)),
         Happening::Detached(it) => (Tone::Wait, "detached", container(it)),
         Happening::Gone(it) => (Tone::Wait, "gone", container(it)),
         Happening::Problem { problem } => (Tone::Bad, "problem", problem.clone()),
@@ -78,11 +79,22 @@ fn words(what: &Happening) -> (Option<Tone>, &'static str, String) {
 fn dropped(it: &DroppedPacket) -> String {
     let headers = &it.headers;
     let mut parts = vec![format!("{:<14}", it.reason)];
+    // The container that the packet is from or for is named anyway.
+    let named = |address: IpAddr| match it.names.get(&address) {
+        Some(name) if it.container.as_ref().is_none_or(|it| it.address != address) => format!(" ({name})"),
+        Some(_) | None => String::new(),
+    };
     let from_container = matches!(it.program, Program::FromContainer | Program::Seal);
     if let Some(inner) = &headers.inner {
-        parts.push(flow(inner));
+        parts.push(flow(inner, named));
     } else if let Some(arp) = &headers.arp {
-        parts.push(format!("ARP of {} about {}", arp.sender, arp.target));
+        parts.push(format!(
+            "ARP of {}{} about {}{}",
+            arp.sender,
+            named(arp.sender),
+            arp.target,
+            named(arp.target)
+        ));
     } else if let Some(ethernet) = &headers.ethernet {
         parts.push(format!("EtherType {:#06x}", ethernet.ether_type));
     }
@@ -91,7 +103,7 @@ fn dropped(it: &DroppedPacket) -> String {
     }
     if let Some(outer) = &headers.outer {
         let inside = if headers.inner.is_some() { "inside " } else { "" };
-        parts.push(format!("{inside}{}", flow(outer)));
+        parts.push(format!("{inside}{}", flow(outer, |_| String::new())));
     }
     if let Some(relay) = &headers.relay {
         parts.push(format!("relayed from node {} to node {}", relay.source, relay.destination));
@@ -110,10 +122,10 @@ fn dropped(it: &DroppedPacket) -> String {
     parts.join("  ")
 }
 
-fn flow(flow: &Flow) -> String {
+fn flow(flow: &Flow, named: impl Fn(IpAddr) -> String) -> String {
     let place = |address: IpAddr, port: Option<u16>| match port {
-        Some(port) => SocketAddr::new(address, port).to_string(),
-        None => address.to_string(),
+        Some(port) => SocketAddr::new(address, port).to_string() + &named(address),
+        None => address.to_string() + &named(address),
     };
     let Flow { source, destination, protocol, source_port, destination_port } = flow;
     format!("{protocol} {} > {}", place(*source, *source_port), place(*destination, *destination_port))
@@ -170,6 +182,18 @@ mod tests {
         );
         assert_eq!(
             line(
+                r#"{"event":"drop","reason":"spoofed","program":"from-container","interface":"ov0a280002","bytes":98,"container":{"address":"10.40.0.2","target":"netns:blue","name":"blue"},"names":{"10.40.0.2":"blue","10.40.0.3":"shop","10.40.0.4":"web\u001b"},"inner":{"source":"10.40.0.3","destination":"10.40.0.4","protocol":"udp","source_port":5000,"destination_port":53}}"#
+            ),
+            "  drop                spoofed         udp 10.40.0.3:5000 (shop) > 10.40.0.4:53 (web?)  from blue  98 bytes  at ov0a280002\n"
+        );
+        assert_eq!(
+            line(
+                r#"{"event":"drop","reason":"spoofed","program":"from-container","bytes":42,"container":{"address":"10.40.0.2","target":"netns:blue"},"names":{"10.40.0.2":"netns:blue","10.40.0.3":"shop"},"arp":{"sender":"10.40.0.3","target":"10.40.0.2"}}"#
+            ),
+            "  drop                spoofed         ARP of 10.40.0.3 (shop) about 10.40.0.2  from netns:blue  42 bytes\n"
+        );
+        assert_eq!(
+            line(
                 r#"{"event":"drop","reason":"forged","program":"from-underlay","interface":"eth0","bytes":142,"peer":{"id":2},"outer":{"source":"fd00::1","destination":"fd00::2","protocol":"udp","source_port":6784,"destination_port":6784},"message":{"receiver":7,"counter":8}}"#
             ),
             "  drop                forged          udp [fd00::1]:6784 > [fd00::2]:6784  of node 2  142 bytes  at eth0\n"
@@ -191,6 +215,10 @@ mod tests {
                 r#"{"event":"disconnected","peer":{"id":3},"remote":"192.0.2.3:6783","why":"it\u001b[2J ended"}"#
             ),
             "  disconnected        node 3 at 192.0.2.3:6783: it?[2J ended\n"
+        );
+        assert_eq!(
+            line(r#"{"event":"named","address":"10.40.0.2","target":"0123456789ab","name":"web"}"#),
+            "  named               10.40.0.2 0123456789ab (web)\n"
         );
         assert_eq!(
             line(r#"{"event":"eclipse"}"#),

@@ -2,6 +2,7 @@
 //!
 //! Of a dropped packet its headers are told, never what it carries.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
@@ -107,6 +108,8 @@ pub enum Happening {
     },
     /// A container was plugged in.
     Attached(Container),
+    /// An engine has told which container it was that was plugged in, or that it is called otherwise from now on.
+    Named(Container),
     /// A container was plugged out.
     Detached(Container),
     /// A container went away by itself.
@@ -177,6 +180,10 @@ pub struct DroppedPacket {
     /// who is where it came from. Unless the reason says that it was opened, an attacker may have written it so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<Who>,
+    /// What containers of this host are called that have an address in `inner` or `arp`: their names, or else how they were attached.
+    /// The packet says that it is from there or for there; nobody else does.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub names: BTreeMap<IpAddr, String>,
     /// What its headers say.
     #[serde(flatten)]
     pub headers: Headers,
@@ -304,13 +311,14 @@ mod tests {
             bytes: 98,
             container: None,
             peer: Some(Who { id: NodeId::new(2).ok(), ..Who::default() }),
+            names: [("10.40.0.2".parse().unwrap(), "web".to_owned())].into(),
             headers,
         };
         let event = MonitorEvent { unix_milliseconds: 7, what: Happening::Drop(Box::new(dropped)) };
         let text = serde_json::to_string(&event).unwrap();
         assert_eq!(
             text,
-            r#"{"unix_milliseconds":7,"event":"drop","reason":"no-session","program":"from-container","bytes":98,"peer":{"id":2},"inner":{"source":"10.40.0.2","destination":"10.42.0.9","protocol":"udp","source_port":5000,"destination_port":53}}"#
+            r#"{"unix_milliseconds":7,"event":"drop","reason":"no-session","program":"from-container","bytes":98,"peer":{"id":2},"names":{"10.40.0.2":"web"},"inner":{"source":"10.40.0.2","destination":"10.42.0.9","protocol":"udp","source_port":5000,"destination_port":53}}"#
         );
         assert_eq!(serde_json::from_str::<MonitorEvent>(&text).unwrap(), event);
     }

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use super::addresses::Outcome;
 use super::monitor::container_of;
 use super::running::Node;
-use crate::api::Happening;
+use crate::api::{Container, Happening};
 use crate::datapath::{self, NetnsRef, Place};
 use crate::docker::{
     Docker, Event, Incoming, News, Order, Places, Refusal, Request, Response, Service, Settings, Step,
@@ -102,8 +102,13 @@ impl Node {
                             "the Docker engine knows nothing of {addresses:?} any more: free again"
                         );
                     }
-                    if let Err(why) = self.carry_out(step, now).await {
-                        tracing::warn!("what the Docker engine tells was not kept: {why}");
+                    let named = self.newly_named(&step);
+                    match (self.carry_out(step, now).await, named) {
+                        (Ok(_), Some(container)) => self.tell(|_| Happening::Named(container)),
+                        (Ok(_), None) => {}
+                        (Err(why), _) => {
+                            tracing::warn!("what the Docker engine tells was not kept: {why}");
+                        }
                     }
                 }
                 self.look(true);
@@ -152,6 +157,14 @@ impl Node {
         {
             docker.service.order(Order::Look { again });
         }
+    }
+
+    /// Which container it is that people know by another name when this is done.
+    fn newly_named(&self, step: &Step) -> Option<Container> {
+        let Step::Keep(record, _) = step else { return None };
+        let known = self.docker.as_ref()?.plan.records().find(|it| it.address == record.address)?;
+        let is_told = record.name.is_some() && (&known.name, &known.target) != (&record.name, &record.target);
+        is_told.then(|| container_of(record))
     }
 
     async fn call(&mut self, request: Request, answer: Answer, now: Instant) {

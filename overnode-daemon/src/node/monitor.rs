@@ -7,7 +7,7 @@ use std::time::Instant;
 use overnode_ebpf::reason::Reason;
 
 use super::running::Node;
-use crate::api::{ApiError, Container, DroppedPacket, Happening, Program, Watching, Who};
+use crate::api::{ApiError, Container, DroppedPacket, Happening, Headers, Program, Watching, Who};
 use crate::datapath::Drops;
 use crate::monitor::decode::Seen;
 use crate::monitor::hub;
@@ -51,6 +51,23 @@ impl Tally {
         let more = counter.saturating_sub(self.before).saturating_sub(self.shown + self.told);
         self.told += more;
         more
+    }
+}
+
+/// What is attached here, by address.
+struct Attached(BTreeMap<IpAddr, Attachment>);
+
+impl Attached {
+    fn new(attachments: Vec<Attachment>) -> Self {
+        Self(attachments.into_iter().map(|it| (it.address, it)).collect())
+    }
+
+    /// What people call those whose addresses are in the headers.
+    fn names(&self, headers: &Headers) -> BTreeMap<IpAddr, String> {
+        let inner = headers.inner.iter().flat_map(|it| [it.source, it.destination]);
+        let arp = headers.arp.iter().flat_map(|it| [it.sender, it.target]);
+        let known = inner.chain(arp).filter_map(|address| self.0.get(&address));
+        known.map(|it| (it.address, it.name.as_ref().unwrap_or(&it.target).clone())).collect()
     }
 }
 
@@ -129,7 +146,7 @@ impl Node {
         if !self.monitor.hub.is_watched() {
             return;
         }
-        let attachments = self.store.attachments().unwrap_or_default();
+        let attachments = Attached::new(self.store.attachments().unwrap_or_default());
         let now = hub::now();
         for seen in batch {
             if let Some(tally) =
@@ -144,14 +161,14 @@ impl Node {
     }
 
     /// Finds out whose a packet is.
-    fn dropped(&self, seen: Seen, attachments: &[Attachment]) -> DroppedPacket {
+    fn dropped(&self, seen: Seen, attached: &Attached) -> DroppedPacket {
         let Seen { reason, program, ifindex, len, headers, .. } = seen;
         let interface = self.datapath.interface_name(ifindex);
-        let at = |address: Option<IpAddr>| attachments.iter().find(|it| Some(it.address) == address);
+        let at = |address: Option<IpAddr>| attached.0.get(&address?);
         let inner = headers.inner.as_ref();
         let (container, peer) = match program {
             Program::FromContainer | Program::Seal => {
-                let sender = attachments.iter().find(|it| Some(&*it.host_interface) == interface);
+                let sender = attached.0.values().find(|it| Some(&*it.host_interface) == interface);
                 let sender = sender.or_else(|| at(inner.map(|inner| inner.source)));
                 (sender, inner.and_then(|inner| self.owner(inner.destination)))
             }
@@ -176,6 +193,7 @@ impl Node {
             bytes: len,
             container: container.map(container_of),
             peer: peer.map(|peer| self.who(peer)),
+            names: attached.names(&headers),
             headers,
         }
     }
