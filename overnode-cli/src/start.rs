@@ -316,7 +316,8 @@ fn spawn(daemon: &Path, context: &Context, log: File) -> io::Result<Child> {
             if libc::setsid() < 0 {
                 return Err(io::Error::last_os_error());
             }
-            libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int);
+            // By number: not every C library has a function for it.
+            libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
             Ok(())
         });
     }

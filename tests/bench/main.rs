@@ -2,7 +2,7 @@
 //! it, side by side with other ways to join them, in one run.
 //!
 //! All networks are set up first and measured in turn, round by round, so that a slow minute of the machine falls on all
-//! of them; what is printed is the median of the rounds.
+//! of them; what is printed is the median of the rounds. `cargo xtask bench stress` is in [`stress`].
 
 #![allow(clippy::print_stdout, reason = "the tables are what it is for")]
 #![allow(clippy::print_stderr, reason = "progress goes to stderr")]
@@ -12,6 +12,7 @@ mod network;
 mod probe;
 mod programs;
 mod report;
+mod stress;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -38,6 +39,8 @@ struct Arguments {
 enum Command {
     /// The programs by themselves, then containers on two hosts.
     Datapath(Datapath),
+    /// Streams of every kind over underlays of every kind, every byte verified; what is sent again, and why.
+    Stress(stress::Stress),
 }
 
 #[derive(Debug, Parser)]
@@ -60,8 +63,11 @@ struct Datapath {
 }
 
 fn main() -> ExitCode {
-    let Command::Datapath(arguments) = Arguments::parse().command;
-    match datapath(arguments) {
+    let done = match Arguments::parse().command {
+        Command::Datapath(arguments) => datapath(arguments),
+        Command::Stress(arguments) => root().and_then(|()| stress::run(&arguments)),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -70,11 +76,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn datapath(arguments: Datapath) -> Result<()> {
+fn root() -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
         "the benchmark makes network namespaces and loads programs: run it as root"
     );
+    Ok(())
+}
+
+fn datapath(arguments: Datapath) -> Result<()> {
+    root()?;
     let start = Instant::now();
     let (rounds, times) =
         if arguments.quick { (1, Times::QUICK) } else { (arguments.rounds.max(1), Times::FULL) };

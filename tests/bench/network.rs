@@ -290,9 +290,14 @@ fn wireguard(lab: &Lab, stock: Stock) -> Result<Vec<Device>> {
 
 fn overnode(lab: &Lab, containers: [&Container; 2], bulk: &str) -> Result<()> {
     cable(lab)?;
+    launch(lab, containers, UNDERLAY.map(IpAddr::V4), bulk)
+}
+
+/// A node on each host with these addresses, and a container on each; waits until workers serve, if there are any.
+pub fn launch(lab: &Lab, containers: [&Container; 2], addresses: [IpAddr; 2], bulk: &str) -> Result<()> {
     for (own, other) in PAIRS {
         let host = &lab.hosts()[own];
-        let (id, target) = ((own + 1).to_string(), UNDERLAY[other].to_string());
+        let (id, target) = ((own + 1).to_string(), addresses[other].to_string());
         host.overnode_with(&["launch", "--bulk", bulk, "--id", &id, &target], &[("OVERNODE_TOKEN", TOKEN)])?
             .success()?;
         host.attach(containers[own], &[]).with_context(|| format!("the daemon's log: {}", host.log()))?;

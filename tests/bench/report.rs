@@ -339,7 +339,8 @@ pub fn spoken(time: Duration) -> String {
     }
 }
 
-fn table(titles: &[&str]) -> Table {
+/// An empty table with these titles.
+pub fn table(titles: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(UTF8_HORIZONTAL_ONLY).set_header(titles);
     for column in table.column_iter_mut().skip(1) {

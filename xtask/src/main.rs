@@ -62,8 +62,8 @@ struct Sim {
 
 #[derive(Debug, clap::Args)]
 struct Bench {
-    /// What to measure, with its options: `datapath [--json FILE]`, see `cargo xtask bench datapath --help`; or `docker [CONTAINERS]`
-    /// or `podman [CONTAINERS]`, the time that a container takes to start, on each of two hosts.
+    /// What to measure, with its options: `datapath [--json FILE]`, see `cargo xtask bench datapath --help`; `stress [--bytes COUNT]`,
+    /// streams of every kind, verified; or `docker [CONTAINERS]` or `podman [CONTAINERS]`, the time that a container takes to start, on each of two hosts.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "WHAT")]
     what: Vec<String>,
 }
