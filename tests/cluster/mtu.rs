@@ -216,3 +216,18 @@ fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
         send(two, &early)
     })
 }
+
+/// The least that IPv4 hosts must accept. Linux does not believe in ways of less than 552 bytes, so that nobody could tell containers.
+#[test]
+fn the_narrowest_underlay_carries_tcp() -> Result<()> {
+    in_lab(Lab::new("narrowest").mtu(576), |lab| {
+        launch_all(lab)?;
+        let containers = one_each(lab)?;
+        let [one, two] = &containers[..] else { unreachable!("two were made") };
+        let inside = one.run("ip", &["link", "show", "overnode0"])?;
+        ensure!(inside.contains("mtu 496"), "{inside}");
+        all_reach_all(&containers)?;
+        send(one, two)?;
+        send(two, one)
+    })
+}

@@ -16,8 +16,11 @@ use super::links::Link;
 use super::programs::{FROM_UNDERLAY, FROM_UNDERLAY_XDP, Hook};
 use crate::types::{PeerIndex, from_map};
 
-/// Least MTU that IPv6 links have (RFC 8200 section 5). Containers get no less.
-const MIN_MTU: u32 = 1280;
+/// What every IPv4 host must accept (RFC 1122 section 3.3.2): an underlay is taken to carry no less.
+///
+/// Containers get what is left of the underlay even where that is less than IPv6 needs, for Linux does not believe in paths of less than
+/// 552 bytes (`net.ipv4.route.min_pmtu`), however often it is told.
+const LEAST_UNDERLAY: u32 = 576;
 /// What an interface is taken for while none is known.
 const USUAL_MTU: u32 = 1500;
 
@@ -81,7 +84,7 @@ impl Datapath {
         }
         let interfaces = self.underlay.interfaces.values().map(|interface| interface.mtu);
         let narrowest = interfaces.chain(self.underlay.main_mtu).min().unwrap_or(USUAL_MTU);
-        largest_inner(narrowest, true).max(MIN_MTU)
+        largest_inner(narrowest.max(LEAST_UNDERLAY), true)
     }
 
     /// Takes messages that arrive on an interface. Idempotent.
