@@ -74,6 +74,8 @@ struct Round {
     /// The largest segment that the containers announce, in bytes.
     segment: Option<u32>,
     roughness: Option<Roughness>,
+    /// What the rough wire draws from.
+    seed: u64,
     /// From the first container to the second one, or back.
     flows: Vec<(bool, Manner)>,
     bytes: u64,
@@ -112,7 +114,7 @@ impl Round {
             (None, Some(_)) => 100 * MEGABYTE,
             (None, None) => 400 * MEGABYTE,
         };
-        Self { options, segment, roughness, flows, bytes }
+        Self { options, segment, roughness, seed: rng.random(), flows, bytes }
     }
 }
 
@@ -258,7 +260,7 @@ fn play_round(lab: &Lab, containers: &[Container; 2], round: &Round, counted: &m
         containers[own].netns().ip(&route)?;
     }
     let host = lab.host(2);
-    let wire = round.roughness.map(|roughness| lab.roughen(host, roughness, round.bytes)).transpose()?;
+    let wire = round.roughness.map(|roughness| lab.roughen(host, roughness, round.seed)).transpose()?;
     let before = Counted::read(containers, lab.host(1))?;
     let started = Instant::now();
     let each = round.bytes / round.flows.len() as u64;

@@ -1,15 +1,13 @@
 //! `overnode monitor`: what is dropped and what happens, told as it happens; and whoever watches costs the node nothing.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Child, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab::flow::MARKER;
+use lab::monitor::Watcher;
 use lab::raw::Injector;
 use lab::{Host, Lab, eventually};
 use nix::sys::signal::{Signal, kill};
@@ -22,69 +20,11 @@ use crate::support::{
     MILLISECOND, PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, one_each, wait_for_peers,
 };
 
-/// A monitor that runs until this is dropped.
-pub struct Watcher {
-    child: Child,
-    output: PathBuf,
-}
-
-impl Watcher {
-    /// Returns when it watches.
-    pub fn start(lab: &Lab, host: &Host, arguments: &[&str]) -> Result<Self> {
-        let watcher = Self::start_now(lab, host, &[&["monitor", "--json"], arguments].concat())?;
-        watcher.wait_for(|event| event["event"] == "watching")?;
-        Ok(watcher)
-    }
-
-    fn start_now(lab: &Lab, host: &Host, arguments: &[&str]) -> Result<Self> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let output = lab.folder().join(format!("monitor-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
-        let mut command = host.command("overnode")?;
-        command.args(arguments).stdin(Stdio::null()).stdout(File::create(&output)?);
-        let child = command.stderr(File::create(output.with_extension("err"))?).spawn()?;
-        Ok(Self { child, output })
-    }
-
-    fn text(&self) -> Result<String> {
-        Ok(std::fs::read_to_string(&self.output)?)
-    }
-
-    /// All complete lines so far, each of which has to be JSON.
-    fn events(&self) -> Result<Vec<Value>> {
-        let text = self.text()?;
-        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        whole.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
-    }
-
-    fn wait_for(&self, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
-        eventually(PATIENCE, || {
-            let events = self.events()?;
-            let last: Vec<_> = events.iter().rev().take(10).collect();
-            events.iter().find(|event| is_it(event)).cloned().with_context(|| format!("not among {last:?}"))
-        })
-    }
-
-    /// The first packet that it shows as dropped for this reason.
-    pub fn drop_of(&self, reason: &str) -> Result<Value> {
-        self.wait_for(|event| event["event"] == "drop" && event["reason"] == reason)
-    }
-
-    fn signal(&self, signal: Signal) -> Result<()> {
-        Ok(kill(Pid::from_raw(self.child.id() as i32), signal)?)
-    }
-
-    /// Waits until it has ended. Its exit status, and what it complained of.
-    fn end(mut self) -> Result<(ExitStatus, String)> {
-        let status = eventually(PATIENCE, || self.child.try_wait()?.context("the monitor goes on"))?;
-        Ok((status, std::fs::read_to_string(self.output.with_extension("err"))?))
-    }
-}
-
-impl Drop for Watcher {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// A monitor with `--json` that watches.
+pub fn watch(lab: &Lab, host: &Host, options: &[&str]) -> Result<Watcher> {
+    let watcher = Watcher::start(lab, host, &[&["--json"], options].concat(), PATIENCE)?;
+    watcher.wait_for(|event| event["event"] == "watching")?;
+    Ok(watcher)
 }
 
 #[test]
@@ -96,7 +36,7 @@ fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -
         let [thief, far] = &containers[..] else { bail!("two containers") };
         let (shop, unnamed) = (lab.host(1).container("shop")?, attached(lab.host(1), "unnamed")?);
         lab.host(1).attach(&shop, &["--name", "shop"])?;
-        let watchers = [Watcher::start(lab, lab.host(1), &[])?, Watcher::start(lab, lab.host(1), &[])?];
+        let watchers = [watch(lab, lab.host(1), &[])?, watch(lab, lab.host(1), &[])?];
         let (mac, gateway) = (own_mac(thief)?, learnt_mac(thief, far.address())?);
         let injector = Injector::open(thief.netns(), "overnode0")?;
         injector.send(&datagram(mac, gateway, "10.42.0.77".parse()?, far.address()))?;
@@ -123,7 +63,7 @@ fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -
             ensure!(lost["unix_milliseconds"].as_u64() > Some(1_600_000_000_000), "{lost}");
         }
         // What somebody else makes of a message from node 1.
-        let watcher = Watcher::start(lab, lab.host(2), &["--reason", "forged"])?;
+        let watcher = watch(lab, lab.host(2), &["--reason", "forged"])?;
         let mut forged = record(lab, &containers)?.swap_remove(0);
         forged[42 + 8..42 + 16].copy_from_slice(&(1_u64 << 33).to_le_bytes());
         *forged.last_mut().context("no bytes")? ^= 1;
@@ -147,7 +87,7 @@ fn what_happens_to_peers_paths_and_containers_is_told() -> Result<()> {
         let [one, two, three] = [1, 2, 3].map(|number| lab.host(number));
         launch_all(lab)?;
         wait_for_peers(one, 3)?;
-        let watcher = Watcher::start(lab, one, &["--events"])?;
+        let watcher = watch(lab, one, &["--events"])?;
         let of = |id: usize, event: &Value| event["peer"]["id"] == id;
         let container = attached(one, "c")?;
         let told = watcher.wait_for(|event| event["event"] == "attached")?;
@@ -184,13 +124,13 @@ fn a_monitor_ends_as_it_should() -> Result<()> {
         let host = lab.host(1);
         launch_all(lab)?;
         for signal in [Signal::SIGINT, Signal::SIGTERM] {
-            let watcher = Watcher::start(lab, host, &[])?;
+            let watcher = watch(lab, host, &[])?;
             watcher.signal(signal)?;
             let (status, complaint) = watcher.end()?;
             ensure!(status.success() && complaint.is_empty(), "{signal}: {status}, {complaint}");
         }
         let begun = Instant::now();
-        let (status, _) = Watcher::start(lab, host, &["--for", "1"])?.end()?;
+        let (status, _) = watch(lab, host, &["--for", "1"])?.end()?;
         ensure!(status.success() && begun.elapsed() >= Duration::from_secs(1), "{status}");
         // Somebody reads one line and goes.
         let mut command = host.command("overnode")?;
@@ -204,13 +144,13 @@ fn a_monitor_ends_as_it_should() -> Result<()> {
         let status = eventually(PATIENCE, || child.try_wait()?.context("the monitor goes on"))?;
         ensure!(status.success(), "{status}");
         // The daemon goes, with a word and without.
-        let watcher = Watcher::start(lab, host, &[])?;
+        let watcher = watch(lab, host, &[])?;
         host.kill_daemon()?;
         let (status, complaint) = watcher.end()?;
         ensure!(status.code() == Some(1), "{status}");
         ensure!(complaint.lines().count() == 1 && complaint.contains("overnode resume"), "{complaint}");
         host.overnode(&["resume"])?.success()?;
-        let watcher = Watcher::start(lab, host, &[])?;
+        let watcher = watch(lab, host, &[])?;
         let pid = host.daemon_pid().context("no daemon")?;
         kill(Pid::from_raw(pid), Signal::SIGTERM)?;
         let (status, complaint) = watcher.end()?;
@@ -237,7 +177,7 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
         launch_all(lab)?;
         let containers = one_each(lab)?;
         all_reach_all(&containers)?;
-        let watcher = Watcher::start(lab, host, &[])?;
+        let watcher = watch(lab, host, &[])?;
         // Asks, and never reads.
         let mut sleeper = UnixStream::connect(host.socket())?;
         write!(sleeper, "GET /v1/monitor HTTP/1.1\r\nHost: overnode\r\n\r\n")?;
@@ -284,7 +224,7 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
         drop((watcher, sleeper));
         std::thread::sleep(Duration::from_millis(2500));
         injector.send_all(&frames)?;
-        let late = Watcher::start(lab, host, &["--reason", "spoofed"])?;
+        let late = watch(lab, host, &["--reason", "spoofed"])?;
         std::thread::sleep(Duration::from_millis(1500));
         let seen = late.events()?;
         ensure!(seen.len() == 1, "what happened before is told: {seen:?}");
@@ -299,16 +239,18 @@ fn there_is_an_end_to_the_monitors() -> Result<()> {
         launch_all(lab)?;
         let mut watchers = Vec::new();
         for _ in 0..16 {
-            watchers.push(Watcher::start(lab, host, &[])?);
+            watchers.push(watch(lab, host, &[])?);
         }
         let refused = host.overnode(&["monitor"])?.failure(1)?;
         ensure!(refused.contains("16 monitors"), "{refused}");
         watchers.pop();
         eventually(PATIENCE, || {
-            Watcher::start_now(lab, host, &["monitor", "--for", "1"])?.end().and_then(|(status, why)| {
-                ensure!(status.success(), "{why}");
-                Ok(())
-            })
+            Watcher::start_now(lab, host, &["monitor", "--for", "1"], PATIENCE)?.end().and_then(
+                |(status, why)| {
+                    ensure!(status.success(), "{why}");
+                    Ok(())
+                },
+            )
         })
     })
 }

@@ -10,7 +10,7 @@ use lab::{Family, Host, Lab, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::monitor::Watcher;
+use crate::monitor::watch;
 use crate::spoofing::{datagram, learnt_mac, own_mac};
 use crate::support::{
     MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch_all, list, one_each, peer,
@@ -112,7 +112,7 @@ fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()
         ensure!(stats.lost() == 0, "{} of {} pings were lost: {:?}", stats.lost(), stats.sent, stats.missing);
         wait_for_sessions(lab)?;
         // The programs write to the new maps, not to those that nobody reads any more.
-        let watcher = Watcher::start(lab, lab.host(1), &["--reason", "spoofed"])?;
+        let watcher = watch(lab, lab.host(1), &["--reason", "spoofed"])?;
         let (mac, gateway) = (own_mac(thief)?, learnt_mac(thief, far.address())?);
         let injector = Injector::open(thief.netns(), "overnode0")?;
         injector.send(&datagram(mac, gateway, "10.42.0.77".parse()?, far.address()))?;

@@ -44,8 +44,7 @@ impl<'a> Call<'a> {
         command: &str,
         more: &Value,
     ) -> Result<(bool, Value)> {
-        let mut conf = json!({"cniVersion": "1.1.0", "name": "net", "type": "overnode-cni"});
-        conf.as_object_mut().context("no object")?.extend(more.as_object().context("no object")?.clone());
+        let conf = extended(&json!({"cniVersion": "1.1.0", "name": "net", "type": "overnode-cni"}), more)?;
         let mut plugin = self.host.command(program)?;
         plugin
             .args(arguments)
@@ -76,6 +75,13 @@ impl<'a> Call<'a> {
         ensure!(!success && value["code"] == code, "{command}: {value} instead of {code}");
         Ok(())
     }
+}
+
+/// An object with the keys of another one, too.
+pub fn extended(base: &Value, more: &Value) -> Result<Value> {
+    let mut base = base.as_object().context("no object")?.clone();
+    base.extend(more.as_object().context("no object")?.clone());
+    Ok(Value::Object(base))
 }
 
 pub fn launched(name: &str, hosts: usize) -> Result<Lab> {

@@ -14,17 +14,11 @@ use anyhow::{Context, Result, ensure};
 use lab::{Container, eventually};
 use serde_json::{Value, json};
 
-use crate::plugin::{Call, PATIENCE, endpoints, launched, launched_with};
+use crate::plugin::{Call, PATIENCE, endpoints, extended, launched, launched_with};
 use crate::podman::nothing_left;
 
 /// What the stock plugins speak, too.
 const COMMON: [&str; 4] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0"];
-
-fn extended(base: &Value, more: &Value) -> Result<Value> {
-    let mut base = base.as_object().context("no object")?.clone();
-    base.extend(more.as_object().context("no object")?.clone());
-    Ok(Value::Object(base))
-}
 
 /// Section 2, `ADD` and `CHECK`; section 3, Adding and Deleting an attachment; section 5, ADD Success: the stock plugins take what this one
 /// answers in each version, and change what is theirs to change.

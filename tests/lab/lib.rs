@@ -31,6 +31,7 @@ pub mod gateway;
 pub mod host;
 mod http;
 pub mod iperf;
+pub mod monitor;
 pub mod netns;
 pub mod parallel;
 pub mod pcap;

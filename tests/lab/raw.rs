@@ -104,11 +104,12 @@ impl Tap {
     pub(crate) fn send(&self, frame: &[u8]) -> Result<()> {
         // SAFETY: pointer and length describe the frame.
         let sent = unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
-        match (sent >= 0).then_some(()).ok_or_else(Error::last_os_error) {
-            Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EMSGSIZE)) => {
-                Err(error).context("a frame cannot be sent")
-            }
-            _ => Ok(()),
+        if sent >= 0 {
+            return Ok(());
+        }
+        match Error::last_os_error() {
+            error if matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EMSGSIZE)) => Ok(()),
+            error => Err(error).context("a frame cannot be sent"),
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use anyhow::{Result, anyhow};
@@ -19,7 +19,7 @@ use crate::raw::Tap;
 const LONGEST: usize = 16 << 10;
 /// Frames that overtake one that is held back, at the most.
 const OVERTAKING: u32 = 40;
-/// A frame that nothing overtakes goes on after so many milliseconds.
+/// Frames that wait to be overtaken go on when nothing at all has come for so many milliseconds.
 const HELD_MS: u8 = 5;
 
 /// What a wire does to frames, each a share of all between 0 and 1.
@@ -46,39 +46,28 @@ pub struct Done {
     pub late: u64,
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    passed: AtomicU64,
-    lost: AtomicU64,
-    doubled: AtomicU64,
-    late: AtomicU64,
-}
-
 /// A rough wire between two interfaces of a namespace, until it is dropped.
 #[derive(Debug)]
 pub struct Wire {
     stop: Arc<AtomicBool>,
-    counters: Arc<Counters>,
+    done: Arc<Mutex<Done>>,
     thread: Option<JoinHandle<Result<()>>>,
 }
 
 impl Wire {
     pub(crate) fn start(netns: &Netns, ends: [&str; 2], roughness: Roughness, seed: u64) -> Result<Self> {
         let taps = [Tap::open(netns, ends[0])?, Tap::open(netns, ends[1])?];
-        let (stop, counters) = (Arc::new(AtomicBool::new(false)), Arc::new(Counters::default()));
+        let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::default());
         let thread = std::thread::spawn({
-            let (stop, counters) = (Arc::clone(&stop), Arc::clone(&counters));
-            move || carry(&taps, roughness, StdRng::seed_from_u64(seed), &stop, &counters)
+            let (stop, done) = (Arc::clone(&stop), Arc::clone(&done));
+            move || carry(&taps, roughness, StdRng::seed_from_u64(seed), &stop, &done)
         });
-        Ok(Self { stop, counters, thread: Some(thread) })
+        Ok(Self { stop, done, thread: Some(thread) })
     }
 
     /// What it has done so far.
     pub fn done(&self) -> Done {
-        let [passed, lost, doubled, late] =
-            [&self.counters.passed, &self.counters.lost, &self.counters.doubled, &self.counters.late]
-                .map(|counter| counter.load(Ordering::Relaxed));
-        Done { passed, lost, doubled, late }
+        *self.done.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn stop(&mut self) -> Result<()> {
@@ -104,7 +93,7 @@ fn carry(
     roughness: Roughness,
     mut rng: StdRng,
     stop: &AtomicBool,
-    counters: &Counters,
+    done: &Mutex<Done>,
 ) -> Result<()> {
     let mut buffer = vec![0; LONGEST];
     let mut held = [Held::new(), Held::new()];
@@ -119,11 +108,12 @@ fn carry(
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
+        let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
         for (number, held) in held.iter_mut().enumerate() {
             let (from, to) = (&taps[number], &taps[1 - number]);
             for _ in 0..64 {
                 let Some(length) = from.receive(&mut buffer)? else { break };
-                pass(&buffer[..length], to, roughness, &mut rng, held, counters)?;
+                pass(&buffer[..length], to, roughness, &mut rng, held, &mut done)?;
             }
         }
     }
@@ -136,22 +126,21 @@ fn pass(
     roughness: Roughness,
     rng: &mut StdRng,
     held: &mut Held,
-    counters: &Counters,
+    done: &mut Done,
 ) -> Result<()> {
-    let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
-    count(&counters.passed);
+    done.passed += 1;
     if rng.random_bool(roughness.lost) {
-        count(&counters.lost);
+        done.lost += 1;
         return Ok(());
     }
     if rng.random_bool(roughness.late) {
-        count(&counters.late);
+        done.late += 1;
         held.push_back((rng.random_range(1..=OVERTAKING), frame.to_vec()));
         return Ok(());
     }
     to.send(frame)?;
     if rng.random_bool(roughness.doubled) {
-        count(&counters.doubled);
+        done.doubled += 1;
         to.send(frame)?;
     }
     for (left, _) in held.iter_mut() {

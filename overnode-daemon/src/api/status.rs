@@ -228,7 +228,7 @@ pub struct BulkStatus {
     pub in_use: bool,
     /// What seals them.
     pub cipher: Cipher,
-    /// Age of the newest keys, in seconds.
+    /// Age of the keys in use, in seconds.
     #[serde(default)]
     pub session_age_seconds: Option<u64>,
     /// Plaintext received through workers, in bytes.

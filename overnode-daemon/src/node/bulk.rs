@@ -52,8 +52,6 @@ pub(super) struct Bulk {
     /// How long was waited before the last start.
     waited: Duration,
     peers: BTreeMap<PeerIndex, Configured>,
-    /// When the newest keys with each peer were made.
-    keyed: BTreeMap<PeerIndex, Instant>,
     reports: BTreeMap<PeerIndex, Goodput>,
     drops: BTreeMap<&'static str, u64>,
     /// Why there are no workers.
@@ -94,7 +92,6 @@ impl Bulk {
             restart_at: None,
             waited: Duration::ZERO,
             peers: BTreeMap::new(),
-            keyed: BTreeMap::new(),
             reports: BTreeMap::new(),
             drops: BTreeMap::new(),
             error: None,
@@ -117,13 +114,11 @@ impl Bulk {
     /// What people are told of a peer's bulk path.
     pub(super) fn status(&self, peer: PeerIndex, now: Instant) -> Option<BulkStatus> {
         let Goodput { report, rates: (tx, rx), .. } = self.reports.get(&peer)?;
+        let made = self.handshakes.peer(peer).and_then(|view| view.last_handshake);
         Some(BulkStatus {
             in_use: report.is_served,
             cipher: report.cipher,
-            session_age_seconds: self
-                .keyed
-                .get(&peer)
-                .map(|made| now.saturating_duration_since(*made).as_secs()),
+            session_age_seconds: made.map(|made| now.saturating_duration_since(made).as_secs()),
             rx_bytes: report.rx_bytes,
             tx_bytes: report.tx_bytes,
             rx_packets: report.rx_packets,
@@ -242,8 +237,6 @@ impl Node {
                 created: clock.instant(created_ns).unwrap_or(now),
                 sealing: is_sealing,
             };
-            let made = self.bulk.keyed.entry(PeerIndex(peer)).or_insert(session.created);
-            *made = session.created.max(*made);
             self.bulk.handshakes.adopt(PeerIndex(peer), session, now);
         }
         for peer in strangers {
@@ -299,7 +292,6 @@ impl Node {
         self.datapath.bulk_maps().clear();
         let devices = std::mem::take(&mut self.bulk.devices);
         self.datapath.forget_bulk_devices(&devices);
-        self.bulk.keyed.clear();
         let peers: Vec<PeerIndex> = std::mem::take(&mut self.bulk.peers).into_keys().collect();
         for peer in peers {
             self.bulk.handshakes.remove_peer(peer, now);
@@ -405,7 +397,6 @@ impl Node {
             .collect();
         for index in gone {
             self.bulk.peers.remove(&index);
-            self.bulk.keyed.remove(&index);
             self.bulk.reports.remove(&index);
             self.bulk.handshakes.remove_peer(index, now);
             self.bulk.tell(&ToWorkers::RemovePeer { peer: index.0 });
@@ -434,10 +425,7 @@ impl Node {
         let clock = Clock::now();
         while let Some(event) = self.bulk.handshakes.poll_event() {
             match event {
-                Event::Install { peer, session } => {
-                    self.bulk.keyed.insert(peer, session.created);
-                    self.bulk.tell(&install(peer, &session, clock));
-                }
+                Event::Install { peer, session } => self.bulk.tell(&install(peer, &session, clock)),
                 Event::Withdraw { local_index, .. } => self.bulk.tell(&ToWorkers::Withdraw { local_index }),
                 Event::SendKeepalive { peer } => self.bulk.tell(&ToWorkers::Keepalive { peer: peer.0 }),
                 // Workers follow each message that they authenticate.
