@@ -293,22 +293,27 @@ fn overnode(lab: &Lab, containers: [&Container; 2], bulk: &str) -> Result<()> {
     launch(lab, containers, UNDERLAY.map(IpAddr::V4), bulk)
 }
 
-/// A node on each host with these addresses, and a container on each; waits until workers serve, if there are any.
+/// A node on each host with these addresses, and a container on each; returns when workers serve, if there are any.
 pub fn launch(lab: &Lab, containers: [&Container; 2], addresses: [IpAddr; 2], bulk: &str) -> Result<()> {
     for (own, other) in PAIRS {
-        let host = &lab.hosts()[own];
         let (id, target) = ((own + 1).to_string(), addresses[other].to_string());
-        host.overnode_with(&["launch", "--bulk", bulk, "--id", &id, &target], &[("OVERNODE_TOKEN", TOKEN)])?
-            .success()?;
-        host.attach(containers[own], &[]).with_context(|| format!("the daemon's log: {}", host.log()))?;
+        let words = ["launch", "--bulk", bulk, "--id", &id, &target];
+        lab.hosts()[own].overnode_with(&words, &[("OVERNODE_TOKEN", TOKEN)])?.success()?;
     }
-    for host in lab.hosts().iter().filter(|_| bulk != "off") {
+    for host in lab.hosts() {
         lab::eventually(Duration::from_secs(30), || {
             let status = host.status()?;
-            let mut peers = status["peers"].as_array().into_iter().flatten();
-            ensure!(peers.any(|peer| peer["data"]["bulk"]["in_use"] == true), "no workers: {}", host.log());
+            let mut peers = status["peers"].as_array().into_iter().flatten().map(|peer| &peer["data"]);
+            let is_ready = peers.any(|data| {
+                data["session"] == "established" && (bulk == "off" || data["bulk"]["in_use"] == true)
+            });
+            ensure!(is_ready, "no session, or no workers: {}", host.log());
             Ok(())
         })?;
+    }
+    // Now nodes know what the underlay carries, of which containers get their MTU.
+    for (host, container) in lab.hosts().iter().zip(containers) {
+        host.attach(container, &[]).with_context(|| format!("the daemon's log: {}", host.log()))?;
     }
     Ok(())
 }

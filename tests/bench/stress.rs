@@ -21,6 +21,8 @@ use crate::report;
 /// Sessions are renewed every 120 s: a scene that shall see that lasts longer.
 const REKEY: Duration = Duration::from_secs(150);
 const MEGABYTE: u64 = 1_000_000;
+/// Of the tunnel over IPv6, of TCP and of IP, in bytes.
+const HEADERS: u32 = 80 + 40;
 
 /// What to move.
 #[derive(Debug, Parser)]
@@ -96,7 +98,7 @@ impl Round {
             .filter(|_| rng.random_bool(0.25))
             .map(|(name, _, other)| (*name, *other))
             .collect();
-        let segment = rng.random_bool(0.25).then(|| rng.random_range(216..scene.mtu - 40));
+        let segment = rng.random_bool(0.25).then(|| rng.random_range(216..scene.mtu - HEADERS));
         let roughness = rng.random_bool(0.25).then(|| Roughness {
             lost: rng.random_range(0.0..0.003),
             doubled: rng.random_range(0.0..0.01),

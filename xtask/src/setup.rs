@@ -77,16 +77,20 @@ pub fn run(purpose: Purpose) -> Result<()> {
             packages.push((*package).to_owned());
         }
     }
-    let mut compiler = Compiler::find();
+    let mut compiler = recent_compiler();
     if compiler.is_none() {
         packages.extend(DEBIAN_COMPILER.map(str::to_owned));
     }
     packages.dedup();
     machine.install(&packages, compiler.is_none())?;
     if compiler.is_none() {
-        compiler = Compiler::find();
+        compiler = recent_compiler();
     }
-    let compiler = compiler.context("Debian's Rust compiler was installed and yet cannot be found")?;
+    let compiler = compiler.context(
+        "Debian's Rust compiler was installed and yet cannot be found, or is older than this needs (rustc-web 1.96). \
+         Are the sources of bookworm-security in use? An ordinary rustup will do as well:\n    \
+         rustup toolchain install nightly --component rust-src",
+    )?;
     if toolchain::bpf_linker().is_none() {
         install_linker(&machine, &compiler)?;
     }
@@ -154,11 +158,11 @@ impl Machine {
             apt.args(["install", "-y", "--no-install-recommends"]).args(packages);
             apt
         };
-        // The lists may be absent or old: only a failure tells.
-        if show(&mut install()).is_err() {
-            show(apt().args(["update", "-q"]))?;
-            show(&mut install())?;
+        // Old lists lead to old packages, or to such as are gone. They do if some other source of this machine is out of order.
+        if let Err(error) = show(apt().args(["update", "-q"])) {
+            eprintln!("    going on with the lists of packages that this machine has: {error:#}");
         }
+        show(&mut install())?;
         step.done();
         Ok(())
     }
@@ -179,6 +183,14 @@ pub fn apt() -> Command {
     apt.env("DEBIAN_FRONTEND", "noninteractive");
     apt.args(["-qq", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0"]);
     apt
+}
+
+/// The compiler of this machine for the eBPF target, unless it is one of Debian's that came before the present one.
+fn recent_compiler() -> Option<Compiler> {
+    let compiler = Compiler::find()?;
+    let is_recent = compiler == Compiler::Rustup
+        || llvm_major(&compiler).is_some_and(|major| major >= *LINKER_LLVM.start());
+    is_recent.then_some(compiler)
 }
 
 /// bpf-linker reads what the compiler writes: it must be built with an LLVM at least as new as the compiler's.
