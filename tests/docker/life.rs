@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use lab::docker::Engine;
 use lab::{Lab, eventually};
 
-use crate::support::{PATIENCE, launch, with_engines};
+use crate::support::{PATIENCE, endpoints, launch, with_engines};
 use crate::{daemon_is_gone, has_network};
 
 #[test]
@@ -78,6 +78,34 @@ fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
         ensure!(has_network(&engine, "overnode")?, "there is no default network yet");
         let problems = lab.host(1).status()?["node"]["problems"].clone();
         ensure!(problems.as_array().is_none_or(Vec::is_empty), "{problems}");
+        Ok(())
+    })
+}
+
+/// As when the engine took longer to make the network than the node waits for an answer: its name is ambiguous from then on.
+#[test]
+fn an_engine_that_has_made_the_network_twice_keeps_one() -> Result<()> {
+    with_engines("docker-twice", 1, |lab, engines| {
+        let [engine] = engines else { unreachable!() };
+        let engine = &*engine;
+        let networks = || -> Result<Vec<String>> {
+            let words = ["network", "ls", "--no-trunc", "--quiet", "--filter", "name=^overnode$"];
+            Ok(engine.docker(&words)?.success()?.lines().map(str::to_owned).collect())
+        };
+        let body = r#"{"Name": "overnode", "Driver": "overnode",
+            "IPAM": {"Driver": "overnode", "Config": [{"Subnet": "10.32.0.0/12"}]}}"#;
+        let first = networks()?;
+        engine.run("user", &[])?;
+        let (code, answer) = engine.request("POST", "/networks/create", body)?;
+        ensure!(code == 201, "{answer}");
+        eventually(PATIENCE, || {
+            let left = networks()?;
+            ensure!(left == first, "{left:?}");
+            Ok(())
+        })?;
+        engine.run("later", &[])?;
+        engine.reach("later", &engine.address("user")?, PATIENCE)?;
+        ensure!(endpoints(lab.host(1))?.len() == 2);
         Ok(())
     })
 }

@@ -23,6 +23,7 @@ use quinn_udp::Transmit;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
+use super::confine;
 use super::control::{FromWorkers, Keys, MAX_REPORTS, Mode, ToWorkers, VERSION, receive, send};
 use super::measure;
 use super::peer::{Endpoint, Peer};
@@ -97,7 +98,7 @@ pub fn run(argument: &str) -> Result<()> {
         let v6 = socket(start.has_v6, &mut sending.v6)?;
         hands.push((device, Sockets { v4, v6 }));
     }
-    drop_privileges()?;
+    confine::drop_privileges()?;
     let (events, incoming) = mpsc::sync_channel(EVENTS);
     let shared = Arc::new(Shared {
         maps,
@@ -112,6 +113,7 @@ pub fn run(argument: &str) -> Result<()> {
     for (number, (device, sockets)) in (0_u8..).zip(hands) {
         threads.push(Thread::spawn(number, device, sockets, &start, &shared)?);
     }
+    confine::this_thread()?;
     info!(workers = threads.len(), speeds = ?shared.speeds, "the workers of the bulk path are there");
     let process = Process {
         start,
@@ -130,18 +132,6 @@ pub fn run(argument: &str) -> Result<()> {
         is_stopping: false,
     };
     process.run()
-}
-
-/// What is open stays open; nothing else can be opened, changed or traced.
-fn drop_privileges() -> Result<()> {
-    nix::sys::prctl::set_name(&std::ffi::CString::new(NAME)?).context("the process cannot be named")?;
-    nix::sys::prctl::set_dumpable(false).context("the process can be traced")?;
-    for set in
-        [caps::CapSet::Ambient, caps::CapSet::Inheritable, caps::CapSet::Effective, caps::CapSet::Permitted]
-    {
-        caps::clear(None, set).context("capabilities cannot be dropped")?;
-    }
-    nix::sys::prctl::set_no_new_privs().context("capabilities could come back")
 }
 
 /// A worker's thread, as others see it.
@@ -165,8 +155,10 @@ impl Thread {
         let worker =
             Worker::new(number, device, start.joins_udp, sockets, orders, wake.clone(), shared.clone());
         shared.maps.set_worker(number.into(), ifindex, boot_now_ns());
-        let handle =
-            std::thread::Builder::new().name(format!("worker {number}")).spawn(move || worker.run())?;
+        let handle = std::thread::Builder::new().name(format!("worker {number}")).spawn(move || {
+            confine::this_thread().map_err(io::Error::other)?;
+            worker.run()
+        })?;
         Ok(Self { commands, wake, handle })
     }
 

@@ -137,6 +137,9 @@ struct ListedNetwork {
     id: String,
     name: String,
     driver: String,
+    /// RFC 3339: sorts as text.
+    #[serde(default)]
+    created: String,
     #[serde(default)]
     containers: Option<BTreeMap<String, serde_json::Value>>,
 }
@@ -190,7 +193,10 @@ pub(super) async fn watch(
                 Some(subnet) if retry_at <= Instant::now() => {
                     let made = engine.create_default(subnet).await;
                     match &made {
-                        Ok(()) => wanted = None,
+                        Ok(()) => {
+                            wanted = None;
+                            look_at = look_at.min(Instant::now() + RETRY);
+                        }
                         Err(_) => retry_at = Instant::now() + RETRY,
                     }
                     News::Default(made)
@@ -220,7 +226,7 @@ struct Engine {
 impl Engine {
     async fn report(&self) -> Result<Report, NotDone> {
         let containers: Vec<ListedContainer> = self.get("/containers/json").await?;
-        let networks: Vec<ListedNetwork> = self.get("/networks").await?;
+        let networks = self.without_surplus(self.get("/networks").await?).await?;
         Ok(Report {
             containers: containers.into_iter().filter_map(container).collect(),
             networks: networks
@@ -231,10 +237,25 @@ impl Engine {
         })
     }
 
-    async fn default_network(&self) -> Result<Option<ListedNetwork>, NotDone> {
-        // Not by name in the path: that would also find an ID that begins so.
-        let networks: Vec<ListedNetwork> = self.get("/networks").await?;
-        Ok(networks.into_iter().find(|network| network.name == NAME))
+    /// Of these networks those that stay when there is one default network only. An engine that is asked for it again, because it took longer
+    /// than an answer may take, makes another, and both have one name.
+    async fn without_surplus(&self, networks: Vec<ListedNetwork>) -> Result<Vec<ListedNetwork>, NotDone> {
+        let (mut kept, mut defaults): (Vec<_>, Vec<_>) = networks.into_iter().partition(|it| !is_default(it));
+        defaults.sort_by(|one, two| two.created.cmp(&one.created));
+        let mut left = defaults.len();
+        for network in defaults {
+            // The engine refuses to remove one that is in use.
+            if left > 1 && self.remove(&network).await.is_ok() {
+                tracing::info!(
+                    "the Docker engine has made the default network twice: removed {}",
+                    network.id
+                );
+                left -= 1;
+            } else {
+                kept.push(network);
+            }
+        }
+        Ok(kept)
     }
 
     /// Whether the engine is one of those that are supported. One that does not tell its version is taken at its word later.
@@ -248,10 +269,13 @@ impl Engine {
 
     async fn create_default(&self, subnet: IpNet) -> Result<(), NotDone> {
         self.check_version().await?;
-        if let Some(found) = self.default_network().await? {
-            if found.driver == NAME {
-                return Ok(());
-            }
+        // Not by name in the path: that would also find an ID that begins so.
+        let networks: Vec<ListedNetwork> = self.get("/networks").await?;
+        let networks = self.without_surplus(networks).await?;
+        if networks.iter().any(is_default) {
+            return Ok(());
+        }
+        if let Some(found) = networks.iter().find(|network| network.name == NAME) {
             return Err(NotDone::Refused(format!(
                 "Docker has a network named {NAME} with the driver {}: rename or remove it, or create one under another name with `docker network create --driver {NAME} --ipam-driver {NAME} --subnet {subnet} NAME`",
                 found.driver
@@ -274,19 +298,24 @@ impl Engine {
     }
 
     async fn remove_default(&self, force: bool) -> Result<(), NotDone> {
-        let Some(found) = self.default_network().await?.filter(|network| network.driver == NAME) else {
-            return Ok(());
-        };
-        let path = format!("/networks/{}", found.id);
-        if force {
-            // A list of networks does not tell their containers.
-            let detailed: ListedNetwork = self.get(&path).await?;
-            for container in detailed.containers.unwrap_or_default().into_keys() {
-                let body = json!({ "Container": container, "Force": true });
-                self.ask(Method::POST, &format!("{path}/disconnect"), Some(&body)).await?;
+        let networks: Vec<ListedNetwork> = self.get("/networks").await?;
+        for found in networks.iter().filter(|network| is_default(network)) {
+            if force {
+                let path = format!("/networks/{}", found.id);
+                // A list of networks does not tell their containers.
+                let detailed: ListedNetwork = self.get(&path).await?;
+                for container in detailed.containers.unwrap_or_default().into_keys() {
+                    let body = json!({ "Container": container, "Force": true });
+                    self.ask(Method::POST, &format!("{path}/disconnect"), Some(&body)).await?;
+                }
             }
+            self.remove(found).await?;
         }
-        match self.ask(Method::DELETE, &path, None).await? {
+        Ok(())
+    }
+
+    async fn remove(&self, network: &ListedNetwork) -> Result<(), NotDone> {
+        match self.ask(Method::DELETE, &format!("/networks/{}", network.id), None).await? {
             (status, _) if status.is_success() || status == StatusCode::NOT_FOUND => Ok(()),
             (status, answer) => Err(refused("the default network was not removed", status, &answer)),
         }
@@ -317,6 +346,10 @@ impl Engine {
     fn absent(&self, why: String) -> NotDone {
         NotDone::Absent { socket: self.socket.clone(), why }
     }
+}
+
+fn is_default(network: &ListedNetwork) -> bool {
+    network.name == NAME && network.driver == NAME
 }
 
 fn too_old(found: &Version) -> Option<String> {
