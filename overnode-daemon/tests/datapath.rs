@@ -5,6 +5,7 @@ mod datapath_support;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use aya::maps::Array;
 use datapath_support::{Host, Namespace, Pair, addr, ip, ip_output, reexec, run};
 use overnode_daemon::datapath::{Attachment, Datapath, Hook, KnownEndpoint, LinkEvent, NetnsRef};
 use overnode_daemon::types::{PeerIndex, PublicKey};
@@ -451,10 +452,7 @@ fn maps_of_another_version_are_refused_in_use_and_replaced_otherwise() {
     });
     let pin = format!("/sys/fs/bpf/overnode/{}/maps/CONFIG", pair.a.node());
     std::fs::remove_file(&pin).unwrap();
-    run(
-        "bpftool",
-        &["map", "create", &pin, "type", "array", "key", "4", "value", "8", "entries", "1", "name", "CONFIG"],
-    );
+    Array::<_, u64>::create(1, 0).unwrap().pin(&pin).unwrap();
     let error = pair.a.try_open().unwrap_err().to_string();
     assert!(
         error.contains("another version") && error.contains("CONFIG") && error.contains("reset"),

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use ipnet::IpNet;
 use serde_json::Value;
 
@@ -323,7 +324,7 @@ impl Host {
         Ok(remains)
     }
 
-    /// Programs attached to the underlay's interface (tcx, clsact, XDP), as `ip` and `bpftool` name them.
+    /// Programs attached to the underlay's interface (tcx, clsact, XDP), by name.
     fn programs(&self) -> Result<Vec<String>> {
         let mut programs = Vec::new();
         let qdiscs = self.netns.run("tc", &["qdisc", "show", "dev", INTERFACE])?;
@@ -334,14 +335,10 @@ impl Host {
         if link.contains("prog/xdp") {
             programs.push("xdp".to_owned());
         }
-        // bpftool is not everywhere; where it is, it sees tcx.
-        if let Ok(list) = self.netns.run("bpftool", &["net", "show", "dev", INTERFACE]) {
-            programs.extend(
-                list.lines()
-                    .filter(|line| line.contains("/ingress") || line.contains("/egress"))
-                    .map(str::to_owned),
-            );
-        }
+        programs.extend(self.netns.enter(|| {
+            let [ingress, egress] = [TcAttachType::Ingress, TcAttachType::Egress].map(tcx_programs);
+            Ok([ingress?, egress?].concat())
+        })?);
         Ok(programs)
     }
 
@@ -382,5 +379,20 @@ impl Host {
             Ok(_) => Ok(()),
             Err(error) => bail!("{} does not answer: {error:#}", self.name),
         })
+    }
+}
+
+/// Names of the tcx programs on the underlay's interface of this thread's namespace.
+fn tcx_programs(at: TcAttachType) -> Result<Vec<String>> {
+    match SchedClassifier::query_tcx(INTERFACE, at) {
+        Ok((_, programs)) => Ok(programs
+            .iter()
+            .map(|program| program.name_as_str().unwrap_or("without a name").to_owned())
+            .collect()),
+        // Before Linux 6.6 there is no tcx, and nothing to ask for.
+        Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {
+            Ok(Vec::new())
+        }
+        Err(error) => Err(error).context("the tcx programs cannot be listed"),
     }
 }

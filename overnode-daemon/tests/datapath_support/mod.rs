@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::Instant;
 
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use nix::sched::{CloneFlags, setns};
 use overnode_daemon::datapath::{Attachment, Datapath, NetnsRef, OpenOptions, node_name};
 use overnode_daemon::handshake::SessionKeys;
@@ -201,14 +202,23 @@ impl Host {
 
     /// Nothing of the node is left in its namespace and in the bpffs.
     pub fn is_clean(&self) {
-        let links = ip_output(&self.namespace, &["link"]);
+        let links = ip_output(&self.namespace, &["-d", "link"]);
         assert!(!links.contains(": ov") && !links.contains("overnode:"), "{links}");
+        assert!(!links.contains("prog/xdp"), "{links}");
         let qdiscs = run("tc", &["-n", &self.namespace.name, "qdisc", "show"]);
         assert!(!qdiscs.contains("clsact"), "{qdiscs}");
         let pins = Path::new("/sys/fs/bpf/overnode").join(self.node());
         assert!(!pins.exists(), "{} is left", pins.display());
-        let nets = run("nsenter", &[&format!("--net=/run/netns/{}", self.namespace.name), "bpftool", "net"]);
-        assert!(!nets.contains("from_underlay") && !nets.contains("seal"), "{nets}");
+        for at in [TcAttachType::Ingress, TcAttachType::Egress] {
+            match self.inside(async || SchedClassifier::query_tcx("eth0", at)) {
+                Ok((_, programs)) => assert!(programs.is_empty(), "{programs:?}"),
+                // Before Linux 6.6 there is no tcx, and nothing to ask for.
+                Err(ProgramError::SyscallError(error)) => {
+                    assert_eq!(error.io_error.raw_os_error(), Some(libc::EINVAL), "{error}");
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
     }
 
     /// Node addresses end with the ID.
