@@ -14,7 +14,7 @@ use super::message::Cipher;
 /// Name of the socket in the run directory.
 pub const SOCKET: &str = "bulk.sock";
 /// Changes when a daemon and a process that differ in it would not understand each other.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longest message, bytes.
 pub const MAX_LEN: usize = 16384;
 /// Peers in one [`FromWorkers::Peers`].
@@ -45,8 +45,8 @@ pub enum ToWorkers {
         peer: u32,
         /// Where messages go until one of its own shows otherwise.
         endpoint: Option<SocketAddr>,
-        /// Round trip, ms.
-        rtt_ms: u32,
+        /// Round trip, ms; what was told before holds until another is known.
+        rtt_ms: Option<u32>,
     },
     /// Forget a peer and its sessions.
     RemovePeer {

@@ -6,6 +6,7 @@
 //! | `session` | keys, nonces, replay windows |
 //! | `peer` | whether a peer is served, and with which cipher |
 //! | `segment`, `join`, `packet` | packets cut out of what a TAP device gives, and joined for one |
+//! | `udp` | the sockets of a worker, and batches of messages |
 //! | `worker`, `process` | the threads that move packets, and the process that they live in |
 //! | `confine` | what that process may still do |
 //! | `control`, `link` | what it and the daemon say to each other, and how it is started |
@@ -24,6 +25,7 @@ pub mod peer;
 pub mod process;
 pub mod segment;
 pub mod session;
+mod udp;
 mod worker;
 
 pub use join::Joiner;

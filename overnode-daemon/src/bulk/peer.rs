@@ -20,7 +20,7 @@ const ASK_AGAIN_NS: u64 = 500_000_000;
 /// A peer that gets nothing for so long (ns) is at rest.
 const BUSY_NS: u64 = 500_000_000;
 /// Round trip of a peer of which it is not known (ms).
-pub const UNKNOWN_RTT_MS: u32 = 300;
+const UNKNOWN_RTT_MS: u32 = 300;
 
 /// Where a peer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

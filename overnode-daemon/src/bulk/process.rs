@@ -28,7 +28,8 @@ use super::control::{FromWorkers, Keys, MAX_REPORTS, Mode, ToWorkers, VERSION, r
 use super::measure;
 use super::peer::{Endpoint, Peer};
 use super::session::Session;
-use super::worker::{Command, Shared, Socket, Sockets, Worker, say_hello};
+use super::udp::{Socket, Sockets};
+use super::worker::{Command, Shared, Worker, say_hello};
 use crate::datapath::{BulkMaps, boot_now_ns};
 use crate::types::PeerIndex;
 
@@ -308,7 +309,9 @@ impl Process {
                         peer
                     }
                 };
-                peer.set_rtt(rtt_ms);
+                if let Some(rtt_ms) = rtt_ms {
+                    peer.set_rtt(rtt_ms);
+                }
                 // One with a session is where its messages come from.
                 if peer.current.load().is_none() || peer.endpoint.load().is_none() {
                     peer.endpoint.store(endpoint.map(|remote| Arc::new(Endpoint { remote, local: None })));

@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, IoSliceMut, Read as _, Write as _};
-use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +17,7 @@ use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 use overnode_ebpf::wire::{
     ECN_MASK, ETHERNET_LEN, TYPE_COOKIE_REPLY, TYPE_INITIATION, bulk_header, bulk_peer, ecn_decapsulated,
 };
-use quinn_udp::{EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use quinn_udp::{EcnCodepoint, RecvMeta, Transmit, UdpSockRef};
 
 use super::control::{FromWorkers, Mode};
 use super::join::Joiner;
@@ -27,21 +26,18 @@ use super::packet::{VNET_HEADER, VnetHeader, fold};
 use super::peer::Peer;
 use super::segment::Cut;
 use super::session::Session;
+use super::udp::{Batch, Sockets, Way};
 use crate::datapath::{BulkMaps, boot_now_ns};
 use crate::types::PeerIndex;
 
 /// What one read of the device gives at most: both headers and the largest IP packet.
 const FRAME_LEN: usize = VNET_HEADER + ETHERNET_LEN + 65536;
-/// UDP payload of one batch at most (RFC 768 less the IPv6 and UDP headers).
-const BATCH_LEN: usize = 65_487;
 /// Batches that one call receives, or single messages where the network gives no batches.
 const RECEIVES: usize = quinn_udp::BATCH_SIZE;
 /// Frames, or calls to receive, before the other direction has its turn.
 const TURN: usize = 8;
 /// How long a worker without work waits; it says that it lives each time.
 const WAIT: Duration = Duration::from_millis(45);
-/// How long a full socket is waited for before a batch is dropped.
-const FULL: u16 = 5;
 /// A worker that was not at work for so long (ns) drops what waits. After less, what is late still fills the gaps that it left.
 const STALE_NS: u64 = 3_000_000_000;
 
@@ -94,61 +90,6 @@ impl Shared {
     }
 }
 
-/// A UDP socket of one address family.
-pub struct Socket {
-    socket: UdpSocket,
-    state: UdpSocketState,
-}
-
-impl Socket {
-    /// Sets all that batches need.
-    ///
-    /// # Errors
-    /// An option is refused.
-    pub fn new(socket: UdpSocket) -> io::Result<Self> {
-        let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
-        Ok(Self { socket, state })
-    }
-
-    /// Sends, waiting a moment if the socket is full.
-    fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        match self.state.try_send(UdpSockRef::from(&self.socket), transmit) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let _ = poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)], FULL);
-                self.state.try_send(UdpSockRef::from(&self.socket), transmit)
-            }
-            result => result,
-        }
-    }
-}
-
-/// The sockets of a worker.
-pub struct Sockets {
-    /// IPv4, if the host has it.
-    pub v4: Option<Socket>,
-    /// IPv6, if the host has it.
-    pub v6: Option<Socket>,
-}
-
-impl Sockets {
-    fn of(&self, remote: SocketAddr) -> Option<&Socket> {
-        if remote.is_ipv4() { self.v4.as_ref() } else { self.v6.as_ref() }
-    }
-
-    /// Sends one message, or as many of `segment_size` as `contents` holds.
-    ///
-    /// # Errors
-    /// What `sendmsg` reports, or that there is no such socket.
-    pub fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.of(transmit.destination).ok_or(io::ErrorKind::Unsupported)?.send(transmit)
-    }
-
-    /// Messages that one batch may hold.
-    fn most(&self, remote: SocketAddr) -> usize {
-        self.of(remote).map_or(1, |socket| socket.state.max_gso_segments())
-    }
-}
-
 /// One worker.
 pub struct Worker {
     number: u8,
@@ -162,7 +103,7 @@ pub struct Worker {
     /// Who sent data and is to be told that it arrives.
     owed: Vec<Arc<Peer>>,
     frame: Box<[u8]>,
-    batch: Box<[u8]>,
+    batch: Batch,
     received: Vec<Box<[u8]>>,
     joiner: Joiner,
     is_ending: bool,
@@ -190,7 +131,7 @@ impl Worker {
             sessions: HashMap::new(),
             owed: Vec::new(),
             frame: vec![0; FRAME_LEN].into(),
-            batch: vec![0; BATCH_LEN].into(),
+            batch: Batch::new(),
             received: (0..RECEIVES).map(|_| vec![0; 65536].into()).collect(),
             joiner: Joiner::new(joins_udp),
             is_ending: false,
@@ -280,17 +221,23 @@ impl Worker {
     }
 
     fn send_turn(&mut self, now: u64) -> io::Result<bool> {
-        for turn in 0..TURN {
-            let Some(len) = read(&mut self.device, &mut self.frame)? else { return Ok(turn > 0) };
-            if let Err(reason) = self.send_frame(len, now) {
+        let mut frames = 0;
+        while frames < TURN
+            && let Some(len) = read(&mut self.device, &mut self.frame)?
+        {
+            if let Err(reason) = self.take_frame(len, now) {
                 self.shared.dropped(reason);
             }
+            frames += 1;
         }
-        Ok(true)
+        if let Err(reason) = self.batch.send(&self.sockets) {
+            self.shared.dropped(reason);
+        }
+        Ok(frames > 0)
     }
 
-    /// Cuts, seals and sends what a container sent.
-    fn send_frame(&mut self, len: usize, now: u64) -> Result<(), Reason> {
+    /// Cuts and seals what a container sent. What of it does not fill a batch is sent with the next, or at the end of the turn.
+    fn take_frame(&mut self, len: usize, now: u64) -> Result<(), Reason> {
         let frame = self.frame.get(..len).ok_or(Reason::Malformed)?;
         let (vnet, frame) = frame.split_first_chunk::<VNET_HEADER>().ok_or(Reason::Malformed)?;
         let (ethernet, packet) = frame.split_first_chunk::<ETHERNET_LEN>().ok_or(Reason::Malformed)?;
@@ -300,42 +247,25 @@ impl Worker {
         let session = peer.current.load();
         let session = session.as_ref().ok_or(Reason::NoSession)?;
         let endpoint = peer.endpoint.load();
-        let endpoint = endpoint.as_ref().ok_or(Reason::NoRoute)?;
+        let endpoint = **endpoint.as_ref().ok_or(Reason::NoRoute)?;
         let cut = Cut::new(packet, &VnetHeader::from_bytes(*vnet)).map_err(|_| Reason::Malformed)?;
         let cipher = peer.cipher(self.shared.mode, self.shared.speeds);
-        let stride = HEADER_LEN + cut.stride() + TAG_LEN;
-        if stride > BATCH_LEN {
-            return Err(Reason::TooBig);
-        }
-        let most = (BATCH_LEN / stride).min(self.sockets.most(endpoint.remote)).max(1);
-        let ecn = packet.get(1).copied().ok_or(Reason::Malformed)? & ECN_MASK;
-        let (mut next, mut bytes) = (0, 0);
-        while next < cut.len() {
-            let end = (next + most).min(cut.len());
-            let mut used = 0;
-            for segment in next..end {
-                let place = self.batch.get_mut(used..).ok_or(Reason::Malformed)?;
-                let text = place.get_mut(HEADER_LEN..).ok_or(Reason::Malformed)?;
-                let segment_len = cut.write(segment, text);
-                bytes += segment_len as u64;
-                let len = HEADER_LEN + segment_len + TAG_LEN;
-                let message = place.get_mut(..len).ok_or(Reason::TooBig)?;
-                session.seal(self.number, cipher, cut.is_partial(), message, now)?;
-                used += len;
+        let way = Way { endpoint, ecn: packet.get(1).copied().ok_or(Reason::Malformed)? & ECN_MASK };
+        let mut bytes = 0;
+        for segment in 0..cut.len() {
+            let len = cut.length(segment);
+            let message_len = HEADER_LEN + len + TAG_LEN;
+            if !self.batch.takes(&self.sockets, &way, message_len)
+                && let Err(reason) = self.batch.send(&self.sockets)
+            {
+                // Those were others, perhaps to another peer.
+                self.shared.dropped(reason);
             }
-            let transmit = Transmit {
-                destination: endpoint.remote,
-                ecn: EcnCodepoint::from_bits(ecn),
-                contents: self.batch.get(..used).ok_or(Reason::Malformed)?,
-                segment_size: (end - next > 1).then_some(stride),
-                src_ip: endpoint.local,
-            };
-            self.sockets.send(&transmit).map_err(|error| match error.raw_os_error() {
-                Some(libc::EMSGSIZE) => Reason::TooBig,
-                Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => Reason::NoRoute,
-                Some(_) | None => Reason::Helper,
+            self.batch.add(&way, message_len, |message| {
+                cut.write(segment, message.get_mut(HEADER_LEN..).ok_or(Reason::Malformed)?);
+                session.seal(self.number, cipher, cut.is_partial(), message, now)
             })?;
-            next = end;
+            bytes += len as u64;
         }
         if peer.sent(cut.len() as u64, bytes, now) {
             // From now on it matters whether the peer answers.
@@ -380,6 +310,9 @@ impl Worker {
                 }
             }
             self.received = received;
+            if got < RECEIVES {
+                return Ok(true);
+            }
         }
         Ok(true)
     }

@@ -16,7 +16,6 @@ use crate::api::{BulkStatus, WorkersStatus};
 use crate::bulk::control::{FromWorkers, Keys, Mode, Report, SOCKET, ToWorkers, VERSION};
 use crate::bulk::link::{self, Link, Ports};
 use crate::bulk::message::Cipher;
-use crate::bulk::peer::UNKNOWN_RTT_MS;
 use crate::control::key;
 use crate::datapath::Clock;
 use crate::handshake::{
@@ -63,7 +62,7 @@ pub(super) struct Bulk {
 struct Configured {
     public_key: PublicKey,
     endpoint: Option<SocketAddr>,
-    rtt_ms: u32,
+    rtt_ms: Option<u32>,
 }
 
 /// What the workers said of a peer last, and how fast its data went by then.
@@ -380,7 +379,7 @@ impl Node {
                 let configured = Configured {
                     public_key: peer.public_key,
                     endpoint: endpoint.map(|it| SocketAddr::new(it.ip(), BULK_PORT)),
-                    rtt_ms: rtt.map_or(UNKNOWN_RTT_MS, |rtt| rtt.as_millis().min(10_000) as u32 + 1),
+                    rtt_ms: rtt.map(|rtt| rtt.as_millis().min(10_000) as u32 + 1),
                 };
                 Some((id, configured))
             })
@@ -430,7 +429,7 @@ impl Node {
                 Event::SendKeepalive { peer } => self.bulk.tell(&ToWorkers::Keepalive { peer: peer.0 }),
                 // Workers follow each message that they authenticate.
                 Event::EndpointChanged { peer, endpoint } => {
-                    let rtt_ms = self.bulk.peers.get(&peer).map_or(UNKNOWN_RTT_MS, |peer| peer.rtt_ms);
+                    let rtt_ms = self.bulk.peers.get(&peer).and_then(|peer| peer.rtt_ms);
                     self.bulk.tell(&ToWorkers::Peer { peer: peer.0, endpoint: Some(endpoint), rtt_ms });
                 }
                 Event::Failed { peer, why } => tracing::debug!("no bulk session with peer {peer}: {why}"),
