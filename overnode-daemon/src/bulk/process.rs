@@ -157,6 +157,7 @@ impl Thread {
             Worker::new(number, device, start.joins_udp, sockets, orders, wake.clone(), shared.clone());
         shared.maps.set_worker(number.into(), ifindex, boot_now_ns());
         let handle = std::thread::Builder::new().name(format!("worker {number}")).spawn(move || {
+            yield_to_others();
             confine::this_thread().map_err(io::Error::other)?;
             worker.run()
         })?;
@@ -168,6 +169,15 @@ impl Thread {
             let _ = self.wake.write(1);
         }
     }
+}
+
+/// A worker with much to do is always awake. `SCHED_BATCH` (Linux 2.6.16) keeps one that wakes from taking the processor from whoever
+/// has it at that moment, among them the kernel's own threads and what answers small requests beside a large flow. Nothing depends on it.
+fn yield_to_others() {
+    let priority: libc::c_int = 0;
+    // SAFETY: `struct sched_param` of the kernel is one integer; it is read during the call. By number, for musl's function of that name
+    // does nothing.
+    unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_BATCH, &raw const priority) };
 }
 
 /// The main thread.
