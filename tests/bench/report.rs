@@ -141,10 +141,11 @@ impl Report {
         median(outcome.result.as_ref().ok()?, figure)
     }
 
-    /// How many times better overnode is than this one; less than 1 where it is worse.
+    /// How many times better overnode is than this one; less than 1 where it is worse. None if one of them is nothing at all.
     fn ratio(&self, kind: Kind, figure: &Figure) -> Option<f64> {
         let (own, other) = (self.value(Kind::Overnode, figure)?, self.value(kind, figure)?);
-        Some(if figure.more_is_better { own / other } else { other / own })
+        let ratio = if figure.more_is_better { own / other } else { other / own };
+        (ratio.is_finite() && ratio > 0.0).then_some(ratio)
     }
 
     fn checks(&self) -> Vec<Check> {
@@ -316,15 +317,15 @@ fn median(rounds: &[Round], figure: &Figure) -> Option<f64> {
 }
 
 fn at_most(what: String, value: f64, limit: f64) -> Check {
-    Check { what, value, floor: format!("at most {}", short(limit)), passed: value <= limit }
+    Check { what, value, floor: format!("at most {limit}"), passed: value <= limit }
 }
 
 fn at_least(what: String, value: f64, limit: f64) -> Check {
-    Check { what, value, floor: format!("at least {}", short(limit)), passed: value >= limit }
+    Check { what, value, floor: format!("at least {limit}"), passed: value >= limit }
 }
 
 fn short(value: f64) -> String {
-    if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.2}") }
+    if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.3}") }
 }
 
 fn nanos(time: Duration) -> f64 {
