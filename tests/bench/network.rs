@@ -55,6 +55,8 @@ pub enum Kind {
     Nebula,
     /// VXLAN over an underlay that does not segment.
     VxlanNotso,
+    /// And that joins what it receives, as network cards do.
+    VxlanNotsoGro,
     /// This project.
     Overnode,
     /// With ChaCha20-Poly1305 for bulk flows.
@@ -63,17 +65,20 @@ pub enum Kind {
     OvernodeAes,
     /// The same over an underlay that does not segment.
     OvernodeAesNotso,
+    /// And that joins what it receives, as network cards do.
+    OvernodeAesNotsoGro,
     /// Without workers: the programs alone.
     OvernodeOff,
 }
 
 impl Kind {
     /// All, in the order of the table.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Veth,
         Self::Routed,
         Self::Vxlan,
         Self::VxlanNotso,
+        Self::VxlanNotsoGro,
         Self::Gotatun,
         Self::Boringtun,
         Self::Nebula,
@@ -81,6 +86,7 @@ impl Kind {
         Self::OvernodeChacha,
         Self::OvernodeAes,
         Self::OvernodeAesNotso,
+        Self::OvernodeAesNotsoGro,
         Self::OvernodeOff,
     ];
 
@@ -94,10 +100,20 @@ impl Kind {
         match self {
             Self::Overnode => Some("auto"),
             Self::OvernodeChacha => Some("chacha"),
-            Self::OvernodeAes | Self::OvernodeAesNotso => Some("aes"),
+            Self::OvernodeAes | Self::OvernodeAesNotso | Self::OvernodeAesNotsoGro => Some("aes"),
             Self::OvernodeOff => Some("off"),
             _ => None,
         }
+    }
+
+    /// Whether the underlay takes more than a packet at once.
+    const fn underlay_segments(self) -> bool {
+        !matches!(self, Self::VxlanNotso | Self::OvernodeAesNotso) && !self.underlay_joins()
+    }
+
+    /// Whether the underlay's interfaces join what they receive (GRO); a veth pair does so only when told.
+    const fn underlay_joins(self) -> bool {
+        matches!(self, Self::VxlanNotsoGro | Self::OvernodeAesNotsoGro)
     }
 
     /// Whether it is another's encrypted network.
@@ -116,10 +132,12 @@ impl fmt::Display for Kind {
             Self::Boringtun => "boringtun",
             Self::Nebula => "nebula",
             Self::VxlanNotso => "vxlan, TSO off",
+            Self::VxlanNotsoGro => "vxlan, TSO off, GRO",
             Self::Overnode => "overnode",
             Self::OvernodeChacha => "overnode chacha",
             Self::OvernodeAes => "overnode aes",
             Self::OvernodeAesNotso => "overnode aes, TSO off",
+            Self::OvernodeAesNotsoGro => "overnode aes, TSO off, GRO",
             Self::OvernodeOff => "overnode off",
         })
     }
@@ -164,7 +182,7 @@ impl Network {
                 }
                 Tunnel::None
             }
-            Kind::Vxlan | Kind::VxlanNotso => {
+            Kind::Vxlan | Kind::VxlanNotso | Kind::VxlanNotsoGro => {
                 forward(&lab, [&a, &b], VXLAN_MTU)?;
                 vxlan(&lab)?;
                 Tunnel::None
@@ -182,16 +200,16 @@ impl Network {
             | Kind::OvernodeChacha
             | Kind::OvernodeAes
             | Kind::OvernodeAesNotso
+            | Kind::OvernodeAesNotsoGro
             | Kind::OvernodeOff => {
                 overnode(&lab, [&a, &b], kind.bulk().unwrap_or_default())?;
                 Tunnel::None
             }
         };
-        if matches!(kind, Kind::VxlanNotso | Kind::OvernodeAesNotso) {
-            for host in lab.hosts() {
-                let off = ["-K", "eth0", "tso", "off", "gso", "on", "tx-udp-segmentation", "off"];
-                host.netns().run("ethtool", &off)?;
-            }
+        for host in lab.hosts().iter().filter(|_| !kind.underlay_segments()) {
+            let joins = if kind.underlay_joins() { "on" } else { "off" };
+            let off = ["-K", "eth0", "tso", "off", "gso", "on", "tx-udp-segmentation", "off", "gro", joins];
+            host.netns().run("ethtool", &off)?;
         }
         let IpAddr::V4(to) = b.address() else { anyhow::bail!("{} is no IPv4 address", b.address()) };
         lab::eventually(Duration::from_secs(30), || {

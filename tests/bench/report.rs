@@ -181,10 +181,17 @@ impl Report {
         if let (Some(own), Some(rival)) = (of(Kind::Overnode, ONE_FLOW), of(Kind::Gotatun, ONE_FLOW)) {
             checks.push(at_least("one TCP flow: times gotatun's".into(), own / rival, 3.0));
         }
-        if let (Some(own), Some(plain)) =
-            (of(Kind::OvernodeAesNotso, ONE_FLOW), of(Kind::VxlanNotso, ONE_FLOW))
-        {
-            checks.push(at_least("one TCP flow with AES, TSO off: times VXLAN's".into(), own / plain, 0.9));
+        for (what, own, plain) in [
+            ("TSO off", Kind::OvernodeAesNotso, Kind::VxlanNotso),
+            ("TSO off, GRO", Kind::OvernodeAesNotsoGro, Kind::VxlanNotsoGro),
+        ] {
+            if let (Some(own), Some(plain)) = (of(own, ONE_FLOW), of(plain, ONE_FLOW)) {
+                checks.push(at_least(
+                    format!("one TCP flow with AES, {what}: times VXLAN's"),
+                    own / plain,
+                    0.9,
+                ));
+            }
         }
         if let (Some(with), Some(without)) =
             (of(Kind::Overnode, LOADED_P99), of(Kind::OvernodeOff, LOADED_P99))
