@@ -106,14 +106,13 @@ impl Kind {
         }
     }
 
-    /// Whether the underlay takes more than a packet at once.
-    const fn underlay_segments(self) -> bool {
-        !matches!(self, Self::VxlanNotso | Self::OvernodeAesNotso) && !self.underlay_joins()
-    }
-
-    /// Whether the underlay's interfaces join what they receive (GRO); a veth pair does so only when told.
-    const fn underlay_joins(self) -> bool {
-        matches!(self, Self::VxlanNotsoGro | Self::OvernodeAesNotsoGro)
+    /// Where the underlay takes one packet at a time: whether its interfaces join what they receive (GRO), as `ethtool` says it.
+    const fn gro_without_tso(self) -> Option<&'static str> {
+        match self {
+            Self::VxlanNotso | Self::OvernodeAesNotso => Some("off"),
+            Self::VxlanNotsoGro | Self::OvernodeAesNotsoGro => Some("on"),
+            _ => None,
+        }
     }
 
     /// Whether it is another's encrypted network.
@@ -206,10 +205,11 @@ impl Network {
                 Tunnel::None
             }
         };
-        for host in lab.hosts().iter().filter(|_| !kind.underlay_segments()) {
-            let joins = if kind.underlay_joins() { "on" } else { "off" };
-            let off = ["-K", "eth0", "tso", "off", "gso", "on", "tx-udp-segmentation", "off", "gro", joins];
-            host.netns().run("ethtool", &off)?;
+        if let Some(gro) = kind.gro_without_tso() {
+            for host in lab.hosts() {
+                let off = ["-K", "eth0", "tso", "off", "gso", "on", "tx-udp-segmentation", "off", "gro", gro];
+                host.netns().run("ethtool", &off)?;
+            }
         }
         let IpAddr::V4(to) = b.address() else { anyhow::bail!("{} is no IPv4 address", b.address()) };
         lab::eventually(Duration::from_secs(30), || {

@@ -11,7 +11,7 @@ use quinn_udp::{EcnCodepoint, Transmit, UdpSockRef, UdpSocketState};
 use super::peer::Endpoint;
 
 /// UDP payload of one batch at most (RFC 768 less the IPv6 and UDP headers).
-pub const BATCH_LEN: usize = 65_487;
+const BATCH_LEN: usize = 65_487;
 /// How long a full socket is waited for before a batch is dropped.
 const FULL: u16 = 5;
 
@@ -83,30 +83,23 @@ pub struct Way {
 pub struct Batch {
     buffer: Box<[u8]>,
     used: usize,
-    count: usize,
-    /// Bytes of the first.
-    stride: usize,
-    /// Whether a shorter one is there.
-    is_closed: bool,
-    /// That of the first.
-    way: Option<Way>,
+    /// Of the first: where it goes, and its bytes.
+    first: Option<(Way, usize)>,
 }
 
 impl Batch {
     /// One without messages.
     pub fn new() -> Self {
-        let buffer = vec![0; BATCH_LEN].into();
-        Self { buffer, used: 0, count: 0, stride: 0, is_closed: false, way: None }
+        Self { buffer: vec![0; BATCH_LEN].into(), used: 0, first: None }
     }
 
     /// Whether a message of `len` bytes may follow those that are there. If not, these are to be sent first.
     pub fn takes(&self, sockets: &Sockets, way: &Way, len: usize) -> bool {
-        self.count == 0
-            || self.way.as_ref() == Some(way)
-                && !self.is_closed
-                && len <= self.stride
-                && self.used + len <= BATCH_LEN
-                && self.count < sockets.most(way.endpoint.remote)
+        let Some((first, stride)) = &self.first else { return true };
+        first == way
+            && len <= *stride
+            && self.used.is_multiple_of(*stride)
+            && self.used + len <= BATCH_LEN.min(sockets.most(way.endpoint.remote) * stride)
     }
 
     /// Adds a message of `len` bytes, which `write` makes, and which the batch [takes](Self::takes).
@@ -121,12 +114,8 @@ impl Batch {
     ) -> Result<(), Reason> {
         let place = self.buffer.get_mut(self.used..).and_then(|rest| rest.get_mut(..len));
         write(place.ok_or(Reason::TooBig)?)?;
-        if self.count == 0 {
-            (self.way, self.stride) = (Some(*way), len);
-        }
-        self.is_closed = len < self.stride;
+        self.first.get_or_insert((*way, len));
         self.used += len;
-        self.count += 1;
         Ok(())
     }
 
@@ -136,14 +125,14 @@ impl Batch {
     /// [`Reason::TooBig`], [`Reason::NoRoute`], or [`Reason::Helper`] for what else the kernel may say.
     pub fn send(&mut self, sockets: &Sockets) -> Result<(), Reason> {
         let used = std::mem::take(&mut self.used);
-        let count = std::mem::take(&mut self.count);
-        self.is_closed = false;
-        let (Some(way), Some(contents)) = (self.way.take(), self.buffer.get(..used)) else { return Ok(()) };
+        let (Some((way, stride)), Some(contents)) = (self.first.take(), self.buffer.get(..used)) else {
+            return Ok(());
+        };
         let transmit = Transmit {
             destination: way.endpoint.remote,
             ecn: EcnCodepoint::from_bits(way.ecn),
             contents,
-            segment_size: (count > 1).then_some(self.stride),
+            segment_size: (used > stride).then_some(stride),
             src_ip: way.endpoint.local,
         };
         sockets.send(&transmit).map_err(|error| match error.raw_os_error() {

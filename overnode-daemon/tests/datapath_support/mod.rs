@@ -209,8 +209,10 @@ impl Host {
         assert!(!qdiscs.contains("clsact"), "{qdiscs}");
         let pins = Path::new("/sys/fs/bpf/overnode").join(self.node());
         assert!(!pins.exists(), "{} is left", pins.display());
-        for at in [TcAttachType::Ingress, TcAttachType::Egress] {
-            match self.inside(async || SchedClassifier::query_tcx("eth0", at)) {
+        let attached = |interface, at| self.inside(async || SchedClassifier::query_tcx(interface, at));
+        let ends = ["eth0", "lo"].map(|it| [(it, TcAttachType::Ingress), (it, TcAttachType::Egress)]);
+        for (interface, at) in ends.into_iter().flatten() {
+            match attached(interface, at) {
                 Ok((_, programs)) => assert!(programs.is_empty(), "{programs:?}"),
                 // Before Linux 6.6 there is no tcx, and nothing to ask for.
                 Err(ProgramError::SyscallError(error)) => {
