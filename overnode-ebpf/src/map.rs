@@ -131,8 +131,8 @@ pub struct Peer {
     pub mtu: u32,
     /// Peer index of the node that relays messages to this one; 0 if they go straight.
     pub via: u32,
-    /// Fills up to the next 8 bytes.
-    pub unused: u32,
+    /// Packets handed to the normaliser, modulo 2^32 (program `from_container`).
+    pub normalising: u32,
     /// The peer's Curve25519 public key, so that a restarted daemon knows whose sessions these are.
     pub public_key: [u8; 32],
     /// Inner bytes sent (program).
@@ -151,7 +151,16 @@ pub struct Peer {
     pub last_tx_ns: u64,
     /// Boot time of the last message sent that was no keepalive (program).
     pub last_data_tx_ns: u64,
+    /// Boot time of the last packet handed to the normaliser (program `from_container`).
+    pub normalising_ns: u64,
+    /// Packets that came out of the normaliser, modulo 2^32 (program `seal`).
+    pub normalised: u32,
+    /// Fills up to the next 8 bytes.
+    pub unused: u32,
 }
+
+/// After so long (ns) nothing is in the normaliser any more, whatever the counters say.
+pub const NORMALISER_PATIENCE_NS: u64 = 50_000_000;
 
 /// Bytes of the `PROBES` ring, a power of two: room for a probe and an answer of each of several hundred peers.
 pub const PROBES_LEN: u32 = 1 << 16;
@@ -201,10 +210,6 @@ pub struct BulkWorker {
 pub struct BulkPeer {
     /// Over how many workers its flows are spread; 0 while the peer is served by the programs alone.
     pub workers: u32,
-    /// Packets handed to the normaliser (program `from_container`).
-    pub normalising: u32,
-    /// Packets that came out of it (program `seal`).
-    pub normalised: u32,
     /// Fills up to the next 8 bytes.
     pub unused: u32,
     /// Boot time (ns) until which flows of this peer are on the bulk path (program).
@@ -350,11 +355,11 @@ const _: () = {
     assert!(size_of::<Config>() == 44);
     assert!(size_of::<Endpoint>() == 28);
     assert!(size_of::<Route>() == 8);
-    assert!(size_of::<Peer>() == 16 + 16 + 2 + 2 + 4 + 4 + 4 + 4 + 4 + 32 + 8 * 8);
+    assert!(size_of::<Peer>() == 16 + 16 + 2 + 2 + 4 + 4 + 4 + 4 + 4 + 32 + 10 * 8);
     assert!(size_of::<Probe>() == 8 + crate::wire::PROBE_LEN);
     assert!(size_of::<Dropped>() == 8 + 6 * 4 + DROPPED_LEN);
     assert!(size_of::<BulkWorker>() == 16);
-    assert!(size_of::<BulkPeer>() == 24);
+    assert!(size_of::<BulkPeer>() == 16);
     assert!(size_of::<BulkFlowKey>() == 16);
     assert!(size_of::<BulkFlow>() == 16);
     assert!(size_of::<Session>() == 4 * 4 + 32 + 32 + 4 * 8 + size_of::<crate::replay::Window>());

@@ -3,6 +3,7 @@
 mod addresses;
 mod bad_input;
 mod bulk;
+mod checksums;
 mod cleanliness;
 mod crash_points;
 mod dashboard;

@@ -25,6 +25,18 @@ impl Injector {
         self.send_all(&[frame])
     }
 
+    /// Sends one frame whose checksum the kernel, or whoever takes the frame from it, has yet to finish: that from byte `start` on, to be put
+    /// `offset` bytes behind it.
+    pub fn send_unfinished(&self, frame: &[u8], start: u16, offset: u16) -> Result<()> {
+        // struct virtio_net_hdr, in the machine's byte order.
+        const NEEDS_CHECKSUM: u16 = 1;
+        let header = [NEEDS_CHECKSUM.to_le(), 0, 0, start, offset].map(u16::to_ne_bytes).concat();
+        set_option(&self.socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1)?;
+        let sent = self.send(&[&header, frame].concat());
+        set_option(&self.socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 0)?;
+        sent
+    }
+
     /// Sends frames in order, as fast as the kernel takes them.
     pub fn send_all(&self, frames: &[impl AsRef<[u8]>]) -> Result<()> {
         let mut parts: Vec<libc::iovec> = frames
@@ -70,19 +82,9 @@ pub(crate) struct Tap {
 impl Tap {
     pub(crate) fn open(netns: &Netns, interface: &str) -> Result<Self> {
         let socket = packet_socket(netns, interface, libc::ETH_P_ALL as u16)?;
-        let set = |level, option, value: libc::c_int| {
-            let value_at = (&raw const value).cast();
-            // SAFETY: the value outlives the call and its size is given.
-            let outcome = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value_at, 4) };
-            if outcome == 0 {
-                Ok(())
-            } else {
-                Err(Error::last_os_error()).context("a packet socket's option")
-            }
-        };
         // Its own frames are not to come back.
-        set(libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)?;
-        set(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 16 << 20)?;
+        set_option(&socket, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)?;
+        set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 16 << 20)?;
         Ok(Self { socket })
     }
 
@@ -117,6 +119,15 @@ impl Tap {
 impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+fn set_option(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> Result<()> {
+    let value_at = (&raw const value).cast();
+    // SAFETY: the value outlives the call and its size is given.
+    match unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value_at, 4) } {
+        0 => Ok(()),
+        _ => Err(Error::last_os_error()).context("a packet socket's option"),
     }
 }
 

@@ -2,17 +2,13 @@
 
 use overnode_ebpf::map::{
     BULK_MOVED, BULK_PATIENCE, BULK_PAUSE_NS, BULK_SILENCE_NS, BULK_THRESHOLD, BulkFlow, BulkFlowKey,
-    BulkPeer,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{BULK_MAC, ETHERNET_LEN};
 
-use super::Sent;
 use super::frame::{Ethernet, Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, redirect};
-use super::maps;
+use super::{Sent, maps, normaliser};
 
-/// More fragments follow, or an offset.
-const FRAGMENT: u16 = 0x3fff;
 /// [`try_steer`]: not the bulk path's.
 const NOT: i64 = -1;
 
@@ -21,24 +17,6 @@ const NOT: i64 = -1;
 pub fn steer(skb: Skb, peer: u32) -> Option<Sent> {
     let verdict = try_steer(skb, peer);
     (verdict != NOT).then_some(Sent { counted: Some(Reason::BulkSent), verdict })
-}
-
-/// Counts a packet, or the packets that it becomes, on the way into the normaliser.
-#[inline(always)]
-pub fn normalising(skb: Skb, peer: u32) {
-    if let Some(peer) = maps::bulk_peer(peer) {
-        // SAFETY: the kernel hands a valid context to the program; values of an array map are valid for all of it.
-        unsafe { maps::add(&raw mut (*peer).normalising, (*skb).gso_segs.max(1)) };
-    }
-}
-
-/// Counts a packet that came out of the normaliser.
-#[inline(always)]
-pub fn normalised(peer: u32) {
-    if let Some(peer) = maps::bulk_peer(peer) {
-        // SAFETY: values of an array map are valid for the whole program.
-        unsafe { maps::add(&raw mut (*peer).normalised, 1) };
-    }
 }
 
 /// A frame of its own: what it needs of the stack is not added to the caller's beside the cipher's.
@@ -65,7 +43,7 @@ fn try_steer(skb: Skb, index: u32) -> i64 {
         let sent = if paused { 0 } else { (*flow).bytes };
         if sent != BULK_MOVED {
             let sent = sent + if is_large { u64::from(skb.len()) } else { 0 };
-            if !is_large || !may_move(peer, sent) {
+            if !is_large || !may_move(index, sent) {
                 (*flow).bytes = sent;
                 return NOT;
             }
@@ -84,27 +62,10 @@ fn try_steer(skb: Skb, index: u32) -> i64 {
 }
 
 /// Whether a flow that has sent so much can move without overtaking itself.
-///
-/// # Safety
-/// `peer` points to a map's value.
 #[inline(always)]
-unsafe fn may_move(peer: *mut BulkPeer, sent: u64) -> bool {
-    if sent < BULK_THRESHOLD {
-        return false;
-    }
-    // SAFETY: by the contract above.
-    unsafe {
-        let normalising = (&raw const (*peer).normalising).read_volatile();
-        if normalising == (&raw const (*peer).normalised).read_volatile() {
-            return true;
-        }
-        // Perhaps some were lost on the way and never come out.
-        if sent >= BULK_PATIENCE {
-            (*peer).normalised = normalising;
-            return true;
-        }
-    }
-    false
+fn may_move(peer: u32, sent: u64) -> bool {
+    // Perhaps some were lost in the normaliser and never come out.
+    sent >= BULK_PATIENCE || sent >= BULK_THRESHOLD && maps::peer(peer).is_some_and(normaliser::is_empty)
 }
 
 /// The flow that a packet belongs to; `None` for a fragment or another protocol.
@@ -112,10 +73,9 @@ unsafe fn may_move(peer: *mut BulkPeer, sent: u64) -> bool {
 fn key(skb: Skb) -> Option<BulkFlowKey> {
     let ip = at::<Ipv4>(skb, ETHERNET_LEN).ok()?;
     // SAFETY: `at` has checked the bounds.
-    let (header, protocol, fragment, source, destination) = unsafe {
-        ((*ip).header_len(), (*ip).protocol, u16::from_be((*ip).fragment_be), (*ip).source, (*ip).destination)
-    };
-    if fragment & FRAGMENT != 0 || !(protocol == PROTOCOL_TCP || protocol == PROTOCOL_UDP) {
+    let (header, protocol, is_fragment, source, destination) =
+        unsafe { ((*ip).header_len(), (*ip).protocol, (*ip).is_fragment(), (*ip).source, (*ip).destination) };
+    if is_fragment || !(protocol == PROTOCOL_TCP || protocol == PROTOCOL_UDP) {
         return None;
     }
     skb.linearize(ETHERNET_LEN as u32 + header + 4).ok()?;

@@ -16,6 +16,7 @@ use overnode_ebpf::aead::{
     BLOCK_LEN, Cipher, Direction, GROUP_LEN, Open, Seal, Short, nonce_words, same_tag,
 };
 use overnode_ebpf::reason::Reason;
+use overnode_ebpf::wire::IPV4_LEN;
 
 /// Largest offset into a packet that a text may reach, as a mask that the verifier understands; jumbo frames have
 /// 9000 bytes. What is longer is refused as malformed.
@@ -41,7 +42,12 @@ pub struct Scratch {
     cipher: Cipher,
     /// The tag that came with a message being opened.
     claimed: [u64; 2],
+    /// See [`Claimed::packet`].
+    packet: [u64; (PACKET_LEN + IPV4_LEN).div_ceil(8)],
 }
+
+/// Bytes of a packet that [`Claimed::packet`] has room for, a power of two.
+pub const PACKET_LEN: usize = 256;
 
 /// A packet of some program type: the context that the kernel handed to the program.
 pub trait Packet: Copy {
@@ -144,6 +150,14 @@ impl Claimed {
             }
         }
         Err(Reason::Helper)
+    }
+
+    /// Room for a packet of [`PACKET_LEN`] bytes, and for an IPv4 header more: from behind that header on, too, as many bytes can be
+    /// reached.
+    #[inline(always)]
+    pub fn packet(&self) -> *mut u8 {
+        // SAFETY: a live map value, claimed.
+        unsafe { (&raw mut (*self.0).packet).cast() }
     }
 }
 

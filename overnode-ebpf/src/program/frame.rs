@@ -84,6 +84,12 @@ impl Ipv4 {
         u32::from(self.version_ihl & 0xf) * 4
     }
 
+    /// True if this is not a whole packet: more fragments follow, or it has an offset.
+    #[inline(always)]
+    pub fn is_fragment(&self) -> bool {
+        self.fragment_be & 0x3fff_u16.to_be() != 0
+    }
+
     /// True if the version is 4 and the lengths fit each other and the `available` bytes.
     #[inline(always)]
     pub fn is_sane(&self, available: u32) -> bool {
@@ -239,7 +245,9 @@ impl Frame for Skb {
             outer
         };
         adjust_room(self, -(outer as i32))?;
-        resize(self, ETHERNET_LEN as u32 + inner)?;
+        // Refused for what never left the machine, from a host that is a namespace of it, and is a tunnel's inside (see `tail`). The
+        // container's kernel cuts off what is too much, too.
+        let _ = resize(self, ETHERNET_LEN as u32 + inner);
         // Poly1305 has proven the payload: the container need not sum it up again.
         // SAFETY: the context is valid. A refusal changes nothing.
         unsafe { bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_INC)) };

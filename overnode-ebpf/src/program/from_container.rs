@@ -10,7 +10,7 @@ use super::frame::{
     redirect_peer,
 };
 use super::maps::Routes;
-use super::{Sent, arp, bulk, maps, seal, too_big};
+use super::{Sent, arp, bulk, maps, normaliser, seal, too_big, unfinished};
 
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
     let endpoint = maps::endpoint(skb.ifindex()).ok_or(Reason::Unconfigured)?;
@@ -83,8 +83,8 @@ pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reaso
     Ok(Sent { counted: Some(counted), verdict: redirect_peer(ifindex) })
 }
 
-/// To a peer: by a worker if it belongs to a bulk flow; sealed here if the packet is one and complete, else through the normaliser, which segments and
-/// finishes checksums, to `seal`.
+/// To a peer: by a worker if it belongs to a bulk flow; sealed here if the packet is one and complete, or small; else through the normaliser, which
+/// segments and finishes checksums, to `seal`.
 #[inline(always)]
 fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
     let peer = maps::peer(index).ok_or(Reason::NoRoute)?;
@@ -98,7 +98,9 @@ fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
     if let Some(sent) = bulk::steer(skb, index) {
         return Ok(sent);
     }
-    if skb.gso_size() == 0 && !is_unfinished(skb)? {
+    let is_complete = skb.gso_size() == 0
+        && (!is_unfinished(skb)? || normaliser::is_empty(peer) && unfinished::finish(skb, inner_len)?);
+    if is_complete {
         let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
         // SAFETY: `at` has checked the bounds.
         let ecn = unsafe { (*ip).tos } & ECN_MASK;
@@ -110,7 +112,7 @@ fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
         // SAFETY: `at` has checked the bounds.
         unsafe { (&raw mut (*ethernet).destination).cast::<u16>().add(word).write_volatile(0) };
     }
-    bulk::normalising(skb, index);
+    normaliser::enter(skb, peer);
     Ok(Sent { counted: None, verdict: redirect(config.normaliser) })
 }
 

@@ -17,11 +17,14 @@ pub mod from_container;
 pub mod from_underlay;
 pub mod log;
 pub mod maps;
+pub mod normaliser;
 pub mod outer;
 pub mod record;
 pub mod relay;
 pub mod seal;
+pub mod tail;
 pub mod too_big;
+pub mod unfinished;
 
 /// A packet that goes on.
 pub struct Sent {

@@ -1,4 +1,4 @@
-//! To a peer: seal what comes out of the normaliser, put the outer headers in front, and send.
+//! To a peer: seal what is complete, or comes out of the normaliser, put the outer headers in front, and send.
 
 use core::hint::black_box;
 
@@ -11,7 +11,7 @@ use overnode_ebpf::wire::{
 
 use super::frame::{DataHeader, Ethernet, Frame, Ipv4, Skb, adjust_room, at, change_protocol, resize};
 use super::maps::Routes;
-use super::{Sent, bulk, cipher, envelope, maps, relay};
+use super::{Sent, cipher, envelope, maps, normaliser, relay, tail};
 
 /// Last word of the destination address of frames that the daemon made.
 const FROM_DAEMON: u16 = u16::from_ne_bytes([DAEMON_MAC[4], DAEMON_MAC[5]]);
@@ -50,7 +50,7 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
     }
     let job = job(skb)?;
     if job.kind == Kind::Data {
-        bulk::normalised(job.peer);
+        maps::peer(job.peer).map(normaliser::leave);
     }
     seal(skb, &job)
 }
@@ -117,7 +117,10 @@ pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
     if skb.len() != ETHERNET_LEN as u32 + job.inner_len {
         resize(skb, ETHERNET_LEN as u32 + job.inner_len.max(IPV4_LEN as u32))?;
     }
-    resize(skb, (ETHERNET_LEN + TAG_LEN) as u32 + text_len)?;
+    let padded = (ETHERNET_LEN + TAG_LEN) as u32 + text_len;
+    if resize(skb, padded).is_err() {
+        tail::extend(skb, padded)?;
+    }
     if !envelope::is_v4(hop) {
         change_protocol(skb, ETHERTYPE_IPV6)?;
     }

@@ -54,8 +54,8 @@ impl World {
     fn move_flow(&mut self, protocol: u8, port: u16) -> u64 {
         let mut sent = 0;
         for _ in 0..1000 {
-            let waiting = self.bulk_peer();
-            self.set_bulk_peer(BulkPeer { normalised: waiting.normalising, ..waiting });
+            let peer = self.peer(PEER);
+            self.set_peer(PEER, Peer { normalised: peer.normalising, ..peer });
             let output = self.send_large(protocol, port);
             sent += output.frame.len() as u64;
             if is_steered(&output) {
@@ -127,19 +127,18 @@ fn a_flow_does_not_overtake_itself_but_does_not_wait_for_ever() {
     let packets = (1_u64..20_000).find(|_| is_steered(&world.send_large(TCP, 1000)));
     let each = 14 + large(TCP, 0).len() as u64;
     assert!(packets >= Some(BULK_PATIENCE.div_ceil(each)), "{packets:?}");
-    assert!(world.bulk_peer().normalising > 0);
+    assert!(world.peer(PEER).normalising > 0);
 }
 
 #[test]
 fn the_normaliser_is_counted_on_both_ends() {
     let mut world = World::new(Underlay::V4);
-    world.serve();
     world.send_large(TCP, 5);
-    assert_eq!((world.bulk_peer().normalising, world.bulk_peer().normalised), (1, 0));
+    assert_eq!((world.peer(PEER).normalising, world.peer(PEER).normalised), (1, 0));
     world.run("seal", &ethernet(GATEWAY_MAC, CONTAINER_MAC, 0x0800, &ipv4(CONTAINER, REMOTE, 500)));
-    assert_eq!((world.bulk_peer().normalising, world.bulk_peer().normalised), (1, 1));
+    assert_eq!((world.peer(PEER).normalising, world.peer(PEER).normalised), (1, 1));
     world.keepalive(PEER);
-    assert_eq!(world.bulk_peer().normalised, 1, "the daemon's frames go into it elsewhere");
+    assert_eq!(world.peer(PEER).normalised, 1, "the daemon's frames go into it elsewhere");
 }
 
 #[test]

@@ -1,0 +1,250 @@
+//! Packets whose checksums the container's kernel leaves for later: what arrives has the right ones, wherever they were finished.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+
+use anyhow::{Context, Result, bail, ensure};
+use aya::maps::{Array, Map, MapData};
+use lab::flow::{self, Amount};
+use lab::pcap::{Packet, TCP, UDP};
+use lab::raw::Injector;
+use lab::{Container, Host, Lab};
+use overnode_ebpf::map::Peer;
+use serde_json::Value;
+
+use crate::spoofing;
+use crate::support::{PATIENCE, attached, in_lab, launch_all};
+
+/// Longest packet, from the IP header on, that does not need the normaliser.
+const SMALL: usize = 255;
+const HEADERS: usize = 28;
+
+#[test]
+fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
+    in_lab(Lab::new("checksums").hosts(2), |lab| {
+        launch_all(lab)?;
+        let one = attached(lab.host(1), "one")?;
+        let far = attached(lab.host(2), "far")?;
+        one.reach(far.address(), PATIENCE)?;
+        let capture =
+            lab::Capture::start(far.netns(), lab.folder(), &["-i", "overnode0", "-Q", "in", "tcp or udp"])?;
+
+        let lengths = 0..=SMALL - HEADERS;
+        let before = normalised(lab.host(1))?;
+        let datagrams = send_datagrams(&one, &far, lengths.clone())?;
+        let through = normalised(lab.host(1))? - before;
+        // The daemon's probes and keepalives take it, too.
+        ensure!(through < datagrams / 4, "{through} packets went through the normaliser");
+        let larger = send_datagrams(&one, &far, SMALL - HEADERS + 1..=1392)?;
+        let through = normalised(lab.host(1))? - before;
+        ensure!(through >= larger, "{through} of {larger} large packets went through the normaliser");
+        echo(&one, &far)?;
+
+        let captured = capture.stop()?;
+        ensure!(captured.missed == 0, "the capture has lost {} packets", captured.missed);
+        let mut seen = [0, 0];
+        for packet in captured.packets()? {
+            let Some(ip) = packet.ip else { continue };
+            let right = checksum_is_right(&packet)?;
+            ensure!(right, "a wrong checksum in {} bytes of protocol {}", packet.network.len(), ip.protocol);
+            seen[usize::from(ip.protocol == UDP)] += 1;
+        }
+        ensure!(seen[1] == datagrams + larger, "{} of {} datagrams", seen[1], datagrams + larger);
+        ensure!(seen[0] > ECHOES, "{} segments", seen[0]);
+        Ok(())
+    })
+}
+
+/// What is in the normaliser must not be overtaken.
+#[test]
+fn small_packets_follow_others_through_the_normaliser() -> Result<()> {
+    in_lab(Lab::new("following").hosts(2), |lab| {
+        launch_all(lab)?;
+        let one = attached(lab.host(1), "one")?;
+        let far = attached(lab.host(2), "far")?;
+        one.reach(far.address(), PATIENCE)?;
+        let pin = lab::cleanup::pins_of(&lab.host(1).state_directory())?.join("maps/PEERS");
+        let mut peers = Array::<_, Peer>::try_from(Map::Array(MapData::from_pin(pin)?))?;
+        let mut through = |normalising_ns: u64| -> Result<usize> {
+            let peer = peers.get(&2, 0)?;
+            let waiting = Peer { normalising: peer.normalised.wrapping_add(1), normalising_ns, ..peer };
+            peers.set(2, waiting, 0)?;
+            let before = normalised(lab.host(1))?;
+            send_datagrams(&one, &far, 0..100)?;
+            Ok(normalised(lab.host(1))? - before)
+        };
+        let waiting = through(u64::MAX / 2)?;
+        ensure!(waiting >= 100, "only {waiting} packets have followed");
+        // One that never comes out, because it was lost on the way, is not waited for.
+        let lost = through(0)?;
+        ensure!(lost < 50, "{lost} packets have waited for one that was lost");
+        Ok(())
+    })
+}
+
+/// Only the sender knows which checksum is to be finished. A packet in which it is neither TCP's nor UDP's own is the kernel's to finish.
+#[test]
+fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
+    const START: usize = 14 + 20 + 8 + 2;
+    const OFFSET: usize = 4;
+    const SEED: [u8; 2] = [0x12, 0x34];
+    in_lab(Lab::new("elsewhere").hosts(2), |lab| {
+        launch_all(lab)?;
+        let one = attached(lab.host(1), "one")?;
+        let far = attached(lab.host(2), "far")?;
+        let gateway = spoofing::learnt_mac(&one, far.address())?;
+        let mut frame = spoofing::datagram(spoofing::own_mac(&one)?, gateway, one.address(), far.address());
+        frame[START + OFFSET..][..2].copy_from_slice(&SEED);
+        let target = far.address();
+        let inbox = far.netns().enter(move || Ok(UdpSocket::bind((target, 5001))?))?;
+        inbox.set_read_timeout(Some(PATIENCE))?;
+        Injector::open(one.netns(), "overnode0")?.send_unfinished(&frame, START as u16, OFFSET as u16)?;
+
+        let mut expected = frame[42..].to_vec();
+        let sum = !folded(words(&frame[START..]));
+        expected[START - 42 + OFFSET..][..2].copy_from_slice(&sum.to_be_bytes());
+        let mut buffer = [0; 2048];
+        let (length, _) = inbox.recv_from(&mut buffer)?;
+        ensure!(buffer[..length] == expected, "{:02x?} instead of {expected:02x?}", &buffer[..length]);
+        Ok(())
+    })
+}
+
+/// The checksum that waits belongs to a packet in the packet: finishing that of the outer one would leave the inner one wrong.
+#[test]
+fn a_tunnel_of_the_containers_own_works() -> Result<()> {
+    in_lab(Lab::new("nested").hosts(2), |lab| {
+        launch_all(lab)?;
+        let one = attached(lab.host(1), "one")?;
+        let far = attached(lab.host(2), "far")?;
+        one.reach(far.address(), PATIENCE)?;
+        let outer = [one.address(), far.address()];
+        for checksum in ["noudpcsum", "udpcsum"] {
+            for (container, number, remote) in [(&one, 1, outer[1]), (&far, 2, outer[0])] {
+                let address = format!("172.31.0.{number}");
+                let ip = |line: &str| container.netns().ip(&line.split(' ').collect::<Vec<_>>());
+                ip(&format!(
+                    "link add nested type vxlan id 7 dstport 4789 remote {remote} dev overnode0 {checksum}"
+                ))?;
+                ip(&format!("address add {address}/24 dev nested"))?;
+                ip("link set nested up")?;
+                container.set_address(Some(address.parse()?));
+            }
+            let attempt = || -> Result<()> {
+                one.reach(far.address(), PATIENCE)?;
+                send_datagrams(&one, &far, 0..=400)?;
+                echo(&one, &far)?;
+                flow::tcp(&one, &far, Amount::Bytes(1_000_003))?;
+                Ok(())
+            };
+            attempt().context(checksum)?;
+            for container in [&one, &far] {
+                container.netns().ip(&["link", "delete", "nested"])?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Packets that the host's node has sent into the normaliser.
+fn normalised(host: &Host) -> Result<usize> {
+    let links: Value =
+        serde_json::from_str(&host.netns().ip(&["-json", "-statistics", "link", "show", "ovn0"])?)?;
+    let packets = links[0]["stats64"]["tx"]["packets"].as_u64().context("no statistics of ovn0")?;
+    Ok(packets as usize)
+}
+
+/// Sends a datagram of each length, and of each even one of two bytes or more another whose checksum is zero, which UDP writes as 0xffff;
+/// how many. Checks that each arrives.
+fn send_datagrams(from: &Container, to: &Container, lengths: impl Iterator<Item = usize>) -> Result<usize> {
+    let (source, target) = (from.address(), to.address());
+    let inbox = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
+    let outbox = from.netns().enter(move || Ok(UdpSocket::bind((source, 0))?))?;
+    outbox.connect(inbox.local_addr()?)?;
+    inbox.set_read_timeout(Some(PATIENCE))?;
+    let (SocketAddr::V4(from), SocketAddr::V4(to)) = (outbox.local_addr()?, inbox.local_addr()?) else {
+        bail!("the overlay has IPv4 addresses")
+    };
+    let mut sent = 0;
+    let mut buffer = [0; 2048];
+    for length in lengths {
+        let plain: Vec<u8> = (0..length).map(|place| (place * 7 + length) as u8).collect();
+        let special = (length >= 2 && length % 2 == 0).then(|| {
+            let mut payload = plain.clone();
+            payload[length - 2..].fill(0);
+            let sum = !datagram_sum(from, to, &payload);
+            payload[length - 2..].copy_from_slice(&sum.to_be_bytes());
+            payload
+        });
+        for payload in [Some(plain), special].into_iter().flatten() {
+            outbox.send(&payload)?;
+            let (received, _) = inbox.recv_from(&mut buffer).with_context(|| format!("{length} bytes"))?;
+            ensure!(buffer[..received] == payload, "{length} bytes arrived as others");
+            sent += 1;
+        }
+    }
+    Ok(sent)
+}
+
+/// Segments of TCP that [`echo`] sends each way.
+const ECHOES: usize = 300;
+
+/// Sends messages of all small lengths by TCP, each by itself, and has them sent back.
+fn echo(from: &Container, to: &Container) -> Result<()> {
+    let target = to.address();
+    let listener = to.netns().enter(move || Ok(TcpListener::bind((target, 0))?))?;
+    let address = listener.local_addr()?;
+    let mut client = from.netns().enter(move || Ok(TcpStream::connect(address)?))?;
+    let (mut server, _) = listener.accept()?;
+    for end in [&client, &server] {
+        end.set_nodelay(true)?;
+        end.set_read_timeout(Some(PATIENCE))?;
+    }
+    let mut buffer = [0; ECHOES];
+    for length in 1..=ECHOES {
+        let message: Vec<u8> = (0..length).map(|place| (place * 3 + length) as u8).collect();
+        client.write_all(&message)?;
+        server.read_exact(&mut buffer[..length])?;
+        ensure!(buffer[..length] == message, "{length} bytes arrived as others");
+        server.write_all(&message)?;
+        client.read_exact(&mut buffer[..length])?;
+    }
+    Ok(())
+}
+
+/// The sum of a datagram over the pseudo header, the header without checksum and an even payload.
+fn datagram_sum(from: SocketAddrV4, to: SocketAddrV4, payload: &[u8]) -> u16 {
+    let length = (8 + payload.len() as u16).to_be_bytes();
+    let header =
+        [&from.port().to_be_bytes()[..], &to.port().to_be_bytes(), &length, &[0, 0], payload].concat();
+    transport_sum(*from.ip(), *to.ip(), UDP, &header)
+}
+
+fn checksum_is_right(packet: &Packet<'_>) -> Result<bool> {
+    let network = packet.network;
+    let total = usize::from(u16::from_be_bytes([network[2], network[3]]));
+    let address =
+        |at: usize| Ipv4Addr::from_octets([network[at], network[at + 1], network[at + 2], network[at + 3]]);
+    let (protocol, transport) = (network[9], &network[20..total]);
+    ensure!(network[0] == 0x45 && (protocol == TCP || protocol == UDP), "no plain packet: {network:02x?}");
+    // A datagram without a checksum would be right, too.
+    let has_one = protocol == TCP || transport[6..8] != [0, 0];
+    Ok(has_one && transport_sum(address(12), address(16), protocol, transport) == 0xffff)
+}
+
+/// The sum of a segment or datagram over its pseudo header (RFC 1071).
+fn transport_sum(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, transport: &[u8]) -> u16 {
+    let length = (transport.len() as u16).to_be_bytes();
+    let pseudo = [&from.octets()[..], &to.octets(), &[0, protocol], &length].concat();
+    folded(words(&pseudo) + words(transport))
+}
+
+/// The sum of words of 16 bits.
+fn words(bytes: &[u8]) -> u32 {
+    bytes.chunks(2).map(|word| u32::from(word[0]) << 8 | word.get(1).map_or(0, |low| u32::from(*low))).sum()
+}
+
+fn folded(sum: u32) -> u16 {
+    let sum = (sum & 0xffff) + (sum >> 16);
+    ((sum & 0xffff) + (sum >> 16)) as u16
+}
