@@ -30,12 +30,13 @@ const LIMIT: Duration = Duration::from_secs(20 * 60);
 const RESULT: &str = "vm-part";
 
 /// Programs and the Debian packages that have them, for this machine (first four) and for the one inside.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("cpio", "cpio"),
     ("depmod", "kmod"),
     ("strip", "binutils"),
     ("busybox", "busybox-static"),
+    ("ethtool", "ethtool"),
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("ping", "iputils-ping"),
