@@ -17,6 +17,7 @@ use nix::sys::socket::{
 use nix::sys::time::TimeSpec;
 
 use lab::Netns;
+use lab::raw::checksum;
 
 /// How long a ping waits for the last answers.
 const LINGER: Duration = Duration::from_secs(2);
@@ -108,8 +109,8 @@ impl Pinger {
         message[4..6].copy_from_slice(&self.ident);
         message[6..8].copy_from_slice(&(number as u16).to_be_bytes());
         message[8..16].copy_from_slice(&number.to_be_bytes());
-        let checksum = checksum(&message);
-        message[2..4].copy_from_slice(&checksum.to_be_bytes());
+        let sum = checksum(&[&message]);
+        message[2..4].copy_from_slice(&sum.to_be_bytes());
         self.sent.push((now(), None));
         let to = SockaddrIn::from(SocketAddrV4::new(self.to, 0));
         let parts = [IoSlice::new(&message)];
@@ -171,7 +172,7 @@ impl Pinger {
     fn number_of(&self, packet: &[u8]) -> Option<usize> {
         let header = usize::from(packet.first()? & 0xf) * 4;
         let message = packet.get(header..header + ICMP_HEADER + PING_PAYLOAD)?;
-        if message[0] != 0 || message[4..6] != self.ident || checksum(message) != 0 {
+        if message[0] != 0 || message[4..6] != self.ident || checksum(&[message]) != 0 {
             return None;
         }
         Some(u64::from_be_bytes(message[8..16].try_into().ok()?) as usize)
@@ -186,13 +187,6 @@ impl Pinger {
 
 fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
-}
-
-fn checksum(bytes: &[u8]) -> u16 {
-    let sum: u32 =
-        bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0))).sum();
-    let folded = (sum & 0xffff) + (sum >> 16);
-    !((folded + (folded >> 16)) as u16)
 }
 
 /// Sends datagrams as fast as one thread can, one per system call, and counts what one receiving thread gets, which looks for them every

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{Array, Map, MapData};
 use lab::flow::{self, Amount};
 use lab::pcap::{Packet, TCP, UDP};
-use lab::raw::Injector;
+use lab::raw::{Injector, checksum};
 use lab::{Container, Host, Lab};
 use overnode_ebpf::map::Peer;
 use serde_json::Value;
@@ -26,16 +26,12 @@ fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
             // Should the kernel still believe that there is a checksum to finish, it would do so here, in the ciphertext.
             host.netns().run("ethtool", &["-K", host.interface(), "tx", "off"])?;
         }
-        launch_all(lab)?;
-        let one = attached(lab.host(1), "one")?;
-        let far = attached(lab.host(2), "far")?;
-        one.reach(far.address(), PATIENCE)?;
+        let (one, far) = pair(lab)?;
         let capture =
             lab::Capture::start(far.netns(), lab.folder(), &["-i", "overnode0", "-Q", "in", "tcp or udp"])?;
 
-        let lengths = 0..=SMALL - HEADERS;
         let before = normalised(lab.host(1))?;
-        let datagrams = send_datagrams(&one, &far, lengths.clone())?;
+        let datagrams = send_datagrams(&one, &far, 0..=SMALL - HEADERS)?;
         let through = normalised(lab.host(1))? - before;
         // The daemon's probes and keepalives take it, too.
         ensure!(through < datagrams / 4, "{through} packets went through the normaliser");
@@ -63,10 +59,7 @@ fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
 #[test]
 fn small_packets_follow_others_through_the_normaliser() -> Result<()> {
     in_lab(Lab::new("following").hosts(2), |lab| {
-        launch_all(lab)?;
-        let one = attached(lab.host(1), "one")?;
-        let far = attached(lab.host(2), "far")?;
-        one.reach(far.address(), PATIENCE)?;
+        let (one, far) = pair(lab)?;
         let pin = lab::cleanup::pins_of(&lab.host(1).state_directory())?.join("maps/PEERS");
         let mut peers = Array::<_, Peer>::try_from(Map::Array(MapData::from_pin(pin)?))?;
         let mut through = |normalising_ns: u64| -> Result<usize> {
@@ -93,9 +86,7 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
     const OFFSET: usize = 4;
     const SEED: [u8; 2] = [0x12, 0x34];
     in_lab(Lab::new("elsewhere").hosts(2), |lab| {
-        launch_all(lab)?;
-        let one = attached(lab.host(1), "one")?;
-        let far = attached(lab.host(2), "far")?;
+        let (one, far) = pair(lab)?;
         let gateway = spoofing::learnt_mac(&one, far.address())?;
         let mut frame = spoofing::datagram(spoofing::own_mac(&one)?, gateway, one.address(), far.address());
         frame[START + OFFSET..][..2].copy_from_slice(&SEED);
@@ -105,7 +96,7 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
         Injector::open(one.netns(), "overnode0")?.send_unfinished(&frame, START as u16, OFFSET as u16)?;
 
         let mut expected = frame[42..].to_vec();
-        let sum = !folded(words(&frame[START..]));
+        let sum = checksum(&[&frame[START..]]);
         expected[START - 42 + OFFSET..][..2].copy_from_slice(&sum.to_be_bytes());
         let mut buffer = [0; 2048];
         let (length, _) = inbox.recv_from(&mut buffer)?;
@@ -118,17 +109,14 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
 #[test]
 fn a_tunnel_of_the_containers_own_works() -> Result<()> {
     in_lab(Lab::new("nested").hosts(2), |lab| {
-        launch_all(lab)?;
-        let one = attached(lab.host(1), "one")?;
-        let far = attached(lab.host(2), "far")?;
-        one.reach(far.address(), PATIENCE)?;
+        let (one, far) = pair(lab)?;
         let outer = [one.address(), far.address()];
-        for checksum in ["noudpcsum", "udpcsum"] {
+        for outer_checksum in ["noudpcsum", "udpcsum"] {
             for (container, number, remote) in [(&one, 1, outer[1]), (&far, 2, outer[0])] {
                 let address = format!("172.31.0.{number}");
                 let ip = |line: &str| container.netns().ip(&line.split(' ').collect::<Vec<_>>());
                 ip(&format!(
-                    "link add nested type vxlan id 7 dstport 4789 remote {remote} dev overnode0 {checksum}"
+                    "link add nested type vxlan id 7 dstport 4789 remote {remote} dev overnode0 {outer_checksum}"
                 ))?;
                 ip(&format!("address add {address}/24 dev nested"))?;
                 ip("link set nested up")?;
@@ -141,13 +129,22 @@ fn a_tunnel_of_the_containers_own_works() -> Result<()> {
                 flow::tcp(&one, &far, Amount::Bytes(1_000_003))?;
                 Ok(())
             };
-            attempt().context(checksum)?;
+            attempt().context(outer_checksum)?;
             for container in [&one, &far] {
                 container.netns().ip(&["link", "delete", "nested"])?;
             }
         }
         Ok(())
     })
+}
+
+/// A container on each of two hosts; they reach each other.
+fn pair(lab: &Lab) -> Result<(Container, Container)> {
+    launch_all(lab)?;
+    let one = attached(lab.host(1), "one")?;
+    let far = attached(lab.host(2), "far")?;
+    one.reach(far.address(), PATIENCE)?;
+    Ok((one, far))
 }
 
 /// Packets that the host's node has sent into the normaliser.
@@ -176,7 +173,7 @@ fn send_datagrams(from: &Container, to: &Container, lengths: impl Iterator<Item 
         let special = (length >= 2 && length % 2 == 0).then(|| {
             let mut payload = plain.clone();
             payload[length - 2..].fill(0);
-            let sum = !datagram_sum(from, to, &payload);
+            let sum = datagram_checksum(from, to, &payload);
             payload[length - 2..].copy_from_slice(&sum.to_be_bytes());
             payload
         });
@@ -216,12 +213,12 @@ fn echo(from: &Container, to: &Container) -> Result<()> {
     Ok(())
 }
 
-/// The sum of a datagram over the pseudo header, the header without checksum and an even payload.
-fn datagram_sum(from: SocketAddrV4, to: SocketAddrV4, payload: &[u8]) -> u16 {
+/// The checksum that a datagram has to have.
+fn datagram_checksum(from: SocketAddrV4, to: SocketAddrV4, payload: &[u8]) -> u16 {
     let length = (8 + payload.len() as u16).to_be_bytes();
     let header =
         [&from.port().to_be_bytes()[..], &to.port().to_be_bytes(), &length, &[0, 0], payload].concat();
-    transport_sum(*from.ip(), *to.ip(), UDP, &header)
+    transport_checksum(*from.ip(), *to.ip(), UDP, &header)
 }
 
 fn checksum_is_right(packet: &Packet<'_>) -> Result<bool> {
@@ -233,22 +230,12 @@ fn checksum_is_right(packet: &Packet<'_>) -> Result<bool> {
     ensure!(network[0] == 0x45 && (protocol == TCP || protocol == UDP), "no plain packet: {network:02x?}");
     // A datagram without a checksum would be right, too.
     let has_one = protocol == TCP || transport[6..8] != [0, 0];
-    Ok(has_one && transport_sum(address(12), address(16), protocol, transport) == 0xffff)
+    Ok(has_one && transport_checksum(address(12), address(16), protocol, transport) == 0)
 }
 
-/// The sum of a segment or datagram over its pseudo header (RFC 1071).
-fn transport_sum(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, transport: &[u8]) -> u16 {
+/// The checksum of a segment or datagram, its pseudo header included; 0 if it has the right one.
+fn transport_checksum(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, transport: &[u8]) -> u16 {
     let length = (transport.len() as u16).to_be_bytes();
     let pseudo = [&from.octets()[..], &to.octets(), &[0, protocol], &length].concat();
-    folded(words(&pseudo) + words(transport))
-}
-
-/// The sum of words of 16 bits.
-fn words(bytes: &[u8]) -> u32 {
-    bytes.chunks(2).map(|word| u32::from(word[0]) << 8 | word.get(1).map_or(0, |low| u32::from(*low))).sum()
-}
-
-fn folded(sum: u32) -> u16 {
-    let sum = (sum & 0xffff) + (sum >> 16);
-    ((sum & 0xffff) + (sum >> 16)) as u16
+    checksum(&[&pseudo, transport])
 }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, Result, ensure};
 use lab::flow::{self, Amount, MARKER};
-use lab::raw::Injector;
+use lab::raw::{Injector, checksum};
 use lab::{Capture, Container, Lab};
 
 use crate::support::{MILLISECOND, PATIENCE, attached, counter, in_lab, launch_all};
@@ -48,9 +48,8 @@ pub fn datagram(from_mac: [u8; 6], to_mac: [u8; 6], from: IpAddr, to: IpAddr) ->
     ip.extend([0, 0, 0x40, 0, 64, 17, 0, 0]);
     ip.extend(octets(from));
     ip.extend(octets(to));
-    let sum: u32 = ip.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-    let folded = (sum & 0xffff) + (sum >> 16);
-    ip[10..12].copy_from_slice(&(!(folded as u16)).to_be_bytes());
+    let sum = checksum(&[&ip]);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
     // No UDP checksum: allowed over IPv4.
     let udp = [&[0x13, 0x88, 0x13, 0x89][..], &(length - 20).to_be_bytes(), &[0, 0]].concat();
     [&to_mac[..], &from_mac, &[8, 0], &ip, &udp, &payload].concat()

@@ -8,6 +8,20 @@ use anyhow::{Context, Result, bail};
 
 use crate::netns::Netns;
 
+/// The Internet checksum (RFC 1071) over the parts in a row, of which only the last may have an odd length; 0 if they contain one that is right.
+pub fn checksum(parts: &[&[u8]]) -> u16 {
+    let mut sum: u32 = 0;
+    for part in parts {
+        for pair in part.chunks(2) {
+            sum += u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |low| u32::from(*low));
+        }
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
 /// An interface to send frames from.
 #[derive(Debug)]
 pub struct Injector {

@@ -2,9 +2,10 @@
 
 use std::net::Ipv4Addr;
 
+use lab::raw::checksum;
 use overnode_ebpf::reason::Reason;
 
-use crate::packet::{checksum, ethernet, from_container, ipv4, ipv4_with, set_ipv4_checksum, to_remote};
+use crate::packet::{ethernet, from_container, ipv4, ipv4_with, set_ipv4_checksum, to_remote};
 use crate::world::{
     CONTAINER, CONTAINER_MAC, GATEWAY_MAC, IFINDEX, MTU, NEIGHBOUR, NEIGHBOUR_GATEWAY_MAC, NEIGHBOUR_IFINDEX,
     NEIGHBOUR_MAC, NODE, PEER, REMOTE, TC_ACT_REDIRECT, UNATTACHED, Underlay, World,

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use lab::raw::checksum;
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
 use crate::world::{CONTAINER, CONTAINER_MAC, GATEWAY_MAC, LOCAL_INDEX, REMOTE, RX_KEY, Underlay};
@@ -41,20 +42,6 @@ pub fn set_ipv4_checksum(packet: &mut [u8]) {
     packet[10..12].fill(0);
     let sum = checksum(&[&packet[..header]]);
     packet[10..12].copy_from_slice(&sum.to_be_bytes());
-}
-
-/// RFC 1071, over the parts in a row; only the last may have an odd length.
-pub fn checksum(parts: &[&[u8]]) -> u16 {
-    let mut sum: u32 = 0;
-    for part in parts {
-        for pair in part.chunks(2) {
-            sum += u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |low| u32::from(*low));
-        }
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !(sum as u16)
 }
 
 fn key(bytes: &[u8; 32]) -> LessSafeKey {
