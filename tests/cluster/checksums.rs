@@ -13,7 +13,7 @@ use overnode_ebpf::map::Peer;
 use serde_json::Value;
 
 use crate::spoofing;
-use crate::support::{PATIENCE, attached, in_lab, launch_all};
+use crate::support::{PATIENCE, in_lab, launch_containers};
 
 /// Longest packet, from the IP header on, that does not need the normaliser.
 const SMALL: usize = 255;
@@ -26,19 +26,20 @@ fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
             // Should the kernel still believe that there is a checksum to finish, it would do so here, in the ciphertext.
             host.netns().run("ethtool", &["-K", host.interface(), "tx", "off"])?;
         }
-        let (one, far) = pair(lab)?;
+        let containers = launch_containers(lab)?;
+        let [one, far] = &containers[..] else { unreachable!() };
         let capture =
             lab::Capture::start(far.netns(), lab.folder(), &["-i", "overnode0", "-Q", "in", "tcp or udp"])?;
 
         let before = normalised(lab.host(1))?;
-        let datagrams = send_datagrams(&one, &far, 0..=SMALL - HEADERS)?;
+        let datagrams = send_datagrams(one, far, 0..=SMALL - HEADERS)?;
         let through = normalised(lab.host(1))? - before;
         // The daemon's probes and keepalives take it, too.
         ensure!(through < datagrams / 4, "{through} packets went through the normaliser");
-        let larger = send_datagrams(&one, &far, SMALL - HEADERS + 1..=1392)?;
+        let larger = send_datagrams(one, far, SMALL - HEADERS + 1..=1392)?;
         let through = normalised(lab.host(1))? - before;
         ensure!(through >= larger, "{through} of {larger} large packets went through the normaliser");
-        echo(&one, &far)?;
+        echo(one, far)?;
 
         let captured = capture.stop()?;
         ensure!(captured.missed == 0, "the capture has lost {} packets", captured.missed);
@@ -59,7 +60,8 @@ fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
 #[test]
 fn small_packets_follow_others_through_the_normaliser() -> Result<()> {
     in_lab(Lab::new("following").hosts(2), |lab| {
-        let (one, far) = pair(lab)?;
+        let containers = launch_containers(lab)?;
+        let [one, far] = &containers[..] else { unreachable!() };
         let pin = lab::cleanup::pins_of(&lab.host(1).state_directory())?.join("maps/PEERS");
         let mut peers = Array::<_, Peer>::try_from(Map::Array(MapData::from_pin(pin)?))?;
         let mut through = |normalising_ns: u64| -> Result<usize> {
@@ -67,7 +69,7 @@ fn small_packets_follow_others_through_the_normaliser() -> Result<()> {
             let waiting = Peer { normalising: peer.normalised.wrapping_add(1), normalising_ns, ..peer };
             peers.set(2, waiting, 0)?;
             let before = normalised(lab.host(1))?;
-            send_datagrams(&one, &far, 0..100)?;
+            send_datagrams(one, far, 0..100)?;
             Ok(normalised(lab.host(1))? - before)
         };
         let waiting = through(u64::MAX / 2)?;
@@ -86,9 +88,10 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
     const OFFSET: usize = 4;
     const SEED: [u8; 2] = [0x12, 0x34];
     in_lab(Lab::new("elsewhere").hosts(2), |lab| {
-        let (one, far) = pair(lab)?;
-        let gateway = spoofing::learnt_mac(&one, far.address())?;
-        let mut frame = spoofing::datagram(spoofing::own_mac(&one)?, gateway, one.address(), far.address());
+        let containers = launch_containers(lab)?;
+        let [one, far] = &containers[..] else { unreachable!() };
+        let gateway = spoofing::learnt_mac(one, far.address())?;
+        let mut frame = spoofing::datagram(spoofing::own_mac(one)?, gateway, one.address(), far.address());
         frame[START + OFFSET..][..2].copy_from_slice(&SEED);
         let target = far.address();
         let inbox = far.netns().enter(move || Ok(UdpSocket::bind((target, 5001))?))?;
@@ -109,10 +112,11 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
 #[test]
 fn a_tunnel_of_the_containers_own_works() -> Result<()> {
     in_lab(Lab::new("nested").hosts(2), |lab| {
-        let (one, far) = pair(lab)?;
+        let containers = launch_containers(lab)?;
+        let [one, far] = &containers[..] else { unreachable!() };
         let outer = [one.address(), far.address()];
         for outer_checksum in ["noudpcsum", "udpcsum"] {
-            for (container, number, remote) in [(&one, 1, outer[1]), (&far, 2, outer[0])] {
+            for (container, number, remote) in [(one, 1, outer[1]), (far, 2, outer[0])] {
                 let address = format!("172.31.0.{number}");
                 let ip = |line: &str| container.netns().ip(&line.split(' ').collect::<Vec<_>>());
                 ip(&format!(
@@ -124,27 +128,18 @@ fn a_tunnel_of_the_containers_own_works() -> Result<()> {
             }
             let attempt = || -> Result<()> {
                 one.reach(far.address(), PATIENCE)?;
-                send_datagrams(&one, &far, 0..=400)?;
-                echo(&one, &far)?;
-                flow::tcp(&one, &far, Amount::Bytes(1_000_003))?;
+                send_datagrams(one, far, 0..=400)?;
+                echo(one, far)?;
+                flow::tcp(one, far, Amount::Bytes(1_000_003))?;
                 Ok(())
             };
             attempt().context(outer_checksum)?;
-            for container in [&one, &far] {
+            for container in [one, far] {
                 container.netns().ip(&["link", "delete", "nested"])?;
             }
         }
         Ok(())
     })
-}
-
-/// A container on each of two hosts; they reach each other.
-fn pair(lab: &Lab) -> Result<(Container, Container)> {
-    launch_all(lab)?;
-    let one = attached(lab.host(1), "one")?;
-    let far = attached(lab.host(2), "far")?;
-    one.reach(far.address(), PATIENCE)?;
-    Ok((one, far))
 }
 
 /// Packets that the host's node has sent into the normaliser.

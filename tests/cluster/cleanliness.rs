@@ -7,8 +7,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, dns_interface, in_lab, launch, launch_all, list,
-    one_each,
+    MILLISECOND, PATIENCE, TOKEN, attached, dns_interface, in_lab, launch, launch_containers, list,
 };
 
 /// The daemon looks for what belongs to nobody every minute; an event usually tells it at once.
@@ -26,9 +25,7 @@ pub fn ensure_clean(host: &Host) -> Result<()> {
 #[test]
 fn reset_leaves_nothing() -> Result<()> {
     in_lab(Lab::new("reset").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let host = lab.host(1);
         assert!(!host.remains()?.is_empty() && !host.pins()?.is_empty(), "the node made nothing?");
         let complaint = host.overnode(&["reset"])?.failure(1)?;
@@ -66,9 +63,7 @@ fn reset_works_on_a_node_that_is_not_running() -> Result<()> {
 #[test]
 fn one_nodes_reset_does_not_disturb_another_of_the_same_machine() -> Result<()> {
     in_lab(Lab::new("apart").hosts(3), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let pings = lab::ping::Pinging::start(
             containers[0].netns(),
             containers[1].address(),

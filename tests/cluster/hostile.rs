@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use lab::raw::Injector;
+use lab::raw::{Injector, checksum};
 use lab::{Container, Family, Host, Lab};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::support::{MILLISECOND, all_reach_all, counter, in_lab, launch_all, list, one_each};
+use crate::support::{MILLISECOND, counter, in_lab, launch_containers, list};
 
 /// Every reason that a message from the underlay can be refused for.
 const REFUSALS: [&str; 9] = [
@@ -80,9 +80,7 @@ fn header_length(family: Family) -> usize {
 
 fn replays(family: Family) -> Result<()> {
     in_lab(Lab::new("replay").hosts(2).family(family), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let frames = record(lab, &containers)?;
         let attacker = attacker(lab)?;
         let (before, delivered) = (refusals(lab.host(2))?, received(&containers[1])?);
@@ -112,9 +110,7 @@ fn recorded_messages_are_of_no_use_over_ipv6() -> Result<()> {
 #[test]
 fn messages_from_long_ago_are_too_old() -> Result<()> {
     in_lab(Lab::new("old").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let frames = record(lab, &containers)?;
         // The window is 8128 counters wide.
         let datagrams = lab::flow::udp(&containers[0], &containers[1], 9000, 64, MILLISECOND / 20)?;
@@ -193,12 +189,8 @@ fn shorten(frame: &mut Vec<u8>, length: usize, header: usize) {
     frame[header - 4..header - 2].copy_from_slice(&((length - header + 8) as u16).to_be_bytes());
     frame[header - 2..header].copy_from_slice(&[0, 0]);
     frame[24..26].copy_from_slice(&[0, 0]);
-    let sum: u32 =
-        frame[14..34].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-    let folded = (sum & 0xffff) + (sum >> 16);
-    let folded = (folded & 0xffff) + (folded >> 16);
-    let checksum = !(folded as u16);
-    frame[24..26].copy_from_slice(&checksum.to_be_bytes());
+    let sum = checksum(&[&frame[14..34]]);
+    frame[24..26].copy_from_slice(&sum.to_be_bytes());
 }
 
 #[test]
@@ -206,9 +198,7 @@ fn a_million_hostile_packets_deliver_nothing_and_are_all_counted() -> Result<()>
     const BATCH: usize = 10_000;
     const BATCHES: usize = 100;
     in_lab(Lab::new("million").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let frames = record(lab, &containers)?;
         let attacker = attacker(lab)?;
         let header = header_length(Family::V4);

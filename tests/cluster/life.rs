@@ -13,15 +13,13 @@ use lab::process::run_limited;
 use lab::{Entry, Family, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch, launch_all, list,
-    one_each, peer, targets, wait_for_sessions,
+    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch, launch_all,
+    launch_containers, list, one_each, peer, targets, wait_for_sessions,
 };
 
 fn containers_talk(builder: lab::Builder) -> Result<()> {
     in_lab(builder.hosts(3), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         for (from, to) in [(0, 1), (1, 2), (2, 0)] {
             let received = flow::tcp(&containers[from], &containers[to], Amount::Bytes(3_000_001))?;
             assert_eq!(received.bytes, 3_000_001);
@@ -118,9 +116,7 @@ fn a_static_address_is_reached_from_everywhere() -> Result<()> {
 #[test]
 fn a_detached_container_is_unplugged_and_can_come_back() -> Result<()> {
     in_lab(Lab::new("detach").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let (host, gone) = (lab.host(2), containers[1].address());
         host.detach(&containers[1])?;
         assert_eq!(containers[1].netns().interfaces()?, Vec::<String>::new());
@@ -192,9 +188,7 @@ fn targets_are_added_removed_replaced_and_kept() -> Result<()> {
 #[test]
 fn forgetting_a_live_peer_keeps_the_connection() -> Result<()> {
     in_lab(Lab::new("forget").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         for host in lab.hosts() {
             host.overnode(&["forget", "host1", "host2"])?.success()?;
             assert_eq!(targets(host)?, Vec::<String>::new());
@@ -264,9 +258,7 @@ fn resume_starts_what_was_launched_and_says_so_when_it_runs() -> Result<()> {
 #[test]
 fn status_has_every_section_and_inspect_no_secret() -> Result<()> {
     in_lab(Lab::new("status").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let host = lab.host(1);
         let all = host.overnode(&["status"])?.success()?;
         for section in ["--targets", "--peers", "--connections", "--ipam", "--endpoints"] {
@@ -348,9 +340,7 @@ fn a_reset_node_can_join_again_with_another_id() -> Result<()> {
 #[test]
 fn packets_up_to_the_mtu_pass_and_larger_ones_are_refused() -> Result<()> {
     in_lab(Lab::new("mtu").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let to = containers[1].address().to_string();
         let ping = |fragment: &str, size: &str| {
             containers[0].run("ping", &["-M", fragment, "-c", "3", "-i", "0.01", "-W", "1", "-s", size, &to])
@@ -370,9 +360,7 @@ fn packets_up_to_the_mtu_pass_and_larger_ones_are_refused() -> Result<()> {
 #[test]
 fn jumbo_underlays_carry_jumbo_packets() -> Result<()> {
     in_lab(Lab::new("jumbo").hosts(2).mtu(9000), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let to = containers[1].address().to_string();
         containers[0].run("ping", &["-M", "do", "-c", "1", "-W", "1", "-s", "8892", &to])?;
         assert_eq!(flow::tcp(&containers[0], &containers[1], Amount::Bytes(5_000_000))?.bytes, 5_000_000);

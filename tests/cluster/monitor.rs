@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::hostile::{attacker, record};
 use crate::spoofing::{datagram, learnt_mac, own_mac};
 use crate::support::{
-    MILLISECOND, PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, one_each, wait_for_peers,
+    MILLISECOND, PATIENCE, attached, counter, in_lab, launch_all, launch_containers, wait_for_peers,
 };
 
 /// A monitor with `--json` that watches.
@@ -30,9 +30,7 @@ pub fn watch(lab: &Lab, host: &Host, options: &[&str]) -> Result<Watcher> {
 #[test]
 fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -> Result<()> {
     in_lab(Lab::new("drops").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let [thief, far] = &containers[..] else { bail!("two containers") };
         let (shop, unnamed) = (lab.host(1).container("shop")?, attached(lab.host(1), "unnamed")?);
         lab.host(1).attach(&shop, &["--name", "shop"])?;
@@ -174,9 +172,7 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
     const MORE_MEMORY: u64 = 48 * 1024;
     in_lab(Lab::new("flood").hosts(2), |lab| {
         let host = lab.host(1);
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let watcher = watch(lab, host, &[])?;
         // Asks, and never reads.
         let mut sleeper = UnixStream::connect(host.socket())?;

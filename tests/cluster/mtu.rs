@@ -7,7 +7,9 @@ use anyhow::{Context, Result, ensure};
 use lab::flow::{Amount, Manner, TcpFlow};
 use lab::{Container, Family, Host, Lab, eventually, flow};
 
-use crate::support::{PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, list, one_each, peer};
+use crate::support::{
+    PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, launch_containers, list, one_each, peer,
+};
 
 /// How exactly the search for the MTU has to know it.
 const PRECISION: u64 = 8;
@@ -117,9 +119,7 @@ fn a_way_over_ipv6_that_carries_1280_bytes_and_does_not_say_so_is_found_out() ->
 fn a_stream_survives_a_way_that_begins_to_carry_less() -> Result<()> {
     in_lab(Lab::new("shrinks").hosts(2).routed(), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         found(a, 2, 1480)?;
         let stream =
             TcpFlow::start_as(&containers[0], &containers[1], Amount::UntilStopped, Manner::Rate(200_000))?;

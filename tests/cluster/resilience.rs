@@ -13,17 +13,15 @@ use nix::unistd::Pid;
 use crate::monitor::watch;
 use crate::spoofing::{datagram, learnt_mac, own_mac};
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch_all, list, one_each, peer,
-    wait_for_sessions,
+    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch_containers, list,
+    one_each, peer, wait_for_sessions,
 };
 
 /// Daemons of both hosts die and come back, in turn, under pings and a stream.
 fn deaths_lose_nothing(builder: lab::Builder) -> Result<()> {
     const PINGS: u32 = 6000;
     in_lab(builder.hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let (one, two) = (&containers[0], &containers[1]);
         let pings = Pinging::start(one.netns(), two.address(), Some(PINGS), MILLISECOND)?;
         let there = TcpFlow::start_as(one, two, Amount::UntilStopped, Manner::Rate(20_000_000))?;
@@ -71,9 +69,7 @@ fn terminate(host: &Host) -> Result<()> {
 #[test]
 fn stopped_daemons_lose_nothing() -> Result<()> {
     in_lab(Lab::new("stopped").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let pings = Pinging::start(containers[0].netns(), containers[1].address(), Some(4000), MILLISECOND)?;
         for host in lab.hosts() {
             terminate(host)?;
@@ -90,9 +86,7 @@ fn stopped_daemons_lose_nothing() -> Result<()> {
 fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()> {
     const NEWER: [&str; 5] = ["MONITOR", "DROPS", "BULK_WORKERS", "BULK_PEERS", "BULK_FLOWS"];
     in_lab(Lab::new("newer-maps").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let (thief, far) = (&containers[0], &containers[1]);
         let pings = Pinging::start(thief.netns(), far.address(), Some(8000), MILLISECOND)?;
         for host in lab.hosts() {
@@ -123,9 +117,7 @@ fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()
 #[test]
 fn the_restarted_daemon_adopts_sessions_containers_and_counters() -> Result<()> {
     in_lab(Lab::new("adopts").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let host = lab.host(1);
         let before = host.status()?;
         let sealed = counter(host, "sealed")?;
@@ -151,9 +143,7 @@ fn the_restarted_daemon_adopts_sessions_containers_and_counters() -> Result<()> 
 #[test]
 fn both_daemons_may_be_away_for_a_while() -> Result<()> {
     in_lab(Lab::new("away").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         for host in lab.hosts() {
             host.kill_daemon()?;
         }
@@ -171,9 +161,7 @@ fn both_daemons_may_be_away_for_a_while() -> Result<()> {
 #[test]
 fn a_cut_underlay_heals() -> Result<()> {
     in_lab(Lab::new("heals").hosts(3).routed(), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         lab.unplug(lab.host(2))?;
         assert_eq!(containers[0].ping(containers[1].address(), 20, MILLISECOND)?.received, 0);
         // The others do not notice.
@@ -185,9 +173,7 @@ fn a_cut_underlay_heals() -> Result<()> {
 
 fn roaming(family: Family) -> Result<()> {
     in_lab(Lab::new("roaming").hosts(2).family(family), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let new = lab.renumber(lab.host(2), 77)?;
         all_reach_all(&containers)?;
         eventually(PATIENCE, || {
@@ -230,9 +216,7 @@ fn block(host: &lab::Host, protocol: &str, port: u16, address: Option<&str>) -> 
 fn a_restarted_daemon_goes_on_sending_to_where_a_peer_has_moved() -> Result<()> {
     in_lab(Lab::new("moved").hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         // From now on only its packets tell where node 2 is, and its containers send nothing.
         block(a, "tcp", 6783, None)?;
         let new = lab.renumber(b, 77)?;

@@ -9,7 +9,7 @@ use lab::{Family, Lab, eventually};
 
 use crate::support::{
     MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, ensure_nothing_plain, ensure_sealed,
-    in_lab, launch, launch_all, one_each, wait_for_sessions,
+    in_lab, launch, launch_containers, one_each, wait_for_sessions,
 };
 
 fn nothing_plain_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> {
@@ -110,9 +110,7 @@ fn without_a_session_packets_are_dropped_and_counted() -> Result<()> {
 #[test]
 fn a_cut_between_hosts_heals_and_shows_nothing() -> Result<()> {
     in_lab(Lab::new("cut").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let capture = lab.capture()?;
         lab.cut(lab.host(1), lab.host(2))?;
         assert_eq!(containers[0].ping(containers[1].address(), 200, MILLISECOND)?.received, 0);
@@ -149,9 +147,7 @@ fn taken_by_the_host(host: &lab::Host) -> Result<u64> {
 #[test]
 fn without_their_programs_containers_reach_nothing() -> Result<()> {
     in_lab(Lab::new("naked").hosts(2), |lab| {
-        launch_all(lab)?;
-        let containers = one_each(lab)?;
-        all_reach_all(&containers)?;
+        let containers = launch_containers(lab)?;
         let ([a, b], [one, two]) = (lab.hosts(), &containers[..]) else { unreachable!() };
         // A host that forwards, as those of other container engines do.
         let conf = |name: &str, value: &str| {

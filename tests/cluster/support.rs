@@ -126,6 +126,14 @@ pub fn one_each(lab: &Lab) -> Result<Vec<Container>> {
     lab.hosts().iter().map(|host| attached(host, "c")).collect()
 }
 
+/// Launches every host's node, each with a container, in the order of the hosts. All reach each other.
+pub fn launch_containers(lab: &Lab) -> Result<Vec<Container>> {
+    launch_all(lab)?;
+    let containers = one_each(lab)?;
+    all_reach_all(&containers)?;
+    Ok(containers)
+}
+
 /// Waits until every container reaches every other.
 pub fn all_reach_all<T: Borrow<Container>>(containers: &[T]) -> Result<()> {
     for from in containers.iter().map(Borrow::borrow) {

@@ -8,6 +8,7 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::ETHERNET_LEN;
 
 use super::frame::{Ipv4, Ipv6, PROTOCOL_UDP, Skb, at};
+use super::{GO_ON, STOP};
 
 /// Sums up 16-bit words until no carry is left (RFC 1071); not yet complemented.
 #[inline(always)]
@@ -95,9 +96,6 @@ extern "C" fn add_block(_: u32, state: *mut Sum) -> i64 {
     };
     if added.is_err() { STOP } else { GO_ON }
 }
-
-const GO_ON: i64 = 0;
-const STOP: i64 = 1;
 
 impl Sum {
     #[inline(always)]

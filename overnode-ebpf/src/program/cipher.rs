@@ -18,6 +18,8 @@ use overnode_ebpf::aead::{
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::IPV4_LEN;
 
+use super::{GO_ON, STOP};
+
 /// Largest offset into a packet that a text may reach, as a mask that the verifier understands; jumbo frames have
 /// 9000 bytes. What is longer is refused as malformed.
 const OFFSET_MASK: usize = 0x3fff;
@@ -280,9 +282,6 @@ impl<P: Packet> Job<P> {
         (at as *mut u8, self.packet.data_end() as *const u8, self.len().wrapping_sub(start))
     }
 }
-
-const GO_ON: i64 = 0;
-const STOP: i64 = 1;
 
 unsafe extern "C" fn block<P: Packet, D: Direction>(index: u32, job: *mut Job<P>) -> i64 {
     // SAFETY: `Job::each` passes its job; the scratch memory is claimed; the text ends where the packet does, and

@@ -26,6 +26,10 @@ pub mod tail;
 pub mod too_big;
 pub mod unfinished;
 
+/// What a callback returns to `bpf_loop` (Linux 5.17): to be called again, or not.
+const GO_ON: i64 = 0;
+const STOP: i64 = 1;
+
 /// A packet that goes on.
 pub struct Sent {
     /// What it is counted as; `None` if another program will count it.

@@ -10,6 +10,7 @@ use overnode_ebpf::wire::{ETHERNET_LEN, PADDING, TAG_LEN};
 
 use super::cipher::{Claimed, PACKET_LEN};
 use super::frame::{Frame, Skb, adjust_room};
+use super::{GO_ON, STOP};
 
 /// Most bytes that sealing appends, a power of two.
 const MOST: u32 = (PADDING + TAG_LEN) as u32;
@@ -61,8 +62,6 @@ fn try_extend(skb: Skb, len: u32) -> i64 {
 }
 
 const REFUSED: i64 = -1;
-const GO_ON: i64 = 0;
-const STOP: i64 = 1;
 
 #[inline(never)]
 extern "C" fn move_some(_: u32, work: *mut Move) -> i64 {
