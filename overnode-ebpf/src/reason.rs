@@ -54,6 +54,8 @@ reasons! {
     BulkSent = 10, "bulk-sent";
     /// Received by a worker of the bulk path and delivered, several segments at once perhaps.
     BulkReceived = 11, "bulk-received";
+    /// A message of the bulk path, put into the inbox of a worker past the kernel's UDP.
+    BulkQueued = 12, "bulk-queued";
 
     /// Not a protocol that containers may use here: neither IPv4 nor ARP, or broadcast, or multicast.
     Unsupported = 16, "unsupported";

@@ -185,7 +185,7 @@ fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
 pub fn start(
     run_dir: &Path,
     mode: super::control::Mode,
-    maps: [BorrowedFd<'_>; 2],
+    maps: [BorrowedFd<'_>; 3],
     devices: Vec<BulkDevice>,
     ports: Ports,
 ) -> Result<Child> {

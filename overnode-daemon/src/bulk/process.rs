@@ -29,8 +29,8 @@ use super::measure;
 use super::peer::{Endpoint, Peer};
 use super::session::Session;
 use super::udp::{Socket, Sockets};
-use super::worker::{Command, Shared, Worker, say_hello};
-use crate::datapath::{BulkMaps, boot_now_ns};
+use super::worker::{Command, Handles, Shared, Worker, say_hello};
+use crate::datapath::{BulkMaps, Inbox, boot_now_ns};
 use crate::types::PeerIndex;
 
 /// First argument of the program, in place of any option, that makes it this process.
@@ -53,8 +53,8 @@ const LONELY: Duration = Duration::from_secs(10);
 /// Handshake messages and the like that wait for the daemon; more are dropped.
 const EVENTS: usize = 1024;
 
-/// What the process is started with. Descriptors follow from [`FIRST_FD`] on: the listening socket, the maps `BULK_WORKERS` and
-/// `BULK_PEERS`, then for each worker its device and its sockets, IPv4 first.
+/// What the process is started with. Descriptors follow from [`FIRST_FD`] on: the listening socket, the maps `BULK_WORKERS`,
+/// `BULK_PEERS` and `BULK_INBOXES`, then for each worker its device and its sockets, IPv4 first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
     /// Which cipher to seal with.
@@ -80,8 +80,11 @@ pub fn run(argument: &str) -> Result<()> {
     let mut take = || fds.next().context("a descriptor is missing");
     let listener = take()?;
     socket::listen(&listener, Backlog::new(4)?)?;
-    let maps = BulkMaps::open(take()?.as_fd(), take()?.as_fd())?;
-    let mut hands = Vec::new();
+    let [workers, peers, inboxes] = [take()?, take()?, take()?];
+    let maps = BulkMaps::open(workers.as_fd(), peers.as_fd())?;
+    let mut inboxes =
+        Inbox::take_over(workers.as_fd(), inboxes.as_fd(), start.devices.len() as u32)?.into_iter();
+    let mut all = Vec::new();
     let mut sending = Sockets { v4: None, v6: None };
     for worker in 0..start.devices.len() {
         let device = File::from(take()?);
@@ -97,7 +100,8 @@ pub fn run(argument: &str) -> Result<()> {
         };
         let v4 = socket(start.has_v4, &mut sending.v4)?;
         let v6 = socket(start.has_v6, &mut sending.v6)?;
-        hands.push((device, Sockets { v4, v6 }));
+        let inbox = inboxes.next().context("an inbox is missing")?;
+        all.push(Handles { device, sockets: Sockets { v4, v6 }, inbox });
     }
     confine::drop_privileges()?;
     let (events, incoming) = mpsc::sync_channel(EVENTS);
@@ -111,8 +115,8 @@ pub fn run(argument: &str) -> Result<()> {
         wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
     });
     let mut threads = Vec::new();
-    for (number, (device, sockets)) in (0_u8..).zip(hands) {
-        threads.push(Thread::spawn(number, device, sockets, &start, &shared)?);
+    for (number, handles) in (0_u8..).zip(all) {
+        threads.push(Thread::spawn(number, handles, &start, &shared)?);
     }
     confine::this_thread()?;
     info!(workers = threads.len(), speeds = ?shared.speeds, "the workers of the bulk path are there");
@@ -143,18 +147,11 @@ struct Thread {
 }
 
 impl Thread {
-    fn spawn(
-        number: u8,
-        device: File,
-        sockets: Sockets,
-        start: &Start,
-        shared: &Arc<Shared>,
-    ) -> Result<Self> {
+    fn spawn(number: u8, handles: Handles, start: &Start, shared: &Arc<Shared>) -> Result<Self> {
         let (commands, orders) = mpsc::channel();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let ifindex = start.devices.get(usize::from(number)).copied().unwrap_or_default();
-        let worker =
-            Worker::new(number, device, start.joins_udp, sockets, orders, wake.clone(), shared.clone());
+        let worker = Worker::new(number, handles, start.joins_udp, orders, wake.clone(), shared.clone());
         shared.maps.set_worker(number.into(), ifindex, boot_now_ns());
         let handle = std::thread::Builder::new().name(format!("worker {number}")).spawn(move || {
             yield_to_others();

@@ -13,11 +13,12 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
+use overnode_ebpf::map::BULK_MESSAGE_LEN;
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 use overnode_ebpf::wire::{
     ECN_MASK, ETHERNET_LEN, TYPE_COOKIE_REPLY, TYPE_INITIATION, bulk_header, bulk_peer, ecn_decapsulated,
 };
-use quinn_udp::{EcnCodepoint, RecvMeta, Transmit, UdpSockRef};
+use quinn_udp::{RecvMeta, Transmit, UdpSockRef};
 
 use super::control::{FromWorkers, Mode};
 use super::join::Joiner;
@@ -27,7 +28,7 @@ use super::peer::Peer;
 use super::segment::Cut;
 use super::session::Session;
 use super::udp::{Batch, Sockets, Way};
-use crate::datapath::{BulkMaps, boot_now_ns};
+use crate::datapath::{BulkMaps, Inbox, Origin, boot_now_ns};
 use crate::types::PeerIndex;
 
 /// What one read of the device gives at most: both headers and the largest IP packet.
@@ -40,6 +41,9 @@ const TURN: usize = 8;
 const WAIT: Duration = Duration::from_millis(45);
 /// A worker that was not at work for so long (ns) drops what waits. After less, what is late still fills the gaps that it left.
 const STALE_NS: u64 = 3_000_000_000;
+
+/// How long (ns) the inbox stays closed after something came that does not fit into it: there will be more like that.
+const CLOSED_NS: u64 = 1_000_000_000;
 
 /// What changes the set of peers and sessions.
 #[derive(Clone, Debug)]
@@ -90,11 +94,24 @@ impl Shared {
     }
 }
 
+/// Between what a worker moves packets.
+pub struct Handles {
+    /// Its TAP device.
+    pub device: File,
+    /// Its sockets.
+    pub sockets: Sockets,
+    /// Its inbox, which nobody else reads.
+    pub inbox: Inbox,
+}
+
 /// One worker.
 pub struct Worker {
     number: u8,
     device: File,
     sockets: Sockets,
+    inbox: Inbox,
+    /// Boot time (ns) before which the inbox stays closed.
+    closed_until: u64,
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
@@ -113,9 +130,8 @@ impl Worker {
     /// A worker that knows nobody.
     pub fn new(
         number: u8,
-        device: File,
+        Handles { device, sockets, inbox }: Handles,
         joins_udp: bool,
-        sockets: Sockets,
         commands: mpsc::Receiver<Command>,
         wake: Arc<EventFd>,
         shared: Arc<Shared>,
@@ -124,6 +140,8 @@ impl Worker {
             number,
             device,
             sockets,
+            inbox,
+            closed_until: 0,
             commands,
             wake,
             shared,
@@ -157,8 +175,9 @@ impl Worker {
             let sent = self.send_turn(now)?;
             let received = self.receive_turn(now)?;
             self.pay(now);
-            if !sent && !received {
+            if !sent && !received && self.inbox.sleep() {
                 self.wait()?;
+                self.inbox.wake();
             }
         }
     }
@@ -274,19 +293,55 @@ impl Worker {
         Ok(())
     }
 
+    /// True if there was anything.
     fn receive_turn(&mut self, now: u64) -> io::Result<bool> {
-        let v4 = self.receive(true, now)?;
-        let v6 = self.receive(false, now)?;
+        // What is in the sockets came before what is in an open inbox, and after what is in a closed one.
+        let any = if self.inbox.is_closed() {
+            let taken = self.receive_from_inbox(now);
+            let mut received = 0;
+            if taken < TURN * RECEIVES {
+                received = self.receive_from_sockets(now)?;
+                if received < TURN && now >= self.closed_until {
+                    self.inbox.open();
+                }
+            }
+            taken + received > 0
+        } else {
+            self.receive_from_sockets(now)? + self.receive_from_inbox(now) > 0
+        };
         // Not earlier: what the next call brings may continue what is there.
         let (device, shared) = (&mut self.device, &self.shared);
         self.joiner.flush(&mut |frame| write(device, frame, shared));
-        Ok(v4 || v6)
+        Ok(any)
     }
 
-    fn receive(&mut self, is_v4: bool, now: u64) -> io::Result<bool> {
+    /// How many messages there were; fewer than a turn has if there are no more.
+    fn receive_from_inbox(&mut self, now: u64) -> usize {
+        let mut buffers = std::mem::take(&mut self.received);
+        let mut taken = 0;
+        if let Some(buffer) = buffers.first_mut() {
+            while taken < TURN * RECEIVES
+                && let Some((message, origin)) = self.inbox.take(buffer)
+            {
+                if let Err(reason) = self.take(message, &origin, now) {
+                    self.shared.dropped(reason);
+                }
+                taken += 1;
+            }
+        }
+        self.received = buffers;
+        taken
+    }
+
+    /// How many calls brought something; fewer than a turn has if there is no more.
+    fn receive_from_sockets(&mut self, now: u64) -> io::Result<usize> {
+        Ok(self.receive(true, now)?.max(self.receive(false, now)?))
+    }
+
+    fn receive(&mut self, is_v4: bool, now: u64) -> io::Result<usize> {
         for turn in 0..TURN {
             let socket = if is_v4 { &self.sockets.v4 } else { &self.sockets.v6 };
-            let Some(socket) = socket else { return Ok(false) };
+            let Some(socket) = socket else { return Ok(0) };
             let mut metas = [RecvMeta::default(); RECEIVES];
             let got = {
                 let mut buffers = self.received.iter_mut();
@@ -297,32 +352,37 @@ impl Worker {
             };
             let got = match got {
                 Ok(got) => got,
-                Err(error) if is_passing(&error) => return Ok(turn > 0),
+                Err(error) if is_passing(&error) => return Ok(turn),
                 Err(error) => return Err(error),
             };
             let mut received = std::mem::take(&mut self.received);
             for (buffer, meta) in received.iter_mut().zip(&metas).take(got) {
+                if meta.len > meta.stride || meta.len > BULK_MESSAGE_LEN {
+                    self.closed_until = now + CLOSED_NS;
+                }
                 let Some(bytes) = buffer.get_mut(..meta.len) else { continue };
+                let ecn = meta.ecn.map_or(0, |ecn| ecn as u8);
+                let origin = Origin { remote: meta.addr, local: meta.dst_ip, ecn };
                 for message in bytes.chunks_mut(meta.stride.max(1)) {
-                    if let Err(reason) = self.take(message, meta, now) {
+                    if let Err(reason) = self.take(message, &origin, now) {
                         self.shared.dropped(reason);
                     }
                 }
             }
             self.received = received;
             if got < RECEIVES {
-                return Ok(true);
+                return Ok(turn + 1);
             }
         }
-        Ok(true)
+        Ok(TURN)
     }
 
     /// Opens a message and does what it is for.
-    fn take(&mut self, message: &mut [u8], meta: &RecvMeta, now: u64) -> Result<(), Reason> {
+    fn take(&mut self, message: &mut [u8], origin: &Origin, now: u64) -> Result<(), Reason> {
         if message.first().is_some_and(|kind| (TYPE_INITIATION..=TYPE_COOKIE_REPLY).contains(kind)) {
             let event = FromWorkers::Received {
-                from: meta.addr,
-                to: meta.dst_ip,
+                from: origin.remote,
+                to: origin.local,
                 bytes: message.get(..message.len().min(256)).unwrap_or_default().to_vec(),
             };
             self.shared.tell(event);
@@ -339,7 +399,7 @@ impl Worker {
         if session.confirm() {
             peer.current.store(Some(session.clone()));
         }
-        peer.follow(meta.addr, meta.dst_ip);
+        peer.follow(origin.remote, origin.local);
         if let Some(hello) = Hello::from_plaintext(text) {
             peer.heard(0, now);
             peer.greeted(hello);
@@ -353,7 +413,7 @@ impl Worker {
         if !self.owed.iter().any(|owed| owed.index == peer.index) {
             self.owed.push(peer.clone());
         }
-        mark_congestion(text, meta.ecn)?;
+        mark_congestion(text, origin.ecn)?;
         let link = bulk_header(peer.index.0);
         let (device, shared) = (&mut self.device, &self.shared);
         self.joiner.push(link, text, header.is_partial, &mut |frame| write(device, frame, shared));
@@ -407,8 +467,7 @@ pub fn say_hello(
 }
 
 /// Combines the ECN codepoints as RFC 6040 says. Only IPv4 packets are marked: there are no others yet.
-fn mark_congestion(packet: &mut [u8], outer: Option<EcnCodepoint>) -> Result<(), Reason> {
-    let outer = outer.map_or(0, |ecn| ecn as u8);
+fn mark_congestion(packet: &mut [u8], outer: u8) -> Result<(), Reason> {
     let Some(header) = packet.first_chunk_mut::<12>() else { return Err(Reason::Malformed) };
     if header[0] >> 4 != 4 {
         return Err(Reason::Unsupported);

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result, anyhow};
-use overnode_ebpf::map::{BULK_WORKER_SLOTS, BulkPeer, BulkWorker, PEER_SLOTS};
+use overnode_ebpf::map::{BULK_WORKER_SLOTS, BulkPeer, BulkWorker, INBOX_CLOSED, PEER_SLOTS};
 
 use super::links::Link;
 use super::maps::Slots;
@@ -80,6 +80,7 @@ impl BulkMaps {
         }
         for worker in 0..self.workers.len() {
             if let Some(cell) = self.workers.at(worker) {
+                cell.inbox().store(INBOX_CLOSED, Ordering::Release);
                 cell.ifindex().store(0, Ordering::Release);
             }
         }
@@ -103,8 +104,8 @@ impl Datapath {
         &self.maps.bulk
     }
 
-    /// Descriptors of `BULK_WORKERS` and `BULK_PEERS`.
-    pub fn bulk_map_fds(&self) -> [BorrowedFd<'_>; 2] {
+    /// Descriptors of `BULK_WORKERS`, `BULK_PEERS` and `BULK_INBOXES`.
+    pub fn bulk_map_fds(&self) -> [BorrowedFd<'_>; 3] {
         self.maps.bulk_fds.each_ref().map(OwnedFd::as_fd)
     }
 

@@ -10,6 +10,7 @@ mod clock;
 mod drops;
 mod endpoint;
 mod guard;
+mod inbox;
 mod links;
 mod maps;
 mod netns;
@@ -41,6 +42,7 @@ pub use self::drops::Drops;
 pub use self::endpoint::{
     Attached, Attachment, CONTAINER_INTERFACE, Place, cut, host_interface, random_mac, waiting_interface,
 };
+pub use self::inbox::{Inbox, Origin};
 pub use self::netns::{NetnsId, NetnsRef, OwnNetns};
 pub use self::path::{Probe, Probes};
 pub use self::programs::Hook;

@@ -4,7 +4,7 @@
 //! kernel allows that on x86-64 and arm64, and `read_unaligned` would become one load per byte.
 
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
-use aya_ebpf::bindings::{__sk_buff, BPF_CSUM_LEVEL_INC, xdp_md};
+use aya_ebpf::bindings::{__sk_buff, BPF_CSUM_LEVEL_INC, TC_ACT_SHOT, xdp_action, xdp_md};
 use aya_ebpf::helpers::generated::{
     bpf_csum_level, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
     bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_pull_data,
@@ -135,11 +135,11 @@ pub trait Frame: Packet {
     fn ifindex(self) -> u32;
     /// `VLAN_PRESENT` and the tag that the kernel keeps beside the packet, or 0.
     fn vlan(self) -> u32;
-    /// Copies the packet's first `len` bytes, 1 at least, wherever they lie. False if there are fewer.
+    /// Copies `len` bytes, 1 at least, from an offset on, wherever they lie. False if there are fewer.
     ///
     /// # Safety
     /// `to` has room for them.
-    unsafe fn copy_to(self, to: *mut u8, len: u32) -> bool;
+    unsafe fn copy_to(self, offset: u32, to: *mut u8, len: u32) -> bool;
     /// Size of the segments if this is more than one packet, else 0.
     fn gso_size(self) -> u32;
     /// Makes the first `len` bytes readable by pointer.
@@ -154,6 +154,9 @@ pub trait Frame: Packet {
     /// Hands the packet to the container behind a host end; `by_host_end`: through that end, because the kernel may join the packet with
     /// others like it there, or because the other end is in the same namespace.
     fn hand_over(self, ifindex: u32, by_host_end: bool) -> i64;
+
+    /// The verdict on a packet that has arrived and is needed no more.
+    fn consumed(self) -> i64;
 
     /// Bytes that [`at`] can reach.
     #[inline(always)]
@@ -206,9 +209,9 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
-    unsafe fn copy_to(self, to: *mut u8, len: u32) -> bool {
+    unsafe fn copy_to(self, offset: u32, to: *mut u8, len: u32) -> bool {
         // SAFETY: the context is valid; the rest by the contract above.
-        unsafe { bpf_skb_load_bytes(self.cast(), 0, to.cast(), len) == 0 }
+        unsafe { bpf_skb_load_bytes(self.cast(), offset, to.cast(), len) == 0 }
     }
 
     #[inline(always)]
@@ -260,6 +263,11 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
+    fn consumed(self) -> i64 {
+        TC_ACT_SHOT.into()
+    }
+
+    #[inline(always)]
     fn hand_over(self, ifindex: u32, by_host_end: bool) -> i64 {
         // Through the host end a packet passes the NAPI of the veth, which joins segments (GRO). What is never joined
         // takes the shorter way, unless the frame would have to be parsed again to be the container's.
@@ -298,9 +306,9 @@ impl Frame for *mut xdp_md {
     }
 
     #[inline(always)]
-    unsafe fn copy_to(self, to: *mut u8, len: u32) -> bool {
+    unsafe fn copy_to(self, offset: u32, to: *mut u8, len: u32) -> bool {
         // SAFETY: the context is valid; the rest by the contract above.
-        unsafe { bpf_xdp_load_bytes(self, 0, to.cast(), len) == 0 }
+        unsafe { bpf_xdp_load_bytes(self, offset, to.cast(), len) == 0 }
     }
 
     #[inline(always)]
@@ -335,6 +343,11 @@ impl Frame for *mut xdp_md {
     #[inline(always)]
     fn skb(self) -> Option<Skb> {
         None
+    }
+
+    #[inline(always)]
+    fn consumed(self) -> i64 {
+        xdp_action::XDP_DROP.into()
     }
 
     #[inline(always)]

@@ -13,11 +13,14 @@ use super::checksum::fold;
 use super::frame::{DataHeader, Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Udp, at};
 use super::maps::Routes;
 use super::outer::{self, Outer};
-use super::{Sent, cipher, maps, relay};
+use super::{Sent, cipher, inbox, maps, relay};
 
 /// `None`: not a data message for this host.
 pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
-    let Some(outer) = outer::parse(frame)? else { return Ok(None) };
+    let Some(outer) = outer::parse(frame)? else {
+        return Ok(inbox::put(frame)
+            .then_some(Sent { counted: Some(Reason::BulkQueued), verdict: frame.consumed() }));
+    };
     if frame.gso_size() != 0 {
         return Err(Reason::Offload);
     }

@@ -15,6 +15,7 @@ pub mod frame;
 pub mod from_bulk;
 pub mod from_container;
 pub mod from_underlay;
+pub mod inbox;
 pub mod log;
 pub mod maps;
 pub mod normaliser;
@@ -34,6 +35,6 @@ const STOP: i64 = 1;
 pub struct Sent {
     /// What it is counted as; `None` if another program will count it.
     pub counted: Option<Reason>,
-    /// What the helper that redirected it returned: the program's verdict.
+    /// The program's verdict; for one that was redirected, what the helper returned.
     pub verdict: i64,
 }

@@ -33,7 +33,7 @@ fn write(frame: impl Frame, reason: u32, program: u32) {
         (*place).ifindex = frame.ifindex();
         (*place).len = frame.len();
         (*place).vlan = frame.vlan();
-        let copied = frame.copy_to((&raw mut (*place).bytes).cast(), captured);
+        let copied = frame.copy_to(0, (&raw mut (*place).bytes).cast(), captured);
         (*place).captured = if copied { captured } else { 0 };
     }
     entry.submit(0);

@@ -1,0 +1,143 @@
+//! A worker's inbox: messages that the programs put into memory. One worker takes them out; layout and rules:
+//! [`overnode_ebpf::map::BulkMessage`].
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use overnode_ebpf::map::{
+    BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkMessage, BulkWorker, INBOX_ASLEEP,
+    INBOX_CLOSED, INBOX_OPEN,
+};
+
+use super::maps::{Cell, Slots};
+use crate::types::from_map;
+
+/// A program that was at work when the inbox was closed is done after this time.
+const SETTLED: Duration = Duration::from_millis(5);
+
+/// The worker's end of its inbox.
+pub struct Inbox {
+    workers: Slots<BulkWorker>,
+    messages: Slots<BulkMessage>,
+    number: u32,
+    len: u32,
+    /// Messages taken out, modulo 2^32.
+    tail: u32,
+}
+
+/// Where a message came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Source of the datagram.
+    pub remote: SocketAddr,
+    /// The address of this host that it was sent to, if the kernel says.
+    pub local: Option<IpAddr>,
+    /// ECN codepoint of the IP header.
+    pub ecn: u8,
+}
+
+impl Inbox {
+    /// The inboxes of all workers, empty and closed.
+    ///
+    /// # Errors
+    /// These are not the maps `BULK_WORKERS` and `BULK_INBOXES`.
+    pub fn take_over(workers: BorrowedFd<'_>, messages: BorrowedFd<'_>, count: u32) -> Result<Vec<Self>> {
+        let len = 1 << (BULK_MESSAGE_SLOTS / count.max(1)).ilog2();
+        let mut inboxes = Vec::new();
+        for number in 0..count {
+            let workers = Slots::map(workers, BULK_WORKER_SLOTS)?;
+            let messages = Slots::map(messages, BULK_MESSAGE_SLOTS)?;
+            let inbox = Self { workers, messages, number, len, tail: 0 };
+            inbox.worker()?.inbox().store(INBOX_CLOSED, Ordering::SeqCst);
+            inboxes.push(inbox);
+        }
+        std::thread::sleep(SETTLED);
+        for inbox in &mut inboxes {
+            let worker = inbox.worker()?;
+            worker.workers().store(count, Ordering::Relaxed);
+            worker.inbox_len().store(len, Ordering::Relaxed);
+            let taken = worker.inbox_head().load(Ordering::Relaxed);
+            for number in (0..len).map(|ahead| taken.wrapping_add(ahead)) {
+                let place = inbox.place(number).context("an inbox has no such place")?;
+                place.sequence().store(number, Ordering::Release);
+            }
+            inbox.tail = taken;
+        }
+        Ok(inboxes)
+    }
+
+    fn worker(&self) -> Result<Cell<'_, BulkWorker>> {
+        self.workers.at(self.number).context("there are not so many workers")
+    }
+
+    fn state(&self) -> Option<&AtomicU32> {
+        Some(self.workers.at(self.number)?.inbox())
+    }
+
+    fn place(&self, number: u32) -> Option<Cell<'_, BulkMessage>> {
+        self.messages.at(self.number * self.len + (number & (self.len - 1)))
+    }
+
+    /// True if messages go to the sockets: the programs have closed the inbox, as it was full or something came that does not fit.
+    pub fn is_closed(&self) -> bool {
+        self.state().is_none_or(|state| state.load(Ordering::Relaxed) == INBOX_CLOSED)
+    }
+
+    /// From now on messages go into the inbox.
+    pub fn open(&self) {
+        if let Some(state) = self.state() {
+            state.store(INBOX_OPEN, Ordering::SeqCst);
+        }
+    }
+
+    /// The worker is about to wait for its sockets. False if it must not, for there is something in the inbox.
+    pub fn sleep(&self) -> bool {
+        let Some(worker) = self.workers.at(self.number) else { return true };
+        let slept =
+            worker.inbox().compare_exchange(INBOX_OPEN, INBOX_ASLEEP, Ordering::SeqCst, Ordering::SeqCst);
+        // After that: a program that does not see it has taken its place before.
+        if worker.inbox_head().load(Ordering::SeqCst) == self.tail {
+            return true;
+        }
+        if slept.is_ok() {
+            self.wake();
+        }
+        false
+    }
+
+    /// The worker waits no longer.
+    pub fn wake(&self) {
+        if let Some(state) = self.state() {
+            // Unless a message that is in a socket has done so.
+            let _ = state.compare_exchange(INBOX_ASLEEP, INBOX_OPEN, Ordering::SeqCst, Ordering::SeqCst);
+        }
+    }
+
+    /// Takes the next message out, if there is one, into `buffer`, which has [`BULK_MESSAGE_LEN`] bytes at least.
+    pub fn take<'a>(&mut self, buffer: &'a mut [u8]) -> Option<(&'a mut [u8], Origin)> {
+        loop {
+            let place = self.place(self.tail)?;
+            if place.sequence().load(Ordering::Acquire) != self.tail.wrapping_add(1) {
+                return None;
+            }
+            // SAFETY: programs leave the place alone until its sequence is set below.
+            let message = unsafe { &*place.as_ptr() };
+            let len = (message.len as usize).min(BULK_MESSAGE_LEN);
+            let origin = Origin {
+                remote: SocketAddr::new(from_map(message.remote), u16::from_be(message.remote_port_be)),
+                local: Some(from_map(message.local)),
+                ecn: message.ecn as u8,
+            };
+            let to = buffer.get_mut(..len)?;
+            to.copy_from_slice(message.bytes.get(..len)?);
+            place.sequence().store(self.tail.wrapping_add(self.len), Ordering::Release);
+            self.tail = self.tail.wrapping_add(1);
+            if len > 0 {
+                return buffer.get_mut(..len).map(|bytes| (bytes, origin));
+            }
+        }
+    }
+}

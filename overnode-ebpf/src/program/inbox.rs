@@ -1,0 +1,184 @@
+//! Into the inboxes of the bulk path's workers: memory that a worker reads, so that a message needs neither the kernel's UDP nor a system
+//! call. Only what comes in packets of one message each: what the kernel has joined is cheap enough through the socket.
+//!
+//! A message is neither opened nor judged here, and whatever is not plain goes to the socket.
+
+use core::hint::black_box;
+
+use overnode_ebpf::map::{
+    BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BulkMessage, BulkWorker, INBOX_ASLEEP, INBOX_CLOSED, INBOX_OPEN,
+};
+use overnode_ebpf::wire::{
+    BULK_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN, TYPE_DATA, UDP_LEN,
+};
+
+use super::frame::{Ethernet, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
+use super::maps::{self, Words};
+
+/// How often it is tried to get a place before other CPUs.
+const ATTEMPTS: u32 = 4;
+/// First word of addresses in `fe80::/10`, and which bits of it count.
+const LINK_LOCAL: u32 = 0xfe80_0000;
+const LINK_LOCAL_MASK: u32 = 0xffc0_0000;
+
+/// An IP header, UDP, and the beginning of a message: its type, cipher, sending worker, flags.
+#[repr(C)]
+struct Start<Ip> {
+    ip: Ip,
+    udp: Udp,
+    message: [u8; 4],
+}
+
+/// What the headers say.
+struct Message {
+    offset: u32,
+    len: u32,
+    worker: u8,
+    ecn: u8,
+    port_be: u16,
+}
+
+/// Puts a data message for this host into its worker's inbox. False: it is none, or goes to the socket.
+#[inline(always)]
+pub fn put(frame: impl Frame) -> bool {
+    let Ok(ethernet) = at::<Ethernet>(frame, 0) else { return false };
+    // SAFETY: `at` has checked the bounds.
+    match u16::from_be(unsafe { (*ethernet).kind_be }) {
+        ETHERTYPE_IPV4 => v4(frame),
+        ETHERTYPE_IPV6 => v6(frame),
+        _ => None,
+    }
+    .is_some()
+}
+
+#[inline(always)]
+fn v4(frame: impl Frame) -> Option<()> {
+    let start = at::<Start<Ipv4>>(frame, ETHERNET_LEN).ok()?;
+    // SAFETY: `at` has checked the bounds.
+    let (remote, local, message) = unsafe {
+        let Start { ip, udp, message: [kind, _, worker, _] } = &*start;
+        let is_plain = ip.version_ihl == 0x45 && ip.protocol == PROTOCOL_UDP && !ip.is_fragment();
+        if !is_plain || udp.destination_be != BULK_PORT.to_be() || *kind != TYPE_DATA {
+            return None;
+        }
+        let available = u32::from(u16::from_be(ip.total_len_be)).checked_sub(IPV4_LEN as u32)?;
+        let len = payload_len(frame, udp, IPV4_LEN, available)?;
+        let message = Message {
+            offset: (ETHERNET_LEN + IPV4_LEN + UDP_LEN) as u32,
+            len,
+            worker: *worker,
+            ecn: ip.tos & ECN_MASK,
+            port_be: udp.source_be,
+        };
+        (maps::v4_mapped(ip.source), maps::v4_mapped(ip.destination), message)
+    };
+    deliver(frame, &remote, &local, &message)
+}
+
+#[inline(always)]
+fn v6(frame: impl Frame) -> Option<()> {
+    let start = at::<Start<Ipv6>>(frame, ETHERNET_LEN).ok()?;
+    // SAFETY: `at` has checked the bounds.
+    let (remote, local, message) = unsafe {
+        let Start { ip, udp, message: [kind, _, worker, _] } = &*start;
+        let first = u32::from_be(ip.version_class_label_be);
+        if first >> 28 != 6
+            || ip.next_header != PROTOCOL_UDP
+            || udp.destination_be != BULK_PORT.to_be()
+            || *kind != TYPE_DATA
+            // Its address says nothing without the interface.
+            || ip.source[0] & LINK_LOCAL_MASK.to_be() == LINK_LOCAL.to_be()
+        {
+            return None;
+        }
+        let len = payload_len(frame, udp, IPV6_LEN, u32::from(u16::from_be(ip.payload_len_be)))?;
+        let message = Message {
+            offset: (ETHERNET_LEN + IPV6_LEN + UDP_LEN) as u32,
+            len,
+            worker: *worker,
+            ecn: (first >> 20) as u8 & ECN_MASK,
+            port_be: udp.source_be,
+        };
+        (ip.source, ip.destination, message)
+    };
+    deliver(frame, &remote, &local, &message)
+}
+
+/// Bytes of the UDP payload, if all are there.
+#[inline(always)]
+fn payload_len(frame: impl Frame, udp: &Udp, ip_len: usize, available: u32) -> Option<u32> {
+    let udp_len = u32::from(u16::from_be(udp.len_be));
+    if udp_len > available || (ETHERNET_LEN + ip_len) as u32 + udp_len > frame.len() {
+        return None;
+    }
+    udp_len.checked_sub(UDP_LEN as u32)
+}
+
+#[inline(always)]
+fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) -> Option<()> {
+    // SAFETY: values of an array map are valid for the whole program, here and below.
+    let workers = unsafe { (&raw const (*maps::bulk_worker(0)?).workers).read_volatile() };
+    if workers == 0 {
+        return None;
+    }
+    let number = u32::from(message.worker) % workers;
+    let worker = maps::bulk_worker(number)?;
+    // SAFETY: as above.
+    unsafe {
+        let inbox = &raw mut (*worker).inbox;
+        if inbox.read_volatile() == INBOX_CLOSED || !maps::is_local(local) {
+            return None;
+        }
+        let len = black_box(u64::from(message.len));
+        if frame.gso_size() != 0 || len == 0 || len > BULK_MESSAGE_LEN as u64 {
+            inbox.write_volatile(INBOX_CLOSED);
+            return None;
+        }
+        let Some((place, sequence)) = reserve(number, worker) else {
+            inbox.write_volatile(INBOX_CLOSED);
+            return None;
+        };
+        // After the place was taken: a worker that falls asleep looks for such places after it has said so. One of both sees the other.
+        let is_asleep = inbox.read_volatile() == INBOX_ASLEEP;
+        let is_there =
+            !is_asleep && frame.copy_to(message.offset, (&raw mut (*place).bytes).cast(), len as u32);
+        if is_asleep {
+            maps::compare_exchange(inbox, INBOX_ASLEEP, INBOX_OPEN);
+        }
+        (*place).len = if is_there { len as u32 } else { 0 };
+        for word in 0..4 {
+            (&raw mut (*place).remote).cast::<u32>().add(word).write_volatile(remote[word]);
+            (&raw mut (*place).local).cast::<u32>().add(word).write_volatile(local[word]);
+        }
+        (*place).remote_port_be = message.port_be;
+        (*place).ecn = message.ecn.into();
+        // Orders all the above before it, on every architecture.
+        maps::compare_exchange(&raw mut (*place).sequence, sequence, sequence.wrapping_add(1));
+        is_there.then_some(())
+    }
+}
+
+/// The next place of an inbox. `None`: it is full, or other CPUs were always faster.
+#[inline(always)]
+fn reserve(number: u32, worker: *mut BulkWorker) -> Option<(*mut BulkMessage, u32)> {
+    for _ in 0..ATTEMPTS {
+        // SAFETY: values of an array map are valid for the whole program.
+        unsafe {
+            let len = (&raw const (*worker).inbox_len).read_volatile();
+            let head = (&raw const (*worker).inbox_head).read_volatile();
+            let slot = number * len + (head & len.wrapping_sub(1));
+            let place = maps::bulk_message(slot & (BULK_MESSAGE_SLOTS - 1))?;
+            if (&raw const (*place).sequence).read_volatile() != head {
+                // Full; or taken meanwhile, which the next attempt finds out.
+                if (&raw const (*worker).inbox_head).read_volatile() == head {
+                    return None;
+                }
+                continue;
+            }
+            if maps::compare_exchange(&raw mut (*worker).inbox_head, head, head.wrapping_add(1)) {
+                return Some((place, head));
+            }
+        }
+    }
+    None
+}

@@ -1,0 +1,305 @@
+//! Inboxes: which messages of the bulk path the programs put there, and that the worker at the other end gets each, once.
+
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
+
+use aya::maps::{Array, Map};
+use overnode_daemon::datapath::{Inbox, Origin};
+use overnode_ebpf::map::{BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BulkWorker};
+use overnode_ebpf::reason::Reason;
+
+use crate::packet::{Path, set_ipv4_checksum};
+use crate::world::{HOOKS, Hook, TC_ACT_UNSPEC, UNDERLAYS, Underlay, World};
+
+const PORT: u16 = 6783;
+/// Ethernet, then IPv4.
+const IPV4_AT: usize = 14;
+
+impl World {
+    fn fd(&self, map: &str) -> BorrowedFd<'_> {
+        match self.ebpf.map(map) {
+            Some(Map::Array(data)) => data.fd().as_fd(),
+            _ => panic!("{map} is no array"),
+        }
+    }
+
+    fn inboxes(&self, count: u32) -> Vec<Inbox> {
+        Inbox::take_over(self.fd("BULK_WORKERS"), self.fd("BULK_INBOXES"), count).expect("the inboxes")
+    }
+
+    /// The inbox of the only worker, open.
+    fn inbox(&self) -> Inbox {
+        let inbox = self.inboxes(1).remove(0);
+        inbox.open();
+        inbox
+    }
+}
+
+fn path(underlay: Underlay) -> Path {
+    Path { source_port: PORT, destination_port: PORT, ..Path::inbound(underlay) }
+}
+
+/// A data message of a worker, with a pattern in it.
+fn message(worker: u8, len: usize, seed: u64) -> Vec<u8> {
+    let mut bytes: Vec<u8> = (0..len as u64).map(|at| (at * 7 + seed * 31) as u8).collect();
+    for (to, from) in bytes.iter_mut().zip([4, 1, worker, 0]) {
+        *to = from;
+    }
+    bytes
+}
+
+fn take(inbox: &mut Inbox) -> Option<(Vec<u8>, Origin)> {
+    let mut buffer = [0xee; BULK_MESSAGE_LEN];
+    inbox.take(&mut buffer).map(|(bytes, origin)| (bytes.to_vec(), origin))
+}
+
+#[test]
+fn a_message_of_any_size_arrives_as_it_is() {
+    for (hook, underlay) in HOOKS.into_iter().flat_map(|hook| UNDERLAYS.map(|underlay| (hook, underlay))) {
+        eprintln!("{hook:?}, {underlay:?}");
+        let world = World::new(underlay);
+        let mut inbox = world.inbox();
+        for len in (4..=BULK_MESSAGE_LEN).filter(|len| len % 17 == 0 || *len < 80 || *len > 1900) {
+            let path =
+                Path { source_port: 1024 + len as u16, class: 0xa8 | (len % 4) as u8, ..path(underlay) };
+            let sent = message(0, len, len as u64);
+            let output = world.receive(hook, &path.frame(&sent));
+            assert_eq!(output.verdict, hook.dropped(), "{len} bytes are not taken");
+            let (got, origin) = take(&mut inbox).expect("a message");
+            assert_eq!(got, sent);
+            let expected = Origin {
+                remote: (underlay.remote(), 1024 + len as u16).into(),
+                local: Some(underlay.local()),
+                ecn: (len % 4) as u8,
+            };
+            assert_eq!(origin, expected);
+            assert_eq!(take(&mut inbox), None);
+        }
+        assert_eq!(
+            world.counts().iter().map(|(reason, _)| *reason).collect::<Vec<_>>(),
+            [Reason::BulkQueued]
+        );
+    }
+}
+
+/// Passed on untouched: another port, a handshake, nothing at all, a fragment, options, somebody else's address, lengths that lie.
+#[test]
+fn what_is_not_plain_goes_to_the_socket() {
+    for (hook, underlay) in HOOKS.into_iter().flat_map(|hook| UNDERLAYS.map(|underlay| (hook, underlay))) {
+        eprintln!("{hook:?}, {underlay:?}");
+        let world = World::new(underlay);
+        let mut inbox = world.inbox();
+        let plain = message(0, 200, 1);
+        let path = path(underlay);
+        let elsewhere: IpAddr = match underlay {
+            Underlay::V4 => "192.0.2.77".parse().expect("an address"),
+            Underlay::V6 => "2001:db8::77".parse().expect("an address"),
+        };
+        let mut frames = vec![
+            Path { destination_port: 6785, ..path }.frame(&plain),
+            Path { destination: elsewhere, ..path }.frame(&plain),
+            path.frame(&[]),
+            path.frame(&plain[..3]),
+        ];
+        for kind in [0, 1, 2, 3, 5, 0x80, 0xff] {
+            frames.push(path.frame(&[&[kind], &plain[1..]].concat()));
+        }
+        let whole = path.frame(&plain);
+        let udp_at = whole.len() - 208;
+        for udp_len in [0_u16, 7, 209, 0xffff] {
+            let mut frame = whole.clone();
+            frame[udp_at + 4..udp_at + 6].copy_from_slice(&udp_len.to_be_bytes());
+            frames.push(frame);
+        }
+        match underlay {
+            Underlay::V4 => {
+                for (fragment, options) in [([0x20, 0], 0), ([0, 1], 0), ([0, 0], 4)] {
+                    let mut frame = whole.clone();
+                    frame[IPV4_AT + 6..][..2].copy_from_slice(&fragment);
+                    if options > 0 {
+                        frame[IPV4_AT] = 0x46;
+                        let len = (frame.len() - IPV4_AT + options) as u16;
+                        frame[IPV4_AT + 2..][..2].copy_from_slice(&len.to_be_bytes());
+                        let end = IPV4_AT + 20;
+                        frame.splice(end..end, [1, 1, 1, 1]);
+                    }
+                    set_ipv4_checksum(&mut frame[IPV4_AT..]);
+                    frames.push(frame);
+                }
+            }
+            Underlay::V6 => {
+                // Replies to such an address need the interface, which an inbox does not know.
+                frames.push(Path { source: "fe80::2".parse().expect("an address"), ..path }.frame(&plain));
+            }
+        }
+        for (number, frame) in frames.iter().enumerate() {
+            let output = world.receive(hook, frame);
+            assert_eq!((output.verdict, &output.frame), (hook.passed(), frame), "frame {number}");
+            assert_eq!(take(&mut inbox), None, "frame {number}");
+        }
+        assert!(!inbox.is_closed() && world.counts().is_empty(), "{:?}", world.counts());
+        world.receive(hook, &whole);
+        assert_eq!(take(&mut inbox).map(|(bytes, _)| bytes), Some(plain));
+    }
+}
+
+#[test]
+fn what_does_not_fit_closes_the_inbox() {
+    let world = World::new(Underlay::V4);
+    let mut inbox = world.inbox();
+    let path = path(Underlay::V4);
+    let small = path.frame(&message(0, 100, 1));
+    let large = path.frame(&message(0, BULK_MESSAGE_LEN + 1, 2));
+    let joined = path.frame(&message(0, 1000, 3));
+    for (frame, gso_size) in [(&large, 0), (&joined, 500)] {
+        assert_eq!(world.run("from_underlay", &small).verdict, Hook::Tc.dropped());
+        assert_eq!(world.run_gso("from_underlay", frame, gso_size).verdict, TC_ACT_UNSPEC);
+        assert!(inbox.is_closed());
+        assert_eq!(world.run("from_underlay", &small).verdict, TC_ACT_UNSPEC, "it overtakes the other");
+        assert!(take(&mut inbox).is_some() && take(&mut inbox).is_none());
+        inbox.open();
+    }
+}
+
+/// Full, emptied, full again, past the point where the numbers begin anew.
+#[test]
+fn a_full_inbox_closes_and_loses_nothing() {
+    let mut world = World::new(Underlay::V4);
+    let start = BulkWorker { inbox_head: u32::MAX - 3000, ..BulkWorker::default() };
+    Array::try_from(world.ebpf.map_mut("BULK_WORKERS").expect("BULK_WORKERS"))
+        .and_then(|mut map| map.set(0, start, 0))
+        .expect("BULK_WORKERS");
+    let mut inbox = world.inbox();
+    let path = path(Underlay::V4);
+    let frame = |number: u64| path.frame(&message(0, 50 + number as usize % 7, number));
+    let mut number = 0;
+    for round in 0..3 {
+        let first = number;
+        while world.run("from_underlay", &frame(number)).verdict == Hook::Tc.dropped() {
+            number += 1;
+        }
+        assert_eq!(number - first, u64::from(BULK_MESSAGE_SLOTS), "round {round}");
+        assert!(inbox.is_closed());
+        for expected in first..number {
+            let (bytes, _) = take(&mut inbox).expect("a message");
+            assert_eq!(bytes, message(0, 50 + expected as usize % 7, expected), "round {round}");
+        }
+        assert_eq!(take(&mut inbox), None);
+        inbox.open();
+    }
+}
+
+#[test]
+fn the_sending_worker_chooses_the_inbox() {
+    for count in [1, 2, 3, 5, 16] {
+        let world = World::new(Underlay::V4);
+        let mut inboxes = world.inboxes(count);
+        inboxes.iter().for_each(Inbox::open);
+        let path = path(Underlay::V4);
+        for worker in 0..=255 {
+            let frame = path.frame(&message(worker, 60, worker.into()));
+            let of = &mut inboxes[usize::from(worker) % count as usize];
+            assert_eq!(world.run("from_underlay", &frame).verdict, Hook::Tc.dropped());
+            assert!(take(of).is_some_and(|(bytes, _)| bytes[2] == worker));
+        }
+        assert!(inboxes.iter_mut().all(|inbox| take(inbox).is_none()));
+    }
+}
+
+/// The message that wakes a worker goes to its socket, for only that wakes it; those behind it do not.
+#[test]
+fn a_sleeping_worker_is_woken_by_one_message() {
+    let world = World::new(Underlay::V4);
+    let mut inbox = world.inbox();
+    let frame = path(Underlay::V4).frame(&message(0, 100, 1));
+    assert!(inbox.sleep());
+    assert_eq!(world.run("from_underlay", &frame).verdict, TC_ACT_UNSPEC);
+    assert_eq!(world.run("from_underlay", &frame).verdict, Hook::Tc.dropped());
+    assert!(!inbox.sleep(), "it would sleep beside a message");
+    inbox.wake();
+    assert!(take(&mut inbox).is_some() && take(&mut inbox).is_none());
+    // Woken by something else.
+    assert!(inbox.sleep());
+    inbox.wake();
+    assert_eq!(world.run("from_underlay", &frame).verdict, Hook::Tc.dropped());
+    // A closed one stays closed.
+    world.run_gso("from_underlay", &frame, 50);
+    assert!(take(&mut inbox).is_some());
+    assert!(inbox.sleep());
+    inbox.wake();
+    assert!(inbox.is_closed());
+}
+
+/// Several CPUs put messages in while the worker takes them out and sleeps whenever there are none: each arrives once, by one way, in the
+/// order of its CPU, and none waits for a worker that sleeps.
+#[test]
+fn several_cpus_and_a_worker_that_sleeps() {
+    const CPUS: u64 = 4;
+    const EACH: u64 = 20_000;
+    let world = World::new(Underlay::V4);
+    let mut inbox = world.inbox();
+    // The socket: how many messages have come there.
+    let (socket, woken) = (Mutex::new(0_u64), Condvar::new());
+    let (passed, running) = (AtomicU64::new(0), AtomicUsize::new(CPUS as usize));
+    let mut next = [0; CPUS as usize];
+    let mut slept = 0;
+    std::thread::scope(|scope| {
+        for cpu in 0..CPUS {
+            let (world, socket, woken, passed, running) = (&world, &socket, &woken, &passed, &running);
+            scope.spawn(move || {
+                for number in 0..EACH {
+                    let text = [&[4, 0, 0, 0][..], &cpu.to_ne_bytes(), &number.to_ne_bytes()].concat();
+                    let output = world.run("from_underlay", &path(Underlay::V4).frame(&text));
+                    if output.verdict == TC_ACT_UNSPEC {
+                        passed.fetch_add(1, Ordering::Relaxed);
+                        *socket.lock().expect("a lock") += 1;
+                        woken.notify_one();
+                    }
+                }
+                running.fetch_sub(1, Ordering::Release);
+                woken.notify_one();
+            });
+        }
+        let mut seen = 0;
+        loop {
+            let ended = running.load(Ordering::Acquire) == 0;
+            let was_closed = inbox.is_closed();
+            let mut any = false;
+            while let Some((bytes, _)) = take(&mut inbox) {
+                let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+                let (cpu, number) = (word(4) as usize, word(12));
+                assert!(number >= next[cpu], "{number} of {cpu} comes again, or late");
+                next[cpu] = number + 1;
+                seen += 1;
+                any = true;
+            }
+            if was_closed {
+                inbox.open();
+            }
+            if ended && !any {
+                break;
+            }
+            if !any && !ended && inbox.sleep() {
+                slept += 1;
+                let before = socket.lock().expect("a lock");
+                // A wakeup that is lost shows here: the inbox has something, and nobody says so.
+                let (after, timeout) = woken
+                    .wait_timeout_while(before, Duration::from_secs(5), |count| {
+                        *count == 0 && running.load(Ordering::Acquire) > 0
+                    })
+                    .expect("a lock");
+                assert!(!timeout.timed_out(), "nobody wakes the worker");
+                drop(after);
+                *socket.lock().expect("a lock") = 0;
+                inbox.wake();
+            }
+        }
+        assert_eq!(seen + passed.load(Ordering::Relaxed), CPUS * EACH);
+    });
+    eprintln!("slept {slept} times, {} messages by the socket", passed.load(Ordering::Relaxed));
+    assert!(slept > 10, "it slept {slept} times only");
+    assert_eq!(world.count(Reason::BulkQueued) + passed.load(Ordering::Relaxed), CPUS * EACH);
+}
