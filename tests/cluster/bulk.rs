@@ -106,10 +106,70 @@ fn and_over_a_jumbo_underlay_behind_a_router() -> Result<()> {
     arrives_whole(Lab::new("bulk9000").routed().mtu(9000))
 }
 
+/// From now on the underlay carries messages one by one, as network cards without segmentation do that join nothing either.
+fn carry_one_by_one(lab: &Lab) -> Result<()> {
+    lab.hosts().iter().try_for_each(|host| {
+        let features = ["tso", "off", "gso", "on", "tx-udp-segmentation", "off", "gro", "off"];
+        let words = [&["-K", host.interface()][..], &features].concat();
+        host.netns().run("ethtool", &words).map(drop)
+    })
+}
+
+/// Nearly all of them then go into the receiving worker's inbox.
+fn arrives_whole_one_by_one(builder: lab::Builder, options: &[&str]) -> Result<()> {
+    in_lab(builder.hosts(2), |lab| {
+        carry_one_by_one(lab)?;
+        for host in lab.hosts() {
+            let id = host.number.to_string();
+            let words = [&["launch", "--id", &id][..], options, &lab.targets()].concat();
+            host.overnode_with(&words, &[("OVERNODE_TOKEN", TOKEN)])?.success()?;
+        }
+        let containers = one_each(lab)?;
+        wait_for_workers(lab)?;
+        let capture = lab.capture()?;
+        let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(50 * MEGABYTE + 7))?;
+        assert_eq!(received.bytes, 50 * MEGABYTE + 7);
+        ensure_nothing_plain(&capture.stop()?)?;
+        let queued = counter(lab.host(2), "bulk-queued")?;
+        ensure!(queued > 50 * MEGABYTE / 1420 / 2, "{queued} messages only came by the inbox");
+        ensure!(
+            drops(lab.host(1))?.is_empty() && drops(lab.host(2))?.is_empty(),
+            "workers dropped something"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn messages_that_come_one_by_one_go_into_the_inbox() -> Result<()> {
+    arrives_whole_one_by_one(Lab::new("bulkone4"), &[])
+}
+
+#[test]
+fn so_they_do_over_ipv6() -> Result<()> {
+    arrives_whole_one_by_one(Lab::new("bulkone6").family(Family::V6), &["--bulk-workers", "3"])
+}
+
+#[test]
+fn so_they_do_with_xdp() -> Result<()> {
+    arrives_whole_one_by_one(Lab::new("bulkonexdp"), &["--interface", "eth0", "--xdp"])
+}
+
 /// Killed, on either side, while they have a flow in hand: it goes on in the programs at once, and through new workers later.
 #[test]
 fn killed_workers_cost_a_moment_and_no_connection() -> Result<()> {
-    with_workers(Lab::new("bulkkill").hosts(2), |lab, containers| {
+    workers_are_killed(Lab::new("bulkkill"), |_| Ok(()))
+}
+
+/// With what was in their inboxes.
+#[test]
+fn so_they_do_where_messages_come_one_by_one() -> Result<()> {
+    workers_are_killed(Lab::new("bulkonekill"), carry_one_by_one)
+}
+
+fn workers_are_killed(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) -> Result<()> {
+    with_workers(builder.hosts(2), |lab, containers| {
+        prepare(lab)?;
         let flow = steady_flow(containers)?;
         for host in [lab.host(1), lab.host(2)] {
             flow.wait_for(5 * MEGABYTE, PATIENCE)?;
@@ -135,7 +195,18 @@ fn killed_workers_cost_a_moment_and_no_connection() -> Result<()> {
 /// Stopped processes neither answer nor end.
 #[test]
 fn workers_that_hang_cost_a_moment_and_no_connection() -> Result<()> {
-    with_workers(Lab::new("bulkstop").hosts(2), |lab, containers| {
+    workers_are_stopped(Lab::new("bulkstop"), |_| Ok(()))
+}
+
+/// Their inboxes fill up meanwhile.
+#[test]
+fn so_do_those_to_which_messages_come_one_by_one() -> Result<()> {
+    workers_are_stopped(Lab::new("bulkonestop"), carry_one_by_one)
+}
+
+fn workers_are_stopped(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) -> Result<()> {
+    with_workers(builder.hosts(2), |lab, containers| {
+        prepare(lab)?;
         let flow = steady_flow(containers)?;
         for host in [lab.host(1), lab.host(2)] {
             flow.wait_for(5 * MEGABYTE, PATIENCE)?;
@@ -258,6 +329,7 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
         };
         let before = drops(lab.host(2))?;
         let delivered = counter(lab.host(2), "bulk-received")?;
+        let queued = counter(lab.host(2), "bulk-queued")?;
         let mut rng = StdRng::seed_from_u64(5);
 
         let replayed = send(&mut messages.iter().chain(messages.iter().rev()).cloned())?;
@@ -293,6 +365,8 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
         assert_eq!(more(&["unknown-index"]), unknown, "{after:?}");
         assert_eq!(more(&["malformed"]), truncated, "{after:?}");
         assert_eq!(counter(lab.host(2), "bulk-received")?, delivered, "something was delivered");
+        let queued = counter(lab.host(2), "bulk-queued")? - queued;
+        ensure!(queued > messages.len() as u64, "{queued} of them only came by the inbox");
         let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(20 * MEGABYTE))?;
         assert_eq!(received.bytes, 20 * MEGABYTE);
         Ok(())
