@@ -15,7 +15,8 @@
 //! | `BULK_WORKERS` | array | worker | [`BulkWorker`] |
 //! | `BULK_PEERS` | array | peer index | [`BulkPeer`] |
 //! | `BULK_FLOWS` | LRU hash | [`BulkFlowKey`] | [`BulkFlow`] |
-//! | `BULK_INBOXES` | array | worker's share, and place in it | [`BulkMessage`] |
+//! | `BULK_INBOXES` | array | worker | [`BulkInbox`] |
+//! | `BULK_MESSAGES` | array | [`BulkInbox::first`] and what follows | [`BulkMessage`] |
 //!
 //! Who writes what. The daemon writes everything but what is marked "program" below. A session's slot is
 //! filled while no program can find it, then published by storing its number in [`Peer::tx_slot`] and its state in
@@ -194,39 +195,49 @@ pub const BULK_THRESHOLD: u64 = 128 << 10;
 pub const BULK_PATIENCE: u64 = 4 << 20;
 
 /// A worker in user space. The process of the workers writes it, the daemon clears it.
-#[repr(C, align(64))]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BulkWorker {
     /// Its TAP device; 0 while there is no such worker.
     pub ifindex: u32,
-    /// How many workers there are.
-    pub workers: u32,
+    /// Fills up to the next 8 bytes.
+    pub unused: u32,
     /// Boot time (ns) at which it last was at work or waited for it.
     pub alive_ns: u64,
-    /// One of `INBOX_*` (program, too).
-    pub inbox: u32,
-    /// Places in its inbox, a power of two.
-    pub inbox_len: u32,
-    /// Messages that were put into its inbox, modulo 2^32 (program).
-    pub inbox_head: u32,
-    /// Fills up to a cache line.
-    pub unused: [u32; 9],
 }
 
-/// [`BulkWorker::inbox`]: messages go to the worker's socket.
+/// [`BulkInbox::state`]: messages go to the worker's socket.
 pub const INBOX_CLOSED: u32 = 0;
-/// [`BulkWorker::inbox`]: the worker waits for its socket. The next message goes there and wakes it, those that follow go into the inbox.
+/// [`BulkInbox::state`]: the worker waits for its socket. The next message goes there and wakes it, those that follow go into the inbox.
 pub const INBOX_ASLEEP: u32 = 1;
-/// [`BulkWorker::inbox`]: messages go into the inbox.
+/// [`BulkInbox::state`]: messages go into the inbox.
 pub const INBOX_OPEN: u32 = 2;
 
-/// Entries of `BULK_INBOXES`, a power of two: 4 MiB. Each worker has an equal share.
+/// The inbox of a worker: a bounded queue of many producers, the CPUs that receive, and one consumer, the worker. The process of the
+/// workers writes it, the daemon closes it.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BulkInbox {
+    /// One of `INBOX_*` (program, too).
+    pub state: u32,
+    /// How many inboxes there are; the same in each.
+    pub inboxes: u32,
+    /// Its first place in `BULK_MESSAGES`.
+    pub first: u32,
+    /// How many places it has there, a power of two.
+    pub len: u32,
+    /// Messages that were put in, modulo 2^32 (program).
+    pub head: u32,
+    /// Fills up to a cache line.
+    pub unused: [u32; 11],
+}
+
+/// Entries of `BULK_MESSAGES`, a power of two: 4 MiB, of which each inbox has an equal share.
 pub const BULK_MESSAGE_SLOTS: u32 = 2048;
 /// Bytes that a message in an inbox may have: what fits an Ethernet packet does.
 pub const BULK_MESSAGE_LEN: usize = 2048 - 64;
 
-/// A place in a worker's inbox: a bounded queue of many producers, CPUs that receive, and one consumer, the worker. The place for the
-/// message with number `n` (of all that were put there) is `n` modulo the inbox's length.
+/// A place in an inbox. The place for message number `n`, of all that were put in, is `n` modulo [`BulkInbox::len`].
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct BulkMessage {
@@ -390,6 +401,8 @@ mod pod {
     // SAFETY: as above.
     unsafe impl aya::Pod for super::BulkPeer {}
     // SAFETY: as above.
+    unsafe impl aya::Pod for super::BulkInbox {}
+    // SAFETY: as above.
     unsafe impl aya::Pod for super::BulkMessage {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::BulkFlowKey {}
@@ -404,7 +417,8 @@ const _: () = {
     assert!(size_of::<Peer>() == 16 + 16 + 2 + 2 + 4 + 4 + 4 + 4 + 4 + 32 + 10 * 8);
     assert!(size_of::<Probe>() == 8 + crate::wire::PROBE_LEN);
     assert!(size_of::<Dropped>() == 8 + 6 * 4 + DROPPED_LEN);
-    assert!(size_of::<BulkWorker>() == 64);
+    assert!(size_of::<BulkWorker>() == 16);
+    assert!(size_of::<BulkInbox>() == 64);
     assert!(size_of::<BulkMessage>() == 2048);
     assert!(size_of::<BulkPeer>() == 16);
     assert!(size_of::<BulkFlowKey>() == 16);

@@ -185,7 +185,7 @@ fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
 pub fn start(
     run_dir: &Path,
     mode: super::control::Mode,
-    maps: [BorrowedFd<'_>; 3],
+    maps: [BorrowedFd<'_>; 4],
     devices: Vec<BulkDevice>,
     ports: Ports,
 ) -> Result<Child> {

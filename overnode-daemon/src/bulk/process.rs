@@ -54,7 +54,7 @@ const LONELY: Duration = Duration::from_secs(10);
 const EVENTS: usize = 1024;
 
 /// What the process is started with. Descriptors follow from [`FIRST_FD`] on: the listening socket, the maps `BULK_WORKERS`,
-/// `BULK_PEERS` and `BULK_INBOXES`, then for each worker its device and its sockets, IPv4 first.
+/// `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`, then for each worker its device and its sockets, IPv4 first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
     /// Which cipher to seal with.
@@ -80,10 +80,10 @@ pub fn run(argument: &str) -> Result<()> {
     let mut take = || fds.next().context("a descriptor is missing");
     let listener = take()?;
     socket::listen(&listener, Backlog::new(4)?)?;
-    let [workers, peers, inboxes] = [take()?, take()?, take()?];
-    let maps = BulkMaps::open(workers.as_fd(), peers.as_fd())?;
-    let mut inboxes =
-        Inbox::take_over(workers.as_fd(), inboxes.as_fd(), start.devices.len() as u32)?.into_iter();
+    let maps = [take()?, take()?, take()?, take()?];
+    let [workers, peers, inboxes, messages] = maps.each_ref().map(OwnedFd::as_fd);
+    let maps = BulkMaps::open(workers, peers, inboxes)?;
+    let mut inboxes = Inbox::take_over(inboxes, messages, start.devices.len() as u32)?.into_iter();
     let mut all = Vec::new();
     let mut sending = Sockets { v4: None, v6: None };
     for worker in 0..start.devices.len() {

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result, anyhow};
-use overnode_ebpf::map::{BULK_WORKER_SLOTS, BulkPeer, BulkWorker, INBOX_CLOSED, PEER_SLOTS};
+use overnode_ebpf::map::{BULK_WORKER_SLOTS, BulkInbox, BulkPeer, BulkWorker, INBOX_CLOSED, PEER_SLOTS};
 
 use super::links::Link;
 use super::maps::Slots;
@@ -29,19 +29,24 @@ const TUN_F_TSO_ECN: libc::c_ulong = 8;
 /// Several UDP packets at once (Linux 6.2).
 const TUN_F_USO: libc::c_ulong = 0x20 | 0x40;
 
-/// The maps `BULK_WORKERS` and `BULK_PEERS`, in memory.
+/// The maps `BULK_WORKERS`, `BULK_PEERS` and `BULK_INBOXES`, in memory.
 pub struct BulkMaps {
     workers: Slots<BulkWorker>,
     peers: Slots<BulkPeer>,
+    inboxes: Slots<BulkInbox>,
 }
 
 impl BulkMaps {
-    /// Maps both into memory.
+    /// Maps all three into memory.
     ///
     /// # Errors
     /// These are not the maps.
-    pub fn open(workers: BorrowedFd<'_>, peers: BorrowedFd<'_>) -> Result<Self> {
-        Ok(Self { workers: Slots::map(workers, BULK_WORKER_SLOTS)?, peers: Slots::map(peers, PEER_SLOTS)? })
+    pub fn open(workers: BorrowedFd<'_>, peers: BorrowedFd<'_>, inboxes: BorrowedFd<'_>) -> Result<Self> {
+        Ok(Self {
+            workers: Slots::map(workers, BULK_WORKER_SLOTS)?,
+            peers: Slots::map(peers, PEER_SLOTS)?,
+            inboxes: Slots::map(inboxes, BULK_WORKER_SLOTS)?,
+        })
     }
 
     /// Lets the programs hand packets to a worker.
@@ -80,8 +85,12 @@ impl BulkMaps {
         }
         for worker in 0..self.workers.len() {
             if let Some(cell) = self.workers.at(worker) {
-                cell.inbox().store(INBOX_CLOSED, Ordering::Release);
                 cell.ifindex().store(0, Ordering::Release);
+            }
+        }
+        for inbox in 0..self.inboxes.len() {
+            if let Some(cell) = self.inboxes.at(inbox) {
+                cell.state().store(INBOX_CLOSED, Ordering::Release);
             }
         }
     }
@@ -104,8 +113,8 @@ impl Datapath {
         &self.maps.bulk
     }
 
-    /// Descriptors of `BULK_WORKERS`, `BULK_PEERS` and `BULK_INBOXES`.
-    pub fn bulk_map_fds(&self) -> [BorrowedFd<'_>; 3] {
+    /// Descriptors of `BULK_WORKERS`, `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`.
+    pub fn bulk_map_fds(&self) -> [BorrowedFd<'_>; 4] {
         self.maps.bulk_fds.each_ref().map(OwnedFd::as_fd)
     }
 

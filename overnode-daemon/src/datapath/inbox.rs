@@ -1,5 +1,5 @@
 //! A worker's inbox: messages that the programs put into memory. One worker takes them out; layout and rules:
-//! [`overnode_ebpf::map::BulkMessage`].
+//! [`overnode_ebpf::map::BulkInbox`].
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use overnode_ebpf::map::{
-    BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkMessage, BulkWorker, INBOX_ASLEEP,
+    BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkInbox, BulkMessage, INBOX_ASLEEP,
     INBOX_CLOSED, INBOX_OPEN,
 };
 
@@ -20,9 +20,10 @@ const SETTLED: Duration = Duration::from_millis(5);
 
 /// The worker's end of its inbox.
 pub struct Inbox {
-    workers: Slots<BulkWorker>,
+    inboxes: Slots<BulkInbox>,
     messages: Slots<BulkMessage>,
     number: u32,
+    first: u32,
     len: u32,
     /// Messages taken out, modulo 2^32.
     tail: u32,
@@ -40,45 +41,50 @@ pub struct Origin {
 }
 
 impl Inbox {
-    /// The inboxes of all workers, empty and closed.
+    /// The inboxes of `count` workers, 1 at least, empty and closed.
     ///
     /// # Errors
-    /// These are not the maps `BULK_WORKERS` and `BULK_INBOXES`.
-    pub fn take_over(workers: BorrowedFd<'_>, messages: BorrowedFd<'_>, count: u32) -> Result<Vec<Self>> {
+    /// These are not the maps `BULK_INBOXES` and `BULK_MESSAGES`, or there are not so many inboxes.
+    pub fn take_over(inboxes: BorrowedFd<'_>, messages: BorrowedFd<'_>, count: u32) -> Result<Vec<Self>> {
         let len = 1 << (BULK_MESSAGE_SLOTS / count.max(1)).ilog2();
-        let mut inboxes = Vec::new();
+        let mut all = Vec::new();
         for number in 0..count {
-            let workers = Slots::map(workers, BULK_WORKER_SLOTS)?;
+            let inboxes = Slots::map(inboxes, BULK_WORKER_SLOTS)?;
             let messages = Slots::map(messages, BULK_MESSAGE_SLOTS)?;
-            let inbox = Self { workers, messages, number, len, tail: 0 };
-            inbox.worker()?.inbox().store(INBOX_CLOSED, Ordering::SeqCst);
-            inboxes.push(inbox);
+            let inbox = Self { inboxes, messages, number, first: number * len, len, tail: 0 };
+            inbox
+                .cell()
+                .context("there are not so many inboxes")?
+                .state()
+                .store(INBOX_CLOSED, Ordering::SeqCst);
+            all.push(inbox);
         }
         std::thread::sleep(SETTLED);
-        for inbox in &mut inboxes {
-            let worker = inbox.worker()?;
-            worker.workers().store(count, Ordering::Relaxed);
-            worker.inbox_len().store(len, Ordering::Relaxed);
-            let taken = worker.inbox_head().load(Ordering::Relaxed);
+        for inbox in &mut all {
+            let Some(cell) = inbox.cell() else { continue };
+            cell.inboxes().store(count, Ordering::Relaxed);
+            cell.first().store(inbox.first, Ordering::Relaxed);
+            cell.len().store(len, Ordering::Relaxed);
+            let taken = cell.head().load(Ordering::Relaxed);
             for number in (0..len).map(|ahead| taken.wrapping_add(ahead)) {
                 let place = inbox.place(number).context("an inbox has no such place")?;
                 place.sequence().store(number, Ordering::Release);
             }
             inbox.tail = taken;
         }
-        Ok(inboxes)
+        Ok(all)
     }
 
-    fn worker(&self) -> Result<Cell<'_, BulkWorker>> {
-        self.workers.at(self.number).context("there are not so many workers")
+    fn cell(&self) -> Option<Cell<'_, BulkInbox>> {
+        self.inboxes.at(self.number)
     }
 
     fn state(&self) -> Option<&AtomicU32> {
-        Some(self.workers.at(self.number)?.inbox())
+        Some(self.cell()?.state())
     }
 
     fn place(&self, number: u32) -> Option<Cell<'_, BulkMessage>> {
-        self.messages.at(self.number * self.len + (number & (self.len - 1)))
+        self.messages.at(self.first + (number & (self.len - 1)))
     }
 
     /// True if messages go to the sockets: the programs have closed the inbox, as it was full or something came that does not fit.
@@ -95,11 +101,11 @@ impl Inbox {
 
     /// The worker is about to wait for its sockets. False if it must not, for there is something in the inbox.
     pub fn sleep(&self) -> bool {
-        let Some(worker) = self.workers.at(self.number) else { return true };
+        let Some(cell) = self.cell() else { return true };
         let slept =
-            worker.inbox().compare_exchange(INBOX_OPEN, INBOX_ASLEEP, Ordering::SeqCst, Ordering::SeqCst);
+            cell.state().compare_exchange(INBOX_OPEN, INBOX_ASLEEP, Ordering::SeqCst, Ordering::SeqCst);
         // After that: a program that does not see it has taken its place before.
-        if worker.inbox_head().load(Ordering::SeqCst) == self.tail {
+        if cell.head().load(Ordering::SeqCst) == self.tail {
             return true;
         }
         if slept.is_ok() {

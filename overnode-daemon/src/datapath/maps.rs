@@ -17,9 +17,9 @@ use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpu
 use aya::{Ebpf, Pod};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use overnode_ebpf::map::{
-    Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey, BulkMessage,
-    BulkPeer, BulkWorker, Config, DROPS_LEN, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS,
-    PROBES_LEN, Peer, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
+    Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey, BulkInbox,
+    BulkMessage, BulkPeer, BulkWorker, Config, DROPS_LEN, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS,
+    PEER_SLOTS, PROBES_LEN, Peer, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -49,7 +49,7 @@ const fn mapped(layout: Layout) -> Layout {
 }
 
 /// The maps that are pinned.
-pub(super) const LAYOUTS: [Layout; 14] = [
+pub(super) const LAYOUTS: [Layout; 15] = [
     layout("CONFIG", 4, size_of::<Config>(), 1),
     layout("ENDPOINTS", 4, size_of::<Endpoint>(), ENDPOINT_SLOTS),
     layout("ROUTES", 4 + size_of::<Address>(), size_of::<Route>(), ROUTE_SLOTS),
@@ -63,7 +63,8 @@ pub(super) const LAYOUTS: [Layout; 14] = [
     layout("DROPS", 0, 0, DROPS_LEN),
     mapped(layout("BULK_WORKERS", 4, size_of::<BulkWorker>(), BULK_WORKER_SLOTS)),
     mapped(layout("BULK_PEERS", 4, size_of::<BulkPeer>(), PEER_SLOTS)),
-    mapped(layout("BULK_INBOXES", 4, size_of::<BulkMessage>(), BULK_MESSAGE_SLOTS)),
+    mapped(layout("BULK_INBOXES", 4, size_of::<BulkInbox>(), BULK_WORKER_SLOTS)),
+    mapped(layout("BULK_MESSAGES", 4, size_of::<BulkMessage>(), BULK_MESSAGE_SLOTS)),
     layout("BULK_FLOWS", size_of::<BulkFlowKey>(), size_of::<BulkFlow>(), BULK_FLOW_SLOTS),
 ];
 
@@ -116,8 +117,8 @@ pub(super) struct Maps {
     pub(super) peers: Slots<Peer>,
     pub(super) sessions: Arc<Slots<Session>>,
     pub(super) bulk: BulkMaps,
-    /// `BULK_WORKERS`, `BULK_PEERS` and `BULK_INBOXES`, for another process.
-    pub(super) bulk_fds: [OwnedFd; 3],
+    /// `BULK_WORKERS`, `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`, for another process.
+    pub(super) bulk_fds: [OwnedFd; 4],
 }
 
 impl fmt::Debug for Maps {
@@ -141,9 +142,11 @@ impl Maps {
         let mut take = |name: &str| maps.remove(name).ok_or_else(|| anyhow!("the object has no map {name}"));
         let mut own =
             |name: &str| -> Result<OwnedFd> { Ok(data(&take(name)?)?.fd().as_fd().try_clone_to_owned()?) };
-        let bulk_fds = [own("BULK_WORKERS")?, own("BULK_PEERS")?, own("BULK_INBOXES")?];
+        let bulk_fds =
+            [own("BULK_WORKERS")?, own("BULK_PEERS")?, own("BULK_INBOXES")?, own("BULK_MESSAGES")?];
+        let [workers, peers, inboxes, _] = bulk_fds.each_ref().map(OwnedFd::as_fd);
         Ok(Self {
-            bulk: BulkMaps::open(bulk_fds[0].as_fd(), bulk_fds[1].as_fd())?,
+            bulk: BulkMaps::open(workers, peers, inboxes)?,
             bulk_fds,
             config: take("CONFIG")?.try_into()?,
             endpoints: take("ENDPOINTS")?.try_into()?,
@@ -383,13 +386,13 @@ macro_rules! fields {
     };
 }
 
-fields!(BulkWorker {
-    ifindex: AtomicU32,
-    workers: AtomicU32,
-    alive_ns: AtomicU64,
-    inbox: AtomicU32,
-    inbox_len: AtomicU32,
-    inbox_head: AtomicU32,
+fields!(BulkWorker { ifindex: AtomicU32, alive_ns: AtomicU64 });
+fields!(BulkInbox {
+    state: AtomicU32,
+    inboxes: AtomicU32,
+    first: AtomicU32,
+    len: AtomicU32,
+    head: AtomicU32,
 });
 fields!(BulkMessage { sequence: AtomicU32 });
 fields!(BulkPeer { workers: AtomicU32 });

@@ -5,9 +5,7 @@
 
 use core::hint::black_box;
 
-use overnode_ebpf::map::{
-    BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BulkMessage, BulkWorker, INBOX_ASLEEP, INBOX_CLOSED, INBOX_OPEN,
-};
+use overnode_ebpf::map::{BULK_MESSAGE_LEN, BulkInbox, BulkMessage, INBOX_ASLEEP, INBOX_CLOSED, INBOX_OPEN};
 use overnode_ebpf::wire::{
     BULK_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN, TYPE_DATA, UDP_LEN,
 };
@@ -21,12 +19,15 @@ const ATTEMPTS: u32 = 4;
 const LINK_LOCAL: u32 = 0xfe80_0000;
 const LINK_LOCAL_MASK: u32 = 0xffc0_0000;
 
+/// Bytes of a message that are looked at.
+const MESSAGE_START: usize = 4;
+
 /// An IP header, UDP, and the beginning of a message: its type, cipher, sending worker, flags.
 #[repr(C)]
 struct Start<Ip> {
     ip: Ip,
     udp: Udp,
-    message: [u8; 4],
+    message: [u8; MESSAGE_START],
 }
 
 /// What the headers say.
@@ -117,33 +118,34 @@ fn payload_len(frame: impl Frame, udp: &Udp, ip_len: usize, available: u32) -> O
 #[inline(always)]
 fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) -> Option<()> {
     // SAFETY: values of an array map are valid for the whole program, here and below.
-    let workers = unsafe { (&raw const (*maps::bulk_worker(0)?).workers).read_volatile() };
-    if workers == 0 {
+    let inboxes = unsafe { (&raw const (*maps::bulk_inbox(0)?).inboxes).read_volatile() };
+    if inboxes == 0 {
         return None;
     }
-    let number = u32::from(message.worker) % workers;
-    let worker = maps::bulk_worker(number)?;
+    // As the kernel chooses among the sockets.
+    let inbox = maps::bulk_inbox(u32::from(message.worker) % inboxes)?;
     // SAFETY: as above.
     unsafe {
-        let inbox = &raw mut (*worker).inbox;
-        if inbox.read_volatile() == INBOX_CLOSED || !maps::is_local(local) {
-            return None;
-        }
+        let state = &raw mut (*inbox).state;
+        // Hidden, for the verifier is to see both comparisons: the helper below takes no length that may be 0.
         let len = black_box(u64::from(message.len));
-        if frame.gso_size() != 0 || len == 0 || len > BULK_MESSAGE_LEN as u64 {
-            inbox.write_volatile(INBOX_CLOSED);
+        if len < MESSAGE_START as u64 || state.read_volatile() == INBOX_CLOSED || !maps::is_local(local) {
             return None;
         }
-        let Some((place, sequence)) = reserve(number, worker) else {
-            inbox.write_volatile(INBOX_CLOSED);
+        if frame.gso_size() != 0 || len > BULK_MESSAGE_LEN as u64 {
+            state.write_volatile(INBOX_CLOSED);
+            return None;
+        }
+        let Some((place, number)) = reserve(inbox) else {
+            state.write_volatile(INBOX_CLOSED);
             return None;
         };
         // After the place was taken: a worker that falls asleep looks for such places after it has said so. One of both sees the other.
-        let is_asleep = inbox.read_volatile() == INBOX_ASLEEP;
+        let is_asleep = state.read_volatile() == INBOX_ASLEEP;
         let is_there =
             !is_asleep && frame.copy_to(message.offset, (&raw mut (*place).bytes).cast(), len as u32);
         if is_asleep {
-            maps::compare_exchange(inbox, INBOX_ASLEEP, INBOX_OPEN);
+            maps::compare_exchange(state, INBOX_ASLEEP, INBOX_OPEN);
         }
         (*place).len = if is_there { len as u32 } else { 0 };
         for word in 0..4 {
@@ -153,29 +155,29 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
         (*place).remote_port_be = message.port_be;
         (*place).ecn = message.ecn.into();
         // Orders all the above before it, on every architecture.
-        maps::compare_exchange(&raw mut (*place).sequence, sequence, sequence.wrapping_add(1));
+        maps::compare_exchange(&raw mut (*place).sequence, number, number.wrapping_add(1));
         is_there.then_some(())
     }
 }
 
-/// The next place of an inbox. `None`: it is full, or other CPUs were always faster.
+/// The next place of an inbox, and the number of the message that it is for. `None`: it is full, or other CPUs were always faster.
 #[inline(always)]
-fn reserve(number: u32, worker: *mut BulkWorker) -> Option<(*mut BulkMessage, u32)> {
+fn reserve(inbox: *mut BulkInbox) -> Option<(*mut BulkMessage, u32)> {
     for _ in 0..ATTEMPTS {
         // SAFETY: values of an array map are valid for the whole program.
         unsafe {
-            let len = (&raw const (*worker).inbox_len).read_volatile();
-            let head = (&raw const (*worker).inbox_head).read_volatile();
-            let slot = number * len + (head & len.wrapping_sub(1));
-            let place = maps::bulk_message(slot & (BULK_MESSAGE_SLOTS - 1))?;
+            let (first, len) =
+                ((&raw const (*inbox).first).read_volatile(), (&raw const (*inbox).len).read_volatile());
+            let head = (&raw const (*inbox).head).read_volatile();
+            let place = maps::bulk_message(first.wrapping_add(head & len.wrapping_sub(1)))?;
             if (&raw const (*place).sequence).read_volatile() != head {
                 // Full; or taken meanwhile, which the next attempt finds out.
-                if (&raw const (*worker).inbox_head).read_volatile() == head {
+                if (&raw const (*inbox).head).read_volatile() == head {
                     return None;
                 }
                 continue;
             }
-            if maps::compare_exchange(&raw mut (*worker).inbox_head, head, head.wrapping_add(1)) {
+            if maps::compare_exchange(&raw mut (*inbox).head, head, head.wrapping_add(1)) {
                 return Some((place, head));
             }
         }

@@ -8,10 +8,10 @@ use aya_ebpf::maps::ring_buf::RingBufEntry;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use overnode_ebpf::map::{
-    Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey, BulkMessage,
-    BulkPeer, BulkWorker, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS,
-    PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_HOST, ROUTE_LOCAL, ROUTE_PEER, ROUTE_SLOTS, Route,
-    SESSION_SLOTS, Session,
+    Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey, BulkInbox,
+    BulkMessage, BulkPeer, BulkWorker, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS, Endpoint,
+    LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_HOST, ROUTE_LOCAL, ROUTE_PEER,
+    ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -43,7 +43,9 @@ static BULK_WORKERS: Array<BulkWorker> = Array::with_max_entries(BULK_WORKER_SLO
 #[map]
 static BULK_PEERS: Array<BulkPeer> = Array::with_max_entries(PEER_SLOTS, BPF_F_MMAPABLE);
 #[map]
-static BULK_INBOXES: Array<BulkMessage> = Array::with_max_entries(BULK_MESSAGE_SLOTS, BPF_F_MMAPABLE);
+static BULK_INBOXES: Array<BulkInbox> = Array::with_max_entries(BULK_WORKER_SLOTS, BPF_F_MMAPABLE);
+#[map]
+static BULK_MESSAGES: Array<BulkMessage> = Array::with_max_entries(BULK_MESSAGE_SLOTS, BPF_F_MMAPABLE);
 #[map]
 static BULK_FLOWS: LruHashMap<BulkFlowKey, BulkFlow> = LruHashMap::with_max_entries(BULK_FLOW_SLOTS, 0);
 
@@ -53,10 +55,16 @@ pub fn bulk_worker(number: u32) -> Option<*mut BulkWorker> {
     BULK_WORKERS.get_ptr_mut(number)
 }
 
-/// A place in a worker's inbox.
+/// The inbox of a worker of the bulk path.
+#[inline(always)]
+pub fn bulk_inbox(worker: u32) -> Option<*mut BulkInbox> {
+    BULK_INBOXES.get_ptr_mut(worker)
+}
+
+/// A place in an inbox.
 #[inline(always)]
 pub fn bulk_message(slot: u32) -> Option<*mut BulkMessage> {
-    BULK_INBOXES.get_ptr_mut(slot)
+    BULK_MESSAGES.get_ptr_mut(slot)
 }
 
 /// What the bulk path does for a peer; `None` if nothing.

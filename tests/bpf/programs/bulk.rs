@@ -25,7 +25,7 @@ impl World {
 
     /// One worker that said at that time that it lives, and serves the peer.
     fn serve_until(&mut self, alive_ns: u64) {
-        self.set_worker(0, BulkWorker { ifindex: IFINDEX, alive_ns, ..BulkWorker::default() });
+        self.set_worker(0, BulkWorker { ifindex: IFINDEX, unused: 0, alive_ns });
         let peer = self.bulk_peer();
         self.set_bulk_peer(BulkPeer { workers: 1, ..peer });
     }
@@ -152,7 +152,7 @@ fn a_worker_that_is_silent_or_gone_gets_nothing() {
     world.serve();
     assert!(!is_steered(&world.send_large(TCP, 1000)), "back before it has sent enough again");
     world.move_flow(TCP, 1000);
-    world.set_worker(0, BulkWorker { alive_ns: boot_ns(), ..BulkWorker::default() });
+    world.set_worker(0, BulkWorker { ifindex: 0, unused: 0, alive_ns: boot_ns() });
     assert!(!is_steered(&world.send_large(TCP, 1000)), "to a worker that is not there");
     world.serve();
     world.move_flow(TCP, 1000);

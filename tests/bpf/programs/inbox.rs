@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use aya::maps::{Array, Map};
 use overnode_daemon::datapath::{Inbox, Origin};
-use overnode_ebpf::map::{BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BulkWorker};
+use overnode_ebpf::map::{BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BulkInbox};
 use overnode_ebpf::reason::Reason;
 
 use crate::packet::{Path, set_ipv4_checksum};
@@ -27,7 +27,7 @@ impl World {
     }
 
     fn inboxes(&self, count: u32) -> Vec<Inbox> {
-        Inbox::take_over(self.fd("BULK_WORKERS"), self.fd("BULK_INBOXES"), count).expect("the inboxes")
+        Inbox::take_over(self.fd("BULK_INBOXES"), self.fd("BULK_MESSAGES"), count).expect("the inboxes")
     }
 
     /// The inbox of the only worker, open.
@@ -109,7 +109,7 @@ fn what_is_not_plain_goes_to_the_socket() {
         }
         let whole = path.frame(&plain);
         let udp_at = whole.len() - 208;
-        for udp_len in [0_u16, 7, 209, 0xffff] {
+        for udp_len in [0_u16, 7, 8, 11, 209, 0xffff] {
             let mut frame = whole.clone();
             frame[udp_at + 4..udp_at + 6].copy_from_slice(&udp_len.to_be_bytes());
             frames.push(frame);
@@ -168,10 +168,10 @@ fn what_does_not_fit_closes_the_inbox() {
 #[test]
 fn a_full_inbox_closes_and_loses_nothing() {
     let mut world = World::new(Underlay::V4);
-    let start = BulkWorker { inbox_head: u32::MAX - 3000, ..BulkWorker::default() };
-    Array::try_from(world.ebpf.map_mut("BULK_WORKERS").expect("BULK_WORKERS"))
+    let start = BulkInbox { head: u32::MAX - 3000, ..BulkInbox::default() };
+    Array::try_from(world.ebpf.map_mut("BULK_INBOXES").expect("BULK_INBOXES"))
         .and_then(|mut map| map.set(0, start, 0))
-        .expect("BULK_WORKERS");
+        .expect("BULK_INBOXES");
     let mut inbox = world.inbox();
     let path = path(Underlay::V4);
     let frame = |number: u64| path.frame(&message(0, 50 + number as usize % 7, number));
