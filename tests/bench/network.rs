@@ -106,11 +106,11 @@ impl Kind {
         }
     }
 
-    /// Where the underlay takes one packet at a time: whether its interfaces join what they receive (GRO), as `ethtool` says it.
-    const fn gro_without_tso(self) -> Option<&'static str> {
+    /// Where the underlay takes one packet at a time: whether its interfaces join what they receive (GRO).
+    const fn joins_without_tso(self) -> Option<bool> {
         match self {
-            Self::VxlanNotso | Self::OvernodeAesNotso => Some("off"),
-            Self::VxlanNotsoGro | Self::OvernodeAesNotsoGro => Some("on"),
+            Self::VxlanNotso | Self::OvernodeAesNotso => Some(false),
+            Self::VxlanNotsoGro | Self::OvernodeAesNotsoGro => Some(true),
             _ => None,
         }
     }
@@ -205,11 +205,8 @@ impl Network {
                 Tunnel::None
             }
         };
-        if let Some(gro) = kind.gro_without_tso() {
-            for host in lab.hosts() {
-                let off = ["-K", "eth0", "tso", "off", "gso", "on", "tx-udp-segmentation", "off", "gro", gro];
-                host.netns().run("ethtool", &off)?;
-            }
+        if let Some(joins) = kind.joins_without_tso() {
+            lab.stop_segmenting(joins)?;
         }
         let IpAddr::V4(to) = b.address() else { anyhow::bail!("{} is no IPv4 address", b.address()) };
         lab::eventually(Duration::from_secs(30), || {

@@ -5,6 +5,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use lab::capture::Captured;
 use lab::flow::{self, Amount, Manner, TcpFlow};
 use lab::rough::Roughness;
 use lab::{Container, Family, Host, Lab, eventually};
@@ -64,95 +65,90 @@ fn with_workers(builder: lab::Builder, test: impl FnOnce(&Lab, &[Container]) -> 
     })
 }
 
+/// `overnode launch` with further options.
+fn launch_with(lab: &Lab, host: &Host, options: &[&str]) -> Result<()> {
+    let id = host.number.to_string();
+    let words = [&["launch", "--id", &id][..], options, &lab.targets()].concat();
+    host.overnode_with(&words, &[("OVERNODE_TOKEN", TOKEN)])?.success().map(drop)
+}
+
 /// A stream that the workers have to do with without being all that the machine does.
 fn steady_flow(containers: &[Container]) -> Result<TcpFlow> {
     TcpFlow::start_as(&containers[0], &containers[1], Amount::UntilStopped, Manner::Rate(40 * MEGABYTE))
 }
 
-fn arrives_whole(builder: lab::Builder) -> Result<()> {
+/// A large flow arrives whole, nothing of it can be read on the way, and no worker drops anything; what was captured on the way.
+fn arrives_whole(lab: &Lab, containers: &[Container]) -> Result<Captured> {
+    let capture = lab.capture()?;
+    let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(50 * MEGABYTE + 7))?;
+    assert_eq!(received.bytes, 50 * MEGABYTE + 7);
+    let captured = capture.stop()?;
+    ensure_nothing_plain(&captured)?;
+    ensure!(drops(lab.host(1))?.is_empty() && drops(lab.host(2))?.is_empty(), "workers dropped something");
+    Ok(captured)
+}
+
+fn goes_through_the_workers(builder: lab::Builder) -> Result<()> {
     with_workers(builder.hosts(2), |lab, containers| {
-        let capture = lab.capture()?;
         let before = counter(lab.host(1), "bulk-sent")?;
-        let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(50 * MEGABYTE + 7))?;
-        assert_eq!(received.bytes, 50 * MEGABYTE + 7);
+        let captured = arrives_whole(lab, containers)?;
         let sent = counter(lab.host(1), "bulk-sent")? - before;
         ensure!(sent > 300, "the workers got {sent} packets only");
-        let captured = capture.stop()?;
         let bulk = captured.count(|packet| {
             packet.ip.is_some_and(|ip| ip.protocol == lab::pcap::UDP && ip.ports == (PORT, PORT))
         })?;
         ensure!(bulk > 100, "{bulk} messages of the bulk path were captured");
-        ensure_nothing_plain(&captured)?;
-        ensure!(
-            drops(lab.host(1))?.is_empty() && drops(lab.host(2))?.is_empty(),
-            "workers dropped something"
-        );
         Ok(())
     })
 }
 
 #[test]
 fn a_large_flow_goes_through_the_workers_and_arrives_whole() -> Result<()> {
-    arrives_whole(Lab::new("bulk4"))
+    goes_through_the_workers(Lab::new("bulk4"))
 }
 
 #[test]
 fn so_it_does_over_ipv6() -> Result<()> {
-    arrives_whole(Lab::new("bulk6").family(Family::V6))
+    goes_through_the_workers(Lab::new("bulk6").family(Family::V6))
 }
 
 #[test]
 fn and_over_a_jumbo_underlay_behind_a_router() -> Result<()> {
-    arrives_whole(Lab::new("bulk9000").routed().mtu(9000))
+    goes_through_the_workers(Lab::new("bulk9000").routed().mtu(9000))
 }
 
-/// From now on the underlay carries messages one by one, as network cards without segmentation do that join nothing either.
-fn carry_one_by_one(lab: &Lab) -> Result<()> {
-    lab.hosts().iter().try_for_each(|host| {
-        let features = ["tso", "off", "gso", "on", "tx-udp-segmentation", "off", "gro", "off"];
-        let words = [&["-K", host.interface()][..], &features].concat();
-        host.netns().run("ethtool", &words).map(drop)
-    })
+/// Messages come one by one.
+fn one_by_one(lab: &Lab) -> Result<()> {
+    lab.stop_segmenting(false)
 }
 
 /// Nearly all of them then go into the receiving worker's inbox.
-fn arrives_whole_one_by_one(builder: lab::Builder, options: &[&str]) -> Result<()> {
+fn goes_through_the_inbox(builder: lab::Builder, options: &[&str]) -> Result<()> {
     in_lab(builder.hosts(2), |lab| {
-        carry_one_by_one(lab)?;
-        for host in lab.hosts() {
-            let id = host.number.to_string();
-            let words = [&["launch", "--id", &id][..], options, &lab.targets()].concat();
-            host.overnode_with(&words, &[("OVERNODE_TOKEN", TOKEN)])?.success()?;
-        }
+        one_by_one(lab)?;
+        lab.hosts().iter().try_for_each(|host| launch_with(lab, host, options))?;
         let containers = one_each(lab)?;
         wait_for_workers(lab)?;
-        let capture = lab.capture()?;
-        let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(50 * MEGABYTE + 7))?;
-        assert_eq!(received.bytes, 50 * MEGABYTE + 7);
-        ensure_nothing_plain(&capture.stop()?)?;
+        arrives_whole(lab, &containers)?;
         let queued = counter(lab.host(2), "bulk-queued")?;
         ensure!(queued > 50 * MEGABYTE / 1420 / 2, "{queued} messages only came by the inbox");
-        ensure!(
-            drops(lab.host(1))?.is_empty() && drops(lab.host(2))?.is_empty(),
-            "workers dropped something"
-        );
         Ok(())
     })
 }
 
 #[test]
 fn messages_that_come_one_by_one_go_into_the_inbox() -> Result<()> {
-    arrives_whole_one_by_one(Lab::new("bulkone4"), &[])
+    goes_through_the_inbox(Lab::new("bulkone4"), &[])
 }
 
 #[test]
 fn so_they_do_over_ipv6() -> Result<()> {
-    arrives_whole_one_by_one(Lab::new("bulkone6").family(Family::V6), &["--bulk-workers", "3"])
+    goes_through_the_inbox(Lab::new("bulkone6").family(Family::V6), &["--bulk-workers", "3"])
 }
 
 #[test]
 fn so_they_do_with_xdp() -> Result<()> {
-    arrives_whole_one_by_one(Lab::new("bulkonexdp"), &["--interface", "eth0", "--xdp"])
+    goes_through_the_inbox(Lab::new("bulkonexdp"), &["--interface", "eth0", "--xdp"])
 }
 
 /// Killed, on either side, while they have a flow in hand: it goes on in the programs at once, and through new workers later.
@@ -164,13 +160,11 @@ fn killed_workers_cost_a_moment_and_no_connection() -> Result<()> {
 /// With what was in their inboxes.
 #[test]
 fn so_they_do_where_messages_come_one_by_one() -> Result<()> {
-    workers_are_killed(Lab::new("bulkonekill"), carry_one_by_one)
+    workers_are_killed(Lab::new("bulkonekill"), one_by_one)
 }
 
 fn workers_are_killed(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) -> Result<()> {
-    with_workers(builder.hosts(2), |lab, containers| {
-        prepare(lab)?;
-        let flow = steady_flow(containers)?;
+    beside_a_flow(builder, prepare, |lab, flow| {
         for host in [lab.host(1), lab.host(2)] {
             flow.wait_for(5 * MEGABYTE, PATIENCE)?;
             let before = workers(host)?;
@@ -185,6 +179,20 @@ fn workers_are_killed(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) ->
         let bulk = counter(lab.host(1), "bulk-sent")?;
         flow.wait_for(20 * MEGABYTE, PATIENCE)?;
         ensure!(counter(lab.host(1), "bulk-sent")? > bulk, "the flow does not come back to the new workers");
+        Ok(())
+    })
+}
+
+/// Does something while the workers have a flow in hand, which must not stand still for long.
+fn beside_a_flow(
+    builder: lab::Builder,
+    prepare: fn(&Lab) -> Result<()>,
+    trouble: fn(&Lab, &TcpFlow) -> Result<()>,
+) -> Result<()> {
+    with_workers(builder.hosts(2), |lab, containers| {
+        prepare(lab)?;
+        let flow = steady_flow(containers)?;
+        trouble(lab, &flow)?;
         let received = flow.stop()?;
         // 100 ms, and then TCP's own time to notice and to send again.
         ensure!(received.longest_pause < Duration::from_secs(2), "it stood still: {received:?}");
@@ -201,13 +209,11 @@ fn workers_that_hang_cost_a_moment_and_no_connection() -> Result<()> {
 /// Their inboxes fill up meanwhile.
 #[test]
 fn so_do_those_to_which_messages_come_one_by_one() -> Result<()> {
-    workers_are_stopped(Lab::new("bulkonestop"), carry_one_by_one)
+    workers_are_stopped(Lab::new("bulkonestop"), one_by_one)
 }
 
 fn workers_are_stopped(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) -> Result<()> {
-    with_workers(builder.hosts(2), |lab, containers| {
-        prepare(lab)?;
-        let flow = steady_flow(containers)?;
+    beside_a_flow(builder, prepare, |lab, flow| {
         for host in [lab.host(1), lab.host(2)] {
             flow.wait_for(5 * MEGABYTE, PATIENCE)?;
             let pid = workers(host)?;
@@ -217,8 +223,6 @@ fn workers_are_stopped(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) -
             flow.wait_for(5 * MEGABYTE, PATIENCE)?;
             wait_for_workers(lab)?;
         }
-        let received = flow.stop()?;
-        ensure!(received.longest_pause < Duration::from_secs(2), "it stood still: {received:?}");
         Ok(())
     })
 }
@@ -376,12 +380,8 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
 #[test]
 fn a_node_without_workers_works_with_one_that_has_some() -> Result<()> {
     in_lab(Lab::new("bulkoff").hosts(2), |lab| {
-        let launch = |host: &Host, id: &str, bulk: &[&str]| {
-            let words = [&["launch", "--id", id][..], bulk, &lab.targets()].concat();
-            host.overnode_with(&words, &[("OVERNODE_TOKEN", TOKEN)])?.success()
-        };
-        launch(lab.host(1), "1", &["--bulk", "off"])?;
-        launch(lab.host(2), "2", &["--bulk", "aes", "--bulk-workers", "3"])?;
+        launch_with(lab, lab.host(1), &["--bulk", "off"])?;
+        launch_with(lab, lab.host(2), &["--bulk", "aes", "--bulk-workers", "3"])?;
         let containers = one_each(lab)?;
         all_reach_all(&containers)?;
         for (from, to) in [(0, 1), (1, 0)] {
@@ -408,10 +408,7 @@ fn a_node_without_workers_works_with_one_that_has_some() -> Result<()> {
 fn different_numbers_of_workers_and_ciphers_go_together() -> Result<()> {
     in_lab(Lab::new("bulkmany").hosts(2), |lab| {
         for (host, bulk, workers) in [(lab.host(1), "chacha", "3"), (lab.host(2), "aes", "2")] {
-            let id = host.number.to_string();
-            let words = ["launch", "--bulk", bulk, "--bulk-workers", workers, "--id", &id];
-            host.overnode_with(&[&words[..], &lab.targets()].concat(), &[("OVERNODE_TOKEN", TOKEN)])?
-                .success()?;
+            launch_with(lab, host, &["--bulk", bulk, "--bulk-workers", workers])?;
         }
         let containers = one_each(lab)?;
         wait_for_workers(lab)?;

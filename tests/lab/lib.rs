@@ -166,6 +166,17 @@ impl Lab {
         self.underlay.narrow(host.number, mtu)
     }
 
+    /// From now on the underlay takes single packets only, as network cards without segmentation do; `joins`: and its interfaces join what
+    /// they receive (GRO).
+    pub fn stop_segmenting(&self, joins: bool) -> Result<()> {
+        let gro = if joins { "on" } else { "off" };
+        let features = ["tso", "off", "gso", "on", "tx-udp-segmentation", "off", "gro", gro];
+        self.hosts().iter().try_for_each(|host| {
+            let words = [&["-K", host.interface()][..], &features].concat();
+            host.netns().run("ethtool", &words).map(drop)
+        })
+    }
+
     /// Puts a rough wire in place of a host's cable, in a lab with a bridge, until [`Self::smooth`].
     pub fn roughen(&self, host: &Host, roughness: rough::Roughness, seed: u64) -> Result<rough::Wire> {
         self.underlay.roughen(host, roughness, seed)

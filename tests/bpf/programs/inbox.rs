@@ -12,7 +12,7 @@ use overnode_ebpf::map::{BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BulkInbox};
 use overnode_ebpf::reason::Reason;
 
 use crate::packet::{Path, set_ipv4_checksum};
-use crate::world::{HOOKS, Hook, TC_ACT_UNSPEC, UNDERLAYS, Underlay, World};
+use crate::world::{Hook, TC_ACT_UNSPEC, Underlay, World, each};
 
 const PORT: u16 = 6783;
 /// Ethernet, then IPv4.
@@ -58,9 +58,7 @@ fn take(inbox: &mut Inbox) -> Option<(Vec<u8>, Origin)> {
 
 #[test]
 fn a_message_of_any_size_arrives_as_it_is() {
-    for (hook, underlay) in HOOKS.into_iter().flat_map(|hook| UNDERLAYS.map(|underlay| (hook, underlay))) {
-        eprintln!("{hook:?}, {underlay:?}");
-        let world = World::new(underlay);
+    each(|hook, underlay, world| {
         let mut inbox = world.inbox();
         for len in (4..=BULK_MESSAGE_LEN).filter(|len| len % 17 == 0 || *len < 80 || *len > 1900) {
             let path =
@@ -82,15 +80,13 @@ fn a_message_of_any_size_arrives_as_it_is() {
             world.counts().iter().map(|(reason, _)| *reason).collect::<Vec<_>>(),
             [Reason::BulkQueued]
         );
-    }
+    });
 }
 
 /// Passed on untouched: another port, a handshake, nothing at all, a fragment, options, somebody else's address, lengths that lie.
 #[test]
 fn what_is_not_plain_goes_to_the_socket() {
-    for (hook, underlay) in HOOKS.into_iter().flat_map(|hook| UNDERLAYS.map(|underlay| (hook, underlay))) {
-        eprintln!("{hook:?}, {underlay:?}");
-        let world = World::new(underlay);
+    each(|hook, underlay, world| {
         let mut inbox = world.inbox();
         let plain = message(0, 200, 1);
         let path = path(underlay);
@@ -143,7 +139,7 @@ fn what_is_not_plain_goes_to_the_socket() {
         assert!(!inbox.is_closed() && world.counts().is_empty(), "{:?}", world.counts());
         world.receive(hook, &whole);
         assert_eq!(take(&mut inbox).map(|(bytes, _)| bytes), Some(plain));
-    }
+    });
 }
 
 #[test]

@@ -14,18 +14,8 @@ use crate::packet::{
 use crate::world::{
     CONTAINER, CONTAINER_MAC, GATEWAY_MAC, HOOKS, Hook, IFINDEX, LOCAL_INDEX, MTU, NEIGHBOUR,
     NEIGHBOUR_GATEWAY_MAC, NEIGHBOUR_IFINDEX, NEIGHBOUR_MAC, OTHER_PEER, OTHER_REMOTE, PEER, REMOTE, RX_KEY,
-    SLOT, TX_KEY, UNATTACHED, UNDERLAYS, Underlay, World, boot_ns, session,
+    SLOT, TX_KEY, UNATTACHED, Underlay, World, boot_ns, each, session,
 };
-
-/// Each hook over each underlay, with a world of its own.
-fn each(test: impl Fn(Hook, Underlay, World)) {
-    for hook in HOOKS {
-        for underlay in UNDERLAYS {
-            eprintln!("{hook:?}, {underlay:?}");
-            test(hook, underlay, World::new(underlay));
-        }
-    }
-}
 
 #[track_caller]
 fn expect_delivered(world: &World, hook: Hook, frame: &[u8], packet: &[u8]) {

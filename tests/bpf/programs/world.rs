@@ -119,6 +119,16 @@ pub struct World {
     pub ebpf: Ebpf,
 }
 
+/// Each hook over each underlay, with a world of its own.
+pub fn each(test: impl Fn(Hook, Underlay, World)) {
+    for hook in HOOKS {
+        for underlay in UNDERLAYS {
+            eprintln!("{hook:?}, {underlay:?}");
+            test(hook, underlay, World::new(underlay));
+        }
+    }
+}
+
 /// All programs, for [`load`].
 pub const ALL: &[&str] =
     &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk", "aead_check"];
