@@ -37,11 +37,12 @@ const FRAME_LEN: usize = VNET_HEADER + ETHERNET_LEN + 65536;
 const RECEIVES: usize = quinn_udp::BATCH_SIZE;
 /// Frames, or calls to receive, before the other direction has its turn.
 const TURN: usize = 8;
+/// Messages out of the inbox, likewise.
+const INBOX_TURN: usize = TURN * RECEIVES;
 /// How long a worker without work waits; it says that it lives each time.
 const WAIT: Duration = Duration::from_millis(45);
 /// A worker that was not at work for so long (ns) drops what waits. After less, what is late still fills the gaps that it left.
 const STALE_NS: u64 = 3_000_000_000;
-
 /// How long (ns) the inbox stays closed after something came that does not fit into it: there will be more like that.
 const CLOSED_NS: u64 = 1_000_000_000;
 
@@ -299,7 +300,7 @@ impl Worker {
         let any = if self.inbox.is_closed() {
             let taken = self.receive_from_inbox(now);
             let mut received = 0;
-            if taken < TURN * RECEIVES {
+            if taken < INBOX_TURN {
                 received = self.receive_from_sockets(now)?;
                 if received < TURN && now >= self.closed_until {
                     self.inbox.open();
@@ -320,7 +321,7 @@ impl Worker {
         let mut buffers = std::mem::take(&mut self.received);
         let mut taken = 0;
         if let Some(buffer) = buffers.first_mut() {
-            while taken < TURN * RECEIVES
+            while taken < INBOX_TURN
                 && let Some((message, origin)) = self.inbox.take(buffer)
             {
                 if let Err(reason) = self.take(message, &origin, now) {

@@ -12,6 +12,7 @@ use overnode_ebpf::wire::{
 
 use super::frame::{Ethernet, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
 use super::maps::{self, Words};
+use super::outer;
 
 /// How often it is tried to get a place before other CPUs.
 const ATTEMPTS: u32 = 4;
@@ -63,7 +64,7 @@ fn v4(frame: impl Frame) -> Option<()> {
             return None;
         }
         let available = u32::from(u16::from_be(ip.total_len_be)).checked_sub(IPV4_LEN as u32)?;
-        let len = payload_len(frame, udp, IPV4_LEN, available)?;
+        let len = outer::udp_len(frame, udp, IPV4_LEN, available)?.checked_sub(UDP_LEN as u32)?;
         let message = Message {
             offset: (ETHERNET_LEN + IPV4_LEN + UDP_LEN) as u32,
             len,
@@ -92,7 +93,8 @@ fn v6(frame: impl Frame) -> Option<()> {
         {
             return None;
         }
-        let len = payload_len(frame, udp, IPV6_LEN, u32::from(u16::from_be(ip.payload_len_be)))?;
+        let available = u32::from(u16::from_be(ip.payload_len_be));
+        let len = outer::udp_len(frame, udp, IPV6_LEN, available)?.checked_sub(UDP_LEN as u32)?;
         let message = Message {
             offset: (ETHERNET_LEN + IPV6_LEN + UDP_LEN) as u32,
             len,
@@ -103,16 +105,6 @@ fn v6(frame: impl Frame) -> Option<()> {
         (ip.source, ip.destination, message)
     };
     deliver(frame, &remote, &local, &message)
-}
-
-/// Bytes of the UDP payload, if all are there.
-#[inline(always)]
-fn payload_len(frame: impl Frame, udp: &Udp, ip_len: usize, available: u32) -> Option<u32> {
-    let udp_len = u32::from(u16::from_be(udp.len_be));
-    if udp_len > available || (ETHERNET_LEN + ip_len) as u32 + udp_len > frame.len() {
-        return None;
-    }
-    udp_len.checked_sub(UDP_LEN as u32)
 }
 
 #[inline(always)]

@@ -262,10 +262,14 @@ fn is_first_fragment(frame: impl Frame) -> bool {
 fn text_len(frame: impl Frame, ip_len: usize, available: u32, relay_len: u64) -> Result<u64, Reason> {
     let udp = at::<Udp>(frame, ETHERNET_LEN + ip_len)?;
     // SAFETY: `at` has checked the bounds.
-    let udp_len = u32::from(u16::from_be(unsafe { (*udp).len_be }));
-    if udp_len > available || (ETHERNET_LEN + ip_len) as u32 + udp_len > frame.len() {
-        return Err(Reason::Malformed);
-    }
+    let udp_len = udp_len(frame, unsafe { &*udp }, ip_len, available).ok_or(Reason::Malformed)?;
     let headers = (UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u64 + relay_len;
     u64::from(udp_len).checked_sub(headers).ok_or(Reason::Malformed)
+}
+
+/// What a UDP header says of its datagram's length, in bytes, if the IP header's `available` ones and the packet's have room for it.
+#[inline(always)]
+pub fn udp_len(frame: impl Frame, udp: &Udp, ip_len: usize, available: u32) -> Option<u32> {
+    let len = u32::from(u16::from_be(udp.len_be));
+    (len <= available && (ETHERNET_LEN + ip_len) as u32 + len <= frame.len()).then_some(len)
 }
