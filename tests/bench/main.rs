@@ -21,9 +21,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 
-use measure::{Round, Times};
+use measure::{Loaded, Round, Times};
 use network::{Kind, Network};
-use report::{Outcome, Report};
+use report::{Beside, Outcome, Report};
 
 /// Measures overnode beside others. Needs root.
 #[derive(Debug, Parser)]
@@ -100,11 +100,14 @@ fn datapath(arguments: Datapath) -> Result<()> {
     if let Err(error) = &programs {
         eprintln!("programs: {error:#}");
     }
-    let networks = measure_networks(&kinds, rounds, times);
+    let mut networks = set_up(&kinds);
+    measure_networks(&mut networks, rounds, times);
+    let beside = measure_beside(&networks, times).map_err(|error| format!("{error:#}"));
 
     let report = Report {
         programs: programs.map_err(|error| format!("{error:#}")),
-        networks,
+        networks: networks.into_iter().map(Measured::outcome).collect(),
+        beside,
         rounds,
         took: start.elapsed(),
     };
@@ -119,16 +122,33 @@ fn datapath(arguments: Datapath) -> Result<()> {
     Ok(())
 }
 
-fn measure_networks(kinds: &[Kind], rounds: u32, times: Times) -> Vec<Outcome> {
-    let mut networks: Vec<(Kind, Result<Network>, Vec<Round>)> = Vec::new();
-    for &kind in kinds {
-        eprintln!("setting up {kind}");
-        networks.push((kind, Network::set_up(kind), Vec::new()));
+/// A network, or why there is none, and what its rounds found.
+struct Measured {
+    kind: Kind,
+    network: Result<Network>,
+    rounds: Vec<Round>,
+}
+
+impl Measured {
+    fn outcome(self) -> Outcome {
+        let result = self.network.map(|_| self.rounds).map_err(|error| format!("{error:#}"));
+        Outcome { kind: self.kind, result }
     }
-    let total = times.of_a_round() * rounds * u32::try_from(kinds.len()).unwrap_or(u32::MAX);
+}
+
+fn set_up(kinds: &[Kind]) -> Vec<Measured> {
+    let set_up = |&kind: &Kind| {
+        eprintln!("setting up {kind}");
+        Measured { kind, network: Network::set_up(kind), rounds: Vec::new() }
+    };
+    kinds.iter().map(set_up).collect()
+}
+
+fn measure_networks(networks: &mut [Measured], rounds: u32, times: Times) {
+    let total = times.of_a_round() * rounds * u32::try_from(networks.len()).unwrap_or(u32::MAX);
     eprintln!("measuring for about {}", report::spoken(total));
     for round in 1..=rounds {
-        for (kind, network, results) in &mut networks {
+        for Measured { kind, network, rounds: results } in &mut *networks {
             let Ok(ready) = network else { continue };
             eprintln!("round {round} of {rounds}: {kind}");
             match measure::round(ready, times) {
@@ -138,11 +158,33 @@ fn measure_networks(kinds: &[Kind], rounds: u32, times: Times) -> Vec<Outcome> {
             std::thread::sleep(Duration::from_millis(200));
         }
     }
-    networks
-        .into_iter()
-        .map(|(kind, network, rounds)| Outcome {
-            kind,
-            result: network.map(|_| rounds).map_err(|error| format!("{error:#}")),
+}
+
+/// Pings beside a flow, without workers and with them, one right after the other: from round to round this machine differs more than they do.
+/// None if not both networks were to be measured.
+fn measure_beside(networks: &[Measured], times: Times) -> Result<Vec<Beside>> {
+    let find = |kind| {
+        let found = networks.iter().find(|measured: &&Measured| measured.kind == kind)?;
+        found.network.as_ref().ok()
+    };
+    let (Some(without), Some(with)) = (find(Kind::OvernodeOff), find(Kind::Overnode)) else {
+        return Ok(Vec::new());
+    };
+    let vxlan = find(Kind::Vxlan);
+    let total = times.of_a_flow() * times.turns * if vxlan.is_some() { 4 } else { 3 };
+    eprintln!("pings beside a flow, in turn, for about {}", report::spoken(total));
+    (0..times.turns)
+        .map(|_| {
+            let measure = |network: &Network, limit| -> Result<Loaded> {
+                measure::beside_a_flow(network, times, limit)
+            };
+            let without = measure(without, None)?;
+            Ok(Beside {
+                without,
+                paced: measure(with, Some(without.rate))?,
+                with: measure(with, None)?,
+                vxlan: vxlan.map(|network| measure(network, None)).transpose()?,
+            })
         })
         .collect()
 }

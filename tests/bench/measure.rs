@@ -21,18 +21,26 @@ pub struct Times {
     pings: u64,
     flood: Duration,
     stream_seconds: u32,
+    /// How often pings beside a flow are compared.
+    pub turns: u32,
 }
 
 impl Times {
     /// For figures.
-    pub const FULL: Self = Self { pings: 3000, flood: Duration::from_secs(2), stream_seconds: 3 };
+    pub const FULL: Self = Self { pings: 3000, flood: Duration::from_secs(2), stream_seconds: 3, turns: 10 };
     /// For seeing that all works.
-    pub const QUICK: Self = Self { pings: 300, flood: Duration::from_millis(500), stream_seconds: 1 };
+    pub const QUICK: Self =
+        Self { pings: 300, flood: Duration::from_millis(500), stream_seconds: 1, turns: 1 };
 
     /// A round's length, roughly.
     pub fn of_a_round(&self) -> Duration {
         let pings = PING_INTERVAL * u32::try_from(self.pings).unwrap_or(u32::MAX);
         pings + self.flood * 2 + Duration::from_secs(u64::from(self.stream_seconds) * 5 + 1)
+    }
+
+    /// The length of one measurement of pings beside a flow.
+    pub fn of_a_flow(&self) -> Duration {
+        Duration::from_secs(u64::from(self.stream_seconds))
     }
 }
 
@@ -85,22 +93,12 @@ pub fn round(network: &Network, times: Times) -> Result<Round> {
         let arguments = [&["-t", &seconds], what].concat();
         server.client(a, &arguments).with_context(|| format!("TCP {}", what.join(" ")))
     };
-    let goodput = |report: &Value, sum: &str| {
-        report["end"][sum]["bits_per_second"].as_f64().context("iperf3 printed no sum").map(|rate| rate / 1e9)
-    };
     let (before, one) = (busy()?, stream(&["-P", "1"])?);
     let busy = busy()? - before;
     let gigabytes = one["end"]["sum_received"]["bytes"].as_f64().context("iperf3 printed no bytes")? / 1e9;
     let retransmits = one["end"]["sum_sent"]["retransmits"].as_f64().unwrap_or_default();
     let both = stream(&["--bidir"])?;
-    let loaded = std::thread::scope(|scope| {
-        let flow = scope.spawn(|| stream(&["-P", "1"]));
-        std::thread::sleep(RAMP);
-        let count = u64::from(times.stream_seconds) * 700;
-        let loaded = probe::ping(a, to, count, PING_INTERVAL);
-        flow.join().map_err(|_| anyhow!("the flow beside the pings panicked"))??;
-        loaded
-    })?;
+    let loaded = beside(network, &server, times, &["-P", "1"])?;
     Ok(Round {
         rtt_average: micros(pings.average()),
         rtt_median: micros(pings.percentile(50)),
@@ -113,10 +111,57 @@ pub fn round(network: &Network, times: Times) -> Result<Round> {
         both_ways: goodput(&both, "sum_received")? + goodput(&both, "sum_received_bidir_reverse")?,
         udp_gso: probe::gso(a, b, to, times.flood).context("UDP, many segments at once")? / 1e9,
         cpu_per_gigabyte: busy.as_secs_f64() / gigabytes.max(1e-9),
-        loaded_rtt_average: micros(loaded.average()),
-        loaded_rtt_p99: micros(loaded.percentile(99)),
+        loaded_rtt_average: loaded.average,
+        loaded_rtt_p99: loaded.p99,
         retransmits: retransmits / gigabytes.max(1e-9),
     })
+}
+
+/// Pings beside one TCP flow.
+#[derive(Clone, Copy, Debug)]
+pub struct Loaded {
+    /// Goodput of the flow, Gbit/s.
+    pub rate: f64,
+    /// Mean round-trip time, µs.
+    pub average: f64,
+    /// Median, µs.
+    pub median: f64,
+    /// 99th percentile, µs.
+    pub p99: f64,
+}
+
+/// Measures pings beside one TCP flow, which sends what it can, or no more than `limit` Gbit/s.
+///
+/// # Errors
+/// When nothing arrives.
+pub fn beside_a_flow(network: &Network, times: Times, limit: Option<f64>) -> Result<Loaded> {
+    let server = Server::start(network.b.netns(), network.to.into())?;
+    let limit = limit.map(|limit| format!("{:.0}M", limit * 1e3));
+    let limit: Vec<_> = limit.iter().flat_map(|limit| ["-b", limit]).collect();
+    beside(network, &server, times, &limit)
+}
+
+fn beside(network: &Network, server: &Server, times: Times, flow: &[&str]) -> Result<Loaded> {
+    let (a, seconds) = (network.a.netns(), times.stream_seconds.to_string());
+    let (report, pings) = std::thread::scope(|scope| {
+        let flow = scope.spawn(|| server.client(a, &[&["-t", &seconds], flow].concat()));
+        std::thread::sleep(RAMP);
+        let pings = probe::ping(a, network.to, u64::from(times.stream_seconds) * 700, PING_INTERVAL);
+        let report = flow.join().map_err(|_| anyhow!("the flow beside the pings panicked"))?;
+        anyhow::Ok((report?, pings?))
+    })
+    .context("pings beside a flow")?;
+    Ok(Loaded {
+        rate: goodput(&report, "sum_received")?,
+        average: micros(pings.average()),
+        median: micros(pings.percentile(50)),
+        p99: micros(pings.percentile(99)),
+    })
+}
+
+/// What iperf3 says of one of its sums, Gbit/s.
+fn goodput(report: &Value, sum: &str) -> Result<f64> {
+    report["end"][sum]["bits_per_second"].as_f64().context("iperf3 printed no sum").map(|rate| rate / 1e9)
 }
 
 /// Time that the processors have been busy since the machine started.

@@ -21,6 +21,7 @@ use clap::ValueEnum;
 use ipnet::{IpNet, Ipv4Net};
 use lab::wireguard::{Configuration, Device, Peer, Stock, key_pair};
 use lab::{Container, Entry, Lab, gateway};
+use serde_json::Value;
 
 use crate::probe;
 
@@ -214,8 +215,24 @@ impl Network {
             ensure!(lost == 0, "the containers cannot reach each other");
             Ok(())
         })?;
+        for (container, other) in [(&a, to.into()), (&b, a.address())] {
+            control_congestion(container, other).context("TCP's congestion control cannot be set")?;
+        }
         Ok(Self { a, b, to, _tunnel: tunnel, _lab: lab })
     }
+}
+
+/// Has a container send to an address as Linux does unless told otherwise, whatever this machine has been told. BBR, for one, sends by
+/// timers, whose interrupts cost a virtual machine more than the network.
+fn control_congestion(container: &Container, to: IpAddr) -> Result<()> {
+    let to = to.to_string();
+    let routes: Value = serde_json::from_str(&container.netns().ip(&["-json", "route", "get", &to])?)?;
+    let part = |key: &str| routes[0][key].as_str();
+    let way = [("via", part("gateway")), ("dev", part("dev"))];
+    let way = way.into_iter().filter_map(|(word, value)| Some([word, value?])).flatten();
+    let words: Vec<_> =
+        ["route", "replace", &to].into_iter().chain(way).chain(["congctl", "cubic"]).collect();
+    container.netns().ip(&words).map(drop)
 }
 
 fn veth(a: &Container, b: &Container) -> Result<()> {

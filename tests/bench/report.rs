@@ -8,7 +8,7 @@ use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use serde_json::{Value, json};
 
-use crate::measure::Round;
+use crate::measure::{Loaded, Round};
 use crate::network::Kind;
 use crate::programs::Programs;
 
@@ -18,6 +18,8 @@ pub struct Report {
     pub programs: Result<Programs, String>,
     /// In the order of the table.
     pub networks: Vec<Outcome>,
+    /// Pings beside a flow, compared; or why they could not be.
+    pub beside: Result<Vec<Beside>, String>,
     /// How often each network was to be measured.
     pub rounds: u32,
     /// From start to end.
@@ -31,6 +33,29 @@ pub struct Outcome {
     /// Its rounds, or why there are none.
     pub result: Result<Vec<Round>, String>,
 }
+
+/// Pings beside a flow, one right after the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside {
+    /// Without workers.
+    pub without: Loaded,
+    /// With workers, and a flow that sends as much as went without them.
+    pub paced: Loaded,
+    /// With workers, and a flow that sends what it can.
+    pub with: Loaded,
+    /// Beside VXLAN's flow, if that is measured.
+    pub vxlan: Option<Loaded>,
+}
+
+/// One of [`Beside`]'s, by name.
+type Case = (&'static str, fn(&Beside) -> Option<Loaded>);
+
+const CASES: [Case; 4] = [
+    ("overnode off", |beside| Some(beside.without)),
+    ("overnode, no more than that", |beside| Some(beside.paced)),
+    ("overnode", |beside| Some(beside.with)),
+    ("vxlan", |beside| beside.vxlan),
+];
 
 /// A figure of a round: how to name it, find it, print it, and whether more is better.
 struct Figure {
@@ -71,7 +96,6 @@ const fn figure(
 const RTT_AVERAGE: usize = 0;
 const PACKETS: usize = 3;
 const ONE_FLOW: usize = 4;
-const LOADED_P99: usize = 11;
 /// The columns of each table, for a terminal has no room for all.
 const PARTS: [std::ops::Range<usize>; 2] = [0..7, 7..14];
 
@@ -86,7 +110,9 @@ struct Check {
 impl Report {
     /// Whether everything asked for was measured.
     pub fn is_complete(&self) -> bool {
-        self.programs.is_ok() && self.networks.iter().all(|outcome| outcome.result.is_ok())
+        self.programs.is_ok()
+            && self.beside.is_ok()
+            && self.networks.iter().all(|outcome| outcome.result.is_ok())
     }
 
     /// All figures, each round included.
@@ -130,6 +156,15 @@ impl Report {
             "seconds": self.took.as_secs_f64(),
             "programs": programs,
             "networks": networks,
+            "beside_a_flow": self.beside.iter().flatten().map(|turn| {
+                let case = |&(name, of): &Case| of(turn).map(|loaded| (name.to_owned(), json!({
+                    "gbps": loaded.rate,
+                    "average_us": loaded.average,
+                    "median_us": loaded.median,
+                    "p99_us": loaded.p99,
+                })));
+                Value::Object(CASES.iter().filter_map(case).collect())
+            }).collect::<Vec<_>>(),
             "floor": self.checks().iter().map(|check| json!({
                 "what": check.what, "value": check.value, "floor": check.floor, "passed": check.passed,
             })).collect::<Vec<_>>(),
@@ -193,15 +228,14 @@ impl Report {
                 ));
             }
         }
-        if let (Some(with), Some(without)) =
-            (of(Kind::Overnode, LOADED_P99), of(Kind::OvernodeOff, LOADED_P99))
-        {
-            checks.push(at_most(
-                "p99 of the RTT beside a flow: times that without workers".into(),
-                with / without,
-                1.0,
-            ));
-        }
+        let turns = || self.beside.iter().flatten();
+        let p99 = |what: &str, ratios: Vec<f64>| {
+            let what = format!("p99 of the RTT beside {what}: times that without workers");
+            middle(ratios).map(|ratio| at_most(what, ratio, 1.0))
+        };
+        let without = |turn: &Beside| turn.without.p99;
+        checks.extend(p99("a flow", turns().map(|turn| turn.with.p99 / without(turn)).collect()));
+        checks.extend(p99("the same flow", turns().map(|turn| turn.paced.p99 / without(turn)).collect()));
         let best = |kinds: Vec<Kind>, figure: usize| {
             let ratios = kinds.into_iter().filter_map(|kind| self.ratio(kind, &FIGURES[figure]));
             ratios.min_by(f64::total_cmp)
@@ -295,6 +329,14 @@ impl fmt::Display for Report {
                 writeln!(f, "{}", self.ratio_table(part))?;
             }
         }
+        match self.beside.as_deref() {
+            Err(reason) => writeln!(f, "Pings beside a flow could not be compared: {reason}")?,
+            Ok([]) => {}
+            Ok(turns) => {
+                writeln!(f, "\nRTT beside one TCP flow, measured in turn (median of {})", turns.len())?;
+                writeln!(f, "{}", beside_table(turns))?;
+            }
+        }
         writeln!(f, "\nThe floor")?;
         for check in self.checks() {
             let mark = if check.passed { "PASS" } else { "FAIL" };
@@ -302,6 +344,21 @@ impl fmt::Display for Report {
         }
         writeln!(f, "\ntook {}", spoken(self.took))
     }
+}
+
+fn beside_table(turns: &[Beside]) -> Table {
+    const FIGURES: [fn(Loaded) -> f64; 4] =
+        [|loaded| loaded.rate, |loaded| loaded.average, |loaded| loaded.median, |loaded| loaded.p99];
+    let mut table = table(&["network", "flow Gbit/s", "RTT avg µs", "median µs", "p99 µs"]);
+    for (name, of) in CASES {
+        let of_turns = |figure| middle(turns.iter().filter_map(of).map(figure).collect());
+        let cells: Option<Vec<_>> =
+            FIGURES.into_iter().map(|figure| Some(format!("{:.1}", of_turns(figure)?))).collect();
+        if let Some(cells) = cells {
+            table.add_row([name.to_owned()].into_iter().chain(cells));
+        }
+    }
+    table
 }
 
 fn figures(value: impl Fn(&Figure) -> Value) -> Value {
@@ -313,7 +370,11 @@ fn figures(value: impl Fn(&Figure) -> Value) -> Value {
 }
 
 fn median(rounds: &[Round], figure: &Figure) -> Option<f64> {
-    let mut values: Vec<_> = rounds.iter().map(figure.of).collect();
+    middle(rounds.iter().map(figure.of).collect())
+}
+
+/// The median; none of nothing.
+fn middle(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     match values.len() {
