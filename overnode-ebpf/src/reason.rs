@@ -99,6 +99,8 @@ reasons! {
     ForeignRelay = 35, "foreign-relay";
     /// A relayed message that would have to go back to where it came from.
     RelayLoop = 36, "relay-loop";
+    /// A message of the bulk path for which its worker's inbox had no room: more comes than the worker opens.
+    InboxFull = 37, "inbox-full";
 }
 
 /// Codes from here on mean that the packet was dropped.

@@ -87,7 +87,7 @@ impl Inbox {
         self.messages.at(self.first + (number & (self.len - 1)))
     }
 
-    /// True if messages go to the sockets: the programs have closed the inbox, as it was full or something came that does not fit.
+    /// True if messages go to the sockets: the programs have closed the inbox, as something came that does not fit.
     pub fn is_closed(&self) -> bool {
         self.state().is_none_or(|state| state.load(Ordering::Relaxed) == INBOX_CLOSED)
     }

@@ -18,8 +18,8 @@ use super::{Sent, cipher, inbox, maps, relay};
 /// `None`: not a data message for this host.
 pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     let Some(outer) = outer::parse(frame)? else {
-        return Ok(inbox::put(frame)
-            .then_some(Sent { counted: Some(Reason::BulkQueued), verdict: frame.consumed() }));
+        let put = inbox::put(frame).transpose()?;
+        return Ok(put.map(|()| Sent { counted: Some(Reason::BulkQueued), verdict: frame.consumed() }));
     };
     if frame.gso_size() != 0 {
         return Err(Reason::Offload);

@@ -6,6 +6,7 @@
 use core::hint::black_box;
 
 use overnode_ebpf::map::{BULK_MESSAGE_LEN, BulkInbox, BulkMessage, INBOX_ASLEEP, INBOX_CLOSED, INBOX_OPEN};
+use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
     BULK_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN, TYPE_DATA, UDP_LEN,
 };
@@ -15,7 +16,7 @@ use super::maps::{self, Words};
 use super::outer;
 
 /// How often it is tried to get a place before other CPUs.
-const ATTEMPTS: u32 = 4;
+const ATTEMPTS: u32 = 8;
 /// First word of addresses in `fe80::/10`, and which bits of it count.
 const LINK_LOCAL: u32 = 0xfe80_0000;
 const LINK_LOCAL_MASK: u32 = 0xffc0_0000;
@@ -40,21 +41,26 @@ struct Message {
     port_be: u16,
 }
 
-/// Puts a data message for this host into its worker's inbox. False: it is none, or goes to the socket.
+/// What became of a data message for this host; `None`: it is none, or goes to the socket.
+type Put = Option<Result<(), Reason>>;
+
+/// Puts a data message for this host into its worker's inbox.
+///
+/// # Errors
+/// [`Reason::InboxFull`]: by the socket it would overtake what is there, and cost the worker more time, of which it has too little.
 #[inline(always)]
-pub fn put(frame: impl Frame) -> bool {
-    let Ok(ethernet) = at::<Ethernet>(frame, 0) else { return false };
+pub fn put(frame: impl Frame) -> Put {
+    let ethernet = at::<Ethernet>(frame, 0).ok()?;
     // SAFETY: `at` has checked the bounds.
     match u16::from_be(unsafe { (*ethernet).kind_be }) {
         ETHERTYPE_IPV4 => v4(frame),
         ETHERTYPE_IPV6 => v6(frame),
         _ => None,
     }
-    .is_some()
 }
 
 #[inline(always)]
-fn v4(frame: impl Frame) -> Option<()> {
+fn v4(frame: impl Frame) -> Put {
     let start = at::<Start<Ipv4>>(frame, ETHERNET_LEN).ok()?;
     // SAFETY: `at` has checked the bounds.
     let (remote, local, message) = unsafe {
@@ -78,7 +84,7 @@ fn v4(frame: impl Frame) -> Option<()> {
 }
 
 #[inline(always)]
-fn v6(frame: impl Frame) -> Option<()> {
+fn v6(frame: impl Frame) -> Put {
     let start = at::<Start<Ipv6>>(frame, ETHERNET_LEN).ok()?;
     // SAFETY: `at` has checked the bounds.
     let (remote, local, message) = unsafe {
@@ -108,7 +114,7 @@ fn v6(frame: impl Frame) -> Option<()> {
 }
 
 #[inline(always)]
-fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) -> Option<()> {
+fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) -> Put {
     // SAFETY: values of an array map are valid for the whole program, here and below.
     let inboxes = unsafe { (&raw const (*maps::bulk_inbox(0)?).inboxes).read_volatile() };
     if inboxes == 0 {
@@ -128,10 +134,7 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
             state.write_volatile(INBOX_CLOSED);
             return None;
         }
-        let Some((place, number)) = reserve(inbox) else {
-            state.write_volatile(INBOX_CLOSED);
-            return None;
-        };
+        let Some((place, number)) = reserve(inbox) else { return Some(Err(Reason::InboxFull)) };
         // After the place was taken: a worker that falls asleep looks for such places after it has said so. One of both sees the other.
         let is_asleep = state.read_volatile() == INBOX_ASLEEP;
         let is_there =
@@ -148,7 +151,7 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
         (*place).ecn = message.ecn.into();
         // Orders all the above before it, on every architecture.
         maps::compare_exchange(&raw mut (*place).sequence, number, number.wrapping_add(1));
-        is_there.then_some(())
+        is_there.then_some(Ok(()))
     }
 }
 
