@@ -161,7 +161,7 @@ fn measure_networks(networks: &mut [Measured], rounds: u32, times: Times) {
 }
 
 /// Pings beside a flow, without workers and with them, one right after the other: from round to round this machine differs more than they do.
-/// None if not both networks were to be measured.
+/// Empty if not both networks were to be measured.
 fn measure_beside(networks: &[Measured], times: Times) -> Result<Vec<Beside>> {
     let find = |kind| {
         let found = networks.iter().find(|measured: &&Measured| measured.kind == kind)?;
