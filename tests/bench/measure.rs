@@ -98,7 +98,7 @@ pub fn round(network: &Network, times: Times) -> Result<Round> {
     let gigabytes = one["end"]["sum_received"]["bytes"].as_f64().context("iperf3 printed no bytes")? / 1e9;
     let retransmits = one["end"]["sum_sent"]["retransmits"].as_f64().unwrap_or_default();
     let both = stream(&["--bidir"])?;
-    let loaded = beside(network, &server, times, &["-P", "1"])?;
+    let loaded = beside(network, &server, times, &[])?;
     Ok(Round {
         rtt_average: micros(pings.average()),
         rtt_median: micros(pings.percentile(50)),

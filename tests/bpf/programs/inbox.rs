@@ -241,7 +241,7 @@ fn a_sleeping_worker_is_woken_by_one_message() {
 }
 
 /// Several CPUs put messages in while the worker takes them out and sleeps whenever there are none: each arrives once, by one way, in the
-/// order of its CPU, and none waits for a worker that sleeps.
+/// order of its CPU, or is counted as dropped, and none waits for a worker that sleeps.
 #[test]
 fn several_cpus_and_a_worker_that_sleeps() {
     const CPUS: u64 = 4;
