@@ -36,6 +36,9 @@ const TUNNEL_MTU: u32 = 1420;
 const VXLAN_MTU: u32 = 1450;
 const WIREGUARD_PORT: u16 = 51820;
 const TOKEN: &str = "the token of the benchmark";
+/// What controls the congestion of the containers' TCP: Linux's default, whatever this machine has been told. BBR, for one, sends by timers,
+/// whose interrupts cost a virtual machine more than the network.
+pub const CONGESTION: &str = "cubic";
 /// Each host and the other one.
 const PAIRS: [(usize, usize); 2] = [(0, 1), (1, 0)];
 
@@ -222,8 +225,7 @@ impl Network {
     }
 }
 
-/// Has a container send to an address as Linux does unless told otherwise, whatever this machine has been told. BBR, for one, sends by
-/// timers, whose interrupts cost a virtual machine more than the network.
+/// Has a container send to an address under [`CONGESTION`].
 fn control_congestion(container: &Container, to: IpAddr) -> Result<()> {
     let to = to.to_string();
     let routes: Value = serde_json::from_str(&container.netns().ip(&["-json", "route", "get", &to])?)?;
@@ -231,7 +233,7 @@ fn control_congestion(container: &Container, to: IpAddr) -> Result<()> {
     let way = [("via", part("gateway")), ("dev", part("dev"))];
     let way = way.into_iter().filter_map(|(word, value)| Some([word, value?])).flatten();
     let words: Vec<_> =
-        ["route", "replace", &to].into_iter().chain(way).chain(["congctl", "cubic"]).collect();
+        ["route", "replace", &to].into_iter().chain(way).chain(["congctl", CONGESTION]).collect();
     container.netns().ip(&words).map(drop)
 }
 

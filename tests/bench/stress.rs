@@ -258,7 +258,8 @@ fn play_round(lab: &Lab, containers: &[Container; 2], round: &Round, counted: &m
         // 0: what fits.
         let segment = round.segment.unwrap_or(0).to_string();
         let to = containers[other].address().to_string();
-        let route = ["route", "replace", &to, "dev", "overnode0", "advmss", &segment];
+        let route =
+            ["route", "replace", &to, "dev", "overnode0", "advmss", &segment, "congctl", network::CONGESTION];
         containers[own].netns().ip(&route)?;
     }
     let host = lab.host(2);
