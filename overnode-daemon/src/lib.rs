@@ -7,6 +7,7 @@
 
 pub mod api;
 pub mod bulk;
+mod checksum;
 pub mod control;
 pub mod datapath;
 pub mod dns;

@@ -1,6 +1,8 @@
-//! What is read of an inner packet, the header that a TAP device puts in front of it, and the sums of RFC 1071.
+//! What is read of an inner packet, the header that a TAP device puts in front of it, and the sums of its headers.
 
 use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN, UDP_LEN};
+
+use crate::checksum::{fold, sum};
 
 /// Bytes of [`VnetHeader`].
 pub const VNET_HEADER: usize = 10;
@@ -236,19 +238,6 @@ pub(super) fn write_u16(bytes: &mut [u8], at: usize, value: u16) {
 
 pub(super) fn write_u32(bytes: &mut [u8], at: usize, value: u32) {
     bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
-}
-
-/// The sum of 16-bit words; a last odd byte is a word's first. At most 65,536 words.
-pub(super) fn sum(bytes: &[u8]) -> u32 {
-    let words = bytes.chunks_exact(2);
-    let odd = words.remainder().first().map_or(0, |&byte| u32::from(byte) << 8);
-    words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum::<u32>() + odd
-}
-
-/// Adds the carries.
-pub(super) fn fold(sum: u32) -> u16 {
-    let once = (sum & 0xffff) + (sum >> 16);
-    ((once & 0xffff) + (once >> 16)) as u16
 }
 
 /// The sum of an IPv4 header without its length, ID and checksum: see [`ipv4_checksum`].

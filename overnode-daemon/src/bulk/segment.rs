@@ -5,8 +5,9 @@ use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN};
 
 use super::packet::{
     BadPacket, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, NEEDS_CSUM, TCP, UDP,
-    VnetHeader, flag, fold, ipv4_checksum, ipv4_sum, read_u16, read_u32, sum, write_u16, write_u32,
+    VnetHeader, flag, ipv4_checksum, ipv4_sum, read_u16, read_u32, write_u16, write_u32,
 };
+use crate::checksum::{fold, sum};
 
 /// Segments of one super-packet. 64 kB in segments of 36 bytes (the kernel's least MSS, 48, with timestamps) are fewer.
 pub const MAX_SEGMENTS: usize = 2048;

@@ -23,11 +23,12 @@ use quinn_udp::{RecvMeta, Transmit, UdpSockRef};
 use super::control::{FromWorkers, Mode};
 use super::join::Joiner;
 use super::message::{Cipher, HEADER_LEN, HELLO_LEN, Header, Hello, TAG_LEN};
-use super::packet::{VNET_HEADER, VnetHeader, fold};
+use super::packet::{VNET_HEADER, VnetHeader};
 use super::peer::Peer;
 use super::segment::Cut;
 use super::session::Session;
 use super::udp::{Batch, Sockets, Way};
+use crate::checksum::fold;
 use crate::datapath::{BulkMaps, Inbox, Origin, boot_now_ns};
 use crate::types::PeerIndex;
 
