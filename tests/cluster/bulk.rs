@@ -15,8 +15,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::support::{
-    PATIENCE, TOKEN, all_reach_all, counter, ensure_nothing_plain, in_lab, launch_all, one_each,
-    wait_for_sessions,
+    PATIENCE, TOKEN, all_reach_all, counter, ensure_nothing_plain, in_lab, launch_all, one_each, serves,
+    wait_for_sessions, wait_for_workers,
 };
 
 const PORT: u16 = 6783;
@@ -28,24 +28,6 @@ fn workers(host: &Host) -> Result<Pid> {
     let status = host.status()?;
     let pid = status["node"]["bulk"]["pid"].as_i64().context("no workers run")?;
     Ok(Pid::from_raw(i32::try_from(pid)?))
-}
-
-/// Whether a host's workers serve the other nodes.
-fn serves(host: &Host) -> Result<bool> {
-    let status = host.status()?;
-    let mut others = status["peers"].as_array().into_iter().flatten().filter(|peer| peer["myself"] == false);
-    Ok(others.all(|peer| peer["data"]["bulk"]["in_use"] == true))
-}
-
-/// Waits until the workers of all hosts serve each other.
-fn wait_for_workers(lab: &Lab) -> Result<()> {
-    wait_for_sessions(lab)?;
-    lab.hosts().iter().try_for_each(|host| {
-        eventually(PATIENCE, || {
-            ensure!(serves(host)?, "{} does not serve all: {}\n{}", host.name, host.status()?, host.log());
-            Ok(())
-        })
-    })
 }
 
 /// What the workers of a host dropped, by reason.

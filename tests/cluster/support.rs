@@ -189,3 +189,21 @@ pub fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
     ensure!(bare == 0, "{bare} packets of containers travel without their sealed cover");
     Ok(())
 }
+
+/// Whether a host's workers serve the other nodes.
+pub fn serves(host: &Host) -> Result<bool> {
+    let status = host.status()?;
+    let mut others = status["peers"].as_array().into_iter().flatten().filter(|peer| peer["myself"] == false);
+    Ok(others.all(|peer| peer["data"]["bulk"]["in_use"] == true))
+}
+
+/// Waits until the workers of all hosts serve each other.
+pub fn wait_for_workers(lab: &Lab) -> Result<()> {
+    wait_for_sessions(lab)?;
+    lab.hosts().iter().try_for_each(|host| {
+        eventually(PATIENCE, || {
+            ensure!(serves(host)?, "{} does not serve all: {}\n{}", host.name, host.status()?, host.log());
+            Ok(())
+        })
+    })
+}

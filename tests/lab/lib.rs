@@ -133,6 +133,11 @@ impl Lab {
         Capture::start(&self.underlay.netns, &self.site.folder, self.underlay.capture_arguments())
     }
 
+    /// The underlay's end of a host's link.
+    pub fn port(&self, host: &Host) -> String {
+        underlay::port(host.number)
+    }
+
     /// Drops everything between two hosts, in both directions.
     pub fn cut(&self, a: &Host, b: &Host) -> Result<()> {
         self.underlay.cut(a.number, b.number)?;

@@ -271,6 +271,6 @@ fn rough_ends(number: usize) -> [String; 2] {
     [format!("r{number}"), format!("b{number}")]
 }
 
-fn port(number: usize) -> String {
+pub(crate) fn port(number: usize) -> String {
     format!("p{number}")
 }
