@@ -53,6 +53,9 @@ impl Address {
 pub const PEER_SLOTS: u32 = 5120;
 /// First peer index of peers that are no nodes.
 pub const FIRST_EXTERNAL_PEER: u32 = 4096;
+/// Addresses kept for the nodes themselves: of a node's own address and its ID follow those of all
+/// others.
+pub const NODE_ADDRESSES: u32 = FIRST_EXTERNAL_PEER;
 /// Entries of `SESSIONS`. Slot 0 stays empty: it means "none".
 pub const SESSION_SLOTS: u32 = 4096;
 /// Bits of a local receiver index that number the slot; the others are random.
@@ -157,9 +160,16 @@ pub struct Peer {
     pub normalising_ns: u64,
     /// Packets that came out of the normaliser, modulo 2^32 (program `seal`).
     pub normalised: u32,
-    /// Fills up to the next 8 bytes.
-    pub unused: u32,
+    /// Boot time, in units of 2^20 ns modulo 2^32, to which the probes that it sent have used up
+    /// its allowance (program `from_underlay`); [`PROBE_ALLOWANCE`].
+    pub probed_until: u32,
 }
+
+/// How much time of probes a peer may use up in advance, in units of 2^20 ns: 128 probes at once.
+/// Nodes send 64 questions in the worst case, and as many answers.
+pub const PROBE_ALLOWANCE: u32 = 128 * PROBE_COST;
+/// How much each probe uses up: after those, 238 a second.
+pub const PROBE_COST: u32 = 4;
 
 /// After so long (ns) nothing is in the normaliser any more, whatever the counters say.
 pub const NORMALISER_PATIENCE_NS: u64 = 50_000_000;
@@ -411,6 +421,8 @@ mod pod {
 }
 
 const _: () = {
+    // A frame for a worker has room for so much.
+    assert!(PEER_SLOTS <= 1 << 16);
     assert!(size_of::<Config>() == 44);
     assert!(size_of::<Endpoint>() == 28);
     assert!(size_of::<Route>() == 8);

@@ -94,7 +94,8 @@ impl Relay {
 }
 
 /// Ethernet header of a packet that the daemon gives to `seal`, to be sent into the first end of the normaliser: to which
-/// peer it goes is in the source address, that it is the daemon's in the destination, which `from_container` never lets be this.
+/// peer it goes is in the source address, that it is the daemon's in the destination. `seal`
+/// believes that of a packet without a mark only, and containers' packets have one there.
 ///
 /// `is_direct`: not through a relay, whatever the peer's entry says, and however large. The packet itself is IPv4; zeros in its place make
 /// a keepalive ([`KEEPALIVE_FRAME_LEN`]).
@@ -105,17 +106,21 @@ pub const fn daemon_header(peer: u32, is_direct: bool) -> [u8; ETHERNET_LEN] {
     [g, h, i, j, k, l, a, b, c, d, is_direct as u8, 0, e, f]
 }
 
-/// Ethernet header of a packet between the programs and a worker of the bulk path, both ways: which peer it goes to or comes from.
-pub const fn bulk_header(peer: u32) -> [u8; ETHERNET_LEN] {
-    let mut header = daemon_header(peer, false);
-    header[5] = BULK_MAC[5];
-    header
+/// Ethernet header of a packet between the programs and a worker of the bulk path: which peer it
+/// goes to or comes from. On the way to a worker, `source` is the IPv4 address that the packet must
+/// still come from when it is sealed; on the way back it is zero.
+pub const fn bulk_header(peer: u32, source: [u8; 4]) -> [u8; ETHERNET_LEN] {
+    let [a, b] = (peer as u16).to_le_bytes();
+    let [c, d, e, f] = source;
+    let [g, h] = ETHERTYPE_IPV4.to_be_bytes();
+    let [i, j, k, l, m, n] = BULK_MAC;
+    [i, j, k, l, m, n, a, b, c, d, e, f, g, h]
 }
 
-/// The peer that a [`bulk_header`] names; `None` if it is none.
-pub fn bulk_peer(header: &[u8; ETHERNET_LEN]) -> Option<u32> {
-    let [a, b, c, d, e, f, g, h, i, j, ..] = *header;
-    ([a, b, c, d, e, f] == BULK_MAC).then(|| u32::from_le_bytes([g, h, i, j]))
+/// Peer and source that a [`bulk_header`] names; `None` if it is none.
+pub fn from_bulk_header(header: &[u8; ETHERNET_LEN]) -> Option<(u32, [u8; 4])> {
+    let [a, b, c, d, e, f, g, h, source @ .., _, _] = *header;
+    ([a, b, c, d, e, f] == BULK_MAC).then(|| (u16::from_le_bytes([g, h]).into(), source))
 }
 
 /// Destination address of [`bulk_header`].
@@ -137,6 +142,26 @@ pub const fn keepalive_frame(peer: u32) -> [u8; KEEPALIVE_FRAME_LEN] {
         at += 1;
     }
     frame
+}
+
+/// IP protocol numbers.
+pub const PROTOCOL_ICMP: u8 = 1;
+/// TCP (RFC 9293).
+pub const PROTOCOL_TCP: u8 = 6;
+/// UDP (RFC 768).
+pub const PROTOCOL_UDP: u8 = 17;
+
+/// Where the transport header of an IP protocol has its checksum, in bytes from its start; 0 for
+/// other protocols, whose headers nobody here reads. A checksum that is to be finished has its
+/// place there or behind, as those of a tunnel's inside have: in front of it is what packets are
+/// judged by.
+#[inline(always)]
+pub const fn checksum_place(protocol: u8) -> usize {
+    match protocol {
+        PROTOCOL_TCP => 16,
+        PROTOCOL_UDP => 6,
+        _ => 0,
+    }
 }
 
 /// UDP port of probes, which nodes send each other inside the tunnel, from node address to node address.
@@ -203,6 +228,14 @@ mod tests {
         assert_eq!(frame[..14], [0, 0, 0, 0, 0, 1, 4, 3, 2, 1, 0, 0, 8, 0]);
         assert_eq!(frame[14..], [0; 20]);
         assert_eq!(daemon_header(0xfff, true)[6..12], [0xff, 0x0f, 0, 0, 1, 0]);
+    }
+
+    #[test]
+    fn frames_for_workers_name_the_peer_and_the_source() {
+        let header = bulk_header(0x1234, [10, 40, 0, 7]);
+        assert_eq!(header, [0, 0, 0, 0, 0, 2, 0x34, 0x12, 10, 40, 0, 7, 8, 0]);
+        assert_eq!(from_bulk_header(&header), Some((0x1234, [10, 40, 0, 7])));
+        assert_eq!(from_bulk_header(&daemon_header(1, true)), None);
     }
 
     #[test]

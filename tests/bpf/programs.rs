@@ -19,5 +19,7 @@ mod recording;
 mod relaying;
 #[path = "programs/sealing.rs"]
 mod sealing;
+#[path = "programs/ways.rs"]
+mod ways;
 #[path = "programs/world.rs"]
 mod world;

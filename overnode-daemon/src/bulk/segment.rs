@@ -1,7 +1,7 @@
 //! Cutting: one super-packet from a TAP device becomes packets that fit the path, as `tcp_gso_segment`, `__udp_gso_segment`,
 //! `inet_gso_segment` and `ipv6_gso_segment` of the kernel make them.
 
-use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN};
+use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN, checksum_place};
 
 use super::packet::{
     BadPacket, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, NEEDS_CSUM, TCP, UDP,
@@ -210,18 +210,21 @@ fn has_checksum_of(headers: &Headers, vnet: &VnetHeader) -> bool {
         && usize::from(vnet.csum_offset) == headers.checksum_offset()
 }
 
-/// The IP header is out of its reach: addresses are checked elsewhere.
+/// What is in front of the transport header's own checksum is out of its reach: by that the packet
+/// was judged.
 fn finish(packet: &[u8], vnet: &VnetHeader) -> Result<How, BadPacket> {
     let bad = BadPacket::Checksum { start: vnet.csum_start, offset: vnet.csum_offset };
-    let header = match packet.first().ok_or(BadPacket::NotIp)? {
-        first @ 0x45..=0x4f => usize::from(first & 0x0f) * 4,
-        0x60..=0x6f => IPV6_LEN,
+    let head = packet.first_chunk::<IPV4_LEN>().ok_or(BadPacket::NotIp)?;
+    let (header, protocol) = match head[0] {
+        first @ 0x45..=0x4f => (usize::from(first & 0x0f) * 4, head[9]),
+        0x60..=0x6f => (IPV6_LEN, head[6]),
         _ => return Err(BadPacket::NotIp),
     };
     let start = usize::from(vnet.csum_start).checked_sub(ETHERNET_LEN).ok_or(bad)?;
     let field = start + usize::from(vnet.csum_offset);
+    let is_judged_by = start < header || field < header + checksum_place(protocol);
     // The sum of at most 65,536 words does not overflow.
-    if start < header || field + 2 > packet.len() || packet.len() > super::packet::MAX_PACKET {
+    if is_judged_by || field + 2 > packet.len() || packet.len() > super::packet::MAX_PACKET {
         return Err(bad);
     }
     Ok(How::Finish { start, field })

@@ -16,14 +16,15 @@ use nix::sys::eventfd::EventFd;
 use overnode_ebpf::map::BULK_MESSAGE_LEN;
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 use overnode_ebpf::wire::{
-    ECN_MASK, ETHERNET_LEN, TYPE_COOKIE_REPLY, TYPE_INITIATION, bulk_header, bulk_peer, ecn_decapsulated,
+    ECN_MASK, ETHERNET_LEN, TYPE_COOKIE_REPLY, TYPE_INITIATION, bulk_header, ecn_decapsulated,
+    from_bulk_header,
 };
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef};
 
 use super::control::{FromWorkers, Mode};
 use super::join::Joiner;
 use super::message::{Cipher, HEADER_LEN, HELLO_LEN, Header, Hello, TAG_LEN};
-use super::packet::{VNET_HEADER, VnetHeader};
+use super::packet::{BadPacket, VNET_HEADER, VnetHeader};
 use super::peer::Peer;
 use super::segment::Cut;
 use super::session::Session;
@@ -263,13 +264,16 @@ impl Worker {
         let (vnet, frame) = frame.split_first_chunk::<VNET_HEADER>().ok_or(Reason::Malformed)?;
         let (ethernet, packet) = frame.split_first_chunk::<ETHERNET_LEN>().ok_or(Reason::Malformed)?;
         // The host's own stack may speak into any interface: that is nobody's packet.
-        let index = bulk_peer(ethernet).ok_or(Reason::Unsupported)?;
+        let (index, source) = from_bulk_header(ethernet).ok_or(Reason::Unsupported)?;
         let peer = self.peers.get(&index).ok_or(Reason::NoRoute)?;
         let session = peer.current.load();
         let session = session.as_ref().ok_or(Reason::NoSession)?;
         let endpoint = peer.endpoint.load();
         let endpoint = **endpoint.as_ref().ok_or(Reason::NoRoute)?;
-        let cut = Cut::new(packet, &VnetHeader::from_bytes(*vnet)).map_err(|_| Reason::Malformed)?;
+        let cut = Cut::new(packet, &VnetHeader::from_bytes(*vnet)).map_err(|bad| match bad {
+            BadPacket::Checksum { .. } => Reason::Checksum,
+            _ => Reason::Malformed,
+        })?;
         let cipher = peer.cipher(self.shared.mode, self.shared.speeds);
         let way = Way { endpoint, ecn: packet.get(1).copied().ok_or(Reason::Malformed)? & ECN_MASK };
         let mut bytes = 0;
@@ -283,7 +287,9 @@ impl Worker {
                 self.shared.dropped(reason);
             }
             self.batch.add(&way, message_len, |message| {
-                cut.write(segment, message.get_mut(HEADER_LEN..).ok_or(Reason::Malformed)?);
+                let packet = message.get_mut(HEADER_LEN..).ok_or(Reason::Malformed)?;
+                cut.write(segment, packet);
+                may_leave(packet, source)?;
                 session.seal(self.number, cipher, cut.is_partial(), message, now)
             })?;
             bytes += len as u64;
@@ -416,7 +422,7 @@ impl Worker {
             self.owed.push(peer.clone());
         }
         mark_congestion(text, origin.ecn)?;
-        let link = bulk_header(peer.index.0);
+        let link = bulk_header(peer.index.0, [0; 4]);
         let (device, shared) = (&mut self.device, &self.shared);
         self.joiner.push(link, text, header.is_partial, &mut |frame| write(device, frame, shared));
         Ok(())
@@ -466,6 +472,13 @@ pub fn say_hello(
     sockets.send(&transmit).map_err(|_| Reason::NoRoute)?;
     peer.said_hello(now);
     Ok(())
+}
+
+/// Checks what is sealed next, when nothing is written into it any more: that it still comes from
+/// the address with which `from_container` let it through.
+fn may_leave(packet: &[u8], source: [u8; 4]) -> Result<(), Reason> {
+    let is_v4 = packet.first().is_some_and(|first| first >> 4 == 4);
+    if is_v4 && packet.get(12..16) == Some(&source[..]) { Ok(()) } else { Err(Reason::Spoofed) }
 }
 
 /// Combines the ECN codepoints as RFC 6040 says. Only IPv4 packets are marked: there are no others yet.

@@ -62,6 +62,10 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
         Program::Seal | Program::FromBulk => {
             Headers { inner: inner_of_frame(packet.get(..captured)?), ..Headers::default() }
         }
+        // Found when the outer headers were gone already.
+        Program::FromUnderlay | Program::FromUnderlayXdp if reason == Reason::Checksum => {
+            Headers { inner: inner_of_frame(packet.get(..captured)?), ..Headers::default() }
+        }
         Program::FromUnderlay | Program::FromUnderlayXdp => {
             of_underlay(packet.get(..captured)?, is_opened(reason))
         }
@@ -74,7 +78,14 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
 
 /// True if a message that is dropped for this reason was authenticated, and lies there in plain text.
 const fn is_opened(reason: Reason) -> bool {
-    matches!(reason, Reason::ForeignSource | Reason::NotHere | Reason::Congestion)
+    matches!(
+        reason,
+        Reason::ForeignSource
+            | Reason::NotHere
+            | Reason::Congestion
+            | Reason::NodeAddress
+            | Reason::ProbeFlood
+    )
 }
 
 fn of_container(frame: &[u8]) -> Headers {

@@ -77,7 +77,8 @@ fn a_message_shows_its_inner_packet_only_if_it_was_opened() {
         let header = relay.map_or_else(Vec::new, |relay| relay.to_bytes().to_vec());
         let datagram = udp(6784, 6784, &[header, data(&inner)].concat());
         for (ether_type, body) in [(ETHERTYPE_IPV4, v4(17, &datagram)), (ETHERTYPE_IPV6, v6(&datagram))] {
-            for reason in Reason::ALL {
+            // The frame of one reason has no outer headers any more.
+            for reason in Reason::ALL.iter().filter(|reason| **reason != Reason::Checksum) {
                 for program in [PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP] {
                     let headers = seen(*reason, program, &frame(ether_type, &body)).headers;
                     let outer = headers.outer.unwrap();
@@ -86,7 +87,13 @@ fn a_message_shows_its_inner_packet_only_if_it_was_opened() {
                     assert_eq!(headers.message, Some(Message { receiver: 0x1234_5678, counter: 77 }));
                     let relayed = Relayed { source: 3, destination: 1, previous: 2, hops: 7 };
                     assert_eq!(headers.relay, relay.map(|_| relayed));
-                    let opened = [Reason::ForeignSource, Reason::NotHere, Reason::Congestion];
+                    let opened = [
+                        Reason::ForeignSource,
+                        Reason::NotHere,
+                        Reason::Congestion,
+                        Reason::NodeAddress,
+                        Reason::ProbeFlood,
+                    ];
                     assert_eq!(headers.inner.is_some(), opened.contains(reason), "{reason:?}");
                     if let Some(inner) = headers.inner {
                         assert_eq!(inner.destination, address("10.42.0.9"));

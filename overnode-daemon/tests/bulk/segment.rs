@@ -111,13 +111,30 @@ fn a_checksum_in_a_tunnel_is_finished() {
     assert!(is_right(&written[50..]));
 }
 
-/// Otherwise a container could change its source address after it was checked.
+/// Otherwise a container could change its source address, or its ports, after they were checked.
 #[test]
-fn no_checksum_is_written_into_an_ip_header() {
-    for packet in [Packet::new(false, true, 9), Packet::new(true, false, 9)] {
+fn no_checksum_is_written_in_front_of_the_transport_headers_own() {
+    let kinds = [(false, true), (true, false), (false, false), (true, true)];
+    for packet in kinds.map(|(is_v6, is_tcp)| Packet::new(is_v6, is_tcp, 9)) {
         let bytes = packet.bytes();
-        for (start, offset) in [(0, 26), (14, 12), (14, 30), (33, 0), (60000, 0), (60, 60000), (14 + 12, 0)] {
-            let vnet = VnetHeader { csum_start: start, csum_offset: offset, ..packet.vnet_alone() };
+        let own = packet.vnet_alone();
+        let judged_by = usize::from(own.csum_start + own.csum_offset) - 14;
+        let mut accepted = 0;
+        for start in 0..bytes.len() as u16 + 16 {
+            for offset in 0..bytes.len() as u16 + 16 {
+                let vnet = VnetHeader { csum_start: start, csum_offset: offset, ..own };
+                match Cut::new(&bytes, &vnet) {
+                    Ok(cut) => {
+                        assert_eq!(write_all(&cut)[0][..judged_by], bytes[..judged_by], "{start} + {offset}");
+                        accepted += 1;
+                    }
+                    Err(bad) => assert_eq!(bad, BadPacket::Checksum { start, offset }),
+                }
+            }
+        }
+        assert!(accepted > 0);
+        for (start, offset) in [(60000, 0), (60, 60000), (65535, 65535), (14, judged_by as u16 - 1)] {
+            let vnet = VnetHeader { csum_start: start, csum_offset: offset, ..own };
             let bad = BadPacket::Checksum { start, offset };
             assert_eq!(Cut::new(&bytes, &vnet).err(), Some(bad));
         }

@@ -51,7 +51,8 @@ fn try_steer(skb: Skb, index: u32) -> i64 {
         let workers = (&raw const (*peer).workers).read_volatile();
         let Some(worker) = maps::bulk_worker(choose(&key, workers)) else { return NOT };
         let ifindex = (&raw const (*worker).ifindex).read_volatile();
-        if ifindex == 0 || now > (*worker).alive_ns + BULK_SILENCE_NS || !address(skb, index) {
+        let is_alive = ifindex != 0 && now <= (*worker).alive_ns + BULK_SILENCE_NS;
+        if !is_alive || !address(skb, index, key.source) {
             (*flow).bytes = 0;
             return NOT;
         }
@@ -93,9 +94,10 @@ fn choose(key: &BulkFlowKey, workers: u32) -> u32 {
     (u64::from(mixed) * u64::from(workers) >> 32) as u32
 }
 
-/// Writes the header by which the worker knows the peer.
+/// Writes the header by which the worker knows the peer, and the source that the packet must still
+/// have when it is sealed.
 #[inline(always)]
-fn address(skb: Skb, peer: u32) -> bool {
+fn address(skb: Skb, peer: u32, owner: u32) -> bool {
     let Ok(ethernet) = at::<Ethernet>(skb, 0) else { return false };
     // SAFETY: `at` has checked the bounds. Volatile, so that no loop over bytes comes of it.
     unsafe {
@@ -105,9 +107,10 @@ fn address(skb: Skb, peer: u32) -> bool {
             let mac = u16::from_ne_bytes([BULK_MAC[2 * word], BULK_MAC[2 * word + 1]]);
             destination.add(word).write_volatile(mac);
         }
+        let [a, b, c, d] = owner.to_ne_bytes();
         source.write_volatile((peer as u16).to_le());
-        source.add(1).write_volatile(((peer >> 16) as u16).to_le());
-        source.add(2).write_volatile(0);
+        source.add(1).write_volatile(u16::from_ne_bytes([a, b]));
+        source.add(2).write_volatile(u16::from_ne_bytes([c, d]));
     }
     true
 }

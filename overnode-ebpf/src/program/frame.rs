@@ -4,7 +4,9 @@
 //! kernel allows that on x86-64 and arm64, and `read_unaligned` would become one load per byte.
 
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
-use aya_ebpf::bindings::{__sk_buff, BPF_CSUM_LEVEL_INC, TC_ACT_SHOT, xdp_action, xdp_md};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_CSUM_LEVEL_INC, BPF_CSUM_LEVEL_QUERY, TC_ACT_SHOT, xdp_action, xdp_md,
+};
 use aya_ebpf::helpers::generated::{
     bpf_csum_level, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
     bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_pull_data,
@@ -104,10 +106,7 @@ impl Ipv4 {
 /// Packet type of `skb->pkt_type`: for this host.
 pub const PACKET_HOST: u32 = 0;
 
-/// IP protocol numbers.
-pub const PROTOCOL_ICMP: u8 = 1;
-pub const PROTOCOL_TCP: u8 = 6;
-pub const PROTOCOL_UDP: u8 = 17;
+pub use overnode_ebpf::wire::{PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP};
 
 /// The only way to a packet's bytes: a pointer to `T` at `offset`, if the linear part holds all of it.
 ///
@@ -251,10 +250,15 @@ impl Frame for Skb {
         // Refused for what never left the machine, from a host that is a namespace of it, and is a tunnel's inside (see `tail`). The
         // container's kernel cuts off what is too much, too.
         let _ = resize(self, ETHERNET_LEN as u32 + inner);
-        // Poly1305 has proven the payload: the container need not sum it up again.
+        // Poly1305 has proven the payload: the container need not sum it up again. A checksum that
+        // was left unfinished in the outer headers has gone with them; one that is still there
+        // would change what was proven.
         // SAFETY: the context is valid. A refusal changes nothing.
-        unsafe { bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_INC)) };
-        Ok(())
+        let level = unsafe {
+            bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_INC));
+            bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_QUERY))
+        };
+        if level < 0 { Err(Reason::Checksum) } else { Ok(()) }
     }
 
     #[inline(always)]
@@ -410,6 +414,21 @@ pub fn is_unfinished(skb: Skb) -> Result<bool, Reason> {
     }
     // SAFETY: `at` has checked the bounds.
     Ok(unsafe { at::<u16>(skb, 0)?.read_volatile() } == 0)
+}
+
+/// True if the checksum that the kernel still has to finish will be written at this offset or
+/// behind it, so that nothing before it changes. For a packet that [`is_unfinished`]; where it is
+/// false, the packet may have been cut, and is to be dropped.
+///
+/// No field of the context tells where that is. But bpf_skb_change_tail refuses to make a packet
+/// shorter than such a checksum reaches, and does so before it touches anything
+/// (`__bpf_skb_min_len`, Linux 4.9).
+#[inline(always)]
+pub fn is_finished_from(skb: Skb, offset: u32) -> bool {
+    const EINVAL: i64 = 22;
+    // The checksum has two bytes: it begins here or later if it reaches beyond the next byte.
+    // SAFETY: the context is valid.
+    unsafe { bpf_skb_change_tail(skb, offset + 1, 0) == -EINVAL }
 }
 
 /// Inserts bytes behind the Ethernet header, or removes them there.

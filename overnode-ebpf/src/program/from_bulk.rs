@@ -4,8 +4,7 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{BULK_MAC, ETHERNET_LEN, ETHERTYPE_IPV4, IPV4_LEN};
 
 use super::frame::{Ethernet, Frame, Ipv4, Skb, at};
-use super::maps::Routes;
-use super::{Sent, from_container};
+use super::{Sent, checks, from_container};
 
 /// Last word of the destination address of frames that workers write.
 const FROM_WORKER: u16 = u16::from_ne_bytes([BULK_MAC[4], BULK_MAC[5]]);
@@ -32,8 +31,9 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
     if !sane {
         return Err(Reason::Malformed);
     }
-    let peer = u32::from(u16::from_le(from[0])) | u32::from(u16::from_le(from[1])) << 16;
-    let route = Routes::from_peer(peer, source, destination)?;
+    // What nodes send each other does not take this path.
+    let peer = u32::from(u16::from_le(from[0]));
+    let route = checks::arriving(peer, source, destination)?.ok_or(Reason::NotHere)?;
     // What can be joined is joined already: nothing is gained by the veth's GRO.
     from_container::hand_over(skb, route, Reason::BulkReceived)
 }

@@ -1,15 +1,14 @@
 //! From a container: check who sends, find out where to.
 
 use aya_ebpf::helpers::generated::bpf_skb_change_type;
-use overnode_ebpf::map::{Endpoint, ROUTE_HOST, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, Route};
+use overnode_ebpf::map::{Endpoint, ROUTE_HOST, ROUTE_PEER, Route};
 use overnode_ebpf::reason::Reason;
-use overnode_ebpf::wire::{ECN_MASK, ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, IPV4_LEN, UDP_LEN};
+use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, UDP_LEN};
 
+use super::checks::{self, Leaving};
 use super::frame::{
-    Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, is_unfinished, redirect,
-    redirect_peer,
+    Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, redirect, redirect_peer,
 };
-use super::maps::Routes;
 use super::{Sent, arp, bulk, maps, normaliser, seal, too_big, unfinished};
 
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
@@ -39,35 +38,22 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
 
 #[inline(always)]
 fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
-    skb.linearize((ETHERNET_LEN + IPV4_LEN) as u32)?;
-    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
-    // SAFETY: `at` has checked the bounds.
-    let (sane, source, destination) =
-        unsafe { ((*ip).is_sane(skb.len() - ETHERNET_LEN as u32), (*ip).source, (*ip).destination) };
-    if !sane {
-        return Err(Reason::Malformed);
-    }
-    if endpoint.address.to_v4().map(u32::from_ne_bytes) != Some(source) {
-        return Err(Reason::Spoofed);
-    }
-    // Multicast, reserved, broadcast.
-    if u32::from_be(destination) >= 0xe000_0000 {
-        return Err(Reason::Unsupported);
-    }
-    let route = Routes::new().v4(destination).ok_or(Reason::NoRoute)?;
-    match route.kind {
-        ROUTE_LOCAL | ROUTE_HOST => hand_over(skb, route, Reason::Local),
-        ROUTE_PEER => remote(skb, endpoint, route.target),
-        ROUTE_NONE => Err(Reason::NotHere),
-        _ => Err(Reason::NoRoute),
+    let own = maps::v4(&endpoint.address).ok_or(Reason::Spoofed)?;
+    let leaving = checks::leaving(skb, own)?;
+    if leaving.route.kind == ROUTE_PEER {
+        remote(skb, endpoint, &leaving)
+    } else {
+        hand_over(skb, leaving.route, Reason::Local)
     }
 }
 
-/// To a container of this host, or to the host, offloads and all.
+/// To a container of this host, or to the host, offloads and all. A checksum may be left to the
+/// receiver, which will not change the addresses by finishing it.
 #[inline(always)]
 pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reason> {
     let ifindex = route.target;
     let target = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
+    unfinished::is_left(skb)?;
     skb.set_ethernet(&target.mac, &target.gateway_mac)?;
     if route.kind == ROUTE_HOST {
         return Ok(Sent { counted: Some(counted), verdict: redirect(ifindex) });
@@ -86,7 +72,8 @@ pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reaso
 /// To a peer: by a worker if it belongs to a bulk flow; sealed here if the packet is one and complete, or small; else through the normaliser, which
 /// segments and finishes checksums, to `seal`.
 #[inline(always)]
-fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
+fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reason> {
+    let index = leaving.route.target;
     let peer = maps::peer(index).ok_or(Reason::NoRoute)?;
     // SAFETY: values of an array map are valid for the whole program.
     let mtu = unsafe { (*peer).mtu };
@@ -95,16 +82,14 @@ fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
     if inner_len > mtu {
         return too_big::answer(skb, endpoint, config, mtu);
     }
+    let is_left = unfinished::is_left(skb)?;
     if let Some(sent) = bulk::steer(skb, index) {
         return Ok(sent);
     }
     let is_complete = skb.gso_size() == 0
-        && (!is_unfinished(skb)? || normaliser::is_empty(peer) && unfinished::finish(skb, inner_len)?);
+        && (!is_left || normaliser::is_empty(peer) && unfinished::finish(skb, inner_len)?);
     if is_complete {
-        let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
-        // SAFETY: `at` has checked the bounds.
-        let ecn = unsafe { (*ip).tos } & ECN_MASK;
-        return seal::seal(skb, &seal::Job { peer: index, inner_len, ecn, kind: seal::Kind::Data });
+        return seal::seal(skb, &seal::Job::data(leaving));
     }
     // To the host's own stack it is somebody else's frame, in case `seal` is not there to take it.
     let ethernet = at::<Ethernet>(skb, 0)?;
@@ -112,7 +97,7 @@ fn remote(skb: Skb, endpoint: &Endpoint, index: u32) -> Result<Sent, Reason> {
         // SAFETY: `at` has checked the bounds.
         unsafe { (&raw mut (*ethernet).destination).cast::<u16>().add(word).write_volatile(0) };
     }
-    normaliser::enter(skb, peer);
+    normaliser::enter(skb, peer, leaving.source);
     Ok(Sent { counted: None, verdict: redirect(config.normaliser) })
 }
 

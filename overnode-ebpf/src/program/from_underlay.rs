@@ -1,7 +1,8 @@
 //! From the underlay: open what a peer sent, and deliver it. TC and XDP run the same code.
 
 use overnode_ebpf::map::{
-    Peer, ROUTE_HOST, SESSION_FREE, SESSION_LIVE, SESSION_SLOTS, SESSION_UNCONFIRMED, Session,
+    PROBE_ALLOWANCE, PROBE_COST, Peer, ROUTE_HOST, Route, SESSION_FREE, SESSION_LIVE, SESSION_SLOTS,
+    SESSION_UNCONFIRMED, Session,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::Window;
@@ -11,9 +12,8 @@ use overnode_ebpf::wire::{
 
 use super::checksum::fold;
 use super::frame::{DataHeader, Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Udp, at};
-use super::maps::Routes;
 use super::outer::{self, Outer};
-use super::{Sent, cipher, inbox, maps, relay};
+use super::{Sent, checks, cipher, inbox, maps, relay};
 
 /// `None`: not a data message for this host.
 pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
@@ -54,12 +54,16 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
         return Err(Reason::KeepaliveReceived);
     }
     let inner_len = inner_len(frame, &outer)?;
-    if is_for_node(frame, &outer)? {
-        account(peer, now, 0);
-        return Err(probe(frame, &outer, index, inner_len)?);
+    let ip = at::<Ipv4>(frame, outer.message() + DATA_HEADER_LEN)?;
+    // SAFETY: `at` has checked the bounds.
+    let (source, destination) = unsafe { ((*ip).source, (*ip).destination) };
+    let arriving = checks::arriving(index, source, destination);
+    // Probes are no traffic of containers; what is refused is, as it keeps the path as busy.
+    account(peer, now, if matches!(arriving, Ok(None)) { 0 } else { inner_len });
+    match arriving? {
+        Some(route) => deliver(frame, &outer, route, inner_len).map(Some),
+        None => Err(probe(frame, &outer, peer, index, inner_len, now)?),
     }
-    account(peer, now, inner_len);
-    deliver(frame, &outer, index, inner_len).map(Some)
 }
 
 /// True if a relayed message is a data message. Others are the daemon's.
@@ -70,18 +74,16 @@ fn is_data(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
     Ok(unsafe { (*header).kind } == u32::from(TYPE_DATA).to_le())
 }
 
-/// True if the inner packet is for the node itself, and not for a container.
+/// Hands a probe to the daemon.
 #[inline(always)]
-fn is_for_node(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
-    let ip = at::<Ipv4>(frame, outer.message() + DATA_HEADER_LEN)?;
-    let config = maps::config().ok_or(Reason::Unconfigured)?;
-    // SAFETY: `at` has checked the bounds.
-    Ok(config.node.to_v4().map(u32::from_ne_bytes) == Some(unsafe { (*ip).destination }))
-}
-
-/// Hands a probe to the daemon. Whose it is, its session says; its source address does not matter.
-#[inline(always)]
-fn probe(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Result<Reason, Reason> {
+fn probe(
+    frame: impl Frame,
+    outer: &Outer,
+    peer: *mut Peer,
+    index: u32,
+    inner_len: u32,
+    now: u64,
+) -> Result<Reason, Reason> {
     if outer.is_relayed() {
         // It says nothing about the straight path.
         return Err(Reason::NotHere);
@@ -97,11 +99,14 @@ fn probe(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Result<
     if !sane || inner_len < size_of::<ProbePacket>() as u32 {
         return Err(Reason::NotHere);
     }
+    if !may_probe(peer, now) {
+        return Err(Reason::ProbeFlood);
+    }
     let Some(mut entry) = maps::reserve_probe() else { return Err(Reason::Helper) };
     let place = entry.as_mut_ptr();
     // SAFETY: the entry is this program's until it is submitted; `at` has checked the packet's bounds.
     unsafe {
-        (*place).peer = peer;
+        (*place).peer = index;
         (*place).inner_len = inner_len;
         for word in 0..PROBE_LEN / 4 {
             (*place).payload[word] = (&raw const (*packet).payload[word]).read_volatile();
@@ -109,6 +114,24 @@ fn probe(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Result<
     }
     entry.submit(0);
     Ok(Reason::ProbeReceived)
+}
+
+/// False if a peer sends more probes than nodes do: the ring is for all of them. Two CPUs at once
+/// may let one more pass.
+#[inline(always)]
+fn may_probe(peer: *mut Peer, now: u64) -> bool {
+    let now = (now >> 20) as u32;
+    // SAFETY: values of an array map are valid for the whole program.
+    unsafe {
+        let ahead = (&raw const (*peer).probed_until).read_volatile().wrapping_sub(now);
+        // More than there can be: that time has passed.
+        let ahead = if ahead > PROBE_ALLOWANCE { 0 } else { ahead };
+        let is_allowed = ahead + PROBE_COST <= PROBE_ALLOWANCE;
+        if is_allowed {
+            (*peer).probed_until = now.wrapping_add(ahead + PROBE_COST);
+        }
+        is_allowed
+    }
 }
 
 /// The part of a probe's packet that the daemon gets.
@@ -191,15 +214,13 @@ fn account(peer: *mut Peer, now: u64, inner_len: u32) {
     }
 }
 
-/// Hands the inner packet to the container that it is for, if the peer may send it.
+/// Hands the inner packet to the container that it is for.
 #[inline(always)]
-fn deliver(frame: impl Frame, outer: &Outer, peer: u32, inner_len: u32) -> Result<Sent, Reason> {
+fn deliver(frame: impl Frame, outer: &Outer, route: &Route, inner_len: u32) -> Result<Sent, Reason> {
     let text = outer.message() + DATA_HEADER_LEN;
     let ip = at::<Ipv4>(frame, text)?;
     // SAFETY: `at` has checked the bounds.
-    let (source, destination, version_ihl, tos, protocol) =
-        unsafe { ((*ip).source, (*ip).destination, (*ip).version_ihl, (*ip).tos, (*ip).protocol) };
-    let route = Routes::from_peer(peer, source, destination)?;
+    let (version_ihl, tos, protocol) = unsafe { ((*ip).version_ihl, (*ip).tos, (*ip).protocol) };
     let (ifindex, is_host) = (route.target, route.kind == ROUTE_HOST);
     let endpoint = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
 

@@ -10,8 +10,7 @@ use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use overnode_ebpf::map::{
     Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey, BulkInbox,
     BulkMessage, BulkPeer, BulkWorker, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS, Endpoint,
-    LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_HOST, ROUTE_LOCAL, ROUTE_PEER,
-    ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
+    LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -146,6 +145,14 @@ pub const fn v4_mapped(address: u32) -> Words {
     [0, 0, V4_MAPPED, address]
 }
 
+/// The IPv4 address, as it lies in packets, that one in a map is; `None` if it is an IPv6 address.
+#[inline(always)]
+pub fn v4(address: &Address) -> Option<u32> {
+    // SAFETY: addresses have four words, and are aligned to 4.
+    let [a, b, c, v4] = unsafe { *address.0.as_ptr().cast::<Words>() };
+    (a | b == 0 && c == V4_MAPPED).then_some(v4)
+}
+
 /// Third word of an IPv4 address that is mapped into IPv6.
 pub const V4_MAPPED: u32 = 0xffff_u32.to_be();
 
@@ -171,20 +178,6 @@ impl Routes {
         self.address[3] = address;
         // SAFETY: the same layout, with greater alignment.
         ROUTES.get(unsafe { &*(&raw const *self).cast::<Key<Address>>() })
-    }
-
-    /// Where on this host a packet of a peer goes, if the peer may send from that address.
-    #[inline(always)]
-    pub fn from_peer(peer: u32, source: u32, destination: u32) -> Result<&'static Route, Reason> {
-        let mut routes = Self::new();
-        match routes.v4(source) {
-            Some(route) if route.kind == ROUTE_PEER && route.target == peer => {}
-            _ => return Err(Reason::ForeignSource),
-        }
-        match routes.v4(destination) {
-            Some(route) if route.kind == ROUTE_LOCAL || route.kind == ROUTE_HOST => Ok(route),
-            _ => Err(Reason::NotHere),
-        }
     }
 }
 

@@ -8,6 +8,7 @@ use overnode_ebpf::reason::Reason;
 pub mod aead_check;
 pub mod arp;
 pub mod bulk;
+pub mod checks;
 pub mod checksum;
 pub mod cipher;
 pub mod envelope;

@@ -5,11 +5,15 @@ use overnode_ebpf::map::{NORMALISER_PATIENCE_NS, Peer};
 use super::frame::Skb;
 use super::maps;
 
-/// Counts a packet, or the packets that it becomes, on the way into the normaliser.
+/// Counts a packet, or the packets that it becomes, on the way into the normaliser, and marks it
+/// with the address that it must still come from when it is sealed. The mark goes with the packet
+/// through both ends, which are in one namespace, and nothing that the kernel writes into packets
+/// gets there.
 #[inline(always)]
-pub fn enter(skb: Skb, peer: *mut Peer) {
+pub fn enter(skb: Skb, peer: *mut Peer, source: u32) {
     // SAFETY: the kernel hands a valid context to the program; values of an array map are valid for all of it, here and below.
     unsafe {
+        (*skb).mark = source;
         (*peer).normalising_ns = maps::now();
         maps::add(&raw mut (*peer).normalising, (*skb).gso_segs.max(1));
     }

@@ -9,8 +9,8 @@ use overnode_ebpf::wire::{
     OVERHEAD_IPV4, PADDING, REJECT_AFTER_MESSAGES, RELAY_LEN, TAG_LEN, TYPE_DATA, UDP_LEN,
 };
 
+use super::checks::{self, Leaving};
 use super::frame::{DataHeader, Ethernet, Frame, Ipv4, Skb, adjust_room, at, change_protocol, resize};
-use super::maps::Routes;
 use super::{Sent, cipher, envelope, maps, normaliser, relay, tail};
 
 /// Last word of the destination address of frames that the daemon made.
@@ -37,6 +37,24 @@ pub struct Job {
     pub ecn: u8,
     /// What it is.
     pub kind: Kind,
+    /// Of a container's packet: the addresses that were checked.
+    pub source: u32,
+    pub destination: u32,
+}
+
+impl Job {
+    /// A packet of a container that may leave to a peer.
+    #[inline(always)]
+    pub fn data(leaving: &Leaving) -> Self {
+        Self {
+            peer: leaving.route.target,
+            inner_len: leaving.len,
+            ecn: leaving.tos & ECN_MASK,
+            kind: Kind::Data,
+            source: leaving.source,
+            destination: leaving.destination,
+        }
+    }
 }
 
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
@@ -55,48 +73,62 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
     seal(skb, &job)
 }
 
+/// Without a mark it is the daemon's, which can be no container's: theirs are marked with the
+/// address that they have to come from (`normaliser::enter`).
 #[inline(always)]
 fn job(skb: Skb) -> Result<Job, Reason> {
+    // SAFETY: the kernel hands a valid context to the program.
+    let mark = unsafe { (*skb).mark };
+    if mark == 0 {
+        return of_daemon(skb);
+    }
+    let leaving = checks::leaving(skb, mark)?;
+    if leaving.route.kind == ROUTE_PEER { Ok(Job::data(&leaving)) } else { Err(Reason::NoRoute) }
+}
+
+#[inline(always)]
+fn of_daemon(skb: Skb) -> Result<Job, Reason> {
     skb.linearize((ETHERNET_LEN + IPV4_LEN) as u32)?;
     let ethernet = at::<Ethernet>(skb, 0)?;
     let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
     // SAFETY: `at` has checked the bounds.
-    let (mark, from, flags, version_ihl, destination, tos, total_len, sane) = unsafe {
+    let (to, from, version_ihl, total_len, sane) = unsafe {
         (
             (*ethernet).destination[2],
             (*ethernet).source,
-            (*ethernet).source[2],
             (*ip).version_ihl,
-            (*ip).destination,
-            (*ip).tos,
             u32::from(u16::from_be((*ip).total_len_be)),
             (*ip).is_sane(skb.len() - ETHERNET_LEN as u32),
         )
     };
-    if mark == FROM_DAEMON {
-        let peer = u32::from(u16::from_le(from[0])) | u32::from(u16::from_le(from[1])) << 16;
-        let kind = if flags == 0 { Kind::Keepalive } else { Kind::Probe };
-        let inner_len = match kind {
-            Kind::Probe if version_ihl == 0 || !sane => return Err(Reason::Malformed),
-            Kind::Probe => total_len,
-            _ => 0,
-        };
-        return Ok(Job { peer, inner_len, ecn: 0, kind });
+    if to != FROM_DAEMON {
+        return Err(Reason::Unsupported);
     }
-    if !sane {
-        return Err(Reason::Malformed);
-    }
-    match Routes::new().v4(destination) {
-        Some(route) if route.kind == ROUTE_PEER => {
-            Ok(Job { peer: route.target, inner_len: total_len, ecn: tos & ECN_MASK, kind: Kind::Data })
-        }
-        _ => Err(Reason::NoRoute),
-    }
+    let peer = u32::from(u16::from_le(from[0])) | u32::from(u16::from_le(from[1])) << 16;
+    let kind = if from[2] == 0 { Kind::Keepalive } else { Kind::Probe };
+    let inner_len = match kind {
+        Kind::Probe if version_ihl == 0 || !sane => return Err(Reason::Malformed),
+        Kind::Probe => total_len,
+        _ => 0,
+    };
+    Ok(Job { peer, inner_len, ecn: 0, kind, source: 0, destination: 0 })
 }
 
-/// Seals and sends an IPv4 packet that is complete: its checksums are finished, and it is one packet.
+/// Seals and sends an IPv4 packet that is complete: its checksums are finished, and it is one
+/// packet. Nothing is written into it from here on, so here it is seen for the last time whether it
+/// comes from where it has to.
 #[inline(always)]
 pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
+    if job.kind == Kind::Data {
+        let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+        // SAFETY: `at` has checked the bounds.
+        if unsafe { (*ip).source != job.source || (*ip).destination != job.destination } {
+            return Err(Reason::Spoofed);
+        }
+    }
+    // What the kernel goes by when it looks for the next hop is the message's, not the packet's.
+    // SAFETY: the kernel hands a valid context to the program.
+    unsafe { (*skb).mark = 0 };
     let peer = maps::peer(job.peer).ok_or(Reason::NoRoute)?;
     // SAFETY: values of an array map are valid for the whole program, here and below.
     let (slot, mtu, via) = unsafe { ((*peer).tx_slot, (*peer).mtu, (*peer).via) };

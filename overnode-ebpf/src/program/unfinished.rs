@@ -1,25 +1,45 @@
-//! Small packets whose checksum the kernel has left for later: finished here, which spares them the way through the normaliser.
+//! Packets whose checksum the kernel has left for later. Small ones are finished here, which spares
+//! them the way through the normaliser. Where the checksum of any would be written is checked
+//! before somebody else finishes it.
 
 use core::hint::black_box;
 
 use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_skb_load_bytes, bpf_skb_store_bytes};
 use overnode_ebpf::reason::Reason;
-use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, UDP_LEN};
+use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, UDP_LEN, checksum_place};
 
 use super::checksum::fold;
 use super::cipher::{Claimed, PACKET_LEN};
-use super::frame::{Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Skb, adjust_room, at, resize};
+use super::frame::{
+    Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Skb, adjust_room, at, is_finished_from, is_unfinished, resize,
+};
 
 /// Length of a TCP header without options.
 const TCP_LEN: usize = 20;
-/// Where the checksum lies in TCP's header and in UDP's.
-const TCP_CHECKSUM: usize = 16;
-const UDP_CHECKSUM: usize = 6;
 
 /// [`try_finish`]: nothing has changed; finished; the kernel refused.
 const LEFT: i64 = 0;
 const FINISHED: i64 = 1;
 const REFUSED: i64 = -1;
+
+/// True if a checksum of an IPv4 packet is left for later. Destroys the first two bytes of the
+/// frame.
+///
+/// # Errors
+/// [`Reason::Checksum`] if finishing it would change what packets are judged by: anything in front
+/// of the place that the transport header has for its own. Containers choose that place freely
+/// (`PACKET_VNET_HDR`).
+#[inline(always)]
+pub fn is_left(skb: Skb) -> Result<bool, Reason> {
+    if !is_unfinished(skb)? {
+        return Ok(false);
+    }
+    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+    // SAFETY: `at` has checked the bounds.
+    let (header, protocol) = unsafe { ((*ip).header_len(), (*ip).protocol) };
+    let first = ETHERNET_LEN as u32 + header + checksum_place(protocol) as u32;
+    if is_finished_from(skb, first) { Ok(true) } else { Err(Reason::Checksum) }
+}
 
 /// Finishes the checksum of an IPv4 packet of `len` bytes, if it is small. False if that is left to the normaliser.
 ///
@@ -44,8 +64,8 @@ fn try_finish(skb: Skb, len: u32) -> i64 {
         ((*ip).version_ihl, (*ip).is_fragment(), (*ip).protocol, addresses)
     };
     let (header, place) = match protocol {
-        PROTOCOL_TCP => (TCP_LEN, TCP_CHECKSUM),
-        PROTOCOL_UDP => (UDP_LEN, UDP_CHECKSUM),
+        PROTOCOL_TCP => (TCP_LEN, checksum_place(PROTOCOL_TCP)),
+        PROTOCOL_UDP => (UDP_LEN, checksum_place(PROTOCOL_UDP)),
         _ => return LEFT,
     };
     let is_plain = version_ihl == 0x45 && !is_fragment;

@@ -5,7 +5,7 @@ use overnode_ebpf::map::{
     BULK_PATIENCE, BULK_SILENCE_NS, BULK_THRESHOLD, BulkPeer, BulkWorker, Peer, ROUTE_HOST,
 };
 use overnode_ebpf::reason::Reason;
-use overnode_ebpf::wire::{bulk_header, bulk_peer};
+use overnode_ebpf::wire::{bulk_header, from_bulk_header};
 
 use crate::packet::{ethernet, from_container, ipv4, ipv4_with, set_ipv4_checksum};
 use crate::world::{
@@ -66,6 +66,11 @@ impl World {
     }
 }
 
+/// The header of what a worker has opened.
+fn opened_by_worker(peer: u32) -> [u8; 14] {
+    bulk_header(peer, [0; 4])
+}
+
 /// As large as a test run takes.
 fn large(protocol: u8, port: u16) -> Vec<u8> {
     let mut transport = vec![0; 3000];
@@ -84,7 +89,7 @@ fn small(port: u16) -> Vec<u8> {
 
 fn is_steered(output: &Output) -> bool {
     let header = output.frame.first_chunk().expect("an Ethernet header");
-    output.verdict == TC_ACT_REDIRECT && bulk_peer(header) == Some(PEER)
+    output.verdict == TC_ACT_REDIRECT && from_bulk_header(header) == Some((PEER, CONTAINER.octets()))
 }
 
 #[test]
@@ -96,7 +101,7 @@ fn a_flow_moves_when_it_has_sent_enough_and_all_of_it_does() {
     let packet = small(1000);
     let output = world.run("from_container", &from_container(&packet));
     assert!(is_steered(&output), "a small packet of the flow stays behind");
-    assert_eq!(output.frame, [&bulk_header(PEER)[..], &packet].concat());
+    assert_eq!(output.frame, [&bulk_header(PEER, CONTAINER.octets())[..], &packet].concat());
     assert!(is_steered(&world.send_large(TCP, 1000)));
     // Others stay, large or small.
     assert!(!is_steered(&world.send_large(TCP, 1001)));
@@ -189,12 +194,12 @@ fn spoofers_do_not_get_to_workers_either() {
 fn workers_deliver_what_a_peer_may_send() {
     let world = World::new(Underlay::V4);
     let packet = ipv4(REMOTE, CONTAINER, 1400);
-    let output = world.run("from_bulk", &[&bulk_header(PEER)[..], &packet].concat());
+    let output = world.run("from_bulk", &[&opened_by_worker(PEER)[..], &packet].concat());
     assert_eq!(output.verdict, TC_ACT_REDIRECT);
     assert_eq!(output.frame, ethernet(CONTAINER_MAC, GATEWAY_MAC, 0x0800, &packet));
     // Joined.
     let packet = ipv4(REMOTE, CONTAINER, 3000);
-    let output = world.run_gso("from_bulk", &[&bulk_header(PEER)[..], &packet].concat(), SEGMENT);
+    let output = world.run_gso("from_bulk", &[&opened_by_worker(PEER)[..], &packet].concat(), SEGMENT);
     assert_eq!(output.frame, ethernet(CONTAINER_MAC, GATEWAY_MAC, 0x0800, &packet));
     assert_eq!(world.counts(), [(Reason::BulkReceived, 2)]);
 }
@@ -202,7 +207,7 @@ fn workers_deliver_what_a_peer_may_send() {
 #[test]
 fn a_peer_sends_from_its_own_addresses_only_to_containers_of_this_host_only() {
     let mut world = World::new(Underlay::V4);
-    let frame = |peer, packet: Vec<u8>| [&bulk_header(peer)[..], &packet].concat();
+    let frame = |peer, packet: Vec<u8>| [&opened_by_worker(peer)[..], &packet].concat();
     // Another peer's, this host's, nobody's; and the right one's in another peer's name.
     for source in [OTHER_REMOTE, NEIGHBOUR, UNATTACHED, [192, 0, 2, 7].into(), [10, 46, 0, 1].into()] {
         world.expect_drop("from_bulk", &frame(PEER, ipv4(source, CONTAINER, 200)), Reason::ForeignSource);
@@ -222,7 +227,7 @@ fn a_peer_sends_from_its_own_addresses_only_to_containers_of_this_host_only() {
 fn frames_that_no_worker_wrote_are_refused() {
     let world = World::new(Underlay::V4);
     let packet = ipv4(REMOTE, CONTAINER, 200);
-    let good = [&bulk_header(PEER)[..], &packet].concat();
+    let good = [&opened_by_worker(PEER)[..], &packet].concat();
     let mut other = good.clone();
     other[5] = 1;
     world.expect_drop("from_bulk", &other, Reason::Unsupported);

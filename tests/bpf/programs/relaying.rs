@@ -1,7 +1,9 @@
 //! Messages through a third node: sent, passed on, received.
 
+use std::net::Ipv4Addr;
+
 use aya::maps::RingBuf;
-use overnode_ebpf::map::{FIRST_EXTERNAL_PEER, Peer};
+use overnode_ebpf::map::{FIRST_EXTERNAL_PEER, Peer, ROUTE_PEER};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{PROBE_LEN, RELAY_HOPS, Relay, daemon_header};
 
@@ -9,8 +11,8 @@ use crate::packet::{
     Path, Sealed, from_container, ipv4_with, message, open, padded, to_container, to_remote,
 };
 use crate::world::{
-    HOOKS, Hook, LOCAL_INDEX, MTU, NODE, NODE_ID, OTHER_PEER, PEER, REMOTE, REMOTE_INDEX, RX_KEY,
-    TC_ACT_REDIRECT, TX_KEY, UNDERLAYS, Underlay, World,
+    CONTAINER, HOOKS, Hook, LOCAL_INDEX, MTU, NODE, NODE_ID, OTHER_PEER, OTHER_PEER_NODE, OTHER_REMOTE, PEER,
+    PEER_NODE, REMOTE, REMOTE_INDEX, RX_KEY, SLOT, TC_ACT_REDIRECT, TX_KEY, UNDERLAYS, Underlay, World,
 };
 
 /// Where the other peer is: not where the first is.
@@ -205,8 +207,12 @@ fn a_relay_header_with_too_little_behind_it_is_refused() {
 
 /// A probe's inner packet.
 fn probe(payload: &[u8]) -> Vec<u8> {
+    probe_from(PEER_NODE, payload)
+}
+
+fn probe_from(source: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
     let udp = [&6784_u16.to_be_bytes()[..], &6784_u16.to_be_bytes(), &[0; 4], payload].concat();
-    ipv4_with(REMOTE, NODE, 17, &udp)
+    ipv4_with(source, NODE, 17, &udp)
 }
 
 #[test]
@@ -263,7 +269,7 @@ fn nothing_but_a_whole_probe_on_the_straight_path_is_for_the_node() {
     let short = probe(&[0; PROBE_LEN - 1]);
     let mut other_port = probe(&[0; PROBE_LEN]);
     other_port[22] = 0;
-    let other_protocol = ipv4_with(REMOTE, NODE, 1, &[0; 100]);
+    let other_protocol = ipv4_with(PEER_NODE, NODE, 1, &[0; 100]);
     for (counter, packet) in (0..).zip([short, other_port, other_protocol]) {
         let text = padded(&packet);
         let frame = Path::inbound(Underlay::V4).frame(&message(&RX_KEY, LOCAL_INDEX, counter, &text));
@@ -276,4 +282,70 @@ fn nothing_but_a_whole_probe_on_the_straight_path_is_for_the_node() {
     world.expect_refused(Hook::Tc, &Path::inbound(Underlay::V4).frame(&datagram), Reason::NotHere);
     let mut ring = RingBuf::try_from(world.ebpf.map_mut("PROBES").expect("PROBES")).expect("a ring");
     assert!(ring.next().is_none());
+}
+
+/// A container of the peer, or the peer itself, is not asked for probes in the name of others.
+#[test]
+fn a_probe_comes_from_the_very_node_that_sealed_it() {
+    for hook in HOOKS {
+        let mut world = world(Underlay::V4);
+        world.set_route(OTHER_PEER_NODE, 32, ROUTE_PEER, OTHER_PEER);
+        world.set_route(PEER_NODE, 32, ROUTE_PEER, PEER);
+        let node = u32::from(PEER_NODE);
+        let foreign = [REMOTE, OTHER_PEER_NODE, NODE, CONTAINER, OTHER_REMOTE, Ipv4Addr::UNSPECIFIED]
+            .into_iter()
+            .chain([node - 2, node + 4094, node ^ 1 << 31].map(Ipv4Addr::from));
+        for (counter, source) in (0..).zip(foreign) {
+            let text = padded(&probe_from(source, &[0; PROBE_LEN]));
+            let frame = Path::inbound(Underlay::V4).frame(&message(&RX_KEY, LOCAL_INDEX, counter, &text));
+            world.expect_refused(hook, &frame, Reason::NodeAddress);
+        }
+        // A WireGuard device that is no node, whatever address it was given.
+        for external in [FIRST_EXTERNAL_PEER, FIRST_EXTERNAL_PEER + 2] {
+            let present = world.peer(PEER);
+            world.set_peer(external, present);
+            world.set_route(REMOTE, 32, ROUTE_PEER, external);
+            world.change_session(SLOT, |session| session.peer = external);
+            for (counter, source) in (100..).zip([REMOTE, PEER_NODE, Ipv4Addr::from(node - 2 + external)]) {
+                let text = padded(&probe_from(source, &[0; PROBE_LEN]));
+                let counter = counter + 10 * u64::from(external);
+                let sealed = message(&RX_KEY, LOCAL_INDEX, counter, &text);
+                world.expect_refused(hook, &Path::inbound(Underlay::V4).frame(&sealed), Reason::NodeAddress);
+            }
+        }
+        let mut ring = RingBuf::try_from(world.ebpf.map_mut("PROBES").expect("PROBES")).expect("a ring");
+        assert!(ring.next().is_none());
+    }
+}
+
+/// A member that floods the daemon with probes in its own name leaves room for those of others.
+#[test]
+fn no_peer_fills_the_ring_of_probes() {
+    for hook in HOOKS {
+        let mut world = world(Underlay::V4);
+        let text = padded(&probe(&[0; PROBE_LEN]));
+        let started = std::time::Instant::now();
+        for counter in 0..2000 {
+            let sealed = message(&RX_KEY, LOCAL_INDEX, counter, &text);
+            assert_eq!(
+                world.receive(hook, &Path::inbound(Underlay::V4).frame(&sealed)).verdict,
+                hook.dropped()
+            );
+        }
+        let received = world.count(Reason::ProbeReceived);
+        // 128 at once, then one each 4.19 ms.
+        let most = 130 + started.elapsed().as_millis() as u64 / 4;
+        assert!((128..most).contains(&received), "{received} of {most}");
+        assert_eq!(world.count(Reason::ProbeFlood), 2000 - received);
+        // The ring has room for some 1200.
+        world.change_session(SLOT, |session| session.peer = OTHER_PEER);
+        let text = padded(&probe_from(OTHER_PEER_NODE, &[0; PROBE_LEN]));
+        let frame = Path::inbound(Underlay::V4).frame(&message(&RX_KEY, LOCAL_INDEX, 2000, &text));
+        world.expect_refused(hook, &frame, Reason::ProbeReceived);
+        std::thread::sleep(std::time::Duration::from_millis(600));
+        world.change_session(SLOT, |session| session.peer = PEER);
+        let text = padded(&probe(&[0; PROBE_LEN]));
+        let frame = Path::inbound(Underlay::V4).frame(&message(&RX_KEY, LOCAL_INDEX, 2001, &text));
+        world.expect_refused(hook, &frame, Reason::ProbeReceived);
+    }
 }

@@ -1,13 +1,13 @@
 //! `seal`: what leaves for a peer.
 
-use overnode_ebpf::map::{SESSION_FREE, SESSION_UNCONFIRMED};
+use overnode_ebpf::map::{ROUTE_PEER, SESSION_FREE, SESSION_UNCONFIRMED};
 use overnode_ebpf::reason::Reason;
-use overnode_ebpf::wire::REJECT_AFTER_MESSAGES;
+use overnode_ebpf::wire::{REJECT_AFTER_MESSAGES, daemon_header};
 
 use crate::packet::{Sealed, ethernet, from_container, ipv4, open, padded, to_remote};
 use crate::world::{
-    CONTAINER, MTU, OTHER_REMOTE, PEER, REMOTE_INDEX, SLOT, TC_ACT_REDIRECT, TC_ACT_SHOT, TX_KEY, UNDERLAYS,
-    Underlay, World, boot_ns,
+    CONTAINER, MTU, NEIGHBOUR, NODE, OTHER_REMOTE, PEER, PEER_NODE, REMOTE, REMOTE_INDEX, SLOT,
+    TC_ACT_REDIRECT, TC_ACT_SHOT, TX_KEY, UNATTACHED, UNDERLAYS, Underlay, World, boot_ns,
 };
 
 #[test]
@@ -176,4 +176,33 @@ fn counters_are_drawn_once_across_cpus() {
     });
     counters.sort_unstable();
     assert_eq!(counters, (0..2 * EACH as u64).collect::<Vec<_>>());
+}
+
+/// Whatever finishing a checksum has made of a packet on its way through the normaliser.
+#[test]
+fn what_comes_out_of_the_normaliser_with_other_addresses_is_not_sealed() {
+    let mut world = World::new(Underlay::V4);
+    world.set_route(PEER_NODE, 32, ROUTE_PEER, PEER);
+    let refuse = |packet: &[u8], mark, reason| {
+        let before = world.count(reason);
+        let output = world.run_marked("seal", &from_container(packet), 0, mark);
+        assert_eq!((output.verdict, world.count(reason)), (TC_ACT_SHOT, before + 1), "{reason:?}");
+    };
+    let own = CONTAINER.octets();
+    for source in [NEIGHBOUR, REMOTE, UNATTACHED, NODE, PEER_NODE] {
+        refuse(&ipv4(source, REMOTE, 100), own, Reason::Spoofed);
+    }
+    refuse(&to_remote(100), NEIGHBOUR.octets(), Reason::Spoofed);
+    refuse(&ipv4(CONTAINER, PEER_NODE, 100), own, Reason::NodeAddress);
+    refuse(&ipv4(CONTAINER, NEIGHBOUR, 100), own, Reason::NoRoute);
+    // The mark of the daemon's frames in one that is not the daemon's, and none in one that is
+    // nobody's.
+    let forged = [&daemon_header(PEER, true)[..], &ipv4(NEIGHBOUR, REMOTE, 100)].concat();
+    let before = world.counts();
+    assert_eq!(world.run_marked("seal", &forged, 0, own).verdict, TC_ACT_SHOT);
+    assert_eq!(world.run_marked("seal", &from_container(&to_remote(100)), 0, [0; 4]).verdict, TC_ACT_SHOT);
+    assert!(before.iter().all(|(reason, _)| *reason != Reason::ProbeSent));
+    assert_eq!((world.count(Reason::ProbeSent), world.count(Reason::Sealed)), (0, 0));
+    assert_eq!(world.count(Reason::Unsupported), 1);
+    assert_eq!(world.session(SLOT).tx_counter, 0, "no counter was drawn");
 }

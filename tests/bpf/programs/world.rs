@@ -13,6 +13,7 @@ use overnode_ebpf::map::{
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::Window;
+use overnode_ebpf::wire::DAEMON_MAC;
 
 /// The interface that test runs come in by: loopback, in every namespace.
 pub const IFINDEX: u32 = 1;
@@ -28,6 +29,9 @@ pub const NEIGHBOUR_GATEWAY_MAC: [u8; 6] = [0x02, 0xee, 0, 0, 0, 0x03];
 pub const REMOTE: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 9);
 pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 1);
 pub const NODE_ID: u16 = 1;
+/// The peer's own address, and that of the second peer.
+pub const PEER_NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 2);
+pub const OTHER_PEER_NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 3);
 pub const PEER: u32 = 2;
 /// A second peer, without a session.
 pub const OTHER_PEER: u32 = 3;
@@ -299,8 +303,17 @@ impl World {
 
     /// Likewise a packet that stands for several, of this segment size.
     pub fn run_gso(&self, program: &str, frame: &[u8], gso_size: u32) -> Output {
-        // `struct __sk_buff`: the segment size is at 176.
+        // What `seal` gets is marked by `from_container` with the container's address, unless it is
+        // the daemon's.
+        let is_of_container = program == "seal" && !frame.starts_with(&DAEMON_MAC);
+        self.run_marked(program, frame, gso_size, if is_of_container { CONTAINER.octets() } else { [0; 4] })
+    }
+
+    /// Likewise with a mark.
+    pub fn run_marked(&self, program: &str, frame: &[u8], gso_size: u32, mark: [u8; 4]) -> Output {
+        // `struct __sk_buff`: the mark is at 8, the segment size at 176.
         let mut context = [0; 192];
+        context[8..12].copy_from_slice(&mark);
         context[176..180].copy_from_slice(&gso_size.to_ne_bytes());
         run(self.classifier(program), frame, &context)
     }

@@ -1,0 +1,122 @@
+//! Who may send what to whom: all that is checked of a packet's addresses, in one function for each
+//! direction, which every way of that direction calls. Out: sealed at once, by the normaliser, by a
+//! worker, to a container of this host. In: TC, XDP, relayed, by a worker.
+
+use overnode_ebpf::map::{
+    Config, FIRST_EXTERNAL_PEER, NODE_ADDRESSES, ROUTE_HOST, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, Route,
+};
+use overnode_ebpf::reason::Reason;
+use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN};
+
+use super::frame::{Frame, Ipv4, Skb, at};
+use super::maps::{self, Routes};
+
+/// A packet that may leave.
+pub struct Leaving {
+    /// Its source and destination, as they lie in it.
+    pub source: u32,
+    pub destination: u32,
+    /// Where it goes: to a peer, to a container of this host, or to the host.
+    pub route: &'static Route,
+    /// Type of service.
+    pub tos: u8,
+    /// Length, from the IP header on.
+    pub len: u32,
+}
+
+/// Checks a packet, behind an Ethernet header, of an endpoint that has the address `own`.
+#[inline(always)]
+pub fn leaving(skb: Skb, own: u32) -> Result<Leaving, Reason> {
+    skb.linearize((ETHERNET_LEN + IPV4_LEN) as u32)?;
+    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+    // SAFETY: `at` has checked the bounds.
+    let (sane, source, destination, tos, len) = unsafe {
+        (
+            (*ip).is_sane(skb.len() - ETHERNET_LEN as u32),
+            (*ip).source,
+            (*ip).destination,
+            (*ip).tos,
+            u32::from(u16::from_be((*ip).total_len_be)),
+        )
+    };
+    if !sane {
+        return Err(Reason::Malformed);
+    }
+    if source != own {
+        return Err(Reason::Spoofed);
+    }
+    // Multicast, reserved, broadcast.
+    if u32::from_be(destination) >= 0xe000_0000 {
+        return Err(Reason::Unsupported);
+    }
+    let route = Routes::new().v4(destination).ok_or(Reason::NoRoute)?;
+    match route.kind {
+        ROUTE_LOCAL | ROUTE_HOST => {}
+        ROUTE_PEER => {
+            let nodes = Nodes::new()?;
+            if nodes.contain(source) || nodes.contain(destination) {
+                return Err(Reason::NodeAddress);
+            }
+        }
+        ROUTE_NONE => return Err(Reason::NotHere),
+        _ => return Err(Reason::NoRoute),
+    }
+    Ok(Leaving { source, destination, route, tos, len })
+}
+
+/// Where on this host an inner packet of a peer goes, if the peer may send it there. `None`: it is
+/// a node's, for this node itself.
+#[inline(always)]
+pub fn arriving(peer: u32, source: u32, destination: u32) -> Result<Option<&'static Route>, Reason> {
+    let nodes = Nodes::new()?;
+    if destination == nodes.own {
+        return if nodes.is_of(peer, source) { Ok(None) } else { Err(Reason::NodeAddress) };
+    }
+    let mut routes = Routes::new();
+    match routes.v4(source) {
+        Some(route) if route.kind == ROUTE_PEER && route.target == peer => {}
+        _ => return Err(Reason::ForeignSource),
+    }
+    if nodes.contain(source) {
+        return Err(Reason::NodeAddress);
+    }
+    match routes.v4(destination) {
+        Some(route) if route.kind == ROUTE_LOCAL || route.kind == ROUTE_HOST => Ok(Some(route)),
+        _ => Err(Reason::NotHere),
+    }
+}
+
+/// The addresses of the nodes themselves. Nothing is there for others, but this node's own names
+/// for this host's containers.
+struct Nodes {
+    /// This node's, as it lies in packets.
+    own: u32,
+    /// The first, as a number.
+    first: u32,
+}
+
+impl Nodes {
+    #[inline(always)]
+    fn new() -> Result<Self, Reason> {
+        let config: &Config = maps::config().ok_or(Reason::Unconfigured)?;
+        let own = maps::v4(&config.node).ok_or(Reason::Unconfigured)?;
+        Ok(Self { own, first: u32::from_be(own).wrapping_sub(config.node_id) })
+    }
+
+    /// How far behind the first an address is.
+    #[inline(always)]
+    fn number(&self, address: u32) -> u32 {
+        u32::from_be(address).wrapping_sub(self.first)
+    }
+
+    #[inline(always)]
+    fn contain(&self, address: u32) -> bool {
+        self.number(address) < NODE_ADDRESSES
+    }
+
+    /// True if this is the address of the node that the peer is.
+    #[inline(always)]
+    fn is_of(&self, peer: u32, address: u32) -> bool {
+        peer < FIRST_EXTERNAL_PEER && self.number(address) == peer
+    }
+}
