@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::flow::{self, Amount, Manner, TcpFlow};
+use lab::pcap::UDP;
 use lab::ping::Pinging;
+use lab::raw::{self, Injector, Listener};
 use lab::{Container, Family, Host, Lab, eventually};
+use serde_json::Value;
 
 use crate::{PATIENCE, TOKEN, datagrams, ensure_no, in_lab, pings_both_ways, step};
 
@@ -49,6 +52,9 @@ fn live(lab: &Lab, options: &[&str]) -> Result<()> {
         Ok(())
     })?;
     step("UDP of several lengths", || datagrams(a, c))?;
+    step("no place of a checksum makes a container another one", || {
+        [c, b].into_iter().try_for_each(|to| forge(lab.host(1), a, b, to))
+    })?;
     step("SIGKILL of each daemon under pings and TCP, and its return", || die_and_return(lab, a, c))?;
     lab.hosts()
         .iter()
@@ -78,6 +84,48 @@ fn attach(host: &Host, name: &str) -> Result<Container> {
     let container = host.container(name)?;
     host.attach(&container, &[])?;
     Ok(container)
+}
+
+/// The thief aims checksums at every place of its packets, sealed at once and through the
+/// normaliser: none arrives from the victim, and what would change its headers is counted.
+fn forge(host: &Host, thief: &Container, victim: &Container, to: &Container) -> Result<()> {
+    const INTERFACE: &str = "overnode0";
+    let links: Value = serde_json::from_str(&thief.netns().ip(&["-j", "link", "show", INTERFACE])?)?;
+    let mac = links[0]["address"].as_str().context("no hardware address")?;
+    let bytes = mac.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
+    let mac: [u8; 6] = bytes.try_into().ok().context("not six bytes")?;
+    let listener = Listener::open(to.netns(), INTERFACE)?;
+    let injector = Injector::open(thief.netns(), INTERFACE)?;
+    let count = || -> Result<u64> {
+        let status = host.status()?;
+        let counters = status["counters"].as_array().context("no counters")?;
+        let found = counters.iter().find(|counter| counter["reason"] == "checksum");
+        Ok(found.and_then(|it| it["count"].as_u64()).unwrap_or(0))
+    };
+    for len in [60, 300] {
+        let honest = raw::packet([[2, 0, 0, 0, 0, 9], mac], [thief.address(), to.address()], UDP, len);
+        let wanted = raw::wanted(&honest, victim.address());
+        let frames = raw::aimed(&honest, &wanted, (0, 0), |place| place < 44);
+        let (hostile, harmless): (Vec<_>, Vec<_>) = frames.into_iter().partition(raw::is_hostile);
+        let before = count()?;
+        let mut sent = 0;
+        for (number, batch) in hostile.chunks(50).chain(harmless.chunks(50)).enumerate() {
+            let accepted = injector.send_offloaded(batch)? as u64;
+            sent += if number < hostile.len().div_ceil(50) { accepted } else { 0 };
+            for (offload, mut frame) in listener.frames(20)? {
+                offload.finish(&mut frame);
+                ensure!(
+                    frame[raw::SOURCE..raw::SOURCE + 4] != raw::octets(victim.address()),
+                    "{} has sent as {}: {offload:?}",
+                    thief.name,
+                    victim.name
+                );
+            }
+        }
+        let counted = count()? - before;
+        ensure!(sent > 100 && counted == sent, "{counted} are counted of {sent}, {len} bytes");
+    }
+    Ok(())
 }
 
 fn die_and_return(lab: &Lab, from: &Container, to: &Container) -> Result<()> {
