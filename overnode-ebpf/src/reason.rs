@@ -101,8 +101,8 @@ reasons! {
     RelayLoop = 36, "relay-loop";
     /// A message of the bulk path for which its worker's inbox had no room: more comes than the worker opens.
     InboxFull = 37, "inbox-full";
-    /// A checksum was left unfinished with a place where finishing it would change the headers that
-    /// were checked.
+    /// A checksum was left unfinished at a place where finishing it changes the headers that were
+    /// checked.
     Checksum = 38, "checksum";
     /// Sent to or from an address that is kept for the nodes themselves, by anything but a node.
     NodeAddress = 39, "node-address";

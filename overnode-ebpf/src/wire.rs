@@ -152,9 +152,8 @@ pub const PROTOCOL_TCP: u8 = 6;
 pub const PROTOCOL_UDP: u8 = 17;
 
 /// Where the transport header of an IP protocol has its checksum, in bytes from its start; 0 for
-/// other protocols, whose headers nobody here reads. A checksum that is to be finished has its
-/// place there or behind, as those of a tunnel's inside have: in front of it is what packets are
-/// judged by.
+/// other protocols, whose headers nobody here reads. Nobody here finishes one in front of it: those
+/// of a tunnel's inside lie behind, and what is before is what packets are judged by.
 #[inline(always)]
 pub const fn checksum_place(protocol: u8) -> usize {
     match protocol {

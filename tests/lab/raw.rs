@@ -226,11 +226,14 @@ fn checksum_place(protocol: u8) -> usize {
     }
 }
 
-/// True if finishing the frame's checksum would change what it is judged by.
-pub fn is_hostile((offload, frame): &Frame) -> bool {
-    offload.checksum.is_some_and(|(start, offset)| {
-        usize::from(start) + usize::from(offset) < TRANSPORT + checksum_place(frame[IP + 9])
-    })
+/// True if the frame's checksum is to be written into its Ethernet or IP header.
+pub fn is_hostile((offload, _): &Frame) -> bool {
+    offload.checksum.is_some_and(|(start, offset)| usize::from(start) + usize::from(offset) < TRANSPORT)
+}
+
+/// True if the frame's checksum begins there, wherever it is to be written.
+pub fn begins_in_header((offload, _): &Frame) -> bool {
+    offload.checksum.is_some_and(|(start, _)| usize::from(start) < TRANSPORT)
 }
 
 /// What a thief wants a frame to be: the same, from somebody else.

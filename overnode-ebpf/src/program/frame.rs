@@ -5,7 +5,8 @@
 
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_CSUM_LEVEL_INC, BPF_CSUM_LEVEL_QUERY, TC_ACT_SHOT, xdp_action, xdp_md,
+    __sk_buff, BPF_CSUM_LEVEL_INC, BPF_CSUM_LEVEL_QUERY, BPF_F_ADJ_ROOM_FIXED_GSO,
+    BPF_F_ADJ_ROOM_NO_CSUM_RESET, TC_ACT_SHOT, xdp_action, xdp_md,
 };
 use aya_ebpf::helpers::generated::{
     bpf_csum_level, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
@@ -416,26 +417,24 @@ pub fn is_unfinished(skb: Skb) -> Result<bool, Reason> {
     Ok(unsafe { at::<u16>(skb, 0)?.read_volatile() } == 0)
 }
 
-/// True if the checksum that the kernel still has to finish will be written at this offset or
-/// behind it, so that nothing before it changes. For a packet that [`is_unfinished`]; where it is
-/// false, the packet may have been cut, and is to be dropped.
-///
-/// No field of the context tells where that is. But bpf_skb_change_tail refuses to make a packet
-/// shorter than such a checksum reaches, and does so before it touches anything
-/// (`__bpf_skb_min_len`, Linux 4.9).
-#[inline(always)]
-pub fn is_finished_from(skb: Skb, offset: u32) -> bool {
-    const EINVAL: i64 = 22;
-    // The checksum has two bytes: it begins here or later if it reaches beyond the next byte.
-    // SAFETY: the context is valid.
-    unsafe { bpf_skb_change_tail(skb, offset + 1, 0) == -EINVAL }
-}
-
 /// Inserts bytes behind the Ethernet header, or removes them there.
 #[inline(always)]
 pub fn adjust_room(skb: Skb, by: i32) -> Result<(), Reason> {
     // SAFETY: the context is valid.
     if unsafe { bpf_skb_adjust_room(skb, by, BPF_ADJ_ROOM_MAC, 0) } != 0 {
+        Err(Reason::Helper)
+    } else {
+        Ok(())
+    }
+}
+
+/// Like [`adjust_room`], for bytes that come back: segments keep their size, and a checksum that the
+/// device has verified stays so.
+#[inline(always)]
+pub fn shift(skb: Skb, by: i32) -> Result<(), Reason> {
+    const FLAGS: u64 = (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET) as u64;
+    // SAFETY: the context is valid.
+    if unsafe { bpf_skb_adjust_room(skb, by, BPF_ADJ_ROOM_MAC, FLAGS) } != 0 {
         Err(Reason::Helper)
     } else {
         Ok(())

@@ -7,7 +7,8 @@ use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, UDP_LEN};
 
 use super::checks::{self, Leaving};
 use super::frame::{
-    Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, redirect, redirect_peer,
+    Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, is_unfinished, redirect,
+    redirect_peer,
 };
 use super::{Sent, arp, bulk, maps, normaliser, seal, too_big, unfinished};
 
@@ -53,7 +54,7 @@ fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
 pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reason> {
     let ifindex = route.target;
     let target = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
-    unfinished::is_left(skb)?;
+    unfinished::leave(skb)?;
     skb.set_ethernet(&target.mac, &target.gateway_mac)?;
     if route.kind == ROUTE_HOST {
         return Ok(Sent { counted: Some(counted), verdict: redirect(ifindex) });
@@ -82,12 +83,11 @@ fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reas
     if inner_len > mtu {
         return too_big::answer(skb, endpoint, config, mtu);
     }
-    let is_left = unfinished::is_left(skb)?;
     if let Some(sent) = bulk::steer(skb, index) {
         return Ok(sent);
     }
     let is_complete = skb.gso_size() == 0
-        && (!is_left || normaliser::is_empty(peer) && unfinished::finish(skb, inner_len)?);
+        && (!is_unfinished(skb)? || normaliser::is_empty(peer) && unfinished::finish(skb, inner_len)?);
     if is_complete {
         return seal::seal(skb, &seal::Job::data(leaving));
     }

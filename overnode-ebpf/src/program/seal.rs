@@ -10,6 +10,7 @@ use overnode_ebpf::wire::{
 };
 
 use super::checks::{self, Leaving};
+use super::checksum::ipv4_checksum;
 use super::frame::{DataHeader, Ethernet, Frame, Ipv4, Skb, adjust_room, at, change_protocol, resize};
 use super::{Sent, cipher, envelope, maps, normaliser, relay, tail};
 
@@ -83,6 +84,12 @@ fn job(skb: Skb) -> Result<Job, Reason> {
         return of_daemon(skb);
     }
     let leaving = checks::leaving(skb, mark)?;
+    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+    // A checksum of whatever the container wanted was finished on the way: not in here.
+    // SAFETY: `at` has checked the bounds.
+    if unsafe { (*ip).version_ihl == 0x45 && ipv4_checksum(&*ip) != 0 } {
+        return Err(Reason::Checksum);
+    }
     if leaving.route.kind == ROUTE_PEER { Ok(Job::data(&leaving)) } else { Err(Reason::NoRoute) }
 }
 

@@ -1,6 +1,6 @@
 //! Packets whose checksum the kernel has left for later. Small ones are finished here, which spares
-//! them the way through the normaliser. Where the checksum of any would be written is checked
-//! before somebody else finishes it.
+//! them the way through the normaliser. Before one is left to its receiver, a container of this
+//! host, it is made sure that this will not change who sent it.
 
 use core::hint::black_box;
 
@@ -11,34 +11,78 @@ use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, UDP_LEN, checksum_place};
 use super::checksum::fold;
 use super::cipher::{Claimed, PACKET_LEN};
 use super::frame::{
-    Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Skb, adjust_room, at, is_finished_from, is_unfinished, resize,
+    Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Skb, adjust_room, at, is_unfinished, resize, shift,
 };
 
+const PROTOCOL_SCTP: u8 = 132;
 /// Length of a TCP header without options.
 const TCP_LEN: usize = 20;
 
-/// [`try_finish`]: nothing has changed; finished; the kernel refused.
+/// [`try_finish`]: nothing has changed; finished; the kernel refused. [`try_leave`]: can be finished;
+/// in the headers; the kernel refused.
 const LEFT: i64 = 0;
 const FINISHED: i64 = 1;
 const REFUSED: i64 = -1;
+const MISPLACED: i64 = 2;
 
-/// True if a checksum of an IPv4 packet is left for later. Destroys the first two bytes of the
-/// frame.
+/// Makes sure that a checksum which an IPv4 packet leaves to its receiver, if it does, will not be
+/// written into the headers that were checked. Destroys the first two bytes of the frame.
 ///
 /// # Errors
-/// [`Reason::Checksum`] if finishing it would change what packets are judged by: anything in front
-/// of the place that the transport header has for its own. Containers choose that place freely
-/// (`PACKET_VNET_HDR`).
+/// [`Reason::Checksum`]: it would. Containers choose the place freely (`PACKET_VNET_HDR`).
+/// [`Reason::Helper`] if the kernel refuses, or no memory is left.
 #[inline(always)]
-pub fn is_left(skb: Skb) -> Result<bool, Reason> {
+pub fn leave(skb: Skb) -> Result<(), Reason> {
     if !is_unfinished(skb)? {
-        return Ok(false);
+        return Ok(());
     }
-    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+    match try_leave(skb) {
+        FINISHED => Ok(()),
+        MISPLACED => Err(Reason::Checksum),
+        _ => Err(Reason::Helper),
+    }
+}
+
+/// A frame of its own: what it needs of the stack is not added to the caller's beside the cipher's.
+///
+/// No field of the context tells where a checksum begins. But once that place is no longer part of
+/// the packet, the kernel forgets it (`skb_postpull_rcsum`): so what is in front of the transport
+/// header is taken away for a moment. The place lies behind the beginning.
+#[inline(never)]
+fn try_leave(skb: Skb) -> i64 {
+    let Ok(ip) = at::<Ipv4>(skb, ETHERNET_LEN) else { return REFUSED };
     // SAFETY: `at` has checked the bounds.
     let (header, protocol) = unsafe { ((*ip).header_len(), (*ip).protocol) };
-    let first = ETHERNET_LEN as u32 + header + checksum_place(protocol) as u32;
-    if is_finished_from(skb, first) { Ok(true) } else { Err(Reason::Checksum) }
+    let front = ETHERNET_LEN as u32 + header;
+    let Ok(scratch) = Claimed::new() else { return REFUSED };
+    // The verifier does not see that it is neither 0 nor larger than the memory.
+    let front = (black_box(front - 1) & (PACKET_LEN as u32 - 1)) + 1;
+    let len = skb.len();
+    // No packet is left with less than an IPv4 header.
+    let least = front + (ETHERNET_LEN + IPV4_LEN) as u32;
+    if len < least && resize(skb, least).is_err() {
+        return REFUSED;
+    }
+    // SAFETY: the scratch memory is ours, and has room for so much.
+    unsafe {
+        if bpf_skb_load_bytes(skb.cast(), ETHERNET_LEN as u32, scratch.packet().cast(), front) != 0 {
+            return REFUSED;
+        }
+        if shift(skb, -(front as i32)).is_err() {
+            // Of all segments, the kernel refuses this to those of SCTP, which nobody makes but itself.
+            return if protocol == PROTOCOL_SCTP && skb.gso_size() != 0 { FINISHED } else { REFUSED };
+        }
+        let Ok(is_left) = is_unfinished(skb) else { return REFUSED };
+        if !is_left {
+            return MISPLACED;
+        }
+        if shift(skb, front as i32).is_err()
+            || bpf_skb_store_bytes(skb, ETHERNET_LEN as u32, scratch.packet().cast(), front, 0) != 0
+        {
+            return REFUSED;
+        }
+    }
+    if len < least && resize(skb, len).is_err() { REFUSED } else { FINISHED }
 }
 
 /// Finishes the checksum of an IPv4 packet of `len` bytes, if it is small. False if that is left to the normaliser.
