@@ -22,6 +22,7 @@ pub mod net;
 pub mod node;
 pub mod options;
 pub mod path;
+pub mod routing;
 pub mod store;
 pub mod types;
 

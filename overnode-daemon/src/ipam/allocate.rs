@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use super::layout::quarters;
 use super::space::{next_free, overlap};
 use super::{Action, Fact, Ipam, IpamError, Key, Layout, Peer, Problem, RequestId};
+use crate::gossip::MAX_RANGES;
 use crate::types::NodeId;
 
 /// What this node holds, and what it has given out.
@@ -177,28 +178,29 @@ impl Ipam {
         self.allocation.allocated.keys().copied().filter(|address| !range.contains(address)).collect()
     }
 
-    /// The address space that leads to this node: what it tells the others. Blocks that others have borrowed of it are
-    /// theirs, by the longest prefix.
+    /// The address space of this node, as it tells the others: its own half, the halves that it lends, and apart from these the blocks
+    /// that it uses itself, whether it has borrowed them or lends them. Who announces a whole half says that it lends it, and no more:
+    /// only blocks lead to a node.
     pub fn ranges(&self) -> Vec<IpNet> {
         let mut ranges: Vec<IpNet> = self.allocation.own.into_iter().collect();
-        ranges.extend(self.lent_halves());
-        let held = self.allocation.blocks.iter().filter(|(_, block)| !block.lost).map(|(net, _)| *net);
-        ranges.extend(held);
         let lent = self.lent_halves();
-        let mut announced = Vec::new();
-        for range in IpNet::aggregate(&ranges) {
-            // Who announces a whole half says that it lends it.
-            let half = quarters()
-                .filter_map(|quarter| self.layout.lendable(quarter))
-                .find(|half| range.contains(half));
-            match half {
-                Some(half) if !lent.contains(&half) => {
-                    announced.extend(range.subnets(half.prefix_len() + 1).into_iter().flatten());
-                }
-                Some(_) | None => announced.push(range),
-            }
+        ranges.extend(&lent);
+        let held = self.held().collect::<Vec<_>>();
+        let mut blocks: Vec<IpNet> = IpNet::aggregate(&held)
+            .into_iter()
+            .flat_map(|block| if self.is_half(block) { halves(block) } else { vec![block] })
+            .collect();
+        if ranges.len() + blocks.len() > MAX_RANGES {
+            // Nobody misses what nobody uses.
+            blocks.sort_by_key(|block| self.addresses_in(*block).next().is_none());
         }
-        announced
+        ranges.extend(blocks);
+        ranges.truncate(MAX_RANGES);
+        ranges
+    }
+
+    fn is_half(&self, block: IpNet) -> bool {
+        quarters().any(|quarter| self.layout.lendable(quarter) == Some(block))
     }
 
     /// What this node has borrowed, or uses of a quarter that it lends.
@@ -328,4 +330,8 @@ impl Ipam {
     pub(super) fn addresses_in(&self, block: IpNet) -> impl Iterator<Item = IpAddr> {
         self.allocation.allocated.range(block.network()..=block.broadcast()).map(|(address, _)| *address)
     }
+}
+
+fn halves(net: IpNet) -> Vec<IpNet> {
+    net.subnets(net.prefix_len() + 1).into_iter().flatten().collect()
 }

@@ -1,0 +1,468 @@
+//! Routing: which of the announced prefixes lead to which node. Deterministic; no I/O, no clock.
+//!
+//! The data plane has one table that says both where a packet goes and who may send from an address. This module decides what
+//! the other nodes are given in it. A member may announce anything, so an announcement alone is worth nothing:
+//!
+//! 1. A node's own address follows from its ID, and so does the first half of a quarter, which is only ever given out by the node
+//!    with that ID. Both, and anything inside them, lead to that node whatever others announce.
+//! 2. Blocks inside the second half of a quarter, and static addresses, belong to the node that announced them **first**, as far as
+//!    this node has seen. They stay its own as long as it announces them and is present: reached, or reached less than [`GRACE`]
+//!    ago. A later announcement of the same addresses, of a part of them, or of more than them takes none of them over.
+//!    If the first one is absent, the next present one gets them until the first one is back.
+//! 3. The whole second half of a quarter is no route: a node that announces it says that it lends it. Blocks of it that the
+//!    lender itself uses are announced, too ([`Ipam::ranges`](crate::ipam::Ipam::ranges)), and fall under rule 2.
+//! 4. What this node itself has belongs to itself, here.
+//! 5. A prefix that is none of these is not accepted: outside of the subnet, over addresses of nodes, larger than a half.
+//! 6. Nothing leads to a node that has left, or whose space was taken back. If its ID returns, in a later incarnation or under
+//!    another key, its announcements are the latest of all.
+//!
+//! Two claims to an address are a [`Conflict`]: present state, for as long as both nodes are reached and announce it.
+//! Both parties see it, and so does everybody else.
+//!
+//! Who was first is a number for each prefix ([`Routing::standing`]). It is stored beside the node's record, for a restarted daemon
+//! that believed whoever connects first could be robbed by a member that waits for the restart.
+//!
+//! Addresses that nobody has announced yet are free for all here. Proof of ownership, a grant that the lender signs, will come between
+//! rules 1 and 2: it then outranks any earlier announcement without one. [`Claim`] is where it belongs, in front of `rank`.
+//!
+//! Inputs: [`Routing::restore`], [`Routing::learn`], [`Routing::set_own`], [`Routing::set_reachable`], [`Routing::set_gone`].
+//! [`Routing::update`] then decides. Outputs: [`Routing::routes`], [`Routing::conflicts`], [`Routing::poll_timeout`].
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+
+use crate::gossip::Record;
+use crate::ipam::{Layout, quarters};
+use crate::types::{NodeId, VerifyingKey};
+
+/// So long after it was reached last, a node keeps what it announced first: its sessions carry traffic for no longer
+/// (WireGuard's reject-after-time), and a daemon that is restarted or upgraded is back earlier.
+pub const GRACE: Duration = Duration::from_secs(180);
+/// Conflicts count after this time: while a block changes hands, the record of the new user may arrive before that of the old one.
+pub const SETTLE: Duration = Duration::from_secs(3);
+/// Prefixes that are named of one conflict.
+pub const MAX_NAMED: usize = 8;
+
+/// Shapes of earlier announcements that are remembered of one node, besides the present ones.
+const MAX_EARLIER: usize = 512;
+/// How long the table stays as it is after it was made, for each prefix in it: a member that announces very much, again and again,
+/// must not keep the node from everything else.
+const PACE: Duration = Duration::from_micros(2);
+
+/// Decides which prefixes lead to which node.
+#[derive(Clone, Debug)]
+pub struct Routing {
+    own: NodeId,
+    layout: Layout,
+    own_space: Vec<IpNet>,
+    nodes: BTreeMap<NodeId, Node>,
+    gone: BTreeMap<NodeId, u64>,
+    next_rank: u64,
+    is_old: bool,
+    updated: Option<Instant>,
+    table: Table,
+}
+
+/// Addresses that two nodes claim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conflict {
+    /// The node that they lead to.
+    pub holder: NodeId,
+    /// The node that announces them as well.
+    pub claimant: NodeId,
+    /// Up to [`MAX_NAMED`] of the prefixes.
+    pub prefixes: Vec<IpNet>,
+    /// How many there are.
+    pub count: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Node {
+    key: VerifyingKey,
+    incarnation: u64,
+    reachable: bool,
+    /// When it was reached last; unless it never was.
+    seen: Option<Instant>,
+    /// Inside its own half.
+    own: Vec<IpNet>,
+    /// By prefix, how many announcements were made before it. A prefix in an earlier shape stays as long as all of it is announced.
+    standing: BTreeMap<IpNet, u64>,
+    /// In the own half of another node.
+    foreign: Vec<(IpNet, NodeId)>,
+}
+
+/// How good a claim to a prefix is: the least wins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Claim {
+    absent: bool,
+    rank: u64,
+    node: NodeId,
+    /// Whether the node is reached now.
+    reached: bool,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Table {
+    routes: BTreeMap<NodeId, Vec<IpNet>>,
+    conflicts: BTreeMap<(NodeId, NodeId), (BTreeSet<IpNet>, usize, Instant)>,
+    prefixes: u32,
+}
+
+impl Routing {
+    /// Nothing is known yet.
+    pub fn new(layout: Layout, own: NodeId) -> Self {
+        Self {
+            own,
+            layout,
+            own_space: Vec::new(),
+            nodes: BTreeMap::new(),
+            gone: BTreeMap::new(),
+            next_rank: 1,
+            is_old: true,
+            updated: None,
+            table: Table::default(),
+        }
+    }
+
+    /// Takes up what was known of a node before a restart: its record, and what [`Self::standing`] said of it. It counts as reached
+    /// a moment ago.
+    pub fn restore(
+        &mut self,
+        record: &Record,
+        standing: impl IntoIterator<Item = (IpNet, u64)>,
+        now: Instant,
+    ) {
+        let mut node = Node::new(record);
+        node.standing.extend(standing);
+        node.seen = Some(now);
+        let last = node.standing.values().copied().max().unwrap_or_default();
+        self.next_rank = self.next_rank.max(last.saturating_add(1));
+        self.nodes.insert(record.id, node);
+        self.learn(record);
+    }
+
+    /// Takes what a node says of itself now.
+    pub fn learn(&mut self, record: &Record) {
+        self.is_old = true;
+        if record.left {
+            self.nodes.remove(&record.id);
+            return;
+        }
+        let was_gone = |node: &Node| self.gone.get(&record.id).is_some_and(|last| node.incarnation <= *last);
+        let known = self.nodes.remove(&record.id);
+        let known = known.filter(|node| {
+            node.key == record.verifying_key && (!was_gone(node) || node.incarnation == record.incarnation)
+        });
+        let mut node = known.unwrap_or_else(|| Node::new(record));
+        node.incarnation = record.incarnation;
+        node.own.clear();
+        node.foreign.clear();
+        let mut announced = BTreeSet::new();
+        for range in record.ranges.iter().map(IpNet::trunc) {
+            match self.place(record.id, range) {
+                Place::Own => node.own.push(range),
+                Place::Block => _ = announced.insert(range),
+                Place::Of(other) => node.foreign.push((range, other)),
+                Place::Lent | Place::Nowhere => {}
+            }
+        }
+        let is_static = |address: &IpAddr| self.layout.check_static(*address).is_ok();
+        announced.extend(record.claims.iter().copied().filter(is_static).map(IpNet::from));
+        if node.announce(&announced, self.next_rank) {
+            self.next_rank = self.next_rank.saturating_add(1);
+        }
+        self.nodes.insert(record.id, node);
+    }
+
+    /// What this node itself gives out and has.
+    pub fn set_own(&mut self, ranges: &[IpNet], claims: &[IpAddr]) {
+        let blocks =
+            ranges.iter().copied().filter(|range| matches!(self.place(self.own, *range), Place::Block));
+        let own: Vec<_> = blocks.chain(claims.iter().copied().map(IpNet::from)).collect();
+        if self.own_space != own {
+            self.own_space = own;
+            self.is_old = true;
+        }
+    }
+
+    /// Which nodes are reached now.
+    pub fn set_reachable<'a>(&mut self, reachable: impl IntoIterator<Item = &'a NodeId>, now: Instant) {
+        let reachable: BTreeSet<_> = reachable.into_iter().collect();
+        for (id, node) in &mut self.nodes {
+            let is_reachable = reachable.contains(id);
+            if node.reachable != is_reachable {
+                node.reachable = is_reachable;
+                node.seen = Some(now);
+                self.is_old = true;
+            }
+        }
+    }
+
+    /// Nodes whose space was taken back, with their last incarnation.
+    pub fn set_gone(&mut self, gone: impl IntoIterator<Item = (NodeId, u64)>) {
+        let gone: BTreeMap<_, _> = gone.into_iter().collect();
+        if self.gone != gone {
+            self.gone = gone;
+            self.is_old = true;
+        }
+    }
+
+    /// Decides anew, if there is a reason to. True if it did.
+    pub fn update(&mut self, now: Instant) -> bool {
+        if !self.is_due(now) {
+            return false;
+        }
+        self.is_old = false;
+        self.updated = Some(now);
+        let mut before = std::mem::take(&mut self.table);
+        self.table = self.decide(now);
+        for (pair, (_, _, since)) in &mut self.table.conflicts {
+            if let Some((_, _, earlier)) = before.conflicts.remove(pair) {
+                *since = earlier;
+            }
+        }
+        true
+    }
+
+    /// When to call [`Self::update`] next; and when [`Self::conflicts`] may have more to tell.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let Some(updated) = self.updated else { return None };
+        let old = self.is_old.then(|| updated + PACE * self.table.prefixes);
+        let ends = self.nodes.values().filter_map(Node::absent_from).filter(|at| *at > updated);
+        let settled = self.table.conflicts.values().map(|(_, _, since)| *since + SETTLE);
+        let settled = settled.filter(|at| *at > updated);
+        old.into_iter().chain(ends).chain(settled).min()
+    }
+
+    /// The prefixes that lead to a node, its own address first. None if nothing does.
+    pub fn routes(&self, id: NodeId) -> &[IpNet] {
+        self.table.routes.get(&id).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether the space of a node was taken back, and it has not come back since.
+    pub fn is_taken_back(&self, id: NodeId) -> bool {
+        self.nodes.get(&id).is_some_and(|node| self.was_taken_back(id, node))
+    }
+
+    /// What two nodes claim by now.
+    pub fn conflicts(&self, now: Instant) -> impl Iterator<Item = Conflict> {
+        let lasting = self.table.conflicts.iter().filter(move |(_, (_, _, since))| *since + SETTLE <= now);
+        lasting.map(|(&(holder, claimant), (prefixes, count, _))| Conflict {
+            holder,
+            claimant,
+            prefixes: prefixes.iter().copied().collect(),
+            count: *count,
+        })
+    }
+
+    /// What to store beside a node's record for [`Self::restore`].
+    pub fn standing(&self, id: NodeId) -> impl Iterator<Item = (IpNet, u64)> {
+        self.nodes.get(&id).into_iter().flat_map(|node| &node.standing).map(|(prefix, rank)| (*prefix, *rank))
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        let Some(updated) = self.updated else { return true };
+        self.poll_timeout().is_some_and(|at| at <= now)
+            && (!self.is_old || updated + PACE * self.table.prefixes <= now)
+    }
+
+    fn was_taken_back(&self, id: NodeId, node: &Node) -> bool {
+        self.gone.get(&id).is_some_and(|last| node.incarnation <= *last)
+    }
+
+    /// Whose a range is, whatever the node that announces it says.
+    fn place(&self, announcer: NodeId, range: IpNet) -> Place {
+        if self.layout.own_part(announcer).is_some_and(|own| own.contains(&range)) {
+            return Place::Own;
+        }
+        let touches = |quarter: &NodeId| {
+            let own = self.layout.own_part(*quarter);
+            *quarter != announcer && own.is_some_and(|own| own.contains(&range) || range.contains(&own))
+        };
+        if let Some(other) = quarters().find(touches) {
+            return Place::Of(other);
+        }
+        match self.layout.quarter_of(range).and_then(|quarter| self.layout.lendable(quarter)) {
+            Some(half) if half == range => Place::Lent,
+            Some(_) => Place::Block,
+            None => Place::Nowhere,
+        }
+    }
+
+    fn decide(&self, now: Instant) -> Table {
+        let mut table = Table::default();
+        let mut claims: Vec<(IpNet, Claim)> = Vec::new();
+        let own = Claim { absent: false, rank: 0, node: self.own, reached: true };
+        claims.extend(self.own_space.iter().map(|prefix| (*prefix, own)));
+        for (&id, node) in self.nodes.iter().filter(|(id, node)| !self.was_taken_back(**id, node)) {
+            let routes = table.routes.entry(id).or_default();
+            routes.push(self.layout.node_address(id).into());
+            routes.extend(&node.own);
+            let (absent, reached) = (!node.is_present(now), node.reachable);
+            let claim = |rank| Claim { absent, rank, node: id, reached };
+            claims.extend(node.standing.iter().map(|(prefix, rank)| (*prefix, claim(*rank))));
+            if reached {
+                node.foreign.iter().for_each(|(prefix, of)| table.note(*of, id, *prefix, now));
+            }
+        }
+        claims.sort_unstable();
+        table.prefixes = u32::try_from(claims.len()).unwrap_or(u32::MAX);
+        table.settle(&claims, self.own, now);
+        table
+    }
+}
+
+/// What a range is to its announcer.
+enum Place {
+    /// In its own half.
+    Own,
+    /// In the own half of another node, or around it.
+    Of(NodeId),
+    /// All that is lent of a quarter.
+    Lent,
+    /// A part of that.
+    Block,
+    Nowhere,
+}
+
+impl Node {
+    fn new(record: &Record) -> Self {
+        Self {
+            key: record.verifying_key,
+            incarnation: record.incarnation,
+            reachable: false,
+            seen: None,
+            own: Vec::new(),
+            standing: BTreeMap::new(),
+            foreign: Vec::new(),
+        }
+    }
+
+    fn is_present(&self, now: Instant) -> bool {
+        self.reachable || self.absent_from().is_some_and(|at| now < at)
+    }
+
+    /// The end of its grace, unless it is reached or never was.
+    fn absent_from(&self) -> Option<Instant> {
+        self.seen.filter(|_| !self.reachable).map(|seen| seen + GRACE)
+    }
+
+    /// These are announced now; what is new among them has this rank. True if anything is.
+    fn announce(&mut self, announced: &BTreeSet<IpNet>, rank: u64) -> bool {
+        let mut standing: BTreeMap<IpNet, u64> = BTreeMap::new();
+        for (prefix, rank) in std::mem::take(&mut self.standing) {
+            if around(prefix).any(|net| announced.contains(&net)) {
+                let known = standing.entry(prefix).or_insert(rank);
+                *known = rank.min(*known);
+                continue;
+            }
+            // Less is announced than was: the rest keeps its rank.
+            let inside = announced.range(prefix..).take_while(|net| prefix.contains(*net));
+            for part in inside {
+                let known = standing.entry(*part).or_insert(rank);
+                *known = rank.min(*known);
+            }
+        }
+        let mut is_new = false;
+        for prefix in announced {
+            if !standing.contains_key(prefix) {
+                let earlier = around(*prefix).filter_map(|net| standing.get(&net).copied()).min();
+                is_new |= earlier.is_none();
+                standing.insert(*prefix, earlier.unwrap_or(rank));
+            }
+        }
+        // An earlier shape matters only as far as it is better than the present one.
+        let best = |prefix: IpNet| {
+            let present = around(prefix).filter(|net| announced.contains(net));
+            present.filter_map(|net| standing.get(&net).copied()).min()
+        };
+        let mut earlier: Vec<_> = standing.keys().copied().filter(|it| !announced.contains(it)).collect();
+        earlier.retain(|prefix| best(*prefix).is_none_or(|best| standing[prefix] < best));
+        earlier.truncate(MAX_EARLIER);
+        let earlier: BTreeSet<_> = earlier.into_iter().collect();
+        standing.retain(|prefix, _| announced.contains(prefix) || earlier.contains(prefix));
+        self.standing = standing;
+        is_new
+    }
+}
+
+/// A prefix and all that contain it.
+fn around(prefix: IpNet) -> impl Iterator<Item = IpNet> {
+    std::iter::successors(Some(prefix), IpNet::supernet)
+}
+
+/// The prefixes around the one that is looked at: of each, who claims it, and the two best claims to it and all around it that are
+/// of different nodes.
+struct Level<'a> {
+    net: IpNet,
+    claims: &'a [(IpNet, Claim)],
+    best: [Option<Claim>; 2],
+}
+
+impl Level<'_> {
+    fn add(&mut self, claim: Claim) {
+        let [first, second] = &mut self.best;
+        match first {
+            Some(known) if known.node == claim.node => *known = claim.min(*known),
+            Some(known) if claim < *known => {
+                *second = Some(*known);
+                *known = claim;
+            }
+            Some(_) if second.is_none_or(|known| claim < known) => *second = Some(claim),
+            Some(_) => {}
+            None => *first = Some(claim),
+        }
+    }
+
+    fn best_of_others(&self, node: NodeId) -> Option<Claim> {
+        self.best.into_iter().flatten().find(|claim| claim.node != node)
+    }
+}
+
+impl Table {
+    /// Goes through all claims, in the order of their prefixes: what contains others comes before these.
+    fn settle(&mut self, claims: &[(IpNet, Claim)], own: NodeId, now: Instant) {
+        let mut stack: Vec<Level<'_>> = Vec::new();
+        for group in claims.chunk_by(|(one, _), (other, _)| one == other) {
+            let net = group[0].0;
+            while stack.last().is_some_and(|level| !level.net.contains(&net)) {
+                stack.pop();
+            }
+            let best = stack.last().map(|level| level.best).unwrap_or_default();
+            let mut level = Level { net, claims: group, best };
+            group.iter().for_each(|(_, claim)| level.add(*claim));
+            for (_, claim) in group {
+                if let Some(better) = level.best_of_others(claim.node).filter(|better| better < claim) {
+                    if better.reached && claim.reached {
+                        self.note(better.node, claim.node, net, now);
+                    }
+                    continue;
+                }
+                if claim.node != own {
+                    self.routes.entry(claim.node).or_default().push(net);
+                }
+                for (_, worse) in stack.iter().flat_map(|level| level.claims) {
+                    if worse.node != claim.node && worse.reached && claim.reached {
+                        self.note(claim.node, worse.node, net, now);
+                    }
+                }
+            }
+            stack.push(level);
+        }
+    }
+
+    fn note(&mut self, holder: NodeId, claimant: NodeId, prefix: IpNet, now: Instant) {
+        let (prefixes, count, _) =
+            self.conflicts.entry((holder, claimant)).or_insert_with(|| (BTreeSet::new(), 0, now));
+        *count += 1;
+        if prefixes.len() < MAX_NAMED {
+            prefixes.insert(prefix);
+        }
+    }
+}

@@ -1,0 +1,347 @@
+use std::net::Ipv4Addr;
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+use super::*;
+use crate::gossip::Signature;
+use crate::types::{Network, PublicKey};
+
+const OWN: u16 = 1;
+
+fn id(number: u16) -> NodeId {
+    NodeId::new(number).unwrap()
+}
+
+fn nets(texts: &[&str]) -> Vec<IpNet> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
+}
+
+fn record(number: u16, ranges: &[&str], claims: &[&str]) -> Record {
+    Record {
+        id: id(number),
+        incarnation: 10,
+        version: 1,
+        left: false,
+        nickname: String::new(),
+        public_key: PublicKey([number as u8; 32]),
+        addresses: Vec::new(),
+        links: Vec::new(),
+        dark: Vec::new(),
+        ranges: nets(ranges),
+        claims: claims.iter().map(|text| text.parse().unwrap()).collect(),
+        names: Vec::new(),
+        verifying_key: VerifyingKey([number as u8; 32]),
+        signature: Signature::default(),
+    }
+}
+
+/// Node 1's view of a cluster with the default addresses. Quarter 2 is 10.42.0.0/15, of which 10.43.0.0/16 is lent.
+struct View {
+    routing: Routing,
+    now: Instant,
+    reached: BTreeSet<NodeId>,
+}
+
+impl View {
+    fn new() -> Self {
+        let layout = Layout::new(Network::default()).unwrap();
+        Self { routing: Routing::new(layout, id(OWN)), now: Instant::now(), reached: BTreeSet::new() }
+    }
+
+    /// A node that is reached says this.
+    fn says(&mut self, number: u16, ranges: &[&str], claims: &[&str]) {
+        self.reached.insert(id(number));
+        self.learn(&record(number, ranges, claims));
+    }
+
+    fn learn(&mut self, record: &Record) {
+        self.routing.learn(record);
+        self.look();
+    }
+
+    fn reach(&mut self, number: u16, is_reached: bool) {
+        if is_reached {
+            self.reached.insert(id(number));
+        } else {
+            self.reached.remove(&id(number));
+        }
+        self.look();
+    }
+
+    fn look(&mut self) {
+        self.routing.set_reachable(&self.reached, self.now);
+        self.pass(Duration::from_millis(10));
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.routing.update(self.now);
+    }
+
+    /// Whom packets for an address go to.
+    fn to(&self, address: &str) -> Option<u16> {
+        let address: IpAddr = address.parse().unwrap();
+        let all = self.routing.nodes.keys();
+        let routes = all.flat_map(|id| self.routing.routes(*id).iter().map(move |net| (*net, *id)));
+        let matching: Vec<_> = routes.filter(|(net, _)| net.contains(&address)).collect();
+        let longest = matching.iter().map(|(net, _)| net.prefix_len()).max()?;
+        let best: Vec<_> = matching.iter().filter(|(net, _)| net.prefix_len() == longest).collect();
+        assert_eq!(best.len(), 1, "{address} leads to several nodes: {best:?}");
+        Some(best[0].1.get())
+    }
+
+    fn conflicts(&self) -> Vec<(u16, u16, Vec<String>)> {
+        let conflicts = self.routing.conflicts(self.now);
+        let prefixes = |it: &Conflict| it.prefixes.iter().map(ToString::to_string).collect();
+        conflicts.map(|it| (it.holder.get(), it.claimant.get(), prefixes(&it))).collect()
+    }
+}
+
+#[test]
+fn nobody_takes_over_a_part_of_the_own_half_of_another_node() {
+    let mut view = View::new();
+    view.says(2, &["10.42.0.0/16", "10.43.0.0/16"], &[]);
+    let lies = ["10.42.7.7/32", "10.42.0.0/16", "10.42.0.0/15", "10.40.0.0/13", "0.0.0.0/0"];
+    view.says(9, &lies, &["10.42.7.8"]);
+    assert_eq!(view.to("10.42.7.7"), Some(2));
+    assert_eq!(view.to("10.42.7.8"), Some(2));
+    assert_eq!(view.routing.routes(id(9)), nets(&["10.39.240.9/32"]));
+    view.pass(SETTLE);
+    let named: Vec<_> =
+        view.conflicts().into_iter().map(|(holder, claimant, _)| (holder, claimant)).collect();
+    // What is around several halves is told of the first of them, which is this node's.
+    assert_eq!(named, [(1, 9), (2, 9)]);
+    // Not even while the owner is away for long.
+    view.reach(2, false);
+    view.pass(2 * GRACE);
+    assert_eq!(view.to("10.42.7.7"), Some(2));
+}
+
+#[test]
+fn nobody_takes_the_address_of_a_node_or_what_is_outside() {
+    let mut view = View::new();
+    view.says(2, &[], &[]);
+    view.says(
+        9,
+        &["10.39.240.2/32", "192.168.0.0/16", "10.32.0.0/24"],
+        &["10.39.240.2", "192.168.0.1", "10.40.0.9"],
+    );
+    assert_eq!(view.to("10.39.240.2"), Some(2));
+    assert_eq!(view.routing.routes(id(9)), nets(&["10.39.240.9/32"]));
+}
+
+#[test]
+fn a_block_is_not_taken_over_by_a_later_announcement_in_it_of_it_or_around_it() {
+    for lie in ["10.43.0.4/32", "10.43.0.0/27", "10.43.0.0/24"] {
+        let mut view = View::new();
+        view.says(2, &["10.42.0.0/16", "10.43.0.0/16"], &[]);
+        view.says(5, &["10.43.0.0/27"], &[]);
+        view.says(9, &[lie], &[]);
+        assert_eq!(view.to("10.43.0.4"), Some(5), "{lie}");
+        assert!(view.conflicts().is_empty(), "it may be about to change hands");
+        view.pass(SETTLE);
+        assert_eq!(view.conflicts().len(), 1, "{lie}");
+        assert_eq!(view.conflicts()[0].0, 5);
+        assert_eq!(view.conflicts()[0].1, 9);
+        // The holder says something new, restarts, and aggregates what it has with more.
+        view.learn(&Record { incarnation: 11, ..record(5, &["10.43.0.0/26"], &["10.32.0.1"]) });
+        view.learn(&record(5, &["10.43.0.0/27"], &[]));
+        assert_eq!(view.to("10.43.0.4"), Some(5), "{lie}");
+        // Where nobody was before, whoever is first has it.
+        assert_eq!(view.to("10.43.0.77"), (lie == "10.43.0.0/24").then_some(9));
+        // The conflict ends with the claim.
+        view.says(9, &[], &[]);
+        assert!(view.conflicts().is_empty());
+    }
+}
+
+#[test]
+fn blocks_that_a_lender_uses_itself_are_its_own_too() {
+    let mut view = View::new();
+    view.says(2, &["10.42.0.0/16", "10.43.0.0/16", "10.43.4.0/24"], &[]);
+    view.says(9, &["10.43.4.9/32", "10.43.5.0/24"], &[]);
+    assert_eq!(view.to("10.43.4.9"), Some(2));
+    // Its whole half says only that it lends it: borrowers announce parts of it.
+    assert_eq!(view.to("10.43.5.1"), Some(9));
+    assert_eq!(view.to("10.43.200.1"), None);
+}
+
+#[test]
+fn a_static_address_stays_with_the_node_that_announced_it_first() {
+    let mut view = View::new();
+    view.says(7, &[], &["10.32.0.1"]);
+    view.says(3, &[], &["10.32.0.1", "10.32.0.2"]);
+    view.pass(SETTLE);
+    assert_eq!((view.to("10.32.0.1"), view.to("10.32.0.2")), (Some(7), Some(3)));
+    assert_eq!(view.conflicts(), [(7, 3, vec!["10.32.0.1/32".to_owned()])]);
+    view.says(7, &[], &[]);
+    assert_eq!(view.to("10.32.0.1"), Some(3));
+}
+
+#[test]
+fn what_this_node_has_is_its_own() {
+    let mut view = View::new();
+    view.says(9, &["10.43.0.4/32"], &["10.32.0.1"]);
+    view.routing
+        .set_own(&nets(&["10.40.0.0/16", "10.41.0.0/16", "10.43.0.0/27"]), &["10.32.0.1".parse().unwrap()]);
+    view.pass(SETTLE);
+    view.pass(SETTLE);
+    assert_eq!((view.to("10.43.0.4"), view.to("10.32.0.1")), (None, None));
+    assert_eq!(view.conflicts().len(), 1);
+    assert_eq!((view.conflicts()[0].0, view.conflicts()[0].1), (1, 9));
+}
+
+#[test]
+fn a_restart_or_a_cut_of_the_holder_is_of_no_use_and_in_the_end_it_gets_its_own_back() {
+    let mut view = View::new();
+    view.says(5, &["10.43.0.0/27"], &[]);
+    view.says(9, &["10.43.0.4/32"], &[]);
+    view.reach(5, false);
+    view.pass(GRACE - Duration::from_secs(1));
+    assert_eq!(view.to("10.43.0.4"), Some(5), "its daemon may be restarting");
+    view.pass(Duration::from_secs(2));
+    assert_eq!(view.to("10.43.0.4"), Some(9), "nobody else is there");
+    view.reach(5, true);
+    assert_eq!(view.to("10.43.0.4"), Some(5), "it was the first");
+}
+
+#[test]
+fn a_node_that_is_known_by_hearsay_only_takes_nothing_from_one_that_was_reached() {
+    let mut view = View::new();
+    view.learn(&record(9, &["10.43.0.4/32"], &[]));
+    view.says(5, &["10.43.0.0/27"], &[]);
+    assert_eq!(view.to("10.43.0.4"), Some(5));
+}
+
+#[test]
+fn nothing_leads_to_a_node_that_has_left_or_was_taken_back_and_its_successor_is_the_latest() {
+    let left = Record { left: true, ranges: Vec::new(), version: 2, ..record(5, &[], &[]) };
+    let steps: [&dyn Fn(&mut View); 2] =
+        [&|view| view.learn(&left), &|view| view.routing.set_gone([(id(5), 10)])];
+    for step in steps {
+        let mut view = View::new();
+        view.says(5, &["10.43.0.0/27"], &["10.32.0.5"]);
+        view.says(9, &["10.43.0.4/32"], &["10.32.0.5"]);
+        step(&mut view);
+        view.look();
+        assert_eq!(view.routing.routes(id(5)), []);
+        assert_eq!((view.to("10.43.0.4"), view.to("10.32.0.5")), (Some(9), Some(9)));
+        view.learn(&Record { incarnation: 11, ..record(5, &["10.43.0.0/27"], &["10.32.0.5"]) });
+        assert_eq!((view.to("10.43.0.4"), view.to("10.43.0.5")), (Some(9), Some(5)));
+        assert_eq!(view.to("10.32.0.5"), Some(9));
+    }
+    // So is another node with the same ID.
+    let mut view = View::new();
+    view.says(5, &["10.43.0.0/27"], &[]);
+    view.says(9, &["10.43.0.4/32"], &[]);
+    view.learn(&Record { verifying_key: VerifyingKey([55; 32]), ..record(5, &["10.43.0.0/27"], &[]) });
+    assert_eq!(view.to("10.43.0.4"), Some(9));
+}
+
+#[test]
+fn who_was_first_survives_a_restart_of_the_daemon() {
+    let mut view = View::new();
+    let (first, second) =
+        (record(5, &["10.43.0.0/26"], &["10.32.0.5"]), record(9, &["10.43.0.4/32"], &["10.32.0.5"]));
+    view.says(5, &["10.43.0.0/27"], &["10.32.0.5"]);
+    view.says(9, &["10.43.0.4/32"], &["10.32.0.5"]);
+    view.learn(&first);
+    let stored: Vec<_> = [second, first]
+        .into_iter()
+        .map(|it| (view.routing.standing(it.id).collect::<Vec<_>>(), it))
+        .collect();
+    let mut again = View::new();
+    for (standing, record) in &stored {
+        again.routing.restore(record, standing.iter().copied(), again.now);
+    }
+    // The liar is there at once, the first one is not.
+    again.reach(9, true);
+    assert_eq!((again.to("10.43.0.4"), again.to("10.32.0.5")), (Some(5), Some(5)));
+    again.reach(5, true);
+    again.says(7, &["10.43.0.40/32"], &["10.32.0.5"]);
+    assert_eq!((again.to("10.43.0.40"), again.to("10.32.0.5")), (Some(5), Some(5)));
+    again.learn(&Record { left: true, ..record(5, &[], &[]) });
+    assert_eq!(again.to("10.32.0.5"), Some(9), "ranks go on where they were");
+}
+
+#[test]
+fn many_announcements_change_the_table_no_more_often_than_it_can_be_made() {
+    let mut view = View::new();
+    let many: Vec<String> = (0..200).map(|n| format!("10.43.{n}.0/24")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    for number in 5..45 {
+        view.says(number, &many, &[]);
+    }
+    view.pass(2 * SETTLE);
+    let now = view.now;
+    view.routing.learn(&record(5, &many[1..], &[]));
+    let due = view.routing.poll_timeout().unwrap();
+    assert!(due > now && due < now + Duration::from_millis(100), "{:?}", due - now);
+    assert!(!view.routing.update(now + Duration::from_micros(1)));
+    assert!(view.routing.update(due));
+}
+
+/// What the rules say of one address, by looking at each announcement.
+#[derive(Default)]
+struct Model {
+    /// Of each node: since when it announces the address, in announcements.
+    since: BTreeMap<u16, u64>,
+}
+
+#[test]
+fn at_each_address_the_first_present_node_has_it() {
+    // Some addresses of quarter 2's lendable half, and blocks of all sizes around them.
+    let addresses: Vec<Ipv4Addr> = (0..32).map(|last| Ipv4Addr::new(10, 43, 9, last)).collect();
+    for seed in 0..300 {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut view = View::new();
+        let mut models: BTreeMap<Ipv4Addr, Model> = BTreeMap::new();
+        let mut said: BTreeMap<u16, Vec<IpNet>> = BTreeMap::new();
+        for step in 1..60 {
+            let number = rng.random_range(5..10);
+            match rng.random_range(0..10) {
+                0 => view.reach(number, false),
+                1 if said.contains_key(&number) => view.reach(number, true),
+                2 => view.pass(GRACE),
+                _ => {
+                    let count = rng.random_range(0..4);
+                    let mut ranges: Vec<IpNet> = (0..count)
+                        .map(|_| {
+                            let address = *addresses.choose(&mut rng).unwrap();
+                            let length = rng.random_range(26..=32);
+                            IpNet::new(address.into(), length).unwrap().trunc()
+                        })
+                        .collect();
+                    if rng.random_bool(0.5) {
+                        ranges.extend(said.get(&number).into_iter().flatten().copied());
+                    }
+                    if rng.random_bool(0.5) {
+                        ranges = IpNet::aggregate(&ranges);
+                    }
+                    ranges.truncate(20);
+                    for address in &addresses {
+                        let model = models.entry(*address).or_default();
+                        if ranges.iter().any(|net| net.contains(&IpAddr::from(*address))) {
+                            model.since.entry(number).or_insert(step);
+                        } else {
+                            model.since.remove(&number);
+                        }
+                    }
+                    let record = Record { ranges: ranges.clone(), ..record(number, &[], &[]) };
+                    said.insert(number, ranges);
+                    view.reached.insert(id(number));
+                    view.learn(&record);
+                }
+            }
+            for (address, model) in &models {
+                let first = model.since.iter().min_by_key(|(number, since)| {
+                    (!view.routing.nodes[&id(**number)].is_present(view.now), **since)
+                });
+                let expected = first.map(|(number, _)| *number);
+                assert_eq!(view.to(&address.to_string()), expected, "seed {seed}, step {step}: {address}");
+            }
+        }
+    }
+}
