@@ -21,14 +21,14 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableErro
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use record::{Attachment, CniEndpoint, EngineEndpoint, ExternalPeer, Identity, Kind};
+pub use record::{Attachment, CniEndpoint, EngineEndpoint, ExternalPeer, Identity, Kind, Known};
 
 use crate::gossip;
 use crate::ipam;
 use crate::types::{NodeId, PeerIndex, Secret};
 
 /// The layout of the tables. Another one is refused.
-pub const SCHEMA: u32 = 2;
+pub const SCHEMA: u32 = 3;
 /// The database's name in the state directory.
 pub const DATABASE: &str = "overnode.redb";
 /// The lock's name in the state directory. Holds the process ID of the daemon.
@@ -175,7 +175,7 @@ impl Store {
         let Some(public) = self.get_meta("identity")? else { return Ok(None) };
         let secret =
             |name| self.read_secret(name)?.ok_or_else(|| self.damaged(format!("the {name} is missing")));
-        Ok(Some(Identity::join(public, secret("static secret")?, secret("cluster key")?)))
+        Ok(Some(Identity::join(public, secret("identity")?, secret("cluster key")?)))
     }
 
     /// Keeps who this node is. The targets may come in the same transaction, so that a launch is kept whole or not at all.
@@ -186,7 +186,7 @@ impl Store {
         self.change(|change| {
             change.open_table(META)?.insert("identity", encode(&identity.public()).as_slice())?;
             let mut secrets = change.open_table(SECRETS)?;
-            secrets.insert("static secret", identity.static_secret.0.as_slice())?;
+            secrets.insert("identity", identity.seed.0.as_slice())?;
             secrets.insert("cluster key", identity.cluster_key.0.as_slice())?;
             targets.map_or(Ok(()), |targets| replace_targets(change, targets))
         })
@@ -369,27 +369,31 @@ impl Store {
         })
     }
 
-    /// The last known records of other nodes, by ID.
+    /// What is known of other nodes, by ID.
     ///
     /// # Errors
     /// [`StoreError::Damaged`].
-    pub fn peers(&self) -> Result<Vec<gossip::Record>> {
-        self.read_all(|read| {
+    pub fn peers(&self) -> Result<Vec<Known>> {
+        let entries: Vec<Vec<u8>> = self.read(|read| {
             let table = read.open_table(PEERS)?;
             table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect()
-        })
+        })?;
+        let decode =
+            |bytes: &Vec<u8>| postcard::from_bytes(bytes).map_err(|why| self.damaged(why.to_string()));
+        entries.iter().map(decode).collect()
     }
 
-    /// Keeps records of other nodes, in one transaction.
+    /// Keeps what is known of other nodes, in one transaction. Not as JSON: that takes several times the room, and members that lie may
+    /// fill it.
     ///
     /// # Errors
     /// [`StoreError::Write`].
-    pub fn set_peers<'a>(&self, records: impl IntoIterator<Item = &'a gossip::Record>) -> Result<()> {
-        let records: Vec<_> = records.into_iter().collect();
+    pub fn set_peers(&self, peers: &[Known]) -> Result<()> {
         self.change(|change| {
             let mut table = change.open_table(PEERS)?;
-            for record in &records {
-                table.insert(record.id.get(), encode(record).as_slice())?;
+            for known in peers {
+                let bytes = postcard::to_allocvec(known).expect("plain data always encodes");
+                table.insert(known.record.id.get(), bytes.as_slice())?;
             }
             Ok(())
         })

@@ -162,13 +162,10 @@ fn inspect_prints_what_its_page_describes_and_no_secret() -> Result<()> {
         let store = eventually(PATIENCE, || Ok(Store::open_existing(&a.state_directory())?))?;
         let identity = store.identity()?.context("no identity")?;
         drop(store);
-        let own = key::public_key(&identity.static_secret);
+        let own = key::public_key(&identity.exchange_secret());
         ensure!(shows(&text, &own.0), "the public key is not found in this way, so no secret would be");
-        secrets.extend([identity.static_secret.0, identity.cluster_key.0, PRESHARED_KEY]);
-        secrets.extend([
-            key::control_key(&identity.cluster_key).0,
-            key::signing_seed(&identity.static_secret).0,
-        ]);
+        secrets.extend([identity.seed.0, identity.cluster_key.0, PRESHARED_KEY]);
+        secrets.extend([key::control_key(&identity.cluster_key).0, identity.exchange_secret().0]);
         for record in document["records"].as_array().context("no records")? {
             let other: PublicKey = record["public_key"].as_str().context("no key")?.parse()?;
             secrets.push(key::pair_key(&identity.cluster_key, &own, &other).0);

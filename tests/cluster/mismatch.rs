@@ -8,7 +8,7 @@ use lab::{Host, Lab, eventually};
 use overnode_daemon::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION, Refusal};
 use overnode_daemon::control::key;
 use overnode_daemon::control::session::{self, Me, Role};
-use overnode_daemon::types::{Network, NodeId, VerifyingKey};
+use overnode_daemon::types::{Network, NodeId};
 use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 
@@ -168,14 +168,15 @@ struct Stranger {
 
 impl Stranger {
     fn new(versions: (u16, u16)) -> Result<Self> {
-        let static_secret = key::new_secret()?;
+        let seed = key::new_secret()?;
+        let static_secret = key::exchange_secret(&seed);
         let hello = Hello {
             versions,
             id: NodeId::new(2)?,
             incarnation: 1,
             nickname: "stranger".to_owned(),
             network: Network::default(),
-            verifying_key: VerifyingKey::default(),
+            verifying_key: key::verifying_key(&seed),
             process: 7,
             public_key: key::public_key(&static_secret),
         };

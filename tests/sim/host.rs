@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use overnode_daemon::gossip::{Gossip, Keys, Path, Record, Signature, Signer, Verified};
+use overnode_daemon::gossip::{Gossip, Path, Record, Signature, Signer, Verified};
 use overnode_daemon::ipam::{Change, Config, Fact, Ipam, Key, Peer, RequestId, Timing};
-use overnode_daemon::types::{Network, NodeId, PublicKey, Secret, VerifyingKey};
+use overnode_daemon::types::{Network, NodeId, Secret, VerifyingKey};
 use rand::rngs::StdRng;
 
 /// What survives a crash, exactly as it was written.
@@ -114,7 +114,7 @@ impl Node {
             version: 0,
             left: false,
             nickname: String::new(),
-            public_key: public_key(id),
+            public_key: signer(id).public_key(),
             addresses: Vec::new(),
             links: Vec::new(),
             dark: Vec::new(),
@@ -126,7 +126,7 @@ impl Node {
         };
         let mut gossip = Gossip::new(own, signer(id), rng, now);
         gossip.share_verified(verified);
-        gossip.restore(disk.peers.values().cloned());
+        gossip.restore(disk.peers.values().cloned().map(|record| (record, true)));
         Self {
             gossip,
             ipam,
@@ -150,19 +150,14 @@ impl Node {
 
 /// What a node signs with: the same in each of its lives, for keys that change are not what is tried here.
 fn signer(id: NodeId) -> Signer {
-    Signer::new(&Secret([id.get().to_le_bytes()[0] ^ id.get().to_le_bytes()[1]; 32]))
+    let mut seed = [0; 32];
+    seed[..2].copy_from_slice(&id.get().to_le_bytes());
+    Signer::new(&Secret(seed))
 }
 
-fn public_key(id: NodeId) -> PublicKey {
-    let [low, high] = id.get().to_le_bytes();
-    let mut key = [low; 32];
-    key[0] = high;
-    PublicKey(key)
-}
-
-/// The keys that a node introduces itself with.
-pub fn keys(id: NodeId) -> Keys {
-    Keys { public_key: public_key(id), verifying_key: signer(id).verifying_key() }
+/// The identity that a node introduces itself with.
+pub fn keys(id: NodeId) -> VerifyingKey {
+    signer(id).verifying_key()
 }
 
 /// What gossip tells the allocation of a node.

@@ -5,13 +5,13 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use super::frame::BadFrame;
-use crate::gossip::Keys;
+use super::key;
 use crate::types::{Network, NodeId, PublicKey, VerifyingKey};
 
 /// The oldest control protocol that this build speaks.
-pub const OLDEST_VERSION: u16 = 2;
+pub const OLDEST_VERSION: u16 = 3;
 /// The newest control protocol that this build speaks.
-pub const NEWEST_VERSION: u16 = 2;
+pub const NEWEST_VERSION: u16 = 3;
 /// Longest nickname, in bytes.
 pub const MAX_NICKNAME: usize = 64;
 
@@ -28,11 +28,11 @@ pub struct Hello {
     pub nickname: String,
     /// The cluster's addresses, as this node was told.
     pub network: Network,
-    /// What its records are verified with.
+    /// Its identity, which its records are signed by.
     pub verifying_key: VerifyingKey,
     /// Drawn when the daemon starts: tells it from another that runs with a copy of its disk.
     pub process: u64,
-    /// Never sent: proven by the handshake.
+    /// Never sent: proven by the handshake, and follows from the identity.
     pub public_key: PublicKey,
 }
 
@@ -217,11 +217,6 @@ impl Verdict {
 }
 
 impl Hello {
-    /// What the node proves itself with.
-    pub fn keys(&self) -> Keys {
-        Keys { public_key: self.public_key, verifying_key: self.verifying_key }
-    }
-
     /// The bytes that travel: oldest and newest version (u16 little-endian each), then postcard.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = [self.versions.0.to_le_bytes(), self.versions.1.to_le_bytes()].concat();
@@ -237,10 +232,11 @@ impl Hello {
         bytes
     }
 
-    /// Reads what another node wrote, of which the handshake has proven the key; later versions may append to it.
+    /// Reads what another node wrote, of which the handshake has proven the X25519 key; later versions may append to it. So its identity
+    /// is proven, too.
     ///
     /// # Errors
-    /// [`Refusal::Garbage`], or [`Refusal::Version`] if no version is common with `ours`.
+    /// [`Refusal::Garbage`], also if the identity has another X25519 key, or [`Refusal::Version`] if no version is common with `ours`.
     pub fn decode(bytes: &[u8], public_key: PublicKey, ours: (u16, u16)) -> Result<Self, Refusal> {
         let Some((&[a, b, c, d], body)) = bytes.split_first_chunk() else {
             return Err(Refusal::Garbage("its greeting is too short"));
@@ -254,6 +250,9 @@ impl Hello {
         }
         let (body, _later) = postcard::take_from_bytes::<Body>(body)
             .map_err(|_| Refusal::Garbage("its greeting cannot be read"))?;
+        if key::exchange_key(&body.verifying_key) != Some(public_key) {
+            return Err(Refusal::Garbage("its greeting names the identity of another node"));
+        }
         Ok(Self {
             versions: theirs,
             id: body.id,

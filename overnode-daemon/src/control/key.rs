@@ -1,11 +1,36 @@
-//! From the token to the keys that it yields.
+//! From the token to the keys that it yields, and from a node's identity to its two key pairs.
+//!
+//! # One identity
+//!
+//! A node has one secret, drawn at launch: the seed of an Ed25519 key pair (RFC 8032), with which it signs its record and what it sends
+//! to nodes that are no neighbors. Its X25519 key pair, with which it shakes hands (Noise, WireGuard, the bulk path), follows: the
+//! secret is the Ed25519 scalar, the first half of SHA-512 of the seed; the public key is the Ed25519 public key, a point of
+//! the Edwards form of Curve25519, in the Montgomery form. libsodium (`crypto_sign_ed25519_pk_to_curve25519`) and age
+//! (for SSH keys) do the same.
+//!
+//! The second step is public. So whoever verifies a record also knows that its X25519 key is the signer's: a member cannot
+//! put another node's key into a record of its own, for it would need a signature by that node. Two independent keys would need a proof for
+//! each that binds it to the other, and such a proof can be forgotten somewhere. A greeting proves the X25519 key by the handshake,
+//! and the Ed25519 key by the same conversion; only the sign of a point's x coordinate is lost in it, and whoever has the
+//! secret of one sign has that of the other.
+//!
+//! Signing and key agreement with one scalar are secure together (Thormarker, "On using the same key pair for Ed25519 and an
+//! X25519 based KEM", 2021): the scalar enters the one only below hashes with their own names, and the other only as a
+//! Diffie-Hellman result below a key derivation.
+//!
+//! Public keys that no honest node can have are refused ([`exchange_key`]): encodings that are not canonical, points of small order, and
+//! points with a part of small order, so that one node cannot show up under several keys that are the same to X25519.
 
 use argon2::{Algorithm, Argon2, Params, Version};
+use curve25519_dalek::edwards::CompressedEdwardsY;
+use curve25519_dalek::scalar::clamp_integer;
+use ring::digest::{SHA512, digest};
 use ring::hkdf::{HKDF_SHA256, KeyType, Salt};
 use ring::rand::{SecureRandom, SystemRandom};
+use ring::signature::{Ed25519KeyPair, KeyPair};
 use zeroize::Zeroizing;
 
-use crate::types::{PublicKey, Secret};
+use crate::types::{PublicKey, Secret, VerifyingKey};
 
 /// Memory of one derivation, in KiB. RFC 9106 section 4, second recommended option: 64 MiB, 3 passes, 4
 /// lanes. Measured: 0.15 s of one core of a virtual machine.
@@ -22,7 +47,6 @@ pub const MAX_TOKEN: usize = 4096;
 const SALT: &[u8] = b"overnode cluster key v1";
 const PAIR: &[u8] = b"overnode pair v1";
 const CONTROL: &[u8] = b"overnode control v1";
-const SIGNING: &[u8] = b"overnode signing v1";
 const BULK_PAIR: &[u8] = b"overnode bulk pair v1";
 const BULK: &[u8] = b"overnode bulk v1";
 
@@ -77,12 +101,34 @@ pub fn control_key(cluster_key: &Secret) -> Secret {
     expand(cluster_key, &[CONTROL])
 }
 
-/// The seed of the Ed25519 key with which the node that has this static secret signs.
-pub fn signing_seed(static_secret: &Secret) -> Secret {
-    expand(static_secret, &[SIGNING])
+/// The X25519 secret of the node with this identity, for all of its handshakes.
+pub fn exchange_secret(seed: &Secret) -> Secret {
+    let mut scalar = Zeroizing::new([0; 32]);
+    scalar.copy_from_slice(&digest(&SHA512, &seed.0).as_ref()[..32]);
+    // X25519 does the same at each use.
+    Secret(clamp_integer(*scalar))
 }
 
-/// 32 bytes from the system's generator: a new static key.
+/// The Ed25519 key pair of the node with this identity. Its secret half is never shown.
+pub fn signing_key(seed: &Secret) -> Ed25519KeyPair {
+    Ed25519KeyPair::from_seed_unchecked(&seed.0).expect("any 32 bytes are a seed")
+}
+
+/// The Ed25519 public key of the node with this identity.
+pub fn verifying_key(seed: &Secret) -> VerifyingKey {
+    let mut key = [0; 32];
+    key.copy_from_slice(signing_key(seed).public_key().as_ref());
+    VerifyingKey(key)
+}
+
+/// The X25519 public key that belongs to an Ed25519 public key. None if no honest node has such a key.
+pub fn exchange_key(key: &VerifyingKey) -> Option<PublicKey> {
+    let point = CompressedEdwardsY(key.0).decompress()?;
+    let is_honest = point.compress().0 == key.0 && !point.is_small_order() && point.is_torsion_free();
+    is_honest.then(|| PublicKey(point.to_montgomery().to_bytes()))
+}
+
+/// 32 bytes from the system's generator: the seed of a new identity, or another secret.
 ///
 /// # Errors
 /// If the system gives no random bytes.
@@ -97,7 +143,7 @@ pub fn new_secret() -> Result<Secret, NoRandomness> {
 #[error("the system gives no random bytes; check that getrandom(2) is allowed here")]
 pub struct NoRandomness;
 
-/// The public key of a Curve25519 secret.
+/// The public key of an X25519 secret.
 pub fn public_key(secret: &Secret) -> PublicKey {
     let secret = x25519_dalek::StaticSecret::from(secret.0);
     PublicKey(x25519_dalek::PublicKey::from(&secret).to_bytes())
@@ -153,6 +199,51 @@ mod tests {
         let secret = unhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a");
         let public = "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a";
         assert_eq!(hex(&public_key(&Secret(secret)).0), public);
+    }
+
+    // With 32 bytes of 0xaa as the seed, by Python's cryptography module and hashlib.
+    const IDENTITY: [&str; 3] = [
+        "05df8dd9e9eac760a1b68c1565388b1e93049b155baa8808cf4b4985f8665ba8",
+        "552291f02c9317519633021302d0f7ba39b1cf32310e23ee7aa6a4312ae4a027",
+        "e734ea6c2b6257de72355e472aa05a4c487e6b463c029ed306df2f01b5636b58",
+    ];
+
+    #[test]
+    fn one_identity_has_two_key_pairs_of_which_each_public_key_gives_the_other() {
+        let seed = Secret([0xaa; 32]);
+        let [secret, public, verifying] = IDENTITY.map(unhex);
+        assert_eq!(exchange_secret(&seed).0, clamp_integer(secret));
+        assert_eq!(public_key(&exchange_secret(&seed)), PublicKey(public));
+        assert_eq!(verifying_key(&seed), VerifyingKey(verifying));
+        for byte in 0..=255 {
+            let seed = Secret([byte; 32]);
+            assert_eq!(exchange_key(&verifying_key(&seed)), Some(public_key(&exchange_secret(&seed))));
+        }
+    }
+
+    #[test]
+    fn keys_that_no_honest_node_has_are_refused() {
+        for (what, key) in [
+            ("the neutral element", "0100000000000000000000000000000000000000000000000000000000000000"),
+            ("a point of order 2", "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f"),
+            ("a point of order 4", "0000000000000000000000000000000000000000000000000000000000000000"),
+            ("a point of order 8", "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"),
+            (
+                "the neutral element, not reduced",
+                "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+            ),
+            (
+                "the neutral element with a sign",
+                "0100000000000000000000000000000000000000000000000000000000000080",
+            ),
+            (
+                "the key above, and a point of order 2 added",
+                "06cb1593d49da8218dcaa1b8d55fa5b3b78194b9c3fd612cf920d0fe4a9c94a7",
+            ),
+            ("no point", "0200000000000000000000000000000000000000000000000000000000000000"),
+        ] {
+            assert_eq!(exchange_key(&VerifyingKey(unhex(key))), None, "{what}");
+        }
     }
 
     fn unhex(text: &str) -> [u8; 32] {

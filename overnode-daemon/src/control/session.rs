@@ -42,7 +42,7 @@ const PROLOGUE: &[u8] = b"overnode control v1";
 /// What a node needs to introduce itself.
 #[derive(Clone, Debug)]
 pub struct Me {
-    /// The node's static key; its public half must be that of `hello`.
+    /// The node's X25519 secret; its public half must be that of `hello`.
     pub static_secret: Secret,
     /// The key derived from the token.
     pub cluster_key: Secret,
@@ -329,6 +329,7 @@ fn judge(
     match peer {
         Ok(peer) => me.hello.check(peer).and_then(|()| admit(peer)),
         Err(Refusal::Version { ours, theirs }) => Err(Refusal::Version { ours: *ours, theirs: *theirs }),
+        Err(Refusal::Garbage(what)) => Err(Refusal::Garbage(what)),
         Err(_) => Err(Refusal::Garbage("its greeting cannot be read")),
     }
 }

@@ -2,17 +2,18 @@ use proptest::prelude::*;
 use tokio::io::{DuplexStream, duplex};
 
 use super::*;
-use crate::types::{Network, NodeId, VerifyingKey};
+use crate::types::{Network, NodeId};
 
 fn node(id: u16, seed: u8) -> Me {
-    let static_secret = Secret([seed; 32]);
+    let seed = Secret([seed; 32]);
+    let static_secret = key::exchange_secret(&seed);
     let hello = Hello {
         versions: (2, 2),
         id: NodeId::new(id).unwrap(),
         incarnation: 1,
         nickname: format!("host{id}"),
         network: Network::default(),
-        verifying_key: VerifyingKey([seed; 32]),
+        verifying_key: key::verifying_key(&seed),
         process: id.into(),
         public_key: key::public_key(&static_secret),
     };
@@ -83,6 +84,23 @@ async fn another_token_is_named_on_both_sides_and_nothing_is_exchanged() {
     assert_eq!(answered[answered.len() - 3..], [0, 1, 1]);
     for bytes in [&sent, &answered] {
         assert!(!bytes.windows(5).any(|window| window == b"host1" || window == b"host2"));
+    }
+}
+
+/// The handshake proves the X25519 key, and the greeting names another node's identity beside it.
+#[tokio::test]
+async fn a_member_greets_with_the_identity_of_another_node() {
+    let (one, mut two) = (node(1, 1), node(2, 2));
+    two.hello.verifying_key = node(3, 3).hello.verifying_key;
+    for (initiator, responder) in [(&one, &two), (&two, &one)] {
+        let (a, b) = duplex(1 << 16);
+        let admit = |_: &Hello| Ok(());
+        let (called, answered) = tokio::join!(
+            connect(a, Role::Initiator, initiator, admit),
+            connect(b, Role::Responder, responder, admit)
+        );
+        let honest = if initiator.hello.id == one.hello.id { called } else { answered };
+        assert!(words(honest).contains("the identity of another node"));
     }
 }
 
@@ -445,6 +463,9 @@ proptest! {
     }
 }
 
+// The Ed25519 public key whose seed is 32 bytes of 2, by Python's cryptography module.
+const IDENTITY: &str = "8139770ea87d175f56a35466c34c7ecccb8d8a91b4ee37a25df60f5b8fc9b394";
+
 #[test]
 fn the_greeting_has_this_wire_format() {
     let golden = [
@@ -454,8 +475,8 @@ fn the_greeting_has_this_wire_format() {
         vec![5, b'h', b'o', b's', b't', b'2'], // nickname
         vec![0, 10, 32, 0, 0, 12],             // subnet
         vec![0, 10, 40, 0, 0, 13],             // range
-        vec![2; 32],                           // verifying key
-        vec![0x81, 0x02],                      // process 257
+        data_encoding::HEXLOWER.decode(IDENTITY.as_bytes()).unwrap(),
+        vec![0x81, 0x02], // process 257
     ]
     .concat();
     let mut hello = node(2, 2).hello;

@@ -184,6 +184,21 @@ impl Datapath {
         self.sync_routes()
     }
 
+    /// As [`Self::set_routes`], for several peers at once.
+    ///
+    /// # Errors
+    /// An index is out of range; the table is full.
+    pub fn set_routes_of<'a>(
+        &mut self,
+        peers: impl IntoIterator<Item = (PeerIndex, &'a [IpNet])>,
+    ) -> Result<()> {
+        for (peer, prefixes) in peers {
+            self.peer_cell(peer)?;
+            self.routes.set_peer(peer, prefixes);
+        }
+        self.sync_routes()
+    }
+
     /// The prefixes that a peer owns.
     pub fn routes(&self, peer: PeerIndex) -> Vec<IpNet> {
         self.routes.owned_by(peer).collect()

@@ -38,11 +38,11 @@ pub(super) struct Contender {
 impl Gossip {
     /// True if the ID of this record belongs to a node with other keys, as far as this node can tell.
     pub(super) fn is_disputed(&self, record: &Record) -> bool {
-        let keys = record.keys();
+        let key = record.verifying_key;
         if let Some(proven) = self.proven.get(&record.id) {
-            return *proven != keys;
+            return *proven != key;
         }
-        let Some(known) = self.records.get(&record.id).filter(|known| known.keys() != keys) else {
+        let Some(known) = self.records.get(&record.id).filter(|known| known.verifying_key != key) else {
             return false;
         };
         !known.left && (known.incarnation == record.incarnation || self.paths().contains_key(&known.id))
@@ -54,7 +54,7 @@ impl Gossip {
         // The holder must be able to hear of it, and to outbid it.
         let challenge = Message::Delta(vec![record.clone()]).encode().len();
         let is_far = self.paths().get(&id).is_some_and(|path| path.hops > MAX_HOPS.into());
-        if record.incarnation > MAX_STAMP / 2 || challenge > MAX_BODY || is_far {
+        if challenge > MAX_BODY || is_far {
             return;
         }
         let was_heard = self.clashes.get(&id).is_some_and(|last| now < *last + CLASH_INTERVAL);
@@ -63,7 +63,7 @@ impl Gossip {
             _ if was_heard => {}
             Some(waiting) if record.stamp() <= waiting.record.stamp() => {}
             Some(waiting) => {
-                if waiting.record.keys() != record.keys() {
+                if waiting.record.verifying_key != record.verifying_key {
                     waiting.until = now + OBJECTION;
                 }
                 (waiting.record, waiting.from, waiting.is_told) = (record, peer, false);
@@ -104,7 +104,8 @@ impl Gossip {
         if contender.record.stamp() > known.stamp() {
             return;
         }
-        let is_rival = contender.record.keys() != known.keys() && !contender.record.left && !known.left;
+        let is_rival =
+            contender.record.verifying_key != known.verifying_key && !contender.record.left && !known.left;
         let holder = known.nickname.clone();
         let Some(Contender { record, .. }) = self.contenders.remove(&id) else { return };
         if is_rival {
@@ -120,13 +121,13 @@ impl Gossip {
             self.contenders.iter().filter(|(_, it)| it.until <= now).map(|(id, _)| *id).collect();
         for id in due {
             let Some(mut contender) = self.contenders.remove(&id) else { continue };
-            let keys = contender.record.keys();
-            if self.proven.get(&id).is_some_and(|proven| *proven != keys) {
+            let key = contender.record.verifying_key;
+            if self.proven.get(&id).is_some_and(|proven| *proven != key) {
                 contender.until = now + OBJECTION;
                 self.contenders.insert(id, contender);
             } else if self.records.get(&id).is_none_or(|known| {
                 known.incarnation < contender.record.incarnation
-                    || (known.keys() == keys && known.stamp() < contender.record.stamp())
+                    || (known.verifying_key == key && known.stamp() < contender.record.stamp())
             }) {
                 self.take(contender.from, contender.record, now);
             }
@@ -155,7 +156,12 @@ impl Gossip {
     pub(super) fn handle_challenge(&mut self, bytes: &[u8], now: Instant) {
         let Ok(Message::Delta(records)) = Message::decode(bytes) else { return };
         for record in records {
-            if record.id == self.own && record.stamp() > self.stamps[&self.own] && self.is_signed(&record) {
+            let is_newer = record.id == self.own && record.stamp() > self.stamps[&self.own];
+            if is_newer
+                && self.is_timely(record.incarnation, now)
+                && self.may_verify(now)
+                && self.is_signed(&record)
+            {
                 self.handle_word_about_self(record, now);
             }
         }
@@ -168,7 +174,7 @@ impl Gossip {
     /// Outbids the other record, and has it published.
     pub(super) fn defend(&mut self, now: Instant) {
         let Some(rival) = self.defence.take() else { return };
-        let is_other = rival.keys() != self.draft.keys();
+        let is_other = rival.verifying_key != self.draft.verifying_key;
         if rival.incarnation > self.draft.incarnation || is_other {
             self.draft.incarnation = rival.incarnation.saturating_add(1).min(MAX_STAMP);
             self.draft.version = 0;

@@ -14,7 +14,7 @@ use crate::types::NodeId;
 /// So long after it was asked for, a record should be here; then another neighbour that has it is asked.
 pub const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// About how many bytes an offer of one record takes.
-const STAMP_BYTES: usize = 20;
+pub(super) const STAMP_BYTES: usize = 20;
 
 /// A record that a neighbour was asked for.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub(super) struct Wanted {
 impl Gossip {
     pub(super) fn handle_summary(&mut self, peer: NodeId, hash: [u8; 16]) {
         if hash != self.summary() {
-            self.send(peer, Message::Digest { ask: true, stamps: self.stamps() });
+            self.offer(peer, true, self.stamps());
         }
     }
 
@@ -50,7 +50,7 @@ impl Gossip {
             theirs.iter().filter_map(|offer| newer(offer).map(|stamp| (offer.0, *stamp))).collect()
         };
         if !stamps.is_empty() {
-            self.send(peer, Message::Digest { ask: false, stamps });
+            self.offer(peer, false, stamps);
         }
         let lacking = theirs.into_iter().filter(|(id, stamp)| self.lacks(peer, *id, *stamp, now));
         let wanted: Vec<_> = lacking.map(|(id, _)| id).collect();
@@ -63,6 +63,9 @@ impl Gossip {
     fn lacks(&mut self, peer: NodeId, id: NodeId, stamp: Stamp, now: Instant) -> bool {
         if self.stamps.get(&id).is_some_and(|known| *known >= stamp) {
             self.note_holder(peer, id, stamp);
+            return false;
+        }
+        if !self.is_timely(stamp.incarnation, now) {
             return false;
         }
         match self.wanted.get_mut(&id) {
@@ -167,6 +170,18 @@ impl Gossip {
         self.burdens.entry(peer).or_insert_with(|| Allowance::of_ours(now)).pass(bytes, now)
     }
 
+    /// Answers with a digest, which counts as if the neighbour had sent it.
+    fn offer(&mut self, peer: NodeId, ask: bool, stamps: Vec<(NodeId, Stamp)>) {
+        self.charge(peer, STAMP_BYTES * stamps.len());
+        self.send(peer, Message::Digest { ask, stamps });
+    }
+
+    fn charge(&mut self, peer: NodeId, bytes: usize) {
+        if let Some(allowance) = self.allowances.get_mut(&peer) {
+            allowance.answer(bytes);
+        }
+    }
+
     fn records_of(&self, ids: &[NodeId]) -> impl Iterator<Item = &Record> {
         ids.iter().filter_map(|id| self.records.get(id))
     }
@@ -188,9 +203,7 @@ impl Gossip {
 
     pub(super) fn answer(&mut self, peer: NodeId, ids: &[NodeId]) {
         let bytes = self.records_of(ids).map(size).sum();
-        if let Some(allowance) = self.allowances.get_mut(&peer) {
-            allowance.answer(bytes);
-        }
+        self.charge(peer, bytes);
         let (mut deltas, mut bytes) = (vec![Vec::new()], 0);
         for record in self.records_of(ids) {
             if bytes >= message::DELTA_BYTES {
@@ -224,5 +237,5 @@ impl Gossip {
 /// About how many bytes a record takes on the wire; rather too many.
 pub(super) fn size(record: &Record) -> usize {
     let names = record.names.iter().map(Named::size).sum::<usize>();
-    256 + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len()) + names
+    message::RECORD_BYTES + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len()) + names
 }

@@ -15,6 +15,36 @@ pub const BURST_MESSAGES: u64 = 16 << 10;
 /// Messages that may come each second, again and again: more than [`super::COLLECT`] lets an honest node send.
 pub const MESSAGES_PER_SECOND: u64 = 128;
 
+/// Signatures that are verified at once, whoever brings the records: all records that there can be, sixteen times.
+pub const BURST_SIGNATURES: u64 = 64 << 10;
+/// Signatures that are verified each second, again and again: about a quarter of a core's time.
+pub const SIGNATURES_PER_SECOND: u64 = 2048;
+
+/// How many signatures may still be verified. One for all neighbours: a member may be as many of them as there are free IDs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Signatures {
+    bucket: Bucket,
+    at: Instant,
+}
+
+impl Signatures {
+    pub fn new(now: Instant) -> Self {
+        let bucket = Bucket { taken: 0, burst: BURST_SIGNATURES, each_second: SIGNATURES_PER_SECOND };
+        Self { bucket, at: now }
+    }
+
+    /// Takes one, if there is one.
+    pub fn take(&mut self, now: Instant) -> bool {
+        self.bucket.refill(now.saturating_duration_since(self.at));
+        self.at = self.at.max(now);
+        let has_room = self.bucket.has_room();
+        if has_room {
+            self.bucket.take(1);
+        }
+        has_room
+    }
+}
+
 /// What one neighbour may still say.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Allowance {
@@ -147,6 +177,21 @@ mod tests {
         }
         let at_most = BURST_MESSAGES / 2 + 200 * MESSAGES_PER_SECOND / 2;
         assert!((at_most - 10..=at_most + 10).contains(&passed), "{passed}");
+    }
+
+    #[test]
+    fn all_neighbours_together_cost_a_bounded_time() {
+        let mut now = Instant::now();
+        let mut signatures = Signatures::new(now);
+        let verified = (0..2 * BURST_SIGNATURES).filter(|_| signatures.take(now)).count();
+        assert_eq!(verified as u64, BURST_SIGNATURES);
+        let mut verified = 0;
+        for _ in 0..10_000 {
+            now += Duration::from_millis(1);
+            verified += (0..10).filter(|_| signatures.take(now)).count() as u64;
+        }
+        let expected = 10 * SIGNATURES_PER_SECOND;
+        assert!((expected - 10..=expected + 10).contains(&verified), "{verified} in 10 s");
     }
 
     #[test]

@@ -9,13 +9,13 @@ use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
 use super::limit::{BYTES_PER_SECOND, MESSAGES_PER_SECOND};
-use super::sign::{Keys, Signature};
+use super::sign::Signature;
 use crate::control::hello::{MAX_NICKNAME, clean};
 use crate::dns::name::is_relative;
 use crate::types::{NodeId, PublicKey, VerifyingKey};
 
 /// The version of the wire format.
-pub const FORMAT: u8 = 3;
+pub const FORMAT: u8 = 4;
 /// Most control addresses in a record.
 pub const MAX_ADDRESSES: usize = 16;
 /// Most ranges in a record.
@@ -26,10 +26,15 @@ pub const MAX_CLAIMS: usize = 1024;
 pub const MAX_NAMES: usize = 2000;
 /// Most bytes that the names in a record take, by [`Named::size`].
 pub const NAME_BYTES: usize = 64 * 1024;
-/// Greatest incarnation and version that are believed: the owner must always be able to outbid a false record.
+/// Greatest incarnation and version in a record. Of incarnations, much less is believed: see [`super::SKEW_MS`].
 pub const MAX_STAMP: u64 = 1 << 62;
 /// A delta is cut so that no message exceeds this, in bytes, by more than one record.
 pub const DELTA_BYTES: usize = 256 * 1024;
+
+/// Most records in a delta: what an honest node sends is cut before. Each may have to be verified before anything else is done.
+pub const MAX_DELTA: usize = DELTA_BYTES / RECORD_BYTES + 1;
+/// No record takes less on the wire by the rough measure that deltas are cut by.
+pub(super) const RECORD_BYTES: usize = 256;
 
 /// A name and an address that it stands for. The name is as [`dns::name`](crate::dns::name) wants it: relative to the domain.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -53,7 +58,7 @@ pub struct Record {
     pub left: bool,
     /// For people.
     pub nickname: String,
-    /// The node's static key, for control connections and for the data plane.
+    /// The node's X25519 key, for control connections and for the data plane: that of [`Self::verifying_key`].
     pub public_key: PublicKey,
     /// Where its control connections are accepted.
     pub addresses: Vec<SocketAddr>,
@@ -68,7 +73,7 @@ pub struct Record {
     /// Names of its containers, and those that were added by hand on it, in ascending order.
     #[serde(default)]
     pub names: Vec<Named>,
-    /// The key that the record is signed with.
+    /// The node's identity, which the record is signed by.
     #[serde(default)]
     pub verifying_key: VerifyingKey,
     /// Over everything above.
@@ -143,11 +148,6 @@ impl Record {
         let mut hash = [0; 4];
         hash.copy_from_slice(&digest(&SHA256, &bytes).as_ref()[..4]);
         Stamp { incarnation: self.incarnation, version: self.version, hash }
-    }
-
-    /// What its owner proves itself with.
-    pub fn keys(&self) -> Keys {
-        Keys { public_key: self.public_key, verifying_key: self.verifying_key }
     }
 
     /// What is kept of a node that has left.
@@ -242,6 +242,9 @@ impl Message {
                 return Err(BadMessage::Bounds("a request out of order"));
             }
             Self::Request(_) => {}
+            Self::Delta(records) if records.len() > MAX_DELTA => {
+                return Err(BadMessage::Bounds("too many records"));
+            }
             Self::Delta(records) if !is_ascending_by(records, |record| record.id) => {
                 return Err(BadMessage::Bounds("a delta out of order"));
             }

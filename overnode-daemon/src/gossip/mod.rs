@@ -15,25 +15,32 @@
 //! # What a member can do that lies
 //!
 //! Whoever has the token is a member, and may be as many nodes as there are free IDs. It **can**
-//! * say of itself what it likes: addresses where it is not, ranges and claims that others check before they route to it, links, of which
+//! * say of itself what it likes: addresses where it is not, ranges and claims, which [`routing`](crate::routing) checks, links, of which
 //!   only those count that the other end reports too;
 //! * take the ID of a node that is not reached, as any host can that is launched with it; keep quiet of what it should pass on, or offer what it
 //!   then does not send, for which others are asked after [`ASK_AGAIN`]; repeat what others said before, which is recognised as old;
 //! * raise the alarm that an ID is used twice, by claiming it, once every [`CLASH_INTERVAL`];
-//! * make others remember a record of every ID there is, of 100 KiB at most.
+//! * make others remember a record of every ID there is, within the [`budget`]; until it ends, honest records that become longer than
+//!   their room wait;
+//! * keep others busy with its news: at most [`limit::SIGNATURES_PER_SECOND`] signatures a second of all neighbours together; honest
+//!   news among them may wait until records are compared.
 //!
 //! It **cannot**
 //! * change, extend, age or revoke what another node said, or say that it has left: that takes the other's key, and what is not signed
 //!   ends the connection that it came by ([`BadMessage::Signature`]);
 //! * take the ID of a node that is reached and objects within [`OBJECTION`], unless all paths to it lead through the liar; nor of one that is
 //!   connected with whoever is to believe it;
-//! * send parcels in another's name, or the same one twice;
+//! * put another node's X25519 key into a record, or one identity under two IDs;
+//! * claim an ID in a way that its true owner cannot outbid ([`SKEW_MS`]), as long as their clocks agree: an owner whose clock is
+//!   behind those of others by some time is outbid for as long;
+//! * send parcels in another's name, or the same one twice, also not after a restart of the receiver;
 //! * use more of a neighbour than an honest node does at the start of a cluster of a thousand: it is cut off ([`BadMessage::Flood`]).
 //!
 //! Inputs: [`Gossip::handle_connected`], [`Gossip::handle_disconnected`], [`Gossip::handle_message`],
 //! [`Gossip::handle_parcel`], [`Gossip::send_parcel`], [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs: [`Gossip::poll_action`],
 //! [`Gossip::poll_timeout`].
 
+pub mod budget;
 mod dispute;
 mod exchange;
 mod limit;
@@ -52,17 +59,18 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use rand::rngs::StdRng;
 
+use budget::Budget;
 use dispute::Contender;
 pub use dispute::{CLASH_INTERVAL, DEFEND_INTERVAL, OBJECTION};
 pub use exchange::ASK_AGAIN;
-use exchange::{Wanted, size};
-use limit::{Allowance, BYTES_PER_SECOND};
+use exchange::{STAMP_BYTES, Wanted, size};
+use limit::{Allowance, BYTES_PER_SECOND, Signatures};
 pub use message::{
-    BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_NAMES, MAX_RANGES, MAX_STAMP, Message, NAME_BYTES,
-    Named, Record, Stamp,
+    BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_DELTA, MAX_NAMES, MAX_RANGES, MAX_STAMP, Message,
+    NAME_BYTES, Named, Record, Stamp,
 };
 pub use parcel::{BadParcel, Parcel, Undelivered};
-pub use sign::{Keys, Signature, Signer, Verified};
+pub use sign::{Signature, Signer, Verified};
 pub use topology::Path;
 
 use crate::types::{NodeId, VerifyingKey};
@@ -74,6 +82,16 @@ pub const COLLECT: Duration = Duration::from_millis(50);
 /// A node publishes changes of itself no more often than every so much per neighbour: at a cold start of a thousand nodes, each
 /// gains links for seconds, and tells all others of each.
 pub const PACE: Duration = Duration::from_millis(2);
+
+/// How far the incarnation of a record may lie ahead of this node's clock, in milliseconds: 139 years.
+///
+/// An incarnation is the time of a launch in milliseconds since 1970, and some starts. Where it counts, for an ID that another host
+/// claims, the greater one wins; so the true owner must always have a greater one that others still take. They would not if there were a
+/// greatest one, for a liar would claim that. This bound moves on: what was the greatest a millisecond ago can be outbid now. It is
+/// this large so that hosts whose clocks are wrong by any date from 1970 on can join, and join others.
+pub const SKEW_MS: u64 = 1 << 42;
+/// So long after a record found no room, [`Gossip::is_full`] says so.
+pub const FULL_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What the node must do or know.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,17 +136,25 @@ pub struct Gossip {
     signer: Signer,
     verified: Option<Verified>,
     rng: StdRng,
+    /// Milliseconds since 1970 at some time.
+    clock: (u64, Instant),
     /// The own record as it will be published next; `records` has it as it was published last.
     draft: Record,
     records: BTreeMap<NodeId, Record>,
     stamps: BTreeMap<NodeId, Stamp>,
+    /// Whose identity is whose.
+    identities: BTreeMap<VerifyingKey, NodeId>,
+    budget: Budget,
+    /// When a record found no room last.
+    refused_at: Option<Instant>,
+    signatures: Signatures,
     neighbours: BTreeSet<NodeId>,
     /// What each that ever was a neighbour may still say.
     allowances: BTreeMap<NodeId, Allowance>,
     /// What may still be passed on to each.
     burdens: BTreeMap<NodeId, Allowance>,
-    /// What the neighbours have proven themselves with.
-    proven: BTreeMap<NodeId, Keys>,
+    /// The identities that the neighbours have proven.
+    proven: BTreeMap<NodeId, VerifyingKey>,
     /// Records to pass on, with the neighbours that are known to have them.
     news: BTreeMap<NodeId, BTreeSet<NodeId>>,
     /// Records that neighbours were asked for.
@@ -167,6 +193,11 @@ impl Gossip {
             signer,
             verified: None,
             rng,
+            clock: (own.incarnation, now),
+            identities: BTreeMap::from([(own.verifying_key, own.id)]),
+            budget: Budget::default(),
+            refused_at: None,
+            signatures: Signatures::new(now),
             draft: own.clone(),
             stamps: BTreeMap::from([(own.id, own.stamp())]),
             records: BTreeMap::from([(own.id, own)]),
@@ -194,12 +225,46 @@ impl Gossip {
         gossip
     }
 
-    /// Takes up what was known before a restart.
-    pub fn restore(&mut self, records: impl IntoIterator<Item = Record>) {
-        for record in records {
-            if record.id != self.own && record.check().is_ok() && self.is_signed(&record) {
-                self.put(record);
+    /// Takes up what was known before a restart: records, and whether their nodes were ever reached ([`Self::was_reached`]).
+    pub fn restore(&mut self, records: impl IntoIterator<Item = (Record, bool)>) {
+        for (record, was_reached) in records {
+            let is_good = record.id != self.own && record.check().is_ok() && self.is_signed(&record);
+            if !is_good || self.has_identity_of_another(&record) || !self.budget.fits(&record, None) {
+                continue;
             }
+            if !was_reached && !self.budget.fits_stranger(&record) {
+                continue;
+            }
+            let id = record.id;
+            self.put(record);
+            if was_reached {
+                self.budget.meet(id);
+            }
+        }
+    }
+
+    /// Tells what time it is, in milliseconds since 1970. Without it, the node takes it to be its own incarnation.
+    pub fn set_clock(&mut self, unix_milliseconds: u64, now: Instant) {
+        self.clock = (unix_milliseconds, now);
+    }
+
+    /// True if a node was ever reached, directly or through others.
+    pub fn was_reached(&mut self, id: NodeId) -> bool {
+        self.meet_reached();
+        !self.budget.is_stranger(id)
+    }
+
+    /// True if a record was refused lately because others take all the room that there is.
+    pub fn is_full(&self, now: Instant) -> bool {
+        self.refused_at.is_some_and(|at| now < at + FULL_INTERVAL)
+    }
+
+    /// Raises the node's incarnation to this at least: others must take it for one that was started again.
+    pub fn raise_incarnation(&mut self, least: u64, now: Instant) {
+        if self.draft.incarnation < least && !self.draft.left && self.is_timely(least, now) {
+            self.draft.incarnation = least.min(MAX_STAMP);
+            self.draft.version = 0;
+            self.note_own_change(now);
         }
     }
 
@@ -261,12 +326,13 @@ impl Gossip {
         self.paths().keys().filter_map(|id| self.records.get(id))
     }
 
-    /// A connection with `peer` was established, which has proven to have `keys`.
-    pub fn handle_connected(&mut self, peer: NodeId, keys: Keys, now: Instant) {
+    /// A connection with `peer` was established, which has proven to have this identity.
+    pub fn handle_connected(&mut self, peer: NodeId, identity: VerifyingKey, now: Instant) {
         if peer == self.own || !self.neighbours.insert(peer) {
             return;
         }
-        self.proven.insert(peer, keys);
+        self.proven.insert(peer, identity);
+        self.budget.meet(peer);
         self.paths.take();
         self.note_own_change(now);
         self.send(peer, Message::Digest { ask: false, stamps: self.stamps() });
@@ -390,17 +456,24 @@ impl Gossip {
     fn handle_delta(&mut self, peer: NodeId, records: Vec<Record>, now: Instant) -> Result<(), BadMessage> {
         let records: Vec<_> = records.into_iter().map(|record| (record.stamp(), record)).collect();
         // A signature costs more than all the rest, and most of what comes by is known.
-        for (stamp, record) in &records {
-            if self.is_news(peer, record, *stamp) && !self.is_signed(record) {
-                return Err(BadMessage::Signature(record.id));
-            }
-        }
+        let mut news = Vec::new();
         for (stamp, record) in records {
             self.want_no_more(peer, record.id, stamp);
             if !self.is_news(peer, &record, stamp) {
                 self.note_holder(peer, record.id, stamp);
-            } else if record.id == self.own {
+            } else if self.is_timely(record.incarnation, now) && self.may_verify(now) {
+                if !self.is_signed(&record) {
+                    return Err(BadMessage::Signature(record.id));
+                }
+                news.push(record);
+            }
+            // What is left out here is found by comparing.
+        }
+        for record in news {
+            if record.id == self.own {
                 self.handle_word_about_self(record, now);
+            } else if self.has_identity_of_another(&record) || !self.has_room_for(&record, now) {
+                tracing::debug!("a record of node {} is not taken", record.id);
             } else if self.is_disputed(&record) {
                 self.handle_contender(peer, record, now);
             } else {
@@ -413,9 +486,9 @@ impl Gossip {
     /// True if it is newer than what is known, or a neighbour's own word against what others said of it.
     fn is_news(&self, peer: NodeId, record: &Record, stamp: Stamp) -> bool {
         let Some(known) = self.records.get(&record.id) else { return true };
-        let keys = record.keys();
+        let key = record.verifying_key;
         let is_first_hand =
-            peer == record.id && self.proven.get(&peer) == Some(&keys) && known.keys() != keys;
+            peer == record.id && self.proven.get(&peer) == Some(&key) && known.verifying_key != key;
         is_first_hand || self.stamps[&record.id] < stamp
     }
 
@@ -430,16 +503,86 @@ impl Gossip {
         // A neighbour that lost its link with `id` may have lost what `id` would have told it.
         for cut in lost_links {
             let is_lost = self.records[&id].links.binary_search(&cut).is_err();
-            if is_lost && cut != peer && self.neighbours.contains(&cut) {
+            // Within what that neighbour takes: links that were never there can be lost again and again.
+            if is_lost
+                && cut != peer
+                && self.neighbours.contains(&cut)
+                && self.may_pass(cut, STAMP_BYTES, now)
+            {
                 self.send(cut, Message::Summary(self.summary()));
             }
+        }
+    }
+
+    /// False if so far in the future that its owner could not outbid it.
+    fn is_timely(&self, incarnation: u64, now: Instant) -> bool {
+        let (then, at) = self.clock;
+        let passed = u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
+        incarnation <= then.saturating_add(passed).saturating_add(SKEW_MS)
+    }
+
+    fn may_verify(&mut self, now: Instant) -> bool {
+        self.signatures.take(now)
+    }
+
+    /// One identity, one ID. No honest host has the identity of another one: each launch makes a new one.
+    fn has_identity_of_another(&self, record: &Record) -> bool {
+        self.identities.get(&record.verifying_key).is_some_and(|id| *id != record.id)
+    }
+
+    fn has_room_for(&mut self, record: &Record, now: Instant) -> bool {
+        let fits = self.budget.fits(record, self.records.get(&record.id)) && {
+            let is_stranger = self.is_stranger(record);
+            !is_stranger || self.budget.fits_stranger(record) || {
+                // Some of those that are known may be reached by now, or this one through one of them.
+                self.meet_reached();
+                !self.is_stranger(record) || self.budget.fits_stranger(record)
+            }
+        };
+        if !fits {
+            self.refused_at = Some(now);
+        }
+        fits
+    }
+
+    /// True if a node was never reached, and is not with this record, as far as can be said without looking at everybody's links.
+    fn is_stranger(&self, record: &Record) -> bool {
+        if self.proven.contains_key(&record.id) {
+            return false;
+        }
+        if self.records.contains_key(&record.id) {
+            return self.budget.is_stranger(record.id);
+        }
+        let links_back = |other: &NodeId| {
+            let is_known = *other == self.own || !self.budget.is_stranger(*other);
+            let links = self.records.get(other).filter(|it| is_known && !it.left).map(|it| &it.links);
+            links.is_some_and(|links| links.binary_search(&record.id).is_ok())
+        };
+        !record.links.iter().any(links_back)
+    }
+
+    fn meet_reached(&mut self) {
+        if self.budget.has_strangers() {
+            let reached: Vec<_> = self.paths().keys().copied().collect();
+            reached.into_iter().for_each(|id| self.budget.meet(id));
         }
     }
 
     fn put(&mut self, record: Record) -> Option<Record> {
         let id = record.id;
         self.stamps.insert(id, record.stamp());
+        if id != self.own {
+            if !self.records.contains_key(&id) && self.is_stranger(&record) {
+                self.budget.add_stranger(&record);
+            }
+            self.budget.note(&record, self.records.get(&id));
+        }
+        let identity = record.verifying_key;
         let before = self.records.insert(id, record);
+        if let Some(before) = before.as_ref().filter(|before| before.verifying_key != identity) {
+            self.identities.remove(&before.verifying_key);
+        }
+        self.identities.insert(identity, id);
         let now = &self.records[&id];
         if before.as_ref().is_none_or(|before| before.links != now.links || before.left != now.left) {
             self.paths.take();

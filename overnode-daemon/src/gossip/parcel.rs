@@ -1,27 +1,31 @@
 //! Parcels: what one node sends another that may be no neighbour, over control connections, passed on by those between.
 //!
 //! A parcel is sent once and may be lost: with a connection, with a node on its way, or because there is no way. Who needs an answer asks
-//! again. What arrives was signed by its sender and arrives once: a parcel that was sent before one that has arrived is dropped.
+//! again. What arrives was signed by its sender and arrives once: a parcel that was sent before one that has arrived is dropped. A
+//! parcel is for one start of its receiver, whose incarnation it names: what was recorded is worth nothing after the receiver has
+//! forgotten, by a restart, what has arrived.
 //!
-//! On the wire, integers big-endian: [`FORMAT`], hops (u8), kind (u8), from and to (u16 each), incarnation and number (u64 each), the
-//! signature (64 bytes), then the body. Signed is all but the format and the hops, after the name `overnode parcel v1`.
+//! On the wire, integers big-endian: [`FORMAT`], hops (u8), kind (u8), from and to (u16 each), the sender's incarnation, number,
+//! and the receiver's incarnation (u64 each), the signature (64 bytes), then the body. Signed is all but the format and the hops, after the
+//! name `overnode parcel v2`.
 
 use std::time::Instant;
 
-use super::message::Record;
 use super::sign::{self, Signature};
 use super::{Action, Gossip};
 use crate::types::NodeId;
 
 /// The version of the wire format.
-pub const FORMAT: u8 = 1;
+pub const FORMAT: u8 = 2;
 /// Longest body, in bytes.
 pub const MAX_BODY: usize = 16 * 1024;
 /// A parcel may be passed on so often: more than any path between nodes that know the same links, and an end to going in circles.
 pub const MAX_HOPS: u8 = 16;
 /// Bytes of all but the body.
-const HEAD: usize = 2 + 21 + 64;
-const SIGNED: &[u8] = b"overnode parcel v1";
+const HEAD: usize = 2 + SIGNED_HEAD + 64;
+/// Those of them that are signed.
+const SIGNED_HEAD: usize = 29;
+const SIGNED: &[u8] = b"overnode parcel v2";
 
 /// The kind of what asks a node whether it objects to another record of itself: a [`super::Message::Delta`] with that record.
 pub const KIND_CLASH: u8 = 0;
@@ -41,6 +45,8 @@ pub struct Parcel {
     pub kind: u8,
     /// The sender's incarnation, and which of the parcels it is that the sender has sent in it: greater is later.
     pub serial: (u64, u64),
+    /// The receiver's incarnation, as the sender knows it.
+    pub receiver: u64,
     /// The sender's.
     pub signature: Signature,
     /// What that part has to say; at most [`MAX_BODY`] bytes.
@@ -94,6 +100,9 @@ pub enum Undelivered {
     /// It has come, and its sender has not signed it as far as this node knows the sender's key.
     #[error("it is not signed by node {0} as this node knows it")]
     Unsigned(NodeId),
+    /// It has come, and is for an earlier or a later start of this node.
+    #[error("node {0} has sent it to another start of this node")]
+    OtherStart(NodeId),
     /// It has come before, or after one that was sent later.
     #[error("node {0} has sent it before one that has arrived already")]
     Late(NodeId),
@@ -133,20 +142,22 @@ impl Parcel {
             return Err(BadParcel::Circle);
         }
         let serial = (u64::from_be_bytes(take(&mut rest)?), u64::from_be_bytes(take(&mut rest)?));
+        let receiver = u64::from_be_bytes(take(&mut rest)?);
         let signature = Signature(take(&mut rest)?);
         if rest.len() > MAX_BODY {
             return Err(BadParcel::Body(rest.len()));
         }
-        Ok(Self { from, to, hops, kind, serial, signature, body: rest.to_vec() })
+        Ok(Self { from, to, hops, kind, serial, receiver, signature, body: rest.to_vec() })
     }
 
-    fn head(&self) -> [u8; 21] {
-        let mut head = [0; 21];
+    fn head(&self) -> [u8; SIGNED_HEAD] {
+        let mut head = [0; SIGNED_HEAD];
         head[0] = self.kind;
         head[1..3].copy_from_slice(&self.from.get().to_be_bytes());
         head[3..5].copy_from_slice(&self.to.get().to_be_bytes());
         head[5..13].copy_from_slice(&self.serial.0.to_be_bytes());
-        head[13..].copy_from_slice(&self.serial.1.to_be_bytes());
+        head[13..21].copy_from_slice(&self.serial.1.to_be_bytes());
+        head[21..].copy_from_slice(&self.receiver.to_be_bytes());
         head
     }
 
@@ -174,10 +185,12 @@ impl Gossip {
             return Err(Undelivered::TooLong(body.len()));
         }
         let next = self.parcel_hop(to).ok_or(Undelivered::NoWay(to))?;
+        let receiver = self.records.get(&to).ok_or(Undelivered::NoWay(to))?.incarnation;
         self.parcels_sent += 1;
         let serial = (self.draft.incarnation, self.parcels_sent);
         let signature = Signature::default();
-        let mut parcel = Parcel { from: self.own, to, hops: MAX_HOPS, kind, serial, signature, body };
+        let mut parcel =
+            Parcel { from: self.own, to, hops: MAX_HOPS, kind, serial, receiver, signature, body };
         parcel.signature = self.signer.sign_bytes(&parcel.signed_part());
         self.actions.push_back(Action::SendParcel { to: next, parcel });
         Ok(())
@@ -228,8 +241,11 @@ impl Gossip {
 
     fn accept(&mut self, parcel: Parcel) -> Result<(), Undelivered> {
         let from = parcel.from;
-        let known = self.records.get(&from).map(Record::keys);
-        let key = self.proven.get(&from).copied().or(known).ok_or(Undelivered::Unsigned(from))?.verifying_key;
+        if ![self.records[&self.own].incarnation, self.draft.incarnation].contains(&parcel.receiver) {
+            return Err(Undelivered::OtherStart(from));
+        }
+        let known = self.records.get(&from).map(|record| record.verifying_key);
+        let key = self.proven.get(&from).copied().or(known).ok_or(Undelivered::Unsigned(from))?;
         if !sign::is_signature(&key, &parcel.signed_part(), &parcel.signature) {
             return Err(Undelivered::Unsigned(from));
         }

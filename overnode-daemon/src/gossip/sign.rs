@@ -1,14 +1,14 @@
 //! Signatures, so that nobody can speak in another's name.
 //!
-//! Each node has an Ed25519 key that follows from its static secret. Its public half is told in the greeting of a connection, which
-//! proves the static key, and stands in every record, beside the ID and the static key, under the record's signature.
+//! Each node has one identity, an Ed25519 key, from which its X25519 key follows ([`key`]). It is told in the greeting of a
+//! connection, whose handshake proves it, and stands in every record, beside the ID, under the record's signature.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use data_encoding::BASE64;
 use ring::digest::{SHA256, digest};
-use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
+use ring::signature::{ED25519, Ed25519KeyPair, UnparsedPublicKey};
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -20,45 +20,47 @@ const RECORD: &[u8] = b"overnode record v2";
 
 /// Signs what one node says. Its secret half is never shown.
 #[derive(Debug)]
-pub struct Signer(Ed25519KeyPair);
+pub struct Signer {
+    pair: Ed25519KeyPair,
+    verifying_key: VerifyingKey,
+    public_key: PublicKey,
+}
 
 /// An Ed25519 signature. Shown as base64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Signature(pub [u8; 64]);
 
-/// What proves who somebody is: with the first it shakes hands, with the second it signs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Keys {
-    /// The static key.
-    pub public_key: PublicKey,
-    /// The public half of its [`Signer`].
-    pub verifying_key: VerifyingKey,
-}
-
 impl Signer {
-    /// The signer of the node with this static secret.
-    pub fn new(static_secret: &Secret) -> Self {
-        let seed = key::signing_seed(static_secret);
-        Self(Ed25519KeyPair::from_seed_unchecked(&seed.0).expect("any 32 bytes are a seed"))
+    /// The signer of the node with this identity.
+    pub fn new(seed: &Secret) -> Self {
+        Self {
+            pair: key::signing_key(seed),
+            verifying_key: key::verifying_key(seed),
+            public_key: key::public_key(&key::exchange_secret(seed)),
+        }
     }
 
     /// Its public half.
     pub fn verifying_key(&self) -> VerifyingKey {
-        let mut key = [0; 32];
-        key.copy_from_slice(self.0.public_key().as_ref());
-        VerifyingKey(key)
+        self.verifying_key
     }
 
-    /// Puts its key and its signature on a record of its node.
+    /// The X25519 key that belongs to it.
+    pub fn public_key(&self) -> PublicKey {
+        self.public_key
+    }
+
+    /// Puts its keys and its signature on a record of its node.
     pub fn sign(&self, record: &mut Record) {
-        record.verifying_key = self.verifying_key();
+        record.verifying_key = self.verifying_key;
+        record.public_key = self.public_key;
         record.signature = self.sign_bytes(&signed_part(record));
     }
 
     /// Signs bytes that begin with what they are for.
     pub(super) fn sign_bytes(&self, bytes: &[u8]) -> Signature {
         let mut signature = [0; 64];
-        signature.copy_from_slice(self.0.sign(bytes).as_ref());
+        signature.copy_from_slice(self.pair.sign(bytes).as_ref());
         Signature(signature)
     }
 }
@@ -88,9 +90,11 @@ impl Verified {
     }
 }
 
-/// True if the record is signed with the key that it names. That the key is its owner's is another question.
+/// True if the record is signed with the identity that it names, and names the X25519 key that belongs to it. That the ID belongs to that
+/// identity is another question.
 pub(super) fn is_signed(record: &Record) -> bool {
     is_signature(&record.verifying_key, &signed_part(record), &record.signature)
+        && key::exchange_key(&record.verifying_key) == Some(record.public_key)
 }
 
 pub(super) fn is_signature(key: &VerifyingKey, bytes: &[u8], signature: &Signature) -> bool {
@@ -98,7 +102,7 @@ pub(super) fn is_signature(key: &VerifyingKey, bytes: &[u8], signature: &Signatu
 }
 
 /// The record without its last field, after a name that no other signed bytes begin with.
-fn signed_part(record: &Record) -> Vec<u8> {
+pub(super) fn signed_part(record: &Record) -> Vec<u8> {
     let mut bytes = postcard::to_extend(record, RECORD.to_vec()).expect("plain data always encodes");
     bytes.truncate(bytes.len() - size_of::<Signature>());
     bytes

@@ -17,28 +17,38 @@ fn id(id: u16) -> NodeId {
     NodeId::new(id).unwrap()
 }
 
-/// Keys of tests: all that somebody has follows from one number.
-fn signer(seed: u8) -> Signer {
-    Signer::new(&Secret([seed; 32]))
+/// Identities of tests: each follows from a number.
+fn signer(seed: u16) -> Signer {
+    let [high, low] = seed.to_be_bytes();
+    let mut secret = [low; 32];
+    secret[0] ^= high;
+    Signer::new(&Secret(secret))
 }
 
-fn keys(seed: u8) -> Keys {
-    Keys { public_key: PublicKey([seed; 32]), verifying_key: signer(seed).verifying_key() }
+fn identity(seed: u16) -> VerifyingKey {
+    signer(seed).verifying_key()
+}
+
+/// What the node signs with whose record this is.
+fn signer_of(record: &Record) -> Signer {
+    static SEEDS: OnceLock<BTreeMap<PublicKey, u16>> = OnceLock::new();
+    let seeds =
+        SEEDS.get_or_init(|| (0..=NodeId::MAX).map(|seed| (signer(seed).public_key(), seed)).collect());
+    signer(seeds[&record.public_key])
 }
 
 pub(super) fn record(number: u16, incarnation: u64) -> Record {
-    signed(blank(number, incarnation), number as u8)
+    signed(blank(number, incarnation), number)
 }
 
 /// The record as the host with these keys would publish it.
-pub(super) fn signed(mut record: Record, seed: u8) -> Record {
-    record.public_key = PublicKey([seed; 32]);
+pub(super) fn signed(mut record: Record, seed: u16) -> Record {
     signer(seed).sign(&mut record);
     record
 }
 
 fn gossip(own: Record, now: Instant) -> Gossip {
-    let signer = signer(own.public_key.0[0]);
+    let signer = signer_of(&own);
     Gossip::new(own, signer, StdRng::seed_from_u64(1), now)
 }
 
@@ -49,7 +59,7 @@ fn blank(number: u16, incarnation: u64) -> Record {
         version: 0,
         left: false,
         nickname: format!("host{number}"),
-        public_key: PublicKey([number as u8; 32]),
+        public_key: signer(number).public_key(),
         addresses: vec![format!("192.0.2.{}:6783", number % 250).parse().unwrap()],
         links: Vec::new(),
         dark: Vec::new(),
@@ -112,7 +122,7 @@ impl World {
     fn start(&mut self, own: Record) {
         let rng = StdRng::seed_from_u64(self.rng.random());
         self.keys.insert(own.id, own.public_key);
-        let signer = signer(own.public_key.0[0]);
+        let signer = signer_of(&own);
         self.nodes.insert(own.id, Gossip::new(own, signer, rng, self.now));
     }
 
@@ -130,8 +140,8 @@ impl World {
         }
         for (from, to) in [(one, other), (other, one)] {
             self.links.insert((from, to), Link::default());
-            let (now, keys) = (self.now, self.nodes[&to].own().keys());
-            self.nodes.get_mut(&from).unwrap().handle_connected(to, keys, now);
+            let (now, identity) = (self.now, self.nodes[&to].own().verifying_key);
+            self.nodes.get_mut(&from).unwrap().handle_connected(to, identity, now);
         }
         self.collect();
     }
@@ -334,7 +344,7 @@ fn a_node_that_gains_many_links_does_not_tell_of_each() {
     let mut told = 0;
     let mut versions = BTreeSet::new();
     for number in 2..1002 {
-        gossip.handle_connected(id(number), keys(1), now);
+        gossip.handle_connected(id(number), identity(1), now);
         now += Duration::from_millis(5);
         gossip.handle_timeout(now);
         told += std::iter::from_fn(|| gossip.poll_action())
@@ -482,7 +492,7 @@ fn storm(seed: u64, count: u16, steps: usize) {
                 world.kill(one);
                 let own = known.iter().find(|record| record.id == one).unwrap().clone();
                 world.start(Record { incarnation: own.incarnation + 1, version: 0, ..own });
-                world.nodes.get_mut(&one).unwrap().restore(known);
+                world.nodes.get_mut(&one).unwrap().restore(known.into_iter().map(|it| (it, true)));
             }
             _ => {
                 // Reset, heard by whoever is near, and launched again.
@@ -491,7 +501,7 @@ fn storm(seed: u64, count: u16, steps: usize) {
                 world.collect();
                 world.run(Duration::from_millis(250));
                 world.kill(one);
-                world.start(signed(record(one.get(), 1000 * incarnation), incarnation as u8));
+                world.start(signed(record(one.get(), 1000 * incarnation), 1000 + incarnation as u16));
             }
         }
         let pause = Duration::from_millis(world.rng.random_range(0..400));
@@ -579,6 +589,7 @@ fn messages_beyond_bounds_are_refused_whole() {
         delta(|r| r.links = vec![id(2)]),
         delta(|r| r.left = true),
         refused(Message::Delta(vec![record(2, 1), record(2, 2)])),
+        refused(Message::Delta((1..).map(|number| blank(number, 1)).take(MAX_DELTA + 1).collect())),
         refused(Message::Request(vec![id(2), id(1)])),
         refused(Message::Digest {
             ask: true,
@@ -676,7 +687,7 @@ fn full() -> Record {
         version: 3,
         left: false,
         nickname: "höst".into(),
-        public_key: PublicKey([0xaa; 32]),
+        public_key: PublicKey([0; 32]),
         addresses: vec!["192.0.2.1:6783".parse().unwrap(), "[2001:db8::2]:6783".parse().unwrap()],
         links: vec![id(1), id(4095)],
         dark: vec![id(4095)],
@@ -689,10 +700,11 @@ fn full() -> Record {
     signed(full, 0xaa)
 }
 
-// HKDF of the static secret (32 bytes of 0xaa) and Ed25519, by Python's cryptography module.
-const VERIFYING_KEY: &str = "6b6d5ab5a2224e9fb93ccc21e7adca2cac1afec50067bec90715b70c977cd855";
-const SIGNATURE: &str = "86e5a99770b5db8d780692845978ece5e7d4267aa21d6ba9486a8aac81ce3ebb\
-                         4f6599f22ebd072d112b035f86296181f4ffc92cddb25b7734c94d1390dafe09";
+// Ed25519 with 32 bytes of 0xaa as the seed, and X25519 with the first half of their SHA-512, by Python's cryptography module.
+const VERIFYING_KEY: &str = "e734ea6c2b6257de72355e472aa05a4c487e6b463c029ed306df2f01b5636b58";
+const PUBLIC_KEY: &str = "552291f02c9317519633021302d0f7ba39b1cf32310e23ee7aa6a4312ae4a027";
+const SIGNATURE: &str = "b5eb5db45557d36be300d8117f7e0042a041f5eb18bd93fd6526e9ac786c9ba7\
+                         ef51434474f4a44711393bcf6c66f5e664158f6d1e5ce51eb8cb9d683227270d";
 
 /// These bytes are read by nodes of other versions: a change of any of them needs a new [`FORMAT`].
 #[test]
@@ -700,19 +712,19 @@ fn the_wire_format_is_this() {
     let hex = |message: &Message| data_encoding::HEXLOWER.encode(&message.encode());
     let stamp = Stamp { incarnation: 300, version: 2, hash: [1, 2, 3, 4] };
     let golden = [
-        (Message::Summary([7; 16]), "0300".to_owned() + &"07".repeat(16)),
-        (Message::Digest { ask: true, stamps: vec![(id(1), stamp)] }, "0301010101ac020201020304".into()),
-        (Message::Request(vec![id(1), id(300)]), "03020201ac02".into()),
+        (Message::Summary([7; 16]), "0400".to_owned() + &"07".repeat(16)),
+        (Message::Digest { ask: true, stamps: vec![(id(1), stamp)] }, "0401010101ac020201020304".into()),
+        (Message::Request(vec![id(1), id(300)]), "04020201ac02".into()),
         (
             Message::Delta(vec![full()]),
             [
-                "030301",                                     // format, delta, one record
-                "ac02",                                       // ID
-                "80d095ffbc31",                               // incarnation
-                "03",                                         // version
-                "00",                                         // left
-                "0568c3b67374",                               // nickname
-                &"aa".repeat(32),                             // public key
+                "040301",       // format, delta, one record
+                "ac02",         // ID
+                "80d095ffbc31", // incarnation
+                "03",           // version
+                "00",           // left
+                "0568c3b67374", // nickname
+                PUBLIC_KEY,
                 "0200c0000201ff34",                           // addresses: IPv4, port
                 "0120010db8000000000000000000000002ff34",     // IPv6, port
                 "0201ff1f",                                   // links
@@ -733,7 +745,7 @@ fn the_wire_format_is_this() {
         assert_eq!(Message::decode(&message.encode()), Ok(message));
     }
     // SHA-256 of the record's bytes above, by Python's hashlib.
-    assert_eq!(full().stamp().hash, [25, 42, 212, 39]);
+    assert_eq!(full().stamp().hash, [133, 91, 30, 104]);
 }
 
 proptest! {
@@ -750,7 +762,7 @@ proptest! {
     fn altered_messages_never_panic_a_node(flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
         let mut gossip = gossip(record(1, 1), Instant::now());
         let now = Instant::now();
-        gossip.handle_connected(id(2), keys(2), now);
+        gossip.handle_connected(id(2), identity(2), now);
         for message in [
             Message::Delta(vec![record(1, 5), full()]),
             Message::Digest { ask: true, stamps: vec![(id(1), Stamp::default()), (id(9), full().stamp())] },

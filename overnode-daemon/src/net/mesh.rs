@@ -417,17 +417,18 @@ async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>
 mod tests {
     use super::*;
     use crate::control::key;
-    use crate::types::{Network, Secret, VerifyingKey};
+    use crate::types::{Network, Secret};
 
     fn me(id: u16, secret: u8) -> Me {
-        let static_secret = Secret([secret; 32]);
+        let seed = Secret([secret; 32]);
+        let static_secret = key::exchange_secret(&seed);
         let hello = Hello {
             versions: (2, 2),
             id: NodeId::new(id).unwrap(),
             incarnation: 1,
             nickname: format!("node{id}"),
             network: Network::default(),
-            verifying_key: VerifyingKey::default(),
+            verifying_key: key::verifying_key(&seed),
             process: id.into(),
             public_key: key::public_key(&static_secret),
         };

@@ -82,7 +82,7 @@ impl Bulk {
             mode: identity.bulk,
             workers: identity.bulk_workers.map_or(cores / 2, usize::from).clamp(1, most),
             run_dir: run_dir.to_owned(),
-            handshakes: Handshakes::for_bulk(identity.static_secret.clone(), StdRng::from_os_rng()),
+            handshakes: Handshakes::for_bulk(identity.exchange_secret(), StdRng::from_os_rng()),
             link: None,
             devices: Vec::new(),
             speeds: [0; Cipher::ALL.len()],

@@ -15,6 +15,7 @@ use crate::datapath::PeerState;
 use crate::gossip::Record;
 use crate::handshake::{Activity, AdoptedSession, Event, Initiate, PeerConfig};
 use crate::net::udp::Received;
+use crate::routing::Conflict;
 use crate::types::{NodeId, PeerIndex, PublicKey, Secret};
 
 /// How much longer than the node with the lower ID the other one waits before it initiates.
@@ -70,7 +71,8 @@ pub(super) struct Wanted {
     pub(super) candidates: Vec<SocketAddr>,
     pub(super) initiate: Initiate,
     pub(super) persistent_keepalive: Option<Duration>,
-    pub(super) routes: Vec<IpNet>,
+    /// `None` for a node, whose routes are decided with those of all others.
+    pub(super) routes: Option<Vec<IpNet>>,
 }
 
 impl Node {
@@ -93,13 +95,10 @@ impl Node {
             self.peers.insert(state.index, peer);
         }
         let mut known = BTreeSet::new();
-        let records: Vec<Record> = self
-            .gossip
-            .records()
-            .filter(|record| record.id != self.identity.id && !record.left)
-            .cloned()
-            .collect();
-        for record in &records {
+        let records = self.gossip.records().filter(|record| record.id != self.identity.id);
+        let records: Vec<Record> = records.cloned().collect();
+        records.iter().for_each(|record| self.tell_ipam(record, now));
+        for record in records.iter().filter(|record| !record.left) {
             self.dialer.learn(record.id, record.addresses.clone(), now);
             known.insert(record.id.peer_index());
             // One that cannot be configured must not keep the node from the others.
@@ -143,15 +142,18 @@ impl Node {
         Ok(())
     }
 
-    /// Gives a node's record to the data plane.
+    /// Gives a node's record to the data plane, unless its space was taken back and it has not come back since.
     pub(super) async fn configure_peer(&mut self, record: &Record, now: Instant) -> anyhow::Result<()> {
+        if self.routing.is_taken_back(record.id) {
+            return Ok(());
+        }
         let wanted = Wanted {
             public_key: record.public_key,
             preshared_key: key::pair_key(&self.identity.cluster_key, &self.public_key, &record.public_key),
             candidates: self.candidates(record),
             initiate: self.initiative(record.id),
             persistent_keepalive: None,
-            routes: self.routes_of(record),
+            routes: None,
         };
         self.configure(record.id.peer_index(), wanted, now).await
     }
@@ -184,7 +186,11 @@ impl Node {
             candidate,
             is_chosen: false,
             tried_since: before.as_ref().map_or(now, |before| before.tried_since),
-            routes: wanted.routes,
+            routes: wanted
+                .routes
+                .clone()
+                .or_else(|| before.as_ref().map(|before| before.routes.clone()))
+                .unwrap_or_default(),
             state: before.as_ref().and_then(|before| before.state.clone()),
             last_error: before.as_ref().and_then(|before| before.last_error.clone()),
         };
@@ -202,7 +208,7 @@ impl Node {
         };
         // What fails is tried again, and costs the peer nothing else.
         let path = self.datapath.set_peer(index, &peer.public_key, endpoint).await;
-        let routes = self.datapath.set_routes(index, &peer.routes);
+        let routes = wanted.routes.map_or(Ok(()), |routes| self.datapath.set_routes(index, &routes));
         self.handshakes.upsert_peer(index, config, now);
         self.peers.insert(index, peer);
         path.and(routes)
@@ -265,9 +271,9 @@ impl Node {
     async fn handle_handshake(&mut self, event: Event, now: Instant) -> anyhow::Result<()> {
         match event {
             Event::Install { peer, session } => {
-                // A daemon that does not know a peer ends its sessions: whose this is must survive this one.
-                if self.unsaved.iter().any(|id| id.peer_index() == peer) {
-                    self.save_peers();
+                // A daemon that does not know a peer, or knows another key of it, ends its sessions: whose this is must be on disk.
+                if let Some(id) = peer.node().filter(|id| self.unsaved.contains(id)) {
+                    self.save_peers(Some(id));
                 }
                 self.datapath.install_session(peer, &session)?;
                 if let Some(peer) = self.peers.get_mut(&peer) {
@@ -400,18 +406,64 @@ impl Node {
         candidates
     }
 
-    /// The prefixes that lead to a node. What is not its to announce is left out.
-    fn routes_of(&self, record: &Record) -> Vec<IpNet> {
-        let layout = self.ipam.layout();
-        let mut routes = vec![IpNet::from(layout.node_address(record.id))];
-        let pool = self.identity.network.range;
-        routes.extend(record.ranges.iter().filter(|range| pool.contains(*range)));
-        // Of several that claim an address, the data plane prefers the lowest ID.
-        let may_have = |claim: &IpAddr| {
-            layout.check_static(*claim).is_ok() && !self.ipam.allocated().contains_key(claim)
+    /// What else routes depend on, besides the records. Nothing of it is urgent.
+    pub(super) fn tell_routing_of_paths(&mut self, now: Instant) {
+        self.routing.set_own(&self.ipam.ranges(), &self.ipam.claims());
+        self.routing.set_gone(self.ipam.buried().map(|(id, incarnation, _)| (id, incarnation)));
+        self.routing.set_reachable(self.gossip.paths().keys(), now);
+    }
+
+    /// Lets the data plane follow what the nodes announce, as far as it is theirs, and tells of what it is not.
+    pub(super) fn follow_routes(&mut self, now: Instant) {
+        if !self.routing.update(now) {
+            return;
+        }
+        let nodes = self.peers.keys().filter_map(|index| index.node());
+        for id in nodes.filter(|id| self.routing.is_taken_back(*id)).collect::<Vec<_>>() {
+            tracing::info!("the address space of node {id} was taken back: nothing leads to it any more");
+            self.remove_data_peer(id.peer_index(), now);
+        }
+        let mut changed = Vec::new();
+        for (index, peer) in &mut self.peers {
+            let Some(routes) = index.node().map(|id| self.routing.routes(id)) else { continue };
+            if peer.routes != routes {
+                peer.routes = routes.to_vec();
+                changed.push((*index, routes));
+            }
+        }
+        if let Err(error) = self.datapath.set_routes_of(changed) {
+            tracing::warn!("the routes to other nodes cannot be entered: {error:#}");
+        }
+        let conflicts: Vec<_> = self.routing.conflicts(now).collect();
+        let told = std::mem::take(&mut self.contested);
+        for conflict in &conflicts {
+            let pair = (conflict.holder, conflict.claimant);
+            if !told.contains(&pair) {
+                let problem = self.conflict(conflict);
+                tracing::warn!("{problem}");
+                self.tell(|_| Happening::Problem { problem });
+            }
+            self.contested.insert(pair);
+        }
+    }
+
+    /// What two nodes both say is theirs, for people.
+    pub(super) fn conflict(&self, conflict: &Conflict) -> String {
+        let name = |id: NodeId| match self.gossip.record(id) {
+            Some(record) => format!("node {id} ({})", record.nickname),
+            None => format!("node {id}"),
         };
-        routes.extend(record.claims.iter().copied().filter(may_have).map(IpNet::from));
-        routes
+        let (holder, claimant) = (name(conflict.holder), name(conflict.claimant));
+        let prefixes: Vec<_> = conflict.prefixes.iter().map(ToString::to_string).collect();
+        let more = match conflict.count.saturating_sub(prefixes.len()) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        format!(
+            "{claimant} announces {}{more}, which belongs to {holder}, where packets still go: run `overnode reset` on the host that \
+             should not have it, or detach the containers that use it there",
+            prefixes.join(", ")
+        )
     }
 
     pub(super) fn own_routes(&self) -> Vec<IpNet> {

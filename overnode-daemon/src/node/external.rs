@@ -73,7 +73,7 @@ impl Node {
             candidates: peer.endpoint.into_iter().collect(),
             initiate: if peer.endpoint.is_some() { Initiate::AtOnce } else { Initiate::OnlyAnswer },
             persistent_keepalive: peer.keepalive.map(|seconds| Duration::from_secs(seconds.into())),
-            routes: peer.allowed.clone(),
+            routes: Some(peer.allowed.clone()),
         };
         self.configure(peer.index, wanted, now).await?;
         self.externals.insert(peer.index, peer);

@@ -131,7 +131,7 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
     Ok(Identity {
         id: request.id,
         instance: rand::random(),
-        static_secret: key::new_secret().map_err(ApiError::failed)?,
+        seed: key::new_secret().map_err(ApiError::failed)?,
         cluster_key,
         network,
         nickname,

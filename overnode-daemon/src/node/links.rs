@@ -11,10 +11,15 @@ use crate::control::CONTROL_PORT;
 use crate::control::dial::{self, AttemptId, Verdict};
 use crate::control::hello::Refusal;
 use crate::control::packet::Packet;
-use crate::gossip;
+use crate::gossip::{self, budget};
 use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
+use crate::store::Known;
 use crate::types::NodeId;
 
+/// New records that the other parts of the node are given in one turn.
+const LEARN_AT_ONCE: usize = 64;
+/// Bytes of records, as memory has them, that are brought to disk in one transaction.
+const SAVE_AT_ONCE: usize = 4 << 20;
 /// Problems that are kept: the latest.
 const MAX_PROBLEMS: usize = 32;
 
@@ -61,7 +66,7 @@ impl Node {
 
     fn opened(&mut self, opened: Opened, now: Instant) {
         let peer = opened.hello.id;
-        let keys = opened.hello.keys();
+        let identity = opened.hello.verifying_key;
         let (connection, verdict) =
             self.dialer.handle_established(opened.attempt, &opened.hello, opened.remote, now);
         // Dropping the outbox closes the stream.
@@ -90,7 +95,7 @@ impl Node {
             .unwrap_or_else(PoisonError::into_inner)
             .insert(peer, (opened.hello.public_key, opened.hello.nickname));
         if is_first {
-            self.gossip.handle_connected(peer, keys, now);
+            self.gossip.handle_connected(peer, identity, now);
         } else {
             self.gossip.resync(peer);
         }
@@ -183,9 +188,18 @@ impl Node {
                 gossip::Action::SendParcel { to, parcel } => {
                     self.send(to, &Packet::Parcel(parcel.encode()), now);
                 }
-                gossip::Action::Deliver(parcel) => self.deliver(&parcel, now),
-                gossip::Action::Changed(id) => self.learn(id, now).await,
-                gossip::Action::Removed(id) => self.unlearn(id, now),
+                gossip::Action::Deliver(parcel) => {
+                    // What it says may rest on what its sender's record says.
+                    if self.unlearnt.remove(&parcel.from) {
+                        self.learn(parcel.from, now).await;
+                    }
+                    self.deliver(&parcel, now);
+                }
+                gossip::Action::Changed(id) => _ = self.unlearnt.insert(id),
+                gossip::Action::Removed(id) => {
+                    self.unlearnt.remove(&id);
+                    self.unlearn(id, now);
+                }
                 gossip::Action::Contested(record) => {
                     let id = self.identity.id;
                     self.report_clash(&record, self.identity.nickname.clone(), now);
@@ -202,6 +216,24 @@ impl Node {
                 }
                 gossip::Action::Clash { record, holder } => self.report_clash(&record, holder, now),
             }
+        }
+        // Of thousands that one message may bring, some now and the others after whatever else there is to do.
+        for _ in 0..LEARN_AT_ONCE {
+            let Some(id) = self.unlearnt.pop_first() else { break };
+            self.learn(id, now).await;
+        }
+        self.keep_incarnation();
+    }
+
+    /// Gossip may have had to raise the node's incarnation. The next start must be later than that.
+    fn keep_incarnation(&mut self) {
+        let incarnation = self.gossip.own().incarnation;
+        if incarnation <= self.incarnation {
+            return;
+        }
+        self.incarnation = incarnation;
+        if let Err(error) = self.store.set_incarnation(incarnation) {
+            tracing::warn!("the incarnation of this node was not stored: {error}");
         }
     }
 
@@ -221,15 +253,25 @@ impl Node {
         }
     }
 
-    /// Keeps what the others said of themselves: after a restart it is known at once. Every change of the disk waits for the disk, so
-    /// changes are collected.
-    pub(super) fn save_peers(&mut self) {
-        if self.unsaved.is_empty() {
+    /// Keeps what the others said of themselves, first of all `first`: after a restart it is known at once. Every change of the disk
+    /// waits for the disk, so changes are collected, and of very many some are left for the next time.
+    pub(super) fn save_peers(&mut self, first: Option<NodeId>) {
+        let (mut known, mut bytes) = (Vec::new(), 0);
+        let rest = self.unsaved.iter().copied().filter(|id| Some(*id) != first);
+        for id in first.into_iter().chain(rest) {
+            let Some(record) = self.gossip.record(id).cloned() else { continue };
+            bytes += budget::weight(&record);
+            let standing = self.routing.standing(id).collect();
+            known.push(Known { record, was_reached: self.gossip.was_reached(id), standing });
+            if bytes >= SAVE_AT_ONCE {
+                break;
+            }
+        }
+        if known.is_empty() {
             return;
         }
-        let records = self.unsaved.iter().filter_map(|id| self.gossip.record(*id));
-        match self.store.set_peers(records) {
-            Ok(()) => self.unsaved.clear(),
+        match self.store.set_peers(&known) {
+            Ok(()) => known.iter().for_each(|known| _ = self.unsaved.remove(&known.record.id)),
             Err(error) => tracing::warn!("what other nodes say was not stored: {error}"),
         }
     }
@@ -261,12 +303,26 @@ impl Node {
     pub(super) fn problems(&self, now: Instant) -> Vec<String> {
         let passing = self.passing_problems.iter().filter(|(_, at)| now < **at + dial::REMEMBER_REFUSED);
         let docker = self.docker.iter().flat_map(DockerSide::problems);
-        self.problems.iter().chain(passing.map(|(problem, _)| problem)).chain(docker).cloned().collect()
+        let lasting = self.problems.iter().chain(passing.map(|(problem, _)| problem)).chain(docker).cloned();
+        lasting.chain(self.conflicts(now)).chain(self.lack_of_room(now)).collect()
+    }
+
+    /// Addresses that two nodes announce, for people.
+    fn conflicts(&self, now: Instant) -> impl Iterator<Item = String> {
+        self.routing.conflicts(now).map(|conflict| self.conflict(&conflict))
+    }
+
+    fn lack_of_room(&self, now: Instant) -> Option<String> {
+        self.gossip.is_full(now).then(|| {
+            "what other nodes say takes all the room that there is for it, and news was left out: look in `overnode status --peers` for \
+             nodes that are not yours"
+                .to_owned()
+        })
     }
 
     /// What of that is about addresses: all that lasts.
     pub(super) fn address_problems(&self) -> Vec<String> {
-        self.problems.clone()
+        self.problems.iter().cloned().chain(self.conflicts(Instant::now())).collect()
     }
 
     /// Something about addresses that needs a person. The words may be a liar's, so there is an end to what is kept.
@@ -287,12 +343,8 @@ impl Node {
         self.unsaved.insert(id);
         self.ways.touch();
         self.paths_changed = true;
-        let known = self.peers.get(&id.peer_index()).map(|known| known.public_key);
-        if known != Some(record.public_key) {
-            // On disk before there can be a session: a restarted daemon withdraws what it cannot attribute.
-            self.save_peers();
-        }
-        if known.is_none() {
+        self.routing.learn(&record);
+        if !self.peers.contains_key(&id.peer_index()) && !self.routing.is_taken_back(id) {
             self.tell(|node| Happening::NodeAppeared { peer: node.who(id.peer_index()) });
         }
         self.tell_ipam(&record, now);
@@ -308,6 +360,7 @@ impl Node {
         self.tell(|node| Happening::NodeLeft { peer: node.who(id.peer_index()) });
         if let Some(record) = self.gossip.record(id).cloned() {
             self.tell_ipam(&record, now);
+            self.routing.learn(&record);
             self.dns.learn(&record);
         }
         self.dialer.unlearn(id);

@@ -33,7 +33,8 @@ use crate::net::mesh::{Mesh, MeshEvent, Residents, StreamId};
 use crate::net::udp::{Received, UdpSockets};
 use crate::options::Options;
 use crate::path::Paths;
-use crate::store::{Identity, Store};
+use crate::routing::Routing;
+use crate::store::{Identity, Known, Store};
 use crate::types::{NodeId, PeerIndex, PublicKey, VerifyingKey};
 
 /// How often the maps are read for activity, confirmations and statistics.
@@ -69,6 +70,9 @@ pub(super) struct Node {
     pub(super) ipam: Ipam,
     pub(super) paths: Paths,
     pub(super) ways: Ways,
+    pub(super) routing: Routing,
+    /// Conflicts over addresses that were told.
+    pub(super) contested: BTreeSet<(NodeId, NodeId)>,
     /// What has ended that somebody may wait for.
     pub(super) outcomes: VecDeque<Outcome>,
     /// The request that shall bring address space, if none is there.
@@ -99,6 +103,8 @@ pub(super) struct Node {
     pub(super) passing_problems: BTreeMap<String, Instant>,
     /// Whose records are newer than those on disk.
     pub(super) unsaved: BTreeSet<NodeId>,
+    /// Whose records are new, and were not given to the other parts of the node yet.
+    pub(super) unlearnt: BTreeSet<NodeId>,
     mesh_events: mpsc::Receiver<MeshEvent>,
     datagrams: mpsc::Receiver<Received>,
     probes: Probes,
@@ -118,7 +124,7 @@ impl Node {
         hub: &Hub,
     ) -> anyhow::Result<Self> {
         let now = Instant::now();
-        let handshakes = Handshakes::new(identity.static_secret.clone(), StdRng::from_os_rng());
+        let handshakes = Handshakes::new(identity.exchange_secret(), StdRng::from_os_rng());
         let public_key = handshakes.public_key();
         let incarnation = store.next_incarnation()?.context("the identity is gone")?;
         identity.incarnation = incarnation;
@@ -168,9 +174,17 @@ impl Node {
             verifying_key: VerifyingKey::default(),
             signature: Signature::default(),
         };
-        let signer = Signer::new(&identity.static_secret);
+        let signer = Signer::new(&identity.seed);
         let mut gossip = Gossip::new(own, signer, StdRng::from_os_rng(), now);
-        gossip.restore(store.peers()?);
+        gossip.set_clock(unix_milliseconds(), now);
+        let mut routing = Routing::new(*ipam.layout(), identity.id);
+        let known = store.peers()?;
+        gossip.restore(known.iter().map(|known| (known.record.clone(), known.was_reached)));
+        for Known { record, standing, .. } in known {
+            if gossip.record(record.id) == Some(&record) {
+                routing.restore(&record, standing, now);
+            }
+        }
         let mut dialer = Dialer::new(identity.id, identity.discovery, StdRng::from_os_rng());
         for host in store.targets()? {
             dialer.add_target(host.as_str(), now);
@@ -196,6 +210,8 @@ impl Node {
             ipam,
             paths: Paths::new(StdRng::from_os_rng()),
             ways: Ways::default(),
+            routing,
+            contested: BTreeSet::new(),
             outcomes: VecDeque::new(),
             priming: None,
             reclaimed: BTreeSet::new(),
@@ -215,6 +231,7 @@ impl Node {
             problems: Vec::new(),
             passing_problems: BTreeMap::new(),
             unsaved: BTreeSet::new(),
+            unlearnt: BTreeSet::new(),
             mesh_events,
             datagrams,
             probes,
@@ -248,6 +265,9 @@ impl Node {
             self.paths.poll_timeout(),
             self.ipam.poll_timeout(),
             self.bulk.poll_timeout(),
+            self.routing.poll_timeout(),
+            // At once, after what came meanwhile.
+            (!self.unlearnt.is_empty()).then_some(self.started),
         ]
         .into_iter()
         .flatten()
@@ -294,12 +314,13 @@ impl Node {
         self.handle_bulk_timeout(now).await;
         if self.next_tick <= now {
             self.next_tick = now + TICK;
+            self.gossip.set_clock(unix_milliseconds(), now);
             self.read_maps(now);
             self.follow_bulk_peers(now);
             self.watch_drops();
             self.settle_sandboxes(now).await;
             self.try_elsewhere(now).await;
-            self.save_peers();
+            self.save_peers(None);
         }
         if self.next_reconcile <= now {
             self.next_reconcile = now + RECONCILE;
@@ -318,8 +339,14 @@ impl Node {
             self.tell_ipam_of_paths(now);
         }
         self.pump_ipam(now).await;
+        // A node that was taken for gone is one that was started again.
+        self.gossip.raise_incarnation(self.ipam.epoch(), now);
         // What the allocation has to say to others.
         self.pump_gossip(now).await;
+        if paths_changed {
+            self.tell_routing_of_paths(now);
+        }
+        self.follow_routes(now);
         self.pump_dialer();
         self.pump_paths(now);
         if paths_changed {
@@ -354,6 +381,12 @@ impl Node {
             tracing::warn!("following the underlay failed: {error:#}");
         }
     }
+}
+
+/// The time, as records count it.
+fn unix_milliseconds() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// What comes next from the engine; never, when none is served.

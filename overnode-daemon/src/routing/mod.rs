@@ -48,6 +48,8 @@ pub const GRACE: Duration = Duration::from_secs(180);
 pub const SETTLE: Duration = Duration::from_secs(3);
 /// Prefixes that are named of one conflict.
 pub const MAX_NAMED: usize = 8;
+/// Conflicts that are told at a time: a member may be very many nodes.
+pub const MAX_CONFLICTS: usize = 32;
 
 /// Shapes of earlier announcements that are remembered of one node, besides the present ones.
 const MAX_EARLIER: usize = 512;
@@ -232,7 +234,7 @@ impl Routing {
 
     /// When to call [`Self::update`] next; and when [`Self::conflicts`] may have more to tell.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let Some(updated) = self.updated else { return None };
+        let updated = self.updated?;
         let old = self.is_old.then(|| updated + PACE * self.table.prefixes);
         let ends = self.nodes.values().filter_map(Node::absent_from).filter(|at| *at > updated);
         let settled = self.table.conflicts.values().map(|(_, _, since)| *since + SETTLE);
@@ -458,6 +460,9 @@ impl Table {
     }
 
     fn note(&mut self, holder: NodeId, claimant: NodeId, prefix: IpNet, now: Instant) {
+        if self.conflicts.len() >= MAX_CONFLICTS && !self.conflicts.contains_key(&(holder, claimant)) {
+            return;
+        }
         let (prefixes, count, _) =
             self.conflicts.entry((holder, claimant)).or_insert_with(|| (BTreeSet::new(), 0, now));
         *count += 1;

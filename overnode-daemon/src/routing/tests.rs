@@ -283,6 +283,19 @@ fn many_announcements_change_the_table_no_more_often_than_it_can_be_made() {
     assert!(view.routing.update(due));
 }
 
+#[test]
+fn a_member_under_very_many_ids_fills_no_list_and_takes_nothing() {
+    let mut view = View::new();
+    view.says(5, &["10.43.0.0/27"], &[]);
+    for number in 100..400 {
+        view.says(number, &["10.43.0.4/32", "10.43.0.0/24"], &[]);
+    }
+    view.pass(Duration::from_secs(1));
+    view.pass(SETTLE);
+    assert_eq!(view.to("10.43.0.4"), Some(5));
+    assert_eq!(view.conflicts().len(), MAX_CONFLICTS);
+}
+
 /// What the rules say of one address, by looking at each announcement.
 #[derive(Default)]
 struct Model {

@@ -9,7 +9,7 @@ use crate::bulk::control::Mode;
 use crate::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
 use crate::control::key;
 use crate::control::session::Me;
-use crate::gossip::Signer;
+use crate::gossip::Record;
 use crate::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
 /// Who this node is: made by `launch`, gone with `reset`.
@@ -19,8 +19,8 @@ pub struct Identity {
     pub id: NodeId,
     /// Random, made at launch: tells two launches apart.
     pub instance: u128,
-    /// Curve25519, for control connections and for the data plane.
-    pub static_secret: Secret,
+    /// The node's one secret: see [`key`].
+    pub seed: Secret,
     /// Derived from the token, which is not kept.
     pub cluster_key: Secret,
     /// The cluster's addresses.
@@ -48,6 +48,17 @@ pub struct Identity {
     /// Counts the node's starts. A launch begins with the time in milliseconds since 1970, so that it exceeds the incarnations before a
     /// reset.
     pub incarnation: u64,
+}
+
+/// What is known of another node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    /// What it said last.
+    pub record: Record,
+    /// See [`Gossip::was_reached`](crate::gossip::Gossip::was_reached).
+    pub was_reached: bool,
+    /// See [`Routing::standing`](crate::routing::Routing::standing).
+    pub standing: Vec<(IpNet, u64)>,
 }
 
 /// Who plugged an endpoint in, and therefore plugs it out.
@@ -184,17 +195,23 @@ pub(super) struct PublicExternalPeer {
 impl Identity {
     /// How this node introduces itself to others, as long as its daemon runs.
     pub fn introduction(&self) -> Me {
+        let static_secret = self.exchange_secret();
         let hello = Hello {
             versions: (OLDEST_VERSION, NEWEST_VERSION),
             id: self.id,
             incarnation: self.incarnation,
             nickname: self.nickname.clone(),
             network: self.network,
-            verifying_key: Signer::new(&self.static_secret).verifying_key(),
+            verifying_key: key::verifying_key(&self.seed),
             process: rand::random(),
-            public_key: key::public_key(&self.static_secret),
+            public_key: key::public_key(&static_secret),
         };
-        Me { static_secret: self.static_secret.clone(), cluster_key: self.cluster_key.clone(), hello }
+        Me { static_secret, cluster_key: self.cluster_key.clone(), hello }
+    }
+
+    /// The X25519 secret for all handshakes: of control connections, of the data plane and of the bulk path.
+    pub fn exchange_secret(&self) -> Secret {
+        key::exchange_secret(&self.seed)
     }
 
     pub(super) fn public(&self) -> PublicIdentity {
@@ -216,11 +233,11 @@ impl Identity {
         }
     }
 
-    pub(super) fn join(public: PublicIdentity, static_secret: Secret, cluster_key: Secret) -> Self {
+    pub(super) fn join(public: PublicIdentity, seed: Secret, cluster_key: Secret) -> Self {
         Self {
             id: public.id,
             instance: u128::from_str_radix(&public.instance, 16).unwrap_or_default(),
-            static_secret,
+            seed,
             cluster_key,
             network: public.network,
             nickname: public.nickname,

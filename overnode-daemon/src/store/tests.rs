@@ -12,7 +12,7 @@ fn identity() -> Identity {
     Identity {
         id: NodeId::new(3).unwrap(),
         instance: 0x1234_5678_9abc_def0_0fed_cba9_8765_4321,
-        static_secret: Secret(*b"static-secret-static-secret-stat"),
+        seed: Secret(*b"static-secret-static-secret-stat"),
         cluster_key: Secret(*b"cluster-key-cluster-key-cluster-"),
         network: Network::default(),
         nickname: "host3".into(),
@@ -77,6 +77,12 @@ fn record(id: u16) -> gossip::Record {
     }
 }
 
+fn known(id: u16) -> Known {
+    let standing =
+        vec![("10.41.0.0/24".parse().unwrap(), u64::from(id)), ("10.32.0.1/32".parse().unwrap(), 9)];
+    Known { record: record(id), was_reached: id == 1, standing }
+}
+
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().mode() & 0o7777
 }
@@ -94,7 +100,7 @@ fn everything_survives_a_restart() {
     store.add_attachment(&attachment(3)).unwrap();
     let by_hand = Attachment { address: [10, 32, 0, 1].into(), is_static: true, ..attachment(4) };
     store.add_attachment(&by_hand).unwrap();
-    store.set_peers([&record(1), &record(4095)]).unwrap();
+    store.set_peers(&[known(1), known(4095)]).unwrap();
     store.set_external_peer(&external(Some(5))).unwrap();
     drop(store);
 
@@ -103,7 +109,7 @@ fn everything_survives_a_restart() {
     assert_eq!(store.targets().unwrap(), ["host2", "host1"], "in the order given");
     assert_eq!(store.attachments().unwrap(), [by_hand, attachment(1), attachment(3), attachment(20)]);
     assert_eq!(store.cursor().unwrap(), Some([10, 44, 0, 3].into()), "given last, not greatest, not by hand");
-    assert_eq!(store.peers().unwrap(), [record(1), record(4095)]);
+    assert_eq!(store.peers().unwrap(), [known(1), known(4095)]);
     assert_eq!(store.external_peers().unwrap(), [external(Some(5))]);
     assert_eq!(store.next_incarnation().unwrap(), Some(identity().incarnation + 1));
     assert_eq!(store.next_incarnation().unwrap(), Some(identity().incarnation + 2));
@@ -117,7 +123,7 @@ fn everything_survives_a_restart() {
     drop(store);
     let store = Store::open(&directory).unwrap();
     assert_eq!(store.targets().unwrap(), ["host9"]);
-    assert_eq!(store.peers().unwrap(), [record(4095)]);
+    assert_eq!(store.peers().unwrap(), [known(4095)]);
     assert_eq!(store.external_peers().unwrap(), [external(None)]);
     assert!(store.remove_external_peer(PeerIndex(4096)).unwrap());
     assert!(!store.remove_external_peer(PeerIndex(4096)).unwrap());
@@ -186,7 +192,7 @@ fn a_second_daemon_is_refused_and_told_by_whom() {
 
 #[test]
 fn state_of_another_version_is_refused_and_left_alone() {
-    for found in ["1", "3", "\"x\"", "garbage"] {
+    for found in ["2", "4", "\"x\"", "garbage"] {
         let place = TempDir::new().unwrap();
         let store = Store::open(place.path()).unwrap();
         store.set_identity(&identity(), None).unwrap();

@@ -2,8 +2,9 @@
 
 use overnode_daemon::control::frame::{self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, MAX_MESSAGE};
 use overnode_daemon::control::hello::{Hello, MAX_NICKNAME, Refusal, Verdict, clean};
+use overnode_daemon::control::key;
 use overnode_daemon::control::packet::Packet;
-use overnode_daemon::types::{Network, NodeId, PublicKey, VerifyingKey};
+use overnode_daemon::types::{Network, NodeId, Secret};
 
 use super::input::Input;
 
@@ -110,9 +111,9 @@ fn me() -> Hello {
         incarnation: 1,
         nickname: "host1".into(),
         network: Network::default(),
-        verifying_key: VerifyingKey([1; 32]),
+        verifying_key: key::verifying_key(&Secret([1; 32])),
         process: 1,
-        public_key: PublicKey([1; 32]),
+        public_key: key::public_key(&key::exchange_secret(&Secret([1; 32]))),
     }
 }
 

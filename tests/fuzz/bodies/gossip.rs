@@ -5,12 +5,11 @@ use std::time::{Duration, Instant};
 use overnode_daemon::control::frame::MAX_MESSAGE;
 use overnode_daemon::gossip::parcel::{KIND_ALLOCATION, KIND_CLASH, MAX_BODY};
 use overnode_daemon::gossip::{
-    Action, Gossip, Keys, MAX_STAMP, Message, Named, Parcel, Record, Signature, Signer, Stamp,
+    Action, Gossip, MAX_STAMP, Message, Named, Parcel, Record, SKEW_MS, Signature, Signer, Stamp, budget,
 };
-use overnode_daemon::types::{NodeId, PublicKey, Secret, VerifyingKey};
+use overnode_daemon::types::{NodeId, Secret, VerifyingKey};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use ring::signature::Ed25519KeyPair;
 
 use super::input::{Input, MAX_STEPS};
 
@@ -39,7 +38,7 @@ impl World {
         let now = Instant::now();
         let mut gossip = Gossip::new(blank(OWN), signer(OWN), StdRng::seed_from_u64(1), now);
         for peer in NEIGHBOURS {
-            gossip.handle_connected(id(peer), keys(peer), now);
+            gossip.handle_connected(id(peer), identity(peer), now);
         }
         Self { gossip, now }
     }
@@ -55,7 +54,6 @@ impl World {
                 if let Ok(Message::Delta(mut records)) = Message::decode(bytes) {
                     for record in &mut records {
                         let number = if by == 0 { record.id.get() } else { by.into() };
-                        record.public_key = keys(number).public_key;
                         signer(number).sign(record);
                     }
                     self.message(peer, &Message::Delta(records).encode());
@@ -80,8 +78,8 @@ impl World {
             5 => self.gossip.handle_disconnected(peer, self.now),
             6 => {
                 let by = input.byte();
-                let keys = keys(if by == 0 { peer.get() } else { by.into() });
-                self.gossip.handle_connected(peer, keys, self.now);
+                let identity = identity(if by == 0 { peer.get() } else { by.into() });
+                self.gossip.handle_connected(peer, identity, self.now);
             }
             7 => self.gossip.resync(peer),
             8 => {
@@ -155,10 +153,13 @@ impl World {
             }
         }
         let own = self.gossip.record(id(OWN)).expect("the own record is always there");
-        assert_eq!(own.keys(), keys(OWN));
+        assert_eq!(own.verifying_key, identity(OWN));
         assert!(!own.left, "only this node itself says that it has left");
         assert!(own.incarnation <= MAX_STAMP && own.version <= MAX_STAMP);
-        assert!(self.gossip.records().count() <= usize::from(NodeId::MAX));
+        let others = self.gossip.records().filter(|record| record.id != id(OWN));
+        let (count, bytes) =
+            others.fold((0, 0), |(count, bytes), it| (count + 1, bytes + budget::weight(it)));
+        assert!(count <= usize::from(NodeId::MAX) && bytes <= budget::SHARED + count * budget::ROOM);
         for (to, path) in self.gossip.paths() {
             assert_ne!(*to, id(OWN));
             assert!(path.hops > 0);
@@ -183,8 +184,8 @@ fn signer(number: u16) -> Signer {
     Signer::new(&secret(number))
 }
 
-fn keys(number: u16) -> Keys {
-    Keys { public_key: PublicKey([number as u8; 32]), verifying_key: signer(number).verifying_key() }
+fn identity(number: u16) -> VerifyingKey {
+    signer(number).verifying_key()
 }
 
 fn blank(number: u16) -> Record {
@@ -194,7 +195,7 @@ fn blank(number: u16) -> Record {
         version: 1,
         left: false,
         nickname: format!("host{number}"),
-        public_key: keys(number).public_key,
+        public_key: signer(number).public_key(),
         addresses: Vec::new(),
         links: Vec::new(),
         dark: Vec::new(),
@@ -213,9 +214,8 @@ fn named(name: &str, address: &str) -> Named {
 /// As its sender signs it: see [`overnode_daemon::gossip::parcel`].
 fn signed(mut parcel: Parcel) -> Parcel {
     let bytes = parcel.encode();
-    let text = [b"overnode parcel v1", &bytes[2..23], parcel.body.as_slice()].concat();
-    let seed = overnode_daemon::control::key::signing_seed(&secret(parcel.from.get()));
-    let pair = Ed25519KeyPair::from_seed_unchecked(&seed.0).expect("any 32 bytes are a seed");
+    let text = [b"overnode parcel v2", &bytes[2..31], parcel.body.as_slice()].concat();
+    let pair = overnode_daemon::control::key::signing_key(&secret(parcel.from.get()));
     parcel.signature.0.copy_from_slice(pair.sign(&text).as_ref());
     parcel
 }
@@ -240,7 +240,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     };
     let parcel = |from: u16, to: u16, kind: u8, body: Vec<u8>| {
         let signature = Signature::default();
-        let parcel = Parcel { from: id(from), to: id(to), hops: 3, kind, serial: (1, 1), signature, body };
+        let (serial, receiver) = ((1, 1), 1);
+        let parcel = Parcel { from: id(from), to: id(to), hops: 3, kind, serial, receiver, signature, body };
         Input::framed(&parcel.encode())
     };
     let stamp = Stamp { incarnation: 1, version: 2, hash: [1, 2, 3, 4] };
@@ -279,6 +280,11 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             ]
             .concat(),
         ),
+        (
+            "beyond-the-clock",
+            signed_message(0, 9, &delta(&[Record { incarnation: 2 * SKEW_MS, ..blank(7) }])),
+        ),
+        ("two-ids", signed_message(0, 9, &delta(&[blank(7), blank(8)]))),
         ("tombstone", signed_message(0, 0, &delta(&[Record { left: true, version: 9, ..blank(2) }]))),
         ("nickname", [vec![8], Input::framed(b"a\x1b[2Jb"), wait(60)].concat()),
     ]

@@ -90,7 +90,7 @@ fn nobody_takes_the_id_of_a_node_that_is_reached_and_both_are_told() {
 }
 
 #[test]
-fn one_incarnation_has_one_pair_of_keys() {
+fn one_incarnation_has_one_identity() {
     let mut world = divided();
     world.cut(id(5), id(6));
     world.run(Duration::from_secs(2));
@@ -105,7 +105,7 @@ fn one_incarnation_has_one_pair_of_keys() {
     // Gone without a word, disk and all, and launched again: the ID is free.
     other.incarnation += 1;
     world.node(1).handle_message(id(2), &message(signed(other, 66)), now).unwrap();
-    assert_eq!(world.node(1).record(id(6)).unwrap().keys(), keys(66));
+    assert_eq!(world.node(1).record(id(6)).unwrap().verifying_key, identity(66));
 }
 
 #[test]
@@ -113,16 +113,16 @@ fn a_neighbour_is_believed_against_what_others_said_of_it_before() {
     let mut world = World::new(2, 3);
     world.chain(2);
     world.assert_converges_within(Duration::from_secs(5), 3);
-    let mut squatter = blank(9, MAX_STAMP);
+    let mut squatter = blank(9, SKEW_MS);
     squatter.version = MAX_STAMP;
     let now = world.now;
     let message = Message::Delta(vec![signed(squatter, 66)]).encode();
     world.node(1).handle_message(id(2), &message, now).unwrap();
-    assert_eq!(world.node(1).record(id(9)).unwrap().keys(), keys(66));
+    assert_eq!(world.node(1).record(id(9)).unwrap().verifying_key, identity(66));
     world.start(record(9, 5));
     world.connect(id(1), id(9));
     world.run(Duration::from_secs(3));
-    assert_eq!(world.node(1).record(id(9)).unwrap().keys(), keys(9));
+    assert_eq!(world.node(1).record(id(9)).unwrap().verifying_key, identity(9));
     assert_eq!(world.node(1).living().map(|it| it.id.get()).collect::<Vec<_>>(), [2, 9]);
 }
 
@@ -148,8 +148,8 @@ impl Hosts {
     fn connect(&mut self, one: usize, other: usize) {
         for (from, to) in [(one, other), (other, one)] {
             self.links.insert((from, to));
-            let (peer, keys) = (self.hosts[to].own().id, self.hosts[to].own().keys());
-            self.hosts[from].handle_connected(peer, keys, self.now);
+            let (peer, identity) = (self.hosts[to].own().id, self.hosts[to].own().verifying_key);
+            self.hosts[from].handle_connected(peer, identity, self.now);
         }
     }
 
@@ -179,11 +179,11 @@ impl Hosts {
                 }
             }
             Action::Contested(rival) => {
-                assert_ne!(rival.keys(), host.own().keys());
+                assert_ne!(rival.verifying_key, host.own().verifying_key);
                 self.contested[from] += 1;
             }
             Action::Clash { record, holder } => {
-                assert_ne!(record.keys(), host.record(record.id).unwrap().keys());
+                assert_ne!(record.verifying_key, host.record(record.id).unwrap().verifying_key);
                 assert_ne!(record.nickname, holder);
                 self.clashes[from] += 1;
             }
@@ -224,8 +224,8 @@ fn two_hosts_with_one_id_that_only_gossip_joins_are_both_told_and_neither_spread
     assert!(net.clashes[1] > 0 && net.clashes[2] > 0, "and so is who sees it: {:?}", net.clashes);
     net.run(Duration::from_secs(295));
     for place in 0..6 {
-        let expected = if [0, 1, 4].contains(&place) { keys(7) } else { keys(66) };
-        assert_eq!(net.hosts[place].record(id(7)).unwrap().keys(), expected, "place {place}");
+        let expected = if [0, 1, 4].contains(&place) { identity(7) } else { identity(66) };
+        assert_eq!(net.hosts[place].record(id(7)).unwrap().verifying_key, expected, "place {place}");
         assert!(
             net.contested[place] <= 25 && net.clashes[place] <= 25,
             "{:?} {:?}",
@@ -241,7 +241,7 @@ fn two_hosts_with_one_id_that_hear_each_other_are_told_at_a_bounded_rate() {
     let mut now = Instant::now();
     let mut hosts = [record(7, 1), rival()].map(|own| gossip(own, now));
     for host in &mut hosts {
-        host.handle_connected(id(1), keys(1), now);
+        host.handle_connected(id(1), identity(1), now);
     }
     let (mut told, mut messages) = ([0, 0], 0);
     for _ in 0..1000 {

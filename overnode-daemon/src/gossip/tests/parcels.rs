@@ -13,6 +13,7 @@ fn parcel() -> Parcel {
         hops: MAX_HOPS,
         kind: KIND_ALLOCATION,
         serial: (1_700_000_000_000, 258),
+        receiver: 1_700_000_000_001,
         signature: Signature(std::array::from_fn(|place| place as u8)),
         body: b"give".to_vec(),
     }
@@ -36,11 +37,42 @@ fn a_parcel_travels_along_a_chain_and_its_answer_back() {
 }
 
 #[test]
-fn a_neighbour_is_sent_parcels_before_it_has_said_anything() {
+fn a_neighbour_is_sent_parcels_as_soon_as_it_has_said_who_it_is() {
     let mut world = World::new(2, 2);
     world.connect(id(1), id(2));
-    assert_eq!(world.node(1).next_hop(id(2)), None);
+    assert_eq!(world.node(1).send_parcel(id(2), 1, Vec::new()), Err(Undelivered::NoWay(id(2))));
+    world.run(Duration::from_secs(1));
     world.node(1).send_parcel(id(2), 1, Vec::new()).unwrap();
+    world.collect();
+    world.run(Duration::from_secs(1));
+    assert_eq!(world.delivered.len(), 1);
+}
+
+/// What the attacker on the way has recorded is signed, and the receiver has forgotten that it came before.
+#[test]
+fn a_relay_repeats_what_it_recorded_after_a_restart_of_the_receiver() {
+    let mut world = World::new(3, 6);
+    world.chain(3);
+    world.assert_converges_within(Duration::from_secs(5), 6);
+    world.node(1).send_parcel(id(3), 1, b"take".to_vec()).unwrap();
+    let Some(Action::SendParcel { parcel, .. }) = world.node(1).poll_action() else { panic!() };
+    let known: Vec<_> = world.node(3).records().cloned().collect();
+    for incarnation in 2..5 {
+        world.kill(id(3));
+        world.start(super::record(3, incarnation));
+        world.node(3).restore(known.iter().cloned().map(|record| (record, true)));
+        world.connect(id(2), id(3));
+        let now = world.now;
+        let outcome = world.node(3).handle_parcel(id(2), &parcel.encode(), now);
+        assert_eq!(outcome, Ok(Some(Undelivered::OtherStart(id(1)))));
+        world.assert_converges_within(Duration::from_secs(5), 6);
+        let now = world.now;
+        let outcome = world.node(3).handle_parcel(id(2), &parcel.encode(), now);
+        assert_eq!(outcome, Ok(Some(Undelivered::OtherStart(id(1)))));
+    }
+    assert_eq!(world.delivered, []);
+    // What is sent now arrives.
+    world.node(1).send_parcel(id(3), 1, b"take".to_vec()).unwrap();
     world.collect();
     world.run(Duration::from_secs(1));
     assert_eq!(world.delivered.len(), 1);
@@ -155,10 +187,11 @@ fn a_parcel_arrives_once_and_only_as_its_sender_made_it() {
 fn the_wire_format_is_this() {
     let signature: Vec<u8> = (0..64).collect();
     let golden = [
-        "01100100", // format, hops, kind
+        "02100100", // format, hops, kind
         "05012c",   // from, to
         "0000018bcfe56800",
         "0000000000000102",
+        "0000018bcfe56801",
         &data_encoding::HEXLOWER.encode(&signature),
         "67697665",
     ]
@@ -196,7 +229,7 @@ fn parcels_beyond_bounds_are_refused() {
 proptest! {
     #[test]
     fn what_is_read_is_what_was_written(bytes in prop::collection::vec(any::<u8>(), 0..60), hops in 0_u8..20) {
-        for bytes in [bytes.clone(), [&[FORMAT, hops, 1, 0, 5, 1], bytes.as_slice(), &[7; 80]].concat()] {
+        for bytes in [bytes.clone(), [&[FORMAT, hops, 1, 0, 5, 1], bytes.as_slice(), &[7; 90]].concat()] {
             if let Ok(parcel) = Parcel::decode(&bytes) {
                 prop_assert_eq!(parcel.encode(), bytes);
                 prop_assert!(parcel.hops <= MAX_HOPS && parcel.from != parcel.to);
