@@ -78,6 +78,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         hops: MAX_HOPS,
         kind: KIND_ALLOCATION,
         serial: (1, 2),
+        receiver: 3,
         signature: Signature([5; 64]),
         body: vec![1, 2, 3],
     };
