@@ -13,6 +13,8 @@ mod expose;
 mod forgery;
 mod hostile;
 mod inspect;
+
+mod liar;
 mod life;
 mod metrics;
 mod mismatch;
