@@ -399,7 +399,8 @@ pub struct Prime {
 /// Take back the address space of a node that is gone for good
 ///
 /// All other nodes have to agree, those that cannot be reached just now, too: two halves of a cluster must not take the same space.
-/// Never do this to a node that is only unreachable; refused while it is reachable.
+/// Run it on a node 1 to 4, which alone lend. Never do this to a node that is only unreachable; refused while it is reachable, and for
+/// 20 seconds after.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:

@@ -288,3 +288,105 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         Ok(())
     })
 }
+
+/// A range of 64 addresses: of the quarter of node 3, eight are only its own, and eight are lent.
+const SMALL: &str = "10.40.0.0/26";
+const LENT_BY_THREE: &str = "10.40.0.40/29";
+
+fn launch_small(lab: &Lab, host: &Host, id: usize) -> Result<String> {
+    let (id, targets) = (id.to_string(), lab.targets());
+    let options = ["launch", "--id", &id, "--token", crate::support::TOKEN, "--range", SMALL];
+    host.overnode(&[&options[..], &targets[..]].concat())?.success()
+}
+
+/// Nodes that announce all that is lent of the quarter of node 3, as a host has it.
+fn lenders_of_three(host: &Host) -> Result<BTreeSet<u64>> {
+    let half: IpNet = LENT_BY_THREE.parse()?;
+    let status = host.status()?;
+    let mut lenders = BTreeSet::new();
+    for owner in status["ipam"]["owners"].as_array().context("no owners")? {
+        let ranges = owner["ranges"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        if ranges.filter_map(|range| range.parse::<IpNet>().ok()).any(|range| range.contains(&half)) {
+            lenders.extend(owner["id"].as_u64());
+        }
+    }
+    Ok(lenders)
+}
+
+/// Node 3 is cut off alive and reclaimed, others borrow of its quarter and are cut off, and it comes back: with the same process, or
+/// after a restart.
+fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
+    let [one, two, three, seven] = [1, 2, 3, 4].map(|number| lab.host(number));
+    for (host, id) in [(one, 1), (two, 2), (three, 3)] {
+        launch_small(lab, host, id)?;
+    }
+    for host in [one, two, three] {
+        wait_for_peers(host, 3)?;
+        eventually(PATIENCE, || {
+            let lenders = lenders_of_three(host)?;
+            ensure!(lenders == BTreeSet::from([3]), "{}: lent by {lenders:?}", host.name);
+            Ok(())
+        })?;
+    }
+    for other in [one, two, seven] {
+        lab.cut(three, other)?;
+    }
+    // Its own half is never lent: it goes on to use it.
+    let mut containers = Vec::new();
+    for number in 0..8 {
+        containers.push(attached(three, &format!("own{number}"))?);
+    }
+    eventually(PATIENCE * 4, || {
+        one.overnode(&["reclaim", "3", "--timeout", "5"])?.success()?;
+        Ok(())
+    })?;
+    launch_small(lab, seven, 7)?;
+    wait_for_peers(seven, 3)?;
+    let half: IpNet = LENT_BY_THREE.parse()?;
+    for number in 0..5 {
+        let container = attached(seven, &format!("lent{number}"))?;
+        ensure!(half.contains(&container.address()), "{} is of another quarter", container.address());
+        containers.push(container);
+    }
+    for other in [one, two] {
+        lab.cut(seven, other)?;
+    }
+    wait_for_peers(seven, 1)?;
+    if restarted {
+        three.kill_daemon()?;
+        three.overnode(&["resume"])?.success()?;
+    }
+    for other in [one, two] {
+        lab.heal(three, other)?;
+    }
+    wait_for_peers(three, 3)?;
+    for number in 0..4 {
+        containers.push(attached(three, &format!("more{number}"))?);
+        ensure_unique(&containers)?;
+    }
+    eventually(PATIENCE, || {
+        let status = three.status()?;
+        ensure!(status["node"]["problems"].to_string().contains("taken back"), "node 3 does not know");
+        // Node 7 need not be back for that.
+        let lenders = lenders_of_three(two)?;
+        ensure!(lenders.len() == 1, "its quarter is lent by {lenders:?}");
+        Ok(())
+    })?;
+    for other in [one, two, three] {
+        lab.heal(seven, other)?;
+    }
+    lab.hosts().iter().try_for_each(|host| wait_for_peers(host, 4))?;
+    containers.push(attached(seven, "late")?);
+    ensure_unique(&containers)?;
+    all_reach_all(&containers[8..])
+}
+
+#[test]
+fn a_live_node_that_was_reclaimed_gives_nothing_twice_when_it_comes_back() -> Result<()> {
+    in_lab(Lab::new("grave").hosts(4), |lab| come_back_from_the_grave(lab, false))
+}
+
+#[test]
+fn a_live_node_that_was_reclaimed_gives_nothing_twice_when_it_was_started_anew() -> Result<()> {
+    in_lab(Lab::new("grave-anew").hosts(4), |lab| come_back_from_the_grave(lab, true))
+}

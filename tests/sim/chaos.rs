@@ -14,14 +14,19 @@ impl World {
     /// One random thing, and when the next one comes.
     pub fn chaos(&mut self) {
         match self.rng.random_range(0..100) {
+            70.. if self.is_calm && self.rng.random_bool(0.8) => {}
             0..45 => self.some_containers(),
             45..60 => self.fewer_containers(),
             60..64 => self.claim_something(),
-            64..74 => self.cut_something(),
-            74..84 => self.crash_something(),
+            64..72 => self.cut_something(),
+            72..75 => self.isolate_something(),
+            75..84 => self.crash_something(),
             84..92 => self.reset_something(),
             92..95 => self.kill_something(),
             _ => self.reclaim_something(),
+        }
+        if self.liar.is_some() && self.rng.random_bool(0.5) {
+            self.lie();
         }
         let delay = self.random(0.05, 2.0);
         self.after(delay, Event::Chaos);
@@ -114,6 +119,59 @@ impl World {
         self.block(directions, time);
     }
 
+    /// A host is cut off from all others, for long. Before it is back, its space may be taken back.
+    fn isolate_something(&mut self) {
+        // More often one that lends: what it lends changes hands.
+        let most = if self.rng.random_bool(0.7) { 4 } else { u16::MAX };
+        let candidates: Vec<_> = self.running().into_iter().filter(|id| id.get() <= most).collect();
+        let Some(&id) = candidates.choose(&mut self.rng) else { return };
+        if self.isolated.contains_key(&id) {
+            return;
+        }
+        let time = self.random(10.0, 100.0);
+        self.isolate(id, time);
+        if self.rng.random_bool(0.7) {
+            for _ in 0..3 {
+                let delay = self.random(0.0, 60.0);
+                self.after(delay, Event::Reclaim(id));
+            }
+        }
+    }
+
+    fn isolate(&mut self, id: NodeId, time: Duration) {
+        let others: Vec<_> = self.ids().into_iter().filter(|other| *other != id).collect();
+        let directions = others.iter().flat_map(|other| [(id, *other), (*other, id)]).collect();
+        self.counts.partitions += 1;
+        self.log(|| format!("isolate {id} for {time:?}"));
+        let fault = self.block(directions, time);
+        self.isolated.insert(id, fault);
+    }
+
+    /// Somebody is told to take back the space of a node that is dead, or that is cut off and taken for dead.
+    pub fn reclaim_at_some_node(&mut self, of: NodeId) {
+        let seems_dead = self.hosts[&of].is_dead || self.may_be_buried_alive(of);
+        let lenders: Vec<_> = self.running().into_iter().filter(|id| id.owns_a_quarter()).collect();
+        if let Some(&id) = lenders.choose(&mut self.rng)
+            && id != of
+            && seems_dead
+        {
+            self.reclaim(id, of);
+        }
+    }
+
+    /// Whether a node that lives has nothing that others could be given when its space is taken back: what a borrower holds, or what a
+    /// lender uses itself of what it lends, it goes on to use, and that cannot be excluded (docs/addresses.md).
+    fn may_be_buried_alive(&self, id: NodeId) -> bool {
+        let Some(disk) = &self.hosts[&id].disk else { return false };
+        // A liar that has agreed can vouch for it all the same.
+        self.liar.is_none() && self.isolated.contains_key(&id) && !self.is_rich(disk) && !self.is_only_witness(id)
+    }
+
+    /// Whether a node has anything of what is lent.
+    pub fn is_rich(&self, disk: &Disk) -> bool {
+        disk.facts.values().any(|fact| matches!(fact, Fact::Held { .. }))
+    }
+
     fn crash_something(&mut self) {
         let Some(id) = self.pick() else { return };
         if self.rng.random_bool(0.7) {
@@ -170,7 +228,7 @@ impl World {
 
     /// Whether a node lends to a launch of another one that somebody has not heard of. Were it gone for good, all who know of it could
     /// take back what it lent without knowing whom to ask: that cannot be excluded (docs/addresses.md).
-    fn is_only_witness(&self, id: NodeId) -> bool {
+    pub fn is_only_witness(&self, id: NodeId) -> bool {
         let Some(disk) = &self.hosts[&id].disk else { return false };
         let lives = disk.facts.values().filter_map(|fact| match fact {
             Fact::Loan { borrower, loan, .. } if !loan.blocks.is_empty() => Some((*borrower, loan.epoch)),
@@ -190,9 +248,7 @@ impl World {
         let dead: Vec<_> = self.hosts.iter().filter(|(_, host)| host.is_dead).map(|(id, _)| *id).collect();
         let Some(&of) = dead.choose(&mut self.rng) else { return };
         for _ in 0..self.rng.random_range(1..3) {
-            if let Some(id) = self.pick() {
-                self.reclaim(id, of);
-            }
+            self.reclaim_at_some_node(of);
         }
         if self.rng.random_bool(0.3) {
             let delay = self.random(0.0, 30.0);
@@ -213,6 +269,7 @@ impl World {
     pub fn heal(&mut self) {
         self.log(|| "heal".into());
         self.blocked.clear();
+        self.isolated.clear();
         self.is_rough = false;
         for id in self.ids() {
             let host = &self.hosts[&id];
@@ -260,11 +317,41 @@ impl World {
             let knows = |id: &NodeId| {
                 self.hosts[id].node.as_ref().is_some_and(|node| node.gossip.record(of).is_some())
             };
-            let ignorant = running.iter().find(|id| !buried(self, id) || (is_orphaned && knows(id)));
+            let mut lenders = running.iter().filter(|id| id.owns_a_quarter());
+            let ignorant = lenders.find(|id| !buried(self, id) || (is_orphaned && knows(id)));
             if let Some(id) = ignorant.copied() {
                 self.reclaim(id, of);
             }
         }
+    }
+
+    /// In a cluster that is well otherwise a lender is cut off and taken for dead; little else happens while its space is taken back,
+    /// others borrow of it, and it returns as it was.
+    fn bury_one_alive(&mut self) {
+        self.heal();
+        self.bury_the_dead();
+        let time = self.random(5.0, 20.0);
+        self.run(time);
+        let candidates: Vec<_> = self.running().into_iter().filter(|id| id.owns_a_quarter()).collect();
+        let Some(&id) = candidates.choose(&mut self.rng) else { return };
+        self.is_calm = true;
+        let time = self.random(40.0, 90.0);
+        self.isolate(id, time);
+        self.after(Duration::ZERO, Event::Chaos);
+        let end = self.now + time + self.random(5.0, 40.0);
+        while self.violations.is_empty() && self.now < end {
+            self.run(Duration::from_secs(5));
+            self.bury_the_dead();
+            if self.rng.random_bool(0.5) {
+                self.reclaim_at_some_node(id);
+            }
+            if self.rng.random_bool(0.5) {
+                for _ in 0..self.rng.random_range(1..10) {
+                    self.ask_address(id);
+                }
+            }
+        }
+        self.is_calm = false;
     }
 
     /// Random things for a while, then peace. False if something went wrong on the way.
@@ -279,6 +366,10 @@ impl World {
         let time = self.random(30.0, 150.0);
         self.run(time);
         self.drop_chaos();
+        if self.violations.is_empty() && self.rng.random_bool(0.4) {
+            self.bury_one_alive();
+            self.drop_chaos();
+        }
         for _ in 0..120 {
             if !self.violations.is_empty() {
                 break;

@@ -85,6 +85,14 @@ impl Disk {
         }
     }
 
+    /// The launch that the disk is of.
+    pub fn epoch(&self) -> u64 {
+        match self.facts.get(&Key::Epoch) {
+            Some(Fact::Epoch(epoch)) => *epoch,
+            _ => 0,
+        }
+    }
+
     /// Whether a block with this address is on disk as this node's.
     pub fn holds(&self, address: IpAddr) -> bool {
         self.facts.values().any(|fact| matches!(fact, Fact::Held { block, .. } if block.contains(&address)))

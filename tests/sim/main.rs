@@ -6,6 +6,7 @@
 mod chaos;
 mod check;
 mod host;
+mod liar;
 mod run;
 mod scale;
 mod world;

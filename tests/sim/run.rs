@@ -27,6 +27,8 @@ impl Outcome {
         sum.crashes += counts.crashes;
         sum.resets += counts.resets;
         sum.reclaims += counts.reclaims;
+        sum.buried_alive += counts.buried_alive;
+        sum.lies += counts.lies;
         sum.attaches += counts.attaches;
         sum.granted += counts.granted;
         sum.refused += counts.refused;
@@ -103,7 +105,8 @@ pub fn many(seeds: Range<u64>, nodes: u16) -> bool {
     println!("partitions   {}", counts.partitions);
     println!("crashes      {}", counts.crashes);
     println!("resets       {}", counts.resets);
-    println!("reclaims     {}", counts.reclaims);
+    println!("reclaims     {}, {} of nodes that live", counts.reclaims, counts.buried_alive);
+    println!("lies         {}", counts.lies);
     println!("attaches     {}, {} refused", counts.attaches, counts.refused);
     println!("reports      {}", counts.reports);
     println!("duplicates   {}", counts.duplicates);

@@ -6,6 +6,7 @@
 mod chaos;
 mod check;
 mod host;
+mod liar;
 #[expect(dead_code, reason = "the program uses more of it")]
 mod run;
 mod world;

@@ -5,13 +5,17 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use overnode_daemon::gossip::{self, Verified};
-use overnode_daemon::ipam::{self, Layout, Problem, Timing};
+use overnode_daemon::ipam::{self, Fact, Layout, Problem, Timing};
 use overnode_daemon::types::{Network, NodeId};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::host::{Disk, Host, Node, keys, peer};
+
+/// Longer than it takes both ends of a connection to notice that nothing arrives.
+pub const GRACE: Duration = Duration::from_secs(15);
 
 /// What is wrong with a node, on purpose: the simulation has to notice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +48,10 @@ pub struct Counts {
     pub crashes: u64,
     pub resets: u64,
     pub reclaims: u64,
+    /// Nodes whose space was taken back while they lived, cut off from all others.
+    pub buried_alive: u64,
+    /// Messages of a liar.
+    pub lies: u64,
     pub attaches: u64,
     pub granted: u64,
     pub refused: u64,
@@ -86,6 +94,8 @@ pub enum Event {
     Restart(NodeId),
     Launch(NodeId),
     Unblock(u64),
+    /// Somebody takes back the space of a node, if that still seems to be gone.
+    Reclaim(NodeId),
     Chaos,
 }
 
@@ -121,9 +131,17 @@ pub struct World {
     pub layout: Layout,
     pub timing: Timing,
     pub hosts: BTreeMap<NodeId, Host>,
+    /// A member that lies.
+    pub liar: Option<NodeId>,
+    /// What it announces of others.
+    pub forged: Vec<IpNet>,
     verified: Verified,
     /// Directions in which nothing arrives, with the fault that they belong to.
     pub blocked: BTreeMap<(NodeId, NodeId), u64>,
+    /// Nodes that are cut off from all others, with the fault: people take them for dead.
+    pub isolated: BTreeMap<NodeId, u64>,
+    /// Nodes that were taken back while they were cut off, up to which incarnation.
+    pub buried: BTreeMap<NodeId, u64>,
     pub faults: u64,
     /// The latest connection of each pair.
     links: u64,
@@ -136,6 +154,8 @@ pub struct World {
     pub violations: Vec<String>,
     /// Parcels are lost, doubled and late.
     pub is_rough: bool,
+    /// Little happens but that containers come and go.
+    pub is_calm: bool,
     /// Who connects with whom; everyone with everyone if there is none.
     pub mesh: Option<BTreeSet<(NodeId, NodeId)>>,
     /// Paths are found anew no more often than this.
@@ -159,7 +179,10 @@ impl World {
             subnet: "10.0.0.0/8".parse().expect("a network"),
             range: format!("10.1.0.0/{prefix}").parse().expect("a network"),
         };
-        let timing = Timing { hand_back: Duration::from_secs(rng.random_range(5..60)), ..Timing::default() };
+        let hand_back = Duration::from_secs(rng.random_range(5..60));
+        let timing = Timing { hand_back, grace: GRACE, ..Timing::default() };
+        let has_liar = settings.nodes > 4 && rng.random_bool(0.25);
+        let liar = has_liar.then(|| NodeId::new(rng.random_range(5..=settings.nodes)).expect("a valid ID"));
         let layout = Layout::new(network).expect("a valid network");
         let mut world = Self {
             settings,
@@ -170,8 +193,12 @@ impl World {
             layout,
             timing,
             hosts: BTreeMap::new(),
+            liar,
+            forged: Vec::new(),
             verified: Verified::default(),
             blocked: BTreeMap::new(),
+            isolated: BTreeMap::new(),
+            buried: BTreeMap::new(),
             faults: 0,
             links: 0,
             queue: BinaryHeap::new(),
@@ -181,6 +208,7 @@ impl World {
             problems: BTreeMap::new(),
             violations: Vec::new(),
             is_rough: true,
+            is_calm: false,
             mesh: None,
             pace: Duration::ZERO,
             traffic: Traffic::default(),
@@ -257,6 +285,7 @@ impl World {
             Event::Restart(id) => self.restart(id),
             Event::Launch(id) => self.launch(id),
             Event::Unblock(fault) => self.unblock(fault),
+            Event::Reclaim(of) => self.reclaim_at_some_node(of),
             Event::Chaos => self.chaos(),
         }
     }
@@ -337,8 +366,8 @@ impl World {
         self.blocked.contains_key(&(from, to))
     }
 
-    /// Nothing arrives in these directions until the fault is over.
-    pub fn block(&mut self, directions: Vec<(NodeId, NodeId)>, time: Duration) {
+    /// Nothing arrives in these directions until the fault is over. Returns its number.
+    pub fn block(&mut self, directions: Vec<(NodeId, NodeId)>, time: Duration) -> u64 {
         self.faults += 1;
         let fault = self.faults;
         for (from, to) in directions {
@@ -352,11 +381,13 @@ impl World {
             }
         }
         self.after(time, Event::Unblock(fault));
+        fault
     }
 
     fn unblock(&mut self, fault: u64) {
         self.log(|| format!("fault {fault} is over"));
         self.blocked.retain(|_, number| *number != fault);
+        self.isolated.retain(|_, number| *number != fault);
     }
 
     /// Whether two nodes ever connect.
@@ -445,8 +476,16 @@ impl World {
 
     fn give_parcel(&mut self, from: NodeId, to: NodeId, body: &[u8]) {
         let now = self.now;
+        if self.is_liar(to)
+            && let Ok(question) = ipam::Message::decode(body, &self.layout)
+            && let Some(answer) = self.false_answer(&question)
+        {
+            return self.send_parcel(to, from, answer.encode());
+        }
         let Some(node) = self.node(to) else { return };
-        if let Err(error) = node.ipam.handle_message(from, body, now) {
+        if let Err(error) = node.ipam.handle_message(from, body, now)
+            && !self.is_liar(from)
+        {
             self.violate(format!("{to} cannot read what {from} sent: {error}"));
         }
         self.pump(to);
@@ -481,7 +520,7 @@ impl World {
         self.after(delay, Event::Deliver { from, to, link, payload });
     }
 
-    fn send_parcel(&mut self, from: NodeId, to: NodeId, body: Vec<u8>) {
+    pub fn send_parcel(&mut self, from: NodeId, to: NodeId, body: Vec<u8>) {
         if body.len() > ipam::MAX_MESSAGE {
             self.violate(format!("{from} sends {} bytes at once", body.len()));
         }
@@ -633,11 +672,15 @@ impl World {
     /// Tells the others what this node has. True if that is news.
     fn announce(&mut self, id: NodeId) -> bool {
         let now = self.now;
+        let (is_liar, forged) = (self.is_liar(id), self.forged.clone());
         let Some(node) = self.node(id) else { return false };
         if node.leaving && node.gossip.own().left {
             return false;
         }
-        let (ranges, claims) = (node.ipam.ranges(), node.ipam.claims());
+        let (mut ranges, claims) = (node.ipam.ranges(), node.ipam.claims());
+        if is_liar {
+            ranges.extend(forged);
+        }
         if node.gossip.own().ranges == ranges && node.gossip.own().claims == claims {
             return false;
         }
@@ -656,8 +699,31 @@ impl World {
         if let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) {
             disk.write(changes, loses_loans);
         }
+        for change in changes {
+            if let ipam::Change::Put(Fact::Grave { id: of, incarnation, by }) = change
+                && *by == id
+                && self.isolated.contains_key(of)
+            {
+                self.buried.insert(*of, *incarnation);
+                self.bury(*of);
+            }
+        }
         if self.settings.sabotage == Sabotage::None {
             self.check_disks(id, changes);
+        }
+    }
+
+    /// The space of a node was taken back. If it lives and has addresses of what others may have by now, it was gone indeed.
+    fn bury(&mut self, of: NodeId) {
+        let Some(disk) = &self.hosts[&of].disk else { return };
+        if self.is_rich(disk) || self.is_only_witness(of) {
+            self.log(|| format!("{of} is gone indeed"));
+            self.wipe(of);
+            if let Some(host) = self.hosts.get_mut(&of) {
+                host.is_dead = true;
+            }
+        } else {
+            self.counts.buried_alive += 1;
         }
     }
 
@@ -666,9 +732,13 @@ impl World {
         let mut violations = Vec::new();
         for change in changes {
             let ipam::Change::Put(fact) = change else { continue };
-            for (other, host) in self.hosts.iter().filter(|(other, _)| **other != id) {
+            let is_honest = |other: &NodeId| !self.is_liar(*other) && !self.is_liar(id);
+            for (other, host) in self.hosts.iter().filter(|(other, _)| **other != id && is_honest(other)) {
                 let Some(disk) = &host.disk else { continue };
-                if disk.contradicts(fact) {
+                // What a node was to lend that does not know yet that it was taken back.
+                let is_void = matches!(fact, Fact::Book { .. })
+                    && self.buried.get(other).is_some_and(|up_to| disk.epoch() <= *up_to);
+                if !is_void && disk.contradicts(fact) {
                     violations.push(format!("{id} writes {fact:?}, which {other} has"));
                 }
             }
@@ -709,6 +779,14 @@ impl World {
             }
             ipam::Action::Reclaimed(of) => self.log(|| format!("{id} has reclaimed {of}")),
             ipam::Action::ReclaimFailed(error) => self.log(|| format!("{id}: {error}")),
+            ipam::Action::Renewed(incarnation) => {
+                let now = self.now;
+                let Some(host) = self.hosts.get_mut(&id) else { return };
+                if let (Some(disk), Some(node)) = (&mut host.disk, &mut host.node) {
+                    disk.incarnation = disk.incarnation.max(incarnation);
+                    node.gossip.raise_incarnation(incarnation, now);
+                }
+            }
             ipam::Action::MayLeave => self.leave(id),
             ipam::Action::CannotLeave(error) => {
                 self.log(|| format!("{id}: {error}"));
@@ -727,6 +805,9 @@ impl World {
         let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) else { return };
         let is_kept = is_own || disk.holds(address) || self.settings.sabotage != Sabotage::None;
         disk.attachments.insert(address, owner);
+        if self.liar == Some(id) {
+            return;
+        }
         if !is_kept {
             self.violate(format!("{id} gives {address}, which is not on its disk"));
         }

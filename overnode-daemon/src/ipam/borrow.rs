@@ -19,6 +19,10 @@ const LEAST: usize = 16;
 const MOST: usize = 4096;
 /// So many free addresses are not handed back: a node that is cut off can give them.
 const RESERVE: u128 = 16;
+/// Titles more than 35 years ahead of this node's clock are not believed, unless they are the next ones.
+pub(super) const MAX_AHEAD: u64 = 1 << 40;
+/// Next means by so many changes of hands.
+const MAX_STEP: u64 = 1024;
 /// Who holds so many blocks does not ask for more.
 const MANY_BLOCKS: usize = MAX_BLOCKS - 32;
 
@@ -73,14 +77,12 @@ impl Ipam {
         for quarter in quarters().filter(|quarter| !self.lending.books.contains_key(quarter)) {
             let place = usize::from(quarter.get()) - 1;
             let heard = self.lending.heard.get(&quarter).map(|title| title.holder);
-            let lends = |id: &NodeId| {
-                let peer = self.peers.get(id);
-                peer.is_some_and(|peer| self.lends_of(peer)[place]) && !self.has_pledged(*id)
-            };
+            let may = |id: &NodeId| id.owns_a_quarter() && !self.has_pledged(*id) && !self.has_left(*id);
+            let lends =
+                |id: &NodeId| self.peers.get(id).is_some_and(|it| self.lends_of(it)[place]) && may(id);
             let mut says_so = self.reachable.iter().copied().filter(lends);
             let best = heard.filter(|id| self.reachable.contains(id) && lends(id));
-            let heard =
-                heard.filter(|id| self.reachable.contains(id) && *id != self.id && !self.has_pledged(*id));
+            let heard = heard.filter(|id| self.reachable.contains(id) && *id != self.id && may(id));
             if let Some(lender) = best.or_else(|| says_so.next()).or(heard) {
                 self.borrowing.lenders.insert(quarter, lender);
             }
@@ -168,7 +170,8 @@ impl Ipam {
             self.send(from, &Message::Title { quarter, title });
             return;
         }
-        if self.lending.books.contains_key(&quarter) || self.has_pledged(from) {
+        let is_possible = from.owns_a_quarter() && !self.has_pledged(from) && !self.has_left(from);
+        if self.lending.books.contains_key(&quarter) || !is_possible {
             return;
         }
         self.hear(quarter, Title { serial, holder: from });
@@ -204,6 +207,10 @@ impl Ipam {
                         None => format!("node {lender} was not asked yet"),
                     }
                 }
+                None if self.lends(quarter).is_some() && !self.may_lend(quarter) => format!(
+                    "no node that is reached confirms that this one still lends quarter {quarter} (`overnode reclaim` \
+                     those that are gone for good)"
+                ),
                 None if self.lending.books.contains_key(&quarter) => {
                     format!("all that this node lends of quarter {quarter} is lent")
                 }
@@ -387,8 +394,17 @@ impl Ipam {
         }
     }
 
+    /// Whether the holder of a title with that serial can be outbid: serials begin with the milliseconds since 1970 and grow by a few.
+    pub(super) fn is_plausible(&self, quarter: NodeId, serial: u64) -> bool {
+        let known = self.lending.heard.get(&quarter).map_or(0, |title| title.serial);
+        serial <= self.incarnation.saturating_add(MAX_AHEAD) || serial <= known.saturating_add(MAX_STEP)
+    }
+
     /// Takes notice of who lends a quarter.
     pub(super) fn hear(&mut self, quarter: NodeId, title: Title) {
+        if !title.holder.owns_a_quarter() || !self.is_plausible(quarter, title.serial) {
+            return;
+        }
         if self.lending.heard.get(&quarter).is_none_or(|known| known.serial < title.serial) {
             self.lending.heard.insert(quarter, title);
             self.put(Fact::Heard { quarter, title });

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
+use super::borrow::MAX_AHEAD;
 use super::fact::{Fact, Heir, Key};
 use super::message::{Loan, MAX_BLOCKS, Message, Round, Title};
 use super::space::{choose, free, overlap, single, size};
@@ -116,8 +117,8 @@ impl Ipam {
 
     /// Addresses that this node lends and that nobody has.
     pub(super) fn lendable_free(&self) -> u128 {
-        let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
-        active.flat_map(|(quarter, _)| self.free_blocks(*quarter)).map(size).sum()
+        let active = self.lending.books.keys().filter(|quarter| self.may_lend(**quarter));
+        active.flat_map(|quarter| self.free_blocks(*quarter)).map(size).sum()
     }
 
     fn free_blocks(&self, quarter: NodeId) -> Vec<IpNet> {
@@ -125,7 +126,12 @@ impl Ipam {
         let lent = self.lending.of(quarter).flat_map(|(_, lent)| lent.loan.blocks.iter().copied());
         // Nobody gets the range's last address.
         let last = single(self.layout.network().range.broadcast());
-        free(half, lent.chain([last]))
+        // What another node announces leads to that one, whether it was ever lent or not.
+        let peers =
+            self.peers.iter().filter(|(id, peer)| !peer.left && !self.is_buried(**id, peer.incarnation));
+        let announced = peers.flat_map(|(_, peer)| peer.ranges.iter().copied());
+        let announced = announced.filter(|range| half.contains(range) && *range != half);
+        free(half, lent.chain(announced).chain([last]))
     }
 
     pub(super) fn handle_request(
@@ -139,6 +145,11 @@ impl Ipam {
     ) {
         if self.is_gone(from, loan.epoch) {
             self.tell_buried(from, loan.epoch);
+            return;
+        }
+        // Whoever has the ID next must be able to exceed it.
+        let known = self.peers.get(&from).map_or(0, |peer| peer.incarnation);
+        if loan.epoch > known || round.incarnation > known {
             return;
         }
         let Some(book) = self.lending.books.get_mut(&quarter) else {
@@ -155,10 +166,10 @@ impl Ipam {
             return;
         }
         let known = self.lending.loans.get(&(quarter, from));
-        if known.is_some_and(|known| (known.loan.epoch, known.round) > (loan.epoch, round)) {
+        if known.is_some_and(|known| known.round > round) {
             return;
         }
-        let is_repeated = known.is_some_and(|known| (known.loan.epoch, known.round) == (loan.epoch, round));
+        let is_repeated = known.is_some_and(|known| known.round == round);
         let before = loan.blocks.clone();
         if !is_repeated {
             book.unsure.remove(&from);
@@ -203,7 +214,7 @@ impl Ipam {
 
     /// How many addresses to add: no more than a quarter of what is left, unless they are needed at once.
     fn grantable(&self, quarter: NodeId, need: u32, want: u32) -> u128 {
-        if self.leaving.is_some() {
+        if self.leaving.is_some() || !self.may_lend(quarter) {
             return 0;
         }
         let left: u128 = self.free_blocks(quarter).into_iter().map(size).sum();
@@ -276,8 +287,9 @@ impl Ipam {
             let is_handing = self.lending.books.get(&quarter).is_none_or(|book| book.heir.is_some());
             if has_some && !is_handing {
                 // Whatever that launch asked for is late from now on.
-                let loan = Loan { epoch: incarnation.saturating_add(1), blocks: Vec::new() };
-                self.enter(quarter, borrower, loan, Round::default());
+                let next = incarnation.saturating_add(1);
+                let loan = Loan { epoch: next, blocks: Vec::new() };
+                self.enter(quarter, borrower, loan, Round { incarnation: next, count: 0 });
                 if let Some(book) = self.lending.books.get_mut(&quarter) {
                     book.unsure.remove(&borrower);
                 }
@@ -301,6 +313,7 @@ impl Ipam {
         quarter: NodeId,
         serial: u64,
         loans: BTreeMap<NodeId, Loan>,
+        consented: &BTreeSet<NodeId>,
         now: Instant,
     ) {
         let id = self.id;
@@ -329,6 +342,7 @@ impl Ipam {
         self.enter_own(quarter);
         self.lending.heard.remove(&quarter);
         self.hear(quarter, Title { serial, holder: id });
+        self.stand_by(quarter, consented, now);
         self.find_lenders();
         for other in self.peers.keys().copied().collect::<Vec<_>>() {
             self.dispute(other, now);
@@ -339,6 +353,7 @@ impl Ipam {
     pub(super) fn drop_title(&mut self, quarter: NodeId) {
         self.lending.books.remove(&quarter);
         self.lending.disputes.retain(|(disputed, _), _| *disputed != quarter);
+        self.standing.forget_quarter(quarter);
         self.forget(Key::Book(quarter));
         let borrowers: Vec<_> = self.lending.of(quarter).map(|(borrower, _)| borrower).collect();
         for borrower in borrowers {
@@ -357,10 +372,15 @@ impl Ipam {
     }
 
     pub(super) fn handle_title(&mut self, from: NodeId, quarter: NodeId, title: Title, now: Instant) {
+        // What others have heard is for the lender, which may have to outbid it; for all others only a lender's word counts.
+        let is_possible = from.owns_a_quarter() || self.may_outbid(quarter, title.serial);
+        if !is_possible || !title.holder.owns_a_quarter() || !self.is_plausible(quarter, title.serial) {
+            return;
+        }
         if let Some(book) = self.lending.books.get(&quarter) {
             if title.holder == self.id && book.heir.is_none() && title.serial > book.serial {
                 // That of an earlier life of this node, which nobody knew when it got the quarter anew: those who do know it ask by it.
-                return self.resume_title(quarter, title);
+                return self.resume_title(quarter, title, now);
             }
             let mine = Title { serial: book.serial, holder: self.id };
             let is_active = book.heir.is_none();
@@ -368,10 +388,24 @@ impl Ipam {
             if title.holder == self.id || !is_active {
                 return;
             }
+            if title.holder != from {
+                if loses && self.has_left(title.holder) && self.may_lend(quarter) {
+                    // That of a node that is gone, which others take for the lender.
+                    let serial = title.serial.saturating_add(1);
+                    self.resume_title(quarter, Title { serial, holder: self.id }, now);
+                } else if loses && self.reachable.contains(&title.holder) {
+                    // That one has to say so itself.
+                    self.send(title.holder, &Message::Title { quarter, title: mine });
+                }
+                return;
+            }
+            if self.has_left(from) {
+                return self.tell_graves_of(from, Some(from));
+            }
             if loses {
                 self.drop_title(quarter);
                 self.report(Problem::Superseded { quarter, holder: title.holder });
-            } else if title.holder == from {
+            } else {
                 self.send(from, &Message::Title { quarter, title: mine });
             }
         }
@@ -383,11 +417,17 @@ impl Ipam {
         }
     }
 
-    fn resume_title(&mut self, quarter: NodeId, title: Title) {
+    /// Well below what all others take for plausible.
+    fn may_outbid(&self, quarter: NodeId, serial: u64) -> bool {
+        self.lends(quarter).is_some() && serial <= self.incarnation.saturating_add(MAX_AHEAD / 2)
+    }
+
+    fn resume_title(&mut self, quarter: NodeId, title: Title, now: Instant) {
         let Some(book) = self.lending.books.get_mut(&quarter) else { return };
         book.serial = title.serial;
         self.put(Fact::Book { quarter, serial: title.serial, heir: None });
         self.hear(quarter, title);
+        self.standing.renew(quarter, now);
     }
 
     /// Notes whether another node says that it lends a quarter which this one lends.
@@ -399,6 +439,7 @@ impl Ipam {
         for (&quarter, book) in &self.lending.books {
             let half = self.layout.lendable(quarter);
             let says_so = half.is_some_and(|half| peer.ranges.iter().any(|range| range.contains(&half)));
+            let says_so = says_so && other.owns_a_quarter();
             if says_so && book.heir.is_none() {
                 self.lending.disputes.entry((quarter, other)).or_insert_with(|| Retry::new(now));
             } else {

@@ -7,20 +7,21 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::layout::{Layout, bounds};
+use crate::gossip::MAX_STAMP;
 use crate::types::NodeId;
 
-/// Titles beyond are not believed: they must always be able to grow.
-const MAX_SERIAL: u64 = 1 << 62;
+/// Greatest incarnation, epoch, serial and count: as in gossip, there is room beyond for a node to outbid what it hears.
+const MAX_NUMBER: u64 = MAX_STAMP;
 /// The version of the wire format.
-pub const FORMAT: u8 = 1;
+pub const FORMAT: u8 = 2;
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
 /// Most blocks in a list.
 pub const MAX_BLOCKS: usize = 256;
 /// Most parts of a ledger.
 pub const MAX_PARTS: u16 = 1024;
-/// Most other claimants that an answer names.
-pub const MAX_RIVALS: usize = 16;
+/// Most other claimants that an answer names: only nodes 1 to 4 take back space, or lend it.
+pub const MAX_RIVALS: usize = 4;
 
 /// Names one request of a node. It is never used for another, because each start of the node has an incarnation of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -108,6 +109,30 @@ pub enum Message {
         quarter: NodeId,
         /// The lender's title.
         serial: u64,
+    },
+    /// From the lender of a quarter: does the receiver know anything against that?
+    Hold {
+        /// The quarter.
+        quarter: NodeId,
+        /// The sender's title.
+        serial: u64,
+        /// The sender's launch.
+        epoch: u64,
+        /// To tell answers to earlier questions.
+        round: Round,
+        /// The sender is sure of its title, of which the receiver may take notice.
+        sure: bool,
+    },
+    /// The answer: no. The sender has not agreed that the receiver's space be taken back.
+    Vouch {
+        /// The quarter.
+        quarter: NodeId,
+        /// As asked.
+        serial: u64,
+        /// As asked.
+        round: Round,
+        /// True if the sender has heard of this title.
+        heard: bool,
     },
     /// Who lends a quarter, as far as the sender has heard.
     Title {
@@ -203,6 +228,8 @@ pub enum Message {
     Pledged {
         /// The node.
         of: NodeId,
+        /// Up to this incarnation.
+        incarnation: u64,
         /// The question that was answered.
         round: Round,
     },
@@ -219,6 +246,8 @@ pub enum Message {
         of: NodeId,
         /// Its last incarnation.
         incarnation: u64,
+        /// The node that took it back.
+        by: NodeId,
         /// The latest titles, of the quarters in order.
         titles: [Title; 4],
     },
@@ -274,6 +303,44 @@ impl Message {
         Ok(message)
     }
 
+    /// All that counts launches, changes of hands or requests.
+    fn numbers(&self) -> Vec<u64> {
+        let of_round = |round: &Round| [round.incarnation, round.count];
+        match self {
+            Self::Request { serial, epoch, round, .. } | Self::Hold { serial, epoch, round, .. } => {
+                [vec![*serial, *epoch], of_round(round).to_vec()].concat()
+            }
+            Self::Grant { serial, round, .. } | Self::Vouch { serial, round, .. } => {
+                [vec![*serial], of_round(round).to_vec()].concat()
+            }
+            Self::Poke { serial, .. } | Self::TransferAck { serial, .. } => vec![*serial],
+            Self::Title { title, .. } => vec![title.serial],
+            Self::Ask { epoch, round } => [vec![*epoch], of_round(round).to_vec()].concat(),
+            Self::Answer { round, epoch, title, .. } => {
+                [vec![*epoch, title.serial], of_round(round).to_vec()].concat()
+            }
+            Self::Transfer { serial, epoch, loans, .. } => {
+                let epochs = loans.iter().map(|(_, loan)| loan.epoch);
+                [*serial, *epoch].into_iter().chain(epochs).collect()
+            }
+            Self::Reclaim { incarnation, round, .. } | Self::Pledged { incarnation, round, .. } => {
+                [vec![*incarnation], of_round(round).to_vec()].concat()
+            }
+            Self::ReclaimAck { round, epoch, titles, .. } => {
+                [vec![*epoch], of_round(round).to_vec(), titles.map(|it| it.serial).to_vec()].concat()
+            }
+            Self::ReclaimRefused { round, why, .. } => match why {
+                Objection::Newer(incarnation) => [vec![*incarnation], of_round(round).to_vec()].concat(),
+                Objection::Alive | Objection::Mine => of_round(round).to_vec(),
+            },
+            Self::ReclaimOver { round, .. } => of_round(round).to_vec(),
+            Self::Buried { incarnation, titles, .. } => {
+                [vec![*incarnation], titles.map(|title| title.serial).to_vec()].concat()
+            }
+            Self::BuriedAck { incarnation, .. } => vec![*incarnation],
+        }
+    }
+
     fn check(&self, layout: &Layout) -> Result<(), BadMessage> {
         let in_quarter = |quarter: NodeId, blocks: &[IpNet]| {
             if !quarter.owns_a_quarter() {
@@ -281,36 +348,22 @@ impl Message {
             }
             check_blocks(blocks, |block| layout.quarter_of(block) == Some(quarter))
         };
-        let titles = match self {
-            Self::Request { serial, .. }
-            | Self::Grant { serial, .. }
-            | Self::Poke { serial, .. }
-            | Self::Transfer { serial, .. }
-            | Self::TransferAck { serial, .. } => &[*serial][..],
-            Self::Title { title, .. } | Self::Answer { title, .. } => &[title.serial],
-            Self::ReclaimAck { titles, .. } | Self::Buried { titles, .. } => {
-                &titles.map(|title| title.serial)
-            }
-            Self::Ask { epoch, .. } => &[*epoch],
-            Self::Reclaim { .. }
-            | Self::Pledged { .. }
-            | Self::ReclaimRefused { .. }
-            | Self::ReclaimOver { .. }
-            | Self::BuriedAck { .. } => &[],
-        };
-        if titles.iter().any(|serial| *serial > MAX_SERIAL) {
-            return Err(BadMessage::Bounds("an impossible title"));
+        if self.numbers().into_iter().any(|number| number > MAX_NUMBER) {
+            return Err(BadMessage::Bounds("an impossible number"));
         }
         match self {
             Self::Request { quarter, holds: blocks, .. } | Self::Grant { quarter, blocks, .. } => {
                 in_quarter(*quarter, blocks)
             }
-            Self::Poke { quarter, .. } | Self::Title { quarter, .. } | Self::TransferAck { quarter, .. } => {
-                in_quarter(*quarter, &[])
-            }
+            Self::Poke { quarter, .. }
+            | Self::Hold { quarter, .. }
+            | Self::Vouch { quarter, .. }
+            | Self::Title { quarter, .. }
+            | Self::TransferAck { quarter, .. } => in_quarter(*quarter, &[]),
             Self::Answer { holds, rivals, .. } | Self::ReclaimAck { holds, rivals, .. } => {
-                if rivals.len() > MAX_RIVALS {
-                    return Err(BadMessage::Bounds("too many claimants"));
+                let is_possible = rivals.len() <= MAX_RIVALS && rivals.iter().all(|id| id.owns_a_quarter());
+                if !is_possible {
+                    return Err(BadMessage::Bounds("impossible claimants"));
                 }
                 check_blocks(holds, |block| layout.quarter_of(block).is_some())
             }

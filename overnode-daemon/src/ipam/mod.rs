@@ -23,6 +23,7 @@ mod reclaim;
 mod season;
 mod shares;
 mod space;
+mod standing;
 mod transfer;
 
 #[cfg(test)]
@@ -37,10 +38,11 @@ use ipnet::IpNet;
 pub use error::IpamError;
 pub use fact::{Change, Fact, Heir, Key};
 pub use layout::{BadNetwork, Layout, quarters};
-pub use message::{BadMessage, Loan, MAX_MESSAGE, Message, Round, Title};
+pub use message::{BadMessage, Loan, MAX_MESSAGE, Message, Objection, Part, Round, Title};
 pub use shares::{Share, Shares};
 pub use space::size;
 
+use crate::control::session::READ_LIMIT;
 use crate::types::{Network, NodeId};
 
 /// What a node's allocation has to know from the start.
@@ -73,6 +75,8 @@ pub struct Timing {
     pub settle: Duration,
     /// Leaving fails after this.
     pub leave: Duration,
+    /// A node that was not reached for so long knows it. Only then does another one agree that it be declared gone.
+    pub grace: Duration,
 }
 
 impl Default for Timing {
@@ -85,6 +89,7 @@ impl Default for Timing {
             hand_back: Duration::from_secs(300),
             settle: Duration::from_secs(1),
             leave: Duration::from_secs(5),
+            grace: READ_LIMIT + Duration::from_secs(5),
         }
     }
 }
@@ -142,6 +147,8 @@ pub enum Action {
     MayLeave,
     /// The node cannot leave now, and goes on.
     CannotLeave(IpamError),
+    /// The node was declared gone for good, and is a new one from now on: it must tell the others this incarnation.
+    Renewed(u64),
 }
 
 /// Something that a person must know. Links stay up, and it does not spread.
@@ -204,10 +211,15 @@ pub struct Ipam {
     rounds: u64,
     peers: BTreeMap<NodeId, Peer>,
     reachable: BTreeSet<NodeId>,
+    /// When this node began to count how long others have been out of reach.
+    started: Instant,
+    /// When a node was last heard of, if it is not reached.
+    lost: BTreeMap<NodeId, Instant>,
     targets_met: bool,
     allocation: allocate::Allocation,
     borrowing: borrow::Borrowing,
     lending: lend::Lending,
+    standing: standing::Standing,
     season: Option<season::Season>,
     inbox: BTreeMap<NodeId, transfer::Inbox>,
     reclaiming: reclaim::Reclaiming,
@@ -238,10 +250,13 @@ impl Ipam {
             rounds: 0,
             peers: BTreeMap::new(),
             reachable: BTreeSet::new(),
+            started: now,
+            lost: BTreeMap::new(),
             targets_met: false,
             allocation: allocate::Allocation::new(layout.own_part(config.id)),
             borrowing: borrow::Borrowing::default(),
             lending: lend::Lending::default(),
+            standing: standing::Standing::default(),
             season: None,
             inbox: BTreeMap::new(),
             reclaiming: reclaim::Reclaiming::default(),
@@ -294,6 +309,7 @@ impl Ipam {
             if known.map(|(incarnation, _)| incarnation) != Some(peer.incarnation) {
                 self.doubt(id, now);
                 self.tell_again(id);
+                self.standing.forget_member(id);
             }
         }
         self.peers.insert(id, peer);
@@ -313,12 +329,42 @@ impl Ipam {
             return;
         }
         let news: Vec<_> = reachable.difference(&self.reachable).copied().collect();
+        let lost: Vec<_> = self.reachable.difference(&reachable).copied().collect();
         self.reachable = reachable;
         for id in news {
+            self.lost.remove(&id);
             self.hurry(id, now);
+        }
+        for id in lost {
+            self.lost.insert(id, now);
+            self.doubt_consent(id);
         }
         self.find_lenders();
         self.finish(now);
+    }
+
+    /// A node was out of reach: what it has agreed to before counts, but it may have agreed to something else.
+    fn doubt_consent(&mut self, id: NodeId) {
+        if let Some(season) = &mut self.season {
+            season.doubt(id);
+        }
+        self.reclaiming.doubt(id);
+    }
+
+    /// The launch that a node says it is of; never later than the incarnation that it tells everybody, which its owner can outbid.
+    fn bounded_epoch(&self, id: NodeId, epoch: u64) -> u64 {
+        epoch.min(self.peers.get(&id).map_or(0, |peer| peer.incarnation))
+    }
+
+    /// Whether a node was not reached for so long that it knows it, too.
+    fn is_long_gone(&self, id: NodeId, now: Instant) -> bool {
+        let since = self.lost.get(&id).copied().unwrap_or(self.started);
+        !self.reachable.contains(&id) && since + self.timing.grace <= now
+    }
+
+    /// The incarnation by which the others know this node, which may have had to outbid another one.
+    pub fn set_incarnation(&mut self, incarnation: u64) {
+        self.incarnation = self.incarnation.max(incarnation);
     }
 
     /// Whether this node has met, since it was launched, a node at each of its targets.
@@ -347,10 +393,17 @@ impl Ipam {
                 self.handle_grant(from, quarter, (serial, round), blocks, exhausted, now);
             }
             Message::Poke { quarter, serial } => self.handle_poke(from, quarter, serial, now),
+            Message::Hold { quarter, serial, epoch, round, sure } => {
+                self.handle_hold(from, quarter, (serial, epoch), round, sure, now);
+            }
+            Message::Vouch { quarter, serial, round, heard } => {
+                self.handle_vouch(from, quarter, serial, round, heard, now);
+            }
             Message::Title { quarter, title } => self.handle_title(from, quarter, title, now),
             Message::Ask { epoch, round } => self.handle_ask(from, epoch, round, now),
             Message::Answer { round, epoch, title, part, holds, rivals } => {
-                let answer = season::Answer { loan: Loan { epoch, blocks: holds }, title, part, rivals };
+                let loan = Loan { epoch, blocks: holds };
+                let answer = season::Answer { loan, title, part, rivals, is_fresh: true };
                 self.handle_answer(from, round, answer, now);
             }
             Message::Transfer { quarter, serial, epoch, part, parts, loans } => {
@@ -363,14 +416,17 @@ impl Ipam {
                 self.handle_reclaim(from, of, incarnation, round, now)
             }
             Message::ReclaimAck { of, round, epoch, titles, lends, holds, rivals } => {
-                let ack = reclaim::Ack { loan: Loan { epoch, blocks: holds }, titles, lends, rivals };
+                let loan = Loan { epoch, blocks: holds };
+                let ack = reclaim::Ack { loan, titles, lends, rivals, is_fresh: true };
                 self.handle_reclaim_ack(from, of, round, ack);
             }
             Message::ReclaimRefused { of, round, why } => self.handle_refusal(from, of, round, why),
-            Message::Pledged { of, round } => self.handle_pledged(from, of, round),
+            Message::Pledged { of, incarnation, round } => {
+                self.handle_pledged(from, of, incarnation, round);
+            }
             Message::ReclaimOver { of, round } => self.handle_reclaim_over(from, of, round),
-            Message::Buried { of, incarnation, titles } => {
-                self.handle_buried(from, of, incarnation, titles, now);
+            Message::Buried { of, incarnation, by, titles } => {
+                self.handle_buried(from, of, incarnation, by, titles, now);
             }
             Message::BuriedAck { of, incarnation } => self.handle_buried_ack(from, of, incarnation),
         }
@@ -389,6 +445,7 @@ impl Ipam {
             self.next_request(),
             self.next_hand_back(),
             self.next_loan_check(),
+            self.next_standing(),
             self.next_question(),
             self.next_transfer(),
             self.next_reclaim(),
@@ -405,9 +462,11 @@ impl Ipam {
 
     /// Closes an input: does all that follows from it and from the time, and puts what must be on disk before all that depends on it.
     fn finish(&mut self, now: Instant) {
+        self.prune_standing();
         self.drive_reclaim(now);
         self.drive_season(now);
         self.drive_transfers(now);
+        self.drive_standing(now);
         self.drive_loans(now);
         self.drive_borrowing(now);
         if !self.changes.is_empty() {
@@ -432,7 +491,7 @@ impl Ipam {
                 self.lending.loans.insert((quarter, borrower), lend::Lent { loan, round });
             }
             Fact::Grave { id, incarnation, by } => {
-                self.reclaiming.restore_grave(id, incarnation, by, by == self.id);
+                self.reclaiming.restore_grave(id, incarnation, by, self.id.owns_a_quarter());
             }
             Fact::Pledge { of, incarnation, by, round } => {
                 self.pledge(of, by, incarnation, round, now);

@@ -1,6 +1,6 @@
 //! Taking back the space of a node that is gone for good.
 //!
-//! All other nodes that are known have to agree, so that of two halves of a cluster that was cut neither can do it alone, and of
+//! Only nodes 1 to 4 do it, which alone lend. All other nodes that are known have to agree, so that of two halves of a cluster that was cut neither can do it alone, and of
 //! two nodes that try the one with the lower ID succeeds: also where they take back from different nodes, one of which may lend the quarter of
 //! the other. Who agrees takes nothing more from the node that is gone, and says what it has. The half of
 //! a quarter that is never lent stays with the ID: its next launch needs nobody's consent to use it.
@@ -37,7 +37,7 @@ pub(super) struct Pledge {
 struct Grave {
     incarnation: u64,
     by: NodeId,
-    /// Members that were not told yet, if it is for this node to tell them.
+    /// Nodes that were not told yet, if it is for this node to tell them.
     untold: Option<BTreeMap<NodeId, Retry>>,
     told: BTreeSet<NodeId>,
 }
@@ -67,12 +67,20 @@ pub(super) struct Ack {
     pub(super) titles: [Title; 4],
     pub(super) lends: [bool; 4],
     pub(super) rivals: Vec<NodeId>,
+    /// False once the node was out of reach since it agreed.
+    pub(super) is_fresh: bool,
 }
 
 impl Reclaiming {
-    pub(super) fn restore_grave(&mut self, id: NodeId, incarnation: u64, by: NodeId, mine: bool) {
-        let untold = mine.then(BTreeMap::new);
+    pub(super) fn restore_grave(&mut self, id: NodeId, incarnation: u64, by: NodeId, tells: bool) {
+        let untold = tells.then(BTreeMap::new);
         self.graves.insert(id, Grave { incarnation, by, untold, told: BTreeSet::new() });
+    }
+
+    pub(super) fn doubt(&mut self, id: NodeId) {
+        for ack in self.claims.values_mut().filter_map(|claim| claim.acks.get_mut(&id)) {
+            ack.is_fresh = false;
+        }
     }
 
     pub(super) fn restart_claims(&mut self, settled: Instant) {
@@ -86,6 +94,9 @@ impl Reclaiming {
     pub(super) fn hurry(&mut self, id: NodeId, now: Instant) {
         for question in self.claims.values_mut().filter_map(|claim| claim.asked.get_mut(&id)) {
             question.retry = Retry::new(now);
+        }
+        for (_, pledge) in self.pledges.iter_mut().filter(|((of, by), _)| *of == id || *by == id) {
+            pledge.retry = Retry::new(now);
         }
         let untold = self.graves.values_mut().filter_map(|grave| grave.untold.as_mut());
         for retries in untold {
@@ -112,6 +123,12 @@ impl Ipam {
         if self.leaving.is_some() {
             return Err(IpamError::Leaving { id: self.id });
         }
+        if !self.id.owns_a_quarter() {
+            return refuse(
+                "only nodes 1 to 4 lend address space, so only they take it back; run it on one of them"
+                    .into(),
+            );
+        }
         if of == self.id {
             return refuse("that is this node; `overnode reset` gives back what it has".into());
         }
@@ -119,13 +136,14 @@ impl Ipam {
             return refuse("no node with that ID is known here".into());
         };
         let incarnation = peer.incarnation;
-        if self.reachable.contains(&of) {
+        if !self.is_long_gone(of, now) {
             return refuse("it is reachable, or was some seconds ago; run `overnode reset` on its host instead, or try again soon if it is gone".into());
         }
         // What those said who are gone for good themselves does not count.
         let is_there = |id: NodeId, peer: &Peer| !peer.left && !self.is_buried(id, peer.incarnation);
         let is_lent = |half: &IpNet| {
-            self.peers.iter().any(|(id, peer)| is_there(*id, peer) && peer.ranges.contains(half))
+            let mut lenders = self.peers.iter().filter(|(id, _)| id.owns_a_quarter());
+            lenders.any(|(id, peer)| is_there(*id, peer) && peer.ranges.contains(half))
         };
         let half = self.layout.lendable(of);
         let has_lender = half.is_none_or(|half| is_lent(&half) || self.lending.books.contains_key(&of));
@@ -180,14 +198,18 @@ impl Ipam {
         self.reclaiming.graves.get(&id).is_some_and(|grave| incarnation <= grave.incarnation)
     }
 
-    fn has_left(&self, id: NodeId) -> bool {
+    pub(super) fn claims_space_of(&self, id: NodeId) -> bool {
+        self.reclaiming.claims.contains_key(&id)
+    }
+
+    pub(super) fn has_left(&self, id: NodeId) -> bool {
         self.peers.get(&id).is_some_and(|peer| peer.left || self.is_buried(id, peer.incarnation))
     }
 
     pub(super) fn tell_buried(&mut self, id: NodeId, epoch: u64) {
         if let Some(grave) = self.reclaiming.graves.get(&id).filter(|grave| epoch <= grave.incarnation) {
-            let (incarnation, titles) = (grave.incarnation, self.titles());
-            self.send(id, &Message::Buried { of: id, incarnation, titles });
+            let (incarnation, by, titles) = (grave.incarnation, grave.by, self.titles());
+            self.send(id, &Message::Buried { of: id, incarnation, by, titles });
         }
     }
 
@@ -325,8 +347,11 @@ impl Ipam {
                     .collect(),
             };
             let loans = claim.acks.iter().map(|(member, ack)| (*member, in_half(&ack.loan))).collect();
-            // Beyond what it may have begun to hand to another: that must not be taken any more.
-            self.take_title(quarter, latest.serial.saturating_add(2), loans, now);
+            let fresh = claim.acks.iter().filter(|(_, ack)| ack.is_fresh).map(|(member, _)| *member);
+            // Beyond what the dead node may have taken by birth with nobody left who has heard of it, and beyond what it may have
+            // begun to hand to another: that must not be taken any more.
+            let serial = latest.serial.max(claim.incarnation).saturating_add(2);
+            self.take_title(quarter, serial, loans, &fresh.collect(), now);
         }
         self.effects.push(Action::Reclaimed(of));
     }
@@ -340,14 +365,16 @@ impl Ipam {
         let titles = self.titles();
         for (&of, grave) in &mut self.reclaiming.graves {
             let Some(untold) = &mut grave.untold else { continue };
-            // The node itself, should it come back, is a member again by its later incarnation.
-            for member in members.iter().filter(|member| !grave.told.contains(member)) {
+            // The node itself, should it come back as it was: it has to hear of it before anything else.
+            let itself = Some(of).filter(|of| self.reachable.contains(of));
+            for member in members.iter().chain(&itself).filter(|member| !grave.told.contains(member)) {
                 untold.entry(*member).or_insert_with(|| Retry::new(now));
             }
-            untold.retain(|id, _| members.contains(id));
+            untold.retain(|id, _| members.contains(id) || itself == Some(*id));
             for (&to, retry) in untold.iter_mut() {
                 if self.reachable.contains(&to) && retry.take(now, &self.timing) {
-                    messages.push((to, Message::Buried { of, incarnation: grave.incarnation, titles }));
+                    let (incarnation, by) = (grave.incarnation, grave.by);
+                    messages.push((to, Message::Buried { of, incarnation, by, titles }));
                 }
             }
         }
@@ -360,9 +387,9 @@ impl Ipam {
     pub(super) fn tell_graves_of(&mut self, to: NodeId, only: Option<NodeId>) {
         let titles = self.titles();
         let graves = self.reclaiming.graves.iter().filter(|(of, _)| only.is_none_or(|only| only == **of));
-        let told: Vec<_> = graves.map(|(of, grave)| (*of, grave.incarnation)).collect();
-        for (of, incarnation) in told {
-            self.send(to, &Message::Buried { of, incarnation, titles });
+        let told: Vec<_> = graves.map(|(of, grave)| (*of, grave.incarnation, grave.by)).collect();
+        for (of, incarnation, by) in told {
+            self.send(to, &Message::Buried { of, incarnation, by, titles });
         }
     }
 
@@ -373,19 +400,20 @@ impl Ipam {
         }
     }
 
-    /// Promises to nodes that have left, and of nodes that are back, bind nobody.
+    /// Promises to nodes that have left bind nobody.
     fn drop_pledges(&mut self, now: Instant) {
-        // Where both are reachable, the claimant reaches that node too, and has given up.
-        let met = |of, by| self.reachable.contains(&of) && self.reachable.contains(&by);
         let pledges = self.reclaiming.pledges.keys().copied();
-        let void: Vec<_> = pledges.filter(|(of, by)| self.has_left(*by) || met(*of, *by)).collect();
+        let void: Vec<_> = pledges.filter(|(_, by)| self.has_left(*by)).collect();
         for (of, by) in void {
+            // That one may have done it before it left: this node cannot vouch for what the other lent then.
+            self.forget_titles_of(of);
             self.drop_pledge(of, by);
         }
         let mut ask = Vec::new();
         for (&(of, by), pledge) in &mut self.reclaiming.pledges {
             if self.reachable.contains(&by) && pledge.retry.take(now, &self.timing) {
-                ask.push((by, Message::Pledged { of, round: pledge.round }));
+                let Pledge { incarnation, round, .. } = *pledge;
+                ask.push((by, Message::Pledged { of, incarnation, round }));
             }
         }
         for (by, message) in ask {
@@ -400,9 +428,22 @@ impl Ipam {
         self.find_lenders();
     }
 
-    pub(super) fn handle_pledged(&mut self, from: NodeId, of: NodeId, round: Round) {
-        if !self.reclaiming.claims.contains_key(&of) {
+    fn forget_titles_of(&mut self, holder: NodeId) {
+        let heard = self.lending.heard.iter().filter(|(_, title)| title.holder == holder);
+        for quarter in heard.map(|(quarter, _)| *quarter).collect::<Vec<_>>() {
+            self.lending.heard.remove(&quarter);
+            self.forget(Key::Heard(quarter));
+        }
+    }
+
+    pub(super) fn handle_pledged(&mut self, from: NodeId, of: NodeId, incarnation: u64, round: Round) {
+        if self.reclaiming.claims.contains_key(&of) {
+            return;
+        }
+        // If it was done, the promise must not end before that is known.
+        if self.is_buried(of, incarnation) {
             self.tell_graves_of(from, Some(of));
+        } else {
             self.send(from, &Message::ReclaimOver { of, round });
         }
     }
@@ -442,6 +483,9 @@ impl Ipam {
         now: Instant,
     ) {
         let refuse = |why| Message::ReclaimRefused { of, round, why };
+        if !from.owns_a_quarter() {
+            return;
+        }
         let known = self.peers.get(&of).map_or(0, |peer| peer.incarnation);
         let objection = if of == self.id || self.reachable.contains(&of) {
             Some(Objection::Alive)
@@ -456,13 +500,15 @@ impl Ipam {
             self.send(from, &refuse(why));
             return;
         }
+        // Of a node that it has heard nothing of, this one cannot say that it is gone, and a lender may believe for a while that it
+        // is still one. It is asked again.
+        if known < incarnation || !self.is_long_gone(of, now) {
+            return;
+        }
         self.abandon_claims(&doing_that(from));
         let by_others = self.reclaiming.pledges.keys().map(|(_, by)| *by).filter(|by| *by != from);
         let rivals: BTreeSet<_> = by_others.collect();
-        if rivals.len() > MAX_RIVALS {
-            return;
-        }
-        let rivals = rivals.into_iter().collect();
+        let rivals = rivals.into_iter().take(MAX_RIVALS).collect();
         self.pledge(of, from, incarnation, round, now);
         self.put(Fact::Pledge { of, incarnation, by: from, round });
         // Nothing that was asked of the dead is taken any more.
@@ -493,7 +539,12 @@ impl Ipam {
         titles
     }
 
-    pub(super) fn handle_reclaim_ack(&mut self, from: NodeId, of: NodeId, round: Round, ack: Ack) {
+    pub(super) fn handle_reclaim_ack(&mut self, from: NodeId, of: NodeId, round: Round, mut ack: Ack) {
+        ack.loan.epoch = self.bounded_epoch(from, ack.loan.epoch);
+        if !from.owns_a_quarter() {
+            // It never lends, and what it has heard it may have made up.
+            (ack.titles, ack.lends) = ([Title { serial: 0, holder: from }; 4], [false; 4]);
+        }
         if let Some(claim) = self.reclaiming.claims.get_mut(&of)
             && claim.asked.get(&from).is_some_and(|question| question.round == round)
         {
@@ -528,14 +579,33 @@ impl Ipam {
         from: NodeId,
         of: NodeId,
         incarnation: u64,
+        by: NodeId,
         titles: [Title; 4],
         now: Instant,
     ) {
+        if !from.owns_a_quarter() || !by.owns_a_quarter() {
+            return;
+        }
+        if of == self.id && self.epoch > incarnation {
+            // Of an earlier launch.
+            return self.send(from, &Message::BuriedAck { of, incarnation });
+        }
         if of == self.id {
-            self.handle_own_funeral(from, incarnation);
+            if !self.handle_own_funeral(incarnation, by) {
+                return;
+            }
         } else if self.reclaiming.graves.get(&of).is_none_or(|grave| grave.incarnation < incarnation) {
-            self.put(Fact::Grave { id: of, incarnation, by: from });
-            let grave = Grave { incarnation, by: from, untold: None, told: BTreeSet::new() };
+            if !self.believes_burial(from, of, incarnation, by) {
+                let is_back = self.peers.get(&of).is_some_and(|peer| peer.incarnation > incarnation);
+                if is_back && self.reachable.contains(&of) {
+                    // It matters no more.
+                    self.send(from, &Message::BuriedAck { of, incarnation });
+                }
+                return;
+            }
+            self.put(Fact::Grave { id: of, incarnation, by });
+            let untold = self.id.owns_a_quarter().then(BTreeMap::new);
+            let grave = Grave { incarnation, by, untold, told: BTreeSet::from([from]) };
             self.reclaiming.graves.insert(of, grave);
             self.free_left(of, incarnation);
             let pledges = self
@@ -549,9 +619,12 @@ impl Ipam {
             if self.reclaiming.claims.get(&of).is_some_and(|claim| claim.incarnation <= incarnation) {
                 self.reclaiming.claims.remove(&of);
                 self.forget(Key::Claim(of));
-                self.fail(of, format!("node {from} has taken it back already"));
+                self.fail(of, format!("node {by} has taken it back already"));
             }
             self.find_lenders();
+        } else if self.reclaiming.pledges.get(&(of, from)).is_some_and(|it| it.incarnation <= incarnation) {
+            // It was told before that another node has done it.
+            self.drop_pledge(of, from);
         }
         for (quarter, title) in quarters().zip(titles) {
             if title.holder != self.id && title.serial > self.title_of(quarter).serial {
@@ -561,14 +634,33 @@ impl Ipam {
         self.send(from, &Message::BuriedAck { of, incarnation });
     }
 
-    /// This node was said to be gone for good, and others have what it had.
-    fn handle_own_funeral(&mut self, from: NodeId, incarnation: u64) {
-        if self.epoch > incarnation {
-            return;
+    /// Whether the space of another node was taken back, as `from` says. The proof is that this node was asked by that one, and agreed.
+    /// A node that was not asked, because it came later, believes a node 1 to 4 as long as it has lent nothing to the dead: otherwise
+    /// it has to take that back itself.
+    fn believes_burial(&self, from: NodeId, of: NodeId, incarnation: u64, by: NodeId) -> bool {
+        let agreed = self.reclaiming.pledges.get(&(of, by)).filter(|_| from == by);
+        if agreed.is_some_and(|pledge| incarnation <= pledge.incarnation) {
+            return true;
         }
-        self.report(Problem::Buried { by: from });
-        self.epoch = self.incarnation.max(incarnation.saturating_add(1));
+        let Some(known) = self.peers.get(&of).map(|peer| peer.incarnation) else { return false };
+        let has_lent = self.lending.loans.iter().any(|((_, borrower), lent)| {
+            *borrower == of && lent.loan.epoch <= incarnation && !lent.loan.blocks.is_empty()
+        });
+        incarnation <= known && !self.reachable.contains(&of) && !has_lent
+    }
+
+    /// This node was said to be gone for good, and others have what it had. False if that cannot be: another node that does not
+    /// agree to that vouches for it, or the word is of a launch that never was.
+    fn handle_own_funeral(&mut self, incarnation: u64, by: NodeId) -> bool {
+        if incarnation > self.incarnation || self.lending.books.keys().any(|quarter| self.may_lend(*quarter))
+        {
+            return false;
+        }
+        self.report(Problem::Buried { by });
+        self.incarnation = self.incarnation.max(incarnation.saturating_add(1));
+        self.epoch = self.incarnation;
         self.put(Fact::Epoch(self.epoch));
+        self.effects.push(Action::Renewed(self.incarnation));
         for quarter in self.lending.books.keys().copied().collect::<Vec<_>>() {
             self.drop_title(quarter);
         }
@@ -578,9 +670,10 @@ impl Ipam {
         let held: Vec<_> = self.held().collect();
         for block in held {
             // The lender may let this node keep it, when it is asked.
-            self.lose(block, from);
+            self.lose(block, by);
             self.borrowing.dirty.extend(self.layout.quarter_of(block));
         }
+        true
     }
 
     pub(super) fn handle_buried_ack(&mut self, from: NodeId, of: NodeId, incarnation: u64) {

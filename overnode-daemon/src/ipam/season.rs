@@ -4,7 +4,7 @@
 //! node that it knows. When all of them have answered, nobody else lends the quarter, and it has met all its targets, it takes
 //! what they hold as lent, and lends the rest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use super::message::{Loan, MAX_RIVALS, Message, Part, Round, Title};
@@ -27,9 +27,17 @@ pub(super) struct Answer {
     pub(super) title: Title,
     pub(super) part: Part,
     pub(super) rivals: Vec<NodeId>,
+    /// False once the node was out of reach since it answered: it may have agreed to something else meanwhile.
+    pub(super) is_fresh: bool,
 }
 
 impl Season {
+    pub(super) fn doubt(&mut self, id: NodeId) {
+        if let Some(answer) = self.answers.get_mut(&id) {
+            answer.is_fresh = false;
+        }
+    }
+
     /// The node has something else to say by now; what it said before may still be on its way.
     pub(super) fn outdated(&mut self, id: NodeId) {
         self.answers.remove(&id);
@@ -91,8 +99,10 @@ impl Ipam {
             self.season = None;
             let quarter = self.id;
             let serial = self.title_of(quarter).serial.saturating_add(1).max(self.epoch);
+            let fresh = answers.iter().filter(|(_, answer)| answer.is_fresh).map(|(id, _)| *id);
+            let consented = fresh.collect();
             let loans = answers.into_iter().map(|(id, answer)| (id, answer.loan)).collect();
-            self.take_title(quarter, serial, loans, now);
+            self.take_title(quarter, serial, loans, &consented, now);
         }
     }
 
@@ -132,6 +142,8 @@ impl Ipam {
                 Part::None
             }
             Some(Some(_)) => Part::Lends,
+            // Who may not lend has nothing to hand over, and who may be gone for good gets nothing.
+            Some(None) if !self.may_lend(quarter) || self.has_pledged(from) => Part::Lends,
             Some(None) => {
                 self.begin_transfer(quarter, Heir { id: from, epoch }, now);
                 Part::Lends
@@ -141,8 +153,8 @@ impl Ipam {
         let lender = self.borrowing.lenders.get(&quarter).copied();
         let heir = book.flatten().map(|heir| heir.id);
         let pledged = self.reclaiming.pledges.keys().filter(|(of, _)| *of == from).map(|(_, by)| *by);
-        let mut rivals: Vec<_> = pledged.chain(lender).chain(heir).filter(|id| *id != from).collect();
-        rivals.truncate(MAX_RIVALS);
+        let rivals: BTreeSet<_> = pledged.chain(lender).chain(heir).filter(|id| *id != from).collect();
+        let rivals = rivals.into_iter().take(MAX_RIVALS).collect();
         let held = self.allocation.blocks_in(Some(half)).filter(|(_, block)| !block.lost);
         let holds = held.map(|(net, _)| net).collect();
         let title = self.title_of(quarter);
@@ -153,6 +165,13 @@ impl Ipam {
         let Some(season) = &mut self.season else { return };
         if season.asked.get(&from).is_none_or(|question| question.round != round) {
             return;
+        }
+        answer.loan.epoch = self.bounded_epoch(from, answer.loan.epoch);
+        if !from.owns_a_quarter() {
+            // It never lends, and what it has heard it may have made up.
+            answer.part = Part::None;
+            answer.title = Title { serial: 0, holder: answer.title.holder };
+            answer.rivals.retain(|rival| rival.owns_a_quarter());
         }
         let half = self.layout.lendable(self.id);
         answer.loan.blocks.retain(|block| half.is_some_and(|half| half.contains(block)));

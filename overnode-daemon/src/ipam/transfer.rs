@@ -3,7 +3,7 @@
 //! The giver stops lending, for good, before it says anything; the heir lends once it has the whole ledger on disk. So at
 //! no time do two nodes lend. Nobody but the heir, in the launch that was meant, can take the quarter.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use super::fact::{Fact, Heir, Key};
@@ -54,8 +54,9 @@ impl Ipam {
     }
 
     fn choose_heir(&self, quarter: NodeId) -> Option<Heir> {
-        let rank = |id: &NodeId| (*id != quarter, !id.owns_a_quarter(), *id);
-        let id = self.members().filter(|id| self.reachable.contains(id)).min_by_key(rank)?;
+        let rank = |id: &NodeId| (*id != quarter, *id);
+        let may = |id: &NodeId| id.owns_a_quarter() && self.reachable.contains(id) && !self.has_pledged(*id);
+        let id = self.members().filter(|id| self.may_lend(quarter) && may(id)).min_by_key(rank)?;
         Some(Heir { id, epoch: self.peers.get(&id)?.incarnation })
     }
 
@@ -175,7 +176,8 @@ impl Ipam {
         now: Instant,
     ) {
         let ack = |taken| Message::TransferAck { quarter, serial, part, taken };
-        if self.has_pledged(from) {
+        let is_possible = from.owns_a_quarter() && self.id.owns_a_quarter();
+        if !is_possible || self.has_pledged(from) || self.has_left(from) {
             return;
         }
         if self.epoch > epoch {
@@ -208,7 +210,8 @@ impl Ipam {
             for part in 0..parts {
                 self.forget(Key::Part(quarter, part));
             }
-            self.take_title(quarter, serial, inbox.loans.into_values().flatten().collect(), now);
+            let loans = inbox.loans.into_values().flatten().collect();
+            self.take_title(quarter, serial, loans, &BTreeSet::from([from]), now);
         }
         self.send(from, &ack(true));
     }

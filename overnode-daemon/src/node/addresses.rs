@@ -68,6 +68,7 @@ impl Node {
         let paths = self.gossip.paths().iter();
         let reachable =
             paths.filter(|(id, path)| path.hops == 1 || is_steady(id)).map(|(id, _)| *id).collect();
+        self.ipam.set_incarnation(self.gossip.own().incarnation);
         self.ipam.set_reachable(reachable, now);
         let targets = self.dialer.target_status();
         for view in &targets {
@@ -120,6 +121,14 @@ impl Node {
                     self.reclaimed.insert(id);
                 }
                 ipam::Action::ReclaimFailed(error) => self.report_for_now(error.to_string(), now),
+                ipam::Action::Renewed(incarnation) => {
+                    if let Err(error) = self.store.set_incarnation(incarnation) {
+                        let why = anyhow::Error::new(error);
+                        self.broken = Some(why.context("the node's incarnation cannot be kept on disk"));
+                        return;
+                    }
+                    self.gossip.raise_incarnation(incarnation, now);
+                }
                 ipam::Action::MayLeave => self.outcomes.push_back(Outcome::Leave(Ok(()))),
                 ipam::Action::CannotLeave(error) => self.outcomes.push_back(Outcome::Leave(Err(error))),
             }

@@ -339,8 +339,6 @@ impl Node {
             self.tell_ipam_of_paths(now);
         }
         self.pump_ipam(now).await;
-        // A node that was taken for gone is one that was started again.
-        self.gossip.raise_incarnation(self.ipam.epoch(), now);
         // What the allocation has to say to others.
         self.pump_gossip(now).await;
         if paths_changed {

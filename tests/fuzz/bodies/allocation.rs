@@ -160,7 +160,7 @@ impl World {
                 }
                 Action::Report(problem) => assert!(!problem.to_string().is_empty()),
                 Action::Reclaimed(of) => assert_ne!(of, self.id),
-                Action::ReclaimFailed(_) => {}
+                Action::ReclaimFailed(_) | Action::Renewed(_) => {}
                 Action::MayLeave | Action::CannotLeave(_) => panic!("nobody told it to leave"),
             }
         }
@@ -216,7 +216,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         parts: 1,
         loans: vec![(id(7), loan)],
     };
-    let buried = Message::Buried { of: id(1), incarnation: 1, titles: [title; 4] };
+    let buried = Message::Buried { of: id(1), incarnation: 1, by: id(2), titles: [title; 4] };
     let lender = |steps: &[Vec<u8>]| [vec![0], steps.concat()].concat();
     let borrower = |steps: &[Vec<u8>]| [vec![1], steps.concat()].concat();
     let everybody = vec![3, 0xff];
@@ -239,6 +239,15 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                 learn(1),
                 everybody.clone(),
                 message(1, &Message::Poke { quarter: id(1), serial: 0 }),
+            ]),
+        ),
+        (
+            "vouch",
+            borrower(&[
+                learn(1),
+                everybody.clone(),
+                message(1, &Message::Hold { quarter: id(1), serial: 1, epoch: 1, round, sure: true }),
+                message(1, &Message::Vouch { quarter: id(1), serial: 1, round, heard: true }),
             ]),
         ),
         ("title", lender(&[learn(2), message(2, &Message::Title { quarter: id(1), title })])),

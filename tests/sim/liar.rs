@@ -1,0 +1,194 @@
+//! A member that lies: it knows all that there is to know, and sends and announces what no honest node would.
+//!
+//! It has an ID from 5 on. Nodes 1 to 4 are trusted with what they lend (docs/addresses.md).
+
+use ipnet::IpNet;
+use overnode_daemon::ipam::{Fact, Key, Loan, Message, Objection, Part, Round, Title, quarters};
+use overnode_daemon::types::NodeId;
+use rand::Rng;
+use rand::seq::IndexedRandom;
+
+use crate::world::World;
+
+/// Most prefixes of others that it announces at a time: with more nobody could lend anything.
+const MOST_FORGED: usize = 4;
+
+impl World {
+    pub fn is_liar(&self, id: NodeId) -> bool {
+        self.liar == Some(id)
+    }
+
+    /// One lie.
+    pub fn lie(&mut self) {
+        let Some(liar) = self.liar.filter(|liar| self.hosts[liar].node.is_some()) else { return };
+        if self.rng.random_bool(0.2) {
+            self.forged = self.some_ranges();
+            self.log(|| format!("{liar} announces {:?}", self.forged));
+            return self.pump(liar);
+        }
+        let honest: Vec<_> = self.running().into_iter().filter(|id| *id != liar).collect();
+        let Some(&to) = honest.choose(&mut self.rng) else { return };
+        let message = self.some_lie(liar);
+        self.counts.lies += 1;
+        self.log(|| format!("{liar} lies to {to}: {message:?}"));
+        self.send_parcel(liar, to, message.encode());
+    }
+
+    /// What the liar says when it is asked. None if it tells the truth, for once.
+    pub fn false_answer(&mut self, question: &Message) -> Option<Message> {
+        let liar = self.liar?;
+        if !self.is_rough || self.rng.random_bool(0.5) {
+            return None;
+        }
+        let answer = match question {
+            Message::Ask { round, .. } => Message::Answer {
+                round: *round,
+                epoch: self.some_number(liar),
+                title: self.some_title(liar),
+                part: if self.rng.random_bool(0.5) { Part::Lends } else { Part::None },
+                holds: self.some_blocks(None),
+                rivals: Vec::new(),
+            },
+            Message::Reclaim { of, round, .. } if self.rng.random_bool(0.8) => Message::ReclaimAck {
+                of: *of,
+                round: *round,
+                epoch: self.some_number(liar),
+                titles: std::array::from_fn(|_| self.some_title(liar)),
+                lends: std::array::from_fn(|_| self.rng.random_bool(0.3)),
+                holds: self.some_blocks(None),
+                rivals: Vec::new(),
+            },
+            Message::Reclaim { of, round, .. } => {
+                Message::ReclaimRefused { of: *of, round: *round, why: Objection::Alive }
+            }
+            Message::Hold { quarter, serial, round, .. } => {
+                Message::Vouch { quarter: *quarter, serial: *serial, round: *round, heard: true }
+            }
+            Message::Request { quarter, serial, round, .. } => Message::Grant {
+                quarter: *quarter,
+                serial: *serial,
+                round: *round,
+                blocks: self.some_blocks(Some(*quarter)),
+                exhausted: false,
+            },
+            _ => return None,
+        };
+        self.counts.lies += 1;
+        Some(answer)
+    }
+
+    fn some_lie(&mut self, liar: NodeId) -> Message {
+        let quarter = self.some_quarter();
+        let (serial, number) = (self.some_serial(quarter), self.some_number(liar));
+        let round = Round { incarnation: self.some_number(liar), count: self.rng.random_range(0..1 << 40) };
+        let of = *self.ids().choose(&mut self.rng).expect("there are nodes");
+        match self.rng.random_range(0..13) {
+            0 | 1 => Message::Buried {
+                of,
+                incarnation: self.some_number(of),
+                by: if self.rng.random_bool(0.5) { liar } else { self.some_quarter() },
+                titles: std::array::from_fn(|_| self.some_title(liar)),
+            },
+            2 | 3 => Message::Title { quarter, title: self.some_title(liar) },
+            4 => Message::Poke { quarter, serial },
+            5 => {
+                let blocks = self.some_blocks(Some(quarter));
+                Message::Grant { quarter, serial, round, blocks, exhausted: false }
+            }
+            6 => Message::TransferAck { quarter, serial, part: 0, taken: self.rng.random_bool(0.5) },
+            7 => {
+                let loan = Loan { epoch: number, blocks: self.some_blocks(Some(quarter)) };
+                Message::Transfer {
+                    quarter,
+                    serial,
+                    epoch: number,
+                    part: 0,
+                    parts: 1,
+                    loans: vec![(liar, loan)],
+                }
+            }
+            8 | 9 => Message::Request {
+                quarter,
+                serial,
+                epoch: number,
+                round,
+                need: self.rng.random_range(0..4),
+                want: self.rng.random_range(0..8),
+                holds: self.some_blocks(Some(quarter)),
+            },
+            10 => Message::Reclaim { of, incarnation: self.some_number(of), round },
+            11 => Message::ReclaimOver { of, round },
+            _ => Message::Hold { quarter, serial, epoch: number, round, sure: true },
+        }
+    }
+
+    fn some_quarter(&mut self) -> NodeId {
+        *quarters().collect::<Vec<_>>().choose(&mut self.rng).expect("there are four")
+    }
+
+    /// An incarnation, or close to one, or as great as can be.
+    fn some_number(&mut self, of: NodeId) -> u64 {
+        let true_one = self.hosts[&of].disk.as_ref().map_or(0, |disk| disk.incarnation);
+        match self.rng.random_range(0..6) {
+            0 => 1 << 62,
+            1 => u64::MAX,
+            2 => true_one + self.rng.random_range(1..1000),
+            _ => true_one,
+        }
+    }
+
+    fn some_serial(&mut self, quarter: NodeId) -> u64 {
+        let disks = self.hosts.values().filter_map(|host| host.disk.as_ref());
+        let books = disks.filter_map(|disk| match disk.facts.get(&Key::Book(quarter)) {
+            Some(Fact::Book { serial, .. }) => Some(*serial),
+            _ => None,
+        });
+        let true_one = books.max().unwrap_or(0);
+        match self.rng.random_range(0..6) {
+            0 => 1 << 62,
+            1 | 2 => true_one + self.rng.random_range(1..5),
+            _ => true_one,
+        }
+    }
+
+    fn some_title(&mut self, liar: NodeId) -> Title {
+        let quarter = self.some_quarter();
+        let holder = if self.rng.random_bool(0.6) { liar } else { self.some_quarter() };
+        Title { serial: self.some_serial(quarter), holder }
+    }
+
+    /// Blocks that others hold, or that nobody holds.
+    fn some_blocks(&mut self, quarter: Option<NodeId>) -> Vec<IpNet> {
+        let quarter = quarter.unwrap_or(NodeId::new(1).expect("a valid ID"));
+        let Some(half) = self.layout.lendable(quarter) else { return Vec::new() };
+        let disks = self.hosts.values().filter_map(|host| host.disk.as_ref());
+        let held = disks.flat_map(|disk| disk.facts.values()).filter_map(|fact| match fact {
+            Fact::Held { block, .. } if half.contains(block) => Some(*block),
+            _ => None,
+        });
+        let held: Vec<_> = held.collect();
+        let mut blocks: Vec<_> = held.choose_multiple(&mut self.rng, 2).copied().collect();
+        if self.rng.random_bool(0.3) {
+            blocks = half.subnets((half.prefix_len() + 2).min(32)).into_iter().flatten().take(1).collect();
+        }
+        let mut blocks = IpNet::aggregate(&blocks);
+        blocks.sort_unstable();
+        blocks
+    }
+
+    /// Prefixes of others: addresses and halves of nodes 1 to 4, blocks that were lent or are free.
+    fn some_ranges(&mut self) -> Vec<IpNet> {
+        let used: Vec<IpNet> = self.used.keys().map(|address| IpNet::from(*address)).collect();
+        let mut ranges: Vec<_> = used.choose_multiple(&mut self.rng, 2).copied().collect();
+        let quarter = self.some_quarter();
+        if self.rng.random_bool(0.3) {
+            ranges.extend(self.layout.own_part(quarter));
+        }
+        if self.rng.random_bool(0.2) {
+            ranges.extend(self.layout.lendable(quarter));
+        }
+        ranges.extend(self.some_blocks(Some(quarter)));
+        ranges.truncate(MOST_FORGED);
+        ranges
+    }
+}
