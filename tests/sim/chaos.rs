@@ -25,6 +25,7 @@ impl World {
             92..95 => self.kill_something(),
             _ => self.reclaim_something(),
         }
+        self.check_routes();
         if self.liar.is_some() && self.rng.random_bool(0.5) {
             self.lie();
         }
@@ -164,7 +165,10 @@ impl World {
     fn may_be_buried_alive(&self, id: NodeId) -> bool {
         let Some(disk) = &self.hosts[&id].disk else { return false };
         // A liar that has agreed can vouch for it all the same.
-        self.liar.is_none() && self.isolated.contains_key(&id) && !self.is_rich(disk) && !self.is_only_witness(id)
+        self.liar.is_none()
+            && self.isolated.contains_key(&id)
+            && !self.is_rich(disk)
+            && !self.is_only_witness(id)
     }
 
     /// Whether a node has anything of what is lent.
@@ -377,6 +381,7 @@ impl World {
             self.heal();
             self.bury_the_dead();
             self.run(Duration::from_secs(5));
+            self.check_routes();
             if self.converged().is_ok() {
                 break;
             }

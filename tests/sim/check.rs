@@ -25,7 +25,8 @@ impl World {
                 }
             }
             // A borrower that has lied about its requests is not heard any more, and it alone is harmed.
-            let is_liars = |what: &&str| self.liar.is_some() && *what == "borrowers have not said what they hold";
+            let is_liars =
+                |what: &&str| self.liar.is_some() && *what == "borrowers have not said what they hold";
             if !self.is_liar(*id) && !node.ipam.pending().iter().all(is_liars) {
                 return Err(format!("{id} is not done: {:?}", node.ipam.pending()));
             }

@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use overnode_daemon::gossip::{Gossip, Path, Record, Signature, Signer, Verified};
 use overnode_daemon::ipam::{Change, Config, Fact, Ipam, Key, Peer, RequestId, Timing};
+use overnode_daemon::routing::Routing;
 use overnode_daemon::types::{Network, NodeId, Secret, VerifyingKey};
 use rand::rngs::StdRng;
 
@@ -18,6 +20,8 @@ pub struct Disk {
     /// Containers, by address. They run on when the node crashes.
     pub attachments: BTreeMap<IpAddr, String>,
     pub peers: BTreeMap<NodeId, Record>,
+    /// Who announced what first.
+    pub standing: BTreeMap<NodeId, Vec<(IpNet, u64)>>,
     /// What the last write has replaced, for disks that forget it.
     pub undo: Vec<(Key, Option<Fact>)>,
 }
@@ -26,10 +30,14 @@ pub struct Disk {
 pub struct Node {
     pub gossip: Gossip,
     pub ipam: Ipam,
+    /// Which prefixes lead to whom: what the data plane would be given.
+    pub routing: Routing,
     /// The connection with each neighbour, by number.
     pub links: BTreeMap<NodeId, u64>,
     pub met: BTreeSet<NodeId>,
     pub paths: BTreeMap<NodeId, Path>,
+    /// Since when each node is reached.
+    pub reached: BTreeMap<NodeId, Instant>,
     pub paths_are_old: bool,
     pub paths_at: Option<Instant>,
     /// Containers that wait for an address.
@@ -47,6 +55,8 @@ pub struct Host {
     pub node: Option<Node>,
     /// It never comes back with this disk.
     pub is_dead: bool,
+    /// To whom its packets for an address went, since it was launched.
+    pub routed: BTreeMap<IpAddr, NodeId>,
 }
 
 impl Disk {
@@ -116,6 +126,10 @@ impl Node {
         for record in disk.peers.values() {
             ipam.learn(record.id, peer(record), now);
         }
+        let mut routing = Routing::new(*ipam.layout(), id);
+        for record in disk.peers.values() {
+            routing.restore(record, disk.standing.get(&record.id).cloned().unwrap_or_default(), now);
+        }
         let own = Record {
             id,
             incarnation: disk.incarnation,
@@ -138,9 +152,11 @@ impl Node {
         Self {
             gossip,
             ipam,
+            routing,
             links: BTreeMap::new(),
             met: BTreeSet::new(),
             paths: BTreeMap::new(),
+            reached: BTreeMap::new(),
             paths_are_old: true,
             paths_at: None,
             waiting: BTreeMap::new(),

@@ -2,6 +2,9 @@
 //!
 //! It has an ID from 5 on. Nodes 1 to 4 are trusted with what they lend (docs/addresses.md).
 
+use std::net::IpAddr;
+use std::time::Duration;
+
 use ipnet::IpNet;
 use overnode_daemon::ipam::{Fact, Key, Loan, Message, Objection, Part, Round, Title, quarters};
 use overnode_daemon::types::NodeId;
@@ -190,5 +193,49 @@ impl World {
         ranges.extend(self.some_blocks(Some(quarter)));
         ranges.truncate(MOST_FORGED);
         ranges
+    }
+}
+
+/// News travel for no longer than this between nodes that reach each other.
+const NEWS: Duration = Duration::from_secs(5);
+
+impl World {
+    /// What leads to an honest node at another one must not lead to the liar later, while its owner is reached and has it.
+    pub fn check_routes(&mut self) {
+        let Some(liar) = self.liar else { return };
+        let now = self.now;
+        let used: Vec<(IpAddr, NodeId)> =
+            self.used.iter().map(|(address, owner)| (*address, *owner)).collect();
+        let mut violations = Vec::new();
+        for (&id, host) in self.hosts.iter_mut().filter(|(id, _)| **id != liar) {
+            let Some(node) = &mut host.node else { continue };
+            node.routing.set_own(&node.ipam.ranges(), &node.ipam.claims());
+            node.routing.set_gone(node.ipam.buried().map(|(id, up_to, _)| (id, up_to)));
+            node.routing.update(now);
+            let length = |of: NodeId, address: &IpAddr| {
+                let routes = node.routing.routes(of).iter().filter(|prefix| prefix.contains(address));
+                routes.map(IpNet::prefix_len).max()
+            };
+            let knows_liar = node.reached.get(&liar).is_some_and(|since| *since + NEWS <= now);
+            for (address, owner) in used.iter().filter(|(_, owner)| *owner != id && *owner != liar) {
+                let is_near = node.reached.get(owner).is_some_and(|since| *since + NEWS <= now);
+                let (right, wrong) = (length(*owner, address), length(liar, address));
+                // A node that was just launched hears of both at once, and cannot know which was first.
+                if right > wrong {
+                    if knows_liar {
+                        host.routed.insert(*address, *owner);
+                    }
+                } else if wrong.is_some() && host.routed.get(address) == Some(owner) && is_near {
+                    violations
+                        .push(format!("{id} sends to the liar {liar} what is for {address} of {owner}"));
+                } else if wrong.is_some() {
+                    self.counts.lost_races += 1;
+                }
+            }
+            host.routed.retain(|address, owner| self.used.get(address) == Some(owner));
+        }
+        for violation in violations {
+            self.violate(violation);
+        }
     }
 }

@@ -29,6 +29,7 @@ impl Outcome {
         sum.reclaims += counts.reclaims;
         sum.buried_alive += counts.buried_alive;
         sum.lies += counts.lies;
+        sum.lost_races += counts.lost_races;
         sum.attaches += counts.attaches;
         sum.granted += counts.granted;
         sum.refused += counts.refused;
@@ -106,7 +107,10 @@ pub fn many(seeds: Range<u64>, nodes: u16) -> bool {
     println!("crashes      {}", counts.crashes);
     println!("resets       {}", counts.resets);
     println!("reclaims     {}, {} of nodes that live", counts.reclaims, counts.buried_alive);
-    println!("lies         {}", counts.lies);
+    println!(
+        "lies         {}, {} looks at addresses that the liar had first",
+        counts.lies, counts.lost_races
+    );
     println!("attaches     {}, {} refused", counts.attaches, counts.refused);
     println!("reports      {}", counts.reports);
     println!("duplicates   {}", counts.duplicates);

@@ -52,6 +52,8 @@ pub struct Counts {
     pub buried_alive: u64,
     /// Messages of a liar.
     pub lies: u64,
+    /// Looks at an address that the liar has announced before its owner, as another node has seen it.
+    pub lost_races: u64,
     pub attaches: u64,
     pub granted: u64,
     pub refused: u64,
@@ -357,6 +359,7 @@ impl World {
         let Some(host) = self.hosts.get_mut(&id) else { return };
         host.node = None;
         host.disk = None;
+        host.routed.clear();
         self.used.retain(|_, user| *user != id);
         self.problems.remove(&id);
         self.hang_up(id);
@@ -634,6 +637,8 @@ impl World {
                 let (Some(node), Some(disk)) = (&mut host.node, &mut host.disk) else { return };
                 let Some(record) = node.gossip.record(other).cloned() else { return };
                 disk.peers.insert(other, record.clone());
+                node.routing.learn(&record);
+                disk.standing.insert(other, node.routing.standing(other).collect());
                 node.ipam.learn(other, peer(&record), now);
                 node.paths_are_old = true;
             }
@@ -664,6 +669,11 @@ impl World {
             node.paths_at = Some(now);
             node.paths = node.gossip.paths().clone();
             let reachable = node.paths.keys().copied().collect();
+            node.routing.set_reachable(node.paths.keys(), now);
+            node.reached.retain(|id, _| node.paths.contains_key(id));
+            for id in node.paths.keys() {
+                node.reached.entry(*id).or_insert(now);
+            }
             node.ipam.set_reachable(reachable, now);
             node.ipam.set_targets_met(targets.iter().all(|target| node.met.contains(target)), now);
         }
