@@ -217,8 +217,8 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         // Of the halves, neither can do it alone.
         for (host, count, missing) in [(two, 1, "3"), (three, 2, "2")] {
             wait_for_peers(host, count)?;
-            // What is unreachable for packets counts as gone when its connections have ended.
-            eventually(PATIENCE, || {
+            // What is unreachable for packets counts as gone when its connections have ended, and 20 s have passed.
+            eventually(PATIENCE * 3, || {
                 let pending = host.overnode(&["reclaim", "1", "--timeout", "1"])?.failure(1)?;
                 ensure!(pending.contains("have to agree") && pending.contains(missing), "{pending}");
                 Ok(())

@@ -660,7 +660,8 @@ fn a_liar_cannot_take_a_quarter_by_saying_that_it_has_it() {
     let transfer = Message::Transfer { quarter: id(1), serial, epoch: 1002, part: 0, parts: 1, loans };
     lie(&mut cluster, 5, 2, &transfer);
     cluster.run(LONG);
-    assert!(cluster.node(1).lends(id(1)).is_some(), "the lender has given way");
+    assert_eq!(cluster.problems(1), [], "the lender has given way");
+    assert!(cluster.node(1).lends(id(1)).is_some());
     assert!(cluster.node(2).lends(id(1)).is_none(), "another one has taken it");
     cluster.allocate(6, 30);
     cluster.run(LONG);
@@ -700,6 +701,8 @@ fn a_liar_that_had_an_id_cannot_keep_its_owner_from_borrowing() {
     cluster.allocate(5, 1);
     cluster.run(LONG);
     assert_eq!(cluster.granted[&id(5)].len(), 1);
+    let half = cluster.node(5).layout().lendable(id(1)).unwrap();
+    assert!(half.contains(&cluster.granted[&id(5)][0]), "node 1 does not hear it");
 }
 
 /// A liar announces a block that is free: packets for it would go to the liar.
