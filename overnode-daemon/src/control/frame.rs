@@ -3,6 +3,8 @@
 //! On the wire: a length (u16, big-endian) and so many bytes, which are one Noise message or, if shorter than
 //! an authentication tag, a [plaintext verdict](TOKEN_REFUSED). In the plaintext of a transport message: one byte, `MORE` or
 //! `LAST`, and a part of a message of the layer above. A message without any bytes is a heartbeat.
+//! Between messages there may be a frame of keys: the byte `KEYS` and what
+//! [`renewal`](super::renewal) makes of the rest.
 
 /// Longest Noise message, in bytes (Noise specification section 3).
 pub const MAX_FRAME: usize = 65535;
@@ -18,6 +20,7 @@ pub const MAX_PART: usize = MAX_FRAME - TAG - 1;
 /// another token explains.
 pub const TOKEN_REFUSED: &[u8] = b"\x01";
 
+const KEYS: u8 = 2;
 const MORE: u8 = 1;
 const LAST: u8 = 0;
 
@@ -33,6 +36,9 @@ pub enum BadFrame {
     /// A transport message without its first byte, or with an unknown one.
     #[error("a part of a message without a valid mark")]
     Mark,
+    /// A frame of keys in the middle of a message.
+    #[error("new keys in the middle of a message")]
+    Keys,
     /// A part without content that is not the last: only meant to keep us busy.
     #[error("an empty part of a message")]
     EmptyPart,
@@ -91,6 +97,11 @@ pub struct Joiner {
 }
 
 impl Joiner {
+    /// True if more parts of a message have to follow.
+    pub fn is_mid_message(&self) -> bool {
+        !self.message.is_empty()
+    }
+
     /// Takes the plaintext of one transport message; returns the message that it completes.
     ///
     /// # Errors
@@ -113,6 +124,16 @@ impl Joiner {
             _ => Err(BadFrame::Mark),
         }
     }
+}
+
+/// What a frame of keys carries, if this is the plaintext of one.
+pub fn keys(plaintext: &[u8]) -> Option<&[u8]> {
+    plaintext.split_first().filter(|(mark, _)| **mark == KEYS).map(|(_, bytes)| bytes)
+}
+
+/// The plaintext of a frame of keys.
+pub fn with_keys(bytes: &[u8]) -> Vec<u8> {
+    [&[KEYS], bytes].concat()
 }
 
 /// The plaintexts of the transport messages that carry `message`; one, for an empty message.

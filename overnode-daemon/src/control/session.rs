@@ -13,16 +13,18 @@
 //! the token a stranger at either end learns the node's public key and nothing else. Both sides tell each other their
 //! verdict, so that both can tell people.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use snow::{Builder, HandshakeState, StatelessTransportState};
+use snow::{Builder, HandshakeState};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use super::frame::{self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, TAG, TOKEN_REFUSED};
 use super::hello::{Hello, Refusal, Verdict, common_version};
 use super::key;
+use super::renewal::{Handover, Keys, REJECT_AFTER_FRAMES, RENEW_AFTER, RENEW_AFTER_FRAMES, Renewal};
 use crate::types::{PublicKey, Secret};
 
 /// Everything up to the verdicts must have happened within this time.
@@ -76,18 +78,77 @@ pub struct Link<S> {
 #[derive(Debug)]
 pub struct Reader<S> {
     stream: ReadHalf<S>,
-    noise: Arc<StatelessTransportState>,
+    noise: Keys,
     nonce: u64,
     cutter: Cutter,
     joiner: Joiner,
+    shared: Arc<Shared>,
+    handovers: mpsc::Sender<Handover>,
 }
 
 /// The sending half of a connection.
 #[derive(Debug)]
 pub struct Writer<S> {
     stream: WriteHalf<S>,
-    noise: Arc<StatelessTransportState>,
+    noise: Keys,
     nonce: u64,
+    shared: Arc<Shared>,
+    handovers: mpsc::Receiver<Handover>,
+}
+
+/// What both halves of a connection need for its renewals.
+#[derive(Debug)]
+struct Shared {
+    renewal: Mutex<Renewal>,
+    /// Many frames were sent or received: it is time, however young the keys are.
+    early: Notify,
+}
+
+impl Shared {
+    fn renewal(&self) -> MutexGuard<'_, Renewal> {
+        self.renewal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a frame in one direction; the number that it gets.
+    fn count(&self, nonce: &mut u64) -> Result<u64, Refusal> {
+        if *nonce >= REJECT_AFTER_FRAMES {
+            return Err(expired());
+        }
+        if *nonce == RENEW_AFTER_FRAMES {
+            self.early.notify_one();
+        }
+        *nonce += 1;
+        Ok(*nonce - 1)
+    }
+}
+
+/// What is due on a connection's keys.
+pub enum Due {
+    /// To ask the other side for new ones.
+    Begin,
+    /// To go on with new ones.
+    HandOver(Handover),
+    /// To end the connection.
+    Expired,
+}
+
+fn expired() -> Refusal {
+    Refusal::CutOff("no new keys for too long".to_owned())
+}
+
+/// How a connection is made, besides by whom.
+#[derive(Debug)]
+pub struct Terms<T> {
+    /// Age at which its keys are renewed; at twice this age it ends.
+    pub renew_after: Duration,
+    /// Awaited by a responder after the first message and before anything is computed for it.
+    pub turn: T,
+}
+
+impl Default for Terms<std::future::Ready<()>> {
+    fn default() -> Self {
+        Self { renew_after: RENEW_AFTER, turn: std::future::ready(()) }
+    }
 }
 
 /// Runs the handshake. `admit` is asked about a peer that has proven to have the token and fits: it may refuse it,
@@ -95,22 +156,25 @@ pub struct Writer<S> {
 ///
 /// # Errors
 /// The [`Refusal`], after the other side was told if it could be.
-pub async fn connect<S>(
+pub async fn connect<S, T>(
     stream: S,
     role: Role,
     me: &Me,
+    terms: Terms<T>,
     admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
 ) -> Result<Link<S>, Refusal>
 where
     S: AsyncRead + AsyncWrite,
+    T: Future<Output = ()>,
 {
-    timeout(HANDSHAKE_LIMIT, handshake(stream, role, me, admit))
+    timeout(HANDSHAKE_LIMIT, handshake(stream, role, me, terms, admit))
         .await
         .unwrap_or(Err(Refusal::TimedOut(HANDSHAKE_LIMIT.as_secs())))
 }
 
 impl<S: AsyncRead> Reader<S> {
-    /// The next message; heartbeats are swallowed. Cancel-safe: a call that is dropped loses nothing.
+    /// The next message; heartbeats are swallowed, and so are new keys. Cancel-safe: a call that is
+    /// dropped loses nothing.
     ///
     /// # Errors
     /// [`Refusal::TimedOut`] if not even a heartbeat came within [`READ_LIMIT`]; [`Refusal::Closed`], [`Refusal::Io`];
@@ -132,10 +196,14 @@ impl<S: AsyncRead> Reader<S> {
                     return Err(refusal_in_the_clear(frame));
                 }
                 let mut plaintext = vec![0; frame.len() - TAG];
+                let nonce = self.shared.count(&mut self.nonce)?;
                 self.noise
-                    .read_message(self.nonce, frame, &mut plaintext)
+                    .read_message(nonce, frame, &mut plaintext)
                     .map_err(|_| Refusal::Garbage("a message was altered on its way"))?;
-                self.nonce += 1;
+                if let Some(keys) = frame::keys(&plaintext) {
+                    self.take_keys(keys)?;
+                    continue;
+                }
                 if let Some(message) = self.joiner.push(&plaintext)? {
                     return Ok(message);
                 }
@@ -147,6 +215,19 @@ impl<S: AsyncRead> Reader<S> {
                 return Err(Refusal::Closed);
             }
         }
+    }
+
+    fn take_keys(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
+        if self.joiner.is_mid_message() {
+            return Err(frame::BadFrame::Keys.into());
+        }
+        let step = self.shared.renewal().handle(bytes, Instant::now().into_std())?;
+        if let Some(keys) = step.receive_by {
+            (self.noise, self.nonce) = (keys, 0);
+        }
+        // The rules leave room for one that waits.
+        let told = step.send.map_or(Ok(()), |send| self.handovers.try_send(send));
+        told.map_err(|_| Refusal::Closed)
     }
 }
 
@@ -174,6 +255,58 @@ impl<S: AsyncWrite> Writer<S> {
         self.send(&[]).await
     }
 
+    /// Waits until something is due on the connection's keys. Cancel-safe.
+    pub async fn due(&mut self) -> Due {
+        let (begin, expires) = {
+            let renewal = self.shared.renewal();
+            (renewal.due(), renewal.expires())
+        };
+        let (may_begin, begin) = (begin.is_some(), begin.unwrap_or(expires));
+        tokio::select! {
+            Some(handover) = self.handovers.recv() => Due::HandOver(handover),
+            () = sleep_until(expires.into()) => Due::Expired,
+            () = sleep_until(begin.into()), if may_begin => Due::Begin,
+            () = self.shared.early.notified(), if may_begin => Due::Begin,
+        }
+    }
+
+    /// Does what is due. Not cancel-safe, as [`Self::send`].
+    ///
+    /// # Errors
+    /// As [`Self::send`]; [`Refusal::CutOff`] if the keys are too old.
+    pub async fn renew(&mut self, due: Due) -> Result<(), Refusal> {
+        match due {
+            Due::Begin => {
+                let Some(bytes) = self.shared.renewal().begin() else { return Ok(()) };
+                self.send_keys(&bytes).await
+            }
+            Due::HandOver(Handover { bytes, keys }) => {
+                self.send_keys(&bytes).await?;
+                (self.noise, self.nonce) = (keys, 0);
+                Ok(())
+            }
+            Due::Expired => Err(expired()),
+        }
+    }
+
+    async fn send_keys(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
+        let plaintext = frame::with_keys(bytes);
+        let sending = async {
+            self.send_frame(&plaintext).await?;
+            Ok(self.stream.flush().await?)
+        };
+        timeout(WRITE_LIMIT, sending).await.unwrap_or(Err(Refusal::TimedOut(WRITE_LIMIT.as_secs())))
+    }
+
+    async fn send_frame(&mut self, plaintext: &[u8]) -> Result<(), Refusal> {
+        let nonce = self.shared.count(&mut self.nonce)?;
+        let mut sealed = vec![0; plaintext.len() + TAG];
+        self.noise
+            .write_message(nonce, plaintext, &mut sealed)
+            .map_err(|_| Refusal::Garbage("a message could not be sealed"))?;
+        write_frame(&mut self.stream, &sealed).await
+    }
+
     /// Says that nothing more will come. Errors do not matter any more.
     pub async fn close(mut self) {
         let _ = timeout(WRITE_LIMIT, self.stream.shutdown()).await;
@@ -181,44 +314,42 @@ impl<S: AsyncWrite> Writer<S> {
 
     async fn send_parts(&mut self, message: &[u8]) -> Result<(), Refusal> {
         for part in frame::parts(message) {
-            let mut sealed = vec![0; part.len() + TAG];
-            self.noise
-                .write_message(self.nonce, &part, &mut sealed)
-                .map_err(|_| Refusal::Garbage("a message could not be sealed"))?;
-            self.nonce += 1;
-            write_frame(&mut self.stream, &sealed).await?;
+            self.send_frame(&part).await?;
         }
         self.stream.flush().await?;
         Ok(())
     }
 }
 
-async fn handshake<S>(
+async fn handshake<S, T>(
     stream: S,
     role: Role,
     me: &Me,
+    terms: Terms<T>,
     admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
 ) -> Result<Link<S>, Refusal>
 where
     S: AsyncRead + AsyncWrite,
+    T: Future<Output = ()>,
 {
+    let Terms { renew_after, turn } = terms;
     let (mut read, mut write) = tokio::io::split(stream);
     let mut cutter = Cutter::default();
     let noise = start(role, me);
     match role {
         Role::Initiator => {
             let noise = initiate(noise, &mut read, &mut write, &mut cutter, me).await?;
-            let (mut reader, mut writer) = halves(read, write, cutter, noise)?;
+            let (mut reader, mut writer) = halves(read, write, cutter, noise, (role, me, renew_after))?;
             let greeting = reader.receive_greeting().await?;
-            let peer = Hello::decode(&greeting, reader.remote_key()?, me.hello.versions);
+            let peer = Hello::decode(&greeting, remote_key(&reader.noise)?, me.hello.versions);
             let checked = judge(me, &peer, admit);
             writer.send(&Verdict::of(&checked).encode()).await?;
             finish(me, peer, checked, reader, writer).await
         }
         Role::Responder => {
-            let (noise, greeting) = respond(noise, &mut read, &mut write, &mut cutter).await?;
-            let (reader, mut writer) = halves(read, write, cutter, noise)?;
-            let peer = Hello::decode(&greeting, reader.remote_key()?, me.hello.versions);
+            let (noise, greeting) = respond(noise, &mut read, &mut write, &mut cutter, turn).await?;
+            let (reader, mut writer) = halves(read, write, cutter, noise, (role, me, renew_after))?;
+            let peer = Hello::decode(&greeting, remote_key(&reader.noise)?, me.hello.versions);
             let checked = judge(me, &peer, admit);
             writer.send(&me.hello.encode()).await?;
             writer.send(&Verdict::of(&checked).encode()).await?;
@@ -264,6 +395,7 @@ async fn respond<S: AsyncRead + AsyncWrite>(
     read: &mut ReadHalf<S>,
     write: &mut WriteHalf<S>,
     cutter: &mut Cutter,
+    turn: impl Future<Output = ()>,
 ) -> Result<(HandshakeState, Vec<u8>), Refusal> {
     let mut payload = [0; MAX_HANDSHAKE_FRAME];
     read_frame(read, cutter, |first| {
@@ -272,6 +404,7 @@ async fn respond<S: AsyncRead + AsyncWrite>(
             .map_err(|_| Refusal::Garbage("its first message cannot be read"))
     })
     .await?;
+    turn.await;
     write_handshake(&mut noise, write, &[]).await?;
     let greeting = read_frame(read, cutter, |third| match noise.read_message(third, &mut payload) {
         Ok(length) => Ok(Ok(payload[..length].to_vec())),
@@ -296,21 +429,37 @@ fn halves<S: AsyncRead + AsyncWrite>(
     write: WriteHalf<S>,
     cutter: Cutter,
     noise: HandshakeState,
+    (role, me, renew_after): (Role, &Me, Duration),
 ) -> Result<(Reader<S>, Writer<S>), Refusal> {
+    let binding = noise.get_handshake_hash().to_vec();
     let noise = noise
         .into_stateless_transport_mode()
         .map_err(|_| Refusal::Garbage("the handshake did not come to its end"))?;
     let noise = Arc::new(noise);
-    let reader = Reader { stream: read, noise: noise.clone(), nonce: 0, cutter, joiner: Joiner::default() };
-    Ok((reader, Writer { stream: write, noise, nonce: 0 }))
+    let remote = remote_key(&noise)?;
+    let own = (me.static_secret.clone(), key::control_key(&me.cluster_key));
+    let now = Instant::now().into_std();
+    let renewal = Mutex::new(Renewal::new(role, own, remote, binding, renew_after, now));
+    let shared = Arc::new(Shared { renewal, early: Notify::new() });
+    let (sender, receiver) = mpsc::channel(1);
+    let reader = Reader {
+        stream: read,
+        noise: Arc::clone(&noise),
+        nonce: 0,
+        cutter,
+        joiner: Joiner::default(),
+        shared: Arc::clone(&shared),
+        handovers: sender,
+    };
+    Ok((reader, Writer { stream: write, noise, nonce: 0, shared, handovers: receiver }))
+}
+
+fn remote_key(noise: &Keys) -> Result<PublicKey, Refusal> {
+    let key = noise.get_remote_static().and_then(|key| key.try_into().ok());
+    key.map(PublicKey).ok_or(Refusal::Garbage("it has no public key"))
 }
 
 impl<S: AsyncRead> Reader<S> {
-    fn remote_key(&self) -> Result<PublicKey, Refusal> {
-        let key = self.noise.get_remote_static().and_then(|key| key.try_into().ok());
-        key.map(PublicKey).ok_or(Refusal::Garbage("it has no public key"))
-    }
-
     /// The responder's greeting is the first thing under both keys: if it does not open, the responder has another token but
     /// does not say so.
     async fn receive_greeting(&mut self) -> Result<Vec<u8>, Refusal> {

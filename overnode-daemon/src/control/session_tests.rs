@@ -25,8 +25,8 @@ type Outcome = Result<Link<DuplexStream>, Refusal>;
 async fn meet(initiator: &Me, responder: &Me) -> (Outcome, Outcome) {
     let (a, b) = duplex(1 << 16);
     tokio::join!(
-        connect(a, Role::Initiator, initiator, |_| Ok(())),
-        connect(b, Role::Responder, responder, |_| Ok(())),
+        connect(a, Role::Initiator, initiator, Terms::default(), |_| Ok(())),
+        connect(b, Role::Responder, responder, Terms::default(), |_| Ok(())),
     )
 }
 
@@ -71,8 +71,8 @@ async fn another_token_is_named_on_both_sides_and_nothing_is_exchanged() {
     let admitted = |_: &Hello| -> Result<(), Refusal> { panic!("a stranger got as far as admission") };
     let wire = tokio::spawn(relay(spy_a, spy_b));
     let (initiator, responder) = tokio::join!(
-        connect(a, Role::Initiator, &one, admitted),
-        connect(b, Role::Responder, &two, admitted)
+        connect(a, Role::Initiator, &one, Terms::default(), admitted),
+        connect(b, Role::Responder, &two, Terms::default(), admitted)
     );
     assert!(matches!(initiator, Err(Refusal::Token)));
     assert!(matches!(responder, Err(Refusal::Token)));
@@ -96,8 +96,8 @@ async fn a_member_greets_with_the_identity_of_another_node() {
         let (a, b) = duplex(1 << 16);
         let admit = |_: &Hello| Ok(());
         let (called, answered) = tokio::join!(
-            connect(a, Role::Initiator, initiator, admit),
-            connect(b, Role::Responder, responder, admit)
+            connect(a, Role::Initiator, initiator, Terms::default(), admit),
+            connect(b, Role::Responder, responder, Terms::default(), admit)
         );
         let honest = if initiator.hello.id == one.hello.id { called } else { answered };
         assert!(words(honest).contains("the identity of another node"));
@@ -148,11 +148,11 @@ async fn refusals_arrive_over_tcp() {
             let (initiator, responder) = tokio::join!(
                 async {
                     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-                    connect(stream, Role::Initiator, &one, |_| Ok(())).await.map(drop)
+                    connect(stream, Role::Initiator, &one, Terms::default(), |_| Ok(())).await.map(drop)
                 },
                 async {
                     let (stream, _) = listener.accept().await.unwrap();
-                    connect(stream, Role::Responder, other, |_| Ok(())).await.map(drop)
+                    connect(stream, Role::Responder, other, Terms::default(), |_| Ok(())).await.map(drop)
                 }
             );
             for outcome in [initiator, responder] {
@@ -174,7 +174,7 @@ async fn what_is_no_node_is_named_so() {
     ] {
         let (a, mut b) = duplex(1 << 16);
         b.write_all(banner.as_bytes()).await.unwrap();
-        let text = words(connect(a, role, &node(1, 1), |_| Ok(())).await);
+        let text = words(connect(a, role, &node(1, 1), Terms::default(), |_| Ok(())).await);
         assert!(text.starts_with("the other end is no overnode node ("), "{banner:?}: {text}");
     }
 }
@@ -289,8 +289,8 @@ async fn a_refused_admission_is_told_to_the_other_side() {
         let (a, b) = duplex(1 << 16);
         let (one, seven) = (node(1, 1), node(7, 7));
         let (a, b) = tokio::join!(
-            connect(a, Role::Initiator, &one, clash(Role::Initiator)),
-            connect(b, Role::Responder, &seven, clash(Role::Responder))
+            connect(a, Role::Initiator, &one, Terms::default(), clash(Role::Initiator)),
+            connect(b, Role::Responder, &seven, Terms::default(), clash(Role::Responder))
         );
         for text in [words(a), words(b)] {
             assert!(text.contains("is used twice: by old-host7 and by host"), "{text}");
@@ -302,7 +302,7 @@ async fn a_refused_admission_is_told_to_the_other_side() {
 async fn silence_ends_the_handshake_and_the_connection() {
     let (a, _silent) = duplex(1 << 16);
     let began = Instant::now();
-    let outcome = connect(a, Role::Responder, &node(1, 1), |_| Ok(())).await;
+    let outcome = connect(a, Role::Responder, &node(1, 1), Terms::default(), |_| Ok(())).await;
     assert!(matches!(outcome, Err(Refusal::TimedOut(10))));
     assert_eq!(began.elapsed(), HANDSHAKE_LIMIT);
 
@@ -350,8 +350,8 @@ async fn altered_repeated_and_reordered_messages_end_the_connection() {
         let (mut from_a, mut to_a) = tokio::io::split(spy_a);
         let meeting = async {
             tokio::join!(
-                connect(a, Role::Initiator, &one, |_| Ok(())),
-                connect(b, Role::Responder, &two, |_| Ok(())),
+                connect(a, Role::Initiator, &one, Terms::default(), |_| Ok(())),
+                connect(b, Role::Responder, &two, Terms::default(), |_| Ok(())),
             )
         };
         let honest = async {
@@ -412,8 +412,8 @@ async fn an_altered_byte_anywhere_in_the_handshake_ends_it() {
             tokio::join!(flip(&mut a_read, &mut b_write, position), copy(&mut b_read, &mut a_write))
         });
         let (_, responder) = tokio::join!(
-            connect(a, Role::Initiator, &one, |_| Ok(())),
-            connect(b, Role::Responder, &two, |_| Ok(()))
+            connect(a, Role::Initiator, &one, Terms::default(), |_| Ok(())),
+            connect(b, Role::Responder, &two, Terms::default(), |_| Ok(()))
         );
         let is_altered = position < sent_by_initiator;
         assert_eq!(responder.is_err(), is_altered, "byte {position} of {sent_by_initiator}");
@@ -445,7 +445,7 @@ proptest! {
         let outcome = runtime.block_on(async {
             let (a, mut b) = duplex(1 << 16);
             b.write_all(&bytes).await.unwrap();
-            connect(a, role, &node(1, 1), |_| Ok(())).await
+            connect(a, role, &node(1, 1), Terms::default(), |_| Ok(())).await
         });
         prop_assert!(outcome.is_err());
     }

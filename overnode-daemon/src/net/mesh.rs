@@ -17,7 +17,7 @@ use tokio::time::{Instant, interval, timeout};
 use crate::control::dial::{AttemptId, Place};
 use crate::control::hello::{Hello, Refusal};
 use crate::control::packet::Packet;
-use crate::control::session::{self, Me, Reader, Role, Writer};
+use crate::control::session::{self, Me, Reader, Role, Terms, Writer};
 use crate::types::{NodeId, PublicKey};
 
 /// How long a connection attempt to one address may take.
@@ -325,7 +325,8 @@ async fn resolve(name: &str, port: u16) -> Vec<SocketAddr> {
 async fn greet(shared: &Shared, stream: TcpStream, role: Role) -> Result<(Ends, Link), Refusal> {
     stream.set_nodelay(true)?;
     let ends = Ends { remote: plain(stream.peer_addr()?), local: plain(stream.local_addr()?) };
-    let link = session::connect(stream, role, &shared.me, |peer| shared.admit(peer)).await?;
+    let terms = Terms::default();
+    let link = session::connect(stream, role, &shared.me, terms, |peer| shared.admit(peer)).await?;
     Ok((ends, link))
 }
 
@@ -405,6 +406,12 @@ async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>
             _ = heartbeat.tick() => {
                 let micros = u64::try_from(born.elapsed().as_micros()).unwrap_or(u64::MAX);
                 Packet::Ping(micros).encode()
+            }
+            due = writer.due() => {
+                if let Err(refusal) = writer.renew(due).await {
+                    return refusal;
+                }
+                continue;
             }
         };
         if let Err(refusal) = writer.send(&frame).await {

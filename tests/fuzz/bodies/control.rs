@@ -1,12 +1,17 @@
-//! Control connections: frames, messages, greetings, verdicts.
+//! Control connections: frames, messages, greetings, verdicts, renewals of keys.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use overnode_daemon::control::frame::{self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, MAX_MESSAGE};
 use overnode_daemon::control::hello::{Hello, MAX_NICKNAME, Refusal, Verdict, clean};
 use overnode_daemon::control::key;
 use overnode_daemon::control::packet::Packet;
+use overnode_daemon::control::renewal::{Keys, Renewal};
+use overnode_daemon::control::session::Role;
 use overnode_daemon::types::{Network, NodeId, Secret};
 
-use super::input::Input;
+use super::input::{Input, MAX_STEPS};
 
 /// The first byte says what the others are.
 pub fn run(data: &[u8]) {
@@ -17,6 +22,7 @@ pub fn run(data: &[u8]) {
         2 => greeting(&mut input),
         3 => verdict(input.0),
         4 => parts(&mut input),
+        5 => renewals(&mut input),
         _ => {}
     }
 }
@@ -107,6 +113,64 @@ fn parts(input: &mut Input<'_>) {
     assert!(joined == [message], "a message of {length} bytes");
 }
 
+/// Both ends of a connection, and frames of keys that arrive as they are, altered, or made up.
+/// Whoever notices ends the connection; as long as nobody does, both ends have the same keys.
+fn renewals(input: &mut Input<'_>) {
+    const EVERY: Duration = Duration::from_secs(60);
+    let mut now = Instant::now();
+    let secrets = [Secret([1; 32]), Secret([2; 32])];
+    let mut ends = [(Role::Initiator, 0, 1), (Role::Responder, 1, 0)].map(|(role, own, other)| {
+        let own = (secrets[own].clone(), Secret([9; 32]));
+        Renewal::new(role, own, key::public_key(&secrets[other]), vec![7; 32], EVERY, now)
+    });
+    // The latest keys that each end sends and receives by.
+    let mut keys: [(Option<Keys>, Option<Keys>); 2] = Default::default();
+    let mut flying: VecDeque<(usize, Vec<u8>)> = VecDeque::new();
+    for _ in 0..MAX_STEPS {
+        let Some(step) = input.step() else { break };
+        let (to, bytes) = match step & 7 {
+            0 => {
+                now += Duration::from_secs(input.byte().into());
+                continue;
+            }
+            1 => {
+                flying.extend(ends[0].begin().map(|offer| (1, offer)));
+                assert!(ends[1].begin().is_none(), "the responder never begins");
+                continue;
+            }
+            2 | 3 => {
+                let Some((to, mut bytes)) = flying.pop_front() else { continue };
+                if step & 1 == 1 {
+                    let at = usize::from(input.byte());
+                    match bytes.get_mut(at) {
+                        Some(byte) => *byte ^= input.byte(),
+                        None => bytes.truncate(at / 2),
+                    }
+                }
+                (to, bytes)
+            }
+            4 => (usize::from(step >> 3) & 1, input.bytes().to_vec()),
+            _ => continue,
+        };
+        let Ok(step) = ends[to].handle(&bytes, now) else { return };
+        if let Some(receive_by) = step.receive_by {
+            keys[to].1 = Some(receive_by);
+        }
+        if let Some(handover) = step.send {
+            keys[to].0 = Some(handover.keys);
+            flying.push_back((1 - to, handover.bytes));
+        }
+        if flying.is_empty() && ends[0].due().is_some() {
+            for (from, to) in [(0, 1), (1, 0)] {
+                let (Some(sender), Some(receiver)) = (&keys[from].0, &keys[to].1) else { continue };
+                let (mut sealed, mut opened) = ([0; 20], [0; 4]);
+                sender.write_message(0, b"text", &mut sealed).expect("there is room");
+                assert!(receiver.read_message(0, &sealed, &mut opened).is_ok(), "two sets of keys");
+            }
+        }
+    }
+}
+
 fn me() -> Hello {
     node(1)
 }
@@ -143,5 +207,9 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("verdict-welcome", of(3, &Verdict::Welcome.encode())),
         ("verdict-clash", of(3, &clash.encode())),
         ("parts", of(4, &[0, 100, 1, 2, 3])),
+        ("keys", of(1, &frame::with_keys(&[1, 2]))),
+        ("renewals", of(5, &[0, 60, 1, 2, 2, 2, 0, 60, 1, 2, 2, 2])),
+        ("a-renewal-that-is-altered", of(5, &[0, 60, 1, 3, 40, 1, 2])),
+        ("a-renewal-of-nobody", of(5, &[0, 60, 12, 2, 1, 1, 4, 0])),
     ]
 }

@@ -1,0 +1,288 @@
+//! New keys for a control connection that is up, without a gap: how, when, and until when the
+//! present ones may be used.
+//!
+//! ```text
+//! initiator of the connection                  responder
+//!   KEYS(e, es, ss, psk)                    ->   knows the new keys
+//!   knows the new keys, receives by them    <-   KEYS(e, ee, se), then sends by the new keys
+//!   KEYS(), then sends by the new keys      ->   receives by the new keys
+//! ```
+//! A Noise handshake of its own (`KKpsk0`, both sides know each other) travels inside the
+//! connection; its prologue is the hash of the handshake before. Keys of the past can be rebuilt
+//! neither from the present ones nor from the nodes' disks, and a thief of the present keys loses
+//! the connection at the next renewal. In each direction the first frame under the new keys follows
+//! the last one under the old, so nothing waits, is lost or arrives out of order.
+//!
+//! Deterministic; reads no clock.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use snow::{Builder, HandshakeState, StatelessTransportState};
+
+use super::frame::MAX_HANDSHAKE_FRAME;
+use super::hello::Refusal;
+use super::session::Role;
+use crate::types::{PublicKey, Secret};
+
+/// Age at which a connection gets new keys.
+pub const RENEW_AFTER: Duration = Duration::from_secs(1800);
+/// Frames in one direction after which it gets them earlier.
+pub const RENEW_AFTER_FRAMES: u64 = 1 << 20;
+/// Frames in one direction after which the keys are not used any more.
+pub const REJECT_AFTER_FRAMES: u64 = 2 * RENEW_AFTER_FRAMES;
+/// The Noise protocol of renewals.
+const PATTERN: &str = "Noise_KKpsk0_25519_ChaChaPoly_BLAKE2s";
+const PROLOGUE: &[u8] = b"overnode control renewal v1";
+/// The other side may begin no sooner than this part of the interval after the last renewal: each
+/// costs four Diffie-Hellman computations.
+const SOONEST: u32 = 60;
+
+/// The keys of both directions.
+pub type Keys = Arc<StatelessTransportState>;
+
+/// The renewals of one connection.
+pub struct Renewal {
+    role: Role,
+    static_secret: Secret,
+    psk: Secret,
+    remote: PublicKey,
+    /// Hash of the handshake that the present keys come from.
+    binding: Vec<u8>,
+    every: Duration,
+    since: Instant,
+    state: State,
+}
+
+enum State {
+    /// Nothing is under way.
+    Settled,
+    /// The initiator waits for the answer.
+    Offered(Box<HandshakeState>),
+    /// The responder sends by the new keys, and waits until the initiator does.
+    Answered(Keys),
+}
+
+/// What follows from what the other side said.
+#[derive(Default)]
+pub struct Step {
+    /// The next frame arrives under these keys.
+    pub receive_by: Option<Keys>,
+    /// This is to be sent, and all that follows under the new keys.
+    pub send: Option<Handover>,
+}
+
+/// The last words under the old keys.
+pub struct Handover {
+    /// What a frame of keys carries.
+    pub bytes: Vec<u8>,
+    /// Keys of the frames behind it.
+    pub keys: Keys,
+}
+
+impl Renewal {
+    /// Renewals of a connection whose first keys are new at `now`. `binding` is the hash of the
+    /// handshake that made them.
+    pub fn new(
+        role: Role,
+        (static_secret, psk): (Secret, Secret),
+        remote: PublicKey,
+        binding: Vec<u8>,
+        every: Duration,
+        now: Instant,
+    ) -> Self {
+        Self { role, static_secret, psk, remote, binding, every, since: now, state: State::Settled }
+    }
+
+    /// When this side should begin; never, if that is not up to it or something is under way.
+    pub fn due(&self) -> Option<Instant> {
+        let may_begin = self.role == Role::Initiator && matches!(self.state, State::Settled);
+        may_begin.then(|| self.since + self.every)
+    }
+
+    /// When the present keys are too old to be used.
+    pub fn expires(&self) -> Instant {
+        self.since + 2 * self.every
+    }
+
+    /// Begins. Returns what a frame of keys is to carry; nothing if this side may not begin now.
+    pub fn begin(&mut self) -> Option<Vec<u8>> {
+        self.due()?;
+        let mut noise = self.start();
+        let message = write(&mut noise).ok()?;
+        self.state = State::Offered(Box::new(noise));
+        Some(message)
+    }
+
+    /// Takes what a frame of keys carried.
+    ///
+    /// # Errors
+    /// The other side broke the rules: the connection is to be ended.
+    pub fn handle(&mut self, bytes: &[u8], now: Instant) -> Result<Step, Refusal> {
+        match (std::mem::replace(&mut self.state, State::Settled), self.role) {
+            (State::Offered(mut noise), Role::Initiator) => {
+                read(&mut noise, bytes)?;
+                let keys = self.finish(*noise)?;
+                self.since = now;
+                let send = Some(Handover { bytes: Vec::new(), keys: Arc::clone(&keys) });
+                Ok(Step { receive_by: Some(keys), send })
+            }
+            (State::Settled, Role::Responder) => {
+                if now < self.since + self.every / SOONEST {
+                    return Err(broken("requests for new keys too often"));
+                }
+                let mut noise = self.start();
+                read(&mut noise, bytes)?;
+                let bytes = write(&mut noise)?;
+                let keys = self.finish(noise)?;
+                self.state = State::Answered(Arc::clone(&keys));
+                Ok(Step { receive_by: None, send: Some(Handover { bytes, keys }) })
+            }
+            (State::Answered(keys), Role::Responder) if bytes.is_empty() => {
+                self.since = now;
+                Ok(Step { receive_by: Some(keys), send: None })
+            }
+            (State::Settled | State::Offered(_) | State::Answered(_), _) => {
+                Err(broken("keys that nobody asked for"))
+            }
+        }
+    }
+
+    fn start(&self) -> HandshakeState {
+        let prologue = [PROLOGUE, &self.binding].concat();
+        let build = || {
+            let builder = Builder::new(PATTERN.parse()?)
+                .local_private_key(&self.static_secret.0)?
+                .remote_public_key(&self.remote.0)?
+                .psk(0, &self.psk.0)?
+                .prologue(&prologue)?;
+            match self.role {
+                Role::Initiator => builder.build_initiator(),
+                Role::Responder => builder.build_responder(),
+            }
+        };
+        build().expect("the pattern is known and has all it needs")
+    }
+
+    fn finish(&mut self, noise: HandshakeState) -> Result<Keys, Refusal> {
+        self.binding = noise.get_handshake_hash().to_vec();
+        let keys = noise.into_stateless_transport_mode();
+        keys.map(Arc::new).map_err(|_| broken("half of a handshake"))
+    }
+}
+
+impl fmt::Debug for Renewal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Renewal")
+            .field("role", &self.role)
+            .field("since", &self.since)
+            .finish_non_exhaustive()
+    }
+}
+
+fn write(noise: &mut HandshakeState) -> Result<Vec<u8>, Refusal> {
+    let mut message = vec![0; MAX_HANDSHAKE_FRAME];
+    let length = noise.write_message(&[], &mut message).map_err(|_| broken("a key that is none"))?;
+    message.truncate(length);
+    Ok(message)
+}
+
+fn read(noise: &mut HandshakeState, message: &[u8]) -> Result<(), Refusal> {
+    let mut payload = [0; MAX_HANDSHAKE_FRAME];
+    match noise.read_message(message, &mut payload) {
+        Ok(0) => Ok(()),
+        Ok(_) | Err(_) => Err(broken("keys that do not authenticate")),
+    }
+}
+
+fn broken(what: &str) -> Refusal {
+    Refusal::CutOff(what.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::key::public_key;
+
+    const EVERY: Duration = Duration::from_secs(60);
+
+    fn pair(psks: [u8; 2], bindings: [u8; 2], now: Instant) -> [Renewal; 2] {
+        let secrets = [Secret([1; 32]), Secret([2; 32])];
+        [0, 1].map(|at: usize| {
+            let role = [Role::Initiator, Role::Responder][at];
+            let own = (secrets[at].clone(), Secret([psks[at]; 32]));
+            Renewal::new(role, own, public_key(&secrets[1 - at]), vec![bindings[at]; 32], EVERY, now)
+        })
+    }
+
+    /// One frame from the initiator to the responder and one back.
+    fn work(by_initiator: &Keys, by_responder: &Keys) -> bool {
+        [(by_initiator, by_responder), (by_responder, by_initiator)].into_iter().all(|(from, to)| {
+            let (mut sealed, mut opened) = ([0; 20], [0; 4]);
+            from.write_message(0, b"text", &mut sealed).unwrap();
+            to.read_message(0, &sealed, &mut opened).is_ok() && &opened == b"text"
+        })
+    }
+
+    #[test]
+    fn both_sides_get_new_keys_each_time() {
+        let mut now = Instant::now();
+        let [mut one, mut two] = pair([9; 2], [7; 2], now);
+        let mut before: Option<Keys> = None;
+        for _ in 0..3 {
+            now += EVERY;
+            assert_eq!((one.due(), two.due()), (Some(now), None));
+            let offer = one.begin().unwrap();
+            assert_eq!((one.due(), one.begin()), (None, None), "one at a time");
+            let Step { receive_by: None, send: Some(answer) } = two.handle(&offer, now).unwrap() else {
+                panic!("the responder goes on receiving by the old keys");
+            };
+            let Step { receive_by: Some(keys), send: Some(last) } = one.handle(&answer.bytes, now).unwrap()
+            else {
+                panic!("the initiator changes at once");
+            };
+            assert!(work(&keys, &answer.keys));
+            assert!(before.as_ref().is_none_or(|before| !work(before, &answer.keys)));
+            let Step { receive_by: Some(_), send: None } = two.handle(&last.bytes, now).unwrap() else {
+                panic!("that was the end");
+            };
+            assert_eq!((one.expires(), two.expires()), (now + 2 * EVERY, now + 2 * EVERY));
+            before = Some(keys);
+        }
+    }
+
+    #[test]
+    fn neither_another_token_nor_another_connection_nor_a_changed_bit_is_taken() {
+        let now = Instant::now();
+        let then = now + EVERY;
+        for (psks, bindings) in [([9, 8], [7, 7]), ([9, 9], [7, 6])] {
+            let [mut one, mut two] = pair(psks, bindings, now);
+            assert!(two.handle(&one.begin().unwrap(), then).is_err());
+        }
+        let offer = pair([9; 2], [7; 2], now)[0].begin().unwrap();
+        for bit in 0..offer.len() * 8 {
+            let [mut one, mut two] = pair([9; 2], [7; 2], now);
+            let mut offer = one.begin().unwrap();
+            offer[bit / 8] ^= 1 << (bit % 8);
+            // X25519 takes no notice of the topmost bit of a point; the hash does.
+            assert!(two.handle(&offer, then).is_err(), "bit {bit}");
+            assert!(one.handle(&offer, then).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn a_side_that_hurries_or_speaks_out_of_turn_is_cut_off() {
+        let now = Instant::now();
+        let [mut one, mut two] = pair([9; 2], [7; 2], now);
+        assert!(one.handle(&[], now + EVERY).is_err(), "nothing was offered");
+        assert!(two.handle(&one.begin().unwrap(), now + EVERY / 61).is_err(), "too soon");
+        let [mut one, mut two] = pair([9; 2], [7; 2], now);
+        let offer = one.begin().unwrap();
+        two.handle(&offer, now + EVERY).unwrap();
+        assert!(two.handle(&offer, now + EVERY).is_err(), "instead of the last word");
+        let [mut one, _] = pair([9; 2], [7; 2], now);
+        one.begin().unwrap();
+        assert!(one.handle(&offer, now + EVERY).is_err(), "an offer is no answer");
+    }
+}
