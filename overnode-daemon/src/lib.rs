@@ -23,6 +23,7 @@ pub mod node;
 pub mod options;
 pub mod path;
 pub mod routing;
+mod sources;
 pub mod store;
 pub mod types;
 

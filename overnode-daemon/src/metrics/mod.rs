@@ -5,15 +5,13 @@
 //! nodes, reasons, states; never addresses or names of containers.
 
 mod families;
+mod port;
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use axum::Router;
-use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
@@ -26,9 +24,6 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 
 /// A port that could not be had is tried again after this time.
 const AGAIN: Duration = Duration::from_secs(10);
-
-/// A page that people find who open the port in a browser.
-const PAGE: &str = "overnode: the metrics are at /metrics\n";
 
 /// The metrics of a node, as Prometheus reads them.
 pub fn render(status: Status) -> String {
@@ -54,20 +49,15 @@ pub async fn answer(node: mpsc::Sender<Call>) -> Response {
 /// Answers on this address as long as the process lives. One that is not there yet, or taken, is tried again: the network works without
 /// anybody watching. There is nothing to write here, and nothing but metrics to read.
 pub async fn serve(address: SocketAddr, node: mpsc::Sender<Call>) {
-    let router = Router::new()
-        .route("/", get(async || PAGE))
-        .route("/metrics", get(|State(node): State<mpsc::Sender<Call>>| answer(node)))
-        .with_state(node);
     let mut told = String::new();
     loop {
-        let error = match TcpListener::bind(address).await {
+        let why = match TcpListener::bind(address).await {
             Ok(listener) => {
                 tracing::info!("metrics are served at http://{address}/metrics");
-                axum::serve(listener, router.clone()).await.err()
+                port::serve(listener, node.clone()).await.to_string()
             }
-            Err(error) => Some(error),
+            Err(error) => error.to_string(),
         };
-        let why = error.map(|error| error.to_string()).unwrap_or_default();
         if why != told {
             tracing::warn!(
                 "metrics cannot be served at {address}: {why}; it is tried again every {} s",

@@ -1,4 +1,5 @@
 //! Sockets.
 
+pub mod admission;
 pub mod mesh;
 pub mod udp;

@@ -1,0 +1,218 @@
+//! The port for Prometheus, with bounds for everything that anybody who reaches it can do:
+//! connections, how long they last, what they send, and how often the node is asked.
+
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use axum::http::{Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Mutex, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::{CONTENT_TYPE, answer};
+use crate::api::Call;
+use crate::net::admission::{Admission, Limits, Place};
+
+/// Connections at a time, and how often one source may make one.
+const LIMITS: Limits = Limits { places: 32, of_source: 8, interval: Duration::from_millis(20), burst: 100 };
+/// A connection is for one request, and has so long for it: the head has to be there, and the
+/// answer to be read.
+const LIFETIME: Duration = Duration::from_secs(10);
+/// Bytes of a request's head; hyper takes no lower limit.
+const HEAD: usize = 8192;
+/// Age up to which an answer serves further requests: the node is asked no more often than that.
+const FRESH: Duration = Duration::from_secs(1);
+/// A page for browsers that open the port.
+const PAGE: &str = "overnode: the metrics are at /metrics\n";
+
+/// Answers until the listener fails.
+pub(super) async fn serve(listener: TcpListener, node: mpsc::Sender<Call>) -> io::Error {
+    let mut door = Admission::new(LIMITS, StdRng::from_os_rng());
+    let metrics = Arc::new(Metrics { node, latest: Mutex::default() });
+    let mut tasks = JoinSet::new();
+    loop {
+        while tasks.try_join_next().is_some() {}
+        let (stream, remote) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            // The caller is gone already.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+            Err(error) => return error,
+        };
+        match door.admit(remote.ip(), Instant::now()) {
+            Some(place) => drop(tasks.spawn(converse(stream, place, Arc::clone(&metrics)))),
+            None => {
+                let _ = stream.set_zero_linger();
+            }
+        }
+    }
+}
+
+async fn converse(stream: TcpStream, mut place: Place, metrics: Arc<Metrics>) {
+    let service = service_fn(move |request| {
+        let metrics = Arc::clone(&metrics);
+        async move { Ok::<_, Infallible>(respond(&request, &metrics).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(LIFETIME)
+        .max_buf_size(HEAD)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::select! {
+        // However it ends, the caller has seen it.
+        _ = timeout(LIFETIME, connection) => {}
+        () = place.is_lost() => {}
+    }
+}
+
+async fn respond(request: &Request<Incoming>, metrics: &Metrics) -> Response {
+    if request.method() != Method::GET {
+        return StatusCode::METHOD_NOT_ALLOWED.into_response();
+    }
+    match request.uri().path() {
+        "/" => PAGE.into_response(),
+        "/metrics" => metrics.get().await,
+        _ => StatusCode::NOT_FOUND.into_response(),
+    }
+}
+
+struct Metrics {
+    node: mpsc::Sender<Call>,
+    /// The latest answer, and when the node gave it.
+    latest: Mutex<Option<(Instant, Bytes)>>,
+}
+
+impl Metrics {
+    /// Those who come while the node is asked wait for the same answer.
+    async fn get(&self) -> Response {
+        let mut latest = self.latest.lock().await;
+        if let Some((_, text)) = latest.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
+            return page(text.clone());
+        }
+        let response = answer(self.node.clone()).await;
+        if response.status() != StatusCode::OK {
+            return response;
+        }
+        match axum::body::to_bytes(response.into_body(), usize::MAX).await {
+            Ok(text) => {
+                *latest = Some((Instant::now(), text.clone()));
+                page(text)
+            }
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        }
+    }
+}
+
+fn page(text: Bytes) -> Response {
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], Body::from(text)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpSocket;
+
+    use super::*;
+    use crate::api::ApiError;
+
+    /// A port, and how often the node was asked. The node has no metrics to tell.
+    async fn port() -> (SocketAddr, Arc<AtomicU32>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (node, mut calls) = mpsc::channel::<Call>(1);
+        let asked = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&asked);
+        tokio::spawn(async move {
+            while let Some((_, answer)) = calls.recv().await {
+                count.fetch_add(1, Ordering::Relaxed);
+                let _ = answer.send(Err(ApiError::refused("no node was launched")));
+            }
+        });
+        tokio::spawn(serve(listener, node));
+        (address, asked)
+    }
+
+    async fn call_from(last: u8, to: SocketAddr) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 3, last], 0).into()).unwrap();
+        socket.connect(to).await.unwrap()
+    }
+
+    async fn ask(mut stream: TcpStream, what: &str) -> String {
+        stream.write_all(format!("{what} HTTP/1.1\r\nHost: it\r\n\r\n").as_bytes()).await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        text
+    }
+
+    #[tokio::test]
+    async fn nothing_but_metrics_is_told() {
+        let (address, asked) = port().await;
+        let status = |text: String| text.split(' ').nth(1).unwrap().to_owned();
+        assert!(ask(call_from(1, address).await, "GET /").await.ends_with(PAGE));
+        assert_eq!(status(ask(call_from(1, address).await, "GET /v1/status").await), "404");
+        assert_eq!(status(ask(call_from(1, address).await, "POST /metrics").await), "405");
+        assert_eq!(asked.load(Ordering::Relaxed), 0);
+        assert_eq!(status(ask(call_from(1, address).await, "GET /metrics").await), "409");
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn connections_that_say_nothing_keep_prometheus_out_no_longer_than_they_may() {
+        let (address, _asked) = port().await;
+        let mut idle = Vec::new();
+        for number in 0..4 * LIMITS.places as u8 {
+            idle.push(call_from(number % 5, address).await);
+        }
+        assert!(ask(call_from(77, address).await, "GET /").await.ends_with(PAGE));
+        let closed = async |stream: &mut TcpStream| {
+            timeout(Duration::from_millis(20), stream.read(&mut [0; 1])).await.is_ok()
+        };
+        let mut open = 0;
+        for stream in &mut idle {
+            open += usize::from(!closed(stream).await);
+        }
+        assert!(open <= LIMITS.places, "{open} connections");
+    }
+
+    #[tokio::test]
+    async fn a_request_without_an_end_is_refused() {
+        let (address, _asked) = port().await;
+        let mut stream = call_from(1, address).await;
+        stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        let mut sent = 0;
+        while stream.write_all(b"X-Header: endless endless endless\r\n").await.is_ok() {
+            sent += 1;
+            assert!(sent < 1_000_000, "it takes everything");
+        }
+    }
+
+    #[tokio::test]
+    async fn many_who_ask_at_once_cost_the_node_one_answer() {
+        let metrics = {
+            let (node, _calls) = mpsc::channel(1);
+            Metrics { node, latest: Mutex::new(Some((Instant::now(), Bytes::from_static(b"told")))) }
+        };
+        for _ in 0..1000 {
+            // The node that would have to be asked is gone.
+            assert_eq!(metrics.get().await.status(), StatusCode::OK);
+        }
+        *metrics.latest.lock().await = Some((Instant::now().checked_sub(FRESH).unwrap(), Bytes::new()));
+        assert_ne!(metrics.get().await.status(), StatusCode::OK);
+    }
+}

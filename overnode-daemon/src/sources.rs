@@ -1,0 +1,120 @@
+//! Allowances of source addresses, for everything that strangers can send.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::{Duration, Instant};
+
+/// Sources watched at a time. Those beyond are refused for at most a second.
+const MOST: usize = 16384;
+
+/// A leaky bucket per source, as the time at which the bucket will be empty.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    interval: Duration,
+    burst: u32,
+    empty_at: BTreeMap<IpAddr, Instant>,
+    swept: Option<Instant>,
+}
+
+impl Sources {
+    /// Allows each source one arrival per `interval` on average, and `burst` at once.
+    pub(crate) const fn new(interval: Duration, burst: u32) -> Self {
+        Self { interval, burst, empty_at: BTreeMap::new(), swept: None }
+    }
+
+    /// Counts an arrival; false if it is one too many.
+    pub(crate) fn allow(&mut self, from: IpAddr, now: Instant) -> bool {
+        let source = source_of(from);
+        if !self.empty_at.contains_key(&source) && self.empty_at.len() >= MOST {
+            self.sweep(now);
+            if self.empty_at.len() >= MOST {
+                return false;
+            }
+        }
+        let empty_at = self.empty_at.entry(source).or_insert(now);
+        if empty_at.saturating_duration_since(now) > self.interval * (self.burst - 1) {
+            return false;
+        }
+        *empty_at = (*empty_at).max(now) + self.interval;
+        true
+    }
+
+    fn sweep(&mut self, now: Instant) {
+        if self.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= Duration::from_secs(1)) {
+            self.swept = Some(now);
+            self.empty_at.retain(|_, empty_at| *empty_at > now);
+        }
+    }
+}
+
+/// What counts as one source: an IPv4 address, or the /64 of an IPv6 address, since a host chooses
+/// the rest freely.
+pub(crate) fn source_of(ip: IpAddr) -> IpAddr {
+    prefix(ip, 32, 64)
+}
+
+/// What is likely under one administration: an IPv4 /24, or an IPv6 /48, which is what a site is
+/// given.
+pub(crate) fn site_of(ip: IpAddr) -> IpAddr {
+    prefix(ip, 24, 48)
+}
+
+fn prefix(ip: IpAddr, v4_bits: u32, v6_bits: u32) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V4(v4) => {
+            std::net::Ipv4Addr::from_bits(v4.to_bits() >> (32 - v4_bits) << (32 - v4_bits)).into()
+        }
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> (128 - v6_bits) << (128 - v6_bits)).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_millis(50);
+    const BURST: u32 = 5;
+
+    fn sources() -> (Sources, Instant) {
+        (Sources::new(INTERVAL, BURST), Instant::now())
+    }
+
+    #[test]
+    fn one_source_cannot_take_all() {
+        let (mut sources, now) = sources();
+        let [loud, calm, loud6, near6, far6]: [IpAddr; 5] =
+            ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"]
+                .map(|address| address.parse().expect("an address"));
+        for source in [loud, loud6] {
+            for _ in 0..BURST {
+                assert!(sources.allow(source, now));
+            }
+            assert!(!sources.allow(source, now));
+        }
+        assert!(sources.allow(calm, now));
+        assert!(!sources.allow(near6, now), "the same /64");
+        assert!(sources.allow(far6, now));
+        assert!(sources.allow(loud, now + INTERVAL));
+        assert!(!sources.allow(loud, now + INTERVAL));
+    }
+
+    #[test]
+    fn the_table_of_sources_is_bounded_and_swept() {
+        let (mut sources, now) = sources();
+        let source = |i: u32| IpAddr::from(i.to_be_bytes());
+        assert!((0..MOST as u32).all(|i| sources.allow(source(i), now)));
+        assert!(!sources.allow(source(MOST as u32), now));
+        assert!(sources.allow(source(0), now), "those inside are still served");
+        let later = now + Duration::from_secs(1);
+        assert!(sources.allow(source(MOST as u32), later));
+        assert!(sources.empty_at.len() < 10);
+    }
+
+    #[test]
+    fn a_site_is_what_one_administration_is_given() {
+        let of = |ip: &str| site_of(ip.parse().unwrap()).to_string();
+        assert_eq!(of("192.0.2.77"), "192.0.2.0");
+        assert_eq!(of("::ffff:192.0.2.77"), "192.0.2.0");
+        assert_eq!(of("2001:db8:1:2:3::4"), "2001:db8:1::");
+    }
+}
