@@ -103,6 +103,7 @@ impl Round {
             lost: rng.random_range(0.0..0.003),
             doubled: rng.random_range(0.0..0.01),
             late: rng.random_range(0.0..0.01),
+            ..Roughness::default()
         });
         let count = *[1, 1, 4, 16].choose(rng).unwrap_or(&1);
         let flows: Vec<_> = (0..count)
@@ -130,7 +131,7 @@ impl fmt::Display for Round {
         if let Some(segment) = self.segment {
             write!(f, ", segments of {segment} bytes")?;
         }
-        if let Some(Roughness { lost, doubled, late }) = self.roughness {
+        if let Some(Roughness { lost, doubled, late, .. }) = self.roughness {
             let percent = |share: f64| 100.0 * share;
             let [lost, doubled, late] = [lost, doubled, late].map(percent);
             write!(f, ", {lost:.2} % lost, {doubled:.2} % doubled, {late:.2} % late")?;

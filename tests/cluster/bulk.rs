@@ -490,7 +490,7 @@ fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
 fn a_rough_underlay_spoils_nothing() -> Result<()> {
     with_workers(Lab::new("bulkrough").hosts(2), |lab, containers| {
         let [one, two] = containers else { unreachable!("two were made") };
-        let roughness = Roughness { lost: 0.002, doubled: 0.01, late: 0.01 };
+        let roughness = Roughness { lost: 0.002, doubled: 0.01, late: 0.01, ..Roughness::default() };
         let wire = lab.roughen(lab.host(2), roughness, 11)?;
         let flows = [(one, two, Manner::Steady), (two, one, Manner::Moody(3))]
             .into_iter()

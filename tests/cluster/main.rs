@@ -10,6 +10,7 @@ mod dashboard;
 mod dns;
 mod documents;
 mod expose;
+mod floods;
 mod forgery;
 mod hostile;
 mod inspect;

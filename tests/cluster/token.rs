@@ -101,7 +101,9 @@ fn idle_connections_keep_nobody_out() -> Result<()> {
         let [a, b] = lab.hosts() else { unreachable!() };
         launch(lab, a)?;
         let port = SocketAddr::new(a.address(), 6783);
-        let idle = (0..100).map(|_| connect(b, port)).collect::<Result<Vec<_>>>()?;
+        // The node may refuse some: one source has only so many places.
+        let idle: Vec<_> = (0..100).filter_map(|_| connect(b, port).ok()).collect();
+        ensure!(!idle.is_empty(), "no connection was accepted");
         launch(lab, b)?;
         wait_for_sessions(lab)?;
         drop(idle);

@@ -26,6 +26,7 @@ pub mod capture;
 pub mod cleanup;
 pub mod container;
 pub mod docker;
+pub mod flood;
 pub mod flow;
 pub mod gateway;
 pub mod host;

@@ -95,6 +95,11 @@ impl Netns {
         })
     }
 
+    /// A way in for a thread that stays inside.
+    pub(crate) fn entrance(&self) -> Entrance {
+        Entrance(Arc::clone(&self.file))
+    }
+
     /// A command that will run inside the namespace.
     ///
     /// It is killed when the thread that starts it ends, so that nothing outlives a test; a process
@@ -148,6 +153,17 @@ impl Netns {
     pub fn processes(&self) -> Vec<i32> {
         let Ok(inode) = std::fs::metadata(self.path()).map(|meta| meta.ino()) else { return Vec::new() };
         cleanup::processes_in(inode)
+    }
+}
+
+/// A way into a namespace.
+#[derive(Debug)]
+pub(crate) struct Entrance(Arc<OwnedFd>);
+
+impl Entrance {
+    /// Moves this thread into the namespace, for good.
+    pub(crate) fn enter(&self) -> Result<()> {
+        setns(&*self.0, CloneFlags::CLONE_NEWNET).context("the namespace cannot be entered")
     }
 }
 

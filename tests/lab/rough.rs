@@ -1,10 +1,12 @@
-//! A wire that loses, doubles and reorders frames. The kernel's own (netem) is not everywhere; this one needs packet sockets only.
+//! A wire that loses, doubles, reorders and delays frames. The kernel's own (netem) is not
+//! everywhere; this one needs packet sockets only.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use nix::errno::Errno;
@@ -22,7 +24,7 @@ const OVERTAKING: u32 = 40;
 /// Frames that wait to be overtaken go on when nothing at all has come for so many milliseconds.
 const HELD_MS: u8 = 5;
 
-/// What a wire does to frames, each a share of all between 0 and 1.
+/// What a wire does to frames: shares of all between 0 and 1, and a delay.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Roughness {
     /// Never arrives.
@@ -31,6 +33,8 @@ pub struct Roughness {
     pub doubled: f64,
     /// Arrives after up to 40 later ones.
     pub late: f64,
+    /// How long every frame takes, each way.
+    pub delay: Duration,
 }
 
 /// What a wire has done so far, in frames.
@@ -85,6 +89,9 @@ impl Drop for Wire {
     }
 }
 
+/// Frames of one direction that are delayed: until when, and the frame.
+type UnderWay = VecDeque<(Instant, Vec<u8>)>;
+
 /// Frames of one direction that wait to be overtaken: how many more shall do so, and the frame.
 type Held = VecDeque<(u32, Vec<u8>)>;
 
@@ -97,6 +104,7 @@ fn carry(
 ) -> Result<()> {
     let mut buffer = vec![0; LONGEST];
     let mut held = [Held::new(), Held::new()];
+    let mut under_way = [UnderWay::new(), UnderWay::new()];
     while !stop.load(Ordering::Relaxed) {
         let mut ready = taps.each_ref().map(|tap| PollFd::new(tap.as_fd(), PollFlags::POLLIN));
         match poll(&mut ready, PollTimeout::from(HELD_MS)) {
@@ -109,11 +117,15 @@ fn carry(
             Err(error) => return Err(error.into()),
         }
         let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
-        for (number, held) in held.iter_mut().enumerate() {
+        for (number, (held, under_way)) in held.iter_mut().zip(&mut under_way).enumerate() {
             let (from, to) = (&taps[number], &taps[1 - number]);
+            let now = Instant::now();
             for _ in 0..64 {
                 let Some(length) = from.receive(&mut buffer)? else { break };
-                pass(&buffer[..length], to, roughness, &mut rng, held, &mut done)?;
+                under_way.push_back((now + roughness.delay, buffer[..length].to_vec()));
+            }
+            while let Some((_, frame)) = under_way.pop_front_if(|(at, _)| *at <= now) {
+                pass(&frame, to, roughness, &mut rng, held, &mut done)?;
             }
         }
     }

@@ -14,7 +14,7 @@ use super::message::Cipher;
 /// Name of the socket in the run directory.
 pub const SOCKET: &str = "bulk.sock";
 /// Changes when a daemon and a process that differ in it would not understand each other.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Longest message, bytes.
 pub const MAX_LEN: usize = 16384;
 /// Peers in one [`FromWorkers::Peers`].

@@ -22,6 +22,7 @@ use tokio::io::unix::AsyncFd;
 use super::control::{FromWorkers, SOCKET, ToWorkers, receive, send};
 use super::process::{ARGUMENT, FIRST_FD, NAME, Start};
 use crate::datapath::BulkDevice;
+use crate::types::PublicKey;
 
 /// Bytes that wait in each direction of a worker's socket.
 const BUFFER: usize = 4 << 20;
@@ -185,12 +186,14 @@ fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
 pub fn start(
     run_dir: &Path,
     mode: super::control::Mode,
+    public_key: &PublicKey,
     maps: [BorrowedFd<'_>; 4],
     devices: Vec<BulkDevice>,
     ports: Ports,
 ) -> Result<Child> {
     let settings = Start {
         mode,
+        public_key: public_key.0,
         devices: devices.iter().map(|device| device.ifindex).collect(),
         has_v4: !ports.v4.is_empty(),
         has_v6: !ports.v6.is_empty(),

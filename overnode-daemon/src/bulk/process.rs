@@ -20,6 +20,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{self, Backlog, SockFlag, sockopt};
 use overnode_ebpf::reason::Reason;
 use quinn_udp::Transmit;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -31,7 +33,8 @@ use super::session::Session;
 use super::udp::{Socket, Sockets};
 use super::worker::{Command, Handles, Shared, Worker, say_hello};
 use crate::datapath::{BulkMaps, Inbox, boot_now_ns};
-use crate::types::PeerIndex;
+use crate::handshake::gate::{Awaited, Gate};
+use crate::types::{PeerIndex, PublicKey};
 
 /// First argument of the program, in place of any option, that makes it this process.
 pub const ARGUMENT: &str = "bulk-workers";
@@ -59,6 +62,8 @@ const EVENTS: usize = 1024;
 pub struct Start {
     /// Which cipher to seal with.
     pub mode: Mode,
+    /// The node's, which callers have to know.
+    pub public_key: [u8; 32],
     /// Interface index of each worker's device.
     pub devices: Vec<u32>,
     /// Whether there are sockets for IPv4.
@@ -113,6 +118,7 @@ pub fn run(argument: &str) -> Result<()> {
         drops: std::array::from_fn(|_| Default::default()),
         events,
         wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+        awaited: Awaited::default(),
     });
     let mut threads = Vec::new();
     for (number, handles) in (0_u8..).zip(all) {
@@ -151,7 +157,11 @@ impl Thread {
         let (commands, orders) = mpsc::channel();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let ifindex = start.devices.get(usize::from(number)).copied().unwrap_or_default();
-        let worker = Worker::new(number, handles, start.joins_udp, orders, wake.clone(), shared.clone());
+        let public_key = PublicKey(start.public_key);
+        // Here, for the worker may not ask for randomness.
+        let gate = Gate::new(&public_key, shared.awaited.clone(), StdRng::from_os_rng());
+        let worker =
+            Worker::new(number, handles, gate, start.joins_udp, orders, wake.clone(), shared.clone());
         shared.maps.set_worker(number.into(), ifindex, boot_now_ns());
         let handle = std::thread::Builder::new().name(format!("worker {number}")).spawn(move || {
             yield_to_others();
@@ -361,6 +371,7 @@ impl Process {
                 }
             }
             ToWorkers::Send { to, from, bytes } => {
+                self.shared.awaited.note(&bytes);
                 let transmit = Transmit {
                     destination: to,
                     ecn: None,

@@ -1,14 +1,15 @@
 //! One worker: a thread between a TAP device and its sockets. Packets of containers are cut, sealed and sent in batches; what peers
 //! send is opened, joined and written to the device. On the way of a packet nothing is allocated and no lock is taken.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, IoSliceMut, Read as _, Write as _};
+use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -31,6 +32,7 @@ use super::session::Session;
 use super::udp::{Batch, Sockets, Way};
 use crate::checksum::fold;
 use crate::datapath::{BulkMaps, Inbox, Origin, boot_now_ns};
+use crate::handshake::gate::{Awaited, Gate, Judgment};
 use crate::types::PeerIndex;
 
 /// What one read of the device gives at most: both headers and the largest IP packet.
@@ -47,6 +49,8 @@ const WAIT: Duration = Duration::from_millis(45);
 const STALE_NS: u64 = 3_000_000_000;
 /// How long (ns) the inbox stays closed after something came that does not fit into it: there will be more like that.
 const CLOSED_NS: u64 = 1_000_000_000;
+/// How long (ns) what is known of peers' addresses is used for handshake messages.
+const KNOWN_NS: u64 = 1_000_000_000;
 
 /// What changes the set of peers and sessions.
 #[derive(Clone, Debug)]
@@ -79,6 +83,8 @@ pub struct Shared {
     pub events: mpsc::SyncSender<FromWorkers>,
     /// Wakes whoever carries it there.
     pub wake: EventFd,
+    /// The handshakes under way.
+    pub awaited: Awaited,
 }
 
 impl Shared {
@@ -107,6 +113,15 @@ pub struct Handles {
     pub inbox: Inbox,
 }
 
+/// What a message was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Taken {
+    /// A packet for a container.
+    Data,
+    /// A greeting, or of a handshake.
+    Other,
+}
+
 /// One worker.
 pub struct Worker {
     number: u8,
@@ -115,6 +130,9 @@ pub struct Worker {
     inbox: Inbox,
     /// Boot time (ns) before which the inbox stays closed.
     closed_until: u64,
+    gate: Gate,
+    /// Addresses of peers, and until when (ns) they are taken for that.
+    known: (HashSet<IpAddr>, u64),
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
@@ -134,6 +152,7 @@ impl Worker {
     pub fn new(
         number: u8,
         Handles { device, sockets, inbox }: Handles,
+        gate: Gate,
         joins_udp: bool,
         commands: mpsc::Receiver<Command>,
         wake: Arc<EventFd>,
@@ -145,6 +164,8 @@ impl Worker {
             sockets,
             inbox,
             closed_until: 0,
+            gate,
+            known: (HashSet::new(), 0),
             commands,
             wake,
             shared,
@@ -365,15 +386,16 @@ impl Worker {
             };
             let mut received = std::mem::take(&mut self.received);
             for (buffer, meta) in received.iter_mut().zip(&metas).take(got) {
-                if meta.len > meta.stride || meta.len > BULK_MESSAGE_LEN {
-                    self.closed_until = now + CLOSED_NS;
-                }
+                let fits = meta.len <= meta.stride && meta.len <= BULK_MESSAGE_LEN;
                 let Some(bytes) = buffer.get_mut(..meta.len) else { continue };
                 let ecn = meta.ecn.map_or(0, |ecn| ecn as u8);
                 let origin = Origin { remote: meta.addr, local: meta.dst_ip, ecn };
                 for message in bytes.chunks_mut(meta.stride.max(1)) {
-                    if let Err(reason) = self.take(message, &origin, now) {
-                        self.shared.dropped(reason);
+                    match self.take(message, &origin, now) {
+                        // Only a peer can close the inbox, not anybody who sends something large.
+                        Ok(Taken::Data) if !fits => self.closed_until = now + CLOSED_NS,
+                        Ok(_) => {}
+                        Err(reason) => self.shared.dropped(reason),
                     }
                 }
             }
@@ -386,15 +408,9 @@ impl Worker {
     }
 
     /// Opens a message and does what it is for.
-    fn take(&mut self, message: &mut [u8], origin: &Origin, now: u64) -> Result<(), Reason> {
+    fn take(&mut self, message: &mut [u8], origin: &Origin, now: u64) -> Result<Taken, Reason> {
         if message.first().is_some_and(|kind| (TYPE_INITIATION..=TYPE_COOKIE_REPLY).contains(kind)) {
-            let event = FromWorkers::Received {
-                from: origin.remote,
-                to: origin.local,
-                bytes: message.get(..message.len().min(256)).unwrap_or_default().to_vec(),
-            };
-            self.shared.tell(event);
-            return Ok(());
+            return self.take_handshake(message, origin, now).map(|()| Taken::Other);
         }
         let header = Header::from_message(message).ok_or(Reason::Malformed)?;
         if !self.sessions.contains_key(&header.receiver) {
@@ -415,7 +431,7 @@ impl Worker {
                 let peer = peer.clone();
                 say_hello(&self.shared, &self.sockets, self.number, &peer, false, now)?;
             }
-            return Ok(());
+            return Ok(Taken::Other);
         }
         peer.heard(text.len() as u64, now);
         if !self.owed.iter().any(|owed| owed.index == peer.index) {
@@ -425,7 +441,39 @@ impl Worker {
         let link = bulk_header(peer.index.0, [0; 4]);
         let (device, shared) = (&mut self.device, &self.shared);
         self.joiner.push(link, text, header.is_partial, &mut |frame| write(device, frame, shared));
-        Ok(())
+        Ok(Taken::Data)
+    }
+
+    /// Passes a handshake message on to the daemon if it is worth that.
+    fn take_handshake(&mut self, message: &[u8], origin: &Origin, now: u64) -> Result<(), Reason> {
+        let Self { gate, known, peers, shared, sockets, .. } = self;
+        let is_peer = || {
+            let (addresses, until) = known;
+            if *until <= now {
+                let endpoints = peers.values().filter_map(|peer| peer.endpoint.load_full());
+                *addresses = endpoints.map(|endpoint| endpoint.remote.ip()).collect();
+                *until = now + KNOWN_NS;
+            }
+            addresses.contains(&origin.remote.ip())
+        };
+        match gate.judge(Instant::now(), origin.remote, message, is_peer) {
+            Judgment::Admit(_) => {
+                let (from, to) = (origin.remote, origin.local);
+                shared.tell(FromWorkers::Received { from, to, bytes: message.to_vec() });
+                Ok(())
+            }
+            Judgment::Reply(reply) => {
+                let transmit = Transmit {
+                    destination: origin.remote,
+                    ecn: None,
+                    contents: &reply,
+                    segment_size: None,
+                    src_ip: origin.local,
+                };
+                sockets.send(&transmit).map_err(|_| Reason::NoRoute)
+            }
+            Judgment::Drop(reason) => Err(reason),
+        }
     }
 
     /// Tells peers that their data arrives.

@@ -1,7 +1,6 @@
 //! What keeps strangers from making us work (whitepaper sections 5.3 and 5.4.7): the two MACs, cookies under load, and a limit per
 //! source address.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -15,21 +14,27 @@ use rand::rngs::StdRng;
 use zeroize::Zeroize;
 
 use super::message::{self, CookieReply, MAC_LEN, Macs};
+use crate::sources::Sources;
 use crate::types::PublicKey;
 
 /// How long a cookie is good, and how long the secret lives that cookies are made from.
 pub const COOKIE_LIFETIME: Duration = Duration::from_secs(120);
-/// Handshake messages per second, with a right `mac1`, from which on cookies are demanded. Each costs up to 0.3 ms: this
-/// is a sixth of a core.
-pub const LOAD_THRESHOLD: u32 = 500;
+/// Handshake messages of one [`Class`] a second, with a right `mac1`, from which on cookies are
+/// demanded. Each costs up to 0.3 ms: 500 a second are a sixth of a core.
+const LOAD_THRESHOLDS: [u32; 3] = [200, 500, 500];
+/// Cookie replies to one [`Class`] a second; each costs some 4 µs. Spoofed initiations beyond that
+/// get no answer. Peers are expected at few addresses, so an attacker who spoofs those leaves them
+/// a fair chance of an answer.
+const COOKIE_REPLIES: [u32; 3] = [2_000, 5_000, 2_000];
+/// Messages with a right cookie that are admitted a second from addresses where no peer is
+/// expected: many real addresses together get no more.
+const STRANGERS_ADMITTED: u32 = 300;
 /// How long cookies are demanded after the last second above the threshold.
 const LOAD_LINGERS: Duration = Duration::from_secs(1);
 /// Handshake messages from one source address under load: on average one per this time.
 const SOURCE_INTERVAL: Duration = Duration::from_millis(50);
 /// How many may come at once.
 const SOURCE_BURST: u32 = 5;
-/// Source addresses watched at a time.
-const SOURCES: usize = 16384;
 
 const LABEL_MAC1: &[u8] = b"mac1----";
 const LABEL_COOKIE: &[u8] = b"cookie--";
@@ -42,8 +47,20 @@ pub struct Guard {
     cookie_key: [u8; 32],
     secret: [u8; 32],
     secret_until: Option<Instant>,
-    load: Load,
+    loads: [Load; 3],
     sources: Sources,
+}
+
+/// Kinds of messages that do not compete with each other: a flood of one leaves the others their
+/// share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// An initiation from an address where no peer is expected.
+    Stranger,
+    /// An initiation from an address where a peer is expected. The address may be spoofed.
+    Peer,
+    /// An answer to a message of ours: its sender knows the receiver index that we drew.
+    Answer,
 }
 
 /// What to do with an initiation or a response.
@@ -66,33 +83,43 @@ impl Guard {
             cookie_key: hash(LABEL_COOKIE, own),
             secret: [0; 32],
             secret_until: None,
-            load: Load { threshold: LOAD_THRESHOLD, window: None, count: 0, until: None },
-            sources: Sources::default(),
+            loads: LOAD_THRESHOLDS.map(Load::new),
+            sources: Sources::new(SOURCE_INTERVAL, SOURCE_BURST),
         }
     }
 
     #[cfg(test)]
     pub fn set_threshold(&mut self, threshold: u32) {
-        self.load.threshold = threshold;
+        for load in &mut self.loads {
+            load.threshold = threshold;
+        }
     }
 
-    /// Judges a message that came from `from` and wants to be answered at index `sender`.
+    /// Judges a message that came from `from` and wants to be answered at index `sender`. `class`
+    /// is asked once the first MAC has proven right.
     pub fn judge(
         &mut self,
         macs: &Macs<'_>,
         sender: u32,
         from: SocketAddr,
+        class: impl FnOnce() -> Class,
         now: Instant,
         rng: &mut StdRng,
     ) -> Verdict {
         if !is_mac(&self.mac1_key, &[macs.body], macs.mac1) {
             return Verdict::Stranger;
         }
-        if !self.load.note(now) {
+        let class = class();
+        if !self.loads[class as usize].note(now) {
             return Verdict::Process;
         }
         let cookie = self.cookie(from, now, rng);
+        let load = &mut self.loads[class as usize];
         if !is_mac(&cookie, &[macs.body, macs.mac1], macs.mac2) {
+            if load.replies >= COOKIE_REPLIES[class as usize] {
+                return Verdict::Limited;
+            }
+            load.replies += 1;
             let nonce: [u8; 24] = rng.random();
             let sealed = XChaCha20Poly1305::new(&self.cookie_key.into())
                 .encrypt(&nonce.into(), Payload { msg: &cookie, aad: macs.mac1 })
@@ -103,7 +130,12 @@ impl Guard {
                 None => Verdict::Limited,
             };
         }
-        if self.sources.allow(from.ip(), now) { Verdict::Process } else { Verdict::Limited }
+        let is_full = class == Class::Stranger && load.admitted >= STRANGERS_ADMITTED;
+        if is_full || !self.sources.allow(from.ip(), now) {
+            return Verdict::Limited;
+        }
+        load.admitted += 1;
+        Verdict::Process
     }
 
     fn cookie(&mut self, from: SocketAddr, now: Instant, rng: &mut StdRng) -> Cookie {
@@ -165,61 +197,34 @@ impl Jar {
     }
 }
 
-/// Counts messages per second.
+/// Counts messages of one class per second.
 struct Load {
     threshold: u32,
     window: Option<Instant>,
     count: u32,
+    /// Cookie replies in this second.
+    replies: u32,
+    /// Messages admitted with a cookie in this second.
+    admitted: u32,
     until: Option<Instant>,
 }
 
 impl Load {
+    const fn new(threshold: u32) -> Self {
+        Self { threshold, window: None, count: 0, replies: 0, admitted: 0, until: None }
+    }
+
     /// Counts one message; true under load.
     fn note(&mut self, now: Instant) -> bool {
         if self.window.is_none_or(|start| now.saturating_duration_since(start) >= Duration::from_secs(1)) {
             self.window = Some(now);
-            self.count = 0;
+            (self.count, self.replies, self.admitted) = (0, 0, 0);
         }
         self.count = self.count.saturating_add(1);
         if self.count > self.threshold {
             self.until = Some(now + LOAD_LINGERS);
         }
         self.until.is_some_and(|until| now < until)
-    }
-}
-
-/// A leaky bucket per IPv4 address or IPv6 /64, as the time at which the bucket will be empty.
-#[derive(Default)]
-struct Sources {
-    empty_at: BTreeMap<u128, Instant>,
-    swept: Option<Instant>,
-}
-
-impl Sources {
-    fn allow(&mut self, from: IpAddr, now: Instant) -> bool {
-        let key = match from {
-            IpAddr::V4(v4) => u128::from(v4.to_ipv6_mapped()),
-            IpAddr::V6(v6) => u128::from(v6) >> 64 << 64,
-        };
-        if !self.empty_at.contains_key(&key) && self.empty_at.len() >= SOURCES {
-            self.sweep(now);
-            if self.empty_at.len() >= SOURCES {
-                return false;
-            }
-        }
-        let empty_at = self.empty_at.entry(key).or_insert(now);
-        if empty_at.saturating_duration_since(now) > SOURCE_INTERVAL * (SOURCE_BURST - 1) {
-            return false;
-        }
-        *empty_at = (*empty_at).max(now) + SOURCE_INTERVAL;
-        true
-    }
-
-    fn sweep(&mut self, now: Instant) {
-        if self.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= Duration::from_secs(1)) {
-            self.swept = Some(now);
-            self.empty_at.retain(|_, empty_at| *empty_at > now);
-        }
     }
 }
 
@@ -265,7 +270,7 @@ mod tests {
 
     fn judge(guard: &mut Guard, bytes: &[u8], from: SocketAddr, now: Instant, rng: &mut StdRng) -> Verdict {
         let Ok(message::Message::Initiation(parsed)) = message::parse(bytes) else { panic!("no initiation") };
-        guard.judge(&parsed.macs, parsed.sender, from, now, rng)
+        guard.judge(&parsed.macs, parsed.sender, from, || Class::Peer, now, rng)
     }
 
     fn cookie(verdict: Verdict) -> Vec<u8> {
@@ -338,33 +343,40 @@ mod tests {
     }
 
     #[test]
-    fn one_source_cannot_take_all() {
-        let (mut sources, now) = (Sources::default(), Instant::now());
-        let [loud, calm, loud6, near6, far6]: [IpAddr; 5] =
-            ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"]
-                .map(|address| address.parse().expect("an address"));
-        for source in [loud, loud6] {
-            for _ in 0..SOURCE_BURST {
-                assert!(sources.allow(source, now));
-            }
-            assert!(!sources.allow(source, now));
-        }
-        assert!(sources.allow(calm, now));
-        assert!(!sources.allow(near6, now), "the same /64");
-        assert!(sources.allow(far6, now));
-        assert!(sources.allow(loud, now + SOURCE_INTERVAL));
-        assert!(!sources.allow(loud, now + SOURCE_INTERVAL));
+    fn a_flood_of_one_class_leaves_the_others_their_share() {
+        let (mut guard, mut rng) = (Guard::new(&KEY), StdRng::seed_from_u64(1));
+        let now = Instant::now();
+        let bytes = sealed(&mut Jar::new(&KEY), now);
+        let Ok(message::Message::Initiation(parsed)) = message::parse(&bytes) else {
+            panic!("no initiation")
+        };
+        let mut judge =
+            |class, port| guard.judge(&parsed.macs, parsed.sender, from(port), || class, now, &mut rng);
+        let verdicts: Vec<_> = (0..50_000).map(|port| judge(Class::Stranger, port)).collect();
+        let count = |wanted: fn(&Verdict) -> bool| verdicts.iter().filter(|verdict| wanted(verdict)).count();
+        assert_eq!(count(|verdict| *verdict == Verdict::Process), 200);
+        assert_eq!(count(|verdict| matches!(verdict, Verdict::Demand(_))), 2_000);
+        assert_eq!(judge(Class::Peer, 1), Verdict::Process);
+        assert_eq!(judge(Class::Answer, 1), Verdict::Process);
     }
 
     #[test]
-    fn the_table_of_sources_is_bounded_and_swept() {
-        let (mut sources, now) = (Sources::default(), Instant::now());
-        let source = |i: u32| IpAddr::from(i.to_be_bytes());
-        assert!((0..SOURCES as u32).all(|i| sources.allow(source(i), now)));
-        assert!(!sources.allow(source(SOURCES as u32), now));
-        assert!(sources.allow(source(0), now), "those inside are still served");
-        let later = now + Duration::from_secs(1);
-        assert!(sources.allow(source(SOURCES as u32), later));
-        assert!(sources.empty_at.len() < 10);
+    fn many_sources_with_cookies_get_no_more_than_their_class_has() {
+        let (mut guard, mut rng) = (Guard::new(&KEY), StdRng::seed_from_u64(1));
+        let now = Instant::now();
+        guard.set_threshold(0);
+        let mut admitted = 0;
+        for number in 0..1_000_u32 {
+            let (mut jar, from) = (Jar::new(&KEY), SocketAddr::from((number.to_be_bytes(), 1)));
+            let mut judge = |bytes: &[u8]| {
+                let Ok(message::Message::Initiation(parsed)) = message::parse(bytes) else { panic!() };
+                guard.judge(&parsed.macs, parsed.sender, from, || Class::Stranger, now, &mut rng)
+            };
+            let reply = cookie(judge(&sealed(&mut jar, now)));
+            let Ok(message::Message::CookieReply(reply)) = message::parse(&reply) else { panic!() };
+            assert!(jar.put(&reply, now));
+            admitted += u32::from(judge(&sealed(&mut jar, now)) == Verdict::Process);
+        }
+        assert_eq!(admitted, STRANGERS_ADMITTED);
     }
 }

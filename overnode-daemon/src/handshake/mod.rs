@@ -4,8 +4,8 @@
 //! takes the messages of types 1 to 3; data messages are the programs'. It is deterministic: it does no I/O, reads no
 //! clock, and draws from the generator it was given. Whoever owns it
 //!
-//! - passes in datagrams ([`Handshakes::handle_datagram`]), the time when [`Handshakes::poll_timeout`] says so
-//!   ([`Handshakes::handle_timeout`]), and what the programs saw ([`Handshakes::handle_confirmed`],
+//! - passes in the datagrams that its [`Gate`] has admitted ([`Handshakes::handle_datagram`]), the
+//!   time when [`Handshakes::poll_timeout`] says so ([`Handshakes::handle_timeout`]), and what the programs saw ([`Handshakes::handle_confirmed`],
 //!   [`Handshakes::handle_activity`]);
 //! - after each of these calls sends what [`Handshakes::poll_transmit`] gives and does what [`Handshakes::poll_event`] says.
 //!
@@ -14,6 +14,7 @@
 //! can make this module panic, allocate without bound, or do more than a bounded amount of work.
 
 mod cookie;
+pub mod gate;
 mod index;
 mod message;
 mod noise;
@@ -30,7 +31,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use self::cookie::{Guard, Verdict};
+use self::gate::{Awaited, Gate};
 use self::index::Slots;
 use self::message::{BadMessage, CookieReply, Initiation, Message, Response};
 use self::noise::Identity;
@@ -45,7 +46,7 @@ pub struct Handshakes {
     identity: Identity,
     rng: StdRng,
     stamper: Stamper,
-    guard: Guard,
+    awaited: Awaited,
     slots: Slots,
     peers: BTreeMap<PeerIndex, Peer>,
     by_key: BTreeMap<PublicKey, PeerIndex>,
@@ -231,6 +232,11 @@ macro_rules! counters {
             pub fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
                 [$(($name, self.$field)),+].into_iter()
             }
+
+            /// The sums of these counters and others.
+            pub fn plus(self, other: Self) -> Self {
+                Self { $($field: self.$field + other.$field),+ }
+            }
         }
     };
 }
@@ -242,17 +248,19 @@ counters! {
     initiations_answered = "handshake-initiations-answered";
     /// Responses that completed a handshake.
     responses_accepted = "handshake-responses-accepted";
-    /// Cookies demanded, under load.
+    /// Cookies demanded, under load (the gate).
     cookies_demanded = "handshake-cookies-demanded";
     /// Cookies received from peers under load.
     cookies_received = "handshake-cookies-received";
-    /// Not a handshake message.
+    /// Not a handshake message (the gate).
     malformed = "handshake-malformed";
-    /// Data messages, which are the programs'.
+    /// Data messages, which are the programs' (the gate).
     data = "handshake-data";
-    /// The first MAC is wrong: the sender does not know our public key.
+    /// The first MAC is wrong: the sender does not know our public key (the gate).
     strangers = "handshake-strangers";
-    /// Under load: more than one source address may send.
+    /// With a relay header, from an address where no node is (the gate).
+    foreign_relay = "handshake-foreign-relay";
+    /// Under load: more than one source address may send, or all together (the gate).
     limited = "handshake-limited";
     /// Initiations and responses that do not authenticate.
     forged = "handshake-forged";
@@ -281,7 +289,7 @@ impl Handshakes {
 
     fn with(identity: Identity, mut rng: StdRng) -> Self {
         Self {
-            guard: Guard::new(&identity.public()),
+            awaited: Awaited::default(),
             identity,
             stamper: Stamper::default(),
             slots: Slots::new(&mut rng),
@@ -293,6 +301,12 @@ impl Handshakes {
             events: VecDeque::new(),
             counters: Counters::default(),
         }
+    }
+
+    /// A gate for what is received for these handshakes. `rng` must come from the operating system
+    /// outside of tests.
+    pub fn gate(&self, rng: StdRng) -> Gate {
+        Gate::new(&self.identity.public(), self.awaited.clone(), rng)
     }
 
     /// This node's public key.
@@ -375,7 +389,7 @@ impl Handshakes {
         self.schedule(index);
     }
 
-    /// Takes a UDP payload from the network. Everything about it may be a lie.
+    /// Takes a UDP payload that a [`Gate`] has admitted. Everything else about it may be a lie.
     pub fn handle_datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) {
         match message::parse(bytes) {
             Ok(Message::Initiation(initiation)) => self.handle_initiation(now, from, &initiation),
@@ -464,10 +478,6 @@ impl Handshakes {
     }
 
     fn handle_initiation(&mut self, now: Instant, from: SocketAddr, initiation: &Initiation<'_>) {
-        let verdict = self.guard.judge(&initiation.macs, initiation.sender, from, now, &mut self.rng);
-        if !self.admitted(verdict, from) {
-            return;
-        }
         let ephemeral = Secret(self.rng.random());
         let Ok(received) = self.identity.receive(ephemeral, initiation.noise) else {
             self.counters.forged += 1;
@@ -500,6 +510,7 @@ impl Handshakes {
         };
         let mut bytes = message::response(local_index, initiation.sender, &noise);
         peer.jar.seal(&mut bytes, local_index, now);
+        self.awaited.note(&bytes);
         self.transmits.push_back(Transmit { to: from, peer: Some(index), bytes });
         self.counters.initiations_answered += 1;
         if follow {
@@ -523,10 +534,6 @@ impl Handshakes {
             self.counters.unexpected += 1;
             return;
         };
-        let verdict = self.guard.judge(&response.macs, response.sender, from, now, &mut self.rng);
-        if !self.admitted(verdict, from) {
-            return;
-        }
         let Some(peer) = self.peers.get_mut(&index) else { return };
         let Some(mut pending) = peer.pending.take() else { return };
         let Ok(keys) = pending.noise.finish(response.noise) else {
@@ -560,19 +567,6 @@ impl Handshakes {
         }
     }
 
-    fn admitted(&mut self, verdict: Verdict, from: SocketAddr) -> bool {
-        match verdict {
-            Verdict::Process => return true,
-            Verdict::Demand(bytes) => {
-                self.counters.cookies_demanded += 1;
-                self.transmits.push_back(Transmit { to: from, peer: None, bytes });
-            }
-            Verdict::Stranger => self.counters.strangers += 1,
-            Verdict::Limited => self.counters.limited += 1,
-        }
-        false
-    }
-
     fn initiate(&mut self, index: PeerIndex, now: Instant, wall: SystemTime) {
         let jitter = self.jitter();
         let Some(peer) = self.peers.get_mut(&index) else { return };
@@ -596,6 +590,7 @@ impl Handshakes {
         };
         let mut bytes = message::initiation(local_index, &message);
         peer.jar.seal(&mut bytes, local_index, now);
+        self.awaited.note(&bytes);
         peer.pending = Some(Pending { local_index, noise, doubted: false });
         self.counters.initiations_sent += 1;
         self.transmits.push_back(Transmit { to, peer: Some(index), bytes });

@@ -1,5 +1,6 @@
 //! Sockets.
 
 pub mod admission;
+pub mod known;
 pub mod mesh;
 pub mod udp;

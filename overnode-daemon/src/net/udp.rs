@@ -6,20 +6,30 @@
 use std::io;
 use std::io::{IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{
-    self, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockProtocol, SockType,
-    SockaddrIn, SockaddrIn6, SockaddrStorage, sockopt,
+    self, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, MultiHeaders, SockFlag, SockProtocol,
+    SockType, SockaddrIn, SockaddrIn6, SockaddrStorage, sockopt,
 };
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
-/// Longer datagrams are cut: no handshake message has more than 148 bytes.
-const RECEIVE_LEN: usize = 2048;
-/// Bytes of messages that may wait; enough for the handshakes of a thousand peers that start at once.
-const RECEIVE_BUFFER: usize = 1 << 20;
+/// Longer datagrams are cut: no handshake message has more than 156 bytes, a relay header included.
+const RECEIVE_LEN: usize = 256;
+/// Datagrams that one system call receives, at most.
+const BATCH: usize = 64;
+/// Bytes of messages that may wait: some 5000 short ones, so that honest ones survive a flood while
+/// the thread that receives waits for a processor.
+const RECEIVE_BUFFER: usize = 4 << 20;
+/// How long to wait after an error of a socket.
+const AFTER_ERROR: Duration = Duration::from_millis(100);
 
 /// One socket for each address family that the host has.
 pub struct UdpSockets {
@@ -30,15 +40,23 @@ pub struct UdpSockets {
 
 /// A datagram that came.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Received {
-    /// Who sent it.
+pub struct Received<B = Vec<u8>> {
+    /// Its source.
     pub from: SocketAddr,
     /// The local address it was sent to.
     pub to: IpAddr,
     /// Index of the interface it came through.
     pub ifindex: u32,
     /// The payload.
-    pub bytes: Vec<u8>,
+    pub bytes: B,
+}
+
+impl Received<&[u8]> {
+    /// The same, with a copy of the payload.
+    pub fn to_owned(&self) -> Received {
+        let Self { from, to, ifindex, bytes } = *self;
+        Received { from, to, ifindex, bytes: bytes.to_vec() }
+    }
 }
 
 impl UdpSockets {
@@ -69,15 +87,25 @@ impl UdpSockets {
         self.port
     }
 
-    /// The next datagram. May be dropped before it ends without losing one.
+    /// Receives on a thread of its own until what is returned is dropped. Each datagram goes to
+    /// `take`, which is to be quick; what it returns is sent back to the datagram's source, from
+    /// the address that was asked.
     ///
     /// # Errors
-    /// What `recvmsg` reports.
-    pub async fn recv(&self) -> io::Result<Received> {
-        tokio::select! {
-            received = recv(self.v4.as_ref()) => received,
-            received = recv(self.v6.as_ref()) => received,
-        }
+    /// The system gives no thread, or no descriptors.
+    pub fn receive(
+        &self,
+        mut take: impl FnMut(Instant, &Received<&[u8]>) -> Option<Vec<u8>> + Send + 'static,
+    ) -> io::Result<Reception> {
+        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+        let sockets = [&self.v4, &self.v6].into_iter().flatten();
+        let sockets =
+            sockets.map(|socket| socket.as_fd().try_clone_to_owned()).collect::<io::Result<Vec<_>>>()?;
+        let thread = std::thread::Builder::new().name("handshakes".to_owned()).spawn({
+            let stop = Arc::clone(&stop);
+            move || receive_until(&stop, &sockets, &mut take)
+        })?;
+        Ok(Reception { stop, thread: Some(thread) })
     }
 
     /// Sends a datagram; from `from` if that is (still) an address of this host and of the same family, else from the one that the
@@ -120,7 +148,10 @@ fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
         socket::setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
         socket::setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
     }
-    socket::setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+    // Beyond the system's limit, which root may; without that right, as much as it allows.
+    if socket::setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
+        socket::setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+    }
     socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
     UdpSocket::from_std(socket.into())
 }
@@ -135,39 +166,86 @@ fn present(socket: io::Result<UdpSocket>) -> io::Result<Option<UdpSocket>> {
     }
 }
 
-async fn recv(socket: Option<&UdpSocket>) -> io::Result<Received> {
-    match socket {
-        Some(socket) => socket.async_io(Interest::READABLE, || receive(socket)).await,
-        None => std::future::pending().await,
+/// The thread that receives. Dropping this ends it.
+#[derive(Debug)]
+pub struct Reception {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Reception {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
-fn receive(socket: &UdpSocket) -> io::Result<Received> {
-    let mut buffer = [0; RECEIVE_LEN];
-    let mut parts = [IoSliceMut::new(&mut buffer)];
-    let mut control = nix::cmsg_space!(libc::in_pktinfo, libc::in6_pktinfo);
-    let flags = MsgFlags::MSG_DONTWAIT;
-    let message =
-        socket::recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
-    let from = message.address.as_ref().and_then(socket_address);
-    let to = message.cmsgs()?.find_map(|part| match part {
-        ControlMessageOwned::Ipv4PacketInfo(info) => {
-            let address = Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes());
-            Some((IpAddr::V4(address), u32::try_from(info.ipi_ifindex).ok()?))
+fn receive_until(
+    stop: &EventFd,
+    sockets: &[OwnedFd],
+    take: &mut impl FnMut(Instant, &Received<&[u8]>) -> Option<Vec<u8>>,
+) {
+    let mut buffers = vec![[0; RECEIVE_LEN]; BATCH];
+    loop {
+        let mut fds: Vec<_> =
+            sockets.iter().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)).collect();
+        fds.push(PollFd::new(stop.as_fd(), PollFlags::POLLIN));
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return tracing::error!("handshakes cannot be waited for: {error}"),
         }
-        ControlMessageOwned::Ipv6PacketInfo(info) => {
-            Some((IpAddr::V6(Ipv6Addr::from(info.ipi6_addr.s6_addr)), info.ipi6_ifindex))
+        let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or_default();
+        if fds.last().is_some_and(is_ready) {
+            return;
         }
-        _ => None,
-    });
-    let length = message.bytes;
-    let (Some(from), Some((to, ifindex))) = (from, to) else {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "a datagram without packet information"));
-    };
-    Ok(Received { from, to, ifindex, bytes: buffer[..length].to_vec() })
+        for (socket, _) in sockets.iter().zip(&fds).filter(|(_, fd)| is_ready(fd)) {
+            match receive_batch(socket, &mut buffers, take) {
+                Ok(()) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Err(error) => {
+                    tracing::warn!("receiving handshakes failed: {error}");
+                    std::thread::sleep(AFTER_ERROR);
+                }
+            }
+        }
+    }
 }
 
-fn send(socket: &UdpSocket, to: SocketAddr, from: Option<IpAddr>, bytes: &[u8]) -> io::Result<()> {
+fn receive_batch(
+    socket: &OwnedFd,
+    buffers: &mut [[u8; RECEIVE_LEN]],
+    take: &mut impl FnMut(Instant, &Received<&[u8]>) -> Option<Vec<u8>>,
+) -> Result<(), Errno> {
+    let control = nix::cmsg_space!(libc::in_pktinfo, libc::in6_pktinfo);
+    let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(buffers.len(), Some(control));
+    let mut parts: Vec<_> = buffers.iter_mut().map(|buffer| [IoSliceMut::new(buffer)]).collect();
+    let flags = MsgFlags::MSG_DONTWAIT;
+    let messages = socket::recvmmsg(socket.as_raw_fd(), &mut headers, parts.iter_mut(), flags, None)?;
+    let now = Instant::now();
+    for message in messages {
+        let from = message.address.as_ref().and_then(socket_address);
+        let to = message.cmsgs()?.find_map(|part| match part {
+            ControlMessageOwned::Ipv4PacketInfo(info) => {
+                let address = Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes());
+                Some((IpAddr::V4(address), u32::try_from(info.ipi_ifindex).ok()?))
+            }
+            ControlMessageOwned::Ipv6PacketInfo(info) => {
+                Some((IpAddr::V6(Ipv6Addr::from(info.ipi6_addr.s6_addr)), info.ipi6_ifindex))
+            }
+            _ => None,
+        });
+        let (Some(from), Some((to, ifindex))) = (from, to) else { continue };
+        let bytes = message.iovs().next().unwrap_or_default();
+        if let Some(answer) = take(now, &Received { from, to, ifindex, bytes }) {
+            // One that finds the socket full is lost, as on any network.
+            let _ = send(socket, from, Some(to), &answer);
+        }
+    }
+    Ok(())
+}
+
+fn send(socket: &impl AsRawFd, to: SocketAddr, from: Option<IpAddr>, bytes: &[u8]) -> io::Result<()> {
     let v4 = |address: Ipv4Addr| libc::in_pktinfo {
         ipi_ifindex: 0,
         ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(address.octets()) },
@@ -212,12 +290,34 @@ mod tests {
         [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
     }
 
+    /// Everything that comes to these sockets.
+    struct Heard {
+        datagrams: std::sync::mpsc::Receiver<Received>,
+        _reception: Reception,
+    }
+
+    impl Heard {
+        fn on(sockets: &UdpSockets) -> Self {
+            let (sender, datagrams) = std::sync::mpsc::channel();
+            let take = move |_, datagram: &Received<&[u8]>| {
+                sender.send(datagram.to_owned()).expect("the test goes on");
+                (datagram.bytes == b"answer me").then(|| b"answer".to_vec())
+            };
+            Self { datagrams, _reception: sockets.receive(take).expect("a thread") }
+        }
+
+        fn next(&self) -> Received {
+            self.datagrams.recv_timeout(Duration::from_secs(10)).expect("a datagram")
+        }
+    }
+
     #[tokio::test]
     async fn datagrams_come_with_where_they_were_sent_to() {
         let (a, b) = (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
+        let heard = Heard::on(&b);
         for address in localhost() {
             a.send((address, b.port()).into(), None, b"there").await.expect("sent");
-            let received = b.recv().await.expect("received");
+            let received = heard.next();
             assert_eq!(received.from, (address, a.port()).into());
             assert_eq!((received.to, received.ifindex, &received.bytes[..]), (address, 1, &b"there"[..]));
         }
@@ -226,24 +326,48 @@ mod tests {
     #[tokio::test]
     async fn answers_go_out_from_the_address_asked() {
         let (a, b) = (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
+        let (at_a, at_b) = (Heard::on(&a), Heard::on(&b));
         let second = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
-        a.send((second, b.port()).into(), None, b"there").await.expect("sent");
-        let received = b.recv().await.expect("received");
+        a.send((second, b.port()).into(), None, b"answer me").await.expect("sent");
+        let received = at_b.next();
         assert_eq!(received.to, second);
+        let answer = at_a.next();
+        assert_eq!((answer.from, &answer.bytes[..]), ((second, b.port()).into(), &b"answer"[..]));
         b.send(received.from, Some(received.to), b"back").await.expect("sent");
-        assert_eq!(a.recv().await.expect("received").from, (second, b.port()).into());
+        assert_eq!(at_a.next().from, (second, b.port()).into());
 
         b.send(received.from, None, b"back").await.expect("sent");
-        let chosen = a.recv().await.expect("received").from;
+        let chosen = at_a.next().from;
         assert_eq!(chosen, (IpAddr::V4(Ipv4Addr::LOCALHOST), b.port()).into());
 
         b.send(received.from, Some(Ipv6Addr::LOCALHOST.into()), b"back")
             .await
             .expect("the other family is ignored");
-        assert_eq!(a.recv().await.expect("received").from, chosen);
+        assert_eq!(at_a.next().from, chosen);
         let gone = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 77));
         b.send(received.from, Some(gone), b"back").await.expect("sent all the same");
-        assert_eq!(a.recv().await.expect("received").from, chosen);
+        assert_eq!(at_a.next().from, chosen);
+    }
+
+    #[tokio::test]
+    async fn many_datagrams_at_once_arrive_whole_and_in_order() {
+        let (a, b) = (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
+        let to = (IpAddr::V4(Ipv4Addr::LOCALHOST), b.port()).into();
+        for number in 0..200_u8 {
+            a.send(to, None, &[number; 156]).await.expect("sent");
+        }
+        let heard = Heard::on(&b);
+        for number in 0..200_u8 {
+            assert_eq!(heard.next().bytes, [number; 156]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_port_is_free_again_when_nobody_receives() {
+        let first = UdpSockets::bind(0).expect("a free port");
+        let port = first.port();
+        drop((Heard::on(&first), first));
+        UdpSockets::bind(port).expect("free again");
     }
 
     #[tokio::test]

@@ -258,7 +258,8 @@ impl Node {
         }
         let indexes: Vec<u32> = devices.iter().map(|device| device.ifindex).collect();
         let maps = self.datapath.bulk_map_fds();
-        let mut child = link::start(&self.bulk.run_dir, self.bulk.mode, maps, devices, ports)?;
+        let mut child =
+            link::start(&self.bulk.run_dir, self.bulk.mode, &self.public_key, maps, devices, ports)?;
         // Whoever is this process's child must be waited for, whenever it ends.
         std::thread::spawn(move || child.wait());
         let started = Instant::now();

@@ -1,6 +1,6 @@
 //! The data plane's peers: what gossip says becomes peers and routes, what the handshakes decide becomes sessions.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -357,6 +357,17 @@ impl Node {
                 tracing::warn!("peer {index} cannot be tried at {endpoint}: {error:#}");
             }
         }
+    }
+
+    /// Tells those who receive where nodes are expected.
+    pub(super) fn refresh_known(&self) {
+        let mut addresses: HashSet<IpAddr> = self.streams.values().map(|stream| stream.remote.ip()).collect();
+        for peer in self.peers.values() {
+            addresses.extend(peer.candidates.iter().map(SocketAddr::ip));
+            let endpoint = peer.state.as_ref().and_then(|state| state.endpoint);
+            addresses.extend(endpoint.map(|endpoint| endpoint.ip()));
+        }
+        self.known.set(addresses);
     }
 
     /// A node was just spoken with at this address: if there is no session with it, that is where to try, and now.

@@ -13,8 +13,9 @@ impl Node {
     pub(super) fn inspect(&mut self) -> Result<Value, ApiError> {
         let now = Instant::now();
         let status = self.status()?;
+        let counters = self.handshakes.counters().plus(self.arrivals.counters());
         let handshakes: serde_json::Map<_, _> =
-            self.handshakes.counters().named().map(|(name, count)| (name.to_owned(), count.into())).collect();
+            counters.named().map(|(name, count)| (name.to_owned(), count.into())).collect();
         let records: Vec<&Record> = self.gossip.records().collect();
         let routes: Vec<_> = self
             .peers

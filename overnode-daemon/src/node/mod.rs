@@ -3,6 +3,7 @@
 //! [`Daemon`] lives as long as the process and may have no node yet; [`running::Node`] is a launched one.
 
 mod addresses;
+mod arrivals;
 mod bulk;
 mod data;
 mod dns;

@@ -256,7 +256,7 @@ impl Node {
 }
 
 /// The address that stands for a node whose messages come through a relay: one of those that lead nowhere (RFC 6666).
-fn stand_in(id: NodeId) -> SocketAddr {
+pub(super) fn stand_in(id: NodeId) -> SocketAddr {
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, id.get())), 0)
 }
 

@@ -5,11 +5,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
+use futures_util::FutureExt as _;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tokio::sync::mpsc;
 
 use super::addresses::Outcome;
+use super::arrivals::Arrivals;
 use super::bulk::Bulk;
 use super::data::DataPeer;
 use super::dns::Dns;
@@ -21,20 +23,22 @@ use super::paths::Ways;
 use crate::bulk::control::FromWorkers;
 use crate::control::CONTROL_PORT;
 use crate::control::dial::Dialer;
+use crate::control::renewal::RENEW_AFTER;
 use crate::datapath::{Datapath, LinkEvent, OpenOptions, Probe, Probes};
 use crate::docker::{Event, Incoming};
 use crate::fault;
 use crate::gossip::{Gossip, Record, Signature, Signer};
-use crate::handshake::Handshakes;
+use crate::handshake::{Handshakes, Transmit};
 use crate::ipam::{self, Ipam, RequestId};
 use crate::monitor::Hub;
 use crate::monitor::decode::Seen;
+use crate::net::known::Known;
 use crate::net::mesh::{Mesh, MeshEvent, Residents, StreamId};
 use crate::net::udp::{Received, UdpSockets};
 use crate::options::Options;
 use crate::path::Paths;
 use crate::routing::Routing;
-use crate::store::{Identity, Known, Store};
+use crate::store::{self, Identity, Store};
 use crate::types::{NodeId, PeerIndex, PublicKey, VerifyingKey};
 
 /// How often the maps are read for activity, confirmations and statistics.
@@ -42,10 +46,50 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often what belongs to nobody is removed.
 const RECONCILE: Duration = Duration::from_secs(60);
 
+/// How long one source may be served in a turn, once it has had one input. A turn with work from
+/// all sources takes some tens of milliseconds.
+const SHARE_TIME: Duration = Duration::from_millis(5);
+/// How many inputs of each source are taken in one turn, at most.
+const SHARES: [(Source, usize); 10] = [
+    (Source::Mesh, 64),
+    (Source::Refused, 8),
+    // Each may cost 0.3 ms.
+    (Source::High, 16),
+    (Source::Low, 4),
+    (Source::Replies, 16),
+    (Source::Links, 1),
+    (Source::Probes, 256),
+    (Source::Docker, 1),
+    (Source::Bulk, 16),
+    (Source::Drops, 1),
+];
+
+/// Where inputs come from, time apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Mesh,
+    /// Callers that were refused.
+    Refused,
+    /// Datagrams from addresses where nodes are expected.
+    High,
+    /// Datagrams from anywhere else.
+    Low,
+    /// Cookie replies for relays.
+    Replies,
+    Links,
+    Probes,
+    Docker,
+    Bulk,
+    Drops,
+}
+
 /// What can happen.
 pub(super) enum Input {
     Mesh(MeshEvent),
+    /// A handshake message that was judged.
     Datagram(Received),
+    /// A cookie reply to send through a relay.
+    Reply(Transmit),
     Probe(Probe),
     Drops(Vec<Seen>),
     Link(LinkEvent),
@@ -105,8 +149,10 @@ pub(super) struct Node {
     pub(super) unsaved: BTreeSet<NodeId>,
     /// Whose records are new, and were not given to the other parts of the node yet.
     pub(super) unlearnt: BTreeSet<NodeId>,
+    /// Where nodes are expected.
+    pub(super) known: Known,
     mesh_events: mpsc::Receiver<MeshEvent>,
-    datagrams: mpsc::Receiver<Received>,
+    pub(super) arrivals: Arrivals,
     probes: Probes,
     link_events: mpsc::Receiver<LinkEvent>,
     from_docker: Option<Incoming>,
@@ -136,7 +182,16 @@ impl Node {
         )?);
         let residents: Residents = Arc::new(Mutex::default());
         let (events, mesh_events) = mpsc::channel(1024);
-        let mesh = Mesh::listen(CONTROL_PORT, identity.introduction(), residents.clone(), events).context(
+        let known = Known::default();
+        let mesh = Mesh::listen(
+            CONTROL_PORT,
+            identity.introduction(),
+            residents.clone(),
+            known.clone(),
+            RENEW_AFTER,
+            events,
+        )
+        .context(
             "TCP port 6783 cannot be opened: stop what uses it (`ss -lntp` shows it), then launch again",
         )?;
         fault::step("ports");
@@ -157,7 +212,9 @@ impl Node {
         // An earlier daemon may have been killed while somebody watched.
         datapath.allow_records(0)?;
         let monitor = Monitor::new(hub.clone(), datapath.drops()?);
-        let datagrams = receive(udp.clone());
+        let gate = handshakes.gate(StdRng::from_os_rng());
+        let arrivals = Arrivals::start(&udp, gate, identity.id, known.clone())
+            .context("handshakes cannot be received")?;
         let own = Record {
             id: identity.id,
             incarnation,
@@ -178,9 +235,9 @@ impl Node {
         let mut gossip = Gossip::new(own, signer, StdRng::from_os_rng(), now);
         gossip.set_clock(unix_milliseconds(), now);
         let mut routing = Routing::new(*ipam.layout(), identity.id);
-        let known = store.peers()?;
-        gossip.restore(known.iter().map(|known| (known.record.clone(), known.was_reached)));
-        for Known { record, standing, .. } in known {
+        let stored = store.peers()?;
+        gossip.restore(stored.iter().map(|known| (known.record.clone(), known.was_reached)));
+        for store::Known { record, standing, .. } in stored {
             if gossip.record(record.id) == Some(&record) {
                 routing.restore(&record, standing, now);
             }
@@ -232,8 +289,9 @@ impl Node {
             passing_problems: BTreeMap::new(),
             unsaved: BTreeSet::new(),
             unlearnt: BTreeSet::new(),
+            known,
             mesh_events,
-            datagrams,
+            arrivals,
             probes,
             link_events,
             from_docker,
@@ -257,7 +315,24 @@ impl Node {
 
     /// Waits for what happens next. Cancelling loses nothing.
     pub(super) async fn next_input(&mut self) -> Input {
-        let deadline = [
+        let deadline = self.deadline();
+        tokio::select! {
+            () = tokio::time::sleep_until(deadline.into()) => Input::Timeout,
+            Some(event) = self.mesh_events.recv() => Input::Mesh(event),
+            Some(refused) = self.mesh.refused() => Input::Mesh(refused),
+            Some(event) = self.link_events.recv() => Input::Link(event),
+            Some(datagram) = self.arrivals.high.recv() => Input::Datagram(datagram),
+            Some(datagram) = self.arrivals.low.recv() => Input::Datagram(datagram),
+            Some(reply) = self.arrivals.replies.recv() => Input::Reply(reply),
+            Ok(probe) = self.probes.recv() => Input::Probe(probe),
+            event = from(&mut self.from_docker) => Input::Docker(event),
+            said = self.bulk.next() => Input::Bulk(said),
+            Ok(drops) = self.monitor.drops.recv() => Input::Drops(drops),
+        }
+    }
+
+    fn deadline(&self) -> Instant {
+        [
             Some(self.next_tick),
             self.handshakes.poll_timeout(),
             self.gossip.poll_timeout(),
@@ -272,35 +347,66 @@ impl Node {
         .into_iter()
         .flatten()
         .min()
-        .unwrap_or(self.next_tick);
-        tokio::select! {
-            biased;
-            () = tokio::time::sleep_until(deadline.into()) => Input::Timeout,
-            Some(event) = self.mesh_events.recv() => Input::Mesh(event),
-            Some(event) = self.link_events.recv() => Input::Link(event),
-            Some(datagram) = self.datagrams.recv() => Input::Datagram(datagram),
-            Ok(probe) = self.probes.recv() => Input::Probe(probe),
-            event = from(&mut self.from_docker) => Input::Docker(event),
-            said = self.bulk.next() => Input::Bulk(said),
-            Ok(drops) = self.monitor.drops.recv() => Input::Drops(drops),
+        .unwrap_or(self.next_tick)
+    }
+
+    /// One turn: takes an input, then of each source its share of what waits, and carries out all
+    /// that follows from these. So no source can keep the node from the others, however much it
+    /// brings, and a turn has an end.
+    pub(super) async fn handle_input(&mut self, input: Input) {
+        self.take_input(input).await;
+        for (source, share) in SHARES {
+            let end = Instant::now() + SHARE_TIME;
+            for _ in 0..share {
+                let Some(input) = self.waiting(source) else { break };
+                self.take_input(input).await;
+                if self.broken.is_some() {
+                    return;
+                }
+                if Instant::now() > end {
+                    break;
+                }
+            }
+        }
+        let now = Instant::now();
+        if self.deadline() <= now {
+            self.handle_timeout(now).await;
+        }
+        self.pump(now).await;
+    }
+
+    /// What a source has at this moment.
+    fn waiting(&mut self, source: Source) -> Option<Input> {
+        match source {
+            Source::Mesh => self.mesh_events.try_recv().ok().map(Input::Mesh),
+            Source::Refused => self.mesh.refused().now_or_never().flatten().map(Input::Mesh),
+            Source::High => self.arrivals.high.try_recv().ok().map(Input::Datagram),
+            Source::Low => self.arrivals.low.try_recv().ok().map(Input::Datagram),
+            Source::Replies => self.arrivals.replies.try_recv().ok().map(Input::Reply),
+            Source::Links => self.link_events.try_recv().ok().map(Input::Link),
+            Source::Probes => self.probes.recv().now_or_never()?.ok().map(Input::Probe),
+            Source::Docker => from(&mut self.from_docker).now_or_never().map(Input::Docker),
+            Source::Bulk => self.bulk.next().now_or_never().map(Input::Bulk),
+            Source::Drops => self.monitor.drops.recv().now_or_never()?.ok().map(Input::Drops),
         }
     }
 
-    /// Takes one input and carries out all that follows from it.
-    pub(super) async fn handle_input(&mut self, input: Input) {
+    async fn take_input(&mut self, input: Input) {
         let now = Instant::now();
         match input {
             Input::Mesh(event) => self.handle_mesh(event, now),
             Input::Datagram(datagram) => self.handle_datagram(datagram, now).await,
-            // Nothing follows from these.
-            Input::Drops(drops) => return self.handle_drops(drops),
+            Input::Reply(reply) => {
+                self.send_relayed(&reply).await;
+            }
+            Input::Drops(drops) => self.handle_drops(drops),
             Input::Probe(probe) => self.handle_probe(&probe, now),
             Input::Link(event) => self.handle_link(event, now).await,
             Input::Docker(event) => self.handle_docker(event, now).await,
             Input::Bulk(said) => self.handle_bulk(said, now).await,
-            Input::Timeout => self.handle_timeout(now).await,
+            // Every turn looks at the time.
+            Input::Timeout => {}
         }
-        self.pump(now).await;
     }
 
     async fn handle_timeout(&mut self, now: Instant) {
@@ -336,6 +442,7 @@ impl Node {
         self.pump_gossip(now).await;
         let paths_changed = std::mem::take(&mut self.paths_changed);
         if paths_changed {
+            self.refresh_known();
             self.tell_ipam_of_paths(now);
         }
         self.pump_ipam(now).await;
@@ -411,25 +518,4 @@ fn allocations(store: &Store, identity: &Identity, now: Instant) -> anyhow::Resu
         ipam.resume_after(last);
     }
     Ok(ipam)
-}
-
-/// A task that moves datagrams from the sockets into a queue. When the node is too slow, the newest are lost, as on any network.
-fn receive(udp: Arc<UdpSockets>) -> mpsc::Receiver<Received> {
-    let (sender, receiver) = mpsc::channel(1024);
-    tokio::spawn(async move {
-        loop {
-            match udp.recv().await {
-                Ok(received) => {
-                    if let Err(mpsc::error::TrySendError::Closed(_)) = sender.try_send(received) {
-                        return;
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!("receiving handshakes failed: {error}");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
-    });
-    receiver
 }

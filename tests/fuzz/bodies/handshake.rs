@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use blake2::digest::consts::U16;
 use blake2::digest::{FixedOutput, KeyInit, Update};
 use blake2::{Blake2s256, Blake2sMac, Digest};
+use overnode_daemon::handshake::gate::{Gate, Judgment};
 use overnode_daemon::handshake::{Event, Handshakes, Initiate, PeerConfig, SessionKeys};
 use overnode_daemon::types::{PeerIndex, PublicKey, Secret};
 use rand::SeedableRng;
@@ -33,6 +34,7 @@ pub fn run(data: &[u8]) {
 
 struct World {
     nodes: [Handshakes; 2],
+    gates: [Gate; 2],
     sessions: [Vec<SessionKeys>; 2],
     now: Instant,
     wall: SystemTime,
@@ -58,7 +60,9 @@ impl World {
             handshakes.upsert_peer(PeerIndex(1), config, now);
         }
         let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-        Self { nodes, sessions: Default::default(), now, wall, flying: VecDeque::new(), seen: Vec::new() }
+        let gates = nodes.each_ref().map(|node| node.gate(StdRng::seed_from_u64(7)));
+        let (flying, seen) = (VecDeque::new(), Vec::new());
+        Self { nodes, gates, sessions: Default::default(), now, wall, flying, seen }
     }
 
     fn step(&mut self, step: u8, input: &mut Input<'_>) {
@@ -123,13 +127,29 @@ impl World {
     }
 
     fn deliver(&mut self, to: usize, from: SocketAddr, bytes: &[u8]) {
-        let node = &mut self.nodes[to];
-        let before: u64 = node.counters().named().map(|(_, value)| value).sum();
-        node.handle_datagram(self.now, from, bytes);
-        let after: u64 = node.counters().named().map(|(_, value)| value).sum();
-        assert_eq!(after, before + 1, "each datagram is counted, once");
-        let sent = self.drain(to);
+        let before = self.counted(to);
+        let is_peer = || from == address(1 - to);
+        let replied = match self.gates[to].judge(self.now, from, bytes, is_peer) {
+            Judgment::Admit(_) => {
+                self.nodes[to].handle_datagram(self.now, from, bytes);
+                0
+            }
+            Judgment::Reply(reply) => {
+                let length = reply.len();
+                self.flying.push_back((1 - to, reply.clone()));
+                self.seen.push((1 - to, reply));
+                length
+            }
+            Judgment::Drop(_) => 0,
+        };
+        assert_eq!(self.counted(to), before + 1, "each datagram is counted, once");
+        let sent = self.drain(to) + replied;
         assert!(sent <= bytes.len(), "{sent} bytes in answer to {}", bytes.len());
+    }
+
+    fn counted(&self, node: usize) -> u64 {
+        let gate = *self.gates[node].counters().lock().expect("nobody panicked");
+        self.nodes[node].counters().plus(gate).named().map(|(_, value)| value).sum()
     }
 
     /// Takes what a node wants; returns how many bytes it sends.

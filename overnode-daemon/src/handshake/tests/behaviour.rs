@@ -401,7 +401,7 @@ fn the_wall_clock_may_be_set_back_while_we_run() {
 fn running_out_of_slots_is_told_and_passes() {
     let mut world = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer);
     for at in 0..2 {
-        let (now, core) = (world.now, &mut world.nodes[at].core);
+        let (now, core): (_, &mut Handshakes) = (world.now, &mut world.nodes[at].core);
         let taken: Vec<_> =
             std::iter::from_fn(|| core.slots.allocate(PeerIndex(9), now, &mut core.rng)).collect();
         assert_eq!(taken.len(), 4095);

@@ -14,6 +14,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
+use super::gate::Judgment;
 use super::*;
 
 pub const SECOND: Duration = Duration::from_secs(1);
@@ -54,6 +55,55 @@ fn nonce(counter: u64) -> Nonce {
     let mut nonce = [0; 12];
     nonce[4..].copy_from_slice(&counter.to_le_bytes());
     Nonce::assume_unique_for_key(nonce)
+}
+
+/// Handshakes behind their gate.
+pub struct Core {
+    inner: Handshakes,
+    pub gate: Gate,
+}
+
+impl Core {
+    pub fn new(secret: Secret, mut rng: StdRng) -> Self {
+        let gate = StdRng::seed_from_u64(rng.random());
+        let inner = Handshakes::new(secret, rng);
+        Self { gate: inner.gate(gate), inner }
+    }
+
+    /// Puts a gate in place of this one that has seen nothing yet.
+    pub fn reset_gate(&mut self) {
+        self.gate = self.inner.gate(StdRng::seed_from_u64(1));
+    }
+
+    pub fn handle_datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) {
+        let is_peer = || self.inner.peers.values().any(|peer| peer.endpoint == Some(from));
+        match self.gate.judge(now, from, bytes, is_peer) {
+            Judgment::Admit(_) => self.inner.handle_datagram(now, from, bytes),
+            Judgment::Reply(bytes) => {
+                self.inner.transmits.push_back(Transmit { to: from, peer: None, bytes });
+            }
+            Judgment::Drop(_) => {}
+        }
+    }
+
+    pub fn counters(&self) -> Counters {
+        let gate = *self.gate.counters().lock().expect("nobody panicked");
+        self.inner.counters().plus(gate)
+    }
+}
+
+impl std::ops::Deref for Core {
+    type Target = Handshakes;
+
+    fn deref(&self) -> &Handshakes {
+        &self.inner
+    }
+}
+
+impl std::ops::DerefMut for Core {
+    fn deref_mut(&mut self) -> &mut Handshakes {
+        &mut self.inner
+    }
 }
 
 /// The programs' part, for one peer.
@@ -121,7 +171,7 @@ impl Plane {
 }
 
 pub struct Node {
-    pub core: Handshakes,
+    pub core: Core,
     pub address: SocketAddr,
     pub planes: BTreeMap<PeerIndex, Plane>,
     pub failures: Vec<(PeerIndex, Failure)>,
@@ -355,7 +405,7 @@ impl World {
     pub fn restart(&mut self, at: usize, with: usize, initiate: Initiate, adopt: bool) {
         let (config, seed) = (self.config(with, initiate), self.rng.random());
         let (now, node) = (self.now, &mut self.nodes[at]);
-        node.core = Handshakes::new(node.secret(at), StdRng::seed_from_u64(seed));
+        node.core = Core::new(node.secret(at), StdRng::seed_from_u64(seed));
         node.core.upsert_peer(peer(with), config, now);
         let plane = node.planes.get_mut(&peer(with)).expect("they know each other");
         if !adopt {
@@ -395,7 +445,7 @@ pub fn address(number: usize) -> SocketAddr {
 impl Node {
     fn new(number: usize, rng: &mut StdRng) -> Self {
         let mut node = Self {
-            core: Handshakes::new(Secret([0; 32]), StdRng::seed_from_u64(rng.random())),
+            core: Core::new(Secret([0; 32]), StdRng::seed_from_u64(rng.random())),
             address: address(number),
             planes: BTreeMap::new(),
             failures: Vec::new(),
@@ -406,7 +456,7 @@ impl Node {
             refused: BTreeMap::new(),
             unsent: 0,
         };
-        node.core = Handshakes::new(node.secret(number), StdRng::seed_from_u64(rng.random()));
+        node.core = Core::new(node.secret(number), StdRng::seed_from_u64(rng.random()));
         node
     }
 

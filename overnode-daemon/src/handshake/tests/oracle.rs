@@ -11,7 +11,7 @@ const THEIRS: u8 = 2;
 
 /// One of us and one of them, on a wire without delay.
 struct Mixed {
-    core: Handshakes,
+    core: Core,
     tunn: Tunn,
     now: Instant,
     wall: SystemTime,
@@ -37,7 +37,7 @@ impl Mixed {
             initiate,
             persistent_keepalive: None,
         };
-        let mut core = Handshakes::new(Secret([OURS; 32]), StdRng::seed_from_u64(1));
+        let mut core = Core::new(Secret([OURS; 32]), StdRng::seed_from_u64(1));
         let tunn = Tunn::new(secret, core.public_key().0.into(), their_psk, None, 77, None);
         let now = Instant::now();
         core.upsert_peer(PeerIndex(1), config, now);
@@ -262,7 +262,7 @@ fn we_bring_the_cookie_that_they_demand() {
 #[test]
 fn they_bring_the_cookie_that_we_demand() {
     let mut mixed = Mixed::new(Initiate::OnlyAnswer, [5; 32], Some([5; 32]));
-    mixed.core.guard.set_threshold(0);
+    mixed.core.gate.set_threshold(0);
     let initiation = mixed.their_initiation();
     mixed.ours(&initiation);
     let reply = mixed.sent().expect("a cookie reply");

@@ -1,0 +1,250 @@
+//! The gate before the handshakes: judges each datagram by what can be told without a
+//! Diffie-Hellman, before it waits in any queue. A flood of what the gate refuses costs a hash for
+//! each datagram and nothing else.
+//!
+//! Whoever receives datagrams owns a gate; it shares with the [handshakes](super::Handshakes) only
+//! the receiver indices under which this side waits for an answer. It does no I/O and reads no
+//! clock.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use overnode_ebpf::map::SESSION_SLOTS;
+use overnode_ebpf::reason::Reason;
+use rand::rngs::StdRng;
+
+use super::Counters;
+use super::cookie::{Class, Guard, Verdict};
+use super::message::{self, BadMessage, Message};
+use crate::types::PublicKey;
+
+/// Judges datagrams.
+pub struct Gate {
+    guard: Guard,
+    awaited: Awaited,
+    rng: StdRng,
+    counters: Arc<Mutex<Counters>>,
+}
+
+/// What is to become of a datagram.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Judgment {
+    /// The handshakes may work on it.
+    Admit(Priority),
+    /// Its sender gets this cookie reply instead, which is shorter than what it answers.
+    Reply(Vec<u8>),
+    /// Nothing: it is counted.
+    Drop(Reason),
+}
+
+/// Which queue an admitted datagram waits in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Priority {
+    /// From an address where a peer is expected, or an answer that is waited for.
+    High,
+    /// From anywhere else.
+    Low,
+}
+
+impl Gate {
+    /// The gate of the node with this public key. `rng` makes the secret behind its cookies.
+    pub fn new(own: &PublicKey, awaited: Awaited, rng: StdRng) -> Self {
+        Self { guard: Guard::new(own), awaited, rng, counters: Arc::default() }
+    }
+
+    /// Judges a datagram from `from`. `is_peer` says whether a peer is expected at that address; it
+    /// is asked only about messages whose first MAC is right.
+    pub fn judge(
+        &mut self,
+        now: Instant,
+        from: SocketAddr,
+        bytes: &[u8],
+        is_peer: impl FnOnce() -> bool,
+    ) -> Judgment {
+        let mut priority = Priority::High;
+        let verdict = match message::parse(bytes) {
+            Ok(Message::Initiation(initiation)) => {
+                let class = || {
+                    if is_peer() {
+                        return Class::Peer;
+                    }
+                    priority = Priority::Low;
+                    Class::Stranger
+                };
+                self.guard.judge(&initiation.macs, initiation.sender, from, class, now, &mut self.rng)
+            }
+            Ok(Message::Response(response)) => {
+                if !self.awaited.has(response.receiver) {
+                    return self.refuse(Reason::UnknownIndex, |counters| &mut counters.unexpected);
+                }
+                let class = || Class::Answer;
+                self.guard.judge(&response.macs, response.sender, from, class, now, &mut self.rng)
+            }
+            Ok(Message::CookieReply(reply)) => {
+                if !self.awaited.has(reply.receiver) {
+                    return self.refuse(Reason::UnknownIndex, |counters| &mut counters.unexpected);
+                }
+                Verdict::Process
+            }
+            Err(BadMessage::Malformed) => {
+                return self.refuse(Reason::Malformed, |counters| &mut counters.malformed);
+            }
+            Err(BadMessage::Data) => return self.refuse(Reason::Malformed, |counters| &mut counters.data),
+        };
+        match verdict {
+            Verdict::Process => Judgment::Admit(priority),
+            Verdict::Demand(reply) => {
+                self.count(|counters| &mut counters.cookies_demanded);
+                Judgment::Reply(reply)
+            }
+            Verdict::Stranger => self.refuse(Reason::Forged, |counters| &mut counters.strangers),
+            Verdict::Limited => self.refuse(Reason::Forged, |counters| &mut counters.limited),
+        }
+    }
+
+    /// Notes a datagram that was admitted and then found no room in its queue.
+    pub fn overflowed(&mut self) {
+        self.count(|counters| &mut counters.limited);
+    }
+
+    /// Notes a relay header from an address where no node is.
+    pub fn refused_relay(&mut self) {
+        self.count(|counters| &mut counters.foreign_relay);
+    }
+
+    /// What the gate has counted so far; shared with the gate.
+    pub fn counters(&self) -> Arc<Mutex<Counters>> {
+        Arc::clone(&self.counters)
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_threshold(&mut self, threshold: u32) {
+        self.guard.set_threshold(threshold);
+    }
+
+    fn refuse(&mut self, reason: Reason, counter: fn(&mut Counters) -> &mut u64) -> Judgment {
+        self.count(counter);
+        Judgment::Drop(reason)
+    }
+
+    fn count(&mut self, counter: fn(&mut Counters) -> &mut u64) {
+        *counter(&mut self.counters.lock().unwrap_or_else(PoisonError::into_inner)) += 1;
+    }
+}
+
+/// The receiver indices under which this side waits for answers: the sender indices of the
+/// handshake messages that it has sent, the latest of each slot. An attacker who does not see them
+/// has to guess 32 bits.
+#[derive(Clone)]
+pub struct Awaited(Arc<[AtomicU32]>);
+
+impl Default for Awaited {
+    fn default() -> Self {
+        Self((0..SESSION_SLOTS).map(|_| AtomicU32::new(0)).collect())
+    }
+}
+
+impl Awaited {
+    /// Notes a handshake message that is sent.
+    pub fn note(&self, message: &[u8]) {
+        let sender = match message::parse(message) {
+            Ok(Message::Initiation(initiation)) => initiation.sender,
+            Ok(Message::Response(response)) => response.sender,
+            Ok(Message::CookieReply(_)) | Err(_) => return,
+        };
+        if let Some(slot) = self.slot(sender) {
+            slot.store(sender, Ordering::Relaxed);
+        }
+    }
+
+    /// Slot 0 is never given out, so 0 stands for none.
+    fn has(&self, receiver: u32) -> bool {
+        receiver != 0 && self.slot(receiver).is_some_and(|slot| slot.load(Ordering::Relaxed) == receiver)
+    }
+
+    fn slot(&self, index: u32) -> Option<&AtomicU32> {
+        self.0.get((index % SESSION_SLOTS) as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+
+    use super::super::cookie::Jar;
+    use super::*;
+
+    const OWN: PublicKey = PublicKey([7; 32]);
+
+    fn gate() -> Gate {
+        Gate::new(&OWN, Awaited::default(), StdRng::seed_from_u64(1))
+    }
+
+    fn from() -> SocketAddr {
+        ([192, 0, 2, 1], 6784).into()
+    }
+
+    fn response(receiver: u32, now: Instant) -> Vec<u8> {
+        let mut bytes = message::response(5, receiver, &[1; message::RESPONSE_NOISE_LEN]);
+        Jar::new(&OWN).seal(&mut bytes, 5, now);
+        bytes
+    }
+
+    #[test]
+    fn garbage_of_every_length_and_type_is_dropped() {
+        let (mut gate, now, mut rng) = (gate(), Instant::now(), StdRng::seed_from_u64(2));
+        let mut dropped = 0;
+        for length in 0..300 {
+            for kind in [0, 1, 2, 3, 4, 5, 255] {
+                let mut bytes = vec![0; length];
+                rng.fill(&mut bytes[..]);
+                if let Some(header) = bytes.first_chunk_mut() {
+                    *header = [kind, 0, 0, 0];
+                }
+                let judgment = gate.judge(now, from(), &bytes, || panic!("not asked"));
+                assert!(matches!(judgment, Judgment::Drop(_)), "{judgment:?}");
+                dropped += 1;
+            }
+        }
+        let counters = *gate.counters().lock().unwrap();
+        assert_eq!(counters.named().map(|(_, count)| count).sum::<u64>(), dropped, "each once");
+    }
+
+    #[test]
+    fn initiations_wait_by_who_is_expected_at_their_source() {
+        let (mut gate, now) = (gate(), Instant::now());
+        let mut bytes = message::initiation(5, &[1; message::INITIATION_NOISE_LEN]);
+        Jar::new(&OWN).seal(&mut bytes, 5, now);
+        assert_eq!(gate.judge(now, from(), &bytes, || true), Judgment::Admit(Priority::High));
+        assert_eq!(gate.judge(now, from(), &bytes, || false), Judgment::Admit(Priority::Low));
+    }
+
+    #[test]
+    fn only_answers_that_are_waited_for_are_admitted() {
+        let (mut gate, now) = (gate(), Instant::now());
+        let sent = message::initiation(0x1234_5678, &[1; message::INITIATION_NOISE_LEN]);
+        let is_peer = || panic!("answers are told by their index");
+        let cookie = message::cookie_reply(0x1234_5678, &[1; 24], &[1; 32]);
+        let unasked = Judgment::Drop(Reason::UnknownIndex);
+        assert_eq!(gate.judge(now, from(), &response(0x1234_5678, now), is_peer), unasked.clone());
+        assert_eq!(gate.judge(now, from(), &cookie, is_peer), unasked.clone());
+        gate.awaited.clone().note(&sent);
+        assert_eq!(
+            gate.judge(now, from(), &response(0x1234_5678, now), is_peer),
+            Judgment::Admit(Priority::High)
+        );
+        assert_eq!(gate.judge(now, from(), &cookie, is_peer), Judgment::Admit(Priority::High));
+        for other in [0, 0x678, 0x1234_5679, 0x1234_4678] {
+            assert_eq!(gate.judge(now, from(), &response(other, now), is_peer), unasked.clone());
+        }
+        assert_eq!(gate.counters().lock().unwrap().unexpected, 6);
+    }
+
+    #[test]
+    fn a_gate_can_be_given_to_another_thread() {
+        fn is_send<T: Send>(_: &T) {}
+        is_send(&gate());
+    }
+}
