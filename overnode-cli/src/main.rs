@@ -19,6 +19,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
+use overnode_daemon::trust;
 
 use crate::failure::Failure;
 use crate::options::Cli;
@@ -31,6 +32,11 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return options::explain(&error),
     };
+    // A token or a key may be on its way through this process.
+    if let Err(error) = trust::protect_memory() {
+        let _ = writeln!(io::stderr(), "overnode: its memory cannot be kept from other processes: {error}");
+        return ExitCode::FAILURE;
+    }
     match run(cli) {
         Ok(output) => write_out(&output),
         Err(failure) => {

@@ -3,9 +3,17 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use overnode_daemon::{bulk, node, options::Options};
+use nix::sys::stat::{Mode, umask};
+use overnode_daemon::{bulk, node, options::Options, trust};
 
 fn main() -> ExitCode {
+    // Before anything is in memory or on disk that is worth stealing, in the daemon and in the workers' process.
+    umask(Mode::S_IRWXG | Mode::S_IRWXO);
+    if let Err(error) = trust::protect_memory() {
+        tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+        tracing::error!("the process's memory cannot be kept from others: {error}");
+        return ExitCode::FAILURE;
+    }
     if let [_, first, settings] = &std::env::args().collect::<Vec<_>>()[..]
         && first == bulk::process::ARGUMENT
     {

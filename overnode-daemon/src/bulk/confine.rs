@@ -52,13 +52,12 @@ const ITSELF: [libc::c_long; 18] = [
     libc::SYS_exit_group,
 ];
 
-/// Drops all capabilities for good; the process cannot be traced.
+/// Drops all capabilities for good. That the process cannot be traced, `main` has seen to.
 ///
 /// # Errors
 /// The kernel refuses.
 pub fn drop_privileges() -> Result<()> {
     nix::sys::prctl::set_name(&CString::new(NAME)?).context("the process cannot be named")?;
-    nix::sys::prctl::set_dumpable(false).context("the process can be traced")?;
     for set in
         [caps::CapSet::Ambient, caps::CapSet::Inheritable, caps::CapSet::Effective, caps::CapSet::Permitted]
     {
