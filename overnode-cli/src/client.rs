@@ -11,6 +11,7 @@ use hyper::client::conn::http1;
 use hyper::{Method, Request, Response, header};
 use hyper_util::rt::TokioIo;
 use overnode_daemon::api::{self, ApiError, ErrorKind, error::ErrorBody};
+use overnode_daemon::trust;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
@@ -49,6 +50,8 @@ pub enum Unanswered {
     NotRunning,
     /// The socket is not for this user.
     Denied,
+    /// Another user, who is not root, listens on the socket.
+    Stranger(u32),
     /// The daemon said no.
     Refused(ApiError),
     /// The daemon is there, but something went wrong on the way.
@@ -170,7 +173,12 @@ impl Client {
                     }
                 },
                 Err(Unanswered::Broken(_)) if may_be_ending => {}
-                Err(why @ (Unanswered::Denied | Unanswered::Refused(_) | Unanswered::Broken(_))) => {
+                Err(
+                    why @ (Unanswered::Denied
+                    | Unanswered::Stranger(_)
+                    | Unanswered::Refused(_)
+                    | Unanswered::Broken(_)),
+                ) => {
                     return Err(self.explain(why));
                 }
             }
@@ -191,6 +199,11 @@ impl Client {
             }
             Unanswered::Denied => Failure::failed(format_args!(
                 "{}: permission denied: the daemon answers root only, so run this command as root (with sudo)",
+                self.socket.display()
+            )),
+            Unanswered::Stranger(user) => Failure::failed(format_args!(
+                "a program of user {user} listens on {} in place of the daemon and was told nothing: find out why, remove \
+                 that directory, or give another --run-dir",
                 self.socket.display()
             )),
             Unanswered::Refused(error) => error.into(),
@@ -237,6 +250,11 @@ impl Client {
             io::ErrorKind::PermissionDenied => Unanswered::Denied,
             _ => broken(&error),
         })?;
+        // Whoever listens gets what is sent, a token perhaps.
+        let listener = stream.peer_cred().map_err(|error| broken(&error))?.uid();
+        if !trust::is_trusted_user(listener) {
+            return Err(Unanswered::Stranger(listener));
+        }
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
         tokio::spawn(connection);

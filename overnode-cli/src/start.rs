@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use overnode_daemon::api::Version;
-use overnode_daemon::node;
+use overnode_daemon::{node, trust};
 
 use crate::client::{Client, POLL, Unanswered};
 use crate::failure::Failure;
@@ -194,7 +194,7 @@ impl Started {
             // One that ends while it starts may have taken the question, so only its own words count as a reason.
             match client.try_get::<Version>("/v1/version").await {
                 Ok(version) => return Ok(version),
-                Err(why @ Unanswered::Denied) => return Err(client.explain(why)),
+                Err(why @ (Unanswered::Denied | Unanswered::Stranger(_))) => return Err(client.explain(why)),
                 Err(Unanswered::NotRunning | Unanswered::Refused(_) | Unanswered::Broken(_)) => {}
             }
             if let How::Detached { child, .. } = &mut self.how {
@@ -288,8 +288,11 @@ async fn start_detached(context: &Context) -> Result<Started, Failure> {
 }
 
 fn open_log(context: &Context) -> io::Result<File> {
+    trust::check_path(&context.run_dir).map_err(io::Error::other)?;
     DirBuilder::new().recursive(true).mode(0o755).create(&context.run_dir)?;
-    OpenOptions::new().create(true).append(true).mode(0o600).open(context.run_dir.join(LOG))
+    trust::check_directory(&context.run_dir).map_err(io::Error::other)?;
+    let log = context.run_dir.join(LOG);
+    OpenOptions::new().create(true).append(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(log)
 }
 
 fn spawn(daemon: &Path, context: &Context, log: File) -> io::Result<Child> {

@@ -5,9 +5,12 @@ mod common;
 mod node;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::io::Read;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,6 +19,8 @@ use node::Canned;
 use overnode_daemon::api::{ApiError, LaunchOutcome, Launched, Reply, Request, Version, WasReset};
 
 const LAUNCH: [&str; 4] = ["launch", "--id", "1", "host2"];
+/// As `overnode token` makes them.
+const TOKEN: &str = "q2Vd0mCzJ7rYk1XWb9uTfG4hLs8NeAoP5iDwRx6M";
 
 /// Tells its process ID and its arguments, then sleeps.
 const SLEEPER: &str =
@@ -33,7 +38,7 @@ impl Running {
         fs::create_dir(&bin).unwrap();
         install(&bin.join("overnoded"), daemon.as_bytes());
         let mut command = overnode(&install_overnode(&bin), host, arguments);
-        command.env("OVERNODE_TOKEN", "secret token").stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.env("OVERNODE_TOKEN", TOKEN).stdout(Stdio::piped()).stderr(Stdio::piped());
         Self { command: command.spawn().unwrap(), bin }
     }
 
@@ -115,7 +120,7 @@ fn launch_starts_a_daemon_of_its_own_and_leaves_it_running() {
     let session: u32 = session.rsplit(") ").next().unwrap().split(' ').nth(3).unwrap().parse().unwrap();
     assert_eq!(session, pid, "signals of the terminal do not reach it");
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
-    assert!(!String::from_utf8_lossy(&environment).contains("secret token"));
+    assert!(!String::from_utf8_lossy(&environment).contains(TOKEN));
     let log = node.host.run_dir().join("overnoded.log");
     assert_eq!(fs::read_link(format!("/proc/{pid}/fd/1")).unwrap(), log);
     assert_eq!(fs::read_link(format!("/proc/{pid}/fd/0")).unwrap(), Path::new("/dev/null"));
@@ -129,6 +134,39 @@ fn launch_starts_a_daemon_of_its_own_and_leaves_it_running() {
         )
     );
     kill(pid, nix::sys::signal::SIGKILL);
+}
+
+/// A program of another user in place of the daemon.
+#[test]
+fn a_local_user_who_listens_in_place_of_the_daemon_is_told_no_token() {
+    let host = Host::new();
+    // Made before the first launch, by user 1000.
+    fs::create_dir(host.run_dir()).unwrap();
+    chown(host.run_dir(), Some(1000), Some(1000)).unwrap();
+    fs::set_permissions(host.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let (bound, ready) = mpsc::channel();
+    let (tell, told) = mpsc::channel();
+    let socket = host.socket();
+    thread::spawn(move || {
+        // Of this thread alone: the C library would change all of them. What counts is who calls listen(2).
+        // SAFETY: takes no pointers.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, -1, 1000, -1) }, 0);
+        let listener = UnixListener::bind(&socket);
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, -1, 0, -1) }, 0);
+        bound.send(listener.is_ok()).unwrap();
+        let (mut stream, _) = listener.unwrap().accept().unwrap();
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes);
+        tell.send(bytes).unwrap();
+    });
+    assert!(ready.recv().unwrap());
+    let outcome = host.run(&["launch", "--id", "1", "--token", TOKEN]);
+    assert_eq!(outcome.code, 1, "{outcome:?}");
+    let line = outcome.error_line();
+    assert!(line.contains("a program of user 1000 listens on") && line.contains("--run-dir"), "{line}");
+    let told = told.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert!(told.is_empty(), "{:?}", String::from_utf8_lossy(&told));
 }
 
 #[test]

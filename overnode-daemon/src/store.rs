@@ -25,6 +25,7 @@ pub use record::{Attachment, CniEndpoint, EngineEndpoint, ExternalPeer, Identity
 
 use crate::gossip;
 use crate::ipam;
+use crate::trust::{self, Untrusted};
 use crate::types::{NodeId, PeerIndex, Secret};
 
 /// The layout of the tables. Another one is refused.
@@ -68,6 +69,9 @@ pub enum StoreError {
         /// The directory.
         path: PathBuf,
     },
+    /// Another user can change it.
+    #[error("the state cannot be kept there: {0}; or give another --state-dir")]
+    Untrusted(#[from] Untrusted),
     /// There is no state.
     #[error("there is no node's state in {path}; `overnode launch` makes one")]
     Missing {
@@ -139,7 +143,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Io`] if the directory or its files cannot be made or written, [`StoreError::Locked`],
-    /// [`StoreError::Schema`], [`StoreError::Damaged`].
+    /// [`StoreError::Schema`], [`StoreError::Damaged`], [`StoreError::Untrusted`].
     pub fn open(directory: &Path) -> Result<Self> {
         disk::make_directory(directory)?;
         let lock = disk::lock(directory)?;
@@ -492,11 +496,12 @@ impl Store {
     /// As [`Self::destroy`], also if the state cannot be read. Nothing happens if there is none.
     ///
     /// # Errors
-    /// [`StoreError::Locked`] if a daemon runs on it, [`StoreError::Io`].
+    /// [`StoreError::Locked`] if a daemon runs on it, [`StoreError::Untrusted`], [`StoreError::Io`].
     pub fn wipe(directory: &Path) -> Result<()> {
         if !directory.join(DATABASE).exists() && !directory.join(LOCK).exists() {
             return Ok(());
         }
+        trust::check_path(directory)?;
         let lock = disk::lock(directory)?;
         disk::remove(directory, &[DATABASE, LOCK])?;
         drop(lock);

@@ -17,6 +17,7 @@ mod inspect;
 
 mod liar;
 mod life;
+mod local_user;
 mod metrics;
 mod mismatch;
 mod monitor;

@@ -35,7 +35,7 @@ pub(crate) fn prepare() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let _ = Command::new("sh")
-            .args(["-c", "mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf"])
+            .args(["-c", "mountpoint -q /sys/fs/bpf || mount -t bpf -o mode=0700 bpf /sys/fs/bpf"])
             .stderr(Stdio::null())
             .status();
         watch_signals();

@@ -263,7 +263,7 @@ fn mount_bpffs() -> Result<()> {
     }
     let mut mount = Command::new("mount");
     Step::start(format!("mount {BPFFS}"))
-        .show(mount.args(["-t", "bpf", "bpf", BPFFS]).stderr(Stdio::inherit()))
+        .show(mount.args(["-t", "bpf", "-o", "mode=0700", "bpf", BPFFS]).stderr(Stdio::inherit()))
         .context(
             "no bpffs, where programs and maps are pinned: this kernel or this container does not allow it",
         )

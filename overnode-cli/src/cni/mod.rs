@@ -154,7 +154,7 @@ impl Node {
                 },
                 ErrorKind::Failed => Code::Node,
             },
-            Unanswered::Denied | Unanswered::Broken(_) => Code::Io,
+            Unanswered::Denied | Unanswered::Stranger(_) | Unanswered::Broken(_) => Code::Io,
         };
         CniError::new(code, message, self.client.explain(why))
     }

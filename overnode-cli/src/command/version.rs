@@ -16,7 +16,9 @@ pub async fn run(context: &Context) -> Result<String, Failure> {
         Ok(version) => describe(&version),
         Err(Unanswered::NotRunning) => "not running".to_owned(),
         Err(Unanswered::Denied) => "only root may ask it".to_owned(),
-        Err(why @ (Unanswered::Refused(_) | Unanswered::Broken(_))) => client.explain(why).to_string(),
+        Err(why @ (Unanswered::Stranger(_) | Unanswered::Refused(_) | Unanswered::Broken(_))) => {
+            client.explain(why).to_string()
+        }
     };
     Ok(format!("overnode   {}\novernoded  {daemon}\n", env!("CARGO_PKG_VERSION")))
 }

@@ -8,13 +8,14 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use command_fds::{CommandFdExt as _, FdMapping};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{
     self, AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, UnixAddr, sockopt,
 };
+use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::Pid;
 use overnode_ebpf::wire::BULK_PORT;
 use tokio::io::unix::AsyncFd;
@@ -22,6 +23,7 @@ use tokio::io::unix::AsyncFd;
 use super::control::{FromWorkers, SOCKET, ToWorkers, receive, send};
 use super::process::{ARGUMENT, FIRST_FD, NAME, Start};
 use crate::datapath::BulkDevice;
+use crate::trust;
 use crate::types::PublicKey;
 
 /// Bytes that wait in each direction of a worker's socket.
@@ -49,6 +51,12 @@ impl Link {
             Err(error) => return Err(error).context("the workers' socket cannot be used"),
         }
         let peer = socket::getsockopt(&socket, sockopt::PeerCredentials)?;
+        // Whoever listens gets keys.
+        ensure!(
+            trust::is_trusted_user(peer.uid()),
+            "a process of user {} listens at the workers' socket",
+            peer.uid()
+        );
         let pid = Pid::from_raw(peer.pid());
         // SAFETY: the descriptor is owned, and stays what it is until the end.
         let socket = unsafe { AsyncFd::register(socket) };
@@ -132,7 +140,7 @@ impl Ports {
             v4: group((Ipv4Addr::UNSPECIFIED, BULK_PORT).into())?,
             v6: group((Ipv6Addr::UNSPECIFIED, BULK_PORT).into())?,
         };
-        anyhow::ensure!(!ports.v4.is_empty() || !ports.v6.is_empty(), "the host has neither IPv4 nor IPv6");
+        ensure!(!ports.v4.is_empty() || !ports.v6.is_empty(), "the host has neither IPv4 nor IPv6");
         Ok(ports)
     }
 }
@@ -237,7 +245,8 @@ fn named_socket(run_dir: &Path) -> Result<OwnedFd> {
     }
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-    // The run directory is root's alone.
+    // Linux gives the file the mode that the socket has when it is bound, less the umask.
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
     socket::bind(socket.as_raw_fd(), &UnixAddr::new(&path)?)
         .with_context(|| format!("the socket {} cannot be made", path.display()))?;
     Ok(socket)

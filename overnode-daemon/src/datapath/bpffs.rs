@@ -8,12 +8,15 @@
 //! links/COOKIE/IFINDEX-qdisc         empty directory: the clsact qdisc there is ours
 //! ```
 //! COOKIE names the network namespace (`SO_NETNS_COOKIE`, Linux 5.14): interface indexes mean nothing in another one.
+//!
+//! A bpffs that was mounted without a mode is open to every user (01777). So every directory here is root's and private, also one
+//! that was there already: whoever owned it could give the programs other maps.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -23,7 +26,14 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use nix::sys::statvfs::FsFlags;
 
+use crate::trust::{self, Untrusted};
+
 const MOUNT_POINT: &str = "/sys/fs/bpf";
+/// As systemd mounts it. Without a mode it would be 01777.
+const MOUNT_OPTIONS: &str = "mode=0700";
+const DIRECTORY_MODE: u32 = 0o700;
+/// Times that a directory may vanish while it is made: another node of this machine removes `overnode/` when it was the last one.
+const CREATE_TRIES: usize = 8;
 /// Mount namespaces looked into before giving up.
 const MAX_TRIES: usize = 4;
 const SUFFIX_CLSACT: &str = "-clsact";
@@ -119,14 +129,46 @@ impl Pins {
         Ok(Self { root: all.join(node), all, cookie: netns_cookie()?, _bpffs: bpffs })
     }
 
-    /// Creates the directories.
+    /// Makes the directories, each root's and private. Those that are there are adopted if nobody else had a hand in them.
+    ///
+    /// # Errors
+    /// A directory was made by another user, or is open to others; or it cannot be made.
     pub(super) fn create(&self) -> Result<()> {
-        for directory in [self.maps(), self.links()] {
-            fs::create_dir_all(&directory).with_context(|| {
-                format!("the directory {} cannot be created in the bpffs", directory.display())
-            })?;
+        let mut tries = 1..CREATE_TRIES;
+        loop {
+            match self.make_directories() {
+                Err(Untrusted::Io { why, .. })
+                    if why.kind() == io::ErrorKind::NotFound && tries.next().is_some() => {}
+                outcome => return outcome.context("programs and maps cannot be pinned"),
+            }
+        }
+    }
+
+    fn make_directories(&self) -> Result<(), Untrusted> {
+        self.check_bpffs()?;
+        let (maps, links) = (self.maps(), self.links());
+        let all_links = self.root.join("links");
+        for directory in [&self.all, &self.root, &maps, &all_links, &links] {
+            make_private(directory)?;
         }
         Ok(())
+    }
+
+    /// True if what is there was made by nodes of this machine, or if nothing is.
+    pub(super) fn are_ours(&self) -> bool {
+        let is_ours = |directory: &Path| match open_own(directory) {
+            Ok(_) => true,
+            Err(Untrusted::Io { why, .. }) => why.kind() == io::ErrorKind::NotFound,
+            Err(Untrusted::Owner { .. } | Untrusted::Mode { .. }) => false,
+        };
+        self.check_bpffs().is_ok() && is_ours(&self.all) && is_ours(&self.root)
+    }
+
+    /// No other user may rename `overnode/`.
+    fn check_bpffs(&self) -> Result<(), Untrusted> {
+        let base = self.all.parent().unwrap_or(&self.all);
+        let found = fs::metadata(base).map_err(|why| Untrusted::Io { path: base.to_owned(), why })?;
+        trust::check_entries(base, &found)
     }
 
     fn maps(&self) -> PathBuf {
@@ -206,8 +248,9 @@ fn names(directory: &Path) -> Vec<PathBuf> {
     paths
 }
 
+/// Symbolic links are removed, not followed.
 fn remove(path: &Path) -> io::Result<()> {
-    let removed = if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) };
+    let removed = if is_directory(path) { fs::remove_dir(path) } else { fs::remove_file(path) };
     match removed {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         Ok(()) | Err(_) => Ok(()),
@@ -215,10 +258,39 @@ fn remove(path: &Path) -> io::Result<()> {
 }
 
 fn remove_all(path: &Path) -> io::Result<()> {
-    if path.is_dir() {
+    if is_directory(path) {
         names(path).iter().try_for_each(|inner| remove_all(inner))?;
     }
     remove(path)
+}
+
+fn is_directory(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_dir())
+}
+
+/// Makes a directory, or adopts one that nobody else had a hand in. Its parent must be checked already.
+fn make_private(path: &Path) -> Result<(), Untrusted> {
+    let failed = |why| Untrusted::Io { path: path.to_owned(), why };
+    match DirBuilder::new().mode(DIRECTORY_MODE).create(path) {
+        Ok(()) => return Ok(()),
+        Err(why) if why.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(why) => return Err(failed(why)),
+    }
+    let directory = open_own(path)?;
+    let mode = directory.metadata().map_err(failed)?.mode();
+    if mode & 0o7777 != DIRECTORY_MODE {
+        directory.set_permissions(Permissions::from_mode(DIRECTORY_MODE)).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Opens a directory that is this process's own. What is checked is what was opened; a symbolic link is not followed.
+fn open_own(path: &Path) -> Result<File, Untrusted> {
+    let failed = |why| Untrusted::Io { path: path.to_owned(), why };
+    let flags = libc::O_NOFOLLOW | libc::O_DIRECTORY;
+    let directory = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
+    trust::check_own(path, &directory.metadata().map_err(failed)?)?;
+    Ok(directory)
 }
 
 /// `SO_NETNS_COOKIE`: unique since boot, unlike the inode number of a namespace.
@@ -307,8 +379,12 @@ fn mount_if_missing() -> Result<()> {
     if is_bpffs(Path::new(MOUNT_POINT)) {
         return Ok(());
     }
-    mount(Some("bpf"), MOUNT_POINT, Some("bpf"), MsFlags::empty(), None::<&str>).with_context(|| {
-        format!("no bpffs is mounted at {MOUNT_POINT} and mounting one failed: run `mount -t bpf bpf {MOUNT_POINT}` as root")
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), MOUNT_POINT, Some("bpf"), flags, Some(MOUNT_OPTIONS)).with_context(|| {
+        format!(
+            "no bpffs is mounted at {MOUNT_POINT} and mounting one failed: run \
+             `mount -t bpf -o {MOUNT_OPTIONS} bpf {MOUNT_POINT}` as root"
+        )
     })
 }
 

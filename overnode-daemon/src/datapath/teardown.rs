@@ -20,7 +20,8 @@ impl Datapath {
         let node = node_name(state_dir);
         let mut errors = Vec::new();
         let pins = match Pins::find(&node) {
-            Ok(pins) => Some(pins),
+            // Another user's directory by that name holds nothing of this node.
+            Ok(pins) => Some(pins).filter(Pins::are_ours),
             Err(error) => {
                 errors.push(error);
                 None

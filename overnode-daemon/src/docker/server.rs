@@ -21,6 +21,7 @@ use super::engine::News;
 use super::message::{BODY_LIMIT, Refusal, Request, Response};
 use super::{Call, NAME};
 use crate::api::server::bind;
+use crate::trust;
 
 /// How often to look whether the socket is still where the engine looks for it.
 const LOOK: Duration = Duration::from_secs(3);
@@ -74,6 +75,7 @@ async fn tell(news: &mpsc::Sender<News>, told: &mut Option<String>, trouble: Opt
 fn listen(socket: &Path) -> io::Result<(UnixListener, u64)> {
     if let Some(folder) = socket.parent() {
         std::fs::create_dir_all(folder)?;
+        trust::check_directory(folder).map_err(io::Error::other)?;
     }
     if std::os::unix::net::UnixStream::connect(socket).is_ok() {
         return Err(io::Error::other(format!("another process serves the driver {NAME} there")));

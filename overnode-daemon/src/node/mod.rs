@@ -36,6 +36,7 @@ use crate::metrics;
 use crate::monitor::Hub;
 use crate::options::Options;
 use crate::store::{Store, StoreError};
+use crate::trust;
 
 use addresses::Waiting;
 pub use reset::reset_offline;
@@ -204,11 +205,14 @@ async fn patiently<T, E>(
 }
 
 fn listen(run_dir: &Path) -> anyhow::Result<UnixListener> {
+    let untrusted = "the run directory cannot be used (--run-dir names another one)";
+    trust::check_path(run_dir).context(untrusted)?;
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(run_dir)
         .with_context(|| format!("the run directory {} cannot be made", run_dir.display()))?;
+    trust::check_directory(run_dir).context(untrusted)?;
     let path = run_dir.join(api::SOCKET);
     // The state directory's lock says that no other daemon has this state; another one may still have this run directory.
     if std::os::unix::net::UnixStream::connect(&path).is_ok() {

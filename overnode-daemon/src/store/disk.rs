@@ -9,13 +9,16 @@ use std::time::Duration;
 use redb::{DatabaseError, StorageError};
 
 use super::{DATABASE, LOCK, Result, StoreError};
+use crate::trust;
 
 const DIRECTORY_MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;
 const LOCK_TRIES: u32 = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
+/// Makes the directory, private and on a way that no other user can change; or adopts one that is this process's user's.
 pub(super) fn make_directory(directory: &Path) -> Result<()> {
+    trust::check_path(directory)?;
     let made = match directory.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => fs::create_dir_all(parent),
         Some(_) | None => Ok(()),
@@ -27,8 +30,15 @@ pub(super) fn make_directory(directory: &Path) -> Result<()> {
         Err(why) => return Err(io("could not make the state directory", directory, why)),
     }
     // The umask may have taken bits away, and an older directory may have too many.
-    fs::set_permissions(directory, Permissions::from_mode(DIRECTORY_MODE))
-        .map_err(|why| io("could not make private the state directory", directory, why))
+    let make_private = || {
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(directory)?;
+        let owner = opened.metadata()?;
+        opened.set_permissions(Permissions::from_mode(DIRECTORY_MODE))?;
+        Ok(owner)
+    };
+    let found =
+        make_private().map_err(|why| io("could not make private the state directory", directory, why))?;
+    Ok(trust::check_owner(directory, &found)?)
 }
 
 /// An existing directory is made private below: never one that is used for something else, like `/tmp`.
@@ -53,10 +63,15 @@ pub(super) fn make_private_file(path: &Path) -> Result<File> {
             .mode(FILE_MODE)
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)?;
-        file.set_permissions(Permissions::from_mode(FILE_MODE))?;
-        Ok(file)
+        let found = file.metadata()?;
+        Ok((file, found))
     };
-    open().map_err(|why| io("could not open for writing", path, why))
+    let failed = |why| io("could not open for writing", path, why);
+    let (file, found) = open().map_err(failed)?;
+    // A directory that was open to others once may still have what they left there.
+    trust::check_owner(path, &found)?;
+    file.set_permissions(Permissions::from_mode(FILE_MODE)).map_err(failed)?;
+    Ok(file)
 }
 
 /// Tries for a moment: between `fork` and `exec` a child of the last holder has the locks of its parent.

@@ -1,6 +1,6 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
@@ -155,6 +155,38 @@ fn only_the_owner_reads_it_whatever_the_umask() {
     assert_eq!(mode(&directory), 0o700);
     assert_eq!(mode(&directory.join(DATABASE)), 0o600);
     assert_eq!(mode(&directory.join(LOCK)), 0o600);
+}
+
+/// Needs root, who alone can give files away.
+#[test]
+fn what_another_user_made_is_not_used() {
+    const STRANGER: u32 = 1000;
+    let refused = |directory: &Path, what: &str| {
+        for attempt in [Store::open(directory).map(drop), Store::wipe(directory)] {
+            let why = attempt.unwrap_err();
+            assert!(matches!(why, StoreError::Untrusted(_)), "{why}");
+            assert!(why.to_string().contains(&format!("{what} belongs to user {STRANGER}")), "{why}");
+            assert!(why.to_string().contains("--state-dir"), "{why}");
+        }
+    };
+    let place = TempDir::new().unwrap();
+    // They made the directory first, and wait for what comes into it.
+    let theirs = place.path().join("theirs");
+    fs::create_dir(&theirs).unwrap();
+    fs::write(theirs.join(DATABASE), "").unwrap();
+    chown(&theirs, Some(STRANGER), None).unwrap();
+    refused(&theirs, "theirs");
+    // They left an identity in a directory that was open to them once.
+    for file in [LOCK, DATABASE] {
+        let open = place.path().join(format!("open {file}"));
+        fs::create_dir(&open).unwrap();
+        fs::write(open.join(LOCK), "").unwrap();
+        fs::write(open.join(file), "theirs").unwrap();
+        chown(open.join(file), Some(STRANGER), None).unwrap();
+        let why = Store::open(&open).unwrap_err().to_string();
+        assert!(why.contains(&format!("{file} belongs to user {STRANGER}")), "{why}");
+        assert_eq!(fs::read(open.join(file)).unwrap(), b"theirs");
+    }
 }
 
 #[test]

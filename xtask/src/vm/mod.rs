@@ -173,7 +173,7 @@ fn init(parts: &[Part]) -> String {
         mount -t proc proc /proc\n\
         mount -t sysfs sys /sys\n\
         mount -t devtmpfs dev /dev\n\
-        mount -t bpf bpf /sys/fs/bpf\n\
+        mount -t bpf -o mode=0700 bpf /sys/fs/bpf\n\
         mount -t tmpfs tmp /tmp\n\
         mount -t tmpfs run /run\n\
         ip link set lo up\n"
