@@ -13,6 +13,7 @@ mod options;
 mod presence;
 mod render;
 mod start;
+mod strength;
 mod systemd;
 
 use std::io::{self, Write};

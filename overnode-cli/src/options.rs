@@ -34,8 +34,9 @@ pub struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  host1 > sudo overnode launch --id 1 --token my-cluster-password host1 host2
-  host2 > sudo overnode launch --id 2 --token my-cluster-password host1 host2
+  host1 > (umask 077; overnode token > token)    # then copy the file to host2
+  host1 > sudo overnode launch --id 1 --token-file token host1 host2
+  host2 > sudo overnode launch --id 2 --token-file token host1 host2
   host1 > sudo overnode attach my-container
   host1 > sudo overnode status
 
@@ -85,7 +86,7 @@ pub enum Command {
     Resume,
     #[command(subcommand)]
     Peer(Peer),
-    /// Print a strong random token
+    /// Print a random token, which nobody guesses
     Token,
     /// Print the versions of this command and of the daemon
     Version,
@@ -98,18 +99,21 @@ pub enum Command {
 /// again after it was stopped, it starts again with the hosts named, or else with the targets it had.
 ///
 /// Every node of a cluster has the same token and an ID of its own. Nodes 1 to 4 can give addresses to containers by themselves.
+///
+/// Whoever knows the token, or guesses it, is a member. Make it with `overnode token`; a word that can be guessed is taken, with a
+/// warning.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  sudo overnode launch --id 1 --token my-cluster-password host1 host2 host3
-  sudo overnode launch --id 2 --token-file /etc/overnode.token host1
-  overnode token | sudo tee /etc/overnode.token  # makes a token; then copy it to the other hosts")]
+  (umask 077; overnode token > token)            # makes a token; then copy it to the other hosts
+  sudo overnode launch --id 1 --token-file token host1 host2 host3
+  ssh host1 cat token | sudo overnode launch --id 2 --token-file - host1")]
 pub struct Launch {
     /// This node's ID in the cluster, 1 to 4095
     #[arg(long, value_name = "ID", allow_hyphen_values = true)]
     pub id: NodeId,
 
-    /// The cluster's token; visible in the list of processes, unlike with --token-file or OVERNODE_TOKEN
+    /// The cluster's token; every user of this host sees it in the list of processes, unlike with --token-file or OVERNODE_TOKEN
     #[arg(long, value_name = "TOKEN", conflicts_with = "token_file", allow_hyphen_values = true)]
     pub token: Option<String>,
 

@@ -43,7 +43,7 @@ impl Presence {
     pub fn not_running(self, socket: &Path) -> String {
         match self {
             Self::Never => "overnode is not running on this host: no node was launched here; \
-                 start one with `overnode launch --id ID --token TOKEN`"
+                 start one with `overnode launch --id ID --token-file FILE`"
                 .to_owned(),
             Self::Stopped => "overnode is not running on this host: its node was launched and is stopped; \
                  start it with `overnode resume`"

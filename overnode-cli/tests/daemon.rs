@@ -304,6 +304,59 @@ fn a_running_node_is_not_started_again() {
     assert!(!node.host.run_dir().join("overnoded.log").exists());
 }
 
+/// A node that runs already; it takes any token.
+fn with_launch() -> Canned {
+    Canned::start(|request| match request {
+        Request::Version => Ok(Reply::Version(node::version(std::process::id()))),
+        Request::Launch(launch) => Ok(Reply::Launched(Launched {
+            outcome: LaunchOutcome::AlreadyRunning,
+            id: launch.id,
+            nickname: "host1".into(),
+            targets: launch.hosts,
+        })),
+        other => panic!("unexpected: {other:?}"),
+    })
+}
+
+#[test]
+fn a_token_that_is_guessed_soon_is_taken_with_a_warning() {
+    let node = with_launch();
+    for (token, why) in [
+        ("my-cluster-password", "the token is easy to guess"),
+        ("password", "(this is a top-10 common password)"),
+        ("another-password", "found within"),
+    ] {
+        let outcome = node.host.run(&["launch", "--id", "1", "--token", token]);
+        assert_eq!(
+            (outcome.code, outcome.stdout.as_str()),
+            (0, "node 1 (host1): already running; targets: none\n")
+        );
+        let line = outcome.stderr.strip_suffix('\n').unwrap();
+        assert!(line.starts_with("overnode: warning: ") && !line.contains('\n'), "{line}");
+        assert!(line.contains(why) && line.contains("`overnode token`"), "{line}");
+        assert!(token == "password" || !line.contains(token), "{line}");
+    }
+}
+
+#[test]
+fn a_token_that_the_command_made_is_taken_without_a_warning() {
+    let node = with_launch();
+    let token = node.host.run(&["token"]).stdout;
+    let file = node.host.path().join("token");
+    fs::write(&file, &token).unwrap();
+    let path = file.to_str().unwrap();
+    for (mode, is_warned) in [(0o600, false), (0o400, false), (0o640, true), (0o644, true)] {
+        fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
+        let outcome = node.host.run(&["launch", "--id", "1", "--token-file", path]);
+        assert_eq!(outcome.code, 0, "{outcome:?}");
+        let warning = format!("overnode: warning: other users of this host can read the token in {path}: ");
+        assert_eq!(outcome.stderr.starts_with(&warning), is_warned, "{outcome:?}");
+        assert_eq!(outcome.stderr.is_empty(), !is_warned, "{outcome:?}");
+    }
+    let outcome = node.host.run(&["launch", "--id", "1", "--token", token.trim_end()]);
+    assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
+}
+
 #[test]
 fn a_daemon_of_another_version_is_named_as_such() {
     let node = Canned::start(|_| Ok(Reply::Inspect(json!({"peers": "many"}))));

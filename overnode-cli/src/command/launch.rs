@@ -1,13 +1,17 @@
 //! `overnode launch`
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
 use overnode_daemon::api::{self, LaunchOutcome, Launched, Token};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{demand_root, listed, read_secret};
+use super::{demand_root, listed, read_secret, warn};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{Context, Launch};
 use crate::start::{self, Started};
+use crate::strength::weakness;
 
 /// Starts the daemon when none runs, and has it launch the node. A daemon that was started for nothing is stopped again.
 ///
@@ -16,6 +20,7 @@ use crate::start::{self, Started};
 pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
     let token = token(&wanted)?;
     demand_root("launch")?;
+    let warnings: Vec<String> = weakness(token.expose()).into_iter().chain(readable(&wanted)).collect();
     let client = Client::new(context);
     let (started, _) = start::ensure_running(context, &client).await?;
     let request = api::Launch {
@@ -41,7 +46,10 @@ pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
         why = interrupted() => Err(why),
     };
     match (launched, started) {
-        (Ok(launched), _) => Ok(describe(&launched)),
+        (Ok(launched), _) => {
+            warnings.iter().for_each(warn);
+            Ok(describe(&launched))
+        }
         (Err(why), None) => Err(why),
         (Err(why), Some(started)) => Err(undo(started, why).await),
     }
@@ -90,6 +98,15 @@ fn token(wanted: &Launch) -> Result<Token, Failure> {
         },
     };
     Token::new(text).map_err(Failure::usage)
+}
+
+/// A token's file that other users can read.
+fn readable(wanted: &Launch) -> Option<String> {
+    let file = wanted.token_file.as_ref().filter(|_| wanted.token.is_none())?;
+    let found = fs::metadata(file).ok().filter(fs::Metadata::is_file)?;
+    (found.mode() & 0o044 != 0).then(|| {
+        format!("other users of this host can read the token in {0}: `chmod go= {0}`", file.display())
+    })
 }
 
 fn describe(launched: &Launched) -> String {

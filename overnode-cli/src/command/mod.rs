@@ -12,11 +12,12 @@ mod reset;
 mod resume;
 mod status;
 mod targets;
-mod token;
+pub mod token;
 mod version;
 
+use std::fmt;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use zeroize::Zeroizing;
@@ -76,6 +77,12 @@ fn read_secret(option: &str, file: &Path) -> Result<Zeroizing<String>, Failure> 
     };
     read.map_err(|error| Failure::usage(format_args!("{option} {}: {error}", file.display())))?;
     Ok(Zeroizing::new(text.lines().next().unwrap_or_default().trim_end_matches('\r').to_owned()))
+}
+
+/// For somebody who did what was asked for, and should do otherwise next time.
+fn warn(message: impl fmt::Display) {
+    // Nobody is left to tell when this fails.
+    let _ = writeln!(io::stderr(), "overnode: warning: {message}");
 }
 
 /// Names, with commas between; a word for none.

@@ -162,7 +162,7 @@ impl Daemon {
     fn node(&mut self) -> Result<&mut Node, ApiError> {
         self.node.as_mut().ok_or_else(|| {
             ApiError::refused(
-                "no node was launched on this host: run `overnode launch --id ID --token TOKEN HOST...` first",
+                "no node was launched on this host: run `overnode launch --id ID --token-file FILE HOST...` first",
             )
         })
     }

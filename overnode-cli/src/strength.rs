@@ -1,0 +1,108 @@
+//! How soon a token is guessed. A guess can be checked without the cluster's leave (against a stolen disk, or against what a node
+//! sends to a target that is an impostor), so only the number of guesses protects a token.
+
+use zxcvbn::zxcvbn;
+
+/// Guesses a second of somebody who means it: a thousand graphics cards, each of which derives some thousand keys
+/// a second (Argon2id, 64 MiB, 3 passes).
+const GUESSES_PER_SECOND: f64 = 1e6;
+const MINUTE: f64 = 60.0;
+const HOUR: f64 = 60.0 * MINUTE;
+const DAY: f64 = 24.0 * HOUR;
+/// What takes longer is not warned about.
+const SOON: f64 = 365.0 * DAY;
+
+/// Why a token is weak, and what to do; `None` if it is not found soon. Nothing of the token is in it.
+pub fn weakness(token: &str) -> Option<String> {
+    // Words that everybody would try here.
+    let estimate = zxcvbn(token, &["overnode", "weave", "cluster", "token", "container", "docker"]);
+    let seconds = 10_f64.powf(estimate.guesses_log10()) / GUESSES_PER_SECOND;
+    if seconds > SOON {
+        return None;
+    }
+    let pattern = estimate.feedback().and_then(|feedback| feedback.warning());
+    let pattern = pattern.map(|pattern| format!(" ({})", clause(&pattern.to_string())));
+    Some(format!(
+        "the token is easy to guess{}: tried in the order in which people choose them, it is found {} by somebody with a \
+         thousand graphics cards, and whoever finds it is a member of the cluster; make one that is not found \
+         with `overnode token`",
+        pattern.unwrap_or_default(),
+        within(seconds)
+    ))
+}
+
+/// A sentence as a part of another one.
+fn clause(sentence: &str) -> String {
+    let sentence = sentence.trim_end_matches('.');
+    let mut letters = sentence.chars();
+    letters.next().map(|first| first.to_ascii_lowercase()).into_iter().chain(letters).collect()
+}
+
+fn within(seconds: f64) -> String {
+    let (count, unit) = match seconds {
+        ..1.0 => return "at once".to_owned(),
+        ..MINUTE => (seconds, "second"),
+        ..HOUR => (seconds / MINUTE, "minute"),
+        ..DAY => (seconds / HOUR, "hour"),
+        _ => (seconds / DAY, "day"),
+    };
+    let count = count.ceil();
+    format!("within {count} {unit}{}", if count == 1.0 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn what_people_think_of_is_found_soon() {
+        for token in [
+            "my-cluster-password",
+            "another-password",
+            "password",
+            "overnode",
+            "t",
+            "Tr0ub4dor&3",
+            "qwertyuiop",
+            "20261130",
+            "aaaaaaaaaaaaaaaaaaaaaaaa",
+            "hunter2hunter2hunter2",
+            "prod-cluster-2026",
+        ] {
+            let why = weakness(token).unwrap_or_else(|| panic!("{token} passes for strong"));
+            assert!(why.contains("overnode token"), "{why}");
+            // The words of the message itself do not count.
+            assert!(token.len() < 3 || token == "overnode" || token == "password" || !why.contains(token));
+        }
+        assert!(weakness("password").unwrap().contains("(this is a top-10 common password)"));
+    }
+
+    #[test]
+    fn what_is_made_at_random_is_not_warned_about() {
+        for _ in 0..300 {
+            let token = crate::command::token::run().unwrap();
+            assert_eq!(weakness(token.trim_end()), None, "{token}");
+        }
+        // Sixteen bytes in hexadecimal, as `openssl rand -hex 16` makes them.
+        assert_eq!(weakness("5f2a9c0be7714d83a6f0c2d94b18e35d"), None);
+    }
+
+    #[test]
+    fn a_token_of_any_length_is_judged_at_once() {
+        let begun = Instant::now();
+        for token in ["ab1!".repeat(1024), "é".repeat(2048), "password".repeat(512)] {
+            weakness(&token);
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn times_are_rounded_up() {
+        let shown = [(0.1, "at once"), (1.0, "within 1 second"), (61.0, "within 2 minutes")];
+        for (seconds, text) in shown.into_iter().chain([(2.0 * DAY, "within 2 days")]) {
+            assert_eq!(within(seconds), text);
+        }
+    }
+}
