@@ -25,6 +25,7 @@ pub mod path;
 pub mod routing;
 mod sources;
 pub mod store;
+pub mod text;
 pub mod trust;
 pub mod types;
 

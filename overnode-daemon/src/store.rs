@@ -25,6 +25,7 @@ pub use record::{Attachment, CniEndpoint, EngineEndpoint, ExternalPeer, Identity
 
 use crate::gossip;
 use crate::ipam;
+use crate::text::reason;
 use crate::trust::{self, Untrusted};
 use crate::types::{NodeId, PeerIndex, Secret};
 
@@ -525,7 +526,7 @@ impl Store {
         let found: Option<serde_json::Value> = self.get_meta("schema").unwrap_or_default();
         match found {
             Some(found) if found == SCHEMA => Ok(()),
-            Some(found) => Err(StoreError::Schema { path: self.directory.clone(), found: found.to_string() }),
+            Some(found) => Err(StoreError::Schema { path: self.directory.clone(), found: reason(&found) }),
             None => Err(StoreError::Schema { path: self.directory.clone(), found: "unknown".into() }),
         }
     }
@@ -595,7 +596,8 @@ impl Store {
     }
 
     fn damaged(&self, why: String) -> StoreError {
-        StoreError::Damaged { path: self.directory.clone(), why }
+        // It may quote what was read.
+        StoreError::Damaged { path: self.directory.clone(), why: reason(&why) }
     }
 }
 

@@ -6,11 +6,16 @@
 mod allocation;
 mod api;
 mod bulk;
+mod cni;
 mod control;
+mod dns;
+mod docker;
 mod gossip;
 mod handshake;
 mod input;
+mod monitor;
 mod path;
+mod store;
 mod wire;
 
 /// Something to fuzz.
@@ -26,7 +31,7 @@ pub struct Target {
 }
 
 /// All of them. `xtask/src/fuzz.rs` has the same names.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 13] = [
     Target { name: "gossip", body: gossip::run, seeds: gossip::seeds },
     Target { name: "handshake", body: handshake::run, seeds: handshake::seeds },
     Target { name: "control", body: control::run, seeds: control::seeds },
@@ -35,4 +40,9 @@ pub const TARGETS: [Target; 8] = [
     Target { name: "path", body: path::run, seeds: path::seeds },
     Target { name: "wire", body: wire::run, seeds: wire::seeds },
     Target { name: "bulk", body: bulk::run, seeds: bulk::seeds },
+    Target { name: "dns", body: dns::run, seeds: dns::seeds },
+    Target { name: "docker", body: docker::run, seeds: docker::seeds },
+    Target { name: "cni", body: cni::run, seeds: cni::seeds },
+    Target { name: "monitor", body: monitor::run, seeds: monitor::seeds },
+    Target { name: "store", body: store::run, seeds: store::seeds },
 ];

@@ -66,10 +66,20 @@ enum Target {
     Wire,
     /// Packets that the bulk path cuts and joins
     Bulk,
+    /// What containers ask the DNS service, and what resolvers answer it
+    Dns,
+    /// A Docker engine: its requests and its answers
+    Docker,
+    /// The environment and the standard input of the CNI plugin
+    Cni,
+    /// Records of dropped packets
+    Monitor,
+    /// Records and databases on disk
+    Store,
 }
 
 impl Target {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 13] = [
         Self::Gossip,
         Self::Handshake,
         Self::Control,
@@ -78,6 +88,11 @@ impl Target {
         Self::Path,
         Self::Wire,
         Self::Bulk,
+        Self::Dns,
+        Self::Docker,
+        Self::Cni,
+        Self::Monitor,
+        Self::Store,
     ];
 
     const fn name(self) -> &'static str {
@@ -90,6 +105,11 @@ impl Target {
             Self::Path => "path",
             Self::Wire => "wire",
             Self::Bulk => "bulk",
+            Self::Dns => "dns",
+            Self::Docker => "docker",
+            Self::Cni => "cni",
+            Self::Monitor => "monitor",
+            Self::Store => "store",
         }
     }
 }

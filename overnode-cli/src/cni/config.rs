@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use overnode_daemon::api::{self, CniEndpoint, Target};
 use overnode_daemon::datapath::CONTAINER_INTERFACE;
+use overnode_daemon::text::{harmless, quoted, reason};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -132,7 +133,7 @@ pub fn command(env: Env<'_>) -> Result<Command, CniError> {
         _ => {
             return Err(CniError::new(
                 Code::Environment,
-                format_args!("CNI_COMMAND is {:?}", shortened(&given)),
+                format_args!("CNI_COMMAND is {:?}", quoted(&given)),
                 "it must be ADD, DEL, CHECK, GC, STATUS or VERSION: this program is run by container runtimes, see docs/cni.md",
             ));
         }
@@ -156,7 +157,7 @@ pub fn config(input: &[u8]) -> Result<Config, CniError> {
         CniError::new(
             Code::Decode,
             "the network configuration on standard input is not understood",
-            format_args!("{error}: correct the file of the network, usually in /etc/cni/net.d"),
+            format_args!("{}: correct the file of the network, usually in /etc/cni/net.d", reason(&error)),
         )
     })
 }
@@ -171,7 +172,7 @@ pub fn version(config: &Config, command: Command) -> Result<&'static str, CniErr
     let Some(at) = VERSIONS.iter().position(|known| *known == given) else {
         return Err(CniError::new(
             Code::Incompatible,
-            format_args!("CNI version {:?} is not supported", shortened(given)),
+            format_args!("CNI version {:?} is not supported", quoted(given)),
             format_args!("supported are {}: set cniVersion to one of these", VERSIONS.join(", ")),
         ));
     };
@@ -197,7 +198,7 @@ pub fn version(config: &Config, command: Command) -> Result<&'static str, CniErr
 pub fn task(command: Command, config: &Config, env: Env<'_>) -> Result<Task, CniError> {
     if !is_name(&config.name) {
         return Err(bad_config(
-            format_args!("the network's name is {:?}", shortened(&config.name)),
+            format_args!("the network's name is {:?}", quoted(&config.name)),
             "1 to 128 letters, digits, dots, hyphens and underscores, beginning with a letter or a digit: correct `name`",
         ));
     }
@@ -205,7 +206,7 @@ pub fn task(command: Command, config: &Config, env: Env<'_>) -> Result<Task, Cni
         && !is_interface(interface)
     {
         return Err(bad_config(
-            format_args!("`interface` is {:?}", shortened(interface)),
+            format_args!("`interface` is {:?}", quoted(interface)),
             "no interface can have that name: give 1 to 15 characters without spaces and slashes",
         ));
     }
@@ -228,6 +229,8 @@ fn unsupported(config: &Config, command: Command) -> Result<(), CniError> {
         return Ok(());
     }
     let refuse = |key: &str, value: &dyn std::fmt::Display, why: &str| {
+        // All of it, as the specification has it.
+        let value = harmless(&value.to_string());
         Err(CniError::new(Code::Unsupported, format_args!("the key {key} with the value {value}"), why))
     };
     let empty = |value: &&Value| value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty);
@@ -251,13 +254,13 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
     let container = id.parse::<Target>().ok().filter(|it| matches!(it, Target::Container(_)));
     let mut bad = Vec::new();
     if container.is_none() {
-        bad.push(format!("CNI_CONTAINERID={:?}", shortened(&id)));
+        bad.push(format!("CNI_CONTAINERID={:?}", quoted(&id)));
     }
     if !is_interface(&ifname) {
-        bad.push(format!("CNI_IFNAME={:?}", shortened(&ifname)));
+        bad.push(format!("CNI_IFNAME={:?}", quoted(&ifname)));
     }
     if !may_be_gone && !netns.starts_with('/') || netns.len() > 4096 {
-        bad.push(format!("CNI_NETNS={:?}", shortened(&netns)));
+        bad.push(format!("CNI_NETNS={:?}", quoted(&netns)));
     }
     let mut details = "a container ID has 1 to 128 letters, digits, dots, hyphens and underscores; an interface's name 1 to 15 \
                        characters; the network namespace is a path that begins with /";
@@ -312,7 +315,7 @@ impl Args {
         let (mut pod, mut namespace) = (None, None);
         for pair in text.split(';').filter(|pair| !pair.is_empty()) {
             let Some((key, value)) = pair.split_once('=') else {
-                return Err((format!("{:?} has no =", shortened(pair)), "give KEY=VALUE;KEY=VALUE"));
+                return Err((format!("{:?} has no =", quoted(pair)), "give KEY=VALUE;KEY=VALUE"));
             };
             match key {
                 "IgnoreUnknown" => {
@@ -322,11 +325,11 @@ impl Args {
                 "IP" | "MAC" if value.is_empty() => {}
                 "IP" => match parse_address(value) {
                     Some(address) => args.address = Some(address),
-                    None => return Err((format!("IP={:?}", shortened(value)), "give one IPv4 address")),
+                    None => return Err((format!("IP={:?}", quoted(value)), "give one IPv4 address")),
                 },
                 "MAC" => match parse_mac(value) {
                     Some(mac) => args.mac = Some(mac),
-                    None => return Err((format!("MAC={:?}", shortened(value)), "give a unicast address")),
+                    None => return Err((format!("MAC={:?}", quoted(value)), "give a unicast address")),
                 },
                 "K8S_POD_NAME" => pod = Some(value),
                 "K8S_POD_NAMESPACE" => namespace = Some(value),
@@ -335,7 +338,7 @@ impl Args {
         }
         if let (Some(key), false) = (unknown, ignore_unknown) {
             return Err((
-                format!("the key {:?} is not known", shortened(key)),
+                format!("the key {:?} is not known", quoted(key)),
                 "known are IP, MAC, K8S_POD_NAME, K8S_POD_NAMESPACE: set IgnoreUnknown=1 to have others ignored",
             ));
         }
@@ -358,7 +361,7 @@ fn capabilities(wanted: &mut Attachment, config: &Config) -> Result<(), CniError
             [one] if parse_address(one).is_some() => wanted.address = parse_address(one),
             _ => {
                 return Err(bad_config(
-                    format_args!("runtimeConfig.ips is {:?}", shortened(&ips.join(" "))),
+                    format_args!("runtimeConfig.ips is {:?}", quoted(&ips.join(" "))),
                     "a container has one IPv4 address in this network: give one",
                 ));
             }
@@ -369,7 +372,7 @@ fn capabilities(wanted: &mut Attachment, config: &Config) -> Result<(), CniError
     {
         let Some(mac) = parse_mac(text) else {
             return Err(bad_config(
-                format_args!("runtimeConfig.mac is {:?}", shortened(text)),
+                format_args!("runtimeConfig.mac is {:?}", quoted(text)),
                 "give a unicast address such as 02:00:00:00:00:01",
             ));
         };
@@ -400,7 +403,7 @@ fn check_dns(dns: &Value) -> Result<(), CniError> {
     };
     told.map(drop).map_err(|why| {
         bad_config(
-            format_args!("dns is {}: {why}", shortened(&dns.to_string())),
+            format_args!("dns is {}: {}", quoted(&dns.to_string()), reason(&why)),
             "give nameservers (addresses), domain, search and options, or no dns at all",
         )
     })
@@ -422,7 +425,7 @@ fn valid(config: &Config) -> Result<Vec<(String, String)>, CniError> {
     };
     let list: Option<Vec<Attached>> =
         Deserialize::deserialize(list).map_err(|error: serde_json::Error| {
-            CniError::new(Code::Decode, "cni.dev/valid-attachments is not understood", error)
+            CniError::new(Code::Decode, "cni.dev/valid-attachments is not understood", reason(&error))
         })?;
     Ok(list.into_iter().flatten().map(|it| (it.container, it.ifname)).collect())
 }
@@ -454,8 +457,4 @@ fn is_interface(name: &str) -> bool {
     let is_bad =
         |byte: u8| byte == b'/' || byte == b':' || byte.is_ascii_whitespace() || byte.is_ascii_control();
     (1..=15).contains(&name.len()) && name != "." && name != ".." && !name.bytes().any(is_bad)
-}
-
-fn shortened(text: &str) -> String {
-    text.chars().take(80).collect()
 }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::BadFrame;
 use super::key;
+use crate::text::is_harmless;
 use crate::types::{Network, NodeId, PublicKey, VerifyingKey};
 
 /// The oldest control protocol that this build speaks.
@@ -301,12 +302,7 @@ pub fn common_version(ours: (u16, u16), theirs: (u16, u16)) -> Option<u16> {
 
 /// At most [`MAX_NICKNAME`] bytes of printable text: what peers say ends up on terminals.
 pub fn clean(text: &str) -> String {
-    let is_harmless = |c: &char| {
-        !c.is_control()
-            // Invisible, or reorders the text around it.
-            && !matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
-    };
-    clip(&text.chars().filter(is_harmless).collect::<String>())
+    clip(&text.chars().filter(|c| is_harmless(*c)).collect::<String>())
 }
 
 #[derive(Serialize, Deserialize)]

@@ -141,14 +141,21 @@ impl Service {
 
     /// Asks elsewhere, and gives the answer.
     pub async fn finish(&self, pending: Pending) -> Vec<u8> {
-        let Pending { query, transport, _share } = pending;
+        let query = &pending.query;
         self.forwarded.fetch_add(1, Ordering::Relaxed);
         let flags = Flags {
             dnssec_ok: query.edns.as_ref().is_some_and(|edns| edns.flags().dnssec_ok),
             checking_disabled: query.metadata.checking_disabled,
         };
         let question = query.queries.first().cloned().unwrap_or_default();
-        let reply = match self.upstream.ask(question, flags).await {
+        let found = self.upstream.ask(question, flags).await;
+        self.conclude(pending, found)
+    }
+
+    /// The answer, from what the resolvers said, or the code to answer with.
+    pub fn conclude(&self, pending: Pending, found: Result<Message, ResponseCode>) -> Vec<u8> {
+        let Pending { query, transport, _share } = pending;
+        let reply = match found {
             Ok(found) => {
                 let mut reply = reply_to(&query, found.metadata.response_code);
                 reply.metadata.authentic_data = found.metadata.authentic_data;

@@ -22,7 +22,9 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::NAME;
+use super::message::is_id;
 use crate::api::check_name;
+use crate::text::{is_harmless, reason};
 
 /// How long one answer may take. While it makes a network, the engine asks the plugin.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -158,6 +160,34 @@ struct EngineError {
     message: String,
 }
 
+impl Report {
+    /// From the engine's lists of containers and of networks.
+    ///
+    /// # Errors
+    /// One of them is no such list.
+    pub fn read(containers: &[u8], networks: &[u8]) -> Result<Self, String> {
+        let containers = serde_json::from_slice(containers).map_err(|why| reason(&why))?;
+        let networks = serde_json::from_slice(networks).map_err(|why| reason(&why))?;
+        Ok(Self::of(containers, networks))
+    }
+
+    fn of(containers: Vec<ListedContainer>, networks: Vec<ListedNetwork>) -> Self {
+        let is_ours = |network: &ListedNetwork| network.driver == NAME && is_id(&network.id);
+        Self {
+            containers: containers.into_iter().filter_map(container).collect(),
+            networks: networks.into_iter().filter(is_ours).map(|network| network.id).collect(),
+        }
+    }
+}
+
+/// Why an engine with this answer to `/version` is not supported, if it is not.
+///
+/// # Errors
+/// It is no answer.
+pub fn unsupported(answer: &[u8]) -> Result<Option<String>, String> {
+    serde_json::from_slice(answer).map(|found| too_old(&found)).map_err(|why| reason(&why))
+}
+
 /// Carries out orders and looks now and then, until nobody listens.
 pub(super) async fn watch(
     socket: PathBuf,
@@ -227,14 +257,7 @@ impl Engine {
     async fn report(&self) -> Result<Report, NotDone> {
         let containers: Vec<ListedContainer> = self.get("/containers/json").await?;
         let networks = self.without_surplus(self.get("/networks").await?).await?;
-        Ok(Report {
-            containers: containers.into_iter().filter_map(container).collect(),
-            networks: networks
-                .into_iter()
-                .filter(|network| network.driver == NAME)
-                .map(|network| network.id)
-                .collect(),
-        })
+        Ok(Report::of(containers, networks))
     }
 
     /// Of these networks those that stay when there is one default network only. An engine that is asked for it again, because it took longer
@@ -327,7 +350,7 @@ impl Engine {
             return Err(refused(&format!("{path} was not answered"), status, &body));
         }
         serde_json::from_slice(&body)
-            .map_err(|why| self.absent(format!("its answer to {path} is not understood: {why}")))
+            .map_err(|why| self.absent(format!("its answer to {path} is not understood: {}", reason(&why))))
     }
 
     async fn ask(
@@ -393,23 +416,24 @@ async fn exchange(
     Ok((status, body.to_bytes()))
 }
 
-fn refused(what: &str, status: StatusCode, body: &[u8]) -> NotDone {
+/// An engine's refusal, with its own words.
+pub fn refused(what: &str, status: StatusCode, body: &[u8]) -> NotDone {
     let said = serde_json::from_slice::<EngineError>(body).map(|error| error.message);
     let said = said.unwrap_or_else(|_| status.to_string());
-    NotDone::Refused(format!("{what}: Docker says: {}", said.chars().take(300).collect::<String>()))
+    NotDone::Refused(format!("{what}: Docker says: {}", reason(&said)))
 }
 
 fn container(listed: ListedContainer) -> Option<Container> {
-    let is_id = listed.id.len() >= 12 && listed.id.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let id = listed.id.get(..12).filter(|_| is_id)?.to_owned();
+    let is_hexadecimal = listed.id.len() >= 12 && listed.id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let id = listed.id.get(..12).filter(|_| is_hexadecimal)?.to_owned();
     // Links give a container more names, with the other container's before them.
     let mut names = listed.names.unwrap_or_default().into_iter();
     let name = names
         .find_map(|name| name.strip_prefix('/').filter(|name| check_name(name).is_ok()).map(str::to_owned));
     let printable =
-        |image: &String| image.len() <= 256 && !image.is_empty() && !image.chars().any(char::is_control);
+        |image: &String| image.len() <= 256 && !image.is_empty() && image.chars().all(is_harmless);
     let networks = listed.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
     let endpoints =
-        networks.into_values().flatten().map(|listed| listed.endpoint).filter(|id| !id.is_empty()).collect();
+        networks.into_values().flatten().map(|listed| listed.endpoint).filter(|id| is_id(id)).collect();
     Some(Container { id, name, image: listed.image.filter(printable), endpoints })
 }

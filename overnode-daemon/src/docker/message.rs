@@ -9,6 +9,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+use crate::text::{quoted, reason};
+
 /// The largest request that is read, in bytes.
 pub const BODY_LIMIT: usize = 256 * 1024;
 /// The longest ID of the engine that is taken, in bytes. It makes them with 64.
@@ -358,7 +360,7 @@ impl Request {
             "/IpamDriver.ReleasePool" => Self::ReleasePool(read(path, body)?),
             "/IpamDriver.RequestAddress" => Self::RequestAddress(read(path, body)?),
             "/IpamDriver.ReleaseAddress" => Self::ReleaseAddress(read(path, body)?),
-            other => return Err(Refusal::Unknown(shortened(other))),
+            other => return Err(Refusal::Unknown(quoted(other))),
         })
     }
 }
@@ -371,16 +373,21 @@ fn endpoint(path: &str, body: &[u8]) -> Result<EndpointId, Refusal> {
 
 fn read<T: DeserializeOwned>(path: &str, body: &[u8]) -> Result<T, Refusal> {
     serde_json::from_slice(body).map_err(|why| {
-        Refusal::Malformed(format!("the body of {path} is not the JSON that is expected: {why}"))
+        Refusal::Malformed(format!("the body of {path} is not the JSON that is expected: {}", reason(&why)))
     })
 }
 
-fn check_id(field: &str, id: &str) -> Result<(), Refusal> {
+/// True for what an engine may call its networks and endpoints.
+pub fn is_id(id: &str) -> bool {
     let fits = !id.is_empty() && id.len() <= ID_LIMIT;
-    if fits && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')) {
+    fits && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+}
+
+fn check_id(field: &str, id: &str) -> Result<(), Refusal> {
+    if is_id(id) {
         return Ok(());
     }
-    Err(Refusal::Malformed(format!("{field} {:?} cannot be an ID of an engine", shortened(id))))
+    Err(Refusal::Malformed(format!("{field} {:?} cannot be an ID of an engine", quoted(id))))
 }
 
 fn check_sandbox(path: &str) -> Result<(), Refusal> {
@@ -388,12 +395,7 @@ fn check_sandbox(path: &str) -> Result<(), Refusal> {
     if fits {
         return Ok(());
     }
-    Err(Refusal::Malformed(format!("SandboxKey {:?} is no path of a network namespace", shortened(path))))
-}
-
-/// What a stranger sent, for a message.
-pub(super) fn shortened(text: &str) -> String {
-    text.chars().take(100).collect()
+    Err(Refusal::Malformed(format!("SandboxKey {:?} is no path of a network namespace", quoted(path))))
 }
 
 /// `null` is what Go makes of an empty map, list or document.

@@ -14,11 +14,12 @@ use super::NAME;
 use super::engine::{Container, Report};
 use super::message::{
     CreateEndpoint, CreateNetwork, Interface, InterfaceName, Join, Refusal, ReleaseAddress, Request,
-    RequestAddress, RequestPool, Response, shortened,
+    RequestAddress, RequestPool, Response,
 };
 use crate::api::check_name;
 use crate::datapath::waiting_interface;
 use crate::store::{Attachment, EngineEndpoint, Kind};
+use crate::text::quoted;
 
 /// What an engine that answers has not known for so long is gone.
 pub const FORGOTTEN: Duration = Duration::from_secs(180);
@@ -282,7 +283,7 @@ impl Docker {
         } else if request.pool.parse::<IpNet>().ok() != Some(subnet) {
             return Err(Refusal::new(format_args!(
                 "every overnode network has the subnet {subnet} of the cluster, not {}: give --subnet {subnet}, or none",
-                shortened(&request.pool)
+                quoted(&request.pool)
             )));
         } else {
             self.pools_in_a_row = 0;
@@ -291,7 +292,7 @@ impl Docker {
         if part.is_some_and(|part| part.is_none_or(|part| !part.contains(&range))) {
             return Err(Refusal::new(format_args!(
                 "addresses are given out of {range} by the nodes themselves, not of {}: leave out --ip-range",
-                shortened(&request.sub_pool)
+                quoted(&request.sub_pool)
             )));
         }
         Ok(Step::Answer(Response::Pool { id: NAME, pool: subnet.to_string() }))
@@ -302,16 +303,17 @@ impl Docker {
         if request.pool != NAME {
             return Err(Refusal::new(format_args!(
                 "there is no address pool {:?}: create the network with --ipam-driver {NAME}",
-                shortened(&request.pool)
+                quoted(&request.pool)
             )));
         }
         let option = |name: &str| request.options.get(name).and_then(serde_json::Value::as_str);
-        let wanted: Option<IpAddr> = match request.address.as_str() {
-            "" => None,
-            text => Some(text.parse().map_err(|_| {
-                Refusal::Malformed(format!("Address {:?} is no IP address", shortened(text)))
-            })?),
-        };
+        let wanted: Option<IpAddr> =
+            match request.address.as_str() {
+                "" => None,
+                text => Some(text.parse().map_err(|_| {
+                    Refusal::Malformed(format!("Address {:?} is no IP address", quoted(text)))
+                })?),
+            };
         if option(OPTION_TYPE) == Some(OPTION_TYPE_GATEWAY) {
             let (first, last) = self.settings.nodes;
             return match wanted {
@@ -332,7 +334,7 @@ impl Docker {
 
     fn release(&self, request: &ReleaseAddress) -> Result<Step, Refusal> {
         let address: IpAddr = request.address.parse().map_err(|_| {
-            Refusal::Malformed(format!("Address {:?} is no IP address", shortened(&request.address)))
+            Refusal::Malformed(format!("Address {:?} is no IP address", quoted(&request.address)))
         })?;
         Ok(if self.leases.contains_key(&address) {
             Step::Free(vec![address], Response::Done {})
@@ -368,7 +370,7 @@ impl Docker {
         if !self.networks.contains(&request.network) {
             return Err(Refusal::new(format_args!(
                 "this node does not know the network {}: if `docker network ls` shows it, remove it and create it anew",
-                shortened(&request.network)
+                quoted(&request.network)
             )));
         }
         if !request.interface.address_v6.is_empty() {
@@ -376,7 +378,7 @@ impl Docker {
         }
         let text = &request.interface.address;
         let address = text.parse::<IpNet>().map_err(|_| {
-            Refusal::Malformed(format!("Address {:?} is no IP address with its prefix", shortened(text)))
+            Refusal::Malformed(format!("Address {:?} is no IP address with its prefix", quoted(text)))
         })?;
         let not_ours = || {
             Refusal::new(format_args!(
@@ -390,10 +392,7 @@ impl Docker {
         let given = match request.interface.mac_address.as_str() {
             "" => None,
             text => Some(parse_mac(text).ok_or_else(|| {
-                Refusal::new(format_args!(
-                    "{:?} cannot be the hardware address of a container",
-                    shortened(text)
-                ))
+                Refusal::new(format_args!("{:?} cannot be the hardware address of a container", quoted(text)))
             })?),
         };
         match &lease.record.engine {
@@ -457,7 +456,7 @@ impl Docker {
 }
 
 fn unknown_endpoint(id: &str) -> Refusal {
-    Refusal::new(format_args!("there is no endpoint {}: start the container again", shortened(id)))
+    Refusal::new(format_args!("there is no endpoint {}: start the container again", quoted(id)))
 }
 
 /// What remains when the endpoint has left its container.

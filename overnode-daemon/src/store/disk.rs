@@ -158,8 +158,10 @@ pub(super) fn opening(directory: &Path, path: &Path, why: DatabaseError) -> Stor
         DatabaseError::UpgradeRequired(found) => {
             StoreError::Schema { path: directory.to_owned(), found: format!("of database format {found}") }
         }
-        // What redb says of a file that is no database of its own.
-        DatabaseError::Storage(StorageError::Io(why)) if why.kind() != io::ErrorKind::InvalidData => {
+        // What redb says of a file that is no database of its own, and of one that was cut off.
+        DatabaseError::Storage(StorageError::Io(why))
+            if !matches!(why.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
+        {
             io("could not open", path, why)
         }
         other => StoreError::Damaged { path: path.to_owned(), why: other.to_string() },

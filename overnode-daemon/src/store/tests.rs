@@ -246,7 +246,10 @@ fn state_of_another_version_is_refused_and_left_alone() {
 fn what_is_no_database_is_refused_and_left_alone() {
     let place = TempDir::new().unwrap();
     let path = place.path().join(DATABASE);
-    for bytes in [b"not a database".repeat(1000), vec![0; 4096], vec![0xff; 100_000], b"x".to_vec()] {
+    // The last is as a database begins.
+    let cut_off = b"redb\x1a\x0a\xa9\x0d\x0a".to_vec();
+    for bytes in [b"not a database".repeat(1000), vec![0; 4096], vec![0xff; 100_000], b"x".to_vec(), cut_off]
+    {
         fs::write(&path, &bytes).unwrap();
         let error = Store::open(place.path()).unwrap_err();
         assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
