@@ -4,6 +4,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
+mod deny;
 mod dist;
 mod fuzz;
 mod setup;
@@ -39,7 +40,7 @@ enum Command {
     Build,
     /// Make the Debian package and the archive of static programs, with checksums.
     Dist(dist::Arguments),
-    /// Check the formatting, run clippy and every test. Needs root.
+    /// Check the formatting and the dependencies, run clippy and every test. Needs root.
     Test(test::Arguments),
     /// Show a cluster of three hosts at work, in network namespaces of this machine. Needs root.
     Demo,

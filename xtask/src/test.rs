@@ -6,13 +6,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use crate::deny;
 use crate::step::{Step, seconds};
 use crate::workspace::Workspace;
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Run only the tests whose names contain one of these, without formatting and clippy.
+    /// Run only the tests whose names contain one of these, without formatting, dependencies and clippy.
     #[arg(value_name = "FILTER")]
     filters: Vec<String>,
 }
@@ -25,7 +26,7 @@ struct Summary {
     ignored: u64,
 }
 
-/// Checks the formatting, runs clippy, builds the binaries and runs every test.
+/// Checks the formatting and the dependencies, runs clippy, builds the binaries and runs every test.
 ///
 /// # Errors
 /// When any of it fails; a failed test does not keep the others from running.
@@ -33,6 +34,9 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     if arguments.filters.is_empty() {
         Step::start("check the formatting").show(workspace.cargo().args(["fmt", "--all", "--check"]))?;
+        let step = Step::start("check licenses, bans and sources of the dependencies");
+        deny::check(workspace)?;
+        step.done();
         Step::start("clippy").show(workspace.cargo().args([
             "clippy",
             "--locked",

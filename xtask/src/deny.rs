@@ -1,0 +1,179 @@
+//! Licenses, bans and sources of all dependencies, by the rules in `deny.toml`.
+//!
+//! The rules are those of cargo-deny, and whoever has that program can use it (`cargo deny check licenses bans sources`). To build it, every
+//! fresh clone would have to compile 211 packages more, for three rules. So what is used of it is here: expressions are evaluated
+//! by the library that it uses itself.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+use spdx::{Expression, Licensee, ParseMode};
+
+use crate::workspace::Workspace;
+
+/// The one source of packages, as cargo names it in the lock file.
+const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
+/// The target that is released: dependencies of other systems do not count.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// What is used of `deny.toml`.
+#[derive(Debug, Deserialize)]
+struct Rules {
+    licenses: Licenses,
+    bans: Bans,
+}
+
+#[derive(Debug, Deserialize)]
+struct Licenses {
+    allow: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Bans {
+    deny: Vec<Ban>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Ban {
+    #[serde(rename = "crate")]
+    name: String,
+    reason: String,
+}
+
+/// What is used of `cargo metadata`.
+#[derive(Debug, Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
+    resolve: Resolve,
+}
+
+#[derive(Debug, Deserialize)]
+struct Resolve {
+    nodes: Vec<Node>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Node {
+    id: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Package {
+    id: String,
+    name: String,
+    version: String,
+    license: Option<String>,
+    /// None for a package of this workspace.
+    source: Option<String>,
+    dependencies: Vec<Dependency>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Dependency {
+    name: String,
+    req: String,
+    path: Option<String>,
+}
+
+/// Checks every dependency of the workspace.
+///
+/// # Errors
+/// With everything that breaks a rule, a line each.
+pub fn check(workspace: &Workspace) -> Result<()> {
+    let rules = std::fs::read_to_string(workspace.root.join("deny.toml")).context("deny.toml")?;
+    let rules: Rules = toml::from_str(&rules).context("deny.toml")?;
+    let mut cargo = workspace.cargo();
+    cargo.args(["metadata", "--locked", "--format-version", "1", "--filter-platform", TARGET]);
+    let output = cargo.output().context("cargo cannot be started")?;
+    let metadata: Metadata = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("cargo metadata: {}", String::from_utf8_lossy(&output.stderr)))?;
+    let findings = findings(&metadata, &rules)?;
+    ensure!(findings.is_empty(), "deny.toml forbids:\n    {}", findings.join("\n    "));
+    Ok(())
+}
+
+fn findings(metadata: &Metadata, rules: &Rules) -> Result<Vec<String>> {
+    let parse = |name: &String| Licensee::parse(name).with_context(|| format!("deny.toml: license {name}"));
+    let allowed: Vec<Licensee> = rules.licenses.allow.iter().map(parse).collect::<Result<_>>()?;
+    let used: BTreeSet<&str> = metadata.resolve.nodes.iter().map(|node| node.id.as_str()).collect();
+    let mut findings = Vec::new();
+    for package in metadata.packages.iter().filter(|package| used.contains(package.id.as_str())) {
+        let what = format!("{} {}", package.name, package.version);
+        match package.source.as_deref() {
+            None => findings.extend(wildcards(package)),
+            Some(REGISTRY) => {}
+            Some(other) => findings.push(format!("{what}: its source is {other}")),
+        }
+        if package.source.is_some() {
+            findings
+                .extend(license(package.license.as_deref(), &allowed).map(|why| format!("{what}: {why}")));
+        }
+        let bans = rules.bans.deny.iter().filter(|ban| ban.name == package.name);
+        findings.extend(bans.map(|ban| format!("{what}: {}", ban.reason)));
+    }
+    Ok(findings)
+}
+
+/// Dependencies of any version, which the next update could change without anybody's decision.
+fn wildcards(package: &Package) -> impl Iterator<Item = String> {
+    let any = package.dependencies.iter().filter(|it| it.req == "*" && it.path.is_none());
+    any.map(|it| format!("{}: any version of {} would do for it", package.name, it.name))
+}
+
+/// Why a license is not allowed, if it is not.
+fn license(license: Option<&str>, allowed: &[Licensee]) -> Option<String> {
+    let Some(text) = license else { return Some("it names no license".to_owned()) };
+    match Expression::parse_mode(text, ParseMode::LAX) {
+        Ok(expression) if expression.evaluate(|it| allowed.iter().any(|one| one.satisfies(it))) => None,
+        Ok(_) => Some(format!("its license {text} is not allowed")),
+        Err(why) => Some(format!("its license {text:?} is no SPDX expression: {}", why.reason)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules() -> Rules {
+        toml::from_str(include_str!("../../deny.toml")).unwrap()
+    }
+
+    fn graph(name: &str, license: Option<&str>, source: Option<&str>, req: &str) -> Metadata {
+        let package = serde_json::json!({
+            "id": "it",
+            "name": name,
+            "version": "1.0.0",
+            "license": license,
+            "source": source,
+            "dependencies": [{"name": "other", "req": req, "path": null}],
+        });
+        let metadata = serde_json::json!({"packages": [package], "resolve": {"nodes": [{"id": "it"}]}});
+        serde_json::from_value(metadata).unwrap()
+    }
+
+    #[test]
+    fn dependencies_are_judged_by_license_source_and_name() {
+        let found = |name: &str, license, source| {
+            findings(&graph(name, license, Some(source), "*"), &rules()).unwrap().join("; ")
+        };
+        for license in ["MIT", "MIT/Apache-2.0", "GPL-3.0-only OR MIT", "(MIT OR Zlib) AND Unicode-3.0"] {
+            assert_eq!(found("good", Some(license), REGISTRY), "");
+        }
+        for license in ["GPL-3.0-only", "MIT AND LGPL-2.1-only", "AGPL-3.0-or-later", "Proprietary"] {
+            let why = found("bad", Some(license), REGISTRY);
+            assert!(why.starts_with("bad 1.0.0: its license") && why.contains(license), "{why}");
+        }
+        assert_eq!(found("bare", None, REGISTRY), "bare 1.0.0: it names no license");
+        let fork = "git+https://example.org/fork";
+        assert_eq!(found("fork", Some("MIT"), fork), format!("fork 1.0.0: its source is {fork}"));
+        assert!(found("openssl-sys", Some("MIT"), REGISTRY).contains("ring"));
+    }
+
+    #[test]
+    fn the_workspace_names_versions() {
+        let found = |req| findings(&graph("ours", None, None, req), &rules()).unwrap();
+        assert_eq!(found("^1"), [""; 0]);
+        assert_eq!(found("*"), ["ours: any version of other would do for it"]);
+    }
+}
