@@ -57,7 +57,7 @@ fn status_shows_every_section_in_lines_that_programs_can_cut() {
         "\nAddresses\n",
         "2(host2)  131072     25.0%   -       unreachable\n",
         "5(host5)  96         0.018%  -       reachable\n",
-        "problem  the address 10.40.0.9 is in use here and on node 7",
+        "critical  the address 10.40.0.9 is in use here and on node 7",
         "\nLent\nBY        TO        ADDRESSES  STATE               NETWORKS\n",
         "1(host1)  5(host5)  80         reachable           10.41.0.0/26, 10.41.0.64/28\n",
         "2(host2)  5(host5)  16         lender unreachable  10.43.0.0/28\n",
@@ -69,6 +69,14 @@ fn status_shows_every_section_in_lines_that_programs_can_cut() {
     assert!(!outcome.stdout.contains('\u{1b}'), "no colours in a pipe");
     assert!(outcome.stdout.is_ascii());
     assert!(!outcome.stdout.contains("Connections between nodes"), "grows with the square of the cluster");
+    assert_eq!(outcome.stdout.matches("the address 10.40.0.9 is in use").count(), 1, "told once");
+    let ipam = node.host.run(&["status", "--ipam"]).stdout;
+    for expected in [
+        "problem  the address 10.40.0.9 is in use here and on node 7",
+        "notice   node 3 lends the quarter of node 4 by now",
+    ] {
+        assert!(ipam.contains(expected), "{expected:?} is not in\n{ipam}");
+    }
 }
 
 #[test]

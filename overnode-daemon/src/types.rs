@@ -18,6 +18,9 @@ impl NodeId {
     /// The greatest ID.
     pub const MAX: u16 = 4095;
 
+    /// The least ID.
+    pub const FIRST: Self = Self(1);
+
     /// Checks the range.
     ///
     /// # Errors

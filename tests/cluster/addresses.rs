@@ -258,9 +258,8 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         lab.plug(one)?;
         eventually(PATIENCE * 2, || {
             let status = one.status()?;
-            for problems in [&status["node"]["problems"], &status["ipam"]["problems"]] {
-                ensure!(problems.to_string().contains("taken back"), "node 1 does not know: {problems}");
-            }
+            let notices = &status["ipam"]["notices"];
+            ensure!(notices.to_string().contains("taken back"), "node 1 does not know: {notices}");
             Ok(())
         })?;
         for section in [&["status"][..], &["status", "--ipam"]] {
@@ -366,7 +365,7 @@ fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
     }
     eventually(PATIENCE, || {
         let status = three.status()?;
-        ensure!(status["node"]["problems"].to_string().contains("taken back"), "node 3 does not know");
+        ensure!(status["ipam"]["notices"].to_string().contains("taken back"), "node 3 does not know");
         // Node 7 need not be back for that.
         let lenders = lenders_of_three(two)?;
         ensure!(lenders.len() == 1, "its quarter is lent by {lenders:?}");

@@ -45,7 +45,7 @@ fn gateway(container: &Container, to: IpAddr) -> Result<[u8; 6]> {
 
 fn problems(host: &Host) -> Result<Vec<String>> {
     let status = host.status()?;
-    let problems = status["node"]["problems"].as_array().context("no problems")?;
+    let problems = status["ipam"]["problems"].as_array().context("no problems")?;
     Ok(problems.iter().filter_map(|problem| problem.as_str().map(str::to_owned)).collect())
 }
 

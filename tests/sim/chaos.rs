@@ -93,12 +93,11 @@ impl World {
     fn claim_something(&mut self) {
         let Some(id) = self.pick() else { return };
         let address = format!("10.200.0.{}", self.rng.random_range(1..6)).parse().expect("an address");
-        let Some(host) = self.hosts.get_mut(&id) else { return };
-        let (Some(disk), Some(node)) = (&mut host.disk, &mut host.node) else { return };
-        if !node.leaving && node.ipam.claim(address, "static").is_ok() {
-            disk.attachments.insert(address, "static".into());
-            self.pump(id);
-        }
+        let now = self.now;
+        let Some(node) = self.node(id).filter(|node| !node.leaving) else { return };
+        let request = node.ipam.claim(address, "static", now);
+        node.waiting.insert(request, "static".into());
+        self.pump(id);
     }
 
     fn cut_something(&mut self) {

@@ -31,6 +31,7 @@ impl World {
                 return Err(format!("{id} is not done: {:?}", node.ipam.pending()));
             }
         }
+        self.check_statics(&living)?;
         self.check_ledgers(&living)
     }
 

@@ -9,6 +9,7 @@ mod host;
 mod liar;
 mod run;
 mod scale;
+mod statics;
 mod world;
 
 use std::process::ExitCode;

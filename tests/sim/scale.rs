@@ -191,8 +191,10 @@ fn one_change(world: &mut World) -> Duration {
     let start = world.now;
     let Some(&last) = world.ids().last() else { return Duration::MAX };
     let address = "10.32.0.9".parse().expect("an address");
+    let now = world.now;
     if let Some(node) = world.node(last) {
-        node.ipam.claim(address, "static").expect("a free address");
+        let request = node.ipam.claim(address, "static", now);
+        node.waiting.insert(request, "static".into());
     }
     world.pump(last);
     while world.now - start < Duration::from_secs(120) {

@@ -9,6 +9,7 @@ mod host;
 mod liar;
 #[expect(dead_code, reason = "the program uses more of it")]
 mod run;
+mod statics;
 mod world;
 
 use world::{Sabotage, Settings};

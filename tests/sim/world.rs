@@ -815,7 +815,8 @@ impl World {
         let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) else { return };
         let is_kept = is_own || disk.holds(address) || self.settings.sabotage != Sabotage::None;
         disk.attachments.insert(address, owner);
-        if self.liar == Some(id) {
+        // Static addresses: nodes that are apart may both have one (`World::check_statics`).
+        if self.liar == Some(id) || !self.network.range.contains(&address) {
             return;
         }
         if !is_kept {

@@ -69,6 +69,7 @@ fn words(what: &Happening) -> (Option<Tone>, &'static str, String) {
         Happening::Detached(it) => (Tone::Wait, "detached", container(it)),
         Happening::Gone(it) => (Tone::Wait, "gone", container(it)),
         Happening::Problem { problem } => (Tone::Bad, "problem", problem.clone()),
+        Happening::ProblemOver { problem } => (Tone::Good, "problem over", problem.clone()),
         Happening::Unknown => {
             (Tone::Plain, "unknown", "an event of a later version: --json shows it".to_owned())
         }

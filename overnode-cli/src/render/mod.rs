@@ -105,7 +105,7 @@ fn body(status: &Status, section: Section, detailed: bool, style: Style) -> Stri
         Section::Peers => sections::peers(status, detailed, style),
         Section::Connections => sections::connections(&status.connections, style),
         Section::Endpoints => sections::endpoints(&status.endpoints, style),
-        Section::Ipam => sections::ipam(&status.ipam, style),
+        Section::Ipam => sections::ipam(&status.ipam, detailed, style),
         Section::Dns => sections::dns(&status.dns, style),
         Section::Counters => sections::counters(&status.counters, style),
     }

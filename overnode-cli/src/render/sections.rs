@@ -239,8 +239,8 @@ pub fn endpoints(endpoints: &[EndpointStatus], style: Style) -> String {
     grid.render(style)
 }
 
-/// `--ipam`
-pub fn ipam(ipam: &IpamStatus, style: Style) -> String {
+/// `--ipam`; with what is wrong when `detailed`, else [`health`] has told it.
+pub fn ipam(ipam: &IpamStatus, detailed: bool, style: Style) -> String {
     let mut grid = Grid::new(&["node", "addresses", "share", "active", "state"]);
     for owner in &ipam.owners {
         grid.row([
@@ -261,7 +261,10 @@ pub fn ipam(ipam: &IpamStatus, style: Style) -> String {
         let missing = reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         facts.push(("reclaim", format!("of node {}: waiting for {missing}", reclaim.id).into()));
     }
-    facts.extend(ipam.problems.iter().map(|problem| ("problem", Cell::new(problem, Tone::Bad))));
+    if detailed {
+        facts.extend(ipam.problems.iter().map(|problem| ("problem", Cell::new(problem, Tone::Bad))));
+        facts.extend(ipam.notices.iter().map(|notice| ("notice", Cell::new(notice, Tone::Wait))));
+    }
     let facts = pairs_of(facts.iter().map(|(name, cell)| (*name, cell)), style);
     let mut text = format!("{facts}{}", grid.render(style));
     if !ipam.loans.is_empty() {

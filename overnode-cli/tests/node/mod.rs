@@ -152,6 +152,7 @@ pub fn sample() -> Status {
             id: 1.try_into().unwrap(),
             nickname: "host1".into(),
             state: NodeState::Impaired,
+            underlay_problems: Vec::new(),
             problems: vec!["UDP port 6783 is in use: stop whatever uses it (`ss -lnup` shows it)".into()],
             version: "0.1.0".into(),
             uptime_seconds: 12_345,
@@ -269,6 +270,7 @@ pub fn sample() -> Status {
             problems: vec![
                 "the address 10.40.0.9 is in use here and on node 7: detach one of the two".into(),
             ],
+            notices: vec!["node 3 lends the quarter of node 4 by now".into()],
             reclaims: vec![ReclaimStatus { id: 4.try_into().unwrap(), missing: vec![3.try_into().unwrap()] }],
             owners: vec![
                 owner.clone(),

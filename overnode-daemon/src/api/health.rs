@@ -5,8 +5,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::status::{
-    ConnectionState, DataStatus, Direction, EndpointState, LastError, Path, PeerStatus, SessionState, Status,
-    TargetState,
+    ConnectionState, Direction, EndpointState, LastError, Path, PeerStatus, SessionState, Status, TargetState,
 };
 use crate::types::NodeId;
 
@@ -55,11 +54,12 @@ impl Health {
     pub fn of(status: &Status) -> Self {
         let mut findings = Vec::new();
         let critical = |what: &String| Finding::new(Level::Critical, what, "");
-        findings.extend(status.node.problems.iter().map(critical));
-        findings.extend(status.ipam.problems.iter().map(critical));
+        let all = [&status.node.underlay_problems, &status.node.problems, &status.ipam.problems];
+        findings.extend(all.into_iter().flatten().map(critical));
+        findings.extend(status.ipam.notices.iter().map(|notice| Finding::new(Level::Warning, notice, "")));
         unreachable(status, &mut findings);
         for peer in status.peers.iter().filter(|peer| !peer.myself && peer.reachable != Some(false)) {
-            findings.extend(peer.data.as_ref().and_then(|data| of_data(peer, data)));
+            findings.extend(of_data(status, peer));
         }
         addresses(status, &mut findings);
         targets(status, &mut findings);
@@ -88,6 +88,15 @@ impl Finding {
     }
 }
 
+/// What to do about packets that do not arrive: first what is wrong on this host.
+fn unless_here<'a>(status: &Status, advice: &'a str) -> &'a str {
+    if status.node.underlay_problems.is_empty() {
+        advice
+    } else {
+        "first mend what is said of this host's own interfaces"
+    }
+}
+
 fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
     let lost: Vec<&PeerStatus> =
         status.peers.iter().filter(|peer| !peer.myself && peer.reachable == Some(false)).collect();
@@ -112,14 +121,23 @@ fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
             (format!("{} nodes are not reachable: {names}{rest}", lost.len()), advice.to_owned())
         }
     };
-    findings.push(Finding::new(Level::Critical, what, advice));
+    findings.push(Finding::new(Level::Critical, what, unless_here(status, &advice)));
 }
 
 /// What packets to a node that is reachable meet.
-fn of_data(peer: &PeerStatus, data: &DataStatus) -> Option<Finding> {
-    const OPEN: &str = "see that UDP 6784 passes between the two hosts, in both directions";
+fn of_data(status: &Status, peer: &PeerStatus) -> Option<Finding> {
+    let advice = unless_here(status, "see that UDP 6784 passes between the two hosts, in both directions");
     let name = named(peer.id, &peer.nickname);
     let waited = peer.since_seconds.is_none_or(|since| since >= HANDSHAKE);
+    let Some(data) = &peer.data else {
+        return waited.then(|| {
+            Finding::new(
+                Level::Critical,
+                format_args!("packets do not get to {name}: this host's programs do not know it"),
+                "see what the daemon's log says of that node",
+            )
+        });
+    };
     if data.session != SessionState::Established {
         // New ones take a moment.
         return waited.then(|| {
@@ -127,7 +145,7 @@ fn of_data(peer: &PeerStatus, data: &DataStatus) -> Option<Finding> {
             Finding::new(
                 Level::Critical,
                 format_args!("packets do not get to {name}: there are no keys{why}"),
-                OPEN,
+                advice,
             )
         });
     }
@@ -139,12 +157,12 @@ fn of_data(peer: &PeerStatus, data: &DataStatus) -> Option<Finding> {
                 "packets do not get to {name}, neither straight nor through another node{}",
                 because(route.last_error.as_ref())
             ),
-            OPEN,
+            advice,
         )),
         Some(Path::Via(relay)) => Some(Finding::new(
             Level::Warning,
             format_args!("packets for {name} go through node {relay}{}", because(route.last_error.as_ref())),
-            OPEN,
+            advice,
         )),
         Some(Path::Direct) => route.loss_per_mille.filter(|loss| *loss > LOSSY).map(|loss| {
             Finding::new(
@@ -183,20 +201,22 @@ fn targets(status: &Status, findings: &mut Vec<Finding>) {
     for target in &status.targets {
         let level = match target.state {
             TargetState::Failed => Level::Critical,
-            TargetState::Retrying => Level::Warning,
-            TargetState::Connecting | TargetState::Established | TargetState::Myself => continue,
+            TargetState::Connecting | TargetState::Retrying => Level::Warning,
+            TargetState::Established | TargetState::Myself => continue,
         };
         // A node that is known to be away is named as such.
         let is_lost =
             |id: NodeId| status.peers.iter().any(|peer| peer.id == id && peer.reachable == Some(false));
-        let Some(error) = target.last_error.as_ref().filter(|_| !target.peer.is_some_and(is_lost)) else {
+        if target.peer.is_some_and(is_lost) {
             continue;
+        }
+        // One that is tried at this moment is no better than it was before.
+        let what = match &target.last_error {
+            Some(error) => format!("the target {} is not connected: {}", target.host, error.message),
+            None => format!("the target {} has not answered yet", target.host),
         };
-        findings.push(Finding::new(
-            level,
-            format_args!("the target {} is not connected: {}", target.host, error.message),
-            format_args!("`overnode forget {}` if it is not to be tried any more", target.host),
-        ));
+        let advice = format!("`overnode forget {}` if it is not to be tried any more", target.host);
+        findings.push(Finding::new(level, what, advice));
     }
 }
 
@@ -282,9 +302,23 @@ mod tests {
     #[test]
     fn each_thing_that_is_wrong_is_named_once_with_what_to_do() {
         type Case = (fn(&mut Value), Level, &'static str, &'static str);
-        let cases: [Case; 11] = [
+        let cases: [Case; 15] = [
             (|it| it["node"]["problems"] = json!(["port taken"]), Level::Critical, "port taken", ""),
             (|it| it["ipam"]["problems"] = json!(["clash"]), Level::Critical, "clash", ""),
+            (|it| it["ipam"]["notices"] = json!(["taken back"]), Level::Warning, "taken back", ""),
+            (|it| it["node"]["underlay_problems"] = json!(["no program"]), Level::Critical, "no program", ""),
+            (
+                |it| it["peers"][1]["data"] = Value::Null,
+                Level::Critical,
+                "this host's programs do not know it",
+                "log",
+            ),
+            (
+                |it| it["targets"][0] = json!({"host": "h", "state": "connecting"}),
+                Level::Warning,
+                "the target h has not answered yet",
+                "overnode forget h",
+            ),
             (
                 |it| it["peers"][1]["reachable"] = false.into(),
                 Level::Critical,
@@ -366,6 +400,37 @@ mod tests {
             it["targets"][0] = json!({"host": "host2", "state": "retrying", "peer": 2, "last_error": {"message": "no answer"}});
         });
         only(&health);
+    }
+
+    /// A look may fall into a try.
+    #[test]
+    fn a_target_that_is_silent_is_no_better_while_it_is_tried() {
+        let tried = |state: &str| {
+            let state = state.to_owned();
+            health(move |it| {
+                let error = json!({"message": "no answer"});
+                it["targets"][0] = json!({"host": "h", "state": state, "last_error": error});
+            })
+        };
+        assert_eq!(tried("connecting"), tried("retrying"));
+        assert_eq!(only(&tried("connecting")).what, "the target h is not connected: no answer");
+    }
+
+    #[test]
+    fn what_is_wrong_here_is_not_blamed_on_others() {
+        for change in [
+            (|it| it["peers"][1]["data"]["session"] = "expired".into()) as fn(&mut Value),
+            |it| it["peers"][1]["data"]["route"]["path"] = Value::Null,
+            |it| it["peers"][1]["reachable"] = false.into(),
+        ] {
+            let health = health(|it| {
+                it["node"]["underlay_problems"] = json!(["no program on eth0"]);
+                change(it);
+            });
+            let [here, there] = &health.findings[..] else { panic!("{health:?}") };
+            assert_eq!(here.what, "no program on eth0");
+            assert!(there.what.contains("node 2") && there.advice.contains("this host's own"), "{there:?}");
+        }
     }
 
     #[test]

@@ -119,6 +119,11 @@ pub enum Happening {
         /// In words, with what to do.
         problem: String,
     },
+    /// What a [`Self::Problem`] told of is over.
+    ProblemOver {
+        /// The same words.
+        problem: String,
+    },
     /// Of a later version. Never sent.
     #[serde(other)]
     Unknown,

@@ -51,9 +51,12 @@ pub struct NodeStatus {
     pub nickname: String,
     /// What it is doing.
     pub state: NodeState,
-    /// What is wrong, one sentence each, with what to do.
+    /// What is wrong, one sentence each, with what to do; what is about addresses is in [`IpamStatus`].
     #[serde(default)]
     pub problems: Vec<String>,
+    /// Why this host cannot take packets from others on some of its interfaces, one sentence each.
+    #[serde(default)]
+    pub underlay_problems: Vec<String>,
     /// The daemon's version.
     pub version: String,
     /// How long the daemon has been running.
@@ -88,7 +91,7 @@ pub enum NodeState {
     Starting,
     /// It does its work.
     Running,
-    /// It does its work, but `problems` has something that needs a person.
+    /// It does its work, but one of the lists of problems has something that needs an operator.
     Impaired,
     /// A reset is under way.
     Leaving,
@@ -411,6 +414,9 @@ pub struct IpamStatus {
     /// What is wrong with addresses, one sentence each, with what to do.
     #[serde(default)]
     pub problems: Vec<String>,
+    /// What has happened lately or could not be done, one sentence each.
+    #[serde(default)]
+    pub notices: Vec<String>,
     /// Nodes whose space this node takes back.
     #[serde(default)]
     pub reclaims: Vec<ReclaimStatus>,

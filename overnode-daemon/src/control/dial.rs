@@ -37,8 +37,8 @@ pub const PAUSE_GROWTH: f64 = 1.5;
 pub const LONG_LIVED: Duration = Duration::from_secs(60);
 /// Most connections that one node may keep open with this one at a time.
 pub const MAX_PARALLEL: usize = 4;
-/// Refused incoming connections are remembered so long.
-pub const REMEMBER_REFUSED: Duration = Duration::from_secs(600);
+/// Refused incoming connections are remembered so long: a node that is refused tries again several times in it.
+pub const REMEMBER_REFUSED: Duration = Duration::from_secs(120);
 /// And no more of them than these, by address.
 pub const MAX_REFUSED: usize = 64;
 

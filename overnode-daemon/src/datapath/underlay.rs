@@ -59,6 +59,8 @@ pub(super) struct Underlay {
     pub(super) addresses: BTreeSet<IpAddr>,
     /// Interfaces that lead to peers but cannot be used, and why.
     problems: BTreeMap<u32, String>,
+    /// Interfaces that were tried since the routes to all peers were last looked up.
+    tried: BTreeSet<u32>,
     /// Index of `--interface`, else of the default route's interface.
     pub(super) main: Option<u32>,
     /// Its MTU.
@@ -140,6 +142,7 @@ impl Datapath {
     /// As [`Self::ensure_underlay`]; an interface that cannot be used is told in [`Self::underlay`], and keeps no other peer from being
     /// configured.
     pub async fn try_underlay(&mut self, ifindex: u32) {
+        self.underlay.tried.insert(ifindex);
         let Err(error) = self.ensure_underlay(ifindex).await else {
             self.underlay.problems.remove(&ifindex);
             return;
@@ -158,6 +161,7 @@ impl Datapath {
     /// Netlink or a map refuses; what was done until then stays.
     pub async fn refresh(&mut self) -> Result<()> {
         self.refresh_host().await?;
+        self.underlay.tried.clear();
         let mut result = Ok(());
         for peer in self.peers()? {
             if let Some(endpoint) = peer.endpoint {
@@ -165,6 +169,9 @@ impl Datapath {
                 result = result.and(self.find_path(peer.index, endpoint, false).await);
             }
         }
+        // No peer is there any more.
+        let tried = &self.underlay.tried;
+        self.underlay.problems.retain(|ifindex, _| tried.contains(ifindex));
         result
     }
 

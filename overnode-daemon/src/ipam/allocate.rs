@@ -121,41 +121,27 @@ impl Ipam {
     /// Asks for an address for `owner`. Answered by [`Action::Granted`], at once if this node has a free one, or
     /// [`Action::Failed`].
     pub fn allocate(&mut self, owner: &str, now: Instant) -> RequestId {
-        self.allocation.requests += 1;
-        let request = RequestId(self.allocation.requests);
+        let request = self.next_request_id();
         let waiting = Waiting { owner: owner.to_owned(), deadline: now + self.timing.request };
         self.allocation.waiting.insert(request, waiting);
         self.finish(now);
         request
     }
 
-    /// Nobody waits for the answer any more. False if it was answered.
-    pub fn cancel(&mut self, request: RequestId) -> bool {
-        self.allocation.waiting.remove(&request).is_some()
+    pub(super) fn next_request_id(&mut self) -> RequestId {
+        self.allocation.requests += 1;
+        RequestId(self.allocation.requests)
     }
 
-    /// Gives a static address to `owner`.
-    ///
-    /// # Errors
-    /// [`IpamError`] if it is no static address, or in use here or, as far as is known, elsewhere.
-    pub fn claim(&mut self, address: IpAddr, owner: &str) -> Result<(), IpamError> {
-        self.layout.check_static(address)?;
-        if let Some(owner) = self.allocation.allocated.get(&address) {
-            return Err(IpamError::InUse { address, owner: owner.clone() });
-        }
-        let claims_it = |peer: &Peer| !peer.left && peer.claims.contains(&address);
-        let elsewhere =
-            self.peers.iter().find(|(id, peer)| claims_it(peer) && !self.is_buried(**id, peer.incarnation));
-        if let Some((&node, _)) = elsewhere {
-            return Err(IpamError::InUseElsewhere { address, node });
-        }
-        self.allocation.insert(address, owner.to_owned());
-        Ok(())
+    /// Nobody waits for the answer any more. False if it was answered.
+    pub fn cancel(&mut self, request: RequestId) -> bool {
+        self.allocation.waiting.remove(&request).is_some() || self.cancel_claim(request)
     }
 
     /// Takes an address back. Returns who had it.
     pub fn release(&mut self, address: IpAddr, now: Instant) -> Option<String> {
         let owner = self.allocation.remove(address, now);
+        self.forget_static(address);
         self.finish(now);
         owner
     }
@@ -170,12 +156,6 @@ impl Ipam {
     /// Everything given out, by address, with its owner.
     pub fn allocated(&self) -> &BTreeMap<IpAddr, String> {
         &self.allocation.allocated
-    }
-
-    /// The static addresses on this node: what it tells the others besides its ranges.
-    pub fn claims(&self) -> Vec<IpAddr> {
-        let range = self.layout.network().range;
-        self.allocation.allocated.keys().copied().filter(|address| !range.contains(address)).collect()
     }
 
     /// The address space of this node, as it tells the others: its own half, the halves that it lends, and apart from these the blocks
@@ -225,7 +205,7 @@ impl Ipam {
 
     /// Requests that are not answered yet.
     pub fn waiting(&self) -> usize {
-        self.allocation.waiting.len()
+        self.allocation.waiting.len() + self.pending_claims()
     }
 
     /// Whether [`Self::allocate`] can give an address now.
@@ -293,33 +273,28 @@ impl Ipam {
         }
     }
 
-    pub(super) fn report_claims(&mut self, node: NodeId, peer: &Peer) {
-        let known = self.peers.get(&node).map(|known| known.claims.as_slice()).unwrap_or_default();
-        let range = self.layout.network().range;
-        let clashes: Vec<_> = peer
-            .claims
-            .iter()
-            .filter(|address| !known.contains(address) && !range.contains(*address))
-            .filter(|address| self.allocation.allocated.contains_key(address))
-            .map(|address| Problem::Clash { address: *address, node })
-            .collect();
+    /// Reports what [`Self::shared_blocks`] finds when a node announces something new.
+    pub(super) fn report_ranges(&mut self, node: NodeId, peer: &Peer) {
+        let known = self.peers.get(&node).map(|known| known.ranges.as_slice()).unwrap_or_default();
+        let news = peer.ranges.iter().filter(|range| !known.contains(range));
+        let clashes: Vec<_> = news.flat_map(|range| self.shared_with(node, *range)).collect();
         self.effects.extend(clashes.into_iter().map(Action::Report));
     }
 
     /// Addresses in use here, in a block that another node says it holds, and this one holds too.
-    pub(super) fn report_ranges(&mut self, node: NodeId, peer: &Peer) {
-        let known = self.peers.get(&node).map(|known| known.ranges.as_slice()).unwrap_or_default();
-        let news = peer.ranges.iter().filter(|range| !known.contains(range));
-        let mut clashes = Vec::new();
-        for range in news.filter(|range| self.is_block(**range)) {
-            let shared = self.allocation.blocks.keys().filter(|block| overlap(**block, *range));
-            for address in shared.flat_map(|block| self.addresses_in(*block)) {
-                if range.contains(&address) {
-                    clashes.push(Action::Report(Problem::Clash { address, node }));
-                }
-            }
+    pub(super) fn shared_blocks(&self) -> impl Iterator<Item = Problem> {
+        let others = self.peers.iter().filter(|(id, _)| self.counts(**id));
+        let ranges = others.flat_map(|(id, peer)| peer.ranges.iter().map(|range| (*id, *range)));
+        ranges.flat_map(|(node, range)| self.shared_with(node, range))
+    }
+
+    fn shared_with(&self, node: NodeId, range: IpNet) -> Vec<Problem> {
+        let mut shared = self.allocation.blocks.keys().filter(|block| overlap(**block, range)).peekable();
+        if shared.peek().is_none() || !self.is_block(range) {
+            return Vec::new();
         }
-        self.effects.extend(clashes);
+        let addresses = shared.flat_map(|block| self.addresses_in(*block));
+        addresses.filter(|it| range.contains(it)).map(|address| Problem::Clash { address, node }).collect()
     }
 
     fn is_block(&self, range: IpNet) -> bool {

@@ -272,14 +272,16 @@ impl Ipam {
     /// One at a time: each leaves less to spare.
     fn hand_back(&mut self, now: Instant) {
         loop {
-            let due = |since: Instant| since + self.timing.hand_back <= now;
-            let Some((block, since)) = self.idle_blocks().into_iter().find(|(_, since)| due(*since)) else {
+            // Nothing is given from what is lost: it goes back as soon as it is unused.
+            let is_lost = |block| self.allocation.blocks.get(&block).is_some_and(|it| it.lost);
+            let due =
+                |(block, since): &(IpNet, Instant)| *since + self.timing.hand_back <= now || is_lost(*block);
+            let Some((block, since)) = self.idle_blocks().into_iter().find(due) else {
                 return;
             };
             let free = self.allocation.capacity(&self.layout).saturating_sub(self.allocation.used() as u128);
-            let is_lost = self.allocation.blocks.get(&block).is_some_and(|block| block.lost);
             let leaves_enough =
-                self.id.owns_a_quarter() || is_lost || free >= self.layout.usable_in(block) + RESERVE;
+                self.id.owns_a_quarter() || is_lost(block) || free >= self.layout.usable_in(block) + RESERVE;
             self.give_back(block);
             let half = block.subnets(block.prefix_len() + 1).ok().and_then(|mut halves| halves.next());
             if !leaves_enough && let Some(half) = half {

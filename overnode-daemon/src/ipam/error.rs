@@ -89,4 +89,24 @@ pub enum IpamError {
         /// The node that has it.
         node: NodeId,
     },
+    /// Another node asks for it, and goes first.
+    #[error("node {node} asks for {address} at this moment and goes first; choose another, or try again")]
+    WantedElsewhere {
+        /// The address.
+        address: IpAddr,
+        /// The other node.
+        node: NodeId,
+    },
+    /// The node has as many static addresses as it can tell the others.
+    #[error("this node has {count} static addresses, which is the most; detach some first")]
+    TooManyStatic {
+        /// How many.
+        count: usize,
+    },
+    /// Too many claims wait.
+    #[error("{count} static addresses are asked for already, and other nodes have not answered; try again")]
+    TooManyClaims {
+        /// How many.
+        count: usize,
+    },
 }

@@ -17,10 +17,6 @@ use crate::types::NodeId;
 
 /// Most blocks that one answer adds.
 const MOST_BLOCKS: usize = 8;
-const FIRST: NodeId = match NodeId::new(1) {
-    Ok(id) => id,
-    Err(_) => unreachable!(),
-};
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Lending {
@@ -69,7 +65,8 @@ impl Lending {
     }
 
     pub(super) fn of(&self, quarter: NodeId) -> impl Iterator<Item = (NodeId, &Lent)> {
-        let entries = self.loans.range((quarter, FIRST)..).take_while(move |((of, _), _)| *of == quarter);
+        let entries =
+            self.loans.range((quarter, NodeId::FIRST)..).take_while(move |((of, _), _)| *of == quarter);
         entries.map(|((_, borrower), lent)| (*borrower, lent))
     }
 }
@@ -93,6 +90,7 @@ impl Ipam {
         let books = || self.lending.books.values();
         let pending = [
             (!self.allocation.waiting.is_empty(), "addresses are waited for"),
+            (self.pending_claims() > 0, "static addresses are asked for"),
             (!self.borrowing.requests.is_empty(), "lenders have not answered"),
             (!self.borrowing.dirty.is_empty(), "lenders have not heard what is held"),
             (!self.inbox.is_empty(), "a quarter is being received"),
@@ -194,6 +192,7 @@ impl Ipam {
     ) {
         let before = self.lending.loans.get(&(quarter, from)).map(|lent| lent.loan.blocks.clone());
         let before = before.unwrap_or_default();
+        self.reported.forget_contradictions(from, self.layout.lendable(quarter));
         let mut contradictions = Vec::new();
         loan.blocks.retain(|block| {
             let is_free = before.contains(block) || !self.is_lent_to_another(quarter, from, *block);
@@ -265,7 +264,7 @@ impl Ipam {
         }
     }
 
-    fn is_lent_to_another(&self, quarter: NodeId, borrower: NodeId, block: IpNet) -> bool {
+    pub(super) fn is_lent_to_another(&self, quarter: NodeId, borrower: NodeId, block: IpNet) -> bool {
         self.lending
             .of(quarter)
             .any(|(id, lent)| id != borrower && lent.loan.blocks.iter().any(|other| overlap(*other, block)))

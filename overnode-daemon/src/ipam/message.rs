@@ -3,6 +3,8 @@
 //! On the wire: the format's version (one byte, [`FORMAT`]), then a [`Message`] in postcard. Any message may be lost, repeated,
 //! overtaken, or arrive after days.
 
+use std::net::IpAddr;
+
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +70,17 @@ pub enum Objection {
     Newer(u64),
     /// It takes space back itself, of this node or of another, and has the lower ID.
     Mine,
+}
+
+/// What a node says to another one that asks for a static address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// It neither has the address nor asks for it any more.
+    Free,
+    /// It has the address.
+    Taken,
+    /// It asks for the address itself, and has the lower ID.
+    Wanted,
 }
 
 /// A message between the allocations of two nodes.
@@ -258,6 +271,22 @@ pub enum Message {
         /// As told.
         incarnation: u64,
     },
+    /// The sender asks for a static address: does the receiver have it, or ask for it, too?
+    Claim {
+        /// The address.
+        address: IpAddr,
+        /// To tell answers to earlier questions.
+        round: Round,
+    },
+    /// The answer.
+    ClaimAnswer {
+        /// As asked.
+        address: IpAddr,
+        /// As asked.
+        round: Round,
+        /// What the sender has to do with the address.
+        verdict: Verdict,
+    },
 }
 
 /// A message that no node of overnode sends.
@@ -338,6 +367,7 @@ impl Message {
                 [vec![*incarnation], titles.map(|title| title.serial).to_vec()].concat()
             }
             Self::BuriedAck { incarnation, .. } => vec![*incarnation],
+            Self::Claim { round, .. } | Self::ClaimAnswer { round, .. } => of_round(round).to_vec(),
         }
     }
 
@@ -376,6 +406,9 @@ impl Message {
                 }
                 in_quarter(*quarter, &[])?;
                 loans.iter().try_for_each(|(_, loan)| in_quarter(*quarter, &loan.blocks))
+            }
+            Self::Claim { address, .. } | Self::ClaimAnswer { address, .. } => {
+                layout.check_static(*address).map_err(|_| BadMessage::Bounds("an address that is not static"))
             }
             Self::Ask { .. }
             | Self::Pledged { .. }

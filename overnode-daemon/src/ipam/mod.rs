@@ -6,7 +6,7 @@
 //!
 //! Inputs: [`Ipam::learn`], [`Ipam::set_reachable`], [`Ipam::set_targets_met`], [`Ipam::handle_message`], [`Ipam::allocate`],
 //! [`Ipam::release`], [`Ipam::claim`], [`Ipam::reclaim`], [`Ipam::leave`], [`Ipam::handle_timeout`]. Outputs:
-//! [`Ipam::poll_action`], [`Ipam::poll_timeout`].
+//! [`Ipam::poll_action`], [`Ipam::poll_timeout`], [`Ipam::problems`].
 //!
 //! After each input, actions are polled until there are no more, and carried out in order; what a [`Action::Persist`] says is on
 //! disk before the next is polled. The caller stores a granted address before it uses or answers it, and
@@ -19,11 +19,13 @@ mod fact;
 mod layout;
 mod lend;
 mod message;
+mod problems;
 mod reclaim;
 mod season;
 mod shares;
 mod space;
 mod standing;
+mod statics;
 mod transfer;
 
 #[cfg(test)]
@@ -38,9 +40,10 @@ use ipnet::IpNet;
 pub use error::IpamError;
 pub use fact::{Change, Fact, Heir, Key};
 pub use layout::{BadNetwork, Layout, quarters};
-pub use message::{BadMessage, Loan, MAX_MESSAGE, Message, Objection, Part, Round, Title};
+pub use message::{BadMessage, Loan, MAX_MESSAGE, Message, Objection, Part, Round, Title, Verdict};
 pub use shares::{Share, Shares};
 pub use space::size;
+pub use statics::{MAX_CLAIMS, MAX_STATIC};
 
 use crate::control::session::READ_LIMIT;
 use crate::types::{Network, NodeId};
@@ -77,6 +80,12 @@ pub struct Timing {
     pub leave: Duration,
     /// A node that was not reached for so long knows it. Only then does another one agree that it be declared gone.
     pub grace: Duration,
+    /// A node that is reached and has not answered a claim of a static address for so long does not count.
+    pub claim: Duration,
+    /// A node that was reached for so long without a break knows what the others announced before.
+    pub heard: Duration,
+    /// What happened once and cannot be seen any more is told for so long.
+    pub news: Duration,
 }
 
 impl Default for Timing {
@@ -90,6 +99,9 @@ impl Default for Timing {
             settle: Duration::from_secs(1),
             leave: Duration::from_secs(5),
             grace: READ_LIMIT + Duration::from_secs(5),
+            claim: Duration::from_secs(1),
+            heard: Duration::from_secs(60),
+            news: Duration::from_secs(600),
         }
     }
 }
@@ -137,7 +149,7 @@ pub enum Action {
         /// Why.
         error: IpamError,
     },
-    /// Something that a person must know.
+    /// A problem has come up. [`Ipam::problems`] tells whether it still lasts.
     Report(Problem),
     /// The space of a node was taken back.
     Reclaimed(NodeId),
@@ -162,18 +174,48 @@ pub enum Problem {
         /// The other node.
         node: NodeId,
     },
+    /// A static address is in use here and on a node that keeps it.
+    #[error(
+        "{address} is in use by {owner} here and on node {node}, which keeps it: other hosts do not reach {owner}; take it out here \
+         (`overnode detach {owner}`, or stop the container) and give it another address, or take out what has it on node {node}"
+    )]
+    Yielded {
+        /// The address.
+        address: IpAddr,
+        /// What has it here.
+        owner: String,
+        /// The node that keeps it.
+        node: NodeId,
+    },
+    /// A static address is in use here, and another node announces it without a right to it.
+    #[error(
+        "{address} is in use by {owner} here, and node {node} announces it, too, although this node keeps it; take out what has it on \
+         node {node}, or {owner} here (`overnode detach {owner}`, or stop the container)"
+    )]
+    Contested {
+        /// The address.
+        address: IpAddr,
+        /// What has it here.
+        owner: String,
+        /// The other node.
+        node: NodeId,
+    },
     /// A block is lost.
     #[error(
-        "the block {block} that this node had borrowed belongs to others now, as node {lender} says; no more addresses are given from it"
+        "the block {block} that this node had borrowed belongs to others now, as node {lender} says; no more addresses are given from it: \
+         detach what has an address of it (`overnode status --endpoints`) and attach it anew"
     )]
     Lost {
         /// The block.
         block: IpNet,
-        /// Who says so.
+        /// The node that lends the quarter.
         lender: NodeId,
     },
     /// A quarter is lent by another node.
-    #[error("node {holder} lends the quarter of node {quarter} by now; this node has stopped lending it")]
+    #[error(
+        "node {holder} lends the quarter of node {quarter} by now, and this node has stopped lending it; addresses that clash are told \
+         one by one, and this is told for ten minutes"
+    )]
     Superseded {
         /// The quarter.
         quarter: NodeId,
@@ -182,21 +224,43 @@ pub enum Problem {
     },
     /// Others were told that this node is gone for good.
     #[error(
-        "node {by} has taken back the address space of this node, which was said to be gone for good; containers with addresses that \
-         clash are reported one by one"
+        "node {by} has taken back the address space of this node, which was said to be gone for good; this node has asked for it anew: \
+         addresses that clash are told one by one, and this is told for ten minutes"
     )]
     Buried {
-        /// Who told this node.
+        /// The node that took it back.
         by: NodeId,
     },
     /// Holdings of a borrower contradict the list.
-    #[error("node {borrower} uses the block {block}, which was lent to another node")]
+    #[error(
+        "node {borrower} uses the block {block}, which was lent to another node: detach there what has an address of it"
+    )]
     Contradiction {
         /// The node.
         borrower: NodeId,
         /// The block.
         block: IpNet,
     },
+}
+
+impl Problem {
+    /// True for what has happened and is not the case any more.
+    pub fn is_past(&self) -> bool {
+        matches!(self, Self::Buried { .. } | Self::Superseded { .. })
+    }
+
+    /// The address that it is about, if it is about one.
+    pub fn address(&self) -> Option<IpAddr> {
+        match self {
+            Self::Clash { address, .. } | Self::Yielded { address, .. } | Self::Contested { address, .. } => {
+                Some(*address)
+            }
+            Self::Lost { .. }
+            | Self::Superseded { .. }
+            | Self::Buried { .. }
+            | Self::Contradiction { .. } => None,
+        }
+    }
 }
 
 /// The addresses of one node.
@@ -224,6 +288,8 @@ pub struct Ipam {
     inbox: BTreeMap<NodeId, transfer::Inbox>,
     reclaiming: reclaim::Reclaiming,
     leaving: Option<transfer::Leaving>,
+    statics: statics::Statics,
+    reported: problems::Reported,
     changes: Vec<Change>,
     effects: Vec<Action>,
     actions: VecDeque<Action>,
@@ -261,6 +327,8 @@ impl Ipam {
             inbox: BTreeMap::new(),
             reclaiming: reclaim::Reclaiming::default(),
             leaving: None,
+            statics: statics::Statics::default(),
+            reported: problems::Reported::default(),
             changes: Vec::new(),
             effects: Vec::new(),
             actions: VecDeque::new(),
@@ -274,6 +342,7 @@ impl Ipam {
         }
         for (address, owner) in allocated {
             ipam.allocation.insert(address, owner);
+            ipam.note_static(address, now);
         }
         ipam.allocation.resume();
         // What the lenders know may be older than what is on this disk.
@@ -297,7 +366,7 @@ impl Ipam {
         if id == self.id || self.peers.get(&id) == Some(&peer) {
             return;
         }
-        self.report_claims(id, &peer);
+        self.follow_claims(id, &peer, now);
         self.report_ranges(id, &peer);
         let known = self.peers.get(&id).map(|known| (known.incarnation, known.left));
         let lends = |peer: &Peer| self.lends_of(peer);
@@ -331,6 +400,7 @@ impl Ipam {
         let news: Vec<_> = reachable.difference(&self.reachable).copied().collect();
         let lost: Vec<_> = self.reachable.difference(&reachable).copied().collect();
         self.reachable = reachable;
+        self.follow_contacts(now);
         for id in news {
             self.lost.remove(&id);
             self.hurry(id, now);
@@ -429,6 +499,10 @@ impl Ipam {
                 self.handle_buried(from, of, incarnation, by, titles, now);
             }
             Message::BuriedAck { of, incarnation } => self.handle_buried_ack(from, of, incarnation),
+            Message::Claim { address, round } => self.handle_claim(from, address, round),
+            Message::ClaimAnswer { address, round, verdict } => {
+                self.handle_claim_answer(from, address, round, verdict);
+            }
         }
         self.finish(now);
         Ok(())
@@ -449,6 +523,7 @@ impl Ipam {
             self.next_question(),
             self.next_transfer(),
             self.next_reclaim(),
+            self.next_claim(),
         ]
         .into_iter()
         .flatten()
@@ -469,6 +544,8 @@ impl Ipam {
         self.drive_standing(now);
         self.drive_loans(now);
         self.drive_borrowing(now);
+        self.drive_claims(now);
+        self.keep_reported(now);
         if !self.changes.is_empty() {
             self.actions.push_back(Action::Persist(std::mem::take(&mut self.changes)));
         }
@@ -527,6 +604,7 @@ impl Ipam {
     }
 
     fn report(&mut self, problem: Problem) {
+        self.reported.add(&problem);
         self.effects.push(Action::Report(problem));
     }
 

@@ -8,6 +8,9 @@ use proptest::prelude::*;
 use super::layout::bounds;
 use super::*;
 
+mod problems;
+mod statics;
+
 fn id(id: u16) -> NodeId {
     NodeId::new(id).unwrap()
 }
@@ -18,6 +21,17 @@ fn ip(text: &str) -> IpAddr {
 
 fn net(subnet: &str, range: &str) -> Network {
     Network { subnet: subnet.parse().unwrap(), range: range.parse().unwrap() }
+}
+
+/// Claims a static address where no other node is reached: the answer comes at once.
+fn claim(ipam: &mut Ipam, address: IpAddr, owner: &str) -> Result<(), IpamError> {
+    let request = ipam.claim(address, owner, Instant::now());
+    let answer = std::iter::from_fn(|| ipam.poll_action()).find_map(|action| match action {
+        Action::Granted { request: of, .. } if of == request => Some(Ok(())),
+        Action::Failed { request: of, error } if of == request => Some(Err(error)),
+        _ => None,
+    });
+    answer.expect("an answer at once")
 }
 
 fn node(number: u16) -> Ipam {
@@ -751,9 +765,9 @@ fn claims_of_other_nodes_are_respected_and_clashes_found() {
     let address = ip("10.32.0.9");
     let peer = |claims: &[IpAddr]| Peer { incarnation: 1, claims: claims.to_vec(), ..Peer::default() };
     ipam.learn(id(2), peer(&[address]), now);
-    assert_eq!(ipam.claim(address, "a"), Err(IpamError::InUseElsewhere { address, node: id(2) }));
+    assert_eq!(claim(&mut ipam, address, "a"), Err(IpamError::InUseElsewhere { address, node: id(2) }));
     ipam.learn(id(2), Peer { left: true, ..peer(&[address]) }, now);
-    assert_eq!(ipam.claim(address, "a"), Ok(()));
+    assert_eq!(claim(&mut ipam, address, "a"), Ok(()));
     let clashes = |ipam: &mut Ipam| {
         let actions: Vec<_> = std::iter::from_fn(|| ipam.poll_action()).collect();
         actions.iter().filter(|action| matches!(action, Action::Report(Problem::Clash { .. }))).count()
@@ -868,8 +882,8 @@ fn other_networks_are_divided_likewise() {
 fn static_addresses_are_checked() {
     let mut ipam = node(1);
     for good in ["10.32.0.1", "10.39.239.255"] {
-        assert_eq!(ipam.claim(ip(good), "a"), Ok(()));
-        let error = ipam.claim(ip(good), "b").unwrap_err();
+        assert_eq!(claim(&mut ipam, ip(good), "a"), Ok(()));
+        let error = claim(&mut ipam, ip(good), "b").unwrap_err();
         assert_eq!(error, IpamError::InUse { address: ip(good), owner: "a".into() });
     }
     assert_eq!(ipam.claims(), [ip("10.32.0.1"), ip("10.39.239.255")]);
@@ -882,12 +896,15 @@ fn static_addresses_are_checked() {
         "10.40.0.1",
         "10.47.255.255",
     ] {
-        let error = ipam.claim(ip(reserved), "a").unwrap_err();
+        let error = claim(&mut ipam, ip(reserved), "a").unwrap_err();
         assert!(matches!(error, IpamError::Reserved { .. }), "{reserved}");
         assert!(error.to_string().ends_with("choose one from 10.32.0.1 to 10.39.239.255"), "{error}");
     }
     for outside in ["10.31.255.255", "10.48.0.0", "192.168.0.1", "fd00::1", "::ffff:10.32.0.5"] {
-        assert!(matches!(ipam.claim(ip(outside), "a"), Err(IpamError::OutsideSubnet { .. })), "{outside}");
+        assert!(
+            matches!(claim(&mut ipam, ip(outside), "a"), Err(IpamError::OutsideSubnet { .. })),
+            "{outside}"
+        );
     }
     assert_eq!(ipam.allocated().len(), 2, "nothing was taken by a refused claim");
 }

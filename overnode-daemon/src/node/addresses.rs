@@ -11,7 +11,7 @@ use super::running::Node;
 use crate::api::{self, ApiError, Primed, Reply};
 use crate::control::dial::Phase;
 use crate::gossip::parcel::KIND_ALLOCATION;
-use crate::gossip::{Parcel, Record};
+use crate::gossip::{self, Parcel, Record};
 use crate::ipam::{self, IpamError, RequestId};
 use crate::types::NodeId;
 
@@ -19,6 +19,7 @@ use crate::types::NodeId;
 const STEADY: Duration = Duration::from_millis(900);
 /// A target that was not met for so long is taken for one that is not there: it need not exist.
 const ABSENT: Duration = Duration::from_secs(10);
+const _: () = assert!(ipam::MAX_STATIC <= gossip::MAX_CLAIMS);
 /// Whom a request for an address that shall only show that there are some is for.
 const PRIMING: &str = "prime";
 
@@ -115,12 +116,13 @@ impl Node {
                 ipam::Action::Failed { request, error } => {
                     self.outcomes.push_back(Outcome::Address(request, Err(error)));
                 }
-                ipam::Action::Report(problem) => self.report(problem.to_string()),
+                // Told with the others, and for as long as it lasts: see `Node::problems`.
+                ipam::Action::Report(problem) => tracing::debug!("{problem}"),
                 ipam::Action::Reclaimed(id) => {
                     tracing::info!("the address space of node {id} is this node's now");
                     self.reclaimed.insert(id);
                 }
-                ipam::Action::ReclaimFailed(error) => self.report_for_now(error.to_string(), now),
+                ipam::Action::ReclaimFailed(error) => self.note_unreclaimed(&error),
                 ipam::Action::Renewed(incarnation) => {
                     if let Err(error) = self.store.set_incarnation(incarnation) {
                         let why = anyhow::Error::new(error);
@@ -134,6 +136,13 @@ impl Node {
             }
         }
         self.announce_addresses_held(now).await;
+        for id in std::mem::take(&mut self.rerouted) {
+            if let Some(record) = self.gossip.record(id).filter(|record| !record.left).cloned()
+                && let Err(error) = self.configure_peer(&record, now).await
+            {
+                tracing::warn!("the routes to node {id} cannot be entered: {error:#}");
+            }
+        }
     }
 
     fn granted(&mut self, request: RequestId, address: IpAddr, now: Instant) {
@@ -145,16 +154,29 @@ impl Node {
         }
     }
 
-    /// Tells the others which space this node gives out, if that has changed, and the data plane, too.
+    /// Tells the others which space this node gives out and which static addresses it has, if that has changed, and the data plane,
+    /// too.
     async fn announce_addresses_held(&mut self, now: Instant) {
-        let ranges = self.ipam.ranges();
-        if self.gossip.own().ranges == ranges {
+        let (ranges, claims) = (self.ipam.ranges(), self.ipam.claims());
+        let own = self.gossip.own();
+        let (has_new_ranges, has_new_claims) = (own.ranges != ranges, own.claims != claims);
+        if !has_new_ranges && !has_new_claims {
             return;
         }
-        if let Err(error) = self.datapath.set_own_routes(&self.own_routes()) {
+        if has_new_ranges && let Err(error) = self.datapath.set_own_routes(&self.own_routes()) {
             tracing::warn!("the own address space cannot be entered: {error:#}");
         }
-        self.gossip.update_own(|own| own.ranges = ranges, now);
+        self.gossip.update_own(
+            |own| {
+                own.ranges = ranges;
+                own.claims = claims;
+            },
+            now,
+        );
+        if has_new_claims {
+            // A name leads where its address does.
+            self.announce_names(now);
+        }
         self.pump_gossip(now).await;
     }
 
@@ -178,6 +200,7 @@ impl Node {
         let now = Instant::now();
         let id = request.id;
         self.reclaimed.remove(&id);
+        self.forget_unreclaimed(id);
         self.ipam.reclaim(id, now).map_err(ApiError::refused)?;
         self.pump(now).await;
         if self.reclaimed.contains(&id) {
@@ -193,9 +216,7 @@ impl Daemon {
     pub(super) async fn begin(&mut self, request: api::Request, answer: Answer) {
         // Who asked may have gone away; what was asked is done all the same.
         let reply = match request {
-            api::Request::Attach(attach) if attach.address.is_none() => {
-                self.begin_attach(attach, answer).await
-            }
+            api::Request::Attach(attach) => self.begin_attach(attach, answer).await,
             api::Request::Reset(reset) if self.node.is_some() => self.begin_reset(reset, answer).await,
             api::Request::Launch(launch) => self.begin_launch(launch, answer).await,
             other => Some((self.handle(other).await, answer)),
@@ -282,8 +303,16 @@ impl Daemon {
         if let Err(error) = node.check_attach(&attach) {
             return Some((Err(error), answer));
         }
+        let address = match node.wanted_address(&attach) {
+            Ok(address) => address,
+            Err(error) => return Some((Err(error), answer)),
+        };
         let now = Instant::now();
-        let request = node.ipam.allocate(&attach.target.to_string(), now);
+        let owner = attach.target.to_string();
+        let request = match address {
+            Some(address) => node.ipam.claim(address, &owner, now),
+            None => node.ipam.allocate(&owner, now),
+        };
         node.pump(now).await;
         self.waiting.attaching.insert(request, (attach, answer));
         None

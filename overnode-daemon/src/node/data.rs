@@ -445,20 +445,9 @@ impl Node {
         if let Err(error) = self.datapath.set_routes_of(changed) {
             tracing::warn!("the routes to other nodes cannot be entered: {error:#}");
         }
-        let conflicts: Vec<_> = self.routing.conflicts(now).collect();
-        let told = std::mem::take(&mut self.contested);
-        for conflict in &conflicts {
-            let pair = (conflict.holder, conflict.claimant);
-            if !told.contains(&pair) {
-                let problem = self.conflict(conflict);
-                tracing::warn!("{problem}");
-                self.tell(|_| Happening::Problem { problem });
-            }
-            self.contested.insert(pair);
-        }
     }
 
-    /// What two nodes both say is theirs, for people.
+    /// Addresses that two nodes announce, in words.
     pub(super) fn conflict(&self, conflict: &Conflict) -> String {
         let name = |id: NodeId| match self.gossip.record(id) {
             Some(record) => format!("node {id} ({})", record.nickname),

@@ -34,6 +34,10 @@ pub(super) struct Dns {
     /// Nodes that packets get to, and since when.
     present: BTreeMap<NodeId, Instant>,
     place: Option<Place>,
+    /// Why there is none, though one is wanted.
+    trouble: Option<String>,
+    /// Why the others do not hear of all names.
+    too_many: Option<String>,
 }
 
 /// Where containers find the server: a network namespace of its own, plugged in at the node's address.
@@ -52,7 +56,16 @@ impl Dns {
         let directory = Directory::new(domains.clone(), subnet, Zone::new(StdRng::from_os_rng()));
         let upstream = Upstream::new(Path::new(dns::RESOLV_CONF), address, subnet);
         let service = Arc::new(Service::new(directory, upstream));
-        Self { domains, address, wanted: identity.dns, service, present: BTreeMap::new(), place: None }
+        Self {
+            domains,
+            address,
+            wanted: identity.dns,
+            service,
+            present: BTreeMap::new(),
+            place: None,
+            trouble: None,
+            too_many: None,
+        }
     }
 
     /// What a node says of its names.
@@ -67,6 +80,11 @@ impl Dns {
             host_interface: datapath::host_interface(self.address),
             netns: Some(place.netns.netns()),
         })
+    }
+
+    /// What is wrong.
+    pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
+        self.trouble.iter().chain(&self.too_many)
     }
 
     fn relative(&self, text: &str) -> Result<String, ApiError> {
@@ -94,7 +112,7 @@ impl Node {
     }
 
     /// Starts the server, unless it is there.
-    pub(super) async fn keep_dns(&mut self, now: Instant) {
+    pub(super) async fn keep_dns(&mut self) {
         let interface = datapath::host_interface(self.dns.address);
         let is_whole = |place: &Place| place.server.is_running() && self.datapath.is_attached(&interface);
         if !self.dns.wanted || self.dns.place.as_ref().is_some_and(is_whole) {
@@ -107,12 +125,12 @@ impl Node {
             }
         }
         match self.make_place().await {
-            Ok(place) => self.dns.place = Some(place),
+            Ok(place) => (self.dns.place, self.dns.trouble) = (Some(place), None),
             Err(error) => {
                 let problem = format!(
                     "names are not served to containers: {error:#}; it is tried again each minute, or launch with --no-dns"
                 );
-                self.report_for_now(problem, now);
+                self.dns.trouble = Some(problem);
             }
         }
     }
@@ -154,18 +172,15 @@ impl Node {
             Ok(names) => names,
             Err(error) => return tracing::warn!("the names of this node cannot be read: {}", error.message),
         };
+        let (count, size) = (names.len(), bytes(&names));
+        self.dns.too_many = (count > MAX_NAMES || size > NAME_BYTES).then(|| {
+            format!(
+                "this node has more names than it can tell the others ({count} of {MAX_NAMES}, {size} of {NAME_BYTES} bytes): \
+                 the last ones are not served; remove some with `overnode dns-remove`"
+            )
+        });
         if self.gossip.own().names == names {
             return;
-        }
-        let (count, size) = (names.len(), bytes(&names));
-        if count > MAX_NAMES || size > NAME_BYTES {
-            self.report_for_now(
-                format!(
-                    "this node has more names than it can tell the others ({count} of {MAX_NAMES}, {size} of {NAME_BYTES} bytes): \
-                     the last ones are not served; remove some with `overnode dns-remove`"
-                ),
-                now,
-            );
         }
         self.gossip.update_own(|own| own.names = names, now);
         self.dns.learn(self.gossip.own());
@@ -176,6 +191,10 @@ impl Node {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         let of_container = |it: &crate::store::Attachment| {
             let name = name::relative(it.name.as_deref()?, &self.dns.domains).ok()?;
+            // Where another node keeps the address, the name would lead to a stranger.
+            if self.ipam.keeper(it.address).is_some() {
+                return None;
+            }
             Some(Named { name, address: it.address })
         };
         let mut names: BTreeSet<Named> = attachments.iter().filter_map(of_container).collect();

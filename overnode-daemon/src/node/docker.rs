@@ -30,12 +30,21 @@ type Answer = oneshot::Sender<Result<Response, Refusal>>;
 pub(super) struct DockerSide {
     service: Service,
     plan: Docker,
-    /// Who waits for an address, with the name that it is for.
-    waiting: BTreeMap<RequestId, (Option<String>, Answer)>,
+    /// Who waits for an address.
+    waiting: BTreeMap<RequestId, Waiter>,
     /// Why the plugin's socket cannot be served.
     trouble: Option<String>,
     /// Why the engine does not make the default network.
     refused: Option<String>,
+}
+
+/// A request for an address.
+struct Waiter {
+    /// It asks for this one address.
+    fixed: bool,
+    /// What the address is for.
+    name: Option<String>,
+    answer: Answer,
 }
 
 impl DockerSide {
@@ -171,8 +180,7 @@ impl Node {
         let Some(docker) = &mut self.docker else { return };
         tracing::debug!(?request, "the Docker engine asks");
         let done = match docker.plan.decide(request, now) {
-            Ok(Step::Find { fixed: None, name }) => return self.find(name, answer, now).await,
-            Ok(Step::Find { fixed: Some(address), name }) => self.take(address, name, now).await,
+            Ok(Step::Find { fixed, name }) => return self.find(fixed, name, answer, now).await,
             Ok(step) => self.carry_out(step, now).await,
             Err(refusal) => Err(refusal),
         };
@@ -184,7 +192,7 @@ impl Node {
         self.look(false);
     }
 
-    async fn find(&mut self, name: Option<String>, answer: Answer, now: Instant) {
+    async fn find(&mut self, fixed: Option<IpAddr>, name: Option<String>, answer: Answer, now: Instant) {
         let Some(docker) = &mut self.docker else { return };
         if docker.waiting.len() >= MAX_WAITING {
             let _ =
@@ -192,8 +200,11 @@ impl Node {
             return;
         }
         let owner = name.as_deref().map_or("docker".to_owned(), |name| format!("docker: {name}"));
-        let request = self.ipam.allocate(&owner, now);
-        docker.waiting.insert(request, (name, answer));
+        let request = match fixed {
+            Some(address) => self.ipam.claim(address, &owner, now),
+            None => self.ipam.allocate(&owner, now),
+        };
+        docker.waiting.insert(request, Waiter { fixed: fixed.is_some(), name, answer });
         self.pump(now).await;
     }
 
@@ -202,27 +213,20 @@ impl Node {
         let now = Instant::now();
         let waiter = self.docker.as_mut().and_then(|docker| docker.waiting.remove(&request));
         match (waiter, found) {
-            (Some((name, answer)), Ok(address)) if !answer.is_closed() => {
-                let _ = answer.send(self.hold(address, false, name, now).await);
+            (Some(Waiter { fixed, name, answer }), Ok(address)) if !answer.is_closed() => {
+                let held = self.hold(address, fixed, name, now).await;
+                if fixed {
+                    self.announce_claims(now).await;
+                }
+                let _ = answer.send(held);
             }
             (_, Ok(address)) => drop(self.ipam.release(address, now)),
-            (Some((_, answer)), Err(why)) => drop(answer.send(Err(Refusal::new(why)))),
+            (Some(Waiter { answer, .. }), Err(why)) => {
+                tracing::info!("refused to the Docker engine: {why}");
+                drop(answer.send(Err(Refusal::new(why))));
+            }
             (None, Err(_)) => {}
         }
-    }
-
-    async fn take(
-        &mut self,
-        address: IpAddr,
-        name: Option<String>,
-        now: Instant,
-    ) -> Result<Response, Refusal> {
-        self.ipam.claim(address, name.as_deref().unwrap_or("docker")).map_err(Refusal::new)?;
-        let held = self.hold(address, true, name, now).await;
-        if held.is_ok() {
-            self.announce_claims(now).await;
-        }
-        held
     }
 
     async fn hold(

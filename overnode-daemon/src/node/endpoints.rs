@@ -30,23 +30,6 @@ fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
 }
 
 impl Node {
-    /// Plugs a container in at the static address that it asks for.
-    pub(super) async fn attach(&mut self, request: api::Attach) -> Result<api::Attached, ApiError> {
-        if let Some(exposed) = self.exposed(&request)? {
-            return Ok(exposed);
-        }
-        self.displace(&request).await?;
-        self.check_attach(&request)?;
-        let Some(mut wanted) = request.address else {
-            return Err(ApiError::usage("no address was given, and none was looked for"));
-        };
-        if request.cni.is_some() && wanted.prefix_len() == wanted.max_prefix_len() {
-            wanted = self.with_prefix(wanted.addr());
-        }
-        let address = self.claim(wanted, &request.target.to_string())?;
-        self.attach_at(request, address).await
-    }
-
     /// The host is exposed once, however often that is asked for.
     pub(super) fn exposed(&self, request: &api::Attach) -> Result<Option<api::Attached>, ApiError> {
         if request.target != Target::Host {
@@ -314,7 +297,7 @@ impl Node {
                 tracing::warn!("{} stays taken: {error}", attachment.address);
             }
         }
-        self.keep_dns(now).await;
+        self.keep_dns().await;
         self.announce_claims(now).await;
         Ok(())
     }
@@ -343,7 +326,12 @@ impl Node {
         }
     }
 
-    fn claim(&mut self, address: IpNet, owner: &str) -> Result<IpAddr, ApiError> {
+    /// The static address that is asked for, if one is.
+    pub(super) fn wanted_address(&self, request: &api::Attach) -> Result<Option<IpAddr>, ApiError> {
+        let Some(mut address) = request.address else { return Ok(None) };
+        if request.cni.is_some() && address.prefix_len() == address.max_prefix_len() {
+            address = self.with_prefix(address.addr());
+        }
         let subnet = self.identity.network.subnet;
         if !subnet.contains(&address.addr()) {
             return Err(ApiError::usage(format_args!(
@@ -351,28 +339,27 @@ impl Node {
                 address.addr()
             )));
         }
-        if subnet.contains(&address.addr()) && address.prefix_len() != subnet.prefix_len() {
+        if address.prefix_len() != subnet.prefix_len() {
             return Err(ApiError::usage(format_args!(
                 "{address} does not have the subnet's prefix: give {}/{}",
                 address.addr(),
                 subnet.prefix_len()
             )));
         }
-        let ip = address.addr();
-        self.ipam.claim(ip, owner).map_err(|error| ApiError::refused(error.to_string()))?;
-        Ok(ip)
+        Ok(Some(address.addr()))
     }
 
     /// To be called when nothing uses the address any more. It stays taken if the disk cannot be written: after a restart it would be.
     pub(super) fn give_back(&mut self, address: IpAddr) -> Result<(), StoreError> {
         self.store.remove_attachment(address)?;
         self.ipam.release(address, Instant::now());
+        // While it was in use here, nothing led to another node that has it.
+        let has_it = self.gossip.records().filter(|record| record.claims.contains(&address));
+        self.rerouted.extend(has_it.map(|record| record.id).filter(|id| *id != self.identity.id));
         Ok(())
     }
 
     pub(super) async fn announce_claims(&mut self, now: Instant) {
-        let claims = self.ipam.claims();
-        self.gossip.update_own(|own| own.claims = claims, now);
         self.announce_names(now);
         self.pump(now).await;
     }

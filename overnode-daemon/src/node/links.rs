@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use super::docker::DockerSide;
 use super::running::Node;
 use crate::api::{self, ApiError, Happening, Host, Who};
 use crate::control::CONTROL_PORT;
@@ -20,8 +19,6 @@ use crate::types::NodeId;
 const LEARN_AT_ONCE: usize = 64;
 /// Bytes of records, as memory has them, that are brought to disk in one transaction.
 const SAVE_AT_ONCE: usize = 4 << 20;
-/// Problems that are kept: the latest.
-const MAX_PROBLEMS: usize = 32;
 
 /// The stream of a control connection that is up. What people are told of it, the dialler knows.
 pub(super) struct Stream {
@@ -212,7 +209,7 @@ impl Node {
                             record.nickname, record.public_key
                         )
                     };
-                    self.report_for_now(problem, now);
+                    self.note_twins(id, problem, now);
                 }
                 gossip::Action::Clash { record, holder } => self.report_clash(&record, holder, now),
             }
@@ -249,7 +246,7 @@ impl Node {
             self.dialer.handle_refused(*address, &refusal, now);
         }
         if record.id != self.identity.id {
-            self.report_for_now(refusal.to_string(), now);
+            self.note_twins(record.id, refusal.to_string(), now);
         }
     }
 
@@ -285,57 +282,6 @@ impl Node {
         if !stream.outbox.send(packet) {
             self.close(id, "the other side does not read what it is sent", now);
         }
-    }
-
-    /// Something that needs a person, and is said again as long as it lasts.
-    pub(super) fn report_for_now(&mut self, problem: String, now: Instant) {
-        if !self.passing_problems.contains_key(&problem) {
-            tracing::warn!("{problem}");
-            self.tell(|_| Happening::Problem { problem: problem.clone() });
-        }
-        self.passing_problems.retain(|_, at| now < *at + dial::REMEMBER_REFUSED);
-        if self.passing_problems.len() < MAX_PROBLEMS {
-            self.passing_problems.insert(problem, now);
-        }
-    }
-
-    /// What needs a person now.
-    pub(super) fn problems(&self, now: Instant) -> Vec<String> {
-        let passing = self.passing_problems.iter().filter(|(_, at)| now < **at + dial::REMEMBER_REFUSED);
-        let docker = self.docker.iter().flat_map(DockerSide::problems);
-        let lasting = self.problems.iter().chain(passing.map(|(problem, _)| problem)).chain(docker).cloned();
-        lasting.chain(self.conflicts(now)).chain(self.lack_of_room(now)).collect()
-    }
-
-    /// Addresses that two nodes announce, for people.
-    fn conflicts(&self, now: Instant) -> impl Iterator<Item = String> {
-        self.routing.conflicts(now).map(|conflict| self.conflict(&conflict))
-    }
-
-    fn lack_of_room(&self, now: Instant) -> Option<String> {
-        self.gossip.is_full(now).then(|| {
-            "what other nodes say takes all the room that there is for it, and news was left out: look in `overnode status --peers` for \
-             nodes that are not yours"
-                .to_owned()
-        })
-    }
-
-    /// What of that is about addresses: all that lasts.
-    pub(super) fn address_problems(&self) -> Vec<String> {
-        self.problems.iter().cloned().chain(self.conflicts(Instant::now())).collect()
-    }
-
-    /// Something about addresses that needs a person. The words may be a liar's, so there is an end to what is kept.
-    pub(super) fn report(&mut self, problem: String) {
-        if self.problems.contains(&problem) {
-            return;
-        }
-        tracing::warn!("{problem}");
-        self.tell(|_| Happening::Problem { problem: problem.clone() });
-        if self.problems.len() >= MAX_PROBLEMS {
-            self.problems.remove(0);
-        }
-        self.problems.push(problem);
     }
 
     async fn learn(&mut self, id: NodeId, now: Instant) {

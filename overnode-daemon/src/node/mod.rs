@@ -10,6 +10,7 @@ mod dns;
 mod docker;
 mod endpoints;
 mod external;
+mod findings;
 mod inspect;
 mod launch;
 mod links;
@@ -139,7 +140,8 @@ impl Daemon {
             Request::Version => Ok(Reply::Version(self.version())),
             Request::Connect(connect) => self.node()?.connect(connect).await.map(Reply::Targets),
             Request::Forget(forget) => self.node()?.forget(forget).await.map(Reply::Targets),
-            Request::Attach(attach) => self.node()?.attach(attach).await.map(Reply::Attached),
+            // It takes a while: `begin` answers it later.
+            Request::Attach(_) => Err(ApiError::failed("an attachment cannot be answered at once")),
             Request::Detach(detach) => self.node()?.detach(detach).await.map(Reply::Detached),
             Request::Status => self.node()?.status().map(|status| Reply::Status(Box::new(status))),
             Request::Inspect => self.node()?.inspect().map(Reply::Inspect),

@@ -17,6 +17,7 @@ use super::data::DataPeer;
 use super::dns::Dns;
 use super::docker::DockerSide;
 use super::external::External;
+use super::findings::Findings;
 use super::links::Stream;
 use super::monitor::Monitor;
 use super::paths::Ways;
@@ -115,8 +116,6 @@ pub(super) struct Node {
     pub(super) paths: Paths,
     pub(super) ways: Ways,
     pub(super) routing: Routing,
-    /// Conflicts over addresses that were told.
-    pub(super) contested: BTreeSet<(NodeId, NodeId)>,
     /// What has ended that somebody may wait for.
     pub(super) outcomes: VecDeque<Outcome>,
     /// The request that shall bring address space, if none is there.
@@ -142,9 +141,10 @@ pub(super) struct Node {
     pub(super) peers: BTreeMap<PeerIndex, DataPeer>,
     pub(super) externals: BTreeMap<PeerIndex, External>,
     pub(super) reachable: BTreeMap<NodeId, (bool, Instant)>,
-    pub(super) problems: Vec<String>,
-    /// Those that are over when nobody has said so for a while.
-    pub(super) passing_problems: BTreeMap<String, Instant>,
+    /// What needs an operator.
+    pub(super) findings: Findings,
+    /// Nodes to which more leads than before: an address that they have is not in use here any more.
+    pub(super) rerouted: BTreeSet<NodeId>,
     /// Whose records are newer than those on disk.
     pub(super) unsaved: BTreeSet<NodeId>,
     /// Whose records are new, and were not given to the other parts of the node yet.
@@ -268,7 +268,6 @@ impl Node {
             paths: Paths::new(StdRng::from_os_rng()),
             ways: Ways::default(),
             routing,
-            contested: BTreeSet::new(),
             outcomes: VecDeque::new(),
             priming: None,
             reclaimed: BTreeSet::new(),
@@ -285,8 +284,8 @@ impl Node {
             peers: BTreeMap::new(),
             externals: BTreeMap::new(),
             reachable: BTreeMap::new(),
-            problems: Vec::new(),
-            passing_problems: BTreeMap::new(),
+            findings: Findings::default(),
+            rerouted: BTreeSet::new(),
             unsaved: BTreeSet::new(),
             unlearnt: BTreeSet::new(),
             known,
@@ -427,6 +426,7 @@ impl Node {
             self.settle_sandboxes(now).await;
             self.try_elsewhere(now).await;
             self.save_peers(None);
+            self.follow_problems(now);
         }
         if self.next_reconcile <= now {
             self.next_reconcile = now + RECONCILE;

@@ -1,6 +1,7 @@
 //! Who has which part of the address space, as `status --ipam` tells.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use ipnet::IpNet;
 
@@ -10,7 +11,7 @@ use crate::ipam;
 use crate::types::NodeId;
 
 impl Node {
-    pub(super) fn ipam_status(&self) -> IpamStatus {
+    pub(super) fn ipam_status(&self, now: Instant) -> IpamStatus {
         let pool = self.ipam.layout().network().range;
         let total = ipam::size(pool) as f64;
         let said: BTreeMap<NodeId, Vec<IpNet>> = self
@@ -46,7 +47,8 @@ impl Node {
             waiting_for,
             owners: owners.collect(),
             loans: loans.collect(),
-            problems: self.address_problems(),
+            problems: self.address_problems(now).into_iter().collect(),
+            notices: self.address_notices(now).into_iter().collect(),
             reclaims: reclaims.collect(),
         }
     }

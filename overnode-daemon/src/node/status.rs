@@ -31,7 +31,7 @@ impl Node {
             peers: self.peer_status(now),
             connections: self.connection_status(now),
             endpoints: self.endpoint_status()?,
-            ipam: self.ipam_status(),
+            ipam: self.ipam_status(now),
             dns: self.dns_status(),
             external_peers: self.externals()?,
             counters: self.counter_status()?,
@@ -43,12 +43,16 @@ impl Node {
     fn node_status(&self, now: Instant) -> Result<NodeStatus, ApiError> {
         let identity = &self.identity;
         let underlay = self.datapath.underlay();
-        let problems = self.problems(now);
+        let problems: Vec<String> = self.problems(now).into_iter().collect();
+        let underlay_problems: Vec<String> = self.underlay_problems().into_iter().collect();
+        let is_impaired =
+            !problems.is_empty() || !underlay_problems.is_empty() || !self.address_problems(now).is_empty();
         Ok(NodeStatus {
             id: identity.id,
             nickname: identity.nickname.clone(),
-            state: if problems.is_empty() { NodeState::Running } else { NodeState::Impaired },
+            state: if is_impaired { NodeState::Impaired } else { NodeState::Running },
             problems,
+            underlay_problems,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_seconds: now.duration_since(self.started).as_secs(),
             address: Some(self.ipam.layout().node_address(identity.id)),

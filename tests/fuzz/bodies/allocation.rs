@@ -99,6 +99,10 @@ impl World {
                     assert!(self.ipam.cancel(request));
                 }
             }
+            11 => {
+                let address = IpAddr::V4((0x0a20_0000 | u32::from(input.byte())).into());
+                self.waiting.insert(self.ipam.claim(address, "container", self.now));
+            }
             _ => {}
         }
     }
@@ -150,6 +154,7 @@ impl World {
                     assert!(self.waiting.remove(&request), "nobody asked");
                     assert!(layout.is_usable(address));
                     let is_kept = layout.own_part(self.id).is_some_and(|own| own.contains(&address))
+                        || layout.check_static(address).is_ok()
                         || self.holds(address);
                     assert!(is_kept, "{address} is not on disk");
                     assert!(self.used.insert(address, "container".into()).is_none(), "{address} twice");
@@ -262,6 +267,16 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                 vec![0x18],
                 message(3, &Message::Reclaim { of: id(2), incarnation: 1, round }),
                 wait(600),
+            ]),
+        ),
+        (
+            "claim",
+            lender(&[
+                learn(2),
+                everybody.clone(),
+                vec![11, 9],
+                message(2, &Message::Claim { address: "10.32.0.9".parse().expect("an address"), round }),
+                wait(1100),
             ]),
         ),
         ("buried", lender(&[learn(2), message(2, &buried), vec![5, 9, 5]])),

@@ -1,0 +1,192 @@
+//! What `status` says is wrong: it is there while it is so, names the one who did it, is told once,
+//! and ends as advised.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use lab::{Host, Lab, eventually};
+use serde_json::Value;
+
+use crate::monitor::watch;
+use crate::support::{PATIENCE, attached, in_lab, launch_all, launch_as, list, wait_for_peers};
+
+/// What a host's node finds, each with its advice.
+fn findings(host: &Host) -> Result<Vec<String>> {
+    let status = host.status()?;
+    let found = list(&status["health"], "findings")?;
+    let text = |it: &Value| {
+        format!("{}: {}", it["what"].as_str().unwrap_or(""), it["advice"].as_str().unwrap_or(""))
+    };
+    let found: Vec<String> = found.iter().map(text).collect();
+    let mut once = found.clone();
+    once.sort();
+    once.dedup();
+    ensure!(once.len() == found.len(), "{} says things twice: {found:#?}", host.name);
+    Ok(found)
+}
+
+fn finds(host: &Host, words: &[&str]) -> Result<String> {
+    let found = findings(host)?;
+    let all = |it: &&String| words.iter().all(|words| it.contains(words));
+    match found.iter().find(all) {
+        Some(finding) => Ok(finding.clone()),
+        None => anyhow::bail!("{} does not find {words:?}: {found:#?}", host.name),
+    }
+}
+
+fn finds_nothing(host: &Host) -> Result<()> {
+    let found = findings(host)?;
+    ensure!(found.is_empty(), "{}: {found:#?}", host.name);
+    Ok(())
+}
+
+#[test]
+fn while_the_only_target_is_silent_all_is_never_well() -> Result<()> {
+    in_lab(Lab::new("silent").hosts(2), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        lab.unplug(two)?;
+        launch_as(lab, one, 1)?;
+        let begun = Instant::now();
+        let mut looks = 0;
+        // Long enough for several tries, each of which may take as long as the pauses.
+        while begun.elapsed() < Duration::from_secs(25) {
+            finds(one, &["host2", "overnode forget host2"])?;
+            let shown = one.overnode(&["status"])?.success()?;
+            ensure!(!shown.contains("all is well"), "after {looks} looks: {shown}");
+            looks += 1;
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        ensure!(looks > 20, "{looks} looks");
+        // As advised.
+        one.overnode(&["forget", "host2"])?.success()?;
+        finds_nothing(one)?;
+        one.overnode(&["connect", "host2"])?.success()?;
+        finds(one, &["host2"])?;
+        lab.plug(two)?;
+        launch_as(lab, two, 2)?;
+        eventually(PATIENCE * 2, || lab.hosts().iter().try_for_each(finds_nothing))
+    })
+}
+
+#[test]
+fn a_program_that_cannot_be_attached_is_told_here_and_nobody_else_is_blamed() -> Result<()> {
+    in_lab(Lab::new("here").hosts(2), |lab| {
+        launch_all(lab)?;
+        let (one, two) = (lab.host(1), lab.host(2));
+        eventually(PATIENCE * 2, || lab.hosts().iter().try_for_each(finds_nothing))?;
+        let watcher = watch(lab, one, &["--events"])?;
+        let far = two.address().to_string();
+        let ip = |arguments: &[&str]| one.netns().ip(arguments);
+        ip(&["tuntap", "add", "tun0", "mode", "tun"])?;
+        ip(&["link", "set", "tun0", "up"])?;
+        ip(&["route", "add", &far, "dev", "tun0"])?;
+        eventually(PATIENCE * 2, || {
+            finds(one, &["this host cannot take packets", "tun0"])?;
+            // What follows from it points there, and not at the other host.
+            let found = findings(one)?;
+            for finding in found.iter().filter(|it| it.contains("node 2")) {
+                ensure!(finding.contains("this host's own interfaces"), "{finding}");
+            }
+            ensure!(one.status()?["node"]["state"] == "impaired");
+            ensure!(found.iter().any(|it| it.contains("node 2")), "no word of node 2: {found:#?}");
+            Ok(())
+        })?;
+        let is_it = |event: &Value| event["problem"].as_str().is_some_and(|it| it.contains("tun0"));
+        watcher.wait_for(|event| event["event"] == "problem" && is_it(event))?;
+        ip(&["route", "del", &far, "dev", "tun0"])?;
+        eventually(PATIENCE * 3, || lab.hosts().iter().try_for_each(finds_nothing))?;
+        watcher.wait_for(|event| event["event"] == "problem-over" && is_it(event))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_host_with_a_wrong_token_is_told_until_it_has_the_right_one() -> Result<()> {
+    in_lab(Lab::new("mended").hosts(2), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        launch_as(lab, one, 1)?;
+        two.overnode(&["launch", "--id", "2", "--token", "quite another one", "host1"])?.success()?;
+        eventually(PATIENCE, || {
+            finds(two, &["host1", "token"])?;
+            finds(one, &["was not let in", "token"])
+        })?;
+        two.overnode(&["reset"])?.success()?;
+        launch_as(lab, two, 2)?;
+        eventually(PATIENCE * 2, || lab.hosts().iter().try_for_each(finds_nothing))
+    })
+}
+
+/// Node 6, cut off alive, is declared gone by node 1, and hears of it when only node 2 is there to
+/// tell.
+#[test]
+fn who_took_the_space_back_is_named_not_the_messenger() -> Result<()> {
+    in_lab(Lab::new("named").hosts(3), |lab| {
+        let [one, two, six] = [1, 2, 3].map(|number| lab.host(number));
+        for (host, id) in [(one, 1), (two, 2), (six, 6)] {
+            launch_as(lab, host, id)?;
+        }
+        lab.hosts().iter().try_for_each(|host| wait_for_peers(host, 3))?;
+        let _used = attached(six, "c")?;
+        lab.unplug(six)?;
+        for host in [one, two] {
+            wait_for_peers(host, 2)?;
+        }
+        eventually(PATIENCE * 2, || {
+            one.overnode(&["reclaim", "6", "--timeout", "5"])?.success()?;
+            let buried = two.inspect()?["allocation"]["buried"].clone();
+            ensure!(buried[0]["by"] == 1, "{buried}");
+            Ok(())
+        })?;
+        lab.unplug(one)?;
+        wait_for_peers(two, 1)?;
+        // Started anew, it asks its lender, which is node 2, whether it still has what it borrowed.
+        six.kill_daemon()?;
+        six.overnode(&["resume"])?.success()?;
+        lab.plug(six)?;
+        eventually(PATIENCE * 3, || {
+            let told = six.status()?["ipam"]["notices"].to_string();
+            ensure!(told.contains("node 1 has taken back"), "{told}");
+            ensure!(!told.contains("node 2"), "{told}");
+            finds(six, &["node 1 has taken back"])?;
+            Ok(())
+        })?;
+        lab.plug(one)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_reclaim_that_waits_is_told_until_nobody_has_to_agree_any_more() -> Result<()> {
+    in_lab(Lab::new("agree").hosts(3), |lab| {
+        launch_all(lab)?;
+        let one = lab.host(1);
+        let away = [lab.host(2), lab.host(3)];
+        away.into_iter().try_for_each(|host| lab.unplug(host))?;
+        wait_for_peers(one, 1)?;
+        finds(one, &["2 nodes are not reachable: 2, 3"])?;
+        eventually(PATIENCE * 2, || {
+            one.overnode(&["reclaim", "2", "--timeout", "1"])?.failure(1)?;
+            finds(one, &["the addresses of node 2 are not taken back yet", "nodes 3 have to agree"])
+        })?;
+        // They are there again: neither is that it failed of any interest.
+        away.into_iter().try_for_each(|host| lab.plug(host))?;
+        eventually(PATIENCE * 3, || lab.hosts().iter().try_for_each(finds_nothing))
+    })
+}
+
+#[test]
+fn an_interface_that_was_deleted_is_told_until_it_is_back() -> Result<()> {
+    in_lab(Lab::new("gone").hosts(1), |lab| {
+        let one = lab.host(1);
+        launch_as(lab, one, 1)?;
+        let container = attached(one, "c")?;
+        eventually(PATIENCE, || finds_nothing(one))?;
+        let interface = one.status()?["endpoints"][0]["interface"].as_str().unwrap_or_default().to_owned();
+        one.netns().ip(&["link", "del", &interface])?;
+        eventually(PATIENCE * 4, || {
+            finds_nothing(one)?;
+            ensure!(!container.netns().interfaces()?.is_empty(), "it is not plugged in");
+            Ok(())
+        })
+    })
+}
