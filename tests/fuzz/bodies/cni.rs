@@ -78,24 +78,32 @@ fn check(wanted: &config::Attachment) {
 
 /// The result has what the earlier plugins put there, and this attachment; the runtime can give it back to CHECK and DEL.
 fn add(version: &str, config: &config::Config, wanted: &config::Attachment) -> Result<(), CniError> {
-    let attached: Attached = serde_json::from_value(serde_json::json!({
+    let result = result::added(version, config, wanted, &attached(wanted), None)?;
+    check_added(config, wanted, &result);
+    Ok(())
+}
+
+/// As the daemon answers.
+fn attached(wanted: &config::Attachment) -> Attached {
+    serde_json::from_value(serde_json::json!({
         "address": "10.40.0.9/12",
         "interface": wanted.endpoint.interface,
         "host_interface": "ov0a280009",
         "mtu": 1420,
         "mac": "02:00:00:00:00:01",
     }))
-    .expect("an answer of the daemon");
-    let result = result::added(version, config, wanted, &attached, None)?;
+    .expect("an answer of the daemon")
+}
+
+fn check_added(config: &config::Config, wanted: &config::Attachment, result: &serde_json::Value) {
     let list = |of: &serde_json::Value, key: &str| of[key].as_array().map_or(0, Vec::len);
     let before = config.prev_result.clone().unwrap_or_default();
-    assert_eq!(list(&result, "ips"), list(&before, "ips") + 1, "{result}");
-    assert_eq!(list(&result, "interfaces"), list(&before, "interfaces") + 2, "{result}");
+    assert_eq!(list(result, "ips"), list(&before, "ips") + 1, "{result}");
+    assert_eq!(list(result, "interfaces"), list(&before, "interfaces") + 2, "{result}");
     let object = result.as_object().expect("a result is an object");
     assert!(result::has(object, &wanted.endpoint.interface, "10.40.0.9/12"), "{result}");
     let address = [10, 40, 0, 9].into();
-    assert!(result::addresses(&result).is_some_and(|found| found.contains(&address)), "{result}");
-    Ok(())
+    assert!(result::addresses(result).is_some_and(|found| found.contains(&address)), "{result}");
 }
 
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
