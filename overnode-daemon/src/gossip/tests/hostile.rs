@@ -310,5 +310,5 @@ fn a_member_asks_for_lists_until_others_do_nothing_but_answer() {
             sent += message.encode().len() as u64;
         }
     }
-    assert!(sent < 2 * BURST_BYTES, "{sent} bytes were sent");
+    assert!(sent < BURST_BYTES, "{sent} bytes were sent");
 }
