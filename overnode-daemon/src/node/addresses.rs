@@ -136,12 +136,9 @@ impl Node {
             }
         }
         self.announce_addresses_held(now).await;
-        for id in std::mem::take(&mut self.rerouted) {
-            if let Some(record) = self.gossip.record(id).filter(|record| !record.left).cloned()
-                && let Err(error) = self.configure_peer(&record, now).await
-            {
-                tracing::warn!("the routes to node {id} cannot be entered: {error:#}");
-            }
+        if !std::mem::take(&mut self.rerouted).is_empty() {
+            self.tell_routing_of_paths(now);
+            self.follow_routes(now);
         }
     }
 

@@ -419,7 +419,12 @@ impl Node {
 
     /// What else routes depend on, besides the records. Nothing of it is urgent.
     pub(super) fn tell_routing_of_paths(&mut self, now: Instant) {
-        self.routing.set_own(&self.ipam.ranges(), &self.ipam.claims());
+        // Static addresses in use here lead here, also one that this node does not announce because
+        // another node keeps it.
+        let range = self.identity.network.range;
+        let in_use: Vec<IpAddr> =
+            self.ipam.allocated().keys().copied().filter(|address| !range.contains(address)).collect();
+        self.routing.set_own(&self.ipam.ranges(), &in_use);
         self.routing.set_gone(self.ipam.buried().map(|(id, incarnation, _)| (id, incarnation)));
         self.routing.set_reachable(self.gossip.paths().keys(), now);
     }
