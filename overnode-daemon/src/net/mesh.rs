@@ -632,7 +632,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_connection_gets_new_keys_again_and_again_and_loses_nothing() {
-        const EVERY: Duration = Duration::from_millis(200);
+        const EVERY: Duration = Duration::from_millis(400);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (at_one, mut to_one) = mpsc::channel(64);
@@ -644,15 +644,16 @@ mod tests {
         let stream = TcpStream::connect(address).await.unwrap();
         let (ends, link) = greet(&two, stream, Role::Initiator, std::future::ready(())).await.unwrap();
         tokio::spawn(run(two, None, ends, link));
-        let end = Instant::now() + EVERY * 20;
-        let [a, b] = tokio::join!(talk(&mut to_one, end), talk(&mut to_two, end)).into();
+        let end = Instant::now() + EVERY * 10;
+        // Both ends live until both are done.
+        let ((a, _one), (b, _two)) = tokio::join!(talk(&mut to_one, end), talk(&mut to_two, end));
         // Keys end at twice the interval, and the connection with them.
         assert!(a > 100 && b > 100, "{a} and {b} messages arrived");
         accepting.abort();
     }
 
     /// Sends numbered messages, some of several frames, and checks what the other end sends.
-    async fn talk(events: &mut mpsc::Receiver<MeshEvent>, end: Instant) -> u32 {
+    async fn talk(events: &mut mpsc::Receiver<MeshEvent>, end: Instant) -> (u32, Box<Opened>) {
         let Some(MeshEvent::Opened(opened)) = events.recv().await else { panic!("no connection") };
         let (mut sent, mut next) = (0_u32, 0_u32);
         let mut pause = interval(Duration::from_millis(5));
@@ -674,7 +675,7 @@ mod tests {
                 },
             }
         }
-        next
+        (next, opened)
     }
 
     #[tokio::test]
