@@ -9,6 +9,7 @@
 //! | `SESSIONS` | array | session slot | [`Session`] |
 //! | `LOCAL_ADDRESSES` | hash | [`Address`] | u32, unused |
 //! | `COUNTERS` | per-CPU array | [`crate::reason::Reason`] | u64 packets |
+//! | `COOKIES` | array (1) | 0 | u32 boot time, in units of 2^20 ns modulo 2^32, to which cookie replies have used up [`COOKIE_ALLOWANCE`] (program `from_underlay`) |
 //! | `PROBES` | ring buffer | | [`Probe`] |
 //! | `MONITOR` | array | [`crate::reason::Reason`] | u32, how many more drops may be recorded |
 //! | `DROPS` | ring buffer | | [`Dropped`] |
@@ -81,6 +82,8 @@ pub struct Config {
     pub node: Address,
     /// The node's ID, which relayed messages name.
     pub node_id: u32,
+    /// Where the first MAC of handshake messages to this node starts from.
+    pub mac1: crate::mac1::State,
 }
 
 /// A container's place on this host, found by the host end of its veth.
@@ -170,6 +173,12 @@ pub struct Peer {
 pub const PROBE_ALLOWANCE: u32 = 128 * PROBE_COST;
 /// How much each probe uses up: after those, 238 a second.
 pub const PROBE_COST: u32 = 4;
+
+/// How much time of cookie replies all peers together may use up in advance, in units of 2^20 ns:
+/// 1024 replies at once. A node gets one for each handshake message that it sends to a busy peer.
+pub const COOKIE_ALLOWANCE: u32 = 1024 * COOKIE_COST;
+/// How much each cookie reply uses up: after those, 953 a second.
+pub const COOKIE_COST: u32 = 1;
 
 /// After so long (ns) nothing is in the normaliser any more, whatever the counters say.
 pub const NORMALISER_PATIENCE_NS: u64 = 50_000_000;
@@ -423,7 +432,7 @@ mod pod {
 const _: () = {
     // A frame for a worker has room for so much.
     assert!(PEER_SLOTS <= 1 << 16);
-    assert!(size_of::<Config>() == 44);
+    assert!(size_of::<Config>() == 76);
     assert!(size_of::<Endpoint>() == 28);
     assert!(size_of::<Route>() == 8);
     assert!(size_of::<Peer>() == 16 + 16 + 2 + 2 + 4 + 4 + 4 + 4 + 4 + 32 + 10 * 8);

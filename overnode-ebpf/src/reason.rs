@@ -89,7 +89,7 @@ reasons! {
     NotHere = 30, "not-here";
     /// The underlay marked congestion on a packet whose sender cannot be told (RFC 6040).
     Congestion = 31, "congestion";
-    /// A data message that arrived as a fragment, or with IP options.
+    /// A message that arrived as a fragment, or with IP options.
     Fragment = 32, "fragment";
     /// Arrived at an interface that no program was told about.
     Unconfigured = 33, "unconfigured";
@@ -108,6 +108,10 @@ reasons! {
     NodeAddress = 39, "node-address";
     /// More probes from a peer than nodes send: others' have to find room.
     ProbeFlood = 40, "probe-flood";
+    /// A handshake message whose sender does not know this node's public key.
+    Stranger = 41, "stranger";
+    /// More cookie replies than nodes send: nothing in them proves their sender.
+    CookieFlood = 42, "cookie-flood";
 }
 
 /// Codes from here on mean that the packet was dropped.

@@ -221,7 +221,14 @@ fn fill(programs: &mut Ebpf) -> Result<()> {
     let node = Address::from_v4([10, 39, 240, 1]);
     config.set(
         0,
-        Config { subnet, subnet_bits: Address::V4_BITS + 12, normaliser: LOOPBACK, node, node_id: 1 },
+        Config {
+            subnet,
+            subnet_bits: Address::V4_BITS + 12,
+            normaliser: LOOPBACK,
+            node,
+            node_id: 1,
+            ..Config::default()
+        },
         0,
     )?;
 

@@ -5,6 +5,8 @@
 mod bulk;
 #[path = "programs/containers.rs"]
 mod containers;
+#[path = "programs/handshake.rs"]
+mod handshake;
 #[path = "programs/inbox.rs"]
 mod inbox;
 #[path = "programs/object.rs"]

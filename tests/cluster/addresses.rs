@@ -342,11 +342,17 @@ fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
     launch_small(lab, seven, 7)?;
     wait_for_peers(seven, 3)?;
     let half: IpNet = LENT_BY_THREE.parse()?;
-    for number in 0..5 {
+    // The first may be of another quarter, if its lender was heard of first.
+    let mut lent = 0;
+    for number in 0..20 {
         let container = attached(seven, &format!("lent{number}"))?;
-        ensure!(half.contains(&container.address()), "{} is of another quarter", container.address());
+        lent += usize::from(half.contains(&container.address()));
         containers.push(container);
+        if lent == 5 {
+            break;
+        }
     }
+    ensure!(lent == 5, "{lent} addresses of quarter 3 were lent");
     for other in [one, two] {
         lab.cut(seven, other)?;
     }

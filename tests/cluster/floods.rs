@@ -251,11 +251,10 @@ fn five_addresses_that_call_all_the_time_do_not_keep_a_node_with_a_slow_link_out
 }
 
 /// What a flow loses beyond what it loses to the same flood on a port that nobody serves, where the
-/// kernel has the same work. The machine may be busy with other tests, so the bound is a generous
-/// one; the figures are printed.
+/// kernel has the same work.
 #[test]
 fn a_flood_of_both_udp_ports_costs_established_traffic_little() -> Result<()> {
-    const ROUNDS: usize = 3;
+    const ROUNDS: usize = 5;
     const UNSERVED: u16 = 9;
     in_lab(Lab::new("flooded-flow").hosts(3), |lab| {
         let [one, victim, attacker] = lab.hosts() else { unreachable!("three were made") };
@@ -272,7 +271,9 @@ fn a_flood_of_both_udp_ports_costs_established_traffic_little() -> Result<()> {
             floods.into_iter().try_for_each(|flood| flood.stop().map(drop))?;
             Ok(flow.gigabits())
         };
-        for kind in [Kind::Garbage, Kind::Initiations, Kind::Sealed] {
+        // The programs drop the first two before the kernel's UDP would, so the flow gains. The last
+        // is of somebody who knows the node's public key.
+        for (kind, least) in [(Kind::Garbage, 0.9), (Kind::Initiations, 0.9), (Kind::Sealed, 0.15)] {
             let mut rounds = Vec::new();
             for _ in 0..ROUNDS {
                 let (beside, flooded) = (measure(kind, Some(UNSERVED))?, measure(kind, None)?);
@@ -280,7 +281,7 @@ fn a_flood_of_both_udp_ports_costs_established_traffic_little() -> Result<()> {
             }
             rounds.sort_by(|a, b| a.0.total_cmp(&b.0));
             writeln!(std::io::stderr(), "{kind:?}: share, flooded, beside (Gbit/s): {rounds:.2?}")?;
-            ensure!(rounds[ROUNDS / 2].0 > 0.5, "{kind:?}: {rounds:.2?}");
+            ensure!(rounds[ROUNDS / 2].0 > least, "{kind:?}: {rounds:.2?}");
         }
         Ok(())
     })

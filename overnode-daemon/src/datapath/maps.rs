@@ -49,7 +49,7 @@ const fn mapped(layout: Layout) -> Layout {
 }
 
 /// The maps that are pinned.
-pub(super) const LAYOUTS: [Layout; 15] = [
+pub(super) const LAYOUTS: [Layout; 16] = [
     layout("CONFIG", 4, size_of::<Config>(), 1),
     layout("ENDPOINTS", 4, size_of::<Endpoint>(), ENDPOINT_SLOTS),
     layout("ROUTES", 4 + size_of::<Address>(), size_of::<Route>(), ROUTE_SLOTS),
@@ -57,6 +57,7 @@ pub(super) const LAYOUTS: [Layout; 15] = [
     mapped(layout("SESSIONS", 4, size_of::<Session>(), SESSION_SLOTS)),
     layout("LOCAL_ADDRESSES", size_of::<Address>(), 4, LOCAL_ADDRESS_SLOTS),
     layout("COUNTERS", 4, 8, REASON_SLOTS),
+    layout("COOKIES", 4, 4, 1),
     // Of a ring buffer, the entries are bytes.
     layout("PROBES", 0, 0, PROBES_LEN),
     layout("MONITOR", 4, 4, REASON_SLOTS),

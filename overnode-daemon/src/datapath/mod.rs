@@ -60,7 +60,8 @@ use self::programs::{FROM_CONTAINER, FROM_UNDERLAY, Programs, SEAL};
 use self::routes::{Change, RouteTable, difference};
 use self::underlay::Underlay;
 use crate::fault;
-use crate::types::{Network, NodeId, PeerIndex, to_map};
+use crate::handshake::mac1_state;
+use crate::types::{Network, NodeId, PeerIndex, PublicKey, to_map};
 
 /// How to open the data plane.
 #[derive(Clone, Debug)]
@@ -73,6 +74,8 @@ pub struct OpenOptions<'a> {
     pub node_id: NodeId,
     /// The node's own address: source of ICMP errors, and where probes go to.
     pub node_address: IpAddr,
+    /// The node's public key: datagrams from those who do not know it are dropped by the programs.
+    pub public_key: PublicKey,
     /// The only underlay interface to use; none for whichever leads to the peers.
     pub interface: Option<String>,
     /// MTU of containers, bytes; none to find it out.
@@ -90,6 +93,7 @@ pub struct Datapath {
     network: Network,
     node_id: NodeId,
     node_address: IpAddr,
+    public_key: PublicKey,
     interface: Option<String>,
     mtu: Option<u32>,
     xdp: bool,
@@ -150,6 +154,7 @@ impl Datapath {
             network: options.network,
             node_id: options.node_id,
             node_address: options.node_address,
+            public_key: options.public_key,
             interface: options.interface,
             mtu: options.mtu,
             xdp: options.xdp,
@@ -272,6 +277,7 @@ impl Datapath {
             normaliser: self.normaliser.first.index,
             node: to_map(self.node_address),
             node_id: self.node_id.get().into(),
+            mac1: mac1_state(&self.public_key),
         })
     }
 

@@ -172,10 +172,11 @@ impl Jar {
         Self { mac1_key, cookie_key, cookie: None, sent: None }
     }
 
-    /// Fills in the MACs of a message that bears our index `sender`.
-    pub fn seal(&mut self, bytes: &mut [u8], sender: u32, now: Instant) {
-        let Some((rest, mac2)) = bytes.split_last_chunk_mut::<MAC_LEN>() else { return };
-        let Some((body, mac1)) = rest.split_last_chunk_mut::<MAC_LEN>() else { return };
+    /// Fills in the MACs of a message that bears our index `sender`. Returns whether there was a
+    /// cookie for the second.
+    pub fn seal(&mut self, bytes: &mut [u8], sender: u32, now: Instant) -> bool {
+        let Some((rest, mac2)) = bytes.split_last_chunk_mut::<MAC_LEN>() else { return false };
+        let Some((body, mac1)) = rest.split_last_chunk_mut::<MAC_LEN>() else { return false };
         *mac1 = mac(&self.mac1_key, &[body]);
         self.cookie = self.cookie.filter(|(_, until)| *until > now);
         *mac2 = match &self.cookie {
@@ -183,6 +184,7 @@ impl Jar {
             None => [0; MAC_LEN],
         };
         self.sent = Some((sender, *mac1));
+        self.cookie.is_some()
     }
 
     /// Takes the cookie out of a reply. False if the reply answers nothing we sent, or is forged.
@@ -226,6 +228,12 @@ impl Load {
         }
         self.until.is_some_and(|until| now < until)
     }
+}
+
+/// Where the programs start from when they check the first MAC of messages to the node with this
+/// public key.
+pub fn mac1_state(own: &PublicKey) -> overnode_ebpf::mac1::State {
+    overnode_ebpf::mac1::keyed(&hash(LABEL_MAC1, own))
 }
 
 fn hash(label: &[u8], key: &PublicKey) -> [u8; 32] {

@@ -31,6 +31,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rand::Rng;
 use rand::rngs::StdRng;
 
+pub use self::cookie::mac1_state;
 use self::gate::{Awaited, Gate};
 use self::index::Slots;
 use self::message::{BadMessage, CookieReply, Initiation, Message, Response};
@@ -559,11 +560,22 @@ impl Handshakes {
     }
 
     fn handle_cookie_reply(&mut self, now: Instant, reply: &CookieReply<'_>) {
-        let owner = self.slots.owner(reply.receiver).and_then(|index| self.peers.get_mut(&index));
-        if owner.is_some_and(|peer| peer.jar.put(reply, now)) {
-            self.counters.cookies_received += 1;
-        } else {
+        let owner = self.slots.owner(reply.receiver);
+        let Some((index, peer)) = owner.and_then(|index| Some((index, self.peers.get_mut(&index)?))) else {
             self.counters.unexpected += 1;
+            return;
+        };
+        if !peer.jar.put(reply, now) {
+            self.counters.unexpected += 1;
+            return;
+        }
+        self.counters.cookies_received += 1;
+        // The next attempt has a cookie, so a peer that answers each with another cookie is not
+        // called at once again.
+        let is_first = |pending: &Pending| pending.local_index == reply.receiver && !pending.has_cookie;
+        if peer.pending.as_ref().is_some_and(is_first) {
+            peer.hasten(now);
+            self.schedule(index);
         }
     }
 
@@ -589,9 +601,9 @@ impl Handshakes {
             return self.events.push_back(Event::Failed { peer: index, why: Failure::BadKey });
         };
         let mut bytes = message::initiation(local_index, &message);
-        peer.jar.seal(&mut bytes, local_index, now);
+        let has_cookie = peer.jar.seal(&mut bytes, local_index, now);
         self.awaited.note(&bytes);
-        peer.pending = Some(Pending { local_index, noise, doubted: false });
+        peer.pending = Some(Pending { local_index, noise, doubted: false, has_cookie });
         self.counters.initiations_sent += 1;
         self.transmits.push_back(Transmit { to, peer: Some(index), bytes });
     }

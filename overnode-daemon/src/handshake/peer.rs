@@ -46,6 +46,8 @@ pub struct Pending {
     pub noise: Initiated,
     /// Whether a response that did not authenticate was reported.
     pub doubted: bool,
+    /// Whether it had a cookie.
+    pub has_cookie: bool,
 }
 
 /// Attempts to reach the peer since the last handshake that ended well.
@@ -284,6 +286,11 @@ impl Peer {
         };
         attempts.not_before = Some(now + pause + jitter);
         exhausted && !std::mem::replace(&mut attempts.reported, true)
+    }
+
+    /// Makes the next attempt due at once.
+    pub fn hasten(&mut self, now: Instant) {
+        self.attempts.not_before = self.attempts.not_before.map(|not_before| not_before.min(now));
     }
 
     /// When to send an empty message.

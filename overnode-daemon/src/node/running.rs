@@ -200,6 +200,7 @@ impl Node {
             network: identity.network,
             node_id: identity.id,
             node_address: ipam.layout().node_address(identity.id),
+            public_key,
             interface: identity.interface.clone(),
             mtu: identity.mtu,
             debug: options.debug,

@@ -236,6 +236,7 @@ impl Host {
             network: Network::default(),
             node_id: self.node_id(),
             node_address: self.node_address,
+            public_key: PublicKey([1; 32]),
             interface: self.interface.clone(),
             mtu: None,
             debug: false,

@@ -9,13 +9,14 @@
 
 pub mod chacha20;
 pub mod poly1305;
-mod unaligned;
 
 use core::hint::black_box;
 use core::ptr;
 
 use chacha20::ChaCha20;
 use poly1305::{Absorbing, Poly1305};
+
+use crate::unaligned;
 
 /// Bytes that one step enciphers: a ChaCha20 block.
 pub const BLOCK_LEN: usize = 64;

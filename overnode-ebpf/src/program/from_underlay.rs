@@ -12,14 +12,18 @@ use overnode_ebpf::wire::{
 
 use super::checksum::fold;
 use super::frame::{DataHeader, Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Udp, at};
+use super::handshake::Place;
 use super::outer::{self, Outer};
-use super::{Sent, checks, cipher, inbox, maps, relay};
+use super::{Sent, checks, cipher, handshake, inbox, maps, relay};
 
 /// `None`: not a data message for this host.
 pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     let Some(outer) = outer::parse(frame)? else {
-        let put = inbox::put(frame).transpose()?;
-        return Ok(put.map(|()| Sent { counted: Some(Reason::BulkQueued), verdict: frame.consumed() }));
+        if inbox::put(frame).transpose()?.is_some() {
+            return Ok(Some(Sent { counted: Some(Reason::BulkQueued), verdict: frame.consumed() }));
+        }
+        let Some(Place { offset, len }) = handshake::find(frame)? else { return Ok(None) };
+        return handshake::admit(frame, offset, len).map(|()| None);
     };
     if frame.gso_size() != 0 {
         return Err(Reason::Offload);
@@ -29,7 +33,7 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
         return frame.skb().map(|skb| relay::pass_on(skb, &outer)).transpose();
     }
     if outer.is_relayed() && !is_data(frame, &outer)? {
-        return Ok(None);
+        return handshake::admit(frame, outer.message(), outer.message_len()).map(|()| None);
     }
     frame.linearize_all()?;
     let now = maps::now();
@@ -62,7 +66,7 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     account(peer, now, if matches!(arriving, Ok(None)) { 0 } else { inner_len });
     match arriving? {
         Some(route) => deliver(frame, &outer, route, inner_len).map(Some),
-        None => Err(probe(frame, &outer, peer, index, inner_len, now)?),
+        None => Err(probe(frame, &outer, peer, index, inner_len)?),
     }
 }
 
@@ -82,7 +86,6 @@ fn probe(
     peer: *mut Peer,
     index: u32,
     inner_len: u32,
-    now: u64,
 ) -> Result<Reason, Reason> {
     if outer.is_relayed() {
         // It says nothing about the straight path.
@@ -99,7 +102,9 @@ fn probe(
     if !sane || inner_len < size_of::<ProbePacket>() as u32 {
         return Err(Reason::NotHere);
     }
-    if !may_probe(peer, now) {
+    // The ring is for the probes of all peers.
+    // SAFETY: values of an array map are valid for the whole program.
+    if !unsafe { maps::take_allowance(&raw mut (*peer).probed_until, PROBE_COST, PROBE_ALLOWANCE) } {
         return Err(Reason::ProbeFlood);
     }
     let Some(mut entry) = maps::reserve_probe() else { return Err(Reason::Helper) };
@@ -114,24 +119,6 @@ fn probe(
     }
     entry.submit(0);
     Ok(Reason::ProbeReceived)
-}
-
-/// False if a peer sends more probes than nodes do: the ring is for all of them. Two CPUs at once
-/// may let one more pass.
-#[inline(always)]
-fn may_probe(peer: *mut Peer, now: u64) -> bool {
-    let now = (now >> 20) as u32;
-    // SAFETY: values of an array map are valid for the whole program.
-    unsafe {
-        let ahead = (&raw const (*peer).probed_until).read_volatile().wrapping_sub(now);
-        // More than there can be: that time has passed.
-        let ahead = if ahead > PROBE_ALLOWANCE { 0 } else { ahead };
-        let is_allowed = ahead + PROBE_COST <= PROBE_ALLOWANCE;
-        if is_allowed {
-            (*peer).probed_until = now.wrapping_add(ahead + PROBE_COST);
-        }
-        is_allowed
-    }
 }
 
 /// The part of a probe's packet that the daemon gets.

@@ -30,6 +30,8 @@ static LOCAL_ADDRESSES: HashMap<Address, u32> = HashMap::with_max_entries(LOCAL_
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON_SLOTS, 0);
 #[map]
+static COOKIES: Array<u32> = Array::with_max_entries(1, 0);
+#[map]
 static PROBES: RingBuf = RingBuf::with_byte_size(PROBES_LEN, 0);
 #[map]
 static MONITOR: Array<u32> = Array::with_max_entries(REASON_SLOTS, 0);
@@ -85,6 +87,33 @@ pub fn bulk_flow(key: &BulkFlowKey) -> Option<*mut BulkFlow> {
 pub fn add_bulk_flow(key: &BulkFlowKey, flow: &BulkFlow) {
     // Without room, the flow stays an ordinary one.
     let _ = BULK_FLOWS.insert(key, flow, 0);
+}
+
+/// The time to which cookie replies have used up their allowance.
+#[inline(always)]
+pub fn cookies_until() -> Option<*mut u32> {
+    COOKIES.get_ptr_mut(0)
+}
+
+/// Takes `cost` from an allowance of `most`, which grows by one in each 2^20 ns. `until` is the time
+/// to which it is used up. False if too little is left. Two CPUs at once may take the same.
+///
+/// # Safety
+/// `until` points into a map's value and is aligned.
+#[inline(always)]
+pub unsafe fn take_allowance(until: *mut u32, cost: u32, most: u32) -> bool {
+    let now = (now() >> 20) as u32;
+    // SAFETY: by the contract above.
+    unsafe {
+        let ahead = until.read_volatile().wrapping_sub(now);
+        // More than there can be: that time has passed.
+        let ahead = if ahead > most { 0 } else { ahead };
+        let is_allowed = ahead + cost <= most;
+        if is_allowed {
+            until.write_volatile(now.wrapping_add(ahead + cost));
+        }
+        is_allowed
+    }
 }
 
 /// Room for a probe, if the daemon keeps up.

@@ -16,6 +16,7 @@ pub mod frame;
 pub mod from_bulk;
 pub mod from_container;
 pub mod from_underlay;
+pub mod handshake;
 pub mod inbox;
 pub mod log;
 pub mod maps;

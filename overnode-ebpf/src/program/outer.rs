@@ -60,6 +60,12 @@ impl Outer {
         self.text_len as u32
     }
 
+    /// Bytes of the message, from its type on.
+    #[inline(always)]
+    pub fn message_len(&self) -> u32 {
+        (self.text_len + (DATA_HEADER_LEN + TAG_LEN) as u64) as u32
+    }
+
     /// True if there is a relay header.
     #[inline(always)]
     pub fn is_relayed(&self) -> bool {

@@ -11,7 +11,9 @@ use crate::world::{self, NEIGHBOUR, REMOTE, Underlay, World};
 /// What the kernel's verifier spends on each program.
 #[test]
 fn every_program_fits_the_verifier_budget() {
-    const BUDGET: u32 = 60_000;
+    // A tenth of what the kernel allows. The first MAC of handshakes is a third of it: its rounds are
+    // written out, and are verified for each state that a call arrives with.
+    const BUDGET: u32 = 100_000;
     for debug in [0, 1] {
         let ebpf = world::load(debug, world::ALL);
         let mut names = Vec::new();

@@ -2,10 +2,15 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use blake2::digest::consts::U16;
+use blake2::digest::{FixedOutput, KeyInit, Update};
+use blake2::{Blake2s256, Blake2sMac, Digest};
 use lab::raw::checksum;
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
-use crate::world::{CONTAINER, CONTAINER_MAC, GATEWAY_MAC, LOCAL_INDEX, REMOTE, RX_KEY, Underlay};
+use crate::world::{
+    CONTAINER, CONTAINER_MAC, GATEWAY_MAC, LOCAL_INDEX, PUBLIC_KEY, REMOTE, RX_KEY, Underlay,
+};
 
 /// An Ethernet frame.
 pub fn ethernet(destination: [u8; 6], source: [u8; 6], kind: u16, payload: &[u8]) -> Vec<u8> {
@@ -59,6 +64,25 @@ pub fn message(with: &[u8; 32], receiver: u32, counter: u64, text: &[u8]) -> Vec
     let mut sealed = text.to_vec();
     key(with).seal_in_place_append_tag(nonce(counter), Aad::empty(), &mut sealed).expect("ring seals");
     [&4_u32.to_le_bytes()[..], &receiver.to_le_bytes(), &counter.to_le_bytes(), &sealed].concat()
+}
+
+/// A handshake message of type 1 to 3 to this node, with a right first MAC if it has one.
+pub fn handshake(kind: u8) -> Vec<u8> {
+    let len = match kind {
+        1 => 148,
+        2 => 92,
+        3 => 64,
+        _ => panic!("{kind} is no handshake message"),
+    };
+    let mut message: Vec<u8> = (0..len).map(|n| (n * 11 % 251) as u8).collect();
+    message[..4].copy_from_slice(&[kind, 0, 0, 0]);
+    if kind != 3 {
+        let key = Blake2s256::new().chain_update(b"mac1----").chain_update(PUBLIC_KEY.0).finalize();
+        let mac = <Blake2sMac<U16> as KeyInit>::new_from_slice(&key).expect("32 bytes are a key");
+        let (body, macs) = message.split_at_mut(len - 32);
+        macs[..16].copy_from_slice(&mac.chain(body).finalize_fixed());
+    }
+    message
 }
 
 /// Opens a data message: receiver index, counter and text.

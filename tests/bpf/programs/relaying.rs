@@ -8,7 +8,7 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{PROBE_LEN, RELAY_HOPS, Relay, daemon_header};
 
 use crate::packet::{
-    Path, Sealed, from_container, ipv4_with, message, open, padded, to_container, to_remote,
+    Path, Sealed, from_container, handshake, ipv4_with, message, open, padded, to_container, to_remote,
 };
 use crate::world::{
     CONTAINER, HOOKS, Hook, LOCAL_INDEX, MTU, NODE, NODE_ID, OTHER_PEER, OTHER_PEER_NODE, OTHER_REMOTE, PEER,
@@ -97,10 +97,8 @@ fn what_was_relayed_here_is_opened_and_moves_no_peer() {
 fn handshakes_that_were_relayed_here_are_left_to_the_daemon() {
     for underlay in UNDERLAYS {
         let world = world(underlay);
-        for (kind, len) in [(1, 148), (2, 92), (3, 64)] {
-            let mut handshake = vec![0x55; len];
-            handshake[..4].copy_from_slice(&[kind, 0, 0, 0]);
-            let datagram = relayed(relay(NODE_ID.into(), OTHER_PEER), &handshake);
+        for kind in 1..=3 {
+            let datagram = relayed(relay(NODE_ID.into(), OTHER_PEER), &handshake(kind));
             let frame = Path::inbound(underlay).frame(&datagram);
             for hook in HOOKS {
                 let output = world.receive(hook, &frame);

@@ -6,7 +6,8 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, PerCpuArray};
 use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
-use overnode_daemon::types::to_map;
+use overnode_daemon::handshake::mac1_state;
+use overnode_daemon::types::{PublicKey, to_map};
 use overnode_ebpf::map::{
     Address, Config, Endpoint, Peer, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, Route, SESSION_LIVE,
     SESSION_SLOT_BITS, Session,
@@ -29,6 +30,7 @@ pub const NEIGHBOUR_GATEWAY_MAC: [u8; 6] = [0x02, 0xee, 0, 0, 0, 0x03];
 pub const REMOTE: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 9);
 pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 1);
 pub const NODE_ID: u16 = 1;
+pub const PUBLIC_KEY: PublicKey = PublicKey([0x77; 32]);
 /// The peer's own address, and that of the second peer.
 pub const PEER_NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 2);
 pub const OTHER_PEER_NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 3);
@@ -176,6 +178,7 @@ impl World {
                     normaliser: IFINDEX,
                     node: to_map(NODE.into()),
                     node_id: NODE_ID.into(),
+                    mac1: mac1_state(&PUBLIC_KEY),
                 },
                 0,
             )

@@ -197,6 +197,31 @@ fn a_flood_from_a_peers_own_address_does_not_keep_it_out() {
     assert_eq!(peer.cookies_received, 1);
 }
 
+/// Node 0 gets a cookie reply to each initiation, and never an answer.
+#[test]
+fn a_peer_that_always_demands_a_cookie_is_called_at_once_only_once() {
+    let mut world = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer);
+    let (begun, address) = (world.now, world.nodes[1].address);
+    let mut sent = Vec::new();
+    while world.now < begun + SECOND * 30 {
+        world.nodes[0].core.handle_timeout(world.now, SystemTime::now());
+        while let Some(transmit) = world.nodes[0].core.poll_transmit() {
+            sent.push((world.now - begun, transmit.bytes[132..] != [0; 16]));
+            // A new secret each time: no cookie is ever right.
+            let mut gate = world.nodes[1].core.gate(StdRng::seed_from_u64(sent.len() as u64));
+            gate.set_threshold(0);
+            let judgment = gate.judge(world.now, world.nodes[0].address, &transmit.bytes, || true);
+            let gate::Judgment::Reply(reply) = judgment else { panic!("{judgment:?}") };
+            world.nodes[0].core.handle_datagram(world.now, address, &reply);
+        }
+        world.now += SECOND / 100;
+    }
+    assert!(!sent[0].1 && sent[1..].iter().all(|(_, has_cookie)| *has_cookie), "{sent:?}");
+    assert!(sent[1].0 - sent[0].0 < SECOND / 10, "{sent:?}");
+    assert!(sent[1..].windows(2).all(|pair| pair[1].0 - pair[0].0 >= SECOND * 5), "{sent:?}");
+    assert!((5..8).contains(&sent.len()), "{sent:?}");
+}
+
 /// One thing that can happen to a node.
 #[derive(Clone, Debug)]
 enum Op {
