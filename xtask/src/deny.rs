@@ -12,8 +12,8 @@ use spdx::{Expression, Licensee, ParseMode};
 
 use crate::workspace::Workspace;
 
-/// The one source of packages, as cargo names it in the lock file.
-const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
+/// How cargo's names of registries begin.
+const REGISTRY: &str = "registry+";
 /// The target that is released: dependencies of other systems do not count.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -74,6 +74,10 @@ struct Dependency {
     name: String,
     req: String,
     path: Option<String>,
+    /// None for a package of this workspace.
+    source: Option<String>,
+    /// None for cargo's own registry.
+    registry: Option<String>,
 }
 
 /// Checks every dependency of the workspace.
@@ -100,12 +104,10 @@ fn findings(metadata: &Metadata, rules: &Rules) -> Result<Vec<String>> {
     let mut findings = Vec::new();
     for package in metadata.packages.iter().filter(|package| used.contains(package.id.as_str())) {
         let what = format!("{} {}", package.name, package.version);
-        match package.source.as_deref() {
-            None => findings.extend(wildcards(package)),
-            Some(REGISTRY) => {}
-            Some(other) => findings.push(format!("{what}: its source is {other}")),
-        }
-        if package.source.is_some() {
+        findings.extend(package.dependencies.iter().filter_map(foreign).map(|why| format!("{what}: {why}")));
+        if package.source.is_none() {
+            findings.extend(wildcards(package));
+        } else {
             findings
                 .extend(license(package.license.as_deref(), &allowed).map(|why| format!("{what}: {why}")));
         }
@@ -113,6 +115,14 @@ fn findings(metadata: &Metadata, rules: &Rules) -> Result<Vec<String>> {
         findings.extend(bans.map(|ban| format!("{what}: {}", ban.reason)));
     }
     Ok(findings)
+}
+
+/// Where a dependency comes from, if not from cargo's own registry or this workspace.
+fn foreign(dependency: &Dependency) -> Option<String> {
+    let Dependency { name, source, registry, .. } = dependency;
+    let source = source.as_deref()?;
+    let is_foreign = registry.is_some() || !source.starts_with(REGISTRY);
+    is_foreign.then(|| format!("{name} comes from {source}"))
 }
 
 /// Dependencies of any version, which the next update could change without anybody's decision.
@@ -133,46 +143,60 @@ fn license(license: Option<&str>, allowed: &[Licensee]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
     fn rules() -> Rules {
         toml::from_str(include_str!("../../deny.toml")).unwrap()
     }
 
-    fn graph(name: &str, license: Option<&str>, source: Option<&str>, req: &str) -> Metadata {
-        let package = serde_json::json!({
+    /// A package with one dependency.
+    fn graph(name: &str, license: Option<&str>, source: Option<&str>, dependency: &Value) -> Metadata {
+        let mut other = json!({"name": "other", "req": "^1", "path": null, "source": null, "registry": null});
+        other.as_object_mut().unwrap().extend(dependency.as_object().unwrap().clone());
+        let package = json!({
             "id": "it",
             "name": name,
             "version": "1.0.0",
             "license": license,
             "source": source,
-            "dependencies": [{"name": "other", "req": req, "path": null}],
+            "dependencies": [other],
         });
-        let metadata = serde_json::json!({"packages": [package], "resolve": {"nodes": [{"id": "it"}]}});
+        let metadata = json!({"packages": [package], "resolve": {"nodes": [{"id": "it"}]}});
         serde_json::from_value(metadata).unwrap()
     }
 
     #[test]
-    fn dependencies_are_judged_by_license_source_and_name() {
-        let found = |name: &str, license, source| {
-            findings(&graph(name, license, Some(source), "*"), &rules()).unwrap().join("; ")
+    fn dependencies_are_judged_by_license_and_name() {
+        let found = |name: &str, license| {
+            findings(&graph(name, license, Some("registry+index"), &json!({})), &rules()).unwrap().join("; ")
         };
         for license in ["MIT", "MIT/Apache-2.0", "GPL-3.0-only OR MIT", "(MIT OR Zlib) AND Unicode-3.0"] {
-            assert_eq!(found("good", Some(license), REGISTRY), "");
+            assert_eq!(found("good", Some(license)), "");
         }
         for license in ["GPL-3.0-only", "MIT AND LGPL-2.1-only", "AGPL-3.0-or-later", "Proprietary"] {
-            let why = found("bad", Some(license), REGISTRY);
+            let why = found("bad", Some(license));
             assert!(why.starts_with("bad 1.0.0: its license") && why.contains(license), "{why}");
         }
-        assert_eq!(found("bare", None, REGISTRY), "bare 1.0.0: it names no license");
-        let fork = "git+https://example.org/fork";
-        assert_eq!(found("fork", Some("MIT"), fork), format!("fork 1.0.0: its source is {fork}"));
-        assert!(found("openssl-sys", Some("MIT"), REGISTRY).contains("ring"));
+        assert_eq!(found("bare", None), "bare 1.0.0: it names no license");
+        assert!(found("openssl-sys", Some("MIT")).contains("ring"));
+    }
+
+    #[test]
+    fn dependencies_come_from_one_registry() {
+        let found = |dependency| findings(&graph("ours", None, None, &dependency), &rules()).unwrap();
+        assert_eq!(found(json!({})), [""; 0]);
+        assert_eq!(found(json!({"source": "registry+index"})), [""; 0]);
+        let fork = found(json!({"source": "git+https://example.org/fork"}));
+        assert_eq!(fork, ["ours 1.0.0: other comes from git+https://example.org/fork"]);
+        let mirror = found(json!({"source": "registry+index", "registry": "https://example.org"}));
+        assert_eq!(mirror, ["ours 1.0.0: other comes from registry+index"]);
     }
 
     #[test]
     fn the_workspace_names_versions() {
-        let found = |req| findings(&graph("ours", None, None, req), &rules()).unwrap();
+        let found = |req| findings(&graph("ours", None, None, &json!({"req": req})), &rules()).unwrap();
         assert_eq!(found("^1"), [""; 0]);
         assert_eq!(found("*"), ["ours: any version of other would do for it"]);
     }

@@ -105,8 +105,8 @@ fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
         [one] => {
             let since = one.since_seconds.map(|s| format!(" since {}", duration(s))).unwrap_or_default();
             let advice = format!(
-                "see that its host and its node run, and that TCP and UDP 6783 and 6784 pass; if it is gone for good: `overnode reclaim {}`",
-                one.id
+                "see that its host and its node run, and that TCP and UDP 6783 and 6784 pass; if it is gone for good: {}",
+                reclaim(status, one.id)
             );
             (format!("{} is not reachable{since}", named(one.id, &one.nickname)), advice)
         }
@@ -122,6 +122,12 @@ fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
         }
     };
     findings.push(Finding::new(Level::Critical, what, unless_here(status, &advice)));
+}
+
+/// The command that takes back the addresses of a node, and where to run it.
+fn reclaim(status: &Status, gone: NodeId) -> String {
+    let place = if status.node.id.owns_a_quarter() { "" } else { " on one of nodes 1 to 4" };
+    format!("`overnode reclaim {gone}`{place}")
 }
 
 /// What packets to a node that is reachable meet.
@@ -302,7 +308,7 @@ mod tests {
     #[test]
     fn each_thing_that_is_wrong_is_named_once_with_what_to_do() {
         type Case = (fn(&mut Value), Level, &'static str, &'static str);
-        let cases: [Case; 15] = [
+        let cases: [Case; 16] = [
             (|it| it["node"]["problems"] = json!(["port taken"]), Level::Critical, "port taken", ""),
             (|it| it["ipam"]["problems"] = json!(["clash"]), Level::Critical, "clash", ""),
             (|it| it["ipam"]["notices"] = json!(["taken back"]), Level::Warning, "taken back", ""),
@@ -323,7 +329,16 @@ mod tests {
                 |it| it["peers"][1]["reachable"] = false.into(),
                 Level::Critical,
                 "node 2 (host2) is not reachable since 60 s",
-                "overnode reclaim 2",
+                "overnode reclaim 2`",
+            ),
+            (
+                |it| {
+                    it["node"]["id"] = 7.into();
+                    it["peers"][1]["reachable"] = false.into();
+                },
+                Level::Critical,
+                "node 2 (host2) is not reachable since 60 s",
+                "overnode reclaim 2` on one of nodes 1 to 4",
             ),
             (
                 |it| it["peers"][1]["data"]["session"] = "expired".into(),

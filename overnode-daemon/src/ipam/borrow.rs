@@ -209,7 +209,7 @@ impl Ipam {
                 }
                 None if self.lends(quarter).is_some() && !self.may_lend(quarter) => format!(
                     "no node that is reached confirms that this one still lends quarter {quarter} (`overnode reclaim` \
-                     those that are gone for good)"
+                     those that are gone for good, on one of nodes 1 to 4)"
                 ),
                 None if self.lending.books.contains_key(&quarter) => {
                     format!("all that this node lends of quarter {quarter} is lent")

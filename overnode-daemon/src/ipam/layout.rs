@@ -107,6 +107,14 @@ impl Layout {
         self.address(self.nodes + u128::from(id.get()))
     }
 
+    /// Whether a prefix contains an address that is kept for a node, known or not.
+    pub fn has_node_addresses(&self, prefix: IpNet) -> bool {
+        let (first, last) = bounds(prefix);
+        prefix.addr().is_ipv4() == self.network.subnet.addr().is_ipv4()
+            && first < self.nodes + NODE_ADDRESSES
+            && last >= self.nodes
+    }
+
     /// The quarter of the range that a node owns by birth; none from ID 5.
     pub fn quarter(&self, id: NodeId) -> Option<IpNet> {
         if !id.owns_a_quarter() {

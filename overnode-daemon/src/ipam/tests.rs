@@ -978,7 +978,14 @@ proptest! {
             let node = layout.node_address(id(number));
             prop_assert!(!range.contains(&node) && !(first..=last).contains(&node));
             prop_assert!(layout.check_static(node).is_err());
+            for length in [8, 20, 32] {
+                let around = IpNet::new(node, length).unwrap().trunc();
+                prop_assert!(layout.has_node_addresses(around));
+            }
         }
+        prop_assert!(!layout.has_node_addresses(range));
+        prop_assert!(!layout.has_node_addresses("::/0".parse().unwrap()));
+        prop_assert!(!layout.has_node_addresses(IpNet::from(first)) && !layout.has_node_addresses(IpNet::from(last)));
         prop_assert!(layout.check_static(first).is_ok() && layout.check_static(last).is_ok());
     }
 }

@@ -136,12 +136,9 @@ impl Node {
                     "{allowed} contains {address}, which {owner} on this host has: choose others"
                 )));
             }
-            let node =
-                self.gossip.records().find(|it| allowed.contains(&self.ipam.layout().node_address(it.id)));
-            if let Some(node) = node {
+            if self.ipam.layout().has_node_addresses(*allowed) {
                 return Err(ApiError::refused(format_args!(
-                    "{allowed} contains the address of node {} itself: choose others",
-                    node.id
+                    "{allowed} contains addresses that are kept for the nodes themselves: choose others"
                 )));
             }
             let taken = self
