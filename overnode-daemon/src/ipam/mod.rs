@@ -386,7 +386,8 @@ impl Ipam {
         if is_news {
             self.ask_all_again(now);
         }
-        if is_other_lender {
+        // A node that was declared gone for good lends again from its next incarnation on.
+        if is_news || is_other_lender {
             self.find_lenders();
         }
         self.finish(now);
