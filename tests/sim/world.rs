@@ -595,6 +595,10 @@ impl World {
                 continue;
             }
             self.refresh_paths(id);
+            let now = self.now;
+            if let Some(node) = self.node(id) {
+                node.ipam.set_incarnation(node.gossip.own().incarnation, now);
+            }
             if let Some(action) = self.node(id).and_then(|node| node.ipam.poll_action()) {
                 if self.dies(id) {
                     return;

@@ -145,9 +145,11 @@ impl Ipam {
             self.tell_buried(from, loan.epoch);
             return;
         }
-        // Whoever has the ID next must be able to exceed it.
+        // Numbers beyond the incarnation could not be exceeded by the node that has the ID next. A
+        // request from before the node's last start is late: nobody waits for the grant, and the
+        // blocks would stay lent.
         let known = self.peers.get(&from).map_or(0, |peer| peer.incarnation);
-        if loan.epoch > known || round.incarnation > known {
+        if loan.epoch > known || round.incarnation != known {
             return;
         }
         let Some(book) = self.lending.books.get_mut(&quarter) else {

@@ -434,8 +434,16 @@ impl Ipam {
     }
 
     /// The incarnation by which the others know this node, which may have had to outbid another one.
-    pub fn set_incarnation(&mut self, incarnation: u64) {
-        self.incarnation = self.incarnation.max(incarnation);
+    pub fn set_incarnation(&mut self, incarnation: u64, now: Instant) {
+        if incarnation <= self.incarnation {
+            return;
+        }
+        self.incarnation = incarnation;
+        // Lenders take what was asked in an earlier incarnation for late.
+        for quarter in layout::quarters() {
+            self.fence(quarter);
+        }
+        self.finish(now);
     }
 
     /// Whether this node has met, since it was launched, a node at each of its targets.

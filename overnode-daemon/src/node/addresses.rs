@@ -69,7 +69,6 @@ impl Node {
         let paths = self.gossip.paths().iter();
         let reachable =
             paths.filter(|(id, path)| path.hops == 1 || is_steady(id)).map(|(id, _)| *id).collect();
-        self.ipam.set_incarnation(self.gossip.own().incarnation);
         self.ipam.set_reachable(reachable, now);
         let targets = self.dialer.target_status();
         for view in &targets {

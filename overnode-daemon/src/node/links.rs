@@ -219,16 +219,17 @@ impl Node {
             let Some(id) = self.unlearnt.pop_first() else { break };
             self.learn(id, now).await;
         }
-        self.keep_incarnation();
+        self.keep_incarnation(now);
     }
 
     /// Gossip may have had to raise the node's incarnation. The next start must be later than that.
-    fn keep_incarnation(&mut self) {
+    fn keep_incarnation(&mut self, now: Instant) {
         let incarnation = self.gossip.own().incarnation;
         if incarnation <= self.incarnation {
             return;
         }
         self.incarnation = incarnation;
+        self.ipam.set_incarnation(incarnation, now);
         if let Err(error) = self.store.set_incarnation(incarnation) {
             tracing::warn!("the incarnation of this node was not stored: {error}");
         }
