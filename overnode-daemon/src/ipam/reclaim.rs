@@ -393,6 +393,14 @@ impl Ipam {
         }
     }
 
+    /// Whether a node has confirmed all burials that this node knows of. A node is handed a title
+    /// only then. If it was buried itself, it would not believe that any more once this node
+    /// vouches for its title; and when this node has left, no other of the nodes 1 to 4 may know of
+    /// the burials.
+    pub(super) fn has_heard_of_graves(&self, id: NodeId) -> bool {
+        self.reclaiming.graves.values().all(|grave| grave.told.contains(&id))
+    }
+
     /// A node was started again, perhaps without its disk: it may not know who is gone.
     pub(super) fn tell_again(&mut self, id: NodeId) {
         for grave in self.reclaiming.graves.values_mut() {

@@ -426,6 +426,36 @@ fn a_lender_whose_ledger_nobody_takes_cannot_leave() {
     assert_eq!(cluster.granted[&id(1)].len(), 1, "it goes on");
 }
 
+/// A node that was taken back alive and started anew has an incarnation beyond the buried one. In
+/// seed 16733 of the simulation it was handed all titles before it heard of its burial, and did not
+/// believe that any more, since the giver vouched for it. After the giver had left, no node could
+/// tell it.
+#[test]
+fn a_node_is_handed_a_title_only_once_it_has_heard_that_it_was_taken_back() {
+    let mut cluster = Cluster::new("10.1.0.0/24", [1, 3, 5]);
+    cluster.run(LONG);
+    cluster.cut.insert(id(3));
+    cluster.pump();
+    cluster.run(LONG);
+    let now = cluster.now;
+    cluster.node(1).reclaim(id(3), now).unwrap();
+    cluster.pump();
+    assert!(cluster.node(1).lends(id(3)).is_some());
+    let now = cluster.now;
+    let lender = cluster.node(1);
+    lender.learn(id(3), Peer { incarnation: 6003, ..Peer::default() }, now);
+    lender.set_reachable(BTreeSet::from([id(3), id(5)]), now);
+    lender.leave(now);
+    let sent = sent_to(lender, 3);
+    assert!(sent.iter().any(|it| matches!(it, Message::Buried { of, .. } if *of == id(3))), "{sent:?}");
+    assert!(!sent.iter().any(|it| matches!(it, Message::Transfer { .. })), "{sent:?}");
+    let confirmed = Message::BuriedAck { of: id(3), incarnation: 1003 };
+    lender.handle_message(id(3), &confirmed.encode(), now).unwrap();
+    let sent = sent_to(lender, 3);
+    let is_transfer = |it: &&Message| matches!(it, Message::Transfer { epoch: 6003, .. });
+    assert!(sent.iter().filter(is_transfer).count() > 0, "{sent:?}");
+}
+
 #[test]
 fn a_borrower_that_left_leaves_nothing_lent() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 5]);

@@ -55,7 +55,10 @@ impl Ipam {
 
     fn choose_heir(&self, quarter: NodeId) -> Option<Heir> {
         let rank = |id: &NodeId| (*id != quarter, *id);
-        let may = |id: &NodeId| id.owns_a_quarter() && self.reachable.contains(id) && !self.has_pledged(*id);
+        let may = |id: &NodeId| {
+            let is_there = id.owns_a_quarter() && self.reachable.contains(id) && !self.has_pledged(*id);
+            is_there && self.has_heard_of_graves(*id)
+        };
         let id = self.members().filter(|id| self.may_lend(quarter) && may(id)).min_by_key(rank)?;
         Some(Heir { id, epoch: self.peers.get(&id)?.incarnation })
     }
