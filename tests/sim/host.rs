@@ -55,7 +55,8 @@ pub struct Host {
     pub node: Option<Node>,
     /// It never comes back with this disk.
     pub is_dead: bool,
-    /// To whom its packets for an address went, since it was launched.
+    /// The node that its packets for an address went to. Kept from one start to the next, as long
+    /// as that node keeps the block.
     pub routed: BTreeMap<IpAddr, NodeId>,
 }
 

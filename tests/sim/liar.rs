@@ -200,12 +200,32 @@ impl World {
 const NEWS: Duration = Duration::from_secs(5);
 
 impl World {
+    /// Forgets the routes to a node that gave up a block, or all that it had: it announces them no
+    /// more, so the liar may be the first to announce them before the node gets them anew. Nodes
+    /// that do not run have the earlier route on their disks. It ends as well: when they are back
+    /// they hear of both announcements at once.
+    pub fn end_routes(&mut self, owner: NodeId, block: Option<IpNet>) {
+        for host in self.hosts.values_mut() {
+            let is_in = |address: &IpAddr| block.is_none_or(|block| block.contains(address));
+            host.routed.retain(|address, holder| *holder != owner || !is_in(address));
+        }
+    }
+
     /// What leads to an honest node at another one must not lead to the liar later, while its owner is reached and has it.
     pub fn check_routes(&mut self) {
         let Some(liar) = self.liar else { return };
         let now = self.now;
-        let used: Vec<(IpAddr, NodeId)> =
-            self.used.iter().map(|(address, owner)| (*address, *owner)).collect();
+        // A node announces no block that it has lost, though containers still have addresses of it.
+        let is_announced = |address: &IpAddr, owner: &NodeId| {
+            let facts = self.hosts[owner].disk.iter().flat_map(|disk| disk.facts.values());
+            let mut lost = facts.filter_map(|fact| match fact {
+                Fact::Held { block, lost: true } => Some(block),
+                _ => None,
+            });
+            !lost.any(|block| block.contains(address))
+        };
+        let used = self.used.iter().filter(|(address, owner)| is_announced(address, owner));
+        let used: Vec<(IpAddr, NodeId)> = used.map(|(address, owner)| (*address, *owner)).collect();
         let mut violations = Vec::new();
         for (&id, host) in self.hosts.iter_mut().filter(|(id, _)| **id != liar) {
             let Some(node) = &mut host.node else { continue };
@@ -232,7 +252,6 @@ impl World {
                     self.counts.lost_races += 1;
                 }
             }
-            host.routed.retain(|address, owner| self.used.get(address) == Some(owner));
         }
         for violation in violations {
             self.violate(violation);

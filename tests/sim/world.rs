@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use overnode_daemon::gossip::{self, Verified};
-use overnode_daemon::ipam::{self, Fact, Layout, Problem, Timing};
+use overnode_daemon::ipam::{self, Fact, Key, Layout, Problem, Timing};
 use overnode_daemon::types::{Network, NodeId};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -360,6 +360,7 @@ impl World {
         host.node = None;
         host.disk = None;
         host.routed.clear();
+        self.end_routes(id, None);
         self.used.retain(|_, user| *user != id);
         self.problems.remove(&id);
         self.hang_up(id);
@@ -714,6 +715,11 @@ impl World {
             disk.write(changes, loses_loans);
         }
         for change in changes {
+            if let ipam::Change::Forget(Key::Held(block))
+            | ipam::Change::Put(Fact::Held { block, lost: true }) = change
+            {
+                self.end_routes(id, Some(*block));
+            }
             if let ipam::Change::Put(Fact::Grave { id: of, incarnation, by }) = change
                 && *by == id
                 && self.isolated.contains_key(of)
