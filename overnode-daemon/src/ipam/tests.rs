@@ -439,7 +439,7 @@ fn a_node_is_handed_a_title_only_once_it_has_heard_that_it_was_taken_back() {
     cluster.run(LONG);
     let now = cluster.now;
     cluster.node(1).reclaim(id(3), now).unwrap();
-    cluster.pump();
+    cluster.run(LONG);
     assert!(cluster.node(1).lends(id(3)).is_some());
     let now = cluster.now;
     let lender = cluster.node(1);
