@@ -411,6 +411,11 @@ impl Ipam {
             self.lending.heard.insert(quarter, title);
             self.put(Fact::Heard { quarter, title });
             self.find_lenders();
+            // Its ledger may be from before this node got the last block.
+            let holds = self.allocation.blocks_in(self.layout.lendable(quarter)).next().is_some();
+            if holds && !self.lending.books.contains_key(&quarter) {
+                self.borrowing.dirty.insert(quarter);
+            }
             // Whoever got the quarter after it had answered has something else to say by now.
             if quarter == self.id
                 && let Some(season) = &mut self.season

@@ -655,6 +655,35 @@ fn a_lender_that_returns_from_its_grave_is_asked_again() {
     assert!(asked.iter().any(is_asked), "{asked:?}");
 }
 
+/// Whoever holds the next title may have asked for what is lent before this node got its block.
+#[test]
+fn a_borrower_tells_the_holder_of_a_later_title_what_it_holds() {
+    let mut borrower = node(6);
+    let (now, quarter) = (Instant::now(), id(3));
+    let half = borrower.layout().lendable(quarter).unwrap();
+    let peer = |incarnation, ranges| Peer { incarnation, ranges, ..Peer::default() };
+    borrower.learn(id(1), peer(1001, vec![]), now);
+    borrower.learn(quarter, peer(1003, vec![half]), now);
+    borrower.set_reachable(BTreeSet::from([id(1), quarter]), now);
+    let title = Title { serial: 5001, holder: quarter };
+    borrower.handle_message(quarter, &Message::Title { quarter, title }.encode(), now).unwrap();
+    borrower.allocate("container", now);
+    let sent = sent_to(&mut borrower, 3);
+    let Some(Message::Request { serial, round, .. }) = sent.last() else { panic!("{sent:?}") };
+    let block = half.subnets(28).unwrap().next().unwrap();
+    let grant =
+        Message::Grant { quarter, serial: *serial, round: *round, blocks: vec![block], exhausted: false };
+    borrower.handle_message(quarter, &grant.encode(), now).unwrap();
+    assert_eq!(borrower.held().collect::<Vec<_>>(), [block]);
+    let title = Title { serial: 5002, holder: quarter };
+    borrower.handle_message(quarter, &Message::Title { quarter, title }.encode(), now).unwrap();
+    let told = sent_to(&mut borrower, 3).into_iter().find_map(|message| match message {
+        Message::Request { quarter: of, holds, .. } if of == quarter => Some(holds),
+        _ => None,
+    });
+    assert_eq!(told, Some(vec![block]));
+}
+
 /// A request arrives after the node that sent it has left and its ID was launched anew. In seed
 /// 5363 of the simulation it was granted, and the block stayed lent although nobody held it.
 #[test]
