@@ -93,8 +93,7 @@ impl Ipam {
         let penalty = self.penalty();
         self.borrowing.refused.retain(|_, refused| now < refused.at + penalty);
         self.serve();
-        if !self.allocation.waiting.is_empty() {
-            self.lend_to_self(self.allocation.waiting.len(), now);
+        while !self.allocation.waiting.is_empty() && self.lend_to_self(self.allocation.waiting.len(), now) {
             self.serve();
         }
         self.fail_overdue(now);

@@ -247,8 +247,9 @@ impl Ipam {
         self.enter(quarter, self.id, Loan { epoch: self.epoch, blocks }, Round::default());
     }
 
-    /// Takes blocks of a quarter that this node lends for its own containers.
-    pub(super) fn lend_to_self(&mut self, need: usize, now: Instant) {
+    /// Takes blocks of a quarter that this node lends for its own containers. False if no quarter
+    /// has a free block.
+    pub(super) fn lend_to_self(&mut self, need: usize, now: Instant) -> bool {
         let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
         let quarters: Vec<_> = active.map(|(quarter, _)| *quarter).collect();
         for quarter in quarters {
@@ -259,11 +260,15 @@ impl Ipam {
                 continue;
             }
             self.enter_own(quarter);
-            for block in self.add(quarter, self.id, amount) {
-                self.hold(block, now);
+            let blocks = self.add(quarter, self.id, amount);
+            for block in &blocks {
+                self.hold(*block, now);
             }
-            return;
+            if !blocks.is_empty() {
+                return true;
+            }
         }
+        false
     }
 
     pub(super) fn is_lent_to_another(&self, quarter: NodeId, borrower: NodeId, block: IpNet) -> bool {

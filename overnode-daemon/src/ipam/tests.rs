@@ -909,6 +909,23 @@ fn a_lender_that_is_cut_off_lends_nothing_not_even_to_itself() {
     assert_eq!(cluster.granted[&id(3)].len(), 9, "one word is enough");
 }
 
+/// Two quarters become free to lend at once, and one alone does not have enough for all that wait.
+#[test]
+fn all_that_wait_get_addresses_of_several_quarters_at_once() {
+    let (network, now) = (net("10.0.0.0/8", "10.1.0.0/26"), Instant::now());
+    let config = Config { network, id: id(1), incarnation: 1000, timing: Timing::default() };
+    let books = [1, 2].map(|quarter| Fact::Book { quarter: id(quarter), serial: 5, heir: None });
+    let mut ipam = Ipam::new(config, books, BTreeMap::new(), now).unwrap();
+    let peer = Peer { incarnation: 1, ..Peer::default() };
+    ipam.learn(id(2), peer.clone(), now);
+    for _ in 0..20 {
+        ipam.allocate("container", now);
+    }
+    assert_eq!(ipam.waiting(), 20 - 7, "nobody vouches for it");
+    ipam.learn(id(2), Peer { left: true, ..peer }, now);
+    assert_eq!(ipam.waiting(), 0);
+}
+
 #[test]
 fn claims_of_other_nodes_are_respected_and_clashes_found() {
     let mut ipam = node(1);
