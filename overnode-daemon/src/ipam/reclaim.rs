@@ -657,10 +657,13 @@ impl Ipam {
         incarnation <= known && !self.reachable.contains(&of) && !has_lent
     }
 
-    /// This node was said to be gone for good, and others have what it had. False if that cannot be: another node that does not
-    /// agree to that vouches for it, or the word is of a launch that never was.
+    /// This node was said to be gone for good, and others have what it had. False if that cannot
+    /// be: most of the nodes that are reached vouch for this one, or the word is of a launch that
+    /// never was. Nodes that were declared gone together vouch for each other, so the word of a few
+    /// does not count against it.
     fn handle_own_funeral(&mut self, incarnation: u64, by: NodeId) -> bool {
-        if incarnation > self.incarnation || self.lending.books.keys().any(|quarter| self.may_lend(*quarter))
+        if incarnation > self.incarnation
+            || self.lending.books.keys().any(|quarter| self.is_vouched_for_by_most(*quarter))
         {
             return false;
         }

@@ -41,8 +41,8 @@ enum Word {
 }
 
 impl Standing {
-    fn is_vouched_for(&self, quarter: NodeId) -> bool {
-        self.0.iter().any(|((of, _), voucher)| *of == quarter && voucher.word >= Word::Consented)
+    fn vouchers(&self, quarter: NodeId) -> usize {
+        self.0.iter().filter(|((of, _), voucher)| *of == quarter && voucher.word >= Word::Consented).count()
     }
 
     fn is_known(&self, quarter: NodeId, member: NodeId) -> bool {
@@ -76,8 +76,14 @@ impl Ipam {
         let mut members = self.members().peekable();
         let has_rivals = self.members().any(NodeId::owns_a_quarter);
         !has_rivals
-            || self.standing.is_vouched_for(quarter)
+            || self.standing.vouchers(quarter) > 0
             || (members.peek().is_some() && members.all(|member| self.standing.is_known(quarter, member)))
+    }
+
+    /// Whether more than half of the members that are reached vouch for the title of a quarter.
+    pub(super) fn is_vouched_for_by_most(&self, quarter: NodeId) -> bool {
+        let reached = self.members().filter(|member| self.reachable.contains(member)).count();
+        2 * self.standing.vouchers(quarter) > reached
     }
 
     /// Notes by whose consent a quarter was just taken: as long as they are reached, they have not agreed to anything else.

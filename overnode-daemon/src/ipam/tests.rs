@@ -735,6 +735,46 @@ fn a_node_that_gets_a_later_incarnation_asks_anew() {
     assert_eq!(rounds(sent_to(&mut borrower, 1)), [1007]);
 }
 
+/// Nodes 1 and 2 were both cut off and reclaimed, and meet each other before they meet node 4,
+/// which knows. The node that lends their quarters now is out of reach.
+#[test]
+fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_other() {
+    let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3, 4]);
+    cluster.run(LONG);
+    cluster.cut = BTreeSet::from([id(1), id(2)]);
+    cluster.pump();
+    cluster.run(LONG);
+    let now = cluster.now;
+    for gone in [1, 2] {
+        cluster.node(3).reclaim(id(gone), now).unwrap();
+    }
+    cluster.pump();
+    cluster.run(LONG);
+    cluster.allocate(3, 8 + 3 * 8);
+    assert_eq!(cluster.granted[&id(3)].len(), 8 + 3 * 8, "its own half, and three quarters' lendable halves");
+    cluster.cut = BTreeSet::from([id(3), id(4)]);
+    cluster.pump();
+    cluster.run(Duration::from_secs(1));
+    assert!(cluster.node(1).may_lend(id(1)) && cluster.node(2).may_lend(id(2)));
+    cluster.cut = BTreeSet::from([id(3)]);
+    cluster.pump();
+    cluster.run(Duration::from_secs(1));
+    for back in [1, 2] {
+        assert_eq!(cluster.node(back).lends(id(back)), None, "node {back} does not believe it");
+        assert_eq!(cluster.problems(back), [Problem::Buried { by: id(3) }]);
+        cluster.allocate(back, 9);
+    }
+    cluster.run(LONG);
+    cluster.check();
+    cluster.cut.clear();
+    cluster.pump();
+    cluster.run(LONG);
+    cluster.check();
+    for back in [1, 2] {
+        assert!(cluster.node(back).lends(id(back)).is_some(), "node {back} has not got its quarter back");
+    }
+}
+
 /// What a member says that lies; nothing else is heard of it.
 fn lie(cluster: &mut Cluster, from: u16, to: u16, message: &Message) {
     let now = cluster.now;
@@ -776,6 +816,18 @@ fn a_liar_cannot_declare_a_live_node_gone() {
             cluster.check();
         }
     }
+}
+
+/// The liar has the ID of a lender, and names the very launch that it lies about.
+#[test]
+fn a_lender_that_most_nodes_vouch_for_does_not_believe_that_it_is_gone() {
+    let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 3, 5]);
+    cluster.run(LONG);
+    for _ in 0..2 {
+        lie(&mut cluster, 2, 3, &buried(3, 1003, 2));
+    }
+    assert!(cluster.node(3).may_lend(id(3)));
+    assert_eq!(cluster.problems(3), []);
 }
 
 /// Of a node that is away for a while, a liar says that it is gone, to a lender that has lent to it.
