@@ -207,7 +207,10 @@ impl Ipam {
             self.report(Problem::Contradiction { borrower: from, block });
         }
         self.enter(quarter, from, loan, round);
-        let amount = self.grantable(quarter, need, want);
+        // A node that may be declared gone by now gets nothing more: it would use what is lent
+        // again.
+        let may_be_gone = self.has_pledged(from) || self.claims_space_of(from);
+        let amount = if may_be_gone { 0 } else { self.grantable(quarter, need, want) };
         if amount > 0 {
             self.add(quarter, from, amount);
         }

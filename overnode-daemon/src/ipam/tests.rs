@@ -775,6 +775,41 @@ fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_ot
     }
 }
 
+/// A request of node 5 arrives when the reclaim of its space has begun: late, or because it is back
+/// where the claimant is not.
+#[test]
+fn nothing_is_lent_to_a_node_after_consent_to_its_reclaim() {
+    let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 5, 6]);
+    cluster.run(LONG);
+    cluster.cut = BTreeSet::from([id(5), id(6)]);
+    cluster.pump();
+    cluster.run(LONG);
+    let now = cluster.now;
+    cluster.node(1).reclaim(id(5), now).unwrap();
+    cluster.pump();
+    cluster.run(LONG);
+    assert_eq!(cluster.node(1).reclaims(), BTreeMap::from([(id(5), vec![id(6)])]));
+    for lender in [1, 2] {
+        let ledger = |cluster: &mut Cluster| -> Vec<IpNet> {
+            let loans = cluster.node(lender).ledger().flat_map(|(_, loans)| loans);
+            loans.filter(|(borrower, _)| *borrower == id(5)).flat_map(|(_, blocks)| blocks.to_vec()).collect()
+        };
+        let before = ledger(&mut cluster);
+        let request = Message::Request {
+            quarter: id(lender),
+            serial: cluster.node(lender).lends(id(lender)).unwrap(),
+            epoch: 1005,
+            round: Round { incarnation: 1005, count: 1000 },
+            need: 20,
+            want: 32,
+            holds: before.clone(),
+        };
+        cluster.node(lender).handle_message(id(5), &request.encode(), now).unwrap();
+        cluster.pump();
+        assert_eq!(ledger(&mut cluster), before, "node {lender} lends it more");
+    }
+}
+
 /// What a member says that lies; nothing else is heard of it.
 fn lie(cluster: &mut Cluster, from: u16, to: u16, message: &Message) {
     let now = cluster.now;
