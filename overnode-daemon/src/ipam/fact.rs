@@ -94,6 +94,13 @@ pub enum Fact {
         /// What it says.
         loans: Vec<(NodeId, Loan)>,
     },
+    /// A title that its holder told this node of while another node vouched for it.
+    Confirmed {
+        /// The quarter.
+        quarter: NodeId,
+        /// Its holder, and since which change of hands.
+        title: Title,
+    },
 }
 
 /// Who gets a quarter next.
@@ -119,6 +126,7 @@ pub enum Key {
     Pledge(NodeId, NodeId),
     Claim(NodeId),
     Part(NodeId, u16),
+    Confirmed(NodeId),
 }
 
 impl Fact {
@@ -135,6 +143,7 @@ impl Fact {
             Self::Pledge { of, by, .. } => Key::Pledge(*of, *by),
             Self::Claim { of, .. } => Key::Claim(*of),
             Self::Part { quarter, part, .. } => Key::Part(*quarter, *part),
+            Self::Confirmed { quarter, .. } => Key::Confirmed(*quarter),
         }
     }
 }
@@ -161,6 +170,7 @@ impl fmt::Display for Key {
             Self::Pledge(of, by) => write!(f, "pledge {of} {by}"),
             Self::Claim(of) => write!(f, "claim {of}"),
             Self::Part(quarter, part) => write!(f, "part {quarter} {part}"),
+            Self::Confirmed(quarter) => write!(f, "confirmed {quarter}"),
         }
     }
 }

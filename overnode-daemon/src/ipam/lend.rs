@@ -25,6 +25,10 @@ pub(super) struct Lending {
     pub(super) loans: BTreeMap<(NodeId, NodeId), Lent>,
     /// The latest title of each quarter.
     pub(super) heard: BTreeMap<NodeId, Title>,
+    /// The last title of each quarter that its holder told this node of while another node vouched
+    /// for it. This node can vouch for it: from then on the quarter could only be taken back with
+    /// this node's consent.
+    pub(super) confirmed: BTreeMap<NodeId, Title>,
     /// The last title of each quarter that this node has taken.
     pub(super) taken: BTreeMap<NodeId, u64>,
     /// Quarters that this node and another one lend, as that one says.

@@ -144,7 +144,7 @@ pub enum Message {
         serial: u64,
         /// As asked.
         round: Round,
-        /// True if the sender has heard of this title.
+        /// True if the holder told the sender of this title while another node vouched for it.
         heard: bool,
     },
     /// Who lends a quarter, as far as the sender has heard.

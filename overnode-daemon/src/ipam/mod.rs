@@ -569,6 +569,9 @@ impl Ipam {
             Fact::Heard { quarter, title } => {
                 self.lending.heard.insert(quarter, title);
             }
+            Fact::Confirmed { quarter, title } => {
+                self.lending.confirmed.insert(quarter, title);
+            }
             Fact::Taken { quarter, serial } => {
                 self.lending.taken.insert(quarter, serial);
             }

@@ -442,6 +442,7 @@ impl Ipam {
             self.lending.heard.remove(&quarter);
             self.forget(Key::Heard(quarter));
         }
+        self.forget_confirmed(|title| title.holder == holder);
     }
 
     pub(super) fn handle_pledged(&mut self, from: NodeId, of: NodeId, incarnation: u64, round: Round) {
@@ -678,6 +679,8 @@ impl Ipam {
         for quarter in quarters() {
             self.fence(quarter);
         }
+        // What others lend may have been taken back without this node's consent.
+        self.forget_confirmed(|_| true);
         let held: Vec<_> = self.held().collect();
         for block in held {
             // The lender may let this node keep it, when it is asked.

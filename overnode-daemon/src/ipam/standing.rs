@@ -1,17 +1,21 @@
 //! Whether a lender still has its title: asked of the other nodes before anything is lent.
 //!
-//! A node that is cut off may be declared gone for good meanwhile, and cannot know. So a quarter is lent, to its holder too, only
-//! while another node *vouches* for it: a node that has heard of the title, reaches the holder, and has not agreed that the holder's
-//! space be taken back. A node agrees to that only when it has not reached the holder for [`Timing::grace`](super::Timing::grace),
-//! longer than it takes the holder to notice that it does not reach that node. Taking back needs the consent of every node,
-//! so as long as one vouches, nobody can have taken the quarter.
+//! A node that is cut off may be declared gone for good meanwhile, and cannot know. So a quarter is
+//! lent, to its holder too, only while another node *vouches* for it: a node that the holder told
+//! of the title while another one vouched for it, that reaches the holder, and has not agreed that
+//! the holder's space be taken back. A node agrees to that only when it has not reached the holder
+//! for [`Timing::grace`](super::Timing::grace), longer than it takes the holder to notice that it
+//! does not reach that node. Taking back needs the consent of every node, so as long as one
+//! vouches, nobody can have taken the quarter.
 //!
-//! A node that has not heard of the title may have been launched after the burial, and does not count alone. Where all members
-//! say that they know nothing against the title, that does.
+//! A node that the holder has told of the title while nobody vouched for it, or that other nodes
+//! have told of it, may have been launched after the burial, and does not count alone. Where all
+//! members say that they know nothing against the title, that does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
+use super::fact::{Fact, Key};
 use super::message::{Message, Round, Title};
 use super::{Ipam, Retry};
 use crate::types::NodeId;
@@ -32,11 +36,11 @@ struct Voucher {
 enum Word {
     /// Nothing yet, or nothing good.
     None,
-    /// It knows of no title, and nothing against this one.
+    /// It knows nothing against this title, and cannot vouch for it.
     Ignorant,
     /// This node has the title by that one's consent.
     Consented,
-    /// It knows the title.
+    /// It vouches for the title.
     Vouched,
 }
 
@@ -184,9 +188,29 @@ impl Ipam {
         self.lost.insert(from, now);
         if sure {
             self.hear(quarter, title);
+            self.confirm(quarter, title);
         }
-        let heard = self.lending.heard.get(&quarter) == Some(&title);
+        let heard = self.lending.confirmed.get(&quarter) == Some(&title);
         self.send(from, &Message::Vouch { quarter, serial, round, heard });
+    }
+
+    /// Notes that another node vouches for the holder of a title. A holder that is not reached may
+    /// have said so long ago.
+    fn confirm(&mut self, quarter: NodeId, title: Title) {
+        let is_latest = self.lending.heard.get(&quarter) == Some(&title);
+        let is_news = self.lending.confirmed.get(&quarter) != Some(&title);
+        if is_latest && is_news && self.reachable.contains(&title.holder) {
+            self.lending.confirmed.insert(quarter, title);
+            self.put(Fact::Confirmed { quarter, title });
+        }
+    }
+
+    pub(super) fn forget_confirmed(&mut self, is_void: impl Fn(&Title) -> bool) {
+        let void = self.lending.confirmed.iter().filter(|(_, title)| is_void(title));
+        for quarter in void.map(|(quarter, _)| *quarter).collect::<Vec<_>>() {
+            self.lending.confirmed.remove(&quarter);
+            self.forget(Key::Confirmed(quarter));
+        }
     }
 
     pub(super) fn handle_vouch(

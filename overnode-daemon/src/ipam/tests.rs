@@ -775,6 +775,40 @@ fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_ot
     }
 }
 
+/// Node 8 is launched after the reclaim of node 3, and meets node 3 alone, which tells it that it
+/// lends. It knows that after a restart, too.
+#[test]
+fn a_node_that_is_new_does_not_vouch_for_a_lender_that_was_reclaimed() {
+    let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3]);
+    cluster.run(LONG);
+    cluster.cut = BTreeSet::from([id(3)]);
+    cluster.pump();
+    cluster.run(LONG);
+    let now = cluster.now;
+    cluster.node(1).reclaim(id(3), now).unwrap();
+    cluster.pump();
+    cluster.run(LONG);
+    cluster.cut = BTreeSet::from([id(1), id(2)]);
+    cluster.start(8, 5008);
+    cluster.allocate(8, 3);
+    cluster.run(LONG);
+    cluster.nodes.remove(&id(8));
+    cluster.start(8, 5009);
+    cluster.allocate(8, 3);
+    cluster.run(LONG);
+    assert!(!cluster.node(3).may_lend(id(3)));
+    assert_eq!(cluster.granted[&id(8)], [] as [IpAddr; 0]);
+    cluster.cut.clear();
+    cluster.pump();
+    cluster.run(LONG);
+    cluster.check();
+    // A later title is vouched for by all, node 8 included.
+    cluster.cut = BTreeSet::from([id(1), id(2)]);
+    cluster.pump();
+    cluster.run(LONG);
+    assert!(cluster.node(3).may_lend(id(3)));
+}
+
 /// A request of node 5 arrives when the reclaim of its space has begun: late, or because it is back
 /// where the claimant is not.
 #[test]
