@@ -159,19 +159,22 @@ impl World {
         }
     }
 
-    /// Whether a node that lives has nothing that others could be given when its space is taken back: what a borrower holds, or what a
-    /// lender uses itself of what it lends, it goes on to use, and that cannot be excluded (docs/addresses.md).
     fn may_be_buried_alive(&self, id: NodeId) -> bool {
-        let Some(disk) = &self.hosts[&id].disk else { return false };
         // A liar that has agreed can vouch for it all the same.
-        self.liar.is_none()
-            && self.isolated.contains_key(&id)
-            && !self.is_rich(disk)
-            && !self.is_only_witness(id)
+        self.liar.is_none() && self.isolated.contains_key(&id) && self.has_nothing_to_lose(id)
+    }
+
+    /// Whether nothing that a node has, which lives, is given to others when its space is taken
+    /// back (docs/addresses.md): what a borrower holds, or what a lender uses itself of what it
+    /// lends, it goes on to use. Nodes that were both taken back and do not know it vouch for each
+    /// other, and lend.
+    pub fn has_nothing_to_lose(&self, id: NodeId) -> bool {
+        let Some(disk) = &self.hosts[&id].disk else { return false };
+        !self.is_rich(disk) && !self.is_only_witness(id) && !self.is_another_buried_alive(id)
     }
 
     /// Whether a node has anything of what is lent.
-    pub fn is_rich(&self, disk: &Disk) -> bool {
+    fn is_rich(&self, disk: &Disk) -> bool {
         disk.facts.values().any(|fact| matches!(fact, Fact::Held { .. }))
     }
 
@@ -231,7 +234,7 @@ impl World {
 
     /// Whether a node lends to a launch of another one that somebody has not heard of. Were it gone for good, all who know of it could
     /// take back what it lent without knowing whom to ask: that cannot be excluded (docs/addresses.md).
-    pub fn is_only_witness(&self, id: NodeId) -> bool {
+    fn is_only_witness(&self, id: NodeId) -> bool {
         let Some(disk) = &self.hosts[&id].disk else { return false };
         let lives = disk.facts.values().filter_map(|fact| match fact {
             Fact::Loan { borrower, loan, .. } if !loan.blocks.is_empty() => Some((*borrower, loan.epoch)),

@@ -64,6 +64,11 @@ fn a_lender_that_does_not_keep_what_it_lends_is_found() {
     assert_found(Sabotage::LosesLoans);
 }
 
+#[test]
+fn nodes_that_vouch_for_a_lender_that_was_taken_back_are_found() {
+    assert_found(Sabotage::VouchesForAll);
+}
+
 /// The quarter was handed on, and the message by which it had come arrived again.
 #[test]
 fn regression_a_late_copy_of_a_transfer() {
@@ -133,4 +138,32 @@ fn regression_a_promise_about_a_node_that_is_known_to_be_gone() {
 #[test]
 fn regression_a_title_of_the_dead_exceeds_that_of_the_lender() {
     assert_fine(902, 9);
+}
+
+/// Two nodes were taken back while they were cut off, met, and went on to lend on each other's
+/// word: one handed the other a quarter.
+#[test]
+fn regression_two_that_were_taken_back_vouch_for_each_other() {
+    assert_fine(16286, 9);
+}
+
+/// A node that was launched after a lender was taken back, and met it first, vouched for what that
+/// told it.
+#[test]
+fn regression_a_new_node_vouches_for_a_lender_that_was_taken_back() {
+    assert_fine(30686, 9);
+}
+
+/// Containers waited although a second quarter had free addresses.
+#[test]
+fn regression_containers_wait_while_there_are_free_addresses() {
+    assert_fine(2832, 9);
+}
+
+/// The title of a node that was taken back and does not know it yet is not one that it lends on.
+#[test]
+fn regression_titles_of_nodes_that_do_not_know_that_they_were_taken_back() {
+    for seed in [10000, 11896, 14184] {
+        assert_fine(seed, 9);
+    }
 }

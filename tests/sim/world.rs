@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use overnode_daemon::gossip::{self, Verified};
-use overnode_daemon::ipam::{self, Fact, Key, Layout, Problem, Timing};
+use overnode_daemon::ipam::{self, Fact, Key, Layout, Problem, Timing, quarters};
 use overnode_daemon::types::{Network, NodeId};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -28,6 +28,15 @@ pub enum Sabotage {
     AnswersFirst,
     /// What a node lends is not kept.
     LosesLoans,
+    /// Nodes vouch for every lender, also after they have agreed that its space be taken back.
+    VouchesForAll,
+}
+
+impl Sabotage {
+    /// Whether lenders and disks are compared: otherwise only addresses that are given twice tell.
+    fn is_checked(self) -> bool {
+        matches!(self, Self::None | Self::VouchesForAll)
+    }
 }
 
 /// How one run is made.
@@ -486,6 +495,14 @@ impl World {
         {
             return self.send_parcel(to, from, answer.encode());
         }
+        if self.settings.sabotage == Sabotage::VouchesForAll
+            && self.node(to).is_some()
+            && let Ok(ipam::Message::Hold { quarter, serial, round, .. }) =
+                ipam::Message::decode(body, &self.layout)
+        {
+            let vouch = ipam::Message::Vouch { quarter, serial, round, heard: true };
+            return self.send_parcel(to, from, vouch.encode());
+        }
         let Some(node) = self.node(to) else { return };
         if let Err(error) = node.ipam.handle_message(from, body, now)
             && !self.is_liar(from)
@@ -622,6 +639,9 @@ impl World {
             }
             self.persist(id, &changes);
         }
+        if self.settings.sabotage.is_checked() {
+            self.check_lenders(id);
+        }
         let pace = self.pace;
         let Some(node) = self.node(id) else { return };
         if let Some(at) = node.poll_timeout(pace)
@@ -722,21 +742,27 @@ impl World {
             }
             if let ipam::Change::Put(Fact::Grave { id: of, incarnation, by }) = change
                 && *by == id
-                && self.isolated.contains_key(of)
+                && self.hosts[of].disk.as_ref().is_some_and(|disk| disk.epoch() <= *incarnation)
             {
-                self.buried.insert(*of, *incarnation);
-                self.bury(*of);
+                self.bury(*of, *incarnation);
             }
         }
-        if self.settings.sabotage == Sabotage::None {
+        if self.settings.sabotage.is_checked() {
             self.check_disks(id, changes);
         }
     }
 
-    /// The space of a node was taken back. If it lives and has addresses of what others may have by now, it was gone indeed.
-    fn bury(&mut self, of: NodeId) {
-        let Some(disk) = &self.hosts[&of].disk else { return };
-        if self.is_rich(disk) || self.is_only_witness(of) {
+    /// The space of a node was taken back that lives: it is cut off, or was a moment ago. If that
+    /// makes what cannot be excluded (docs/addresses.md), it was gone indeed.
+    fn bury(&mut self, of: NodeId, incarnation: u64) {
+        let may_lend =
+            self.node(of).is_some_and(|node| quarters().any(|quarter| node.ipam.may_lend(quarter)));
+        if may_lend && !self.is_another_buried_alive(of) && self.settings.sabotage.is_checked() {
+            self.violate(format!("the space of {of} is taken back while another node vouches for it"));
+        }
+        let is_excluded = !self.has_nothing_to_lose(of);
+        self.buried.insert(of, incarnation);
+        if is_excluded {
             self.log(|| format!("{of} is gone indeed"));
             self.wipe(of);
             if let Some(host) = self.hosts.get_mut(&of) {
@@ -747,7 +773,39 @@ impl World {
         }
     }
 
+    /// Whether the space of a node was taken back that does not know it yet.
+    pub fn is_buried_alive(&self, id: NodeId) -> bool {
+        let epoch = self.hosts[&id].disk.as_ref().map(Disk::epoch);
+        self.buried.get(&id).is_some_and(|up_to| epoch.is_some_and(|epoch| epoch <= *up_to))
+    }
+
+    /// Whether there is such a node besides this one: it may vouch for this one, and this one for
+    /// it.
+    pub fn is_another_buried_alive(&self, id: NodeId) -> bool {
+        self.ids().into_iter().any(|other| other != id && self.is_buried_alive(other))
+    }
+
+    /// No two nodes at once may give away what is lent of a quarter.
+    fn check_lenders(&mut self, id: NodeId) {
+        let may_lend =
+            |host: &Host, quarter| host.node.as_ref().is_some_and(|node| node.ipam.may_lend(quarter));
+        let mut violations = Vec::new();
+        for quarter in quarters().filter(|quarter| may_lend(&self.hosts[&id], *quarter)) {
+            let others = self.hosts.iter().filter(|(other, host)| **other != id && may_lend(host, quarter));
+            violations
+                .extend(others.map(|(other, _)| format!("{id} may lend quarter {quarter}, as {other} may")));
+        }
+        for violation in violations {
+            self.violate(violation);
+        }
+    }
+
     /// No two disks have the same block or the same quarter to lend.
+    ///
+    /// The disk of a node whose space was taken back, and that does not know it yet, may have a
+    /// title that another one has by now: one that it had before, or one that it took since, on
+    /// consent that was given before. It may not lend on that title, which [`Self::check_lenders`]
+    /// checks.
     fn check_disks(&mut self, id: NodeId, changes: &[ipam::Change]) {
         let mut violations = Vec::new();
         for change in changes {
@@ -755,9 +813,8 @@ impl World {
             let is_honest = |other: &NodeId| !self.is_liar(*other) && !self.is_liar(id);
             for (other, host) in self.hosts.iter().filter(|(other, _)| **other != id && is_honest(other)) {
                 let Some(disk) = &host.disk else { continue };
-                // What a node was to lend that does not know yet that it was taken back.
                 let is_void = matches!(fact, Fact::Book { .. })
-                    && self.buried.get(other).is_some_and(|up_to| disk.epoch() <= *up_to);
+                    && (self.is_buried_alive(*other) || self.is_buried_alive(id));
                 if !is_void && disk.contradicts(fact) {
                     violations.push(format!("{id} writes {fact:?}, which {other} has"));
                 }

@@ -72,7 +72,7 @@ impl Standing {
 
 impl Ipam {
     /// Whether this node lends a quarter and nobody else can by now: otherwise nothing of it may be given away.
-    pub(super) fn may_lend(&self, quarter: NodeId) -> bool {
+    pub fn may_lend(&self, quarter: NodeId) -> bool {
         if self.lending.books.get(&quarter).is_none_or(|book| book.heir.is_some()) {
             return false;
         }
