@@ -30,7 +30,7 @@ pub enum IpamError {
     },
     /// The node was told to leave, and what it has lent must not be forgotten.
     #[error(
-        "node {id} has lent addresses to {borrowers}, and {heir} to take over the list of them; make that node reachable and try again, or lose \
+        "node {id} has lent addresses to {borrowers}, and {heir} to take over the list of them; make one of nodes 1 to 4 reachable and try again, or lose \
          the list with `overnode reset --force`"
     )]
     Heirless {

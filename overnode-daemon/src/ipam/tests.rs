@@ -418,7 +418,8 @@ fn a_lender_whose_ledger_nobody_takes_cannot_leave() {
     cluster.run(LONG);
     let error = cluster.errors().pop().unwrap();
     assert!(
-        error.contains("node 1 has lent addresses to node 5") && error.contains("no node is reachable"),
+        error.contains("node 1 has lent addresses to node 5")
+            && error.contains("none of nodes 1 to 4 is reachable"),
         "{error}"
     );
     cluster.cut.clear();

@@ -128,10 +128,11 @@ impl Ipam {
         let list = |ids: &std::collections::BTreeSet<NodeId>| {
             ids.iter().map(|id| format!("node {id}")).collect::<Vec<_>>().join(", ")
         };
-        let heir = if heirs.is_empty() {
-            "no node is reachable".to_owned()
-        } else {
-            format!("{} did not confirm", list(&heirs))
+        let is_reached = self.reachable.iter().any(|id| id.owns_a_quarter());
+        let heir = match (heirs.is_empty(), is_reached) {
+            (false, _) => format!("{} did not confirm", list(&heirs)),
+            (true, false) => "none of nodes 1 to 4 is reachable".to_owned(),
+            (true, true) => "no node that is reachable is ready".to_owned(),
         };
         let borrowers = if borrowers.is_empty() { "others".to_owned() } else { list(&borrowers) };
         IpamError::Heirless { id: self.id, borrowers, heir }
