@@ -117,7 +117,7 @@ fn busy_node(lab: &Lab) -> Result<Value> {
     let file = lab.folder().join("psk");
     std::fs::write(&file, PublicKey(PRESHARED_KEY).to_string())?;
     let device = key::public_key(&key::new_secret()?).to_string();
-    let (file, network) = (file.to_string_lossy(), "10.39.250.1/32");
+    let (file, network) = (file.to_string_lossy(), "10.32.100.1/32");
     let words = ["peer", "add", &device, "--allowed-ips", network, "--preshared-key-file", &file];
     a.overnode(&[&words[..], &["--keepalive", "25", "--name", "laptop"]].concat())?.success()?;
     a.overnode(&["dns-add", "printer", "192.0.2.9"])?.success()?;

@@ -20,14 +20,12 @@ impl World {
             }
         }
         for (address, ids) in users {
-            for id in &ids {
-                let Some(node) = &self.hosts[id].node else { continue };
-                let announces = node.ipam.claims().contains(&address);
-                if announces != (Some(id) == ids.first()) {
-                    return Err(format!(
-                        "{address} is in use on {ids:?}, and {id} announces it: {announces}"
-                    ));
-                }
+            let announces = |id: &&NodeId| {
+                self.hosts[*id].node.as_ref().is_some_and(|node| node.ipam.claims().contains(&address))
+            };
+            let keepers: Vec<_> = ids.iter().filter(announces).collect();
+            if keepers.len() != 1 {
+                return Err(format!("{address} is in use on {ids:?}, and announced by {keepers:?}"));
             }
         }
         Ok(())

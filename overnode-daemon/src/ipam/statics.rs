@@ -5,8 +5,9 @@
 //! of two that ask at the same moment the lower ID goes first. Nodes that do not answer in time
 //! cannot be talked to, and do not count: what they have is found out when their records arrive.
 //! Then the lower ID keeps the address, unless it cannot but have known of the other's claim
-//! ([`Timing::heard`]). The node that does not keep it announces it no more. `docs/addresses.md`
-//! has the reasons.
+//! ([`Timing::heard`]). The node that does not keep it announces it no more, and gets it back when
+//! the one that keeps it lets it go and no other node announces it. `docs/addresses.md` has the
+//! reasons.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -52,6 +53,9 @@ struct Rival {
     since: Instant,
     /// It came from a node that must have known that the address is in use.
     is_late: bool,
+    /// It was there when this node could have announced the address again: the other node keeps it,
+    /// whatever its ID, for it takes a later claim of this node for a late one.
+    is_first: bool,
 }
 
 #[cfg(test)]
@@ -94,7 +98,8 @@ impl Ipam {
     /// The node that keeps a static address which is in use here and there.
     pub fn keeper(&self, address: IpAddr) -> Option<NodeId> {
         let rivals = self.rivals_of(address);
-        rivals.filter(|(node, rival)| *node < self.id && !rival.is_late).map(|(node, _)| node).min()
+        let keeps = |(node, rival): &(NodeId, Rival)| !rival.is_late && (*node < self.id || rival.is_first);
+        rivals.filter(keeps).map(|(node, _)| node).min()
     }
 
     pub(super) fn cancel_claim(&mut self, request: RequestId) -> bool {
@@ -153,7 +158,9 @@ impl Ipam {
         let rivals: Vec<_> = self.peers.iter().filter(|(_, peer)| peer.claims.contains(&address)).collect();
         let rivals: Vec<_> = rivals.into_iter().map(|(id, _)| *id).collect();
         for node in rivals {
-            self.statics.rivals.insert((address, node), Rival { since: now, is_late: false });
+            self.statics
+                .rivals
+                .insert((address, node), Rival { since: now, is_late: false, is_first: false });
         }
     }
 
@@ -192,7 +199,8 @@ impl Ipam {
             let Some(since) = self.statics.since.get(&address) else { continue };
             // While another node keeps the address, this one does not announce it: nobody could know.
             let is_announced = self.keeper(address).is_none();
-            let rival = Rival { since: now, is_late: is_announced && is_steady && is_old(since) };
+            let is_late = is_announced && is_steady && is_old(since);
+            let rival = Rival { since: now, is_late, is_first: false };
             if let std::collections::btree_map::Entry::Vacant(entry) =
                 self.statics.rivals.entry((address, node))
             {
@@ -211,9 +219,17 @@ impl Ipam {
         for (address, node) in gone {
             let was_kept = self.keeper(address).is_some();
             self.statics.rivals.remove(&(address, node));
+            if !was_kept || self.keeper(address).is_some() {
+                continue;
+            }
+            let left: Vec<_> = self.rivals_of(address).map(|(node, _)| node).collect();
+            for node in left {
+                if let Some(rival) = self.statics.rivals.get_mut(&(address, node)) {
+                    rival.is_first = true;
+                }
+            }
             // From now on the others hear of it: until then they could not know.
-            if was_kept
-                && self.keeper(address).is_none()
+            if self.keeper(address).is_none()
                 && let Some(since) = self.statics.since.get_mut(&address)
             {
                 *since = now;
