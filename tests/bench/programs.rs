@@ -141,8 +141,16 @@ impl Bench {
     fn run(&self, name: &str, verdict: u32, packet: &[u8]) -> Result<(Duration, Vec<u8>)> {
         let before = self.counts()?;
         let mut out = vec![0; 2048];
-        let options =
-            TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), ..TestRunOptions::new() };
+        // `struct __sk_buff`: `seal` finds the source that was checked in the mark, at 8.
+        let mut context = [0; 192];
+        context[8..12].copy_from_slice(&INNER[0]);
+        let ctx_in = (name == "seal").then_some(&context[..]);
+        let options = TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ctx_in,
+            ..TestRunOptions::new()
+        };
         let result = match self.programs.program(name).context("a program is missing")? {
             Program::SchedClassifier(program) => SchedClassifier::test_run(program, options),
             Program::Xdp(program) => Xdp::test_run(program, options),
