@@ -195,7 +195,7 @@ impl Report {
                 checks.push(at_most(
                     format!("verified instructions of {program}"),
                     f64::from(count),
-                    60_000.0,
+                    100_000.0,
                 ));
             }
             for (program, &bytes) in &programs.stack {
