@@ -104,6 +104,20 @@ impl Cluster {
     }
 
     /// Everyone hears what everyone has, and who is reached; all messages arrive.
+    /// Cuts these nodes off from all others, for long enough that all have noticed.
+    fn cut_off<const N: usize>(&mut self, nodes: [NodeId; N]) {
+        self.cut = nodes.into();
+        self.pump();
+        self.run(LONG);
+    }
+
+    /// Lets all nodes reach each other again, for long enough that all is settled.
+    fn heal(&mut self) {
+        self.cut.clear();
+        self.pump();
+        self.run(LONG);
+    }
+
     fn pump(&mut self) {
         loop {
             let told: Vec<_> = self
@@ -490,9 +504,7 @@ fn two_halves_cannot_both_reclaim_and_the_lower_id_has_it_in_the_end() {
     cluster.run(LONG);
     assert_eq!(cluster.node(2).reclaims()[&id(1)], [id(3)], "it waits for the other half");
     assert!(cluster.node(2).lends(id(1)).is_none() && cluster.node(3).lends(id(1)).is_none());
-    cluster.cut.clear();
-    cluster.pump();
-    cluster.run(LONG);
+    cluster.heal();
     assert!(cluster.node(2).lends(id(1)).is_some() && cluster.node(3).lends(id(1)).is_none());
     assert!(
         cluster.errors().iter().any(|error| error.contains("node 2 takes back address space already")),
@@ -742,9 +754,7 @@ fn a_node_that_gets_a_later_incarnation_asks_anew() {
 fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_other() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3, 4]);
     cluster.run(LONG);
-    cluster.cut = BTreeSet::from([id(1), id(2)]);
-    cluster.pump();
-    cluster.run(LONG);
+    cluster.cut_off([id(1), id(2)]);
     let now = cluster.now;
     for gone in [1, 2] {
         cluster.node(3).reclaim(id(gone), now).unwrap();
@@ -767,9 +777,7 @@ fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_ot
     }
     cluster.run(LONG);
     cluster.check();
-    cluster.cut.clear();
-    cluster.pump();
-    cluster.run(LONG);
+    cluster.heal();
     cluster.check();
     for back in [1, 2] {
         assert!(cluster.node(back).lends(id(back)).is_some(), "node {back} has not got its quarter back");
@@ -782,9 +790,7 @@ fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_ot
 fn a_node_that_is_new_does_not_vouch_for_a_lender_that_was_reclaimed() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3]);
     cluster.run(LONG);
-    cluster.cut = BTreeSet::from([id(3)]);
-    cluster.pump();
-    cluster.run(LONG);
+    cluster.cut_off([id(3)]);
     let now = cluster.now;
     cluster.node(1).reclaim(id(3), now).unwrap();
     cluster.pump();
@@ -799,14 +805,10 @@ fn a_node_that_is_new_does_not_vouch_for_a_lender_that_was_reclaimed() {
     cluster.run(LONG);
     assert!(!cluster.node(3).may_lend(id(3)));
     assert_eq!(cluster.granted[&id(8)], [] as [IpAddr; 0]);
-    cluster.cut.clear();
-    cluster.pump();
-    cluster.run(LONG);
+    cluster.heal();
     cluster.check();
     // A later title is vouched for by all, node 8 included.
-    cluster.cut = BTreeSet::from([id(1), id(2)]);
-    cluster.pump();
-    cluster.run(LONG);
+    cluster.cut_off([id(1), id(2)]);
     assert!(cluster.node(3).may_lend(id(3)));
 }
 
@@ -816,9 +818,7 @@ fn a_node_that_is_new_does_not_vouch_for_a_lender_that_was_reclaimed() {
 fn nothing_is_lent_to_a_node_after_consent_to_its_reclaim() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 5, 6]);
     cluster.run(LONG);
-    cluster.cut = BTreeSet::from([id(5), id(6)]);
-    cluster.pump();
-    cluster.run(LONG);
+    cluster.cut_off([id(5), id(6)]);
     let now = cluster.now;
     cluster.node(1).reclaim(id(5), now).unwrap();
     cluster.pump();
@@ -920,9 +920,7 @@ fn a_liar_cannot_free_what_was_lent_to_a_node_that_is_away() {
         cluster.allocate(1, 7 + 8);
         cluster.run(LONG);
         cluster.check();
-        cluster.cut.clear();
-        cluster.pump();
-        cluster.run(LONG);
+        cluster.heal();
         cluster.allocate(5, 4);
         cluster.run(LONG);
         cluster.check();
