@@ -9,13 +9,7 @@
 //! table nor a copy of the message.
 
 use crate::unaligned;
-
-/// Bytes of a handshake initiation.
-pub const INITIATION_LEN: usize = 148;
-/// Bytes of a handshake response.
-pub const RESPONSE_LEN: usize = 92;
-/// Bytes of each of the two MACs at the end of a handshake message.
-const MAC_LEN: usize = 16;
+use crate::wire::{INITIATION_LEN, MAC_LEN, RESPONSE_LEN};
 
 /// The hash's state between two blocks.
 pub type State = [u32; 8];

@@ -13,6 +13,15 @@ pub const TYPE_INITIATION: u8 = 1;
 pub const TYPE_RESPONSE: u8 = 2;
 /// First byte of a cookie reply; 64 bytes in all.
 pub const TYPE_COOKIE_REPLY: u8 = 3;
+/// Bytes of a handshake initiation.
+pub const INITIATION_LEN: usize = 148;
+/// Bytes of a handshake response.
+pub const RESPONSE_LEN: usize = 92;
+/// Bytes of a cookie reply.
+pub const COOKIE_REPLY_LEN: usize = 64;
+/// Bytes of each of the two MACs at the end of initiations and responses.
+pub const MAC_LEN: usize = 16;
+
 /// First byte of a transport data message.
 pub const TYPE_DATA: u8 = 4;
 

@@ -1,15 +1,8 @@
 //! Handshake messages as they lie on the wire (whitepaper sections 5.4.2 to 5.4.7). Integers are little-endian.
 
+pub use overnode_ebpf::wire::{COOKIE_REPLY_LEN, INITIATION_LEN, MAC_LEN, RESPONSE_LEN};
 use overnode_ebpf::wire::{TYPE_COOKIE_REPLY, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE};
 
-/// Bytes of an initiation.
-pub const INITIATION_LEN: usize = 148;
-/// Bytes of a response.
-pub const RESPONSE_LEN: usize = 92;
-/// Bytes of a cookie reply.
-pub const COOKIE_REPLY_LEN: usize = 64;
-/// Bytes of each of the two MACs that end an initiation and a response.
-pub const MAC_LEN: usize = 16;
 /// Noise's part of an initiation: ephemeral key, sealed static key, sealed timestamp.
 pub const INITIATION_NOISE_LEN: usize = 32 + 48 + 28;
 /// Noise's part of a response: ephemeral key, sealed nothing.

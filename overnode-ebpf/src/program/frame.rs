@@ -104,6 +104,9 @@ impl Ipv4 {
     }
 }
 
+/// Bits of [`Ipv4::fragment_be`] that say where a fragment lies in its packet.
+pub const FRAGMENT_OFFSET: u16 = 0x1fff;
+
 /// Packet type of `skb->pkt_type`: for this host.
 pub const PACKET_HOST: u32 = 0;
 

@@ -7,22 +7,19 @@
 
 use core::hint::black_box;
 
-use overnode_ebpf::mac1::{self, INITIATION_LEN, RESPONSE_LEN};
+use overnode_ebpf::mac1;
 use overnode_ebpf::map::{COOKIE_ALLOWANCE, COOKIE_COST};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
-    BULK_PORT, DATA_PORT, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV6_LEN, TYPE_COOKIE_REPLY,
-    TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE, UDP_LEN,
+    BULK_PORT, COOKIE_REPLY_LEN, DATA_PORT, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, INITIATION_LEN,
+    IPV6_LEN, RESPONSE_LEN, TYPE_COOKIE_REPLY, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE, UDP_LEN,
 };
 
-use super::frame::{Ethernet, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
+use super::frame::{Ethernet, FRAGMENT_OFFSET, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
 use super::maps;
 
-const COOKIE_REPLY_LEN: usize = 64;
 /// First word of a message: its type, and three bytes that are zero in a handshake.
 const MESSAGE_START: usize = 4;
-/// Where fragments after the first begin.
-const FRAGMENT_OFFSET: u16 = 0x1fff;
 
 /// Where a message for the daemon lies: the offset and the length of what is to be judged.
 #[derive(Clone, Copy)]

@@ -9,10 +9,9 @@ use overnode_ebpf::wire::{
     RELAY_LEN, TAG_LEN, TYPE_DATA, TYPE_RELAY, UDP_LEN,
 };
 
-use super::frame::{Ethernet, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
+use super::frame::{Ethernet, FRAGMENT_OFFSET, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
 use super::maps;
 
-const FRAGMENT_OFFSET: u16 = 0x1fff;
 const MORE_FRAGMENTS: u16 = 0x2000;
 const NEXT_HEADER_FRAGMENT: u8 = 44;
 const FRAGMENT_HEADER_LEN: usize = 8;

@@ -7,13 +7,12 @@ use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN};
 
 use super::Sent;
 use super::checksum::{fold, ipv4_checksum};
-use super::frame::{Frame, Ipv4, PROTOCOL_ICMP, Skb, adjust_room, at, redirect, resize};
+use super::frame::{FRAGMENT_OFFSET, Frame, Ipv4, PROTOCOL_ICMP, Skb, adjust_room, at, redirect, resize};
 
 const TYPE_UNREACHABLE: u8 = 3;
 const CODE_FRAGMENTATION_NEEDED: u8 = 4;
 const TYPE_ECHO_REPLY: u8 = 0;
 const TYPE_ECHO: u8 = 8;
-const FRAGMENT_OFFSET: u16 = 0x1fff;
 
 #[repr(C)]
 struct Icmp {
