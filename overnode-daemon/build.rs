@@ -6,11 +6,13 @@ mod toolchain;
 use std::path::{Path, PathBuf};
 
 fn main() {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in a workspace");
+    let workspace =
+        Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in a workspace");
     for watched in ["overnode-ebpf", "Cargo.lock", "xtask/src/toolchain.rs"] {
         println!("cargo:rerun-if-changed={}", workspace.join(watched).display());
     }
-    let object = build(workspace).unwrap_or_else(|why| panic!("the eBPF programs were not built: {why}"));
+    let object =
+        build(workspace).unwrap_or_else(|why| panic!("the eBPF programs were not built: {why}"));
     println!("cargo:rustc-env=OVERNODE_EBPF_OBJECT={}", object.display());
 }
 
@@ -18,7 +20,8 @@ fn build(workspace: &Path) -> Result<PathBuf, String> {
     let set_up = "run `cargo xtask build`, which installs what is missing";
     let compiler = toolchain::Compiler::find()
         .ok_or_else(|| format!("no compiler with the source of its library was found; {set_up}"))?;
-    let linker = toolchain::bpf_linker().ok_or_else(|| format!("bpf-linker was not found; {set_up}"))?;
+    let linker =
+        toolchain::bpf_linker().ok_or_else(|| format!("bpf-linker was not found; {set_up}"))?;
     // One folder for every profile and for clippy: building `core` takes half a minute.
     let target = target_directory()?.join("ebpf");
     let flags = [
@@ -28,12 +31,23 @@ fn build(workspace: &Path) -> Result<PathBuf, String> {
         "-Cdebuginfo=2".into(),
         "-Clink-arg=--btf".into(),
         // aya-log-ebpf and friends choose their bindings by it.
-        format!("--cfg=bpf_target_arch=\"{}\"", std::env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default()),
+        format!(
+            "--cfg=bpf_target_arch=\"{}\"",
+            std::env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default()
+        ),
     ];
     let output = compiler
         .cargo()
         .current_dir(workspace)
-        .args(["build", "--release", "--locked", "--package", "overnode-ebpf", "--bin", "overnode-ebpf"])
+        .args([
+            "build",
+            "--release",
+            "--locked",
+            "--package",
+            "overnode-ebpf",
+            "--bin",
+            "overnode-ebpf",
+        ])
         .args(["--target", "bpfel-unknown-none", "-Z", "build-std=core", "--target-dir"])
         .arg(&target)
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
@@ -49,5 +63,8 @@ fn build(workspace: &Path) -> Result<PathBuf, String> {
 /// `--target-dir` and `CARGO_TARGET_DIR` are honoured.
 fn target_directory() -> Result<PathBuf, String> {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
-    out.ancestors().nth(4).map(Path::to_owned).ok_or_else(|| format!("{} has too few parents", out.display()))
+    out.ancestors()
+        .nth(4)
+        .map(Path::to_owned)
+        .ok_or_else(|| format!("{} has too few parents", out.display()))
 }

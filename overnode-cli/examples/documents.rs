@@ -71,7 +71,10 @@ fn pages(folder: &Path, command: &clap::Command) -> io::Result<()> {
     let name = command.get_display_name().unwrap_or(command.get_name());
     let also = if name == "overnode" { "overnoded(8)" } else { "overnode(1), overnoded(8)" };
     page(folder, command, "1", also)?;
-    command.get_subcommands().filter(|sub| !sub.is_hide_set()).try_for_each(|sub| pages(folder, sub))
+    command
+        .get_subcommands()
+        .filter(|sub| !sub.is_hide_set())
+        .try_for_each(|sub| pages(folder, sub))
 }
 
 fn page(folder: &Path, command: &clap::Command, section: &str, also: &str) -> io::Result<()> {
@@ -119,7 +122,8 @@ fn after_help(text: &str) -> String {
                 verbatim = !verbatim;
                 page += if verbatim { ".RS 4\n.nf\n" } else { ".fi\n.RE\n" };
             }
-            let _ = writeln!(page, "{}", escape(line.strip_prefix("  ").unwrap_or(line).trim_end()));
+            let _ =
+                writeln!(page, "{}", escape(line.strip_prefix("  ").unwrap_or(line).trim_end()));
         }
         if verbatim {
             page += ".fi\n.RE\n";

@@ -112,7 +112,11 @@ impl Client {
     ///
     /// # Errors
     /// In words for people.
-    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Failure> {
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Failure> {
         self.try_post(path, body).await.map_err(|why| self.explain(why))
     }
 
@@ -125,8 +129,9 @@ impl Client {
         path: &str,
         body: &impl Serialize,
     ) -> Result<T, Unanswered> {
-        let body = serde_json::to_vec(body)
-            .map_err(|error| Unanswered::Broken(format!("the request has no JSON form: {error}")))?;
+        let body = serde_json::to_vec(body).map_err(|error| {
+            Unanswered::Broken(format!("the request has no JSON form: {error}"))
+        })?;
         self.ask(Method::POST, path, body.into()).await
     }
 
@@ -146,7 +151,9 @@ impl Client {
         self.note(format_args!("> GET {path}"));
         let response = tokio::time::timeout(PATIENCE, self.send(Method::GET, path, Bytes::new()))
             .await
-            .map_err(|_| Unanswered::Broken(format!("no answer within {} s", PATIENCE.as_secs())))??;
+            .map_err(|_| {
+                Unanswered::Broken(format!("no answer within {} s", PATIENCE.as_secs()))
+            })??;
         let status = response.status().as_u16();
         self.note(format_args!("< {status}"));
         if !(200..300).contains(&status) {
@@ -221,9 +228,10 @@ impl Client {
         body: Bytes,
     ) -> Result<T, Unanswered> {
         self.note(format_args!("> {method} {path}"));
-        let (status, answer) = tokio::time::timeout(PATIENCE, self.exchange(method, path, body))
-            .await
-            .map_err(|_| Unanswered::Broken(format!("no answer within {} s", PATIENCE.as_secs())))??;
+        let (status, answer) =
+            tokio::time::timeout(PATIENCE, self.exchange(method, path, body)).await.map_err(
+                |_| Unanswered::Broken(format!("no answer within {} s", PATIENCE.as_secs())),
+            )??;
         self.note(format_args!("< {status}, {} bytes", answer.len()));
         if !(200..300).contains(&status) {
             return Err(refusal(status, &answer));
@@ -236,20 +244,31 @@ impl Client {
         })
     }
 
-    async fn exchange(&self, method: Method, path: &str, body: Bytes) -> Result<(u16, Bytes), Unanswered> {
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<(u16, Bytes), Unanswered> {
         let response = self.send(method, path, body).await?;
         Ok((response.status().as_u16(), everything(response).await?))
     }
 
-    async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, Unanswered> {
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, Unanswered> {
         let broken = |error: &dyn fmt::Display| Unanswered::Broken(error.to_string());
-        let stream = UnixStream::connect(&self.socket).await.map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::NotADirectory => {
-                Unanswered::NotRunning
-            }
-            io::ErrorKind::PermissionDenied => Unanswered::Denied,
-            _ => broken(&error),
-        })?;
+        let stream =
+            UnixStream::connect(&self.socket).await.map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound
+                | io::ErrorKind::ConnectionRefused
+                | io::ErrorKind::NotADirectory => Unanswered::NotRunning,
+                io::ErrorKind::PermissionDenied => Unanswered::Denied,
+                _ => broken(&error),
+            })?;
         // Whoever listens gets what is sent, a token perhaps.
         let listener = stream.peer_cred().map_err(|error| broken(&error))?.uid();
         if !trust::is_trusted_user(listener) {

@@ -54,7 +54,15 @@ pub fn find(name: &str) -> Result<Container, Failure> {
 
 fn ask(engine: &str, name: &str) -> Answer {
     let output = Command::new(engine)
-        .args(["inspect", "--type", "container", "--format", "{{.Id}} {{.State.Pid}} {{.Name}}", "--", name])
+        .args([
+            "inspect",
+            "--type",
+            "container",
+            "--format",
+            "{{.Id}} {{.State.Pid}} {{.Name}}",
+            "--",
+            name,
+        ])
         .stdin(Stdio::null())
         .output();
     match output {
@@ -75,7 +83,8 @@ fn parse(line: &str) -> Option<Container> {
 }
 
 fn reason(stderr: &str) -> String {
-    let line = stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+    let line =
+        stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
     line.trim_start_matches("Error: ").trim_start_matches("error: ").to_owned()
 }
 

@@ -35,7 +35,10 @@ fn main() -> ExitCode {
     };
     // A token or a key may be on its way through this process.
     if let Err(error) = trust::protect_memory() {
-        let _ = writeln!(io::stderr(), "overnode: its memory cannot be kept from other processes: {error}");
+        let _ = writeln!(
+            io::stderr(),
+            "overnode: its memory cannot be kept from other processes: {error}"
+        );
         return ExitCode::FAILURE;
     }
     match run(cli) {
@@ -52,10 +55,10 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<String, Failure> {
     let context = cli.global.context()?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::failed(format_args!("the asynchronous runtime did not start: {error}")))?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| {
+            Failure::failed(format_args!("the asynchronous runtime did not start: {error}"))
+        })?;
     runtime.block_on(command::run(&context, cli.command))
 }
 

@@ -509,7 +509,10 @@ impl Global {
         // The daemon does not keep this command's current directory.
         let absolute = |option: &str, dir: PathBuf| {
             std::path::absolute(&dir).map_err(|error| {
-                Failure::usage(format_args!("{option} {}: {error}: give a directory", dir.display()))
+                Failure::usage(format_args!(
+                    "{option} {}: {error}: give a directory",
+                    dir.display()
+                ))
             })
         };
         let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
@@ -550,7 +553,10 @@ fn in_one_line(rendered: &str, command: &clap::Command) -> String {
     let mut said: Vec<String> = Vec::new();
     for paragraph in rendered.split("\n\n") {
         let line = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
-        if !(line.is_empty() || line.starts_with("Usage: ") || line.starts_with("For more information")) {
+        if !(line.is_empty()
+            || line.starts_with("Usage: ")
+            || line.starts_with("For more information"))
+        {
             said.push(line.trim_start_matches("error: ").trim_start_matches("tip: ").to_owned());
         }
     }
@@ -572,8 +578,10 @@ fn command_in(arguments: impl Iterator<Item = String>) -> clap::Command {
 
 fn width() -> Option<u16> {
     // Shells keep COLUMNS to themselves: whoever exports it means it.
-    let told =
-        std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok()).filter(|&width| width > 0);
+    let told = std::env::var("COLUMNS")
+        .ok()
+        .and_then(|columns| columns.parse().ok())
+        .filter(|&width| width > 0);
     told.or_else(|| terminal_size::terminal_size_of(io::stdout()).map(|(width, _)| width.0))
 }
 
@@ -608,7 +616,8 @@ fn address(text: &str) -> Result<IpNet, String> {
     if !text.contains('/') {
         return Err(format!("the prefix is missing: give the subnet's, as in {text}/12"));
     }
-    text.parse().map_err(|_| "give an address with the subnet's prefix, as in 10.32.0.7/12".to_owned())
+    text.parse()
+        .map_err(|_| "give an address with the subnet's prefix, as in 10.32.0.7/12".to_owned())
 }
 
 fn endpoint(text: &str) -> Result<SocketAddr, String> {
@@ -650,7 +659,10 @@ mod tests {
             wrong("overnode launhc"),
             "unrecognized subcommand 'launhc'; a similar subcommand exists: 'launch'; see `overnode --help`"
         );
-        assert!(wrong("overnode launch --id 1 --token a --token-file b").contains("cannot be used with"));
+        assert!(
+            wrong("overnode launch --id 1 --token a --token-file b")
+                .contains("cannot be used with")
+        );
     }
 
     #[test]
@@ -661,8 +673,13 @@ mod tests {
         assert!(wrong("overnode attach netns:a --ip 10.32.0.7").contains("as in 10.32.0.7/12"));
         assert!(wrong("overnode attach netns:a --ip x/12").contains("as in 10.32.0.7/12"));
         assert!(wrong("overnode launch --id 1 --mtu 100").contains("576"));
-        assert!(wrong("overnode launch --id 1 --interface a-much-too-long-name").contains("15 characters"));
-        assert!(wrong("overnode peer add short --allowed-ips 10.0.0.0/8").contains("44 characters"));
+        assert!(
+            wrong("overnode launch --id 1 --interface a-much-too-long-name")
+                .contains("15 characters")
+        );
+        assert!(
+            wrong("overnode peer add short --allowed-ips 10.0.0.0/8").contains("44 characters")
+        );
         assert!(wrong("overnode prime --timeout soon").contains("soon"));
     }
 }

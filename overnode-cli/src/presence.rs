@@ -32,7 +32,12 @@ impl Presence {
         }
         match fs::metadata(state_dir.join(DATABASE)) {
             Ok(_) => Self::Stopped,
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
                 Self::Never
             }
             Err(_) => Self::Unknown,
@@ -45,9 +50,11 @@ impl Presence {
             Self::Never => "overnode is not running on this host: no node was launched here; \
                  start one with `overnode launch --id ID --token-file FILE`"
                 .to_owned(),
-            Self::Stopped => "overnode is not running on this host: its node was launched and is stopped; \
+            Self::Stopped => {
+                "overnode is not running on this host: its node was launched and is stopped; \
                  start it with `overnode resume`"
-                .to_owned(),
+                    .to_owned()
+            }
             Self::Unknown => format!(
                 "overnode is not running on this host: nothing listens on {}; start it with `overnode resume` \
                  or `overnode launch`",
@@ -69,7 +76,8 @@ fn lock_holder(file: &Path) -> Option<u32> {
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| holder(line, inode)).filter(|pid| {
         // The device in the list is not the one that stat shows on every file system, so the inode is not proof enough.
-        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "overnoded")
+        fs::read_to_string(format!("/proc/{pid}/comm"))
+            .is_ok_and(|name| name.trim_end() == "overnoded")
     })
 }
 

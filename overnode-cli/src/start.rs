@@ -79,8 +79,11 @@ pub async fn ensure_running(
     if let Some(version) = client.running().await? {
         return Ok((None, version));
     }
-    let mut started =
-        if systemd::is_in_charge(context) { start_unit(context)? } else { start_detached(context).await? };
+    let mut started = if systemd::is_in_charge(context) {
+        start_unit(context)?
+    } else {
+        start_detached(context).await?
+    };
     match started.answer(client).await {
         Ok(version) if started.is(&version) => Ok((Some(started), version)),
         // Somebody else's was quicker, and all that is there now belongs to it.
@@ -113,9 +116,9 @@ impl Before {
         }
         // A daemon that got as far as having a state may have made more than files.
         if self.presence == Presence::Never && presence == Presence::Stopped {
-            node::reset_offline(state_dir, run_dir, true)
-                .await
-                .map_err(|error| Failure::failed(format_args!("{error:#}; `overnode reset` tries again")))?;
+            node::reset_offline(state_dir, run_dir, true).await.map_err(|error| {
+                Failure::failed(format_args!("{error:#}; `overnode reset` tries again"))
+            })?;
         }
         if !self.state_dir {
             let _ = fs::remove_file(state_dir.join(presence::LOCK));
@@ -194,7 +197,9 @@ impl Started {
             // One that ends while it starts may have taken the question, so only its own words count as a reason.
             match client.try_get::<Version>("/v1/version").await {
                 Ok(version) => return Ok(version),
-                Err(why @ (Unanswered::Denied | Unanswered::Stranger(_))) => return Err(client.explain(why)),
+                Err(why @ (Unanswered::Denied | Unanswered::Stranger(_))) => {
+                    return Err(client.explain(why));
+                }
                 Err(Unanswered::NotRunning | Unanswered::Refused(_) | Unanswered::Broken(_)) => {}
             }
             if let How::Detached { child, .. } = &mut self.how {
@@ -245,11 +250,11 @@ impl Started {
 
 /// Why a daemon ended, from its log: the last error, else the last line, without the time and the level.
 pub fn reason_in(log: &str) -> Option<String> {
-    let said = |line: &str| line.split_once(" ERROR ").map(|(_, message)| message.trim().to_owned());
-    log.lines()
-        .rev()
-        .find_map(said)
-        .or_else(|| log.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned))
+    let said =
+        |line: &str| line.split_once(" ERROR ").map(|(_, message)| message.trim().to_owned());
+    log.lines().rev().find_map(said).or_else(|| {
+        log.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
+    })
 }
 
 fn start_unit(context: &Context) -> Result<Started, Failure> {
@@ -292,7 +297,12 @@ fn open_log(context: &Context) -> io::Result<File> {
     DirBuilder::new().recursive(true).mode(0o755).create(&context.run_dir)?;
     trust::check_directory(&context.run_dir).map_err(io::Error::other)?;
     let log = context.run_dir.join(LOG);
-    OpenOptions::new().create(true).append(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(log)
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(log)
 }
 
 fn spawn(daemon: &Path, context: &Context, log: File) -> io::Result<Child> {
@@ -330,7 +340,8 @@ fn spawn(daemon: &Path, context: &Context, log: File) -> io::Result<Child> {
 fn find_daemon() -> Result<PathBuf, Failure> {
     let beside = env::current_exe().ok().and_then(|own| own.parent().map(|dir| dir.join(DAEMON)));
     let path = env::var_os("PATH").unwrap_or_default();
-    let in_path = env::split_paths(&path).filter(|dir| dir.is_absolute()).map(|dir| dir.join(DAEMON));
+    let in_path =
+        env::split_paths(&path).filter(|dir| dir.is_absolute()).map(|dir| dir.join(DAEMON));
     let elsewhere = DAEMON_DIRS.iter().map(|dir| Path::new(dir).join(DAEMON));
     beside.into_iter().chain(in_path).chain(elsewhere).find(|file| file.is_file()).ok_or_else(|| {
         Failure::failed(format_args!(
@@ -342,8 +353,9 @@ fn find_daemon() -> Result<PathBuf, Failure> {
 
 async fn end(child: &mut Child) -> Result<(), Failure> {
     let pid = child.id();
-    let cannot =
-        |error: io::Error| Failure::failed(format_args!("the daemon (process {pid}) does not end: {error}"));
+    let cannot = |error: io::Error| {
+        Failure::failed(format_args!("the daemon (process {pid}) does not end: {error}"))
+    };
     let asked = Instant::now();
     if child.try_wait().map_err(cannot)?.is_none() {
         // SAFETY: kill takes no pointers; the child was not waited for, so the number is still its own.
@@ -374,7 +386,8 @@ struct Progress {
 
 impl Progress {
     fn show(&mut self, begun: Instant) {
-        if !self.shown && begun.elapsed() > Duration::from_millis(500) && io::stderr().is_terminal() {
+        if !self.shown && begun.elapsed() > Duration::from_millis(500) && io::stderr().is_terminal()
+        {
             let _ = write!(io::stderr(), "waiting for the daemon …");
             self.shown = true;
         }

@@ -74,7 +74,12 @@ mod tests {
             let why = weakness(token).unwrap_or_else(|| panic!("{token} passes for strong"));
             assert!(why.contains("overnode token"), "{why}");
             // The words of the message itself do not count.
-            assert!(token.len() < 3 || token == "overnode" || token == "password" || !why.contains(token));
+            assert!(
+                token.len() < 3
+                    || token == "overnode"
+                    || token == "password"
+                    || !why.contains(token)
+            );
         }
         assert!(weakness("password").unwrap().contains("(this is a top-10 common password)"));
     }

@@ -43,7 +43,8 @@ pub fn set_debug(debug: bool) -> Result<(), Failure> {
         return Ok(());
     }
     let changed = if debug {
-        fs::create_dir_all(&dir).and_then(|()| fs::write(&file, "[Service]\nEnvironment=OVERNODE_DEBUG=1\n"))
+        fs::create_dir_all(&dir)
+            .and_then(|()| fs::write(&file, "[Service]\nEnvironment=OVERNODE_DEBUG=1\n"))
     } else {
         // The directory may hold files of others.
         fs::remove_file(&file).map(|()| fs::remove_dir(&dir).unwrap_or(()))
@@ -69,7 +70,9 @@ pub fn start() -> Result<(), Failure> {
         .ok()
         .and_then(|log| reason_in(&String::from_utf8_lossy(&log.stdout)))
         .unwrap_or_else(|| String::from_utf8_lossy(&output.stderr).trim().to_owned());
-    Err(Failure::failed(format_args!("{UNIT} did not start: {why}; `journalctl -u {UNIT}` tells more")))
+    Err(Failure::failed(format_args!(
+        "{UNIT} did not start: {why}; `journalctl -u {UNIT}` tells more"
+    )))
 }
 
 /// Stops the unit, and does not start it with the host any more.

@@ -14,7 +14,8 @@ use std::time::Duration;
 use common::{Outcome, install, install_overnode, overnode};
 use node::{Canned, sample};
 use overnode_daemon::api::{
-    ApiError, Attached, Host as Target, LaunchOutcome, Launched, Primed, Reply, Request, Targets, Version,
+    ApiError, Attached, Host as Target, LaunchOutcome, Launched, Primed, Reply, Request, Targets,
+    Version,
 };
 use serde_json::{Value, json};
 
@@ -68,7 +69,10 @@ fn status_shows_every_section_in_lines_that_programs_can_cut() {
     }
     assert!(!outcome.stdout.contains('\u{1b}'), "no colours in a pipe");
     assert!(outcome.stdout.is_ascii());
-    assert!(!outcome.stdout.contains("Connections between nodes"), "grows with the square of the cluster");
+    assert!(
+        !outcome.stdout.contains("Connections between nodes"),
+        "grows with the square of the cluster"
+    );
     assert_eq!(outcome.stdout.matches("the address 10.40.0.9 is in use").count(), 1, "told once");
     let ipam = node.host.run(&["status", "--ipam"]).stdout;
     for expected in [
@@ -83,13 +87,18 @@ fn status_shows_every_section_in_lines_that_programs_can_cut() {
 fn tables_fit_the_terminal() {
     let node = with_status();
     for columns in [120_usize, 80, 40] {
-        let outcome = Outcome::of(node.host.command(&["status"]).env("COLUMNS", columns.to_string()));
+        let outcome =
+            Outcome::of(node.host.command(&["status"]).env("COLUMNS", columns.to_string()));
         assert_eq!(outcome.code, 0);
         for line in outcome.stdout.lines() {
             assert!(line.chars().count() <= columns, "{columns}: {line:?}\n{}", outcome.stdout);
         }
         for whole in ["host2", "10.40.0.1/12", "spoofed", "established"] {
-            assert!(outcome.stdout.contains(whole), "{columns}: {whole} is broken in\n{}", outcome.stdout);
+            assert!(
+                outcome.stdout.contains(whole),
+                "{columns}: {whole} is broken in\n{}",
+                outcome.stdout
+            );
         }
     }
 }
@@ -101,9 +110,15 @@ fn sections_are_shown_alone_and_together() {
     assert!(targets.starts_with("HOST"), "{targets}");
     assert_eq!(targets.lines().count(), 4, "{targets}");
     let two = node.host.run(&["status", "--targets", "--endpoints"]).stdout;
-    assert!(two.starts_with("Targets\n") && two.contains("\nEndpoints\n") && !two.contains("Peers"), "{two}");
+    assert!(
+        two.starts_with("Targets\n") && two.contains("\nEndpoints\n") && !two.contains("Peers"),
+        "{two}"
+    );
     let peers = node.host.run(&["status", "--peers"]).stdout;
-    assert!(peers.contains("Connections between nodes") && peers.contains("WireGuard peers"), "{peers}");
+    assert!(
+        peers.contains("Connections between nodes") && peers.contains("WireGuard peers"),
+        "{peers}"
+    );
     assert!(peers.contains("1(host1)  ->  192.0.2.12:6783  2(host2)  established"), "{peers}");
 }
 
@@ -113,7 +128,8 @@ fn status_as_json_has_the_sections_that_were_named() {
     let whole: Value = serde_json::from_str(&node.host.run(&["status", "--json"]).stdout).unwrap();
     assert_eq!(whole, serde_json::to_value(sample()).unwrap());
     let some: Value =
-        serde_json::from_str(&node.host.run(&["status", "--json", "--ipam", "--peers"]).stdout).unwrap();
+        serde_json::from_str(&node.host.run(&["status", "--json", "--ipam", "--peers"]).stdout)
+            .unwrap();
     let names: Vec<&String> = some.as_object().unwrap().keys().collect();
     assert_eq!(names, ["external_peers", "ipam", "peers"]);
 }
@@ -139,7 +155,8 @@ fn refusals_become_one_line_and_an_exit_status() {
     ] {
         let expected = error.message.clone();
         let node = Canned::start(move |_| Err(error.clone()));
-        for arguments in [&["status"][..], &["forget", "host3"], &["inspect"], &["prime"], &["peer", "list"]]
+        for arguments in
+            [&["status"][..], &["forget", "host3"], &["inspect"], &["prime"], &["peer", "list"]]
         {
             let outcome = node.host.run(arguments);
             assert_eq!(outcome.code, code, "{arguments:?}");
@@ -189,7 +206,10 @@ fn attach_prints_the_address_and_nothing_else() {
         other => panic!("unexpected: {other:?}"),
     });
     let outcome = node.host.run(&["attach", "netns:blue", "--ip", "10.32.0.7/12", "--name", "web"]);
-    assert_eq!((outcome.code, outcome.stdout.as_str(), outcome.stderr.as_str()), (0, "10.32.0.7/12\n", ""));
+    assert_eq!(
+        (outcome.code, outcome.stdout.as_str(), outcome.stderr.as_str()),
+        (0, "10.32.0.7/12\n", "")
+    );
 }
 
 #[test]
@@ -213,14 +233,21 @@ fn containers_are_found_through_their_engine() {
     };
     let sent: Value = serde_json::from_str(&said(&["attach", "web"])).unwrap();
     assert_eq!(sent, json!({"target": "abc123", "netns": {"pid": 4711}, "name": "web"}));
-    assert_eq!(said(&["attach", "dead"]), "container \"dead\" is not running: start it, then attach it");
+    assert_eq!(
+        said(&["attach", "dead"]),
+        "container \"dead\" is not running: start it, then attach it"
+    );
     let unknown = said(&["attach", "nosuch"]);
     assert!(
         unknown.contains("docker: No such container: nosuch") && unknown.contains("netns:NAME"),
         "{unknown}"
     );
     assert_eq!(said(&["detach", "web"]), "abc123");
-    assert_eq!(said(&["detach", "gone"]), "gone", "what its engine has forgotten can still be detached");
+    assert_eq!(
+        said(&["detach", "gone"]),
+        "gone",
+        "what its engine has forgotten can still be detached"
+    );
 }
 
 #[test]
@@ -260,7 +287,9 @@ fn wireguard_peers_are_added_listed_and_removed() {
         Request::RemoveExternalPeer(peer) => {
             assert_eq!(peer.public_key.to_string(), KEY);
             let allowed_ips = vec!["10.39.250.1/32".parse().unwrap()];
-            Ok(Reply::ExternalPeerRemoved(overnode_daemon::api::ExternalPeerRemoved { allowed_ips }))
+            Ok(Reply::ExternalPeerRemoved(overnode_daemon::api::ExternalPeerRemoved {
+                allowed_ips,
+            }))
         }
         other => panic!("unexpected: {other:?}"),
     });
@@ -284,7 +313,8 @@ fn wireguard_peers_are_added_listed_and_removed() {
     assert!(outcome.stdout.contains("AllowedIPs = 10.32.0.0/12\n"), "{outcome:?}");
     let list = node.host.run(&["peer", "list"]).stdout;
     assert!(list.contains("10.39.250.1/32  laptop  established 1m30s"), "{list}");
-    let list: Value = serde_json::from_str(&node.host.run(&["peer", "list", "--json"]).stdout).unwrap();
+    let list: Value =
+        serde_json::from_str(&node.host.run(&["peer", "list", "--json"]).stdout).unwrap();
     assert_eq!(list[0]["public_key"], KEY);
     assert_eq!(node.host.run(&["peer", "remove", KEY]).stdout, "removed; it had 10.39.250.1/32\n");
 }
@@ -307,7 +337,10 @@ fn a_running_node_is_not_started_again() {
     });
     let mut command = node.host.command(&["launch", "--id", "1", "host2", "host3"]);
     let outcome = Outcome::of(command.env("OVERNODE_TOKEN", "from the environment"));
-    assert_eq!(outcome.stdout, "node 1 (host1): already running; targets: host2, host3\n", "{outcome:?}");
+    assert_eq!(
+        outcome.stdout, "node 1 (host1): already running; targets: host2, host3\n",
+        "{outcome:?}"
+    );
     assert_eq!(node.host.run(&["resume"]).stdout, "node 1: already running\n");
     assert!(!node.host.run_dir().join("overnoded.log").exists());
 }
@@ -357,7 +390,8 @@ fn a_token_that_the_command_made_is_taken_without_a_warning() {
         fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
         let outcome = node.host.run(&["launch", "--id", "1", "--token-file", path]);
         assert_eq!(outcome.code, 0, "{outcome:?}");
-        let warning = format!("overnode: warning: other users of this host can read the token in {path}: ");
+        let warning =
+            format!("overnode: warning: other users of this host can read the token in {path}: ");
         assert_eq!(outcome.stderr.starts_with(&warning), is_warned, "{outcome:?}");
         assert_eq!(outcome.stderr.is_empty(), !is_warned, "{outcome:?}");
     }
@@ -386,7 +420,8 @@ fn inspect_is_printed_as_it_comes() {
 #[test]
 fn a_reader_that_has_seen_enough_is_no_failure() {
     let node = with_status();
-    let mut child = node.host.command(&["status"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut child =
+        node.host.command(&["status"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     assert!(child.wait().unwrap().success());
 }
@@ -444,14 +479,29 @@ fn requests_that_make_no_sense_are_refused_in_json() {
         ("POST /v1/launch", b"{\"id\": 4096, \"token\": \"t\"}", 400, "from 1 to 4095"),
         ("POST /v1/launch", b"{\"id\": \"one\", \"token\": \"t\"}", 400, "string"),
         ("POST /v1/launch", b"{\"id\": 1, \"token\": \"\"}", 400, "empty"),
-        ("POST /v1/launch", b"{\"id\": 1, \"token\": \"t\", \"nickname\": \"a b\"}", 400, "letters"),
+        (
+            "POST /v1/launch",
+            b"{\"id\": 1, \"token\": \"t\", \"nickname\": \"a b\"}",
+            400,
+            "letters",
+        ),
         ("POST /v1/launch", b"{\"id\": 1, \"token\": \"t\", \"color\": 1}", 400, "color"),
         ("POST /v1/connect", b"{\"hosts\": [\"a b\"]}", 400, "host name"),
         ("POST /v1/connect", b"{}", 400, "hosts"),
         ("POST /v1/attach", b"{\"target\": \"pid:0\"}", 400, "pid:NUMBER"),
-        ("POST /v1/attach", b"{\"target\": \"netns:a\", \"address\": \"10.0.0.1/33\"}", 400, "JSON"),
+        (
+            "POST /v1/attach",
+            b"{\"target\": \"netns:a\", \"address\": \"10.0.0.1/33\"}",
+            400,
+            "JSON",
+        ),
         ("POST /v1/reset", b"{\"force\": \"yes\"}", 400, "boolean"),
-        ("POST /v1/external-peers", b"{\"public_key\": \"x\", \"allowed_ips\": []}", 400, "44 characters"),
+        (
+            "POST /v1/external-peers",
+            b"{\"public_key\": \"x\", \"allowed_ips\": []}",
+            400,
+            "44 characters",
+        ),
         ("POST /v1/launch", &large, 413, "body"),
     ];
     for (request, body, status, expected) in cases {
@@ -466,7 +516,8 @@ fn requests_that_make_no_sense_are_refused_in_json() {
 fn many_ask_at_once_and_all_are_answered() {
     let node = with_status();
     thread::scope(|scope| {
-        let asked: Vec<_> = (0..50).map(|_| scope.spawn(|| http(&node, "GET /v1/status", b""))).collect();
+        let asked: Vec<_> =
+            (0..50).map(|_| scope.spawn(|| http(&node, "GET /v1/status", b""))).collect();
         for thread in asked {
             assert_eq!(thread.join().unwrap().1["node"]["id"], 1);
         }

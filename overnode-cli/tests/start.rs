@@ -23,8 +23,7 @@ const LAUNCH: [&str; 4] = ["launch", "--id", "1", "host2"];
 const TOKEN: &str = "q2Vd0mCzJ7rYk1XWb9uTfG4hLs8NeAoP5iDwRx6M";
 
 /// Tells its process ID and its arguments, then sleeps.
-const SLEEPER: &str =
-    "#!/bin/sh\necho \"$@\" > \"$0.args\"\necho $$ > \"$0.tmp\"\nmv \"$0.tmp\" \"$0.pid\"\nexec sleep 300\n";
+const SLEEPER: &str = "#!/bin/sh\necho \"$@\" > \"$0.args\"\necho $$ > \"$0.tmp\"\nmv \"$0.tmp\" \"$0.pid\"\nexec sleep 300\n";
 
 /// A command under way, from an executable that has a stand-in for the daemon beside it.
 struct Running {
@@ -97,7 +96,10 @@ fn answer(
     }
 }
 
-fn serve(host: Host, mut answer: impl FnMut(Request) -> Result<Reply, ApiError> + Send + 'static) -> Canned {
+fn serve(
+    host: Host,
+    mut answer: impl FnMut(Request) -> Result<Reply, ApiError> + Send + 'static,
+) -> Canned {
     Canned::at(host, move |mut calls| {
         while let Some((request, reply)) = calls.blocking_recv() {
             let _ = reply.send(answer(request));
@@ -117,7 +119,8 @@ fn launch_starts_a_daemon_of_its_own_and_leaves_it_running() {
 
     assert!(runs(pid), "it outlives the command");
     let session = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let session: u32 = session.rsplit(") ").next().unwrap().split(' ').nth(3).unwrap().parse().unwrap();
+    let session: u32 =
+        session.rsplit(") ").next().unwrap().split(' ').nth(3).unwrap().parse().unwrap();
     assert_eq!(session, pid, "signals of the terminal do not reach it");
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
     assert!(!String::from_utf8_lossy(&environment).contains(TOKEN));
@@ -164,7 +167,10 @@ fn a_local_user_who_listens_in_place_of_the_daemon_is_told_no_token() {
     let outcome = host.run(&["launch", "--id", "1", "--token", TOKEN]);
     assert_eq!(outcome.code, 1, "{outcome:?}");
     let line = outcome.error_line();
-    assert!(line.contains("a program of user 1000 listens on") && line.contains("--run-dir"), "{line}");
+    assert!(
+        line.contains("a program of user 1000 listens on") && line.contains("--run-dir"),
+        "{line}"
+    );
     let told = told.recv_timeout(Duration::from_secs(20)).unwrap();
     assert!(told.is_empty(), "{:?}", String::from_utf8_lossy(&told));
 }
@@ -174,7 +180,10 @@ fn a_launch_that_is_refused_leaves_nothing() {
     let host = Host::new();
     let running = Running::start(&host, SLEEPER, &LAUNCH);
     let pid = running.daemon();
-    let node = serve(host, answer(pid, || Err(ApiError::refused("the kernel lacks TC: use 6.1 or later"))));
+    let node = serve(
+        host,
+        answer(pid, || Err(ApiError::refused("the kernel lacks TC: use 6.1 or later"))),
+    );
     let outcome = running.outcome();
     assert_eq!(outcome.code, 1);
     assert_eq!(outcome.error_line(), "overnode: the kernel lacks TC: use 6.1 or later");
@@ -219,7 +228,9 @@ fn a_daemon_that_ends_at_once_is_quoted() {
     assert_eq!(outcome.code, 1);
     let line = outcome.error_line();
     assert!(
-        line.contains("did not start: TCP port 6783 is in use: stop whatever uses it (exit status: 1)"),
+        line.contains(
+            "did not start: TCP port 6783 is in use: stop whatever uses it (exit status: 1)"
+        ),
         "{line}"
     );
     assert!(!host.run_dir().exists() && !host.state_dir().exists());
@@ -300,7 +311,8 @@ fn resume_of_a_state_without_a_node_starts_nothing() {
     host.pretend_launched();
     let running = Running::start(&host, SLEEPER, &["resume"]);
     let pid = running.daemon();
-    let _node = serve(host, move |_| Ok(Reply::Version(Version { id: None, ..node::version(pid) })));
+    let _node =
+        serve(host, move |_| Ok(Reply::Version(Version { id: None, ..node::version(pid) })));
     let outcome = running.outcome();
     assert_eq!(outcome.code, 1);
     assert!(outcome.error_line().contains("no node was launched here"), "{outcome:?}");
@@ -318,7 +330,13 @@ fn reset_waits_until_the_daemon_is_gone() {
                 Request::Version => (Reply::Version(node::version(pid)), false),
                 Request::Reset(reset) => {
                     assert!(reset.force);
-                    (Reply::WasReset(WasReset { id: Some(1.try_into().unwrap()), left: Vec::new() }), true)
+                    (
+                        Reply::WasReset(WasReset {
+                            id: Some(1.try_into().unwrap()),
+                            left: Vec::new(),
+                        }),
+                        true,
+                    )
                 }
                 other => panic!("unexpected: {other:?}"),
             };
@@ -334,7 +352,10 @@ fn reset_waits_until_the_daemon_is_gone() {
     fs::write(node.host.run_dir().join("overnoded.log"), "").unwrap();
     let begun = Instant::now();
     let outcome = node.host.run(&["reset", "--force"]);
-    assert!(begun.elapsed() >= Duration::from_millis(500), "it came back before the daemon was gone");
+    assert!(
+        begun.elapsed() >= Duration::from_millis(500),
+        "it came back before the daemon was gone"
+    );
     assert!(outcome.stdout.starts_with("node 1: reset;"), "{outcome:?}");
     assert!(!node.host.run_dir().join("overnoded.log").exists());
 }

@@ -72,10 +72,21 @@ fn wrong_usage_exits_with_two_and_one_line() {
         (&["peer", "add", "short", "--allowed-ips", "10.0.0.1/32"], "44 characters"),
         (&["peer", "add", KEY], "--allowed-ips"),
         (
-            &["peer", "add", KEY, "--allowed-ips", "10.0.0.1/32", "--preshared-key-file", "/dev/null"],
+            &[
+                "peer",
+                "add",
+                KEY,
+                "--allowed-ips",
+                "10.0.0.1/32",
+                "--preshared-key-file",
+                "/dev/null",
+            ],
             "32 bytes",
         ),
-        (&["peer", "add", KEY, "--allowed-ips", "10.0.0.1/32", "--endpoint", "1.2.3.4"], "HOST:PORT"),
+        (
+            &["peer", "add", KEY, "--allowed-ips", "10.0.0.1/32", "--endpoint", "1.2.3.4"],
+            "HOST:PORT",
+        ),
     ];
     for (arguments, expected) in wrong {
         let outcome = run(arguments);
@@ -122,7 +133,11 @@ fn every_command_explains_itself_with_an_example() {
         let words: Vec<&str> = command.split(' ').chain(["--help"]).collect();
         let outcome = run(&words);
         assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""), "{command}");
-        assert!(outcome.stdout.contains(&format!("overnode {command} ")), "{command}: {}", outcome.stdout);
+        assert!(
+            outcome.stdout.contains(&format!("overnode {command} ")),
+            "{command}: {}",
+            outcome.stdout
+        );
         assert!(outcome.stdout.contains("Example"), "{command}: {}", outcome.stdout);
     }
 }
@@ -140,7 +155,9 @@ fn tokens_are_strong_and_differ() {
     for token in &tokens {
         let text = token.strip_suffix('\n').unwrap();
         assert_eq!(text.len(), 40, "240 bits");
-        assert!(text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_'));
+        assert!(
+            text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+        );
         assert!(!text.starts_with('-'));
         assert_eq!(tokens.iter().filter(|other| *other == token).count(), 1);
     }
@@ -162,7 +179,10 @@ fn a_node_that_was_never_launched_is_told_from_one_that_was_stopped() {
         let outcome = host.run(arguments);
         assert_eq!(outcome.code, 1, "{arguments:?}: {outcome:?}");
         let line = outcome.error_line();
-        assert!(line.starts_with("overnode is not running on this host: no node was launched"), "{line}");
+        assert!(
+            line.starts_with("overnode is not running on this host: no node was launched"),
+            "{line}"
+        );
         assert!(line.contains("`overnode launch"), "{line}");
         assert!(host.is_untouched(), "{arguments:?}");
 

@@ -20,20 +20,22 @@ fn main() -> ExitCode {
         return run_workers(settings);
     }
     let options = Options::parse();
-    let filter = if options.debug { "info,overnode_daemon=debug,overnode_ebpf=debug" } else { "info" };
+    let filter =
+        if options.debug { "info,overnode_daemon=debug,overnode_ebpf=debug" } else { "info" };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .with_target(options.debug)
         .init();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!("the runtime did not start: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
+    let runtime =
+        match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                tracing::error!("the runtime did not start: {error}");
+                return ExitCode::FAILURE;
+            }
+        };
     match runtime.block_on(node::run(options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -44,7 +46,11 @@ fn main() -> ExitCode {
 }
 
 fn run_workers(settings: &str) -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .init();
     match bulk::process::run(settings) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

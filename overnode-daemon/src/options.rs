@@ -67,7 +67,8 @@ pub struct Options {
 impl Options {
     /// The engine to serve, if any.
     pub fn docker(&self) -> Option<docker::Places> {
-        let plugins = docker_plugins(&self.state_dir, &self.run_dir, self.docker_plugins.as_deref())?;
+        let plugins =
+            docker_plugins(&self.state_dir, &self.run_dir, self.docker_plugins.as_deref())?;
         Some(docker::Places { plugins, engine: self.docker_socket.clone() })
     }
 
@@ -81,7 +82,8 @@ impl Options {
 /// Where an engine looks for the plugin of a node with these directories. Nodes with directories of their own are several on one
 /// machine, and an engine has one node: they serve none but the one that is given.
 pub fn docker_plugins(state_dir: &Path, run_dir: &Path, given: Option<&Path>) -> Option<PathBuf> {
-    let is_usual = state_dir == Path::new(DEFAULT_STATE_DIR) && run_dir == Path::new(DEFAULT_RUN_DIR);
+    let is_usual =
+        state_dir == Path::new(DEFAULT_STATE_DIR) && run_dir == Path::new(DEFAULT_RUN_DIR);
     let usual = is_usual.then_some(Path::new(docker::PLUGINS));
     given.filter(|given| !given.as_os_str().is_empty()).or(usual).map(Path::to_owned)
 }
@@ -99,8 +101,9 @@ mod tests {
 
     #[test]
     fn metrics_are_served_where_an_address_is_given() {
-        let metrics =
-            |value: &str| Options::try_parse_from(["overnoded", "--metrics", value]).map(|it| it.metrics);
+        let metrics = |value: &str| {
+            Options::try_parse_from(["overnoded", "--metrics", value]).map(|it| it.metrics)
+        };
         assert_eq!(Options::parse_from(["overnoded"]).metrics, None);
         assert_eq!(metrics("").unwrap(), None);
         assert_eq!(metrics("[::1]:6785").unwrap(), Some("[::1]:6785".parse().unwrap()));
@@ -116,6 +119,9 @@ mod tests {
         assert_eq!(docker(&[]), Some(PathBuf::from(docker::PLUGINS)));
         assert_eq!(docker(&["--state-dir", "/tmp/other"]), None);
         assert_eq!(docker(&["--run-dir", "/tmp/other"]), None);
-        assert_eq!(docker(&["--run-dir", "/tmp/other", "--docker-plugins", "/x"]), Some("/x".into()));
+        assert_eq!(
+            docker(&["--run-dir", "/tmp/other", "--docker-plugins", "/x"]),
+            Some("/x".into())
+        );
     }
 }

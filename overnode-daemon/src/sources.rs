@@ -40,7 +40,10 @@ impl Sources {
     }
 
     fn sweep(&mut self, now: Instant) {
-        if self.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= Duration::from_secs(1)) {
+        if self
+            .swept
+            .is_none_or(|swept| now.saturating_duration_since(swept) >= Duration::from_secs(1))
+        {
             self.swept = Some(now);
             self.empty_at.retain(|_, empty_at| *empty_at > now);
         }
@@ -64,7 +67,9 @@ fn prefix(ip: IpAddr, v4_bits: u32, v6_bits: u32) -> IpAddr {
         IpAddr::V4(v4) => {
             std::net::Ipv4Addr::from_bits(v4.to_bits() >> (32 - v4_bits) << (32 - v4_bits)).into()
         }
-        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> (128 - v6_bits) << (128 - v6_bits)).into(),
+        IpAddr::V6(v6) => {
+            Ipv6Addr::from_bits(v6.to_bits() >> (128 - v6_bits) << (128 - v6_bits)).into()
+        }
     }
 }
 

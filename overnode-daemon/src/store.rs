@@ -17,7 +17,9 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction};
+use redb::{
+    Database, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -178,8 +180,9 @@ impl Store {
     /// [`StoreError::Damaged`].
     pub fn identity(&self) -> Result<Option<Identity>> {
         let Some(public) = self.get_meta("identity")? else { return Ok(None) };
-        let secret =
-            |name| self.read_secret(name)?.ok_or_else(|| self.damaged(format!("the {name} is missing")));
+        let secret = |name| {
+            self.read_secret(name)?.ok_or_else(|| self.damaged(format!("the {name} is missing")))
+        };
         Ok(Some(Identity::join(public, secret("identity")?, secret("cluster key")?)))
     }
 
@@ -243,7 +246,9 @@ impl Store {
             }
             table.insert(key.as_str(), encode(attachment).as_slice())?;
             if !attachment.is_static {
-                change.open_table(META)?.insert("cursor", encode(&attachment.address).as_slice())?;
+                change
+                    .open_table(META)?
+                    .insert("cursor", encode(&attachment.address).as_slice())?;
             }
             Ok(())
         })?;
@@ -257,7 +262,10 @@ impl Store {
     pub fn update_attachment(&self, attachment: &Attachment) -> Result<()> {
         let key = attachment.address.to_string();
         self.change(|change| {
-            change.open_table(ATTACHMENTS)?.insert(key.as_str(), encode(attachment).as_slice()).map(drop)?;
+            change
+                .open_table(ATTACHMENTS)?
+                .insert(key.as_str(), encode(attachment).as_slice())
+                .map(drop)?;
             Ok(())
         })
     }
@@ -269,7 +277,8 @@ impl Store {
     pub fn remove_attachment(&self, address: IpAddr) -> Result<bool> {
         let mut existed = false;
         self.change(|change| {
-            existed = change.open_table(ATTACHMENTS)?.remove(address.to_string().as_str())?.is_some();
+            existed =
+                change.open_table(ATTACHMENTS)?.remove(address.to_string().as_str())?.is_some();
             Ok(())
         })?;
         Ok(existed)
@@ -289,7 +298,10 @@ impl Store {
     /// [`StoreError::Write`].
     pub fn set_docker_networks(&self, networks: &BTreeSet<String>) -> Result<()> {
         self.change(|change| {
-            change.open_table(META)?.insert("docker_networks", encode(networks).as_slice()).map(drop)?;
+            change
+                .open_table(META)?
+                .insert("docker_networks", encode(networks).as_slice())
+                .map(drop)?;
             Ok(())
         })
     }
@@ -308,7 +320,10 @@ impl Store {
     /// [`StoreError::Write`].
     pub fn set_default_network(&self, made: bool) -> Result<()> {
         self.change(|change| {
-            change.open_table(META)?.insert("docker_default", encode(&made).as_slice()).map(drop)?;
+            change
+                .open_table(META)?
+                .insert("docker_default", encode(&made).as_slice())
+                .map(drop)?;
             Ok(())
         })
     }
@@ -383,8 +398,9 @@ impl Store {
             let table = read.open_table(PEERS)?;
             table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect()
         })?;
-        let decode =
-            |bytes: &Vec<u8>| postcard::from_bytes(bytes).map_err(|why| self.damaged(why.to_string()));
+        let decode = |bytes: &Vec<u8>| {
+            postcard::from_bytes(bytes).map_err(|why| self.damaged(why.to_string()))
+        };
         entries.iter().map(decode).collect()
     }
 
@@ -409,7 +425,9 @@ impl Store {
     /// # Errors
     /// [`StoreError::Write`].
     pub fn remove_peer(&self, id: NodeId) -> Result<()> {
-        self.change(|change| change.open_table(PEERS)?.remove(id.get()).map(drop).map_err(Into::into))
+        self.change(|change| {
+            change.open_table(PEERS)?.remove(id.get()).map(drop).map_err(Into::into)
+        })
     }
 
     /// The WireGuard peers that are no nodes, by index.
@@ -526,14 +544,19 @@ impl Store {
         let found: Option<serde_json::Value> = self.get_meta("schema").unwrap_or_default();
         match found {
             Some(found) if found == SCHEMA => Ok(()),
-            Some(found) => Err(StoreError::Schema { path: self.directory.clone(), found: reason(&found) }),
-            None => Err(StoreError::Schema { path: self.directory.clone(), found: "unknown".into() }),
+            Some(found) => {
+                Err(StoreError::Schema { path: self.directory.clone(), found: reason(&found) })
+            }
+            None => {
+                Err(StoreError::Schema { path: self.directory.clone(), found: "unknown".into() })
+            }
         }
     }
 
     fn get_meta<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
-        let bytes =
-            self.read(|read| Ok(read.open_table(META)?.get(name)?.map(|value| value.value().to_vec())))?;
+        let bytes = self.read(|read| {
+            Ok(read.open_table(META)?.get(name)?.map(|value| value.value().to_vec()))
+        })?;
         bytes.map(|bytes| self.decode(&bytes)).transpose()
     }
 
@@ -569,7 +592,8 @@ impl Store {
             change(&transaction)?;
             Ok(transaction.commit()?)
         })?;
-        outcome.map_err(|why| StoreError::Write { path: self.directory.clone(), why: why.to_string() })
+        outcome
+            .map_err(|why| StoreError::Write { path: self.directory.clone(), why: why.to_string() })
     }
 
     /// After the disk has refused one thing, redb refuses everything until it is opened again, which takes it back to what was committed.
@@ -617,7 +641,10 @@ fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     serde_json::to_vec(value).expect("plain data always encodes")
 }
 
-fn replace_targets(change: &WriteTransaction, targets: &[String]) -> std::result::Result<(), redb::Error> {
+fn replace_targets(
+    change: &WriteTransaction,
+    targets: &[String],
+) -> std::result::Result<(), redb::Error> {
     let mut table = change.open_table(TARGETS)?;
     table.retain(|_, _| false)?;
     for (place, target) in (0..).zip(targets) {

@@ -100,7 +100,9 @@ impl fmt::Display for PeerIndex {
 pub struct PublicKey(pub [u8; 32]);
 
 /// An Ed25519 public key, which a node's records are verified with. Shown and parsed as [`PublicKey`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(from = "PublicKey", into = "PublicKey")]
 pub struct VerifyingKey(pub [u8; 32]);
 

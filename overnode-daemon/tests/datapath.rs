@@ -48,13 +48,16 @@ fn adoption_knows_peers_routes_and_ages() {
     let before = Instant::now();
     pair.connect();
     pair.ping_across(3, "0.01");
-    let (peer, routes) =
-        pair.b.run(async |datapath| (datapath.peers().unwrap().remove(0), datapath.routes(PeerIndex(1))));
+    let (peer, routes) = pair
+        .b
+        .run(async |datapath| (datapath.peers().unwrap().remove(0), datapath.routes(PeerIndex(1))));
     assert_eq!((peer.index, peer.public_key), (PeerIndex(1), PublicKey([1; 32])));
     assert_eq!(peer.endpoint, Some((addr("192.0.2.1"), 6784).into()));
     assert_eq!(peer.mtu, 1420, "never above the containers' MTU");
     let session = peer.sessions[0];
-    assert!(session.created >= before - Duration::from_secs(1) && session.created <= Instant::now());
+    assert!(
+        session.created >= before - Duration::from_secs(1) && session.created <= Instant::now()
+    );
     assert_eq!(session.expires - session.created, Duration::from_secs(180));
     assert!(!session.initiator && session.confirmed && session.sealing);
     assert!(peer.last_data_received.is_some_and(|at| at >= before && at <= Instant::now()));
@@ -99,8 +102,9 @@ fn clsact_carries_the_same_traffic() {
     // Somebody else's qdisc stays; ours goes.
     run("tc", &["-n", &pair.b.namespace.name, "qdisc", "add", "dev", "eth0", "clsact"]);
     pair.connect();
-    let filters =
-        |host: &Host| run("tc", &["-n", &host.namespace.name, "filter", "show", "dev", "eth0", "ingress"]);
+    let filters = |host: &Host| {
+        run("tc", &["-n", &host.namespace.name, "filter", "show", "dev", "eth0", "ingress"])
+    };
     assert!(filters(&pair.a).contains("from_underlay"), "{}", filters(&pair.a));
     let ping = pair.background_ping(2000, "0.001");
     for _ in 0..4 {
@@ -156,7 +160,8 @@ fn from_clsact_to_tcx_and_back_without_a_gap() {
     }
     assert_eq!(pair.a.run(async |datapath| datapath.underlay().hook), Hook::Tcx);
     ping.lost_nothing();
-    let filters = run("tc", &["-n", &pair.a.namespace.name, "filter", "show", "dev", "eth0", "ingress"]);
+    let filters =
+        run("tc", &["-n", &pair.a.namespace.name, "filter", "show", "dev", "eth0", "ingress"]);
     assert_eq!(filters.trim(), "");
 }
 
@@ -172,7 +177,8 @@ fn both_ways_of_being_started_find_the_same_objects() {
     let pair = Pair::new(false);
     pair.connect();
     let environment = pair.a.environment();
-    let variables = [("DATAPATH_STATE", environment.0.as_str()), ("DATAPATH_NETNS", environment.1.as_str())];
+    let variables =
+        [("DATAPATH_STATE", environment.0.as_str()), ("DATAPATH_NETNS", environment.1.as_str())];
     assert!(!reexec(name, &variables, Some("ip netns exec")), "the parent goes on");
     pair.ping_across(5, "0.01");
     let underlay = pair.a.run(async |datapath| datapath.underlay());
@@ -209,7 +215,8 @@ fn containers_of_one_host_reach_each_other() {
         datapath.attach(&attachment(&pair.container_a, "10.40.0.1", "ov00000001")).await.unwrap();
         datapath.attach(&attachment(&second, "10.40.0.2", "ov00000002")).await.unwrap();
     });
-    let output = pair.container_a.exec("ping", &["-q", "-c", "5", "-i", "0.01", "-W", "1", "10.40.0.2"]);
+    let output =
+        pair.container_a.exec("ping", &["-q", "-c", "5", "-i", "0.01", "-W", "1", "10.40.0.2"]);
     assert!(output.contains(" 0% packet loss"), "{output}");
     let link = ip_output(&second, &["-d", "addr", "show", "overnode0"]);
     assert!(link.contains("10.40.0.2/12") && link.contains("mtu 1420"), "{link}");
@@ -223,15 +230,21 @@ fn the_normaliser_finishes_packets_and_has_no_addresses() {
     let pair = Pair::new(false);
     pair.a.run(async |_| ());
     let features = pair.a.namespace.exec("ethtool", &["-k", "ovn0"]);
-    for feature in
-        ["tx-checksumming", "scatter-gather", "tcp-segmentation-offload", "generic-segmentation-offload"]
-    {
+    for feature in [
+        "tx-checksumming",
+        "scatter-gather",
+        "tcp-segmentation-offload",
+        "generic-segmentation-offload",
+    ] {
         assert!(features.contains(&format!("{feature}: off")), "{feature}: {features}");
     }
     assert!(features.contains("tx-udp-segmentation: off"), "{features}");
     for end in ["ovn0", "ovn1"] {
         let link = ip_output(&pair.a.namespace, &["addr", "show", end]);
-        assert!(link.contains("UP") && !link.contains("inet") && link.contains("mtu 65535"), "{link}");
+        assert!(
+            link.contains("UP") && !link.contains("inet") && link.contains("mtu 65535"),
+            "{link}"
+        );
         let link = ip_output(&pair.a.namespace, &["link", "show", end]);
         assert!(link.contains(&format!("alias overnode:{}", pair.a.node())), "{link}");
     }
@@ -268,11 +281,18 @@ fn a_failed_attach_leaves_nothing() {
             let error = format!("{:#}", datapath.attach(attachment).await.unwrap_err());
             assert!(error.contains(why), "{error}");
         };
-        refused(datapath, &attachment(&taken, "10.40.0.1", "ov00000001"), "overnode0 is there already").await;
-        refused(datapath, &attachment(&pair.container_a, "10.60.0.1", "ov00000001"), "outside").await;
+        refused(
+            datapath,
+            &attachment(&taken, "10.40.0.1", "ov00000001"),
+            "overnode0 is there already",
+        )
+        .await;
+        refused(datapath, &attachment(&pair.container_a, "10.60.0.1", "ov00000001"), "outside")
+            .await;
         refused(datapath, &attachment(&pair.container_a, "10.40.0.1", "eth0"), "no name").await;
         let at = |netns| Attachment::inside(netns, addr("10.40.0.1"));
-        refused(datapath, &at(NetnsRef::Path("/proc/thread-self/ns/net".into())), "host's own").await;
+        refused(datapath, &at(NetnsRef::Path("/proc/thread-self/ns/net".into())), "host's own")
+            .await;
         let gone = at(NetnsRef::Pid(u32::MAX));
         refused(datapath, &gone, "does it still run").await;
         let group = Attachment {
@@ -289,8 +309,12 @@ fn a_failed_attach_leaves_nothing() {
             "overnode0 is there already",
         )
         .await;
-        refused(datapath, &attachment(&other, "10.40.0.2", "ov00000001"), "ov00000001 is there already")
-            .await;
+        refused(
+            datapath,
+            &attachment(&other, "10.40.0.2", "ov00000001"),
+            "ov00000001 is there already",
+        )
+        .await;
         datapath.detach("ov00000001").await.unwrap();
         datapath.detach("ov00000001").await.unwrap();
         datapath.attach(&attachment(&pair.container_a, "10.40.0.1", "ov00000002")).await.unwrap();
@@ -347,7 +371,10 @@ fn reconcile_removes_what_is_nobodys_and_nothing_else() {
     pair.a.run(async |datapath| {
         let lost = datapath.reconcile(&[known.clone(), gone.clone()]).await.unwrap();
         assert!(lost[0].netns_exists && lost[0].address == addr("10.40.0.3"));
-        assert_eq!(lost.iter().map(|lost| lost.host_interface.as_str()).collect::<Vec<_>>(), ["ov00000003"]);
+        assert_eq!(
+            lost.iter().map(|lost| lost.host_interface.as_str()).collect::<Vec<_>>(),
+            ["ov00000003"]
+        );
         assert_eq!(datapath.reconcile(std::slice::from_ref(&known)).await.unwrap(), []);
     });
     let links = ip_output(&pair.a.namespace, &["link"]);
@@ -480,7 +507,12 @@ fn one_interface_may_be_chosen() {
         let eth0 = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
         assert!(eth0.contains("eth0"));
         assert_eq!(
-            datapath.underlay().interfaces.iter().filter(|interface| interface.name == "eth0").count(),
+            datapath
+                .underlay()
+                .interfaces
+                .iter()
+                .filter(|interface| interface.name == "eth0")
+                .count(),
             0
         );
     });
@@ -499,17 +531,25 @@ fn a_session_slot_is_quarantined_and_wiped() {
         let peer = PeerIndex(2);
         assert!(datapath.install_session(peer, &keys).unwrap_err().to_string().contains("in use"));
         datapath.withdraw_session(peer, 0xffff_f001).unwrap();
-        assert_eq!(datapath.peers().unwrap()[0].sessions.len(), 1, "another index in the same slot");
+        assert_eq!(
+            datapath.peers().unwrap()[0].sessions.len(),
+            1,
+            "another index in the same slot"
+        );
         datapath.withdraw_session(peer, keys.local_index).unwrap();
         assert_eq!(datapath.peers().unwrap()[0].sessions, []);
         assert!(datapath.install_session(peer, &keys).is_err(), "a moment ago");
         let before = datapath.counters().unwrap();
-        pair.container_a.exec_status("ping", &["-q", "-c", "2", "-i", "0.01", "-W", "0.1", "10.42.0.1"]);
+        pair.container_a
+            .exec_status("ping", &["-q", "-c", "2", "-i", "0.01", "-W", "0.1", "10.42.0.1"]);
         let grown = growth(&before, &datapath.counters().unwrap());
         assert_eq!(grown, [("no-session", 2)], "dropped and counted, never sent");
         tokio::time::sleep(Duration::from_millis(900)).await;
         datapath.install_session(peer, &pair.keys(true, 1)).unwrap();
-        assert!(datapath.install_session(PeerIndex(77), &pair.keys(true, 5)).is_err(), "no such peer");
+        assert!(
+            datapath.install_session(PeerIndex(77), &pair.keys(true, 5)).is_err(),
+            "no such peer"
+        );
     });
     pair.b.run(async |datapath| {
         datapath.withdraw_session(PeerIndex(1), pair.keys(false, 1).local_index).unwrap();
@@ -526,8 +566,12 @@ fn a_new_session_takes_over_without_a_loss() {
     let ping = pair.background_ping(4000, "0.001");
     for slot in 2..6 {
         // As a handshake does: the responder first, then the initiator, who seals at once.
-        pair.b.run(async |datapath| datapath.install_session(PeerIndex(1), &pair.keys(false, slot)).unwrap());
-        pair.a.run(async |datapath| datapath.install_session(PeerIndex(2), &pair.keys(true, slot)).unwrap());
+        pair.b.run(async |datapath| {
+            datapath.install_session(PeerIndex(1), &pair.keys(false, slot)).unwrap()
+        });
+        pair.a.run(async |datapath| {
+            datapath.install_session(PeerIndex(2), &pair.keys(true, slot)).unwrap()
+        });
         let both = [(&pair.a, PeerIndex(2)), (&pair.b, PeerIndex(1))];
         for (host, _) in both {
             host.run(async |datapath| seals_under(datapath, slot).await);
@@ -564,9 +608,14 @@ fn probes_of_every_size_that_the_underlay_takes_arrive() {
         pair.b.run(async |datapath| {
             let mut probes = datapath.probes().unwrap();
             for (n, inner_len) in (0..).zip([56, 500, largest]) {
-                let probe =
-                    tokio::time::timeout(Duration::from_secs(5), probes.recv()).await.unwrap().unwrap();
-                assert_eq!((probe.peer, probe.inner_len, probe.payload), (PeerIndex(1), inner_len, [n; 28]));
+                let probe = tokio::time::timeout(Duration::from_secs(5), probes.recv())
+                    .await
+                    .unwrap()
+                    .unwrap();
+                assert_eq!(
+                    (probe.peer, probe.inner_len, probe.payload),
+                    (PeerIndex(1), inner_len, [n; 28])
+                );
             }
             assert!(
                 tokio::time::timeout(Duration::from_millis(50), probes.recv()).await.is_err(),
@@ -599,7 +648,18 @@ fn a_keepalive_confirms_the_session_at_the_other_end() {
 #[test]
 fn a_foreign_normaliser_is_an_error_and_stays() {
     let pair = Pair::new(false);
-    ip(&["-n", &pair.a.namespace.name, "link", "add", "ovn0", "type", "veth", "peer", "name", "ovn1"]);
+    ip(&[
+        "-n",
+        &pair.a.namespace.name,
+        "link",
+        "add",
+        "ovn0",
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "ovn1",
+    ]);
     let error = pair.a.try_open().unwrap_err().to_string();
     assert!(error.contains("ovn0") && error.contains("did not make"), "{error}");
     pair.a.tear_down();
@@ -611,13 +671,18 @@ async fn seals_under(datapath: &Datapath, slot: u32) {
     let start = Instant::now();
     loop {
         let sessions = datapath.peers().unwrap().remove(0).sessions;
-        let sealing =
-            sessions.iter().filter(|session| session.sealing).map(|session| session.local_index & 0xfff);
+        let sealing = sessions
+            .iter()
+            .filter(|session| session.sealing)
+            .map(|session| session.local_index & 0xfff);
         let sealing: Vec<u32> = sealing.collect();
         if sealing == [slot] {
             return;
         }
-        assert!(start.elapsed() < Duration::from_secs(3), "slot {slot} does not seal, but {sealing:?}");
+        assert!(
+            start.elapsed() < Duration::from_secs(3),
+            "slot {slot} does not seal, but {sealing:?}"
+        );
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
@@ -631,7 +696,10 @@ fn attachment(container: &Namespace, address: &str, host_interface: &str) -> Att
     Attachment { host_interface: host_interface.into(), ..ordinary }
 }
 
-fn growth<'a>(before: &BTreeMap<&'a str, u64>, after: &BTreeMap<&'a str, u64>) -> Vec<(&'a str, u64)> {
+fn growth<'a>(
+    before: &BTreeMap<&'a str, u64>,
+    after: &BTreeMap<&'a str, u64>,
+) -> Vec<(&'a str, u64)> {
     after
         .iter()
         .map(|(reason, count)| (*reason, count - before[reason]))

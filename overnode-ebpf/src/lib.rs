@@ -3,7 +3,11 @@
 //!
 //! The programs themselves are the binary of this package ([`main.rs`](../overnode_ebpf/index.html)).
 #![cfg_attr(not(test), no_std)]
-#![cfg_attr(target_arch = "bpf", feature(core_intrinsics, asm_experimental_arch), allow(internal_features))]
+#![cfg_attr(
+    target_arch = "bpf",
+    feature(core_intrinsics, asm_experimental_arch),
+    allow(internal_features)
+)]
 
 pub mod aead;
 pub mod mac1;

@@ -15,8 +15,16 @@ use crate::wire::{INITIATION_LEN, MAC_LEN, RESPONSE_LEN};
 pub type State = [u32; 8];
 
 /// The initialization vector, which is SHA-256's.
-const IV: State =
-    [0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19];
+const IV: State = [
+    0x6a09_e667,
+    0xbb67_ae85,
+    0x3c6e_f372,
+    0xa54f_f53a,
+    0x510e_527f,
+    0x9b05_688c,
+    0x1f83_d9ab,
+    0x5be0_cd19,
+];
 
 /// Which word of the block each round mixes in where (RFC 7693, section 2.7).
 const SIGMA: [[usize; 16]; 10] = [
@@ -58,7 +66,8 @@ pub unsafe fn is_initiation(state: State, message: *const u8) -> bool {
     // SAFETY: the body is a block and so many words, and the MAC follows.
     unsafe {
         let state = compress::<16>(state, message, 2 * BLOCK_LEN as u32, false);
-        let state = compress::<WORDS>(state, message.add(BLOCK_LEN), (BLOCK_LEN + BODY) as u32, true);
+        let state =
+            compress::<WORDS>(state, message.add(BLOCK_LEN), (BLOCK_LEN + BODY) as u32, true);
         is_mac(state, message.add(BODY))
     }
 }

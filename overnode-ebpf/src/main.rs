@@ -8,7 +8,13 @@
 //! | `from_underlay_xdp` | the same as an XDP program | the same |
 //! | `from_bulk` | TAP device of a worker of the bulk path, ingress | delivers what the worker opened |
 //! | `aead_check` | nowhere: tests run it | seals or opens a test vector |
-#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(core_intrinsics), allow(internal_features))]
+#![cfg_attr(
+    target_arch = "bpf",
+    no_std,
+    no_main,
+    feature(core_intrinsics),
+    allow(internal_features)
+)]
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}
@@ -22,8 +28,8 @@ mod entry {
     use aya_ebpf::macros::{classifier, xdp};
     use aya_ebpf::programs::{TcContext, XdpContext};
     use overnode_ebpf::map::{
-        PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP,
-        PROGRAM_SEAL,
+        PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY,
+        PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL,
     };
 
     use crate::program::{

@@ -46,8 +46,13 @@ impl Window {
         // SAFETY: the caller's.
         in_time(unsafe { cell::load(&raw const (*this).next) }, counter)?;
         // SAFETY: the caller's; the index is below WORDS.
-        let word = unsafe { cell::load((&raw const (*this).words).cast::<u64>().add(index(counter))) };
-        if word >> 32 == tag(counter) && word & bit(counter) != 0 { Err(Reason::Replayed) } else { Ok(()) }
+        let word =
+            unsafe { cell::load((&raw const (*this).words).cast::<u64>().add(index(counter))) };
+        if word >> 32 == tag(counter) && word & bit(counter) != 0 {
+            Err(Reason::Replayed)
+        } else {
+            Ok(())
+        }
     }
 
     /// Marks a counter as seen, once its message is authenticated.
@@ -193,7 +198,10 @@ mod cell {
         pub unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
             // SAFETY: the caller's.
             unsafe {
-                atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, old, new).0
+                atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                    word, old, new,
+                )
+                .0
             }
         }
     }

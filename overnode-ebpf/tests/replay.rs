@@ -146,7 +146,9 @@ fn descending_to_the_end_then_one_ahead() {
 #[test]
 fn distances() {
     for distance in (0..200).chain(8000..8500) {
-        for base in [0, 1, 31, 32, 8191, 8192, (1 << 36) + 7, (1 << 37) - 5, 1 << 37, (1 << 37) + 8192] {
+        for base in
+            [0, 1, 31, 32, 8191, 8192, (1 << 36) + 7, (1 << 37) - 5, 1 << 37, (1 << 37) + 8192]
+        {
             let window = Shared::new();
             window.takes(base + distance);
             match distance {
@@ -181,7 +183,8 @@ impl Model {
         let greatest = self.0.last().copied();
         if counter >= REJECT_AFTER_MESSAGES {
             Err(Reason::Exhausted)
-        } else if greatest.is_some_and(|greatest| greatest > WINDOW && counter < greatest - WINDOW) {
+        } else if greatest.is_some_and(|greatest| greatest > WINDOW && counter < greatest - WINDOW)
+        {
             Err(Reason::TooOld)
         } else if self.0.insert(counter) {
             Ok(())
@@ -238,9 +241,12 @@ fn many_threads() {
                     barrier.wait();
                     for step in 0..BURST {
                         // Each thread in another order; a factor that is odd visits every counter.
-                        let counter = burst * BURST + (step * (2 * thread + 1) + 37 * thread) % BURST;
+                        let counter =
+                            burst * BURST + (step * (2 * thread + 1) + 37 * thread) % BURST;
                         match window.accept(counter) {
-                            Ok(()) => _ = accepted[counter as usize].fetch_add(1, Ordering::Relaxed),
+                            Ok(()) => {
+                                _ = accepted[counter as usize].fetch_add(1, Ordering::Relaxed)
+                            }
                             Err(Reason::Replayed) => {}
                             Err(Reason::Helper) => _ = contended.fetch_add(1, Ordering::Relaxed),
                             Err(other) => panic!("{counter}: {other:?}"),
@@ -251,8 +257,10 @@ fn many_threads() {
         }
     });
     let offered = COUNTERS / BURST * BURST;
-    let times =
-        |n| accepted[..offered as usize].iter().filter(|a| a.load(Ordering::Relaxed) == n).count() as u64;
+    let times = |n| {
+        accepted[..offered as usize].iter().filter(|a| a.load(Ordering::Relaxed) == n).count()
+            as u64
+    };
     assert_eq!(times(0) + times(1), offered, "counters accepted twice");
     assert!(times(0) <= contended.into_inner(), "{} counters accepted by nobody", times(0));
 }
@@ -277,7 +285,10 @@ fn threads_that_race_ahead() {
             });
         }
     });
-    assert!(accepted.iter().all(|times| times.load(Ordering::Relaxed) <= 1), "a counter was accepted twice");
+    assert!(
+        accepted.iter().all(|times| times.load(Ordering::Relaxed) <= 1),
+        "a counter was accepted twice"
+    );
     let any = accepted.iter().filter(|times| times.load(Ordering::Relaxed) == 1).count();
     assert!(any > COUNTERS as usize / 10, "only {any} counters were accepted");
 }

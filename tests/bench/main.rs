@@ -113,10 +113,12 @@ fn datapath(arguments: Datapath) -> Result<()> {
     };
     print!("{report}");
     if let Some(file) = arguments.json {
-        let folder = std::env::var_os("OVERNODE_BENCH_FOLDER").map(PathBuf::from).unwrap_or_default();
+        let folder =
+            std::env::var_os("OVERNODE_BENCH_FOLDER").map(PathBuf::from).unwrap_or_default();
         let file = folder.join(file);
         let text = serde_json::to_string_pretty(&report.to_json())?;
-        std::fs::write(&file, text + "\n").with_context(|| format!("cannot write {}", file.display()))?;
+        std::fs::write(&file, text + "\n")
+            .with_context(|| format!("cannot write {}", file.display()))?;
     }
     ensure!(report.is_complete(), "something could not be measured: the reasons are above");
     Ok(())

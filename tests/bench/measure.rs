@@ -27,7 +27,8 @@ pub struct Times {
 
 impl Times {
     /// For figures.
-    pub const FULL: Self = Self { pings: 3000, flood: Duration::from_secs(2), stream_seconds: 3, turns: 10 };
+    pub const FULL: Self =
+        Self { pings: 3000, flood: Duration::from_secs(2), stream_seconds: 3, turns: 10 };
     /// For seeing that all works.
     pub const QUICK: Self =
         Self { pings: 300, flood: Duration::from_millis(500), stream_seconds: 1, turns: 1 };
@@ -95,7 +96,8 @@ pub fn round(network: &Network, times: Times) -> Result<Round> {
     };
     let (before, one) = (busy()?, stream(&["-P", "1"])?);
     let busy = busy()? - before;
-    let gigabytes = one["end"]["sum_received"]["bytes"].as_f64().context("iperf3 printed no bytes")? / 1e9;
+    let gigabytes =
+        one["end"]["sum_received"]["bytes"].as_f64().context("iperf3 printed no bytes")? / 1e9;
     let retransmits = one["end"]["sum_sent"]["retransmits"].as_f64().unwrap_or_default();
     let both = stream(&["--bidir"])?;
     let loaded = beside(network, &server, times, &[])?;
@@ -146,7 +148,8 @@ fn beside(network: &Network, server: &Server, times: Times, flow: &[&str]) -> Re
     let (report, pings) = std::thread::scope(|scope| {
         let flow = scope.spawn(|| server.client(a, &[&["-t", &seconds], flow].concat()));
         std::thread::sleep(RAMP);
-        let pings = probe::ping(a, network.to, u64::from(times.stream_seconds) * 700, PING_INTERVAL);
+        let pings =
+            probe::ping(a, network.to, u64::from(times.stream_seconds) * 700, PING_INTERVAL);
         let report = flow.join().map_err(|_| anyhow!("the flow beside the pings panicked"))?;
         anyhow::Ok((report?, pings?))
     })
@@ -161,14 +164,18 @@ fn beside(network: &Network, server: &Server, times: Times, flow: &[&str]) -> Re
 
 /// What iperf3 says of one of its sums, Gbit/s.
 fn goodput(report: &Value, sum: &str) -> Result<f64> {
-    report["end"][sum]["bits_per_second"].as_f64().context("iperf3 printed no sum").map(|rate| rate / 1e9)
+    report["end"][sum]["bits_per_second"]
+        .as_f64()
+        .context("iperf3 printed no sum")
+        .map(|rate| rate / 1e9)
 }
 
 /// Time that the processors have been busy since the machine started.
 fn busy() -> Result<Duration> {
     let text = std::fs::read_to_string("/proc/stat")?;
     let line = text.lines().next().context("/proc/stat is empty")?;
-    let fields: Vec<u64> = line.split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect();
+    let fields: Vec<u64> =
+        line.split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect();
     // user, nice, system, idle, iowait, irq, softirq (proc(5)), in hundredths of a second.
     let [user, nice, system, _, _, irq, softirq, ..] = fields[..] else {
         bail!("/proc/stat is not understood")

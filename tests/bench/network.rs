@@ -212,14 +212,17 @@ impl Network {
         if let Some(joins) = kind.joins_without_tso() {
             lab.stop_segmenting(joins)?;
         }
-        let IpAddr::V4(to) = b.address() else { anyhow::bail!("{} is no IPv4 address", b.address()) };
+        let IpAddr::V4(to) = b.address() else {
+            anyhow::bail!("{} is no IPv4 address", b.address())
+        };
         lab::eventually(Duration::from_secs(30), || {
             let lost = probe::ping(a.netns(), to, 1, Duration::from_millis(1))?.lost();
             ensure!(lost == 0, "the containers cannot reach each other");
             Ok(())
         })?;
         for (container, other) in [(&a, to.into()), (&b, a.address())] {
-            control_congestion(container, other).context("TCP's congestion control cannot be set")?;
+            control_congestion(container, other)
+                .context("TCP's congestion control cannot be set")?;
         }
         Ok(Self { a, b, to, _tunnel: tunnel, _lab: lab })
     }
@@ -228,7 +231,8 @@ impl Network {
 /// Has a container send to an address under [`CONGESTION`].
 fn control_congestion(container: &Container, to: IpAddr) -> Result<()> {
     let to = to.to_string();
-    let routes: Value = serde_json::from_str(&container.netns().ip(&["-json", "route", "get", &to])?)?;
+    let routes: Value =
+        serde_json::from_str(&container.netns().ip(&["-json", "route", "get", &to])?)?;
     let part = |key: &str| routes[0][key].as_str();
     let way = [("via", part("gateway")), ("dev", part("dev"))];
     let way = way.into_iter().filter_map(|(word, value)| Some([word, value?])).flatten();
@@ -289,9 +293,11 @@ fn vxlan(lab: &Lab) -> Result<()> {
         let host = lab.hosts()[own].netns();
         let remote = UNDERLAY[other].to_string();
         let port = ["dstport", "4789", "dev", "eth0"];
-        host.ip(
-            &[&["link", "add", "vx0", "type", "vxlan", "id", "77", "remote", &remote], &port[..]].concat()
-        )?;
+        host.ip(&[
+            &["link", "add", "vx0", "type", "vxlan", "id", "77", "remote", &remote],
+            &port[..],
+        ]
+        .concat())?;
         host.ip(&["address", "add", &format!("{}/24", TUNNEL[own]), "dev", "vx0"])?;
         host.ip(&["link", "set", "vx0", "mtu", &VXLAN_MTU.to_string(), "up"])?;
         route(lab, own, &["via", &TUNNEL[other].to_string()])?;
@@ -328,7 +334,12 @@ fn overnode(lab: &Lab, containers: [&Container; 2], bulk: &str) -> Result<()> {
 }
 
 /// A node on each host with these addresses, and a container on each; returns when workers serve, if there are any.
-pub fn launch(lab: &Lab, containers: [&Container; 2], addresses: [IpAddr; 2], bulk: &str) -> Result<()> {
+pub fn launch(
+    lab: &Lab,
+    containers: [&Container; 2],
+    addresses: [IpAddr; 2],
+    bulk: &str,
+) -> Result<()> {
     for (own, other) in PAIRS {
         let (id, target) = ((own + 1).to_string(), addresses[other].to_string());
         let words = ["launch", "--bulk", bulk, "--id", &id, &target];
@@ -337,9 +348,11 @@ pub fn launch(lab: &Lab, containers: [&Container; 2], addresses: [IpAddr; 2], bu
     for host in lab.hosts() {
         lab::eventually(Duration::from_secs(30), || {
             let status = host.status()?;
-            let mut peers = status["peers"].as_array().into_iter().flatten().map(|peer| &peer["data"]);
+            let mut peers =
+                status["peers"].as_array().into_iter().flatten().map(|peer| &peer["data"]);
             let is_ready = peers.any(|data| {
-                data["session"] == "established" && (bulk == "off" || data["bulk"]["in_use"] == true)
+                data["session"] == "established"
+                    && (bulk == "off" || data["bulk"]["in_use"] == true)
             });
             ensure!(is_ready, "no session, or no workers: {}", host.log());
             Ok(())

@@ -98,7 +98,8 @@ impl Pinger {
         .context("cannot open a raw socket")?;
         setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
         setsockopt(&socket, sockopt::RcvBufForce, &(1 << 22))?;
-        let ident = (SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos() as u16).to_be_bytes();
+        let ident =
+            (SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos() as u16).to_be_bytes();
         Ok(Self { socket, to, ident, sent: Vec::new(), answered: 0 })
     }
 
@@ -117,7 +118,10 @@ impl Pinger {
         let none: [ControlMessage<'_>; 0] = [];
         match sendmsg(self.socket.as_raw_fd(), &parts, &none, MsgFlags::empty(), Some(&to)) {
             // What a full queue or a missing route swallows is a lost ping, which is what is counted.
-            Ok(_) | Err(Errno::ENOBUFS | Errno::EAGAIN | Errno::EHOSTUNREACH | Errno::ENETUNREACH) => Ok(()),
+            Ok(_)
+            | Err(Errno::ENOBUFS | Errno::EAGAIN | Errno::EHOSTUNREACH | Errno::ENETUNREACH) => {
+                Ok(())
+            }
             Err(error) => Err(anyhow!(error).context(format!("cannot send a ping to {}", self.to))),
         }
     }
@@ -194,7 +198,13 @@ fn now() -> Duration {
 ///
 /// # Errors
 /// When a socket cannot be had, or nothing arrives at all.
-pub fn flood(from: &Netns, to: &Netns, address: Ipv4Addr, payload: usize, time: Duration) -> Result<f64> {
+pub fn flood(
+    from: &Netns,
+    to: &Netns,
+    address: Ipv4Addr,
+    payload: usize,
+    time: Duration,
+) -> Result<f64> {
     let (sender, receiver) = udp_pair(from, to, address)?;
     rate(&sender, &receiver, payload, 2048, |_| 1, time)
 }

@@ -18,7 +18,8 @@ use lab::raw::checksum;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::time::{ClockId, clock_gettime};
 use overnode_ebpf::map::{
-    Address, Config, Endpoint, Peer, ROUTE_LOCAL, ROUTE_PEER, Route, SESSION_LIVE, SESSION_SLOT_BITS, Session,
+    Address, Config, Endpoint, Peer, ROUTE_LOCAL, ROUTE_PEER, Route, SESSION_LIVE,
+    SESSION_SLOT_BITS, Session,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::{WORDS, Window};
@@ -27,7 +28,8 @@ use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
 /// Lengths of the inner packets, from the IP header on, in bytes.
 pub const SIZES: [usize; 3] = [64, 512, 1400];
-const PROGRAMS: [&str; 5] = ["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk"];
+const PROGRAMS: [&str; 5] =
+    ["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk"];
 
 const INNER: [[u8; 4]; 2] = [[10, 40, 0, 1], [10, 48, 0, 1]];
 const OUTER: [[u8; 4]; 2] = [[192, 168, 77, 1], [192, 168, 77, 2]];
@@ -87,11 +89,15 @@ impl Bench {
         let mut programs = parse()?;
         let mut verified = BTreeMap::new();
         for name in PROGRAMS {
-            let program =
-                programs.program_mut(name).with_context(|| format!("there is no program {name}"))?;
+            let program = programs
+                .program_mut(name)
+                .with_context(|| format!("there is no program {name}"))?;
             load(program).with_context(|| format!("the kernel refuses {name}"))?;
             let info = program.info()?;
-            verified.insert(name, info.verified_instruction_count().context("this kernel does not tell")?);
+            verified.insert(
+                name,
+                info.verified_instruction_count().context("this kernel does not tell")?,
+            );
         }
         fill(&mut programs)?;
         let routes = take(&mut programs, "ROUTES")?;
@@ -118,7 +124,10 @@ impl Bench {
             times.push(time);
             messages.push(message);
         }
-        ensure!(messages[0].len() > frame.len() + IPV4_LEN + UDP_LEN, "seal did not make the packet longer");
+        ensure!(
+            messages[0].len() > frame.len() + IPV4_LEN + UDP_LEN,
+            "seal did not make the packet longer"
+        );
         ensure!(messages[0] != messages[runs - 1], "seal made the same message twice");
         Ok((median(times), messages))
     }
@@ -199,7 +208,8 @@ fn stack_depths() -> Result<BTreeMap<&'static str, u32>> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let mut depths = BTreeMap::new();
     for name in PROGRAMS {
-        let program = programs.program_mut(name).with_context(|| format!("there is no program {name}"))?;
+        let program =
+            programs.program_mut(name).with_context(|| format!("there is no program {name}"))?;
         // The lowest number that is free, which the next file would get.
         let next = File::open("/dev/null")?.as_raw_fd();
         setrlimit(Resource::RLIMIT_NOFILE, next.try_into()?, hard)?;
@@ -268,7 +278,8 @@ fn fill(programs: &mut Ebpf) -> Result<()> {
     peers.set(PEER, peer, 0)?;
 
     let mut sessions: Array<_, Session> = take(programs, "SESSIONS")?;
-    let created_ns = u64::try_from(Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME)?).as_nanos())?;
+    let created_ns =
+        u64::try_from(Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME)?).as_nanos())?;
     let session = Session {
         state: SESSION_LIVE,
         peer: PEER,
@@ -313,7 +324,8 @@ fn frame(size: usize) -> Result<Vec<u8>> {
 }
 
 fn ring(size: usize, runs: usize) -> Result<Duration> {
-    let key = UnboundKey::new(&CHACHA20_POLY1305, &[7; 32]).map_err(|_| anyhow!("ring refuses a key"))?;
+    let key =
+        UnboundKey::new(&CHACHA20_POLY1305, &[7; 32]).map_err(|_| anyhow!("ring refuses a key"))?;
     let key = LessSafeKey::new(key);
     let mut text = vec![0x5a; size];
     let mut times = Vec::with_capacity(runs);
@@ -322,7 +334,11 @@ fn ring(size: usize, runs: usize) -> Result<Duration> {
         nonce[4..].copy_from_slice(&(run as u64).to_le_bytes());
         let start = Instant::now();
         let tag = key
-            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::empty(), &mut text)
+            .seal_in_place_separate_tag(
+                Nonce::assume_unique_for_key(nonce),
+                Aad::empty(),
+                &mut text,
+            )
             .map_err(|_| anyhow!("ring does not seal"))?;
         times.push(start.elapsed());
         let _ = std::hint::black_box(tag);

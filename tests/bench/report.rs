@@ -199,7 +199,11 @@ impl Report {
                 ));
             }
             for (program, &bytes) in &programs.stack {
-                checks.push(at_most(format!("bytes of stack of {program}"), f64::from(bytes), 449.0));
+                checks.push(at_most(
+                    format!("bytes of stack of {program}"),
+                    f64::from(bytes),
+                    449.0,
+                ));
             }
         }
         let own = |figure: usize| self.value(Kind::Overnode, &FIGURES[figure]);
@@ -213,7 +217,9 @@ impl Report {
         if let Some(rate) = of(Kind::OvernodeAes, ONE_FLOW) {
             checks.push(at_least("one TCP flow with AES-256-GCM, Gbit/s".into(), rate, 8.5));
         }
-        if let (Some(own), Some(rival)) = (of(Kind::Overnode, ONE_FLOW), of(Kind::Gotatun, ONE_FLOW)) {
+        if let (Some(own), Some(rival)) =
+            (of(Kind::Overnode, ONE_FLOW), of(Kind::Gotatun, ONE_FLOW))
+        {
             checks.push(at_least("one TCP flow: times gotatun's".into(), own / rival, 3.0));
         }
         for (what, own, plain) in [
@@ -235,14 +241,21 @@ impl Report {
         };
         let without = |turn: &Beside| turn.without.p99;
         checks.extend(p99("a flow", turns().map(|turn| turn.with.p99 / without(turn)).collect()));
-        checks.extend(p99("the same flow", turns().map(|turn| turn.paced.p99 / without(turn)).collect()));
+        checks.extend(p99(
+            "the same flow",
+            turns().map(|turn| turn.paced.p99 / without(turn)).collect(),
+        ));
         let best = |kinds: Vec<Kind>, figure: usize| {
             let ratios = kinds.into_iter().filter_map(|kind| self.ratio(kind, &FIGURES[figure]));
             ratios.min_by(f64::total_cmp)
         };
         let rivals = Kind::ALL.into_iter().filter(|kind| kind.is_rival()).collect();
         if let Some(ratio) = best(rivals, RTT_AVERAGE) {
-            checks.push(at_least("average RTT: times lower than the best rival's".into(), ratio, 8.0));
+            checks.push(at_least(
+                "average RTT: times lower than the best rival's".into(),
+                ratio,
+                8.0,
+            ));
         }
         if let Some(packets) = own(PACKETS) {
             checks.push(at_least("64-byte datagrams per second".into(), packets, 250_000.0));
@@ -260,15 +273,16 @@ impl Report {
         let mut table =
             table(&["inner packet", "seal ns", "open ns", "open (XDP) ns", "ring, user space ns"]);
         for cost in self.programs.iter().flat_map(|programs| &programs.costs) {
-            let times =
-                [cost.seal, cost.open, cost.open_xdp, cost.ring].map(|time| format!("{:.0}", nanos(time)));
+            let times = [cost.seal, cost.open, cost.open_xdp, cost.ring]
+                .map(|time| format!("{:.0}", nanos(time)));
             table.add_row([format!("{} bytes", cost.size)].into_iter().chain(times));
         }
         table
     }
 
     fn network_table(&self, part: &[Figure]) -> Table {
-        let titles: Vec<_> = ["network"].into_iter().chain(part.iter().map(|figure| figure.title)).collect();
+        let titles: Vec<_> =
+            ["network"].into_iter().chain(part.iter().map(|figure| figure.title)).collect();
         let mut table = table(&titles);
         for outcome in &self.networks {
             let cells = part.iter().map(|figure| match self.value(outcome.kind, figure) {
@@ -281,8 +295,10 @@ impl Report {
     }
 
     fn ratio_table(&self, part: &[Figure]) -> Table {
-        let titles: Vec<_> =
-            ["overnode against"].into_iter().chain(part.iter().map(|figure| figure.title)).collect();
+        let titles: Vec<_> = ["overnode against"]
+            .into_iter()
+            .chain(part.iter().map(|figure| figure.title))
+            .collect();
         let mut table = table(&titles);
         for outcome in self.networks.iter().filter(|outcome| !outcome.kind.is_own()) {
             let cells = part.iter().map(|figure| match self.ratio(outcome.kind, figure) {
@@ -301,18 +317,27 @@ impl fmt::Display for Report {
         match &self.programs {
             Err(reason) => writeln!(f, "The programs could not be measured: {reason}\n")?,
             Ok(programs) => {
-                writeln!(f, "The programs, one run over one packet (median)\n{}", self.program_table())?;
+                writeln!(
+                    f,
+                    "The programs, one run over one packet (median)\n{}",
+                    self.program_table()
+                )?;
                 let list = |values: &BTreeMap<&str, u32>| {
-                    let items: Vec<_> =
-                        values.iter().map(|(program, value)| format!("{program} {value}")).collect();
+                    let items: Vec<_> = values
+                        .iter()
+                        .map(|(program, value)| format!("{program} {value}"))
+                        .collect();
                     items.join(", ")
                 };
                 writeln!(f, "verified instructions: {}", list(&programs.verified))?;
                 writeln!(f, "bytes of stack, callbacks included: {}\n", list(&programs.stack))?;
             }
         }
-        let rounds =
-            if self.rounds == 1 { "one round".into() } else { format!("median of {} rounds", self.rounds) };
+        let rounds = if self.rounds == 1 {
+            "one round".into()
+        } else {
+            format!("median of {} rounds", self.rounds)
+        };
         writeln!(f, "Container to container across two hosts, {rounds}")?;
         let parts = || PARTS.into_iter().filter_map(|part| FIGURES.get(part));
         for part in parts() {
@@ -333,7 +358,11 @@ impl fmt::Display for Report {
             Err(reason) => writeln!(f, "Pings beside a flow could not be compared: {reason}")?,
             Ok([]) => {}
             Ok(turns) => {
-                writeln!(f, "\nRTT beside one TCP flow, measured in turn (median of {})", turns.len())?;
+                writeln!(
+                    f,
+                    "\nRTT beside one TCP flow, measured in turn (median of {})",
+                    turns.len()
+                )?;
                 writeln!(f, "{}", beside_table(turns))?;
             }
         }
@@ -347,8 +376,12 @@ impl fmt::Display for Report {
 }
 
 fn beside_table(turns: &[Beside]) -> Table {
-    const FIGURES: [fn(Loaded) -> f64; 4] =
-        [|loaded| loaded.rate, |loaded| loaded.average, |loaded| loaded.median, |loaded| loaded.p99];
+    const FIGURES: [fn(Loaded) -> f64; 4] = [
+        |loaded| loaded.rate,
+        |loaded| loaded.average,
+        |loaded| loaded.median,
+        |loaded| loaded.p99,
+    ];
     let mut table = table(&["network", "flow Gbit/s", "RTT avg µs", "median µs", "p99 µs"]);
     for (name, of) in CASES {
         let of_turns = |figure| middle(turns.iter().filter_map(of).map(figure).collect());

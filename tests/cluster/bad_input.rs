@@ -90,8 +90,13 @@ fn with_a_stopped_node_commands_say_to_resume_it() -> Result<()> {
         let host = lab.host(1);
         launch(lab, host)?;
         host.kill_daemon()?;
-        let cases: &[&[&str]] =
-            &[&["connect", "x"], &["forget", "host1"], &["status"], &["inspect"], &["attach", "pid:1"]];
+        let cases: &[&[&str]] = &[
+            &["connect", "x"],
+            &["forget", "host1"],
+            &["status"],
+            &["inspect"],
+            &["attach", "pid:1"],
+        ];
         for words in cases {
             refused(host, words, 1, &["overnode resume"])?;
         }
@@ -141,7 +146,8 @@ fn impossible_attachments_are_refused_and_change_nothing() -> Result<()> {
         assert_eq!(free.netns().interfaces()?, Vec::<String>::new());
         host.attach(&free, &["--ip", "10.33.0.1/12"])?;
         let third = host.container("third")?;
-        let complaint = host.overnode(&["attach", &third.target(), "--ip", "10.33.0.1/12"])?.failure(1)?;
+        let complaint =
+            host.overnode(&["attach", &third.target(), "--ip", "10.33.0.1/12"])?.failure(1)?;
         assert!(complaint.contains("10.33.0.1"), "{complaint}");
         Ok(())
     })
@@ -164,7 +170,11 @@ fn a_state_directory_that_cannot_be_used_is_named() -> Result<()> {
         let database = state.join("overnode.redb");
         std::fs::write(&database, vec![0x5a; 8192])?;
         refused(host, &["launch", "--id", "1", "--token", TOKEN], 1, &["overnode.redb"])?;
-        assert_eq!(std::fs::read(&database)?, vec![0x5a; 8192], "what is not understood is not touched");
+        assert_eq!(
+            std::fs::read(&database)?,
+            vec![0x5a; 8192],
+            "what is not understood is not touched"
+        );
         assert_eq!(host.daemon_pid(), None);
         assert_eq!(host.netns().interfaces()?, ["eth0"]);
 
@@ -244,11 +254,17 @@ fn the_api_refuses_nonsense_and_lives_on() -> Result<()> {
             ("POST", "/v1/launch", "{\"id\": 2, \"token\": \"x\"}", &[409]),
             ("POST", "/v1/attach", "{\"target\": \"netns:nope\"}", &[404, 409]),
             ("POST", "/v1/detach", "{\"target\": \"netns:nope\"}", &[404]),
-            ("POST", "/v1/external-peers", "{\"public_key\": \"short\", \"allowed_ips\": []}", &[400, 422]),
+            (
+                "POST",
+                "/v1/external-peers",
+                "{\"public_key\": \"short\", \"allowed_ips\": []}",
+                &[400, 422],
+            ),
         ];
         for (method, path, body, codes) in cases {
-            let (code, answer) =
-                host.request(method, path, body).with_context(|| format!("{method} {path} {body}"))?;
+            let (code, answer) = host
+                .request(method, path, body)
+                .with_context(|| format!("{method} {path} {body}"))?;
             assert!(codes.contains(&code), "{method} {path} {body}: {code} {answer}");
             let answer: serde_json::Value = serde_json::from_str(&answer)
                 .with_context(|| format!("{method} {path} {body}: {answer:?} is no JSON"))?;
@@ -259,9 +275,12 @@ fn the_api_refuses_nonsense_and_lives_on() -> Result<()> {
         if let Ok((code, _)) = host.request("POST", "/v1/connect", &huge) {
             assert!((400..500).contains(&code), "{code}");
         }
-        for garbage in
-            [&b"\0\0\0\0"[..], b"GET", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/connect HTTP/1.1\r\n\r\n"]
-        {
+        for garbage in [
+            &b"\0\0\0\0"[..],
+            b"GET",
+            b"GET / HTTP/9.9\r\n\r\n",
+            b"POST /v1/connect HTTP/1.1\r\n\r\n",
+        ] {
             let mut stream = UnixStream::connect(host.socket())?;
             stream.set_read_timeout(Some(PATIENCE))?;
             let _ = stream.write_all(garbage);

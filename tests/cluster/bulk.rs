@@ -15,8 +15,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::support::{
-    PATIENCE, TOKEN, all_reach_all, counter, ensure_nothing_plain, in_lab, launch_all, one_each, serves,
-    wait_for_sessions, wait_for_workers,
+    PATIENCE, TOKEN, all_reach_all, counter, ensure_nothing_plain, in_lab, launch_all, one_each,
+    serves, wait_for_sessions, wait_for_workers,
 };
 
 const PORT: u16 = 6783;
@@ -38,7 +38,10 @@ fn drops(host: &Host) -> Result<BTreeMap<String, u64>> {
 }
 
 /// Runs a test on hosts with a container each, whose workers serve each other.
-fn with_workers(builder: lab::Builder, test: impl FnOnce(&Lab, &[Container]) -> Result<()>) -> Result<()> {
+fn with_workers(
+    builder: lab::Builder,
+    test: impl FnOnce(&Lab, &[Container]) -> Result<()>,
+) -> Result<()> {
     in_lab(builder, |lab| {
         launch_all(lab)?;
         let containers = one_each(lab)?;
@@ -56,7 +59,12 @@ fn launch_with(lab: &Lab, host: &Host, options: &[&str]) -> Result<()> {
 
 /// A stream that the workers have to do with without being all that the machine does.
 fn steady_flow(containers: &[Container]) -> Result<TcpFlow> {
-    TcpFlow::start_as(&containers[0], &containers[1], Amount::UntilStopped, Manner::Rate(40 * MEGABYTE))
+    TcpFlow::start_as(
+        &containers[0],
+        &containers[1],
+        Amount::UntilStopped,
+        Manner::Rate(40 * MEGABYTE),
+    )
 }
 
 /// A large flow arrives whole, nothing of it can be read on the way, and no worker drops anything; what was captured on the way.
@@ -66,7 +74,10 @@ fn arrives_whole(lab: &Lab, containers: &[Container]) -> Result<Captured> {
     assert_eq!(received.bytes, 50 * MEGABYTE + 7);
     let captured = capture.stop()?;
     ensure_nothing_plain(&captured)?;
-    ensure!(drops(lab.host(1))?.is_empty() && drops(lab.host(2))?.is_empty(), "workers dropped something");
+    ensure!(
+        drops(lab.host(1))?.is_empty() && drops(lab.host(2))?.is_empty(),
+        "workers dropped something"
+    );
     Ok(captured)
 }
 
@@ -160,7 +171,10 @@ fn workers_are_killed(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) ->
         }
         let bulk = counter(lab.host(1), "bulk-sent")?;
         flow.wait_for(20 * MEGABYTE, PATIENCE)?;
-        ensure!(counter(lab.host(1), "bulk-sent")? > bulk, "the flow does not come back to the new workers");
+        ensure!(
+            counter(lab.host(1), "bulk-sent")? > bulk,
+            "the flow does not come back to the new workers"
+        );
         Ok(())
     })
 }
@@ -223,7 +237,10 @@ fn a_killed_daemon_costs_the_workers_nothing() -> Result<()> {
             flow.wait_for(5 * MEGABYTE, PATIENCE)?;
         }
         let received = flow.stop()?;
-        ensure!(received.longest_pause < Duration::from_millis(500), "it stood still: {received:?}");
+        ensure!(
+            received.longest_pause < Duration::from_millis(500),
+            "it stood still: {received:?}"
+        );
         assert_eq!(lab.hosts().iter().map(workers).collect::<Result<Vec<_>>>()?, before);
         wait_for_workers(lab)?;
         for host in lab.hosts() {
@@ -330,8 +347,11 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
             message
         });
         let forged = send(&mut flipped)?;
-        let mut cut =
-            messages.iter().enumerate().take(400).map(|(at, message)| message[..1 + at % 31].to_vec());
+        let mut cut = messages
+            .iter()
+            .enumerate()
+            .take(400)
+            .map(|(at, message)| message[..1 + at % 31].to_vec());
         let truncated = send(&mut cut)?;
         let mut strangers = messages.iter().take(500).map(|message| {
             let mut message = message.clone();
@@ -371,7 +391,8 @@ fn a_node_without_workers_works_with_one_that_has_some() -> Result<()> {
         let containers = one_each(lab)?;
         all_reach_all(&containers)?;
         for (from, to) in [(0, 1), (1, 0)] {
-            let received = flow::tcp(&containers[from], &containers[to], Amount::Bytes(10 * MEGABYTE))?;
+            let received =
+                flow::tcp(&containers[from], &containers[to], Amount::Bytes(10 * MEGABYTE))?;
             assert_eq!(received.bytes, 10 * MEGABYTE);
         }
         let [one, two] = [lab.host(1).status()?, lab.host(2).status()?];
@@ -419,7 +440,11 @@ fn different_numbers_of_workers_and_ciphers_go_together() -> Result<()> {
                 .context("no workers")?;
             assert_eq!(bulk["cipher"], cipher);
             for bytes in ["tx_bytes", "rx_bytes"] {
-                ensure!(bulk[bytes].as_u64() > Some(40 * MEGABYTE), "{bytes} of {}: {bulk}", host.name);
+                ensure!(
+                    bulk[bytes].as_u64() > Some(40 * MEGABYTE),
+                    "{bytes} of {}: {bulk}",
+                    host.name
+                );
             }
         }
         Ok(())
@@ -435,12 +460,17 @@ fn sysctl(container: &Container, name: &str, value: &str) -> Result<()> {
 fn tcp_of_every_kind_arrives_whole() -> Result<()> {
     with_workers(Lab::new("bulktcp").hosts(2), |lab, containers| {
         let [one, two] = containers else { unreachable!("two were made") };
-        let both = |name: &str, value: &str| containers.iter().try_for_each(|it| sysctl(it, name, value));
+        let both =
+            |name: &str, value: &str| containers.iter().try_for_each(|it| sysctl(it, name, value));
         let transfer = |what: &str| {
             let before = counter(lab.host(1), "bulk-sent")?;
-            let received = flow::tcp(one, two, Amount::Bytes(20 * MEGABYTE + 3)).context(what.to_owned())?;
+            let received =
+                flow::tcp(one, two, Amount::Bytes(20 * MEGABYTE + 3)).context(what.to_owned())?;
             assert_eq!(received.bytes, 20 * MEGABYTE + 3, "{what}");
-            ensure!(counter(lab.host(1), "bulk-sent")? > before, "{what}: the flow stayed in the programs");
+            ensure!(
+                counter(lab.host(1), "bulk-sent")? > before,
+                "{what}: the flow stayed in the programs"
+            );
             Ok(())
         };
         for (name, usual, unusual) in [
@@ -456,11 +486,27 @@ fn tcp_of_every_kind_arrives_whole() -> Result<()> {
         for mss in ["216", "536", "1001"] {
             one.run(
                 "ip",
-                &["route", "replace", &two.address().to_string(), "dev", "overnode0", "advmss", mss],
+                &[
+                    "route",
+                    "replace",
+                    &two.address().to_string(),
+                    "dev",
+                    "overnode0",
+                    "advmss",
+                    mss,
+                ],
             )?;
             two.run(
                 "ip",
-                &["route", "replace", &one.address().to_string(), "dev", "overnode0", "advmss", mss],
+                &[
+                    "route",
+                    "replace",
+                    &one.address().to_string(),
+                    "dev",
+                    "overnode0",
+                    "advmss",
+                    mss,
+                ],
             )?;
             transfer(&format!("segments of {mss} bytes"))?;
         }
@@ -494,17 +540,23 @@ fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
 fn a_rough_underlay_spoils_nothing() -> Result<()> {
     with_workers(Lab::new("bulkrough").hosts(2), |lab, containers| {
         let [one, two] = containers else { unreachable!("two were made") };
-        let roughness = Roughness { lost: 0.002, doubled: 0.01, late: 0.01, ..Roughness::default() };
+        let roughness =
+            Roughness { lost: 0.002, doubled: 0.01, late: 0.01, ..Roughness::default() };
         let wire = lab.roughen(lab.host(2), roughness, 11)?;
         let flows = [(one, two, Manner::Steady), (two, one, Manner::Moody(3))]
             .into_iter()
-            .map(|(from, to, manner)| TcpFlow::start_as(from, to, Amount::Bytes(15 * MEGABYTE), manner))
+            .map(|(from, to, manner)| {
+                TcpFlow::start_as(from, to, Amount::Bytes(15 * MEGABYTE), manner)
+            })
             .collect::<Result<Vec<_>>>()?;
         for flow in flows {
             assert_eq!(flow.finish()?.bytes, 15 * MEGABYTE);
         }
         let done = wire.done();
-        ensure!(done.lost > 10 && done.doubled > 50 && done.late > 50, "the wire was not rough: {done:?}");
+        ensure!(
+            done.lost > 10 && done.doubled > 50 && done.late > 50,
+            "the wire was not rough: {done:?}"
+        );
         for host in lab.hosts() {
             ensure!(counter(host, "bulk-sent")? > 100, "the workers of {} had nothing", host.name);
         }
@@ -512,7 +564,10 @@ fn a_rough_underlay_spoils_nothing() -> Result<()> {
         let drops = [drops(lab.host(1))?, drops(lab.host(2))?];
         let replayed: u64 = drops.iter().filter_map(|drops| drops.get("replayed")).sum();
         ensure!((1..=done.doubled).contains(&replayed), "{drops:?}, {done:?}");
-        ensure!(drops.iter().flat_map(BTreeMap::keys).all(|reason| reason == "replayed"), "{drops:?}");
+        ensure!(
+            drops.iter().flat_map(BTreeMap::keys).all(|reason| reason == "replayed"),
+            "{drops:?}"
+        );
         lab.smooth(lab.host(2), wire)?;
         let received = flow::tcp(one, two, Amount::Bytes(20 * MEGABYTE))?;
         assert_eq!(received.bytes, 20 * MEGABYTE);

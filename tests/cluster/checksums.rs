@@ -28,8 +28,11 @@ fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
         }
         let containers = launch_containers(lab)?;
         let [one, far] = &containers[..] else { unreachable!() };
-        let capture =
-            lab::Capture::start(far.netns(), lab.folder(), &["-i", "overnode0", "-Q", "in", "tcp or udp"])?;
+        let capture = lab::Capture::start(
+            far.netns(),
+            lab.folder(),
+            &["-i", "overnode0", "-Q", "in", "tcp or udp"],
+        )?;
 
         let before = normalised(lab.host(1))?;
         let datagrams = send_datagrams(one, far, 0..=SMALL - HEADERS)?;
@@ -38,7 +41,10 @@ fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
         ensure!(through < datagrams / 4, "{through} packets went through the normaliser");
         let larger = send_datagrams(one, far, SMALL - HEADERS + 1..=1392)?;
         let through = normalised(lab.host(1))? - before;
-        ensure!(through >= larger, "{through} of {larger} large packets went through the normaliser");
+        ensure!(
+            through >= larger,
+            "{through} of {larger} large packets went through the normaliser"
+        );
         echo(one, far)?;
 
         let captured = capture.stop()?;
@@ -47,7 +53,12 @@ fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
         for packet in captured.packets()? {
             let Some(ip) = packet.ip else { continue };
             let right = checksum_is_right(&packet)?;
-            ensure!(right, "a wrong checksum in {} bytes of protocol {}", packet.network.len(), ip.protocol);
+            ensure!(
+                right,
+                "a wrong checksum in {} bytes of protocol {}",
+                packet.network.len(),
+                ip.protocol
+            );
             seen[usize::from(ip.protocol == UDP)] += 1;
         }
         ensure!(seen[1] == datagrams + larger, "{} of {} datagrams", seen[1], datagrams + larger);
@@ -66,7 +77,8 @@ fn small_packets_follow_others_through_the_normaliser() -> Result<()> {
         let mut peers = Array::<_, Peer>::try_from(Map::Array(MapData::from_pin(pin)?))?;
         let mut through = |normalising_ns: u64| -> Result<usize> {
             let peer = peers.get(&2, 0)?;
-            let waiting = Peer { normalising: peer.normalised.wrapping_add(1), normalising_ns, ..peer };
+            let waiting =
+                Peer { normalising: peer.normalised.wrapping_add(1), normalising_ns, ..peer };
             peers.set(2, waiting, 0)?;
             let before = normalised(lab.host(1))?;
             send_datagrams(one, far, 0..100)?;
@@ -91,19 +103,28 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
         let containers = launch_containers(lab)?;
         let [one, far] = &containers[..] else { unreachable!() };
         let gateway = spoofing::learnt_mac(one, far.address())?;
-        let mut frame = spoofing::datagram(spoofing::own_mac(one)?, gateway, one.address(), far.address());
+        let mut frame =
+            spoofing::datagram(spoofing::own_mac(one)?, gateway, one.address(), far.address());
         frame[START + OFFSET..][..2].copy_from_slice(&SEED);
         let target = far.address();
         let inbox = far.netns().enter(move || Ok(UdpSocket::bind((target, 5001))?))?;
         inbox.set_read_timeout(Some(PATIENCE))?;
-        Injector::open(one.netns(), "overnode0")?.send_unfinished(&frame, START as u16, OFFSET as u16)?;
+        Injector::open(one.netns(), "overnode0")?.send_unfinished(
+            &frame,
+            START as u16,
+            OFFSET as u16,
+        )?;
 
         let mut expected = frame[42..].to_vec();
         let sum = checksum(&[&frame[START..]]);
         expected[START - 42 + OFFSET..][..2].copy_from_slice(&sum.to_be_bytes());
         let mut buffer = [0; 2048];
         let (length, _) = inbox.recv_from(&mut buffer)?;
-        ensure!(buffer[..length] == expected, "{:02x?} instead of {expected:02x?}", &buffer[..length]);
+        ensure!(
+            buffer[..length] == expected,
+            "{:02x?} instead of {expected:02x?}",
+            &buffer[..length]
+        );
         Ok(())
     })
 }
@@ -144,21 +165,31 @@ fn a_tunnel_of_the_containers_own_works() -> Result<()> {
 
 /// Packets that the host's node has sent into the normaliser.
 fn normalised(host: &Host) -> Result<usize> {
-    let links: Value =
-        serde_json::from_str(&host.netns().ip(&["-json", "-statistics", "link", "show", "ovn0"])?)?;
+    let links: Value = serde_json::from_str(&host.netns().ip(&[
+        "-json",
+        "-statistics",
+        "link",
+        "show",
+        "ovn0",
+    ])?)?;
     let packets = links[0]["stats64"]["tx"]["packets"].as_u64().context("no statistics of ovn0")?;
     Ok(packets as usize)
 }
 
 /// Sends a datagram of each length, and of each even one of two bytes or more another whose checksum is zero, which UDP writes as 0xffff;
 /// how many. Checks that each arrives.
-fn send_datagrams(from: &Container, to: &Container, lengths: impl Iterator<Item = usize>) -> Result<usize> {
+fn send_datagrams(
+    from: &Container,
+    to: &Container,
+    lengths: impl Iterator<Item = usize>,
+) -> Result<usize> {
     let (source, target) = (from.address(), to.address());
     let inbox = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
     let outbox = from.netns().enter(move || Ok(UdpSocket::bind((source, 0))?))?;
     outbox.connect(inbox.local_addr()?)?;
     inbox.set_read_timeout(Some(PATIENCE))?;
-    let (SocketAddr::V4(from), SocketAddr::V4(to)) = (outbox.local_addr()?, inbox.local_addr()?) else {
+    let (SocketAddr::V4(from), SocketAddr::V4(to)) = (outbox.local_addr()?, inbox.local_addr()?)
+    else {
         bail!("the overlay has IPv4 addresses")
     };
     let mut sent = 0;
@@ -174,7 +205,8 @@ fn send_datagrams(from: &Container, to: &Container, lengths: impl Iterator<Item 
         });
         for payload in [Some(plain), special].into_iter().flatten() {
             outbox.send(&payload)?;
-            let (received, _) = inbox.recv_from(&mut buffer).with_context(|| format!("{length} bytes"))?;
+            let (received, _) =
+                inbox.recv_from(&mut buffer).with_context(|| format!("{length} bytes"))?;
             ensure!(buffer[..received] == payload, "{length} bytes arrived as others");
             sent += 1;
         }
@@ -212,17 +244,22 @@ fn echo(from: &Container, to: &Container) -> Result<()> {
 fn datagram_checksum(from: SocketAddrV4, to: SocketAddrV4, payload: &[u8]) -> u16 {
     let length = (8 + payload.len() as u16).to_be_bytes();
     let header =
-        [&from.port().to_be_bytes()[..], &to.port().to_be_bytes(), &length, &[0, 0], payload].concat();
+        [&from.port().to_be_bytes()[..], &to.port().to_be_bytes(), &length, &[0, 0], payload]
+            .concat();
     transport_checksum(*from.ip(), *to.ip(), UDP, &header)
 }
 
 fn checksum_is_right(packet: &Packet<'_>) -> Result<bool> {
     let network = packet.network;
     let total = usize::from(u16::from_be_bytes([network[2], network[3]]));
-    let address =
-        |at: usize| Ipv4Addr::from_octets([network[at], network[at + 1], network[at + 2], network[at + 3]]);
+    let address = |at: usize| {
+        Ipv4Addr::from_octets([network[at], network[at + 1], network[at + 2], network[at + 3]])
+    };
     let (protocol, transport) = (network[9], &network[20..total]);
-    ensure!(network[0] == 0x45 && (protocol == TCP || protocol == UDP), "no plain packet: {network:02x?}");
+    ensure!(
+        network[0] == 0x45 && (protocol == TCP || protocol == UDP),
+        "no plain packet: {network:02x?}"
+    );
     // A datagram without a checksum would be right, too.
     let has_one = protocol == TCP || transport[6..8] != [0, 0];
     Ok(has_one && transport_checksum(address(12), address(16), protocol, transport) == 0)

@@ -169,8 +169,9 @@ fn a_failed_attach_leaves_nothing() -> Result<()> {
         container.netns().ip(&["link", "del", "overnode0"])?;
         host.attach(&container, &[])?;
         let status = host.status()?;
-        let own =
-            status["ipam"]["owners"].as_array().and_then(|owners| owners.iter().find(|it| it["id"] == 1));
+        let own = status["ipam"]["owners"]
+            .as_array()
+            .and_then(|owners| owners.iter().find(|it| it["id"] == 1));
         let active = own.context("the node owns nothing")?["active"].clone();
         assert_eq!(active, 1, "the address of the failed try was not given back");
         Ok(())
@@ -190,7 +191,10 @@ fn what_a_node_left_is_removed_when_its_state_is_gone() -> Result<()> {
         eventually(PATIENCE, || {
             ensure!(host.pins()?.is_empty(), "still pinned: {:?}", host.pins()?);
             ensure!(host.netns().interfaces()? == [host.interface()], "interfaces are left");
-            ensure!(container.netns().interfaces()?.is_empty(), "the container is still plugged in");
+            ensure!(
+                container.netns().interfaces()?.is_empty(),
+                "the container is still plugged in"
+            );
             Ok(())
         })
     })

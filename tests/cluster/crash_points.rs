@@ -19,8 +19,10 @@ const LEAST: usize = 3;
 /// True when the daemon was killed, false when there are fewer steps.
 fn launch_and_die(host: &Host, step: usize) -> Result<bool> {
     let step = step.to_string();
-    let outcome =
-        host.overnode_with(&["launch", "--id", "1", "--token", TOKEN], &[("OVERNODE_KILL_AT", &step)])?;
+    let outcome = host.overnode_with(
+        &["launch", "--id", "1", "--token", TOKEN],
+        &[("OVERNODE_KILL_AT", &step)],
+    )?;
     if outcome.status.success() {
         ensure!(host.daemon_pid().is_some(), "launch succeeded and no daemon runs");
         return Ok(false);
@@ -65,7 +67,10 @@ fn resetting_again_completes_what_a_killed_reset_left() -> Result<()> {
                 host.overnode(&["reset", "--force"])?.success()?;
                 ensure_clean(host).with_context(|| format!("killed after step {step}"))?;
                 let left = container.netns().interfaces()?;
-                ensure!(left.is_empty(), "killed after step {step}: {left:?} is left in the container");
+                ensure!(
+                    left.is_empty(),
+                    "killed after step {step}: {left:?} is left in the container"
+                );
                 continue;
             }
             if host.overnode(&["reset", "--force"])?.status.success() {
@@ -119,7 +124,10 @@ fn attaching_and_detaching_again_complete_what_a_kill_left() -> Result<()> {
             let attached = host.overnode(&["attach", &target])?.status.success();
             let detached = attached && host.overnode(&["detach", &target])?.status.success();
             if detached {
-                ensure!(in_attach >= LEAST && in_detach >= LEAST, "{in_attach} steps, {in_detach} steps");
+                ensure!(
+                    in_attach >= LEAST && in_detach >= LEAST,
+                    "{in_attach} steps, {in_detach} steps"
+                );
                 return Ok(());
             }
             let repair = || -> Result<()> {
@@ -128,7 +136,10 @@ fn attaching_and_detaching_again_complete_what_a_kill_left() -> Result<()> {
                 }
                 let is_attached = !list(&host.status()?, "endpoints")?.is_empty();
                 let plugged_in = container.netns().interfaces()?;
-                ensure!(is_attached != plugged_in.is_empty(), "attached: {is_attached}, has {plugged_in:?}");
+                ensure!(
+                    is_attached != plugged_in.is_empty(),
+                    "attached: {is_attached}, has {plugged_in:?}"
+                );
                 if is_attached {
                     host.detach(&container)?;
                 }
@@ -138,7 +149,10 @@ fn attaching_and_detaching_again_complete_what_a_kill_left() -> Result<()> {
                 host.attach(&neighbour, &[])?;
                 neighbour.reach("10.32.0.9".parse()?, PATIENCE)?;
                 host.detach(&container)?;
-                ensure!(container.netns().interfaces()?.is_empty(), "detached, and still plugged in");
+                ensure!(
+                    container.netns().interfaces()?.is_empty(),
+                    "detached, and still plugged in"
+                );
                 host.detach(&neighbour)?;
                 host.overnode(&["reset"])?.success()?;
                 ensure_clean(host)

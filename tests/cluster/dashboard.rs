@@ -8,8 +8,10 @@ use serde_json::Value;
 /// What Prometheus adds to each series.
 const ADDED: [&str; 2] = ["instance", "job"];
 const GROUPING: [&str; 4] = ["by", "without", "on", "ignoring"];
-const WORDS: [&str; 12] =
-    ["sum", "count", "max", "min", "avg", "rate", "increase", "vector", "or", "and", "unless", "bool"];
+const WORDS: [&str; 12] = [
+    "sum", "count", "max", "min", "avg", "rate", "increase", "vector", "or", "and", "unless",
+    "bool",
+];
 
 /// The values of each label of each metric.
 pub type Told = BTreeMap<String, BTreeMap<String, BTreeSet<String>>>;
@@ -32,7 +34,8 @@ pub fn told<'a>(all: impl Iterator<Item = &'a str>) -> Result<Told> {
 pub fn check(dashboard: &Value, told: &Told) -> Result<()> {
     let panels = dashboard["panels"].as_array().context("no panels")?;
     let mut checked = 0;
-    for target in panels.iter().flat_map(|panel| panel["targets"].as_array().into_iter().flatten()) {
+    for target in panels.iter().flat_map(|panel| panel["targets"].as_array().into_iter().flatten())
+    {
         let expression = target["expr"].as_str().context("no expression")?;
         let legend = target["legendFormat"].as_str().unwrap_or_default();
         check_one(expression, legend, told).with_context(|| expression.to_owned())?;
@@ -40,7 +43,8 @@ pub fn check(dashboard: &Value, told: &Told) -> Result<()> {
     }
     ensure!(checked >= panels.len(), "panels without an expression");
     let variables = dashboard["templating"]["list"].as_array().into_iter().flatten();
-    for query in variables.filter(|it| it["type"] == "query").filter_map(|it| it["query"].as_str()) {
+    for query in variables.filter(|it| it["type"] == "query").filter_map(|it| it["query"].as_str())
+    {
         let inside = query.strip_prefix("label_values(").and_then(|rest| rest.strip_suffix(')'));
         let (metric, label) = inside.and_then(|it| it.split_once(", ")).context("another query")?;
         check_one(&format!("sum by ({label}) ({metric})"), "", told)?;
@@ -61,8 +65,12 @@ fn check_one(expression: &str, legend: &str, told: &Told) -> Result<()> {
             } else if let Some(labels) = told.get(word) {
                 for (label, operator, value) in tokens.matchers()? {
                     let values = labels.get(&label);
-                    ensure!(values.is_some() || ADDED.contains(&&*label), "{word} has no label {label}");
-                    let is_one = operator != "=" || values.is_none_or(|values| values.contains(&value));
+                    ensure!(
+                        values.is_some() || ADDED.contains(&&*label),
+                        "{word} has no label {label}"
+                    );
+                    let is_one =
+                        operator != "=" || values.is_none_or(|values| values.contains(&value));
                     ensure!(is_one, "no {word} has {label}={value:?}");
                 }
                 known.extend(labels.keys().cloned());
@@ -111,7 +119,8 @@ impl<'a> Tokens<'a> {
 
     fn word(&mut self) -> Option<&'a str> {
         self.peek();
-        let end = self.0.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(self.0.len());
+        let end =
+            self.0.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(self.0.len());
         let (word, rest) = self.0.split_at(end);
         self.0 = rest;
         (!word.is_empty()).then_some(word)
@@ -151,8 +160,11 @@ impl<'a> Tokens<'a> {
 
 #[test]
 fn what_a_dashboard_shows_wrongly_is_found() -> Result<()> {
-    let series =
-        ["overnode_x_total{peer=\"2\",kind=\"a\"}", "overnode_x_total{peer=\"3\",kind=\"b\"}", "overnode_y"];
+    let series = [
+        "overnode_x_total{peer=\"2\",kind=\"a\"}",
+        "overnode_x_total{peer=\"3\",kind=\"b\"}",
+        "overnode_y",
+    ];
     let told = told(series.into_iter())?;
     for (good, legend) in [
         (

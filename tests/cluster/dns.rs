@@ -14,7 +14,9 @@ use hickory_proto::rr::{Name, RData, Record, RecordType};
 use lab::{Container, Host, Lab, eventually};
 use serde_json::Value;
 
-use crate::support::{MILLISECOND, PATIENCE, TOKEN, attached, dns_interface, in_lab, launch, launch_all};
+use crate::support::{
+    MILLISECOND, PATIENCE, TOKEN, attached, dns_interface, in_lab, launch, launch_all,
+};
 
 /// What a query came to.
 #[derive(Debug)]
@@ -42,7 +44,9 @@ fn dig_at(container: &Container, server: IpAddr, arguments: &[&str]) -> Result<R
     Ok(Reply {
         status: after("status: ", ',').with_context(|| format!("dig printed no status: {text}"))?,
         flags: after("flags: ", ';').unwrap_or_default(),
-        data: answers.map(|line| line.split_whitespace().skip(4).collect::<Vec<_>>().join(" ")).collect(),
+        data: answers
+            .map(|line| line.split_whitespace().skip(4).collect::<Vec<_>>().join(" "))
+            .collect(),
     })
 }
 
@@ -57,7 +61,13 @@ fn named(host: &Host, container: &str, name: &str) -> Result<Container> {
 }
 
 /// Waits until a name stands for exactly these addresses.
-fn wait_for(host: &Host, from: &Container, name: &str, addresses: &[IpAddr], limit: Duration) -> Result<()> {
+fn wait_for(
+    host: &Host,
+    from: &Container,
+    name: &str,
+    addresses: &[IpAddr],
+    limit: Duration,
+) -> Result<()> {
     let wanted: BTreeSet<String> = addresses.iter().map(IpAddr::to_string).collect();
     let status = if wanted.is_empty() { "NXDOMAIN" } else { "NOERROR" };
     eventually(limit, || {
@@ -96,18 +106,30 @@ fn containers_find_each_other_by_name() -> Result<()> {
         assert!(reply.flags.split(' ').any(|flag| flag == "ra"), "{reply:?}");
         for kind in ["AAAA", "TXT", "HTTPS"] {
             let reply = dig(one, &client, &["web.overnode.local", kind])?;
-            assert_eq!((reply.status.as_str(), reply.data.len()), ("NOERROR", 0), "{kind}: {reply:?}");
+            assert_eq!(
+                (reply.status.as_str(), reply.data.len()),
+                ("NOERROR", 0),
+                "{kind}: {reply:?}"
+            );
         }
         for kind in ["A", "AAAA"] {
             let reply = dig(one, &client, &["nobody.overnode.local", kind])?;
-            assert_eq!((reply.status.as_str(), reply.data.len()), ("NXDOMAIN", 0), "{kind}: {reply:?}");
+            assert_eq!(
+                (reply.status.as_str(), reply.data.len()),
+                ("NXDOMAIN", 0),
+                "{kind}: {reply:?}"
+            );
         }
         for address in both {
             let reply = dig(two, &there, &["-x", &address.to_string()])?;
             assert_eq!(reply.data, ["web.overnode.local."], "{address}: {reply:?}");
         }
         let reply = dig(two, &there, &["-x", &client.address().to_string()])?;
-        assert_eq!((reply.status.as_str(), reply.data.len()), ("NXDOMAIN", 0), "it has no name: {reply:?}");
+        assert_eq!(
+            (reply.status.as_str(), reply.data.len()),
+            ("NXDOMAIN", 0),
+            "it has no name: {reply:?}"
+        );
 
         // The resolver of the C library, with the configuration that docs/dns.md tells.
         let folder = std::path::Path::new("/etc/netns").join(client.netns().name());
@@ -131,12 +153,16 @@ fn containers_find_each_other_by_name() -> Result<()> {
         assert_eq!(status["domain"], "overnode.local");
         assert!(status["queries"].as_u64() > Some(40), "{status}");
         let entries = status["entries"].as_array().context("no entries")?;
-        let found: Vec<_> = entries.iter().map(|it| (&it["name"], &it["address"], &it["node"])).collect();
+        let found: Vec<_> =
+            entries.iter().map(|it| (&it["name"], &it["address"], &it["node"])).collect();
         assert_eq!(entries.len(), 2, "{found:?}");
         let shown = one.overnode(&["status", "--dns"])?.success()?;
         let row = format!("web   {}  2(host2)  reachable", there.address());
         assert!(shown.contains("at 10.39.240.1, under overnode.local and weave.local"), "{shown}");
-        assert!(shown.lines().any(|line| line.split_whitespace().eq(row.split_whitespace())), "{shown}");
+        assert!(
+            shown.lines().any(|line| line.split_whitespace().eq(row.split_whitespace())),
+            "{shown}"
+        );
 
         two.detach(&there)?;
         wait_for(one, &client, "web.overnode.local", &[here.address()], PATIENCE)?;
@@ -176,9 +202,10 @@ fn only_containers_of_the_host_are_served_and_they_reach_nothing_else_there() ->
         client.netns().enter(|| {
             for port in [8080, 6783, 6784, 22, 54] {
                 let place = SocketAddr::new(server_of(one), port);
-                let error = TcpStream::connect_timeout(&place, Duration::from_secs(5))
-                    .err()
-                    .with_context(|| format!("port {port} of the node's address is open to containers"))?;
+                let error =
+                    TcpStream::connect_timeout(&place, Duration::from_secs(5)).err().with_context(
+                        || format!("port {port} of the node's address is open to containers"),
+                    )?;
                 ensure!(error.kind() == ErrorKind::ConnectionRefused, "port {port}: {error}");
             }
             Ok(())
@@ -201,7 +228,10 @@ fn names_are_added_and_removed_by_hand() -> Result<()> {
         two.overnode(&["dns-add", "DB.overnode.local", "192.0.2.2"])?.success()?;
         for (host, client) in [one, two].into_iter().zip(&clients) {
             wait_for(host, client, "db.overnode.local", &[first, second], PATIENCE)?;
-            assert_eq!(dig(host, client, &["db.overnode.local", "AAAA"])?.data, [third.to_string()]);
+            assert_eq!(
+                dig(host, client, &["db.overnode.local", "AAAA"])?.data,
+                [third.to_string()]
+            );
             assert_eq!(dig(host, client, &["-x", "192.0.2.2"])?.data, ["db.overnode.local."]);
             let found = host.overnode(&["dns-lookup", "db"])?.success()?;
             assert_eq!(
@@ -231,7 +261,10 @@ fn names_are_added_and_removed_by_hand() -> Result<()> {
 
         one.overnode(&["dns-remove", "db", "192.0.2.1"])?.success()?;
         wait_for(two, &clients[1], "db.overnode.local", &[second], PATIENCE)?;
-        assert_eq!(dig(two, &clients[1], &["db.overnode.local", "AAAA"])?.data, [third.to_string()]);
+        assert_eq!(
+            dig(two, &clients[1], &["db.overnode.local", "AAAA"])?.data,
+            [third.to_string()]
+        );
         two.overnode(&["dns-remove", "db"])?.success()?;
         one.overnode(&["dns-remove", "db"])?.success()?;
         for (host, client) in [one, two].into_iter().zip(&clients) {
@@ -304,7 +337,8 @@ fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_bac
             std::thread::sleep(100 * MILLISECOND);
         }
         wait_for(three, &far, "stays.overnode.local", &kept, PATIENCE)?;
-        let _ = writeln!(std::io::stderr(), "names left after {left:?} and were back after {back:?}");
+        let _ =
+            writeln!(std::io::stderr(), "names left after {left:?} and were back after {back:?}");
         Ok(())
     })
 }
@@ -353,7 +387,8 @@ impl Resolver {
                     stream.read_exact(&mut query)?;
                     count.fetch_add(1, Ordering::Relaxed);
                     let answer = answer(&query, true).context("no answer")?;
-                    stream.write_all(&[&(answer.len() as u16).to_be_bytes()[..], &answer].concat())?;
+                    stream
+                        .write_all(&[&(answer.len() as u16).to_be_bytes()[..], &answer].concat())?;
                     Ok(())
                 };
                 let _ = converse();
@@ -467,14 +502,18 @@ fn other_names_are_asked_of_the_resolvers_of_the_host() -> Result<()> {
         }
         assert_eq!(resolver.asked(), before);
         let status = dns(host)?;
-        assert!(status["forwarded"].as_u64() >= Some(10) && status["failed"].as_u64() >= Some(3), "{status}");
+        assert!(
+            status["forwarded"].as_u64() >= Some(10) && status["failed"].as_u64() >= Some(3),
+            "{status}"
+        );
         Ok(())
     })
 }
 
 #[test]
 fn hostile_queries_harm_nobody() -> Result<()> {
-    const QUERY: &[u8] = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x06client\x08overnode\x05local\0\0\x01\0\x01";
+    const QUERY: &[u8] =
+        b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x06client\x08overnode\x05local\0\0\x01\0\x01";
     in_lab(Lab::new("dns-hostile").hosts(1), |lab| {
         let host = lab.host(1);
         // It never answers: every question to it waits.
@@ -532,7 +571,10 @@ fn hostile_queries_harm_nobody() -> Result<()> {
             }
         }
         assert_eq!(ended, 64);
-        assert_eq!(dig(host, &hostile, &["client.overnode.local"])?.data, [client.address().to_string()]);
+        assert_eq!(
+            dig(host, &hostile, &["client.overnode.local"])?.data,
+            [client.address().to_string()]
+        );
         assert_eq!(host.daemon_pid(), Some(pid), "the daemon has died");
         assert!(dns(host)?["refused"].as_u64() > Some(100));
         Ok(())
@@ -553,17 +595,26 @@ fn the_domain_is_chosen_at_launch_and_names_need_not_be_served() -> Result<()> {
         let client = named(one, "c", "web")?;
         wait_for(one, &client, "web.lab.example", &[client.address()], PATIENCE)?;
         wait_for(one, &client, "web.weave.local", &[client.address()], PATIENCE)?;
-        assert_eq!(dig(one, &client, &["-x", &client.address().to_string()])?.data, ["web.lab.example."]);
+        assert_eq!(
+            dig(one, &client, &["-x", &client.address().to_string()])?.data,
+            ["web.lab.example."]
+        );
         let complaint = launch(one, &["--dns-domain", "other.example"])?.failure(1)?;
         assert!(complaint.contains("serves names under lab.example"), "{complaint}");
         launch(one, &["--dns-domain", "lab.example"])?.success()?;
 
         let other = named(two, "c", "other")?;
         wait_for(one, &client, "other.lab.example", &[other.address()], PATIENCE)?;
-        dig_at(&other, server_of(two), &["web.overnode.local", "+time=1"]).expect_err("it was not wanted");
+        dig_at(&other, server_of(two), &["web.overnode.local", "+time=1"])
+            .expect_err("it was not wanted");
         assert_eq!(dns(two)?["serving"], false);
-        assert_eq!(two.overnode(&["dns-lookup", "web"])?.success()?, format!("{}\n", client.address()));
-        assert!(two.overnode(&["status", "--dns"])?.success()?.contains("not served to containers"));
+        assert_eq!(
+            two.overnode(&["dns-lookup", "web"])?.success()?,
+            format!("{}\n", client.address())
+        );
+        assert!(
+            two.overnode(&["status", "--dns"])?.success()?.contains("not served to containers")
+        );
         assert!(!two.netns().interfaces()?.contains(&dns_interface(two)));
 
         // What serves is lost, by whatever accident: it comes back.

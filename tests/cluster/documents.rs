@@ -37,8 +37,10 @@ host2 > sudo overnode forget host3";
 /// Types what the document says, on the hosts that it names; each command must succeed. The tests are root without `sudo`.
 fn follow(lab: &Lab, text: &str) -> Result<()> {
     for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
-        let (host, command) = line.split_once(" > sudo overnode ").with_context(|| line.to_owned())?;
-        let host = lab.hosts().iter().find(|it| it.name == host).with_context(|| line.to_owned())?;
+        let (host, command) =
+            line.split_once(" > sudo overnode ").with_context(|| line.to_owned())?;
+        let host =
+            lab.hosts().iter().find(|it| it.name == host).with_context(|| line.to_owned())?;
         host.overnode(&command.split(' ').collect::<Vec<_>>())?.success()?;
     }
     Ok(())
@@ -58,7 +60,11 @@ fn are_all_connected(hosts: &[Host]) -> Result<()> {
             connected.sort_unstable();
             let others: Vec<usize> =
                 hosts.iter().map(|it| it.number).filter(|it| *it != host.number).collect();
-            ensure!(connected == others, "{} is connected with {connected:?}, not {others:?}", host.name);
+            ensure!(
+                connected == others,
+                "{} is connected with {connected:?}, not {others:?}",
+                host.name
+            );
             let peers = list(&status, "peers")?;
             ensure!(peers.len() == hosts.len(), "{} knows {} nodes", host.name, peers.len());
             for peer in peers.iter().filter(|peer| peer["myself"] == false) {
@@ -92,12 +98,17 @@ fn sections_tell(host: &Host, hosts: &[Host], targets: &[&str]) -> Result<()> {
     let rows = table.lines().filter(|line| line.trim_start().starts_with("host")).count();
     ensure!(rows == targets.len(), "{} has other targets:\n{table}", host.name);
     for target in targets {
-        let state: &[&str] = if *target == host.name { &["this", "node"] } else { &["established"] };
-        ensure!(row(&table, &[&[*target], state].concat()).is_some(), "no {target} {state:?}:\n{table}");
+        let state: &[&str] =
+            if *target == host.name { &["this", "node"] } else { &["established"] };
+        ensure!(
+            row(&table, &[&[*target], state].concat()).is_some(),
+            "no {target} {state:?}:\n{table}"
+        );
     }
     let table = status("--peers")?;
     for other in hosts {
-        let row = row(&table, &[&name(other)]).with_context(|| format!("no {}:\n{table}", other.name))?;
+        let row =
+            row(&table, &[&name(other)]).with_context(|| format!("no {}:\n{table}", other.name))?;
         let said = row.join(" ");
         let wanted = if other.number == host.number { "this node" } else { "direct" };
         ensure!(said.contains(wanted) && !said.contains("unreachable"), "not {wanted}: {said}");
@@ -106,7 +117,10 @@ fn sections_tell(host: &Host, hosts: &[Host], targets: &[&str]) -> Result<()> {
     for other in hosts.iter().filter(|other| other.number != host.number) {
         let line = table.lines().find(|line| line.contains(&name(other)));
         let line = line.with_context(|| format!("no {}:\n{table}", other.name))?;
-        ensure!(line.contains("established") && (line.contains("->") || line.contains("<-")), "{line}");
+        ensure!(
+            line.contains("established") && (line.contains("->") || line.contains("<-")),
+            "{line}"
+        );
     }
     let table = status("--ipam")?;
     ensure!(table.contains("this node can give out addresses"), "{table}");
@@ -193,6 +207,8 @@ fn one_node_grows_to_three_and_one_of_them_is_removed() -> Result<()> {
         for host in &hosts[..2] {
             ensure!(targets(host)? == all, "{:?}", targets(host)?);
         }
-        all_reach_all(&lab.hosts().iter().map(|host| attached(host, "b")).collect::<Result<Vec<_>>>()?)
+        all_reach_all(
+            &lab.hosts().iter().map(|host| attached(host, "b")).collect::<Result<Vec<_>>>()?,
+        )
     })
 }

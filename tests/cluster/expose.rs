@@ -11,7 +11,8 @@ use lab::{Host, Lab, Netns, eventually};
 
 use crate::cleanliness::ensure_clean;
 use crate::support::{
-    MILLISECOND, PATIENCE, attached, ensure_sealed, in_lab, launch, launch_all, list, wait_for_sessions,
+    MILLISECOND, PATIENCE, attached, ensure_sealed, in_lab, launch, launch_all, list,
+    wait_for_sessions,
 };
 
 /// Its name on the host.
@@ -19,7 +20,8 @@ const INTERFACE: &str = "overnode0";
 
 fn expose(host: &Host, arguments: &[&str]) -> Result<IpAddr> {
     let printed = host.overnode(&[&["expose"], arguments].concat())?.success()?;
-    let address: IpNet = printed.trim_end().parse().with_context(|| format!("expose printed {printed:?}"))?;
+    let address: IpNet =
+        printed.trim_end().parse().with_context(|| format!("expose printed {printed:?}"))?;
     ensure!(address.prefix_len() == 12, "{address} does not have the subnet's prefix");
     Ok(address.addr())
 }
@@ -85,7 +87,11 @@ fn hosts_and_containers_of_all_hosts_reach_each_other() -> Result<()> {
         let endpoint = endpoint.context("status --endpoints does not show the host")?;
         ensure!(endpoint["name"] == "storage" && endpoint["state"] == "attached", "{endpoint}");
         // Nobody must be told to come through the tunnel to where the tunnel begins.
-        ensure!(!status["node"]["underlay"].to_string().contains(&host.to_string()), "{}", status["node"]);
+        ensure!(
+            !status["node"]["underlay"].to_string().contains(&host.to_string()),
+            "{}",
+            status["node"]
+        );
         let found = b.overnode(&["dns-lookup", "storage"])?.success()?;
         ensure!(found.trim() == host.to_string(), "storage stands for {found:?}");
         ensure!(firewall(a)? == rules, "a firewall's rules were changed");
@@ -93,12 +99,21 @@ fn hosts_and_containers_of_all_hosts_reach_each_other() -> Result<()> {
         // Once is enough.
         ensure!(expose(a, &[])? == host, "it got another address");
         let complaint = a.overnode(&["expose", "--ip", "10.32.0.9/12"])?.failure(1)?;
-        ensure!(complaint.contains(&host.to_string()) && complaint.contains("overnode hide"), "{complaint}");
+        ensure!(
+            complaint.contains(&host.to_string()) && complaint.contains("overnode hide"),
+            "{complaint}"
+        );
         let complaint = a.overnode(&["reset"])?.failure(1)?;
-        ensure!(complaint.contains("this host") && complaint.contains(&host.to_string()), "{complaint}");
+        ensure!(
+            complaint.contains("this host") && complaint.contains(&host.to_string()),
+            "{complaint}"
+        );
 
         a.overnode(&["hide"])?.success()?;
-        ensure!(!a.netns().interfaces()?.iter().any(|name| name == INTERFACE), "{INTERFACE} is still there");
+        ensure!(
+            !a.netns().interfaces()?.iter().any(|name| name == INTERFACE),
+            "{INTERFACE} is still there"
+        );
         let complaint = a.overnode(&["hide"])?.failure(1)?;
         ensure!(complaint.contains("not exposed"), "{complaint}");
         // Whoever is left is reached as before.
@@ -128,12 +143,19 @@ fn an_exposed_host_stays_so_through_kills_deletions_and_reboots() -> Result<()> 
         a.kill_daemon()?;
         a.overnode(&["resume"])?.success()?;
         let stats = pings.stop()?;
-        ensure!(stats.lost() == 0, "{} of {} pings were lost with the daemon", stats.lost(), stats.sent);
+        ensure!(
+            stats.lost() == 0,
+            "{} of {} pings were lost with the daemon",
+            stats.lost(),
+            stats.sent
+        );
         let interfaces = || a.netns().interfaces();
-        let made: Vec<String> = interfaces()?.into_iter().filter(|it| it.starts_with("ov")).collect();
+        let made: Vec<String> =
+            interfaces()?.into_iter().filter(|it| it.starts_with("ov")).collect();
         ensure!(made.iter().any(|name| name == INTERFACE), "{made:?}");
         a.kill_daemon()?;
-        for interface in made.iter().filter(|name| interfaces().is_ok_and(|all| all.contains(name))) {
+        for interface in made.iter().filter(|name| interfaces().is_ok_and(|all| all.contains(name)))
+        {
             // The first of a pair takes the other one with it.
             let _ = a.netns().ip(&["link", "del", interface]);
         }
@@ -143,7 +165,10 @@ fn an_exposed_host_stays_so_through_kills_deletions_and_reboots() -> Result<()> 
         ensure!(expose(a, &[])? == host, "it has another address now");
         a.netns().ip(&["link", "del", INTERFACE])?;
         eventually(Duration::from_secs(75), || {
-            ensure!(interfaces()?.iter().any(|name| name == INTERFACE), "{INTERFACE} does not come back");
+            ensure!(
+                interfaces()?.iter().any(|name| name == INTERFACE),
+                "{INTERFACE} does not come back"
+            );
             Ok(())
         })?;
         reaches(far.netns(), host)?;

@@ -105,7 +105,8 @@ fn a_host_with_a_wrong_token_is_told_until_it_has_the_right_one() -> Result<()> 
     in_lab(Lab::new("mended").hosts(2), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
         launch_as(lab, one, 1)?;
-        two.overnode(&["launch", "--id", "2", "--token", "quite another one", "host1"])?.success()?;
+        two.overnode(&["launch", "--id", "2", "--token", "quite another one", "host1"])?
+            .success()?;
         eventually(PATIENCE, || {
             finds(two, &["host1", "token"])?;
             finds(one, &["was not let in", "token"])
@@ -189,7 +190,8 @@ fn an_interface_that_was_deleted_is_told_until_it_is_back() -> Result<()> {
         launch_as(lab, one, 1)?;
         let container = attached(one, "c")?;
         eventually(PATIENCE, || finds_nothing(one))?;
-        let interface = one.status()?["endpoints"][0]["interface"].as_str().unwrap_or_default().to_owned();
+        let interface =
+            one.status()?["endpoints"][0]["interface"].as_str().unwrap_or_default().to_owned();
         one.netns().ip(&["link", "del", &interface])?;
         eventually(PATIENCE * 4, || {
             finds_nothing(one)?;

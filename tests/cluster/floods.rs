@@ -68,11 +68,21 @@ fn payload(kind: Kind, rng: &mut StdRng, victim: &PublicKey) -> Vec<u8> {
 
 /// Where a frame pretends to come from: anywhere, or for every eighth of sealed ones where the peer
 /// is.
-fn source(kind: Kind, rng: &mut StdRng, number: usize, attacker: Ipv4Addr, peer: Ipv4Addr) -> SocketAddrV4 {
+fn source(
+    kind: Kind,
+    rng: &mut StdRng,
+    number: usize,
+    attacker: Ipv4Addr,
+    peer: Ipv4Addr,
+) -> SocketAddrV4 {
     match kind {
         Kind::Sealed if number.is_multiple_of(8) => SocketAddrV4::new(peer, DATA_PORT),
-        Kind::Sealed => SocketAddrV4::new([100, 64, rng.random(), rng.random()].into(), rng.random()),
-        Kind::Garbage | Kind::Initiations => SocketAddrV4::new(attacker, rng.random_range(1024..=u16::MAX)),
+        Kind::Sealed => {
+            SocketAddrV4::new([100, 64, rng.random(), rng.random()].into(), rng.random())
+        }
+        Kind::Garbage | Kind::Initiations => {
+            SocketAddrV4::new(attacker, rng.random_range(1024..=u16::MAX))
+        }
     }
 }
 
@@ -88,7 +98,13 @@ fn public_key(host: &Host) -> Result<PublicKey> {
 }
 
 /// Floods both ports of a host; `port` instead of them, if it is given.
-fn start(kind: Kind, attacker: &Host, victim: &Host, peer: &Host, port: Option<u16>) -> Result<[Flood; 2]> {
+fn start(
+    kind: Kind,
+    attacker: &Host,
+    victim: &Host,
+    peer: &Host,
+    port: Option<u16>,
+) -> Result<[Flood; 2]> {
     let key = public_key(victim)?;
     let macs = [flood::mac_of(attacker)?, flood::mac_of(victim)?];
     let floods = [DATA_PORT, BULK_PORT].map(|usual| {
@@ -108,9 +124,16 @@ fn start(kind: Kind, attacker: &Host, victim: &Host, peer: &Host, port: Option<u
 /// Both have keys for both paths with each other.
 fn ensure_sessions(hosts: [&Host; 2]) -> Result<()> {
     for (host, other) in [(hosts[0], hosts[1]), (hosts[1], hosts[0])] {
-        let peer = peer(host, other.number)?.with_context(|| format!("{} is not known", other.name))?;
-        let (session, age) = (&peer["data"]["session"], &peer["data"]["bulk"]["session_age_seconds"]);
-        ensure!(session == "established", "{}'s session with {} is {session}", host.name, other.name);
+        let peer =
+            peer(host, other.number)?.with_context(|| format!("{} is not known", other.name))?;
+        let (session, age) =
+            (&peer["data"]["session"], &peer["data"]["bulk"]["session_age_seconds"]);
+        ensure!(
+            session == "established",
+            "{}'s session with {} is {session}",
+            host.name,
+            other.name
+        );
         ensure!(age.is_u64(), "{} has no keys of the bulk path with {}", host.name, other.name);
     }
     Ok(())
@@ -157,7 +180,8 @@ fn attack(kind: Kind) -> Result<()> {
         let floods = start(kind, attacker, victim, old, None)?;
         std::thread::sleep(500 * MILLISECOND);
         let (fed_before, flooded) = (fed.load(Ordering::Relaxed), Instant::now());
-        let pings = Pinging::start(containers[1].netns(), containers[0].address(), None, 10 * MILLISECOND)?;
+        let pings =
+            Pinging::start(containers[1].netns(), containers[0].address(), None, 10 * MILLISECOND)?;
         let second = victim.container("second")?;
         let begun = Instant::now();
         victim.attach(&second, &[])?;
@@ -198,12 +222,14 @@ fn garbage_on_both_udp_ports_stops_neither_handshakes_nor_paths_nor_attach() -> 
 }
 
 #[test]
-fn false_initiations_on_both_udp_ports_stop_neither_handshakes_nor_paths_nor_attach() -> Result<()> {
+fn false_initiations_on_both_udp_ports_stop_neither_handshakes_nor_paths_nor_attach() -> Result<()>
+{
     attack(Kind::Initiations)
 }
 
 #[test]
-fn spoofed_initiations_with_a_right_mac_stop_neither_handshakes_nor_paths_nor_attach() -> Result<()> {
+fn spoofed_initiations_with_a_right_mac_stop_neither_handshakes_nor_paths_nor_attach() -> Result<()>
+{
     attack(Kind::Sealed)
 }
 
@@ -244,7 +270,10 @@ fn five_addresses_that_call_all_the_time_do_not_keep_a_node_with_a_slow_link_out
         writeln!(std::io::stderr(), "met in {meeting:?} beside {rates:?} calls a second")?;
         met.with_context(|| format!("{rates:?} calls a second"))?;
         // One attempt: ten seconds for the handshake, and what resolving and connecting take.
-        ensure!(meeting < Duration::from_secs(12), "it took {meeting:?} beside {rates:?} calls a second");
+        ensure!(
+            meeting < Duration::from_secs(12),
+            "it took {meeting:?} beside {rates:?} calls a second"
+        );
         ensure!(attached(victim, "c").is_ok(), "the victim is busy");
         eventually(PATIENCE, || ensure_sessions([victim, slow]))
     })
@@ -273,7 +302,8 @@ fn a_flood_of_both_udp_ports_costs_established_traffic_little() -> Result<()> {
         };
         // The programs drop the first two before the kernel's UDP would, so the flow gains. The last
         // is of somebody who knows the node's public key.
-        for (kind, least) in [(Kind::Garbage, 0.9), (Kind::Initiations, 0.9), (Kind::Sealed, 0.15)] {
+        for (kind, least) in [(Kind::Garbage, 0.9), (Kind::Initiations, 0.9), (Kind::Sealed, 0.15)]
+        {
             let mut rounds = Vec::new();
             for _ in 0..ROUNDS {
                 let (beside, flooded) = (measure(kind, Some(UNSERVED))?, measure(kind, None)?);

@@ -11,14 +11,16 @@ use anyhow::{Context, Result, ensure};
 use lab::flow::MARKER;
 use lab::pcap::{TCP, UDP};
 use lab::raw::{
-    Frame, GSO_TCPV4, GSO_UDP, GSO_UDP_L4, Injector, Listener, Offload, SOURCE, aimed, begins_in_header,
-    is_hostile, leave_checksum, octets, packet, wanted,
+    Frame, GSO_TCPV4, GSO_UDP, GSO_UDP_L4, Injector, Listener, Offload, SOURCE, aimed,
+    begins_in_header, is_hostile, leave_checksum, octets, packet, wanted,
 };
 use lab::{Container, Host, Lab, eventually};
 use serde_json::json;
 
 use crate::spoofing::{learnt_mac, own_mac};
-use crate::support::{PATIENCE, attached, counter, in_lab, launch_all, list, peer, wait_for_workers};
+use crate::support::{
+    PATIENCE, attached, counter, in_lab, launch_all, list, peer, wait_for_workers,
+};
 
 const INTERFACE: &str = "overnode0";
 /// Frames between two looks at what has arrived: fewer than any queue has room for.
@@ -27,7 +29,13 @@ const BATCH: usize = 250;
 const QUIET_MS: u16 = 300;
 
 /// See [`lab::raw::packet`].
-fn frame(thief: &Container, gateway: [u8; 6], to: IpAddr, protocol: u8, len: usize) -> Result<Vec<u8>> {
+fn frame(
+    thief: &Container,
+    gateway: [u8; 6],
+    to: IpAddr,
+    protocol: u8,
+    len: usize,
+) -> Result<Vec<u8>> {
     Ok(packet([gateway, own_mac(thief)?], [thief.address(), to], protocol, len))
 }
 
@@ -101,10 +109,17 @@ fn dropped(lab: &Lab) -> Result<u64> {
 /// Sends frames, and ensures that none arrives from anybody but the thief, and that each that does
 /// not arrive with the headers that it had is refused and counted. Segments the container's own
 /// kernel may have made before, and checksums with them.
-fn ensure_refused(lab: &Lab, scene: &Scene, to: &Container, frames: &[Frame], what: &str) -> Result<()> {
+fn ensure_refused(
+    lab: &Lab,
+    scene: &Scene,
+    to: &Container,
+    frames: &[Frame],
+    what: &str,
+) -> Result<()> {
     let is_local = to.name == scene.near.name;
     // Where nobody finishes it on the way, it is enough that the sum begins in the headers.
-    let is_hostile = |frame: &Frame| if is_local { begins_in_header(frame) } else { is_hostile(frame) };
+    let is_hostile =
+        |frame: &Frame| if is_local { begins_in_header(frame) } else { is_hostile(frame) };
     let (hostile, harmless): (Vec<_>, Vec<_>) = frames.iter().cloned().partition(is_hostile);
     let is_one = hostile.iter().chain(&harmless).all(|(offload, _)| offload.gso_type == 0);
     let before = (dropped(lab)?, counter(lab.host(1), "checksum")?);
@@ -137,16 +152,21 @@ fn no_place_of_a_checksum_makes_a_container_another_one() -> Result<()> {
         let scene = scene(lab)?;
         for to in [&scene.far, &scene.near] {
             let gateway = learnt_mac(&scene.thief, to.address())?;
-            for (protocol, len, is_left) in
-                [(UDP, 60, false), (UDP, 60, true), (TCP, 64, true), (UDP, 300, false), (253, 60, false)]
-            {
+            for (protocol, len, is_left) in [
+                (UDP, 60, false),
+                (UDP, 60, true),
+                (TCP, 64, true),
+                (UDP, 300, false),
+                (253, 60, false),
+            ] {
                 let mut honest = frame(&scene.thief, gateway, to.address(), protocol, len)?;
                 if is_left {
                     leave_checksum(&mut honest);
                 }
                 let wanted = wanted(&honest, scene.neighbour.address());
                 let frames = aimed(&honest, &wanted, (0, 0), |_| true);
-                let what = format!("protocol {protocol}, {len} bytes, its own checksum left: {is_left}");
+                let what =
+                    format!("protocol {protocol}, {len} bytes, its own checksum left: {is_left}");
                 ensure_refused(lab, &scene, to, &frames, &what)?;
             }
         }
@@ -208,7 +228,9 @@ fn no_place_of_a_checksum_on_the_bulk_path_makes_a_container_another_one() -> Re
             // Fewer than 50 ms of the thief's time, or the flow is an ordinary one again: with
             // large ones in between.
             let mut frames = Vec::new();
-            for (number, frame) in aimed(&honest, &wanted, gso, |place| place < 64).into_iter().enumerate() {
+            for (number, frame) in
+                aimed(&honest, &wanted, gso, |place| place < 64).into_iter().enumerate()
+            {
                 if number % 50 == 0 {
                     frames.extend(vec![large.clone(); 3]);
                 }
@@ -248,7 +270,12 @@ fn flood_with_probes(source: UdpSocket, is_over: &AtomicBool) -> Result<u64> {
     Ok(sent)
 }
 
-fn two_hosts_stay_together(lab: &Lab, source: UdpSocket, far: &Container, near: &Container) -> Result<()> {
+fn two_hosts_stay_together(
+    lab: &Lab,
+    source: UdpSocket,
+    far: &Container,
+    near: &Container,
+) -> Result<()> {
     let received = counter(lab.host(2), "probe-received")?;
     let refused = counter(lab.host(1), "node-address")?;
     let is_over = AtomicBool::new(false);
@@ -260,7 +287,11 @@ fn two_hosts_stay_together(lab: &Lab, source: UdpSocket, far: &Container, near: 
                 for (host, other) in [(lab.host(1), 2), (lab.host(2), 1)] {
                     let peer = peer(host, other)?.context("the other node is not known")?;
                     let route = &peer["data"]["route"];
-                    ensure!(route["path"] == json!("direct"), "{} says of {other}: {route}", host.name);
+                    ensure!(
+                        route["path"] == json!("direct"),
+                        "{} says of {other}: {route}",
+                        host.name
+                    );
                     ensure!(route["straight"] == true, "{} says of {other}: {route}", host.name);
                 }
             }
@@ -323,8 +354,9 @@ fn a_container_cannot_ask_another_hosts_name_server_by_the_bulk_path() -> Result
             let size = query.len() as libc::c_int;
             let at = (&raw const size).cast();
             // SAFETY: pointer and length describe the size.
-            let set =
-                unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, at, 4) };
+            let set = unsafe {
+                libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, at, 4)
+            };
             ensure!(set == 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
             socket.set_nonblocking(true)?;
             let queries = query.repeat(40);
@@ -368,17 +400,26 @@ fn nobody_on_the_wire_has_a_receiver_change_what_was_sealed() -> Result<()> {
         let messages: Vec<_> = wire
             .frames(10)?
             .into_iter()
-            .filter(|(_, frame)| frame.len() > 100 && frame[36..38] == [0x1a, 0x80] && frame[42] == 4)
+            .filter(|(_, frame)| {
+                frame.len() > 100 && frame[36..38] == [0x1a, 0x80] && frame[42] == 4
+            })
             .map(|(_, frame)| (Offload::checksum(INNER_SOURCE, 0), frame))
             .collect();
-        ensure!(messages.len() >= MESSAGES as usize, "only {} messages were caught", messages.len());
+        ensure!(
+            messages.len() >= MESSAGES as usize,
+            "only {} messages were caught",
+            messages.len()
+        );
         injector.send_offloaded(&messages)?;
         let arrived = victim.frames(QUIET_MS)?;
         lab.heal(one, two)?;
         for (offload, mut frame) in arrived {
             offload.finish(&mut frame);
             let source: [u8; 4] = frame[SOURCE..SOURCE + 4].try_into()?;
-            ensure!(source == octets(scene.thief.address()), "a packet arrived from {source:?}: {offload:?}");
+            ensure!(
+                source == octets(scene.thief.address()),
+                "a packet arrived from {source:?}: {offload:?}"
+            );
         }
         let counted = counter(two, "checksum")? - before;
         ensure!(counted >= u64::from(MESSAGES), "{counted} are counted");

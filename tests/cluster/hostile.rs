@@ -59,7 +59,10 @@ fn refusals(host: &Host) -> Result<BTreeMap<String, u64>> {
 }
 
 /// How many more there are of each.
-fn difference(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
+fn difference(
+    before: &BTreeMap<String, u64>,
+    after: &BTreeMap<String, u64>,
+) -> BTreeMap<String, u64> {
     after
         .iter()
         .map(|(reason, count)| (reason.clone(), count - before.get(reason).unwrap_or(&0)))

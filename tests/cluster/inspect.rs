@@ -29,7 +29,8 @@ const NOT_HERE: [&str; 6] = [
 fn documented() -> Result<BTreeSet<String>> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/inspect.md");
     let page = std::fs::read_to_string(path).context("docs/inspect.md")?;
-    let quoted = |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
+    let quoted =
+        |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
     let mut places = Vec::new();
     let mut fields = BTreeSet::new();
     for line in page.lines() {
@@ -60,7 +61,9 @@ fn fields(place: &str, value: &Value, found: &mut BTreeMap<String, Value>) {
                 found.insert(field, value.clone());
             }
         }
-        Value::Array(list) => list.iter().for_each(|value| fields(&format!("{place}[]"), value, found)),
+        Value::Array(list) => {
+            list.iter().for_each(|value| fields(&format!("{place}[]"), value, found))
+        }
         _ => {}
     }
 }
@@ -90,8 +93,9 @@ fn shapes(bytes: &[u8; 32]) -> Vec<String> {
     let base64 = PublicKey(*bytes).to_string();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let numbers = |list: Vec<u32>| list.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-    let words =
-        bytes.chunks(4).map(|word| word.iter().rev().fold(0, |sum, byte| sum << 8 | u32::from(*byte)));
+    let words = bytes
+        .chunks(4)
+        .map(|word| word.iter().rev().fold(0, |sum, byte| sum << 8 | u32::from(*byte)));
     vec![
         base64.trim_end_matches('=').to_owned(),
         base64.replace('+', "-").replace('/', "_").trim_end_matches('=').to_owned(),
@@ -112,7 +116,9 @@ fn busy_node(lab: &Lab) -> Result<Value> {
     launch(lab, a)?;
     launch(lab, b)?;
     c.overnode(&["launch", "--id", "5", "--token", TOKEN, "host1", "host2"])?.success()?;
-    stranger.overnode(&["launch", "--id", "9", "--token", "another-password", "host1"])?.success()?;
+    stranger
+        .overnode(&["launch", "--id", "9", "--token", "another-password", "host1"])?
+        .success()?;
     a.overnode(&["connect", "nowhere.invalid"])?.success()?;
     let file = lab.folder().join("psk");
     std::fs::write(&file, PublicKey(PRESHARED_KEY).to_string())?;
@@ -124,12 +130,21 @@ fn busy_node(lab: &Lab) -> Result<Value> {
     let (one, five) = (attached(a, "one")?, attached(c, "five")?);
     one.reach(five.address(), PATIENCE)?;
     eventually(PATIENCE, || {
-        ensure!(peer(a, 2)?.is_some_and(|it| it["data"]["route"].is_object()), "no way to node 2 yet");
+        ensure!(
+            peer(a, 2)?.is_some_and(|it| it["data"]["route"].is_object()),
+            "no way to node 2 yet"
+        );
         let document = a.inspect()?;
         let loans = document["status"]["ipam"]["loans"].as_array().context("no loans")?;
-        ensure!(loans.iter().any(|loan| loan["borrower"] == 5), "nobody has lent to node 5: {loans:?}");
+        ensure!(
+            loans.iter().any(|loan| loan["borrower"] == 5),
+            "nobody has lent to node 5: {loans:?}"
+        );
         let connections = document["status"]["connections"].as_array().context("no connections")?;
-        ensure!(connections.iter().any(|it| it["state"] == "failed"), "the stranger did not call yet");
+        ensure!(
+            connections.iter().any(|it| it["state"] == "failed"),
+            "the stranger did not call yet"
+        );
         Ok(document)
     })
 }
@@ -163,7 +178,10 @@ fn inspect_prints_what_its_page_describes_and_no_secret() -> Result<()> {
         let identity = store.identity()?.context("no identity")?;
         drop(store);
         let own = key::public_key(&identity.exchange_secret());
-        ensure!(shows(&text, &own.0), "the public key is not found in this way, so no secret would be");
+        ensure!(
+            shows(&text, &own.0),
+            "the public key is not found in this way, so no secret would be"
+        );
         secrets.extend([identity.seed.0, identity.cluster_key.0, PRESHARED_KEY]);
         secrets.extend([key::control_key(&identity.cluster_key).0, identity.exchange_secret().0]);
         for record in document["records"].as_array().context("no records")? {

@@ -38,8 +38,13 @@ fn lie(host: &Host, address: IpAddr) -> Result<()> {
 fn gateway(container: &Container, to: IpAddr) -> Result<[u8; 6]> {
     let _ = container.ping(to, 1, MILLISECOND)?;
     let text = container.netns().ip(&["neigh", "show", &to.to_string()])?;
-    let mac = text.split_whitespace().skip_while(|word| *word != "lladdr").nth(1).context("no neighbour")?;
-    let bytes = mac.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
+    let mac = text
+        .split_whitespace()
+        .skip_while(|word| *word != "lladdr")
+        .nth(1)
+        .context("no neighbour")?;
+    let bytes =
+        mac.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
     bytes.try_into().ok().context("not six bytes")
 }
 
@@ -79,17 +84,24 @@ fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Res
                 let document = host.inspect()?;
                 let mut records = list(&document, "records")?.iter();
                 let liar = records.find(|it| it["id"] == LIAR).context("no record")?;
-                ensure!(liar["ranges"].to_string().contains(&prefix), "the lie has not come: {liar}");
+                ensure!(
+                    liar["ranges"].to_string().contains(&prefix),
+                    "the lie has not come: {liar}"
+                );
                 let peer = peer(host, LIAR)?.context("the liar is not known")?;
-                ensure!(peer["data"]["session"] == "established", "there is no session with the liar");
+                ensure!(
+                    peer["data"]["session"] == "established",
+                    "there is no session with the liar"
+                );
                 Ok(())
             })?;
         }
         // Traffic goes on to the true owner.
         let listening = Capture::start(thief.netns(), lab.folder(), &["-i", INTERFACE])?;
         let stats = far.ping(address, PINGS, 5 * MILLISECOND)?;
-        let stolen =
-            listening.stop()?.count(|packet| packet.ip.is_some_and(|ip| ip.from == far.address()))?;
+        let stolen = listening
+            .stop()?
+            .count(|packet| packet.ip.is_some_and(|ip| ip.from == far.address()))?;
         ensure!(stolen == 0, "{stolen} of {PINGS} packets for {address} went to the liar");
         ensure!(stats.lost() == 0, "{} of {PINGS} pings were lost", stats.lost());
         // What the liar sends in its name is not taken.
@@ -111,9 +123,9 @@ fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Res
         for host in [a, b] {
             eventually(PATIENCE, || {
                 let problems = problems(host)?;
-                let told = problems
-                    .iter()
-                    .any(|it| it.contains(&prefix) && it.contains("node 1 ") && it.contains("node 9 "));
+                let told = problems.iter().any(|it| {
+                    it.contains(&prefix) && it.contains("node 1 ") && it.contains("node 9 ")
+                });
                 ensure!(told, "{} does not tell of the clash: {problems:?}", host.name);
                 Ok(())
             })?;
@@ -161,7 +173,10 @@ impl Member {
         stream.set_nonblocking(true)?;
         let link = runtime.block_on(async {
             let stream = tokio::net::TcpStream::from_std(stream)?;
-            anyhow::Ok(session::connect(stream, Role::Initiator, &me, Terms::default(), |_| Ok(())).await?)
+            anyhow::Ok(
+                session::connect(stream, Role::Initiator, &me, Terms::default(), |_| Ok(()))
+                    .await?,
+            )
         })?;
         Ok(Self { runtime, link })
     }

@@ -97,7 +97,8 @@ fn a_static_address_is_reached_from_everywhere() -> Result<()> {
     in_lab(Lab::new("static").hosts(2), |lab| {
         launch_all(lab)?;
         let fixed = lab.host(2).container("fixed")?;
-        let address = lab.host(2).attach(&fixed, &["--ip", "10.33.7.5/12", "--name", "database"])?;
+        let address =
+            lab.host(2).attach(&fixed, &["--ip", "10.33.7.5/12", "--name", "database"])?;
         assert_eq!(address.to_string(), "10.33.7.5/12");
         let (near, far) = (attached(lab.host(2), "near")?, attached(lab.host(1), "far")?);
         near.reach(fixed.address(), PATIENCE)?;
@@ -135,14 +136,18 @@ fn launching_again_is_harmless() -> Result<()> {
         launch(lab, host)?;
         let container = attached(host, "c")?;
         let pid = host.daemon_pid().context("no daemon")?;
-        let said = host.overnode(&["launch", "--id", "1", "--token", TOKEN, "another"])?.success()?;
+        let said =
+            host.overnode(&["launch", "--id", "1", "--token", TOKEN, "another"])?.success()?;
         assert!(said.contains("already running"), "{said}");
         assert_eq!(targets(host)?, ["another", "host1", "host2"]);
         assert_eq!(host.daemon_pid(), Some(pid));
 
         for (id, token, named) in [("2", TOKEN, "1"), ("1", "other", "token")] {
             let complaint = host.overnode(&["launch", "--id", id, "--token", token])?.failure(1)?;
-            assert!(complaint.contains("overnode reset") && complaint.contains(named), "{complaint}");
+            assert!(
+                complaint.contains("overnode reset") && complaint.contains(named),
+                "{complaint}"
+            );
         }
         assert_eq!(targets(host)?, ["another", "host1", "host2"]);
 
@@ -343,7 +348,8 @@ fn packets_up_to_the_mtu_pass_and_larger_ones_are_refused() -> Result<()> {
         let containers = launch_containers(lab)?;
         let to = containers[1].address().to_string();
         let ping = |fragment: &str, size: &str| {
-            containers[0].run("ping", &["-M", fragment, "-c", "3", "-i", "0.01", "-W", "1", "-s", size, &to])
+            containers[0]
+                .run("ping", &["-M", fragment, "-c", "3", "-i", "0.01", "-W", "1", "-s", size, &to])
         };
         // 1420 bytes with the headers of IPv4 and ICMP.
         ping("do", "1392")?;
@@ -363,7 +369,10 @@ fn jumbo_underlays_carry_jumbo_packets() -> Result<()> {
         let containers = launch_containers(lab)?;
         let to = containers[1].address().to_string();
         containers[0].run("ping", &["-M", "do", "-c", "1", "-W", "1", "-s", "8892", &to])?;
-        assert_eq!(flow::tcp(&containers[0], &containers[1], Amount::Bytes(5_000_000))?.bytes, 5_000_000);
+        assert_eq!(
+            flow::tcp(&containers[0], &containers[1], Amount::Bytes(5_000_000))?.bytes,
+            5_000_000
+        );
         Ok(())
     })
 }

@@ -47,7 +47,10 @@ fn a_local_user_who_makes_the_directory_of_pins_first_gets_no_maps() -> Result<(
             );
             let output = apart(lab.host(1), &script)?;
             let (said, complaint) = (text(&output.stdout), text(&output.stderr));
-            assert_eq!(said, "launch: 1\n", "root's maps are in the hands of user 1000: {complaint}");
+            assert_eq!(
+                said, "launch: 1\n",
+                "root's maps are in the hands of user 1000: {complaint}"
+            );
             assert!(complaint.contains("/sys/fs/bpf/overnode belongs to user 1000"), "{complaint}");
             assert!(complaint.contains("rm -r /sys/fs/bpf/overnode"), "{complaint}");
         }
@@ -121,7 +124,8 @@ fn read_as(program: &[&str], pid: i32, file: &str) -> Result<Output> {
 /// Neither its environment nor its memory nor a core file, of a process that has the keys.
 fn keeps_its_secrets(pid: i32) -> Result<()> {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits"))?;
-    let core = limits.lines().find(|line| line.starts_with("Max core file size")).context("no limit")?;
+    let core =
+        limits.lines().find(|line| line.starts_with("Max core file size")).context("no limit")?;
     let words: Vec<&str> = core.split_whitespace().collect();
     assert_eq!(words[4..6], ["0", "0"], "{core}");
     let stranger: Vec<&str> = STRANGER.split(' ').collect();
@@ -152,7 +156,8 @@ fn nobody_reads_the_memory_of_the_daemon_nor_what_it_leaves_in_a_crash() -> Resu
         // SAFETY: between fork and exec only system calls are made.
         unsafe {
             command.pre_exec(|| {
-                let all = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+                let all =
+                    libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
                 libc::setrlimit(libc::RLIMIT_CORE, &raw const all);
                 Ok(())
             });

@@ -29,7 +29,8 @@ fn samples(text: &str) -> Result<BTreeMap<String, f64>> {
     let lines = text.lines().filter(|line| !line.starts_with('#'));
     lines
         .map(|line| {
-            let (series, value) = line.rsplit_once(' ').with_context(|| format!("no value: {line}"))?;
+            let (series, value) =
+                line.rsplit_once(' ').with_context(|| format!("no value: {line}"))?;
             Ok((series.to_owned(), value.parse().with_context(|| format!("no number: {line}"))?))
         })
         .collect()
@@ -39,7 +40,8 @@ type Labels = BTreeSet<String>;
 
 /// A row of the page: the metric, its labels, and the values that they have if the row lists them.
 fn row(line: &str) -> (String, (Labels, Labels)) {
-    let quoted = |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Labels>();
+    let quoted =
+        |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Labels>();
     let columns: Vec<&str> = line.split('|').collect();
     let column = |at: usize| columns.get(at).copied().unwrap_or_default();
     let (labels, values) = column(2).split_once(':').unwrap_or((column(2), ""));
@@ -66,7 +68,8 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
         let values = samples(&text)?;
         let told = dashboard::told(values.keys().map(String::as_str))?;
 
-        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md"))?;
+        let page =
+            std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md"))?;
         let documented = page.lines().filter(|line| line.starts_with("| `overnode_")).map(row);
         let documented: BTreeMap<String, (Labels, Labels)> = documented.collect();
         let names: BTreeSet<&String> = told.keys().collect();
@@ -76,9 +79,16 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
             names.symmetric_difference(&documented.keys().collect())
         );
         for (metric, (labels, allowed)) in &documented {
-            ensure!(told[metric].keys().eq(labels), "{metric} has other labels: {:?}", told[metric]);
+            ensure!(
+                told[metric].keys().eq(labels),
+                "{metric} has other labels: {:?}",
+                told[metric]
+            );
             let values: Labels = told[metric].values().flatten().cloned().collect();
-            ensure!(allowed.is_empty() || values == *allowed, "{metric} has other values: {values:?}");
+            ensure!(
+                allowed.is_empty() || values == *allowed,
+                "{metric} has other values: {values:?}"
+            );
         }
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../dist/grafana/overnode.json");
         let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(file)?)?;
@@ -95,7 +105,11 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
             ("overnode_ipam_ready", 1.0),
             ("overnode_connections{state=\"established\"}", 1.0),
         ] {
-            ensure!(values.get(series) == Some(&wanted), "{series} is {:?}\n{text}", values.get(series));
+            ensure!(
+                values.get(series) == Some(&wanted),
+                "{series} is {:?}\n{text}",
+                values.get(series)
+            );
         }
         let sealed = values.get("overnode_packets_total{reason=\"sealed\",dropped=\"false\"}");
         ensure!(sealed.is_some_and(|sealed| *sealed >= 20.0), "{sealed:?} packets were sealed");
@@ -107,7 +121,10 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
         }
 
         let (code, text) = a.request("GET", "/v1/metrics", "")?;
-        ensure!(code == 200 && samples(&text)?.keys().eq(values.keys()), "the socket tells something else");
+        ensure!(
+            code == 200 && samples(&text)?.keys().eq(values.keys()),
+            "the socket tells something else"
+        );
         ensure!(get(a, "/v1/status")?.0 == 404, "the port tells more than metrics");
         let listening = b.netns().run("ss", &["-Hltn"])?;
         ensure!(!listening.contains(":6785"), "node 2 was not asked to: {listening}");
@@ -118,7 +135,10 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
         eventually(PATIENCE, || {
             let values = samples(&get(a, "/metrics")?.1)?;
             let critical = values["overnode_findings{level=\"critical\"}"];
-            ensure!(values["overnode_peer_reachable{peer=\"2\"}"] == 0.0 && critical >= 1.0, "{values:?}");
+            ensure!(
+                values["overnode_peer_reachable{peer=\"2\"}"] == 0.0 && critical >= 1.0,
+                "{values:?}"
+            );
             Ok(())
         })?;
         let shown = a.overnode(&["status"])?.success()?;
@@ -136,7 +156,11 @@ fn a_port_that_is_taken_keeps_no_node_from_working() -> Result<()> {
         launch_with_metrics(host, &[])?;
         attached(host, "c")?;
         eventually(PATIENCE, || {
-            ensure!(host.log().contains("metrics cannot be served at 127.0.0.1:6785"), "{}", host.log());
+            ensure!(
+                host.log().contains("metrics cannot be served at 127.0.0.1:6785"),
+                "{}",
+                host.log()
+            );
             Ok(())
         })?;
         drop(taken);

@@ -49,11 +49,17 @@ fn told(host: &Host, side: Side, of: &Host, words: &[&str]) -> Result<()> {
         );
         let table = host.overnode(&["status", "--connections"])?.success()?;
         let line = table.lines().find(|line| {
-            line.starts_with(arrow) && line.contains(&from) && words.iter().all(|word| line.contains(word))
+            line.starts_with(arrow)
+                && line.contains(&from)
+                && words.iter().all(|word| line.contains(word))
         });
-        let line =
-            line.with_context(|| format!("the table of {} does not tell {words:?}:\n{table}", host.name))?;
-        ensure!(line.contains(state) || side == Side::Called && line.contains("connecting"), "{line}");
+        let line = line.with_context(|| {
+            format!("the table of {} does not tell {words:?}:\n{table}", host.name)
+        })?;
+        ensure!(
+            line.contains(state) || side == Side::Called && line.contains("connecting"),
+            "{line}"
+        );
         ensure!(line.contains(" ago)"), "without its time: {line}");
         Ok(())
     })
@@ -66,7 +72,12 @@ fn joined(one: &Host, id: usize, other: &Host, other_id: usize) -> Result<()> {
             let status = host.status()?;
             let connections = list(&status, "connections")?;
             let with = |it: &&Value| it["peer"] == id && it["state"] == "established";
-            ensure!(connections.iter().any(|it| with(&it)), "{}: {}", host.name, status["connections"]);
+            ensure!(
+                connections.iter().any(|it| with(&it)),
+                "{}: {}",
+                host.name,
+                status["connections"]
+            );
             ensure!(
                 connections.iter().all(|it| it["state"] != "failed"),
                 "{} still complains: {}",
@@ -111,22 +122,25 @@ fn other_addresses_are_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
         start(b, "2", TOKEN, &["--range", "10.44.0.0/14", "host1"])?;
         start(c, "3", TOKEN, &["--subnet", "172.16.0.0/12", "--range", "172.24.0.0/13", "host1"])?;
         let usual = "subnet 10.32.0.0/12 and range 10.40.0.0/13";
-        let advice =
-            "run `overnode reset` on the wrong one, then launch it with the right --subnet and --range";
+        let advice = "run `overnode reset` on the wrong one, then launch it with the right --subnet and --range";
         for (host, name, network) in [
             (b, "node 2 (host2)", "subnet 10.32.0.0/12 and range 10.44.0.0/14"),
             (c, "node 3 (host3)", "subnet 172.16.0.0/12 and range 172.24.0.0/13"),
         ] {
             let (here, there) = (format!("this node has {usual}"), format!("{name} has {network}"));
             told(a, Side::WasCalled, host, &[&here, &there, advice])?;
-            let (here, there) = (format!("this node has {network}"), format!("node 1 (host1) has {usual}"));
+            let (here, there) =
+                (format!("this node has {network}"), format!("node 1 (host1) has {usual}"));
             told(host, Side::Called, a, &[&here, &there, advice])?;
         }
         ensure!(list(&a.status()?, "peers")?.len() == 1, "it knows of itself only");
         b.overnode(&["reset"])?.success()?;
         start(b, "2", TOKEN, &["--subnet", "10.32.0.0/12", "--range", "10.40.0.0/13", "host1"])?;
         eventually(PATIENCE, || {
-            ensure!(peer(a, 2)?.is_some_and(|peer| peer["reachable"] == true), "1 and 2 are not joined");
+            ensure!(
+                peer(a, 2)?.is_some_and(|peer| peer["reachable"] == true),
+                "1 and 2 are not joined"
+            );
             Ok(())
         })
     })
@@ -228,12 +242,23 @@ fn another_version_is_told_on_both_sides_with_the_one_to_upgrade() -> Result<()>
         let listener = b.netns().enter(|| Ok(TcpListener::bind("0.0.0.0:6783")?))?;
         a.overnode(&["connect", "host2"])?.success()?;
         let refusal = Stranger::new(newer)?.meet(listener.accept()?.0, Role::Responder)?;
-        ensure!(refusal.to_string().contains("upgrade overnode on the other host"), "it is told {refusal}");
+        ensure!(
+            refusal.to_string().contains("upgrade overnode on the other host"),
+            "it is told {refusal}"
+        );
         told(a, Side::Called, b, &["no common protocol version", "upgrade overnode on this host"])?;
         // It goes on looking for one that fits.
         let refusal = Stranger::new(older)?.meet(listener.accept()?.0, Role::Responder)?;
-        ensure!(refusal.to_string().contains("upgrade overnode on this host"), "it is told {refusal}");
-        told(a, Side::Called, b, &["no common protocol version", "upgrade overnode on the other host"])?;
+        ensure!(
+            refusal.to_string().contains("upgrade overnode on this host"),
+            "it is told {refusal}"
+        );
+        told(
+            a,
+            Side::Called,
+            b,
+            &["no common protocol version", "upgrade overnode on the other host"],
+        )?;
         ensure!(list(&a.status()?, "peers")?.len() == 1, "it knows of itself only");
         Ok(())
     })

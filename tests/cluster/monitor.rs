@@ -53,11 +53,18 @@ fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -
             ensure!(spoofed["names"].is_null(), "neither address is attached here: {spoofed}");
             let beside = watcher.wait_for(|it| it["inner"]["source"] == json!(shop.address()))?;
             let names = [(shop.address().to_string(), "shop".to_owned())];
-            let names = names.into_iter().chain([(unnamed.address().to_string(), unnamed.target())]);
-            ensure!(beside["names"] == names.map(|(at, it)| (at, json!(it))).collect::<Value>(), "{beside}");
+            let names =
+                names.into_iter().chain([(unnamed.address().to_string(), unnamed.target())]);
+            ensure!(
+                beside["names"] == names.map(|(at, it)| (at, json!(it))).collect::<Value>(),
+                "{beside}"
+            );
             ensure!(beside["container"]["target"] == thief.target(), "{beside}");
             let lost = watcher.drop_of("no-route")?;
-            ensure!(lost["inner"]["destination"] == "10.46.0.1" && lost["peer"].is_null(), "{lost}");
+            ensure!(
+                lost["inner"]["destination"] == "10.46.0.1" && lost["peer"].is_null(),
+                "{lost}"
+            );
             ensure!(lost["unix_milliseconds"].as_u64() > Some(1_600_000_000_000), "{lost}");
         }
         // What somebody else makes of a message from node 1.
@@ -73,7 +80,10 @@ fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -
         ensure!(seen["interface"] == lab.host(2).interface(), "{seen}");
         for watcher in watchers.iter().chain([&watcher]) {
             let text = watcher.text()?;
-            ensure!(!text.as_bytes().windows(MARKER.len()).any(|window| window == MARKER), "payload: {text}");
+            ensure!(
+                !text.as_bytes().windows(MARKER.len()).any(|window| window == MARKER),
+                "payload: {text}"
+            );
         }
         Ok(())
     })
@@ -91,15 +101,20 @@ fn what_happens_to_peers_paths_and_containers_is_told() -> Result<()> {
         let told = watcher.wait_for(|event| event["event"] == "attached")?;
         ensure!(told["address"] == json!(container.address()), "{told}");
         one.detach(&container)?;
-        watcher.wait_for(|event| event["event"] == "detached" && event["address"] == told["address"])?;
+        watcher.wait_for(|event| {
+            event["event"] == "detached" && event["address"] == told["address"]
+        })?;
 
         lab.cut(one, three)?;
-        watcher.wait_for(|it| it["event"] == "straight-path" && of(3, it) && it["works"] == false)?;
-        let path =
-            |to: Value| watcher.wait_for(|it| it["event"] == "path-changed" && of(3, it) && it["path"] == to);
+        watcher
+            .wait_for(|it| it["event"] == "straight-path" && of(3, it) && it["works"] == false)?;
+        let path = |to: Value| {
+            watcher.wait_for(|it| it["event"] == "path-changed" && of(3, it) && it["path"] == to)
+        };
         path(json!({"via": 2}))?;
         lab.heal(one, three)?;
-        watcher.wait_for(|it| it["event"] == "straight-path" && of(3, it) && it["works"] == true)?;
+        watcher
+            .wait_for(|it| it["event"] == "straight-path" && of(3, it) && it["works"] == true)?;
         path(json!("direct"))?;
 
         two.kill_daemon()?;
@@ -146,13 +161,19 @@ fn a_monitor_ends_as_it_should() -> Result<()> {
         host.kill_daemon()?;
         let (status, complaint) = watcher.end()?;
         ensure!(status.code() == Some(1), "{status}");
-        ensure!(complaint.lines().count() == 1 && complaint.contains("overnode resume"), "{complaint}");
+        ensure!(
+            complaint.lines().count() == 1 && complaint.contains("overnode resume"),
+            "{complaint}"
+        );
         host.overnode(&["resume"])?.success()?;
         let watcher = watch(lab, host, &[])?;
         let pid = host.daemon_pid().context("no daemon")?;
         kill(Pid::from_raw(pid), Signal::SIGTERM)?;
         let (status, complaint) = watcher.end()?;
-        ensure!(status.code() == Some(1) && complaint.contains("overnode resume"), "{status}: {complaint}");
+        ensure!(
+            status.code() == Some(1) && complaint.contains("overnode resume"),
+            "{status}: {complaint}"
+        );
         let refused = host.overnode(&["monitor"])?.failure(1)?;
         ensure!(refused.contains("overnode resume"), "{refused}");
         Ok(())
@@ -215,7 +236,10 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
             Ok(one_by_one)
         })?;
         ensure!((1..10_000).contains(&shown), "{shown} are shown");
-        ensure!(containers[0].ping(far.address(), 100, MILLISECOND)?.lost() == 0, "pings were lost");
+        ensure!(
+            containers[0].ping(far.address(), 100, MILLISECOND)?.lost() == 0,
+            "pings were lost"
+        );
         // Nobody watches any more: what is dropped now is seen by nobody, also not by who comes later.
         drop((watcher, sleeper));
         std::thread::sleep(Duration::from_millis(2500));

@@ -8,7 +8,8 @@ use lab::flow::{Amount, Manner, TcpFlow};
 use lab::{Container, Family, Host, Lab, eventually, flow};
 
 use crate::support::{
-    PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, launch_containers, list, one_each, peer,
+    PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, launch_containers, list,
+    one_each, peer,
 };
 
 /// How exactly the search for the MTU has to know it.
@@ -53,7 +54,11 @@ fn learns(from: &Container, to: &Container, mtu: u64) -> Result<()> {
     let refused = ping(from, to, mtu + 1);
     ensure!(refused.is_err(), "a packet of more than {mtu} bytes went through");
     let route = from.run("ip", &["route", "get", &to.address().to_string()])?;
-    ensure!(route.contains(&format!("mtu {mtu}")), "{} has learnt nothing of {mtu}: {route}", from.name);
+    ensure!(
+        route.contains(&format!("mtu {mtu}")),
+        "{} has learnt nothing of {mtu}: {route}",
+        from.name
+    );
     ping(from, to, mtu).map(drop)
 }
 
@@ -88,14 +93,21 @@ fn black_hole(carries: u32, family: Family) -> Result<()> {
                 .split_whitespace()
                 .filter_map(|word| word.strip_prefix("mss:")?.parse().ok())
                 .collect();
-            ensure!(!sizes.is_empty() && sizes.iter().all(|size| *size <= 1220), "{}: {sockets}", host.name);
+            ensure!(
+                !sizes.is_empty() && sizes.iter().all(|size| *size <= 1220),
+                "{}: {sockets}",
+                host.name
+            );
         }
         let route = a.netns().ip(&["route", "get", &b.address().to_string()])?;
         ensure!(!route.contains("mtu"), "the router has told: {route}");
         // It is shown to people.
         let table = a.overnode(&["status", "--connections"])?.success()?;
         ensure!(table.contains(&there.to_string()), "{table}");
-        ensure!(list(&a.status()?, "connections")?.iter().any(|it| it["mtu"] == there), "not in JSON");
+        ensure!(
+            list(&a.status()?, "connections")?.iter().any(|it| it["mtu"] == there),
+            "not in JSON"
+        );
         Ok(())
     })
 }
@@ -121,8 +133,12 @@ fn a_stream_survives_a_way_that_begins_to_carry_less() -> Result<()> {
         let [a, b] = lab.hosts() else { unreachable!() };
         let containers = launch_containers(lab)?;
         found(a, 2, 1480)?;
-        let stream =
-            TcpFlow::start_as(&containers[0], &containers[1], Amount::UntilStopped, Manner::Rate(200_000))?;
+        let stream = TcpFlow::start_as(
+            &containers[0],
+            &containers[1],
+            Amount::UntilStopped,
+            Manner::Rate(200_000),
+        )?;
         stream.wait_for(200_000, PATIENCE)?;
         lab.narrow(b, 1280)?;
         found(a, 2, 1280)?;
@@ -199,8 +215,16 @@ fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
         let [one, two, three] = &containers[..] else { unreachable!() };
         all_reach_all(&containers)?;
         let inside = |it: &Container| it.run("ip", &["link", "show", "overnode0"]);
-        ensure!(inside(one)?.contains("mtu 8920") && inside(two)?.contains("mtu 8920"), "{}", inside(one)?);
-        ensure!(inside(&early)?.contains("mtu 1420"), "what runs keeps its MTU: {}", inside(&early)?);
+        ensure!(
+            inside(one)?.contains("mtu 8920") && inside(two)?.contains("mtu 8920"),
+            "{}",
+            inside(one)?
+        );
+        ensure!(
+            inside(&early)?.contains("mtu 1420"),
+            "what runs keeps its MTU: {}",
+            inside(&early)?
+        );
         eventually(PATIENCE * 2, || {
             ensure!(mtu(a, 2)? == 8920 && mtu(b, 1)? == 8920, "{} and {}", mtu(a, 2)?, mtu(b, 1)?);
             Ok(())

@@ -19,7 +19,8 @@ fn set_features(container: &Container, enabled: impl Fn(usize) -> bool) -> Resul
         words.extend([*feature, if enabled(number) { "on" } else { "off" }]);
     }
     // ethtool complains of combinations that do not exist and sets the rest.
-    let output = container.command("ethtool").args(&words).output().context("ethtool cannot be started")?;
+    let output =
+        container.command("ethtool").args(&words).output().context("ethtool cannot be started")?;
     ensure!(output.status.code().is_some(), "ethtool was killed");
     Ok(())
 }
@@ -37,7 +38,13 @@ fn send_segmented(from: &Container, to: &Container, checksums: bool) -> Result<(
     let size = libc::c_int::from(SEGMENT);
     // SAFETY: the value outlives the call and its size is given.
     let outcome = unsafe {
-        libc::setsockopt(outbox.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, (&raw const size).cast(), 4)
+        libc::setsockopt(
+            outbox.as_raw_fd(),
+            libc::SOL_UDP,
+            libc::UDP_SEGMENT,
+            (&raw const size).cast(),
+            4,
+        )
     };
     ensure!(outcome == 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
     let sent: Vec<u8> = (0..SEGMENTS * usize::from(SEGMENT))

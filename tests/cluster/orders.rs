@@ -10,7 +10,9 @@ use std::process::{Child, Stdio};
 use anyhow::{Context, Result, ensure};
 use lab::{Container, Host, Lab};
 
-use crate::support::{all_reach_all, ensure_unique, in_lab, launch, wait_for_peers, wait_for_sessions};
+use crate::support::{
+    all_reach_all, ensure_unique, in_lab, launch, wait_for_peers, wait_for_sessions,
+};
 
 const NODES: usize = 5;
 
@@ -66,7 +68,8 @@ impl Attaching {
 
     fn finish(self) -> Result<Container> {
         let output = self.child.wait_with_output()?;
-        let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        let said =
+            [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
         let address = said[0].trim().split('/').next().and_then(|it| it.parse().ok());
         ensure!(output.status.success() && address.is_some(), "attach: {said:?}");
         self.container.set_address(address);
@@ -81,7 +84,8 @@ fn start(lab: &Lab, order: [usize; NODES]) -> Result<()> {
         launch(lab, lab.host(number))?;
         attaching.push(Attaching::start(lab.host(number))?);
     }
-    let containers: Vec<Container> = attaching.into_iter().map(Attaching::finish).collect::<Result<_>>()?;
+    let containers: Vec<Container> =
+        attaching.into_iter().map(Attaching::finish).collect::<Result<_>>()?;
     ensure_unique(&containers)?;
     wait_for_sessions(lab)?;
     all_reach_all(&containers)?;
@@ -92,7 +96,8 @@ fn start(lab: &Lab, order: [usize; NODES]) -> Result<()> {
 fn reset_all(lab: &Lab) -> Result<()> {
     std::thread::scope(|scope| {
         let reset = |host: &Host| host.overnode(&["reset", "--force"])?.success();
-        let resets: Vec<_> = lab.hosts().iter().map(|host| scope.spawn(move || reset(host))).collect();
+        let resets: Vec<_> =
+            lab.hosts().iter().map(|host| scope.spawn(move || reset(host))).collect();
         resets.into_iter().try_for_each(|reset| {
             reset.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(drop)
         })

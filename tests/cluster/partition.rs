@@ -33,7 +33,8 @@ fn ensure_truthful(members: &[Member<'_>]) -> Result<()> {
         let status = member.host.status()?;
         for other in members.iter().filter(|other| other.id != member.id) {
             let peer = list(&status, "peers")?.iter().find(|peer| peer["id"] == other.id);
-            let peer = peer.with_context(|| format!("node {} forgot node {}", member.id, other.id))?;
+            let peer =
+                peer.with_context(|| format!("node {} forgot node {}", member.id, other.id))?;
             let is_near = member.half == other.half;
             let route = &peer["data"]["route"]["path"];
             ensure!(
@@ -72,13 +73,16 @@ fn halves_that_are_apart_for_a_minute_both_attach_and_grow_together_again() -> R
         let across: Vec<(&Host, &Host)> = members
             .iter()
             .filter(|it| it.half == 0)
-            .flat_map(|near| members.iter().filter(|it| it.half == 1).map(|far| (near.host, far.host)))
+            .flat_map(|near| {
+                members.iter().filter(|it| it.half == 1).map(|far| (near.host, far.host))
+            })
             .collect();
         across.iter().try_for_each(|(near, far)| lab.cut(near, far))?;
         let cut = Instant::now();
         lab::eventually(NOTICED, || ensure_truthful(&members))?;
         while cut.elapsed() < APART {
-            ensure_truthful(&members).with_context(|| format!("{:?} after the cut", cut.elapsed()))?;
+            ensure_truthful(&members)
+                .with_context(|| format!("{:?} after the cut", cut.elapsed()))?;
             if containers.len() < 15 {
                 for member in &members {
                     containers.push(attached(member.host, &format!("c{}", containers.len()))?);

@@ -40,7 +40,12 @@ fn via(id: usize) -> Value {
 
 /// The longest time without an answer.
 fn longest_gap(stats: &PingStats) -> Duration {
-    stats.missing.iter().map(|(first, last)| INTERVAL * (last - first + 1)).max().unwrap_or_default()
+    stats
+        .missing
+        .iter()
+        .map(|(first, last)| INTERVAL * (last - first + 1))
+        .max()
+        .unwrap_or_default()
 }
 
 fn ping(from: &Container, to: &Container) -> Result<Pinging> {
@@ -64,7 +69,8 @@ fn nodes_without_a_path_talk_through_a_third_that_cannot_read() -> Result<()> {
         let capture = two.capture()?;
         let before = counter(two, "relayed")?;
         containers[0].reach(containers[2].address(), PATIENCE)?;
-        let received = lab::flow::tcp(&containers[0], &containers[2], lab::flow::Amount::Bytes(3_000_000))?;
+        let received =
+            lab::flow::tcp(&containers[0], &containers[2], lab::flow::Amount::Bytes(3_000_000))?;
         ensure!(received.bytes == 3_000_000, "{received:?}");
         let captured = capture.stop()?;
         ensure_nothing_plain(&captured)?;
@@ -152,7 +158,8 @@ fn chain(lab: &Lab) -> Result<[Container; 2]> {
 /// Waits until `status` of a host says this of the node, as JSON and as a table.
 fn wait_until_said(host: &Host, node: usize, reachable: bool) -> Result<()> {
     eventually(PATIENCE, || {
-        let peer = peer(host, node)?.with_context(|| format!("{} forgot node {node}", host.name))?;
+        let peer =
+            peer(host, node)?.with_context(|| format!("{} forgot node {node}", host.name))?;
         ensure!(peer["reachable"] == reachable, "{} says {peer}", host.name);
         let table = host.overnode(&["status", "--peers"])?.success()?;
         let name = format!("{node}(host{node})");
@@ -174,7 +181,10 @@ fn the_only_relay_dies_and_both_ends_say_that_the_other_is_unreachable() -> Resu
             }
         }
         ensure!(dies.elapsed() < REPLACED + Duration::from_secs(1), "it took {:?}", dies.elapsed());
-        ensure!(containers[0].ping(containers[1].address(), 10, INTERVAL)?.received == 0, "by which way?");
+        ensure!(
+            containers[0].ping(containers[1].address(), 10, INTERVAL)?.received == 0,
+            "by which way?"
+        );
         lab.plug(lab.host(2))?;
         for (end, other) in ENDS {
             wait_until_said(lab.host(end), other, true)?;
@@ -191,13 +201,19 @@ fn daemons_that_die_on_the_only_way_are_missed_aloud_but_packets_pass() -> Resul
         // The relays have to serve for a while before they are trusted.
         std::thread::sleep(Duration::from_secs(6));
         let pings = ping(&containers[0], &containers[1])?;
-        for (dies, witnesses) in [(2, &[(1, 2), (1, 3), (3, 2), (3, 1)][..]), (3, &[(1, 3), (2, 3)])] {
+        for (dies, witnesses) in
+            [(2, &[(1, 2), (1, 3), (3, 2), (3, 1)][..]), (3, &[(1, 3), (2, 3)])]
+        {
             lab.host(dies).kill_daemon()?;
             let died = Instant::now();
             for (witness, gone) in witnesses {
                 wait_until_said(lab.host(*witness), *gone, false)?;
             }
-            ensure!(died.elapsed() < REPLACED + Duration::from_secs(1), "it took {:?}", died.elapsed());
+            ensure!(
+                died.elapsed() < REPLACED + Duration::from_secs(1),
+                "it took {:?}",
+                died.elapsed()
+            );
             // Longer than probes need.
             std::thread::sleep(REPLACED.saturating_sub(died.elapsed()));
             lab.host(dies).overnode(&["resume"])?.success()?;
@@ -209,7 +225,12 @@ fn daemons_that_die_on_the_only_way_are_missed_aloud_but_packets_pass() -> Resul
         }
         let stats = pings.stop()?;
         // The last one may be under way.
-        ensure!(stats.received > 500 && stats.lost() <= 1, "{} lost: {:?}", stats.lost(), stats.missing);
+        ensure!(
+            stats.received > 500 && stats.lost() <= 1,
+            "{} lost: {:?}",
+            stats.lost(),
+            stats.missing
+        );
         Ok(())
     })
 }

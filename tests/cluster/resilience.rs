@@ -13,8 +13,8 @@ use nix::unistd::Pid;
 use crate::monitor::watch;
 use crate::spoofing::{datagram, learnt_mac, own_mac};
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch_containers, list,
-    one_each, peer, wait_for_sessions,
+    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch_containers,
+    list, one_each, peer, wait_for_sessions,
 };
 
 /// Daemons of both hosts die and come back, in turn, under pings and a stream.
@@ -36,10 +36,19 @@ fn deaths_lose_nothing(builder: lab::Builder) -> Result<()> {
             host.overnode(&["resume"])?.success()?;
         }
         let stats = pings.finish()?;
-        ensure!(stats.lost() == 0, "{} of {} pings were lost: {:?}", stats.lost(), stats.sent, stats.missing);
+        ensure!(
+            stats.lost() == 0,
+            "{} of {} pings were lost: {:?}",
+            stats.lost(),
+            stats.sent,
+            stats.missing
+        );
         for flow in [there, back] {
             let received = flow.stop()?;
-            ensure!(received.longest_pause < Duration::from_millis(200), "it stood still: {received:?}");
+            ensure!(
+                received.longest_pause < Duration::from_millis(200),
+                "it stood still: {received:?}"
+            );
         }
         wait_for_sessions(lab)
     })
@@ -70,7 +79,12 @@ fn terminate(host: &Host) -> Result<()> {
 fn stopped_daemons_lose_nothing() -> Result<()> {
     in_lab(Lab::new("stopped").hosts(2), |lab| {
         let containers = launch_containers(lab)?;
-        let pings = Pinging::start(containers[0].netns(), containers[1].address(), Some(4000), MILLISECOND)?;
+        let pings = Pinging::start(
+            containers[0].netns(),
+            containers[1].address(),
+            Some(4000),
+            MILLISECOND,
+        )?;
         for host in lab.hosts() {
             terminate(host)?;
             host.overnode(&["resume"])?.success()?;
@@ -99,11 +113,20 @@ fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()
             ensure!(host.pins()?.len() == before.len() - NEWER.len(), "{:?}", host.pins()?);
             host.overnode(&["resume"])?.success()?;
             let after = host.pins()?;
-            ensure!(before.iter().all(|pin| after.contains(pin)), "{after:?} instead of {before:?}");
+            ensure!(
+                before.iter().all(|pin| after.contains(pin)),
+                "{after:?} instead of {before:?}"
+            );
             ensure!(counter(host, "sealed")? >= sealed, "what the older version counted is lost");
         }
         let stats = pings.finish()?;
-        ensure!(stats.lost() == 0, "{} of {} pings were lost: {:?}", stats.lost(), stats.sent, stats.missing);
+        ensure!(
+            stats.lost() == 0,
+            "{} of {} pings were lost: {:?}",
+            stats.lost(),
+            stats.sent,
+            stats.missing
+        );
         wait_for_sessions(lab)?;
         // The programs write to the new maps, not to those that nobody reads any more.
         let watcher = watch(lab, lab.host(1), &["--reason", "spoofed"])?;
@@ -205,8 +228,12 @@ fn block(host: &lab::Host, protocol: &str, port: u16, address: Option<&str>) -> 
         nft(&["add", "chain", "inet", "block", chain, &hook])?;
         let whose: Vec<&str> = address.map_or(Vec::new(), |address| vec!["ip", side, address]);
         for end in ["sport", "dport"] {
-            nft(&[&["add", "rule", "inet", "block", chain], &whose[..], &[protocol, end, &port, "drop"]]
-                .concat())?;
+            nft(&[
+                &["add", "rule", "inet", "block", chain],
+                &whose[..],
+                &[protocol, end, &port, "drop"],
+            ]
+            .concat())?;
         }
     }
     Ok(())
@@ -244,7 +271,8 @@ fn a_peer_is_tried_at_every_address_and_answers_from_the_one_that_was_asked() ->
         b.netns().ip(&["address", "add", &format!("{SECOND}/24"), "dev", b.interface()])?;
         block(b, "udp", 6784, Some(&b.address().to_string()))?;
         b.overnode(&["launch", "--id", "2", "--token", TOKEN])?.success()?;
-        a.overnode(&["launch", "--id", "1", "--token", TOKEN, &b.address().to_string()])?.success()?;
+        a.overnode(&["launch", "--id", "1", "--token", TOKEN, &b.address().to_string()])?
+            .success()?;
         eventually(PATIENCE, || peer(a, 2)?.map(drop).context("node 1 does not know node 2"))?;
         a.overnode(&["connect", SECOND])?.success()?;
         wait_for_sessions(lab)?;

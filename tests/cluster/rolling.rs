@@ -12,7 +12,8 @@ use crate::support::{
 const IDS: [usize; 4] = [1, 2, 3, 5];
 
 #[test]
-fn nodes_are_reset_and_launched_again_one_after_another_and_the_others_keep_talking() -> Result<()> {
+fn nodes_are_reset_and_launched_again_one_after_another_and_the_others_keep_talking() -> Result<()>
+{
     in_lab(Lab::new("rolling").hosts(IDS.len()), |lab| {
         for (host, id) in lab.hosts().iter().zip(IDS) {
             launch_as(lab, host, id)?;
@@ -22,7 +23,8 @@ fn nodes_are_reset_and_launched_again_one_after_another_and_the_others_keep_talk
             lab.hosts().iter().map(|host| attached(host, "c0").map(Some)).collect::<Result<_>>()?;
         all_reach_all(&containers.iter().flatten().collect::<Vec<_>>())?;
         for (place, (host, id)) in lab.hosts().iter().zip(IDS).enumerate() {
-            let others: Vec<_> = lab.hosts().iter().filter(|other| other.number != host.number).collect();
+            let others: Vec<_> =
+                lab.hosts().iter().filter(|other| other.number != host.number).collect();
             let leaving = containers[place].take().context("no container")?;
             host.detach(&leaving)?;
             drop(leaving);
@@ -53,7 +55,10 @@ fn nodes_are_reset_and_launched_again_one_after_another_and_the_others_keep_talk
             for pings in pings {
                 let stats = pings.stop()?;
                 // The last one may be under way.
-                ensure!(stats.received > 0 && stats.lost() <= 1, "while node {id} was away: {stats:?}");
+                ensure!(
+                    stats.received > 0 && stats.lost() <= 1,
+                    "while node {id} was away: {stats:?}"
+                );
             }
             containers[place] = Some(back);
             let all: Vec<&Container> = containers.iter().flatten().chain(&guests).collect();

@@ -8,8 +8,8 @@ use lab::flow::{self, Amount};
 use lab::{Family, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, ensure_nothing_plain, ensure_sealed,
-    in_lab, launch, launch_containers, one_each, wait_for_sessions,
+    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, ensure_nothing_plain,
+    ensure_sealed, in_lab, launch, launch_containers, one_each, wait_for_sessions,
 };
 
 fn nothing_plain_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> {
@@ -130,7 +130,8 @@ fn a_default_route_does_not_lure_packets_out() -> Result<()> {
         host.netns().enter(|| Ok(std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?))?;
         let capture = lab.capture()?;
         for to in ["10.42.0.1", "10.47.255.254", "192.168.50.10", "8.8.8.8"] {
-            let _ = lab::ping::Pinging::start(one.netns(), to.parse()?, Some(20), MILLISECOND)?.finish();
+            let _ = lab::ping::Pinging::start(one.netns(), to.parse()?, Some(20), MILLISECOND)?
+                .finish();
         }
         let captured = capture.stop()?;
         ensure_nothing_plain(&captured)
@@ -151,15 +152,18 @@ fn without_their_programs_containers_reach_nothing() -> Result<()> {
         let ([a, b], [one, two]) = (lab.hosts(), &containers[..]) else { unreachable!() };
         // A host that forwards, as those of other container engines do.
         let conf = |name: &str, value: &str| {
-            a.netns().enter(|| Ok(std::fs::write(format!("/proc/sys/net/ipv4/conf/{name}"), value)?))
+            a.netns()
+                .enter(|| Ok(std::fs::write(format!("/proc/sys/net/ipv4/conf/{name}"), value)?))
         };
         for hook in ["input", "forward"] {
             let hooked = format!("{{ type filter hook {hook} priority 0; }}");
             a.netns().run("nft", &["add", "table", "inet", "taken"])?;
             a.netns().run("nft", &["add", "chain", "inet", "taken", hook, &hooked])?;
-            a.netns().run("nft", &["add", "rule", "inet", "taken", hook, "iifname", "ov*", "counter"])?;
+            a.netns()
+                .run("nft", &["add", "rule", "inet", "taken", hook, "iifname", "ov*", "counter"])?;
         }
-        let host_end = a.status()?["endpoints"][0]["interface"].as_str().expect("no host end").to_owned();
+        let host_end =
+            a.status()?["endpoints"][0]["interface"].as_str().expect("no host end").to_owned();
         // What the container sends anywhere goes to the host end, whose address ARP has told.
         one.run("ip", &["route", "add", "default", "via", &two.address().to_string()])?;
         let far = two.address().to_string();
@@ -170,7 +174,10 @@ fn without_their_programs_containers_reach_nothing() -> Result<()> {
             "ip",
             &["neigh", "replace", &far, "lladdr", gateway, "dev", "overnode0", "nud", "permanent"],
         )?;
-        for pin in a.pins()?.iter().filter(|pin| pin.starts_with("links/") && !pin.ends_with("from_underlay"))
+        for pin in a
+            .pins()?
+            .iter()
+            .filter(|pin| pin.starts_with("links/") && !pin.ends_with("from_underlay"))
         {
             for node in std::fs::read_dir("/sys/fs/bpf/overnode")? {
                 let path = node?.path().join(pin);

@@ -22,13 +22,18 @@ pub fn own_mac(container: &Container) -> Result<[u8; 6]> {
 /// The hardware address that ARP gave for `other`.
 pub fn learnt_mac(container: &Container, other: IpAddr) -> Result<[u8; 6]> {
     container.reach(other, PATIENCE)?;
-    let neighbours: serde_json::Value =
-        serde_json::from_str(&container.netns().ip(&["-j", "neigh", "show", &other.to_string()])?)?;
+    let neighbours: serde_json::Value = serde_json::from_str(&container.netns().ip(&[
+        "-j",
+        "neigh",
+        "show",
+        &other.to_string(),
+    ])?)?;
     parse_mac(neighbours[0]["lladdr"].as_str().context("the neighbour is not known")?)
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6]> {
-    let bytes = text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
+    let bytes =
+        text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
     bytes.try_into().ok().context("not six bytes")
 }
 
@@ -139,8 +144,10 @@ fn another_containers_address_cannot_be_used() -> Result<()> {
             "0.0.0.0".parse()?,
         ];
         for from in foreign {
-            ensure_dropped(lab, &scene, "spoofed", |mac, gateway, to| datagram(mac, gateway, from, to))
-                .with_context(|| format!("from {from}"))?;
+            ensure_dropped(lab, &scene, "spoofed", |mac, gateway, to| {
+                datagram(mac, gateway, from, to)
+            })
+            .with_context(|| format!("from {from}"))?;
         }
         Ok(())
     })
@@ -153,7 +160,9 @@ fn another_hardware_address_cannot_be_used() -> Result<()> {
         let stolen = own_mac(&scene.neighbour)?;
         let own = scene.thief.address();
         for mac in [stolen, [2, 0, 0, 0, 0, 9]] {
-            ensure_dropped(lab, &scene, "spoofed", |_, gateway, to| datagram(mac, gateway, own, to))?;
+            ensure_dropped(lab, &scene, "spoofed", |_, gateway, to| {
+                datagram(mac, gateway, own, to)
+            })?;
         }
         Ok(())
     })
@@ -175,7 +184,8 @@ fn other_protocols_do_not_pass() -> Result<()> {
         }
         for to in ["255.255.255.255", "10.47.255.255", "224.0.0.251"] {
             let to: IpAddr = to.parse()?;
-            let capture = Capture::start(scene.neighbour.netns(), lab.folder(), &["-i", INTERFACE, "udp"])?;
+            let capture =
+                Capture::start(scene.neighbour.netns(), lab.folder(), &["-i", INTERFACE, "udp"])?;
             let frame = datagram(own_mac(&scene.thief)?, BROADCAST, own, to);
             Injector::open(scene.thief.netns(), INTERFACE)?.send_all(&vec![frame; 20])?;
             assert_eq!(capture.stop()?.containing(&MARKER)?.len(), 0, "{to}");
@@ -208,7 +218,8 @@ fn arp_cannot_be_poisoned() -> Result<()> {
                 injector.send_all(&vec![frame; 20])?;
             }
         }
-        let seen = capture.stop()?.count(|packet| packet.bytes.windows(6).any(|window| window == mac))?;
+        let seen =
+            capture.stop()?.count(|packet| packet.bytes.windows(6).any(|window| window == mac))?;
         assert_eq!(seen, 0, "the neighbour saw ARP of the thief");
         assert_eq!(learnt_mac(neighbour, scene.far.address())?, before);
         assert_eq!(neighbour.ping(scene.far.address(), 100, MILLISECOND)?.lost(), 0);
@@ -221,7 +232,8 @@ fn truncated_frames_are_dropped_and_harm_nobody() -> Result<()> {
     in_lab(Lab::new("truncated").hosts(2), |lab| {
         let scene = scene(lab)?;
         let gateway = learnt_mac(&scene.thief, scene.far.address())?;
-        let whole = datagram(own_mac(&scene.thief)?, gateway, scene.thief.address(), scene.far.address());
+        let whole =
+            datagram(own_mac(&scene.thief)?, gateway, scene.thief.address(), scene.far.address());
         let frames: Vec<&[u8]> = (14..whole.len() - 1).map(|length| &whole[..length]).collect();
         let capture = Capture::start(scene.far.netns(), lab.folder(), &["-i", INTERFACE, "udp"])?;
         let dropped = |reason| counter(lab.host(1), reason);
@@ -229,7 +241,12 @@ fn truncated_frames_are_dropped_and_harm_nobody() -> Result<()> {
         Injector::open(scene.thief.netns(), INTERFACE)?.send_all(&frames)?;
         assert_eq!(capture.stop()?.packets()?.len(), 0);
         let after = dropped("malformed")? + dropped("unsupported")? + dropped("spoofed")?;
-        assert!(after - before >= frames.len() as u64 / 2, "{} of {}", after - before, frames.len());
+        assert!(
+            after - before >= frames.len() as u64 / 2,
+            "{} of {}",
+            after - before,
+            frames.len()
+        );
         assert_eq!(scene.thief.ping(scene.far.address(), 100, MILLISECOND)?.lost(), 0);
         Ok(())
     })
@@ -244,8 +261,8 @@ fn nobody_overhears_others() -> Result<()> {
         flow::tcp(&scene.far, &scene.neighbour, Amount::Bytes(5_000_000))?;
         let captured = capture.stop()?;
         assert_eq!(captured.containing(&MARKER)?.len(), 0);
-        let other =
-            captured.count(|packet| packet.ip.is_some_and(|ip| ip.to == scene.neighbour.address()))?;
+        let other = captured
+            .count(|packet| packet.ip.is_some_and(|ip| ip.to == scene.neighbour.address()))?;
         assert_eq!(other, 0);
         Ok(())
     })
@@ -258,7 +275,13 @@ fn a_plain_packet_from_the_underlay_does_not_get_in() -> Result<()> {
         let scene = scene(lab)?;
         let (from, to) = (lab.host(2), scene.thief.address());
         let capture = Capture::start(scene.thief.netns(), lab.folder(), &["-i", INTERFACE])?;
-        from.netns().ip(&["route", "add", "10.40.0.0/15", "via", &lab.host(1).address().to_string()])?;
+        from.netns().ip(&[
+            "route",
+            "add",
+            "10.40.0.0/15",
+            "via",
+            &lab.host(1).address().to_string(),
+        ])?;
         lab.host(1).netns().enter(|| Ok(std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?))?;
         let stats = lab::ping::Pinging::start(from.netns(), to, Some(50), MILLISECOND)?.finish()?;
         assert_eq!(stats.received, 0);

@@ -12,7 +12,11 @@ use crate::monitor::watch;
 use crate::support::{PATIENCE, attached, in_lab, launch_all, list, wait_for_peers};
 
 /// Attaches a container at the address; how long that took, and what was said if it was refused.
-fn attach_at(host: &Host, container: &Container, address: &str) -> Result<(Duration, Option<String>)> {
+fn attach_at(
+    host: &Host,
+    container: &Container,
+    address: &str,
+) -> Result<(Duration, Option<String>)> {
     let begun = Instant::now();
     let outcome = host.overnode(&["attach", &container.target(), "--ip", address])?;
     let took = begun.elapsed();
@@ -35,7 +39,8 @@ fn race(
     let [first, second] = thread::scope(|scope| {
         [0, 1].map(|place| scope.spawn(move || attach(place))).map(|thread| thread.join())
     });
-    let ended = |result: thread::Result<Result<_>>| result.unwrap_or_else(|_| bail!("a thread panicked"));
+    let ended =
+        |result: thread::Result<Result<_>>| result.unwrap_or_else(|_| bail!("a thread panicked"));
     Ok([ended(first)?, ended(second)?])
 }
 
@@ -64,7 +69,11 @@ fn two_hosts_that_want_one_address_at_one_moment_do_not_both_get_it() -> Result<
                 for host in lab.hosts() {
                     let records = host.inspect()?["records"].clone();
                     let all = records.as_array().context("no records")?;
-                    ensure!(all.iter().all(|it| it["claims"] == json!([])), "{}: {records}", host.name);
+                    ensure!(
+                        all.iter().all(|it| it["claims"] == json!([])),
+                        "{}: {records}",
+                        host.name
+                    );
                 }
                 Ok(())
             })?;
@@ -136,21 +145,39 @@ fn an_address_taken_twice_while_apart_leads_to_one_and_the_advice_ends_it() -> R
                 for words in [ADDRESS, &target, "node 1, which keeps it", "overnode detach"] {
                     ensure!(told.contains(words), "no {words:?} in {told:?}");
                 }
-                ensure!(leads_to(three, ADDRESS)? == [1], "it leads to {:?}", leads_to(three, ADDRESS)?);
-                ensure!(address_problems(one)?.is_empty(), "node 1 keeps it: {}", address_problems(one)?);
+                ensure!(
+                    leads_to(three, ADDRESS)? == [1],
+                    "it leads to {:?}",
+                    leads_to(three, ADDRESS)?
+                );
+                ensure!(
+                    address_problems(one)?.is_empty(),
+                    "node 1 keeps it: {}",
+                    address_problems(one)?
+                );
                 Ok(())
             })?;
             witness.reach(containers[0].address(), PATIENCE)?;
-            let is_it = |event: &Value| event["problem"].as_str().is_some_and(|it| it.contains(ADDRESS));
+            let is_it =
+                |event: &Value| event["problem"].as_str().is_some_and(|it| it.contains(ADDRESS));
             watcher.wait_for(|event| event["event"] == "problem" && is_it(event))?;
             let (host, container) = if lets_go.number == 1 { (one, 0) } else { (two, 1) };
             host.detach(&containers[container])?;
             let left = 3 - lets_go.number as u64;
             eventually(PATIENCE, || {
                 for host in lab.hosts() {
-                    ensure!(address_problems(host)?.is_empty(), "{}: {}", host.name, address_problems(host)?);
+                    ensure!(
+                        address_problems(host)?.is_empty(),
+                        "{}: {}",
+                        host.name,
+                        address_problems(host)?
+                    );
                 }
-                ensure!(leads_to(three, ADDRESS)? == [left], "it leads to {:?}", leads_to(three, ADDRESS)?);
+                ensure!(
+                    leads_to(three, ADDRESS)? == [left],
+                    "it leads to {:?}",
+                    leads_to(three, ADDRESS)?
+                );
                 Ok(())
             })?;
             watcher.wait_for(|event| event["event"] == "problem-over" && is_it(event))?;

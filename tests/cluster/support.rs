@@ -61,7 +61,12 @@ pub fn wait_for_sessions(lab: &Lab) -> Result<()> {
                 let peer = peer(host, other.number)?
                     .with_context(|| format!("{} does not know {}", host.name, other.name))?;
                 let session = &peer["data"]["session"];
-                ensure!(session == "established", "{}'s session with {} is {session}", host.name, other.name);
+                ensure!(
+                    session == "established",
+                    "{}'s session with {} is {session}",
+                    host.name,
+                    other.name
+                );
                 Ok(())
             })?;
         }
@@ -73,7 +78,8 @@ pub fn wait_for_sessions(lab: &Lab) -> Result<()> {
 pub fn wait_for_peers(host: &Host, count: usize) -> Result<()> {
     eventually(PATIENCE * 2, || {
         let status = host.status()?;
-        let reachable = list(&status, "peers")?.iter().filter(|peer| peer["reachable"] == true).count();
+        let reachable =
+            list(&status, "peers")?.iter().filter(|peer| peer["reachable"] == true).count();
         ensure!(reachable == count, "{} reaches {reachable} nodes instead of {count}", host.name);
         Ok(())
     })
@@ -103,8 +109,10 @@ pub fn counter(host: &Host, reason: &str) -> Result<u64> {
 /// The targets of a host's node, as they were given, sorted.
 pub fn targets(host: &Host) -> Result<Vec<String>> {
     let status = host.status()?;
-    let mut targets: Vec<String> =
-        list(&status, "targets")?.iter().filter_map(|it| it["host"].as_str().map(str::to_owned)).collect();
+    let mut targets: Vec<String> = list(&status, "targets")?
+        .iter()
+        .filter_map(|it| it["host"].as_str().map(str::to_owned))
+        .collect();
     targets.sort();
     Ok(targets)
 }
@@ -184,8 +192,8 @@ pub fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
         plain.len(),
         plain[0].ip
     );
-    let bare =
-        captured.count(|packet| packet.ip.is_some_and(|ip| is_overlay(ip.from) || is_overlay(ip.to)))?;
+    let bare = captured
+        .count(|packet| packet.ip.is_some_and(|ip| is_overlay(ip.from) || is_overlay(ip.to)))?;
     ensure!(bare == 0, "{bare} packets of containers travel without their sealed cover");
     Ok(())
 }
@@ -193,7 +201,8 @@ pub fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
 /// Whether a host's workers serve the other nodes.
 pub fn serves(host: &Host) -> Result<bool> {
     let status = host.status()?;
-    let mut others = status["peers"].as_array().into_iter().flatten().filter(|peer| peer["myself"] == false);
+    let mut others =
+        status["peers"].as_array().into_iter().flatten().filter(|peer| peer["myself"] == false);
     Ok(others.all(|peer| peer["data"]["bulk"]["in_use"] == true))
 }
 
@@ -202,7 +211,13 @@ pub fn wait_for_workers(lab: &Lab) -> Result<()> {
     wait_for_sessions(lab)?;
     lab.hosts().iter().try_for_each(|host| {
         eventually(PATIENCE, || {
-            ensure!(serves(host)?, "{} does not serve all: {}\n{}", host.name, host.status()?, host.log());
+            ensure!(
+                serves(host)?,
+                "{} does not serve all: {}\n{}",
+                host.name,
+                host.status()?,
+                host.log()
+            );
             Ok(())
         })
     })

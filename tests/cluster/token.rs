@@ -48,7 +48,8 @@ fn an_outsider_among_members_stays_outside() -> Result<()> {
         launch(lab, a)?;
         launch(lab, b)?;
         // The ID of a member, too.
-        c.overnode(&["launch", "--id", "2", "--token", "another-password", "host1", "host2"])?.success()?;
+        c.overnode(&["launch", "--id", "2", "--token", "another-password", "host1", "host2"])?
+            .success()?;
         let (one, two, thief) = (attached(a, "one")?, attached(b, "two")?, attached(c, "thief")?);
         one.reach(two.address(), PATIENCE)?;
         let stats = one.ping(two.address(), 1000, MILLISECOND)?;
@@ -60,7 +61,8 @@ fn an_outsider_among_members_stays_outside() -> Result<()> {
 }
 
 fn connect(from: &Host, to: SocketAddr) -> Result<TcpStream> {
-    let stream = from.netns().enter(move || Ok(TcpStream::connect_timeout(&to, Duration::from_secs(5))?))?;
+    let stream =
+        from.netns().enter(move || Ok(TcpStream::connect_timeout(&to, Duration::from_secs(5))?))?;
     stream.set_read_timeout(Some(Duration::from_secs(15)))?;
     Ok(stream)
 }
@@ -75,8 +77,9 @@ fn strangers_on_the_control_port_learn_nothing() -> Result<()> {
         for length in [0usize, 1, 2, 3, 47, 48, 96, 1000, 65_537, 1_000_000] {
             let garbage: Vec<u8> = (0..length)
                 .map(|_| {
-                    seed =
-                        seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    seed = seed
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
                     (seed >> 56) as u8
                 })
                 .collect();
@@ -87,7 +90,10 @@ fn strangers_on_the_control_port_learn_nothing() -> Result<()> {
             let mut said = Vec::new();
             let _ = stream.read_to_end(&mut said);
             assert!(said.len() <= 128, "{} bytes told to a stranger", said.len());
-            assert!(!said.windows(5).any(|window| window == b"host1"), "its name is told to a stranger");
+            assert!(
+                !said.windows(5).any(|window| window == b"host1"),
+                "its name is told to a stranger"
+            );
         }
         assert_eq!(list(&a.status()?, "peers")?.len(), 1);
         launch(lab, b)?;
@@ -120,7 +126,8 @@ fn tokens_may_come_from_a_file_or_the_environment() -> Result<()> {
         launch(lab, a)?;
         let words = ["launch", "--id", "2", "--token-file", &file.to_string_lossy(), "host1"];
         b.overnode(&words)?.success()?;
-        c.overnode_with(&["launch", "--id", "3", "host1"], &[("OVERNODE_TOKEN", TOKEN)])?.success()?;
+        c.overnode_with(&["launch", "--id", "3", "host1"], &[("OVERNODE_TOKEN", TOKEN)])?
+            .success()?;
         wait_for_sessions(lab)
     })
 }
@@ -129,7 +136,8 @@ fn tokens_may_come_from_a_file_or_the_environment() -> Result<()> {
 fn generated_tokens_are_strong_and_work() -> Result<()> {
     in_lab(Lab::new("generated").hosts(2), |lab| {
         let host = lab.host(1);
-        let (one, two) = (host.overnode(&["token"])?.success()?, host.overnode(&["token"])?.success()?);
+        let (one, two) =
+            (host.overnode(&["token"])?.success()?, host.overnode(&["token"])?.success()?);
         assert_ne!(one, two);
         let token = one.trim();
         assert!(token.len() >= 20 && !token.contains(char::is_whitespace), "{token:?}");
@@ -163,22 +171,31 @@ fn two_nodes_with_one_id_are_told_of_it() -> Result<()> {
 fn two_nodes_with_one_id_that_only_gossip_joins_are_told_of_it() -> Result<()> {
     in_lab(Lab::new("twins").hosts(4), |lab| {
         let [a, b, c, d] = lab.hosts() else { unreachable!() };
-        for (host, id, target) in [(a, "1", "host2"), (b, "2", "host1"), (c, "3", "host4"), (d, "2", "host3")]
+        for (host, id, target) in
+            [(a, "1", "host2"), (b, "2", "host1"), (c, "3", "host4"), (d, "2", "host3")]
         {
             let words = ["launch", "--id", id, "--token", TOKEN, "--no-discovery", target];
             host.overnode(&words)?.success()?;
         }
         eventually(PATIENCE, || {
-            ensure!(peer(a, 2)?.is_some_and(|peer| peer["reachable"] == true), "1 and 2 are not joined");
-            ensure!(peer(c, 2)?.is_some_and(|peer| peer["reachable"] == true), "3 and 2 are not joined");
+            ensure!(
+                peer(a, 2)?.is_some_and(|peer| peer["reachable"] == true),
+                "1 and 2 are not joined"
+            );
+            ensure!(
+                peer(c, 2)?.is_some_and(|peer| peer["reachable"] == true),
+                "3 and 2 are not joined"
+            );
             Ok(())
         })?;
-        let keys = [peer(a, 2)?, peer(c, 2)?].map(|peer| peer.map(|peer| peer["public_key"].clone()));
+        let keys =
+            [peer(a, 2)?, peer(c, 2)?].map(|peer| peer.map(|peer| peer["public_key"].clone()));
         a.overnode(&["connect", "host3"])?.success()?;
         for host in [a, b, c, d] {
             clash_is_shown(host)?;
         }
-        let now = [peer(a, 2)?, peer(c, 2)?].map(|peer| peer.map(|peer| peer["public_key"].clone()));
+        let now =
+            [peer(a, 2)?, peer(c, 2)?].map(|peer| peer.map(|peer| peer["public_key"].clone()));
         assert_eq!(now, keys, "each side stays with the node 2 that it had");
         assert!(keys[0] != keys[1] && peer(a, 3)?.is_some());
         Ok(())
@@ -204,7 +221,10 @@ fn launch_all_but_last(lab: &Lab) -> Result<()> {
     launch(lab, a)?;
     launch(lab, b)?;
     eventually(PATIENCE, || {
-        ensure!(peer(a, 2)?.is_some_and(|peer| peer["data"]["session"] == "established"), "no session yet");
+        ensure!(
+            peer(a, 2)?.is_some_and(|peer| peer["data"]["session"] == "established"),
+            "no session yet"
+        );
         Ok(())
     })
 }
@@ -228,7 +248,10 @@ fn a_cluster_with_other_addresses_is_refused_with_a_reason() -> Result<()> {
         b.overnode(&[&words[..], &["host1"]].concat())?.success()?;
         eventually(PATIENCE, || {
             let table = b.overnode(&["status", "--connections"])?.success()?;
-            ensure!(table.contains("172.16.0.0/12") || table.contains("10.32.0.0/12"), "no reason: {table}");
+            ensure!(
+                table.contains("172.16.0.0/12") || table.contains("10.32.0.0/12"),
+                "no reason: {table}"
+            );
             Ok(())
         })?;
         assert!(peer(a, 2)?.is_none());

@@ -26,7 +26,8 @@ fn many_containers_of_podman_come_and_go_on_both_hosts() -> Result<()> {
         two.reach("c0", &one.address(&last)?, PATIENCE)?;
         let mut addresses = Vec::new();
         for host in lab.hosts() {
-            let listed = host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone();
+            let listed =
+                host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone();
             ensure!(listed.len() == count, "{} lists {} containers", host.name, listed.len());
             addresses.extend(listed.iter().map(|it| it["address"].to_string()));
         }
@@ -51,7 +52,17 @@ fn many_containers_of_podman_come_and_go_on_both_hosts() -> Result<()> {
 fn start(podman: &Podman<'_>, network: &str, count: usize) -> Result<()> {
     each(count, CLIENTS, |number| {
         let name = format!("c{number}");
-        let words = ["run", "--detach", "--network", network, "--name", &name, IMAGE, "/bin/sleep", "100000"];
+        let words = [
+            "run",
+            "--detach",
+            "--network",
+            network,
+            "--name",
+            &name,
+            IMAGE,
+            "/bin/sleep",
+            "100000",
+        ];
         podman.run(&words)?.success().map(drop)
     })
 }

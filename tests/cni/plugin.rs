@@ -32,7 +32,8 @@ impl<'a> Call<'a> {
 
     /// The same with one of the stock plugins, which must succeed.
     pub fn stock(&self, plugin: &str, command: &str, more: &Value) -> Result<Value> {
-        let (success, value) = self.run_as(&format!("/usr/lib/cni/{plugin}"), &[], command, more)?;
+        let (success, value) =
+            self.run_as(&format!("/usr/lib/cni/{plugin}"), &[], command, more)?;
         ensure!(success, "{plugin} {command}: {value}");
         Ok(value)
     }
@@ -44,7 +45,8 @@ impl<'a> Call<'a> {
         command: &str,
         more: &Value,
     ) -> Result<(bool, Value)> {
-        let conf = extended(&json!({"cniVersion": "1.1.0", "name": "net", "type": "overnode-cni"}), more)?;
+        let conf =
+            extended(&json!({"cniVersion": "1.1.0", "name": "net", "type": "overnode-cni"}), more)?;
         let mut plugin = self.host.command(program)?;
         plugin
             .args(arguments)
@@ -59,8 +61,11 @@ impl<'a> Call<'a> {
         let mut child = plugin.spawn()?;
         child.stdin.take().context("no pipe")?.write_all(conf.to_string().as_bytes())?;
         let output = child.wait_with_output()?;
-        let value =
-            if output.stdout.is_empty() { Value::Null } else { serde_json::from_slice(&output.stdout)? };
+        let value = if output.stdout.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_slice(&output.stdout)?
+        };
         Ok((output.status.success(), value))
     }
 
@@ -92,8 +97,12 @@ pub fn launched_with(name: &str, hosts: usize, options: &[&str]) -> Result<Lab> 
     let lab = Lab::new(name).hosts(hosts).build()?;
     for (id, host) in (1..).zip(lab.hosts()) {
         let id = i32::to_string(&id);
-        let words = [&["launch", "--id", &id, "--token", "cni test", "--no-docker"], options, &lab.targets()]
-            .concat();
+        let words = [
+            &["launch", "--id", &id, "--token", "cni test", "--no-docker"],
+            options,
+            &lab.targets(),
+        ]
+        .concat();
         host.overnode(&words)?.success()?;
     }
     Ok(lab)
@@ -116,7 +125,8 @@ fn the_life_of_attachments() -> Result<()> {
     // The interface has the name that was asked for, and the result is what is there.
     let result = call.done("ADD", &none)?;
     ensure!(
-        result["interfaces"][1]["name"] == "eth0" && result["interfaces"][1]["sandbox"] == call.netns,
+        result["interfaces"][1]["name"] == "eth0"
+            && result["interfaces"][1]["sandbox"] == call.netns,
         "{result}"
     );
     let address = result["ips"][0]["address"].as_str().context("no address")?.to_owned();
@@ -136,8 +146,10 @@ fn the_life_of_attachments() -> Result<()> {
     );
 
     // Others reach it.
-    let far =
-        there.done("ADD", &json!({"runtimeConfig": {"ips": ["10.33.1.2"], "mac": "02:00:00:00:00:09"}}))?;
+    let far = there.done(
+        "ADD",
+        &json!({"runtimeConfig": {"ips": ["10.33.1.2"], "mac": "02:00:00:00:00:09"}}),
+    )?;
     ensure!(far["ips"][0]["address"] == "10.33.1.2/12", "{far}");
     ensure!(b.run("ip", &["link", "show", "net1"])?.contains("02:00:00:00:00:09"));
     a.reach("10.33.1.2".parse()?, PATIENCE)?;
@@ -166,7 +178,8 @@ fn the_life_of_attachments() -> Result<()> {
     ensure!(endpoints(host)?.is_empty());
 
     // Chained after another plugin that has made it.
-    let chained = json!({"prevResult": {"interfaces": [{"name": "eth0", "sandbox": call.netns}], "ips": []}});
+    let chained =
+        json!({"prevResult": {"interfaces": [{"name": "eth0", "sandbox": call.netns}], "ips": []}});
     let result = call.done("ADD", &chained)?;
     ensure!(
         result["interfaces"][2]["name"] == "overnode0" && result["interfaces"][0]["name"] == "eth0",
@@ -175,7 +188,8 @@ fn the_life_of_attachments() -> Result<()> {
     call.done("CHECK", &json!({"prevResult": result}))?;
     a.reach("10.33.1.2".parse()?, PATIENCE)?;
     call.done("DEL", &json!({"prevResult": result}))?;
-    Call { netns: "/run/netns/nonexistent".into(), ..Call::new(host, &a) }.refused("ADD", &none, 3)?;
+    Call { netns: "/run/netns/nonexistent".into(), ..Call::new(host, &a) }
+        .refused("ADD", &none, 3)?;
     Ok(())
 }
 
@@ -296,13 +310,15 @@ fn a_full_disk_refuses_in_words_and_loses_nothing() -> Result<()> {
     let lab = Lab::new("cni-full").hosts(1).build()?;
     let host = lab.host(1);
     let disk = SmallDisk::mount(host)?;
-    let words = [vec!["launch", "--id", "1", "--token", "cni test", "--no-docker"], lab.targets()].concat();
+    let words =
+        [vec!["launch", "--id", "1", "--token", "cni test", "--no-docker"], lab.targets()].concat();
     host.overnode(&words)?.success()?;
     let none = json!({});
     let (a, b) = (host.container("a")?, host.container("b")?);
     let (first, second) = (Call::new(host, &a), Call::new(host, &b));
     let previous = json!({"prevResult": first.done("ADD", &none)?});
-    let far = second.done("ADD", &none)?["ips"][0]["address"].as_str().context("no address")?.to_owned();
+    let far =
+        second.done("ADD", &none)?["ips"][0]["address"].as_str().context("no address")?.to_owned();
     let far = far.split('/').next().context("no address")?.parse()?;
     let before = endpoints(host)?;
     disk.fill()?;
@@ -324,7 +340,10 @@ fn a_full_disk_refuses_in_words_and_loses_nothing() -> Result<()> {
     ensure!(said.to_string().contains("disk is not full"), "{said}");
     let listed = endpoints(host)?;
     ensure!(listed.len() == before.len() + added.len(), "{} listed: {listed:?}", listed.len());
-    ensure!(listed.starts_with(&before) || before.iter().all(|it| listed.contains(it)), "{listed:?}");
+    ensure!(
+        listed.starts_with(&before) || before.iter().all(|it| listed.contains(it)),
+        "{listed:?}"
+    );
     first.done("CHECK", &previous)?;
     a.reach(far, PATIENCE)?;
 

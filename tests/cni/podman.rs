@@ -11,7 +11,11 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub fn nothing_left(host: &Host) -> Result<()> {
     eventually(PATIENCE, || {
         let status = host.status()?;
-        ensure!(status["endpoints"].as_array().is_some_and(Vec::is_empty), "{}", status["endpoints"]);
+        ensure!(
+            status["endpoints"].as_array().is_some_and(Vec::is_empty),
+            "{}",
+            status["endpoints"]
+        );
         let owners = status["ipam"]["owners"].as_array().into_iter().flatten();
         let active = owners.filter_map(|it| it["active"].as_u64()).next();
         ensure!(active == Some(0), "{} still has {active:?} addresses given out", host.name);
@@ -32,7 +36,8 @@ pub fn with_podmans(
     for (id, host) in (1..).zip(lab.hosts()) {
         let id = i32::to_string(&id);
         let words =
-            [vec!["launch", "--id", &id, "--token", "podman test", "--no-docker"], lab.targets()].concat();
+            [vec!["launch", "--id", &id, "--token", "podman test", "--no-docker"], lab.targets()]
+                .concat();
         host.overnode(&words)?.success()?;
     }
     let result = test(&lab, one, two);

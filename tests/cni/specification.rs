@@ -30,7 +30,8 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
         let has_check = !version.starts_with("0.3");
         let folder = |name: &str| lab.folder().join(name).to_string_lossy().into_owned();
         let of = |more: Value| extended(&json!({"cniVersion": version}), &more);
-        let with = |conf: &Value, previous: &Value| extended(conf, &json!({"prevResult": previous}));
+        let with =
+            |conf: &Value, previous: &Value| extended(conf, &json!({"prevResult": previous}));
         let tuning = of(json!({"type": "tuning", "mtu": 1300, "dataDir": folder("tuning")}))?;
         let mtu = |container: &Container, name: &str| container.run("ip", &["link", "show", name]);
 
@@ -39,9 +40,15 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
         let call = Call::new(host, &container);
         let made = call.done("ADD", &of(json!({}))?)?;
         let tuned = call.stock("tuning", "ADD", &with(&tuning, &made)?)?;
-        ensure!(tuned["cniVersion"] == *version && tuned["dns"]["nameservers"] == made["dns"]["nameservers"]);
+        ensure!(
+            tuned["cniVersion"] == *version
+                && tuned["dns"]["nameservers"] == made["dns"]["nameservers"]
+        );
         ensure!(tuned["ips"][0]["address"] == made["ips"][0]["address"], "{tuned} of {made}");
-        ensure!(tuned["interfaces"][1]["name"] == "eth0" && tuned["ips"][0]["interface"] == 1, "{tuned}");
+        ensure!(
+            tuned["interfaces"][1]["name"] == "eth0" && tuned["ips"][0]["interface"] == 1,
+            "{tuned}"
+        );
         ensure!(mtu(&container, "eth0")?.contains("mtu 1300"), "it was not tuned");
         container.run("ip", &["route", "add", "192.0.2.0/24", "dev", "eth0"])?;
         if has_check {
@@ -54,17 +61,22 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
         let container = host.container(&format!("b{number}"))?;
         let call = Call::new(host, &container);
         let ipam = json!({"type": "host-local", "subnet": "10.88.80.0/24", "dataDir": folder("host-local")});
-        let first = of(json!({"type": "ptp", "ipam": ipam, "dns": {"nameservers": ["192.0.2.53"]}}))?;
+        let first =
+            of(json!({"type": "ptp", "ipam": ipam, "dns": {"nameservers": ["192.0.2.53"]}}))?;
         let ptp = call.stock("ptp", "ADD", &first)?;
         let both = call.done("ADD", &of(json!({"prevResult": ptp}))?)?;
         let list = |result: &Value, key: &str| result[key].as_array().cloned().unwrap_or_default();
         for (key, more) in [("interfaces", 2), ("ips", 1), ("routes", 0)] {
             let (before, after) = (list(&ptp, key), list(&both, key));
-            ensure!(after.starts_with(&before) && after.len() == before.len() + more, "{key}: {both}");
+            ensure!(
+                after.starts_with(&before) && after.len() == before.len() + more,
+                "{key}: {both}"
+            );
         }
         let last = call.stock("tuning", "ADD", &with(&tuning, &both)?)?;
         ensure!(
-            mtu(&container, "eth0")?.contains("mtu 1300") && !mtu(&container, "overnode0")?.contains("1300")
+            mtu(&container, "eth0")?.contains("mtu 1300")
+                && !mtu(&container, "overnode0")?.contains("1300")
         );
         if has_check {
             call.done("CHECK", &of(json!({"prevResult": last}))?)?;
@@ -74,7 +86,10 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
         call.stock("tuning", "DEL", &with(&tuning, &last)?)?;
         call.done("DEL", &of(json!({"prevResult": last}))?)?;
         let left = container.run("ip", &["link"])?;
-        ensure!(left.contains("eth0") && !left.contains("overnode0"), "only this one's is deleted: {left}");
+        ensure!(
+            left.contains("eth0") && !left.contains("overnode0"),
+            "only this one's is deleted: {left}"
+        );
         call.stock("ptp", "DEL", &with(&first, &last)?)?;
         ensure!(endpoints(host)?.is_empty(), "{version}: {:?}", endpoints(host)?);
     }
@@ -92,7 +107,10 @@ fn interfaces_in_the_way_and_turned_off() -> Result<()> {
     let chained = json!({"prevResult": {"interfaces": [{"name": "eth0", "sandbox": call.netns}]}});
     call.refused("ADD", &chained, 100)?;
     call.done("DEL", &chained)?;
-    ensure!(container.run("ip", &["link", "show", "overnode0"])?.contains("mine"), "it was another's");
+    ensure!(
+        container.run("ip", &["link", "show", "overnode0"])?.contains("mine"),
+        "it was another's"
+    );
     ensure!(endpoints(host)?.is_empty(), "{:?}", endpoints(host)?);
 
     let made = json!({"prevResult": call.done("ADD", &none)?});
@@ -112,7 +130,8 @@ fn deleting_after_a_reboot() -> Result<()> {
     let lab = launched("cni-reboot", 1)?;
     let (host, none) = (lab.host(1), json!({}));
     let names = ["early", "late", "bare"];
-    let containers = names.map(|name| host.container(name)).into_iter().collect::<Result<Vec<_>>>()?;
+    let containers =
+        names.map(|name| host.container(name)).into_iter().collect::<Result<Vec<_>>>()?;
     let paths: Vec<String> = containers.iter().map(|it| Call::new(host, it).netns).collect();
     let mut results = Vec::new();
     for container in &containers {
@@ -120,8 +139,13 @@ fn deleting_after_a_reboot() -> Result<()> {
     }
     host.lose_power()?;
     drop(containers);
-    let call =
-        |at: usize| Call { host, container: names[at], netns: paths[at].clone(), ifname: "eth0", args: "" };
+    let call = |at: usize| Call {
+        host,
+        container: names[at],
+        netns: paths[at].clone(),
+        ifname: "eth0",
+        args: "",
+    };
     for _ in 0..2 {
         call(0).done("DEL", &results[0])?;
         call(0).done("DEL", &none)?;
@@ -141,12 +165,18 @@ fn deleting_after_a_reboot() -> Result<()> {
     let others = Call { container: "other", ..Call::new(host, &other) };
     ensure!(others.netns == paths[0]);
     let made = json!({"prevResult": others.done("ADD", &none)?});
-    ensure!(made["prevResult"]["ips"] != results[0]["prevResult"]["ips"], "an address came back at once");
+    ensure!(
+        made["prevResult"]["ips"] != results[0]["prevResult"]["ips"],
+        "an address came back at once"
+    );
     call(0).done("DEL", &results[0])?;
     others.done("CHECK", &made)?;
     host.kill_daemon()?;
     call(0).done("DEL", &results[0])?;
-    ensure!(other.run("ip", &["link"])?.contains("eth0"), "another container's interface was deleted");
+    ensure!(
+        other.run("ip", &["link"])?.contains("eth0"),
+        "another container's interface was deleted"
+    );
     host.overnode(&["resume"])?.success()?;
     others.done("CHECK", &made)?;
     others.done("DEL", &made)?;
@@ -163,7 +193,8 @@ fn relay(mut client: UnixStream, socket: &Path, refused: &str) -> io::Result<()>
         let text = String::from_utf8_lossy(&request).into_owned();
         if let Some(head) = text.find("\r\n\r\n") {
             let length = text.to_ascii_lowercase();
-            let length = length.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+            let length =
+                length.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
             break (head, length.unwrap_or(0));
         }
         if read == 0 {
@@ -177,10 +208,9 @@ fn relay(mut client: UnixStream, socket: &Path, refused: &str) -> io::Result<()>
     }
     let text = String::from_utf8_lossy(&request);
     if text.starts_with("POST /v1/detach") && text.contains(refused) {
-        let body =
-            json!({"error": "its interface cannot be deleted: try again", "kind": "failed"}).to_string();
-        let head =
-            "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\nConnection: close";
+        let body = json!({"error": "its interface cannot be deleted: try again", "kind": "failed"})
+            .to_string();
+        let head = "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\nConnection: close";
         return write!(client, "{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     }
     let mut node = UnixStream::connect(socket)?;
@@ -198,7 +228,8 @@ fn collecting_garbage_goes_on_after_an_error() -> Result<()> {
     let lab = launched("cni-gc-error", 1)?;
     let (host, none) = (lab.host(1), json!({}));
     let names = ["stale1", "stale2", "stale3", "keep"];
-    let containers = names.map(|name| host.container(name)).into_iter().collect::<Result<Vec<_>>>()?;
+    let containers =
+        names.map(|name| host.container(name)).into_iter().collect::<Result<Vec<_>>>()?;
     for container in &containers {
         Call::new(host, container).done("ADD", &none)?;
     }
@@ -234,7 +265,10 @@ fn collecting_garbage_goes_on_after_an_error() -> Result<()> {
     ensure!(details.contains("stale2") && details.contains("cannot be deleted"), "{said}");
     ensure!(!details.contains("stale1") && !details.contains("stale3"), "{said}");
     let left = || -> Result<Vec<String>> {
-        Ok(endpoints(host)?.iter().filter_map(|it| it["target"].as_str().map(str::to_owned)).collect())
+        Ok(endpoints(host)?
+            .iter()
+            .filter_map(|it| it["target"].as_str().map(str::to_owned))
+            .collect())
     };
     let mut stayed = left()?;
     stayed.sort_unstable();
@@ -282,9 +316,13 @@ fn few_variables_and_no_input() -> Result<()> {
     let run = |command: &str, script: &str| -> Result<(bool, Value)> {
         let mut plugin = host.command("bash")?;
         plugin.args(["-c", script]).env("CNI_COMMAND", command).env("CNI_PATH", "/usr/lib/cni");
-        let output = plugin.stdout(Stdio::piped()).stdin(Stdio::null()).spawn()?.wait_with_output()?;
-        let said =
-            if output.stdout.is_empty() { Value::Null } else { serde_json::from_slice(&output.stdout)? };
+        let output =
+            plugin.stdout(Stdio::piped()).stdin(Stdio::null()).spawn()?.wait_with_output()?;
+        let said = if output.stdout.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_slice(&output.stdout)?
+        };
         Ok((output.status.success(), said))
     };
     let with = |conf: Value| format!("exec -a overnode-cni overnode <<< '{conf}'");
@@ -295,11 +333,17 @@ fn few_variables_and_no_input() -> Result<()> {
     let (success, said) = run("VERSION", &with(json!({"cniVersion": "0.4.0"})))?;
     ensure!(success && said["cniVersion"] == "0.4.0", "{said}");
     let (success, said) = run("VERSION", "exec -a overnode-cni overnode")?;
-    ensure!(success && said["supportedVersions"].as_array().is_some_and(|it| it.len() == 5), "{said}");
+    ensure!(
+        success && said["supportedVersions"].as_array().is_some_and(|it| it.len() == 5),
+        "{said}"
+    );
     // A folder cannot be read.
     for command in ["ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"] {
         let (success, said) = run(command, "exec -a overnode-cni overnode < /")?;
-        ensure!(!success && said["code"] == 5 && said["cniVersion"] == "1.1.0", "{command}: {said}");
+        ensure!(
+            !success && said["code"] == 5 && said["cniVersion"] == "1.1.0",
+            "{command}: {said}"
+        );
     }
     eventually(PATIENCE, || nothing_left(host))
 }

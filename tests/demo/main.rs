@@ -29,7 +29,10 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("\nThe demo failed after {:.1} s: {error:#}", started.elapsed().as_secs_f32());
+            eprintln!(
+                "\nThe demo failed after {:.1} s: {error:#}",
+                started.elapsed().as_secs_f32()
+            );
             ExitCode::FAILURE
         }
     }

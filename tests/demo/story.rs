@@ -137,7 +137,8 @@ impl<'a> Story<'a> {
 
     fn transfer_under_capture(&mut self) -> Result<()> {
         self.begin("send 32 MB over TCP from host1 to host2 while the underlay is captured");
-        let received = flow::tcp(&self.containers[0], &self.containers[2], Amount::Bytes(32_000_000))?;
+        let received =
+            flow::tcp(&self.containers[0], &self.containers[2], Amount::Bytes(32_000_000))?;
         self.done(&format!("{} bytes, each as sent", received.bytes));
         Ok(())
     }
@@ -146,7 +147,11 @@ impl<'a> Story<'a> {
         self.begin("search the capture for what the containers sent");
         let capture = self.capture.take().context("the capture has ended")?;
         let captured = capture.stop()?;
-        ensure!(captured.missed == 0, "the capture misses {} packets: it proves nothing", captured.missed);
+        ensure!(
+            captured.missed == 0,
+            "the capture misses {} packets: it proves nothing",
+            captured.missed
+        );
         let packets = captured.packets()?;
         let control = packets.iter().filter(|packet| packet.is_tcp(6783)).count();
         let messages = |kinds: &[u8]| {
@@ -157,8 +162,13 @@ impl<'a> Story<'a> {
         };
         let (handshakes, data) = (messages(&[1, 2]), messages(&[4]));
         say(&format!("{control} packets of control connections (TCP 6783)"));
-        say(&format!("{handshakes} WireGuard handshake messages and {data} data messages (UDP 6784)"));
-        say(&format!("{} other packets: ARP, IPv6 neighbours", packets.len() - control - handshakes - data));
+        say(&format!(
+            "{handshakes} WireGuard handshake messages and {data} data messages (UDP 6784)"
+        ));
+        say(&format!(
+            "{} other packets: ARP, IPv6 neighbours",
+            packets.len() - control - handshakes - data
+        ));
         ensure!(control > 0, "no control connection was seen on the underlay");
         ensure!(handshakes > 0 && data > 20_000, "the transfer was not seen on the underlay");
         // A search that cannot find is no proof: inside a container, the same one must.
@@ -179,9 +189,15 @@ impl<'a> Story<'a> {
 
     fn measure(&mut self) -> Result<()> {
         self.begin("the same transfer without the capture, for two seconds");
-        let received =
-            flow::tcp(&self.containers[0], &self.containers[2], Amount::Time(Duration::from_secs(2)))?;
-        self.done(&format!("{:.2} Gbit/s, one flow; both hosts share this machine", received.gigabits()));
+        let received = flow::tcp(
+            &self.containers[0],
+            &self.containers[2],
+            Amount::Time(Duration::from_secs(2)),
+        )?;
+        self.done(&format!(
+            "{:.2} Gbit/s, one flow; both hosts share this machine",
+            received.gigabits()
+        ));
         Ok(())
     }
 
@@ -198,7 +214,10 @@ impl<'a> Story<'a> {
         // Packets go on without it.
         let before = transfer.progress();
         transfer.wait_for(20_000_000, PATIENCE)?;
-        say(&format!("{} MB arrived while no daemon ran", (transfer.progress() - before) / 1_000_000));
+        say(&format!(
+            "{} MB arrived while no daemon ran",
+            (transfer.progress() - before) / 1_000_000
+        ));
         ensure!(host.daemon_pid().is_none(), "a daemon runs although nobody started one");
         overnode(host, &["resume"])?;
         eventually(PATIENCE, || {
@@ -228,14 +247,23 @@ impl<'a> Story<'a> {
             overnode(host, &["reset", "--force"])?;
             let remains = eventually(Duration::from_secs(5), || {
                 let remains = host.remains()?;
-                ensure!(remains.is_empty(), "`overnode reset` left on {}: {}", host.name, remains.join(", "));
+                ensure!(
+                    remains.is_empty(),
+                    "`overnode reset` left on {}: {}",
+                    host.name,
+                    remains.join(", ")
+                );
                 Ok(remains)
             })?;
             debug_assert!(remains.is_empty());
         }
         for container in &self.containers {
             let interfaces = container.netns().interfaces()?;
-            ensure!(interfaces.is_empty(), "`overnode reset` left {interfaces:?} inside {}", container.name);
+            ensure!(
+                interfaces.is_empty(),
+                "`overnode reset` left {interfaces:?} inside {}",
+                container.name
+            );
         }
         self.done("no interface, program, map or file is left");
         Ok(())

@@ -24,7 +24,10 @@ fn the_engine_is_killed_and_started_again() -> Result<()> {
         two.start()?;
         eventually(PATIENCE, || {
             let running = two.docker(&["ps", "--format", "{{.Names}}"])?.success()?;
-            ensure!(running.lines().filter(|it| ["always", "fixed"].contains(it)).count() == 2, "{running}");
+            ensure!(
+                running.lines().filter(|it| ["always", "fixed"].contains(it)).count() == 2,
+                "{running}"
+            );
             Ok(())
         })?;
         one.reach("here", &two.address("always")?, PATIENCE)?;
@@ -103,8 +106,19 @@ fn the_host_loses_power() -> Result<()> {
             Ok(())
         })?;
         // And it still makes new ones.
-        let words =
-            ["run", "--rm", "--network", "overnode", IMAGE, "ping", "-c", "1", "-W", "5", "10.36.0.2"];
+        let words = [
+            "run",
+            "--rm",
+            "--network",
+            "overnode",
+            IMAGE,
+            "ping",
+            "-c",
+            "1",
+            "-W",
+            "5",
+            "10.36.0.2",
+        ];
         two.docker(&words)?.success()?;
         two.docker(&["rm", "--force", "always", "fixed", "once"])?.success()?;
         nothing_left(lab.host(2))
@@ -117,9 +131,20 @@ fn packets_of_a_container_that_is_cut_off_do_not_leave_by_the_engines_gateway() 
     with_engines("docker-guard", 2, |lab, engines| {
         let [one, two] = engines else { unreachable!() };
         // From a network of the user's own, which a reset does not take away.
-        let create = ["network", "create", "--driver", "overnode", "--ipam-driver", "overnode", "mine"];
+        let create =
+            ["network", "create", "--driver", "overnode", "--ipam-driver", "overnode", "mine"];
         one.docker(&create)?.success()?;
-        let run = ["run", "--detach", "--network", "mine", "--name", "here", IMAGE, "/bin/sleep", "100000"];
+        let run = [
+            "run",
+            "--detach",
+            "--network",
+            "mine",
+            "--name",
+            "here",
+            IMAGE,
+            "/bin/sleep",
+            "100000",
+        ];
         one.docker(&run)?.success()?;
         let there = two.run("there", &[])?;
         let outside = lab.host(2).address().to_string();
@@ -143,7 +168,8 @@ fn packets_of_a_container_that_is_cut_off_do_not_leave_by_the_engines_gateway() 
 
 fn nothing_is_plain(captured: &lab::capture::Captured) -> Result<()> {
     let of_ours = |ip: std::net::IpAddr| matches!(ip, std::net::IpAddr::V4(v4) if v4.octets()[0] == 10 && (32..48).contains(&v4.octets()[1]));
-    let bare = captured.count(|packet| packet.ip.is_some_and(|ip| of_ours(ip.from) || of_ours(ip.to)))?;
+    let bare =
+        captured.count(|packet| packet.ip.is_some_and(|ip| of_ours(ip.from) || of_ours(ip.to)))?;
     ensure!(bare == 0, "{bare} packets of containers travel without their sealed cover");
     Ok(())
 }

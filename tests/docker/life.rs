@@ -62,7 +62,10 @@ fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
         let told = launch(&lab, &engine, 1, &[]).and_then(|()| {
             eventually(PATIENCE, || {
                 let problems = lab.host(1).status()?["node"]["problems"].to_string();
-                ensure!(problems.contains("Docker 1.13.1 with API 1.26, is older than 20.10"), "{problems}");
+                ensure!(
+                    problems.contains("Docker 1.13.1 with API 1.26, is older than 20.10"),
+                    "{problems}"
+                );
                 ensure!(problems.contains("upgrade Docker"), "{problems}");
                 Ok(())
             })
@@ -118,7 +121,10 @@ fn reset_takes_the_network_and_the_plugin_away() -> Result<()> {
         ensure!(has_network(engine, "overnode")?);
         engine.run("busy", &[])?;
         let complaint = engine.overnode(&["reset"])?.complaint()?;
-        ensure!(complaint.contains("busy") || complaint.contains("a Docker container"), "{complaint}");
+        ensure!(
+            complaint.contains("busy") || complaint.contains("a Docker container"),
+            "{complaint}"
+        );
         ensure!(has_network(engine, "overnode")?, "a refused reset removed the network");
         engine.docker(&["stop", "--time", "0", "busy"])?.success()?;
         engine.overnode(&["reset"])?.success()?;
@@ -133,8 +139,11 @@ fn reset_takes_the_network_and_the_plugin_away() -> Result<()> {
         engine.overnode(&["reset", "--force"])?.success()?;
         daemon_is_gone(host)?;
         ensure!(!has_network(engine, "overnode")?);
-        let remains: Vec<String> =
-            host.remains()?.into_iter().filter(|it| !it.contains("docker") && !it.contains("veth")).collect();
+        let remains: Vec<String> = host
+            .remains()?
+            .into_iter()
+            .filter(|it| !it.contains("docker") && !it.contains("veth"))
+            .collect();
         ensure!(remains.is_empty(), "{remains:?}");
         engine.docker(&["rm", "--force", "busy"])?.success()?;
 

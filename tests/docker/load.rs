@@ -54,7 +54,17 @@ fn many_containers_come_and_go_on_both_hosts() -> Result<()> {
 fn start(engine: &Engine<'_>, network: &str, count: usize) -> Result<()> {
     each(count, CLIENTS, |number| {
         let name = format!("c{number}");
-        let words = ["run", "--detach", "--network", network, "--name", &name, IMAGE, "/bin/sleep", "100000"];
+        let words = [
+            "run",
+            "--detach",
+            "--network",
+            network,
+            "--name",
+            &name,
+            IMAGE,
+            "/bin/sleep",
+            "100000",
+        ];
         engine.docker(&words)?.success().map(drop)
     })
 }

@@ -33,10 +33,13 @@ fn containers_of_two_engines_talk() -> Result<()> {
         two.reach("there", &here, PATIENCE)?;
 
         let capture: Capture = lab.capture()?;
-        two.docker(&["exec", "--detach", "there", "nc", "-l", "-p", "7000", "-e", "/bin/cat"])?.success()?;
+        two.docker(&["exec", "--detach", "there", "nc", "-l", "-p", "7000", "-e", "/bin/cat"])?
+            .success()?;
         let echoed = eventually(PATIENCE, || {
-            let said =
-                one.exec("here", &["sh", "-c", &format!("echo overnode-echo | nc -w 2 {there} 7000")])?;
+            let said = one.exec(
+                "here",
+                &["sh", "-c", &format!("echo overnode-echo | nc -w 2 {there} 7000")],
+            )?;
             ensure!(said == "overnode-echo\n", "the echo is {said:?}");
             Ok(said)
         })?;
@@ -56,7 +59,10 @@ fn containers_of_two_engines_talk() -> Result<()> {
         let id = one.docker(&["inspect", "--format", "{{.Id}}", "here"])?.success()?;
         ensure!(id.get(..12) == listed["target"].as_str(), "{listed}: {id}");
         let table = one.overnode(&["status", "--endpoints"])?.success()?;
-        ensure!(table.contains("here") && table.contains(IMAGE) && table.contains(&here), "{table}");
+        ensure!(
+            table.contains("here") && table.contains(IMAGE) && table.contains(&here),
+            "{table}"
+        );
 
         the_interface_is_as_it_was_made(one, "here")?;
         refused(one.overnode(&["detach", "here"])?.complaint()?, "engine")?;
@@ -79,11 +85,13 @@ fn the_interface_is_as_it_was_made(engine: &Engine<'_>, name: &str) -> Result<()
         Ok(engine.docker(&["inspect", "--format", what, name])?.success()?.trim().to_owned())
     };
     let pid = inspect("{{.State.Pid}}")?;
-    let features = engine.client("nsenter", &["-t", &pid, "-n", "ethtool", "-k", "overnode0"])?.success()?;
+    let features =
+        engine.client("nsenter", &["-t", &pid, "-n", "ethtool", "-k", "overnode0"])?.success()?;
     ensure!(features.contains("generic-receive-offload: on"), "{features}");
     let link = engine.exec(name, &["ip", "link", "show", "overnode0"])?;
     ensure!(link.contains("mtu 1420"), "{link}");
-    let mac = inspect("{{with index .NetworkSettings.Networks \"overnode\"}}{{.MacAddress}}{{end}}")?;
+    let mac =
+        inspect("{{with index .NetworkSettings.Networks \"overnode\"}}{{.MacAddress}}{{end}}")?;
     ensure!(link.contains(&mac), "{link} instead of {mac}");
     Ok(())
 }
@@ -106,14 +114,16 @@ fn addresses_ports_and_further_networks() -> Result<()> {
         };
 
         // Static addresses, and another hardware address.
-        let fixed = two.run("fixed", &["--ip", "10.33.7.5", "--mac-address", "02:11:22:33:44:55"])?;
+        let fixed =
+            two.run("fixed", &["--ip", "10.33.7.5", "--mac-address", "02:11:22:33:44:55"])?;
         ensure!(fixed == "10.33.7.5");
         ensure!(endpoint(lab.host(2), "fixed")?["static"] == true);
         let link = two.exec("fixed", &["ip", "link", "show", "overnode0"])?;
         ensure!(link.contains("02:11:22:33:44:55"), "{link}");
         one.run("plain", &[])?;
         one.reach("plain", "10.33.7.5", PATIENCE)?;
-        let run = |address| ["run", "--network", "overnode", "--ip", address, IMAGE, "/bin/sleep", "1"];
+        let run =
+            |address| ["run", "--network", "overnode", "--ip", address, IMAGE, "/bin/sleep", "1"];
         says_no(two, &run("10.33.7.5"), "in use")?;
         eventually(PATIENCE, || says_no(one, &run("10.33.7.5"), "node 2"))?;
         says_no(one, &run("10.40.0.77"), "give the addresses of the range out by themselves")?;
@@ -144,8 +154,11 @@ fn addresses_ports_and_further_networks() -> Result<()> {
 
         // Further networks of ours are the same network under another name.
         let create = |options: &[&'static str]| {
-            [&["network", "create", "--driver", "overnode", "--ipam-driver", "overnode"][..], options]
-                .concat()
+            [
+                &["network", "create", "--driver", "overnode", "--ipam-driver", "overnode"][..],
+                options,
+            ]
+            .concat()
         };
         one.docker(&create(&["second"]))?.success()?;
         one.docker(&create(&["--subnet", "10.32.0.0/12", "third"]))?.success()?;
@@ -155,13 +168,26 @@ fn addresses_ports_and_further_networks() -> Result<()> {
             &create(&["--subnet", "10.32.0.0/12", "--ip-range", "10.32.1.0/24", "bad"]),
             "--ip-range",
         )?;
-        says_no(one, &create(&["--subnet", "10.32.0.0/12", "--gateway", "10.32.0.1", "bad"]), "no gateway")?;
-        says_no(one, &["network", "create", "--driver", "overnode", "bad"], "--ipam-driver overnode")?;
-        let other = ["run", "--detach", "--network", "third", "--ip", "10.34.0.9", "--name", "other"];
+        says_no(
+            one,
+            &create(&["--subnet", "10.32.0.0/12", "--gateway", "10.32.0.1", "bad"]),
+            "no gateway",
+        )?;
+        says_no(
+            one,
+            &["network", "create", "--driver", "overnode", "bad"],
+            "--ipam-driver overnode",
+        )?;
+        let other =
+            ["run", "--detach", "--network", "third", "--ip", "10.34.0.9", "--name", "other"];
         one.docker(&[&other[..], &[IMAGE, "/bin/sleep", "100000"]].concat())?.success()?;
         one.reach("plain", "10.34.0.9", PATIENCE)?;
         two.reach("fixed", "10.34.0.9", PATIENCE)?;
-        says_no(one, &["network", "connect", "second", "plain"], "all overnode networks are one network")?;
+        says_no(
+            one,
+            &["network", "connect", "second", "plain"],
+            "all overnode networks are one network",
+        )?;
         one.reach("plain", "10.33.7.5", PATIENCE)?;
 
         // In and out of it while the container runs.
@@ -186,8 +212,9 @@ fn a_compose_file_on_each_of_two_hosts() -> Result<()> {
             fs::write(&path, format!("version: \"3.5\"\nservices:\n{services}{networks}"))?;
             Ok(path.to_string_lossy().into_owned())
         };
-        let service =
-            |name: &str, rest: &str| format!("  {name}:\n    image: {IMAGE}\n    restart: always\n{rest}");
+        let service = |name: &str, rest: &str| {
+            format!("  {name}:\n    image: {IMAGE}\n    restart: always\n{rest}")
+        };
         let web = file(
             "web.yml",
             &[
@@ -196,9 +223,12 @@ fn a_compose_file_on_each_of_two_hosts() -> Result<()> {
             ]
             .concat(),
         )?;
-        let client = file("client.yml", &service("client", "    command: [/bin/sleep, \"100000\"]\n"))?;
+        let client =
+            file("client.yml", &service("client", "    command: [/bin/sleep, \"100000\"]\n"))?;
         let compose = |engine: &Engine<'_>, file: &str, words: &[&str]| {
-            engine.client("docker-compose", &[&["-f", file, "-p", "app"], words].concat())?.success()
+            engine
+                .client("docker-compose", &[&["-f", file, "-p", "app"], words].concat())?
+                .success()
         };
         compose(one, &web, &["up", "-d"])?;
         compose(two, &client, &["up", "-d"])?;
@@ -209,8 +239,9 @@ fn a_compose_file_on_each_of_two_hosts() -> Result<()> {
             Ok(())
         })?;
         // Docker's own names and aliases, as far as one engine knows them.
-        let find =
-            |name: &str| compose(one, &web, &["exec", "-T", "web", "ping", "-c", "1", "-W", "2", name]);
+        let find = |name: &str| {
+            compose(one, &web, &["exec", "-T", "web", "ping", "-c", "1", "-W", "2", name])
+        };
         find("beside")?;
         find("neighbour")?;
         let names: Vec<String> = endpoints(lab.host(1))?
@@ -226,7 +257,8 @@ fn a_compose_file_on_each_of_two_hosts() -> Result<()> {
 
 /// Waits until the network of this name is there or not.
 fn has_network(engine: &Engine<'_>, name: &str) -> Result<bool> {
-    let listed = engine.docker(&["network", "ls", "--format", "{{.Name}} {{.Driver}}"])?.success()?;
+    let listed =
+        engine.docker(&["network", "ls", "--format", "{{.Name}} {{.Driver}}"])?.success()?;
     Ok(listed.lines().any(|line| line == format!("{name} overnode")))
 }
 

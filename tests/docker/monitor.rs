@@ -20,7 +20,10 @@ fn containers_are_called_what_the_engine_calls_them() -> Result<()> {
         events.wait_for(|it| it["event"] == "attached" && of(&here, it))?;
         let named = events.wait_for(|it| it["event"] == "named" && of(&here, it))?;
         let listed = endpoint(host, "here")?;
-        ensure!(named["name"] == "here" && named["target"] == listed["target"], "{named}, but {listed}");
+        ensure!(
+            named["name"] == "here" && named["target"] == listed["target"],
+            "{named}, but {listed}"
+        );
         endpoint(host, "beside")?;
         engine.reach("here", &beside, PATIENCE)?;
 
@@ -31,21 +34,28 @@ fn containers_are_called_what_the_engine_calls_them() -> Result<()> {
         };
         ping(&["10.46.0.1"])?;
         let lost = events.drop_of("no-route")?;
-        ensure!(lost["container"] == json!({"address": here, "target": listed["target"], "name": "here"}));
+        ensure!(
+            lost["container"]
+                == json!({"address": here, "target": listed["target"], "name": "here"})
+        );
         ensure!(lost["names"] == json!({here.as_str(): "here"}), "{lost}");
         let line = text.wait_for_line(|line| line.contains("no-route"))?;
         ensure!(line.contains("from here") && !line.contains("(here)"), "{line}");
 
         // To another container of this host, from an address that is nobody's.
         let pid = engine.docker(&["inspect", "--format", "{{.State.Pid}}", "here"])?.success()?;
-        let inside = ["-t", pid.trim(), "-n", "ip", "address", "add", "10.42.0.77/32", "dev", "overnode0"];
+        let inside =
+            ["-t", pid.trim(), "-n", "ip", "address", "add", "10.42.0.77/32", "dev", "overnode0"];
         engine.client("nsenter", &inside)?.success()?;
         ping(&["-I", "10.42.0.77", &beside])?;
         let spoofed = events.drop_of("spoofed")?;
         ensure!(spoofed["container"]["name"] == "here", "{spoofed}");
         ensure!(spoofed["names"] == json!({beside.as_str(): "beside"}), "{spoofed}");
         let line = text.wait_for_line(|line| line.contains("spoofed"))?;
-        ensure!(line.contains(&format!("{beside} (beside)")) && line.contains("from here"), "{line}");
+        ensure!(
+            line.contains(&format!("{beside} (beside)")) && line.contains("from here"),
+            "{line}"
+        );
 
         engine.docker(&["rm", "--force", "here"])?.success()?;
         let detached = events.wait_for(|it| it["event"] == "detached" && of(&here, it))?;

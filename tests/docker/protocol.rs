@@ -28,7 +28,10 @@ impl Plugin<'_> {
             found == code && said.contains(why),
             "{method}: {found} {answer}, instead of {code} and {why:?}"
         );
-        ensure!(answer["Error"] == answer["Err"], "the address driver's errors have another name: {answer}");
+        ensure!(
+            answer["Error"] == answer["Err"],
+            "the address driver's errors have another name: {answer}"
+        );
         Ok(())
     }
 
@@ -56,7 +59,9 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
     let manifest = plugin.done("Plugin.Activate", &json!({}))?;
     ensure!(manifest["Implements"] == json!(["NetworkDriver", "IpamDriver"]), "{manifest}");
     ensure!(plugin.done("NetworkDriver.GetCapabilities", &json!({}))?["Scope"] == "local");
-    ensure!(plugin.done("NetworkDriver.GwAllocCheck", &json!({"Options": null}))?["SkipIPv4"] == true);
+    ensure!(
+        plugin.done("NetworkDriver.GwAllocCheck", &json!({"Options": null}))?["SkipIPv4"] == true
+    );
 
     // Not requests at all.
     plugin.refused("NetworkDriver.Nonsense", "{}", 404, "does not know")?;
@@ -88,7 +93,12 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         200,
         "--ipam-driver",
     )?;
-    plugin.refused("NetworkDriver.CreateNetwork", &create(json!(null), json!(null)), 200, "--ipam-driver")?;
+    plugin.refused(
+        "NetworkDriver.CreateNetwork",
+        &create(json!(null), json!(null)),
+        200,
+        "--ipam-driver",
+    )?;
     plugin.refused(
         "NetworkDriver.CreateNetwork",
         &create(pool("10.32.0.0/12"), pool("fd00::/64")),
@@ -125,9 +135,12 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         400,
         "no IP address",
     )?;
-    for (address, why) in
-        [("10.40.0.5", "range"), ("192.0.2.1", "outside"), ("10.39.240.1", "nodes"), ("fd00::1", "outside")]
-    {
+    for (address, why) in [
+        ("10.40.0.5", "range"),
+        ("192.0.2.1", "outside"),
+        ("10.39.240.1", "nodes"),
+        ("fd00::1", "outside"),
+    ] {
         let request = json!({"PoolID": "overnode", "Address": address});
         plugin.refused("IpamDriver.RequestAddress", &request.to_string(), 200, why)?;
     }
@@ -158,11 +171,22 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
     for mac in ["01:00:5e:00:00:01", "00:00:00:00:00:00", "02:11:22:33:44", "zz:11:22:33:44:55"] {
         let mut request = endpoint("e1", &first);
         request["Interface"]["MacAddress"] = mac.into();
-        plugin.refused("NetworkDriver.CreateEndpoint", &request.to_string(), 200, "hardware address")?;
+        plugin.refused(
+            "NetworkDriver.CreateEndpoint",
+            &request.to_string(),
+            200,
+            "hardware address",
+        )?;
     }
     let made = plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &first))?;
-    ensure!(made == plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &first))?, "{made}");
-    ensure!(made["Interface"]["MacAddress"].is_string() && made["Interface"]["Address"].is_null(), "{made}");
+    ensure!(
+        made == plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &first))?,
+        "{made}"
+    );
+    ensure!(
+        made["Interface"]["MacAddress"].is_string() && made["Interface"]["Address"].is_null(),
+        "{made}"
+    );
     plugin.refused(
         "NetworkDriver.CreateEndpoint",
         &endpoint("e2", &first).to_string(),
@@ -170,11 +194,15 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         "another endpoint",
     )?;
     let second = plugin.address()?;
-    plugin.refused("NetworkDriver.CreateEndpoint", &endpoint("e1", &second).to_string(), 200, "already")?;
+    plugin.refused(
+        "NetworkDriver.CreateEndpoint",
+        &endpoint("e1", &second).to_string(),
+        200,
+        "already",
+    )?;
 
     // Joined twice: the engine did not hear the answer. Another endpoint of ours in one container: no.
-    let join =
-        |id: &str| json!({"NetworkID": NETWORK, "EndpointID": id, "SandboxKey": SANDBOX, "Options": null});
+    let join = |id: &str| json!({"NetworkID": NETWORK, "EndpointID": id, "SandboxKey": SANDBOX, "Options": null});
     let joined = plugin.done("NetworkDriver.Join", &join("e1"))?;
     ensure!(joined["InterfaceName"]["DstPrefix"] == "overnode", "{joined}");
     ensure!(joined == plugin.done("NetworkDriver.Join", &join("e1"))?);
@@ -208,7 +236,10 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         }
         for address in [&first, &second] {
             let address = address.trim_end_matches("/12");
-            plugin.done("IpamDriver.ReleaseAddress", &json!({"PoolID": "overnode", "Address": address}))?;
+            plugin.done(
+                "IpamDriver.ReleaseAddress",
+                &json!({"PoolID": "overnode", "Address": address}),
+            )?;
         }
         plugin.done("NetworkDriver.DeleteNetwork", &json!({"NetworkID": NETWORK}))?;
         plugin.done("IpamDriver.ReleasePool", &json!({"PoolID": "overnode"}))?;

@@ -22,7 +22,12 @@ pub fn with_engines(
     let result = launch_all(&lab, &engines).and_then(|()| test(&lab, &mut engines));
     if result.is_err() {
         for (host, engine) in lab.hosts().iter().zip(&engines) {
-            eprintln!("--- {}: overnoded\n{}--- dockerd\n{}", host.name, host.log(), engine.last_words());
+            eprintln!(
+                "--- {}: overnoded\n{}--- dockerd\n{}",
+                host.name,
+                host.log(),
+                engine.last_words()
+            );
         }
     }
     result
@@ -63,13 +68,18 @@ pub fn nothing_left(host: &Host) -> Result<()> {
         let left = endpoints(host)?;
         ensure!(left.is_empty(), "{} still lists {left:?}", host.name);
         let status = host.status()?;
-        let active =
-            status["ipam"]["owners"].as_array().into_iter().flatten().find_map(|it| it["active"].as_u64());
+        let active = status["ipam"]["owners"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find_map(|it| it["active"].as_u64());
         ensure!(active == Some(0), "{} still has {active:?} addresses given out", host.name);
         let interfaces = host.netns().interfaces()?;
         // Where names are served is there as long as the node is.
-        let dns =
-            status["dns"]["address"].as_str().and_then(|address| address.parse().ok()).map(host_interface);
+        let dns = status["dns"]["address"]
+            .as_str()
+            .and_then(|address| address.parse().ok())
+            .map(host_interface);
         let of_ours = |name: &&String| {
             name.starts_with("ov") && !name.starts_with("ovn") && Some(*name) != dns.as_ref()
         };

@@ -27,7 +27,12 @@ fn every_seed_and_every_regression_passes() {
                     let _ = writeln!(std::io::stderr(), "{} panics", file.display());
                     std::panic::resume_unwind(panic);
                 }
-                assert!(started.elapsed() < LONGEST, "{} took {:?}", file.display(), started.elapsed());
+                assert!(
+                    started.elapsed() < LONGEST,
+                    "{} took {:?}",
+                    file.display(),
+                    started.elapsed()
+                );
                 seeds += usize::from(folder == "corpus");
             }
         }
@@ -53,15 +58,23 @@ fn the_seeds_are_those_that_are_made() {
         let kept: BTreeSet<_> = files(&folder)
             .into_iter()
             .map(|file| {
-                let name = file.file_name().expect("a file that was listed").to_string_lossy().into_owned();
+                let name = file
+                    .file_name()
+                    .expect("a file that was listed")
+                    .to_string_lossy()
+                    .into_owned();
                 (name, fs::read(&file).expect("a file that was listed"))
             })
             .collect();
-        let made: BTreeSet<_> = made.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect();
+        let made: BTreeSet<_> =
+            made.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect();
         for (name, bytes) in &made {
             assert!(bytes.len() <= LONGEST_SEED, "{name} has {} bytes", bytes.len());
         }
-        assert!(made == kept, "the wire format has changed: run this test with OVERNODE_WRITE_SEEDS=1");
+        assert!(
+            made == kept,
+            "the wire format has changed: run this test with OVERNODE_WRITE_SEEDS=1"
+        );
     }
 }
 
@@ -71,7 +84,8 @@ fn folder_of(what: &str) -> PathBuf {
 
 fn files(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
-    let mut files: Vec<_> = entries.map(|entry| entry.expect("a folder that can be read").path()).collect();
+    let mut files: Vec<_> =
+        entries.map(|entry| entry.expect("a folder that can be read").path()).collect();
     files.sort();
     files
 }

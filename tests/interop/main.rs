@@ -54,7 +54,8 @@ fn two_stock_programs_talk_to_each_other() -> Result<()> {
     ensure!(pings.lost() == 0 && pings.duplicates == 0, "pings were lost: {pings:?}");
     let sent = 20_000_000;
     for (from, to) in [(0, 1), (1, 0)] {
-        let received = flow::tcp(&containers[from], &containers[to], Amount::Bytes(sent)).context("TCP")?;
+        let received =
+            flow::tcp(&containers[from], &containers[to], Amount::Bytes(sent)).context("TCP")?;
         ensure!(received.bytes == sent, "{received:?}");
     }
     for device in &mut devices {
@@ -99,8 +100,15 @@ fn another_preshared_key_lets_nothing_through() -> Result<()> {
     let meeting = Meeting::new(Stock::Boringtun, Begins::Stock).preshared().mistaken().hold()?;
     let pings = meeting.outside.ping(meeting.inside.address(), 20, Duration::from_millis(100))?;
     ensure!(pings.received == 0, "{pings:?}");
-    ensure!(meeting.device.peer()?.handshake_age.is_none(), "a handshake ended under different keys");
-    ensure!(meeting.count("opened")? == 0 && meeting.count("sealed")? == 0, "{}", meeting.counters()?);
+    ensure!(
+        meeting.device.peer()?.handshake_age.is_none(),
+        "a handshake ended under different keys"
+    );
+    ensure!(
+        meeting.count("opened")? == 0 && meeting.count("sealed")? == 0,
+        "{}",
+        meeting.counters()?
+    );
     Ok(())
 }
 
@@ -111,7 +119,8 @@ fn a_peer_cannot_send_from_addresses_that_are_not_its_own() -> Result<()> {
     let (inside, foreign) = (meeting.inside.address().to_string(), "10.38.9.9");
     meeting.outside.netns().ip(&["address", "add", foreign, "dev", "eth0"])?;
     let mut ping = meeting.outside.command("ping");
-    let output = ping.args(["-n", "-c", "5", "-i", "0.1", "-W", "1", "-I", foreign, &inside]).output()?;
+    let output =
+        ping.args(["-n", "-c", "5", "-i", "0.1", "-W", "1", "-I", foreign, &inside]).output()?;
     ensure!(
         output.status.code() == Some(1),
         "answers to {foreign}: {}",
@@ -143,7 +152,10 @@ fn a_peer_that_was_removed_is_a_stranger() -> Result<()> {
         ensure!(pings.received == 0, "{pings:?}");
     }
     ensure!(meeting.count("sealed")? == sealed, "{}", meeting.counters()?);
-    ensure!(capture.stop()?.containing(&flow::MARKER)?.is_empty(), "a ping left the host in the clear");
+    ensure!(
+        capture.stop()?.containing(&flow::MARKER)?.is_empty(),
+        "a ping left the host in the clear"
+    );
     Ok(())
 }
 

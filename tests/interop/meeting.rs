@@ -81,7 +81,8 @@ impl Plan {
         let endpoint = SocketAddr::new(stock.address(), STOCK_PORT);
         let key = PublicKey(public_key).to_string();
         let known = self.begins == Begins::Node;
-        let node_key = add(&lab, node, &key, self.preshared.then_some(preshared), known.then_some(endpoint))?;
+        let node_key =
+            add(&lab, node, &key, self.preshared.then_some(preshared), known.then_some(endpoint))?;
 
         let device = Device::start(self.stock, stock.netns())?;
         let subnet: IpNet = SUBNET.parse()?;
@@ -90,7 +91,11 @@ impl Plan {
             listen_port: STOCK_PORT,
             peer: Peer {
                 public_key: node_key.0,
-                preshared_key: self.preshared.then_some(if self.mistaken { &other } else { &preshared }),
+                preshared_key: self.preshared.then_some(if self.mistaken {
+                    &other
+                } else {
+                    &preshared
+                }),
                 endpoint: (!known).then_some(SocketAddr::new(node.address(), DATA_PORT)),
                 allowed_ips: &[subnet],
                 keepalive: None,
@@ -199,7 +204,10 @@ impl Meeting {
             captured.count(|packet| !packet.bytes.is_empty())? > 2000,
             "the capture is not of this traffic"
         );
-        ensure!(captured.missed == 0 && captured.containing(&flow::MARKER)?.is_empty(), "pings in the clear");
+        ensure!(
+            captured.missed == 0 && captured.containing(&flow::MARKER)?.is_empty(),
+            "pings in the clear"
+        );
         for (from, to) in [(&self.inside, &self.outside), (&self.outside, &self.inside)] {
             let received = flow::tcp(from, to, Amount::Bytes(BYTES))
                 .with_context(|| format!("TCP from {}", from.name))?;
@@ -208,9 +216,13 @@ impl Meeting {
         self.device.check()?;
         let peer = self.device.peer()?;
         ensure!(peer.received > BYTES && peer.sent > BYTES, "{peer:?}");
-        for reason in
-            [Reason::Forged, Reason::Replayed, Reason::ForeignSource, Reason::Offload, Reason::Malformed]
-        {
+        for reason in [
+            Reason::Forged,
+            Reason::Replayed,
+            Reason::ForeignSource,
+            Reason::Offload,
+            Reason::Malformed,
+        ] {
             ensure!(self.count(reason.as_str())? == 0, "{}", self.counters()?);
         }
         Ok(())

@@ -37,7 +37,15 @@ fn build() -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .current_dir(&workspace)
-        .args(["build", "--quiet", "--package", "overnode-cli", "--package", "overnode-daemon", "--bins"])
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            "overnode-cli",
+            "--package",
+            "overnode-daemon",
+            "--bins",
+        ])
         .output()?;
     if !output.status.success() {
         bail!("overnode does not build: {}", String::from_utf8_lossy(&output.stderr));

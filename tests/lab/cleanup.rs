@@ -49,7 +49,9 @@ pub fn sweep() {
         .chain(names_in(NAME_FILES))
         .chain(names_in(&std::env::temp_dir()))
         .chain(crate::docker::cgroups())
-        .filter_map(|name| split(&name).filter(|(pid, _)| !is_alive(*pid)).map(|(_, prefix)| prefix))
+        .filter_map(|name| {
+            split(&name).filter(|(pid, _)| !is_alive(*pid)).map(|(_, prefix)| prefix)
+        })
         .collect::<BTreeSet<_>>();
     for prefix in dead {
         remove_all(&prefix);
@@ -100,7 +102,9 @@ pub(crate) fn kill_all(pids: &[i32]) {
 pub(crate) fn processes_in(inode: u64) -> Vec<i32> {
     pids()
         .filter(|pid| *pid != std::process::id() as i32)
-        .filter(|pid| std::fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|meta| meta.ino() == inode))
+        .filter(|pid| {
+            std::fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|meta| meta.ino() == inode)
+        })
         .collect()
 }
 
@@ -120,7 +124,8 @@ pub(crate) fn is_alive(pid: i32) -> bool {
 /// The lock that creation of namespaces and sweeps take, across processes: `ip netns add` races with itself when
 /// it makes `/run/netns`.
 pub(crate) fn lock() -> Result<File> {
-    let file = File::create(std::env::temp_dir().join("overnode-lab.lock")).context("the lab's lock")?;
+    let file =
+        File::create(std::env::temp_dir().join("overnode-lab.lock")).context("the lab's lock")?;
     // SAFETY: the descriptor is open.
     if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
         return Err(std::io::Error::last_os_error()).context("the lab's lock");
@@ -148,9 +153,12 @@ pub(crate) fn remove(prefix: &str) {
 fn remove_all(prefix: &str) {
     // `ovl12x1` must not take `ovl12x10` with it: what follows a prefix is never a digit.
     let ours = |name: &String| {
-        name.strip_prefix(prefix).is_some_and(|rest| !rest.starts_with(|next: char| next.is_ascii_digit()))
+        name.strip_prefix(prefix)
+            .is_some_and(|rest| !rest.starts_with(|next: char| next.is_ascii_digit()))
     };
-    for name in names_in(NAMESPACES).chain(names_in(NAME_FILES)).filter(ours).collect::<BTreeSet<_>>() {
+    for name in
+        names_in(NAMESPACES).chain(names_in(NAME_FILES)).filter(ours).collect::<BTreeSet<_>>()
+    {
         remove_netns(&name);
     }
     for name in crate::docker::cgroups().filter(ours).collect::<BTreeSet<_>>() {
@@ -194,7 +202,8 @@ fn watch_signals() {
         }
         std::process::exit(128 + i32::from(signal[0]));
     });
-    let action = SigAction::new(SigHandler::Handler(on_signal), SaFlags::SA_RESTART, SigSet::empty());
+    let action =
+        SigAction::new(SigHandler::Handler(on_signal), SaFlags::SA_RESTART, SigSet::empty());
     for signal in SIGNALS {
         // SAFETY: the handler calls nothing but write(2), which is async-signal-safe.
         let _ = unsafe { sigaction(signal, &action) };

@@ -50,7 +50,8 @@ impl<'a> Engine<'a> {
         fs::create_dir_all(&folder)?;
         fs::create_dir_all("/run/docker")?;
         let holder = hold(host)?;
-        let engine = Self { host, folder, cgroup: host.netns().name().to_owned(), holder, daemon: None };
+        let engine =
+            Self { host, folder, cgroup: host.netns().name().to_owned(), holder, daemon: None };
         host.set_mounts(Some(engine.mounts()?));
         Ok(engine)
     }
@@ -71,7 +72,8 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// When it does not.
     pub fn start(&mut self) -> Result<()> {
-        let log = File::options().create(true).append(true).open(self.folder.join("dockerd.log"))?;
+        let log =
+            File::options().create(true).append(true).open(self.folder.join("dockerd.log"))?;
         let mut command = self.command("dockerd")?;
         command
             .arg("--data-root")
@@ -85,7 +87,8 @@ impl<'a> Engine<'a> {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        self.daemon = Some(command.spawn().context("dockerd cannot be started: is docker.io installed?")?);
+        self.daemon =
+            Some(command.spawn().context("dockerd cannot be started: is docker.io installed?")?);
         eventually(PATIENCE, || {
             if let Some(status) = self.daemon.as_mut().map(Child::try_wait).transpose()?.flatten() {
                 bail!("dockerd ended ({status}): {}", self.last_words());
@@ -173,7 +176,8 @@ impl<'a> Engine<'a> {
     /// When there is no such container, or it has none.
     pub fn address(&self, name: &str) -> Result<String> {
         let format = "{{with index .NetworkSettings.Networks \"overnode\"}}{{.IPAddress}}{{end}}";
-        let address = self.docker(&["inspect", "--format", format, name])?.success()?.trim().to_owned();
+        let address =
+            self.docker(&["inspect", "--format", format, name])?.success()?.trim().to_owned();
         ensure!(!address.is_empty(), "{name} has no address");
         Ok(address)
     }
@@ -191,7 +195,9 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// When it does not.
     pub fn reach(&self, name: &str, address: &str, limit: Duration) -> Result<()> {
-        eventually(limit, || self.exec(name, &["/bin/ping", "-c", "1", "-W", "1", address]).map(drop))
+        eventually(limit, || {
+            self.exec(name, &["/bin/ping", "-c", "1", "-W", "1", address]).map(drop)
+        })
     }
 
     /// One request to the engine's own socket. Returns the status code and the body.
@@ -247,7 +253,8 @@ impl<'a> Engine<'a> {
     /// The end of what the engine logged.
     pub fn last_words(&self) -> String {
         let log = fs::read_to_string(self.folder.join("dockerd.log")).unwrap_or_default();
-        let is_of_use = |line: &&str| !line.contains("module=grpc") && !line.contains("io.containerd.");
+        let is_of_use =
+            |line: &&str| !line.contains("module=grpc") && !line.contains("io.containerd.");
         let lines: Vec<&str> = log.lines().filter(is_of_use).collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
@@ -323,7 +330,8 @@ fn hold(host: &Host) -> Result<Child> {
 pub(crate) fn remove_cgroup(name: &str) {
     for _ in 0..50 {
         cleanup::kill_all(&processes_of(name));
-        let left: Vec<PathBuf> = groups(name).into_iter().filter(|group| !remove_tree(group)).collect();
+        let left: Vec<PathBuf> =
+            groups(name).into_iter().filter(|group| !remove_tree(group)).collect();
         if left.is_empty() {
             return;
         }
@@ -372,15 +380,22 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn names_in(folder: PathBuf) -> Vec<String> {
-    subfolders(&folder).iter().filter_map(|path| path.file_name()?.to_str().map(str::to_owned)).collect()
+    subfolders(&folder)
+        .iter()
+        .filter_map(|path| path.file_name()?.to_str().map(str::to_owned))
+        .collect()
 }
 
 /// What containers of tests run: an archive of a root folder with busybox.
 pub(crate) fn busybox_archive(folder: &Path) -> Result<PathBuf> {
     let root = folder.join("image");
     fs::create_dir_all(root.join("bin"))?;
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
-    fs::copy(busybox.context("there is no busybox: install busybox-static")?, root.join("bin/busybox"))?;
+    let busybox =
+        ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
+    fs::copy(
+        busybox.context("there is no busybox: install busybox-static")?,
+        root.join("bin/busybox"),
+    )?;
     for applet in ["cat", "ip", "nc", "nslookup", "ping", "sh", "sleep", "wget"] {
         let link = root.join("bin").join(applet);
         if !link.exists() {

@@ -130,7 +130,8 @@ fn call(source: Ipv4Addr, to: SocketAddr) -> Result<TcpStream> {
     socket::setsockopt(&call, socket::sockopt::Linger, &reset)?;
     socket::setsockopt(&call, socket::sockopt::ReuseAddr, &true)?;
     let source = SocketAddr::from((source, 0));
-    socket::bind(call.as_raw_fd(), &SockaddrStorage::from(source)).context("the attacker's address")?;
+    socket::bind(call.as_raw_fd(), &SockaddrStorage::from(source))
+        .context("the attacker's address")?;
     // It is under way, or refused: the next one is tried all the same.
     let _ = socket::connect(call.as_raw_fd(), &SockaddrStorage::from(to));
     Ok(call.into())
@@ -144,12 +145,18 @@ pub fn mac_of(host: &Host) -> Result<[u8; 6]> {
     let links: serde_json::Value =
         serde_json::from_str(&host.netns().ip(&["-j", "link", "show", host.interface()])?)?;
     let text = links[0]["address"].as_str().context("no hardware address")?;
-    let bytes = text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
+    let bytes =
+        text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
     bytes.try_into().map_err(|_| anyhow!("{text} is no hardware address"))
 }
 
 /// An Ethernet frame with a UDP datagram, from a host of the lab's underlay to another one.
-pub fn datagram(macs: [[u8; 6]; 2], from: SocketAddrV4, to: SocketAddrV4, payload: &[u8]) -> Vec<u8> {
+pub fn datagram(
+    macs: [[u8; 6]; 2],
+    from: SocketAddrV4,
+    to: SocketAddrV4,
+    payload: &[u8],
+) -> Vec<u8> {
     let [source, destination] = macs;
     let length = (28 + payload.len()) as u16;
     let [a, b] = length.to_be_bytes();

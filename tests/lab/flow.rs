@@ -87,14 +87,21 @@ impl TcpFlow {
     }
 
     /// As [`Self::start`], written in another manner.
-    pub fn start_as(from: &Container, to: &Container, amount: Amount, manner: Manner) -> Result<Self> {
+    pub fn start_as(
+        from: &Container,
+        to: &Container,
+        amount: Amount,
+        manner: Manner,
+    ) -> Result<Self> {
         let address = to.address();
         let listener = to.netns().enter(move || Ok(TcpListener::bind((address, 0))?))?;
         let target = listener.local_addr()?;
         let stream = from
             .netns()
             .enter(move || Ok(TcpStream::connect_timeout(&target, Duration::from_secs(10))?))
-            .with_context(|| format!("no TCP connection from {} to {} ({target})", from.name, to.name))?;
+            .with_context(|| {
+                format!("no TCP connection from {} to {} ({target})", from.name, to.name)
+            })?;
         let (accepted, _) = listener.accept()?;
         stream.set_write_timeout(Some(STALL))?;
         accepted.set_read_timeout(Some(STALL))?;
@@ -212,7 +219,11 @@ impl Pace {
             Manner::Rate(rate) => {
                 let due = self.started + Duration::from_secs_f64(sent as f64 / rate as f64);
                 let length = (rate as usize / 200).clamp(BLOCK, CHUNK) / BLOCK * BLOCK;
-                Write { pause: due.saturating_duration_since(Instant::now()), length, urgent: false }
+                Write {
+                    pause: due.saturating_duration_since(Instant::now()),
+                    length,
+                    urgent: false,
+                }
             }
             Manner::Moody(_) => {
                 let rng = &mut self.rng;
@@ -243,7 +254,8 @@ fn receive(mut stream: TcpStream, progress: &AtomicU64) -> Result<Received> {
             Ok(length) => length,
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(error) => {
-                return Err(error).with_context(|| format!("receiving stopped after {bytes} bytes"));
+                return Err(error)
+                    .with_context(|| format!("receiving stopped after {bytes} bytes"));
             }
         };
         let now = Instant::now();
@@ -262,7 +274,11 @@ fn receive(mut stream: TcpStream, progress: &AtomicU64) -> Result<Received> {
         bytes += length as u64;
         progress.store(bytes, Ordering::Relaxed);
     }
-    Ok(Received { bytes, took: started.map_or(Duration::ZERO, |started| last - started), longest_pause })
+    Ok(Received {
+        bytes,
+        took: started.map_or(Duration::ZERO, |started| last - started),
+        longest_pause,
+    })
 }
 
 /// The stream's bytes from `start` on, which is a multiple of the block's size.

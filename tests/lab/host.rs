@@ -46,7 +46,12 @@ pub struct Host {
 }
 
 impl Host {
-    pub(crate) fn new(site: &Site, underlay: &Underlay, number: usize, entry: Entry) -> Result<Self> {
+    pub(crate) fn new(
+        site: &Site,
+        underlay: &Underlay,
+        number: usize,
+        entry: Entry,
+    ) -> Result<Self> {
         let name = format!("host{number}");
         let netns = Netns::new(&site.netns_name(&format!("h{number}")))?;
         let addresses = underlay.connect(number, &netns)?;
@@ -168,7 +173,11 @@ impl Host {
     }
 
     /// As [`Self::overnode`], with more environment variables; what it starts inherits them.
-    pub fn overnode_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Result<Outcome> {
+    pub fn overnode_with(
+        &self,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Outcome> {
         let mut command = self.command("overnode")?;
         command.args(arguments).envs(environment.iter().copied());
         run_limited(command, &self.folder, PATIENCE)
@@ -204,14 +213,16 @@ impl Host {
         let mentions = |file: String| {
             std::fs::read(file).is_ok_and(|text| {
                 text.split(|byte| *byte == 0).any(|word| {
-                    word == state || word.strip_suffix(state).is_some_and(|rest| rest.ends_with(b"="))
+                    word == state
+                        || word.strip_suffix(state).is_some_and(|rest| rest.ends_with(b"="))
                 })
             })
         };
         cleanup::pids().find(|pid| {
             std::fs::read(format!("/proc/{pid}/comm")).is_ok_and(|name| name == b"overnoded\n")
                 && cleanup::is_alive(*pid)
-                && (mentions(format!("/proc/{pid}/cmdline")) || mentions(format!("/proc/{pid}/environ")))
+                && (mentions(format!("/proc/{pid}/cmdline"))
+                    || mentions(format!("/proc/{pid}/environ")))
         })
     }
 
@@ -352,11 +363,10 @@ impl Host {
         let target = container.target();
         let words = [&["attach", &target], arguments].concat();
         let printed = self.overnode(&words)?.success()?;
-        let address: IpNet = printed
-            .strip_suffix('\n')
-            .unwrap_or(&printed)
-            .parse()
-            .with_context(|| format!("`overnode attach` printed {printed:?}, which is no address"))?;
+        let address: IpNet =
+            printed.strip_suffix('\n').unwrap_or(&printed).parse().with_context(|| {
+                format!("`overnode attach` printed {printed:?}, which is no address")
+            })?;
         container.set_address(Some(address.addr()));
         Ok(address)
     }
@@ -390,7 +400,9 @@ fn tcx_programs(at: TcAttachType) -> Result<Vec<String>> {
             .map(|program| program.name_as_str().unwrap_or("without a name").to_owned())
             .collect()),
         // Before Linux 6.6 there is no tcx, and nothing to ask for.
-        Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {
+        Err(ProgramError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::EINVAL) =>
+        {
             Ok(Vec::new())
         }
         Err(error) => Err(error).context("the tcx programs cannot be listed"),

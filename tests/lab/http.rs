@@ -17,7 +17,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// When nobody listens, or the answer is none.
-pub(crate) fn request(socket: &Path, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
+pub(crate) fn request(
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: &str,
+) -> Result<(u16, String)> {
     let stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
     stream.set_read_timeout(Some(PATIENCE))?;
     exchange(stream, method, path, body)
@@ -33,7 +38,12 @@ pub(crate) fn get(netns: &Netns, address: SocketAddr, path: &str) -> Result<(u16
     exchange(stream, "GET", path, "")
 }
 
-fn exchange(mut stream: impl Read + Write, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
+fn exchange(
+    mut stream: impl Read + Write,
+    method: &str,
+    path: &str,
+    body: &str,
+) -> Result<(u16, String)> {
     write!(
         stream,
         "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
@@ -43,6 +53,7 @@ fn exchange(mut stream: impl Read + Write, method: &str, path: &str, body: &str)
     stream.read_to_end(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer).into_owned();
     let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status code")?;
+    let code =
+        head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status code")?;
     Ok((code, body.to_owned()))
 }

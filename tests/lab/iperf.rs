@@ -48,7 +48,8 @@ impl Server {
             .stdin(Stdio::null())
             .output()
             .context("iperf3 cannot be started")?;
-        let report: Value = serde_json::from_slice(&output.stdout).context("iperf3 printed no JSON")?;
+        let report: Value =
+            serde_json::from_slice(&output.stdout).context("iperf3 printed no JSON")?;
         match report["error"].as_str() {
             Some(error) => bail!("iperf3: {error}"),
             None => Ok(report),

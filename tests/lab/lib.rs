@@ -184,7 +184,12 @@ impl Lab {
     }
 
     /// Puts a rough wire in place of a host's cable, in a lab with a bridge, until [`Self::smooth`].
-    pub fn roughen(&self, host: &Host, roughness: rough::Roughness, seed: u64) -> Result<rough::Wire> {
+    pub fn roughen(
+        &self,
+        host: &Host,
+        roughness: rough::Roughness,
+        seed: u64,
+    ) -> Result<rough::Wire> {
         self.underlay.roughen(host, roughness, seed)
     }
 
@@ -260,7 +265,9 @@ impl Builder {
         let names: String = lab
             .hosts
             .iter()
-            .flat_map(|host| host.addresses.iter().map(|address| format!("{address} {}\n", host.name)))
+            .flat_map(|host| {
+                host.addresses.iter().map(|address| format!("{address} {}\n", host.name))
+            })
             .collect();
         for host in &lab.hosts {
             host.write_hosts_file(&names)?;
@@ -275,7 +282,8 @@ impl Site {
         let prefix = format!("ovl{}x{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
         let folder = cleanup::folder_of(&prefix);
         cleanup::register(&prefix);
-        std::fs::create_dir_all(&folder).with_context(|| format!("{} cannot be made", folder.display()))?;
+        std::fs::create_dir_all(&folder)
+            .with_context(|| format!("{} cannot be made", folder.display()))?;
         Ok(Self { prefix, folder })
     }
 
@@ -301,7 +309,8 @@ pub fn eventually<T>(limit: Duration, mut attempt: impl FnMut() -> Result<T>) ->
         match attempt() {
             Ok(done) => return Ok(done),
             Err(error) if started.elapsed() >= limit => {
-                return Err(error.context(format!("still so after {:.1} s", started.elapsed().as_secs_f32())));
+                return Err(error
+                    .context(format!("still so after {:.1} s", started.elapsed().as_secs_f32())));
             }
             Err(_) => std::thread::sleep(Duration::from_millis(20)),
         }

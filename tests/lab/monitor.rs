@@ -37,7 +37,8 @@ impl Watcher {
     /// When it cannot be started.
     pub fn start_now(lab: &Lab, host: &Host, arguments: &[&str], limit: Duration) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let output = lab.folder().join(format!("monitor-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
+        let output =
+            lab.folder().join(format!("monitor-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
         let mut command = host.command("overnode")?;
         command.args(arguments).stdin(Stdio::null()).stdout(File::create(&output)?);
         let child = command.stderr(File::create(output.with_extension("err"))?).spawn()?;
@@ -79,7 +80,11 @@ impl Watcher {
         eventually(self.limit, || {
             let events = self.events()?;
             let last: Vec<_> = events.iter().rev().take(10).collect();
-            events.iter().find(|event| is_it(event)).cloned().with_context(|| format!("not among {last:?}"))
+            events
+                .iter()
+                .find(|event| is_it(event))
+                .cloned()
+                .with_context(|| format!("not among {last:?}"))
         })
     }
 
@@ -104,7 +109,8 @@ impl Watcher {
     /// # Errors
     /// When it goes on for longer than the limit.
     pub fn end(mut self) -> Result<(ExitStatus, String)> {
-        let status = eventually(self.limit, || self.child.try_wait()?.context("the monitor goes on"))?;
+        let status =
+            eventually(self.limit, || self.child.try_wait()?.context("the monitor goes on"))?;
         Ok((status, std::fs::read_to_string(self.output.with_extension("err"))?))
     }
 }

@@ -40,7 +40,8 @@ impl Netns {
             run("ip", &["netns", "add", name])?;
         }
         let path = path_of(name);
-        let file = File::open(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
+        let file =
+            File::open(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
         let netns = Self { name: name.to_owned(), file: Arc::new(file.into()) };
         netns.ip(&["link", "set", "lo", "up"])?;
         // Without it, a link-local address is of no use for its first second.
@@ -151,7 +152,9 @@ impl Netns {
 
     /// Processes inside the namespace, this process's own threads not counted.
     pub fn processes(&self) -> Vec<i32> {
-        let Ok(inode) = std::fs::metadata(self.path()).map(|meta| meta.ino()) else { return Vec::new() };
+        let Ok(inode) = std::fs::metadata(self.path()).map(|meta| meta.ino()) else {
+            return Vec::new();
+        };
         cleanup::processes_in(inode)
     }
 }

@@ -10,7 +10,11 @@ use anyhow::Result;
 ///
 /// # Errors
 /// The first host's, or else the other one's.
-pub fn both<T: Sync>(one: &T, two: &T, work: impl Fn(&T) -> Result<()> + Sync) -> Result<[Duration; 2]> {
+pub fn both<T: Sync>(
+    one: &T,
+    two: &T,
+    work: impl Fn(&T) -> Result<()> + Sync,
+) -> Result<[Duration; 2]> {
     let timed = |host: &T| -> Result<Duration> {
         let started = Instant::now();
         work(host)?;

@@ -71,14 +71,16 @@ impl Packet<'_> {
 /// # Errors
 /// When it is no pcap file of this machine's byte order, or is truncated.
 pub fn packets(file: &[u8]) -> Result<Vec<Packet<'_>>> {
-    let word =
-        |at: usize| -> Option<u32> { Some(u32::from_ne_bytes(file.get(at..at + 4)?.try_into().ok()?)) };
+    let word = |at: usize| -> Option<u32> {
+        Some(u32::from_ne_bytes(file.get(at..at + 4)?.try_into().ok()?))
+    };
     ensure!(word(0) == Some(0xa1b2_c3d4), "no pcap file of this machine");
     let link = word(20).context("the capture ends in its header")?;
     let mut found = Vec::new();
     let mut at = 24;
     while at < file.len() {
-        let (Some(seconds), Some(micros), Some(length)) = (word(at), word(at + 4), word(at + 8)) else {
+        let (Some(seconds), Some(micros), Some(length)) = (word(at), word(at + 4), word(at + 8))
+        else {
             bail!("the capture ends inside a packet's header");
         };
         let start = at + 16;
@@ -141,9 +143,18 @@ mod tests {
 
     fn file(link: u32, packet: &[u8]) -> Vec<u8> {
         let mut file = Vec::new();
-        for word in
-            [0xa1b2_c3d4, 0x0004_0002, 0, 0, 0x4_0000, link, 7, 5, packet.len() as u32, packet.len() as u32]
-        {
+        for word in [
+            0xa1b2_c3d4,
+            0x0004_0002,
+            0,
+            0,
+            0x4_0000,
+            link,
+            7,
+            5,
+            packet.len() as u32,
+            packet.len() as u32,
+        ] {
             file.extend(u32::to_ne_bytes(word));
         }
         file.extend(packet);

@@ -54,8 +54,12 @@ impl PingStats {
             part.trim_start_matches('+').split(' ').next()?.parse().ok()
         };
         let rtt = text.lines().find_map(|line| {
-            let mut numbers =
-                line.strip_prefix("rtt ")?.split(" = ").nth(1)?.split([' ', '/']).map(str::parse::<f64>);
+            let mut numbers = line
+                .strip_prefix("rtt ")?
+                .split(" = ")
+                .nth(1)?
+                .split([' ', '/'])
+                .map(str::parse::<f64>);
             let mut next = || numbers.next()?.ok().map(|milliseconds| milliseconds * 1000.0);
             Some(Rtt { min: next()?, average: next()?, max: next()? })
         });
@@ -78,7 +82,8 @@ fn missing(text: &str, sent: u32) -> Vec<(u32, u32)> {
     let mut last = 0;
     for line in text.lines() {
         let Some((_, rest)) = line.split_once("icmp_seq=") else { continue };
-        let Some(number) = rest.split(' ').next().and_then(|number| number.parse::<u32>().ok()) else {
+        let Some(number) = rest.split(' ').next().and_then(|number| number.parse::<u32>().ok())
+        else {
             continue;
         };
         if line.contains("nreachable") {
@@ -111,10 +116,23 @@ pub struct Pinging {
 
 impl Pinging {
     /// Starts it: for ever, or for `count` requests. The payload repeats [`MARKER`].
-    pub fn start(netns: &Netns, to: IpAddr, count: Option<u32>, interval: Duration) -> Result<Self> {
+    pub fn start(
+        netns: &Netns,
+        to: IpAddr,
+        count: Option<u32>,
+        interval: Duration,
+    ) -> Result<Self> {
         let pattern: String = MARKER.iter().map(|byte| format!("{byte:02x}")).collect();
         let mut command = netns.command(Entry::Setns, "ping");
-        command.args(["-n", "-p", &pattern, "-W", "1", "-i", &format!("{:.4}", interval.as_secs_f64())]);
+        command.args([
+            "-n",
+            "-p",
+            &pattern,
+            "-W",
+            "1",
+            "-i",
+            &format!("{:.4}", interval.as_secs_f64()),
+        ]);
         if let Some(count) = count {
             command.args(["-c", &count.to_string()]);
         }
@@ -126,7 +144,10 @@ impl Pinging {
             .spawn()
             .context("ping cannot be started")?;
         // A pipe that nobody reads would stop it.
-        let output = child.stdout.take().map(|stdout| std::thread::spawn(|| std::io::read_to_string(stdout)));
+        let output = child
+            .stdout
+            .take()
+            .map(|stdout| std::thread::spawn(|| std::io::read_to_string(stdout)));
         Ok(Self { child: Some(child), output })
     }
 
@@ -149,7 +170,11 @@ impl Pinging {
         // 1 means that nothing came back, which the statistics tell as well.
         match output.status.code() {
             Some(0 | 1) => PingStats::parse(&stdout),
-            _ => bail!("ping failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim()),
+            _ => bail!(
+                "ping failed ({}): {}",
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            ),
         }
     }
 }
@@ -180,7 +205,9 @@ mod tests {
 
     #[test]
     fn missing_answers_are_listed() {
-        let line = |number: u32| format!("64 bytes from 10.0.0.2: icmp_seq={number} ttl=64 time=0.005 ms\n");
+        let line = |number: u32| {
+            format!("64 bytes from 10.0.0.2: icmp_seq={number} ttl=64 time=0.005 ms\n")
+        };
         let text: String = [1, 2, 5, 7, 8].into_iter().map(line).collect();
         assert_eq!(missing(&text, 10), [(3, 4), (6, 6), (9, 10)]);
         let wrapped: String = (1..=70_000).map(|number| line(number % 0x1_0000)).collect();

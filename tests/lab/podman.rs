@@ -87,7 +87,10 @@ impl<'a> Podman<'a> {
                 bridge("other", 90)
             ),
         )?;
-        network("plain", r#"{"type": "overnode-cni", "capabilities": {"ips": true, "mac": true}}"#)?;
+        network(
+            "plain",
+            r#"{"type": "overnode-cni", "capabilities": {"ips": true, "mac": true}}"#,
+        )?;
         let settings = format!(
             "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nruntime = \"runc\"\nlock_type = \"file\"\n\
              [containers]\ncgroups = \"enabled\"\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\nlog_driver = \"k8s-file\"\n\
@@ -143,9 +146,11 @@ impl<'a> Podman<'a> {
     /// # Errors
     /// When it has none.
     pub fn address(&self, name: &str) -> Result<String> {
-        let endpoints = self.host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone();
+        let endpoints =
+            self.host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone();
         let found = endpoints.iter().find(|it| it["name"] == name);
-        let address = found.and_then(|it| it["address"].as_str()).and_then(|it| it.split('/').next());
+        let address =
+            found.and_then(|it| it["address"].as_str()).and_then(|it| it.split('/').next());
         Ok(address.with_context(|| format!("{name} is not among {endpoints:?}"))?.to_owned())
     }
 

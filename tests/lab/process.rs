@@ -69,7 +69,12 @@ impl Outcome {
             self.stderr,
             self.stdout
         );
-        ensure!(self.stdout.is_empty(), "`{}` failed and yet printed: {}", self.command, self.stdout);
+        ensure!(
+            self.stdout.is_empty(),
+            "`{}` failed and yet printed: {}",
+            self.command,
+            self.stdout
+        );
         let complaint = self.stderr.trim_end();
         ensure!(
             !complaint.is_empty() && complaint.lines().count() == 1,
@@ -112,9 +117,13 @@ pub fn run_limited(mut command: Command, folder: &Path, limit: Duration) -> Resu
     let took = started.elapsed();
     let [stdout, stderr] =
         paths.map(|path| (std::fs::read(&path).unwrap_or_default(), std::fs::remove_file(&path)).0);
-    let [stdout, stderr] = [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let [stdout, stderr] =
+        [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     let Some(status) = status else {
-        bail!("`{text}` was still running after {} s and was killed: {stderr}{stdout}", limit.as_secs());
+        bail!(
+            "`{text}` was still running after {} s and was killed: {stderr}{stdout}",
+            limit.as_secs()
+        );
     };
     Ok(Outcome { command: text, status, stdout, stderr, took })
 }

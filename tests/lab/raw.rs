@@ -54,8 +54,10 @@ impl Injector {
     /// Sends frames in order with something left to do in each. Those that the kernel does not take
     /// (because that lies outside of the frame, for example) are left out; how many it took.
     pub fn send_offloaded(&self, frames: &[Frame]) -> Result<usize> {
-        let frames: Vec<_> =
-            frames.iter().map(|(offload, frame)| [&offload.to_bytes()[..], frame].concat()).collect();
+        let frames: Vec<_> = frames
+            .iter()
+            .map(|(offload, frame)| [&offload.to_bytes()[..], frame].concat())
+            .collect();
         set_option(&self.socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1)?;
         let sent = self.send_accepted(&frames, true);
         set_option(&self.socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 0)?;
@@ -73,7 +75,10 @@ impl Injector {
         let mut parts: Vec<libc::iovec> = frames
             .iter()
             .map(AsRef::as_ref)
-            .map(|frame| libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() })
+            .map(|frame| libc::iovec {
+                iov_base: frame.as_ptr().cast_mut().cast(),
+                iov_len: frame.len(),
+            })
             .collect();
         let mut messages: Vec<libc::mmsghdr> = parts
             .iter_mut()
@@ -89,7 +94,8 @@ impl Injector {
         while !rest.is_empty() {
             let count = rest.len().min(1024) as libc::c_uint;
             // SAFETY: the messages, their parts and the frames outlive the call; the kernel only reads the frames.
-            let sent = unsafe { libc::sendmmsg(self.socket.as_raw_fd(), rest.as_mut_ptr(), count, 0) };
+            let sent =
+                unsafe { libc::sendmmsg(self.socket.as_raw_fd(), rest.as_mut_ptr(), count, 0) };
             if sent < 0 {
                 let error = Error::last_os_error();
                 if error.raw_os_error() == Some(libc::ENOBUFS) {
@@ -153,7 +159,8 @@ impl Offload {
 
     /// Does to the frame what a kernel without help of its device does: finishes the checksum.
     pub fn finish(self, frame: &mut [u8]) {
-        let Some((start, offset)) = self.checksum.map(|(a, b)| (usize::from(a), usize::from(b))) else {
+        let Some((start, offset)) = self.checksum.map(|(a, b)| (usize::from(a), usize::from(b)))
+        else {
             return;
         };
         let sum = match checksum(&[frame.get(start..).unwrap_or_default()]) {
@@ -228,7 +235,9 @@ fn checksum_place(protocol: u8) -> usize {
 
 /// True if the frame's checksum is to be written into its Ethernet or IP header.
 pub fn is_hostile((offload, _): &Frame) -> bool {
-    offload.checksum.is_some_and(|(start, offset)| usize::from(start) + usize::from(offset) < TRANSPORT)
+    offload
+        .checksum
+        .is_some_and(|(start, offset)| usize::from(start) + usize::from(offset) < TRANSPORT)
 }
 
 /// True if the frame's checksum begins there, wherever it is to be written.
@@ -246,7 +255,12 @@ pub fn wanted(frame: &[u8], victim: IpAddr) -> Vec<u8> {
 /// A frame for every pair of where a checksum starts and a place that `places` has: each so that
 /// finishing it writes there what the frame that is wanted has there. `gso`: kind and size of
 /// segments.
-pub fn aimed(honest: &[u8], wanted: &[u8], gso: (u8, u16), places: impl Fn(usize) -> bool) -> Vec<Frame> {
+pub fn aimed(
+    honest: &[u8],
+    wanted: &[u8],
+    gso: (u8, u16),
+    places: impl Fn(usize) -> bool,
+) -> Vec<Frame> {
     let mut frames = Vec::new();
     for start in 0..honest.len() {
         for place in (start..honest.len() - 1).filter(|place| places(*place)) {
@@ -292,18 +306,23 @@ impl Listener {
         loop {
             let (at, length) = (buffer.as_mut_ptr().cast(), buffer.len());
             // SAFETY: pointer and length describe the buffer.
-            let received = unsafe { libc::recv(self.socket.as_raw_fd(), at, length, libc::MSG_DONTWAIT) };
+            let received =
+                unsafe { libc::recv(self.socket.as_raw_fd(), at, length, libc::MSG_DONTWAIT) };
             if received < 0 {
                 let error = Error::last_os_error();
-                ensure!(error.kind() == ErrorKind::WouldBlock, "frames cannot be received: {error}");
+                ensure!(
+                    error.kind() == ErrorKind::WouldBlock,
+                    "frames cannot be received: {error}"
+                );
                 let mut waiting = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
                 if poll(&mut waiting, PollTimeout::from(quiet_ms))? == 0 {
                     break;
                 }
                 continue;
             }
-            let (head, frame) =
-                buffer[..received as usize].split_first_chunk().context("a frame without a header")?;
+            let (head, frame) = buffer[..received as usize]
+                .split_first_chunk()
+                .context("a frame without a header")?;
             if frame.get(12..IP) == Some(&[8, 0]) {
                 frames.push((Offload::from_bytes(*head), frame.to_vec()));
             }
@@ -322,9 +341,19 @@ fn lost_frames(socket: &OwnedFd) -> Result<u32> {
     let at = (&raw mut stats).cast();
     // SAFETY: pointer and length describe the array.
     let got = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_STATISTICS, at, &raw mut length)
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            at,
+            &raw mut length,
+        )
     };
-    if got == 0 { Ok(stats[1]) } else { Err(Error::last_os_error()).context("a packet socket's statistics") }
+    if got == 0 {
+        Ok(stats[1])
+    } else {
+        Err(Error::last_os_error()).context("a packet socket's statistics")
+    }
 }
 
 /// An interface whose every incoming frame is seen, and where frames can be sent.
@@ -346,12 +375,15 @@ impl Tap {
     pub(crate) fn receive(&self, buffer: &mut [u8]) -> Result<Option<usize>> {
         let (at, length) = (buffer.as_mut_ptr().cast(), buffer.len());
         // SAFETY: pointer and length describe the buffer.
-        let received = unsafe { libc::recv(self.socket.as_raw_fd(), at, length, libc::MSG_DONTWAIT) };
+        let received =
+            unsafe { libc::recv(self.socket.as_raw_fd(), at, length, libc::MSG_DONTWAIT) };
         if received >= 0 {
             return Ok(Some(received as usize));
         }
         match Error::last_os_error() {
-            error if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
+            error if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                Ok(None)
+            }
             error => Err(error).context("frames cannot be received"),
         }
     }
@@ -359,7 +391,8 @@ impl Tap {
     /// Sends a frame; one that finds the queue full, or is too long for the interface, is lost.
     pub(crate) fn send(&self, frame: &[u8]) -> Result<()> {
         // SAFETY: pointer and length describe the frame.
-        let sent = unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        let sent =
+            unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
         if sent >= 0 {
             return Ok(());
         }
@@ -376,7 +409,12 @@ impl AsFd for Tap {
     }
 }
 
-fn set_option(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> Result<()> {
+fn set_option(
+    socket: &OwnedFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> Result<()> {
     let value_at = (&raw const value).cast();
     // SAFETY: the value outlives the call and its size is given.
     match unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value_at, 4) } {

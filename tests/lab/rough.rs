@@ -59,7 +59,12 @@ pub struct Wire {
 }
 
 impl Wire {
-    pub(crate) fn start(netns: &Netns, ends: [&str; 2], roughness: Roughness, seed: u64) -> Result<Self> {
+    pub(crate) fn start(
+        netns: &Netns,
+        ends: [&str; 2],
+        roughness: Roughness,
+        seed: u64,
+    ) -> Result<Self> {
         let taps = [Tap::open(netns, ends[0])?, Tap::open(netns, ends[1])?];
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::default());
         let thread = std::thread::spawn({
@@ -76,9 +81,9 @@ impl Wire {
 
     pub(crate) fn stop(&mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread
-            .take()
-            .map_or(Ok(()), |thread| thread.join().map_err(|_| anyhow!("the rough wire panicked"))?)
+        self.thread.take().map_or(Ok(()), |thread| {
+            thread.join().map_err(|_| anyhow!("the rough wire panicked"))?
+        })
     }
 }
 

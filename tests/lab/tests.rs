@@ -14,8 +14,10 @@ const TICK: Duration = Duration::from_millis(10);
 /// The host's own network, seen as a container: flows and pings of the underlay.
 fn bare(host: &Host, name: &str) -> Result<Container> {
     let container = host.container(name)?;
-    let (inside, outside) = (container.netns().name().to_owned(), format!("192.168.{}", 100 + host.number));
-    host.netns().ip(&["link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", &inside])?;
+    let (inside, outside) =
+        (container.netns().name().to_owned(), format!("192.168.{}", 100 + host.number));
+    host.netns()
+        .ip(&["link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", &inside])?;
     host.netns().ip(&["address", "add", &format!("{outside}.1/24"), "dev", name])?;
     host.netns().ip(&["link", "set", name, "up"])?;
     container.netns().ip(&["address", "add", &format!("{outside}.2/24"), "dev", "eth0"])?;
@@ -111,7 +113,9 @@ fn the_mtu_holds() -> Result<()> {
     let lab = Lab::new("mtu").mtu(9000).build()?;
     let [a, b] = lab.hosts() else { unreachable!() };
     let address = b.address().to_string();
-    let ping = |size: &str| a.netns().run("ping", &["-M", "do", "-c", "1", "-W", "1", "-s", size, &address]);
+    let ping = |size: &str| {
+        a.netns().run("ping", &["-M", "do", "-c", "1", "-W", "1", "-s", size, &address])
+    };
     ping("8972")?;
     assert!(ping("8973").is_err());
     Ok(())
@@ -221,7 +225,10 @@ fn sockets_made_inside_a_namespace_stay_there() -> Result<()> {
         host.netns().enter(move || Ok(std::net::TcpListener::bind((address, 6783))?))
     };
     let (_one, _two) = (bind(a)?, bind(b)?);
-    assert!(std::net::TcpListener::bind((a.address(), 6783)).is_err(), "the test itself is in no host");
+    assert!(
+        std::net::TcpListener::bind((a.address(), 6783)).is_err(),
+        "the test itself is in no host"
+    );
     Ok(())
 }
 
@@ -253,8 +260,11 @@ fn a_panic_leaves_nothing_behind() {
             .spawn()
             .unwrap();
         let mut line = String::new();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line)
-            .unwrap();
+        std::io::BufRead::read_line(
+            &mut std::io::BufReader::new(child.stdout.take().unwrap()),
+            &mut line,
+        )
+        .unwrap();
         sleeper.store(line.trim().parse().unwrap(), std::sync::atomic::Ordering::SeqCst);
         child.wait().unwrap();
         panic!("on purpose");
@@ -263,7 +273,10 @@ fn a_panic_leaves_nothing_behind() {
     assert_eq!(traces(&prefix.lock().unwrap()), Vec::<String>::new());
     let sleeper = sleeper.into_inner();
     assert!(sleeper > 0);
-    assert!(!Path::new(&format!("/proc/{sleeper}")).exists() || is_zombie(sleeper), "the process lives on");
+    assert!(
+        !Path::new(&format!("/proc/{sleeper}")).exists() || is_zombie(sleeper),
+        "the process lives on"
+    );
 }
 
 fn is_zombie(pid: i32) -> bool {

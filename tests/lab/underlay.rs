@@ -106,7 +106,8 @@ impl Underlay {
 
     pub(crate) fn cut(&self, from: usize, to: usize) -> Result<()> {
         let (from, to) = (format!("\"{}\"", port(from)), format!("\"{}\"", port(to)));
-        let rule = ["add", "rule", self.table(), "lab", "cuts", "iifname", &from, "oifname", &to, "drop"];
+        let rule =
+            ["add", "rule", self.table(), "lab", "cuts", "iifname", &from, "oifname", &to, "drop"];
         self.netns.run("nft", &rule).map(drop)
     }
 
@@ -115,8 +116,10 @@ impl Underlay {
         let wanted = format!("iifname \"{}\" oifname \"{}\" drop", port(from), port(to));
         for rule in rules.lines().filter(|rule| rule.trim().starts_with(&wanted)) {
             let Some((_, handle)) = rule.rsplit_once("handle ") else { continue };
-            self.netns
-                .run("nft", &["delete", "rule", self.table(), "lab", "cuts", "handle", handle.trim()])?;
+            self.netns.run(
+                "nft",
+                &["delete", "rule", self.table(), "lab", "cuts", "handle", handle.trim()],
+            )?;
         }
         Ok(())
     }
@@ -127,13 +130,18 @@ impl Underlay {
 
     /// Of a router only: the link to a host takes no more than `mtu` bytes on the router's side, and nobody is told.
     pub(crate) fn narrow(&self, number: usize, mtu: u32) -> Result<()> {
-        ensure!(self.topology == Topology::Routed, "a bridge has one MTU: build the lab with `routed`");
+        ensure!(
+            self.topology == Topology::Routed,
+            "a bridge has one MTU: build the lab with `routed`"
+        );
         let silent = "{ type filter hook output priority 0; }";
         self.netns.run("nft", &["add", "chain", self.table(), "lab", "silent", silent])?;
         for error in [["icmp", "destination-unreachable"], ["icmpv6", "packet-too-big"]] {
             let [family, kind] = error;
-            self.netns
-                .run("nft", &["add", "rule", self.table(), "lab", "silent", family, "type", kind, "drop"])?;
+            self.netns.run(
+                "nft",
+                &["add", "rule", self.table(), "lab", "silent", family, "type", kind, "drop"],
+            )?;
         }
         self.netns.ip(&["link", "set", &port(number), "mtu", &mtu.to_string()]).map(drop)
     }
@@ -144,8 +152,9 @@ impl Underlay {
         ensure!(self.topology == Topology::Bridged, "a router's links are not made rough");
         let (port, [near, far]) = (port(host.number), rough_ends(host.number));
         let mtu = self.mtu.to_string();
-        self.netns
-            .ip(&["link", "add", &near, "mtu", &mtu, "type", "veth", "peer", "name", &far, "mtu", &mtu])?;
+        self.netns.ip(&[
+            "link", "add", &near, "mtu", &mtu, "type", "veth", "peer", "name", &far, "mtu", &mtu,
+        ])?;
         self.netns.ip(&["link", "set", &port, "nomaster"])?;
         self.netns.ip(&["link", "set", &far, "master", "br0"])?;
         for (netns, interface) in [(&self.netns, far.as_str()), (host.netns(), INTERFACE)] {
@@ -182,7 +191,14 @@ impl Underlay {
         self.add_address(host.netns(), new)?;
         if let Some(gateway) = self.gateway(host.number, new) {
             let family = if gateway.is_ipv4() { "-4" } else { "-6" };
-            host.netns().ip(&[family, "route", "replace", "default", "via", &gateway.to_string()])?;
+            host.netns().ip(&[
+                family,
+                "route",
+                "replace",
+                "default",
+                "via",
+                &gateway.to_string(),
+            ])?;
         }
         Ok(new)
     }

@@ -126,10 +126,17 @@ impl Device {
     pub fn start(stock: Stock, netns: &Netns) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         // Unique on the machine and, for any process ID, no longer than the kernel allows.
-        let interface = format!("ovw{}n{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let interface =
+            format!("ovw{}n{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         ensure_tun()?;
         let mut command = netns.command(Entry::Setns, installed(stock.program())?);
-        command.args(["--foreground", "--disable-drop-privileges", "--verbosity", "error", &interface]);
+        command.args([
+            "--foreground",
+            "--disable-drop-privileges",
+            "--verbosity",
+            "error",
+            &interface,
+        ]);
         let process = Background::start(command)?;
         let mut device = Self { stock, interface, process };
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -151,8 +158,10 @@ impl Device {
     /// When the process refuses.
     pub fn configure(&self, configuration: &Configuration<'_>) -> Result<()> {
         let Configuration { private_key, listen_port, peer } = configuration;
-        let mut text =
-            format!("private_key={}\nlisten_port={listen_port}\nreplace_peers=true\n", hex(*private_key));
+        let mut text = format!(
+            "private_key={}\nlisten_port={listen_port}\nreplace_peers=true\n",
+            hex(*private_key)
+        );
         text += &format!("public_key={}\n", hex(&peer.public_key));
         if let Some(key) = peer.preshared_key {
             text += &format!("preshared_key={}\n", hex(key));
@@ -190,10 +199,16 @@ impl Device {
     pub fn peer(&self) -> Result<PeerState> {
         let lines = self.get()?;
         let number = |name: &str| -> u64 {
-            lines.iter().find(|(key, _)| key == name).and_then(|(_, value)| value.parse().ok()).unwrap_or(0)
+            lines
+                .iter()
+                .find(|(key, _)| key == name)
+                .and_then(|(_, value)| value.parse().ok())
+                .unwrap_or(0)
         };
-        let last =
-            Duration::new(number("last_handshake_time_sec"), number("last_handshake_time_nsec") as u32);
+        let last = Duration::new(
+            number("last_handshake_time_sec"),
+            number("last_handshake_time_nsec") as u32,
+        );
         // The protocol wants the time since the Unix epoch; boringtun gives the age.
         let age = match self.stock {
             Stock::Boringtun => last,

@@ -74,7 +74,9 @@ impl World {
     /// Removes up to so many containers of a node.
     pub fn detach(&mut self, id: NodeId, most: usize) {
         let now = self.now;
-        let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) else { return };
+        let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) else {
+            return;
+        };
         let mut chosen: Vec<_> = disk.attachments.keys().copied().collect();
         chosen.shuffle(&mut self.rng);
         for address in chosen.into_iter().take(most) {
@@ -92,7 +94,8 @@ impl World {
 
     fn claim_something(&mut self) {
         let Some(id) = self.pick() else { return };
-        let address = format!("10.200.0.{}", self.rng.random_range(1..6)).parse().expect("an address");
+        let address =
+            format!("10.200.0.{}", self.rng.random_range(1..6)).parse().expect("an address");
         let now = self.now;
         let Some(node) = self.node(id).filter(|node| !node.leaving) else { return };
         let request = node.ipam.claim(address, "static", now);
@@ -110,7 +113,8 @@ impl World {
             _ => {
                 let border = self.rng.random_range(1..ids.len());
                 let (left, right) = ids.split_at(border);
-                let pairs = left.iter().flat_map(|a| right.iter().flat_map(|b| [(*a, *b), (*b, *a)]));
+                let pairs =
+                    left.iter().flat_map(|a| right.iter().flat_map(|b| [(*a, *b), (*b, *a)]));
                 pairs.collect()
             }
         };
@@ -237,21 +241,28 @@ impl World {
     fn is_only_witness(&self, id: NodeId) -> bool {
         let Some(disk) = &self.hosts[&id].disk else { return false };
         let lives = disk.facts.values().filter_map(|fact| match fact {
-            Fact::Loan { borrower, loan, .. } if !loan.blocks.is_empty() => Some((*borrower, loan.epoch)),
+            Fact::Loan { borrower, loan, .. } if !loan.blocks.is_empty() => {
+                Some((*borrower, loan.epoch))
+            }
             _ => None,
         });
         let is_known = |disk: &Disk, (borrower, epoch)| {
-            disk.peers.get(&borrower).is_some_and(|record| !record.left && record.incarnation >= epoch)
+            disk.peers
+                .get(&borrower)
+                .is_some_and(|record| !record.left && record.incarnation >= epoch)
         };
         lives.filter(|(borrower, _)| *borrower != id).any(|life| {
-            let others =
-                self.hosts.iter().filter(|(other, host)| **other != id && **other != life.0 && !host.is_dead);
+            let others = self
+                .hosts
+                .iter()
+                .filter(|(other, host)| **other != id && **other != life.0 && !host.is_dead);
             others.filter_map(|(_, host)| host.disk.as_ref()).any(|disk| !is_known(disk, life))
         })
     }
 
     fn reclaim_something(&mut self) {
-        let dead: Vec<_> = self.hosts.iter().filter(|(_, host)| host.is_dead).map(|(id, _)| *id).collect();
+        let dead: Vec<_> =
+            self.hosts.iter().filter(|(_, host)| host.is_dead).map(|(id, _)| *id).collect();
         let Some(&of) = dead.choose(&mut self.rng) else { return };
         for _ in 0..self.rng.random_range(1..3) {
             self.reclaim_at_some_node(of);
@@ -305,20 +316,26 @@ impl World {
 
     /// What a person does about nodes that stay unreachable.
     pub fn bury_the_dead(&mut self) {
-        let dead: Vec<_> = self.hosts.iter().filter(|(_, host)| host.is_dead).map(|(id, _)| *id).collect();
+        let dead: Vec<_> =
+            self.hosts.iter().filter(|(_, host)| host.is_dead).map(|(id, _)| *id).collect();
         for of in dead {
             let buried = |world: &Self, id: &NodeId| {
                 let node = world.hosts[id].node.as_ref();
                 node.is_none_or(|node| {
                     node.gossip.record(of).is_none_or(|record| {
-                        let up_to = node.ipam.buried().find(|(id, ..)| *id == of).map(|(_, up_to, _)| up_to);
+                        let up_to = node
+                            .ipam
+                            .buried()
+                            .find(|(id, ..)| *id == of)
+                            .map(|(_, up_to, _)| up_to);
                         record.left || up_to.is_some_and(|up_to| record.incarnation <= up_to)
                     })
                 })
             };
             let running = self.running();
-            let lends =
-                |id: &NodeId| self.hosts[id].node.as_ref().is_some_and(|node| node.ipam.lends(of).is_some());
+            let lends = |id: &NodeId| {
+                self.hosts[id].node.as_ref().is_some_and(|node| node.ipam.lends(of).is_some())
+            };
             let is_orphaned = of.owns_a_quarter() && !running.iter().any(lends);
             let knows = |id: &NodeId| {
                 self.hosts[id].node.as_ref().is_some_and(|node| node.gossip.record(of).is_some())
@@ -338,7 +355,8 @@ impl World {
         self.bury_the_dead();
         let time = self.random(5.0, 20.0);
         self.run(time);
-        let candidates: Vec<_> = self.running().into_iter().filter(|id| id.owns_a_quarter()).collect();
+        let candidates: Vec<_> =
+            self.running().into_iter().filter(|id| id.owns_a_quarter()).collect();
         let Some(&id) = candidates.choose(&mut self.rng) else { return };
         self.is_calm = true;
         let time = self.random(40.0, 90.0);

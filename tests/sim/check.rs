@@ -25,8 +25,9 @@ impl World {
                 }
             }
             // A borrower that has lied about its requests is not heard any more, and it alone is harmed.
-            let is_liars =
-                |what: &&str| self.liar.is_some() && *what == "borrowers have not said what they hold";
+            let is_liars = |what: &&str| {
+                self.liar.is_some() && *what == "borrowers have not said what they hold"
+            };
             if !self.is_liar(*id) && !node.ipam.pending().iter().all(is_liars) {
                 return Err(format!("{id} is not done: {:?}", node.ipam.pending()));
             }
@@ -41,11 +42,17 @@ impl World {
             let lenders: Vec<_> = living
                 .iter()
                 .filter(|id| {
-                    self.hosts[id].node.as_ref().is_some_and(|node| node.ipam.lends(quarter).is_some())
+                    self.hosts[id]
+                        .node
+                        .as_ref()
+                        .is_some_and(|node| node.ipam.lends(quarter).is_some())
                 })
                 .collect();
             let is_unknown = |id: &NodeId| {
-                self.hosts[id].node.as_ref().is_none_or(|node| node.gossip.record(quarter).is_none())
+                self.hosts[id]
+                    .node
+                    .as_ref()
+                    .is_none_or(|node| node.gossip.record(quarter).is_none())
             };
             if lenders.is_empty() && self.hosts[&quarter].is_dead && living.iter().all(is_unknown) {
                 // It is as if it had never been.
@@ -58,7 +65,9 @@ impl World {
             for (_, loans) in node.ipam.ledger().filter(|(of, _)| *of == quarter) {
                 for (borrower, blocks) in loans {
                     if !living.contains(&borrower) {
-                        return Err(format!("{lender} has lent {blocks:?} to {borrower}, which is gone"));
+                        return Err(format!(
+                            "{lender} has lent {blocks:?} to {borrower}, which is gone"
+                        ));
                     }
                     lent.entry(borrower).or_default().extend(blocks);
                 }
@@ -72,7 +81,10 @@ impl World {
                 return Err(format!("{id} holds {held:?}, and was lent {lent:?}"));
             }
             if node.ipam.lost().next().is_some() {
-                return Err(format!("{id} has lost blocks: {:?}", node.ipam.lost().collect::<Vec<_>>()));
+                return Err(format!(
+                    "{id} has lost blocks: {:?}",
+                    node.ipam.lost().collect::<Vec<_>>()
+                ));
             }
         }
         Ok(())

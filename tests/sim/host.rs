@@ -106,7 +106,9 @@ impl Disk {
 
     /// Whether a block with this address is on disk as this node's.
     pub fn holds(&self, address: IpAddr) -> bool {
-        self.facts.values().any(|fact| matches!(fact, Fact::Held { block, .. } if block.contains(&address)))
+        self.facts
+            .values()
+            .any(|fact| matches!(fact, Fact::Held { block, .. } if block.contains(&address)))
     }
 }
 
@@ -123,13 +125,18 @@ impl Node {
         disk.incarnation += 1;
         let config = Config { network, id, incarnation: disk.incarnation, timing };
         let facts = disk.facts.values().cloned().collect::<Vec<_>>();
-        let mut ipam = Ipam::new(config, facts, disk.attachments.clone(), now).expect("the network is valid");
+        let mut ipam =
+            Ipam::new(config, facts, disk.attachments.clone(), now).expect("the network is valid");
         for record in disk.peers.values() {
             ipam.learn(record.id, peer(record), now);
         }
         let mut routing = Routing::new(*ipam.layout(), id);
         for record in disk.peers.values() {
-            routing.restore(record, disk.standing.get(&record.id).cloned().unwrap_or_default(), now);
+            routing.restore(
+                record,
+                disk.standing.get(&record.id).cloned().unwrap_or_default(),
+                now,
+            );
         }
         let own = Record {
             id,

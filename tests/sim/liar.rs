@@ -52,15 +52,17 @@ impl World {
                 holds: self.some_blocks(None),
                 rivals: Vec::new(),
             },
-            Message::Reclaim { of, round, .. } if self.rng.random_bool(0.8) => Message::ReclaimAck {
-                of: *of,
-                round: *round,
-                epoch: self.some_number(liar),
-                titles: std::array::from_fn(|_| self.some_title(liar)),
-                lends: std::array::from_fn(|_| self.rng.random_bool(0.3)),
-                holds: self.some_blocks(None),
-                rivals: Vec::new(),
-            },
+            Message::Reclaim { of, round, .. } if self.rng.random_bool(0.8) => {
+                Message::ReclaimAck {
+                    of: *of,
+                    round: *round,
+                    epoch: self.some_number(liar),
+                    titles: std::array::from_fn(|_| self.some_title(liar)),
+                    lends: std::array::from_fn(|_| self.rng.random_bool(0.3)),
+                    holds: self.some_blocks(None),
+                    rivals: Vec::new(),
+                }
+            }
             Message::Reclaim { of, round, .. } => {
                 Message::ReclaimRefused { of: *of, round: *round, why: Objection::Alive }
             }
@@ -83,7 +85,8 @@ impl World {
     fn some_lie(&mut self, liar: NodeId) -> Message {
         let quarter = self.some_quarter();
         let (serial, number) = (self.some_serial(quarter), self.some_number(liar));
-        let round = Round { incarnation: self.some_number(liar), count: self.rng.random_range(0..1 << 40) };
+        let round =
+            Round { incarnation: self.some_number(liar), count: self.rng.random_range(0..1 << 40) };
         let of = *self.ids().choose(&mut self.rng).expect("there are nodes");
         match self.rng.random_range(0..13) {
             0 | 1 => Message::Buried {
@@ -98,7 +101,9 @@ impl World {
                 let blocks = self.some_blocks(Some(quarter));
                 Message::Grant { quarter, serial, round, blocks, exhausted: false }
             }
-            6 => Message::TransferAck { quarter, serial, part: 0, taken: self.rng.random_bool(0.5) },
+            6 => {
+                Message::TransferAck { quarter, serial, part: 0, taken: self.rng.random_bool(0.5) }
+            }
             7 => {
                 let loan = Loan { epoch: number, blocks: self.some_blocks(Some(quarter)) };
                 Message::Transfer {
@@ -172,7 +177,12 @@ impl World {
         let held: Vec<_> = held.collect();
         let mut blocks: Vec<_> = held.choose_multiple(&mut self.rng, 2).copied().collect();
         if self.rng.random_bool(0.3) {
-            blocks = half.subnets((half.prefix_len() + 2).min(32)).into_iter().flatten().take(1).collect();
+            blocks = half
+                .subnets((half.prefix_len() + 2).min(32))
+                .into_iter()
+                .flatten()
+                .take(1)
+                .collect();
         }
         let mut blocks = IpNet::aggregate(&blocks);
         blocks.sort_unstable();
@@ -233,11 +243,13 @@ impl World {
             node.routing.set_gone(node.ipam.buried().map(|(id, up_to, _)| (id, up_to)));
             node.routing.update(now);
             let length = |of: NodeId, address: &IpAddr| {
-                let routes = node.routing.routes(of).iter().filter(|prefix| prefix.contains(address));
+                let routes =
+                    node.routing.routes(of).iter().filter(|prefix| prefix.contains(address));
                 routes.map(IpNet::prefix_len).max()
             };
             let knows_liar = node.reached.get(&liar).is_some_and(|since| *since + NEWS <= now);
-            for (address, owner) in used.iter().filter(|(_, owner)| *owner != id && *owner != liar) {
+            for (address, owner) in used.iter().filter(|(_, owner)| *owner != id && *owner != liar)
+            {
                 let is_near = node.reached.get(owner).is_some_and(|since| *since + NEWS <= now);
                 let (right, wrong) = (length(*owner, address), length(liar, address));
                 // A node that was just launched hears of both at once, and cannot know which was first.
@@ -246,8 +258,9 @@ impl World {
                         host.routed.insert(*address, *owner);
                     }
                 } else if wrong.is_some() && host.routed.get(address) == Some(owner) && is_near {
-                    violations
-                        .push(format!("{id} sends to the liar {liar} what is for {address} of {owner}"));
+                    violations.push(format!(
+                        "{id} sends to the liar {liar} what is for {address} of {owner}"
+                    ));
                 } else if wrong.is_some() {
                     self.counts.lost_races += 1;
                 }

@@ -49,7 +49,11 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.scale {
         let sizes = arguments.size.map_or_else(|| vec![10, 100, 1000], |size| vec![size]);
-        return if scale::table(&sizes, arguments.full_mesh) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        return if scale::table(&sizes, arguments.full_mesh) {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        };
     }
     let outcome = match arguments.seed {
         Some(seed) => run::replay(seed, arguments.nodes),

@@ -80,7 +80,8 @@ pub fn table(sizes: &[u16], is_full: bool) -> bool {
 fn measure(nodes: u16, is_full: bool) -> Row {
     let began = Instant::now();
     let memory = resident();
-    let mut world = World::new(Settings { seed: 1, nodes, sabotage: Sabotage::None, verbose: false });
+    let mut world =
+        World::new(Settings { seed: 1, nodes, sabotage: Sabotage::None, verbose: false });
     world.is_rough = false;
     world.pace = Duration::from_millis(250);
     world.network = Network::default();
@@ -115,8 +116,9 @@ fn measure(nodes: u16, is_full: bool) -> Row {
         if cold.is_none() && knows_all(&world) {
             cold = Some(world.now - start);
         }
-        let is_primed =
-            |id: &NodeId| world.hosts[id].node.as_ref().is_some_and(|node| node.ipam.check_ready().is_ok());
+        let is_primed = |id: &NodeId| {
+            world.hosts[id].node.as_ref().is_some_and(|node| node.ipam.check_ready().is_ok())
+        };
         if primed.is_none() && ids.iter().all(is_primed) {
             primed = Some(world.now - start);
         }
@@ -139,7 +141,11 @@ fn measure(nodes: u16, is_full: bool) -> Row {
     let traffic = world.traffic;
     let last = ids[ids.len() - 1];
     let node = world.node(last).expect("it runs");
-    assert_eq!(node.gossip.paths().len(), usize::from(nodes) - 1, "the last node reaches all others");
+    assert_eq!(
+        node.gossip.paths().len(),
+        usize::from(nodes) - 1,
+        "the last node reaches all others"
+    );
     // Unlike the paths, these are found anew each time, by the same walk.
     let clock = Instant::now();
     let branches = node.gossip.branches(last).len();
@@ -216,7 +222,8 @@ fn knows_all(world: &World) -> bool {
     nodes.len() == world.hosts.len()
         && nodes.values().all(|node| {
             nodes.iter().all(|(other, truth)| {
-                let stamp = |record: &overnode_daemon::gossip::Record| (record.incarnation, record.version);
+                let stamp =
+                    |record: &overnode_daemon::gossip::Record| (record.incarnation, record.version);
                 node.gossip.record(*other).map(stamp) == Some(stamp(truth.gossip.own()))
             })
         })

@@ -21,11 +21,16 @@ impl World {
         }
         for (address, ids) in users {
             let announces = |id: &&NodeId| {
-                self.hosts[*id].node.as_ref().is_some_and(|node| node.ipam.claims().contains(&address))
+                self.hosts[*id]
+                    .node
+                    .as_ref()
+                    .is_some_and(|node| node.ipam.claims().contains(&address))
             };
             let keepers: Vec<_> = ids.iter().filter(announces).collect();
             if keepers.len() != 1 {
-                return Err(format!("{address} is in use on {ids:?}, and announced by {keepers:?}"));
+                return Err(format!(
+                    "{address} is in use on {ids:?}, and announced by {keepers:?}"
+                ));
             }
         }
         Ok(())

@@ -22,7 +22,11 @@ fn assert_fine(seed: u64, nodes: u16) {
 #[test]
 fn one_thousand_lives_of_nine_nodes() {
     let outcome = run::all(0..1000, 9, Sabotage::None, 1, false);
-    assert!(outcome.failures.is_empty(), "replay with `cargo xtask sim --seed SEED`: {:?}", outcome.failures);
+    assert!(
+        outcome.failures.is_empty(),
+        "replay with `cargo xtask sim --seed SEED`: {:?}",
+        outcome.failures
+    );
     assert_eq!((outcome.seeds, outcome.counts.duplicates, outcome.unconverged), (1000, 0, 0));
     let counts = outcome.counts;
     for (count, what) in [
@@ -36,7 +40,10 @@ fn one_thousand_lives_of_nine_nodes() {
         assert!(count > 1000, "the attack is weak: {count} {what}");
     }
     let buried_alive = counts.buried_alive;
-    assert!(buried_alive > 20, "the attack is weak: {buried_alive} nodes were taken back that live");
+    assert!(
+        buried_alive > 20,
+        "the attack is weak: {buried_alive} nodes were taken back that live"
+    );
 }
 
 fn assert_found(sabotage: Sabotage) {

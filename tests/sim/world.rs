@@ -193,7 +193,8 @@ impl World {
         let hand_back = Duration::from_secs(rng.random_range(5..60));
         let timing = Timing { hand_back, grace: GRACE, ..Timing::default() };
         let has_liar = settings.nodes > 4 && rng.random_bool(0.25);
-        let liar = has_liar.then(|| NodeId::new(rng.random_range(5..=settings.nodes)).expect("a valid ID"));
+        let liar = has_liar
+            .then(|| NodeId::new(rng.random_range(5..=settings.nodes)).expect("a valid ID"));
         let layout = Layout::new(network).expect("a valid network");
         let mut world = Self {
             settings,
@@ -409,7 +410,8 @@ impl World {
     }
 
     fn dial(&mut self, a: NodeId, b: NodeId) {
-        let linked = |world: &mut Self, at, peer| world.node(at).map(|node| node.links.get(&peer).copied());
+        let linked =
+            |world: &mut Self, at, peer| world.node(at).map(|node| node.links.get(&peer).copied());
         let (Some(at_a), Some(at_b)) = (linked(self, a, b), linked(self, b, a)) else { return };
         if at_a.is_some() && at_a == at_b {
             return;
@@ -474,11 +476,15 @@ impl World {
             }
             Payload::Sealed(bytes) => {
                 if let Err(error) = node.gossip.handle_parcel(from, &bytes, now) {
-                    self.violate(format!("{to} cannot read the parcel that {from} passes on: {error}"));
+                    self.violate(format!(
+                        "{to} cannot read the parcel that {from} passes on: {error}"
+                    ));
                 }
                 self.pump(to);
             }
-            Payload::Parcel { from, to: end, body, .. } if end == to => self.give_parcel(from, to, &body),
+            Payload::Parcel { from, to: end, body, .. } if end == to => {
+                self.give_parcel(from, to, &body)
+            }
             Payload::Parcel { from, to: end, hops, body } => {
                 if hops > 0 {
                     self.forward(to, Payload::Parcel { from, to: end, hops: hops - 1, body });
@@ -523,7 +529,9 @@ impl World {
 
     /// As TCP does: in order, or not at all.
     fn transmit(&mut self, from: NodeId, to: NodeId, payload: Payload) {
-        let Some(link) = self.node(from).and_then(|node| node.links.get(&to).copied()) else { return };
+        let Some(link) = self.node(from).and_then(|node| node.links.get(&to).copied()) else {
+            return;
+        };
         if self.is_blocked(from, to) {
             return;
         }
@@ -622,7 +630,9 @@ impl World {
                     return;
                 }
                 match action {
-                    ipam::Action::Persist(changes) if self.settings.sabotage == Sabotage::AnswersFirst => {
+                    ipam::Action::Persist(changes)
+                        if self.settings.sabotage == Sabotage::AnswersFirst =>
+                    {
                         delayed.push(changes);
                     }
                     action => self.carry_out(id, action),
@@ -656,7 +666,9 @@ impl World {
     fn carry_out_gossip(&mut self, id: NodeId, action: gossip::Action) {
         let now = self.now;
         match action {
-            gossip::Action::Send { to, message } => self.transmit(id, to, Payload::Gossip(message.encode())),
+            gossip::Action::Send { to, message } => {
+                self.transmit(id, to, Payload::Gossip(message.encode()))
+            }
             gossip::Action::Changed(other) | gossip::Action::Removed(other) => {
                 let Some(host) = self.hosts.get_mut(&id) else { return };
                 let (Some(node), Some(disk)) = (&mut host.node, &mut host.disk) else { return };
@@ -758,7 +770,9 @@ impl World {
         let may_lend =
             self.node(of).is_some_and(|node| quarters().any(|quarter| node.ipam.may_lend(quarter)));
         if may_lend && !self.is_another_buried_alive(of) && self.settings.sabotage.is_checked() {
-            self.violate(format!("the space of {of} is taken back while another node vouches for it"));
+            self.violate(format!(
+                "the space of {of} is taken back while another node vouches for it"
+            ));
         }
         let is_excluded = !self.has_nothing_to_lose(of);
         self.buried.insert(of, incarnation);
@@ -787,13 +801,16 @@ impl World {
 
     /// No two nodes at once may give away what is lent of a quarter.
     fn check_lenders(&mut self, id: NodeId) {
-        let may_lend =
-            |host: &Host, quarter| host.node.as_ref().is_some_and(|node| node.ipam.may_lend(quarter));
+        let may_lend = |host: &Host, quarter| {
+            host.node.as_ref().is_some_and(|node| node.ipam.may_lend(quarter))
+        };
         let mut violations = Vec::new();
         for quarter in quarters().filter(|quarter| may_lend(&self.hosts[&id], *quarter)) {
-            let others = self.hosts.iter().filter(|(other, host)| **other != id && may_lend(host, quarter));
-            violations
-                .extend(others.map(|(other, _)| format!("{id} may lend quarter {quarter}, as {other} may")));
+            let others =
+                self.hosts.iter().filter(|(other, host)| **other != id && may_lend(host, quarter));
+            violations.extend(
+                others.map(|(other, _)| format!("{id} may lend quarter {quarter}, as {other} may")),
+            );
         }
         for violation in violations {
             self.violate(violation);
@@ -811,7 +828,9 @@ impl World {
         for change in changes {
             let ipam::Change::Put(fact) = change else { continue };
             let is_honest = |other: &NodeId| !self.is_liar(*other) && !self.is_liar(id);
-            for (other, host) in self.hosts.iter().filter(|(other, _)| **other != id && is_honest(other)) {
+            for (other, host) in
+                self.hosts.iter().filter(|(other, _)| **other != id && is_honest(other))
+            {
                 let Some(disk) = &host.disk else { continue };
                 let is_void = matches!(fact, Fact::Book { .. })
                     && (self.is_buried_alive(*other) || self.is_buried_alive(id));
@@ -832,7 +851,9 @@ impl World {
                 self.persist(id, &changes);
             }
             ipam::Action::Send { to, bytes } => {
-                self.log(|| format!("{id} -> {to} {:?}", ipam::Message::decode(&bytes, &self.layout)));
+                self.log(|| {
+                    format!("{id} -> {to} {:?}", ipam::Message::decode(&bytes, &self.layout))
+                });
                 self.send_parcel(id, to, bytes);
             }
             ipam::Action::Granted { request, address } => {
@@ -879,7 +900,9 @@ impl World {
         self.log(|| format!("{id} gives {address} to {owner}"));
         self.counts.granted += 1;
         let is_own = self.layout.own_part(id).is_some_and(|own| own.contains(&address));
-        let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) else { return };
+        let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) else {
+            return;
+        };
         let is_kept = is_own || disk.holds(address) || self.settings.sabotage != Sabotage::None;
         disk.attachments.insert(address, owner);
         // Static addresses: nodes that are apart may both have one (`World::check_statics`).

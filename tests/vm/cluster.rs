@@ -32,7 +32,10 @@ fn live(lab: &Lab, options: &[&str]) -> Result<()> {
     }
     step("launch", || lab.hosts().iter().try_for_each(|host| launch(lab, host, options)))?;
     let containers = step("attach", || {
-        [(1, "a"), (1, "b"), (2, "c")].map(|(host, name)| attach(lab.host(host), name)).into_iter().collect()
+        [(1, "a"), (1, "b"), (2, "c")]
+            .map(|(host, name)| attach(lab.host(host), name))
+            .into_iter()
+            .collect()
     });
     let containers: Vec<Container> = containers?;
     let [a, b, c] = &containers[..] else { unreachable!("three were attached") };
@@ -52,7 +55,9 @@ fn live(lab: &Lab, options: &[&str]) -> Result<()> {
         Ok(())
     })?;
     step("UDP of several lengths", || datagrams(a, c))?;
-    step("SIGKILL of each daemon under pings and TCP, and its return", || die_and_return(lab, a, c))?;
+    step("SIGKILL of each daemon under pings and TCP, and its return", || {
+        die_and_return(lab, a, c)
+    })?;
     lab.hosts()
         .iter()
         .try_for_each(|host| ensure_no(host, &["forged", "replayed", "malformed", "offload"]))?;
@@ -90,14 +95,17 @@ fn attach(host: &Host, name: &str) -> Result<Container> {
 /// normaliser: none arrives from the victim, and what would change its headers is counted.
 fn forge(thief: &Container, victim: &Container, to: &Container) -> Result<()> {
     const INTERFACE: &str = "overnode0";
-    let links: Value = serde_json::from_str(&thief.netns().ip(&["-j", "link", "show", INTERFACE])?)?;
+    let links: Value =
+        serde_json::from_str(&thief.netns().ip(&["-j", "link", "show", INTERFACE])?)?;
     let mac = links[0]["address"].as_str().context("no hardware address")?;
-    let bytes = mac.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
+    let bytes =
+        mac.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
     let mac: [u8; 6] = bytes.try_into().ok().context("not six bytes")?;
     let listener = Listener::open(to.netns(), INTERFACE)?;
     let injector = Injector::open(thief.netns(), INTERFACE)?;
     for len in [60, 300] {
-        let honest = raw::packet([[2, 0, 0, 0, 0, 9], mac], [thief.address(), to.address()], UDP, len);
+        let honest =
+            raw::packet([[2, 0, 0, 0, 0, 9], mac], [thief.address(), to.address()], UDP, len);
         let wanted = raw::wanted(&honest, victim.address());
         let frames = raw::aimed(&honest, &wanted, (0, 0), |place| place < 44);
         let (mut sent, mut arrived) = (0, 0);

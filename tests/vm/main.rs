@@ -63,7 +63,12 @@ fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 fn pings_both_ways(one: &Container, other: &Container) -> Result<()> {
     for (from, to) in [(one, other), (other, one)] {
         let pings = from.ping(to.address(), 100, Duration::from_millis(10))?;
-        ensure!(pings.lost() == 0 && pings.duplicates == 0, "{} to {}: {pings:?}", from.name, to.name);
+        ensure!(
+            pings.lost() == 0 && pings.duplicates == 0,
+            "{} to {}: {pings:?}",
+            from.name,
+            to.name
+        );
     }
     Ok(())
 }
@@ -73,7 +78,11 @@ fn datagrams(from: &Container, to: &Container) -> Result<()> {
     const COUNT: u64 = 50;
     for size in [16, 17, 600, 1392] {
         let found = flow::udp(from, to, COUNT, size, Duration::from_millis(10))?;
-        ensure!(found.received == COUNT && found.corrupt == 0, "{size} bytes to {}: {found:?}", to.name);
+        ensure!(
+            found.received == COUNT && found.corrupt == 0,
+            "{size} bytes to {}: {found:?}",
+            to.name
+        );
     }
     Ok(())
 }

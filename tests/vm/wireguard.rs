@@ -37,8 +37,12 @@ pub fn run() -> Result<()> {
         (Initiator::Node, Family::V6, false),
         (Initiator::Kernel, Family::V6, true),
     ] {
-        println!("the kernel's WireGuard; initiator: {initiator:?}, {family:?}, pre-shared key: {preshared}");
-        in_lab(Lab::new("kernel").family(family).entry(Entry::Setns), |lab| talk(lab, initiator, preshared))?;
+        println!(
+            "the kernel's WireGuard; initiator: {initiator:?}, {family:?}, pre-shared key: {preshared}"
+        );
+        in_lab(Lab::new("kernel").family(family).entry(Entry::Setns), |lab| {
+            talk(lab, initiator, preshared)
+        })?;
     }
     Ok(())
 }
@@ -54,7 +58,8 @@ pub fn rekey() -> Result<()> {
             let first = handshake(lab.host(2))?;
             step(&format!("new keys under pings; initiator: {initiator:?}"), || {
                 let out = Pinging::start(inside.netns(), outside.address(), Some(PINGS), INTERVAL)?;
-                let back = Pinging::start(outside.netns(), inside.address(), Some(PINGS), INTERVAL)?;
+                let back =
+                    Pinging::start(outside.netns(), inside.address(), Some(PINGS), INTERVAL)?;
                 for pings in [out.finish()?, back.finish()?] {
                     ensure!(pings.lost() == 0 && pings.duplicates == 0, "{pings:?}");
                 }
@@ -64,8 +69,8 @@ pub fn rekey() -> Result<()> {
         })
     };
     thread::scope(|scope| {
-        let watches =
-            [Initiator::Node, Initiator::Kernel].map(|initiator| scope.spawn(move || watch(initiator)));
+        let watches = [Initiator::Node, Initiator::Kernel]
+            .map(|initiator| scope.spawn(move || watch(initiator)));
         watches.into_iter().try_for_each(|watch| watch.join().map_err(|_| anyhow!("a panic"))?)
     })
 }
@@ -81,7 +86,9 @@ fn talk(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<()> {
         Ok(())
     })?;
     step("UDP of several lengths", || {
-        [(&inside, &outside), (&outside, &inside)].into_iter().try_for_each(|(from, to)| datagrams(from, to))
+        [(&inside, &outside), (&outside, &inside)]
+            .into_iter()
+            .try_for_each(|(from, to)| datagrams(from, to))
     })?;
     ensure_no(lab.host(1), &["forged", "replayed", "foreign-source", "malformed", "offload"])
 }
@@ -136,8 +143,10 @@ fn introduce(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<()> {
     let netns = kernel.netns();
     netns.ip(&["link", "add", "wg0", "mtu", &MTU.to_string(), "type", "wireguard"])?;
     let [secret, shared] = [secret, shared].map(|file| file.display().to_string());
-    let (port, endpoint) = (KERNEL_PORT.to_string(), SocketAddr::new(node.address(), NODE_PORT).to_string());
-    let mut words = vec!["set", "wg0", "private-key", &secret, "listen-port", &port, "peer", &node_key];
+    let (port, endpoint) =
+        (KERNEL_PORT.to_string(), SocketAddr::new(node.address(), NODE_PORT).to_string());
+    let mut words =
+        vec!["set", "wg0", "private-key", &secret, "listen-port", &port, "peer", &node_key];
     words.extend(["allowed-ips", SUBNET]);
     if preshared {
         words.extend(["preshared-key", &shared]);

@@ -98,18 +98,22 @@ pub fn check(workspace: &Workspace) -> Result<()> {
 }
 
 fn findings(metadata: &Metadata, rules: &Rules) -> Result<Vec<String>> {
-    let parse = |name: &String| Licensee::parse(name).with_context(|| format!("deny.toml: license {name}"));
+    let parse =
+        |name: &String| Licensee::parse(name).with_context(|| format!("deny.toml: license {name}"));
     let allowed: Vec<Licensee> = rules.licenses.allow.iter().map(parse).collect::<Result<_>>()?;
     let used: BTreeSet<&str> = metadata.resolve.nodes.iter().map(|node| node.id.as_str()).collect();
     let mut findings = Vec::new();
     for package in metadata.packages.iter().filter(|package| used.contains(package.id.as_str())) {
         let what = format!("{} {}", package.name, package.version);
-        findings.extend(package.dependencies.iter().filter_map(foreign).map(|why| format!("{what}: {why}")));
+        findings.extend(
+            package.dependencies.iter().filter_map(foreign).map(|why| format!("{what}: {why}")),
+        );
         if package.source.is_none() {
             findings.extend(wildcards(package));
         } else {
-            findings
-                .extend(license(package.license.as_deref(), &allowed).map(|why| format!("{what}: {why}")));
+            findings.extend(
+                license(package.license.as_deref(), &allowed).map(|why| format!("{what}: {why}")),
+            );
         }
         let bans = rules.bans.deny.iter().filter(|ban| ban.name == package.name);
         findings.extend(bans.map(|ban| format!("{what}: {}", ban.reason)));
@@ -135,7 +139,9 @@ fn wildcards(package: &Package) -> impl Iterator<Item = String> {
 fn license(license: Option<&str>, allowed: &[Licensee]) -> Option<String> {
     let Some(text) = license else { return Some("it names no license".to_owned()) };
     match Expression::parse_mode(text, ParseMode::LAX) {
-        Ok(expression) if expression.evaluate(|it| allowed.iter().any(|one| one.satisfies(it))) => None,
+        Ok(expression) if expression.evaluate(|it| allowed.iter().any(|one| one.satisfies(it))) => {
+            None
+        }
         Ok(_) => Some(format!("its license {text} is not allowed")),
         Err(why) => Some(format!("its license {text:?} is no SPDX expression: {}", why.reason)),
     }
@@ -152,8 +158,14 @@ mod tests {
     }
 
     /// A package with one dependency.
-    fn graph(name: &str, license: Option<&str>, source: Option<&str>, dependency: &Value) -> Metadata {
-        let mut other = json!({"name": "other", "req": "^1", "path": null, "source": null, "registry": null});
+    fn graph(
+        name: &str,
+        license: Option<&str>,
+        source: Option<&str>,
+        dependency: &Value,
+    ) -> Metadata {
+        let mut other =
+            json!({"name": "other", "req": "^1", "path": null, "source": null, "registry": null});
         other.as_object_mut().unwrap().extend(dependency.as_object().unwrap().clone());
         let package = json!({
             "id": "it",
@@ -170,12 +182,17 @@ mod tests {
     #[test]
     fn dependencies_are_judged_by_license_and_name() {
         let found = |name: &str, license| {
-            findings(&graph(name, license, Some("registry+index"), &json!({})), &rules()).unwrap().join("; ")
+            findings(&graph(name, license, Some("registry+index"), &json!({})), &rules())
+                .unwrap()
+                .join("; ")
         };
-        for license in ["MIT", "MIT/Apache-2.0", "GPL-3.0-only OR MIT", "(MIT OR Zlib) AND Unicode-3.0"] {
+        for license in
+            ["MIT", "MIT/Apache-2.0", "GPL-3.0-only OR MIT", "(MIT OR Zlib) AND Unicode-3.0"]
+        {
             assert_eq!(found("good", Some(license)), "");
         }
-        for license in ["GPL-3.0-only", "MIT AND LGPL-2.1-only", "AGPL-3.0-or-later", "Proprietary"] {
+        for license in ["GPL-3.0-only", "MIT AND LGPL-2.1-only", "AGPL-3.0-or-later", "Proprietary"]
+        {
             let why = found("bad", Some(license));
             assert!(why.starts_with("bad 1.0.0: its license") && why.contains(license), "{why}");
         }
@@ -185,7 +202,8 @@ mod tests {
 
     #[test]
     fn dependencies_come_from_one_registry() {
-        let found = |dependency| findings(&graph("ours", None, None, &dependency), &rules()).unwrap();
+        let found =
+            |dependency| findings(&graph("ours", None, None, &dependency), &rules()).unwrap();
         assert_eq!(found(json!({})), [""; 0]);
         assert_eq!(found(json!({"source": "registry+index"})), [""; 0]);
         let fork = found(json!({"source": "git+https://example.org/fork"}));
@@ -196,7 +214,8 @@ mod tests {
 
     #[test]
     fn the_workspace_names_versions() {
-        let found = |req| findings(&graph("ours", None, None, &json!({"req": req})), &rules()).unwrap();
+        let found =
+            |req| findings(&graph("ours", None, None, &json!({"req": req})), &rules()).unwrap();
         assert_eq!(found("^1"), [""; 0]);
         assert_eq!(found("*"), ["ours: any version of other would do for it"]);
     }

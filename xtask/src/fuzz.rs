@@ -123,7 +123,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     setup::programs(&[("c++", "g++")])?;
     let workspace = Workspace::find()?;
     let program = build(&workspace)?;
-    let targets = if arguments.targets.is_empty() { Target::ALL.to_vec() } else { arguments.targets.clone() };
+    let targets =
+        if arguments.targets.is_empty() { Target::ALL.to_vec() } else { arguments.targets.clone() };
     let mut findings = Vec::new();
     for target in targets {
         let outcome = match &arguments.input {
@@ -157,7 +158,10 @@ fn build(workspace: &Workspace) -> Result<PathBuf> {
 
 fn fuzzer(program: &Path, target: Target) -> Command {
     let mut fuzzer = Command::new(program);
-    fuzzer.env("OVERNODE_FUZZ_TARGET", target.name()).env("RUST_BACKTRACE", "1").stdin(Stdio::null());
+    fuzzer
+        .env("OVERNODE_FUZZ_TARGET", target.name())
+        .env("RUST_BACKTRACE", "1")
+        .stdin(Stdio::null());
     // An input that takes ten seconds or half a gigabyte is a finding.
     fuzzer.args(["-timeout=10", "-rss_limit_mb=512"]);
     fuzzer
@@ -183,7 +187,8 @@ fn fuzz(workspace: &Workspace, program: &Path, target: Target, seconds: u64) -> 
     fuzzer.args(["-max_len=4096", "-print_final_stats=1", "-reload=0", "-use_value_profile=1"]);
     fuzzer.arg(&grown).arg(folder.join("corpus").join(name)).arg(&regressions);
     let step = Step::start(format!("fuzz {name} for {seconds} s"));
-    let mut child = fuzzer.stderr(Stdio::piped()).spawn().context("the fuzzer cannot be started")?;
+    let mut child =
+        fuzzer.stderr(Stdio::piped()).spawn().context("the fuzzer cannot be started")?;
     let output = child.stderr.take().context("no pipe")?;
     let mut progress = Progress::default();
     for line in BufReader::new(output).split(b'\n') {
@@ -249,7 +254,10 @@ impl Progress {
 impl std::fmt::Display for Progress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { executions, edges, all, inputs } = self;
-        write!(f, "no finding in {executions} executions; {edges} of {all} edges reached, by {inputs} inputs")
+        write!(
+            f,
+            "no finding in {executions} executions; {edges} of {all} edges reached, by {inputs} inputs"
+        )
     }
 }
 
@@ -262,15 +270,15 @@ mod tests {
     #[test]
     fn what_libfuzzer_says_is_read() {
         let mut progress = Progress::default();
-        assert!(!progress.is_worth_showing("INFO: Loaded 1 PC tables (98765 PCs): 98765 [0x1,0x2), "));
+        assert!(
+            !progress.is_worth_showing("INFO: Loaded 1 PC tables (98765 PCs): 98765 [0x1,0x2), ")
+        );
         assert!(!progress.is_worth_showing(
             "#12\tNEW    cov: 700 ft: 900 corp: 9/1Kb lim: 4 exec/s: 0 rss: 40Mb L: 3/9 MS: 1 x-"
         ));
-        assert!(
-            progress.is_worth_showing(
-                "#65536\tpulse  cov: 834 ft: 1200 corp: 120/9Kb lim: 80 exec/s: 32 rss: 41Mb"
-            )
-        );
+        assert!(progress.is_worth_showing(
+            "#65536\tpulse  cov: 834 ft: 1200 corp: 120/9Kb lim: 80 exec/s: 32 rss: 41Mb"
+        ));
         assert_eq!(progress, Progress { executions: 65536, edges: 834, all: 98765, inputs: 120 });
         assert!(!progress.is_worth_showing(r#""\376\310" # Uses: 98"#));
         assert!(progress.is_worth_showing("thread '<unnamed>' panicked at bodies/api.rs:1:1:"));
@@ -286,7 +294,10 @@ mod tests {
         assert_eq!(bodies.matches("Target { name: ").count(), Target::ALL.len());
         for target in Target::ALL {
             assert!(bodies.contains(&format!("Target {{ name: \"{}\"", target.name())));
-            assert_eq!(target.to_possible_value().expect("none is hidden").get_name(), target.name());
+            assert_eq!(
+                target.to_possible_value().expect("none is hidden").get_name(),
+                target.name()
+            );
         }
     }
 }

@@ -65,7 +65,12 @@ struct Sim {
 struct Bench {
     /// What to measure, with its options: `datapath [--json FILE]`, see `cargo xtask bench datapath --help`; `stress [--bytes COUNT]`,
     /// streams of every kind, verified; or `docker [CONTAINERS]` or `podman [CONTAINERS]`, the time that a container takes to start, on each of two hosts.
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "WHAT")]
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "WHAT"
+    )]
     what: Vec<String>,
 }
 
@@ -104,13 +109,23 @@ fn run(command: Command) -> Result<()> {
             let workspace = Workspace::find()?;
             build_release(&workspace, &["--package", "overnode-tests"])?;
             let folder = workspace.target.join("release");
-            step::show(std::process::Command::new(folder.join("demo")).env("OVERNODE_BIN_DIR", &folder))
+            step::show(
+                std::process::Command::new(folder.join("demo")).env("OVERNODE_BIN_DIR", &folder),
+            )
         }
         Command::Vm(arguments) => vm::run(&arguments),
         Command::Sim(sim) => {
             setup::run(Purpose::Build)?;
             let mut cargo = Workspace::find()?.cargo();
-            cargo.args(["bench", "--locked", "--package", "overnode-tests", "--bench", "sim", "--"]);
+            cargo.args([
+                "bench",
+                "--locked",
+                "--package",
+                "overnode-tests",
+                "--bench",
+                "sim",
+                "--",
+            ]);
             step::show(cargo.args(sim.options))
         }
         Command::Fuzz(arguments) => fuzz::run(&arguments),
@@ -122,9 +137,11 @@ fn run(command: Command) -> Result<()> {
                 bench.what.split_first().map(|(what, rest)| (what.as_str(), rest))
             {
                 let (test, name, count) = match what {
-                    "docker" => {
-                        ("docker", "many_containers_come_and_go_on_both_hosts", "OVERNODE_DOCKER_CONTAINERS")
-                    }
+                    "docker" => (
+                        "docker",
+                        "many_containers_come_and_go_on_both_hosts",
+                        "OVERNODE_DOCKER_CONTAINERS",
+                    ),
                     _ => (
                         "cni",
                         "many_containers_of_podman_come_and_go_on_both_hosts",
@@ -132,14 +149,30 @@ fn run(command: Command) -> Result<()> {
                     ),
                 };
                 let mut cargo = workspace.cargo();
-                cargo.args(["test", "--locked", "--package", "overnode-tests", "--test", test, "--"]);
+                cargo.args([
+                    "test",
+                    "--locked",
+                    "--package",
+                    "overnode-tests",
+                    "--test",
+                    test,
+                    "--",
+                ]);
                 cargo.args(["--exact", &format!("load::{name}"), "--nocapture"]);
                 cargo.env("OVERNODE_BIN_DIR", workspace.target.join("release"));
                 cargo.env(count, options.first().map_or("200", String::as_str));
                 return step::show(&mut cargo);
             }
             let mut cargo = workspace.cargo();
-            cargo.args(["bench", "--locked", "--package", "overnode-tests", "--bench", "datapath", "--"]);
+            cargo.args([
+                "bench",
+                "--locked",
+                "--package",
+                "overnode-tests",
+                "--bench",
+                "datapath",
+                "--",
+            ]);
             cargo.args(bench.what).env("OVERNODE_BIN_DIR", workspace.target.join("release"));
             // Cargo changes the folder; file names given here are meant from this one.
             step::show(cargo.env("OVERNODE_BENCH_FOLDER", std::env::current_dir()?))

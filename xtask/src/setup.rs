@@ -181,7 +181,15 @@ impl Machine {
 pub fn apt() -> Command {
     let mut apt = Command::new("apt-get");
     apt.env("DEBIAN_FRONTEND", "noninteractive");
-    apt.args(["-qq", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0"]);
+    apt.args([
+        "-qq",
+        "-o",
+        "Acquire::Retries=3",
+        "-o",
+        "DPkg::Lock::Timeout=300",
+        "-o",
+        "Dpkg::Use-Pty=0",
+    ]);
     apt
 }
 
@@ -234,7 +242,13 @@ fn llvm_major(compiler: &Compiler) -> Option<u32> {
 }
 
 fn parse_llvm_major(version: &str) -> Option<u32> {
-    version.lines().find_map(|line| line.strip_prefix("LLVM version: "))?.split('.').next()?.parse().ok()
+    version
+        .lines()
+        .find_map(|line| line.strip_prefix("LLVM version: "))?
+        .split('.')
+        .next()?
+        .parse()
+        .ok()
 }
 
 /// `cargo install`, with the toolchain that builds the workspace.
@@ -299,12 +313,16 @@ mod tests {
     fn who_may_not_install_is_told_what_to_type() {
         let machine = Machine { root: false, apt: true };
         assert!(machine.install(&[], false).is_ok());
-        let advice = machine.install(&["tcpdump".into(), "rustc-web".into()], true).unwrap_err().to_string();
+        let advice =
+            machine.install(&["tcpdump".into(), "rustc-web".into()], true).unwrap_err().to_string();
         assert!(
             advice.contains("sudo apt-get install -y --no-install-recommends tcpdump rustc-web"),
             "{advice}"
         );
-        assert!(advice.contains("rustup toolchain install nightly --component rust-src"), "{advice}");
+        assert!(
+            advice.contains("rustup toolchain install nightly --component rust-src"),
+            "{advice}"
+        );
         assert!(machine.need_root().is_err());
     }
 }

@@ -42,8 +42,10 @@ impl Step {
 /// When it cannot be started or does not exit with 0.
 pub fn show(command: &mut Command) -> Result<()> {
     let text = describe(command);
-    let status =
-        command.stdin(Stdio::null()).status().with_context(|| format!("`{text}` cannot be started"))?;
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| format!("`{text}` cannot be started"))?;
     if !status.success() {
         bail!("`{text}` failed ({status})");
     }
@@ -54,7 +56,9 @@ pub fn show(command: &mut Command) -> Result<()> {
 pub fn describe(command: &Command) -> String {
     let mut words: Vec<String> = command
         .get_envs()
-        .filter_map(|(name, value)| Some(format!("{}={}", name.to_string_lossy(), value?.to_string_lossy())))
+        .filter_map(|(name, value)| {
+            Some(format!("{}={}", name.to_string_lossy(), value?.to_string_lossy()))
+        })
         .collect();
     words.push(command.get_program().to_string_lossy().into_owned());
     words.extend(command.get_args().map(|word| word.to_string_lossy().into_owned()));

@@ -33,7 +33,8 @@ struct Summary {
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     if arguments.filters.is_empty() {
-        Step::start("check the formatting").show(workspace.cargo().args(["fmt", "--all", "--check"]))?;
+        Step::start("check the formatting")
+            .show(workspace.cargo().args(["fmt", "--all", "--check"]))?;
         let step = Step::start("check licenses, bans and sources of the dependencies");
         deny::check(workspace)?;
         step.done();
@@ -81,12 +82,27 @@ fn run_tests(workspace: &Workspace, filters: &[String]) -> Result<Summary> {
     let step = Step::start(if nextest { "tests (cargo nextest)" } else { "tests (cargo test)" });
     if nextest {
         let mut words = vec!["nextest", "run", "--locked", "--workspace", "--no-fail-fast"];
-        words.extend(["--status-level", "slow", "--final-status-level", "fail", "--no-tests", "pass"]);
+        words.extend([
+            "--status-level",
+            "slow",
+            "--final-status-level",
+            "fail",
+            "--no-tests",
+            "pass",
+        ]);
         words.extend(filters.iter().map(String::as_str));
         run(&words)?;
     } else {
-        let mut words =
-            vec!["test", "--locked", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests", "--"];
+        let mut words = vec![
+            "test",
+            "--locked",
+            "--workspace",
+            "--no-fail-fast",
+            "--lib",
+            "--bins",
+            "--tests",
+            "--",
+        ];
         words.extend(filters.iter().map(String::as_str));
         run(&words)?;
     }
@@ -138,13 +154,19 @@ impl Summary {
 
     /// Reads the closing line of `cargo test` or of nextest; any other line counts nothing.
     fn parse(line: &str) -> Self {
-        let closing = line.starts_with("test result:") || line.trim_start().starts_with("Summary [");
+        let closing =
+            line.starts_with("test result:") || line.trim_start().starts_with("Summary [");
         if !closing {
             return Self::default();
         }
-        let words: Vec<&str> = line.split([' ', ',', ';']).filter(|word| !word.is_empty()).collect();
+        let words: Vec<&str> =
+            line.split([' ', ',', ';']).filter(|word| !word.is_empty()).collect();
         let count = |what: &str| -> u64 {
-            words.windows(2).find(|pair| pair[1] == what).and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
+            words
+                .windows(2)
+                .find(|pair| pair[1] == what)
+                .and_then(|pair| pair[0].parse().ok())
+                .unwrap_or(0)
         };
         let timed_out = count("timed");
         Self {
@@ -169,11 +191,9 @@ mod tests {
     fn closing_lines_are_counted() {
         let cargo = "test result: FAILED. 17 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 14.99s";
         assert_eq!(Summary::parse(cargo), Summary { passed: 17, failed: 2, ignored: 1 });
-        let cargo =
-            "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out; finished in 0.01s";
+        let cargo = "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out; finished in 0.01s";
         assert_eq!(Summary::parse(cargo), Summary { passed: 3, failed: 0, ignored: 0 });
-        let nextest =
-            "     Summary [  15.126s] 21 tests run: 19 passed (1 slow), 1 failed, 1 timed out, 4 skipped";
+        let nextest = "     Summary [  15.126s] 21 tests run: 19 passed (1 slow), 1 failed, 1 timed out, 4 skipped";
         assert_eq!(Summary::parse(nextest), Summary { passed: 19, failed: 2, ignored: 4 });
         assert_eq!(Summary::parse("running 17 tests"), Summary::default());
     }

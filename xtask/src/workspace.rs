@@ -22,10 +22,12 @@ impl Workspace {
         cargo.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]);
         cargo.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"));
         let output = cargo.output().context("cargo cannot be started")?;
-        let metadata: Value = serde_json::from_slice(&output.stdout)
-            .with_context(|| format!("cargo metadata: {}", String::from_utf8_lossy(&output.stderr)))?;
-        let folder =
-            |name: &str| metadata[name].as_str().map(PathBuf::from).with_context(|| format!("no {name}"));
+        let metadata: Value = serde_json::from_slice(&output.stdout).with_context(|| {
+            format!("cargo metadata: {}", String::from_utf8_lossy(&output.stderr))
+        })?;
+        let folder = |name: &str| {
+            metadata[name].as_str().map(PathBuf::from).with_context(|| format!("no {name}"))
+        };
         Ok(Self { root: folder("workspace_root")?, target: folder("target_directory")? })
     }
 

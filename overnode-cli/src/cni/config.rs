@@ -157,7 +157,10 @@ pub fn config(input: &[u8]) -> Result<Config, CniError> {
         CniError::new(
             Code::Decode,
             "the network configuration on standard input is not understood",
-            format_args!("{}: correct the file of the network, usually in /etc/cni/net.d", reason(&error)),
+            format_args!(
+                "{}: correct the file of the network, usually in /etc/cni/net.d",
+                reason(&error)
+            ),
         )
     })
 }
@@ -231,11 +234,21 @@ fn unsupported(config: &Config, command: Command) -> Result<(), CniError> {
     let refuse = |key: &str, value: &dyn std::fmt::Display, why: &str| {
         // All of it, as the specification has it.
         let value = harmless(&value.to_string());
-        Err(CniError::new(Code::Unsupported, format_args!("the key {key} with the value {value}"), why))
+        Err(CniError::new(
+            Code::Unsupported,
+            format_args!("the key {key} with the value {value}"),
+            why,
+        ))
     };
-    let empty = |value: &&Value| value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty);
+    let empty = |value: &&Value| {
+        value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty)
+    };
     if let Some(ipam) = config.ipam.as_ref().filter(|it| !empty(it)) {
-        return refuse("ipam", ipam, "nodes give addresses out themselves, so that no two clash: remove it");
+        return refuse(
+            "ipam",
+            ipam,
+            "nodes give addresses out themselves, so that no two clash: remove it",
+        );
     }
     if config.ip_masq == Some(true) {
         return refuse(
@@ -264,7 +277,8 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
     }
     let mut details = "a container ID has 1 to 128 letters, digits, dots, hyphens and underscores; an interface's name 1 to 15 \
                        characters; the network namespace is a path that begins with /";
-    let args = if command == Command::Add { Args::parse(&get("CNI_ARGS")) } else { Ok(Args::default()) };
+    let args =
+        if command == Command::Add { Args::parse(&get("CNI_ARGS")) } else { Ok(Args::default()) };
     if let Err((what, why)) = &args {
         if bad.is_empty() {
             details = why;
@@ -283,7 +297,9 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
     };
     if is_chained && command == Command::Add && interface == ifname {
         return Err(bad_config(
-            format_args!("`interface` is {interface:?}, which an earlier plugin of the chain makes"),
+            format_args!(
+                "`interface` is {interface:?}, which an earlier plugin of the chain makes"
+            ),
             "give another name as `interface`, or none",
         ));
     }
@@ -325,11 +341,15 @@ impl Args {
                 "IP" | "MAC" if value.is_empty() => {}
                 "IP" => match parse_address(value) {
                     Some(address) => args.address = Some(address),
-                    None => return Err((format!("IP={:?}", quoted(value)), "give one IPv4 address")),
+                    None => {
+                        return Err((format!("IP={:?}", quoted(value)), "give one IPv4 address"));
+                    }
                 },
                 "MAC" => match parse_mac(value) {
                     Some(mac) => args.mac = Some(mac),
-                    None => return Err((format!("MAC={:?}", quoted(value)), "give a unicast address")),
+                    None => {
+                        return Err((format!("MAC={:?}", quoted(value)), "give a unicast address"));
+                    }
                 },
                 "K8S_POD_NAME" => pod = Some(value),
                 "K8S_POD_NAMESPACE" => namespace = Some(value),
@@ -343,7 +363,9 @@ impl Args {
             ));
         }
         let full = match (pod, namespace) {
-            (Some(pod), Some(namespace)) if !namespace.is_empty() => Some(format!("{pod}.{namespace}")),
+            (Some(pod), Some(namespace)) if !namespace.is_empty() => {
+                Some(format!("{pod}.{namespace}"))
+            }
             (pod, _) => pod.map(str::to_owned),
         };
         // A name that nobody can be found by is no reason to do without the container.
@@ -425,7 +447,11 @@ fn valid(config: &Config) -> Result<Vec<(String, String)>, CniError> {
     };
     let list: Option<Vec<Attached>> =
         Deserialize::deserialize(list).map_err(|error: serde_json::Error| {
-            CniError::new(Code::Decode, "cni.dev/valid-attachments is not understood", reason(&error))
+            CniError::new(
+                Code::Decode,
+                "cni.dev/valid-attachments is not understood",
+                reason(&error),
+            )
         })?;
     Ok(list.into_iter().flatten().map(|it| (it.container, it.ifname)).collect())
 }
@@ -454,7 +480,8 @@ fn is_name(name: &str) -> bool {
 
 /// As the kernel sees it.
 fn is_interface(name: &str) -> bool {
-    let is_bad =
-        |byte: u8| byte == b'/' || byte == b':' || byte.is_ascii_whitespace() || byte.is_ascii_control();
+    let is_bad = |byte: u8| {
+        byte == b'/' || byte == b':' || byte.is_ascii_whitespace() || byte.is_ascii_control()
+    };
     (1..=15).contains(&name.len()) && name != "." && name != ".." && !name.bytes().any(is_bad)
 }

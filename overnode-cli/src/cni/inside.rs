@@ -26,7 +26,8 @@ pub struct Interface {
 /// It cannot be entered, or looked into.
 pub fn interfaces(netns: &str) -> Result<Option<Vec<Interface>>, String> {
     // A pipe by that name would be waited for, for ever.
-    let Ok(file) = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(netns) else {
+    let Ok(file) = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(netns)
+    else {
         return Ok(None);
     };
     // What is left at the path of a namespace that is gone is an ordinary file.
@@ -34,11 +35,14 @@ pub fn interfaces(netns: &str) -> Result<Option<Vec<Interface>>, String> {
         return Ok(None);
     }
     let look = move || {
-        setns(&file, CloneFlags::CLONE_NEWNET).map_err(|error| format!("it cannot be entered: {error}"))?;
-        let found = getifaddrs().map_err(|error| format!("its interfaces cannot be listed: {error}"))?;
+        setns(&file, CloneFlags::CLONE_NEWNET)
+            .map_err(|error| format!("it cannot be entered: {error}"))?;
+        let found =
+            getifaddrs().map_err(|error| format!("its interfaces cannot be listed: {error}"))?;
         Ok(found
             .map(|it| {
-                let address = it.address.and_then(|address| address.as_sockaddr_in().map(|v4| v4.ip()));
+                let address =
+                    it.address.and_then(|address| address.as_sockaddr_in().map(|v4| v4.ip()));
                 Interface {
                     name: it.interface_name,
                     address: address.map(|v4: Ipv4Addr| IpAddr::V4(v4)),

@@ -77,14 +77,22 @@ fn answer(
     let version = config::version(&config, command)?;
     version.clone_into(spoken);
     let task = config::task(command, &config, env)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|why| {
-        CniError::new(Code::Io, "the asynchronous runtime did not start", format_args!("{why}: try again"))
-    })?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|why| {
+            CniError::new(
+                Code::Io,
+                "the asynchronous runtime did not start",
+                format_args!("{why}: try again"),
+            )
+        })?;
     let directory =
         |name: &str, default: &str| env(name).map_or_else(|| PathBuf::from(default), PathBuf::from);
     let context = Context {
         state_dir: directory("OVERNODE_STATE_DIR", DEFAULT_STATE_DIR),
-        run_dir: config.run_dir.clone().unwrap_or_else(|| directory("OVERNODE_RUN_DIR", DEFAULT_RUN_DIR)),
+        run_dir: config
+            .run_dir
+            .clone()
+            .unwrap_or_else(|| directory("OVERNODE_RUN_DIR", DEFAULT_RUN_DIR)),
         debug: false,
         color: false,
         width: None,
@@ -115,7 +123,12 @@ struct Node {
 }
 
 impl Node {
-    async fn add(&self, version: &str, config: &Config, wanted: &Attachment) -> Result<Value, CniError> {
+    async fn add(
+        &self,
+        version: &str,
+        config: &Config,
+        wanted: &Attachment,
+    ) -> Result<Value, CniError> {
         // What it would be added to is looked at before anything is made.
         result::previous(config)?;
         let netns = wanted.netns.as_ref().map(|path| api::Netns::Path(path.into()));
@@ -171,7 +184,11 @@ impl Node {
     }
 
     /// What is not attached any more is detached.
-    async fn detach(&self, target: api::Target, endpoint: api::CniEndpoint) -> Result<(), Unanswered> {
+    async fn detach(
+        &self,
+        target: api::Target,
+        endpoint: api::CniEndpoint,
+    ) -> Result<(), Unanswered> {
         let request = api::Detach { target, cni: Some(endpoint) };
         match self.client.try_post::<Detached>("/v1/detach", &request).await {
             Err(Unanswered::Refused(refusal)) if refusal.kind == ErrorKind::Missing => Ok(()),
@@ -194,8 +211,9 @@ impl Node {
         let known = self.endpoints().await.map_err(|why| {
             CniError::new(Code::TryAgain, "the node cannot be asked", self.client.explain(why))
         })?;
-        let is_it =
-            |it: &&EndpointStatus| it.target == wanted.container && is_attachment(it, &wanted.endpoint);
+        let is_it = |it: &&EndpointStatus| {
+            it.target == wanted.container && is_attachment(it, &wanted.endpoint)
+        };
         let Some(found) = known.iter().find(is_it) else {
             return Err(CniError::new(
                 Code::UnknownContainer,
@@ -203,8 +221,10 @@ impl Node {
                 "add it again, or restart the container",
             ));
         };
-        let interface =
-            found.cni.as_ref().map_or(wanted.endpoint.interface.as_str(), |it| it.interface.as_str());
+        let interface = found
+            .cni
+            .as_ref()
+            .map_or(wanted.endpoint.interface.as_str(), |it| it.interface.as_str());
         if found.state != EndpointState::Attached {
             return wrong(format!("the interface of {} is gone", found.address));
         }
@@ -212,7 +232,9 @@ impl Node {
             return wrong(format!("prevResult does not have {} on {interface}", found.address));
         }
         let netns = wanted.netns.as_deref().unwrap_or_default();
-        let is_it = |it: &inside::Interface| it.name == interface && it.address == Some(found.address.addr());
+        let is_it = |it: &inside::Interface| {
+            it.name == interface && it.address == Some(found.address.addr())
+        };
         match inside::interfaces(netns) {
             Ok(Some(interfaces)) => match interfaces.into_iter().find(is_it) {
                 Some(found) if found.is_up => Ok(()),
@@ -238,7 +260,8 @@ impl Node {
         for found in known {
             let Some(endpoint) = found.cni else { continue };
             let container = found.target.to_string();
-            if endpoint.network != network || valid.contains(&(container.as_str(), endpoint.ifname.as_str()))
+            if endpoint.network != network
+                || valid.contains(&(container.as_str(), endpoint.ifname.as_str()))
             {
                 continue;
             }
@@ -249,7 +272,11 @@ impl Node {
         if errors.is_empty() {
             return Ok(());
         }
-        Err(CniError::new(Code::Node, "not everything that is stale was removed", errors.join("; ")))
+        Err(CniError::new(
+            Code::Node,
+            "not everything that is stale was removed",
+            errors.join("; "),
+        ))
     }
 
     async fn status(&self) -> Result<(), CniError> {
@@ -257,7 +284,8 @@ impl Node {
         match self.client.try_get::<Primed>("/v1/prime").await {
             Ok(Primed { ready: true, .. }) => Ok(()),
             Ok(Primed { waiting_for, .. }) => {
-                let why = waiting_for.unwrap_or_else(|| "this node has no addresses to give out".into());
+                let why =
+                    waiting_for.unwrap_or_else(|| "this node has no addresses to give out".into());
                 Err(CniError::new(
                     Code::NotAvailable,
                     message,

@@ -44,7 +44,9 @@ pub fn added(
         (Some(given), _) => Some(given.clone()),
         (None, Some(DnsStatus { serving: true, address: Some(address), domain, .. })) => {
             let domain = domain.as_deref().map(|it| it.trim_end_matches('.'));
-            Some(json!({"nameservers": [address], "search": domain.into_iter().collect::<Vec<_>>()}))
+            Some(
+                json!({"nameservers": [address], "search": domain.into_iter().collect::<Vec<_>>()}),
+            )
         }
         (None, _) => None,
     };
@@ -62,7 +64,8 @@ pub fn previous(config: &Config) -> Result<Option<&Map<String, Value>>, CniError
     match &config.prev_result {
         None => Ok(None),
         Some(Value::Object(result)) => {
-            let is_list = |key: &&str| result.get(*key).is_none_or(|it| it.is_null() || it.is_array());
+            let is_list =
+                |key: &&str| result.get(*key).is_none_or(|it| it.is_null() || it.is_array());
             match ["interfaces", "ips"].iter().find(|key| !is_list(key)) {
                 None => Ok(Some(result)),
                 Some(key) => Err(unclear(&format!("prevResult.{key} is no list"))),
@@ -81,7 +84,8 @@ pub fn addresses(result: &Value) -> Option<BTreeSet<IpAddr>> {
 
 /// Whether a result has an address on an interface of that name inside the container.
 pub fn has(result: &Map<String, Value>, interface: &str, address: &str) -> bool {
-    let array = |key: &str| result.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let array =
+        |key: &str| result.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     array("ips").iter().any(|ip| {
         let index = ip["interface"].as_u64().and_then(|index| usize::try_from(index).ok());
         let found = index.and_then(|index| array("interfaces").get(index));

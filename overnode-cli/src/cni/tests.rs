@@ -14,8 +14,11 @@ const ADD: &[(&str, &str)] = &[
 ];
 
 fn with(base: &[(&str, &str)], more: &[(&str, &str)]) -> impl Fn(&str) -> Option<String> + use<> {
-    let all: Vec<(String, String)> =
-        more.iter().chain(base).map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    let all: Vec<(String, String)> = more
+        .iter()
+        .chain(base)
+        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+        .collect();
     move |name: &str| all.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone())
 }
 
@@ -55,7 +58,10 @@ fn version_tells_what_is_spoken_in_the_version_of_the_question() {
         assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::SUCCESS));
         let output = output.unwrap();
         assert_eq!(output["cniVersion"], asked);
-        assert_eq!(output["supportedVersions"], json!(["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
+        assert_eq!(
+            output["supportedVersions"],
+            json!(["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"])
+        );
     }
     let (output, _) = run(b"", &with(&[], &[("CNI_COMMAND", "VERSION")]));
     assert_eq!(output.unwrap()["cniVersion"], "1.1.0");
@@ -70,7 +76,8 @@ fn incompatible_versions_are_code_1() {
     assert_eq!(error(br#"{"name": "net"}"#, &[]).0, 1, "no version is 0.1.0");
     for (at, version) in VERSIONS.iter().enumerate() {
         for (command, since) in [("ADD", 0), ("DEL", 0), ("CHECK", 2), ("GC", 4), ("STATUS", 4)] {
-            let valid = json!({"prevResult": {}, "interface": "o0", "cni.dev/valid-attachments": []});
+            let valid =
+                json!({"prevResult": {}, "interface": "o0", "cni.dev/valid-attachments": []});
             let (output, _) = run(&conf(version, valid), &with(ADD, &[("CNI_COMMAND", command)]));
             let code = output.map_or(0, |output| output["code"].as_u64().unwrap());
             assert_eq!(code == 1, at < since, "{command} of {version}: {code}");
@@ -97,7 +104,10 @@ fn all_variables_that_make_no_sense_are_named() {
         ("CNI_CONTAINERID", vec!["", "-a", ".a", "a/b", "a b", "ü", &long]),
         ("CNI_NETNS", vec!["", "relative"]),
         ("CNI_IFNAME", vec!["", ".", "..", "a/b", "a:b", "a b", "sixteencharacter", "a\nb"]),
-        ("CNI_ARGS", vec!["x", "A=B", "IgnoreUnknown=0;A=B", "IP=x", "IP=fd00::1", "MAC=01:00:00:00:00:00"]),
+        (
+            "CNI_ARGS",
+            vec!["x", "A=B", "IgnoreUnknown=0;A=B", "IP=x", "IP=fd00::1", "MAC=01:00:00:00:00:00"],
+        ),
     ] {
         for value in bad {
             let (code, message) = error(&input, &[(name, value)]);
@@ -124,10 +134,14 @@ fn all_variables_that_make_no_sense_are_named() {
 /// Section 1, well-known keys; section 5, Error, code 2.
 #[test]
 fn a_key_that_is_not_honoured_is_told_with_all_of_its_value() {
-    let ranges: Vec<Value> = (0..100).map(|n| json!([{"subnet": format!("10.{n}.0.0/16")}])).collect();
+    let ranges: Vec<Value> =
+        (0..100).map(|n| json!([{"subnet": format!("10.{n}.0.0/16")}])).collect();
     let long = json!({"type": "host-local", "ranges": ranges});
     let (code, message) = error(&conf("1.1.0", json!({"ipam": long})), &[]);
-    assert!(code == 2 && message.contains("ipam") && message.contains(&long.to_string()), "{message}");
+    assert!(
+        code == 2 && message.contains("ipam") && message.contains(&long.to_string()),
+        "{message}"
+    );
     let (code, message) = error(&conf("1.1.0", json!({"ipam": {"type": "host-local"}})), &[]);
     assert_eq!(code, 2);
     assert!(message.contains("ipam") && message.contains("host-local"), "{message}");
@@ -149,9 +163,13 @@ fn keys_that_are_for_others_are_passed_over() {
         "cni.dev/valid-attachments": [{"containerID": "a", "ifname": "eth0", "later": 1}], "capabilities": {"ips": true}
     });
     for command in ["ADD", "DEL", "CHECK", "GC", "STATUS"] {
-        let with_others = task_of(&conf("1.1.0", others.clone()), &[("CNI_COMMAND", command)]).unwrap();
+        let with_others =
+            task_of(&conf("1.1.0", others.clone()), &[("CNI_COMMAND", command)]).unwrap();
         let plain = json!({"cni.dev/valid-attachments": [{"containerID": "a", "ifname": "eth0"}]});
-        assert_eq!(with_others, task_of(&conf("1.1.0", plain), &[("CNI_COMMAND", command)]).unwrap());
+        assert_eq!(
+            with_others,
+            task_of(&conf("1.1.0", plain), &[("CNI_COMMAND", command)]).unwrap()
+        );
     }
 }
 
@@ -159,7 +177,8 @@ fn keys_that_are_for_others_are_passed_over() {
 #[test]
 fn what_concerns_no_attachment_needs_no_attachment() {
     for command in ["GC", "STATUS", "VERSION"] {
-        let env = with(&[("CNI_COMMAND", command), ("OVERNODE_RUN_DIR", "/nonexistent/overnode")], &[]);
+        let env =
+            with(&[("CNI_COMMAND", command), ("OVERNODE_RUN_DIR", "/nonexistent/overnode")], &[]);
         let (output, _) = run(&conf("1.1.0", json!({"cni.dev/valid-attachments": []})), &env);
         let code = output.unwrap()["code"].as_u64();
         let unreachable = [("GC", 11), ("STATUS", 51)].into_iter().find(|it| it.0 == command);
@@ -172,15 +191,26 @@ fn what_concerns_no_attachment_needs_no_attachment() {
 fn what_is_no_configuration_is_code_6() {
     let huge = conf("1.1.0", json!({"x": "x".repeat(INPUT_LIMIT)}));
     let deep = "[".repeat(100_000);
-    for bad in [&b""[..], b"{", b"[]", b"null", b"\xff\xfe", b"{\"cniVersion\": 1}", &huge, deep.as_bytes()] {
+    for bad in [
+        &b""[..],
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"{\"cniVersion\": 1}",
+        &huge,
+        deep.as_bytes(),
+    ] {
         assert_eq!(error(bad, &[]).0, 6);
     }
     assert_eq!(
-        error(&conf("1.1.0", json!({"cni.dev/valid-attachments": [1]})), &[("CNI_COMMAND", "GC")]).0,
+        error(&conf("1.1.0", json!({"cni.dev/valid-attachments": [1]})), &[("CNI_COMMAND", "GC")])
+            .0,
         6
     );
     // Before anything is made.
-    for previous in [json!(7), json!([]), json!({"interfaces": {}}), json!({"ips": "10.1.0.1/16"})] {
+    for previous in [json!(7), json!([]), json!({"interfaces": {}}), json!({"ips": "10.1.0.1/16"})]
+    {
         let bad = conf("1.1.0", json!({"prevResult": previous, "interface": "o0"}));
         assert_eq!(error(&bad, &[]).0, 6, "{previous}");
         assert_eq!(error(&bad, &[("CNI_COMMAND", "CHECK")]).0, 6, "{previous}");
@@ -213,7 +243,10 @@ fn what_makes_no_sense_is_code_7() {
         assert_eq!(error(&conf("1.1.0", bad.clone()), &[]).0, 7, "{bad}");
     }
     let (code, message) = error(&conf("1.1.0", json!({})), &[("CNI_COMMAND", "CHECK")]);
-    assert!(code == 7 && message.contains("prevResult"), "CHECK must consult the prevResult: {message}");
+    assert!(
+        code == 7 && message.contains("prevResult"),
+        "CHECK must consult the prevResult: {message}"
+    );
     let (code, message) = error(&conf("1.1.0", json!({})), &[("CNI_COMMAND", "GC")]);
     assert!(code == 7 && message.contains("cni.dev/valid-attachments"), "{message}");
 }
@@ -221,15 +254,18 @@ fn what_makes_no_sense_is_code_7() {
 /// Section 2, Parameters; section 3, Deriving `runtimeConfig`.
 #[test]
 fn arguments_and_capabilities_are_understood() {
-    let args =
-        "IgnoreUnknown=1;X=Y;IP=10.32.0.7;MAC=02:00:00:00:00:07;K8S_POD_NAME=web;K8S_POD_NAMESPACE=shop";
+    let args = "IgnoreUnknown=1;X=Y;IP=10.32.0.7;MAC=02:00:00:00:00:07;K8S_POD_NAME=web;K8S_POD_NAMESPACE=shop";
     let wanted = added_with(&conf("1.0.0", json!({})), &[("CNI_ARGS", args)]);
     assert_eq!(wanted.address, Some("10.32.0.7/32".parse().unwrap()));
     assert_eq!(wanted.mac, Some([2, 0, 0, 0, 0, 7]));
     assert_eq!(wanted.name.as_deref(), Some("web.shop"));
-    assert_eq!((wanted.endpoint.ifname.as_str(), wanted.endpoint.interface.as_str()), ("eth0", "eth0"));
+    assert_eq!(
+        (wanted.endpoint.ifname.as_str(), wanted.endpoint.interface.as_str()),
+        ("eth0", "eth0")
+    );
 
-    let capabilities = json!({"runtimeConfig": {"ips": ["10.32.0.8/12"], "mac": "02:00:00:00:00:08"}});
+    let capabilities =
+        json!({"runtimeConfig": {"ips": ["10.32.0.8/12"], "mac": "02:00:00:00:00:08"}});
     let wanted = added_with(&conf("1.0.0", capabilities), &[("CNI_ARGS", "K8S_POD_NAME=web")]);
     assert_eq!(wanted.address, Some("10.32.0.8/12".parse().unwrap()));
     assert_eq!(wanted.mac, Some([2, 0, 0, 0, 0, 8]));
@@ -247,7 +283,10 @@ fn arguments_and_capabilities_are_understood() {
     // Of these nothing was told when the container was added.
     let input = conf("1.0.0", json!({"prevResult": {}}));
     for command in ["DEL", "CHECK"] {
-        assert!(task_of(&input, &[("CNI_COMMAND", command), ("CNI_ARGS", "x")]).is_ok(), "{command}");
+        assert!(
+            task_of(&input, &[("CNI_COMMAND", command), ("CNI_ARGS", "x")]).is_ok(),
+            "{command}"
+        );
     }
 }
 
@@ -272,7 +311,10 @@ fn results_have_the_form_of_their_version() {
         assert_eq!(result["interfaces"][0]["name"], "ov0a280001");
         assert_eq!(result["interfaces"][0].get("sandbox"), None, "empty if on the host");
         assert_eq!(result["interfaces"][1]["name"], "eth0");
-        assert_eq!(result["interfaces"][1]["sandbox"], "/run/netns/blue", "the value passed via CNI_NETNS");
+        assert_eq!(
+            result["interfaces"][1]["sandbox"], "/run/netns/blue",
+            "the value passed via CNI_NETNS"
+        );
         assert_eq!(result["interfaces"][1]["mac"], "02:00:00:00:00:01");
         assert_eq!(result["ips"][0]["address"], "10.40.0.1/12");
         assert_eq!(result["ips"][0]["interface"], 1);
@@ -295,7 +337,10 @@ fn what_earlier_plugins_made_is_in_the_result() {
     let (config, wanted) = (config::config(&input).unwrap(), added_with(&input, &[]));
     let attached = Attached { interface: "overnode0".into(), ..attached() };
     let result = result::added("1.0.0", &config, &wanted, &attached, None).unwrap();
-    assert_eq!(result["interfaces"].as_array().unwrap()[..2], previous["interfaces"].as_array().unwrap()[..]);
+    assert_eq!(
+        result["interfaces"].as_array().unwrap()[..2],
+        previous["interfaces"].as_array().unwrap()[..]
+    );
     assert_eq!(result["interfaces"][3]["name"], "overnode0");
     assert_eq!(result["ips"][0], previous["ips"][0]);
     assert_eq!(result["ips"][1]["interface"], 3);
@@ -330,7 +375,11 @@ fn without_a_daemon() {
         for previous in [json!({}), json!({"prevResult": null}), json!({"prevResult": {}})] {
             let env = with(ADD, &[("CNI_COMMAND", "DEL"), ("CNI_NETNS", netns)]);
             let (output, code) = run(&conf("1.1.0", previous), &env);
-            assert_eq!((output, format!("{code:?}")), (None, format!("{:?}", ExitCode::SUCCESS)), "{netns}");
+            assert_eq!(
+                (output, format!("{code:?}")),
+                (None, format!("{:?}", ExitCode::SUCCESS)),
+                "{netns}"
+            );
         }
     }
 }
@@ -340,7 +389,9 @@ fn addresses_of_a_result() {
     let read = |result: Value| result::addresses(&result).into_iter().flatten().collect::<Vec<_>>();
     let two = json!({"ips": [{"address": "10.40.0.1/12"}, {"address": "x"}, 7, {"address": "fd00::1/64"}]});
     assert_eq!(read(two), ["10.40.0.1".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
-    for none in [json!(null), json!({}), json!({"ips": []}), json!({"ips": [{"address": 1}]}), json!([])] {
+    for none in
+        [json!(null), json!({}), json!({"ips": []}), json!({"ips": [{"address": 1}]}), json!([])]
+    {
         assert_eq!(result::addresses(&none), None, "{none}");
     }
 }

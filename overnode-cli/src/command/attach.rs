@@ -14,8 +14,13 @@ use crate::options::{Attach, Context, Detach, Expose};
 /// When there is no such container, the daemon does not run, or it refuses.
 pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure> {
     demand_root("attach")?;
-    let mut request =
-        api::Attach { target: wanted.target, netns: None, address: wanted.ip, name: wanted.name, cni: None };
+    let mut request = api::Attach {
+        target: wanted.target,
+        netns: None,
+        address: wanted.ip,
+        name: wanted.name,
+        cni: None,
+    };
     if let Target::Container(name) = &request.target {
         let container = container::find(name)?;
         let Some(pid) = container.pid else {
@@ -24,8 +29,9 @@ pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure
             )));
         };
         request.netns = Some(Netns::Pid(pid));
-        request.name =
-            request.name.or_else(|| api::check_name(&container.name).is_ok().then_some(container.name));
+        request.name = request
+            .name
+            .or_else(|| api::check_name(&container.name).is_ok().then_some(container.name));
         request.target = Target::Container(container.id);
     }
     let attached: Attached = Client::new(context).post("/v1/attach", &request).await?;
@@ -56,8 +62,13 @@ pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure
 /// When it has another one already, the daemon does not run, or it refuses.
 pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure> {
     demand_root("expose")?;
-    let request =
-        api::Attach { target: Target::Host, netns: None, address: wanted.ip, name: wanted.name, cni: None };
+    let request = api::Attach {
+        target: Target::Host,
+        netns: None,
+        address: wanted.ip,
+        name: wanted.name,
+        cni: None,
+    };
     let attached: Attached = Client::new(context).post("/v1/attach", &request).await?;
     Ok(format!("{}\n", attached.address))
 }

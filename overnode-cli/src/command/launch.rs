@@ -20,7 +20,8 @@ use crate::strength::weakness;
 pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
     let token = token(&wanted)?;
     demand_root("launch")?;
-    let warnings: Vec<String> = weakness(token.expose()).into_iter().chain(readable(&wanted)).collect();
+    let warnings: Vec<String> =
+        weakness(token.expose()).into_iter().chain(readable(&wanted)).collect();
     let client = Client::new(context);
     let (started, _) = start::ensure_running(context, &client).await?;
     let request = api::Launch {
@@ -64,8 +65,9 @@ async fn undo(started: Started, why: Failure) -> Failure {
 
 /// Comes back when somebody wants this command to end.
 async fn interrupted() -> Failure {
-    let failure =
-        |signal: &str| Failure::failed(format_args!("interrupted by {signal}: launch again when ready"));
+    let failure = |signal: &str| {
+        Failure::failed(format_args!("interrupted by {signal}: launch again when ready"))
+    };
     let (Ok(mut interrupt), Ok(mut terminate)) =
         (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
@@ -105,7 +107,10 @@ fn readable(wanted: &Launch) -> Option<String> {
     let file = wanted.token_file.as_ref().filter(|_| wanted.token.is_none())?;
     let found = fs::metadata(file).ok().filter(fs::Metadata::is_file)?;
     (found.mode() & 0o044 != 0).then(|| {
-        format!("other users of this host can read the token in {0}: `chmod go= {0}`", file.display())
+        format!(
+            "other users of this host can read the token in {0}: `chmod go= {0}`",
+            file.display()
+        )
     })
 }
 

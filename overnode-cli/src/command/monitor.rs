@@ -104,9 +104,11 @@ mod tests {
     #[test]
     fn what_is_named_is_shown() {
         let shown = |line: &str| {
-            let cli = Cli::try_parse_from(format!("overnode monitor {line}").split_whitespace()).unwrap();
+            let cli =
+                Cli::try_parse_from(format!("overnode monitor {line}").split_whitespace()).unwrap();
             let Command::Monitor(wanted) = cli.command else { panic!("another command") };
-            let not_shown = |reason: &str| Happening::DropsNotShown { reason: reason.to_owned(), count: 1 };
+            let not_shown =
+                |reason: &str| Happening::DropsNotShown { reason: reason.to_owned(), count: 1 };
             let all = [
                 not_shown("spoofed"),
                 not_shown("no-route"),

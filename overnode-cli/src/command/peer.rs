@@ -19,7 +19,8 @@ pub async fn run(context: &Context, wanted: Peer) -> Result<String, Failure> {
         Peer::Remove { public_key } => {
             demand_root("peer remove")?;
             let request = api::RemoveExternalPeer { public_key };
-            let removed: ExternalPeerRemoved = client.post("/v1/external-peers/remove", &request).await?;
+            let removed: ExternalPeerRemoved =
+                client.post("/v1/external-peers/remove", &request).await?;
             Ok(format!("removed; it had {}\n", listed(&removed.allowed_ips)))
         }
         Peer::List { json: true } => Ok(render::json(&client.get("/v1/external-peers").await?)),
@@ -35,8 +36,9 @@ async fn add(client: &Client, wanted: AddPeer) -> Result<String, Failure> {
         None => None,
         Some(file) => {
             let key = read_secret("--preshared-key-file", file)?;
-            let bad =
-                |error| Failure::usage(format_args!("--preshared-key-file {}: {error}", file.display()));
+            let bad = |error| {
+                Failure::usage(format_args!("--preshared-key-file {}: {error}", file.display()))
+            };
             Some(key.trim().parse().map_err(bad)?)
         }
     };

@@ -22,7 +22,8 @@ pub async fn run(context: &Context, wanted: &Reclaim) -> Result<String, Failure>
     let client = Client::new(context);
     let begun = Instant::now();
     loop {
-        let reclaimed: Reclaimed = client.post("/v1/reclaim", &api::Reclaim { id: wanted.id }).await?;
+        let reclaimed: Reclaimed =
+            client.post("/v1/reclaim", &api::Reclaim { id: wanted.id }).await?;
         if reclaimed.done {
             return Ok(format!("the address space of node {} is this node's now\n", reclaimed.id));
         }

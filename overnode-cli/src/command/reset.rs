@@ -30,13 +30,19 @@ pub async fn run(context: &Context, wanted: &Reset) -> Result<String, Failure> {
     }
     Ok(match reset.id {
         Some(id) => {
-            format!("node {id}: reset; tell the nodes that had it as a target: `overnode forget HOST`\n")
+            format!(
+                "node {id}: reset; tell the nodes that had it as a target: `overnode forget HOST`\n"
+            )
         }
         None => "nothing was launched on this host; its daemon was stopped\n".to_owned(),
     })
 }
 
-async fn without_daemon(context: &Context, client: &Client, force: bool) -> Result<String, Failure> {
+async fn without_daemon(
+    context: &Context,
+    client: &Client,
+    force: bool,
+) -> Result<String, Failure> {
     let presence = Presence::of(&context.state_dir);
     if let Presence::Deaf(_) = presence {
         return Err(Failure::failed(presence.not_running(client.socket())));

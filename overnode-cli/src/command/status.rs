@@ -22,7 +22,9 @@ pub async fn run(context: &Context, wanted: &Status) -> Result<String, Failure> 
     if let Some(fields) = document.as_object_mut()
         && !sections.is_empty()
     {
-        fields.retain(|name, _| sections.iter().any(|section| section.fields().contains(&name.as_str())));
+        fields.retain(|name, _| {
+            sections.iter().any(|section| section.fields().contains(&name.as_str()))
+        });
     }
     Ok(render::json(&document))
 }

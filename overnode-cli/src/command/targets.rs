@@ -23,7 +23,10 @@ pub async fn connect(context: &Context, wanted: Connect) -> Result<String, Failu
 /// When the daemon does not run or refuses.
 pub async fn forget(context: &Context, wanted: Forget) -> Result<String, Failure> {
     demand_root("forget")?;
-    Client::new(context).post("/v1/forget", &api::Forget { hosts: wanted.hosts }).await.map(describe)
+    Client::new(context)
+        .post("/v1/forget", &api::Forget { hosts: wanted.hosts })
+        .await
+        .map(describe)
 }
 
 fn describe(targets: Targets) -> String {

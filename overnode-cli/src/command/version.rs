@@ -26,7 +26,8 @@ pub async fn run(context: &Context) -> Result<String, Failure> {
 fn describe(version: &Version) -> String {
     let mut text = format!("{}, process {}", version.version, version.pid);
     if let Some((oldest, newest)) = version.protocols {
-        let protocols = if oldest == newest { newest.to_string() } else { format!("{oldest} to {newest}") };
+        let protocols =
+            if oldest == newest { newest.to_string() } else { format!("{oldest} to {newest}") };
         text = format!("{text}, protocol {protocols}");
     }
     if let Some(kernel) = &version.kernel {

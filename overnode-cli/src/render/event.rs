@@ -2,7 +2,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use overnode_daemon::api::{Container, DroppedPacket, Flow, Happening, MonitorEvent, Path, Program, Who};
+use overnode_daemon::api::{
+    Container, DroppedPacket, Flow, Happening, MonitorEvent, Path, Program, Who,
+};
 
 use super::grid::Tone;
 
@@ -44,14 +46,18 @@ fn words(what: &Happening) -> (Option<Tone>, &'static str, String) {
         Happening::Disconnected { peer, remote, why } => {
             (Tone::Bad, "disconnected", format!("{} at {remote}: {why}", who(peer)))
         }
-        Happening::SessionEstablished { peer } => (Tone::Good, "session", format!("{} has one", who(peer))),
+        Happening::SessionEstablished { peer } => {
+            (Tone::Good, "session", format!("{} has one", who(peer)))
+        }
         Happening::SessionLost { peer, why } => {
             let why = why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
             (Tone::Bad, "session lost", format!("{}{why}", who(peer)))
         }
         Happening::PathChanged { peer, path } => match path {
             Some(Path::Direct) => (Tone::Good, "path", format!("{} straight", who(peer))),
-            Some(Path::Via(relay)) => (Tone::Wait, "path", format!("{} through node {relay}", who(peer))),
+            Some(Path::Via(relay)) => {
+                (Tone::Wait, "path", format!("{} through node {relay}", who(peer)))
+            }
             None => (Tone::Bad, "path", format!("{} none is known", who(peer))),
         },
         Happening::StraightPath { peer, works: true, mtu } => {
@@ -82,7 +88,9 @@ fn dropped(it: &DroppedPacket) -> String {
     let mut parts = vec![format!("{:<14}", it.reason)];
     // The container that the packet is from or for is named anyway.
     let named = |address: IpAddr| match it.names.get(&address) {
-        Some(name) if it.container.as_ref().is_none_or(|it| it.address != address) => format!(" ({name})"),
+        Some(name) if it.container.as_ref().is_none_or(|it| it.address != address) => {
+            format!(" ({name})")
+        }
         Some(_) | None => String::new(),
     };
     let from_container = matches!(it.program, Program::FromContainer | Program::Seal);
@@ -129,7 +137,11 @@ fn flow(flow: &Flow, named: impl Fn(IpAddr) -> String) -> String {
         None => address.to_string() + &named(address),
     };
     let Flow { source, destination, protocol, source_port, destination_port } = flow;
-    format!("{protocol} {} > {}", place(*source, *source_port), place(*destination, *destination_port))
+    format!(
+        "{protocol} {} > {}",
+        place(*source, *source_port),
+        place(*destination, *destination_port)
+    )
 }
 
 fn who(peer: &Who) -> String {
@@ -157,7 +169,13 @@ fn clock(unix_milliseconds: u64) -> String {
     let mut parts: libc::tm = unsafe { std::mem::zeroed() };
     // SAFETY: both pointers are valid.
     unsafe { libc::localtime_r(&raw const seconds, &raw mut parts) };
-    format!("{:02}:{:02}:{:02}.{:03}", parts.tm_hour, parts.tm_min, parts.tm_sec, unix_milliseconds % 1000)
+    format!(
+        "{:02}:{:02}:{:02}.{:03}",
+        parts.tm_hour,
+        parts.tm_min,
+        parts.tm_sec,
+        unix_milliseconds % 1000
+    )
 }
 
 #[cfg(test)]
@@ -166,7 +184,8 @@ mod tests {
 
     fn line(json: &str) -> String {
         let parsed: MonitorEvent =
-            serde_json::from_str(&json.replacen('{', r#"{"unix_milliseconds":90061007,"#, 1)).unwrap();
+            serde_json::from_str(&json.replacen('{', r#"{"unix_milliseconds":90061007,"#, 1))
+                .unwrap();
         let line = event(&parsed, false);
         let (clock, rest) = line.split_at(12);
         assert!(clock.ends_with(":01.007"), "{clock}");
@@ -229,8 +248,10 @@ mod tests {
 
     #[test]
     fn only_terminals_get_colours() {
-        let problem =
-            MonitorEvent { unix_milliseconds: 0, what: Happening::Problem { problem: "x".to_owned() } };
+        let problem = MonitorEvent {
+            unix_milliseconds: 0,
+            what: Happening::Problem { problem: "x".to_owned() },
+        };
         assert!(event(&problem, true).contains("\u{1b}[31m"));
         assert!(!event(&problem, false).contains('\u{1b}'));
     }

@@ -145,9 +145,9 @@ impl Grid {
         let mut table = bare(style, width);
         table.set_header(self.headings.iter().map(|heading| heading.to_uppercase()));
         for row in &self.rows {
-            table.add_row(
-                row.iter().map(|cell| styled(if cell.text.is_empty() { "-" } else { &cell.text }, cell.tone)),
-            );
+            table.add_row(row.iter().map(|cell| {
+                styled(if cell.text.is_empty() { "-" } else { &cell.text }, cell.tone)
+            }));
         }
         finished(table)
     }
@@ -155,7 +155,10 @@ impl Grid {
     fn blocks(&self, style: Style, width: u16) -> String {
         let blocks = self.rows.iter().map(|row| {
             let pairs = self.headings.iter().zip(row).filter(|(_, cell)| !cell.text.is_empty());
-            pairs_of(pairs.map(|(heading, cell)| (*heading, cell)), Style { width: Some(width), ..style })
+            pairs_of(
+                pairs.map(|(heading, cell)| (*heading, cell)),
+                Style { width: Some(width), ..style },
+            )
         });
         blocks.collect::<Vec<_>>().join("\n")
     }
@@ -174,7 +177,9 @@ fn bare(style: Style, width: Option<u16>) -> Table {
     let mut table = Table::new();
     table.load_preset(NOTHING);
     match width {
-        Some(width) => table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width + GAP),
+        Some(width) => {
+            table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width + GAP)
+        }
         None => table.set_content_arrangement(ContentArrangement::Disabled),
     };
     if style.color {

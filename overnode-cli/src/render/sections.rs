@@ -4,9 +4,9 @@ use std::time::SystemTime;
 
 use overnode_daemon::api::{
     BulkStatus, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, DnsStatus,
-    EndpointState, EndpointStatus, ExternalPeerStatus, IpamStatus, Kind, LastError, Level, NodeState,
-    NodeStatus, Path, PeerStatus, RouteStatus, SessionState, Status, TargetState, TargetStatus,
-    WorkersStatus,
+    EndpointState, EndpointStatus, ExternalPeerStatus, IpamStatus, Kind, LastError, Level,
+    NodeState, NodeStatus, Path, PeerStatus, RouteStatus, SessionState, Status, TargetState,
+    TargetStatus, WorkersStatus,
 };
 use overnode_daemon::bulk::control::Mode;
 use overnode_daemon::types::NodeId;
@@ -53,8 +53,12 @@ pub fn node(node: &NodeStatus, style: Style) -> String {
     let (subnet, range) = (node.network.subnet, node.network.range);
     pairs.extend(node.address.map(|address| ("address", Cell::from(address))));
     pairs.push(("subnet", format!("{subnet}, of which {range} is given out").into()));
-    let underlay: Vec<String> =
-        node.interface.iter().cloned().chain(node.underlay.iter().map(ToString::to_string)).collect();
+    let underlay: Vec<String> = node
+        .interface
+        .iter()
+        .cloned()
+        .chain(node.underlay.iter().map(ToString::to_string))
+        .collect();
     if !underlay.is_empty() {
         pairs.push(("underlay", underlay.join(", ").into()));
     }
@@ -72,7 +76,9 @@ pub fn node(node: &NodeStatus, style: Style) -> String {
 fn workers(bulk: &WorkersStatus) -> Option<String> {
     let how_many = match (bulk.mode, bulk.workers) {
         (Mode::Off, _) => return Some("in the kernel, as all others".to_owned()),
-        (_, 0) => return bulk.error.as_ref().map(|_| "in the kernel: there are no workers".to_owned()),
+        (_, 0) => {
+            return bulk.error.as_ref().map(|_| "in the kernel: there are no workers".to_owned());
+        }
         (_, 1) => "1 worker".to_owned(),
         (_, workers) => format!("{workers} workers"),
     };
@@ -107,8 +113,8 @@ pub fn targets(targets: &[TargetStatus], style: Style) -> String {
 /// `--peers`; with everybody's connections when `detailed`.
 pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
     let mut grid = Grid::new(&[
-        "node", "address", "state", "since", "session", "path", "rtt", "loss", "endpoint", "mtu", "received",
-        "sent", "note",
+        "node", "address", "state", "since", "session", "path", "rtt", "loss", "endpoint", "mtu",
+        "received", "sent", "note",
     ])
     .spare(&["endpoint", "since", "address", "loss", "mtu", "rtt"]);
     for peer in &status.peers {
@@ -138,7 +144,8 @@ pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
         text = format!("{text}\nConnections between nodes\n{}", links(&status.peers, style));
     }
     if !status.external_peers.is_empty() {
-        text = format!("{text}\nWireGuard peers\n{}", external_peers(&status.external_peers, style));
+        text =
+            format!("{text}\nWireGuard peers\n{}", external_peers(&status.external_peers, style));
     }
     text
 }
@@ -175,7 +182,11 @@ pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
             arrow(connection.direction).into(),
             Cell::from(&connection.remote),
             connection_state(connection.state),
-            maybe(connection.peer.map(|id| named(id, connection.nickname.as_deref().unwrap_or_default()))),
+            maybe(
+                connection
+                    .peer
+                    .map(|id| named(id, connection.nickname.as_deref().unwrap_or_default())),
+            ),
             maybe(connection.rtt_microseconds.map(round_trip)),
             path,
             loss,
@@ -211,8 +222,9 @@ fn bit_rate(bits: u64) -> String {
 /// `--endpoints`
 pub fn endpoints(endpoints: &[EndpointStatus], style: Style) -> String {
     let now = SystemTime::now();
-    let mut grid = Grid::new(&["address", "name", "interface", "state", "since", "kind", "image", "target"])
-        .spare(&["interface", "kind"]);
+    let mut grid =
+        Grid::new(&["address", "name", "interface", "state", "since", "kind", "image", "target"])
+            .spare(&["interface", "kind"]);
     for endpoint in endpoints {
         let kind = match endpoint.kind {
             Kind::Netns => "netns",
@@ -258,11 +270,13 @@ pub fn ipam(ipam: &IpamStatus, detailed: bool, style: Style) -> String {
     };
     let mut facts = vec![("ready", Cell::from(lead))];
     for reclaim in &ipam.reclaims {
-        let missing = reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let missing =
+            reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         facts.push(("reclaim", format!("of node {}: waiting for {missing}", reclaim.id).into()));
     }
     if detailed {
-        facts.extend(ipam.problems.iter().map(|problem| ("problem", Cell::new(problem, Tone::Bad))));
+        facts
+            .extend(ipam.problems.iter().map(|problem| ("problem", Cell::new(problem, Tone::Bad))));
         facts.extend(ipam.notices.iter().map(|notice| ("notice", Cell::new(notice, Tone::Wait))));
     }
     let facts = pairs_of(facts.iter().map(|(name, cell)| (*name, cell)), style);
@@ -303,8 +317,9 @@ fn loans(ipam: &IpamStatus, style: Style) -> String {
 pub fn dns(dns: &DnsStatus, style: Style) -> String {
     let lead = match (&dns.address, &dns.domain) {
         (Some(address), Some(domain)) if dns.serving => {
-            let domains: Vec<&str> =
-                std::iter::once(domain.as_str()).chain(dns.aliases.iter().map(String::as_str)).collect();
+            let domains: Vec<&str> = std::iter::once(domain.as_str())
+                .chain(dns.aliases.iter().map(String::as_str))
+                .collect();
             Cell::from(format!("at {address}, under {}", domains.join(" and ")))
         }
         _ => Cell::new("not served to containers", Tone::Wait),
@@ -328,7 +343,11 @@ pub fn dns(dns: &DnsStatus, style: Style) -> String {
             reachable(Some(entry.reachable)),
         ]);
     }
-    format!("{}{}", pairs_of(facts.iter().map(|(name, cell)| (*name, cell)), style), grid.render(style))
+    format!(
+        "{}{}",
+        pairs_of(facts.iter().map(|(name, cell)| (*name, cell)), style),
+        grid.render(style)
+    )
 }
 
 /// `--counters`
@@ -361,7 +380,8 @@ pub fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
     ])
     .spare(&["endpoint", "mtu"]);
     for peer in peers {
-        let allowed = peer.allowed_ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let allowed =
+            peer.allowed_ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let [session, endpoint, mtu, received, sent, note] = data(peer.data.as_ref());
         let name = maybe(peer.name.as_ref());
         grid.row([

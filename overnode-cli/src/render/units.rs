@@ -66,8 +66,14 @@ mod tests {
 
     #[test]
     fn durations() {
-        let shown =
-            [(0, "0s"), (59, "59s"), (60, "1m0s"), (3599, "59m59s"), (3600, "1h0m"), (11_520, "3h12m")];
+        let shown = [
+            (0, "0s"),
+            (59, "59s"),
+            (60, "1m0s"),
+            (3599, "59m59s"),
+            (3600, "1h0m"),
+            (11_520, "3h12m"),
+        ];
         for (seconds, text) in
             shown.into_iter().chain([(86_399, "23h59m"), (86_400, "1d0h"), (446_400, "5d4h")])
         {
@@ -93,16 +99,24 @@ mod tests {
 
     #[test]
     fn sizes() {
-        let shown =
-            [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (10_240, "10.0 KiB"), (102_400, "100 KiB")];
-        for (count, text) in shown.into_iter().chain([(1_023_999, "0.98 MiB"), (u64::MAX, "16.0 EiB")]) {
+        let shown = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.00 KiB"),
+            (10_240, "10.0 KiB"),
+            (102_400, "100 KiB"),
+        ];
+        for (count, text) in
+            shown.into_iter().chain([(1_023_999, "0.98 MiB"), (u64::MAX, "16.0 EiB")])
+        {
             assert_eq!(bytes(count), text);
         }
     }
 
     #[test]
     fn round_trips() {
-        for (microseconds, text) in [(0, "0.000 ms"), (85, "0.085 ms"), (1200, "1.20 ms"), (34_400, "34 ms")]
+        for (microseconds, text) in
+            [(0, "0.000 ms"), (85, "0.085 ms"), (1200, "1.20 ms"), (34_400, "34 ms")]
         {
             assert_eq!(round_trip(microseconds), text);
         }

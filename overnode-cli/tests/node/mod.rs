@@ -20,7 +20,9 @@ pub struct Canned {
 
 impl Canned {
     /// Answers each request by this function.
-    pub fn start(mut answer: impl FnMut(Request) -> Result<Reply, ApiError> + Send + 'static) -> Self {
+    pub fn start(
+        mut answer: impl FnMut(Request) -> Result<Reply, ApiError> + Send + 'static,
+    ) -> Self {
         Self::start_with(move |mut calls| {
             while let Some((request, reply)) = calls.blocking_recv() {
                 let _ = reply.send(answer(request));
@@ -40,7 +42,8 @@ impl Canned {
         let socket = host.socket();
         let (bound, ready) = std::sync::mpsc::channel();
         thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = server::bind(&socket).unwrap();
                 bound.send(()).unwrap();
@@ -61,8 +64,10 @@ pub fn version(pid: u32) -> Version {
 
 /// Something of everything.
 pub fn sample() -> Status {
-    let error =
-        |message: &str, seconds_ago| LastError { message: message.into(), seconds_ago: Some(seconds_ago) };
+    let error = |message: &str, seconds_ago| LastError {
+        message: message.into(),
+        seconds_ago: Some(seconds_ago),
+    };
     let data = DataStatus {
         session: SessionState::Established,
         session_age_seconds: Some(90),
@@ -153,7 +158,9 @@ pub fn sample() -> Status {
             nickname: "host1".into(),
             state: NodeState::Impaired,
             underlay_problems: Vec::new(),
-            problems: vec!["UDP port 6783 is in use: stop whatever uses it (`ss -lnup` shows it)".into()],
+            problems: vec![
+                "UDP port 6783 is in use: stop whatever uses it (`ss -lnup` shows it)".into(),
+            ],
             version: "0.1.0".into(),
             uptime_seconds: 12_345,
             address: Some("10.39.240.1".parse().unwrap()),
@@ -168,7 +175,8 @@ pub fn sample() -> Status {
                 mode: Mode::Auto,
                 workers: 1,
                 pid: Some(4711),
-                speeds: [("AES-256-GCM".to_owned(), 3980), ("ChaCha20-Poly1305".to_owned(), 1880)].into(),
+                speeds: [("AES-256-GCM".to_owned(), 3980), ("ChaCha20-Poly1305".to_owned(), 1880)]
+                    .into(),
                 ..WorkersStatus::default()
             },
         },
@@ -254,7 +262,10 @@ pub fn sample() -> Status {
                     lender: 1.try_into().unwrap(),
                     borrower: 5.try_into().unwrap(),
                     addresses: 80,
-                    networks: vec!["10.41.0.0/26".parse().unwrap(), "10.41.0.64/28".parse().unwrap()],
+                    networks: vec![
+                        "10.41.0.0/26".parse().unwrap(),
+                        "10.41.0.64/28".parse().unwrap(),
+                    ],
                     lender_reachable: true,
                     borrower_reachable: true,
                 },
@@ -271,7 +282,10 @@ pub fn sample() -> Status {
                 "the address 10.40.0.9 is in use here and on node 7: detach one of the two".into(),
             ],
             notices: vec!["node 3 lends the quarter of node 4 by now".into()],
-            reclaims: vec![ReclaimStatus { id: 4.try_into().unwrap(), missing: vec![3.try_into().unwrap()] }],
+            reclaims: vec![ReclaimStatus {
+                id: 4.try_into().unwrap(),
+                missing: vec![3.try_into().unwrap()],
+            }],
             owners: vec![
                 owner.clone(),
                 RangeOwner {
@@ -336,8 +350,9 @@ pub fn sample() -> Status {
             },
             CounterStatus {
                 reason: "spoofed".into(),
-                description: "A container sent from an address, or a hardware address, that is not its own."
-                    .into(),
+                description:
+                    "A container sent from an address, or a hardware address, that is not its own."
+                        .into(),
                 dropped: true,
                 count: 7,
             },

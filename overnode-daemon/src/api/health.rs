@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::status::{
-    ConnectionState, Direction, EndpointState, LastError, Path, PeerStatus, SessionState, Status, TargetState,
+    ConnectionState, Direction, EndpointState, LastError, Path, PeerStatus, SessionState, Status,
+    TargetState,
 };
 use crate::types::NodeId;
 
@@ -26,7 +27,9 @@ pub struct Health {
 }
 
 /// How bad something is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Level {
     /// All is as it should be.
@@ -56,16 +59,18 @@ impl Health {
         let critical = |what: &String| Finding::new(Level::Critical, what, "");
         let all = [&status.node.underlay_problems, &status.node.problems, &status.ipam.problems];
         findings.extend(all.into_iter().flatten().map(critical));
-        findings.extend(status.ipam.notices.iter().map(|notice| Finding::new(Level::Warning, notice, "")));
+        findings.extend(
+            status.ipam.notices.iter().map(|notice| Finding::new(Level::Warning, notice, "")),
+        );
         unreachable(status, &mut findings);
-        for peer in status.peers.iter().filter(|peer| !peer.myself && peer.reachable != Some(false)) {
+        for peer in status.peers.iter().filter(|peer| !peer.myself && peer.reachable != Some(false))
+        {
             findings.extend(of_data(status, peer));
         }
         addresses(status, &mut findings);
         targets(status, &mut findings);
         if let Some(error) = &status.node.bulk.error {
-            let advice =
-                "mend it, or launch with `--bulk off` to do without: only flows that move a lot are slower";
+            let advice = "mend it, or launch with `--bulk off` to do without: only flows that move a lot are slower";
             findings.push(Finding::new(Level::Warning, error, advice));
         }
         refused(status, &mut findings);
@@ -103,7 +108,8 @@ fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
     let (what, advice) = match lost[..] {
         [] => return,
         [one] => {
-            let since = one.since_seconds.map(|s| format!(" since {}", duration(s))).unwrap_or_default();
+            let since =
+                one.since_seconds.map(|s| format!(" since {}", duration(s))).unwrap_or_default();
             let advice = format!(
                 "see that its host and its node run, and that TCP and UDP 6783 and 6784 pass; if it is gone for good: {}",
                 reclaim(status, one.id)
@@ -132,7 +138,8 @@ fn reclaim(status: &Status, gone: NodeId) -> String {
 
 /// What packets to a node that is reachable meet.
 fn of_data(status: &Status, peer: &PeerStatus) -> Option<Finding> {
-    let advice = unless_here(status, "see that UDP 6784 passes between the two hosts, in both directions");
+    let advice =
+        unless_here(status, "see that UDP 6784 passes between the two hosts, in both directions");
     let name = named(peer.id, &peer.nickname);
     let waited = peer.since_seconds.is_none_or(|since| since >= HANDSHAKE);
     let Some(data) = &peer.data else {
@@ -167,7 +174,10 @@ fn of_data(status: &Status, peer: &PeerStatus) -> Option<Finding> {
         )),
         Some(Path::Via(relay)) => Some(Finding::new(
             Level::Warning,
-            format_args!("packets for {name} go through node {relay}{}", because(route.last_error.as_ref())),
+            format_args!(
+                "packets for {name} go through node {relay}{}",
+                because(route.last_error.as_ref())
+            ),
             advice,
         )),
         Some(Path::Direct) => route.loss_per_mille.filter(|loss| *loss > LOSSY).map(|loss| {
@@ -191,7 +201,8 @@ fn addresses(status: &Status, findings: &mut Vec<Finding>) {
         ));
     }
     for reclaim in &status.ipam.reclaims {
-        let missing = reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let missing =
+            reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         findings.push(Finding::new(
             Level::Warning,
             format_args!(
@@ -211,14 +222,17 @@ fn targets(status: &Status, findings: &mut Vec<Finding>) {
             TargetState::Established | TargetState::Myself => continue,
         };
         // A node that is known to be away is named as such.
-        let is_lost =
-            |id: NodeId| status.peers.iter().any(|peer| peer.id == id && peer.reachable == Some(false));
+        let is_lost = |id: NodeId| {
+            status.peers.iter().any(|peer| peer.id == id && peer.reachable == Some(false))
+        };
         if target.peer.is_some_and(is_lost) {
             continue;
         }
         // One that is tried at this moment is no better than it was before.
         let what = match &target.last_error {
-            Some(error) => format!("the target {} is not connected: {}", target.host, error.message),
+            Some(error) => {
+                format!("the target {} is not connected: {}", target.host, error.message)
+            }
             None => format!("the target {} has not answered yet", target.host),
         };
         let advice = format!("`overnode forget {}` if it is not to be tried any more", target.host);
@@ -309,10 +323,20 @@ mod tests {
     fn each_thing_that_is_wrong_is_named_once_with_what_to_do() {
         type Case = (fn(&mut Value), Level, &'static str, &'static str);
         let cases: [Case; 16] = [
-            (|it| it["node"]["problems"] = json!(["port taken"]), Level::Critical, "port taken", ""),
+            (
+                |it| it["node"]["problems"] = json!(["port taken"]),
+                Level::Critical,
+                "port taken",
+                "",
+            ),
             (|it| it["ipam"]["problems"] = json!(["clash"]), Level::Critical, "clash", ""),
             (|it| it["ipam"]["notices"] = json!(["taken back"]), Level::Warning, "taken back", ""),
-            (|it| it["node"]["underlay_problems"] = json!(["no program"]), Level::Critical, "no program", ""),
+            (
+                |it| it["node"]["underlay_problems"] = json!(["no program"]),
+                Level::Critical,
+                "no program",
+                "",
+            ),
             (
                 |it| it["peers"][1]["data"] = Value::Null,
                 Level::Critical,
@@ -383,9 +407,7 @@ mod tests {
                 "overnode detach netns:a",
             ),
             (
-                |it| {
-                    it["targets"][0] = json!({"host": "h", "state": "failed", "last_error": {"message": "the token differs"}})
-                },
+                |it| it["targets"][0] = json!({"host": "h", "state": "failed", "last_error": {"message": "the token differs"}}),
                 Level::Critical,
                 "the target h is not connected: the token differs",
                 "overnode forget h",
@@ -444,7 +466,10 @@ mod tests {
             });
             let [here, there] = &health.findings[..] else { panic!("{health:?}") };
             assert_eq!(here.what, "no program on eth0");
-            assert!(there.what.contains("node 2") && there.advice.contains("this host's own"), "{there:?}");
+            assert!(
+                there.what.contains("node 2") && there.advice.contains("this host's own"),
+                "{there:?}"
+            );
         }
     }
 
@@ -468,6 +493,9 @@ mod tests {
         });
         let levels: Vec<Level> = health.findings.iter().map(|finding| finding.level).collect();
         assert_eq!(levels, [Level::Critical, Level::Warning]);
-        assert_eq!(health.findings[0].what, "27 nodes are not reachable: 3, 4, 5, 6, 7 and 22 more");
+        assert_eq!(
+            health.findings[0].what,
+            "27 nodes are not reachable: 3, 4, 5, 6, 7 and 22 more"
+        );
     }
 }

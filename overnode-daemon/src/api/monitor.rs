@@ -331,7 +331,8 @@ mod tests {
     #[test]
     fn events_of_later_versions_can_be_read() {
         let event: MonitorEvent =
-            serde_json::from_str(r#"{"unix_milliseconds":7,"event":"eclipse","of":{"the":"sun"}}"#).unwrap();
+            serde_json::from_str(r#"{"unix_milliseconds":7,"event":"eclipse","of":{"the":"sun"}}"#)
+                .unwrap();
         assert_eq!(event.what, Happening::Unknown);
     }
 }

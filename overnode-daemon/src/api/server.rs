@@ -59,8 +59,8 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 /// When the listener fails.
 pub async fn serve(listener: UnixListener, node: mpsc::Sender<Call>, hub: Hub) -> io::Result<()> {
     let (gone, last) = (node.clone(), node.clone());
-    let serving =
-        axum::serve(listener, router(node, hub)).with_graceful_shutdown(async move { gone.closed().await });
+    let serving = axum::serve(listener, router(node, hub))
+        .with_graceful_shutdown(async move { gone.closed().await });
     tokio::select! {
         ended = serving => ended,
         () = async { last.closed().await; tokio::time::sleep(LAST_ANSWERS).await } => Ok(()),
@@ -111,10 +111,10 @@ fn with_body<T: DeserializeOwned + Send + 'static>(
         };
         match serde_json::from_slice(&bytes) {
             Ok(body) => ask(node, request(body)).await,
-            Err(error) => {
-                ApiError::usage(format_args!("the request's body is not the JSON that is expected: {error}"))
-                    .into_response()
-            }
+            Err(error) => ApiError::usage(format_args!(
+                "the request's body is not the JSON that is expected: {error}"
+            ))
+            .into_response(),
         }
     })
 }
@@ -129,8 +129,9 @@ async fn ask(State(node): Node, request: Request) -> Response {
 /// Asks the node, and waits for its answer.
 pub(crate) async fn call(node: &mpsc::Sender<Call>, request: Request) -> Result<Reply, ApiError> {
     let (answer, answered) = oneshot::channel();
-    let stopped =
-        |()| ApiError::failed("the node stopped before it answered: `overnode resume` starts it again");
+    let stopped = |()| {
+        ApiError::failed("the node stopped before it answered: `overnode resume` starts it again")
+    };
     node.send((request, answer)).await.map_err(|_| stopped(()))?;
     answered.await.map_err(|_| stopped(()))?
 }
@@ -165,7 +166,8 @@ async fn unknown_path(uri: Uri) -> ApiError {
 }
 
 async fn wrong_method(method: Method, uri: Uri) -> Response {
-    let message = format!("{method} is not what {} takes: use the other one of GET and POST", uri.path());
+    let message =
+        format!("{method} is not what {} takes: use the other one of GET and POST", uri.path());
     refuse(StatusCode::METHOD_NOT_ALLOWED, &ApiError::usage(message))
 }
 
@@ -173,9 +175,8 @@ impl IntoResponse for Reply {
     fn into_response(self) -> Response {
         match serde_json::to_vec(&self) {
             Ok(body) => json(StatusCode::OK, body),
-            Err(error) => {
-                ApiError::failed(format_args!("the answer has no JSON form: {error}")).into_response()
-            }
+            Err(error) => ApiError::failed(format_args!("the answer has no JSON form: {error}"))
+                .into_response(),
         }
     }
 }

@@ -69,13 +69,17 @@ impl FromStr for Host {
         }
         let label = |label: &str| {
             (1..=63).contains(&label.len())
-                && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+                && label
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
                 && !label.starts_with('-')
         };
         // A name whose last label is a number would be taken for an address that is wrong (RFC 3696, section 2).
         let name = text.strip_suffix('.').unwrap_or(text);
-        let numeric =
-            name.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()));
+        let numeric = name
+            .rsplit('.')
+            .next()
+            .is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()));
         if name.len() > 253 || numeric || !name.split('.').all(label) {
             return Err(BadHost(shortened(text)));
         }
@@ -191,9 +195,15 @@ mod tests {
 
     #[test]
     fn hosts() {
-        for good in
-            ["host2", "a.example.org", "a.example.org.", "10.0.0.1", "fd00::1", "under_score", "3com.example"]
-        {
+        for good in [
+            "host2",
+            "a.example.org",
+            "a.example.org.",
+            "10.0.0.1",
+            "fd00::1",
+            "under_score",
+            "3com.example",
+        ] {
             assert_eq!(good.parse::<Host>().unwrap().as_str(), good);
         }
         assert_eq!("FD00:0::1".parse::<Host>().unwrap().as_str(), "fd00::1");

@@ -346,7 +346,9 @@ pub struct Token(String);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadToken {
     /// Nothing, or nothing but spaces.
-    #[error("the token is empty: give the same one on every node of the cluster; `overnode token` makes one")]
+    #[error(
+        "the token is empty: give the same one on every node of the cluster; `overnode token` makes one"
+    )]
     Empty,
     /// More than [`Token::MAX`] bytes.
     #[error("the token is longer than {} bytes", Token::MAX)]
@@ -411,7 +413,11 @@ pub struct BadName;
 pub fn check_name(name: &str) -> Result<(), BadName> {
     let known = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     let fits = name.len() <= 128 && name.bytes().all(known);
-    if fits && name.starts_with(|first: char| first.is_ascii_alphanumeric()) { Ok(()) } else { Err(BadName) }
+    if fits && name.starts_with(|first: char| first.is_ascii_alphanumeric()) {
+        Ok(())
+    } else {
+        Err(BadName)
+    }
 }
 
 fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
@@ -429,7 +435,10 @@ mod secret {
 
     use crate::types::Secret;
 
-    pub fn serialize<S: Serializer>(secret: &Option<Secret>, serializer: S) -> Result<S::Ok, S::Error> {
+    pub fn serialize<S: Serializer>(
+        secret: &Option<Secret>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         let Some(secret) = secret else { return serializer.serialize_none() };
         let mut text = BASE64.encode(&secret.0);
         let done = serializer.serialize_str(&text);
@@ -437,7 +446,9 @@ mod secret {
         done
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Secret>, D::Error> {
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Secret>, D::Error> {
         let Some(mut text) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
         let secret = text.parse().map_err(serde::de::Error::custom);
         text.zeroize();

@@ -6,8 +6,8 @@ use std::ffi::CString;
 
 use anyhow::{Context as _, Result};
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    apply_filter,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, apply_filter,
 };
 
 use super::process::NAME;
@@ -58,9 +58,12 @@ const ITSELF: [libc::c_long; 18] = [
 /// The kernel refuses.
 pub fn drop_privileges() -> Result<()> {
     nix::sys::prctl::set_name(&CString::new(NAME)?).context("the process cannot be named")?;
-    for set in
-        [caps::CapSet::Ambient, caps::CapSet::Inheritable, caps::CapSet::Effective, caps::CapSet::Permitted]
-    {
+    for set in [
+        caps::CapSet::Ambient,
+        caps::CapSet::Inheritable,
+        caps::CapSet::Effective,
+        caps::CapSet::Permitted,
+    ] {
         caps::clear(None, set).context("capabilities cannot be dropped")?;
     }
     nix::sys::prctl::set_no_new_privs().context("capabilities could come back")

@@ -205,10 +205,11 @@ pub fn send<T: Serialize>(socket: &impl AsFd, message: &T) -> io::Result<()> {
 /// What `recv` reports; `WouldBlock` if there is none; `InvalidData` for one that does not decode.
 pub fn receive<T: for<'de> Deserialize<'de>>(socket: &impl AsFd) -> io::Result<Option<T>> {
     let mut buffer = [0; MAX_LEN];
-    let received = match socket::recv(socket.as_fd().as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-        Ok(0) | Err(Errno::ECONNRESET) => return Ok(None),
-        received => received?,
-    };
+    let received =
+        match socket::recv(socket.as_fd().as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) | Err(Errno::ECONNRESET) => return Ok(None),
+            received => received?,
+        };
     let message = postcard::from_bytes(&buffer[..received])
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error));
     buffer[..received].zeroize();
@@ -242,7 +243,8 @@ mod tests {
     #[test]
     fn the_longest_messages_fit() {
         let (a, b) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .unwrap();
         let reports = FromWorkers::Peers(vec![report(); MAX_REPORTS]);
         send(&a, &reports).unwrap();
         assert_eq!(receive::<FromWorkers>(&b).unwrap(), Some(reports));

@@ -4,8 +4,8 @@
 use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN};
 
 use super::packet::{
-    GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, MAX_PACKET, TCP, VNET_HEADER, VnetHeader, flag,
-    ipv4_checksum, ipv4_sum, read_u16, read_u32, write_u16,
+    GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, MAX_PACKET, TCP, VNET_HEADER, VnetHeader,
+    flag, ipv4_checksum, ipv4_sum, read_u16, read_u32, write_u16,
 };
 use super::segment::MAX_SEGMENTS;
 
@@ -99,7 +99,8 @@ impl Joiner {
         };
         let key = key_of(&link, packet, &headers);
         let fits = partial && self.can_join(packet, &headers);
-        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.segments > 0 && slot.key == key) {
+        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.segments > 0 && slot.key == key)
+        {
             let fit = if fits { slot.fit(packet, &headers) } else { Fit::No };
             if fit != Fit::No {
                 slot.append(packet);
@@ -170,10 +171,17 @@ impl Joiner {
     fn can_join(&self, packet: &[u8], headers: &Headers) -> bool {
         let plain = match headers.version {
             4 => {
-                let checksum =
-                    || ipv4_checksum(ipv4_sum(&packet[..IPV4_LEN]), read_u16(packet, 2), read_u16(packet, 4));
+                let checksum = || {
+                    ipv4_checksum(
+                        ipv4_sum(&packet[..IPV4_LEN]),
+                        read_u16(packet, 2),
+                        read_u16(packet, 4),
+                    )
+                };
                 // No flag but DF, as in the kernel.
-                headers.transport == IPV4_LEN && packet[6] & 0x80 == 0 && checksum() == read_u16(packet, 10)
+                headers.transport == IPV4_LEN
+                    && packet[6] & 0x80 == 0
+                    && checksum() == read_u16(packet, 10)
             }
             _ => headers.transport == IPV6_LEN,
         };
@@ -185,7 +193,8 @@ impl Joiner {
             && kind
             && packet.len() > headers.payload
             && packet.len() <= MAX_JOINED
-            && read_u16(packet, headers.transport + headers.checksum_offset()) == headers.pseudo(packet)
+            && read_u16(packet, headers.transport + headers.checksum_offset())
+                == headers.pseudo(packet)
     }
 }
 
@@ -199,7 +208,11 @@ impl Slot {
             && body <= self.size
             && self.length + body <= MAX_JOINED
             && self.segments < most
-            && if headers.version == 4 { self.fits_ipv4(first, packet) } else { fits_ipv6(first, packet) }
+            && if headers.version == 4 {
+                self.fits_ipv4(first, packet)
+            } else {
+                fits_ipv6(first, packet)
+            }
             && (headers.protocol != TCP || self.fits_tcp(first, packet));
         match (fits, body < self.size || ends(packet, headers)) {
             (false, _) => Fit::No,
@@ -261,7 +274,8 @@ fn finish(packet: &mut [u8], headers: &Headers) -> u8 {
     let length = packet.len();
     if headers.version == 4 {
         write_u16(packet, 2, length as u16);
-        let checksum = ipv4_checksum(ipv4_sum(&packet[..IPV4_LEN]), length as u16, read_u16(packet, 4));
+        let checksum =
+            ipv4_checksum(ipv4_sum(&packet[..IPV4_LEN]), length as u16, read_u16(packet, 4));
         write_u16(packet, 10, checksum);
     } else {
         write_u16(packet, 4, (length - IPV6_LEN) as u16);

@@ -93,7 +93,9 @@ impl Link {
     pub async fn stop(self) {
         const PATIENCE: Duration = Duration::from_secs(2);
         let ended = async { while let Ok(Some(_)) = self.next().await {} };
-        if self.tell(&ToWorkers::Stop).is_err() || tokio::time::timeout(PATIENCE, ended).await.is_err() {
+        if self.tell(&ToWorkers::Stop).is_err()
+            || tokio::time::timeout(PATIENCE, ended).await.is_err()
+        {
             self.kill();
         }
     }
@@ -217,8 +219,10 @@ pub fn start(
         fds.extend(v4.next());
         fds.extend(v6.next());
     }
-    let mappings =
-        (FIRST_FD..).zip(fds).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
+    let mappings = (FIRST_FD..)
+        .zip(fds)
+        .map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd })
+        .collect();
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0(NAME)

@@ -84,7 +84,8 @@ impl Header {
         if message.len() < HEADER_LEN + TAG_LEN {
             return None;
         }
-        let [kind, cipher, worker, flags, a, b, c, d, counter @ ..] = message.first_chunk::<HEADER_LEN>()?;
+        let [kind, cipher, worker, flags, a, b, c, d, counter @ ..] =
+            message.first_chunk::<HEADER_LEN>()?;
         if *kind != TYPE_DATA || u32::from(*worker) >= BULK_WORKER_SLOTS || flags & !PARTIAL != 0 {
             return None;
         }
@@ -127,7 +128,9 @@ impl Hello {
 
     /// What an opened message says, if it is a hello.
     pub fn from_plaintext(plaintext: &[u8]) -> Option<Self> {
-        let [HELLO, flags, _, _, a, b, c, d, e, f, g, h] = *plaintext.first_chunk()? else { return None };
+        let [HELLO, flags, _, _, a, b, c, d, e, f, g, h] = *plaintext.first_chunk()? else {
+            return None;
+        };
         Some(Self {
             wants_answer: flags & 1 != 0,
             speeds: [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])],
@@ -143,7 +146,8 @@ mod tests {
     fn headers_come_back() {
         for cipher in Cipher::ALL {
             for is_partial in [false, true] {
-                let header = Header { cipher, worker: 15, is_partial, receiver: 0x0102_0304, counter: 5 };
+                let header =
+                    Header { cipher, worker: 15, is_partial, receiver: 0x0102_0304, counter: 5 };
                 let mut message = header.to_bytes().to_vec();
                 assert_eq!(Header::from_message(&message), None, "no tag");
                 message.resize(HEADER_LEN + TAG_LEN, 0);
@@ -154,7 +158,8 @@ mod tests {
 
     #[test]
     fn the_wire_format_stays() {
-        let header = Header { cipher: Cipher::Aes, worker: 2, is_partial: true, receiver: 1, counter: 2 };
+        let header =
+            Header { cipher: Cipher::Aes, worker: 2, is_partial: true, receiver: 1, counter: 2 };
         assert_eq!(header.to_bytes(), [4, 1, 2, 1, 1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
         let hello = Hello { wants_answer: true, speeds: [1, 2] };
         assert_eq!(hello.to_bytes(), [1, 1, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0]);
@@ -162,7 +167,8 @@ mod tests {
 
     #[test]
     fn what_is_no_message_is_none() {
-        let good = Header { cipher: Cipher::Aes, worker: 0, is_partial: false, receiver: 1, counter: 2 };
+        let good =
+            Header { cipher: Cipher::Aes, worker: 0, is_partial: false, receiver: 1, counter: 2 };
         for (at, value) in [(0, 3), (1, 2), (2, 16), (3, 2)] {
             let mut message = good.to_bytes().to_vec();
             message.resize(64, 0);

@@ -165,7 +165,8 @@ impl Headers {
 
     /// The header that a packet with these headers and a partial checksum has in front of it, as a single packet.
     pub fn vnet(&self) -> VnetHeader {
-        let from_ethernet = |offset: usize| u16::try_from(ETHERNET_LEN + offset).unwrap_or(u16::MAX);
+        let from_ethernet =
+            |offset: usize| u16::try_from(ETHERNET_LEN + offset).unwrap_or(u16::MAX);
         VnetHeader {
             flags: NEEDS_CSUM,
             gso_type: GSO_NONE,

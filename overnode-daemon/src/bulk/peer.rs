@@ -144,7 +144,11 @@ impl Peer {
                     let theirs = self.speeds[cipher as usize].load(Ordering::Relaxed);
                     theirs.min(own[cipher as usize])
                 };
-                if slower(Cipher::Aes) > slower(Cipher::ChaCha) { Cipher::Aes } else { Cipher::ChaCha }
+                if slower(Cipher::Aes) > slower(Cipher::ChaCha) {
+                    Cipher::Aes
+                } else {
+                    Cipher::ChaCha
+                }
             }
         }
     }
@@ -159,7 +163,8 @@ impl Peer {
             .is_some_and(|session| session.is_confirmed() && now < session.expires_ns);
         let was_served = self.is_served.load(Ordering::Relaxed);
         let waiting_since = self.waiting_since_ns.load(Ordering::Relaxed);
-        let is_silent = waiting_since != 0 && now > waiting_since + self.silence_ns.load(Ordering::Relaxed);
+        let is_silent =
+            waiting_since != 0 && now > waiting_since + self.silence_ns.load(Ordering::Relaxed);
         let has_greeted = self.speeds.iter().any(|speed| speed.load(Ordering::Relaxed) != 0);
         if is_silent && was_served {
             self.silences.fetch_add(1, Ordering::Relaxed);

@@ -160,14 +160,22 @@ impl Thread {
         let public_key = PublicKey(start.public_key);
         // Here, for the worker may not ask for randomness.
         let gate = Gate::new(&public_key, shared.awaited.clone(), StdRng::from_os_rng());
-        let worker =
-            Worker::new(number, handles, gate, start.joins_udp, orders, wake.clone(), shared.clone());
+        let worker = Worker::new(
+            number,
+            handles,
+            gate,
+            start.joins_udp,
+            orders,
+            wake.clone(),
+            shared.clone(),
+        );
         shared.maps.set_worker(number.into(), ifindex, boot_now_ns());
-        let handle = std::thread::Builder::new().name(format!("worker {number}")).spawn(move || {
-            yield_to_others();
-            confine::this_thread().map_err(io::Error::other)?;
-            worker.run()
-        })?;
+        let handle =
+            std::thread::Builder::new().name(format!("worker {number}")).spawn(move || {
+                yield_to_others();
+                confine::this_thread().map_err(io::Error::other)?;
+                worker.run()
+            })?;
         Ok(Self { commands, wake, handle })
     }
 
@@ -184,7 +192,9 @@ fn yield_to_others() {
     let priority: libc::c_int = 0;
     // SAFETY: `struct sched_param` of the kernel is one integer; it is read during the call. By number, for musl's function of that name
     // does nothing.
-    unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_BATCH, &raw const priority) };
+    unsafe {
+        libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_BATCH, &raw const priority)
+    };
 }
 
 /// The main thread.
@@ -240,7 +250,9 @@ impl Process {
             PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN),
         ];
-        fds.extend(self.daemon.as_ref().map(|daemon| PollFd::new(daemon.as_fd(), PollFlags::POLLIN)));
+        fds.extend(
+            self.daemon.as_ref().map(|daemon| PollFd::new(daemon.as_fd(), PollFlags::POLLIN)),
+        );
         let now = boot_now_ns();
         let timeout = if self.peers.values().any(|peer| peer.is_busy(now)) { TICK } else { IDLE };
         match poll(&mut fds, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO)) {
@@ -293,7 +305,8 @@ impl Process {
                 created_ns: session.created_ns,
                 is_initiator: session.is_initiator,
                 is_confirmed: session.is_confirmed(),
-                is_sealing: sealing.is_some_and(|sealing| sealing.local_index == session.local_index),
+                is_sealing: sealing
+                    .is_some_and(|sealing| sealing.local_index == session.local_index),
             });
         }
         self.tell(&FromWorkers::Ready);
@@ -331,7 +344,8 @@ impl Process {
                 }
                 // One with a session is where its messages come from.
                 if peer.current.load().is_none() || peer.endpoint.load().is_none() {
-                    peer.endpoint.store(endpoint.map(|remote| Arc::new(Endpoint { remote, local: None })));
+                    peer.endpoint
+                        .store(endpoint.map(|remote| Arc::new(Endpoint { remote, local: None })));
                 }
             }
             ToWorkers::RemovePeer { peer } => {
@@ -354,8 +368,8 @@ impl Process {
                         .is_some_and(|current| current.local_index == local_index);
                     if is_current {
                         let sessions = self.sessions.values();
-                        let others =
-                            sessions.filter(|other| other.peer == peer.index && other.is_confirmed());
+                        let others = sessions
+                            .filter(|other| other.peer == peer.index && other.is_confirmed());
                         match others.max_by_key(|other| other.created_ns) {
                             Some(newest) => peer.current.store(Some(newest.clone())),
                             None => peer.forget(),
@@ -365,7 +379,8 @@ impl Process {
             }
             ToWorkers::Keepalive { peer } => {
                 if let Some(peer) = self.peers.get(&peer)
-                    && let Err(reason) = say_hello(&self.shared, &self.sending, 0, peer, true, boot_now_ns())
+                    && let Err(reason) =
+                        say_hello(&self.shared, &self.sending, 0, peer, true, boot_now_ns())
                 {
                     self.shared.dropped(reason);
                 }
@@ -448,12 +463,16 @@ impl Process {
             return;
         }
         self.next_report = Instant::now() + REPORT;
-        let reports: Vec<_> =
-            self.peers.values().map(|peer| peer.report(self.shared.mode, self.shared.speeds)).collect();
+        let reports: Vec<_> = self
+            .peers
+            .values()
+            .map(|peer| peer.report(self.shared.mode, self.shared.speeds))
+            .collect();
         for some in reports.chunks(MAX_REPORTS) {
             self.tell(&FromWorkers::Peers(some.to_vec()));
         }
-        let drops = self.shared.drops.iter().map(|count| count.load(std::sync::atomic::Ordering::Relaxed));
+        let drops =
+            self.shared.drops.iter().map(|count| count.load(std::sync::atomic::Ordering::Relaxed));
         let drops: Vec<_> = (0..).zip(drops).filter(|(_, count)| *count != 0).collect();
         self.tell(&FromWorkers::Drops(drops));
     }

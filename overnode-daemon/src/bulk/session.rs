@@ -139,8 +139,10 @@ impl Session {
         let sending = self.sending.get(usize::from(worker)).ok_or(Reason::Malformed)?;
         let key = sending.keys[cipher as usize].get_or_init(|| derive(&self.tx, cipher, worker));
         let counter = draw(&sending.counters[cipher as usize])?;
-        let header = Header { cipher, worker, is_partial, receiver: self.remote_index, counter }.to_bytes();
-        let (place, rest) = message.split_first_chunk_mut::<HEADER_LEN>().ok_or(Reason::Malformed)?;
+        let header =
+            Header { cipher, worker, is_partial, receiver: self.remote_index, counter }.to_bytes();
+        let (place, rest) =
+            message.split_first_chunk_mut::<HEADER_LEN>().ok_or(Reason::Malformed)?;
         let (text, tag) = rest.split_last_chunk_mut::<TAG_LEN>().ok_or(Reason::Malformed)?;
         *place = header;
         let made = key
@@ -168,10 +170,13 @@ impl Session {
         let cipher = header.cipher as usize;
         let window = &receiving.windows[cipher];
         window.check(header.counter)?;
-        let key = receiving.keys[cipher].get_or_init(|| derive(&self.rx, header.cipher, header.worker));
-        let (aad, sealed) = message.split_first_chunk_mut::<HEADER_LEN>().ok_or(Reason::Malformed)?;
-        let opened =
-            key.open_in_place(nonce(header.counter), Aad::from(&*aad), sealed).map_err(|_| Reason::Forged)?;
+        let key =
+            receiving.keys[cipher].get_or_init(|| derive(&self.rx, header.cipher, header.worker));
+        let (aad, sealed) =
+            message.split_first_chunk_mut::<HEADER_LEN>().ok_or(Reason::Malformed)?;
+        let opened = key
+            .open_in_place(nonce(header.counter), Aad::from(&*aad), sealed)
+            .map_err(|_| Reason::Forged)?;
         window.accept(header.counter)?;
         Ok(opened)
     }
@@ -202,7 +207,9 @@ fn derive(secret: &Secret, cipher: Cipher, worker: u8) -> Box<LessSafeKey> {
         Cipher::Aes => &AES_256_GCM,
     };
     let key = key::bulk_key(secret, cipher as u8, worker);
-    Box::new(LessSafeKey::new(UnboundKey::new(algorithm, &key.0).expect("both take keys of 32 bytes")))
+    Box::new(LessSafeKey::new(
+        UnboundKey::new(algorithm, &key.0).expect("both take keys of 32 bytes"),
+    ))
 }
 
 /// 32 zero bits and the counter, little-endian, as in WireGuard.
@@ -253,7 +260,10 @@ mod tests {
         for worker in 0..16 {
             for cipher in Cipher::ALL {
                 let message = sealed(&a, worker, cipher, b"the same text every time");
-                assert!(seen.insert(message[HEADER_LEN..].to_vec()), "two keys make the same ciphertext");
+                assert!(
+                    seen.insert(message[HEADER_LEN..].to_vec()),
+                    "two keys make the same ciphertext"
+                );
                 assert_eq!(open(&b, &message).unwrap(), b"the same text every time");
                 assert_eq!(open(&b, &message), Err(Reason::Replayed));
             }

@@ -125,7 +125,8 @@ impl Batch {
     /// [`Reason::TooBig`], [`Reason::NoRoute`], or [`Reason::Helper`] for what else the kernel may say.
     pub fn send(&mut self, sockets: &Sockets) -> Result<(), Reason> {
         let used = std::mem::take(&mut self.used);
-        let (Some((way, stride)), Some(contents)) = (self.first.take(), self.buffer.get(..used)) else {
+        let (Some((way, stride)), Some(contents)) = (self.first.take(), self.buffer.get(..used))
+        else {
             return Ok(());
         };
         let transmit = Transmit {
@@ -215,8 +216,10 @@ mod tests {
 
     #[test]
     fn a_batch_is_as_large_as_the_kernel_takes() {
-        let way =
-            |port| Way { endpoint: Endpoint { remote: ([127, 0, 0, 1], port).into(), local: None }, ecn: 0 };
+        let way = |port| Way {
+            endpoint: Endpoint { remote: ([127, 0, 0, 1], port).into(), local: None },
+            ecn: 0,
+        };
         let sockets = Sockets { v4: Some(Socket::new(socket()).unwrap()), v6: None };
         let most = sockets.most(way(1).endpoint.remote);
         let mut batch = Batch::new();

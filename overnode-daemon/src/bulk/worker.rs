@@ -214,7 +214,8 @@ impl Worker {
         // A family that is missing has the device's place: a descriptor that is there twice does no harm.
         let v4 = self.sockets.v4.as_ref().map_or(device, |v4| v4.socket.as_fd());
         let v6 = self.sockets.v6.as_ref().map_or(device, |v6| v6.socket.as_fd());
-        let mut fds = [device, self.wake.as_fd(), v4, v6].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let mut fds =
+            [device, self.wake.as_fd(), v4, v6].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::ZERO);
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -224,7 +225,9 @@ impl Worker {
         if wake.revents().is_some_and(|events| !events.is_empty()) {
             let _ = self.wake.read();
         }
-        if device.revents().is_some_and(|events| events.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL))
+        if device
+            .revents()
+            .is_some_and(|events| events.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL))
         {
             return Err(io::Error::other("the device is gone"));
         }
@@ -283,7 +286,8 @@ impl Worker {
     fn take_frame(&mut self, len: usize, now: u64) -> Result<(), Reason> {
         let frame = self.frame.get(..len).ok_or(Reason::Malformed)?;
         let (vnet, frame) = frame.split_first_chunk::<VNET_HEADER>().ok_or(Reason::Malformed)?;
-        let (ethernet, packet) = frame.split_first_chunk::<ETHERNET_LEN>().ok_or(Reason::Malformed)?;
+        let (ethernet, packet) =
+            frame.split_first_chunk::<ETHERNET_LEN>().ok_or(Reason::Malformed)?;
         // The host's own stack may speak into any interface: that is nobody's packet.
         let (index, source) = from_bulk_header(ethernet).ok_or(Reason::Unsupported)?;
         let peer = self.peers.get(&index).ok_or(Reason::NoRoute)?;
@@ -296,7 +300,8 @@ impl Worker {
             _ => Reason::Malformed,
         })?;
         let cipher = peer.cipher(self.shared.mode, self.shared.speeds);
-        let way = Way { endpoint, ecn: packet.get(1).copied().ok_or(Reason::Malformed)? & ECN_MASK };
+        let way =
+            Way { endpoint, ecn: packet.get(1).copied().ok_or(Reason::Malformed)? & ECN_MASK };
         let mut bytes = 0;
         for segment in 0..cut.len() {
             let len = cut.length(segment);
@@ -409,7 +414,8 @@ impl Worker {
 
     /// Opens a message and does what it is for.
     fn take(&mut self, message: &mut [u8], origin: &Origin, now: u64) -> Result<Taken, Reason> {
-        if message.first().is_some_and(|kind| (TYPE_INITIATION..=TYPE_COOKIE_REPLY).contains(kind)) {
+        if message.first().is_some_and(|kind| (TYPE_INITIATION..=TYPE_COOKIE_REPLY).contains(kind))
+        {
             return self.take_handshake(message, origin, now).map(|()| Taken::Other);
         }
         let header = Header::from_message(message).ok_or(Reason::Malformed)?;

@@ -168,7 +168,8 @@ impl Dialer {
             None => {
                 // The connection that the lower ID opens stays, so the higher one waits for it.
                 let patience = if id < self.own { HEAD_START } else { Duration::ZERO };
-                self.destinations.insert(Key::Learned(id), Destination::new(addresses, patience, now));
+                self.destinations
+                    .insert(Key::Learned(id), Destination::new(addresses, patience, now));
             }
         }
         self.start_due(now);
@@ -229,9 +230,14 @@ impl Dialer {
             address,
             since: now,
         };
-        let rivals: Vec<_> =
-            self.connections.iter().filter(|(_, old)| old.peer == peer.id).map(|(id, _)| *id).collect();
-        let is_kept = rivals.iter().all(|rival| new.stays_beside(&self.connections[rival], self.own));
+        let rivals: Vec<_> = self
+            .connections
+            .iter()
+            .filter(|(_, old)| old.peer == peer.id)
+            .map(|(id, _)| *id)
+            .collect();
+        let is_kept =
+            rivals.iter().all(|rival| new.stays_beside(&self.connections[rival], self.own));
         if !is_kept {
             let other = rivals.iter().map(|rival| &self.connections[rival]);
             if let Some(holder) = other.into_iter().find(|old| old.public_key != new.public_key) {
@@ -276,8 +282,11 @@ impl Dialer {
         }
         self.expire_refused(now);
         if self.refused.len() >= MAX_REFUSED && !self.refused.contains_key(&address.ip()) {
-            let oldest =
-                self.refused.iter().min_by_key(|(ip, refused)| (refused.at, **ip)).map(|(ip, _)| *ip);
+            let oldest = self
+                .refused
+                .iter()
+                .min_by_key(|(ip, refused)| (refused.at, **ip))
+                .map(|(ip, _)| *ip);
             oldest.and_then(|oldest| self.refused.remove(&oldest));
         }
         self.refused.insert(address.ip(), Refused { address, why: why.to_string(), at: now });
@@ -296,7 +305,8 @@ impl Dialer {
         if is_last {
             let was_long = now.duration_since(lost.since) >= LONG_LIVED;
             for (key, destination) in &mut self.destinations {
-                let leads_there = *key == Key::Learned(lost.peer) || destination.leads_to == Some(lost.peer);
+                let leads_there =
+                    *key == Key::Learned(lost.peer) || destination.leads_to == Some(lost.peer);
                 if leads_there {
                     destination.handle_lost(why, was_long, now, &mut self.rng);
                 }
@@ -308,7 +318,11 @@ impl Dialer {
 
     /// The connection to send to a node by: the newest.
     pub fn connection(&self, peer: NodeId) -> Option<ConnectionId> {
-        self.connections.iter().rev().find(|(_, connection)| connection.peer == peer).map(|(id, _)| *id)
+        self.connections
+            .iter()
+            .rev()
+            .find(|(_, connection)| connection.peer == peer)
+            .map(|(id, _)| *id)
     }
 
     /// Does what is due.
@@ -319,12 +333,13 @@ impl Dialer {
 
     /// When to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let dials = self.destinations.iter().filter(|(key, to)| !self.is_needless(key, to)).filter_map(
-            |(_, destination)| match destination.state {
-                State::Waiting { until } => Some(until),
-                State::Dialling(_) | State::Myself => None,
-            },
-        );
+        let dials =
+            self.destinations.iter().filter(|(key, to)| !self.is_needless(key, to)).filter_map(
+                |(_, destination)| match destination.state {
+                    State::Waiting { until } => Some(until),
+                    State::Dialling(_) | State::Myself => None,
+                },
+            );
         let expiries = self.refused.values().map(|refused| refused.at + REMEMBER_REFUSED);
         dials.chain(expiries).min()
     }
@@ -334,7 +349,13 @@ impl Dialer {
         self.actions.pop_front()
     }
 
-    fn handle_failed_with(&mut self, attempt: AttemptId, why: String, is_myself: bool, now: Instant) {
+    fn handle_failed_with(
+        &mut self,
+        attempt: AttemptId,
+        why: String,
+        is_myself: bool,
+        now: Instant,
+    ) {
         let Some(key) = self.attempts.remove(&attempt) else { return };
         if let Some(destination) = self.destinations.get_mut(&key)
             && destination.state == State::Dialling(attempt)

@@ -189,7 +189,9 @@ impl Verdict {
             Self::Welcome => Ok(()),
             Self::Version => Err(Refusal::Version { ours: me.versions, theirs: peer.versions }),
             Self::Network => Err(network(me, peer)),
-            Self::IdClash { id, holder, newcomer } => Err(Refusal::IdClash { id, holder, newcomer }),
+            Self::IdClash { id, holder, newcomer } => {
+                Err(Refusal::IdClash { id, holder, newcomer })
+            }
             Self::Myself => Err(Refusal::Myself),
             Self::Other => Err(Refusal::Unknown),
             Self::Copy => Err(Refusal::Copy(me.id)),
@@ -271,7 +273,8 @@ impl Hello {
     /// # Errors
     /// The [`Refusal`] that applies.
     pub fn check(&self, peer: &Self) -> Result<(), Refusal> {
-        if self.public_key == peer.public_key && self.id == peer.id && self.process == peer.process {
+        if self.public_key == peer.public_key && self.id == peer.id && self.process == peer.process
+        {
             return Err(Refusal::Myself);
         }
         if common_version(self.versions, peer.versions).is_none() {

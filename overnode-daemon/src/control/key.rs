@@ -124,7 +124,8 @@ pub fn verifying_key(seed: &Secret) -> VerifyingKey {
 /// The X25519 public key that belongs to an Ed25519 public key. None if no honest node has such a key.
 pub fn exchange_key(key: &VerifyingKey) -> Option<PublicKey> {
     let point = CompressedEdwardsY(key.0).decompress()?;
-    let is_honest = point.compress().0 == key.0 && !point.is_small_order() && point.is_torsion_free();
+    let is_honest =
+        point.compress().0 == key.0 && !point.is_small_order() && point.is_torsion_free();
     is_honest.then(|| PublicKey(point.to_montgomery().to_bytes()))
 }
 
@@ -190,7 +191,8 @@ mod tests {
         assert_ne!(cluster_key("my-cluster-passwore").unwrap(), key);
     }
 
-    const ARGON2_REFERENCE: &str = "9a8f929819a0da8977b7ad171200ea26497c3039004d4c4cc76ebb94c9264c58";
+    const ARGON2_REFERENCE: &str =
+        "9a8f929819a0da8977b7ad171200ea26497c3039004d4c4cc76ebb94c9264c58";
 
     #[test]
     fn new_secrets_differ_and_public_keys_are_those_of_rfc_7748() {
@@ -217,17 +219,32 @@ mod tests {
         assert_eq!(verifying_key(&seed), VerifyingKey(verifying));
         for byte in 0..=255 {
             let seed = Secret([byte; 32]);
-            assert_eq!(exchange_key(&verifying_key(&seed)), Some(public_key(&exchange_secret(&seed))));
+            assert_eq!(
+                exchange_key(&verifying_key(&seed)),
+                Some(public_key(&exchange_secret(&seed)))
+            );
         }
     }
 
     #[test]
     fn keys_that_no_honest_node_has_are_refused() {
         for (what, key) in [
-            ("the neutral element", "0100000000000000000000000000000000000000000000000000000000000000"),
-            ("a point of order 2", "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f"),
-            ("a point of order 4", "0000000000000000000000000000000000000000000000000000000000000000"),
-            ("a point of order 8", "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"),
+            (
+                "the neutral element",
+                "0100000000000000000000000000000000000000000000000000000000000000",
+            ),
+            (
+                "a point of order 2",
+                "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+            ),
+            (
+                "a point of order 4",
+                "0000000000000000000000000000000000000000000000000000000000000000",
+            ),
+            (
+                "a point of order 8",
+                "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+            ),
             (
                 "the neutral element, not reduced",
                 "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
@@ -272,9 +289,17 @@ mod tests {
         // RFC 5869, test case 3, has no salt and no info; its first 32 bytes of output.
         let mut out = [0; 32];
         let input = [0x0b; 22];
-        Salt::new(HKDF_SHA256, &[]).extract(&input).expand(&[&[]], Bytes32).unwrap().fill(&mut out).unwrap();
+        Salt::new(HKDF_SHA256, &[])
+            .extract(&input)
+            .expand(&[&[]], Bytes32)
+            .unwrap()
+            .fill(&mut out)
+            .unwrap();
         assert_eq!(hex(&out), "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d");
-        assert_eq!(hex(&pair_key(&Secret([1; 32]), &PublicKey([2; 32]), &PublicKey([3; 32])).0), PAIR_GOLDEN);
+        assert_eq!(
+            hex(&pair_key(&Secret([1; 32]), &PublicKey([2; 32]), &PublicKey([3; 32])).0),
+            PAIR_GOLDEN
+        );
     }
 
     // HMAC-SHA256 twice, by Python's hmac module.

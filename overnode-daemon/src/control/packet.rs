@@ -52,7 +52,8 @@ impl Packet {
     /// [`BadPacket`].
     pub fn decode(bytes: &[u8]) -> Result<Self, BadPacket> {
         let (&kind, body) = bytes.split_first().ok_or(BadPacket::Empty)?;
-        let number = || body.try_into().map(u64::from_le_bytes).map_err(|_| BadPacket::Ping(body.len()));
+        let number =
+            || body.try_into().map(u64::from_le_bytes).map_err(|_| BadPacket::Ping(body.len()));
         match kind {
             GOSSIP => Ok(Self::Gossip(body.to_vec())),
             PING => number().map(Self::Ping),

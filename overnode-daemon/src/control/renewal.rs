@@ -183,7 +183,8 @@ impl fmt::Debug for Renewal {
 
 fn write(noise: &mut HandshakeState) -> Result<Vec<u8>, Refusal> {
     let mut message = vec![0; MAX_HANDSHAKE_FRAME];
-    let length = noise.write_message(&[], &mut message).map_err(|_| broken("a key that is none"))?;
+    let length =
+        noise.write_message(&[], &mut message).map_err(|_| broken("a key that is none"))?;
     message.truncate(length);
     Ok(message)
 }
@@ -212,17 +213,26 @@ mod tests {
         [0, 1].map(|at: usize| {
             let role = [Role::Initiator, Role::Responder][at];
             let own = (secrets[at].clone(), Secret([psks[at]; 32]));
-            Renewal::new(role, own, public_key(&secrets[1 - at]), vec![bindings[at]; 32], EVERY, now)
+            Renewal::new(
+                role,
+                own,
+                public_key(&secrets[1 - at]),
+                vec![bindings[at]; 32],
+                EVERY,
+                now,
+            )
         })
     }
 
     /// One frame from the initiator to the responder and one back.
     fn work(by_initiator: &Keys, by_responder: &Keys) -> bool {
-        [(by_initiator, by_responder), (by_responder, by_initiator)].into_iter().all(|(from, to)| {
-            let (mut sealed, mut opened) = ([0; 20], [0; 4]);
-            from.write_message(0, b"text", &mut sealed).unwrap();
-            to.read_message(0, &sealed, &mut opened).is_ok() && &opened == b"text"
-        })
+        [(by_initiator, by_responder), (by_responder, by_initiator)].into_iter().all(
+            |(from, to)| {
+                let (mut sealed, mut opened) = ([0; 20], [0; 4]);
+                from.write_message(0, b"text", &mut sealed).unwrap();
+                to.read_message(0, &sealed, &mut opened).is_ok() && &opened == b"text"
+            },
+        )
     }
 
     #[test]
@@ -235,16 +245,19 @@ mod tests {
             assert_eq!((one.due(), two.due()), (Some(now), None));
             let offer = one.begin().unwrap();
             assert_eq!((one.due(), one.begin()), (None, None), "one at a time");
-            let Step { receive_by: None, send: Some(answer) } = two.handle(&offer, now).unwrap() else {
+            let Step { receive_by: None, send: Some(answer) } = two.handle(&offer, now).unwrap()
+            else {
                 panic!("the responder goes on receiving by the old keys");
             };
-            let Step { receive_by: Some(keys), send: Some(last) } = one.handle(&answer.bytes, now).unwrap()
+            let Step { receive_by: Some(keys), send: Some(last) } =
+                one.handle(&answer.bytes, now).unwrap()
             else {
                 panic!("the initiator changes at once");
             };
             assert!(work(&keys, &answer.keys));
             assert!(before.as_ref().is_none_or(|before| !work(before, &answer.keys)));
-            let Step { receive_by: Some(_), send: None } = two.handle(&last.bytes, now).unwrap() else {
+            let Step { receive_by: Some(_), send: None } = two.handle(&last.bytes, now).unwrap()
+            else {
                 panic!("that was the end");
             };
             assert_eq!((one.expires(), two.expires()), (now + 2 * EVERY, now + 2 * EVERY));

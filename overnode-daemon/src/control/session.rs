@@ -24,7 +24,9 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use super::frame::{self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, TAG, TOKEN_REFUSED};
 use super::hello::{Hello, Refusal, Verdict, common_version};
 use super::key;
-use super::renewal::{Handover, Keys, REJECT_AFTER_FRAMES, RENEW_AFTER, RENEW_AFTER_FRAMES, Renewal};
+use super::renewal::{
+    Handover, Keys, REJECT_AFTER_FRAMES, RENEW_AFTER, RENEW_AFTER_FRAMES, Renewal,
+};
 use crate::types::{PublicKey, Secret};
 
 /// Everything up to the verdicts must have happened within this time.
@@ -339,7 +341,8 @@ where
     match role {
         Role::Initiator => {
             let noise = initiate(noise, &mut read, &mut write, &mut cutter, me).await?;
-            let (mut reader, mut writer) = halves(read, write, cutter, noise, (role, me, renew_after))?;
+            let (mut reader, mut writer) =
+                halves(read, write, cutter, noise, (role, me, renew_after))?;
             let greeting = reader.receive_greeting().await?;
             let peer = Hello::decode(&greeting, remote_key(&reader.noise)?, me.hello.versions);
             let checked = judge(me, &peer, admit);
@@ -347,7 +350,8 @@ where
             finish(me, peer, checked, reader, writer).await
         }
         Role::Responder => {
-            let (noise, greeting) = respond(noise, &mut read, &mut write, &mut cutter, turn).await?;
+            let (noise, greeting) =
+                respond(noise, &mut read, &mut write, &mut cutter, turn).await?;
             let (reader, mut writer) = halves(read, write, cutter, noise, (role, me, renew_after))?;
             let peer = Hello::decode(&greeting, remote_key(&reader.noise)?, me.hello.versions);
             let checked = judge(me, &peer, admit);
@@ -383,7 +387,9 @@ async fn initiate<S: AsyncRead + AsyncWrite>(
     write_handshake(&mut noise, write, &[]).await?;
     read_frame(read, cutter, |answer| {
         let mut payload = [0; MAX_HANDSHAKE_FRAME];
-        noise.read_message(answer, &mut payload).map_err(|_| Refusal::Garbage("its answer cannot be read"))
+        noise
+            .read_message(answer, &mut payload)
+            .map_err(|_| Refusal::Garbage("its answer cannot be read"))
     })
     .await?;
     write_handshake(&mut noise, write, &me.hello.encode()).await?;
@@ -406,14 +412,15 @@ async fn respond<S: AsyncRead + AsyncWrite>(
     .await?;
     turn.await;
     write_handshake(&mut noise, write, &[]).await?;
-    let greeting = read_frame(read, cutter, |third| match noise.read_message(third, &mut payload) {
-        Ok(length) => Ok(Ok(payload[..length].to_vec())),
-        // The initiator's key, in the same message, is not under the token: it fails only if bytes were altered. snow does
-        // not tell the two apart, and a wrong token is what happens.
-        Err(snow::Error::Decrypt) => Ok(Err(Refusal::Token)),
-        Err(_) => Err(Refusal::Garbage("its third message cannot be read")),
-    })
-    .await?;
+    let greeting =
+        read_frame(read, cutter, |third| match noise.read_message(third, &mut payload) {
+            Ok(length) => Ok(Ok(payload[..length].to_vec())),
+            // The initiator's key, in the same message, is not under the token: it fails only if bytes were altered. snow does
+            // not tell the two apart, and a wrong token is what happens.
+            Err(snow::Error::Decrypt) => Ok(Err(Refusal::Token)),
+            Err(_) => Err(Refusal::Garbage("its third message cannot be read")),
+        })
+        .await?;
     match greeting {
         Ok(greeting) => Ok((noise, greeting)),
         Err(refusal) => {
@@ -477,7 +484,9 @@ fn judge(
 ) -> Result<(), Refusal> {
     match peer {
         Ok(peer) => me.hello.check(peer).and_then(|()| admit(peer)),
-        Err(Refusal::Version { ours, theirs }) => Err(Refusal::Version { ours: *ours, theirs: *theirs }),
+        Err(Refusal::Version { ours, theirs }) => {
+            Err(Refusal::Version { ours: *ours, theirs: *theirs })
+        }
         Err(Refusal::Garbage(what)) => Err(Refusal::Garbage(what)),
         Err(_) => Err(Refusal::Garbage("its greeting cannot be read")),
     }
@@ -494,16 +503,18 @@ async fn finish<S: AsyncRead + AsyncWrite>(
     let patience = if checked.is_ok() { HANDSHAKE_LIMIT } else { LINGER };
     let verdict = reader.receive_any(Instant::now() + patience).await;
     let outcome = match (peer, checked, verdict) {
-        (Err(refusal), _, _) | (Ok(_), Err(refusal), _) | (Ok(_), Ok(()), Err(refusal)) => Err(refusal),
-        (Ok(peer), Ok(()), Ok(verdict)) => {
-            Verdict::decode(&verdict).and_then(|verdict| verdict.into_result(&me.hello, &peer)).map(|()| peer)
+        (Err(refusal), _, _) | (Ok(_), Err(refusal), _) | (Ok(_), Ok(()), Err(refusal)) => {
+            Err(refusal)
         }
+        (Ok(peer), Ok(()), Ok(verdict)) => Verdict::decode(&verdict)
+            .and_then(|verdict| verdict.into_result(&me.hello, &peer))
+            .map(|()| peer),
     };
     match outcome {
         Ok(peer) => {
             let version = common_version(me.hello.versions, peer.versions);
-            let version =
-                version.ok_or(Refusal::Version { ours: me.hello.versions, theirs: peer.versions })?;
+            let version = version
+                .ok_or(Refusal::Version { ours: me.hello.versions, theirs: peer.versions })?;
             Ok(Link { peer, version, reader, writer })
         }
         Err(refusal) => {
@@ -553,7 +564,11 @@ async fn read_frame<R: AsyncRead + Unpin, T>(
 }
 
 fn refusal_in_the_clear(frame: &[u8]) -> Refusal {
-    if frame == TOKEN_REFUSED { Refusal::Token } else { Refusal::Garbage("its messages are too short") }
+    if frame == TOKEN_REFUSED {
+        Refusal::Token
+    } else {
+        Refusal::Garbage("its messages are too short")
+    }
 }
 
 #[cfg(test)]

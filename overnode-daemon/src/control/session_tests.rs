@@ -68,7 +68,8 @@ async fn another_token_is_named_on_both_sides_and_nothing_is_exchanged() {
     two.cluster_key = Secret([10; 32]);
     let (a, spy_a) = duplex(1 << 16);
     let (b, spy_b) = duplex(1 << 16);
-    let admitted = |_: &Hello| -> Result<(), Refusal> { panic!("a stranger got as far as admission") };
+    let admitted =
+        |_: &Hello| -> Result<(), Refusal> { panic!("a stranger got as far as admission") };
     let wire = tokio::spawn(relay(spy_a, spy_b));
     let (initiator, responder) = tokio::join!(
         connect(a, Role::Initiator, &one, Terms::default(), admitted),
@@ -148,11 +149,15 @@ async fn refusals_arrive_over_tcp() {
             let (initiator, responder) = tokio::join!(
                 async {
                     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-                    connect(stream, Role::Initiator, &one, Terms::default(), |_| Ok(())).await.map(drop)
+                    connect(stream, Role::Initiator, &one, Terms::default(), |_| Ok(()))
+                        .await
+                        .map(drop)
                 },
                 async {
                     let (stream, _) = listener.accept().await.unwrap();
-                    connect(stream, Role::Responder, other, Terms::default(), |_| Ok(())).await.map(drop)
+                    connect(stream, Role::Responder, other, Terms::default(), |_| Ok(()))
+                        .await
+                        .map(drop)
                 }
             );
             for outcome in [initiator, responder] {
@@ -225,7 +230,9 @@ async fn the_newest_version_that_both_know_is_spoken() {
         (one.hello.versions, two.hello.versions) = (ours, theirs);
         let (a, b) = meet(&one, &two).await;
         match expected {
-            Some(version) => assert_eq!((a.unwrap().version, b.unwrap().version), (version, version)),
+            Some(version) => {
+                assert_eq!((a.unwrap().version, b.unwrap().version), (version, version))
+            }
             None => {
                 for (text, old) in [(words(a), "this host"), (words(b), "the other host")] {
                     assert!(text.contains("1 to 2") && text.contains("3 to 4"), "{text}");
@@ -245,7 +252,10 @@ async fn a_host_with_a_copy_of_the_disk_is_no_mirror() {
         let (a, b) = meet(&one, &copy).await;
         for outcome in [a, b] {
             let text = words(outcome);
-            assert!(text.contains("a copy of this node's disk") && text.contains("overnode reset"), "{text}");
+            assert!(
+                text.contains("a copy of this node's disk") && text.contains("overnode reset"),
+                "{text}"
+            );
         }
     }
 }
@@ -253,8 +263,11 @@ async fn a_host_with_a_copy_of_the_disk_is_no_mirror() {
 /// These bytes are read by nodes of other versions: new reasons go to the end.
 #[test]
 fn the_verdicts_have_this_wire_format() {
-    let clash =
-        || Refusal::IdClash { id: NodeId::new(300).unwrap(), holder: "one".into(), newcomer: "two".into() };
+    let clash = || Refusal::IdClash {
+        id: NodeId::new(300).unwrap(),
+        holder: "one".into(),
+        newcomer: "two".into(),
+    };
     let network = Network::default();
     let versions = Refusal::Version { ours: (1, 1), theirs: (2, 2) };
     let elsewhere = Refusal::Network { ours: network, theirs: network, peer: String::new() };
@@ -402,7 +415,8 @@ async fn read_one<R: AsyncRead + Unpin>(from: &mut R, frame: &mut Vec<u8>) {
 async fn an_altered_byte_anywhere_in_the_handshake_ends_it() {
     let (one, two) = (node(1, 1), node(2, 2));
     let verdict = 1 + 1;
-    let sent_by_initiator = (2 + 48) + (2 + 48 + 16 + one.hello.encode().len()) + (2 + verdict + 16);
+    let sent_by_initiator =
+        (2 + 48) + (2 + 48 + 16 + one.hello.encode().len()) + (2 + verdict + 16);
     for position in 0..sent_by_initiator + 3 {
         let (a, spy_a) = duplex(1 << 16);
         let (b, spy_b) = duplex(1 << 16);
@@ -421,7 +435,11 @@ async fn an_altered_byte_anywhere_in_the_handshake_ends_it() {
     }
 }
 
-async fn flip<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(from: &mut R, to: &mut W, position: usize) {
+async fn flip<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+    from: &mut R,
+    to: &mut W,
+    position: usize,
+) {
     let mut seen = 0;
     let mut buffer = [0; 4096];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
@@ -483,5 +501,9 @@ fn the_greeting_has_this_wire_format() {
     (hello.incarnation, hello.process) = (300, 257);
     assert_eq!(hello.encode(), golden);
     let longer = [golden, vec![1, 2, 3]].concat();
-    assert_eq!(Hello::decode(&longer, hello.public_key, (1, 4)).unwrap(), hello, "later versions may append");
+    assert_eq!(
+        Hello::decode(&longer, hello.public_key, (1, 4)).unwrap(),
+        hello,
+        "later versions may append"
+    );
 }

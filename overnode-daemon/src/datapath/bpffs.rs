@@ -16,7 +16,9 @@ use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -90,7 +92,9 @@ pub(super) enum Pin {
 impl Pin {
     pub(super) const fn ifindex(&self) -> u32 {
         match self {
-            Self::Link { ifindex, .. } | Self::Filter { ifindex, .. } | Self::Qdisc { ifindex } => *ifindex,
+            Self::Link { ifindex, .. } | Self::Filter { ifindex, .. } | Self::Qdisc { ifindex } => {
+                *ifindex
+            }
         }
     }
 
@@ -167,7 +171,8 @@ impl Pins {
     /// No other user may rename `overnode/`.
     fn check_bpffs(&self) -> Result<(), Untrusted> {
         let base = self.all.parent().unwrap_or(&self.all);
-        let found = fs::metadata(base).map_err(|why| Untrusted::Io { path: base.to_owned(), why })?;
+        let found =
+            fs::metadata(base).map_err(|why| Untrusted::Io { path: base.to_owned(), why })?;
         trust::check_entries(base, &found)
     }
 
@@ -207,8 +212,10 @@ impl Pins {
 
     /// The pins of this network namespace, sorted.
     pub(super) fn list(&self) -> Vec<Pin> {
-        let mut pins: Vec<Pin> =
-            names(&self.links()).iter().filter_map(|path| Pin::parse(path.file_name()?.to_str()?)).collect();
+        let mut pins: Vec<Pin> = names(&self.links())
+            .iter()
+            .filter_map(|path| Pin::parse(path.file_name()?.to_str()?))
+            .collect();
         pins.sort();
         pins
     }
@@ -232,7 +239,10 @@ impl Pins {
         match fs::remove_dir(&self.all) {
             Ok(()) => Ok(()),
             Err(error)
-                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) =>
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+                ) =>
             {
                 Ok(())
             }
@@ -367,10 +377,14 @@ fn mount_namespaces() -> impl Iterator<Item = (u64, File)> {
 
 fn open_inside(namespace: File) -> Result<OwnedFd> {
     let opened = std::thread::spawn(move || {
-        unshare(CloneFlags::CLONE_FS).context("the thread's file system view cannot be separated")?;
-        setns(namespace, CloneFlags::CLONE_NEWNS).context("the first mount namespace cannot be entered")?;
+        unshare(CloneFlags::CLONE_FS)
+            .context("the thread's file system view cannot be separated")?;
+        setns(namespace, CloneFlags::CLONE_NEWNS)
+            .context("the first mount namespace cannot be entered")?;
         mount_if_missing()?;
-        Ok(File::open(MOUNT_POINT).with_context(|| format!("{MOUNT_POINT} cannot be opened"))?.into())
+        Ok(File::open(MOUNT_POINT)
+            .with_context(|| format!("{MOUNT_POINT} cannot be opened"))?
+            .into())
     });
     opened.join().unwrap_or_else(|_| bail!("the thread that looks for the bpffs panicked"))
 }

@@ -7,7 +7,9 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result, anyhow};
-use overnode_ebpf::map::{BULK_WORKER_SLOTS, BulkInbox, BulkPeer, BulkWorker, INBOX_CLOSED, PEER_SLOTS};
+use overnode_ebpf::map::{
+    BULK_WORKER_SLOTS, BulkInbox, BulkPeer, BulkWorker, INBOX_CLOSED, PEER_SLOTS,
+};
 
 use super::links::Link;
 use super::maps::Slots;
@@ -41,7 +43,11 @@ impl BulkMaps {
     ///
     /// # Errors
     /// These are not the maps.
-    pub fn open(workers: BorrowedFd<'_>, peers: BorrowedFd<'_>, inboxes: BorrowedFd<'_>) -> Result<Self> {
+    pub fn open(
+        workers: BorrowedFd<'_>,
+        peers: BorrowedFd<'_>,
+        inboxes: BorrowedFd<'_>,
+    ) -> Result<Self> {
         Ok(Self {
             workers: Slots::map(workers, BULK_WORKER_SLOTS)?,
             peers: Slots::map(peers, PEER_SLOTS)?,
@@ -67,7 +73,8 @@ impl BulkMaps {
     /// A worker gets nothing more, if this is still its device.
     pub fn clear_worker(&self, worker: u32, ifindex: u32) {
         if let Some(cell) = self.workers.at(worker) {
-            let _ = cell.ifindex().compare_exchange(ifindex, 0, Ordering::AcqRel, Ordering::Relaxed);
+            let _ =
+                cell.ifindex().compare_exchange(ifindex, 0, Ordering::AcqRel, Ordering::Relaxed);
         }
     }
 
@@ -131,7 +138,8 @@ impl Datapath {
             .context("/dev/net/tun cannot be opened (CONFIG_TUN)")?;
         let name = create(&file).context("a TAP device cannot be made")?;
         let takes_uso = set_offloads(&file).context("a TAP device has no segmentation offload")?;
-        let link = self.netlink.link_named(&name).await?.ok_or_else(|| anyhow!("{name} vanished"))?;
+        let link =
+            self.netlink.link_named(&name).await?.ok_or_else(|| anyhow!("{name} vanished"))?;
         self.netlink.mark(link.index, &self.alias).await?;
         quieten(&name);
         self.netlink.set_mtu(link.index, MTU).await?;
@@ -146,7 +154,11 @@ impl Datapath {
     /// # Errors
     /// There is no such device, or the kernel refuses.
     pub async fn adopt_bulk_device(&mut self, ifindex: u32) -> Result<()> {
-        let link = self.netlink.link(ifindex).await?.ok_or_else(|| anyhow!("interface {ifindex} is gone"))?;
+        let link = self
+            .netlink
+            .link(ifindex)
+            .await?
+            .ok_or_else(|| anyhow!("interface {ifindex} is gone"))?;
         self.programs.attach(FROM_BULK, &link, &self.pins)?;
         self.bulk_devices.insert(ifindex);
         Ok(())
@@ -186,7 +198,8 @@ fn create(file: &File) -> io::Result<String> {
     for (to, from) in request.ifr_name.iter_mut().zip(PREFIX.bytes().chain(*b"%d")) {
         *to = from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    request.ifr_ifru.ifru_flags =
+        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
     // SAFETY: the request is a valid `ifreq` as long as the call lasts.
     if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());

@@ -31,7 +31,9 @@ impl Clock {
     pub fn instant(self, boot_ns: u64) -> Option<Instant> {
         match boot_ns {
             0 => None,
-            ns if ns <= self.boot_ns => self.instant.checked_sub(Duration::from_nanos(self.boot_ns - ns)),
+            ns if ns <= self.boot_ns => {
+                self.instant.checked_sub(Duration::from_nanos(self.boot_ns - ns))
+            }
             ns => self.instant.checked_add(Duration::from_nanos(ns - self.boot_ns)),
         }
     }

@@ -21,7 +21,8 @@ impl Drops {
     /// The kernel refuses to wait.
     pub async fn recv(&mut self) -> Result<Vec<Seen>> {
         loop {
-            let mut ready = self.0.readable_mut().await.context("no dropped packets can be received")?;
+            let mut ready =
+                self.0.readable_mut().await.context("no dropped packets can be received")?;
             let batch = take(ready.get_inner_mut());
             if !batch.is_empty() {
                 return Ok(batch);
@@ -76,7 +77,8 @@ impl Datapath {
 
     /// The name of an interface that packets come in by; `None` if it is none of those.
     pub fn interface_name(&self, ifindex: u32) -> Option<&str> {
-        let endpoint = self.endpoints.iter().find(|(_, index)| **index == ifindex).map(|(name, _)| &**name);
+        let endpoint =
+            self.endpoints.iter().find(|(_, index)| **index == ifindex).map(|(name, _)| &**name);
         let underlay = || Some(&*self.underlay.interfaces.get(&ifindex)?.name);
         let normaliser = || {
             let second = &self.normaliser.second;

@@ -146,7 +146,10 @@ impl Datapath {
             "{address} is outside the container network {}",
             self.network.subnet
         );
-        ensure!(!self.routes.local().contains_key(&IpNet::from(*address)), "{address} is attached already");
+        ensure!(
+            !self.routes.local().contains_key(&IpNet::from(*address)),
+            "{address} is attached already"
+        );
         ensure!(
             mac.is_none_or(|mac| mac[0] & 1 == 0 && mac != [0; 6]),
             "no interface can have this hardware address"
@@ -177,8 +180,12 @@ impl Datapath {
                     warn!(%left, host_interface, "what a failed attach had made cannot be removed yet");
                 }
                 Err(match place {
-                    Place::Inside { netns, .. } => error.context(format!("{netns} cannot be attached")),
-                    Place::Host | Place::Waiting => error.context(format!("{address} cannot be attached")),
+                    Place::Inside { netns, .. } => {
+                        error.context(format!("{netns} cannot be attached"))
+                    }
+                    Place::Host | Place::Waiting => {
+                        error.context(format!("{address} cannot be attached"))
+                    }
                 })
             }
         }
@@ -197,7 +204,11 @@ impl Datapath {
         }
     }
 
-    async fn plug(&mut self, attachment: &Attachment, inside: Option<Inside<'_>>) -> Result<Attached> {
+    async fn plug(
+        &mut self,
+        attachment: &Attachment,
+        inside: Option<Inside<'_>>,
+    ) -> Result<Attached> {
         let Attachment { address, host_interface, .. } = attachment;
         let mtu = self.container_mtu();
         let gateway_mac = mac_of(&self.node, rand::rng().random());
@@ -214,7 +225,8 @@ impl Datapath {
         let far = End { name, mac, mtu, namespace };
         self.netlink.create_veth(&near, &far).await?;
         fault::step("veth");
-        let host = self.netlink.link_named(host_interface).await?.context("the new interface vanished")?;
+        let host =
+            self.netlink.link_named(host_interface).await?.context("the new interface vanished")?;
         self.endpoints.insert(host_interface.clone(), host.index);
         self.netlink.mark(host.index, &self.alias).await?;
         quieten(host_interface);
@@ -222,7 +234,8 @@ impl Datapath {
         fault::step("veth marked");
         self.programs.attach(FROM_CONTAINER, &host, &self.pins)?;
         fault::step("from_container");
-        self.maps.set_endpoint(host.index, Endpoint { address: to_map(*address), mac, gateway_mac })?;
+        self.maps
+            .set_endpoint(host.index, Endpoint { address: to_map(*address), mac, gateway_mac })?;
         let (address, prefix) = (*address, self.network.subnet.prefix_len());
         fault::step("endpoint");
         match inside {
@@ -230,8 +243,10 @@ impl Datapath {
                 let interface = interface.to_owned();
                 let set_up = async move || {
                     let netlink = Netlink::open()?;
-                    let loopback =
-                        netlink.link_named("lo").await?.context("there is no lo inside the container")?;
+                    let loopback = netlink
+                        .link_named("lo")
+                        .await?
+                        .context("there is no lo inside the container")?;
                     netlink.set_up(loopback.index).await?;
                     configure(&netlink, &interface, address, prefix).await
                 };
@@ -269,7 +284,10 @@ impl Datapath {
     pub async fn detach(&mut self, host_interface: &str) -> Result<()> {
         let link = self.netlink.link_named(host_interface).await?;
         if let Some(link) = &link {
-            ensure!(self.is_ours(link), "the interface {host_interface} was not made by this node: it stays");
+            ensure!(
+                self.is_ours(link),
+                "the interface {host_interface} was not made by this node: it stays"
+            );
             self.netlink.delete(link.index).await?;
             fault::step("veth deleted");
         }
@@ -326,7 +344,8 @@ struct Inside<'a> {
 
 /// Runs in the namespace of the container's end, of which `netlink` is.
 async fn configure(netlink: &Netlink, interface: &str, address: IpAddr, prefix: u8) -> Result<()> {
-    let link = netlink.link_named(interface).await?.with_context(|| format!("there is no {interface}"))?;
+    let link =
+        netlink.link_named(interface).await?.with_context(|| format!("there is no {interface}"))?;
     offload::receive_aggregated(interface)?;
     netlink.add_address(link.index, address, prefix).await?;
     netlink.set_up(link.index).await
@@ -358,7 +377,8 @@ mod tests {
         assert!(is_host_interface(&host_interface("fd00::1".parse().unwrap())));
         let waiting = waiting_interface("10.40.0.1".parse().unwrap());
         assert_eq!(waiting, "ovc0a280001");
-        for other in ["ov", "ovn0", &waiting, "ov1234567", "ov123456789", "ov1234567G", "eth0", "ov1234567A"]
+        for other in
+            ["ov", "ovn0", &waiting, "ov1234567", "ov123456789", "ov1234567G", "eth0", "ov1234567A"]
         {
             assert!(!is_host_interface(other), "{other}");
         }

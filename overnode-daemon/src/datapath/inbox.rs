@@ -45,7 +45,11 @@ impl Inbox {
     ///
     /// # Errors
     /// These are not the maps `BULK_INBOXES` and `BULK_MESSAGES`, or there are not so many inboxes.
-    pub fn take_over(inboxes: BorrowedFd<'_>, messages: BorrowedFd<'_>, count: u32) -> Result<Vec<Self>> {
+    pub fn take_over(
+        inboxes: BorrowedFd<'_>,
+        messages: BorrowedFd<'_>,
+        count: u32,
+    ) -> Result<Vec<Self>> {
         let len = 1 << (BULK_MESSAGE_SLOTS / count.max(1)).ilog2();
         let mut all = Vec::new();
         for number in 0..count {
@@ -102,8 +106,12 @@ impl Inbox {
     /// The worker is about to wait for its sockets. False if it must not, for there is something in the inbox.
     pub fn sleep(&self) -> bool {
         let Some(cell) = self.cell() else { return true };
-        let slept =
-            cell.state().compare_exchange(INBOX_OPEN, INBOX_ASLEEP, Ordering::SeqCst, Ordering::SeqCst);
+        let slept = cell.state().compare_exchange(
+            INBOX_OPEN,
+            INBOX_ASLEEP,
+            Ordering::SeqCst,
+            Ordering::SeqCst,
+        );
         // After that: a program that does not see it has taken its place before.
         if cell.head().load(Ordering::SeqCst) == self.tail {
             return true;
@@ -118,7 +126,12 @@ impl Inbox {
     pub fn wake(&self) {
         if let Some(state) = self.state() {
             // Unless a message that is in a socket has done so.
-            let _ = state.compare_exchange(INBOX_ASLEEP, INBOX_OPEN, Ordering::SeqCst, Ordering::SeqCst);
+            let _ = state.compare_exchange(
+                INBOX_ASLEEP,
+                INBOX_OPEN,
+                Ordering::SeqCst,
+                Ordering::SeqCst,
+            );
         }
     }
 
@@ -133,7 +146,10 @@ impl Inbox {
             let message = unsafe { &*place.as_ptr() };
             let len = (message.len as usize).min(BULK_MESSAGE_LEN);
             let origin = Origin {
-                remote: SocketAddr::new(from_map(message.remote), u16::from_be(message.remote_port_be)),
+                remote: SocketAddr::new(
+                    from_map(message.remote),
+                    u16::from_be(message.remote_port_be),
+                ),
                 local: Some(from_map(message.local)),
                 ecn: message.ecn as u8,
             };

@@ -9,8 +9,8 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags,
-    LinkInfo, LinkLayerType, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
+    LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute};
@@ -78,8 +78,14 @@ impl Netlink {
 
     /// All interfaces, in the order of their indexes.
     pub(super) async fn links(&self) -> Result<Vec<Link>> {
-        let messages: Vec<LinkMessage> =
-            self.handle.link().get().execute().try_collect().await.context("interfaces cannot be listed")?;
+        let messages: Vec<LinkMessage> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .context("interfaces cannot be listed")?;
         let mut links: Vec<Link> = messages.iter().map(Link::from).collect();
         links.sort_by_key(|link| link.index);
         Ok(links)
@@ -87,12 +93,14 @@ impl Netlink {
 
     pub(super) async fn link(&self, index: u32) -> Result<Option<Link>> {
         let mut found = Box::pin(self.handle.link().get().match_index(index).execute());
-        one_link(found.try_next().await).with_context(|| format!("interface {index} cannot be looked up"))
+        one_link(found.try_next().await)
+            .with_context(|| format!("interface {index} cannot be looked up"))
     }
 
     pub(super) async fn link_named(&self, name: &str) -> Result<Option<Link>> {
         let mut found = Box::pin(self.handle.link().get().match_name(name).execute());
-        one_link(found.try_next().await).with_context(|| format!("interface {name} cannot be looked up"))
+        one_link(found.try_next().await)
+            .with_context(|| format!("interface {name} cannot be looked up"))
     }
 
     pub(super) async fn create_veth(&self, near: &End<'_>, far: &End<'_>) -> Result<()> {
@@ -107,7 +115,9 @@ impl Netlink {
             }
             Some(libc::EPERM) => anyhow!("interfaces can only be made by root"),
             Some(libc::EOPNOTSUPP) => anyhow!("the kernel has no veth interfaces (CONFIG_VETH)"),
-            Some(_) | None => anyhow!(error).context(format!("the veth pair {} cannot be made", near.name)),
+            Some(_) | None => {
+                anyhow!(error).context(format!("the veth pair {} cannot be made", near.name))
+            }
         })
     }
 
@@ -124,7 +134,10 @@ impl Netlink {
         match self.handle.link().set(quiet).execute().await {
             // A kernel without IPv6 makes no such addresses anyway.
             Err(error)
-                if !matches!(errno(&error), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL)) =>
+                if !matches!(
+                    errno(&error),
+                    Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL)
+                ) =>
             {
                 Err(error).context("IPv6 addresses of an interface cannot be turned off")
             }
@@ -139,7 +152,12 @@ impl Netlink {
 
     pub(super) async fn set_mtu(&self, index: u32, mtu: u32) -> Result<()> {
         let message = LinkMessageBuilder::<LinkUnspec>::default().index(index).mtu(mtu).build();
-        self.handle.link().set(message).execute().await.context("the MTU of an interface cannot be set")
+        self.handle
+            .link()
+            .set(message)
+            .execute()
+            .await
+            .context("the MTU of an interface cannot be set")
     }
 
     /// One that is gone is no error.
@@ -158,7 +176,10 @@ impl Netlink {
             // Nobody else can have it: duplicate address detection would only delay its use.
             request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
         }
-        request.execute().await.with_context(|| format!("the address {address}/{prefix} cannot be set"))
+        request
+            .execute()
+            .await
+            .with_context(|| format!("the address {address}/{prefix} cannot be set"))
     }
 
     /// Unicast addresses of all interfaces, with the index of the interface, sorted.
@@ -192,10 +213,18 @@ impl Netlink {
     }
 
     /// How the kernel would send to `destination`, if it would, through `interface` if one is given.
-    pub(super) async fn route(&self, destination: IpAddr, interface: Option<u32>) -> Result<Option<Route>> {
+    pub(super) async fn route(
+        &self,
+        destination: IpAddr,
+        interface: Option<u32>,
+    ) -> Result<Option<Route>> {
         let mut message = match destination {
-            IpAddr::V4(v4) => RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(v4, 32).build(),
-            IpAddr::V6(v6) => RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(v6, 128).build(),
+            IpAddr::V4(v4) => {
+                RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(v4, 32).build()
+            }
+            IpAddr::V6(v6) => {
+                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(v6, 128).build()
+            }
         };
         // A lookup takes no table, protocol, scope or type.
         message.header.table = 0;
@@ -217,18 +246,18 @@ impl Netlink {
                     | libc::EAGAIN
                     | libc::ENODEV,
                 ) => Ok(None),
-                Some(_) | None => {
-                    Err(error).with_context(|| format!("the route to {destination} cannot be looked up"))
-                }
+                Some(_) | None => Err(error)
+                    .with_context(|| format!("the route to {destination} cannot be looked up")),
             },
         }
     }
 
     /// Index of the interface of the default route (IPv4's first).
     pub(super) async fn default_interface(&self) -> Option<u32> {
-        for message in
-            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
-        {
+        for message in [
+            RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        ] {
             let mut routes = Box::pin(self.handle.route().get(message).execute());
             while let Some(Ok(route)) = routes.next().await {
                 if route.header.destination_prefix_length == 0
@@ -256,8 +285,10 @@ impl Netlink {
             .try_collect()
             .await
             .context("routes cannot be listed")?;
-        let overlapping =
-            routes.iter().filter(|route| route.header.table == libc::RT_TABLE_MAIN).find_map(|route| {
+        let overlapping = routes
+            .iter()
+            .filter(|route| route.header.table == libc::RT_TABLE_MAIN)
+            .find_map(|route| {
                 let prefix = destination_of(route)?;
                 let overlaps = prefix.contains(&subnet) || subnet.contains(&prefix);
                 (prefix.prefix_len() > 0 && overlaps)
@@ -299,8 +330,9 @@ impl Netlink {
 
     fn guard(&self, subnet: IpNet) -> Vec<RuleAddRequest<Ipv4Addr>> {
         let Some((network, bits)) = guard::v4(subnet) else { return Vec::new() };
-        let rule =
-            |priority| self.handle.rule().add().v4().destination_prefix(network, bits).priority(priority);
+        let rule = |priority| {
+            self.handle.rule().add().v4().destination_prefix(network, bits).priority(priority)
+        };
         let mut routed = rule(GUARD).action(RuleAction::ToTable);
         // Of the main table everything but the default route.
         routed.message_mut().attributes.push(RuleAttribute::SuppressPrefixLen(0));
@@ -312,7 +344,8 @@ impl Netlink {
         let index = i32::try_from(index)?;
         let ingress: Vec<_> =
             self.handle.traffic_filter(index).get().ingress().execute().try_collect().await?;
-        let egress: Vec<_> = self.handle.traffic_filter(index).get().egress().execute().try_collect().await?;
+        let egress: Vec<_> =
+            self.handle.traffic_filter(index).get().egress().execute().try_collect().await?;
         Ok(!ingress.is_empty() || !egress.is_empty())
     }
 
@@ -321,7 +354,9 @@ impl Netlink {
         let mut request = self.handle.qdisc().del(i32::try_from(index)?);
         request.message_mut().header.parent = TcHandle::CLSACT;
         match request.execute().await {
-            Err(error) if !matches!(errno(&error), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) => {
+            Err(error)
+                if !matches!(errno(&error), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) =>
+            {
                 Err(error).context("the clsact qdisc cannot be removed")
             }
             Ok(()) | Err(_) => Ok(()),
@@ -373,7 +408,8 @@ impl From<&LinkMessage> for Link {
                 LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok(),
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
                 LinkAttribute::LinkInfo(infos) => {
-                    link.is_veth = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)));
+                    link.is_veth =
+                        infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)));
                 }
                 _ => {}
             }
@@ -396,7 +432,9 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
         match attribute {
             RouteAttribute::Oif(index) => route.ifindex = *index,
             RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => route.source = Some((*v4).into()),
-            RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => route.source = Some((*v6).into()),
+            RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => {
+                route.source = Some((*v6).into())
+            }
             RouteAttribute::Metrics(metrics) => {
                 for metric in metrics {
                     if let RouteMetric::Mtu(mtu) = metric {

@@ -17,9 +17,9 @@ use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpu
 use aya::{Ebpf, Pod};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use overnode_ebpf::map::{
-    Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey, BulkInbox,
-    BulkMessage, BulkPeer, BulkWorker, Config, DROPS_LEN, ENDPOINT_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS,
-    PEER_SLOTS, PROBES_LEN, Peer, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
+    Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey,
+    BulkInbox, BulkMessage, BulkPeer, BulkWorker, Config, DROPS_LEN, ENDPOINT_SLOTS, Endpoint,
+    LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -81,8 +81,9 @@ impl Layout {
             ));
         }
         let is_mapped = info.map_flags() & MMAPABLE != 0;
-        (is_mapped != self.is_mapped)
-            .then(|| format!("{} {} BPF_F_MMAPABLE", self.name, if is_mapped { "has" } else { "lacks" }))
+        (is_mapped != self.is_mapped).then(|| {
+            format!("{} {} BPF_F_MMAPABLE", self.name, if is_mapped { "has" } else { "lacks" })
+        })
     }
 }
 
@@ -133,16 +134,19 @@ impl Maps {
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self> {
         let mut maps = BTreeMap::new();
         for layout in LAYOUTS {
-            let map =
-                ebpf.take_map(layout.name).ok_or_else(|| anyhow!("the object has no map {}", layout.name))?;
+            let map = ebpf
+                .take_map(layout.name)
+                .ok_or_else(|| anyhow!("the object has no map {}", layout.name))?;
             if let Some(mismatch) = layout.mismatch(&data(&map)?.info()?) {
                 bail!("programs and daemon do not belong together: {mismatch}");
             }
             maps.insert(layout.name, map);
         }
-        let mut take = |name: &str| maps.remove(name).ok_or_else(|| anyhow!("the object has no map {name}"));
-        let mut own =
-            |name: &str| -> Result<OwnedFd> { Ok(data(&take(name)?)?.fd().as_fd().try_clone_to_owned()?) };
+        let mut take =
+            |name: &str| maps.remove(name).ok_or_else(|| anyhow!("the object has no map {name}"));
+        let mut own = |name: &str| -> Result<OwnedFd> {
+            Ok(data(&take(name)?)?.fd().as_fd().try_clone_to_owned()?)
+        };
         let bulk_fds =
             [own("BULK_WORKERS")?, own("BULK_PEERS")?, own("BULK_INBOXES")?, own("BULK_MESSAGES")?];
         let [workers, peers, inboxes, _] = bulk_fds.each_ref().map(OwnedFd::as_fd);
@@ -217,11 +221,15 @@ impl Maps {
             .collect::<Result<BTreeSet<Address>, MapError>>()
             .context("LOCAL_ADDRESSES cannot be read")?;
         for gone in present.difference(&wanted) {
-            gone_is_fine(self.local_addresses.remove(gone)).context("LOCAL_ADDRESSES cannot be changed")?;
+            gone_is_fine(self.local_addresses.remove(gone))
+                .context("LOCAL_ADDRESSES cannot be changed")?;
         }
         for new in wanted.difference(&present) {
             self.local_addresses.insert(*new, 0, 0).with_context(|| {
-                format!("the address {} cannot be entered (up to {LOCAL_ADDRESS_SLOTS})", from_map(*new))
+                format!(
+                    "the address {} cannot be entered (up to {LOCAL_ADDRESS_SLOTS})",
+                    from_map(*new)
+                )
             })?;
         }
         Ok(())
@@ -239,7 +247,8 @@ impl Maps {
         Reason::ALL
             .iter()
             .map(|reason| {
-                let values = self.counters.get(&(*reason as u32), 0).context("COUNTERS cannot be read")?;
+                let values =
+                    self.counters.get(&(*reason as u32), 0).context("COUNTERS cannot be read")?;
                 Ok((reason.as_str(), values.iter().sum()))
             })
             .collect()
@@ -430,7 +439,8 @@ impl Cell<'_, Peer> {
 unsafe fn store_bytes(place: *mut Address, address: Address) {
     for (offset, byte) in address.0.iter().enumerate() {
         // SAFETY: within the 16 bytes of the address.
-        unsafe { AtomicU8::from_ptr(place.cast::<u8>().add(offset)) }.store(*byte, Ordering::Relaxed);
+        unsafe { AtomicU8::from_ptr(place.cast::<u8>().add(offset)) }
+            .store(*byte, Ordering::Relaxed);
     }
 }
 
@@ -449,7 +459,9 @@ fn data(map: &Map) -> Result<&MapData> {
 fn gone_is_fine(result: Result<(), MapError>) -> Result<()> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
+            Ok(())
+        }
         Err(error) => Err(error.into()),
         Ok(()) => Ok(()),
     }

@@ -40,7 +40,8 @@ pub use self::bulk::{BulkDevice, BulkMaps};
 pub use self::clock::{Clock, boot_now_ns};
 pub use self::drops::Drops;
 pub use self::endpoint::{
-    Attached, Attachment, CONTAINER_INTERFACE, Place, cut, host_interface, random_mac, waiting_interface,
+    Attached, Attachment, CONTAINER_INTERFACE, Place, cut, host_interface, random_mac,
+    waiting_interface,
 };
 pub use self::inbox::{Inbox, Origin};
 pub use self::netns::{NetnsId, NetnsRef, OwnNetns};
@@ -131,7 +132,8 @@ impl Datapath {
         let alias = alias_of(&node);
         let pins = Pins::find(&node)?;
         pins.create()?;
-        pins.remove_other_namespaces().context("links of another network namespace cannot be removed")?;
+        pins.remove_other_namespaces()
+            .context("links of another network namespace cannot be removed")?;
         let netlink = Netlink::open()?;
         let links = netlink.links().await?;
         if let Some(name) = &options.interface {
@@ -141,7 +143,8 @@ impl Datapath {
             );
         }
         check_maps(&pins, &links.iter().map(|link| link.index).collect::<Vec<_>>())?;
-        let (mut programs, maps) = Programs::load(crate::PROGRAMS, &pins, options.debug, options.xdp)?;
+        let (mut programs, maps) =
+            Programs::load(crate::PROGRAMS, &pins, options.debug, options.xdp)?;
         fault::step("maps");
         let normaliser = Normaliser::ensure(&netlink, &alias, &node).await?;
         fault::step("normaliser");
@@ -243,7 +246,8 @@ impl Datapath {
         for link in &links {
             let has = |program: &str| {
                 pins.iter().any(|pin| match pin {
-                    Pin::Link { ifindex, program: found } | Pin::Filter { ifindex, program: found } => {
+                    Pin::Link { ifindex, program: found }
+                    | Pin::Filter { ifindex, program: found } => {
                         *ifindex == link.index && found == program
                     }
                     Pin::Qdisc { .. } => false,
@@ -334,7 +338,9 @@ fn alias_of(node: &str) -> String {
 
 /// A locally administered hardware address whose first four bytes tell the node, the last two are `last`.
 fn mac_of(node: &str, last: [u8; 2]) -> Mac {
-    let byte = |at: usize| node.get(at..at + 2).and_then(|hex| u8::from_str_radix(hex, 16).ok()).unwrap_or(0);
+    let byte = |at: usize| {
+        node.get(at..at + 2).and_then(|hex| u8::from_str_radix(hex, 16).ok()).unwrap_or(0)
+    };
     [2, byte(0), byte(2), byte(4), last[0], last[1]]
 }
 

@@ -50,9 +50,13 @@ impl NetnsRef {
         // A pipe by that name would be waited for, for ever.
         let open = || File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
         let file = open().with_context(|| match self {
-            Self::Path(path) => format!("the network namespace {} cannot be opened", path.display()),
+            Self::Path(path) => {
+                format!("the network namespace {} cannot be opened", path.display())
+            }
             Self::Pid(pid) => {
-                format!("the network namespace of process {pid} cannot be opened: does it still run?")
+                format!(
+                    "the network namespace of process {pid} cannot be opened: does it still run?"
+                )
             }
         })?;
         let is_namespace = fstatfs(&file).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC);
@@ -111,7 +115,8 @@ impl OwnNetns {
             unshare(CloneFlags::CLONE_NEWNET).context("a network namespace cannot be made")?;
             // Where /proc is read-only, it takes a capability to open such ports.
             let _ = std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
-            File::open("/proc/thread-self/ns/net").context("the new network namespace cannot be opened")
+            File::open("/proc/thread-self/ns/net")
+                .context("the new network namespace cannot be opened")
         };
         on_thread(make).await.map(Self)
     }
@@ -145,18 +150,24 @@ where
     Fut: Future<Output = Result<T>>,
 {
     let enter_and_work = move || {
-        setns(&namespace, CloneFlags::CLONE_NEWNET).context("the network namespace cannot be entered")?;
+        setns(&namespace, CloneFlags::CLONE_NEWNET)
+            .context("the network namespace cannot be entered")?;
         tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work())
     };
     on_thread(enter_and_work).await
 }
 
 /// Runs `work` on a new thread, whose network namespace is nobody else's business.
-async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+async fn on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     let (answer, answered) = oneshot::channel();
     // Nobody waits any more when the caller was cancelled.
     let run = move || _ = answer.send(work());
-    std::thread::Builder::new().name("netns".into()).spawn(run).context("a thread cannot be started")?;
+    std::thread::Builder::new()
+        .name("netns".into())
+        .spawn(run)
+        .context("a thread cannot be started")?;
     answered.await.context("the thread in the network namespace panicked")?
 }
 

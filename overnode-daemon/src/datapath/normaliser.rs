@@ -48,7 +48,12 @@ impl Normaliser {
             }
         }
         if !matches!(found, [Some(_), Some(_)]) {
-            let end = |name, last| End { name, mac: mac_of(node, [0xff, last]), mtu: MTU, namespace: None };
+            let end = |name, last| End {
+                name,
+                mac: mac_of(node, [0xff, last]),
+                mtu: MTU,
+                namespace: None,
+            };
             netlink.create_veth(&end(FIRST, 0), &end(SECOND, 1)).await?;
         }
         let mut ends = Vec::new();
@@ -62,7 +67,9 @@ impl Normaliser {
             ends.push(link);
         }
         offload::finish_every_packet(FIRST)?;
-        let (Some(second), Some(first)) = (ends.pop(), ends.pop()) else { unreachable!("two were pushed") };
+        let (Some(second), Some(first)) = (ends.pop(), ends.pop()) else {
+            unreachable!("two were pushed")
+        };
         Ok(Self { socket: packet_socket()?, first, second })
     }
 
@@ -108,7 +115,9 @@ fn packet_socket() -> Result<OwnedFd> {
     // Protocol 0: it receives nothing.
     // SAFETY: a plain system call; the descriptor is owned from here on.
     match unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) } {
-        -1 => Err(io::Error::last_os_error()).context("a packet socket cannot be opened: run as root"),
+        -1 => {
+            Err(io::Error::last_os_error()).context("a packet socket cannot be opened: run as root")
+        }
         // SAFETY: just opened, owned by nobody else.
         fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
     }

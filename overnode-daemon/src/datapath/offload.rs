@@ -47,7 +47,11 @@ pub(super) fn let_the_other_end_aggregate(interface: &str) -> Result<()> {
 pub(super) fn finishes_every_packet(interface: &str) -> Result<bool> {
     let device = Device::open(interface)?;
     let states = device.features()?;
-    Ok(!device.names()?.iter().zip(states).any(|(name, state)| is_transmit_offload(name) && state.active))
+    Ok(!device
+        .names()?
+        .iter()
+        .zip(states)
+        .any(|(name, state)| is_transmit_offload(name) && state.active))
 }
 
 fn is_transmit_offload(name: &str) -> bool {
@@ -66,11 +70,13 @@ fn set(interface: &str, selected: impl Fn(&str) -> bool, on: bool) -> Result<()>
             .collect()
     };
     let states = device.features()?;
-    let change: Vec<usize> = wrong(&states).into_iter().filter(|index| states[*index].available).collect();
+    let change: Vec<usize> =
+        wrong(&states).into_iter().filter(|index| states[*index].available).collect();
     if !change.is_empty() {
         device.change(&change, on, states.len())?;
     }
-    let left: Vec<&str> = wrong(&device.features()?).into_iter().map(|index| names[index].as_str()).collect();
+    let left: Vec<&str> =
+        wrong(&device.features()?).into_iter().map(|index| names[index].as_str()).collect();
     ensure!(left.is_empty(), "the driver did not change {}", left.join(", "));
     Ok(())
 }
@@ -97,7 +103,10 @@ impl Device {
         };
         // SAFETY: all zeros are a valid `ifreq`.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        ensure!(interface.len() < request.ifr_name.len(), "{interface:?} is too long for an interface name");
+        ensure!(
+            interface.len() < request.ifr_name.len(),
+            "{interface:?} is too long for an interface name"
+        );
         for (place, byte) in request.ifr_name.iter_mut().zip(interface.bytes()) {
             *place = byte as libc::c_char;
         }
@@ -145,7 +154,10 @@ impl Device {
             .take(words[1] as usize)
             .flat_map(|block| {
                 let [available, _, active, fixed] = [block[0], block[1], block[2], block[3]];
-                (0..32).map(move |n| State { available: bit(available & !fixed, n), active: bit(active, n) })
+                (0..32).map(move |n| State {
+                    available: bit(available & !fixed, n),
+                    active: bit(active, n),
+                })
             })
             .collect())
     }

@@ -82,7 +82,8 @@ impl Datapath {
         let (IpAddr::V4(from), IpAddr::V4(to)) = (self.node_address, to) else {
             bail!("node addresses are IPv4 for now");
         };
-        let total = u16::try_from(HEADERS_LEN + payload.len()).context("no packet is that large")?;
+        let total =
+            u16::try_from(HEADERS_LEN + payload.len()).context("no packet is that large")?;
         let mut frame = daemon_header(peer.0, true).to_vec();
         let mut ip = [0; IPV4_LEN];
         ip[0] = 0x45;
@@ -141,7 +142,10 @@ mod tests {
         let mut bytes = vec![7, 0, 0, 0, 0x8c, 5, 0, 0];
         bytes.extend([9; PROBE_LEN]);
         let probe = parse(&bytes).unwrap();
-        assert_eq!((probe.peer, probe.inner_len, probe.payload), (PeerIndex(7), 1420, [9; PROBE_LEN]));
+        assert_eq!(
+            (probe.peer, probe.inner_len, probe.payload),
+            (PeerIndex(7), 1420, [9; PROBE_LEN])
+        );
         assert_eq!(parse(&bytes[..8 + PROBE_LEN - 1]), None);
     }
 }

@@ -120,7 +120,9 @@ impl Programs {
             {
                 Ok(id) => return program.take_link(id).map(drop),
                 // The interface of that link is gone, and another one got its index.
-                Err(error) => debug!(%error, interface = link.name, "a pinned link is of no use any more"),
+                Err(error) => {
+                    debug!(%error, interface = link.name, "a pinned link is of no use any more")
+                }
             }
             pins.remove(&pin)?;
         }
@@ -155,7 +157,13 @@ impl Programs {
         mark(&Pin::Filter { ifindex: link.index, program: name.into() })?;
         let program = tc(&mut self.ebpf, name)?;
         let (priority, handle) = FILTER;
-        let old = SchedClassifierLink::attached(&link.name, TcAttachType::Ingress, priority, handle, None)?;
+        let old = SchedClassifierLink::attached(
+            &link.name,
+            TcAttachType::Ingress,
+            priority,
+            handle,
+            None,
+        )?;
         let id = match program.attach_to_link(old) {
             Ok(id) => id,
             Err(error) if is_missing(&error) => program.attach_with_options(
@@ -175,13 +183,18 @@ impl Programs {
         self.attach_xdp_link(link, pins).map_err(|error| {
             let reason = match error_number(&error) {
                 Some(libc::EOPNOTSUPP) => "its driver has no native XDP".to_owned(),
-                Some(libc::EBUSY | libc::EEXIST) => "another XDP program is attached there".to_owned(),
+                Some(libc::EBUSY | libc::EEXIST) => {
+                    "another XDP program is attached there".to_owned()
+                }
                 Some(libc::EINVAL | libc::ERANGE) => {
                     format!("its driver refuses, perhaps because of MTU {}", link.mtu)
                 }
                 Some(_) | None => chain(&error),
             };
-            anyhow!("XDP cannot be used on {}: {reason}; launch without XDP (TC is the default)", link.name)
+            anyhow!(
+                "XDP cannot be used on {}: {reason}; launch without XDP (TC is the default)",
+                link.name
+            )
         })
     }
 
@@ -191,9 +204,14 @@ impl Programs {
         let pin = Pin::Link { ifindex: link.index, program: FROM_UNDERLAY_XDP.into() };
         let path = pins.path(&pin);
         if let Some(old) = pinned(&path)? {
-            match XdpLink::try_from(old).map_err(link_error).and_then(|old| program.attach_to_link(old)) {
+            match XdpLink::try_from(old)
+                .map_err(link_error)
+                .and_then(|old| program.attach_to_link(old))
+            {
                 Ok(id) => return program.take_link(id).map(drop),
-                Err(error) => debug!(%error, interface = link.name, "a pinned link is of no use any more"),
+                Err(error) => {
+                    debug!(%error, interface = link.name, "a pinned link is of no use any more")
+                }
             }
             pins.remove(&pin)?;
         }
@@ -218,12 +236,14 @@ pub(super) fn detach_filter(name: &str, link: &Link, pins: &Pins) -> Result<()> 
         return Ok(());
     }
     let (priority, handle) = FILTER;
-    let detached = SchedClassifierLink::attached(&link.name, TcAttachType::Ingress, priority, handle, None)
-        .map_err(ProgramError::from)
-        .and_then(aya::programs::Link::detach);
+    let detached =
+        SchedClassifierLink::attached(&link.name, TcAttachType::Ingress, priority, handle, None)
+            .map_err(ProgramError::from)
+            .and_then(aya::programs::Link::detach);
     match detached {
         Err(error) if !is_missing(&error) => {
-            return Err(error).with_context(|| format!("the filter on {} cannot be removed", link.name));
+            return Err(error)
+                .with_context(|| format!("the filter on {} cannot be removed", link.name));
         }
         Ok(()) | Err(_) => {}
     }
@@ -249,7 +269,8 @@ fn parse(object: &[u8], pins: &Pins, debug: bool, log: VerifierLogLevel) -> Resu
 
 fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), ProgramError> {
     if name == FROM_UNDERLAY_XDP {
-        let program: &mut Xdp = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()?;
+        let program: &mut Xdp =
+            ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()?;
         return program.load();
     }
     tc(ebpf, name)?.load()
@@ -262,7 +283,9 @@ fn tc<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, Pro
 fn pinned(path: &std::path::Path) -> Result<Option<FdLink>, ProgramError> {
     match PinnedLink::from_pin(path) {
         Ok(link) => Ok(Some(link.into())),
-        Err(LinkError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(LinkError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
+        }
         Err(error) => Err(link_error(error)),
     }
 }
@@ -283,9 +306,17 @@ const HELPERS: [(BpfHelper, &str, &str); 4] = [
 ];
 
 /// Says why a program was refused: rights, a missing helper, or the end of the verifier's log.
-fn explain(error: ProgramError, object: &[u8], pins: &Pins, debug: bool, name: &str) -> anyhow::Error {
+fn explain(
+    error: ProgramError,
+    object: &[u8],
+    pins: &Pins,
+    debug: bool,
+    name: &str,
+) -> anyhow::Error {
     if error_number(&error) == Some(libc::EPERM) {
-        return anyhow!("eBPF programs can only be loaded by root (CAP_BPF, CAP_NET_ADMIN): run as root");
+        return anyhow!(
+            "eBPF programs can only be loaded by root (CAP_BPF, CAP_NET_ADMIN): run as root"
+        );
     }
     for (helper, helper_name, version) in HELPERS {
         if matches!(is_helper_supported(ProgramType::SchedClassifier, helper), Ok(false)) {
@@ -313,7 +344,9 @@ fn refusal(error: ProgramError, name: &str, link: &Link) -> anyhow::Error {
     let reason = match error_number(&error) {
         Some(libc::EPERM) => "only root may: run as root".to_owned(),
         Some(libc::ENODEV) => "the interface is gone".to_owned(),
-        Some(libc::EEXIST) => format!("a filter with handle {:#x} is there already", u32::from(FILTER.1)),
+        Some(libc::EEXIST) => {
+            format!("a filter with handle {:#x} is there already", u32::from(FILTER.1))
+        }
         Some(libc::EOPNOTSUPP) => {
             "the kernel has no clsact (CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_BPF)".to_owned()
         }
@@ -332,7 +365,9 @@ fn is_missing(error: &ProgramError) -> bool {
 
 /// The error number at the bottom of a chain of errors.
 fn error_number(error: &ProgramError) -> Option<i32> {
-    if let ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) = error {
+    if let ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) =
+        error
+    {
         return error.raw_os_error();
     }
     // Transparent variants are no sources of their own.

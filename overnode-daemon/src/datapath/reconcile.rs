@@ -58,12 +58,15 @@ impl Datapath {
         let mut whole = BTreeSet::new();
         for link in links
             .iter()
-            .filter(|link| is_ours(link, &alias, &node) && link.name != FIRST && link.name != SECOND)
+            .filter(|link| {
+                is_ours(link, &alias, &node) && link.name != FIRST && link.name != SECOND
+            })
             .filter(|link| !bulk_devices.contains(&link.index))
         {
             let entry = in_map.get(&link.index).map(|endpoint| from_map(endpoint.address));
-            let is_wanted =
-                known_names.get(link.name.as_str()).is_some_and(|known| Some(known.address) == entry);
+            let is_wanted = known_names
+                .get(link.name.as_str())
+                .is_some_and(|known| Some(known.address) == entry);
             if is_wanted && link.is_up && self.keep_program(FROM_CONTAINER, link) {
                 whole.insert(link.name.as_str());
                 self.endpoints.insert(link.name.clone(), link.index);
@@ -75,10 +78,15 @@ impl Datapath {
             }
         }
 
-        let mut in_use: BTreeSet<u32> =
-            links.iter().filter(|link| whole.contains(link.name.as_str())).map(|link| link.index).collect();
+        let mut in_use: BTreeSet<u32> = links
+            .iter()
+            .filter(|link| whole.contains(link.name.as_str()))
+            .map(|link| link.index)
+            .collect();
         let of_routes: Vec<u32> = self.routes.local().values().map(|route| route.target).collect();
-        for ifindex in in_map.keys().copied().chain(of_routes).filter(|ifindex| !in_use.contains(ifindex)) {
+        for ifindex in
+            in_map.keys().copied().chain(of_routes).filter(|ifindex| !in_use.contains(ifindex))
+        {
             if let Err(error) = self.forget_endpoint(ifindex) {
                 warn!(%error, ifindex, "what the maps hold of an interface that is gone cannot be removed");
             }
@@ -87,7 +95,11 @@ impl Datapath {
 
         for link in links.iter().filter(|link| whole.contains(link.name.as_str())) {
             if let Some(known) = known_names.get(link.name.as_str()) {
-                self.routes.set_local(IpNet::from(known.address), link.index, known.netns.is_none());
+                self.routes.set_local(
+                    IpNet::from(known.address),
+                    link.index,
+                    known.netns.is_none(),
+                );
             }
         }
         if let Err(error) = self.sync_routes() {

@@ -86,14 +86,16 @@ impl RouteTable {
     /// What the map should hold.
     pub(super) fn wanted(&self) -> BTreeMap<IpNet, Route> {
         let mut wanted = self.of_peers();
-        wanted.extend(self.own.iter().map(|prefix| (*prefix, Route { kind: ROUTE_NONE, target: 0 })));
+        wanted
+            .extend(self.own.iter().map(|prefix| (*prefix, Route { kind: ROUTE_NONE, target: 0 })));
         wanted.extend(&self.local);
         wanted
     }
 
     fn of_peers(&self) -> BTreeMap<IpNet, Route> {
         let mut wanted: BTreeMap<IpNet, Route> = BTreeMap::new();
-        let mut rest: Vec<_> = self.peers.iter().map(|(peer, prefixes)| (peer.0, prefixes.iter())).collect();
+        let mut rest: Vec<_> =
+            self.peers.iter().map(|(peer, prefixes)| (peer.0, prefixes.iter())).collect();
         while !rest.is_empty() {
             rest.retain_mut(|(peer, prefixes)| {
                 let Some(prefix) = prefixes.next() else { return false };
@@ -112,13 +114,18 @@ impl RouteTable {
 }
 
 /// What turns `installed` into `wanted`: additions first, so that no destination is without a route in between.
-pub(super) fn difference(installed: &BTreeMap<IpNet, Route>, wanted: &BTreeMap<IpNet, Route>) -> Vec<Change> {
+pub(super) fn difference(
+    installed: &BTreeMap<IpNet, Route>,
+    wanted: &BTreeMap<IpNet, Route>,
+) -> Vec<Change> {
     let put = wanted
         .iter()
         .filter(|(prefix, route)| installed.get(prefix) != Some(route))
         .map(|(prefix, route)| Change::Put(*prefix, *route));
-    let delete =
-        installed.keys().filter(|prefix| !wanted.contains_key(prefix)).map(|prefix| Change::Delete(*prefix));
+    let delete = installed
+        .keys()
+        .filter(|prefix| !wanted.contains_key(prefix))
+        .map(|prefix| Change::Delete(*prefix));
     put.chain(delete).collect()
 }
 
@@ -164,7 +171,10 @@ mod tests {
             let claims = (0..=255).flat_map(|c| (0..4).map(move |d| [c, d]));
             let claims = claims.map(|[c, d]| format!("10.{peer}.{c}.{d}/32").parse().unwrap());
             let own = net(&format!("192.168.{peer}.0/24"));
-            table.set_peer(PeerIndex(peer.into()), &[own].into_iter().chain(claims).collect::<Vec<_>>());
+            table.set_peer(
+                PeerIndex(peer.into()),
+                &[own].into_iter().chain(claims).collect::<Vec<_>>(),
+            );
         }
         let wanted = table.wanted();
         assert!(wanted.len() <= ROUTE_SLOTS as usize, "{}", wanted.len());
@@ -194,7 +204,10 @@ mod tests {
         let new = BTreeMap::from([(net("10.41.0.0/16"), Route::default())]);
         assert_eq!(
             difference(&old, &new),
-            [Change::Put(net("10.41.0.0/16"), Route::default()), Change::Delete(net("10.40.0.0/16"))]
+            [
+                Change::Put(net("10.41.0.0/16"), Route::default()),
+                Change::Delete(net("10.40.0.0/16"))
+            ]
         );
     }
 }

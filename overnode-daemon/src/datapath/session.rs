@@ -9,7 +9,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use overnode_ebpf::map::{Peer, SESSION_FREE, SESSION_LIVE, SESSION_SLOT_BITS, SESSION_UNCONFIRMED, Session};
+use overnode_ebpf::map::{
+    Peer, SESSION_FREE, SESSION_LIVE, SESSION_SLOT_BITS, SESSION_UNCONFIRMED, Session,
+};
 use overnode_ebpf::replay::Window;
 use overnode_ebpf::wire::keepalive_frame;
 
@@ -89,7 +91,8 @@ impl Datapath {
         let mut peers: Vec<PeerState> = (0..self.maps.peers.len())
             .filter_map(|index| {
                 let cell = self.maps.peers.at(index)?;
-                (cell.present().load(Ordering::Acquire) != 0).then(|| peer_state(index, &cell.read(), clock))
+                (cell.present().load(Ordering::Acquire) != 0)
+                    .then(|| peer_state(index, &cell.read(), clock))
             })
             .collect();
         for slot in 1..self.maps.sessions.len() {
@@ -99,7 +102,8 @@ impl Datapath {
                 continue;
             }
             let session = cell.read();
-            let Ok(position) = peers.binary_search_by_key(&session.peer, |peer| peer.index.0) else {
+            let Ok(position) = peers.binary_search_by_key(&session.peer, |peer| peer.index.0)
+            else {
                 continue;
             };
             let Some(peer) = peers.get_mut(position) else { continue };

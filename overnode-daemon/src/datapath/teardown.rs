@@ -33,13 +33,18 @@ impl Datapath {
         });
         fault::step("interfaces");
         if let Some(pins) = pins {
-            errors.extend(pins.remove_everything().context("pinned objects cannot be removed").err());
+            errors
+                .extend(pins.remove_everything().context("pinned objects cannot be removed").err());
         }
         errors
     }
 }
 
-async fn remove_from_interfaces(netlink: &Netlink, node: &str, pins: Option<&Pins>) -> Vec<anyhow::Error> {
+async fn remove_from_interfaces(
+    netlink: &Netlink,
+    node: &str,
+    pins: Option<&Pins>,
+) -> Vec<anyhow::Error> {
     let links = match netlink.links().await {
         Ok(links) => links,
         Err(error) => return vec![error],

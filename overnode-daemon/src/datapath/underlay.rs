@@ -97,8 +97,11 @@ impl Datapath {
         if self.underlay.interfaces.contains_key(&ifindex) {
             return Ok(());
         }
-        let link =
-            self.netlink.link(ifindex).await?.with_context(|| format!("there is no interface {ifindex}"))?;
+        let link = self
+            .netlink
+            .link(ifindex)
+            .await?
+            .with_context(|| format!("there is no interface {ifindex}"))?;
         self.watch_interface(&link)
     }
 
@@ -121,7 +124,9 @@ impl Datapath {
         if self.xdp && !link.is_loopback {
             self.programs.attach_xdp(link, &self.pins)?;
         } else {
-            self.pins.remove(&xdp).context("the XDP program of an earlier launch cannot be removed")?;
+            self.pins
+                .remove(&xdp)
+                .context("the XDP program of an earlier launch cannot be removed")?;
         }
         info!(interface = link.name, "taking messages");
         let known = UnderlayInterface {
@@ -205,11 +210,16 @@ impl Datapath {
             None => self.netlink.default_interface().await,
         };
         self.underlay.main = main;
-        self.underlay.main_mtu = links.iter().find(|link| Some(link.index) == main).map(|link| link.mtu);
+        self.underlay.main_mtu =
+            links.iter().find(|link| Some(link.index) == main).map(|link| link.mtu);
         Ok(())
     }
 
-    pub(super) async fn set_endpoint(&mut self, peer: PeerIndex, endpoint: SocketAddr) -> Result<()> {
+    pub(super) async fn set_endpoint(
+        &mut self,
+        peer: PeerIndex,
+        endpoint: SocketAddr,
+    ) -> Result<()> {
         let present = self.peer_cell(peer)?.read();
         let moved = from_map(present.remote) != endpoint.ip()
             || u16::from_be(present.remote_port_be) != endpoint.port();
@@ -218,7 +228,12 @@ impl Datapath {
 
     /// Looks the route up and enters it. Unless the peer `moved`, the source address that the program learned stays while it is
     /// one of the host's and the interface stays.
-    async fn find_path(&mut self, peer: PeerIndex, endpoint: SocketAddr, moved: bool) -> Result<()> {
+    async fn find_path(
+        &mut self,
+        peer: PeerIndex,
+        endpoint: SocketAddr,
+        moved: bool,
+    ) -> Result<()> {
         let only = match &self.interface {
             Some(name) => match self.netlink.link_named(name).await? {
                 Some(link) => Some(link.index),
@@ -239,8 +254,11 @@ impl Datapath {
             return Ok(());
         };
         self.try_underlay(route.ifindex).await;
-        let link_mtu =
-            self.underlay.interfaces.get(&route.ifindex).map_or(USUAL_MTU, |interface| interface.mtu);
+        let link_mtu = self
+            .underlay
+            .interfaces
+            .get(&route.ifindex)
+            .map_or(USUAL_MTU, |interface| interface.mtu);
         let path_mtu = route.mtu.filter(|mtu| *mtu != 0).map_or(link_mtu, |mtu| mtu.min(link_mtu));
         let mtu = largest_inner(path_mtu, endpoint.is_ipv6()).min(self.container_mtu());
         let cell = self.peer_cell(peer)?;

@@ -144,7 +144,9 @@ impl Seen {
             RouteNetlinkMessage::NewLink(_)
             | RouteNetlinkMessage::NewRoute(_)
             | RouteNetlinkMessage::DelRoute(_) => self.routes = true,
-            RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_) => self.addresses = true,
+            RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_) => {
+                self.addresses = true
+            }
             _ => {}
         }
     }

@@ -95,7 +95,8 @@ impl Directory {
             kind => kind == RecordType::ANY,
         };
         let addresses = self.zone.addresses(&name).into_iter().filter(wanted);
-        let records: Vec<Record> = addresses.map(|it| record(query.name.clone(), data_of(it))).collect();
+        let records: Vec<Record> =
+            addresses.map(|it| record(query.name.clone(), data_of(it))).collect();
         if records.is_empty() { none(true) } else { Answer::of(records) }
     }
 
@@ -216,7 +217,8 @@ mod tests {
         let answer = answer(name, kind);
         assert_eq!(answer.code, ResponseCode::NoError);
         assert!(answer.soa.is_none() && answer.records.iter().all(|record| record.ttl == TTL));
-        let mut data: Vec<String> = answer.records.iter().map(|record| record.data.to_string()).collect();
+        let mut data: Vec<String> =
+            answer.records.iter().map(|record| record.data.to_string()).collect();
         data.sort();
         data
     }
@@ -246,7 +248,9 @@ mod tests {
 
     #[test]
     fn what_exists_without_such_data_is_no_error() {
-        for kind in [RecordType::AAAA, RecordType::TXT, RecordType::HTTPS, RecordType::MX, RecordType::PTR] {
+        for kind in
+            [RecordType::AAAA, RecordType::TXT, RecordType::HTTPS, RecordType::MX, RecordType::PTR]
+        {
             assert_eq!(none("web.overnode.local.", kind, ResponseCode::NoError), "overnode.local.");
         }
         assert_eq!(none("deep.weave.local.", RecordType::A, ResponseCode::NoError), "weave.local.");
@@ -256,9 +260,12 @@ mod tests {
 
     #[test]
     fn what_does_not_exist_is_said_not_to_and_is_asked_nowhere_else() {
-        for name in
-            ["other.overnode.local.", "x.web.overnode.local.", "b\\.c.overnode.local.", "*.weave.local."]
-        {
+        for name in [
+            "other.overnode.local.",
+            "x.web.overnode.local.",
+            "b\\.c.overnode.local.",
+            "*.weave.local.",
+        ] {
             for kind in [RecordType::A, RecordType::AAAA] {
                 none(name, kind, ResponseCode::NXDomain);
             }
@@ -267,9 +274,15 @@ mod tests {
 
     #[test]
     fn other_names_are_none_of_ours() {
-        for name in
-            ["example.org.", "local.", ".", "xovernode.local.", "web.", "8.8.8.8.in-addr.arpa.", "arpa."]
-        {
+        for name in [
+            "example.org.",
+            "local.",
+            ".",
+            "xovernode.local.",
+            "web.",
+            "8.8.8.8.in-addr.arpa.",
+            "arpa.",
+        ] {
             assert_eq!(ask(name, RecordType::A), Verdict::Elsewhere, "{name}");
         }
         for name in ["10.in-addr.arpa.", "2.0.192.in-addr.arpa.", "48.10.in-addr.arpa."] {

@@ -39,7 +39,8 @@ pub fn is_relative(name: &str) -> bool {
 pub fn relative(text: &str, domains: &[Domain]) -> Result<String, BadName> {
     let lower = text.to_ascii_lowercase();
     let name = lower.strip_suffix('.').unwrap_or(&lower);
-    let inside = domains.iter().find_map(|domain| name.strip_suffix(&domain.text)?.strip_suffix('.'));
+    let inside =
+        domains.iter().find_map(|domain| name.strip_suffix(&domain.text)?.strip_suffix('.'));
     let name = inside.unwrap_or(name);
     if is_relative(name) { Ok(name.to_owned()) } else { Err(BadName) }
 }
@@ -86,7 +87,10 @@ impl Domain {
             .collect();
         let labels = labels?;
         // A dot inside a label would make two of it.
-        labels.iter().all(|label| is_relative(label) && !label.contains('.')).then(|| labels.join("."))
+        labels
+            .iter()
+            .all(|label| is_relative(label) && !label.contains('.'))
+            .then(|| labels.join("."))
     }
 
     /// The name of DNS that a name in the form that travels stands for here.
@@ -144,12 +148,15 @@ mod tests {
         ] {
             assert_eq!(relative(bad, &domains()), Err(BadName), "{bad:?}");
         }
-        assert!(is_relative(&"a".repeat(63)) && is_relative(&["a"; 64].join(".")) && !is_relative("A"));
+        assert!(
+            is_relative(&"a".repeat(63)) && is_relative(&["a"; 64].join(".")) && !is_relative("A")
+        );
     }
 
     #[test]
     fn domains_that_no_name_fits_into_are_refused() {
-        for bad in ["", ".", "a..b", "local..", "a b", "in-addr.arpa", "arpa", &["a"; 51].join(".")] {
+        for bad in ["", ".", "a..b", "local..", "a b", "in-addr.arpa", "arpa", &["a"; 51].join(".")]
+        {
             assert_eq!(Domain::new(bad), Err(BadDomain), "{bad:?}");
         }
         let longest = Domain::new(&["a".repeat(50), "b".repeat(49)].join(".")).unwrap();

@@ -86,7 +86,10 @@ impl Server {
 async fn serve(service: Arc<Service>, sockets: Sockets, subnet: IpNet) -> io::Result<()> {
     let udp = UdpSocket::from_std(sockets.udp)?;
     let tcp = TcpListener::from_std(sockets.tcp)?;
-    tokio::join!(serve_udp(service.clone(), Arc::new(udp), subnet), serve_tcp(service, tcp, subnet));
+    tokio::join!(
+        serve_udp(service.clone(), Arc::new(udp), subnet),
+        serve_tcp(service, tcp, subnet)
+    );
     Ok(())
 }
 
@@ -134,7 +137,9 @@ async fn serve_tcp(service: Arc<Service>, listener: TcpListener, subnet: IpNet) 
             }
         };
         while connections.try_join_next().is_some() {}
-        let Some(share) = quota.share(from.ip()).filter(|_| subnet.contains(&from.ip())) else { continue };
+        let Some(share) = quota.share(from.ip()).filter(|_| subnet.contains(&from.ip())) else {
+            continue;
+        };
         let service = service.clone();
         connections.spawn(async move {
             // Whatever ends it: the other side is told by the end.

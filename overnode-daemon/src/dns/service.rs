@@ -121,7 +121,9 @@ impl Service {
         if query.edns.as_ref().is_some_and(|edns| edns.version() != 0) {
             return Step::Send(encode(reply_to(&query, ResponseCode::BADVERS), &query, transport));
         }
-        let Some(question) = query.queries.first() else { return self.refuse(header, ResponseCode::FormErr) };
+        let Some(question) = query.queries.first() else {
+            return self.refuse(header, ResponseCode::FormErr);
+        };
         let verdict = self.directory().ask(question);
         match verdict {
             Verdict::Answer(answer) => {
@@ -131,11 +133,12 @@ impl Service {
                 reply.authorities.extend(answer.soa.map(|soa| *soa));
                 Step::Send(encode(reply, &query, transport))
             }
-            Verdict::Elsewhere => match self.pending.share(from).filter(|_| query.metadata.recursion_desired)
-            {
-                Some(share) => Step::Ask(Pending { query, transport, _share: share }),
-                None => self.refuse(header, ResponseCode::Refused),
-            },
+            Verdict::Elsewhere => {
+                match self.pending.share(from).filter(|_| query.metadata.recursion_desired) {
+                    Some(share) => Step::Ask(Pending { query, transport, _share: share }),
+                    None => self.refuse(header, ResponseCode::Refused),
+                }
+            }
         }
     }
 

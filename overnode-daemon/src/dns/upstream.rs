@@ -73,7 +73,8 @@ impl Upstream {
             Ok(Some(Err(NetError::Dns(DnsError::NoRecordsFound(none))))) => {
                 let mut message = Message::query();
                 message.metadata.response_code = none.response_code;
-                message.authorities = none.authorities.iter().flat_map(|list| list.iter().cloned()).collect();
+                message.authorities =
+                    none.authorities.iter().flat_map(|list| list.iter().cloned()).collect();
                 Ok(message)
             }
             Ok(Some(Err(NetError::Dns(DnsError::ResponseCode(code))))) => Err(code),
@@ -155,9 +156,15 @@ mod tests {
             upstream.state.lock().unwrap().checked = Some(Instant::now() - CHECK);
             upstream.servers().iter().map(IpAddr::to_string).collect::<Vec<_>>()
         };
-        assert_eq!(servers("nameserver 192.0.2.1\nnameserver 10.39.240.1\nsearch a.b\n"), ["192.0.2.1"]);
+        assert_eq!(
+            servers("nameserver 192.0.2.1\nnameserver 10.39.240.1\nsearch a.b\n"),
+            ["192.0.2.1"]
+        );
         assert_eq!(servers("# none\n"), [""; 0]);
-        assert_eq!(servers("nameserver ::1\nnameserver 127.0.0.53\noptions edns0\n"), ["::1", "127.0.0.53"]);
+        assert_eq!(
+            servers("nameserver ::1\nnameserver 127.0.0.53\noptions edns0\n"),
+            ["::1", "127.0.0.53"]
+        );
         assert_eq!(servers("\u{0}\u{1} nonsense \n nameserver x\n"), [""; 0]);
         let many: String = (1..9).map(|n| format!("nameserver 192.0.2.{n}\n")).collect();
         assert_eq!(servers(&many).len(), MAX_SERVERS);

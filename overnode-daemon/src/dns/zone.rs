@@ -61,16 +61,20 @@ impl Zone {
     /// The addresses of a name, in an order that is random each time.
     pub fn addresses(&mut self, name: &str) -> Vec<IpAddr> {
         let found = self.forward.get(&backwards(name)).into_iter().flatten();
-        let found: BTreeSet<IpAddr> =
-            found.filter(|(_, node)| self.reachable.contains(node)).map(|(address, _)| *address).collect();
+        let found: BTreeSet<IpAddr> = found
+            .filter(|(_, node)| self.reachable.contains(node))
+            .map(|(address, _)| *address)
+            .collect();
         self.shuffled(found)
     }
 
     /// The names of an address, in an order that is random each time.
     pub fn names(&mut self, address: IpAddr) -> Vec<String> {
         let found = self.reverse.get(&address).into_iter().flatten();
-        let found: BTreeSet<String> =
-            found.filter(|(_, node)| self.reachable.contains(node)).map(|(name, _)| name.clone()).collect();
+        let found: BTreeSet<String> = found
+            .filter(|(_, node)| self.reachable.contains(node))
+            .map(|(name, _)| name.clone())
+            .collect();
         self.shuffled(found)
     }
 
@@ -81,7 +85,8 @@ impl Zone {
         let counts = |holders: &BTreeSet<(IpAddr, NodeId)>| {
             holders.iter().any(|(_, node)| self.reachable.contains(node))
         };
-        let mut below = self.forward.range(below.clone()..).take_while(|(name, _)| name.starts_with(&below));
+        let mut below =
+            self.forward.range(below.clone()..).take_while(|(name, _)| name.starts_with(&below));
         self.forward.get(&first).is_some_and(counts) || below.any(|(_, holders)| counts(holders))
     }
 
@@ -90,7 +95,9 @@ impl Zone {
         let mut entries: Vec<_> = self
             .nodes
             .iter()
-            .flat_map(|(node, names)| names.iter().map(|it| (it, *node, self.reachable.contains(node))))
+            .flat_map(|(node, names)| {
+                names.iter().map(|it| (it, *node, self.reachable.contains(node)))
+            })
             .collect();
         entries.sort();
         entries
@@ -136,7 +143,10 @@ mod tests {
     fn zone(nodes: &[(u16, &[(&str, &str)])]) -> Zone {
         let mut zone = Zone::new(StdRng::seed_from_u64(1));
         for (node, names) in nodes {
-            zone.set_names(id(*node), &names.iter().map(|(name, it)| named(name, it)).collect::<Vec<_>>());
+            zone.set_names(
+                id(*node),
+                &names.iter().map(|(name, it)| named(name, it)).collect::<Vec<_>>(),
+            );
         }
         zone.set_reachable(nodes.iter().map(|(node, _)| id(*node)).collect());
         zone
@@ -163,7 +173,8 @@ mod tests {
 
     #[test]
     fn the_order_is_random_and_fair() {
-        let mut zone = zone(&[(1, &[("web", "10.40.0.1"), ("web", "10.40.0.2"), ("web", "10.40.0.3")])]);
+        let mut zone =
+            zone(&[(1, &[("web", "10.40.0.1"), ("web", "10.40.0.2"), ("web", "10.40.0.3")])]);
         let mut firsts = BTreeMap::new();
         for _ in 0..3000 {
             *firsts.entry(zone.addresses("web")[0]).or_insert(0) += 1;
@@ -192,8 +203,10 @@ mod tests {
 
     #[test]
     fn names_of_a_node_that_is_lost_leave_and_come_back() {
-        let mut zone =
-            zone(&[(1, &[("web", "10.40.0.1")]), (2, &[("web", "10.42.0.1"), ("a.b", "10.42.0.2")])]);
+        let mut zone = zone(&[
+            (1, &[("web", "10.40.0.1")]),
+            (2, &[("web", "10.42.0.1"), ("a.b", "10.42.0.2")]),
+        ]);
         zone.set_reachable([id(1)].into());
         assert_eq!(texts(zone.addresses("web")), ["10.40.0.1"]);
         assert!(!zone.exists("a.b") && !zone.exists("b"));
@@ -206,8 +219,10 @@ mod tests {
 
     #[test]
     fn what_a_node_says_no_more_is_gone() {
-        let mut zone =
-            zone(&[(1, &[("web", "10.40.0.1"), ("db", "10.40.0.1")]), (2, &[("web", "10.40.0.1")])]);
+        let mut zone = zone(&[
+            (1, &[("web", "10.40.0.1"), ("db", "10.40.0.1")]),
+            (2, &[("web", "10.40.0.1")]),
+        ]);
         zone.set_names(id(1), &[named("db", "10.40.0.2")]);
         assert_eq!(texts(zone.addresses("web")), ["10.40.0.1"], "node 2 says it still");
         assert_eq!(texts(zone.addresses("db")), ["10.40.0.2"]);

@@ -262,8 +262,12 @@ impl Engine {
 
     /// Of these networks those that stay when there is one default network only. An engine that is asked for it again, because it took longer
     /// than an answer may take, makes another, and both have one name.
-    async fn without_surplus(&self, networks: Vec<ListedNetwork>) -> Result<Vec<ListedNetwork>, NotDone> {
-        let (mut kept, mut defaults): (Vec<_>, Vec<_>) = networks.into_iter().partition(|it| !is_default(it));
+    async fn without_surplus(
+        &self,
+        networks: Vec<ListedNetwork>,
+    ) -> Result<Vec<ListedNetwork>, NotDone> {
+        let (mut kept, mut defaults): (Vec<_>, Vec<_>) =
+            networks.into_iter().partition(|it| !is_default(it));
         defaults.sort_by(|one, two| two.created.cmp(&one.created));
         let mut left = defaults.len();
         for network in defaults {
@@ -340,7 +344,9 @@ impl Engine {
     async fn remove(&self, network: &ListedNetwork) -> Result<(), NotDone> {
         match self.ask(Method::DELETE, &format!("/networks/{}", network.id), None).await? {
             (status, _) if status.is_success() || status == StatusCode::NOT_FOUND => Ok(()),
-            (status, answer) => Err(refused("the default network was not removed", status, &answer)),
+            (status, answer) => {
+                Err(refused("the default network was not removed", status, &answer))
+            }
         }
     }
 
@@ -349,8 +355,9 @@ impl Engine {
         if !status.is_success() {
             return Err(refused(&format!("{path} was not answered"), status, &body));
         }
-        serde_json::from_slice(&body)
-            .map_err(|why| self.absent(format!("its answer to {path} is not understood: {}", reason(&why))))
+        serde_json::from_slice(&body).map_err(|why| {
+            self.absent(format!("its answer to {path} is not understood: {}", reason(&why)))
+        })
     }
 
     async fn ask(
@@ -362,7 +369,9 @@ impl Engine {
         match timeout(PATIENCE, exchange(&self.socket, method, path, body)).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(why)) => Err(self.absent(format!("{why:#}"))),
-            Err(_) => Err(self.absent(format!("no answer to {path} within {} s", PATIENCE.as_secs()))),
+            Err(_) => {
+                Err(self.absent(format!("no answer to {path} within {} s", PATIENCE.as_secs())))
+            }
         }
     }
 
@@ -424,16 +433,23 @@ pub fn refused(what: &str, status: StatusCode, body: &[u8]) -> NotDone {
 }
 
 fn container(listed: ListedContainer) -> Option<Container> {
-    let is_hexadecimal = listed.id.len() >= 12 && listed.id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let is_hexadecimal =
+        listed.id.len() >= 12 && listed.id.bytes().all(|byte| byte.is_ascii_hexdigit());
     let id = listed.id.get(..12).filter(|_| is_hexadecimal)?.to_owned();
     // Links give a container more names, with the other container's before them.
     let mut names = listed.names.unwrap_or_default().into_iter();
-    let name = names
-        .find_map(|name| name.strip_prefix('/').filter(|name| check_name(name).is_ok()).map(str::to_owned));
+    let name = names.find_map(|name| {
+        name.strip_prefix('/').filter(|name| check_name(name).is_ok()).map(str::to_owned)
+    });
     let printable =
         |image: &String| image.len() <= 256 && !image.is_empty() && image.chars().all(is_harmless);
-    let networks = listed.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
-    let endpoints =
-        networks.into_values().flatten().map(|listed| listed.endpoint).filter(|id| is_id(id)).collect();
+    let networks =
+        listed.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+    let endpoints = networks
+        .into_values()
+        .flatten()
+        .map(|listed| listed.endpoint)
+        .filter(|id| is_id(id))
+        .collect();
     Some(Container { id, name, image: listed.image.filter(printable), endpoints })
 }

@@ -373,7 +373,10 @@ fn endpoint(path: &str, body: &[u8]) -> Result<EndpointId, Refusal> {
 
 fn read<T: DeserializeOwned>(path: &str, body: &[u8]) -> Result<T, Refusal> {
     serde_json::from_slice(body).map_err(|why| {
-        Refusal::Malformed(format!("the body of {path} is not the JSON that is expected: {}", reason(&why)))
+        Refusal::Malformed(format!(
+            "the body of {path} is not the JSON that is expected: {}",
+            reason(&why)
+        ))
     })
 }
 
@@ -395,10 +398,15 @@ fn check_sandbox(path: &str) -> Result<(), Refusal> {
     if fits {
         return Ok(());
     }
-    Err(Refusal::Malformed(format!("SandboxKey {:?} is no path of a network namespace", quoted(path))))
+    Err(Refusal::Malformed(format!(
+        "SandboxKey {:?} is no path of a network namespace",
+        quoted(path)
+    )))
 }
 
 /// `null` is what Go makes of an empty map, list or document.
-fn or_default<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+fn or_default<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(
+    from: D,
+) -> Result<T, D::Error> {
     Option::<T>::deserialize(from).map(Option::unwrap_or_default)
 }

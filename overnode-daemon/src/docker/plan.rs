@@ -13,8 +13,8 @@ use ipnet::IpNet;
 use super::NAME;
 use super::engine::{Container, Report};
 use super::message::{
-    CreateEndpoint, CreateNetwork, Interface, InterfaceName, Join, Refusal, ReleaseAddress, Request,
-    RequestAddress, RequestPool, Response,
+    CreateEndpoint, CreateNetwork, Interface, InterfaceName, Join, Refusal, ReleaseAddress,
+    Request, RequestAddress, RequestPool, Response,
 };
 use crate::api::check_name;
 use crate::datapath::waiting_interface;
@@ -114,13 +114,17 @@ impl Docker {
                 connectivity_scope: "global",
                 gw_alloc_checker: true,
             }),
-            Request::IpamCapabilities => answer(Response::IpamCapabilities { mac: false, replay: false }),
+            Request::IpamCapabilities => {
+                answer(Response::IpamCapabilities { mac: false, replay: false })
+            }
             // An engine that finds the global space does not look whether the pool overlaps a route of the host.
             Request::AddressSpaces => answer(Response::AddressSpaces {
                 local_default_address_space: NAME,
                 global_default_address_space: NAME,
             }),
-            Request::GatewayCheck => answer(Response::GatewayCheck { skip_v4: true, skip_v6: true }),
+            Request::GatewayCheck => {
+                answer(Response::GatewayCheck { skip_v4: true, skip_v6: true })
+            }
             Request::RequestPool(request) => self.pool(&request),
             Request::RequestAddress(request) => self.address(&request),
             Request::ReleaseAddress(request) => self.release(&request),
@@ -202,7 +206,9 @@ impl Docker {
         let containers: BTreeMap<&str, &Container> = report
             .containers
             .iter()
-            .flat_map(|container| container.endpoints.iter().map(move |id| (id.as_str(), container)))
+            .flat_map(|container| {
+                container.endpoints.iter().map(move |id| (id.as_str(), container))
+            })
             .collect();
         let mut gone = Vec::new();
         for (address, lease) in &mut self.leases {
@@ -244,12 +250,16 @@ impl Docker {
 
     /// The container's network namespace of an address that is plugged in.
     pub fn sandbox(&self, address: IpAddr) -> Option<&str> {
-        self.leases.get(&address).map(|lease| lease.record.netns.as_str()).filter(|path| !path.is_empty())
+        self.leases
+            .get(&address)
+            .map(|lease| lease.record.netns.as_str())
+            .filter(|path| !path.is_empty())
     }
 
     /// What was joined to a namespace that was not there yet: an engine makes it afterwards.
     pub fn unsettled(&self) -> impl Iterator<Item = &Attachment> {
-        let joined = |record: &&Attachment| record.engine.as_ref().is_some_and(|engine| engine.joined);
+        let joined =
+            |record: &&Attachment| record.engine.as_ref().is_some_and(|engine| engine.joined);
         self.records().filter(joined).filter(|record| record.netns_inode == 0)
     }
 
@@ -307,13 +317,12 @@ impl Docker {
             )));
         }
         let option = |name: &str| request.options.get(name).and_then(serde_json::Value::as_str);
-        let wanted: Option<IpAddr> =
-            match request.address.as_str() {
-                "" => None,
-                text => Some(text.parse().map_err(|_| {
-                    Refusal::Malformed(format!("Address {:?} is no IP address", quoted(text)))
-                })?),
-            };
+        let wanted: Option<IpAddr> = match request.address.as_str() {
+            "" => None,
+            text => Some(text.parse().map_err(|_| {
+                Refusal::Malformed(format!("Address {:?} is no IP address", quoted(text)))
+            })?),
+        };
         if option(OPTION_TYPE) == Some(OPTION_TYPE_GATEWAY) {
             let (first, last) = self.settings.nodes;
             return match wanted {
@@ -321,7 +330,9 @@ impl Docker {
                 Some(gateway) if !(first..=last).contains(&gateway) => Err(Refusal::new(
                     "overnode networks have no gateway of their own, as the engine gives containers a way out: leave out --gateway",
                 )),
-                gateway => Ok(Step::Answer(self.answer_address(gateway.unwrap_or(self.settings.node)))),
+                gateway => {
+                    Ok(Step::Answer(self.answer_address(gateway.unwrap_or(self.settings.node))))
+                }
             };
         }
         let name = option(OPTION_NAME).filter(|name| check_name(name).is_ok()).map(str::to_owned);
@@ -359,7 +370,9 @@ impl Docker {
             return Ok(Step::Answer(Response::Done {}));
         }
         if self.networks.len() >= MAX_NETWORKS {
-            return Err(Refusal::new(format_args!("there are {MAX_NETWORKS} overnode networks already")));
+            return Err(Refusal::new(format_args!(
+                "there are {MAX_NETWORKS} overnode networks already"
+            )));
         }
         let mut networks = self.networks.clone();
         networks.insert(request.network);
@@ -378,7 +391,10 @@ impl Docker {
         }
         let text = &request.interface.address;
         let address = text.parse::<IpNet>().map_err(|_| {
-            Refusal::Malformed(format!("Address {:?} is no IP address with its prefix", quoted(text)))
+            Refusal::Malformed(format!(
+                "Address {:?} is no IP address with its prefix",
+                quoted(text)
+            ))
         })?;
         let not_ours = || {
             Refusal::new(format_args!(
@@ -392,7 +408,10 @@ impl Docker {
         let given = match request.interface.mac_address.as_str() {
             "" => None,
             text => Some(parse_mac(text).ok_or_else(|| {
-                Refusal::new(format_args!("{:?} cannot be the hardware address of a container", quoted(text)))
+                Refusal::new(format_args!(
+                    "{:?} cannot be the hardware address of a container",
+                    quoted(text)
+                ))
             })?),
         };
         match &lease.record.engine {
@@ -418,16 +437,21 @@ impl Docker {
             )));
         }
         let mac = given.unwrap_or_else(|| mac_of(address.addr()));
-        let engine =
-            EngineEndpoint { network: request.network, endpoint: request.endpoint, mac, joined: false };
+        let engine = EngineEndpoint {
+            network: request.network,
+            endpoint: request.endpoint,
+            mac,
+            joined: false,
+        };
         let target = engine.endpoint.clone();
         let record = Attachment { engine: Some(engine), target, ..lease.record.clone() };
         Ok(Step::Keep(Box::new(record), endpoint_answer(given.is_none(), mac)))
     }
 
     fn join(&self, request: Join) -> Result<Step, Refusal> {
-        let record =
-            self.by_endpoint(&request.endpoint).ok_or_else(|| unknown_endpoint(&request.endpoint))?;
+        let record = self
+            .by_endpoint(&request.endpoint)
+            .ok_or_else(|| unknown_endpoint(&request.endpoint))?;
         let rival = self.records().find(|other| {
             other.netns == request.sandbox
                 && other.address != record.address
@@ -445,13 +469,16 @@ impl Docker {
         if let Some(engine) = &mut record.engine {
             engine.joined = true;
         }
-        let interface_name =
-            InterfaceName { src_name: waiting_interface(record.address), dst_prefix: INTERFACE_PREFIX };
+        let interface_name = InterfaceName {
+            src_name: waiting_interface(record.address),
+            dst_prefix: INTERFACE_PREFIX,
+        };
         Ok(Step::Plug(Box::new(record), Response::Joined { interface_name }))
     }
 
     fn by_endpoint(&self, id: &str) -> Option<&Attachment> {
-        self.records().find(|record| record.engine.as_ref().is_some_and(|engine| engine.endpoint == id))
+        self.records()
+            .find(|record| record.engine.as_ref().is_some_and(|engine| engine.endpoint == id))
     }
 }
 

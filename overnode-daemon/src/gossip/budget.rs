@@ -38,7 +38,10 @@ impl Budget {
     /// True if the record may take the place of the one that is known.
     pub(super) fn fits(&self, record: &Record, known: Option<&Record>) -> bool {
         let (new, old) = (weight(record), known.map_or(0, weight));
-        record.left || new <= old || self.shared - beyond(old) + beyond(new) <= SHARED || beyond(new) == 0
+        record.left
+            || new <= old
+            || self.shared - beyond(old) + beyond(new) <= SHARED
+            || beyond(new) == 0
     }
 
     /// As [`Self::fits`], for a node that was never reached.

@@ -42,10 +42,12 @@ impl Gossip {
         if let Some(proven) = self.proven.get(&record.id) {
             return *proven != key;
         }
-        let Some(known) = self.records.get(&record.id).filter(|known| known.verifying_key != key) else {
+        let Some(known) = self.records.get(&record.id).filter(|known| known.verifying_key != key)
+        else {
             return false;
         };
-        !known.left && (known.incarnation == record.incarnation || self.paths().contains_key(&known.id))
+        !known.left
+            && (known.incarnation == record.incarnation || self.paths().contains_key(&known.id))
     }
 
     /// Lets a disputed record wait, and passes it on.
@@ -88,7 +90,8 @@ impl Gossip {
             let delta = Message::Delta(vec![record.clone()]);
             // Fails only if the holder is gone by now.
             let _ = self.send_parcel(id, KIND_CLASH, delta.encode());
-            let has_not = |next: &&NodeId| **next != peer && **next != id && !self.is_linked(peer, **next);
+            let has_not =
+                |next: &&NodeId| **next != peer && **next != id && !self.is_linked(peer, **next);
             for next in self.neighbours.iter().filter(has_not).copied().collect::<Vec<_>>() {
                 if self.may_pass(next, size(&record), now) {
                     self.send(next, delta.clone());
@@ -104,8 +107,9 @@ impl Gossip {
         if contender.record.stamp() > known.stamp() {
             return;
         }
-        let is_rival =
-            contender.record.verifying_key != known.verifying_key && !contender.record.left && !known.left;
+        let is_rival = contender.record.verifying_key != known.verifying_key
+            && !contender.record.left
+            && !known.left;
         let holder = known.nickname.clone();
         let Some(Contender { record, .. }) = self.contenders.remove(&id) else { return };
         if is_rival {

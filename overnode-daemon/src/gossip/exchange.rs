@@ -43,10 +43,13 @@ impl Gossip {
     ) {
         let stamps: Vec<_> = if ask {
             let known: BTreeMap<_, _> = theirs.iter().copied().collect();
-            let is_news = |(id, stamp): &(&NodeId, &Stamp)| known.get(id).is_none_or(|known| known < *stamp);
+            let is_news =
+                |(id, stamp): &(&NodeId, &Stamp)| known.get(id).is_none_or(|known| known < *stamp);
             self.stamps.iter().filter(is_news).map(|(id, stamp)| (*id, *stamp)).collect()
         } else {
-            let newer = |(id, theirs): &(NodeId, Stamp)| self.stamps.get(id).filter(|stamp| *stamp > theirs);
+            let newer = |(id, theirs): &(NodeId, Stamp)| {
+                self.stamps.get(id).filter(|stamp| *stamp > theirs)
+            };
             theirs.iter().filter_map(|offer| newer(offer).map(|stamp| (offer.0, *stamp))).collect()
         };
         if !stamps.is_empty() {
@@ -142,8 +145,8 @@ impl Gossip {
             }
             let stamp = self.stamps[id];
             for &peer in &self.neighbours {
-                let told_by_another =
-                    self.is_linked(*id, peer) || have.iter().any(|&source| self.is_linked(source, peer));
+                let told_by_another = self.is_linked(*id, peer)
+                    || have.iter().any(|&source| self.is_linked(source, peer));
                 if peer != *id && !have.contains(&peer) && !told_by_another {
                     offers.entry(peer).or_default().push((*id, stamp));
                 }
@@ -188,7 +191,9 @@ impl Gossip {
 
     /// True if both ends say that they are linked.
     pub(super) fn is_linked(&self, one: NodeId, other: NodeId) -> bool {
-        let says = |a, b| self.records.get(&a).is_some_and(|record| record.links.binary_search(&b).is_ok());
+        let says = |a, b| {
+            self.records.get(&a).is_some_and(|record| record.links.binary_search(&b).is_ok())
+        };
         says(one, other) && says(other, one)
     }
 
@@ -237,5 +242,8 @@ impl Gossip {
 /// About how many bytes a record takes on the wire; rather too many.
 pub(super) fn size(record: &Record) -> usize {
     let names = record.names.iter().map(Named::size).sum::<usize>();
-    message::RECORD_BYTES + 2 * record.links.len() + 18 * (record.ranges.len() + record.claims.len()) + names
+    message::RECORD_BYTES
+        + 2 * record.links.len()
+        + 18 * (record.ranges.len() + record.claims.len())
+        + names
 }

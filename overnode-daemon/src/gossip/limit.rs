@@ -29,7 +29,8 @@ pub(super) struct Signatures {
 
 impl Signatures {
     pub fn new(now: Instant) -> Self {
-        let bucket = Bucket { taken: 0, burst: BURST_SIGNATURES, each_second: SIGNATURES_PER_SECOND };
+        let bucket =
+            Bucket { taken: 0, burst: BURST_SIGNATURES, each_second: SIGNATURES_PER_SECOND };
         Self { bucket, at: now }
     }
 

@@ -118,7 +118,9 @@ pub enum BadMessage {
     #[error("an empty message")]
     Empty,
     /// Another format.
-    #[error("a message in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host")]
+    #[error(
+        "a message in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host"
+    )]
     Format(u8),
     /// Not a message.
     #[error("a message that cannot be read")]
@@ -228,7 +230,8 @@ impl Message {
         if format != FORMAT {
             return Err(BadMessage::Format(format));
         }
-        let (message, rest) = postcard::take_from_bytes(body).map_err(|_| BadMessage::Unreadable)?;
+        let (message, rest) =
+            postcard::take_from_bytes(body).map_err(|_| BadMessage::Unreadable)?;
         if !rest.is_empty() {
             return Err(BadMessage::Unreadable);
         }

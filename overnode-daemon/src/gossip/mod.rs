@@ -66,8 +66,8 @@ pub use exchange::ASK_AGAIN;
 use exchange::{STAMP_BYTES, Wanted, size};
 use limit::{Allowance, BYTES_PER_SECOND, Signatures};
 pub use message::{
-    BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_DELTA, MAX_NAMES, MAX_RANGES, MAX_STAMP, Message,
-    NAME_BYTES, Named, Record, Stamp,
+    BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_DELTA, MAX_NAMES, MAX_RANGES, MAX_STAMP,
+    Message, NAME_BYTES, Named, Record, Stamp,
 };
 pub use parcel::{BadParcel, Parcel, Undelivered};
 pub use sign::{Signature, Signer, Verified};
@@ -228,8 +228,10 @@ impl Gossip {
     /// Takes up what was known before a restart: records, and whether their nodes were ever reached ([`Self::was_reached`]).
     pub fn restore(&mut self, records: impl IntoIterator<Item = (Record, bool)>) {
         for (record, was_reached) in records {
-            let is_good = record.id != self.own && record.check().is_ok() && self.is_signed(&record);
-            if !is_good || self.has_identity_of_another(&record) || !self.budget.fits(&record, None) {
+            let is_good =
+                record.id != self.own && record.check().is_ok() && self.is_signed(&record);
+            if !is_good || self.has_identity_of_another(&record) || !self.budget.fits(&record, None)
+            {
                 continue;
             }
             if !was_reached && !self.budget.fits_stranger(&record) {
@@ -281,7 +283,9 @@ impl Gossip {
     }
 
     fn is_signed(&self, record: &Record) -> bool {
-        self.verified.as_ref().map_or_else(|| sign::is_signed(record), |verified| verified.is_signed(record))
+        self.verified
+            .as_ref()
+            .map_or_else(|| sign::is_signed(record), |verified| verified.is_signed(record))
     }
 
     /// The node's own record, with changes that are not published yet; its links are those last published.
@@ -395,7 +399,12 @@ impl Gossip {
     ///
     /// # Errors
     /// [`BadMessage`] if it breaks the protocol, or is one too many: nothing of it was taken, and the connection should be closed.
-    pub fn handle_message(&mut self, peer: NodeId, bytes: &[u8], now: Instant) -> Result<(), BadMessage> {
+    pub fn handle_message(
+        &mut self,
+        peer: NodeId,
+        bytes: &[u8],
+        now: Instant,
+    ) -> Result<(), BadMessage> {
         if !self.neighbours.contains(&peer) {
             return Ok(());
         }
@@ -442,10 +451,17 @@ impl Gossip {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let defend_at = self.defence.as_ref().and(self.defended).map(|last| last + DEFEND_INTERVAL);
         let admit_at = self.next_admission();
-        [self.publish_at, self.flush_at, defend_at, admit_at, self.ask_again_at, Some(self.compare_at)]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            self.publish_at,
+            self.flush_at,
+            defend_at,
+            admit_at,
+            self.ask_again_at,
+            Some(self.compare_at),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// The next thing to do.
@@ -453,7 +469,12 @@ impl Gossip {
         self.actions.pop_front()
     }
 
-    fn handle_delta(&mut self, peer: NodeId, records: Vec<Record>, now: Instant) -> Result<(), BadMessage> {
+    fn handle_delta(
+        &mut self,
+        peer: NodeId,
+        records: Vec<Record>,
+        now: Instant,
+    ) -> Result<(), BadMessage> {
         let records: Vec<_> = records.into_iter().map(|record| (record.stamp(), record)).collect();
         // A signature costs more than all the rest, and most of what comes by is known.
         let mut news = Vec::new();
@@ -517,7 +538,8 @@ impl Gossip {
     /// False if so far in the future that its owner could not outbid it.
     fn is_timely(&self, incarnation: u64, now: Instant) -> bool {
         let (then, at) = self.clock;
-        let passed = u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
+        let passed =
+            u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
         incarnation <= then.saturating_add(passed).saturating_add(SKEW_MS)
     }
 
@@ -555,7 +577,8 @@ impl Gossip {
         }
         let links_back = |other: &NodeId| {
             let is_known = *other == self.own || !self.budget.is_stranger(*other);
-            let links = self.records.get(other).filter(|it| is_known && !it.left).map(|it| &it.links);
+            let links =
+                self.records.get(other).filter(|it| is_known && !it.left).map(|it| &it.links);
             links.is_some_and(|links| links.binary_search(&record.id).is_ok())
         };
         !record.links.iter().any(links_back)
@@ -584,7 +607,8 @@ impl Gossip {
         }
         self.identities.insert(identity, id);
         let now = &self.records[&id];
-        if before.as_ref().is_none_or(|before| before.links != now.links || before.left != now.left) {
+        if before.as_ref().is_none_or(|before| before.links != now.links || before.left != now.left)
+        {
             self.paths.take();
         }
         before
@@ -602,7 +626,8 @@ impl Gossip {
     fn note_own_change(&mut self, now: Instant) {
         if !self.draft.left {
             // A record with many names is long, and what each neighbour takes in a second is limited.
-            let weight = Duration::from_secs(1) * u32::try_from(size(&self.draft)).unwrap_or(u32::MAX)
+            let weight = Duration::from_secs(1)
+                * u32::try_from(size(&self.draft)).unwrap_or(u32::MAX)
                 / (BYTES_PER_SECOND / 2) as u32;
             let pace = weight.max(PACE * u32::try_from(self.neighbours.len()).unwrap_or(u32::MAX));
             let earliest = self.published.map_or(now, |last| last + pace);

@@ -60,7 +60,9 @@ pub enum BadParcel {
     #[error("a parcel that is cut short")]
     Short,
     /// Another format.
-    #[error("a parcel in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host")]
+    #[error(
+        "a parcel in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host"
+    )]
     Format(u8),
     /// Hops beyond [`MAX_HOPS`], or none at all.
     #[error("a parcel with {0} hops left, where 1 to {MAX_HOPS} may be")]
@@ -241,7 +243,8 @@ impl Gossip {
 
     fn accept(&mut self, parcel: Parcel) -> Result<(), Undelivered> {
         let from = parcel.from;
-        if ![self.records[&self.own].incarnation, self.draft.incarnation].contains(&parcel.receiver) {
+        if ![self.records[&self.own].incarnation, self.draft.incarnation].contains(&parcel.receiver)
+        {
             return Err(Undelivered::OtherStart(from));
         }
         let known = self.records.get(&from).map(|record| record.verifying_key);
@@ -249,7 +252,11 @@ impl Gossip {
         if !sign::is_signature(&key, &parcel.signed_part(), &parcel.signature) {
             return Err(Undelivered::Unsigned(from));
         }
-        if self.parcels_heard.get(&from).is_some_and(|(of, last)| *of == key && parcel.serial <= *last) {
+        if self
+            .parcels_heard
+            .get(&from)
+            .is_some_and(|(of, last)| *of == key && parcel.serial <= *last)
+        {
             return Err(Undelivered::Late(from));
         }
         self.parcels_heard.insert(from, (key, parcel.serial));

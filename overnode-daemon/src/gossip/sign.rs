@@ -103,7 +103,8 @@ pub(super) fn is_signature(key: &VerifyingKey, bytes: &[u8], signature: &Signatu
 
 /// The record without its last field, after a name that no other signed bytes begin with.
 pub(super) fn signed_part(record: &Record) -> Vec<u8> {
-    let mut bytes = postcard::to_extend(record, RECORD.to_vec()).expect("plain data always encodes");
+    let mut bytes =
+        postcard::to_extend(record, RECORD.to_vec()).expect("plain data always encodes");
     bytes.truncate(bytes.len() - size_of::<Signature>());
     bytes
 }
@@ -128,7 +129,9 @@ impl Serialize for Signature {
 impl<'de> Deserialize<'de> for Signature {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let bytes = if deserializer.is_human_readable() {
-            BASE64.decode(String::deserialize(deserializer)?.as_bytes()).map_err(D::Error::custom)?
+            BASE64
+                .decode(String::deserialize(deserializer)?.as_bytes())
+                .map_err(D::Error::custom)?
         } else {
             <([u8; 32], [u8; 32])>::deserialize(deserializer)
                 .map(|(first, second)| [first, second].concat())?

@@ -32,8 +32,8 @@ fn identity(seed: u16) -> VerifyingKey {
 /// What the node signs with whose record this is.
 fn signer_of(record: &Record) -> Signer {
     static SEEDS: OnceLock<BTreeMap<PublicKey, u16>> = OnceLock::new();
-    let seeds =
-        SEEDS.get_or_init(|| (0..=NodeId::MAX).map(|seed| (signer(seed).public_key(), seed)).collect());
+    let seeds = SEEDS
+        .get_or_init(|| (0..=NodeId::MAX).map(|seed| (signer(seed).public_key(), seed)).collect());
     signer(seeds[&record.public_key])
 }
 
@@ -223,7 +223,8 @@ impl World {
                 match packet {
                     Packet::Gossip(bytes) => node.handle_message(*from, &bytes, self.now).unwrap(),
                     Packet::Parcel(bytes) => {
-                        self.undelivered.extend(node.handle_parcel(*from, &bytes, self.now).unwrap());
+                        self.undelivered
+                            .extend(node.handle_parcel(*from, &bytes, self.now).unwrap());
                     }
                     Packet::Ping(_) | Packet::Pong(_) => unreachable!("{packet:?}"),
                 }
@@ -402,7 +403,9 @@ fn news_lost_with_a_link_come_by_another_way_at_once() {
         world.assert_converges_within(Duration::from_secs(5), seed);
         let now = world.now;
         world.node(1).update_own(|own| own.nickname = "news".into(), now);
-        let knows = |world: &mut World, number| world.node(number).record(id(1)).unwrap().nickname == "news";
+        let knows = |world: &mut World, number| {
+            world.node(number).record(id(1)).unwrap().nickname == "news"
+        };
         while !knows(&mut world, 4) && !knows(&mut world, 3) {
             world.step(now + Duration::from_secs(5));
         }
@@ -501,7 +504,10 @@ fn storm(seed: u64, count: u16, steps: usize) {
                 world.collect();
                 world.run(Duration::from_millis(250));
                 world.kill(one);
-                world.start(signed(record(one.get(), 1000 * incarnation), 1000 + incarnation as u16));
+                world.start(signed(
+                    record(one.get(), 1000 * incarnation),
+                    1000 + incarnation as u16,
+                ));
             }
         }
         let pause = Duration::from_millis(world.rng.random_range(0..400));
@@ -570,10 +576,13 @@ fn messages_beyond_bounds_are_refused_whole() {
         delta(|r| r.addresses = vec!["192.0.2.1:1".parse().unwrap(); MAX_ADDRESSES + 1]),
         delta(|r| r.ranges = vec!["10.0.0.0/8".parse().unwrap(); MAX_RANGES + 1]),
         delta(|r| r.claims = vec!["10.0.0.1".parse().unwrap(); MAX_CLAIMS + 1]),
-        delta(|r| r.names = (0..=MAX_NAMES).map(|n| named(&format!("n{n:05}"), "10.0.0.1")).collect()),
         delta(|r| {
-            r.names =
-                (0..500).map(|n| named(&format!("n{n:05}{}", ["a"; 61].join(".")), "10.0.0.1")).collect();
+            r.names = (0..=MAX_NAMES).map(|n| named(&format!("n{n:05}"), "10.0.0.1")).collect()
+        }),
+        delta(|r| {
+            r.names = (0..500)
+                .map(|n| named(&format!("n{n:05}{}", ["a"; 61].join(".")), "10.0.0.1"))
+                .collect();
         }),
         delta(|r| r.names = vec![named("web", "10.0.0.1"); 2]),
         delta(|r| r.names = vec![named("web", "10.0.0.2"), named("web", "10.0.0.1")]),
@@ -613,11 +622,13 @@ fn names_that_were_removed_during_a_separation_never_rise_again() {
         let mut world = World::new(5, seed);
         world.mesh();
         let now = world.now;
-        world
-            .node(1)
-            .update_own(|own| own.names = vec![named("db", "10.40.0.2"), named("web", "10.40.0.1")], now);
+        world.node(1).update_own(
+            |own| own.names = vec![named("db", "10.40.0.2"), named("web", "10.40.0.1")],
+            now,
+        );
         world.assert_converges_within(Duration::from_secs(5), seed);
-        let names = |world: &mut World, at: u16| world.node(at).record(id(1)).unwrap().names.clone();
+        let names =
+            |world: &mut World, at: u16| world.node(at).record(id(1)).unwrap().names.clone();
         assert_eq!(names(&mut world, 5).len(), 2);
         // 1 and 2 on one side; the others remember what node 1 said, and tell each other.
         for (one, other) in [(1, 3), (1, 4), (1, 5), (2, 3), (2, 4), (2, 5)] {
@@ -669,7 +680,8 @@ fn a_refused_message_changes_nothing() {
     let mut bad = record(9, 1);
     bad.version = u64::MAX;
     let now = world.now;
-    let outcome = world.node(1).handle_message(id(2), &Message::Delta(vec![record(8, 1), bad]).encode(), now);
+    let outcome =
+        world.node(1).handle_message(id(2), &Message::Delta(vec![record(8, 1), bad]).encode(), now);
     assert!(outcome.is_err());
     let good = Message::Delta(vec![record(8, 1)]).encode();
     assert_eq!(world.node(1).handle_message(id(7), &good, now), Ok(()), "not a neighbour");
@@ -713,7 +725,10 @@ fn the_wire_format_is_this() {
     let stamp = Stamp { incarnation: 300, version: 2, hash: [1, 2, 3, 4] };
     let golden = [
         (Message::Summary([7; 16]), "0400".to_owned() + &"07".repeat(16)),
-        (Message::Digest { ask: true, stamps: vec![(id(1), stamp)] }, "0401010101ac020201020304".into()),
+        (
+            Message::Digest { ask: true, stamps: vec![(id(1), stamp)] },
+            "0401010101ac020201020304".into(),
+        ),
         (Message::Request(vec![id(1), id(300)]), "04020201ac02".into()),
         (
             Message::Delta(vec![full()]),
@@ -725,15 +740,15 @@ fn the_wire_format_is_this() {
                 "00",           // left
                 "0568c3b67374", // nickname
                 PUBLIC_KEY,
-                "0200c0000201ff34",                           // addresses: IPv4, port
-                "0120010db8000000000000000000000002ff34",     // IPv6, port
-                "0201ff1f",                                   // links
-                "01ff1f",                                     // dark ones
-                "02000a2800000f",                             // ranges: IPv4
-                "01fd00000000000000000000000000000040",       // IPv6
-                "01000a200001",                               // claims
+                "0200c0000201ff34",                       // addresses: IPv4, port
+                "0120010db8000000000000000000000002ff34", // IPv6, port
+                "0201ff1f",                               // links
+                "01ff1f",                                 // dark ones
+                "02000a2800000f",                         // ranges: IPv4
+                "01fd00000000000000000000000000000040",   // IPv6
+                "01000a200001",                           // claims
                 "020264620120010db8000000000000000000000007", // names: IPv6
-                "03776562000a280007",                         // IPv4
+                "03776562000a280007",                     // IPv4
                 VERIFYING_KEY,
                 SIGNATURE,
             ]

@@ -129,7 +129,10 @@ mod tests {
             nickname: String::new(),
             public_key: PublicKey([0; 32]),
             addresses: Vec::new(),
-            links: (1..=count).filter(|other| *other != node && says(node, *other)).map(id).collect(),
+            links: (1..=count)
+                .filter(|other| *other != node && says(node, *other))
+                .map(id)
+                .collect(),
             dark: Vec::new(),
             ranges: Vec::new(),
             claims: Vec::new(),
@@ -149,8 +152,8 @@ mod tests {
         let mut far = vec![vec![usize::MAX / 2; count + 1]; count + 1];
         for (one, row) in far.iter_mut().enumerate().skip(1) {
             for (other, hops) in row.iter_mut().enumerate().skip(1) {
-                let both =
-                    links(one, records).contains(&id(other)) && links(other, records).contains(&id(one));
+                let both = links(one, records).contains(&id(other))
+                    && links(other, records).contains(&id(one));
                 *hops = if one == other {
                     0
                 } else if both {
@@ -176,8 +179,9 @@ mod tests {
             let mut rng = StdRng::seed_from_u64(seed);
             let count = rng.random_range(1..14);
             let density = rng.random_range(0.05..0.6);
-            let table: Vec<Vec<bool>> =
-                (0..=count).map(|_| (0..=count).map(|_| rng.random_bool(density)).collect()).collect();
+            let table: Vec<Vec<bool>> = (0..=count)
+                .map(|_| (0..=count).map(|_| rng.random_bool(density)).collect())
+                .collect();
             // Half of the seeds have links that only one end reports.
             let says = |a: usize, b: usize| table[a][b] || (seed % 2 == 0 && table[b][a]);
             let records = records(count, says);
@@ -186,11 +190,16 @@ mod tests {
                 let paths = paths(id(own), &links(own, &records), &records);
                 for other in (1..=count).filter(|other| *other != own) {
                     let expected = (far[own][other] < usize::MAX / 2).then(|| {
-                        let via = (1..=count)
-                            .find(|via| far[own][*via] == 1 && far[*via][other] + 1 == far[own][other]);
+                        let via = (1..=count).find(|via| {
+                            far[own][*via] == 1 && far[*via][other] + 1 == far[own][other]
+                        });
                         Path { via: id(via.unwrap()), hops: far[own][other] as u16 }
                     });
-                    assert_eq!(paths.get(&id(other)).copied(), expected, "seed {seed}: {own} to {other}");
+                    assert_eq!(
+                        paths.get(&id(other)).copied(),
+                        expected,
+                        "seed {seed}: {own} to {other}"
+                    );
                 }
                 assert!(!paths.contains_key(&id(own)));
             }
@@ -215,7 +224,11 @@ mod tests {
             }
             let reached = paths(id(source), &links(source, &records), &records);
             for (node, times) in told.into_iter().enumerate().skip(1) {
-                assert_eq!(times, usize::from(reached.contains_key(&id(node))), "seed {seed}: node {node}");
+                assert_eq!(
+                    times,
+                    usize::from(reached.contains_key(&id(node))),
+                    "seed {seed}: node {node}"
+                );
             }
         }
     }

@@ -189,10 +189,14 @@ impl Jar {
 
     /// Takes the cookie out of a reply. False if the reply answers nothing we sent, or is forged.
     pub fn put(&mut self, reply: &CookieReply<'_>, now: Instant) -> bool {
-        let Some((_, mac1)) = self.sent.filter(|(index, _)| *index == reply.receiver) else { return false };
+        let Some((_, mac1)) = self.sent.filter(|(index, _)| *index == reply.receiver) else {
+            return false;
+        };
         let opened = XChaCha20Poly1305::new(&self.cookie_key.into())
             .decrypt(reply.nonce.into(), Payload { msg: reply.cookie, aad: &mac1 });
-        let Some(cookie) = opened.ok().and_then(|cookie| cookie.try_into().ok()) else { return false };
+        let Some(cookie) = opened.ok().and_then(|cookie| cookie.try_into().ok()) else {
+            return false;
+        };
         self.cookie = Some((cookie, now + COOKIE_LIFETIME));
         self.sent = None;
         true
@@ -218,7 +222,10 @@ impl Load {
 
     /// Counts one message; true under load.
     fn note(&mut self, now: Instant) -> bool {
-        if self.window.is_none_or(|start| now.saturating_duration_since(start) >= Duration::from_secs(1)) {
+        if self
+            .window
+            .is_none_or(|start| now.saturating_duration_since(start) >= Duration::from_secs(1))
+        {
             self.window = Some(now);
             (self.count, self.replies, self.admitted) = (0, 0, 0);
         }
@@ -276,8 +283,16 @@ mod tests {
         bytes
     }
 
-    fn judge(guard: &mut Guard, bytes: &[u8], from: SocketAddr, now: Instant, rng: &mut StdRng) -> Verdict {
-        let Ok(message::Message::Initiation(parsed)) = message::parse(bytes) else { panic!("no initiation") };
+    fn judge(
+        guard: &mut Guard,
+        bytes: &[u8],
+        from: SocketAddr,
+        now: Instant,
+        rng: &mut StdRng,
+    ) -> Verdict {
+        let Ok(message::Message::Initiation(parsed)) = message::parse(bytes) else {
+            panic!("no initiation")
+        };
         guard.judge(&parsed.macs, parsed.sender, from, || Class::Peer, now, rng)
     }
 
@@ -341,7 +356,8 @@ mod tests {
         guard.set_threshold(10);
         let (start, mut rng) = (Instant::now(), StdRng::seed_from_u64(1));
         let bytes = sealed(&mut Jar::new(&KEY), start);
-        let mut judge = |at| judge(&mut guard, &bytes, from(1), start + Duration::from_millis(at), &mut rng);
+        let mut judge =
+            |at| judge(&mut guard, &bytes, from(1), start + Duration::from_millis(at), &mut rng);
         for at in 0..10 {
             assert_eq!(judge(at), Verdict::Process);
         }
@@ -358,10 +374,13 @@ mod tests {
         let Ok(message::Message::Initiation(parsed)) = message::parse(&bytes) else {
             panic!("no initiation")
         };
-        let mut judge =
-            |class, port| guard.judge(&parsed.macs, parsed.sender, from(port), || class, now, &mut rng);
+        let mut judge = |class, port| {
+            guard.judge(&parsed.macs, parsed.sender, from(port), || class, now, &mut rng)
+        };
         let verdicts: Vec<_> = (0..50_000).map(|port| judge(Class::Stranger, port)).collect();
-        let count = |wanted: fn(&Verdict) -> bool| verdicts.iter().filter(|verdict| wanted(verdict)).count();
+        let count = |wanted: fn(&Verdict) -> bool| {
+            verdicts.iter().filter(|verdict| wanted(verdict)).count()
+        };
         assert_eq!(count(|verdict| *verdict == Verdict::Process), 200);
         assert_eq!(count(|verdict| matches!(verdict, Verdict::Demand(_))), 2_000);
         assert_eq!(judge(Class::Peer, 1), Verdict::Process);
@@ -377,7 +396,9 @@ mod tests {
         for number in 0..1_000_u32 {
             let (mut jar, from) = (Jar::new(&KEY), SocketAddr::from((number.to_be_bytes(), 1)));
             let mut judge = |bytes: &[u8]| {
-                let Ok(message::Message::Initiation(parsed)) = message::parse(bytes) else { panic!() };
+                let Ok(message::Message::Initiation(parsed)) = message::parse(bytes) else {
+                    panic!()
+                };
                 guard.judge(&parsed.macs, parsed.sender, from, || Class::Stranger, now, &mut rng)
             };
             let reply = cookie(judge(&sealed(&mut jar, now)));

@@ -73,7 +73,14 @@ impl Gate {
                     priority = Priority::Low;
                     Class::Stranger
                 };
-                self.guard.judge(&initiation.macs, initiation.sender, from, class, now, &mut self.rng)
+                self.guard.judge(
+                    &initiation.macs,
+                    initiation.sender,
+                    from,
+                    class,
+                    now,
+                    &mut self.rng,
+                )
             }
             Ok(Message::Response(response)) => {
                 if !self.awaited.has(response.receiver) {
@@ -91,7 +98,9 @@ impl Gate {
             Err(BadMessage::Malformed) => {
                 return self.refuse(Reason::Malformed, |counters| &mut counters.malformed);
             }
-            Err(BadMessage::Data) => return self.refuse(Reason::Malformed, |counters| &mut counters.data),
+            Err(BadMessage::Data) => {
+                return self.refuse(Reason::Malformed, |counters| &mut counters.data);
+            }
         };
         match verdict {
             Verdict::Process => Judgment::Admit(priority),
@@ -161,7 +170,8 @@ impl Awaited {
 
     /// Slot 0 is never given out, so 0 stands for none.
     fn has(&self, receiver: u32) -> bool {
-        receiver != 0 && self.slot(receiver).is_some_and(|slot| slot.load(Ordering::Relaxed) == receiver)
+        receiver != 0
+            && self.slot(receiver).is_some_and(|slot| slot.load(Ordering::Relaxed) == receiver)
     }
 
     fn slot(&self, index: u32) -> Option<&AtomicU32> {

@@ -33,7 +33,11 @@ impl Slots {
     pub fn new(rng: &mut StdRng) -> Self {
         let mut free: VecDeque<_> = (1..SESSION_SLOTS).collect();
         free.rotate_left(rng.random_range(0..free.len()));
-        Self { slots: vec![Slot::default(); SESSION_SLOTS as usize], free, quarantine: VecDeque::new() }
+        Self {
+            slots: vec![Slot::default(); SESSION_SLOTS as usize],
+            free,
+            quarantine: VecDeque::new(),
+        }
     }
 
     /// A new index, or `None` if no slot is free.
@@ -54,7 +58,9 @@ impl Slots {
     /// Takes the slot of an index that was given out before a restart. False if it is none, or taken.
     pub fn reserve(&mut self, index: u32, peer: PeerIndex) -> bool {
         let number = number(index);
-        let Some(position) = self.free.iter().position(|free| *free == number) else { return false };
+        let Some(position) = self.free.iter().position(|free| *free == number) else {
+            return false;
+        };
         self.free.remove(position);
         self.slots[number as usize] = Slot { index, owner: Some(peer) };
         true
@@ -127,13 +133,20 @@ mod tests {
         slots.retire(all[5], now);
         slots.retire(all[6] ^ (1 << 31), now);
         assert_eq!((slots.owner(all[5]), slots.owner(all[6])), (None, Some(PEER)));
-        assert_eq!(slots.allocate(PEER, now + QUARANTINE - Duration::from_nanos(1), &mut rng), None);
-        let again = slots.allocate(PEER, now + QUARANTINE, &mut rng).expect("the quarantine is over");
+        assert_eq!(
+            slots.allocate(PEER, now + QUARANTINE - Duration::from_nanos(1), &mut rng),
+            None
+        );
+        let again =
+            slots.allocate(PEER, now + QUARANTINE, &mut rng).expect("the quarantine is over");
         assert_eq!(number(again), number(all[5]));
         assert_ne!(again, all[5]);
         assert_eq!(slots.allocate(PEER, now + QUARANTINE, &mut rng), None);
         slots.discard(again);
-        assert!(slots.allocate(PEER, now, &mut rng).is_some(), "an index without a session needs no rest");
+        assert!(
+            slots.allocate(PEER, now, &mut rng).is_some(),
+            "an index without a session needs no rest"
+        );
     }
 
     #[test]

@@ -157,7 +157,10 @@ mod tests {
         assert_eq!(bytes.len(), INITIATION_LEN);
         assert_eq!(bytes[..8], [1, 0, 0, 0, 4, 3, 2, 1]);
         let Ok(Message::Initiation(parsed)) = parse(&bytes) else { panic!("{bytes:?}") };
-        assert_eq!((parsed.sender, parsed.noise, parsed.macs.body.len()), (0x0102_0304, &noise, 116));
+        assert_eq!(
+            (parsed.sender, parsed.noise, parsed.macs.body.len()),
+            (0x0102_0304, &noise, 116)
+        );
 
         let noise = std::array::from_fn(|i| i as u8);
         let bytes = response(7, 9, &noise);

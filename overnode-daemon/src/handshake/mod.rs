@@ -323,7 +323,8 @@ impl Handshakes {
             let why = Failure::DuplicateKey(*other);
             return self.events.push_back(Event::Failed { peer: index, why });
         }
-        let same = self.peers.get(&index).is_some_and(|peer| peer.config.public_key == config.public_key);
+        let same =
+            self.peers.get(&index).is_some_and(|peer| peer.config.public_key == config.public_key);
         if !same {
             self.drop_peer(index, now, true);
             self.by_key.insert(config.public_key, index);
@@ -484,8 +485,10 @@ impl Handshakes {
             self.counters.forged += 1;
             return;
         };
-        let Some((&index, peer)) =
-            self.by_key.get(&received.remote).and_then(|index| Some((index, self.peers.get_mut(index)?)))
+        let Some((&index, peer)) = self
+            .by_key
+            .get(&received.remote)
+            .and_then(|index| Some((index, self.peers.get_mut(index)?)))
         else {
             self.counters.unknown_peer += 1;
             return;
@@ -494,7 +497,10 @@ impl Handshakes {
             self.counters.replayed += 1;
             return;
         }
-        if peer.consumed.is_some_and(|last| now.saturating_duration_since(last) < INITIATION_INTERVAL) {
+        if peer
+            .consumed
+            .is_some_and(|last| now.saturating_duration_since(last) < INITIATION_INTERVAL)
+        {
             self.counters.flooded += 1;
             return;
         }
@@ -529,7 +535,8 @@ impl Handshakes {
     }
 
     fn handle_response(&mut self, now: Instant, from: SocketAddr, response: &Response<'_>) {
-        let waits = |peer: &Peer| peer.pending.as_ref().is_some_and(|p| p.local_index == response.receiver);
+        let waits =
+            |peer: &Peer| peer.pending.as_ref().is_some_and(|p| p.local_index == response.receiver);
         let owner = self.slots.owner(response.receiver);
         let Some(index) = owner.filter(|index| self.peers.get(index).is_some_and(waits)) else {
             self.counters.unexpected += 1;
@@ -561,7 +568,9 @@ impl Handshakes {
 
     fn handle_cookie_reply(&mut self, now: Instant, reply: &CookieReply<'_>) {
         let owner = self.slots.owner(reply.receiver);
-        let Some((index, peer)) = owner.and_then(|index| Some((index, self.peers.get_mut(&index)?))) else {
+        let Some((index, peer)) =
+            owner.and_then(|index| Some((index, self.peers.get_mut(&index)?)))
+        else {
             self.counters.unexpected += 1;
             return;
         };
@@ -572,7 +581,8 @@ impl Handshakes {
         self.counters.cookies_received += 1;
         // The next attempt has a cookie, so a peer that answers each with another cookie is not
         // called at once again.
-        let is_first = |pending: &Pending| pending.local_index == reply.receiver && !pending.has_cookie;
+        let is_first =
+            |pending: &Pending| pending.local_index == reply.receiver && !pending.has_cookie;
         if peer.pending.as_ref().is_some_and(is_first) {
             peer.hasten(now);
             self.schedule(index);
@@ -595,7 +605,8 @@ impl Handshakes {
         let ephemeral = Secret(self.rng.random());
         let timestamp = self.stamper.next(wall);
         let PeerConfig { public_key, preshared_key, .. } = &peer.config;
-        let Ok((noise, message)) = self.identity.initiate(public_key, preshared_key, ephemeral, &timestamp)
+        let Ok((noise, message)) =
+            self.identity.initiate(public_key, preshared_key, ephemeral, &timestamp)
         else {
             self.slots.discard(local_index);
             return self.events.push_back(Event::Failed { peer: index, why: Failure::BadKey });

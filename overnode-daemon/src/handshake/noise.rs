@@ -99,7 +99,8 @@ impl Identity {
         let mut state = self.builder(ephemeral)?.build_responder()?;
         let mut timestamp = [0; TIMESTAMP_LEN];
         state.read_message(message, &mut timestamp)?;
-        let remote = state.get_remote_static().and_then(|key| key.try_into().ok()).ok_or(Error::Decrypt)?;
+        let remote =
+            state.get_remote_static().and_then(|key| key.try_into().ok()).ok_or(Error::Decrypt)?;
         Ok(Received { state, remote: PublicKey(remote), timestamp })
     }
 
@@ -115,7 +116,10 @@ impl Received {
     ///
     /// # Errors
     /// If the initiator's ephemeral key is a point of low order.
-    pub fn respond(mut self, preshared: &Secret) -> Result<([u8; RESPONSE_NOISE_LEN], Keys), Error> {
+    pub fn respond(
+        mut self,
+        preshared: &Secret,
+    ) -> Result<([u8; RESPONSE_NOISE_LEN], Keys), Error> {
         self.state.set_psk(usize::from(PSK), &preshared.0)?;
         let mut message = [0; RESPONSE_NOISE_LEN];
         self.state.write_message(&[], &mut message)?;
@@ -165,7 +169,8 @@ impl CryptoResolver for Resolver {
     }
 
     fn resolve_cipher(&self, choice: &CipherChoice) -> Option<Box<dyn Cipher>> {
-        matches!(choice, CipherChoice::ChaChaPoly).then(|| Box::new(ChaChaPoly(Secret([0; 32]))) as _)
+        matches!(choice, CipherChoice::ChaChaPoly)
+            .then(|| Box::new(ChaChaPoly(Secret([0; 32]))) as _)
     }
 }
 
@@ -242,7 +247,9 @@ struct ChaChaPoly(Secret);
 
 impl ChaChaPoly {
     fn key(&self) -> LessSafeKey {
-        LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &self.0.0).expect("the key has 32 bytes"))
+        LessSafeKey::new(
+            UnboundKey::new(&CHACHA20_POLY1305, &self.0.0).expect("the key has 32 bytes"),
+        )
     }
 
     fn nonce(counter: u64) -> Nonce {
@@ -327,19 +334,20 @@ mod tests {
                 one
             },
             [
-                0xe0, 0xeb, 0x7a, 0x7c, 0x3b, 0x41, 0xb8, 0xae, 0x16, 0x56, 0xe3, 0xfa, 0xf1, 0x9f, 0xc4,
-                0x6a, 0xda, 0x09, 0x8d, 0xeb, 0x9c, 0x32, 0xb1, 0xfd, 0x86, 0x62, 0x05, 0x16, 0x5f, 0x49,
-                0xb8, 0x00,
+                0xe0, 0xeb, 0x7a, 0x7c, 0x3b, 0x41, 0xb8, 0xae, 0x16, 0x56, 0xe3, 0xfa, 0xf1, 0x9f,
+                0xc4, 0x6a, 0xda, 0x09, 0x8d, 0xeb, 0x9c, 0x32, 0xb1, 0xfd, 0x86, 0x62, 0x05, 0x16,
+                0x5f, 0x49, 0xb8, 0x00,
             ],
             [
-                0x5f, 0x9c, 0x95, 0xbc, 0xa3, 0x50, 0x8c, 0x24, 0xb1, 0xd0, 0xb1, 0x55, 0x9c, 0x83, 0xef,
-                0x5b, 0x04, 0x44, 0x5c, 0xc4, 0x58, 0x1c, 0x8e, 0x86, 0xd8, 0x22, 0x4e, 0xdd, 0xd0, 0x9f,
-                0x11, 0x57,
+                0x5f, 0x9c, 0x95, 0xbc, 0xa3, 0x50, 0x8c, 0x24, 0xb1, 0xd0, 0xb1, 0x55, 0x9c, 0x83,
+                0xef, 0x5b, 0x04, 0x44, 0x5c, 0xc4, 0x58, 0x1c, 0x8e, 0x86, 0xd8, 0x22, 0x4e, 0xdd,
+                0xd0, 0x9f, 0x11, 0x57,
             ],
         ];
         let a = identity(1);
-        let (_, good) =
-            identity(2).initiate(&a.public(), &Secret([0; 32]), Secret([3; 32]), &[0; 12]).expect("begins");
+        let (_, good) = identity(2)
+            .initiate(&a.public(), &Secret([0; 32]), Secret([3; 32]), &[0; 12])
+            .expect("begins");
         for point in low {
             let begun = a.initiate(&PublicKey(point), &Secret([0; 32]), Secret([3; 32]), &[0; 12]);
             assert_eq!(begun.map(|_| ()), Err(Error::Dh), "{point:x?} as a static key");

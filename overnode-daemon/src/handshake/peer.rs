@@ -30,8 +30,11 @@ pub struct Session {
 
 impl Session {
     pub fn new(local_index: u32, initiator: bool, created: Instant, jitter: Duration) -> Self {
-        let rekey_after =
-            if initiator { REKEY_AFTER_TIME } else { REKEY_AFTER_TIME + RESPONDER_PATIENCE + jitter };
+        let rekey_after = if initiator {
+            REKEY_AFTER_TIME
+        } else {
+            REKEY_AFTER_TIME + RESPONDER_PATIENCE + jitter
+        };
         Self { local_index, initiator, created, rekey_after }
     }
 
@@ -164,8 +167,9 @@ impl Peer {
         if let Some(next) = self.next.take_if(|next| next.local_index == local_index) {
             return Some(next);
         }
-        let is_newer =
-            |session: &Session| self.current.is_none_or(|current| session.created > current.created);
+        let is_newer = |session: &Session| {
+            self.current.is_none_or(|current| session.created > current.created)
+        };
         let position = self.previous.iter().position(|session| {
             session.local_index == local_index && !session.initiator && is_newer(session)
         })?;
@@ -228,8 +232,11 @@ impl Peer {
     fn settled(&mut self, now: Instant) {
         self.heard(now);
         let last = self.attempts.last;
-        self.attempts =
-            Attempts { last, not_before: last.map(|last| last + REKEY_TIMEOUT), ..Attempts::default() };
+        self.attempts = Attempts {
+            last,
+            not_before: last.map(|last| last + REKEY_TIMEOUT),
+            ..Attempts::default()
+        };
     }
 
     /// Takes what the programs saw.
@@ -244,8 +251,11 @@ impl Peer {
     /// Forgets that attempts were in vain.
     pub fn encourage(&mut self) {
         let Attempts { last, .. } = self.attempts;
-        self.attempts =
-            Attempts { last, not_before: last.map(|last| last + REKEY_TIMEOUT), ..Attempts::default() };
+        self.attempts = Attempts {
+            last,
+            not_before: last.map(|last| last + REKEY_TIMEOUT),
+            ..Attempts::default()
+        };
     }
 
     /// When to send an initiation.
@@ -259,7 +269,8 @@ impl Peer {
 
     /// When a new session becomes desirable.
     fn wanted(&self) -> Instant {
-        let aged = self.current.map_or(self.start_at, |current| current.created + current.rekey_after);
+        let aged =
+            self.current.map_or(self.start_at, |current| current.created + current.rekey_after);
         let aged = match self.next {
             Some(next) if self.in_vain <= PATIENCE => aged.max(next.created + REKEY_TIMEOUT),
             _ => aged,
@@ -272,7 +283,10 @@ impl Peer {
     pub fn attempted(&mut self, now: Instant, jitter: Duration) -> bool {
         self.last_sent = self.last_sent.max(Some(now));
         let attempts = &mut self.attempts;
-        if attempts.last.is_some_and(|last| now.saturating_duration_since(last) > 2 * GREATEST_BACKOFF) {
+        if attempts
+            .last
+            .is_some_and(|last| now.saturating_duration_since(last) > 2 * GREATEST_BACKOFF)
+        {
             *attempts = Attempts::default();
         }
         let first = *attempts.first.get_or_insert(now);
@@ -297,10 +311,9 @@ impl Peer {
     pub fn keepalive_due(&self) -> Option<Instant> {
         self.current?;
         let passive = self.owing.map(|since| since + KEEPALIVE_TIMEOUT);
-        let persistent = self
-            .config
-            .persistent_keepalive
-            .map(|interval| self.last_sent.max(self.last_received).unwrap_or(self.start_at) + interval);
+        let persistent = self.config.persistent_keepalive.map(|interval| {
+            self.last_sent.max(self.last_received).unwrap_or(self.start_at) + interval
+        });
         [passive, persistent, self.confirmations.last().copied()].into_iter().flatten().min()
     }
 

@@ -82,7 +82,8 @@ impl Allocation {
     /// Goes on behind the highest address that was given out.
     pub(super) fn resume(&mut self) {
         let own = self.own;
-        self.cursor = self.allocated.keys().rev().copied().find(|it| own.is_some_and(|own| own.contains(it)));
+        self.cursor =
+            self.allocated.keys().rev().copied().find(|it| own.is_some_and(|own| own.contains(it)));
     }
 
     fn block_mut(&mut self, address: IpAddr) -> Option<&mut Block> {
@@ -97,14 +98,20 @@ impl Allocation {
 
     pub(super) fn used(&self) -> usize {
         self.own_used
-            + self.blocks.values().filter(|block| !block.lost).map(|block| block.used).sum::<usize>()
+            + self
+                .blocks
+                .values()
+                .filter(|block| !block.lost)
+                .map(|block| block.used)
+                .sum::<usize>()
     }
 
     /// The next free address: of the own part, or else of the fullest block that has one.
     fn pick(&self, layout: &Layout) -> Option<IpAddr> {
         let has_room = |net: IpNet, used: usize| (used as u128) < layout.usable_in(net);
         let own = self.own.filter(|own| has_room(*own, self.own_used));
-        let blocks = self.blocks.iter().filter(|(net, block)| !block.lost && has_room(**net, block.used));
+        let blocks =
+            self.blocks.iter().filter(|(net, block)| !block.lost && has_room(**net, block.used));
         let fullest = || blocks.rev().max_by_key(|(_, block)| block.used).map(|(net, _)| *net);
         let net = own.or_else(fullest)?;
         next_free(net, self.cursor, &self.allocated, |address| layout.is_usable(address))
@@ -223,7 +230,8 @@ impl Ipam {
     pub(super) fn serve(&mut self) {
         if self.leaving.is_some() {
             for request in std::mem::take(&mut self.allocation.waiting).into_keys() {
-                self.effects.push(Action::Failed { request, error: IpamError::Leaving { id: self.id } });
+                self.effects
+                    .push(Action::Failed { request, error: IpamError::Leaving { id: self.id } });
             }
         }
         while !self.allocation.waiting.is_empty()
@@ -289,12 +297,16 @@ impl Ipam {
     }
 
     fn shared_with(&self, node: NodeId, range: IpNet) -> Vec<Problem> {
-        let mut shared = self.allocation.blocks.keys().filter(|block| overlap(**block, range)).peekable();
+        let mut shared =
+            self.allocation.blocks.keys().filter(|block| overlap(**block, range)).peekable();
         if shared.peek().is_none() || !self.is_block(range) {
             return Vec::new();
         }
         let addresses = shared.flat_map(|block| self.addresses_in(*block));
-        addresses.filter(|it| range.contains(it)).map(|address| Problem::Clash { address, node }).collect()
+        addresses
+            .filter(|it| range.contains(it))
+            .map(|address| Problem::Clash { address, node })
+            .collect()
     }
 
     fn is_block(&self, range: IpNet) -> bool {
@@ -303,7 +315,10 @@ impl Ipam {
     }
 
     pub(super) fn addresses_in(&self, block: IpNet) -> impl Iterator<Item = IpAddr> {
-        self.allocation.allocated.range(block.network()..=block.broadcast()).map(|(address, _)| *address)
+        self.allocation
+            .allocated
+            .range(block.network()..=block.broadcast())
+            .map(|(address, _)| *address)
     }
 }
 

@@ -77,9 +77,11 @@ impl Ipam {
         for quarter in quarters().filter(|quarter| !self.lending.books.contains_key(quarter)) {
             let place = usize::from(quarter.get()) - 1;
             let heard = self.lending.heard.get(&quarter).map(|title| title.holder);
-            let may = |id: &NodeId| id.owns_a_quarter() && !self.has_pledged(*id) && !self.has_left(*id);
-            let lends =
-                |id: &NodeId| self.peers.get(id).is_some_and(|it| self.lends_of(it)[place]) && may(id);
+            let may =
+                |id: &NodeId| id.owns_a_quarter() && !self.has_pledged(*id) && !self.has_left(*id);
+            let lends = |id: &NodeId| {
+                self.peers.get(id).is_some_and(|it| self.lends_of(it)[place]) && may(id)
+            };
             let mut says_so = self.reachable.iter().copied().filter(lends);
             let best = heard.filter(|id| self.reachable.contains(id) && lends(id));
             let heard = heard.filter(|id| self.reachable.contains(id) && *id != self.id && may(id));
@@ -93,7 +95,9 @@ impl Ipam {
         let penalty = self.penalty();
         self.borrowing.refused.retain(|_, refused| now < refused.at + penalty);
         self.serve();
-        while !self.allocation.waiting.is_empty() && self.lend_to_self(self.allocation.waiting.len(), now) {
+        while !self.allocation.waiting.is_empty()
+            && self.lend_to_self(self.allocation.waiting.len(), now)
+        {
             self.serve();
         }
         self.fail_overdue(now);
@@ -107,7 +111,11 @@ impl Ipam {
     pub(super) fn next_request(&self) -> Option<Instant> {
         let deadline = self.allocation.waiting.values().map(|waiting| waiting.deadline).min();
         let requests = self.borrowing.requests.values();
-        let retry = requests.clone().filter(|it| self.reachable.contains(&it.to)).map(|it| it.retry.at).min();
+        let retry = requests
+            .clone()
+            .filter(|it| self.reachable.contains(&it.to))
+            .map(|it| it.retry.at)
+            .min();
         let late = requests.filter(|it| it.want > 0).map(|it| it.since + self.timing.lender).min();
         let wants = self.demand().is_some();
         let refused = self.borrowing.refused.values().map(|it| it.at + self.penalty());
@@ -132,7 +140,8 @@ impl Ipam {
         if asked != Some((from, serial, round)) {
             // A request that was given up has arrived after all: the lender takes these blocks for lent.
             let is_unknown = |block: &IpNet| !self.held().any(|held| held == *block);
-            if self.borrowing.lenders.get(&quarter) == Some(&from) && blocks.iter().any(is_unknown) {
+            if self.borrowing.lenders.get(&quarter) == Some(&from) && blocks.iter().any(is_unknown)
+            {
                 self.borrowing.dirty.insert(quarter);
             }
             return;
@@ -199,7 +208,8 @@ impl Ipam {
             let refused = self.borrowing.refused.get(&quarter);
             match self.borrowing.lenders.get(&quarter) {
                 Some(lender) => {
-                    match refused.filter(|refused| refused.by == *lender).map(|refused| refused.why) {
+                    match refused.filter(|refused| refused.by == *lender).map(|refused| refused.why)
+                    {
                         Some(Why::Exhausted) => format!("node {lender} has none left"),
                         Some(Why::NoAnswer) => format!("node {lender} does not answer"),
                         Some(Why::NoLender) => format!("node {lender} does not lend yet"),
@@ -214,8 +224,12 @@ impl Ipam {
                     format!("all that this node lends of quarter {quarter} is lent")
                 }
                 None if quarter == self.id => "this node does not lend yet".to_owned(),
-                None if self.reachable.contains(&quarter) => format!("node {quarter} does not lend yet"),
-                None if self.peers.contains_key(&quarter) => format!("node {quarter} is not reachable"),
+                None if self.reachable.contains(&quarter) => {
+                    format!("node {quarter} does not lend yet")
+                }
+                None if self.peers.contains_key(&quarter) => {
+                    format!("node {quarter} is not reachable")
+                }
                 None => format!("node {quarter} is not known"),
             }
         };
@@ -230,7 +244,8 @@ impl Ipam {
         let waiting = self.allocation.waiting.len();
         let used = self.allocation.used();
         let capacity = self.allocation.capacity(&self.layout);
-        let is_low = !self.id.owns_a_quarter() && capacity.saturating_sub(used as u128) <= used as u128 / 8;
+        let is_low =
+            !self.id.owns_a_quarter() && capacity.saturating_sub(used as u128) <= used as u128 / 8;
         let need = if capacity == 0 { waiting.max(1) } else { waiting };
         let wants = waiting > 0 || is_low;
         let want = need.max(used).max(LEAST).next_power_of_two().min(MOST);
@@ -260,7 +275,9 @@ impl Ipam {
     fn idle_blocks(&self) -> Vec<(IpNet, Instant)> {
         let capacity = self.allocation.capacity(&self.layout);
         let free = capacity.saturating_sub(self.allocation.used() as u128);
-        let spare = |net: IpNet| self.id.owns_a_quarter() || free >= self.layout.usable_in(net) / 2 + RESERVE;
+        let spare = |net: IpNet| {
+            self.id.owns_a_quarter() || free >= self.layout.usable_in(net) / 2 + RESERVE
+        };
         let blocks = self.allocation.blocks.iter();
         let idle = blocks.filter(|(net, block)| block.used == 0 && (block.lost || spare(**net)));
         let mut idle: Vec<_> = idle.map(|(net, block)| (*net, block.idle_since)).collect();
@@ -273,16 +290,22 @@ impl Ipam {
         loop {
             // Nothing is given from what is lost: it goes back as soon as it is unused.
             let is_lost = |block| self.allocation.blocks.get(&block).is_some_and(|it| it.lost);
-            let due =
-                |(block, since): &(IpNet, Instant)| *since + self.timing.hand_back <= now || is_lost(*block);
+            let due = |(block, since): &(IpNet, Instant)| {
+                *since + self.timing.hand_back <= now || is_lost(*block)
+            };
             let Some((block, since)) = self.idle_blocks().into_iter().find(due) else {
                 return;
             };
-            let free = self.allocation.capacity(&self.layout).saturating_sub(self.allocation.used() as u128);
-            let leaves_enough =
-                self.id.owns_a_quarter() || is_lost(block) || free >= self.layout.usable_in(block) + RESERVE;
+            let free = self
+                .allocation
+                .capacity(&self.layout)
+                .saturating_sub(self.allocation.used() as u128);
+            let leaves_enough = self.id.owns_a_quarter()
+                || is_lost(block)
+                || free >= self.layout.usable_in(block) + RESERVE;
             self.give_back(block);
-            let half = block.subnets(block.prefix_len() + 1).ok().and_then(|mut halves| halves.next());
+            let half =
+                block.subnets(block.prefix_len() + 1).ok().and_then(|mut halves| halves.next());
             if !leaves_enough && let Some(half) = half {
                 self.hold(half, since);
             }
@@ -350,11 +373,13 @@ impl Ipam {
             return;
         }
         let order = |quarter: &NodeId| {
-            let has_some = self.allocation.blocks_in(self.layout.lendable(*quarter)).next().is_some();
+            let has_some =
+                self.allocation.blocks_in(self.layout.lendable(*quarter)).next().is_some();
             (!has_some, (quarter.get() + 4 - self.id.get() % 4) % 4)
         };
         let lenders = self.borrowing.lenders.iter();
-        let willing = lenders.filter(|(quarter, lender)| !self.is_refused(**quarter, **lender, now));
+        let willing =
+            lenders.filter(|(quarter, lender)| !self.is_refused(**quarter, **lender, now));
         let best = willing.min_by_key(|(quarter, _)| order(quarter));
         if let Some((&quarter, &lender)) = best {
             self.request(quarter, lender, demand, now);
@@ -398,7 +423,8 @@ impl Ipam {
     /// Whether the holder of a title with that serial can be outbid: serials begin with the milliseconds since 1970 and grow by a few.
     pub(super) fn is_plausible(&self, quarter: NodeId, serial: u64) -> bool {
         let known = self.lending.heard.get(&quarter).map_or(0, |title| title.serial);
-        serial <= self.incarnation.saturating_add(MAX_AHEAD) || serial <= known.saturating_add(MAX_STEP)
+        serial <= self.incarnation.saturating_add(MAX_AHEAD)
+            || serial <= known.saturating_add(MAX_STEP)
     }
 
     /// Takes notice of who lends a quarter.

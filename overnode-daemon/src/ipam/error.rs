@@ -50,7 +50,9 @@ pub enum IpamError {
         why: String,
     },
     /// The address is not in the subnet.
-    #[error("{address} is outside of the cluster's subnet {subnet}; choose one from {first} to {last}")]
+    #[error(
+        "{address} is outside of the cluster's subnet {subnet}; choose one from {first} to {last}"
+    )]
     OutsideSubnet {
         /// The address.
         address: IpAddr,
@@ -90,7 +92,9 @@ pub enum IpamError {
         node: NodeId,
     },
     /// Another node asks for it, and goes first.
-    #[error("node {node} asks for {address} at this moment and goes first; choose another, or try again")]
+    #[error(
+        "node {node} asks for {address} at this moment and goes first; choose another, or try again"
+    )]
     WantedElsewhere {
         /// The address.
         address: IpAddr,
@@ -104,7 +108,9 @@ pub enum IpamError {
         count: usize,
     },
     /// Too many claims wait.
-    #[error("{count} static addresses are asked for already, and other nodes have not answered; try again")]
+    #[error(
+        "{count} static addresses are asked for already, and other nodes have not answered; try again"
+    )]
     TooManyClaims {
         /// How many.
         count: usize,

@@ -156,7 +156,8 @@ impl Layout {
     pub fn usable_in(&self, block: IpNet) -> u128 {
         let (first, last) = bounds(block);
         let range = self.network.range;
-        let lost = [range.network(), range.broadcast()].iter().filter(|ip| block.contains(*ip)).count();
+        let lost =
+            [range.network(), range.broadcast()].iter().filter(|ip| block.contains(*ip)).count();
         (last - first).saturating_add(1).saturating_sub(lost as u128)
     }
 

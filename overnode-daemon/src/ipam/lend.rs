@@ -69,8 +69,10 @@ impl Lending {
     }
 
     pub(super) fn of(&self, quarter: NodeId) -> impl Iterator<Item = (NodeId, &Lent)> {
-        let entries =
-            self.loans.range((quarter, NodeId::FIRST)..).take_while(move |((of, _), _)| *of == quarter);
+        let entries = self
+            .loans
+            .range((quarter, NodeId::FIRST)..)
+            .take_while(move |((of, _), _)| *of == quarter);
         entries.map(|((_, borrower), lent)| (*borrower, lent))
     }
 }
@@ -129,8 +131,10 @@ impl Ipam {
         // Nobody gets the range's last address.
         let last = single(self.layout.network().range.broadcast());
         // What another node announces leads to that one, whether it was ever lent or not.
-        let peers =
-            self.peers.iter().filter(|(id, peer)| !peer.left && !self.is_buried(**id, peer.incarnation));
+        let peers = self
+            .peers
+            .iter()
+            .filter(|(id, peer)| !peer.left && !self.is_buried(**id, peer.incarnation));
         let announced = peers.flat_map(|(_, peer)| peer.ranges.iter().copied());
         let announced = announced.filter(|range| half.contains(range) && *range != half);
         free(half, lent.chain(announced).chain([last]))
@@ -231,7 +235,9 @@ impl Ipam {
 
     /// Lends about so many addresses more. Returns the blocks.
     fn add(&mut self, quarter: NodeId, borrower: NodeId, amount: u128) -> Vec<IpNet> {
-        let Some(lent) = self.lending.loans.get(&(quarter, borrower)).cloned() else { return Vec::new() };
+        let Some(lent) = self.lending.loans.get(&(quarter, borrower)).cloned() else {
+            return Vec::new();
+        };
         let Lent { mut loan, round } = lent;
         let room = (MAX_BLOCKS - 16).saturating_sub(loan.blocks.len());
         let chosen = choose(&self.free_blocks(quarter), amount, MOST_BLOCKS.min(room));
@@ -249,8 +255,12 @@ impl Ipam {
     /// Enters what this node itself holds of a quarter that it lends.
     pub(super) fn enter_own(&mut self, quarter: NodeId) {
         let half = self.layout.lendable(quarter);
-        let blocks =
-            self.allocation.blocks_in(half).filter(|(_, block)| !block.lost).map(|(net, _)| net).collect();
+        let blocks = self
+            .allocation
+            .blocks_in(half)
+            .filter(|(_, block)| !block.lost)
+            .map(|(net, _)| net)
+            .collect();
         self.enter(quarter, self.id, Loan { epoch: self.epoch, blocks }, Round::default());
     }
 
@@ -278,10 +288,15 @@ impl Ipam {
         false
     }
 
-    pub(super) fn is_lent_to_another(&self, quarter: NodeId, borrower: NodeId, block: IpNet) -> bool {
-        self.lending
-            .of(quarter)
-            .any(|(id, lent)| id != borrower && lent.loan.blocks.iter().any(|other| overlap(*other, block)))
+    pub(super) fn is_lent_to_another(
+        &self,
+        quarter: NodeId,
+        borrower: NodeId,
+        block: IpNet,
+    ) -> bool {
+        self.lending.of(quarter).any(|(id, lent)| {
+            id != borrower && lent.loan.blocks.iter().any(|other| overlap(*other, block))
+        })
     }
 
     /// True if a node of that launch has left or was buried.
@@ -295,9 +310,10 @@ impl Ipam {
         let quarters: Vec<_> = self.lending.books.keys().copied().collect();
         for quarter in quarters {
             let lent = self.lending.loans.get(&(quarter, borrower));
-            let has_some =
-                lent.is_some_and(|lent| lent.loan.epoch <= incarnation && !lent.loan.blocks.is_empty());
-            let is_handing = self.lending.books.get(&quarter).is_none_or(|book| book.heir.is_some());
+            let has_some = lent
+                .is_some_and(|lent| lent.loan.epoch <= incarnation && !lent.loan.blocks.is_empty());
+            let is_handing =
+                self.lending.books.get(&quarter).is_none_or(|book| book.heir.is_some());
             if has_some && !is_handing {
                 // Whatever that launch asked for is late from now on.
                 let next = incarnation.saturating_add(1);
@@ -384,10 +400,19 @@ impl Ipam {
         self.lending.heard.get(&quarter).copied().unwrap_or(Title { serial: 0, holder: quarter })
     }
 
-    pub(super) fn handle_title(&mut self, from: NodeId, quarter: NodeId, title: Title, now: Instant) {
+    pub(super) fn handle_title(
+        &mut self,
+        from: NodeId,
+        quarter: NodeId,
+        title: Title,
+        now: Instant,
+    ) {
         // What others have heard is for the lender, which may have to outbid it; for all others only a lender's word counts.
         let is_possible = from.owns_a_quarter() || self.may_outbid(quarter, title.serial);
-        if !is_possible || !title.holder.owns_a_quarter() || !self.is_plausible(quarter, title.serial) {
+        if !is_possible
+            || !title.holder.owns_a_quarter()
+            || !self.is_plausible(quarter, title.serial)
+        {
             return;
         }
         if let Some(book) = self.lending.books.get(&quarter) {
@@ -451,7 +476,8 @@ impl Ipam {
         };
         for (&quarter, book) in &self.lending.books {
             let half = self.layout.lendable(quarter);
-            let says_so = half.is_some_and(|half| peer.ranges.iter().any(|range| range.contains(&half)));
+            let says_so =
+                half.is_some_and(|half| peer.ranges.iter().any(|range| range.contains(&half)));
             let says_so = says_so && other.owns_a_quarter();
             if says_so && book.heir.is_none() {
                 self.lending.disputes.entry((quarter, other)).or_insert_with(|| Retry::new(now));
@@ -464,7 +490,9 @@ impl Ipam {
     /// Asks borrowers whether they still hold what the ledger says.
     pub(super) fn drive_loans(&mut self, now: Instant) {
         let mut pokes = Vec::new();
-        for (&quarter, book) in self.lending.books.iter_mut().filter(|(_, book)| book.heir.is_none()) {
+        for (&quarter, book) in
+            self.lending.books.iter_mut().filter(|(_, book)| book.heir.is_none())
+        {
             let has_some = |id| {
                 let lent = self.lending.loans.get(&(quarter, id));
                 lent.is_some_and(|lent| !lent.loan.blocks.is_empty())
@@ -492,8 +520,10 @@ impl Ipam {
 
     pub(super) fn next_loan_check(&self) -> Option<Instant> {
         let active = self.lending.books.values().filter(|book| book.heir.is_none());
-        let unsure = active.flat_map(|book| &book.unsure).filter(|(id, _)| self.reachable.contains(id));
-        let disputes = self.lending.disputes.iter().filter(|((_, id), _)| self.reachable.contains(id));
+        let unsure =
+            active.flat_map(|book| &book.unsure).filter(|(id, _)| self.reachable.contains(id));
+        let disputes =
+            self.lending.disputes.iter().filter(|((_, id), _)| self.reachable.contains(id));
         unsure.map(|(_, retry)| retry.at).chain(disputes.map(|(_, retry)| retry.at)).min()
     }
 }

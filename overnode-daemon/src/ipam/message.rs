@@ -296,7 +296,9 @@ pub enum BadMessage {
     #[error("an empty message")]
     Empty,
     /// Another format.
-    #[error("a message in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host")]
+    #[error(
+        "a message in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host"
+    )]
     Format(u8),
     /// Not a message.
     #[error("a message that cannot be read")]
@@ -324,7 +326,8 @@ impl Message {
         if format != FORMAT {
             return Err(BadMessage::Format(format));
         }
-        let (message, rest) = postcard::take_from_bytes::<Self>(body).map_err(|_| BadMessage::Unreadable)?;
+        let (message, rest) =
+            postcard::take_from_bytes::<Self>(body).map_err(|_| BadMessage::Unreadable)?;
         if !rest.is_empty() {
             return Err(BadMessage::Unreadable);
         }
@@ -336,7 +339,8 @@ impl Message {
     fn numbers(&self) -> Vec<u64> {
         let of_round = |round: &Round| [round.incarnation, round.count];
         match self {
-            Self::Request { serial, epoch, round, .. } | Self::Hold { serial, epoch, round, .. } => {
+            Self::Request { serial, epoch, round, .. }
+            | Self::Hold { serial, epoch, round, .. } => {
                 [vec![*serial, *epoch], of_round(round).to_vec()].concat()
             }
             Self::Grant { serial, round, .. } | Self::Vouch { serial, round, .. } => {
@@ -356,10 +360,13 @@ impl Message {
                 [vec![*incarnation], of_round(round).to_vec()].concat()
             }
             Self::ReclaimAck { round, epoch, titles, .. } => {
-                [vec![*epoch], of_round(round).to_vec(), titles.map(|it| it.serial).to_vec()].concat()
+                [vec![*epoch], of_round(round).to_vec(), titles.map(|it| it.serial).to_vec()]
+                    .concat()
             }
             Self::ReclaimRefused { round, why, .. } => match why {
-                Objection::Newer(incarnation) => [vec![*incarnation], of_round(round).to_vec()].concat(),
+                Objection::Newer(incarnation) => {
+                    [vec![*incarnation], of_round(round).to_vec()].concat()
+                }
                 Objection::Alive | Objection::Mine => of_round(round).to_vec(),
             },
             Self::ReclaimOver { round, .. } => of_round(round).to_vec(),
@@ -391,7 +398,8 @@ impl Message {
             | Self::Title { quarter, .. }
             | Self::TransferAck { quarter, .. } => in_quarter(*quarter, &[]),
             Self::Answer { holds, rivals, .. } | Self::ReclaimAck { holds, rivals, .. } => {
-                let is_possible = rivals.len() <= MAX_RIVALS && rivals.iter().all(|id| id.owns_a_quarter());
+                let is_possible =
+                    rivals.len() <= MAX_RIVALS && rivals.iter().all(|id| id.owns_a_quarter());
                 if !is_possible {
                     return Err(BadMessage::Bounds("impossible claimants"));
                 }
@@ -407,9 +415,9 @@ impl Message {
                 in_quarter(*quarter, &[])?;
                 loans.iter().try_for_each(|(_, loan)| in_quarter(*quarter, &loan.blocks))
             }
-            Self::Claim { address, .. } | Self::ClaimAnswer { address, .. } => {
-                layout.check_static(*address).map_err(|_| BadMessage::Bounds("an address that is not static"))
-            }
+            Self::Claim { address, .. } | Self::ClaimAnswer { address, .. } => layout
+                .check_static(*address)
+                .map_err(|_| BadMessage::Bounds("an address that is not static")),
             Self::Ask { .. }
             | Self::Pledged { .. }
             | Self::Reclaim { .. }

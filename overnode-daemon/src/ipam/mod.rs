@@ -252,9 +252,9 @@ impl Problem {
     /// The address that it is about, if it is about one.
     pub fn address(&self) -> Option<IpAddr> {
         match self {
-            Self::Clash { address, .. } | Self::Yielded { address, .. } | Self::Contested { address, .. } => {
-                Some(*address)
-            }
+            Self::Clash { address, .. }
+            | Self::Yielded { address, .. }
+            | Self::Contested { address, .. } => Some(*address),
             Self::Lost { .. }
             | Self::Superseded { .. }
             | Self::Buried { .. }
@@ -458,7 +458,12 @@ impl Ipam {
     ///
     /// # Errors
     /// [`BadMessage`] if it breaks the protocol: nothing of it was taken.
-    pub fn handle_message(&mut self, from: NodeId, bytes: &[u8], now: Instant) -> Result<(), BadMessage> {
+    pub fn handle_message(
+        &mut self,
+        from: NodeId,
+        bytes: &[u8],
+        now: Instant,
+    ) -> Result<(), BadMessage> {
         let message = Message::decode(bytes, &self.layout)?;
         if from == self.id {
             return Ok(());
@@ -575,7 +580,9 @@ impl Ipam {
             Fact::Taken { quarter, serial } => {
                 self.lending.taken.insert(quarter, serial);
             }
-            Fact::Book { quarter, serial, heir } => self.lending.book(quarter, serial, now).heir = heir,
+            Fact::Book { quarter, serial, heir } => {
+                self.lending.book(quarter, serial, now).heir = heir
+            }
             Fact::Loan { quarter, borrower, loan, round } => {
                 self.lending.loans.insert((quarter, borrower), lend::Lent { loan, round });
             }

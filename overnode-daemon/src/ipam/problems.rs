@@ -47,16 +47,23 @@ impl Ipam {
             Some(Problem::Lost { block, lender })
         }));
         let contradictions = self.reported.contradictions.iter().filter(|(borrower, block)| {
-            let quarter = self.layout.quarter_of(*block).filter(|quarter| self.lends(*quarter).is_some());
+            let quarter =
+                self.layout.quarter_of(*block).filter(|quarter| self.lends(*quarter).is_some());
             let is_lent = |quarter| self.is_lent_to_another(quarter, *borrower, *block);
             self.counts(*borrower) && quarter.is_some_and(is_lent)
         });
-        problems.extend(contradictions.map(|&(borrower, block)| Problem::Contradiction { borrower, block }));
+        problems.extend(
+            contradictions.map(|&(borrower, block)| Problem::Contradiction { borrower, block }),
+        );
         let is_recent = |at: Instant| now < at + self.timing.news;
         let superseded = self.reported.superseded.iter().filter(|(quarter, (holder, at))| {
-            is_recent(*at) && self.lends(**quarter).is_none() && self.title_of(**quarter).holder == *holder
+            is_recent(*at)
+                && self.lends(**quarter).is_none()
+                && self.title_of(**quarter).holder == *holder
         });
-        problems.extend(superseded.map(|(&quarter, &(holder, _))| Problem::Superseded { quarter, holder }));
+        problems.extend(
+            superseded.map(|(&quarter, &(holder, _))| Problem::Superseded { quarter, holder }),
+        );
         let buried = self.reported.buried.filter(|(_, at)| is_recent(*at));
         problems.extend(buried.map(|(by, _)| Problem::Buried { by }));
         problems

@@ -108,7 +108,10 @@ impl Reclaiming {
 
     pub(super) fn is_settled(&self) -> bool {
         self.claims.is_empty()
-            && self.graves.values().all(|grave| grave.untold.as_ref().is_none_or(BTreeMap::is_empty))
+            && self
+                .graves
+                .values()
+                .all(|grave| grave.untold.as_ref().is_none_or(BTreeMap::is_empty))
     }
 }
 
@@ -140,13 +143,15 @@ impl Ipam {
             return refuse("it is reachable, or was some seconds ago; run `overnode reset` on its host instead, or try again soon if it is gone".into());
         }
         // What those said who are gone for good themselves does not count.
-        let is_there = |id: NodeId, peer: &Peer| !peer.left && !self.is_buried(id, peer.incarnation);
+        let is_there =
+            |id: NodeId, peer: &Peer| !peer.left && !self.is_buried(id, peer.incarnation);
         let is_lent = |half: &IpNet| {
             let mut lenders = self.peers.iter().filter(|(id, _)| id.owns_a_quarter());
             lenders.any(|(id, peer)| is_there(*id, peer) && peer.ranges.contains(half))
         };
         let half = self.layout.lendable(of);
-        let has_lender = half.is_none_or(|half| is_lent(&half) || self.lending.books.contains_key(&of));
+        let has_lender =
+            half.is_none_or(|half| is_lent(&half) || self.lending.books.contains_key(&of));
         if self.is_buried(of, incarnation) && has_lender {
             self.effects.push(Action::Reclaimed(of));
             self.finish(now);
@@ -182,7 +187,14 @@ impl Ipam {
         self.reclaiming.graves.iter().map(|(id, grave)| (*id, grave.incarnation, grave.by))
     }
 
-    pub(super) fn pledge(&mut self, of: NodeId, by: NodeId, incarnation: u64, round: Round, now: Instant) {
+    pub(super) fn pledge(
+        &mut self,
+        of: NodeId,
+        by: NodeId,
+        incarnation: u64,
+        round: Round,
+        now: Instant,
+    ) {
         let retry = Retry { at: now + self.timing.retry_cap, tries: 8 };
         self.reclaiming.pledges.insert((of, by), Pledge { incarnation, round, retry });
     }
@@ -207,7 +219,9 @@ impl Ipam {
     }
 
     pub(super) fn tell_buried(&mut self, id: NodeId, epoch: u64) {
-        if let Some(grave) = self.reclaiming.graves.get(&id).filter(|grave| epoch <= grave.incarnation) {
+        if let Some(grave) =
+            self.reclaiming.graves.get(&id).filter(|grave| epoch <= grave.incarnation)
+        {
             let (incarnation, by, titles) = (grave.incarnation, grave.by, self.titles());
             self.send(id, &Message::Buried { of: id, incarnation, by, titles });
         }
@@ -242,11 +256,14 @@ impl Ipam {
 
     pub(super) fn next_reclaim(&self) -> Option<Instant> {
         let asked = self.reclaiming.claims.values().flat_map(|claim| &claim.asked);
-        let asked =
-            asked.filter(|(id, _)| self.reachable.contains(id)).map(|(_, question)| question.retry.at);
-        let untold = self.reclaiming.graves.values().filter_map(|grave| grave.untold.as_ref()).flatten();
+        let asked = asked
+            .filter(|(id, _)| self.reachable.contains(id))
+            .map(|(_, question)| question.retry.at);
+        let untold =
+            self.reclaiming.graves.values().filter_map(|grave| grave.untold.as_ref()).flatten();
         let untold = untold.filter(|(id, _)| self.reachable.contains(id));
-        let pledges = self.reclaiming.pledges.iter().filter(|((_, by), _)| self.reachable.contains(by));
+        let pledges =
+            self.reclaiming.pledges.iter().filter(|((_, by), _)| self.reachable.contains(by));
         let pledges = pledges.map(|(_, pledge)| pledge.retry.at);
         let wakes = self.reclaiming.claims.values().filter_map(|claim| claim.wake);
         asked.chain(untold.map(|(_, retry)| retry.at)).chain(wakes).chain(pledges).min()
@@ -257,7 +274,8 @@ impl Ipam {
         let is_dead = |id: NodeId| id == of || self.reclaiming.claims.contains_key(&id);
         let mut ids: Vec<_> = self.members().filter(|id| !is_dead(*id)).collect();
         for rival in claim.acks.values().flat_map(|ack| &ack.rivals).copied() {
-            if rival != self.id && !is_dead(rival) && !self.has_left(rival) && !ids.contains(&rival) {
+            if rival != self.id && !is_dead(rival) && !self.has_left(rival) && !ids.contains(&rival)
+            {
                 ids.push(rival);
             }
         }
@@ -321,7 +339,8 @@ impl Ipam {
     fn bury(&mut self, of: NodeId, claim: &Claim, now: Instant) {
         let (id, incarnation) = (self.id, claim.incarnation);
         self.put(Fact::Grave { id: of, incarnation, by: id });
-        let untold = self.members().filter(|member| *member != of).map(|it| (it, Retry::new(now))).collect();
+        let untold =
+            self.members().filter(|member| *member != of).map(|it| (it, Retry::new(now))).collect();
         let grave = Grave { incarnation, by: id, untold: Some(untold), told: BTreeSet::new() };
         self.reclaiming.graves.insert(of, grave);
         self.free_left(of, incarnation);
@@ -346,8 +365,10 @@ impl Ipam {
                     .filter(|net| half.is_some_and(|half| half.contains(net)))
                     .collect(),
             };
-            let loans = claim.acks.iter().map(|(member, ack)| (*member, in_half(&ack.loan))).collect();
-            let fresh = claim.acks.iter().filter(|(_, ack)| ack.is_fresh).map(|(member, _)| *member);
+            let loans =
+                claim.acks.iter().map(|(member, ack)| (*member, in_half(&ack.loan))).collect();
+            let fresh =
+                claim.acks.iter().filter(|(_, ack)| ack.is_fresh).map(|(member, _)| *member);
             // Beyond what the dead node may have taken by birth with nobody left who has heard of it, and beyond what it may have
             // begun to hand to another: that must not be taken any more.
             let serial = latest.serial.max(claim.incarnation).saturating_add(2);
@@ -367,7 +388,9 @@ impl Ipam {
             let Some(untold) = &mut grave.untold else { continue };
             // The node itself, should it come back as it was: it has to hear of it before anything else.
             let itself = Some(of).filter(|of| self.reachable.contains(of));
-            for member in members.iter().chain(&itself).filter(|member| !grave.told.contains(member)) {
+            for member in
+                members.iter().chain(&itself).filter(|member| !grave.told.contains(member))
+            {
                 untold.entry(*member).or_insert_with(|| Retry::new(now));
             }
             untold.retain(|id, _| members.contains(id) || itself == Some(*id));
@@ -386,7 +409,8 @@ impl Ipam {
     /// Tells a node who is gone for good, or whether one is.
     pub(super) fn tell_graves_of(&mut self, to: NodeId, only: Option<NodeId>) {
         let titles = self.titles();
-        let graves = self.reclaiming.graves.iter().filter(|(of, _)| only.is_none_or(|only| only == **of));
+        let graves =
+            self.reclaiming.graves.iter().filter(|(of, _)| only.is_none_or(|only| only == **of));
         let told: Vec<_> = graves.map(|(of, grave)| (*of, grave.incarnation, grave.by)).collect();
         for (of, incarnation, by) in told {
             self.send(to, &Message::Buried { of, incarnation, by, titles });
@@ -445,7 +469,13 @@ impl Ipam {
         self.forget_confirmed(|title| title.holder == holder);
     }
 
-    pub(super) fn handle_pledged(&mut self, from: NodeId, of: NodeId, incarnation: u64, round: Round) {
+    pub(super) fn handle_pledged(
+        &mut self,
+        from: NodeId,
+        of: NodeId,
+        incarnation: u64,
+        round: Round,
+    ) {
         if self.reclaiming.claims.contains_key(&of) {
             return;
         }
@@ -532,7 +562,10 @@ impl Ipam {
             *lends = heir.is_some_and(|heir| heir != Some(of));
         }
         let holds = self.held().collect();
-        self.send(from, &Message::ReclaimAck { of, round, epoch: self.epoch, titles, lends, holds, rivals });
+        self.send(
+            from,
+            &Message::ReclaimAck { of, round, epoch: self.epoch, titles, lends, holds, rivals },
+        );
     }
 
     /// The latest title of each quarter that this node knows of.
@@ -548,7 +581,13 @@ impl Ipam {
         titles
     }
 
-    pub(super) fn handle_reclaim_ack(&mut self, from: NodeId, of: NodeId, round: Round, mut ack: Ack) {
+    pub(super) fn handle_reclaim_ack(
+        &mut self,
+        from: NodeId,
+        of: NodeId,
+        round: Round,
+        mut ack: Ack,
+    ) {
         ack.loan.epoch = self.bounded_epoch(from, ack.loan.epoch);
         if !from.owns_a_quarter() {
             // It never lends, and what it has heard it may have made up.
@@ -561,14 +600,22 @@ impl Ipam {
         }
     }
 
-    pub(super) fn handle_refusal(&mut self, from: NodeId, of: NodeId, round: Round, why: Objection) {
+    pub(super) fn handle_refusal(
+        &mut self,
+        from: NodeId,
+        of: NodeId,
+        round: Round,
+        why: Objection,
+    ) {
         let question = self.reclaiming.claims.get(&of).and_then(|claim| claim.asked.get(&from));
         if question.is_none_or(|question| question.round != round) {
             return;
         }
         self.abandon_claim(of);
         let why = match why {
-            Objection::Alive => format!("node {from} reaches it; run `overnode reset` on its host instead"),
+            Objection::Alive => {
+                format!("node {from} reaches it; run `overnode reset` on its host instead")
+            }
             Objection::Newer(_) => format!(
                 "node {from} has seen it later than this node has; if it is gone for good since then, try again in a minute"
             ),
@@ -603,9 +650,15 @@ impl Ipam {
             if !self.handle_own_funeral(incarnation, by) {
                 return;
             }
-        } else if self.reclaiming.graves.get(&of).is_none_or(|grave| grave.incarnation < incarnation) {
+        } else if self
+            .reclaiming
+            .graves
+            .get(&of)
+            .is_none_or(|grave| grave.incarnation < incarnation)
+        {
             if !self.believes_burial(from, of, incarnation, by) {
-                let is_back = self.peers.get(&of).is_some_and(|peer| peer.incarnation > incarnation);
+                let is_back =
+                    self.peers.get(&of).is_some_and(|peer| peer.incarnation > incarnation);
                 if is_back && self.reachable.contains(&of) {
                     // It matters no more.
                     self.send(from, &Message::BuriedAck { of, incarnation });
@@ -625,13 +678,19 @@ impl Ipam {
             for (gone, by) in pledges.map(|(key, _)| *key).collect::<Vec<_>>() {
                 self.drop_pledge(gone, by);
             }
-            if self.reclaiming.claims.get(&of).is_some_and(|claim| claim.incarnation <= incarnation) {
+            if self.reclaiming.claims.get(&of).is_some_and(|claim| claim.incarnation <= incarnation)
+            {
                 self.reclaiming.claims.remove(&of);
                 self.forget(Key::Claim(of));
                 self.fail(of, format!("node {by} has taken it back already"));
             }
             self.find_lenders();
-        } else if self.reclaiming.pledges.get(&(of, from)).is_some_and(|it| it.incarnation <= incarnation) {
+        } else if self
+            .reclaiming
+            .pledges
+            .get(&(of, from))
+            .is_some_and(|it| it.incarnation <= incarnation)
+        {
             // It was told before that another node has done it.
             self.drop_pledge(of, from);
         }
@@ -691,7 +750,9 @@ impl Ipam {
     }
 
     pub(super) fn handle_buried_ack(&mut self, from: NodeId, of: NodeId, incarnation: u64) {
-        if let Some(grave) = self.reclaiming.graves.get_mut(&of).filter(|it| it.incarnation == incarnation) {
+        if let Some(grave) =
+            self.reclaiming.graves.get_mut(&of).filter(|it| it.incarnation == incarnation)
+        {
             grave.told.insert(from);
             if let Some(untold) = &mut grave.untold {
                 untold.remove(&from);

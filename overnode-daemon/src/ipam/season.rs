@@ -54,14 +54,21 @@ impl Season {
 
 impl Ipam {
     pub(super) fn drive_season(&mut self, now: Instant) {
-        if !self.id.owns_a_quarter() || self.lending.books.contains_key(&self.id) || self.leaving.is_some() {
+        if !self.id.owns_a_quarter()
+            || self.lending.books.contains_key(&self.id)
+            || self.leaving.is_some()
+        {
             self.season = None;
             return;
         }
         if self.season.is_none() {
             let settled = now + self.timing.settle;
-            self.season =
-                Some(Season { asked: BTreeMap::new(), answers: BTreeMap::new(), settled, wake: None });
+            self.season = Some(Season {
+                asked: BTreeMap::new(),
+                answers: BTreeMap::new(),
+                settled,
+                wake: None,
+            });
         }
         let required = self.required();
         let has_promised = !self.reclaiming.pledges.is_empty();
@@ -115,7 +122,8 @@ impl Ipam {
     /// Who has to answer: every member that is known, and whoever they name.
     fn required(&self) -> Vec<NodeId> {
         let mut required: Vec<_> = self.members().collect();
-        let named = self.season.iter().flat_map(|season| season.answers.values()).flat_map(|it| &it.rivals);
+        let named =
+            self.season.iter().flat_map(|season| season.answers.values()).flat_map(|it| &it.rivals);
         for id in named.copied().chain([self.title_of(self.id).holder]) {
             if id != self.id && !self.peers.contains_key(&id) && !required.contains(&id) {
                 required.push(id);
@@ -152,8 +160,10 @@ impl Ipam {
         self.fence(quarter);
         let lender = self.borrowing.lenders.get(&quarter).copied();
         let heir = book.flatten().map(|heir| heir.id);
-        let pledged = self.reclaiming.pledges.keys().filter(|(of, _)| *of == from).map(|(_, by)| *by);
-        let rivals: BTreeSet<_> = pledged.chain(lender).chain(heir).filter(|id| *id != from).collect();
+        let pledged =
+            self.reclaiming.pledges.keys().filter(|(of, _)| *of == from).map(|(_, by)| *by);
+        let rivals: BTreeSet<_> =
+            pledged.chain(lender).chain(heir).filter(|id| *id != from).collect();
         let rivals = rivals.into_iter().take(MAX_RIVALS).collect();
         let held = self.allocation.blocks_in(Some(half)).filter(|(_, block)| !block.lost);
         let holds = held.map(|(net, _)| net).collect();
@@ -161,7 +171,13 @@ impl Ipam {
         self.send(from, &Message::Answer { round, epoch: self.epoch, title, part, holds, rivals });
     }
 
-    pub(super) fn handle_answer(&mut self, from: NodeId, round: Round, mut answer: Answer, now: Instant) {
+    pub(super) fn handle_answer(
+        &mut self,
+        from: NodeId,
+        round: Round,
+        mut answer: Answer,
+        now: Instant,
+    ) {
         let Some(season) = &mut self.season else { return };
         if season.asked.get(&from).is_none_or(|question| question.round != round) {
             return;

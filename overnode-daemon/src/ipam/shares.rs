@@ -55,7 +55,8 @@ fn shares(
         if layout.quarter_of(*range).is_none() {
             continue;
         }
-        let around = all.iter().filter(|(other, net)| other != id && net != range && net.contains(range));
+        let around =
+            all.iter().filter(|(other, net)| other != id && net != range && net.contains(range));
         match around.max_by_key(|(_, net)| net.prefix_len()) {
             Some((lender, _)) if *lender != own => {
                 found.loans.entry((*lender, *id)).or_default().push(*range);
@@ -83,7 +84,8 @@ fn shares(
         share.ranges.sort_unstable();
         let lent = found.loans.iter().filter(|((lender, _), _)| lender == id);
         let lent: u128 = lent.flat_map(|(_, blocks)| blocks).map(|block| size(*block)).sum();
-        share.addresses = share.ranges.iter().map(|range| size(*range)).sum::<u128>().saturating_sub(lent);
+        share.addresses =
+            share.ranges.iter().map(|range| size(*range)).sum::<u128>().saturating_sub(lent);
     }
     found
 }

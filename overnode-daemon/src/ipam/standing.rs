@@ -46,7 +46,10 @@ enum Word {
 
 impl Standing {
     fn vouchers(&self, quarter: NodeId) -> usize {
-        self.0.iter().filter(|((of, _), voucher)| *of == quarter && voucher.word >= Word::Consented).count()
+        self.0
+            .iter()
+            .filter(|((of, _), voucher)| *of == quarter && voucher.word >= Word::Consented)
+            .count()
     }
 
     fn is_known(&self, quarter: NodeId, member: NodeId) -> bool {
@@ -81,7 +84,8 @@ impl Ipam {
         let has_rivals = self.members().any(NodeId::owns_a_quarter);
         !has_rivals
             || self.standing.vouchers(quarter) > 0
-            || (members.peek().is_some() && members.all(|member| self.standing.is_known(quarter, member)))
+            || (members.peek().is_some()
+                && members.all(|member| self.standing.is_known(quarter, member)))
     }
 
     /// Whether more than half of the members that are reached vouch for the title of a quarter.
@@ -96,7 +100,9 @@ impl Ipam {
         let reached: Vec<_> = consented.intersection(&self.reachable).copied().collect();
         for member in reached {
             let (round, retry) = (self.next_round(), Retry::new(now));
-            self.standing.0.insert((quarter, member), Voucher { word: Word::Consented, round, retry });
+            self.standing
+                .0
+                .insert((quarter, member), Voucher { word: Word::Consented, round, retry });
         }
     }
 
@@ -105,32 +111,39 @@ impl Ipam {
         if self.standing.0.is_empty() {
             return;
         }
-        let members: BTreeSet<_> = self.members().filter(|it| self.reachable.contains(it)).collect();
+        let members: BTreeSet<_> =
+            self.members().filter(|it| self.reachable.contains(it)).collect();
         let Self { standing, lending, .. } = self;
         standing.0.retain(|(quarter, member), _| {
-            lending.books.get(quarter).is_some_and(|book| book.heir.is_none()) && members.contains(member)
+            lending.books.get(quarter).is_some_and(|book| book.heir.is_none())
+                && members.contains(member)
         });
     }
 
     /// Asks the members that are reached about the quarters that this node lends.
     pub(super) fn drive_standing(&mut self, now: Instant) {
         let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
-        let books: BTreeMap<NodeId, u64> = active.map(|(quarter, book)| (*quarter, book.serial)).collect();
+        let books: BTreeMap<NodeId, u64> =
+            active.map(|(quarter, book)| (*quarter, book.serial)).collect();
         if books.is_empty() {
             return;
         }
-        let members: BTreeSet<_> = self.members().filter(|it| self.reachable.contains(it)).collect();
+        let members: BTreeSet<_> =
+            self.members().filter(|it| self.reachable.contains(it)).collect();
         let mut messages = Vec::new();
         for (&quarter, &serial) in &books {
             let sure = self.may_lend(quarter);
             for &member in &members {
                 if !self.standing.0.contains_key(&(quarter, member)) {
                     let (round, retry) = (self.next_round(), Retry::new(now));
-                    self.standing.0.insert((quarter, member), Voucher { word: Word::None, round, retry });
+                    self.standing
+                        .0
+                        .insert((quarter, member), Voucher { word: Word::None, round, retry });
                 }
                 let Some(voucher) = self.standing.0.get_mut(&(quarter, member)) else { continue };
                 // Members that know nothing are asked again when there is something to tell them.
-                let is_done = voucher.word == Word::Vouched || (voucher.word == Word::Ignorant && !sure);
+                let is_done =
+                    voucher.word == Word::Vouched || (voucher.word == Word::Ignorant && !sure);
                 if !is_done && voucher.retry.take(now, &self.timing) {
                     let (round, epoch) = (voucher.round, self.epoch);
                     messages.push((member, Message::Hold { quarter, serial, epoch, round, sure }));
@@ -147,10 +160,12 @@ impl Ipam {
             self.lending.books.keys().filter(|quarter| self.may_lend(**quarter)).collect();
         let is_asked = |quarter: &NodeId, member: &NodeId, word: Word| {
             let is_member = self.reachable.contains(member) && !self.has_left(*member);
-            is_member && (word < Word::Ignorant || word == Word::Consented || sure.contains(quarter))
+            is_member
+                && (word < Word::Ignorant || word == Word::Consented || sure.contains(quarter))
         };
         let open = self.standing.0.iter().filter(|(_, voucher)| voucher.word != Word::Vouched);
-        let waiting = open.filter(|((quarter, member), voucher)| is_asked(quarter, member, voucher.word));
+        let waiting =
+            open.filter(|((quarter, member), voucher)| is_asked(quarter, member, voucher.word));
         waiting.map(|(_, voucher)| voucher.retry.at).min()
     }
 

@@ -92,13 +92,19 @@ impl Ipam {
 
     /// The static addresses that lead to this node: what it tells the others besides its ranges.
     pub fn claims(&self) -> Vec<IpAddr> {
-        self.statics.since.keys().copied().filter(|address| self.keeper(*address).is_none()).collect()
+        self.statics
+            .since
+            .keys()
+            .copied()
+            .filter(|address| self.keeper(*address).is_none())
+            .collect()
     }
 
     /// The node that keeps a static address which is in use here and there.
     pub fn keeper(&self, address: IpAddr) -> Option<NodeId> {
         let rivals = self.rivals_of(address);
-        let keeps = |(node, rival): &(NodeId, Rival)| !rival.is_late && (*node < self.id || rival.is_first);
+        let keeps =
+            |(node, rival): &(NodeId, Rival)| !rival.is_late && (*node < self.id || rival.is_first);
         rivals.filter(keeps).map(|(node, _)| node).min()
     }
 
@@ -155,7 +161,8 @@ impl Ipam {
             return;
         }
         self.statics.since.insert(address, now);
-        let rivals: Vec<_> = self.peers.iter().filter(|(_, peer)| peer.claims.contains(&address)).collect();
+        let rivals: Vec<_> =
+            self.peers.iter().filter(|(_, peer)| peer.claims.contains(&address)).collect();
         let rivals: Vec<_> = rivals.into_iter().map(|(id, _)| *id).collect();
         for node in rivals {
             self.statics
@@ -192,7 +199,8 @@ impl Ipam {
         let is_old = |since: &Instant| *since + heard <= now;
         let is_steady = self.statics.contacts.get(&node).is_some_and(is_old);
         let is_there = self.is_member(node, peer);
-        let announced: BTreeSet<IpAddr> = peer.claims.iter().copied().filter(|_| is_there).collect();
+        let announced: BTreeSet<IpAddr> =
+            peer.claims.iter().copied().filter(|_| is_there).collect();
         self.drop_rivals(now, |address, of| of == node && !announced.contains(&address));
         let mut news = Vec::new();
         for address in announced {
@@ -214,8 +222,13 @@ impl Ipam {
     }
 
     fn drop_rivals(&mut self, now: Instant, is_gone: impl Fn(IpAddr, NodeId) -> bool) {
-        let gone: Vec<_> =
-            self.statics.rivals.keys().filter(|(address, node)| is_gone(*address, *node)).copied().collect();
+        let gone: Vec<_> = self
+            .statics
+            .rivals
+            .keys()
+            .filter(|(address, node)| is_gone(*address, *node))
+            .copied()
+            .collect();
         for (address, node) in gone {
             let was_kept = self.keeper(address).is_some();
             self.statics.rivals.remove(&(address, node));
@@ -242,9 +255,11 @@ impl Ipam {
         let owner = |address: &IpAddr| self.allocated().get(address).cloned().unwrap_or_default();
         self.statics.rivals.iter().filter(move |((_, node), _)| self.counts(*node)).filter_map(
             move |(&(address, node), rival)| match self.keeper(address) {
-                Some(keeper) => {
-                    (keeper == node).then(|| Problem::Yielded { address, owner: owner(&address), node })
-                }
+                Some(keeper) => (keeper == node).then(|| Problem::Yielded {
+                    address,
+                    owner: owner(&address),
+                    node,
+                }),
                 // A node that does not keep it has a moment to notice.
                 None if rival.since + self.timing.settle > now => None,
                 None => Some(Problem::Contested { address, owner: owner(&address), node }),
@@ -268,13 +283,15 @@ impl Ipam {
         }
         if self.leaving.is_some() {
             for request in std::mem::take(&mut self.statics.claims).into_keys() {
-                self.effects.push(Action::Failed { request, error: IpamError::Leaving { id: self.id } });
+                self.effects
+                    .push(Action::Failed { request, error: IpamError::Leaving { id: self.id } });
             }
             return;
         }
         let gone = |id: &NodeId| self.peers.get(id).is_some_and(|peer| !self.is_member(*id, peer));
         let asked: Vec<NodeId> = self.reachable.iter().copied().filter(|id| !gone(id)).collect();
-        let timing = Timing { retry_cap: self.timing.claim, retry: self.timing.claim / 5, ..self.timing };
+        let timing =
+            Timing { retry_cap: self.timing.claim, retry: self.timing.claim / 5, ..self.timing };
         let mut decided = Vec::new();
         let mut messages = Vec::new();
         for (&request, claim) in &mut self.statics.claims {
@@ -333,13 +350,19 @@ impl Ipam {
         verdict: Verdict,
     ) {
         let asked = self.statics.claims.iter_mut().find(|(_, claim)| claim.round == round);
-        let Some((&request, claim)) = asked.filter(|(_, claim)| claim.address == address) else { return };
+        let Some((&request, claim)) = asked.filter(|(_, claim)| claim.address == address) else {
+            return;
+        };
         match verdict {
             // Nodes that were not asked are not remembered.
             Verdict::Free if self.reachable.contains(&from) => drop(claim.agreed.insert(from)),
             Verdict::Free => {}
-            Verdict::Taken => self.fail_claim(request, IpamError::InUseElsewhere { address, node: from }),
-            Verdict::Wanted => self.fail_claim(request, IpamError::WantedElsewhere { address, node: from }),
+            Verdict::Taken => {
+                self.fail_claim(request, IpamError::InUseElsewhere { address, node: from })
+            }
+            Verdict::Wanted => {
+                self.fail_claim(request, IpamError::WantedElsewhere { address, node: from })
+            }
         }
     }
 

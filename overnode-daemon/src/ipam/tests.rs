@@ -35,8 +35,12 @@ fn claim(ipam: &mut Ipam, address: IpAddr, owner: &str) -> Result<(), IpamError>
 }
 
 fn node(number: u16) -> Ipam {
-    let config =
-        Config { network: Network::default(), id: id(number), incarnation: 1000, timing: Timing::default() };
+    let config = Config {
+        network: Network::default(),
+        id: id(number),
+        incarnation: 1000,
+        timing: Timing::default(),
+    };
     Ipam::new(config, [], BTreeMap::new(), Instant::now()).unwrap()
 }
 
@@ -91,7 +95,8 @@ impl Cluster {
         let id = id(number);
         let config = Config { network: self.network, id, incarnation, timing: Timing::default() };
         let facts: Vec<_> = self.disks.entry(id).or_default().values().cloned().collect();
-        let allocated = self.granted.entry(id).or_default().iter().map(|address| (*address, String::new()));
+        let allocated =
+            self.granted.entry(id).or_default().iter().map(|address| (*address, String::new()));
         let ipam = Ipam::new(config, facts, allocated.collect(), self.now).unwrap();
         self.nodes.insert(id, ipam);
         self.incarnations.insert(id, incarnation);
@@ -132,7 +137,9 @@ impl Cluster {
                 .collect();
             let reachable = |one: NodeId| {
                 let others = self.nodes.keys().copied().filter(move |other| *other != one);
-                others.filter(|other| !self.cut.contains(other) && !self.cut.contains(&one)).collect()
+                others
+                    .filter(|other| !self.cut.contains(other) && !self.cut.contains(&one))
+                    .collect()
             };
             let reachable: BTreeMap<NodeId, BTreeSet<NodeId>> =
                 self.nodes.keys().map(|id| (*id, reachable(*id))).collect();
@@ -172,7 +179,9 @@ impl Cluster {
                         Action::Renewed(incarnation) => {
                             self.incarnations.insert(*own, incarnation);
                         }
-                        Action::Granted { address, .. } => self.granted.get_mut(own).unwrap().push(address),
+                        Action::Granted { address, .. } => {
+                            self.granted.get_mut(own).unwrap().push(address)
+                        }
                         answer => self.answers.push((*own, answer)),
                     }
                 }
@@ -214,9 +223,9 @@ impl Cluster {
         self.answers
             .iter()
             .filter_map(|(_, answer)| match answer {
-                Action::Failed { error, .. } | Action::CannotLeave(error) | Action::ReclaimFailed(error) => {
-                    Some(error.to_string())
-                }
+                Action::Failed { error, .. }
+                | Action::CannotLeave(error)
+                | Action::ReclaimFailed(error) => Some(error.to_string()),
                 _ => None,
             })
             .collect()
@@ -257,7 +266,8 @@ const LONG: Duration = Duration::from_secs(20);
 
 #[test]
 fn a_node_1_alone_gives_its_own_half_in_order_and_no_other_address() {
-    for (number, first) in [(1, "10.40.0.1"), (2, "10.42.0.0"), (3, "10.44.0.0"), (4, "10.46.0.0")] {
+    for (number, first) in [(1, "10.40.0.1"), (2, "10.42.0.0"), (3, "10.44.0.0"), (4, "10.46.0.0")]
+    {
         let mut ipam = node(number);
         assert_eq!(ipam.layout().quarter(id(number)).unwrap().prefix_len(), 15);
         assert_eq!(ipam.layout().own_part(id(number)).unwrap().prefix_len(), 16);
@@ -308,7 +318,9 @@ fn node_5_waits_alone_fails_by_name_and_is_ready_when_a_lender_comes() {
     cluster.run(Duration::from_secs(3));
     assert_eq!(cluster.granted[&id(5)].len(), 1, "who waited has an address by itself");
     assert_eq!(cluster.node(5).check_ready(), Ok(()));
-    assert!(cluster.node(5).layout().lendable(id(2)).unwrap().contains(&cluster.granted[&id(5)][0]));
+    assert!(
+        cluster.node(5).layout().lendable(id(2)).unwrap().contains(&cluster.granted[&id(5)][0])
+    );
 }
 
 #[test]
@@ -374,7 +386,10 @@ fn an_exhausted_pool_is_explained_and_another_lender_is_found() {
     cluster.allocate(5, 1);
     cluster.run(LONG);
     let error = cluster.errors().pop().unwrap();
-    assert!(error.contains("node 1 has none left, node 2 has none left, node 3 is not known"), "{error}");
+    assert!(
+        error.contains("node 1 has none left, node 2 has none left, node 3 is not known"),
+        "{error}"
+    );
     cluster.check();
 }
 
@@ -400,7 +415,8 @@ fn a_lender_that_leaves_hands_its_ledger_over_and_gets_it_back() {
     cluster.run(LONG);
     cluster.allocate(5, 3);
     let lent = cluster.node(5).held().collect::<Vec<_>>();
-    let lender = if cluster.node(1).layout().lendable(id(1)).unwrap().contains(&lent[0]) { 1 } else { 2 };
+    let lender =
+        if cluster.node(1).layout().lendable(id(1)).unwrap().contains(&lent[0]) { 1 } else { 2 };
     let now = cluster.now;
     cluster.node(lender).leave(now);
     cluster.pump();
@@ -462,7 +478,10 @@ fn a_node_is_handed_a_title_only_once_it_has_heard_that_it_was_taken_back() {
     lender.set_reachable(BTreeSet::from([id(3), id(5)]), now);
     lender.leave(now);
     let sent = sent_to(lender, 3);
-    assert!(sent.iter().any(|it| matches!(it, Message::Buried { of, .. } if *of == id(3))), "{sent:?}");
+    assert!(
+        sent.iter().any(|it| matches!(it, Message::Buried { of, .. } if *of == id(3))),
+        "{sent:?}"
+    );
     assert!(!sent.iter().any(|it| matches!(it, Message::Transfer { .. })), "{sent:?}");
     let confirmed = Message::BuriedAck { of: id(3), incarnation: 1003 };
     lender.handle_message(id(3), &confirmed.encode(), now).unwrap();
@@ -507,7 +526,10 @@ fn two_halves_cannot_both_reclaim_and_the_lower_id_has_it_in_the_end() {
     cluster.heal();
     assert!(cluster.node(2).lends(id(1)).is_some() && cluster.node(3).lends(id(1)).is_none());
     assert!(
-        cluster.errors().iter().any(|error| error.contains("node 2 takes back address space already")),
+        cluster
+            .errors()
+            .iter()
+            .any(|error| error.contains("node 2 takes back address space already")),
         "{:?}",
         cluster.errors()
     );
@@ -523,7 +545,8 @@ fn who_comes_back_from_the_grave_says_so_and_gives_nothing_of_what_it_lost() {
     cluster.allocate(1, 9);
     cluster.run(LONG);
     let old = cluster.nodes.remove(&id(1)).unwrap();
-    let (old_disk, old_addresses) = (cluster.disks[&id(1)].clone(), cluster.granted.remove(&id(1)).unwrap());
+    let (old_disk, old_addresses) =
+        (cluster.disks[&id(1)].clone(), cluster.granted.remove(&id(1)).unwrap());
     drop(old);
     cluster.pump();
     cluster.run(LONG);
@@ -629,10 +652,12 @@ fn the_quarter_of_a_node_that_was_reclaimed_has_a_lender_before_its_borrowers_ar
         let half = cluster.node(7).layout().lendable(id(3)).unwrap();
         let held: Vec<_> = cluster.node(7).held().filter(|block| half.contains(block)).collect();
         let ledger = |node: &Ipam| {
-            let loans = node.ledger().filter(|(quarter, _)| *quarter == id(3)).flat_map(|(_, loans)| loans);
+            let loans =
+                node.ledger().filter(|(quarter, _)| *quarter == id(3)).flat_map(|(_, loans)| loans);
             loans.filter(|(it, _)| *it == id(7)).map(|(_, blocks)| blocks.to_vec()).next()
         };
-        let known: Vec<_> = [1, 2, 3].into_iter().filter_map(|it| ledger(cluster.node(it))).collect();
+        let known: Vec<_> =
+            [1, 2, 3].into_iter().filter_map(|it| ledger(cluster.node(it))).collect();
         assert_eq!(known, [held], "the ledger has what node 7 borrowed");
         cluster.check();
     }
@@ -664,7 +689,8 @@ fn a_lender_that_returns_from_its_grave_is_asked_again() {
         borrower.handle_timeout(now + Duration::from_secs(seconds));
         asked.extend(sent_to(&mut borrower, 3));
     }
-    let is_asked = |it: &Message| matches!(it, Message::Request { quarter: of, .. } if *of == quarter);
+    let is_asked =
+        |it: &Message| matches!(it, Message::Request { quarter: of, .. } if *of == quarter);
     assert!(asked.iter().any(is_asked), "{asked:?}");
 }
 
@@ -684,8 +710,13 @@ fn a_borrower_tells_the_holder_of_a_later_title_what_it_holds() {
     let sent = sent_to(&mut borrower, 3);
     let Some(Message::Request { serial, round, .. }) = sent.last() else { panic!("{sent:?}") };
     let block = half.subnets(28).unwrap().next().unwrap();
-    let grant =
-        Message::Grant { quarter, serial: *serial, round: *round, blocks: vec![block], exhausted: false };
+    let grant = Message::Grant {
+        quarter,
+        serial: *serial,
+        round: *round,
+        blocks: vec![block],
+        exhausted: false,
+    };
     borrower.handle_message(quarter, &grant.encode(), now).unwrap();
     assert_eq!(borrower.held().collect::<Vec<_>>(), [block]);
     let title = Title { serial: 5002, holder: quarter };
@@ -713,15 +744,24 @@ fn a_late_request_of_an_earlier_launch_is_granted_nothing() {
     for lender in [1, 2] {
         let (quarter, serial) = (id(lender), cluster.node(lender).lends(id(lender)).unwrap());
         let round = Round { incarnation: 2005, count: 7 };
-        let request =
-            Message::Request { quarter, serial, epoch: 2005, round, need: 1, want: 16, holds: Vec::new() };
+        let request = Message::Request {
+            quarter,
+            serial,
+            epoch: 2005,
+            round,
+            need: 1,
+            want: 16,
+            holds: Vec::new(),
+        };
         lie(&mut cluster, 5, lender, &request);
     }
     cluster.cut.clear();
     cluster.run(LONG);
     let held: BTreeSet<_> = cluster.node(5).held().collect();
-    let ledgers: Vec<_> = [1, 2].into_iter().flat_map(|it| cluster.nodes[&id(it)].ledger()).collect();
-    let loans = ledgers.iter().flat_map(|(_, loans)| loans).filter(|(borrower, _)| *borrower == id(5));
+    let ledgers: Vec<_> =
+        [1, 2].into_iter().flat_map(|it| cluster.nodes[&id(it)].ledger()).collect();
+    let loans =
+        ledgers.iter().flat_map(|(_, loans)| loans).filter(|(borrower, _)| *borrower == id(5));
     let lent: BTreeSet<_> = loans.flat_map(|(_, blocks)| blocks.iter().copied()).collect();
     assert_eq!(lent, held);
 }
@@ -762,7 +802,11 @@ fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_ot
     cluster.pump();
     cluster.run(LONG);
     cluster.allocate(3, 8 + 3 * 8);
-    assert_eq!(cluster.granted[&id(3)].len(), 8 + 3 * 8, "its own half, and three quarters' lendable halves");
+    assert_eq!(
+        cluster.granted[&id(3)].len(),
+        8 + 3 * 8,
+        "its own half, and three quarters' lendable halves"
+    );
     cluster.cut = BTreeSet::from([id(3), id(4)]);
     cluster.pump();
     cluster.run(Duration::from_secs(1));
@@ -780,7 +824,10 @@ fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_ot
     cluster.heal();
     cluster.check();
     for back in [1, 2] {
-        assert!(cluster.node(back).lends(id(back)).is_some(), "node {back} has not got its quarter back");
+        assert!(
+            cluster.node(back).lends(id(back)).is_some(),
+            "node {back} has not got its quarter back"
+        );
     }
 }
 
@@ -827,7 +874,10 @@ fn nothing_is_lent_to_a_node_after_consent_to_its_reclaim() {
     for lender in [1, 2] {
         let ledger = |cluster: &mut Cluster| -> Vec<IpNet> {
             let loans = cluster.node(lender).ledger().flat_map(|(_, loans)| loans);
-            loans.filter(|(borrower, _)| *borrower == id(5)).flat_map(|(_, blocks)| blocks.to_vec()).collect()
+            loans
+                .filter(|(borrower, _)| *borrower == id(5))
+                .flat_map(|(_, blocks)| blocks.to_vec())
+                .collect()
         };
         let before = ledger(&mut cluster);
         let request = Message::Request {
@@ -876,7 +926,10 @@ fn a_liar_cannot_declare_a_live_node_gone() {
             }
             cluster.run(LONG);
             for lender in [1, 3] {
-                assert!(cluster.node(lender).lends(id(lender)).is_some(), "node {lender} lends no more");
+                assert!(
+                    cluster.node(lender).lends(id(lender)).is_some(),
+                    "node {lender} lends no more"
+                );
                 assert!(cluster.problems(lender).is_empty(), "{:?}", cluster.problems(lender));
             }
             if liar != 5 {
@@ -942,7 +995,8 @@ fn a_liar_cannot_take_a_quarter_by_saying_that_it_has_it() {
     lie(&mut cluster, 5, 1, &forged);
     let loan = Loan { epoch: 1005, blocks: Vec::new() };
     let (serial, loans) = (serial + 9, vec![(id(5), loan)]);
-    let transfer = Message::Transfer { quarter: id(1), serial, epoch: 1002, part: 0, parts: 1, loans };
+    let transfer =
+        Message::Transfer { quarter: id(1), serial, epoch: 1002, part: 0, parts: 1, loans };
     lie(&mut cluster, 5, 2, &transfer);
     cluster.run(LONG);
     assert_eq!(cluster.problems(1), [], "the lender has given way");
@@ -959,11 +1013,15 @@ fn a_liar_cannot_lend_a_quarter_by_announcing_it() {
     let mut cluster = Cluster::new("10.1.0.0/24", [5]);
     let half = cluster.node(5).layout().lendable(id(3)).unwrap();
     let now = cluster.now;
-    cluster.node(5).learn(id(6), Peer { incarnation: 1, ranges: vec![half], ..Peer::default() }, now);
+    cluster.node(5).learn(
+        id(6),
+        Peer { incarnation: 1, ranges: vec![half], ..Peer::default() },
+        now,
+    );
     cluster.node(5).set_reachable(BTreeSet::from([id(6)]), now);
     cluster.node(5).allocate("container", now);
-    let asked =
-        std::iter::from_fn(|| cluster.node(5).poll_action()).any(|it| matches!(it, Action::Send { .. }));
+    let asked = std::iter::from_fn(|| cluster.node(5).poll_action())
+        .any(|it| matches!(it, Action::Send { .. }));
     assert!(!asked, "it would take what node 6 lends");
 }
 
@@ -977,8 +1035,15 @@ fn a_liar_that_had_an_id_cannot_keep_its_owner_from_borrowing() {
     for number in [u64::MAX, 1 << 62, 2001] {
         let round = Round { incarnation: number, count: 1 };
         let holds = Vec::new();
-        let request =
-            Message::Request { quarter: id(1), serial, epoch: number, round, need: 0, want: 0, holds };
+        let request = Message::Request {
+            quarter: id(1),
+            serial,
+            epoch: number,
+            round,
+            need: 0,
+            want: 0,
+            holds,
+        };
         lie(&mut cluster, 5, 1, &request);
     }
     // By gossip it has to exceed what the liar has said there.
@@ -1051,14 +1116,21 @@ fn claims_of_other_nodes_are_respected_and_clashes_found() {
     let mut ipam = node(1);
     let now = Instant::now();
     let address = ip("10.32.0.9");
-    let peer = |claims: &[IpAddr]| Peer { incarnation: 1, claims: claims.to_vec(), ..Peer::default() };
+    let peer =
+        |claims: &[IpAddr]| Peer { incarnation: 1, claims: claims.to_vec(), ..Peer::default() };
     ipam.learn(id(2), peer(&[address]), now);
-    assert_eq!(claim(&mut ipam, address, "a"), Err(IpamError::InUseElsewhere { address, node: id(2) }));
+    assert_eq!(
+        claim(&mut ipam, address, "a"),
+        Err(IpamError::InUseElsewhere { address, node: id(2) })
+    );
     ipam.learn(id(2), Peer { left: true, ..peer(&[address]) }, now);
     assert_eq!(claim(&mut ipam, address, "a"), Ok(()));
     let clashes = |ipam: &mut Ipam| {
         let actions: Vec<_> = std::iter::from_fn(|| ipam.poll_action()).collect();
-        actions.iter().filter(|action| matches!(action, Action::Report(Problem::Clash { .. }))).count()
+        actions
+            .iter()
+            .filter(|action| matches!(action, Action::Report(Problem::Clash { .. })))
+            .count()
     };
     assert_eq!(clashes(&mut ipam), 0);
     ipam.learn(id(3), peer(&[address, ip("10.32.0.10")]), now);
@@ -1076,7 +1148,8 @@ fn the_disk_comes_first() {
     let round = Round { incarnation: 1005, count: 1000 };
     let serial = cluster.node(1).lends(id(1)).unwrap();
     let holds = cluster.node(5).held().collect();
-    let request = Message::Request { quarter: id(1), serial, epoch: 1005, round, need: 5, want: 5, holds };
+    let request =
+        Message::Request { quarter: id(1), serial, epoch: 1005, round, need: 5, want: 5, holds };
     cluster.node(1).handle_message(id(5), &request.encode(), now).unwrap();
     let first = cluster.node(1).poll_action();
     assert!(matches!(first, Some(Action::Persist(_))), "{first:?}");
@@ -1090,8 +1163,15 @@ fn the_disk_comes_first() {
     assert_eq!(cluster.node(1).poll_action(), Some(Action::Send { to: id(5), bytes }));
     // An older one is not answered at all.
     let round = Round { incarnation: 1005, count: 999 };
-    let late =
-        Message::Request { quarter: id(1), serial, epoch: 1005, round, need: 0, want: 0, holds: Vec::new() };
+    let late = Message::Request {
+        quarter: id(1),
+        serial,
+        epoch: 1005,
+        round,
+        need: 0,
+        want: 0,
+        holds: Vec::new(),
+    };
     cluster.node(1).handle_message(id(5), &late.encode(), now).unwrap();
     assert_eq!(cluster.node(1).poll_action(), None);
 }
@@ -1111,8 +1191,14 @@ fn hostile_messages_are_refused_whole() {
     };
     let block = |text: &str| text.parse::<IpNet>().unwrap();
     let loan = |text: &str| Loan { epoch: 1, blocks: vec![block(text)] };
-    let part =
-        |part, parts, loans| Message::Transfer { quarter: id(1), serial: 1, epoch: 1, part, parts, loans };
+    let part = |part, parts, loans| Message::Transfer {
+        quarter: id(1),
+        serial: 1,
+        epoch: 1,
+        part,
+        parts,
+        loans,
+    };
     let refused = [
         request(id(5), Vec::new()),
         request(id(1), vec![block("10.40.0.0/24")]),
@@ -1139,7 +1225,10 @@ fn hostile_messages_are_refused_whole() {
     assert_eq!(Message::decode(&longer, &layout), Err(BadMessage::Unreadable));
     assert_eq!(Message::decode(&[], &layout), Err(BadMessage::Empty));
     assert_eq!(Message::decode(&[9, 0], &layout), Err(BadMessage::Format(9)));
-    assert!(matches!(Message::decode(&vec![1; MAX_MESSAGE + 1], &layout), Err(BadMessage::Bounds(_))));
+    assert!(matches!(
+        Message::decode(&vec![1; MAX_MESSAGE + 1], &layout),
+        Err(BadMessage::Bounds(_))
+    ));
 }
 
 #[test]
@@ -1186,7 +1275,10 @@ fn static_addresses_are_checked() {
     ] {
         let error = claim(&mut ipam, ip(reserved), "a").unwrap_err();
         assert!(matches!(error, IpamError::Reserved { .. }), "{reserved}");
-        assert!(error.to_string().ends_with("choose one from 10.32.0.1 to 10.39.239.255"), "{error}");
+        assert!(
+            error.to_string().ends_with("choose one from 10.32.0.1 to 10.39.239.255"),
+            "{error}"
+        );
     }
     for outside in ["10.31.255.255", "10.48.0.0", "192.168.0.1", "fd00::1", "::ffff:10.32.0.5"] {
         assert!(

@@ -50,13 +50,17 @@ impl Ipam {
     /// Who has to take over, if anybody must: a quarter of which nothing is lent can be forgotten by its birth owner.
     fn needs_heir(&self, quarter: NodeId) -> bool {
         quarter != self.id
-            || self.lending.of(quarter).any(|(id, lent)| id != self.id && !lent.loan.blocks.is_empty())
+            || self
+                .lending
+                .of(quarter)
+                .any(|(id, lent)| id != self.id && !lent.loan.blocks.is_empty())
     }
 
     fn choose_heir(&self, quarter: NodeId) -> Option<Heir> {
         let rank = |id: &NodeId| (*id != quarter, *id);
         let may = |id: &NodeId| {
-            let is_there = id.owns_a_quarter() && self.reachable.contains(id) && !self.has_pledged(*id);
+            let is_there =
+                id.owns_a_quarter() && self.reachable.contains(id) && !self.has_pledged(*id);
             is_there && self.has_heard_of_graves(*id)
         };
         let id = self.members().filter(|id| self.may_lend(quarter) && may(id)).min_by_key(rank)?;
@@ -79,7 +83,9 @@ impl Ipam {
             match heir {
                 Some(heir) if self.is_gone(heir.id, heir.epoch) => self.drop_title(quarter),
                 Some(heir) => self.send_parts(quarter, heir, now),
-                None if self.leaving.as_ref().is_some_and(|it| !it.is_done) && self.needs_heir(quarter) => {
+                None if self.leaving.as_ref().is_some_and(|it| !it.is_done)
+                    && self.needs_heir(quarter) =>
+                {
                     if let Some(heir) = self.choose_heir(quarter) {
                         self.begin_transfer(quarter, heir, now);
                         self.send_parts(quarter, heir, now);
@@ -110,8 +116,10 @@ impl Ipam {
     }
 
     pub(super) fn next_transfer(&self) -> Option<Instant> {
-        let reachable = |heir: Option<Heir>| heir.is_some_and(|heir| self.reachable.contains(&heir.id));
-        let retry = self.lending.books.values().filter(|it| reachable(it.heir)).map(|it| it.retry.at).min();
+        let reachable =
+            |heir: Option<Heir>| heir.is_some_and(|heir| self.reachable.contains(&heir.id));
+        let retry =
+            self.lending.books.values().filter(|it| reachable(it.heir)).map(|it| it.retry.at).min();
         let deadline = self.leaving.as_ref().filter(|it| !it.is_done).map(|it| it.deadline);
         [retry, deadline].into_iter().flatten().min()
     }
@@ -123,8 +131,11 @@ impl Ipam {
             .filter(|(id, lent)| *id != self.id && !lent.loan.blocks.is_empty())
             .map(|(id, _)| id)
             .collect();
-        let heirs: std::collections::BTreeSet<_> =
-            kept.iter().filter_map(|quarter| self.lending.books[quarter].heir).map(|heir| heir.id).collect();
+        let heirs: std::collections::BTreeSet<_> = kept
+            .iter()
+            .filter_map(|quarter| self.lending.books[quarter].heir)
+            .map(|heir| heir.id)
+            .collect();
         let list = |ids: &std::collections::BTreeSet<NodeId>| {
             ids.iter().map(|id| format!("node {id}")).collect::<Vec<_>>().join(", ")
         };
@@ -148,7 +159,10 @@ impl Ipam {
         let count = u16::try_from(parts.len()).unwrap_or(u16::MAX);
         for (part, loans) in (0..count).zip(parts).filter(|(part, _)| !acked.contains(part)) {
             let epoch = heir.epoch;
-            self.send(heir.id, &Message::Transfer { quarter, serial, epoch, part, parts: count, loans });
+            self.send(
+                heir.id,
+                &Message::Transfer { quarter, serial, epoch, part, parts: count, loans },
+            );
         }
     }
 
@@ -156,7 +170,8 @@ impl Ipam {
     fn parts(&self, quarter: NodeId) -> Vec<Vec<(NodeId, Loan)>> {
         let mut parts = vec![Vec::new()];
         let mut bytes = 0;
-        for (id, lent) in self.lending.of(quarter).filter(|(_, lent)| !lent.loan.blocks.is_empty()) {
+        for (id, lent) in self.lending.of(quarter).filter(|(_, lent)| !lent.loan.blocks.is_empty())
+        {
             let length = 16 + 20 * lent.loan.blocks.len();
             if bytes > 0 && bytes + length > PART_BYTES {
                 parts.push(Vec::new());

@@ -5,7 +5,8 @@ use std::fmt::Error;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, MetricEncoder, NoLabelSet,
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, MetricEncoder,
+    NoLabelSet,
 };
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
@@ -13,8 +14,8 @@ use prometheus_client::registry::Unit;
 use overnode_ebpf::reason::Reason;
 
 use crate::api::{
-    BulkStatus, ConnectionState, DataStatus, EndpointState, Kind, Level, NodeState, Path, PeerStatus,
-    SessionState, Status, TargetState,
+    BulkStatus, ConnectionState, DataStatus, EndpointState, Kind, Level, NodeState, Path,
+    PeerStatus, SessionState, Status, TargetState,
 };
 
 /// Why workers drop something.
@@ -89,7 +90,9 @@ impl<'a> Family<'a> {
             if labels.is_empty() {
                 metric.encode_counter::<NoLabelSet, V, u64>(&value, None)?;
             } else {
-                metric.encode_family(&Set(&labels))?.encode_counter::<NoLabelSet, V, u64>(&value, None)?;
+                metric
+                    .encode_family(&Set(&labels))?
+                    .encode_counter::<NoLabelSet, V, u64>(&value, None)?;
             }
         }
         Ok(())
@@ -101,7 +104,10 @@ impl<'a> Family<'a> {
 struct Set<'a>(&'a Labels<'a>);
 
 impl EncodeLabelSet for Set<'_> {
-    fn encode(&self, encoder: &mut prometheus_client::encoding::LabelSetEncoder<'_>) -> Result<(), Error> {
+    fn encode(
+        &self,
+        encoder: &mut prometheus_client::encoding::LabelSetEncoder<'_>,
+    ) -> Result<(), Error> {
         for (name, value) in self.0 {
             let mut label = encoder.encode_label();
             let mut key = label.encode_label_key()?;
@@ -143,7 +149,8 @@ impl Families {
         family("impaired", "1 while the node has a problem that needs a person.")
             .gauges(encoder, [(vec![], impaired)])?;
         let findings = [Level::Warning, Level::Critical].map(|level| {
-            let found = self.0.health.findings.iter().filter(|finding| finding.level == level).count();
+            let found =
+                self.0.health.findings.iter().filter(|finding| finding.level == level).count();
             (vec![("level", name_of(&level))], found as i64)
         });
         family("findings", "What `overnode status` finds wrong, by how bad it is.")
@@ -162,15 +169,17 @@ impl Families {
         let endpoints = endpoints
             .into_iter()
             .map(|((kind, state), found)| (vec![("kind", kind), ("state", state)], found));
-        family("endpoints", "What is attached on this host, by who attached it and whether it works.")
-            .gauges(encoder, endpoints)
+        family(
+            "endpoints",
+            "What is attached on this host, by who attached it and whether it works.",
+        )
+        .gauges(encoder, endpoints)
     }
 
     fn packets(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
-        let packets =
-            self.0.counters.iter().map(|it| {
-                (vec![("reason", it.reason.clone()), ("dropped", it.dropped.to_string())], it.count)
-            });
+        let packets = self.0.counters.iter().map(|it| {
+            (vec![("reason", it.reason.clone()), ("dropped", it.dropped.to_string())], it.count)
+        });
         family(
             "packets",
             "What became of packets, by reason; since the node was launched or the host started.",
@@ -180,8 +189,9 @@ impl Families {
 
     fn peers(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let others = || self.0.peers.iter().filter(|peer| !peer.myself);
-        let names =
-            others().map(|it| (vec![("peer", it.id.to_string()), ("nickname", it.nickname.clone())], 1_i64));
+        let names = others().map(|it| {
+            (vec![("peer", it.id.to_string()), ("nickname", it.nickname.clone())], 1_i64)
+        });
         family("peer", "Each other node that is known; always 1.").gauges(encoder, names)?;
         let of = |peer: &PeerStatus| vec![("peer", peer.id.to_string())];
         let reachable = others().map(|it| (of(it), i64::from(it.reachable == Some(true))));
@@ -200,14 +210,19 @@ impl Families {
         let direct = gauge(|it| Some(f64::from(it.route.as_ref()?.path == Some(Path::Direct))));
         family("peer_path_direct", "1 while packets take the straight path to the node.")
             .gauges(encoder, direct)?;
-        let relayed = gauge(|it| Some(f64::from(matches!(it.route.as_ref()?.path, Some(Path::Via(_))))));
-        family("peer_path_relayed", "1 while packets go through another node.").gauges(encoder, relayed)?;
+        let relayed =
+            gauge(|it| Some(f64::from(matches!(it.route.as_ref()?.path, Some(Path::Via(_))))));
+        family("peer_path_relayed", "1 while packets go through another node.")
+            .gauges(encoder, relayed)?;
         family("peer_rtt", "Round-trip time of probes on the straight path, smoothed.")
             .in_unit(Unit::Seconds)
             .gauges(encoder, gauge(|it| Some(it.route.as_ref()?.rtt_microseconds? as f64 / 1e6)))?;
         family("peer_loss", "How many of the probes on the straight path were lost lately.")
             .in_unit(Unit::Other("ratio".to_owned()))
-            .gauges(encoder, gauge(|it| Some(f64::from(it.route.as_ref()?.loss_per_mille?) / 1000.0)))?;
+            .gauges(
+                encoder,
+                gauge(|it| Some(f64::from(it.route.as_ref()?.loss_per_mille?) / 1000.0)),
+            )?;
         family("peer_mtu", "The largest packet of a container that fits on the way to the node.")
             .in_unit(Unit::Bytes)
             .gauges(encoder, gauge(|it| it.mtu.map(f64::from)))?;
@@ -241,8 +256,11 @@ impl Families {
         )
         .counters(encoder, drops)?;
         let bulk = || {
-            let others =
-                self.0.peers.iter().filter_map(|peer| Some((peer, peer.data.as_ref()?.bulk.as_ref()?)));
+            let others = self
+                .0
+                .peers
+                .iter()
+                .filter_map(|peer| Some((peer, peer.data.as_ref()?.bulk.as_ref()?)));
             others.map(|(peer, bulk)| (vec![("peer", peer.id.to_string())], bulk))
         };
         let used = bulk().map(|(mut labels, bulk)| {
@@ -251,7 +269,8 @@ impl Families {
         });
         family("bulk_peer_in_use", "1 while flows to the node that move a lot go through workers.")
             .gauges(encoder, used)?;
-        let counter = |value: fn(&BulkStatus) -> u64| bulk().map(move |(labels, bulk)| (labels, value(bulk)));
+        let counter =
+            |value: fn(&BulkStatus) -> u64| bulk().map(move |(labels, bulk)| (labels, value(bulk)));
         family("bulk_peer_received", "The part of peer_received that came through workers.")
             .in_unit(Unit::Bytes)
             .counters(encoder, counter(|it| it.rx_bytes))?;
@@ -268,25 +287,31 @@ impl Families {
     fn connections(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         use ConnectionState as C;
         use TargetState as T;
-        let connections = [C::Connecting, C::Pending, C::Established, C::Retrying, C::Failed].map(|state| {
-            let found = self.0.connections.iter().filter(|it| it.state == state).count();
-            (vec![("state", name_of(&state))], found as i64)
-        });
+        let connections =
+            [C::Connecting, C::Pending, C::Established, C::Retrying, C::Failed].map(|state| {
+                let found = self.0.connections.iter().filter(|it| it.state == state).count();
+                (vec![("state", name_of(&state))], found as i64)
+            });
         family("connections", "Control connections and attempts at one, by state.")
             .gauges(encoder, connections)?;
-        let targets = [T::Connecting, T::Established, T::Retrying, T::Failed, T::Myself].map(|state| {
-            let found = self.0.targets.iter().filter(|it| it.state == state).count();
-            (vec![("state", name_of(&state))], found as i64)
-        });
-        family("targets", "Hosts that the node is to be connected with, by state.").gauges(encoder, targets)
+        let targets =
+            [T::Connecting, T::Established, T::Retrying, T::Failed, T::Myself].map(|state| {
+                let found = self.0.targets.iter().filter(|it| it.state == state).count();
+                (vec![("state", name_of(&state))], found as i64)
+            });
+        family("targets", "Hosts that the node is to be connected with, by state.")
+            .gauges(encoder, targets)
     }
 
     fn addresses(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let ipam = &self.0.ipam;
         family("ipam_ready", "1 while this node can give an address to a container.")
             .gauges(encoder, [(vec![], i64::from(ipam.ready))])?;
-        family("ipam_problems", "Contradictions between nodes about who may give out which addresses.")
-            .gauges(encoder, [(vec![], ipam.problems.len() as i64)])?;
+        family(
+            "ipam_problems",
+            "Contradictions between nodes about who may give out which addresses.",
+        )
+        .gauges(encoder, [(vec![], ipam.problems.len() as i64)])?;
         let own = ipam.owners.iter().find(|owner| owner.id == self.0.node.id);
         let held = own.map(|owner| (vec![], count(owner.addresses)));
         family("ipam_addresses", "Addresses that this node can give out, borrowed ones included.")
@@ -295,7 +320,8 @@ impl Families {
         family("ipam_active_addresses", "Of those, addresses in use.").gauges(encoder, active)?;
         let sum = |lent: bool| {
             let mine = |id| id == self.0.node.id;
-            let loans = ipam.loans.iter().filter(|it| mine(if lent { it.lender } else { it.borrower }));
+            let loans =
+                ipam.loans.iter().filter(|it| mine(if lent { it.lender } else { it.borrower }));
             [(vec![], count(loans.map(|it| it.addresses).sum()))]
         };
         family("ipam_lent_addresses", "Addresses that this node has lent to others.")
@@ -312,9 +338,11 @@ impl Families {
             .gauges(encoder, [(vec![], i64::from(dns.serving))])?;
         family("dns_names", "Names and addresses that are known.")
             .gauges(encoder, [(vec![], dns.entries.len() as i64)])?;
-        family("dns_queries", "Queries of containers.").counters(encoder, [(vec![], dns.queries)])?;
-        let outcomes = [("forwarded", dns.forwarded), ("failed", dns.failed), ("refused", dns.refused)]
-            .map(|(outcome, queries)| (vec![("outcome", outcome.to_owned())], queries));
+        family("dns_queries", "Queries of containers.")
+            .counters(encoder, [(vec![], dns.queries)])?;
+        let outcomes =
+            [("forwarded", dns.forwarded), ("failed", dns.failed), ("refused", dns.refused)]
+                .map(|(outcome, queries)| (vec![("outcome", outcome.to_owned())], queries));
         family(
             "dns_outcomes",
             "Queries that the host's resolvers were asked, those without an answer from there, and those that were refused.",
@@ -325,7 +353,10 @@ impl Families {
 
 /// As in `status --json`.
 fn name_of(value: &impl serde::Serialize) -> String {
-    serde_json::to_value(value).ok().and_then(|it| it.as_str().map(str::to_owned)).unwrap_or_default()
+    serde_json::to_value(value)
+        .ok()
+        .and_then(|it| it.as_str().map(str::to_owned))
+        .unwrap_or_default()
 }
 
 fn count(value: u64) -> i64 {

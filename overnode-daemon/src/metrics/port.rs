@@ -26,7 +26,8 @@ use crate::api::Call;
 use crate::net::admission::{Admission, Limits, Place};
 
 /// Connections at a time, and how often one source may make one.
-const LIMITS: Limits = Limits { places: 32, of_source: 8, interval: Duration::from_millis(20), burst: 100 };
+const LIMITS: Limits =
+    Limits { places: 32, of_source: 8, interval: Duration::from_millis(20), burst: 100 };
 /// A connection is for one request, and has so long for it: the head has to be there, and the
 /// answer to be read.
 const LIFETIME: Duration = Duration::from_secs(10);
@@ -206,13 +207,17 @@ mod tests {
     async fn many_who_ask_at_once_cost_the_node_one_answer() {
         let metrics = {
             let (node, _calls) = mpsc::channel(1);
-            Metrics { node, latest: Mutex::new(Some((Instant::now(), Bytes::from_static(b"told")))) }
+            Metrics {
+                node,
+                latest: Mutex::new(Some((Instant::now(), Bytes::from_static(b"told")))),
+            }
         };
         for _ in 0..1000 {
             // The node that would have to be asked is gone.
             assert_eq!(metrics.get().await.status(), StatusCode::OK);
         }
-        *metrics.latest.lock().await = Some((Instant::now().checked_sub(FRESH).unwrap(), Bytes::new()));
+        *metrics.latest.lock().await =
+            Some((Instant::now().checked_sub(FRESH).unwrap(), Bytes::new()));
         assert_ne!(metrics.get().await.status(), StatusCode::OK);
     }
 }

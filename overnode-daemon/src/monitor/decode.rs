@@ -5,13 +5,13 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use overnode_ebpf::map::{
-    DROPPED_LEN, PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP,
-    PROGRAM_SEAL, VLAN_PRESENT,
+    DROPPED_LEN, PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY,
+    PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL, VLAN_PRESENT,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
-    DATA_HEADER_LEN, DATA_PORT, ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN,
-    IPV6_LEN, Relay, TYPE_DATA, UDP_LEN,
+    DATA_HEADER_LEN, DATA_PORT, ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6,
+    IPV4_LEN, IPV6_LEN, Relay, TYPE_DATA, UDP_LEN,
 };
 
 use crate::api::{Arp, Ethernet, Flow, Headers, Message, Program, Relayed};
@@ -89,7 +89,9 @@ const fn is_opened(reason: Reason) -> bool {
 }
 
 fn of_container(frame: &[u8]) -> Headers {
-    let Some((header, body)) = frame.split_first_chunk::<ETHERNET_LEN>() else { return Headers::default() };
+    let Some((header, body)) = frame.split_first_chunk::<ETHERNET_LEN>() else {
+        return Headers::default();
+    };
     let [_, _, _, _, _, _, source @ .., _, _] = header;
     let mut headers = Headers::default();
     let mut ether_type = be16(header, ETHERNET_LEN - 2).unwrap_or(0);
@@ -132,7 +134,9 @@ fn of_underlay(frame: &[u8], is_opened: bool) -> Headers {
         headers.relay = Some(Relayed { source, destination, previous, hops });
         datagram = behind;
     }
-    let Some((header, text)) = datagram.split_first_chunk::<DATA_HEADER_LEN>() else { return headers };
+    let Some((header, text)) = datagram.split_first_chunk::<DATA_HEADER_LEN>() else {
+        return headers;
+    };
     let [TYPE_DATA, 0, 0, 0, index @ .., _, _, _, _, _, _, _, _] = header else { return headers };
     let [.., a, b, c, d, e, f, g, h] = header;
     headers.message = Some(Message {
@@ -148,14 +152,16 @@ fn of_underlay(frame: &[u8], is_opened: bool) -> Headers {
 /// An IPv4 header, and what follows it.
 fn ipv4(packet: &[u8]) -> Option<(Flow, &[u8])> {
     let (header, _) = packet.split_first_chunk::<IPV4_LEN>()?;
-    let [version_ihl, _, _, _, _, _, flags, low, _, protocol, _, _, a, b, c, d, e, f, g, h] = *header;
+    let [version_ihl, _, _, _, _, _, flags, low, _, protocol, _, _, a, b, c, d, e, f, g, h] =
+        *header;
     let header_len = usize::from(version_ihl & 0xf) * 4;
     if version_ihl >> 4 != 4 || header_len < IPV4_LEN {
         return None;
     }
     let is_first = u16::from_be_bytes([flags, low]) & 0x1fff == 0;
     let payload = packet.get(header_len..).unwrap_or_default();
-    let (source, destination) = (Ipv4Addr::new(a, b, c, d).into(), Ipv4Addr::new(e, f, g, h).into());
+    let (source, destination) =
+        (Ipv4Addr::new(a, b, c, d).into(), Ipv4Addr::new(e, f, g, h).into());
     Some((flow(source, destination, protocol, payload, is_first), payload))
 }
 

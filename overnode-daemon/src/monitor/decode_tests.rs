@@ -57,7 +57,10 @@ fn a_packet_of_a_container() {
     assert_eq!((seen.time_ns, seen.reason, seen.ifindex, seen.len), (7, Reason::Spoofed, 3, 1500));
     let inner = seen.headers.inner.clone().unwrap();
     assert_eq!((inner.source, inner.destination), (address("10.40.0.2"), address("10.42.0.9")));
-    assert_eq!((&*inner.protocol, inner.source_port, inner.destination_port), ("tcp", Some(5000), Some(80)));
+    assert_eq!(
+        (&*inner.protocol, inner.source_port, inner.destination_port),
+        ("tcp", Some(5000), Some(80))
+    );
     let ethernet = seen.headers.ethernet.clone().unwrap();
     assert_eq!((&*ethernet.source, ethernet.ether_type), ("02:00:00:00:00:02", 0x0800));
     assert_eq!(seen.headers.outer, None);
@@ -76,15 +79,23 @@ fn a_message_shows_its_inner_packet_only_if_it_was_opened() {
     for relay in [None, Some(Relay { hops: 7, destination: 1, source: 3, previous: 2 })] {
         let header = relay.map_or_else(Vec::new, |relay| relay.to_bytes().to_vec());
         let datagram = udp(6784, 6784, &[header, data(&inner)].concat());
-        for (ether_type, body) in [(ETHERTYPE_IPV4, v4(17, &datagram)), (ETHERTYPE_IPV6, v6(&datagram))] {
+        for (ether_type, body) in
+            [(ETHERTYPE_IPV4, v4(17, &datagram)), (ETHERTYPE_IPV6, v6(&datagram))]
+        {
             // The frame of one reason has no outer headers any more.
             for reason in Reason::ALL.iter().filter(|reason| **reason != Reason::Checksum) {
                 for program in [PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP] {
                     let headers = seen(*reason, program, &frame(ether_type, &body)).headers;
                     let outer = headers.outer.unwrap();
                     assert_eq!(outer.source.is_ipv6(), ether_type == ETHERTYPE_IPV6);
-                    assert_eq!((outer.source_port, outer.destination_port), (Some(6784), Some(6784)));
-                    assert_eq!(headers.message, Some(Message { receiver: 0x1234_5678, counter: 77 }));
+                    assert_eq!(
+                        (outer.source_port, outer.destination_port),
+                        (Some(6784), Some(6784))
+                    );
+                    assert_eq!(
+                        headers.message,
+                        Some(Message { receiver: 0x1234_5678, counter: 77 })
+                    );
                     let relayed = Relayed { source: 3, destination: 1, previous: 2, hops: 7 };
                     assert_eq!(headers.relay, relay.map(|_| relayed));
                     let opened = [
@@ -107,23 +118,39 @@ fn a_message_shows_its_inner_packet_only_if_it_was_opened() {
 
 #[test]
 fn vlan_tags_are_told_wherever_they_are() {
-    let tagged =
-        frame(ETHERTYPE_VLAN, &[&[0x60, 7][..], &ETHERTYPE_IPV4.to_be_bytes(), &v4(17, &[])].concat());
+    let tagged = frame(
+        ETHERTYPE_VLAN,
+        &[&[0x60, 7][..], &ETHERTYPE_IPV4.to_be_bytes(), &v4(17, &[])].concat(),
+    );
     let headers = seen(Reason::Unsupported, PROGRAM_FROM_CONTAINER, &tagged).headers;
     assert_eq!(headers.vlan, Some(7));
     assert_eq!(headers.inner.unwrap().destination, address("10.42.0.9"));
     let plain = frame(ETHERTYPE_IPV4, &v4(17, &[]));
-    let beside =
-        record(&entry(Reason::Unsupported as u32, 0, plain.len() as u32, VLAN_PRESENT | 0x6009, &plain));
+    let beside = record(&entry(
+        Reason::Unsupported as u32,
+        0,
+        plain.len() as u32,
+        VLAN_PRESENT | 0x6009,
+        &plain,
+    ));
     assert_eq!(beside.unwrap().headers.vlan, Some(9));
 }
 
 #[test]
 fn arp_and_other_protocols() {
-    let body =
-        [&[0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 2][..], &[10, 40, 0, 2], &[0; 6], &[192, 0, 2, 1]].concat();
-    let headers = seen(Reason::NoRoute, PROGRAM_FROM_CONTAINER, &frame(ETHERTYPE_ARP, &body)).headers;
-    assert_eq!(headers.arp, Some(Arp { sender: address("10.40.0.2"), target: address("192.0.2.1") }));
+    let body = [
+        &[0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 2][..],
+        &[10, 40, 0, 2],
+        &[0; 6],
+        &[192, 0, 2, 1],
+    ]
+    .concat();
+    let headers =
+        seen(Reason::NoRoute, PROGRAM_FROM_CONTAINER, &frame(ETHERTYPE_ARP, &body)).headers;
+    assert_eq!(
+        headers.arp,
+        Some(Arp { sender: address("10.40.0.2"), target: address("192.0.2.1") })
+    );
     let headers = seen(Reason::Unsupported, PROGRAM_FROM_CONTAINER, &frame(0x88cc, SECRET)).headers;
     assert_eq!(headers.ethernet.unwrap().ether_type, 0x88cc);
     assert_eq!((headers.arp, headers.inner), (None, None));

@@ -116,7 +116,8 @@ pub fn line_now(what: Happening) -> Bytes {
 
 fn line(unix_milliseconds: u64, what: Happening) -> Bytes {
     // Nothing in it can fail to have a JSON form.
-    let mut line = serde_json::to_vec(&MonitorEvent { unix_milliseconds, what }).unwrap_or_default();
+    let mut line =
+        serde_json::to_vec(&MonitorEvent { unix_milliseconds, what }).unwrap_or_default();
     line.push(b'\n');
     line.into()
 }

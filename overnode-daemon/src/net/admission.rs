@@ -51,7 +51,12 @@ impl Place {
 impl Admission {
     /// A door without callers. `rng` decides between callers that have equal rights.
     pub fn new(limits: Limits, rng: StdRng) -> Self {
-        Self { limits, sources: Sources::new(limits.interval, limits.burst), rng, taken: Vec::new() }
+        Self {
+            limits,
+            sources: Sources::new(limits.interval, limits.burst),
+            rng,
+            taken: Vec::new(),
+        }
     }
 
     /// A place for a caller, at the cost of another if need be; none if its source calls too often.
@@ -74,7 +79,9 @@ impl Admission {
 
     /// Callers whose address fits, the oldest first.
     fn of(&self, fits: impl Fn(IpAddr) -> bool) -> Vec<usize> {
-        (0..self.taken.len()).filter(|at| self.taken.get(*at).is_some_and(|(ip, _)| fits(*ip))).collect()
+        (0..self.taken.len())
+            .filter(|at| self.taken.get(*at).is_some_and(|(ip, _)| fits(*ip)))
+            .collect()
     }
 
     /// The oldest caller of one of the busiest sources: one of the busiest site, where equal

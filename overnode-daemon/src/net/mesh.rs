@@ -102,7 +102,9 @@ impl Deref for Held {
 #[derive(Debug, thiserror::Error)]
 pub enum DialFailure {
     /// The name has no address, now.
-    #[error("the name {0} does not resolve; it is tried again, or take it back with `overnode forget {0}`")]
+    #[error(
+        "the name {0} does not resolve; it is tried again, or take it back with `overnode forget {0}`"
+    )]
     Unresolved(String),
     /// TCP did not connect.
     #[error("{0}: {1}; check that a node runs there and that TCP port 6783 is open")]
@@ -166,11 +168,13 @@ impl Shared {
     fn admit(&self, peer: &Hello) -> Result<(), Refusal> {
         let residents = self.residents.lock().unwrap_or_else(PoisonError::into_inner);
         match residents.get(&peer.id) {
-            Some((public_key, nickname)) if *public_key != peer.public_key => Err(Refusal::IdClash {
-                id: peer.id,
-                holder: nickname.clone(),
-                newcomer: peer.nickname.clone(),
-            }),
+            Some((public_key, nickname)) if *public_key != peer.public_key => {
+                Err(Refusal::IdClash {
+                    id: peer.id,
+                    holder: nickname.clone(),
+                    newcomer: peer.nickname.clone(),
+                })
+            }
             Some(_) | None => Ok(()),
         }
     }
@@ -336,14 +340,20 @@ fn in_turn(addresses: BTreeSet<SocketAddr>) -> Vec<SocketAddr> {
     (0..longer).flat_map(turn).take(MAX_TRIES).collect()
 }
 
-async fn call(shared: &Shared, attempt: AttemptId, place: Place) -> Result<(Ends, Link), DialFailure> {
+async fn call(
+    shared: &Shared,
+    attempt: AttemptId,
+    place: Place,
+) -> Result<(Ends, Link), DialFailure> {
     let (addresses, mut last) = match place {
         Place::Name(name) => {
             let addresses = resolve(&name, shared.port).await;
             let _ = shared.events.send(MeshEvent::Resolved(attempt, addresses.clone())).await;
             (addresses, DialFailure::Unresolved(name))
         }
-        Place::Addresses(id, addresses) => (addresses, DialFailure::Unresolved(format!("node {id}"))),
+        Place::Addresses(id, addresses) => {
+            (addresses, DialFailure::Unresolved(format!("node {id}")))
+        }
     };
     for address in addresses {
         let stream = match timeout(CONNECT_TIMEOUT, dial_address(address)).await {
@@ -378,7 +388,9 @@ async fn resolve(name: &str, port: u16) -> Vec<SocketAddr> {
     if let Ok(address) = name.parse::<IpAddr>() {
         return vec![(address, port).into()];
     }
-    let Ok(Ok(found)) = timeout(RESOLVE_TIMEOUT, lookup_host((name, port))).await else { return Vec::new() };
+    let Ok(Ok(found)) = timeout(RESOLVE_TIMEOUT, lookup_host((name, port))).await else {
+        return Vec::new();
+    };
     in_turn(found.collect())
 }
 
@@ -473,7 +485,11 @@ async fn read(
     }
 }
 
-async fn write(mut writer: Writer<TcpStream>, mut queue: mpsc::Receiver<Vec<u8>>, born: Instant) -> Refusal {
+async fn write(
+    mut writer: Writer<TcpStream>,
+    mut queue: mpsc::Receiver<Vec<u8>>,
+    born: Instant,
+) -> Refusal {
     let mut heartbeat = interval(HEARTBEAT);
     loop {
         let frame = tokio::select! {
@@ -520,7 +536,11 @@ mod tests {
             process: id.into(),
             public_key: key::public_key(&static_secret),
         };
-        Me { static_secret, cluster_key: key::cluster_key("a token of some length").unwrap(), hello }
+        Me {
+            static_secret,
+            cluster_key: key::cluster_key("a token of some length").unwrap(),
+            hello,
+        }
     }
 
     fn shared(me: Me, events: mpsc::Sender<MeshEvent>) -> (Shared, mpsc::Receiver<MeshEvent>) {
@@ -576,7 +596,10 @@ mod tests {
         let met = session::connect(near, Role::Initiator, &me, Terms::default(), |_| Ok(())).await;
         assert!(met.is_ok(), "{met:?} after {:?}", begun.elapsed());
         let event = received.recv().await.unwrap();
-        assert!(matches!(&event, MeshEvent::Opened(opened) if opened.hello.id.get() == 2), "{event:?}");
+        assert!(
+            matches!(&event, MeshEvent::Opened(opened) if opened.hello.id.get() == 2),
+            "{event:?}"
+        );
         accepting.abort();
     }
 
@@ -642,7 +665,8 @@ mod tests {
         let accepting = tokio::spawn(accept(listener, Shared { renew_after: EVERY, ..one }));
         let two = Shared { renew_after: EVERY, ..two };
         let stream = TcpStream::connect(address).await.unwrap();
-        let (ends, link) = greet(&two, stream, Role::Initiator, std::future::ready(())).await.unwrap();
+        let (ends, link) =
+            greet(&two, stream, Role::Initiator, std::future::ready(())).await.unwrap();
         tokio::spawn(run(two, None, ends, link));
         let end = Instant::now() + EVERY * 10;
         // Both ends live until both are done.
@@ -705,7 +729,8 @@ mod tests {
     #[test]
     fn the_families_of_addresses_take_turns() {
         let in_turn = |addresses: &[&str]| {
-            let addresses = addresses.iter().map(|ip| SocketAddr::new(ip.parse().unwrap(), 1)).collect();
+            let addresses =
+                addresses.iter().map(|ip| SocketAddr::new(ip.parse().unwrap(), 1)).collect();
             in_turn(addresses).iter().map(|it| it.ip().to_string()).collect::<Vec<_>>()
         };
         assert_eq!(

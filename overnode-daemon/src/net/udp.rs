@@ -15,8 +15,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{
-    self, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, MultiHeaders, SockFlag, SockProtocol,
-    SockType, SockaddrIn, SockaddrIn6, SockaddrStorage, sockopt,
+    self, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, MultiHeaders, SockFlag,
+    SockProtocol, SockType, SockaddrIn, SockaddrIn6, SockaddrStorage, sockopt,
 };
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
@@ -77,7 +77,10 @@ impl UdpSockets {
             None => port,
         };
         if v4.is_none() && v6.is_none() {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "the host has neither IPv4 nor IPv6"));
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the host has neither IPv4 nor IPv6",
+            ));
         }
         Ok(Self { v4, v6, port })
     }
@@ -99,8 +102,9 @@ impl UdpSockets {
     ) -> io::Result<Reception> {
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let sockets = [&self.v4, &self.v6].into_iter().flatten();
-        let sockets =
-            sockets.map(|socket| socket.as_fd().try_clone_to_owned()).collect::<io::Result<Vec<_>>>()?;
+        let sockets = sockets
+            .map(|socket| socket.as_fd().try_clone_to_owned())
+            .collect::<io::Result<Vec<_>>>()?;
         let thread = std::thread::Builder::new().name("handshakes".to_owned()).spawn({
             let stop = Arc::clone(&stop);
             move || receive_until(&stop, &sockets, &mut take)
@@ -132,9 +136,9 @@ impl UdpSockets {
     fn socket(&self, to: SocketAddr) -> io::Result<&UdpSocket> {
         let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
         let family = if to.is_ipv4() { "IPv4" } else { "IPv6" };
-        socket
-            .as_ref()
-            .ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, format!("the host has no {family}")))
+        socket.as_ref().ok_or_else(|| {
+            io::Error::new(io::ErrorKind::Unsupported, format!("the host has no {family}"))
+        })
     }
 }
 
@@ -161,7 +165,9 @@ fn present(socket: io::Result<UdpSocket>) -> io::Result<Option<UdpSocket>> {
     const ABSENT: [Errno; 3] = [Errno::EAFNOSUPPORT, Errno::EPROTONOSUPPORT, Errno::EADDRNOTAVAIL];
     match socket {
         Ok(socket) => Ok(Some(socket)),
-        Err(error) if ABSENT.iter().any(|errno| error.raw_os_error() == Some(*errno as i32)) => Ok(None),
+        Err(error) if ABSENT.iter().any(|errno| error.raw_os_error() == Some(*errno as i32)) => {
+            Ok(None)
+        }
         Err(error) => Err(error),
     }
 }
@@ -221,7 +227,8 @@ fn receive_batch(
     let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(buffers.len(), Some(control));
     let mut parts: Vec<_> = buffers.iter_mut().map(|buffer| [IoSliceMut::new(buffer)]).collect();
     let flags = MsgFlags::MSG_DONTWAIT;
-    let messages = socket::recvmmsg(socket.as_raw_fd(), &mut headers, parts.iter_mut(), flags, None)?;
+    let messages =
+        socket::recvmmsg(socket.as_raw_fd(), &mut headers, parts.iter_mut(), flags, None)?;
     let now = Instant::now();
     for message in messages {
         let from = message.address.as_ref().and_then(socket_address);
@@ -245,7 +252,12 @@ fn receive_batch(
     Ok(())
 }
 
-fn send(socket: &impl AsRawFd, to: SocketAddr, from: Option<IpAddr>, bytes: &[u8]) -> io::Result<()> {
+fn send(
+    socket: &impl AsRawFd,
+    to: SocketAddr,
+    from: Option<IpAddr>,
+    bytes: &[u8],
+) -> io::Result<()> {
     let v4 = |address: Ipv4Addr| libc::in_pktinfo {
         ipi_ifindex: 0,
         ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(address.octets()) },
@@ -313,19 +325,24 @@ mod tests {
 
     #[tokio::test]
     async fn datagrams_come_with_where_they_were_sent_to() {
-        let (a, b) = (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
+        let (a, b) =
+            (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
         let heard = Heard::on(&b);
         for address in localhost() {
             a.send((address, b.port()).into(), None, b"there").await.expect("sent");
             let received = heard.next();
             assert_eq!(received.from, (address, a.port()).into());
-            assert_eq!((received.to, received.ifindex, &received.bytes[..]), (address, 1, &b"there"[..]));
+            assert_eq!(
+                (received.to, received.ifindex, &received.bytes[..]),
+                (address, 1, &b"there"[..])
+            );
         }
     }
 
     #[tokio::test]
     async fn answers_go_out_from_the_address_asked() {
-        let (a, b) = (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
+        let (a, b) =
+            (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
         let (at_a, at_b) = (Heard::on(&a), Heard::on(&b));
         let second = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
         a.send((second, b.port()).into(), None, b"answer me").await.expect("sent");
@@ -351,7 +368,8 @@ mod tests {
 
     #[tokio::test]
     async fn many_datagrams_at_once_arrive_whole_and_in_order() {
-        let (a, b) = (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
+        let (a, b) =
+            (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
         let to = (IpAddr::V4(Ipv4Addr::LOCALHOST), b.port()).into();
         for number in 0..200_u8 {
             a.send(to, None, &[number; 156]).await.expect("sent");

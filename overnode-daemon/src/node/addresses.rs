@@ -64,7 +64,9 @@ impl Node {
     pub(super) fn tell_ipam_of_paths(&mut self, now: Instant) {
         // What is heard of nodes that are far may be old for a moment after a separation, until the records are compared.
         let is_steady = |id: &NodeId| {
-            self.reachable.get(id).is_some_and(|(reachable, since)| *reachable && now >= *since + STEADY)
+            self.reachable
+                .get(id)
+                .is_some_and(|(reachable, since)| *reachable && now >= *since + STEADY)
         };
         let paths = self.gossip.paths().iter();
         let reachable =
@@ -76,15 +78,19 @@ impl Node {
                 self.met_targets.insert(view.name.clone());
             }
         }
-        let met =
-            now >= self.started + ABSENT || targets.iter().all(|view| self.met_targets.contains(&view.name));
+        let met = now >= self.started + ABSENT
+            || targets.iter().all(|view| self.met_targets.contains(&view.name));
         self.ipam.set_targets_met(met, now);
     }
 
     /// Takes a parcel for this node.
     pub(super) fn deliver(&mut self, parcel: &Parcel, now: Instant) {
         if parcel.kind != KIND_ALLOCATION {
-            return tracing::debug!("node {} sent a parcel of the unknown kind {}", parcel.from, parcel.kind);
+            return tracing::debug!(
+                "node {} sent a parcel of the unknown kind {}",
+                parcel.from,
+                parcel.kind
+            );
         }
         if let Err(error) = self.ipam.handle_message(parcel.from, &parcel.body, now) {
             tracing::debug!("node {} sent nonsense about addresses: {error}", parcel.from);
@@ -101,7 +107,8 @@ impl Node {
                 ipam::Action::Persist(changes) => {
                     if let Err(error) = self.store.change_addresses(&changes) {
                         let why = anyhow::Error::new(error);
-                        self.broken = Some(why.context("the list of addresses cannot be kept on disk"));
+                        self.broken =
+                            Some(why.context("the list of addresses cannot be kept on disk"));
                         return;
                     }
                 }
@@ -111,7 +118,9 @@ impl Node {
                     }
                 }
                 ipam::Action::Granted { request, address } => self.granted(request, address, now),
-                ipam::Action::Failed { request, .. } if self.priming == Some(request) => self.priming = None,
+                ipam::Action::Failed { request, .. } if self.priming == Some(request) => {
+                    self.priming = None
+                }
                 ipam::Action::Failed { request, error } => {
                     self.outcomes.push_back(Outcome::Address(request, Err(error)));
                 }
@@ -125,13 +134,16 @@ impl Node {
                 ipam::Action::Renewed(incarnation) => {
                     if let Err(error) = self.store.set_incarnation(incarnation) {
                         let why = anyhow::Error::new(error);
-                        self.broken = Some(why.context("the node's incarnation cannot be kept on disk"));
+                        self.broken =
+                            Some(why.context("the node's incarnation cannot be kept on disk"));
                         return;
                     }
                     self.gossip.raise_incarnation(incarnation, now);
                 }
                 ipam::Action::MayLeave => self.outcomes.push_back(Outcome::Leave(Ok(()))),
-                ipam::Action::CannotLeave(error) => self.outcomes.push_back(Outcome::Leave(Err(error))),
+                ipam::Action::CannotLeave(error) => {
+                    self.outcomes.push_back(Outcome::Leave(Err(error)))
+                }
             }
         }
         self.announce_addresses_held(now).await;
@@ -192,7 +204,10 @@ impl Node {
     }
 
     /// Begins to take back the space of a node that is gone for good, or says how far that is.
-    pub(super) async fn reclaim(&mut self, request: api::Reclaim) -> Result<api::Reclaimed, ApiError> {
+    pub(super) async fn reclaim(
+        &mut self,
+        request: api::Reclaim,
+    ) -> Result<api::Reclaimed, ApiError> {
         let now = Instant::now();
         let id = request.id;
         self.reclaimed.remove(&id);
@@ -213,7 +228,9 @@ impl Daemon {
         // Who asked may have gone away; what was asked is done all the same.
         let reply = match request {
             api::Request::Attach(attach) => self.begin_attach(attach, answer).await,
-            api::Request::Reset(reset) if self.node.is_some() => self.begin_reset(reset, answer).await,
+            api::Request::Reset(reset) if self.node.is_some() => {
+                self.begin_reset(reset, answer).await
+            }
             api::Request::Launch(launch) => self.begin_launch(launch, answer).await,
             other => Some((self.handle(other).await, answer)),
         };
@@ -263,7 +280,9 @@ impl Daemon {
                 }
                 Outcome::NetworkRemoved(removed) => {
                     let Some((reset, answer)) = self.waiting.removing.take() else { continue };
-                    if let Some((reply, answer)) = self.go_on_with_reset(reset, answer, removed).await {
+                    if let Some((reply, answer)) =
+                        self.go_on_with_reset(reset, answer, removed).await
+                    {
                         let _ = answer.send(reply);
                     }
                 }
@@ -276,7 +295,8 @@ impl Daemon {
         attach: api::Attach,
         answer: Answer,
     ) -> Option<(Result<Reply, ApiError>, Answer)> {
-        let is_waiting = self.waiting.attaching.values().any(|(other, _)| other.target == attach.target);
+        let is_waiting =
+            self.waiting.attaching.values().any(|(other, _)| other.target == attach.target);
         let node = match self.node() {
             Ok(node) => node,
             Err(error) => return Some((Err(error), answer)),

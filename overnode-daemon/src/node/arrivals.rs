@@ -34,7 +34,12 @@ pub(super) struct Arrivals {
 
 impl Arrivals {
     /// Starts to receive.
-    pub(super) fn start(sockets: &UdpSockets, gate: Gate, own: NodeId, known: Known) -> io::Result<Self> {
+    pub(super) fn start(
+        sockets: &UdpSockets,
+        gate: Gate,
+        own: NodeId,
+        known: Known,
+    ) -> io::Result<Self> {
         let counters = gate.counters();
         let (high, high_end) = mpsc::channel(HIGH);
         let (low, low_end) = mpsc::channel(LOW);
@@ -78,8 +83,10 @@ impl Door {
 
     /// Relays are nodes, so their addresses are known.
     fn take_relayed(&mut self, now: Instant, datagram: &Received<&[u8]>) {
-        let relayed = Relay::split(datagram.bytes).filter(|(relay, _)| relay.destination == self.own.get());
-        let source = relayed.and_then(|(relay, message)| Some((NodeId::new(relay.source).ok()?, message)));
+        let relayed =
+            Relay::split(datagram.bytes).filter(|(relay, _)| relay.destination == self.own.get());
+        let source =
+            relayed.and_then(|(relay, message)| Some((NodeId::new(relay.source).ok()?, message)));
         let Some((source, message)) = source.filter(|_| self.known.has(datagram.from.ip())) else {
             return self.gate.refused_relay();
         };

@@ -136,7 +136,11 @@ impl Bulk {
             workers: self.devices.len(),
             pid: self.link.as_ref().map(Link::pid),
             speeds: speeds.map(|(cipher, speed)| (cipher.name().to_owned(), speed)).collect(),
-            drops: self.drops.iter().map(|(reason, count)| ((*reason).to_owned(), *count)).collect(),
+            drops: self
+                .drops
+                .iter()
+                .map(|(reason, count)| ((*reason).to_owned(), *count))
+                .collect(),
             error: self.error.clone(),
         }
     }
@@ -192,8 +196,11 @@ impl Node {
             link.kill();
             return false;
         };
-        let FromWorkers::State { version, program, mode, devices, speeds } = state else { return false };
-        let is_same = version == VERSION && program == env!("CARGO_PKG_VERSION") && mode == self.bulk.mode;
+        let FromWorkers::State { version, program, mode, devices, speeds } = state else {
+            return false;
+        };
+        let is_same =
+            version == VERSION && program == env!("CARGO_PKG_VERSION") && mode == self.bulk.mode;
         if !is_same || devices.len() != self.bulk.workers {
             // What waits in them is still sent; flows go on with the programs meanwhile.
             link.stop().await;
@@ -258,15 +265,23 @@ impl Node {
         }
         let indexes: Vec<u32> = devices.iter().map(|device| device.ifindex).collect();
         let maps = self.datapath.bulk_map_fds();
-        let mut child =
-            link::start(&self.bulk.run_dir, self.bulk.mode, &self.public_key, maps, devices, ports)?;
+        let mut child = link::start(
+            &self.bulk.run_dir,
+            self.bulk.mode,
+            &self.public_key,
+            maps,
+            devices,
+            ports,
+        )?;
         // Whoever is this process's child must be waited for, whenever it ends.
         std::thread::spawn(move || child.wait());
         let started = Instant::now();
         let link = loop {
             match Link::connect(&self.bulk.run_dir)? {
                 Some(link) => break link,
-                None if started.elapsed() > GREETING => bail!("the process of the workers does not listen"),
+                None if started.elapsed() > GREETING => {
+                    bail!("the process of the workers does not listen")
+                }
                 None => tokio::time::sleep(Duration::from_millis(2)).await,
             }
         };
@@ -347,7 +362,10 @@ impl Node {
         let rates = self.bulk.reports.get(&index).map_or((0, 0), |before| {
             let elapsed = now.saturating_duration_since(before.at).as_secs_f64().max(0.001);
             let rate = |new: u64, old: u64| (new.saturating_sub(old) as f64 * 8.0 / elapsed) as u64;
-            (rate(report.tx_bytes, before.report.tx_bytes), rate(report.rx_bytes, before.report.rx_bytes))
+            (
+                rate(report.tx_bytes, before.report.tx_bytes),
+                rate(report.rx_bytes, before.report.rx_bytes),
+            )
         });
         self.bulk.reports.insert(index, Goodput { report, at: now, rates });
     }
@@ -411,7 +429,11 @@ impl Node {
             self.bulk.tell(&ToWorkers::Peer { peer: index.0, endpoint, rtt_ms });
             let config = PeerConfig {
                 public_key,
-                preshared_key: key::bulk_pair_key(&self.identity.cluster_key, &self.public_key, &public_key),
+                preshared_key: key::bulk_pair_key(
+                    &self.identity.cluster_key,
+                    &self.public_key,
+                    &public_key,
+                ),
                 endpoint,
                 initiate: self.initiative(id),
                 persistent_keepalive: None,
@@ -426,14 +448,24 @@ impl Node {
         while let Some(event) = self.bulk.handshakes.poll_event() {
             match event {
                 Event::Install { peer, session } => self.bulk.tell(&install(peer, &session, clock)),
-                Event::Withdraw { local_index, .. } => self.bulk.tell(&ToWorkers::Withdraw { local_index }),
-                Event::SendKeepalive { peer } => self.bulk.tell(&ToWorkers::Keepalive { peer: peer.0 }),
+                Event::Withdraw { local_index, .. } => {
+                    self.bulk.tell(&ToWorkers::Withdraw { local_index })
+                }
+                Event::SendKeepalive { peer } => {
+                    self.bulk.tell(&ToWorkers::Keepalive { peer: peer.0 })
+                }
                 // Workers follow each message that they authenticate.
                 Event::EndpointChanged { peer, endpoint } => {
                     let rtt_ms = self.bulk.peers.get(&peer).and_then(|peer| peer.rtt_ms);
-                    self.bulk.tell(&ToWorkers::Peer { peer: peer.0, endpoint: Some(endpoint), rtt_ms });
+                    self.bulk.tell(&ToWorkers::Peer {
+                        peer: peer.0,
+                        endpoint: Some(endpoint),
+                        rtt_ms,
+                    });
                 }
-                Event::Failed { peer, why } => tracing::debug!("no bulk session with peer {peer}: {why}"),
+                Event::Failed { peer, why } => {
+                    tracing::debug!("no bulk session with peer {peer}: {why}")
+                }
             }
         }
         while let Some(transmit) = self.bulk.handshakes.poll_transmit() {
@@ -444,7 +476,8 @@ impl Node {
 
     /// The node leaves: its workers end.
     pub(super) async fn stop_bulk(&mut self) {
-        let link = self.bulk.link.take().or_else(|| Link::connect(&self.bulk.run_dir).ok().flatten());
+        let link =
+            self.bulk.link.take().or_else(|| Link::connect(&self.bulk.run_dir).ok().flatten());
         if let Some(link) = link {
             link.stop().await;
         }

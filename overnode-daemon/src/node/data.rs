@@ -110,7 +110,9 @@ impl Node {
             let index = external.index;
             known.insert(index);
             if let Err(error) = self.configure_external(external, now).await {
-                tracing::warn!("the WireGuard peer {index} cannot be given to the data plane: {error:#}");
+                tracing::warn!(
+                    "the WireGuard peer {index} cannot be given to the data plane: {error:#}"
+                );
             }
         }
         self.datapath.set_own_routes(&self.own_routes())?;
@@ -143,13 +145,21 @@ impl Node {
     }
 
     /// Gives a node's record to the data plane, unless its space was taken back and it has not come back since.
-    pub(super) async fn configure_peer(&mut self, record: &Record, now: Instant) -> anyhow::Result<()> {
+    pub(super) async fn configure_peer(
+        &mut self,
+        record: &Record,
+        now: Instant,
+    ) -> anyhow::Result<()> {
         if self.routing.is_taken_back(record.id) {
             return Ok(());
         }
         let wanted = Wanted {
             public_key: record.public_key,
-            preshared_key: key::pair_key(&self.identity.cluster_key, &self.public_key, &record.public_key),
+            preshared_key: key::pair_key(
+                &self.identity.cluster_key,
+                &self.public_key,
+                &record.public_key,
+            ),
             candidates: self.candidates(record),
             initiate: self.initiative(record.id),
             persistent_keepalive: None,
@@ -178,8 +188,9 @@ impl Node {
         }
         let before = before.filter(|before| before.public_key == wanted.public_key);
         let kept = before.as_ref().and_then(DataPeer::endpoint);
-        let candidate =
-            kept.and_then(|kept| wanted.candidates.iter().position(|it| *it == kept)).unwrap_or_default();
+        let candidate = kept
+            .and_then(|kept| wanted.candidates.iter().position(|it| *it == kept))
+            .unwrap_or_default();
         let mut peer = DataPeer {
             public_key: wanted.public_key,
             candidates: wanted.candidates,
@@ -208,7 +219,8 @@ impl Node {
         };
         // What fails is tried again, and costs the peer nothing else.
         let path = self.datapath.set_peer(index, &peer.public_key, endpoint).await;
-        let routes = wanted.routes.map_or(Ok(()), |routes| self.datapath.set_routes(index, &routes));
+        let routes =
+            wanted.routes.map_or(Ok(()), |routes| self.datapath.set_routes(index, &routes));
         self.handshakes.upsert_peer(index, config, now);
         self.peers.insert(index, peer);
         path.and(routes)
@@ -250,7 +262,11 @@ impl Node {
 
     /// Carries out what the handshakes have decided. An answer to a datagram, of which `asked` tells whence and whereto it came, goes out
     /// from the address that was asked: a firewall on the way takes it from no other.
-    pub(super) async fn pump_handshakes(&mut self, now: Instant, asked: Option<(SocketAddr, IpAddr)>) {
+    pub(super) async fn pump_handshakes(
+        &mut self,
+        now: Instant,
+        asked: Option<(SocketAddr, IpAddr)>,
+    ) {
         loop {
             while let Some(event) = self.handshakes.poll_event() {
                 if let Err(error) = self.handle_handshake(event, now).await {
@@ -281,7 +297,9 @@ impl Node {
                 }
                 tracing::debug!("a session with peer {peer}");
             }
-            Event::Withdraw { peer, local_index } => self.datapath.withdraw_session(peer, local_index)?,
+            Event::Withdraw { peer, local_index } => {
+                self.datapath.withdraw_session(peer, local_index)?
+            }
             Event::SendKeepalive { peer } => self.datapath.keepalive(peer).await?,
             // Where a node is cannot be learnt from what came through another.
             Event::EndpointChanged { endpoint, .. } if stood_for(endpoint).is_some() => {}
@@ -361,7 +379,8 @@ impl Node {
 
     /// Tells those who receive where nodes are expected.
     pub(super) fn refresh_known(&self) {
-        let mut addresses: HashSet<IpAddr> = self.streams.values().map(|stream| stream.remote.ip()).collect();
+        let mut addresses: HashSet<IpAddr> =
+            self.streams.values().map(|stream| stream.remote.ip()).collect();
         for peer in self.peers.values() {
             addresses.extend(peer.candidates.iter().map(SocketAddr::ip));
             let endpoint = peer.state.as_ref().and_then(|state| state.endpoint);
@@ -374,7 +393,9 @@ impl Node {
     pub(super) fn heard_at(&mut self, index: PeerIndex, ip: IpAddr, now: Instant) {
         let place = SocketAddr::new(ip, DATA_PORT);
         match self.peers.get_mut(&index) {
-            Some(peer) if !peer.has_session(now) && peer.endpoint() != Some(place) => peer.prefer(place),
+            Some(peer) if !peer.has_session(now) && peer.endpoint() != Some(place) => {
+                peer.prefer(place)
+            }
             Some(_) | None => self.handshakes.retry(index),
         }
     }
@@ -422,8 +443,13 @@ impl Node {
         // Static addresses in use here lead here, also one that this node does not announce because
         // another node keeps it.
         let range = self.identity.network.range;
-        let in_use: Vec<IpAddr> =
-            self.ipam.allocated().keys().copied().filter(|address| !range.contains(address)).collect();
+        let in_use: Vec<IpAddr> = self
+            .ipam
+            .allocated()
+            .keys()
+            .copied()
+            .filter(|address| !range.contains(address))
+            .collect();
         self.routing.set_own(&self.ipam.ranges(), &in_use);
         self.routing.set_gone(self.ipam.buried().map(|(id, incarnation, _)| (id, incarnation)));
         self.routing.set_reachable(self.gossip.paths().keys(), now);
@@ -436,7 +462,9 @@ impl Node {
         }
         let nodes = self.peers.keys().filter_map(|index| index.node());
         for id in nodes.filter(|id| self.routing.is_taken_back(*id)).collect::<Vec<_>>() {
-            tracing::info!("the address space of node {id} was taken back: nothing leads to it any more");
+            tracing::info!(
+                "the address space of node {id} was taken back: nothing leads to it any more"
+            );
             self.remove_data_peer(id.peer_index(), now);
         }
         let mut changed = Vec::new();

@@ -88,8 +88,9 @@ impl Dns {
     }
 
     fn relative(&self, text: &str) -> Result<String, ApiError> {
-        name::relative(text, &self.domains)
-            .map_err(|error| ApiError::usage(format_args!("{text:?} cannot be a name in DNS: {error}")))
+        name::relative(text, &self.domains).map_err(|error| {
+            ApiError::usage(format_args!("{text:?} cannot be a name in DNS: {error}"))
+        })
     }
 
     /// With the domain.
@@ -114,7 +115,8 @@ impl Node {
     /// Starts the server, unless it is there.
     pub(super) async fn keep_dns(&mut self) {
         let interface = datapath::host_interface(self.dns.address);
-        let is_whole = |place: &Place| place.server.is_running() && self.datapath.is_attached(&interface);
+        let is_whole =
+            |place: &Place| place.server.is_running() && self.datapath.is_attached(&interface);
         if !self.dns.wanted || self.dns.place.as_ref().is_some_and(is_whole) {
             return;
         }
@@ -138,7 +140,8 @@ impl Node {
     /// Before the daemon ends by itself: what would vanish soon after it must not be in the way of the next one.
     pub(super) async fn stop_dns(&mut self) {
         if self.dns.place.take().is_some()
-            && let Err(error) = self.datapath.detach(&datapath::host_interface(self.dns.address)).await
+            && let Err(error) =
+                self.datapath.detach(&datapath::host_interface(self.dns.address)).await
         {
             tracing::debug!("the place where DNS is served goes with the daemon: {error:#}");
         }
@@ -160,8 +163,9 @@ impl Node {
 
     async fn serve_in(&self, netns: &OwnNetns) -> anyhow::Result<Server> {
         let address = self.dns.address;
-        let open =
-            move || Sockets::open(address).with_context(|| format!("port 53 of {address} cannot be opened"));
+        let open = move || {
+            Sockets::open(address).with_context(|| format!("port 53 of {address} cannot be opened"))
+        };
         let sockets = netns.run(open).await?;
         Ok(Server::start(self.dns.service.clone(), sockets, self.identity.network.subnet)?)
     }
@@ -170,7 +174,9 @@ impl Node {
     pub(super) fn announce_names(&mut self, now: Instant) {
         let names = match self.own_names() {
             Ok(names) => names,
-            Err(error) => return tracing::warn!("the names of this node cannot be read: {}", error.message),
+            Err(error) => {
+                return tracing::warn!("the names of this node cannot be read: {}", error.message);
+            }
         };
         let (count, size) = (names.len(), bytes(&names));
         self.dns.too_many = (count > MAX_NAMES || size > NAME_BYTES).then(|| {
@@ -209,14 +215,18 @@ impl Node {
         let here = self.gossip.paths().keys().copied().filter(has_way);
         let since = |id: &NodeId| self.dns.present.get(id).copied().unwrap_or(now);
         let present: BTreeMap<NodeId, Instant> = here.map(|id| (id, since(&id))).collect();
-        let in_use =
-            self.streams.values().filter(|it| self.dialer.connection(it.peer) == Some(it.connection));
-        let in_step: BTreeMap<NodeId, Option<Instant>> = in_use.map(|it| (it.peer, it.in_step)).collect();
+        let in_use = self
+            .streams
+            .values()
+            .filter(|it| self.dialer.connection(it.peer) == Some(it.connection));
+        let in_step: BTreeMap<NodeId, Option<Instant>> =
+            in_use.map(|it| (it.peer, it.in_step)).collect();
         // A neighbour's news come before its answer to a ping; those of others come with the news of their links.
         let has_told = |id: &NodeId, since: Instant| {
             in_step.get(id).is_none_or(|last| last.is_some_and(|last| last >= since))
         };
-        let current = present.iter().filter(|(id, since)| now >= **since + STEADY && has_told(id, **since));
+        let current =
+            present.iter().filter(|(id, since)| now >= **since + STEADY && has_told(id, **since));
         let mut reachable: BTreeSet<NodeId> = current.map(|(id, _)| *id).collect();
         reachable.insert(self.identity.id);
         self.dns.present = present;
@@ -229,9 +239,11 @@ impl Node {
         if request.addresses.is_empty() {
             return Err(ApiError::usage("no address is given: give at least one"));
         }
-        let mut added: BTreeSet<Named> = self.store.names().map_err(ApiError::failed)?.into_iter().collect();
+        let mut added: BTreeSet<Named> =
+            self.store.names().map_err(ApiError::failed)?.into_iter().collect();
         added.extend(request.addresses.iter().map(|it| Named { name: name.clone(), address: *it }));
-        let all: BTreeSet<Named> = self.own_names()?.into_iter().chain(added.iter().cloned()).collect();
+        let all: BTreeSet<Named> =
+            self.own_names()?.into_iter().chain(added.iter().cloned()).collect();
         if all.len() > MAX_NAMES || bytes(&all) > NAME_BYTES {
             return Err(ApiError::refused(format_args!(
                 "{name} was not added: a node can have {MAX_NAMES} names, of {} KiB together: remove some with `overnode dns-remove`",
@@ -241,10 +253,14 @@ impl Node {
         self.change_names(name, added.into_iter().collect()).await
     }
 
-    pub(super) async fn dns_remove(&mut self, request: api::DnsRemove) -> Result<DnsAddresses, ApiError> {
+    pub(super) async fn dns_remove(
+        &mut self,
+        request: api::DnsRemove,
+    ) -> Result<DnsAddresses, ApiError> {
         let name = self.dns.relative(&request.name)?;
         let mut added = self.store.names().map_err(ApiError::failed)?;
-        let is_there = |address: &IpAddr| added.iter().any(|it| it.name == name && it.address == *address);
+        let is_there =
+            |address: &IpAddr| added.iter().any(|it| it.name == name && it.address == *address);
         if let Some(unknown) = request.addresses.iter().find(|address| !is_there(address)) {
             return Err(ApiError::missing(format_args!(
                 "{unknown} was not added to {name} on this node: nothing was changed; `overnode status --dns` lists what was, and on which node"
@@ -252,7 +268,8 @@ impl Node {
         }
         let before = added.len();
         added.retain(|it| {
-            it.name != name || !(request.addresses.is_empty() || request.addresses.contains(&it.address))
+            it.name != name
+                || !(request.addresses.is_empty() || request.addresses.contains(&it.address))
         });
         if added.len() == before {
             return Err(ApiError::missing(format_args!(
@@ -262,16 +279,24 @@ impl Node {
         self.change_names(name, added).await
     }
 
-    async fn change_names(&mut self, name: String, added: Vec<Named>) -> Result<DnsAddresses, ApiError> {
+    async fn change_names(
+        &mut self,
+        name: String,
+        added: Vec<Named>,
+    ) -> Result<DnsAddresses, ApiError> {
         let now = Instant::now();
         self.store.set_names(&added).map_err(ApiError::failed)?;
         self.announce_names(now);
         self.pump(now).await;
-        let addresses = added.into_iter().filter(|it| it.name == name).map(|it| it.address).collect();
+        let addresses =
+            added.into_iter().filter(|it| it.name == name).map(|it| it.address).collect();
         Ok(DnsAddresses { name: self.dns.full(&name), addresses })
     }
 
-    pub(super) fn dns_lookup(&mut self, request: &api::DnsLookup) -> Result<DnsAddresses, ApiError> {
+    pub(super) fn dns_lookup(
+        &mut self,
+        request: &api::DnsLookup,
+    ) -> Result<DnsAddresses, ApiError> {
         let name = self.dns.relative(&request.name)?;
         let addresses = self.dns.service.directory().zone_mut().addresses(&name);
         let name = self.dns.full(&name);
@@ -286,15 +311,17 @@ impl Node {
     pub(super) fn dns_status(&self) -> DnsStatus {
         let counts = self.dns.service.counts();
         let directory = self.dns.service.directory();
-        let nickname =
-            |id: NodeId| self.gossip.record(id).map(|record| record.nickname.clone()).unwrap_or_default();
-        let entries = directory.zone().entries().into_iter().map(|(named, node, reachable)| DnsEntry {
-            name: named.name.clone(),
-            address: named.address,
-            node,
-            nickname: nickname(node),
-            reachable,
-        });
+        let nickname = |id: NodeId| {
+            self.gossip.record(id).map(|record| record.nickname.clone()).unwrap_or_default()
+        };
+        let entries =
+            directory.zone().entries().into_iter().map(|(named, node, reachable)| DnsEntry {
+                name: named.name.clone(),
+                address: named.address,
+                node,
+                nickname: nickname(node),
+                reachable,
+            });
         let mut domains = self.dns.domains.iter().map(|domain| domain.as_str().to_owned());
         DnsStatus {
             serving: self.dns.place.is_some(),

@@ -13,8 +13,8 @@ use super::running::Node;
 use crate::api::{Container, Happening};
 use crate::datapath::{self, NetnsRef, Place};
 use crate::docker::{
-    Docker, Event, Incoming, News, Order, Places, Refusal, Request, Response, Service, Settings, Step,
-    engine::NotDone,
+    Docker, Event, Incoming, News, Order, Places, Refusal, Request, Response, Service, Settings,
+    Step, engine::NotDone,
 };
 use crate::fault;
 use crate::ipam::{Ipam, IpamError, RequestId};
@@ -172,7 +172,8 @@ impl Node {
     fn newly_named(&self, step: &Step) -> Option<Container> {
         let Step::Keep(record, _) = step else { return None };
         let known = self.docker.as_ref()?.plan.records().find(|it| it.address == record.address)?;
-        let is_told = record.name.is_some() && (&known.name, &known.target) != (&record.name, &record.target);
+        let is_told =
+            record.name.is_some() && (&known.name, &known.target) != (&record.name, &record.target);
         is_told.then(|| container_of(record))
     }
 
@@ -192,11 +193,18 @@ impl Node {
         self.look(false);
     }
 
-    async fn find(&mut self, fixed: Option<IpAddr>, name: Option<String>, answer: Answer, now: Instant) {
+    async fn find(
+        &mut self,
+        fixed: Option<IpAddr>,
+        name: Option<String>,
+        answer: Answer,
+        now: Instant,
+    ) {
         let Some(docker) = &mut self.docker else { return };
         if docker.waiting.len() >= MAX_WAITING {
-            let _ =
-                answer.send(Err(Refusal::new("too many containers wait for an address: start some later")));
+            let _ = answer.send(Err(Refusal::new(
+                "too many containers wait for an address: start some later",
+            )));
             return;
         }
         let owner = name.as_deref().map_or("docker".to_owned(), |name| format!("docker: {name}"));
@@ -209,7 +217,11 @@ impl Node {
     }
 
     /// The outcome of a request that nobody else waits for.
-    pub(super) async fn found_for_docker(&mut self, request: RequestId, found: Result<IpAddr, IpamError>) {
+    pub(super) async fn found_for_docker(
+        &mut self,
+        request: RequestId,
+        found: Result<IpAddr, IpamError>,
+    ) {
         let now = Instant::now();
         let waiter = self.docker.as_mut().and_then(|docker| docker.waiting.remove(&request));
         match (waiter, found) {
@@ -236,7 +248,9 @@ impl Node {
         name: Option<String>,
         now: Instant,
     ) -> Result<Response, Refusal> {
-        let Some(docker) = &mut self.docker else { return Err(Refusal::new("no engine is served")) };
+        let Some(docker) = &mut self.docker else {
+            return Err(Refusal::new("no engine is served"));
+        };
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (record, response) = docker.plan.held(address, fixed, name, since);
         // On disk before it is answered: a crash from here on leaves an address too many in use, never one twice.
@@ -300,7 +314,10 @@ impl Node {
             let sandbox = NetnsRef::Path(record.netns.clone().into());
             let Ok(identity) = sandbox.id() else { continue };
             if let Err(why) = self.datapath.guard(&sandbox).await {
-                tracing::warn!("{} has no rules against the engine's own gateway: {why:#}", record.address);
+                tracing::warn!(
+                    "{} has no rules against the engine's own gateway: {why:#}",
+                    record.address
+                );
                 continue;
             }
             record.netns_inode = identity.inode;
@@ -312,7 +329,8 @@ impl Node {
 
     /// A container that leaves the network while it runs has its other routes back.
     async fn unguard(&mut self, address: IpAddr) {
-        let sandbox = self.docker.as_ref().and_then(|docker| docker.plan.sandbox(address)).map(str::to_owned);
+        let sandbox =
+            self.docker.as_ref().and_then(|docker| docker.plan.sandbox(address)).map(str::to_owned);
         let Some(sandbox) = sandbox else { return };
         if let Err(why) = self.datapath.unguard(&NetnsRef::Path(sandbox.into())).await {
             tracing::debug!("{why:#}");

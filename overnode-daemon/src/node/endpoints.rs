@@ -95,11 +95,13 @@ impl Node {
         }
         let target = request.target.to_string();
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
-        let Some(known) = attachments.into_iter().find(|it| it.kind == Kind::Cni && it.target == target)
+        let Some(known) =
+            attachments.into_iter().find(|it| it.kind == Kind::Cni && it.target == target)
         else {
             return Ok(());
         };
-        let inode = NetnsRef::Path(known.netns.clone().into()).id().map(|identity| identity.inode).ok();
+        let inode =
+            NetnsRef::Path(known.netns.clone().into()).id().map(|identity| identity.inode).ok();
         if inode == Some(known.netns_inode) && self.datapath.is_attached(&known.host_interface) {
             return Ok(());
         }
@@ -114,20 +116,27 @@ impl Node {
     ) -> Result<api::Attached, ApiError> {
         let attached = self.plug(request, address).await;
         // What is on disk stays taken: after a restart it would be.
-        let is_free = || self.store.attachments().is_ok_and(|all| all.iter().all(|it| it.address != address));
+        let is_free =
+            || self.store.attachments().is_ok_and(|all| all.iter().all(|it| it.address != address));
         if attached.is_err() && is_free() {
             self.ipam.release(address, Instant::now());
         }
         attached
     }
 
-    async fn plug(&mut self, request: api::Attach, address: IpAddr) -> Result<api::Attached, ApiError> {
+    async fn plug(
+        &mut self,
+        request: api::Attach,
+        address: IpAddr,
+    ) -> Result<api::Attached, ApiError> {
         // Time has passed since the address was asked for.
         self.check_attach(&request)?;
         let now = Instant::now();
         let netns = netns_of(&request)?;
         let inode = match &netns {
-            Some(netns) => netns.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?.inode,
+            Some(netns) => {
+                netns.id().map_err(|error| ApiError::missing(format_args!("{error:#}")))?.inode
+            }
             None => 0,
         };
         let owner = request.target.to_string();
@@ -144,7 +153,10 @@ impl Node {
             address,
             is_static: fixed,
             target: owner,
-            netns: netns.as_ref().map(|it| it.path().to_string_lossy().into_owned()).unwrap_or_default(),
+            netns: netns
+                .as_ref()
+                .map(|it| it.path().to_string_lossy().into_owned())
+                .unwrap_or_default(),
             netns_inode: inode,
             name: request.name.filter(|name| !is_taken(name)),
             image: None,
@@ -208,7 +220,9 @@ impl Node {
                 let cni = it.cni.as_ref();
                 it.kind == Kind::Cni
                     && it.target == wanted
-                    && cni.is_some_and(|cni| cni.network == endpoint.network && cni.ifname == endpoint.ifname)
+                    && cni.is_some_and(|cni| {
+                        cni.network == endpoint.network && cni.ifname == endpoint.ifname
+                    })
             };
             let Some(known) = attachments.iter().find(is_it) else {
                 return Err(ApiError::missing(format_args!(
@@ -226,7 +240,9 @@ impl Node {
             .or_else(|| attachments.iter().find(|known| known.name.as_ref() == Some(&wanted)));
         let Some(known) = known else {
             if request.target == Target::Host {
-                return Err(ApiError::missing("this host is not exposed: there is nothing to hide"));
+                return Err(ApiError::missing(
+                    "this host is not exposed: there is nothing to hide",
+                ));
             }
             return Err(ApiError::missing(format_args!(
                 "{wanted} is not attached: `overnode status --endpoints` lists what is"
@@ -244,10 +260,9 @@ impl Node {
 
     async fn remove(&mut self, known: &Attachment) -> Result<(), ApiError> {
         let target = &known.target;
-        self.datapath
-            .detach(&known.host_interface)
-            .await
-            .map_err(|error| ApiError::failed(format_args!("{target} was not detached: {error:#}")))?;
+        self.datapath.detach(&known.host_interface).await.map_err(|error| {
+            ApiError::failed(format_args!("{target} was not detached: {error:#}"))
+        })?;
         fault::step("unplugged");
         let netns = NetnsRef::Path(known.netns.clone().into());
         let is_there = || netns.id().is_ok_and(|identity| identity.inode == known.netns_inode);
@@ -277,7 +292,8 @@ impl Node {
             .collect();
         known.extend(self.dns.endpoint());
         for lost in self.datapath.reconcile(&known).await? {
-            let Some(attachment) = attachments.iter().find(|it| it.host_interface == lost.host_interface)
+            let Some(attachment) =
+                attachments.iter().find(|it| it.host_interface == lost.host_interface)
             else {
                 continue;
             };
@@ -292,7 +308,11 @@ impl Node {
                 continue;
             }
             self.tell(|_| Happening::Gone(container_of(attachment)));
-            tracing::info!("{} is gone; its address {} is free again", attachment.target, attachment.address);
+            tracing::info!(
+                "{} is gone; its address {} is free again",
+                attachment.target,
+                attachment.address
+            );
             if let Err(error) = self.give_back(attachment.address) {
                 tracing::warn!("{} stays taken: {error}", attachment.address);
             }
@@ -365,11 +385,15 @@ impl Node {
     }
 
     pub(super) fn with_prefix(&self, address: IpAddr) -> IpNet {
-        IpNet::new(address, self.identity.network.subnet.prefix_len()).unwrap_or_else(|_| address.into())
+        IpNet::new(address, self.identity.network.subnet.prefix_len())
+            .unwrap_or_else(|_| address.into())
     }
 }
 
 /// As it was attached; the text was checked then.
 pub(super) fn target_of(attachment: &Attachment) -> Target {
-    attachment.target.parse().unwrap_or_else(|_| Target::Path(Path::new(&attachment.target).to_owned()))
+    attachment
+        .target
+        .parse()
+        .unwrap_or_else(|_| Target::Path(Path::new(&attachment.target).to_owned()))
 }

@@ -33,9 +33,15 @@ impl Node {
             )));
         }
         self.check_allowed(&request)?;
-        let known = self.externals.values().find(|it| it.public_key == request.public_key).map(|it| it.index);
+        let known = self
+            .externals
+            .values()
+            .find(|it| it.public_key == request.public_key)
+            .map(|it| it.index);
         let index = known.or_else(|| self.free_index()).ok_or_else(|| {
-            ApiError::refused("there are too many WireGuard peers: remove one with `overnode peer remove`")
+            ApiError::refused(
+                "there are too many WireGuard peers: remove one with `overnode peer remove`",
+            )
         })?;
         let peer = ExternalPeer {
             index,
@@ -84,7 +90,8 @@ impl Node {
         &mut self,
         request: &api::RemoveExternalPeer,
     ) -> Result<ExternalPeerRemoved, ApiError> {
-        let Some(peer) = self.externals.values().find(|it| it.public_key == request.public_key).cloned()
+        let Some(peer) =
+            self.externals.values().find(|it| it.public_key == request.public_key).cloned()
         else {
             return Err(ApiError::missing(format_args!(
                 "no WireGuard peer has the key {}: `overnode peer list` shows them",
@@ -114,13 +121,17 @@ impl Node {
     }
 
     fn free_index(&self) -> Option<PeerIndex> {
-        (FIRST_EXTERNAL_PEER..PEER_SLOTS).map(PeerIndex).find(|index| !self.externals.contains_key(index))
+        (FIRST_EXTERNAL_PEER..PEER_SLOTS)
+            .map(PeerIndex)
+            .find(|index| !self.externals.contains_key(index))
     }
 
     /// Addresses may be outside the subnet (then only this host's containers reach them), but must not be anybody else's.
     fn check_allowed(&self, request: &AddExternalPeer) -> Result<(), ApiError> {
         if request.allowed_ips.is_empty() {
-            return Err(ApiError::usage("a WireGuard peer needs at least one address: give --allowed-ips"));
+            return Err(ApiError::usage(
+                "a WireGuard peer needs at least one address: give --allowed-ips",
+            ));
         }
         let range = self.identity.network.range;
         for allowed in &request.allowed_ips {

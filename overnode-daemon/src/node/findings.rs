@@ -57,7 +57,8 @@ impl Node {
     pub(super) fn problems(&self, now: Instant) -> BTreeSet<String> {
         let twins = self.findings.twins.values().filter(|(_, at)| now < *at + TWINS);
         let docker = self.docker.iter().flat_map(DockerSide::problems);
-        let known = twins.map(|(problem, _)| problem).chain(docker).chain(self.dns.problems()).cloned();
+        let known =
+            twins.map(|(problem, _)| problem).chain(docker).chain(self.dns.problems()).cloned();
         known.chain(self.lack_of_room(now)).collect()
     }
 
@@ -71,7 +72,8 @@ impl Node {
 
     /// Why messages of other hosts cannot be taken on some interface.
     pub(super) fn underlay_problems(&self) -> BTreeSet<String> {
-        let of_interface = |why: String| format!("this host cannot take packets from other hosts: {why}");
+        let of_interface =
+            |why: String| format!("this host cannot take packets from other hosts: {why}");
         self.datapath.underlay().problems.into_iter().map(of_interface).collect()
     }
 
@@ -93,22 +95,33 @@ impl Node {
     /// What has happened to addresses lately, or could not be done.
     pub(super) fn address_notices(&self, now: Instant) -> BTreeSet<String> {
         let past = self.ipam.problems(now).into_iter().filter(crate::ipam::Problem::is_past);
-        let unreclaimed = self.findings.unreclaimed.iter().filter(|(id, _)| self.is_unreclaimed(**id));
-        past.map(|problem| problem.to_string()).chain(unreclaimed.map(|(_, why)| why.clone())).collect()
+        let unreclaimed =
+            self.findings.unreclaimed.iter().filter(|(id, _)| self.is_unreclaimed(**id));
+        past.map(|problem| problem.to_string())
+            .chain(unreclaimed.map(|(_, why)| why.clone()))
+            .collect()
     }
 
     /// Whether a node still has space that could be taken back.
     fn is_unreclaimed(&self, id: NodeId) -> bool {
-        let Some(record) = self.gossip.record(id).filter(|record| !record.left) else { return false };
+        let Some(record) = self.gossip.record(id).filter(|record| !record.left) else {
+            return false;
+        };
         let is_reachable = self.reach(id).is_some_and(|(reachable, _)| reachable);
-        let is_buried = self.ipam.buried().any(|(of, up_to, _)| of == id && record.incarnation <= up_to);
+        let is_buried =
+            self.ipam.buried().any(|(of, up_to, _)| of == id && record.incarnation <= up_to);
         !is_reachable && !is_buried && !self.ipam.reclaims().contains_key(&id)
     }
 
     /// Once a second: logs what begins, and tells monitors what begins and what is over.
     pub(super) fn follow_problems(&mut self, now: Instant) {
-        let unreclaimed: BTreeSet<NodeId> =
-            self.findings.unreclaimed.keys().copied().filter(|id| self.is_unreclaimed(*id)).collect();
+        let unreclaimed: BTreeSet<NodeId> = self
+            .findings
+            .unreclaimed
+            .keys()
+            .copied()
+            .filter(|id| self.is_unreclaimed(*id))
+            .collect();
         self.findings.unreclaimed.retain(|id, _| unreclaimed.contains(id));
         let mut present = self.problems(now);
         present.extend(self.underlay_problems());

@@ -58,7 +58,8 @@ impl Node {
     }
 
     fn inspect_paths(&self, now: Instant) -> Value {
-        let micros = |it: Option<Duration>| it.map(|it| u64::try_from(it.as_micros()).unwrap_or(u64::MAX));
+        let micros =
+            |it: Option<Duration>| it.map(|it| u64::try_from(it.as_micros()).unwrap_or(u64::MAX));
         let paths = self.paths.states().map(|(id, state)| {
             json!({
                 "peer": id,

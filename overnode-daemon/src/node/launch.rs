@@ -89,7 +89,9 @@ impl Daemon {
         }
         let nickname = identity.nickname.clone();
         let Some(node) = &mut self.node else {
-            return Err(ApiError::failed("the node of this host is not running: see the daemon's log"));
+            return Err(ApiError::failed(
+                "the node of this host is not running: see the daemon's log",
+            ));
         };
         let replace = request.restart && !request.hosts.is_empty();
         let targets = if request.hosts.is_empty() {
@@ -97,7 +99,8 @@ impl Daemon {
         } else {
             node.connect(api::Connect { hosts: request.hosts, replace }).await?.targets
         };
-        let outcome = if request.restart { LaunchOutcome::Restarted } else { LaunchOutcome::AlreadyRunning };
+        let outcome =
+            if request.restart { LaunchOutcome::Restarted } else { LaunchOutcome::AlreadyRunning };
         Ok(Launched { outcome, id, nickname, targets })
     }
 }
@@ -106,7 +109,9 @@ async fn derive(request: &api::Launch) -> Result<Secret, ApiError> {
     let token = request.token.clone();
     tokio::task::spawn_blocking(move || key::cluster_key(token.expose()))
         .await
-        .map_err(|error| ApiError::failed(format_args!("the token cannot be turned into a key: {error}")))?
+        .map_err(|error| {
+            ApiError::failed(format_args!("the token cannot be turned into a key: {error}"))
+        })?
         .map_err(|error| ApiError::usage(error.to_string()))
 }
 

@@ -46,7 +46,9 @@ impl Node {
             }
             MeshEvent::Closed(id, why) if why.is_misconduct() => self.cut_off(id, &why, now),
             MeshEvent::Closed(id, why) => self.close(id, &why.to_string(), now),
-            MeshEvent::Resolved(attempt, addresses) => self.dialer.handle_resolved(attempt, &addresses),
+            MeshEvent::Resolved(attempt, addresses) => {
+                self.dialer.handle_resolved(attempt, &addresses)
+            }
             MeshEvent::DialFailed(attempt, failure) => self.dial_failed(attempt, &failure, now),
             MeshEvent::Refused { remote, refusal } => {
                 tracing::debug!("a caller at {remote} was refused: {refusal}");
@@ -69,7 +71,10 @@ impl Node {
         // Dropping the outbox closes the stream.
         let Verdict::Keep { is_first } = verdict else { return };
         let Opened { hello, remote, version, .. } = &opened;
-        tracing::info!("connected with node {peer} ({}) at {remote}, protocol {version}", hello.nickname);
+        tracing::info!(
+            "connected with node {peer} ({}) at {remote}, protocol {version}",
+            hello.nickname
+        );
         let (remote, name) = (*remote, hello.nickname.clone());
         let stream = Stream {
             connection,
@@ -111,7 +116,9 @@ impl Node {
         let Some(peer) = self.streams.get(&id).map(|stream| stream.peer) else { return };
         match self.gossip.handle_parcel(peer, bytes, now) {
             Ok(None) => {}
-            Ok(Some(why)) => tracing::debug!("a parcel that node {peer} sent was not passed on: {why}"),
+            Ok(Some(why)) => {
+                tracing::debug!("a parcel that node {peer} sent was not passed on: {why}")
+            }
             Err(error) => {
                 self.cut_off(id, &Refusal::CutOff(error.to_string()), now);
             }
@@ -121,7 +128,11 @@ impl Node {
     /// Ends a connection whose other end does what no honest node does. If that one had called, nothing else would show it.
     fn cut_off(&mut self, id: StreamId, why: &Refusal, now: Instant) {
         let Some(stream) = self.streams.get(&id) else { return };
-        tracing::warn!("the connection with node {} at {} is cut: {why}", stream.peer, stream.remote);
+        tracing::warn!(
+            "the connection with node {} at {} is cut: {why}",
+            stream.peer,
+            stream.remote
+        );
         let remote = stream.remote;
         self.close(id, &why.to_string(), now);
         self.dialer.handle_refused(remote, why, now);
@@ -131,7 +142,11 @@ impl Node {
         let Some(stream) = self.streams.remove(&id) else { return };
         self.ways.touch();
         self.paths_changed = true;
-        tracing::info!("the connection with node {} at {} ended: {why}", stream.peer, stream.remote);
+        tracing::info!(
+            "the connection with node {} at {} ended: {why}",
+            stream.peer,
+            stream.remote
+        );
         let Stream { peer, remote, .. } = stream;
         self.tell(|node| Happening::Disconnected {
             peer: node.who(peer.peer_index()),
@@ -276,7 +291,8 @@ impl Node {
 
     fn send(&mut self, to: NodeId, packet: &Packet, now: Instant) {
         let Some(connection) = self.dialer.connection(to) else { return };
-        let Some((&id, stream)) = self.streams.iter().find(|(_, stream)| stream.connection == connection)
+        let Some((&id, stream)) =
+            self.streams.iter().find(|(_, stream)| stream.connection == connection)
         else {
             return;
         };
@@ -345,7 +361,10 @@ impl Node {
     }
 
     /// Adds targets, or puts them in the place of those that there are.
-    pub(super) async fn connect(&mut self, request: api::Connect) -> Result<api::Targets, ApiError> {
+    pub(super) async fn connect(
+        &mut self,
+        request: api::Connect,
+    ) -> Result<api::Targets, ApiError> {
         need_hosts(&request.hosts)?;
         some_hosts(&request.hosts)?;
         let mut targets = if request.replace { Vec::new() } else { self.targets()? };
@@ -397,5 +416,9 @@ fn need_hosts(hosts: &[Host]) -> Result<(), ApiError> {
 }
 
 fn some_hosts(hosts: &[Host]) -> Result<(), ApiError> {
-    if hosts.is_empty() { Err(ApiError::usage("no host was named: name at least one")) } else { Ok(()) }
+    if hosts.is_empty() {
+        Err(ApiError::usage("no host was named: name at least one"))
+    } else {
+        Ok(())
+    }
 }

@@ -54,12 +54,16 @@ const UNLAUNCHED: Duration = Duration::from_secs(120);
 /// When another daemon has the state or the socket, or the stored node cannot be started.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let store = Arc::new(
-        patiently(|| Store::open(&options.state_dir), |error| matches!(error, StoreError::Locked { .. }))
-            .await?,
+        patiently(
+            || Store::open(&options.state_dir),
+            |error| matches!(error, StoreError::Locked { .. }),
+        )
+        .await?,
     );
     let listener = patiently(|| listen(&options.run_dir), |_| true).await?;
     let (calls, mut requests) = mpsc::channel(64);
-    let metrics = options.metrics.map(|address| tokio::spawn(metrics::serve(address, calls.clone())));
+    let metrics =
+        options.metrics.map(|address| tokio::spawn(metrics::serve(address, calls.clone())));
     let hub = Hub::default();
     let server = tokio::spawn(api::serve(listener, calls, hub.clone()));
     let mut terminate = signal(SignalKind::terminate())?;
@@ -69,7 +73,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut daemon = Daemon { options, store, node: None, hub, started, leaving: false, waiting };
     if let Some(identity) = daemon.store.identity()? {
-        let node = Node::start(&daemon.options, &daemon.store, identity, daemon.started, &daemon.hub).await;
+        let node =
+            Node::start(&daemon.options, &daemon.store, identity, daemon.started, &daemon.hub)
+                .await;
         daemon.node = Some(node.context("the node cannot start")?);
     } else {
         // What is left of a node whose state is gone belongs to nobody.
@@ -149,7 +155,9 @@ impl Daemon {
             Request::Prime => Ok(Reply::Primed(self.node()?.prime().await)),
             Request::Reclaim(reclaim) => self.node()?.reclaim(reclaim).await.map(Reply::Reclaimed),
             Request::DnsAdd(add) => self.node()?.dns_add(add).await.map(Reply::DnsAddresses),
-            Request::DnsRemove(remove) => self.node()?.dns_remove(remove).await.map(Reply::DnsAddresses),
+            Request::DnsRemove(remove) => {
+                self.node()?.dns_remove(remove).await.map(Reply::DnsAddresses)
+            }
             Request::DnsLookup(lookup) => self.node()?.dns_lookup(&lookup).map(Reply::DnsAddresses),
             Request::AddExternalPeer(peer) => {
                 self.node()?.add_external(peer).await.map(Reply::ExternalPeerAdded)
@@ -173,7 +181,9 @@ impl Daemon {
         api::Version {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             protocols: Some(launch::PROTOCOLS),
-            kernel: nix::sys::utsname::uname().ok().map(|name| name.release().to_string_lossy().into_owned()),
+            kernel: nix::sys::utsname::uname()
+                .ok()
+                .map(|name| name.release().to_string_lossy().into_owned()),
             pid: std::process::id(),
             id: self.node.as_ref().map(Node::id),
             state_dir: Some(self.options.state_dir.clone()),
@@ -223,5 +233,6 @@ fn listen(run_dir: &Path) -> anyhow::Result<UnixListener> {
             path.display()
         );
     }
-    api::server::bind(&path).with_context(|| format!("the socket {} cannot be made", path.display()))
+    api::server::bind(&path)
+        .with_context(|| format!("the socket {} cannot be made", path.display()))
 }

@@ -126,7 +126,8 @@ impl Node {
         let counter = |reason: &str| counters.get(reason).copied().unwrap_or(0);
         match &mut self.monitor.tallies {
             None => {
-                let tally = |reason| (reason, Tally { before: counter(reason), ..Tally::default() });
+                let tally =
+                    |reason| (reason, Tally { before: counter(reason), ..Tally::default() });
                 self.monitor.tallies = Some(drops.map(tally).collect());
             }
             Some(tallies) => {
@@ -149,8 +150,11 @@ impl Node {
         let attachments = Attached::new(self.store.attachments().unwrap_or_default());
         let now = hub::now();
         for seen in batch {
-            if let Some(tally) =
-                self.monitor.tallies.as_mut().and_then(|tallies| tallies.get_mut(seen.reason.as_str()))
+            if let Some(tally) = self
+                .monitor
+                .tallies
+                .as_mut()
+                .and_then(|tallies| tallies.get_mut(seen.reason.as_str()))
             {
                 tally.shown += 1;
             }
@@ -172,12 +176,14 @@ impl Node {
                 let sender = sender.or_else(|| at(inner.map(|inner| inner.source)));
                 (sender, inner.and_then(|inner| self.owner(inner.destination)))
             }
-            Program::FromBulk => {
-                (at(inner.map(|inner| inner.destination)), inner.and_then(|inner| self.owner(inner.source)))
-            }
+            Program::FromBulk => (
+                at(inner.map(|inner| inner.destination)),
+                inner.and_then(|inner| self.owner(inner.source)),
+            ),
             Program::FromUnderlay | Program::FromUnderlayXdp => {
                 let session = headers.message.as_ref().and_then(|it| self.session_of(it.receiver));
-                let relayed = || NodeId::new(headers.relay.as_ref()?.source).ok().map(NodeId::peer_index);
+                let relayed =
+                    || NodeId::new(headers.relay.as_ref()?.source).ok().map(NodeId::peer_index);
                 let outer = || {
                     let outer = headers.outer.as_ref()?;
                     self.peer_at(outer.source, outer.source_port)
@@ -200,15 +206,19 @@ impl Node {
 
     /// The peer to which an address of the container network belongs.
     fn owner(&self, address: IpAddr) -> Option<PeerIndex> {
-        let routes =
-            self.peers.iter().flat_map(|(index, peer)| peer.routes.iter().map(move |it| (it, index)));
+        let routes = self
+            .peers
+            .iter()
+            .flat_map(|(index, peer)| peer.routes.iter().map(move |it| (it, index)));
         let leads_there = routes.filter(|(route, _)| route.contains(&address));
         leads_there.max_by_key(|(route, _)| route.prefix_len()).map(|(_, index)| *index)
     }
 
     fn session_of(&self, receiver: u32) -> Option<PeerIndex> {
         let has = |peer: &&super::data::DataPeer| {
-            peer.state.as_ref().is_some_and(|it| it.sessions.iter().any(|it| it.local_index == receiver))
+            peer.state
+                .as_ref()
+                .is_some_and(|it| it.sessions.iter().any(|it| it.local_index == receiver))
         };
         self.peers.iter().find(|(_, peer)| has(peer)).map(|(index, _)| *index)
     }
@@ -220,7 +230,8 @@ impl Node {
             (place.ip() == address).then_some(Some(place.port()) == port)
         };
         let here = self.peers.iter().filter_map(|(index, peer)| Some((at(peer)?, *index)));
-        here.max_by_key(|(same_port, index)| (*same_port, std::cmp::Reverse(*index))).map(|(_, index)| index)
+        here.max_by_key(|(same_port, index)| (*same_port, std::cmp::Reverse(*index)))
+            .map(|(_, index)| index)
     }
 
     /// A peer's names.
@@ -244,8 +255,12 @@ impl Node {
 
     /// Tells which sessions have come and gone.
     pub(super) fn watch_sessions(&mut self, now: Instant) {
-        let with_session: BTreeSet<PeerIndex> =
-            self.peers.iter().filter(|(_, peer)| peer.has_session(now)).map(|(index, _)| *index).collect();
+        let with_session: BTreeSet<PeerIndex> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.has_session(now))
+            .map(|(index, _)| *index)
+            .collect();
         let before = std::mem::replace(&mut self.monitor.with_session, with_session);
         for index in self.monitor.with_session.difference(&before) {
             self.tell(|node| Happening::SessionEstablished { peer: node.who(*index) });

@@ -122,13 +122,20 @@ impl Node {
                     if let Err(error) = self.datapath.send_probe(to.peer_index(), address, &bytes) {
                         tracing::debug!("a probe to node {to} was not sent: {error:#}");
                         let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-                        self.paths.handle_unsent(to, size.saturating_add(crate::path::probe::ENVELOPE), now);
+                        self.paths.handle_unsent(
+                            to,
+                            size.saturating_add(crate::path::probe::ENVELOPE),
+                            now,
+                        );
                     }
                 }
                 Action::Changed { id } => {
                     if let Some(state) = self.paths.state(id) {
                         let what = if state.alive { "works" } else { "is dead" };
-                        tracing::info!("the straight path to node {id} {what} ({} bytes)", state.mtu);
+                        tracing::info!(
+                            "the straight path to node {id} {what} ({} bytes)",
+                            state.mtu
+                        );
                         self.tell(|node| Happening::StraightPath {
                             peer: node.who(id.peer_index()),
                             works: state.alive,
@@ -164,11 +171,16 @@ impl Node {
             }
             if self.ways.routes.insert(id, chosen) != Some(chosen) {
                 self.ways.since.insert(id, now);
-                self.tell(|node| Happening::PathChanged { peer: node.who(index), path: path_of(chosen) });
+                self.tell(|node| Happening::PathChanged {
+                    peer: node.who(index),
+                    path: path_of(chosen),
+                });
                 match chosen {
                     Route::Direct => tracing::info!("packets for node {id} go straight"),
                     Route::Via { relay, hops } => {
-                        tracing::info!("packets for node {id} go through node {relay} ({hops} hops)");
+                        tracing::info!(
+                            "packets for node {id} go through node {relay} ({hops} hops)"
+                        );
                         // A session that could not be made straight can now.
                         self.handshakes.retry(index);
                     }
@@ -219,11 +231,16 @@ impl Node {
     }
 
     /// Takes the relay header off a handshake message. Gives the message, and an address that stands for its sender.
-    pub(super) fn unwrap_relayed<'a>(&mut self, datagram: &'a [u8]) -> Option<(SocketAddr, &'a [u8])> {
+    pub(super) fn unwrap_relayed<'a>(
+        &mut self,
+        datagram: &'a [u8],
+    ) -> Option<(SocketAddr, &'a [u8])> {
         let (relay, message) = Relay::split(datagram)?;
         let source = NodeId::new(relay.source).ok()?;
         let previous = NodeId::new(relay.previous).ok()?;
-        if relay.destination != self.identity.id.get() || !self.peers.contains_key(&source.peer_index()) {
+        if relay.destination != self.identity.id.get()
+            || !self.peers.contains_key(&source.peer_index())
+        {
             return None;
         }
         self.ways.heard_through.insert(source, previous);
@@ -239,9 +256,11 @@ impl Node {
             _ => stood_for.and_then(|_| self.ways.heard_through.get(&id).copied()),
         });
         if let (Some(node), Some(relay)) = (node, relay) {
-            let place = self.peers.get(&relay.peer_index()).and_then(|peer| peer.state.as_ref()?.endpoint);
+            let place =
+                self.peers.get(&relay.peer_index()).and_then(|peer| peer.state.as_ref()?.endpoint);
             let own = self.identity.id.get();
-            let header = Relay { hops: RELAY_HOPS, destination: node.get(), source: own, previous: own };
+            let header =
+                Relay { hops: RELAY_HOPS, destination: node.get(), source: own, previous: own };
             let datagram = [&header.to_bytes()[..], &transmit.bytes].concat();
             if let Some(place) = place
                 && let Err(error) = self.udp.send(place, None, &datagram).await
@@ -288,7 +307,8 @@ mod tests {
 
     #[test]
     fn a_relay_that_served_for_long_is_kept_when_no_way_is_known() {
-        let (to, one, other) = (NodeId::new(3).unwrap(), NodeId::new(2).unwrap(), NodeId::new(4).unwrap());
+        let (to, one, other) =
+            (NodeId::new(3).unwrap(), NodeId::new(2).unwrap(), NodeId::new(4).unwrap());
         let start = Instant::now();
         let mut ways = Ways::default();
         let choose = |ways: &mut Ways, route: Route, seconds: u64| {

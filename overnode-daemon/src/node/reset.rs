@@ -46,7 +46,8 @@ impl Daemon {
         let errors = Datapath::tear_down(&self.options.state_dir).await;
         fault::step("torn down");
         self.leaving = true;
-        let left = left.into_iter().chain(errors.iter().map(|error| format!("{error:#}"))).collect();
+        let left =
+            left.into_iter().chain(errors.iter().map(|error| format!("{error:#}"))).collect();
         Ok(WasReset { id: Some(id), left })
     }
 }

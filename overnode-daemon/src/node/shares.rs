@@ -21,11 +21,16 @@ impl Node {
             .map(|record| (record.id, record.ranges.clone()))
             .collect();
         let shares = self.ipam.shares(&said);
-        let is_reachable =
-            |id: NodeId| id == self.identity.id || self.reach(id).is_some_and(|(reachable, _)| reachable);
+        let is_reachable = |id: NodeId| {
+            id == self.identity.id || self.reach(id).is_some_and(|(reachable, _)| reachable)
+        };
         let owners = shares.owners.into_iter().map(|(id, share)| RangeOwner {
             id,
-            nickname: self.gossip.record(id).map(|record| record.nickname.clone()).unwrap_or_default(),
+            nickname: self
+                .gossip
+                .record(id)
+                .map(|record| record.nickname.clone())
+                .unwrap_or_default(),
             addresses: count(share.addresses),
             percent: share.addresses as f64 / total * 100.0,
             active: (id == self.identity.id).then(|| self.ipam.active() as u64),
@@ -41,7 +46,8 @@ impl Node {
             borrower_reachable: is_reachable(borrower),
         });
         let waiting_for = self.ipam.check_ready().err().map(|why| why.to_string());
-        let reclaims = self.ipam.reclaims().into_iter().map(|(id, missing)| ReclaimStatus { id, missing });
+        let reclaims =
+            self.ipam.reclaims().into_iter().map(|(id, missing)| ReclaimStatus { id, missing });
         IpamStatus {
             ready: waiting_for.is_none(),
             waiting_for,

@@ -9,9 +9,9 @@ use super::docker::is_plugged;
 use super::endpoints::target_of;
 use super::running::Node;
 use crate::api::{
-    ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, EndpointState,
-    EndpointStatus, Health, LastError, LinkStatus, NodeState, NodeStatus, Path, PeerStatus, RouteStatus,
-    SessionState, Status, TargetState, TargetStatus,
+    ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction,
+    EndpointState, EndpointStatus, Health, LastError, LinkStatus, NodeState, NodeStatus, Path,
+    PeerStatus, RouteStatus, SessionState, Status, TargetState, TargetStatus,
 };
 use crate::control::dial::{self, Phase};
 use crate::control::session::PATTERN;
@@ -45,8 +45,9 @@ impl Node {
         let underlay = self.datapath.underlay();
         let problems: Vec<String> = self.problems(now).into_iter().collect();
         let underlay_problems: Vec<String> = self.underlay_problems().into_iter().collect();
-        let is_impaired =
-            !problems.is_empty() || !underlay_problems.is_empty() || !self.address_problems(now).is_empty();
+        let is_impaired = !problems.is_empty()
+            || !underlay_problems.is_empty()
+            || !self.address_problems(now).is_empty();
         Ok(NodeStatus {
             id: identity.id,
             nickname: identity.nickname.clone(),
@@ -112,14 +113,17 @@ impl Node {
                     nickname: record.nickname.clone(),
                     myself,
                     reachable: Some(reachable),
-                    since_seconds: reach.map(|(_, since)| now.saturating_duration_since(since).as_secs()),
+                    since_seconds: reach
+                        .map(|(_, since)| now.saturating_duration_since(since).as_secs()),
                     path: paths.get(&record.id).filter(|_| reachable && !myself).map(path),
                     address: Some(self.ipam.layout().node_address(record.id)),
                     underlay: record.addresses.clone(),
                     public_key: Some(record.public_key),
                     version: myself.then(|| env!("CARGO_PKG_VERSION").to_owned()),
                     links: if myself { self.own_links() } else { self.links_of(record) },
-                    data: (!myself).then(|| self.data_status(record.id.peer_index(), now)).flatten(),
+                    data: (!myself)
+                        .then(|| self.data_status(record.id.peer_index(), now))
+                        .flatten(),
                 }
             })
             .collect();
@@ -169,7 +173,9 @@ impl Node {
     }
 
     fn link_state(&self, one: NodeId, other: NodeId) -> ConnectionState {
-        let says = |a, b| self.gossip.record(a).is_some_and(|record| record.links.binary_search(&b).is_ok());
+        let says = |a, b| {
+            self.gossip.record(a).is_some_and(|record| record.links.binary_search(&b).is_ok())
+        };
         if says(one, other) && says(other, one) {
             ConnectionState::Established
         } else {
@@ -190,7 +196,8 @@ impl Node {
                     (Phase::Retrying { .. }, _) => ConnectionState::Retrying,
                     (Phase::Myself | Phase::Refused, _) => ConnectionState::Failed,
                 };
-                let rtt = view.peer.filter(|_| established).and_then(|peer| self.stream_to(peer)?.rtt);
+                let rtt =
+                    view.peer.filter(|_| established).and_then(|peer| self.stream_to(peer)?.rtt);
                 let data = view.peer.filter(|_| established);
                 let data = data.and_then(|peer| self.data_status(peer.peer_index(), now));
                 let myself = || LastError {
@@ -201,7 +208,9 @@ impl Node {
                     direction: direction(view.direction),
                     remote: view.address,
                     state,
-                    since_seconds: view.since.map(|since| now.saturating_duration_since(since).as_secs()),
+                    since_seconds: view
+                        .since
+                        .map(|since| now.saturating_duration_since(since).as_secs()),
                     encryption: established.then(|| PATTERN.to_owned()),
                     peer: view.peer,
                     nickname: view
@@ -286,7 +295,9 @@ impl Node {
             tx_bytes: state.tx_bytes + bulk.as_ref().map_or(0, |bulk| bulk.tx_bytes),
             rx_packets: Some(state.rx_packets + bulk.as_ref().map_or(0, |bulk| bulk.rx_packets)),
             tx_packets: Some(state.tx_packets + bulk.as_ref().map_or(0, |bulk| bulk.tx_packets)),
-            received_seconds_ago: state.last_received.map(|at| now.saturating_duration_since(at).as_secs()),
+            received_seconds_ago: state
+                .last_received
+                .map(|at| now.saturating_duration_since(at).as_secs()),
             last_error: peer.last_error.as_ref().map(|error| last_error(error, now)),
             bulk,
         })
@@ -358,5 +369,8 @@ fn next_try(phase: &Phase, now: Instant) -> Option<u64> {
 }
 
 fn last_error((why, at): &(String, Instant), now: Instant) -> LastError {
-    LastError { message: why.clone(), seconds_ago: Some(now.saturating_duration_since(*at).as_secs()) }
+    LastError {
+        message: why.clone(),
+        seconds_ago: Some(now.saturating_duration_since(*at).as_secs()),
+    }
 }

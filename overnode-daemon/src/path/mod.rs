@@ -28,9 +28,9 @@ use rand::rngs::StdRng;
 
 pub use answer::{ANSWER_BURST, ANSWER_INTERVAL, SEEN_WINDOW};
 pub use peer::{
-    ANSWERS_IN_A_ROW, DEAD_AFTER, DEAD_REQUESTS, FAST_INTERVAL, FAST_START, FIRST_HOLD, HISTORY, INTERVAL,
-    LATEST_ANSWER, LONGEST_HOLD, LOSSY, LOSSY_INTERVAL, ROW_WITHIN, SIZE_GRACE, STALL, STEADY,
-    STRETCHED_INTERVAL,
+    ANSWERS_IN_A_ROW, DEAD_AFTER, DEAD_REQUESTS, FAST_INTERVAL, FAST_START, FIRST_HOLD, HISTORY,
+    INTERVAL, LATEST_ANSWER, LONGEST_HOLD, LOSSY, LOSSY_INTERVAL, ROW_WITHIN, SIZE_GRACE, STALL,
+    STEADY, STRETCHED_INTERVAL,
 };
 use peer::{Outcome, Peer};
 use probe::{LARGEST, Probe, SMALLEST};
@@ -140,7 +140,9 @@ impl Paths {
             self.counters.malformed += 1;
             return;
         };
-        let Some(outcome) = self.with(from, |peer, _| peer.handle_probe(probe, now)) else { return };
+        let Some(outcome) = self.with(from, |peer, _| peer.handle_probe(probe, now)) else {
+            return;
+        };
         match outcome {
             Outcome::Answer(answer) => {
                 let answer = Probe { carries: self.carries, ..answer };

@@ -187,7 +187,13 @@ impl Search {
     }
 
     /// A probe of that size was sent, whose answer is to be waited for until `patience` is over.
-    pub(super) fn handle_sent(&mut self, sequence: u64, stamp: u64, patience: Duration, now: Instant) {
+    pub(super) fn handle_sent(
+        &mut self,
+        sequence: u64,
+        stamp: u64,
+        patience: Duration,
+        now: Instant,
+    ) {
         if self.flights.len() >= MOST_TRIES as usize {
             self.flights.remove(0);
         }
@@ -199,7 +205,8 @@ impl Search {
 
     /// Takes an answer if it is to one of these probes.
     pub(super) fn handle_answer(&mut self, sequence: u64, stamp: u64, now: Instant) -> bool {
-        let is_mine = self.flights.iter().any(|flight| flight.sequence == sequence && flight.stamp == stamp);
+        let is_mine =
+            self.flights.iter().any(|flight| flight.sequence == sequence && flight.stamp == stamp);
         if is_mine {
             self.pass(now);
         }
@@ -208,7 +215,13 @@ impl Search {
 
     /// The other side has received packets of up to `seen` bytes in the `window` before it got what was sent at `asked`: then
     /// only the answer of a probe is missing.
-    pub(super) fn handle_seen(&mut self, seen: u32, window: Duration, asked: Instant, now: Instant) {
+    pub(super) fn handle_seen(
+        &mut self,
+        seen: u32,
+        window: Duration,
+        asked: Instant,
+        now: Instant,
+    ) {
         let Some(first) = self.first_sent else { return };
         let is_new = self.confirmed_at.is_none_or(|at| at + window < first);
         if is_new && asked >= first && seen >= self.size() {

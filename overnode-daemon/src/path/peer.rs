@@ -222,7 +222,11 @@ impl Peer {
 
     /// The kernel has refused to send an inner packet of that size.
     pub(super) fn handle_unsent(&mut self, size: u32, now: Instant) {
-        let fault = if self.search.handle_unsent(size, now) { Fault::TooLarge(size) } else { Fault::Unsent };
+        let fault = if self.search.handle_unsent(size, now) {
+            Fault::TooLarge(size)
+        } else {
+            Fault::Unsent
+        };
         self.last_error = Some((fault, now));
     }
 
@@ -235,7 +239,10 @@ impl Peer {
         let Some(request) = found.ok().and_then(|at| self.requests.get_mut(at)) else {
             return Outcome::Stray;
         };
-        if request.stamp != probe.stamp || request.fate != Fate::Open || now >= request.sent + LATEST_ANSWER {
+        if request.stamp != probe.stamp
+            || request.fate != Fate::Open
+            || now >= request.sent + LATEST_ANSWER
+        {
             return Outcome::Stray;
         }
         request.fate = Fate::Answered;
@@ -260,7 +267,8 @@ impl Peer {
             self.is_alive = true;
             self.since = now;
             let wait = self.rtt.wait();
-            self.requests.retain(|request| request.fate == Fate::Answered || now < request.sent + wait);
+            self.requests
+                .retain(|request| request.fate == Fate::Answered || now < request.sent + wait);
             self.search.start(now);
         } else if now >= good_since + self.hold() {
             self.next = self.next.min(now + FAST_INTERVAL);
@@ -285,7 +293,8 @@ impl Peer {
         if self.requests.len() >= HISTORY {
             self.requests.pop_front();
         }
-        let request = Request { sequence: probe.sequence, stamp: probe.stamp, sent: now, fate: Fate::Open };
+        let request =
+            Request { sequence: probe.sequence, stamp: probe.stamp, sent: now, fate: Fate::Open };
         self.requests.push_back(request);
         let silence = self.silence.get_or_insert(Silence::from(now));
         silence.requests += 1;
@@ -310,7 +319,8 @@ impl Peer {
 
     fn interval(&self, now: Instant, is_crowded: bool) -> Duration {
         let is_new = self.last_heard.is_none() && now < self.added + FAST_START;
-        let is_missing = self.is_alive && self.silence.is_some_and(|it| now >= it.since + self.rtt.wait());
+        let is_missing =
+            self.is_alive && self.silence.is_some_and(|it| now >= it.since + self.rtt.wait());
         let comes_back = !self.is_alive && self.good_since.is_some();
         let is_held = self.good_since.is_some_and(|since| now < since + self.hold());
         match () {
@@ -342,7 +352,8 @@ impl Peer {
     }
 
     fn has_row(&self, now: Instant) -> bool {
-        let recent = self.requests.iter().rev().take_while(|request| now < request.sent + ROW_WITHIN);
+        let recent =
+            self.requests.iter().rev().take_while(|request| now < request.sent + ROW_WITHIN);
         let mut row = 0;
         for request in recent {
             row = if request.fate == Fate::Answered { row + 1 } else { 0 };

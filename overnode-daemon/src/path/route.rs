@@ -66,13 +66,19 @@ pub fn choose(own: NodeId, graph: &Graph) -> BTreeMap<NodeId, Route> {
         let mut next = BTreeMap::new();
         for id in &far {
             let Some(links) = graph.links.get(id) else { continue };
-            let says_so = |other: &NodeId| graph.links.get(other).is_some_and(|links| links.contains(id));
+            let says_so =
+                |other: &NodeId| graph.links.get(other).is_some_and(|links| links.contains(id));
             let relays: BTreeSet<_> = if ring.len() < links.len() {
-                let nearer = ring.iter().filter(|(other, _)| links.contains(other) && says_so(other));
+                let nearer =
+                    ring.iter().filter(|(other, _)| links.contains(other) && says_so(other));
                 nearer.flat_map(|(_, relays)| relays).copied().collect()
             } else {
                 let nearer = links.iter().filter_map(|other| ring.get_key_value(other));
-                nearer.filter(|(other, _)| says_so(other)).flat_map(|(_, relays)| relays).copied().collect()
+                nearer
+                    .filter(|(other, _)| says_so(other))
+                    .flat_map(|(_, relays)| relays)
+                    .copied()
+                    .collect()
             };
             if let Some(relay) = best(*id, &relays, graph) {
                 routes.insert(*id, Route::Via { relay, hops });
@@ -104,13 +110,14 @@ pub fn mtu(to: NodeId, route: Route, direct: &BTreeMap<NodeId, PathState>) -> Op
 }
 
 fn best(to: NodeId, relays: &BTreeSet<NodeId>, graph: &Graph) -> Option<NodeId> {
-    let rtt = |id: NodeId| graph.direct.get(&id).and_then(|state| state.rtt).unwrap_or(Duration::MAX);
+    let rtt =
+        |id: NodeId| graph.direct.get(&id).and_then(|state| state.rtt).unwrap_or(Duration::MAX);
     let nearest = relays.iter().copied().min_by_key(|id| (rtt(*id), *id))?;
     match graph.present.get(&to) {
         Some(Route::Via { relay, .. }) if relays.contains(relay) => {
             let (present, rival) = (rtt(*relay), rtt(nearest));
-            let is_much_nearer =
-                rival < present / 4 * 3 && rival.checked_add(RTT_MARGIN).is_some_and(|rival| rival < present);
+            let is_much_nearer = rival < present / 4 * 3
+                && rival.checked_add(RTT_MARGIN).is_some_and(|rival| rival < present);
             Some(if is_much_nearer { nearest } else { *relay })
         }
         _ => Some(nearest),

@@ -156,10 +156,12 @@ impl Routing {
             self.nodes.remove(&record.id);
             return;
         }
-        let was_gone = |node: &Node| self.gone.get(&record.id).is_some_and(|last| node.incarnation <= *last);
+        let was_gone =
+            |node: &Node| self.gone.get(&record.id).is_some_and(|last| node.incarnation <= *last);
         let known = self.nodes.remove(&record.id);
         let known = known.filter(|node| {
-            node.key == record.verifying_key && (!was_gone(node) || node.incarnation == record.incarnation)
+            node.key == record.verifying_key
+                && (!was_gone(node) || node.incarnation == record.incarnation)
         });
         let mut node = known.unwrap_or_else(|| Node::new(record));
         node.incarnation = record.incarnation;
@@ -184,8 +186,10 @@ impl Routing {
 
     /// What this node itself gives out and has.
     pub fn set_own(&mut self, ranges: &[IpNet], claims: &[IpAddr]) {
-        let blocks =
-            ranges.iter().copied().filter(|range| matches!(self.place(self.own, *range), Place::Block));
+        let blocks = ranges
+            .iter()
+            .copied()
+            .filter(|range| matches!(self.place(self.own, *range), Place::Block));
         let own: Vec<_> = blocks.chain(claims.iter().copied().map(IpNet::from)).collect();
         if self.own_space != own {
             self.own_space = own;
@@ -194,7 +198,11 @@ impl Routing {
     }
 
     /// Which nodes are reached now.
-    pub fn set_reachable<'a>(&mut self, reachable: impl IntoIterator<Item = &'a NodeId>, now: Instant) {
+    pub fn set_reachable<'a>(
+        &mut self,
+        reachable: impl IntoIterator<Item = &'a NodeId>,
+        now: Instant,
+    ) {
         let reachable: BTreeSet<_> = reachable.into_iter().collect();
         for (id, node) in &mut self.nodes {
             let is_reachable = reachable.contains(id);
@@ -254,7 +262,8 @@ impl Routing {
 
     /// What two nodes claim by now.
     pub fn conflicts(&self, now: Instant) -> impl Iterator<Item = Conflict> {
-        let lasting = self.table.conflicts.iter().filter(move |(_, (_, _, since))| *since + SETTLE <= now);
+        let lasting =
+            self.table.conflicts.iter().filter(move |(_, (_, _, since))| *since + SETTLE <= now);
         lasting.map(|(&(holder, claimant), (prefixes, count, _))| Conflict {
             holder,
             claimant,
@@ -265,7 +274,11 @@ impl Routing {
 
     /// What to store beside a node's record for [`Self::restore`].
     pub fn standing(&self, id: NodeId) -> impl Iterator<Item = (IpNet, u64)> {
-        self.nodes.get(&id).into_iter().flat_map(|node| &node.standing).map(|(prefix, rank)| (*prefix, *rank))
+        self.nodes
+            .get(&id)
+            .into_iter()
+            .flat_map(|node| &node.standing)
+            .map(|(prefix, rank)| (*prefix, *rank))
     }
 
     fn is_due(&self, now: Instant) -> bool {
@@ -285,7 +298,8 @@ impl Routing {
         }
         let touches = |quarter: &NodeId| {
             let own = self.layout.own_part(*quarter);
-            *quarter != announcer && own.is_some_and(|own| own.contains(&range) || range.contains(&own))
+            *quarter != announcer
+                && own.is_some_and(|own| own.contains(&range) || range.contains(&own))
         };
         if let Some(other) = quarters().find(touches) {
             return Place::Of(other);
@@ -384,7 +398,8 @@ impl Node {
             let present = around(prefix).filter(|net| announced.contains(net));
             present.filter_map(|net| standing.get(&net).copied()).min()
         };
-        let mut earlier: Vec<_> = standing.keys().copied().filter(|it| !announced.contains(it)).collect();
+        let mut earlier: Vec<_> =
+            standing.keys().copied().filter(|it| !announced.contains(it)).collect();
         earlier.retain(|prefix| best(*prefix).is_none_or(|best| standing[prefix] < best));
         earlier.truncate(MAX_EARLIER);
         let earlier: BTreeSet<_> = earlier.into_iter().collect();
@@ -440,7 +455,9 @@ impl Table {
             let mut level = Level { net, claims: group, best };
             group.iter().for_each(|(_, claim)| level.add(*claim));
             for (_, claim) in group {
-                if let Some(better) = level.best_of_others(claim.node).filter(|better| better < claim) {
+                if let Some(better) =
+                    level.best_of_others(claim.node).filter(|better| better < claim)
+                {
                     if better.reached && claim.reached {
                         self.note(better.node, claim.node, net, now);
                     }
@@ -460,7 +477,9 @@ impl Table {
     }
 
     fn note(&mut self, holder: NodeId, claimant: NodeId, prefix: IpNet, now: Instant) {
-        if self.conflicts.len() >= MAX_CONFLICTS && !self.conflicts.contains_key(&(holder, claimant)) {
+        if self.conflicts.len() >= MAX_CONFLICTS
+            && !self.conflicts.contains_key(&(holder, claimant))
+        {
             return;
         }
         let (prefixes, count, _) =

@@ -47,7 +47,11 @@ struct View {
 impl View {
     fn new() -> Self {
         let layout = Layout::new(Network::default()).unwrap();
-        Self { routing: Routing::new(layout, id(OWN)), now: Instant::now(), reached: BTreeSet::new() }
+        Self {
+            routing: Routing::new(layout, id(OWN)),
+            now: Instant::now(),
+            reached: BTreeSet::new(),
+        }
     }
 
     /// A node that is reached says this.
@@ -184,8 +188,10 @@ fn a_static_address_stays_with_the_node_that_announced_it_first() {
 fn what_this_node_has_is_its_own() {
     let mut view = View::new();
     view.says(9, &["10.43.0.4/32"], &["10.32.0.1"]);
-    view.routing
-        .set_own(&nets(&["10.40.0.0/16", "10.41.0.0/16", "10.43.0.0/27"]), &["10.32.0.1".parse().unwrap()]);
+    view.routing.set_own(
+        &nets(&["10.40.0.0/16", "10.41.0.0/16", "10.43.0.0/27"]),
+        &["10.32.0.1".parse().unwrap()],
+    );
     view.pass(SETTLE);
     view.pass(SETTLE);
     assert_eq!((view.to("10.43.0.4"), view.to("10.32.0.1")), (None, None));
@@ -236,15 +242,20 @@ fn nothing_leads_to_a_node_that_has_left_or_was_taken_back_and_its_successor_is_
     let mut view = View::new();
     view.says(5, &["10.43.0.0/27"], &[]);
     view.says(9, &["10.43.0.4/32"], &[]);
-    view.learn(&Record { verifying_key: VerifyingKey([55; 32]), ..record(5, &["10.43.0.0/27"], &[]) });
+    view.learn(&Record {
+        verifying_key: VerifyingKey([55; 32]),
+        ..record(5, &["10.43.0.0/27"], &[])
+    });
     assert_eq!(view.to("10.43.0.4"), Some(9));
 }
 
 #[test]
 fn who_was_first_survives_a_restart_of_the_daemon() {
     let mut view = View::new();
-    let (first, second) =
-        (record(5, &["10.43.0.0/26"], &["10.32.0.5"]), record(9, &["10.43.0.4/32"], &["10.32.0.5"]));
+    let (first, second) = (
+        record(5, &["10.43.0.0/26"], &["10.32.0.5"]),
+        record(9, &["10.43.0.4/32"], &["10.32.0.5"]),
+    );
     view.says(5, &["10.43.0.0/27"], &["10.32.0.5"]);
     view.says(9, &["10.43.0.4/32"], &["10.32.0.5"]);
     view.learn(&first);
@@ -353,7 +364,11 @@ fn at_each_address_the_first_present_node_has_it() {
                     (!view.routing.nodes[&id(**number)].is_present(view.now), **since)
                 });
                 let expected = first.map(|(number, _)| *number);
-                assert_eq!(view.to(&address.to_string()), expected, "seed {seed}, step {step}: {address}");
+                assert_eq!(
+                    view.to(&address.to_string()),
+                    expected,
+                    "seed {seed}, step {step}: {address}"
+                );
             }
         }
     }

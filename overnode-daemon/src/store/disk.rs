@@ -31,13 +31,14 @@ pub(super) fn make_directory(directory: &Path) -> Result<()> {
     }
     // The umask may have taken bits away, and an older directory may have too many.
     let make_private = || {
-        let opened = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(directory)?;
+        let opened =
+            OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(directory)?;
         let owner = opened.metadata()?;
         opened.set_permissions(Permissions::from_mode(DIRECTORY_MODE))?;
         Ok(owner)
     };
-    let found =
-        make_private().map_err(|why| io("could not make private the state directory", directory, why))?;
+    let found = make_private()
+        .map_err(|why| io("could not make private the state directory", directory, why))?;
     Ok(trust::check_owner(directory, &found)?)
 }
 
@@ -45,7 +46,9 @@ pub(super) fn make_directory(directory: &Path) -> Result<()> {
 fn check_is_ours(directory: &Path) -> Result<()> {
     let look = || {
         let is_empty = fs::read_dir(directory)?.next().transpose()?.is_none();
-        Ok(is_empty || directory.join(DATABASE).try_exists()? || directory.join(LOCK).try_exists()?)
+        Ok(is_empty
+            || directory.join(DATABASE).try_exists()?
+            || directory.join(LOCK).try_exists()?)
     };
     if look().map_err(|why| io("could not look into", directory, why))? {
         return Ok(());
@@ -97,7 +100,8 @@ fn lock_now(directory: &Path) -> Result<File> {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 let mut text = String::new();
-                let holder = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+                let holder =
+                    file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
                 return Err(StoreError::Locked { path: directory.to_owned(), holder });
             }
             Err(TryLockError::Error(why)) => return Err(io("could not lock", &path, why)),
@@ -116,8 +120,9 @@ fn lock_now(directory: &Path) -> Result<File> {
 
 /// False if a reset has removed the file between opening and locking: then the lock means nothing.
 fn is_still_at(file: &File, path: &Path) -> bool {
-    let inode =
-        |metadata: io::Result<fs::Metadata>| metadata.map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    let inode = |metadata: io::Result<fs::Metadata>| {
+        metadata.map(|metadata| (metadata.dev(), metadata.ino())).ok()
+    };
     let locked = inode(file.metadata());
     locked.is_some() && locked == inode(fs::symlink_metadata(path))
 }
@@ -134,7 +139,9 @@ pub(super) fn remove(directory: &Path, files: &[&str]) -> Result<()> {
     }
     match fs::remove_dir(directory) {
         Ok(()) => Ok(()),
-        Err(why) if matches!(why.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
+        Err(why)
+            if matches!(why.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) =>
+        {
             Ok(())
         }
         // A mount point or a directory in a place that is not ours to change: empty is enough.
@@ -154,10 +161,13 @@ pub(super) fn remove(directory: &Path, files: &[&str]) -> Result<()> {
 
 pub(super) fn opening(directory: &Path, path: &Path, why: DatabaseError) -> StoreError {
     match why {
-        DatabaseError::DatabaseAlreadyOpen => StoreError::Locked { path: directory.to_owned(), holder: None },
-        DatabaseError::UpgradeRequired(found) => {
-            StoreError::Schema { path: directory.to_owned(), found: format!("of database format {found}") }
+        DatabaseError::DatabaseAlreadyOpen => {
+            StoreError::Locked { path: directory.to_owned(), holder: None }
         }
+        DatabaseError::UpgradeRequired(found) => StoreError::Schema {
+            path: directory.to_owned(),
+            found: format!("of database format {found}"),
+        },
         // What redb says of a file that is no database of its own, and of one that was cut off.
         DatabaseError::Storage(StorageError::Io(why))
             if !matches!(why.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
@@ -170,8 +180,12 @@ pub(super) fn opening(directory: &Path, path: &Path, why: DatabaseError) -> Stor
 
 pub(super) fn io(what: &'static str, path: &Path, why: io::Error) -> StoreError {
     let advice = match why.kind() {
-        io::ErrorKind::PermissionDenied => "run as root, or give a --state-dir that you may write to",
-        io::ErrorKind::ReadOnlyFilesystem => "give a --state-dir on a file system that can be written to",
+        io::ErrorKind::PermissionDenied => {
+            "run as root, or give a --state-dir that you may write to"
+        }
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "give a --state-dir on a file system that can be written to"
+        }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room on the disk",
         io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
             "give a --state-dir that is a directory"

@@ -78,8 +78,10 @@ fn record(id: u16) -> gossip::Record {
 }
 
 fn known(id: u16) -> Known {
-    let standing =
-        vec![("10.41.0.0/24".parse().unwrap(), u64::from(id)), ("10.32.0.1/32".parse().unwrap(), 9)];
+    let standing = vec![
+        ("10.41.0.0/24".parse().unwrap(), u64::from(id)),
+        ("10.32.0.1/32".parse().unwrap(), 9),
+    ];
     Known { record: record(id), was_reached: id == 1, standing }
 }
 
@@ -107,8 +109,15 @@ fn everything_survives_a_restart() {
     let store = Store::open_existing(&directory).unwrap();
     assert_eq!(store.identity().unwrap(), Some(identity()));
     assert_eq!(store.targets().unwrap(), ["host2", "host1"], "in the order given");
-    assert_eq!(store.attachments().unwrap(), [by_hand, attachment(1), attachment(3), attachment(20)]);
-    assert_eq!(store.cursor().unwrap(), Some([10, 44, 0, 3].into()), "given last, not greatest, not by hand");
+    assert_eq!(
+        store.attachments().unwrap(),
+        [by_hand, attachment(1), attachment(3), attachment(20)]
+    );
+    assert_eq!(
+        store.cursor().unwrap(),
+        Some([10, 44, 0, 3].into()),
+        "given last, not greatest, not by hand"
+    );
     assert_eq!(store.peers().unwrap(), [known(1), known(4095)]);
     assert_eq!(store.external_peers().unwrap(), [external(Some(5))]);
     assert_eq!(store.next_incarnation().unwrap(), Some(identity().incarnation + 1));
@@ -165,7 +174,10 @@ fn what_another_user_made_is_not_used() {
         for attempt in [Store::open(directory).map(drop), Store::wipe(directory)] {
             let why = attempt.unwrap_err();
             assert!(matches!(why, StoreError::Untrusted(_)), "{why}");
-            assert!(why.to_string().contains(&format!("{what} belongs to user {STRANGER}")), "{why}");
+            assert!(
+                why.to_string().contains(&format!("{what} belongs to user {STRANGER}")),
+                "{why}"
+            );
             assert!(why.to_string().contains("--state-dir"), "{why}");
         }
     };
@@ -214,8 +226,11 @@ fn a_second_daemon_is_refused_and_told_by_whom() {
     let first = Store::open(place.path()).unwrap();
     for attempt in [Store::open(place.path()).map(drop), Store::wipe(place.path())] {
         let text = attempt.unwrap_err().to_string();
-        let expected =
-            format!("another daemon (process {}) runs on {}", std::process::id(), place.path().display());
+        let expected = format!(
+            "another daemon (process {}) runs on {}",
+            std::process::id(),
+            place.path().display()
+        );
         assert!(text.starts_with(&expected), "{text}");
     }
     drop(first);
@@ -229,7 +244,9 @@ fn state_of_another_version_is_refused_and_left_alone() {
         let store = Store::open(place.path()).unwrap();
         store.set_identity(&identity(), None).unwrap();
         store
-            .change(|change| Ok(change.open_table(META)?.insert("schema", found.as_bytes()).map(drop)?))
+            .change(|change| {
+                Ok(change.open_table(META)?.insert("schema", found.as_bytes()).map(drop)?)
+            })
             .unwrap();
         drop(store);
         let error = Store::open(place.path()).unwrap_err();
@@ -248,7 +265,8 @@ fn what_is_no_database_is_refused_and_left_alone() {
     let path = place.path().join(DATABASE);
     // The last is as a database begins.
     let cut_off = b"redb\x1a\x0a\xa9\x0d\x0a".to_vec();
-    for bytes in [b"not a database".repeat(1000), vec![0; 4096], vec![0xff; 100_000], b"x".to_vec(), cut_off]
+    for bytes in
+        [b"not a database".repeat(1000), vec![0; 4096], vec![0xff; 100_000], b"x".to_vec(), cut_off]
     {
         fs::write(&path, &bytes).unwrap();
         let error = Store::open(place.path()).unwrap_err();
@@ -276,7 +294,10 @@ fn a_damaged_database_is_an_error_and_never_wrong_data() {
         match Store::open(place.path()).and_then(|store| store.identity()) {
             Ok(read) => assert_eq!(read, Some(identity()), "byte {position}"),
             Err(error) => {
-                assert!(matches!(error, StoreError::Damaged { .. } | StoreError::Schema { .. }), "{error}");
+                assert!(
+                    matches!(error, StoreError::Damaged { .. } | StoreError::Schema { .. }),
+                    "{error}"
+                );
                 refused += 1;
             }
         }

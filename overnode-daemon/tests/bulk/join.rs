@@ -3,8 +3,8 @@ use overnode_daemon::bulk::join::FLOWS;
 use proptest::prelude::*;
 
 use crate::model::{
-    ACK, CWR, ECE, FIN, Opened, PSH, Packet, RST, SYN, URG, check_join, finish, is_right, join, link, runs,
-    split,
+    ACK, CWR, ECE, FIN, Opened, PSH, Packet, RST, SYN, URG, check_join, finish, is_right, join,
+    link, runs, split,
 };
 use crate::packets;
 
@@ -163,7 +163,8 @@ fn a_run_ends_with_psh_fin_or_a_shorter_segment() {
         assert_eq!(frames(&segments), 3);
     }
     let mut segments = Packet::new(false, true, 150).cut(100);
-    let next = Packet { sequence: segments[0].sequence.wrapping_add(150), id: 0, ..segments[0].clone() };
+    let next =
+        Packet { sequence: segments[0].sequence.wrapping_add(150), id: 0, ..segments[0].clone() };
     segments.push(next);
     assert_eq!(frames(&segments), 2);
 }
@@ -209,7 +210,8 @@ fn one_flow_more_than_there_is_room_for_sends_the_oldest_on() {
     let second: Vec<_> = flows.iter().skip(1).map(|flow| flow.cut(100).remove(1)).collect();
     let packets = opened(&[first, second].concat());
     check_join(&packets, true);
-    let ports: Vec<_> = join(&packets, true).iter().map(|frame| (frame[24 + 21], frame.len() - 76)).collect();
+    let ports: Vec<_> =
+        join(&packets, true).iter().map(|frame| (frame[24 + 21], frame.len() - 76)).collect();
     let mut expected = vec![(0, 100)];
     expected.extend((1..=FLOWS as u8).map(|port| (port, 200)));
     assert_eq!(ports, expected);
@@ -224,11 +226,17 @@ fn what_is_no_ip_packet_is_delivered_or_too_long() {
 
 /// A packet of a few flows, most of which continue each other, some of which are altered.
 fn traffic() -> impl Strategy<Value = Vec<Opened>> {
-    let step =
-        (0..12_u16, prop::sample::select(vec![30_usize, 100, 100, 100, 100, 120]), any::<(u8, u8, u8)>());
+    let step = (
+        0..12_u16,
+        prop::sample::select(vec![30_usize, 100, 100, 100, 100, 120]),
+        any::<(u8, u8, u8)>(),
+    );
     (prop::collection::vec(step, 0..120), 1..4_u8).prop_map(|(steps, peers)| {
         let mut flows: Vec<Packet> = (0..12_u16)
-            .map(|number| Packet { port: number, ..Packet::new(number % 2 == 1, number % 4 < 2, 100) })
+            .map(|number| Packet {
+                port: number,
+                ..Packet::new(number % 2 == 1, number % 4 < 2, 100)
+            })
             .collect();
         steps
             .into_iter()

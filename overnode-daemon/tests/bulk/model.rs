@@ -192,7 +192,8 @@ impl Packet {
         if !self.tcp {
             expected.sequence = self.sequence;
             expected.acknowledged = self.acknowledged;
-            (expected.flags, expected.window, expected.urgent) = (self.flags, self.window, self.urgent);
+            (expected.flags, expected.window, expected.urgent) =
+                (self.flags, self.window, self.urgent);
         }
         *self == expected && self.payload.len() <= first.payload.len()
     }
@@ -208,7 +209,11 @@ pub fn runs(packets: &[Packet]) -> Vec<usize> {
         if let Some(before) = first {
             let count = *runs.last().expect("it was opened");
             let length = before.headers() + before.payload.len() * count + packet.payload.len();
-            if packet.may_be_joined() && packet.continues(before, count) && count < most && length <= 65_535 {
+            if packet.may_be_joined()
+                && packet.continues(before, count)
+                && count < most
+                && length <= 65_535
+            {
                 *runs.last_mut().expect("it was opened") += 1;
                 if ends || packet.payload.len() < before.payload.len() {
                     first = None;
@@ -354,7 +359,10 @@ pub fn check_join(packets: &[Opened], joins_udp: bool) {
             Err(_) => vec![packet.to_vec()],
         };
         for part in parts {
-            delivered.entry((peer, flow_of(&part))).or_default().push((part, vnet.flags & NEEDS_CSUM != 0));
+            delivered
+                .entry((peer, flow_of(&part)))
+                .or_default()
+                .push((part, vnet.flags & NEEDS_CSUM != 0));
         }
     }
     assert_eq!(delivered, pushed);

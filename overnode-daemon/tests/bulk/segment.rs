@@ -15,8 +15,14 @@ fn segments(packet: &Packet, size: u16) -> Vec<Vec<u8>> {
 
 #[test]
 fn the_header_is_that_of_the_kernel() {
-    let header =
-        VnetHeader { flags: 1, gso_type: 2, hdr_len: 3, gso_size: 4, csum_start: 5, csum_offset: 0x0607 };
+    let header = VnetHeader {
+        flags: 1,
+        gso_type: 2,
+        hdr_len: 3,
+        gso_size: 4,
+        csum_start: 5,
+        csum_offset: 0x0607,
+    };
     let mut bytes = [1, 2, 3, 0, 4, 0, 5, 0, 7, 6];
     if cfg!(target_endian = "big") {
         bytes = [1, 2, 0, 3, 0, 4, 0, 5, 6, 7];
@@ -28,14 +34,14 @@ fn the_header_is_that_of_the_kernel() {
 /// Written by hand, so that the model is not its own witness.
 #[test]
 fn two_segments_of_tcp_are_these() {
-    let sixteen = |hex: &str| data_encoding::HEXLOWER_PERMISSIVE.decode(hex.replace(' ', "").as_bytes());
+    let sixteen =
+        |hex: &str| data_encoding::HEXLOWER_PERMISSIVE.decode(hex.replace(' ', "").as_bytes());
     // 10.0.0.1:1 to 10.0.0.2:2; 3 bytes of payload; ACK PSH.
     let packet = "4500002b ffff4000 4006 26cb 0a000001 0a000002 0001 0002 00000010 00000020 50 18 0100 1420 0000 616263";
-    let first =
-        "4500002a ffff4000 4006 26cc 0a000001 0a000002 0001 0002 00000010 00000020 50 10 0100 141f 0000 6162";
-    let second =
-        "45000029 00004000 4006 26cd 0a000001 0a000002 0001 0002 00000012 00000020 50 18 0100 141e 0000 63";
-    let [packet, first, second] = [packet, first, second].map(|hex| sixteen(hex).expect("hexadecimal"));
+    let first = "4500002a ffff4000 4006 26cc 0a000001 0a000002 0001 0002 00000010 00000020 50 10 0100 141f 0000 6162";
+    let second = "45000029 00004000 4006 26cd 0a000001 0a000002 0001 0002 00000012 00000020 50 18 0100 141e 0000 63";
+    let [packet, first, second] =
+        [packet, first, second].map(|hex| sixteen(hex).expect("hexadecimal"));
     let vnet = Packet::new(false, true, 0).vnet(2);
     let cut = Cut::new(&packet, &vnet).expect("a super-packet");
     assert_eq!(write_all(&cut), [first, second]);
@@ -51,8 +57,10 @@ fn fin_and_psh_are_on_the_last_and_cwr_is_on_the_first() {
 #[test]
 fn the_urgent_pointer_counts_from_each_segment() {
     let packet = Packet { flags: URG, urgent: 150, ..Packet::new(true, true, 350) };
-    let urgent: Vec<_> =
-        segments(&packet, 100).iter().map(|segment| (segment[53], segment[58], segment[59])).collect();
+    let urgent: Vec<_> = segments(&packet, 100)
+        .iter()
+        .map(|segment| (segment[53], segment[58], segment[59]))
+        .collect();
     assert_eq!(urgent, [(URG, 0, 150), (URG, 0, 50), (0, 0, 0), (0, 0, 0)]);
 }
 
@@ -100,7 +108,8 @@ fn what_is_not_to_be_cut_stays() {
 #[test]
 fn a_checksum_in_a_tunnel_is_finished() {
     let inner = Packet::new(false, true, 101);
-    let outer = Packet { payload: [&[8; 22], &inner.bytes()[..]].concat(), ..Packet::new(false, false, 0) };
+    let outer =
+        Packet { payload: [&[8; 22], &inner.bytes()[..]].concat(), ..Packet::new(false, false, 0) };
     let bytes = outer.bytes();
     let vnet = VnetHeader { csum_start: 14 + 28 + 22 + 20, ..inner.vnet_alone() };
     let cut = Cut::new(&bytes, &vnet).expect("a packet");
@@ -125,7 +134,11 @@ fn no_checksum_is_written_in_front_of_the_transport_headers_own() {
                 let vnet = VnetHeader { csum_start: start, csum_offset: offset, ..own };
                 match Cut::new(&bytes, &vnet) {
                     Ok(cut) => {
-                        assert_eq!(write_all(&cut)[0][..judged_by], bytes[..judged_by], "{start} + {offset}");
+                        assert_eq!(
+                            write_all(&cut)[0][..judged_by],
+                            bytes[..judged_by],
+                            "{start} + {offset}"
+                        );
                         accepted += 1;
                     }
                     Err(bad) => assert_eq!(bad, BadPacket::Checksum { start, offset }),
@@ -133,7 +146,8 @@ fn no_checksum_is_written_in_front_of_the_transport_headers_own() {
             }
         }
         assert!(accepted > 0);
-        for (start, offset) in [(60000, 0), (60, 60000), (65535, 65535), (14, judged_by as u16 - 1)] {
+        for (start, offset) in [(60000, 0), (60, 60000), (65535, 65535), (14, judged_by as u16 - 1)]
+        {
             let vnet = VnetHeader { csum_start: start, csum_offset: offset, ..own };
             let bad = BadPacket::Checksum { start, offset };
             assert_eq!(Cut::new(&bytes, &vnet).err(), Some(bad));

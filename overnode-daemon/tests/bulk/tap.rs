@@ -33,7 +33,8 @@ fn tap() -> File {
     for (to, from) in request.ifr_name.iter_mut().zip(NAME.bytes()) {
         *to = from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    request.ifr_ifru.ifru_flags =
+        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
     // SAFETY: the kernel reads and writes the request, which outlives the call.
     let made = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
@@ -44,7 +45,9 @@ fn tap() -> File {
         | libc::TUN_F_USO4
         | libc::TUN_F_USO6;
     // SAFETY: the argument is a number.
-    let set = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads)) };
+    let set = unsafe {
+        libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads))
+    };
     assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
     // The other end of the device is a mirror: packets that go to 10.99.0.2 come back from there, and are for 10.99.0.1.
     for arguments in [
@@ -99,11 +102,16 @@ impl Mirror {
             to.swap_with_slice(from);
             for mut segment in segments {
                 assert!(segment.len() <= 1500);
-                assert!(is_right(&if cut.is_partial() { finish(&segment) } else { segment.clone() }));
+                assert!(is_right(&if cut.is_partial() {
+                    finish(&segment)
+                } else {
+                    segment.clone()
+                }));
                 let (source, destination) = segment[12..20].split_at_mut(4);
                 source.swap_with_slice(destination);
-                self.joiner
-                    .push(link, &segment, cut.is_partial(), &mut |frame: &[u8]| frames.push(frame.to_vec()));
+                self.joiner.push(link, &segment, cut.is_partial(), &mut |frame: &[u8]| {
+                    frames.push(frame.to_vec())
+                });
             }
         }
         self.joiner.flush(&mut |frame| frames.push(frame.to_vec()));

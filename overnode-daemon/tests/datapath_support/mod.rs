@@ -41,7 +41,8 @@ pub fn reexec(name: &str, variables: &[(&str, &str)], how: Option<&str>) -> bool
     if std::env::var_os("DATAPATH_CHILD").is_some() {
         return true;
     }
-    let netns = variables.iter().find(|(name, _)| *name == "DATAPATH_NETNS").map(|(_, value)| *value);
+    let netns =
+        variables.iter().find(|(name, _)| *name == "DATAPATH_NETNS").map(|(_, value)| *value);
     let program = std::env::current_exe().unwrap();
     let mut command = match (how, netns) {
         (None, _) => Command::new(program),
@@ -77,7 +78,11 @@ pub struct Namespace {
 impl Namespace {
     pub fn new(kind: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("datapath-{}-{}{kind}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "datapath-{}-{}{kind}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
         ip(&["netns", "add", &name]);
         let namespace = Self { name };
         ip(&["-n", &namespace.name, "link", "set", "lo", "up"]);
@@ -90,7 +95,10 @@ impl Namespace {
 
     /// Runs a program inside, as `nsenter --net` does.
     pub fn exec(&self, program: &str, arguments: &[&str]) -> String {
-        run("nsenter", &[&[&format!("--net=/run/netns/{}", self.name), program], arguments].concat())
+        run(
+            "nsenter",
+            &[&[&format!("--net=/run/netns/{}", self.name), program], arguments].concat(),
+        )
     }
 
     /// The same where failure is expected.
@@ -107,7 +115,8 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).stderr(Stdio::null()).status();
+        let _ =
+            Command::new("ip").args(["netns", "del", &self.name]).stderr(Stdio::null()).status();
     }
 }
 
@@ -209,8 +218,10 @@ impl Host {
         assert!(!qdiscs.contains("clsact"), "{qdiscs}");
         let pins = Path::new("/sys/fs/bpf/overnode").join(self.node());
         assert!(!pins.exists(), "{} is left", pins.display());
-        let attached = |interface, at| self.inside(async || SchedClassifier::query_tcx(interface, at));
-        let ends = ["eth0", "lo"].map(|it| [(it, TcAttachType::Ingress), (it, TcAttachType::Egress)]);
+        let attached =
+            |interface, at| self.inside(async || SchedClassifier::query_tcx(interface, at));
+        let ends =
+            ["eth0", "lo"].map(|it| [(it, TcAttachType::Ingress), (it, TcAttachType::Egress)]);
         for (interface, at) in ends.into_iter().flatten() {
             match attached(interface, at) {
                 Ok((_, programs)) => assert!(programs.is_empty(), "{programs:?}"),
@@ -225,7 +236,9 @@ impl Host {
 
     /// Node addresses end with the ID.
     fn node_id(&self) -> NodeId {
-        let IpAddr::V4(address) = self.node_address else { panic!("{} is not IPv4", self.node_address) };
+        let IpAddr::V4(address) = self.node_address else {
+            panic!("{} is not IPv4", self.node_address)
+        };
         NodeId::new(address.octets()[3].into()).unwrap()
     }
 
@@ -306,9 +319,21 @@ impl Pair {
         ip(&["-n", a, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", b]);
         for (host, last) in [(a, "1"), (b, "2")] {
             ip(&["-n", host, "addr", "add", &format!("192.0.2.{last}/24"), "dev", "eth0"]);
-            ip(&["-n", host, "addr", "add", &format!("2001:db8::{last}/64"), "dev", "eth0", "nodad"]);
+            ip(&[
+                "-n",
+                host,
+                "addr",
+                "add",
+                &format!("2001:db8::{last}/64"),
+                "dev",
+                "eth0",
+                "nodad",
+            ]);
             // Native XDP on a veth needs NAPI at the other end: GRO turns it on.
-            run("nsenter", &[&format!("--net=/run/netns/{host}"), "ethtool", "-K", "eth0", "gro", "on"]);
+            run(
+                "nsenter",
+                &[&format!("--net=/run/netns/{host}"), "ethtool", "-K", "eth0", "gro", "on"],
+            );
             ip(&["-n", host, "link", "set", "eth0", "up"]);
         }
         pair
@@ -342,7 +367,8 @@ impl Pair {
     pub fn keys(&self, initiator: bool, slot: u32) -> SessionKeys {
         let key = |end: u8| Secret([end + slot as u8; 32]);
         let index = |end: u32| end << 28 | slot;
-        let ((local, remote), (tx, rx)) = if initiator { ((1, 2), (100, 200)) } else { ((2, 1), (200, 100)) };
+        let ((local, remote), (tx, rx)) =
+            if initiator { ((1, 2), (100, 200)) } else { ((2, 1), (200, 100)) };
         SessionKeys {
             local_index: index(local),
             remote_index: index(remote),
@@ -362,7 +388,8 @@ impl Pair {
         let warm_up = ["-q", "-c", "1", "-W", "2", "10.42.0.1"];
         assert!(self.container_a.exec_status("ping", &warm_up), "not even one packet goes across");
         let arguments = ["-q", "-c", &count, "-i", interval, "-W", "2", "10.42.0.1"];
-        let child = self.container_a.command("ping", &arguments).stdout(Stdio::piped()).spawn().unwrap();
+        let child =
+            self.container_a.command("ping", &arguments).stdout(Stdio::piped()).spawn().unwrap();
         Ping { child, pair: self }
     }
 }

@@ -126,10 +126,16 @@ impl Cipher {
     /// # Safety
     /// `aad` to `end` must be valid for reads and belong to one allocation (or packet).
     #[inline(always)]
-    pub unsafe fn absorb(&mut self, aad: *const u8, end: *const u8, left: u32) -> Result<(), Short> {
+    pub unsafe fn absorb(
+        &mut self,
+        aad: *const u8,
+        end: *const u8,
+        left: u32,
+    ) -> Result<(), Short> {
         let mut mac = self.poly.resume();
         for group in 0..BLOCK_LEN / GROUP_LEN {
-            let Some(rest) = left.checked_sub((group * GROUP_LEN) as u32).filter(|rest| *rest > 0) else {
+            let Some(rest) = left.checked_sub((group * GROUP_LEN) as u32).filter(|rest| *rest > 0)
+            else {
                 break;
             };
             let at = aad.wrapping_add(group * GROUP_LEN);
@@ -139,7 +145,8 @@ impl Cipher {
             let mut words = [0; 4];
             for (word, keep) in masks(rest).into_iter().enumerate() {
                 // SAFETY: before `end`, as just checked.
-                words[word] = u64::from(keep & unsafe { unaligned::load(at.wrapping_add(4 * word)) });
+                words[word] =
+                    u64::from(keep & unsafe { unaligned::load(at.wrapping_add(4 * word)) });
             }
             mac.absorb(words);
         }
@@ -245,7 +252,12 @@ pub const fn nonce_words(counter: u64) -> [u32; 3] {
 }
 
 /// Seals `text` and returns its tag. For the host; programs have `program::cipher`.
-pub fn seal_in_place(key: &[u8; 32], nonce: &[u8; 12], aad: &[u8], text: &mut [u8]) -> [u8; GROUP_LEN] {
+pub fn seal_in_place(
+    key: &[u8; 32],
+    nonce: &[u8; 12],
+    aad: &[u8],
+    text: &mut [u8],
+) -> [u8; GROUP_LEN] {
     tag_bytes(run::<Seal>(key, nonce, aad, text))
 }
 
@@ -272,7 +284,12 @@ pub fn open_in_place(
 
 fn run<D: Direction>(key: &[u8; 32], nonce: &[u8; 12], aad: &[u8], text: &mut [u8]) -> [u64; 2] {
     let nonce = core::array::from_fn(|word| {
-        u32::from_le_bytes([nonce[4 * word], nonce[4 * word + 1], nonce[4 * word + 2], nonce[4 * word + 3]])
+        u32::from_le_bytes([
+            nonce[4 * word],
+            nonce[4 * word + 1],
+            nonce[4 * word + 2],
+            nonce[4 * word + 3],
+        ])
     });
     let mut cipher = Cipher::default();
     cipher.start(&key_words(key), nonce);
@@ -283,7 +300,8 @@ fn run<D: Direction>(key: &[u8; 32], nonce: &[u8; 12], aad: &[u8], text: &mut [u
         let mut block = [0; BLOCK_LEN];
         block[..chunk.len()].copy_from_slice(chunk);
         // SAFETY: `block` has room for every group.
-        let absorbed = unsafe { cipher.absorb(block.as_ptr(), block.as_ptr_range().end, chunk.len() as u32) };
+        let absorbed =
+            unsafe { cipher.absorb(block.as_ptr(), block.as_ptr_range().end, chunk.len() as u32) };
         debug_assert_eq!(absorbed, Ok(()));
     }
     let text_len = text.len() as u64;

@@ -1,7 +1,8 @@
 //! To a worker of the bulk path: flows that send many segments at once, as a whole and in order.
 
 use overnode_ebpf::map::{
-    BULK_MOVED, BULK_PATIENCE, BULK_PAUSE_NS, BULK_SILENCE_NS, BULK_THRESHOLD, BulkFlow, BulkFlowKey,
+    BULK_MOVED, BULK_PATIENCE, BULK_PAUSE_NS, BULK_SILENCE_NS, BULK_THRESHOLD, BulkFlow,
+    BulkFlowKey,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{BULK_MAC, ETHERNET_LEN};
@@ -66,7 +67,8 @@ fn try_steer(skb: Skb, index: u32) -> i64 {
 #[inline(always)]
 fn may_move(peer: u32, sent: u64) -> bool {
     // Perhaps some were lost in the normaliser and never come out.
-    sent >= BULK_PATIENCE || sent >= BULK_THRESHOLD && maps::peer(peer).is_some_and(normaliser::is_empty)
+    sent >= BULK_PATIENCE
+        || sent >= BULK_THRESHOLD && maps::peer(peer).is_some_and(normaliser::is_empty)
 }
 
 /// The flow that a packet belongs to; `None` for a fragment or another protocol.
@@ -74,8 +76,9 @@ fn may_move(peer: u32, sent: u64) -> bool {
 fn key(skb: Skb) -> Option<BulkFlowKey> {
     let ip = at::<Ipv4>(skb, ETHERNET_LEN).ok()?;
     // SAFETY: `at` has checked the bounds.
-    let (header, protocol, is_fragment, source, destination) =
-        unsafe { ((*ip).header_len(), (*ip).protocol, (*ip).is_fragment(), (*ip).source, (*ip).destination) };
+    let (header, protocol, is_fragment, source, destination) = unsafe {
+        ((*ip).header_len(), (*ip).protocol, (*ip).is_fragment(), (*ip).source, (*ip).destination)
+    };
     if is_fragment || !(protocol == PROTOCOL_TCP || protocol == PROTOCOL_UDP) {
         return None;
     }

@@ -3,7 +3,8 @@
 //! worker, to a container of this host. In: TC, XDP, relayed, by a worker.
 
 use overnode_ebpf::map::{
-    Config, FIRST_EXTERNAL_PEER, NODE_ADDRESSES, ROUTE_HOST, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, Route,
+    Config, FIRST_EXTERNAL_PEER, NODE_ADDRESSES, ROUTE_HOST, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER,
+    Route,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN};
@@ -67,7 +68,11 @@ pub fn leaving(skb: Skb, own: u32) -> Result<Leaving, Reason> {
 /// Where on this host an inner packet of a peer goes, if the peer may send it there. `None`: it is
 /// a node's, for this node itself.
 #[inline(always)]
-pub fn arriving(peer: u32, source: u32, destination: u32) -> Result<Option<&'static Route>, Reason> {
+pub fn arriving(
+    peer: u32,
+    source: u32,
+    destination: u32,
+) -> Result<Option<&'static Route>, Reason> {
     let nodes = Nodes::new()?;
     if destination == nodes.own {
         return if nodes.is_of(peer, source) { Ok(None) } else { Err(Reason::NodeAddress) };

@@ -146,7 +146,9 @@ impl Claimed {
         for index in 0..SCRATCHES {
             let Some(scratch) = SCRATCH.get_ptr_mut(index) else { continue };
             // SAFETY: a live map value.
-            let busy = unsafe { atomic_xchg::<u64, { AtomicOrdering::SeqCst }>(&raw mut (*scratch).busy, 1) };
+            let busy = unsafe {
+                atomic_xchg::<u64, { AtomicOrdering::SeqCst }>(&raw mut (*scratch).busy, 1)
+            };
             if busy == 0 {
                 return Ok(Self(scratch));
             }
@@ -253,7 +255,11 @@ impl<P: Packet> Job<P> {
     }
 
     #[inline(always)]
-    fn each(&self, times: u32, body: unsafe extern "C" fn(u32, *mut Self) -> i64) -> Result<(), Reason> {
+    fn each(
+        &self,
+        times: u32,
+        body: unsafe extern "C" fn(u32, *mut Self) -> i64,
+    ) -> Result<(), Reason> {
         let job: *const Self = self;
         // SAFETY: the callback gets the job that it is made for; the scratch memory is ours.
         unsafe {
@@ -270,7 +276,8 @@ impl<P: Packet> Job<P> {
     /// Where the tag lies, if it lies within the packet.
     #[inline(always)]
     fn tag(&self) -> Option<*mut u64> {
-        let at = self.packet.data() + (black_box(self.offset() as usize + self.len() as usize) & OFFSET_MASK);
+        let at = self.packet.data()
+            + (black_box(self.offset() as usize + self.len() as usize) & OFFSET_MASK);
         (at + GROUP_LEN <= self.packet.data_end()).then_some(at as *mut u64)
     }
 
@@ -278,7 +285,8 @@ impl<P: Packet> Job<P> {
     #[inline(always)]
     fn text(&self, index: u32) -> (*mut u8, *const u8, u32) {
         let start = index * BLOCK_LEN as u32;
-        let at = self.packet.data() + (black_box(self.offset() as usize + start as usize) & OFFSET_MASK);
+        let at =
+            self.packet.data() + (black_box(self.offset() as usize + start as usize) & OFFSET_MASK);
         (at as *mut u8, self.packet.data_end() as *const u8, self.len().wrapping_sub(start))
     }
 }

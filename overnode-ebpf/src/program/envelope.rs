@@ -2,7 +2,9 @@
 
 use overnode_ebpf::map::{Address, Peer};
 use overnode_ebpf::reason::Reason;
-use overnode_ebpf::wire::{DATA_PORT, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN};
+use overnode_ebpf::wire::{
+    DATA_PORT, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN,
+};
 
 use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 
@@ -60,9 +62,16 @@ pub fn send(hop: *mut Peer) -> i64 {
 }
 
 #[inline(always)]
-fn write_v4(skb: Skb, hop: *mut Peer, remote: [u8; 4], udp_len: u32, ecn: u8) -> Result<(), Reason> {
+fn write_v4(
+    skb: Skb,
+    hop: *mut Peer,
+    remote: [u8; 4],
+    udp_len: u32,
+    ecn: u8,
+) -> Result<(), Reason> {
     // SAFETY: values of an array map are valid for the whole program.
-    let (local, port_be) = unsafe { ((*hop).local.to_v4().ok_or(Reason::NoRoute)?, (*hop).remote_port_be) };
+    let (local, port_be) =
+        unsafe { ((*hop).local.to_v4().ok_or(Reason::NoRoute)?, (*hop).remote_port_be) };
     let mut header = Ipv4 {
         version_ihl: 0x45,
         tos: ecn,

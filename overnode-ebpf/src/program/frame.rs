@@ -10,8 +10,8 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::generated::{
     bpf_csum_level, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
-    bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_pull_data,
-    bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_load_bytes,
+    bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail, bpf_skb_load_bytes,
+    bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_load_bytes,
 };
 use overnode_ebpf::map::VLAN_PRESENT;
 use overnode_ebpf::reason::Reason;
@@ -448,7 +448,11 @@ pub fn shift(skb: Skb, by: i32) -> Result<(), Reason> {
 #[inline(always)]
 pub fn change_protocol(skb: Skb, ethertype: u16) -> Result<(), Reason> {
     // SAFETY: the context is valid.
-    if unsafe { bpf_skb_change_proto(skb, ethertype.to_be(), 0) } != 0 { Err(Reason::Helper) } else { Ok(()) }
+    if unsafe { bpf_skb_change_proto(skb, ethertype.to_be(), 0) } != 0 {
+        Err(Reason::Helper)
+    } else {
+        Ok(())
+    }
 }
 
 /// Sends out of an interface.

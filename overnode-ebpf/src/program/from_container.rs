@@ -7,8 +7,8 @@ use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, UDP_LEN};
 
 use super::checks::{self, Leaving};
 use super::frame::{
-    Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, is_unfinished, redirect,
-    redirect_peer,
+    Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, is_unfinished,
+    redirect, redirect_peer,
 };
 use super::{Sent, arp, bulk, maps, normaliser, seal, too_big, unfinished};
 
@@ -87,7 +87,8 @@ fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reas
         return Ok(sent);
     }
     let is_complete = skb.gso_size() == 0
-        && (!is_unfinished(skb)? || normaliser::is_empty(peer) && unfinished::finish(skb, inner_len)?);
+        && (!is_unfinished(skb)?
+            || normaliser::is_empty(peer) && unfinished::finish(skb, inner_len)?);
     if is_complete {
         return seal::seal(skb, &seal::Job::data(leaving));
     }
@@ -107,8 +108,9 @@ fn largest(skb: Skb) -> Result<u32, Reason> {
     let gso_size = skb.gso_size();
     let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
     // SAFETY: `at` has checked the bounds.
-    let (header, protocol, total) =
-        unsafe { ((*ip).header_len(), (*ip).protocol, u32::from(u16::from_be((*ip).total_len_be))) };
+    let (header, protocol, total) = unsafe {
+        ((*ip).header_len(), (*ip).protocol, u32::from(u16::from_be((*ip).total_len_be)))
+    };
     if gso_size == 0 {
         return Ok(total);
     }

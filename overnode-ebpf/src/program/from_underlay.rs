@@ -1,8 +1,8 @@
 //! From the underlay: open what a peer sent, and deliver it. TC and XDP run the same code.
 
 use overnode_ebpf::map::{
-    PROBE_ALLOWANCE, PROBE_COST, Peer, ROUTE_HOST, Route, SESSION_FREE, SESSION_LIVE, SESSION_SLOTS,
-    SESSION_UNCONFIRMED, Session,
+    PROBE_ALLOWANCE, PROBE_COST, Peer, ROUTE_HOST, Route, SESSION_FREE, SESSION_LIVE,
+    SESSION_SLOTS, SESSION_UNCONFIRMED, Session,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::Window;
@@ -104,7 +104,8 @@ fn probe(
     }
     // The ring is for the probes of all peers.
     // SAFETY: values of an array map are valid for the whole program.
-    if !unsafe { maps::take_allowance(&raw mut (*peer).probed_until, PROBE_COST, PROBE_ALLOWANCE) } {
+    if !unsafe { maps::take_allowance(&raw mut (*peer).probed_until, PROBE_COST, PROBE_ALLOWANCE) }
+    {
         return Err(Reason::ProbeFlood);
     }
     let Some(mut entry) = maps::reserve_probe() else { return Err(Reason::Helper) };
@@ -203,7 +204,12 @@ fn account(peer: *mut Peer, now: u64, inner_len: u32) {
 
 /// Hands the inner packet to the container that it is for.
 #[inline(always)]
-fn deliver(frame: impl Frame, outer: &Outer, route: &Route, inner_len: u32) -> Result<Sent, Reason> {
+fn deliver(
+    frame: impl Frame,
+    outer: &Outer,
+    route: &Route,
+    inner_len: u32,
+) -> Result<Sent, Reason> {
     let text = outer.message() + DATA_HEADER_LEN;
     let ip = at::<Ipv4>(frame, text)?;
     // SAFETY: `at` has checked the bounds.

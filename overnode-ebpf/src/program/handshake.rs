@@ -11,8 +11,9 @@ use overnode_ebpf::mac1;
 use overnode_ebpf::map::{COOKIE_ALLOWANCE, COOKIE_COST};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
-    BULK_PORT, COOKIE_REPLY_LEN, DATA_PORT, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, INITIATION_LEN,
-    IPV6_LEN, RESPONSE_LEN, TYPE_COOKIE_REPLY, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE, UDP_LEN,
+    BULK_PORT, COOKIE_REPLY_LEN, DATA_PORT, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6,
+    INITIATION_LEN, IPV6_LEN, RESPONSE_LEN, TYPE_COOKIE_REPLY, TYPE_DATA, TYPE_INITIATION,
+    TYPE_RESPONSE, UDP_LEN,
 };
 
 use super::frame::{Ethernet, FRAGMENT_OFFSET, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
@@ -55,8 +56,9 @@ pub fn find(frame: impl Frame) -> Result<Option<Place>, Reason> {
         ETHERTYPE_IPV6 => {
             let Ok(ip) = at::<Ipv6>(frame, ETHERNET_LEN) else { return Ok(None) };
             // SAFETY: `at` has checked the bounds.
-            let (first, next_header, destination) =
-                unsafe { (u32::from_be((*ip).version_class_label_be), (*ip).next_header, (*ip).destination) };
+            let (first, next_header, destination) = unsafe {
+                (u32::from_be((*ip).version_class_label_be), (*ip).next_header, (*ip).destination)
+            };
             if first >> 28 != 6 || next_header != PROTOCOL_UDP || !maps::is_local(&destination) {
                 return Ok(None);
             }
@@ -67,7 +69,8 @@ pub fn find(frame: impl Frame) -> Result<Option<Place>, Reason> {
     let udp = ETHERNET_LEN + (black_box(ip_len as u64) & 0x3c) as usize;
     let Ok(header) = at::<Udp>(frame, udp) else { return Ok(None) };
     // SAFETY: `at` has checked the bounds.
-    let (port_be, udp_len) = unsafe { ((*header).destination_be, u32::from(u16::from_be((*header).len_be))) };
+    let (port_be, udp_len) =
+        unsafe { ((*header).destination_be, u32::from(u16::from_be((*header).len_be))) };
     let offset = udp + UDP_LEN;
     if port_be == BULK_PORT.to_be() {
         if kind(frame, offset)? & 0xff == u32::from(TYPE_DATA) {
@@ -81,8 +84,11 @@ pub fn find(frame: impl Frame) -> Result<Option<Place>, Reason> {
     }
     let joined = frame.gso_size();
     // Of several that the interface joined, the first.
-    let len =
-        if joined != 0 { joined } else { udp_len.checked_sub(UDP_LEN as u32).ok_or(Reason::Malformed)? };
+    let len = if joined != 0 {
+        joined
+    } else {
+        udp_len.checked_sub(UDP_LEN as u32).ok_or(Reason::Malformed)?
+    };
     Ok(Some(Place { offset, len }))
 }
 

@@ -5,10 +5,13 @@
 
 use core::hint::black_box;
 
-use overnode_ebpf::map::{BULK_MESSAGE_LEN, BulkInbox, BulkMessage, INBOX_ASLEEP, INBOX_CLOSED, INBOX_OPEN};
+use overnode_ebpf::map::{
+    BULK_MESSAGE_LEN, BulkInbox, BulkMessage, INBOX_ASLEEP, INBOX_CLOSED, INBOX_OPEN,
+};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
-    BULK_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN, TYPE_DATA, UDP_LEN,
+    BULK_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN,
+    TYPE_DATA, UDP_LEN,
 };
 
 use super::frame::{Ethernet, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
@@ -127,7 +130,10 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
         let state = &raw mut (*inbox).state;
         // Hidden, for the verifier is to see both comparisons: the helper below takes no length that may be 0.
         let len = black_box(u64::from(message.len));
-        if len < MESSAGE_START as u64 || state.read_volatile() == INBOX_CLOSED || !maps::is_local(local) {
+        if len < MESSAGE_START as u64
+            || state.read_volatile() == INBOX_CLOSED
+            || !maps::is_local(local)
+        {
             return None;
         }
         if frame.gso_size() != 0 || len > BULK_MESSAGE_LEN as u64 {
@@ -137,8 +143,8 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
         let Some((place, number)) = reserve(inbox) else { return Some(Err(Reason::InboxFull)) };
         // After the place was taken: a worker that falls asleep looks for such places after it has said so. One of both sees the other.
         let is_asleep = state.read_volatile() == INBOX_ASLEEP;
-        let is_there =
-            !is_asleep && frame.copy_to(message.offset, (&raw mut (*place).bytes).cast(), len as u32);
+        let is_there = !is_asleep
+            && frame.copy_to(message.offset, (&raw mut (*place).bytes).cast(), len as u32);
         if is_asleep {
             maps::compare_exchange(state, INBOX_ASLEEP, INBOX_OPEN);
         }
@@ -161,8 +167,10 @@ fn reserve(inbox: *mut BulkInbox) -> Option<(*mut BulkMessage, u32)> {
     for _ in 0..ATTEMPTS {
         // SAFETY: values of an array map are valid for the whole program.
         unsafe {
-            let (first, len) =
-                ((&raw const (*inbox).first).read_volatile(), (&raw const (*inbox).len).read_volatile());
+            let (first, len) = (
+                (&raw const (*inbox).first).read_volatile(),
+                (&raw const (*inbox).len).read_volatile(),
+            );
             let head = (&raw const (*inbox).head).read_volatile();
             let place = maps::bulk_message(first.wrapping_add(head & len.wrapping_sub(1)))?;
             if (&raw const (*place).sequence).read_volatile() != head {

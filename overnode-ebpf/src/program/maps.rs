@@ -8,9 +8,10 @@ use aya_ebpf::maps::ring_buf::RingBufEntry;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use overnode_ebpf::map::{
-    Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey, BulkInbox,
-    BulkMessage, BulkPeer, BulkWorker, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS, Endpoint,
-    LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
+    Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey,
+    BulkInbox, BulkMessage, BulkPeer, BulkWorker, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS,
+    Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_SLOTS, Route,
+    SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -46,9 +47,11 @@ static BULK_PEERS: Array<BulkPeer> = Array::with_max_entries(PEER_SLOTS, BPF_F_M
 #[map]
 static BULK_INBOXES: Array<BulkInbox> = Array::with_max_entries(BULK_WORKER_SLOTS, BPF_F_MMAPABLE);
 #[map]
-static BULK_MESSAGES: Array<BulkMessage> = Array::with_max_entries(BULK_MESSAGE_SLOTS, BPF_F_MMAPABLE);
+static BULK_MESSAGES: Array<BulkMessage> =
+    Array::with_max_entries(BULK_MESSAGE_SLOTS, BPF_F_MMAPABLE);
 #[map]
-static BULK_FLOWS: LruHashMap<BulkFlowKey, BulkFlow> = LruHashMap::with_max_entries(BULK_FLOW_SLOTS, 0);
+static BULK_FLOWS: LruHashMap<BulkFlowKey, BulkFlow> =
+    LruHashMap::with_max_entries(BULK_FLOW_SLOTS, 0);
 
 /// A worker of the bulk path.
 #[inline(always)]
@@ -265,5 +268,8 @@ pub unsafe fn add(word: *mut u32, by: u32) {
 #[inline(always)]
 pub unsafe fn compare_exchange(word: *mut u32, old: u32, new: u32) -> bool {
     // SAFETY: by the contract above.
-    unsafe { atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, old, new).1 }
+    unsafe {
+        atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, old, new)
+            .1
+    }
 }

@@ -5,8 +5,8 @@ use core::hint::black_box;
 use overnode_ebpf::map::Peer;
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
-    DATA_HEADER_LEN, DATA_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN,
-    RELAY_LEN, TAG_LEN, TYPE_DATA, TYPE_RELAY, UDP_LEN,
+    DATA_HEADER_LEN, DATA_PORT, ECN_MASK, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN,
+    IPV6_LEN, RELAY_LEN, TAG_LEN, TYPE_DATA, TYPE_RELAY, UDP_LEN,
 };
 
 use super::frame::{Ethernet, FRAGMENT_OFFSET, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
@@ -99,7 +99,9 @@ impl Outer {
                 (*headers).udp.source_be
             } else {
                 let headers = at::<Stack<Ipv4>>(frame, ETHERNET_LEN)?;
-                for (word, expected) in maps::v4_mapped((*headers).ip.source).into_iter().enumerate() {
+                for (word, expected) in
+                    maps::v4_mapped((*headers).ip.source).into_iter().enumerate()
+                {
                     differs |= *remote.add(word) ^ expected;
                 }
                 (*headers).udp.source_be
@@ -175,7 +177,12 @@ fn v4(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     let Ok(ip) = at::<Ipv4>(frame, ETHERNET_LEN) else { return Ok(None) };
     // SAFETY: `at` has checked the bounds.
     let (version, header_len, fragment, protocol) = unsafe {
-        ((*ip).version_ihl >> 4, (*ip).header_len(), u16::from_be((*ip).fragment_be), (*ip).protocol)
+        (
+            (*ip).version_ihl >> 4,
+            (*ip).header_len(),
+            u16::from_be((*ip).fragment_be),
+            (*ip).protocol,
+        )
     };
     if version != 4 || protocol != PROTOCOL_UDP || fragment & FRAGMENT_OFFSET != 0 {
         return Ok(None);
@@ -212,7 +219,8 @@ fn v6(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     }
     let Ok(ip) = at::<Ipv6>(frame, ETHERNET_LEN) else { return Ok(None) };
     // SAFETY: `at` has checked the bounds.
-    let (first, next_header) = unsafe { (u32::from_be((*ip).version_class_label_be), (*ip).next_header) };
+    let (first, next_header) =
+        unsafe { (u32::from_be((*ip).version_class_label_be), (*ip).next_header) };
     if first >> 28 != 6 {
         return Ok(None);
     }
@@ -234,7 +242,12 @@ fn v6(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     }
     let relay_len = relay_len(kind);
     let text_len = text_len(frame, IPV6_LEN, available, relay_len)?;
-    Ok(Some(Outer { v6: 1, ecn: u64::from(first >> 20) & u64::from(ECN_MASK), text_len, relay_len }))
+    Ok(Some(Outer {
+        v6: 1,
+        ecn: u64::from(first >> 20) & u64::from(ECN_MASK),
+        text_len,
+        relay_len,
+    }))
 }
 
 /// Neither a data message nor a relayed one. No message has this type.
@@ -246,7 +259,11 @@ fn kind(frame: impl Frame, offset: usize) -> u8 {
     let Ok(start) = at::<[u8; UDP_LEN + 1]>(frame, offset) else { return OTHER };
     // SAFETY: `at` has checked the bounds.
     let (port_be, kind) = unsafe { ((*start.cast::<Udp>()).destination_be, (*start)[UDP_LEN]) };
-    if port_be == DATA_PORT.to_be() && (kind == TYPE_DATA || kind == TYPE_RELAY) { kind } else { OTHER }
+    if port_be == DATA_PORT.to_be() && (kind == TYPE_DATA || kind == TYPE_RELAY) {
+        kind
+    } else {
+        OTHER
+    }
 }
 
 #[inline(always)]
@@ -264,7 +281,12 @@ fn is_first_fragment(frame: impl Frame) -> bool {
 
 /// Bytes of ciphertext in the datagram behind an IP header whose payload has `available` bytes.
 #[inline(always)]
-fn text_len(frame: impl Frame, ip_len: usize, available: u32, relay_len: u64) -> Result<u64, Reason> {
+fn text_len(
+    frame: impl Frame,
+    ip_len: usize,
+    available: u32,
+    relay_len: u64,
+) -> Result<u64, Reason> {
     let udp = at::<Udp>(frame, ETHERNET_LEN + ip_len)?;
     // SAFETY: `at` has checked the bounds.
     let udp_len = udp_len(frame, unsafe { &*udp }, ip_len, available).ok_or(Reason::Malformed)?;

@@ -6,8 +6,8 @@
 use overnode_ebpf::map::FIRST_EXTERNAL_PEER;
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
-    DATA_HEADER_LEN, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN, RELAY_HOPS, RELAY_LEN,
-    TAG_LEN, TYPE_RELAY, UDP_LEN,
+    DATA_HEADER_LEN, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_LEN, IPV6_LEN, RELAY_HOPS,
+    RELAY_LEN, TAG_LEN, TYPE_RELAY, UDP_LEN,
 };
 
 use super::frame::{Frame, Skb, at, change_protocol, forget_checksum, resize};
@@ -75,8 +75,11 @@ pub fn pass_on(skb: Skb, outer: &Outer) -> Result<Sent, Reason> {
     let target = maps::peer(destination).ok_or(Reason::NoRoute)?;
     // SAFETY: values of an array map are valid for the whole program.
     let via = unsafe { (*target).via };
-    let (next, hop) =
-        if via == 0 { (destination, target) } else { (via, maps::peer(via).ok_or(Reason::NoRoute)?) };
+    let (next, hop) = if via == 0 {
+        (destination, target)
+    } else {
+        (via, maps::peer(via).ok_or(Reason::NoRoute)?)
+    };
     if next == previous {
         return Err(Reason::RelayLoop);
     }

@@ -11,7 +11,9 @@ use overnode_ebpf::wire::{
 
 use super::checks::{self, Leaving};
 use super::checksum::ipv4_checksum;
-use super::frame::{DataHeader, Ethernet, Frame, Ipv4, Skb, adjust_room, at, change_protocol, resize};
+use super::frame::{
+    DataHeader, Ethernet, Frame, Ipv4, Skb, adjust_room, at, change_protocol, resize,
+};
 use super::{Sent, cipher, envelope, maps, normaliser, relay, tail};
 
 /// Last word of the destination address of frames that the daemon made.
@@ -149,8 +151,11 @@ pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
     let hop = if is_relayed { maps::peer(via).ok_or(Reason::NoRoute)? } else { peer };
     let counter = draw_counter(session)?;
     // A probe is as long as it says, for its length is what it probes.
-    let text_len =
-        if is_probe { job.inner_len } else { job.inner_len.next_multiple_of(PADDING as u32).min(mtu) };
+    let text_len = if is_probe {
+        job.inner_len
+    } else {
+        job.inner_len.next_multiple_of(PADDING as u32).min(mtu)
+    };
     let relay_len = if is_relayed { RELAY_LEN as u32 } else { 0 };
 
     if skb.len() != ETHERNET_LEN as u32 + job.inner_len {
@@ -226,7 +231,12 @@ fn draw_counter(session: *mut Session) -> Result<u64, Reason> {
 }
 
 #[inline(always)]
-fn write_message(skb: Skb, offset: usize, session: *mut Session, counter: u64) -> Result<(), Reason> {
+fn write_message(
+    skb: Skb,
+    offset: usize,
+    session: *mut Session,
+    counter: u64,
+) -> Result<(), Reason> {
     let header = at::<DataHeader>(skb, offset)?;
     // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole program.
     unsafe {

@@ -7,7 +7,9 @@ use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN};
 
 use super::Sent;
 use super::checksum::{fold, ipv4_checksum};
-use super::frame::{FRAGMENT_OFFSET, Frame, Ipv4, PROTOCOL_ICMP, Skb, adjust_room, at, redirect, resize};
+use super::frame::{
+    FRAGMENT_OFFSET, Frame, Ipv4, PROTOCOL_ICMP, Skb, adjust_room, at, redirect, resize,
+};
 
 const TYPE_UNREACHABLE: u8 = 3;
 const CODE_FRAGMENTATION_NEEDED: u8 = 4;
@@ -41,7 +43,8 @@ pub fn answer(skb: Skb, endpoint: &Endpoint, config: &Config, mtu: u32) -> Resul
     };
     resize(skb, (ETHERNET_LEN + PULLED_LEN + ANSWER_LEN) as u32)?;
     let original = at::<[u32; QUOTE_LEN / 4]>(skb, ETHERNET_LEN)?;
-    let quote = at::<[u32; QUOTE_LEN / 4]>(skb, ETHERNET_LEN + PULLED_LEN + ANSWER_LEN - QUOTE_LEN)?;
+    let quote =
+        at::<[u32; QUOTE_LEN / 4]>(skb, ETHERNET_LEN + PULLED_LEN + ANSWER_LEN - QUOTE_LEN)?;
     let mut word = 0;
     while word < QUOTE_LEN / 4 {
         // SAFETY: `at` has checked the bounds.

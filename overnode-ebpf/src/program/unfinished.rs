@@ -65,12 +65,17 @@ fn try_leave(skb: Skb) -> i64 {
     }
     // SAFETY: the scratch memory is ours, and has room for so much.
     unsafe {
-        if bpf_skb_load_bytes(skb.cast(), ETHERNET_LEN as u32, scratch.packet().cast(), front) != 0 {
+        if bpf_skb_load_bytes(skb.cast(), ETHERNET_LEN as u32, scratch.packet().cast(), front) != 0
+        {
             return REFUSED;
         }
         if shift(skb, -(front as i32)).is_err() {
             // Of all segments, the kernel refuses this to those of SCTP, which nobody makes but itself.
-            return if protocol == PROTOCOL_SCTP && skb.gso_size() != 0 { FINISHED } else { REFUSED };
+            return if protocol == PROTOCOL_SCTP && skb.gso_size() != 0 {
+                FINISHED
+            } else {
+                REFUSED
+            };
         }
         let Ok(is_left) = is_unfinished(skb) else { return REFUSED };
         if !is_left {
@@ -114,7 +119,11 @@ fn try_finish(skb: Skb, len: u32) -> i64 {
     };
     let is_plain = version_ihl == 0x45 && !is_fragment;
     let frame = ETHERNET_LEN as u32 + len;
-    if !is_plain || len < (IPV4_LEN + header) as u32 || len >= PACKET_LEN as u32 || skb.len() != frame {
+    if !is_plain
+        || len < (IPV4_LEN + header) as u32
+        || len >= PACKET_LEN as u32
+        || skb.len() != frame
+    {
         return LEFT;
     }
     let Ok(scratch) = Claimed::new() else { return LEFT };
@@ -130,7 +139,9 @@ fn try_finish(skb: Skb, len: u32) -> i64 {
         if bpf_skb_load_bytes(skb.cast(), ETHERNET_LEN as u32, packet.cast(), len) != 0 {
             return LEFT;
         }
-        let pseudo = addresses + u64::from(u16::from(protocol).to_be()) + u64::from((segment as u16).to_be());
+        let pseudo = addresses
+            + u64::from(u16::from(protocol).to_be())
+            + u64::from((segment as u16).to_be());
         let checksum = packet.add(black_box(IPV4_LEN + place) & 0x3f).cast::<u16>();
         // Where it is to go, no field of the context says. A checksum that waits begins as the sum of the pseudo header; another
         // value here means that another one waits: that of a packet in the packet.

@@ -28,8 +28,13 @@ pub fn start(lab: &Lab) -> Result<Nodes> {
     let certify = |words: &str| -> Result<()> {
         let mut command = Command::new("nebula-cert");
         let output = command.current_dir(folder).args(words.split(' ')).output();
-        let output = output.context("`nebula-cert` cannot be started: install Debian's package `nebula`")?;
-        ensure!(output.status.success(), "nebula-cert: {}", String::from_utf8_lossy(&output.stderr));
+        let output =
+            output.context("`nebula-cert` cannot be started: install Debian's package `nebula`")?;
+        ensure!(
+            output.status.success(),
+            "nebula-cert: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         Ok(())
     };
     certify("ca -name bench")?;

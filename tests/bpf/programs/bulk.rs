@@ -9,8 +9,8 @@ use overnode_ebpf::wire::{bulk_header, from_bulk_header};
 
 use crate::packet::{ethernet, from_container, ipv4, ipv4_with, set_ipv4_checksum};
 use crate::world::{
-    CONTAINER, CONTAINER_MAC, GATEWAY_MAC, IFINDEX, MTU, NEIGHBOUR, OTHER_PEER, OTHER_REMOTE, Output, PEER,
-    REMOTE, TC_ACT_REDIRECT, UNATTACHED, Underlay, World, boot_ns,
+    CONTAINER, CONTAINER_MAC, GATEWAY_MAC, IFINDEX, MTU, NEIGHBOUR, OTHER_PEER, OTHER_REMOTE,
+    Output, PEER, REMOTE, TC_ACT_REDIRECT, UNATTACHED, Underlay, World, boot_ns,
 };
 
 const TCP: u8 = 6;
@@ -89,7 +89,8 @@ fn small(port: u16) -> Vec<u8> {
 
 fn is_steered(output: &Output) -> bool {
     let header = output.frame.first_chunk().expect("an Ethernet header");
-    output.verdict == TC_ACT_REDIRECT && from_bulk_header(header) == Some((PEER, CONTAINER.octets()))
+    output.verdict == TC_ACT_REDIRECT
+        && from_bulk_header(header) == Some((PEER, CONTAINER.octets()))
 }
 
 #[test]
@@ -199,7 +200,8 @@ fn workers_deliver_what_a_peer_may_send() {
     assert_eq!(output.frame, ethernet(CONTAINER_MAC, GATEWAY_MAC, 0x0800, &packet));
     // Joined.
     let packet = ipv4(REMOTE, CONTAINER, 3000);
-    let output = world.run_gso("from_bulk", &[&opened_by_worker(PEER)[..], &packet].concat(), SEGMENT);
+    let output =
+        world.run_gso("from_bulk", &[&opened_by_worker(PEER)[..], &packet].concat(), SEGMENT);
     assert_eq!(output.frame, ethernet(CONTAINER_MAC, GATEWAY_MAC, 0x0800, &packet));
     assert_eq!(world.counts(), [(Reason::BulkReceived, 2)]);
 }
@@ -209,13 +211,27 @@ fn a_peer_sends_from_its_own_addresses_only_to_containers_of_this_host_only() {
     let mut world = World::new(Underlay::V4);
     let frame = |peer, packet: Vec<u8>| [&opened_by_worker(peer)[..], &packet].concat();
     // Another peer's, this host's, nobody's; and the right one's in another peer's name.
-    for source in [OTHER_REMOTE, NEIGHBOUR, UNATTACHED, [192, 0, 2, 7].into(), [10, 46, 0, 1].into()] {
-        world.expect_drop("from_bulk", &frame(PEER, ipv4(source, CONTAINER, 200)), Reason::ForeignSource);
+    for source in
+        [OTHER_REMOTE, NEIGHBOUR, UNATTACHED, [192, 0, 2, 7].into(), [10, 46, 0, 1].into()]
+    {
+        world.expect_drop(
+            "from_bulk",
+            &frame(PEER, ipv4(source, CONTAINER, 200)),
+            Reason::ForeignSource,
+        );
     }
-    world.expect_drop("from_bulk", &frame(OTHER_PEER, ipv4(REMOTE, CONTAINER, 200)), Reason::ForeignSource);
+    world.expect_drop(
+        "from_bulk",
+        &frame(OTHER_PEER, ipv4(REMOTE, CONTAINER, 200)),
+        Reason::ForeignSource,
+    );
     world.expect_drop("from_bulk", &frame(0, ipv4(REMOTE, CONTAINER, 200)), Reason::ForeignSource);
     for destination in [OTHER_REMOTE, REMOTE, UNATTACHED, [192, 0, 2, 7].into()] {
-        world.expect_drop("from_bulk", &frame(PEER, ipv4(REMOTE, destination, 200)), Reason::NotHere);
+        world.expect_drop(
+            "from_bulk",
+            &frame(PEER, ipv4(REMOTE, destination, 200)),
+            Reason::NotHere,
+        );
     }
     // The host is reached where it is exposed, and there only.
     world.set_route(UNATTACHED, 32, ROUTE_HOST, IFINDEX);

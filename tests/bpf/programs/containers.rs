@@ -7,8 +7,9 @@ use overnode_ebpf::reason::Reason;
 
 use crate::packet::{ethernet, from_container, ipv4, ipv4_with, set_ipv4_checksum, to_remote};
 use crate::world::{
-    CONTAINER, CONTAINER_MAC, GATEWAY_MAC, IFINDEX, MTU, NEIGHBOUR, NEIGHBOUR_GATEWAY_MAC, NEIGHBOUR_IFINDEX,
-    NEIGHBOUR_MAC, NODE, PEER, REMOTE, TC_ACT_REDIRECT, UNATTACHED, Underlay, World,
+    CONTAINER, CONTAINER_MAC, GATEWAY_MAC, IFINDEX, MTU, NEIGHBOUR, NEIGHBOUR_GATEWAY_MAC,
+    NEIGHBOUR_IFINDEX, NEIGHBOUR_MAC, NODE, PEER, REMOTE, TC_ACT_REDIRECT, UNATTACHED, Underlay,
+    World,
 };
 
 #[test]
@@ -49,7 +50,8 @@ fn a_container_without_an_entry_sends_nothing() {
 #[test]
 fn spoofers_send_nothing() {
     let world = World::new(Underlay::V4);
-    for source in [NEIGHBOUR, REMOTE, UNATTACHED, NODE, Ipv4Addr::UNSPECIFIED, Ipv4Addr::LOCALHOST] {
+    for source in [NEIGHBOUR, REMOTE, UNATTACHED, NODE, Ipv4Addr::UNSPECIFIED, Ipv4Addr::LOCALHOST]
+    {
         for destination in [NEIGHBOUR, REMOTE] {
             world.expect_drop(
                 "from_container",
@@ -131,8 +133,14 @@ fn malformed_packets_are_refused() {
 
 /// An ARP request as `sender` would make it.
 fn arp(sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
-    let body =
-        [&[0, 1, 8, 0, 6, 4, 0, 1][..], &CONTAINER_MAC, &sender.octets(), &[0; 6], &target.octets()].concat();
+    let body = [
+        &[0, 1, 8, 0, 6, 4, 0, 1][..],
+        &CONTAINER_MAC,
+        &sender.octets(),
+        &[0; 6],
+        &target.octets(),
+    ]
+    .concat();
     ethernet([0xff; 6], CONTAINER_MAC, 0x0806, &body)
 }
 

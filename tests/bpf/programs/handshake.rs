@@ -62,7 +62,10 @@ fn each_bit_of_body_and_first_mac_counts() {
             }
             let mut forged = relayed(&message);
             forged[60] ^= 1;
-            assert_eq!(world.receive(hook, &Path::inbound(underlay).frame(&forged)).verdict, hook.dropped());
+            assert_eq!(
+                world.receive(hook, &Path::inbound(underlay).frame(&forged)).verdict,
+                hook.dropped()
+            );
             dropped += 1;
         }
         assert_eq!(world.counts(), [(Reason::Stranger, dropped)]);
@@ -146,7 +149,8 @@ fn a_flood_of_cookie_replies_is_bounded() {
     world::each(|hook, underlay, world| {
         let frame = path(underlay, 6784).frame(&handshake(3));
         let begun = Instant::now();
-        let passed = (0..4000).filter(|_| world.receive(hook, &frame).verdict == hook.passed()).count();
+        let passed =
+            (0..4000).filter(|_| world.receive(hook, &frame).verdict == hook.passed()).count();
         let most = 1024 + begun.elapsed().as_millis() as usize;
         assert!((1024..=most.min(3999)).contains(&passed), "{passed} in {:?}", begun.elapsed());
         assert_eq!(world.counts(), [(Reason::CookieFlood, 4000 - passed as u64)]);
@@ -162,7 +166,8 @@ fn a_stranger_is_refused_in_a_few_microseconds() {
     let world = World::new(Underlay::V4);
     let mut frame = path(Underlay::V4, 6784).frame(&handshake(1));
     frame[100] ^= 1;
-    let options = TestRunOptions { data_in: Some(&frame), repeat: RUNS, ..TestRunOptions::default() };
+    let options =
+        TestRunOptions { data_in: Some(&frame), repeat: RUNS, ..TestRunOptions::default() };
     let result = world.xdp().test_run(options).expect("it runs");
     eprintln!("{:?} for each initiation with a wrong MAC", result.duration);
     assert_eq!(result.return_value, Hook::Xdp.dropped());

@@ -27,7 +27,8 @@ impl World {
     }
 
     fn inboxes(&self, count: u32) -> Vec<Inbox> {
-        Inbox::take_over(self.fd("BULK_INBOXES"), self.fd("BULK_MESSAGES"), count).expect("the inboxes")
+        Inbox::take_over(self.fd("BULK_INBOXES"), self.fd("BULK_MESSAGES"), count)
+            .expect("the inboxes")
     }
 
     /// The inbox of the only worker, open.
@@ -61,8 +62,11 @@ fn a_message_of_any_size_arrives_as_it_is() {
     each(|hook, underlay, world| {
         let mut inbox = world.inbox();
         for len in (4..=BULK_MESSAGE_LEN).filter(|len| len % 17 == 0 || *len < 80 || *len > 1900) {
-            let path =
-                Path { source_port: 1024 + len as u16, class: 0xa8 | (len % 4) as u8, ..path(underlay) };
+            let path = Path {
+                source_port: 1024 + len as u16,
+                class: 0xa8 | (len % 4) as u8,
+                ..path(underlay)
+            };
             let sent = message(0, len, len as u64);
             let output = world.receive(hook, &path.frame(&sent));
             assert_eq!(output.verdict, hook.dropped(), "{len} bytes are not taken");
@@ -126,7 +130,9 @@ fn what_is_not_plain_goes_to_the_socket() {
             }
             Underlay::V6 => {
                 // Replies to such an address need the interface, which an inbox does not know.
-                frames.push(Path { source: "fe80::2".parse().expect("an address"), ..path }.frame(&plain));
+                frames.push(
+                    Path { source: "fe80::2".parse().expect("an address"), ..path }.frame(&plain),
+                );
             }
         }
         for (number, frame) in frames.iter().enumerate() {
@@ -152,7 +158,11 @@ fn what_does_not_fit_closes_the_inbox() {
         assert_eq!(world.run("from_underlay", &small).verdict, Hook::Tc.dropped());
         assert_eq!(world.run_gso("from_underlay", frame, gso_size).verdict, TC_ACT_UNSPEC);
         assert!(inbox.is_closed());
-        assert_eq!(world.run("from_underlay", &small).verdict, TC_ACT_UNSPEC, "it overtakes the other");
+        assert_eq!(
+            world.run("from_underlay", &small).verdict,
+            TC_ACT_UNSPEC,
+            "it overtakes the other"
+        );
         assert!(take(&mut inbox).is_some() && take(&mut inbox).is_none());
         inbox.open();
     }
@@ -172,7 +182,10 @@ fn a_full_inbox_keeps_what_it_has() {
     let bytes = |number: u64| message(0, 50 + number as usize % 7, number);
     let put = |number: u64| {
         let full = world.count(Reason::InboxFull);
-        assert_eq!(world.run("from_underlay", &path.frame(&bytes(number))).verdict, Hook::Tc.dropped());
+        assert_eq!(
+            world.run("from_underlay", &path.frame(&bytes(number))).verdict,
+            Hook::Tc.dropped()
+        );
         world.count(Reason::InboxFull) == full
     };
     let mut number = 0;
@@ -185,12 +198,20 @@ fn a_full_inbox_keeps_what_it_has() {
         assert!(!put(number) && !inbox.is_closed());
         // As much room as there is, and no more.
         for expected in first..first + 2 {
-            assert_eq!(take(&mut inbox).map(|(got, _)| got), Some(bytes(expected)), "round {round}");
+            assert_eq!(
+                take(&mut inbox).map(|(got, _)| got),
+                Some(bytes(expected)),
+                "round {round}"
+            );
         }
         assert!(put(number) && put(number + 1) && !put(number + 2));
         number += 2;
         for expected in first + 2..number {
-            assert_eq!(take(&mut inbox).map(|(got, _)| got), Some(bytes(expected)), "round {round}");
+            assert_eq!(
+                take(&mut inbox).map(|(got, _)| got),
+                Some(bytes(expected)),
+                "round {round}"
+            );
         }
         assert_eq!(take(&mut inbox), None);
     }
@@ -253,10 +274,12 @@ fn several_cpus_and_a_worker_that_sleeps() {
     let mut slept = 0;
     std::thread::scope(|scope| {
         for cpu in 0..CPUS {
-            let (world, socket, woken, passed, running) = (&world, &socket, &woken, &passed, &running);
+            let (world, socket, woken, passed, running) =
+                (&world, &socket, &woken, &passed, &running);
             scope.spawn(move || {
                 for number in 0..EACH {
-                    let text = [&[4, 0, 0, 0][..], &cpu.to_ne_bytes(), &number.to_ne_bytes()].concat();
+                    let text =
+                        [&[4, 0, 0, 0][..], &cpu.to_ne_bytes(), &number.to_ne_bytes()].concat();
                     let output = world.run("from_underlay", &path(Underlay::V4).frame(&text));
                     if output.verdict == TC_ACT_UNSPEC {
                         passed.fetch_add(1, Ordering::Relaxed);
@@ -273,7 +296,8 @@ fn several_cpus_and_a_worker_that_sleeps() {
             let ended = running.load(Ordering::Acquire) == 0;
             let mut any = false;
             while let Some((bytes, _)) = take(&mut inbox) {
-                let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+                let word =
+                    |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
                 let (cpu, number) = (word(4) as usize, word(12));
                 assert!(number >= next[cpu], "{number} of {cpu} comes again, or late");
                 next[cpu] = number + 1;

@@ -30,7 +30,14 @@ fn every_program_fits_the_verifier_budget() {
         names.sort();
         assert_eq!(
             names,
-            ["aead_check", "from_bulk", "from_container", "from_underlay", "from_underlay_xdp", "seal"]
+            [
+                "aead_check",
+                "from_bulk",
+                "from_container",
+                "from_underlay",
+                "from_underlay_xdp",
+                "seal"
+            ]
         );
     }
 }
@@ -41,7 +48,8 @@ fn every_program_fits_the_verifier_budget() {
 fn two_frames_fit_the_stack_of_old_kernels() {
     const BUDGET: u64 = 450;
     let frames = stack_frames(overnode_daemon::PROGRAMS);
-    let entries = ["from_bulk", "from_container", "seal", "from_underlay", "from_underlay_xdp", "aead_check"];
+    let entries =
+        ["from_bulk", "from_container", "seal", "from_underlay", "from_underlay_xdp", "aead_check"];
     let deepest = |entry: bool| {
         frames
             .iter()
@@ -59,8 +67,10 @@ fn two_frames_fit_the_stack_of_old_kernels() {
 /// A function that ends with a call, as one that may panic does, is refused by kernels before 6.10.
 #[test]
 fn no_function_may_panic() {
-    let panicking: Vec<_> =
-        stack_frames(overnode_daemon::PROGRAMS).into_keys().filter(|name| name.contains("panic")).collect();
+    let panicking: Vec<_> = stack_frames(overnode_daemon::PROGRAMS)
+        .into_keys()
+        .filter(|name| name.contains("panic"))
+        .collect();
     assert!(panicking.is_empty(), "{panicking:?}");
 }
 
@@ -69,13 +79,16 @@ fn stack_frames(elf: &[u8]) -> BTreeMap<String, u64> {
     const FRAME_POINTER: u8 = 10;
     const STT_FUNC: u8 = 2;
     let u16_at = |at: usize| usize::from(u16::from_le_bytes([elf[at], elf[at + 1]]));
-    let u32_at = |at: usize| u32::from_le_bytes(elf[at..at + 4].try_into().expect("four bytes")) as usize;
-    let u64_at = |at: usize| u64::from_le_bytes(elf[at..at + 8].try_into().expect("eight bytes")) as usize;
+    let u32_at =
+        |at: usize| u32::from_le_bytes(elf[at..at + 4].try_into().expect("four bytes")) as usize;
+    let u64_at =
+        |at: usize| u64::from_le_bytes(elf[at..at + 8].try_into().expect("eight bytes")) as usize;
     // ELF64: section headers, of which the symbol table's names its functions.
     let headers = u64_at(0x28);
     let section = |index: usize| headers + index * u16_at(0x3a);
     let offset = |index: usize| u64_at(section(index) + 0x18);
-    let symbols = (0..u16_at(0x3c)).find(|index| u32_at(section(*index) + 4) == 2).expect("a symbol table");
+    let symbols =
+        (0..u16_at(0x3c)).find(|index| u32_at(section(*index) + 4) == 2).expect("a symbol table");
     let names = offset(u32_at(section(symbols) + 0x28));
     let mut frames = BTreeMap::new();
     for symbol in (0..u64_at(section(symbols) + 0x20) / 24).map(|n| offset(symbols) + n * 24) {
@@ -83,7 +96,8 @@ fn stack_frames(elf: &[u8]) -> BTreeMap<String, u64> {
             continue;
         }
         let name = names + u32_at(symbol);
-        let name = String::from_utf8_lossy(elf[name..].split(|byte| *byte == 0).next().expect("a name"));
+        let name =
+            String::from_utf8_lossy(elf[name..].split(|byte| *byte == 0).next().expect("a name"));
         let code = offset(u16_at(symbol + 6)) + u64_at(symbol + 8);
         let mut deepest = 0;
         // Registers that hold the frame pointer, until something is added to them.
@@ -92,7 +106,8 @@ fn stack_frames(elf: &[u8]) -> BTreeMap<String, u64> {
             let (class, code) = (instruction[0] & 7, instruction[0]);
             let (destination, source) = (instruction[1] & 0xf, instruction[1] >> 4);
             let displacement = i64::from(i16::from_le_bytes([instruction[2], instruction[3]]));
-            let immediate = i64::from(i32::from_le_bytes(instruction[4..8].try_into().expect("four bytes")));
+            let immediate =
+                i64::from(i32::from_le_bytes(instruction[4..8].try_into().expect("four bytes")));
             let reached = match (class, code) {
                 // Loads; stores.
                 (1, _) if source == FRAME_POINTER => displacement,
@@ -114,8 +129,13 @@ fn stack_frames(elf: &[u8]) -> BTreeMap<String, u64> {
 fn drops_are_logged_when_asked_for() {
     for debug in [0, 1] {
         let mut world = World::with_debug(Underlay::V4, debug);
-        world.expect_drop("from_container", &from_container(&ipv4(NEIGHBOUR, REMOTE, 100)), Reason::Spoofed);
-        let mut lines = RingBuf::try_from(world.ebpf.map_mut("AYA_LOGS").expect("AYA_LOGS")).expect("a ring");
+        world.expect_drop(
+            "from_container",
+            &from_container(&ipv4(NEIGHBOUR, REMOTE, 100)),
+            Reason::Spoofed,
+        );
+        let mut lines =
+            RingBuf::try_from(world.ebpf.map_mut("AYA_LOGS").expect("AYA_LOGS")).expect("a ring");
         let line = lines.next().map(|line| String::from_utf8_lossy(&line).into_owned());
         match debug {
             0 => assert_eq!(line, None),

@@ -13,8 +13,8 @@ use crate::packet::{
 };
 use crate::world::{
     CONTAINER, CONTAINER_MAC, GATEWAY_MAC, HOOKS, Hook, IFINDEX, LOCAL_INDEX, MTU, NEIGHBOUR,
-    NEIGHBOUR_GATEWAY_MAC, NEIGHBOUR_IFINDEX, NEIGHBOUR_MAC, OTHER_PEER, OTHER_REMOTE, PEER, REMOTE, RX_KEY,
-    SLOT, TX_KEY, UNATTACHED, Underlay, World, boot_ns, each, session,
+    NEIGHBOUR_GATEWAY_MAC, NEIGHBOUR_IFINDEX, NEIGHBOUR_MAC, OTHER_PEER, OTHER_REMOTE, PEER,
+    REMOTE, RX_KEY, SLOT, TX_KEY, UNATTACHED, Underlay, World, boot_ns, each, session,
 };
 
 #[track_caller]
@@ -30,7 +30,8 @@ fn expect_delivered(world: &World, hook: Hook, frame: &[u8], packet: &[u8]) {
 fn what_ring_sealed_is_delivered() {
     each(|hook, underlay, mut world| {
         let mut bytes = 0;
-        let sizes = (28..=MTU as usize).filter(|size| size % 13 == 0 || *size < 100 || *size > 1340);
+        let sizes =
+            (28..=MTU as usize).filter(|size| size % 13 == 0 || *size < 100 || *size > 1340);
         for (counter, size) in sizes.enumerate() {
             let packet = to_container(size);
             expect_delivered(&world, hook, &inbound(underlay, counter as u64, &packet), &packet);
@@ -148,7 +149,11 @@ fn everything_else_passes_untouched() {
         let shortest = if underlay == Underlay::V4 { 14 + 20 } else { 14 + 40 };
         for len in shortest..headers {
             let output = world.receive(hook, &whole[..len]);
-            assert_eq!((output.verdict, &output.frame[..]), (hook.passed(), &whole[..len]), "{len} bytes");
+            assert_eq!(
+                (output.verdict, &output.frame[..]),
+                (hook.passed(), &whole[..len]),
+                "{len} bytes"
+            );
         }
         assert_eq!(world.counts(), []);
     });
@@ -225,7 +230,9 @@ fn only_an_installed_session_opens() {
         let packet = to_container(28);
         let path = Path::inbound(underlay);
         let with = |index| path.frame(&message(&RX_KEY, index, 0, &padded(&packet)));
-        for index in [0, SLOT, LOCAL_INDEX ^ 1, LOCAL_INDEX ^ 1 << 12, LOCAL_INDEX ^ 1 << 31, u32::MAX] {
+        for index in
+            [0, SLOT, LOCAL_INDEX ^ 1, LOCAL_INDEX ^ 1 << 12, LOCAL_INDEX ^ 1 << 31, u32::MAX]
+        {
             world.expect_refused(hook, &with(index), Reason::UnknownIndex);
         }
         world.change_session(SLOT, |session| session.state = SESSION_FREE);
@@ -264,7 +271,10 @@ fn the_first_message_confirms_a_session() {
         world.expect_refused(hook, &keepalive, Reason::KeepaliveReceived);
         assert_eq!((world.session(SLOT).state, world.peer(PEER).tx_slot), (SESSION_LIVE, SLOT));
         let sealed = world.run("seal", &out).frame;
-        assert_eq!(open(&TX_KEY, &crate::packet::Sealed::parse(underlay, &sealed).message).2, to_remote(64));
+        assert_eq!(
+            open(&TX_KEY, &crate::packet::Sealed::parse(underlay, &sealed).message).2,
+            to_remote(64)
+        );
         // A live session does not take the sealing over from another.
         world.change_peer(PEER, |peer| peer.tx_slot = SLOT + 1);
         expect_delivered(&world, hook, &inbound(underlay, 1, &packet), &packet);
@@ -343,8 +353,14 @@ fn a_peer_moves_between_the_families() {
 #[test]
 fn a_peer_sends_only_from_its_own_addresses() {
     each(|hook, underlay, mut world| {
-        let sources =
-            [OTHER_REMOTE, CONTAINER, NEIGHBOUR, UNATTACHED, [192, 0, 2, 1].into(), [0, 0, 0, 0].into()];
+        let sources = [
+            OTHER_REMOTE,
+            CONTAINER,
+            NEIGHBOUR,
+            UNATTACHED,
+            [192, 0, 2, 1].into(),
+            [0, 0, 0, 0].into(),
+        ];
         let mut counter = 0;
         for source in sources {
             world.expect_refused(
@@ -358,7 +374,11 @@ fn a_peer_sends_only_from_its_own_addresses() {
         world.change_session(SLOT, |session| session.peer = OTHER_PEER);
         let packet = ipv4(OTHER_REMOTE, CONTAINER, 64);
         expect_delivered(&world, hook, &inbound(underlay, counter, &packet), &packet);
-        world.expect_refused(hook, &inbound(underlay, counter + 1, &to_container(64)), Reason::ForeignSource);
+        world.expect_refused(
+            hook,
+            &inbound(underlay, counter + 1, &to_container(64)),
+            Reason::ForeignSource,
+        );
         assert_eq!(world.peer(OTHER_PEER).rx_packets, 2);
     });
 }
@@ -398,7 +418,11 @@ fn authentic_nonsense_is_refused() {
         let path = Path::inbound(underlay);
         let mut counter = 0;
         let mut refuse = |text: &[u8], reason| {
-            world.expect_refused(hook, &path.frame(&message(&RX_KEY, LOCAL_INDEX, counter, text)), reason);
+            world.expect_refused(
+                hook,
+                &path.frame(&message(&RX_KEY, LOCAL_INDEX, counter, text)),
+                reason,
+            );
             counter += 1;
         };
         let packet = to_container(64);

@@ -62,7 +62,9 @@ fn nonce(counter: u64) -> Nonce {
 /// A data message, sealed by ring.
 pub fn message(with: &[u8; 32], receiver: u32, counter: u64, text: &[u8]) -> Vec<u8> {
     let mut sealed = text.to_vec();
-    key(with).seal_in_place_append_tag(nonce(counter), Aad::empty(), &mut sealed).expect("ring seals");
+    key(with)
+        .seal_in_place_append_tag(nonce(counter), Aad::empty(), &mut sealed)
+        .expect("ring seals");
     [&4_u32.to_le_bytes()[..], &receiver.to_le_bytes(), &counter.to_le_bytes(), &sealed].concat()
 }
 
@@ -91,7 +93,8 @@ pub fn open(with: &[u8; 32], message: &[u8]) -> (u32, u64, Vec<u8>) {
     let receiver = u32::from_le_bytes(message[4..8].try_into().expect("four bytes"));
     let counter = u64::from_le_bytes(message[8..16].try_into().expect("eight bytes"));
     let mut sealed = message[16..].to_vec();
-    let text = key(with).open_in_place(nonce(counter), Aad::empty(), &mut sealed).expect("ring opens");
+    let text =
+        key(with).open_in_place(nonce(counter), Aad::empty(), &mut sealed).expect("ring opens");
     (receiver, counter, text.to_vec())
 }
 
@@ -152,7 +155,9 @@ impl Path {
                 packet.extend(udp);
                 ethernet([2, 9, 9, 9, 9, 1], [2, 9, 9, 9, 9, 2], 0x86dd, &packet)
             }
-            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => panic!("mixed families"),
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => {
+                panic!("mixed families")
+            }
         }
     }
 }
@@ -192,7 +197,11 @@ impl Sealed {
                 let ip = &frame[14..];
                 assert_eq!(frame[12..14], [8, 0], "EtherType");
                 assert_eq!(ip[0], 0x45, "version and header length");
-                assert_eq!(usize::from(u16::from_be_bytes([ip[2], ip[3]])), ip.len(), "total length");
+                assert_eq!(
+                    usize::from(u16::from_be_bytes([ip[2], ip[3]])),
+                    ip.len(),
+                    "total length"
+                );
                 assert_eq!(ip[6..8], [0x40, 0], "don't fragment, no fragment");
                 assert_eq!(ip[8], 64, "TTL");
                 assert_eq!(ip[9], 17, "protocol");
@@ -204,7 +213,11 @@ impl Sealed {
                 assert_eq!(frame[12..14], [0x86, 0xdd], "EtherType");
                 assert_eq!(ip[0] >> 4, 6, "version");
                 assert_eq!([ip[1] & 0xf, ip[2], ip[3]], [0, 0, 0], "flow label");
-                assert_eq!(usize::from(u16::from_be_bytes([ip[4], ip[5]])), ip.len() - 40, "payload length");
+                assert_eq!(
+                    usize::from(u16::from_be_bytes([ip[4], ip[5]])),
+                    ip.len() - 40,
+                    "payload length"
+                );
                 assert_eq!(ip[6], 17, "next header");
                 assert_eq!(ip[7], 64, "hop limit");
                 (ip[0] << 4 | ip[1] >> 4, ip[8..40].to_vec(), &ip[40..])
@@ -213,7 +226,9 @@ impl Sealed {
         let expected = match (underlay.local(), underlay.remote()) {
             (IpAddr::V4(local), IpAddr::V4(remote)) => [local.octets(), remote.octets()].concat(),
             (IpAddr::V6(local), IpAddr::V6(remote)) => [local.octets(), remote.octets()].concat(),
-            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => panic!("mixed families"),
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => {
+                panic!("mixed families")
+            }
         };
         assert_eq!(addresses, expected, "outer addresses");
         assert_eq!(udp[..4], [6784_u16.to_be_bytes(), port.to_be_bytes()].concat(), "ports");

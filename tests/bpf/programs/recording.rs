@@ -8,8 +8,8 @@ use overnode_ebpf::reason::Reason;
 
 use crate::packet::{Path, from_container, inbound, ipv4, ipv4_with, message, to_container};
 use crate::world::{
-    CONTAINER, Hook, IFINDEX, LOCAL_INDEX, NEIGHBOUR, OTHER_REMOTE, REMOTE, TX_KEY, UNDERLAYS, Underlay,
-    World, boot_ns,
+    CONTAINER, Hook, IFINDEX, LOCAL_INDEX, NEIGHBOUR, OTHER_REMOTE, REMOTE, TX_KEY, UNDERLAYS,
+    Underlay, World, boot_ns,
 };
 
 fn allow(world: &mut World, reason: Reason, count: u32) {
@@ -39,8 +39,10 @@ fn recorded(world: &mut World) -> Vec<Vec<u8>> {
 fn only(world: &mut World, reason: Reason, program: Program, frame: &[u8]) -> Headers {
     let entries = recorded(world);
     assert_eq!(entries.len(), 1, "one record");
-    let Seen { time_ns, headers, .. } = record(&entries[0]).expect("a record that the daemon understands");
-    let expected = Seen { time_ns, reason, program, ifindex: IFINDEX, len: frame.len() as u32, headers };
+    let Seen { time_ns, headers, .. } =
+        record(&entries[0]).expect("a record that the daemon understands");
+    let expected =
+        Seen { time_ns, reason, program, ifindex: IFINDEX, len: frame.len() as u32, headers };
     assert_eq!(record(&entries[0]), Some(expected.clone()));
     let now = boot_ns();
     assert!(time_ns <= now && now - time_ns < 60_000_000_000, "{time_ns} is not now, {now}");
@@ -83,7 +85,8 @@ fn what_a_container_sends_is_recorded() {
     for len in [28, 100, 113, 114, 115, 1400] {
         let frame = from_container(&ipv4_with(NEIGHBOUR, REMOTE, 17, &vec![7; len - 20]));
         world.expect_drop("from_container", &frame, Reason::Spoofed);
-        let inner = only(&mut world, Reason::Spoofed, Program::FromContainer, &frame).inner.expect("IPv4");
+        let inner =
+            only(&mut world, Reason::Spoofed, Program::FromContainer, &frame).inner.expect("IPv4");
         assert_eq!((inner.source, inner.destination), (NEIGHBOUR.into(), REMOTE.into()));
         assert_eq!((&*inner.protocol, inner.source_port), ("udp", Some(0x0707)));
     }
@@ -99,12 +102,15 @@ fn what_a_container_sends_is_recorded() {
 #[test]
 fn what_comes_from_the_underlay_is_recorded() {
     for underlay in UNDERLAYS {
-        for (hook, program) in [(Hook::Tc, Program::FromUnderlay), (Hook::Xdp, Program::FromUnderlayXdp)] {
+        for (hook, program) in
+            [(Hook::Tc, Program::FromUnderlay), (Hook::Xdp, Program::FromUnderlayXdp)]
+        {
             let mut world = World::new(underlay);
             for reason in Reason::ALL {
                 allow(&mut world, *reason, 10);
             }
-            let forged = Path::inbound(underlay).frame(&message(&TX_KEY, LOCAL_INDEX, 77, &[0; 112]));
+            let forged =
+                Path::inbound(underlay).frame(&message(&TX_KEY, LOCAL_INDEX, 77, &[0; 112]));
             world.expect_refused(hook, &forged, Reason::Forged);
             let headers = only(&mut world, Reason::Forged, program, &forged);
             let outer = headers.outer.expect("an outer header");

@@ -8,11 +8,13 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{PROBE_LEN, RELAY_HOPS, Relay, daemon_header};
 
 use crate::packet::{
-    Path, Sealed, from_container, handshake, ipv4_with, message, open, padded, to_container, to_remote,
+    Path, Sealed, from_container, handshake, ipv4_with, message, open, padded, to_container,
+    to_remote,
 };
 use crate::world::{
-    CONTAINER, HOOKS, Hook, LOCAL_INDEX, MTU, NODE, NODE_ID, OTHER_PEER, OTHER_PEER_NODE, OTHER_REMOTE, PEER,
-    PEER_NODE, REMOTE, REMOTE_INDEX, RX_KEY, SLOT, TC_ACT_REDIRECT, TX_KEY, UNDERLAYS, Underlay, World,
+    CONTAINER, HOOKS, Hook, LOCAL_INDEX, MTU, NODE, NODE_ID, OTHER_PEER, OTHER_PEER_NODE,
+    OTHER_REMOTE, PEER, PEER_NODE, REMOTE, REMOTE_INDEX, RX_KEY, SLOT, TC_ACT_REDIRECT, TX_KEY,
+    UNDERLAYS, Underlay, World,
 };
 
 /// Where the other peer is: not where the first is.
@@ -88,7 +90,11 @@ fn what_was_relayed_here_is_opened_and_moves_no_peer() {
             assert_eq!(place(&after), place(&before));
             assert_eq!(after.rx_packets, 1);
             // The same message again, straight this time.
-            world.expect_refused(hook, &Path::inbound(underlay).frame(&datagram[8..]), Reason::Replayed);
+            world.expect_refused(
+                hook,
+                &Path::inbound(underlay).frame(&datagram[8..]),
+                Reason::Replayed,
+            );
         }
     }
 }
@@ -252,7 +258,8 @@ fn a_probe_reaches_the_daemon_and_nobody_else() {
             let frame = Path::inbound(underlay).frame(&message(&RX_KEY, LOCAL_INDEX, 0, &packet));
             world.expect_refused(hook, &frame, Reason::ProbeReceived);
             assert_eq!(world.peer(PEER).last_data_rx_ns, 0, "no data");
-            let mut ring = RingBuf::try_from(world.ebpf.map_mut("PROBES").expect("PROBES")).expect("a ring");
+            let mut ring =
+                RingBuf::try_from(world.ebpf.map_mut("PROBES").expect("PROBES")).expect("a ring");
             let entry = ring.next().expect("a probe").to_vec();
             let head = [PEER.to_ne_bytes(), (packet.len() as u32).to_ne_bytes()].concat();
             assert_eq!(entry, [&head[..], &payload[..PROBE_LEN]].concat());
@@ -270,7 +277,8 @@ fn nothing_but_a_whole_probe_on_the_straight_path_is_for_the_node() {
     let other_protocol = ipv4_with(PEER_NODE, NODE, 1, &[0; 100]);
     for (counter, packet) in (0..).zip([short, other_port, other_protocol]) {
         let text = padded(&packet);
-        let frame = Path::inbound(Underlay::V4).frame(&message(&RX_KEY, LOCAL_INDEX, counter, &text));
+        let frame =
+            Path::inbound(Underlay::V4).frame(&message(&RX_KEY, LOCAL_INDEX, counter, &text));
         world.expect_refused(Hook::Tc, &frame, Reason::NotHere);
     }
     let datagram = relayed(
@@ -278,7 +286,8 @@ fn nothing_but_a_whole_probe_on_the_straight_path_is_for_the_node() {
         &message(&RX_KEY, LOCAL_INDEX, 9, &padded(&probe(&[0; 100]))),
     );
     world.expect_refused(Hook::Tc, &Path::inbound(Underlay::V4).frame(&datagram), Reason::NotHere);
-    let mut ring = RingBuf::try_from(world.ebpf.map_mut("PROBES").expect("PROBES")).expect("a ring");
+    let mut ring =
+        RingBuf::try_from(world.ebpf.map_mut("PROBES").expect("PROBES")).expect("a ring");
     assert!(ring.next().is_none());
 }
 
@@ -290,12 +299,14 @@ fn a_probe_comes_from_the_very_node_that_sealed_it() {
         world.set_route(OTHER_PEER_NODE, 32, ROUTE_PEER, OTHER_PEER);
         world.set_route(PEER_NODE, 32, ROUTE_PEER, PEER);
         let node = u32::from(PEER_NODE);
-        let foreign = [REMOTE, OTHER_PEER_NODE, NODE, CONTAINER, OTHER_REMOTE, Ipv4Addr::UNSPECIFIED]
-            .into_iter()
-            .chain([node - 2, node + 4094, node ^ 1 << 31].map(Ipv4Addr::from));
+        let foreign =
+            [REMOTE, OTHER_PEER_NODE, NODE, CONTAINER, OTHER_REMOTE, Ipv4Addr::UNSPECIFIED]
+                .into_iter()
+                .chain([node - 2, node + 4094, node ^ 1 << 31].map(Ipv4Addr::from));
         for (counter, source) in (0..).zip(foreign) {
             let text = padded(&probe_from(source, &[0; PROBE_LEN]));
-            let frame = Path::inbound(Underlay::V4).frame(&message(&RX_KEY, LOCAL_INDEX, counter, &text));
+            let frame =
+                Path::inbound(Underlay::V4).frame(&message(&RX_KEY, LOCAL_INDEX, counter, &text));
             world.expect_refused(hook, &frame, Reason::NodeAddress);
         }
         // A WireGuard device that is no node, whatever address it was given.
@@ -304,14 +315,21 @@ fn a_probe_comes_from_the_very_node_that_sealed_it() {
             world.set_peer(external, present);
             world.set_route(REMOTE, 32, ROUTE_PEER, external);
             world.change_session(SLOT, |session| session.peer = external);
-            for (counter, source) in (100..).zip([REMOTE, PEER_NODE, Ipv4Addr::from(node - 2 + external)]) {
+            for (counter, source) in
+                (100..).zip([REMOTE, PEER_NODE, Ipv4Addr::from(node - 2 + external)])
+            {
                 let text = padded(&probe_from(source, &[0; PROBE_LEN]));
                 let counter = counter + 10 * u64::from(external);
                 let sealed = message(&RX_KEY, LOCAL_INDEX, counter, &text);
-                world.expect_refused(hook, &Path::inbound(Underlay::V4).frame(&sealed), Reason::NodeAddress);
+                world.expect_refused(
+                    hook,
+                    &Path::inbound(Underlay::V4).frame(&sealed),
+                    Reason::NodeAddress,
+                );
             }
         }
-        let mut ring = RingBuf::try_from(world.ebpf.map_mut("PROBES").expect("PROBES")).expect("a ring");
+        let mut ring =
+            RingBuf::try_from(world.ebpf.map_mut("PROBES").expect("PROBES")).expect("a ring");
         assert!(ring.next().is_none());
     }
 }

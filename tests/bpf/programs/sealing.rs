@@ -13,11 +13,13 @@ use crate::world::{
 #[test]
 fn what_is_sealed_opens_with_ring() {
     // A complete packet is sealed where it comes from the container.
-    for (underlay, program) in UNDERLAYS.into_iter().flat_map(|one| [(one, "seal"), (one, "from_container")])
+    for (underlay, program) in
+        UNDERLAYS.into_iter().flat_map(|one| [(one, "seal"), (one, "from_container")])
     {
         let mut world = World::new(underlay);
         let mut bytes = 0;
-        let sizes = (28..=MTU as usize).filter(|size| size % 13 == 0 || *size < 100 || *size > 1340);
+        let sizes =
+            (28..=MTU as usize).filter(|size| size % 13 == 0 || *size < 100 || *size > 1340);
         for (counter, size) in sizes.enumerate() {
             let packet = to_remote(size);
             let output = world.run(program, &from_container(&packet));
@@ -25,7 +27,11 @@ fn what_is_sealed_opens_with_ring() {
             let sealed = Sealed::parse(underlay, &output.frame);
             assert_eq!(sealed.class, 0);
             let (receiver, used, text) = open(&TX_KEY, &sealed.message);
-            assert_eq!((receiver, used), (REMOTE_INDEX, counter as u64), "{underlay:?}, {size} bytes");
+            assert_eq!(
+                (receiver, used),
+                (REMOTE_INDEX, counter as u64),
+                "{underlay:?}, {size} bytes"
+            );
             let mut expected = padded(&packet);
             expected.truncate(MTU as usize);
             assert_eq!(text, expected, "{underlay:?}, {size} bytes");
@@ -96,7 +102,11 @@ fn a_keepalive_needs_a_session() {
 fn only_a_live_session_of_that_peer_seals() {
     let mut world = World::new(Underlay::V4);
     let frame = from_container(&to_remote(100));
-    world.expect_drop("seal", &from_container(&ipv4(CONTAINER, OTHER_REMOTE, 100)), Reason::NoSession);
+    world.expect_drop(
+        "seal",
+        &from_container(&ipv4(CONTAINER, OTHER_REMOTE, 100)),
+        Reason::NoSession,
+    );
     for state in [SESSION_FREE, SESSION_UNCONFIRMED, 3] {
         world.change_session(SLOT, |session| session.state = state);
         world.expect_drop("seal", &frame, Reason::NoSession);
@@ -150,9 +160,17 @@ fn nothing_unfinished_or_foreign_is_sealed() {
     assert_eq!(world.run_gso("seal", &frame, 500).verdict, TC_ACT_SHOT);
     assert!(before.is_empty());
     assert_eq!(world.counts(), [(Reason::Offload, 1)]);
-    world.expect_drop("seal", &ethernet([0; 6], [0; 6], 0x86dd, &to_remote(100)), Reason::Unsupported);
+    world.expect_drop(
+        "seal",
+        &ethernet([0; 6], [0; 6], 0x86dd, &to_remote(100)),
+        Reason::Unsupported,
+    );
     world.expect_drop("seal", &from_container(&ipv4(CONTAINER, CONTAINER, 100)), Reason::NoRoute);
-    world.expect_drop("seal", &from_container(&ipv4(CONTAINER, [192, 0, 2, 9].into(), 100)), Reason::NoRoute);
+    world.expect_drop(
+        "seal",
+        &from_container(&ipv4(CONTAINER, [192, 0, 2, 9].into(), 100)),
+        Reason::NoRoute,
+    );
     world.expect_drop("seal", &from_container(&to_remote(MTU as usize + 1)), Reason::TooBig);
     world.expect_drop("seal", &from_container(&to_remote(100)[..60]), Reason::Malformed);
     world.change_peer(PEER, |peer| peer.present = 0);
@@ -167,12 +185,21 @@ fn counters_are_drawn_once_across_cpus() {
     let frame = from_container(&to_remote(64));
     let draw = || -> Vec<u64> {
         (0..EACH)
-            .map(|_| open(&TX_KEY, &Sealed::parse(Underlay::V4, &world.run("seal", &frame).frame).message).1)
+            .map(|_| {
+                open(
+                    &TX_KEY,
+                    &Sealed::parse(Underlay::V4, &world.run("seal", &frame).frame).message,
+                )
+                .1
+            })
             .collect()
     };
     let mut counters = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..2).map(|_| scope.spawn(draw)).collect();
-        threads.into_iter().flat_map(|thread| thread.join().expect("the thread")).collect::<Vec<_>>()
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().expect("the thread"))
+            .collect::<Vec<_>>()
     });
     counters.sort_unstable();
     assert_eq!(counters, (0..2 * EACH as u64).collect::<Vec<_>>());
@@ -200,7 +227,10 @@ fn what_comes_out_of_the_normaliser_with_other_addresses_is_not_sealed() {
     let forged = [&daemon_header(PEER, true)[..], &ipv4(NEIGHBOUR, REMOTE, 100)].concat();
     let before = world.counts();
     assert_eq!(world.run_marked("seal", &forged, 0, own).verdict, TC_ACT_SHOT);
-    assert_eq!(world.run_marked("seal", &from_container(&to_remote(100)), 0, [0; 4]).verdict, TC_ACT_SHOT);
+    assert_eq!(
+        world.run_marked("seal", &from_container(&to_remote(100)), 0, [0; 4]).verdict,
+        TC_ACT_SHOT
+    );
     assert!(before.iter().all(|(reason, _)| *reason != Reason::ProbeSent));
     assert_eq!((world.count(Reason::ProbeSent), world.count(Reason::Sealed)), (0, 0));
     assert_eq!(world.count(Reason::Unsupported), 1);

@@ -8,8 +8,9 @@ use overnode_ebpf::wire::{RELAY_HOPS, Relay, bulk_header};
 
 use crate::packet::{Path, from_container, ipv4_with, message, padded};
 use crate::world::{
-    CONTAINER, HOOKS, IFINDEX, LOCAL_INDEX, NEIGHBOUR, NEIGHBOUR_IFINDEX, NODE, NODE_ID, OTHER_PEER,
-    OTHER_PEER_NODE, OTHER_REMOTE, PEER, PEER_NODE, REMOTE, RX_KEY, SLOT, UNATTACHED, Underlay, World,
+    CONTAINER, HOOKS, IFINDEX, LOCAL_INDEX, NEIGHBOUR, NEIGHBOUR_IFINDEX, NODE, NODE_ID,
+    OTHER_PEER, OTHER_PEER_NODE, OTHER_REMOTE, PEER, PEER_NODE, REMOTE, RX_KEY, SLOT, UNATTACHED,
+    Underlay, World,
 };
 
 /// A name server's address and the host's, both here; the other nodes' own addresses are routed to
@@ -29,7 +30,8 @@ const HOST: Ipv4Addr = Ipv4Addr::new(10, 40, 0, 9);
 const CLAIMED: Ipv4Addr = Ipv4Addr::new(10, 39, 250, 7);
 
 fn query(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<u8> {
-    let udp = [&4000_u16.to_be_bytes()[..], &53_u16.to_be_bytes(), &48_u16.to_be_bytes(), &[0; 42]].concat();
+    let udp = [&4000_u16.to_be_bytes()[..], &53_u16.to_be_bytes(), &48_u16.to_be_bytes(), &[0; 42]]
+        .concat();
     ipv4_with(source, destination, 17, &udp)
 }
 
@@ -111,7 +113,11 @@ fn a_wireguard_device_reaches_no_node_by_any_way() {
         );
         for (counter, hook) in (0..).zip(HOOKS) {
             let sealed = message(&RX_KEY, LOCAL_INDEX, counter, &padded(&packet));
-            world.expect_refused(hook, &Path::inbound(Underlay::V4).frame(&sealed), Reason::NodeAddress);
+            world.expect_refused(
+                hook,
+                &Path::inbound(Underlay::V4).frame(&sealed),
+                Reason::NodeAddress,
+            );
         }
     }
 }

@@ -139,7 +139,8 @@ pub fn each(test: impl Fn(Hook, Underlay, World)) {
 pub const ALL: &[&str] =
     &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk", "aead_check"];
 /// Those that packets run through.
-const PATHS: &[&str] = &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk"];
+const PATHS: &[&str] =
+    &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk"];
 
 /// Loads these programs.
 pub fn load(debug: u8, names: &[&str]) -> Ebpf {
@@ -208,9 +209,11 @@ impl World {
         }
         world.set_session(SLOT, session());
         let local = to_map(underlay.local());
-        HashMap::<_, Address, u32>::try_from(world.ebpf.map_mut("LOCAL_ADDRESSES").expect("LOCAL_ADDRESSES"))
-            .and_then(|mut map| map.insert(local, 1, 0))
-            .expect("LOCAL_ADDRESSES");
+        HashMap::<_, Address, u32>::try_from(
+            world.ebpf.map_mut("LOCAL_ADDRESSES").expect("LOCAL_ADDRESSES"),
+        )
+        .and_then(|mut map| map.insert(local, 1, 0))
+        .expect("LOCAL_ADDRESSES");
         world
     }
 
@@ -218,10 +221,20 @@ impl World {
         Array::try_from(self.ebpf.map_mut(name).expect(name)).expect(name)
     }
 
-    pub fn set_endpoint(&mut self, ifindex: u32, address: Ipv4Addr, mac: [u8; 6], gateway_mac: [u8; 6]) {
+    pub fn set_endpoint(
+        &mut self,
+        ifindex: u32,
+        address: Ipv4Addr,
+        mac: [u8; 6],
+        gateway_mac: [u8; 6],
+    ) {
         HashMap::<_, u32, Endpoint>::try_from(self.ebpf.map_mut("ENDPOINTS").expect("ENDPOINTS"))
             .and_then(|mut map| {
-                map.insert(ifindex, Endpoint { address: to_map(address.into()), mac, gateway_mac }, 0)
+                map.insert(
+                    ifindex,
+                    Endpoint { address: to_map(address.into()), mac, gateway_mac },
+                    0,
+                )
             })
             .expect("ENDPOINTS");
     }
@@ -309,7 +322,12 @@ impl World {
         // What `seal` gets is marked by `from_container` with the container's address, unless it is
         // the daemon's.
         let is_of_container = program == "seal" && !frame.starts_with(&DAEMON_MAC);
-        self.run_marked(program, frame, gso_size, if is_of_container { CONTAINER.octets() } else { [0; 4] })
+        self.run_marked(
+            program,
+            frame,
+            gso_size,
+            if is_of_container { CONTAINER.octets() } else { [0; 4] },
+        )
     }
 
     /// Likewise with a mark.
@@ -349,7 +367,11 @@ impl World {
     fn check_drop(&self, before: Vec<(Reason, u64)>, verdict: u32, dropped: u32, reason: Reason) {
         let mut expected: std::collections::BTreeMap<_, _> = before.into_iter().collect();
         *expected.entry(reason).or_default() += 1;
-        assert_eq!(self.counts(), expected.into_iter().collect::<Vec<_>>(), "counted under another reason");
+        assert_eq!(
+            self.counts(),
+            expected.into_iter().collect::<Vec<_>>(),
+            "counted under another reason"
+        );
         assert_eq!(verdict, dropped, "not dropped, though counted as {}", reason.as_str());
     }
 
@@ -398,7 +420,11 @@ pub fn session() -> Session {
 pub fn boot_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer is valid.
-    assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) }, 0, "CLOCK_BOOTTIME");
+    assert_eq!(
+        unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) },
+        0,
+        "CLOCK_BOOTTIME"
+    );
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 

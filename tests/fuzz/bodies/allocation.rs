@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use overnode_daemon::ipam::{
-    Action, Change, Config, Fact, Ipam, Key, Loan, MAX_MESSAGE, Message, Peer, RequestId, Round, Timing,
-    Title,
+    Action, Change, Config, Fact, Ipam, Key, Loan, MAX_MESSAGE, Message, Peer, RequestId, Round,
+    Timing, Title,
 };
 use overnode_daemon::types::{Network, NodeId};
 
@@ -40,7 +40,8 @@ struct World {
 impl World {
     fn new(number: u16) -> Self {
         let now = Instant::now();
-        let ipam = Ipam::new(config(id(number), 1), [], BTreeMap::new(), now).expect("a valid network");
+        let ipam =
+            Ipam::new(config(id(number), 1), [], BTreeMap::new(), now).expect("a valid network");
         let mut world = Self {
             ipam,
             id: id(number),
@@ -153,11 +154,15 @@ impl World {
                 Action::Granted { request, address } => {
                     assert!(self.waiting.remove(&request), "nobody asked");
                     assert!(layout.is_usable(address));
-                    let is_kept = layout.own_part(self.id).is_some_and(|own| own.contains(&address))
-                        || layout.check_static(address).is_ok()
-                        || self.holds(address);
+                    let is_kept =
+                        layout.own_part(self.id).is_some_and(|own| own.contains(&address))
+                            || layout.check_static(address).is_ok()
+                            || self.holds(address);
                     assert!(is_kept, "{address} is not on disk");
-                    assert!(self.used.insert(address, "container".into()).is_none(), "{address} twice");
+                    assert!(
+                        self.used.insert(address, "container".into()).is_none(),
+                        "{address} twice"
+                    );
                 }
                 Action::Failed { request, error } => {
                     assert!(self.waiting.remove(&request), "nobody asked");
@@ -174,9 +179,9 @@ impl World {
     }
 
     fn holds(&self, address: IpAddr) -> bool {
-        self.facts
-            .values()
-            .any(|fact| matches!(fact, Fact::Held { block, lost: false } if block.contains(&address)))
+        self.facts.values().any(
+            |fact| matches!(fact, Fact::Held { block, lost: false } if block.contains(&address)),
+        )
     }
 }
 
@@ -189,8 +194,9 @@ fn config(id: NodeId, incarnation: u64) -> Config {
 }
 
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    let message =
-        |from: u8, message: &Message| [vec![(from - 1) << 4], Input::framed(&message.encode())].concat();
+    let message = |from: u8, message: &Message| {
+        [vec![(from - 1) << 4], Input::framed(&message.encode())].concat()
+    };
     let wait = |milliseconds: u16| [&[4], &milliseconds.to_le_bytes()[..]].concat();
     let learn = |number: u8| vec![(number - 1) << 4 | 2, 0, 1, 0];
     let block = |text: &str| -> IpNet { text.parse().expect("a block") };
@@ -226,7 +232,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let borrower = |steps: &[Vec<u8>]| [vec![1], steps.concat()].concat();
     let everybody = vec![3, 0xff];
     vec![
-        ("lend", lender(&[learn(5), everybody.clone(), vec![7, 1], wait(11_000), message(5, &request)])),
+        (
+            "lend",
+            lender(&[learn(5), everybody.clone(), vec![7, 1], wait(11_000), message(5, &request)]),
+        ),
         (
             "borrow",
             borrower(&[
@@ -251,7 +260,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             borrower(&[
                 learn(1),
                 everybody.clone(),
-                message(1, &Message::Hold { quarter: id(1), serial: 1, epoch: 1, round, sure: true }),
+                message(
+                    1,
+                    &Message::Hold { quarter: id(1), serial: 1, epoch: 1, round, sure: true },
+                ),
                 message(1, &Message::Vouch { quarter: id(1), serial: 1, round, heard: true }),
             ]),
         ),
@@ -275,7 +287,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                 learn(2),
                 everybody.clone(),
                 vec![11, 9],
-                message(2, &Message::Claim { address: "10.32.0.9".parse().expect("an address"), round }),
+                message(
+                    2,
+                    &Message::Claim { address: "10.32.0.9".parse().expect("an address"), round },
+                ),
                 wait(1100),
             ]),
         ),

@@ -4,8 +4,8 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use overnode_daemon::api::{
-    AddExternalPeer, Attach, Connect, Detach, Forget, Host, Launch, RemoveExternalPeer, Reset, Status,
-    Target, Token, check_name,
+    AddExternalPeer, Attach, Connect, Detach, Forget, Host, Launch, RemoveExternalPeer, Reset,
+    Status, Target, Token, check_name,
 };
 use overnode_daemon::types::{NodeId, PublicKey, Secret};
 use serde::Serialize;
@@ -46,7 +46,8 @@ pub fn run(data: &[u8]) {
 fn document<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
     let Ok(document) = serde_json::from_slice::<T>(bytes) else { return };
     let written = serde_json::to_string(&document).expect("what was read can be written");
-    let again: T = serde_json::from_str(&written).unwrap_or_else(|error| panic!("{written}: {error}"));
+    let again: T =
+        serde_json::from_str(&written).unwrap_or_else(|error| panic!("{written}: {error}"));
     assert_eq!(serde_json::to_string(&again).expect("as before"), written);
 }
 
@@ -57,7 +58,10 @@ fn text<T: FromStr<Err: Display> + Display + PartialEq>(bytes: &[u8]) {
         Ok(value) => {
             let shown = value.to_string();
             assert!(!shown.chars().any(char::is_control), "{shown:?}");
-            assert!(shown.parse::<T>().is_ok_and(|again| again == value), "{text:?} is shown as {shown:?}");
+            assert!(
+                shown.parse::<T>().is_ok_and(|again| again == value),
+                "{text:?} is shown as {shown:?}"
+            );
         }
         Err(error) => {
             let words = error.to_string();

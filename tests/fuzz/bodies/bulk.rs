@@ -35,8 +35,9 @@ fn anything(input: &mut Input<'_>) {
 
 /// Twelve flows, whose packets continue each other unless a step says otherwise.
 fn flows(input: &mut Input<'_>) {
-    let mut flows: Vec<Packet> =
-        (0..12_u16).map(|port| Packet { port, ..Packet::new(port % 2 == 1, port % 4 < 2, 0) }).collect();
+    let mut flows: Vec<Packet> = (0..12_u16)
+        .map(|port| Packet { port, ..Packet::new(port % 2 == 1, port % 4 < 2, 0) })
+        .collect();
     let joins_udp = input.byte().is_multiple_of(2);
     let mut packets: Vec<Opened> = Vec::new();
     while let Some(which) = input.step()
@@ -87,7 +88,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         let vnet = packet.vnet(100);
         let numbers = [vnet.hdr_len, vnet.gso_size, vnet.csum_start, vnet.csum_offset];
         let numbers: Vec<u8> = numbers.into_iter().flat_map(u16::to_le_bytes).collect();
-        seeds.push((cut, [&[0, vnet.flags, vnet.gso_type], &numbers[..], &packet.bytes()].concat()));
+        seeds
+            .push((cut, [&[0, vnet.flags, vnet.gso_type], &numbers[..], &packet.bytes()].concat()));
         let mut segments = vec![1];
         for segment in packet.cut(100) {
             segments.push(0);
@@ -96,7 +98,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         seeds.push((join, segments));
     }
     let long = [0, 10, 22, 0, 13, 0].repeat(20);
-    let all: Vec<u8> = (0..24).flat_map(|which| [which, 9, 100, which, 13, 0, which, 0, 0x18]).collect();
+    let all: Vec<u8> =
+        (0..24).flat_map(|which| [which, 9, 100, which, 13, 0, which, 0, 0x18]).collect();
     seeds.push(("flows-long", [&[2, 0], &long[..]].concat()));
     seeds.push(("flows-all", [&[2, 0], &all[..]].concat()));
     seeds

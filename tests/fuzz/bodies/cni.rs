@@ -65,7 +65,9 @@ fn read(env: &dyn Fn(&str) -> Option<String>, input: &[u8]) -> Result<(), CniErr
 /// Fit for the daemon, for the kernel and for a terminal.
 fn check(wanted: &config::Attachment) {
     let Target::Container(id) = &wanted.container else { panic!("{wanted:?}") };
-    for name in [Some(id), Some(&wanted.endpoint.network), wanted.name.as_ref()].into_iter().flatten() {
+    for name in
+        [Some(id), Some(&wanted.endpoint.network), wanted.name.as_ref()].into_iter().flatten()
+    {
         check_name(name).unwrap_or_else(|_| panic!("{wanted:?}"));
     }
     for interface in [&wanted.endpoint.ifname, &wanted.endpoint.interface] {
@@ -77,7 +79,11 @@ fn check(wanted: &config::Attachment) {
 }
 
 /// The result has what the earlier plugins put there, and this attachment; the runtime can give it back to CHECK and DEL.
-fn add(version: &str, config: &config::Config, wanted: &config::Attachment) -> Result<(), CniError> {
+fn add(
+    version: &str,
+    config: &config::Config,
+    wanted: &config::Attachment,
+) -> Result<(), CniError> {
     let result = result::added(version, config, wanted, &attached(wanted), None)?;
     check_added(config, wanted, &result);
     Ok(())
@@ -109,11 +115,16 @@ fn check_added(config: &config::Config, wanted: &config::Attachment, result: &se
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let call = |command: &str, values: [&str; 4], config: &str| {
         let kind = COMMANDS.iter().position(|known| *known == command).unwrap_or(COMMANDS.len());
-        let values: Vec<u8> = values.iter().flat_map(|value| Input::framed(value.as_bytes())).collect();
+        let values: Vec<u8> =
+            values.iter().flat_map(|value| Input::framed(value.as_bytes())).collect();
         [vec![kind as u8], values, config.into()].concat()
     };
-    let usual =
-        ["0123abcd", "eth0", "/run/netns/a", "IgnoreUnknown=1;K8S_POD_NAME=web;K8S_POD_NAMESPACE=shop"];
+    let usual = [
+        "0123abcd",
+        "eth0",
+        "/run/netns/a",
+        "IgnoreUnknown=1;K8S_POD_NAME=web;K8S_POD_NAMESPACE=shop",
+    ];
     let chained = concat!(
         r#"{"cniVersion":"1.1.0","name":"net","type":"overnode-cni","interface":"ov0","prevResult":"#,
         r#"{"cniVersion":"1.1.0","interfaces":[{"name":"eth0","sandbox":"/run/netns/a"}],"#,
@@ -128,7 +139,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         r#""cni.dev/valid-attachments":[{"containerID":"0123abcd","ifname":"eth0"}]}"#
     );
     let plain = r#"{"cniVersion":"1.0.0","name":"net","type":"overnode-cni"}"#;
-    let foreign = r#"{"cniVersion":"1.0.0","name":"net","ipam":{"type":"host-local"},"ipMasq":true}"#;
+    let foreign =
+        r#"{"cniVersion":"1.0.0","name":"net","ipam":{"type":"host-local"},"ipMasq":true}"#;
     let address = ["0123abcd", "eth0", "/run/netns/a", "IP=10.32.0.5;MAC=02:00:00:00:00:05"];
     vec![
         ("add", call("ADD", usual, plain)),

@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use overnode_daemon::control::frame::{self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, MAX_MESSAGE};
+use overnode_daemon::control::frame::{
+    self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, MAX_MESSAGE,
+};
 use overnode_daemon::control::hello::{Hello, MAX_NICKNAME, Refusal, Verdict, clean};
 use overnode_daemon::control::key;
 use overnode_daemon::control::packet::Packet;
@@ -108,8 +110,9 @@ fn parts(input: &mut Input<'_>) {
     let pattern = if input.0.is_empty() { &[0] } else { input.0 };
     let message: Vec<u8> = pattern.iter().copied().cycle().take(length).collect();
     let mut joiner = Joiner::default();
-    let joined: Vec<_> =
-        frame::parts(&message).filter_map(|part| joiner.push(&part).expect("a part that was made")).collect();
+    let joined: Vec<_> = frame::parts(&message)
+        .filter_map(|part| joiner.push(&part).expect("a part that was made"))
+        .collect();
     assert!(joined == [message], "a message of {length} bytes");
 }
 
@@ -190,19 +193,33 @@ fn node(seed: u8) -> Hello {
 }
 
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    let peer =
-        Hello { id: NodeId::new(4095).expect("in range"), nickname: "hôte".into(), process: 2, ..node(2) };
-    let clash = Verdict::IdClash { id: peer.id, holder: "host1".into(), newcomer: "host2\u{202e}\n".into() };
+    let peer = Hello {
+        id: NodeId::new(4095).expect("in range"),
+        nickname: "hôte".into(),
+        process: 2,
+        ..node(2)
+    };
+    let clash = Verdict::IdClash {
+        id: peer.id,
+        holder: "host1".into(),
+        newcomer: "host2\u{202e}\n".into(),
+    };
     let of = |kind: u8, bytes: &[u8]| [&[kind], bytes].concat();
     vec![
-        ("frames", of(0, &[0, 2, 0, 3, 0, 1, 7, 0, 9, 1, 1, 1, 2, 3, 4, 5, 6, 7, 0, 4, 1, 0, 0, 0])),
+        (
+            "frames",
+            of(0, &[0, 2, 0, 3, 0, 1, 7, 0, 9, 1, 1, 1, 2, 3, 4, 5, 6, 7, 0, 4, 1, 0, 0, 0]),
+        ),
         ("too-long-a-frame", of(0, &[1, 200, 0, 2, 1, 3, 8, 1, 0, 0])),
         ("packet-gossip", of(1, &Packet::Gossip(vec![1, 2]).encode())),
         ("packet-ping", of(1, &Packet::Ping(7).encode())),
         ("packet-parcel", of(1, &Packet::Parcel(vec![3]).encode())),
         ("greeting", of(2, &peer.encode())),
         ("greeting-from-myself", of(2, &me().encode())),
-        ("greeting-of-a-later-version", of(2, &Hello { versions: (3, 9), ..peer.clone() }.encode())),
+        (
+            "greeting-of-a-later-version",
+            of(2, &Hello { versions: (3, 9), ..peer.clone() }.encode()),
+        ),
         ("greeting-with-more", of(2, &[peer.encode(), vec![1, 2, 3]].concat())),
         ("verdict-welcome", of(3, &Verdict::Welcome.encode())),
         ("verdict-clash", of(3, &clash.encode())),

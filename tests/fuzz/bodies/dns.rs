@@ -41,7 +41,10 @@ fn query(bytes: &[u8], transport: Transport) {
     let counted = after.queries + after.refused - before.queries - before.refused;
     let sent = match step {
         Step::Ignore => {
-            assert!(bytes.len() < HEADER || bytes[2] & 0x80 != 0, "only what is no query is ignored");
+            assert!(
+                bytes.len() < HEADER || bytes[2] & 0x80 != 0,
+                "only what is no query is ignored"
+            );
             return assert_eq!(counted, 0);
         }
         // Without resolvers.
@@ -61,7 +64,10 @@ fn check_reply(service: &Service, sent: &[u8], query: &[u8], transport: Transpor
     };
     assert!((HEADER..=most).contains(&sent.len()), "{} bytes, {most} fit", sent.len());
     assert_eq!(sent[..2], query[..2], "the number of the query");
-    assert!(matches!(service.begin(sent, FROM, transport), Step::Ignore), "answers could go on for ever");
+    assert!(
+        matches!(service.begin(sent, FROM, transport), Step::Ignore),
+        "answers could go on for ever"
+    );
     let reply = Message::from_vec(sent).expect("an answer can be read");
     assert_eq!(reply.metadata.message_type, MessageType::Response);
     assert!(reply.answers.len() <= MAX_ANSWERS);
@@ -77,7 +83,9 @@ fn answer(input: &mut Input<'_>) {
     let transport = if kind & 1 == 0 { Transport::Udp } else { Transport::Tcp };
     let query = question("www.example.org.", kind & 2 != 0);
     let query = query.to_vec().expect("a query can be written");
-    let Some(pending) = pending(&service, &query, transport) else { panic!("nobody here knows that name") };
+    let Some(pending) = pending(&service, &query, transport) else {
+        panic!("nobody here knows that name")
+    };
     let Ok(found) = Message::from_vec(input.0) else { return };
     let sent = service.conclude(pending, Ok(found));
     check_reply(&service, &sent, &query, transport);
@@ -114,14 +122,16 @@ fn service() -> Service {
     let mut zone = Zone::new(StdRng::seed_from_u64(1));
     let node = NodeId::new(1).expect("in range");
     let many = (0..100).map(|n| ("many", IpAddr::from([10, 40, 1, n])));
-    let others = [("web", FROM), ("a.deep", FROM), ("both", IpAddr::from([0x20, 1, 0xd, 0xb8, 0, 0, 0, 4]))];
+    let others =
+        [("web", FROM), ("a.deep", FROM), ("both", IpAddr::from([0x20, 1, 0xd, 0xb8, 0, 0, 0, 4]))];
     let mut names: Vec<Named> =
         many.chain(others).map(|(name, address)| Named { name: name.into(), address }).collect();
     names.sort();
     zone.set_names(node, &names);
     zone.set_reachable(BTreeSet::from([node]));
     let subnet = Network::default().subnet;
-    let domains = ["overnode.local", "weave.local"].map(|it| Domain::new(it).expect("a domain")).to_vec();
+    let domains =
+        ["overnode.local", "weave.local"].map(|it| Domain::new(it).expect("a domain")).to_vec();
     let directory = Directory::new(domains, subnet, zone);
     Service::new(directory, Upstream::new(Path::new("/nonexistent"), FROM, subnet))
 }

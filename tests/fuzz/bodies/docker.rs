@@ -86,7 +86,9 @@ fn conversation(input: &mut Input<'_>) {
         } else {
             now += Duration::from_secs(1);
             let path = PATHS[usize::from(kind) % PATHS.len()];
-            match Request::parse(path, input.bytes()).and_then(|request| docker.decide(request, now)) {
+            match Request::parse(path, input.bytes())
+                .and_then(|request| docker.decide(request, now))
+            {
                 Ok(step) => vec![step],
                 Err(refusal) => {
                     words(&refusal.to_string());
@@ -122,7 +124,9 @@ fn carry_out(docker: &mut Docker, step: Step, number: usize, now: Instant) {
         Step::Keep(record, _) | Step::Plug(record, _) | Step::Unplug(record, _) => {
             docker.keep(*record, now);
         }
-        Step::Free(addresses, _) => addresses.into_iter().for_each(|address| docker.forget(address)),
+        Step::Free(addresses, _) => {
+            addresses.into_iter().for_each(|address| docker.forget(address))
+        }
     }
 }
 
@@ -131,7 +135,10 @@ fn check_record(record: &Attachment) {
     let read: Attachment = serde_json::from_slice(&written).expect("and read");
     assert_eq!(&read, record);
     assert!(record.name.as_ref().is_none_or(|name| check_name(name).is_ok()), "{record:?}");
-    assert!(record.target.len() <= ID_LIMIT && record.target.chars().all(is_harmless), "{record:?}");
+    assert!(
+        record.target.len() <= ID_LIMIT && record.target.chars().all(is_harmless),
+        "{record:?}"
+    );
     assert!(record.netns.is_empty() || record.netns.starts_with('/'), "{record:?}");
     assert!(!record.netns.chars().any(char::is_control), "{record:?}");
     assert!(record.host_interface.len() <= 15, "{record:?}");
@@ -144,8 +151,13 @@ fn check_record(record: &Attachment) {
 fn check_report(report: &Report) {
     assert!(report.networks.iter().all(|id| is_id(id)), "{report:?}");
     for container in &report.containers {
-        assert!(container.id.len() == 12 && container.id.bytes().all(|byte| byte.is_ascii_hexdigit()));
-        assert!(container.name.as_ref().is_none_or(|name| check_name(name).is_ok()), "{container:?}");
+        assert!(
+            container.id.len() == 12 && container.id.bytes().all(|byte| byte.is_ascii_hexdigit())
+        );
+        assert!(
+            container.name.as_ref().is_none_or(|name| check_name(name).is_ok()),
+            "{container:?}"
+        );
         let image = container.image.as_deref().unwrap_or_default();
         assert!(image.len() <= 256 && image.chars().all(is_harmless), "{container:?}");
         assert!(container.endpoints.iter().all(|id| is_id(id)), "{container:?}");
@@ -163,17 +175,19 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let ask = |to: &str, body: &str| [vec![path(to)], Input::framed(body.as_bytes())].concat();
     let network = r#"{"NetworkID":"n1","IPv4Data":[{"Pool":"10.32.0.0/12"}],"IPv6Data":null}"#;
     let endpoint = r#"{"NetworkID":"n1","EndpointID":"e1"}"#;
-    let interface = r#"{"NetworkID":"n1","EndpointID":"e1","Interface":{"Address":"10.40.0.2/12"}}"#;
+    let interface =
+        r#"{"NetworkID":"n1","EndpointID":"e1","Interface":{"Address":"10.40.0.2/12"}}"#;
     let join = r#"{"NetworkID":"n1","EndpointID":"e1","SandboxKey":"/var/run/docker/netns/1"}"#;
     let containers = concat!(
         r#"[{"Id":"0123456789abcdef","Names":["/web"],"Image":"nginx","#,
         r#""NetworkSettings":{"Networks":{"overnode":{"EndpointID":"e1"},"none":null}}}]"#
     );
-    let networks = r#"[{"Id":"n1","Name":"overnode","Driver":"overnode","Created":"2026-01-01T00:00:00Z"}]"#;
+    let networks =
+        r#"[{"Id":"n1","Name":"overnode","Driver":"overnode","Created":"2026-01-01T00:00:00Z"}]"#;
     let pool = r#"{"Pool":"","SubPool":"","V6":false,"Options":null}"#;
-    let address =
-        r#"{"PoolID":"overnode","Address":"","Options":{"com.docker.network.endpoint.name":"web"}}"#;
-    let gateway = r#"{"PoolID":"overnode","Options":{"RequestAddressType":"com.docker.network.gateway"}}"#;
+    let address = r#"{"PoolID":"overnode","Address":"","Options":{"com.docker.network.endpoint.name":"web"}}"#;
+    let gateway =
+        r#"{"PoolID":"overnode","Options":{"RequestAddressType":"com.docker.network.gateway"}}"#;
     let told = [Input::framed(containers.as_bytes()), Input::framed(networks.as_bytes())].concat();
     let life = [
         vec![0],
@@ -195,7 +209,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ask("/IpamDriver.ReleaseAddress", r#"{"PoolID":"overnode","Address":"10.40.0.2"}"#),
         ask("/NetworkDriver.DeleteNetwork", r#"{"NetworkID":"n1"}"#),
     ];
-    let parse = |path: &str, body: &str| [vec![1], Input::framed(path.as_bytes()), body.into()].concat();
+    let parse =
+        |path: &str, body: &str| [vec![1], Input::framed(path.as_bytes()), body.into()].concat();
     vec![
         ("life", life.concat()),
         ("end", end.concat()),

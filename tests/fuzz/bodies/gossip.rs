@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use overnode_daemon::control::frame::MAX_MESSAGE;
 use overnode_daemon::gossip::parcel::{KIND_ALLOCATION, KIND_CLASH, MAX_BODY};
 use overnode_daemon::gossip::{
-    Action, Gossip, MAX_STAMP, Message, Named, Parcel, Record, SKEW_MS, Signature, Signer, Stamp, budget,
+    Action, Gossip, MAX_STAMP, Message, Named, Parcel, Record, SKEW_MS, Signature, Signer, Stamp,
+    budget,
 };
 use overnode_daemon::types::{NodeId, Secret, VerifyingKey};
 use rand::SeedableRng;
@@ -129,7 +130,11 @@ impl World {
                     assert_ne!(to, id(OWN));
                     let encoded = message.encode();
                     assert!(encoded.len() < MAX_MESSAGE);
-                    assert_eq!(Message::decode(&encoded), Ok(message), "others would cut this node off");
+                    assert_eq!(
+                        Message::decode(&encoded),
+                        Ok(message),
+                        "others would cut this node off"
+                    );
                 }
                 Action::SendParcel { to, parcel } => {
                     assert_ne!(to, id(OWN));
@@ -159,7 +164,9 @@ impl World {
         let others = self.gossip.records().filter(|record| record.id != id(OWN));
         let (count, bytes) =
             others.fold((0, 0), |(count, bytes), it| (count + 1, bytes + budget::weight(it)));
-        assert!(count <= usize::from(NodeId::MAX) && bytes <= budget::SHARED + count * budget::ROOM);
+        assert!(
+            count <= usize::from(NodeId::MAX) && bytes <= budget::SHARED + count * budget::ROOM
+        );
         for (to, path) in self.gossip.paths() {
             assert_ne!(*to, id(OWN));
             assert!(path.hops > 0);
@@ -221,7 +228,8 @@ fn signed(mut parcel: Parcel) -> Parcel {
 }
 
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    let message = |step: u8, message: &Message| [vec![step], Input::framed(&message.encode())].concat();
+    let message =
+        |step: u8, message: &Message| [vec![step], Input::framed(&message.encode())].concat();
     let signed_message = |peer: u8, by: u8, message: &Message| {
         [vec![peer << 4 | 1, by], Input::framed(&message.encode())].concat()
     };
@@ -234,14 +242,18 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let full = Record {
         dark: vec![id(3)],
         ranges: vec!["10.40.0.0/15".parse().expect("a range")],
-        claims: vec!["10.32.0.7".parse().expect("an address"), "fd00::7".parse().expect("an address")],
+        claims: vec![
+            "10.32.0.7".parse().expect("an address"),
+            "fd00::7".parse().expect("an address"),
+        ],
         names: vec![named("db", "2001:db8::7"), named("web", "10.40.0.7")],
         ..linked(2, &[1, 3])
     };
     let parcel = |from: u16, to: u16, kind: u8, body: Vec<u8>| {
         let signature = Signature::default();
         let (serial, receiver) = ((1, 1), 1);
-        let parcel = Parcel { from: id(from), to: id(to), hops: 3, kind, serial, receiver, signature, body };
+        let parcel =
+            Parcel { from: id(from), to: id(to), hops: 3, kind, serial, receiver, signature, body };
         Input::framed(&parcel.encode())
     };
     let stamp = Stamp { incarnation: 1, version: 2, hash: [1, 2, 3, 4] };
@@ -249,9 +261,18 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let delta = |records: &[Record]| Message::Delta(records.to_vec());
     vec![
         ("summary", message(0, &Message::Summary([7; 16]))),
-        ("digest", message(0, &Message::Digest { ask: true, stamps: vec![(id(1), stamp), (id(7), stamp)] })),
+        (
+            "digest",
+            message(
+                0,
+                &Message::Digest { ask: true, stamps: vec![(id(1), stamp), (id(7), stamp)] },
+            ),
+        ),
         ("request", message(0, &Message::Request(vec![id(1), id(2)]))),
-        ("delta", [signed_message(0, 0, &delta(&[full.clone(), linked(3, &[1, 2])])), wait(60)].concat()),
+        (
+            "delta",
+            [signed_message(0, 0, &delta(&[full.clone(), linked(3, &[1, 2])])), wait(60)].concat(),
+        ),
         ("unsigned", message(0, &delta(std::slice::from_ref(&full)))),
         (
             "chain",
@@ -267,7 +288,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ),
         (
             "my-record-by-another",
-            [signed_message(0, 9, &delta(std::slice::from_ref(&rival))), wait(60), wait(1100)].concat(),
+            [signed_message(0, 9, &delta(std::slice::from_ref(&rival))), wait(60), wait(1100)]
+                .concat(),
         ),
         ("challenge", [vec![3], parcel(2, 1, KIND_CLASH, delta(&[rival]).encode())].concat()),
         (
@@ -285,7 +307,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             signed_message(0, 9, &delta(&[Record { incarnation: 2 * SKEW_MS, ..blank(7) }])),
         ),
         ("two-ids", signed_message(0, 9, &delta(&[blank(7), blank(8)]))),
-        ("tombstone", signed_message(0, 0, &delta(&[Record { left: true, version: 9, ..blank(2) }]))),
+        (
+            "tombstone",
+            signed_message(0, 0, &delta(&[Record { left: true, version: 9, ..blank(2) }])),
+        ),
         ("nickname", [vec![8], Input::framed(b"a\x1b[2Jb"), wait(60)].concat()),
     ]
 }

@@ -47,14 +47,19 @@ struct World {
 impl World {
     fn new() -> Self {
         let now = Instant::now();
-        let mut nodes = [0, 1].map(|node| Handshakes::new(secret(node), StdRng::seed_from_u64(node as u64)));
+        let mut nodes =
+            [0, 1].map(|node| Handshakes::new(secret(node), StdRng::seed_from_u64(node as u64)));
         let public = [0, 1].map(|node: usize| nodes[node].public_key());
         for (node, handshakes) in nodes.iter_mut().enumerate() {
             let config = PeerConfig {
                 public_key: public[1 - node],
                 preshared_key: Secret([9; 32]),
                 endpoint: Some(address(1 - node)),
-                initiate: if node == 0 { Initiate::AtOnce } else { Initiate::After(Duration::from_secs(5)) },
+                initiate: if node == 0 {
+                    Initiate::AtOnce
+                } else {
+                    Initiate::After(Duration::from_secs(5))
+                },
                 persistent_keepalive: None,
             };
             handshakes.upsert_peer(PeerIndex(1), config, now);
@@ -67,7 +72,8 @@ impl World {
 
     fn step(&mut self, step: u8, input: &mut Input<'_>) {
         let to = usize::from(step >> 4) & 1;
-        let from = if step & 0x20 == 0 { address(1 - to) } else { address(usize::from(step >> 6) + 2) };
+        let from =
+            if step & 0x20 == 0 { address(1 - to) } else { address(usize::from(step >> 6) + 2) };
         match step & 15 {
             0 => self.deliver(to, from, input.bytes()),
             1 => {
@@ -94,7 +100,9 @@ impl World {
             }
             6 | 7 => {
                 let which = usize::from(input.byte());
-                if let Some((to, mut bytes)) = self.seen.get(which % self.seen.len().max(1)).cloned() {
+                if let Some((to, mut bytes)) =
+                    self.seen.get(which % self.seen.len().max(1)).cloned()
+                {
                     if step & 1 == 1 {
                         alter(&mut bytes, input);
                         self.seal(to, &mut bytes);
@@ -121,7 +129,10 @@ impl World {
         for node in 0..2 {
             self.nodes[node].handle_timeout(self.now, self.wall);
             let next = self.nodes[node].poll_timeout();
-            assert!(next.is_none_or(|next| next > self.now), "it would be called again at once, for ever");
+            assert!(
+                next.is_none_or(|next| next > self.now),
+                "it would be called again at once, for ever"
+            );
             self.drain(node);
         }
     }
@@ -167,7 +178,10 @@ impl World {
                     let is_its_half = |other: &SessionKeys| {
                         other.tx_key == session.rx_key && other.rx_key == session.tx_key
                     };
-                    assert!(self.sessions[1 - node].iter().any(is_its_half), "nobody has the other half");
+                    assert!(
+                        self.sessions[1 - node].iter().any(is_its_half),
+                        "nobody has the other half"
+                    );
                 }
                 self.sessions[node].push(session);
             }

@@ -4,8 +4,8 @@ use overnode_daemon::api::{DroppedPacket, Happening, MonitorEvent};
 use overnode_daemon::monitor::decode::{Seen, record};
 use overnode_daemon::text::is_harmless;
 use overnode_ebpf::map::{
-    DROPPED_LEN, PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP,
-    PROGRAM_SEAL, VLAN_PRESENT,
+    DROPPED_LEN, PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY,
+    PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL, VLAN_PRESENT,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::Relay;

@@ -33,14 +33,18 @@ pub fn run(data: &[u8]) {
                 if let Some((peer, request)) = asked.get(which % asked.len().max(1)) {
                     let (lie, seen) = (input.byte(), u32::from(input.short()));
                     let stamp = request.stamp ^ u64::from(lie);
-                    let answer = Probe { kind: Kind::Answer, size: SMALLEST, stamp, seen, ..*request };
+                    let answer =
+                        Probe { kind: Kind::Answer, size: SMALLEST, stamp, seen, ..*request };
                     paths.handle_probe(*peer, &answer.encode(), SMALLEST, now);
                 }
             }
             2 => {
                 now += Duration::from_millis(u64::from(input.short()));
                 paths.handle_timeout(now);
-                assert!(paths.poll_timeout().is_some_and(|next| next > now), "it would be called for ever");
+                assert!(
+                    paths.poll_timeout().is_some_and(|next| next > now),
+                    "it would be called for ever"
+                );
             }
             3 => paths.set_busy(peer, step & 0x20 == 0, now),
             4 => paths.handle_unsent(peer, u32::from(input.short()), now),
@@ -57,7 +61,9 @@ pub fn run(data: &[u8]) {
             let probe = Probe::decode(&bytes, size).expect("a probe that was made");
             match probe.kind {
                 Kind::Request => asked.push((to, probe)),
-                Kind::Answer => assert_eq!(size, SMALLEST, "an answer is never longer than its request"),
+                Kind::Answer => {
+                    assert_eq!(size, SMALLEST, "an answer is never longer than its request")
+                }
             }
         }
         for peer in peers {
@@ -68,9 +74,11 @@ pub fn run(data: &[u8]) {
 }
 
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    let request = Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 2, seen: 1440, carries: 1440 };
+    let request =
+        Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 2, seen: 1440, carries: 1440 };
     let incoming =
-        [&[0], &(request.size as u16).to_le_bytes()[..], &Input::framed(&request.encode())].concat();
+        [&[0], &(request.size as u16).to_le_bytes()[..], &Input::framed(&request.encode())]
+            .concat();
     let exchange = [2, 0, 0, 1, 0, 0, 0xa0, 5, 1, 1, 0, 0xa0, 5, 2, 100, 0].repeat(3);
     vec![
         ("asked", incoming.repeat(2)),

@@ -106,7 +106,9 @@ fn read_and_write_again(place: &Path) {
         read = attachments;
     }
     if let Ok(again) = store.attachments() {
-        assert!(read.iter().all(|attachment| again.contains(attachment)) || read.len() > again.len());
+        assert!(
+            read.iter().all(|attachment| again.contains(attachment)) || read.len() > again.len()
+        );
     }
     if let Ok(peers) = store.peers().map_err(|error| words(&error)) {
         store.set_peers(&peers).expect("they can be written");

@@ -82,11 +82,13 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         signature: Signature([5; 64]),
         body: vec![1, 2, 3],
     };
-    let request = Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 2, seen: 1440, carries: 1440 };
+    let request =
+        Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 2, seen: 1440, carries: 1440 };
     let answer = Probe { kind: Kind::Answer, size: SMALLEST, ..request };
     let received = |probe: &Probe| (probe.size as u16).to_le_bytes();
     let probe = |probe: &Probe| [&[1], &received(probe)[..], &probe.encode()].concat();
-    let header = Header { cipher: Cipher::Aes, worker: 1, is_partial: true, receiver: 1, counter: 2 };
+    let header =
+        Header { cipher: Cipher::Aes, worker: 1, is_partial: true, receiver: 1, counter: 2 };
     let hello = Hello { wants_answer: true, speeds: [1880, 3980] };
     let relay = Relay { hops: 3, destination: 1, source: 2, previous: 3 };
     vec![

@@ -15,7 +15,12 @@ use super::{Release, Tree, quietly};
 ///
 /// # Errors
 /// When something is missing, or a step fails.
-pub fn make(workspace: &Workspace, built: &Built, release: &Release, out: &Path) -> Result<PathBuf> {
+pub fn make(
+    workspace: &Workspace,
+    built: &Built,
+    release: &Release,
+    out: &Path,
+) -> Result<PathBuf> {
     let name = format!("overnode-{}-{}-linux", release.version, std::env::consts::ARCH);
     let tree = Tree::new(out.join("archive.tree"))?;
     let dist = workspace.root.join("dist");
@@ -23,7 +28,11 @@ pub fn make(workspace: &Workspace, built: &Built, release: &Release, out: &Path)
     tree.program(&place("bin/overnode"), &built.programs.join("overnode"))?;
     tree.program(&place("sbin/overnoded"), &built.programs.join("overnoded"))?;
     tree.link(&place("lib/cni/overnode-cni"), "../../bin/overnode")?;
-    tree.copy(&place("lib/systemd/system/overnode.service"), 0o644, &dist.join("overnode.service"))?;
+    tree.copy(
+        &place("lib/systemd/system/overnode.service"),
+        0o644,
+        &dist.join("overnode.service"),
+    )?;
     let doc = place("share/doc/overnode");
     tree.copy(&format!("{doc}/overnode.default"), 0o644, &dist.join("overnode.default"))?;
     tree.put(&format!("{doc}/libraries"), 0o644, built.libraries.as_bytes())?;
@@ -34,7 +43,13 @@ pub fn make(workspace: &Workspace, built: &Built, release: &Release, out: &Path)
     documents(&tree, &built.documents, &place("share"))?;
     let file = out.join(format!("{name}.tar.gz"));
     let mut tar = Command::new("tar");
-    tar.current_dir(tree.root()).args(["--create", "--sort=name", "--format=gnu", "--owner=0", "--group=0"]);
+    tar.current_dir(tree.root()).args([
+        "--create",
+        "--sort=name",
+        "--format=gnu",
+        "--owner=0",
+        "--group=0",
+    ]);
     tar.args(["--numeric-owner", &format!("--mtime=@{}", release.time)]);
     tar.args(["--use-compress-program", "gzip -9 --no-name", "--file"]).arg(&file).arg(&name);
     quietly(&format!("pack {name}.tar.gz"), &mut tar)?;

@@ -48,7 +48,14 @@ pub fn development(workspace: &Workspace, documents: PathBuf) -> Result<Built> {
     if std::env::var_os("OVERNODE_BIN_DIR").is_none() {
         let mut cargo = workspace.cargo();
         // With the tests: the features of dependencies would differ otherwise, and much be built twice.
-        cargo.args(["build", "--locked", "--package", "overnode-daemon", "--package", "overnode-cli"]);
+        cargo.args([
+            "build",
+            "--locked",
+            "--package",
+            "overnode-daemon",
+            "--package",
+            "overnode-cli",
+        ]);
         cargo.args(["--package", "overnode-tests", "--bins", "--example", "documents"]);
         Step::start("build the programs").show(&mut cargo)?;
     }
@@ -102,7 +109,14 @@ fn cargo(workspace: &Workspace, target: &str) -> Command {
 pub fn libraries(workspace: &Workspace, target: &str) -> Result<String> {
     let mut cargo = workspace.cargo();
     cargo.args(["tree", "--locked", "--target", target, "--edges", "normal", "--prefix", "none"]);
-    cargo.args(["--format", "{p} {l}", "--package", "overnode-daemon", "--package", "overnode-cli"]);
+    cargo.args([
+        "--format",
+        "{p} {l}",
+        "--package",
+        "overnode-daemon",
+        "--package",
+        "overnode-cli",
+    ]);
     let text = output(&mut cargo)?;
     // Those of the workspace come with their folder, and what was listed before with a star.
     let mut lines: Vec<&str> = text

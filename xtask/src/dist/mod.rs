@@ -66,7 +66,8 @@ impl Release {
                 output(&mut git).context("no commit tells the time: set SOURCE_DATE_EPOCH")?
             }
         };
-        let time = time.trim().parse().with_context(|| format!("{time:?} is no time in seconds"))?;
+        let time =
+            time.trim().parse().with_context(|| format!("{time:?} is no time in seconds"))?;
         Ok(Self { version: format!("{}{suffix}", env!("CARGO_PKG_VERSION")), time })
     }
 }
@@ -122,7 +123,11 @@ fn exposure(workspace: &Workspace) -> Result<String> {
     let line = line.with_context(|| format!("`{}` names no level: {text}", describe(&analyze)))?;
     // The verdict is followed by a face.
     let words: Vec<&str> = line.split_whitespace().filter(|word| word.is_ascii()).collect();
-    Ok(words.join(" ").split_once(": ").context("no level")?.1.replacen("", "overall exposure level ", 1))
+    Ok(words.join(" ").split_once(": ").context("no level")?.1.replacen(
+        "",
+        "overall exposure level ",
+        1,
+    ))
 }
 
 fn report(file: &Path) -> Result<()> {
@@ -136,7 +141,8 @@ fn report(file: &Path) -> Result<()> {
 
 /// What a command says, which has to exit with 0.
 fn output(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("`{}` cannot be started", describe(command)))?;
+    let output =
+        command.output().with_context(|| format!("`{}` cannot be started", describe(command)))?;
     ensure!(
         output.status.success(),
         "`{}` failed ({}): {}",
@@ -150,7 +156,11 @@ fn output(command: &mut Command) -> Result<String> {
 /// What Debian allows in a version without an epoch and a revision (deb-version(7)).
 fn suffix(text: &str) -> Result<String, &'static str> {
     let fits = text.chars().all(|c| c.is_ascii_alphanumeric() || ".+~".contains(c));
-    if fits { Ok(text.to_owned()) } else { Err("a version has letters, digits, `.`, `+` and `~` only") }
+    if fits {
+        Ok(text.to_owned())
+    } else {
+        Err("a version has letters, digits, `.`, `+` and `~` only")
+    }
 }
 
 /// A step with one command whose output is not for the eyes.

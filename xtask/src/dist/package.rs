@@ -99,10 +99,17 @@ pub fn documents(tree: &Tree, from: &Path, share: &str) -> Result<()> {
                 tree.copy(&format!("{share}/bash-completion/completions/overnode"), 0o644, &file)?;
             }
             Some(("overnode", "fish")) => {
-                tree.copy(&format!("{share}/fish/vendor_completions.d/overnode.fish"), 0o644, &file)?;
+                tree.copy(
+                    &format!("{share}/fish/vendor_completions.d/overnode.fish"),
+                    0o644,
+                    &file,
+                )?;
             }
             Some((_, section @ ("1" | "8"))) => {
-                tree.compressed(&format!("{share}/man/man{section}/{name}.gz"), &std::fs::read(&file)?)?;
+                tree.compressed(
+                    &format!("{share}/man/man{section}/{name}.gz"),
+                    &std::fs::read(&file)?,
+                )?;
             }
             _ => tree.copy(&format!("{share}/zsh/vendor-completions/{name}"), 0o644, &file)?,
         }
@@ -116,8 +123,12 @@ fn changelog(dist: &Path, release: &Release) -> Result<String> {
     if written.starts_with(&format!("overnode ({})", release.version)) {
         return Ok(written);
     }
-    let when =
-        output(Command::new("date").args(["--utc", "--rfc-email", "--date", &format!("@{}", release.time)]))?;
+    let when = output(Command::new("date").args([
+        "--utc",
+        "--rfc-email",
+        "--date",
+        &format!("@{}", release.time),
+    ]))?;
     let who = written.lines().find_map(|line| line.strip_prefix(" -- ")?.split("  ").next());
     let who = who.context("the changelog names nobody")?;
     let entry = format!(
@@ -144,7 +155,8 @@ fn depends(tree: &Tree, folder: &Path) -> Result<String> {
     }
     let text = output(&mut needs)?;
     std::fs::remove_dir_all(folder)?;
-    let depends = text.trim().strip_prefix("shlibs:Depends=").context("dpkg-shlibdeps says nothing")?;
+    let depends =
+        text.trim().strip_prefix("shlibs:Depends=").context("dpkg-shlibdeps says nothing")?;
     // The service's helpers are called by the scripts.
     Ok(format!("{depends}, init-system-helpers (>= 1.54~)"))
 }

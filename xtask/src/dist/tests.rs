@@ -32,12 +32,14 @@ fn workspace() -> Workspace {
 
 /// The development build, with documents of the test's own.
 fn built(test: &str) -> Built {
-    build::development(&workspace(), scratch(&format!("{test}-documents"))).expect("overnode builds")
+    build::development(&workspace(), scratch(&format!("{test}-documents")))
+        .expect("overnode builds")
 }
 
 /// Tests are processes or threads of one process: each has folders of its own.
 fn scratch(name: &str) -> PathBuf {
-    let folder = workspace().target.join("dist-test").join(format!("{name}-{}", std::process::id()));
+    let folder =
+        workspace().target.join("dist-test").join(format!("{name}-{}", std::process::id()));
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).expect("the target directory can be written to");
     folder
@@ -60,8 +62,8 @@ fn the_package_holds_what_it_promises() {
     let out = Scratch(scratch("package"));
     let release = Release { version: "1.2.3+4".into(), time: 1_700_000_000 };
     let make = || {
-        let made =
-            package::make(&workspace, &built, &release, &out.0, Compression::Fast).expect("it is packed");
+        let made = package::make(&workspace, &built, &release, &out.0, Compression::Fast)
+            .expect("it is packed");
         let bytes = std::fs::read(&made.file).expect("it is there");
         (made, bytes)
     };
@@ -69,7 +71,8 @@ fn the_package_holds_what_it_promises() {
     let (_, second) = make();
     assert!(first == second, "the same tree gives the same bytes");
 
-    let listed = output(Command::new("dpkg-deb").arg("-c").arg(&made.file)).expect("it is a package");
+    let listed =
+        output(Command::new("dpkg-deb").arg("-c").arg(&made.file)).expect("it is a package");
     let files: Vec<String> = listed
         .lines()
         .map(|line| {
@@ -87,7 +90,10 @@ fn the_package_holds_what_it_promises() {
         assert!(is_page || CONTENT.contains(&found.as_str()), "{found} was not promised");
     }
     assert!(
-        files.iter().filter(|found| found.starts_with('d')).all(|found| found.starts_with("drwxr-xr-x "))
+        files
+            .iter()
+            .filter(|found| found.starts_with('d'))
+            .all(|found| found.starts_with("drwxr-xr-x "))
     );
 
     let field = |name: &str| {
@@ -99,7 +105,8 @@ fn the_package_holds_what_it_promises() {
     assert_eq!(field("Version"), "1.2.3+4");
     assert!(field("Depends").contains("libc6 (>= "), "{}", field("Depends"));
     let control = out.0.join("control");
-    output(Command::new("dpkg-deb").arg("-e").arg(&made.file).arg(&control)).expect("it has scripts");
+    output(Command::new("dpkg-deb").arg("-e").arg(&made.file).arg(&control))
+        .expect("it has scripts");
     let read = |name: &str| std::fs::read_to_string(control.join(name)).expect("it is there");
     assert_eq!(read("conffiles"), "/etc/default/overnode\n");
     assert!(read("md5sums").contains("  usr/bin/overnode\n"));
@@ -118,7 +125,8 @@ fn the_scripts_are_understood_by_a_plain_shell() {
 fn man_pages_render_and_completions_know_every_command() {
     let built = built("pages");
     let documents = Scratch(built.documents.clone());
-    let help = output(Command::new(built.programs.join("overnode")).arg("--help")).expect("it has help");
+    let help =
+        output(Command::new(built.programs.join("overnode")).arg("--help")).expect("it has help");
     let commands: Vec<&str> = help
         .lines()
         .skip_while(|line| *line != "Commands:")
@@ -130,9 +138,13 @@ fn man_pages_render_and_completions_know_every_command() {
         .collect();
     assert!(commands.contains(&"launch") && commands.contains(&"peer"), "{commands:?}");
     let read = |name: &str| std::fs::read_to_string(documents.0.join(name)).expect(name);
-    let completions = ["overnode.bash", "_overnode", "overnode.fish"].map(|name| (name, read(name)));
+    let completions =
+        ["overnode.bash", "_overnode", "overnode.fish"].map(|name| (name, read(name)));
     for command in &commands {
-        assert!(documents.0.join(format!("overnode-{command}.1")).is_file(), "{command} has no page");
+        assert!(
+            documents.0.join(format!("overnode-{command}.1")).is_file(),
+            "{command} has no page"
+        );
         for (name, text) in &completions {
             assert!(text.contains(command), "{name} does not know {command}");
         }
@@ -150,9 +162,17 @@ fn man_pages_render_and_completions_know_every_command() {
             let said = man.output().expect("man is installed");
             let text = String::from_utf8_lossy(&said.stdout).into_owned();
             let complaints = String::from_utf8_lossy(&said.stderr).into_owned();
-            assert!(said.status.success() && complaints.is_empty(), "{}: {complaints}", file.display());
+            assert!(
+                said.status.success() && complaints.is_empty(),
+                "{}: {complaints}",
+                file.display()
+            );
             for section in ["NAME", "SYNOPSIS", "DESCRIPTION", "SEE ALSO"] {
-                assert!(text.lines().any(|line| line == section), "{} has no {section}", file.display());
+                assert!(
+                    text.lines().any(|line| line == section),
+                    "{} has no {section}",
+                    file.display()
+                );
             }
             pages += 1;
         }
@@ -165,7 +185,9 @@ fn man_pages_render_and_completions_know_every_command() {
 }
 
 fn check_shells(folder: &Path) {
-    for (shell, file) in [("bash", "overnode.bash"), ("zsh", "_overnode"), ("fish", "overnode.fish")] {
+    for (shell, file) in
+        [("bash", "overnode.bash"), ("zsh", "_overnode"), ("fish", "overnode.fish")]
+    {
         output(Command::new(shell).arg("-n").arg(folder.join(file))).expect(shell);
     }
 }

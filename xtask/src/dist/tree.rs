@@ -62,7 +62,12 @@ impl Tree {
         self.above(place)?;
         let file = self.root.join(place);
         let mut strip = Command::new("strip");
-        strip.args(["--strip-unneeded", "--remove-section=.comment", "--remove-section=.note", "-o"]);
+        strip.args([
+            "--strip-unneeded",
+            "--remove-section=.comment",
+            "--remove-section=.note",
+            "-o",
+        ]);
         output(strip.arg(&file).arg(from))?;
         Ok(fs::set_permissions(&file, Permissions::from_mode(0o755))?)
     }

@@ -14,7 +14,8 @@ use crate::step::{describe, show};
 
 /// What the lab, WireGuard and overnode want of the kernel; with all that these need. They are loaded on demand, as on any
 /// machine.
-pub const MODULES: [&str; 7] = ["veth", "bridge", "nf_tables", "sch_ingress", "cls_bpf", "tun", "wireguard"];
+pub const MODULES: [&str; 7] =
+    ["veth", "bridge", "nf_tables", "sch_ingress", "cls_bpf", "tun", "wireguard"];
 const FOLDERS: [&str; 11] =
     ["bin", "sbin", "etc", "dev", "proc", "sys", "tmp", "run", "var", "root", "usr/bin"];
 
@@ -53,7 +54,9 @@ pub fn pack(
 /// The program without its debugging information, and the libraries that `ldd` names.
 fn put_program(root: &Path, name: &str, file: &Path) -> Result<()> {
     let place = root.join("bin").join(name);
-    show(Command::new("strip").args(["--strip-debug", "-o"]).arg(&place).arg(file.canonicalize()?))?;
+    show(
+        Command::new("strip").args(["--strip-debug", "-o"]).arg(&place).arg(file.canonicalize()?),
+    )?;
     fs::set_permissions(&place, fs::Permissions::from_mode(0o755))?;
     // For a static program `ldd` fails and names none.
     let output = Command::new("ldd").arg(file).output().context("ldd cannot be started")?;
@@ -85,10 +88,12 @@ fn put_modules(root: &Path, kernel: &Kernel, modules: &[&str]) -> Result<()> {
             continue;
         }
         let line = text.lines().find(|line| {
-            let name = line.split(':').next().and_then(|file| file.rsplit('/').next()).unwrap_or_default();
+            let name =
+                line.split(':').next().and_then(|file| file.rsplit('/').next()).unwrap_or_default();
             name.split('.').next().is_some_and(|name| name.replace('-', "_") == *module)
         });
-        let line = line.with_context(|| format!("Linux {} has no module {module}", kernel.release))?;
+        let line =
+            line.with_context(|| format!("Linux {} has no module {module}", kernel.release))?;
         files.extend(line.split([':', ' ']).filter(|file| !file.is_empty()));
     }
     let place = root.join("lib/modules").join(&kernel.release);
@@ -125,8 +130,11 @@ fn archive(root: &Path, image: &Path) -> Result<()> {
     }
     let mut cpio = Command::new("cpio");
     cpio.args(["--quiet", "--create", "--format=newc", "--owner=0:0"]).current_dir(root);
-    let mut child =
-        cpio.stdin(Stdio::piped()).stdout(File::create(image)?).spawn().context("cpio cannot be started")?;
+    let mut child = cpio
+        .stdin(Stdio::piped())
+        .stdout(File::create(image)?)
+        .spawn()
+        .context("cpio cannot be started")?;
     child.stdin.take().context("no pipe")?.write_all(list.as_bytes())?;
     let status = child.wait()?;
     ensure!(status.success(), "`{}` failed ({status})", describe(&cpio));

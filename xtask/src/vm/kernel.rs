@@ -70,7 +70,11 @@ fn download(folder: &Path, place: &Path) -> Result<()> {
     let fresh = folder.join("download");
     let _ = std::fs::remove_dir_all(&fresh);
     std::fs::create_dir_all(&fresh)?;
-    show(setup::apt().args(["-o", "APT::Sandbox::User=root", "download", &package]).current_dir(&fresh))?;
+    show(
+        setup::apt()
+            .args(["-o", "APT::Sandbox::User=root", "download", &package])
+            .current_dir(&fresh),
+    )?;
     let file = names_in(&fresh)?.into_iter().find(|name| name.ends_with(".deb"));
     let file = fresh.join(file.context("apt-get downloaded nothing")?);
     let unpacked = fresh.join("unpacked");

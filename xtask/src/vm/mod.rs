@@ -110,7 +110,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let folder = workspace.target.join("vm");
     std::fs::create_dir_all(&folder)?;
     let kernel = Kernel::get(&folder)?;
-    let mut parts = if arguments.parts.is_empty() { Part::ALL.to_vec() } else { arguments.parts.clone() };
+    let mut parts =
+        if arguments.parts.is_empty() { Part::ALL.to_vec() } else { arguments.parts.clone() };
     if parts.contains(&Part::Package) {
         package::run(&workspace, &folder, &kernel)?;
         parts.retain(|part| *part != Part::Package);
@@ -120,18 +121,25 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     let mut programs = build(&workspace)?;
     for (program, _) in &PROGRAMS[HERE_ONLY..] {
-        let file = setup::find(program).with_context(|| format!("{program} was there a moment ago"))?;
+        let file =
+            setup::find(program).with_context(|| format!("{program} was there a moment ago"))?;
         programs.push(((*program).to_owned(), file));
     }
     let step = Step::start("pack the initramfs");
     let image = image::pack(&folder, &kernel, &programs, &image::MODULES, &init(&parts))?;
     step.done();
     let started = Instant::now();
-    let step = Step::start(format!("boot Linux {} in QEMU and run {}", kernel.release, names(&parts)));
+    let step =
+        Step::start(format!("boot Linux {} in QEMU and run {}", kernel.release, names(&parts)));
     let lines = boot(&Machine { kernel: &kernel.image, initramfs: &image, disk: None })?;
     judge(&parts, &lines)?;
     step.done();
-    println!("it works on Linux {}: {}; {}", kernel.release, names(&parts), seconds(started.elapsed()));
+    println!(
+        "it works on Linux {}: {}; {}",
+        kernel.release,
+        names(&parts),
+        seconds(started.elapsed())
+    );
     Ok(())
 }
 
@@ -141,7 +149,14 @@ fn names(parts: &[Part]) -> String {
 
 /// Builds what is to run inside: names there and files here.
 fn build(workspace: &Workspace) -> Result<Vec<(String, PathBuf)>> {
-    let words = ["--package", "overnode-cli", "--package", "overnode-daemon", "--package", "overnode-tests"];
+    let words = [
+        "--package",
+        "overnode-cli",
+        "--package",
+        "overnode-daemon",
+        "--package",
+        "overnode-tests",
+    ];
     let mut cargo = workspace.cargo();
     cargo.args(["build", "--locked", "--bins"]).args(words);
     Step::start("build overnode, overnoded and the story").show(&mut cargo)?;
@@ -156,7 +171,8 @@ fn build(workspace: &Workspace) -> Result<Vec<(String, PathBuf)>> {
     ensure!(output.status.success(), "`{}` failed ({})", describe(&cargo), output.status);
     for line in output.stdout.split(|byte| *byte == b'\n') {
         let Ok(message) = serde_json::from_slice::<Value>(line) else { continue };
-        if let (Some(file), Some(name)) = (message["executable"].as_str(), message["target"]["name"].as_str())
+        if let (Some(file), Some(name)) =
+            (message["executable"].as_str(), message["target"]["name"].as_str())
         {
             programs.push((name.to_owned(), file.into()));
         }
@@ -196,7 +212,18 @@ struct Machine<'a> {
 /// Runs the machine to its end; shows and gives back the lines that it prints.
 fn boot(machine: &Machine<'_>) -> Result<Vec<String>> {
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "2048", "-no-reboot", "-nodefaults"]);
+    qemu.args([
+        "-accel",
+        "tcg",
+        "-cpu",
+        "max",
+        "-smp",
+        "2",
+        "-m",
+        "2048",
+        "-no-reboot",
+        "-nodefaults",
+    ]);
     qemu.args(["-display", "none", "-serial", "stdio", "-device", "virtio-rng-pci"]);
     if let Some(disk) = machine.disk {
         qemu.arg("-drive").arg(format!("if=virtio,format=raw,file={}", disk.display()));
@@ -209,7 +236,8 @@ fn boot(machine: &Machine<'_>) -> Result<Vec<String>> {
     let output = child.stdout.take().context("no pipe")?;
     let over = Arc::new(AtomicBool::new(false));
     let watch = {
-        let (over, pid) = (Arc::clone(&over), nix::unistd::Pid::from_raw(i32::try_from(child.id())?));
+        let (over, pid) =
+            (Arc::clone(&over), nix::unistd::Pid::from_raw(i32::try_from(child.id())?));
         std::thread::spawn(move || stop_in_time(pid, &over))
     };
     let mut lines = Vec::new();
@@ -265,8 +293,12 @@ mod tests {
         let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
         let parts = [Part::Aead, Part::Cluster];
         assert!(judge(&parts, &lines("x\nvm-part aead 0\nvm-part cluster 0")).is_ok());
-        let error = judge(&parts, &lines("vm-part aead 101\nvm-part clus")).unwrap_err().to_string();
-        assert!(error.contains("aead failed (exit status 101), cluster did not come to an end"), "{error}");
+        let error =
+            judge(&parts, &lines("vm-part aead 101\nvm-part clus")).unwrap_err().to_string();
+        assert!(
+            error.contains("aead failed (exit status 101), cluster did not come to an end"),
+            "{error}"
+        );
     }
 
     #[test]

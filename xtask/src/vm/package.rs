@@ -46,7 +46,8 @@ pub fn run(workspace: &Workspace, folder: &Path, kernel: &Kernel) -> Result<()> 
     let busybox = setup::find("busybox").context("busybox was there a moment ago")?;
     let initramfs = folder.join("package");
     fs::create_dir_all(&initramfs)?;
-    let initramfs = image::pack(&initramfs, kernel, &[("busybox".to_owned(), busybox)], &MODULES, INIT)?;
+    let initramfs =
+        image::pack(&initramfs, kernel, &[("busybox".to_owned(), busybox)], &MODULES, INIT)?;
     let machine = Machine { kernel: &kernel.image, initramfs: &initramfs, disk: Some(&disk) };
     let step = Step::start("start Debian, install and launch");
     let lines = boot(&machine)?;
@@ -58,7 +59,10 @@ pub fn run(workspace: &Workspace, folder: &Path, kernel: &Kernel) -> Result<()> 
     let lines = boot(&machine)?;
     step.done();
     fs::remove_file(&disk)?;
-    ensure!(lines.iter().any(|line| *line == format!("{RESULT} package 0")), "package failed: see above");
+    ensure!(
+        lines.iter().any(|line| *line == format!("{RESULT} package 0")),
+        "package failed: see above"
+    );
     Ok(())
 }
 
@@ -70,7 +74,8 @@ fn debian(folder: &Path) -> Result<PathBuf> {
         let _ = fs::remove_dir_all(&fresh);
         let mut debootstrap = Command::new("debootstrap");
         debootstrap.args(["--variant=minbase", &format!("--include={PACKAGES}"), "bookworm"]);
-        Step::start("debootstrap Debian 12 (minutes, the first time)").show(debootstrap.arg(&fresh))?;
+        Step::start("debootstrap Debian 12 (minutes, the first time)")
+            .show(debootstrap.arg(&fresh))?;
         for folder in ["var/cache/apt/archives", "var/lib/apt/lists"] {
             let _ = fs::remove_dir_all(fresh.join(folder));
         }

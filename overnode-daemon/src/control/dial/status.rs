@@ -94,7 +94,8 @@ impl Dialer {
     /// The established connections by node; then the destinations without one; then what was refused lately.
     pub fn connection_status(&self) -> Vec<ConnectionStatus> {
         let mut established: Vec<_> = self.connections.values().collect();
-        established.sort_by_key(|connection| (connection.peer, connection.direction, connection.address));
+        established
+            .sort_by_key(|connection| (connection.peer, connection.direction, connection.address));
         let established = established.into_iter().map(|connection| ConnectionStatus {
             direction: connection.direction,
             address: connection.address.to_string(),
@@ -104,7 +105,8 @@ impl Dialer {
             since: Some(connection.since),
             last_error: self.last_error_of(connection.peer),
         });
-        let open = self.destinations.iter().filter(|(key, _)| self.phase(key) != Phase::Established);
+        let open =
+            self.destinations.iter().filter(|(key, _)| self.phase(key) != Phase::Established);
         let open = open.map(|(key, destination)| ConnectionStatus {
             direction: Direction::Out,
             address: match (key, destination.addresses.first()) {

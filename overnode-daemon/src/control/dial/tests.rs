@@ -37,7 +37,10 @@ fn unreachable() -> Refusal {
 
 impl Bench {
     fn new(number: u16) -> Self {
-        Self { dialer: Dialer::new(id(number), true, StdRng::seed_from_u64(1)), now: Instant::now() }
+        Self {
+            dialer: Dialer::new(id(number), true, StdRng::seed_from_u64(1)),
+            now: Instant::now(),
+        }
     }
 
     fn actions(&mut self) -> Vec<Action> {
@@ -103,7 +106,11 @@ fn a_target_is_tried_for_ever_with_growing_pauses() {
         assert!(matches!(bench.target("host2").phase, Phase::Retrying { .. }));
         pauses.push(bench.pass_to_next());
     }
-    assert!(pauses[0] >= FIRST_PAUSE / 2 && pauses[0] <= FIRST_PAUSE.mul_f64(1.5), "{:?}", pauses[0]);
+    assert!(
+        pauses[0] >= FIRST_PAUSE / 2 && pauses[0] <= FIRST_PAUSE.mul_f64(1.5),
+        "{:?}",
+        pauses[0]
+    );
     assert!(pauses.iter().all(|pause| *pause <= LONGEST_PAUSE));
     assert!(pauses[20..].iter().all(|pause| *pause >= LONGEST_PAUSE / 2));
     let distinct: BTreeSet<_> = pauses[20..].iter().collect();
@@ -158,7 +165,10 @@ fn a_lost_connection_is_dialled_at_once_only_if_it_was_long_lived() {
         assert_eq!(bench.target("host2").peer, Some(id(2)));
         bench.pass(lived);
         assert_eq!(bench.dials(), []);
-        assert_eq!(bench.dialer.handle_lost(connection, "reset by peer", bench.now), Some((id(2), true)));
+        assert_eq!(
+            bench.dialer.handle_lost(connection, "reset by peer", bench.now),
+            Some((id(2), true))
+        );
         assert_eq!(bench.dials().len(), usize::from(at_once));
         assert_eq!(bench.target("host2").last_error.unwrap().0, "reset by peer");
         assert_eq!(bench.dialer.handle_lost(connection, "again", bench.now), None);
@@ -228,8 +238,15 @@ fn a_refused_newcomer_is_shown_and_expires() {
 #[test]
 fn both_sides_keep_the_same_connection() {
     // Each connection: who opens it. Each order: in which order either side hears of them.
-    let openings =
-        [vec![1, 2], vec![2, 1], vec![1, 1], vec![2, 2], vec![1, 2, 1], vec![2, 1, 2], vec![1, 1, 2, 2]];
+    let openings = [
+        vec![1, 2],
+        vec![2, 1],
+        vec![1, 1],
+        vec![2, 2],
+        vec![1, 2, 1],
+        vec![2, 1, 2],
+        vec![1, 1, 2, 2],
+    ];
     for opened_by in openings {
         let count = opened_by.len();
         for orders in permutations(count)
@@ -263,7 +280,9 @@ fn both_sides_keep_the_same_connection() {
                     }
                     for action in sides[side].actions() {
                         if let Action::Close(id) = action {
-                            closed.insert(names[side].iter().position(|name| *name == Some(id)).unwrap());
+                            closed.insert(
+                                names[side].iter().position(|name| *name == Some(id)).unwrap(),
+                            );
                         }
                     }
                 }
@@ -348,7 +367,8 @@ fn an_address_that_leads_elsewhere_is_not_dialled_in_a_loop() {
     }
     assert!((20..60).contains(&tries), "{tries} tries in 10 minutes");
     let status = bench.dialer.connection_status();
-    let why = &status.iter().find(|one| one.peer == Some(id(5))).unwrap().last_error.as_ref().unwrap().0;
+    let why =
+        &status.iter().find(|one| one.peer == Some(id(5))).unwrap().last_error.as_ref().unwrap().0;
     assert_eq!(why, "the address that node 5 tells leads to node 6 (host6)");
     assert!(status.iter().any(|one| one.peer == Some(id(6)) && one.phase == Phase::Established));
 }

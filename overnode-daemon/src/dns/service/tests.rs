@@ -27,7 +27,10 @@ fn service() -> Service {
     zone.set_reachable(BTreeSet::from([node]));
     let subnet = Network::default().subnet;
     let directory = Directory::new(vec![Domain::new("overnode.local").unwrap()], subnet, zone);
-    Service::new(directory, Upstream::new(Path::new("/nonexistent"), "10.39.240.1".parse().unwrap(), subnet))
+    Service::new(
+        directory,
+        Upstream::new(Path::new("/nonexistent"), "10.39.240.1".parse().unwrap(), subnet),
+    )
 }
 
 fn query(name: &str, kind: RecordType) -> Message {
@@ -66,7 +69,11 @@ fn a_name_is_answered_with_authority() {
     let query = query("Web.overnode.local.", RecordType::A);
     let reply = ask(&service, &query, Transport::Udp);
     assert_eq!(reply.metadata.response_code, ResponseCode::NoError);
-    assert!(reply.metadata.authoritative && reply.metadata.recursion_desired && !reply.metadata.truncation);
+    assert!(
+        reply.metadata.authoritative
+            && reply.metadata.recursion_desired
+            && !reply.metadata.truncation
+    );
     assert_eq!(reply.queries, query.queries);
     assert_eq!(reply.answers.len(), 1);
     assert!(reply.edns.is_none(), "it was not offered");
@@ -98,7 +105,11 @@ fn what_does_not_fit_is_cut_and_said_to_be_and_tcp_has_it_all() {
 #[test]
 fn edns_is_answered_and_a_later_version_refused() {
     let service = service();
-    let reply = ask(&service, &with_edns(query("web.overnode.local.", RecordType::A), 4096), Transport::Udp);
+    let reply = ask(
+        &service,
+        &with_edns(query("web.overnode.local.", RecordType::A), 4096),
+        Transport::Udp,
+    );
     assert_eq!(reply.edns.unwrap().max_payload(), 1232);
     let mut later = with_edns(query("web.overnode.local.", RecordType::A), 4096);
     later.edns.as_mut().unwrap().set_version(1);
@@ -133,7 +144,9 @@ fn what_is_no_query_is_ignored_or_refused_in_twelve_bytes() {
     for cut in HEADER..good.len() {
         assert_eq!(begin(&good[..cut]), Some(ResponseCode::FormErr), "cut at {cut}");
     }
-    for (at, value) in [(4, 0xff), (5, 0), (5, 2), (6, 0xff), (7, 1), (9, 1), (10, 0xff), (11, 3), (11, 1)] {
+    for (at, value) in
+        [(4, 0xff), (5, 0), (5, 2), (6, 0xff), (7, 1), (9, 1), (10, 0xff), (11, 3), (11, 1)]
+    {
         assert_eq!(altered(at, value), Some(ResponseCode::FormErr), "{value} at {at}");
     }
     // A name that points at itself.
@@ -179,7 +192,10 @@ fn only_who_asks_for_it_is_asked_elsewhere_and_only_so_often_at_a_time() {
         }
     }
     assert_eq!(waiting.len(), PENDING);
-    assert!(matches!(service.begin(&query, "10.40.9.9".parse().unwrap(), Transport::Udp), Step::Send(_)));
+    assert!(matches!(
+        service.begin(&query, "10.40.9.9".parse().unwrap(), Transport::Udp),
+        Step::Send(_)
+    ));
     waiting.clear();
     assert!(matches!(service.begin(&query, FROM, Transport::Udp), Step::Ask(_)));
     assert!(service.pending.lock().is_empty(), "shares are given back");

@@ -106,8 +106,12 @@ impl World {
 
     /// The daemon dies and starts again.
     fn restart(&mut self) {
-        self.plan =
-            Docker::new(settings(), self.networks.clone(), self.disk.values().cloned().collect(), self.now);
+        self.plan = Docker::new(
+            settings(),
+            self.networks.clone(),
+            self.disk.values().cloned().collect(),
+            self.now,
+        );
     }
 
     fn report(&mut self, report: &Report) {
@@ -143,8 +147,13 @@ fn create_endpoint(id: &str, address: &str) -> Request {
 }
 
 fn with_mac(id: &str, address: &str, mac: &str) -> Request {
-    let interface = Interface { address: address.into(), mac_address: mac.into(), ..Interface::default() };
-    Request::CreateEndpoint(CreateEndpoint { network: NETWORK.into(), endpoint: id.into(), interface })
+    let interface =
+        Interface { address: address.into(), mac_address: mac.into(), ..Interface::default() };
+    Request::CreateEndpoint(CreateEndpoint {
+        network: NETWORK.into(),
+        endpoint: id.into(),
+        interface,
+    })
 }
 
 fn join(id: &str, sandbox: &str) -> Request {
@@ -222,7 +231,8 @@ fn hardware_addresses_are_told_by_whoever_settles_them() {
     let mut world = World::new();
     for (endpoint, given) in [("e1", ""), ("e2", "02:11:22:33:44:55")] {
         let Response::Address { address } = world.done(request_address("")) else { panic!() };
-        let Response::Endpoint { interface } = world.done(with_mac(endpoint, &address, given)) else {
+        let Response::Endpoint { interface } = world.done(with_mac(endpoint, &address, given))
+        else {
             panic!()
         };
         assert_eq!(interface.address, "");
@@ -232,7 +242,8 @@ fn hardware_addresses_are_told_by_whoever_settles_them() {
         assert_eq!(parse_mac(told), Some(kept));
         // An engine that repeats what it was told does not want to hear it again.
         let told = told.to_owned();
-        let Response::Endpoint { interface } = world.done(with_mac(endpoint, &address, &told)) else {
+        let Response::Endpoint { interface } = world.done(with_mac(endpoint, &address, &told))
+        else {
             panic!()
         };
         assert_eq!(interface, Interface::default());
@@ -319,7 +330,10 @@ fn what_an_engine_that_answers_does_not_know_is_free_again_after_a_while() {
 fn names_and_images_are_the_engines() {
     let mut world = World::new();
     let address = world.start("e1", "/s1");
-    world.report(&Report { containers: vec![container("e1", "web")], networks: vec!["older".into()] });
+    world.report(&Report {
+        containers: vec![container("e1", "web")],
+        networks: vec!["older".into()],
+    });
     let record = &world.disk[&address];
     assert_eq!((record.name.as_deref(), record.image.as_deref()), (Some("web"), Some("tiny")));
     assert_eq!(record.target, "0123456789ab");
@@ -335,7 +349,9 @@ fn newer_engines_tell_the_name_with_the_request() {
     for (name, kept) in [("web", Some("web")), ("a b\n", None)] {
         let options = BTreeMap::from([(OPTION_NAME.to_owned(), name.into())]);
         let request = RequestAddress { pool: NAME.into(), address: String::new(), options };
-        let Response::Address { address } = world.done(Request::RequestAddress(request)) else { panic!() };
+        let Response::Address { address } = world.done(Request::RequestAddress(request)) else {
+            panic!()
+        };
         let address = address.parse::<IpNet>().unwrap().addr();
         assert_eq!(world.disk[&address].name.as_deref(), kept);
     }
@@ -346,7 +362,11 @@ fn gateways_take_no_address() {
     let mut world = World::new();
     let gateway = |address: &str| {
         let options = BTreeMap::from([(OPTION_TYPE.to_owned(), OPTION_TYPE_GATEWAY.into())]);
-        Request::RequestAddress(RequestAddress { pool: NAME.into(), address: address.into(), options })
+        Request::RequestAddress(RequestAddress {
+            pool: NAME.into(),
+            address: address.into(),
+            options,
+        })
     };
     let answer = |address: &str| Response::Address { address: format!("{address}/12") };
     assert_eq!(world.done(gateway("")), answer("10.39.240.3"));
@@ -358,7 +378,9 @@ fn gateways_take_no_address() {
 #[test]
 fn an_engine_that_looks_for_another_pool_is_told_that_there_is_none() {
     let mut world = World::new();
-    let pool = |pool: &str| Request::RequestPool(RequestPool { pool: pool.into(), ..RequestPool::default() });
+    let pool = |pool: &str| {
+        Request::RequestPool(RequestPool { pool: pool.into(), ..RequestPool::default() })
+    };
     let given = Response::Pool { id: NAME, pool: "10.32.0.0/12".into() };
     for _ in 0..MAX_POOLS_IN_A_ROW {
         assert_eq!(world.done(pool("")), given);
@@ -380,8 +402,10 @@ fn go_writes_null_for_what_is_empty() {
     );
     let Ok(Request::CreateEndpoint(request)) = request else { panic!("{request:?}") };
     assert_eq!(request.interface, Interface::default());
-    let request =
-        parse("/NetworkDriver.CreateNetwork", r#"{"NetworkID":"n","IPv4Data":null,"IPv6Data":null}"#);
+    let request = parse(
+        "/NetworkDriver.CreateNetwork",
+        r#"{"NetworkID":"n","IPv4Data":null,"IPv6Data":null}"#,
+    );
     assert!(matches!(request, Ok(Request::CreateNetwork(_))), "{request:?}");
     assert!(matches!(parse("/Plugin.Activate", ""), Ok(Request::Activate)));
     assert!(matches!(parse("/NetworkDriver.AllocateNetwork", "{}"), Err(Refusal::Unknown(_))));

@@ -20,7 +20,9 @@ fn forgeries(truth: &Record) -> Vec<Record> {
         change(|it| it.incarnation += 1),
         change(|it| (it.version, it.nickname) = (it.version + 1, "liar".into())),
         change(|it| (it.version, it.links) = (it.version + 1, Vec::new())),
-        change(|it| (it.version, it.ranges) = (it.version + 1, vec!["10.40.0.0/13".parse().unwrap()])),
+        change(|it| {
+            (it.version, it.ranges) = (it.version + 1, vec!["10.40.0.0/13".parse().unwrap()])
+        }),
         change(|it| (it.version, it.public_key) = (it.version + 1, PublicKey([66; 32]))),
         change(|it| (it.version, it.id) = (it.version + 1, id(6))),
         change(|it| (it.version, it.signature) = (it.version + 1, Signature([7; 64]))),
@@ -63,7 +65,11 @@ fn what_is_known_is_not_verified_again() {
     old.version -= 1;
     let now = world.now;
     let message = Message::Delta(vec![old]).encode();
-    assert_eq!(world.node(1).handle_message(id(2), &message, now), Ok(()), "older than what is known");
+    assert_eq!(
+        world.node(1).handle_message(id(2), &message, now),
+        Ok(()),
+        "older than what is known"
+    );
 }
 
 #[test]
@@ -81,7 +87,10 @@ fn nobody_takes_the_id_of_a_node_that_is_reached_and_both_are_told() {
         world.run(OBJECTION * 2);
         world.assert_converges_within(Duration::from_secs(1), 1);
         for number in (1..=6).filter(|number| *number != victim) {
-            assert_eq!(world.node(number).record(id(victim)).unwrap().nickname, format!("host{victim}"));
+            assert_eq!(
+                world.node(number).record(id(victim)).unwrap().nickname,
+                format!("host{victim}")
+            );
         }
         let told = |number| world.clashes.contains(&(id(number), id(victim)));
         assert!(to == victim || told(to), "{liar} lies of {victim}: {:?}", world.clashes);
@@ -172,8 +181,9 @@ impl Hosts {
             Action::Send { to, message } => {
                 self.messages += 1;
                 let sender = host.own().id;
-                let leads =
-                    |place: &usize| self.links.contains(&(from, *place)) && self.hosts[*place].own().id == to;
+                let leads = |place: &usize| {
+                    self.links.contains(&(from, *place)) && self.hosts[*place].own().id == to
+                };
                 if let Some(place) = (0..self.hosts.len()).find(leads) {
                     self.hosts[place].handle_message(sender, &message.encode(), self.now).unwrap();
                 }
@@ -188,8 +198,9 @@ impl Hosts {
                 self.clashes[from] += 1;
             }
             Action::SendParcel { to, parcel } => {
-                let leads =
-                    |place: &usize| self.links.contains(&(from, *place)) && self.hosts[*place].own().id == to;
+                let leads = |place: &usize| {
+                    self.links.contains(&(from, *place)) && self.hosts[*place].own().id == to
+                };
                 if let Some(place) = (0..self.hosts.len()).find(leads) {
                     let sender = self.hosts[from].own().id;
                     self.hosts[place].handle_parcel(sender, &parcel.encode(), self.now).unwrap();
@@ -210,8 +221,14 @@ fn rival() -> Record {
 /// Two clusters, each with a host 7, are joined by a link between others.
 #[test]
 fn two_hosts_with_one_id_that_only_gossip_joins_are_both_told_and_neither_spreads() {
-    let mut net =
-        Hosts::new(vec![record(1, 1), record(2, 1), record(3, 1), record(4, 1), record(7, 1), rival()]);
+    let mut net = Hosts::new(vec![
+        record(1, 1),
+        record(2, 1),
+        record(3, 1),
+        record(4, 1),
+        record(7, 1),
+        rival(),
+    ]);
     for (one, other) in [(4, 0), (0, 1), (2, 3), (3, 5)] {
         net.connect(one, other);
     }
@@ -225,7 +242,11 @@ fn two_hosts_with_one_id_that_only_gossip_joins_are_both_told_and_neither_spread
     net.run(Duration::from_secs(295));
     for place in 0..6 {
         let expected = if [0, 1, 4].contains(&place) { identity(7) } else { identity(66) };
-        assert_eq!(net.hosts[place].record(id(7)).unwrap().verifying_key, expected, "place {place}");
+        assert_eq!(
+            net.hosts[place].record(id(7)).unwrap().verifying_key,
+            expected,
+            "place {place}"
+        );
         assert!(
             net.contested[place] <= 25 && net.clashes[place] <= 25,
             "{:?} {:?}",
@@ -331,7 +352,8 @@ fn lies_about_nodes_that_are_there_change_nothing() {
         world.assert_converges_within(Duration::from_secs(10), seed);
         for _ in 0..15 {
             let (from, to) = *world.links.keys().choose(&mut world.rng).unwrap();
-            let victim = (1..=7).map(id).filter(|node| *node != from).choose(&mut world.rng).unwrap();
+            let victim =
+                (1..=7).map(id).filter(|node| *node != from).choose(&mut world.rng).unwrap();
             let truth = world.nodes[&from].record(victim).unwrap().clone();
             let lie = Message::Delta(vec![lie(&truth, &mut world.rng)]).encode();
             let now = world.now;
@@ -341,7 +363,10 @@ fn lies_about_nodes_that_are_there_change_nothing() {
             world.run(pause);
             for (own, node) in &world.nodes {
                 for record in node.records() {
-                    assert_eq!(record.public_key, world.keys[&record.id], "seed {seed}: {own} believes it");
+                    assert_eq!(
+                        record.public_key, world.keys[&record.id],
+                        "seed {seed}: {own} believes it"
+                    );
                 }
                 assert_eq!(node.reachable().len(), 6, "seed {seed}: {own}");
             }

@@ -55,7 +55,10 @@ fn parcels_and_garbage_count_too() {
     }
     assert_eq!(world.node(2).handle_parcel(id(1), &parcel.encode(), now), Err(BadParcel::Flood));
     assert!((BURST_BYTES / 17_000..BURST_BYTES / 16_000).contains(&heard), "{heard} parcels");
-    assert!(heard * 4 / 10 < passed && passed < heard * 6 / 10, "{passed} of {heard} were passed on");
+    assert!(
+        heard * 4 / 10 < passed && passed < heard * 6 / 10,
+        "{passed} of {heard} were passed on"
+    );
     let outcomes: BTreeSet<String> = (0..=BURST_MESSAGES)
         .map(|_| world.node(2).handle_message(id(3), &[9, 9], now).unwrap_err().to_string())
         .collect();
@@ -104,7 +107,8 @@ fn a_cold_start_is_far_from_being_a_flood() {
         let (messages, bytes) = (world.messages, world.bytes);
         world.assert_converges_within(Duration::from_secs(10), 9);
         let links = world.links.len() as u64;
-        let (messages, bytes) = ((world.messages - messages) / links, (world.bytes - bytes) / links);
+        let (messages, bytes) =
+            ((world.messages - messages) / links, (world.bytes - bytes) / links);
         // For 1000 nodes 25 times as many records, each up to 25 times as long.
         assert!(25 * messages < BURST_MESSAGES / 8, "{messages} messages over each link");
         assert!(25 * 25 * bytes < BURST_BYTES / 2, "{bytes} bytes over each link");
@@ -140,7 +144,8 @@ fn a_member_shows_up_under_two_ids_with_one_identity() {
     assert_eq!(world.node(2).record(id(9)), None);
     // Nor with that of a node that has left, or of this one.
     tell(&mut world, 1, 2, &[signed(blank(8, 2).into_tombstone(), 66)]).unwrap();
-    let as_others = [(9, 66), (10, 2), (11, 3)].map(|(number, seed)| signed(blank(number, 1), seed));
+    let as_others =
+        [(9, 66), (10, 2), (11, 3)].map(|(number, seed)| signed(blank(number, 1), seed));
     tell(&mut world, 1, 2, &as_others).unwrap();
     assert!((9..=11).all(|number| world.node(2).record(id(number)).is_none()));
 }
@@ -216,8 +221,10 @@ fn a_member_makes_up_nodes_that_nobody_reaches_until_there_is_no_room_for_others
     // It is the same after a restart.
     let known: Vec<_> = world.node(2).records().map(|record| record.id).collect();
     let node = world.node(2);
-    let known: Vec<_> =
-        known.into_iter().map(|it| (node.record(it).unwrap().clone(), node.was_reached(it))).collect();
+    let known: Vec<_> = known
+        .into_iter()
+        .map(|it| (node.record(it).unwrap().clone(), node.was_reached(it)))
+        .collect();
     let mut again = gossip(record(2, 2), world.now);
     again.restore(known);
     assert!(!again.budget.is_stranger(id(700)));
@@ -236,15 +243,24 @@ fn a_member_takes_an_id_with_a_stamp_that_its_owner_cannot_outbid() {
             world.run(Duration::from_secs(2));
             let usurper = Record { version: MAX_STAMP, ..blank(6, stamp) };
             tell(&mut world, 1, 2, &[signed(usurper.clone(), 66)]).unwrap();
-            tell(&mut world, 1, 2, &[signed(Record { left: true, addresses: Vec::new(), ..usurper }, 67)])
-                .unwrap();
+            tell(
+                &mut world,
+                1,
+                2,
+                &[signed(Record { left: true, addresses: Vec::new(), ..usurper }, 67)],
+            )
+            .unwrap();
             world.run(Duration::from_secs(2));
             world.start(signed(record(6, 2), comes_back_as));
             world.connect(id(5), id(6));
             world.run(Duration::from_secs(8));
             for number in 1..=5 {
                 let known = world.node(number).record(id(6)).unwrap();
-                assert_eq!(known.verifying_key, identity(comes_back_as), "{number} believes {stamp}");
+                assert_eq!(
+                    known.verifying_key,
+                    identity(comes_back_as),
+                    "{number} believes {stamp}"
+                );
                 assert!(!known.left && world.node(number).paths().contains_key(&id(6)));
             }
         }

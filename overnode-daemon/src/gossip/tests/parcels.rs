@@ -98,14 +98,20 @@ fn a_parcel_ends_after_its_last_hop_and_never_turns_back() {
     world.assert_converges_within(Duration::from_secs(5), 4);
     let now = world.now;
     let weary = Parcel { from: id(1), to: id(3), hops: 1, ..parcel() };
-    assert_eq!(world.node(2).handle_parcel(id(1), &weary.encode(), now), Ok(Some(Undelivered::TooFar)));
+    assert_eq!(
+        world.node(2).handle_parcel(id(1), &weary.encode(), now),
+        Ok(Some(Undelivered::TooFar))
+    );
     let astray = Parcel { from: id(1), to: id(3), ..parcel() };
     assert_eq!(
         world.node(2).handle_parcel(id(3), &astray.encode(), now),
         Ok(Some(Undelivered::NoWay(id(3))))
     );
     let lost = Parcel { from: id(1), to: id(9), ..parcel() };
-    assert_eq!(world.node(2).handle_parcel(id(1), &lost.encode(), now), Ok(Some(Undelivered::NoWay(id(9)))));
+    assert_eq!(
+        world.node(2).handle_parcel(id(1), &lost.encode(), now),
+        Ok(Some(Undelivered::NoWay(id(9))))
+    );
     // Of a node that is no neighbour, and one that claims to be of the node itself.
     assert_eq!(world.node(1).handle_parcel(id(3), &weary.encode(), now), Ok(None));
     let forged = Parcel { from: id(2), to: id(3), ..parcel() };
@@ -164,7 +170,8 @@ fn a_parcel_arrives_once_and_only_as_its_sender_made_it() {
         let outcome = world.node(3).handle_parcel(id(2), &forged, now);
         assert!(matches!(outcome, Ok(Some(Undelivered::Unsigned(_)))), "{outcome:?}");
     }
-    let mut hear = |parcel: &Parcel| world.node(3).handle_parcel(id(2), &parcel.encode(), now).unwrap();
+    let mut hear =
+        |parcel: &Parcel| world.node(3).handle_parcel(id(2), &parcel.encode(), now).unwrap();
     assert_eq!(hear(&made[0]), None);
     assert_eq!(hear(&made[0]), Some(Undelivered::Late(id(1))));
     assert_eq!(hear(&made[1]), None);

@@ -69,7 +69,8 @@ fn silence_is_tried_again_with_care_and_for_ever() {
     world.run(SECOND * 1800);
     let made = world.initiations(0);
     let pauses: Vec<_> = made.windows(2).map(|pair| pair[1] - pair[0]).collect();
-    let jittered = |pause: &Duration, least: Duration| *pause >= least && *pause <= least + timers::JITTER;
+    let jittered =
+        |pause: &Duration, least: Duration| *pause >= least && *pause <= least + timers::JITTER;
     let early = pauses.iter().take_while(|pause| **pause < SECOND * 6).count();
     assert!((17..=19).contains(&early), "90 seconds of attempts: {pauses:?}");
     assert!(pauses[..early].iter().all(|pause| jittered(pause, SECOND * 5)));
@@ -144,7 +145,8 @@ fn a_persistent_keepalive_breaks_every_silence() {
     config.persistent_keepalive = Some(SECOND * 25);
     world.upsert(1, 0, config);
     world.run(SECOND * 115 - (world.now - world.start));
-    let pauses: Vec<_> = world.nodes[1].keepalives.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    let pauses: Vec<_> =
+        world.nodes[1].keepalives.windows(2).map(|pair| pair[1] - pair[0]).collect();
     assert_eq!(pauses, [SECOND * 25; 3]);
 }
 
@@ -160,7 +162,11 @@ fn data_without_an_answer_leads_to_a_new_handshake() {
         world.joined(0, 1)
     });
     assert!(recovered.is_some());
-    assert!(world.now - begun >= SECOND * 14 && world.now - begun <= SECOND * 17, "{:?}", world.now - begun);
+    assert!(
+        world.now - begun >= SECOND * 14 && world.now - begun <= SECOND * 17,
+        "{:?}",
+        world.now - begun
+    );
     assert_eq!(world.initiations(0).len(), 2);
 }
 
@@ -298,8 +304,12 @@ fn a_replay_after_a_restart_diverts_nothing() {
     let mut world = joined_pair(1, Initiate::After(SECOND * 2));
     traffic(&mut world, SECOND * 300);
     let attacker = SocketAddr::from(([203, 0, 113, 66], 666));
-    let recorded: Vec<_> =
-        world.tapped.iter().filter(|(_, d)| d.kind() == 1).map(|(_, datagram)| datagram.clone()).collect();
+    let recorded: Vec<_> = world
+        .tapped
+        .iter()
+        .filter(|(_, d)| d.kind() == 1)
+        .map(|(_, datagram)| datagram.clone())
+        .collect();
     assert_eq!(recorded.len(), 3);
     world.restart(1, 0, Initiate::After(SECOND * 2), true);
     let before = refused(&world);
@@ -307,7 +317,10 @@ fn a_replay_after_a_restart_diverts_nothing() {
         world.inject(Datagram { from: attacker, ..datagram });
         traffic(&mut world, SECOND);
         assert_eq!(world.plane(1, 0).remote, Some(world.nodes[0].address));
-        assert_eq!(world.nodes[1].core.peer(peer(0)).expect("known").endpoint, Some(world.nodes[0].address));
+        assert_eq!(
+            world.nodes[1].core.peer(peer(0)).expect("known").endpoint,
+            Some(world.nodes[0].address)
+        );
     }
     assert_eq!(
         world.nodes[1].core.counters().initiations_answered,

@@ -20,7 +20,10 @@ fn check(core: &Handshakes) {
     }
     assert_eq!(core.slots.used(), indices.len());
     assert_eq!(core.by_key.len(), core.peers.len());
-    assert_eq!(core.deadlines.len(), core.peers.values().filter(|peer| peer.deadline.is_some()).count());
+    assert_eq!(
+        core.deadlines.len(),
+        core.peers.values().filter(|peer| peer.deadline.is_some()).count()
+    );
 }
 
 /// Node 0 waits for the response to its initiation; node 1 has one to take, and a response to give.
@@ -34,9 +37,11 @@ fn captured() -> Captured {
     let mut world = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer);
     world.lost = Box::new(|datagram| datagram.kind() == 2);
     world.run(SECOND);
-    let of = |kind| world.tapped.iter().find(|(_, d)| d.kind() == kind).expect("was sent").1.clone();
+    let of =
+        |kind| world.tapped.iter().find(|(_, d)| d.kind() == kind).expect("was sent").1.clone();
     let (initiation, response) = (of(1), of(2));
-    let fresh = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer).nodes.pop().expect("two nodes");
+    let fresh =
+        World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer).nodes.pop().expect("two nodes");
     world.nodes[1] = fresh;
     Captured { world, initiation, response }
 }
@@ -97,7 +102,10 @@ fn every_changed_bit_of_a_response_is_noticed() {
     assert_eq!((core.slots_used(), doubts), (slots, 1));
     check(core);
     core.handle_datagram(now, response.from, &response.bytes);
-    assert!(matches!(core.poll_event(), Some(Event::Install { .. })), "the right one is still taken");
+    assert!(
+        matches!(core.poll_event(), Some(Event::Install { .. })),
+        "the right one is still taken"
+    );
 }
 
 #[test]
@@ -126,7 +134,8 @@ fn initiations_closer_than_twenty_milliseconds_are_not_answered() {
     for number in 0..100 {
         let ephemeral = Secret([number + 1; 32]);
         let stamp = stamper.next(wall);
-        let (_, noise) = identity.initiate(&remote, &Secret([0; 32]), ephemeral, &stamp).expect("a good key");
+        let (_, noise) =
+            identity.initiate(&remote, &Secret([0; 32]), ephemeral, &stamp).expect("a good key");
         let mut bytes = message::initiation(u32::from(number), &noise);
         jar.seal(&mut bytes, 0, now);
         core.handle_datagram(now + Duration::from_millis(u64::from(number)), from, &bytes);
@@ -225,15 +234,55 @@ fn a_peer_that_always_demands_a_cookie_is_called_at_once_only_once() {
 /// One thing that can happen to a node.
 #[derive(Clone, Debug)]
 enum Op {
-    Garbage { kind: u8, length: usize, seed: u64 },
-    Replay { which: usize, at: usize, flip: Option<(usize, u8)>, cut: usize, honest_mac: bool },
-    Pass { millis: u64 },
-    Upsert { at: usize, of: usize, initiate: Initiate, key: u8, moved: bool },
-    Remove { at: usize, of: usize },
-    Confirm { at: usize, of: usize, which: usize },
-    Adopt { at: usize, of: usize, index: u32, initiator: bool, confirmed: bool, sealing: bool, age: u64 },
-    Observe { at: usize, of: usize, ages: [u64; 4] },
-    Load { at: usize, threshold: u32 },
+    Garbage {
+        kind: u8,
+        length: usize,
+        seed: u64,
+    },
+    Replay {
+        which: usize,
+        at: usize,
+        flip: Option<(usize, u8)>,
+        cut: usize,
+        honest_mac: bool,
+    },
+    Pass {
+        millis: u64,
+    },
+    Upsert {
+        at: usize,
+        of: usize,
+        initiate: Initiate,
+        key: u8,
+        moved: bool,
+    },
+    Remove {
+        at: usize,
+        of: usize,
+    },
+    Confirm {
+        at: usize,
+        of: usize,
+        which: usize,
+    },
+    Adopt {
+        at: usize,
+        of: usize,
+        index: u32,
+        initiator: bool,
+        confirmed: bool,
+        sealing: bool,
+        age: u64,
+    },
+    Observe {
+        at: usize,
+        of: usize,
+        ages: [u64; 4],
+    },
+    Load {
+        at: usize,
+        threshold: u32,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -281,7 +330,9 @@ fn perform(world: &mut World, op: Op) {
             }
         }
         Op::Replay { which, at, flip, cut, honest_mac } => {
-            let Some((_, datagram)) = world.tapped.get(which % world.tapped.len().max(1)) else { return };
+            let Some((_, datagram)) = world.tapped.get(which % world.tapped.len().max(1)) else {
+                return;
+            };
             let mut bytes = datagram.bytes[..datagram.bytes.len() - cut].to_vec();
             if let Some((position, value)) = flip
                 && let Some(byte) = bytes.get_mut(position)
@@ -319,7 +370,8 @@ fn perform(world: &mut World, op: Op) {
             // Only what the map holds is adopted: an index that the plane does not know, in a slot it does not use.
             let node = &mut world.nodes[at];
             let Some(created) = now.checked_sub(SECOND * age as u32) else { return };
-            let in_use = |plane: &Plane| plane.sessions.keys().any(|old| old & 0xfff == index & 0xfff);
+            let in_use =
+                |plane: &Plane| plane.sessions.keys().any(|old| old & 0xfff == index & 0xfff);
             if node.planes.values().any(in_use)
                 || node.withdrawn.keys().any(|old| old & 0xfff == index & 0xfff)
             {

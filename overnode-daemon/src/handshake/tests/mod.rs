@@ -22,7 +22,8 @@ pub const SECOND: Duration = Duration::from_secs(1);
 /// What a data message carries here: an IPv4 header that says how long it is, so that boringtun takes it too.
 pub fn inner_packet(payload: &[u8]) -> Vec<u8> {
     let length = u16::try_from(20 + payload.len()).expect("a small packet").to_be_bytes();
-    let header = [0x45, 0, length[0], length[1], 0, 0, 0, 0, 64, 17, 0, 0, 10, 40, 0, 1, 10, 42, 0, 1];
+    let header =
+        [0x45, 0, length[0], length[1], 0, 0, 0, 0, 64, 17, 0, 0, 10, 40, 0, 1, 10, 42, 0, 1];
     [&header, payload].concat()
 }
 
@@ -194,8 +195,11 @@ pub struct Weather {
 }
 
 impl Weather {
-    pub const FINE: Self =
-        Self { loss: 0.0, repeat: 0.0, delay: (Duration::from_millis(10), Duration::from_millis(10)) };
+    pub const FINE: Self = Self {
+        loss: 0.0,
+        repeat: 0.0,
+        delay: (Duration::from_millis(10), Duration::from_millis(10)),
+    };
 }
 
 #[derive(Clone, Debug)]
@@ -333,7 +337,8 @@ impl World {
     fn step(&mut self, end: Instant) -> bool {
         let arrival = self.flying.first_key_value().map(|((at, _), _)| *at);
         let timers = self.nodes.iter().filter_map(|node| node.core.poll_timeout());
-        let Some(next) = timers.chain(arrival).chain([self.tick]).min().filter(|next| *next <= end) else {
+        let Some(next) = timers.chain(arrival).chain([self.tick]).min().filter(|next| *next <= end)
+        else {
             return false;
         };
         self.advance(next.max(self.now));
@@ -361,16 +366,22 @@ impl World {
     }
 
     fn arrive(&mut self, datagram: &Datagram) {
-        let Some(at) = self.nodes.iter().position(|node| node.address == datagram.to) else { return };
+        let Some(at) = self.nodes.iter().position(|node| node.address == datagram.to) else {
+            return;
+        };
         if datagram.kind() != 4 {
             self.nodes[at].core.handle_datagram(self.now, datagram.from, &datagram.bytes);
             return self.drain(at);
         }
         let node = &mut self.nodes[at];
         let index = receiver(&datagram.bytes);
-        let plane =
-            node.planes.values_mut().find(|p| index.is_some_and(|index| p.sessions.contains_key(&index)));
-        match plane.map_or(Err("no session"), |p| p.receive(datagram.from, &datagram.bytes, self.now)) {
+        let plane = node
+            .planes
+            .values_mut()
+            .find(|p| index.is_some_and(|index| p.sessions.contains_key(&index)));
+        match plane
+            .map_or(Err("no session"), |p| p.receive(datagram.from, &datagram.bytes, self.now))
+        {
             Ok(text) => node.delivered += u64::from(!text.is_empty()),
             Err(why) => *node.refused.entry(why).or_default() += 1,
         }
@@ -429,7 +440,11 @@ impl World {
     /// Initiations that a node has sent.
     pub fn initiations(&self, from: usize) -> Vec<Instant> {
         let from = self.nodes[from].address;
-        self.tapped.iter().filter(|(_, d)| d.from == from && d.kind() == 1).map(|(at, _)| *at).collect()
+        self.tapped
+            .iter()
+            .filter(|(_, d)| d.from == from && d.kind() == 1)
+            .map(|(at, _)| *at)
+            .collect()
     }
 }
 
@@ -468,21 +483,26 @@ impl Node {
         match event {
             Event::Install { peer, session } => {
                 let index = session.local_index;
-                if let Some(withdrawn) = self.withdrawn.iter().find(|(old, _)| *old & 0xfff == index & 0xfff)
+                if let Some(withdrawn) =
+                    self.withdrawn.iter().find(|(old, _)| *old & 0xfff == index & 0xfff)
                 {
                     assert!(now >= *withdrawn.1 + index::QUARANTINE, "slot reused too soon");
                 }
                 self.withdrawn.retain(|old, _| *old & 0xfff != index & 0xfff);
                 let plane = self.planes.get_mut(&peer)?;
-                assert!(!plane.sessions.keys().any(|old| old & 0xfff == index & 0xfff), "slot in use");
+                assert!(
+                    !plane.sessions.keys().any(|old| old & 0xfff == index & 0xfff),
+                    "slot in use"
+                );
                 self.installed.push((now, peer, session.clone()));
                 if session.initiator {
                     plane.sealing = Some(index);
                 }
                 let live = session.initiator;
-                plane
-                    .sessions
-                    .insert(index, Held { keys: session, live, sent: 0, received: BTreeSet::new() });
+                plane.sessions.insert(
+                    index,
+                    Held { keys: session, live, sent: 0, received: BTreeSet::new() },
+                );
             }
             Event::Withdraw { peer, local_index } => {
                 self.withdrawn.insert(local_index, now);

@@ -109,7 +109,8 @@ impl Mixed {
 
         let packet = inner_packet(b"from them to us!");
         let mut buffer = [0; 2048];
-        let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(&packet, &mut buffer) else {
+        let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(&packet, &mut buffer)
+        else {
             panic!("boringtun has a session")
         };
         assert_eq!(message[4..8], self.session().local_index.to_le_bytes());
@@ -130,7 +131,9 @@ impl Mixed {
         self.ours(&initiation);
         let response = self.sent().expect("we answer");
         let installed = self.events();
-        assert!(matches!(&installed[..], [Event::Install { session, .. }, ..] if !session.initiator));
+        assert!(
+            matches!(&installed[..], [Event::Install { session, .. }, ..] if !session.initiator)
+        );
         let Theirs::Sends(keepalive) = self.theirs(&response) else { panic!("boringtun confirms") };
         assert_eq!(open(self.session(), &keepalive), Some((0, Vec::new())));
         let index = self.session().local_index;
@@ -222,7 +225,10 @@ fn preshared_keys_must_be_the_same() {
         let initiation = mixed.their_initiation();
         mixed.ours(&initiation);
         let response = mixed.sent().expect("the responder cannot know");
-        assert_eq!(mixed.theirs(&response), Theirs::Refuses(format!("{:?}", WireGuardError::InvalidAeadTag)));
+        assert_eq!(
+            mixed.theirs(&response),
+            Theirs::Refuses(format!("{:?}", WireGuardError::InvalidAeadTag))
+        );
     }
 }
 
@@ -278,7 +284,10 @@ fn they_refuse_our_initiations_when_replayed_and_we_theirs() {
     mixed.pass(Duration::ZERO);
     let ours = mixed.sent().expect("an initiation");
     assert!(matches!(mixed.theirs(&ours), Theirs::Sends(_)));
-    assert_eq!(mixed.theirs(&ours), Theirs::Refuses(format!("{:?}", WireGuardError::WrongTai64nTimestamp)));
+    assert_eq!(
+        mixed.theirs(&ours),
+        Theirs::Refuses(format!("{:?}", WireGuardError::WrongTai64nTimestamp))
+    );
 
     let theirs = mixed.their_initiation();
     mixed.ours(&theirs);

@@ -22,13 +22,15 @@ fn ten_minutes(world: &mut World) {
 
 fn nothing_was_lost(world: &World) {
     for node in &world.nodes {
-        let lost: u64 = node.refused.iter().filter(|(why, _)| **why != "replayed").map(|(_, n)| n).sum();
+        let lost: u64 =
+            node.refused.iter().filter(|(why, _)| **why != "replayed").map(|(_, n)| n).sum();
         assert_eq!((node.unsent, lost), (0, 0), "{:?}", node.refused);
         assert!(node.delivered > 4000);
         let keys: BTreeSet<_> =
             node.installed.iter().flat_map(|(_, _, keys)| [keys.tx_key.0, keys.rx_key.0]).collect();
         assert_eq!(keys.len(), 2 * node.installed.len(), "a key was made twice");
-        let indices: BTreeSet<_> = node.installed.iter().map(|(_, _, keys)| keys.local_index).collect();
+        let indices: BTreeSet<_> =
+            node.installed.iter().map(|(_, _, keys)| keys.local_index).collect();
         assert_eq!(indices.len(), node.installed.len(), "an index was used twice");
     }
 }
@@ -38,7 +40,8 @@ fn the_initiator_renews_every_two_minutes() {
     let mut world = World::pair(1, Initiate::AtOnce, Initiate::After(SECOND * 2));
     ten_minutes(&mut world);
     nothing_was_lost(&world);
-    let made: Vec<_> = world.initiations(0).iter().map(|at| (*at - world.start).as_secs()).collect();
+    let made: Vec<_> =
+        world.initiations(0).iter().map(|at| (*at - world.start).as_secs()).collect();
     assert_eq!(made, [0, 120, 240, 360, 480, 600]);
     assert_eq!(world.initiations(1), []);
     assert_eq!(world.nodes[0].refused.len() + world.nodes[1].refused.len(), 0);

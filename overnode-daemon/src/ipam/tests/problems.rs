@@ -14,7 +14,8 @@ fn what_was_lost_is_told_until_nothing_uses_it_and_who_took_it_for_a_while() {
     cluster.allocate(1, 9);
     cluster.run(LONG);
     cluster.nodes.remove(&id(1));
-    let (old_disk, old_addresses) = (cluster.disks[&id(1)].clone(), cluster.granted.remove(&id(1)).unwrap());
+    let (old_disk, old_addresses) =
+        (cluster.disks[&id(1)].clone(), cluster.granted.remove(&id(1)).unwrap());
     cluster.pump();
     cluster.run(LONG);
     let now = cluster.now;
@@ -103,7 +104,8 @@ fn an_address_in_a_block_of_another_node_is_told_while_both_say_that_they_have_i
     cluster.run(LONG);
     let address = cluster.granted[&id(5)][0];
     let (now, block) = (cluster.now, cluster.node(5).held().next().unwrap());
-    let peer = |ranges: &[IpNet]| Peer { incarnation: 7, ranges: ranges.to_vec(), ..Peer::default() };
+    let peer =
+        |ranges: &[IpNet]| Peer { incarnation: 7, ranges: ranges.to_vec(), ..Peer::default() };
     cluster.node(5).learn(id(7), peer(&[block]), now);
     assert_eq!(told(&mut cluster, 5), BTreeSet::from([Problem::Clash { address, node: id(7) }]));
     cluster.node(5).learn(id(7), peer(&[]), now);

@@ -39,8 +39,12 @@ impl Bench {
     /// Starts a node, or kills it and starts it anew.
     fn restart(&mut self, id: NodeId) {
         self.start += 1;
-        let config =
-            Config { network: Network::default(), id, incarnation: self.start, timing: Timing::default() };
+        let config = Config {
+            network: Network::default(),
+            id,
+            incarnation: self.start,
+            timing: Timing::default(),
+        };
         let allocated = self.disks.entry(id).or_default().clone();
         self.nodes.insert(id, Ipam::new(config, [], allocated, self.now).unwrap());
         self.incarnations.insert(id, self.start);
@@ -65,8 +69,11 @@ impl Bench {
         if !self.talk(of, to) {
             return;
         }
-        let peer =
-            Peer { incarnation: self.incarnations[&of], claims: self.nodes[&of].claims(), ..Peer::default() };
+        let peer = Peer {
+            incarnation: self.incarnations[&of],
+            claims: self.nodes[&of].claims(),
+            ..Peer::default()
+        };
         self.nodes.get_mut(&to).unwrap().learn(of, peer, self.now);
         self.pump();
     }
@@ -97,7 +104,9 @@ impl Bench {
                         self.disks.get_mut(&own).unwrap().insert(address, "c".to_owned());
                         self.answers.push((own, request, Ok(address)));
                     }
-                    Action::Failed { request, error } => self.answers.push((own, request, Err(error))),
+                    Action::Failed { request, error } => {
+                        self.answers.push((own, request, Err(error)))
+                    }
                     _ => {}
                 }
             }
@@ -174,8 +183,11 @@ impl Bench {
             let [keeper] = keepers[..] else { panic!("{address} is announced by {keepers:?}") };
             for holder in holders {
                 let node = &self.nodes[&holder];
-                let told: Vec<_> =
-                    node.problems(self.now).into_iter().filter(|it| is_about(it, address)).collect();
+                let told: Vec<_> = node
+                    .problems(self.now)
+                    .into_iter()
+                    .filter(|it| is_about(it, address))
+                    .collect();
                 if holder == keeper {
                     assert_eq!(told, [], "node {holder} keeps {address}");
                 } else {
@@ -229,7 +241,10 @@ fn who_has_it_says_so_before_gossip_does() {
     while !bench.messages.is_empty() {
         bench.deliver(0, false);
     }
-    assert_eq!(bench.answer(2, second), Some(Err(IpamError::InUseElsewhere { address, node: id(3) })));
+    assert_eq!(
+        bench.answer(2, second),
+        Some(Err(IpamError::InUseElsewhere { address, node: id(3) }))
+    );
 }
 
 #[test]
@@ -243,7 +258,10 @@ fn a_silent_node_costs_a_second_and_no_more() {
     bench.messages.clear();
     bench.pass(Duration::from_millis(990));
     assert_eq!(bench.answer(1, request), None);
-    assert!(bench.messages.iter().all(|(_, to, _)| *to == id(3)), "who has answered is not asked again");
+    assert!(
+        bench.messages.iter().all(|(_, to, _)| *to == id(3)),
+        "who has answered is not asked again"
+    );
     assert!(!bench.messages.is_empty(), "who has not is");
     bench.pass(Duration::from_millis(10));
     assert_eq!(bench.answer(1, request), Some(Ok(address)));
@@ -271,7 +289,8 @@ fn a_node_that_was_asked_by_nobody_can_neither_grant_nor_refuse() {
         let bytes = Message::ClaimAnswer { address, round, verdict }.encode();
         bench.node(1).handle_message(id(from), &bytes, now).unwrap();
     }
-    let elsewhere = Message::ClaimAnswer { address: ip(ADDRESSES[1]), round, verdict: Verdict::Taken };
+    let elsewhere =
+        Message::ClaimAnswer { address: ip(ADDRESSES[1]), round, verdict: Verdict::Taken };
     bench.node(1).handle_message(id(2), &elsewhere.encode(), now).unwrap();
     bench.pump();
     assert_eq!(bench.answer(1, request), None);
@@ -327,7 +346,10 @@ fn what_both_took_while_apart_the_lower_id_keeps_until_it_lets_go() {
     assert_eq!(bench.node(3).keeper(address), Some(id(2)));
     // A third one is refused by both.
     let late = bench.claim(4, address);
-    assert_eq!(bench.answer(4, late), Some(Err(IpamError::InUseElsewhere { address, node: id(2) })));
+    assert_eq!(
+        bench.answer(4, late),
+        Some(Err(IpamError::InUseElsewhere { address, node: id(2) }))
+    );
     // As advised, either way: then nothing is told any more, and the address leads to the one that
     // is left.
     let mut other = Bench::new([2, 3, 4]);
@@ -359,7 +381,8 @@ fn who_has_heard_of_a_claim_cannot_take_it_over_by_a_record() {
     bench.calm_down();
     bench.pass(Duration::from_secs(61));
     let now = bench.now;
-    let forged = Peer { incarnation: bench.incarnations[&id(2)], claims: vec![address], ..Peer::default() };
+    let forged =
+        Peer { incarnation: bench.incarnations[&id(2)], claims: vec![address], ..Peer::default() };
     bench.node(3).learn(id(2), forged, now);
     assert_eq!(bench.node(3).claims(), [address], "it is announced no more");
     bench.pass(Duration::from_secs(2));

@@ -14,7 +14,9 @@ fn alone() -> (Paths, Instant) {
 fn sent(paths: &mut Paths) -> Vec<Probe> {
     let actions = std::iter::from_fn(|| paths.poll_action());
     let decoded = actions.filter_map(|action| match action {
-        Action::Send { bytes, .. } => Some(Probe::decode(&bytes, bytes.len() as u32 + ENVELOPE).unwrap()),
+        Action::Send { bytes, .. } => {
+            Some(Probe::decode(&bytes, bytes.len() as u32 + ENVELOPE).unwrap())
+        }
         Action::Changed { .. } => None,
     });
     decoded.collect()
@@ -49,7 +51,11 @@ fn only_the_answer_to_an_open_request_counts_and_only_once() {
         give(&mut paths, B, good, now + ms(20));
     }
     assert_eq!(paths.counters().stray, 7);
-    assert_eq!(paths.state(B).unwrap().last_heard, Some(now + ms(10)), "a replay is no sign of life");
+    assert_eq!(
+        paths.state(B).unwrap().last_heard,
+        Some(now + ms(10)),
+        "a replay is no sign of life"
+    );
 }
 
 #[test]
@@ -76,7 +82,8 @@ fn the_answer_of_one_node_is_not_taken_from_another() {
 fn a_flood_of_requests_is_answered_at_a_bounded_rate_with_small_packets() {
     let (mut paths, now) = alone();
     sent(&mut paths);
-    let request = Probe { kind: Kind::Request, size: 1440, sequence: 7, stamp: 9, seen: 0, carries: 0 };
+    let request =
+        Probe { kind: Kind::Request, size: 1440, sequence: 7, stamp: 9, seen: 0, carries: 0 };
     for n in 0..10_000 {
         give(&mut paths, B, Probe { sequence: n, ..request }, now + ms(n / 10));
     }
@@ -94,7 +101,8 @@ fn a_flood_of_requests_is_answered_at_a_bounded_rate_with_small_packets() {
 fn the_largest_size_that_came_is_told_and_forgotten() {
     let (mut paths, now) = alone();
     sent(&mut paths);
-    let request = Probe { kind: Kind::Request, size: 1440, sequence: 1, stamp: 1, seen: 0, carries: 0 };
+    let request =
+        Probe { kind: Kind::Request, size: 1440, sequence: 1, stamp: 1, seen: 0, carries: 0 };
     let mut seen_at = |size, at| {
         give(&mut paths, B, Probe { size, ..request }, at);
         sent(&mut paths)[0].seen

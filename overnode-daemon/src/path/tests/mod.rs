@@ -77,7 +77,10 @@ impl World {
         let mut world = Self {
             start,
             now: start,
-            nodes: ids.iter().map(|id| (*id, Paths::new(StdRng::seed_from_u64(rng.random())))).collect(),
+            nodes: ids
+                .iter()
+                .map(|id| (*id, Paths::new(StdRng::seed_from_u64(rng.random()))))
+                .collect(),
             rng,
             links: BTreeMap::new(),
             wire: BTreeMap::new(),
@@ -173,7 +176,11 @@ impl World {
     fn until(&mut self, alive: bool, at_most: Duration) -> Duration {
         let start = self.now;
         while self.is_alive() != (alive, alive) {
-            assert!(self.now - start < at_most, "not {alive} within {at_most:?}: {:?}", self.is_alive());
+            assert!(
+                self.now - start < at_most,
+                "not {alive} within {at_most:?}: {:?}",
+                self.is_alive()
+            );
             self.run(ms(10));
         }
         self.now - start

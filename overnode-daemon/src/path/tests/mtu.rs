@@ -38,9 +38,18 @@ fn what_the_interface_carries_is_confirmed_by_one_probe() {
 
 #[test]
 fn a_path_that_carries_less_is_found_out_to_eight_bytes() {
-    let paths =
-        [(1440, 1380), (1440, 1240), (1440, 1201), (1440, 900), (8940, 1440), (8940, 1193), (8940, 8000)];
-    for (largest, carries) in paths.into_iter().chain([(1440, FLOOR), (65000, 1440), (65000, 20000)]) {
+    let paths = [
+        (1440, 1380),
+        (1440, 1240),
+        (1440, 1201),
+        (1440, 900),
+        (8940, 1440),
+        (8940, 1193),
+        (8940, 8000),
+    ];
+    for (largest, carries) in
+        paths.into_iter().chain([(1440, FLOOR), (65000, 1440), (65000, 20000)])
+    {
         let mut world = World::new(2, 2, largest);
         narrow(&mut world, carries);
         world.run(secs(1));
@@ -48,7 +57,11 @@ fn a_path_that_carries_less_is_found_out_to_eight_bytes() {
         world.run(secs(12));
         assert_found(&world, carries);
         let back = world.state(B, A);
-        assert_eq!((back.mtu, back.mtu_confirmed), (largest, true), "the other direction is another matter");
+        assert_eq!(
+            (back.mtu, back.mtu_confirmed),
+            (largest, true),
+            "the other direction is another matter"
+        );
         assert!(world.changes.iter().all(|(_, _, _, state)| state.alive));
     }
 }
@@ -71,7 +84,10 @@ fn a_black_hole_is_found_within_the_check_interval_and_heals_with_the_next_rise(
         narrow(&mut world, carries);
         world.run(CHECK_INTERVAL + secs(1));
         assert!(world.state(A, B).mtu <= carries, "{:?}", world.state(A, B));
-        assert_eq!(world.state(A, B).last_error.map(|(fault, _)| fault), Some(Fault::TooLarge(largest)));
+        assert_eq!(
+            world.state(A, B).last_error.map(|(fault, _)| fault),
+            Some(Fault::TooLarge(largest))
+        );
         world.run(secs(9));
         assert_found(&world, carries);
         narrow(&mut world, u32::MAX);
@@ -218,7 +234,9 @@ fn a_dead_path_says_nothing_of_its_mtu() {
 fn another_interface_mtu_is_followed() {
     let mut world = World::pair(10);
     world.run(secs(5));
-    for (largest, carries, mtu) in [(1240, u32::MAX, 1240), (8940, u32::MAX, 8940), (1440, 1440, 1440)] {
+    for (largest, carries, mtu) in
+        [(1240, u32::MAX, 1240), (8940, u32::MAX, 8940), (1440, 1440, 1440)]
+    {
         narrow(&mut world, carries);
         let now = world.now;
         world.nodes.get_mut(&A).unwrap().set_peer(B, largest, now);

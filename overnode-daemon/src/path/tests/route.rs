@@ -99,7 +99,9 @@ fn a_route_carries_what_is_known_of_its_hops_less_the_relay_header() {
     assert_eq!(of(2, Route::Direct, &graph), Some(1440));
     assert_eq!(of(3, via(2, 2), &graph), Some(BEYOND_FIRST_HOP - RELAY_HEADER));
     // The relay tells of the second hop, and of no more.
-    for (carries, two, three) in [(1440, 1432, 1280), (1220, 1212, 1212), (8940, 1432, 1280), (1, 504, 504)] {
+    for (carries, two, three) in
+        [(1440, 1432, 1280), (1220, 1212, 1212), (8940, 1432, 1280), (1, 504, 504)]
+    {
         graph.direct.get_mut(&B).unwrap().carries = Some(carries);
         assert_eq!(of(3, via(2, 2), &graph), Some(two));
         assert_eq!(of(3, via(2, 3), &graph), Some(three));
@@ -150,8 +152,11 @@ fn follow(
 fn distances(from: NodeId, links: &Links) -> BTreeMap<NodeId, u8> {
     let mut found = BTreeMap::from([(from, 0)]);
     for distance in 1..=MAX_HOPS {
-        let ring: Vec<_> =
-            links.iter().filter(|(x, _)| found.get(x) == Some(&(distance - 1))).map(|(_, y)| *y).collect();
+        let ring: Vec<_> = links
+            .iter()
+            .filter(|(x, _)| found.get(x) == Some(&(distance - 1)))
+            .map(|(_, y)| *y)
+            .collect();
         for id in ring {
             found.entry(id).or_insert(distance);
         }
@@ -184,7 +189,11 @@ fn with_equal_views_every_packet_takes_a_shortest_way_whatever_was_used_before()
             let distances = distances(from, &links);
             for to in (1..=nodes).map(node).filter(|to| *to != from) {
                 let (way, arrived) = follow(&tables, from, to);
-                assert_eq!(arrived, distances.contains_key(&to), "seed {seed}: {from} to {to} by {way:?}");
+                assert_eq!(
+                    arrived,
+                    distances.contains_key(&to),
+                    "seed {seed}: {from} to {to} by {way:?}"
+                );
                 if let Some(distance) = distances.get(&to) {
                     assert_eq!(way.len(), usize::from(*distance) + 1, "seed {seed}: {way:?}");
                     relayed += usize::from(*distance > 1);
@@ -237,7 +246,8 @@ fn a_link_that_one_end_only_reports_changes_no_route() {
         let mut rng = StdRng::seed_from_u64(seed);
         let nodes = rng.random_range(3..16);
         let links = random(&mut rng, nodes, 0.3, 0.4);
-        let both: Links = links.iter().copied().filter(|(x, y)| links.contains(&(*y, *x))).collect();
+        let both: Links =
+            links.iter().copied().filter(|(x, y)| links.contains(&(*y, *x))).collect();
         for own in (1..=nodes).map(node) {
             let all = view(own, nodes, &links);
             let graph = Graph { links: view(own, nodes, &both).links, ..all.clone() };
