@@ -59,8 +59,8 @@ fn build(workspace: &Path) -> Result<PathBuf, String> {
     Ok(target.join("bpfel-unknown-none/release/overnode-ebpf"))
 }
 
-/// The workspace's target directory, found from `OUT_DIR` (`target/PROFILE/build/CRATE-HASH/out`), so that
-/// `--target-dir` and `CARGO_TARGET_DIR` are honoured.
+/// The workspace's target directory, found from `OUT_DIR` (`target/PROFILE/build/CRATE-HASH/out`),
+/// so that `--target-dir` and `CARGO_TARGET_DIR` are honoured.
 fn target_directory() -> Result<PathBuf, String> {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     out.ancestors()

@@ -1,7 +1,7 @@
 //! Writes the man pages and the completions of the commands into a directory: `documents DIR`.
 //!
-//! Both come from the definition of the command line, so that they cannot say anything else than `--help`. `cargo xtask dist` runs this;
-//! it is no part of the program that people get.
+//! Both come from the definition of the command line, so that they cannot say anything else than
+//! `--help`. `cargo xtask dist` runs this; it is no part of the program that people get.
 
 #![allow(clippy::print_stderr, reason = "this is a program for a terminal")]
 

@@ -169,7 +169,8 @@ impl Client {
     pub async fn running(&self) -> Result<Option<api::Version>, Failure> {
         let begun = Instant::now();
         loop {
-            // A process that was killed takes questions, and keeps its lock, until the kernel has closed all that it had open.
+            // A process that was killed takes questions, and keeps its lock, until the kernel has
+            // closed all that it had open.
             let may_be_ending = begun.elapsed() < ENDING;
             match self.try_get("/v1/version").await {
                 Ok(version) => return Ok(Some(version)),

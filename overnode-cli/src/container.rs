@@ -1,4 +1,5 @@
-//! Finds containers by asking the engines' own commands, with whatever the user has configured for them.
+//! Finds containers by asking the engines' own commands, with whatever the user has configured for
+//! them.
 
 use std::process::{Command, Stdio};
 

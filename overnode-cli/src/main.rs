@@ -1,8 +1,9 @@
 //! The `overnode` command: reads what is wanted, asks the daemon for it, and shows the answer.
 //!
-//! [`options`] is the command line, [`command`] has one module for each command, [`client`] speaks to the daemon, [`start`] starts
-//! and stops it, [`render`] makes tables. A command returns what goes to standard output; it is written here, in one
-//! place, and so is the one line on standard error of a command that fails.
+//! [`options`] is the command line, [`command`] has one module for each command, [`client`] speaks
+//! to the daemon, [`start`] starts and stops it, [`render`] makes tables. A command returns what
+//! goes to standard output; it is written here, in one place, and so is the one line on standard
+//! error of a command that fails.
 
 mod client;
 mod cni;

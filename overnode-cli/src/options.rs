@@ -19,7 +19,8 @@ use crate::failure::Failure;
 
 /// Joins the containers of many Linux hosts into one private, encrypted network
 ///
-/// Every host runs one equal node; nodes find each other, and each can work alone when the network splits.
+/// Every host runs one equal node; nodes find each other, and each can work alone when the network
+/// splits.
 #[derive(Debug, Parser)]
 #[command(name = "overnode", version, after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
@@ -94,14 +95,16 @@ pub enum Command {
 
 /// Start this host's node and join the cluster
 ///
-/// The hosts named become its targets: it connects to them and keeps trying. They need not be reachable, and need not exist. A node
-/// that is its own target skips itself. Launched again while it runs, it gets the hosts named as further targets; launched
-/// again after it was stopped, it starts again with the hosts named, or else with the targets it had.
+/// The hosts named become its targets: it connects to them and keeps trying. They need not be
+/// reachable, and need not exist. A node that is its own target skips itself. Launched again while
+/// it runs, it gets the hosts named as further targets; launched again after it was stopped, it
+/// starts again with the hosts named, or else with the targets it had.
 ///
-/// Every node of a cluster has the same token and an ID of its own. Nodes 1 to 4 can give addresses to containers by themselves.
+/// Every node of a cluster has the same token and an ID of its own. Nodes 1 to 4 can give addresses
+/// to containers by themselves.
 ///
-/// Whoever knows the token, or guesses it, is a member. Make it with `overnode token`; a word that can be guessed is taken, with a
-/// warning.
+/// Whoever knows the token, or guesses it, is a member. Make it with `overnode token`; a word that
+/// can be guessed is taken, with a warning.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -113,7 +116,8 @@ pub struct Launch {
     #[arg(long, value_name = "ID", allow_hyphen_values = true)]
     pub id: NodeId,
 
-    /// The cluster's token; every user of this host sees it in the list of processes, unlike with --token-file or OVERNODE_TOKEN
+    /// The cluster's token; every user of this host sees it in the list of processes, unlike with
+    /// --token-file or OVERNODE_TOKEN
     #[arg(long, value_name = "TOKEN", conflicts_with = "token_file", allow_hyphen_values = true)]
     pub token: Option<String>,
 
@@ -129,7 +133,8 @@ pub struct Launch {
     #[arg(long, value_name = "NAME", value_parser = interface)]
     pub interface: Option<String>,
 
-    /// MTU of the containers' interfaces, in bytes [default: what fits the interface to the other hosts]
+    /// MTU of the containers' interfaces, in bytes [default: what fits the interface to the other
+    /// hosts]
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(576..=65455))]
     pub mtu: Option<u32>,
 
@@ -141,8 +146,8 @@ pub struct Launch {
     #[arg(long)]
     pub no_docker: bool,
 
-    /// Open messages in native XDP on the underlay's interface, instead of in TC. Its segmentation offloads are lost to
-    /// everything else on the host
+    /// Open messages in native XDP on the underlay's interface, instead of in TC. Its segmentation
+    /// offloads are lost to everything else on the host
     #[arg(long, requires = "interface")]
     pub xdp: bool,
 
@@ -154,7 +159,8 @@ pub struct Launch {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub bulk_workers: Option<u8>,
 
-    /// Addresses that nodes give out, inside the subnet; the same on every node [default: 10.40.0.0/13]
+    /// Addresses that nodes give out, inside the subnet; the same on every node [default:
+    /// 10.40.0.0/13]
     #[arg(long, value_name = "NETWORK")]
     pub range: Option<IpNet>,
 
@@ -162,7 +168,8 @@ pub struct Launch {
     #[arg(long, value_name = "NETWORK")]
     pub subnet: Option<IpNet>,
 
-    /// The domain under which containers find each other's names, beside weave.local [default: overnode.local]
+    /// The domain under which containers find each other's names, beside weave.local [default:
+    /// overnode.local]
     #[arg(long, value_name = "DOMAIN", value_parser = domain, conflicts_with = "no_dns")]
     pub dns_domain: Option<String>,
 
@@ -195,7 +202,8 @@ pub struct Connect {
 
 /// Remove targets
 ///
-/// They are never connected to as targets again. A connection to a live node stays: the other nodes tell of it.
+/// They are never connected to as targets again. A connection to a live node stays: the other nodes
+/// tell of it.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -217,7 +225,8 @@ pub struct Attach {
     /// netns:NAME, netns:/path, pid:NUMBER, or a container's name or ID
     pub target: Target,
 
-    /// A static address, 10.32.0.1 to 10.39.239.255 unless the subnet was changed [default: the next free one]
+    /// A static address, 10.32.0.1 to 10.39.239.255 unless the subnet was changed [default: the
+    /// next free one]
     #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = address)]
     pub ip: Option<IpNet>,
 
@@ -239,15 +248,17 @@ pub struct Detach {
 
 /// Give this host itself an address in the container network and print it
 ///
-/// From then on the host and the containers of all hosts reach each other, and so do hosts that are exposed. The interface is overnode0. It comes
-/// back with the node after a reboot, until `overnode hide`.
+/// From then on the host and the containers of all hosts reach each other, and so do hosts that are
+/// exposed. The interface is overnode0. It comes back with the node after a reboot, until
+/// `overnode hide`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   sudo overnode expose
   sudo overnode expose --name storage           # containers find it as storage.overnode.local")]
 pub struct Expose {
-    /// A static address, 10.32.0.1 to 10.39.239.255 unless the subnet was changed [default: the next free one]
+    /// A static address, 10.32.0.1 to 10.39.239.255 unless the subnet was changed [default: the
+    /// next free one]
     #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = address)]
     pub ip: Option<IpNet>,
 
@@ -308,8 +319,9 @@ pub struct Status {
 
 /// Show dropped packets, and what happens to peers, paths and containers, as it happens
 ///
-/// One line for each, until Ctrl-C. Of a dropped packet its headers are shown, never what it carries; of many that are dropped for one reason
-/// some are shown each second, and how many more there were.
+/// One line for each, until Ctrl-C. Of a dropped packet its headers are shown, never what it
+/// carries; of many that are dropped for one reason some are shown each second, and how many more
+/// there were.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -326,7 +338,8 @@ pub struct Monitor {
     #[arg(long)]
     pub events: bool,
 
-    /// Of the dropped packets only those dropped for this reason; may be given several times. `status --counters` tells what each means
+    /// Of the dropped packets only those dropped for this reason; may be given several times.
+    /// `status --counters` tells what each means
     #[arg(long, value_name = "REASON", value_parser = reason)]
     pub reason: Vec<String>,
 
@@ -341,8 +354,9 @@ pub struct Monitor {
 
 /// Make a name stand for addresses, for the containers of all hosts
 ///
-/// A name may stand for several addresses, added on one node or on several; containers get them in random order. It is served as long as
-/// the node on which it was added is reached, and survives a restart of that one. Names of containers need not be added.
+/// A name may stand for several addresses, added on one node or on several; containers get them in
+/// random order. It is served as long as the node on which it was added is reached, and survives a
+/// restart of that one. Names of containers need not be added.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -376,7 +390,8 @@ pub struct DnsRemove {
 
 /// Print the addresses that a name stands for, one a line
 ///
-/// As containers of this host are told; only names of the container network, of which `overnode status --dns` lists all.
+/// As containers of this host are told; only names of the container network, of which
+/// `overnode status --dns` lists all.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -402,9 +417,9 @@ pub struct Prime {
 
 /// Take back the address space of a node that is gone for good
 ///
-/// All other nodes have to agree, those that cannot be reached just now, too: two halves of a cluster must not take the same space.
-/// Run it on a node 1 to 4, which alone lend. Never do this to a node that is only unreachable; refused while it is reachable, and for
-/// 20 seconds after.
+/// All other nodes have to agree, those that cannot be reached just now, too: two halves of a
+/// cluster must not take the same space. Run it on a node 1 to 4, which alone lend. Never do this
+/// to a node that is only unreachable; refused while it is reachable, and for 20 seconds after.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -419,7 +434,8 @@ pub struct Reclaim {
 
 /// Stop and destroy the node
 ///
-/// It leaves the cluster, and everything that it made on this host is removed. Works on a node that is not running too.
+/// It leaves the cluster, and everything that it made on this host is removed. Works on a node that
+/// is not running too.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

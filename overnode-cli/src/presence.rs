@@ -69,13 +69,14 @@ impl Presence {
     }
 }
 
-/// The daemon that holds a lock on the file. Read from the kernel's list: trying to take the lock could get in the way of a
-/// daemon that starts at this moment.
+/// The daemon that holds a lock on the file. Read from the kernel's list: trying to take the lock
+/// could get in the way of a daemon that starts at this moment.
 fn lock_holder(file: &Path) -> Option<u32> {
     let inode = fs::metadata(file).ok()?.ino();
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| holder(line, inode)).filter(|pid| {
-        // The device in the list is not the one that stat shows on every file system, so the inode is not proof enough.
+        // The device in the list is not the one that stat shows on every file system, so the inode
+        // is not proof enough.
         fs::read_to_string(format!("/proc/{pid}/comm"))
             .is_ok_and(|name| name.trim_end() == "overnoded")
     })

@@ -151,7 +151,8 @@ pub async fn ended(context: &Context, client: &Client, pid: u32) -> Result<(), F
     forget_start(context)
 }
 
-/// Removes what was made to start a daemon: its log, its run directory, its place among what systemd starts.
+/// Removes what was made to start a daemon: its log, its run directory, its place among what
+/// systemd starts.
 ///
 /// # Errors
 /// When systemd refuses.
@@ -166,7 +167,8 @@ pub fn forget_start(context: &Context) -> Result<(), Failure> {
 }
 
 impl Started {
-    /// Stops it, and removes what was made by starting it. A node that had been launched before stays launched.
+    /// Stops it, and removes what was made by starting it. A node that had been launched before
+    /// stays launched.
     ///
     /// # Errors
     /// When it does not stop, or something cannot be removed.
@@ -194,7 +196,8 @@ impl Started {
         let begun = Instant::now();
         let mut progress = Progress::default();
         loop {
-            // One that ends while it starts may have taken the question, so only its own words count as a reason.
+            // One that ends while it starts may have taken the question, so only its own words
+            // count as a reason.
             match client.try_get::<Version>("/v1/version").await {
                 Ok(version) => return Ok(version),
                 Err(why @ (Unanswered::Denied | Unanswered::Stranger(_))) => {
@@ -248,7 +251,8 @@ impl Started {
     }
 }
 
-/// Why a daemon ended, from its log: the last error, else the last line, without the time and the level.
+/// Why a daemon ended, from its log: the last error, else the last line, without the time and the
+/// level.
 pub fn reason_in(log: &str) -> Option<String> {
     let said =
         |line: &str| line.split_once(" ERROR ").map(|(_, message)| message.trim().to_owned());
@@ -325,7 +329,8 @@ fn spawn(daemon: &Path, context: &Context, log: File) -> io::Result<Child> {
     // SAFETY: between fork and exec only system calls are made; they take no pointers.
     unsafe {
         command.pre_exec(|| {
-            // Out of the terminal's reach, and without holding open what the caller waits for the end of.
+            // Out of the terminal's reach, and without holding open what the caller waits for the
+            // end of.
             if libc::setsid() < 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -358,7 +363,8 @@ async fn end(child: &mut Child) -> Result<(), Failure> {
     };
     let asked = Instant::now();
     if child.try_wait().map_err(cannot)?.is_none() {
-        // SAFETY: kill takes no pointers; the child was not waited for, so the number is still its own.
+        // SAFETY: kill takes no pointers; the child was not waited for, so the number is still its
+        // own.
         unsafe { libc::kill(pid as libc::pid_t, libc::SIGTERM) };
     }
     while child.try_wait().map_err(cannot)?.is_none() {

@@ -1,10 +1,11 @@
-//! How soon a token is guessed. A guess can be checked without the cluster's leave (against a stolen disk, or against what a node
-//! sends to a target that is an impostor), so only the number of guesses protects a token.
+//! How soon a token is guessed. A guess can be checked without the cluster's leave (against a
+//! stolen disk, or against what a node sends to a target that is an impostor), so only the number
+//! of guesses protects a token.
 
 use zxcvbn::zxcvbn;
 
-/// Guesses a second of somebody who means it: a thousand graphics cards, each of which derives some thousand keys
-/// a second (Argon2id, 64 MiB, 3 passes).
+/// Guesses a second of somebody who means it: a thousand graphics cards, each of which derives some
+/// thousand keys a second (Argon2id, 64 MiB, 3 passes).
 const GUESSES_PER_SECOND: f64 = 1e6;
 const MINUTE: f64 = 60.0;
 const HOUR: f64 = 60.0 * MINUTE;
@@ -12,7 +13,8 @@ const DAY: f64 = 24.0 * HOUR;
 /// What takes longer is not warned about.
 const SOON: f64 = 365.0 * DAY;
 
-/// Why a token is weak, and what to do; `None` if it is not found soon. Nothing of the token is in it.
+/// Why a token is weak, and what to do; `None` if it is not found soon. Nothing of the token is in
+/// it.
 pub fn weakness(token: &str) -> Option<String> {
     // Words that everybody would try here.
     let estimate = zxcvbn(token, &["overnode", "weave", "cluster", "token", "container", "docker"]);

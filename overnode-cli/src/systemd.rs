@@ -22,8 +22,8 @@ const UNIT_DIRS: [&str; 5] = [
     "/lib/systemd/system",
 ];
 
-/// Whether the daemon of these directories is systemd's: it runs, has the unit, and would start it in the network namespace that
-/// this command runs in.
+/// Whether the daemon of these directories is systemd's: it runs, has the unit, and would start it
+/// in the network namespace that this command runs in.
 pub fn is_in_charge(context: &Context) -> bool {
     Path::new("/run/systemd/system").is_dir()
         && context.state_dir == Path::new(DEFAULT_STATE_DIR)
@@ -53,7 +53,8 @@ pub fn set_debug(debug: bool) -> Result<(), Failure> {
     demand(&["daemon-reload"])
 }
 
-/// Starts the unit, now and whenever the host starts. Comes back when the daemon says that it is ready.
+/// Starts the unit, now and whenever the host starts. Comes back when the daemon says that it is
+/// ready.
 ///
 /// # Errors
 /// With the last error in the unit's log.

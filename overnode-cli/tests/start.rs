@@ -1,5 +1,6 @@
-//! How the command starts and stops a daemon, with a stand-in for the daemon beside it: a process that only sleeps, and a node
-//! whose answers are known behind the socket. Needs root, as the commands do.
+//! How the command starts and stops a daemon, with a stand-in for the daemon beside it: a process
+//! that only sleeps, and a node whose answers are known behind the socket. Needs root, as the
+//! commands do.
 
 mod common;
 mod node;
@@ -151,8 +152,8 @@ fn a_local_user_who_listens_in_place_of_the_daemon_is_told_no_token() {
     let (tell, told) = mpsc::channel();
     let socket = host.socket();
     thread::spawn(move || {
-        // Of this thread alone: the C library would change all of them. What counts is who calls listen(2).
-        // SAFETY: takes no pointers.
+        // Of this thread alone: the C library would change all of them. What counts is who calls
+        // listen(2). SAFETY: takes no pointers.
         assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, -1, 1000, -1) }, 0);
         let listener = UnixListener::bind(&socket);
         // SAFETY: as above.

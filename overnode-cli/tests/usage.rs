@@ -1,4 +1,5 @@
-//! What the command says without a daemon: help, wrong usage, a daemon that does not run, a user who is not root.
+//! What the command says without a daemon: help, wrong usage, a daemon that does not run, a user
+//! who is not root.
 
 mod common;
 

@@ -1,5 +1,5 @@
-//! Steps of what must be all or nothing. In debug builds a test may end the process, as SIGKILL does, after the nth
-//! of them: `OVERNODE_KILL_AT=n`. Release builds only log.
+//! Steps of what must be all or nothing. In debug builds a test may end the process, as SIGKILL
+//! does, after the nth of them: `OVERNODE_KILL_AT=n`. Release builds only log.
 
 /// Marks that a step of `launch`, `attach`, `detach` or `reset` is done.
 pub fn step(name: &'static str) {

@@ -1,9 +1,10 @@
 //! The node: everything of overnode that runs in user space and is not the command line.
 //!
-//! The parts that decide have no I/O and read no clock: [`handshake`], [`gossip`], [`ipam`], [`routing`] and the dialler in [`control`]. They
-//! take events with the time and return actions; so does the zone in [`dns`]. The parts that act are thin: [`datapath`] programs the
-//! kernel, [`net`] owns the sockets, [`docker`] serves a Docker engine, [`store`] the disk, [`api`] the unix socket, [`metrics`] Prometheus. [`node`] is one
-//! task that joins them.
+//! The parts that decide have no I/O and read no clock: [`handshake`], [`gossip`], [`ipam`],
+//! [`routing`] and the dialler in [`control`]. They take events with the time and return actions;
+//! so does the zone in [`dns`]. The parts that act are thin: [`datapath`] programs the kernel,
+//! [`net`] owns the sockets, [`docker`] serves a Docker engine, [`store`] the disk, [`api`] the
+//! unix socket, [`metrics`] Prometheus. [`node`] is one task that joins them.
 
 pub mod api;
 pub mod bulk;

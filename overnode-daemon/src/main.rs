@@ -7,7 +7,8 @@ use nix::sys::stat::{Mode, umask};
 use overnode_daemon::{bulk, node, options::Options, trust};
 
 fn main() -> ExitCode {
-    // Before anything is in memory or on disk that is worth stealing, in the daemon and in the workers' process.
+    // Before anything is in memory or on disk that is worth stealing, in the daemon and in the
+    // workers' process.
     umask(Mode::S_IRWXG | Mode::S_IRWXO);
     if let Err(error) = trust::protect_memory() {
         tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();

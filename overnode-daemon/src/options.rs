@@ -23,7 +23,8 @@ fn address_if_any(text: &str) -> Result<MaybeAddress, AddrParseError> {
     if text.is_empty() { Ok(None) } else { text.parse().map(Some) }
 }
 
-/// The daemon of an overnode node. `overnode launch` starts it: there is seldom a reason to do so by hand.
+/// The daemon of an overnode node. `overnode launch` starts it: there is seldom a reason to do so
+/// by hand.
 #[derive(Clone, Debug, PartialEq, Eq, Parser)]
 #[command(name = "overnoded", version)]
 pub struct Options {
@@ -35,8 +36,8 @@ pub struct Options {
     #[arg(long, env = "OVERNODE_RUN_DIR", value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
 
-    /// Where a Docker engine looks for plugins [default: /run/docker/plugins, if both directories above are the default ones; else no
-    /// engine is served]
+    /// Where a Docker engine looks for plugins [default: /run/docker/plugins, if both directories
+    /// above are the default ones; else no engine is served]
     #[arg(long, env = DOCKER_PLUGINS, value_name = "DIR")]
     pub docker_plugins: Option<PathBuf>,
 
@@ -44,7 +45,8 @@ pub struct Options {
     #[arg(long, env = "OVERNODE_DOCKER_SOCKET", value_name = "PATH", default_value = docker::ENGINE)]
     pub docker_socket: PathBuf,
 
-    /// Serve metrics for Prometheus at this address, as in 127.0.0.1:6785 [default: nowhere; the socket has them under /v1/metrics]
+    /// Serve metrics for Prometheus at this address, as in 127.0.0.1:6785 [default: nowhere; the
+    /// socket has them under /v1/metrics]
     #[arg(
         long,
         env = "OVERNODE_METRICS",
@@ -79,8 +81,9 @@ impl Options {
     }
 }
 
-/// Where an engine looks for the plugin of a node with these directories. Nodes with directories of their own are several on one
-/// machine, and an engine has one node: they serve none but the one that is given.
+/// Where an engine looks for the plugin of a node with these directories. Nodes with directories of
+/// their own are several on one machine, and an engine has one node: they serve none but the one
+/// that is given.
 pub fn docker_plugins(state_dir: &Path, run_dir: &Path, given: Option<&Path>) -> Option<PathBuf> {
     let is_usual =
         state_dir == Path::new(DEFAULT_STATE_DIR) && run_dir == Path::new(DEFAULT_RUN_DIR);

@@ -1,9 +1,11 @@
-//! What the node keeps on disk: one redb database in the state directory. Every change is one transaction, on disk when the
-//! call returns (redb commits with fsync); a crash leaves the state before or after it.
+//! What the node keeps on disk: one redb database in the state directory. Every change is one
+//! transaction, on disk when the call returns (redb commits with fsync); a crash leaves the state
+//! before or after it.
 //!
-//! The directory is 0700, the files in it 0600, whatever the umask. `lock` is held (flock) as long as the store is open, so
-//! that one daemon works on one directory. Secrets lie in tables of their own as raw bytes and are wiped from this
-//! process's copies; redb's page cache, in the same process, is not.
+//! The directory is 0700, the files in it 0600, whatever the umask. `lock` is held (flock) as long
+//! as the store is open, so that one daemon works on one directory. Secrets lie in tables of their
+//! own as raw bytes and are wiped from this process's copies; redb's page cache, in the same
+//! process, is not.
 
 mod disk;
 mod record;
@@ -145,8 +147,9 @@ impl Store {
     /// Opens the state in `directory`, which is made if it does not exist.
     ///
     /// # Errors
-    /// [`StoreError::Io`] if the directory or its files cannot be made or written, [`StoreError::Locked`],
-    /// [`StoreError::Schema`], [`StoreError::Damaged`], [`StoreError::Untrusted`].
+    /// [`StoreError::Io`] if the directory or its files cannot be made or written,
+    /// [`StoreError::Locked`], [`StoreError::Schema`], [`StoreError::Damaged`],
+    /// [`StoreError::Untrusted`].
     pub fn open(directory: &Path) -> Result<Self> {
         disk::make_directory(directory)?;
         let lock = disk::lock(directory)?;
@@ -186,7 +189,8 @@ impl Store {
         Ok(Some(Identity::join(public, secret("identity")?, secret("cluster key")?)))
     }
 
-    /// Keeps who this node is. The targets may come in the same transaction, so that a launch is kept whole or not at all.
+    /// Keeps who this node is. The targets may come in the same transaction, so that a launch is
+    /// kept whole or not at all.
     ///
     /// # Errors
     /// [`StoreError::Write`].
@@ -232,7 +236,8 @@ impl Store {
         Ok(all)
     }
 
-    /// Keeps a new attachment, and that its address was given out last if it was not chosen by hand.
+    /// Keeps a new attachment, and that its address was given out last if it was not chosen by
+    /// hand.
     ///
     /// # Errors
     /// [`StoreError::Taken`] if the address has one, [`StoreError::Write`].
@@ -404,8 +409,8 @@ impl Store {
         entries.iter().map(decode).collect()
     }
 
-    /// Keeps what is known of other nodes, in one transaction. Not as JSON: that takes several times the room, and members that lie may
-    /// fill it.
+    /// Keeps what is known of other nodes, in one transaction. Not as JSON: that takes several
+    /// times the room, and members that lie may fill it.
     ///
     /// # Errors
     /// [`StoreError::Write`].
@@ -479,7 +484,8 @@ impl Store {
         Ok(existed)
     }
 
-    /// Counts this start of the daemon: returns the node's new incarnation, which exceeds all before it. None before launch.
+    /// Counts this start of the daemon: returns the node's new incarnation, which exceeds all
+    /// before it. None before launch.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Write`].
@@ -500,7 +506,8 @@ impl Store {
         self.set_identity(&identity, None)
     }
 
-    /// Closes the store and removes all of it: database, lock and, if nothing else is in it, the directory.
+    /// Closes the store and removes all of it: database, lock and, if nothing else is in it, the
+    /// directory.
     ///
     /// # Errors
     /// [`StoreError::Io`].
@@ -515,7 +522,8 @@ impl Store {
     /// As [`Self::destroy`], also if the state cannot be read. Nothing happens if there is none.
     ///
     /// # Errors
-    /// [`StoreError::Locked`] if a daemon runs on it, [`StoreError::Untrusted`], [`StoreError::Io`].
+    /// [`StoreError::Locked`] if a daemon runs on it, [`StoreError::Untrusted`],
+    /// [`StoreError::Io`].
     pub fn wipe(directory: &Path) -> Result<()> {
         if !directory.join(DATABASE).exists() && !directory.join(LOCK).exists() {
             return Ok(());
@@ -596,7 +604,8 @@ impl Store {
             .map_err(|why| StoreError::Write { path: self.directory.clone(), why: why.to_string() })
     }
 
-    /// After the disk has refused one thing, redb refuses everything until it is opened again, which takes it back to what was committed.
+    /// After the disk has refused one thing, redb refuses everything until it is opened again,
+    /// which takes it back to what was committed.
     fn with_database<T>(
         &self,
         use_it: impl FnOnce(&Database) -> std::result::Result<T, redb::Error>,

@@ -1,7 +1,9 @@
-//! What root needs before it trusts a place in the file system, or its own memory, on a machine with other users.
+//! What root needs before it trusts a place in the file system, or its own memory, on a machine
+//! with other users.
 //!
-//! A directory that another user owns, or may rename, is that user's: files in it can be taken away and replaced, whatever their own
-//! mode. Programs, maps, keys, sockets and logs lie only where nobody but root (or, in tests, the user of this process) can do so.
+//! A directory that another user owns, or may rename, is that user's: files in it can be taken away
+//! and replaced, whatever their own mode. Programs, maps, keys, sockets and logs lie only where
+//! nobody but root (or, in tests, the user of this process) can do so.
 
 use std::fs::{self, Metadata};
 use std::io;
@@ -57,9 +59,10 @@ pub fn is_trusted_user(uid: u32) -> bool {
     uid == 0 || uid == geteuid().as_raw()
 }
 
-/// Checks that no other user can change what a path leads to: each directory and each symbolic link on the way, as it is written and
-/// as it is resolved, belongs to root or to this process's user, and other users can rename nothing on it. What does not exist yet
-/// is left out. Once this holds, other users cannot make it untrue.
+/// Checks that no other user can change what a path leads to: each directory and each symbolic link
+/// on the way, as it is written and as it is resolved, belongs to root or to this process's user,
+/// and other users can rename nothing on it. What does not exist yet is left out. Once this holds,
+/// other users cannot make it untrue.
 ///
 /// # Errors
 /// [`Untrusted`].
@@ -78,7 +81,8 @@ pub fn check_path(path: &Path) -> Result<(), Untrusted> {
     }
 }
 
-/// As [`check_path`]; besides, the directory itself is not open to other users, not even one in which everybody keeps things.
+/// As [`check_path`]; besides, the directory itself is not open to other users, not even one in
+/// which everybody keeps things.
 ///
 /// # Errors
 /// [`Untrusted`].
@@ -88,7 +92,8 @@ pub fn check_directory(path: &Path) -> Result<(), Untrusted> {
     check_own(path, &found)
 }
 
-/// Checks what was found at a path that is to be this process's own: its owner, and that nobody else writes to it.
+/// Checks what was found at a path that is to be this process's own: its owner, and that nobody
+/// else writes to it.
 ///
 /// # Errors
 /// [`Untrusted`].
@@ -150,9 +155,9 @@ fn is_open(found: &Metadata) -> bool {
     by_group || found.mode() & WRITABLE_BY_OTHERS != 0
 }
 
-/// Keeps this process's memory, which has keys in it, from other processes and from the disk: no core dump, whatever the system's
-/// settings, and neither `ptrace(2)` nor `/proc/PID` for a process without `CAP_SYS_PTRACE` (or, with later kernels, `CAP_PERFMON` to
-/// read), even of the same user.
+/// Keeps this process's memory, which has keys in it, from other processes and from the disk: no
+/// core dump, whatever the system's settings, and neither `ptrace(2)` nor `/proc/PID` for a process
+/// without `CAP_SYS_PTRACE` (or, with later kernels, `CAP_PERFMON` to read), even of the same user.
 ///
 /// # Errors
 /// The kernel refuses.

@@ -78,7 +78,8 @@ impl fmt::Display for NodeId {
     }
 }
 
-/// Index into the data plane's `PEERS` map: a node's ID, or 4096 and up for WireGuard peers that are no nodes.
+/// Index into the data plane's `PEERS` map: a node's ID, or 4096 and up for WireGuard peers that
+/// are no nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PeerIndex(pub u32);
 
@@ -99,7 +100,8 @@ impl fmt::Display for PeerIndex {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublicKey(pub [u8; 32]);
 
-/// An Ed25519 public key, which a node's records are verified with. Shown and parsed as [`PublicKey`].
+/// An Ed25519 public key, which a node's records are verified with. Shown and parsed as
+/// [`PublicKey`].
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]

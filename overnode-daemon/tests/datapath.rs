@@ -1,4 +1,5 @@
-//! The data plane against real kernel objects: hosts and containers are network namespaces. Needs root.
+//! The data plane against real kernel objects: hosts and containers are network namespaces. Needs
+//! root.
 
 mod datapath_support;
 
@@ -151,7 +152,8 @@ fn from_clsact_to_tcx_and_back_without_a_gap() {
         ("DATAPATH_STATE", environment.0.as_str()),
         ("DATAPATH_NETNS", environment.1.as_str()),
     ];
-    // The kernel stops an interface for a moment when it gets its clsact qdisc. So that one is there before the pings.
+    // The kernel stops an interface for a moment when it gets its clsact qdisc. So that one is
+    // there before the pings.
     assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
     let ping = pair.background_ping(3000, "0.001");
     for _ in 0..2 {
@@ -337,7 +339,8 @@ fn reconcile_removes_what_is_nobodys_and_nothing_else() {
             ip(&["-n", host, "link", "set", name, "alias", alias]);
         }
     }
-    // Ours, by the hardware address that it had from the beginning: a daemon was killed before it could mark it.
+    // Ours, by the hardware address that it had from the beginning: a daemon was killed before it
+    // could mark it.
     let node = pair.a.node();
     let mac = format!("02:{}:{}:{}:12:34", &node[..2], &node[2..4], &node[4..6]);
     ip(&[
@@ -502,7 +505,8 @@ fn one_interface_may_be_chosen() {
             .await
             .err()
             .map(|error| error.to_string());
-        // `lo` leads nowhere: either there is no route, or it says which interface is the right one.
+        // `lo` leads nowhere: either there is no route, or it says which interface is the right
+        // one.
         assert!(error.is_none_or(|error| error.contains("--interface")));
         let eth0 = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
         assert!(eth0.contains("eth0"));
@@ -703,7 +707,8 @@ fn growth<'a>(
     after
         .iter()
         .map(|(reason, count)| (*reason, count - before[reason]))
-        // What a container's kernel sends of its own accord, whenever it likes: ARP, and IPv6 neighbour discovery.
+        // What a container's kernel sends of its own accord, whenever it likes: ARP, and IPv6
+        // neighbour discovery.
         .filter(|(reason, grown)| *grown != 0 && !["arp", "unsupported"].contains(reason))
         .collect()
 }

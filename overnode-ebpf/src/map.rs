@@ -19,10 +19,11 @@
 //! | `BULK_INBOXES` | array | worker | [`BulkInbox`] |
 //! | `BULK_MESSAGES` | array | [`BulkInbox::first`] and what follows | [`BulkMessage`] |
 //!
-//! Who writes what. The daemon writes everything but what is marked "program" below. A session's slot is
-//! filled while no program can find it, then published by storing its number in [`Peer::tx_slot`] and its state in
-//! [`Session::state`]; it is reused no sooner than a second after it was withdrawn. A nonce therefore never meets
-//! two keys, nor a key one nonce twice: only programs draw counters, atomically.
+//! Who writes what. The daemon writes everything but what is marked "program" below. A session's
+//! slot is filled while no program can find it, then published by storing its number in
+//! [`Peer::tx_slot`] and its state in [`Session::state`]; it is reused no sooner than a second
+//! after it was withdrawn. A nonce therefore never meets two keys, nor a key one nonce twice: only
+//! programs draw counters, atomically.
 //!
 //! All integers are in the byte order of the machine unless a name ends in `_be`.
 
@@ -50,7 +51,8 @@ impl Address {
     }
 }
 
-/// Entries of `PEERS`. A node's peer index is its ID (1 to 4095); WireGuard peers that are no nodes follow.
+/// Entries of `PEERS`. A node's peer index is its ID (1 to 4095); WireGuard peers that are no nodes
+/// follow.
 pub const PEER_SLOTS: u32 = 5120;
 /// First peer index of peers that are no nodes.
 pub const FIRST_EXTERNAL_PEER: u32 = 4096;
@@ -108,7 +110,8 @@ pub const ROUTE_PEER: u32 = 2;
 /// are in the host's namespace.
 pub const ROUTE_HOST: u32 = 3;
 
-/// Where a prefix of the overlay is. Longest prefix wins; the same table says who may send from where.
+/// Where a prefix of the overlay is. Longest prefix wins; the same table says who may send from
+/// where.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Route {
@@ -122,7 +125,8 @@ pub struct Route {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Peer {
-    /// Underlay address to send to. Program: follows the source of each authenticated message (roaming).
+    /// Underlay address to send to. Program: follows the source of each authenticated message
+    /// (roaming).
     pub remote: Address,
     /// Underlay address to send from. Program: follows likewise.
     pub local: Address,
@@ -132,8 +136,8 @@ pub struct Peer {
     pub present: u16,
     /// Underlay interface to send through. Program: follows likewise.
     pub ifindex: u32,
-    /// Slot in `SESSIONS` that seals; 0 for none. Program: a first message under a session that waits for
-    /// confirmation makes it the sealing one.
+    /// Slot in `SESSIONS` that seals; 0 for none. Program: a first message under a session that
+    /// waits for confirmation makes it the sealing one.
     pub tx_slot: u32,
     /// Largest inner packet (from the IP header on) that the path takes, in bytes.
     pub mtu: u32,
@@ -183,7 +187,8 @@ pub const COOKIE_COST: u32 = 1;
 /// After so long (ns) nothing is in the normaliser any more, whatever the counters say.
 pub const NORMALISER_PATIENCE_NS: u64 = 50_000_000;
 
-/// Bytes of the `PROBES` ring, a power of two: room for a probe and an answer of each of several hundred peers.
+/// Bytes of the `PROBES` ring, a power of two: room for a probe and an answer of each of several
+/// hundred peers.
 pub const PROBES_LEN: u32 = 1 << 16;
 
 /// A probe that a peer sent to this node, opened.
@@ -204,13 +209,15 @@ pub const BULK_WORKER_SLOTS: u32 = 16;
 pub const BULK_FLOW_SLOTS: u32 = 16384;
 /// A worker that has not said for so long that it lives gets nothing (ns).
 pub const BULK_SILENCE_NS: u64 = 100_000_000;
-/// A flow that pauses for so long is an ordinary one again (ns). What it sent before has long arrived: packets of both paths never
-/// mix on the way from the bulk path.
+/// A flow that pauses for so long is an ordinary one again (ns). What it sent before has long
+/// arrived: packets of both paths never mix on the way from the bulk path.
 pub const BULK_PAUSE_NS: u64 = 50_000_000;
-/// Bytes that a flow sends in large packets, without such a pause, before it moves to the bulk path.
+/// Bytes that a flow sends in large packets, without such a pause, before it moves to the bulk
+/// path.
 pub const BULK_THRESHOLD: u64 = 128 << 10;
-/// Bytes after which it no longer waits for a moment in which nothing of its peer is in the normaliser: ordinary packets that are
-/// overtaken once look like a loss, which costs less than to stay.
+/// Bytes after which it no longer waits for a moment in which nothing of its peer is in the
+/// normaliser: ordinary packets that are overtaken once look like a loss, which costs less than to
+/// stay.
 pub const BULK_PATIENCE: u64 = 4 << 20;
 
 /// A worker in user space. The process of the workers writes it, the daemon clears it.
@@ -232,8 +239,8 @@ pub const INBOX_ASLEEP: u32 = 1;
 /// [`BulkInbox::state`]: messages go into the inbox.
 pub const INBOX_OPEN: u32 = 2;
 
-/// The inbox of a worker: a bounded queue of many producers, the CPUs that receive, and one consumer, the worker. The process of the
-/// workers writes it, the daemon closes it.
+/// The inbox of a worker: a bounded queue of many producers, the CPUs that receive, and one
+/// consumer, the worker. The process of the workers writes it, the daemon closes it.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BulkInbox {
@@ -256,7 +263,8 @@ pub const BULK_MESSAGE_SLOTS: u32 = 2048;
 /// Bytes that a message in an inbox may have: what fits an Ethernet packet does.
 pub const BULK_MESSAGE_LEN: usize = 2048 - 64;
 
-/// A place in an inbox. The place for message number `n`, of all that were put in, is `n` modulo [`BulkInbox::len`].
+/// A place in an inbox. The place for message number `n`, of all that were put in, is `n` modulo
+/// [`BulkInbox::len`].
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct BulkMessage {
@@ -282,7 +290,8 @@ pub struct BulkMessage {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BulkPeer {
-    /// Over how many workers its flows are spread; 0 while the peer is served by the programs alone.
+    /// Over how many workers its flows are spread; 0 while the peer is served by the programs
+    /// alone.
     pub workers: u32,
     /// Fills up to the next 8 bytes.
     pub unused: u32,
@@ -294,7 +303,8 @@ pub struct BulkPeer {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BulkFlowKey {
-    /// The container's IPv4 address, or all of an IPv6 address folded into it, as it lies in the packet.
+    /// The container's IPv4 address, or all of an IPv6 address folded into it, as it lies in the
+    /// packet.
     pub source: u32,
     /// The other end's, likewise.
     pub destination: u32,
@@ -310,7 +320,8 @@ pub struct BulkFlowKey {
 pub struct BulkFlow {
     /// Boot time (ns) of its last packet (program).
     pub last_ns: u64,
-    /// Bytes sent in large packets since its last pause (program); [`BULK_MOVED`] once it is on the bulk path.
+    /// Bytes sent in large packets since its last pause (program); [`BULK_MOVED`] once it is on the
+    /// bulk path.
     pub bytes: u64,
 }
 
@@ -319,8 +330,8 @@ pub const BULK_MOVED: u64 = u64::MAX;
 
 /// Bytes of the `DROPS` ring, a power of two: room for all that `MONITOR` allows in a second.
 pub const DROPS_LEN: u32 = 1 << 18;
-/// Bytes of a dropped packet that are recorded, a power of two: Ethernet, IPv6, UDP, a relay header and a data message's, and then the
-/// inner IPv4 header with the ports behind it.
+/// Bytes of a dropped packet that are recorded, a power of two: Ethernet, IPv6, UDP, a relay header
+/// and a data message's, and then the inner IPv4 header with the ports behind it.
 pub const DROPPED_LEN: usize = 128;
 
 /// [`Dropped::program`]
@@ -338,9 +349,10 @@ pub const VLAN_PRESENT: u32 = 1 << 16;
 
 /// A packet that was dropped while somebody monitors.
 ///
-/// Programs record one only as long as `MONITOR` holds more than 0 for the reason, and take 1 off each time. The daemon fills it up once a
-/// second while somebody wants to know, so a flood of dropped packets costs no more than counting them does, and programs stop by
-/// themselves soon after a daemon was killed.
+/// Programs record one only as long as `MONITOR` holds more than 0 for the reason, and take 1 off
+/// each time. The daemon fills it up once a second while somebody wants to know, so a flood of
+/// dropped packets costs no more than counting them does, and programs stop by themselves soon
+/// after a daemon was killed.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dropped {
@@ -373,11 +385,13 @@ pub const SESSION_LIVE: u32 = 2;
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
 pub struct Session {
-    /// One of `SESSION_*`. Program: `UNCONFIRMED` becomes `LIVE` with the first authenticated message.
+    /// One of `SESSION_*`. Program: `UNCONFIRMED` becomes `LIVE` with the first authenticated
+    /// message.
     pub state: u32,
     /// Peer index.
     pub peer: u32,
-    /// Receiver index that the peer puts into its messages: low [`SESSION_SLOT_BITS`] bits are the slot.
+    /// Receiver index that the peer puts into its messages: low [`SESSION_SLOT_BITS`] bits are the
+    /// slot.
     pub local_index: u32,
     /// Receiver index that goes into ours.
     pub remote_index: u32,

@@ -1,4 +1,5 @@
-//! Why a packet was refused, or what became of it. Every program counts under one of these codes, per CPU.
+//! Why a packet was refused, or what became of it. Every program counts under one of these codes,
+//! per CPU.
 
 macro_rules! reasons {
     ($($(#[doc = $doc:literal])+ $name:ident = $code:literal, $text:literal;)+) => {
@@ -50,14 +51,16 @@ reasons! {
     ProbeReceived = 8, "probe-received";
     /// A probe of a path, sent to a peer.
     ProbeSent = 9, "probe-sent";
-    /// Handed to a worker of the bulk path: many segments at once, or one of a flow that sends such.
+    /// Handed to a worker of the bulk path: many segments at once, or one of a flow that sends
+    /// such.
     BulkSent = 10, "bulk-sent";
     /// Received by a worker of the bulk path and delivered, several segments at once perhaps.
     BulkReceived = 11, "bulk-received";
     /// A message of the bulk path, put into the inbox of a worker past the kernel's UDP.
     BulkQueued = 12, "bulk-queued";
 
-    /// Not a protocol that containers may use here: neither IPv4 nor ARP, or broadcast, or multicast.
+    /// Not a protocol that containers may use here: neither IPv4 nor ARP, or broadcast, or
+    /// multicast.
     Unsupported = 16, "unsupported";
     /// Shorter than its own headers say, or with impossible headers.
     Malformed = 17, "malformed";
@@ -95,11 +98,13 @@ reasons! {
     Unconfigured = 33, "unconfigured";
     /// A relayed message that has taken too many hops: it would travel in a loop.
     HopLimit = 34, "hop-limit";
-    /// A relayed message that did not come from where the node is that it names as the last one: only nodes of the cluster are relayed for.
+    /// A relayed message that did not come from where the node is that it names as the last one:
+    /// only nodes of the cluster are relayed for.
     ForeignRelay = 35, "foreign-relay";
     /// A relayed message that would have to go back to where it came from.
     RelayLoop = 36, "relay-loop";
-    /// A message of the bulk path for which its worker's inbox had no room: more comes than the worker opens.
+    /// A message of the bulk path for which its worker's inbox had no room: more comes than the
+    /// worker opens.
     InboxFull = 37, "inbox-full";
     /// A checksum was left unfinished at a place where finishing it changes the headers that were
     /// checked.

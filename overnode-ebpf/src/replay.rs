@@ -1,9 +1,11 @@
-//! The replay window, safe across CPUs without a lock (after RFC 6479, whose ring this is, with WireGuard's size).
+//! The replay window, safe across CPUs without a lock (after RFC 6479, whose ring this is, with
+//! WireGuard's size).
 //!
-//! A word of the ring belongs to one block of 32 counters at a time. [`Window::next`] is raised before a counter is
-//! marked; so whoever finds another block in its word, and then its own counter still in time, knows that the block
-//! found is an earlier one. Words therefore move to later blocks only, by compare-and-swap of block and bitmap
-//! together, and a counter's bit is set at most once, whatever the CPUs do at the same time.
+//! A word of the ring belongs to one block of 32 counters at a time. [`Window::next`] is raised
+//! before a counter is marked; so whoever finds another block in its word, and then its own counter
+//! still in time, knows that the block found is an earlier one. Words therefore move to later
+//! blocks only, by compare-and-swap of block and bitmap together, and a counter's bit is set at
+//! most once, whatever the CPUs do at the same time.
 
 use crate::reason::Reason;
 use crate::wire::REJECT_AFTER_MESSAGES;
@@ -13,11 +15,12 @@ pub const WINDOW: u64 = 8192 - 64;
 /// Words of the ring; each covers 32 counters.
 pub const WORDS: usize = 256;
 
-/// Attempts at a compare-and-swap. Each one that fails means that another CPU accepted a counter meanwhile.
+/// Attempts at a compare-and-swap. Each one that fails means that another CPU accepted a counter
+/// meanwhile.
 const ATTEMPTS: usize = 16;
 
-/// Which counters were seen. Each word holds a tag (upper half: the low 32 bits of `counter / 32`) and a bitmap
-/// of the 32 counters of that block (lower half), and changes by compare-and-swap.
+/// Which counters were seen. Each word holds a tag (upper half: the low 32 bits of `counter / 32`)
+/// and a bitmap of the 32 counters of that block (lower half), and changes by compare-and-swap.
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
 pub struct Window {
@@ -33,14 +36,16 @@ impl Window {
         Self { next: 0, words: [0; WORDS] }
     }
 
-    /// Refuses what [`Self::accept`] would refuse now, and changes nothing: spares the opening of a replayed
-    /// message. Takes a pointer because other CPUs write at the same time.
+    /// Refuses what [`Self::accept`] would refuse now, and changes nothing: spares the opening of a
+    /// replayed message. Takes a pointer because other CPUs write at the same time.
     ///
     /// # Errors
-    /// [`Reason::TooOld`], [`Reason::Replayed`], or [`Reason::Exhausted`] for a counter that no session may use.
+    /// [`Reason::TooOld`], [`Reason::Replayed`], or [`Reason::Exhausted`] for a counter that no
+    /// session may use.
     ///
     /// # Safety
-    /// `this` must point to a window that is otherwise used through this function and [`Self::accept`] only.
+    /// `this` must point to a window that is otherwise used through this function and
+    /// [`Self::accept`] only.
     #[inline(always)]
     pub unsafe fn check(this: *const Self, counter: u64) -> Result<(), Reason> {
         // SAFETY: the caller's.
@@ -58,9 +63,9 @@ impl Window {
     /// Marks a counter as seen, once its message is authenticated.
     ///
     /// # Errors
-    /// [`Reason::TooOld`], [`Reason::Replayed`], or [`Reason::Exhausted`] for a counter that no session may use.
-    /// [`Reason::Helper`] if so many other CPUs accepted counters at this very moment that this one could not be
-    /// marked: the message counts as lost.
+    /// [`Reason::TooOld`], [`Reason::Replayed`], or [`Reason::Exhausted`] for a counter that no
+    /// session may use. [`Reason::Helper`] if so many other CPUs accepted counters at this very
+    /// moment that this one could not be marked: the message counts as lost.
     ///
     /// # Safety
     /// As for [`Self::check`]; writes are made through the pointer.
@@ -144,8 +149,8 @@ fn in_time(next: u64, counter: u64) -> Result<(), Reason> {
     }
 }
 
-/// Low 32 bits of the number of the counter's block. A block that is 2^37 counters later has the same: after a leap
-/// that far, a message may be taken for a replay; never the other way round.
+/// Low 32 bits of the number of the counter's block. A block that is 2^37 counters later has the
+/// same: after a leap that far, a message may be taken for a replay; never the other way round.
 #[inline(always)]
 const fn tag(counter: u64) -> u64 {
     (counter / 32) & 0xffff_ffff
@@ -161,7 +166,8 @@ const fn index(counter: u64) -> usize {
     (counter / 32) as usize % WORDS
 }
 
-/// Words shared between CPUs. `AtomicU64` has no compare-and-swap on the BPF target; the kernel has.
+/// Words shared between CPUs. `AtomicU64` has no compare-and-swap on the BPF target; the kernel
+/// has.
 mod cell {
     #[cfg(not(target_arch = "bpf"))]
     pub use host::{compare_exchange, load, load_after};
@@ -180,7 +186,8 @@ mod cell {
             unsafe { word.read_volatile() }
         }
 
-        /// A load that stays behind earlier ones: the kernel orders atomics that return a value fully.
+        /// A load that stays behind earlier ones: the kernel orders atomics that return a value
+        /// fully.
         ///
         /// # Safety
         /// `word` must be valid for reads and writes.
@@ -228,7 +235,8 @@ mod cell {
         /// Returns what was found; it was replaced if that equals `old`.
         ///
         /// # Safety
-        /// `word` must be valid for reads and writes, and otherwise be used through this module only.
+        /// `word` must be valid for reads and writes, and otherwise be used through this module
+        /// only.
         pub unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
             // SAFETY: the caller's.
             match unsafe { AtomicU64::from_ptr(word) }.compare_exchange(old, new, SeqCst, SeqCst) {

@@ -1,4 +1,5 @@
-//! WireGuard's messages as they lie on the wire (whitepaper section 5.4), and the fixed sizes of the headers around them.
+//! WireGuard's messages as they lie on the wire (whitepaper section 5.4), and the fixed sizes of
+//! the headers around them.
 
 /// UDP port of container traffic and of key handshakes.
 pub const DATA_PORT: u16 = 6784;
@@ -49,8 +50,8 @@ pub const ETHERTYPE_IPV4: u16 = 0x0800;
 pub const ETHERTYPE_ARP: u16 = 0x0806;
 /// EtherType of IPv6.
 pub const ETHERTYPE_IPV6: u16 = 0x86dd;
-/// First byte of a message that is relayed: [`RELAY_LEN`] bytes of relay header, then the message itself, of any type. No type of
-/// WireGuard, whose implementations drop it.
+/// First byte of a message that is relayed: [`RELAY_LEN`] bytes of relay header, then the message
+/// itself, of any type. No type of WireGuard, whose implementations drop it.
 ///
 /// | offset | bytes | what |
 /// | --- | --- | --- |
@@ -64,7 +65,8 @@ pub const ETHERTYPE_IPV6: u16 = 0x86dd;
 pub const TYPE_RELAY: u8 = 0x80;
 /// Length of the relay header.
 pub const RELAY_LEN: usize = 8;
-/// Hops that a relayed message may take from its sender on: what still travels in a loop then is dropped.
+/// Hops that a relayed message may take from its sender on: what still travels in a loop then is
+/// dropped.
 pub const RELAY_HOPS: u8 = 8;
 
 /// A relay header, see [`TYPE_RELAY`].
@@ -102,12 +104,13 @@ impl Relay {
     }
 }
 
-/// Ethernet header of a packet that the daemon gives to `seal`, to be sent into the first end of the normaliser: to which
-/// peer it goes is in the source address, that it is the daemon's in the destination. `seal`
-/// believes that of a packet without a mark only, and containers' packets have one there.
+/// Ethernet header of a packet that the daemon gives to `seal`, to be sent into the first end of
+/// the normaliser: to which peer it goes is in the source address, that it is the daemon's in the
+/// destination. `seal` believes that of a packet without a mark only, and containers' packets have
+/// one there.
 ///
-/// `is_direct`: not through a relay, whatever the peer's entry says, and however large. The packet itself is IPv4; zeros in its place make
-/// a keepalive ([`KEEPALIVE_FRAME_LEN`]).
+/// `is_direct`: not through a relay, whatever the peer's entry says, and however large. The packet
+/// itself is IPv4; zeros in its place make a keepalive ([`KEEPALIVE_FRAME_LEN`]).
 pub const fn daemon_header(peer: u32, is_direct: bool) -> [u8; ETHERNET_LEN] {
     let [a, b, c, d] = peer.to_le_bytes();
     let [e, f] = ETHERTYPE_IPV4.to_be_bytes();
@@ -172,9 +175,11 @@ pub const fn checksum_place(protocol: u8) -> usize {
     }
 }
 
-/// UDP port of probes, which nodes send each other inside the tunnel, from node address to node address.
+/// UDP port of probes, which nodes send each other inside the tunnel, from node address to node
+/// address.
 pub const PROBE_PORT: u16 = 6784;
-/// Bytes behind a probe's inner UDP header that reach the daemon. What follows only makes the probe larger.
+/// Bytes behind a probe's inner UDP header that reach the daemon. What follows only makes the probe
+/// larger.
 pub const PROBE_LEN: usize = 28;
 
 /// Bytes that sealing adds before the inner packet over IPv4.
@@ -196,8 +201,9 @@ pub const ECN_CE: u8 = 3;
 /// The bits of the IPv4 type of service, or of the IPv6 traffic class, that hold the codepoint.
 pub const ECN_MASK: u8 = 3;
 
-/// What a packet carries after its way through the tunnel (RFC 6040, figure 4), given what the outer and the inner header arrived with.
-/// `None`: it must be dropped, for its sender would not understand the congestion mark.
+/// What a packet carries after its way through the tunnel (RFC 6040, figure 4), given what the
+/// outer and the inner header arrived with. `None`: it must be dropped, for its sender would not
+/// understand the congestion mark.
 #[inline(always)]
 pub const fn ecn_decapsulated(outer: u8, inner: u8) -> Option<u8> {
     match (outer & ECN_MASK, inner & ECN_MASK) {

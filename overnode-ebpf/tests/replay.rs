@@ -142,7 +142,8 @@ fn descending_to_the_end_then_one_ahead() {
     window.takes(WINDOW + 1);
 }
 
-/// Every distance of two counters around the window's size and around the ring's: the later one first.
+/// Every distance of two counters around the window's size and around the ring's: the later one
+/// first.
 #[test]
 fn distances() {
     for distance in (0..200).chain(8000..8500) {
@@ -160,8 +161,8 @@ fn distances() {
     }
 }
 
-/// After a leap of 2^37 a word of the ring carries the same tag as before it. That may cost messages, but lets none
-/// in twice.
+/// After a leap of 2^37 a word of the ring carries the same tag as before it. That may cost
+/// messages, but lets none in twice.
 #[test]
 fn a_leap_over_all_tags_lets_nothing_in_twice() {
     let window = Shared::new();
@@ -194,7 +195,8 @@ impl Model {
     }
 }
 
-/// Steps relative to the greatest counter so far: mostly near it, sometimes at the edges of window and ring.
+/// Steps relative to the greatest counter so far: mostly near it, sometimes at the edges of window
+/// and ring.
 fn steps() -> impl Strategy<Value = Vec<i64>> {
     let window = WINDOW as i64;
     let step = prop_oneof![
@@ -221,13 +223,14 @@ proptest! {
     }
 }
 
-/// Threads offer the same counters at the same time, in bursts that cross words and wrap the ring. No counter is
-/// accepted twice; those that nobody could refuse for age are accepted once.
+/// Threads offer the same counters at the same time, in bursts that cross words and wrap the ring.
+/// No counter is accepted twice; those that nobody could refuse for age are accepted once.
 #[test]
 fn many_threads() {
     const THREADS: u64 = 8;
     const COUNTERS: u64 = 200_000;
-    // Neither a thread's burst nor the lag between threads may exceed the window, or messages are lost to age.
+    // Neither a thread's burst nor the lag between threads may exceed the window, or messages are
+    // lost to age.
     const BURST: u64 = 256;
     let window = Shared::new();
     let accepted: Vec<AtomicU32> = (0..COUNTERS).map(|_| AtomicU32::new(0)).collect();

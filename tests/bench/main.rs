@@ -1,8 +1,9 @@
-//! `cargo xtask bench datapath`: what sealing and opening cost in the kernel, and what containers on two hosts get out of
-//! it, side by side with other ways to join them, in one run.
+//! `cargo xtask bench datapath`: what sealing and opening cost in the kernel, and what containers
+//! on two hosts get out of it, side by side with other ways to join them, in one run.
 //!
-//! All networks are set up first and measured in turn, round by round, so that a slow minute of the machine falls on all
-//! of them; what is printed is the median of the rounds. `cargo xtask bench stress` is in [`stress`].
+//! All networks are set up first and measured in turn, round by round, so that a slow minute of the
+//! machine falls on all of them; what is printed is the median of the rounds.
+//! `cargo xtask bench stress` is in [`stress`].
 
 #![allow(clippy::print_stdout, reason = "the tables are what it is for")]
 #![allow(clippy::print_stderr, reason = "progress goes to stderr")]
@@ -39,7 +40,8 @@ struct Arguments {
 enum Command {
     /// The programs by themselves, then containers on two hosts.
     Datapath(Datapath),
-    /// Streams of every kind over underlays of every kind, every byte verified; what is sent again, and why.
+    /// Streams of every kind over underlays of every kind, every byte verified; what is sent again,
+    /// and why.
     Stress(stress::Stress),
 }
 
@@ -162,8 +164,8 @@ fn measure_networks(networks: &mut [Measured], rounds: u32, times: Times) {
     }
 }
 
-/// Pings beside a flow, without workers and with them, one right after the other: from round to round this machine differs more than they do.
-/// Empty if not both networks were to be measured.
+/// Pings beside a flow, without workers and with them, one right after the other: from round to
+/// round this machine differs more than they do. Empty if not both networks were to be measured.
 fn measure_beside(networks: &[Measured], times: Times) -> Result<Vec<Beside>> {
     let find = |kind| {
         let found = networks.iter().find(|measured: &&Measured| measured.kind == kind)?;

@@ -68,7 +68,8 @@ pub struct Round {
     pub both_ways: f64,
     /// Goodput of UDP that is sent many segments at once, Gbit/s.
     pub udp_gso: f64,
-    /// Processor time of the whole machine for each gigabyte of one TCP flow, both ends and the sender's own work included, s.
+    /// Processor time of the whole machine for each gigabyte of one TCP flow, both ends and the
+    /// sender's own work included, s.
     pub cpu_per_gigabyte: f64,
     /// Mean round-trip time of pings beside one TCP flow, µs.
     pub loaded_rtt_average: f64,

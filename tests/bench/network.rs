@@ -1,14 +1,15 @@
-//! The networks to compare. Each has two containers, each on a host of its own, and between the hosts one veth pair with
-//! an MTU of 1500 as the underlay:
+//! The networks to compare. Each has two containers, each on a host of its own, and between the
+//! hosts one veth pair with an MTU of 1500 as the underlay:
 //!
 //! ```text
 //! container a ── host a ══ underlay ══ host b ── container b
 //! ```
 //!
-//! Every rival is an interface on both hosts, and the hosts forward the containers' packets through it: the same path
-//! that overnode's packets take, and what a container host does with a VPN. Encrypted rivals get overnode's inner MTU of
-//! 1420 bytes; else they run as they come. `veth` leaves the hosts out: two containers on one cable, the least
-//! that the kernel can do. `routed` has the hosts and no tunnel.
+//! Every rival is an interface on both hosts, and the hosts forward the containers' packets through
+//! it: the same path that overnode's packets take, and what a container host does with a VPN.
+//! Encrypted rivals get overnode's inner MTU of 1420 bytes; else they run as they come. `veth`
+//! leaves the hosts out: two containers on one cable, the least that the kernel can do. `routed`
+//! has the hosts and no tunnel.
 
 mod nebula;
 
@@ -36,8 +37,9 @@ const TUNNEL_MTU: u32 = 1420;
 const VXLAN_MTU: u32 = 1450;
 const WIREGUARD_PORT: u16 = 51820;
 const TOKEN: &str = "the token of the benchmark";
-/// What controls the congestion of the containers' TCP: Linux's default, whatever this machine has been told. BBR, for one, sends by timers,
-/// whose interrupts cost a virtual machine more than the network.
+/// What controls the congestion of the containers' TCP: Linux's default, whatever this machine has
+/// been told. BBR, for one, sends by timers, whose interrupts cost a virtual machine more than the
+/// network.
 pub const CONGESTION: &str = "cubic";
 /// Each host and the other one.
 const PAIRS: [(usize, usize); 2] = [(0, 1), (1, 0)];
@@ -110,7 +112,8 @@ impl Kind {
         }
     }
 
-    /// Where the underlay takes one packet at a time: whether its interfaces join what they receive (GRO).
+    /// Where the underlay takes one packet at a time: whether its interfaces join what they receive
+    /// (GRO).
     const fn joins_without_tso(self) -> Option<bool> {
         match self {
             Self::VxlanNotso | Self::OvernodeAesNotso => Some(false),
@@ -146,7 +149,8 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Two containers that can reach each other. Fields are dropped in this order: the tunnel before the hosts that it is on.
+/// Two containers that can reach each other. Fields are dropped in this order: the tunnel before
+/// the hosts that it is on.
 pub struct Network {
     /// The container that sends.
     pub a: Container,
@@ -333,7 +337,8 @@ fn overnode(lab: &Lab, containers: [&Container; 2], bulk: &str) -> Result<()> {
     launch(lab, containers, UNDERLAY.map(IpAddr::V4), bulk)
 }
 
-/// A node on each host with these addresses, and a container on each; returns when workers serve, if there are any.
+/// A node on each host with these addresses, and a container on each; returns when workers serve,
+/// if there are any.
 pub fn launch(
     lab: &Lab,
     containers: [&Container; 2],

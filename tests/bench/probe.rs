@@ -1,5 +1,5 @@
-//! Probes that send from one namespace to another and measure what arrives: pings with nanoseconds, and a flood of small
-//! datagrams.
+//! Probes that send from one namespace to another and measure what arrives: pings with nanoseconds,
+//! and a flood of small datagrams.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
@@ -23,8 +23,9 @@ use lab::raw::checksum;
 const LINGER: Duration = Duration::from_secs(2);
 /// A flood's rate is measured after this long.
 const WARM_UP: Duration = Duration::from_millis(200);
-/// How long the receiver of a flood sleeps when nothing is there. Were it woken by each datagram, the time that this takes (between virtual
-/// processors as long as all else together) would be the sender's.
+/// How long the receiver of a flood sleeps when nothing is there. Were it woken by each datagram,
+/// the time that this takes (between virtual processors as long as all else together) would be the
+/// sender's.
 const PAUSE: Duration = Duration::from_micros(100);
 /// Payload of a ping, as `ping` has it: 84 bytes of IP packet.
 const PING_PAYLOAD: usize = 56;
@@ -58,9 +59,9 @@ impl Pings {
     }
 }
 
-/// Sends ICMP echo requests at an interval, whether answered or not, and measures as `ping` does: from the clock before
-/// the send call to the kernel's own time stamp of the answer. Ends when all are answered, 2 seconds after the last
-/// at the latest.
+/// Sends ICMP echo requests at an interval, whether answered or not, and measures as `ping` does:
+/// from the clock before the send call to the kernel's own time stamp of the answer. Ends when all
+/// are answered, 2 seconds after the last at the latest.
 ///
 /// # Errors
 /// When a raw socket cannot be had, or the kernel refuses to send.
@@ -117,7 +118,8 @@ impl Pinger {
         let parts = [IoSlice::new(&message)];
         let none: [ControlMessage<'_>; 0] = [];
         match sendmsg(self.socket.as_raw_fd(), &parts, &none, MsgFlags::empty(), Some(&to)) {
-            // What a full queue or a missing route swallows is a lost ping, which is what is counted.
+            // What a full queue or a missing route swallows is a lost ping, which is what is
+            // counted.
             Ok(_)
             | Err(Errno::ENOBUFS | Errno::EAGAIN | Errno::EHOSTUNREACH | Errno::ENETUNREACH) => {
                 Ok(())
@@ -135,8 +137,8 @@ impl Pinger {
             if Instant::now() >= deadline {
                 return Ok(());
             }
-            // Awake, as `ping` waits at intervals below a tick: the time in which this machine wakes a sleeping CPU up says
-            // nothing about networks.
+            // Awake, as `ping` waits at intervals below a tick: the time in which this machine
+            // wakes a sleeping CPU up says nothing about networks.
             std::thread::yield_now();
         }
     }
@@ -193,7 +195,8 @@ fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Sends datagrams as fast as one thread can, one per system call, and counts what one receiving thread gets, which looks for them every
+/// Sends datagrams as fast as one thread can, one per system call, and counts what one receiving
+/// thread gets, which looks for them every
 /// [`PAUSE`]: datagrams per second.
 ///
 /// # Errors
@@ -209,8 +212,8 @@ pub fn flood(
     rate(&sender, &receiver, payload, 2048, |_| 1, time)
 }
 
-/// Sends UDP many segments at once (UDP_SEGMENT, Linux 4.18) as fast as one thread can, and counts the bits that one thread receives,
-/// which takes them as the kernel joined them: bits per second.
+/// Sends UDP many segments at once (UDP_SEGMENT, Linux 4.18) as fast as one thread can, and counts
+/// the bits that one thread receives, which takes them as the kernel joined them: bits per second.
 ///
 /// # Errors
 /// When a socket cannot be had, or nothing arrives at all.
@@ -240,8 +243,8 @@ fn udp_pair(from: &Netns, to: &Netns, address: Ipv4Addr) -> Result<(UdpSocket, U
     Ok((sender, receiver))
 }
 
-/// What comes per second when one thread sends `payload` bytes with each call and another one receives up to `most` with each; `worth` says
-/// what a call that got so many bytes counts for.
+/// What comes per second when one thread sends `payload` bytes with each call and another one
+/// receives up to `most` with each; `worth` says what a call that got so many bytes counts for.
 fn rate(
     sender: &UdpSocket,
     receiver: &UdpSocket,
@@ -266,7 +269,8 @@ fn rate(
         scope.spawn(|| {
             let bytes = vec![0x5a; payload];
             while !stop.load(Ordering::Relaxed) {
-                // A full queue refuses some, which is not worth a word: what arrives is what counts.
+                // A full queue refuses some, which is not worth a word: what arrives is what
+                // counts.
                 let _ = sender.send(&bytes);
             }
         });

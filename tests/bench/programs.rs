@@ -1,8 +1,9 @@
-//! The programs by themselves: the time of one run over one packet (`BPF_PROG_TEST_RUN`), and what the verifier had to
-//! look at.
+//! The programs by themselves: the time of one run over one packet (`BPF_PROG_TEST_RUN`), and what
+//! the verifier had to look at.
 //!
-//! Each message is sealed and opened once: sealing changes the packet, and opening it again would be a replay. So every run
-//! is a system call of its own, and the figure is the median of the kernel's own timing of each.
+//! Each message is sealed and opened once: sealing changes the packet, and opening it again would
+//! be a replay. So every run is a system call of its own, and the figure is the median of the
+//! kernel's own timing of each.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -62,7 +63,8 @@ pub struct Cost {
     pub open: Duration,
     /// `from_underlay_xdp`.
     pub open_xdp: Duration,
-    /// ring's cipher in user space, with vector instructions, over as many bytes: how fast the machine is just now.
+    /// ring's cipher in user space, with vector instructions, over as many bytes: how fast the
+    /// machine is just now.
     pub ring: Duration,
 }
 
@@ -201,8 +203,9 @@ fn load(program: &mut Program) -> Result<(), ProgramError> {
     }
 }
 
-/// Asks the verifier how much stack each program needs. It tells in its log, and aya hands the log out only when a load
-/// failed: so each is loaded once with no file descriptor left for the result, which the kernel notices last.
+/// Asks the verifier how much stack each program needs. It tells in its log, and aya hands the log
+/// out only when a load failed: so each is loaded once with no file descriptor left for the result,
+/// which the kernel notices last.
 fn stack_depths() -> Result<BTreeMap<&'static str, u32>> {
     let mut programs = parse()?;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -232,7 +235,8 @@ fn stack_depths() -> Result<BTreeMap<&'static str, u32>> {
     Ok(depths)
 }
 
-/// One peer whose session seals and opens under the same key, so that what was sealed can be opened here.
+/// One peer whose session seals and opens under the same key, so that what was sealed can be opened
+/// here.
 fn fill(programs: &mut Ebpf) -> Result<()> {
     let mut config: Array<_, Config> = take(programs, "CONFIG")?;
     let subnet = Address::from_v4([10, 32, 0, 0]);
@@ -305,7 +309,8 @@ fn take<M: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
     M::try_from(map).with_context(|| format!("map {name} has another layout than expected"))
 }
 
-/// An Ethernet frame with a UDP datagram from one container to the other; `size` counts from the IP header on.
+/// An Ethernet frame with a UDP datagram from one container to the other; `size` counts from the IP
+/// header on.
 fn frame(size: usize) -> Result<Vec<u8>> {
     let mut ip = vec![0x45, 0];
     ip.extend(u16::try_from(size)?.to_be_bytes());

@@ -176,7 +176,8 @@ impl Report {
         median(outcome.result.as_ref().ok()?, figure)
     }
 
-    /// How many times better overnode is than this one; less than 1 where it is worse. None if one of them is nothing at all.
+    /// How many times better overnode is than this one; less than 1 where it is worse. None if one
+    /// of them is nothing at all.
     fn ratio(&self, kind: Kind, figure: &Figure) -> Option<f64> {
         let (own, other) = (self.value(Kind::Overnode, figure)?, self.value(kind, figure)?);
         let ratio = if figure.more_is_better { own / other } else { other / own };

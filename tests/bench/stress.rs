@@ -1,5 +1,5 @@
-//! `cargo xtask bench stress`: streams of every kind over underlays of every kind, every byte verified; and what it costs that flows
-//! change their path. What is drawn, is drawn from a seed.
+//! `cargo xtask bench stress`: streams of every kind over underlays of every kind, every byte
+//! verified; and what it costs that flows change their path. What is drawn, is drawn from a seed.
 
 use std::fmt;
 use std::net::IpAddr;

@@ -1,4 +1,5 @@
-//! The AEAD in the kernel: `aead_check` under BPF_PROG_TEST_RUN, against Wycheproof's vectors and ring.
+//! The AEAD in the kernel: `aead_check` under BPF_PROG_TEST_RUN, against Wycheproof's vectors and
+//! ring.
 
 #![allow(clippy::print_stdout, reason = "figures for people")]
 
@@ -48,7 +49,8 @@ fn wycheproof() -> Result<()> {
 fn agrees_with_ring() -> Result<()> {
     let mut kernel = Kernel::load()?;
     let mut rng = StdRng::seed_from_u64(8439);
-    // Test runs of a TC program want the packet in one page, less some room around it; before 6.18 at least.
+    // Test runs of a TC program want the packet in one page, less some room around it; before 6.18
+    // at least.
     let longest =
         [9000, 3400, 1500].into_iter().find(|len| kernel.admits(*len)).context("no test runs")?;
     let lengths =
@@ -104,7 +106,8 @@ fn lengths_that_lie() -> Result<()> {
     Ok(())
 }
 
-/// Prints what the whole program costs (nanoseconds a run, least of several) and what the verifier had to do.
+/// Prints what the whole program costs (nanoseconds a run, least of several) and what the verifier
+/// had to do.
 #[test]
 fn cost() -> Result<()> {
     let mut kernel = Kernel::load()?;
@@ -113,7 +116,8 @@ fn cost() -> Result<()> {
     for len in [0, 64, 512, 1400] {
         let seal =
             kernel.time(&request(0, &[1; 32], &[2; 12], &[], &vec![3; len], &[0; TAG_LEN]))?;
-        // Opening costs the same whether the tag is right or not; and in place it is right only once.
+        // Opening costs the same whether the tag is right or not; and in place it is right only
+        // once.
         let open =
             kernel.time(&request(1, &[1; 32], &[2; 12], &[], &vec![3; len], &[0; TAG_LEN]))?;
         println!("{len:>6} {:>9} {:>9}", seal.as_nanos(), open.as_nanos());

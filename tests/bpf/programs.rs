@@ -1,4 +1,5 @@
-//! The programs under BPF_PROG_TEST_RUN: every path, every reason, TC and XDP, IPv4 and IPv6 underlays. Needs root.
+//! The programs under BPF_PROG_TEST_RUN: every path, every reason, TC and XDP, IPv4 and IPv6
+//! underlays. Needs root.
 #![allow(clippy::print_stderr, reason = "figures, and which case a failure belongs to")]
 
 #[path = "programs/bulk.rs"]

@@ -245,7 +245,8 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         // Of the halves, neither can do it alone.
         for (host, count, missing) in [(two, 1, "3"), (three, 2, "2")] {
             wait_for_peers(host, count)?;
-            // What is unreachable for packets counts as gone when its connections have ended, and 20 s have passed.
+            // What is unreachable for packets counts as gone when its connections have ended, and
+            // 20 s have passed.
             eventually(PATIENCE * 3, || {
                 let pending = host.overnode(&["reclaim", "1", "--timeout", "1"])?.failure(1)?;
                 ensure!(
@@ -283,7 +284,8 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         ensure_unique(&containers)?;
         all_reach_all(&containers[1..])?;
 
-        // The dead one rises, does not know yet, and gives away what it may; then it is told, and says so.
+        // The dead one rises, does not know yet, and gives away what it may; then it is told, and
+        // says so.
         one.overnode(&["resume"])?.success()?;
         containers.push(attached(one, "risen")?);
         lab.plug(one)?;
@@ -348,8 +350,8 @@ fn lenders_of_three(host: &Host) -> Result<BTreeSet<u64>> {
     Ok(lenders)
 }
 
-/// Node 3 is cut off alive and reclaimed, others borrow of its quarter and are cut off, and it comes back: with the same process, or
-/// after a restart.
+/// Node 3 is cut off alive and reclaimed, others borrow of its quarter and are cut off, and it
+/// comes back: with the same process, or after a restart.
 fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
     let [one, two, three, seven] = [1, 2, 3, 4].map(|number| lab.host(number));
     for (host, id) in [(one, 1), (two, 2), (three, 3)] {

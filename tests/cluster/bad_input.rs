@@ -1,4 +1,5 @@
-//! Bad input, for every command and for the API: one line that says what to do, exit 1 or 2, nothing half done.
+//! Bad input, for every command and for the API: one line that says what to do, exit 1 or 2,
+//! nothing half done.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -11,7 +12,8 @@ use lab::{Host, Lab};
 use crate::cleanliness::ensure_clean;
 use crate::support::{PATIENCE, TOKEN, attached, in_lab, launch, list, targets};
 
-/// Runs the command, which must fail with exactly this code and a line that contains each word (in any case).
+/// Runs the command, which must fail with exactly this code and a line that contains each word (in
+/// any case).
 fn refused(host: &Host, words: &[&str], code: i32, expected: &[&str]) -> Result<()> {
     let complaint = host.overnode(words)?.failure(code)?.to_lowercase();
     for word in expected {

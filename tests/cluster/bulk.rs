@@ -1,4 +1,5 @@
-//! The bulk path: flows that move a lot go through workers, and whatever happens to those, nothing is lost but time.
+//! The bulk path: flows that move a lot go through workers, and whatever happens to those, nothing
+//! is lost but time.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
@@ -20,7 +21,8 @@ use crate::support::{
 };
 
 const PORT: u16 = 6783;
-/// Of a data message with a full-sized packet over an underlay with an MTU of 1500: header, packet, tag.
+/// Of a data message with a full-sized packet over an underlay with an MTU of 1500: header, packet,
+/// tag.
 const MESSAGE: usize = 16 + 1420 + 16;
 const MEGABYTE: u64 = 1_000_000;
 
@@ -67,7 +69,8 @@ fn steady_flow(containers: &[Container]) -> Result<TcpFlow> {
     )
 }
 
-/// A large flow arrives whole, nothing of it can be read on the way, and no worker drops anything; what was captured on the way.
+/// A large flow arrives whole, nothing of it can be read on the way, and no worker drops anything;
+/// what was captured on the way.
 fn arrives_whole(lab: &Lab, containers: &[Container]) -> Result<Captured> {
     let capture = lab.capture()?;
     let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(50 * MEGABYTE + 7))?;
@@ -144,7 +147,8 @@ fn so_they_do_with_xdp() -> Result<()> {
     goes_through_the_inbox(Lab::new("bulkonexdp"), &["--interface", "eth0", "--xdp"])
 }
 
-/// Killed, on either side, while they have a flow in hand: it goes on in the programs at once, and through new workers later.
+/// Killed, on either side, while they have a flow in hand: it goes on in the programs at once, and
+/// through new workers later.
 #[test]
 fn killed_workers_cost_a_moment_and_no_connection() -> Result<()> {
     workers_are_killed(Lab::new("bulkkill"), |_| Ok(()))
@@ -311,7 +315,8 @@ fn recorded(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
     Ok(messages)
 }
 
-/// Invariant S4: whatever an attacker on the underlay sends, recorded, changed or made up, is dropped and counted.
+/// Invariant S4: whatever an attacker on the underlay sends, recorded, changed or made up, is
+/// dropped and counted.
 #[test]
 fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
     with_workers(Lab::new("bulkhostile").hosts(2), |lab, containers| {
@@ -410,7 +415,8 @@ fn a_node_without_workers_works_with_one_that_has_some() -> Result<()> {
     })
 }
 
-/// More workers on one side than on the other, several flows both ways, each with a cipher that its own side chose.
+/// More workers on one side than on the other, several flows both ways, each with a cipher that its
+/// own side chose.
 #[test]
 fn different_numbers_of_workers_and_ciphers_go_together() -> Result<()> {
     in_lab(Lab::new("bulkmany").hosts(2), |lab| {
@@ -455,7 +461,8 @@ fn sysctl(container: &Container, name: &str, value: &str) -> Result<()> {
     container.run("sysctl", &["-q", "-w", &format!("net.ipv4.{name}={value}")]).map(drop)
 }
 
-/// TCP in all its moods: with and without timestamps, window scaling, SACK and ECN, with small segments, with a lossy underlay.
+/// TCP in all its moods: with and without timestamps, window scaling, SACK and ECN, with small
+/// segments, with a lossy underlay.
 #[test]
 fn tcp_of_every_kind_arrives_whole() -> Result<()> {
     with_workers(Lab::new("bulktcp").hosts(2), |lab, containers| {
@@ -521,7 +528,8 @@ fn tcp_of_every_kind_arrives_whole() -> Result<()> {
     })
 }
 
-/// Bursts and pauses, so that the flow changes its path again and again; writes of all sizes; urgent bytes in between.
+/// Bursts and pauses, so that the flow changes its path again and again; writes of all sizes;
+/// urgent bytes in between.
 #[test]
 fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
     with_workers(Lab::new("bulkburst").hosts(2), |lab, containers| {
@@ -535,7 +543,8 @@ fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
     })
 }
 
-/// Messages of both paths that are lost, come twice or late: TCP mends what is missing, and nothing else becomes of it.
+/// Messages of both paths that are lost, come twice or late: TCP mends what is missing, and nothing
+/// else becomes of it.
 #[test]
 fn a_rough_underlay_spoils_nothing() -> Result<()> {
     with_workers(Lab::new("bulkrough").hosts(2), |lab, containers| {

@@ -1,4 +1,5 @@
-//! Packets whose checksums the container's kernel leaves for later: what arrives has the right ones, wherever they were finished.
+//! Packets whose checksums the container's kernel leaves for later: what arrives has the right
+//! ones, wherever they were finished.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
@@ -23,7 +24,8 @@ const HEADERS: usize = 28;
 fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
     in_lab(Lab::new("checksums").hosts(2), |lab| {
         for host in lab.hosts() {
-            // Should the kernel still believe that there is a checksum to finish, it would do so here, in the ciphertext.
+            // Should the kernel still believe that there is a checksum to finish, it would do so
+            // here, in the ciphertext.
             host.netns().run("ethtool", &["-K", host.interface(), "tx", "off"])?;
         }
         let containers = launch_containers(lab)?;
@@ -93,7 +95,8 @@ fn small_packets_follow_others_through_the_normaliser() -> Result<()> {
     })
 }
 
-/// Only the sender knows which checksum is to be finished. A packet in which it is neither TCP's nor UDP's own is the kernel's to finish.
+/// Only the sender knows which checksum is to be finished. A packet in which it is neither TCP's
+/// nor UDP's own is the kernel's to finish.
 #[test]
 fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
     const START: usize = 14 + 20 + 8 + 2;
@@ -129,7 +132,8 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
     })
 }
 
-/// The checksum that waits belongs to a packet in the packet: finishing that of the outer one would leave the inner one wrong.
+/// The checksum that waits belongs to a packet in the packet: finishing that of the outer one would
+/// leave the inner one wrong.
 #[test]
 fn a_tunnel_of_the_containers_own_works() -> Result<()> {
     in_lab(Lab::new("nested").hosts(2), |lab| {
@@ -176,8 +180,8 @@ fn normalised(host: &Host) -> Result<usize> {
     Ok(packets as usize)
 }
 
-/// Sends a datagram of each length, and of each even one of two bytes or more another whose checksum is zero, which UDP writes as 0xffff;
-/// how many. Checks that each arrives.
+/// Sends a datagram of each length, and of each even one of two bytes or more another whose
+/// checksum is zero, which UDP writes as 0xffff; how many. Checks that each arrives.
 fn send_datagrams(
     from: &Container,
     to: &Container,

@@ -1,7 +1,8 @@
-//! The daemon is killed after each step of `launch`, `attach`, `detach` and `reset` in turn. Whatever is half done then: doing it again
-//! completes it, and reset removes it.
+//! The daemon is killed after each step of `launch`, `attach`, `detach` and `reset` in turn.
+//! Whatever is half done then: doing it again completes it, and reset removes it.
 //!
-//! Daemons of development builds honour `OVERNODE_KILL_AT=n`: SIGKILL to themselves after the nth step.
+//! Daemons of development builds honour `OVERNODE_KILL_AT=n`: SIGKILL to themselves after the nth
+//! step.
 
 use std::os::unix::process::ExitStatusExt;
 
@@ -27,7 +28,8 @@ fn launch_and_die(host: &Host, step: usize) -> Result<bool> {
         ensure!(host.daemon_pid().is_some(), "launch succeeded and no daemon runs");
         return Ok(false);
     }
-    // The command tidies up after the daemon, by the same steps: it may have been killed itself then.
+    // The command tidies up after the daemon, by the same steps: it may have been killed itself
+    // then.
     if outcome.status.signal() != Some(libc::SIGKILL) {
         outcome.failure(1)?;
     }
@@ -35,7 +37,8 @@ fn launch_and_die(host: &Host, step: usize) -> Result<bool> {
     Ok(true)
 }
 
-/// Kills after each step, lets `repair` work on what is left, and expects a clean host after a reset.
+/// Kills after each step, lets `repair` work on what is left, and expects a clean host after a
+/// reset.
 fn at_every_step(name: &str, repair: impl Fn(&Host) -> Result<()>) -> Result<()> {
     in_lab(Lab::new(name).hosts(1), |lab| {
         let host = lab.host(1);
@@ -108,7 +111,8 @@ fn launching_again_completes_what_a_killed_launch_left() -> Result<()> {
     })
 }
 
-/// Kills after each step of `attach` and of `detach`; the node that is started again must know what is so, and go on from there.
+/// Kills after each step of `attach` and of `detach`; the node that is started again must know what
+/// is so, and go on from there.
 #[test]
 fn attaching_and_detaching_again_complete_what_a_kill_left() -> Result<()> {
     in_lab(Lab::new("crash-attach").hosts(1), |lab| {

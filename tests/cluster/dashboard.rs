@@ -1,4 +1,5 @@
-//! The dashboard's expressions, held against what a node tells: as much of PromQL as it takes to see which series they mean.
+//! The dashboard's expressions, held against what a node tells: as much of PromQL as it takes to
+//! see which series they mean.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -197,7 +197,8 @@ fn only_containers_of_the_host_are_served_and_they_reach_nothing_else_there() ->
             })?;
             assert!(refused, "{address} answers the host");
         }
-        // Nothing but port 53 is open at the node's address: not the daemon's ports, nor those of the host.
+        // Nothing but port 53 is open at the node's address: not the daemon's ports, nor those of
+        // the host.
         let listener = one.netns().enter(|| Ok(TcpListener::bind("0.0.0.0:8080")?))?;
         client.netns().enter(|| {
             for port in [8080, 6783, 6784, 22, 54] {

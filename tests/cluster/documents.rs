@@ -34,7 +34,8 @@ host3 > sudo overnode reset
 host1 > sudo overnode forget host3
 host2 > sudo overnode forget host3";
 
-/// Types what the document says, on the hosts that it names; each command must succeed. The tests are root without `sudo`.
+/// Types what the document says, on the hosts that it names; each command must succeed. The tests
+/// are root without `sudo`.
 fn follow(lab: &Lab, text: &str) -> Result<()> {
     for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
         let (host, command) =
@@ -46,7 +47,8 @@ fn follow(lab: &Lab, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// Everybody in the list is a node that is connected with, and has a session with, every other, directly; nobody else is known.
+/// Everybody in the list is a node that is connected with, and has a session with, every other,
+/// directly; nobody else is known.
 fn are_all_connected(hosts: &[Host]) -> Result<()> {
     for host in hosts {
         eventually(PATIENCE, || {
@@ -90,7 +92,8 @@ fn row<'a>(table: &'a str, words: &[&str]) -> Option<Vec<&'a str>> {
         .find(|row| row.len() >= words.len() && row[..words.len()] == *words)
 }
 
-/// What `overnode status --…` prints on a host, as in "Inspecting cluster nodes", names all of them.
+/// What `overnode status --…` prints on a host, as in "Inspecting cluster nodes", names all of
+/// them.
 fn sections_tell(host: &Host, hosts: &[Host], targets: &[&str]) -> Result<()> {
     let status = |section: &str| host.overnode(&["status", section])?.success();
     let name = |it: &Host| format!("{}({})", it.number, it.name);

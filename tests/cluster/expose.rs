@@ -176,7 +176,8 @@ fn an_exposed_host_stays_so_through_kills_deletions_and_reboots() -> Result<()> 
     })
 }
 
-/// Other routes into the container network would be cut off, or win; the tunnel's own packets might go round in circles.
+/// Other routes into the container network would be cut off, or win; the tunnel's own packets might
+/// go round in circles.
 #[test]
 fn a_host_with_another_way_into_the_subnet_is_not_exposed() -> Result<()> {
     in_lab(Lab::new("expose-route").hosts(1), |lab| {

@@ -169,8 +169,8 @@ fn a_reclaim_that_waits_is_told_until_nobody_has_to_agree_any_more() -> Result<(
             one.overnode(&["reclaim", "2", "--timeout", "1"])?.failure(1)?;
             finds(one, &["the addresses of node 2 are not taken back yet", "nodes 3 have to agree"])
         })?;
-        // Node 2 is there again, so nothing is to be taken back. If node 3 came at the same time, it
-        // might agree before it reaches node 2.
+        // Node 2 is there again, so nothing is to be taken back. If node 3 came at the same time,
+        // it might agree before it reaches node 2.
         let [two, three] = away;
         lab.plug(two)?;
         eventually(PATIENCE * 3, || {

@@ -300,8 +300,8 @@ fn a_flood_of_both_udp_ports_costs_established_traffic_little() -> Result<()> {
             floods.into_iter().try_for_each(|flood| flood.stop().map(drop))?;
             Ok(flow.gigabits())
         };
-        // The programs drop the first two before the kernel's UDP would, so the flow gains. The last
-        // is of somebody who knows the node's public key.
+        // The programs drop the first two before the kernel's UDP would, so the flow gains. The
+        // last is of somebody who knows the node's public key.
         for (kind, least) in [(Kind::Garbage, 0.9), (Kind::Initiations, 0.9), (Kind::Sealed, 0.15)]
         {
             let mut rounds = Vec::new();

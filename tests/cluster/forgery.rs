@@ -96,8 +96,8 @@ fn send(thief: &Container, to: &Container, frames: &[Frame]) -> Result<Arrived> 
     Ok(arrived)
 }
 
-/// Packets that all programs have dropped, for whatever reason: another destination, say, is refused
-/// where it leads.
+/// Packets that all programs have dropped, for whatever reason: another destination, say, is
+/// refused where it leads.
 fn dropped(lab: &Lab) -> Result<u64> {
     lab.hosts().iter().try_fold(0, |sum, host| {
         let status = host.status()?;
@@ -132,8 +132,8 @@ fn ensure_refused(
         ensure!(counted >= refused, "{what}: {counted} are counted of {refused}");
         // Sealed is what the sum happens to leave as it was.
         ensure!(!is_local || misplaced == arrived.sent as u64, "{what}: {misplaced}, {arrived:?}");
-        // Both halves of the source are hit from each start in front of them, unless the programs have
-        // finished the packet's own checksum instead.
+        // Both halves of the source are hit from each start in front of them, unless the programs
+        // have finished the packet's own checksum instead.
         ensure!(refused == 0 || refused >= 15, "{what} to {}: {arrived:?}", to.name);
         // The kernel does not take every place, but from the 20th byte on it does.
         ensure!(arrived.sent > 80, "{what}: {} were sent", arrived.sent);

@@ -1,4 +1,5 @@
-//! Invariant S4 on the wire: what was recorded and is sent again, whole or changed, is dropped and counted by reason.
+//! Invariant S4 on the wire: what was recorded and is sent again, whole or changed, is dropped and
+//! counted by reason.
 
 use std::collections::BTreeMap;
 
@@ -42,7 +43,8 @@ pub fn record(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
     Ok(frames)
 }
 
-/// The underlay's end of host2's cable: what is sent here arrives at host2 as if it came from the network.
+/// The underlay's end of host2's cable: what is sent here arrives at host2 as if it came from the
+/// network.
 pub fn attacker(lab: &Lab) -> Result<Injector> {
     // The veth's other end sends towards the host.
     Injector::open(lab.underlay(), "p2")

@@ -15,7 +15,8 @@ use crate::support::{PATIENCE, TOKEN, attached, in_lab, launch, peer};
 
 const PRESHARED_KEY: [u8; 32] = *b"a key that must not be shown: 0!";
 
-/// What this node may have nothing of: which node lends to the fifth is for that one to choose, and there is no engine or container runtime.
+/// What this node may have nothing of: which node lends to the fifth is for that one to choose, and
+/// there is no engine or container runtime.
 const NOT_HERE: [&str; 6] = [
     "status.endpoints[].image",
     "status.endpoints[].cni",
@@ -25,7 +26,8 @@ const NOT_HERE: [&str; 6] = [
     "allocation.lends[].loans[].",
 ];
 
-/// The fields that the page describes: its sections name one place or several, its tables what is there.
+/// The fields that the page describes: its sections name one place or several, its tables what is
+/// there.
 fn documented() -> Result<BTreeSet<String>> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/inspect.md");
     let page = std::fs::read_to_string(path).context("docs/inspect.md")?;
@@ -110,7 +112,8 @@ fn shows(text: &str, bytes: &[u8; 32]) -> bool {
     shapes(bytes).iter().any(|shape| text.contains(shape))
 }
 
-/// Node 1 with a neighbour, a borrower, a container, a target that is nowhere, somebody it refuses, and a WireGuard device.
+/// Node 1 with a neighbour, a borrower, a container, a target that is nowhere, somebody it refuses,
+/// and a WireGuard device.
 fn busy_node(lab: &Lab) -> Result<Value> {
     let [a, b, c, stranger] = lab.hosts() else { unreachable!() };
     launch(lab, a)?;

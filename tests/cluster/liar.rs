@@ -1,4 +1,5 @@
-//! What a member that lies announces, and sends: real daemons, of which one has a disk that says what is not so.
+//! What a member that lies announces, and sends: real daemons, of which one has a disk that says
+//! what is not so.
 
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
@@ -34,7 +35,8 @@ fn lie(host: &Host, address: IpAddr) -> Result<()> {
     Ok(())
 }
 
-/// The hardware address that the container's packets for `to` go to: asked for by ARP, which needs no answer to what is sent.
+/// The hardware address that the container's packets for `to` go to: asked for by ARP, which needs
+/// no answer to what is sent.
 fn gateway(container: &Container, to: IpAddr) -> Result<[u8; 6]> {
     let _ = container.ping(to, 1, MILLISECOND)?;
     let text = container.netns().ip(&["neigh", "show", &to.to_string()])?;

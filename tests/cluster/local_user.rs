@@ -1,4 +1,5 @@
-//! What a user of a host who is not root, or a program of root's that has given up most of its rights, tries against the node there.
+//! What a user of a host who is not root, or a program of root's that has given up most of its
+//! rights, tries against the node there.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -14,11 +15,13 @@ use crate::support::{PATIENCE, TOKEN, in_lab, launch_all};
 
 /// What `setpriv` is told to become somebody else.
 const STRANGER: &str = "setpriv --reuid 1000 --regid 1000 --clear-groups";
-/// What it is told to give up every right of root's but its name, for itself and all that it starts. (CAP_SYS_PTRACE is for looking
-/// into other processes; later kernels take CAP_PERFMON, too.)
+/// What it is told to give up every right of root's but its name, for itself and all that it
+/// starts. (CAP_SYS_PTRACE is for looking into other processes; later kernels take CAP_PERFMON,
+/// too.)
 const NO_RIGHTS: [&str; 2] = ["--bounding-set=-all", "--inh-caps=-all"];
 
-/// Runs a script as root in mounts and processes of its own: its bpffs is nobody else's, and its first process is that script.
+/// Runs a script as root in mounts and processes of its own: its bpffs is nobody else's, and its
+/// first process is that script.
 fn apart(host: &Host, script: &str) -> Result<Output> {
     let apart = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script];
     let output = host
@@ -35,7 +38,8 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// The maps say where packets go and with which key; who owns the directory that they are pinned in can put others in their place.
+/// The maps say where packets go and with which key; who owns the directory that they are pinned in
+/// can put others in their place.
 #[test]
 fn a_local_user_who_makes_the_directory_of_pins_first_gets_no_maps() -> Result<()> {
     in_lab(Lab::new("pins").hosts(1), |lab| {
@@ -142,8 +146,9 @@ fn keeps_its_secrets(pid: i32) -> Result<()> {
     Ok(())
 }
 
-/// Programs of root's that have no right to look into other processes may still look into those that have no more rights than they
-/// have, unless these forbid it. So the daemon is started without any right here, and whoever starts it wants core files.
+/// Programs of root's that have no right to look into other processes may still look into those
+/// that have no more rights than they have, unless these forbid it. So the daemon is started
+/// without any right here, and whoever starts it wants core files.
 #[test]
 fn nobody_reads_the_memory_of_the_daemon_nor_what_it_leaves_in_a_crash() -> Result<()> {
     in_lab(Lab::new("memory").hosts(1), |lab| {

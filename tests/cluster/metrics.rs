@@ -1,4 +1,5 @@
-//! Metrics: what a node tells Prometheus is what `docs/metrics.md` and the dashboard say, and nobody hears it unasked.
+//! Metrics: what a node tells Prometheus is what `docs/metrics.md` and the dashboard say, and
+//! nobody hears it unasked.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};

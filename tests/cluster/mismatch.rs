@@ -1,5 +1,5 @@
-//! Nodes that do not fit together: `status --connections` says so on both sides, in words that tell what to do, and what they tell
-//! helps.
+//! Nodes that do not fit together: `status --connections` says so on both sides, in words that tell
+//! what to do, and what they tell helps.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
@@ -21,7 +21,8 @@ enum Side {
     WasCalled,
 }
 
-/// Waits until a host tells all these words of its connection with a host: in JSON, with the time, and in one line of the table.
+/// Waits until a host tells all these words of its connection with a host: in JSON, with the time,
+/// and in one line of the table.
 fn told(host: &Host, side: Side, of: &Host, words: &[&str]) -> Result<()> {
     let (direction, state, arrow) = match side {
         Side::Called => ("outbound", "retrying", "-> "),
@@ -65,7 +66,8 @@ fn told(host: &Host, side: Side, of: &Host, words: &[&str]) -> Result<()> {
     })
 }
 
-/// Waits until two hosts' nodes have a control connection, and neither has a complaint left of the other.
+/// Waits until two hosts' nodes have a control connection, and neither has a complaint left of the
+/// other.
 fn joined(one: &Host, id: usize, other: &Host, other_id: usize) -> Result<()> {
     for (host, id) in [(one, other_id), (other, id)] {
         eventually(PATIENCE, || {

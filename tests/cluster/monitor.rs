@@ -1,4 +1,5 @@
-//! `overnode monitor`: what is dropped and what happens, told as it happens; and whoever watches costs the node nothing.
+//! `overnode monitor`: what is dropped and what happens, told as it happens; and whoever watches
+//! costs the node nothing.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -240,7 +241,8 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
             containers[0].ping(far.address(), 100, MILLISECOND)?.lost() == 0,
             "pings were lost"
         );
-        // Nobody watches any more: what is dropped now is seen by nobody, also not by who comes later.
+        // Nobody watches any more: what is dropped now is seen by nobody, also not by who comes
+        // later.
         drop((watcher, sleeper));
         std::thread::sleep(Duration::from_millis(2500));
         injector.send_all(&frames)?;

@@ -1,4 +1,5 @@
-//! Underlays that carry less or more than an Ethernet does, with real TCP between containers. (`life.rs` has a plain jumbo underlay.)
+//! Underlays that carry less or more than an Ethernet does, with real TCP between containers.
+//! (`life.rs` has a plain jumbo underlay.)
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -25,7 +26,8 @@ fn mtu(host: &Host, to: usize) -> Result<u64> {
     peer["data"]["mtu"].as_u64().context("no MTU")
 }
 
-/// Waits until a node has found what the way to another carries, for outer packets of `carries` bytes.
+/// Waits until a node has found what the way to another carries, for outer packets of `carries`
+/// bytes.
 fn found(host: &Host, to: usize, carries: u64) -> Result<u64> {
     // What WireGuard over UDP over IP adds.
     let most = carries - if host.address().is_ipv4() { 60 } else { 80 };
@@ -150,7 +152,8 @@ fn a_stream_survives_a_way_that_begins_to_carry_less() -> Result<()> {
     })
 }
 
-/// Two nodes without a path reach each other through a third; the hop from that one to the last may carry less than the rest.
+/// Two nodes without a path reach each other through a third; the hop from that one to the last may
+/// carry less than the rest.
 fn relayed(last_hop: Option<u32>) -> Result<()> {
     const RELAY_HEADER: u64 = 8;
     in_lab(Lab::new("relayed").hosts(3).routed(), |lab| {
@@ -231,7 +234,8 @@ fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
         })?;
         ping(one, two, 8920)?;
         send(one, two)?;
-        // To the third host there are 1500 bytes, which the router says; the search finds out without it.
+        // To the third host there are 1500 bytes, which the router says; the search finds out
+        // without it.
         let narrow = found(a, 3, 1500)?;
         learns(one, three, narrow)?;
         send(one, three)?;
@@ -241,7 +245,8 @@ fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
     })
 }
 
-/// The least that IPv4 hosts must accept. Linux does not believe in ways of less than 552 bytes, so that nobody could tell containers.
+/// The least that IPv4 hosts must accept. Linux does not believe in ways of less than 552 bytes, so
+/// that nobody could tell containers.
 #[test]
 fn the_narrowest_underlay_carries_tcp() -> Result<()> {
     in_lab(Lab::new("narrowest").mtu(576), |lab| {

@@ -1,4 +1,5 @@
-//! Checksum and segmentation offloads in every combination inside the containers: every byte that arrives is correct.
+//! Checksum and segmentation offloads in every combination inside the containers: every byte that
+//! arrives is correct.
 
 use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
@@ -25,9 +26,11 @@ fn set_features(container: &Container, enabled: impl Fn(usize) -> bool) -> Resul
     Ok(())
 }
 
-/// Sends one buffer that the kernel (or nobody, before it leaves the container) cuts into datagrams: UDP_SEGMENT.
+/// Sends one buffer that the kernel (or nobody, before it leaves the container) cuts into
+/// datagrams: UDP_SEGMENT.
 ///
-/// Kernels before 6.11 refuse that with EIO where the interface does not do checksums; nothing is sent then.
+/// Kernels before 6.11 refuse that with EIO where the interface does not do checksums; nothing is
+/// sent then.
 fn send_segmented(from: &Container, to: &Container, checksums: bool) -> Result<()> {
     const SEGMENT: u16 = 1200;
     const SEGMENTS: usize = 40;

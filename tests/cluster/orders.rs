@@ -1,8 +1,9 @@
 //! Nodes can start in any order.
 //!
-//! Five nodes have 120 orders. What may matter in an order is which of them are there already when a node comes, and who comes
-//! next. Ten orders are tried in which every three nodes start in each of their six orders, every node is at every place twice, and
-//! every node follows every other directly; that this is so is checked too.
+//! Five nodes have 120 orders. What may matter in an order is which of them are there already when
+//! a node comes, and who comes next. Ten orders are tried in which every three nodes start in each
+//! of their six orders, every node is at every place twice, and every node follows every other
+//! directly; that this is so is checked too.
 
 use std::collections::BTreeSet;
 use std::process::{Child, Stdio};
@@ -77,7 +78,8 @@ impl Attaching {
     }
 }
 
-/// The nodes are launched in this order, and get a container each at once: those that come first wait for the others.
+/// The nodes are launched in this order, and get a container each at once: those that come first
+/// wait for the others.
 fn start(lab: &Lab, order: [usize; NODES]) -> Result<()> {
     let mut attaching = Vec::new();
     for number in order {

@@ -17,7 +17,8 @@ const APART: Duration = Duration::from_secs(60);
 const NOTICED: Duration = Duration::from_secs(6);
 /// The longest pause between two tries to connect is 30 s.
 const REUNITED: Duration = Duration::from_secs(45);
-/// The IDs of the hosts, in two halves: in each one that lends addresses and one that has to borrow them.
+/// The IDs of the hosts, in two halves: in each one that lends addresses and one that has to borrow
+/// them.
 const HALVES: [&[usize]; 2] = [&[1, 2, 5], &[3, 6]];
 
 /// A host, its node's ID, and the number of its half.
@@ -27,7 +28,8 @@ struct Member<'a> {
     half: usize,
 }
 
-/// Fails unless `status --peers` tells each member that its own half is reachable and the other one is not.
+/// Fails unless `status --peers` tells each member that its own half is reachable and the other one
+/// is not.
 fn ensure_truthful(members: &[Member<'_>]) -> Result<()> {
     for member in members {
         let status = member.host.status()?;

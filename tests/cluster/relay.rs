@@ -1,4 +1,5 @@
-//! Paths that die, and the ways around them (invariant L2): relays, and back to the straight path when it heals.
+//! Paths that die, and the ways around them (invariant L2): relays, and back to the straight path
+//! when it heals.
 
 use std::time::{Duration, Instant};
 
@@ -141,7 +142,8 @@ fn a_relay_that_dies_is_replaced_by_another_and_the_last_one_is_missed_aloud() -
 /// Both ends of a chain, their IDs, and the other's.
 const ENDS: [(usize, usize); 2] = [(1, 3), (3, 1)];
 
-/// Three nodes of which the first and the last talk only through the second, with a container each on these two.
+/// Three nodes of which the first and the last talk only through the second, with a container each
+/// on these two.
 fn chain(lab: &Lab) -> Result<[Container; 2]> {
     lab.cut(lab.host(1), lab.host(3))?;
     for host in lab.hosts() {

@@ -1,4 +1,5 @@
-//! Invariant L1: killing or upgrading the daemon loses no packet of established traffic; the restarted one adopts what is pinned.
+//! Invariant L1: killing or upgrading the daemon loses no packet of established traffic; the
+//! restarted one adopts what is pinned.
 
 use std::time::Duration;
 
@@ -95,7 +96,8 @@ fn stopped_daemons_lose_nothing() -> Result<()> {
     })
 }
 
-/// An older version knew fewer maps. What it pinned is taken over, the others are made, and nobody notices.
+/// An older version knew fewer maps. What it pinned is taken over, the others are made, and nobody
+/// notices.
 #[test]
 fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()> {
     const NEWER: [&str; 5] = ["MONITOR", "DROPS", "BULK_WORKERS", "BULK_PEERS", "BULK_FLOWS"];

@@ -1,4 +1,5 @@
-//! Invariant S1: no packet of a container leaves a host unencrypted, whatever is up, down, restarting or misconfigured.
+//! Invariant S1: no packet of a container leaves a host unencrypted, whatever is up, down,
+//! restarting or misconfigured.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -138,7 +139,8 @@ fn a_default_route_does_not_lure_packets_out() -> Result<()> {
     })
 }
 
-/// Packets that came in by an interface of the node and that the host's own stack took, to deliver or to forward.
+/// Packets that came in by an interface of the node and that the host's own stack took, to deliver
+/// or to forward.
 fn taken_by_the_host(host: &lab::Host) -> Result<u64> {
     let rules = host.netns().run("nft", &["list", "table", "inet", "taken"])?;
     let counts = rules.split("packets ").skip(1).filter_map(|rest| rest.split(' ').next());

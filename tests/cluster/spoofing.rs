@@ -1,4 +1,5 @@
-//! Invariant S3: a container can neither send from an address that is not its own nor receive what is not for it.
+//! Invariant S3: a container can neither send from an address that is not its own nor receive what
+//! is not for it.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -81,7 +82,8 @@ fn scene(lab: &Lab) -> Result<Scene> {
     Ok(scene)
 }
 
-/// Sends 100 frames each from the thief to the neighbour and to the far container; none may arrive, each must be counted.
+/// Sends 100 frames each from the thief to the neighbour and to the far container; none may arrive,
+/// each must be counted.
 fn ensure_dropped(
     lab: &Lab,
     scene: &Scene,

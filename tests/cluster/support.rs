@@ -117,7 +117,8 @@ pub fn targets(host: &Host) -> Result<Vec<String>> {
     Ok(targets)
 }
 
-/// The interface by which containers reach the node's DNS: named after the node's address, 10.39.240.0 + ID.
+/// The interface by which containers reach the node's DNS: named after the node's address,
+/// 10.39.240.0 + ID.
 pub fn dns_interface(host: &Host) -> String {
     format!("ov0a27f0{:02x}", host.number)
 }
@@ -134,7 +135,8 @@ pub fn one_each(lab: &Lab) -> Result<Vec<Container>> {
     lab.hosts().iter().map(|host| attached(host, "c")).collect()
 }
 
-/// Launches every host's node, each with a container, in the order of the hosts. All reach each other.
+/// Launches every host's node, each with a container, in the order of the hosts. All reach each
+/// other.
 pub fn launch_containers(lab: &Lab) -> Result<Vec<Container>> {
     launch_all(lab)?;
     let containers = one_each(lab)?;
@@ -174,8 +176,8 @@ pub fn is_overlay(address: IpAddr) -> bool {
     }
 }
 
-/// Fails when the capture is not complete, has no data message at all, or shows anything of what containers sent: their payload, or
-/// a packet with an address of theirs.
+/// Fails when the capture is not complete, has no data message at all, or shows anything of what
+/// containers sent: their payload, or a packet with an address of theirs.
 pub fn ensure_sealed(captured: &lab::capture::Captured) -> Result<()> {
     ensure!(captured.missed == 0, "the capture misses {} packets", captured.missed);
     let data = captured.count(|packet| packet.wireguard_type() == Some(4))?;

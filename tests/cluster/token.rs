@@ -166,7 +166,8 @@ fn two_nodes_with_one_id_are_told_of_it() -> Result<()> {
     })
 }
 
-/// Two clusters, each with a node 2, are joined by a link between the others; nobody dials whom gossip tells of.
+/// Two clusters, each with a node 2, are joined by a link between the others; nobody dials whom
+/// gossip tells of.
 #[test]
 fn two_nodes_with_one_id_that_only_gossip_joins_are_told_of_it() -> Result<()> {
     in_lab(Lab::new("twins").hosts(4), |lab| {
@@ -265,7 +266,8 @@ fn members_exchange_data_only_with_members() -> Result<()> {
         launch_all(lab)?;
         let containers = one_each(lab)?;
         containers[0].reach(containers[1].address(), PATIENCE)?;
-        // The same cluster, but one node starts over with another token: what it had is of no use to it.
+        // The same cluster, but one node starts over with another token: what it had is of no use
+        // to it.
         let b = lab.host(2);
         b.overnode(&["reset", "--force"])?.success()?;
         b.overnode(&["launch", "--id", "2", "--token", "another-password", "host1"])?.success()?;

@@ -6,7 +6,8 @@ use lab::podman::{IMAGE, Podman};
 
 use crate::podman::{PATIENCE, nothing_left, with_podmans};
 
-/// How many on each host, unless the environment says otherwise: `cargo xtask bench podman` takes 200.
+/// How many on each host, unless the environment says otherwise: `cargo xtask bench podman` takes
+/// 200.
 const CONTAINERS: usize = 8;
 /// Commands on one host at the same time.
 const CLIENTS: usize = 4;

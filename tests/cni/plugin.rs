@@ -303,7 +303,8 @@ impl Drop for SmallDisk {
     }
 }
 
-/// With a full disk what is there works on; what cannot be kept is refused in words and leaves nothing; with room again all is well.
+/// With a full disk what is there works on; what cannot be kept is refused in words and leaves
+/// nothing; with room again all is well.
 #[test]
 fn a_full_disk_refuses_in_words_and_loses_nothing() -> Result<()> {
     const MANY: usize = 60;
@@ -322,7 +323,8 @@ fn a_full_disk_refuses_in_words_and_loses_nothing() -> Result<()> {
     let far = far.split('/').next().context("no address")?.parse()?;
     let before = endpoints(host)?;
     disk.fill()?;
-    // What is kept changes where it lies as long as there is place in the file: until one is refused.
+    // What is kept changes where it lies as long as there is place in the file: until one is
+    // refused.
     let mut added = Vec::new();
     let mut refusal = None;
     for number in 0..MANY {

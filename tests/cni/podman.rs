@@ -25,7 +25,8 @@ pub fn nothing_left(host: &Host) -> Result<()> {
     })
 }
 
-/// Runs a test with a podman and a node on each of two hosts; what the nodes logged is shown when it fails.
+/// Runs a test with a podman and a node on each of two hosts; what the nodes logged is shown when
+/// it fails.
 pub fn with_podmans(
     name: &str,
     test: impl FnOnce(&Lab, &Podman<'_>, &Podman<'_>) -> Result<()>,

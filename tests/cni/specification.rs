@@ -1,6 +1,8 @@
-//! What the CNI specification (1.1) demands of a plugin and only a node can show. Each test names the section; what needs no node is tested
-//! beside the plugin. Elsewhere: `ADD` onto an interface that is there, repeated `DEL`, `CHECK`, several containers at a time and `GC` of
-//! one network (section 2, section 3, Lifecycle & Ordering) in `plugin`; chains with `bridge` and `portmap` in `podman`.
+//! What the CNI specification (1.1) demands of a plugin and only a node can show. Each test names
+//! the section; what needs no node is tested beside the plugin. Elsewhere: `ADD` onto an interface
+//! that is there, repeated `DEL`, `CHECK`, several containers at a time and `GC` of one network
+//! (section 2, section 3, Lifecycle & Ordering) in `plugin`; chains with `bridge` and `portmap` in
+//! `podman`.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
@@ -20,8 +22,9 @@ use crate::podman::nothing_left;
 /// What the stock plugins speak, too.
 const COMMON: [&str; 4] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0"];
 
-/// Section 2, `ADD` and `CHECK`; section 3, Adding and Deleting an attachment; section 5, ADD Success: the stock plugins take what this one
-/// answers in each version, and change what is theirs to change.
+/// Section 2, `ADD` and `CHECK`; section 3, Adding and Deleting an attachment; section 5, ADD
+/// Success: the stock plugins take what this one answers in each version, and change what is theirs
+/// to change.
 #[test]
 fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result<()> {
     let lab = launched("cni-chain", 1)?;
@@ -80,7 +83,8 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
         );
         if has_check {
             call.done("CHECK", &of(json!({"prevResult": last}))?)?;
-            // `ptp` and `bridge` look for all addresses of a result on their own interface: docs/cni.md has `disableCheck`.
+            // `ptp` and `bridge` look for all addresses of a result on their own interface:
+            // docs/cni.md has `disableCheck`.
             call.stock("tuning", "CHECK", &with(&tuning, &last)?)?;
         }
         call.stock("tuning", "DEL", &with(&tuning, &last)?)?;
@@ -96,7 +100,8 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
     Ok(())
 }
 
-/// Section 2, `ADD` and Parameters: the name of a chained interface, too, may be taken; `CHECK`: what was made and does not work.
+/// Section 2, `ADD` and Parameters: the name of a chained interface, too, may be taken; `CHECK`:
+/// what was made and does not work.
 #[test]
 fn interfaces_in_the_way_and_turned_off() -> Result<()> {
     let lab = launched("cni-taken", 1)?;
@@ -123,8 +128,9 @@ fn interfaces_in_the_way_and_turned_off() -> Result<()> {
     Ok(())
 }
 
-/// Section 2, `DEL`: of what a reboot has ended, while the daemon is not there yet and afterwards, with and without the namespace's path and
-/// the result; and never of what somebody else has at that path now.
+/// Section 2, `DEL`: of what a reboot has ended, while the daemon is not there yet and afterwards,
+/// with and without the namespace's path and the result; and never of what somebody else has at
+/// that path now.
 #[test]
 fn deleting_after_a_reboot() -> Result<()> {
     let lab = launched("cni-reboot", 1)?;
@@ -183,7 +189,8 @@ fn deleting_after_a_reboot() -> Result<()> {
     nothing_left(host)
 }
 
-/// Hands requests on to a node, but refuses one of them: nothing else makes one container of several stay.
+/// Hands requests on to a node, but refuses one of them: nothing else makes one container of
+/// several stay.
 fn relay(mut client: UnixStream, socket: &Path, refused: &str) -> io::Result<()> {
     let mut request = Vec::new();
     let (head, length) = loop {
@@ -221,8 +228,8 @@ fn relay(mut client: UnixStream, socket: &Path, refused: &str) -> io::Result<()>
     client.shutdown(Shutdown::Both)
 }
 
-/// Section 2, `GC`: what cannot be removed keeps nothing else from it, and is told; there is no output otherwise. Attachments are known by
-/// container and interface (section 3).
+/// Section 2, `GC`: what cannot be removed keeps nothing else from it, and is told; there is no
+/// output otherwise. Attachments are known by container and interface (section 3).
 #[test]
 fn collecting_garbage_goes_on_after_an_error() -> Result<()> {
     let lab = launched("cni-gc-error", 1)?;
@@ -279,8 +286,8 @@ fn collecting_garbage_goes_on_after_an_error() -> Result<()> {
     nothing_left(host)
 }
 
-/// Section 2, `STATUS`: nothing can be added without addresses. `ADD` says that it may work later, and leaves nothing; it does not need to
-/// have been preceded by `STATUS`.
+/// Section 2, `STATUS`: nothing can be added without addresses. `ADD` says that it may work later,
+/// and leaves nothing; it does not need to have been preceded by `STATUS`.
 #[test]
 fn without_addresses() -> Result<()> {
     let lab = launched_with("cni-exhausted", 1, &["--range", "10.40.0.0/28"])?;
@@ -308,7 +315,8 @@ fn without_addresses() -> Result<()> {
     Ok(())
 }
 
-/// Section 2, `VERSION`, `STATUS` and `GC`: with the variables that these have, and no others. Section 5, Error, code 5.
+/// Section 2, `VERSION`, `STATUS` and `GC`: with the variables that these have, and no others.
+/// Section 5, Error, code 5.
 #[test]
 fn few_variables_and_no_input() -> Result<()> {
     let lab = launched("cni-few", 1)?;

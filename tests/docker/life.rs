@@ -28,7 +28,8 @@ fn an_engine_that_appears_later_gets_its_network_then() -> Result<()> {
     Ok(())
 }
 
-/// There is no such engine to be had any more: somebody who answers as one would. Upgraded, it gets its network.
+/// There is no such engine to be had any more: somebody who answers as one would. Upgraded, it gets
+/// its network.
 #[test]
 fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
     const OLD: &str = r#"{"Version": "1.13.1", "ApiVersion": "1.26", "MinAPIVersion": "1.12"}"#;
@@ -85,7 +86,8 @@ fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
     })
 }
 
-/// As when the engine took longer to make the network than the node waits for an answer: its name is ambiguous from then on.
+/// As when the engine took longer to make the network than the node waits for an answer: its name
+/// is ambiguous from then on.
 #[test]
 fn an_engine_that_has_made_the_network_twice_keeps_one() -> Result<()> {
     with_engines("docker-twice", 1, |lab, engines| {

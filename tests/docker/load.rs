@@ -6,7 +6,8 @@ use lab::parallel::{both, each, milliseconds_each};
 
 use crate::support::{PATIENCE, nothing_left, with_engines};
 
-/// How many on each host, unless the environment says otherwise: `cargo xtask bench docker` takes 200.
+/// How many on each host, unless the environment says otherwise: `cargo xtask bench docker` takes
+/// 200.
 const CONTAINERS: usize = 12;
 /// Clients of one engine at the same time.
 const CLIENTS: usize = 8;

@@ -149,7 +149,8 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         plugin.refused(id, &request.to_string(), 200, "no endpoint")?;
     }
 
-    // Endpoints: an address of another host, somebody else's, bad hardware addresses, twice the same.
+    // Endpoints: an address of another host, somebody else's, bad hardware addresses, twice the
+    // same.
     plugin.refused(
         "NetworkDriver.CreateEndpoint",
         &endpoint("e1", "10.42.0.1/12").to_string(),
@@ -201,7 +202,8 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         "already",
     )?;
 
-    // Joined twice: the engine did not hear the answer. Another endpoint of ours in one container: no.
+    // Joined twice: the engine did not hear the answer. Another endpoint of ours in one container:
+    // no.
     let join = |id: &str| json!({"NetworkID": NETWORK, "EndpointID": id, "SandboxKey": SANDBOX, "Options": null});
     let joined = plugin.done("NetworkDriver.Join", &join("e1"))?;
     ensure!(joined["InterfaceName"]["DstPrefix"] == "overnode", "{joined}");

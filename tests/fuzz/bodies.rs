@@ -1,7 +1,9 @@
-//! What the fuzzer runs for each target, and the tests run for each file of `corpus` and `regressions`.
+//! What the fuzzer runs for each target, and the tests run for each file of `corpus` and
+//! `regressions`.
 //!
-//! A body takes any bytes, gives them to decoders as hostile hosts and careless people would, and panics if anything panics or a
-//! property does not hold. It is deterministic but for the epoch of its clock.
+//! A body takes any bytes, gives them to decoders as hostile hosts and careless people would, and
+//! panics if anything panics or a property does not hold. It is deterministic but for the epoch of
+//! its clock.
 
 mod allocation;
 mod api;

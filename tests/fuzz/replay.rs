@@ -1,4 +1,5 @@
-//! Every seed and every input that once was a finding, through the body of its target. No fuzzer takes part.
+//! Every seed and every input that once was a finding, through the body of its target. No fuzzer
+//! takes part.
 
 mod bodies;
 

@@ -1,6 +1,7 @@
 //! Stock WireGuard programs as peers of a real node: Cloudflare's boringtun and Mullvad's gotatun.
 //!
-//! The first test joins the two to each other, without overnode: it proves that the harness measures what it claims.
+//! The first test joins the two to each other, without overnode: it proves that the harness
+//! measures what it claims.
 
 mod meeting;
 
@@ -159,7 +160,8 @@ fn a_peer_that_was_removed_is_a_stranger() -> Result<()> {
     Ok(())
 }
 
-/// WireGuard makes new keys after 120 seconds, at the latest 15 seconds later: this test waits for it, four meetings side by side.
+/// WireGuard makes new keys after 120 seconds, at the latest 15 seconds later: this test waits for
+/// it, four meetings side by side.
 #[test]
 fn new_keys_cost_no_packet() -> Result<()> {
     const INTERVAL: Duration = Duration::from_millis(10);

@@ -106,7 +106,8 @@ impl Plan {
     }
 }
 
-/// `overnode peer add`; gives back the node's own key, which it prints for the peer's configuration.
+/// `overnode peer add`; gives back the node's own key, which it prints for the peer's
+/// configuration.
 fn add(
     lab: &Lab,
     node: &Host,
@@ -190,7 +191,8 @@ impl Meeting {
         Ok(())
     }
 
-    /// The handshake, pings, and 100 MB of TCP each way; nothing forged, nothing replayed, nothing in the clear.
+    /// The handshake, pings, and 100 MB of TCP each way; nothing forged, nothing replayed, nothing
+    /// in the clear.
     ///
     /// # Errors
     /// When any of it is not so.

@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 
 use anyhow::{Result, anyhow, bail, ensure};
 
-/// The folder that holds `overnode` and `overnoded`: `OVERNODE_BIN_DIR` if that is set (`cargo xtask` sets it), else
-/// the development build, which is brought up to date first.
+/// The folder that holds `overnode` and `overnoded`: `OVERNODE_BIN_DIR` if that is set (`cargo
+/// xtask` sets it), else the development build, which is brought up to date first.
 ///
 /// # Errors
 /// When the folder does not hold them, or they do not build.

@@ -29,7 +29,8 @@ pub struct Capture {
 pub struct Captured {
     /// The pcap file.
     pub file: PathBuf,
-    /// Packets that the kernel could not hand over: a search in a capture with losses proves nothing.
+    /// Packets that the kernel could not hand over: a search in a capture with losses proves
+    /// nothing.
     pub missed: u64,
     bytes: Vec<u8>,
 }
@@ -82,8 +83,8 @@ impl Capture {
 }
 
 impl Capture {
-    /// The kernel hands packets over in blocks, a block that is not full after a second, and `tcpdump` does not look for
-    /// more once it was told to end.
+    /// The kernel hands packets over in blocks, a block that is not full after a second, and
+    /// `tcpdump` does not look for more once it was told to end.
     fn wait_until_read(&self) -> Result<()> {
         std::thread::sleep(BLOCK_TIMEOUT);
         let deadline = Instant::now() + Duration::from_secs(5);

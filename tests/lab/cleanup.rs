@@ -1,8 +1,9 @@
 //! Nothing may stay behind, however a test ends.
 //!
-//! Everything that a lab makes outside its own namespaces carries the lab's prefix (`ovl`, the process ID, `x`, a number) or lies in
-//! its folder. So a lab can be removed knowing its prefix alone: by its own `Drop`, by the handler of SIGINT and
-//! SIGTERM, or by another process after its maker died.
+//! Everything that a lab makes outside its own namespaces carries the lab's prefix (`ovl`, the
+//! process ID, `x`, a number) or lies in its folder. So a lab can be removed knowing its prefix
+//! alone: by its own `Drop`, by the handler of SIGINT and SIGTERM, or by another process after its
+//! maker died.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -113,16 +114,16 @@ pub(crate) fn pids() -> impl Iterator<Item = i32> {
     names_in("/proc").filter_map(|name| name.parse().ok())
 }
 
-/// True until the process has ended. One that only waits to be reaped has ended, but not one whose first thread has
-/// and others have not: they still hold its sockets and locks.
+/// True until the process has ended. One that only waits to be reaped has ended, but not one whose
+/// first thread has and others have not: they still hold its sockets and locks.
 pub(crate) fn is_alive(pid: i32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
     let first_ended = stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']));
     !first_ended || names_in(format!("/proc/{pid}/task")).count() > 1
 }
 
-/// The lock that creation of namespaces and sweeps take, across processes: `ip netns add` races with itself when
-/// it makes `/run/netns`.
+/// The lock that creation of namespaces and sweeps take, across processes: `ip netns add` races
+/// with itself when it makes `/run/netns`.
 pub(crate) fn lock() -> Result<File> {
     let file =
         File::create(std::env::temp_dir().join("overnode-lab.lock")).context("the lab's lock")?;

@@ -10,7 +10,8 @@ use anyhow::{Context, Result};
 use crate::netns::{Entry, Netns};
 use crate::ping::{PingStats, Pinging};
 
-/// A container of a host. Its namespace goes away when it is dropped, as the container's death would make it.
+/// A container of a host. Its namespace goes away when it is dropped, as the container's death
+/// would make it.
 #[derive(Debug)]
 pub struct Container {
     /// The name it was made with.
@@ -60,7 +61,8 @@ impl Container {
         self.netns.run(program, arguments)
     }
 
-    /// Sends `count` pings, one each `interval`, and waits for the answers. The payload is the pattern of [`crate::flow::MARKER`].
+    /// Sends `count` pings, one each `interval`, and waits for the answers. The payload is the
+    /// pattern of [`crate::flow::MARKER`].
     pub fn ping(&self, to: IpAddr, count: u32, interval: Duration) -> Result<PingStats> {
         Pinging::start(&self.netns, to, Some(count), interval)?.finish()
     }

@@ -1,5 +1,5 @@
-//! A real Docker engine on a host of the lab, with everything of its own: data, sockets, control group, and a mount namespace in which
-//! it finds its plugins.
+//! A real Docker engine on a host of the lab, with everything of its own: data, sockets, control
+//! group, and a mount namespace in which it finds its plugins.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -41,7 +41,8 @@ pub struct Engine<'a> {
 }
 
 impl<'a> Engine<'a> {
-    /// Prepares the host, without starting the engine: what runs on the host from here on sees the engine's `/run/docker`.
+    /// Prepares the host, without starting the engine: what runs on the host from here on sees the
+    /// engine's `/run/docker`.
     ///
     /// # Errors
     /// When a mount namespace cannot be made.
@@ -110,7 +111,8 @@ impl<'a> Engine<'a> {
         self.folder.join("docker.sock")
     }
 
-    /// The plugin's socket, if it is there, by a path that leads there from this process's mount namespace.
+    /// The plugin's socket, if it is there, by a path that leads there from this process's mount
+    /// namespace.
     pub fn plugin(&self) -> PathBuf {
         self.seen(&Path::new(PLUGINS).join("overnode.sock"))
     }
@@ -144,7 +146,8 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// When it cannot be started.
     pub fn docker(&self, arguments: &[&str]) -> Result<Outcome> {
-        // Beside the engine's own one there may be a newer one, which offers what this engine does not have.
+        // Beside the engine's own one there may be a newer one, which offers what this engine does
+        // not have.
         let own = Path::new("/usr/bin/docker");
         self.client(if own.exists() { "/usr/bin/docker" } else { "docker" }, arguments)
     }
@@ -159,7 +162,8 @@ impl<'a> Engine<'a> {
         run_limited(command, &self.folder, COMMAND_PATIENCE)
     }
 
-    /// Starts a container that sleeps, with further options. Returns its address in the network `overnode`.
+    /// Starts a container that sleeps, with further options. Returns its address in the network
+    /// `overnode`.
     ///
     /// # Errors
     /// When `docker run` fails.
@@ -224,13 +228,14 @@ impl<'a> Engine<'a> {
         let mut daemon = self.daemon.take().context("the engine does not run")?;
         daemon.kill()?;
         daemon.wait()?;
-        // Its containerd dies with it, but where nobody reaps orphans, the next engine takes the dead one for alive.
+        // Its containerd dies with it, but where nobody reaps orphans, the next engine takes the
+        // dead one for alive.
         let _ = fs::remove_file(self.seen(Path::new("/run/docker/containerd/containerd.pid")));
         Ok(())
     }
 
-    /// What the host loses when it loses power: every process, every interface but the underlay's, `/run`, bpffs. Disks stay, and with
-    /// them what the engine and the node keep there.
+    /// What the host loses when it loses power: every process, every interface but the underlay's,
+    /// `/run`, bpffs. Disks stay, and with them what the engine and the node keep there.
     ///
     /// # Errors
     /// When something cannot be removed.
@@ -268,7 +273,8 @@ impl<'a> Engine<'a> {
         Ok(Arc::new(File::open(&path).with_context(|| path)?.into()))
     }
 
-    /// A command in the host's namespaces that sees the machine's own `/sys`, with its control groups.
+    /// A command in the host's namespaces that sees the machine's own `/sys`, with its control
+    /// groups.
     fn command(&self, program: &str) -> Result<Command> {
         let mut command = self.host.netns().command(Entry::Setns, program);
         enter(&mut command, self.mounts()?);
@@ -305,8 +311,8 @@ pub(crate) fn enter(command: &mut Command, mounts: Arc<OwnedFd>) {
     }
 }
 
-/// A process that keeps a mount namespace with a `/run/docker` of its own. What is mounted there is seen by namespaces made out of
-/// this one, as on a host where systemd gives services theirs.
+/// A process that keeps a mount namespace with a `/run/docker` of its own. What is mounted there is
+/// seen by namespaces made out of this one, as on a host where systemd gives services theirs.
 fn hold(host: &Host) -> Result<Child> {
     let script = "mount -t tmpfs tmpfs /run/docker && mount --make-shared /run/docker && echo ready && exec sleep infinity";
     let mut command = host.netns().command(Entry::Setns, "unshare");

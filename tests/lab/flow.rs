@@ -1,8 +1,8 @@
-//! TCP and UDP streams whose every byte is known, so that what arrives can be verified and what must not be
-//! seen can be searched for.
+//! TCP and UDP streams whose every byte is known, so that what arrives can be verified and what
+//! must not be seen can be searched for.
 //!
-//! The stream consists of 16-byte blocks: [`MARKER`], then the block's number. A packet of 23 bytes of payload or
-//! more therefore holds the whole marker.
+//! The stream consists of 16-byte blocks: [`MARKER`], then the block's number. A packet of 23 bytes
+//! of payload or more therefore holds the whole marker.
 
 use std::io::{ErrorKind, Read, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -46,7 +46,8 @@ pub enum Manner {
     Steady,
     /// Evenly, no more than this many bytes per second.
     Rate(u64),
-    /// Bursts and pauses, writes of 1 to 300,000 bytes, urgent bytes in between; all drawn from this seed.
+    /// Bursts and pauses, writes of 1 to 300,000 bytes, urgent bytes in between; all drawn from
+    /// this seed.
     Moody(u64),
 }
 
@@ -78,7 +79,8 @@ impl Received {
 }
 
 impl TcpFlow {
-    /// Connects from `from` to `to`, which listens on a free port of its overlay address, and starts to send.
+    /// Connects from `from` to `to`, which listens on a free port of its overlay address, and
+    /// starts to send.
     ///
     /// # Errors
     /// When the connection is not made within ten seconds.
@@ -306,8 +308,8 @@ pub struct Datagrams {
     pub corrupt: u64,
 }
 
-/// Sends `count` numbered datagrams with `size` bytes of payload each (16 at the least), one each `interval`, and verifies what arrives until half
-/// a second after the last one was sent.
+/// Sends `count` numbered datagrams with `size` bytes of payload each (16 at the least), one each
+/// `interval`, and verifies what arrives until half a second after the last one was sent.
 pub fn udp(
     from: &Container,
     to: &Container,

@@ -7,8 +7,9 @@ use anyhow::Result;
 use crate::container::Container;
 use crate::host::Host;
 
-/// Joins a container to its host by a veth pair and makes the host forward. The container has `address` with
-/// `gateway`, the host's end, as its way to everything else. What lies beyond is the caller's.
+/// Joins a container to its host by a veth pair and makes the host forward. The container has
+/// `address` with `gateway`, the host's end, as its way to everything else. What lies beyond is the
+/// caller's.
 ///
 /// # Errors
 /// When `ip` refuses.
@@ -48,7 +49,8 @@ pub fn plug(
     ])?;
     netns.ip(&["link", "set", end, "up"])?;
     inside.ip(&["link", "set", "eth0", "up"])?;
-    // Neither end needs to own the subnet that the addresses are from: each is told of the other alone.
+    // Neither end needs to own the subnet that the addresses are from: each is told of the other
+    // alone.
     let (address_text, gateway_text) = (address.to_string(), gateway.to_string());
     netns.ip(&["address", "add", &gateway_text, "peer", &address_text, "dev", end])?;
     inside.ip(&["address", "add", &address_text, "peer", &gateway_text, "dev", "eth0"])?;

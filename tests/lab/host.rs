@@ -74,7 +74,8 @@ impl Host {
         })
     }
 
-    /// What `ip netns exec` binds over `/etc/hosts`. Written in place, so that running processes see it.
+    /// What `ip netns exec` binds over `/etc/hosts`. Written in place, so that running processes
+    /// see it.
     pub(crate) fn write_hosts_file(&self, names: &str) -> Result<()> {
         let folder = Path::new("/etc/netns").join(self.netns.name());
         std::fs::create_dir_all(&folder)?;
@@ -82,8 +83,8 @@ impl Host {
         std::fs::write(folder.join("hosts"), text).context("the host's /etc/hosts")
     }
 
-    /// What `ip netns exec` binds over `/etc/resolv.conf` of what is started from then on. Written in place, so that what runs then
-    /// sees later changes.
+    /// What `ip netns exec` binds over `/etc/resolv.conf` of what is started from then on. Written
+    /// in place, so that what runs then sees later changes.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -103,7 +104,8 @@ impl Host {
         &self.folder
     }
 
-    /// The mount namespace that commands on this host run in from here on; none for the machine's own.
+    /// The mount namespace that commands on this host run in from here on; none for the machine's
+    /// own.
     pub(crate) fn set_mounts(&self, mounts: Option<Arc<OwnedFd>>) {
         *self.mounts.lock().unwrap_or_else(PoisonError::into_inner) = mounts;
     }
@@ -138,7 +140,8 @@ impl Host {
         self.run_directory().join("overnode.sock")
     }
 
-    /// A command on this host, with the node's directories and the built programs in its environment.
+    /// A command on this host, with the node's directories and the built programs in its
+    /// environment.
     pub fn command(&self, program: &str) -> Result<Command> {
         let binaries = binaries::folder()?;
         let mut command = self.netns.command(self.entry, program);
@@ -167,7 +170,8 @@ impl Host {
         Ok(command)
     }
 
-    /// Runs `overnode` with these arguments, as somebody logged in to the host would. It gets a minute.
+    /// Runs `overnode` with these arguments, as somebody logged in to the host would. It gets a
+    /// minute.
     pub fn overnode(&self, arguments: &[&str]) -> Result<Outcome> {
         self.overnode_with(arguments, &[])
     }
@@ -237,8 +241,8 @@ impl Host {
         Ok(())
     }
 
-    /// What is gone when the power fails, processes apart: interfaces but the underlay's, firewall rules, the node's part of `/run`,
-    /// bpffs.
+    /// What is gone when the power fails, processes apart: interfaces but the underlay's, firewall
+    /// rules, the node's part of `/run`, bpffs.
     ///
     /// # Errors
     /// When something cannot be removed.
@@ -255,7 +259,8 @@ impl Host {
         Ok(())
     }
 
-    /// The power fails: everything but what is on disk is gone. Containers are their owners' to drop.
+    /// The power fails: everything but what is on disk is gone. Containers are their owners' to
+    /// drop.
     ///
     /// # Errors
     /// When something stays.
@@ -269,7 +274,8 @@ impl Host {
         std::fs::read_to_string(self.run_directory().join("overnoded.log")).unwrap_or_default()
     }
 
-    /// Names of everything that the node has pinned, relative to its own folder; empty when there is none.
+    /// Names of everything that the node has pinned, relative to its own folder; empty when there
+    /// is none.
     pub fn pins(&self) -> Result<Vec<String>> {
         // Of a state directory that `reset` removed, the path is known all the same.
         std::fs::create_dir_all(&self.folder)?;
@@ -301,7 +307,8 @@ impl Host {
         Ok(found)
     }
 
-    /// Removes one of the node's pins, named as [`Self::pins`] names it: as a version that did not know it would have left things.
+    /// Removes one of the node's pins, named as [`Self::pins`] names it: as a version that did not
+    /// know it would have left things.
     ///
     /// # Errors
     /// When it is not there.
@@ -310,8 +317,9 @@ impl Host {
         std::fs::remove_file(&path).with_context(|| path.display().to_string())
     }
 
-    /// Everything on this host that a node may leave behind: interfaces other than the underlay's, eBPF programs on the
-    /// underlay's interface, routes, pins, files and processes. Empty on a host where no node ever was.
+    /// Everything on this host that a node may leave behind: interfaces other than the underlay's,
+    /// eBPF programs on the underlay's interface, routes, pins, files and processes. Empty on a
+    /// host where no node ever was.
     pub fn remains(&self) -> Result<Vec<String>> {
         let mut remains: Vec<String> = self
             .netns
@@ -358,7 +366,8 @@ impl Host {
         Container::new(&format!("{}h{}{name}", self.prefix, self.number), name)
     }
 
-    /// `overnode attach netns:CONTAINER`, with more arguments if wanted. Returns the address it printed.
+    /// `overnode attach netns:CONTAINER`, with more arguments if wanted. Returns the address it
+    /// printed.
     pub fn attach(&self, container: &Container, arguments: &[&str]) -> Result<IpNet> {
         let target = container.target();
         let words = [&["attach", &target], arguments].concat();

@@ -13,7 +13,8 @@ use crate::netns::Netns;
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// One request. Returns the status code and the body. HTTP 1.0, so that the answer comes in one piece.
+/// One request. Returns the status code and the body. HTTP 1.0, so that the answer comes in one
+/// piece.
 ///
 /// # Errors
 /// When nobody listens, or the answer is none.

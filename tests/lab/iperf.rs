@@ -39,7 +39,8 @@ impl Server {
         Ok(Self { child, address })
     }
 
-    /// Runs a client in `netns` against it, with more arguments (`-t`, `-P`, `-u` ...); returns iperf3's JSON document.
+    /// Runs a client in `netns` against it, with more arguments (`-t`, `-P`, `-u` ...); returns
+    /// iperf3's JSON document.
     pub fn client(&self, netns: &Netns, arguments: &[&str]) -> Result<Value> {
         let output = netns
             .command(Entry::Setns, "iperf3")

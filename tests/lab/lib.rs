@@ -1,8 +1,9 @@
-//! The lab: a small network of Linux hosts inside this kernel, for the tests, the demo and the benchmarks.
+//! The lab: a small network of Linux hosts inside this kernel, for the tests, the demo and the
+//! benchmarks.
 //!
-//! A host is a network namespace with a real daemon, a container is another one, and the underlay between the
-//! hosts is a bridge or a router in a namespace of its own. Nothing is made in the machine's own network namespace, so
-//! labs run side by side, with the same addresses.
+//! A host is a network namespace with a real daemon, a container is another one, and the underlay
+//! between the hosts is a bridge or a router in a namespace of its own. Nothing is made in the
+//! machine's own network namespace, so labs run side by side, with the same addresses.
 //!
 //! ```no_run
 //! # fn main() -> anyhow::Result<()> {
@@ -15,8 +16,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! What a lab made goes away when it is dropped: also when the test panics, on SIGINT and SIGTERM, and, after a
-//! SIGKILL, when the next lab is built (see [`cleanup`]).
+//! What a lab made goes away when it is dropped: also when the test panics, on SIGINT and SIGTERM,
+//! and, after a SIGKILL, when the next lab is built (see [`cleanup`]).
 //!
 //! It needs root and the programs `ip`, `ping`, `tcpdump` and `nft`; for [`iperf`] also `iperf3`.
 
@@ -87,7 +88,8 @@ pub(crate) struct Site {
 }
 
 impl Lab {
-    /// Starts the description of a lab: two hosts, IPv4, a bridge, MTU 1500. `name` appears in error messages.
+    /// Starts the description of a lab: two hosts, IPv4, a bridge, MTU 1500. `name` appears in
+    /// error messages.
     #[expect(clippy::new_ret_no_self, reason = "the builder is the only way to make a lab")]
     pub fn new(name: &str) -> Builder {
         Builder {
@@ -123,13 +125,15 @@ impl Lab {
         &self.underlay.netns
     }
 
-    /// What to give as HOST arguments so that a node dials every host of the lab: names where namespaces are
-    /// entered by `ip netns exec` (which gives each its own `/etc/hosts`), else addresses.
+    /// What to give as HOST arguments so that a node dials every host of the lab: names where
+    /// namespaces are entered by `ip netns exec` (which gives each its own `/etc/hosts`), else
+    /// addresses.
     pub fn targets(&self) -> Vec<&str> {
         self.hosts.iter().map(Host::target).collect()
     }
 
-    /// Captures everything that hosts send into the underlay, each frame once. Returns when it is listening.
+    /// Captures everything that hosts send into the underlay, each frame once. Returns when it is
+    /// listening.
     pub fn capture(&self) -> Result<Capture> {
         Capture::start(&self.underlay.netns, &self.site.folder, self.underlay.capture_arguments())
     }
@@ -166,14 +170,15 @@ impl Lab {
         self.underlay.carrier(host.number, true)
     }
 
-    /// Makes a black hole of a host's link, in a lab with a router: the router's side takes packets of up to `mtu` bytes and drops
-    /// larger ones without a word; the host's interface stays as it is.
+    /// Makes a black hole of a host's link, in a lab with a router: the router's side takes packets
+    /// of up to `mtu` bytes and drops larger ones without a word; the host's interface stays as it
+    /// is.
     pub fn narrow(&self, host: &Host, mtu: u32) -> Result<()> {
         self.underlay.narrow(host.number, mtu)
     }
 
-    /// From now on the underlay takes single packets only, as network cards without segmentation do; `joins`: and its interfaces join what
-    /// they receive (GRO).
+    /// From now on the underlay takes single packets only, as network cards without segmentation
+    /// do; `joins`: and its interfaces join what they receive (GRO).
     pub fn stop_segmenting(&self, joins: bool) -> Result<()> {
         let gro = if joins { "on" } else { "off" };
         let features = ["tso", "off", "gso", "on", "tx-udp-segmentation", "off", "gro", gro];
@@ -183,7 +188,8 @@ impl Lab {
         })
     }
 
-    /// Puts a rough wire in place of a host's cable, in a lab with a bridge, until [`Self::smooth`].
+    /// Puts a rough wire in place of a host's cable, in a lab with a bridge, until
+    /// [`Self::smooth`].
     pub fn roughen(
         &self,
         host: &Host,
@@ -198,13 +204,14 @@ impl Lab {
         self.underlay.smooth(host, wire)
     }
 
-    /// Gives a host's link another MTU, in bytes, at both ends. (A bridge goes on with the least of all links.)
+    /// Gives a host's link another MTU, in bytes, at both ends. (A bridge goes on with the least of
+    /// all links.)
     pub fn set_mtu(&self, host: &Host, mtu: u32) -> Result<()> {
         self.underlay.set_mtu(host, mtu)
     }
 
-    /// Gives a host another underlay address in the same subnet (family of the lab's first), in place of
-    /// its present one; [`Host::addresses`] keeps naming the old ones.
+    /// Gives a host another underlay address in the same subnet (family of the lab's first), in
+    /// place of its present one; [`Host::addresses`] keeps naming the old ones.
     pub fn renumber(&self, host: &Host, last_byte: u8) -> Result<std::net::IpAddr> {
         self.underlay.renumber(host, last_byte)
     }

@@ -21,7 +21,8 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Starts `overnode monitor` with these options; returns when it watches. `limit` is how long anything is waited for.
+    /// Starts `overnode monitor` with these options; returns when it watches. `limit` is how long
+    /// anything is waited for.
     ///
     /// # Errors
     /// When it does not watch within the limit.

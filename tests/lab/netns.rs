@@ -18,14 +18,16 @@ use crate::run;
 /// How a command gets into a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// As `nsenter --net=`: the network changes and nothing else. `/sys/class/net` shows the machine's own interfaces.
+    /// As `nsenter --net=`: the network changes and nothing else. `/sys/class/net` shows the
+    /// machine's own interfaces.
     Setns,
-    /// By `ip netns exec`: also a mount namespace of its own, with a fresh `/sys` and the `/etc/hosts` of
-    /// the namespace, which knows the lab's host names.
+    /// By `ip netns exec`: also a mount namespace of its own, with a fresh `/sys` and the
+    /// `/etc/hosts` of the namespace, which knows the lab's host names.
     IpNetns,
 }
 
-/// A named network namespace, as `ip netns add` makes it. Removed, with its processes, when dropped.
+/// A named network namespace, as `ip netns add` makes it. Removed, with its processes, when
+/// dropped.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
@@ -78,8 +80,8 @@ impl Netns {
         Ok(names)
     }
 
-    /// Runs `work` on a thread of its own inside the namespace. Sockets made there stay in the namespace
-    /// wherever they are used afterwards.
+    /// Runs `work` on a thread of its own inside the namespace. Sockets made there stay in the
+    /// namespace wherever they are used afterwards.
     ///
     /// # Panics
     /// With the panic of `work`.
@@ -130,7 +132,8 @@ impl Netns {
         command
     }
 
-    /// Runs a command inside the namespace (as `nsenter --net` would); it must succeed. Returns its standard output.
+    /// Runs a command inside the namespace (as `nsenter --net` would); it must succeed. Returns its
+    /// standard output.
     pub fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
         let output = self
             .command(Entry::Setns, program)

@@ -56,7 +56,8 @@ impl Packet<'_> {
         ip.is_some_and(|ip| ip.payload.first() == Some(&0x80))
     }
 
-    /// The kind of a WireGuard message to UDP port 6784: 1 initiation, 2 response, 3 cookie, 4 data.
+    /// The kind of a WireGuard message to UDP port 6784: 1 initiation, 2 response, 3 cookie, 4
+    /// data.
     pub fn wireguard_type(&self) -> Option<u8> {
         let ip = self.ip.filter(|ip| ip.protocol == UDP && ip.ports.1 == 6784)?;
         match *ip.payload {

@@ -151,8 +151,8 @@ impl Pinging {
         Ok(Self { child: Some(child), output })
     }
 
-    /// Stops it and returns what it counted. A request that is under way just then counts as lost: where every answer
-    /// matters, start it with a count and [`Self::finish`] it.
+    /// Stops it and returns what it counted. A request that is under way just then counts as lost:
+    /// where every answer matters, start it with a count and [`Self::finish`] it.
     pub fn stop(self) -> Result<PingStats> {
         if let Some(child) = &self.child {
             kill(Pid::from_raw(child.id() as i32), Signal::SIGINT)?;

@@ -1,6 +1,8 @@
-//! Podman on a host, with its own storage, and networks through CNI with the stock plugins and `overnode-cni`.
+//! Podman on a host, with its own storage, and networks through CNI with the stock plugins and
+//! `overnode-cni`.
 //!
-//! Containers share the machine's control groups and `/run`; everything that podman keeps is in the host's folder.
+//! Containers share the machine's control groups and `/run`; everything that podman keeps is in the
+//! host's folder.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,9 +34,10 @@ pub struct Podman<'a> {
 }
 
 impl<'a> Podman<'a> {
-    /// Prepares podman on a host: with the plugin, the network `overnode` (a `bridge` for the way out and for published ports, and
-    /// the container network chained after it), the network `plain` (the container network alone), the network `other` (a `bridge`
-    /// alone), and the image.
+    /// Prepares podman on a host: with the plugin, the network `overnode` (a `bridge` for the way
+    /// out and for published ports, and the container network chained after it), the network
+    /// `plain` (the container network alone), the network `other` (a `bridge` alone), and the
+    /// image.
     ///
     /// # Errors
     /// When podman or the stock plugins are not installed.
@@ -130,7 +133,8 @@ impl<'a> Podman<'a> {
         run_limited(command, &self.folder, PATIENCE)
     }
 
-    /// Starts a container that sleeps, with further options. Returns its address in the container network.
+    /// Starts a container that sleeps, with further options. Returns its address in the container
+    /// network.
     ///
     /// # Errors
     /// When `podman run` fails.
@@ -162,7 +166,8 @@ impl<'a> Podman<'a> {
         self.run(&[&["exec", name], command].concat())?.success()
     }
 
-    /// Fails unless an address or a name answers a ping from inside a container within the time limit.
+    /// Fails unless an address or a name answers a ping from inside a container within the time
+    /// limit.
     ///
     /// # Errors
     /// When it does not.
@@ -170,8 +175,8 @@ impl<'a> Podman<'a> {
         eventually(limit, || self.exec(name, &["/bin/ping", "-c", "1", "-W", "1", to]).map(drop))
     }
 
-    /// What the host loses when it loses power, as far as podman and the node are concerned: processes, interfaces but the
-    /// underlay's, what is in `/run`, bpffs.
+    /// What the host loses when it loses power, as far as podman and the node are concerned:
+    /// processes, interfaces but the underlay's, what is in `/run`, bpffs.
     ///
     /// # Errors
     /// When something cannot be removed.
@@ -180,7 +185,8 @@ impl<'a> Podman<'a> {
         self.host.forget_all_but_disks()
     }
 
-    /// Everything but what is on disk. Containers are in namespaces of their own: they are known by their monitors' children.
+    /// Everything but what is on disk. Containers are in namespaces of their own: they are known by
+    /// their monitors' children.
     fn stop_everything(&self) {
         let root = self.folder.to_string_lossy().into_owned();
         let mentions = |pid: &i32| {
@@ -201,7 +207,8 @@ impl<'a> Podman<'a> {
         for container in containers {
             let _ = fs::remove_dir_all(Path::new(RUNC).join(container));
         }
-        // Addresses on the bridge are kept there, as the documentation has it: in what a reboot empties.
+        // Addresses on the bridge are kept there, as the documentation has it: in what a reboot
+        // empties.
         let _ = fs::remove_dir_all(self.folder.join("host-local"));
         for name in ["run", "tmp"] {
             unmount_below(&self.folder.join(name));

@@ -43,7 +43,8 @@ impl Outcome {
     /// The one line of complaint of a command that had to fail with this exit code.
     ///
     /// # Errors
-    /// When it exited otherwise, printed something to standard output, or not exactly one line to standard error.
+    /// When it exited otherwise, printed something to standard output, or not exactly one line to
+    /// standard error.
     pub fn failure(self, code: i32) -> Result<String> {
         ensure!(
             self.status.code() == Some(code),
@@ -56,10 +57,12 @@ impl Outcome {
         self.complaint()
     }
 
-    /// The one line of complaint of a command that had to fail: with exit code 1 (failed) or 2 (wrong usage).
+    /// The one line of complaint of a command that had to fail: with exit code 1 (failed) or 2
+    /// (wrong usage).
     ///
     /// # Errors
-    /// When it exited otherwise, printed something to standard output, or not exactly one line to standard error.
+    /// When it exited otherwise, printed something to standard output, or not exactly one line to
+    /// standard error.
     pub fn complaint(self) -> Result<String> {
         ensure!(
             matches!(self.status.code(), Some(1 | 2)),
@@ -86,8 +89,8 @@ impl Outcome {
     }
 }
 
-/// Runs a command to its end. Output goes through files in `folder`, not pipes: a daemon that a command leaves
-/// behind may inherit them and keep them open.
+/// Runs a command to its end. Output goes through files in `folder`, not pipes: a daemon that a
+/// command leaves behind may inherit them and keep them open.
 ///
 /// # Errors
 /// When it cannot be started or runs longer than `limit` (it is killed then).

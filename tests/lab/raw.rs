@@ -1,4 +1,5 @@
-//! Ethernet frames as one likes them: for tests that attack, and for wires that are not as they should be.
+//! Ethernet frames as one likes them: for tests that attack, and for wires that are not as they
+//! should be.
 
 use std::ffi::CString;
 use std::io::{Error, ErrorKind};
@@ -12,7 +13,8 @@ use crate::flow::MARKER;
 use crate::netns::Netns;
 use crate::pcap::{TCP, UDP};
 
-/// The Internet checksum (RFC 1071) over the parts in a row, of which only the last may have an odd length; 0 if they contain one that is right.
+/// The Internet checksum (RFC 1071) over the parts in a row, of which only the last may have an odd
+/// length; 0 if they contain one that is right.
 pub fn checksum(parts: &[&[u8]]) -> u16 {
     let mut sum: u32 = 0;
     for part in parts {
@@ -43,8 +45,8 @@ impl Injector {
         self.send_all(&[frame])
     }
 
-    /// Sends one frame whose checksum the kernel, or whoever takes the frame from it, has yet to finish: that from byte `start` on, to be put
-    /// `offset` bytes behind it.
+    /// Sends one frame whose checksum the kernel, or whoever takes the frame from it, has yet to
+    /// finish: that from byte `start` on, to be put `offset` bytes behind it.
     pub fn send_unfinished(&self, frame: &[u8], start: u16, offset: u16) -> Result<()> {
         let sent = self.send_offloaded(&[(Offload::checksum(start, offset), frame.to_vec())])?;
         ensure!(sent == 1, "the kernel does not take a checksum at {start} + {offset}");
@@ -93,7 +95,8 @@ impl Injector {
         let mut rest = &mut messages[..];
         while !rest.is_empty() {
             let count = rest.len().min(1024) as libc::c_uint;
-            // SAFETY: the messages, their parts and the frames outlive the call; the kernel only reads the frames.
+            // SAFETY: the messages, their parts and the frames outlive the call; the kernel only
+            // reads the frames.
             let sent =
                 unsafe { libc::sendmmsg(self.socket.as_raw_fd(), rest.as_mut_ptr(), count, 0) };
             if sent < 0 {
@@ -423,7 +426,8 @@ fn set_option(
     }
 }
 
-/// A packet socket, bound to an interface of a namespace; it gets frames of this Ethernet type, none if it is 0.
+/// A packet socket, bound to an interface of a namespace; it gets frames of this Ethernet type,
+/// none if it is 0.
 fn packet_socket(netns: &Netns, interface: &str, protocol: u16) -> Result<OwnedFd> {
     let name = CString::new(interface)?;
     netns.enter(move || {

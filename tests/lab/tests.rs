@@ -331,7 +331,8 @@ fn sigterm_leaves_nothing_behind() -> Result<()> {
 #[test]
 fn the_next_lab_removes_what_a_killed_one_left() -> Result<()> {
     let prefix = end_victim(nix::sys::signal::Signal::SIGKILL)?;
-    // Another test's lab may have swept already; what counts is that nothing is there after ours was built.
+    // Another test's lab may have swept already; what counts is that nothing is there after ours
+    // was built.
     let _lab = Lab::new("next").hosts(1).build()?;
     assert_eq!(traces(&prefix), Vec::<String>::new());
     Ok(())

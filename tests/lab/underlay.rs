@@ -1,4 +1,5 @@
-//! What lies between the hosts: a bridge or a router, in a namespace of its own, that can be told to lose packets.
+//! What lies between the hosts: a bridge or a router, in a namespace of its own, that can be told
+//! to lose packets.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -128,7 +129,8 @@ impl Underlay {
         self.netns.ip(&["link", "set", &port(number), if up { "up" } else { "down" }]).map(drop)
     }
 
-    /// Of a router only: the link to a host takes no more than `mtu` bytes on the router's side, and nobody is told.
+    /// Of a router only: the link to a host takes no more than `mtu` bytes on the router's side,
+    /// and nobody is told.
     pub(crate) fn narrow(&self, number: usize, mtu: u32) -> Result<()> {
         ensure!(
             self.topology == Topology::Routed,
@@ -146,8 +148,8 @@ impl Underlay {
         self.netns.ip(&["link", "set", &port(number), "mtu", &mtu.to_string()]).map(drop)
     }
 
-    /// Of a bridge only: a rough wire in place of a host's link. It carries frames as they are on a cable, so nothing in front of it may leave
-    /// checksums or segmentation to it.
+    /// Of a bridge only: a rough wire in place of a host's link. It carries frames as they are on a
+    /// cable, so nothing in front of it may leave checksums or segmentation to it.
     pub(crate) fn roughen(&self, host: &Host, roughness: Roughness, seed: u64) -> Result<Wire> {
         ensure!(self.topology == Topology::Bridged, "a router's links are not made rough");
         let (port, [near, far]) = (port(host.number), rough_ends(host.number));
@@ -206,7 +208,8 @@ impl Underlay {
     /// What makes `tcpdump` see each frame once.
     pub(crate) fn capture_arguments(&self) -> &'static [&'static str] {
         match self.topology {
-            // On `any`, libpcap hides what is addressed to others; a promiscuous bridge gets it all.
+            // On `any`, libpcap hides what is addressed to others; a promiscuous bridge gets it
+            // all.
             Topology::Bridged => &["-i", "br0"],
             Topology::Routed => &["-i", "any", "-Q", "in"],
         }

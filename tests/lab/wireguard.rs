@@ -1,4 +1,5 @@
-//! Stock userspace WireGuard: boringtun and gotatun as processes, spoken to through their configuration socket.
+//! Stock userspace WireGuard: boringtun and gotatun as processes, spoken to through their
+//! configuration socket.
 
 use std::fmt;
 use std::fs;
@@ -16,8 +17,8 @@ use ipnet::IpNet;
 use crate::background::Background;
 use crate::netns::{Entry, Netns};
 
-/// Where userspace WireGuards put their configuration sockets. One directory for all network namespaces: interface
-/// names must differ.
+/// Where userspace WireGuards put their configuration sockets. One directory for all network
+/// namespaces: interface names must differ.
 const SOCKETS: &str = "/var/run/wireguard";
 
 /// A Curve25519 or pre-shared key.
@@ -53,7 +54,8 @@ impl fmt::Display for Stock {
     }
 }
 
-/// The file of a rival's program: in `rivals/bin` of the target directory, where `cargo xtask` installs it.
+/// The file of a rival's program: in `rivals/bin` of the target directory, where `cargo xtask`
+/// installs it.
 ///
 /// # Errors
 /// When it is not there.
@@ -122,7 +124,8 @@ impl Device {
     /// Starts the process and waits for its socket.
     ///
     /// # Errors
-    /// When it is not installed or does not come up within 5 seconds; the message ends with its last words.
+    /// When it is not installed or does not come up within 5 seconds; the message ends with its
+    /// last words.
     pub fn start(stock: Stock, netns: &Netns) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         // Unique on the machine and, for any process ID, no longer than the kernel allows.

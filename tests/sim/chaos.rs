@@ -151,7 +151,8 @@ impl World {
         self.isolated.insert(id, fault);
     }
 
-    /// Somebody is told to take back the space of a node that is dead, or that is cut off and taken for dead.
+    /// Somebody is told to take back the space of a node that is dead, or that is cut off and taken
+    /// for dead.
     pub fn reclaim_at_some_node(&mut self, of: NodeId) {
         let seems_dead = self.hosts[&of].is_dead || self.may_be_buried_alive(of);
         let lenders: Vec<_> = self.running().into_iter().filter(|id| id.owns_a_quarter()).collect();
@@ -236,8 +237,9 @@ impl World {
         }
     }
 
-    /// Whether a node lends to a launch of another one that somebody has not heard of. Were it gone for good, all who know of it could
-    /// take back what it lent without knowing whom to ask: that cannot be excluded (docs/addresses.md).
+    /// Whether a node lends to a launch of another one that somebody has not heard of. Were it gone
+    /// for good, all who know of it could take back what it lent without knowing whom to ask: that
+    /// cannot be excluded (docs/addresses.md).
     fn is_only_witness(&self, id: NodeId) -> bool {
         let Some(disk) = &self.hosts[&id].disk else { return false };
         let lives = disk.facts.values().filter_map(|fact| match fact {
@@ -348,8 +350,8 @@ impl World {
         }
     }
 
-    /// In a cluster that is well otherwise a lender is cut off and taken for dead; little else happens while its space is taken back,
-    /// others borrow of it, and it returns as it was.
+    /// In a cluster that is well otherwise a lender is cut off and taken for dead; little else
+    /// happens while its space is taken back, others borrow of it, and it returns as it was.
     fn bury_one_alive(&mut self) {
         self.heal();
         self.bury_the_dead();

@@ -24,7 +24,8 @@ impl World {
                     return Err(format!("{id} does not reach {other}"));
                 }
             }
-            // A borrower that has lied about its requests is not heard any more, and it alone is harmed.
+            // A borrower that has lied about its requests is not heard any more, and it alone is
+            // harmed.
             let is_liars = |what: &&str| {
                 self.liar.is_some() && *what == "borrowers have not said what they hold"
             };

@@ -180,7 +180,8 @@ impl Node {
     }
 }
 
-/// What a node signs with: the same in each of its lives, for keys that change are not what is tried here.
+/// What a node signs with: the same in each of its lives, for keys that change are not what is
+/// tried here.
 fn signer(id: NodeId) -> Signer {
     let mut seed = [0; 32];
     seed[..2].copy_from_slice(&id.get().to_le_bytes());

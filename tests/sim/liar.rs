@@ -1,4 +1,5 @@
-//! A member that lies: it knows all that there is to know, and sends and announces what no honest node would.
+//! A member that lies: it knows all that there is to know, and sends and announces what no honest
+//! node would.
 //!
 //! It has an ID from 5 on. Nodes 1 to 4 are trusted with what they lend (docs/addresses.md).
 
@@ -221,7 +222,8 @@ impl World {
         }
     }
 
-    /// What leads to an honest node at another one must not lead to the liar later, while its owner is reached and has it.
+    /// What leads to an honest node at another one must not lead to the liar later, while its owner
+    /// is reached and has it.
     pub fn check_routes(&mut self) {
         let Some(liar) = self.liar else { return };
         let now = self.now;
@@ -252,7 +254,8 @@ impl World {
             {
                 let is_near = node.reached.get(owner).is_some_and(|since| *since + NEWS <= now);
                 let (right, wrong) = (length(*owner, address), length(liar, address));
-                // A node that was just launched hears of both at once, and cannot know which was first.
+                // A node that was just launched hears of both at once, and cannot know which was
+                // first.
                 if right > wrong {
                     if knows_liar {
                         host.routed.insert(*address, *owner);

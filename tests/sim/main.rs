@@ -1,5 +1,5 @@
-//! `cargo xtask sim`: the real cores of many nodes, in one process, under one seed and one clock. Everything else is simulated: the
-//! disks, the network with its partitions, and the people.
+//! `cargo xtask sim`: the real cores of many nodes, in one process, under one seed and one clock.
+//! Everything else is simulated: the disks, the network with its partitions, and the people.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 

@@ -9,8 +9,8 @@ use rand::Rng;
 
 use crate::world::{Event, Sabotage, Settings, World};
 
-/// Up to so many nodes, everyone connects with everyone; in a larger cluster, unless asked for, each has this many links, those to IDs 1 to 4
-/// not counted.
+/// Up to so many nodes, everyone connects with everyone; in a larger cluster, unless asked for,
+/// each has this many links, those to IDs 1 to 4 not counted.
 const FULL_MESH: u16 = 100;
 const LINKS: usize = 12;
 /// A change must be known everywhere after this.
@@ -30,7 +30,8 @@ struct Row {
     took: Duration,
 }
 
-/// Measures clusters of these sizes and prints a table. False if one does not hold what is promised.
+/// Measures clusters of these sizes and prints a table. False if one does not hold what is
+/// promised.
 pub fn table(sizes: &[u16], is_full: bool) -> bool {
     println!(
         "{:>6} {:>12} {:>12} {:>12} {:>14} {:>14} {:>12} {:>12} {:>8}",

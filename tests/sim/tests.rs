@@ -1,5 +1,5 @@
-//! The allocation of addresses under attack, as far as there is time for at each change; and the attack itself, on allocations
-//! that are broken.
+//! The allocation of addresses under attack, as far as there is time for at each change; and the
+//! attack itself, on allocations that are broken.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "failing seeds are for people")]
 
@@ -92,26 +92,30 @@ fn regression_the_dead_were_taken_for_lenders() {
     assert_fine(1988, 9);
 }
 
-/// One node took back the space of the dead lender of a quarter, another one that of the dead node that the quarter had belonged to.
+/// One node took back the space of the dead lender of a quarter, another one that of the dead node
+/// that the quarter had belonged to.
 #[test]
 fn regression_two_nodes_take_back_one_quarter_from_two_dead() {
     assert_fine(5256, 9);
 }
 
-/// A node left while it took back the space of a node whose quarter it lent, and handed that to one that had agreed before.
+/// A node left while it took back the space of a node whose quarter it lent, and handed that to one
+/// that had agreed before.
 #[test]
 fn regression_a_quarter_handed_on_by_a_node_that_takes_it_back() {
     assert_fine(56341, 9);
 }
 
-/// A request that the borrower had given up arrived after all, and what was lent for it was nobody's.
+/// A request that the borrower had given up arrived after all, and what was lent for it was
+/// nobody's.
 #[test]
 fn regression_a_late_request_is_answered() {
     assert_fine(16924, 9);
     assert_fine(19002, 9);
 }
 
-/// A node was asked to take nothing from another, was told that this is over, and went on not to take anything from that one.
+/// A node was asked to take nothing from another, was told that this is over, and went on not to
+/// take anything from that one.
 #[test]
 fn regression_a_promise_that_is_over_holds_nobody_back() {
     for seed in [23733, 66955, 97846] {
@@ -119,14 +123,16 @@ fn regression_a_promise_that_is_over_holds_nobody_back() {
     }
 }
 
-/// A node that had just agreed that another one takes back what was handed to a dead one took it itself: its own quarter.
+/// A node that had just agreed that another one takes back what was handed to a dead one took it
+/// itself: its own quarter.
 #[test]
 fn regression_a_quarter_that_its_birth_owner_has_consented_to_lose() {
     assert_fine(4950, 9);
 }
 
-/// A lender was cut off alive and taken back, others borrowed of its quarter, and it came back and lent the same: its title had a higher
-/// serial than that of the node that had taken it back, and nobody told it. No life before had a node that was taken back and lived.
+/// A lender was cut off alive and taken back, others borrowed of its quarter, and it came back and
+/// lent the same: its title had a higher serial than that of the node that had taken it back, and
+/// nobody told it. No life before had a node that was taken back and lived.
 #[test]
 fn regression_a_lender_that_was_taken_back_alive() {
     for seed in [4, 7, 24, 40, 61, 126, 155] {
@@ -134,7 +140,8 @@ fn regression_a_lender_that_was_taken_back_alive() {
     }
 }
 
-/// A node that had agreed, and knew already that another one had done it, waited for ever to hear how it ended.
+/// A node that had agreed, and knew already that another one had done it, waited for ever to hear
+/// how it ended.
 #[test]
 fn regression_a_promise_about_a_node_that_is_known_to_be_gone() {
     assert_fine(107, 9);

@@ -61,7 +61,8 @@ pub struct Counts {
     pub buried_alive: u64,
     /// Messages of a liar.
     pub lies: u64,
-    /// Looks at an address that the liar has announced before its owner, as another node has seen it.
+    /// Looks at an address that the liar has announced before its owner, as another node has seen
+    /// it.
     pub lost_races: u64,
     pub attaches: u64,
     pub granted: u64,

@@ -27,7 +27,8 @@ pub fn run() -> Result<()> {
 
 fn live(lab: &Lab, options: &[&str]) -> Result<()> {
     for host in lab.hosts() {
-        // As a network card that does no checksums: what the kernel believes to be unfinished, it would finish here, in the ciphertext.
+        // As a network card that does no checksums: what the kernel believes to be unfinished, it
+        // would finish here, in the ciphertext.
         host.netns().run("ethtool", &["-K", host.interface(), "tx", "off"])?;
     }
     step("launch", || lab.hosts().iter().try_for_each(|host| launch(lab, host, options)))?;
@@ -78,7 +79,8 @@ fn launch(lab: &Lab, host: &Host, options: &[&str]) -> Result<()> {
     host.overnode(&words)?.success().map(drop)
 }
 
-/// tcx came with Linux 6.6: this is where the other way is tried. Interfaces to peers are known once there are peers.
+/// tcx came with Linux 6.6: this is where the other way is tried. Interfaces to peers are known
+/// once there are peers.
 fn ensure_attached_by(host: &Host, wanted: &str) -> Result<()> {
     let hook = host.status()?["node"]["attachment"].clone();
     ensure!(hook == wanted, "programs of {} are attached by {hook}, not by {wanted}", host.name);

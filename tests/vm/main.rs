@@ -1,7 +1,8 @@
-//! What `cargo xtask vm` runs inside a virtual machine with the oldest kernel that overnode promises to work on: real
-//! daemons on two hosts, and the kernel's own WireGuard as a peer.
+//! What `cargo xtask vm` runs inside a virtual machine with the oldest kernel that overnode
+//! promises to work on: real daemons on two hosts, and the kernel's own WireGuard as a peer.
 //!
-//! The machine is emulated in software and ten to fifty times slower than this one: numbers here prove that packets arrive, not how fast.
+//! The machine is emulated in software and ten to fifty times slower than this one: numbers here
+//! prove that packets arrive, not how fast.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
@@ -73,7 +74,8 @@ fn pings_both_ways(one: &Container, other: &Container) -> Result<()> {
     Ok(())
 }
 
-/// Datagrams of which all arrive as they were sent: the shortest, one that needs padding, the longest.
+/// Datagrams of which all arrive as they were sent: the shortest, one that needs padding, the
+/// longest.
 fn datagrams(from: &Container, to: &Container) -> Result<()> {
     const COUNT: u64 = 50;
     for size in [16, 17, 600, 1392] {

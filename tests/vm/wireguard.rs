@@ -47,7 +47,8 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-/// WireGuard makes new keys after 120 seconds: both roles side by side, under pings that end 15 seconds later.
+/// WireGuard makes new keys after 120 seconds: both roles side by side, under pings that end 15
+/// seconds later.
 pub fn rekey() -> Result<()> {
     const INTERVAL: Duration = Duration::from_millis(50);
     const PINGS: u32 = 2700;
@@ -114,7 +115,8 @@ fn meet(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<(Container, 
     Ok((inside, outside))
 }
 
-/// When the kernel's WireGuard had its last handshake, in seconds since the Unix epoch; 0 before the first.
+/// When the kernel's WireGuard had its last handshake, in seconds since the Unix epoch; 0 before
+/// the first.
 fn handshake(kernel: &Host) -> Result<u64> {
     let line = kernel.netns().run("wg", &["show", "wg0", "latest-handshakes"])?;
     let time = line.split_whitespace().last().with_context(|| format!("wg has no peer: {line}"))?;
@@ -159,7 +161,8 @@ fn introduce(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<()> {
     netns.ip(&["route", "add", SUBNET, "dev", "wg0"]).map(drop)
 }
 
-/// `overnode peer add`; gives back the node's own key, which it prints for the peer's configuration.
+/// `overnode peer add`; gives back the node's own key, which it prints for the peer's
+/// configuration.
 fn add_peer(
     node: &Host,
     key: &str,

@@ -1,8 +1,9 @@
 //! Licenses, bans and sources of all dependencies, by the rules in `deny.toml`.
 //!
-//! The rules are those of cargo-deny, and whoever has that program can use it (`cargo deny check licenses bans sources`). To build it, every
-//! fresh clone would have to compile 211 packages more, for three rules. So what is used of it is here: expressions are evaluated
-//! by the library that it uses itself.
+//! The rules are those of cargo-deny, and whoever has that program can use it (`cargo deny check
+//! licenses bans sources`). To build it, every fresh clone would have to compile 211 packages more,
+//! for three rules. So what is used of it is here: expressions are evaluated by the library that it
+//! uses itself.
 
 use std::collections::BTreeSet;
 

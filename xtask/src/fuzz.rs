@@ -1,7 +1,9 @@
-//! `cargo xtask fuzz`: coverage-guided fuzzing of every decoder of what comes from the network or from people.
+//! `cargo xtask fuzz`: coverage-guided fuzzing of every decoder of what comes from the network or
+//! from people.
 //!
-//! libFuzzer is built from source as a dependency of `tests/fuzz`, and the compiler's own pass makes the code tell what it reaches: neither
-//! a nightly compiler nor an installed fuzzer is needed.
+//! libFuzzer is built from source as a dependency of `tests/fuzz`, and the compiler's own pass
+//! makes the code tell what it reaches: neither a nightly compiler nor an installed fuzzer is
+//! needed.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -224,7 +226,8 @@ struct Progress {
 }
 
 impl Progress {
-    /// Reads a line; true if it is for the eyes: a sign of life now and then, and everything about a finding.
+    /// Reads a line; true if it is for the eyes: a sign of life now and then, and everything about
+    /// a finding.
     fn is_worth_showing(&mut self, line: &str) -> bool {
         let words: Vec<&str> = line.split_whitespace().collect();
         let after = |word: &str| {

@@ -1,6 +1,7 @@
 //! Every chore of the project as a typed command: `cargo xtask --help`.
 //!
-//! Each command first makes sure of what it needs (see [`setup`]) and says what it does and how long that took.
+//! Each command first makes sure of what it needs (see [`setup`]) and says what it does and how
+//! long that took.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
@@ -34,7 +35,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make sure of all that the other commands need: compiler, linker, programs. Installs it when root on Debian.
+    /// Make sure of all that the other commands need: compiler, linker, programs. Installs it when
+    /// root on Debian.
     Setup,
     /// Build the release binaries: target/release/overnode and target/release/overnoded.
     Build,
@@ -44,13 +46,16 @@ enum Command {
     Test(test::Arguments),
     /// Show a cluster of three hosts at work, in network namespaces of this machine. Needs root.
     Demo,
-    /// Run the programs and the nodes on Linux 6.1, the oldest kernel promised, in QEMU. Takes minutes.
+    /// Run the programs and the nodes on Linux 6.1, the oldest kernel promised, in QEMU. Takes
+    /// minutes.
     Vm(vm::Arguments),
-    /// Give the decoders what nobody would think of, guided by what it reaches. A minute each, or `--seconds`.
+    /// Give the decoders what nobody would think of, guided by what it reaches. A minute each, or
+    /// `--seconds`.
     Fuzz(fuzz::Arguments),
     /// Measure, beside rivals. Needs root.
     Bench(Bench),
-    /// Attack gossip and the allocation of addresses in simulated clusters: `--seeds N --nodes M`, `--seed S`, `--scale`.
+    /// Attack gossip and the allocation of addresses in simulated clusters: `--seeds N --nodes M`,
+    /// `--seed S`, `--scale`.
     Sim(Sim),
 }
 
@@ -63,8 +68,10 @@ struct Sim {
 
 #[derive(Debug, clap::Args)]
 struct Bench {
-    /// What to measure, with its options: `datapath [--json FILE]`, see `cargo xtask bench datapath --help`; `stress [--bytes COUNT]`,
-    /// streams of every kind, verified; or `docker [CONTAINERS]` or `podman [CONTAINERS]`, the time that a container takes to start, on each of two hosts.
+    /// What to measure, with its options: `datapath [--json FILE]`, see
+    /// `cargo xtask bench datapath --help`; `stress [--bytes COUNT]`, streams of every kind,
+    /// verified; or `docker [CONTAINERS]` or `podman [CONTAINERS]`, the time that a container takes
+    /// to start, on each of two hosts.
     #[arg(
         required = true,
         trailing_var_arg = true,

@@ -1,4 +1,5 @@
-//! Making sure of what the other commands need. Looks before it acts, so that a second run costs nothing.
+//! Making sure of what the other commands need. Looks before it acts, so that a second run costs
+//! nothing.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -60,8 +61,8 @@ const PROGRAMS: &[(&str, &str, Purpose)] = &[
     ("nebula", "nebula", Purpose::Bench),
 ];
 
-/// Stock WireGuard programs: program, cargo package, version. They go into the target directory: nobody's own
-/// installation is touched.
+/// Stock WireGuard programs: program, cargo package, version. They go into the target directory:
+/// nobody's own installation is touched.
 const RIVALS: [(&str, &str, &str); 2] =
     [("boringtun-cli", "boringtun-cli", "0.7.1"), ("gotatun", "gotatun-cli", "0.10.2")];
 
@@ -158,7 +159,8 @@ impl Machine {
             apt.args(["install", "-y", "--no-install-recommends"]).args(packages);
             apt
         };
-        // Old lists lead to old packages, or to such as are gone. They do if some other source of this machine is out of order.
+        // Old lists lead to old packages, or to such as are gone. They do if some other source of
+        // this machine is out of order.
         if let Err(error) = show(apt().args(["update", "-q"])) {
             eprintln!("    going on with the lists of packages that this machine has: {error:#}");
         }
@@ -193,7 +195,8 @@ pub fn apt() -> Command {
     apt
 }
 
-/// The compiler of this machine for the eBPF target, unless it is one of Debian's that came before the present one.
+/// The compiler of this machine for the eBPF target, unless it is one of Debian's that came before
+/// the present one.
 fn recent_compiler() -> Option<Compiler> {
     let compiler = Compiler::find()?;
     let is_recent = compiler == Compiler::Rustup
@@ -201,7 +204,8 @@ fn recent_compiler() -> Option<Compiler> {
     is_recent.then_some(compiler)
 }
 
-/// bpf-linker reads what the compiler writes: it must be built with an LLVM at least as new as the compiler's.
+/// bpf-linker reads what the compiler writes: it must be built with an LLVM at least as new as the
+/// compiler's.
 fn install_linker(machine: &Machine, compiler: &Compiler) -> Result<()> {
     let major = llvm_major(compiler).context("the compiler does not tell its LLVM version")?;
     let wanted = major.max(*LINKER_LLVM.start());

@@ -13,7 +13,8 @@ use crate::workspace::Workspace;
 /// Options of the command.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Run only the tests whose names contain one of these, without formatting, dependencies and clippy.
+    /// Run only the tests whose names contain one of these, without formatting, dependencies and
+    /// clippy.
     #[arg(value_name = "FILTER")]
     filters: Vec<String>,
 }
@@ -26,7 +27,8 @@ struct Summary {
     ignored: u64,
 }
 
-/// Checks the formatting and the dependencies, runs clippy, builds the binaries and runs every test.
+/// Checks the formatting and the dependencies, runs clippy, builds the binaries and runs every
+/// test.
 ///
 /// # Errors
 /// When any of it fails; a failed test does not keep the others from running.

@@ -1,8 +1,9 @@
-//! Finding a compiler for the eBPF target. No dependencies: `overnode-daemon/build.rs` includes this file too.
+//! Finding a compiler for the eBPF target. No dependencies: `overnode-daemon/build.rs` includes
+//! this file too.
 //!
-//! Two kinds of machine are served. An ordinary rustup with `nightly` and `rust-src` is preferred. Where that is
-//! missing, Debian's `rustc-web`, `cargo-web` and `rust-web-src` packages bring a compiler with its own
-//! library source, so that `-Z build-std` works without a download.
+//! Two kinds of machine are served. An ordinary rustup with `nightly` and `rust-src` is preferred.
+//! Where that is missing, Debian's `rustc-web`, `cargo-web` and `rust-web-src` packages bring a
+//! compiler with its own library source, so that `-Z build-std` works without a download.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

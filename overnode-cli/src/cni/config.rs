@@ -38,7 +38,8 @@ pub enum Command {
     Version,
 }
 
-/// The plugin's configuration, as the runtime hands it over. Keys that are not known are for others.
+/// The plugin's configuration, as the runtime hands it over. Keys that are not known are for
+/// others.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Config {

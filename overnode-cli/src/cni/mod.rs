@@ -1,6 +1,8 @@
-//! `overnode-cni`: the command under another name, which container runtimes run as a CNI plugin (specification 1.1).
+//! `overnode-cni`: the command under another name, which container runtimes run as a CNI plugin
+//! (specification 1.1).
 //!
-//! [`config`] reads what is asked for and decides nothing else; here it is carried out with the daemon; [`result`] has the answers' forms.
+//! [`config`] reads what is asked for and decides nothing else; here it is carried out with the
+//! daemon; [`result`] has the answers' forms.
 
 mod config;
 mod error;
@@ -32,7 +34,8 @@ pub fn is_meant(program: Option<&OsStr>) -> bool {
     program.and_then(|path| Path::new(path).file_name()).is_some_and(|name| name == "overnode-cni")
 }
 
-/// Reads the environment and standard input, does what they say, and writes the result to standard output.
+/// Reads the environment and standard input, does what they say, and writes the result to standard
+/// output.
 pub fn main() -> ExitCode {
     let env = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
     let mut input = Vec::new();
@@ -293,7 +296,8 @@ impl Node {
                 ))
             }
             Err(why) => {
-                // Nobody renews the keys: after three minutes containers reach those of this host only.
+                // Nobody renews the keys: after three minutes containers reach those of this host
+                // only.
                 let code = match &why {
                     Unanswered::NotRunning => Code::Limited,
                     _ => Code::NotAvailable,
@@ -312,7 +316,8 @@ fn is_attachment(found: &EndpointStatus, wanted: &api::CniEndpoint) -> bool {
     found.cni.as_ref().is_some_and(|it| it.network == wanted.network && it.ifname == wanted.ifname)
 }
 
-/// While no daemon runs, the interface is deleted; the address is given back by the daemon when it runs again and misses that.
+/// While no daemon runs, the interface is deleted; the address is given back by the daemon when it
+/// runs again and misses that.
 async fn cut(config: &Config, wanted: &Attachment) -> Result<(), CniError> {
     let Some(netns) = &wanted.netns else { return Ok(()) };
     let failed = |why: String| {

@@ -1,5 +1,5 @@
-//! What the specification (1.1) demands of a plugin, as far as it can be told without a node; with one: tests/cni. Each test names the
-//! section. Delegated plugins (section 4) there are none.
+//! What the specification (1.1) demands of a plugin, as far as it can be told without a node; with
+//! one: tests/cni. Each test names the section. Delegated plugins (section 4) there are none.
 
 use super::*;
 
@@ -67,7 +67,8 @@ fn version_tells_what_is_spoken_in_the_version_of_the_question() {
     assert_eq!(output.unwrap()["cniVersion"], "1.1.0");
 }
 
-/// Section 1, Version considerations; section 5, Error. `CHECK` came with 0.4.0, `GC` and `STATUS` with 1.1.0.
+/// Section 1, Version considerations; section 5, Error. `CHECK` came with 0.4.0, `GC` and `STATUS`
+/// with 1.1.0.
 #[test]
 fn incompatible_versions_are_code_1() {
     for version in ["0.1.0", "0.2.0", "1.2.0", "2.0.0", "", "1.1"] {
@@ -300,7 +301,8 @@ fn attached() -> Attached {
     }
 }
 
-/// Section 5, ADD Success; before 1.0.0 an address has its `version`, since 1.1.0 an interface its `mtu`.
+/// Section 5, ADD Success; before 1.0.0 an address has its `version`, since 1.1.0 an interface its
+/// `mtu`.
 #[test]
 fn results_have_the_form_of_their_version() {
     for version in VERSIONS {
@@ -370,7 +372,8 @@ fn without_a_daemon() {
         11
     );
     assert_eq!(error(&input, &[("CNI_COMMAND", "STATUS")]).0, 51, "and no keys are renewed");
-    // Best effort: of a container that is gone nothing is left to delete, however often that is asked.
+    // Best effort: of a container that is gone nothing is left to delete, however often that is
+    // asked.
     for netns in ["", "/nonexistent/netns", "/etc/passwd"] {
         for previous in [json!({}), json!({"prevResult": null}), json!({"prevResult": {}})] {
             let env = with(ADD, &[("CNI_COMMAND", "DEL"), ("CNI_NETNS", netns)]);

@@ -13,7 +13,8 @@ use crate::options::{Context, Launch};
 use crate::start::{self, Started};
 use crate::strength::weakness;
 
-/// Starts the daemon when none runs, and has it launch the node. A daemon that was started for nothing is stopped again.
+/// Starts the daemon when none runs, and has it launch the node. A daemon that was started for
+/// nothing is stopped again.
 ///
 /// # Errors
 /// When the node does not run afterwards as it was wanted.

@@ -79,7 +79,8 @@ async fn watch(context: &Context, wanted: &Monitor) -> Result<(), Failure> {
     }
 }
 
-/// Drops and events, unless only one of them is named; a reason names drops. What concerns the monitor itself is always shown.
+/// Drops and events, unless only one of them is named; a reason names drops. What concerns the
+/// monitor itself is always shown.
 fn is_wanted(wanted: &Monitor, what: &Happening) -> bool {
     let all = !wanted.drops && !wanted.events;
     let drops = wanted.drops || !wanted.reason.is_empty() || all;

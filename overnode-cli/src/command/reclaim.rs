@@ -12,11 +12,12 @@ use crate::options::{Context, Reclaim};
 /// How often the node is asked.
 const POLL: Duration = Duration::from_millis(250);
 
-/// Takes back the address space of a node that is gone for good, and waits until all other nodes have agreed.
+/// Takes back the address space of a node that is gone for good, and waits until all other nodes
+/// have agreed.
 ///
 /// # Errors
-/// When that node is reachable or unknown, another node does it already, not all have agreed within the time given, or
-/// the daemon does not run.
+/// When that node is reachable or unknown, another node does it already, not all have agreed within
+/// the time given, or the daemon does not run.
 pub async fn run(context: &Context, wanted: &Reclaim) -> Result<String, Failure> {
     demand_root("reclaim")?;
     let client = Client::new(context);

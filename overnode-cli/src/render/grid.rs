@@ -1,6 +1,6 @@
-//! Tables that fit: without borders, one line for each row where that is possible. On a terminal that is too narrow for this, columns
-//! that can be spared are left out, then the last column is wrapped; on one that is narrower still each row becomes a block of lines
-//! with everything in it.
+//! Tables that fit: without borders, one line for each row where that is possible. On a terminal
+//! that is too narrow for this, columns that can be spared are left out, then the last column is
+//! wrapped; on one that is narrower still each row becomes a block of lines with everything in it.
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell as TableCell, Color, ColumnConstraint, ContentArrangement, Table};
@@ -58,7 +58,8 @@ impl Style {
 }
 
 impl Cell {
-    /// A text with a meaning. What other hosts send must not steer the terminal: control characters are shown as `?`.
+    /// A text with a meaning. What other hosts send must not steer the terminal: control characters
+    /// are shown as `?`.
     pub fn new(text: impl ToString, tone: Tone) -> Self {
         let text = text.to_string().chars().map(|c| if c.is_control() { '?' } else { c }).collect();
         Self { text, tone }

@@ -98,7 +98,8 @@ pub fn json(document: &Value) -> String {
     format!("{document:#}\n")
 }
 
-/// `detailed` when somebody asked for just this: what grows faster than the cluster is shown only then.
+/// `detailed` when somebody asked for just this: what grows faster than the cluster is shown only
+/// then.
 fn body(status: &Status, section: Section, detailed: bool, style: Style) -> String {
     match section {
         Section::Targets => sections::targets(&status.targets, style),

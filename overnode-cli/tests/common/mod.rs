@@ -1,4 +1,5 @@
-//! A host of its own for each test: directories that are removed with it, and the real command run against them.
+//! A host of its own for each test: directories that are removed with it, and the real command run
+//! against them.
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use std::fs;
@@ -36,8 +37,8 @@ pub fn overnode(executable: &Path, host: &Host, arguments: &[&str]) -> Command {
     command
 }
 
-/// Makes an executable file. Another process writes it: while this one had it open, a test that forks at that moment would keep it
-/// open too, and it could not be executed ("text file busy").
+/// Makes an executable file. Another process writes it: while this one had it open, a test that
+/// forks at that moment would keep it open too, and it could not be executed ("text file busy").
 pub fn install(file: &Path, content: &[u8]) {
     let mut writer = Command::new("sh")
         .args(["-c", "cat > \"$0\" && chmod 755 \"$0\""])

@@ -13,7 +13,8 @@ use tokio::sync::mpsc;
 
 use crate::common::Host;
 
-/// A node whose answers are known. The socket is there when it has been made; everything ends with the process.
+/// A node whose answers are known. The socket is there when it has been made; everything ends with
+/// the process.
 pub struct Canned {
     pub host: Host,
 }

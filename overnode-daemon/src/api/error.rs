@@ -50,7 +50,8 @@ impl ApiError {
         Self::new(ErrorKind::Missing, message)
     }
 
-    /// It should have worked. An `anyhow::Error` is best passed with its causes: `format_args!("{error:#}")`.
+    /// It should have worked. An `anyhow::Error` is best passed with its causes:
+    /// `format_args!("{error:#}")`.
     pub fn failed(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::Failed, message)
     }
@@ -63,8 +64,8 @@ impl ApiError {
 }
 
 impl ErrorKind {
-    /// The kind that a status code stands for; every code that the server gives to a request that it could not even read (404 for an
-    /// unknown path, 405, 413, 415, 422) is in the 400s.
+    /// The kind that a status code stands for; every code that the server gives to a request that
+    /// it could not even read (404 for an unknown path, 405, 413, 415, 422) is in the 400s.
     pub const fn from_status(status: u16) -> Self {
         match status {
             404 => Self::Missing,

@@ -1,4 +1,5 @@
-//! What a person should know first: what is wrong, how bad that is, and what to do. Made of nothing but what [`Status`] tells.
+//! What a person should know first: what is wrong, how bad that is, and what to do. Made of nothing
+//! but what [`Status`] tells.
 
 use std::fmt::Write as _;
 

@@ -1,7 +1,8 @@
-//! What the command line, and any other program on this host, may ask of the node: HTTP with JSON over a unix socket.
+//! What the command line, and any other program on this host, may ask of the node: HTTP with JSON
+//! over a unix socket.
 //!
-//! [`types`] are the documents, [`error`] the refusals, [`server`] the routes. Nothing here decides anything: each request is handed
-//! to the node as a [`Call`], and its answer is sent back.
+//! [`types`] are the documents, [`error`] the refusals, [`server`] the routes. Nothing here decides
+//! anything: each request is handed to the node as a [`Call`], and its answer is sent back.
 //!
 //! | route | request | answer |
 //! | --- | --- | --- |
@@ -25,7 +26,8 @@
 //! | `POST /v1/dns/lookup` | [`DnsLookup`] | [`DnsAddresses`] |
 //! | `POST /v1/external-peers/remove` | [`RemoveExternalPeer`] | [`ExternalPeerRemoved`] |
 //!
-//! A refusal has the status code of its [`ErrorKind`] and the body `{"error": "what: why: what to do"}`.
+//! A refusal has the status code of its [`ErrorKind`] and the body
+//! `{"error": "what: why: what to do"}`.
 
 pub mod error;
 pub mod health;
@@ -55,7 +57,8 @@ pub const SOCKET: &str = "overnode.sock";
 /// The largest request body that is read, in bytes.
 pub const BODY_LIMIT: usize = 256 * 1024;
 
-/// Everything that may be asked. Each variant is answered by the variant of [`Reply`] named beside it.
+/// Everything that may be asked. Each variant is answered by the variant of [`Reply`] named beside
+/// it.
 #[derive(Debug)]
 pub enum Request {
     /// Start the node: [`Reply::Launched`].

@@ -1,4 +1,5 @@
-//! What `GET /v1/monitor` streams: one JSON object a line, each with `unix_milliseconds`, `event`, and what belongs to that event.
+//! What `GET /v1/monitor` streams: one JSON object a line, each with `unix_milliseconds`, `event`,
+//! and what belongs to that event.
 //!
 //! Of a dropped packet its headers are told, never what it carries.
 
@@ -56,7 +57,8 @@ pub enum Happening {
         /// In words.
         why: String,
     },
-    /// Containers' packets can be sealed for a peer, which they could not before. Told once a second.
+    /// Containers' packets can be sealed for a peer, which they could not before. Told once a
+    /// second.
     SessionEstablished {
         /// With whom.
         peer: Who,
@@ -108,7 +110,8 @@ pub enum Happening {
     },
     /// A container was plugged in.
     Attached(Container),
-    /// An engine has told which container it was that was plugged in, or that it is called otherwise from now on.
+    /// An engine has told which container it was that was plugged in, or that it is called
+    /// otherwise from now on.
     Named(Container),
     /// A container was plugged out.
     Detached(Container),
@@ -181,12 +184,14 @@ pub struct DroppedPacket {
     /// The container of this host that sent it, or that it was for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<Container>,
-    /// Whose it is: to whom its destination belongs if it came from a container; else with whom the session is that it names, or else
-    /// who is where it came from. Unless the reason says that it was opened, an attacker may have written it so.
+    /// Whose it is: to whom its destination belongs if it came from a container; else with whom the
+    /// session is that it names, or else who is where it came from. Unless the reason says that it
+    /// was opened, an attacker may have written it so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<Who>,
-    /// What containers of this host are called that have an address in `inner` or `arp`: their names, or else how they were attached.
-    /// The packet says that it is from there or for there; nobody else does.
+    /// What containers of this host are called that have an address in `inner` or `arp`: their
+    /// names, or else how they were attached. The packet says that it is from there or for there;
+    /// nobody else does.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub names: BTreeMap<IpAddr, String>,
     /// What its headers say.

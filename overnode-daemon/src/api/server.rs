@@ -29,8 +29,8 @@ const LAST_ANSWERS: Duration = Duration::from_secs(2);
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 128;
 
-/// Makes the socket: only its owner may use it, from its first moment on. A socket that is there already is
-/// replaced, so the caller must know that no other daemon listens on it.
+/// Makes the socket: only its owner may use it, from its first moment on. A socket that is there
+/// already is replaced, so the caller must know that no other daemon listens on it.
 ///
 /// # Errors
 /// What the system says; `InvalidInput` when the path is longer than a socket's may be (107 bytes).
@@ -41,8 +41,8 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
         Ok(()) | Err(_) => {}
     }
     let socket = UnixSocket::new_stream()?;
-    // Linux gives the file the mode that the socket has when it is bound (net/unix/af_unix.c, unix_bind_bsd).
-    // SAFETY: fchmod takes no pointers, and the descriptor is open.
+    // Linux gives the file the mode that the socket has when it is bound (net/unix/af_unix.c,
+    // unix_bind_bsd). SAFETY: fchmod takes no pointers, and the descriptor is open.
     if unsafe { libc::fchmod(socket.as_raw_fd(), 0o600) } != 0 {
         return Err(io::Error::last_os_error());
     }

@@ -1,5 +1,6 @@
-//! What `status` tells. Durations and ages are whole seconds of a clock that never jumps (`…_seconds`, `…_seconds_ago`); points in
-//! time are seconds since 1970 (`…_unix_seconds`). What is not known is absent.
+//! What `status` tells. Durations and ages are whole seconds of a clock that never jumps
+//! (`…_seconds`, `…_seconds_ago`); points in time are seconds since 1970 (`…_unix_seconds`). What
+//! is not known is absent.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -51,7 +52,8 @@ pub struct NodeStatus {
     pub nickname: String,
     /// What it is doing.
     pub state: NodeState,
-    /// What is wrong, one sentence each, with what to do; what is about addresses is in [`IpamStatus`].
+    /// What is wrong, one sentence each, with what to do; what is about addresses is in
+    /// [`IpamStatus`].
     #[serde(default)]
     pub problems: Vec<String>,
     /// Why this host cannot take packets from others on some of its interfaces, one sentence each.
@@ -146,7 +148,8 @@ pub struct PeerStatus {
     pub nickname: String,
     /// Whether it is this node.
     pub myself: bool,
-    /// Whether it is reachable, directly or through others: over control connections, and for packets of containers.
+    /// Whether it is reachable, directly or through others: over control connections, and for
+    /// packets of containers.
     pub reachable: Option<bool>,
     /// How long that has been so.
     pub since_seconds: Option<u64>,
@@ -219,7 +222,8 @@ pub struct DataStatus {
     pub received_seconds_ago: Option<u64>,
     /// Why the last handshake failed.
     pub last_error: Option<LastError>,
-    /// What workers do for its flows that move a lot; absent without workers. Their bytes and messages are counted above, too.
+    /// What workers do for its flows that move a lot; absent without workers. Their bytes and
+    /// messages are counted above, too.
     #[serde(default)]
     pub bulk: Option<BulkStatus>,
 }
@@ -227,7 +231,8 @@ pub struct DataStatus {
 /// What the workers of the bulk path do for a peer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BulkStatus {
-    /// Whether flows that move a lot go through workers; else the programs take them, as all others.
+    /// Whether flows that move a lot go through workers; else the programs take them, as all
+    /// others.
     pub in_use: bool,
     /// What seals them.
     pub cipher: Cipher,
@@ -317,7 +322,8 @@ pub struct ConnectionStatus {
     pub nickname: Option<String>,
     /// Round trip time, in microseconds.
     pub rtt_microseconds: Option<u64>,
-    /// The largest packet of a container that fits on the way to that node, in bytes; absent without a connection.
+    /// The largest packet of a container that fits on the way to that node, in bytes; absent
+    /// without a connection.
     #[serde(default)]
     pub mtu: Option<u32>,
     /// Which way packets of containers take to that node; absent without a connection.
@@ -366,7 +372,8 @@ pub struct EndpointStatus {
     pub kind: Kind,
     /// A name for people; an engine's container's.
     pub name: Option<String>,
-    /// As it was attached; an engine's: the container's ID, or the endpoint's as long as that is not known.
+    /// As it was attached; an engine's: the container's ID, or the endpoint's as long as that is
+    /// not known.
     pub target: Target,
     /// The image that the container runs, where an engine tells it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -406,7 +413,8 @@ pub struct IpamStatus {
     pub ready: bool,
     /// Why it cannot.
     pub waiting_for: Option<String>,
-    /// By ID: every node that gives addresses out, and every quarter's owner by birth of whom nothing was heard.
+    /// By ID: every node that gives addresses out, and every quarter's owner by birth of whom
+    /// nothing was heard.
     pub owners: Vec<RangeOwner>,
     /// Who lent what to whom, by lender and borrower.
     #[serde(default)]
@@ -463,7 +471,8 @@ pub struct RangeOwner {
     pub active: Option<u64>,
     /// Whether the node is reachable; true for this one.
     pub reachable: Option<bool>,
-    /// What leads to it, as networks: also what it has lent, for which there is a longer prefix at the borrower.
+    /// What leads to it, as networks: also what it has lent, for which there is a longer prefix at
+    /// the borrower.
     #[serde(default)]
     pub ranges: Vec<IpNet>,
 }

@@ -29,8 +29,8 @@ pub enum Target {
     Path(PathBuf),
     /// `pid:N`: the network namespace that a process is in.
     Process(u32),
-    /// A Docker or podman container by name or ID. The daemon knows no container engine: the request must
-    /// come with the container's process.
+    /// A Docker or podman container by name or ID. The daemon knows no container engine: the
+    /// request must come with the container's process.
     Container(String),
     /// `host:`, this host itself.
     Host,
@@ -74,7 +74,8 @@ impl FromStr for Host {
                     .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
                 && !label.starts_with('-')
         };
-        // A name whose last label is a number would be taken for an address that is wrong (RFC 3696, section 2).
+        // A name whose last label is a number would be taken for an address that is wrong (RFC
+        // 3696, section 2).
         let name = text.strip_suffix('.').unwrap_or(text);
         let numeric = name
             .rsplit('.')
@@ -88,7 +89,8 @@ impl FromStr for Host {
 }
 
 impl Target {
-    /// Where it is found by the target alone: none for a container, and for the host, which needs none.
+    /// Where it is found by the target alone: none for a container, and for the host, which needs
+    /// none.
     pub fn netns(&self) -> Option<Netns> {
         match self {
             Self::Name(name) => Some(Netns::Path(Path::new("/run/netns").join(name))),

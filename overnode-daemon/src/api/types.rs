@@ -1,7 +1,7 @@
 //! The documents of requests and of most answers; [`super::status`] has the large one.
 //!
-//! A field that is absent means "not given" in a request and "not known" in an answer. Unknown fields in a request are refused: a
-//! misspelt option must not be silently without effect.
+//! A field that is absent means "not given" in a request and "not known" in an answer. Unknown
+//! fields in a request are refused: a misspelt option must not be silently without effect.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -45,7 +45,8 @@ pub struct Launch {
     /// Whether to serve this host's Docker engine, and to make its default network. Default: true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub docker: Option<bool>,
-    /// Whether workers in user space seal bulk flows, and with which cipher. Default: whichever both ends do faster.
+    /// Whether workers in user space seal bulk flows, and with which cipher. Default: whichever
+    /// both ends do faster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bulk: Option<Mode>,
     /// How many of them, 1 to 16. Default: half of the cores.
@@ -63,8 +64,9 @@ pub struct Launch {
     /// The domain under which they are. Default: `overnode.local`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns_domain: Option<String>,
-    /// The daemon was started for this request. When it found a node on disk, that node was therefore stopped until now: `hosts`,
-    /// when there are any, replace its targets instead of being added to them.
+    /// The daemon was started for this request. When it found a node on disk, that node was
+    /// therefore stopped until now: `hosts`, when there are any, replace its targets instead of
+    /// being added to them.
     #[serde(default)]
     pub restart: bool,
 }
@@ -140,8 +142,8 @@ pub struct Attach {
     pub cni: Option<CniAttach>,
 }
 
-/// What a container runtime wants beside that. The target is its container; an address with a prefix as long as addresses are gets
-/// the subnet's; a name that is taken is left out.
+/// What a container runtime wants beside that. The target is its container; an address with a
+/// prefix as long as addresses are gets the subnet's; a name that is taken is left out.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CniAttach {
@@ -220,7 +222,8 @@ pub struct DnsLookup {
 pub struct DnsAddresses {
     /// The name with this node's domain.
     pub name: String,
-    /// After adding and removing, those that were added on this node; after a lookup, all that nodes tell of which are reached.
+    /// After adding and removing, those that were added on this node; after a lookup, all that
+    /// nodes tell of which are reached.
     pub addresses: Vec<IpAddr>,
 }
 
@@ -232,7 +235,8 @@ pub struct Reclaim {
     pub id: NodeId,
 }
 
-/// How far taking back the address space of a node is. It goes on by itself; asking again tells more.
+/// How far taking back the address space of a node is. It goes on by itself; asking again tells
+/// more.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reclaimed {
     /// The node.
@@ -406,7 +410,8 @@ impl<'de> Deserialize<'de> for Token {
 )]
 pub struct BadName;
 
-/// Whether a name can be shown in a table and typed in a command. Every host's and container's name can.
+/// Whether a name can be shown in a table and typed in a command. Every host's and container's name
+/// can.
 ///
 /// # Errors
 /// [`BadName`]

@@ -1,5 +1,6 @@
-//! What the workers' process takes from itself before the first packet comes: capabilities, and all system calls but those that move
-//! packets. Whoever took it over by a packet could open no file, make no connection and start no program.
+//! What the workers' process takes from itself before the first packet comes: capabilities, and all
+//! system calls but those that move packets. Whoever took it over by a packet could open no file,
+//! make no connection and start no program.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -69,7 +70,8 @@ pub fn drop_privileges() -> Result<()> {
     nix::sys::prctl::set_no_new_privs().context("capabilities could come back")
 }
 
-/// Takes from the calling thread, for good, all system calls that it does not need (`seccomp(2)`); they fail with `EPERM`.
+/// Takes from the calling thread, for good, all system calls that it does not need (`seccomp(2)`);
+/// they fail with `EPERM`.
 ///
 /// # Errors
 /// The kernel has no filters of system calls (`CONFIG_SECCOMP_FILTER`), or refuses.

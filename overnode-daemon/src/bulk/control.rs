@@ -1,4 +1,5 @@
-//! What the daemon and the workers' process say to each other, over a socket in the run directory: one message, one packet.
+//! What the daemon and the workers' process say to each other, over a socket in the run directory:
+//! one message, one packet.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -102,7 +103,8 @@ pub struct Keys {
 /// From the workers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromWorkers {
-    /// The first message to each daemon. What it has of peers and sessions follows, then [`Self::Ready`].
+    /// The first message to each daemon. What it has of peers and sessions follows, then
+    /// [`Self::Ready`].
     State {
         /// [`VERSION`].
         version: u32,

@@ -1,5 +1,6 @@
-//! Joining: consecutive packets of a flow become one super-packet for a TAP device, by the rules of `tcp_gro_receive`,
-//! `udp_gro_receive`, `inet_gro_receive` and `ipv6_gro_receive` of the kernel, and so that cutting it again gives the same packets.
+//! Joining: consecutive packets of a flow become one super-packet for a TAP device, by the rules of
+//! `tcp_gro_receive`, `udp_gro_receive`, `inet_gro_receive` and `ipv6_gro_receive` of the kernel,
+//! and so that cutting it again gives the same packets.
 
 use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN};
 
@@ -20,7 +21,8 @@ const ROOM: usize = VNET_HEADER + ETHERNET_LEN;
 /// The Ethernet header, both addresses, both ports, protocol and version.
 const KEY: usize = ETHERNET_LEN + 32 + 4 + 2;
 
-/// Keeps what may grow until something else comes, or [`Joiner::flush`]. Allocates nothing after [`Joiner::new`].
+/// Keeps what may grow until something else comes, or [`Joiner::flush`]. Allocates nothing after
+/// [`Joiner::new`].
 #[derive(Debug)]
 pub struct Joiner {
     joins_udp: bool,
@@ -58,7 +60,8 @@ enum Fit {
 }
 
 impl Joiner {
-    /// One without anything pending. UDP is joined only where the kernel of the other end of the TAP device takes it.
+    /// One without anything pending. UDP is joined only where the kernel of the other end of the
+    /// TAP device takes it.
     pub fn new(joins_udp: bool) -> Self {
         let headers = Headers { version: 0, protocol: 0, transport: 0, payload: 0 };
         let slot = |_| Slot {
@@ -78,9 +81,10 @@ impl Joiner {
         }
     }
 
-    /// Takes a packet with the Ethernet header to put in front of it. What is delivered are whole frames for the TAP device: vnet
-    /// header, Ethernet header, packet. Packets of a flow are delivered in the order they came; one that is not a whole packet of TCP
-    /// or UDP comes after everything that is pending.
+    /// Takes a packet with the Ethernet header to put in front of it. What is delivered are whole
+    /// frames for the TAP device: vnet header, Ethernet header, packet. Packets of a flow are
+    /// delivered in the order they came; one that is not a whole packet of TCP or UDP comes after
+    /// everything that is pending.
     ///
     /// A packet of more than [`MAX_PACKET`] bytes is no IP packet, and dropped.
     pub fn push(
@@ -167,7 +171,8 @@ impl Joiner {
         deliver(frame);
     }
 
-    /// Whether it may be a segment of a super-packet at all. Its checksums are right, or the super-packet would mend them.
+    /// Whether it may be a segment of a super-packet at all. Its checksums are right, or the
+    /// super-packet would mend them.
     fn can_join(&self, packet: &[u8], headers: &Headers) -> bool {
         let plain = match headers.version {
             4 => {
@@ -229,8 +234,8 @@ impl Slot {
             && read_u16(packet, 4) == read_u16(first, 4).wrapping_add(self.segments as u16)
     }
 
-    /// Everything but checksum, PSH and FIN. The kernel compares the window too, which is in the same word as the flags, but not the
-    /// urgent pointer.
+    /// Everything but checksum, PSH and FIN. The kernel compares the window too, which is in the
+    /// same word as the flags, but not the urgent pointer.
     fn fits_tcp(&self, first: &[u8], packet: &[u8]) -> bool {
         let Headers { transport, payload, .. } = self.headers;
         let (before, header) = (&first[transport..payload], &packet[transport..payload]);
@@ -269,7 +274,8 @@ impl Slot {
     }
 }
 
-/// Writes lengths and sums of a super-packet into its headers; returns its type for the vnet header.
+/// Writes lengths and sums of a super-packet into its headers; returns its type for the vnet
+/// header.
 fn finish(packet: &mut [u8], headers: &Headers) -> u8 {
     let length = packet.len();
     if headers.version == 4 {

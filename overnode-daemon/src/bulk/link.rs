@@ -1,4 +1,5 @@
-//! The daemon's side: starts the workers' process, finds one that an earlier daemon started, and talks with it.
+//! The daemon's side: starts the workers' process, finds one that an earlier daemon started, and
+//! talks with it.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -114,8 +115,9 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// Binds UDP port 6783 for each of `workers`, IPv4 and IPv6 apart; a family that the host lacks is left out. A message goes to the
-    /// worker whose number, counted around, is that of the worker that sent it.
+    /// Binds UDP port 6783 for each of `workers`, IPv4 and IPv6 apart; a family that the host lacks
+    /// is left out. A message goes to the worker whose number, counted around, is that of the
+    /// worker that sent it.
     ///
     /// # Errors
     /// The port is taken.
@@ -166,8 +168,9 @@ fn bind(address: SocketAddr) -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
-/// The kernel chooses among the sockets of one port by the byte of a message that names the sending worker (classic BPF on the UDP
-/// payload, Linux 4.5). So all that one worker sends is opened by one worker, in order, and no datagram can choose another window.
+/// The kernel chooses among the sockets of one port by the byte of a message that names the sending
+/// worker (classic BPF on the UDP payload, Linux 4.5). So all that one worker sends is opened by
+/// one worker, in order, and no datagram can choose another window.
 fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
     const LOAD_BYTE: u16 = (libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16;
     const MODULO: u16 = (libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K) as u16;

@@ -8,12 +8,14 @@ use super::message::{Cipher, TAG_LEN};
 
 /// Length of the messages measured: a full-sized packet.
 const LEN: usize = 1408;
-/// How often each cipher is measured, in turns, and for how long. Hosts start their nodes while they start all else: whoever takes the
-/// processor away for some milliseconds spoils a few of so short measurements, and the best counts.
+/// How often each cipher is measured, in turns, and for how long. Hosts start their nodes while
+/// they start all else: whoever takes the processor away for some milliseconds spoils a few of so
+/// short measurements, and the best counts.
 const TURNS: usize = 16;
 const TIME: Duration = Duration::from_micros(250);
 
-/// Bytes sealed and opened in a second by one core, MiB/s, at least 1, in the order of the ciphers' numbers. Takes a few milliseconds.
+/// Bytes sealed and opened in a second by one core, MiB/s, at least 1, in the order of the ciphers'
+/// numbers. Takes a few milliseconds.
 pub fn speeds() -> [u32; Cipher::ALL.len()] {
     let mut best = [1; Cipher::ALL.len()];
     for _ in 0..TURNS {

@@ -1,4 +1,5 @@
-//! What travels between workers on UDP port 6783: handshake messages of types 1 to 3, which are the daemon's, and data messages.
+//! What travels between workers on UDP port 6783: handshake messages of types 1 to 3, which are the
+//! daemon's, and data messages.
 //!
 //! | offset | bytes | what |
 //! | --- | --- | --- |
@@ -10,7 +11,8 @@
 //! | 8 | 8 | counter, little-endian |
 //! | 16 | | ciphertext, then the tag of 16 bytes |
 //!
-//! The header is authenticated as associated data. The plaintext is an inner IP packet, or a [`Hello`], whose first byte no IP packet has.
+//! The header is authenticated as associated data. The plaintext is an inner IP packet, or a
+//! [`Hello`], whose first byte no IP packet has.
 
 use overnode_ebpf::map::BULK_WORKER_SLOTS;
 use overnode_ebpf::wire::TYPE_DATA;
@@ -79,7 +81,8 @@ impl Header {
         bytes
     }
 
-    /// The header of a data message that may hold nothing, but is no shorter; `None` for anything else.
+    /// The header of a data message that may hold nothing, but is no shorter; `None` for anything
+    /// else.
     pub fn from_message(message: &[u8]) -> Option<Self> {
         if message.len() < HEADER_LEN + TAG_LEN {
             return None;
@@ -101,8 +104,8 @@ impl Header {
 
 /// What workers say to each other: that they live, and how fast they open messages.
 ///
-/// Kind 1, flags (bit 0: an answer is wanted), two zero bytes, then the speed of each cipher in the order of their numbers, u32
-/// little-endian, MiB/s. Longer ones are of later versions.
+/// Kind 1, flags (bit 0: an answer is wanted), two zero bytes, then the speed of each cipher in the
+/// order of their numbers, u32 little-endian, MiB/s. Longer ones are of later versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
     /// Whether the receiver shall say hello in turn.

@@ -1,4 +1,5 @@
-//! The bulk path: flows that send many segments at once go through workers in user space, which cut, seal, open and join them.
+//! The bulk path: flows that send many segments at once go through workers in user space, which
+//! cut, seal, open and join them.
 //!
 //! | file | what |
 //! | --- | --- |
@@ -11,8 +12,8 @@
 //! | `confine` | what that process may still do |
 //! | `control`, `link` | what it and the daemon say to each other, and how it is started |
 //!
-//! The checksum of such packets is never finished on the way, the seal protects them: what a checksum field
-//! holds is the sum of the pseudo-header, as in the kernel's `CHECKSUM_PARTIAL`.
+//! The checksum of such packets is never finished on the way, the seal protects them: what a
+//! checksum field holds is the sum of the pseudo-header, as in the kernel's `CHECKSUM_PARTIAL`.
 
 mod confine;
 pub mod control;

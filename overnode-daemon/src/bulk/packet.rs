@@ -1,4 +1,5 @@
-//! What is read of an inner packet, the header that a TAP device puts in front of it, and the sums of its headers.
+//! What is read of an inner packet, the header that a TAP device puts in front of it, and the sums
+//! of its headers.
 
 use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN, UDP_LEN};
 
@@ -38,8 +39,9 @@ pub(super) mod flag {
     pub const CWR: u8 = 0x80;
 }
 
-/// `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h), in the byte order of this machine, as a TAP device has it unless told
-/// otherwise. Offsets count from the first byte of the Ethernet header.
+/// `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h), in the byte order of this machine, as
+/// a TAP device has it unless told otherwise. Offsets count from the first byte of the Ethernet
+/// header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VnetHeader {
     /// [`NEEDS_CSUM`] and others.
@@ -105,7 +107,8 @@ pub enum BadPacket {
     /// See [`super::segment::MAX_SEGMENTS`].
     #[error("{0} segments")]
     Segments(usize),
-    /// Not where the transport header has it, or outside of the packet, or its IP header would change.
+    /// Not where the transport header has it, or outside of the packet, or its IP header would
+    /// change.
     #[error("a checksum at {start} + {offset}")]
     Checksum {
         /// [`VnetHeader::csum_start`].
@@ -163,7 +166,8 @@ impl Headers {
         if self.protocol == TCP { 16 } else { 6 }
     }
 
-    /// The header that a packet with these headers and a partial checksum has in front of it, as a single packet.
+    /// The header that a packet with these headers and a partial checksum has in front of it, as a
+    /// single packet.
     pub fn vnet(&self) -> VnetHeader {
         let from_ethernet =
             |offset: usize| u16::try_from(ETHERNET_LEN + offset).unwrap_or(u16::MAX);
@@ -177,7 +181,8 @@ impl Headers {
         }
     }
 
-    /// What the checksum field of such a packet holds while the checksum is partial: the sum of the pseudo-header. Never 0.
+    /// What the checksum field of such a packet holds while the checksum is partial: the sum of the
+    /// pseudo-header. Never 0.
     ///
     /// A routing header is not followed: the sum is for the address that the IP header has.
     pub fn pseudo(&self, packet: &[u8]) -> u16 {

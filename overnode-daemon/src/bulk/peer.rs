@@ -1,4 +1,5 @@
-//! What the workers know of a peer, and whether its bulk flows are served. Decides; does no I/O and reads no clock.
+//! What the workers know of a peer, and whether its bulk flows are served. Decides; does no I/O and
+//! reads no clock.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -134,7 +135,8 @@ impl Peer {
         self.last_hello_ns.load(Ordering::Relaxed) + FEEDBACK_NS
     }
 
-    /// What seals messages to it: what is fastest for the slower of both ends, if it takes that at all.
+    /// What seals messages to it: what is fastest for the slower of both ends, if it takes that at
+    /// all.
     pub fn cipher(&self, mode: Mode, own: [u32; Cipher::ALL.len()]) -> Cipher {
         match mode {
             Mode::ChaCha => Cipher::ChaCha,
@@ -153,8 +155,8 @@ impl Peer {
         }
     }
 
-    /// Whether its bulk flows are served from now on: it was heard under the session that seals, and has not kept silent since. To be
-    /// asked every few milliseconds.
+    /// Whether its bulk flows are served from now on: it was heard under the session that seals,
+    /// and has not kept silent since. To be asked every few milliseconds.
     pub fn judge(&self, now: u64) -> bool {
         let has_session = self
             .current

@@ -1,8 +1,10 @@
-//! The workers' process: it has the devices, the sockets and the keys, and goes on while no daemon runs. Its main thread talks with the
-//! daemon and judges peers; one thread for each worker moves packets.
+//! The workers' process: it has the devices, the sockets and the keys, and goes on while no daemon
+//! runs. Its main thread talks with the daemon and judges peers; one thread for each worker moves
+//! packets.
 //!
-//! It is a process of its own so that a daemon may be killed, hang or be upgraded while flows go on. It ends by itself when no daemon is
-//! there and its last session has expired, or when its devices are gone.
+//! It is a process of its own so that a daemon may be killed, hang or be upgraded while flows go
+//! on. It ends by itself when no daemon is there and its last session has expired, or when its
+//! devices are gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -56,8 +58,9 @@ const LONELY: Duration = Duration::from_secs(10);
 /// Handshake messages and the like that wait for the daemon; more are dropped.
 const EVENTS: usize = 1024;
 
-/// What the process is started with. Descriptors follow from [`FIRST_FD`] on: the listening socket, the maps `BULK_WORKERS`,
-/// `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`, then for each worker its device and its sockets, IPv4 first.
+/// What the process is started with. Descriptors follow from [`FIRST_FD`] on: the listening socket,
+/// the maps `BULK_WORKERS`, `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`, then for each worker
+/// its device and its sockets, IPv4 first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
     /// Which cipher to seal with.
@@ -80,7 +83,8 @@ pub struct Start {
 /// It was not started as it must be, or a worker broke.
 pub fn run(argument: &str) -> Result<()> {
     let start: Start = serde_json::from_str(argument).context("started without its settings")?;
-    // SAFETY: whoever starts this process hands these descriptors over, and nothing else in it knows them.
+    // SAFETY: whoever starts this process hands these descriptors over, and nothing else in it
+    // knows them.
     let mut fds = (FIRST_FD..).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
     let mut take = || fds.next().context("a descriptor is missing");
     let listener = take()?;
@@ -186,12 +190,13 @@ impl Thread {
     }
 }
 
-/// A worker with much to do is always awake. `SCHED_BATCH` (Linux 2.6.16) keeps one that wakes from taking the processor from whoever
-/// has it at that moment, among them the kernel's own threads and what answers small requests beside a large flow. Nothing depends on it.
+/// A worker with much to do is always awake. `SCHED_BATCH` (Linux 2.6.16) keeps one that wakes from
+/// taking the processor from whoever has it at that moment, among them the kernel's own threads and
+/// what answers small requests beside a large flow. Nothing depends on it.
 fn yield_to_others() {
     let priority: libc::c_int = 0;
-    // SAFETY: `struct sched_param` of the kernel is one integer; it is read during the call. By number, for musl's function of that name
-    // does nothing.
+    // SAFETY: `struct sched_param` of the kernel is one integer; it is read during the call. By
+    // number, for musl's function of that name does nothing.
     unsafe {
         libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_BATCH, &raw const priority)
     };

@@ -1,5 +1,6 @@
-//! Cutting: one super-packet from a TAP device becomes packets that fit the path, as `tcp_gso_segment`, `__udp_gso_segment`,
-//! `inet_gso_segment` and `ipv6_gso_segment` of the kernel make them.
+//! Cutting: one super-packet from a TAP device becomes packets that fit the path, as
+//! `tcp_gso_segment`, `__udp_gso_segment`, `inet_gso_segment` and `ipv6_gso_segment` of the kernel
+//! make them.
 
 use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN, checksum_place};
 
@@ -9,7 +10,8 @@ use super::packet::{
 };
 use crate::checksum::{fold, sum};
 
-/// Segments of one super-packet. 64 kB in segments of 36 bytes (the kernel's least MSS, 48, with timestamps) are fewer.
+/// Segments of one super-packet. 64 kB in segments of 36 bytes (the kernel's least MSS, 48, with
+/// timestamps) are fewer.
 pub const MAX_SEGMENTS: usize = 2048;
 
 /// How one frame of a TAP device is cut.
@@ -25,7 +27,8 @@ enum How {
     Whole {
         partial: bool,
     },
-    /// A checksum that no receiver would find is finished here: it is summed from `start` on and stored at `field`.
+    /// A checksum that no receiver would find is finished here: it is summed from `start` on and
+    /// stored at `field`.
     Finish {
         start: usize,
         field: usize,
@@ -48,7 +51,8 @@ struct Segments {
 impl<'a> Cut<'a> {
     /// Decides it for a packet that was read behind a vnet header and an Ethernet header.
     ///
-    /// A partial checksum that is not in the packet's own TCP or UDP header (in a tunnel of the container's, for example) is finished.
+    /// A partial checksum that is not in the packet's own TCP or UDP header (in a tunnel of the
+    /// container's, for example) is finished.
     ///
     /// # Errors
     /// [`BadPacket`]: the packet is to be dropped.

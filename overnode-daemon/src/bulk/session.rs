@@ -1,8 +1,9 @@
 //! The keys of the bulk path: of one handshake, for each worker and cipher one of its own.
 //!
-//! The handshake's two secrets seal nothing. From each follows, by HKDF-SHA256 (RFC 5869), one key for each pair of cipher and sending
-//! worker; so no key meets two ciphers, and no two workers draw counters for one key. Keys live in the memory of the workers' process
-//! only: a process that starts anew makes new handshakes, so no counter is drawn twice.
+//! The handshake's two secrets seal nothing. From each follows, by HKDF-SHA256 (RFC 5869), one key
+//! for each pair of cipher and sending worker; so no key meets two ciphers, and no two workers draw
+//! counters for one key. Keys live in the memory of the workers' process only: a process that
+//! starts anew makes new handshakes, so no counter is drawn twice.
 
 use std::cell::UnsafeCell;
 use std::fmt;
@@ -21,8 +22,9 @@ use crate::control::key;
 use crate::types::{PeerIndex, Secret};
 
 const WORKERS: usize = BULK_WORKER_SLOTS as usize;
-/// Messages under one key of AES-256-GCM: far below the 2^32 full-sized ones at which its integrity bound weakens (RFC 9001, appendix B,
-/// computes 2^23 packets of 2^14 bytes for AES-GCM's confidentiality at 2^-57; sessions are renewed every two minutes long before).
+/// Messages under one key of AES-256-GCM: far below the 2^32 full-sized ones at which its integrity
+/// bound weakens (RFC 9001, appendix B, computes 2^23 packets of 2^14 bytes for AES-GCM's
+/// confidentiality at 2^-57; sessions are renewed every two minutes long before).
 const MOST_MESSAGES: u64 = 1 << 36;
 const _: () = assert!(MOST_MESSAGES < REJECT_AFTER_MESSAGES);
 
@@ -63,7 +65,8 @@ struct Receiving {
 /// A replay window that several threads use at once.
 struct SharedWindow(UnsafeCell<Window>);
 
-// SAFETY: the window is used through `Window::check` and `Window::accept` only, which are made for several CPUs at once.
+// SAFETY: the window is used through `Window::check` and `Window::accept` only, which are made for
+// several CPUs at once.
 unsafe impl Sync for SharedWindow {}
 // SAFETY: plain data.
 unsafe impl Send for SharedWindow {}
@@ -120,8 +123,9 @@ impl Session {
     /// Seals `message` in place: room for the header, the plaintext, room for the tag.
     ///
     /// # Errors
-    /// [`Reason::NoSession`] before the peer has proven that it has the keys, [`Reason::Expired`] when it is too old,
-    /// [`Reason::Exhausted`] when it has sealed too much, [`Reason::Malformed`] if there is no room.
+    /// [`Reason::NoSession`] before the peer has proven that it has the keys, [`Reason::Expired`]
+    /// when it is too old, [`Reason::Exhausted`] when it has sealed too much, [`Reason::Malformed`]
+    /// if there is no room.
     pub fn seal(
         &self,
         worker: u8,
@@ -155,7 +159,8 @@ impl Session {
     /// Opens a message in place and returns its plaintext.
     ///
     /// # Errors
-    /// [`Reason::Expired`]; [`Reason::Replayed`] and [`Reason::TooOld`] by the window of that worker and cipher; [`Reason::Forged`].
+    /// [`Reason::Expired`]; [`Reason::Replayed`] and [`Reason::TooOld`] by the window of that
+    /// worker and cipher; [`Reason::Forged`].
     pub fn open<'a>(
         &self,
         header: &Header,

@@ -79,7 +79,8 @@ pub struct Way {
     pub ecn: u8,
 }
 
-/// Messages that go one way: each as long as the first, but the last may be shorter (`UDP_SEGMENT`, `udp(7)`).
+/// Messages that go one way: each as long as the first, but the last may be shorter (`UDP_SEGMENT`,
+/// `udp(7)`).
 pub struct Batch {
     buffer: Box<[u8]>,
     used: usize,
@@ -93,7 +94,8 @@ impl Batch {
         Self { buffer: vec![0; BATCH_LEN].into(), used: 0, first: None }
     }
 
-    /// Whether a message of `len` bytes may follow those that are there. If not, these are to be sent first.
+    /// Whether a message of `len` bytes may follow those that are there. If not, these are to be
+    /// sent first.
     pub fn takes(&self, sockets: &Sockets, way: &Way, len: usize) -> bool {
         let Some((first, stride)) = &self.first else { return true };
         first == way
@@ -102,7 +104,8 @@ impl Batch {
             && self.used + len <= BATCH_LEN.min(sockets.most(way.endpoint.remote) * stride)
     }
 
-    /// Adds a message of `len` bytes, which `write` makes, and which the batch [takes](Self::takes).
+    /// Adds a message of `len` bytes, which `write` makes, and which the batch
+    /// [takes](Self::takes).
     ///
     /// # Errors
     /// What `write` says, or [`Reason::TooBig`] if there is no place: then nothing was added.
@@ -122,7 +125,8 @@ impl Batch {
     /// Sends what is there. Whatever becomes of it, nothing is there then.
     ///
     /// # Errors
-    /// [`Reason::TooBig`], [`Reason::NoRoute`], or [`Reason::Helper`] for what else the kernel may say.
+    /// [`Reason::TooBig`], [`Reason::NoRoute`], or [`Reason::Helper`] for what else the kernel may
+    /// say.
     pub fn send(&mut self, sockets: &Sockets) -> Result<(), Reason> {
         let used = std::mem::take(&mut self.used);
         let (Some((way, stride)), Some(contents)) = (self.first.take(), self.buffer.get(..used))

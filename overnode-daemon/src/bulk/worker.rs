@@ -1,5 +1,6 @@
-//! One worker: a thread between a TAP device and its sockets. Packets of containers are cut, sealed and sent in batches; what peers
-//! send is opened, joined and written to the device. On the way of a packet nothing is allocated and no lock is taken.
+//! One worker: a thread between a TAP device and its sockets. Packets of containers are cut, sealed
+//! and sent in batches; what peers send is opened, joined and written to the device. On the way of
+//! a packet nothing is allocated and no lock is taken.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -45,9 +46,11 @@ const TURN: usize = 8;
 const INBOX_TURN: usize = TURN * RECEIVES;
 /// How long a worker without work waits; it says that it lives each time.
 const WAIT: Duration = Duration::from_millis(45);
-/// A worker that was not at work for so long (ns) drops what waits. After less, what is late still fills the gaps that it left.
+/// A worker that was not at work for so long (ns) drops what waits. After less, what is late still
+/// fills the gaps that it left.
 const STALE_NS: u64 = 3_000_000_000;
-/// How long (ns) the inbox stays closed after something came that does not fit into it: there will be more like that.
+/// How long (ns) the inbox stays closed after something came that does not fit into it: there will
+/// be more like that.
 const CLOSED_NS: u64 = 1_000_000_000;
 /// How long (ns) what is known of peers' addresses is used for handshake messages.
 const KNOWN_NS: u64 = 1_000_000_000;
@@ -211,7 +214,8 @@ impl Worker {
         let owes = !self.owed.is_empty();
         let wait = if owes { Duration::from_nanos(super::peer::FEEDBACK_NS / 2) } else { WAIT };
         let device = self.device.as_fd();
-        // A family that is missing has the device's place: a descriptor that is there twice does no harm.
+        // A family that is missing has the device's place: a descriptor that is there twice does no
+        // harm.
         let v4 = self.sockets.v4.as_ref().map_or(device, |v4| v4.socket.as_fd());
         let v6 = self.sockets.v6.as_ref().map_or(device, |v6| v6.socket.as_fd());
         let mut fds =
@@ -282,7 +286,8 @@ impl Worker {
         Ok(frames > 0)
     }
 
-    /// Cuts and seals what a container sent. What of it does not fill a batch is sent with the next, or at the end of the turn.
+    /// Cuts and seals what a container sent. What of it does not fill a batch is sent with the
+    /// next, or at the end of the turn.
     fn take_frame(&mut self, len: usize, now: u64) -> Result<(), Reason> {
         let frame = self.frame.get(..len).ok_or(Reason::Malformed)?;
         let (vnet, frame) = frame.split_first_chunk::<VNET_HEADER>().ok_or(Reason::Malformed)?;
@@ -329,7 +334,8 @@ impl Worker {
 
     /// True if there was anything.
     fn receive_turn(&mut self, now: u64) -> io::Result<bool> {
-        // What is in the sockets came before what is in an open inbox, and after what is in a closed one.
+        // What is in the sockets came before what is in an open inbox, and after what is in a
+        // closed one.
         let any = if self.inbox.is_closed() {
             let taken = self.receive_from_inbox(now);
             let mut received = 0;
@@ -420,7 +426,8 @@ impl Worker {
         }
         let header = Header::from_message(message).ok_or(Reason::Malformed)?;
         if !self.sessions.contains_key(&header.receiver) {
-            // A peer uses a new session as soon as it has it: perhaps it is among what the control thread has said meanwhile.
+            // A peer uses a new session as soon as it has it: perhaps it is among what the control
+            // thread has said meanwhile.
             self.is_ending |= self.obey();
         }
         let session = self.sessions.get(&header.receiver).ok_or(Reason::UnknownIndex)?;
@@ -535,7 +542,8 @@ fn may_leave(packet: &[u8], source: [u8; 4]) -> Result<(), Reason> {
     if is_v4 && packet.get(12..16) == Some(&source[..]) { Ok(()) } else { Err(Reason::Spoofed) }
 }
 
-/// Combines the ECN codepoints as RFC 6040 says. Only IPv4 packets are marked: there are no others yet.
+/// Combines the ECN codepoints as RFC 6040 says. Only IPv4 packets are marked: there are no others
+/// yet.
 fn mark_congestion(packet: &mut [u8], outer: u8) -> Result<(), Reason> {
     let Some(header) = packet.first_chunk_mut::<12>() else { return Err(Reason::Malformed) };
     if header[0] >> 4 != 4 {

@@ -1,8 +1,9 @@
 //! Whom to call, when, and which connection stays. Deterministic; no I/O, no clock.
 //!
-//! Two kinds of destination: *targets*, names that people gave, kept and tried for ever; and *learned* nodes, whose addresses
-//! gossip told. A destination that leads to a node with which there is a connection is left alone. Between two nodes one
-//! connection stays, by a rule that gives the same answer on both sides without asking ([`Dialer::handle_established`]).
+//! Two kinds of destination: *targets*, names that people gave, kept and tried for ever; and
+//! *learned* nodes, whose addresses gossip told. A destination that leads to a node with which
+//! there is a connection is left alone. Between two nodes one connection stays, by a rule that
+//! gives the same answer on both sides without asking ([`Dialer::handle_established`]).
 
 mod connection;
 mod destination;
@@ -37,7 +38,8 @@ pub const PAUSE_GROWTH: f64 = 1.5;
 pub const LONG_LIVED: Duration = Duration::from_secs(60);
 /// Most connections that one node may keep open with this one at a time.
 pub const MAX_PARALLEL: usize = 4;
-/// Refused incoming connections are remembered so long: a node that is refused tries again several times in it.
+/// Refused incoming connections are remembered so long: a node that is refused tries again several
+/// times in it.
 pub const REMEMBER_REFUSED: Duration = Duration::from_secs(120);
 /// And no more of them than these, by address.
 pub const MAX_REFUSED: usize = 64;
@@ -53,7 +55,8 @@ pub struct ConnectionId(pub u64);
 /// Where to dial.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// A target: resolve the name now (port [`super::CONTROL_PORT`]), then try its addresses in turn.
+    /// A target: resolve the name now (port [`super::CONTROL_PORT`]), then try its addresses in
+    /// turn.
     Name(String),
     /// The addresses that gossip told of a node: try them in turn.
     Addresses(NodeId, Vec<SocketAddr>),
@@ -76,8 +79,8 @@ pub enum Action {
 /// What became of a new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is used. If it is not the first with this node (an [`Action::Close`] may follow), what was sent over the
-    /// others may be lost: [`crate::gossip::Gossip::resync`].
+    /// It is used. If it is not the first with this node (an [`Action::Close`] may follow), what
+    /// was sent over the others may be lost: [`crate::gossip::Gossip::resync`].
     Keep {
         /// Whether gossip should hear of a new neighbour.
         is_first: bool,
@@ -141,8 +144,8 @@ impl Dialer {
         self.start_due(now);
     }
 
-    /// Makes `names` the targets, instead of those there were, and tries all of them at once. Connections stay; a try that is under way
-    /// with what is a target no more is not counted.
+    /// Makes `names` the targets, instead of those there were, and tries all of them at once.
+    /// Connections stay; a try that is under way with what is a target no more is not counted.
     pub fn replace_targets(&mut self, names: &[String], now: Instant) {
         self.targets.retain(|name| names.contains(name));
         self.destinations.retain(|key, _| match key {
@@ -187,11 +190,13 @@ impl Dialer {
         }
     }
 
-    /// A connection was made and its handshake has succeeded; `attempt` is none if the other side dialled.
+    /// A connection was made and its handshake has succeeded; `attempt` is none if the other side
+    /// dialled.
     ///
-    /// If there is one with the same node already: a later incarnation of the node wins; then the connection that the lower
-    /// ID opened. Among those that one side opened, that side keeps the older; the other side keeps all and waits
-    /// for it to close what it does not want. Both sides so come to the same end without asking.
+    /// If there is one with the same node already: a later incarnation of the node wins; then the
+    /// connection that the lower ID opened. Among those that one side opened, that side keeps the
+    /// older; the other side keeps all and waits for it to close what it does not want. Both sides
+    /// so come to the same end without asking.
     pub fn handle_established(
         &mut self,
         attempt: Option<AttemptId>,
@@ -292,8 +297,8 @@ impl Dialer {
         self.refused.insert(address.ip(), Refused { address, why: why.to_string(), at: now });
     }
 
-    /// A connection has ended. Returns its node, and true if it was the last one with it; else what was sent over it may
-    /// be lost ([`crate::gossip::Gossip::resync`]).
+    /// A connection has ended. Returns its node, and true if it was the last one with it; else what
+    /// was sent over it may be lost ([`crate::gossip::Gossip::resync`]).
     pub fn handle_lost(
         &mut self,
         connection: ConnectionId,

@@ -1,10 +1,10 @@
 //! Framing of control connections.
 //!
-//! On the wire: a length (u16, big-endian) and so many bytes, which are one Noise message or, if shorter than
-//! an authentication tag, a [plaintext verdict](TOKEN_REFUSED). In the plaintext of a transport message: one byte, `MORE` or
-//! `LAST`, and a part of a message of the layer above. A message without any bytes is a heartbeat.
-//! Between messages there may be a frame of keys: the byte `KEYS` and what
-//! [`renewal`](super::renewal) makes of the rest.
+//! On the wire: a length (u16, big-endian) and so many bytes, which are one Noise message or, if
+//! shorter than an authentication tag, a [plaintext verdict](TOKEN_REFUSED). In the plaintext of a
+//! transport message: one byte, `MORE` or `LAST`, and a part of a message of the layer above. A
+//! message without any bytes is a heartbeat. Between messages there may be a frame of keys: the
+//! byte `KEYS` and what [`renewal`](super::renewal) makes of the rest.
 
 /// Longest Noise message, in bytes (Noise specification section 3).
 pub const MAX_FRAME: usize = 65535;
@@ -16,8 +16,8 @@ pub const MAX_MESSAGE: usize = 1 << 20;
 pub const TAG: usize = 16;
 /// Longest part of a message that fits one frame.
 pub const MAX_PART: usize = MAX_FRAME - TAG - 1;
-/// The one frame that is not encrypted: the responder could not read the third handshake message, which only
-/// another token explains.
+/// The one frame that is not encrypted: the responder could not read the third handshake message,
+/// which only another token explains.
 pub const TOKEN_REFUSED: &[u8] = b"\x01";
 
 const KEYS: u8 = 2;

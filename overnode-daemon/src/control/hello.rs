@@ -16,7 +16,8 @@ pub const NEWEST_VERSION: u16 = 3;
 /// Longest nickname, in bytes.
 pub const MAX_NICKNAME: usize = 64;
 
-/// A node, as it introduces itself. Travels inside the handshake, so only holders of the token read it.
+/// A node, as it introduces itself. Travels inside the handshake, so only holders of the token read
+/// it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
     /// Oldest and newest control protocol that the node speaks.
@@ -235,11 +236,12 @@ impl Hello {
         bytes
     }
 
-    /// Reads what another node wrote, of which the handshake has proven the X25519 key; later versions may append to it. So its identity
-    /// is proven, too.
+    /// Reads what another node wrote, of which the handshake has proven the X25519 key; later
+    /// versions may append to it. So its identity is proven, too.
     ///
     /// # Errors
-    /// [`Refusal::Garbage`], also if the identity has another X25519 key, or [`Refusal::Version`] if no version is common with `ours`.
+    /// [`Refusal::Garbage`], also if the identity has another X25519 key, or [`Refusal::Version`]
+    /// if no version is common with `ours`.
     pub fn decode(bytes: &[u8], public_key: PublicKey, ours: (u16, u16)) -> Result<Self, Refusal> {
         let Some((&[a, b, c, d], body)) = bytes.split_first_chunk() else {
             return Err(Refusal::Garbage("its greeting is too short"));

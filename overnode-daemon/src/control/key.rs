@@ -2,24 +2,28 @@
 //!
 //! # One identity
 //!
-//! A node has one secret, drawn at launch: the seed of an Ed25519 key pair (RFC 8032), with which it signs its record and what it sends
-//! to nodes that are no neighbors. Its X25519 key pair, with which it shakes hands (Noise, WireGuard, the bulk path), follows: the
-//! secret is the Ed25519 scalar, the first half of SHA-512 of the seed; the public key is the Ed25519 public key, a point of
-//! the Edwards form of Curve25519, in the Montgomery form. libsodium (`crypto_sign_ed25519_pk_to_curve25519`) and age
-//! (for SSH keys) do the same.
+//! A node has one secret, drawn at launch: the seed of an Ed25519 key pair (RFC 8032), with which
+//! it signs its record and what it sends to nodes that are no neighbors. Its X25519 key pair, with
+//! which it shakes hands (Noise, WireGuard, the bulk path), follows: the secret is the Ed25519
+//! scalar, the first half of SHA-512 of the seed; the public key is the Ed25519 public key, a point
+//! of the Edwards form of Curve25519, in the Montgomery form. libsodium
+//! (`crypto_sign_ed25519_pk_to_curve25519`) and age (for SSH keys) do the same.
 //!
-//! The second step is public. So whoever verifies a record also knows that its X25519 key is the signer's: a member cannot
-//! put another node's key into a record of its own, for it would need a signature by that node. Two independent keys would need a proof for
-//! each that binds it to the other, and such a proof can be forgotten somewhere. A greeting proves the X25519 key by the handshake,
-//! and the Ed25519 key by the same conversion; only the sign of a point's x coordinate is lost in it, and whoever has the
-//! secret of one sign has that of the other.
+//! The second step is public. So whoever verifies a record also knows that its X25519 key is the
+//! signer's: a member cannot put another node's key into a record of its own, for it would need a
+//! signature by that node. Two independent keys would need a proof for each that binds it to the
+//! other, and such a proof can be forgotten somewhere. A greeting proves the X25519 key by the
+//! handshake, and the Ed25519 key by the same conversion; only the sign of a point's x coordinate
+//! is lost in it, and whoever has the secret of one sign has that of the other.
 //!
-//! Signing and key agreement with one scalar are secure together (Thormarker, "On using the same key pair for Ed25519 and an
-//! X25519 based KEM", 2021): the scalar enters the one only below hashes with their own names, and the other only as a
-//! Diffie-Hellman result below a key derivation.
+//! Signing and key agreement with one scalar are secure together (Thormarker, "On using the same
+//! key pair for Ed25519 and an X25519 based KEM", 2021): the scalar enters the one only below
+//! hashes with their own names, and the other only as a Diffie-Hellman result below a key
+//! derivation.
 //!
-//! Public keys that no honest node can have are refused ([`exchange_key`]): encodings that are not canonical, points of small order, and
-//! points with a part of small order, so that one node cannot show up under several keys that are the same to X25519.
+//! Public keys that no honest node can have are refused ([`exchange_key`]): encodings that are not
+//! canonical, points of small order, and points with a part of small order, so that one node cannot
+//! show up under several keys that are the same to X25519.
 
 use argon2::{Algorithm, Argon2, Params, Version};
 use curve25519_dalek::edwards::CompressedEdwardsY;
@@ -32,8 +36,8 @@ use zeroize::Zeroizing;
 
 use crate::types::{PublicKey, Secret, VerifyingKey};
 
-/// Memory of one derivation, in KiB. RFC 9106 section 4, second recommended option: 64 MiB, 3 passes, 4
-/// lanes. Measured: 0.15 s of one core of a virtual machine.
+/// Memory of one derivation, in KiB. RFC 9106 section 4, second recommended option: 64 MiB, 3
+/// passes, 4 lanes. Measured: 0.15 s of one core of a virtual machine.
 pub const ARGON2_MEMORY_KIB: u32 = 64 * 1024;
 /// Passes over the memory (RFC 9106 section 4).
 pub const ARGON2_PASSES: u32 = 3;
@@ -42,8 +46,8 @@ pub const ARGON2_LANES: u32 = 4;
 /// Longest token, in bytes.
 pub const MAX_TOKEN: usize = 4096;
 
-/// Two clusters with the same token are the same cluster, so the salt cannot be random. It still keeps tables made for
-/// other programs useless.
+/// Two clusters with the same token are the same cluster, so the salt cannot be random. It still
+/// keeps tables made for other programs useless.
 const SALT: &[u8] = b"overnode cluster key v1";
 const PAIR: &[u8] = b"overnode pair v1";
 const CONTROL: &[u8] = b"overnode control v1";
@@ -81,7 +85,8 @@ pub fn pair_key(cluster_key: &Secret, one: &PublicKey, other: &PublicKey) -> Sec
     of_pair(PAIR, cluster_key, one, other)
 }
 
-/// The pre-shared key of two nodes for the handshakes of the bulk path. The order of the public keys does not matter.
+/// The pre-shared key of two nodes for the handshakes of the bulk path. The order of the public
+/// keys does not matter.
 pub fn bulk_pair_key(cluster_key: &Secret, one: &PublicKey, other: &PublicKey) -> Secret {
     of_pair(BULK_PAIR, cluster_key, one, other)
 }
@@ -121,7 +126,8 @@ pub fn verifying_key(seed: &Secret) -> VerifyingKey {
     VerifyingKey(key)
 }
 
-/// The X25519 public key that belongs to an Ed25519 public key. None if no honest node has such a key.
+/// The X25519 public key that belongs to an Ed25519 public key. None if no honest node has such a
+/// key.
 pub fn exchange_key(key: &VerifyingKey) -> Option<PublicKey> {
     let point = CompressedEdwardsY(key.0).decompress()?;
     let is_honest =
@@ -185,7 +191,8 @@ mod tests {
 
     #[test]
     fn the_cluster_key_is_what_the_reference_program_prints() {
-        // printf %s my-cluster-password | argon2 'overnode cluster key v1' -id -t 3 -k 65536 -p 4 -l 32 -r
+        // printf %s my-cluster-password | argon2 'overnode cluster key v1' -id -t 3 -k 65536 -p 4
+        // -l 32 -r
         let key = cluster_key("my-cluster-password").unwrap();
         assert_eq!(hex(&key.0), ARGON2_REFERENCE);
         assert_ne!(cluster_key("my-cluster-passwore").unwrap(), key);

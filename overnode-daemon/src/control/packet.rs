@@ -1,6 +1,7 @@
 //! What travels on an established connection, one level above frames: whose message it is.
 //!
-//! On the wire: one byte, the kind; then what that kind holds. What is inside gossip messages and parcels is read elsewhere.
+//! On the wire: one byte, the kind; then what that kind holds. What is inside gossip messages and
+//! parcels is read elsewhere.
 
 /// A message of a control connection.
 #[derive(Clone, Debug, PartialEq, Eq)]

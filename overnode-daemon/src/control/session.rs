@@ -1,5 +1,5 @@
-//! The encrypted channel between two nodes: `Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s` (Noise specification, revision
-//! 34) over any byte stream.
+//! The encrypted channel between two nodes: `Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s` (Noise
+//! specification, revision 34) over any byte stream.
 //!
 //! ```text
 //! initiator                                       responder
@@ -9,9 +9,9 @@
 //!                                            <-     Hello, Verdict
 //!   Verdict                                  ->
 //! ```
-//! The first greeting is encrypted under the token, and the second goes to somebody who has proven to have it: without
-//! the token a stranger at either end learns the node's public key and nothing else. Both sides tell each other their
-//! verdict, so that both can tell people.
+//! The first greeting is encrypted under the token, and the second goes to somebody who has proven
+//! to have it: without the token a stranger at either end learns the node's public key and nothing
+//! else. Both sides tell each other their verdict, so that both can tell people.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -153,8 +153,8 @@ impl Default for Terms<std::future::Ready<()>> {
     }
 }
 
-/// Runs the handshake. `admit` is asked about a peer that has proven to have the token and fits: it may refuse it,
-/// for an ID clash with a third node.
+/// Runs the handshake. `admit` is asked about a peer that has proven to have the token and fits: it
+/// may refuse it, for an ID clash with a third node.
 ///
 /// # Errors
 /// The [`Refusal`], after the other side was told if it could be.
@@ -179,9 +179,9 @@ impl<S: AsyncRead> Reader<S> {
     /// dropped loses nothing.
     ///
     /// # Errors
-    /// [`Refusal::TimedOut`] if not even a heartbeat came within [`READ_LIMIT`]; [`Refusal::Closed`], [`Refusal::Io`];
-    /// [`Refusal::Frame`] or [`Refusal::Garbage`] if the bytes are not what a node sends. The connection is useless after any of
-    /// them.
+    /// [`Refusal::TimedOut`] if not even a heartbeat came within [`READ_LIMIT`];
+    /// [`Refusal::Closed`], [`Refusal::Io`]; [`Refusal::Frame`] or [`Refusal::Garbage`] if the
+    /// bytes are not what a node sends. The connection is useless after any of them.
     pub async fn receive(&mut self) -> Result<Vec<u8>, Refusal> {
         loop {
             let message = self.receive_any(Instant::now() + READ_LIMIT).await?;
@@ -234,12 +234,12 @@ impl<S: AsyncRead> Reader<S> {
 }
 
 impl<S: AsyncWrite> Writer<S> {
-    /// Sends a message of 1 to [`frame::MAX_MESSAGE`] bytes. Not cancel-safe: a call that is dropped midway leaves the connection
-    /// useless.
+    /// Sends a message of 1 to [`frame::MAX_MESSAGE`] bytes. Not cancel-safe: a call that is
+    /// dropped midway leaves the connection useless.
     ///
     /// # Errors
-    /// [`Refusal::Frame`] if the message is too long, [`Refusal::TimedOut`] if the other side does not take it within
-    /// [`WRITE_LIMIT`], [`Refusal::Io`].
+    /// [`Refusal::Frame`] if the message is too long, [`Refusal::TimedOut`] if the other side does
+    /// not take it within [`WRITE_LIMIT`], [`Refusal::Io`].
     pub async fn send(&mut self, message: &[u8]) -> Result<(), Refusal> {
         if message.len() > frame::MAX_MESSAGE {
             return Err(frame::BadFrame::MessageTooLong.into());
@@ -415,8 +415,9 @@ async fn respond<S: AsyncRead + AsyncWrite>(
     let greeting =
         read_frame(read, cutter, |third| match noise.read_message(third, &mut payload) {
             Ok(length) => Ok(Ok(payload[..length].to_vec())),
-            // The initiator's key, in the same message, is not under the token: it fails only if bytes were altered. snow does
-            // not tell the two apart, and a wrong token is what happens.
+            // The initiator's key, in the same message, is not under the token: it fails only if
+            // bytes were altered. snow does not tell the two apart, and a wrong token is what
+            // happens.
             Err(snow::Error::Decrypt) => Ok(Err(Refusal::Token)),
             Err(_) => Err(Refusal::Garbage("its third message cannot be read")),
         })
@@ -467,8 +468,8 @@ fn remote_key(noise: &Keys) -> Result<PublicKey, Refusal> {
 }
 
 impl<S: AsyncRead> Reader<S> {
-    /// The responder's greeting is the first thing under both keys: if it does not open, the responder has another token but
-    /// does not say so.
+    /// The responder's greeting is the first thing under both keys: if it does not open, the
+    /// responder has another token but does not say so.
     async fn receive_greeting(&mut self) -> Result<Vec<u8>, Refusal> {
         match self.receive_any(Instant::now() + HANDSHAKE_LIMIT).await {
             Err(Refusal::Garbage(_)) => Err(Refusal::Token),
@@ -499,7 +500,8 @@ async fn finish<S: AsyncRead + AsyncWrite>(
     mut reader: Reader<S>,
     writer: Writer<S>,
 ) -> Result<Link<S>, Refusal> {
-    // A side that refuses listens on only so that closing does not destroy its own words on their way.
+    // A side that refuses listens on only so that closing does not destroy its own words on their
+    // way.
     let patience = if checked.is_ok() { HANDSHAKE_LIMIT } else { LINGER };
     let verdict = reader.receive_any(Instant::now() + patience).await;
     let outcome = match (peer, checked, verdict) {

@@ -1,5 +1,5 @@
-//! Where pinned objects lie: `<bpffs>/overnode/<node>/`, one directory per state directory, so that nodes in different
-//! network namespaces of one machine, which share one bpffs, stay apart.
+//! Where pinned objects lie: `<bpffs>/overnode/<node>/`, one directory per state directory, so that
+//! nodes in different network namespaces of one machine, which share one bpffs, stay apart.
 //!
 //! ```text
 //! maps/NAME                          maps, by name
@@ -7,10 +7,12 @@
 //! links/COOKIE/IFINDEX-PROGRAM-clsact   empty directory: a filter of the older kind is attached there
 //! links/COOKIE/IFINDEX-qdisc         empty directory: the clsact qdisc there is ours
 //! ```
-//! COOKIE names the network namespace (`SO_NETNS_COOKIE`, Linux 5.14): interface indexes mean nothing in another one.
+//! COOKIE names the network namespace (`SO_NETNS_COOKIE`, Linux 5.14): interface indexes mean
+//! nothing in another one.
 //!
-//! A bpffs that was mounted without a mode is open to every user (01777). So every directory here is root's and private, also one
-//! that was there already: whoever owned it could give the programs other maps.
+//! A bpffs that was mounted without a mode is open to every user (01777). So every directory here
+//! is root's and private, also one that was there already: whoever owned it could give the programs
+//! other maps.
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
@@ -34,21 +36,24 @@ const MOUNT_POINT: &str = "/sys/fs/bpf";
 /// As systemd mounts it. Without a mode it would be 01777.
 const MOUNT_OPTIONS: &str = "mode=0700";
 const DIRECTORY_MODE: u32 = 0o700;
-/// Times that a directory may vanish while it is made: another node of this machine removes `overnode/` when it was the last one.
+/// Times that a directory may vanish while it is made: another node of this machine removes
+/// `overnode/` when it was the last one.
 const CREATE_TRIES: usize = 8;
 /// Mount namespaces looked into before giving up.
 const MAX_TRIES: usize = 4;
 const SUFFIX_CLSACT: &str = "-clsact";
 const SUFFIX_QDISC: &str = "-qdisc";
 
-/// The name of a node among the pinned objects: 12 hex digits of the SHA-256 of its canonical state directory.
+/// The name of a node among the pinned objects: 12 hex digits of the SHA-256 of its canonical state
+/// directory.
 pub fn node_name(state_dir: &Path) -> String {
     let path = canonical(state_dir);
     let digest = ring::digest::digest(&ring::digest::SHA256, path.as_os_str().as_encoded_bytes());
     HEXLOWER.encode(digest.as_ref().get(..6).unwrap_or_default())
 }
 
-/// Canonical as far as the path exists, so that a state directory has one name before and after it was removed.
+/// Canonical as far as the path exists, so that a state directory has one name before and after it
+/// was removed.
 fn canonical(path: &Path) -> PathBuf {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let mut missing = Vec::new();
@@ -121,7 +126,8 @@ impl Pin {
 }
 
 impl Pins {
-    /// Finds the bpffs (mounts it where it is missing) and names the node's directory in it; creates nothing there.
+    /// Finds the bpffs (mounts it where it is missing) and names the node's directory in it;
+    /// creates nothing there.
     ///
     /// Must run in the network namespace that the node works in.
     ///
@@ -133,7 +139,8 @@ impl Pins {
         Ok(Self { root: all.join(node), all, cookie: netns_cookie()?, _bpffs: bpffs })
     }
 
-    /// Makes the directories, each root's and private. Those that are there are adopted if nobody else had a hand in them.
+    /// Makes the directories, each root's and private. Those that are there are adopted if nobody
+    /// else had a hand in them.
     ///
     /// # Errors
     /// A directory was made by another user, or is open to others; or it cannot be made.
@@ -233,7 +240,8 @@ impl Pins {
         names(&self.maps()).iter().try_for_each(|path| remove(path))
     }
 
-    /// Removes the node's directory with all that is in it, and `overnode/` when it was the last one.
+    /// Removes the node's directory with all that is in it, and `overnode/` when it was the last
+    /// one.
     pub(super) fn remove_everything(&self) -> io::Result<()> {
         remove_all(&self.root)?;
         match fs::remove_dir(&self.all) {
@@ -278,7 +286,8 @@ fn is_directory(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|found| found.is_dir())
 }
 
-/// Makes a directory, or adopts one that nobody else had a hand in. Its parent must be checked already.
+/// Makes a directory, or adopts one that nobody else had a hand in. Its parent must be checked
+/// already.
 fn make_private(path: &Path) -> Result<(), Untrusted> {
     let failed = |why| Untrusted::Io { path: path.to_owned(), why };
     match DirBuilder::new().mode(DIRECTORY_MODE).create(path) {
@@ -294,7 +303,8 @@ fn make_private(path: &Path) -> Result<(), Untrusted> {
     Ok(())
 }
 
-/// Opens a directory that is this process's own. What is checked is what was opened; a symbolic link is not followed.
+/// Opens a directory that is this process's own. What is checked is what was opened; a symbolic
+/// link is not followed.
 fn open_own(path: &Path) -> Result<File, Untrusted> {
     let failed = |why| Untrusted::Io { path: path.to_owned(), why };
     let flags = libc::O_NOFOLLOW | libc::O_DIRECTORY;
@@ -330,10 +340,12 @@ fn netns_cookie() -> Result<u64> {
     Ok(cookie)
 }
 
-/// The bpffs of the machine's first mount namespace: the one that outlives this process. `ip netns exec` and sandboxes give a
-/// process a mount namespace of its own, and a bpffs mounted there goes away with it.
+/// The bpffs of the machine's first mount namespace: the one that outlives this process.
+/// `ip netns exec` and sandboxes give a process a mount namespace of its own, and a bpffs mounted
+/// there goes away with it.
 ///
-/// The first namespace is PID 1's; or, where that is closed to us, the one of the next process that is not.
+/// The first namespace is PID 1's; or, where that is closed to us, the one of the next process that
+/// is not.
 fn base() -> Result<(PathBuf, Option<OwnedFd>)> {
     let here = Path::new(MOUNT_POINT);
     let own = fs::metadata("/proc/self/ns/mnt").context("/proc must be mounted")?.ino();
@@ -402,8 +414,8 @@ fn mount_if_missing() -> Result<()> {
     })
 }
 
-/// Whether the bpffs seen here is PID 1's, seen through another mount namespace. A unit of systemd has one of its own, and may not enter
-/// others.
+/// Whether the bpffs seen here is PID 1's, seen through another mount namespace. A unit of systemd
+/// has one of its own, and may not enter others.
 fn is_the_first(here: &Path) -> bool {
     let Ok(found) = fs::metadata(here) else { return false };
     let Ok(mounts) = fs::read_to_string("/proc/1/mountinfo") else { return false };

@@ -1,4 +1,5 @@
-//! The bulk path's side of the kernel: the devices of its workers, and the maps by which programs and workers know of each other.
+//! The bulk path's side of the kernel: the devices of its workers, and the maps by which programs
+//! and workers know of each other.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -125,7 +126,8 @@ impl Datapath {
         self.maps.bulk_fds.each_ref().map(OwnedFd::as_fd)
     }
 
-    /// Makes a device for a worker: packets of containers come out of it, and what is written to it is delivered.
+    /// Makes a device for a worker: packets of containers come out of it, and what is written to it
+    /// is delivered.
     ///
     /// # Errors
     /// The kernel has no TUN/TAP devices, or refuses.
@@ -149,7 +151,8 @@ impl Datapath {
         Ok(BulkDevice { file, ifindex: link.index, takes_uso })
     }
 
-    /// Takes over the device of a worker that an earlier daemon started: its program is replaced in place.
+    /// Takes over the device of a worker that an earlier daemon started: its program is replaced in
+    /// place.
     ///
     /// # Errors
     /// There is no such device, or the kernel refuses.
@@ -185,7 +188,8 @@ impl Datapath {
     }
 }
 
-/// True for the devices of this node's workers. One without an alias ends with the daemon that was about to mark it.
+/// True for the devices of this node's workers. One without an alias ends with the daemon that was
+/// about to mark it.
 pub(super) fn is_bulk_device(link: &Link, alias: &str) -> bool {
     link.alias.as_deref() == Some(alias)
         && link.name.strip_prefix(PREFIX).is_some_and(|number| number.parse::<u32>().is_ok())

@@ -57,12 +57,14 @@ impl Datapath {
             self.maps.drops.take().context("somebody else receives the dropped packets already")?;
         // What an earlier daemon was told is old by now.
         while ring.next().is_some() {}
-        // SAFETY: the ring owns its descriptor, always names the same, and is owned by what is returned.
+        // SAFETY: the ring owns its descriptor, always names the same, and is owned by what is
+        // returned.
         let ring = unsafe { AsyncFd::register(ring) };
         Ok(Drops(ring.context("no dropped packets can be received")?))
     }
 
-    /// Lets programs record so many dropped packets for each reason from now on, whatever was left before.
+    /// Lets programs record so many dropped packets for each reason from now on, whatever was left
+    /// before.
     ///
     /// # Errors
     /// The map cannot be written.

@@ -1,4 +1,5 @@
-//! Containers: a veth whose far end is made inside the container's network namespace, or is left for a container engine to move there.
+//! Containers: a veth whose far end is made inside the container's network namespace, or is left
+//! for a container engine to move there.
 
 use std::fs::File;
 use std::net::IpAddr;
@@ -33,10 +34,11 @@ pub enum Place {
         /// Its name there.
         interface: String,
     },
-    /// It stays in the host's namespace, gets its address there, and goes up: the host itself has an address in the container network.
+    /// It stays in the host's namespace, gets its address there, and goes up: the host itself has
+    /// an address in the container network.
     Host,
-    /// It waits in the host's namespace, down and without an address, under the name [`waiting_interface`]: a container engine moves
-    /// it, names it and configures it.
+    /// It waits in the host's namespace, down and without an address, under the name
+    /// [`waiting_interface`]: a container engine moves it, names it and configures it.
     Waiting,
 }
 
@@ -97,7 +99,8 @@ pub fn host_interface(address: IpAddr) -> String {
     format!("ov{id:08x}")
 }
 
-/// The name of the container's end for an address, while it waits in the host's namespace for an engine to move it.
+/// The name of the container's end for an address, while it waits in the host's namespace for an
+/// engine to move it.
 pub fn waiting_interface(address: IpAddr) -> String {
     host_interface(address).replacen("ov", "ovc", 1)
 }
@@ -116,8 +119,8 @@ pub(super) fn is_host_interface(name: &str) -> bool {
     })
 }
 
-/// Deletes the host's end for an address, and with it the container's, of a node whose daemon does not run: it gives the address
-/// back when it runs again. False if there is none.
+/// Deletes the host's end for an address, and with it the container's, of a node whose daemon does
+/// not run: it gives the address back when it runs again. False if there is none.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -133,8 +136,9 @@ impl Datapath {
     /// Plugs a container or the host in. Whatever fails, nothing of it stays.
     ///
     /// # Errors
-    /// The namespace cannot be opened, is the host's own, or has an interface of that name already; the address is outside the subnet
-    /// or attached already; the hardware address is a group's; the host has a route of its own into the subnet; the kernel refuses.
+    /// The namespace cannot be opened, is the host's own, or has an interface of that name already;
+    /// the address is outside the subnet or attached already; the hardware address is a group's;
+    /// the host has a route of its own into the subnet; the kernel refuses.
     pub async fn attach(&mut self, attachment: &Attachment) -> Result<Attached> {
         let Attachment { place, address, mac, host_interface } = attachment;
         ensure!(
@@ -191,8 +195,8 @@ impl Datapath {
         }
     }
 
-    /// Where the host reaches addresses of the subnet by another interface, it would not reach either all containers, or all of what it
-    /// reached until then: other nodes, maybe.
+    /// Where the host reaches addresses of the subnet by another interface, it would not reach
+    /// either all containers, or all of what it reached until then: other nodes, maybe.
     async fn refuse_other_ways(&self) -> Result<()> {
         let subnet = self.network.subnet;
         match self.netlink.route_into(subnet).await? {
@@ -277,7 +281,8 @@ impl Datapath {
         })
     }
 
-    /// Unplugs a container: its interfaces, routes and programs. One that is gone already is no error.
+    /// Unplugs a container: its interfaces, routes and programs. One that is gone already is no
+    /// error.
     ///
     /// # Errors
     /// The interface is somebody else's; the kernel refuses. What could be removed is removed.
@@ -316,8 +321,8 @@ impl Datapath {
     }
 }
 
-/// By the alias; or, when a daemon was killed before it could set that, by name and hardware address, which are there from the
-/// beginning.
+/// By the alias; or, when a daemon was killed before it could set that, by name and hardware
+/// address, which are there from the beginning.
 pub(super) fn is_ours(link: &Link, alias: &str, node: &str) -> bool {
     if is_bulk_device(link, alias) {
         return true;

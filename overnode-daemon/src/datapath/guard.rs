@@ -1,7 +1,9 @@
-//! In containers that have another way out: packets for the container network go into it or nowhere.
+//! In containers that have another way out: packets for the container network go into it or
+//! nowhere.
 //!
-//! A container engine gives its containers a default route of its own. Without more, packets for other containers would take it, and
-//! leave the host unsealed, as soon as the container's interface is gone: after `reset --force`, or when somebody deletes it.
+//! A container engine gives its containers a default route of its own. Without more, packets for
+//! other containers would take it, and leave the host unsealed, as soon as the container's
+//! interface is gone: after `reset --force`, or when somebody deletes it.
 
 use std::net::IpAddr;
 

@@ -1,5 +1,5 @@
-//! A worker's inbox: messages that the programs put into memory. One worker takes them out; layout and rules:
-//! [`overnode_ebpf::map::BulkInbox`].
+//! A worker's inbox: messages that the programs put into memory. One worker takes them out; layout
+//! and rules: [`overnode_ebpf::map::BulkInbox`].
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
@@ -91,7 +91,8 @@ impl Inbox {
         self.messages.at(self.first + (number & (self.len - 1)))
     }
 
-    /// True if messages go to the sockets: the programs have closed the inbox, as something came that does not fit.
+    /// True if messages go to the sockets: the programs have closed the inbox, as something came
+    /// that does not fit.
     pub fn is_closed(&self) -> bool {
         self.state().is_none_or(|state| state.load(Ordering::Relaxed) == INBOX_CLOSED)
     }
@@ -103,7 +104,8 @@ impl Inbox {
         }
     }
 
-    /// The worker is about to wait for its sockets. False if it must not, for there is something in the inbox.
+    /// The worker is about to wait for its sockets. False if it must not, for there is something in
+    /// the inbox.
     pub fn sleep(&self) -> bool {
         let Some(cell) = self.cell() else { return true };
         let slept = cell.state().compare_exchange(
@@ -135,7 +137,8 @@ impl Inbox {
         }
     }
 
-    /// Takes the next message out, if there is one, into `buffer`, which has [`BULK_MESSAGE_LEN`] bytes at least.
+    /// Takes the next message out, if there is one, into `buffer`, which has [`BULK_MESSAGE_LEN`]
+    /// bytes at least.
     pub fn take<'a>(&mut self, buffer: &'a mut [u8]) -> Option<(&'a mut [u8], Origin)> {
         loop {
             let place = self.place(self.tail)?;

@@ -1,5 +1,5 @@
-//! Interfaces, addresses and routes of the network namespace in which [`Netlink::open`] was called, by rtnetlink.
-//! sysfs would show another namespace's after `nsenter --net`.
+//! Interfaces, addresses and routes of the network namespace in which [`Netlink::open`] was called,
+//! by rtnetlink. sysfs would show another namespace's after `nsenter --net`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::RawFd;
@@ -212,7 +212,8 @@ impl Netlink {
         Ok(addresses)
     }
 
-    /// How the kernel would send to `destination`, if it would, through `interface` if one is given.
+    /// How the kernel would send to `destination`, if it would, through `interface` if one is
+    /// given.
     pub(super) async fn route(
         &self,
         destination: IpAddr,
@@ -271,7 +272,8 @@ impl Netlink {
         None
     }
 
-    /// A route of the main table, other than a default route, to something that overlaps with `subnet`, and its interface.
+    /// A route of the main table, other than a default route, to something that overlaps with
+    /// `subnet`, and its interface.
     pub(super) async fn route_into(&self, subnet: IpNet) -> Result<Option<(IpNet, String)>> {
         let message = match subnet {
             IpNet::V4(_) => RouteMessageBuilder::<Ipv4Addr>::new().build(),
@@ -302,7 +304,8 @@ impl Netlink {
         Ok(Some((prefix, link.map_or_else(|| "no interface".to_owned(), |link| link.name))))
     }
 
-    /// Rules by which packets for `subnet` take a route of their own or none, but not the default route.
+    /// Rules by which packets for `subnet` take a route of their own or none, but not the default
+    /// route.
     pub(super) async fn add_guard(&self, subnet: IpNet) -> Result<()> {
         for rule in self.guard(subnet) {
             match rule.execute().await {

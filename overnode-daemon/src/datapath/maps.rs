@@ -1,5 +1,6 @@
-//! Typed access to the maps. `PEERS` and `SESSIONS` are mapped into memory and changed word by word: rewriting a whole value
-//! would set back what a program counted meanwhile, and a message counter set back is a nonce used twice.
+//! Typed access to the maps. `PEERS` and `SESSIONS` are mapped into memory and changed word by
+//! word: rewriting a whole value would set back what a program counted meanwhile, and a message
+//! counter set back is a nonce used twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -87,7 +88,8 @@ impl Layout {
     }
 }
 
-/// How the maps that are pinned already differ from what this daemon needs; empty if they do not, or if none are.
+/// How the maps that are pinned already differ from what this daemon needs; empty if they do not,
+/// or if none are.
 pub(super) fn pinned_mismatches(pins: &Pins) -> Vec<String> {
     LAYOUTS
         .iter()
@@ -345,7 +347,8 @@ impl<T: Pod> Cell<'_, T> {
                 value.as_mut_ptr().cast::<u32>().add(word).write(seen);
             }
         }
-        // SAFETY: all words were written (`size_of` is a multiple of 4, asserted in `map.rs`); any bits are valid.
+        // SAFETY: all words were written (`size_of` is a multiple of 4, asserted in `map.rs`); any
+        // bits are valid.
         unsafe { value.assume_init() }
     }
 
@@ -388,7 +391,8 @@ macro_rules! fields {
         impl<'a> Cell<'a, $type> {
             $(
                 pub(super) fn $field(self) -> &'a $atomic {
-                    // SAFETY: the field of a live, aligned value; programs change it by single stores as well.
+                    // SAFETY: the field of a live, aligned value; programs change it by single
+                    // stores as well.
                     unsafe { <$atomic>::from_ptr(&raw mut (*self.pointer.as_ptr()).$field) }
                 }
             )+
@@ -417,7 +421,8 @@ fields!(Peer {
 });
 
 impl Cell<'_, Peer> {
-    /// Sets the underlay addresses. A message sealed in between may go to a mixture: it is lost, not leaked.
+    /// Sets the underlay addresses. A message sealed in between may go to a mixture: it is lost,
+    /// not leaked.
     pub(super) fn set_path(self, remote: IpAddr, port: u16, local: Option<IpAddr>, ifindex: u32) {
         // SAFETY: the field lies in a live value; bytes have no alignment.
         unsafe { store_bytes(&raw mut (*self.pointer.as_ptr()).remote, to_map(remote)) };

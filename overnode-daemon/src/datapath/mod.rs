@@ -1,8 +1,9 @@
 //! Programs the kernel: interfaces, eBPF programs, maps. Thin: what to do is decided elsewhere.
 //!
-//! Everything is pinned and every program stays attached when the daemon goes away, so traffic goes on; the next
-//! daemon finds it by the state directory's name ([`node_name`]) and replaces the programs one by one, in place. Works in the
-//! network namespace of the thread that calls [`Datapath::open`]; all threads that use it must be in that one.
+//! Everything is pinned and every program stays attached when the daemon goes away, so traffic goes
+//! on; the next daemon finds it by the state directory's name ([`node_name`]) and replaces the
+//! programs one by one, in place. Works in the network namespace of the thread that calls
+//! [`Datapath::open`]; all threads that use it must be in that one.
 
 mod bpffs;
 mod bulk;
@@ -110,7 +111,8 @@ pub struct Datapath {
     endpoints: BTreeMap<String, u32>,
     /// Devices of the bulk path's workers.
     bulk_devices: BTreeSet<u32>,
-    /// Largest inner packet that the underlay interface leaves room for on the straight way, by peer, bytes.
+    /// Largest inner packet that the underlay interface leaves room for on the straight way, by
+    /// peer, bytes.
     largest: BTreeMap<PeerIndex, u32>,
 }
 
@@ -121,12 +123,13 @@ impl fmt::Debug for Datapath {
 }
 
 impl Datapath {
-    /// Loads the programs, takes over what an earlier daemon left (maps, sessions, attached programs, which are replaced in place)
-    /// and makes the normaliser. Must be followed by [`Datapath::reconcile`] with the containers that the node knows.
+    /// Loads the programs, takes over what an earlier daemon left (maps, sessions, attached
+    /// programs, which are replaced in place) and makes the normaliser. Must be followed by
+    /// [`Datapath::reconcile`] with the containers that the node knows.
     ///
     /// # Errors
-    /// Not root; the kernel lacks something, which is named; interfaces `ovn0` or `ovn1` of somebody else exist; maps of another
-    /// version are in use.
+    /// Not root; the kernel lacks something, which is named; interfaces `ovn0` or `ovn1` of
+    /// somebody else exist; maps of another version are in use.
     pub async fn open(options: OpenOptions<'_>) -> Result<Self> {
         let node = node_name(options.state_dir);
         let alias = alias_of(&node);
@@ -212,7 +215,8 @@ impl Datapath {
         self.routes.owned_by(peer).collect()
     }
 
-    /// Sets which prefixes this node owns, instead of those it had: what is not attached there is nowhere.
+    /// Sets which prefixes this node owns, instead of those it had: what is not attached there is
+    /// nowhere.
     ///
     /// # Errors
     /// The table is full.
@@ -254,7 +258,8 @@ impl Datapath {
                 })
             };
             if is_ours(link, &self.alias, &self.node) && has(FROM_CONTAINER) {
-                // What fails keeps its old program, or is about to vanish: a matter of one container.
+                // What fails keeps its old program, or is about to vanish: a matter of one
+                // container.
                 if let Err(error) = self.programs.attach(FROM_CONTAINER, link, &self.pins) {
                     warn!(%error, interface = link.name, "the program of an earlier daemon stays");
                 }
@@ -285,7 +290,8 @@ impl Datapath {
         })
     }
 
-    /// Makes the map hold what the table wants, as far as it can. What fails is tried again with the next change.
+    /// Makes the map hold what the table wants, as far as it can. What fails is tried again with
+    /// the next change.
     fn sync_routes(&mut self) -> Result<()> {
         let wanted = self.routes.wanted();
         // The first time may have made the room that it lacked.
@@ -336,7 +342,8 @@ fn alias_of(node: &str) -> String {
     format!("overnode:{node}")
 }
 
-/// A locally administered hardware address whose first four bytes tell the node, the last two are `last`.
+/// A locally administered hardware address whose first four bytes tell the node, the last two are
+/// `last`.
 fn mac_of(node: &str, last: [u8; 2]) -> Mac {
     let byte = |at: usize| {
         node.get(at..at + 2).and_then(|hex| u8::from_str_radix(hex, 16).ok()).unwrap_or(0)
@@ -344,9 +351,9 @@ fn mac_of(node: &str, last: [u8; 2]) -> Mac {
     [2, byte(0), byte(2), byte(4), last[0], last[1]]
 }
 
-/// No IPv6 on an interface of ours, and nothing that comes in by it is for the host's own stack: should its program ever be taken
-/// away, by whomever, packets of containers are neither forwarded nor delivered. Where /proc is read-only, addr_gen_mode
-/// alone has to do.
+/// No IPv6 on an interface of ours, and nothing that comes in by it is for the host's own stack:
+/// should its program ever be taken away, by whomever, packets of containers are neither forwarded
+/// nor delivered. Where /proc is read-only, addr_gen_mode alone has to do.
 fn quieten(interface: &str) {
     for (family, setting, value) in
         [("ipv6", "disable_ipv6", "1"), ("ipv4", "forwarding", "0"), ("ipv4", "rp_filter", "1")]

@@ -138,8 +138,8 @@ impl OwnNetns {
     }
 }
 
-/// Runs `work` on a new thread that has entered `namespace`, with a tokio runtime of its own: sockets belong to the namespace of
-/// the thread that opens them.
+/// Runs `work` on a new thread that has entered `namespace`, with a tokio runtime of its own:
+/// sockets belong to the namespace of the thread that opens them.
 ///
 /// # Errors
 /// The namespace cannot be entered, or the error of `work`.

@@ -1,5 +1,5 @@
-//! The normaliser: a veth pair whose first end has every transmit offload off, so that the kernel segments and checksums what is
-//! redirected to it; `seal` sits at the ingress of the second end.
+//! The normaliser: a veth pair whose first end has every transmit offload off, so that the kernel
+//! segments and checksums what is redirected to it; `seal` sits at the ingress of the second end.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -14,7 +14,8 @@ use super::{mac_of, offload, quieten};
 pub(super) const FIRST: &str = "ovn0";
 /// They come out of it.
 pub(super) const SECOND: &str = "ovn1";
-/// Greater than any container's, and room for the outer headers: the helper that makes room checks it.
+/// Greater than any container's, and room for the outer headers: the helper that makes room checks
+/// it.
 const MTU: u32 = 65535;
 
 #[derive(Debug)]
@@ -30,7 +31,8 @@ impl Normaliser {
     pub(super) async fn ensure(netlink: &Netlink, alias: &str, node: &str) -> Result<Self> {
         let found = [netlink.link_named(FIRST).await?, netlink.link_named(SECOND).await?];
         for link in found.iter().flatten() {
-            // Killed between making the pair and marking it, a daemon leaves one that only its address shows as ours.
+            // Killed between making the pair and marking it, a daemon leaves one that only its
+            // address shows as ours.
             let is_ours = match &link.alias {
                 Some(found) => found == alias,
                 None => link.mac.is_some_and(|mac| mac.starts_with(&mac_of(node, [0; 2])[..4])),
@@ -112,8 +114,8 @@ impl Normaliser {
 }
 
 fn packet_socket() -> Result<OwnedFd> {
-    // Protocol 0: it receives nothing.
-    // SAFETY: a plain system call; the descriptor is owned from here on.
+    // Protocol 0: it receives nothing. SAFETY: a plain system call; the descriptor is owned from
+    // here on.
     match unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) } {
         -1 => {
             Err(io::Error::last_os_error()).context("a packet socket cannot be opened: run as root")

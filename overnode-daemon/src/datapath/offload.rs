@@ -14,7 +14,8 @@ const ETHTOOL_SFEATURES: u32 = 0x3b;
 const ETH_SS_FEATURES: u32 = 4;
 const NAME_LEN: usize = 32;
 
-/// Turns off everything that would let a packet leave unfinished: segmentation, checksums, scatter-gather. Checks it.
+/// Turns off everything that would let a packet leave unfinished: segmentation, checksums,
+/// scatter-gather. Checks it.
 ///
 /// # Errors
 /// The interface does not exist, or its driver keeps one of them on.
@@ -32,8 +33,9 @@ pub(super) fn receive_aggregated(interface: &str) -> Result<()> {
         .with_context(|| format!("GRO of {interface} cannot be turned on"))
 }
 
-/// Turns TCP segmentation off at the host's end of a veth: for what such an end sends, a veth does GRO at the other end only
-/// when this is off (`veth_skb_is_eligible_for_gro`, Linux 5.13). Nothing sends large segments through that end.
+/// Turns TCP segmentation off at the host's end of a veth: for what such an end sends, a veth does
+/// GRO at the other end only when this is off (`veth_skb_is_eligible_for_gro`, Linux 5.13). Nothing
+/// sends large segments through that end.
 ///
 /// # Errors
 /// The interface does not exist, or its driver keeps one of them on.

@@ -68,13 +68,14 @@ impl Datapath {
     /// They are taken already; the event loop refuses.
     pub fn probes(&mut self) -> Result<Probes> {
         let ring = self.maps.probes.take().context("somebody else receives the probes already")?;
-        // SAFETY: the ring owns its descriptor, always names the same, and is owned by what is returned.
+        // SAFETY: the ring owns its descriptor, always names the same, and is owned by what is
+        // returned.
         let ring = unsafe { AsyncFd::register(ring) };
         Ok(Probes(ring.context("no probes can be received")?))
     }
 
-    /// Sends a probe over the straight path to a peer, inside a UDP datagram to the peer's node address. Without a session nothing is
-    /// sent (and the drop is counted).
+    /// Sends a probe over the straight path to a peer, inside a UDP datagram to the peer's node
+    /// address. Without a session nothing is sent (and the drop is counted).
     ///
     /// # Errors
     /// The packet is larger than any interface takes, or the normaliser is gone.
@@ -118,7 +119,8 @@ impl Datapath {
         Ok(())
     }
 
-    /// Largest inner packet that the underlay interface leaves room for on the straight way to a peer, bytes.
+    /// Largest inner packet that the underlay interface leaves room for on the straight way to a
+    /// peer, bytes.
     pub fn largest(&self, peer: PeerIndex) -> u32 {
         self.largest.get(&peer).copied().unwrap_or_else(|| self.container_mtu())
     }

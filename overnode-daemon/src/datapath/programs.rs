@@ -32,7 +32,8 @@ pub(super) const FROM_UNDERLAY: &str = "from_underlay";
 /// The same for XDP.
 pub(super) const FROM_UNDERLAY_XDP: &str = "from_underlay_xdp";
 
-/// Priority and handle of filters of the older kind. 0x6784 is for the port: a handle that nobody else picks.
+/// Priority and handle of filters of the older kind. 0x6784 is for the port: a handle that nobody
+/// else picks.
 const FILTER: (u16, TcHandle) = (1, TcHandle::new(0, 0x6784));
 
 /// How TC programs are attached.
@@ -62,7 +63,8 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// Loads the object with the pinned maps of `pins`; maps that are not there yet are created and pinned.
+    /// Loads the object with the pinned maps of `pins`; maps that are not there yet are created and
+    /// pinned.
     ///
     /// # Errors
     /// The kernel refuses; the text names what it lacks.
@@ -91,8 +93,8 @@ impl Programs {
         self.hook
     }
 
-    /// Attaches a TC program to the ingress of `link`, before those of others. One that an earlier daemon attached is replaced
-    /// in one step.
+    /// Attaches a TC program to the ingress of `link`, before those of others. One that an earlier
+    /// daemon attached is replaced in one step.
     pub(super) fn attach(&mut self, name: &'static str, link: &Link, pins: &Pins) -> Result<()> {
         if self.hook == Hook::Tcx {
             match self.attach_tcx(name, link, pins) {
@@ -229,7 +231,8 @@ impl Drop for Programs {
     }
 }
 
-/// Takes a filter of the older kind away, and the qdisc that it needed if that is ours and serves nobody else.
+/// Takes a filter of the older kind away, and the qdisc that it needed if that is ours and serves
+/// nobody else.
 pub(super) fn detach_filter(name: &str, link: &Link, pins: &Pins) -> Result<()> {
     let filter = Pin::Filter { ifindex: link.index, program: name.into() };
     if !pins.is_there(&filter) {

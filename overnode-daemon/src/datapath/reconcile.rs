@@ -34,14 +34,15 @@ pub struct Lost {
     pub host_interface: String,
     /// Its address.
     pub address: IpAddr,
-    /// True if its network namespace is still there, so that it can be attached again. Never for a process's: its number may be
-    /// another's by now.
+    /// True if its network namespace is still there, so that it can be attached again. Never for a
+    /// process's: its number may be another's by now.
     pub netns_exists: bool,
 }
 
 impl Datapath {
-    /// Removes this node's interfaces, pins and map entries that none of `known` needs; repairs what can be repaired (programs,
-    /// the normaliser, local addresses); tells which of `known` are gone. Other people's interfaces are never touched.
+    /// Removes this node's interfaces, pins and map entries that none of `known` needs; repairs
+    /// what can be repaired (programs, the normaliser, local addresses); tells which of `known` are
+    /// gone. Other people's interfaces are never touched.
     ///
     /// # Errors
     /// Netlink cannot be asked. What cannot be removed is logged, and tried again the next time.
@@ -137,8 +138,8 @@ impl Datapath {
             .collect())
     }
 
-    /// Attaches anew, which replaces what is there without a gap: anybody may have removed a filter, or detached a link that is still
-    /// pinned. False if the interface has no program.
+    /// Attaches anew, which replaces what is there without a gap: anybody may have removed a
+    /// filter, or detached a link that is still pinned. False if the interface has no program.
     fn keep_program(&mut self, program: &'static str, link: &Link) -> bool {
         let Err(error) = self.programs.attach(program, link, &self.pins) else { return true };
         warn!(%error, interface = link.name, "its program cannot be attached anew");

@@ -13,9 +13,9 @@ use crate::types::PeerIndex;
 /// Routes that peers may fill the map with: room for this host's containers and ranges is kept.
 const PEER_ROUTES: usize = (ROUTE_SLOTS - 2 * ENDPOINT_SLOTS) as usize;
 
-/// The wanted routes, by owner. Where several want the same prefix: what is attached here wins over what this node
-/// owns, that over a peer, and the lower peer index over the higher. Where peers want more than the map holds, each gets as many as the
-/// others, its first ones.
+/// The wanted routes, by owner. Where several want the same prefix: what is attached here wins over
+/// what this node owns, that over a peer, and the lower peer index over the higher. Where peers
+/// want more than the map holds, each gets as many as the others, its first ones.
 #[derive(Debug, Default)]
 pub(super) struct RouteTable {
     local: BTreeMap<IpNet, Route>,
@@ -113,7 +113,8 @@ impl RouteTable {
     }
 }
 
-/// What turns `installed` into `wanted`: additions first, so that no destination is without a route in between.
+/// What turns `installed` into `wanted`: additions first, so that no destination is without a route
+/// in between.
 pub(super) fn difference(
     installed: &BTreeMap<IpNet, Route>,
     wanted: &BTreeMap<IpNet, Route>,

@@ -1,7 +1,8 @@
 //! Peers and their sessions in `PEERS` and `SESSIONS`.
 //!
-//! A slot is filled while its state says `FREE`, then published by its state, then by the peer's `tx_slot`. It is withdrawn in the
-//! reverse order, and wiped when no program can be reading its keys any more.
+//! A slot is filled while its state says `FREE`, then published by its state, then by the peer's
+//! `tx_slot`. It is withdrawn in the reverse order, and wiped when no program can be reading its
+//! keys any more.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,8 +22,8 @@ use super::maps::{Cell, Slots};
 use crate::handshake::{REJECT_AFTER_TIME, SessionKeys};
 use crate::types::{PeerIndex, PublicKey, Secret, from_map};
 
-/// Programs run to their end in far less than this; until then a withdrawn slot keeps its keys. Half of the second after which
-/// the handshakes use a slot again.
+/// Programs run to their end in far less than this; until then a withdrawn slot keeps its keys.
+/// Half of the second after which the handshakes use a slot again.
 const QUARANTINE: Duration = Duration::from_millis(500);
 
 /// A peer as the maps hold it.
@@ -126,14 +127,15 @@ impl Datapath {
         Ok(peers)
     }
 
-    /// Configures a peer: finds the way to `endpoint` and takes messages on the interface that leads there. Without an endpoint the present
-    /// one stays. A peer that has another key now loses its sessions first.
+    /// Configures a peer: finds the way to `endpoint` and takes messages on the interface that
+    /// leads there. Without an endpoint the present one stays. A peer that has another key now
+    /// loses its sessions first.
     ///
     /// No route to the endpoint is no error: [`Datapath::refresh`] tries again.
     ///
     /// # Errors
-    /// The index is out of range; netlink or a map refuses. An interface that cannot be used is told in
-    /// [`Datapath::underlay`] instead.
+    /// The index is out of range; netlink or a map refuses. An interface that cannot be used is
+    /// told in [`Datapath::underlay`] instead.
     pub async fn set_peer(
         &mut self,
         peer: PeerIndex,
@@ -207,7 +209,8 @@ impl Datapath {
         Ok(())
     }
 
-    /// Takes a session away. Its keys are wiped half a second later, when no program uses them any more. One that is gone is no error.
+    /// Takes a session away. Its keys are wiped half a second later, when no program uses them any
+    /// more. One that is gone is no error.
     ///
     /// # Errors
     /// The index cannot be one of a slot.
@@ -224,7 +227,8 @@ impl Datapath {
         Ok(())
     }
 
-    /// Sends an empty message to a peer, under the session that seals now; without one, nothing is sent (and the drop is counted).
+    /// Sends an empty message to a peer, under the session that seals now; without one, nothing is
+    /// sent (and the drop is counted).
     ///
     /// # Errors
     /// The normaliser is gone.
@@ -252,8 +256,8 @@ impl Datapath {
         wipe_later(Arc::clone(&self.maps.sessions), vec![slot]);
     }
 
-    /// Withdraws sessions of peers that are not configured and wipes free slots that still hold something: what a daemon that was
-    /// killed left.
+    /// Withdraws sessions of peers that are not configured and wipes free slots that still hold
+    /// something: what a daemon that was killed left.
     pub(super) fn clean_sessions(&self) {
         let mut left = Vec::new();
         for slot in 1..self.maps.sessions.len() {

@@ -12,10 +12,12 @@ use super::{Datapath, alias_of};
 use crate::fault;
 
 impl Datapath {
-    /// Removes interfaces, filters, programs, maps and directories of the node whose state directory this is or was. Needs no daemon
-    /// and no state directory; goes on after errors and returns them all.
+    /// Removes interfaces, filters, programs, maps and directories of the node whose state
+    /// directory this is or was. Needs no daemon and no state directory; goes on after errors and
+    /// returns them all.
     ///
-    /// A daemon that still holds a [`Datapath`] keeps its maps and programs in memory, unattached, until it drops it.
+    /// A daemon that still holds a [`Datapath`] keeps its maps and programs in memory, unattached,
+    /// until it drops it.
     pub async fn tear_down(state_dir: &Path) -> Vec<anyhow::Error> {
         let node = node_name(state_dir);
         let mut errors = Vec::new();

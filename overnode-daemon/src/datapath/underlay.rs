@@ -16,10 +16,12 @@ use super::links::Link;
 use super::programs::{FROM_UNDERLAY, FROM_UNDERLAY_XDP, Hook};
 use crate::types::{PeerIndex, from_map};
 
-/// What every IPv4 host must accept (RFC 1122 section 3.3.2): an underlay is taken to carry no less.
+/// What every IPv4 host must accept (RFC 1122 section 3.3.2): an underlay is taken to carry no
+/// less.
 ///
-/// Containers get what is left of the underlay even where that is less than IPv6 needs, for Linux does not believe in paths of less than
-/// 552 bytes (`net.ipv4.route.min_pmtu`), however often it is told.
+/// Containers get what is left of the underlay even where that is less than IPv6 needs, for Linux
+/// does not believe in paths of less than 552 bytes (`net.ipv4.route.min_pmtu`), however often it
+/// is told.
 const LEAST_UNDERLAY: u32 = 576;
 /// What an interface is taken for while none is known.
 const USUAL_MTU: u32 = 1500;
@@ -79,7 +81,8 @@ impl Datapath {
         }
     }
 
-    /// MTU of containers attached from now on, bytes: as configured, else what the narrowest underlay interface leaves over IPv6.
+    /// MTU of containers attached from now on, bytes: as configured, else what the narrowest
+    /// underlay interface leaves over IPv6.
     pub fn container_mtu(&self) -> u32 {
         if let Some(mtu) = self.mtu {
             return mtu;
@@ -144,8 +147,8 @@ impl Datapath {
         self.interface.is_none() || self.underlay.main == Some(ifindex)
     }
 
-    /// As [`Self::ensure_underlay`]; an interface that cannot be used is told in [`Self::underlay`], and keeps no other peer from being
-    /// configured.
+    /// As [`Self::ensure_underlay`]; an interface that cannot be used is told in
+    /// [`Self::underlay`], and keeps no other peer from being configured.
     pub async fn try_underlay(&mut self, ifindex: u32) {
         self.underlay.tried.insert(ifindex);
         let Err(error) = self.ensure_underlay(ifindex).await else {
@@ -159,8 +162,8 @@ impl Datapath {
         }
     }
 
-    /// Follows changes of the host's addresses, routes and interfaces: call it after [`super::LinkEvent::AddressesChanged`] and
-    /// [`super::LinkEvent::RoutesChanged`].
+    /// Follows changes of the host's addresses, routes and interfaces: call it after
+    /// [`super::LinkEvent::AddressesChanged`] and [`super::LinkEvent::RoutesChanged`].
     ///
     /// # Errors
     /// Netlink or a map refuses; what was done until then stays.
@@ -182,7 +185,8 @@ impl Datapath {
 
     /// Addresses and interfaces, without the peers.
     pub(super) async fn refresh_host(&mut self) -> Result<()> {
-        // A host with more addresses than the map holds (a load balancer's, say) must still start: the lowest ones count.
+        // A host with more addresses than the map holds (a load balancer's, say) must still start:
+        // the lowest ones count.
         let addresses: BTreeSet<IpAddr> = self
             .netlink
             .addresses()
@@ -226,8 +230,8 @@ impl Datapath {
         self.find_path(peer, endpoint, moved).await
     }
 
-    /// Looks the route up and enters it. Unless the peer `moved`, the source address that the program learned stays while it is
-    /// one of the host's and the interface stays.
+    /// Looks the route up and enters it. Unless the peer `moved`, the source address that the
+    /// program learned stays while it is one of the host's and the interface stays.
     async fn find_path(
         &mut self,
         peer: PeerIndex,
@@ -288,8 +292,8 @@ fn is_reachable(address: &IpAddr) -> bool {
     !is_link_local
 }
 
-/// Largest inner packet (from its IP header on) for outer packets of `path_mtu` bytes. Padding never exceeds it, so nothing is
-/// rounded off.
+/// Largest inner packet (from its IP header on) for outer packets of `path_mtu` bytes. Padding
+/// never exceeds it, so nothing is rounded off.
 const fn largest_inner(path_mtu: u32, ipv6: bool) -> u32 {
     let overhead = if ipv6 { OVERHEAD_IPV6 } else { OVERHEAD_IPV4 } + TAG_LEN;
     path_mtu.saturating_sub(overhead as u32)

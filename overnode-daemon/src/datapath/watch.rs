@@ -39,8 +39,8 @@ struct Seen {
 }
 
 impl Datapath {
-    /// Events from now on, until the receiver is dropped. When the kernel dropped some, everything is said to have changed; run
-    /// [`Datapath::reconcile`] for containers then as each minute.
+    /// Events from now on, until the receiver is dropped. When the kernel dropped some, everything
+    /// is said to have changed; run [`Datapath::reconcile`] for containers then as each minute.
     ///
     /// # Errors
     /// No netlink socket can be opened.
@@ -131,7 +131,8 @@ impl Seen {
         let NetlinkPayload::InnerMessage(message) = payload else { return };
         match message {
             RouteNetlinkMessage::DelLink(link) => {
-                // A bridge port that leaves its bridge is also told as a deletion, of the family AF_BRIDGE.
+                // A bridge port that leaves its bridge is also told as a deletion, of the family
+                // AF_BRIDGE.
                 let name = link.attributes.into_iter().find_map(|attribute| match attribute {
                     LinkAttribute::IfName(name) => Some(name),
                     _ => None,

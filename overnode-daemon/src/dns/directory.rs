@@ -42,7 +42,8 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// `domains`: the first is the one that reverse lookups name. `subnet`: whose addresses nobody else knows.
+    /// `domains`: the first is the one that reverse lookups name. `subnet`: whose addresses nobody
+    /// else knows.
     pub fn new(domains: Vec<Domain>, subnet: IpNet, zone: Zone) -> Self {
         Self { domains, subnet, zone }
     }

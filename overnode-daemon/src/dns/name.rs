@@ -1,4 +1,5 @@
-//! Names as nodes tell them to each other: lower-case labels with dots between them, without the domain and without a dot at the end.
+//! Names as nodes tell them to each other: lower-case labels with dots between them, without the
+//! domain and without a dot at the end.
 
 use hickory_proto::rr::Name;
 
@@ -32,7 +33,8 @@ pub fn is_relative(name: &str) -> bool {
     name.len() <= MAX_NAME && name.split('.').all(is_label)
 }
 
-/// What somebody typed, with or without the domain and the dot at the end, in the form that travels.
+/// What somebody typed, with or without the domain and the dot at the end, in the form that
+/// travels.
 ///
 /// # Errors
 /// [`BadName`].
@@ -76,7 +78,8 @@ impl Domain {
         &self.name
     }
 
-    /// The part of a name before this domain: empty for the domain itself, none for a name outside, or one that nobody can have.
+    /// The part of a name before this domain: empty for the domain itself, none for a name outside,
+    /// or one that nobody can have.
     pub(super) fn part_before(&self, name: &Name) -> Option<String> {
         // `Name::num_labels` leaves out an asterisk.
         let labels = name.iter().count().checked_sub(self.name.iter().count())?;

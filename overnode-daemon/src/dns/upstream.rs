@@ -28,7 +28,8 @@ const UDP_PAYLOAD: u16 = 1232;
 
 type Pool = NameServerPool<TokioRuntimeProvider>;
 
-/// Asks the resolvers that a file like `/etc/resolv.conf` names, by UDP, and by TCP what does not fit. The file may change.
+/// Asks the resolvers that a file like `/etc/resolv.conf` names, by UDP, and by TCP what does not
+/// fit. The file may change.
 pub struct Upstream {
     file: PathBuf,
     own: IpAddr,
@@ -45,8 +46,9 @@ struct State {
 }
 
 impl Upstream {
-    /// `own`: the address at which this node's own server answers, which is never asked. `subnet`: answers must not name addresses of it,
-    /// or anybody who owns a name could make containers' browsers talk to other containers (DNS rebinding).
+    /// `own`: the address at which this node's own server answers, which is never asked. `subnet`:
+    /// answers must not name addresses of it, or anybody who owns a name could make containers'
+    /// browsers talk to other containers (DNS rebinding).
     pub fn new(file: &Path, own: IpAddr, subnet: IpNet) -> Self {
         Self { file: file.to_owned(), own, subnet, state: Mutex::default() }
     }
@@ -103,7 +105,8 @@ impl Upstream {
         (state.servers.clone(), state.pool.clone())
     }
 
-    /// The resolvers that a file names, without this node's own server: a question would go round for ever.
+    /// The resolvers that a file names, without this node's own server: a question would go round
+    /// for ever.
     fn usable(&self, text: &[u8]) -> Vec<IpAddr> {
         let Ok((config, _)) = parse_resolv_conf(text) else { return Vec::new() };
         let servers = config.name_servers().iter().map(|server| server.ip);

@@ -12,7 +12,8 @@ use crate::types::NodeId;
 /// Most addresses, or names, of one answer: a random choice of them.
 pub const MAX_ANSWERS: usize = 256;
 
-/// The names of all nodes. What a node that is not reached says does not count, until it is reached again.
+/// The names of all nodes. What a node that is not reached says does not count, until it is reached
+/// again.
 #[derive(Debug)]
 pub struct Zone {
     nodes: BTreeMap<NodeId, Vec<Named>>,

@@ -1,7 +1,9 @@
-//! Asks the engine: which containers have our endpoints, and for the default network. Everything has a time and a size limit, and an
-//! engine that is not there or does not answer is no error: it is asked again later.
+//! Asks the engine: which containers have our endpoints, and for the default network. Everything
+//! has a time and a size limit, and an engine that is not there or does not answer is no error: it
+//! is asked again later.
 //!
-//! The engine's API (docs.docker.com/reference/api/engine), without a version in the path: an engine takes its newest then.
+//! The engine's API (docs.docker.com/reference/api/engine), without a version in the path: an
+//! engine takes its newest then.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -62,7 +64,8 @@ pub enum Order {
 pub enum News {
     /// What the engine has.
     Report(Report),
-    /// Of making the default network: it is there; or why not, and whether that is worth telling. It is tried again.
+    /// Of making the default network: it is there; or why not, and whether that is worth telling.
+    /// It is tried again.
     Default(Result<(), NotDone>),
     /// Of removing the default network.
     Removed(Result<(), NotDone>),
@@ -260,8 +263,9 @@ impl Engine {
         Ok(Report::of(containers, networks))
     }
 
-    /// Of these networks those that stay when there is one default network only. An engine that is asked for it again, because it took longer
-    /// than an answer may take, makes another, and both have one name.
+    /// Of these networks those that stay when there is one default network only. An engine that is
+    /// asked for it again, because it took longer than an answer may take, makes another, and both
+    /// have one name.
     async fn without_surplus(
         &self,
         networks: Vec<ListedNetwork>,
@@ -285,7 +289,8 @@ impl Engine {
         Ok(kept)
     }
 
-    /// Whether the engine is one of those that are supported. One that does not tell its version is taken at its word later.
+    /// Whether the engine is one of those that are supported. One that does not tell its version is
+    /// taken at its word later.
     async fn check_version(&self) -> Result<(), NotDone> {
         let found: Version = self.get("/version").await?;
         match too_old(&found) {

@@ -1,6 +1,8 @@
-//! The documents of the two protocols, as `libnetwork/drivers/remote/api` and `libnetwork/ipams/remote/api` of moby/moby name them.
+//! The documents of the two protocols, as `libnetwork/drivers/remote/api` and
+//! `libnetwork/ipams/remote/api` of moby/moby name them.
 //!
-//! An engine may know fields that are not here, and may send `null` for an empty map or document: neither is an error.
+//! An engine may know fields that are not here, and may send `null` for an empty map or document:
+//! neither is an error.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -276,7 +278,8 @@ pub enum Response {
     /// To [`Request::Join`].
     #[serde(rename_all = "PascalCase")]
     Joined {
-        /// What the engine has to move into the container. There is no gateway: the engine sees to a way out of its own.
+        /// What the engine has to move into the container. There is no gateway: the engine sees to
+        /// a way out of its own.
         interface_name: InterfaceName,
     },
     /// To all others: nothing.
@@ -318,7 +321,8 @@ impl Request {
     /// Reads a request from its path and its body.
     ///
     /// # Errors
-    /// [`Refusal::Unknown`] for another path, [`Refusal::Malformed`] for a body that is not what belongs to it.
+    /// [`Refusal::Unknown`] for another path, [`Refusal::Malformed`] for a body that is not what
+    /// belongs to it.
     pub fn parse(path: &str, body: &[u8]) -> Result<Self, Refusal> {
         Ok(match path {
             "/Plugin.Activate" => Self::Activate,

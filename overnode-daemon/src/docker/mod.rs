@@ -1,12 +1,15 @@
-//! The networks and addresses of a Docker engine: its remote-driver protocols, served on a plugin socket.
+//! The networks and addresses of a Docker engine: its remote-driver protocols, served on a plugin
+//! socket.
 //!
-//! [`message`] are the documents, [`plan`] decides, [`server`] is the plugin's socket, [`engine`] asks the engine itself (which
-//! containers there are, and for the default network). The node carries out what [`plan`] decides.
+//! [`message`] are the documents, [`plan`] decides, [`server`] is the plugin's socket, [`engine`]
+//! asks the engine itself (which containers there are, and for the default network). The node
+//! carries out what [`plan`] decides.
 //!
-//! The protocols: moby/moby, `libnetwork/docs/remote.md` and `libnetwork/docs/ipam.md`. The engine asks for an address (it is on disk
-//! before it is answered), makes an endpoint of it, joins that to a sandbox (the container's network namespace), and undoes the three
-//! one by one. It may ask twice, after a restart of either side it may ask for what is done already or gone already, and what
-//! it asks to be removed and nobody knows counts as removed.
+//! The protocols: moby/moby, `libnetwork/docs/remote.md` and `libnetwork/docs/ipam.md`. The engine
+//! asks for an address (it is on disk before it is answered), makes an endpoint of it, joins that
+//! to a sandbox (the container's network namespace), and undoes the three one by one. It may ask
+//! twice, after a restart of either side it may ask for what is done already or gone already, and
+//! what it asks to be removed and nobody knows counts as removed.
 
 pub mod engine;
 pub mod message;
@@ -44,7 +47,8 @@ pub struct Places {
     pub engine: PathBuf,
 }
 
-/// The tasks that speak with the engine. They end, and the plugin's socket goes away, when this is dropped.
+/// The tasks that speak with the engine. They end, and the plugin's socket goes away, when this is
+/// dropped.
 #[derive(Debug)]
 pub struct Service {
     socket: PathBuf,
@@ -110,7 +114,8 @@ impl Drop for Service {
         for task in &self.tasks {
             task.abort();
         }
-        // The task that listens may not have ended yet: whether it is ours, the file itself has to tell.
+        // The task that listens may not have ended yet: whether it is ours, the file itself has to
+        // tell.
         let inode = std::fs::metadata(&self.socket).map(|found| found.ino());
         if inode.is_ok_and(|inode| inode == self.bound.load(Ordering::Relaxed)) {
             let _ = std::fs::remove_file(&self.socket);

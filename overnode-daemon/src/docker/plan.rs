@@ -1,8 +1,9 @@
 //! What to answer an engine, and what to do before. No I/O, no clock.
 //!
-//! This holds what is on disk: the networks, and the addresses that the engine has, each with the endpoint that it made of it. A
-//! [`Step`] says what has to be done; when it is done and on disk, the node says so by [`Docker::keep`], [`Docker::forget`] and
-//! [`Docker::set_networks`]. What failed has therefore not happened.
+//! This holds what is on disk: the networks, and the addresses that the engine has, each with the
+//! endpoint that it made of it. A [`Step`] says what has to be done; when it is done and on disk,
+//! the node says so by [`Docker::keep`], [`Docker::forget`] and [`Docker::set_networks`]. What
+//! failed has therefore not happened.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -23,7 +24,8 @@ use crate::text::quoted;
 
 /// What an engine that answers has not known for so long is gone.
 pub const FORGOTTEN: Duration = Duration::from_secs(180);
-/// An address without an endpoint that is younger may still be waiting for it when the engine introduces itself.
+/// An address without an endpoint that is younger may still be waiting for it when the engine
+/// introduces itself.
 const FRESH: Duration = Duration::from_secs(10);
 /// No engine has more networks of this driver.
 const MAX_NETWORKS: usize = 4096;
@@ -117,7 +119,8 @@ impl Docker {
             Request::IpamCapabilities => {
                 answer(Response::IpamCapabilities { mac: false, replay: false })
             }
-            // An engine that finds the global space does not look whether the pool overlaps a route of the host.
+            // An engine that finds the global space does not look whether the pool overlaps a route
+            // of the host.
             Request::AddressSpaces => answer(Response::AddressSpaces {
                 local_default_address_space: NAME,
                 global_default_address_space: NAME,
@@ -195,7 +198,8 @@ impl Docker {
         self.networks = networks;
     }
 
-    /// What the engine told of its containers and networks: names and images to keep, and what is gone without a word.
+    /// What the engine told of its containers and networks: names and images to keep, and what is
+    /// gone without a word.
     pub fn report(&mut self, report: &Report, now: Instant) -> Vec<Step> {
         let mut steps = Vec::new();
         let mut networks = self.networks.clone();
@@ -263,7 +267,8 @@ impl Docker {
         self.records().filter(joined).filter(|record| record.netns_inode == 0)
     }
 
-    /// A new engine process: what an earlier one had asked for and not yet made an endpoint of, nobody will.
+    /// A new engine process: what an earlier one had asked for and not yet made an endpoint of,
+    /// nobody will.
     fn activate(&self, now: Instant) -> Step {
         let answer = Response::Manifest { implements: ["NetworkDriver", "IpamDriver"] };
         let left: Vec<IpAddr> = self
@@ -326,7 +331,8 @@ impl Docker {
         if option(OPTION_TYPE) == Some(OPTION_TYPE_GATEWAY) {
             let (first, last) = self.settings.nodes;
             return match wanted {
-                // An engine that restores its networks asks for what it was given: perhaps when the node had another ID.
+                // An engine that restores its networks asks for what it was given: perhaps when the
+                // node had another ID.
                 Some(gateway) if !(first..=last).contains(&gateway) => Err(Refusal::new(
                     "overnode networks have no gateway of their own, as the engine gives containers a way out: leave out --gateway",
                 )),
@@ -507,7 +513,8 @@ fn endpoint_answer(tell: bool, mac: [u8; 6]) -> Response {
     Response::Endpoint { interface: Interface { mac_address, ..Interface::default() } }
 }
 
-/// Locally administered, and the same each time for the same address: neighbours of a container that starts anew need not learn.
+/// Locally administered, and the same each time for the same address: neighbours of a container
+/// that starts anew need not learn.
 fn mac_of(address: IpAddr) -> [u8; 6] {
     let low = match address {
         IpAddr::V4(v4) => v4.octets(),

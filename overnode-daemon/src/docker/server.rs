@@ -35,7 +35,8 @@ struct ErrorBody<'a> {
     error: &'a str,
 }
 
-/// Answers at `socket` as long as anybody listens to `calls`. A socket that somebody removes is made again.
+/// Answers at `socket` as long as anybody listens to `calls`. A socket that somebody removes is
+/// made again.
 pub(super) async fn serve(
     socket: PathBuf,
     bound: Arc<AtomicU64>,

@@ -1,15 +1,18 @@
 //! How much memory and disk the records of others take.
 //!
-//! Whoever has the token may be as many nodes as there are free IDs, and a record may be long. So there is an end to what is kept of all
-//! of them together: [`ROOM`] for each ID, and [`SHARED`] for what is longer. An honest record is longer only with more than about
-//! a hundred names. Of nodes that were never reached, directly or through others, there are no more than [`STRANGERS`], with no more than
-//! [`STRANGER_BYTES`].
+//! Whoever has the token may be as many nodes as there are free IDs, and a record may be long. So
+//! there is an end to what is kept of all of them together: [`ROOM`] for each ID, and [`SHARED`]
+//! for what is longer. An honest record is longer only with more than about a hundred names. Of
+//! nodes that were never reached, directly or through others, there are no more than [`STRANGERS`],
+//! with no more than [`STRANGER_BYTES`].
 //!
-//! A version that does not fit is not taken; the older one stays. One that takes no more than that one always fits, and so does a
-//! tombstone, which is short: what keeps the dead from being revived is never dropped.
+//! A version that does not fit is not taken; the older one stays. One that takes no more than that
+//! one always fits, and so does a tombstone, which is short: what keeps the dead from being revived
+//! is never dropped.
 //!
-//! All of it, with 4095 IDs, is 64 MiB, and about as much in the copies that the names of DNS and the allocation of addresses take. The
-//! disk has it in a shorter form: at most 64 MiB, twice while it is written.
+//! All of it, with 4095 IDs, is 64 MiB, and about as much in the copies that the names of DNS and
+//! the allocation of addresses take. The disk has it in a shorter form: at most 64 MiB, twice while
+//! it is written.
 
 use std::collections::BTreeMap;
 

@@ -1,9 +1,12 @@
 //! Two hosts with one ID.
 //!
-//! An ID changes hands only if its holder lets it: a record under other keys than those of a node that is reached waits for [`OBJECTION`],
-//! and the holder is asked, by a [parcel](super::parcel::KIND_CLASH). A holder that is there objects, by a record that outbids the other
-//! ([`Action::Contested`]), and then the other is dropped and reported ([`Action::Clash`]). A holder that is gone says nothing, and its
-//! successor is believed. A neighbour that is connected cannot be replaced at all, and within one incarnation nobody changes keys.
+//! An ID changes hands only if its holder lets it: a record under other keys than those of a node
+//! that is reached waits for [`OBJECTION`], and the holder is asked, by a
+//! [parcel](super::parcel::KIND_CLASH). A holder that is there objects, by a record that outbids
+//! the other ([`Action::Contested`]), and then the other is dropped and reported
+//! ([`Action::Clash`]). A holder that is gone says nothing, and its successor is believed. A
+//! neighbour that is connected cannot be replaced at all, and within one incarnation nobody changes
+//! keys.
 
 use std::time::{Duration, Instant};
 
@@ -36,7 +39,8 @@ pub(super) struct Contender {
 }
 
 impl Gossip {
-    /// True if the ID of this record belongs to a node with other keys, as far as this node can tell.
+    /// True if the ID of this record belongs to a node with other keys, as far as this node can
+    /// tell.
     pub(super) fn is_disputed(&self, record: &Record) -> bool {
         let key = record.verifying_key;
         if let Some(proven) = self.proven.get(&record.id) {
@@ -80,7 +84,8 @@ impl Gossip {
         self.tell_of_contenders(now);
     }
 
-    /// Asks the holders, and lets others know who waits: of each ID no more often than its holder may answer.
+    /// Asks the holders, and lets others know who waits: of each ID no more often than its holder
+    /// may answer.
     fn tell_of_contenders(&mut self, now: Instant) {
         let untold = self.contenders.iter().filter(|(_, it)| !it.is_told && it.tell_at <= now);
         for id in untold.map(|(id, _)| *id).collect::<Vec<_>>() {
@@ -100,7 +105,8 @@ impl Gossip {
         }
     }
 
-    /// A record of a node was believed: if it outbids another one that waits, there are two such nodes.
+    /// A record of a node was believed: if it outbids another one that waits, there are two such
+    /// nodes.
     pub(super) fn settle(&mut self, id: NodeId, now: Instant) {
         let Some(contender) = self.contenders.get(&id) else { return };
         let Some(known) = self.records.get(&id) else { return };
@@ -185,7 +191,8 @@ impl Gossip {
         } else {
             self.draft.version = self.draft.version.max(rival.version);
         }
-        // A tombstone is of an earlier life of this host. So may be a record under its own keys, once: of a disk that was put back.
+        // A tombstone is of an earlier life of this host. So may be a record under its own keys,
+        // once: of a disk that was put back.
         if !rival.left && (is_other || self.defended.is_some()) {
             self.actions.push_back(Action::Contested(Box::new(rival)));
         }

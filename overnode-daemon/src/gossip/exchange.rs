@@ -11,7 +11,8 @@ use super::message::{self, Message, Named, Record, Stamp};
 use super::{Action, Gossip};
 use crate::types::NodeId;
 
-/// So long after it was asked for, a record should be here; then another neighbour that has it is asked.
+/// So long after it was asked for, a record should be here; then another neighbour that has it is
+/// asked.
 pub const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// About how many bytes an offer of one record takes.
 pub(super) const STAMP_BYTES: usize = 20;

@@ -1,8 +1,10 @@
 //! How much a neighbour may say, and have us say.
 //!
-//! Two buckets for each neighbour, of bytes and of messages, which outlive its connection: who is cut off and comes back finds them as empty as
-//! they were. What it asks for counts as if it had sent it. A cold start is what they must allow: at 1000 nodes, each linked with all
-//! others, a neighbour that tells of everybody sends 1000 records of 2 KiB each time that it compares, and few dozen versions of them before all is quiet.
+//! Two buckets for each neighbour, of bytes and of messages, which outlive its connection: who is
+//! cut off and comes back finds them as empty as they were. What it asks for counts as if it had
+//! sent it. A cold start is what they must allow: at 1000 nodes, each linked with all others, a
+//! neighbour that tells of everybody sends 1000 records of 2 KiB each time that it compares, and
+//! few dozen versions of them before all is quiet.
 
 use std::time::{Duration, Instant};
 
@@ -12,15 +14,18 @@ pub const BURST_BYTES: u64 = 64 << 20;
 pub const BYTES_PER_SECOND: u64 = 256 << 10;
 /// Messages that may come at once.
 pub const BURST_MESSAGES: u64 = 16 << 10;
-/// Messages that may come each second, again and again: more than [`super::COLLECT`] lets an honest node send.
+/// Messages that may come each second, again and again: more than [`super::COLLECT`] lets an honest
+/// node send.
 pub const MESSAGES_PER_SECOND: u64 = 128;
 
-/// Signatures that are verified at once, whoever brings the records: all records that there can be, sixteen times.
+/// Signatures that are verified at once, whoever brings the records: all records that there can be,
+/// sixteen times.
 pub const BURST_SIGNATURES: u64 = 64 << 10;
 /// Signatures that are verified each second, again and again: about a quarter of a core's time.
 pub const SIGNATURES_PER_SECOND: u64 = 2048;
 
-/// How many signatures may still be verified. One for all neighbours: a member may be as many of them as there are free IDs.
+/// How many signatures may still be verified. One for all neighbours: a member may be as many of
+/// them as there are free IDs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Signatures {
     bucket: Bucket,
@@ -81,7 +86,8 @@ impl Allowance {
         has_room
     }
 
-    /// What this node passes on to a neighbour: half of what it may, so that nobody who floods makes this node one that does.
+    /// What this node passes on to a neighbour: half of what it may, so that nobody who floods
+    /// makes this node one that does.
     pub fn of_ours(now: Instant) -> Self {
         let half = |bucket: Bucket| Bucket {
             burst: bucket.burst / 2,

@@ -26,17 +26,20 @@ pub const MAX_CLAIMS: usize = 1024;
 pub const MAX_NAMES: usize = 2000;
 /// Most bytes that the names in a record take, by [`Named::size`].
 pub const NAME_BYTES: usize = 64 * 1024;
-/// Greatest incarnation and version in a record. Of incarnations, much less is believed: see [`super::SKEW_MS`].
+/// Greatest incarnation and version in a record. Of incarnations, much less is believed: see
+/// [`super::SKEW_MS`].
 pub const MAX_STAMP: u64 = 1 << 62;
 /// A delta is cut so that no message exceeds this, in bytes, by more than one record.
 pub const DELTA_BYTES: usize = 256 * 1024;
 
-/// Most records in a delta: what an honest node sends is cut before. Each may have to be verified before anything else is done.
+/// Most records in a delta: what an honest node sends is cut before. Each may have to be verified
+/// before anything else is done.
 pub const MAX_DELTA: usize = DELTA_BYTES / RECORD_BYTES + 1;
 /// No record takes less on the wire by the rough measure that deltas are cut by.
 pub(super) const RECORD_BYTES: usize = 256;
 
-/// A name and an address that it stands for. The name is as [`dns::name`](crate::dns::name) wants it: relative to the domain.
+/// A name and an address that it stands for. The name is as [`dns::name`](crate::dns::name) wants
+/// it: relative to the domain.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Named {
     /// Without the domain.
@@ -54,17 +57,20 @@ pub struct Record {
     pub incarnation: u64,
     /// Counts the changes within one incarnation.
     pub version: u64,
-    /// True once the node has left the cluster for good (`overnode reset`): nothing else counts any more.
+    /// True once the node has left the cluster for good (`overnode reset`): nothing else counts any
+    /// more.
     pub left: bool,
     /// For people.
     pub nickname: String,
-    /// The node's X25519 key, for control connections and for the data plane: that of [`Self::verifying_key`].
+    /// The node's X25519 key, for control connections and for the data plane: that of
+    /// [`Self::verifying_key`].
     pub public_key: PublicKey,
     /// Where its control connections are accepted.
     pub addresses: Vec<SocketAddr>,
     /// Nodes that it has a connection with, in ascending order.
     pub links: Vec<NodeId>,
-    /// Those of them that it cannot exchange packets with directly, in ascending order: others do not relay through such a pair.
+    /// Those of them that it cannot exchange packets with directly, in ascending order: others do
+    /// not relay through such a pair.
     pub dark: Vec<NodeId>,
     /// The address space that it gives out.
     pub ranges: Vec<IpNet>,
@@ -81,8 +87,9 @@ pub struct Record {
     pub signature: Signature,
 }
 
-/// How new a record is: the greater is the newer. Two records of one version differ only if somebody lies or a disk was
-/// copied; the hash makes all nodes prefer the same one, and comparing finds them.
+/// How new a record is: the greater is the newer. Two records of one version differ only if
+/// somebody lies or a disk was copied; the hash makes all nodes prefer the same one, and comparing
+/// finds them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Stamp {
     /// See [`Record::incarnation`].
@@ -96,11 +103,13 @@ pub struct Stamp {
 /// A message between neighbours.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
-    /// A hash of everything the sender knows. Who knows something else answers with a [`Message::Digest`].
+    /// A hash of everything the sender knows. Who knows something else answers with a
+    /// [`Message::Digest`].
     Summary([u8; 16]),
     /// Offers records: who lacks one requests it, and who has a newer one offers that.
     Digest {
-        /// If these are all that the sender knows, and it wants to be offered what it does not name.
+        /// If these are all that the sender knows, and it wants to be offered what it does not
+        /// name.
         ask: bool,
         /// In ascending order of IDs.
         stamps: Vec<(NodeId, Stamp)>,

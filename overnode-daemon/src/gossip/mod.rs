@@ -1,44 +1,52 @@
 //! Gossip: how every node learns what every other says of itself. Deterministic; no I/O, no clock.
 //!
-//! Each node owns one [`Record`], signs it and makes new versions of it, which it sends to its neighbours. They offer it to those of
-//! theirs that have no link with its owner nor with the neighbour it came from, as
-//! far as the records tell; who lacks it asks one of those that offer it, so that it travels to everybody once.
-//! In a full mesh nobody passes on anything, in a chain everybody does. What that misses is found
-//! by comparing: neighbours exchange digests when they connect, and every [`COMPARE_INTERVAL`] a hash
-//! with one neighbour chosen at random.
+//! Each node owns one [`Record`], signs it and makes new versions of it, which it sends to its
+//! neighbours. They offer it to those of theirs that have no link with its owner nor with the
+//! neighbour it came from, as far as the records tell; who lacks it asks one of those that offer
+//! it, so that it travels to everybody once. In a full mesh nobody passes on anything, in a chain
+//! everybody does. What that misses is found by comparing: neighbours exchange digests when they
+//! connect, and every [`COMPARE_INTERVAL`] a hash with one neighbour chosen at random.
 //!
-//! A record about this node that it did not make is answered by a newer one. A node that leaves puts up a tombstone, which is
-//! kept: whoever comes back from a long separation must not revive the dead.
+//! A record about this node that it did not make is answered by a newer one. A node that leaves
+//! puts up a tombstone, which is kept: whoever comes back from a long separation must not revive
+//! the dead.
 //!
-//! From the links that both ends report follow the shortest paths, on which [parcels](parcel) go from any node to any other.
+//! From the links that both ends report follow the shortest paths, on which [parcels](parcel) go
+//! from any node to any other.
 //!
 //! # What a member can do that lies
 //!
 //! Whoever has the token is a member, and may be as many nodes as there are free IDs. It **can**
-//! * say of itself what it likes: addresses where it is not, ranges and claims, which [`routing`](crate::routing) checks, links, of which
-//!   only those count that the other end reports too;
-//! * take the ID of a node that is not reached, as any host can that is launched with it; keep quiet of what it should pass on, or offer what it
-//!   then does not send, for which others are asked after [`ASK_AGAIN`]; repeat what others said before, which is recognised as old;
+//! * say of itself what it likes: addresses where it is not, ranges and claims, which
+//!   [`routing`](crate::routing) checks, links, of which only those count that the other end
+//!   reports too;
+//! * take the ID of a node that is not reached, as any host can that is launched with it; keep
+//!   quiet of what it should pass on, or offer what it then does not send, for which others are
+//!   asked after [`ASK_AGAIN`]; repeat what others said before, which is recognised as old;
 //! * raise the alarm that an ID is used twice, by claiming it, once every [`CLASH_INTERVAL`];
-//! * make others remember a record of every ID there is, within the [`budget`]; until it ends, honest records that become longer than
-//!   their room wait;
-//! * keep others busy with its news: at most [`limit::SIGNATURES_PER_SECOND`] signatures a second of all neighbours together; honest
-//!   news among them may wait until records are compared.
+//! * make others remember a record of every ID there is, within the [`budget`]; until it ends,
+//!   honest records that become longer than their room wait;
+//! * keep others busy with its news: at most [`limit::SIGNATURES_PER_SECOND`] signatures a second
+//!   of all neighbours together; honest news among them may wait until records are compared.
 //!
 //! It **cannot**
-//! * change, extend, age or revoke what another node said, or say that it has left: that takes the other's key, and what is not signed
-//!   ends the connection that it came by ([`BadMessage::Signature`]);
-//! * take the ID of a node that is reached and objects within [`OBJECTION`], unless all paths to it lead through the liar; nor of one that is
-//!   connected with whoever is to believe it;
+//! * change, extend, age or revoke what another node said, or say that it has left: that takes the
+//!   other's key, and what is not signed ends the connection that it came by
+//!   ([`BadMessage::Signature`]);
+//! * take the ID of a node that is reached and objects within [`OBJECTION`], unless all paths to it
+//!   lead through the liar; nor of one that is connected with whoever is to believe it;
 //! * put another node's X25519 key into a record, or one identity under two IDs;
-//! * claim an ID in a way that its true owner cannot outbid ([`SKEW_MS`]), as long as their clocks agree: an owner whose clock is
-//!   behind those of others by some time is outbid for as long;
-//! * send parcels in another's name, or the same one twice, also not after a restart of the receiver;
-//! * use more of a neighbour than an honest node does at the start of a cluster of a thousand: it is cut off ([`BadMessage::Flood`]).
+//! * claim an ID in a way that its true owner cannot outbid ([`SKEW_MS`]), as long as their clocks
+//!   agree: an owner whose clock is behind those of others by some time is outbid for as long;
+//! * send parcels in another's name, or the same one twice, also not after a restart of the
+//!   receiver;
+//! * use more of a neighbour than an honest node does at the start of a cluster of a thousand: it
+//!   is cut off ([`BadMessage::Flood`]).
 //!
-//! Inputs: [`Gossip::handle_connected`], [`Gossip::handle_disconnected`], [`Gossip::handle_message`],
-//! [`Gossip::handle_parcel`], [`Gossip::send_parcel`], [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs: [`Gossip::poll_action`],
-//! [`Gossip::poll_timeout`].
+//! Inputs: [`Gossip::handle_connected`], [`Gossip::handle_disconnected`],
+//! [`Gossip::handle_message`], [`Gossip::handle_parcel`], [`Gossip::send_parcel`],
+//! [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs:
+//! [`Gossip::poll_action`], [`Gossip::poll_timeout`].
 
 pub mod budget;
 mod dispute;
@@ -79,16 +87,19 @@ use crate::types::{NodeId, VerifyingKey};
 pub const COMPARE_INTERVAL: Duration = Duration::from_secs(30);
 /// News wait this long for more, so that a burst of changes travels as one.
 pub const COLLECT: Duration = Duration::from_millis(50);
-/// A node publishes changes of itself no more often than every so much per neighbour: at a cold start of a thousand nodes, each
-/// gains links for seconds, and tells all others of each.
+/// A node publishes changes of itself no more often than every so much per neighbour: at a cold
+/// start of a thousand nodes, each gains links for seconds, and tells all others of each.
 pub const PACE: Duration = Duration::from_millis(2);
 
-/// How far the incarnation of a record may lie ahead of this node's clock, in milliseconds: 139 years.
+/// How far the incarnation of a record may lie ahead of this node's clock, in milliseconds: 139
+/// years.
 ///
-/// An incarnation is the time of a launch in milliseconds since 1970, and some starts. Where it counts, for an ID that another host
-/// claims, the greater one wins; so the true owner must always have a greater one that others still take. They would not if there were a
-/// greatest one, for a liar would claim that. This bound moves on: what was the greatest a millisecond ago can be outbid now. It is
-/// this large so that hosts whose clocks are wrong by any date from 1970 on can join, and join others.
+/// An incarnation is the time of a launch in milliseconds since 1970, and some starts. Where it
+/// counts, for an ID that another host claims, the greater one wins; so the true owner must always
+/// have a greater one that others still take. They would not if there were a greatest one, for a
+/// liar would claim that. This bound moves on: what was the greatest a millisecond ago can be
+/// outbid now. It is this large so that hosts whose clocks are wrong by any date from 1970 on can
+/// join, and join others.
 pub const SKEW_MS: u64 = 1 << 42;
 /// So long after a record found no room, [`Gossip::is_full`] says so.
 pub const FULL_INTERVAL: Duration = Duration::from_secs(60);
@@ -112,15 +123,16 @@ pub enum Action {
     },
     /// A parcel for this node has arrived.
     Deliver(Parcel),
-    /// There is a newer record of a node that is part of the cluster. By the time this is polled there may be one newer still, even a
-    /// tombstone, which has an action of its own.
+    /// There is a newer record of a node that is part of the cluster. By the time this is polled
+    /// there may be one newer still, even a tombstone, which has an action of its own.
     Changed(NodeId),
     /// A node has left the cluster for good.
     Removed(NodeId),
-    /// There is another record of this node, under other keys or by a host that has the same: a second host with its ID, or one with a
-    /// copy of its disk.
+    /// There is another record of this node, under other keys or by a host that has the same: a
+    /// second host with its ID, or one with a copy of its disk.
     Contested(Box<Record>),
-    /// There is another record of a node that has just outbid it, under other keys: two hosts have one ID. It is not believed.
+    /// There is another record of a node that has just outbid it, under other keys: two hosts have
+    /// one ID. It is not believed.
     Clash {
         /// The other record.
         record: Box<Record>,
@@ -181,8 +193,8 @@ pub struct Gossip {
 }
 
 impl Gossip {
-    /// Gossip of the node that `own` describes. Its links are those of the neighbours, and its signature is the signer's, whatever `own`
-    /// says.
+    /// Gossip of the node that `own` describes. Its links are those of the neighbours, and its
+    /// signature is the signer's, whatever `own` says.
     pub fn new(mut own: Record, signer: Signer, rng: StdRng, now: Instant) -> Self {
         own.links.clear();
         own.left = false;
@@ -225,7 +237,8 @@ impl Gossip {
         gossip
     }
 
-    /// Takes up what was known before a restart: records, and whether their nodes were ever reached ([`Self::was_reached`]).
+    /// Takes up what was known before a restart: records, and whether their nodes were ever reached
+    /// ([`Self::was_reached`]).
     pub fn restore(&mut self, records: impl IntoIterator<Item = (Record, bool)>) {
         for (record, was_reached) in records {
             let is_good =
@@ -245,7 +258,8 @@ impl Gossip {
         }
     }
 
-    /// Tells what time it is, in milliseconds since 1970. Without it, the node takes it to be its own incarnation.
+    /// Tells what time it is, in milliseconds since 1970. Without it, the node takes it to be its
+    /// own incarnation.
     pub fn set_clock(&mut self, unix_milliseconds: u64, now: Instant) {
         self.clock = (unix_milliseconds, now);
     }
@@ -261,7 +275,8 @@ impl Gossip {
         self.refused_at.is_some_and(|at| now < at + FULL_INTERVAL)
     }
 
-    /// Raises the node's incarnation to this at least: others must take it for one that was started again.
+    /// Raises the node's incarnation to this at least: others must take it for one that was started
+    /// again.
     pub fn raise_incarnation(&mut self, least: u64, now: Instant) {
         if self.draft.incarnation < least && !self.draft.left && self.is_timely(least, now) {
             self.draft.incarnation = least.min(MAX_STAMP);
@@ -288,7 +303,8 @@ impl Gossip {
             .map_or_else(|| sign::is_signed(record), |verified| verified.is_signed(record))
     }
 
-    /// The node's own record, with changes that are not published yet; its links are those last published.
+    /// The node's own record, with changes that are not published yet; its links are those last
+    /// published.
     pub fn own(&self) -> &Record {
         &self.draft
     }
@@ -303,8 +319,8 @@ impl Gossip {
         self.records.get(&id)
     }
 
-    /// The shortest path to every other node that is reached, directly or through others. Computed anew only if a link has changed
-    /// since it was asked for last.
+    /// The shortest path to every other node that is reached, directly or through others. Computed
+    /// anew only if a link has changed since it was asked for last.
     pub fn paths(&self) -> &BTreeMap<NodeId, Path> {
         self.paths.get_or_init(|| topology::paths(self.own, &self.neighbours, &self.records))
     }
@@ -319,8 +335,8 @@ impl Gossip {
         self.paths().keys().copied().collect()
     }
 
-    /// The neighbours to which this node passes on what `source` tells everybody: its children in the tree of shortest paths from
-    /// `source`.
+    /// The neighbours to which this node passes on what `source` tells everybody: its children in
+    /// the tree of shortest paths from `source`.
     pub fn branches(&self, source: NodeId) -> Vec<NodeId> {
         topology::branches(source, self.own, &self.neighbours, &self.records)
     }
@@ -342,7 +358,8 @@ impl Gossip {
         self.send(peer, Message::Digest { ask: false, stamps: self.stamps() });
     }
 
-    /// One of several connections with `peer` was closed or replaced: what was sent over it may be lost.
+    /// One of several connections with `peer` was closed or replaced: what was sent over it may be
+    /// lost.
     pub fn resync(&mut self, peer: NodeId) {
         if self.neighbours.contains(&peer) {
             self.send(peer, Message::Digest { ask: true, stamps: self.stamps() });
@@ -380,7 +397,8 @@ impl Gossip {
         }
     }
 
-    /// Leaves the cluster: the tombstone is ready to be sent at once, and nothing is listened to any more.
+    /// Leaves the cluster: the tombstone is ready to be sent at once, and nothing is listened to
+    /// any more.
     pub fn leave(&mut self) {
         self.draft = self.draft.clone().into_tombstone();
         self.raise_version();
@@ -398,7 +416,8 @@ impl Gossip {
     /// A message came from `peer`. Messages of nodes that are no neighbours are ignored.
     ///
     /// # Errors
-    /// [`BadMessage`] if it breaks the protocol, or is one too many: nothing of it was taken, and the connection should be closed.
+    /// [`BadMessage`] if it breaks the protocol, or is one too many: nothing of it was taken, and
+    /// the connection should be closed.
     pub fn handle_message(
         &mut self,
         peer: NodeId,
@@ -504,7 +523,8 @@ impl Gossip {
         Ok(())
     }
 
-    /// True if it is newer than what is known, or a neighbour's own word against what others said of it.
+    /// True if it is newer than what is known, or a neighbour's own word against what others said
+    /// of it.
     fn is_news(&self, peer: NodeId, record: &Record, stamp: Stamp) -> bool {
         let Some(known) = self.records.get(&record.id) else { return true };
         let key = record.verifying_key;
@@ -524,7 +544,8 @@ impl Gossip {
         // A neighbour that lost its link with `id` may have lost what `id` would have told it.
         for cut in lost_links {
             let is_lost = self.records[&id].links.binary_search(&cut).is_err();
-            // Within what that neighbour takes: links that were never there can be lost again and again.
+            // Within what that neighbour takes: links that were never there can be lost again and
+            // again.
             if is_lost
                 && cut != peer
                 && self.neighbours.contains(&cut)
@@ -547,7 +568,8 @@ impl Gossip {
         self.signatures.take(now)
     }
 
-    /// One identity, one ID. No honest host has the identity of another one: each launch makes a new one.
+    /// One identity, one ID. No honest host has the identity of another one: each launch makes a
+    /// new one.
     fn has_identity_of_another(&self, record: &Record) -> bool {
         self.identities.get(&record.verifying_key).is_some_and(|id| *id != record.id)
     }
@@ -556,7 +578,8 @@ impl Gossip {
         let fits = self.budget.fits(record, self.records.get(&record.id)) && {
             let is_stranger = self.is_stranger(record);
             !is_stranger || self.budget.fits_stranger(record) || {
-                // Some of those that are known may be reached by now, or this one through one of them.
+                // Some of those that are known may be reached by now, or this one through one of
+                // them.
                 self.meet_reached();
                 !self.is_stranger(record) || self.budget.fits_stranger(record)
             }
@@ -567,7 +590,8 @@ impl Gossip {
         fits
     }
 
-    /// True if a node was never reached, and is not with this record, as far as can be said without looking at everybody's links.
+    /// True if a node was never reached, and is not with this record, as far as can be said without
+    /// looking at everybody's links.
     fn is_stranger(&self, record: &Record) -> bool {
         if self.proven.contains_key(&record.id) {
             return false;
@@ -625,7 +649,8 @@ impl Gossip {
 
     fn note_own_change(&mut self, now: Instant) {
         if !self.draft.left {
-            // A record with many names is long, and what each neighbour takes in a second is limited.
+            // A record with many names is long, and what each neighbour takes in a second is
+            // limited.
             let weight = Duration::from_secs(1)
                 * u32::try_from(size(&self.draft)).unwrap_or(u32::MAX)
                 / (BYTES_PER_SECOND / 2) as u32;

@@ -1,13 +1,16 @@
-//! Parcels: what one node sends another that may be no neighbour, over control connections, passed on by those between.
+//! Parcels: what one node sends another that may be no neighbour, over control connections, passed
+//! on by those between.
 //!
-//! A parcel is sent once and may be lost: with a connection, with a node on its way, or because there is no way. Who needs an answer asks
-//! again. What arrives was signed by its sender and arrives once: a parcel that was sent before one that has arrived is dropped. A
-//! parcel is for one start of its receiver, whose incarnation it names: what was recorded is worth nothing after the receiver has
-//! forgotten, by a restart, what has arrived.
+//! A parcel is sent once and may be lost: with a connection, with a node on its way, or because
+//! there is no way. Who needs an answer asks again. What arrives was signed by its sender and
+//! arrives once: a parcel that was sent before one that has arrived is dropped. A parcel is for one
+//! start of its receiver, whose incarnation it names: what was recorded is worth nothing after the
+//! receiver has forgotten, by a restart, what has arrived.
 //!
-//! On the wire, integers big-endian: [`FORMAT`], hops (u8), kind (u8), from and to (u16 each), the sender's incarnation, number,
-//! and the receiver's incarnation (u64 each), the signature (64 bytes), then the body. Signed is all but the format and the hops, after the
-//! name `overnode parcel v2`.
+//! On the wire, integers big-endian: [`FORMAT`], hops (u8), kind (u8), from and to (u16 each), the
+//! sender's incarnation, number, and the receiver's incarnation (u64 each), the signature (64
+//! bytes), then the body. Signed is all but the format and the hops, after the name
+//! `overnode parcel v2`.
 
 use std::time::Instant;
 
@@ -19,7 +22,8 @@ use crate::types::NodeId;
 pub const FORMAT: u8 = 2;
 /// Longest body, in bytes.
 pub const MAX_BODY: usize = 16 * 1024;
-/// A parcel may be passed on so often: more than any path between nodes that know the same links, and an end to going in circles.
+/// A parcel may be passed on so often: more than any path between nodes that know the same links,
+/// and an end to going in circles.
 pub const MAX_HOPS: u8 = 16;
 /// Bytes of all but the body.
 const HEAD: usize = 2 + SIGNED_HEAD + 64;
@@ -27,7 +31,8 @@ const HEAD: usize = 2 + SIGNED_HEAD + 64;
 const SIGNED_HEAD: usize = 29;
 const SIGNED: &[u8] = b"overnode parcel v2";
 
-/// The kind of what asks a node whether it objects to another record of itself: a [`super::Message::Delta`] with that record.
+/// The kind of what asks a node whether it objects to another record of itself: a
+/// [`super::Message::Delta`] with that record.
 pub const KIND_CLASH: u8 = 0;
 /// The kind of what the address allocations of two nodes tell each other.
 pub const KIND_ALLOCATION: u8 = 1;
@@ -43,7 +48,8 @@ pub struct Parcel {
     pub hops: u8,
     /// Which part of the node it is for: [`KIND_ALLOCATION`].
     pub kind: u8,
-    /// The sender's incarnation, and which of the parcels it is that the sender has sent in it: greater is later.
+    /// The sender's incarnation, and which of the parcels it is that the sender has sent in it:
+    /// greater is later.
     pub serial: (u64, u64),
     /// The receiver's incarnation, as the sender knows it.
     pub receiver: u64,
@@ -198,8 +204,8 @@ impl Gossip {
         Ok(())
     }
 
-    /// A parcel came from `peer`: it is for this node ([`Action::Deliver`]), or passed on ([`Action::SendParcel`]), or dropped. Parcels of
-    /// nodes that are no neighbours are ignored.
+    /// A parcel came from `peer`: it is for this node ([`Action::Deliver`]), or passed on
+    /// ([`Action::SendParcel`]), or dropped. Parcels of nodes that are no neighbours are ignored.
     ///
     /// # Errors
     /// [`BadParcel`] if it breaks the protocol: the connection should be closed.
@@ -230,7 +236,8 @@ impl Gossip {
         if parcel.hops == 0 {
             return Ok(Some(Undelivered::TooFar));
         }
-        // Back to where it came from: the two nodes know different links, and would toss it to and fro.
+        // Back to where it came from: the two nodes know different links, and would toss it to and
+        // fro.
         match self.parcel_hop(parcel.to).filter(|next| *next != peer) {
             Some(next) if self.may_pass(next, HEAD + parcel.body.len(), now) => {
                 self.actions.push_back(Action::SendParcel { to: next, parcel });

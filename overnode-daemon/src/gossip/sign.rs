@@ -1,7 +1,8 @@
 //! Signatures, so that nobody can speak in another's name.
 //!
-//! Each node has one identity, an Ed25519 key, from which its X25519 key follows ([`key`]). It is told in the greeting of a
-//! connection, whose handshake proves it, and stands in every record, beside the ID, under the record's signature.
+//! Each node has one identity, an Ed25519 key, from which its X25519 key follows ([`key`]). It is
+//! told in the greeting of a connection, whose handshake proves it, and stands in every record,
+//! beside the ID, under the record's signature.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -65,8 +66,9 @@ impl Signer {
     }
 }
 
-/// Records whose signatures are known to be good, for a process that runs many nodes, as a simulation does: each signature is verified once
-/// there, and not once by every node. It grows without end.
+/// Records whose signatures are known to be good, for a process that runs many nodes, as a
+/// simulation does: each signature is verified once there, and not once by every node. It grows
+/// without end.
 #[derive(Clone, Debug, Default)]
 pub struct Verified(Arc<Mutex<BTreeSet<[u8; 32]>>>);
 
@@ -90,8 +92,8 @@ impl Verified {
     }
 }
 
-/// True if the record is signed with the identity that it names, and names the X25519 key that belongs to it. That the ID belongs to that
-/// identity is another question.
+/// True if the record is signed with the identity that it names, and names the X25519 key that
+/// belongs to it. That the ID belongs to that identity is another question.
 pub(super) fn is_signed(record: &Record) -> bool {
     is_signature(&record.verifying_key, &signed_part(record), &record.signature)
         && key::exchange_key(&record.verifying_key) == Some(record.public_key)

@@ -71,8 +71,8 @@ fn blank(number: u16, incarnation: u64) -> Record {
     }
 }
 
-/// N nodes, one clock, one seed. Links deliver in order with random delay, and lose what is in flight when they are cut, as
-/// TCP connections do.
+/// N nodes, one clock, one seed. Links deliver in order with random delay, and lose what is in
+/// flight when they are cut, as TCP connections do.
 struct World {
     now: Instant,
     rng: StdRng,
@@ -712,7 +712,8 @@ fn full() -> Record {
     signed(full, 0xaa)
 }
 
-// Ed25519 with 32 bytes of 0xaa as the seed, and X25519 with the first half of their SHA-512, by Python's cryptography module.
+// Ed25519 with 32 bytes of 0xaa as the seed, and X25519 with the first half of their SHA-512, by
+// Python's cryptography module.
 const VERIFYING_KEY: &str = "e734ea6c2b6257de72355e472aa05a4c487e6b463c029ed306df2f01b5636b58";
 const PUBLIC_KEY: &str = "552291f02c9317519633021302d0f7ba39b1cf32310e23ee7aa6a4312ae4a027";
 const SIGNATURE: &str = "b5eb5db45557d36be300d8117f7e0042a041f5eb18bd93fd6526e9ac786c9ba7\

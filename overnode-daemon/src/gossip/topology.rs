@@ -1,7 +1,7 @@
 //! Who reaches whom: the graph of the links that both ends report.
 //!
-//! Nothing here depends on anything but the graph: neighbours are looked at in the order of their IDs, so that two nodes with the same
-//! records see the same trees.
+//! Nothing here depends on anything but the graph: neighbours are looked at in the order of their
+//! IDs, so that two nodes with the same records see the same trees.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,8 +17,8 @@ pub struct Path {
     pub hops: u16,
 }
 
-/// The shortest paths from `own` to every node that it reaches. Ties go to the lower ID. What `own` is linked with is
-/// `neighbours`, whatever its record says: that may be older.
+/// The shortest paths from `own` to every node that it reaches. Ties go to the lower ID. What `own`
+/// is linked with is `neighbours`, whatever its record says: that may be older.
 pub(super) fn paths(
     own: NodeId,
     neighbours: &BTreeSet<NodeId>,
@@ -35,8 +35,8 @@ pub(super) fn paths(
     paths
 }
 
-/// The neighbours to which `own` passes on what `source` tells everybody: its children in the tree of shortest paths from
-/// `source`. Along these trees, every node gets it once.
+/// The neighbours to which `own` passes on what `source` tells everybody: its children in the tree
+/// of shortest paths from `source`. Along these trees, every node gets it once.
 pub(super) fn branches(
     source: NodeId,
     own: NodeId,
@@ -59,7 +59,8 @@ struct Own<'a> {
     neighbours: &'a BTreeSet<NodeId>,
 }
 
-/// Breadth first from `start`. Tells each node that is reached, with the one that it is reached from.
+/// Breadth first from `start`. Tells each node that is reached, with the one that it is reached
+/// from.
 fn walk(
     start: NodeId,
     own: Own<'_>,
@@ -252,7 +253,8 @@ mod tests {
         assert_eq!(paths(id(1), &BTreeSet::from([id(2)]), &records), BTreeMap::new());
     }
 
-    /// Printed, not judged: machines differ. What is judged is a bound that only a change of the algorithm breaks.
+    /// Printed, not judged: machines differ. What is judged is a bound that only a change of the
+    /// algorithm breaks.
     #[test]
     #[expect(clippy::print_stderr, reason = "figures for people")]
     fn a_thousand_nodes_cost_little() {

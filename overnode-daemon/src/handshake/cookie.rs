@@ -1,5 +1,5 @@
-//! What keeps strangers from making us work (whitepaper sections 5.3 and 5.4.7): the two MACs, cookies under load, and a limit per
-//! source address.
+//! What keeps strangers from making us work (whitepaper sections 5.3 and 5.4.7): the two MACs,
+//! cookies under load, and a limit per source address.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};

@@ -9,8 +9,8 @@ use rand::rngs::StdRng;
 
 use crate::types::PeerIndex;
 
-/// How long a slot stays unused after its session was withdrawn: a program that still holds the session must
-/// have ended, and stragglers must not meet the next one.
+/// How long a slot stays unused after its session was withdrawn: a program that still holds the
+/// session must have ended, and stragglers must not meet the next one.
 pub const QUARANTINE: Duration = Duration::from_secs(5);
 
 /// Which slots are in use, by whom.
@@ -29,7 +29,8 @@ struct Slot {
 }
 
 impl Slots {
-    /// All free. The first one is drawn, so that after a restart those that were in use before rest as well.
+    /// All free. The first one is drawn, so that after a restart those that were in use before rest
+    /// as well.
     pub fn new(rng: &mut StdRng) -> Self {
         let mut free: VecDeque<_> = (1..SESSION_SLOTS).collect();
         free.rotate_left(rng.random_range(0..free.len()));
@@ -55,7 +56,8 @@ impl Slots {
         Some(slot.index)
     }
 
-    /// Takes the slot of an index that was given out before a restart. False if it is none, or taken.
+    /// Takes the slot of an index that was given out before a restart. False if it is none, or
+    /// taken.
     pub fn reserve(&mut self, index: u32, peer: PeerIndex) -> bool {
         let number = number(index);
         let Some(position) = self.free.iter().position(|free| *free == number) else {

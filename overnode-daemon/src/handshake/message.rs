@@ -1,4 +1,5 @@
-//! Handshake messages as they lie on the wire (whitepaper sections 5.4.2 to 5.4.7). Integers are little-endian.
+//! Handshake messages as they lie on the wire (whitepaper sections 5.4.2 to 5.4.7). Integers are
+//! little-endian.
 
 pub use overnode_ebpf::wire::{COOKIE_REPLY_LEN, INITIATION_LEN, MAC_LEN, RESPONSE_LEN};
 use overnode_ebpf::wire::{TYPE_COOKIE_REPLY, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE};

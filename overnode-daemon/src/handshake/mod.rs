@@ -1,17 +1,21 @@
-//! WireGuard's handshake for all peers of a node: who may have a session, under which keys, and when it is made anew.
+//! WireGuard's handshake for all peers of a node: who may have a session, under which keys, and
+//! when it is made anew.
 //!
-//! Protocol: "WireGuard: Next Generation Kernel Network Tunnel" (Donenfeld, revision of 2020), here "the whitepaper". This module makes and
-//! takes the messages of types 1 to 3; data messages are the programs'. It is deterministic: it does no I/O, reads no
-//! clock, and draws from the generator it was given. Whoever owns it
+//! Protocol: "WireGuard: Next Generation Kernel Network Tunnel" (Donenfeld, revision of 2020), here
+//! "the whitepaper". This module makes and takes the messages of types 1 to 3; data messages are
+//! the programs'. It is deterministic: it does no I/O, reads no clock, and draws from the generator
+//! it was given. Whoever owns it
 //!
 //! - passes in the datagrams that its [`Gate`] has admitted ([`Handshakes::handle_datagram`]), the
-//!   time when [`Handshakes::poll_timeout`] says so ([`Handshakes::handle_timeout`]), and what the programs saw ([`Handshakes::handle_confirmed`],
-//!   [`Handshakes::handle_activity`]);
-//! - after each of these calls sends what [`Handshakes::poll_transmit`] gives and does what [`Handshakes::poll_event`] says.
+//!   time when [`Handshakes::poll_timeout`] says so ([`Handshakes::handle_timeout`]), and what the
+//!   programs saw ([`Handshakes::handle_confirmed`], [`Handshakes::handle_activity`]);
+//! - after each of these calls sends what [`Handshakes::poll_transmit`] gives and does what
+//!   [`Handshakes::poll_event`] says.
 //!
-//! What differs from a VPN's use of the protocol: sessions are kept fresh for as long as the peer is configured, whether or not there
-//! is traffic, and a peer that does not answer is tried for ever. Every input from the network may be hostile; none
-//! can make this module panic, allocate without bound, or do more than a bounded amount of work.
+//! What differs from a VPN's use of the protocol: sessions are kept fresh for as long as the peer
+//! is configured, whether or not there is traffic, and a peer that does not answer is tried for
+//! ever. Every input from the network may be hostile; none can make this module panic, allocate
+//! without bound, or do more than a bounded amount of work.
 
 mod cookie;
 pub mod gate;
@@ -106,7 +110,8 @@ pub struct Transmit {
 /// What the owner has to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Give the session to the programs. The initiator's seals at once, the responder's when it is confirmed.
+    /// Give the session to the programs. The initiator's seals at once, the responder's when it is
+    /// confirmed.
     Install {
         /// With whom.
         peer: PeerIndex,
@@ -125,8 +130,9 @@ pub enum Event {
         /// To whom.
         peer: PeerIndex,
     },
-    /// The peer sent a valid handshake message from another address: send its data there. Not told of an initiation that
-    /// might be a replay from before our start; the programs follow the peer's data then.
+    /// The peer sent a valid handshake message from another address: send its data there. Not told
+    /// of an initiation that might be a replay from before our start; the programs follow the
+    /// peer's data then.
     EndpointChanged {
         /// Who moved.
         peer: PeerIndex,
@@ -153,7 +159,8 @@ pub struct SessionKeys {
     pub tx_key: Secret,
     /// Opens.
     pub rx_key: Secret,
-    /// Whether we initiated: then it seals at once. Otherwise it may not seal before a message came under it.
+    /// Whether we initiated: then it seals at once. Otherwise it may not seal before a message came
+    /// under it.
     pub initiator: bool,
     /// When the handshake ended. It expires [`REJECT_AFTER_TIME`] later.
     pub created: Instant,
@@ -278,12 +285,14 @@ counters! {
 }
 
 impl Handshakes {
-    /// A node without peers. `rng` must come from the operating system outside of tests: keys are drawn from it.
+    /// A node without peers. `rng` must come from the operating system outside of tests: keys are
+    /// drawn from it.
     pub fn new(static_secret: Secret, rng: StdRng) -> Self {
         Self::with(Identity::new(static_secret, noise::WIREGUARD), rng)
     }
 
-    /// The same for the bulk path, whose sessions are apart: no message of one handshake means anything to the other.
+    /// The same for the bulk path, whose sessions are apart: no message of one handshake means
+    /// anything to the other.
     pub fn for_bulk(static_secret: Secret, rng: StdRng) -> Self {
         Self::with(Identity::new(static_secret, noise::BULK), rng)
     }
@@ -315,9 +324,10 @@ impl Handshakes {
         self.identity.public()
     }
 
-    /// Adds a peer or changes one. A change of the endpoint starts attempts anew; one of the public key ends the
-    /// peer's sessions; one of the pre-shared key holds from the next handshake on. An endpoint that is the same as in the
-    /// last configuration does not overrule where the peer has moved since.
+    /// Adds a peer or changes one. A change of the endpoint starts attempts anew; one of the public
+    /// key ends the peer's sessions; one of the pre-shared key holds from the next handshake on. An
+    /// endpoint that is the same as in the last configuration does not overrule where the peer has
+    /// moved since.
     pub fn upsert_peer(&mut self, index: PeerIndex, config: PeerConfig, now: Instant) {
         if let Some(other) = self.by_key.get(&config.public_key).filter(|other| **other != index) {
             let why = Failure::DuplicateKey(*other);
@@ -351,13 +361,14 @@ impl Handshakes {
         self.schedule(index);
     }
 
-    /// Forgets a peer. Its sessions are not withdrawn one by one: removing it from the data plane does that.
+    /// Forgets a peer. Its sessions are not withdrawn one by one: removing it from the data plane
+    /// does that.
     pub fn remove_peer(&mut self, index: PeerIndex, now: Instant) {
         self.drop_peer(index, now, false);
     }
 
-    /// Tries a peer now that has not answered for a while: there is reason to believe that it does again. Still no sooner than 5 seconds
-    /// after the attempt before.
+    /// Tries a peer now that has not answered for a while: there is reason to believe that it does
+    /// again. Still no sooner than 5 seconds after the attempt before.
     pub fn retry(&mut self, index: PeerIndex) {
         if let Some(peer) = self.peers.get_mut(&index) {
             peer.encourage();
@@ -375,7 +386,8 @@ impl Handshakes {
     }
 
     /// Takes over a session that the programs have had since before a restart. To be called after
-    /// [`Self::upsert_peer`] and before any time passes. One that cannot be kept comes back as [`Event::Withdraw`].
+    /// [`Self::upsert_peer`] and before any time passes. One that cannot be kept comes back as
+    /// [`Event::Withdraw`].
     pub fn adopt(&mut self, index: PeerIndex, session: AdoptedSession, now: Instant) {
         let AdoptedSession { local_index, initiator, confirmed, created, sealing, .. } = session;
         let session = Session::new(local_index, initiator, created, self.jitter());
@@ -402,8 +414,8 @@ impl Handshakes {
         }
     }
 
-    /// Does what is due. `wall` is the time of day, which only has to grow. Sends at most a few initiations in one call:
-    /// [`Self::poll_timeout`] then is in the past still.
+    /// Does what is due. `wall` is the time of day, which only has to grow. Sends at most a few
+    /// initiations in one call: [`Self::poll_timeout`] then is in the past still.
     pub fn handle_timeout(&mut self, now: Instant, wall: SystemTime) {
         let due: Vec<_> =
             self.deadlines.range(..=(now, PeerIndex(u32::MAX))).map(|(_, index)| *index).collect();
@@ -507,8 +519,8 @@ impl Handshakes {
         let Some(local_index) = self.slots.allocate(index, now, &mut self.rng) else {
             return self.out_of_slots(index);
         };
-        // Since our start the initiation may be a replay: then it must not divert what we send. If it is none, the programs will follow
-        // the message that confirms.
+        // Since our start the initiation may be a replay: then it must not divert what we send. If
+        // it is none, the programs will follow the message that confirms.
         let follow = peer.proven || peer.endpoint.is_none();
         (peer.greatest, peer.consumed) = (Some(received.timestamp), Some(now));
         let Ok((noise, keys)) = received.respond(&peer.config.preshared_key) else {

@@ -1,8 +1,9 @@
 //! Noise_IKpsk2 as WireGuard uses it (whitepaper section 5.4), by snow.
 //!
-//! The primitives that hold keys are ours, because snow's own neither wipe them nor refuse all-zero Diffie-Hellman results:
-//! X25519 from x25519-dalek, ChaCha20-Poly1305 from ring. Ephemeral keys come from the caller, so that a run can be
-//! repeated from its seed. What snow does not wipe is its chaining key and its copy of the pre-shared key.
+//! The primitives that hold keys are ours, because snow's own neither wipe them nor refuse all-zero
+//! Diffie-Hellman results: X25519 from x25519-dalek, ChaCha20-Poly1305 from ring. Ephemeral keys
+//! come from the caller, so that a run can be repeated from its seed. What snow does not wipe is
+//! its chaining key and its copy of the pre-shared key.
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use snow::params::{CipherChoice, DHChoice, HashChoice, NoiseParams};
@@ -19,7 +20,8 @@ use crate::types::{PublicKey, Secret};
 const CONSTRUCTION: &str = "Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
 /// The prologue of WireGuard's handshakes.
 pub const WIREGUARD: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
-/// The prologue of the bulk path's: a message of one kind is none of the other, although the static keys are the same.
+/// The prologue of the bulk path's: a message of one kind is none of the other, although the static
+/// keys are the same.
 pub const BULK: &[u8] = b"overnode bulk v1";
 /// Where the pattern mixes the pre-shared key in: at the end of the second message.
 const PSK: u8 = 2;

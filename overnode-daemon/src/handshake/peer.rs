@@ -11,11 +11,13 @@ use super::timers::{
 };
 use super::{Activity, Initiate, PeerConfig};
 
-/// Sessions kept besides the current and the next one. The whitepaper keeps one; a second spares packets that were sealed before both
-/// sides initiated at once, or before an initiator that lost our answer tried again.
+/// Sessions kept besides the current and the next one. The whitepaper keeps one; a second spares
+/// packets that were sealed before both sides initiated at once, or before an initiator that lost
+/// our answer tried again.
 const PREVIOUS: usize = 2;
 
-/// After so many answers that the peer has not confirmed, we initiate as well: answers may get lost, or the initiations be replays.
+/// After so many answers that the peer has not confirmed, we initiate as well: answers may get
+/// lost, or the initiations be replays.
 const PATIENCE: u8 = 2;
 
 /// A session, without its keys: those are the data plane's alone.
@@ -82,8 +84,8 @@ pub struct Peer {
     /// Greatest timestamp accepted, and when.
     pub greatest: Option<[u8; TIMESTAMP_LEN]>,
     pub consumed: Option<Instant>,
-    /// Whether the peer has confirmed a session, so that `greatest` is no lower than what it had reached then. Until it has,
-    /// initiations may be replays from before our start.
+    /// Whether the peer has confirmed a session, so that `greatest` is no lower than what it had
+    /// reached then. Until it has, initiations may be replays from before our start.
     pub proven: bool,
     /// Initiations answered since the last handshake that ended well.
     in_vain: u8,
@@ -137,7 +139,8 @@ impl Peer {
         self.demote(session)
     }
 
-    /// We answered: the session receives, and seals once it is confirmed. Gives the sessions that end.
+    /// We answered: the session receives, and seals once it is confirmed. Gives the sessions that
+    /// end.
     pub fn install_answered(&mut self, session: Session, now: Instant) -> Vec<Session> {
         self.heard(now);
         self.last_sent = self.last_sent.max(Some(now));
@@ -147,10 +150,12 @@ impl Peer {
         self.surplus()
     }
 
-    /// The peer used the session. Gives the sessions that end, or `None` if it was not waiting for that.
+    /// The peer used the session. Gives the sessions that end, or `None` if it was not waiting for
+    /// that.
     pub fn confirm(&mut self, local_index: u32, leads: bool, now: Instant) -> Option<Vec<Session>> {
         let mut session = self.take_unconfirmed(local_index)?;
-        // Both initiated at once: one has to see to the next handshake, or none would before patience ends.
+        // Both initiated at once: one has to see to the next handshake, or none would before
+        // patience ends.
         let crossed = self.current.is_some_and(|current| {
             current.initiator && apart(current.created, session.created) < REKEY_TIMEOUT
         });
@@ -331,7 +336,8 @@ impl Peer {
     }
 }
 
-/// Since when a message has been without reaction: since `known`, or else since `message`, unless `reaction` came after that.
+/// Since when a message has been without reaction: since `known`, or else since `message`, unless
+/// `reaction` came after that.
 fn open_since(
     known: Option<Instant>,
     message: Option<Instant>,

@@ -11,9 +11,10 @@ const STEP: u32 = 1 << 24;
 
 /// Makes timestamps that only grow.
 ///
-/// They come from the wall clock, so they also grow across restarts. If that clock is set back while we run, each timestamp is
-/// one step (17 ms) after the one before, until the clock has caught up. If it is set back while we do not
-/// run, peers that remember a later timestamp refuse our initiations until it has; theirs we still answer.
+/// They come from the wall clock, so they also grow across restarts. If that clock is set back
+/// while we run, each timestamp is one step (17 ms) after the one before, until the clock has
+/// caught up. If it is set back while we do not run, peers that remember a later timestamp refuse
+/// our initiations until it has; theirs we still answer.
 #[derive(Default)]
 pub struct Stamper {
     last: Duration,

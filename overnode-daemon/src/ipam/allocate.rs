@@ -125,8 +125,8 @@ impl Allocation {
 }
 
 impl Ipam {
-    /// Asks for an address for `owner`. Answered by [`Action::Granted`], at once if this node has a free one, or
-    /// [`Action::Failed`].
+    /// Asks for an address for `owner`. Answered by [`Action::Granted`], at once if this node has a
+    /// free one, or [`Action::Failed`].
     pub fn allocate(&mut self, owner: &str, now: Instant) -> RequestId {
         let request = self.next_request_id();
         let waiting = Waiting { owner: owner.to_owned(), deadline: now + self.timing.request };
@@ -153,7 +153,8 @@ impl Ipam {
         owner
     }
 
-    /// Goes on behind `last`, the address given out last before the restart, so that those released lately rest.
+    /// Goes on behind `last`, the address given out last before the restart, so that those released
+    /// lately rest.
     pub fn resume_after(&mut self, last: IpAddr) {
         if self.allocation.own.is_some_and(|own| own.contains(&last)) {
             self.allocation.cursor = Some(last);
@@ -165,9 +166,10 @@ impl Ipam {
         &self.allocation.allocated
     }
 
-    /// The address space of this node, as it tells the others: its own half, the halves that it lends, and apart from these the blocks
-    /// that it uses itself, whether it has borrowed them or lends them. Who announces a whole half says that it lends it, and no more:
-    /// only blocks lead to a node.
+    /// The address space of this node, as it tells the others: its own half, the halves that it
+    /// lends, and apart from these the blocks that it uses itself, whether it has borrowed them or
+    /// lends them. Who announces a whole half says that it lends it, and no more: only blocks lead
+    /// to a node.
     pub fn ranges(&self) -> Vec<IpNet> {
         let mut ranges: Vec<IpNet> = self.allocation.own.into_iter().collect();
         let lent = self.lent_halves();

@@ -1,7 +1,8 @@
 //! Borrowing blocks, telling the lenders what is held, and handing back.
 //!
-//! There is one request per quarter at a time. It names all that the node holds of the quarter, and only the answer to the
-//! latest one is taken: so the lender may free whatever a request does not name.
+//! There is one request per quarter at a time. It names all that the node holds of the quarter, and
+//! only the answer to the latest one is taken: so the lender may free whatever a request does not
+//! name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -19,7 +20,8 @@ const LEAST: usize = 16;
 const MOST: usize = 4096;
 /// So many free addresses are not handed back: a node that is cut off can give them.
 const RESERVE: u128 = 16;
-/// Titles more than 35 years ahead of this node's clock are not believed, unless they are the next ones.
+/// Titles more than 35 years ahead of this node's clock are not believed, unless they are the next
+/// ones.
 pub(super) const MAX_AHEAD: u64 = 1 << 40;
 /// Next means by so many changes of hands.
 const MAX_STEP: u64 = 1024;
@@ -138,7 +140,8 @@ impl Ipam {
     ) {
         let asked = self.borrowing.requests.get(&quarter).map(|it| (it.to, it.serial, it.round));
         if asked != Some((from, serial, round)) {
-            // A request that was given up has arrived after all: the lender takes these blocks for lent.
+            // A request that was given up has arrived after all: the lender takes these blocks for
+            // lent.
             let is_unknown = |block: &IpNet| !self.held().any(|held| held == *block);
             if self.borrowing.lenders.get(&quarter) == Some(&from) && blocks.iter().any(is_unknown)
             {
@@ -270,8 +273,8 @@ impl Ipam {
         refused.is_some_and(|refused| refused.by == lender && now < refused.at + self.penalty())
     }
 
-    /// Blocks that are unused and more than the reserve, with the time since when; of several the largest first. The last one is
-    /// only halved.
+    /// Blocks that are unused and more than the reserve, with the time since when; of several the
+    /// largest first. The last one is only halved.
     fn idle_blocks(&self) -> Vec<(IpNet, Instant)> {
         let capacity = self.allocation.capacity(&self.layout);
         let free = capacity.saturating_sub(self.allocation.used() as u128);
@@ -320,7 +323,8 @@ impl Ipam {
         }
     }
 
-    /// Gives up on requests that were not answered, or that went to a node that another one has replaced.
+    /// Gives up on requests that were not answered, or that went to a node that another one has
+    /// replaced.
     fn redirect(&mut self, now: Instant) {
         for quarter in quarters() {
             let Some(request) = self.borrowing.requests.get(&quarter) else { continue };
@@ -420,7 +424,8 @@ impl Ipam {
         }
     }
 
-    /// Whether the holder of a title with that serial can be outbid: serials begin with the milliseconds since 1970 and grow by a few.
+    /// Whether the holder of a title with that serial can be outbid: serials begin with the
+    /// milliseconds since 1970 and grow by a few.
     pub(super) fn is_plausible(&self, quarter: NodeId, serial: u64) -> bool {
         let known = self.lending.heard.get(&quarter).map_or(0, |title| title.serial);
         serial <= self.incarnation.saturating_add(MAX_AHEAD)

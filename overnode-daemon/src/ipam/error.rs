@@ -63,7 +63,8 @@ pub enum IpamError {
         /// The last static address.
         last: IpAddr,
     },
-    /// The address is one that nodes give out by themselves, or one kept for nodes, or the subnet's first or last.
+    /// The address is one that nodes give out by themselves, or one kept for nodes, or the subnet's
+    /// first or last.
     #[error("{address} cannot be a static address: {why}; choose one from {first} to {last}")]
     Reserved {
         /// The address.

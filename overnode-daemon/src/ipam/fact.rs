@@ -27,7 +27,8 @@ pub enum Fact {
         /// Who, and since which change of hands.
         title: Title,
     },
-    /// The last change of hands by which this node came to lend a quarter, which it may have handed on since.
+    /// The last change of hands by which this node came to lend a quarter, which it may have handed
+    /// on since.
     Taken {
         /// The quarter.
         quarter: NodeId,

@@ -124,7 +124,8 @@ impl Layout {
         range.subnets(range.prefix_len() + 2).ok()?.nth(usize::from(id.get() - 1))
     }
 
-    /// The first and last address that a node can give out of its quarter: the range's first and last belong to nobody.
+    /// The first and last address that a node can give out of its quarter: the range's first and
+    /// last belong to nobody.
     pub fn usable(&self, id: NodeId) -> Option<(IpAddr, IpAddr)> {
         let (first, last) = bounds(self.quarter(id)?);
         let (range_first, range_last) = bounds(self.network.range);

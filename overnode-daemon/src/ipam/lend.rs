@@ -1,7 +1,8 @@
 //! Lending: the ledger of the quarters that this node holds.
 //!
-//! For each borrower the ledger has at least all that the borrower holds, at every moment: what is lent is on disk before the
-//! borrower hears of it, and is free again only by the borrower's own word, or when it is gone.
+//! For each borrower the ledger has at least all that the borrower holds, at every moment: what is
+//! lent is on disk before the borrower hears of it, and is free again only by the borrower's own
+//! word, or when it is gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -21,7 +22,8 @@ const MOST_BLOCKS: usize = 8;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Lending {
     pub(super) books: BTreeMap<NodeId, Book>,
-    /// By quarter and borrower, this node included. An entry without blocks keeps late requests out.
+    /// By quarter and borrower, this node included. An entry without blocks keeps late requests
+    /// out.
     pub(super) loans: BTreeMap<(NodeId, NodeId), Lent>,
     /// The latest title of each quarter.
     pub(super) heard: BTreeMap<NodeId, Title>,
@@ -91,7 +93,8 @@ impl Ipam {
         self.lending.books.get(&quarter).filter(|book| book.heir.is_none()).map(|book| book.serial)
     }
 
-    /// What was begun and is not done, in words: requests without their answers, quarters half handed over, reclaims without their end.
+    /// What was begun and is not done, in words: requests without their answers, quarters half
+    /// handed over, reclaims without their end.
     pub fn pending(&self) -> Vec<&'static str> {
         let books = || self.lending.books.values();
         let pending = [
@@ -224,7 +227,8 @@ impl Ipam {
         }
     }
 
-    /// How many addresses to add: no more than a quarter of what is left, unless they are needed at once.
+    /// How many addresses to add: no more than a quarter of what is left, unless they are needed at
+    /// once.
     fn grantable(&self, quarter: NodeId, need: u32, want: u32) -> u128 {
         if self.leaving.is_some() || !self.may_lend(quarter) {
             return 0;
@@ -326,7 +330,8 @@ impl Ipam {
         }
     }
 
-    /// A borrower was started again, perhaps without its disk: does it hold all that the ledger says?
+    /// A borrower was started again, perhaps without its disk: does it hold all that the ledger
+    /// says?
     pub(super) fn doubt(&mut self, borrower: NodeId, now: Instant) {
         for (quarter, book) in &mut self.lending.books {
             let lent = self.lending.loans.get(&(*quarter, borrower));
@@ -407,7 +412,8 @@ impl Ipam {
         title: Title,
         now: Instant,
     ) {
-        // What others have heard is for the lender, which may have to outbid it; for all others only a lender's word counts.
+        // What others have heard is for the lender, which may have to outbid it; for all others
+        // only a lender's word counts.
         let is_possible = from.owns_a_quarter() || self.may_outbid(quarter, title.serial);
         if !is_possible
             || !title.holder.owns_a_quarter()
@@ -417,7 +423,8 @@ impl Ipam {
         }
         if let Some(book) = self.lending.books.get(&quarter) {
             if title.holder == self.id && book.heir.is_none() && title.serial > book.serial {
-                // That of an earlier life of this node, which nobody knew when it got the quarter anew: those who do know it ask by it.
+                // That of an earlier life of this node, which nobody knew when it got the quarter
+                // anew: those who do know it ask by it.
                 return self.resume_title(quarter, title, now);
             }
             let mine = Title { serial: book.serial, holder: self.id };

@@ -1,7 +1,7 @@
 //! What the allocations of two nodes say to each other, and its bounds.
 //!
-//! On the wire: the format's version (one byte, [`FORMAT`]), then a [`Message`] in postcard. Any message may be lost, repeated,
-//! overtaken, or arrive after days.
+//! On the wire: the format's version (one byte, [`FORMAT`]), then a [`Message`] in postcard. Any
+//! message may be lost, repeated, overtaken, or arrive after days.
 
 use std::net::IpAddr;
 
@@ -12,7 +12,8 @@ use super::layout::{Layout, bounds};
 use crate::gossip::MAX_STAMP;
 use crate::types::NodeId;
 
-/// Greatest incarnation, epoch, serial and count: as in gossip, there is room beyond for a node to outbid what it hears.
+/// Greatest incarnation, epoch, serial and count: as in gossip, there is room beyond for a node to
+/// outbid what it hears.
 const MAX_NUMBER: u64 = MAX_STAMP;
 /// The version of the wire format.
 pub const FORMAT: u8 = 2;
@@ -25,7 +26,8 @@ pub const MAX_PARTS: u16 = 1024;
 /// Most other claimants that an answer names: only nodes 1 to 4 take back space, or lend it.
 pub const MAX_RIVALS: usize = 4;
 
-/// Names one request of a node. It is never used for another, because each start of the node has an incarnation of its own.
+/// Names one request of a node. It is never used for another, because each start of the node has an
+/// incarnation of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Round {
     /// The node's incarnation.
@@ -86,7 +88,8 @@ pub enum Verdict {
 /// A message between the allocations of two nodes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
-    /// To the lender of a quarter: all that the sender holds of it, and what it needs. What it does not name it has given back.
+    /// To the lender of a quarter: all that the sender holds of it, and what it needs. What it does
+    /// not name it has given back.
     Request {
         /// The quarter.
         quarter: NodeId,
@@ -173,7 +176,8 @@ pub enum Message {
         part: Part,
         /// What it holds of the quarter.
         holds: Vec<IpNet>,
-        /// Nodes that are about to take the birth owner's space back, as far as the sender has heard.
+        /// Nodes that are about to take the birth owner's space back, as far as the sender has
+        /// heard.
         rivals: Vec<NodeId>,
     },
     /// A quarter changes hands, with all that is lent of it.

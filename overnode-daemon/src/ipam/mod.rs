@@ -1,16 +1,19 @@
-//! Addresses for containers: which ones this node may give out, and which it has. Deterministic; no I/O, no clock.
+//! Addresses for containers: which ones this node may give out, and which it has. Deterministic; no
+//! I/O, no clock.
 //!
-//! The range has four quarters, named by the IDs 1 to 4. The first half of a quarter is only ever given out by the node with that
-//! ID, which needs nobody for it. The second half is lent in blocks, by the quarter's holder: by birth the same node. Nodes with other IDs have
-//! what they borrow. `docs/addresses.md` has the protocol and its reasons.
+//! The range has four quarters, named by the IDs 1 to 4. The first half of a quarter is only ever
+//! given out by the node with that ID, which needs nobody for it. The second half is lent in
+//! blocks, by the quarter's holder: by birth the same node. Nodes with other IDs have what they
+//! borrow. `docs/addresses.md` has the protocol and its reasons.
 //!
-//! Inputs: [`Ipam::learn`], [`Ipam::set_reachable`], [`Ipam::set_targets_met`], [`Ipam::handle_message`], [`Ipam::allocate`],
-//! [`Ipam::release`], [`Ipam::claim`], [`Ipam::reclaim`], [`Ipam::leave`], [`Ipam::handle_timeout`]. Outputs:
-//! [`Ipam::poll_action`], [`Ipam::poll_timeout`], [`Ipam::problems`].
+//! Inputs: [`Ipam::learn`], [`Ipam::set_reachable`], [`Ipam::set_targets_met`],
+//! [`Ipam::handle_message`], [`Ipam::allocate`], [`Ipam::release`], [`Ipam::claim`],
+//! [`Ipam::reclaim`], [`Ipam::leave`], [`Ipam::handle_timeout`]. Outputs: [`Ipam::poll_action`],
+//! [`Ipam::poll_timeout`], [`Ipam::problems`].
 //!
-//! After each input, actions are polled until there are no more, and carried out in order; what a [`Action::Persist`] says is on
-//! disk before the next is polled. The caller stores a granted address before it uses or answers it, and
-//! [`Ipam::release`]s it if it cannot be stored.
+//! After each input, actions are polled until there are no more, and carried out in order; what a
+//! [`Action::Persist`] says is on disk before the next is polled. The caller stores a granted
+//! address before it uses or answers it, and [`Ipam::release`]s it if it cannot be stored.
 
 mod allocate;
 mod borrow;
@@ -78,9 +81,11 @@ pub struct Timing {
     pub settle: Duration,
     /// Leaving fails after this.
     pub leave: Duration,
-    /// A node that was not reached for so long knows it. Only then does another one agree that it be declared gone.
+    /// A node that was not reached for so long knows it. Only then does another one agree that it
+    /// be declared gone.
     pub grace: Duration,
-    /// A node that is reached and has not answered a claim of a static address for so long does not count.
+    /// A node that is reached and has not answered a claim of a static address for so long does not
+    /// count.
     pub claim: Duration,
     /// A node that was reached for so long without a break knows what the others announced before.
     pub heard: Duration,
@@ -159,7 +164,8 @@ pub enum Action {
     MayLeave,
     /// The node cannot leave now, and goes on.
     CannotLeave(IpamError),
-    /// The node was declared gone for good, and is a new one from now on: it must tell the others this incarnation.
+    /// The node was declared gone for good, and is a new one from now on: it must tell the others
+    /// this incarnation.
     Renewed(u64),
 }
 
@@ -296,7 +302,8 @@ pub struct Ipam {
 }
 
 impl Ipam {
-    /// The addresses of a node, with the facts that were persisted and the addresses that were given out before a restart, by owner.
+    /// The addresses of a node, with the facts that were persisted and the addresses that were
+    /// given out before a restart, by owner.
     ///
     /// # Errors
     /// [`BadNetwork`] if the cluster's addresses make no sense.
@@ -414,7 +421,8 @@ impl Ipam {
         self.finish(now);
     }
 
-    /// A node was out of reach: what it has agreed to before counts, but it may have agreed to something else.
+    /// A node was out of reach: what it has agreed to before counts, but it may have agreed to
+    /// something else.
     fn doubt_consent(&mut self, id: NodeId) {
         if let Some(season) = &mut self.season {
             season.doubt(id);
@@ -422,7 +430,8 @@ impl Ipam {
         self.reclaiming.doubt(id);
     }
 
-    /// The launch that a node says it is of; never later than the incarnation that it tells everybody, which its owner can outbid.
+    /// The launch that a node says it is of; never later than the incarnation that it tells
+    /// everybody, which its owner can outbid.
     fn bounded_epoch(&self, id: NodeId, epoch: u64) -> u64 {
         epoch.min(self.peers.get(&id).map_or(0, |peer| peer.incarnation))
     }
@@ -433,7 +442,8 @@ impl Ipam {
         !self.reachable.contains(&id) && since + self.timing.grace <= now
     }
 
-    /// The incarnation by which the others know this node, which may have had to outbid another one.
+    /// The incarnation by which the others know this node, which may have had to outbid another
+    /// one.
     pub fn set_incarnation(&mut self, incarnation: u64, now: Instant) {
         if incarnation <= self.incarnation {
             return;
@@ -549,7 +559,8 @@ impl Ipam {
         self.actions.pop_front()
     }
 
-    /// Closes an input: does all that follows from it and from the time, and puts what must be on disk before all that depends on it.
+    /// Closes an input: does all that follows from it and from the time, and puts what must be on
+    /// disk before all that depends on it.
     fn finish(&mut self, now: Instant) {
         self.prune_standing();
         self.drive_reclaim(now);
@@ -601,7 +612,8 @@ impl Ipam {
         }
     }
 
-    /// A node has come, has gone or was started again: while it went, what it had may have changed hands.
+    /// A node has come, has gone or was started again: while it went, what it had may have changed
+    /// hands.
     fn ask_all_again(&mut self, now: Instant) {
         let settled = now + self.timing.settle;
         if let Some(season) = &mut self.season {
@@ -658,7 +670,8 @@ impl Ipam {
     }
 }
 
-/// A question to one node. Asked anew, it has another round, so that late answers to the earlier one are told from those to this.
+/// A question to one node. Asked anew, it has another round, so that late answers to the earlier
+/// one are told from those to this.
 #[derive(Clone, Copy, Debug)]
 struct Question {
     round: Round,

@@ -1,9 +1,11 @@
 //! Taking back the space of a node that is gone for good.
 //!
-//! Only nodes 1 to 4 do it, which alone lend. All other nodes that are known have to agree, so that of two halves of a cluster that was cut neither can do it alone, and of
-//! two nodes that try the one with the lower ID succeeds: also where they take back from different nodes, one of which may lend the quarter of
-//! the other. Who agrees takes nothing more from the node that is gone, and says what it has. The half of
-//! a quarter that is never lent stays with the ID: its next launch needs nobody's consent to use it.
+//! Only nodes 1 to 4 do it, which alone lend. All other nodes that are known have to agree, so that
+//! of two halves of a cluster that was cut neither can do it alone, and of two nodes that try the
+//! one with the lower ID succeeds: also where they take back from different nodes, one of which may
+//! lend the quarter of the other. Who agrees takes nothing more from the node that is gone, and
+//! says what it has. The half of a quarter that is never lent stays with the ID: its next launch
+//! needs nobody's consent to use it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -54,7 +56,8 @@ struct Claim {
 }
 
 impl Claim {
-    /// The latest title of a quarter, by its place in the order: the one that is `known` here, or one that was told with consent.
+    /// The latest title of a quarter, by its place in the order: the one that is `known` here, or
+    /// one that was told with consent.
     fn latest(&self, index: usize, known: Title) -> Title {
         let told = self.acks.values().map(|ack| ack.titles[index]);
         told.chain([known]).max_by_key(|title| title.serial).unwrap_or(known)
@@ -116,11 +119,12 @@ impl Reclaiming {
 }
 
 impl Ipam {
-    /// Takes back the space of a node that is gone for good: answered by [`Action::Reclaimed`], when all other nodes have agreed, or
-    /// [`Action::ReclaimFailed`].
+    /// Takes back the space of a node that is gone for good: answered by [`Action::Reclaimed`],
+    /// when all other nodes have agreed, or [`Action::ReclaimFailed`].
     ///
     /// # Errors
-    /// [`IpamError::Reclaim`] if that node is this one, unknown, reachable, or somebody else does it already.
+    /// [`IpamError::Reclaim`] if that node is this one, unknown, reachable, or somebody else does
+    /// it already.
     pub fn reclaim(&mut self, of: NodeId, now: Instant) -> Result<(), IpamError> {
         let refuse = |why: String| Err(IpamError::Reclaim { of, why });
         if self.leaving.is_some() {
@@ -182,7 +186,8 @@ impl Ipam {
         self.reclaiming.claims.iter().map(|(of, claim)| (*of, missing(*of, claim))).collect()
     }
 
-    /// Nodes that are gone for good, with their last incarnation and the node that took back their space.
+    /// Nodes that are gone for good, with their last incarnation and the node that took back their
+    /// space.
     pub fn buried(&self) -> impl Iterator<Item = (NodeId, u64, NodeId)> {
         self.reclaiming.graves.iter().map(|(id, grave)| (*id, grave.incarnation, grave.by))
     }
@@ -239,7 +244,8 @@ impl Ipam {
         for of in &claims {
             complete &= self.drive_claim(*of, now);
         }
-        // All at once: the dead were not asked about each other, and each may have held what another one lent.
+        // All at once: the dead were not asked about each other, and each may have held what
+        // another one lent.
         if complete {
             let claims = std::mem::take(&mut self.reclaiming.claims);
             for (&of, claim) in &claims {
@@ -282,7 +288,8 @@ impl Ipam {
         ids
     }
 
-    /// Who got a quarter after it had agreed has something else to say by now, and is asked once more.
+    /// Who got a quarter after it had agreed has something else to say by now, and is asked once
+    /// more.
     fn drop_stale_acks(&mut self, of: NodeId) {
         let known = self.titles();
         let Some(claim) = self.reclaiming.claims.get_mut(&of) else { return };
@@ -369,8 +376,9 @@ impl Ipam {
                 claim.acks.iter().map(|(member, ack)| (*member, in_half(&ack.loan))).collect();
             let fresh =
                 claim.acks.iter().filter(|(_, ack)| ack.is_fresh).map(|(member, _)| *member);
-            // Beyond what the dead node may have taken by birth with nobody left who has heard of it, and beyond what it may have
-            // begun to hand to another: that must not be taken any more.
+            // Beyond what the dead node may have taken by birth with nobody left who has heard of
+            // it, and beyond what it may have begun to hand to another: that must not be taken any
+            // more.
             let serial = latest.serial.max(claim.incarnation).saturating_add(2);
             self.take_title(quarter, serial, loans, &fresh.collect(), now);
         }
@@ -386,7 +394,8 @@ impl Ipam {
         let titles = self.titles();
         for (&of, grave) in &mut self.reclaiming.graves {
             let Some(untold) = &mut grave.untold else { continue };
-            // The node itself, should it come back as it was: it has to hear of it before anything else.
+            // The node itself, should it come back as it was: it has to hear of it before anything
+            // else.
             let itself = Some(of).filter(|of| self.reachable.contains(of));
             for member in
                 members.iter().chain(&itself).filter(|member| !grave.told.contains(member))
@@ -437,7 +446,8 @@ impl Ipam {
         let pledges = self.reclaiming.pledges.keys().copied();
         let void: Vec<_> = pledges.filter(|(_, by)| self.has_left(*by)).collect();
         for (of, by) in void {
-            // That one may have done it before it left: this node cannot vouch for what the other lent then.
+            // That one may have done it before it left: this node cannot vouch for what the other
+            // lent then.
             self.forget_titles_of(of);
             self.drop_pledge(of, by);
         }
@@ -539,8 +549,8 @@ impl Ipam {
             self.send(from, &refuse(why));
             return;
         }
-        // Of a node that it has heard nothing of, this one cannot say that it is gone, and a lender may believe for a while that it
-        // is still one. It is asked again.
+        // Of a node that it has heard nothing of, this one cannot say that it is gone, and a lender
+        // may believe for a while that it is still one. It is asked again.
         if known < incarnation || !self.is_long_gone(of, now) {
             return;
         }
@@ -702,9 +712,10 @@ impl Ipam {
         self.send(from, &Message::BuriedAck { of, incarnation });
     }
 
-    /// Whether the space of another node was taken back, as `from` says. The proof is that this node was asked by that one, and agreed.
-    /// A node that was not asked, because it came later, believes a node 1 to 4 as long as it has lent nothing to the dead: otherwise
-    /// it has to take that back itself.
+    /// Whether the space of another node was taken back, as `from` says. The proof is that this
+    /// node was asked by that one, and agreed. A node that was not asked, because it came later,
+    /// believes a node 1 to 4 as long as it has lent nothing to the dead: otherwise it has to take
+    /// that back itself.
     fn believes_burial(&self, from: NodeId, of: NodeId, incarnation: u64, by: NodeId) -> bool {
         let agreed = self.reclaiming.pledges.get(&(of, by)).filter(|_| from == by);
         if agreed.is_some_and(|pledge| incarnation <= pledge.incarnation) {

@@ -1,8 +1,8 @@
 //! How the birth owner of a quarter comes to lend it.
 //!
-//! A node that was just launched cannot know whether it was launched before, and what it had lent then. It asks every
-//! node that it knows. When all of them have answered, nobody else lends the quarter, and it has met all its targets, it takes
-//! what they hold as lent, and lends the rest.
+//! A node that was just launched cannot know whether it was launched before, and what it had lent
+//! then. It asks every node that it knows. When all of them have answered, nobody else lends the
+//! quarter, and it has met all its targets, it takes what they hold as lent, and lends the rest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -27,7 +27,8 @@ pub(super) struct Answer {
     pub(super) title: Title,
     pub(super) part: Part,
     pub(super) rivals: Vec<NodeId>,
-    /// False once the node was out of reach since it answered: it may have agreed to something else meanwhile.
+    /// False once the node was out of reach since it answered: it may have agreed to something else
+    /// meanwhile.
     pub(super) is_fresh: bool,
 }
 
@@ -95,7 +96,8 @@ impl Ipam {
                 ask.push((id, question.round));
             }
         }
-        // Who takes back the space of a node that had this quarter was told that nobody else lends it.
+        // Who takes back the space of a node that had this quarter was told that nobody else lends
+        // it.
         let done = complete && self.targets_met && !has_promised;
         let answers = done.then(|| std::mem::take(&mut season.answers));
         self.rounds = count;
@@ -145,7 +147,8 @@ impl Ipam {
         let part = match book {
             None => Part::None,
             Some(Some(heir)) if heir.id == from && heir.epoch < epoch => {
-                // The launch that was to have it is gone, and whoever has it now will answer by itself.
+                // The launch that was to have it is gone, and whoever has it now will answer by
+                // itself.
                 self.drop_title(quarter);
                 Part::None
             }

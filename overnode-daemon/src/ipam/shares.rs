@@ -27,7 +27,8 @@ pub struct Share {
 }
 
 impl Ipam {
-    /// Who has which part of the range, where `said` has the ranges that each node announces, this one included.
+    /// Who has which part of the range, where `said` has the ranges that each node announces, this
+    /// one included.
     pub fn shares(&self, said: &BTreeMap<NodeId, Vec<IpNet>>) -> Shares {
         let ledger = self.ledger().flat_map(|(_, loans)| loans);
         let ledger = ledger.filter(|(borrower, _)| *borrower != self.id);
@@ -35,7 +36,8 @@ impl Ipam {
     }
 }
 
-/// What node `own` has lent is taken from its `ledger`, which is never less than what borrowers say.
+/// What node `own` has lent is taken from its `ledger`, which is never less than what borrowers
+/// say.
 fn shares(
     layout: &Layout,
     own: NodeId,

@@ -23,7 +23,8 @@ pub(super) fn single(address: IpAddr) -> IpNet {
     address.into()
 }
 
-/// What of `whole` is not in `taken` (any order, overlaps allowed), as the fewest blocks in ascending order.
+/// What of `whole` is not in `taken` (any order, overlaps allowed), as the fewest blocks in
+/// ascending order.
 pub(super) fn free(whole: IpNet, taken: impl Iterator<Item = IpNet>) -> Vec<IpNet> {
     let (first, last) = bounds(whole);
     let mut taken: Vec<_> = taken.map(bounds).filter(|(a, b)| *b >= first && *a <= last).collect();
@@ -42,8 +43,8 @@ pub(super) fn free(whole: IpNet, taken: impl Iterator<Item = IpNet>) -> Vec<IpNe
     blocks
 }
 
-/// Chooses blocks of together about `count` addresses, at least one where there is any: the smallest that is large enough, cut to
-/// size; or the largest there are, `most` of them at most.
+/// Chooses blocks of together about `count` addresses, at least one where there is any: the
+/// smallest that is large enough, cut to size; or the largest there are, `most` of them at most.
 pub(super) fn choose(free: &[IpNet], count: u128, most: usize) -> Vec<IpNet> {
     let mut free = free.to_vec();
     let mut chosen = Vec::new();

@@ -20,7 +20,8 @@ use super::message::{Message, Round, Title};
 use super::{Ipam, Retry};
 use crate::types::NodeId;
 
-/// What other nodes say about the quarters that this node lends: by quarter and node. Only nodes that are reached now.
+/// What other nodes say about the quarters that this node lends: by quarter and node. Only nodes
+/// that are reached now.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Standing(BTreeMap<(NodeId, NodeId), Voucher>);
 
@@ -74,7 +75,8 @@ impl Standing {
 }
 
 impl Ipam {
-    /// Whether this node lends a quarter and nobody else can by now: otherwise nothing of it may be given away.
+    /// Whether this node lends a quarter and nobody else can by now: otherwise nothing of it may be
+    /// given away.
     pub fn may_lend(&self, quarter: NodeId) -> bool {
         if self.lending.books.get(&quarter).is_none_or(|book| book.heir.is_some()) {
             return false;
@@ -94,7 +96,8 @@ impl Ipam {
         2 * self.standing.vouchers(quarter) > reached
     }
 
-    /// Notes by whose consent a quarter was just taken: as long as they are reached, they have not agreed to anything else.
+    /// Notes by whose consent a quarter was just taken: as long as they are reached, they have not
+    /// agreed to anything else.
     pub(super) fn stand_by(&mut self, quarter: NodeId, consented: &BTreeSet<NodeId>, now: Instant) {
         self.standing.forget_quarter(quarter);
         let reached: Vec<_> = consented.intersection(&self.reachable).copied().collect();

@@ -205,7 +205,8 @@ impl Ipam {
         let mut news = Vec::new();
         for address in announced {
             let Some(since) = self.statics.since.get(&address) else { continue };
-            // While another node keeps the address, this one does not announce it: nobody could know.
+            // While another node keeps the address, this one does not announce it: nobody could
+            // know.
             let is_announced = self.keeper(address).is_none();
             let is_late = is_announced && is_steady && is_old(since);
             let rival = Rival { since: now, is_late, is_first: false };

@@ -593,8 +593,8 @@ fn a_fresh_node_1_gets_back_what_was_reclaimed_of_the_old_one() {
     cluster.check();
 }
 
-/// Nodes 1 to 3, nobody has borrowed from 3. It is cut off alive and reclaimed; node 7 borrows of its quarter and is cut off; then
-/// node 3 comes back, without a restart or with one.
+/// Nodes 1 to 3, nobody has borrowed from 3. It is cut off alive and reclaimed; node 7 borrows of
+/// its quarter and is cut off; then node 3 comes back, without a restart or with one.
 fn a_node_returns_from_its_grave(restarted: bool) -> Cluster {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3]);
     cluster.run(LONG);
@@ -953,7 +953,8 @@ fn a_lender_that_most_nodes_vouch_for_does_not_believe_that_it_is_gone() {
     assert_eq!(cluster.problems(3), []);
 }
 
-/// Of a node that is away for a while, a liar says that it is gone, to a lender that has lent to it.
+/// Of a node that is away for a while, a liar says that it is gone, to a lender that has lent to
+/// it.
 #[test]
 fn a_liar_cannot_free_what_was_lent_to_a_node_that_is_away() {
     for liar in [2, 6] {

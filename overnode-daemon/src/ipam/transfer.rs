@@ -1,7 +1,8 @@
 //! A quarter changes hands: when its holder leaves, or gives it back to its birth owner.
 //!
-//! The giver stops lending, for good, before it says anything; the heir lends once it has the whole ledger on disk. So at
-//! no time do two nodes lend. Nobody but the heir, in the launch that was meant, can take the quarter.
+//! The giver stops lending, for good, before it says anything; the heir lends once it has the whole
+//! ledger on disk. So at no time do two nodes lend. Nobody but the heir, in the launch that was
+//! meant, can take the quarter.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -30,8 +31,9 @@ pub(super) struct Leaving {
 }
 
 impl Ipam {
-    /// Prepares to leave the cluster: hands back what is borrowed, and hands what was lent to others over to another node.
-    /// Answered by [`Action::MayLeave`] or [`Action::CannotLeave`]. Nothing should be attached any more.
+    /// Prepares to leave the cluster: hands back what is borrowed, and hands what was lent to
+    /// others over to another node. Answered by [`Action::MayLeave`] or [`Action::CannotLeave`].
+    /// Nothing should be attached any more.
     pub fn leave(&mut self, now: Instant) {
         self.leaving = Some(Leaving { deadline: now + self.timing.leave, is_done: false });
         self.abandon_claims("this node leaves the cluster");
@@ -47,7 +49,8 @@ impl Ipam {
         self.finish(now);
     }
 
-    /// Who has to take over, if anybody must: a quarter of which nothing is lent can be forgotten by its birth owner.
+    /// Who has to take over, if anybody must: a quarter of which nothing is lent can be forgotten
+    /// by its birth owner.
     fn needs_heir(&self, quarter: NodeId) -> bool {
         quarter != self.id
             || self
@@ -166,7 +169,8 @@ impl Ipam {
         }
     }
 
-    /// The ledger, in parts; at least one. It does not change any more, so they are the same each time.
+    /// The ledger, in parts; at least one. It does not change any more, so they are the same each
+    /// time.
     fn parts(&self, quarter: NodeId) -> Vec<Vec<(NodeId, Loan)>> {
         let mut parts = vec![Vec::new()];
         let mut bytes = 0;

@@ -1,8 +1,10 @@
-//! What `status` tells, for Prometheus: [`render`] makes the text, [`serve`] answers on a port, if one was asked for. `GET /v1/metrics` on
-//! the unix socket gives the same. `docs/metrics.md` lists every metric; a test holds the two against each other.
+//! What `status` tells, for Prometheus: [`render`] makes the text, [`serve`] answers on a port, if
+//! one was asked for. `GET /v1/metrics` on the unix socket gives the same. `docs/metrics.md` lists
+//! every metric; a test holds the two against each other.
 //!
-//! Names have the prefix `overnode_`, base units (seconds, bytes, ratios of 1), and `_total` where they only grow. Labels are bounded: IDs of
-//! nodes, reasons, states; never addresses or names of containers.
+//! Names have the prefix `overnode_`, base units (seconds, bytes, ratios of 1), and `_total` where
+//! they only grow. Labels are bounded: IDs of nodes, reasons, states; never addresses or names of
+//! containers.
 
 mod families;
 mod port;
@@ -46,8 +48,9 @@ pub async fn answer(node: mpsc::Sender<Call>) -> Response {
     }
 }
 
-/// Answers on this address as long as the process lives. One that is not there yet, or taken, is tried again: the network works without
-/// anybody watching. There is nothing to write here, and nothing but metrics to read.
+/// Answers on this address as long as the process lives. One that is not there yet, or taken, is
+/// tried again: the network works without anybody watching. There is nothing to write here, and
+/// nothing but metrics to read.
 pub async fn serve(address: SocketAddr, node: mpsc::Sender<Call>) {
     let mut told = String::new();
     loop {

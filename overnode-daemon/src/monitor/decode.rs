@@ -1,4 +1,5 @@
-//! From what a program recorded of a dropped packet to what its headers say. Pure; the bytes are anybody's.
+//! From what a program recorded of a dropped packet to what its headers say. Pure; the bytes are
+//! anybody's.
 //!
 //! What lies behind the headers ends here: it is in nothing that this returns.
 
@@ -40,7 +41,8 @@ pub struct Seen {
     pub headers: Headers,
 }
 
-/// What a program recorded ([`overnode_ebpf::map::Dropped`]); `None` if no program of this version writes that.
+/// What a program recorded ([`overnode_ebpf::map::Dropped`]); `None` if no program of this version
+/// writes that.
 pub fn record(bytes: &[u8]) -> Option<Seen> {
     let (time_ns, rest) = bytes.split_first_chunk()?;
     let (words, packet) = rest.split_first_chunk::<24>()?;
@@ -76,7 +78,8 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
     Some(Seen { time_ns: u64::from_ne_bytes(*time_ns), reason, program, ifindex, len, headers })
 }
 
-/// True if a message that is dropped for this reason was authenticated, and lies there in plain text.
+/// True if a message that is dropped for this reason was authenticated, and lies there in plain
+/// text.
 const fn is_opened(reason: Reason) -> bool {
     matches!(
         reason,

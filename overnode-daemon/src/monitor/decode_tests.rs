@@ -177,7 +177,8 @@ fn what_no_program_of_this_version_writes_is_refused() {
 }
 
 proptest! {
-    /// Nothing panics, and of the payload nothing is ever told: two packets that differ only behind the headers look the same.
+    /// Nothing panics, and of the payload nothing is ever told: two packets that differ only behind
+    /// the headers look the same.
     #[test]
     fn any_bytes_are_taken(
         reason in 0_u32..40,

@@ -1,4 +1,5 @@
-//! Events on their way to readers. A reader that is too slow misses events, and is told how many; nobody waits for it.
+//! Events on their way to readers. A reader that is too slow misses events, and is told how many;
+//! nobody waits for it.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,4 +1,5 @@
-//! Control connections: listening, dialling, and two tasks for each connection. What is said on them is decided elsewhere.
+//! Control connections: listening, dialling, and two tasks for each connection. What is said on
+//! them is decided elsewhere.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -30,8 +31,9 @@ use crate::types::{NodeId, PublicKey};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a name may take to resolve.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most bytes of a TCP segment of a control connection: an IPv6 packet of the least MTU that there is (1280) less the headers of IPv6
-/// and TCP. Nothing searches for the MTU there, and a router that drops larger packets without a word must not part two nodes.
+/// Most bytes of a TCP segment of a control connection: an IPv6 packet of the least MTU that there
+/// is (1280) less the headers of IPv6 and TCP. Nothing searches for the MTU there, and a router
+/// that drops larger packets without a word must not part two nodes.
 const SEGMENT: u32 = 1220;
 /// Most addresses of one destination that are tried in one attempt.
 const MAX_TRIES: usize = 8;
@@ -139,7 +141,8 @@ impl Outbox {
     }
 }
 
-/// Who has which ID, as far as this node knows of living nodes: callers that say otherwise are refused.
+/// Who has which ID, as far as this node knows of living nodes: callers that say otherwise are
+/// refused.
 pub type Residents = Arc<Mutex<BTreeMap<NodeId, (PublicKey, String)>>>;
 
 /// All control connections of this node. Dropping it ends them.
@@ -332,7 +335,8 @@ struct Ends {
 
 type Link = session::Link<TcpStream>;
 
-/// The addresses in the order in which they are tried: the families in turn, so that one of them that leads nowhere costs little time.
+/// The addresses in the order in which they are tried: the families in turn, so that one of them
+/// that leads nowhere costs little time.
 fn in_turn(addresses: BTreeSet<SocketAddr>) -> Vec<SocketAddr> {
     let (v4, v6): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv4);
     let longer = v4.len().max(v6.len());

@@ -1,7 +1,9 @@
-//! The UDP sockets of the data port, IPv4 and IPv6: handshakes arrive here (data messages are taken by the programs before).
+//! The UDP sockets of the data port, IPv4 and IPv6: handshakes arrive here (data messages are taken
+//! by the programs before).
 //!
-//! Each datagram comes with the address and the interface it was sent to, and an answer can be sent from that address: a host
-//! may have several, and a peer behind a NAT or a firewall takes no answer from another.
+//! Each datagram comes with the address and the interface it was sent to, and an answer can be sent
+//! from that address: a host may have several, and a peer behind a NAT or a firewall takes no
+//! answer from another.
 
 use std::io;
 use std::io::{IoSlice, IoSliceMut};
@@ -60,8 +62,9 @@ impl Received<&[u8]> {
 }
 
 impl UdpSockets {
-    /// Binds `port` on all addresses, IPv4 and IPv6 apart. A family that the kernel or the namespace lacks is left out. Port 0: one that
-    /// is free, the same for both. To be called within a tokio runtime.
+    /// Binds `port` on all addresses, IPv4 and IPv6 apart. A family that the kernel or the
+    /// namespace lacks is left out. Port 0: one that is free, the same for both. To be called
+    /// within a tokio runtime.
     ///
     /// # Errors
     /// If the port is taken, or there is neither IPv4 nor IPv6.
@@ -112,8 +115,8 @@ impl UdpSockets {
         Ok(Reception { stop, thread: Some(thread) })
     }
 
-    /// Sends a datagram; from `from` if that is (still) an address of this host and of the same family, else from the one that the
-    /// kernel chooses.
+    /// Sends a datagram; from `from` if that is (still) an address of this host and of the same
+    /// family, else from the one that the kernel chooses.
     ///
     /// # Errors
     /// What `sendmsg` reports; [`io::ErrorKind::Unsupported`] if there is no socket of that family.

@@ -1,4 +1,5 @@
-//! Addresses that may have to be borrowed first: what the allocation decides is carried out, and who waits for it is answered.
+//! Addresses that may have to be borrowed first: what the allocation decides is carried out, and
+//! who waits for it is answered.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -60,9 +61,11 @@ impl Node {
         self.ipam.learn(record.id, peer, now);
     }
 
-    /// Whom the allocation can write to, and whether the node has met everybody that it was told of.
+    /// Whom the allocation can write to, and whether the node has met everybody that it was told
+    /// of.
     pub(super) fn tell_ipam_of_paths(&mut self, now: Instant) {
-        // What is heard of nodes that are far may be old for a moment after a separation, until the records are compared.
+        // What is heard of nodes that are far may be old for a moment after a separation, until the
+        // records are compared.
         let is_steady = |id: &NodeId| {
             self.reachable
                 .get(id)
@@ -97,7 +100,8 @@ impl Node {
         }
     }
 
-    /// Carries out what the allocation has decided. When the disk fails, nothing that was to come after is done.
+    /// Carries out what the allocation has decided. When the disk fails, nothing that was to come
+    /// after is done.
     pub(super) async fn pump_ipam(&mut self, now: Instant) {
         if self.broken.is_some() {
             return;
@@ -162,8 +166,8 @@ impl Node {
         }
     }
 
-    /// Tells the others which space this node gives out and which static addresses it has, if that has changed, and the data plane,
-    /// too.
+    /// Tells the others which space this node gives out and which static addresses it has, if that
+    /// has changed, and the data plane, too.
     async fn announce_addresses_held(&mut self, now: Instant) {
         let (ranges, claims) = (self.ipam.ranges(), self.ipam.claims());
         let own = self.gossip.own();
@@ -252,7 +256,8 @@ impl Daemon {
                     };
                     let reply = match found {
                         Ok(address) if answer.is_closed() => {
-                            // The container need not be there any more, and nobody would learn the address.
+                            // The container need not be there any more, and nobody would learn the
+                            // address.
                             node.ipam.release(address, Instant::now());
                             continue;
                         }

@@ -1,4 +1,5 @@
-//! The bulk path: starts its workers or takes over those of an earlier daemon, gives them peers and keys, and starts them anew when they end.
+//! The bulk path: starts its workers or takes over those of an earlier daemon, gives them peers and
+//! keys, and starts them anew when they end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -97,7 +98,8 @@ impl Bulk {
         }
     }
 
-    /// What the workers say next; `None` when they are gone. Never, while there are none. Cancelling loses nothing.
+    /// What the workers say next; `None` when they are gone. Never, while there are none.
+    /// Cancelling loses nothing.
     pub(super) async fn next(&self) -> Option<FromWorkers> {
         match &self.link {
             Some(link) => link.next().await.ok().flatten(),
@@ -158,7 +160,8 @@ impl Bulk {
 }
 
 impl Node {
-    /// Takes over the workers of an earlier daemon, or starts some. Without, everything is left to the programs: that is said once.
+    /// Takes over the workers of an earlier daemon, or starts some. Without, everything is left to
+    /// the programs: that is said once.
     pub(super) async fn start_bulk(&mut self, now: Instant) {
         if self.bulk.mode == Mode::Off {
             self.stop_bulk().await;
@@ -381,7 +384,8 @@ impl Node {
         }
     }
 
-    /// Tells handshakes and workers which peers there are and where. To be called about once a second.
+    /// Tells handshakes and workers which peers there are and where. To be called about once a
+    /// second.
     pub(super) fn follow_bulk_peers(&mut self, now: Instant) {
         let Some(link) = &self.bulk.link else { return };
         if now > self.bulk.last_heard + SILENCE {

@@ -1,4 +1,5 @@
-//! The data plane's peers: what gossip says becomes peers and routes, what the handshakes decide becomes sessions.
+//! The data plane's peers: what gossip says becomes peers and routes, what the handshakes decide
+//! becomes sessions.
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -20,7 +21,8 @@ use crate::types::{NodeId, PeerIndex, PublicKey, Secret};
 
 /// How much longer than the node with the lower ID the other one waits before it initiates.
 const SECOND: Duration = Duration::from_millis(1500);
-/// An address of a node that does not answer a handshake within this time is given up for the next one.
+/// An address of a node that does not answer a handshake within this time is given up for the next
+/// one.
 const PATIENCE: Duration = Duration::from_secs(7);
 /// Most addresses that are tried of one peer: a record's, and where it was heard.
 const MAX_CANDIDATES: usize = 32;
@@ -76,11 +78,12 @@ pub(super) struct Wanted {
 }
 
 impl Node {
-    /// Takes over what an earlier daemon left in the maps, then configures all peers that the store knows.
+    /// Takes over what an earlier daemon left in the maps, then configures all peers that the store
+    /// knows.
     pub(super) async fn adopt(&mut self, now: Instant) -> anyhow::Result<()> {
         let pinned = self.datapath.peers()?;
-        // A peer with a session may have moved since it said where it is: that it has one must be known before it is configured, or
-        // what is under way to it would be diverted.
+        // A peer with a session may have moved since it said where it is: that it has one must be
+        // known before it is configured, or what is under way to it would be diverted.
         for state in &pinned {
             let peer = DataPeer {
                 public_key: state.public_key,
@@ -144,7 +147,8 @@ impl Node {
         Ok(())
     }
 
-    /// Gives a node's record to the data plane, unless its space was taken back and it has not come back since.
+    /// Gives a node's record to the data plane, unless its space was taken back and it has not come
+    /// back since.
     pub(super) async fn configure_peer(
         &mut self,
         record: &Record,
@@ -181,7 +185,8 @@ impl Node {
     ) -> anyhow::Result<()> {
         let before = self.peers.remove(&index);
         if before.as_ref().is_some_and(|before| before.public_key != wanted.public_key) {
-            // A node that was reset and launched again has another key: nothing of the old one may stay.
+            // A node that was reset and launched again has another key: nothing of the old one may
+            // stay.
             self.handshakes.remove_peer(index, now);
             self.pump_handshakes(now, None).await;
             self.datapath.remove_peer(index)?;
@@ -260,8 +265,9 @@ impl Node {
         self.pump_handshakes(now, Some((datagram.from, datagram.to))).await;
     }
 
-    /// Carries out what the handshakes have decided. An answer to a datagram, of which `asked` tells whence and whereto it came, goes out
-    /// from the address that was asked: a firewall on the way takes it from no other.
+    /// Carries out what the handshakes have decided. An answer to a datagram, of which `asked`
+    /// tells whence and whereto it came, goes out from the address that was asked: a firewall on
+    /// the way takes it from no other.
     pub(super) async fn pump_handshakes(
         &mut self,
         now: Instant,
@@ -287,7 +293,8 @@ impl Node {
     async fn handle_handshake(&mut self, event: Event, now: Instant) -> anyhow::Result<()> {
         match event {
             Event::Install { peer, session } => {
-                // A daemon that does not know a peer, or knows another key of it, ends its sessions: whose this is must be on disk.
+                // A daemon that does not know a peer, or knows another key of it, ends its
+                // sessions: whose this is must be on disk.
                 if let Some(id) = peer.node().filter(|id| self.unsaved.contains(id)) {
                     self.save_peers(Some(id));
                 }
@@ -370,7 +377,8 @@ impl Node {
         }
         for (index, public_key, endpoint) in moved {
             self.handshakes.set_endpoint(index, endpoint);
-            // The handshakes follow the endpoint in the maps, and so do the messages of the session to come.
+            // The handshakes follow the endpoint in the maps, and so do the messages of the session
+            // to come.
             if let Err(error) = self.datapath.set_peer(index, &public_key, Some(endpoint)).await {
                 tracing::warn!("peer {index} cannot be tried at {endpoint}: {error:#}");
             }
@@ -389,7 +397,8 @@ impl Node {
         self.known.set(addresses);
     }
 
-    /// A node was just spoken with at this address: if there is no session with it, that is where to try, and now.
+    /// A node was just spoken with at this address: if there is no session with it, that is where
+    /// to try, and now.
     pub(super) fn heard_at(&mut self, index: PeerIndex, ip: IpAddr, now: Instant) {
         let place = SocketAddr::new(ip, DATA_PORT);
         match self.peers.get_mut(&index) {
@@ -455,7 +464,8 @@ impl Node {
         self.routing.set_reachable(self.gossip.paths().keys(), now);
     }
 
-    /// Lets the data plane follow what the nodes announce, as far as it is theirs, and tells of what it is not.
+    /// Lets the data plane follow what the nodes announce, as far as it is theirs, and tells of
+    /// what it is not.
     pub(super) fn follow_routes(&mut self, now: Instant) {
         if !self.routing.update(now) {
             return;

@@ -40,7 +40,8 @@ pub(super) struct Dns {
     too_many: Option<String>,
 }
 
-/// Where containers find the server: a network namespace of its own, plugged in at the node's address.
+/// Where containers find the server: a network namespace of its own, plugged in at the node's
+/// address.
 struct Place {
     server: Server,
     netns: OwnNetns,
@@ -137,7 +138,8 @@ impl Node {
         }
     }
 
-    /// Before the daemon ends by itself: what would vanish soon after it must not be in the way of the next one.
+    /// Before the daemon ends by itself: what would vanish soon after it must not be in the way of
+    /// the next one.
     pub(super) async fn stop_dns(&mut self) {
         if self.dns.place.take().is_some()
             && let Err(error) =
@@ -208,8 +210,8 @@ impl Node {
         Ok(names.into_iter().collect())
     }
 
-    /// Names of nodes count that packets get to, once it is sure that they still say the same: what was removed during a separation must not
-    /// be seen again, not even until the news arrives.
+    /// Names of nodes count that packets get to, once it is sure that they still say the same: what
+    /// was removed during a separation must not be seen again, not even until the news arrives.
     pub(super) fn tell_dns_of_paths(&mut self, now: Instant) {
         let has_way = |id: &NodeId| !matches!(self.ways.route(*id), Some((Route::Unreachable, _)));
         let here = self.gossip.paths().keys().copied().filter(has_way);
@@ -221,7 +223,8 @@ impl Node {
             .filter(|it| self.dialer.connection(it.peer) == Some(it.connection));
         let in_step: BTreeMap<NodeId, Option<Instant>> =
             in_use.map(|it| (it.peer, it.in_step)).collect();
-        // A neighbour's news come before its answer to a ping; those of others come with the news of their links.
+        // A neighbour's news come before its answer to a ping; those of others come with the news
+        // of their links.
         let has_told = |id: &NodeId, since: Instant| {
             in_step.get(id).is_none_or(|last| last.is_some_and(|last| last >= since))
         };

@@ -1,4 +1,5 @@
-//! A Docker engine's networks: carries out what [`crate::docker::plan`] decides, with the node's addresses and its data plane.
+//! A Docker engine's networks: carries out what [`crate::docker::plan`] decides, with the node's
+//! addresses and its data plane.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -253,7 +254,8 @@ impl Node {
         };
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (record, response) = docker.plan.held(address, fixed, name, since);
-        // On disk before it is answered: a crash from here on leaves an address too many in use, never one twice.
+        // On disk before it is answered: a crash from here on leaves an address too many in use,
+        // never one twice.
         if let Err(why) = self.store.add_attachment(&record) {
             self.ipam.release(address, now);
             return Err(Refusal::new(why));
@@ -305,8 +307,9 @@ impl Node {
         }
     }
 
-    /// Guards the containers whose namespaces have come to be: an engine joins an endpoint before it makes the namespace. An engine in
-    /// another mount namespace has them at paths that lead nowhere here.
+    /// Guards the containers whose namespaces have come to be: an engine joins an endpoint before
+    /// it makes the namespace. An engine in another mount namespace has them at paths that lead
+    /// nowhere here.
     pub(super) async fn settle_sandboxes(&mut self, now: Instant) {
         let Some(docker) = &self.docker else { return };
         let unsettled: Vec<Attachment> = docker.plan.unsettled().cloned().collect();

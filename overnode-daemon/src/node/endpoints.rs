@@ -88,7 +88,8 @@ impl Node {
         Ok(())
     }
 
-    /// A runtime whose host was switched off asks anew, without having deleted what was there before.
+    /// A runtime whose host was switched off asks anew, without having deleted what was there
+    /// before.
     pub(super) async fn displace(&mut self, request: &api::Attach) -> Result<(), ApiError> {
         if request.cni.is_none() {
             return Ok(());
@@ -165,7 +166,8 @@ impl Node {
             host_interface: datapath::host_interface(address),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
-        // On disk before anything uses it: a crash from here on leaves an address too many in use, never one twice.
+        // On disk before anything uses it: a crash from here on leaves an address too many in use,
+        // never one twice.
         self.store.add_attachment(&attachment).map_err(ApiError::failed)?;
         fault::step("attachment");
         let mut plan = match netns.clone() {
@@ -182,7 +184,8 @@ impl Node {
         if let (Some(_), Some(netns), Ok(_)) = (&cni, &netns, &plugged)
             && let Err(why) = self.datapath.guard(netns).await
         {
-            // Another plugin may give the container a way out, which what is for containers must not take.
+            // Another plugin may give the container a way out, which what is for containers must
+            // not take.
             if let Err(left) = self.datapath.detach(&plan.host_interface).await {
                 tracing::warn!("{} stays until later: {left:#}", plan.host_interface);
             }
@@ -322,8 +325,8 @@ impl Node {
         Ok(())
     }
 
-    /// An interface can be lost without its container: when the node's host interfaces were deleted by hand, or with a reset that
-    /// was cut short. True if it is back.
+    /// An interface can be lost without its container: when the node's host interfaces were deleted
+    /// by hand, or with a reset that was cut short. True if it is back.
     async fn plug_in_again(&mut self, attachment: &Attachment) -> bool {
         let plan = if attachment.kind == Kind::Host {
             datapath::Attachment::host(attachment.address)
@@ -369,7 +372,8 @@ impl Node {
         Ok(Some(address.addr()))
     }
 
-    /// To be called when nothing uses the address any more. It stays taken if the disk cannot be written: after a restart it would be.
+    /// To be called when nothing uses the address any more. It stays taken if the disk cannot be
+    /// written: after a restart it would be.
     pub(super) fn give_back(&mut self, address: IpAddr) -> Result<(), StoreError> {
         self.store.remove_attachment(address)?;
         self.ipam.release(address, Instant::now());

@@ -126,7 +126,8 @@ impl Node {
             .find(|index| !self.externals.contains_key(index))
     }
 
-    /// Addresses may be outside the subnet (then only this host's containers reach them), but must not be anybody else's.
+    /// Addresses may be outside the subnet (then only this host's containers reach them), but must
+    /// not be anybody else's.
     fn check_allowed(&self, request: &AddExternalPeer) -> Result<(), ApiError> {
         if request.allowed_ips.is_empty() {
             return Err(ApiError::usage(

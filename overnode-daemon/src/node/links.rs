@@ -1,4 +1,5 @@
-//! Control connections: what the mesh reports goes to the dialler and to gossip, and what these decide goes back.
+//! Control connections: what the mesh reports goes to the dialler and to gossip, and what these
+//! decide goes back.
 
 use std::net::SocketAddr;
 use std::sync::PoisonError;
@@ -27,7 +28,8 @@ pub(super) struct Stream {
     pub(super) remote: SocketAddr,
     local: SocketAddr,
     pub(super) rtt: Option<Duration>,
-    /// When the last ping left that was answered: what the other end had sent until then has arrived.
+    /// When the last ping left that was answered: what the other end had sent until then has
+    /// arrived.
     pub(super) in_step: Option<Instant>,
     outbox: Outbox,
 }
@@ -125,7 +127,8 @@ impl Node {
         }
     }
 
-    /// Ends a connection whose other end does what no honest node does. If that one had called, nothing else would show it.
+    /// Ends a connection whose other end does what no honest node does. If that one had called,
+    /// nothing else would show it.
     fn cut_off(&mut self, id: StreamId, why: &Refusal, now: Instant) {
         let Some(stream) = self.streams.get(&id) else { return };
         tracing::warn!(
@@ -173,7 +176,8 @@ impl Node {
         }
     }
 
-    /// Tells the others where this node is: the addresses that its connections use, new ones first, for there is a limit.
+    /// Tells the others where this node is: the addresses that its connections use, new ones first,
+    /// for there is a limit.
     fn announce_addresses(&mut self, now: Instant) {
         let mut addresses: Vec<SocketAddr> =
             self.streams.values().map(|it| SocketAddr::new(it.local.ip(), CONTROL_PORT)).collect();
@@ -229,7 +233,8 @@ impl Node {
                 gossip::Action::Clash { record, holder } => self.report_clash(&record, holder, now),
             }
         }
-        // Of thousands that one message may bring, some now and the others after whatever else there is to do.
+        // Of thousands that one message may bring, some now and the others after whatever else
+        // there is to do.
         for _ in 0..LEARN_AT_ONCE {
             let Some(id) = self.unlearnt.pop_first() else { break };
             self.learn(id, now).await;
@@ -250,7 +255,8 @@ impl Node {
         }
     }
 
-    /// Two hosts with one ID, as gossip tells: shown where it would be if the second one had called here.
+    /// Two hosts with one ID, as gossip tells: shown where it would be if the second one had called
+    /// here.
     fn report_clash(&mut self, record: &gossip::Record, holder: String, now: Instant) {
         let newcomer = record.nickname.clone();
         let refusal = if record.public_key == self.public_key {
@@ -266,8 +272,9 @@ impl Node {
         }
     }
 
-    /// Keeps what the others said of themselves, first of all `first`: after a restart it is known at once. Every change of the disk
-    /// waits for the disk, so changes are collected, and of very many some are left for the next time.
+    /// Keeps what the others said of themselves, first of all `first`: after a restart it is known
+    /// at once. Every change of the disk waits for the disk, so changes are collected, and of very
+    /// many some are left for the next time.
     pub(super) fn save_peers(&mut self, first: Option<NodeId>) {
         let (mut known, mut bytes) = (Vec::new(), 0);
         let rest = self.unsaved.iter().copied().filter(|id| Some(*id) != first);

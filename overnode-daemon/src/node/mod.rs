@@ -1,6 +1,8 @@
-//! The one task that joins the parts: it waits for whatever happens next, tells the cores that decide, and carries out what they answer.
+//! The one task that joins the parts: it waits for whatever happens next, tells the cores that
+//! decide, and carries out what they answer.
 //!
-//! [`Daemon`] lives as long as the process and may have no node yet; [`running::Node`] is a launched one.
+//! [`Daemon`] lives as long as the process and may have no node yet; [`running::Node`] is a
+//! launched one.
 
 mod addresses;
 mod arrivals;
@@ -199,8 +201,8 @@ async fn next_input(node: &mut Option<Node>) -> running::Input {
     }
 }
 
-/// Tries again for a moment what fails: a daemon that was just killed still holds its lock and its socket until the kernel has taken
-/// it apart.
+/// Tries again for a moment what fails: a daemon that was just killed still holds its lock and its
+/// socket until the kernel has taken it apart.
 async fn patiently<T, E>(
     mut attempt: impl FnMut() -> Result<T, E>,
     may_pass: impl Fn(&E) -> bool,
@@ -226,7 +228,8 @@ fn listen(run_dir: &Path) -> anyhow::Result<UnixListener> {
         .with_context(|| format!("the run directory {} cannot be made", run_dir.display()))?;
     trust::check_directory(run_dir).context(untrusted)?;
     let path = run_dir.join(api::SOCKET);
-    // The state directory's lock says that no other daemon has this state; another one may still have this run directory.
+    // The state directory's lock says that no other daemon has this state; another one may still
+    // have this run directory.
     if std::os::unix::net::UnixStream::connect(&path).is_ok() {
         anyhow::bail!(
             "another daemon answers on {}: one host runs one node; give this one another --run-dir, or stop that one",

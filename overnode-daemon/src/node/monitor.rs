@@ -1,4 +1,5 @@
-//! What `overnode monitor` is told: which packets were dropped, and what happens to peers, paths and containers.
+//! What `overnode monitor` is told: which packets were dropped, and what happens to peers, paths
+//! and containers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -15,7 +16,8 @@ use crate::monitor::{Hub, drop_reasons};
 use crate::store::Attachment;
 use crate::types::{NodeId, PeerIndex};
 
-/// Dropped packets that are shown a second, at most, for each reason. All of them fit into the ring of the programs.
+/// Dropped packets that are shown a second, at most, for each reason. All of them fit into the ring
+/// of the programs.
 const SHOWN: u32 = 32;
 
 const _: () = {
@@ -97,7 +99,8 @@ impl Node {
         })
     }
 
-    /// Once a second: lets the programs record as much as can be shown, and tells how much cannot be.
+    /// Once a second: lets the programs record as much as can be shown, and tells how much cannot
+    /// be.
     pub(super) fn watch_drops(&mut self) {
         let is_watched = self.monitor.hub.is_watched();
         if !is_watched && self.monitor.tallies.is_none() {

@@ -1,5 +1,5 @@
-//! Which way packets take to each node: probes tell whether the straight path works, gossip tells which relays there are, and the
-//! data plane is told what follows.
+//! Which way packets take to each node: probes tell whether the straight path works, gossip tells
+//! which relays there are, and the data plane is told what follows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -16,13 +16,14 @@ use crate::path::route::{self, Graph, Route};
 use crate::path::{Action, PathState};
 use crate::types::{NodeId, PeerIndex};
 
-/// A path that nobody has tried for so long is given time to prove itself before a relay takes its place: sessions, connections
-/// and probes of a node that has just come take a moment each.
+/// A path that nobody has tried for so long is given time to prove itself before a relay takes its
+/// place: sessions, connections and probes of a node that has just come take a moment each.
 const GRACE: Duration = Duration::from_secs(3);
 /// A peer whose containers had packets for it within this time is probed at the full rate.
 const BUSY: Duration = Duration::from_secs(10);
-/// A relay that served for so long stays the way when probes find none any more: what is dead may be a daemon, without which packets
-/// are passed on all the same. One that was taken later was taken because the destination had just stopped answering.
+/// A relay that served for so long stays the way when probes find none any more: what is dead may
+/// be a daemon, without which packets are passed on all the same. One that was taken later was
+/// taken because the destination had just stopped answering.
 const SETTLED: Duration = Duration::from_secs(5);
 
 /// What the node remembers of the ways.
@@ -230,7 +231,8 @@ impl Node {
         since.is_none_or(|since| now < *since + GRACE)
     }
 
-    /// Takes the relay header off a handshake message. Gives the message, and an address that stands for its sender.
+    /// Takes the relay header off a handshake message. Gives the message, and an address that
+    /// stands for its sender.
     pub(super) fn unwrap_relayed<'a>(
         &mut self,
         datagram: &'a [u8],
@@ -247,7 +249,8 @@ impl Node {
         Some((stand_in(source), message))
     }
 
-    /// Sends a handshake message through a relay, if its peer is behind one, or it answers what came through one. True if that was all.
+    /// Sends a handshake message through a relay, if its peer is behind one, or it answers what
+    /// came through one. True if that was all.
     pub(super) async fn send_relayed(&mut self, transmit: &Transmit) -> bool {
         let stood_for = stood_for(transmit.to);
         let node = stood_for.or_else(|| transmit.peer.and_then(PeerIndex::node));
@@ -274,7 +277,8 @@ impl Node {
     }
 }
 
-/// The address that stands for a node whose messages come through a relay: one of those that lead nowhere (RFC 6666).
+/// The address that stands for a node whose messages come through a relay: one of those that lead
+/// nowhere (RFC 6666).
 pub(super) fn stand_in(id: NodeId) -> SocketAddr {
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, id.get())), 0)
 }

@@ -65,7 +65,8 @@ impl Node {
 /// # Errors
 /// When containers are attached and `force` is false, or something cannot be removed.
 pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> anyhow::Result<()> {
-    // A state directory that is gone, or that this version cannot read, must not keep anyone from cleaning up.
+    // A state directory that is gone, or that this version cannot read, must not keep anyone from
+    // cleaning up.
     let store = match Store::open_existing(state_dir) {
         Ok(store) => Some(store),
         Err(StoreError::Missing { .. }) => None,

@@ -1,4 +1,5 @@
-//! A launched node: what it holds, what can happen to it, and the order in which things are carried out.
+//! A launched node: what it holds, what can happen to it, and the order in which things are carried
+//! out.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -143,7 +144,8 @@ pub(super) struct Node {
     pub(super) reachable: BTreeMap<NodeId, (bool, Instant)>,
     /// What needs an operator.
     pub(super) findings: Findings,
-    /// Nodes to which more leads than before: an address that they have is not in use here any more.
+    /// Nodes to which more leads than before: an address that they have is not in use here any
+    /// more.
     pub(super) rerouted: BTreeSet<NodeId>,
     /// Whose records are newer than those on disk.
     pub(super) unsaved: BTreeSet<NodeId>,
@@ -161,7 +163,8 @@ pub(super) struct Node {
 }
 
 impl Node {
-    /// Starts what the store describes, or carries on with what an earlier daemon left in the kernel.
+    /// Starts what the store describes, or carries on with what an earlier daemon left in the
+    /// kernel.
     pub(super) async fn start(
         options: &Options,
         store: &Arc<Store>,
@@ -461,7 +464,8 @@ impl Node {
         self.pump_handshakes(now, None).await;
     }
 
-    /// What waits in the queue is taken at once: a thousand containers that end together are one clean-up.
+    /// What waits in the queue is taken at once: a thousand containers that end together are one
+    /// clean-up.
     async fn handle_link(&mut self, event: LinkEvent, now: Instant) {
         // Perhaps an engine has moved an interface into its container.
         self.settle_sandboxes(now).await;

@@ -131,8 +131,8 @@ impl Node {
         peers
     }
 
-    /// Whether a node is reachable, and since when. Of a node that is cut off, its connections tell only after seconds that nothing
-    /// comes any more; the probes know it at once.
+    /// Whether a node is reachable, and since when. Of a node that is cut off, its connections tell
+    /// only after seconds that nothing comes any more; the probes know it at once.
     pub(super) fn reach(&self, id: NodeId) -> Option<(bool, Instant)> {
         let (connected, since) = *self.reachable.get(&id)?;
         match self.ways.route(id) {

@@ -6,7 +6,8 @@ use super::probe::{Kind, Probe, SMALLEST};
 
 /// How far back [`Probe::seen`] looks: this to twice this.
 pub const SEEN_WINDOW: Duration = Duration::from_secs(2);
-/// Answers to one node: on average one per this time (a node asks less often for more than a moment) ...
+/// Answers to one node: on average one per this time (a node asks less often for more than a
+/// moment) ...
 pub const ANSWER_INTERVAL: Duration = Duration::from_millis(25);
 /// ... and so many at once: a search for the MTU on a short path takes two for each of its steps.
 pub const ANSWER_BURST: u32 = 64;

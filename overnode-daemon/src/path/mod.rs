@@ -1,13 +1,14 @@
-//! The direct paths to other nodes: whether packets pass, how fast, how large, and which way to take where they do not.
-//! Deterministic; no I/O, no clock.
+//! The direct paths to other nodes: whether packets pass, how fast, how large, and which way to
+//! take where they do not. Deterministic; no I/O, no clock.
 //!
-//! Every node asks every other one that it has a WireGuard session with, inside the tunnel, and believes only in answers to what
-//! it asked: so a path is alive when packets pass in both directions, and nobody but the other node can say so. Small
-//! [`probe`]s tell liveness, round-trip time and loss; padded ones search for the MTU ([`mtu`]). From these states and
-//! from what other nodes tell of theirs, [`route::choose`] makes the table of next hops.
+//! Every node asks every other one that it has a WireGuard session with, inside the tunnel, and
+//! believes only in answers to what it asked: so a path is alive when packets pass in both
+//! directions, and nobody but the other node can say so. Small [`probe`]s tell liveness, round-trip
+//! time and loss; padded ones search for the MTU ([`mtu`]). From these states and from what other
+//! nodes tell of theirs, [`route::choose`] makes the table of next hops.
 //!
-//! What a hostile node can do is to spoil the path between itself and this node. It is answered at a bounded rate, never with
-//! more bytes than it sent, and makes nothing grow.
+//! What a hostile node can do is to spoil the path between itself and this node. It is answered at
+//! a bounded rate, never with more bytes than it sent, and makes nothing grow.
 
 pub mod mtu;
 pub mod probe;
@@ -39,7 +40,8 @@ pub use state::{Fault, PathState};
 
 use crate::types::NodeId;
 
-/// With more peers than these, those that carry no traffic are asked every [`STRETCHED_INTERVAL`] only.
+/// With more peers than these, those that carry no traffic are asked every [`STRETCHED_INTERVAL`]
+/// only.
 pub const MANY_PEERS: usize = 64;
 
 /// What the shell must do.
@@ -97,8 +99,8 @@ impl Paths {
         }
     }
 
-    /// There is a session with that node. `largest` is the size of the largest inner packet that the local underlay interface
-    /// carries directly, bytes. Known peers keep their state.
+    /// There is a session with that node. `largest` is the size of the largest inner packet that
+    /// the local underlay interface carries directly, bytes. Known peers keep their state.
     pub fn set_peer(&mut self, id: NodeId, largest: u32, now: Instant) {
         let largest = largest.clamp(SMALLEST, LARGEST);
         self.peers.entry(id).or_insert_with(|| {
@@ -129,8 +131,9 @@ impl Paths {
         self.with(id, |peer, _| peer.set_busy(is_busy, now));
     }
 
-    /// Takes a probe that came through the tunnel from a node; `received` is the size of the whole inner packet, bytes. Of long
-    /// ones the first [`probe::HEADER`] bytes of the payload are enough.
+    /// Takes a probe that came through the tunnel from a node; `received` is the size of the whole
+    /// inner packet, bytes. Of long ones the first [`probe::HEADER`] bytes of the payload are
+    /// enough.
     pub fn handle_probe(&mut self, from: NodeId, bytes: &[u8], received: u32, now: Instant) {
         if !self.peers.contains_key(&from) {
             self.counters.strangers += 1;

@@ -1,28 +1,31 @@
-//! The search for the largest inner packet that the path carries (RFC 8899, "DPLPMTUD", with the shortcut of asking for the
-//! most first).
+//! The search for the largest inner packet that the path carries (RFC 8899, "DPLPMTUD", with the
+//! shortcut of asking for the most first).
 //!
-//! Sizes are those of inner packets. A size has failed when so many probes of it vanished, each beside a small one that was
-//! answered. Until something has failed, the path is taken to carry what the local interface does, which is nearly always
-//! so: a first guess below it would teach containers a smaller MTU that they keep for minutes.
+//! Sizes are those of inner packets. A size has failed when so many probes of it vanished, each
+//! beside a small one that was answered. Until something has failed, the path is taken to carry
+//! what the local interface does, which is nearly always so: a first guess below it would teach
+//! containers a smaller MTU that they keep for minutes.
 
 use std::time::{Duration, Instant};
 
-/// What every path should carry: the least MTU of IPv6 (1280) less the headers of the tunnel over IPv6 (80). Taken at once when
-/// a larger size fails, until the search knows better (RFC 8899 section 5.1.2, `BASE_PLPMTU`).
+/// What every path should carry: the least MTU of IPv6 (1280) less the headers of the tunnel over
+/// IPv6 (80). Taken at once when a larger size fails, until the search knows better (RFC 8899
+/// section 5.1.2, `BASE_PLPMTU`).
 pub const BASE: u32 = 1200;
-/// The least that is looked for: what IPv4 hosts must accept (576) less the headers of the tunnel over IPv4 (60), and that
-/// rounded to the cipher's blocks.
+/// The least that is looked for: what IPv4 hosts must accept (576) less the headers of the tunnel
+/// over IPv4 (60), and that rounded to the cipher's blocks.
 pub const FLOOR: u32 = 512;
 /// The search ends when the answer is known to so many bytes.
 pub const PRECISION: u32 = 8;
-/// So many probes of a size must vanish before it has failed (RFC 8899 section 5.1.2, `MAX_PROBES`); more where the
-/// path loses many packets.
+/// So many probes of a size must vanish before it has failed (RFC 8899 section 5.1.2,
+/// `MAX_PROBES`); more where the path loses many packets.
 pub const TRIES: u32 = 3;
 /// And no more than these, whatever is lost.
 pub const MOST_TRIES: u32 = 12;
 /// How likely it may be that mere loss makes a size fail.
 const MISTAKE: f32 = 0.001;
-/// How often a size that works is tried again: RFC 8899 asks for less often, but this is how long a black hole may last.
+/// How often a size that works is tried again: RFC 8899 asks for less often, but this is how long a
+/// black hole may last.
 pub const CHECK_INTERVAL: Duration = Duration::from_secs(30);
 /// The same where containers talk to each other, and would notice.
 pub const BUSY_CHECK_INTERVAL: Duration = Duration::from_secs(5);
@@ -117,7 +120,8 @@ impl Search {
         }
     }
 
-    /// The path is alive: checks what was known of it before, and then whether it carries more by now.
+    /// The path is alive: checks what was known of it before, and then whether it carries more by
+    /// now.
     pub(super) fn start(&mut self, now: Instant) {
         self.is_confirmed = false;
         self.confirmed_at = None;
@@ -152,8 +156,8 @@ impl Search {
         self.next
     }
 
-    /// Gives up waiting if it is time; `loss` is that of small probes, 0 to 1. Returns the MTU that was believed in, if it has
-    /// turned out to be too large.
+    /// Gives up waiting if it is time; `loss` is that of small probes, 0 to 1. Returns the MTU that
+    /// was believed in, if it has turned out to be too large.
     pub(super) fn handle_timeout(&mut self, now: Instant, loss: f32) -> Option<u32> {
         let wait = self.wait.filter(|_| self.next.is_some_and(|next| now >= next))?;
         self.wait = None;
@@ -166,7 +170,8 @@ impl Search {
         if self.failures >= tries(loss) { self.fail(now) } else { None }
     }
 
-    /// A small probe that was sent at `sent` was answered: one of this search that was sent before it has so much longer.
+    /// A small probe that was sent at `sent` was answered: one of this search that was sent before
+    /// it has so much longer.
     pub(super) fn handle_small(&mut self, sent: Instant, grace: Duration, now: Instant) {
         if let Some(wait) = self.wait.as_mut().filter(|wait| sent >= wait.since) {
             wait.has_small_passed = true;
@@ -213,8 +218,8 @@ impl Search {
         is_mine
     }
 
-    /// The other side has received packets of up to `seen` bytes in the `window` before it got what was sent at `asked`: then
-    /// only the answer of a probe is missing.
+    /// The other side has received packets of up to `seen` bytes in the `window` before it got what
+    /// was sent at `asked`: then only the answer of a probe is missing.
     pub(super) fn handle_seen(
         &mut self,
         seen: u32,
@@ -229,7 +234,8 @@ impl Search {
         }
     }
 
-    /// The kernel has refused to send a packet of that size. Returns true if it was a probe of this search.
+    /// The kernel has refused to send a packet of that size. Returns true if it was a probe of this
+    /// search.
     pub(super) fn handle_unsent(&mut self, size: u32, now: Instant) -> bool {
         let is_mine = self.wait.is_some() && size == self.size();
         if is_mine {

@@ -12,26 +12,30 @@ use super::probe::{Kind, Probe, SMALLEST};
 use super::rtt::{Rtt, SHORTEST_WAIT};
 use super::state::{Fault, PathState};
 
-/// Time between two requests on a path that is alive. With [`FAST_INTERVAL`] and [`DEAD_AFTER`] a dead path is noticed 1.4 to
-/// 2 s after its death, which leaves a second for gossip to tell and for others to reroute.
+/// Time between two requests on a path that is alive. With [`FAST_INTERVAL`] and [`DEAD_AFTER`] a
+/// dead path is noticed 1.4 to 2 s after its death, which leaves a second for gossip to tell and
+/// for others to reroute.
 pub const INTERVAL: Duration = Duration::from_millis(500);
 /// The same on quiet paths where there are many.
 pub const STRETCHED_INTERVAL: Duration = Duration::from_secs(2);
-/// The same after an answer is missed, on a path that comes back, and for [`FAST_START`] on a new one.
+/// The same after an answer is missed, on a path that comes back, and for [`FAST_START`] on a new
+/// one.
 pub const FAST_INTERVAL: Duration = Duration::from_millis(100);
-/// The same after an answer is missed on a path that loses more than [`LOSSY`]: where half of all round trips fail, a dozen in
-/// a row do every hour, two dozen do not.
+/// The same after an answer is missed on a path that loses more than [`LOSSY`]: where half of all
+/// round trips fail, a dozen in a row do every hour, two dozen do not.
 pub const LOSSY_INTERVAL: Duration = Duration::from_millis(50);
 /// Loss that is taken for the nature of the path, 0 to 1.
 pub const LOSSY: f32 = 0.2;
-/// A new path is probed fast for so long: both nodes agree on a session within less, or something is in the way.
+/// A new path is probed fast for so long: both nodes agree on a session within less, or something
+/// is in the way.
 pub const FAST_START: Duration = Duration::from_secs(5);
 /// A path is dead when a request and all after it have had no answer for so long.
 pub const DEAD_AFTER: Duration = Duration::from_millis(1400);
-/// And no less than so many, the last of which had [`SHORTEST_WAIT`]: a node that was too busy to ask must not take its own
-/// silence for the other's.
+/// And no less than so many, the last of which had [`SHORTEST_WAIT`]: a node that was too busy to
+/// ask must not take its own silence for the other's.
 pub const DEAD_REQUESTS: u32 = 6;
-/// A daemon that comes later than it asked to by so much has not been listening: silence counts from then on.
+/// A daemon that comes later than it asked to by so much has not been listening: silence counts
+/// from then on.
 pub const STALL: Duration = Duration::from_millis(300);
 /// So many requests in a row must be answered on a dead path before it is alive again.
 pub const ANSWERS_IN_A_ROW: usize = 3;
@@ -39,7 +43,8 @@ pub const ANSWERS_IN_A_ROW: usize = 3;
 pub const ROW_WITHIN: Duration = Duration::from_secs(2);
 /// A path that dies sooner than this after it came alive has flapped.
 pub const STEADY: Duration = Duration::from_secs(60);
-/// A path that has flapped must be good for so long before it is alive again; twice that after each further time.
+/// A path that has flapped must be good for so long before it is alive again; twice that after each
+/// further time.
 pub const FIRST_HOLD: Duration = Duration::from_secs(1);
 /// And for no longer than this.
 pub const LONGEST_HOLD: Duration = Duration::from_secs(30);
@@ -47,7 +52,8 @@ pub const LONGEST_HOLD: Duration = Duration::from_secs(30);
 pub const HISTORY: usize = 100;
 /// An answer that is later than this is lost.
 pub const LATEST_ANSWER: Duration = Duration::from_secs(3);
-/// A large probe has so much longer than the small one that was sent after it, or half of the round trip if that is more.
+/// A large probe has so much longer than the small one that was sent after it, or half of the round
+/// trip if that is more.
 pub const SIZE_GRACE: Duration = Duration::from_millis(50);
 /// The path to one node.
 #[derive(Debug)]

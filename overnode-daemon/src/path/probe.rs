@@ -48,10 +48,11 @@ pub struct Probe {
     pub sequence: u64,
     /// What only one who has received the request knows.
     pub stamp: u64,
-    /// Size of the largest inner packet with a probe that came from the other side lately, bytes; 0 if none did.
+    /// Size of the largest inner packet with a probe that came from the other side lately, bytes; 0
+    /// if none did.
     pub seen: u32,
-    /// Size of the largest inner packet that each of the sender's living direct paths carries, bytes; 0 if it has none. Whoever sends
-    /// through that node needs to know.
+    /// Size of the largest inner packet that each of the sender's living direct paths carries,
+    /// bytes; 0 if it has none. Whoever sends through that node needs to know.
     pub carries: u16,
 }
 
@@ -78,7 +79,8 @@ pub enum BadProbe {
 }
 
 impl Probe {
-    /// The payload, padded so that the inner packet has [`Self::size`] bytes; [`SMALLEST`] at least, [`LARGEST`] at most.
+    /// The payload, padded so that the inner packet has [`Self::size`] bytes; [`SMALLEST`] at
+    /// least, [`LARGEST`] at most.
     pub fn encode(&self) -> Vec<u8> {
         let size = self.size.clamp(SMALLEST, LARGEST);
         let kind = match self.kind {
@@ -96,8 +98,8 @@ impl Probe {
         bytes
     }
 
-    /// Takes a payload apart that came in an inner packet of `received` bytes. The head of the payload is enough: padding that
-    /// was left out is not missed.
+    /// Takes a payload apart that came in an inner packet of `received` bytes. The head of the
+    /// payload is enough: padding that was left out is not missed.
     ///
     /// # Errors
     /// See [`BadProbe`].

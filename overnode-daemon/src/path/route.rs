@@ -1,8 +1,8 @@
 //! Which way packets to each node go: a pure function of what is known of the paths.
 //!
-//! Every node forwards by its own table. Where all nodes know the same, each hop is one nearer to the destination whichever
-//! way ties are broken, so there is no loop. Where they do not, for as long as gossip takes, packets may circle; the hop
-//! limit in the relay header ends that.
+//! Every node forwards by its own table. Where all nodes know the same, each hop is one nearer to
+//! the destination whichever way ties are broken, so there is no loop. Where they do not, for as
+//! long as gossip takes, packets may circle; the hop limit in the relay header ends that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -11,15 +11,17 @@ use super::mtu::FLOOR;
 use super::state::PathState;
 use crate::types::NodeId;
 
-/// Most links on a route. A route that is longer than this is none; the relay header starts with it.
+/// Most links on a route. A route that is longer than this is none; the relay header starts with
+/// it.
 pub const MAX_HOPS: u8 = 8;
 /// Bytes of a relay header.
 pub const RELAY_HEADER: u32 = 8;
-/// What is taken to fit beyond those hops that this node knows of, bytes of inner packet and relay header: it leaves containers 1280
-/// bytes, the least that IPv6 works with. A relay tells what its own paths carry; what comes after, nobody tells.
+/// What is taken to fit beyond those hops that this node knows of, bytes of inner packet and relay
+/// header: it leaves containers 1280 bytes, the least that IPv6 works with. A relay tells what its
+/// own paths carry; what comes after, nobody tells.
 pub const BEYOND_FIRST_HOP: u32 = 1280 + RELAY_HEADER;
-/// The present relay stays unless another one is nearer by more than this and by more than a quarter: round-trip times
-/// waver, and each change may reorder packets.
+/// The present relay stays unless another one is nearer by more than this and by more than a
+/// quarter: round-trip times waver, and each change may reorder packets.
 pub const RTT_MARGIN: Duration = Duration::from_millis(5);
 
 /// How to reach a node.
@@ -43,8 +45,8 @@ pub enum Route {
 pub struct Graph {
     /// The direct paths of this node ([`super::Paths::states`]).
     pub direct: BTreeMap<NodeId, PathState>,
-    /// To which nodes each other node says that its direct path is alive. Counts only if both say so. What is in
-    /// here under this node's own ID is not looked at.
+    /// To which nodes each other node says that its direct path is alive. Counts only if both say
+    /// so. What is in here under this node's own ID is not looked at.
     pub links: BTreeMap<NodeId, BTreeSet<NodeId>>,
     /// The routes so far.
     pub present: BTreeMap<NodeId, Route>,
@@ -52,14 +54,15 @@ pub struct Graph {
 
 /// The route to every node that the graph knows.
 ///
-/// Direct where that path is alive; otherwise by the fewest links, then by the relay that there is already, then by the one with
-/// the shortest round-trip time, then by the one with the lowest ID.
+/// Direct where that path is alive; otherwise by the fewest links, then by the relay that there is
+/// already, then by the one with the shortest round-trip time, then by the one with the lowest ID.
 pub fn choose(own: NodeId, graph: &Graph) -> BTreeMap<NodeId, Route> {
     let is_alive = |id: &NodeId| graph.direct.get(id).is_some_and(|state| state.alive);
     let nodes = graph.direct.keys().chain(graph.links.keys()).copied().filter(|id| *id != own);
     let (near, mut far): (BTreeSet<_>, BTreeSet<_>) = nodes.partition(|id| is_alive(id));
     let mut routes: BTreeMap<_, _> = near.iter().map(|id| (*id, Route::Direct)).collect();
-    // For every node of the last ring the neighbours of this node through which a shortest way to it leads.
+    // For every node of the last ring the neighbours of this node through which a shortest way to
+    // it leads.
     let mut ring: BTreeMap<NodeId, BTreeSet<NodeId>> =
         near.into_iter().map(|id| (id, BTreeSet::from([id]))).collect();
     for hops in 2..=MAX_HOPS {
@@ -95,7 +98,8 @@ pub fn choose(own: NodeId, graph: &Graph) -> BTreeMap<NodeId, Route> {
     routes
 }
 
-/// Size of the largest inner packet that goes by a route, bytes; none if it is unreachable, or unknown to the graph.
+/// Size of the largest inner packet that goes by a route, bytes; none if it is unreachable, or
+/// unknown to the graph.
 pub fn mtu(to: NodeId, route: Route, direct: &BTreeMap<NodeId, PathState>) -> Option<u32> {
     match route {
         Route::Direct => Some(direct.get(&to)?.mtu),

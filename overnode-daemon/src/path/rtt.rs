@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-/// The shortest wait for an answer before it is missed. Answers come from a daemon, so a busy host may take so long
-/// without anything being wrong; RFC 6298 would say a second, which is too slow here and costs nothing but a few
-/// early probes where it is too short.
+/// The shortest wait for an answer before it is missed. Answers come from a daemon, so a busy host
+/// may take so long without anything being wrong; RFC 6298 would say a second, which is too slow
+/// here and costs nothing but a few early probes where it is too short.
 pub const SHORTEST_WAIT: Duration = Duration::from_millis(200);
 /// The longest wait, and the one before anything was measured (RFC 6298 section 2.1).
 pub const LONGEST_WAIT: Duration = Duration::from_secs(1);

@@ -13,13 +13,15 @@ pub struct PathState {
     pub rtt: Option<Duration>,
     /// Shortest round trip since the path last died.
     pub rtt_min: Option<Duration>,
-    /// How many of the last [`super::HISTORY`] small requests had no answer, 0 to 1. Counted anew when the path comes alive.
+    /// How many of the last [`super::HISTORY`] small requests had no answer, 0 to 1. Counted anew
+    /// when the path comes alive.
     pub loss: f32,
     /// Size of the largest inner packet that the path carries, bytes.
     pub mtu: u32,
     /// False while [`Self::mtu`] is a guess that no probe has confirmed since the path came alive.
     pub mtu_confirmed: bool,
-    /// Size of the largest inner packet that the living paths of that node carry, as it says, bytes; none before it has said.
+    /// Size of the largest inner packet that the living paths of that node carry, as it says,
+    /// bytes; none before it has said.
     pub carries: Option<u32>,
     /// When the last answer came.
     pub last_heard: Option<Instant>,

@@ -1,32 +1,41 @@
 //! Routing: which of the announced prefixes lead to which node. Deterministic; no I/O, no clock.
 //!
-//! The data plane has one table that says both where a packet goes and who may send from an address. This module decides what
-//! the other nodes are given in it. A member may announce anything, so an announcement alone is worth nothing:
+//! The data plane has one table that says both where a packet goes and who may send from an
+//! address. This module decides what the other nodes are given in it. A member may announce
+//! anything, so an announcement alone is worth nothing:
 //!
-//! 1. A node's own address follows from its ID, and so does the first half of a quarter, which is only ever given out by the node
-//!    with that ID. Both, and anything inside them, lead to that node whatever others announce.
-//! 2. Blocks inside the second half of a quarter, and static addresses, belong to the node that announced them **first**, as far as
-//!    this node has seen. They stay its own as long as it announces them and is present: reached, or reached less than [`GRACE`]
-//!    ago. A later announcement of the same addresses, of a part of them, or of more than them takes none of them over.
-//!    If the first one is absent, the next present one gets them until the first one is back.
-//! 3. The whole second half of a quarter is no route: a node that announces it says that it lends it. Blocks of it that the
-//!    lender itself uses are announced, too ([`Ipam::ranges`](crate::ipam::Ipam::ranges)), and fall under rule 2.
+//! 1. A node's own address follows from its ID, and so does the first half of a quarter, which is
+//!    only ever given out by the node with that ID. Both, and anything inside them, lead to that
+//!    node whatever others announce.
+//! 2. Blocks inside the second half of a quarter, and static addresses, belong to the node that
+//!    announced them **first**, as far as this node has seen. They stay its own as long as it
+//!    announces them and is present: reached, or reached less than [`GRACE`] ago. A later
+//!    announcement of the same addresses, of a part of them, or of more than them takes none of
+//!    them over. If the first one is absent, the next present one gets them until the first one is
+//!    back.
+//! 3. The whole second half of a quarter is no route: a node that announces it says that it lends
+//!    it. Blocks of it that the lender itself uses are announced, too
+//!    ([`Ipam::ranges`](crate::ipam::Ipam::ranges)), and fall under rule 2.
 //! 4. What this node itself has belongs to itself, here.
-//! 5. A prefix that is none of these is not accepted: outside of the subnet, over addresses of nodes, larger than a half.
-//! 6. Nothing leads to a node that has left, or whose space was taken back. If its ID returns, in a later incarnation or under
-//!    another key, its announcements are the latest of all.
+//! 5. A prefix that is none of these is not accepted: outside of the subnet, over addresses of
+//!    nodes, larger than a half.
+//! 6. Nothing leads to a node that has left, or whose space was taken back. If its ID returns, in a
+//!    later incarnation or under another key, its announcements are the latest of all.
 //!
-//! Two claims to an address are a [`Conflict`]: present state, for as long as both nodes are reached and announce it.
-//! Both parties see it, and so does everybody else.
+//! Two claims to an address are a [`Conflict`]: present state, for as long as both nodes are
+//! reached and announce it. Both parties see it, and so does everybody else.
 //!
-//! Who was first is a number for each prefix ([`Routing::standing`]). It is stored beside the node's record, for a restarted daemon
-//! that believed whoever connects first could be robbed by a member that waits for the restart.
+//! Who was first is a number for each prefix ([`Routing::standing`]). It is stored beside the
+//! node's record, for a restarted daemon that believed whoever connects first could be robbed by a
+//! member that waits for the restart.
 //!
-//! Addresses that nobody has announced yet are free for all here. Proof of ownership, a grant that the lender signs, will come between
-//! rules 1 and 2: it then outranks any earlier announcement without one. [`Claim`] is where it belongs, in front of `rank`.
+//! Addresses that nobody has announced yet are free for all here. Proof of ownership, a grant that
+//! the lender signs, will come between rules 1 and 2: it then outranks any earlier announcement
+//! without one. [`Claim`] is where it belongs, in front of `rank`.
 //!
-//! Inputs: [`Routing::restore`], [`Routing::learn`], [`Routing::set_own`], [`Routing::set_reachable`], [`Routing::set_gone`].
-//! [`Routing::update`] then decides. Outputs: [`Routing::routes`], [`Routing::conflicts`], [`Routing::poll_timeout`].
+//! Inputs: [`Routing::restore`], [`Routing::learn`], [`Routing::set_own`],
+//! [`Routing::set_reachable`], [`Routing::set_gone`]. [`Routing::update`] then decides. Outputs:
+//! [`Routing::routes`], [`Routing::conflicts`], [`Routing::poll_timeout`].
 
 #[cfg(test)]
 mod tests;
@@ -41,10 +50,12 @@ use crate::gossip::Record;
 use crate::ipam::{Layout, quarters};
 use crate::types::{NodeId, VerifyingKey};
 
-/// So long after it was reached last, a node keeps what it announced first: its sessions carry traffic for no longer
-/// (WireGuard's reject-after-time), and a daemon that is restarted or upgraded is back earlier.
+/// So long after it was reached last, a node keeps what it announced first: its sessions carry
+/// traffic for no longer (WireGuard's reject-after-time), and a daemon that is restarted or
+/// upgraded is back earlier.
 pub const GRACE: Duration = Duration::from_secs(180);
-/// Conflicts count after this time: while a block changes hands, the record of the new user may arrive before that of the old one.
+/// Conflicts count after this time: while a block changes hands, the record of the new user may
+/// arrive before that of the old one.
 pub const SETTLE: Duration = Duration::from_secs(3);
 /// Prefixes that are named of one conflict.
 pub const MAX_NAMED: usize = 8;
@@ -53,8 +64,8 @@ pub const MAX_CONFLICTS: usize = 32;
 
 /// Shapes of earlier announcements that are remembered of one node, besides the present ones.
 const MAX_EARLIER: usize = 512;
-/// How long the table stays as it is after it was made, for each prefix in it: a member that announces very much, again and again,
-/// must not keep the node from everything else.
+/// How long the table stays as it is after it was made, for each prefix in it: a member that
+/// announces very much, again and again, must not keep the node from everything else.
 const PACE: Duration = Duration::from_micros(2);
 
 /// Decides which prefixes lead to which node.
@@ -93,7 +104,8 @@ struct Node {
     seen: Option<Instant>,
     /// Inside its own half.
     own: Vec<IpNet>,
-    /// By prefix, how many announcements were made before it. A prefix in an earlier shape stays as long as all of it is announced.
+    /// By prefix, how many announcements were made before it. A prefix in an earlier shape stays as
+    /// long as all of it is announced.
     standing: BTreeMap<IpNet, u64>,
     /// In the own half of another node.
     foreign: Vec<(IpNet, NodeId)>,
@@ -132,8 +144,8 @@ impl Routing {
         }
     }
 
-    /// Takes up what was known of a node before a restart: its record, and what [`Self::standing`] said of it. It counts as reached
-    /// a moment ago.
+    /// Takes up what was known of a node before a restart: its record, and what [`Self::standing`]
+    /// said of it. It counts as reached a moment ago.
     pub fn restore(
         &mut self,
         record: &Record,
@@ -414,8 +426,8 @@ fn around(prefix: IpNet) -> impl Iterator<Item = IpNet> {
     std::iter::successors(Some(prefix), IpNet::supernet)
 }
 
-/// The prefixes around the one that is looked at: of each, who claims it, and the two best claims to it and all around it that are
-/// of different nodes.
+/// The prefixes around the one that is looked at: of each, who claims it, and the two best claims
+/// to it and all around it that are of different nodes.
 struct Level<'a> {
     net: IpNet,
     claims: &'a [(IpNet, Claim)],
@@ -443,7 +455,8 @@ impl Level<'_> {
 }
 
 impl Table {
-    /// Goes through all claims, in the order of their prefixes: what contains others comes before these.
+    /// Goes through all claims, in the order of their prefixes: what contains others comes before
+    /// these.
     fn settle(&mut self, claims: &[(IpNet, Claim)], own: NodeId, now: Instant) {
         let mut stack: Vec<Level<'_>> = Vec::new();
         for group in claims.chunk_by(|(one, _), (other, _)| one == other) {

@@ -37,7 +37,8 @@ fn record(number: u16, ranges: &[&str], claims: &[&str]) -> Record {
     }
 }
 
-/// Node 1's view of a cluster with the default addresses. Quarter 2 is 10.42.0.0/15, of which 10.43.0.0/16 is lent.
+/// Node 1's view of a cluster with the default addresses. Quarter 2 is 10.42.0.0/15, of which
+/// 10.43.0.0/16 is lent.
 struct View {
     routing: Routing,
     now: Instant,

@@ -16,7 +16,8 @@ const FILE_MODE: u32 = 0o600;
 const LOCK_TRIES: u32 = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
-/// Makes the directory, private and on a way that no other user can change; or adopts one that is this process's user's.
+/// Makes the directory, private and on a way that no other user can change; or adopts one that is
+/// this process's user's.
 pub(super) fn make_directory(directory: &Path) -> Result<()> {
     trust::check_path(directory)?;
     let made = match directory.parent() {
@@ -42,7 +43,8 @@ pub(super) fn make_directory(directory: &Path) -> Result<()> {
     Ok(trust::check_owner(directory, &found)?)
 }
 
-/// An existing directory is made private below: never one that is used for something else, like `/tmp`.
+/// An existing directory is made private below: never one that is used for something else, like
+/// `/tmp`.
 fn check_is_ours(directory: &Path) -> Result<()> {
     let look = || {
         let is_empty = fs::read_dir(directory)?.next().transpose()?.is_none();
@@ -77,7 +79,8 @@ pub(super) fn make_private_file(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Tries for a moment: between `fork` and `exec` a child of the last holder has the locks of its parent.
+/// Tries for a moment: between `fork` and `exec` a child of the last holder has the locks of its
+/// parent.
 pub(super) fn patiently<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     for _ in 0..LOCK_TRIES {
         match attempt() {

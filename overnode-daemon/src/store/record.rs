@@ -1,4 +1,5 @@
-//! The records that the store keeps. Secrets are split off: they are kept as raw bytes, never in JSON.
+//! The records that the store keeps. Secrets are split off: they are kept as raw bytes, never in
+//! JSON.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -45,8 +46,8 @@ pub struct Identity {
     pub bulk: Mode,
     /// How many of them, if a number was given.
     pub bulk_workers: Option<u8>,
-    /// Counts the node's starts. A launch begins with the time in milliseconds since 1970, so that it exceeds the incarnations before a
-    /// reset.
+    /// Counts the node's starts. A launch begins with the time in milliseconds since 1970, so that
+    /// it exceeds the incarnations before a reset.
     pub incarnation: u64,
 }
 
@@ -76,7 +77,8 @@ pub enum Kind {
     Host,
 }
 
-/// What a Docker engine calls one of its endpoints. Before the engine has made it, there is only its address.
+/// What a Docker engine calls one of its endpoints. Before the engine has made it, there is only
+/// its address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineEndpoint {
     /// The network's ID.
@@ -89,7 +91,8 @@ pub struct EngineEndpoint {
     pub joined: bool,
 }
 
-/// What a container runtime calls an attachment that it asked for through CNI; the container's ID is the attachment's target.
+/// What a container runtime calls an attachment that it asked for through CNI; the container's ID
+/// is the attachment's target.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CniEndpoint {
@@ -111,12 +114,13 @@ pub struct Attachment {
     pub address: IpAddr,
     /// True if the address was chosen by hand.
     pub is_static: bool,
-    /// As people named it: `netns:NAME`, `pid:N`, a container. An engine's: the container's ID as far as it is known, or else the
-    /// endpoint's.
+    /// As people named it: `netns:NAME`, `pid:N`, a container. An engine's: the container's ID as
+    /// far as it is known, or else the endpoint's.
     pub target: String,
     /// The path that the namespace was opened by; empty while an engine has not told any.
     pub netns: String,
-    /// The namespace's inode number, which tells it from a later one at the same path; 0 if unknown.
+    /// The namespace's inode number, which tells it from a later one at the same path; 0 if
+    /// unknown.
     pub netns_inode: u64,
     /// For people, if one was given; an engine's: the container's name.
     pub name: Option<String>,
@@ -209,7 +213,8 @@ impl Identity {
         Me { static_secret, cluster_key: self.cluster_key.clone(), hello }
     }
 
-    /// The X25519 secret for all handshakes: of control connections, of the data plane and of the bulk path.
+    /// The X25519 secret for all handshakes: of control connections, of the data plane and of the
+    /// bulk path.
     pub fn exchange_secret(&self) -> Secret {
         key::exchange_secret(&self.seed)
     }

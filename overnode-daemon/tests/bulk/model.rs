@@ -1,4 +1,5 @@
-//! Cutting and joining once more, slow and obvious, and what must hold of both. The fuzz target `bulk` uses it too.
+//! Cutting and joining once more, slow and obvious, and what must hold of both. The fuzz target
+//! `bulk` uses it too.
 
 use std::collections::BTreeMap;
 
@@ -335,7 +336,8 @@ pub fn split(frame: &[u8]) -> (VnetHeader, &[u8]) {
     (VnetHeader::from_bytes(frame[..10].try_into().expect("ten bytes")), &frame[24..])
 }
 
-/// Nothing is lost, nothing is made up, flows keep their order, and what was joined gives the same packets when it is cut.
+/// Nothing is lost, nothing is made up, flows keep their order, and what was joined gives the same
+/// packets when it is cut.
 pub fn check_join(packets: &[Opened], joins_udp: bool) {
     let mut pushed: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for (peer, packet, partial) in packets {

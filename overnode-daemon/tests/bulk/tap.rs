@@ -1,4 +1,5 @@
-//! A real TAP device, in a network namespace of its own: what the kernel gives it can be cut, what was joined the kernel takes.
+//! A real TAP device, in a network namespace of its own: what the kernel gives it can be cut, what
+//! was joined the kernel takes.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -49,7 +50,8 @@ fn tap() -> File {
         libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads))
     };
     assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
-    // The other end of the device is a mirror: packets that go to 10.99.0.2 come back from there, and are for 10.99.0.1.
+    // The other end of the device is a mirror: packets that go to 10.99.0.2 come back from there,
+    // and are for 10.99.0.1.
     for arguments in [
         "link set lo up",
         "addr add 10.99.0.1/24 dev bulk0",
@@ -62,8 +64,9 @@ fn tap() -> File {
     file
 }
 
-/// What is at the other end of the device: cuts what it reads, swaps the addresses, joins, and writes it back. The sum of the
-/// pseudo-header and of the IP header are the same with the addresses swapped.
+/// What is at the other end of the device: cuts what it reads, swaps the addresses, joins, and
+/// writes it back. The sum of the pseudo-header and of the IP header are the same with the
+/// addresses swapped.
 struct Mirror {
     tap: File,
     joiner: Joiner,
@@ -124,7 +127,8 @@ impl Mirror {
     }
 }
 
-/// A connection from the device's address to the mirror's comes back as one from the mirror's: both ends are in this namespace.
+/// A connection from the device's address to the mirror's comes back as one from the mirror's: both
+/// ends are in this namespace.
 #[test]
 fn the_kernel_gives_what_can_be_cut_and_takes_what_was_joined() {
     let tap = tap();

@@ -35,8 +35,9 @@ pub fn addr(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// Runs the test named `name` once more in a process of its own, with these variables, and returns false to its caller; in that
-/// process it returns true. `how` enters a network namespace (`DATAPATH_NETNS`) first.
+/// Runs the test named `name` once more in a process of its own, with these variables, and returns
+/// false to its caller; in that process it returns true. `how` enters a network namespace
+/// (`DATAPATH_NETNS`) first.
 pub fn reexec(name: &str, variables: &[(&str, &str)], how: Option<&str>) -> bool {
     if std::env::var_os("DATAPATH_CHILD").is_some() {
         return true;
@@ -184,7 +185,8 @@ impl Host {
         node_name(self.state_dir())
     }
 
-    /// Opens the data plane in a thread inside the namespace, works with it, closes it: one life of a daemon.
+    /// Opens the data plane in a thread inside the namespace, works with it, closes it: one life of
+    /// a daemon.
     pub fn run<T: Send>(&self, work: impl AsyncFnOnce(&mut Datapath) -> T + Send) -> T {
         self.inside(async || {
             let mut datapath = self.open().await.unwrap();

@@ -3,7 +3,8 @@
 /// "expand 32-byte k".
 const CONSTANTS: [u32; 4] = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574];
 
-/// A key, a nonce, and what the blocks of one message have in common. All bytes zero is a valid value.
+/// A key, a nonce, and what the blocks of one message have in common. All bytes zero is a valid
+/// value.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct ChaCha20 {
@@ -72,8 +73,8 @@ impl ChaCha20 {
         w
     }
 
-    // Volatile: each use reads the map again. The compiler would otherwise copy all of it to the stack, where there is
-    // no room.
+    // Volatile: each use reads the map again. The compiler would otherwise copy all of it to the
+    // stack, where there is no room.
 
     #[inline(always)]
     fn key(&self, word: usize) -> u32 {
@@ -108,8 +109,9 @@ fn quarter([mut a, mut b, mut c, mut d]: [u32; 4]) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// Two quarter rounds, in step. In the compiler's own order of these operations a double round takes a fifth more
-/// instructions, which move words between registers and stack; a pair of quarter rounds just fills the registers.
+/// Two quarter rounds, in step. In the compiler's own order of these operations a double round
+/// takes a fifth more instructions, which move words between registers and stack; a pair of quarter
+/// rounds just fills the registers.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
 fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {

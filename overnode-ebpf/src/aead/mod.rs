@@ -1,9 +1,9 @@
 //! ChaCha20-Poly1305 (RFC 8439), in steps that fit a `bpf_loop`.
 //!
-//! One source for the kernel and the host. [`Cipher`] works on blocks of 64 bytes, one per iteration of a
-//! `bpf_loop`: block 0 makes the Poly1305 key, each later one is enciphered and authenticated in one pass. All state
-//! is in [`Cipher`], which lies in a map there: a program has 512 bytes of stack. The host's
-//! [`seal_in_place`] and [`open_in_place`] drive the same blocks.
+//! One source for the kernel and the host. [`Cipher`] works on blocks of 64 bytes, one per
+//! iteration of a `bpf_loop`: block 0 makes the Poly1305 key, each later one is enciphered and
+//! authenticated in one pass. All state is in [`Cipher`], which lies in a map there: a program has
+//! 512 bytes of stack. The host's [`seal_in_place`] and [`open_in_place`] drive the same blocks.
 //!
 //! Nothing here branches on, or indexes by, a secret.
 
@@ -23,7 +23,8 @@ pub const BLOCK_LEN: usize = 64;
 /// Bytes of a Poly1305 block. [`Cipher`] reads and writes text in whole groups of it.
 pub const GROUP_LEN: usize = 16;
 
-/// Which way the text goes. A parameter of types rather than a value, so that no program carries code for both.
+/// Which way the text goes. A parameter of types rather than a value, so that no program carries
+/// code for both.
 pub trait Direction {
     /// True if the text is plaintext before and ciphertext afterwards.
     const SEAL: bool;
@@ -50,7 +51,8 @@ pub struct Forged;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Short;
 
-/// One message being sealed or opened. All bytes zero is a valid value; [`Self::start`] comes first.
+/// One message being sealed or opened. All bytes zero is a valid value; [`Self::start`] comes
+/// first.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Default)]
 pub struct Cipher {
@@ -68,16 +70,18 @@ impl Cipher {
         self.poly.clear();
     }
 
-    /// One block. The 0th makes the Poly1305 key of this message and comes before everything else; it does not ask for
-    /// `text`, and doing it again changes nothing. Each later one enciphers and authenticates up to 64 bytes in
-    /// place. What follows the text in its last group of 16 is overwritten.
+    /// One block. The 0th makes the Poly1305 key of this message and comes before everything else;
+    /// it does not ask for `text`, and doing it again changes nothing. Each later one enciphers and
+    /// authenticates up to 64 bytes in place. What follows the text in its last group of 16 is
+    /// overwritten.
     ///
     /// # Errors
     /// [`Short`] if a group would reach beyond the end of the text; the message is lost then.
     ///
     /// # Safety
-    /// `text` must return where the block starts, where the memory ends, which must be valid for reads and writes
-    /// up to there, and how many bytes of text are left (1 or more; above 64 counts as 64).
+    /// `text` must return where the block starts, where the memory ends, which must be valid for
+    /// reads and writes up to there, and how many bytes of text are left (1 or more; above 64
+    /// counts as 64).
     #[inline(always)]
     pub unsafe fn block<D: Direction>(
         &mut self,
@@ -117,8 +121,8 @@ impl Cipher {
         Ok(())
     }
 
-    /// Authenticates additional data, up to 64 bytes a call; every call but the last brings 64. After block 0,
-    /// before the text.
+    /// Authenticates additional data, up to 64 bytes a call; every call but the last brings 64.
+    /// After block 0, before the text.
     ///
     /// # Errors
     /// [`Short`] if a group would reach beyond `end`; the message is lost then.
@@ -218,8 +222,8 @@ unsafe fn encipher_rest<D: Direction, const GROUP: usize>(
 /// Every byte of a group.
 const ALL: [u32; 4] = [u32::MAX; 4];
 
-/// Masks that keep the first `rest` bytes (1 or more) of a group. Without branches: the verifier of Linux 6.1
-/// would follow each combination of them.
+/// Masks that keep the first `rest` bytes (1 or more) of a group. Without branches: the verifier of
+/// Linux 6.1 would follow each combination of them.
 #[inline(always)]
 fn masks(rest: u32) -> [u32; 4] {
     let mask = |word: i64| {
@@ -245,7 +249,8 @@ pub fn key_words(key: &[u8; 32]) -> [u32; 8] {
     })
 }
 
-/// The nonce of a WireGuard data message (whitepaper section 5.4.6): four zero bytes, then the counter.
+/// The nonce of a WireGuard data message (whitepaper section 5.4.6): four zero bytes, then the
+/// counter.
 #[inline(always)]
 pub const fn nonce_words(counter: u64) -> [u32; 3] {
     [0, counter as u32, (counter >> 32) as u32]

@@ -1,6 +1,6 @@
-//! Poly1305 (RFC 8439, section 2.5) in four limbs of 32 bits, 16 multiplications a block: eBPF multiplies 64 bits by
-//! 64 into 64, so that limbs of 44 bits have no use, and clamping keeps the limbs of `r` below 2^28, so that those
-//! of the accumulator need not be cut to 26.
+//! Poly1305 (RFC 8439, section 2.5) in four limbs of 32 bits, 16 multiplications a block: eBPF
+//! multiplies 64 bits by 64 into 64, so that limbs of 44 bits have no use, and clamping keeps the
+//! limbs of `r` below 2^28, so that those of the accumulator need not be cut to 26.
 
 use core::mem::offset_of;
 
@@ -8,7 +8,8 @@ use core::mem::offset_of;
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Default)]
 pub struct Poly1305 {
-    /// The accumulator, in limbs of 32 bits. The first may be unreduced, below 2^32 * 2.02; the last has 34 bits.
+    /// The accumulator, in limbs of 32 bits. The first may be unreduced, below 2^32 * 2.02; the
+    /// last has 34 bits.
     h: [u64; 4],
     /// The clamped key: below 2^28 each; all but the first are multiples of 4.
     r: [u64; 4],
@@ -75,12 +76,14 @@ impl Poly1305 {
         [(t0 & LOW) | t1 << 32, (t2 & LOW) | t3 << 32]
     }
 
-    /// `sum + limb * factor`, with the limb in one of the arrays of this struct, by its offset there.
+    /// `sum + limb * factor`, with the limb in one of the arrays of this struct, by its offset
+    /// there.
     #[inline(always)]
     fn multiply_add<const OFFSET: usize>(&self, sum: u64, factor: u64) -> u64 {
         #[cfg(target_arch = "bpf")]
         {
-            // The compiler would read all limbs first, and keep them on the stack, where there is no room.
+            // The compiler would read all limbs first, and keep them on the stack, where there is
+            // no room.
             let mut sum = sum;
             // SAFETY: reads a limb of `self`.
             unsafe {
@@ -124,10 +127,10 @@ impl Absorbing<'_> {
 
     /// Adds a whole block of 16 bytes (four words of 32 bits) and multiplies by `r`.
     ///
-    /// In units of 2^32: the first sum is at most 3.02, the next two 2, the last 6 (34 bits, a word, the bit above the
-    /// block). With `r` below 2^28 and `q` below 2^28 * 1.25, the products add up to less than 2^60 * 15.6, so nothing
-    /// overflows; the part of the last above 34 bits is below 2^26 * 13.1, five times which leaves the first limb
-    /// below 2.02 again.
+    /// In units of 2^32: the first sum is at most 3.02, the next two 2, the last 6 (34 bits, a
+    /// word, the bit above the block). With `r` below 2^28 and `q` below 2^28 * 1.25, the products
+    /// add up to less than 2^60 * 15.6, so nothing overflows; the part of the last above 34 bits is
+    /// below 2^26 * 13.1, five times which leaves the first limb below 2.02 again.
     #[inline(always)]
     pub fn absorb(&mut self, words: [u64; 4]) {
         let key = self.key;

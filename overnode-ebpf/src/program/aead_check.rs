@@ -1,9 +1,9 @@
 //! Lets tests run any ChaCha20-Poly1305 vector in the kernel, by BPF_PROG_TEST_RUN. Never attached.
 //!
-//! The packet: 14 bytes that count as an Ethernet header; what to do (u32: 0 seals, 1 opens), length of the
-//! additional data (u32), length of the text (u32), nonce (12 bytes), key (32 bytes); the additional data, filled up
-//! to a multiple of 16 bytes; the text; the tag, or 16 bytes of room for it. All little-endian. The verdict is 0, or 1
-//! plus the reason code.
+//! The packet: 14 bytes that count as an Ethernet header; what to do (u32: 0 seals, 1 opens),
+//! length of the additional data (u32), length of the text (u32), nonce (12 bytes), key (32 bytes);
+//! the additional data, filled up to a multiple of 16 bytes; the text; the tag, or 16 bytes of room
+//! for it. All little-endian. The verdict is 0, or 1 plus the reason code.
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_skb_pull_data;

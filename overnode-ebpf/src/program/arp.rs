@@ -1,4 +1,5 @@
-//! ARP (RFC 826), answered in place: every address of the overlay lies behind the host end of the veth.
+//! ARP (RFC 826), answered in place: every address of the overlay lies behind the host end of the
+//! veth.
 
 use overnode_ebpf::map::{Address, Config, Endpoint};
 use overnode_ebpf::reason::Reason;
@@ -30,7 +31,8 @@ struct Arp {
 
 /// Turns a request of the container into its answer and sends it back.
 ///
-/// The container's own address is never answered for, so that its duplicate address detection stays silent.
+/// The container's own address is never answered for, so that its duplicate address detection stays
+/// silent.
 #[inline(always)]
 pub fn answer(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
     skb.linearize((ETHERNET_LEN + ARP_LEN) as u32)?;
@@ -39,7 +41,8 @@ pub fn answer(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
     let config = maps::config().ok_or(Reason::Unconfigured)?;
     let own = endpoint.address.to_v4().ok_or(Reason::Unsupported)?;
     let own = halves(own);
-    // SAFETY: `at` has checked the bounds of both headers; the hardware addresses lie in a map at even offsets.
+    // SAFETY: `at` has checked the bounds of both headers; the hardware addresses lie in a map at
+    // even offsets.
     unsafe {
         if (*arp).hardware_be != HARDWARE_ETHERNET.to_be()
             || (*arp).protocol_be != ETHERTYPE_IPV4.to_be()

@@ -13,7 +13,8 @@ use super::{Sent, maps, normaliser};
 /// [`try_steer`]: not the bulk path's.
 const NOT: i64 = -1;
 
-/// Hands a packet for a peer to a worker, if it belongs to a bulk flow and the worker lives. `None`: it stays with the programs.
+/// Hands a packet for a peer to a worker, if it belongs to a bulk flow and the worker lives.
+/// `None`: it stays with the programs.
 #[inline(always)]
 pub fn steer(skb: Skb, peer: u32) -> Option<Sent> {
     let verdict = try_steer(skb, peer);

@@ -34,7 +34,8 @@ pub fn ipv4_checksum(header: &Ipv4) -> u16 {
     !fold(sum)
 }
 
-/// Most bytes per turn of the loop, a power of two. With more, the compiler needs hundreds of bytes of stack.
+/// Most bytes per turn of the loop, a power of two. With more, the compiler needs hundreds of bytes
+/// of stack.
 const BLOCK_LEN: u32 = 64;
 /// Most turns for what is left of less than a block: one for each smaller power of two.
 const REST_TURNS: u32 = BLOCK_LEN.ilog2();
@@ -46,7 +47,8 @@ struct Sum {
     sum: u64,
 }
 
-/// The checksum of a UDP datagram of `len` bytes (header included, its checksum 0) behind an IPv6 header.
+/// The checksum of a UDP datagram of `len` bytes (header included, its checksum 0) behind an IPv6
+/// header.
 ///
 /// IPv6 has no datagrams without one, and Linux drops those at sockets (RFC 8200 section 8.1).
 #[inline(always)]
@@ -120,7 +122,8 @@ impl Sum {
         Ok(())
     }
 
-    /// The last byte, taken with the one before it: there always is one, for the header has an even length.
+    /// The last byte, taken with the one before it: there always is one, for the header has an even
+    /// length.
     #[inline(always)]
     fn add_last(&mut self) -> Result<(), Reason> {
         let half = at::<[u8; 2]>(self.skb, masked(self.offset - 1))?;

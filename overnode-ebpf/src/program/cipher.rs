@@ -1,8 +1,8 @@
 //! Sealing and opening in packet memory: drives [`overnode_ebpf::aead`] with one `bpf_loop`.
 //!
-//! The packet must be linear and writable as far as the tag's end (`bpf_skb_pull_data`), its checksums finished.
-//! Pointers into it are taken anew in each iteration; those that the caller holds stay good, for nothing here
-//! moves data.
+//! The packet must be linear and writable as far as the tag's end (`bpf_skb_pull_data`), its
+//! checksums finished. Pointers into it are taken anew in each iteration; those that the caller
+//! holds stay good, for nothing here moves data.
 
 use core::ffi::c_void;
 use core::hint::black_box;
@@ -20,12 +20,13 @@ use overnode_ebpf::wire::IPV4_LEN;
 
 use super::{GO_ON, STOP};
 
-/// Largest offset into a packet that a text may reach, as a mask that the verifier understands; jumbo frames have
-/// 9000 bytes. What is longer is refused as malformed.
+/// Largest offset into a packet that a text may reach, as a mask that the verifier understands;
+/// jumbo frames have 9000 bytes. What is longer is refused as malformed.
 const OFFSET_MASK: usize = 0x3fff;
 
-/// Memory for messages in work on this CPU. More than one, because a program that runs in a process's context
-/// (BPF_PROG_TEST_RUN, before kernel 6.11) can be interrupted by one that receives.
+/// Memory for messages in work on this CPU. More than one, because a program that runs in a
+/// process's context (BPF_PROG_TEST_RUN, before kernel 6.11) can be interrupted by one that
+/// receives.
 #[map]
 static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(SCRATCHES, 0);
 const SCRATCHES: u32 = 2;
@@ -36,8 +37,9 @@ pub struct Scratch {
     busy: u64,
     /// Set by an iteration that found the packet to end too early.
     short: u64,
-    /// Of the text, from the packet's first byte. This and the length are here and not in the [`Job`], so that the verifier
-    /// forgets what it knows of them: else it would follow every iteration once for each combination of headers.
+    /// Of the text, from the packet's first byte. This and the length are here and not in the
+    /// [`Job`], so that the verifier forgets what it knows of them: else it would follow every
+    /// iteration once for each combination of headers.
     offset: u64,
     /// Of the text, without the tag.
     len: u64,
@@ -87,12 +89,13 @@ impl Packet for *mut xdp_md {
     }
 }
 
-/// Seals `len` bytes at `offset`, in place, with the nonce of WireGuard's data messages, and writes the tag behind
-/// them.
+/// Seals `len` bytes at `offset`, in place, with the nonce of WireGuard's data messages, and writes
+/// the tag behind them.
 ///
 /// # Errors
-/// [`Reason::Malformed`] if text and tag do not lie within the packet's linear part, [`Reason::Helper`] if this
-/// CPU has no scratch memory left. The text is garbage then: drop the packet.
+/// [`Reason::Malformed`] if text and tag do not lie within the packet's linear part,
+/// [`Reason::Helper`] if this CPU has no scratch memory left. The text is garbage then: drop the
+/// packet.
 ///
 /// # Safety
 /// `key` must be valid for reads.
@@ -114,7 +117,8 @@ pub unsafe fn seal<P: Packet>(
 /// Opens `len` bytes at `offset`, in place; the tag lies behind them, and is gone afterwards.
 ///
 /// # Errors
-/// [`Reason::Forged`] if the tag is wrong; otherwise as [`seal`]. The text is garbage then: drop the packet.
+/// [`Reason::Forged`] if the tag is wrong; otherwise as [`seal`]. The text is garbage then: drop
+/// the packet.
 ///
 /// # Safety
 /// `key` must be valid for reads.
@@ -156,8 +160,8 @@ impl Claimed {
         Err(Reason::Helper)
     }
 
-    /// Room for a packet of [`PACKET_LEN`] bytes, and for an IPv4 header more: from behind that header on, too, as many bytes can be
-    /// reached.
+    /// Room for a packet of [`PACKET_LEN`] bytes, and for an IPv4 header more: from behind that
+    /// header on, too, as many bytes can be reached.
     #[inline(always)]
     pub fn packet(&self) -> *mut u8 {
         // SAFETY: a live map value, claimed.
@@ -183,7 +187,8 @@ pub struct Job<P> {
 }
 
 impl<P: Packet> Job<P> {
-    /// A text of `len` bytes at `offset` from the packet's first byte. One at a time for a scratch memory.
+    /// A text of `len` bytes at `offset` from the packet's first byte. One at a time for a scratch
+    /// memory.
     #[inline(always)]
     pub fn new(packet: P, scratch: &Claimed, offset: u32, len: u32) -> Self {
         // SAFETY: a live map value, claimed.
@@ -237,7 +242,8 @@ impl<P: Packet> Job<P> {
         if same_tag(tag, unsafe { (*self.scratch).claimed }) { Ok(()) } else { Err(Reason::Forged) }
     }
 
-    /// Authenticates `len` bytes at `offset` as additional data, before sealing or opening under the same cipher.
+    /// Authenticates `len` bytes at `offset` as additional data, before sealing or opening under
+    /// the same cipher.
     #[inline(always)]
     pub fn absorb(&self) -> Result<(), Reason> {
         self.each(1, block::<P, Seal>)?;
@@ -292,8 +298,8 @@ impl<P: Packet> Job<P> {
 }
 
 unsafe extern "C" fn block<P: Packet, D: Direction>(index: u32, job: *mut Job<P>) -> i64 {
-    // SAFETY: `Job::each` passes its job; the scratch memory is claimed; the text ends where the packet does, and
-    // the verifier sees each access checked against that.
+    // SAFETY: `Job::each` passes its job; the scratch memory is claimed; the text ends where the
+    // packet does, and the verifier sees each access checked against that.
     unsafe {
         let (job, scratch) = (&*job, &mut *(*job).scratch);
         let done = scratch.cipher.block::<D>(index, || job.text(index - 1));

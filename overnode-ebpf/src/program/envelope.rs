@@ -22,8 +22,8 @@ pub fn is_v4(hop: *mut Peer) -> bool {
     unsafe { (*hop).remote.to_v4().is_some() }
 }
 
-/// Writes Ethernet type, IP and UDP headers for the way to a peer, before `udp_len` bytes less the UDP header. Returns the
-/// length of the IP header. Over IPv6 the checksum is left to [`finish`].
+/// Writes Ethernet type, IP and UDP headers for the way to a peer, before `udp_len` bytes less the
+/// UDP header. Returns the length of the IP header. Over IPv6 the checksum is left to [`finish`].
 #[inline(always)]
 pub fn write(skb: Skb, hop: *mut Peer, udp_len: u32, ecn: u8) -> Result<usize, Reason> {
     // SAFETY: values of an array map are valid for the whole program.
@@ -43,9 +43,8 @@ pub fn finish(skb: Skb, hop: *mut Peer) -> Result<(), Reason> {
         return Ok(());
     }
     let udp = at::<Udp>(skb, ETHERNET_LEN + IPV6_LEN)?;
-    // The length comes from the packet: of what the caller knows the verifier would know, too, and follow the caller's
-    // loops once for each.
-    // SAFETY: `at` has checked the bounds.
+    // The length comes from the packet: of what the caller knows the verifier would know, too, and
+    // follow the caller's loops once for each. SAFETY: `at` has checked the bounds.
     let udp_len = u32::from(u16::from_be(unsafe { (&raw const (*udp).len_be).read_volatile() }));
     let checksum = udp_v6(skb, udp_len)?;
     let udp = at::<Udp>(skb, ETHERNET_LEN + IPV6_LEN)?;
@@ -54,7 +53,8 @@ pub fn finish(skb: Skb, hop: *mut Peer) -> Result<(), Reason> {
     Ok(())
 }
 
-/// Sends to the next hop on the way to a peer, which the kernel looks up by the packet's own addresses.
+/// Sends to the next hop on the way to a peer, which the kernel looks up by the packet's own
+/// addresses.
 #[inline(always)]
 pub fn send(hop: *mut Peer) -> i64 {
     // SAFETY: values of an array map are valid for the whole program; no parameters are passed.

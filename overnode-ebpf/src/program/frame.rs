@@ -1,7 +1,8 @@
 //! Packet access, the same for TC and XDP, and the headers as they lie in packets.
 //!
-//! Header fields are read and written with plain loads and stores although packets are aligned to nothing: the
-//! kernel allows that on x86-64 and arm64, and `read_unaligned` would become one load per byte.
+//! Header fields are read and written with plain loads and stores although packets are aligned to
+//! nothing: the kernel allows that on x86-64 and arm64, and `read_unaligned` would become one load
+//! per byte.
 
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{
@@ -112,10 +113,12 @@ pub const PACKET_HOST: u32 = 0;
 
 pub use overnode_ebpf::wire::{PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP};
 
-/// The only way to a packet's bytes: a pointer to `T` at `offset`, if the linear part holds all of it.
+/// The only way to a packet's bytes: a pointer to `T` at `offset`, if the linear part holds all of
+/// it.
 ///
-/// Valid until the next helper that may move the packet's data. The reason is for callers to whom a short packet
-/// is a fault. `T` has two bytes at least: for one, the compiler turns the check into one that the verifier does not understand.
+/// Valid until the next helper that may move the packet's data. The reason is for callers to whom a
+/// short packet is a fault. `T` has two bytes at least: for one, the compiler turns the check into
+/// one that the verifier does not understand.
 #[inline(always)]
 pub fn at<T>(frame: impl Frame, offset: usize) -> Result<*mut T, Reason> {
     const { assert!(size_of::<T>() > 1) }
@@ -129,8 +132,9 @@ pub fn at<T>(frame: impl Frame, offset: usize) -> Result<*mut T, Reason> {
 
 /// What the programs need from a TC or an XDP context.
 pub trait Frame: Packet {
-    /// Addresses of the first byte and of the one behind the last of the linear part. Read from the context
-    /// each time: an address that the compiler kept in a 32-bit register would be no pointer to the verifier.
+    /// Addresses of the first byte and of the one behind the last of the linear part. Read from the
+    /// context each time: an address that the compiler kept in a 32-bit register would be no
+    /// pointer to the verifier.
     fn bounds(self) -> (usize, usize);
     /// Bytes from the Ethernet header to the end.
     fn len(self) -> u32;
@@ -138,7 +142,8 @@ pub trait Frame: Packet {
     fn ifindex(self) -> u32;
     /// `VLAN_PRESENT` and the tag that the kernel keeps beside the packet, or 0.
     fn vlan(self) -> u32;
-    /// Copies `len` bytes, 1 at least, from an offset on, wherever they lie. False if there are fewer.
+    /// Copies `len` bytes, 1 at least, from an offset on, wherever they lie. False if there are
+    /// fewer.
     ///
     /// # Safety
     /// `to` has room for them.
@@ -149,13 +154,15 @@ pub trait Frame: Packet {
     fn linearize(self, len: u32) -> Result<(), Reason>;
     /// Makes everything readable and writable by pointer.
     fn linearize_all(self) -> Result<(), Reason>;
-    /// Removes the `outer` bytes after the Ethernet header and what lies behind `inner` more bytes, in a
-    /// packet whose payload was authenticated and changed. `from_v6`: the outer header is IPv6.
+    /// Removes the `outer` bytes after the Ethernet header and what lies behind `inner` more bytes,
+    /// in a packet whose payload was authenticated and changed. `from_v6`: the outer header is
+    /// IPv6.
     fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason>;
     /// The context of a TC program, if it is one.
     fn skb(self) -> Option<Skb>;
-    /// Hands the packet to the container behind a host end; `by_host_end`: through that end, because the kernel may join the packet with
-    /// others like it there, or because the other end is in the same namespace.
+    /// Hands the packet to the container behind a host end; `by_host_end`: through that end,
+    /// because the kernel may join the packet with others like it there, or because the other end
+    /// is in the same namespace.
     fn hand_over(self, ifindex: u32, by_host_end: bool) -> i64;
 
     /// The verdict on a packet that has arrived and is needed no more.
@@ -165,7 +172,8 @@ pub trait Frame: Packet {
     #[inline(always)]
     fn linear(self) -> u32 {
         let (start, end) = self.bounds();
-        // Hidden, for the compiler would subtract in 32 bits, which the verifier allows to no pointer.
+        // Hidden, for the compiler would subtract in 32 bits, which the verifier allows to no
+        // pointer.
         core::hint::black_box(end - start) as u32
     }
 
@@ -233,7 +241,8 @@ impl Frame for Skb {
 
     #[inline(always)]
     fn linearize_all(self) -> Result<(), Reason> {
-        // Clones were made private before the first instruction: the kernel does so for programs that write packets.
+        // Clones were made private before the first instruction: the kernel does so for programs
+        // that write packets.
         if self.linear() == self.len() {
             return Ok(());
         }
@@ -243,7 +252,8 @@ impl Frame for Skb {
     #[inline(always)]
     fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason> {
         forget_checksum(self)?;
-        // The inner packet's protocol has to be the packet's, which only this helper changes on 6.1.
+        // The inner packet's protocol has to be the packet's, which only this helper changes on
+        // 6.1.
         let outer = if from_v6 {
             change_protocol(self, ETHERTYPE_IPV4)?;
             outer - (IPV6_LEN - IPV4_LEN) as u32
@@ -251,13 +261,12 @@ impl Frame for Skb {
             outer
         };
         adjust_room(self, -(outer as i32))?;
-        // Refused for what never left the machine, from a host that is a namespace of it, and is a tunnel's inside (see `tail`). The
-        // container's kernel cuts off what is too much, too.
+        // Refused for what never left the machine, from a host that is a namespace of it, and is a
+        // tunnel's inside (see `tail`). The container's kernel cuts off what is too much, too.
         let _ = resize(self, ETHERNET_LEN as u32 + inner);
         // Poly1305 has proven the payload: the container need not sum it up again. A checksum that
         // was left unfinished in the outer headers has gone with them; one that is still there
-        // would change what was proven.
-        // SAFETY: the context is valid. A refusal changes nothing.
+        // would change what was proven. SAFETY: the context is valid. A refusal changes nothing.
         let level = unsafe {
             bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_INC));
             bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_QUERY))
@@ -277,9 +286,9 @@ impl Frame for Skb {
 
     #[inline(always)]
     fn hand_over(self, ifindex: u32, by_host_end: bool) -> i64 {
-        // Through the host end a packet passes the NAPI of the veth, which joins segments (GRO). What is never joined
-        // takes the shorter way, unless the frame would have to be parsed again to be the container's.
-        // SAFETY: the context is valid.
+        // Through the host end a packet passes the NAPI of the veth, which joins segments (GRO).
+        // What is never joined takes the shorter way, unless the frame would have to be parsed
+        // again to be the container's. SAFETY: the context is valid.
         if by_host_end || unsafe { (*self).pkt_type } != PACKET_HOST {
             return redirect(ifindex);
         }
@@ -383,7 +392,8 @@ fn pull(skb: Skb, len: u32) -> Result<(), Reason> {
     if unsafe { bpf_skb_pull_data(skb, len) } != 0 { Err(Reason::Helper) } else { Ok(()) }
 }
 
-/// Drops a checksum of the whole packet that the device computed (CHECKSUM_COMPLETE), for it no longer fits. May add a byte at the end.
+/// Drops a checksum of the whole packet that the device computed (CHECKSUM_COMPLETE), for it no
+/// longer fits. May add a byte at the end.
 #[inline(always)]
 pub fn forget_checksum(skb: Skb) -> Result<(), Reason> {
     // Only growing drops it, and only with such a checksum does bpf_csum_update succeed.
@@ -391,19 +401,20 @@ pub fn forget_checksum(skb: Skb) -> Result<(), Reason> {
     if unsafe { bpf_csum_update(skb, 0) } >= 0 { resize(skb, skb.len() + 1) } else { Ok(()) }
 }
 
-/// Sets a packet's length: cuts it, or appends zeros. Finishes nothing, but undoes GSO and makes all linear.
+/// Sets a packet's length: cuts it, or appends zeros. Finishes nothing, but undoes GSO and makes
+/// all linear.
 #[inline(always)]
 pub fn resize(skb: Skb, len: u32) -> Result<(), Reason> {
     // SAFETY: the context is valid.
     if unsafe { bpf_skb_change_tail(skb, len, 0) } != 0 { Err(Reason::Helper) } else { Ok(()) }
 }
 
-/// True if the kernel still has to finish a checksum in the packet (`CHECKSUM_PARTIAL`): whoever sends it would have two
-/// of its bytes overwritten. Destroys the first two bytes of the packet.
+/// True if the kernel still has to finish a checksum in the packet (`CHECKSUM_PARTIAL`): whoever
+/// sends it would have two of its bytes overwritten. Destroys the first two bytes of the packet.
 ///
-/// No field of the context tells. But bpf_l4_csum_replace adjusts a checksum that is finished and leaves one alone
-/// that is not, as the rest of the sum does not cover the change (`inet_proto_csum_replace4`, Linux 4.1): so it is let
-/// loose on two bytes that do not matter.
+/// No field of the context tells. But bpf_l4_csum_replace adjusts a checksum that is finished and
+/// leaves one alone that is not, as the rest of the sum does not cover the change
+/// (`inet_proto_csum_replace4`, Linux 4.1): so it is let loose on two bytes that do not matter.
 #[inline(always)]
 pub fn is_unfinished(skb: Skb) -> Result<bool, Reason> {
     const TWO_BYTES: u64 = 2;
@@ -431,8 +442,8 @@ pub fn adjust_room(skb: Skb, by: i32) -> Result<(), Reason> {
     }
 }
 
-/// Like [`adjust_room`], for bytes that come back: segments keep their size, and a checksum that the
-/// device has verified stays so.
+/// Like [`adjust_room`], for bytes that come back: segments keep their size, and a checksum that
+/// the device has verified stays so.
 #[inline(always)]
 pub fn shift(skb: Skb, by: i32) -> Result<(), Reason> {
     const FLAGS: u64 = (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET) as u64;
@@ -444,7 +455,8 @@ pub fn shift(skb: Skb, by: i32) -> Result<(), Reason> {
     }
 }
 
-/// Makes an IPv4 packet an IPv6 one or the reverse, with 20 bytes more or fewer behind the Ethernet header.
+/// Makes an IPv4 packet an IPv6 one or the reverse, with 20 bytes more or fewer behind the Ethernet
+/// header.
 #[inline(always)]
 pub fn change_protocol(skb: Skb, ethertype: u16) -> Result<(), Reason> {
     // SAFETY: the context is valid.
@@ -462,7 +474,8 @@ pub fn redirect(ifindex: u32) -> i64 {
     unsafe { bpf_redirect(ifindex, 0) }
 }
 
-/// Hands the packet to the other end of a veth, in another network namespace, without a queue between.
+/// Hands the packet to the other end of a veth, in another network namespace, without a queue
+/// between.
 #[inline(always)]
 pub fn redirect_peer(ifindex: u32) -> i64 {
     // SAFETY: has no preconditions.

@@ -9,7 +9,8 @@ use super::{Sent, checks, from_container};
 /// Last word of the destination address of frames that workers write.
 const FROM_WORKER: u16 = u16::from_ne_bytes([BULK_MAC[4], BULK_MAC[5]]);
 
-/// The peer is who the worker says, which has authenticated it; whether it may send from that address is seen here.
+/// The peer is who the worker says, which has authenticated it; whether it may send from that
+/// address is seen here.
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
     skb.linearize((ETHERNET_LEN + IPV4_LEN) as u32)?;
     let ethernet = at::<Ethernet>(skb, 0)?;

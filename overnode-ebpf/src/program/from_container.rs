@@ -70,8 +70,9 @@ pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reaso
     Ok(Sent { counted: Some(counted), verdict: redirect_peer(ifindex) })
 }
 
-/// To a peer: by a worker if it belongs to a bulk flow; sealed here if the packet is one and complete, or small; else through the normaliser, which
-/// segments and finishes checksums, to `seal`.
+/// To a peer: by a worker if it belongs to a bulk flow; sealed here if the packet is one and
+/// complete, or small; else through the normaliser, which segments and finishes checksums, to
+/// `seal`.
 #[inline(always)]
 fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reason> {
     let index = leaving.route.target;

@@ -29,7 +29,8 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
         return Err(Reason::Offload);
     }
     if outer.is_relayed() && !relay::is_here(frame, &outer)? {
-        // The programs for TC come after those for XDP, which cannot ask the kernel for the next hop.
+        // The programs for TC come after those for XDP, which cannot ask the kernel for the next
+        // hop.
         return frame.skb().map(|skb| relay::pass_on(skb, &outer)).transpose();
     }
     if outer.is_relayed() && !is_data(frame, &outer)? {
@@ -102,15 +103,16 @@ fn probe(
     if !sane || inner_len < size_of::<ProbePacket>() as u32 {
         return Err(Reason::NotHere);
     }
-    // The ring is for the probes of all peers.
-    // SAFETY: values of an array map are valid for the whole program.
+    // The ring is for the probes of all peers. SAFETY: values of an array map are valid for the
+    // whole program.
     if !unsafe { maps::take_allowance(&raw mut (*peer).probed_until, PROBE_COST, PROBE_ALLOWANCE) }
     {
         return Err(Reason::ProbeFlood);
     }
     let Some(mut entry) = maps::reserve_probe() else { return Err(Reason::Helper) };
     let place = entry.as_mut_ptr();
-    // SAFETY: the entry is this program's until it is submitted; `at` has checked the packet's bounds.
+    // SAFETY: the entry is this program's until it is submitted; `at` has checked the packet's
+    // bounds.
     unsafe {
         (*place).peer = index;
         (*place).inner_len = inner_len;
@@ -162,8 +164,8 @@ fn find_session(frame: impl Frame, outer: &Outer, now: u64) -> Result<(*mut Sess
 /// The first message under a session proves that the peer has its keys: from now on it seals.
 #[inline(always)]
 fn confirm(session: *mut Session, peer: *mut Peer) {
-    // SAFETY: values of array maps are valid for the whole program. Only a session that still waits is confirmed:
-    // the daemon may have withdrawn it meanwhile.
+    // SAFETY: values of array maps are valid for the whole program. Only a session that still waits
+    // is confirmed: the daemon may have withdrawn it meanwhile.
     unsafe {
         if (*session).state == SESSION_UNCONFIRMED
             && maps::compare_exchange(&raw mut (*session).state, SESSION_UNCONFIRMED, SESSION_LIVE)

@@ -1,5 +1,6 @@
-//! Into the inboxes of the bulk path's workers: memory that a worker reads, so that a message needs neither the kernel's UDP nor a system
-//! call. Only what comes in packets of one message each: what the kernel has joined is cheap enough through the socket.
+//! Into the inboxes of the bulk path's workers: memory that a worker reads, so that a message needs
+//! neither the kernel's UDP nor a system call. Only what comes in packets of one message each: what
+//! the kernel has joined is cheap enough through the socket.
 //!
 //! A message is neither opened nor judged here, and whatever is not plain goes to the socket.
 
@@ -128,7 +129,8 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
     // SAFETY: as above.
     unsafe {
         let state = &raw mut (*inbox).state;
-        // Hidden, for the verifier is to see both comparisons: the helper below takes no length that may be 0.
+        // Hidden, for the verifier is to see both comparisons: the helper below takes no length
+        // that may be 0.
         let len = black_box(u64::from(message.len));
         if len < MESSAGE_START as u64
             || state.read_volatile() == INBOX_CLOSED
@@ -141,7 +143,8 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
             return None;
         }
         let Some((place, number)) = reserve(inbox) else { return Some(Err(Reason::InboxFull)) };
-        // After the place was taken: a worker that falls asleep looks for such places after it has said so. One of both sees the other.
+        // After the place was taken: a worker that falls asleep looks for such places after it has
+        // said so. One of both sees the other.
         let is_asleep = state.read_volatile() == INBOX_ASLEEP;
         let is_there = !is_asleep
             && frame.copy_to(message.offset, (&raw mut (*place).bytes).cast(), len as u32);
@@ -161,7 +164,8 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
     }
 }
 
-/// The next place of an inbox, and the number of the message that it is for. `None`: it is full, or other CPUs were always faster.
+/// The next place of an inbox, and the number of the message that it is for. `None`: it is full, or
+/// other CPUs were always faster.
 #[inline(always)]
 fn reserve(inbox: *mut BulkInbox) -> Option<(*mut BulkMessage, u32)> {
     for _ in 0..ATTEMPTS {

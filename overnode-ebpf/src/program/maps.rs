@@ -98,8 +98,8 @@ pub fn cookies_until() -> Option<*mut u32> {
     COOKIES.get_ptr_mut(0)
 }
 
-/// Takes `cost` from an allowance of `most`, which grows by one in each 2^20 ns. `until` is the time
-/// to which it is used up. False if too little is left. Two CPUs at once may take the same.
+/// Takes `cost` from an allowance of `most`, which grows by one in each 2^20 ns. `until` is the
+/// time to which it is used up. False if too little is left. Two CPUs at once may take the same.
 ///
 /// # Safety
 /// `until` points into a map's value and is aligned.
@@ -125,8 +125,8 @@ pub fn reserve_probe() -> Option<RingBufEntry<Probe>> {
     PROBES.reserve::<Probe>(0)
 }
 
-/// Whether a packet dropped for this reason is to be recorded; takes it off what the daemon has allowed. Two CPUs at once may record one
-/// more than that.
+/// Whether a packet dropped for this reason is to be recorded; takes it off what the daemon has
+/// allowed. Two CPUs at once may record one more than that.
 #[inline(always)]
 pub fn may_record(reason: Reason) -> bool {
     let Some(left) = MONITOR.get_ptr_mut(reason as u32) else { return false };
@@ -164,7 +164,8 @@ pub fn config() -> Option<&'static Config> {
 /// The container behind a host end.
 #[inline(always)]
 pub fn endpoint(ifindex: u32) -> Option<&'static Endpoint> {
-    // SAFETY: entries are preallocated: one that is replaced meanwhile is read torn at worst, for one packet.
+    // SAFETY: entries are preallocated: one that is replaced meanwhile is read torn at worst, for
+    // one packet.
     unsafe { ENDPOINTS.get(ifindex) }
 }
 

@@ -1,7 +1,8 @@
 //! The paths of packets through the programs, one file each.
 //!
-//! A path ends with what became of the packet, or with the [`Reason`] why it was refused; only the entry
-//! points turn either into a verdict. Offsets count bytes from the first byte of the Ethernet header.
+//! A path ends with what became of the packet, or with the [`Reason`] why it was refused; only the
+//! entry points turn either into a verdict. Offsets count bytes from the first byte of the Ethernet
+//! header.
 
 use overnode_ebpf::reason::Reason;
 

@@ -1,4 +1,5 @@
-//! Which peers have packets in the normaliser. While one has, its others follow them there instead of overtaking them.
+//! Which peers have packets in the normaliser. While one has, its others follow them there instead
+//! of overtaking them.
 
 use overnode_ebpf::map::{NORMALISER_PATIENCE_NS, Peer};
 
@@ -11,7 +12,8 @@ use super::maps;
 /// gets there.
 #[inline(always)]
 pub fn enter(skb: Skb, peer: *mut Peer, source: u32) {
-    // SAFETY: the kernel hands a valid context to the program; values of an array map are valid for all of it, here and below.
+    // SAFETY: the kernel hands a valid context to the program; values of an array map are valid for
+    // all of it, here and below.
     unsafe {
         (*skb).mark = source;
         (*peer).normalising_ns = maps::now();

@@ -20,8 +20,8 @@ const HEADERS_LEN: usize = ETHERNET_LEN + 60 + UDP_LEN + RELAY_LEN + DATA_HEADER
 
 /// Where a data message lies.
 ///
-/// Fields of full words: the compiler packs smaller ones into one, with operations that the verifier forbids when
-/// a register still holds a pointer.
+/// Fields of full words: the compiler packs smaller ones into one, with operations that the
+/// verifier forbids when a register still holds a pointer.
 pub struct Outer {
     /// 1 if the IP header is an IPv6 one, else 0.
     v6: u64,
@@ -87,7 +87,8 @@ impl Outer {
     /// True if it came from where a peer is.
     #[inline(always)]
     pub fn is_from(&self, frame: impl Frame, peer: *mut Peer) -> Result<bool, Reason> {
-        // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole program.
+        // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole
+        // program.
         unsafe {
             let remote = (&raw const (*peer).remote).cast::<u32>();
             let mut differs = 0;
@@ -110,11 +111,12 @@ impl Outer {
         }
     }
 
-    /// Makes the peer's endpoints those of this message. Compares first, in place: nothing is written, and no
-    /// address is on the stack, as long as all stays the same.
+    /// Makes the peer's endpoints those of this message. Compares first, in place: nothing is
+    /// written, and no address is on the stack, as long as all stays the same.
     #[inline(always)]
     pub fn update(&self, frame: impl Frame, peer: *mut Peer) -> Result<(), Reason> {
-        // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole program.
+        // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole
+        // program.
         unsafe {
             let remote = (&raw mut (*peer).remote).cast::<[u32; 4]>();
             let local = (&raw mut (*peer).local).cast::<[u32; 4]>();
@@ -157,7 +159,8 @@ unsafe fn set<T: PartialEq + Copy>(place: *mut T, value: T) {
     }
 }
 
-/// Finds the data message, or the relayed one of whatever type, that a packet is. `None`: it is none, or none for this host.
+/// Finds the data message, or the relayed one of whatever type, that a packet is. `None`: it is
+/// none, or none for this host.
 #[inline(always)]
 pub fn parse(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     let Ok(ethernet) = at::<Ethernet>(frame, 0) else { return Ok(None) };
@@ -253,7 +256,8 @@ fn v6(frame: impl Frame) -> Result<Option<Outer>, Reason> {
 /// Neither a data message nor a relayed one. No message has this type.
 const OTHER: u8 = 0;
 
-/// The type of the message in UDP at this offset, if it is for the data port and one that the programs take.
+/// The type of the message in UDP at this offset, if it is for the data port and one that the
+/// programs take.
 #[inline(always)]
 fn kind(frame: impl Frame, offset: usize) -> u8 {
     let Ok(start) = at::<[u8; UDP_LEN + 1]>(frame, offset) else { return OTHER };
@@ -294,7 +298,8 @@ fn text_len(
     u64::from(udp_len).checked_sub(headers).ok_or(Reason::Malformed)
 }
 
-/// What a UDP header says of its datagram's length, in bytes, if the IP header's `available` ones and the packet's have room for it.
+/// What a UDP header says of its datagram's length, in bytes, if the IP header's `available` ones
+/// and the packet's have room for it.
 #[inline(always)]
 pub fn udp_len(frame: impl Frame, udp: &Udp, ip_len: usize, available: u32) -> Option<u32> {
     let len = u32::from(u16::from_be(udp.len_be));

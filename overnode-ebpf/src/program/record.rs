@@ -1,4 +1,5 @@
-//! What monitors see of dropped packets: a record of each, as long as the daemon allows it ([`Dropped`]).
+//! What monitors see of dropped packets: a record of each, as long as the daemon allows it
+//! ([`Dropped`]).
 
 use core::hint::black_box;
 
@@ -25,7 +26,8 @@ fn write(frame: impl Frame, reason: u32, program: u32) {
     const LAST: u64 = DROPPED_LEN as u64 - 1;
     let last = u64::from(frame.len()).wrapping_sub(1).min(LAST);
     let captured = (black_box(last) & LAST) as u32 + 1;
-    // SAFETY: the entry is this program's until it is submitted, and has room for `DROPPED_LEN` bytes.
+    // SAFETY: the entry is this program's until it is submitted, and has room for `DROPPED_LEN`
+    // bytes.
     unsafe {
         (*place).time_ns = maps::now();
         (*place).reason = reason;

@@ -1,7 +1,8 @@
-//! Messages between two nodes that cannot reach each other, passed on by a third (header: [`TYPE_RELAY`]).
+//! Messages between two nodes that cannot reach each other, passed on by a third (header:
+//! [`TYPE_RELAY`]).
 //!
-//! The relay has no keys: it sees who talks with whom, and how much. It passes on only what comes from where a
-//! node of the cluster is, to nodes of the cluster: it is no reflector for others.
+//! The relay has no keys: it sees who talks with whom, and how much. It passes on only what comes
+//! from where a node of the cluster is, to nodes of the cluster: it is no reflector for others.
 
 use overnode_ebpf::map::FIRST_EXTERNAL_PEER;
 use overnode_ebpf::reason::Reason;

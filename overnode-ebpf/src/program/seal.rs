@@ -1,4 +1,5 @@
-//! To a peer: seal what is complete, or comes out of the normaliser, put the outer headers in front, and send.
+//! To a peer: seal what is complete, or comes out of the normaliser, put the outer headers in
+//! front, and send.
 
 use core::hint::black_box;
 
@@ -221,7 +222,8 @@ fn sealing_session(slot: u32, peer: u32, now: u64) -> Result<*mut Session, Reaso
 fn draw_counter(session: *mut Session) -> Result<u64, Reason> {
     // SAFETY: values of an array map are valid for the whole program.
     unsafe {
-        // Looked at first so that an exhausted counter stays where it is, however often it is asked: it must never wrap around.
+        // Looked at first so that an exhausted counter stays where it is, however often it is
+        // asked: it must never wrap around.
         if (*session).tx_counter >= REJECT_AFTER_MESSAGES {
             return Err(Reason::Exhausted);
         }

@@ -1,5 +1,6 @@
-//! Room behind packets that the kernel lets no program make longer: those that a tunnel inside the container has wrapped and left a checksum in
-//! (`skb->encapsulation`, with which bpf_skb_change_tail fails).
+//! Room behind packets that the kernel lets no program make longer: those that a tunnel inside the
+//! container has wrapped and left a checksum in (`skb->encapsulation`, with which
+//! bpf_skb_change_tail fails).
 
 use core::ffi::c_void;
 use core::hint::black_box;
@@ -26,7 +27,8 @@ struct Move {
     rest: u32,
 }
 
-/// Appends zeros up to a length: makes room in front, where the kernel allows it, and moves the packet there.
+/// Appends zeros up to a length: makes room in front, where the kernel allows it, and moves the
+/// packet there.
 ///
 /// # Errors
 /// [`Reason::Helper`] if the kernel refuses that, too, or more than sealing needs is wanted.
@@ -46,7 +48,8 @@ fn try_extend(skb: Skb, len: u32) -> i64 {
         return REFUSED;
     }
     let mut work = Move { skb, memory: scratch.packet(), offset: ETHERNET_LEN as u32, by, rest };
-    // SAFETY: the callback matches the helper's contract, and what it works on outlives the call; the memory is ours.
+    // SAFETY: the callback matches the helper's contract, and what it works on outlives the call;
+    // the memory is ours.
     unsafe {
         let turns = rest / PACKET_LEN as u32 + 1;
         bpf_loop(turns, move_some as *mut c_void, (&raw mut work).cast(), 0);

@@ -28,8 +28,8 @@ struct Icmp {
 /// What is quoted of the packet: the longest IPv4 header and 8 bytes.
 const QUOTE_LEN: usize = 60 + 8;
 const ANSWER_LEN: usize = IPV4_LEN + size_of::<Icmp>() + QUOTE_LEN;
-/// Bytes cut off at the front. To pull more than where a checksum starts is what makes the kernel forget that it still had to be
-/// finished, with which it would overwrite two bytes of the answer.
+/// Bytes cut off at the front. To pull more than where a checksum starts is what makes the kernel
+/// forget that it still had to be finished, with which it would overwrite two bytes of the answer.
 const PULLED_LEN: usize = 160;
 
 /// Answers the container; `mtu` is what the path takes, in bytes from the IP header on.

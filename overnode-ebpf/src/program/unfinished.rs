@@ -70,7 +70,8 @@ fn try_leave(skb: Skb) -> i64 {
             return REFUSED;
         }
         if shift(skb, -(front as i32)).is_err() {
-            // Of all segments, the kernel refuses this to those of SCTP, which nobody makes but itself.
+            // Of all segments, the kernel refuses this to those of SCTP, which nobody makes but
+            // itself.
             return if protocol == PROTOCOL_SCTP && skb.gso_size() != 0 {
                 FINISHED
             } else {
@@ -90,7 +91,8 @@ fn try_leave(skb: Skb) -> i64 {
     if len < least && resize(skb, len).is_err() { REFUSED } else { FINISHED }
 }
 
-/// Finishes the checksum of an IPv4 packet of `len` bytes, if it is small. False if that is left to the normaliser.
+/// Finishes the checksum of an IPv4 packet of `len` bytes, if it is small. False if that is left to
+/// the normaliser.
 ///
 /// # Errors
 /// [`Reason::Helper`] if the kernel refuses. The packet is garbage then.
@@ -143,8 +145,9 @@ fn try_finish(skb: Skb, len: u32) -> i64 {
             + u64::from(u16::from(protocol).to_be())
             + u64::from((segment as u16).to_be());
         let checksum = packet.add(black_box(IPV4_LEN + place) & 0x3f).cast::<u16>();
-        // Where it is to go, no field of the context says. A checksum that waits begins as the sum of the pseudo header; another
-        // value here means that another one waits: that of a packet in the packet.
+        // Where it is to go, no field of the context says. A checksum that waits begins as the sum
+        // of the pseudo header; another value here means that another one waits: that of a packet
+        // in the packet.
         if checksum.read_volatile() != fold(pseudo) {
             return LEFT;
         }
@@ -158,8 +161,9 @@ fn try_finish(skb: Skb, len: u32) -> i64 {
             0 if protocol == PROTOCOL_UDP => 0xffff,
             finished => finished,
         });
-        // For the kernel, the checksum is no longer to be finished once the place where that would begin is no longer part of the
-        // packet (`skb_postpull_rcsum`): so the packet is put behind itself, and what it was removed. That leaves room in front, too.
+        // For the kernel, the checksum is no longer to be finished once the place where that would
+        // begin is no longer part of the packet (`skb_postpull_rcsum`): so the packet is put behind
+        // itself, and what it was removed. That leaves room in front, too.
         if resize(skb, 2 * frame).is_err() {
             return LEFT;
         }

@@ -17,8 +17,8 @@ pub struct Nodes {
     _processes: Vec<Background>,
 }
 
-/// Starts one on each host. The containers' networks are what Nebula calls unsafe routes: subnets behind a node, vouched for by its
-/// certificate.
+/// Starts one on each host. The containers' networks are what Nebula calls unsafe routes: subnets
+/// behind a node, vouched for by its certificate.
 ///
 /// # Errors
 /// When Nebula is not installed or refuses.

@@ -50,7 +50,8 @@ impl World {
         self.run_gso("from_container", &from_container(&large(protocol, port)), SEGMENT)
     }
 
-    /// Sends until the flow has moved, as if `seal` had had each packet at once; how many bytes that took.
+    /// Sends until the flow has moved, as if `seal` had had each packet at once; how many bytes
+    /// that took.
     fn move_flow(&mut self, protocol: u8, port: u16) -> u64 {
         let mut sent = 0;
         for _ in 0..1000 {
@@ -129,7 +130,8 @@ fn udp_in_segments_moves_and_other_protocols_and_fragments_do_not() {
 fn a_flow_does_not_overtake_itself_but_does_not_wait_for_ever() {
     let mut world = World::new(Underlay::V4);
     world.serve();
-    // What goes into the normaliser never comes out in a test run. More packets if the test itself pauses: counting starts anew then.
+    // What goes into the normaliser never comes out in a test run. More packets if the test itself
+    // pauses: counting starts anew then.
     let packets = (1_u64..20_000).find(|_| is_steered(&world.send_large(TCP, 1000)));
     let each = 14 + large(TCP, 0).len() as u64;
     assert!(packets >= Some(BULK_PATIENCE.div_ceil(each)), "{packets:?}");

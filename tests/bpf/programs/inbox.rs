@@ -1,4 +1,5 @@
-//! Inboxes: which messages of the bulk path the programs put there, and that the worker at the other end gets each, once.
+//! Inboxes: which messages of the bulk path the programs put there, and that the worker at the
+//! other end gets each, once.
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -87,7 +88,8 @@ fn a_message_of_any_size_arrives_as_it_is() {
     });
 }
 
-/// Passed on untouched: another port, a handshake, nothing at all, a fragment, options, somebody else's address, lengths that lie.
+/// Passed on untouched: another port, a handshake, nothing at all, a fragment, options, somebody
+/// else's address, lengths that lie.
 #[test]
 fn what_is_not_plain_goes_to_the_socket() {
     each(|hook, underlay, world| {
@@ -168,8 +170,8 @@ fn what_does_not_fit_closes_the_inbox() {
     }
 }
 
-/// Full, emptied, full again, past the point where the numbers begin anew. What comes meanwhile is dropped, for by the socket it would
-/// overtake what is in the inbox.
+/// Full, emptied, full again, past the point where the numbers begin anew. What comes meanwhile is
+/// dropped, for by the socket it would overtake what is in the inbox.
 #[test]
 fn a_full_inbox_keeps_what_it_has() {
     let mut world = World::new(Underlay::V4);
@@ -235,7 +237,8 @@ fn the_sending_worker_chooses_the_inbox() {
     }
 }
 
-/// The message that wakes a worker goes to its socket, for only that wakes it; those behind it do not.
+/// The message that wakes a worker goes to its socket, for only that wakes it; those behind it do
+/// not.
 #[test]
 fn a_sleeping_worker_is_woken_by_one_message() {
     let world = World::new(Underlay::V4);
@@ -259,8 +262,9 @@ fn a_sleeping_worker_is_woken_by_one_message() {
     assert!(inbox.is_closed());
 }
 
-/// Several CPUs put messages in while the worker takes them out and sleeps whenever there are none: each arrives once, by one way, in the
-/// order of its CPU, or is counted as dropped, and none waits for a worker that sleeps.
+/// Several CPUs put messages in while the worker takes them out and sleeps whenever there are none:
+/// each arrives once, by one way, in the order of its CPU, or is counted as dropped, and none waits
+/// for a worker that sleeps.
 #[test]
 fn several_cpus_and_a_worker_that_sleeps() {
     const CPUS: u64 = 4;

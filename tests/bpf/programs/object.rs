@@ -11,8 +11,8 @@ use crate::world::{self, NEIGHBOUR, REMOTE, Underlay, World};
 /// What the kernel's verifier spends on each program.
 #[test]
 fn every_program_fits_the_verifier_budget() {
-    // A tenth of what the kernel allows. The first MAC of handshakes is a third of it: its rounds are
-    // written out, and are verified for each state that a call arrives with.
+    // A tenth of what the kernel allows. The first MAC of handshakes is a third of it: its rounds
+    // are written out, and are verified for each state that a call arrives with.
     const BUDGET: u32 = 100_000;
     for debug in [0, 1] {
         let ebpf = world::load(debug, world::ALL);
@@ -42,8 +42,9 @@ fn every_program_fits_the_verifier_budget() {
     }
 }
 
-/// Kernels before 6.2 round every frame up to 32 bytes and add those of a call chain; 512 is their limit. Chains
-/// here are two frames long: a program, and one function that it calls or has called by `bpf_loop`.
+/// Kernels before 6.2 round every frame up to 32 bytes and add those of a call chain; 512 is their
+/// limit. Chains here are two frames long: a program, and one function that it calls or has called
+/// by `bpf_loop`.
 #[test]
 fn two_frames_fit_the_stack_of_old_kernels() {
     const BUDGET: u64 = 450;

@@ -1,4 +1,5 @@
-//! `from_underlay`, as a TC and as an XDP program, over IPv4 and over IPv6: what arrives from a peer.
+//! `from_underlay`, as a TC and as an XDP program, over IPv4 and over IPv6: what arrives from a
+//! peer.
 
 use overnode_ebpf::map::{SESSION_FREE, SESSION_LIVE, SESSION_UNCONFIRMED};
 use overnode_ebpf::reason::Reason;
@@ -48,7 +49,8 @@ fn what_ring_sealed_is_delivered() {
 #[test]
 fn what_is_sealed_here_opens_at_the_peer() {
     each(|hook, underlay, mut world| {
-        // The peer's host: the same addresses the other way round, and our keys the other way round.
+        // The peer's host: the same addresses the other way round, and our keys the other way
+        // round.
         let mut peer = World::new(underlay);
         peer.set_route(REMOTE, 32, overnode_ebpf::map::ROUTE_LOCAL, IFINDEX);
         peer.set_route(CONTAINER, 32, overnode_ebpf::map::ROUTE_PEER, PEER);

@@ -22,7 +22,8 @@ pub fn from_container(packet: &[u8]) -> Vec<u8> {
     ethernet(GATEWAY_MAC, CONTAINER_MAC, 0x0800, packet)
 }
 
-/// An IPv4 packet of `len` bytes in all that carries an experimental protocol (RFC 3692), filled with a pattern.
+/// An IPv4 packet of `len` bytes in all that carries an experimental protocol (RFC 3692), filled
+/// with a pattern.
 pub fn ipv4(source: Ipv4Addr, destination: Ipv4Addr, len: usize) -> Vec<u8> {
     let payload: Vec<u8> = (20..len).map(|n| (n * 7 % 251) as u8).collect();
     ipv4_with(source, destination, 253, &payload)

@@ -34,7 +34,8 @@ fn recorded(world: &mut World) -> Vec<Vec<u8>> {
     entries
 }
 
-/// The only record, of a packet that was like this as far as its outer headers go. What lies behind them a program may have tried to open.
+/// The only record, of a packet that was like this as far as its outer headers go. What lies behind
+/// them a program may have tried to open.
 #[track_caller]
 fn only(world: &mut World, reason: Reason, program: Program, frame: &[u8]) -> Headers {
     let entries = recorded(world);

@@ -51,7 +51,8 @@ fn document<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
     assert_eq!(serde_json::to_string(&again).expect("as before"), written);
 }
 
-/// What is taken is shown in a form that is taken again, as the same, and does no harm to a terminal.
+/// What is taken is shown in a form that is taken again, as the same, and does no harm to a
+/// terminal.
 fn text<T: FromStr<Err: Display> + Display + PartialEq>(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     match text.parse::<T>() {

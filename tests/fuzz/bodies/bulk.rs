@@ -1,4 +1,5 @@
-//! Packets of the bulk path: what a TAP device gives is cut, what peers send is joined. The model is that of the daemon's own tests.
+//! Packets of the bulk path: what a TAP device gives is cut, what peers send is joined. The model
+//! is that of the daemon's own tests.
 
 use overnode_daemon::bulk::VnetHeader;
 

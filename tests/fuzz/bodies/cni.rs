@@ -78,7 +78,8 @@ fn check(wanted: &config::Attachment) {
     assert!(wanted.mac.is_none_or(|mac| mac[0] & 1 == 0));
 }
 
-/// The result has what the earlier plugins put there, and this attachment; the runtime can give it back to CHECK and DEL.
+/// The result has what the earlier plugins put there, and this attachment; the runtime can give it
+/// back to CHECK and DEL.
 fn add(
     version: &str,
     config: &config::Config,

@@ -56,7 +56,8 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// An engine that asks what it likes. What is kept survives a restart of the daemon and is fit to be shown.
+/// An engine that asks what it likes. What is kept survives a restart of the daemon and is fit to
+/// be shown.
 fn conversation(input: &mut Input<'_>) {
     let network = Network::default();
     let settings = Settings {

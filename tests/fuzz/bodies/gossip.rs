@@ -1,4 +1,5 @@
-//! Gossip: messages of neighbours that are members, and so can sign for themselves but not for others.
+//! Gossip: messages of neighbours that are members, and so can sign for themselves but not for
+//! others.
 
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,8 @@ impl World {
         let peer = id(2 + u16::from(step >> 4) % 4);
         match step & 15 {
             0 => self.message(peer, input.bytes()),
-            // Everything in it is signed: by the node that it names, or by the neighbour in its name.
+            // Everything in it is signed: by the node that it names, or by the neighbour in its
+            // name.
             1 => {
                 let by = input.byte();
                 let bytes = input.bytes();

@@ -1,5 +1,6 @@
-//! WireGuard's handshake: two nodes, and somebody between and beside them who alters, repeats, drops and makes up datagrams. They know
-//! every public key, so that their first MAC is right if they like, but no secret.
+//! WireGuard's handshake: two nodes, and somebody between and beside them who alters, repeats,
+//! drops and makes up datagrams. They know every public key, so that their first MAC is right if
+//! they like, but no secret.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -18,7 +19,8 @@ use super::input::{Input, MAX_STEPS};
 
 /// Where the two MACs begin, in an initiation and in a response, from their ends.
 const MACS: usize = 32;
-/// Slots that two nodes can need: sessions of each (three and those that rest for five seconds) and what is pending.
+/// Slots that two nodes can need: sessions of each (three and those that rest for five seconds) and
+/// what is pending.
 const MANY_SLOTS: usize = 400;
 
 /// Both nodes and their world, step by step.
@@ -174,7 +176,8 @@ impl World {
         while let Some(event) = self.nodes[node].poll_event() {
             if let Event::Install { session, .. } = event {
                 if session.initiator {
-                    // The indices may be altered on the way: only the first MAC covers them (whitepaper section 5.4.4).
+                    // The indices may be altered on the way: only the first MAC covers them
+                    // (whitepaper section 5.4.4).
                     let is_its_half = |other: &SessionKeys| {
                         other.tx_key == session.rx_key && other.rx_key == session.tx_key
                     };

@@ -1,4 +1,5 @@
-//! What `overnode monitor` shows: what programs record of dropped packets, which anybody can send, and the events that are made of it.
+//! What `overnode monitor` shows: what programs record of dropped packets, which anybody can send,
+//! and the events that are made of it.
 
 use overnode_daemon::api::{DroppedPacket, Happening, MonitorEvent};
 use overnode_daemon::monitor::decode::{Seen, record};

@@ -1,4 +1,5 @@
-//! What is read from the disk: records that are anything, and a database with bytes that are not as they were written.
+//! What is read from the disk: records that are anything, and a database with bytes that are not as
+//! they were written.
 
 use std::fs;
 use std::path::Path;
@@ -23,7 +24,8 @@ const EXTERNAL: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("external
 const NAMES: [&str; 7] =
     ["identity", "schema", "cursor", "names", "docker_networks", "docker_default", "something"];
 
-/// A database with something of everything. It is in memory, where the system has such a place: a commit waits for the disk.
+/// A database with something of everything. It is in memory, where the system has such a place: a
+/// commit waits for the disk.
 static WHOLE: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let place = place();
     let store = Store::open(place.path()).expect("a new store");
@@ -91,7 +93,8 @@ fn put(file: &Path, input: &mut Input<'_>) {
     change.commit().expect("it can be written");
 }
 
-/// What is taken is written so that it is taken again, as the same. What is not is refused in words.
+/// What is taken is written so that it is taken again, as the same. What is not is refused in
+/// words.
 fn read_and_write_again(place: &Path) {
     let Ok(store) = Store::open(place).map_err(|error| words(&error)) else { return };
     let mut read = Vec::new();

@@ -1,4 +1,5 @@
-//! Decoders that keep nothing in mind: parcels, path probes, the header of messages that are relayed, messages of the bulk path.
+//! Decoders that keep nothing in mind: parcels, path probes, the header of messages that are
+//! relayed, messages of the bulk path.
 
 use overnode_daemon::bulk::control::Keys;
 use overnode_daemon::bulk::message::{Cipher, HEADER_LEN, Header, Hello};

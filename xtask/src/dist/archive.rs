@@ -11,7 +11,8 @@ use super::build::Built;
 use super::package::documents;
 use super::{Release, Tree, quietly};
 
-/// Packs it into a file of `out`. Unpacked with `--strip-components=1` into `/usr/local`, everything is where it is looked for.
+/// Packs it into a file of `out`. Unpacked with `--strip-components=1` into `/usr/local`,
+/// everything is where it is looked for.
 ///
 /// # Errors
 /// When something is missing, or a step fails.

@@ -47,7 +47,8 @@ pub fn development(workspace: &Workspace, documents: PathBuf) -> Result<Built> {
     // `cargo xtask test` has built all of it.
     if std::env::var_os("OVERNODE_BIN_DIR").is_none() {
         let mut cargo = workspace.cargo();
-        // With the tests: the features of dependencies would differ otherwise, and much be built twice.
+        // With the tests: the features of dependencies would differ otherwise, and much be built
+        // twice.
         cargo.args([
             "build",
             "--locked",

@@ -1,6 +1,8 @@
-//! `cargo xtask dist`: the Debian package, and the archive of static programs for every other Linux.
+//! `cargo xtask dist`: the Debian package, and the archive of static programs for every other
+//! Linux.
 //!
-//! The same tree in the same place, built by the same compiler, gives the same bytes: times come from the commit, owners and modes are set, names are sorted.
+//! The same tree in the same place, built by the same compiler, gives the same bytes: times come
+//! from the commit, owners and modes are set, names are sorted.
 
 mod archive;
 mod build;

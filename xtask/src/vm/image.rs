@@ -12,8 +12,8 @@ use anyhow::{Context, Result, ensure};
 use super::kernel::Kernel;
 use crate::step::{describe, show};
 
-/// What the lab, WireGuard and overnode want of the kernel; with all that these need. They are loaded on demand, as on any
-/// machine.
+/// What the lab, WireGuard and overnode want of the kernel; with all that these need. They are
+/// loaded on demand, as on any machine.
 pub const MODULES: [&str; 7] =
     ["veth", "bridge", "nf_tables", "sch_ingress", "cls_bpf", "tun", "wireguard"];
 const FOLDERS: [&str; 11] =

@@ -1,8 +1,8 @@
 //! `cargo xtask vm`: the promise "Linux 6.1 and later", kept in a virtual machine.
 //!
-//! QEMU boots Debian's cloud kernel with an initramfs that holds the programs under test and what they call. Neither
-//! the machine's own kernel nor its root file system takes part. It is emulated in software: that works
-//! everywhere, also where KVM is missing or does not nest.
+//! QEMU boots Debian's cloud kernel with an initramfs that holds the programs under test and what
+//! they call. Neither the machine's own kernel nor its root file system takes part. It is emulated
+//! in software: that works everywhere, also where KVM is missing or does not nest.
 
 mod image;
 mod kernel;
@@ -29,7 +29,8 @@ const LIMIT: Duration = Duration::from_secs(20 * 60);
 /// What the init process prints in front of a part's name and exit status.
 const RESULT: &str = "vm-part";
 
-/// Programs and the Debian packages that have them, for this machine (first four) and for the one inside.
+/// Programs and the Debian packages that have them, for this machine (first four) and for the one
+/// inside.
 const PROGRAMS: [(&str, &str); 12] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("cpio", "cpio"),
@@ -102,7 +103,8 @@ impl Part {
 /// Builds, packs, boots and judges.
 ///
 /// # Errors
-/// When something is missing and cannot be installed, or a part fails; the machine's output has been shown by then.
+/// When something is missing and cannot be installed, or a part fails; the machine's output has
+/// been shown by then.
 pub fn run(arguments: &Arguments) -> Result<()> {
     setup::run(Purpose::Build)?;
     setup::programs(&PROGRAMS)?;
@@ -229,7 +231,8 @@ fn boot(machine: &Machine<'_>) -> Result<Vec<String>> {
         qemu.arg("-drive").arg(format!("if=virtio,format=raw,file={}", disk.display()));
     }
     qemu.arg("-kernel").arg(machine.kernel).arg("-initrd").arg(machine.initramfs);
-    // With AppArmor, Debian's Docker starts no container unless a package that it only recommends is installed.
+    // With AppArmor, Debian's Docker starts no container unless a package that it only recommends
+    // is installed.
     qemu.args(["-append", "console=ttyS0 quiet panic=-1 apparmor=0"]);
     qemu.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = qemu.spawn().context("QEMU cannot be started")?;

@@ -18,8 +18,9 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Whether this connection may stay, given another one with the same node. `self` is the newer exactly if it was not asked
-    /// about before; where age decides, only the side that opened both decides, and keeps the older.
+    /// Whether this connection may stay, given another one with the same node. `self` is the newer
+    /// exactly if it was not asked about before; where age decides, only the side that opened both
+    /// decides, and keeps the older.
     pub fn stays_beside(&self, other: &Self, own: NodeId) -> bool {
         if self.public_key != other.public_key {
             // Two hosts with one ID: whoever was there first.

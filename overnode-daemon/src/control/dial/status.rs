@@ -91,7 +91,8 @@ impl Dialer {
         self.targets.iter().filter_map(status).collect()
     }
 
-    /// The established connections by node; then the destinations without one; then what was refused lately.
+    /// The established connections by node; then the destinations without one; then what was
+    /// refused lately.
     pub fn connection_status(&self) -> Vec<ConnectionStatus> {
         let mut established: Vec<_> = self.connections.values().collect();
         established

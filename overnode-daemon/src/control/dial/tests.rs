@@ -234,7 +234,8 @@ fn a_refused_newcomer_is_shown_and_expires() {
     assert_eq!(bench.dialer.connection_status().len(), 1);
 }
 
-/// Two nodes that open connections with each other in every order in which the ends can learn of them.
+/// Two nodes that open connections with each other in every order in which the ends can learn of
+/// them.
 #[test]
 fn both_sides_keep_the_same_connection() {
     // Each connection: who opens it. Each order: in which order either side hears of them.

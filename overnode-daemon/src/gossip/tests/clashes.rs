@@ -1,6 +1,7 @@
 use super::*;
 
-/// Hosts of one ID on both sides of a cut: what each side knows first stays, until one of the two is gone.
+/// Hosts of one ID on both sides of a cut: what each side knows first stays, until one of the two
+/// is gone.
 fn divided() -> World {
     let mut world = World::new(6, 1);
     world.chain(6);

@@ -89,7 +89,8 @@ fn what_is_asked_for_counts() {
     assert!(sent < 2 * BURST_BYTES, "{sent} bytes were sent");
 }
 
-/// How close honest neighbours come to the limits at a cold start, where every node tells of every other.
+/// How close honest neighbours come to the limits at a cold start, where every node tells of every
+/// other.
 #[test]
 fn a_cold_start_is_far_from_being_a_flood() {
     for mesh in [true, false] {

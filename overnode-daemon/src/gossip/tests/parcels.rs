@@ -48,7 +48,8 @@ fn a_neighbour_is_sent_parcels_as_soon_as_it_has_said_who_it_is() {
     assert_eq!(world.delivered.len(), 1);
 }
 
-/// What the attacker on the way has recorded is signed, and the receiver has forgotten that it came before.
+/// What the attacker on the way has recorded is signed, and the receiver has forgotten that it came
+/// before.
 #[test]
 fn a_relay_repeats_what_it_recorded_after_a_restart_of_the_receiver() {
     let mut world = World::new(3, 6);
@@ -120,7 +121,8 @@ fn a_parcel_ends_after_its_last_hop_and_never_turns_back() {
     assert_eq!(world.node(1).poll_action(), None);
 }
 
-/// Links come and go while everybody writes to everybody; whoever is reached has mail, and nothing goes in circles.
+/// Links come and go while everybody writes to everybody; whoever is reached has mail, and nothing
+/// goes in circles.
 #[test]
 fn parcels_take_the_way_that_is_left() {
     let mut world = World::new(5, 5);

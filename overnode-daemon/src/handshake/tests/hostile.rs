@@ -367,7 +367,8 @@ fn perform(world: &mut World, op: Op) {
             node.core.handle_confirmed(peer(of), index.unwrap_or(0), now);
         }
         Op::Adopt { at, of, index, initiator, confirmed, sealing, age } => {
-            // Only what the map holds is adopted: an index that the plane does not know, in a slot it does not use.
+            // Only what the map holds is adopted: an index that the plane does not know, in a slot
+            // it does not use.
             let node = &mut world.nodes[at];
             let Some(created) = now.checked_sub(SECOND * age as u32) else { return };
             let in_use =

@@ -1,5 +1,5 @@
-//! Two or more nodes with real cryptography, a network that loses, repeats, delays and reorders under a seed, and time
-//! that the test owns. [`Plane`] stands for the programs and their maps.
+//! Two or more nodes with real cryptography, a network that loses, repeats, delays and reorders
+//! under a seed, and time that the test owns. [`Plane`] stands for the programs and their maps.
 
 mod behaviour;
 mod hostile;
@@ -19,7 +19,8 @@ use super::*;
 
 pub const SECOND: Duration = Duration::from_secs(1);
 
-/// What a data message carries here: an IPv4 header that says how long it is, so that boringtun takes it too.
+/// What a data message carries here: an IPv4 header that says how long it is, so that boringtun
+/// takes it too.
 pub fn inner_packet(payload: &[u8]) -> Vec<u8> {
     let length = u16::try_from(20 + payload.len()).expect("a small packet").to_be_bytes();
     let header =
@@ -412,7 +413,8 @@ impl World {
         }
     }
 
-    /// Starts the node's daemon anew. Its programs stay; `adopt` says whether it takes their sessions over.
+    /// Starts the node's daemon anew. Its programs stay; `adopt` says whether it takes their
+    /// sessions over.
     pub fn restart(&mut self, at: usize, with: usize, initiate: Initiate, adopt: bool) {
         let (config, seed) = (self.config(with, initiate), self.rng.random());
         let (now, node) = (self.now, &mut self.nodes[at]);

@@ -1,4 +1,5 @@
-//! Against boringtun, in both roles. Its clock is the machine's, so its timers are not tested here; it is told to initiate.
+//! Against boringtun, in both roles. Its clock is the machine's, so its timers are not tested here;
+//! it is told to initiate.
 
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};

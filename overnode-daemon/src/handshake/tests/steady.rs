@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// Ten minutes of data in both directions, ten messages a second. Says how many did not arrive though the network
-/// delivered them, or could not be sent, after the first handshake.
+/// Ten minutes of data in both directions, ten messages a second. Says how many did not arrive
+/// though the network delivered them, or could not be sent, after the first handshake.
 fn ten_minutes(world: &mut World) {
     let joined = (0..600).any(|_| {
         world.run(SECOND / 10);

@@ -422,8 +422,8 @@ enum Op {
 
 const NODES: u16 = 4;
 
-/// Nodes 2 and 3 have one address, 3 has given way, and 2 is cut off when node 1 takes it, too. Node 3
-/// did not announce it then, so node 1 could not know, and keeps it.
+/// Nodes 2 and 3 have one address, 3 has given way, and 2 is cut off when node 1 takes it, too.
+/// Node 3 did not announce it then, so node 1 could not know, and keeps it.
 #[test]
 fn a_node_that_has_given_way_takes_no_claim_for_a_late_one() {
     let mut bench = Bench::new(1..=NODES);
@@ -502,9 +502,9 @@ fn carry_out(bench: &mut Bench, op: Op) {
     }
 }
 
-/// Nodes 2 and 3 yielded to node 1. Node 3 was started anew where it did not hear of node 1, and announces the
-/// address. Once node 1 lets it go, node 2 could announce it as well, and node 3 would take that for
-/// late.
+/// Nodes 2 and 3 yielded to node 1. Node 3 was started anew where it did not hear of node 1, and
+/// announces the address. Once node 1 lets it go, node 2 could announce it as well, and node 3
+/// would take that for late.
 #[test]
 fn a_node_that_yielded_leaves_an_address_to_the_one_that_announces_it_meanwhile() {
     let mut bench = Bench::new(1..=NODES);

@@ -266,7 +266,8 @@ fn a_probe_that_the_kernel_refuses_has_failed_without_waiting() {
     assert_eq!(world.state(A, B).last_error, Some((Fault::Unsent, now)));
 }
 
-/// Lets A's requests through to the test; returns the large and the small one that A sends at `now`.
+/// Lets A's requests through to the test; returns the large and the small one that A sends at
+/// `now`.
 fn asked(paths: &mut Paths, now: Instant) -> (Option<Probe>, Option<Probe>) {
     paths.handle_timeout(now);
     let (mut large, mut small) = (None, None);

@@ -129,7 +129,8 @@ fn random(rng: &mut StdRng, nodes: u16, density: f64, one_sided: f64) -> Links {
     links
 }
 
-/// Where a packet goes: the nodes after `from`, and whether the last is `to`. Ends at the hop limit like the programs do.
+/// Where a packet goes: the nodes after `from`, and whether the last is `to`. Ends at the hop limit
+/// like the programs do.
 fn follow(
     tables: &BTreeMap<NodeId, BTreeMap<NodeId, Route>>,
     from: NodeId,

@@ -39,7 +39,8 @@ fn routes(world: &World, gossip: &Gossip, own: NodeId) -> BTreeMap<NodeId, Route
     choose(own, &Graph { direct, links: gossip.links(world.now), present: BTreeMap::new() })
 }
 
-/// Runs in small steps until the routes from A to C and back are as wanted; returns how long that took.
+/// Runs in small steps until the routes from A to C and back are as wanted; returns how long that
+/// took.
 fn until(world: &mut World, gossip: &mut Gossip, wanted: Route, at_most: Duration) -> Duration {
     let start = world.now;
     loop {
