@@ -1,9 +1,8 @@
-//! What the kernel and the daemon must agree on: wire format, map layouts, reason codes, the replay
-//! window, the AEAD, and the first MAC of handshake messages. One source for both sides: `no_std`,
-//! no allocation, no I/O, no clock.
+//! Definitions that the eBPF programs and the daemon share: wire format, map layouts, reason codes,
+//! the replay window, the AEAD, and the first MAC of handshake messages.
 //!
-//! The programs themselves are the binary of this package
-//! ([`main.rs`](../overnode_ebpf/index.html)).
+//! Both sides compile this one source: `no_std`, no allocation, no I/O, no clock. The programs
+//! themselves are this package's binary ([`main.rs`](../overnode_ebpf/index.html)).
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(
     target_arch = "bpf",

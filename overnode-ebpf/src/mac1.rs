@@ -1,20 +1,20 @@
-//! The first MAC of handshake messages (whitepaper section 5.4.4): keyed BLAKE2s (RFC 7693) with an
-//! output of 16 bytes.
+//! Checks the first MAC of handshake messages (whitepaper section 5.4.4): keyed BLAKE2s (RFC 7693)
+//! with 16 bytes of output.
 //!
-//! One source for the kernel and the host. Whoever knows the receiver's public key can compute the
-//! MAC, so it is no secret, and nothing here takes constant time. The receiver hashes the block
-//! that holds the key once; the programs start from the [`State`] after it.
+//! The kernel and the host share this source. Anyone who knows the receiver's public key can
+//! compute the MAC. It is no secret, so nothing here needs to take constant time. The receiver
+//! hashes the block with the key once, and the programs start from the resulting [`State`].
 //!
-//! Rounds are written out with constant indices: a program's stack holds neither a permutation
-//! table nor a copy of the message.
+//! Rounds are unrolled with constant indices: a program's stack has no room for a permutation table
+//! or a copy of the message.
 
 use crate::unaligned;
 use crate::wire::{INITIATION_LEN, MAC_LEN, RESPONSE_LEN};
 
-/// The hash's state between two blocks.
+/// The state of the hash between two blocks.
 pub type State = [u32; 8];
 
-/// The initialization vector, which is SHA-256's.
+/// The initialization vector, the same as that of SHA-256.
 const IV: State = [
     0x6a09_e667,
     0xbb67_ae85,
@@ -26,7 +26,8 @@ const IV: State = [
     0x5be0_cd19,
 ];
 
-/// Which word of the block each round mixes in where (RFC 7693, section 2.7).
+/// The message schedule: the word of the block that each step of each round mixes in (RFC 7693,
+/// section 2.7).
 const SIGMA: [[usize; 16]; 10] = [
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
     [14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3],
@@ -40,30 +41,30 @@ const SIGMA: [[usize; 16]; 10] = [
     [10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0],
 ];
 
-/// Bytes of a block.
+/// Block size, in bytes.
 const BLOCK_LEN: usize = 64;
 
-/// The state after the block that holds the key.
+/// Returns the state after the block that holds the key.
 pub fn keyed(key: &[u8; 32]) -> State {
     let mut block = [0; BLOCK_LEN];
     let (start, _) = block.split_at_mut(key.len());
     start.copy_from_slice(key);
     let mut state = IV;
-    // Fan-out and depth 1, the lengths of key and output in bytes.
+    // Fan-out and depth are 1. The other two bytes are the key and output lengths, in bytes.
     state[0] ^= 0x0101_0000 | (key.len() as u32) << 8 | MAC_LEN as u32;
-    // SAFETY: the block is whole.
+    // SAFETY: the block has 16 words.
     unsafe { compress::<16>(state, block.as_ptr(), BLOCK_LEN as u32, false) }
 }
 
-/// Whether the first MAC of an initiation is right.
+/// Returns true if the first MAC of an initiation is right.
 ///
 /// # Safety
-/// [`INITIATION_LEN`] bytes at `message` are valid for reads.
+/// [`INITIATION_LEN`] bytes at `message` must be valid for reads.
 #[inline(always)]
 pub unsafe fn is_initiation(state: State, message: *const u8) -> bool {
     const BODY: usize = INITIATION_LEN - 2 * MAC_LEN;
     const WORDS: usize = (BODY - BLOCK_LEN) / 4;
-    // SAFETY: the body is a block and so many words, and the MAC follows.
+    // SAFETY: the body is one block and `WORDS` words, and the MAC follows.
     unsafe {
         let state = compress::<16>(state, message, 2 * BLOCK_LEN as u32, false);
         let state =
@@ -72,34 +73,36 @@ pub unsafe fn is_initiation(state: State, message: *const u8) -> bool {
     }
 }
 
-/// Whether the first MAC of a response is right.
+/// Returns true if the first MAC of a response is right.
 ///
 /// # Safety
-/// [`RESPONSE_LEN`] bytes at `message` are valid for reads.
+/// [`RESPONSE_LEN`] bytes at `message` must be valid for reads.
 #[inline(always)]
 pub unsafe fn is_response(state: State, message: *const u8) -> bool {
     const BODY: usize = RESPONSE_LEN - 2 * MAC_LEN;
-    // SAFETY: the body is so many words, and the MAC follows.
+    // SAFETY: the body is `BODY / 4` words, and the MAC follows.
     unsafe {
         let state = compress::<{ BODY / 4 }>(state, message, (BLOCK_LEN + BODY) as u32, true);
         is_mac(state, message.add(BODY))
     }
 }
 
+/// Returns true if the hash equals the MAC at `mac`.
+///
 /// # Safety
-/// [`MAC_LEN`] bytes at `mac` are valid for reads.
+/// [`MAC_LEN`] bytes at `mac` must be valid for reads.
 #[inline(always)]
 unsafe fn is_mac([a, b, c, d, ..]: State, mac: *const u8) -> bool {
-    // SAFETY: by the contract above.
+    // SAFETY: upheld by the caller.
     let word = |number: usize| unsafe { unaligned::load(mac.add(4 * number)) };
     (a ^ word(0)) | (b ^ word(1)) | (c ^ word(2)) | (d ^ word(3)) == 0
 }
 
-/// One block (RFC 7693, section 3.2): the first `WORDS` words at `message`, then zeros. `counter`
-/// is how many bytes were hashed with this block, without the zeros.
+/// Hashes one block (RFC 7693, section 3.2): the first `WORDS` words at `message`, padded with
+/// zeros. `counter` is the number of bytes hashed so far, including this block but not its padding.
 ///
 /// # Safety
-/// So many words at `message` are valid for reads.
+/// `WORDS` words at `message` must be valid for reads.
 #[inline(always)]
 unsafe fn compress<const WORDS: usize>(
     state: State,
@@ -113,7 +116,7 @@ unsafe fn compress<const WORDS: usize>(
     if is_last {
         v[14] = !v[14];
     }
-    // SAFETY: by the contract above.
+    // SAFETY: upheld by the caller.
     unsafe {
         round::<0, WORDS>(&mut v, message);
         round::<1, WORDS>(&mut v, message);
@@ -138,13 +141,15 @@ unsafe fn compress<const WORDS: usize>(
     ]
 }
 
+/// One round of the compression function.
+///
 /// # Safety
-/// `WORDS` words at `message` are valid for reads.
+/// `WORDS` words at `message` must be valid for reads.
 #[inline(always)]
 unsafe fn round<const ROUND: usize, const WORDS: usize>(v: &mut [u32; 16], message: *const u8) {
     let word = |place: usize| {
         let number = SIGMA[ROUND][place];
-        // SAFETY: the number is below `WORDS`; the rest by the contract above.
+        // SAFETY: the number is below `WORDS`; the caller upholds the rest.
         if number < WORDS { unsafe { unaligned::load(message.add(4 * number)) } } else { 0 }
     };
     mix(v, [0, 4, 8, 12], word(0), word(1));
@@ -157,7 +162,7 @@ unsafe fn round<const ROUND: usize, const WORDS: usize>(v: &mut [u32; 16], messa
     mix(v, [3, 4, 9, 14], word(14), word(15));
 }
 
-/// The mixing function G (section 3.1).
+/// The mixing function G (RFC 7693, section 3.1).
 #[inline(always)]
 fn mix(v: &mut [u32; 16], [a, b, c, d]: [usize; 4], x: u32, y: u32) {
     v[a] = v[a].wrapping_add(v[b]).wrapping_add(x);
@@ -193,12 +198,12 @@ mod tests {
         ) {
             let state = keyed(&key);
             let (mut initiation, mut response) = (with_mac(&key, initiation), with_mac(&key, response));
-            // SAFETY: arrays of these lengths.
+            // SAFETY: the arrays have the required lengths.
             let are_right = |initiation: &[u8; INITIATION_LEN], response: &[u8; RESPONSE_LEN]| unsafe {
                 (is_initiation(state, initiation.as_ptr()), is_response(state, response.as_ptr()))
             };
             prop_assert_eq!(are_right(&initiation, &response), (true, true));
-            // Each bit counts, but those of the second MAC.
+            // Every bit counts, except those of the second MAC.
             initiation[bit / 8 % (INITIATION_LEN - MAC_LEN)] ^= 1 << (bit % 8);
             response[bit / 8 % (RESPONSE_LEN - MAC_LEN)] ^= 1 << (bit % 8);
             prop_assert_eq!(are_right(&initiation, &response), (false, false));

@@ -1,13 +1,16 @@
-//! The programs. On the host this file is an empty `main`, so that `cargo build --workspace` works.
+//! The eBPF programs. On the host, this file is an empty `main`, so that `cargo build --workspace`
+//! works.
 //!
-//! | program | where | what it does |
+//! | program | attached to | task |
 //! | --- | --- | --- |
-//! | `from_container` | host end of a container's veth, ingress | checks the sender, answers ARP, routes |
-//! | `seal` | second end of the normaliser, ingress | seals for a peer and sends |
-//! | `from_underlay` | underlay interface, ingress | opens what peers sent and delivers |
-//! | `from_underlay_xdp` | the same as an XDP program | the same |
-//! | `from_bulk` | TAP device of a worker of the bulk path, ingress | delivers what the worker opened |
-//! | `aead_check` | nowhere: tests run it | seals or opens a test vector |
+//! | `from_container` | host end of a container's veth | checks senders, answers ARP, routes |
+//! | `seal` | second end of the offload veth | seals packets for peers and sends them |
+//! | `from_underlay` | underlay interface | opens messages of peers and delivers the packets |
+//! | `from_underlay_xdp` | underlay interface, XDP | the same |
+//! | `from_bulk` | TAP device of a bulk worker | delivers the packets that the worker opened |
+//! | `aead_check` | nothing, tests run it | seals or opens a test vector |
+//!
+//! All but `from_underlay_xdp` and `aead_check` are attached to TC ingress.
 #![cfg_attr(
     target_arch = "bpf",
     no_std,
@@ -36,7 +39,7 @@ mod entry {
         Sent, aead_check, from_bulk, from_container, from_underlay, log, maps, record, seal,
     };
 
-    /// Counts what goes on, and says with which verdict.
+    /// Counts a packet that a program passed on, and returns its verdict.
     #[inline(always)]
     fn finish(sent: &Sent) -> i64 {
         if let Some(reason) = sent.counted {
@@ -78,7 +81,7 @@ mod entry {
         let ctx = ctx.skb.skb;
         match from_underlay::run(ctx) {
             Ok(Some(sent)) => finish(&sent) as i32,
-            // Other programs on this interface get their turn (TCX_NEXT).
+            // Let other programs on this interface run (TCX_NEXT).
             Ok(None) => TC_ACT_UNSPEC,
             Err(reason) => {
                 maps::count(reason);
@@ -124,7 +127,8 @@ mod entry {
     }
 }
 
-/// The kernel lends its GPL-only helpers to programs that say so.
+/// The license. The kernel offers its GPL-only helpers only to programs that declare a compatible
+/// one.
 #[cfg(target_arch = "bpf")]
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

@@ -9,41 +9,42 @@
 //! | `SESSIONS` | array | session slot | [`Session`] |
 //! | `LOCAL_ADDRESSES` | hash | [`Address`] | u32, unused |
 //! | `COUNTERS` | per-CPU array | [`crate::reason::Reason`] | u64 packets |
-//! | `COOKIES` | array (1) | 0 | u32 boot time, in units of 2^20 ns modulo 2^32, to which cookie replies have used up [`COOKIE_ALLOWANCE`] (program `from_underlay`) |
+//! | `COOKIES` | array (1) | 0 | u32, see [`COOKIE_ALLOWANCE`] (program) |
 //! | `PROBES` | ring buffer | | [`Probe`] |
-//! | `MONITOR` | array | [`crate::reason::Reason`] | u32, how many more drops may be recorded |
+//! | `MONITOR` | array | [`crate::reason::Reason`] | u32, drops that may still be recorded |
 //! | `DROPS` | ring buffer | | [`Dropped`] |
 //! | `BULK_WORKERS` | array | worker | [`BulkWorker`] |
 //! | `BULK_PEERS` | array | peer index | [`BulkPeer`] |
 //! | `BULK_FLOWS` | LRU hash | [`BulkFlowKey`] | [`BulkFlow`] |
 //! | `BULK_INBOXES` | array | worker | [`BulkInbox`] |
-//! | `BULK_MESSAGES` | array | [`BulkInbox::first`] and what follows | [`BulkMessage`] |
+//! | `BULK_MESSAGES` | array | [`BulkInbox::first`] and following | [`BulkMessage`] |
 //!
-//! Who writes what. The daemon writes everything but what is marked "program" below. A session's
-//! slot is filled while no program can find it, then published by storing its number in
-//! [`Peer::tx_slot`] and its state in [`Session::state`]; it is reused no sooner than a second
-//! after it was withdrawn. A nonce therefore never meets two keys, nor a key one nonce twice: only
-//! programs draw counters, atomically.
+//! The daemon writes everything that is not marked "program" below. It fills the slot of a session
+//! while no program can find it. Then it publishes the slot by storing its number in
+//! [`Peer::tx_slot`] and its state in [`Session::state`]. It reuses the slot one second after
+//! withdrawing it at the earliest. Therefore no program combines the counter of one session with
+//! the key of another. No key sees a nonce twice, because only programs draw counters, and they do
+//! so atomically.
 //!
-//! All integers are in the byte order of the machine unless a name ends in `_be`.
+//! All integers are in native byte order unless a name ends in `_be`.
 
-/// An IPv4 (as v4-mapped, `::ffff:a.b.c.d`) or IPv6 address, in network byte order.
+/// An IPv4 address (v4-mapped, `::ffff:a.b.c.d`) or IPv6 address, in network byte order.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Address(pub [u8; 16]);
 
 impl Address {
-    /// Prefix length that a v4-mapped address adds to that of the IPv4 prefix.
+    /// Prefix length of the v4-mapped range. Added to the length of an IPv4 prefix.
     pub const V4_BITS: u32 = 96;
 
-    /// The v4-mapped form of an IPv4 address.
+    /// Returns the v4-mapped form of an IPv4 address.
     #[inline(always)]
     pub const fn from_v4(v4: [u8; 4]) -> Self {
         let [a, b, c, d] = v4;
         Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
     }
 
-    /// The IPv4 address that this one maps, if it does.
+    /// Returns the IPv4 address if this is a v4-mapped one.
     #[inline(always)]
     pub const fn to_v4(self) -> Option<[u8; 4]> {
         let [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] = self.0 else { return None };
@@ -51,17 +52,17 @@ impl Address {
     }
 }
 
-/// Entries of `PEERS`. A node's peer index is its ID (1 to 4095); WireGuard peers that are no nodes
-/// follow.
+/// Entries of `PEERS`. A node's peer index is its ID (1 to 4095). WireGuard peers that are not
+/// nodes follow.
 pub const PEER_SLOTS: u32 = 5120;
-/// First peer index of peers that are no nodes.
+/// First peer index of peers that are not nodes.
 pub const FIRST_EXTERNAL_PEER: u32 = 4096;
-/// Addresses kept for the nodes themselves: of a node's own address and its ID follow those of all
-/// others.
+/// Number of addresses reserved for the nodes themselves. They are consecutive, in the order of
+/// node IDs: one node's address and ID determine all the others.
 pub const NODE_ADDRESSES: u32 = FIRST_EXTERNAL_PEER;
-/// Entries of `SESSIONS`. Slot 0 stays empty: it means "none".
+/// Entries of `SESSIONS`. Slot 0 is never used; 0 means "no session".
 pub const SESSION_SLOTS: u32 = 4096;
-/// Bits of a local receiver index that number the slot; the others are random.
+/// Low bits of a local receiver index that hold the slot. The other bits are random.
 pub const SESSION_SLOT_BITS: u32 = 12;
 /// Entries of `ENDPOINTS`.
 pub const ENDPOINT_SLOTS: u32 = 4096;
@@ -70,350 +71,369 @@ pub const ROUTE_SLOTS: u32 = 65536;
 /// Entries of `LOCAL_ADDRESSES`.
 pub const LOCAL_ADDRESS_SLOTS: u32 = 1024;
 
-/// What holds for the whole node.
+/// Configuration of the node.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Config {
-    /// The overlay's subnet; ARP is answered for all of it.
+    /// The subnet of the overlay. ARP is answered for all of it.
     pub subnet: Address,
-    /// Prefix length of the subnet, of 128.
+    /// Prefix length of the subnet, 96 to 128 for IPv4.
     pub subnet_bits: u32,
-    /// Interface index of the end of the normaliser that packets for other hosts are redirected to.
+    /// Interface index of the end of the offload veth to which packets for other hosts are
+    /// redirected.
     pub normaliser: u32,
-    /// The node's own address: source of ICMP errors that programs send, and where probes go to.
+    /// The node's own address: the source of the ICMP errors that programs send and the destination
+    /// of probes.
     pub node: Address,
-    /// The node's ID, which relayed messages name.
+    /// The node's ID, used in relay headers.
     pub node_id: u32,
-    /// Where the first MAC of handshake messages to this node starts from.
+    /// BLAKE2s state for the first MAC of handshake messages to this node, from
+    /// [`crate::mac1::keyed`].
     pub mac1: crate::mac1::State,
 }
 
-/// A container's place on this host, found by the host end of its veth.
+/// A container's attachment to this host. The key is the host end of its veth.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Endpoint {
-    /// The only address that the container may send from.
+    /// The only address that the container may use as a source.
     pub address: Address,
-    /// Hardware address of the container's end.
+    /// MAC address of the container's end.
     pub mac: [u8; 6],
-    /// Hardware address of the host's end: the one that ARP answers name.
+    /// MAC address of the host's end, given in ARP replies.
     pub gateway_mac: [u8; 6],
 }
 
-/// [`Route::kind`]: the address space has an owner on this host, but nothing is attached there.
+/// Value of [`Route::kind`]: the prefix belongs to this host, but nothing is attached at the
+/// address.
 pub const ROUTE_NONE: u32 = 0;
-/// [`Route::kind`]: attached to this host; the target is the ifindex of the host end (key of `ENDPOINTS`).
+/// Value of [`Route::kind`]: attached to this host. The target is the ifindex of the host end (key
+/// of `ENDPOINTS`).
 pub const ROUTE_LOCAL: u32 = 1;
-/// [`Route::kind`]: reached through a peer; the target is the peer index.
+/// Value of [`Route::kind`]: reached through a peer. The target is the peer index.
 pub const ROUTE_PEER: u32 = 2;
-/// [`Route::kind`]: this host itself; the target is the ifindex of the outer end (key of `ENDPOINTS`) of a veth pair both ends of which
-/// are in the host's namespace.
+/// Value of [`Route::kind`]: this host itself, through a veth pair with both ends in the host's
+/// namespace. The target is the ifindex of its outer end (key of `ENDPOINTS`).
 pub const ROUTE_HOST: u32 = 3;
 
-/// Where a prefix of the overlay is. Longest prefix wins; the same table says who may send from
-/// where.
+/// The location of an overlay prefix. The longest prefix wins. The same table decides which sources
+/// a peer may use.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Route {
     /// One of `ROUTE_NONE`, `ROUTE_LOCAL`, `ROUTE_PEER`, `ROUTE_HOST`.
     pub kind: u32,
-    /// Interface index or peer index.
+    /// Interface index or peer index, depending on the kind.
     pub target: u32,
 }
 
-/// A peer: where it is and which session seals what goes there.
+/// A peer: its endpoint on the underlay and the session that seals packets to it.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Peer {
     /// Underlay address to send to. Program: follows the source of each authenticated message
     /// (roaming).
     pub remote: Address,
-    /// Underlay address to send from. Program: follows likewise.
+    /// Underlay address to send from. Program: follows in the same way.
     pub local: Address,
-    /// UDP port to send to, in network byte order. Program: follows likewise.
+    /// UDP port to send to, in network byte order. Program: follows in the same way.
     pub remote_port_be: u16,
     /// 1 while the daemon has configured this peer, else 0.
     pub present: u16,
-    /// Underlay interface to send through. Program: follows likewise.
+    /// Underlay interface to send through. Program: follows in the same way.
     pub ifindex: u32,
-    /// Slot in `SESSIONS` that seals; 0 for none. Program: a first message under a session that
-    /// waits for confirmation makes it the sealing one.
+    /// Slot in `SESSIONS` of the sealing session; 0 if there is none. Program: the first message
+    /// under an unconfirmed session makes it the sealing one.
     pub tx_slot: u32,
-    /// Largest inner packet (from the IP header on) that the path takes, in bytes.
+    /// Largest inner packet that fits the path, in bytes from the IP header on.
     pub mtu: u32,
-    /// Peer index of the node that relays messages to this one; 0 if they go straight.
+    /// Peer index of the node that relays messages to this peer; 0 if they take the direct path.
     pub via: u32,
-    /// Packets handed to the normaliser, modulo 2^32 (program `from_container`).
+    /// Packets handed to the offload veth, modulo 2^32 (program `from_container`).
     pub normalising: u32,
-    /// The peer's Curve25519 public key, so that a restarted daemon knows whose sessions these are.
+    /// The peer's Curve25519 public key. It tells a restarted daemon which peer the sessions belong
+    /// to.
     pub public_key: [u8; 32],
-    /// Inner bytes sent (program).
+    /// Inner bytes of data messages sent (program).
     pub tx_bytes: u64,
-    /// Messages sent, keepalives included (program).
+    /// Messages sent, including keepalives and probes (program).
     pub tx_packets: u64,
-    /// Inner bytes received (program).
+    /// Inner bytes of data messages received (program).
     pub rx_bytes: u64,
-    /// Messages received and authenticated, keepalives included (program).
+    /// Messages received and authenticated, including keepalives and probes (program).
     pub rx_packets: u64,
-    /// Boot time (ns, `CLOCK_BOOTTIME`) of the last authenticated message received (program).
+    /// Boot time of the last authenticated message received, in nanoseconds of `CLOCK_BOOTTIME`
+    /// (program).
     pub last_rx_ns: u64,
-    /// Boot time of the last message received that was no keepalive (program).
+    /// Boot time of the last message received that was neither a keepalive nor a probe, in
+    /// nanoseconds (program).
     pub last_data_rx_ns: u64,
-    /// Boot time of the last message sent (program).
+    /// Boot time of the last message sent, in nanoseconds (program).
     pub last_tx_ns: u64,
-    /// Boot time of the last message sent that was no keepalive (program).
+    /// Boot time of the last message sent that was neither a keepalive nor a probe, in nanoseconds
+    /// (program).
     pub last_data_tx_ns: u64,
-    /// Boot time of the last packet handed to the normaliser (program `from_container`).
+    /// Boot time of the last packet handed to the offload veth, in nanoseconds (program
+    /// `from_container`).
     pub normalising_ns: u64,
-    /// Packets that came out of the normaliser, modulo 2^32 (program `seal`).
+    /// Packets that left the offload veth, modulo 2^32 (program `seal`).
     pub normalised: u32,
-    /// Boot time, in units of 2^20 ns modulo 2^32, to which the probes that it sent have used up
-    /// its allowance (program `from_underlay`); [`PROBE_ALLOWANCE`].
+    /// Boot time up to which the peer's probes have used up its allowance, in units of 2^20 ns
+    /// modulo 2^32 (program `from_underlay`). See [`PROBE_ALLOWANCE`].
     pub probed_until: u32,
 }
 
-/// How much time of probes a peer may use up in advance, in units of 2^20 ns: 128 probes at once.
-/// Nodes send 64 questions in the worst case, and as many answers.
+/// Burst allowance for the probes of one peer, in units of 2^20 ns: 128 probes at once. In the
+/// worst case, a node sends 64 probe requests and as many replies.
 pub const PROBE_ALLOWANCE: u32 = 128 * PROBE_COST;
-/// How much each probe uses up: after those, 238 a second.
+/// Allowance that each probe uses up, in units of 2^20 ns. After the burst, 238 probes per second
+/// pass.
 pub const PROBE_COST: u32 = 4;
 
-/// How much time of cookie replies all peers together may use up in advance, in units of 2^20 ns:
-/// 1024 replies at once. A node gets one for each handshake message that it sends to a busy peer.
+/// Burst allowance for the cookie replies of all peers together, in units of 2^20 ns: 1024 replies
+/// at once. A node gets one reply for each handshake message that it sends to a peer under load.
+/// The value in `COOKIES` is the boot time up to which the allowance is used up, in the same unit
+/// modulo 2^32 (program `from_underlay`).
 pub const COOKIE_ALLOWANCE: u32 = 1024 * COOKIE_COST;
-/// How much each cookie reply uses up: after those, 953 a second.
+/// Allowance that each cookie reply uses up, in units of 2^20 ns. After the burst, 953 replies per
+/// second pass.
 pub const COOKIE_COST: u32 = 1;
 
-/// After so long (ns) nothing is in the normaliser any more, whatever the counters say.
+/// Time after the last packet at which the offload veth counts as empty, whatever the counters say,
+/// in nanoseconds.
 pub const NORMALISER_PATIENCE_NS: u64 = 50_000_000;
 
-/// Bytes of the `PROBES` ring, a power of two: room for a probe and an answer of each of several
-/// hundred peers.
+/// Size of the `PROBES` ring in bytes, a power of two: room for a probe request and a reply from
+/// each of several hundred peers.
 pub const PROBES_LEN: u32 = 1 << 16;
 
-/// A probe that a peer sent to this node, opened.
+/// A decrypted probe from a peer to this node.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
-    /// Who sent it: the peer whose session opened it.
+    /// The sender: the peer whose session opened the probe.
     pub peer: u32,
-    /// Length of the inner packet that it came in, bytes.
+    /// Length of the probe's inner packet, in bytes.
     pub inner_len: u32,
-    /// What followed the inner UDP header.
+    /// The bytes after the inner UDP header.
     pub payload: [u32; crate::wire::PROBE_LEN / 4],
 }
 
-/// Most workers of the bulk path, and so most of its devices.
+/// Maximum number of bulk workers, and thus of their devices.
 pub const BULK_WORKER_SLOTS: u32 = 16;
-/// Entries of `BULK_FLOWS`; the least recently used makes room.
+/// Entries of `BULK_FLOWS`. A new flow evicts the least recently used one.
 pub const BULK_FLOW_SLOTS: u32 = 16384;
-/// A worker that has not said for so long that it lives gets nothing (ns).
+/// Heartbeat timeout in nanoseconds. Programs steer no flow to a worker whose last heartbeat is
+/// older.
 pub const BULK_SILENCE_NS: u64 = 100_000_000;
-/// A flow that pauses for so long is an ordinary one again (ns). What it sent before has long
-/// arrived: packets of both paths never mix on the way from the bulk path.
+/// Pause in nanoseconds after which a bulk flow becomes an ordinary one again. Everything it sent
+/// before has arrived by then, so packets of the two paths never mix when it leaves the bulk path.
 pub const BULK_PAUSE_NS: u64 = 50_000_000;
-/// Bytes that a flow sends in large packets, without such a pause, before it moves to the bulk
+/// Bytes that a flow must send in large packets, without such a pause, before it moves to the bulk
 /// path.
 pub const BULK_THRESHOLD: u64 = 128 << 10;
-/// Bytes after which it no longer waits for a moment in which nothing of its peer is in the
-/// normaliser: ordinary packets that are overtaken once look like a loss, which costs less than to
-/// stay.
+/// Bytes after which a flow moves even if the offload veth still holds packets of its peer. If it
+/// overtakes its ordinary packets once, that looks like a loss, which costs less than staying.
 pub const BULK_PATIENCE: u64 = 4 << 20;
 
-/// A worker in user space. The process of the workers writes it, the daemon clears it.
+/// A worker in user space. The worker process writes this entry, and the daemon clears it.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BulkWorker {
-    /// Its TAP device; 0 while there is no such worker.
+    /// Interface index of its TAP device; 0 if there is no such worker.
     pub ifindex: u32,
-    /// Fills up to the next 8 bytes.
+    /// Padding to a multiple of 8 bytes.
     pub unused: u32,
-    /// Boot time (ns) at which it last was at work or waited for it.
+    /// Boot time of the last heartbeat in nanoseconds: the worker was working or waiting for work.
     pub alive_ns: u64,
 }
 
-/// [`BulkInbox::state`]: messages go to the worker's socket.
+/// Value of [`BulkInbox::state`]: messages go to the worker's socket.
 pub const INBOX_CLOSED: u32 = 0;
-/// [`BulkInbox::state`]: the worker waits for its socket. The next message goes there and wakes it, those that follow go into the inbox.
+/// Value of [`BulkInbox::state`]: the worker waits on its socket. The next message goes to the
+/// socket and wakes the worker. Later messages go to the receive ring.
 pub const INBOX_ASLEEP: u32 = 1;
-/// [`BulkInbox::state`]: messages go into the inbox.
+/// Value of [`BulkInbox::state`]: messages go to the receive ring.
 pub const INBOX_OPEN: u32 = 2;
 
-/// The inbox of a worker: a bounded queue of many producers, the CPUs that receive, and one
-/// consumer, the worker. The process of the workers writes it, the daemon closes it.
+/// The receive ring of a worker: a bounded queue with many producers (the receiving CPUs) and one
+/// consumer (the worker). The worker process writes this entry, and the daemon closes the ring.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BulkInbox {
-    /// One of `INBOX_*` (program, too).
+    /// One of `INBOX_*` (also written by the program).
     pub state: u32,
-    /// How many inboxes there are; the same in each.
+    /// Number of receive rings. Every ring has the same value.
     pub inboxes: u32,
-    /// Its first place in `BULK_MESSAGES`.
+    /// Its first slot in `BULK_MESSAGES`.
     pub first: u32,
-    /// How many places it has there, a power of two.
+    /// Number of its slots, a power of two.
     pub len: u32,
-    /// Messages that were put in, modulo 2^32 (program).
+    /// Messages enqueued so far, modulo 2^32 (program).
     pub head: u32,
-    /// Fills up to a cache line.
+    /// Padding to a cache line.
     pub unused: [u32; 11],
 }
 
-/// Entries of `BULK_MESSAGES`, a power of two: 4 MiB, of which each inbox has an equal share.
+/// Entries of `BULK_MESSAGES`, a power of two: 4 MiB, shared equally among the receive rings.
 pub const BULK_MESSAGE_SLOTS: u32 = 2048;
-/// Bytes that a message in an inbox may have: what fits an Ethernet packet does.
+/// Maximum length of a message in a receive ring, in bytes. Anything that fits an Ethernet packet
+/// fits.
 pub const BULK_MESSAGE_LEN: usize = 2048 - 64;
 
-/// A place in an inbox. The place for message number `n`, of all that were put in, is `n` modulo
+/// A slot of a receive ring. Message number `n` of all that were ever enqueued uses slot `n` modulo
 /// [`BulkInbox::len`].
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct BulkMessage {
-    /// `n` when the place is free for that message, `n + 1` when it is there.
+    /// `n` while the slot is free for message `n`; `n + 1` once it holds that message.
     pub sequence: u32,
-    /// Length of the UDP payload in [`BulkMessage::bytes`]; 0: there is no message after all.
+    /// Length of the UDP payload in [`BulkMessage::bytes`]; 0 if the slot was taken but holds no
+    /// message.
     pub len: u32,
-    /// Source of the IP header.
+    /// Source address of the IP header.
     pub remote: Address,
-    /// Destination of the IP header.
+    /// Destination address of the IP header.
     pub local: Address,
-    /// Source port.
+    /// UDP source port, in network byte order.
     pub remote_port_be: u16,
     /// ECN codepoint of the IP header.
     pub ecn: u16,
-    /// Fills up to a cache line.
+    /// Padding to a cache line.
     pub unused: [u32; 5],
     /// The UDP payload.
     pub bytes: [u8; BULK_MESSAGE_LEN],
 }
 
-/// What the bulk path does for a peer. The process of the workers writes it, the daemon clears it.
+/// Use of the bulk path for a peer. The worker process writes this entry, and the daemon clears it.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BulkPeer {
-    /// Over how many workers its flows are spread; 0 while the peer is served by the programs
-    /// alone.
+    /// Number of workers that share the peer's flows; 0 while only the programs serve the peer.
     pub workers: u32,
-    /// Fills up to the next 8 bytes.
+    /// Padding to a multiple of 8 bytes.
     pub unused: u32,
-    /// Boot time (ns) until which flows of this peer are on the bulk path (program).
+    /// Boot time up to which flows of this peer use the bulk path, in nanoseconds (program).
     pub busy_until_ns: u64,
 }
 
-/// A flow from a container of this host.
+/// The key of a flow from a container of this host.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BulkFlowKey {
-    /// The container's IPv4 address, or all of an IPv6 address folded into it, as it lies in the
-    /// packet.
+    /// The container's IPv4 address, in network byte order.
     pub source: u32,
-    /// The other end's, likewise.
+    /// The other end's IPv4 address, in network byte order.
     pub destination: u32,
-    /// Both ports, as they lie in the packet.
+    /// Source and destination port, as in the packet.
     pub ports: u32,
     /// IP protocol.
     pub protocol: u32,
 }
 
-/// How much a flow sends.
+/// The sending rate of a flow.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BulkFlow {
-    /// Boot time (ns) of its last packet (program).
+    /// Boot time of the flow's last packet, in nanoseconds (program).
     pub last_ns: u64,
-    /// Bytes sent in large packets since its last pause (program); [`BULK_MOVED`] once it is on the
-    /// bulk path.
+    /// Bytes sent in large packets since the last pause, or [`BULK_MOVED`] once the flow is on the
+    /// bulk path (program).
     pub bytes: u64,
 }
 
-/// [`BulkFlow::bytes`]: the flow is on the bulk path.
+/// Value of [`BulkFlow::bytes`]: the flow is on the bulk path.
 pub const BULK_MOVED: u64 = u64::MAX;
 
-/// Bytes of the `DROPS` ring, a power of two: room for all that `MONITOR` allows in a second.
+/// Size of the `DROPS` ring in bytes, a power of two: room for all that `MONITOR` allows per
+/// second.
 pub const DROPS_LEN: u32 = 1 << 18;
-/// Bytes of a dropped packet that are recorded, a power of two: Ethernet, IPv6, UDP, a relay header
-/// and a data message's, and then the inner IPv4 header with the ports behind it.
+/// Bytes recorded of a dropped packet, a power of two. Room for Ethernet, IPv6, UDP, relay and data
+/// message headers, then the inner IPv4 header and the ports.
 pub const DROPPED_LEN: usize = 128;
 
-/// [`Dropped::program`]
+/// Value of [`Dropped::program`]: `from_container`.
 pub const PROGRAM_FROM_CONTAINER: u32 = 0;
-/// [`Dropped::program`]
+/// Value of [`Dropped::program`]: `seal`.
 pub const PROGRAM_SEAL: u32 = 1;
-/// [`Dropped::program`]
+/// Value of [`Dropped::program`]: `from_underlay`.
 pub const PROGRAM_FROM_UNDERLAY: u32 = 2;
-/// [`Dropped::program`]
+/// Value of [`Dropped::program`]: `from_underlay_xdp`.
 pub const PROGRAM_FROM_UNDERLAY_XDP: u32 = 3;
-/// [`Dropped::program`]
+/// Value of [`Dropped::program`]: `from_bulk`.
 pub const PROGRAM_FROM_BULK: u32 = 4;
-/// [`Dropped::vlan`]: the packet has a tag.
+/// Flag in [`Dropped::vlan`]: the packet has a VLAN tag.
 pub const VLAN_PRESENT: u32 = 1 << 16;
 
-/// A packet that was dropped while somebody monitors.
+/// A packet that was dropped while a monitor was running.
 ///
-/// Programs record one only as long as `MONITOR` holds more than 0 for the reason, and take 1 off
-/// each time. The daemon fills it up once a second while somebody wants to know, so a flood of
-/// dropped packets costs no more than counting them does, and programs stop by themselves soon
-/// after a daemon was killed.
+/// Programs record a drop only while the `MONITOR` entry of its reason is above 0, and decrement
+/// that entry each time. The daemon refills it once a second while a monitor is connected. So a
+/// flood of dropped packets costs no more than counting them, and programs stop soon after the
+/// daemon is killed.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dropped {
-    /// Boot time (ns, `CLOCK_BOOTTIME`).
+    /// Boot time of the drop, in nanoseconds (`CLOCK_BOOTTIME`).
     pub time_ns: u64,
-    /// [`crate::reason::Reason`]
+    /// Code of the [`crate::reason::Reason`].
     pub reason: u32,
     /// One of `PROGRAM_*`.
     pub program: u32,
-    /// The interface that it came in by.
+    /// Ifindex of the interface that received the packet.
     pub ifindex: u32,
-    /// Its length from the Ethernet header on, in bytes.
+    /// Length from the Ethernet header on, in bytes.
     pub len: u32,
-    /// How many of [`Dropped::bytes`] are the packet's; the others are anything.
+    /// Number of valid bytes in [`Dropped::bytes`]. The others are arbitrary.
     pub captured: u32,
-    /// `VLAN_PRESENT` and the tag, if one was taken off before the program saw the packet; else 0.
+    /// `VLAN_PRESENT` and the tag, if the tag was removed before the program saw the packet; else
+    /// 0.
     pub vlan: u32,
-    /// The packet's first bytes, from the Ethernet header on, as it was when it was given up.
+    /// The packet's first bytes, from the Ethernet header on, in the state in which it was dropped.
     pub bytes: [u8; DROPPED_LEN],
 }
 
-/// [`Session::state`]: the slot is empty.
+/// Value of [`Session::state`]: the slot is free.
 pub const SESSION_FREE: u32 = 0;
-/// [`Session::state`]: receives; must not send before the peer has proven that it has the keys.
+/// Value of [`Session::state`]: receives, but must not send until the peer has proven that it has
+/// the keys.
 pub const SESSION_UNCONFIRMED: u32 = 1;
-/// [`Session::state`]: receives, and sends if the peer's `tx_slot` says so.
+/// Value of [`Session::state`]: receives, and sends if the peer's `tx_slot` refers to it.
 pub const SESSION_LIVE: u32 = 2;
 
 /// The keys of one handshake (whitepaper section 5.4.5).
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
 pub struct Session {
-    /// One of `SESSION_*`. Program: `UNCONFIRMED` becomes `LIVE` with the first authenticated
-    /// message.
+    /// One of `SESSION_*`. Program: the first authenticated message turns `UNCONFIRMED` into
+    /// `LIVE`.
     pub state: u32,
-    /// Peer index.
+    /// Index of the peer.
     pub peer: u32,
-    /// Receiver index that the peer puts into its messages: low [`SESSION_SLOT_BITS`] bits are the
-    /// slot.
+    /// Receiver index in the peer's messages to this node. The low [`SESSION_SLOT_BITS`] bits are
+    /// the slot.
     pub local_index: u32,
-    /// Receiver index that goes into ours.
+    /// Receiver index in this node's messages to the peer.
     pub remote_index: u32,
     /// ChaCha20 key for sealing, as eight little-endian words.
     pub tx_key: [u32; 8],
     /// ChaCha20 key for opening, as eight little-endian words.
     pub rx_key: [u32; 8],
-    /// Boot time (ns, `CLOCK_BOOTTIME`) at which the handshake ended.
+    /// Boot time of the end of the handshake, in nanoseconds (`CLOCK_BOOTTIME`).
     pub created_ns: u64,
-    /// Boot time after which the session neither seals nor opens.
+    /// Boot time from which on the session neither seals nor opens, in nanoseconds.
     pub expires_ns: u64,
-    /// 1 if this node was the handshake's initiator, else 0.
+    /// 1 if this node initiated the handshake, else 0.
     pub initiator: u64,
-    /// Next counter to send (program, atomically).
+    /// Next counter to send (program, atomic).
     pub tx_counter: u64,
-    /// Counters received (program).
+    /// Replay window of the received counters (program).
     pub window: crate::replay::Window,
 }
 
 #[cfg(feature = "user")]
 mod pod {
-    // SAFETY: `repr(C)`, valid for every bit pattern, without padding (asserted below).
+    // SAFETY: `repr(C)`, valid for every bit pattern, and without padding (asserted below).
     unsafe impl aya::Pod for super::Address {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Config {}
@@ -444,7 +464,7 @@ mod pod {
 }
 
 const _: () = {
-    // A frame for a worker has room for so much.
+    // The Ethernet header of a frame to a worker has two bytes for the peer index.
     assert!(PEER_SLOTS <= 1 << 16);
     assert!(size_of::<Config>() == 76);
     assert!(size_of::<Endpoint>() == 28);

@@ -1,28 +1,28 @@
-//! Why a packet was refused, or what became of it. Every program counts under one of these codes,
-//! per CPU.
+//! Reasons why packets were dropped, and other outcomes. All programs count packets under these
+//! codes, per CPU.
 
 macro_rules! reasons {
     ($($(#[doc = $doc:literal])+ $name:ident = $code:literal, $text:literal;)+) => {
-        /// A code of the `COUNTERS` map. Codes are never reused for another meaning.
+        /// Index into the `COUNTERS` map. A code is never reused with another meaning.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u32)]
         pub enum Reason { $($(#[doc = $doc])+ $name = $code),+ }
 
         impl Reason {
-            /// Every code, in the order of their numbers.
+            /// All reasons, in the order of their codes.
             pub const ALL: &[Self] = &[$(Self::$name),+];
 
-            /// The name that `status`, `inspect` and the metrics print.
+            /// Returns the name that `status`, `inspect` and the metrics print.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$name => $text),+ }
             }
 
-            /// Whether the packet was dropped.
+            /// Returns true if the packet was dropped.
             pub const fn is_drop(self) -> bool {
                 self as u32 >= FIRST_DROP
             }
 
-            /// What the code means, in a sentence for people.
+            /// Returns a sentence that explains the reason to operators.
             pub const fn describe(self) -> &'static str {
                 match self { $(Self::$name => concat!($($doc),+)),+ }
             }
@@ -35,92 +35,90 @@ reasons! {
     Sealed = 0, "sealed";
     /// Received from a peer, opened and delivered.
     Opened = 1, "opened";
-    /// Handed from one container of this host to another.
+    /// Delivered from one container of this host to another, or to or from the host itself.
     Local = 2, "local";
-    /// An ARP request answered.
+    /// ARP request, answered.
     Arp = 3, "arp";
-    /// An empty message (keepalive) received from a peer.
+    /// Keepalive (empty message) received from a peer.
     KeepaliveReceived = 4, "keepalive-received";
-    /// An empty message (keepalive) sent to a peer.
+    /// Keepalive (empty message) sent to a peer.
     KeepaliveSent = 5, "keepalive-sent";
-    /// Answered with ICMP "fragmentation needed": larger than the path to that peer takes.
+    /// Too large for the path to the peer; answered with ICMP "fragmentation needed".
     TooBig = 6, "too-big";
-    /// A message between two other nodes, passed on.
+    /// Message between two other nodes, relayed.
     Relayed = 7, "relayed";
-    /// A probe of a path, received from a peer.
+    /// Path probe received from a peer.
     ProbeReceived = 8, "probe-received";
-    /// A probe of a path, sent to a peer.
+    /// Path probe sent to a peer.
     ProbeSent = 9, "probe-sent";
-    /// Handed to a worker of the bulk path: many segments at once, or one of a flow that sends
-    /// such.
+    /// Handed to a bulk worker: several segments at once, or part of a bulk flow.
     BulkSent = 10, "bulk-sent";
-    /// Received by a worker of the bulk path and delivered, several segments at once perhaps.
+    /// Received by a bulk worker and delivered, possibly several segments at once.
     BulkReceived = 11, "bulk-received";
-    /// A message of the bulk path, put into the inbox of a worker past the kernel's UDP.
+    /// Bulk message put into the receive ring of a worker, bypassing the kernel's UDP.
     BulkQueued = 12, "bulk-queued";
 
-    /// Not a protocol that containers may use here: neither IPv4 nor ARP, or broadcast, or
+    /// Neither unicast IPv4 nor ARP: containers may not use other protocols, broadcast or
     /// multicast.
     Unsupported = 16, "unsupported";
-    /// Shorter than its own headers say, or with impossible headers.
+    /// Shorter than its headers claim, or with impossible headers.
     Malformed = 17, "malformed";
-    /// A container sent from an address, or a hardware address, that is not its own.
+    /// A container used a source IP or MAC address that is not its own.
     Spoofed = 18, "spoofed";
-    /// No node is known to own the destination.
+    /// No known node owns the destination.
     NoRoute = 19, "no-route";
-    /// No session with that peer yet.
+    /// There is no session with the peer yet.
     NoSession = 20, "no-session";
-    /// The session with that peer is too old to be used.
+    /// The session with the peer has expired.
     Expired = 21, "expired";
-    /// The session has used up its message counter.
+    /// The session has used up its message counters.
     Exhausted = 22, "exhausted";
-    /// Offloads that were not finished arrived where only finished packets may: never sealed.
+    /// A packet still to be segmented where only complete packets are accepted; never sealed.
     Offload = 23, "offload";
-    /// A helper of the kernel refused (out of memory, mostly).
+    /// A kernel helper failed, usually for lack of memory.
     Helper = 24, "helper";
-    /// A message for a receiver index that no session has.
+    /// No session has the message's receiver index.
     UnknownIndex = 25, "unknown-index";
-    /// A message seen before.
+    /// The message was received before (replay).
     Replayed = 26, "replayed";
-    /// A message older than the replay window.
+    /// The message is older than the replay window.
     TooOld = 27, "too-old";
-    /// A message whose tag is wrong.
+    /// The message's authentication tag is wrong.
     Forged = 28, "forged";
-    /// A peer sent from an address that another node owns.
+    /// A peer used a source address that another node owns.
     ForeignSource = 29, "foreign-source";
-    /// A peer sent to an address that is not attached here.
+    /// The destination is not attached to this host.
     NotHere = 30, "not-here";
-    /// The underlay marked congestion on a packet whose sender cannot be told (RFC 6040).
+    /// The underlay marked congestion, but the inner packet does not support ECN (RFC 6040).
     Congestion = 31, "congestion";
-    /// A message that arrived as a fragment, or with IP options.
+    /// The message was fragmented or had IP options.
     Fragment = 32, "fragment";
-    /// Arrived at an interface that no program was told about.
+    /// Arrived on an interface that the daemon has not configured.
     Unconfigured = 33, "unconfigured";
-    /// A relayed message that has taken too many hops: it would travel in a loop.
+    /// A relayed message has taken too many hops, probably in a loop.
     HopLimit = 34, "hop-limit";
-    /// A relayed message that did not come from where the node is that it names as the last one:
-    /// only nodes of the cluster are relayed for.
+    /// A relayed message did not come from the address of the node named as its previous hop: nodes
+    /// relay only for nodes of the cluster.
     ForeignRelay = 35, "foreign-relay";
-    /// A relayed message that would have to go back to where it came from.
+    /// A relayed message would return to the node that it came from.
     RelayLoop = 36, "relay-loop";
-    /// A message of the bulk path for which its worker's inbox had no room: more comes than the
-    /// worker opens.
+    /// The receive ring of the message's bulk worker was full: messages arrive faster than the
+    /// worker opens them.
     InboxFull = 37, "inbox-full";
-    /// A checksum was left unfinished at a place where finishing it changes the headers that were
-    /// checked.
+    /// Completing a partial checksum would change headers that were already checked.
     Checksum = 38, "checksum";
-    /// Sent to or from an address that is kept for the nodes themselves, by anything but a node.
+    /// Sent by something other than a node to or from an address reserved for nodes.
     NodeAddress = 39, "node-address";
-    /// More probes from a peer than nodes send: others' have to find room.
+    /// More probes from one peer than nodes send; dropped to leave room for other peers' probes.
     ProbeFlood = 40, "probe-flood";
     /// A handshake message whose sender does not know this node's public key.
     Stranger = 41, "stranger";
-    /// More cookie replies than nodes send: nothing in them proves their sender.
+    /// More cookie replies than nodes send; their sender cannot be verified here.
     CookieFlood = 42, "cookie-flood";
 }
 
-/// Codes from here on mean that the packet was dropped.
+/// First code of the drop reasons. All codes from here on mean that the packet was dropped.
 pub const FIRST_DROP: u32 = 16;
 
-/// Entries of the `COUNTERS` map: room for codes of later versions.
+/// Entries of the `COUNTERS` map. Leaves room for the codes of later versions.
 pub const REASON_SLOTS: u32 = 64;

@@ -1,56 +1,57 @@
-//! The replay window, safe across CPUs without a lock (after RFC 6479, whose ring this is, with
-//! WireGuard's size).
+//! The replay window, shared between CPUs without a lock. The ring is that of RFC 6479, with
+//! WireGuard's size.
 //!
-//! A word of the ring belongs to one block of 32 counters at a time. [`Window::next`] is raised
-//! before a counter is marked; so whoever finds another block in its word, and then its own counter
-//! still in time, knows that the block found is an earlier one. Words therefore move to later
-//! blocks only, by compare-and-swap of block and bitmap together, and a counter's bit is set at
-//! most once, whatever the CPUs do at the same time.
+//! At any time, a word of the ring belongs to one block of 32 counters. [`Window::next`] is raised
+//! before a counter is marked. If a CPU finds another block in its counter's word, and then finds
+//! its counter still within the window, the other block is an earlier one. Therefore words move
+//! only to later blocks, with one compare-and-swap for block and bitmap together. A counter's bit
+//! is set at most once, whatever the CPUs do concurrently.
 
 use crate::reason::Reason;
 use crate::wire::REJECT_AFTER_MESSAGES;
 
-/// Counters this far behind the greatest one seen are refused.
+/// Size of the window: counters further than this behind the greatest accepted one are refused.
 pub const WINDOW: u64 = 8192 - 64;
-/// Words of the ring; each covers 32 counters.
+/// Words of the ring. Each covers 32 counters.
 pub const WORDS: usize = 256;
 
-/// Attempts at a compare-and-swap. Each one that fails means that another CPU accepted a counter
-/// meanwhile.
+/// Attempts at a compare-and-swap. Each failure means that another CPU accepted a counter in the
+/// meantime.
 const ATTEMPTS: usize = 16;
 
-/// Which counters were seen. Each word holds a tag (upper half: the low 32 bits of `counter / 32`)
-/// and a bitmap of the 32 counters of that block (lower half), and changes by compare-and-swap.
+/// The counters that were accepted. The upper half of each word is a tag (the low 32 bits of
+/// `counter / 32`); the lower half is a bitmap of the 32 counters of that block. Words change by
+/// compare-and-swap.
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
 pub struct Window {
-    /// Greatest counter accepted, plus one; 0 if none was.
+    /// Greatest accepted counter plus one; 0 if no counter was accepted.
     pub next: u64,
     /// The ring.
     pub words: [u64; WORDS],
 }
 
 impl Window {
-    /// Nothing seen: all bytes zero.
+    /// Returns an empty window: all bytes zero.
     pub const fn new() -> Self {
         Self { next: 0, words: [0; WORDS] }
     }
 
-    /// Refuses what [`Self::accept`] would refuse now, and changes nothing: spares the opening of a
-    /// replayed message. Takes a pointer because other CPUs write at the same time.
+    /// Refuses the counters that [`Self::accept`] would refuse now, and changes nothing. This saves
+    /// opening a replayed message. Takes a pointer because other CPUs write at the same time.
     ///
     /// # Errors
     /// [`Reason::TooOld`], [`Reason::Replayed`], or [`Reason::Exhausted`] for a counter that no
     /// session may use.
     ///
     /// # Safety
-    /// `this` must point to a window that is otherwise used through this function and
-    /// [`Self::accept`] only.
+    /// `this` must point to a window that is accessed only through this function and
+    /// [`Self::accept`].
     #[inline(always)]
     pub unsafe fn check(this: *const Self, counter: u64) -> Result<(), Reason> {
-        // SAFETY: the caller's.
+        // SAFETY: upheld by the caller.
         in_time(unsafe { cell::load(&raw const (*this).next) }, counter)?;
-        // SAFETY: the caller's; the index is below WORDS.
+        // SAFETY: upheld by the caller; the index is below `WORDS`.
         let word =
             unsafe { cell::load((&raw const (*this).words).cast::<u64>().add(index(counter))) };
         if word >> 32 == tag(counter) && word & bit(counter) != 0 {
@@ -60,18 +61,18 @@ impl Window {
         }
     }
 
-    /// Marks a counter as seen, once its message is authenticated.
+    /// Marks a counter as seen. Call it once the message is authenticated.
     ///
     /// # Errors
     /// [`Reason::TooOld`], [`Reason::Replayed`], or [`Reason::Exhausted`] for a counter that no
-    /// session may use. [`Reason::Helper`] if so many other CPUs accepted counters at this very
-    /// moment that this one could not be marked: the message counts as lost.
+    /// session may use. [`Reason::Helper`] if so many other CPUs accepted counters at the same
+    /// moment that this one could not be marked; the message counts as lost.
     ///
     /// # Safety
-    /// As for [`Self::check`]; writes are made through the pointer.
+    /// As for [`Self::check`]. The function writes through the pointer.
     #[inline(always)]
     pub unsafe fn accept(this: *mut Self, counter: u64) -> Result<(), Reason> {
-        // SAFETY: the caller's; the index is below WORDS.
+        // SAFETY: upheld by the caller; the index is below `WORDS`.
         unsafe {
             raise(&raw mut (*this).next, counter)?;
             let word = (&raw mut (*this).words).cast::<u64>().add(index(counter));
@@ -86,20 +87,20 @@ impl Default for Window {
     }
 }
 
-/// Makes `next` greater than the counter.
+/// Raises `next` above the counter.
 ///
 /// # Safety
 /// As for [`Window::accept`].
 #[inline(always)]
 unsafe fn raise(next: *mut u64, counter: u64) -> Result<(), Reason> {
-    // SAFETY: the caller's.
+    // SAFETY: upheld by the caller.
     let mut seen = unsafe { cell::load(next) };
     in_time(seen, counter)?;
     for _ in 0..ATTEMPTS {
         if seen > counter {
             return Ok(());
         }
-        // SAFETY: the caller's.
+        // SAFETY: upheld by the caller.
         let found = unsafe { cell::compare_exchange(next, seen, counter + 1) };
         if found == seen {
             return Ok(());
@@ -109,13 +110,14 @@ unsafe fn raise(next: *mut u64, counter: u64) -> Result<(), Reason> {
     Err(Reason::Helper)
 }
 
-/// Sets the counter's bit, in a word that its block takes over if need be.
+/// Sets the counter's bit. If the word belongs to an earlier block, the counter's block takes it
+/// over.
 ///
 /// # Safety
 /// As for [`Window::accept`].
 #[inline(always)]
 unsafe fn mark(word: *mut u64, next: *mut u64, counter: u64) -> Result<(), Reason> {
-    // SAFETY: the caller's.
+    // SAFETY: upheld by the caller.
     let mut seen = unsafe { cell::load(word) };
     for _ in 0..ATTEMPTS {
         let marked = if seen >> 32 == tag(counter) {
@@ -124,11 +126,11 @@ unsafe fn mark(word: *mut u64, next: *mut u64, counter: u64) -> Result<(), Reaso
             }
             seen | bit(counter)
         } else {
-            // SAFETY: the caller's.
+            // SAFETY: upheld by the caller.
             in_time(unsafe { cell::load_after(next) }, counter)?;
             tag(counter) << 32 | bit(counter)
         };
-        // SAFETY: the caller's.
+        // SAFETY: upheld by the caller.
         let found = unsafe { cell::compare_exchange(word, seen, marked) };
         if found == seen {
             return Ok(());
@@ -149,8 +151,9 @@ fn in_time(next: u64, counter: u64) -> Result<(), Reason> {
     }
 }
 
-/// Low 32 bits of the number of the counter's block. A block that is 2^37 counters later has the
-/// same: after a leap that far, a message may be taken for a replay; never the other way round.
+/// Returns the low 32 bits of the number of the counter's block. A block 2^37 counters later has
+/// the same tag. After a leap that far, a message may be mistaken for a replay, but never the
+/// reverse.
 #[inline(always)]
 const fn tag(counter: u64) -> u64 {
     (counter / 32) & 0xffff_ffff
@@ -166,8 +169,8 @@ const fn index(counter: u64) -> usize {
     (counter / 32) as usize % WORDS
 }
 
-/// Words shared between CPUs. `AtomicU64` has no compare-and-swap on the BPF target; the kernel
-/// has.
+/// Words shared between CPUs. On the BPF target, `AtomicU64` has no compare-and-swap, although the
+/// kernel supports it.
 mod cell {
     #[cfg(not(target_arch = "bpf"))]
     pub use host::{compare_exchange, load, load_after};
@@ -178,32 +181,34 @@ mod cell {
     mod kernel {
         use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 
+        /// A relaxed load.
+        ///
         /// # Safety
         /// `word` must be valid for reads.
         #[inline(always)]
         pub unsafe fn load(word: *const u64) -> u64 {
-            // SAFETY: the caller's. One instruction, which is all that a relaxed load is.
+            // SAFETY: upheld by the caller. A single instruction is all that a relaxed load needs.
             unsafe { word.read_volatile() }
         }
 
-        /// A load that stays behind earlier ones: the kernel orders atomics that return a value
-        /// fully.
+        /// A load that is not reordered before earlier accesses: in the kernel, atomics that return
+        /// a value are fully ordered.
         ///
         /// # Safety
         /// `word` must be valid for reads and writes.
         #[inline(always)]
         pub unsafe fn load_after(word: *mut u64) -> u64 {
-            // SAFETY: the caller's.
+            // SAFETY: upheld by the caller.
             unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(word, 0) }
         }
 
-        /// Returns what was found; it was replaced if that equals `old`.
+        /// Returns the value found. It was replaced if it equals `old`.
         ///
         /// # Safety
         /// `word` must be valid for reads and writes.
         #[inline(always)]
         pub unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
-            // SAFETY: the caller's.
+            // SAFETY: upheld by the caller.
             unsafe {
                 atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
                     word, old, new,
@@ -218,27 +223,30 @@ mod cell {
         use core::sync::atomic::AtomicU64;
         use core::sync::atomic::Ordering::SeqCst;
 
+        /// Loads a word.
+        ///
         /// # Safety
-        /// `word` must be valid for reads, and otherwise be used through this module only.
+        /// `word` must be valid for reads and accessed only through this module.
         pub unsafe fn load(word: *const u64) -> u64 {
-            // SAFETY: the caller's; nothing is written.
+            // SAFETY: upheld by the caller; nothing is written.
             unsafe { AtomicU64::from_ptr(word.cast_mut()) }.load(SeqCst)
         }
 
+        /// Loads a word. Sequentially consistent, like [`load`].
+        ///
         /// # Safety
         /// As for [`load`].
         pub unsafe fn load_after(word: *mut u64) -> u64 {
-            // SAFETY: the caller's.
+            // SAFETY: upheld by the caller.
             unsafe { load(word) }
         }
 
-        /// Returns what was found; it was replaced if that equals `old`.
+        /// Returns the value found. It was replaced if it equals `old`.
         ///
         /// # Safety
-        /// `word` must be valid for reads and writes, and otherwise be used through this module
-        /// only.
+        /// `word` must be valid for reads and writes and accessed only through this module.
         pub unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
-            // SAFETY: the caller's.
+            // SAFETY: upheld by the caller.
             match unsafe { AtomicU64::from_ptr(word) }.compare_exchange(old, new, SeqCst, SeqCst) {
                 Ok(found) | Err(found) => found,
             }

@@ -1,47 +1,49 @@
-//! WireGuard's messages as they lie on the wire (whitepaper section 5.4), and the fixed sizes of
-//! the headers around them.
+//! Layout of WireGuard's messages (whitepaper section 5.4), and fixed sizes of the headers around
+//! them.
 
-/// UDP port of container traffic and of key handshakes.
+/// UDP port of container traffic and of handshakes.
 pub const DATA_PORT: u16 = 6784;
-/// UDP port of the bulk path: messages of its workers and its own handshakes.
+/// UDP port of the bulk path: data messages of its workers and its own handshakes.
 pub const BULK_PORT: u16 = 6783;
 /// TCP port of control connections.
 pub const CONTROL_PORT: u16 = 6783;
 
-/// First byte of a handshake initiation; 148 bytes in all.
+/// First byte of a handshake initiation.
 pub const TYPE_INITIATION: u8 = 1;
-/// First byte of a handshake response; 92 bytes in all.
+/// First byte of a handshake response.
 pub const TYPE_RESPONSE: u8 = 2;
-/// First byte of a cookie reply; 64 bytes in all.
+/// First byte of a cookie reply.
 pub const TYPE_COOKIE_REPLY: u8 = 3;
-/// Bytes of a handshake initiation.
+/// Length of a handshake initiation, in bytes.
 pub const INITIATION_LEN: usize = 148;
-/// Bytes of a handshake response.
+/// Length of a handshake response, in bytes.
 pub const RESPONSE_LEN: usize = 92;
-/// Bytes of a cookie reply.
+/// Length of a cookie reply, in bytes.
 pub const COOKIE_REPLY_LEN: usize = 64;
-/// Bytes of each of the two MACs at the end of initiations and responses.
+/// Length of each of the two MACs at the end of initiations and responses, in bytes.
 pub const MAC_LEN: usize = 16;
 
 /// First byte of a transport data message.
 pub const TYPE_DATA: u8 = 4;
 
-/// Type, three zero bytes, receiver index (u32, little-endian), counter (u64, little-endian).
+/// Length of a data message's header: type, three zero bytes, receiver index (u32, little-endian),
+/// counter (u64, little-endian).
 pub const DATA_HEADER_LEN: usize = 16;
-/// Poly1305's tag, at the end of each data message.
+/// Length of the Poly1305 tag at the end of each data message.
 pub const TAG_LEN: usize = 16;
-/// Plaintext is padded with zeros to a multiple of this, or to the MTU if that is smaller.
+/// Plaintext is padded with zeros to a multiple of this many bytes, or to the MTU if that is
+/// smaller.
 pub const PADDING: usize = 16;
 
-/// Destination, source, EtherType.
+/// Length of an Ethernet header: destination, source, EtherType.
 pub const ETHERNET_LEN: usize = 14;
-/// IPv4 without options.
+/// Length of an IPv4 header without options.
 pub const IPV4_LEN: usize = 20;
-/// IPv6 without extension headers.
+/// Length of an IPv6 header without extension headers.
 pub const IPV6_LEN: usize = 40;
-/// Source port, destination port, length, checksum.
+/// Length of a UDP header: source port, destination port, length, checksum.
 pub const UDP_LEN: usize = 8;
-/// ARP for IPv4 over Ethernet, without the Ethernet header.
+/// Length of an ARP packet for IPv4 over Ethernet, without the Ethernet header.
 pub const ARP_LEN: usize = 28;
 
 /// EtherType of IPv4.
@@ -50,40 +52,40 @@ pub const ETHERTYPE_IPV4: u16 = 0x0800;
 pub const ETHERTYPE_ARP: u16 = 0x0806;
 /// EtherType of IPv6.
 pub const ETHERTYPE_IPV6: u16 = 0x86dd;
-/// First byte of a message that is relayed: [`RELAY_LEN`] bytes of relay header, then the message
-/// itself, of any type. No type of WireGuard, whose implementations drop it.
+/// First byte of a relayed message: a relay header of [`RELAY_LEN`] bytes, followed by a message of
+/// any type. WireGuard does not use this type, and its implementations drop such messages.
 ///
-/// | offset | bytes | what |
+/// | offset | bytes | content |
 /// | --- | --- | --- |
 /// | 0 | 1 | this type |
-/// | 1 | 1 | hops that the message may still take |
-/// | 2 | 2 | ID of the node that it is for |
-/// | 4 | 2 | ID of the node that sent it first |
-/// | 6 | 2 | ID of the node that passed it on last |
+/// | 1 | 1 | hops left |
+/// | 2 | 2 | ID of the destination node |
+/// | 4 | 2 | ID of the source node |
+/// | 6 | 2 | ID of the previous hop |
 ///
 /// IDs are big-endian.
 pub const TYPE_RELAY: u8 = 0x80;
 /// Length of the relay header.
 pub const RELAY_LEN: usize = 8;
-/// Hops that a relayed message may take from its sender on: what still travels in a loop then is
-/// dropped.
+/// Hops that a relayed message may take, counted from its source. Messages in a loop are dropped
+/// after that many.
 pub const RELAY_HOPS: u8 = 8;
 
-/// A relay header, see [`TYPE_RELAY`].
+/// A relay header. See [`TYPE_RELAY`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Relay {
-    /// Hops that the message may still take.
+    /// Hops left.
     pub hops: u8,
-    /// The node that it is for.
+    /// ID of the destination node.
     pub destination: u16,
-    /// The node that sent it first.
+    /// ID of the source node.
     pub source: u16,
-    /// The node that passed it on last.
+    /// ID of the previous hop: the node that sent or relayed the message last.
     pub previous: u16,
 }
 
 impl Relay {
-    /// As it lies on the wire.
+    /// Returns the wire format.
     pub const fn to_bytes(self) -> [u8; RELAY_LEN] {
         let [a, b] = self.destination.to_be_bytes();
         let [c, d] = self.source.to_be_bytes();
@@ -91,7 +93,8 @@ impl Relay {
         [TYPE_RELAY, self.hops, a, b, c, d, e, f]
     }
 
-    /// The header at the front of a datagram, and the message behind it; `None` if there is none.
+    /// Splits a datagram into its relay header and the message after it. Returns `None` if it has
+    /// no relay header.
     pub fn split(datagram: &[u8]) -> Option<(Self, &[u8])> {
         let ([kind, hops, a, b, c, d, e, f], message) = datagram.split_first_chunk()?;
         let relay = Self {
@@ -104,13 +107,14 @@ impl Relay {
     }
 }
 
-/// Ethernet header of a packet that the daemon gives to `seal`, to be sent into the first end of
-/// the normaliser: to which peer it goes is in the source address, that it is the daemon's in the
-/// destination. `seal` believes that of a packet without a mark only, and containers' packets have
-/// one there.
+/// Returns the Ethernet header of a packet from the daemon to `seal`, sent into the first end of
+/// the offload veth. The source address names the peer. The destination address marks the packet as
+/// the daemon's. `seal` accepts it only in packets without a mark; packets of containers have one
+/// there.
 ///
-/// `is_direct`: not through a relay, whatever the peer's entry says, and however large. The packet
-/// itself is IPv4; zeros in its place make a keepalive ([`KEEPALIVE_FRAME_LEN`]).
+/// `is_direct` sends the packet on the direct path, even if the peer's entry names a relay, and
+/// whatever its size. The packet itself is IPv4. Zeros in its place make a keepalive
+/// ([`KEEPALIVE_FRAME_LEN`]).
 pub const fn daemon_header(peer: u32, is_direct: bool) -> [u8; ETHERNET_LEN] {
     let [a, b, c, d] = peer.to_le_bytes();
     let [e, f] = ETHERTYPE_IPV4.to_be_bytes();
@@ -118,9 +122,9 @@ pub const fn daemon_header(peer: u32, is_direct: bool) -> [u8; ETHERNET_LEN] {
     [g, h, i, j, k, l, a, b, c, d, is_direct as u8, 0, e, f]
 }
 
-/// Ethernet header of a packet between the programs and a worker of the bulk path: which peer it
-/// goes to or comes from. On the way to a worker, `source` is the IPv4 address that the packet must
-/// still come from when it is sealed; on the way back it is zero.
+/// Returns the Ethernet header of a packet between the programs and a bulk worker. It names the
+/// peer that the packet goes to or comes from. On the way to a worker, `source` is the IPv4 source
+/// address that the packet must have when it is sealed. On the way back, it is zero.
 pub const fn bulk_header(peer: u32, source: [u8; 4]) -> [u8; ETHERNET_LEN] {
     let [a, b] = (peer as u16).to_le_bytes();
     let [c, d, e, f] = source;
@@ -129,22 +133,22 @@ pub const fn bulk_header(peer: u32, source: [u8; 4]) -> [u8; ETHERNET_LEN] {
     [i, j, k, l, m, n, a, b, c, d, e, f, g, h]
 }
 
-/// Peer and source that a [`bulk_header`] names; `None` if it is none.
+/// Returns the peer and source in a [`bulk_header`], or `None` if this is a different header.
 pub fn from_bulk_header(header: &[u8; ETHERNET_LEN]) -> Option<(u32, [u8; 4])> {
     let [a, b, c, d, e, f, g, h, source @ .., _, _] = *header;
     ([a, b, c, d, e, f] == BULK_MAC).then(|| (u16::from_le_bytes([g, h]).into(), source))
 }
 
-/// Destination address of [`bulk_header`].
+/// Destination MAC address of a [`bulk_header`].
 pub const BULK_MAC: [u8; 6] = [0, 0, 0, 0, 0, 2];
 
-/// Destination address of [`daemon_header`].
+/// Destination MAC address of a [`daemon_header`].
 pub const DAEMON_MAC: [u8; 6] = [0, 0, 0, 0, 0, 1];
 
-/// Length of [`keepalive_frame`].
+/// Length of a [`keepalive_frame`], in bytes.
 pub const KEEPALIVE_FRAME_LEN: usize = ETHERNET_LEN + IPV4_LEN;
 
-/// The frame that makes `seal` send a keepalive to a peer.
+/// Returns the frame that makes `seal` send a keepalive to a peer.
 pub const fn keepalive_frame(peer: u32) -> [u8; KEEPALIVE_FRAME_LEN] {
     let header = daemon_header(peer, false);
     let mut frame = [0; KEEPALIVE_FRAME_LEN];
@@ -156,16 +160,18 @@ pub const fn keepalive_frame(peer: u32) -> [u8; KEEPALIVE_FRAME_LEN] {
     frame
 }
 
-/// IP protocol numbers.
+/// IP protocol number of ICMP (RFC 792).
 pub const PROTOCOL_ICMP: u8 = 1;
-/// TCP (RFC 9293).
+/// IP protocol number of TCP (RFC 9293).
 pub const PROTOCOL_TCP: u8 = 6;
-/// UDP (RFC 768).
+/// IP protocol number of UDP (RFC 768).
 pub const PROTOCOL_UDP: u8 = 17;
 
-/// Where the transport header of an IP protocol has its checksum, in bytes from its start; 0 for
-/// other protocols, whose headers nobody here reads. Nobody here finishes one in front of it: those
-/// of a tunnel's inside lie behind, and what is before is what packets are judged by.
+/// Returns the offset of the checksum in a transport header, in bytes; 0 for protocols whose
+/// headers nothing here reads.
+///
+/// Nothing here completes a checksum at a smaller offset. The checksums of an encapsulated packet
+/// are at larger ones, and the checks of a packet rely on the bytes before this offset.
 #[inline(always)]
 pub const fn checksum_place(protocol: u8) -> usize {
     match protocol {
@@ -175,11 +181,10 @@ pub const fn checksum_place(protocol: u8) -> usize {
     }
 }
 
-/// UDP port of probes, which nodes send each other inside the tunnel, from node address to node
-/// address.
+/// UDP port of probes, which nodes exchange inside the tunnel between their node addresses.
 pub const PROBE_PORT: u16 = 6784;
-/// Bytes behind a probe's inner UDP header that reach the daemon. What follows only makes the probe
-/// larger.
+/// Bytes after a probe's inner UDP header that reach the daemon. Any further bytes only pad the
+/// probe.
 pub const PROBE_LEN: usize = 28;
 
 /// Bytes that sealing adds before the inner packet over IPv4.
@@ -187,23 +192,24 @@ pub const OVERHEAD_IPV4: usize = IPV4_LEN + UDP_LEN + DATA_HEADER_LEN;
 /// Bytes that sealing adds before the inner packet over IPv6.
 pub const OVERHEAD_IPV6: usize = IPV6_LEN + UDP_LEN + DATA_HEADER_LEN;
 
-/// A session may not send a message with this counter or a later one (whitepaper section 6.1).
+/// Limit of a session's counter (whitepaper section 6.1): no message may have this counter or a
+/// later one.
 pub const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 
-/// ECN codepoint (RFC 3168): the sender does not take part.
+/// ECN codepoint (RFC 3168): not ECN-capable transport.
 pub const ECN_NOT_ECT: u8 = 0;
-/// ECN codepoint: the sender takes part, second mark.
+/// ECN codepoint: ECN-capable transport, ECT(1).
 pub const ECN_ECT1: u8 = 1;
-/// ECN codepoint: the sender takes part.
+/// ECN codepoint: ECN-capable transport, ECT(0).
 pub const ECN_ECT0: u8 = 2;
 /// ECN codepoint: congestion experienced.
 pub const ECN_CE: u8 = 3;
-/// The bits of the IPv4 type of service, or of the IPv6 traffic class, that hold the codepoint.
+/// Bits of the IPv4 type of service or IPv6 traffic class that hold the ECN codepoint.
 pub const ECN_MASK: u8 = 3;
 
-/// What a packet carries after its way through the tunnel (RFC 6040, figure 4), given what the
-/// outer and the inner header arrived with. `None`: it must be dropped, for its sender would not
-/// understand the congestion mark.
+/// Returns the ECN codepoint of a decapsulated packet (RFC 6040, figure 4), given those of the
+/// outer and the inner header on arrival. `None` means that the packet must be dropped, because its
+/// transport does not understand the congestion mark.
 #[inline(always)]
 pub const fn ecn_decapsulated(outer: u8, inner: u8) -> Option<u8> {
     match (outer & ECN_MASK, inner & ECN_MASK) {
@@ -219,7 +225,8 @@ pub const fn ecn_decapsulated(outer: u8, inner: u8) -> Option<u8> {
 mod tests {
     use super::*;
 
-    /// RFC 6040, figure 4, row by row: inner Not-ECT, ECT(0), ECT(1), CE; outer in the same order.
+    /// RFC 6040, figure 4, row by row. Rows are inner Not-ECT, ECT(0), ECT(1), CE; columns are
+    /// outer, in the same order.
     #[test]
     fn ecn_follows_the_table_of_rfc_6040() {
         const ORDER: [u8; 4] = [ECN_NOT_ECT, ECN_ECT0, ECN_ECT1, ECN_CE];

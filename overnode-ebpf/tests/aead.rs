@@ -1,4 +1,4 @@
-//! The AEAD on the host, against Wycheproof's vectors, RFC 8439's and ring.
+//! Tests the AEAD on the host against the vectors of Wycheproof and RFC 8439, and against ring.
 
 use overnode_ebpf::aead::{Forged, open_in_place, seal_in_place};
 use proptest::prelude::*;
@@ -61,7 +61,7 @@ fn rfc_8439() {
     assert_eq!(tag, expected);
 }
 
-/// Every length up to a few blocks, so that no remainder is left to chance.
+/// Covers every length up to a few blocks, and thus every possible remainder.
 #[test]
 fn agrees_with_ring_at_every_short_length() {
     let key = [0x42; 32];
@@ -87,7 +87,7 @@ proptest! {
         agrees(&key, &nonce, &aad, &text);
     }
 
-    /// Bytes of all ones make every limb and every carry as large as it gets.
+    /// Bytes of all ones make every limb and every carry as large as possible.
     #[test]
     fn agrees_with_ring_on_extreme_bytes(
         key in prop::collection::vec(prop::sample::select(vec![0u8, 0xff, 0x0f, 0xfc]), 32),

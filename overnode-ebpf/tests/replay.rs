@@ -1,4 +1,5 @@
-//! The replay window on the host: WireGuard's published cases, a naive model, and many threads.
+//! Tests the replay window on the host: WireGuard's published cases, a naive model, and many
+//! threads.
 
 use std::cell::UnsafeCell;
 use std::collections::BTreeSet;
@@ -9,10 +10,10 @@ use overnode_ebpf::replay::{WINDOW, Window};
 use overnode_ebpf::wire::REJECT_AFTER_MESSAGES;
 use proptest::prelude::*;
 
-/// A window that threads share.
+/// A window shared between threads.
 struct Shared(UnsafeCell<Window>);
 
-// SAFETY: a window is made for that; it is only used through its functions.
+// SAFETY: a window is made for concurrent access, and it is accessed only through its functions.
 unsafe impl Sync for Shared {}
 
 impl Shared {
@@ -21,7 +22,7 @@ impl Shared {
     }
 
     fn check(&self, counter: u64) -> Result<(), Reason> {
-        // SAFETY: a live window that nothing else touches.
+        // SAFETY: a live window that is accessed only through its functions.
         unsafe { Window::check(self.0.get(), counter) }
     }
 
@@ -30,7 +31,7 @@ impl Shared {
         unsafe { Window::accept(self.0.get(), counter) }
     }
 
-    /// Both, which must agree as long as no other thread interferes.
+    /// Calls both `check` and `accept`. They must agree unless another thread interferes.
     #[track_caller]
     fn offer(&self, counter: u64) -> Result<(), Reason> {
         let expected = self.check(counter);
@@ -50,10 +51,11 @@ impl Shared {
     }
 }
 
-/// One more than a counter may lie behind the greatest.
+/// The smallest distance from the greatest counter that is refused.
 const SPAN: u64 = WINDOW + 1;
 
-/// The order of events of WireGuard's own test (drivers/net/wireguard/selftest/counter.c), by hand.
+/// The single cases of WireGuard's own test (drivers/net/wireguard/selftest/counter.c), in its
+/// order.
 #[test]
 fn single_cases() {
     use Reason::{Exhausted, Replayed, TooOld};
@@ -142,8 +144,7 @@ fn descending_to_the_end_then_one_ahead() {
     window.takes(WINDOW + 1);
 }
 
-/// Every distance of two counters around the window's size and around the ring's: the later one
-/// first.
+/// Two counters at every distance around the sizes of the window and the ring, the later one first.
 #[test]
 fn distances() {
     for distance in (0..200).chain(8000..8500) {
@@ -161,8 +162,8 @@ fn distances() {
     }
 }
 
-/// After a leap of 2^37 a word of the ring carries the same tag as before it. That may cost
-/// messages, but lets none in twice.
+/// After a leap of 2^37, a word of the ring has the same tag as before. That may cost messages, but
+/// never accepts one twice.
 #[test]
 fn a_leap_over_all_tags_lets_nothing_in_twice() {
     let window = Shared::new();
@@ -175,7 +176,7 @@ fn a_leap_over_all_tags_lets_nothing_in_twice() {
     }
 }
 
-/// What the window should do, in the simplest words.
+/// A naive model of the window.
 #[derive(Default)]
 struct Model(BTreeSet<u64>);
 
@@ -195,8 +196,8 @@ impl Model {
     }
 }
 
-/// Steps relative to the greatest counter so far: mostly near it, sometimes at the edges of window
-/// and ring.
+/// Steps relative to the greatest counter so far: mostly near it, sometimes at the edges of the
+/// window and the ring.
 fn steps() -> impl Strategy<Value = Vec<i64>> {
     let window = WINDOW as i64;
     let step = prop_oneof![
@@ -224,13 +225,13 @@ proptest! {
 }
 
 /// Threads offer the same counters at the same time, in bursts that cross words and wrap the ring.
-/// No counter is accepted twice; those that nobody could refuse for age are accepted once.
+/// No counter is accepted twice. Each counter that stays within the window is accepted once.
 #[test]
 fn many_threads() {
     const THREADS: u64 = 8;
     const COUNTERS: u64 = 200_000;
-    // Neither a thread's burst nor the lag between threads may exceed the window, or messages are
-    // lost to age.
+    // Neither a thread's burst nor the lag between threads may exceed the window. Otherwise,
+    // messages are lost to age.
     const BURST: u64 = 256;
     let window = Shared::new();
     let accepted: Vec<AtomicU32> = (0..COUNTERS).map(|_| AtomicU32::new(0)).collect();
@@ -243,7 +244,7 @@ fn many_threads() {
                 for burst in 0..COUNTERS / BURST {
                     barrier.wait();
                     for step in 0..BURST {
-                        // Each thread in another order; a factor that is odd visits every counter.
+                        // Each thread uses a different order. An odd factor visits every counter.
                         let counter =
                             burst * BURST + (step * (2 * thread + 1) + 37 * thread) % BURST;
                         match window.accept(counter) {
@@ -268,7 +269,7 @@ fn many_threads() {
     assert!(times(0) <= contended.into_inner(), "{} counters accepted by nobody", times(0));
 }
 
-/// Threads at different places of the stream, far enough apart to age each other's counters.
+/// Threads at different positions of the stream, far enough apart to age each other's counters.
 #[test]
 fn threads_that_race_ahead() {
     const THREADS: u64 = 4;

@@ -3,19 +3,20 @@
 /// "expand 32-byte k".
 const CONSTANTS: [u32; 4] = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574];
 
-/// A key, a nonce, and what the blocks of one message have in common. All bytes zero is a valid
+/// A key, a nonce, and the state that all blocks of one message share. All bytes zero is a valid
 /// value.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct ChaCha20 {
     key: [u32; 8],
     nonce: [u32; 3],
-    /// The state after the first column round, but for column 0, which has the counter.
+    /// Columns 1 to 3 after the first column round. They are the same for every block; only column
+    /// 0 depends on the counter.
     columns: [[u32; 4]; 3],
 }
 
 impl ChaCha20 {
-    /// A new message. The words are those of RFC 8439: little-endian.
+    /// Starts a message. The words are little-endian, as in RFC 8439.
     #[inline(always)]
     pub fn start(&mut self, key: &[u32; 8], nonce: [u32; 3]) {
         self.key = *key;
@@ -25,12 +26,13 @@ impl ChaCha20 {
         self.start_column::<3>();
     }
 
-    /// Volatile stores, like the loads: one column after the other takes less of the stack.
+    /// Computes column `N` after the first column round. Stores are volatile, like the loads:
+    /// computing one column after the other needs less stack.
     #[inline(always)]
     fn start_column<const N: usize>(&mut self) {
         let [a, b, c, d] = quarter([CONSTANTS[N], self.key(N), self.key(4 + N), self.nonce(N - 1)]);
         let column = (&raw mut self.columns[N - 1]).cast::<u32>();
-        // SAFETY: the words of the column.
+        // SAFETY: the four words of the column.
         unsafe {
             column.write_volatile(a);
             column.add(1).write_volatile(b);
@@ -39,7 +41,7 @@ impl ChaCha20 {
         }
     }
 
-    /// 64 bytes of key stream, as little-endian words.
+    /// Returns 64 bytes of key stream, as little-endian words.
     #[inline(always)]
     pub fn block(&self, counter: u32) -> [u32; 16] {
         let mut w = [0; 16];
@@ -53,7 +55,7 @@ impl ChaCha20 {
             quarter_rounds(&mut w, [2, 6, 10, 14], [3, 7, 11, 15]);
             diagonal_round(&mut w);
         }
-        // Written out, for a loop would put `w` on the stack.
+        // Unrolled, because a loop would put `w` on the stack.
         w[0] = w[0].wrapping_add(CONSTANTS[0]);
         w[1] = w[1].wrapping_add(CONSTANTS[1]);
         w[2] = w[2].wrapping_add(CONSTANTS[2]);
@@ -73,18 +75,18 @@ impl ChaCha20 {
         w
     }
 
-    // Volatile: each use reads the map again. The compiler would otherwise copy all of it to the
-    // stack, where there is no room.
+    // Volatile, so that each use reads the map again. Otherwise, the compiler would copy all of it
+    // to the stack, which has no room for it.
 
     #[inline(always)]
     fn key(&self, word: usize) -> u32 {
-        // SAFETY: a reference.
+        // SAFETY: reads or writes a field of `self`.
         unsafe { (&raw const self.key[word]).read_volatile() }
     }
 
     #[inline(always)]
     fn nonce(&self, word: usize) -> u32 {
-        // SAFETY: a reference.
+        // SAFETY: reads or writes a field of `self`.
         unsafe { (&raw const self.nonce[word]).read_volatile() }
     }
 }
@@ -95,7 +97,7 @@ fn diagonal_round(w: &mut [u32; 16]) {
     quarter_rounds(w, [1, 6, 11, 12], [2, 7, 8, 13]);
 }
 
-/// A quarter round (section 2.1).
+/// The quarter round (RFC 8439, section 2.1).
 #[inline(always)]
 fn quarter([mut a, mut b, mut c, mut d]: [u32; 4]) -> [u32; 4] {
     a = a.wrapping_add(b);
@@ -109,13 +111,13 @@ fn quarter([mut a, mut b, mut c, mut d]: [u32; 4]) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// Two quarter rounds, in step. In the compiler's own order of these operations a double round
-/// takes a fifth more instructions, which move words between registers and stack; a pair of quarter
-/// rounds just fills the registers.
+/// Two quarter rounds, interleaved. In the order that the compiler chooses, a double round takes a
+/// fifth more instructions, which move words between registers and stack. Two quarter rounds at a
+/// time just fit the registers.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
 fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {
-    // SAFETY: arithmetic on registers.
+    // SAFETY: arithmetic on registers only.
     unsafe {
         core::arch::asm!(
             "{a0} += {b0}",

@@ -1,11 +1,12 @@
 //! ChaCha20-Poly1305 (RFC 8439), in steps that fit a `bpf_loop`.
 //!
-//! One source for the kernel and the host. [`Cipher`] works on blocks of 64 bytes, one per
-//! iteration of a `bpf_loop`: block 0 makes the Poly1305 key, each later one is enciphered and
-//! authenticated in one pass. All state is in [`Cipher`], which lies in a map there: a program has
-//! 512 bytes of stack. The host's [`seal_in_place`] and [`open_in_place`] drive the same blocks.
+//! The kernel and the host share this source. [`Cipher`] works on blocks of 64 bytes, one per
+//! iteration of a `bpf_loop`. Block 0 yields the Poly1305 key. Every later block is enciphered and
+//! authenticated in one pass. All state is in [`Cipher`]. Programs keep it in a map, because a
+//! program has only 512 bytes of stack. The host's [`seal_in_place`] and [`open_in_place`] use the
+//! same blocks.
 //!
-//! Nothing here branches on, or indexes by, a secret.
+//! No branch and no index depends on a secret.
 
 pub mod chacha20;
 pub mod poly1305;
@@ -18,21 +19,21 @@ use poly1305::{Absorbing, Poly1305};
 
 use crate::unaligned;
 
-/// Bytes that one step enciphers: a ChaCha20 block.
+/// Bytes that one step enciphers: one ChaCha20 block.
 pub const BLOCK_LEN: usize = 64;
-/// Bytes of a Poly1305 block. [`Cipher`] reads and writes text in whole groups of it.
+/// Bytes of a Poly1305 block. [`Cipher`] reads and writes the payload in whole groups of this size.
 pub const GROUP_LEN: usize = 16;
 
-/// Which way the text goes. A parameter of types rather than a value, so that no program carries
-/// code for both.
+/// Whether a message is sealed or opened. A type parameter rather than a value, so that no program
+/// contains code for both.
 pub trait Direction {
-    /// True if the text is plaintext before and ciphertext afterwards.
+    /// True if the payload is plaintext before and ciphertext afterwards.
     const SEAL: bool;
 }
 
-/// Plaintext becomes ciphertext.
+/// Turns plaintext into ciphertext.
 pub enum Seal {}
-/// Ciphertext becomes plaintext.
+/// Turns ciphertext into plaintext.
 pub enum Open {}
 
 impl Direction for Seal {
@@ -43,16 +44,15 @@ impl Direction for Open {
     const SEAL: bool = false;
 }
 
-/// The tag does not belong to key, nonce, additional data and text.
+/// The tag does not match the key, nonce, additional data and payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forged;
 
-/// The text ends before the length that was told: a group reaches beyond the end given.
+/// The memory ends before the given length: a group would reach beyond its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Short;
 
-/// One message being sealed or opened. All bytes zero is a valid value; [`Self::start`] comes
-/// first.
+/// A message being sealed or opened. All bytes zero is a valid value. Call [`Self::start`] first.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Default)]
 pub struct Cipher {
@@ -62,7 +62,7 @@ pub struct Cipher {
 }
 
 impl Cipher {
-    /// A new message. The words are those of RFC 8439, section 2.3: little-endian.
+    /// Starts a message. The words are little-endian, as in RFC 8439, section 2.3.
     #[inline(always)]
     pub fn start(&mut self, key: &[u32; 8], nonce: [u32; 3]) {
         self.chacha.start(key, nonce);
@@ -70,18 +70,18 @@ impl Cipher {
         self.poly.clear();
     }
 
-    /// One block. The 0th makes the Poly1305 key of this message and comes before everything else;
-    /// it does not ask for `text`, and doing it again changes nothing. Each later one enciphers and
-    /// authenticates up to 64 bytes in place. What follows the text in its last group of 16 is
-    /// overwritten.
+    /// Processes one block. Block 0 yields the Poly1305 key of the message and must come before all
+    /// else. It does not call `text`, and repeating it changes nothing. Every later block enciphers
+    /// and authenticates up to 64 bytes in place. The bytes that follow the payload in its last
+    /// group of 16 are overwritten.
     ///
     /// # Errors
-    /// [`Short`] if a group would reach beyond the end of the text; the message is lost then.
+    /// [`Short`] if a group would reach beyond the end of the memory. The message is lost then.
     ///
     /// # Safety
-    /// `text` must return where the block starts, where the memory ends, which must be valid for
-    /// reads and writes up to there, and how many bytes of text are left (1 or more; above 64
-    /// counts as 64).
+    /// `text` must return the start of the block, the end of the memory, and the number of payload
+    /// bytes left (1 or more; more than 64 counts as 64). The memory must be valid for reads and
+    /// writes up to its end.
     #[inline(always)]
     pub unsafe fn block<D: Direction>(
         &mut self,
@@ -99,7 +99,7 @@ impl Cipher {
             if text.wrapping_add(BLOCK_LEN).cast_const() > end {
                 return Err(Short);
             }
-            // Written out, for a loop over `stream` would put it on the stack.
+            // Unrolled, because a loop over `stream` would put it on the stack.
             // SAFETY: before `end`, as just checked.
             unsafe {
                 encipher::<D, 0>(&mut mac, text, &stream, ALL);
@@ -108,7 +108,7 @@ impl Cipher {
                 encipher::<D, 3>(&mut mac, text, &stream, ALL);
             }
         } else {
-            // SAFETY: the caller's.
+            // SAFETY: upheld by the caller.
             unsafe {
                 encipher_rest::<D, 0>(&mut mac, text, end, &stream, left)?;
                 encipher_rest::<D, 1>(&mut mac, text, end, &stream, left)?;
@@ -121,11 +121,11 @@ impl Cipher {
         Ok(())
     }
 
-    /// Authenticates additional data, up to 64 bytes a call; every call but the last brings 64.
-    /// After block 0, before the text.
+    /// Authenticates up to 64 bytes of additional data. Every call but the last must pass 64 bytes.
+    /// Calls come after block 0 and before the payload.
     ///
     /// # Errors
-    /// [`Short`] if a group would reach beyond `end`; the message is lost then.
+    /// [`Short`] if a group would reach beyond `end`. The message is lost then.
     ///
     /// # Safety
     /// `aad` to `end` must be valid for reads and belong to one allocation (or packet).
@@ -160,7 +160,7 @@ impl Cipher {
         Ok(())
     }
 
-    /// The tag, as two little-endian words.
+    /// Returns the tag, as two little-endian words.
     #[inline(always)]
     pub fn finish(&mut self, text_len: u64) -> [u64; 2] {
         const LOW: u64 = 0xffff_ffff;
@@ -172,10 +172,10 @@ impl Cipher {
     }
 }
 
-/// A group of a block; the bytes that `keep` leaves out are no text.
+/// Enciphers one group of a block. Bytes masked out by `keep` are not part of the payload.
 ///
 /// # Safety
-/// The block must be valid for reads and writes as far as the group's end.
+/// The block must be valid for reads and writes up to the end of the group.
 #[inline(always)]
 unsafe fn encipher<D: Direction, const GROUP: usize>(
     mac: &mut Absorbing<'_>,
@@ -185,17 +185,18 @@ unsafe fn encipher<D: Direction, const GROUP: usize>(
 ) {
     let word = |word: usize| {
         let at = text.wrapping_add(GROUP * GROUP_LEN + 4 * word);
-        // SAFETY: the caller's.
+        // SAFETY: upheld by the caller.
         let before = unsafe { unaligned::load(at) };
         let after = before ^ stream[4 * GROUP + word];
-        // SAFETY: the caller's.
+        // SAFETY: upheld by the caller.
         unsafe { unaligned::store(at, after) };
         u64::from(keep[word] & if D::SEAL { after } else { before })
     };
     mac.absorb([word(0), word(1), word(2), word(3)]);
 }
 
-/// A group of a block of which only `left` bytes are text: nothing, if that ends before the group.
+/// Enciphers one group of a block that has only `left` bytes of payload. Does nothing if the
+/// payload ends before the group.
 ///
 /// # Safety
 /// As for [`Cipher::block`].
@@ -219,44 +220,44 @@ unsafe fn encipher_rest<D: Direction, const GROUP: usize>(
     Ok(())
 }
 
-/// Every byte of a group.
+/// Keeps every byte of a group.
 const ALL: [u32; 4] = [u32::MAX; 4];
 
-/// Masks that keep the first `rest` bytes (1 or more) of a group. Without branches: the verifier of
-/// Linux 6.1 would follow each combination of them.
+/// Returns masks that keep the first `rest` bytes (1 or more) of a group. Branch-free, because the
+/// verifier of Linux 6.1 would follow every combination of branches.
 #[inline(always)]
 fn masks(rest: u32) -> [u32; 4] {
     let mask = |word: i64| {
         let excess = 32 * (word + 1) - 8 * i64::from(rest);
-        // The compiler would make a branch of a maximum.
+        // The compiler would turn `max` into a branch.
         let bits = excess & !black_box(excess >> 63);
-        // At most 120, and even: two shifts of at most 60 each.
+        // At most 120 and even, hence two shifts of at most 60 each.
         ((u64::from(u32::MAX) >> (bits >> 1)) >> (bits >> 1)) as u32
     };
     [mask(0), mask(1), mask(2), mask(3)]
 }
 
-/// True if the two tags are the same; takes as long when they are not.
+/// Compares two tags in constant time.
 #[inline(always)]
 pub fn same_tag(one: [u64; 2], other: [u64; 2]) -> bool {
     black_box((one[0] ^ other[0]) | (one[1] ^ other[1])) == 0
 }
 
-/// A key's bytes as the words that [`Cipher::start`] and the `SESSIONS` map take.
+/// Converts a key to the words that [`Cipher::start`] and the `SESSIONS` map take.
 pub fn key_words(key: &[u8; 32]) -> [u32; 8] {
     core::array::from_fn(|word| {
         u32::from_le_bytes([key[4 * word], key[4 * word + 1], key[4 * word + 2], key[4 * word + 3]])
     })
 }
 
-/// The nonce of a WireGuard data message (whitepaper section 5.4.6): four zero bytes, then the
-/// counter.
+/// Returns the nonce of a WireGuard data message (whitepaper section 5.4.6): four zero bytes, then
+/// the counter.
 #[inline(always)]
 pub const fn nonce_words(counter: u64) -> [u32; 3] {
     [0, counter as u32, (counter >> 32) as u32]
 }
 
-/// Seals `text` and returns its tag. For the host; programs have `program::cipher`.
+/// Seals `text` in place and returns its tag. For the host; programs use `program::cipher`.
 pub fn seal_in_place(
     key: &[u8; 32],
     nonce: &[u8; 12],
@@ -266,11 +267,11 @@ pub fn seal_in_place(
     tag_bytes(run::<Seal>(key, nonce, aad, text))
 }
 
-/// Opens `text` if `tag` is its tag, and fills it with zeros otherwise. For the host; programs have
-/// `program::cipher`.
+/// Opens `text` in place if `tag` matches, and fills it with zeros otherwise. For the host;
+/// programs use `program::cipher`.
 ///
 /// # Errors
-/// [`Forged`] if it is not.
+/// [`Forged`] if the tag does not match.
 pub fn open_in_place(
     key: &[u8; 32],
     nonce: &[u8; 12],
@@ -298,7 +299,7 @@ fn run<D: Direction>(key: &[u8; 32], nonce: &[u8; 12], aad: &[u8], text: &mut [u
     });
     let mut cipher = Cipher::default();
     cipher.start(&key_words(key), nonce);
-    // SAFETY: block 0 asks for no text.
+    // SAFETY: block 0 does not call its closure.
     let derived = unsafe { cipher.block::<D>(0, || (ptr::null_mut(), ptr::null(), 0)) };
     debug_assert_eq!(derived, Ok(()));
     for chunk in aad.chunks(BLOCK_LEN) {

@@ -1,6 +1,7 @@
-//! Poly1305 (RFC 8439, section 2.5) in four limbs of 32 bits, 16 multiplications a block: eBPF
-//! multiplies 64 bits by 64 into 64, so that limbs of 44 bits have no use, and clamping keeps the
-//! limbs of `r` below 2^28, so that those of the accumulator need not be cut to 26.
+//! Poly1305 (RFC 8439, section 2.5) in four 32-bit limbs, with 16 multiplications per block.
+//!
+//! eBPF multiplies 64 by 64 bits into 64 bits, so 44-bit limbs are of no use. Clamping keeps the
+//! limbs of `r` below 2^28, so the limbs of the accumulator need not be reduced to 26 bits.
 
 use core::mem::offset_of;
 
@@ -8,18 +9,18 @@ use core::mem::offset_of;
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Default)]
 pub struct Poly1305 {
-    /// The accumulator, in limbs of 32 bits. The first may be unreduced, below 2^32 * 2.02; the
-    /// last has 34 bits.
+    /// The accumulator, in 32-bit limbs. The first may be unreduced, below 2^32 * 2.02. The last
+    /// has 34 bits.
     h: [u64; 4],
-    /// The clamped key: below 2^28 each; all but the first are multiples of 4.
+    /// The clamped key. Each limb is below 2^28, and all but the first are multiples of 4.
     r: [u64; 4],
-    /// `r * 5 / 4` of all but the first limb: what it weighs after it went over 2^130.
+    /// `r * 5 / 4` for all limbs but the first: the factor for products that exceed 2^130.
     q: [u64; 4],
-    /// What the tag is masked with.
+    /// The second half of the one-time key, which is added to the accumulator to make the tag.
     pad: [u64; 4],
 }
 
-/// The accumulator while blocks are absorbed: held in registers.
+/// The accumulator while blocks are absorbed. It is kept in registers.
 pub struct Absorbing<'a> {
     h: [u64; 4],
     key: &'a Poly1305,
@@ -28,17 +29,17 @@ pub struct Absorbing<'a> {
 const LOW: u64 = 0xffff_ffff;
 
 impl Poly1305 {
-    /// Forgets what was absorbed.
+    /// Resets the accumulator.
     #[inline(always)]
     pub fn clear(&mut self) {
         for limb in &mut self.h {
-            // Volatile, for the compiler would call a loop over bytes.
-            // SAFETY: a reference.
+            // Volatile, because the compiler would otherwise call a function that loops over bytes.
+            // SAFETY: writes a limb of `self`.
             unsafe { core::ptr::from_mut(limb).write_volatile(0) };
         }
     }
 
-    /// Sets the one-time key, the first 32 bytes of block 0: `r`, not clamped yet, and the pad.
+    /// Sets the one-time key from the first 32 bytes of block 0: `r`, not yet clamped, and the pad.
     #[inline(always)]
     pub fn set_key(&mut self, stream: &[u32; 16]) {
         let [r0, r1, r2, r3, p0, p1, p2, p3, ..] = *stream;
@@ -48,7 +49,7 @@ impl Poly1305 {
         self.pad = [p0, p1, p2, p3].map(u64::from);
     }
 
-    /// The accumulator, to be continued.
+    /// Returns the accumulator, to absorb more blocks.
     #[inline(always)]
     pub fn resume(&self) -> Absorbing<'_> {
         Absorbing { h: self.h, key: self }
@@ -60,11 +61,11 @@ impl Poly1305 {
         self.h = h;
     }
 
-    /// The tag of what was absorbed, as two little-endian words.
+    /// Returns the tag of the absorbed blocks, as two little-endian words.
     #[inline(always)]
     pub fn tag(&self) -> [u64; 2] {
         let [h0, h1, h2, h3] = self.h;
-        // `h` is below 2^130 + 2^34. It is at least p = 2^130 - 5 just if h + 5 reaches 2^130.
+        // `h` is below 2^130 + 2^34. It is at least p = 2^130 - 5 exactly if h + 5 reaches 2^130.
         let carry = (h0 + 5) >> 32;
         let carry = (h1 + carry) >> 32;
         let carry = (h2 + carry) >> 32;
@@ -76,14 +77,13 @@ impl Poly1305 {
         [(t0 & LOW) | t1 << 32, (t2 & LOW) | t3 << 32]
     }
 
-    /// `sum + limb * factor`, with the limb in one of the arrays of this struct, by its offset
-    /// there.
+    /// Returns `sum + limb * factor`. `OFFSET` is the offset of the limb in this struct, in bytes.
     #[inline(always)]
     fn multiply_add<const OFFSET: usize>(&self, sum: u64, factor: u64) -> u64 {
         #[cfg(target_arch = "bpf")]
         {
-            // The compiler would read all limbs first, and keep them on the stack, where there is
-            // no room.
+            // Otherwise, the compiler would read all limbs first and keep them on the stack, which
+            // has no room for them.
             let mut sum = sum;
             // SAFETY: reads a limb of `self`.
             unsafe {
@@ -109,7 +109,7 @@ impl Poly1305 {
     }
 }
 
-// Offsets of limbs in `Poly1305`.
+// Byte offsets of limbs in `Poly1305`.
 const R0: usize = offset_of!(Poly1305, r);
 const R1: usize = R0 + 8;
 const R2: usize = R0 + 16;
@@ -119,18 +119,19 @@ const Q2: usize = Q1 + 8;
 const Q3: usize = Q1 + 16;
 
 impl Absorbing<'_> {
-    /// The accumulator.
+    /// Returns the accumulator, to be passed to [`Poly1305::suspend`].
     #[inline(always)]
     pub fn into_accumulator(self) -> [u64; 4] {
         self.h
     }
 
-    /// Adds a whole block of 16 bytes (four words of 32 bits) and multiplies by `r`.
+    /// Adds a whole block of 16 bytes (four 32-bit words) and multiplies by `r`.
     ///
-    /// In units of 2^32: the first sum is at most 3.02, the next two 2, the last 6 (34 bits, a
-    /// word, the bit above the block). With `r` below 2^28 and `q` below 2^28 * 1.25, the products
-    /// add up to less than 2^60 * 15.6, so nothing overflows; the part of the last above 34 bits is
-    /// below 2^26 * 13.1, five times which leaves the first limb below 2.02 again.
+    /// Nothing overflows. In units of 2^32, the first sum is at most 3.02, the next two are at most
+    /// 2, and the last is at most 6 (34 bits, a word, and the bit above the block). With `r` below
+    /// 2^28 and `q` below 2^28 * 1.25, the products add up to less than 2^60 * 15.6. The part of
+    /// the last product above 34 bits is below 2^26 * 13.1. Five times that keeps the first limb
+    /// below 2^32 * 2.02.
     #[inline(always)]
     pub fn absorb(&mut self, words: [u64; 4]) {
         let key = self.key;

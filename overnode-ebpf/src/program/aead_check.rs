@@ -1,9 +1,19 @@
-//! Lets tests run any ChaCha20-Poly1305 vector in the kernel, by BPF_PROG_TEST_RUN. Never attached.
+//! Lets tests run any ChaCha20-Poly1305 vector in the kernel through BPF_PROG_TEST_RUN. Never
+//! attached.
 //!
-//! The packet: 14 bytes that count as an Ethernet header; what to do (u32: 0 seals, 1 opens),
-//! length of the additional data (u32), length of the text (u32), nonce (12 bytes), key (32 bytes);
-//! the additional data, filled up to a multiple of 16 bytes; the text; the tag, or 16 bytes of room
-//! for it. All little-endian. The verdict is 0, or 1 plus the reason code.
+//! The packet contains, in this order:
+//!
+//! 1. 14 bytes in place of an Ethernet header
+//! 2. action (u32: 0 seals, 1 opens)
+//! 3. length of the additional data, in bytes (u32)
+//! 4. length of the payload, in bytes (u32)
+//! 5. nonce (12 bytes)
+//! 6. key (32 bytes)
+//! 7. additional data, padded to a multiple of 16 bytes
+//! 8. payload
+//! 9. tag, or 16 bytes of room for it
+//!
+//! All numbers are little-endian. The verdict is 0, or 1 plus the reason code.
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_skb_pull_data;
@@ -13,7 +23,7 @@ use overnode_ebpf::wire::ETHERNET_LEN;
 
 use super::cipher::{Claimed, Job, Packet};
 
-/// Where the additional data starts.
+/// Offset of the additional data.
 const BODY: u32 = (ETHERNET_LEN + size_of::<Request>()) as u32;
 const OPEN: u32 = 1;
 
@@ -26,7 +36,7 @@ struct Request {
     key: [u32; 8],
 }
 
-/// Does what the packet asks for.
+/// Seals or opens as the packet requests.
 #[inline(always)]
 pub fn aead_check(skb: *mut __sk_buff) -> i32 {
     match check(skb) {
@@ -37,7 +47,7 @@ pub fn aead_check(skb: *mut __sk_buff) -> i32 {
 
 #[inline(always)]
 fn check(skb: *mut __sk_buff) -> Result<(), Reason> {
-    // SAFETY: a helper on the program's own context.
+    // SAFETY: calls a helper with the program's own context.
     if unsafe { bpf_skb_pull_data(skb, (*skb).len) } != 0 {
         return Err(Reason::Helper);
     }
@@ -45,11 +55,11 @@ fn check(skb: *mut __sk_buff) -> Result<(), Reason> {
     if at + size_of::<Request>() > skb.data_end() {
         return Err(Reason::Malformed);
     }
-    // SAFETY: within the packet, as just checked.
+    // SAFETY: inside the packet, as just checked.
     let request = unsafe { &*(at as *const Request) };
     let scratch = Claimed::new()?;
     let aad = Job::new(skb, &scratch, BODY, request.aad_len);
-    // SAFETY: a live map value, claimed.
+    // SAFETY: a live map value that this program has claimed.
     unsafe { (*aad.cipher()).start(&request.key, request.nonce) };
     let opens = request.action == OPEN;
     if request.aad_len > 0 {

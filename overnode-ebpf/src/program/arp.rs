@@ -1,5 +1,5 @@
-//! ARP (RFC 826), answered in place: every address of the overlay lies behind the host end of the
-//! veth.
+//! Answers ARP requests (RFC 826) in place: every address of the overlay is behind the host end of
+//! the veth.
 
 use overnode_ebpf::map::{Address, Config, Endpoint};
 use overnode_ebpf::reason::Reason;
@@ -13,14 +13,14 @@ const HARDWARE_ETHERNET: u16 = 1;
 const REQUEST: u16 = 1;
 const REPLY: u16 = 2;
 
-/// An IPv4 address in units that are aligned where ARP puts it.
+/// An IPv4 address, in units that are aligned at the offsets of an ARP packet.
 type Halves = [u16; 2];
 
 #[repr(C)]
 struct Arp {
     hardware_be: u16,
     protocol_be: u16,
-    /// Six and four.
+    /// Address lengths in bytes: 6 for Ethernet, 4 for IPv4.
     address_lens: [u8; 2],
     operation_be: u16,
     sender_mac: Mac,
@@ -29,10 +29,10 @@ struct Arp {
     target: Halves,
 }
 
-/// Turns a request of the container into its answer and sends it back.
+/// Turns a container's request into the reply and sends it back.
 ///
-/// The container's own address is never answered for, so that its duplicate address detection stays
-/// silent.
+/// Requests for the container's own address get no reply, so that its duplicate address detection
+/// finds no conflict.
 #[inline(always)]
 pub fn answer(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
     skb.linearize((ETHERNET_LEN + ARP_LEN) as u32)?;
@@ -41,8 +41,8 @@ pub fn answer(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
     let config = maps::config().ok_or(Reason::Unconfigured)?;
     let own = endpoint.address.to_v4().ok_or(Reason::Unsupported)?;
     let own = halves(own);
-    // SAFETY: `at` has checked the bounds of both headers; the hardware addresses lie in a map at
-    // even offsets.
+    // SAFETY: `at` has checked the bounds of both headers; the MAC addresses are at even offsets in
+    // a map.
     unsafe {
         if (*arp).hardware_be != HARDWARE_ETHERNET.to_be()
             || (*arp).protocol_be != ETHERTYPE_IPV4.to_be()
@@ -56,7 +56,7 @@ pub fn answer(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
         let container = *endpoint.mac.as_ptr().cast::<Mac>();
         let gateway = *endpoint.gateway_mac.as_ptr().cast::<Mac>();
         let sender = (*arp).sender;
-        // Senders that probe for an address before they take it name none (RFC 5227).
+        // In ARP probes (RFC 5227), the sender address is zero.
         if (*arp).sender_mac != container || (sender != own && sender != [0, 0]) {
             return Err(Reason::Spoofed);
         }

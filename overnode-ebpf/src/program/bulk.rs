@@ -1,4 +1,4 @@
-//! To a worker of the bulk path: flows that send many segments at once, as a whole and in order.
+//! Redirects bulk flows, which send many segments at once, to bulk workers: complete and in order.
 
 use overnode_ebpf::map::{
     BULK_MOVED, BULK_PATIENCE, BULK_PAUSE_NS, BULK_SILENCE_NS, BULK_THRESHOLD, BulkFlow,
@@ -10,24 +10,25 @@ use overnode_ebpf::wire::{BULK_MAC, ETHERNET_LEN};
 use super::frame::{Ethernet, Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, redirect};
 use super::{Sent, maps, normaliser};
 
-/// [`try_steer`]: not the bulk path's.
+/// Result of [`try_steer`]: the packet does not belong on the bulk path.
 const NOT: i64 = -1;
 
-/// Hands a packet for a peer to a worker, if it belongs to a bulk flow and the worker lives.
-/// `None`: it stays with the programs.
+/// Hands a packet for a peer to a worker if it belongs to a bulk flow and the worker is alive.
+/// Returns `None` if the programs must handle the packet.
 #[inline(always)]
 pub fn steer(skb: Skb, peer: u32) -> Option<Sent> {
     let verdict = try_steer(skb, peer);
     (verdict != NOT).then_some(Sent { counted: Some(Reason::BulkSent), verdict })
 }
 
-/// A frame of its own: what it needs of the stack is not added to the caller's beside the cipher's.
+/// Not inlined, so that its stack is not part of the caller's frame, which is live while the cipher
+/// runs.
 #[inline(never)]
 fn try_steer(skb: Skb, index: u32) -> i64 {
     let Some(peer) = maps::bulk_peer(index) else { return NOT };
     let now = maps::now();
     let is_large = skb.gso_size() != 0;
-    // SAFETY: values of an array map are valid for the whole program, here and below.
+    // SAFETY: array map values stay valid while the program runs, here and below.
     if !is_large && now >= unsafe { (*peer).busy_until_ns } {
         return NOT;
     }
@@ -38,7 +39,7 @@ fn try_steer(skb: Skb, index: u32) -> i64 {
         }
         return NOT;
     };
-    // SAFETY: as above; two CPUs that count for one flow at once miscount it a little.
+    // SAFETY: as above. Two CPUs that count for the same flow at once miscount it slightly.
     unsafe {
         let paused = now > (*flow).last_ns + BULK_PAUSE_NS;
         (*flow).last_ns = now;
@@ -64,15 +65,16 @@ fn try_steer(skb: Skb, index: u32) -> i64 {
     }
 }
 
-/// Whether a flow that has sent so much can move without overtaking itself.
+/// Returns true if a flow that has sent `sent` bytes in large packets can move without overtaking
+/// itself.
 #[inline(always)]
 fn may_move(peer: u32, sent: u64) -> bool {
-    // Perhaps some were lost in the normaliser and never come out.
+    // Above this limit, move anyway: packets lost in the offload veth never leave it.
     sent >= BULK_PATIENCE
         || sent >= BULK_THRESHOLD && maps::peer(peer).is_some_and(normaliser::is_empty)
 }
 
-/// The flow that a packet belongs to; `None` for a fragment or another protocol.
+/// Returns the flow of a packet, or `None` for a fragment or another protocol.
 #[inline(always)]
 fn key(skb: Skb) -> Option<BulkFlowKey> {
     let ip = at::<Ipv4>(skb, ETHERNET_LEN).ok()?;
@@ -90,7 +92,7 @@ fn key(skb: Skb) -> Option<BulkFlowKey> {
     Some(BulkFlowKey { source, destination, ports: unsafe { *ports }, protocol: protocol.into() })
 }
 
-/// Which worker a flow goes to: always the same, as long as their number is.
+/// Returns the worker of a flow. It stays the same while the number of workers does.
 #[inline(always)]
 fn choose(key: &BulkFlowKey, workers: u32) -> u32 {
     const GOLDEN: u32 = 0x9e37_79b1;
@@ -98,12 +100,13 @@ fn choose(key: &BulkFlowKey, workers: u32) -> u32 {
     (u64::from(mixed) * u64::from(workers) >> 32) as u32
 }
 
-/// Writes the header by which the worker knows the peer, and the source that the packet must still
+/// Writes the header that tells the worker the peer and the source address that the packet must
 /// have when it is sealed.
 #[inline(always)]
 fn address(skb: Skb, peer: u32, owner: u32) -> bool {
     let Ok(ethernet) = at::<Ethernet>(skb, 0) else { return false };
-    // SAFETY: `at` has checked the bounds. Volatile, so that no loop over bytes comes of it.
+    // SAFETY: `at` has checked the bounds. Volatile, so that the compiler does not emit a loop over
+    // bytes.
     unsafe {
         let destination = (&raw mut (*ethernet).destination).cast::<u16>();
         let source = (&raw mut (*ethernet).source).cast::<u16>();

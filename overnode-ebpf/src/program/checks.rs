@@ -1,6 +1,9 @@
-//! Who may send what to whom: all that is checked of a packet's addresses, in one function for each
-//! direction, which every way of that direction calls. Out: sealed at once, by the normaliser, by a
-//! worker, to a container of this host. In: TC, XDP, relayed, by a worker.
+//! Checks which addresses may send to which: all address checks of a packet, in one function per
+//! direction.
+//!
+//! Every path of a direction calls its function. Outbound paths: sealed at once, through the
+//! offload veth, by a bulk worker, and to a container of this host. Inbound paths: TC, XDP,
+//! relayed, and from a bulk worker.
 
 use overnode_ebpf::map::{
     Config, FIRST_EXTERNAL_PEER, NODE_ADDRESSES, ROUTE_HOST, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER,
@@ -12,20 +15,20 @@ use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN};
 use super::frame::{Frame, Ipv4, Skb, at};
 use super::maps::{self, Routes};
 
-/// A packet that may leave.
+/// An outbound packet that passed the checks.
 pub struct Leaving {
-    /// Its source and destination, as they lie in it.
+    /// Source and destination, in network byte order.
     pub source: u32,
     pub destination: u32,
-    /// Where it goes: to a peer, to a container of this host, or to the host.
+    /// Route of the destination: to a peer, to a container of this host, or to the host itself.
     pub route: &'static Route,
-    /// Type of service.
+    /// IPv4 type of service.
     pub tos: u8,
-    /// Length, from the IP header on.
+    /// Length in bytes, from the IP header on.
     pub len: u32,
 }
 
-/// Checks a packet, behind an Ethernet header, of an endpoint that has the address `own`.
+/// Checks a packet, including its Ethernet header, from an endpoint with the address `own`.
 #[inline(always)]
 pub fn leaving(skb: Skb, own: u32) -> Result<Leaving, Reason> {
     skb.linearize((ETHERNET_LEN + IPV4_LEN) as u32)?;
@@ -46,7 +49,7 @@ pub fn leaving(skb: Skb, own: u32) -> Result<Leaving, Reason> {
     if source != own {
         return Err(Reason::Spoofed);
     }
-    // Multicast, reserved, broadcast.
+    // Multicast, reserved or broadcast.
     if u32::from_be(destination) >= 0xe000_0000 {
         return Err(Reason::Unsupported);
     }
@@ -65,8 +68,8 @@ pub fn leaving(skb: Skb, own: u32) -> Result<Leaving, Reason> {
     Ok(Leaving { source, destination, route, tos, len })
 }
 
-/// Where on this host an inner packet of a peer goes, if the peer may send it there. `None`: it is
-/// a node's, for this node itself.
+/// Returns the local route of an inner packet from a peer, if the peer may send it there. Returns
+/// `None` if the packet is from a node to this node itself.
 #[inline(always)]
 pub fn arriving(
     peer: u32,
@@ -91,12 +94,12 @@ pub fn arriving(
     }
 }
 
-/// The addresses of the nodes themselves. Nothing is there for others, but this node's own names
-/// for this host's containers.
+/// The addresses of the nodes themselves. They are for probes only, except that this node's own
+/// address also serves DNS to the containers of this host.
 struct Nodes {
-    /// This node's, as it lies in packets.
+    /// Address of this node, in network byte order.
     own: u32,
-    /// The first, as a number.
+    /// First address of the range, in host byte order.
     first: u32,
 }
 
@@ -108,7 +111,7 @@ impl Nodes {
         Ok(Self { own, first: u32::from_be(own).wrapping_sub(config.node_id) })
     }
 
-    /// How far behind the first an address is.
+    /// Returns the distance of an address from the first one.
     #[inline(always)]
     fn number(&self, address: u32) -> u32 {
         u32::from_be(address).wrapping_sub(self.first)
@@ -119,7 +122,7 @@ impl Nodes {
         self.number(address) < NODE_ADDRESSES
     }
 
-    /// True if this is the address of the node that the peer is.
+    /// Returns true if this is the node address of the peer.
     #[inline(always)]
     fn is_of(&self, peer: u32, address: u32) -> bool {
         peer < FIRST_EXTERNAL_PEER && self.number(address) == peer

@@ -1,4 +1,4 @@
-//! The Internet checksum (RFC 1071).
+//! Computes Internet checksums (RFC 1071).
 
 use core::ffi::c_void;
 use core::hint::black_box;
@@ -10,7 +10,7 @@ use overnode_ebpf::wire::ETHERNET_LEN;
 use super::frame::{Ipv4, Ipv6, PROTOCOL_UDP, Skb, at};
 use super::{GO_ON, STOP};
 
-/// Sums up 16-bit words until no carry is left (RFC 1071); not yet complemented.
+/// Folds a sum to 16 bits, until no carry is left (RFC 1071). Does not complement it.
 #[inline(always)]
 pub fn fold(sum: u64) -> u16 {
     let sum = (sum & 0xffff_ffff) + (sum >> 32);
@@ -20,7 +20,7 @@ pub fn fold(sum: u64) -> u16 {
     sum as u16
 }
 
-/// The checksum of an IPv4 header without options.
+/// Returns the checksum of an IPv4 header without options.
 #[inline(always)]
 pub fn ipv4_checksum(header: &Ipv4) -> u16 {
     let words = core::ptr::from_ref(header).cast::<u32>();
@@ -34,10 +34,10 @@ pub fn ipv4_checksum(header: &Ipv4) -> u16 {
     !fold(sum)
 }
 
-/// Most bytes per turn of the loop, a power of two. With more, the compiler needs hundreds of bytes
-/// of stack.
+/// Maximum bytes per loop iteration, a power of two. Larger blocks make the compiler use hundreds
+/// of bytes of stack.
 const BLOCK_LEN: u32 = 64;
-/// Most turns for what is left of less than a block: one for each smaller power of two.
+/// Maximum iterations for a rest shorter than a block: one for each smaller power of two.
 const REST_TURNS: u32 = BLOCK_LEN.ilog2();
 
 struct Sum {
@@ -47,10 +47,11 @@ struct Sum {
     sum: u64,
 }
 
-/// The checksum of a UDP datagram of `len` bytes (header included, its checksum 0) behind an IPv6
-/// header.
+/// Returns the checksum of a UDP datagram after an IPv6 header. `len` is its length in bytes,
+/// header included. The checksum field must be 0.
 ///
-/// IPv6 has no datagrams without one, and Linux drops those at sockets (RFC 8200 section 8.1).
+/// IPv6 requires a checksum, and Linux drops datagrams without one at sockets (RFC 8200 section
+/// 8.1).
 #[inline(always)]
 pub fn udp_v6(skb: Skb, len: u32) -> Result<u16, Reason> {
     let ip = at::<Ipv6>(skb, ETHERNET_LEN)?;
@@ -75,13 +76,13 @@ pub fn udp_v6(skb: Skb, len: u32) -> Result<u16, Reason> {
         return Err(Reason::Helper);
     }
     match !fold(state.sum) {
-        // Zero would say that there is no checksum.
+        // Zero would mean that there is no checksum.
         0 => Ok(0xffff),
         checksum => Ok(checksum),
     }
 }
 
-/// Adds the largest power of two of bytes that is left, up to [`BLOCK_LEN`].
+/// Adds the largest power of two of the remaining bytes, up to [`BLOCK_LEN`].
 #[inline(never)]
 extern "C" fn add_block(_: u32, state: *mut Sum) -> i64 {
     // SAFETY: `udp_v6` passes its state.
@@ -122,8 +123,8 @@ impl Sum {
         Ok(())
     }
 
-    /// The last byte, taken with the one before it: there always is one, for the header has an even
-    /// length.
+    /// Adds the last byte. Loads the byte before it, too: there is one, because the header has an
+    /// even length.
     #[inline(always)]
     fn add_last(&mut self) -> Result<(), Reason> {
         let half = at::<[u8; 2]>(self.skb, masked(self.offset - 1))?;
@@ -140,7 +141,7 @@ impl Sum {
     }
 }
 
-/// An offset whose greatest value the verifier sees, and the compiler does not.
+/// Masks an offset. The verifier sees its maximum, and the compiler does not.
 #[inline(always)]
 fn masked(offset: u32) -> usize {
     (black_box(u64::from(offset)) & 0x3fff) as usize

@@ -1,8 +1,8 @@
-//! Sealing and opening in packet memory: drives [`overnode_ebpf::aead`] with one `bpf_loop`.
+//! Seals and opens messages in packet memory. Drives [`overnode_ebpf::aead`] with one `bpf_loop`.
 //!
-//! The packet must be linear and writable as far as the tag's end (`bpf_skb_pull_data`), its
-//! checksums finished. Pointers into it are taken anew in each iteration; those that the caller
-//! holds stay good, for nothing here moves data.
+//! The packet must be linear and writable up to the end of the tag (`bpf_skb_pull_data`), and its
+//! checksums complete. Every iteration computes its pointers into the packet again. Pointers that
+//! the caller holds stay valid, because nothing here moves data.
 
 use core::ffi::c_void;
 use core::hint::black_box;
@@ -20,44 +20,44 @@ use overnode_ebpf::wire::IPV4_LEN;
 
 use super::{GO_ON, STOP};
 
-/// Largest offset into a packet that a text may reach, as a mask that the verifier understands;
-/// jumbo frames have 9000 bytes. What is longer is refused as malformed.
+/// Largest offset in a packet that the payload may reach, as a mask that the verifier understands.
+/// Jumbo frames have 9000 bytes. Longer packets are refused as malformed.
 const OFFSET_MASK: usize = 0x3fff;
 
-/// Memory for messages in work on this CPU. More than one, because a program that runs in a
-/// process's context (BPF_PROG_TEST_RUN, before kernel 6.11) can be interrupted by one that
-/// receives.
+/// Memory for the messages that this CPU is processing. More than one is needed: a program that
+/// runs in process context (BPF_PROG_TEST_RUN, before Linux 6.11) can be interrupted by a program
+/// that receives.
 #[map]
 static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(SCRATCHES, 0);
 const SCRATCHES: u32 = 2;
 
-/// Memory for one message.
+/// Scratch memory for one message.
 #[repr(C, align(8))]
 pub struct Scratch {
     busy: u64,
-    /// Set by an iteration that found the packet to end too early.
+    /// 1 if an iteration found that the packet ends too early.
     short: u64,
-    /// Of the text, from the packet's first byte. This and the length are here and not in the
-    /// [`Job`], so that the verifier forgets what it knows of them: else it would follow every
-    /// iteration once for each combination of headers.
+    /// Offset of the payload from the packet's first byte. Offset and length are here and not in
+    /// the [`Job`], so that the verifier forgets what it knows about them. Otherwise, it would
+    /// follow every iteration once for each combination of headers.
     offset: u64,
-    /// Of the text, without the tag.
+    /// Length of the payload in bytes, without the tag.
     len: u64,
     cipher: Cipher,
-    /// The tag that came with a message being opened.
+    /// The received tag of a message being opened.
     claimed: [u64; 2],
     /// See [`Claimed::packet`].
     packet: [u64; (PACKET_LEN + IPV4_LEN).div_ceil(8)],
 }
 
-/// Bytes of a packet that [`Claimed::packet`] has room for, a power of two.
+/// Size in bytes of a packet that fits [`Claimed::packet`], a power of two.
 pub const PACKET_LEN: usize = 256;
 
-/// A packet of some program type: the context that the kernel handed to the program.
+/// A packet of one program type: the context that the kernel passed to the program.
 pub trait Packet: Copy {
-    /// Address of the first byte.
+    /// Returns the address of the first byte.
     fn data(self) -> usize;
-    /// Address behind the last linear byte.
+    /// Returns the address after the last linear byte.
     fn data_end(self) -> usize;
 }
 
@@ -89,13 +89,13 @@ impl Packet for *mut xdp_md {
     }
 }
 
-/// Seals `len` bytes at `offset`, in place, with the nonce of WireGuard's data messages, and writes
-/// the tag behind them.
+/// Seals `len` bytes at `offset` in place, with the nonce of WireGuard's data messages, and writes
+/// the tag after them.
 ///
 /// # Errors
-/// [`Reason::Malformed`] if text and tag do not lie within the packet's linear part,
-/// [`Reason::Helper`] if this CPU has no scratch memory left. The text is garbage then: drop the
-/// packet.
+/// [`Reason::Malformed`] if payload and tag are not inside the packet's linear part,
+/// [`Reason::Helper`] if this CPU has no scratch memory left. On an error, the payload is garbage:
+/// drop the packet.
 ///
 /// # Safety
 /// `key` must be valid for reads.
@@ -109,16 +109,16 @@ pub unsafe fn seal<P: Packet>(
 ) -> Result<(), Reason> {
     let scratch = Claimed::new()?;
     let job = Job::new(packet, &scratch, offset, len);
-    // SAFETY: the caller's; the scratch memory is ours.
+    // SAFETY: upheld by the caller; this program has claimed the scratch memory.
     unsafe { (*job.cipher()).start(&*key, nonce_words(counter)) };
     job.seal()
 }
 
-/// Opens `len` bytes at `offset`, in place; the tag lies behind them, and is gone afterwards.
+/// Opens `len` bytes at `offset` in place. The tag must follow them, and may be overwritten.
 ///
 /// # Errors
-/// [`Reason::Forged`] if the tag is wrong; otherwise as [`seal`]. The text is garbage then: drop
-/// the packet.
+/// [`Reason::Forged`] if the tag is wrong; otherwise as for [`seal`]. On an error, the payload is
+/// garbage: drop the packet.
 ///
 /// # Safety
 /// `key` must be valid for reads.
@@ -132,16 +132,16 @@ pub unsafe fn open<P: Packet>(
 ) -> Result<(), Reason> {
     let scratch = Claimed::new()?;
     let job = Job::new(packet, &scratch, offset, len);
-    // SAFETY: the caller's; the scratch memory is ours.
+    // SAFETY: upheld by the caller; this program has claimed the scratch memory.
     unsafe { (*job.cipher()).start(&*key, nonce_words(counter)) };
     job.open()
 }
 
-/// One of this CPU's scratch memories, until dropped.
+/// A scratch memory of this CPU, claimed until it is dropped.
 pub struct Claimed(pub *mut Scratch);
 
 impl Claimed {
-    /// Takes one.
+    /// Claims a scratch memory.
     ///
     /// # Errors
     /// [`Reason::Helper`] if none is free.
@@ -160,11 +160,11 @@ impl Claimed {
         Err(Reason::Helper)
     }
 
-    /// Room for a packet of [`PACKET_LEN`] bytes, and for an IPv4 header more: from behind that
-    /// header on, too, as many bytes can be reached.
+    /// Returns room for a packet of [`PACKET_LEN`] bytes plus an IPv4 header. So [`PACKET_LEN`]
+    /// bytes can also be accessed starting after that header.
     #[inline(always)]
     pub fn packet(&self) -> *mut u8 {
-        // SAFETY: a live map value, claimed.
+        // SAFETY: a live map value that this program has claimed.
         unsafe { (&raw mut (*self.0).packet).cast() }
     }
 }
@@ -172,26 +172,26 @@ impl Claimed {
 impl Drop for Claimed {
     #[inline(always)]
     fn drop(&mut self) {
-        // SAFETY: a live map value, claimed.
+        // SAFETY: a live map value that this program has claimed.
         unsafe { (&raw mut (*self.0).busy).write_volatile(0) };
     }
 }
 
-/// What the iterations need. On the stack.
+/// State of the iterations, on the stack.
 #[repr(C)]
 pub struct Job<P> {
     /// The packet.
     pub packet: P,
-    /// Claimed.
+    /// The claimed scratch memory.
     scratch: *mut Scratch,
 }
 
 impl<P: Packet> Job<P> {
-    /// A text of `len` bytes at `offset` from the packet's first byte. One at a time for a scratch
-    /// memory.
+    /// Describes a payload of `len` bytes at `offset` from the packet's first byte. A scratch
+    /// memory serves one job at a time.
     #[inline(always)]
     pub fn new(packet: P, scratch: &Claimed, offset: u32, len: u32) -> Self {
-        // SAFETY: a live map value, claimed.
+        // SAFETY: a live map value that this program has claimed.
         unsafe {
             (&raw mut (*scratch.0).offset).write_volatile(offset.into());
             (&raw mut (*scratch.0).len).write_volatile(len.into());
@@ -201,29 +201,29 @@ impl<P: Packet> Job<P> {
 
     #[inline(always)]
     fn len(&self) -> u32 {
-        // SAFETY: a live map value, claimed.
+        // SAFETY: a live map value that this program has claimed.
         unsafe { (&raw const (*self.scratch).len).read_volatile() as u32 }
     }
 
     #[inline(always)]
     fn offset(&self) -> u64 {
-        // SAFETY: a live map value, claimed.
+        // SAFETY: a live map value that this program has claimed.
         unsafe { (&raw const (*self.scratch).offset).read_volatile() }
     }
 
-    /// The scratch memory's cipher, to be started.
+    /// Returns the cipher of the scratch memory, to be started by the caller.
     #[inline(always)]
     pub fn cipher(&self) -> *mut Cipher {
-        // SAFETY: a live map value, claimed.
+        // SAFETY: a live map value that this program has claimed.
         unsafe { &raw mut (*self.scratch).cipher }
     }
 
-    /// Seals under a started cipher.
+    /// Seals with a started cipher.
     #[inline(always)]
     pub fn seal(&self) -> Result<(), Reason> {
         let tag = self.run::<Seal>()?;
         let at = self.tag().ok_or(Reason::Malformed)?;
-        // SAFETY: within the packet, as `tag` checked.
+        // SAFETY: inside the packet, as `tag` checked.
         unsafe {
             *at = tag[0];
             *at.add(1) = tag[1];
@@ -231,19 +231,19 @@ impl<P: Packet> Job<P> {
         Ok(())
     }
 
-    /// Opens under a started cipher.
+    /// Opens with a started cipher.
     #[inline(always)]
     pub fn open(&self) -> Result<(), Reason> {
         let at = self.tag().ok_or(Reason::Malformed)?;
-        // SAFETY: within the packet, as `tag` checked; the scratch memory is ours.
+        // SAFETY: inside the packet, as `tag` checked; this program has claimed the scratch memory.
         unsafe { (*self.scratch).claimed = [*at, *at.add(1)] };
         let tag = self.run::<Open>()?;
-        // SAFETY: the scratch memory is ours.
+        // SAFETY: this program has claimed the scratch memory.
         if same_tag(tag, unsafe { (*self.scratch).claimed }) { Ok(()) } else { Err(Reason::Forged) }
     }
 
-    /// Authenticates `len` bytes at `offset` as additional data, before sealing or opening under
-    /// the same cipher.
+    /// Authenticates `len` bytes at `offset` as additional data. Call it before sealing or opening
+    /// with the same cipher.
     #[inline(always)]
     pub fn absorb(&self) -> Result<(), Reason> {
         self.each(1, block::<P, Seal>)?;
@@ -256,7 +256,7 @@ impl<P: Packet> Job<P> {
             return Err(Reason::Malformed);
         }
         self.each(1 + self.len().div_ceil(BLOCK_LEN as u32), block::<P, D>)?;
-        // SAFETY: the scratch memory is ours.
+        // SAFETY: this program has claimed the scratch memory.
         Ok(unsafe { (*self.scratch).cipher.finish(u64::from(self.len())) })
     }
 
@@ -267,7 +267,8 @@ impl<P: Packet> Job<P> {
         body: unsafe extern "C" fn(u32, *mut Self) -> i64,
     ) -> Result<(), Reason> {
         let job: *const Self = self;
-        // SAFETY: the callback gets the job that it is made for; the scratch memory is ours.
+        // SAFETY: the callback gets a job of its own type; this program has claimed the scratch
+        // memory.
         unsafe {
             (*self.scratch).short = 0;
             let done = bpf_loop(times, body as *mut c_void, job.cast_mut().cast(), 0);
@@ -279,7 +280,7 @@ impl<P: Packet> Job<P> {
         }
     }
 
-    /// Where the tag lies, if it lies within the packet.
+    /// Returns a pointer to the tag, or `None` if the tag is not inside the packet.
     #[inline(always)]
     fn tag(&self) -> Option<*mut u64> {
         let at = self.packet.data()
@@ -287,7 +288,8 @@ impl<P: Packet> Job<P> {
         (at + GROUP_LEN <= self.packet.data_end()).then_some(at as *mut u64)
     }
 
-    /// Start of block `index` of the text, end of the packet, and bytes left.
+    /// Returns the start of block `index` of the payload, the end of the packet, and the number of
+    /// bytes left.
     #[inline(always)]
     fn text(&self, index: u32) -> (*mut u8, *const u8, u32) {
         let start = index * BLOCK_LEN as u32;
@@ -298,8 +300,8 @@ impl<P: Packet> Job<P> {
 }
 
 unsafe extern "C" fn block<P: Packet, D: Direction>(index: u32, job: *mut Job<P>) -> i64 {
-    // SAFETY: `Job::each` passes its job; the scratch memory is claimed; the text ends where the
-    // packet does, and the verifier sees each access checked against that.
+    // SAFETY: `Job::each` passes its job; the scratch memory is claimed. The end of the memory is
+    // the end of the packet, and the verifier sees that each access is checked against it.
     unsafe {
         let (job, scratch) = (&*job, &mut *(*job).scratch);
         let done = scratch.cipher.block::<D>(index, || job.text(index - 1));

@@ -1,4 +1,5 @@
-//! The outer headers of what goes to a peer: written anew for each message, sealed here or relayed.
+//! Writes the outer headers of a message to a peer. Every message gets new ones, whether it is
+//! sealed here or relayed.
 
 use overnode_ebpf::map::{Address, Peer};
 use overnode_ebpf::reason::Reason;
@@ -15,18 +16,19 @@ use super::maps::Words;
 const TTL: u8 = 64;
 const DONT_FRAGMENT: u16 = 0x4000;
 
-/// True if messages go to the peer over IPv4.
+/// Returns true if messages go to the peer over IPv4.
 #[inline(always)]
 pub fn is_v4(hop: *mut Peer) -> bool {
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     unsafe { (*hop).remote.to_v4().is_some() }
 }
 
-/// Writes Ethernet type, IP and UDP headers for the way to a peer, before `udp_len` bytes less the
-/// UDP header. Returns the length of the IP header. Over IPv6 the checksum is left to [`finish`].
+/// Writes the EtherType and the IP and UDP headers of a message to a peer. `udp_len` is the UDP
+/// length in bytes, header included. Returns the length of the IP header. Over IPv6, the checksum
+/// is left to [`finish`].
 #[inline(always)]
 pub fn write(skb: Skb, hop: *mut Peer, udp_len: u32, ecn: u8) -> Result<usize, Reason> {
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     if let Some(remote) = unsafe { (*hop).remote.to_v4() } {
         write_v4(skb, hop, remote, udp_len, ecn)?;
         Ok(IPV4_LEN)
@@ -36,15 +38,15 @@ pub fn write(skb: Skb, hop: *mut Peer, udp_len: u32, ecn: u8) -> Result<usize, R
     }
 }
 
-/// Writes the UDP checksum where there has to be one: over IPv6.
+/// Writes the UDP checksum over IPv6, which requires one.
 #[inline(always)]
 pub fn finish(skb: Skb, hop: *mut Peer) -> Result<(), Reason> {
     if is_v4(hop) {
         return Ok(());
     }
     let udp = at::<Udp>(skb, ETHERNET_LEN + IPV6_LEN)?;
-    // The length comes from the packet: of what the caller knows the verifier would know, too, and
-    // follow the caller's loops once for each. SAFETY: `at` has checked the bounds.
+    // Read the length from the packet. The verifier would know the caller's value and follow the
+    // checksum's loop once for each value. SAFETY: `at` has checked the bounds.
     let udp_len = u32::from(u16::from_be(unsafe { (&raw const (*udp).len_be).read_volatile() }));
     let checksum = udp_v6(skb, udp_len)?;
     let udp = at::<Udp>(skb, ETHERNET_LEN + IPV6_LEN)?;
@@ -53,11 +55,10 @@ pub fn finish(skb: Skb, hop: *mut Peer) -> Result<(), Reason> {
     Ok(())
 }
 
-/// Sends to the next hop on the way to a peer, which the kernel looks up by the packet's own
-/// addresses.
+/// Sends the message to a peer. The kernel looks up the next hop by the packet's own addresses.
 #[inline(always)]
 pub fn send(hop: *mut Peer) -> i64 {
-    // SAFETY: values of an array map are valid for the whole program; no parameters are passed.
+    // SAFETY: array map values stay valid while the program runs; no parameters are passed.
     unsafe { bpf_redirect_neigh((*hop).ifindex, core::ptr::null_mut(), 0, 0) }
 }
 
@@ -69,7 +70,7 @@ fn write_v4(
     udp_len: u32,
     ecn: u8,
 ) -> Result<(), Reason> {
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     let (local, port_be) =
         unsafe { ((*hop).local.to_v4().ok_or(Reason::NoRoute)?, (*hop).remote_port_be) };
     let mut header = Ipv4 {
@@ -101,7 +102,7 @@ fn write_v6(skb: Skb, hop: *mut Peer, udp_len: u32, ecn: u8) -> Result<(), Reaso
     // SAFETY: `at` has checked the bounds.
     unsafe { (*ethernet).kind_be = ETHERTYPE_IPV6.to_be() };
     let ip = at::<Ipv6>(skb, ETHERNET_LEN)?;
-    // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole program.
+    // SAFETY: `at` has checked the bounds; array map values stay valid while the program runs.
     let port_be = unsafe {
         (*ip).version_class_label_be = (6 << 28 | u32::from(ecn) << 20).to_be();
         (*ip).payload_len_be = (udp_len as u16).to_be();
@@ -127,14 +128,15 @@ fn write_udp(skb: Skb, offset: usize, port_be: u16, udp_len: u32) -> Result<(), 
     Ok(())
 }
 
-/// Copies an address by words: as a whole, the compiler would call a loop over its bytes.
+/// Copies an address in words. To copy it as a whole, the compiler would call a function that loops
+/// over bytes.
 ///
 /// # Safety
-/// `from` points into a map's value, `to` into the packet.
+/// `from` points into a map value, `to` into the packet.
 #[inline(always)]
 unsafe fn copy_address(to: *mut Words, from: *const Address) {
     for word in 0..4 {
-        // SAFETY: by the contract above; addresses in maps are aligned to 4.
+        // SAFETY: upheld by the caller; addresses in maps are aligned to 4 bytes.
         unsafe { to.cast::<u32>().add(word).write(from.cast::<u32>().add(word).read_volatile()) };
     }
 }

@@ -1,8 +1,7 @@
-//! Packet access, the same for TC and XDP, and the headers as they lie in packets.
+//! Access to packets, the same for TC and XDP, and the layout of their headers.
 //!
-//! Header fields are read and written with plain loads and stores although packets are aligned to
-//! nothing: the kernel allows that on x86-64 and arm64, and `read_unaligned` would become one load
-//! per byte.
+//! Header fields are accessed with plain loads and stores, although packets have no alignment. The
+//! kernel allows that on x86-64 and arm64, while `read_unaligned` would become one load per byte.
 
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{
@@ -23,10 +22,10 @@ use super::cipher::Packet;
 /// The context of a TC program.
 pub type Skb = *mut __sk_buff;
 
-/// A hardware address, in units that are always aligned.
+/// A MAC address, in units that are always aligned.
 pub type Mac = [u16; 3];
 
-/// Ethernet II.
+/// Ethernet II header.
 #[repr(C)]
 pub struct Ethernet {
     pub destination: Mac,
@@ -34,11 +33,11 @@ pub struct Ethernet {
     pub kind_be: u16,
 }
 
-/// IPv4 without options (RFC 791).
+/// IPv4 header without options (RFC 791).
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Ipv4 {
-    /// Version and header length in words.
+    /// Version, and header length in 32-bit words.
     pub version_ihl: u8,
     pub tos: u8,
     pub total_len_be: u16,
@@ -51,7 +50,7 @@ pub struct Ipv4 {
     pub destination: u32,
 }
 
-/// IPv6 (RFC 8200).
+/// IPv6 header (RFC 8200).
 #[repr(C)]
 pub struct Ipv6 {
     /// Version, traffic class and flow label.
@@ -63,7 +62,7 @@ pub struct Ipv6 {
     pub destination: [u32; 4],
 }
 
-/// UDP (RFC 768).
+/// UDP header (RFC 768).
 #[repr(C)]
 pub struct Udp {
     pub source_be: u16,
@@ -82,19 +81,20 @@ pub struct DataHeader {
 }
 
 impl Ipv4 {
-    /// Length of the header, options included, in bytes.
+    /// Returns the length of the header in bytes, including options.
     #[inline(always)]
     pub fn header_len(&self) -> u32 {
         u32::from(self.version_ihl & 0xf) * 4
     }
 
-    /// True if this is not a whole packet: more fragments follow, or it has an offset.
+    /// Returns true for a fragment: more fragments follow, or the offset is not 0.
     #[inline(always)]
     pub fn is_fragment(&self) -> bool {
         self.fragment_be & 0x3fff_u16.to_be() != 0
     }
 
-    /// True if the version is 4 and the lengths fit each other and the `available` bytes.
+    /// Returns true if the version is 4 and the lengths are consistent with each other and with the
+    /// `available` bytes.
     #[inline(always)]
     pub fn is_sane(&self, available: u32) -> bool {
         let total = u32::from(u16::from_be(self.total_len_be));
@@ -105,20 +105,20 @@ impl Ipv4 {
     }
 }
 
-/// Bits of [`Ipv4::fragment_be`] that say where a fragment lies in its packet.
+/// Bits of [`Ipv4::fragment_be`], in host byte order, that hold the fragment's offset.
 pub const FRAGMENT_OFFSET: u16 = 0x1fff;
 
-/// Packet type of `skb->pkt_type`: for this host.
+/// Value of `skb->pkt_type` for packets to this host.
 pub const PACKET_HOST: u32 = 0;
 
 pub use overnode_ebpf::wire::{PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP};
 
-/// The only way to a packet's bytes: a pointer to `T` at `offset`, if the linear part holds all of
-/// it.
+/// Returns a pointer to a `T` at `offset`, if all of it is in the packet's linear part. Packet
+/// headers are accessed only through this function.
 ///
-/// Valid until the next helper that may move the packet's data. The reason is for callers to whom a
-/// short packet is a fault. `T` has two bytes at least: for one, the compiler turns the check into
-/// one that the verifier does not understand.
+/// The pointer is valid until the next helper that may move the packet's data. The error is meant
+/// for callers that treat a short packet as malformed. `T` must have at least two bytes: for one
+/// byte, the compiler turns the check into one that the verifier does not understand.
 #[inline(always)]
 pub fn at<T>(frame: impl Frame, offset: usize) -> Result<*mut T, Reason> {
     const { assert!(size_of::<T>() > 1) }
@@ -130,58 +130,58 @@ pub fn at<T>(frame: impl Frame, offset: usize) -> Result<*mut T, Reason> {
     Ok(start as *mut T)
 }
 
-/// What the programs need from a TC or an XDP context.
+/// The operations on a TC or an XDP context that the programs need.
 pub trait Frame: Packet {
-    /// Addresses of the first byte and of the one behind the last of the linear part. Read from the
-    /// context each time: an address that the compiler kept in a 32-bit register would be no
-    /// pointer to the verifier.
+    /// Returns the addresses of the first byte and after the last byte of the linear part. Reads
+    /// them from the context each time: if the compiler kept an address in a 32-bit register, the
+    /// verifier would no longer treat it as a pointer.
     fn bounds(self) -> (usize, usize);
-    /// Bytes from the Ethernet header to the end.
+    /// Returns the length in bytes from the Ethernet header on.
     fn len(self) -> u32;
-    /// The interface that it came in by.
+    /// Returns the ifindex of the interface that received the packet.
     fn ifindex(self) -> u32;
-    /// `VLAN_PRESENT` and the tag that the kernel keeps beside the packet, or 0.
+    /// Returns `VLAN_PRESENT` and the tag that the kernel keeps outside of the packet, or 0.
     fn vlan(self) -> u32;
-    /// Copies `len` bytes, 1 at least, from an offset on, wherever they lie. False if there are
+    /// Copies `len` bytes (at least 1) from `offset` on, linear or not. Returns false if there are
     /// fewer.
     ///
     /// # Safety
-    /// `to` has room for them.
+    /// `to` must have room for `len` bytes.
     unsafe fn copy_to(self, offset: u32, to: *mut u8, len: u32) -> bool;
-    /// Size of the segments if this is more than one packet, else 0.
+    /// Returns the segment size in bytes if this is more than one packet, else 0.
     fn gso_size(self) -> u32;
-    /// Makes the first `len` bytes readable by pointer.
+    /// Makes the first `len` bytes readable through pointers.
     fn linearize(self, len: u32) -> Result<(), Reason>;
-    /// Makes everything readable and writable by pointer.
+    /// Makes the whole packet readable and writable through pointers.
     fn linearize_all(self) -> Result<(), Reason>;
-    /// Removes the `outer` bytes after the Ethernet header and what lies behind `inner` more bytes,
-    /// in a packet whose payload was authenticated and changed. `from_v6`: the outer header is
-    /// IPv6.
+    /// Removes `outer` bytes after the Ethernet header, and everything after the next `inner`
+    /// bytes. The packet's payload was authenticated and changed. `from_v6` is true if the outer
+    /// header is IPv6.
     fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason>;
-    /// The context of a TC program, if it is one.
+    /// Returns the context of a TC program, or `None` for XDP.
     fn skb(self) -> Option<Skb>;
-    /// Hands the packet to the container behind a host end; `by_host_end`: through that end,
-    /// because the kernel may join the packet with others like it there, or because the other end
-    /// is in the same namespace.
+    /// Hands the packet to the container behind a host end. `by_host_end` redirects to that end,
+    /// because the kernel may coalesce packets there, or because the other end is in the same
+    /// namespace.
     fn hand_over(self, ifindex: u32, by_host_end: bool) -> i64;
 
-    /// The verdict on a packet that has arrived and is needed no more.
+    /// Returns the verdict for a packet whose content has been taken and that is no longer needed.
     fn consumed(self) -> i64;
 
-    /// Bytes that [`at`] can reach.
+    /// Returns the number of bytes that [`at`] can access.
     #[inline(always)]
     fn linear(self) -> u32 {
         let (start, end) = self.bounds();
-        // Hidden, for the compiler would subtract in 32 bits, which the verifier allows to no
-        // pointer.
+        // Hidden from the compiler, which would otherwise subtract in 32 bits. The verifier does
+        // not allow that for pointers.
         core::hint::black_box(end - start) as u32
     }
 
-    /// Writes an Ethernet header for IPv4 at the front.
+    /// Writes an Ethernet header for IPv4 at the start of the packet.
     #[inline(always)]
     fn set_ethernet(self, destination: &[u8; 6], source: &[u8; 6]) -> Result<(), Reason> {
         let ethernet = at::<Ethernet>(self, 0)?;
-        // SAFETY: `at` has checked the bounds; the hardware addresses lie in a map at even offsets.
+        // SAFETY: `at` has checked the bounds; the MAC addresses are at even offsets in a map.
         unsafe {
             copy_mac(&raw mut (*ethernet).destination, destination.as_ptr().cast());
             copy_mac(&raw mut (*ethernet).source, source.as_ptr().cast());
@@ -194,7 +194,7 @@ pub trait Frame: Packet {
 impl Frame for Skb {
     #[inline(always)]
     fn bounds(self) -> (usize, usize) {
-        // SAFETY: the kernel hands a valid context to the program.
+        // SAFETY: the kernel passes a valid context to the program.
         unsafe {
             let start = (&raw const (*self).data).read_volatile();
             (start as usize, (&raw const (*self).data_end).read_volatile() as usize)
@@ -203,31 +203,31 @@ impl Frame for Skb {
 
     #[inline(always)]
     fn len(self) -> u32 {
-        // SAFETY: the kernel hands a valid context to the program.
+        // SAFETY: the kernel passes a valid context to the program.
         unsafe { (*self).len }
     }
 
     #[inline(always)]
     fn ifindex(self) -> u32 {
-        // SAFETY: the kernel hands a valid context to the program.
+        // SAFETY: the kernel passes a valid context to the program.
         unsafe { (*self).ifindex }
     }
 
     #[inline(always)]
     fn vlan(self) -> u32 {
-        // SAFETY: the kernel hands a valid context to the program.
+        // SAFETY: the kernel passes a valid context to the program.
         unsafe { if (*self).vlan_present == 0 { 0 } else { VLAN_PRESENT | (*self).vlan_tci } }
     }
 
     #[inline(always)]
     unsafe fn copy_to(self, offset: u32, to: *mut u8, len: u32) -> bool {
-        // SAFETY: the context is valid; the rest by the contract above.
+        // SAFETY: the context is valid; the caller upholds the rest.
         unsafe { bpf_skb_load_bytes(self.cast(), offset, to.cast(), len) == 0 }
     }
 
     #[inline(always)]
     fn gso_size(self) -> u32 {
-        // SAFETY: the kernel hands a valid context to the program.
+        // SAFETY: the kernel passes a valid context to the program.
         unsafe { (*self).gso_size }
     }
 
@@ -241,8 +241,8 @@ impl Frame for Skb {
 
     #[inline(always)]
     fn linearize_all(self) -> Result<(), Reason> {
-        // Clones were made private before the first instruction: the kernel does so for programs
-        // that write packets.
+        // A cloned packet is already private: the kernel copies it before the first instruction of
+        // a program that writes packets.
         if self.linear() == self.len() {
             return Ok(());
         }
@@ -252,8 +252,8 @@ impl Frame for Skb {
     #[inline(always)]
     fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason> {
         forget_checksum(self)?;
-        // The inner packet's protocol has to be the packet's, which only this helper changes on
-        // 6.1.
+        // The packet's protocol must be that of the inner packet. On Linux 6.1, only this helper
+        // changes it.
         let outer = if from_v6 {
             change_protocol(self, ETHERTYPE_IPV4)?;
             outer - (IPV6_LEN - IPV4_LEN) as u32
@@ -261,12 +261,15 @@ impl Frame for Skb {
             outer
         };
         adjust_room(self, -(outer as i32))?;
-        // Refused for what never left the machine, from a host that is a namespace of it, and is a
-        // tunnel's inside (see `tail`). The container's kernel cuts off what is too much, too.
+        // The kernel refuses this for packets that a tunnel inside the sending container
+        // encapsulated (see `tail`), if the sending host is a network namespace of this machine and
+        // they never left it. That is harmless: the receiving container's kernel trims the excess,
+        // too.
         let _ = resize(self, ETHERNET_LEN as u32 + inner);
-        // Poly1305 has proven the payload: the container need not sum it up again. A checksum that
-        // was left unfinished in the outer headers has gone with them; one that is still there
-        // would change what was proven. SAFETY: the context is valid. A refusal changes nothing.
+        // Poly1305 has authenticated the payload, so the container need not verify its checksum. A
+        // partial checksum of the outer headers was removed with them. One that is still pending
+        // would change authenticated bytes. SAFETY: the context is valid. A refusal changes
+        // nothing.
         let level = unsafe {
             bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_INC));
             bpf_csum_level(self, u64::from(BPF_CSUM_LEVEL_QUERY))
@@ -286,9 +289,9 @@ impl Frame for Skb {
 
     #[inline(always)]
     fn hand_over(self, ifindex: u32, by_host_end: bool) -> i64 {
-        // Through the host end a packet passes the NAPI of the veth, which joins segments (GRO).
-        // What is never joined takes the shorter way, unless the frame would have to be parsed
-        // again to be the container's. SAFETY: the context is valid.
+        // A packet redirected to the host end passes the veth's NAPI, which coalesces segments
+        // (GRO). Packets that are never coalesced take the shorter path, except if the kernel must
+        // parse the frame again to see that it is for the container. SAFETY: the context is valid.
         if by_host_end || unsafe { (*self).pkt_type } != PACKET_HOST {
             return redirect(ifindex);
         }
@@ -299,7 +302,7 @@ impl Frame for Skb {
 impl Frame for *mut xdp_md {
     #[inline(always)]
     fn bounds(self) -> (usize, usize) {
-        // SAFETY: the kernel hands a valid context to the program.
+        // SAFETY: the kernel passes a valid context to the program.
         unsafe {
             let start = (&raw const (*self).data).read_volatile();
             (start as usize, (&raw const (*self).data_end).read_volatile() as usize)
@@ -313,7 +316,7 @@ impl Frame for *mut xdp_md {
 
     #[inline(always)]
     fn ifindex(self) -> u32 {
-        // SAFETY: the kernel hands a valid context to the program.
+        // SAFETY: the kernel passes a valid context to the program.
         unsafe { (*self).ingress_ifindex }
     }
 
@@ -324,7 +327,7 @@ impl Frame for *mut xdp_md {
 
     #[inline(always)]
     unsafe fn copy_to(self, offset: u32, to: *mut u8, len: u32) -> bool {
-        // SAFETY: the context is valid; the rest by the contract above.
+        // SAFETY: the context is valid; the caller upholds the rest.
         unsafe { bpf_xdp_load_bytes(self, offset, to.cast(), len) == 0 }
     }
 
@@ -373,48 +376,49 @@ impl Frame for *mut xdp_md {
     }
 }
 
-/// Copies a hardware address by words: as a whole, the compiler would call a loop over its bytes.
+/// Copies a MAC address in words. To copy it as a whole, the compiler would call a function that
+/// loops over bytes.
 ///
 /// # Safety
-/// Both are valid, `to` for writes.
+/// Both pointers must be valid, `to` for writes.
 #[inline(always)]
 unsafe fn copy_mac(to: *mut Mac, from: *const Mac) {
     for word in 0..3 {
-        // SAFETY: by the contract above.
+        // SAFETY: upheld by the caller.
         unsafe { to.cast::<u16>().add(word).write(from.cast::<u16>().add(word).read_volatile()) };
     }
 }
 
-/// Makes the first `len` bytes readable and writable by pointer.
+/// Makes the first `len` bytes readable and writable through pointers.
 #[inline(always)]
 fn pull(skb: Skb, len: u32) -> Result<(), Reason> {
     // SAFETY: the context is valid.
     if unsafe { bpf_skb_pull_data(skb, len) } != 0 { Err(Reason::Helper) } else { Ok(()) }
 }
 
-/// Drops a checksum of the whole packet that the device computed (CHECKSUM_COMPLETE), for it no
-/// longer fits. May add a byte at the end.
+/// Discards a checksum of the whole packet that the device computed (CHECKSUM_COMPLETE) and that no
+/// longer matches. May append a byte.
 #[inline(always)]
 pub fn forget_checksum(skb: Skb) -> Result<(), Reason> {
-    // Only growing drops it, and only with such a checksum does bpf_csum_update succeed.
-    // SAFETY: the context is valid.
+    // Only growing the packet discards it. bpf_csum_update succeeds only if there is such a
+    // checksum. SAFETY: the context is valid.
     if unsafe { bpf_csum_update(skb, 0) } >= 0 { resize(skb, skb.len() + 1) } else { Ok(()) }
 }
 
-/// Sets a packet's length: cuts it, or appends zeros. Finishes nothing, but undoes GSO and makes
-/// all linear.
+/// Sets the length of a packet: trims it, or appends zeros. Completes no checksum, but removes GSO
+/// and makes the whole packet linear.
 #[inline(always)]
 pub fn resize(skb: Skb, len: u32) -> Result<(), Reason> {
     // SAFETY: the context is valid.
     if unsafe { bpf_skb_change_tail(skb, len, 0) } != 0 { Err(Reason::Helper) } else { Ok(()) }
 }
 
-/// True if the kernel still has to finish a checksum in the packet (`CHECKSUM_PARTIAL`): whoever
-/// sends it would have two of its bytes overwritten. Destroys the first two bytes of the packet.
+/// Returns true if the packet has a partial checksum (`CHECKSUM_PARTIAL`): the kernel will
+/// overwrite two of its bytes when it sends the packet. Destroys the first two bytes of the packet.
 ///
-/// No field of the context tells. But bpf_l4_csum_replace adjusts a checksum that is finished and
-/// leaves one alone that is not, as the rest of the sum does not cover the change
-/// (`inet_proto_csum_replace4`, Linux 4.1): so it is let loose on two bytes that do not matter.
+/// The context has no field for this. But bpf_l4_csum_replace adjusts a complete checksum and
+/// leaves a partial one alone, because the pseudo-header sum does not cover the change
+/// (`inet_proto_csum_replace4`, Linux 4.1). So it is called on two bytes that do not matter.
 #[inline(always)]
 pub fn is_unfinished(skb: Skb) -> Result<bool, Reason> {
     const TWO_BYTES: u64 = 2;
@@ -431,7 +435,7 @@ pub fn is_unfinished(skb: Skb) -> Result<bool, Reason> {
     Ok(unsafe { at::<u16>(skb, 0)?.read_volatile() } == 0)
 }
 
-/// Inserts bytes behind the Ethernet header, or removes them there.
+/// Inserts bytes after the Ethernet header, or removes them there if `by` is negative.
 #[inline(always)]
 pub fn adjust_room(skb: Skb, by: i32) -> Result<(), Reason> {
     // SAFETY: the context is valid.
@@ -442,8 +446,8 @@ pub fn adjust_room(skb: Skb, by: i32) -> Result<(), Reason> {
     }
 }
 
-/// Like [`adjust_room`], for bytes that come back: segments keep their size, and a checksum that
-/// the device has verified stays so.
+/// Like [`adjust_room`], for bytes that are put back later: segments keep their size, and a
+/// checksum that the device verified stays verified.
 #[inline(always)]
 pub fn shift(skb: Skb, by: i32) -> Result<(), Reason> {
     const FLAGS: u64 = (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET) as u64;
@@ -455,8 +459,8 @@ pub fn shift(skb: Skb, by: i32) -> Result<(), Reason> {
     }
 }
 
-/// Makes an IPv4 packet an IPv6 one or the reverse, with 20 bytes more or fewer behind the Ethernet
-/// header.
+/// Turns an IPv4 packet into an IPv6 one or the reverse, which inserts or removes 20 bytes after
+/// the Ethernet header.
 #[inline(always)]
 pub fn change_protocol(skb: Skb, ethertype: u16) -> Result<(), Reason> {
     // SAFETY: the context is valid.
@@ -467,17 +471,17 @@ pub fn change_protocol(skb: Skb, ethertype: u16) -> Result<(), Reason> {
     }
 }
 
-/// Sends out of an interface.
+/// Sends the packet out of an interface.
 #[inline(always)]
 pub fn redirect(ifindex: u32) -> i64 {
-    // SAFETY: has no preconditions.
+    // SAFETY: the helper has no preconditions.
     unsafe { bpf_redirect(ifindex, 0) }
 }
 
-/// Hands the packet to the other end of a veth, in another network namespace, without a queue
+/// Hands the packet to the other end of a veth in another network namespace, without a queue in
 /// between.
 #[inline(always)]
 pub fn redirect_peer(ifindex: u32) -> i64 {
-    // SAFETY: has no preconditions.
+    // SAFETY: the helper has no preconditions.
     unsafe { bpf_redirect_peer(ifindex, 0) }
 }

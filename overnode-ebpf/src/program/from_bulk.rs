@@ -1,4 +1,4 @@
-//! From a worker of the bulk path: deliver what it opened, and joined perhaps.
+//! Delivers packets that a bulk worker opened and perhaps coalesced.
 
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{BULK_MAC, ETHERNET_LEN, ETHERTYPE_IPV4, IPV4_LEN};
@@ -6,11 +6,11 @@ use overnode_ebpf::wire::{BULK_MAC, ETHERNET_LEN, ETHERTYPE_IPV4, IPV4_LEN};
 use super::frame::{Ethernet, Frame, Ipv4, Skb, at};
 use super::{Sent, checks, from_container};
 
-/// Last word of the destination address of frames that workers write.
+/// Last two bytes of the destination MAC address in frames from workers.
 const FROM_WORKER: u16 = u16::from_ne_bytes([BULK_MAC[4], BULK_MAC[5]]);
 
-/// The peer is who the worker says, which has authenticated it; whether it may send from that
-/// address is seen here.
+/// Delivers a packet from a worker. The worker names the peer and has authenticated it. This
+/// program checks that the peer may use the source address.
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
     skb.linearize((ETHERNET_LEN + IPV4_LEN) as u32)?;
     let ethernet = at::<Ethernet>(skb, 0)?;
@@ -32,9 +32,9 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
     if !sane {
         return Err(Reason::Malformed);
     }
-    // What nodes send each other does not take this path.
+    // Packets between the nodes themselves do not use this path.
     let peer = u32::from(u16::from_le(from[0]));
     let route = checks::arriving(peer, source, destination)?.ok_or(Reason::NotHere)?;
-    // What can be joined is joined already: nothing is gained by the veth's GRO.
+    // Everything that can be coalesced already is, so the veth's GRO would gain nothing.
     from_container::hand_over(skb, route, Reason::BulkReceived)
 }

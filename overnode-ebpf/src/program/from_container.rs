@@ -1,4 +1,4 @@
-//! From a container: check who sends, find out where to.
+//! Processes packets from containers: checks the sender and routes the packet.
 
 use aya_ebpf::helpers::generated::bpf_skb_change_type;
 use overnode_ebpf::map::{Endpoint, ROUTE_HOST, ROUTE_PEER, Route};
@@ -15,7 +15,7 @@ use super::{Sent, arp, bulk, maps, normaliser, seal, too_big, unfinished};
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
     let endpoint = maps::endpoint(skb.ifindex()).ok_or(Reason::Unconfigured)?;
     let ethernet = at::<Ethernet>(skb, 0)?;
-    // SAFETY: `at` has checked the bounds; the hardware address lies in a map at an even offset.
+    // SAFETY: `at` has checked the bounds; the MAC address is at an even offset in a map.
     let (spoofed, group, kind) = unsafe {
         (
             (*ethernet).source != *endpoint.mac.as_ptr().cast::<Mac>(),
@@ -26,7 +26,7 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
     if spoofed {
         return Err(Reason::Spoofed);
     }
-    // SAFETY: the kernel hands a valid context to the program.
+    // SAFETY: the kernel passes a valid context to the program.
     if unsafe { (*skb).vlan_present } != 0 {
         return Err(Reason::Unsupported);
     }
@@ -48,8 +48,8 @@ fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
     }
 }
 
-/// To a container of this host, or to the host, offloads and all. A checksum may be left to the
-/// receiver, which will not change the addresses by finishing it.
+/// Hands a packet to a container of this host, or to the host itself, with its offloads. A partial
+/// checksum may be left to the receiver, if completing it does not change the addresses.
 #[inline(always)]
 pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reason> {
     let ifindex = route.target;
@@ -61,7 +61,7 @@ pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reaso
     }
     // SAFETY: the context is valid.
     if unsafe { (*skb).pkt_type } != PACKET_HOST {
-        // The frame is not parsed again on its way into the other namespace.
+        // The kernel does not parse the frame again on its way into the other namespace.
         // SAFETY: the context is valid.
         if unsafe { bpf_skb_change_type(skb, PACKET_HOST) } != 0 {
             return Err(Reason::Helper);
@@ -70,14 +70,14 @@ pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reaso
     Ok(Sent { counted: Some(counted), verdict: redirect_peer(ifindex) })
 }
 
-/// To a peer: by a worker if it belongs to a bulk flow; sealed here if the packet is one and
-/// complete, or small; else through the normaliser, which segments and finishes checksums, to
-/// `seal`.
+/// Sends a packet to a peer. A packet of a bulk flow goes to a worker. A single packet that is
+/// complete, or small enough to complete here, is sealed at once. All others go to `seal` through
+/// the offload veth, which segments them and completes checksums.
 #[inline(always)]
 fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reason> {
     let index = leaving.route.target;
     let peer = maps::peer(index).ok_or(Reason::NoRoute)?;
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     let mtu = unsafe { (*peer).mtu };
     let config = maps::config().ok_or(Reason::Unconfigured)?;
     let inner_len = largest(skb)?;
@@ -93,7 +93,8 @@ fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reas
     if is_complete {
         return seal::seal(skb, &seal::Job::data(leaving));
     }
-    // To the host's own stack it is somebody else's frame, in case `seal` is not there to take it.
+    // Clear the destination MAC address, so that the host's stack discards the frame if `seal` is
+    // not attached.
     let ethernet = at::<Ethernet>(skb, 0)?;
     for word in 0..3 {
         // SAFETY: `at` has checked the bounds.
@@ -103,7 +104,7 @@ fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reas
     Ok(Sent { counted: None, verdict: redirect(config.normaliser) })
 }
 
-/// Length of the largest packet, from the IP header on, that this one becomes.
+/// Returns the length in bytes, from the IP header on, of the largest packet that this one becomes.
 #[inline(always)]
 fn largest(skb: Skb) -> Result<u32, Reason> {
     let gso_size = skb.gso_size();

@@ -1,4 +1,5 @@
-//! From the underlay: open what a peer sent, and deliver it. TC and XDP run the same code.
+//! Opens messages that arrive on the underlay and delivers their packets. TC and XDP run the same
+//! code.
 
 use overnode_ebpf::map::{
     PROBE_ALLOWANCE, PROBE_COST, Peer, ROUTE_HOST, Route, SESSION_FREE, SESSION_LIVE,
@@ -16,7 +17,8 @@ use super::handshake::Place;
 use super::outer::{self, Outer};
 use super::{Sent, checks, cipher, handshake, inbox, maps, relay};
 
-/// `None`: not a data message for this host.
+/// Processes a packet. Returns `None` to pass it on: it is not for this program, or it is an
+/// admitted handshake message.
 pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     let Some(outer) = outer::parse(frame)? else {
         if inbox::put(frame).transpose()?.is_some() {
@@ -29,8 +31,8 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
         return Err(Reason::Offload);
     }
     if outer.is_relayed() && !relay::is_here(frame, &outer)? {
-        // The programs for TC come after those for XDP, which cannot ask the kernel for the next
-        // hop.
+        // XDP cannot ask the kernel for the next hop, and leaves the message to the TC program,
+        // which runs after it.
         return frame.skb().map(|skb| relay::pass_on(skb, &outer)).transpose();
     }
     if outer.is_relayed() && !is_data(frame, &outer)? {
@@ -39,7 +41,7 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     frame.linearize_all()?;
     let now = maps::now();
     let (session, counter) = find_session(frame, &outer, now)?;
-    // SAFETY: values of an array map are valid for the whole program, here and below.
+    // SAFETY: array map values stay valid while the program runs, here and below.
     let index = unsafe { (*session).peer };
     let peer = maps::peer(index).ok_or(Reason::UnknownIndex)?;
     let text = (outer.message() + DATA_HEADER_LEN) as u32;
@@ -51,7 +53,7 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     }
     confirm(session, peer);
     if !outer.is_relayed() {
-        // Answers go to where the last authenticated message came from (whitepaper section 6.5).
+        // Replies go to the source of the last authenticated message (whitepaper section 6.5).
         outer.update(frame, peer)?;
     }
     if outer.text_len() == 0 {
@@ -63,7 +65,8 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     // SAFETY: `at` has checked the bounds.
     let (source, destination) = unsafe { ((*ip).source, (*ip).destination) };
     let arriving = checks::arriving(index, source, destination);
-    // Probes are no traffic of containers; what is refused is, as it keeps the path as busy.
+    // Probes do not count as container traffic. Refused packets do, because they keep the path just
+    // as busy.
     account(peer, now, if matches!(arriving, Ok(None)) { 0 } else { inner_len });
     match arriving? {
         Some(route) => deliver(frame, &outer, route, inner_len).map(Some),
@@ -71,7 +74,7 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     }
 }
 
-/// True if a relayed message is a data message. Others are the daemon's.
+/// Returns true if a relayed message is a data message. The daemon handles all others.
 #[inline(always)]
 fn is_data(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
     let header = at::<DataHeader>(frame, outer.message())?;
@@ -89,7 +92,7 @@ fn probe(
     inner_len: u32,
 ) -> Result<Reason, Reason> {
     if outer.is_relayed() {
-        // It says nothing about the straight path.
+        // A relayed probe says nothing about the direct path.
         return Err(Reason::NotHere);
     }
     let text = outer.message() + DATA_HEADER_LEN;
@@ -103,15 +106,15 @@ fn probe(
     if !sane || inner_len < size_of::<ProbePacket>() as u32 {
         return Err(Reason::NotHere);
     }
-    // The ring is for the probes of all peers. SAFETY: values of an array map are valid for the
-    // whole program.
+    // The peers share the ring, so each has an allowance. SAFETY: array map values stay valid while
+    // the program runs.
     if !unsafe { maps::take_allowance(&raw mut (*peer).probed_until, PROBE_COST, PROBE_ALLOWANCE) }
     {
         return Err(Reason::ProbeFlood);
     }
     let Some(mut entry) = maps::reserve_probe() else { return Err(Reason::Helper) };
     let place = entry.as_mut_ptr();
-    // SAFETY: the entry is this program's until it is submitted; `at` has checked the packet's
+    // SAFETY: this program owns the entry until it submits it; `at` has checked the packet's
     // bounds.
     unsafe {
         (*place).peer = index;
@@ -124,7 +127,7 @@ fn probe(
     Ok(Reason::ProbeReceived)
 }
 
-/// The part of a probe's packet that the daemon gets.
+/// The part of a probe that the daemon needs, from the IP header on.
 #[repr(C)]
 struct ProbePacket {
     ip: Ipv4,
@@ -132,7 +135,7 @@ struct ProbePacket {
     payload: [u32; PROBE_LEN / 4],
 }
 
-/// The session that a message belongs to, and the message's counter.
+/// Returns the session of a message and the message's counter.
 #[inline(always)]
 fn find_session(frame: impl Frame, outer: &Outer, now: u64) -> Result<(*mut Session, u64), Reason> {
     let header = at::<DataHeader>(frame, outer.message())?;
@@ -149,7 +152,7 @@ fn find_session(frame: impl Frame, outer: &Outer, now: u64) -> Result<(*mut Sess
         return Err(Reason::Malformed);
     }
     let session = maps::session(receiver & (SESSION_SLOTS - 1)).ok_or(Reason::UnknownIndex)?;
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     unsafe {
         if (*session).state == SESSION_FREE || (*session).local_index != receiver {
             return Err(Reason::UnknownIndex);
@@ -161,11 +164,12 @@ fn find_session(frame: impl Frame, outer: &Outer, now: u64) -> Result<(*mut Sess
     Ok((session, counter))
 }
 
-/// The first message under a session proves that the peer has its keys: from now on it seals.
+/// Makes a session the sealing one if it was unconfirmed: the first message under it proves that
+/// the peer has its keys.
 #[inline(always)]
 fn confirm(session: *mut Session, peer: *mut Peer) {
-    // SAFETY: values of array maps are valid for the whole program. Only a session that still waits
-    // is confirmed: the daemon may have withdrawn it meanwhile.
+    // SAFETY: array map values stay valid while the program runs. Compare-and-swap, because the
+    // daemon may have withdrawn the session in the meantime.
     unsafe {
         if (*session).state == SESSION_UNCONFIRMED
             && maps::compare_exchange(&raw mut (*session).state, SESSION_UNCONFIRMED, SESSION_LIVE)
@@ -175,7 +179,7 @@ fn confirm(session: *mut Session, peer: *mut Peer) {
     }
 }
 
-/// Length of the inner packet, padding excluded.
+/// Returns the length of the inner packet in bytes, without padding.
 #[inline(always)]
 fn inner_len(frame: impl Frame, outer: &Outer) -> Result<u32, Reason> {
     let ip = at::<Ipv4>(frame, outer.message() + DATA_HEADER_LEN)?;
@@ -193,7 +197,7 @@ fn inner_len(frame: impl Frame, outer: &Outer) -> Result<u32, Reason> {
 
 #[inline(always)]
 fn account(peer: *mut Peer, now: u64, inner_len: u32) {
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     unsafe {
         maps::fetch_add(&raw mut (*peer).rx_packets, 1);
         (*peer).last_rx_ns = now;
@@ -204,7 +208,7 @@ fn account(peer: *mut Peer, now: u64, inner_len: u32) {
     }
 }
 
-/// Hands the inner packet to the container that it is for.
+/// Hands the inner packet to its destination: a container, or the host itself.
 #[inline(always)]
 fn deliver(
     frame: impl Frame,
@@ -235,7 +239,7 @@ fn deliver(
     }
     frame.strip((text - ETHERNET_LEN) as u32, inner_len, outer.is_v6())?;
     frame.set_ethernet(&endpoint.mac, &endpoint.gateway_mac)?;
-    // `bpf_redirect_peer` leads into other namespaces only.
+    // `bpf_redirect_peer` works only between namespaces.
     let by_host_end = is_host || protocol == PROTOCOL_TCP;
     Ok(Sent { counted: Some(Reason::Opened), verdict: frame.hand_over(ifindex, by_host_end) })
 }

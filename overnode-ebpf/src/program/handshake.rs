@@ -1,9 +1,9 @@
-//! Datagrams for the daemon, judged before the kernel's UDP sees them: a flood from strangers costs
-//! neither the kernel's stack nor the daemon anything. Types and lengths are checked, and the first
-//! MAC, which only those who know this node's public key can compute.
+//! Filters datagrams for the daemon before the kernel's UDP sees them. A flood from senders that do
+//! not know this node's public key costs neither the kernel's stack nor the daemon anything.
 //!
-//! The daemon judges again what passes here: nothing relies on this for more than speed. What these
-//! programs cannot parse (IPv6 extension headers) passes.
+//! Checks type, length, and the first MAC, which only senders that know this node's public key can
+//! compute. The daemon checks all of it again, so this filter serves speed only. Packets that these
+//! programs cannot parse (IPv6 extension headers) pass.
 
 use core::hint::black_box;
 
@@ -19,18 +19,19 @@ use overnode_ebpf::wire::{
 use super::frame::{Ethernet, FRAGMENT_OFFSET, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
 use super::maps;
 
-/// First word of a message: its type, and three bytes that are zero in a handshake.
+/// Length of the first word of a message in bytes: its type, and three bytes that are zero in a
+/// handshake.
 const MESSAGE_START: usize = 4;
 
-/// Where a message for the daemon lies: the offset and the length of what is to be judged.
+/// Offset and length in bytes of a message for the daemon.
 #[derive(Clone, Copy)]
 pub struct Place {
     pub offset: usize,
     pub len: u32,
 }
 
-/// Finds the message in a datagram to a port of the daemon. `None`: it is none, or a data message
-/// of the bulk path.
+/// Finds the message in a datagram to a port of the daemon. Returns `None` for other packets, and
+/// for data messages of the bulk path.
 #[inline(always)]
 pub fn find(frame: impl Frame) -> Result<Option<Place>, Reason> {
     let Ok(ethernet) = at::<Ethernet>(frame, 0) else { return Ok(None) };
@@ -83,7 +84,7 @@ pub fn find(frame: impl Frame) -> Result<Option<Place>, Reason> {
         return Err(Reason::Fragment);
     }
     let joined = frame.gso_size();
-    // Of several that the interface joined, the first.
+    // If the interface coalesced several datagrams, check the first.
     let len = if joined != 0 {
         joined
     } else {
@@ -92,7 +93,7 @@ pub fn find(frame: impl Frame) -> Result<Option<Place>, Reason> {
     Ok(Some(Place { offset, len }))
 }
 
-/// Judges a message for the daemon.
+/// Checks a message for the daemon.
 #[inline(never)]
 pub fn admit(frame: impl Frame, offset: usize, len: u32) -> Result<(), Reason> {
     const INITIATION: u32 = TYPE_INITIATION as u32;
@@ -121,7 +122,7 @@ pub fn admit(frame: impl Frame, offset: usize, len: u32) -> Result<(), Reason> {
     if is_right { Ok(()) } else { Err(Reason::Stranger) }
 }
 
-/// The first word of a message.
+/// Returns the first word of a message.
 #[inline(always)]
 fn kind(frame: impl Frame, offset: usize) -> Result<u32, Reason> {
     let start = at::<[u8; MESSAGE_START]>(frame, offset)?;
@@ -129,10 +130,11 @@ fn kind(frame: impl Frame, offset: usize) -> Result<u32, Reason> {
     Ok(u32::from_le_bytes(unsafe { *start }))
 }
 
-/// False if more cookie replies arrive than nodes send: nothing in them proves their sender.
+/// Returns false if cookie replies exceed the rate that nodes send. Their sender cannot be verified
+/// here.
 #[inline(always)]
 fn may_reply() -> bool {
     let Some(until) = maps::cookies_until() else { return false };
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     unsafe { maps::take_allowance(until, COOKIE_COST, COOKIE_ALLOWANCE) }
 }

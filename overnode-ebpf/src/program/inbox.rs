@@ -1,8 +1,9 @@
-//! Into the inboxes of the bulk path's workers: memory that a worker reads, so that a message needs
-//! neither the kernel's UDP nor a system call. Only what comes in packets of one message each: what
-//! the kernel has joined is cheap enough through the socket.
+//! Puts bulk messages into the receive rings of workers. A worker reads this memory, so a message
+//! needs neither the kernel's UDP nor a system call.
 //!
-//! A message is neither opened nor judged here, and whatever is not plain goes to the socket.
+//! This is only for packets that hold one message. Those that the kernel coalesced are cheap enough
+//! through the socket. Messages are neither opened nor authenticated here. Packets with unusual
+//! headers go to the socket.
 
 use core::hint::black_box;
 
@@ -19,16 +20,16 @@ use super::frame::{Ethernet, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
 use super::maps::{self, Words};
 use super::outer;
 
-/// How often it is tried to get a place before other CPUs.
+/// Attempts to claim a slot in competition with other CPUs.
 const ATTEMPTS: u32 = 8;
-/// First word of addresses in `fe80::/10`, and which bits of it count.
+/// First word of the addresses in `fe80::/10`, and the mask of its significant bits.
 const LINK_LOCAL: u32 = 0xfe80_0000;
 const LINK_LOCAL_MASK: u32 = 0xffc0_0000;
 
-/// Bytes of a message that are looked at.
+/// Bytes of a message that are parsed.
 const MESSAGE_START: usize = 4;
 
-/// An IP header, UDP, and the beginning of a message: its type, cipher, sending worker, flags.
+/// An IP header, a UDP header, and the start of a message: type, cipher, sending worker, flags.
 #[repr(C)]
 struct Start<Ip> {
     ip: Ip,
@@ -36,7 +37,7 @@ struct Start<Ip> {
     message: [u8; MESSAGE_START],
 }
 
-/// What the headers say.
+/// Fields parsed from the headers.
 struct Message {
     offset: u32,
     len: u32,
@@ -45,13 +46,15 @@ struct Message {
     port_be: u16,
 }
 
-/// What became of a data message for this host; `None`: it is none, or goes to the socket.
+/// Result for a packet. `None` means that the packet is not a data message for this host, or goes
+/// to the socket.
 type Put = Option<Result<(), Reason>>;
 
-/// Puts a data message for this host into its worker's inbox.
+/// Puts a data message for this host into its worker's receive ring.
 ///
 /// # Errors
-/// [`Reason::InboxFull`]: by the socket it would overtake what is there, and cost the worker more time, of which it has too little.
+/// [`Reason::InboxFull`] if the ring is full. Through the socket, the message would overtake those
+/// in the ring and cost the overloaded worker even more time.
 #[inline(always)]
 pub fn put(frame: impl Frame) -> Put {
     let ethernet = at::<Ethernet>(frame, 0).ok()?;
@@ -98,7 +101,7 @@ fn v6(frame: impl Frame) -> Put {
             || ip.next_header != PROTOCOL_UDP
             || udp.destination_be != BULK_PORT.to_be()
             || *kind != TYPE_DATA
-            // Its address says nothing without the interface.
+            // A link-local address is ambiguous without its interface.
             || ip.source[0] & LINK_LOCAL_MASK.to_be() == LINK_LOCAL.to_be()
         {
             return None;
@@ -119,18 +122,18 @@ fn v6(frame: impl Frame) -> Put {
 
 #[inline(always)]
 fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) -> Put {
-    // SAFETY: values of an array map are valid for the whole program, here and below.
+    // SAFETY: array map values stay valid while the program runs, here and below.
     let inboxes = unsafe { (&raw const (*maps::bulk_inbox(0)?).inboxes).read_volatile() };
     if inboxes == 0 {
         return None;
     }
-    // As the kernel chooses among the sockets.
+    // The same choice as the kernel's among the sockets.
     let inbox = maps::bulk_inbox(u32::from(message.worker) % inboxes)?;
     // SAFETY: as above.
     unsafe {
         let state = &raw mut (*inbox).state;
-        // Hidden, for the verifier is to see both comparisons: the helper below takes no length
-        // that may be 0.
+        // Hidden from the compiler, so that the verifier sees both comparisons: the helper below
+        // accepts no length that may be 0.
         let len = black_box(u64::from(message.len));
         if len < MESSAGE_START as u64
             || state.read_volatile() == INBOX_CLOSED
@@ -143,8 +146,8 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
             return None;
         }
         let Some((place, number)) = reserve(inbox) else { return Some(Err(Reason::InboxFull)) };
-        // After the place was taken: a worker that falls asleep looks for such places after it has
-        // said so. One of both sees the other.
+        // Read the state after claiming the slot. A worker that falls asleep announces it first and
+        // then looks for claimed slots. So at least one of the two sees the other.
         let is_asleep = state.read_volatile() == INBOX_ASLEEP;
         let is_there = !is_asleep
             && frame.copy_to(message.offset, (&raw mut (*place).bytes).cast(), len as u32);
@@ -158,18 +161,18 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
         }
         (*place).remote_port_be = message.port_be;
         (*place).ecn = message.ecn.into();
-        // Orders all the above before it, on every architecture.
+        // Orders all of the above before it, on every architecture.
         maps::compare_exchange(&raw mut (*place).sequence, number, number.wrapping_add(1));
         is_there.then_some(Ok(()))
     }
 }
 
-/// The next place of an inbox, and the number of the message that it is for. `None`: it is full, or
-/// other CPUs were always faster.
+/// Claims the next slot of a receive ring. Returns it with the number of its message, or `None` if
+/// the ring is full or other CPUs won every attempt.
 #[inline(always)]
 fn reserve(inbox: *mut BulkInbox) -> Option<(*mut BulkMessage, u32)> {
     for _ in 0..ATTEMPTS {
-        // SAFETY: values of an array map are valid for the whole program.
+        // SAFETY: array map values stay valid while the program runs.
         unsafe {
             let (first, len) = (
                 (&raw const (*inbox).first).read_volatile(),
@@ -178,7 +181,7 @@ fn reserve(inbox: *mut BulkInbox) -> Option<(*mut BulkMessage, u32)> {
             let head = (&raw const (*inbox).head).read_volatile();
             let place = maps::bulk_message(first.wrapping_add(head & len.wrapping_sub(1)))?;
             if (&raw const (*place).sequence).read_volatile() != head {
-                // Full; or taken meanwhile, which the next attempt finds out.
+                // Full, or claimed by another CPU in the meantime. The next attempt decides.
                 if (&raw const (*inbox).head).read_volatile() == head {
                     return None;
                 }

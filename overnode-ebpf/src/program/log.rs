@@ -1,5 +1,5 @@
-//! What programs say when debugging is on. The loader sets [`DEBUG`] before it loads them; while it
-//! is 0 the verifier removes all of this.
+//! Debug logging of the programs. The loader sets [`DEBUG`] before it loads them. If it is 0, the
+//! verifier removes all of this code.
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::xdp_md;
@@ -16,8 +16,8 @@ macro_rules! refusals {
         #[inline(always)]
         pub fn $name(frame: $context, reason: Reason) {
             if DEBUG.load() != 0 {
-                // A frame of its own: what it needs of the stack is not added to the caller's
-                // beside the cipher's.
+                // Not inlined, so that its stack is not part of the caller's frame, which is live
+                // while the cipher runs.
                 #[inline(never)]
                 fn say(reason: u32, ifindex: u32, len: u32) {
                     debug!(

@@ -1,4 +1,4 @@
-//! The maps, and the few ways in which programs use them. Layouts: [`overnode_ebpf::map`].
+//! The maps, and the operations of the programs on them. Layouts: [`overnode_ebpf::map`].
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
@@ -21,7 +21,7 @@ static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 static ENDPOINTS: HashMap<u32, Endpoint> = HashMap::with_max_entries(ENDPOINT_SLOTS, 0);
 #[map]
 static ROUTES: LpmTrie<Address, Route> = LpmTrie::with_max_entries(ROUTE_SLOTS, 0);
-// The daemon changes single words of these two while programs count in them, hence through mmap.
+// Mapped into the daemon, which changes single words of these two while programs count in them.
 #[map]
 static PEERS: Array<Peer> = Array::with_max_entries(PEER_SLOTS, BPF_F_MMAPABLE);
 #[map]
@@ -39,7 +39,7 @@ static MONITOR: Array<u32> = Array::with_max_entries(REASON_SLOTS, 0);
 #[map]
 static DROPS: RingBuf = RingBuf::with_byte_size(DROPS_LEN, 0);
 
-// The process of the workers writes these through mmap.
+// Mapped into the worker process, which writes them.
 #[map]
 static BULK_WORKERS: Array<BulkWorker> = Array::with_max_entries(BULK_WORKER_SLOTS, BPF_F_MMAPABLE);
 #[map]
@@ -53,63 +53,64 @@ static BULK_MESSAGES: Array<BulkMessage> =
 static BULK_FLOWS: LruHashMap<BulkFlowKey, BulkFlow> =
     LruHashMap::with_max_entries(BULK_FLOW_SLOTS, 0);
 
-/// A worker of the bulk path.
+/// Returns a bulk worker.
 #[inline(always)]
 pub fn bulk_worker(number: u32) -> Option<*mut BulkWorker> {
     BULK_WORKERS.get_ptr_mut(number)
 }
 
-/// The inbox of a worker of the bulk path.
+/// Returns the receive ring of a bulk worker.
 #[inline(always)]
 pub fn bulk_inbox(worker: u32) -> Option<*mut BulkInbox> {
     BULK_INBOXES.get_ptr_mut(worker)
 }
 
-/// A place in an inbox.
+/// Returns a slot of the receive rings.
 #[inline(always)]
 pub fn bulk_message(slot: u32) -> Option<*mut BulkMessage> {
     BULK_MESSAGES.get_ptr_mut(slot)
 }
 
-/// What the bulk path does for a peer; `None` if nothing.
+/// Returns the bulk settings of a peer; `None` if no workers serve it.
 #[inline(always)]
 pub fn bulk_peer(index: u32) -> Option<*mut BulkPeer> {
     let peer = BULK_PEERS.get_ptr_mut(index)?;
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     (unsafe { (&raw const (*peer).workers).read_volatile() } != 0).then_some(peer)
 }
 
-/// A flow that has sent large packets.
+/// Returns a flow that has sent large packets.
 #[inline(always)]
 pub fn bulk_flow(key: &BulkFlowKey) -> Option<*mut BulkFlow> {
     BULK_FLOWS.get_ptr_mut(key)
 }
 
-/// Remembers a flow.
+/// Adds a flow.
 #[inline(always)]
 pub fn add_bulk_flow(key: &BulkFlowKey, flow: &BulkFlow) {
-    // Without room, the flow stays an ordinary one.
+    // If this fails, the flow remains an ordinary one.
     let _ = BULK_FLOWS.insert(key, flow, 0);
 }
 
-/// The time to which cookie replies have used up their allowance.
+/// Returns the time up to which cookie replies have used up their allowance.
 #[inline(always)]
 pub fn cookies_until() -> Option<*mut u32> {
     COOKIES.get_ptr_mut(0)
 }
 
-/// Takes `cost` from an allowance of `most`, which grows by one in each 2^20 ns. `until` is the
-/// time to which it is used up. False if too little is left. Two CPUs at once may take the same.
+/// Takes `cost` from an allowance of `most` units, which refills by one unit every 2^20 ns. `until`
+/// holds the time up to which it is used up, in the same units. Returns false if too little is
+/// left. Two CPUs at once may take the same units.
 ///
 /// # Safety
-/// `until` points into a map's value and is aligned.
+/// `until` points into a map value and is aligned.
 #[inline(always)]
 pub unsafe fn take_allowance(until: *mut u32, cost: u32, most: u32) -> bool {
     let now = (now() >> 20) as u32;
-    // SAFETY: by the contract above.
+    // SAFETY: upheld by the caller.
     unsafe {
         let ahead = until.read_volatile().wrapping_sub(now);
-        // More than there can be: that time has passed.
+        // A greater value than possible means that the time has passed.
         let ahead = if ahead > most { 0 } else { ahead };
         let is_allowed = ahead + cost <= most;
         if is_allowed {
@@ -119,18 +120,18 @@ pub unsafe fn take_allowance(until: *mut u32, cost: u32, most: u32) -> bool {
     }
 }
 
-/// Room for a probe, if the daemon keeps up.
+/// Reserves room for a probe. Fails if the daemon does not keep up.
 #[inline(always)]
 pub fn reserve_probe() -> Option<RingBufEntry<Probe>> {
     PROBES.reserve::<Probe>(0)
 }
 
-/// Whether a packet dropped for this reason is to be recorded; takes it off what the daemon has
-/// allowed. Two CPUs at once may record one more than that.
+/// Returns true if a packet dropped for this reason is to be recorded, and decrements the number
+/// that the daemon allows. Two CPUs at once may exceed it by one.
 #[inline(always)]
 pub fn may_record(reason: Reason) -> bool {
     let Some(left) = MONITOR.get_ptr_mut(reason as u32) else { return false };
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     unsafe {
         let before = left.read_volatile();
         if before != 0 {
@@ -140,7 +141,7 @@ pub fn may_record(reason: Reason) -> bool {
     }
 }
 
-/// Room for a record of a dropped packet, if there is any.
+/// Reserves room for the record of a dropped packet. Fails if the ring is full.
 #[inline(always)]
 pub fn reserve_dropped() -> Option<RingBufEntry<Dropped>> {
     DROPS.reserve::<Dropped>(0)
@@ -150,51 +151,52 @@ pub fn reserve_dropped() -> Option<RingBufEntry<Dropped>> {
 #[inline(always)]
 pub fn count(reason: Reason) {
     if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
-        // SAFETY: the value is valid for the whole program, and no other CPU writes it.
+        // SAFETY: the value stays valid while the program runs, and no other CPU writes it.
         unsafe { *counter += 1 }
     }
 }
 
-/// The node's configuration.
+/// Returns the node's configuration.
 #[inline(always)]
 pub fn config() -> Option<&'static Config> {
     CONFIG.get(0)
 }
 
-/// The container behind a host end.
+/// Returns the endpoint of the container behind a host end.
 #[inline(always)]
 pub fn endpoint(ifindex: u32) -> Option<&'static Endpoint> {
-    // SAFETY: entries are preallocated: one that is replaced meanwhile is read torn at worst, for
+    // SAFETY: entries are preallocated. At worst, one that is replaced in the meantime is torn for
     // one packet.
     unsafe { ENDPOINTS.get(ifindex) }
 }
 
-/// An address in words, which the compiler fills without calling a loop over bytes.
+/// An address in words. The compiler fills it without calling a function that loops over bytes.
 pub type Words = [u32; 4];
 
-/// The v4-mapped form of an address as it lies in a packet.
+/// Returns the v4-mapped form of an address in network byte order.
 #[inline(always)]
 pub const fn v4_mapped(address: u32) -> Words {
     [0, 0, V4_MAPPED, address]
 }
 
-/// The IPv4 address, as it lies in packets, that one in a map is; `None` if it is an IPv6 address.
+/// Returns the IPv4 address in network byte order, or `None` if this is an IPv6 address.
 #[inline(always)]
 pub fn v4(address: &Address) -> Option<u32> {
-    // SAFETY: addresses have four words, and are aligned to 4.
+    // SAFETY: addresses have four words and are aligned to 4 bytes.
     let [a, b, c, v4] = unsafe { *address.0.as_ptr().cast::<Words>() };
     (a | b == 0 && c == V4_MAPPED).then_some(v4)
 }
 
-/// Third word of an IPv4 address that is mapped into IPv6.
+/// Third word of a v4-mapped address.
 pub const V4_MAPPED: u32 = 0xffff_u32.to_be();
 
-/// Where addresses of the overlay are.
+/// Looks up routes of overlay addresses.
 ///
-/// One key for all that a program looks up: each of its own would take as much of the stack again.
+/// A program uses one key for all its lookups, because each further key would take as much stack
+/// again.
 #[repr(C)]
 pub struct Routes {
-    // What [`Key`] holds; that type is packed, and would be filled byte by byte.
+    // The fields of [`Key`]. That type is packed and would be filled byte by byte.
     bits: u32,
     address: Words,
 }
@@ -205,70 +207,70 @@ impl Routes {
         Self { bits: 128, address: v4_mapped(0) }
     }
 
-    /// Where an IPv4 address (as it lies in the packet) is.
+    /// Returns the route of an IPv4 address in network byte order.
     #[inline(always)]
     pub fn v4(&mut self, address: u32) -> Option<&'static Route> {
         self.address[3] = address;
-        // SAFETY: the same layout, with greater alignment.
+        // SAFETY: same layout, and stricter alignment.
         ROUTES.get(unsafe { &*(&raw const *self).cast::<Key<Address>>() })
     }
 }
 
-/// A peer that the daemon has configured.
+/// Returns a peer that the daemon has configured.
 #[inline(always)]
 pub fn peer(index: u32) -> Option<*mut Peer> {
     let peer = PEERS.get_ptr_mut(index)?;
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     (unsafe { (*peer).present } == 1).then_some(peer)
 }
 
-/// A session by its slot, whatever its state.
+/// Returns the session in a slot, in any state.
 #[inline(always)]
 pub fn session(slot: u32) -> Option<*mut Session> {
     SESSIONS.get_ptr_mut(slot)
 }
 
-/// True if the address is one of this host's own.
+/// Returns true if the address belongs to this host.
 #[inline(always)]
 pub fn is_local(address: &Words) -> bool {
-    // SAFETY: the same size and alignment, and an address is valid whatever it holds.
+    // SAFETY: same size and alignment, and all bit patterns are valid addresses.
     LOCAL_ADDRESSES.get_ptr(unsafe { &*address.as_ptr().cast::<Address>() }).is_some()
 }
 
-/// Nanoseconds since boot, suspend included.
+/// Returns the boot time in nanoseconds, including suspend.
 #[inline(always)]
 pub fn now() -> u64 {
-    // SAFETY: has no preconditions.
+    // SAFETY: the helper has no preconditions.
     unsafe { bpf_ktime_get_boot_ns() }
 }
 
-/// Adds and returns the value before.
+/// Adds `by` atomically and returns the previous value.
 ///
 /// # Safety
-/// `word` points into a map's value and is aligned.
+/// `word` points into a map value and is aligned.
 #[inline(always)]
 pub unsafe fn fetch_add(word: *mut u64, by: u64) -> u64 {
-    // SAFETY: by the contract above.
+    // SAFETY: upheld by the caller.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(word, by) }
 }
 
-/// Adds 1.
+/// Adds `by` atomically.
 ///
 /// # Safety
-/// `word` points into a map's value and is aligned.
+/// `word` points into a map value and is aligned.
 #[inline(always)]
 pub unsafe fn add(word: *mut u32, by: u32) {
-    // SAFETY: by the contract above.
+    // SAFETY: upheld by the caller.
     unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(word, by) };
 }
 
-/// Replaces `old` by `new`; false if the word held something else.
+/// Replaces `old` with `new` atomically. Returns false if the word had another value.
 ///
 /// # Safety
-/// `word` points into a map's value and is aligned.
+/// `word` points into a map value and is aligned.
 #[inline(always)]
 pub unsafe fn compare_exchange(word: *mut u32, old: u32, new: u32) -> bool {
-    // SAFETY: by the contract above.
+    // SAFETY: upheld by the caller.
     unsafe {
         atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, old, new)
             .1

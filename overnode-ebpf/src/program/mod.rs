@@ -1,7 +1,7 @@
-//! The paths of packets through the programs, one file each.
+//! The packet paths of the programs, one file each.
 //!
-//! A path ends with what became of the packet, or with the [`Reason`] why it was refused; only the
-//! entry points turn either into a verdict. Offsets count bytes from the first byte of the Ethernet
+//! A path returns either the fate of the packet or the [`Reason`] why it was refused. Only the
+//! entry points turn these into verdicts. Offsets are in bytes from the start of the Ethernet
 //! header.
 
 use overnode_ebpf::reason::Reason;
@@ -30,14 +30,14 @@ pub mod tail;
 pub mod too_big;
 pub mod unfinished;
 
-/// What a callback returns to `bpf_loop` (Linux 5.17): to be called again, or not.
+/// Return values of `bpf_loop` callbacks (Linux 5.17): continue or stop.
 const GO_ON: i64 = 0;
 const STOP: i64 = 1;
 
-/// A packet that goes on.
+/// A packet that was passed on.
 pub struct Sent {
-    /// What it is counted as; `None` if another program will count it.
+    /// The reason to count it under; `None` if another program counts it.
     pub counted: Option<Reason>,
-    /// The program's verdict; for one that was redirected, what the helper returned.
+    /// The verdict of the program. For a redirected packet, the return value of the helper.
     pub verdict: i64,
 }

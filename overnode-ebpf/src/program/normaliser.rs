@@ -1,19 +1,19 @@
-//! Which peers have packets in the normaliser. While one has, its others follow them there instead
-//! of overtaking them.
+//! Tracks which peers have packets in the offload veth. While a peer has some, its further packets
+//! take the same path, so that they do not overtake.
 
 use overnode_ebpf::map::{NORMALISER_PATIENCE_NS, Peer};
 
 use super::frame::Skb;
 use super::maps;
 
-/// Counts a packet, or the packets that it becomes, on the way into the normaliser, and marks it
-/// with the address that it must still come from when it is sealed. The mark goes with the packet
-/// through both ends, which are in one namespace, and nothing that the kernel writes into packets
-/// gets there.
+/// Counts a packet, or its segments, into the offload veth, and marks it with the source address
+/// that it must still have when it is sealed. The mark stays with the packet through both ends,
+/// which are in one namespace. It is not part of the packet, so nothing that the kernel writes into
+/// packets changes it.
 #[inline(always)]
 pub fn enter(skb: Skb, peer: *mut Peer, source: u32) {
-    // SAFETY: the kernel hands a valid context to the program; values of an array map are valid for
-    // all of it, here and below.
+    // SAFETY: the kernel passes a valid context to the program; array map values stay valid while
+    // it runs, here and below.
     unsafe {
         (*skb).mark = source;
         (*peer).normalising_ns = maps::now();
@@ -21,14 +21,14 @@ pub fn enter(skb: Skb, peer: *mut Peer, source: u32) {
     }
 }
 
-/// Counts a packet that came out of the normaliser.
+/// Counts a packet that left the offload veth.
 #[inline(always)]
 pub fn leave(peer: *mut Peer) {
     // SAFETY: as above.
     unsafe { maps::add(&raw mut (*peer).normalised, 1) };
 }
 
-/// True if nothing of the peer's is in the normaliser.
+/// Returns true if the offload veth holds no packets of the peer.
 #[inline(always)]
 pub fn is_empty(peer: *mut Peer) -> bool {
     // SAFETY: as above.
@@ -37,7 +37,8 @@ pub fn is_empty(peer: *mut Peer) -> bool {
         if normalising == (&raw const (*peer).normalised).read_volatile() {
             return true;
         }
-        // Lost on the way, or counted wrong: a container's kernel may say anything of its segments.
+        // Packets were lost on the way or miscounted: a container's kernel may claim any number of
+        // segments.
         let is_stale = maps::now() > (*peer).normalising_ns + NORMALISER_PATIENCE_NS;
         if is_stale {
             (*peer).normalised = normalising;

@@ -1,4 +1,4 @@
-//! The headers around a data message, over IPv4 and over IPv6.
+//! Parses the headers around a data message, over IPv4 and IPv6.
 
 use core::hint::black_box;
 
@@ -15,25 +15,25 @@ use super::maps;
 const MORE_FRAGMENTS: u16 = 0x2000;
 const NEXT_HEADER_FRAGMENT: u8 = 44;
 const FRAGMENT_HEADER_LEN: usize = 8;
-/// The longest headers up to the message's type.
+/// Length in bytes of the longest possible headers, up to and including the message's header.
 const HEADERS_LEN: usize = ETHERNET_LEN + 60 + UDP_LEN + RELAY_LEN + DATA_HEADER_LEN;
 
-/// Where a data message lies.
+/// Location of a data message.
 ///
-/// Fields of full words: the compiler packs smaller ones into one, with operations that the
-/// verifier forbids when a register still holds a pointer.
+/// All fields are full words. The compiler would pack smaller ones into one word, with operations
+/// that the verifier forbids on a register that may still hold a pointer.
 pub struct Outer {
-    /// 1 if the IP header is an IPv6 one, else 0.
+    /// 1 for an IPv6 header, 0 for IPv4.
     v6: u64,
     /// ECN codepoint.
     ecn: u64,
-    /// Bytes of ciphertext, without the tag.
+    /// Length of the ciphertext in bytes, without the tag.
     text_len: u64,
-    /// Length of the relay header.
+    /// Length of the relay header in bytes, or 0.
     relay_len: u64,
 }
 
-/// An IP header with UDP behind it.
+/// An IP header followed by a UDP header.
 #[repr(C)]
 struct Stack<Ip> {
     ip: Ip,
@@ -41,54 +41,53 @@ struct Stack<Ip> {
 }
 
 impl Outer {
-    /// True if the IP header is an IPv6 one.
+    /// Returns true if the IP header is IPv6.
     #[inline(always)]
     pub fn is_v6(&self) -> bool {
         self.v6 != 0
     }
 
-    /// ECN codepoint of the IP header.
+    /// Returns the ECN codepoint of the IP header.
     #[inline(always)]
     pub fn ecn(&self) -> u8 {
         self.ecn as u8
     }
 
-    /// Bytes of ciphertext, without the tag.
+    /// Returns the length of the ciphertext in bytes, without the tag.
     #[inline(always)]
     pub fn text_len(&self) -> u32 {
         self.text_len as u32
     }
 
-    /// Bytes of the message, from its type on.
+    /// Returns the length of the message in bytes, from its type on.
     #[inline(always)]
     pub fn message_len(&self) -> u32 {
         (self.text_len + (DATA_HEADER_LEN + TAG_LEN) as u64) as u32
     }
 
-    /// True if there is a relay header.
+    /// Returns true if there is a relay header.
     #[inline(always)]
     pub fn is_relayed(&self) -> bool {
         self.relay_len != 0
     }
 
-    /// Offset of the relay header, if there is one.
+    /// Returns the offset of the relay header, if there is one.
     #[inline(always)]
     pub fn relay(&self) -> usize {
         let offset = ETHERNET_LEN + UDP_LEN + if self.is_v6() { IPV6_LEN } else { IPV4_LEN };
         black_box(offset) & 0x7f
     }
 
-    /// Offset of the message's header.
+    /// Returns the offset of the message's header.
     #[inline(always)]
     pub fn message(&self) -> usize {
         black_box(self.relay() + self.relay_len as usize) & 0x7f
     }
 
-    /// True if it came from where a peer is.
+    /// Returns true if the message came from the peer's known endpoint.
     #[inline(always)]
     pub fn is_from(&self, frame: impl Frame, peer: *mut Peer) -> Result<bool, Reason> {
-        // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole
-        // program.
+        // SAFETY: `at` has checked the bounds; array map values stay valid while the program runs.
         unsafe {
             let remote = (&raw const (*peer).remote).cast::<u32>();
             let mut differs = 0;
@@ -111,12 +110,11 @@ impl Outer {
         }
     }
 
-    /// Makes the peer's endpoints those of this message. Compares first, in place: nothing is
-    /// written, and no address is on the stack, as long as all stays the same.
+    /// Sets the peer's endpoint to that of this message (roaming). Compares in place first: while
+    /// nothing changes, nothing is written, and no address is on the stack.
     #[inline(always)]
     pub fn update(&self, frame: impl Frame, peer: *mut Peer) -> Result<(), Reason> {
-        // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole
-        // program.
+        // SAFETY: `at` has checked the bounds; array map values stay valid while the program runs.
         unsafe {
             let remote = (&raw mut (*peer).remote).cast::<[u32; 4]>();
             let local = (&raw mut (*peer).local).cast::<[u32; 4]>();
@@ -145,13 +143,13 @@ impl Outer {
     }
 }
 
-/// Writes what is not there yet: other CPUs read the same cache line.
+/// Writes a value only if it differs, because other CPUs read the same cache line.
 ///
 /// # Safety
-/// `place` points into a map's value and is aligned.
+/// `place` points into a map value and is aligned.
 #[inline(always)]
 unsafe fn set<T: PartialEq + Copy>(place: *mut T, value: T) {
-    // SAFETY: by the contract above.
+    // SAFETY: upheld by the caller.
     unsafe {
         if *place != value {
             *place = value;
@@ -159,8 +157,8 @@ unsafe fn set<T: PartialEq + Copy>(place: *mut T, value: T) {
     }
 }
 
-/// Finds the data message, or the relayed one of whatever type, that a packet is. `None`: it is
-/// none, or none for this host.
+/// Finds a data message, or a relayed message of any type. Returns `None` if the packet is neither,
+/// or not for this host.
 #[inline(always)]
 pub fn parse(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     let Ok(ethernet) = at::<Ethernet>(frame, 0) else { return Ok(None) };
@@ -253,11 +251,11 @@ fn v6(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     }))
 }
 
-/// Neither a data message nor a relayed one. No message has this type.
+/// Type of all messages that are neither data messages nor relayed. No real message has it.
 const OTHER: u8 = 0;
 
-/// The type of the message in UDP at this offset, if it is for the data port and one that the
-/// programs take.
+/// Returns the type of the message after the UDP header at this offset, or [`OTHER`] if it is not
+/// for the data port or not of a type that the programs process.
 #[inline(always)]
 fn kind(frame: impl Frame, offset: usize) -> u8 {
     let Ok(start) = at::<[u8; UDP_LEN + 1]>(frame, offset) else { return OTHER };
@@ -283,7 +281,7 @@ fn is_first_fragment(frame: impl Frame) -> bool {
     next_header == PROTOCOL_UDP && u16::from_be_bytes([high, low]) & 0xfff8 == 0
 }
 
-/// Bytes of ciphertext in the datagram behind an IP header whose payload has `available` bytes.
+/// Returns the length of the ciphertext in bytes. `available` is the length of the IP payload.
 #[inline(always)]
 fn text_len(
     frame: impl Frame,
@@ -298,8 +296,8 @@ fn text_len(
     u64::from(udp_len).checked_sub(headers).ok_or(Reason::Malformed)
 }
 
-/// What a UDP header says of its datagram's length, in bytes, if the IP header's `available` ones
-/// and the packet's have room for it.
+/// Returns the length in the UDP header, in bytes, if it fits the IP header's `available` bytes and
+/// the packet.
 #[inline(always)]
 pub fn udp_len(frame: impl Frame, udp: &Udp, ip_len: usize, available: u32) -> Option<u32> {
     let len = u32::from(u16::from_be(udp.len_be));

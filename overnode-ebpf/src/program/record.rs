@@ -1,5 +1,4 @@
-//! What monitors see of dropped packets: a record of each, as long as the daemon allows it
-//! ([`Dropped`]).
+//! Records dropped packets for monitors, as far as the daemon allows it ([`Dropped`]).
 
 use core::hint::black_box;
 
@@ -9,7 +8,7 @@ use overnode_ebpf::reason::Reason;
 use super::frame::Frame;
 use super::maps;
 
-/// Records a packet that a program gives up.
+/// Records a packet that a program drops.
 #[inline(always)]
 pub fn dropped(frame: impl Frame, reason: Reason, program: u32) {
     if maps::may_record(reason) {
@@ -17,17 +16,18 @@ pub fn dropped(frame: impl Frame, reason: Reason, program: u32) {
     }
 }
 
-/// A frame of its own: what it needs of the stack is not added to the caller's beside the cipher's.
+/// Not inlined, so that its stack is not part of the caller's frame, which is live while the cipher
+/// runs.
 #[inline(never)]
 fn write(frame: impl Frame, reason: u32, program: u32) {
     let Some(mut entry) = maps::reserve_dropped() else { return };
     let place: *mut Dropped = entry.as_mut_ptr();
-    // Computed so that the verifier sees that it lies between 1 and `DROPPED_LEN`.
+    // Computed in a way that shows the verifier that it is between 1 and `DROPPED_LEN`.
     const LAST: u64 = DROPPED_LEN as u64 - 1;
     let last = u64::from(frame.len()).wrapping_sub(1).min(LAST);
     let captured = (black_box(last) & LAST) as u32 + 1;
-    // SAFETY: the entry is this program's until it is submitted, and has room for `DROPPED_LEN`
-    // bytes.
+    // SAFETY: this program owns the entry until it submits it, and the entry has room for
+    // `DROPPED_LEN` bytes.
     unsafe {
         (*place).time_ns = maps::now();
         (*place).reason = reason;

@@ -1,8 +1,8 @@
-//! Messages between two nodes that cannot reach each other, passed on by a third (header:
-//! [`TYPE_RELAY`]).
+//! Relays messages between two nodes that cannot reach each other (header: [`TYPE_RELAY`]).
 //!
-//! The relay has no keys: it sees who talks with whom, and how much. It passes on only what comes
-//! from where a node of the cluster is, to nodes of the cluster: it is no reflector for others.
+//! The relay has no keys. It sees which nodes communicate and how much. It relays only messages
+//! that come from the address of a node of the cluster and go to a node of the cluster, so it
+//! cannot be used as a reflector.
 
 use overnode_ebpf::map::FIRST_EXTERNAL_PEER;
 use overnode_ebpf::reason::Reason;
@@ -24,7 +24,7 @@ struct Header {
     previous_be: u16,
 }
 
-/// Writes the header of a message that this node sends to `peer`.
+/// Writes the relay header of a message from this node to `peer`.
 #[inline(always)]
 pub fn write(skb: Skb, offset: usize, peer: u32) -> Result<(), Reason> {
     let own = (maps::config().ok_or(Reason::Unconfigured)?.node_id as u16).to_be();
@@ -40,7 +40,7 @@ pub fn write(skb: Skb, offset: usize, peer: u32) -> Result<(), Reason> {
     Ok(())
 }
 
-/// True if a relayed message is for this node.
+/// Returns true if a relayed message is for this node.
 #[inline(always)]
 pub fn is_here(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
     let header = at::<Header>(frame, outer.relay())?;
@@ -49,7 +49,7 @@ pub fn is_here(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
     Ok(u32::from(u16::from_be(unsafe { (*header).destination_be })) == config.node_id)
 }
 
-/// Passes a message on.
+/// Forwards a message to its destination or to the next relay.
 #[inline(always)]
 pub fn pass_on(skb: Skb, outer: &Outer) -> Result<Sent, Reason> {
     skb.linearize_all()?;
@@ -74,7 +74,7 @@ pub fn pass_on(skb: Skb, outer: &Outer) -> Result<Sent, Reason> {
         return Err(Reason::HopLimit);
     }
     let target = maps::peer(destination).ok_or(Reason::NoRoute)?;
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     let via = unsafe { (*target).via };
     let (next, hop) = if via == 0 {
         (destination, target)

@@ -1,5 +1,5 @@
-//! To a peer: seal what is complete, or comes out of the normaliser, put the outer headers in
-//! front, and send.
+//! Seals packets for peers, either complete ones or those from the offload veth, encapsulates them,
+//! and sends them.
 
 use core::hint::black_box;
 
@@ -17,37 +17,37 @@ use super::frame::{
 };
 use super::{Sent, cipher, envelope, maps, normaliser, relay, tail};
 
-/// Last word of the destination address of frames that the daemon made.
+/// Last two bytes of the destination MAC address in frames from the daemon.
 const FROM_DAEMON: u16 = u16::from_ne_bytes([DAEMON_MAC[4], DAEMON_MAC[5]]);
 
-/// What is sealed.
+/// The kind of message to seal.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A packet of a container.
     Data,
-    /// Nothing.
+    /// An empty message.
     Keepalive,
-    /// The daemon's packet, by no way but the straight one.
+    /// A packet of the daemon that takes only the direct path.
     Probe,
 }
 
-/// What to seal for whom.
+/// The message to seal, and its peer.
 pub struct Job {
-    /// Peer index.
+    /// Index of the peer.
     pub peer: u32,
-    /// Length of the inner packet; 0 makes a keepalive.
+    /// Length of the inner packet in bytes; 0 for a keepalive.
     pub inner_len: u32,
     /// ECN codepoint of the inner packet.
     pub ecn: u8,
-    /// What it is.
+    /// Kind of the message.
     pub kind: Kind,
-    /// Of a container's packet: the addresses that were checked.
+    /// Addresses of a container's packet that were checked, in network byte order.
     pub source: u32,
     pub destination: u32,
 }
 
 impl Job {
-    /// A packet of a container that may leave to a peer.
+    /// Describes a container's packet that may leave to a peer.
     #[inline(always)]
     pub fn data(leaving: &Leaving) -> Self {
         Self {
@@ -77,19 +77,20 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
     seal(skb, &job)
 }
 
-/// Without a mark it is the daemon's, which can be no container's: theirs are marked with the
-/// address that they have to come from (`normaliser::enter`).
+/// Describes the packet to seal. A packet without a mark is the daemon's. It cannot be a
+/// container's, because those are marked with the source address that they must have
+/// (`normaliser::enter`).
 #[inline(always)]
 fn job(skb: Skb) -> Result<Job, Reason> {
-    // SAFETY: the kernel hands a valid context to the program.
+    // SAFETY: the kernel passes a valid context to the program.
     let mark = unsafe { (*skb).mark };
     if mark == 0 {
         return of_daemon(skb);
     }
     let leaving = checks::leaving(skb, mark)?;
     let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
-    // A checksum of whatever the container wanted was finished on the way: not in here.
-    // SAFETY: `at` has checked the bounds.
+    // On the way, the kernel completed a checksum at an offset that the container chose. It must
+    // not have changed this header. SAFETY: `at` has checked the bounds.
     if unsafe { (*ip).version_ihl == 0x45 && ipv4_checksum(&*ip) != 0 } {
         return Err(Reason::Checksum);
     }
@@ -124,9 +125,8 @@ fn of_daemon(skb: Skb) -> Result<Job, Reason> {
     Ok(Job { peer, inner_len, ecn: 0, kind, source: 0, destination: 0 })
 }
 
-/// Seals and sends an IPv4 packet that is complete: its checksums are finished, and it is one
-/// packet. Nothing is written into it from here on, so here it is seen for the last time whether it
-/// comes from where it has to.
+/// Seals and sends a complete IPv4 packet: a single packet without a partial checksum. Nothing else
+/// writes into the packet from here on, so this is the last check of its addresses.
 #[inline(always)]
 pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
     if job.kind == Kind::Data {
@@ -136,11 +136,11 @@ pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
             return Err(Reason::Spoofed);
         }
     }
-    // What the kernel goes by when it looks for the next hop is the message's, not the packet's.
-    // SAFETY: the kernel hands a valid context to the program.
+    // Clear the mark: the kernel would use it to look up the next hop of the outer packet.
+    // SAFETY: the kernel passes a valid context to the program.
     unsafe { (*skb).mark = 0 };
     let peer = maps::peer(job.peer).ok_or(Reason::NoRoute)?;
-    // SAFETY: values of an array map are valid for the whole program, here and below.
+    // SAFETY: array map values stay valid while the program runs, here and below.
     let (slot, mtu, via) = unsafe { ((*peer).tx_slot, (*peer).mtu, (*peer).via) };
     let is_probe = job.kind == Kind::Probe;
     if job.inner_len > mtu && !is_probe {
@@ -151,7 +151,7 @@ pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
     let is_relayed = via != 0 && !is_probe;
     let hop = if is_relayed { maps::peer(via).ok_or(Reason::NoRoute)? } else { peer };
     let counter = draw_counter(session)?;
-    // A probe is as long as it says, for its length is what it probes.
+    // A probe is not padded, because its length is what it tests.
     let text_len = if is_probe {
         job.inner_len
     } else {
@@ -205,7 +205,7 @@ fn sealing_session(slot: u32, peer: u32, now: u64) -> Result<*mut Session, Reaso
         return Err(Reason::NoSession);
     }
     let session = maps::session(slot).ok_or(Reason::NoSession)?;
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     unsafe {
         if (*session).state != SESSION_LIVE || (*session).peer != peer {
             return Err(Reason::NoSession);
@@ -217,13 +217,13 @@ fn sealing_session(slot: u32, peer: u32, now: u64) -> Result<*mut Session, Reaso
     Ok(session)
 }
 
-/// The next counter of a session; no two callers get the same.
+/// Returns the next counter of a session. Every call returns a different one.
 #[inline(always)]
 fn draw_counter(session: *mut Session) -> Result<u64, Reason> {
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     unsafe {
-        // Looked at first so that an exhausted counter stays where it is, however often it is
-        // asked: it must never wrap around.
+        // Check before adding, so that an exhausted counter stops increasing, however often it is
+        // used. It must never wrap around.
         if (*session).tx_counter >= REJECT_AFTER_MESSAGES {
             return Err(Reason::Exhausted);
         }
@@ -240,7 +240,7 @@ fn write_message(
     counter: u64,
 ) -> Result<(), Reason> {
     let header = at::<DataHeader>(skb, offset)?;
-    // SAFETY: `at` has checked the bounds; values of an array map are valid for the whole program.
+    // SAFETY: `at` has checked the bounds; array map values stay valid while the program runs.
     unsafe {
         (*header).kind = u32::from(TYPE_DATA).to_le();
         (*header).receiver = (*session).remote_index.to_le();
@@ -252,7 +252,7 @@ fn write_message(
 
 #[inline(always)]
 fn account(peer: *mut Peer, now: u64, inner_len: u32) {
-    // SAFETY: values of an array map are valid for the whole program.
+    // SAFETY: array map values stay valid while the program runs.
     unsafe {
         maps::fetch_add(&raw mut (*peer).tx_packets, 1);
         (*peer).last_tx_ns = now;

@@ -1,6 +1,6 @@
-//! Room behind packets that the kernel lets no program make longer: those that a tunnel inside the
-//! container has wrapped and left a checksum in (`skb->encapsulation`, with which
-//! bpf_skb_change_tail fails).
+//! Makes tailroom in packets that programs cannot extend: those that a tunnel inside the container
+//! encapsulated with a partial checksum. On those, `skb->encapsulation` makes bpf_skb_change_tail
+//! fail.
 
 use core::ffi::c_void;
 use core::hint::black_box;
@@ -13,31 +13,33 @@ use super::cipher::{Claimed, PACKET_LEN};
 use super::frame::{Frame, Skb, adjust_room};
 use super::{GO_ON, STOP};
 
-/// Most bytes that sealing appends, a power of two.
+/// Maximum bytes that sealing appends, a power of two.
 const MOST: u32 = (PADDING + TAG_LEN) as u32;
 
-/// What is still to be moved. On the stack.
+/// State of the move, on the stack.
 struct Move {
     skb: Skb,
     memory: *mut u8,
-    /// Where to.
+    /// Destination offset of the next chunk.
     offset: u32,
-    /// How far.
+    /// Distance of the move, in bytes.
     by: u32,
     rest: u32,
 }
 
-/// Appends zeros up to a length: makes room in front, where the kernel allows it, and moves the
-/// packet there.
+/// Extends a packet to `len` bytes with zeros. Inserts room at the front, where the kernel allows
+/// it, and moves the packet there.
 ///
 /// # Errors
-/// [`Reason::Helper`] if the kernel refuses that, too, or more than sealing needs is wanted.
+/// [`Reason::Helper`] if the kernel refuses that, too, if no scratch memory is left, or if `len`
+/// adds nothing or more than sealing needs.
 #[inline(always)]
 pub fn extend(skb: Skb, len: u32) -> Result<(), Reason> {
     if try_extend(skb, len) == 0 { skb.linearize_all() } else { Err(Reason::Helper) }
 }
 
-/// A frame of its own: what it needs of the stack is not added to the caller's beside the cipher's.
+/// Not inlined, so that its stack is not part of the caller's frame, which is live while the cipher
+/// runs.
 #[inline(never)]
 fn try_extend(skb: Skb, len: u32) -> i64 {
     let before = skb.len();
@@ -48,8 +50,8 @@ fn try_extend(skb: Skb, len: u32) -> i64 {
         return REFUSED;
     }
     let mut work = Move { skb, memory: scratch.packet(), offset: ETHERNET_LEN as u32, by, rest };
-    // SAFETY: the callback matches the helper's contract, and what it works on outlives the call;
-    // the memory is ours.
+    // SAFETY: the callback matches the helper's contract, and its state outlives the call; this
+    // program has claimed the memory.
     unsafe {
         let turns = rest / PACKET_LEN as u32 + 1;
         bpf_loop(turns, move_some as *mut c_void, (&raw mut work).cast(), 0);
@@ -68,13 +70,13 @@ const REFUSED: i64 = -1;
 
 #[inline(never)]
 extern "C" fn move_some(_: u32, work: *mut Move) -> i64 {
-    // SAFETY: `try_extend` passes its work.
+    // SAFETY: `try_extend` passes its state.
     let work = unsafe { &mut *work };
     let some = work.rest.min(PACKET_LEN as u32);
     if some == 0 {
         return STOP;
     }
-    // The verifier does not see that it is neither 0 nor larger than the memory.
+    // The verifier does not know that it is neither 0 nor larger than the memory.
     let some = (black_box(some - 1) & (PACKET_LEN as u32 - 1)) + 1;
     // SAFETY: the context is valid, and the memory has room.
     unsafe {

@@ -1,4 +1,5 @@
-//! ICMP "fragmentation needed and DF set" (RFC 792, RFC 1191), made of the packet that was too big.
+//! Answers packets that are too big with ICMP "fragmentation needed and DF set" (RFC 792, RFC
+//! 1191), made from the packet itself.
 
 use aya_ebpf::helpers::generated::bpf_csum_diff;
 use overnode_ebpf::map::{Config, Endpoint};
@@ -25,14 +26,15 @@ struct Icmp {
     mtu_be: u16,
 }
 
-/// What is quoted of the packet: the longest IPv4 header and 8 bytes.
+/// Bytes quoted from the packet: the longest IPv4 header and 8 bytes.
 const QUOTE_LEN: usize = 60 + 8;
 const ANSWER_LEN: usize = IPV4_LEN + size_of::<Icmp>() + QUOTE_LEN;
-/// Bytes cut off at the front. To pull more than where a checksum starts is what makes the kernel
-/// forget that it still had to be finished, with which it would overwrite two bytes of the answer.
+/// Bytes removed at the front. Pulling past the start of a partial checksum makes the kernel drop
+/// it. Otherwise, the kernel would later overwrite two bytes of the answer.
 const PULLED_LEN: usize = 160;
 
-/// Answers the container; `mtu` is what the path takes, in bytes from the IP header on.
+/// Answers the container. `mtu` is the largest packet that fits the path, in bytes from the IP
+/// header on.
 #[inline(always)]
 pub fn answer(skb: Skb, endpoint: &Endpoint, config: &Config, mtu: u32) -> Result<Sent, Reason> {
     if !may_be_answered(skb)? {
@@ -73,7 +75,7 @@ pub fn answer(skb: Skb, endpoint: &Endpoint, config: &Config, mtu: u32) -> Resul
     const MESSAGE_LEN: usize = size_of::<Icmp>() + QUOTE_LEN;
     let message = at::<[u8; MESSAGE_LEN]>(skb, ETHERNET_LEN + IPV4_LEN)?;
     let icmp = message.cast::<Icmp>();
-    // SAFETY: `at` has checked the bounds, for the helper too.
+    // SAFETY: `at` has checked the bounds, also for the helper.
     unsafe {
         *icmp = Icmp {
             kind: TYPE_UNREACHABLE,
@@ -88,7 +90,8 @@ pub fn answer(skb: Skb, endpoint: &Endpoint, config: &Config, mtu: u32) -> Resul
     Ok(Sent { counted: Some(Reason::TooBig), verdict: redirect(skb.ifindex()) })
 }
 
-/// RFC 1122 section 3.2.2: never about an ICMP error, nor about any fragment but the first.
+/// Returns true if RFC 1122 section 3.2.2 allows an answer: not to an ICMP error, and not to any
+/// fragment but the first.
 #[inline(always)]
 fn may_be_answered(skb: Skb) -> Result<bool, Reason> {
     let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;

@@ -1,6 +1,8 @@
-//! Packets whose checksum the kernel has left for later. Small ones are finished here, which spares
-//! them the way through the normaliser. Before one is left to its receiver, a container of this
-//! host, it is made sure that this will not change who sent it.
+//! Handles packets with a partial checksum, which the kernel was to complete later.
+//!
+//! Checksums of small packets are completed here, which saves the way through the offload veth. A
+//! checksum may also be left to the receiver if that is a container of this host. Before that, this
+//! module makes sure that completing it cannot change the sender.
 
 use core::hint::black_box;
 
@@ -15,21 +17,22 @@ use super::frame::{
 };
 
 const PROTOCOL_SCTP: u8 = 132;
-/// Length of a TCP header without options.
+/// Length in bytes of a TCP header without options.
 const TCP_LEN: usize = 20;
 
-/// [`try_finish`]: nothing has changed; finished; the kernel refused. [`try_leave`]: can be finished;
-/// in the headers; the kernel refused.
+/// Results. From [`try_finish`]: `LEFT` (nothing changed), `FINISHED`, or `REFUSED` by the kernel.
+/// From [`try_leave`]: `FINISHED` (can be completed), `MISPLACED` (inside the headers), or
+/// `REFUSED`.
 const LEFT: i64 = 0;
 const FINISHED: i64 = 1;
 const REFUSED: i64 = -1;
 const MISPLACED: i64 = 2;
 
-/// Makes sure that a checksum which an IPv4 packet leaves to its receiver, if it does, will not be
-/// written into the headers that were checked. Destroys the first two bytes of the frame.
+/// Makes sure that a partial checksum that is left to the receiver of an IPv4 packet cannot be
+/// written into headers that were checked. Destroys the first two bytes of the frame.
 ///
 /// # Errors
-/// [`Reason::Checksum`]: it would. Containers choose the place freely (`PACKET_VNET_HDR`).
+/// [`Reason::Checksum`] if it would be. Containers choose the location freely (`PACKET_VNET_HDR`).
 /// [`Reason::Helper`] if the kernel refuses, or no memory is left.
 #[inline(always)]
 pub fn leave(skb: Skb) -> Result<(), Reason> {
@@ -43,11 +46,13 @@ pub fn leave(skb: Skb) -> Result<(), Reason> {
     }
 }
 
-/// A frame of its own: what it needs of the stack is not added to the caller's beside the cipher's.
+/// Not inlined, so that its stack is not part of the caller's frame, which is live while the cipher
+/// runs.
 ///
-/// No field of the context tells where a checksum begins. But once that place is no longer part of
-/// the packet, the kernel forgets it (`skb_postpull_rcsum`): so what is in front of the transport
-/// header is taken away for a moment. The place lies behind the beginning.
+/// The context has no field for the start of a partial checksum. But the kernel drops the checksum
+/// once its start is no longer part of the packet (`skb_postpull_rcsum`). So everything before the
+/// transport header is removed for a moment. A checksum that survives is written after its start,
+/// and thus after the headers.
 #[inline(never)]
 fn try_leave(skb: Skb) -> i64 {
     let Ok(ip) = at::<Ipv4>(skb, ETHERNET_LEN) else { return REFUSED };
@@ -55,23 +60,23 @@ fn try_leave(skb: Skb) -> i64 {
     let (header, protocol) = unsafe { ((*ip).header_len(), (*ip).protocol) };
     let front = ETHERNET_LEN as u32 + header;
     let Ok(scratch) = Claimed::new() else { return REFUSED };
-    // The verifier does not see that it is neither 0 nor larger than the memory.
+    // The verifier does not know that it is neither 0 nor larger than the memory.
     let front = (black_box(front - 1) & (PACKET_LEN as u32 - 1)) + 1;
     let len = skb.len();
-    // No packet is left with less than an IPv4 header.
+    // The kernel does not let a packet become shorter than an IPv4 header.
     let least = front + (ETHERNET_LEN + IPV4_LEN) as u32;
     if len < least && resize(skb, least).is_err() {
         return REFUSED;
     }
-    // SAFETY: the scratch memory is ours, and has room for so much.
+    // SAFETY: this program has claimed the scratch memory, which has room for `front` bytes.
     unsafe {
         if bpf_skb_load_bytes(skb.cast(), ETHERNET_LEN as u32, scratch.packet().cast(), front) != 0
         {
             return REFUSED;
         }
         if shift(skb, -(front as i32)).is_err() {
-            // Of all segments, the kernel refuses this to those of SCTP, which nobody makes but
-            // itself.
+            // Among segmented packets, the kernel refuses this only for SCTP. Only the kernel
+            // itself creates those.
             return if protocol == PROTOCOL_SCTP && skb.gso_size() != 0 {
                 FINISHED
             } else {
@@ -91,8 +96,8 @@ fn try_leave(skb: Skb) -> i64 {
     if len < least && resize(skb, len).is_err() { REFUSED } else { FINISHED }
 }
 
-/// Finishes the checksum of an IPv4 packet of `len` bytes, if it is small. False if that is left to
-/// the normaliser.
+/// Completes the checksum of an IPv4 packet of `len` bytes, if the packet is small. Returns false
+/// if that is left to the offload veth.
 ///
 /// # Errors
 /// [`Reason::Helper`] if the kernel refuses. The packet is garbage then.
@@ -105,7 +110,8 @@ pub fn finish(skb: Skb, len: u32) -> Result<bool, Reason> {
     }
 }
 
-/// A frame of its own: what it needs of the stack is not added to the caller's beside the cipher's.
+/// Not inlined, so that its stack is not part of the caller's frame, which is live while the cipher
+/// runs.
 #[inline(never)]
 fn try_finish(skb: Skb, len: u32) -> i64 {
     let Ok(ip) = at::<Ipv4>(skb, ETHERNET_LEN) else { return LEFT };
@@ -132,11 +138,11 @@ fn try_finish(skb: Skb, len: u32) -> i64 {
     let packet = scratch.packet();
     let segment = len - IPV4_LEN as u32;
     let last_word = black_box(len as usize) & (PACKET_LEN - 4);
-    // The verifier does not see that the length is neither 0 nor larger than the memory.
+    // The verifier does not know that the length is neither 0 nor larger than the memory.
     let len = (black_box(len - 1) & (PACKET_LEN as u32 - 1)) + 1;
-    // SAFETY: the scratch memory is ours, and the offsets lie within it.
+    // SAFETY: this program has claimed the scratch memory, and the offsets are inside it.
     unsafe {
-        // What the last word of the sum has beyond the packet's end.
+        // Zero the bytes that the last word of the sum has beyond the packet's end.
         packet.add(last_word).cast::<u32>().write_volatile(0);
         if bpf_skb_load_bytes(skb.cast(), ETHERNET_LEN as u32, packet.cast(), len) != 0 {
             return LEFT;
@@ -145,9 +151,9 @@ fn try_finish(skb: Skb, len: u32) -> i64 {
             + u64::from(u16::from(protocol).to_be())
             + u64::from((segment as u16).to_be());
         let checksum = packet.add(black_box(IPV4_LEN + place) & 0x3f).cast::<u16>();
-        // Where it is to go, no field of the context says. A checksum that waits begins as the sum
-        // of the pseudo header; another value here means that another one waits: that of a packet
-        // in the packet.
+        // The context has no field for the location of a partial checksum. Its field starts out
+        // with the sum of the pseudo header. Any other value here means that the partial checksum
+        // is another one: that of an encapsulated packet.
         if checksum.read_volatile() != fold(pseudo) {
             return LEFT;
         }
@@ -157,13 +163,13 @@ fn try_finish(skb: Skb, len: u32) -> i64 {
             return LEFT;
         }
         checksum.write_volatile(match !fold(sum as u64) {
-            // In UDP, zero would say that there is no checksum.
+            // In UDP, zero would mean that there is no checksum.
             0 if protocol == PROTOCOL_UDP => 0xffff,
             finished => finished,
         });
-        // For the kernel, the checksum is no longer to be finished once the place where that would
-        // begin is no longer part of the packet (`skb_postpull_rcsum`): so the packet is put behind
-        // itself, and what it was removed. That leaves room in front, too.
+        // The kernel drops a partial checksum once its start is no longer part of the packet
+        // (`skb_postpull_rcsum`). So double the packet's length, remove the original bytes, and
+        // store the packet again. This also makes room at the front.
         if resize(skb, 2 * frame).is_err() {
             return LEFT;
         }
