@@ -1,4 +1,4 @@
-//! Builds the eBPF programs and hands their object file to the crate, which embeds it.
+//! Builds the eBPF programs and passes their object file to the crate, which embeds it.
 
 #[path = "../xtask/src/toolchain.rs"]
 mod toolchain;
@@ -22,15 +22,15 @@ fn build(workspace: &Path) -> Result<PathBuf, String> {
         .ok_or_else(|| format!("no compiler with the source of its library was found; {set_up}"))?;
     let linker =
         toolchain::bpf_linker().ok_or_else(|| format!("bpf-linker was not found; {set_up}"))?;
-    // One folder for every profile and for clippy: building `core` takes half a minute.
+    // One directory for every profile and for clippy, because building `core` takes half a minute.
     let target = target_directory()?.join("ebpf");
     let flags = [
         format!("-Clinker={}", linker.display()),
-        // v3 has 32-bit arithmetic and atomics that return a value (kernel 5.12).
+        // v3 has 32-bit arithmetic and atomics that return a value (Linux 5.12).
         "-Ctarget-cpu=v3".into(),
         "-Cdebuginfo=2".into(),
         "-Clink-arg=--btf".into(),
-        // aya-log-ebpf and friends choose their bindings by it.
+        // aya-log-ebpf and related crates choose their bindings by this flag.
         format!(
             "--cfg=bpf_target_arch=\"{}\"",
             std::env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default()
@@ -59,8 +59,9 @@ fn build(workspace: &Path) -> Result<PathBuf, String> {
     Ok(target.join("bpfel-unknown-none/release/overnode-ebpf"))
 }
 
-/// The workspace's target directory, found from `OUT_DIR` (`target/PROFILE/build/CRATE-HASH/out`),
-/// so that `--target-dir` and `CARGO_TARGET_DIR` are honoured.
+/// Returns the workspace's target directory. It is derived from `OUT_DIR`
+/// (`target/PROFILE/build/CRATE-HASH/out`), so that `--target-dir` and `CARGO_TARGET_DIR` are
+/// honored.
 fn target_directory() -> Result<PathBuf, String> {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     out.ancestors()

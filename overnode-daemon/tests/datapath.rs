@@ -1,5 +1,5 @@
-//! The data plane against real kernel objects: hosts and containers are network namespaces. Needs
-//! root.
+//! Tests the data plane against real kernel objects. Hosts and containers are network namespaces.
+//! Needs root.
 
 mod datapath_support;
 
@@ -79,7 +79,7 @@ fn tear_down_leaves_nothing_and_disturbs_nobody() {
     assert!(ip_output(&pair.container_b, &["link"]).contains("overnode0"));
     pair.b.tear_down();
     pair.b.is_clean();
-    // A second time there is nothing to do, and that is no error.
+    // A second run finds nothing to remove and succeeds.
     pair.b.tear_down();
 }
 
@@ -100,7 +100,7 @@ fn clsact_carries_the_same_traffic() {
         return;
     }
     let pair = Pair::new(false);
-    // Somebody else's qdisc stays; ours goes.
+    // A qdisc of another owner stays, and ours is removed.
     run("tc", &["-n", &pair.b.namespace.name, "qdisc", "add", "dev", "eth0", "clsact"]);
     pair.connect();
     let filters = |host: &Host| {
@@ -122,7 +122,7 @@ fn clsact_carries_the_same_traffic() {
         netns: Some(netns(&pair.container_a)),
     };
     pair.a.run(async |datapath| {
-        // Somebody removes the qdisc, and with it the filter: it comes back.
+        // The qdisc is removed, and the filter with it. Reconcile restores both.
         run("tc", &["qdisc", "del", "dev", "eth0", "clsact"]);
         assert!(!filters(&pair.a).contains("from_underlay"));
         assert_eq!(datapath.reconcile(&[known]).await.unwrap(), []);
@@ -152,8 +152,8 @@ fn from_clsact_to_tcx_and_back_without_a_gap() {
         ("DATAPATH_STATE", environment.0.as_str()),
         ("DATAPATH_NETNS", environment.1.as_str()),
     ];
-    // The kernel stops an interface for a moment when it gets its clsact qdisc. So that one is
-    // there before the pings.
+    // The kernel stops an interface for a moment when it gets its clsact qdisc, so the qdisc is
+    // added before the pings start.
     assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
     let ping = pair.background_ping(3000, "0.001");
     for _ in 0..2 {
@@ -200,7 +200,7 @@ fn native_xdp_carries_the_same_traffic() {
         assert!(pair.a.run(async |datapath| datapath.underlay()).interfaces[0].xdp);
     }
     ping.lost_nothing();
-    // Launched without it again: back to TC.
+    // A launch without XDP returns to TC.
     pair.a.xdp = false;
     assert!(!pair.a.run(async |datapath| datapath.underlay()).interfaces[0].xdp);
     assert!(!ip_output(&pair.a.namespace, &["-d", "link", "show", "eth0"]).contains("prog/xdp"));
@@ -250,7 +250,7 @@ fn the_normaliser_finishes_packets_and_has_no_addresses() {
         let link = ip_output(&pair.a.namespace, &["link", "show", end]);
         assert!(link.contains(&format!("alias overnode:{}", pair.a.node())), "{link}");
     }
-    // Turned on by somebody: turned off again.
+    // Turn the offloads on from outside. Reconcile turns them off again.
     run(
         "ip",
         &[
@@ -332,15 +332,16 @@ fn reconcile_removes_what_is_nobodys_and_nothing_else() {
     let pair = Pair::new(false);
     let second = Namespace::new("c");
     let host = &pair.a.namespace.name;
-    // Foreign: same kind of name, another alias, or none and another hardware address.
+    // Interfaces of other owners: the same kind of name, but another alias, or no alias and another
+    // MAC address.
     for (name, alias) in [("ovaaaaaaaa", Some("overnode:0123456789ab")), ("ovbbbbbbbb", None)] {
         ip(&["-n", host, "link", "add", name, "type", "veth", "peer", "name", &format!("p{name}")]);
         if let Some(alias) = alias {
             ip(&["-n", host, "link", "set", name, "alias", alias]);
         }
     }
-    // Ours, by the hardware address that it had from the beginning: a daemon was killed before it
-    // could mark it.
+    // Our own interface, identified only by its MAC address: a daemon was killed before it could
+    // set the alias.
     let node = pair.a.node();
     let mac = format!("02:{}:{}:{}:12:34", &node[..2], &node[2..4], &node[4..6]);
     ip(&[
@@ -412,7 +413,7 @@ fn a_container_that_goes_away_is_told_and_forgotten() {
         let lost = datapath.reconcile(&[known]).await.unwrap();
         assert!(lost.len() == 1 && !lost[0].netns_exists, "{lost:?}");
         assert!(!datapath.is_attached("ov00000007"));
-        // The address can be given to another.
+        // The address can be reused.
         datapath.attach(&attachment(&pair.container_a, "10.40.0.7", "ov00000008")).await.unwrap();
         ip(&["addr", "add", "192.0.2.77/24", "dev", "eth0"]);
         expect(&mut events, &LinkEvent::AddressesChanged).await;
@@ -438,7 +439,7 @@ fn paths_follow_routes_addresses_and_mtus() {
         ip(&["route", "add", "203.0.113.0/24", "via", "192.0.2.2", "mtu", "1400"]);
         datapath.refresh().await.unwrap();
         assert_eq!(path(datapath), (true, 1400 - 60, endpoint("203.0.113.9:6784")));
-        // Without an endpoint, the present one stays.
+        // Without an endpoint, the current one is kept.
         datapath.set_peer(PeerIndex(9), &key, None).await.unwrap();
         assert_eq!(path(datapath).2, endpoint("203.0.113.9:6784"));
         datapath.set_peer(PeerIndex(9), &key, endpoint("[2001:db8::2]:7000")).await.unwrap();
@@ -447,7 +448,7 @@ fn paths_follow_routes_addresses_and_mtus() {
         datapath.refresh().await.unwrap();
         assert_eq!(path(datapath).1, 1300);
         assert_eq!(datapath.container_mtu(), 1300);
-        // Another key under the same index is another peer.
+        // A new key under the same index is a new peer.
         datapath.set_peer(PeerIndex(9), &PublicKey([8; 32]), None).await.unwrap();
         assert_eq!(path(datapath).2, None);
         datapath.remove_peer(PeerIndex(9)).unwrap();
@@ -505,8 +506,7 @@ fn one_interface_may_be_chosen() {
             .await
             .err()
             .map(|error| error.to_string());
-        // `lo` leads nowhere: either there is no route, or it says which interface is the right
-        // one.
+        // `lo` leads nowhere. Either there is no route, or the error names the right interface.
         assert!(error.is_none_or(|error| error.contains("--interface")));
         let eth0 = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
         assert!(eth0.contains("eth0"));
@@ -569,7 +569,8 @@ fn a_new_session_takes_over_without_a_loss() {
     pair.connect();
     let ping = pair.background_ping(4000, "0.001");
     for slot in 2..6 {
-        // As a handshake does: the responder first, then the initiator, who seals at once.
+        // Follow the order of a handshake: the responder first, then the initiator, which seals at
+        // once.
         pair.b.run(async |datapath| {
             datapath.install_session(PeerIndex(1), &pair.keys(false, slot)).unwrap()
         });
@@ -580,7 +581,7 @@ fn a_new_session_takes_over_without_a_loss() {
         for (host, _) in both {
             host.run(async |datapath| seals_under(datapath, slot).await);
         }
-        // What was sealed before that is on its way no longer than this.
+        // Messages that were sealed earlier arrive within this time.
         std::thread::sleep(Duration::from_millis(20));
         for (host, peer) in both {
             host.run(async |datapath| {
@@ -637,7 +638,7 @@ fn a_keepalive_confirms_the_session_at_the_other_end() {
     let state = pair.b.run(async |datapath| datapath.peers().unwrap().remove(0).sessions.remove(0));
     assert!(!state.confirmed && !state.sealing);
     pair.a.run(async |datapath| {
-        // The neighbour is not resolved yet: the first may wait for it.
+        // The neighbor is not resolved yet, so the first message may have to wait for it.
         datapath.keepalive(PeerIndex(2)).await.unwrap();
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert_eq!(datapath.counters().unwrap()["keepalive-sent"], 1);
@@ -707,8 +708,8 @@ fn growth<'a>(
     after
         .iter()
         .map(|(reason, count)| (*reason, count - before[reason]))
-        // What a container's kernel sends of its own accord, whenever it likes: ARP, and IPv6
-        // neighbour discovery.
+        // Exclude the traffic that a container's kernel sends on its own at any time: ARP and IPv6
+        // neighbor discovery.
         .filter(|(reason, grown)| *grown != 0 && !["arp", "unsupported"].contains(reason))
         .collect()
 }

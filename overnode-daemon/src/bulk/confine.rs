@@ -1,6 +1,6 @@
-//! What the workers' process takes from itself before the first packet comes: capabilities, and all
-//! system calls but those that move packets. Whoever took it over by a packet could open no file,
-//! make no connection and start no program.
+//! Drops the privileges of the workers' process before its first packet arrives: all capabilities,
+//! and all system calls except those that move packets. An attacker who takes the process over with
+//! a packet can open no file, make no connection and start no program.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -13,7 +13,7 @@ use seccompiler::{
 
 use super::process::NAME;
 
-/// On descriptors that are open.
+/// System calls on descriptors that are already open.
 const DESCRIPTORS: [libc::c_long; 13] = [
     libc::SYS_read,
     libc::SYS_write,
@@ -27,11 +27,11 @@ const DESCRIPTORS: [libc::c_long; 13] = [
     libc::SYS_ppoll,
     libc::SYS_getsockopt,
     libc::SYS_close,
-    // A new daemon, at the socket that the process was given.
+    // Accepts a new daemon on the listening socket that the process was given.
     libc::SYS_accept4,
 ];
 
-/// The process itself: memory, time, other threads, its end.
+/// System calls on the process itself: memory, time, threads, exit.
 const ITSELF: [libc::c_long; 18] = [
     libc::SYS_brk,
     libc::SYS_munmap,
@@ -53,10 +53,10 @@ const ITSELF: [libc::c_long; 18] = [
     libc::SYS_exit_group,
 ];
 
-/// Drops all capabilities for good. That the process cannot be traced, `main` has seen to.
+/// Drops all capabilities for good. `main` has already made the process untraceable.
 ///
 /// # Errors
-/// The kernel refuses.
+/// Fails if the kernel refuses.
 pub fn drop_privileges() -> Result<()> {
     nix::sys::prctl::set_name(&CString::new(NAME)?).context("the process cannot be named")?;
     for set in [
@@ -70,11 +70,11 @@ pub fn drop_privileges() -> Result<()> {
     nix::sys::prctl::set_no_new_privs().context("capabilities could come back")
 }
 
-/// Takes from the calling thread, for good, all system calls that it does not need (`seccomp(2)`);
-/// they fail with `EPERM`.
+/// Blocks all system calls that the calling thread does not need (`seccomp(2)`), for good. Blocked
+/// calls fail with `EPERM`.
 ///
 /// # Errors
-/// The kernel has no filters of system calls (`CONFIG_SECCOMP_FILTER`), or refuses.
+/// Fails if the kernel has no system call filters (`CONFIG_SECCOMP_FILTER`), or refuses.
 pub fn this_thread() -> Result<()> {
     let filter: BpfProgram = SeccompFilter::new(
         rules()?,
@@ -89,7 +89,7 @@ pub fn this_thread() -> Result<()> {
 fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     let mut rules: BTreeMap<_, _> =
         DESCRIPTORS.into_iter().chain(ITSELF).map(|call| (call, Vec::new())).collect();
-    // Memory, but no code: the third argument has the protection.
+    // Memory must not be executable. The third argument holds the protection.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         let is_no_code = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
         let condition = SeccompCondition::new(2, SeccompCmpArgLen::Dword, is_no_code, 0)?;
@@ -108,7 +108,7 @@ mod tests {
 
     use super::*;
 
-    /// A filter is of one thread: the test's own.
+    /// A filter applies to one thread, so the test spawns its own.
     #[test]
     fn a_confined_thread_moves_bytes_and_does_nothing_else() {
         std::thread::spawn(|| {
@@ -138,7 +138,7 @@ mod tests {
                 let kind = refused.map_err(|error| error.kind());
                 assert_eq!(kind, Err(ErrorKind::PermissionDenied), "{number}");
             }
-            // SAFETY: asks for a page that nobody uses.
+            // SAFETY: the call requests a new page that nothing uses.
             let code = unsafe {
                 let rights = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
                 let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;

@@ -1,5 +1,5 @@
-//! What the daemon and the workers' process say to each other, over a socket in the run directory:
-//! one message, one packet.
+//! Defines the protocol between the daemon and the workers' process. They use a socket in the run
+//! directory, where one packet carries one message.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -14,160 +14,160 @@ use super::message::Cipher;
 
 /// Name of the socket in the run directory.
 pub const SOCKET: &str = "bulk.sock";
-/// Changes when a daemon and a process that differ in it would not understand each other.
+/// Version of the protocol. It changes when a daemon and a process would no longer understand each
+/// other.
 pub const VERSION: u32 = 3;
-/// Longest message, bytes.
+/// Longest message, in bytes.
 pub const MAX_LEN: usize = 16384;
-/// Peers in one [`FromWorkers::Peers`].
+/// Maximum number of peers in one [`FromWorkers::Peers`].
 pub const MAX_REPORTS: usize = 64;
 
-/// What seals flows that move a lot (`--bulk`; what stands here is its help).
+/// How bulk flows are sealed. The comments of the variants are the help of `--bulk`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 #[value(rename_all = "lower")]
 pub enum Mode {
-    /// The eBPF programs, as all else
+    /// The eBPF programs seal them, like all other traffic
     Off,
-    /// Workers, with the cipher that both ends do faster
+    /// Workers seal them, with the cipher that is faster for both ends
     #[default]
     Auto,
-    /// Workers, with ChaCha20-Poly1305
+    /// Workers seal them, with ChaCha20-Poly1305
     ChaCha,
-    /// Workers, with AES-256-GCM
+    /// Workers seal them, with AES-256-GCM
     Aes,
 }
 
-/// To the workers.
+/// A message to the workers.
 #[derive(Serialize, Deserialize)]
 pub enum ToWorkers {
-    /// Where a peer is, and how long a message to it and back takes.
+    /// Adds or updates a peer.
     Peer {
         /// Peer index.
         peer: u32,
-        /// Where messages go until one of its own shows otherwise.
+        /// Destination of messages until a message from the peer arrives.
         endpoint: Option<SocketAddr>,
-        /// Round trip, ms; what was told before holds until another is known.
+        /// Round-trip time in milliseconds. `None` keeps the previous value.
         rtt_ms: Option<u32>,
     },
-    /// Forget a peer and its sessions.
+    /// Removes a peer and its sessions.
     RemovePeer {
         /// Peer index.
         peer: u32,
     },
-    /// A handshake has ended.
+    /// Installs the session of a completed handshake.
     Install(Keys),
-    /// A session is not to be used any more.
+    /// Withdraws a session.
     Withdraw {
-        /// Our receiver index.
+        /// Local receiver index.
         local_index: u32,
     },
-    /// Say hello under the session that seals.
+    /// Sends a hello under the sealing session.
     Keepalive {
         /// Peer index.
         peer: u32,
     },
-    /// Send a handshake message.
+    /// Sends a handshake message.
     Send {
-        /// Where to.
+        /// Destination.
         to: SocketAddr,
-        /// From which of this host's addresses.
+        /// Local address to send from.
         from: Option<IpAddr>,
-        /// The UDP payload.
+        /// UDP payload.
         bytes: Vec<u8>,
     },
-    /// Take nothing more, carry on with what waits for a moment, and end.
+    /// Takes no more packets, handles pending ones for a moment, and exits.
     Stop,
 }
 
-/// A session's indices and secrets.
+/// A session's indexes and secrets.
 #[derive(Clone, Serialize, Deserialize, zeroize::ZeroizeOnDrop, zeroize::Zeroize)]
 pub struct Keys {
     /// Peer index.
     pub peer: u32,
-    /// Receiver index in messages to us.
+    /// Receiver index of messages to this node.
     pub local_index: u32,
-    /// Receiver index in messages to the peer.
+    /// Receiver index of messages to the peer.
     pub remote_index: u32,
-    /// The handshake's secret for what we send.
+    /// Handshake secret for messages that this node sends.
     pub tx: [u8; 32],
-    /// The handshake's secret for what we receive.
+    /// Handshake secret for messages that this node receives.
     pub rx: [u8; 32],
-    /// Boot time (ns) at which the handshake ended.
+    /// When the handshake completed, in nanoseconds since boot.
     pub created_ns: u64,
-    /// Boot time (ns) after which it is not used.
+    /// When the session expires, in nanoseconds since boot.
     pub expires_ns: u64,
-    /// Whether we were the handshake's initiator.
+    /// True if this node initiated the handshake.
     pub is_initiator: bool,
 }
 
-/// From the workers.
+/// A message from the workers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromWorkers {
-    /// The first message to each daemon. What it has of peers and sessions follows, then
-    /// [`Self::Ready`].
+    /// The first message to each daemon. The process's sessions follow, then [`Self::Ready`].
     State {
-        /// [`VERSION`].
+        /// Protocol version, [`VERSION`].
         version: u32,
         /// Version of the program.
         program: String,
-        /// What it was started with.
+        /// Mode that the process was started with.
         mode: Mode,
         /// Interface index of each worker's device.
         devices: Vec<u32>,
-        /// Speed of each cipher, in the order of their numbers, MiB/s.
+        /// Speed of each cipher, ordered by number, in MiB/s.
         speeds: [u32; Cipher::ALL.len()],
     },
-    /// A session that it has.
+    /// An existing session.
     Session {
         /// Peer index.
         peer: u32,
-        /// Our receiver index.
+        /// Local receiver index.
         local_index: u32,
-        /// The peer's.
+        /// Receiver index of the peer.
         remote_index: u32,
-        /// Boot time (ns) at which the handshake ended.
+        /// When the handshake completed, in nanoseconds since boot.
         created_ns: u64,
-        /// Whether we were the handshake's initiator.
+        /// True if this node initiated the handshake.
         is_initiator: bool,
-        /// Whether the peer has proven that it has the keys.
+        /// True if the peer has proven that it has the keys.
         is_confirmed: bool,
-        /// Whether it is the one that seals.
+        /// True if it is the sealing session.
         is_sealing: bool,
     },
-    /// That was all.
+    /// The initial state is complete.
     Ready,
-    /// A handshake message came.
+    /// A handshake message was received.
     Received {
-        /// From where.
+        /// Source address.
         from: SocketAddr,
-        /// The local address it was sent to.
+        /// Local address that it was sent to.
         to: Option<IpAddr>,
-        /// The UDP payload.
+        /// UDP payload.
         bytes: Vec<u8>,
     },
     /// A peer has proven that it has the keys of a session.
     Confirmed {
         /// Peer index.
         peer: u32,
-        /// Our receiver index.
+        /// Local receiver index.
         local_index: u32,
     },
-    /// What became of peers, once a second.
+    /// Reports about peers, once a second.
     Peers(Vec<Report>),
-    /// Messages and packets dropped, by reason, since the process started.
+    /// Dropped messages and packets, by reason, since the process started.
     Drops(Vec<(u32, u64)>),
 }
 
-/// What a peer's bulk path does.
+/// State and counters of one peer on the bulk path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Peer index.
     pub peer: u32,
-    /// Where messages go.
+    /// Destination of messages.
     pub endpoint: Option<SocketAddr>,
-    /// Whether its bulk flows are served.
+    /// True if its bulk flows are served.
     pub is_served: bool,
-    /// What seals messages to it.
+    /// Cipher that seals messages to it.
     pub cipher: Cipher,
     /// Inner bytes sent.
     pub tx_bytes: u64,
@@ -177,22 +177,22 @@ pub struct Report {
     pub rx_bytes: u64,
     /// Messages received and authenticated.
     pub rx_packets: u64,
-    /// Boot time (ns) of the last message sent; 0 for never.
+    /// When the last message was sent, in nanoseconds since boot; 0 for never.
     pub last_tx_ns: u64,
-    /// Of the last authenticated message received.
+    /// When the last authenticated message was received, likewise.
     pub last_rx_ns: u64,
-    /// Of the last packet sent.
+    /// When the last packet was sent, likewise.
     pub last_data_tx_ns: u64,
-    /// Of the last packet received.
+    /// When the last packet was received, likewise.
     pub last_data_rx_ns: u64,
-    /// How often it was given up because it did not answer.
+    /// How often the peer was given up because it did not answer.
     pub silences: u64,
 }
 
-/// Encodes and sends a message; the encoding is wiped.
+/// Encodes and sends a message, then wipes the encoded bytes.
 ///
 /// # Errors
-/// What `send` reports; `WouldBlock` if the other end does not keep up.
+/// Returns the error of `send`, which is `WouldBlock` if the other end does not keep up.
 pub fn send<T: Serialize>(socket: &impl AsFd, message: &T) -> io::Result<()> {
     let mut bytes = postcard::to_allocvec(message).map_err(io::Error::other)?;
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
@@ -201,10 +201,11 @@ pub fn send<T: Serialize>(socket: &impl AsFd, message: &T) -> io::Result<()> {
     Ok(sent.map(|_| ())?)
 }
 
-/// The next message; `None` when the other end is gone.
+/// Receives the next message. Returns `None` if the other end is gone.
 ///
 /// # Errors
-/// What `recv` reports; `WouldBlock` if there is none; `InvalidData` for one that does not decode.
+/// Returns the error of `recv`, which is `WouldBlock` if no message is pending. Returns
+/// `InvalidData` for a message that does not decode.
 pub fn receive<T: for<'de> Deserialize<'de>>(socket: &impl AsFd) -> io::Result<Option<T>> {
     let mut buffer = [0; MAX_LEN];
     let received =

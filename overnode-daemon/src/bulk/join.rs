@@ -1,6 +1,6 @@
-//! Joining: consecutive packets of a flow become one super-packet for a TAP device, by the rules of
-//! `tcp_gro_receive`, `udp_gro_receive`, `inet_gro_receive` and `ipv6_gro_receive` of the kernel,
-//! and so that cutting it again gives the same packets.
+//! Coalesces consecutive packets of a flow into one super-packet for a TAP device. It follows the
+//! rules of the kernel's `tcp_gro_receive`, `udp_gro_receive`, `inet_gro_receive` and
+//! `ipv6_gro_receive`, and guarantees that segmenting the result gives the same packets.
 
 use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN};
 
@@ -10,58 +10,58 @@ use super::packet::{
 };
 use super::segment::MAX_SEGMENTS;
 
-/// Flows that can be joined at the same time.
+/// Maximum number of flows with a pending super-packet.
 pub const FLOWS: usize = 8;
-/// Datagrams in one super-packet of UDP, the kernel's `UDP_GRO_CNT_MAX`.
+/// Maximum number of datagrams in one super-packet of UDP, the kernel's `UDP_GRO_CNT_MAX`.
 const MAX_DATAGRAMS: usize = 64;
-/// The longest super-packet, in bytes.
+/// Longest super-packet, in bytes.
 const MAX_JOINED: usize = 65_535;
-/// Bytes in front of the packet.
+/// Bytes in front of the packet: vnet header and Ethernet header.
 const ROOM: usize = VNET_HEADER + ETHERNET_LEN;
-/// The Ethernet header, both addresses, both ports, protocol and version.
+/// Length of a flow key: Ethernet header, both addresses, both ports, protocol and version.
 const KEY: usize = ETHERNET_LEN + 32 + 4 + 2;
 
-/// Keeps what may grow until something else comes, or [`Joiner::flush`]. Allocates nothing after
-/// [`Joiner::new`].
+/// Holds super-packets until they cannot grow or [`Joiner::flush`] is called. Allocates nothing
+/// after [`Joiner::new`].
 #[derive(Debug)]
 pub struct Joiner {
     joins_udp: bool,
     slots: [Slot; FLOWS],
-    /// For what is delivered alone.
+    /// Buffer for frames that are delivered alone.
     alone: Box<[u8]>,
-    /// Slots that were opened.
+    /// Slots opened so far.
     opened: u64,
 }
 
-/// A flow of which something is pending.
+/// The pending super-packet of one flow.
 #[derive(Debug)]
 struct Slot {
-    /// Also whether anything is: none is 0.
+    /// Segments so far; 0 means that the slot is free.
     segments: usize,
-    /// Its place in the order of [`Joiner::opened`].
+    /// Value of [`Joiner::opened`] when the slot was opened.
     age: u64,
     key: [u8; KEY],
     headers: Headers,
     /// Payload of the first segment, in bytes.
     size: usize,
-    /// Bytes of the packet so far.
+    /// Length of the packet so far, in bytes.
     length: usize,
     /// A whole TAP frame: vnet header, Ethernet header, packet.
     frame: Box<[u8]>,
 }
 
-/// Whether a segment continues what is pending.
+/// Whether a segment continues the pending super-packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fit {
     No,
     Yes,
-    /// And nothing may follow it.
+    /// It does, and nothing may follow it.
     Last,
 }
 
 impl Joiner {
-    /// One without anything pending. UDP is joined only where the kernel of the other end of the
-    /// TAP device takes it.
+    /// Creates an empty joiner. Set `joins_udp` only if the kernel behind the TAP device accepts
+    /// UDP super-packets.
     pub fn new(joins_udp: bool) -> Self {
         let headers = Headers { version: 0, protocol: 0, transport: 0, payload: 0 };
         let slot = |_| Slot {
@@ -81,12 +81,12 @@ impl Joiner {
         }
     }
 
-    /// Takes a packet with the Ethernet header to put in front of it. What is delivered are whole
-    /// frames for the TAP device: vnet header, Ethernet header, packet. Packets of a flow are
-    /// delivered in the order they came; one that is not a whole packet of TCP or UDP comes after
-    /// everything that is pending.
+    /// Takes a packet and the Ethernet header to put in front of it. Passes whole frames for the
+    /// TAP device to `deliver`: vnet header, Ethernet header, packet. Packets of a flow are
+    /// delivered in the order of arrival. A packet that is not a complete TCP or UDP packet is
+    /// delivered after everything that is pending.
     ///
-    /// A packet of more than [`MAX_PACKET`] bytes is no IP packet, and dropped.
+    /// A packet of more than [`MAX_PACKET`] bytes cannot be an IP packet and is dropped.
     pub fn push(
         &mut self,
         link: [u8; ETHERNET_LEN],
@@ -171,8 +171,8 @@ impl Joiner {
         deliver(frame);
     }
 
-    /// Whether it may be a segment of a super-packet at all. Its checksums are right, or the
-    /// super-packet would mend them.
+    /// Returns true if the packet may be a segment of a super-packet. Its checksums must be
+    /// correct, because the super-packet would repair wrong ones.
     fn can_join(&self, packet: &[u8], headers: &Headers) -> bool {
         let plain = match headers.version {
             4 => {
@@ -183,7 +183,7 @@ impl Joiner {
                         read_u16(packet, 4),
                     )
                 };
-                // No flag but DF, as in the kernel.
+                // No flag but DF may be set, as in the kernel.
                 headers.transport == IPV4_LEN
                     && packet[6] & 0x80 == 0
                     && checksum() == read_u16(packet, 10)
@@ -204,7 +204,7 @@ impl Joiner {
 }
 
 impl Slot {
-    /// For a packet of the same flow that [`Joiner::can_join`].
+    /// Checks a packet of the same flow for which [`Joiner::can_join`] returned true.
     fn fit(&self, packet: &[u8], headers: &Headers) -> Fit {
         let first = &self.frame[ROOM..];
         let body = packet.len() - headers.payload;
@@ -226,7 +226,7 @@ impl Slot {
         }
     }
 
-    /// Type of service, DF, time to live; IDs that count up.
+    /// Compares type of service, DF and time to live, and requires IDs that count up.
     fn fits_ipv4(&self, first: &[u8], packet: &[u8]) -> bool {
         packet[1] == first[1]
             && packet[6] == first[6]
@@ -234,8 +234,8 @@ impl Slot {
             && read_u16(packet, 4) == read_u16(first, 4).wrapping_add(self.segments as u16)
     }
 
-    /// Everything but checksum, PSH and FIN. The kernel compares the window too, which is in the
-    /// same word as the flags, but not the urgent pointer.
+    /// Compares all TCP fields except checksum, PSH and FIN. The kernel also compares the window,
+    /// which shares a word with the flags, but not the urgent pointer.
     fn fits_tcp(&self, first: &[u8], packet: &[u8]) -> bool {
         let Headers { transport, payload, .. } = self.headers;
         let (before, header) = (&first[transport..payload], &packet[transport..payload]);
@@ -259,7 +259,7 @@ impl Slot {
         }
     }
 
-    /// Delivers what is pending.
+    /// Delivers the pending super-packet and frees the slot.
     fn close(&mut self, deliver: &mut impl FnMut(&[u8])) {
         let frame = &mut self.frame[..ROOM + self.length];
         let mut vnet = self.headers.vnet();
@@ -274,8 +274,8 @@ impl Slot {
     }
 }
 
-/// Writes lengths and sums of a super-packet into its headers; returns its type for the vnet
-/// header.
+/// Writes the lengths and sums of a super-packet into its headers. Returns its GSO type for the
+/// vnet header.
 fn finish(packet: &mut [u8], headers: &Headers) -> u8 {
     let length = packet.len();
     if headers.version == 4 {
@@ -296,12 +296,12 @@ fn finish(packet: &mut [u8], headers: &Headers) -> u8 {
     ecn | if headers.version == 4 { GSO_TCPV4 } else { GSO_TCPV6 }
 }
 
-/// Traffic class, flow label and hop limit.
+/// Compares traffic class, flow label and hop limit.
 fn fits_ipv6(first: &[u8], packet: &[u8]) -> bool {
     packet[..4] == first[..4] && packet[7] == first[7]
 }
 
-/// Whether nothing may follow it in a super-packet.
+/// Returns true if nothing may follow this packet in a super-packet.
 fn ends(packet: &[u8], headers: &Headers) -> bool {
     headers.protocol == TCP && packet[headers.transport + 13] & (flag::FIN | flag::PSH) != 0
 }

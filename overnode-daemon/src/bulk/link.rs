@@ -1,5 +1,5 @@
-//! The daemon's side: starts the workers' process, finds one that an earlier daemon started, and
-//! talks with it.
+//! Implements the daemon's side: starts the workers' process, connects to one that an earlier
+//! daemon started, and exchanges messages with it.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -27,10 +27,10 @@ use crate::datapath::BulkDevice;
 use crate::trust;
 use crate::types::PublicKey;
 
-/// Bytes that wait in each direction of a worker's socket.
+/// Buffer size of a worker's socket in each direction, in bytes.
 const BUFFER: usize = 4 << 20;
 
-/// A connection with the workers' process.
+/// A connection to the workers' process.
 #[derive(Debug)]
 pub struct Link {
     socket: AsyncFd<OwnedFd>,
@@ -38,10 +38,11 @@ pub struct Link {
 }
 
 impl Link {
-    /// Connects with the process whose socket is in `run_dir`; `None` if none listens.
+    /// Connects to the process whose socket is in `run_dir`. Returns `None` if no process listens
+    /// there.
     ///
     /// # Errors
-    /// The socket is somebody else's, or cannot be used.
+    /// Fails if another user's process listens there, or if the socket cannot be used.
     pub fn connect(run_dir: &Path) -> Result<Option<Self>> {
         let address = UnixAddr::new(&run_dir.join(SOCKET))?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -52,22 +53,22 @@ impl Link {
             Err(error) => return Err(error).context("the workers' socket cannot be used"),
         }
         let peer = socket::getsockopt(&socket, sockopt::PeerCredentials)?;
-        // Whoever listens gets keys.
+        // The listening process is given session keys.
         ensure!(
             trust::is_trusted_user(peer.uid()),
             "a process of user {} listens at the workers' socket",
             peer.uid()
         );
         let pid = Pid::from_raw(peer.pid());
-        // SAFETY: the descriptor is owned, and stays what it is until the end.
+        // SAFETY: the descriptor is owned, and never changes.
         let socket = unsafe { AsyncFd::register(socket) };
         Ok(Some(Self { socket: socket.context("the workers cannot be heard")?, pid }))
     }
 
-    /// The next message; `None` when the process is gone. Cancelling loses nothing.
+    /// Returns the next message, or `None` if the process is gone. This method is cancel safe.
     ///
     /// # Errors
-    /// The process is not understood.
+    /// Fails if a message cannot be received or decoded.
     pub async fn next(&self) -> io::Result<Option<FromWorkers>> {
         loop {
             let mut ready = self.socket.readable().await?;
@@ -77,20 +78,21 @@ impl Link {
         }
     }
 
-    /// Tells the process something.
+    /// Sends a message to the process.
     ///
     /// # Errors
-    /// It is gone, or has not listened for long.
+    /// Fails if the process is gone, or has not read its messages for too long.
     pub fn tell(&self, message: &ToWorkers) -> io::Result<()> {
         send(self.socket.get_ref(), message)
     }
 
-    /// Who listened at the socket when it was connected with.
+    /// Returns the ID of the process that listened when the connection was made.
     pub fn pid(&self) -> i32 {
         self.pid.as_raw()
     }
 
-    /// Tells the process to end, and waits until it has.
+    /// Tells the process to exit and waits until it has. Kills it if it cannot be told or takes
+    /// more than 2 seconds.
     pub async fn stop(self) {
         const PATIENCE: Duration = Duration::from_secs(2);
         let ended = async { while let Ok(Some(_)) = self.next().await {} };
@@ -101,13 +103,13 @@ impl Link {
         }
     }
 
-    /// Ends a process that does not listen.
+    /// Kills the process.
     pub fn kill(&self) {
         let _ = kill(self.pid, Signal::SIGKILL);
     }
 }
 
-/// What the sockets of one worker are.
+/// The UDP sockets of all workers.
 #[derive(Debug)]
 pub struct Ports {
     v4: Vec<OwnedFd>,
@@ -115,12 +117,12 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// Binds UDP port 6783 for each of `workers`, IPv4 and IPv6 apart; a family that the host lacks
-    /// is left out. A message goes to the worker whose number, counted around, is that of the
-    /// worker that sent it.
+    /// Binds UDP port 6783 once per worker, for IPv4 and IPv6 separately. A family that the host
+    /// lacks is skipped. A message goes to the worker whose number is that of the sending worker,
+    /// modulo `workers`.
     ///
     /// # Errors
-    /// The port is taken.
+    /// Fails if the port is in use, or if the host has neither IPv4 nor IPv6.
     pub fn bind(workers: usize) -> Result<Self> {
         let group = |address: SocketAddr| -> Result<Vec<OwnedFd>> {
             let mut sockets = Vec::new();
@@ -157,7 +159,7 @@ fn bind(address: SocketAddr) -> Result<OwnedFd, Errno> {
     if address.is_ipv6() {
         socket::setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
     }
-    // Beyond the system's limits, which root may; without that right, as much as they allow.
+    // Root may exceed the system's limits. Without that privilege the limits apply.
     if socket::setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
         socket::setsockopt(&socket, sockopt::RcvBuf, &BUFFER)?;
     }
@@ -168,9 +170,9 @@ fn bind(address: SocketAddr) -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
-/// The kernel chooses among the sockets of one port by the byte of a message that names the sending
-/// worker (classic BPF on the UDP payload, Linux 4.5). So all that one worker sends is opened by
-/// one worker, in order, and no datagram can choose another window.
+/// Makes the kernel choose among the sockets of one port by the byte that names the sending worker
+/// (classic BPF on the UDP payload, Linux 4.5). One worker therefore opens everything that one
+/// remote worker sends, in order. No datagram can reach a different worker's replay window.
 fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
     const LOAD_BYTE: u16 = (libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16;
     const MODULO: u16 = (libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K) as u16;
@@ -179,7 +181,7 @@ fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
     let step = |code, k| libc::sock_filter { code, jt: 0, jf: 0, k };
     let mut steps = [step(LOAD_BYTE, WORKER), step(MODULO, workers), step(RETURN, 0)];
     let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
-    // SAFETY: the program and its steps are valid as long as the call lasts.
+    // SAFETY: the program and its instructions are valid during the call.
     let set = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -195,7 +197,7 @@ fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
 /// Starts the process. It outlives its parent.
 ///
 /// # Errors
-/// The socket cannot be made, or the process not be started.
+/// Fails if the socket cannot be created or the process cannot be started.
 pub fn start(
     run_dir: &Path,
     mode: super::control::Mode,
@@ -234,14 +236,15 @@ pub fn start(
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .process_group(0)
-        // Whatever is in the daemon's, a token perhaps, is none of its business.
+        // The daemon's environment may contain secrets such as a join token.
         .env_clear()
         .fd_mappings(mappings)
         .context("descriptors collide")?;
     command.spawn().context("the process of the workers cannot be started")
 }
 
-/// The process itself listens: who listens is who the kernel says is at the other end.
+/// Creates the named socket, on which the process itself calls `listen`. The kernel then reports
+/// that process, not the daemon, as the peer of each connection.
 fn named_socket(run_dir: &Path) -> Result<OwnedFd> {
     let path = run_dir.join(SOCKET);
     match std::fs::remove_file(&path) {
@@ -252,7 +255,7 @@ fn named_socket(run_dir: &Path) -> Result<OwnedFd> {
     }
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-    // Linux gives the file the mode that the socket has when it is bound, less the umask.
+    // Linux creates the socket file with the mode of the socket, less the umask.
     fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
     socket::bind(socket.as_raw_fd(), &UnixAddr::new(&path)?)
         .with_context(|| format!("the socket {} cannot be made", path.display()))?;

@@ -1,4 +1,4 @@
-//! How fast this host is with each cipher.
+//! Measures the speed of this host with each cipher.
 
 use std::time::{Duration, Instant};
 
@@ -6,16 +6,16 @@ use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, Unboun
 
 use super::message::{Cipher, TAG_LEN};
 
-/// Length of the messages measured: a full-sized packet.
+/// Length of the measured messages, in bytes: a full-sized packet.
 const LEN: usize = 1408;
-/// How often each cipher is measured, in turns, and for how long. Hosts start their nodes while
-/// they start all else: whoever takes the processor away for some milliseconds spoils a few of so
-/// short measurements, and the best counts.
+/// How often each cipher is measured, in turns, and for how long. A host starts its node along with
+/// many other programs, which may take the processor away for some milliseconds. With short
+/// measurements this spoils only a few, and the best one counts.
 const TURNS: usize = 16;
 const TIME: Duration = Duration::from_micros(250);
 
-/// Bytes sealed and opened in a second by one core, MiB/s, at least 1, in the order of the ciphers'
-/// numbers. Takes a few milliseconds.
+/// Returns the rate at which one core seals and opens messages with each cipher, ordered by number,
+/// in MiB/s, at least 1. Takes a few milliseconds.
 pub fn speeds() -> [u32; Cipher::ALL.len()] {
     let mut best = [1; Cipher::ALL.len()];
     for _ in 0..TURNS {
@@ -31,7 +31,7 @@ fn measure(cipher: Cipher) -> u32 {
         Cipher::ChaCha => &CHACHA20_POLY1305,
         Cipher::Aes => &AES_256_GCM,
     };
-    // A key that protects nothing.
+    // This key protects nothing.
     let Ok(key) = UnboundKey::new(algorithm, &[0; 32]).map(LessSafeKey::new) else { return 1 };
     let mut message = vec![0; LEN + TAG_LEN];
     let (started, mut rounds) = (Instant::now(), 0_u64);

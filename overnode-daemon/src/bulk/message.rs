@@ -1,31 +1,31 @@
-//! What travels between workers on UDP port 6783: handshake messages of types 1 to 3, which are the
-//! daemon's, and data messages.
+//! Encodes the messages between workers on UDP port 6783: data messages, which this module covers,
+//! and the daemon's handshake messages of types 1 to 3.
 //!
-//! | offset | bytes | what |
+//! | offset | bytes | contents |
 //! | --- | --- | --- |
 //! | 0 | 1 | type 4 |
 //! | 1 | 1 | cipher: 0 ChaCha20-Poly1305, 1 AES-256-GCM |
-//! | 2 | 1 | the worker that sent it, 0 to 15 |
-//! | 3 | 1 | bit 0: the transport checksum of the inner packet is not finished |
+//! | 2 | 1 | sending worker, 0 to 15 |
+//! | 3 | 1 | bit 0: the transport checksum of the inner packet is partial |
 //! | 4 | 4 | receiver index, little-endian |
 //! | 8 | 8 | counter, little-endian |
 //! | 16 | | ciphertext, then the tag of 16 bytes |
 //!
-//! The header is authenticated as associated data. The plaintext is an inner IP packet, or a
-//! [`Hello`], whose first byte no IP packet has.
+//! The header is authenticated as associated data. The plaintext is an inner IP packet or a
+//! [`Hello`], whose first byte occurs in no IP packet.
 
 use overnode_ebpf::map::BULK_WORKER_SLOTS;
 use overnode_ebpf::wire::TYPE_DATA;
 use serde::{Deserialize, Serialize};
 
-/// Length of the header, bytes.
+/// Length of the header, in bytes.
 pub const HEADER_LEN: usize = 16;
-/// Length of the tag, bytes.
+/// Length of the tag, in bytes.
 pub const TAG_LEN: usize = 16;
 
 const PARTIAL: u8 = 1;
 
-/// What seals a message.
+/// A cipher that seals messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Cipher {
     /// ChaCha20-Poly1305 (RFC 8439).
@@ -37,10 +37,10 @@ pub enum Cipher {
 }
 
 impl Cipher {
-    /// All of them, in the order of their numbers.
+    /// All ciphers, ordered by number.
     pub const ALL: [Self; 2] = [Self::ChaCha, Self::Aes];
 
-    /// The name that people know.
+    /// Returns the usual name of the cipher.
     pub const fn name(self) -> &'static str {
         match self {
             Self::ChaCha => "ChaCha20-Poly1305",
@@ -56,20 +56,21 @@ impl Cipher {
 /// The header of a data message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// What sealed it.
+    /// Cipher that sealed the message.
     pub cipher: Cipher,
-    /// Which worker sent it.
+    /// Sending worker, 0 to 15.
     pub worker: u8,
-    /// Whether the inner packet's transport checksum is still to be finished.
+    /// True if the transport checksum of the inner packet is partial.
     pub is_partial: bool,
-    /// The receiver's index of the session.
+    /// Receiver index of the session.
     pub receiver: u32,
-    /// The nonce, never used twice by one worker in one session.
+    /// Counter that the nonce is made of. A worker never uses it twice in one session with one
+    /// cipher.
     pub counter: u64,
 }
 
 impl Header {
-    /// As it lies on the wire.
+    /// Encodes the header.
     pub fn to_bytes(self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         bytes[0] = TYPE_DATA;
@@ -81,8 +82,8 @@ impl Header {
         bytes
     }
 
-    /// The header of a data message that may hold nothing, but is no shorter; `None` for anything
-    /// else.
+    /// Decodes the header of a data message. The plaintext may be empty. Returns `None` for
+    /// malformed or other messages.
     pub fn from_message(message: &[u8]) -> Option<Self> {
         if message.len() < HEADER_LEN + TAG_LEN {
             return None;
@@ -102,24 +103,24 @@ impl Header {
     }
 }
 
-/// What workers say to each other: that they live, and how fast they open messages.
+/// A greeting between workers: shows that the sender is alive, and how fast it opens messages.
 ///
-/// Kind 1, flags (bit 0: an answer is wanted), two zero bytes, then the speed of each cipher in the
-/// order of their numbers, u32 little-endian, MiB/s. Longer ones are of later versions.
+/// Encoding: kind 1, flags (bit 0: an answer is wanted), two zero bytes, then the speed of each
+/// cipher ordered by number, as little-endian u32 in MiB/s. Later versions may append more bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// Whether the receiver shall say hello in turn.
+    /// True if the receiver should answer with a hello.
     pub wants_answer: bool,
-    /// How fast the sender is with each cipher, MiB/s; 0 if it does not take it.
+    /// Speed of the sender with each cipher, in MiB/s; 0 if it does not accept the cipher.
     pub speeds: [u32; Cipher::ALL.len()],
 }
 
-/// Length of a [`Hello`].
+/// Length of a [`Hello`], in bytes.
 pub const HELLO_LEN: usize = 12;
 const HELLO: u8 = 1;
 
 impl Hello {
-    /// As it is sealed.
+    /// Encodes the hello as plaintext.
     pub fn to_bytes(self) -> [u8; HELLO_LEN] {
         let mut bytes = [0; HELLO_LEN];
         bytes[0] = HELLO;
@@ -129,7 +130,7 @@ impl Hello {
         bytes
     }
 
-    /// What an opened message says, if it is a hello.
+    /// Decodes a plaintext. Returns `None` if it is not a hello.
     pub fn from_plaintext(plaintext: &[u8]) -> Option<Self> {
         let [HELLO, flags, _, _, a, b, c, d, e, f, g, h] = *plaintext.first_chunk()? else {
             return None;

@@ -1,19 +1,19 @@
-//! The bulk path: flows that send many segments at once go through workers in user space, which
-//! cut, seal, open and join them.
+//! The bulk path: workers in user space segment, seal, open and coalesce the packets of bulk flows,
+//! which send many segments at a time.
 //!
-//! | file | what |
+//! | file | contents |
 //! | --- | --- |
-//! | `message` | what travels between workers |
+//! | `message` | wire format between workers |
 //! | `session` | keys, nonces, replay windows |
 //! | `peer` | whether a peer is served, and with which cipher |
-//! | `segment`, `join`, `packet` | packets cut out of what a TAP device gives, and joined for one |
-//! | `udp` | the sockets of a worker, and batches of messages |
-//! | `worker`, `process` | the threads that move packets, and the process that they live in |
-//! | `confine` | what that process may still do |
-//! | `control`, `link` | what it and the daemon say to each other, and how it is started |
+//! | `segment`, `join`, `packet` | segmenting and coalescing packets of a TAP device |
+//! | `udp` | sockets of a worker, and batches of messages |
+//! | `worker`, `process` | threads that move packets, and their process |
+//! | `confine` | privileges that the process drops |
+//! | `control`, `link` | protocol with the daemon, and how the daemon starts the process |
 //!
-//! The checksum of such packets is never finished on the way, the seal protects them: what a
-//! checksum field holds is the sum of the pseudo-header, as in the kernel's `CHECKSUM_PARTIAL`.
+//! Checksums of such packets stay partial on the way, because the seal protects the packets. The
+//! checksum field holds the sum of the pseudo-header, like the kernel's `CHECKSUM_PARTIAL`.
 
 mod confine;
 pub mod control;

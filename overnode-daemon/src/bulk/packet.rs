@@ -1,35 +1,35 @@
-//! What is read of an inner packet, the header that a TAP device puts in front of it, and the sums
-//! of its headers.
+//! Reads the headers of inner packets, encodes the vnet header of a TAP device, and computes header
+//! checksums.
 
 use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN, UDP_LEN};
 
 use crate::checksum::{fold, sum};
 
-/// Bytes of [`VnetHeader`].
+/// Length of [`VnetHeader`], in bytes.
 pub const VNET_HEADER: usize = 10;
-/// The longest IPv6 packet without a jumbo option, in bytes; IPv4's longest is shorter.
+/// Longest IPv6 packet without a jumbo option, in bytes. An IPv4 packet is always shorter.
 pub const MAX_PACKET: usize = 40 + 65_535;
 
-/// In [`VnetHeader::flags`]: the checksum at [`VnetHeader::csum_start`] is partial.
+/// [`VnetHeader::flags`]: the checksum at [`VnetHeader::csum_start`] is partial.
 pub const NEEDS_CSUM: u8 = 1;
-/// In [`VnetHeader::gso_type`]: one packet.
+/// [`VnetHeader::gso_type`]: a single packet.
 pub const GSO_NONE: u8 = 0;
-/// In [`VnetHeader::gso_type`]: segments of TCP over IPv4.
+/// [`VnetHeader::gso_type`]: segments of TCP over IPv4.
 pub const GSO_TCPV4: u8 = 1;
-/// In [`VnetHeader::gso_type`]: segments of TCP over IPv6.
+/// [`VnetHeader::gso_type`]: segments of TCP over IPv6.
 pub const GSO_TCPV6: u8 = 4;
-/// In [`VnetHeader::gso_type`]: datagrams of UDP, over IPv4 or IPv6.
+/// [`VnetHeader::gso_type`]: datagrams of UDP, over IPv4 or IPv6.
 pub const GSO_UDP_L4: u8 = 5;
-/// In [`VnetHeader::gso_type`], beside TCP's: the first segment has CWR.
+/// [`VnetHeader::gso_type`], combined with a TCP type: the first segment has CWR set.
 pub const GSO_ECN: u8 = 0x80;
 
 pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
 const TCP_HEADER: usize = 20;
-/// More extension headers than any stack sends in one packet.
+/// Maximum number of extension headers that are followed. No stack sends more in one packet.
 const MAX_EXTENSIONS: usize = 8;
 
-/// TCP's flags, in byte 13 of its header.
+/// Flags of TCP, in byte 13 of its header.
 pub(super) mod flag {
     pub const FIN: u8 = 0x01;
     pub const SYN: u8 = 0x02;
@@ -39,27 +39,27 @@ pub(super) mod flag {
     pub const CWR: u8 = 0x80;
 }
 
-/// `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h), in the byte order of this machine, as
-/// a TAP device has it unless told otherwise. Offsets count from the first byte of the Ethernet
-/// header.
+/// `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h), in the byte order of this machine,
+/// which is the default of a TAP device. Offsets count from the first byte of the Ethernet header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VnetHeader {
-    /// [`NEEDS_CSUM`] and others.
+    /// [`NEEDS_CSUM`] and other flags.
     pub flags: u8,
-    /// [`GSO_NONE`] or another, with [`GSO_ECN`].
+    /// [`GSO_NONE`] or another type, possibly with [`GSO_ECN`].
     pub gso_type: u8,
-    /// Bytes of the Ethernet, IP and transport header. Only a hint when it comes from the kernel.
+    /// Length of the Ethernet, IP and transport headers, in bytes. Only a hint in headers from the
+    /// kernel.
     pub hdr_len: u16,
     /// Payload of each segment but the last, in bytes.
     pub gso_size: u16,
-    /// Where the sum begins.
+    /// Offset at which the sum begins, in bytes.
     pub csum_start: u16,
-    /// Where it is stored, from `csum_start` on.
+    /// Offset at which the sum is stored, in bytes from `csum_start` on.
     pub csum_offset: u16,
 }
 
 impl VnetHeader {
-    /// The bytes in front of the frame.
+    /// Encodes the header.
     pub fn to_bytes(self) -> [u8; VNET_HEADER] {
         let mut bytes = [self.flags, self.gso_type, 0, 0, 0, 0, 0, 0, 0, 0];
         let numbers = [self.hdr_len, self.gso_size, self.csum_start, self.csum_offset];
@@ -69,7 +69,7 @@ impl VnetHeader {
         bytes
     }
 
-    /// Reads what [`Self::to_bytes`] wrote, or the kernel.
+    /// Decodes a header from [`Self::to_bytes`] or from the kernel.
     pub fn from_bytes(bytes: [u8; VNET_HEADER]) -> Self {
         let [flags, gso_type, a, b, c, d, e, f, g, h] = bytes;
         Self {
@@ -83,32 +83,32 @@ impl VnetHeader {
     }
 }
 
-/// A packet that cannot be cut, or has no transport header.
+/// A packet that cannot be segmented, or that has no usable transport header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadPacket {
-    /// Neither version 4 nor 6.
+    /// The version is neither 4 nor 6.
     #[error("not an IP packet")]
     NotIp,
-    /// A header says another length than there is, or less than its own.
+    /// A length in a header differs from the actual length, or is less than the header itself.
     #[error("a packet of {0} bytes whose headers say another length")]
     Length(usize),
-    /// Neither TCP nor UDP.
+    /// The protocol is neither TCP nor UDP.
     #[error("a packet of protocol {0}")]
     Protocol(u8),
-    /// A part of a packet has no transport header of its own.
+    /// The packet is a fragment, which has no transport header of its own.
     #[error("a fragment")]
     Fragment,
-    /// See [`VnetHeader::gso_type`].
+    /// The [`VnetHeader::gso_type`] is unknown or belongs to another protocol.
     #[error("segments of the unknown or another protocol's type {0:#x}")]
     GsoType(u8),
-    /// Nothing in each segment.
+    /// The segments would have no payload.
     #[error("segments without payload")]
     GsoSize,
-    /// See [`super::segment::MAX_SEGMENTS`].
+    /// The number of segments exceeds [`super::segment::MAX_SEGMENTS`].
     #[error("{0} segments")]
     Segments(usize),
-    /// Not where the transport header has it, or outside of the packet, or its IP header would
-    /// change.
+    /// The checksum field is not that of the transport header, is outside the packet, or would
+    /// overwrite a header that was checked.
     #[error("a checksum at {start} + {offset}")]
     Checksum {
         /// [`VnetHeader::csum_start`].
@@ -116,29 +116,29 @@ pub enum BadPacket {
         /// [`VnetHeader::csum_offset`].
         offset: u16,
     },
-    /// Each segment needs a checksum of its own.
+    /// The checksum is complete, but each segment needs a checksum of its own.
     #[error("segments of a packet whose checksum is finished")]
     Finished,
 }
 
-/// The headers of a whole packet of TCP or UDP.
+/// The headers of a complete TCP or UDP packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Headers {
-    /// 4 or 6.
+    /// IP version, 4 or 6.
     pub version: u8,
-    /// TCP's or UDP's number.
+    /// Protocol number of TCP or UDP.
     pub protocol: u8,
-    /// Bytes before the transport header.
+    /// Offset of the transport header, in bytes.
     pub transport: usize,
-    /// Bytes before the payload.
+    /// Offset of the payload, in bytes.
     pub payload: usize,
 }
 
 impl Headers {
-    /// Reads them. The lengths that they say are those of the packet.
+    /// Reads the headers and checks that their lengths match the packet.
     ///
     /// # Errors
-    /// [`BadPacket`]: any other packet.
+    /// Returns [`BadPacket`] for anything but a complete TCP or UDP packet.
     pub fn read(packet: &[u8]) -> Result<Self, BadPacket> {
         let length = BadPacket::Length(packet.len());
         let version = packet.first().ok_or(BadPacket::NotIp)? >> 4;
@@ -161,13 +161,12 @@ impl Headers {
         Ok(Self { version, protocol, transport, payload: transport + header })
     }
 
-    /// Where the transport header has its checksum, from its first byte on.
+    /// Returns the offset of the checksum in the transport header, in bytes.
     pub fn checksum_offset(&self) -> usize {
         if self.protocol == TCP { 16 } else { 6 }
     }
 
-    /// The header that a packet with these headers and a partial checksum has in front of it, as a
-    /// single packet.
+    /// Returns the vnet header for a single packet with these headers and a partial checksum.
     pub fn vnet(&self) -> VnetHeader {
         let from_ethernet =
             |offset: usize| u16::try_from(ETHERNET_LEN + offset).unwrap_or(u16::MAX);
@@ -181,10 +180,10 @@ impl Headers {
         }
     }
 
-    /// What the checksum field of such a packet holds while the checksum is partial: the sum of the
-    /// pseudo-header. Never 0.
+    /// Returns the value of the checksum field while the checksum is partial: the sum of the
+    /// pseudo-header, never 0.
     ///
-    /// A routing header is not followed: the sum is for the address that the IP header has.
+    /// A routing header is not followed. The sum covers the destination address in the IP header.
     pub fn pseudo(&self, packet: &[u8]) -> u16 {
         let addresses = if self.version == 4 { &packet[12..20] } else { &packet[8..40] };
         let length = (packet.len() - self.transport) as u32;
@@ -201,7 +200,7 @@ fn read_ipv4(packet: &[u8]) -> Result<(u8, usize), BadPacket> {
     if header < IPV4_LEN || header > packet.len() {
         return Err(length);
     }
-    // More fragments, or not the first one.
+    // MF is set or the fragment offset is not 0.
     if read_u16(packet, 6) & 0x3fff != 0 {
         return Err(BadPacket::Fragment);
     }
@@ -246,12 +245,12 @@ pub(super) fn write_u32(bytes: &mut [u8], at: usize, value: u32) {
     bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
 }
 
-/// The sum of an IPv4 header without its length, ID and checksum: see [`ipv4_checksum`].
+/// Returns the sum of an IPv4 header without its length, ID and checksum. See [`ipv4_checksum`].
 pub(super) fn ipv4_sum(header: &[u8]) -> u32 {
     sum(&header[..2]) + sum(&header[6..10]) + sum(&header[12..])
 }
 
-/// The checksum of an IPv4 header, from [`ipv4_sum`] and what that leaves out.
+/// Returns the checksum of an IPv4 header, given [`ipv4_sum`] and the fields that it omits.
 pub(super) fn ipv4_checksum(rest: u32, length: u16, id: u16) -> u16 {
     !fold(rest + u32::from(length) + u32::from(id))
 }

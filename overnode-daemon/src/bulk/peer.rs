@@ -1,5 +1,5 @@
-//! What the workers know of a peer, and whether its bulk flows are served. Decides; does no I/O and
-//! reads no clock.
+//! Decides whether a peer's bulk flows are served, from what the workers know of the peer. Does no
+//! I/O and reads no clock.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -12,39 +12,39 @@ use super::message::{Cipher, Hello};
 use super::session::Session;
 use crate::types::PeerIndex;
 
-/// Longest silence of a peer that gets data, beyond two round trips (ns).
+/// Longest accepted silence of a peer that is sent data, in nanoseconds, on top of two round trips.
 const SILENCE_NS: u64 = 70_000_000;
-/// A peer that gets data says hello so often (ns).
+/// Interval at which a peer that receives data sends a hello, in nanoseconds.
 pub const FEEDBACK_NS: u64 = 20_000_000;
-/// A peer that is not served is asked again after this time (ns).
+/// Interval at which a peer that is not served is sent a hello, in nanoseconds.
 const ASK_AGAIN_NS: u64 = 500_000_000;
-/// A peer that gets nothing for so long (ns) is at rest.
+/// Time without data after which a peer is idle, in nanoseconds.
 const BUSY_NS: u64 = 500_000_000;
-/// Round trip of a peer of which it is not known (ms).
+/// Assumed round-trip time while it is unknown, in milliseconds.
 const UNKNOWN_RTT_MS: u32 = 300;
 
-/// Where a peer is.
+/// Addresses of the path to a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// Where messages go.
+    /// Destination of messages.
     pub remote: SocketAddr,
-    /// From which of this host's addresses.
+    /// Local address to send from. `None` leaves the choice to the kernel.
     pub local: Option<IpAddr>,
 }
 
-/// A peer, shared by all workers. All times are boot times in ns, 0 for never.
+/// A peer, shared by all workers. All times are in nanoseconds since boot, 0 for never.
 #[derive(Debug)]
 pub struct Peer {
     /// Peer index.
     pub index: PeerIndex,
-    /// Where it is; follows each authenticated message.
+    /// Endpoint of the peer. It follows the source of each authenticated message.
     pub endpoint: ArcSwapOption<Endpoint>,
-    /// The session that seals.
+    /// The session that seals messages.
     pub current: ArcSwapOption<Session>,
     silence_ns: AtomicU64,
     speeds: [AtomicU32; Cipher::ALL.len()],
     is_served: AtomicBool,
-    /// First data sent since it was last heard.
+    /// When data was first sent since the last message from the peer.
     waiting_since_ns: AtomicU64,
     last_hello_ns: AtomicU64,
     tx_bytes: AtomicU64,
@@ -59,7 +59,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// A peer without a session.
+    /// Creates a peer without a session.
     pub fn new(index: PeerIndex) -> Self {
         Self {
             index,
@@ -82,12 +82,12 @@ impl Peer {
         }
     }
 
-    /// How long a message to it and back takes.
+    /// Sets the round-trip time, in milliseconds.
     pub fn set_rtt(&self, rtt_ms: u32) {
         self.silence_ns.store(silence_ns(rtt_ms), Ordering::Relaxed);
     }
 
-    /// Data was sent. True if none was for a while.
+    /// Records that data was sent. Returns true if none had been sent for a while.
     pub fn sent(&self, packets: u64, bytes: u64, now: u64) -> bool {
         let was_busy = self.is_busy(now);
         self.tx_packets.fetch_add(packets, Ordering::Relaxed);
@@ -100,12 +100,12 @@ impl Peer {
         !was_busy
     }
 
-    /// Whether data was sent lately.
+    /// Returns true if data was sent recently.
     pub fn is_busy(&self, now: u64) -> bool {
         now < self.last_data_tx_ns.load(Ordering::Relaxed) + BUSY_NS
     }
 
-    /// An authenticated message came, with so many bytes of a packet in it (0 for a hello).
+    /// Records an authenticated message. `bytes` is the length of its inner packet, 0 for a hello.
     pub fn heard(&self, bytes: u64, now: u64) {
         self.rx_packets.fetch_add(1, Ordering::Relaxed);
         self.last_rx_ns.store(now, Ordering::Relaxed);
@@ -116,27 +116,29 @@ impl Peer {
         }
     }
 
-    /// What a peer says of itself.
+    /// Records the contents of a peer's hello.
     pub fn greeted(&self, hello: Hello) {
         for (place, speed) in self.speeds.iter().zip(hello.speeds) {
             place.store(speed, Ordering::Relaxed);
         }
     }
 
-    /// Hello was said.
+    /// Records that a hello was sent.
     pub fn said_hello(&self, now: u64) {
         self.tx_packets.fetch_add(1, Ordering::Relaxed);
         self.last_tx_ns.store(now, Ordering::Relaxed);
         self.last_hello_ns.store(now, Ordering::Relaxed);
     }
 
-    /// When a peer that sends data is to be told that it arrives.
+    /// Returns the boot time, in nanoseconds, from which the next hello to a peer that sends data
+    /// is due.
     pub fn feedback_due(&self) -> u64 {
         self.last_hello_ns.load(Ordering::Relaxed) + FEEDBACK_NS
     }
 
-    /// What seals messages to it: what is fastest for the slower of both ends, if it takes that at
-    /// all.
+    /// Returns the cipher that seals messages to the peer. In automatic mode this is the cipher
+    /// with the higher speed at the slower of both ends. A cipher that one end does not accept has
+    /// speed 0.
     pub fn cipher(&self, mode: Mode, own: [u32; Cipher::ALL.len()]) -> Cipher {
         match mode {
             Mode::ChaCha => Cipher::ChaCha,
@@ -155,8 +157,9 @@ impl Peer {
         }
     }
 
-    /// Whether its bulk flows are served from now on: it was heard under the session that seals,
-    /// and has not kept silent since. To be asked every few milliseconds.
+    /// Returns true if the peer's bulk flows are served from now on. The peer must have sent a
+    /// hello, its sealing session must be confirmed and live, and it must not have fallen silent.
+    /// Call it every few milliseconds.
     pub fn judge(&self, now: u64) -> bool {
         let has_session = self
             .current
@@ -176,14 +179,15 @@ impl Peer {
         is_served
     }
 
-    /// Whether to ask now a peer that could be served and is not.
+    /// Returns true if a hello should be sent now to a peer that could be served but is not.
     pub fn is_to_be_asked(&self, now: u64) -> bool {
         !self.is_served.load(Ordering::Relaxed)
             && now > self.last_hello_ns.load(Ordering::Relaxed) + ASK_AGAIN_NS
             && self.current.load().as_ref().is_some_and(|session| session.is_confirmed())
     }
 
-    /// The peer has no session any more: what it said of itself may not hold for the next one.
+    /// Clears the state of a peer that has no session any more. The speeds in its hello may not
+    /// hold for the next session.
     pub fn forget(&self) {
         self.current.store(None);
         self.waiting_since_ns.store(0, Ordering::Relaxed);
@@ -192,7 +196,7 @@ impl Peer {
         }
     }
 
-    /// Follows where an authenticated message came from.
+    /// Sets the endpoint to the source of an authenticated message.
     pub fn follow(&self, remote: SocketAddr, local: Option<IpAddr>) {
         let endpoint = Endpoint { remote, local };
         if self.endpoint.load().as_deref() != Some(&endpoint) {
@@ -200,7 +204,7 @@ impl Peer {
         }
     }
 
-    /// For the daemon.
+    /// Returns the report for the daemon.
     pub fn report(&self, mode: Mode, own: [u32; Cipher::ALL.len()]) -> Report {
         let get = |value: &AtomicU64| value.load(Ordering::Relaxed);
         Report {

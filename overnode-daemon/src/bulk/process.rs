@@ -1,10 +1,10 @@
-//! The workers' process: it has the devices, the sockets and the keys, and goes on while no daemon
-//! runs. Its main thread talks with the daemon and judges peers; one thread for each worker moves
-//! packets.
+//! Runs the workers' process, which holds the devices, the sockets and the keys, and keeps running
+//! without a daemon. Its main thread talks to the daemon and judges peers. One thread per worker
+//! moves packets.
 //!
-//! It is a process of its own so that a daemon may be killed, hang or be upgraded while flows go
-//! on. It ends by itself when no daemon is there and its last session has expired, or when its
-//! devices are gone.
+//! It is a separate process so that flows continue while the daemon is killed, hangs or is
+//! upgraded. It exits on its own when no daemon is connected and its last session has expired, or
+//! when its devices are gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -38,53 +38,55 @@ use crate::datapath::{BulkMaps, Inbox, boot_now_ns};
 use crate::handshake::gate::{Awaited, Gate};
 use crate::types::{PeerIndex, PublicKey};
 
-/// First argument of the program, in place of any option, that makes it this process.
+/// First argument that makes the program run as this process. It takes the place of any option.
 pub const ARGUMENT: &str = "bulk-workers";
-/// The first of the descriptors that the process is given.
+/// First of the descriptors that the process inherits.
 pub const FIRST_FD: RawFd = 3;
 
-/// What the process is called in lists of processes.
+/// Name of the process in process lists.
 pub const NAME: &str = "overnode-bulk";
-/// How often peers are judged while data is sent to any.
+/// Interval at which peers are judged while data is sent to any peer.
 const TICK: Duration = Duration::from_millis(20);
-/// How often otherwise.
+/// Interval at which peers are judged otherwise.
 const IDLE: Duration = Duration::from_millis(200);
-/// How often the daemon is told what peers do.
+/// Interval of the reports about peers to the daemon.
 const REPORT: Duration = Duration::from_secs(1);
-/// How long a process that is told to stop carries on with what waits.
+/// Time that a stopping process keeps handling pending packets.
 const DRAIN: Duration = Duration::from_millis(150);
-/// How long a process without a daemon and without sessions stays.
+/// Time after which a process without a daemon and without sessions exits.
 const LONELY: Duration = Duration::from_secs(10);
-/// Handshake messages and the like that wait for the daemon; more are dropped.
+/// Maximum number of events that wait for the daemon, such as handshake messages. Further ones are
+/// dropped.
 const EVENTS: usize = 1024;
 
-/// What the process is started with. Descriptors follow from [`FIRST_FD`] on: the listening socket,
-/// the maps `BULK_WORKERS`, `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`, then for each worker
-/// its device and its sockets, IPv4 first.
+/// Settings that the process is started with.
+///
+/// Descriptors follow from [`FIRST_FD`] on: the listening socket, the maps `BULK_WORKERS`,
+/// `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`, then the device and sockets of each worker,
+/// IPv4 first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
-    /// Which cipher to seal with.
+    /// Cipher to seal with.
     pub mode: Mode,
-    /// The node's, which callers have to know.
+    /// Public key of this node, which initiators of handshakes must know.
     pub public_key: [u8; 32],
     /// Interface index of each worker's device.
     pub devices: Vec<u32>,
-    /// Whether there are sockets for IPv4.
+    /// True if there are IPv4 sockets.
     pub has_v4: bool,
-    /// Whether there are sockets for IPv6.
+    /// True if there are IPv6 sockets.
     pub has_v6: bool,
-    /// Whether the devices take several UDP packets at once (Linux 6.2).
+    /// True if all devices do segmentation offload of UDP (Linux 6.2).
     pub joins_udp: bool,
 }
 
-/// Runs the process to its end.
+/// Runs the process until it exits.
 ///
 /// # Errors
-/// It was not started as it must be, or a worker broke.
+/// Fails if the process was started incorrectly, or if a worker fails.
 pub fn run(argument: &str) -> Result<()> {
     let start: Start = serde_json::from_str(argument).context("started without its settings")?;
-    // SAFETY: whoever starts this process hands these descriptors over, and nothing else in it
-    // knows them.
+    // SAFETY: the parent passes these descriptors, and nothing else in this process uses them.
     let mut fds = (FIRST_FD..).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
     let mut take = || fds.next().context("a descriptor is missing");
     let listener = take()?;
@@ -149,7 +151,7 @@ pub fn run(argument: &str) -> Result<()> {
     process.run()
 }
 
-/// A worker's thread, as others see it.
+/// A worker's thread, as seen by the main thread.
 struct Thread {
     commands: mpsc::Sender<Command>,
     wake: Arc<EventFd>,
@@ -162,7 +164,7 @@ impl Thread {
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let ifindex = start.devices.get(usize::from(number)).copied().unwrap_or_default();
         let public_key = PublicKey(start.public_key);
-        // Here, for the worker may not ask for randomness.
+        // The generator is seeded here, before the worker's thread confines itself.
         let gate = Gate::new(&public_key, shared.awaited.clone(), StdRng::from_os_rng());
         let worker = Worker::new(
             number,
@@ -190,19 +192,20 @@ impl Thread {
     }
 }
 
-/// A worker with much to do is always awake. `SCHED_BATCH` (Linux 2.6.16) keeps one that wakes from
-/// taking the processor from whoever has it at that moment, among them the kernel's own threads and
-/// what answers small requests beside a large flow. Nothing depends on it.
+/// Sets the scheduling policy of the calling thread to `SCHED_BATCH` (Linux 2.6.16). A busy worker
+/// is always runnable. With this policy, a waking worker does not preempt the running thread, which
+/// may be a kernel thread or a server of small requests next to a bulk flow. It is an optimization,
+/// so errors are ignored.
 fn yield_to_others() {
     let priority: libc::c_int = 0;
-    // SAFETY: `struct sched_param` of the kernel is one integer; it is read during the call. By
-    // number, for musl's function of that name does nothing.
+    // SAFETY: the kernel's `struct sched_param` is one integer, which is read during the call. The
+    // call is made by number, because musl's function of that name does nothing.
     unsafe {
         libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_BATCH, &raw const priority)
     };
 }
 
-/// The main thread.
+/// State of the main thread.
 struct Process {
     start: Start,
     listener: OwnedFd,
@@ -212,9 +215,9 @@ struct Process {
     sending: Sockets,
     threads: Vec<Thread>,
     peers: BTreeMap<u32, Arc<Peer>>,
-    /// By local index.
+    /// Sessions by local index.
     sessions: BTreeMap<u32, Arc<Session>>,
-    /// Sessions of which the daemon knows that the peer has proven itself.
+    /// Sessions that the daemon knows to be confirmed by the peer.
     confirmed: BTreeSet<u32>,
     served: BTreeSet<u32>,
     alone_since: Instant,
@@ -268,11 +271,11 @@ impl Process {
         Ok(())
     }
 
-    /// A new daemon takes the place of the one before.
+    /// Accepts a new daemon, which replaces the previous one.
     fn accept(&mut self) {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let Ok(fd) = socket::accept4(self.listener.as_raw_fd(), flags) else { return };
-        // SAFETY: just opened, owned by nobody else.
+        // SAFETY: the descriptor was just opened and has no other owner.
         let daemon = unsafe { OwnedFd::from_raw_fd(fd) };
         let is_ours = socket::getsockopt(&daemon, sockopt::PeerCredentials)
             .is_ok_and(|peer| peer.uid() == nix::unistd::geteuid().as_raw());
@@ -280,7 +283,8 @@ impl Process {
             return warn!("somebody else's process wants to be the daemon");
         }
         self.daemon = Some(daemon);
-        // What a daemon that lost this process has cleared, and what only the last one was told.
+        // A daemon that lost this process has cleared the maps, and confirmed sessions were only
+        // reported to the previous daemon. Both are repeated.
         let now = boot_now_ns();
         for (worker, device) in (0..).zip(&self.start.devices) {
             self.shared.maps.set_worker(worker, *device, now);
@@ -317,7 +321,7 @@ impl Process {
         self.tell(&FromWorkers::Ready);
     }
 
-    /// Takes all that the daemon says.
+    /// Handles all pending messages from the daemon.
     fn listen(&mut self) {
         while let Some(daemon) = &self.daemon {
             match receive::<ToWorkers>(daemon) {
@@ -347,7 +351,7 @@ impl Process {
                 if let Some(rtt_ms) = rtt_ms {
                     peer.set_rtt(rtt_ms);
                 }
-                // One with a session is where its messages come from.
+                // The endpoint of a peer with a session follows the source of its messages.
                 if peer.current.load().is_none() || peer.endpoint.load().is_none() {
                     peer.endpoint
                         .store(endpoint.map(|remote| Arc::new(Endpoint { remote, local: None })));
@@ -411,7 +415,7 @@ impl Process {
         let Some(peer) = self.peers.get(&keys.peer).cloned() else { return };
         let session = Arc::new(Session::new(&keys));
         self.sessions.insert(keys.local_index, session.clone());
-        // Workers first: an answer may come at once.
+        // Workers come first, because an answer may arrive at once.
         self.order(|| Command::Session(session.clone()));
         if session.is_initiator {
             peer.current.store(Some(session));
@@ -424,7 +428,7 @@ impl Process {
         }
     }
 
-    /// Tells the programs which peers are served, and asks those that could be.
+    /// Tells the programs which peers are served, and sends a hello to peers that could be.
     fn judge(&mut self, now: u64) {
         for (index, peer) in &self.peers {
             if peer.judge(now) {
@@ -438,13 +442,13 @@ impl Process {
                 && let Err(reason) = say_hello(&self.shared, &self.sending, 0, peer, true, now)
             {
                 self.shared.dropped(reason);
-                // Not again at once.
+                // Do not retry at once.
                 peer.said_hello(now);
             }
         }
     }
 
-    /// Carries to the daemon what there is to tell.
+    /// Sends events, confirmed sessions and periodic reports to the daemon.
     fn carry(&mut self) {
         while let Ok(event) = self.incoming.try_recv() {
             self.tell(&event);
@@ -482,12 +486,12 @@ impl Process {
         self.tell(&FromWorkers::Drops(drops));
     }
 
-    /// True if the daemon gets it.
+    /// Sends a message to the daemon. Returns true on success.
     fn tell(&mut self, message: &FromWorkers) -> bool {
         self.daemon.as_ref().is_some_and(|daemon| send(daemon, message).is_ok())
     }
 
-    /// The programs hand nothing to these workers any more.
+    /// Stops the programs from passing packets to these workers.
     fn withdraw_from_programs(&self) {
         for index in self.peers.keys() {
             self.shared.maps.serve(*index, 0);

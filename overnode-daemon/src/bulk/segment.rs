@@ -1,6 +1,6 @@
-//! Cutting: one super-packet from a TAP device becomes packets that fit the path, as
-//! `tcp_gso_segment`, `__udp_gso_segment`, `inet_gso_segment` and `ipv6_gso_segment` of the kernel
-//! make them.
+//! Segments one super-packet from a TAP device into packets that fit the path. The result equals
+//! that of the kernel's `tcp_gso_segment`, `__udp_gso_segment`, `inet_gso_segment` and
+//! `ipv6_gso_segment`.
 
 use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN, checksum_place};
 
@@ -10,11 +10,11 @@ use super::packet::{
 };
 use crate::checksum::{fold, sum};
 
-/// Segments of one super-packet. 64 kB in segments of 36 bytes (the kernel's least MSS, 48, with
-/// timestamps) are fewer.
+/// Maximum number of segments of one super-packet. A packet of 64 kB has fewer even with segments
+/// of 36 bytes, the payload at the kernel's smallest MSS (48) with TCP timestamps.
 pub const MAX_SEGMENTS: usize = 2048;
 
-/// How one frame of a TAP device is cut.
+/// Plan for segmenting one packet from a TAP device.
 #[derive(Clone, Copy, Debug)]
 pub struct Cut<'a> {
     packet: &'a [u8],
@@ -23,12 +23,12 @@ pub struct Cut<'a> {
 
 #[derive(Clone, Copy, Debug)]
 enum How {
-    /// As it is; with a partial checksum or not.
+    /// The packet stays as it is. Its checksum may be partial.
     Whole {
         partial: bool,
     },
-    /// A checksum that no receiver would find is finished here: it is summed from `start` on and
-    /// stored at `field`.
+    /// The partial checksum is completed here, because no receiver would complete it. It is summed
+    /// from `start` on and stored at `field`, both in bytes from the start of the packet.
     Finish {
         start: usize,
         field: usize,
@@ -39,23 +39,23 @@ enum How {
 #[derive(Clone, Copy, Debug)]
 struct Segments {
     headers: Headers,
-    /// Payload of each but the last, in bytes.
+    /// Payload of each segment but the last, in bytes.
     size: usize,
     count: usize,
-    /// See [`ipv4_sum`]; 0 for IPv6.
+    /// Sum from [`ipv4_sum`]; 0 for IPv6.
     ipv4: u32,
-    /// The sum of the pseudo-header without the length.
+    /// Sum of the pseudo-header without the length.
     pseudo: u32,
 }
 
 impl<'a> Cut<'a> {
-    /// Decides it for a packet that was read behind a vnet header and an Ethernet header.
+    /// Plans the segmentation of a packet that followed a vnet header and an Ethernet header.
     ///
-    /// A partial checksum that is not in the packet's own TCP or UDP header (in a tunnel of the
-    /// container's, for example) is finished.
+    /// A partial checksum outside the packet's own TCP or UDP header (in a tunnel that the
+    /// container runs, for example) is completed.
     ///
     /// # Errors
-    /// [`BadPacket`]: the packet is to be dropped.
+    /// Returns [`BadPacket`] if the packet must be dropped.
     pub fn new(packet: &'a [u8], vnet: &VnetHeader) -> Result<Self, BadPacket> {
         let how = match (vnet.flags & NEEDS_CSUM != 0, vnet.gso_type) {
             (false, GSO_NONE) if packet.is_empty() => return Err(BadPacket::NotIp),
@@ -70,7 +70,7 @@ impl<'a> Cut<'a> {
         Ok(Self { packet, how })
     }
 
-    /// Packets that it makes; at least 1, at most [`MAX_SEGMENTS`].
+    /// Returns the number of resulting packets, 1 to [`MAX_SEGMENTS`].
     #[allow(clippy::len_without_is_empty, reason = "there is always one")]
     pub fn len(&self) -> usize {
         match &self.how {
@@ -79,7 +79,7 @@ impl<'a> Cut<'a> {
         }
     }
 
-    /// Whether the transport checksum of each is partial.
+    /// Returns true if the transport checksum of each resulting packet is partial.
     pub fn is_partial(&self) -> bool {
         match self.how {
             How::Whole { partial } => partial,
@@ -88,15 +88,15 @@ impl<'a> Cut<'a> {
         }
     }
 
-    /// Bytes of each packet but the last, which is no longer.
+    /// Returns the length of each packet but the last, in bytes. The last one is no longer.
     pub fn stride(&self) -> usize {
         self.length(0)
     }
 
-    /// Bytes of one packet.
+    /// Returns the length of one packet, in bytes.
     ///
     /// # Panics
-    /// If there are not so many.
+    /// Panics if `index` is out of range.
     pub fn length(&self, index: usize) -> usize {
         assert!(index < self.len(), "no such segment");
         match &self.how {
@@ -108,10 +108,10 @@ impl<'a> Cut<'a> {
         }
     }
 
-    /// Writes one packet to the beginning of `out`; returns its length in bytes.
+    /// Writes one packet to the beginning of `out` and returns its length in bytes.
     ///
     /// # Panics
-    /// If there are not so many, or `out` is shorter.
+    /// Panics if `index` is out of range, or if `out` is too short.
     pub fn write(&self, index: usize, out: &mut [u8]) -> usize {
         let length = self.length(index);
         let out = &mut out[..length];
@@ -119,7 +119,7 @@ impl<'a> Cut<'a> {
             How::Whole { .. } => out.copy_from_slice(self.packet),
             How::Finish { start, field } => {
                 out.copy_from_slice(self.packet);
-                // As the kernel does it: 0 would say that there is none.
+                // Like the kernel, store 0xffff instead of 0, which in UDP means "no checksum".
                 let checksum = match !fold(sum(&out[*start..])) {
                     0 => 0xffff,
                     other => other,
@@ -214,8 +214,8 @@ fn has_checksum_of(headers: &Headers, vnet: &VnetHeader) -> bool {
         && usize::from(vnet.csum_offset) == headers.checksum_offset()
 }
 
-/// What is in front of the transport header's own checksum is out of its reach: by that the packet
-/// was judged.
+/// Plans the completion of a partial checksum. It must not overwrite anything up to the packet's
+/// own transport checksum field, because the packet was checked by those bytes.
 fn finish(packet: &[u8], vnet: &VnetHeader) -> Result<How, BadPacket> {
     let bad = BadPacket::Checksum { start: vnet.csum_start, offset: vnet.csum_offset };
     let head = packet.first_chunk::<IPV4_LEN>().ok_or(BadPacket::NotIp)?;

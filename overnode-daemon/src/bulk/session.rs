@@ -1,9 +1,9 @@
-//! The keys of the bulk path: of one handshake, for each worker and cipher one of its own.
+//! Holds the keys of the bulk path. Each handshake yields one key per direction, worker and cipher.
 //!
-//! The handshake's two secrets seal nothing. From each follows, by HKDF-SHA256 (RFC 5869), one key
-//! for each pair of cipher and sending worker; so no key meets two ciphers, and no two workers draw
-//! counters for one key. Keys live in the memory of the workers' process only: a process that
-//! starts anew makes new handshakes, so no counter is drawn twice.
+//! The handshake's two secrets seal nothing themselves. HKDF-SHA256 (RFC 5869) derives one key from
+//! each for every pair of cipher and sending worker. So no key is used with two ciphers, and no two
+//! workers draw counters for one key. The keys exist only in the memory of the workers' process.
+//! After a restart the process makes new handshakes, so no counter is drawn twice.
 
 use std::cell::UnsafeCell;
 use std::fmt;
@@ -22,25 +22,26 @@ use crate::control::key;
 use crate::types::{PeerIndex, Secret};
 
 const WORKERS: usize = BULK_WORKER_SLOTS as usize;
-/// Messages under one key of AES-256-GCM: far below the 2^32 full-sized ones at which its integrity
-/// bound weakens (RFC 9001, appendix B, computes 2^23 packets of 2^14 bytes for AES-GCM's
-/// confidentiality at 2^-57; sessions are renewed every two minutes long before).
+/// Maximum number of messages sealed with one key. This is a backstop, since sessions are renewed
+/// every two minutes, long before they reach it. It is not derived from a limit of AES-256-GCM: RFC
+/// 9001, appendix B.1, puts the confidentiality limit at 2^28 packets of up to 2^11 bytes, or 2^23
+/// packets of up to 2^16 bytes (attacker advantage 2^-57).
 const MOST_MESSAGES: u64 = 1 << 36;
 const _: () = assert!(MOST_MESSAGES < REJECT_AFTER_MESSAGES);
 
-/// One session with a peer.
+/// A session with a peer.
 pub struct Session {
-    /// With whom.
+    /// The peer.
     pub peer: PeerIndex,
-    /// Receiver index in messages to us.
+    /// Receiver index of messages to this node.
     pub local_index: u32,
-    /// Receiver index in messages to the peer.
+    /// Receiver index of messages to the peer.
     pub remote_index: u32,
-    /// Boot time (ns) at which the handshake ended.
+    /// When the handshake completed, in nanoseconds since boot.
     pub created_ns: u64,
-    /// Boot time (ns) after which it neither seals nor opens.
+    /// When the session expires, in nanoseconds since boot. After that it neither seals nor opens.
     pub expires_ns: u64,
-    /// Whether we were the handshake's initiator.
+    /// True if this node initiated the handshake.
     pub is_initiator: bool,
     is_confirmed: AtomicBool,
     tx: Secret,
@@ -49,36 +50,36 @@ pub struct Session {
     receiving: [OnceLock<Box<Receiving>>; WORKERS],
 }
 
-/// A worker's own part of the sealing side.
+/// Sealing state of one worker.
 #[derive(Default)]
 struct Sending {
     keys: [OnceLock<Box<LessSafeKey>>; Cipher::ALL.len()],
     counters: [AtomicU64; Cipher::ALL.len()],
 }
 
-/// What is known of one worker of the peer.
+/// Opening state for one worker of the peer.
 struct Receiving {
     keys: [OnceLock<Box<LessSafeKey>>; Cipher::ALL.len()],
     windows: [SharedWindow; Cipher::ALL.len()],
 }
 
-/// A replay window that several threads use at once.
+/// A replay window that several threads use concurrently.
 struct SharedWindow(UnsafeCell<Window>);
 
-// SAFETY: the window is used through `Window::check` and `Window::accept` only, which are made for
-// several CPUs at once.
+// SAFETY: the window is only accessed through `Window::check` and `Window::accept`, which are
+// designed for concurrent use by several CPUs.
 unsafe impl Sync for SharedWindow {}
-// SAFETY: plain data.
+// SAFETY: the window is plain data.
 unsafe impl Send for SharedWindow {}
 
 impl SharedWindow {
     fn check(&self, counter: u64) -> Result<(), Reason> {
-        // SAFETY: see above.
+        // SAFETY: see the `Sync` implementation.
         unsafe { Window::check(self.0.get(), counter) }
     }
 
     fn accept(&self, counter: u64) -> Result<(), Reason> {
-        // SAFETY: see above.
+        // SAFETY: see the `Sync` implementation.
         unsafe { Window::accept(self.0.get(), counter) }
     }
 }
@@ -93,7 +94,7 @@ impl fmt::Debug for Session {
 }
 
 impl Session {
-    /// A session that has sealed nothing yet.
+    /// Creates a session that has sealed nothing yet.
     pub fn new(keys: &Keys) -> Self {
         Self {
             peer: PeerIndex(keys.peer),
@@ -110,22 +111,24 @@ impl Session {
         }
     }
 
-    /// Whether the peer has proven that it has the keys; before, nothing may be sealed.
+    /// Returns true if the peer has proven that it has the keys. Nothing may be sealed before.
     pub fn is_confirmed(&self) -> bool {
         self.is_confirmed.load(Ordering::Acquire)
     }
 
-    /// The peer has proven that it has the keys. True if that was not known before.
+    /// Records that the peer has proven that it has the keys. Returns true the first time.
     pub fn confirm(&self) -> bool {
         !self.is_confirmed.swap(true, Ordering::AcqRel)
     }
 
-    /// Seals `message` in place: room for the header, the plaintext, room for the tag.
+    /// Seals `message` in place. It consists of room for the header, the plaintext, and room for
+    /// the tag.
     ///
     /// # Errors
-    /// [`Reason::NoSession`] before the peer has proven that it has the keys, [`Reason::Expired`]
-    /// when it is too old, [`Reason::Exhausted`] when it has sealed too much, [`Reason::Malformed`]
-    /// if there is no room.
+    /// Returns [`Reason::NoSession`] if the peer has not yet proven that it has the keys,
+    /// [`Reason::Expired`] if the session has expired, [`Reason::Exhausted`] if the key has sealed
+    /// too many messages, and [`Reason::Malformed`] if the worker's number is out of range or there
+    /// is no room.
     pub fn seal(
         &self,
         worker: u8,
@@ -159,8 +162,10 @@ impl Session {
     /// Opens a message in place and returns its plaintext.
     ///
     /// # Errors
-    /// [`Reason::Expired`]; [`Reason::Replayed`] and [`Reason::TooOld`] by the window of that
-    /// worker and cipher; [`Reason::Forged`].
+    /// Returns [`Reason::Expired`] if the session has expired, [`Reason::Replayed`] or
+    /// [`Reason::TooOld`] from the replay window of that worker and cipher, [`Reason::Forged`] if
+    /// authentication fails, and [`Reason::Malformed`] if the worker's number is out of range or
+    /// the message is too short.
     pub fn open<'a>(
         &self,
         header: &Header,
@@ -196,9 +201,10 @@ impl Receiving {
     }
 }
 
-/// The next counter; no two callers get the same.
+/// Returns the next counter. No two calls return the same value.
 fn draw(counter: &AtomicU64) -> Result<u64, Reason> {
-    // Looked at first so that an exhausted counter stays where it is: it must never wrap around.
+    // Checked before the increment, so that an exhausted counter stops there and can never wrap
+    // around.
     if counter.load(Ordering::Relaxed) >= MOST_MESSAGES {
         return Err(Reason::Exhausted);
     }
@@ -217,7 +223,7 @@ fn derive(secret: &Secret, cipher: Cipher, worker: u8) -> Box<LessSafeKey> {
     ))
 }
 
-/// 32 zero bits and the counter, little-endian, as in WireGuard.
+/// Returns the nonce: 32 zero bits and the little-endian counter, as in WireGuard.
 fn nonce(counter: u64) -> Nonce {
     let mut bytes = [0; NONCE_LEN];
     bytes[4..].copy_from_slice(&counter.to_le_bytes());
@@ -309,7 +315,7 @@ mod tests {
             for bit in 0..message.len() * 8 {
                 let mut changed = message.clone();
                 changed[bit / 8] ^= 1 << (bit % 8);
-                // The receiver index finds the session: here there is only one.
+                // The receiver index selects the session, and this test has only one.
                 let is_index = (32..64).contains(&bit);
                 assert!(open(&b, &changed).is_err(), "bit {bit} {is_index}");
             }

@@ -1,4 +1,4 @@
-//! The UDP side of a worker: its sockets, and batches of messages that one system call sends.
+//! Manages a worker's UDP sockets and the batches of messages that one system call sends.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -10,9 +10,9 @@ use quinn_udp::{EcnCodepoint, Transmit, UdpSockRef, UdpSocketState};
 
 use super::peer::Endpoint;
 
-/// UDP payload of one batch at most (RFC 768 less the IPv6 and UDP headers).
+/// Largest UDP payload of one batch, in bytes: 65,535 less the IPv6 and UDP headers (RFC 768).
 const BATCH_LEN: usize = 65_487;
-/// How long a full socket is waited for before a batch is dropped.
+/// Time to wait for a full socket before dropping a batch, in milliseconds.
 const FULL: u16 = 5;
 
 /// A UDP socket of one address family.
@@ -22,16 +22,16 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Sets all that batches need.
+    /// Sets the socket options that batches need.
     ///
     /// # Errors
-    /// An option is refused.
+    /// Fails if the kernel refuses an option.
     pub fn new(socket: UdpSocket) -> io::Result<Self> {
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
         Ok(Self { socket, state })
     }
 
-    /// Sends, waiting a moment if the socket is full.
+    /// Sends, and waits briefly if the socket is full.
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         match self.state.try_send(UdpSockRef::from(&self.socket), transmit) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -45,9 +45,9 @@ impl Socket {
 
 /// The sockets of a worker.
 pub struct Sockets {
-    /// IPv4, if the host has it.
+    /// IPv4 socket, if the host has IPv4.
     pub v4: Option<Socket>,
-    /// IPv6, if the host has it.
+    /// IPv6 socket, if the host has IPv6.
     pub v6: Option<Socket>,
 }
 
@@ -56,46 +56,46 @@ impl Sockets {
         if remote.is_ipv4() { self.v4.as_ref() } else { self.v6.as_ref() }
     }
 
-    /// Sends one message, or as many of `segment_size` as `contents` holds.
+    /// Sends one message, or as many messages of `segment_size` bytes as `contents` holds.
     ///
     /// # Errors
-    /// What `sendmsg` reports, or that there is no such socket.
+    /// Returns the error of `sendmsg`, or `Unsupported` if there is no socket of that family.
     pub fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         self.of(transmit.destination).ok_or(io::ErrorKind::Unsupported)?.send(transmit)
     }
 
-    /// Messages that one batch may hold.
+    /// Returns the maximum number of messages in one batch to this address.
     fn most(&self, remote: SocketAddr) -> usize {
         self.of(remote).map_or(1, |socket| socket.state.max_gso_segments())
     }
 }
 
-/// Where the messages of a batch go, and what their ECN field says.
+/// Destination and ECN codepoint of the messages of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Way {
-    /// From where to where.
+    /// Remote and local address.
     pub endpoint: Endpoint,
-    /// The two bits.
+    /// ECN codepoint, 2 bits.
     pub ecn: u8,
 }
 
-/// Messages that go one way: each as long as the first, but the last may be shorter (`UDP_SEGMENT`,
-/// `udp(7)`).
+/// Messages with the same destination and ECN codepoint. All have the length of the first; only the
+/// last may be shorter (`UDP_SEGMENT`, `udp(7)`).
 pub struct Batch {
     buffer: Box<[u8]>,
     used: usize,
-    /// Of the first: where it goes, and its bytes.
+    /// Destination and length in bytes of the first message.
     first: Option<(Way, usize)>,
 }
 
 impl Batch {
-    /// One without messages.
+    /// Creates an empty batch.
     pub fn new() -> Self {
         Self { buffer: vec![0; BATCH_LEN].into(), used: 0, first: None }
     }
 
-    /// Whether a message of `len` bytes may follow those that are there. If not, these are to be
-    /// sent first.
+    /// Returns true if a message of `len` bytes may be added. Otherwise the batch must be sent
+    /// first.
     pub fn takes(&self, sockets: &Sockets, way: &Way, len: usize) -> bool {
         let Some((first, stride)) = &self.first else { return true };
         first == way
@@ -104,11 +104,11 @@ impl Batch {
             && self.used + len <= BATCH_LEN.min(sockets.most(way.endpoint.remote) * stride)
     }
 
-    /// Adds a message of `len` bytes, which `write` makes, and which the batch
-    /// [takes](Self::takes).
+    /// Adds a message of `len` bytes, which `write` writes. Call [`takes`](Self::takes) before.
     ///
     /// # Errors
-    /// What `write` says, or [`Reason::TooBig`] if there is no place: then nothing was added.
+    /// Returns the error of `write`, or [`Reason::TooBig`] if there is no room. Nothing is added
+    /// then.
     pub fn add(
         &mut self,
         way: &Way,
@@ -122,11 +122,11 @@ impl Batch {
         Ok(())
     }
 
-    /// Sends what is there. Whatever becomes of it, nothing is there then.
+    /// Sends the batch. It is empty afterwards, even on failure.
     ///
     /// # Errors
-    /// [`Reason::TooBig`], [`Reason::NoRoute`], or [`Reason::Helper`] for what else the kernel may
-    /// say.
+    /// Returns [`Reason::TooBig`] or [`Reason::NoRoute`], and [`Reason::Helper`] for any other
+    /// kernel error.
     pub fn send(&mut self, sockets: &Sockets) -> Result<(), Reason> {
         let used = std::mem::take(&mut self.used);
         let (Some((way, stride)), Some(contents)) = (self.first.take(), self.buffer.get(..used))
@@ -167,13 +167,14 @@ mod tests {
         bytes
     }
 
-    /// Messages of all lengths, to two peers: each arrives as it is, in order, in few batches.
+    /// Sends messages of different lengths to two peers. Each arrives unchanged and in order, and
+    /// few batches are used.
     #[test]
     fn what_cannot_go_together_goes_one_after_the_other() {
         let receivers = [socket(), socket()];
         let sockets = Sockets { v4: Some(Socket::new(socket()).unwrap()), v6: None };
         let mut batch = Batch::new();
-        // (to whom, ECN, bytes)
+        // (receiver, ECN, bytes)
         let messages = [
             (0, 0, 100),
             (0, 0, 100),
@@ -202,7 +203,7 @@ mod tests {
                 batches += 1;
             }
             batch.add(&way, len, write).unwrap();
-            // One that could not be made leaves no trace.
+            // A message whose `write` fails leaves no trace.
             let failed = batch.add(&way, 50, |_| Err(Reason::Exhausted));
             assert_eq!(failed, Err(Reason::Exhausted));
         }

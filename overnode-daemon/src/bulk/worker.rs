@@ -1,6 +1,6 @@
-//! One worker: a thread between a TAP device and its sockets. Packets of containers are cut, sealed
-//! and sent in batches; what peers send is opened, joined and written to the device. On the way of
-//! a packet nothing is allocated and no lock is taken.
+//! Runs one worker: a thread between a TAP device and its sockets. It segments and seals packets
+//! from containers and sends them in batches. It opens and coalesces messages from peers and writes
+//! the packets to the device. The packet path allocates nothing and takes no lock.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -36,69 +36,71 @@ use crate::datapath::{BulkMaps, Inbox, Origin, boot_now_ns};
 use crate::handshake::gate::{Awaited, Gate, Judgment};
 use crate::types::PeerIndex;
 
-/// What one read of the device gives at most: both headers and the largest IP packet.
+/// Longest frame that one read of the device returns, in bytes: both headers and the largest IP
+/// packet.
 const FRAME_LEN: usize = VNET_HEADER + ETHERNET_LEN + 65536;
-/// Batches that one call receives, or single messages where the network gives no batches.
+/// Maximum number of batches per receive call, or of messages if the network stack delivers no
+/// batches.
 const RECEIVES: usize = quinn_udp::BATCH_SIZE;
-/// Frames, or calls to receive, before the other direction has its turn.
+/// Maximum number of frames, or of receive calls, before the other direction has its turn.
 const TURN: usize = 8;
-/// Messages out of the inbox, likewise.
+/// Maximum number of messages from the receive ring per turn.
 const INBOX_TURN: usize = TURN * RECEIVES;
-/// How long a worker without work waits; it says that it lives each time.
+/// Longest wait of a worker without work. It renews its heartbeat after each wait.
 const WAIT: Duration = Duration::from_millis(45);
-/// A worker that was not at work for so long (ns) drops what waits. After less, what is late still
-/// fills the gaps that it left.
+/// Pause after which a worker drops the frames pending in its device, in nanoseconds. After a
+/// shorter pause, late packets still fill the gaps that their delay left.
 const STALE_NS: u64 = 3_000_000_000;
-/// How long (ns) the inbox stays closed after something came that does not fit into it: there will
-/// be more like that.
+/// Time that the receive ring stays closed after a message that does not fit into it, in
+/// nanoseconds. More such messages are likely to follow.
 const CLOSED_NS: u64 = 1_000_000_000;
-/// How long (ns) what is known of peers' addresses is used for handshake messages.
+/// Time that the cached addresses of peers are used to judge handshake messages, in nanoseconds.
 const KNOWN_NS: u64 = 1_000_000_000;
 
-/// What changes the set of peers and sessions.
+/// A change to the set of peers and sessions, or the order to exit.
 #[derive(Clone, Debug)]
 pub enum Command {
-    /// A peer came.
+    /// Adds a peer.
     Peer(Arc<Peer>),
-    /// A peer went, with its sessions.
+    /// Removes a peer and its sessions.
     RemovePeer(PeerIndex),
-    /// A handshake has ended.
+    /// Adds the session of a completed handshake.
     Session(Arc<Session>),
-    /// A session is not to be used any more.
+    /// Withdraws the session with this local index.
     Withdraw(u32),
-    /// End.
+    /// Exits.
     Stop,
 }
 
-/// What all workers share.
+/// State that all workers share.
 pub struct Shared {
-    /// The maps by which the programs know of workers and peers.
+    /// Maps shared with the eBPF programs.
     pub maps: BulkMaps,
-    /// Which cipher to seal with.
+    /// Cipher to seal with.
     pub mode: Mode,
-    /// How fast this host is with each, MiB/s.
+    /// Speed of this host with each cipher, in MiB/s.
     pub speeds: [u32; Cipher::ALL.len()],
-    /// How many workers there are.
+    /// Number of workers.
     pub workers: u32,
-    /// Packets and messages dropped, by reason.
+    /// Dropped packets and messages, by reason.
     pub drops: [AtomicU64; REASON_SLOTS as usize],
-    /// What the daemon is to hear.
+    /// Events for the daemon.
     pub events: mpsc::SyncSender<FromWorkers>,
-    /// Wakes whoever carries it there.
+    /// Wakes the main thread, which forwards the events.
     pub wake: EventFd,
-    /// The handshakes under way.
+    /// Handshakes in progress.
     pub awaited: Awaited,
 }
 
 impl Shared {
-    /// Counts what was dropped.
+    /// Counts a drop.
     pub fn dropped(&self, reason: Reason) {
         if let Some(count) = self.drops.get(reason as usize) {
             count.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Tells the daemon, if it keeps up.
+    /// Queues an event for the daemon. The event is lost if the queue is full.
     pub fn tell(&self, event: FromWorkers) {
         if self.events.try_send(event).is_ok() {
             let _ = self.wake.write(1);
@@ -106,22 +108,22 @@ impl Shared {
     }
 }
 
-/// Between what a worker moves packets.
+/// File descriptors that a worker moves packets between.
 pub struct Handles {
-    /// Its TAP device.
+    /// TAP device of the worker.
     pub device: File,
-    /// Its sockets.
+    /// UDP sockets of the worker.
     pub sockets: Sockets,
-    /// Its inbox, which nobody else reads.
+    /// Receive ring of the worker, which has no other consumer.
     pub inbox: Inbox,
 }
 
-/// What a message was.
+/// Kind of a received message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Taken {
     /// A packet for a container.
     Data,
-    /// A greeting, or of a handshake.
+    /// A hello or a handshake message.
     Other,
 }
 
@@ -131,17 +133,17 @@ pub struct Worker {
     device: File,
     sockets: Sockets,
     inbox: Inbox,
-    /// Boot time (ns) before which the inbox stays closed.
+    /// Time before which the receive ring stays closed, in nanoseconds since boot.
     closed_until: u64,
     gate: Gate,
-    /// Addresses of peers, and until when (ns) they are taken for that.
+    /// Cached addresses of peers, and when the cache expires, in nanoseconds since boot.
     known: (HashSet<IpAddr>, u64),
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
     peers: HashMap<u32, Arc<Peer>>,
     sessions: HashMap<u32, Arc<Session>>,
-    /// Who sent data and is to be told that it arrives.
+    /// Peers that sent data since the last hello and are owed one.
     owed: Vec<Arc<Peer>>,
     frame: Box<[u8]>,
     batch: Batch,
@@ -151,7 +153,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker that knows nobody.
+    /// Creates a worker without peers.
     pub fn new(
         number: u8,
         Handles { device, sockets, inbox }: Handles,
@@ -183,10 +185,10 @@ impl Worker {
         }
     }
 
-    /// Works until it is told to stop, or its device is gone.
+    /// Runs until the worker is told to stop, or its device is gone.
     ///
     /// # Errors
-    /// The device or a socket is broken.
+    /// Fails if the device or a socket is broken.
     pub fn run(mut self) -> io::Result<()> {
         let mut last = boot_now_ns();
         loop {
@@ -209,13 +211,13 @@ impl Worker {
         }
     }
 
-    /// Waits for anything to do, but not for long.
+    /// Waits until there is something to do, but only briefly.
     fn wait(&self) -> io::Result<()> {
         let owes = !self.owed.is_empty();
         let wait = if owes { Duration::from_nanos(super::peer::FEEDBACK_NS / 2) } else { WAIT };
         let device = self.device.as_fd();
-        // A family that is missing has the device's place: a descriptor that is there twice does no
-        // harm.
+        // The device takes the place of a missing address family. Polling a descriptor twice is
+        // harmless.
         let v4 = self.sockets.v4.as_ref().map_or(device, |v4| v4.socket.as_fd());
         let v6 = self.sockets.v6.as_ref().map_or(device, |v6| v6.socket.as_fd());
         let mut fds =
@@ -238,7 +240,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes what the control thread says. True if it is the end.
+    /// Handles pending commands. Returns true if the worker must stop.
     fn obey(&mut self) -> bool {
         while let Ok(command) = self.commands.try_recv() {
             match command {
@@ -262,7 +264,7 @@ impl Worker {
         false
     }
 
-    /// Drops what waits in the device.
+    /// Drops all frames pending in the device.
     fn discard(&mut self) -> io::Result<()> {
         while read(&mut self.device, &mut self.frame)?.is_some() {
             self.shared.dropped(Reason::Expired);
@@ -286,14 +288,14 @@ impl Worker {
         Ok(frames > 0)
     }
 
-    /// Cuts and seals what a container sent. What of it does not fill a batch is sent with the
-    /// next, or at the end of the turn.
+    /// Segments and seals a frame from a container. Segments that do not fill a batch are sent with
+    /// the next frame, or at the end of the turn.
     fn take_frame(&mut self, len: usize, now: u64) -> Result<(), Reason> {
         let frame = self.frame.get(..len).ok_or(Reason::Malformed)?;
         let (vnet, frame) = frame.split_first_chunk::<VNET_HEADER>().ok_or(Reason::Malformed)?;
         let (ethernet, packet) =
             frame.split_first_chunk::<ETHERNET_LEN>().ok_or(Reason::Malformed)?;
-        // The host's own stack may speak into any interface: that is nobody's packet.
+        // The host's own stack may send frames into any interface. They are addressed to no peer.
         let (index, source) = from_bulk_header(ethernet).ok_or(Reason::Unsupported)?;
         let peer = self.peers.get(&index).ok_or(Reason::NoRoute)?;
         let session = peer.current.load();
@@ -314,7 +316,7 @@ impl Worker {
             if !self.batch.takes(&self.sockets, &way, message_len)
                 && let Err(reason) = self.batch.send(&self.sockets)
             {
-                // Those were others, perhaps to another peer.
+                // That batch held other messages, perhaps for another peer.
                 self.shared.dropped(reason);
             }
             self.batch.add(&way, message_len, |message| {
@@ -326,15 +328,15 @@ impl Worker {
             bytes += len as u64;
         }
         if peer.sent(cut.len() as u64, bytes, now) {
-            // From now on it matters whether the peer answers.
+            // Wake the main thread, which now has to check whether the peer answers.
             let _ = self.shared.wake.write(1);
         }
         Ok(())
     }
 
-    /// True if there was anything.
+    /// Receives messages. Returns true if there were any.
     fn receive_turn(&mut self, now: u64) -> io::Result<bool> {
-        // What is in the sockets came before what is in an open inbox, and after what is in a
+        // Messages in the sockets are older than those in an open ring, and newer than those in a
         // closed one.
         let any = if self.inbox.is_closed() {
             let taken = self.receive_from_inbox(now);
@@ -349,13 +351,13 @@ impl Worker {
         } else {
             self.receive_from_sockets(now)? + self.receive_from_inbox(now) > 0
         };
-        // Not earlier: what the next call brings may continue what is there.
+        // Not earlier, because the next call may continue the pending super-packets.
         let (device, shared) = (&mut self.device, &self.shared);
         self.joiner.flush(&mut |frame| write(device, frame, shared));
         Ok(any)
     }
 
-    /// How many messages there were; fewer than a turn has if there are no more.
+    /// Returns the number of messages. Fewer than a full turn means that the ring is empty.
     fn receive_from_inbox(&mut self, now: u64) -> usize {
         let mut buffers = std::mem::take(&mut self.received);
         let mut taken = 0;
@@ -373,7 +375,8 @@ impl Worker {
         taken
     }
 
-    /// How many calls brought something; fewer than a turn has if there is no more.
+    /// Returns the number of calls that received messages, for the busier address family. Fewer
+    /// than a full turn means that the sockets are empty.
     fn receive_from_sockets(&mut self, now: u64) -> io::Result<usize> {
         Ok(self.receive(true, now)?.max(self.receive(false, now)?))
     }
@@ -403,7 +406,8 @@ impl Worker {
                 let origin = Origin { remote: meta.addr, local: meta.dst_ip, ecn };
                 for message in bytes.chunks_mut(meta.stride.max(1)) {
                     match self.take(message, &origin, now) {
-                        // Only a peer can close the inbox, not anybody who sends something large.
+                        // Only an authenticated message keeps the ring closed, not any large
+                        // datagram.
                         Ok(Taken::Data) if !fits => self.closed_until = now + CLOSED_NS,
                         Ok(_) => {}
                         Err(reason) => self.shared.dropped(reason),
@@ -418,7 +422,7 @@ impl Worker {
         Ok(TURN)
     }
 
-    /// Opens a message and does what it is for.
+    /// Opens a message and handles it.
     fn take(&mut self, message: &mut [u8], origin: &Origin, now: u64) -> Result<Taken, Reason> {
         if message.first().is_some_and(|kind| (TYPE_INITIATION..=TYPE_COOKIE_REPLY).contains(kind))
         {
@@ -426,8 +430,8 @@ impl Worker {
         }
         let header = Header::from_message(message).ok_or(Reason::Malformed)?;
         if !self.sessions.contains_key(&header.receiver) {
-            // A peer uses a new session as soon as it has it: perhaps it is among what the control
-            // thread has said meanwhile.
+            // A peer uses a new session at once. The session may be in a command that is still
+            // pending.
             self.is_ending |= self.obey();
         }
         let session = self.sessions.get(&header.receiver).ok_or(Reason::UnknownIndex)?;
@@ -457,7 +461,7 @@ impl Worker {
         Ok(Taken::Data)
     }
 
-    /// Passes a handshake message on to the daemon if it is worth that.
+    /// Forwards a handshake message to the daemon if the gate admits it.
     fn take_handshake(&mut self, message: &[u8], origin: &Origin, now: u64) -> Result<(), Reason> {
         let Self { gate, known, peers, shared, sockets, .. } = self;
         let is_peer = || {
@@ -489,7 +493,7 @@ impl Worker {
         }
     }
 
-    /// Tells peers that their data arrives.
+    /// Sends the hellos that are due to peers whose data arrives.
     fn pay(&mut self, now: u64) {
         let Self { owed, shared, sockets, number, .. } = self;
         owed.retain(|peer| {
@@ -502,10 +506,10 @@ impl Worker {
     }
 }
 
-/// Says hello to a peer under the session that seals.
+/// Sends a hello to a peer under its sealing session.
 ///
 /// # Errors
-/// There is no session, no address, or no way.
+/// Fails if the peer has no session or endpoint, if the session cannot seal, or if sending fails.
 pub fn say_hello(
     shared: &Shared,
     sockets: &Sockets,
@@ -535,15 +539,15 @@ pub fn say_hello(
     Ok(())
 }
 
-/// Checks what is sealed next, when nothing is written into it any more: that it still comes from
-/// the address with which `from_container` let it through.
+/// Checks a packet just before it is sealed, after the last write to it: its source must still be
+/// the address for which `from_container` admitted it.
 fn may_leave(packet: &[u8], source: [u8; 4]) -> Result<(), Reason> {
     let is_v4 = packet.first().is_some_and(|first| first >> 4 == 4);
     if is_v4 && packet.get(12..16) == Some(&source[..]) { Ok(()) } else { Err(Reason::Spoofed) }
 }
 
-/// Combines the ECN codepoints as RFC 6040 says. Only IPv4 packets are marked: there are no others
-/// yet.
+/// Combines the ECN codepoints according to RFC 6040. Supports IPv4 only, because there are no
+/// other packets yet.
 fn mark_congestion(packet: &mut [u8], outer: u8) -> Result<(), Reason> {
     let Some(header) = packet.first_chunk_mut::<12>() else { return Err(Reason::Malformed) };
     if header[0] >> 4 != 4 {
@@ -564,7 +568,7 @@ fn mark_congestion(packet: &mut [u8], outer: u8) -> Result<(), Reason> {
     Ok(())
 }
 
-/// The next frame of the device, if one waits.
+/// Reads the next frame of the device, or returns `None` if none is pending.
 fn read(device: &mut File, frame: &mut [u8]) -> io::Result<Option<usize>> {
     match device.read(frame) {
         Ok(0) => Err(io::Error::other("the device is gone")),
@@ -576,13 +580,15 @@ fn read(device: &mut File, frame: &mut [u8]) -> io::Result<Option<usize>> {
 }
 
 fn write(device: &mut File, frame: &[u8], shared: &Shared) {
-    // Down, out of memory, or not a frame for the kernel: one packet's matter.
+    // The device is down, memory is short, or the kernel rejects the frame. Only this packet is
+    // lost.
     if device.write(frame).is_err() {
         shared.dropped(Reason::Helper);
     }
 }
 
-/// Errors of an earlier message that a socket reports at the next call.
+/// Returns true for errors that do not break a socket: nothing is pending, or the error belongs to
+/// an earlier message.
 fn is_passing(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),

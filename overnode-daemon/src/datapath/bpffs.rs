@@ -1,18 +1,19 @@
-//! Where pinned objects lie: `<bpffs>/overnode/<node>/`, one directory per state directory, so that
-//! nodes in different network namespaces of one machine, which share one bpffs, stay apart.
+//! Locates and manages the node's pinned objects: `<bpffs>/overnode/<node>/`. Each state directory
+//! has its own directory there, so that nodes in different network namespaces of one machine, which
+//! share one bpffs, stay apart.
 //!
 //! ```text
 //! maps/NAME                          maps, by name
 //! links/COOKIE/IFINDEX-PROGRAM       tcx and XDP links
-//! links/COOKIE/IFINDEX-PROGRAM-clsact   empty directory: a filter of the older kind is attached there
-//! links/COOKIE/IFINDEX-qdisc         empty directory: the clsact qdisc there is ours
+//! links/COOKIE/IFINDEX-PROGRAM-clsact   empty directory: a clsact filter is attached there
+//! links/COOKIE/IFINDEX-qdisc         empty directory: this node added the clsact qdisc there
 //! ```
-//! COOKIE names the network namespace (`SO_NETNS_COOKIE`, Linux 5.14): interface indexes mean
-//! nothing in another one.
+//! COOKIE identifies the network namespace (`SO_NETNS_COOKIE`, Linux 5.14), because an interface
+//! index is only meaningful within one namespace.
 //!
-//! A bpffs that was mounted without a mode is open to every user (01777). So every directory here
-//! is root's and private, also one that was there already: whoever owned it could give the programs
-//! other maps.
+//! A bpffs that was mounted without a mode is writable by every user (01777). Every directory here
+//! must therefore belong to root and be private, even one that existed already. Otherwise its owner
+//! could make the programs use other maps.
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
@@ -33,18 +34,18 @@ use nix::sys::statvfs::FsFlags;
 use crate::trust::{self, Untrusted};
 
 const MOUNT_POINT: &str = "/sys/fs/bpf";
-/// As systemd mounts it. Without a mode it would be 01777.
+/// Mount options that systemd uses. Without a mode the mount would be 01777.
 const MOUNT_OPTIONS: &str = "mode=0700";
 const DIRECTORY_MODE: u32 = 0o700;
-/// Times that a directory may vanish while it is made: another node of this machine removes
-/// `overnode/` when it was the last one.
+/// Attempts to create the directories before giving up. A directory may vanish meanwhile, because
+/// the last node of this machine removes `overnode/` when it is reset.
 const CREATE_TRIES: usize = 8;
-/// Mount namespaces looked into before giving up.
+/// Mount namespaces to try before giving up.
 const MAX_TRIES: usize = 4;
 const SUFFIX_CLSACT: &str = "-clsact";
 const SUFFIX_QDISC: &str = "-qdisc";
 
-/// The name of a node among the pinned objects: 12 hex digits of the SHA-256 of its canonical state
+/// Returns the name of a node's pinned objects: 12 hex digits of the SHA-256 of its canonical state
 /// directory.
 pub fn node_name(state_dir: &Path) -> String {
     let path = canonical(state_dir);
@@ -52,8 +53,8 @@ pub fn node_name(state_dir: &Path) -> String {
     HEXLOWER.encode(digest.as_ref().get(..6).unwrap_or_default())
 }
 
-/// Canonical as far as the path exists, so that a state directory has one name before and after it
-/// was removed.
+/// Canonicalizes the part of the path that exists, so that a state directory has the same name
+/// before and after its removal.
 fn canonical(path: &Path) -> PathBuf {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let mut missing = Vec::new();
@@ -83,14 +84,14 @@ pub(super) struct Pins {
     cookie: u64,
 }
 
-/// What a name in `links/COOKIE/` stands for.
+/// An entry in `links/COOKIE/`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Pin {
-    /// A pinned link (tcx, XDP).
+    /// A pinned link (tcx or XDP).
     Link { ifindex: u32, program: String },
-    /// A mark: a clsact filter.
+    /// A marker for a clsact filter.
     Filter { ifindex: u32, program: String },
-    /// A mark: a clsact qdisc that this node added.
+    /// A marker for a clsact qdisc that this node added.
     Qdisc { ifindex: u32 },
 }
 
@@ -103,7 +104,7 @@ impl Pin {
         }
     }
 
-    /// bpffs refuses names with dots.
+    /// Returns the entry's file name. It contains no dot, because bpffs refuses names with dots.
     fn file_name(&self) -> String {
         match self {
             Self::Link { ifindex, program } => format!("{ifindex}-{program}"),
@@ -126,24 +127,25 @@ impl Pin {
 }
 
 impl Pins {
-    /// Finds the bpffs (mounts it where it is missing) and names the node's directory in it;
-    /// creates nothing there.
+    /// Finds the bpffs, mounting it if it is missing, and computes the paths of the node's
+    /// directory. Creates nothing in the bpffs.
     ///
     /// Must run in the network namespace that the node works in.
     ///
     /// # Errors
-    /// No bpffs can be reached or mounted; the kernel is older than 5.14.
+    /// Fails if no bpffs can be reached or mounted, or if the kernel is older than 5.14.
     pub(super) fn find(node: &str) -> Result<Self> {
         let (base, bpffs) = base()?;
         let all = base.join("overnode");
         Ok(Self { root: all.join(node), all, cookie: netns_cookie()?, _bpffs: bpffs })
     }
 
-    /// Makes the directories, each root's and private. Those that are there are adopted if nobody
-    /// else had a hand in them.
+    /// Creates the directories, private and owned by root. Existing directories are adopted if no
+    /// other user could have changed them.
     ///
     /// # Errors
-    /// A directory was made by another user, or is open to others; or it cannot be made.
+    /// Fails if a directory belongs to another user or is writable by others, or if it cannot be
+    /// created.
     pub(super) fn create(&self) -> Result<()> {
         let mut tries = 1..CREATE_TRIES;
         loop {
@@ -165,7 +167,8 @@ impl Pins {
         Ok(())
     }
 
-    /// True if what is there was made by nodes of this machine, or if nothing is.
+    /// Returns true if the existing directories belong to nodes of this machine, or if there are
+    /// none.
     pub(super) fn are_ours(&self) -> bool {
         let is_ours = |directory: &Path| match open_own(directory) {
             Ok(_) => true,
@@ -175,7 +178,7 @@ impl Pins {
         self.check_bpffs().is_ok() && is_ours(&self.all) && is_ours(&self.root)
     }
 
-    /// No other user may rename `overnode/`.
+    /// Checks that no other user can rename `overnode/`.
     fn check_bpffs(&self) -> Result<(), Untrusted> {
         let base = self.all.parent().unwrap_or(&self.all);
         let found =
@@ -212,12 +215,12 @@ impl Pins {
         self.path(pin).exists()
     }
 
-    /// Removes a pin or a mark; one that is not there is no error.
+    /// Removes a pin or a marker. Removing one that does not exist succeeds.
     pub(super) fn remove(&self, pin: &Pin) -> io::Result<()> {
         remove(&self.path(pin))
     }
 
-    /// The pins of this network namespace, sorted.
+    /// Returns the pins of this network namespace, sorted.
     pub(super) fn list(&self) -> Vec<Pin> {
         let mut pins: Vec<Pin> = names(&self.links())
             .iter()
@@ -227,7 +230,7 @@ impl Pins {
         pins
     }
 
-    /// Detaches what the same node attached in a network namespace that it no longer runs in.
+    /// Detaches everything that this node attached in network namespaces that it no longer runs in.
     pub(super) fn remove_other_namespaces(&self) -> io::Result<()> {
         let mine = self.links();
         for directory in names(&self.root.join("links")).iter().filter(|path| **path != mine) {
@@ -240,8 +243,8 @@ impl Pins {
         names(&self.maps()).iter().try_for_each(|path| remove(path))
     }
 
-    /// Removes the node's directory with all that is in it, and `overnode/` when it was the last
-    /// one.
+    /// Removes the node's directory and its contents. Removes `overnode/` as well if it is then
+    /// empty.
     pub(super) fn remove_everything(&self) -> io::Result<()> {
         remove_all(&self.root)?;
         match fs::remove_dir(&self.all) {
@@ -266,7 +269,7 @@ fn names(directory: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// Symbolic links are removed, not followed.
+/// Removes a file, link or empty directory. Symbolic links are removed, not followed.
 fn remove(path: &Path) -> io::Result<()> {
     let removed = if is_directory(path) { fs::remove_dir(path) } else { fs::remove_file(path) };
     match removed {
@@ -286,8 +289,8 @@ fn is_directory(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|found| found.is_dir())
 }
 
-/// Makes a directory, or adopts one that nobody else had a hand in. Its parent must be checked
-/// already.
+/// Creates a directory, or adopts an existing one that no other user could have changed. Its parent
+/// must have been checked already.
 fn make_private(path: &Path) -> Result<(), Untrusted> {
     let failed = |why| Untrusted::Io { path: path.to_owned(), why };
     match DirBuilder::new().mode(DIRECTORY_MODE).create(path) {
@@ -303,8 +306,8 @@ fn make_private(path: &Path) -> Result<(), Untrusted> {
     Ok(())
 }
 
-/// Opens a directory that is this process's own. What is checked is what was opened; a symbolic
-/// link is not followed.
+/// Opens a directory that belongs to this process's user. The check runs on the open descriptor,
+/// and symbolic links are not followed.
 fn open_own(path: &Path) -> Result<File, Untrusted> {
     let failed = |why| Untrusted::Io { path: path.to_owned(), why };
     let flags = libc::O_NOFOLLOW | libc::O_DIRECTORY;
@@ -313,7 +316,8 @@ fn open_own(path: &Path) -> Result<File, Untrusted> {
     Ok(directory)
 }
 
-/// `SO_NETNS_COOKIE`: unique since boot, unlike the inode number of a namespace.
+/// Returns the cookie of the network namespace (`SO_NETNS_COOKIE`). It is unique since boot, unlike
+/// the inode number of a namespace.
 fn netns_cookie() -> Result<u64> {
     let socket = std::net::UdpSocket::bind("127.0.0.1:0")
         .or_else(|_| std::net::UdpSocket::bind("[::1]:0"))
@@ -321,7 +325,7 @@ fn netns_cookie() -> Result<u64> {
         .context("a UDP socket cannot be opened")?;
     let mut cookie = 0_u64;
     let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: both pointers are to locals of the sizes given.
+    // SAFETY: both pointers are to locals of the given sizes.
     let code = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -340,12 +344,12 @@ fn netns_cookie() -> Result<u64> {
     Ok(cookie)
 }
 
-/// The bpffs of the machine's first mount namespace: the one that outlives this process.
-/// `ip netns exec` and sandboxes give a process a mount namespace of its own, and a bpffs mounted
-/// there goes away with it.
+/// Returns the bpffs of the machine's first mount namespace, which outlives this process.
+/// `ip netns exec` and sandboxes run a process in a mount namespace of its own, and a bpffs mounted
+/// there disappears with it.
 ///
-/// The first namespace is PID 1's; or, where that is closed to us, the one of the next process that
-/// is not.
+/// The first namespace is that of PID 1. If it cannot be entered, the namespace of the next process
+/// is tried, in the order of process IDs.
 fn base() -> Result<(PathBuf, Option<OwnedFd>)> {
     let here = Path::new(MOUNT_POINT);
     let own = fs::metadata("/proc/self/ns/mnt").context("/proc must be mounted")?.ino();
@@ -370,7 +374,7 @@ fn base() -> Result<(PathBuf, Option<OwnedFd>)> {
     Err(error.context("no bpffs can be reached: run as root"))
 }
 
-/// Those of all processes, in the order of process IDs, each once.
+/// Returns the mount namespaces of all processes in the order of process IDs, without duplicates.
 fn mount_namespaces() -> impl Iterator<Item = (u64, File)> {
     let mut pids: Vec<u32> = fs::read_dir("/proc")
         .into_iter()
@@ -414,8 +418,9 @@ fn mount_if_missing() -> Result<()> {
     })
 }
 
-/// Whether the bpffs seen here is PID 1's, seen through another mount namespace. A unit of systemd
-/// has one of its own, and may not enter others.
+/// Returns true if the bpffs at `here` is the one that PID 1 has mounted, seen through another
+/// mount namespace. A systemd unit may have its own mount namespace and lack the right to enter
+/// others.
 fn is_the_first(here: &Path) -> bool {
     let Ok(found) = fs::metadata(here) else { return false };
     let Ok(mounts) = fs::read_to_string("/proc/1/mountinfo") else { return false };
@@ -423,7 +428,8 @@ fn is_the_first(here: &Path) -> bool {
     is_bpffs(here) && last_mount(&mounts, MOUNT_POINT) == Some(device.as_str())
 }
 
-/// The device that is mounted at a place, the last of several, as proc(5) lists mounts.
+/// Returns the device that is mounted at `place`, in the format of proc(5). If there are several
+/// mounts, the last one counts.
 fn last_mount<'a>(mountinfo: &'a str, place: &str) -> Option<&'a str> {
     let mut mounts = mountinfo.lines().filter_map(|line| {
         let mut words = line.split(' ').skip(2);

@@ -1,5 +1,5 @@
-//! The bulk path's side of the kernel: the devices of its workers, and the maps by which programs
-//! and workers know of each other.
+//! Manages the kernel side of the bulk path: the workers' devices, and the maps that programs and
+//! workers share.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,22 +17,22 @@ use super::maps::Slots;
 use super::programs::FROM_BULK;
 use super::{Datapath, quieten};
 
-/// Names of the devices: the kernel puts a number at the end.
+/// Prefix of the device names. The kernel appends a number.
 const PREFIX: &str = "ovnb";
-/// The largest that a TAP device has.
+/// Largest MTU of a TAP device, in bytes.
 const MTU: u32 = 65521;
 
-// `linux/if_tun.h`, which libc has in part.
+// From `linux/if_tun.h`. libc defines only part of it.
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
 const TUN_F_CSUM: libc::c_ulong = 1;
 const TUN_F_TSO4: libc::c_ulong = 2;
 const TUN_F_TSO6: libc::c_ulong = 4;
 const TUN_F_TSO_ECN: libc::c_ulong = 8;
-/// Several UDP packets at once (Linux 6.2).
+/// Segmentation offload of UDP (Linux 6.2).
 const TUN_F_USO: libc::c_ulong = 0x20 | 0x40;
 
-/// The maps `BULK_WORKERS`, `BULK_PEERS` and `BULK_INBOXES`, in memory.
+/// The maps `BULK_WORKERS`, `BULK_PEERS` and `BULK_INBOXES`, mapped into memory.
 pub struct BulkMaps {
     workers: Slots<BulkWorker>,
     peers: Slots<BulkPeer>,
@@ -43,7 +43,7 @@ impl BulkMaps {
     /// Maps all three into memory.
     ///
     /// # Errors
-    /// These are not the maps.
+    /// Fails if a descriptor is not one of these maps.
     pub fn open(
         workers: BorrowedFd<'_>,
         peers: BorrowedFd<'_>,
@@ -56,7 +56,7 @@ impl BulkMaps {
         })
     }
 
-    /// Lets the programs hand packets to a worker.
+    /// Lets the programs pass packets to a worker. `now_ns` is in nanoseconds since boot.
     pub fn set_worker(&self, worker: u32, ifindex: u32, now_ns: u64) {
         if let Some(cell) = self.workers.at(worker) {
             cell.alive_ns().store(now_ns, Ordering::Relaxed);
@@ -64,14 +64,14 @@ impl BulkMaps {
         }
     }
 
-    /// A worker lives.
+    /// Records a worker's heartbeat. `now_ns` is in nanoseconds since boot.
     pub fn alive(&self, worker: u32, now_ns: u64) {
         if let Some(cell) = self.workers.at(worker) {
             cell.alive_ns().store(now_ns, Ordering::Relaxed);
         }
     }
 
-    /// A worker gets nothing more, if this is still its device.
+    /// Stops the programs from passing packets to a worker, if `ifindex` is still its device.
     pub fn clear_worker(&self, worker: u32, ifindex: u32) {
         if let Some(cell) = self.workers.at(worker) {
             let _ =
@@ -79,14 +79,15 @@ impl BulkMaps {
         }
     }
 
-    /// Over how many workers the bulk flows of a peer are spread; 0: they stay with the programs.
+    /// Sets the number of workers that share a peer's bulk flows. With 0 the eBPF programs handle
+    /// them.
     pub fn serve(&self, peer: u32, workers: u32) {
         if let Some(cell) = self.peers.at(peer) {
             cell.workers().store(workers, Ordering::Release);
         }
     }
 
-    /// Nobody is served, and there are no workers.
+    /// Clears all peers and workers, and closes all receive rings.
     pub fn clear(&self) {
         for peer in 0..self.peers.len() {
             self.serve(peer, 0);
@@ -107,30 +108,31 @@ impl BulkMaps {
 /// A worker's device.
 #[derive(Debug)]
 pub struct BulkDevice {
-    /// What the worker reads and writes; the device lives as long as one copy of it.
+    /// The descriptor that the worker reads and writes. The device exists while any copy of it is
+    /// open.
     pub file: File,
     /// Interface index.
     pub ifindex: u32,
-    /// Whether it takes several UDP packets at once.
+    /// True if the device does segmentation offload of UDP.
     pub takes_uso: bool,
 }
 
 impl Datapath {
-    /// The maps of the bulk path, for the process of the workers.
+    /// Returns the maps of the bulk path, for the workers' process.
     pub fn bulk_maps(&self) -> &BulkMaps {
         &self.maps.bulk
     }
 
-    /// Descriptors of `BULK_WORKERS`, `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`.
+    /// Returns the descriptors of `BULK_WORKERS`, `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`.
     pub fn bulk_map_fds(&self) -> [BorrowedFd<'_>; 4] {
         self.maps.bulk_fds.each_ref().map(OwnedFd::as_fd)
     }
 
-    /// Makes a device for a worker: packets of containers come out of it, and what is written to it
-    /// is delivered.
+    /// Creates a device for a worker. The worker reads packets from containers from it, and packets
+    /// that it writes to the device are delivered to containers.
     ///
     /// # Errors
-    /// The kernel has no TUN/TAP devices, or refuses.
+    /// Fails if the kernel has no TUN/TAP devices, or refuses.
     pub async fn bulk_device(&mut self) -> Result<BulkDevice> {
         let file = OpenOptions::new()
             .read(true)
@@ -151,11 +153,11 @@ impl Datapath {
         Ok(BulkDevice { file, ifindex: link.index, takes_uso })
     }
 
-    /// Takes over the device of a worker that an earlier daemon started: its program is replaced in
+    /// Takes over the device of a worker that an earlier daemon started. Its program is replaced in
     /// place.
     ///
     /// # Errors
-    /// There is no such device, or the kernel refuses.
+    /// Fails if there is no such device, or if the kernel refuses.
     pub async fn adopt_bulk_device(&mut self, ifindex: u32) -> Result<()> {
         let link = self
             .netlink
@@ -167,10 +169,11 @@ impl Datapath {
         Ok(())
     }
 
-    /// Removes devices of workers that nobody has taken over. True if there were any.
+    /// Removes worker devices that this daemon has neither created nor adopted. Returns true if
+    /// there were any.
     ///
     /// # Errors
-    /// Interfaces cannot be listed or removed.
+    /// Fails if interfaces cannot be listed or removed.
     pub async fn remove_stray_bulk_devices(&mut self) -> Result<bool> {
         let mut any = false;
         for link in self.netlink.links().await? {
@@ -182,29 +185,29 @@ impl Datapath {
         Ok(any)
     }
 
-    /// Devices of workers that are gone are nobody's any more.
+    /// Drops ownership of the given devices, whose workers are gone.
     pub fn forget_bulk_devices(&mut self, devices: &[u32]) {
         self.bulk_devices.retain(|ifindex| !devices.contains(ifindex));
     }
 }
 
-/// True for the devices of this node's workers. One without an alias ends with the daemon that was
-/// about to mark it.
+/// Returns true for the devices of this node's workers. A device without an alias needs no cleanup:
+/// it disappears with the daemon that was about to set the alias.
 pub(super) fn is_bulk_device(link: &Link, alias: &str) -> bool {
     link.alias.as_deref() == Some(alias)
         && link.name.strip_prefix(PREFIX).is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
-/// Makes the TAP device of a descriptor, and tells its name.
+/// Creates the TAP device of a descriptor and returns its name.
 fn create(file: &File) -> io::Result<String> {
-    // SAFETY: all zeros are a valid `ifreq`.
+    // SAFETY: an all-zero `ifreq` is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(PREFIX.bytes().chain(*b"%d")) {
         *to = from as libc::c_char;
     }
     request.ifr_ifru.ifru_flags =
         (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: the request is a valid `ifreq` as long as the call lasts.
+    // SAFETY: the request is a valid `ifreq` throughout the call.
     if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -212,11 +215,12 @@ fn create(file: &File) -> io::Result<String> {
     Ok(name.map(|byte| *byte as u8 as char).collect())
 }
 
-/// Whole segments and unfinished checksums, both ways. True if UDP has them, too.
+/// Turns on segmentation and partial checksums in both directions. Returns true if that includes
+/// UDP segmentation.
 fn set_offloads(file: &File) -> io::Result<bool> {
     let usual = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
     for (offloads, takes_uso) in [(usual | TUN_F_USO, true), (usual, false)] {
-        // SAFETY: takes a number.
+        // SAFETY: the argument is a number.
         if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETOFFLOAD, offloads) } >= 0 {
             return Ok(takes_uso);
         }

@@ -1,15 +1,15 @@
-//! Between the programs' clock (`CLOCK_BOOTTIME`, ns) and [`Instant`].
+//! Converts between the programs' clock (`CLOCK_BOOTTIME`, in nanoseconds) and [`Instant`].
 
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
-/// The programs' clock.
+/// Returns the current time of the programs' clock, in nanoseconds since boot.
 pub fn boot_now_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from).as_nanos() as u64
 }
 
-/// Both clocks at one moment.
+/// Both clocks, read at the same moment.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     instant: Instant,
@@ -17,17 +17,18 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Now.
+    /// Reads both clocks.
     pub fn now() -> Self {
         Self { instant: Instant::now(), boot_ns: boot_now_ns() }
     }
 
-    /// The programs' clock.
+    /// Returns the reading of the programs' clock, in nanoseconds since boot.
     pub(super) const fn boot_now(self) -> u64 {
         self.boot_ns
     }
 
-    /// `None` for 0, which means "never".
+    /// Converts a time of the programs' clock, in nanoseconds since boot. Returns `None` for 0,
+    /// which means "never".
     pub fn instant(self, boot_ns: u64) -> Option<Instant> {
         match boot_ns {
             0 => None,
@@ -38,7 +39,7 @@ impl Clock {
         }
     }
 
-    /// The programs' clock at that moment.
+    /// Converts an instant to a time of the programs' clock, in nanoseconds since boot, at least 1.
     pub fn boot_ns(self, instant: Instant) -> u64 {
         let nanos = |duration: Duration| duration.as_nanos() as u64;
         match instant.checked_duration_since(self.instant) {

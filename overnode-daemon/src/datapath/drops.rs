@@ -1,4 +1,4 @@
-//! Packets that programs dropped and recorded.
+//! Receives the records of packets that the programs dropped.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{MapData, RingBuf};
@@ -8,17 +8,18 @@ use super::Datapath;
 use super::clock::Clock;
 use crate::monitor::decode::{Seen, record};
 
-/// Records that are taken at a time, at most.
+/// Maximum number of records returned at a time.
 const BATCH: usize = 64;
 
-/// The dropped packets that the programs hand up.
+/// Receiver of the records of dropped packets.
 pub struct Drops(AsyncFd<RingBuf<MapData>>);
 
 impl Drops {
-    /// The next ones, at least one. Cancelling loses nothing.
+    /// Waits for at least one record and returns the pending ones, at most 64. This method is
+    /// cancel safe.
     ///
     /// # Errors
-    /// The kernel refuses to wait.
+    /// Fails if the ring buffer cannot be polled.
     pub async fn recv(&mut self) -> Result<Vec<Seen>> {
         loop {
             let mut ready =
@@ -31,7 +32,7 @@ impl Drops {
         }
     }
 
-    /// Those that wait, at most as many as [`Drops::recv`] gives.
+    /// Returns pending records without waiting, at most as many as [`Drops::recv`] returns.
     pub fn try_recv(&mut self) -> Vec<Seen> {
         take(self.0.get_mut())
     }
@@ -48,36 +49,40 @@ fn take(ring: &mut RingBuf<MapData>) -> Vec<Seen> {
 }
 
 impl Datapath {
-    /// The dropped packets. Once: who has them has all.
+    /// Returns the receiver of dropped packets. It can be taken only once.
     ///
     /// # Errors
-    /// They are taken already; the event loop refuses.
+    /// Fails if it was taken already, or if the descriptor cannot be registered with the event
+    /// loop.
     pub fn drops(&mut self) -> Result<Drops> {
         let mut ring =
             self.maps.drops.take().context("somebody else receives the dropped packets already")?;
-        // What an earlier daemon was told is old by now.
+        // Records left over from an earlier daemon are stale.
         while ring.next().is_some() {}
-        // SAFETY: the ring owns its descriptor, always names the same, and is owned by what is
-        // returned.
+        // SAFETY: the ring owns its descriptor, which never changes. The returned value owns the
+        // ring.
         let ring = unsafe { AsyncFd::register(ring) };
         Ok(Drops(ring.context("no dropped packets can be received")?))
     }
 
-    /// Lets programs record so many dropped packets for each reason from now on, whatever was left
-    /// before.
+    /// Sets how many more dropped packets the programs may record for each reason. This replaces
+    /// whatever is left of an earlier allowance.
     ///
     /// # Errors
-    /// The map cannot be written.
+    /// Fails if the map cannot be written.
     pub fn allow_records(&mut self, each: u32) -> Result<()> {
         self.maps.allow_records(each)
     }
 
-    /// How long ago a program saw something, in milliseconds.
+    /// Returns how long ago a time of the programs' clock was, in milliseconds. `boot_ns` is in
+    /// nanoseconds since boot.
     pub fn milliseconds_since(&self, boot_ns: u64) -> u64 {
         Clock::now().boot_now().saturating_sub(boot_ns) / 1_000_000
     }
 
-    /// The name of an interface that packets come in by; `None` if it is none of those.
+    /// Returns the name of an interface at which packets enter the programs: a host-side end, an
+    /// underlay interface, or the second end of the offload veth. Returns `None` for any other
+    /// interface.
     pub fn interface_name(&self, ifindex: u32) -> Option<&str> {
         let endpoint =
             self.endpoints.iter().find(|(_, index)| **index == ifindex).map(|(name, _)| &**name);

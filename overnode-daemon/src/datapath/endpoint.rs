@@ -1,5 +1,5 @@
-//! Containers: a veth whose far end is made inside the container's network namespace, or is left
-//! for a container engine to move there.
+//! Attaches containers through veth pairs. The container-side end is created inside the container's
+//! network namespace, or in the host's namespace for a container engine to move.
 
 use std::fs::File;
 use std::net::IpAddr;
@@ -24,39 +24,40 @@ use crate::types::to_map;
 /// Name of the interface inside a container.
 pub const CONTAINER_INTERFACE: &str = "overnode0";
 
-/// Who brings the container's end to where it belongs.
+/// Where the container-side end goes, and who configures it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// It is made inside this network namespace, gets its address there, and goes up.
+    /// The end is created inside this network namespace, gets its address there, and is set up.
     Inside {
-        /// The container's network namespace.
+        /// Network namespace of the container.
         netns: NetnsRef,
-        /// Its name there.
+        /// Name of the interface in that namespace.
         interface: String,
     },
-    /// It stays in the host's namespace, gets its address there, and goes up: the host itself has
-    /// an address in the container network.
+    /// The end stays in the host's namespace, gets its address there, and is set up. The host
+    /// itself then has an address in the container network.
     Host,
-    /// It waits in the host's namespace, down and without an address, under the name
-    /// [`waiting_interface`]: a container engine moves it, names it and configures it.
+    /// The end waits in the host's namespace, down and without an address, under the name
+    /// [`waiting_interface`]. A container engine moves, renames and configures it.
     Waiting,
 }
 
-/// What to attach, where.
+/// A request to attach a container or the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// Where the container's end goes.
+    /// Where the container-side end goes.
     pub place: Place,
-    /// Its address; the prefix is the subnet's.
+    /// Overlay address. Its prefix length is that of the subnet.
     pub address: IpAddr,
-    /// Its hardware address; none for one by chance.
+    /// MAC address. `None` picks a random one.
     pub mac: Option<[u8; 6]>,
-    /// Name of the host's end: `ov` and 8 hex digits, see [`host_interface`].
+    /// Name of the host-side end: `ov` and 8 hex digits, see [`host_interface`].
     pub host_interface: String,
 }
 
 impl Attachment {
-    /// An ordinary one: [`CONTAINER_INTERFACE`] inside `netns`, with a hardware address by chance.
+    /// Returns the default attachment: [`CONTAINER_INTERFACE`] inside `netns`, with a random MAC
+    /// address.
     pub fn inside(netns: NetnsRef, address: IpAddr) -> Self {
         Self {
             place: Place::Inside { netns, interface: CONTAINER_INTERFACE.to_owned() },
@@ -66,64 +67,66 @@ impl Attachment {
         }
     }
 
-    /// The host itself.
+    /// Returns an attachment of the host itself.
     pub fn host(address: IpAddr) -> Self {
         Self { place: Place::Host, address, mac: None, host_interface: host_interface(address) }
     }
 }
 
-/// What was attached.
+/// Result of a successful attach.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
-    /// Index of the host's end.
+    /// Interface index of the host-side end.
     pub ifindex: u32,
-    /// Hardware address of the container's end.
+    /// MAC address of the container-side end.
     pub mac: [u8; 6],
-    /// Hardware address of the host's end, which ARP answers name.
+    /// MAC address of the host-side end, which ARP replies carry.
     pub gateway_mac: [u8; 6],
-    /// Name of the host's end.
+    /// Name of the host-side end.
     pub host_interface: String,
-    /// The container's network namespace; none while its end waits for an engine.
+    /// Network namespace of the container. `None` for the host, and while the end waits for a
+    /// container engine.
     pub netns: Option<NetnsId>,
-    /// MTU of both ends, bytes.
+    /// MTU of both ends, in bytes.
     pub mtu: u32,
 }
 
-/// The name of the host's end for an address: the same each time, and no two for one network.
+/// Returns the name of the host-side end for an address. It is stable, and unique within one
+/// network.
 pub fn host_interface(address: IpAddr) -> String {
     let id = match address {
         IpAddr::V4(v4) => u32::from(v4),
-        // The host part of an overlay prefix differs in its low bits.
+        // IPv6 addresses of one overlay prefix differ in their low bits.
         IpAddr::V6(v6) => v6.to_bits() as u32,
     };
     format!("ov{id:08x}")
 }
 
-/// The name of the container's end for an address, while it waits in the host's namespace for an
-/// engine to move it.
+/// Returns the name of the container-side end for an address while it waits in the host's namespace
+/// for a container engine.
 pub fn waiting_interface(address: IpAddr) -> String {
     host_interface(address).replacen("ov", "ovc", 1)
 }
 
-/// A hardware address by chance: locally administered, unicast.
+/// Returns a random MAC address that is locally administered and unicast.
 pub fn random_mac() -> [u8; 6] {
     let mut mac: Mac = rand::rng().random();
     mac[0] = mac[0] & 0xfc | 2;
     mac
 }
 
-/// True for names that [`host_interface`] gives.
+/// Returns true for names that [`host_interface`] returns.
 pub(super) fn is_host_interface(name: &str) -> bool {
     name.strip_prefix("ov").is_some_and(|digits| {
         digits.len() == 8 && digits.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
     })
 }
 
-/// Deletes the host's end for an address, and with it the container's, of a node whose daemon does
-/// not run: it gives the address back when it runs again. False if there is none.
+/// Deletes the veth pair for an address on a node whose daemon is not running. The daemon releases
+/// the address when it runs again. Returns false if there is no such interface.
 ///
 /// # Errors
-/// The kernel refuses.
+/// Fails if the kernel refuses.
 pub async fn cut(address: IpAddr) -> Result<bool> {
     let netlink = Netlink::open()?;
     match netlink.link_named(&host_interface(address)).await? {
@@ -133,12 +136,13 @@ pub async fn cut(address: IpAddr) -> Result<bool> {
 }
 
 impl Datapath {
-    /// Plugs a container or the host in. Whatever fails, nothing of it stays.
+    /// Attaches a container or the host. On failure nothing is left behind.
     ///
     /// # Errors
-    /// The namespace cannot be opened, is the host's own, or has an interface of that name already;
-    /// the address is outside the subnet or attached already; the hardware address is a group's;
-    /// the host has a route of its own into the subnet; the kernel refuses.
+    /// Fails if the namespace cannot be opened, is the host's own, or already has an interface of
+    /// that name; if the address is outside the subnet or already attached; if the MAC address is a
+    /// multicast address or zero; if the host has another route into the subnet; or if the kernel
+    /// refuses.
     pub async fn attach(&mut self, attachment: &Attachment) -> Result<Attached> {
         let Attachment { place, address, mac, host_interface } = attachment;
         ensure!(
@@ -195,8 +199,9 @@ impl Datapath {
         }
     }
 
-    /// Where the host reaches addresses of the subnet by another interface, it would not reach
-    /// either all containers, or all of what it reached until then: other nodes, maybe.
+    /// Refuses to attach the host if it has another route into the subnet. Such an attachment would
+    /// cut the host off either from some containers or from destinations that it reached before,
+    /// which may include other nodes.
     async fn refuse_other_ways(&self) -> Result<()> {
         let subnet = self.network.subnet;
         match self.netlink.route_into(subnet).await? {
@@ -262,7 +267,7 @@ impl Datapath {
             }
             None => {
                 quieten(&waiting);
-                // The device keeps it when it moves.
+                // The device keeps this setting when it moves.
                 offload::receive_aggregated(&waiting)?;
             }
         }
@@ -281,11 +286,12 @@ impl Datapath {
         })
     }
 
-    /// Unplugs a container: its interfaces, routes and programs. One that is gone already is no
-    /// error.
+    /// Detaches a container and removes its interfaces, routes and programs. Detaching one that is
+    /// already gone succeeds.
     ///
     /// # Errors
-    /// The interface is somebody else's; the kernel refuses. What could be removed is removed.
+    /// Fails if the interface belongs to another owner, or if the kernel refuses. Everything that
+    /// can be removed is removed.
     pub async fn detach(&mut self, host_interface: &str) -> Result<()> {
         let link = self.netlink.link_named(host_interface).await?;
         if let Some(link) = &link {
@@ -303,7 +309,7 @@ impl Datapath {
         }
     }
 
-    /// Removes what maps and bpffs hold of a host end that is gone.
+    /// Removes the map entries and pins of a host-side end that is gone.
     pub(super) fn forget_endpoint(&mut self, ifindex: u32) -> Result<()> {
         self.routes.remove_local(ifindex);
         let routes = self.sync_routes();
@@ -315,14 +321,15 @@ impl Datapath {
         routes.and(endpoint)
     }
 
-    /// True for host ends, the normaliser's ends and devices of workers that this node made.
+    /// Returns true for host-side ends, offload veth ends and worker devices that this node
+    /// created.
     pub(super) fn is_ours(&self, link: &Link) -> bool {
         is_ours(link, &self.alias, &self.node)
     }
 }
 
-/// By the alias; or, when a daemon was killed before it could set that, by name and hardware
-/// address, which are there from the beginning.
+/// Returns true for interfaces that this node created. The alias decides. If a daemon was killed
+/// before it could set the alias, the name and MAC address decide, which are set from creation on.
 pub(super) fn is_ours(link: &Link, alias: &str, node: &str) -> bool {
     if is_bulk_device(link, alias) {
         return true;
@@ -347,7 +354,7 @@ struct Inside<'a> {
     interface: &'a str,
 }
 
-/// Runs in the namespace of the container's end, of which `netlink` is.
+/// Configures the container-side end. `netlink` must belong to the namespace of that end.
 async fn configure(netlink: &Netlink, interface: &str, address: IpAddr, prefix: u8) -> Result<()> {
     let link =
         netlink.link_named(interface).await?.with_context(|| format!("there is no {interface}"))?;
@@ -356,7 +363,7 @@ async fn configure(netlink: &Netlink, interface: &str, address: IpAddr, prefix: 
     netlink.set_up(link.index).await
 }
 
-/// Programs and filters of an interface that stays, taken away.
+/// Detaches all programs and filters of an interface that stays.
 pub(super) fn detach_all(link: &Link, pins: &super::bpffs::Pins) -> Vec<anyhow::Error> {
     let mut errors = Vec::new();
     for pin in pins.list().into_iter().filter(|pin| pin.ifindex() == link.index) {

@@ -1,9 +1,10 @@
-//! In containers that have another way out: packets for the container network go into it or
-//! nowhere.
+//! Guards containers that have another route out, so that packets for the container network enter
+//! it or are rejected.
 //!
-//! A container engine gives its containers a default route of its own. Without more, packets for
-//! other containers would take it, and leave the host unsealed, as soon as the container's
-//! interface is gone: after `reset --force`, or when somebody deletes it.
+//! A container engine gives its containers a default route of its own. Without the guard, packets
+//! for other containers would take that route and leave the host unencrypted as soon as the
+//! container's overlay interface is gone. That happens after `reset --force`, or if the interface
+//! is deleted.
 
 use std::net::IpAddr;
 
@@ -15,10 +16,10 @@ use super::links::Netlink;
 use super::netns::{NetnsRef, inside};
 
 impl Datapath {
-    /// Adds the guard to a container, if it has none yet.
+    /// Adds the guard to a container, if it is not there yet.
     ///
     /// # Errors
-    /// The namespace cannot be entered; the kernel refuses.
+    /// Fails if the namespace cannot be entered, or if the kernel refuses.
     pub async fn guard(&self, netns: &NetnsRef) -> Result<()> {
         let (namespace, _) = netns.open()?;
         let subnet = self.network.subnet;
@@ -28,7 +29,7 @@ impl Datapath {
     /// Removes the guard of a container, if it has one.
     ///
     /// # Errors
-    /// The namespace cannot be entered; the kernel refuses.
+    /// Fails if the namespace cannot be entered, or if the kernel refuses.
     pub async fn unguard(&self, netns: &NetnsRef) -> Result<()> {
         let (namespace, _) = netns.open()?;
         let subnet = self.network.subnet;
@@ -38,7 +39,7 @@ impl Datapath {
     }
 }
 
-/// The only family that container networks have.
+/// Returns the subnet's IPv4 network and prefix length. Container networks are always IPv4.
 pub(super) fn v4(subnet: IpNet) -> Option<(std::net::Ipv4Addr, u8)> {
     match subnet.network() {
         IpAddr::V4(v4) => Some((v4, subnet.prefix_len())),

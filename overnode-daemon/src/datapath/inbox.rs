@@ -1,5 +1,6 @@
-//! A worker's inbox: messages that the programs put into memory. One worker takes them out; layout
-//! and rules: [`overnode_ebpf::map::BulkInbox`].
+//! Consumes a worker's receive ring: messages that the programs put into shared memory. Each ring
+//! has one consumer, its worker. [`overnode_ebpf::map::BulkInbox`] documents the layout and the
+//! rules.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
@@ -15,36 +16,37 @@ use overnode_ebpf::map::{
 use super::maps::{Cell, Slots};
 use crate::types::from_map;
 
-/// A program that was at work when the inbox was closed is done after this time.
+/// Time to wait after a ring is closed. Programs that were writing to it are done by then.
 const SETTLED: Duration = Duration::from_millis(5);
 
-/// The worker's end of its inbox.
+/// The worker's end of its receive ring.
 pub struct Inbox {
     inboxes: Slots<BulkInbox>,
     messages: Slots<BulkMessage>,
     number: u32,
     first: u32,
     len: u32,
-    /// Messages taken out, modulo 2^32.
+    /// Number of messages taken out, modulo 2^32.
     tail: u32,
 }
 
-/// Where a message came from.
+/// Source, destination and ECN codepoint of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
-    /// Source of the datagram.
+    /// Source address of the datagram.
     pub remote: SocketAddr,
-    /// The address of this host that it was sent to, if the kernel says.
+    /// Address of this host that it was sent to, if the kernel reports it.
     pub local: Option<IpAddr>,
     /// ECN codepoint of the IP header.
     pub ecn: u8,
 }
 
 impl Inbox {
-    /// The inboxes of `count` workers, 1 at least, empty and closed.
+    /// Returns the receive rings of `count` workers (at least 1), empty and closed.
     ///
     /// # Errors
-    /// These are not the maps `BULK_INBOXES` and `BULK_MESSAGES`, or there are not so many inboxes.
+    /// Fails if the descriptors are not those of `BULK_INBOXES` and `BULK_MESSAGES`, or if there
+    /// are fewer rings than workers.
     pub fn take_over(
         inboxes: BorrowedFd<'_>,
         messages: BorrowedFd<'_>,
@@ -91,21 +93,21 @@ impl Inbox {
         self.messages.at(self.first + (number & (self.len - 1)))
     }
 
-    /// True if messages go to the sockets: the programs have closed the inbox, as something came
-    /// that does not fit.
+    /// Returns true if messages go to the sockets. The programs close a ring when a message arrives
+    /// that does not fit into it.
     pub fn is_closed(&self) -> bool {
         self.state().is_none_or(|state| state.load(Ordering::Relaxed) == INBOX_CLOSED)
     }
 
-    /// From now on messages go into the inbox.
+    /// Opens the ring: messages go into it from now on.
     pub fn open(&self) {
         if let Some(state) = self.state() {
             state.store(INBOX_OPEN, Ordering::SeqCst);
         }
     }
 
-    /// The worker is about to wait for its sockets. False if it must not, for there is something in
-    /// the inbox.
+    /// Announces that the worker is about to wait for its sockets. Returns false if it must not
+    /// wait, because the ring is not empty.
     pub fn sleep(&self) -> bool {
         let Some(cell) = self.cell() else { return true };
         let slept = cell.state().compare_exchange(
@@ -114,7 +116,8 @@ impl Inbox {
             Ordering::SeqCst,
             Ordering::SeqCst,
         );
-        // After that: a program that does not see it has taken its place before.
+        // Load the head after the exchange above. A program that does not see the worker asleep has
+        // reserved its slot, and so advanced the head, before the exchange.
         if cell.head().load(Ordering::SeqCst) == self.tail {
             return true;
         }
@@ -124,10 +127,11 @@ impl Inbox {
         false
     }
 
-    /// The worker waits no longer.
+    /// Announces that the worker no longer waits.
     pub fn wake(&self) {
         if let Some(state) = self.state() {
-            // Unless a message that is in a socket has done so.
+            // The exchange fails if a program opened the ring already when its message went to the
+            // socket.
             let _ = state.compare_exchange(
                 INBOX_ASLEEP,
                 INBOX_OPEN,
@@ -137,15 +141,15 @@ impl Inbox {
         }
     }
 
-    /// Takes the next message out, if there is one, into `buffer`, which has [`BULK_MESSAGE_LEN`]
-    /// bytes at least.
+    /// Takes the next message out of the ring into `buffer`, which must have at least
+    /// [`BULK_MESSAGE_LEN`] bytes. Returns `None` if the ring is empty.
     pub fn take<'a>(&mut self, buffer: &'a mut [u8]) -> Option<(&'a mut [u8], Origin)> {
         loop {
             let place = self.place(self.tail)?;
             if place.sequence().load(Ordering::Acquire) != self.tail.wrapping_add(1) {
                 return None;
             }
-            // SAFETY: programs leave the place alone until its sequence is set below.
+            // SAFETY: programs do not touch the slot until its sequence is stored below.
             let message = unsafe { &*place.as_ptr() };
             let len = (message.len as usize).min(BULK_MESSAGE_LEN);
             let origin = Origin {

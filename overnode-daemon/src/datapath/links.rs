@@ -1,5 +1,6 @@
-//! Interfaces, addresses and routes of the network namespace in which [`Netlink::open`] was called,
-//! by rtnetlink. sysfs would show another namespace's after `nsenter --net`.
+//! Manages interfaces, addresses and routes of one network namespace through rtnetlink: the
+//! namespace in which [`Netlink::open`] was called. sysfs is not used, because after
+//! `nsenter --net` it would show another namespace.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::RawFd;
@@ -21,10 +22,10 @@ use tokio::task::JoinHandle;
 
 use super::guard;
 
-/// Priority of the first of two rules; that of the main table is 32766.
+/// Priority of the first of two routing rules. The rule for the main table has priority 32766.
 const GUARD: u32 = 32764;
 
-/// A hardware address.
+/// A MAC address.
 pub(super) type Mac = [u8; 6];
 
 /// A netlink socket of one network namespace.
@@ -34,7 +35,7 @@ pub(super) struct Netlink {
     connection: JoinHandle<()>,
 }
 
-/// What is known of an interface.
+/// Attributes of an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Link {
     pub(super) index: u32,
@@ -48,22 +49,22 @@ pub(super) struct Link {
     pub(super) has_ethernet: bool,
 }
 
-/// One end of a veth pair to be.
+/// Parameters of one end of a veth pair that is to be created.
 #[derive(Clone, Debug)]
 pub(super) struct End<'a> {
     pub(super) name: &'a str,
     pub(super) mac: Mac,
     pub(super) mtu: u32,
-    /// Network namespace to create it in; none for that of the socket.
+    /// Network namespace to create the end in. `None` means the namespace of the socket.
     pub(super) namespace: Option<RawFd>,
 }
 
-/// How the kernel would send to an address.
+/// Result of a route lookup for one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Route {
     pub(super) ifindex: u32,
     pub(super) source: Option<IpAddr>,
-    /// The route's own limit, or the path's as learned from ICMP; bytes.
+    /// MTU in bytes: the route's own limit, or the path MTU learned from ICMP.
     pub(super) mtu: Option<u32>,
 }
 
@@ -71,12 +72,12 @@ impl Netlink {
     pub(super) fn open() -> Result<Self> {
         let (mut connection, handle, _) =
             rtnetlink::new_connection().context("a netlink socket cannot be opened")?;
-        // Without it errors come without words; older kernels do not have it.
+        // Extended acknowledgments add a text to errors. Older kernels lack them.
         let _ = connection.socket_mut().socket_mut().set_ext_ack(true);
         Ok(Self { handle, connection: tokio::spawn(connection) })
     }
 
-    /// All interfaces, in the order of their indexes.
+    /// Returns all interfaces, ordered by index.
     pub(super) async fn links(&self) -> Result<Vec<Link>> {
         let messages: Vec<LinkMessage> = self
             .handle
@@ -121,7 +122,8 @@ impl Netlink {
         })
     }
 
-    /// No IPv6 address of its own when it goes up, and a mark that says whose it is.
+    /// Sets the alias that marks an interface as ours, and keeps the kernel from giving it an IPv6
+    /// address when it goes up.
     pub(super) async fn mark(&self, index: u32, alias: &str) -> Result<()> {
         let alias = LinkMessageBuilder::<LinkUnspec>::default().index(index).alias(alias).build();
         self.handle.link().set(alias).execute().await.context("an interface cannot be marked")?;
@@ -132,7 +134,7 @@ impl Netlink {
             ])]))
             .build();
         match self.handle.link().set(quiet).execute().await {
-            // A kernel without IPv6 makes no such addresses anyway.
+            // A kernel without IPv6 assigns no such addresses.
             Err(error)
                 if !matches!(
                     errno(&error),
@@ -160,7 +162,7 @@ impl Netlink {
             .context("the MTU of an interface cannot be set")
     }
 
-    /// One that is gone is no error.
+    /// Deletes an interface. Deleting one that is already gone succeeds.
     pub(super) async fn delete(&self, index: u32) -> Result<()> {
         match self.handle.link().del(index).execute().await {
             Err(error) if errno(&error) != Some(libc::ENODEV) => {
@@ -173,7 +175,7 @@ impl Netlink {
     pub(super) async fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> Result<()> {
         let mut request = self.handle.address().add(index, address, prefix);
         if address.is_ipv6() {
-            // Nobody else can have it: duplicate address detection would only delay its use.
+            // The address is unique, so duplicate address detection would only delay its use.
             request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
         }
         request
@@ -182,7 +184,7 @@ impl Netlink {
             .with_context(|| format!("the address {address}/{prefix} cannot be set"))
     }
 
-    /// Unicast addresses of all interfaces, with the index of the interface, sorted.
+    /// Returns the addresses of all interfaces with the interface index, sorted.
     pub(super) async fn addresses(&self) -> Result<Vec<(IpAddr, u32)>> {
         let messages: Vec<_> = self
             .handle
@@ -198,7 +200,8 @@ impl Netlink {
                 let mut address = None;
                 for attribute in &message.attributes {
                     match attribute {
-                        // The local end of a point-to-point link; `Address` is the other one there.
+                        // `Local` is the local end of a point-to-point link, where `Address` is the
+                        // remote end.
                         AddressAttribute::Local(local) => address = Some(*local),
                         AddressAttribute::Address(own) => address = address.or(Some(*own)),
                         _ => {}
@@ -212,8 +215,8 @@ impl Netlink {
         Ok(addresses)
     }
 
-    /// How the kernel would send to `destination`, if it would, through `interface` if one is
-    /// given.
+    /// Looks up the route that the kernel would use for `destination`, through `interface` if it is
+    /// given. Returns `None` if there is no route.
     pub(super) async fn route(
         &self,
         destination: IpAddr,
@@ -227,7 +230,7 @@ impl Netlink {
                 RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(v6, 128).build()
             }
         };
-        // A lookup takes no table, protocol, scope or type.
+        // A lookup specifies no table, protocol, scope or type.
         message.header.table = 0;
         message.header.protocol = 0.into();
         message.header.scope = 0.into();
@@ -253,7 +256,7 @@ impl Netlink {
         }
     }
 
-    /// Index of the interface of the default route (IPv4's first).
+    /// Returns the interface index of the default route. IPv4 is tried first.
     pub(super) async fn default_interface(&self) -> Option<u32> {
         for message in [
             RouteMessageBuilder::<Ipv4Addr>::new().build(),
@@ -272,8 +275,8 @@ impl Netlink {
         None
     }
 
-    /// A route of the main table, other than a default route, to something that overlaps with
-    /// `subnet`, and its interface.
+    /// Returns a route of the main table, other than a default route, whose destination overlaps
+    /// `subnet`, and the name of its interface.
     pub(super) async fn route_into(&self, subnet: IpNet) -> Result<Option<(IpNet, String)>> {
         let message = match subnet {
             IpNet::V4(_) => RouteMessageBuilder::<Ipv4Addr>::new().build(),
@@ -304,8 +307,8 @@ impl Netlink {
         Ok(Some((prefix, link.map_or_else(|| "no interface".to_owned(), |link| link.name))))
     }
 
-    /// Rules by which packets for `subnet` take a route of their own or none, but not the default
-    /// route.
+    /// Adds routing rules that keep packets for `subnet` off the default route. They take a more
+    /// specific route or are rejected.
     pub(super) async fn add_guard(&self, subnet: IpNet) -> Result<()> {
         for rule in self.guard(subnet) {
             match rule.execute().await {
@@ -318,7 +321,7 @@ impl Netlink {
         Ok(())
     }
 
-    /// Rules that are gone already are no error.
+    /// Removes these rules. Rules that are already gone are no error.
     pub(super) async fn remove_guard(&self, subnet: IpNet) -> Result<()> {
         for mut rule in self.guard(subnet) {
             match self.handle.rule().del(rule.message_mut().clone()).execute().await {
@@ -337,12 +340,12 @@ impl Netlink {
             self.handle.rule().add().v4().destination_prefix(network, bits).priority(priority)
         };
         let mut routed = rule(GUARD).action(RuleAction::ToTable);
-        // Of the main table everything but the default route.
+        // Use every route of the main table except the default route.
         routed.message_mut().attributes.push(RuleAttribute::SuppressPrefixLen(0));
         vec![routed, rule(GUARD + 1).action(RuleAction::Unreachable).table_id(0)]
     }
 
-    /// True if filters are attached to an interface at its ingress or egress.
+    /// Returns true if filters are attached to the ingress or egress of an interface.
     pub(super) async fn has_filters(&self, index: u32) -> Result<bool> {
         let index = i32::try_from(index)?;
         let ingress: Vec<_> =
@@ -352,7 +355,7 @@ impl Netlink {
         Ok(!ingress.is_empty() || !egress.is_empty())
     }
 
-    /// Removes the clsact qdisc of an interface; one that is gone is no error.
+    /// Removes the clsact qdisc of an interface. Removing one that is already gone succeeds.
     pub(super) async fn remove_clsact(&self, index: u32) -> Result<()> {
         let mut request = self.handle.qdisc().del(i32::try_from(index)?);
         request.message_mut().header.parent = TcHandle::CLSACT;
@@ -451,7 +454,7 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
     (route.ifindex != 0).then_some(route)
 }
 
-/// What a route leads to.
+/// Returns the destination prefix of a route.
 fn destination_of(message: &RouteMessage) -> Option<IpNet> {
     let address = message.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Destination(RouteAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
@@ -461,7 +464,7 @@ fn destination_of(message: &RouteMessage) -> Option<IpNet> {
     IpNet::new(address, message.header.destination_prefix_length).ok()
 }
 
-/// The error number with which the kernel answered.
+/// Returns the error number of the kernel's answer.
 fn errno(error: &rtnetlink::Error) -> Option<i32> {
     match error {
         rtnetlink::Error::NetlinkError(message) => Some(message.raw_code().abs()),

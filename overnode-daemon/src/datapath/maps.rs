@@ -1,6 +1,8 @@
-//! Typed access to the maps. `PEERS` and `SESSIONS` are mapped into memory and changed word by
-//! word: rewriting a whole value would set back what a program counted meanwhile, and a message
-//! counter set back is a nonce used twice.
+//! Provides typed access to the eBPF maps.
+//!
+//! `PEERS` and `SESSIONS` are mapped into memory and changed word by word. Rewriting a whole value
+//! would roll back what a program counted in the meantime, and a rolled-back message counter would
+//! reuse a nonce.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -31,7 +33,7 @@ use crate::types::{from_map, to_map};
 /// `BPF_F_MMAPABLE` (Linux 5.5).
 const MMAPABLE: u32 = 1 << 10;
 
-/// What a map of the object must look like for this daemon.
+/// Layout that this daemon requires of a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) name: &'static str,
@@ -49,7 +51,7 @@ const fn mapped(layout: Layout) -> Layout {
     Layout { is_mapped: true, ..layout }
 }
 
-/// The maps that are pinned.
+/// Layouts of all pinned maps.
 pub(super) const LAYOUTS: [Layout; 16] = [
     layout("CONFIG", 4, size_of::<Config>(), 1),
     layout("ENDPOINTS", 4, size_of::<Endpoint>(), ENDPOINT_SLOTS),
@@ -59,7 +61,7 @@ pub(super) const LAYOUTS: [Layout; 16] = [
     layout("LOCAL_ADDRESSES", size_of::<Address>(), 4, LOCAL_ADDRESS_SLOTS),
     layout("COUNTERS", 4, 8, REASON_SLOTS),
     layout("COOKIES", 4, 4, 1),
-    // Of a ring buffer, the entries are bytes.
+    // The size of a ring buffer is in bytes, not entries.
     layout("PROBES", 0, 0, PROBES_LEN),
     layout("MONITOR", 4, 4, REASON_SLOTS),
     layout("DROPS", 0, 0, DROPS_LEN),
@@ -71,7 +73,7 @@ pub(super) const LAYOUTS: [Layout; 16] = [
 ];
 
 impl Layout {
-    /// Says how a map differs, if it does.
+    /// Describes how a map differs from this layout, if it does.
     fn mismatch(&self, info: &MapInfo) -> Option<String> {
         let found = (info.key_size() as usize, info.value_size() as usize, info.max_entries());
         if found != (self.key, self.value, self.entries) {
@@ -88,8 +90,8 @@ impl Layout {
     }
 }
 
-/// How the maps that are pinned already differ from what this daemon needs; empty if they do not,
-/// or if none are.
+/// Describes how the existing pinned maps differ from the layouts that this daemon requires. Empty
+/// if they match or if none are pinned.
 pub(super) fn pinned_mismatches(pins: &Pins) -> Vec<String> {
     LAYOUTS
         .iter()
@@ -113,15 +115,16 @@ pub(super) struct Maps {
     routes: LpmTrie<MapData, Address, Route>,
     local_addresses: HashMap<MapData, Address, u32>,
     counters: PerCpuArray<MapData, u64>,
-    /// Until somebody reads them.
+    /// `None` once a receiver has taken it.
     pub(super) probes: Option<RingBuf<MapData>>,
     monitor: Array<MapData, u32>,
-    /// Until somebody reads them.
+    /// `None` once a receiver has taken it.
     pub(super) drops: Option<RingBuf<MapData>>,
     pub(super) peers: Slots<Peer>,
     pub(super) sessions: Arc<Slots<Session>>,
     pub(super) bulk: BulkMaps,
-    /// `BULK_WORKERS`, `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`, for another process.
+    /// `BULK_WORKERS`, `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`, to be passed to the
+    /// workers' process.
     pub(super) bulk_fds: [OwnedFd; 4],
 }
 
@@ -132,7 +135,7 @@ impl fmt::Debug for Maps {
 }
 
 impl Maps {
-    /// Takes the maps out of a loaded object, whose programs must have been loaded before.
+    /// Takes the maps out of a loaded object. The programs must have been loaded before.
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self> {
         let mut maps = BTreeMap::new();
         for layout in LAYOUTS {
@@ -172,7 +175,7 @@ impl Maps {
         self.config.get(&0, 0).context("CONFIG cannot be read")
     }
 
-    /// Writes only if something differs: programs read while it is written.
+    /// Writes the value only if it differs, because programs may read it during the write.
     pub(super) fn set_config(&mut self, config: Config) -> Result<()> {
         if self.config()? != config {
             self.config.set(0, config, 0).context("CONFIG cannot be written")?;
@@ -214,7 +217,7 @@ impl Maps {
             .with_context(|| format!("the route {prefix} cannot be removed"))
     }
 
-    /// Makes `LOCAL_ADDRESSES` hold exactly these.
+    /// Makes `LOCAL_ADDRESSES` hold exactly the given addresses.
     pub(super) fn set_local_addresses(&mut self, wanted: &[IpAddr]) -> Result<()> {
         let wanted: BTreeSet<Address> = wanted.iter().map(|address| to_map(*address)).collect();
         let present = self
@@ -237,7 +240,7 @@ impl Maps {
         Ok(())
     }
 
-    /// How many packets dropped for each reason may be recorded from now on.
+    /// Sets how many more dropped packets the programs may record for each reason.
     pub(super) fn allow_records(&mut self, each: u32) -> Result<()> {
         for reason in Reason::ALL.iter().filter(|reason| reason.is_drop()) {
             self.monitor.set(*reason as u32, each, 0).context("MONITOR cannot be written")?;
@@ -257,7 +260,7 @@ impl Maps {
     }
 }
 
-/// An array map in memory.
+/// An array map, mapped into memory.
 pub(super) struct Slots<T> {
     base: NonNull<u8>,
     stride: usize,
@@ -265,7 +268,7 @@ pub(super) struct Slots<T> {
     kind: PhantomData<T>,
 }
 
-// SAFETY: the memory is shared with the kernel anyway; every access is a single atomic word.
+// SAFETY: the memory is shared with the kernel anyway, and every access is a single atomic word.
 unsafe impl<T> Send for Slots<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Slots<T> {}
@@ -273,7 +276,8 @@ unsafe impl<T> Sync for Slots<T> {}
 impl<T: Pod> Slots<T> {
     pub(super) fn map(map: BorrowedFd<'_>, len: u32) -> Result<Self> {
         let stride = size_of::<T>().next_multiple_of(8);
-        // SAFETY: a new mapping, placed by the kernel; it is unmapped only when `self` is dropped.
+        // SAFETY: this is a new mapping at an address that the kernel picks. It is unmapped only
+        // when `self` is dropped.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -289,7 +293,7 @@ impl<T: Pod> Slots<T> {
             "a map cannot be mapped into memory: {}",
             io::Error::last_os_error()
         );
-        // SAFETY: the range just mapped. Keys do not belong in a core dump.
+        // SAFETY: the range was just mapped. Session keys must not end up in a core dump.
         unsafe { libc::madvise(base, stride * len as usize, libc::MADV_DONTDUMP) };
         let base = NonNull::new(base.cast()).context("a map was mapped at address 0")?;
         Ok(Self { base, stride, len, kind: PhantomData })
@@ -299,12 +303,12 @@ impl<T: Pod> Slots<T> {
         self.len
     }
 
-    /// The slot's address; `None` if there is no such slot. Valid as long as `self`.
+    /// Returns a handle to the slot, or `None` if the index is out of range.
     pub(super) fn at(&self, index: u32) -> Option<Cell<'_, T>> {
         if index >= self.len {
             return None;
         }
-        // SAFETY: the index lies within the mapping.
+        // SAFETY: the index is within the mapping.
         let pointer = unsafe { self.base.add(self.stride * index as usize) };
         Some(Cell { pointer: pointer.cast(), owner: PhantomData })
     }
@@ -312,7 +316,7 @@ impl<T: Pod> Slots<T> {
 
 impl<T> Drop for Slots<T> {
     fn drop(&mut self) {
-        // SAFETY: the mapping made in `map`; no `Cell` outlives `self`.
+        // SAFETY: the mapping was made in `map`, and no `Cell` outlives `self`.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.stride * self.len as usize) };
     }
 }
@@ -332,30 +336,30 @@ impl<T> Clone for Cell<'_, T> {
 impl<T> Copy for Cell<'_, T> {}
 
 impl<T: Pod> Cell<'_, T> {
-    /// The value's address, valid as long as the map is mapped.
+    /// Returns the value's address, valid while the map is mapped.
     pub(super) fn as_ptr(self) -> *mut T {
         self.pointer.as_ptr()
     }
 
-    /// A copy. Words that programs are changing may come from different moments.
+    /// Returns a copy. Words that programs are changing may come from different moments.
     pub(super) fn read(self) -> T {
         let mut value = std::mem::MaybeUninit::<T>::uninit();
         for word in 0..size_of::<T>() / 4 {
-            // SAFETY: within the value; both are aligned to 4 at least.
+            // SAFETY: the word is within the value, and both pointers are aligned to at least 4.
             unsafe {
                 let seen = self.word(word).load(Ordering::Relaxed);
                 value.as_mut_ptr().cast::<u32>().add(word).write(seen);
             }
         }
-        // SAFETY: all words were written (`size_of` is a multiple of 4, asserted in `map.rs`); any
-        // bits are valid.
+        // SAFETY: all words were written (`size_of` is a multiple of 4, asserted in `map.rs`), and
+        // every bit pattern is valid.
         unsafe { value.assume_init() }
     }
 
-    /// Overwrites the value. Only for what no program can find.
+    /// Overwrites the value. Only for values that no program can reach.
     pub(super) fn write(self, value: &T) {
         for word in 0..size_of::<T>() / 4 {
-            // SAFETY: within the value; both are aligned to 4 at least.
+            // SAFETY: the word is within the value, and both pointers are aligned to at least 4.
             unsafe {
                 let new = std::ptr::from_ref(value).cast::<u32>().add(word).read();
                 self.word(word).store(new, Ordering::Relaxed);
@@ -364,24 +368,25 @@ impl<T: Pod> Cell<'_, T> {
         fence(Ordering::Release);
     }
 
-    /// Overwrites with zeros. Only for what no program can find.
+    /// Overwrites the value with zeros. Only for values that no program can reach.
     pub(super) fn wipe(self) {
         for word in 0..size_of::<T>() / 4 {
-            // SAFETY: within the value, aligned to 4 at least.
+            // SAFETY: the word is within the value and aligned to at least 4.
             unsafe { self.word(word) }.store(0, Ordering::Relaxed);
         }
         fence(Ordering::Release);
     }
 
     pub(super) fn is_wiped(self) -> bool {
-        // SAFETY: within the value, aligned to 4 at least.
+        // SAFETY: the word is within the value and aligned to at least 4.
         (0..size_of::<T>() / 4).all(|word| unsafe { self.word(word) }.load(Ordering::Relaxed) == 0)
     }
 
     /// # Safety
-    /// `index` lies within the value.
+    /// `index` is within the value.
     unsafe fn word<'a>(self, index: usize) -> &'a AtomicU32 {
-        // SAFETY: aligned (the mapping by pages, the stride by 8), alive as long as the map.
+        // SAFETY: the word is aligned (the mapping to pages, the stride to 8) and stays valid while
+        // the map is mapped.
         unsafe { AtomicU32::from_ptr(self.pointer.as_ptr().cast::<u32>().add(index)) }
     }
 }
@@ -391,8 +396,8 @@ macro_rules! fields {
         impl<'a> Cell<'a, $type> {
             $(
                 pub(super) fn $field(self) -> &'a $atomic {
-                    // SAFETY: the field of a live, aligned value; programs change it by single
-                    // stores as well.
+                    // SAFETY: the field belongs to a live, aligned value. Programs change it with
+                    // single stores, too.
                     unsafe { <$atomic>::from_ptr(&raw mut (*self.pointer.as_ptr()).$field) }
                 }
             )+
@@ -421,29 +426,30 @@ fields!(Peer {
 });
 
 impl Cell<'_, Peer> {
-    /// Sets the underlay addresses. A message sealed in between may go to a mixture: it is lost,
-    /// not leaked.
+    /// Sets both underlay addresses. A message that is sealed meanwhile may be sent to a mix of the
+    /// old and new endpoint. It is lost, but leaks nothing.
     pub(super) fn set_path(self, remote: IpAddr, port: u16, local: Option<IpAddr>, ifindex: u32) {
-        // SAFETY: the field lies in a live value; bytes have no alignment.
+        // SAFETY: the field belongs to a live value, and bytes need no alignment.
         unsafe { store_bytes(&raw mut (*self.pointer.as_ptr()).remote, to_map(remote)) };
         self.remote_port_be().store(port.to_be(), Ordering::Relaxed);
         self.set_source(local, ifindex);
     }
 
-    /// Sets the near end only: the far end follows what the program hears.
+    /// Sets the local address and interface only. The remote endpoint follows the messages that the
+    /// program receives.
     pub(super) fn set_source(self, local: Option<IpAddr>, ifindex: u32) {
         let local = local.map_or(Address::default(), to_map);
-        // SAFETY: the field lies in a live value; bytes have no alignment.
+        // SAFETY: the field belongs to a live value, and bytes need no alignment.
         unsafe { store_bytes(&raw mut (*self.pointer.as_ptr()).local, local) };
         self.ifindex().store(ifindex, Ordering::Release);
     }
 }
 
 /// # Safety
-/// `place` is valid for writes as long as the call lasts.
+/// `place` is valid for writes during the call.
 unsafe fn store_bytes(place: *mut Address, address: Address) {
     for (offset, byte) in address.0.iter().enumerate() {
-        // SAFETY: within the 16 bytes of the address.
+        // SAFETY: the offset is within the 16 bytes of the address.
         unsafe { AtomicU8::from_ptr(place.cast::<u8>().add(offset)) }
             .store(*byte, Ordering::Relaxed);
     }

@@ -1,9 +1,11 @@
-//! Programs the kernel: interfaces, eBPF programs, maps. Thin: what to do is decided elsewhere.
+//! Controls the data plane in the kernel: interfaces, eBPF programs and maps. This module is thin;
+//! other modules decide what to do.
 //!
-//! Everything is pinned and every program stays attached when the daemon goes away, so traffic goes
-//! on; the next daemon finds it by the state directory's name ([`node_name`]) and replaces the
-//! programs one by one, in place. Works in the network namespace of the thread that calls
-//! [`Datapath::open`]; all threads that use it must be in that one.
+//! All programs and maps are pinned, and every program stays attached when the daemon exits, so
+//! traffic keeps flowing. The next daemon finds them by a name derived from the state directory
+//! ([`node_name`]) and replaces the programs one by one, in place. The data plane belongs to the
+//! network namespace of the thread that calls [`Datapath::open`]. All threads that use it must be
+//! in that namespace.
 
 mod bpffs;
 mod bulk;
@@ -65,30 +67,32 @@ use crate::fault;
 use crate::handshake::mac1_state;
 use crate::types::{Network, NodeId, PeerIndex, PublicKey, to_map};
 
-/// How to open the data plane.
+/// Options for opening the data plane.
 #[derive(Clone, Debug)]
 pub struct OpenOptions<'a> {
-    /// The node's state directory: names its objects. Need not exist.
+    /// State directory of the node. The node's kernel objects are named after it. It need not
+    /// exist.
     pub state_dir: &'a Path,
-    /// The cluster's addresses.
+    /// Address ranges of the cluster.
     pub network: Network,
-    /// The node's ID, which relayed messages name.
+    /// ID of this node, which relayed messages carry.
     pub node_id: NodeId,
-    /// The node's own address: source of ICMP errors, and where probes go to.
+    /// Overlay address of this node: the source of ICMP errors, and the destination of probes.
     pub node_address: IpAddr,
-    /// The node's public key: datagrams from those who do not know it are dropped by the programs.
+    /// Public key of this node. The programs drop handshake messages from senders that do not know
+    /// it.
     pub public_key: PublicKey,
-    /// The only underlay interface to use; none for whichever leads to the peers.
+    /// The only underlay interface to use. `None` uses every interface that leads to a peer.
     pub interface: Option<String>,
-    /// MTU of containers, bytes; none to find it out.
+    /// MTU of containers, in bytes. `None` derives it from the underlay.
     pub mtu: Option<u32>,
-    /// Lets the programs log each packet.
+    /// Makes the programs log each packet.
     pub debug: bool,
-    /// Opens in native XDP on the underlay interfaces, too.
+    /// Also attaches the opening program in native XDP mode to the underlay interfaces.
     pub xdp: bool,
 }
 
-/// The data plane of one node, opened.
+/// The open data plane of one node.
 pub struct Datapath {
     node: String,
     alias: String,
@@ -107,12 +111,11 @@ pub struct Datapath {
     routes: RouteTable,
     installed: BTreeMap<IpNet, Route>,
     underlay: Underlay,
-    /// Host ends by name.
+    /// Interface index of each host-side veth end, by name.
     endpoints: BTreeMap<String, u32>,
-    /// Devices of the bulk path's workers.
+    /// Interface indexes of the bulk workers' devices.
     bulk_devices: BTreeSet<u32>,
-    /// Largest inner packet that the underlay interface leaves room for on the straight way, by
-    /// peer, bytes.
+    /// Largest inner packet that fits the underlay interface on the direct path, in bytes, by peer.
     largest: BTreeMap<PeerIndex, u32>,
 }
 
@@ -123,13 +126,15 @@ impl fmt::Debug for Datapath {
 }
 
 impl Datapath {
-    /// Loads the programs, takes over what an earlier daemon left (maps, sessions, attached
-    /// programs, which are replaced in place) and makes the normaliser. Must be followed by
-    /// [`Datapath::reconcile`] with the containers that the node knows.
+    /// Loads the programs, takes over what an earlier daemon left, and creates the offload veth.
+    ///
+    /// Maps and sessions are adopted. Attached programs are replaced in place. The caller must then
+    /// call [`Datapath::reconcile`] with the containers that the node knows.
     ///
     /// # Errors
-    /// Not root; the kernel lacks something, which is named; interfaces `ovn0` or `ovn1` of
-    /// somebody else exist; maps of another version are in use.
+    /// Fails if the process is not root, if the kernel lacks a feature (the error names it), if
+    /// another owner has an interface named `ovn0` or `ovn1`, or if maps of another version are in
+    /// use.
     pub async fn open(options: OpenOptions<'_>) -> Result<Self> {
         let node = node_name(options.state_dir);
         let alias = alias_of(&node);
@@ -185,20 +190,20 @@ impl Datapath {
         Ok(datapath)
     }
 
-    /// Sets which prefixes a peer owns, instead of those it had.
+    /// Sets the prefixes that a peer owns, replacing its previous ones.
     ///
     /// # Errors
-    /// The table is full.
+    /// Fails if the index is out of range or the table is full.
     pub fn set_routes(&mut self, peer: PeerIndex, prefixes: &[IpNet]) -> Result<()> {
         self.peer_cell(peer)?;
         self.routes.set_peer(peer, prefixes);
         self.sync_routes()
     }
 
-    /// As [`Self::set_routes`], for several peers at once.
+    /// Sets the prefixes of several peers at once, like [`Self::set_routes`].
     ///
     /// # Errors
-    /// An index is out of range; the table is full.
+    /// Fails if an index is out of range or the table is full.
     pub fn set_routes_of<'a>(
         &mut self,
         peers: impl IntoIterator<Item = (PeerIndex, &'a [IpNet])>,
@@ -210,35 +215,35 @@ impl Datapath {
         self.sync_routes()
     }
 
-    /// The prefixes that a peer owns.
+    /// Returns the prefixes that a peer owns.
     pub fn routes(&self, peer: PeerIndex) -> Vec<IpNet> {
         self.routes.owned_by(peer).collect()
     }
 
-    /// Sets which prefixes this node owns, instead of those it had: what is not attached there is
-    /// nowhere.
+    /// Sets the prefixes that this node owns, replacing its previous ones. Packets for an address
+    /// in them that is not attached here are dropped.
     ///
     /// # Errors
-    /// The table is full.
+    /// Fails if the table is full.
     pub fn set_own_routes(&mut self, prefixes: &[IpNet]) -> Result<()> {
         self.routes.set_own(prefixes);
         self.sync_routes()
     }
 
-    /// Packets by reason, since the maps were made.
+    /// Returns the number of packets by reason, counted since the maps were created.
     ///
     /// # Errors
-    /// The map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn counters(&self) -> Result<BTreeMap<&'static str, u64>> {
         self.maps.counters()
     }
 
-    /// True if a container is plugged in by this host end.
+    /// Returns true if a container is attached through this host-side interface.
     pub fn is_attached(&self, host_interface: &str) -> bool {
         self.endpoints.contains_key(host_interface)
     }
 
-    /// The node's name among pinned objects and in the aliases of its interfaces.
+    /// Returns the node's name, which its pinned objects and interface aliases carry.
     pub fn node(&self) -> &str {
         &self.node
     }
@@ -258,8 +263,8 @@ impl Datapath {
                 })
             };
             if is_ours(link, &self.alias, &self.node) && has(FROM_CONTAINER) {
-                // What fails keeps its old program, or is about to vanish: a matter of one
-                // container.
+                // On failure the interface keeps its old program, or it is about to disappear. Only
+                // this container is affected.
                 if let Err(error) = self.programs.attach(FROM_CONTAINER, link, &self.pins) {
                     warn!(%error, interface = link.name, "the program of an earlier daemon stays");
                 }
@@ -290,11 +295,11 @@ impl Datapath {
         })
     }
 
-    /// Makes the map hold what the table wants, as far as it can. What fails is tried again with
-    /// the next change.
+    /// Brings the map in line with the table as far as possible. The next change retries entries
+    /// that failed.
     fn sync_routes(&mut self) -> Result<()> {
         let wanted = self.routes.wanted();
-        // The first time may have made the room that it lacked.
+        // The first attempt may have freed the space that it lacked.
         self.try_routes(&wanted).or_else(|_| self.try_routes(&wanted))
     }
 
@@ -315,7 +320,8 @@ impl Datapath {
     }
 }
 
-/// Maps of another layout are of no use: made anew if no container uses them, else an error.
+/// Checks the layout of the pinned maps. Maps with another layout are unusable: they are removed if
+/// no container uses them, otherwise this fails.
 fn check_maps(pins: &Pins, interfaces: &[u32]) -> Result<()> {
     let mismatches = pinned_mismatches(pins);
     if mismatches.is_empty() {
@@ -337,12 +343,12 @@ fn check_maps(pins: &Pins, interfaces: &[u32]) -> Result<()> {
     pins.remove_maps().context("maps of another version cannot be removed")
 }
 
-/// What marks an interface as this node's.
+/// Returns the interface alias that marks an interface as this node's.
 fn alias_of(node: &str) -> String {
     format!("overnode:{node}")
 }
 
-/// A locally administered hardware address whose first four bytes tell the node, the last two are
+/// Returns a locally administered MAC address. The first 4 bytes identify the node, the last 2 are
 /// `last`.
 fn mac_of(node: &str, last: [u8; 2]) -> Mac {
     let byte = |at: usize| {
@@ -351,9 +357,10 @@ fn mac_of(node: &str, last: [u8; 2]) -> Mac {
     [2, byte(0), byte(2), byte(4), last[0], last[1]]
 }
 
-/// No IPv6 on an interface of ours, and nothing that comes in by it is for the host's own stack:
-/// should its program ever be taken away, by whomever, packets of containers are neither forwarded
-/// nor delivered. Where /proc is read-only, addr_gen_mode alone has to do.
+/// Turns off IPv6 on one of our interfaces and keeps its packets away from the host's own stack. If
+/// its program is ever detached, the host neither forwards nor delivers packets from containers.
+/// Write errors are ignored: where /proc is read-only, only addr_gen_mode takes effect (see
+/// [`Netlink::mark`]).
 fn quieten(interface: &str) {
     for (family, setting, value) in
         [("ipv6", "disable_ipv6", "1"), ("ipv4", "forwarding", "0"), ("ipv4", "rp_filter", "1")]

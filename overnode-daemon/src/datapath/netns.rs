@@ -1,4 +1,5 @@
-//! Other network namespaces: named, entered on a thread of their own, left by ending that thread.
+//! Identifies other network namespaces and runs work inside them. A thread enters a namespace, does
+//! its work there, and ends.
 
 use std::fmt;
 use std::fs::File;
@@ -13,27 +14,27 @@ use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-/// A network namespace as somebody named it.
+/// A network namespace as the user named it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NetnsRef {
-    /// A file that stands for it, such as `/run/netns/NAME` or `/proc/PID/ns/net`.
+    /// A file that refers to it, such as `/run/netns/NAME` or `/proc/PID/ns/net`.
     Path(PathBuf),
-    /// That of a process.
+    /// The network namespace of a process.
     Pid(u32),
 }
 
-/// A network namespace as the kernel tells it from others, as long as it exists.
+/// Identity of a network namespace in the kernel, unique among existing namespaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct NetnsId {
     /// Device number of nsfs.
     pub device: u64,
-    /// Inode number; used again for another namespace some time after this one is gone.
+    /// Inode number. The kernel reuses it after the namespace is gone.
     pub inode: u64,
 }
 
 impl NetnsRef {
-    /// The file that stands for it.
+    /// Returns the path of the file that refers to it.
     pub fn path(&self) -> PathBuf {
         match self {
             Self::Path(path) => path.clone(),
@@ -41,13 +42,13 @@ impl NetnsRef {
         }
     }
 
-    /// Opens it.
+    /// Opens the namespace.
     ///
     /// # Errors
-    /// There is no such file or process, or it is no network namespace.
+    /// Fails if the file or process does not exist, or if the file is not a network namespace.
     pub(super) fn open(&self) -> Result<(File, NetnsId)> {
         let path = self.path();
-        // A pipe by that name would be waited for, for ever.
+        // `O_NONBLOCK`, because opening a named pipe would block forever.
         let open = || File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
         let file = open().with_context(|| match self {
             Self::Path(path) => {
@@ -69,15 +70,16 @@ impl NetnsRef {
         Ok((file, NetnsId { device: meta.dev(), inode: meta.ino() }))
     }
 
-    /// False if the name may stand for another namespace later: process numbers are used again.
+    /// Returns false if the name may refer to another namespace later, since process IDs are
+    /// reused.
     pub(super) fn is_lasting(&self) -> bool {
         !self.path().starts_with("/proc")
     }
 
-    /// Its identity now.
+    /// Returns its current identity.
     ///
     /// # Errors
-    /// As for attaching to it: it does not exist, or is no network namespace.
+    /// Fails if it does not exist or is not a network namespace.
     pub fn id(&self) -> Result<NetnsId> {
         self.open().map(|(_, id)| id)
     }
@@ -93,7 +95,7 @@ impl fmt::Display for NetnsRef {
 }
 
 impl NetnsId {
-    /// That of the calling thread.
+    /// Returns the identity of the calling thread's namespace.
     pub(super) fn current() -> Result<Self> {
         let meta = std::fs::metadata("/proc/thread-self/ns/net")
             .context("/proc/thread-self/ns/net cannot be read")?;
@@ -101,19 +103,20 @@ impl NetnsId {
     }
 }
 
-/// A network namespace without a name, which is there as long as this is, or a socket in it.
+/// A network namespace without a name. It exists while this value or a socket inside it does.
 #[derive(Debug)]
 pub struct OwnNetns(File);
 
 impl OwnNetns {
-    /// Makes one. In it, ports below 1024 are for everybody: nobody else is there.
+    /// Creates a network namespace. Any user may bind ports below 1024 in it, because nothing else
+    /// runs there.
     ///
     /// # Errors
-    /// The kernel refuses.
+    /// Fails if the kernel refuses.
     pub async fn new() -> Result<Self> {
         let make = || {
             unshare(CloneFlags::CLONE_NEWNET).context("a network namespace cannot be made")?;
-            // Where /proc is read-only, it takes a capability to open such ports.
+            // Where /proc is read-only, binding such ports takes a capability.
             let _ = std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
             File::open("/proc/thread-self/ns/net")
                 .context("the new network namespace cannot be opened")
@@ -121,15 +124,15 @@ impl OwnNetns {
         on_thread(make).await.map(Self)
     }
 
-    /// What to name it by, in this process.
+    /// Returns a name for it that is valid within this process.
     pub fn netns(&self) -> NetnsRef {
         NetnsRef::Path(format!("/proc/self/fd/{}", self.0.as_raw_fd()).into())
     }
 
-    /// Runs `work` on a thread that has entered it.
+    /// Runs `work` on a thread that has entered the namespace.
     ///
     /// # Errors
-    /// The namespace cannot be entered, or the error of `work`.
+    /// Fails if the namespace cannot be entered, or with the error of `work`.
     pub async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -138,11 +141,11 @@ impl OwnNetns {
     }
 }
 
-/// Runs `work` on a new thread that has entered `namespace`, with a tokio runtime of its own:
-/// sockets belong to the namespace of the thread that opens them.
+/// Runs `work` on a new thread that has entered `namespace`, in a tokio runtime of its own. Sockets
+/// belong to the namespace of the thread that opens them.
 ///
 /// # Errors
-/// The namespace cannot be entered, or the error of `work`.
+/// Fails if the namespace cannot be entered, or with the error of `work`.
 pub(super) async fn inside<T, F, Fut>(namespace: File, work: F) -> Result<T>
 where
     T: Send + 'static,
@@ -157,12 +160,12 @@ where
     on_thread(enter_and_work).await
 }
 
-/// Runs `work` on a new thread, whose network namespace is nobody else's business.
+/// Runs `work` on a new thread, so that its change of network namespace affects no other code.
 async fn on_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let (answer, answered) = oneshot::channel();
-    // Nobody waits any more when the caller was cancelled.
+    // If the caller was canceled, nothing receives the answer.
     let run = move || _ = answer.send(work());
     std::thread::Builder::new()
         .name("netns".into())

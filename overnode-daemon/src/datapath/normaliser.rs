@@ -1,5 +1,7 @@
-//! The normaliser: a veth pair whose first end has every transmit offload off, so that the kernel
-//! segments and checksums what is redirected to it; `seal` sits at the ingress of the second end.
+//! Manages the offload veth, a veth pair that segments and checksums packets before they are
+//! sealed. All transmit offloads of its first end are off, so the kernel segments and checksums
+//! every packet that is redirected to it. The program `seal` is attached to the ingress of the
+//! second end.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -10,29 +12,29 @@ use overnode_ebpf::wire::ETHERTYPE_IPV4;
 use super::links::{End, Link, Netlink};
 use super::{mac_of, offload, quieten};
 
-/// Packets for other hosts are redirected to it.
+/// First end. Programs redirect packets for other hosts to it.
 pub(super) const FIRST: &str = "ovn0";
-/// They come out of it.
+/// Second end, where those packets come out.
 pub(super) const SECOND: &str = "ovn1";
-/// Greater than any container's, and room for the outer headers: the helper that makes room checks
-/// it.
+/// MTU of both ends, in bytes. It exceeds that of any container and leaves room for the outer
+/// headers, because the kernel helper that adds them checks the MTU.
 const MTU: u32 = 65535;
 
 #[derive(Debug)]
 pub(super) struct Normaliser {
     pub(super) first: Link,
     pub(super) second: Link,
-    /// Packet socket for the frames that the daemon gives to `seal`.
+    /// Packet socket for frames that the daemon passes to `seal`.
     socket: OwnedFd,
 }
 
 impl Normaliser {
-    /// Makes the pair, or takes over the one that is there.
+    /// Creates the pair, or takes over an existing one.
     pub(super) async fn ensure(netlink: &Netlink, alias: &str, node: &str) -> Result<Self> {
         let found = [netlink.link_named(FIRST).await?, netlink.link_named(SECOND).await?];
         for link in found.iter().flatten() {
-            // Killed between making the pair and marking it, a daemon leaves one that only its
-            // address shows as ours.
+            // A daemon that is killed between creating the pair and setting the alias leaves a pair
+            // that only its MAC address identifies as ours.
             let is_ours = match &link.alias {
                 Some(found) => found == alias,
                 None => link.mac.is_some_and(|mac| mac.starts_with(&mac_of(node, [0; 2])[..4])),
@@ -75,7 +77,7 @@ impl Normaliser {
         Ok(Self { socket: packet_socket()?, first, second })
     }
 
-    /// Sets both ends up, when `seal` is attached.
+    /// Sets both ends up. Call it after `seal` is attached.
     pub(super) async fn set_up(&self, netlink: &Netlink) -> Result<()> {
         for link in [&self.first, &self.second] {
             netlink.set_up(link.index).await?;
@@ -89,12 +91,12 @@ impl Normaliser {
 
     /// Sends a frame that begins with a [`overnode_ebpf::wire::daemon_header`].
     pub(super) fn send(&self, frame: &[u8]) -> Result<()> {
-        // SAFETY: all zeros are a valid `sockaddr_ll`.
+        // SAFETY: an all-zero `sockaddr_ll` is valid.
         let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         to.sll_family = libc::AF_PACKET as u16;
         to.sll_protocol = ETHERTYPE_IPV4.to_be();
         to.sll_ifindex = self.first.index.try_into()?;
-        // SAFETY: both pointers are to locals of the sizes given.
+        // SAFETY: both pointers are to locals of the given sizes.
         let sent = unsafe {
             libc::sendto(
                 self.socket.as_raw_fd(),
@@ -114,13 +116,13 @@ impl Normaliser {
 }
 
 fn packet_socket() -> Result<OwnedFd> {
-    // Protocol 0: it receives nothing. SAFETY: a plain system call; the descriptor is owned from
-    // here on.
+    // With protocol 0 the socket receives nothing. SAFETY: this is a plain system call, and the
+    // descriptor is owned from here on.
     match unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) } {
         -1 => {
             Err(io::Error::last_os_error()).context("a packet socket cannot be opened: run as root")
         }
-        // SAFETY: just opened, owned by nobody else.
+        // SAFETY: the descriptor was just opened and has no other owner.
         fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
     }
 }

@@ -1,4 +1,5 @@
-//! Interface features, by the `SIOCETHTOOL` ioctl (include/uapi/linux/ethtool.h).
+//! Reads and changes interface features through the `SIOCETHTOOL` ioctl
+//! (include/uapi/linux/ethtool.h).
 
 use std::fs::File;
 use std::io;
@@ -14,38 +15,39 @@ const ETHTOOL_SFEATURES: u32 = 0x3b;
 const ETH_SS_FEATURES: u32 = 4;
 const NAME_LEN: usize = 32;
 
-/// Turns off everything that would let a packet leave unfinished: segmentation, checksums,
-/// scatter-gather. Checks it.
+/// Turns off all transmit offloads (segmentation, checksums, scatter-gather), so that every packet
+/// leaves complete. Verifies the result.
 ///
 /// # Errors
-/// The interface does not exist, or its driver keeps one of them on.
+/// Fails if the interface does not exist, or if its driver keeps an offload on.
 pub(super) fn finish_every_packet(interface: &str) -> Result<()> {
     set(interface, is_transmit_offload, false)
         .with_context(|| format!("the transmit offloads of {interface} cannot be turned off"))
 }
 
-/// Turns generic receive offload on. On a veth this also turns its NAPI on.
+/// Turns on generic receive offload. On a veth this also turns on NAPI.
 ///
 /// # Errors
-/// The interface does not exist, or its driver has no such feature.
+/// Fails if the interface does not exist, or if its driver lacks the feature.
 pub(super) fn receive_aggregated(interface: &str) -> Result<()> {
     set(interface, |name| name == "rx-gro", true)
         .with_context(|| format!("GRO of {interface} cannot be turned on"))
 }
 
-/// Turns TCP segmentation off at the host's end of a veth: for what such an end sends, a veth does
-/// GRO at the other end only when this is off (`veth_skb_is_eligible_for_gro`, Linux 5.13). Nothing
-/// sends large segments through that end.
+/// Turns off TCP segmentation offload at the host-side end of a veth, so that the other end does
+/// GRO. A veth does GRO on packets from its peer end only while the sending end has this offload
+/// off (`veth_skb_is_eligible_for_gro`, Linux 5.13). No large segments are sent through that end.
 ///
 /// # Errors
-/// The interface does not exist, or its driver keeps one of them on.
+/// Fails if the interface does not exist, or if its driver keeps the offload on.
 pub(super) fn let_the_other_end_aggregate(interface: &str) -> Result<()> {
     let is_tcp = |name: &str| name.starts_with("tx-tcp") && name.ends_with("-segmentation");
     set(interface, is_tcp, false)
         .with_context(|| format!("TCP segmentation of {interface} cannot be turned off"))
 }
 
-/// True if an interface hands on no packet unfinished.
+/// Returns true if all transmit offloads of an interface are off, so that every packet leaves
+/// complete.
 pub(super) fn finishes_every_packet(interface: &str) -> Result<bool> {
     let device = Device::open(interface)?;
     let states = device.features()?;
@@ -96,14 +98,14 @@ struct Device {
 
 impl Device {
     fn open(interface: &str) -> Result<Self> {
-        // SAFETY: a plain system call; the descriptor is owned from here on.
+        // SAFETY: this is a plain system call, and the descriptor is owned from here on.
         let socket = unsafe {
             match libc::socket(libc::AF_UNIX, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) {
                 -1 => return Err(io::Error::last_os_error()).context("a socket cannot be opened"),
                 fd => File::from_raw_fd(fd),
             }
         };
-        // SAFETY: all zeros are a valid `ifreq`.
+        // SAFETY: an all-zero `ifreq` is valid.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         ensure!(
             interface.len() < request.ifr_name.len(),
@@ -115,11 +117,12 @@ impl Device {
         Ok(Self { socket, request })
     }
 
-    /// `words` begins with the command and is large enough for its answer.
+    /// Issues the ioctl. `words` begins with the command and has room for its answer.
     fn call(&self, words: &mut [u32]) -> io::Result<()> {
         let mut request = self.request;
         request.ifr_ifru.ifru_data = words.as_mut_ptr().cast();
-        // SAFETY: the kernel reads and writes within `words`: each caller sizes it for its command.
+        // SAFETY: the kernel reads and writes within `words`, which each caller sizes for its
+        // command.
         match unsafe { libc::ioctl(self.socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) } {
             -1 => Err(io::Error::last_os_error()),
             _ => Ok(()),

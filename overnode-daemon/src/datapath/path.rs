@@ -1,4 +1,5 @@
-//! Which way messages take to a peer, and the probes that tell whether the straight one works.
+//! Sets the route to each peer (direct or through a relay), and sends and receives the probes that
+//! test the direct path.
 
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
@@ -13,29 +14,29 @@ use super::Datapath;
 use crate::checksum::{fold, sum};
 use crate::types::PeerIndex;
 
-/// Bytes of headers of the inner packet that a probe comes in.
+/// Length of the headers of the inner packet that carries a probe, in bytes.
 const HEADERS_LEN: usize = IPV4_LEN + UDP_LEN;
 const PROTOCOL_UDP: u8 = 17;
 
-/// A probe that a peer sent over the straight path.
+/// A probe that a peer sent over the direct path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probe {
-    /// Whose session opened it.
+    /// Peer whose session opened it.
     pub peer: PeerIndex,
-    /// Length of the inner packet, bytes.
+    /// Length of the inner packet, in bytes.
     pub inner_len: u32,
-    /// What the peer's daemon wrote.
+    /// Payload, as the peer's daemon wrote it.
     pub payload: [u8; PROBE_LEN],
 }
 
-/// The probes that the programs hand up.
+/// Receives the probes that the programs pass up.
 pub struct Probes(AsyncFd<RingBuf<MapData>>);
 
 impl Probes {
-    /// The next one. Cancelling loses nothing.
+    /// Returns the next probe. This method is cancel safe.
     ///
     /// # Errors
-    /// The kernel refuses to wait.
+    /// Fails if the ring buffer cannot be polled.
     pub async fn recv(&mut self) -> Result<Probe> {
         loop {
             let mut ready = self.0.readable_mut().await.context("no probes can be received")?;
@@ -62,23 +63,25 @@ fn parse(bytes: &[u8]) -> Option<Probe> {
 }
 
 impl Datapath {
-    /// The probes of peers. Once: who has them has all.
+    /// Returns the receiver of all probes from peers. It can be taken only once.
     ///
     /// # Errors
-    /// They are taken already; the event loop refuses.
+    /// Fails if it was taken already, or if the descriptor cannot be registered with the event
+    /// loop.
     pub fn probes(&mut self) -> Result<Probes> {
         let ring = self.maps.probes.take().context("somebody else receives the probes already")?;
-        // SAFETY: the ring owns its descriptor, always names the same, and is owned by what is
-        // returned.
+        // SAFETY: the ring owns its descriptor, which never changes. The returned value owns the
+        // ring.
         let ring = unsafe { AsyncFd::register(ring) };
         Ok(Probes(ring.context("no probes can be received")?))
     }
 
-    /// Sends a probe over the straight path to a peer, inside a UDP datagram to the peer's node
-    /// address. Without a session nothing is sent (and the drop is counted).
+    /// Sends a probe to a peer over the direct path, inside a UDP datagram to the peer's node
+    /// address. Without a session the programs drop it and count the drop.
     ///
     /// # Errors
-    /// The packet is larger than any interface takes, or the normaliser is gone.
+    /// Fails if either node address is not IPv4, if the packet exceeds the IPv4 maximum, or if the
+    /// offload veth is gone.
     pub fn send_probe(&self, peer: PeerIndex, to: IpAddr, payload: &[u8]) -> Result<()> {
         let (IpAddr::V4(from), IpAddr::V4(to)) = (self.node_address, to) else {
             bail!("node addresses are IPv4 for now");
@@ -96,7 +99,7 @@ impl Datapath {
         let checksum = !fold(sum(&ip));
         ip[10..12].copy_from_slice(&checksum.to_be_bytes());
         frame.extend(ip);
-        // Without a checksum of its own: Poly1305 is better.
+        // The UDP checksum is 0 (none), because Poly1305 protects the packet better.
         for field in [PROBE_PORT, PROBE_PORT, total - IPV4_LEN as u16, 0] {
             frame.extend(field.to_be_bytes());
         }
@@ -104,10 +107,10 @@ impl Datapath {
         self.normaliser.send(&frame)
     }
 
-    /// Sends messages to a peer through another one from now on, or straight.
+    /// Sets the relay for messages to a peer. `None` selects the direct path.
     ///
     /// # Errors
-    /// One of the two is no node, or is not configured.
+    /// Fails if either index is not a configured node, or if the peer is its own relay.
     pub fn set_via(&self, peer: PeerIndex, via: Option<PeerIndex>) -> Result<()> {
         for index in [Some(peer), via].into_iter().flatten() {
             ensure!(index.0 < FIRST_EXTERNAL_PEER, "{index} is no node");
@@ -119,16 +122,16 @@ impl Datapath {
         Ok(())
     }
 
-    /// Largest inner packet that the underlay interface leaves room for on the straight way to a
-    /// peer, bytes.
+    /// Returns the largest inner packet that fits the underlay interface on the direct path to a
+    /// peer, in bytes.
     pub fn largest(&self, peer: PeerIndex) -> u32 {
         self.largest.get(&peer).copied().unwrap_or_else(|| self.container_mtu())
     }
 
-    /// Sets the largest inner packet that the way to a peer takes, bytes.
+    /// Sets the largest inner packet for a peer, in bytes.
     ///
     /// # Errors
-    /// The index is out of range.
+    /// Fails if the index is out of range.
     pub fn set_mtu(&self, peer: PeerIndex, mtu: u32) -> Result<()> {
         self.peer_cell(peer)?.mtu().store(mtu, Ordering::Relaxed);
         Ok(())

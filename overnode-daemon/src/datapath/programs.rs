@@ -1,4 +1,4 @@
-//! Loads the programs, attaches them, and replaces those of an earlier daemon without a gap.
+//! Loads and attaches the eBPF programs, and replaces those of an earlier daemon without a gap.
 
 use std::fmt;
 use std::io;
@@ -21,28 +21,28 @@ use super::bpffs::{Pin, Pins};
 use super::links::Link;
 use super::maps::{LAYOUTS, Maps};
 
-/// Ingress of the host end of each container's veth.
+/// Program at the ingress of the host-side end of each container's veth.
 pub(super) const FROM_CONTAINER: &str = "from_container";
-/// Ingress of the normaliser's second end.
+/// Program at the ingress of the offload veth's second end.
 pub(super) const SEAL: &str = "seal";
-/// Ingress of the device of each worker of the bulk path.
+/// Program at the ingress of each bulk worker's device.
 pub(super) const FROM_BULK: &str = "from_bulk";
-/// Ingress of underlay interfaces.
+/// Program at the ingress of underlay interfaces.
 pub(super) const FROM_UNDERLAY: &str = "from_underlay";
-/// The same for XDP.
+/// XDP version of [`FROM_UNDERLAY`].
 pub(super) const FROM_UNDERLAY_XDP: &str = "from_underlay_xdp";
 
-/// Priority and handle of filters of the older kind. 0x6784 is for the port: a handle that nobody
-/// else picks.
+/// Priority and handle of clsact filters. The handle 0x6784 spells the port number 6784, so other
+/// software is unlikely to use it.
 const FILTER: (u16, TcHandle) = (1, TcHandle::new(0, 0x6784));
 
 /// How TC programs are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Hook {
-    /// tcx links (Linux 6.6).
+    /// As tcx links (Linux 6.6).
     Tcx,
-    /// Filters of the clsact qdisc, on older kernels or if `OVERNODE_NO_TCX=1`.
+    /// As filters of the clsact qdisc, on older kernels or if `OVERNODE_NO_TCX=1`.
     Clsact,
 }
 
@@ -63,11 +63,11 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// Loads the object with the pinned maps of `pins`; maps that are not there yet are created and
+    /// Loads the object with the pinned maps of `pins`. Maps that do not exist yet are created and
     /// pinned.
     ///
     /// # Errors
-    /// The kernel refuses; the text names what it lacks.
+    /// Fails if the kernel refuses a map or a program. The error names what the kernel lacks.
     pub(super) fn load(object: &[u8], pins: &Pins, debug: bool, xdp: bool) -> Result<(Self, Maps)> {
         let mut ebpf = parse(object, pins, debug, VerifierLogLevel::STATS)?;
         let mut wanted = vec![FROM_CONTAINER, SEAL, FROM_UNDERLAY, FROM_BULK];
@@ -93,8 +93,8 @@ impl Programs {
         self.hook
     }
 
-    /// Attaches a TC program to the ingress of `link`, before those of others. One that an earlier
-    /// daemon attached is replaced in one step.
+    /// Attaches a TC program to the ingress of `link`, in front of other programs. A program that
+    /// an earlier daemon attached is replaced in one step.
     pub(super) fn attach(&mut self, name: &'static str, link: &Link, pins: &Pins) -> Result<()> {
         if self.hook == Hook::Tcx {
             match self.attach_tcx(name, link, pins) {
@@ -121,7 +121,7 @@ impl Programs {
                 .and_then(|old| program.attach_to_link(old))
             {
                 Ok(id) => return program.take_link(id).map(drop),
-                // The interface of that link is gone, and another one got its index.
+                // The interface of that link is gone, and its index was reused.
                 Err(error) => {
                     debug!(%error, interface = link.name, "a pinned link is of no use any more")
                 }
@@ -175,7 +175,8 @@ impl Programs {
             )?,
             Err(error) => return Err(error),
         };
-        // Dropping it would detach it; it holds nothing but numbers.
+        // Dropping the link would detach the program. Forgetting it leaks nothing, since it only
+        // holds numbers.
         std::mem::forget(program.take_link(id)?);
         Ok(())
     }
@@ -231,8 +232,7 @@ impl Drop for Programs {
     }
 }
 
-/// Takes a filter of the older kind away, and the qdisc that it needed if that is ours and serves
-/// nobody else.
+/// Detaches a clsact filter and removes its mark. The qdisc stays.
 pub(super) fn detach_filter(name: &str, link: &Link, pins: &Pins) -> Result<()> {
     let filter = Pin::Filter { ifindex: link.index, program: name.into() };
     if !pins.is_there(&filter) {
@@ -300,7 +300,7 @@ fn link_error(error: LinkError) -> ProgramError {
     }
 }
 
-/// Helpers that the programs call, with the kernel that brought each.
+/// Helpers that the programs call: the helper, its name, and the kernel version that introduced it.
 const HELPERS: [(BpfHelper, &str, &str); 4] = [
     (BpfHelper::BPF_FUNC_loop, "bpf_loop", "5.17"),
     (BpfHelper::BPF_FUNC_redirect_neigh, "bpf_redirect_neigh", "5.10"),
@@ -308,7 +308,8 @@ const HELPERS: [(BpfHelper, &str, &str); 4] = [
     (BpfHelper::BPF_FUNC_ktime_get_boot_ns, "bpf_ktime_get_boot_ns", "5.8"),
 ];
 
-/// Says why a program was refused: rights, a missing helper, or the end of the verifier's log.
+/// Explains why a program was refused: missing privileges, a missing helper, or the last lines of
+/// the verifier's log.
 fn explain(
     error: ProgramError,
     object: &[u8],
@@ -366,14 +367,14 @@ fn is_missing(error: &ProgramError) -> bool {
     matches!(error_number(error), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV))
 }
 
-/// The error number at the bottom of a chain of errors.
+/// Returns the error number at the bottom of a chain of errors.
 fn error_number(error: &ProgramError) -> Option<i32> {
     if let ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) =
         error
     {
         return error.raw_os_error();
     }
-    // Transparent variants are no sources of their own.
+    // Transparent variants do not appear in the chain of sources.
     if let ProgramError::IOError(error) | ProgramError::TcError(TcError::IoError(error)) = error
         && let Some(number) = error.raw_os_error()
     {
@@ -402,10 +403,10 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Hands what the programs log to `log`'s logger.
+/// Forwards the programs' log records to the logger of the `log` crate.
 fn read_log(ebpf: &mut Ebpf) -> Option<JoinHandle<()>> {
     let logger = EbpfLogger::init(ebpf).map_err(anyhow::Error::from).and_then(|logger| {
-        // SAFETY: the logger owns its map's descriptor and never changes it.
+        // SAFETY: the logger owns the descriptor of its map and never changes it.
         unsafe { AsyncFd::register(logger) }.map_err(|error| io::Error::from(error).into())
     });
     let mut logger = match logger {

@@ -1,4 +1,4 @@
-//! Finds what belongs to nobody and removes it: at the start and each minute.
+//! Finds and removes leftovers at startup and every minute.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,36 +16,38 @@ use super::normaliser::{FIRST, Normaliser, SECOND};
 use super::programs::{FROM_BULK, FROM_CONTAINER, FROM_UNDERLAY, SEAL};
 use crate::types::from_map;
 
-/// A container that the node believes to be attached.
+/// A container that the node considers attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KnownEndpoint {
-    /// Name of the host's end.
+    /// Name of the host-side end.
     pub host_interface: String,
-    /// Its address.
+    /// Overlay address.
     pub address: IpAddr,
-    /// Where it was attached; none: the host itself.
+    /// Network namespace that it was attached in. `None` for the host itself.
     pub netns: Option<NetnsRef>,
 }
 
-/// A container that is not attached any more.
+/// A container that is no longer attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lost {
-    /// Name of the host's end that it had.
+    /// Name of its former host-side end.
     pub host_interface: String,
-    /// Its address.
+    /// Overlay address.
     pub address: IpAddr,
-    /// True if its network namespace is still there, so that it can be attached again. Never for a
-    /// process's: its number may be another's by now.
+    /// True if its network namespace still exists, so that the container can be attached again.
+    /// Always false for a namespace that is named by a process ID, since the ID may have been
+    /// reused.
     pub netns_exists: bool,
 }
 
 impl Datapath {
-    /// Removes this node's interfaces, pins and map entries that none of `known` needs; repairs
-    /// what can be repaired (programs, the normaliser, local addresses); tells which of `known` are
-    /// gone. Other people's interfaces are never touched.
+    /// Removes interfaces, pins and map entries of this node that no container in `known` needs.
+    /// Repairs programs, the offload veth and local addresses. Returns the containers in `known`
+    /// that are gone. Interfaces of other owners are never touched.
     ///
     /// # Errors
-    /// Netlink cannot be asked. What cannot be removed is logged, and tried again the next time.
+    /// Fails if netlink requests fail. Failures to remove something are logged, and the next run
+    /// retries them.
     pub async fn reconcile(&mut self, known: &[KnownEndpoint]) -> Result<Vec<Lost>> {
         self.repair_normaliser().await?;
         let links = self.netlink.links().await?;
@@ -138,8 +140,9 @@ impl Datapath {
             .collect())
     }
 
-    /// Attaches anew, which replaces what is there without a gap: anybody may have removed a
-    /// filter, or detached a link that is still pinned. False if the interface has no program.
+    /// Attaches a program again, which replaces the current one without a gap. The filter may have
+    /// been removed, or a link that is still pinned may have been detached. Returns false if the
+    /// interface has no program.
     fn keep_program(&mut self, program: &'static str, link: &Link) -> bool {
         let Err(error) = self.programs.attach(program, link, &self.pins) else { return true };
         warn!(%error, interface = link.name, "its program cannot be attached anew");
@@ -151,7 +154,7 @@ impl Datapath {
         .any(|pin| self.pins.is_there(pin))
     }
 
-    /// Somebody may delete the pair or turn its offloads on.
+    /// Restores the offload veth if it was deleted or its offloads were turned on.
     async fn repair_normaliser(&mut self) -> Result<()> {
         let normaliser = Normaliser::ensure(&self.netlink, &self.alias, &self.node).await?;
         self.programs.attach(SEAL, &normaliser.second, &self.pins)?;

@@ -1,4 +1,4 @@
-//! Who owns which prefix. Decides only: no map is touched here.
+//! Decides which prefix is routed where. This module touches no map.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -10,12 +10,15 @@ use overnode_ebpf::map::{
 
 use crate::types::PeerIndex;
 
-/// Routes that peers may fill the map with: room for this host's containers and ranges is kept.
+/// Maximum number of routes that peers may occupy in the map. The rest is reserved for this host's
+/// containers and prefixes.
 const PEER_ROUTES: usize = (ROUTE_SLOTS - 2 * ENDPOINT_SLOTS) as usize;
 
-/// The wanted routes, by owner. Where several want the same prefix: what is attached here wins over
-/// what this node owns, that over a peer, and the lower peer index over the higher. Where peers
-/// want more than the map holds, each gets as many as the others, its first ones.
+/// The wanted routes, by owner.
+///
+/// If several owners want the same prefix, an address attached here wins over this node's own
+/// prefixes, those win over peers, and the lower peer index wins over the higher. If peers want
+/// more routes than the map holds, every peer gets the same number, in the order of its list.
 #[derive(Debug, Default)]
 pub(super) struct RouteTable {
     local: BTreeMap<IpNet, Route>,
@@ -23,7 +26,7 @@ pub(super) struct RouteTable {
     peers: BTreeMap<PeerIndex, Vec<IpNet>>,
 }
 
-/// A difference between the table and the map.
+/// One difference between the table and the map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
     Put(IpNet, Route),
@@ -31,7 +34,7 @@ pub(super) enum Change {
 }
 
 impl RouteTable {
-    /// Takes over what a map holds.
+    /// Builds a table from the entries of a map.
     pub(super) fn adopt(entries: &BTreeMap<IpNet, Route>) -> Self {
         let mut table = Self::default();
         for (prefix, route) in entries {
@@ -59,7 +62,8 @@ impl RouteTable {
         self.own = prefixes.iter().map(IpNet::trunc).collect();
     }
 
-    /// `is_host`: the address is this host's, not a container's.
+    /// Adds an address that is attached here. `is_host` means that it is the host's own address,
+    /// not a container's.
     pub(super) fn set_local(&mut self, address: IpNet, ifindex: u32, is_host: bool) {
         let kind = if is_host { ROUTE_HOST } else { ROUTE_LOCAL };
         self.local.insert(address, Route { kind, target: ifindex });
@@ -69,12 +73,12 @@ impl RouteTable {
         self.local.retain(|_, route| route.target != ifindex);
     }
 
-    /// What is attached here, by address.
+    /// Returns the addresses attached here and their routes.
     pub(super) fn local(&self) -> &BTreeMap<IpNet, Route> {
         &self.local
     }
 
-    /// True if the host has this address in the container network.
+    /// Returns true if the host itself has this address in the container network.
     pub(super) fn is_of_host(&self, address: IpAddr) -> bool {
         self.local.get(&IpNet::from(address)).is_some_and(|route| route.kind == ROUTE_HOST)
     }
@@ -83,7 +87,7 @@ impl RouteTable {
         self.peers.get(&peer).into_iter().flatten().copied()
     }
 
-    /// What the map should hold.
+    /// Returns the entries that the map should hold.
     pub(super) fn wanted(&self) -> BTreeMap<IpNet, Route> {
         let mut wanted = self.of_peers();
         wanted
@@ -113,8 +117,8 @@ impl RouteTable {
     }
 }
 
-/// What turns `installed` into `wanted`: additions first, so that no destination is without a route
-/// in between.
+/// Returns the changes that turn `installed` into `wanted`. Additions come first, so that no
+/// destination is briefly without a route.
 pub(super) fn difference(
     installed: &BTreeMap<IpNet, Route>,
     wanted: &BTreeMap<IpNet, Route>,
@@ -183,7 +187,7 @@ mod tests {
         for peer in 1..=100 {
             assert_eq!(wanted[&net(&format!("192.168.{peer}.0/24"))].target, peer);
         }
-        // Who wants little gets it, however late it comes.
+        // A peer with few prefixes gets all of them, however late it comes.
         table.set_peer(PeerIndex(4000), &[net("172.16.0.0/16"), net("172.17.0.0/16")]);
         assert_eq!(table.wanted()[&net("172.17.0.0/16")].target, 4000);
     }

@@ -1,8 +1,8 @@
-//! Peers and their sessions in `PEERS` and `SESSIONS`.
+//! Manages peers and their sessions in `PEERS` and `SESSIONS`.
 //!
-//! A slot is filled while its state says `FREE`, then published by its state, then by the peer's
-//! `tx_slot`. It is withdrawn in the reverse order, and wiped when no program can be reading its
-//! keys any more.
+//! A slot is filled while its state is `FREE`. It is published first by its state, then by the
+//! peer's `tx_slot`. It is withdrawn in the reverse order, and wiped once no program can still be
+//! reading its keys.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,26 +22,27 @@ use super::maps::{Cell, Slots};
 use crate::handshake::{REJECT_AFTER_TIME, SessionKeys};
 use crate::types::{PeerIndex, PublicKey, Secret, from_map};
 
-/// Programs run to their end in far less than this; until then a withdrawn slot keeps its keys.
-/// Half of the second after which the handshakes use a slot again.
+/// Time that a withdrawn slot keeps its keys. Programs finish in far less. It is half of the second
+/// after which the handshakes reuse a slot.
 const QUARANTINE: Duration = Duration::from_millis(500);
 
-/// A peer as the maps hold it.
+/// A peer as stored in the maps.
 #[derive(Clone, Debug)]
 pub struct PeerState {
-    /// Its place in `PEERS`.
+    /// Index in `PEERS`.
     pub index: PeerIndex,
-    /// Its Curve25519 key.
+    /// Curve25519 public key.
     pub public_key: PublicKey,
-    /// Where messages to it go: as configured, or as the last authenticated message came.
+    /// Destination of messages to the peer: the configured endpoint, or the source of the last
+    /// authenticated message.
     pub endpoint: Option<SocketAddr>,
-    /// Interface that they leave by; 0 if there is no route.
+    /// Interface that these messages leave by; 0 if there is no route.
     pub ifindex: u32,
-    /// Largest inner packet, bytes.
+    /// Largest inner packet, in bytes.
     pub mtu: u32,
-    /// Which peer relays to it; none if messages go straight.
+    /// Relay for messages to the peer. `None` if they take the direct path.
     pub via: Option<PeerIndex>,
-    /// Its sessions, in the order of their slots.
+    /// Sessions of the peer, ordered by slot.
     pub sessions: Vec<SessionState>,
     /// Inner bytes sent.
     pub tx_bytes: u64,
@@ -53,40 +54,40 @@ pub struct PeerState {
     pub rx_packets: u64,
     /// Last message sent.
     pub last_sent: Option<Instant>,
-    /// Last message sent that was no keepalive.
+    /// Last message sent that was not a keepalive.
     pub last_data_sent: Option<Instant>,
     /// Last authenticated message received.
     pub last_received: Option<Instant>,
-    /// Last authenticated message received that was no keepalive.
+    /// Last authenticated message received that was not a keepalive.
     pub last_data_received: Option<Instant>,
 }
 
-/// A session as the maps hold it.
+/// A session as stored in the maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionState {
     /// Receiver index of messages from the peer.
     pub local_index: u32,
     /// Receiver index of messages to the peer.
     pub remote_index: u32,
-    /// When the handshake ended.
+    /// When the handshake completed.
     pub created: Instant,
-    /// When it stops to be used.
+    /// When the session expires.
     pub expires: Instant,
-    /// True if this node was the handshake's initiator.
+    /// True if this node initiated the handshake.
     pub initiator: bool,
     /// True if the peer has proven that it has the keys.
     pub confirmed: bool,
-    /// True if messages to the peer are sealed under it.
+    /// True if messages to the peer are sealed with this session.
     pub sealing: bool,
-    /// Messages sealed under it.
+    /// Messages sealed with this session.
     pub sent: u64,
 }
 
 impl Datapath {
-    /// Every configured peer, with what the programs counted and the sessions that work.
+    /// Returns every configured peer with its counters and its live sessions.
     ///
     /// # Errors
-    /// None in practice: the maps lie in memory.
+    /// None in practice, since the maps are in memory.
     pub fn peers(&self) -> Result<Vec<PeerState>> {
         let clock = Clock::now();
         let mut peers: Vec<PeerState> = (0..self.maps.peers.len())
@@ -127,15 +128,15 @@ impl Datapath {
         Ok(peers)
     }
 
-    /// Configures a peer: finds the way to `endpoint` and takes messages on the interface that
-    /// leads there. Without an endpoint the present one stays. A peer that has another key now
-    /// loses its sessions first.
+    /// Configures a peer. Looks up the route to `endpoint` and receives messages on the interface
+    /// that leads there. Without an endpoint the current one is kept. If the peer has a new key,
+    /// its sessions are withdrawn first.
     ///
-    /// No route to the endpoint is no error: [`Datapath::refresh`] tries again.
+    /// A missing route to the endpoint is not an error: [`Datapath::refresh`] tries again.
     ///
     /// # Errors
-    /// The index is out of range; netlink or a map refuses. An interface that cannot be used is
-    /// told in [`Datapath::underlay`] instead.
+    /// Fails if the index is out of range, or if netlink or a map refuses. An interface that cannot
+    /// be used is reported in [`Datapath::underlay`] instead.
     pub async fn set_peer(
         &mut self,
         peer: PeerIndex,
@@ -157,10 +158,10 @@ impl Datapath {
         }
     }
 
-    /// Forgets a peer: its routes, its sessions, its counters.
+    /// Removes a peer with its routes, sessions and counters.
     ///
     /// # Errors
-    /// The index is out of range; the routes cannot be changed.
+    /// Fails if the index is out of range, or if the routes cannot be changed.
     pub fn remove_peer(&mut self, peer: PeerIndex) -> Result<()> {
         self.set_routes(peer, &[])?;
         self.withdraw_all(peer);
@@ -171,10 +172,11 @@ impl Datapath {
         Ok(())
     }
 
-    /// Puts a session into its slot and lets it be used.
+    /// Writes a session into its slot and puts it into use.
     ///
     /// # Errors
-    /// The peer is not configured; the slot is in use, or was withdrawn a moment ago.
+    /// Fails if the peer is not configured, or if the slot is in use or was withdrawn less than
+    /// half a second ago.
     pub fn install_session(&mut self, peer: PeerIndex, keys: &SessionKeys) -> Result<()> {
         let slot = slot_of(keys.local_index)?;
         let (to, session) = (self.peer_cell(peer)?, self.session_cell(slot)?);
@@ -209,11 +211,11 @@ impl Datapath {
         Ok(())
     }
 
-    /// Takes a session away. Its keys are wiped half a second later, when no program uses them any
-    /// more. One that is gone is no error.
+    /// Withdraws a session. Its keys are wiped half a second later, when no program uses them any
+    /// more. Withdrawing one that is already gone succeeds.
     ///
     /// # Errors
-    /// The index cannot be one of a slot.
+    /// Fails if the index names slot 0 or a slot out of range.
     pub fn withdraw_session(&mut self, peer: PeerIndex, local_index: u32) -> Result<()> {
         let slot = slot_of(local_index)?;
         let session = self.session_cell(slot)?;
@@ -227,11 +229,11 @@ impl Datapath {
         Ok(())
     }
 
-    /// Sends an empty message to a peer, under the session that seals now; without one, nothing is
-    /// sent (and the drop is counted).
+    /// Sends an empty message to a peer under its sealing session. Without a session the programs
+    /// drop it and count the drop.
     ///
     /// # Errors
-    /// The normaliser is gone.
+    /// Fails if the offload veth is gone.
     pub async fn keepalive(&mut self, peer: PeerIndex) -> Result<()> {
         self.normaliser.send(&keepalive_frame(peer.0))
     }
@@ -256,8 +258,8 @@ impl Datapath {
         wipe_later(Arc::clone(&self.maps.sessions), vec![slot]);
     }
 
-    /// Withdraws sessions of peers that are not configured and wipes free slots that still hold
-    /// something: what a daemon that was killed left.
+    /// Cleans up after a daemon that was killed: withdraws sessions of peers that are not
+    /// configured, and wipes free slots that are not empty.
     pub(super) fn clean_sessions(&self) {
         let mut left = Vec::new();
         for slot in 1..self.maps.sessions.len() {
@@ -288,7 +290,7 @@ impl Datapath {
     }
 }
 
-/// Wipes slots after the quarantine, unless they are in use again by then.
+/// Wipes slots after the quarantine, unless they were reused in the meantime.
 fn wipe_later(sessions: Arc<Slots<Session>>, slots: Vec<u32>) {
     let indexes: Vec<(u32, u32)> = slots
         .into_iter()

@@ -1,4 +1,4 @@
-//! Removes everything that a node made in the kernel, with or without a daemon.
+//! Removes everything that a node created in the kernel, with or without a running daemon.
 
 use std::path::Path;
 
@@ -12,9 +12,9 @@ use super::{Datapath, alias_of};
 use crate::fault;
 
 impl Datapath {
-    /// Removes interfaces, filters, programs, maps and directories of the node whose state
-    /// directory this is or was. Needs no daemon and no state directory; goes on after errors and
-    /// returns them all.
+    /// Removes the interfaces, filters, programs, maps and pin directories of the node with this
+    /// state directory. Needs neither a daemon nor the state directory itself. Continues after
+    /// errors and returns all of them.
     ///
     /// A daemon that still holds a [`Datapath`] keeps its maps and programs in memory, unattached,
     /// until it drops it.
@@ -22,7 +22,7 @@ impl Datapath {
         let node = node_name(state_dir);
         let mut errors = Vec::new();
         let pins = match Pins::find(&node) {
-            // Another user's directory by that name holds nothing of this node.
+            // A directory that another user owns holds nothing of this node.
             Ok(pins) => Some(pins).filter(Pins::are_ours),
             Err(error) => {
                 errors.push(error);
@@ -56,7 +56,7 @@ async fn remove_from_interfaces(
     for link in &links {
         if is_ours(link, &alias, node) {
             debug!(interface = link.name, "removing");
-            // The other end of a pair is gone with the first.
+            // Deleting one end of a pair also deletes the other.
             errors.extend(netlink.delete(link.index).await.err());
             fault::step("interface");
         } else if let Some(pins) = pins {
@@ -69,7 +69,7 @@ async fn remove_from_interfaces(
     errors
 }
 
-/// Ours, and used by nobody else.
+/// Removes the clsact qdisc that this node added, unless other filters use it.
 async fn remove_qdisc(netlink: &Netlink, ifindex: u32) -> Result<()> {
     if netlink.has_filters(ifindex).await? {
         return Ok(());

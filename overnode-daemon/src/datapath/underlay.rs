@@ -1,4 +1,4 @@
-//! The host's own network: how peers are reached, and on which interfaces their messages arrive.
+//! Tracks the underlay: the route to each peer, and the interfaces on which messages arrive.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -16,61 +16,61 @@ use super::links::Link;
 use super::programs::{FROM_UNDERLAY, FROM_UNDERLAY_XDP, Hook};
 use crate::types::{PeerIndex, from_map};
 
-/// What every IPv4 host must accept (RFC 1122 section 3.3.2): an underlay is taken to carry no
-/// less.
+/// Smallest assumed underlay MTU, in bytes: what every IPv4 host must accept (RFC 1122, section
+/// 3.3.2).
 ///
-/// Containers get what is left of the underlay even where that is less than IPv6 needs, for Linux
-/// does not believe in paths of less than 552 bytes (`net.ipv4.route.min_pmtu`), however often it
-/// is told.
+/// Containers get the remainder even where it is less than IPv6 requires. Linux ignores path MTUs
+/// below 552 bytes (`net.ipv4.route.min_pmtu`), no matter how often they are reported.
 const LEAST_UNDERLAY: u32 = 576;
-/// What an interface is taken for while none is known.
+/// Assumed MTU of an unknown interface, in bytes.
 const USUAL_MTU: u32 = 1500;
 
-/// The underlay, for people.
+/// Status of the underlay, as shown to the operator.
 #[derive(Clone, Debug, Serialize)]
 pub struct UnderlayStatus {
-    /// Interfaces on which messages are taken.
+    /// Interfaces on which messages are received.
     pub interfaces: Vec<UnderlayInterface>,
     /// How TC programs are attached.
     pub hook: Hook,
-    /// MTU of containers attached from now on, bytes.
+    /// MTU of containers that are attached from now on, in bytes.
     pub container_mtu: u32,
-    /// The host's addresses that others can reach.
+    /// Addresses of the host that other hosts can reach.
     pub addresses: Vec<IpAddr>,
-    /// What is wrong with it, for people.
+    /// Problems of the underlay, as text for the operator.
     pub problems: Vec<String>,
 }
 
-/// An interface on which messages are taken.
+/// An interface on which messages are received.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct UnderlayInterface {
-    /// Its index.
+    /// Interface index.
     pub ifindex: u32,
-    /// Its name.
+    /// Interface name.
     pub name: String,
-    /// Its MTU, bytes.
+    /// MTU, in bytes.
     pub mtu: u32,
-    /// True if native XDP opens there.
+    /// True if messages are opened in native XDP mode there.
     pub xdp: bool,
 }
 
-/// What is remembered of the underlay.
+/// Current state of the underlay.
 #[derive(Debug, Default)]
 pub(super) struct Underlay {
     pub(super) interfaces: BTreeMap<u32, UnderlayInterface>,
     pub(super) addresses: BTreeSet<IpAddr>,
-    /// Interfaces that lead to peers but cannot be used, and why.
+    /// Interfaces that lead to peers but cannot be used, with the reason.
     problems: BTreeMap<u32, String>,
-    /// Interfaces that were tried since the routes to all peers were last looked up.
+    /// Interfaces that were tried since the last lookup of the routes to all peers.
     tried: BTreeSet<u32>,
-    /// Index of `--interface`, else of the default route's interface.
+    /// Index of the interface that `--interface` names, otherwise that of the default route's
+    /// interface.
     pub(super) main: Option<u32>,
-    /// Its MTU.
+    /// MTU of [`Self::main`], in bytes.
     pub(super) main_mtu: Option<u32>,
 }
 
 impl Datapath {
-    /// What is known of the underlay.
+    /// Returns the status of the underlay.
     pub fn underlay(&self) -> UnderlayStatus {
         UnderlayStatus {
             interfaces: self.underlay.interfaces.values().cloned().collect(),
@@ -81,8 +81,8 @@ impl Datapath {
         }
     }
 
-    /// MTU of containers attached from now on, bytes: as configured, else what the narrowest
-    /// underlay interface leaves over IPv6.
+    /// Returns the MTU of containers that are attached from now on, in bytes: the configured one,
+    /// otherwise the space that the narrowest underlay interface leaves with IPv6 outer headers.
     pub fn container_mtu(&self) -> u32 {
         if let Some(mtu) = self.mtu {
             return mtu;
@@ -92,10 +92,11 @@ impl Datapath {
         largest_inner(narrowest.max(LEAST_UNDERLAY), true)
     }
 
-    /// Takes messages that arrive on an interface. Idempotent.
+    /// Receives messages on an interface from now on. Idempotent.
     ///
     /// # Errors
-    /// It is not the one that `--interface` names, is not Ethernet, or is gone; the kernel refuses.
+    /// Fails if `--interface` names another interface, if this one is not Ethernet or is gone, or
+    /// if the kernel refuses.
     pub async fn ensure_underlay(&mut self, ifindex: u32) -> Result<()> {
         if self.underlay.interfaces.contains_key(&ifindex) {
             return Ok(());
@@ -142,13 +143,15 @@ impl Datapath {
         Ok(())
     }
 
-    /// False for the interfaces that `--interface` excludes. Asks nobody: callers may be flooded.
+    /// Returns false for interfaces that `--interface` excludes. Makes no system call, because it
+    /// runs for every received datagram, even during a flood.
     pub fn may_receive_on(&self, ifindex: u32) -> bool {
         self.interface.is_none() || self.underlay.main == Some(ifindex)
     }
 
-    /// As [`Self::ensure_underlay`]; an interface that cannot be used is told in
-    /// [`Self::underlay`], and keeps no other peer from being configured.
+    /// Receives messages on an interface, like [`Self::ensure_underlay`]. An interface that cannot
+    /// be used is reported in [`Self::underlay`] and does not prevent other peers from being
+    /// configured.
     pub async fn try_underlay(&mut self, ifindex: u32) {
         self.underlay.tried.insert(ifindex);
         let Err(error) = self.ensure_underlay(ifindex).await else {
@@ -162,38 +165,39 @@ impl Datapath {
         }
     }
 
-    /// Follows changes of the host's addresses, routes and interfaces: call it after
+    /// Adapts to changes of the host's addresses, routes and interfaces. Call it after
     /// [`super::LinkEvent::AddressesChanged`] and [`super::LinkEvent::RoutesChanged`].
     ///
     /// # Errors
-    /// Netlink or a map refuses; what was done until then stays.
+    /// Fails if netlink or a map refuses. Changes made up to then stay.
     pub async fn refresh(&mut self) -> Result<()> {
         self.refresh_host().await?;
         self.underlay.tried.clear();
         let mut result = Ok(());
         for peer in self.peers()? {
             if let Some(endpoint) = peer.endpoint {
-                // One that fails must not keep the others from being found.
+                // A failure must not stop the lookup for the remaining peers.
                 result = result.and(self.find_path(peer.index, endpoint, false).await);
             }
         }
-        // No peer is there any more.
+        // The other interfaces no longer lead to any peer.
         let tried = &self.underlay.tried;
         self.underlay.problems.retain(|ifindex, _| tried.contains(ifindex));
         result
     }
 
-    /// Addresses and interfaces, without the peers.
+    /// Refreshes addresses and interfaces, but not the routes to peers.
     pub(super) async fn refresh_host(&mut self) -> Result<()> {
-        // A host with more addresses than the map holds (a load balancer's, say) must still start:
-        // the lowest ones count.
+        // A host with more addresses than the map holds (a load balancer, for example) must still
+        // start. The lowest addresses are kept.
         let addresses: BTreeSet<IpAddr> = self
             .netlink
             .addresses()
             .await?
             .into_iter()
             .map(|(address, _)| address)
-            // Who sends to the host's address in the container network does so through the tunnel.
+            // Packets for the host's address in the container network come through the tunnel, not
+            // the underlay.
             .filter(|address| !address.is_loopback() && !self.routes.is_of_host(*address))
             .take(LOCAL_ADDRESS_SLOTS as usize)
             .collect();
@@ -230,8 +234,9 @@ impl Datapath {
         self.find_path(peer, endpoint, moved).await
     }
 
-    /// Looks the route up and enters it. Unless the peer `moved`, the source address that the
-    /// program learned stays while it is one of the host's and the interface stays.
+    /// Looks up the route to a peer and writes it to the map. Unless the peer `moved`, the source
+    /// address that the program learned is kept, provided that it is still an address of the host
+    /// and the interface is unchanged.
     async fn find_path(
         &mut self,
         peer: PeerIndex,
@@ -273,7 +278,8 @@ impl Datapath {
         {
             cell.set_source(route.source, route.ifindex);
             if cell.tx_slot().load(Ordering::Relaxed) != 0 {
-                // The peer sends to where it last heard from: it must hear before it next sends.
+                // The peer sends to the last source address it heard from, so it must hear the new
+                // one before it sends again.
                 self.normaliser.send(&keepalive_frame(peer.0))?;
             }
         }
@@ -292,8 +298,8 @@ fn is_reachable(address: &IpAddr) -> bool {
     !is_link_local
 }
 
-/// Largest inner packet (from its IP header on) for outer packets of `path_mtu` bytes. Padding
-/// never exceeds it, so nothing is rounded off.
+/// Returns the largest inner packet, counted from its IP header, that fits outer packets of
+/// `path_mtu` bytes. Padding never exceeds this size, so the result is not rounded down.
 const fn largest_inner(path_mtu: u32, ipv6: bool) -> u32 {
     let overhead = if ipv6 { OVERHEAD_IPV6 } else { OVERHEAD_IPV4 } + TAG_LEN;
     path_mtu.saturating_sub(overhead as u32)

@@ -1,4 +1,4 @@
-//! Tells what changes on the host: multicast groups of rtnetlink.
+//! Reports changes of the host's network, using the multicast groups of rtnetlink.
 
 use std::io;
 use std::time::Duration;
@@ -17,13 +17,13 @@ use tracing::{debug, warn};
 use super::Datapath;
 use super::endpoint::is_host_interface;
 
-/// Changes come in bursts; they are told once this long after the first.
+/// Time to collect changes after the first one, because they come in bursts.
 const SETTLE: Duration = Duration::from_millis(100);
 
 /// A change of the host's network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LinkEvent {
-    /// The host's end of a container is gone, so the container is.
+    /// The host-side end with this name is gone, so its container is detached.
     Vanished(String),
     /// Addresses were added or removed.
     AddressesChanged,
@@ -39,11 +39,13 @@ struct Seen {
 }
 
 impl Datapath {
-    /// Events from now on, until the receiver is dropped. When the kernel dropped some, everything
-    /// is said to have changed; run [`Datapath::reconcile`] for containers then as each minute.
+    /// Returns a receiver of events from now on. Dropping the receiver ends the watch. If the
+    /// kernel drops events, addresses and routes are reported as changed, but containers that
+    /// vanished are not. Only the next [`Datapath::reconcile`], which the node runs every minute,
+    /// finds those.
     ///
     /// # Errors
-    /// No netlink socket can be opened.
+    /// Fails if no netlink socket can be opened.
     pub fn watch(&self) -> Result<mpsc::Receiver<LinkEvent>> {
         let socket = open().context("changes of interfaces cannot be watched")?;
         let (events, receiver) = mpsc::channel(64);
@@ -131,8 +133,8 @@ impl Seen {
         let NetlinkPayload::InnerMessage(message) = payload else { return };
         match message {
             RouteNetlinkMessage::DelLink(link) => {
-                // A bridge port that leaves its bridge is also told as a deletion, of the family
-                // AF_BRIDGE.
+                // A deletion of the family AF_BRIDGE also reports a bridge port that leaves its
+                // bridge.
                 let name = link.attributes.into_iter().find_map(|attribute| match attribute {
                     LinkAttribute::IfName(name) => Some(name),
                     _ => None,

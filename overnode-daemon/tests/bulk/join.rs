@@ -12,7 +12,7 @@ fn opened(packets: &[Packet]) -> Vec<Opened> {
     packets.iter().map(|packet| (1, packet.bytes(), true)).collect()
 }
 
-/// How many frames are delivered, each of which is checked.
+/// Returns the number of delivered frames. Each is checked.
 fn frames(packets: &[Packet]) -> usize {
     check_join(&opened(packets), true);
     join(&opened(packets), true).len()
@@ -54,7 +54,7 @@ fn what_is_not_partial_is_not_joined_and_keeps_its_place() {
     assert_eq!(lengths, [200, 100, 100]);
 }
 
-/// Each of these alone keeps two segments apart.
+/// Each of these changes alone must keep two segments apart.
 #[test]
 fn a_segment_that_differs_is_not_joined() {
     type Change = fn(&mut Packet);
@@ -97,7 +97,7 @@ fn a_segment_that_differs_is_not_joined() {
     }
 }
 
-/// Joining would mend what is wrong.
+/// Coalescing would repair wrong sums.
 #[test]
 fn wrong_sums_are_not_joined() {
     for (v6, tcp) in KINDS {
@@ -113,7 +113,7 @@ fn wrong_sums_are_not_joined() {
                 assert_eq!(join(&packets, true).len(), 2);
             }
         }
-        // UDP's way to say that there is none.
+        // In UDP, 0 means that there is no checksum.
         let mut packets = packets;
         for packet in &mut packets {
             packet.1[sum..sum + 2].fill(0);
@@ -169,7 +169,7 @@ fn a_run_ends_with_psh_fin_or_a_shorter_segment() {
     assert_eq!(frames(&segments), 2);
 }
 
-/// The first may have it, and the super-packet says so.
+/// The first segment may have CWR, and the super-packet says so.
 #[test]
 fn cwr_begins_a_run() {
     let mut segments = Packet { flags: ACK | ECE | CWR, ..Packet::new(false, true, 300) }.cut(100);
@@ -224,7 +224,8 @@ fn what_is_no_ip_packet_is_delivered_or_too_long() {
     assert!(join(&[(1, vec![0; 65_576], false)], true).is_empty());
 }
 
-/// A packet of a few flows, most of which continue each other, some of which are altered.
+/// Generates packets of a few flows. Most continue the previous packet of their flow, and some are
+/// altered.
 fn traffic() -> impl Strategy<Value = Vec<Opened>> {
     let step = (
         0..12_u16,
@@ -264,7 +265,7 @@ fn traffic() -> impl Strategy<Value = Vec<Opened>> {
 proptest! {
     #[test]
     fn cut_then_joined_is_the_original(packet in packets(9000), size in 141..3000_u16) {
-        // Rejecting those that are too short would reject too many.
+        // Rejecting packets that are too short would reject too many.
         let mut packet = packet;
         packet.payload.resize(packet.payload.len().max(usize::from(size) + 1), 7);
         let frames = join(&opened(&packet.cut(size.into())), true);

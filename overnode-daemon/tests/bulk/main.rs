@@ -1,4 +1,4 @@
-//! Cutting and joining the packets of the bulk path, against a model.
+//! Tests that the bulk path segments and coalesces packets like a model.
 
 mod join;
 mod model;
@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use model::{ACK, CWR, ECE, FIN, PSH, Packet};
 
-/// A packet whose fields are anything that a data segment may have.
+/// Generates packets with any field values that a data segment may have.
 fn packets(most: usize) -> impl Strategy<Value = Packet> {
     let ip = (any::<bool>(), any::<bool>(), any::<u8>(), any::<u8>(), any::<u16>(), any::<bool>());
     let tcp = (any::<u16>(), any::<u32>(), any::<u32>(), any::<u8>(), any::<u16>(), 0..=10_usize);

@@ -1,5 +1,5 @@
-//! Cutting and joining once more, slow and obvious, and what must hold of both. The fuzz target
-//! `bulk` uses it too.
+//! Reimplements segmenting and coalescing in a slow and obvious way, and checks properties of both.
+//! The fuzz target `bulk` uses this model, too.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ pub const URG: u8 = 32;
 pub const ECE: u8 = 64;
 pub const CWR: u8 = 128;
 
-/// A packet by its fields; its checksum is partial.
+/// A packet with a partial checksum, given by its fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packet {
     pub v6: bool,
@@ -24,7 +24,7 @@ pub struct Packet {
     pub ttl: u8,
     pub id: u16,
     pub df: bool,
-    /// Of IPv6.
+    /// Flow label of IPv6.
     pub label: u16,
     pub host: u8,
     pub port: u16,
@@ -33,13 +33,13 @@ pub struct Packet {
     pub flags: u8,
     pub window: u16,
     pub urgent: u16,
-    /// Whole words.
+    /// Length is a multiple of 4 bytes.
     pub options: Vec<u8>,
     pub payload: Vec<u8>,
 }
 
 impl Packet {
-    /// Fields that do not matter.
+    /// Creates a packet with arbitrary defaults in all other fields.
     pub fn new(v6: bool, tcp: bool, payload: usize) -> Self {
         Self {
             v6,
@@ -120,7 +120,7 @@ impl Packet {
         [ip, transport].concat()
     }
 
-    /// What the kernel writes in front of it when it shall be cut.
+    /// Returns the vnet header that the kernel writes in front of a super-packet.
     pub fn vnet(&self, size: u16) -> VnetHeader {
         let kind = match (self.tcp, self.v6) {
             (true, false) => 1,
@@ -131,7 +131,7 @@ impl Packet {
         VnetHeader { gso_type: kind | ecn, gso_size: size, ..self.vnet_alone() }
     }
 
-    /// What the kernel writes in front of it when it is a single packet.
+    /// Returns the vnet header that the kernel writes in front of a single packet.
     pub fn vnet_alone(&self) -> VnetHeader {
         VnetHeader {
             flags: 1,
@@ -143,7 +143,7 @@ impl Packet {
         }
     }
 
-    /// The packets that it is made of.
+    /// Segments the packet.
     pub fn cut(&self, size: usize) -> Vec<Self> {
         let count = self.payload.len().div_ceil(size).max(1);
         let mut rest = self.payload.clone();
@@ -173,12 +173,12 @@ impl Packet {
         segments
     }
 
-    /// Whether it may be part of a super-packet.
+    /// Returns true if the packet may be part of a super-packet.
     pub fn may_be_joined(&self) -> bool {
         !self.payload.is_empty() && (!self.tcp || self.flags & (SYN | RST | URG) == 0)
     }
 
-    /// Whether it is the segment number `index` of a super-packet that began with `first`.
+    /// Returns true if it is segment number `index` of a super-packet that began with `first`.
     pub fn continues(&self, first: &Self, index: usize) -> bool {
         let mut expected = first.clone();
         expected.id = first.id.wrapping_add(index as u16);
@@ -200,7 +200,7 @@ impl Packet {
     }
 }
 
-/// How many segments each super-packet of one flow has.
+/// Returns the number of segments of each super-packet of one flow.
 pub fn runs(packets: &[Packet]) -> Vec<usize> {
     let mut runs: Vec<usize> = Vec::new();
     let mut first: Option<&Packet> = None;
@@ -232,7 +232,7 @@ fn pseudo_end(protocol: u8, length: usize) -> Vec<u8> {
     [&[0, 0, 0, protocol], &(length as u32).to_be_bytes()[..]].concat()
 }
 
-/// The folded sum of all words.
+/// Returns the folded sum of all 16-bit words.
 pub fn words(bytes: &[u8]) -> u16 {
     let mut sum = 0_u64;
     for (at, &byte) in bytes.iter().enumerate() {
@@ -244,7 +244,7 @@ pub fn words(bytes: &[u8]) -> u16 {
     sum as u16
 }
 
-/// Finishes the partial checksum of a packet without IP options, as a network card would.
+/// Completes the partial checksum of a packet without IP options, as a network card would.
 pub fn finish(packet: &[u8]) -> Vec<u8> {
     let (start, protocol) = start_of(packet);
     let at = start + if protocol == 6 { 16 } else { 6 };
@@ -254,7 +254,7 @@ pub fn finish(packet: &[u8]) -> Vec<u8> {
     finished
 }
 
-/// Whether a receiver finds every checksum right.
+/// Returns true if every checksum is valid for a receiver.
 pub fn is_right(packet: &[u8]) -> bool {
     let (start, protocol) = start_of(packet);
     let v4 = packet[0] >> 4 == 4;
@@ -268,7 +268,7 @@ fn start_of(packet: &[u8]) -> (usize, u8) {
     if packet[0] >> 4 == 4 { (20, packet[9]) } else { (40, packet[6]) }
 }
 
-/// Everything that a cut makes.
+/// Returns all packets of a segmentation.
 pub fn write_all(cut: &Cut<'_>) -> Vec<Vec<u8>> {
     (0..cut.len())
         .map(|index| {
@@ -281,7 +281,7 @@ pub fn write_all(cut: &Cut<'_>) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// What holds of the cut of any packet behind any header.
+/// Checks what must hold for the segmentation of any packet behind any vnet header.
 pub fn check_cut(packet: &[u8], vnet: &VnetHeader) {
     let Ok(cut) = Cut::new(packet, vnet) else { return };
     let segments = write_all(&cut);
@@ -309,10 +309,10 @@ pub fn check_cut(packet: &[u8], vnet: &VnetHeader) {
     check_join(&segments.into_iter().map(|segment| (1, segment, true)).collect::<Vec<_>>(), true);
 }
 
-/// A packet that was opened: which peer it is from, its bytes, whether its checksum is partial.
+/// An opened packet: the peer, the packet's bytes, and whether its checksum is partial.
 pub type Opened = (u8, Vec<u8>, bool);
 
-/// What a joiner delivers, as frames.
+/// Returns the frames that a joiner delivers.
 pub fn join(packets: &[Opened], joins_udp: bool) -> Vec<Vec<u8>> {
     let mut joiner = Joiner::new(joins_udp);
     let mut frames = Vec::new();
@@ -326,18 +326,18 @@ pub fn join(packets: &[Opened], joins_udp: bool) -> Vec<Vec<u8>> {
     frames
 }
 
-/// An Ethernet header.
+/// Returns an Ethernet header.
 pub fn link(peer: u8) -> [u8; 14] {
     [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 1, peer, 8, 0]
 }
 
-/// The vnet header of a frame, and its packet.
+/// Returns the vnet header and the packet of a frame.
 pub fn split(frame: &[u8]) -> (VnetHeader, &[u8]) {
     (VnetHeader::from_bytes(frame[..10].try_into().expect("ten bytes")), &frame[24..])
 }
 
-/// Nothing is lost, nothing is made up, flows keep their order, and what was joined gives the same
-/// packets when it is cut.
+/// Checks that coalescing loses and invents nothing, keeps the order of each flow, and can be
+/// reversed by segmenting.
 pub fn check_join(packets: &[Opened], joins_udp: bool) {
     let mut pushed: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for (peer, packet, partial) in packets {
@@ -370,7 +370,7 @@ pub fn check_join(packets: &[Opened], joins_udp: bool) {
     assert_eq!(delivered, pushed);
 }
 
-/// Equal only if the flow is the same.
+/// Returns a key that is equal only for packets of the same flow.
 fn flow_of(packet: &[u8]) -> Vec<u8> {
     match packet.first().map(|first| first >> 4) {
         Some(4) if packet.len() >= 24 => {

@@ -31,12 +31,12 @@ fn the_header_is_that_of_the_kernel() {
     assert_eq!(VnetHeader::from_bytes(bytes), header);
 }
 
-/// Written by hand, so that the model is not its own witness.
+/// Written by hand, so that the model does not vouch for itself.
 #[test]
 fn two_segments_of_tcp_are_these() {
     let sixteen =
         |hex: &str| data_encoding::HEXLOWER_PERMISSIVE.decode(hex.replace(' ', "").as_bytes());
-    // 10.0.0.1:1 to 10.0.0.2:2; 3 bytes of payload; ACK PSH.
+    // 10.0.0.1:1 to 10.0.0.2:2, 3 bytes of payload, ACK and PSH.
     let packet = "4500002b ffff4000 4006 26cb 0a000001 0a000002 0001 0002 00000010 00000020 50 18 0100 1420 0000 616263";
     let first = "4500002a ffff4000 4006 26cc 0a000001 0a000002 0001 0002 00000010 00000020 50 10 0100 141f 0000 6162";
     let second = "45000029 00004000 4006 26cd 0a000001 0a000002 0001 0002 00000012 00000020 50 18 0100 141e 0000 63";
@@ -72,7 +72,7 @@ fn ids_and_sequence_numbers_wrap() {
     assert_eq!(numbers, [(vec![255, 255], vec![255; 4]), (vec![0, 0], vec![0, 0, 0, 1])]);
 }
 
-/// Extension headers stay; only the first ones know whose they are.
+/// Extension headers are copied into each segment.
 #[test]
 fn extension_headers_are_kept() {
     let packet = Packet::new(true, true, 300);
@@ -104,7 +104,7 @@ fn what_is_not_to_be_cut_stays() {
     assert!(!cut.is_partial() && write_all(&cut) == [b"anything"]);
 }
 
-/// A tunnel of the container's own: the partial checksum is one of the inner packet.
+/// The container runs its own tunnel, and the partial checksum belongs to the inner packet.
 #[test]
 fn a_checksum_in_a_tunnel_is_finished() {
     let inner = Packet::new(false, true, 101);
@@ -120,7 +120,7 @@ fn a_checksum_in_a_tunnel_is_finished() {
     assert!(is_right(&written[50..]));
 }
 
-/// Otherwise a container could change its source address, or its ports, after they were checked.
+/// Otherwise a container could change its source address or ports after they were checked.
 #[test]
 fn no_checksum_is_written_in_front_of_the_transport_headers_own() {
     let kinds = [(false, true), (true, false), (false, false), (true, true)];
@@ -207,7 +207,7 @@ proptest! {
         let expected: Vec<_> = packet.cut(size.into()).iter().map(Packet::bytes).collect();
         let made = segments(&packet, size);
         prop_assert!(made == expected);
-        // Finished by a network card, each is right for a receiver.
+        // Each segment is valid for a receiver once a network card has completed its checksum.
         prop_assert!(made.iter().all(|segment| is_right(&finish(segment))));
         prop_assert!(is_right(&finish(&packet.bytes())));
     }
@@ -242,7 +242,7 @@ proptest! {
 
     #[test]
     fn a_finished_checksum_is_right(bytes in prop::collection::vec(any::<u8>(), 2..300), start in 0..100_usize) {
-        // No transport header that is known, and a sum that begins anywhere behind the IP header.
+        // The transport header is unknown, and the sum begins anywhere after the IP header.
         let mut packet = vec![0; 40 + start];
         packet[0] = 0x60;
         packet.extend(&bytes);

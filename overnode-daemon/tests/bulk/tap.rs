@@ -1,5 +1,5 @@
-//! A real TAP device, in a network namespace of its own: what the kernel gives it can be cut, what
-//! was joined the kernel takes.
+//! Tests against a real TAP device in a network namespace of its own: packets from the kernel can
+//! be segmented, and the kernel accepts coalesced packets.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -16,11 +16,11 @@ use overnode_daemon::bulk::{Cut, Joiner, VnetHeader};
 use crate::model::{finish, is_right, write_all};
 
 const LONGEST: Duration = Duration::from_secs(20);
-/// What the test sends over TCP.
+/// Bytes that the test sends over TCP.
 const STREAM: usize = 1_000_000;
 const NAME: &str = "bulk0";
 
-/// Opens a TAP device with vnet headers and all offloads. Its namespace goes with the thread.
+/// Opens a TAP device with vnet headers and all offloads. Its namespace ends with the thread.
 fn tap() -> File {
     unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
     let file = File::options()
@@ -29,7 +29,7 @@ fn tap() -> File {
         .custom_flags(libc::O_NONBLOCK)
         .open("/dev/net/tun")
         .expect("/dev/net/tun");
-    // SAFETY: all zeros is a valid value.
+    // SAFETY: an all-zero `ifreq` is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(NAME.bytes()) {
         *to = from as libc::c_char;
@@ -50,8 +50,8 @@ fn tap() -> File {
         libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads))
     };
     assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
-    // The other end of the device is a mirror: packets that go to 10.99.0.2 come back from there,
-    // and are for 10.99.0.1.
+    // The other end of the device is a mirror. Packets sent to 10.99.0.2 come back from that
+    // address, destined for 10.99.0.1.
     for arguments in [
         "link set lo up",
         "addr add 10.99.0.1/24 dev bulk0",
@@ -64,19 +64,19 @@ fn tap() -> File {
     file
 }
 
-/// What is at the other end of the device: cuts what it reads, swaps the addresses, joins, and
-/// writes it back. The sum of the pseudo-header and of the IP header are the same with the
-/// addresses swapped.
+/// The other end of the device. It segments the packets that it reads, swaps their addresses,
+/// coalesces them, and writes them back. Swapping the addresses changes neither the pseudo-header
+/// sum nor the IP header checksum.
 struct Mirror {
     tap: File,
     joiner: Joiner,
-    /// Frames with several segments, read and written, of TCP and of UDP.
+    /// Frames with several segments that were read (`cut`) and written (`joined`), for TCP and UDP.
     cut: [usize; 2],
     joined: [usize; 2],
 }
 
 impl Mirror {
-    /// Everything that there is to read, once.
+    /// Handles all frames that are pending, at most 64.
     fn turn(&mut self) {
         let mut frame = vec![0; 70_000];
         let mut frames = Vec::new();
@@ -89,7 +89,7 @@ impl Mirror {
             let vnet = VnetHeader::from_bytes(frame[..VNET_HEADER].try_into().expect("a header"));
             let mut link: [u8; 14] = frame[10..24].try_into().expect("an Ethernet header");
             let packet = &frame[24..length];
-            // Not the kernel's own, as those that look for routers.
+            // Skip the kernel's own packets, such as router solicitations.
             if link[12..] != [8, 0] || packet[16..20] != [10, 99, 0, 2] {
                 continue;
             }
@@ -127,8 +127,8 @@ impl Mirror {
     }
 }
 
-/// A connection from the device's address to the mirror's comes back as one from the mirror's: both
-/// ends are in this namespace.
+/// A connection from the device's address to the mirror's address comes back as one from the
+/// mirror. Both ends are in this namespace.
 #[test]
 fn the_kernel_gives_what_can_be_cut_and_takes_what_was_joined() {
     let tap = tap();
@@ -181,7 +181,7 @@ fn udp(mirror: &mut Mirror) {
     receiver.set_nonblocking(true).expect("a socket");
     let sender = UdpSocket::bind("10.99.0.1:7002").expect("a port");
     let size: libc::c_int = 1000;
-    // SAFETY: the option is a number, which outlives the call.
+    // SAFETY: the option is a number that outlives the call.
     let set = unsafe {
         libc::setsockopt(
             sender.as_raw_fd(),

@@ -1,4 +1,4 @@
-//! Network namespaces that clean up after themselves.
+//! Provides hosts and containers as network namespaces that clean up after themselves.
 
 use std::fs::File;
 use std::net::IpAddr;
@@ -14,7 +14,7 @@ use overnode_daemon::datapath::{Attachment, Datapath, NetnsRef, OpenOptions, nod
 use overnode_daemon::handshake::SessionKeys;
 use overnode_daemon::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
-/// Runs a command, fails the test if it fails, returns what it printed.
+/// Runs a command, fails the test if the command fails, and returns its standard output.
 pub fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -35,9 +35,9 @@ pub fn addr(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// Runs the test named `name` once more in a process of its own, with these variables, and returns
-/// false to its caller; in that process it returns true. `how` enters a network namespace
-/// (`DATAPATH_NETNS`) first.
+/// Runs the test named `name` again in a process of its own, with these variables. Returns false in
+/// the calling process and true in the new one. `how` is the tool with which the new process enters
+/// the network namespace in `DATAPATH_NETNS`.
 pub fn reexec(name: &str, variables: &[(&str, &str)], how: Option<&str>) -> bool {
     if std::env::var_os("DATAPATH_CHILD").is_some() {
         return true;
@@ -71,7 +71,7 @@ pub fn reexec(name: &str, variables: &[(&str, &str)], how: Option<&str>) -> bool
     false
 }
 
-/// A network namespace, deleted when dropped.
+/// A network namespace that is deleted on drop.
 pub struct Namespace {
     pub name: String,
 }
@@ -94,7 +94,7 @@ impl Namespace {
         Path::new("/run/netns").join(&self.name)
     }
 
-    /// Runs a program inside, as `nsenter --net` does.
+    /// Runs a program inside the namespace with `nsenter --net`, and returns its output.
     pub fn exec(&self, program: &str, arguments: &[&str]) -> String {
         run(
             "nsenter",
@@ -102,7 +102,7 @@ impl Namespace {
         )
     }
 
-    /// The same where failure is expected.
+    /// Like [`Self::exec`], but returns whether the program succeeded.
     pub fn exec_status(&self, program: &str, arguments: &[&str]) -> bool {
         self.command(program, arguments).output().unwrap().status.success()
     }
@@ -121,7 +121,7 @@ impl Drop for Namespace {
     }
 }
 
-/// A host: its namespace and its state directory. Torn down when dropped.
+/// A host with its network namespace and state directory. It is torn down on drop.
 pub struct Host {
     pub namespace: Namespace,
     pub interface: Option<String>,
@@ -150,12 +150,12 @@ impl Host {
         }
     }
 
-    /// State directory and namespace, for [`reexec`].
+    /// Returns the state directory and the namespace, for [`reexec`].
     pub fn environment(&self) -> (String, String) {
         (self.state_dir().to_str().unwrap().to_owned(), self.namespace.name.clone())
     }
 
-    /// The parent's host, in a process started by [`reexec`].
+    /// Returns the parent's host in a process started by [`reexec`].
     pub fn from_environment() -> Self {
         Self {
             namespace: Namespace { name: std::env::var("DATAPATH_NETNS").unwrap() },
@@ -185,8 +185,8 @@ impl Host {
         node_name(self.state_dir())
     }
 
-    /// Opens the data plane in a thread inside the namespace, works with it, closes it: one life of
-    /// a daemon.
+    /// Opens the data plane on a thread inside the namespace, runs `work`, and closes it. One call
+    /// is one lifetime of a daemon.
     pub fn run<T: Send>(&self, work: impl AsyncFnOnce(&mut Datapath) -> T + Send) -> T {
         self.inside(async || {
             let mut datapath = self.open().await.unwrap();
@@ -194,7 +194,7 @@ impl Host {
         })
     }
 
-    /// The same in the namespace that this process runs in already.
+    /// Does the same in the current namespace of this process.
     pub fn run_here<T>(&self, work: impl AsyncFnOnce(&mut Datapath) -> T) -> T {
         runtime().block_on(async {
             let mut datapath = self.open().await.unwrap();
@@ -211,7 +211,7 @@ impl Host {
         assert!(errors.is_empty(), "{errors:?}");
     }
 
-    /// Nothing of the node is left in its namespace and in the bpffs.
+    /// Asserts that nothing of the node is left in its namespace or in the bpffs.
     pub fn is_clean(&self) {
         let links = ip_output(&self.namespace, &["-d", "link"]);
         assert!(!links.contains(": ov") && !links.contains("overnode:"), "{links}");
@@ -227,7 +227,7 @@ impl Host {
         for (interface, at) in ends.into_iter().flatten() {
             match attached(interface, at) {
                 Ok((_, programs)) => assert!(programs.is_empty(), "{programs:?}"),
-                // Before Linux 6.6 there is no tcx, and nothing to ask for.
+                // Linux before 6.6 has no tcx, so there is nothing to query.
                 Err(ProgramError::SyscallError(error)) => {
                     assert_eq!(error.io_error.raw_os_error(), Some(libc::EINVAL), "{error}");
                 }
@@ -236,7 +236,7 @@ impl Host {
         }
     }
 
-    /// Node addresses end with the ID.
+    /// Returns the node ID, which is the last byte of the node address.
     fn node_id(&self) -> NodeId {
         let IpAddr::V4(address) = self.node_address else {
             panic!("{} is not IPv4", self.node_address)
@@ -262,7 +262,7 @@ impl Host {
 
     fn inside<T: Send>(&self, work: impl AsyncFnOnce() -> T) -> T {
         let namespace = File::open(self.namespace.path()).unwrap();
-        // The runtime and all that it polls stay on that thread; the caller waits for it.
+        // The runtime and everything it polls stay on the new thread. This thread waits for it.
         let work = AssertSend(work);
         thread::scope(|scope| {
             let worker = scope.spawn(move || {
@@ -278,7 +278,7 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         if self.is_borrowed {
-            // The namespace is the parent's.
+            // The namespace belongs to the parent.
             self.namespace.name = "datapath-none".into();
         } else if self.is_opened.load(Ordering::Relaxed) {
             let errors = self.inside(async || Datapath::tear_down(self.state_dir()).await);
@@ -290,14 +290,15 @@ impl Drop for Host {
 }
 
 struct AssertSend<T>(T);
-// SAFETY: the thread that made it waits in `thread::scope` until the other one has used it up.
+// SAFETY: the thread that created the value waits in `thread::scope` until the other thread has
+// consumed it.
 unsafe impl<T> Send for AssertSend<T> {}
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Two hosts joined by a cable, and a container for each.
+/// Two hosts connected by a veth cable, with one container each.
 pub struct Pair {
     pub a: Host,
     pub b: Host,
@@ -331,7 +332,7 @@ impl Pair {
                 "eth0",
                 "nodad",
             ]);
-            // Native XDP on a veth needs NAPI at the other end: GRO turns it on.
+            // Native XDP on a veth requires NAPI at the other end. GRO turns it on.
             run(
                 "nsenter",
                 &[&format!("--net=/run/netns/{host}"), "ethtool", "-K", "eth0", "gro", "on"],
@@ -365,7 +366,7 @@ impl Pair {
         });
     }
 
-    /// The session of a slot, as one end has it.
+    /// Returns one end's keys for the session in `slot`.
     pub fn keys(&self, initiator: bool, slot: u32) -> SessionKeys {
         let key = |end: u8| Secret([end + slot as u8; 32]);
         let index = |end: u32| end << 28 | slot;
