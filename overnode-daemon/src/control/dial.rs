@@ -1,9 +1,10 @@
-//! Whom to call, when, and which connection stays. Deterministic; no I/O, no clock.
+//! Decides which nodes to dial and when, and which connection to keep. Deterministic: no I/O, no
+//! clock.
 //!
-//! Two kinds of destination: *targets*, names that people gave, kept and tried for ever; and
-//! *learned* nodes, whose addresses gossip told. A destination that leads to a node with which
-//! there is a connection is left alone. Between two nodes one connection stays, by a rule that
-//! gives the same answer on both sides without asking ([`Dialer::handle_established`]).
+//! There are two kinds of destination. *Targets* are names that the operator gave. They are kept
+//! and retried forever. *Learned* nodes have addresses that gossip supplied. A destination that
+//! leads to a connected node is not dialed. Two nodes keep one connection between them, by a rule
+//! that gives the same result on both sides without any exchange ([`Dialer::handle_established`]).
 
 mod connection;
 mod destination;
@@ -26,70 +27,71 @@ pub use status::{ConnectionStatus, Direction, Phase, TargetStatus};
 use super::hello::{Hello, Refusal};
 use crate::types::NodeId;
 
-/// The first pause after a failed try.
+/// The pause after the first failed attempt.
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// A node that learns of one with a lower ID gives it so much time to dial first.
+/// A node that learns of another with a lower ID gives that node this much time to dial first.
 pub const HEAD_START: Duration = Duration::from_secs(2);
-/// Each pause is so many times the one before. Jittered by half each way, within [`LONGEST_PAUSE`].
+/// Factor from one pause to the next. Each pause is jittered by up to half in either direction,
+/// within [`LONGEST_PAUSE`].
 pub const PAUSE_GROWTH: f64 = 1.5;
-/// The loss of a connection that lived so long is followed by a try at once.
+/// Minimum lifetime of a connection whose loss triggers an immediate attempt.
 pub const LONG_LIVED: Duration = Duration::from_secs(60);
-/// Most connections that one node may keep open with this one at a time.
+/// Maximum number of connections that one node may keep open with this one at a time.
 pub const MAX_PARALLEL: usize = 4;
-/// Refused incoming connections are remembered so long: a node that is refused tries again several
-/// times in it.
+/// Refused incoming connections are remembered for this long. A refused node retries several times
+/// within it.
 pub const REMEMBER_REFUSED: Duration = Duration::from_secs(120);
-/// And no more of them than these, by address.
+/// Maximum number of refused connections that are remembered, by address.
 pub const MAX_REFUSED: usize = 64;
 
-/// Numbers a try.
+/// ID of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AttemptId(pub u64);
 
-/// Numbers an established connection.
+/// ID of an established connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnectionId(pub u64);
 
 /// Where to dial.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// A target: resolve the name now (port [`super::CONTROL_PORT`]), then try its addresses in
+    /// A target. Resolve the name now (port [`super::CONTROL_PORT`]), then try its addresses in
     /// turn.
     Name(String),
-    /// The addresses that gossip told of a node: try them in turn.
+    /// Addresses of a node, from gossip. Try them in turn.
     Addresses(NodeId, Vec<SocketAddr>),
 }
 
-/// What the shell must do.
+/// An action for the runtime.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Connect, do the handshake, and report with the attempt's number.
+    /// Connect, run the handshake, and report the result with the attempt's ID.
     Dial {
-        /// To be reported with the outcome.
+        /// ID to report with the outcome.
         attempt: AttemptId,
-        /// Where to.
+        /// Where to dial.
         place: Place,
     },
-    /// Close a connection: another one with the same node stays. Report nothing.
+    /// Close a connection, because another one with the same node is kept. Report nothing.
     Close(ConnectionId),
 }
 
-/// What became of a new connection.
+/// The decision about a new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is used. If it is not the first with this node (an [`Action::Close`] may follow), what
-    /// was sent over the others may be lost: [`crate::gossip::Gossip::resync`].
+    /// The connection is used. If it is not the first with this node, messages sent over the others
+    /// may be lost ([`crate::gossip::Gossip::resync`]), and an [`Action::Close`] may follow.
     Keep {
-        /// Whether gossip should hear of a new neighbour.
+        /// Whether gossip should be told of a new neighbor.
         is_first: bool,
     },
-    /// It is not needed: close it.
+    /// The connection is not needed. Close it.
     Close,
 }
 
-/// The dialler of one node.
+/// Dials on behalf of one node.
 #[derive(Debug)]
 pub struct Dialer {
     own: NodeId,
@@ -106,7 +108,7 @@ pub struct Dialer {
     actions: VecDeque<Action>,
 }
 
-/// Targets come before learned nodes, so that people's word goes first.
+/// Targets sort before learned nodes, so that names given by the operator are dialed first.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Key {
     Target(String),
@@ -114,7 +116,7 @@ enum Key {
 }
 
 impl Dialer {
-    /// The dialler of node `own`. Without `discovery` only targets are dialled.
+    /// Creates the dialer of node `own`. Without `discovery`, it dials only targets.
     pub fn new(own: NodeId, discovery: bool, rng: StdRng) -> Self {
         Self {
             own,
@@ -131,7 +133,7 @@ impl Dialer {
         }
     }
 
-    /// Adds a target and tries it at once, also if it was one already.
+    /// Adds a target and dials it at once, even if it was already a target.
     pub fn add_target(&mut self, name: &str, now: Instant) {
         if !self.targets.iter().any(|target| target == name) {
             self.targets.push(name.to_owned());
@@ -144,8 +146,8 @@ impl Dialer {
         self.start_due(now);
     }
 
-    /// Makes `names` the targets, instead of those there were, and tries all of them at once.
-    /// Connections stay; a try that is under way with what is a target no more is not counted.
+    /// Replaces the targets with `names` and dials all of them at once. Connections stay open. The
+    /// result of an attempt in progress is ignored if its name is no longer a target.
     pub fn replace_targets(&mut self, names: &[String], now: Instant) {
         self.targets.retain(|name| names.contains(name));
         self.destinations.retain(|key, _| match key {
@@ -157,7 +159,7 @@ impl Dialer {
         }
     }
 
-    /// Gossip knows these addresses of a node.
+    /// Records the addresses that gossip knows for a node.
     pub fn learn(&mut self, id: NodeId, addresses: Vec<SocketAddr>, now: Instant) {
         if !self.discovery || id == self.own || addresses.is_empty() {
             return;
@@ -169,7 +171,7 @@ impl Dialer {
                 known.try_at_once(now);
             }
             None => {
-                // The connection that the lower ID opens stays, so the higher one waits for it.
+                // The connection that the lower ID opens is kept, so the higher ID waits for it.
                 let patience = if id < self.own { HEAD_START } else { Duration::ZERO };
                 self.destinations
                     .insert(Key::Learned(id), Destination::new(addresses, patience, now));
@@ -178,25 +180,25 @@ impl Dialer {
         self.start_due(now);
     }
 
-    /// A node has left the cluster, or tells no addresses any more.
+    /// Forgets a node that has left the cluster or no longer announces addresses.
     pub fn unlearn(&mut self, id: NodeId) {
         self.destinations.remove(&Key::Learned(id));
     }
 
-    /// The shell has resolved a target's name; for status.
+    /// Records the addresses that a target's name resolved to, for status.
     pub fn handle_resolved(&mut self, attempt: AttemptId, addresses: &[SocketAddr]) {
         if let Some(destination) = self.of_attempt(attempt) {
             destination.addresses = addresses.to_vec();
         }
     }
 
-    /// A connection was made and its handshake has succeeded; `attempt` is none if the other side
-    /// dialled.
+    /// Handles a connection whose handshake has succeeded. `attempt` is `None` if the other side
+    /// dialed.
     ///
-    /// If there is one with the same node already: a later incarnation of the node wins; then the
-    /// connection that the lower ID opened. Among those that one side opened, that side keeps the
-    /// older; the other side keeps all and waits for it to close what it does not want. Both sides
-    /// so come to the same end without asking.
+    /// If there already is a connection with the same node, the one with the later incarnation of
+    /// the node wins, then the one that the lower ID opened. Among connections opened by the same
+    /// side, that side keeps the oldest. The other side keeps all of them and waits for the first
+    /// side to close the rest. So both sides keep the same connection without any exchange.
     pub fn handle_established(
         &mut self,
         attempt: Option<AttemptId>,
@@ -270,17 +272,17 @@ impl Dialer {
         (id, Verdict::Keep { is_first: rivals.is_empty() })
     }
 
-    /// A try has failed.
+    /// Handles a failed attempt.
     pub fn handle_failed(&mut self, attempt: AttemptId, why: &Refusal, now: Instant) {
         self.handle_failed_with(attempt, why.to_string(), why.is_myself(), now);
     }
 
-    /// A name did not resolve.
+    /// Handles a name that did not resolve.
     pub fn handle_unresolved(&mut self, attempt: AttemptId, why: &str, now: Instant) {
         self.handle_failed_with(attempt, why.to_owned(), false, now);
     }
 
-    /// An incoming connection was refused, by either side; for status.
+    /// Records an incoming connection that either side refused, for status.
     pub fn handle_refused(&mut self, address: SocketAddr, why: &Refusal, now: Instant) {
         if why.is_myself() {
             return;
@@ -297,8 +299,9 @@ impl Dialer {
         self.refused.insert(address.ip(), Refused { address, why: why.to_string(), at: now });
     }
 
-    /// A connection has ended. Returns its node, and true if it was the last one with it; else what
-    /// was sent over it may be lost ([`crate::gossip::Gossip::resync`]).
+    /// Handles the end of a connection. Returns its node, and whether it was the last connection
+    /// with that node. If it was not the last, messages sent over it may be lost
+    /// ([`crate::gossip::Gossip::resync`]).
     pub fn handle_lost(
         &mut self,
         connection: ConnectionId,
@@ -321,7 +324,7 @@ impl Dialer {
         Some((lost.peer, is_last))
     }
 
-    /// The connection to send to a node by: the newest.
+    /// Returns the connection to use for messages to a node: the newest.
     pub fn connection(&self, peer: NodeId) -> Option<ConnectionId> {
         self.connections
             .iter()
@@ -330,13 +333,13 @@ impl Dialer {
             .map(|(id, _)| *id)
     }
 
-    /// Does what is due.
+    /// Performs actions that are due.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.expire_refused(now);
         self.start_due(now);
     }
 
-    /// When to call [`Self::handle_timeout`] next.
+    /// Returns when to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let dials =
             self.destinations.iter().filter(|(key, to)| !self.is_needless(key, to)).filter_map(
@@ -349,7 +352,7 @@ impl Dialer {
         dials.chain(expiries).min()
     }
 
-    /// The next thing to do.
+    /// Returns the next action.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }

@@ -1,53 +1,53 @@
-//! Framing of control connections.
+//! Frames the messages of control connections.
 //!
-//! On the wire: a length (u16, big-endian) and so many bytes, which are one Noise message or, if
-//! shorter than an authentication tag, a [plaintext verdict](TOKEN_REFUSED). In the plaintext of a
-//! transport message: one byte, `MORE` or `LAST`, and a part of a message of the layer above. A
-//! message without any bytes is a heartbeat. Between messages there may be a frame of keys: the
-//! byte `KEYS` and what [`renewal`](super::renewal) makes of the rest.
+//! On the wire, a frame is a length (u16, big-endian) and that many bytes. The bytes are one Noise
+//! message or, if shorter than an authentication tag, a [plaintext verdict](TOKEN_REFUSED). The
+//! plaintext of a transport message is one byte, `MORE` or `LAST`, and a part of a message of the
+//! layer above. A message without any bytes is a heartbeat. Between messages there may be a frame
+//! of keys: the byte `KEYS`, then a payload for [`renewal`](super::renewal).
 
 /// Longest Noise message, in bytes (Noise specification section 3).
 pub const MAX_FRAME: usize = 65535;
-/// Longest frame while the handshake lasts: nothing of it comes near.
+/// Longest frame during the handshake, in bytes. Handshake messages are far shorter.
 pub const MAX_HANDSHAKE_FRAME: usize = 2048;
 /// Longest message of the layer above, in bytes.
 pub const MAX_MESSAGE: usize = 1 << 20;
-/// Bytes of a Poly1305 tag.
+/// Length of a Poly1305 tag, in bytes.
 pub const TAG: usize = 16;
-/// Longest part of a message that fits one frame.
+/// Longest part of a message that fits into one frame, in bytes.
 pub const MAX_PART: usize = MAX_FRAME - TAG - 1;
-/// The one frame that is not encrypted: the responder could not read the third handshake message,
-/// which only another token explains.
+/// The only frame that is not encrypted. The responder could not decrypt the third handshake
+/// message, which only a different token explains.
 pub const TOKEN_REFUSED: &[u8] = b"\x01";
 
 const KEYS: u8 = 2;
 const MORE: u8 = 1;
 const LAST: u8 = 0;
 
-/// Bytes that no node of overnode sends.
+/// Bytes that no overnode node sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadFrame {
-    /// A frame longer than the phase allows.
+    /// A frame is longer than the phase allows. Holds its length in bytes.
     #[error("a frame of {0} bytes, more than this phase allows")]
     TooLong(usize),
-    /// A message of more than [`MAX_MESSAGE`] bytes.
+    /// A message is longer than [`MAX_MESSAGE`] bytes.
     #[error("a message of more than {MAX_MESSAGE} bytes")]
     MessageTooLong,
-    /// A transport message without its first byte, or with an unknown one.
+    /// A transport message is empty or starts with an unknown byte.
     #[error("a part of a message without a valid mark")]
     Mark,
-    /// A frame of keys in the middle of a message.
+    /// A frame of keys arrived in the middle of a message.
     #[error("new keys in the middle of a message")]
     Keys,
-    /// A part without content that is not the last: only meant to keep us busy.
+    /// A part has no content and is not the last. It serves only to keep the receiver busy.
     #[error("an empty part of a message")]
     EmptyPart,
 }
 
-/// Least room for one read. An idle connection holds no more than this.
+/// Minimum space for one read, in bytes. The buffer of an idle connection shrinks to this size.
 const READ_AHEAD: usize = 4096;
 
-/// Cuts received bytes into frames.
+/// Splits received bytes into frames.
 #[derive(Debug, Default)]
 pub struct Cutter {
     buffer: Vec<u8>,
@@ -55,7 +55,7 @@ pub struct Cutter {
 }
 
 impl Cutter {
-    /// Where received bytes are appended.
+    /// Returns the buffer that received bytes are appended to.
     pub fn buffer(&mut self) -> &mut Vec<u8> {
         if self.start > 0 {
             self.buffer.drain(..self.start);
@@ -68,10 +68,10 @@ impl Cutter {
         &mut self.buffer
     }
 
-    /// The next whole frame, if it has arrived.
+    /// Returns the next complete frame, if it has arrived.
     ///
     /// # Errors
-    /// [`BadFrame::TooLong`] as soon as the length is read and exceeds `limit`.
+    /// [`BadFrame::TooLong`] as soon as the length has arrived and exceeds `limit`.
     pub fn next(&mut self, limit: usize) -> Result<Option<&[u8]>, BadFrame> {
         let rest = &self.buffer[self.start..];
         let Some((length, body)) = rest.split_first_chunk() else { return Ok(None) };
@@ -84,28 +84,28 @@ impl Cutter {
         Ok(Some(frame))
     }
 
-    /// True if some bytes of an unfinished frame are held.
+    /// Whether the buffer holds part of an incomplete frame.
     pub fn is_mid_frame(&self) -> bool {
         self.start < self.buffer.len()
     }
 }
 
-/// Joins the parts of messages.
+/// Reassembles messages from their parts.
 #[derive(Debug, Default)]
 pub struct Joiner {
     message: Vec<u8>,
 }
 
 impl Joiner {
-    /// True if more parts of a message have to follow.
+    /// Whether more parts of a message must follow.
     pub fn is_mid_message(&self) -> bool {
         !self.message.is_empty()
     }
 
-    /// Takes the plaintext of one transport message; returns the message that it completes.
+    /// Takes the plaintext of one transport message. Returns the message that it completes, if any.
     ///
     /// # Errors
-    /// [`BadFrame`] if it is no valid part, or the message grows beyond [`MAX_MESSAGE`].
+    /// [`BadFrame`] if it is not a valid part, or if the message would exceed [`MAX_MESSAGE`].
     pub fn push(&mut self, plaintext: &[u8]) -> Result<Option<Vec<u8>>, BadFrame> {
         let Some((&mark, part)) = plaintext.split_first() else { return Err(BadFrame::Mark) };
         if self.message.len() + part.len() > MAX_MESSAGE {
@@ -126,17 +126,18 @@ impl Joiner {
     }
 }
 
-/// What a frame of keys carries, if this is the plaintext of one.
+/// Returns the payload of a frame of keys, or `None` if `plaintext` is another frame's.
 pub fn keys(plaintext: &[u8]) -> Option<&[u8]> {
     plaintext.split_first().filter(|(mark, _)| **mark == KEYS).map(|(_, bytes)| bytes)
 }
 
-/// The plaintext of a frame of keys.
+/// Returns the plaintext of a frame of keys.
 pub fn with_keys(bytes: &[u8]) -> Vec<u8> {
     [&[KEYS], bytes].concat()
 }
 
-/// The plaintexts of the transport messages that carry `message`; one, for an empty message.
+/// Returns the plaintexts of the transport messages that carry `message`. An empty message yields
+/// one.
 pub fn parts(message: &[u8]) -> impl Iterator<Item = Vec<u8>> {
     let count = message.len().div_ceil(MAX_PART).max(1);
     (0..count).map(move |index| {
@@ -169,7 +170,7 @@ mod tests {
         }
     }
 
-    /// These bytes are read by nodes of other versions.
+    /// Nodes of other versions read these bytes.
     #[test]
     fn the_wire_format_is_this() {
         let hex = |bytes: &[u8]| data_encoding::HEXLOWER.encode(bytes);

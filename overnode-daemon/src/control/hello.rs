@@ -1,4 +1,4 @@
-//! What two nodes tell each other first, and why they may refuse each other.
+//! Defines the greeting that two nodes exchange first, and why they may refuse each other.
 
 use std::io;
 
@@ -9,70 +9,72 @@ use super::key;
 use crate::text::is_harmless;
 use crate::types::{Network, NodeId, PublicKey, VerifyingKey};
 
-/// The oldest control protocol that this build speaks.
+/// The oldest control protocol version that this build supports.
 pub const OLDEST_VERSION: u16 = 3;
-/// The newest control protocol that this build speaks.
+/// The newest control protocol version that this build supports.
 pub const NEWEST_VERSION: u16 = 3;
 /// Longest nickname, in bytes.
 pub const MAX_NICKNAME: usize = 64;
 
-/// A node, as it introduces itself. Travels inside the handshake, so only holders of the token read
-/// it.
+/// A node's introduction of itself. It travels inside the handshake, so only holders of the token
+/// can read it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// Oldest and newest control protocol that the node speaks.
+    /// Oldest and newest control protocol version that the node supports.
     pub versions: (u16, u16),
     /// The node's ID.
     pub id: NodeId,
-    /// Counts the node's starts; greater is later.
+    /// Counts the node's starts. A greater value is later.
     pub incarnation: u64,
-    /// For people.
+    /// Name of the node, for display only.
     pub nickname: String,
-    /// The cluster's addresses, as this node was told.
+    /// The cluster's addresses as configured on this node.
     pub network: Network,
-    /// Its identity, which its records are signed by.
+    /// The node's identity key, which its records are signed with.
     pub verifying_key: VerifyingKey,
-    /// Drawn when the daemon starts: tells it from another that runs with a copy of its disk.
+    /// Random number drawn when the daemon starts. It distinguishes this daemon from one that runs
+    /// with a copy of its disk.
     pub process: u64,
-    /// Never sent: proven by the handshake, and follows from the identity.
+    /// X25519 key. It is never sent: the handshake proves it, and it follows from `verifying_key`.
     pub public_key: PublicKey,
 }
 
-/// Why a connection was refused or ended. The words are for people: what is wrong and what to do.
+/// Why a connection was refused or ended. The messages are for operators and say what is wrong and
+/// what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// The other node derives another key from its token.
+    /// The other node derives a different key from its token.
     #[error(
         "the token differs: the two nodes were launched with different tokens; on the one that has the wrong token run \
          `overnode reset`, then launch it with the cluster's token"
     )]
     Token,
-    /// No protocol version in common.
+    /// The two nodes have no protocol version in common.
     #[error(
         "no common protocol version: this node speaks {} to {}, the other {} to {}; upgrade overnode on {}",
         ours.0, ours.1, theirs.0, theirs.1, if ours.1 < theirs.0 { "this host" } else { "the other host" }
     )]
     Version {
-        /// This node's oldest and newest.
+        /// Oldest and newest version of this node.
         ours: (u16, u16),
-        /// The other's.
+        /// Oldest and newest version of the other node.
         theirs: (u16, u16),
     },
-    /// Another subnet or range.
+    /// The subnet or the range differs.
     #[error(
         "the addresses of the cluster differ: this node has subnet {} and range {}, {peer} has subnet {} and range {}; \
          run `overnode reset` on the wrong one, then launch it with the right --subnet and --range",
         ours.subnet, ours.range, theirs.subnet, theirs.range
     )]
     Network {
-        /// This node's.
+        /// Addresses on this node.
         ours: Network,
-        /// The other's.
+        /// Addresses on the other node.
         theirs: Network,
-        /// The other node: its ID and nickname.
+        /// ID and nickname of the other node.
         peer: String,
     },
-    /// Two living hosts have the same ID.
+    /// Two running hosts have the same ID.
     #[error(
         "ID {id} is used twice: by {holder} and by {newcomer}; run `overnode reset` on one of them, then launch it with an \
          ID of its own"
@@ -80,12 +82,12 @@ pub enum Refusal {
     IdClash {
         /// The ID.
         id: NodeId,
-        /// The nickname of the one that had it first, as far as this node knows.
+        /// Nickname of the node that had the ID first, as far as this node knows.
         holder: String,
-        /// The nickname of the other.
+        /// Nickname of the other node.
         newcomer: String,
     },
-    /// The other host has this one's disk.
+    /// The other host runs with a copy of this node's disk.
     #[error(
         "another host runs with a copy of this node's disk (node {0}); stop one of the two, run `overnode reset --force` there, and          launch it with an ID of its own"
     )]
@@ -93,7 +95,8 @@ pub enum Refusal {
     /// The connection leads back to this node.
     #[error("this address is the node's own; it needs no connection to itself")]
     Myself,
-    /// The handshake took longer than it may, or the other side fell silent.
+    /// The handshake exceeded its time limit, or the other side stopped sending. Holds the limit in
+    /// seconds.
     #[error(
         "no answer within {0} s: check that a node runs there, that both hosts see each other, and that TCP and UDP ports \
          6783 and 6784 are open"
@@ -105,13 +108,13 @@ pub enum Refusal {
     /// The other side closed the connection.
     #[error("the other side closed the connection")]
     Closed,
-    /// Not the protocol of overnode.
+    /// The other end does not follow overnode's protocol.
     #[error("the other end is no overnode node ({0}); check the address and the port")]
     Garbage(&'static str),
-    /// A frame that breaks the protocol's rules.
+    /// A frame violated the protocol.
     #[error("the other side broke the protocol ({0}); check that both hosts run the same overnode")]
     Frame(#[from] BadFrame),
-    /// The other side broke the rules of what travels in frames.
+    /// The content of a frame violated the protocol.
     #[error(
         "it was cut off because it sent {0}; check that it is a node of yours and runs the same overnode"
     )]
@@ -124,21 +127,21 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// True if trying the same address again is pointless: it is this node.
+    /// Whether the address is this node's own, so that dialing it again is pointless.
     pub const fn is_myself(&self) -> bool {
         matches!(self, Self::Myself)
     }
 
-    /// True if the other side did what no honest node does.
+    /// Whether the other side did something that no honest node does.
     pub const fn is_misconduct(&self) -> bool {
         matches!(self, Self::Garbage(_) | Self::Frame(_) | Self::CutOff(_))
     }
 }
 
-/// A refusal as one side tells it to the other. New reasons go to the end.
+/// A refusal in the form that one side sends to the other. Add new reasons at the end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Verdict {
-    /// None: the peer is taken.
+    /// The peer is accepted.
     Welcome,
     /// See [`Refusal::Version`].
     Version,
@@ -148,14 +151,14 @@ pub enum Verdict {
     IdClash {
         /// The ID.
         id: NodeId,
-        /// Who had it first.
+        /// Nickname of the node that had the ID first.
         holder: String,
-        /// Who came later.
+        /// Nickname of the other node.
         newcomer: String,
     },
     /// See [`Refusal::Myself`].
     Myself,
-    /// Anything else.
+    /// Any other reason.
     Other,
     /// See [`Refusal::Copy`].
     Copy,
@@ -199,17 +202,17 @@ impl Verdict {
         }
     }
 
-    /// The bytes that travel: postcard.
+    /// Returns the bytes that are sent, in postcard encoding.
     pub fn encode(&self) -> Vec<u8> {
         postcard::to_allocvec(self).expect("plain data of bounded size")
     }
 
-    /// Reads what a peer says.
+    /// Decodes a peer's verdict.
     ///
     /// # Errors
-    /// [`Refusal::Unknown`] for what this build cannot read.
+    /// [`Refusal::Unknown`] if this build cannot decode it.
     pub fn decode(bytes: &[u8]) -> Result<Self, Refusal> {
-        // A reason added by a later version has an unknown number.
+        // A later version may add reasons, whose numbers are unknown here.
         let verdict: Self = postcard::from_bytes(bytes).map_err(|_| Refusal::Unknown)?;
         match verdict {
             Self::IdClash { id, holder, newcomer } => {
@@ -221,7 +224,8 @@ impl Verdict {
 }
 
 impl Hello {
-    /// The bytes that travel: oldest and newest version (u16 little-endian each), then postcard.
+    /// Returns the bytes that are sent: oldest and newest version (u16 little-endian each), then
+    /// postcard.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = [self.versions.0.to_le_bytes(), self.versions.1.to_le_bytes()].concat();
         let body = Body {
@@ -236,12 +240,12 @@ impl Hello {
         bytes
     }
 
-    /// Reads what another node wrote, of which the handshake has proven the X25519 key; later
-    /// versions may append to it. So its identity is proven, too.
+    /// Decodes another node's greeting. The handshake has proven the node's X25519 key, so a match
+    /// also proves its identity. Later versions may append fields.
     ///
     /// # Errors
-    /// [`Refusal::Garbage`], also if the identity has another X25519 key, or [`Refusal::Version`]
-    /// if no version is common with `ours`.
+    /// [`Refusal::Garbage`] if the greeting is malformed or its identity belongs to another X25519
+    /// key. [`Refusal::Version`] if it has no version in common with `ours`.
     pub fn decode(bytes: &[u8], public_key: PublicKey, ours: (u16, u16)) -> Result<Self, Refusal> {
         let Some((&[a, b, c, d], body)) = bytes.split_first_chunk() else {
             return Err(Refusal::Garbage("its greeting is too short"));
@@ -270,7 +274,7 @@ impl Hello {
         })
     }
 
-    /// Whether this node and another fit together, as far as the two greetings tell.
+    /// Checks whether this node and another are compatible, according to their greetings.
     ///
     /// # Errors
     /// The [`Refusal`] that applies.
@@ -299,13 +303,14 @@ impl Hello {
     }
 }
 
-/// The newest version that both speak.
+/// Returns the newest version that both sides support.
 pub fn common_version(ours: (u16, u16), theirs: (u16, u16)) -> Option<u16> {
     let newest = ours.1.min(theirs.1);
     (newest >= ours.0.max(theirs.0)).then_some(newest)
 }
 
-/// At most [`MAX_NICKNAME`] bytes of printable text: what peers say ends up on terminals.
+/// Returns at most [`MAX_NICKNAME`] bytes of printable text. Text from peers is displayed on
+/// terminals.
 pub fn clean(text: &str) -> String {
     clip(&text.chars().filter(|c| is_harmless(*c)).collect::<String>())
 }

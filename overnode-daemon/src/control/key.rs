@@ -1,29 +1,31 @@
-//! From the token to the keys that it yields, and from a node's identity to its two key pairs.
+//! Derives a cluster's keys from its token, and a node's two key pairs from its identity.
 //!
 //! # One identity
 //!
-//! A node has one secret, drawn at launch: the seed of an Ed25519 key pair (RFC 8032), with which
-//! it signs its record and what it sends to nodes that are no neighbors. Its X25519 key pair, with
-//! which it shakes hands (Noise, WireGuard, the bulk path), follows: the secret is the Ed25519
-//! scalar, the first half of SHA-512 of the seed; the public key is the Ed25519 public key, a point
-//! of the Edwards form of Curve25519, in the Montgomery form. libsodium
-//! (`crypto_sign_ed25519_pk_to_curve25519`) and age (for SSH keys) do the same.
+//! A node has one secret, drawn at launch: the seed of an Ed25519 key pair (RFC 8032). With this
+//! key pair, the node signs its record and the messages that it sends to nodes other than its
+//! neighbors. Its X25519 key pair, used in handshakes (Noise, WireGuard, the bulk path), is derived
+//! from the Ed25519 pair. The secret is the Ed25519 scalar, which is the first half of SHA-512 of
+//! the seed. The public key is the Ed25519 public key, a point of the Edwards form of Curve25519,
+//! converted to the Montgomery form. libsodium (`crypto_sign_ed25519_pk_to_curve25519`) and age
+//! (for SSH keys) do the same.
 //!
-//! The second step is public. So whoever verifies a record also knows that its X25519 key is the
-//! signer's: a member cannot put another node's key into a record of its own, for it would need a
-//! signature by that node. Two independent keys would need a proof for each that binds it to the
-//! other, and such a proof can be forgotten somewhere. A greeting proves the X25519 key by the
-//! handshake, and the Ed25519 key by the same conversion; only the sign of a point's x coordinate
-//! is lost in it, and whoever has the secret of one sign has that of the other.
+//! The conversion of the public key needs no secret. So every node that verifies a record also
+//! knows that its X25519 key is the signer's. A member cannot put another node's key into its own
+//! record, because it would need a signature by that node. Two independent keys would need a proof
+//! for each that binds it to the other, and a code path might omit the check of such a proof. For a
+//! greeting, the handshake proves the X25519 key, and the same conversion proves the Ed25519 key.
+//! The conversion loses only the sign of the point's x coordinate, and the holder of the secret for
+//! one sign also has the secret for the other.
 //!
-//! Signing and key agreement with one scalar are secure together (Thormarker, "On using the same
-//! key pair for Ed25519 and an X25519 based KEM", 2021): the scalar enters the one only below
-//! hashes with their own names, and the other only as a Diffie-Hellman result below a key
-//! derivation.
+//! Signing and key agreement with one scalar are jointly secure (Thormarker, "On using the same key
+//! pair for Ed25519 and an X25519 based KEM", 2021). In signatures, the scalar is combined only
+//! with the output of domain-separated hashes. In key agreement, it is used only for a
+//! Diffie-Hellman result that goes into a key derivation.
 //!
-//! Public keys that no honest node can have are refused ([`exchange_key`]): encodings that are not
-//! canonical, points of small order, and points with a part of small order, so that one node cannot
-//! show up under several keys that are the same to X25519.
+//! [`exchange_key`] refuses public keys that no honest node can have: encodings that are not
+//! canonical, points of small order, and points with a component of small order. So one node cannot
+//! appear under several keys that are equal to X25519.
 
 use argon2::{Algorithm, Argon2, Params, Version};
 use curve25519_dalek::edwards::CompressedEdwardsY;
@@ -37,7 +39,7 @@ use zeroize::Zeroizing;
 use crate::types::{PublicKey, Secret, VerifyingKey};
 
 /// Memory of one derivation, in KiB. RFC 9106 section 4, second recommended option: 64 MiB, 3
-/// passes, 4 lanes. Measured: 0.15 s of one core of a virtual machine.
+/// passes, 4 lanes. Measured: 0.15 s on one core of a virtual machine.
 pub const ARGON2_MEMORY_KIB: u32 = 64 * 1024;
 /// Passes over the memory (RFC 9106 section 4).
 pub const ARGON2_PASSES: u32 = 3;
@@ -46,8 +48,8 @@ pub const ARGON2_LANES: u32 = 4;
 /// Longest token, in bytes.
 pub const MAX_TOKEN: usize = 4096;
 
-/// Two clusters with the same token are the same cluster, so the salt cannot be random. It still
-/// keeps tables made for other programs useless.
+/// Two clusters with the same token are the same cluster, so the salt cannot be random. A fixed
+/// salt still makes tables that were computed for other programs useless.
 const SALT: &[u8] = b"overnode cluster key v1";
 const PAIR: &[u8] = b"overnode pair v1";
 const CONTROL: &[u8] = b"overnode control v1";
@@ -65,8 +67,9 @@ pub enum BadToken {
     TooLong,
 }
 
-/// The key that every node of the cluster has: Argon2id (RFC 9106) of the token. Takes
-/// [`ARGON2_MEMORY_KIB`] of memory and a fraction of a second: not for an async task.
+/// Returns the key that every node of the cluster shares: Argon2id (RFC 9106) of the token. Takes
+/// [`ARGON2_MEMORY_KIB`] of memory and a fraction of a second, so do not call it from an async
+/// task.
 ///
 /// # Errors
 /// [`BadToken`] if the token is empty or too long.
@@ -80,18 +83,19 @@ pub fn cluster_key(token: &str) -> Result<Secret, BadToken> {
     Ok(argon2id(token.as_bytes()))
 }
 
-/// The WireGuard pre-shared key of two nodes. The order of the public keys does not matter.
+/// Returns the WireGuard pre-shared key of two nodes. The order of the public keys does not matter.
 pub fn pair_key(cluster_key: &Secret, one: &PublicKey, other: &PublicKey) -> Secret {
     of_pair(PAIR, cluster_key, one, other)
 }
 
-/// The pre-shared key of two nodes for the handshakes of the bulk path. The order of the public
+/// Returns the pre-shared key of two nodes for handshakes of the bulk path. The order of the public
 /// keys does not matter.
 pub fn bulk_pair_key(cluster_key: &Secret, one: &PublicKey, other: &PublicKey) -> Secret {
     of_pair(BULK_PAIR, cluster_key, one, other)
 }
 
-/// The key of one worker and cipher of the bulk path, from one of the two secrets of a handshake.
+/// Returns the key for one worker and cipher of the bulk path, from one of the two secrets of a
+/// handshake.
 pub fn bulk_key(secret: &Secret, cipher: u8, worker: u8) -> Secret {
     expand(secret, &[BULK, &[cipher, worker]])
 }
@@ -101,33 +105,33 @@ fn of_pair(label: &[u8], cluster_key: &Secret, one: &PublicKey, other: &PublicKe
     expand(cluster_key, &[label, &lower.0, &higher.0])
 }
 
-/// The pre-shared key of control connections (the psk3 of the Noise pattern).
+/// Returns the pre-shared key of control connections (psk3 of the Noise pattern).
 pub fn control_key(cluster_key: &Secret) -> Secret {
     expand(cluster_key, &[CONTROL])
 }
 
-/// The X25519 secret of the node with this identity, for all of its handshakes.
+/// Returns the X25519 secret of the node with this identity. All its handshakes use it.
 pub fn exchange_secret(seed: &Secret) -> Secret {
     let mut scalar = Zeroizing::new([0; 32]);
     scalar.copy_from_slice(&digest(&SHA512, &seed.0).as_ref()[..32]);
-    // X25519 does the same at each use.
+    // X25519 clamps the scalar at each use as well.
     Secret(clamp_integer(*scalar))
 }
 
-/// The Ed25519 key pair of the node with this identity. Its secret half is never shown.
+/// Returns the Ed25519 key pair of the node with this identity. Its secret half is never printed.
 pub fn signing_key(seed: &Secret) -> Ed25519KeyPair {
     Ed25519KeyPair::from_seed_unchecked(&seed.0).expect("any 32 bytes are a seed")
 }
 
-/// The Ed25519 public key of the node with this identity.
+/// Returns the Ed25519 public key of the node with this identity.
 pub fn verifying_key(seed: &Secret) -> VerifyingKey {
     let mut key = [0; 32];
     key.copy_from_slice(signing_key(seed).public_key().as_ref());
     VerifyingKey(key)
 }
 
-/// The X25519 public key that belongs to an Ed25519 public key. None if no honest node has such a
-/// key.
+/// Returns the X25519 public key that belongs to an Ed25519 public key, or `None` if no honest node
+/// can have `key`.
 pub fn exchange_key(key: &VerifyingKey) -> Option<PublicKey> {
     let point = CompressedEdwardsY(key.0).decompress()?;
     let is_honest =
@@ -135,10 +139,11 @@ pub fn exchange_key(key: &VerifyingKey) -> Option<PublicKey> {
     is_honest.then(|| PublicKey(point.to_montgomery().to_bytes()))
 }
 
-/// 32 bytes from the system's generator: the seed of a new identity, or another secret.
+/// Returns 32 bytes from the system's random generator, for the seed of a new identity or another
+/// secret.
 ///
 /// # Errors
-/// If the system gives no random bytes.
+/// [`NoRandomness`] if the system gives no random bytes.
 pub fn new_secret() -> Result<Secret, NoRandomness> {
     let mut bytes = Zeroizing::new([0; 32]);
     SystemRandom::new().fill(bytes.as_mut()).map_err(|_| NoRandomness)?;
@@ -150,7 +155,7 @@ pub fn new_secret() -> Result<Secret, NoRandomness> {
 #[error("the system gives no random bytes; check that getrandom(2) is allowed here")]
 pub struct NoRandomness;
 
-/// The public key of an X25519 secret.
+/// Returns the public key of an X25519 secret.
 pub fn public_key(secret: &Secret) -> PublicKey {
     let secret = x25519_dalek::StaticSecret::from(secret.0);
     PublicKey(x25519_dalek::PublicKey::from(&secret).to_bytes())
@@ -174,7 +179,7 @@ impl KeyType for Bytes32 {
     }
 }
 
-/// HKDF-SHA256 (RFC 5869) without salt: the input is already a uniform key.
+/// HKDF-SHA256 (RFC 5869) without a salt, because the input is already a uniform key.
 fn expand(key: &Secret, info: &[&[u8]]) -> Secret {
     let mut out = Zeroizing::new([0; 32]);
     Salt::new(HKDF_SHA256, &[])
@@ -210,7 +215,8 @@ mod tests {
         assert_eq!(hex(&public_key(&Secret(secret)).0), public);
     }
 
-    // With 32 bytes of 0xaa as the seed, by Python's cryptography module and hashlib.
+    // Computed from a seed of 32 bytes 0xaa with Python's cryptography module and hashlib: X25519
+    // secret, X25519 public key, Ed25519 public key.
     const IDENTITY: [&str; 3] = [
         "05df8dd9e9eac760a1b68c1565388b1e93049b155baa8808cf4b4985f8665ba8",
         "552291f02c9317519633021302d0f7ba39b1cf32310e23ee7aa6a4312ae4a027",
@@ -293,7 +299,7 @@ mod tests {
 
     #[test]
     fn expansion_is_hkdf_sha256() {
-        // RFC 5869, test case 3, has no salt and no info; its first 32 bytes of output.
+        // RFC 5869, test case 3, with neither salt nor info: the first 32 bytes of its output.
         let mut out = [0; 32];
         let input = [0x0b; 22];
         Salt::new(HKDF_SHA256, &[])
@@ -309,7 +315,7 @@ mod tests {
         );
     }
 
-    // HMAC-SHA256 twice, by Python's hmac module.
+    // Computed with two HMAC-SHA256 calls of Python's hmac module.
     const PAIR_GOLDEN: &str = "213d19caa0e6c05a6da823f49db9dc9b5d587593456bea38c9af3d5edca124ad";
 
     fn hex(bytes: &[u8]) -> String {

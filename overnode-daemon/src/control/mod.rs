@@ -1,13 +1,14 @@
-//! Control connections: who may join, and the encrypted channel that gossip travels on.
+//! Manages control connections: who may join, and the encrypted channel that carries gossip.
 //!
-//! [`key`] turns the token into keys. [`session`] is the Noise handshake and the two halves of the
-//! channel, over any byte stream; [`frame`] is its framing, [`packet`] tells apart what travels in
-//! it, and [`hello`] is what nodes tell each other first, with the reasons to refuse. [`renewal`]
-//! makes new keys for a connection that is up. [`dial`] decides whom to call and when, and which of
-//! two connections stays; it has no I/O and reads no clock.
+//! [`key`] derives keys from the token. [`session`] runs the Noise handshake and the two halves of
+//! the channel, over any byte stream. [`frame`] frames the channel's messages and [`packet`]
+//! distinguishes their kinds. [`hello`] holds the greeting that nodes exchange first, and the
+//! reasons to refuse a peer. [`renewal`] renews the keys of an established connection. [`dial`]
+//! decides which nodes to dial and when, and which of two connections to keep. It does no I/O and
+//! reads no clock.
 //!
-//! Not here: sockets, name resolution and tasks (the node's runtime), and what the messages mean
-//! ([`crate::gossip`]).
+//! Sockets, name resolution and tasks are in the node's runtime. [`crate::gossip`] interprets the
+//! messages.
 
 pub mod dial;
 pub mod frame;

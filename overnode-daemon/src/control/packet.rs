@@ -1,18 +1,18 @@
-//! What travels on an established connection, one level above frames: whose message it is.
+//! Defines the messages of an established connection, one level above frames.
 //!
-//! On the wire: one byte, the kind; then what that kind holds. What is inside gossip messages and
-//! parcels is read elsewhere.
+//! On the wire, a message is one byte for the kind, then the body of that kind. The contents of
+//! gossip messages and routed messages are decoded by [`crate::gossip`].
 
 /// A message of a control connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Packet {
-    /// For [`crate::gossip::Gossip::handle_message`].
+    /// A message for [`crate::gossip::Gossip::handle_message`].
     Gossip(Vec<u8>),
-    /// To be answered with [`Packet::Pong`] and the same number.
+    /// A request for a [`Packet::Pong`] with the same number.
     Ping(u64),
-    /// The answer.
+    /// The answer to a [`Packet::Ping`].
     Pong(u64),
-    /// For [`crate::gossip::Gossip::handle_parcel`].
+    /// A routed message for [`crate::gossip::Gossip::handle_parcel`].
     Parcel(Vec<u8>),
 }
 
@@ -21,22 +21,22 @@ const PING: u8 = 1;
 const PONG: u8 = 2;
 const PARCEL: u8 = 3;
 
-/// A message that no node of overnode sends.
+/// A message that no overnode node sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadPacket {
-    /// No bytes.
+    /// The message has no bytes.
     #[error("an empty message")]
     Empty,
-    /// An unknown kind.
+    /// The kind is unknown.
     #[error("a message of the unknown kind {0}")]
     Kind(u8),
-    /// A ping or pong whose number is not 8 bytes.
+    /// The number in a ping or pong is not 8 bytes long. Holds its length in bytes.
     #[error("a ping of {0} bytes")]
     Ping(usize),
 }
 
 impl Packet {
-    /// The bytes that travel.
+    /// Returns the bytes that are sent.
     pub fn encode(&self) -> Vec<u8> {
         let (kind, body) = match self {
             Self::Gossip(body) => (GOSSIP, body.as_slice()),
@@ -47,10 +47,10 @@ impl Packet {
         [&[kind], body].concat()
     }
 
-    /// Reads what [`Self::encode`] wrote.
+    /// Decodes a message that [`Self::encode`] encoded.
     ///
     /// # Errors
-    /// [`BadPacket`].
+    /// [`BadPacket`] if the bytes are not such a message.
     pub fn decode(bytes: &[u8]) -> Result<Self, BadPacket> {
         let (&kind, body) = bytes.split_first().ok_or(BadPacket::Empty)?;
         let number =
@@ -71,7 +71,7 @@ mod tests {
 
     use super::*;
 
-    /// These bytes are read by nodes of other versions.
+    /// Nodes of other versions read these bytes.
     #[test]
     fn the_wire_format_is_this() {
         for (packet, golden) in [

@@ -1,19 +1,19 @@
-//! New keys for a control connection that is up, without a gap: how, when, and until when the
-//! present ones may be used.
+//! Renews the keys of an established control connection without interrupting it, and limits how
+//! long the current keys may be used.
 //!
 //! ```text
 //! initiator of the connection                  responder
 //!   KEYS(e, es, ss, psk)                    ->   knows the new keys
-//!   knows the new keys, receives by them    <-   KEYS(e, ee, se), then sends by the new keys
-//!   KEYS(), then sends by the new keys      ->   receives by the new keys
+//!   knows the new keys, receives with them  <-   KEYS(e, ee, se), then sends with the new keys
+//!   KEYS(), then sends with the new keys    ->   receives with the new keys
 //! ```
-//! A Noise handshake of its own (`KKpsk0`, both sides know each other) travels inside the
-//! connection; its prologue is the hash of the handshake before. Keys of the past can be rebuilt
-//! neither from the present ones nor from the nodes' disks, and a thief of the present keys loses
-//! the connection at the next renewal. In each direction the first frame under the new keys follows
-//! the last one under the old, so nothing waits, is lost or arrives out of order.
+//! A separate Noise handshake (`KKpsk0`, both sides know each other's static key) runs inside the
+//! connection. Its prologue contains the hash of the previous handshake. Past keys can be recovered
+//! neither from the current keys nor from the nodes' disks. An attacker who steals the current keys
+//! loses access to the connection at the next renewal. In each direction, the first frame under the
+//! new keys follows the last one under the old keys, so nothing is delayed, lost or reordered.
 //!
-//! Deterministic; reads no clock.
+//! The module is deterministic and reads no clock.
 
 use std::fmt;
 use std::sync::Arc;
@@ -28,27 +28,27 @@ use crate::types::{PublicKey, Secret};
 
 /// Age at which a connection gets new keys.
 pub const RENEW_AFTER: Duration = Duration::from_secs(1800);
-/// Frames in one direction after which it gets them earlier.
+/// Number of frames in one direction that triggers an earlier renewal.
 pub const RENEW_AFTER_FRAMES: u64 = 1 << 20;
-/// Frames in one direction after which the keys are not used any more.
+/// Number of frames in one direction after which the keys are no longer used.
 pub const REJECT_AFTER_FRAMES: u64 = 2 * RENEW_AFTER_FRAMES;
 /// The Noise protocol of renewals.
 const PATTERN: &str = "Noise_KKpsk0_25519_ChaChaPoly_BLAKE2s";
 const PROLOGUE: &[u8] = b"overnode control renewal v1";
-/// The other side may begin no sooner than this part of the interval after the last renewal: each
-/// costs four Diffie-Hellman computations.
+/// Divisor of the renewal interval: the other side may begin no sooner than `every / SOONEST` after
+/// the last renewal. Each renewal costs four Diffie-Hellman computations.
 const SOONEST: u32 = 60;
 
-/// The keys of both directions.
+/// The transport keys of both directions.
 pub type Keys = Arc<StatelessTransportState>;
 
-/// The renewals of one connection.
+/// The renewal state of one connection.
 pub struct Renewal {
     role: Role,
     static_secret: Secret,
     psk: Secret,
     remote: PublicKey,
-    /// Hash of the handshake that the present keys come from.
+    /// Hash of the handshake that produced the current keys.
     binding: Vec<u8>,
     every: Duration,
     since: Instant,
@@ -56,34 +56,34 @@ pub struct Renewal {
 }
 
 enum State {
-    /// Nothing is under way.
+    /// No renewal is in progress.
     Settled,
     /// The initiator waits for the answer.
     Offered(Box<HandshakeState>),
-    /// The responder sends by the new keys, and waits until the initiator does.
+    /// The responder sends with the new keys and waits until the initiator does, too.
     Answered(Keys),
 }
 
-/// What follows from what the other side said.
+/// The result of handling a frame of keys.
 #[derive(Default)]
 pub struct Step {
-    /// The next frame arrives under these keys.
+    /// The keys of the next frame that arrives.
     pub receive_by: Option<Keys>,
-    /// This is to be sent, and all that follows under the new keys.
+    /// A frame to send. All frames after it use the new keys.
     pub send: Option<Handover>,
 }
 
-/// The last words under the old keys.
+/// The last frame under the old keys.
 pub struct Handover {
-    /// What a frame of keys carries.
+    /// Content of the frame of keys.
     pub bytes: Vec<u8>,
-    /// Keys of the frames behind it.
+    /// Keys of the frames that follow.
     pub keys: Keys,
 }
 
 impl Renewal {
-    /// Renewals of a connection whose first keys are new at `now`. `binding` is the hash of the
-    /// handshake that made them.
+    /// Creates the renewal state of a connection whose first keys date from `now`. `binding` is the
+    /// hash of the handshake that made them.
     pub fn new(
         role: Role,
         (static_secret, psk): (Secret, Secret),
@@ -95,18 +95,20 @@ impl Renewal {
         Self { role, static_secret, psk, remote, binding, every, since: now, state: State::Settled }
     }
 
-    /// When this side should begin; never, if that is not up to it or something is under way.
+    /// Returns when this side should begin a renewal, or `None` if it is the responder or a renewal
+    /// is in progress.
     pub fn due(&self) -> Option<Instant> {
         let may_begin = self.role == Role::Initiator && matches!(self.state, State::Settled);
         may_begin.then(|| self.since + self.every)
     }
 
-    /// When the present keys are too old to be used.
+    /// Returns when the current keys become too old to use.
     pub fn expires(&self) -> Instant {
         self.since + 2 * self.every
     }
 
-    /// Begins. Returns what a frame of keys is to carry; nothing if this side may not begin now.
+    /// Begins a renewal. Returns the content of a frame of keys, or `None` if this side may not
+    /// begin now.
     pub fn begin(&mut self) -> Option<Vec<u8>> {
         self.due()?;
         let mut noise = self.start();
@@ -115,10 +117,10 @@ impl Renewal {
         Some(message)
     }
 
-    /// Takes what a frame of keys carried.
+    /// Handles the content of a received frame of keys.
     ///
     /// # Errors
-    /// The other side broke the rules: the connection is to be ended.
+    /// If the other side violated the protocol. The connection must then be closed.
     pub fn handle(&mut self, bytes: &[u8], now: Instant) -> Result<Step, Refusal> {
         match (std::mem::replace(&mut self.state, State::Settled), self.role) {
             (State::Offered(mut noise), Role::Initiator) => {
@@ -224,7 +226,7 @@ mod tests {
         })
     }
 
-    /// One frame from the initiator to the responder and one back.
+    /// Whether one frame in each direction decrypts.
     fn work(by_initiator: &Keys, by_responder: &Keys) -> bool {
         [(by_initiator, by_responder), (by_responder, by_initiator)].into_iter().all(
             |(from, to)| {
@@ -278,7 +280,7 @@ mod tests {
             let [mut one, mut two] = pair([9; 2], [7; 2], now);
             let mut offer = one.begin().unwrap();
             offer[bit / 8] ^= 1 << (bit % 8);
-            // X25519 takes no notice of the topmost bit of a point; the hash does.
+            // X25519 ignores the topmost bit of a point, but the handshake hash covers it.
             assert!(two.handle(&offer, then).is_err(), "bit {bit}");
             assert!(one.handle(&offer, then).is_err(), "bit {bit}");
         }

@@ -1,17 +1,18 @@
-//! The encrypted channel between two nodes: `Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s` (Noise
+//! Sets up the encrypted channel between two nodes: `Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s` (Noise
 //! specification, revision 34) over any byte stream.
 //!
 //! ```text
 //! initiator                                       responder
 //!   e                                        ->
 //!                                            <-     e, ee, s, es
-//!   s, se, psk, [Hello]                      ->     cannot be read: TOKEN_REFUSED, in the clear
+//!   s, se, psk, [Hello]                      ->     cannot decrypt it: TOKEN_REFUSED, in plaintext
 //!                                            <-     Hello, Verdict
 //!   Verdict                                  ->
 //! ```
-//! The first greeting is encrypted under the token, and the second goes to somebody who has proven
-//! to have it: without the token a stranger at either end learns the node's public key and nothing
-//! else. Both sides tell each other their verdict, so that both can tell people.
+//! The first greeting is encrypted under a key from the token, and the second goes only to a node
+//! that has proven to have the token. Without the token, a stranger at either end learns the node's
+//! public key and nothing else. Each side sends its verdict to the other, so both can report the
+//! reason to their operators.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -29,46 +30,46 @@ use super::renewal::{
 };
 use crate::types::{PublicKey, Secret};
 
-/// Everything up to the verdicts must have happened within this time.
+/// Time limit for the whole handshake, including the verdicts.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// How often a side that has nothing to say sends a heartbeat ([`Writer::heartbeat`]).
+/// Interval of heartbeats from a side that sends nothing else ([`Writer::heartbeat`]).
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
-/// A side that has heard nothing for so long gives the connection up: three heartbeats.
+/// A side that receives nothing for this long, three heartbeats, closes the connection.
 pub const READ_LIMIT: Duration = Duration::from_secs(15);
-/// A message that the other side does not take within this time ends the connection.
+/// A message that the other side does not accept within this time ends the connection.
 pub const WRITE_LIMIT: Duration = Duration::from_secs(15);
 
 const LINGER: Duration = Duration::from_secs(1);
-/// The Noise protocol, as `status` names it.
+/// The Noise protocol, under the name that `status` shows.
 pub const PATTERN: &str = "Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s";
 const PROLOGUE: &[u8] = b"overnode control v1";
 
-/// What a node needs to introduce itself.
+/// A node's identity and keys for handshakes.
 #[derive(Clone, Debug)]
 pub struct Me {
-    /// The node's X25519 secret; its public half must be that of `hello`.
+    /// X25519 secret of the node. Its public half must be the public key in `hello`.
     pub static_secret: Secret,
-    /// The key derived from the token.
+    /// Key derived from the token.
     pub cluster_key: Secret,
-    /// How the node introduces itself.
+    /// Greeting of the node.
     pub hello: Hello,
 }
 
 /// Which side opened the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// This node dialled.
+    /// This node dialed.
     Initiator,
-    /// The other node dialled.
+    /// The other node dialed.
     Responder,
 }
 
 /// An established connection.
 #[derive(Debug)]
 pub struct Link<S> {
-    /// Who is at the other end.
+    /// Greeting of the node at the other end.
     pub peer: Hello,
-    /// The control protocol that is spoken: the newest that both know.
+    /// Control protocol version in use: the newest that both sides support.
     pub version: u16,
     /// The receiving half.
     pub reader: Reader<S>,
@@ -76,7 +77,8 @@ pub struct Link<S> {
     pub writer: Writer<S>,
 }
 
-/// The receiving half of a connection. Needs no lock that it shares with the other half.
+/// The receiving half of a connection. It takes a lock that it shares with the other half only to
+/// renew keys.
 #[derive(Debug)]
 pub struct Reader<S> {
     stream: ReadHalf<S>,
@@ -98,11 +100,12 @@ pub struct Writer<S> {
     handovers: mpsc::Receiver<Handover>,
 }
 
-/// What both halves of a connection need for its renewals.
+/// State that both halves of a connection need for renewals.
 #[derive(Debug)]
 struct Shared {
     renewal: Mutex<Renewal>,
-    /// Many frames were sent or received: it is time, however young the keys are.
+    /// Notified after many frames in one direction: a renewal is due regardless of the age of the
+    /// keys.
     early: Notify,
 }
 
@@ -111,7 +114,7 @@ impl Shared {
         self.renewal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a frame in one direction; the number that it gets.
+    /// Counts a frame in one direction and returns its number, which is its nonce.
     fn count(&self, nonce: &mut u64) -> Result<u64, Refusal> {
         if *nonce >= REJECT_AFTER_FRAMES {
             return Err(expired());
@@ -124,13 +127,13 @@ impl Shared {
     }
 }
 
-/// What is due on a connection's keys.
+/// An action that is due on a connection's keys.
 pub enum Due {
-    /// To ask the other side for new ones.
+    /// Request new keys from the other side.
     Begin,
-    /// To go on with new ones.
+    /// Switch to new keys.
     HandOver(Handover),
-    /// To end the connection.
+    /// Close the connection.
     Expired,
 }
 
@@ -138,12 +141,13 @@ fn expired() -> Refusal {
     Refusal::CutOff("no new keys for too long".to_owned())
 }
 
-/// How a connection is made, besides by whom.
+/// Parameters of a connection other than the identity of its ends.
 #[derive(Debug)]
 pub struct Terms<T> {
-    /// Age at which its keys are renewed; at twice this age it ends.
+    /// Age at which the keys are renewed. At twice this age the connection ends.
     pub renew_after: Duration,
-    /// Awaited by a responder after the first message and before anything is computed for it.
+    /// A responder awaits this after the first message has arrived and before it computes the
+    /// answer.
     pub turn: T,
 }
 
@@ -153,11 +157,11 @@ impl Default for Terms<std::future::Ready<()>> {
     }
 }
 
-/// Runs the handshake. `admit` is asked about a peer that has proven to have the token and fits: it
-/// may refuse it, for an ID clash with a third node.
+/// Runs the handshake. Calls `admit` for a peer that has proven to have the token and is
+/// compatible. `admit` may refuse the peer, for example because its ID clashes with a third node's.
 ///
 /// # Errors
-/// The [`Refusal`], after the other side was told if it could be.
+/// The [`Refusal`], after it was sent to the other side if possible.
 pub async fn connect<S, T>(
     stream: S,
     role: Role,
@@ -175,13 +179,14 @@ where
 }
 
 impl<S: AsyncRead> Reader<S> {
-    /// The next message; heartbeats are swallowed, and so are new keys. Cancel-safe: a call that is
-    /// dropped loses nothing.
+    /// Returns the next message. Handles heartbeats and new keys internally. Cancel-safe: dropping
+    /// the future loses nothing.
     ///
     /// # Errors
-    /// [`Refusal::TimedOut`] if not even a heartbeat came within [`READ_LIMIT`];
-    /// [`Refusal::Closed`], [`Refusal::Io`]; [`Refusal::Frame`] or [`Refusal::Garbage`] if the
-    /// bytes are not what a node sends. The connection is useless after any of them.
+    /// [`Refusal::TimedOut`] if not even a heartbeat arrived within [`READ_LIMIT`].
+    /// [`Refusal::Closed`] or [`Refusal::Io`] if the stream ended or failed. [`Refusal::Frame`],
+    /// [`Refusal::Garbage`], [`Refusal::Token`] or [`Refusal::CutOff`] if the bytes violate the
+    /// protocol. The connection is unusable after any of them.
     pub async fn receive(&mut self) -> Result<Vec<u8>, Refusal> {
         loop {
             let message = self.receive_any(Instant::now() + READ_LIMIT).await?;
@@ -227,19 +232,20 @@ impl<S: AsyncRead> Reader<S> {
         if let Some(keys) = step.receive_by {
             (self.noise, self.nonce) = (keys, 0);
         }
-        // The rules leave room for one that waits.
+        // The protocol never needs more than the one slot of this channel.
         let told = step.send.map_or(Ok(()), |send| self.handovers.try_send(send));
         told.map_err(|_| Refusal::Closed)
     }
 }
 
 impl<S: AsyncWrite> Writer<S> {
-    /// Sends a message of 1 to [`frame::MAX_MESSAGE`] bytes. Not cancel-safe: a call that is
-    /// dropped midway leaves the connection useless.
+    /// Sends a message of 1 to [`frame::MAX_MESSAGE`] bytes. Not cancel-safe: dropping the future
+    /// midway makes the connection unusable.
     ///
     /// # Errors
-    /// [`Refusal::Frame`] if the message is too long, [`Refusal::TimedOut`] if the other side does
-    /// not take it within [`WRITE_LIMIT`], [`Refusal::Io`].
+    /// [`Refusal::Frame`] if the message is too long. [`Refusal::TimedOut`] if the other side does
+    /// not accept it within [`WRITE_LIMIT`]. [`Refusal::CutOff`] if the keys have sealed too many
+    /// frames. [`Refusal::Io`] if the stream fails.
     pub async fn send(&mut self, message: &[u8]) -> Result<(), Refusal> {
         if message.len() > frame::MAX_MESSAGE {
             return Err(frame::BadFrame::MessageTooLong.into());
@@ -249,15 +255,15 @@ impl<S: AsyncWrite> Writer<S> {
             .unwrap_or(Err(Refusal::TimedOut(WRITE_LIMIT.as_secs())))
     }
 
-    /// Sends a heartbeat. Due every [`HEARTBEAT`], unless something else was sent.
+    /// Sends a heartbeat. One is due every [`HEARTBEAT`] in which nothing else was sent.
     ///
     /// # Errors
-    /// As [`Self::send`].
+    /// As for [`Self::send`].
     pub async fn heartbeat(&mut self) -> Result<(), Refusal> {
         self.send(&[]).await
     }
 
-    /// Waits until something is due on the connection's keys. Cancel-safe.
+    /// Waits until an action is due on the connection's keys. Cancel-safe.
     pub async fn due(&mut self) -> Due {
         let (begin, expires) = {
             let renewal = self.shared.renewal();
@@ -272,10 +278,10 @@ impl<S: AsyncWrite> Writer<S> {
         }
     }
 
-    /// Does what is due. Not cancel-safe, as [`Self::send`].
+    /// Performs a due action. Not cancel-safe, like [`Self::send`].
     ///
     /// # Errors
-    /// As [`Self::send`]; [`Refusal::CutOff`] if the keys are too old.
+    /// As for [`Self::send`], and [`Refusal::CutOff`] if the keys are too old.
     pub async fn renew(&mut self, due: Due) -> Result<(), Refusal> {
         match due {
             Due::Begin => {
@@ -309,7 +315,7 @@ impl<S: AsyncWrite> Writer<S> {
         write_frame(&mut self.stream, &sealed).await
     }
 
-    /// Says that nothing more will come. Errors do not matter any more.
+    /// Shuts down the sending direction. Errors no longer matter.
     pub async fn close(mut self) {
         let _ = timeout(WRITE_LIMIT, self.stream.shutdown()).await;
     }
@@ -415,9 +421,9 @@ async fn respond<S: AsyncRead + AsyncWrite>(
     let greeting =
         read_frame(read, cutter, |third| match noise.read_message(third, &mut payload) {
             Ok(length) => Ok(Ok(payload[..length].to_vec())),
-            // The initiator's key, in the same message, is not under the token: it fails only if
-            // bytes were altered. snow does not tell the two apart, and a wrong token is what
-            // happens.
+            // The initiator's static key, in the same message, is not encrypted under the token.
+            // Its decryption fails only if bytes were altered. snow does not distinguish the two
+            // cases, and a wrong token is the one that happens in practice.
             Err(snow::Error::Decrypt) => Ok(Err(Refusal::Token)),
             Err(_) => Err(Refusal::Garbage("its third message cannot be read")),
         })
@@ -468,8 +474,8 @@ fn remote_key(noise: &Keys) -> Result<PublicKey, Refusal> {
 }
 
 impl<S: AsyncRead> Reader<S> {
-    /// The responder's greeting is the first thing under both keys: if it does not open, the
-    /// responder has another token but does not say so.
+    /// The responder's greeting is the first message that the keys of both sides protect. If it
+    /// does not decrypt, the responder has another token and did not say so.
     async fn receive_greeting(&mut self) -> Result<Vec<u8>, Refusal> {
         match self.receive_any(Instant::now() + HANDSHAKE_LIMIT).await {
             Err(Refusal::Garbage(_)) => Err(Refusal::Token),
@@ -500,8 +506,8 @@ async fn finish<S: AsyncRead + AsyncWrite>(
     mut reader: Reader<S>,
     writer: Writer<S>,
 ) -> Result<Link<S>, Refusal> {
-    // A side that refuses listens on only so that closing does not destroy its own words on their
-    // way.
+    // A side that refuses keeps reading for a moment, only so that closing the stream does not
+    // discard its last messages in transit.
     let patience = if checked.is_ok() { HANDSHAKE_LIMIT } else { LINGER };
     let verdict = reader.receive_any(Instant::now() + patience).await;
     let outcome = match (peer, checked, verdict) {

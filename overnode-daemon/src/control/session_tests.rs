@@ -80,7 +80,7 @@ async fn another_token_is_named_on_both_sides_and_nothing_is_exchanged() {
     assert!(words(initiator).contains("the token differs"));
     assert!(words(responder).contains("overnode reset"));
     let (sent, answered) = wire.await.unwrap();
-    // Responder: e (32) + tag, s (32 + tag), then the fixed refusal: no greeting.
+    // The responder sends e (32) + tag, s (32 + tag), then the fixed refusal. It sends no greeting.
     assert_eq!(answered.len(), (2 + 32 + 48 + 16) + (2 + 1));
     assert_eq!(answered[answered.len() - 3..], [0, 1, 1]);
     for bytes in [&sent, &answered] {
@@ -88,7 +88,7 @@ async fn another_token_is_named_on_both_sides_and_nothing_is_exchanged() {
     }
 }
 
-/// The handshake proves the X25519 key, and the greeting names another node's identity beside it.
+/// The handshake proves the X25519 key, but the greeting names another node's identity.
 #[tokio::test]
 async fn a_member_greets_with_the_identity_of_another_node() {
     let (one, mut two) = (node(1, 1), node(2, 2));
@@ -105,7 +105,7 @@ async fn a_member_greets_with_the_identity_of_another_node() {
     }
 }
 
-/// Carries bytes between two streams until both are closed; returns what went each way.
+/// Carries bytes between two streams until both are closed. Returns the bytes of each direction.
 async fn relay(a: DuplexStream, b: DuplexStream) -> (Vec<u8>, Vec<u8>) {
     let (mut a_read, mut a_write) = tokio::io::split(a);
     let (mut b_read, mut b_write) = tokio::io::split(b);
@@ -260,7 +260,7 @@ async fn a_host_with_a_copy_of_the_disk_is_no_mirror() {
     }
 }
 
-/// These bytes are read by nodes of other versions: new reasons go to the end.
+/// Nodes of other versions read these bytes, so new reasons go to the end.
 #[test]
 fn the_verdicts_have_this_wire_format() {
     let clash = || Refusal::IdClash {
@@ -481,7 +481,7 @@ proptest! {
     }
 }
 
-// The Ed25519 public key whose seed is 32 bytes of 2, by Python's cryptography module.
+// The Ed25519 public key whose seed is 32 bytes of 2, computed with Python's cryptography module.
 const IDENTITY: &str = "8139770ea87d175f56a35466c34c7ecccb8d8a91b4ee37a25df60f5b8fc9b394";
 
 #[test]

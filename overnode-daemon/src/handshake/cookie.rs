@@ -1,5 +1,5 @@
-//! What keeps strangers from making us work (whitepaper sections 5.3 and 5.4.7): the two MACs,
-//! cookies under load, and a limit per source address.
+//! Protects against denial of service (whitepaper sections 5.3 and 5.4.7): the two MACs, cookies
+//! under load, and a rate limit per source address.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -17,23 +17,23 @@ use super::message::{self, CookieReply, MAC_LEN, Macs};
 use crate::sources::Sources;
 use crate::types::PublicKey;
 
-/// How long a cookie is good, and how long the secret lives that cookies are made from.
+/// Lifetime of a cookie, and of the secret that cookies are made from.
 pub const COOKIE_LIFETIME: Duration = Duration::from_secs(120);
-/// Handshake messages of one [`Class`] a second, with a right `mac1`, from which on cookies are
-/// demanded. Each costs up to 0.3 ms: 500 a second are a sixth of a core.
+/// Number of handshake messages with a valid `mac1` per second and [`Class`] above which cookies
+/// are demanded. Each message costs up to 0.3 ms, so 500 per second take a sixth of a core.
 const LOAD_THRESHOLDS: [u32; 3] = [200, 500, 500];
-/// Cookie replies to one [`Class`] a second; each costs some 4 µs. Spoofed initiations beyond that
-/// get no answer. Peers are expected at few addresses, so an attacker who spoofs those leaves them
-/// a fair chance of an answer.
+/// Maximum number of cookie replies per second and [`Class`]. Each costs about 4 µs. Spoofed
+/// initiations beyond the limit get no answer. Peers are expected at few addresses, so an attacker
+/// who spoofs those leaves the peers a fair chance of an answer.
 const COOKIE_REPLIES: [u32; 3] = [2_000, 5_000, 2_000];
-/// Messages with a right cookie that are admitted a second from addresses where no peer is
-/// expected: many real addresses together get no more.
+/// Maximum number of messages with a valid cookie per second that are admitted from all addresses
+/// where no peer is expected. The limit applies to these addresses together.
 const STRANGERS_ADMITTED: u32 = 300;
-/// How long cookies are demanded after the last second above the threshold.
+/// How long cookies are demanded after the load last exceeded the threshold.
 const LOAD_LINGERS: Duration = Duration::from_secs(1);
-/// Handshake messages from one source address under load: on average one per this time.
+/// Average interval of handshake messages that one source address may send under load.
 const SOURCE_INTERVAL: Duration = Duration::from_millis(50);
-/// How many may come at once.
+/// Maximum burst of such messages.
 const SOURCE_BURST: u32 = 5;
 
 const LABEL_MAC1: &[u8] = b"mac1----";
@@ -41,7 +41,7 @@ const LABEL_COOKIE: &[u8] = b"cookie--";
 
 type Cookie = [u8; MAC_LEN];
 
-/// The receiver's side: says what may cost us a Diffie-Hellman.
+/// The receiver's side: decides which messages may cost us a Diffie-Hellman computation.
 pub struct Guard {
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
@@ -51,28 +51,28 @@ pub struct Guard {
     sources: Sources,
 }
 
-/// Kinds of messages that do not compete with each other: a flood of one leaves the others their
-/// share.
+/// Classes of messages that do not compete with each other. A flood in one class leaves the others
+/// their share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
     /// An initiation from an address where no peer is expected.
     Stranger,
     /// An initiation from an address where a peer is expected. The address may be spoofed.
     Peer,
-    /// An answer to a message of ours: its sender knows the receiver index that we drew.
+    /// An answer to one of our messages. Its sender knows the receiver index that we drew.
     Answer,
 }
 
-/// What to do with an initiation or a response.
+/// The decision about an initiation or a response.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Work on it.
+    /// Process the message.
     Process,
     /// Send this cookie reply instead.
     Demand(Vec<u8>),
-    /// The sender does not know our public key.
+    /// Drop it: the sender does not know our public key.
     Stranger,
-    /// That address sends too much.
+    /// Drop it: it exceeds a limit.
     Limited,
 }
 
@@ -95,8 +95,8 @@ impl Guard {
         }
     }
 
-    /// Judges a message that came from `from` and wants to be answered at index `sender`. `class`
-    /// is asked once the first MAC has proven right.
+    /// Judges a message that came from `from` and is to be answered at index `sender`. Calls
+    /// `class` only if the first MAC is valid.
     pub fn judge(
         &mut self,
         macs: &Macs<'_>,
@@ -157,12 +157,12 @@ impl Drop for Guard {
     }
 }
 
-/// The sender's side: one peer's demands.
+/// The sender's side: the cookies that one peer demands.
 pub struct Jar {
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
     cookie: Option<(Cookie, Instant)>,
-    /// Index and `mac1` of the last message sent: what a cookie reply must refer to.
+    /// Index and `mac1` of the last message sent. A cookie reply must refer to them.
     sent: Option<(u32, [u8; MAC_LEN])>,
 }
 
@@ -173,7 +173,7 @@ impl Jar {
     }
 
     /// Fills in the MACs of a message that bears our index `sender`. Returns whether there was a
-    /// cookie for the second.
+    /// cookie for the second MAC.
     pub fn seal(&mut self, bytes: &mut [u8], sender: u32, now: Instant) -> bool {
         let Some((rest, mac2)) = bytes.split_last_chunk_mut::<MAC_LEN>() else { return false };
         let Some((body, mac1)) = rest.split_last_chunk_mut::<MAC_LEN>() else { return false };
@@ -187,7 +187,8 @@ impl Jar {
         self.cookie.is_some()
     }
 
-    /// Takes the cookie out of a reply. False if the reply answers nothing we sent, or is forged.
+    /// Takes the cookie from a reply. Returns false if the reply matches no message of ours or is
+    /// forged.
     pub fn put(&mut self, reply: &CookieReply<'_>, now: Instant) -> bool {
         let Some((_, mac1)) = self.sent.filter(|(index, _)| *index == reply.receiver) else {
             return false;
@@ -220,7 +221,7 @@ impl Load {
         Self { threshold, window: None, count: 0, replies: 0, admitted: 0, until: None }
     }
 
-    /// Counts one message; true under load.
+    /// Counts one message. Returns true under load.
     fn note(&mut self, now: Instant) -> bool {
         if self
             .window
@@ -237,8 +238,8 @@ impl Load {
     }
 }
 
-/// Where the programs start from when they check the first MAC of messages to the node with this
-/// public key.
+/// Returns the initial state with which the eBPF programs check the first MAC of messages to the
+/// node with this public key.
 pub fn mac1_state(own: &PublicKey) -> overnode_ebpf::mac1::State {
     overnode_ebpf::mac1::keyed(&hash(LABEL_MAC1, own))
 }

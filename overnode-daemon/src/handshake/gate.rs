@@ -1,10 +1,10 @@
-//! The gate before the handshakes: judges each datagram by what can be told without a
-//! Diffie-Hellman, before it waits in any queue. A flood of what the gate refuses costs a hash for
-//! each datagram and nothing else.
+//! Filters datagrams before the handshakes: judges each by what can be checked without a
+//! Diffie-Hellman computation, before it enters any queue. A refused datagram costs one hash and
+//! nothing else.
 //!
-//! Whoever receives datagrams owns a gate; it shares with the [handshakes](super::Handshakes) only
-//! the receiver indices under which this side waits for an answer. It does no I/O and reads no
-//! clock.
+//! The receiver of datagrams owns a gate. The gate shares only one thing with the
+//! [handshakes](super::Handshakes): the receiver indices for which this side awaits an answer. It
+//! does no I/O and reads no clock.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -28,34 +28,35 @@ pub struct Gate {
     counters: Arc<Mutex<Counters>>,
 }
 
-/// What is to become of a datagram.
+/// The decision about a datagram.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Judgment {
-    /// The handshakes may work on it.
+    /// Pass it to the handshakes.
     Admit(Priority),
-    /// Its sender gets this cookie reply instead, which is shorter than what it answers.
+    /// Send this cookie reply to its sender instead. The reply is shorter than the message.
     Reply(Vec<u8>),
-    /// Nothing: it is counted.
+    /// Drop it. It has been counted.
     Drop(Reason),
 }
 
-/// Which queue an admitted datagram waits in.
+/// The queue that an admitted datagram waits in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Priority {
-    /// From an address where a peer is expected, or an answer that is waited for.
+    /// From an address where a peer is expected, or an awaited answer.
     High,
-    /// From anywhere else.
+    /// From any other address.
     Low,
 }
 
 impl Gate {
-    /// The gate of the node with this public key. `rng` makes the secret behind its cookies.
+    /// Creates the gate of the node with this public key. `rng` draws the secret behind its
+    /// cookies.
     pub fn new(own: &PublicKey, awaited: Awaited, rng: StdRng) -> Self {
         Self { guard: Guard::new(own), awaited, rng, counters: Arc::default() }
     }
 
-    /// Judges a datagram from `from`. `is_peer` says whether a peer is expected at that address; it
-    /// is asked only about messages whose first MAC is right.
+    /// Judges a datagram from `from`. `is_peer` tells whether a peer is expected at that address.
+    /// It is called only for initiations whose first MAC is valid.
     pub fn judge(
         &mut self,
         now: Instant,
@@ -113,17 +114,17 @@ impl Gate {
         }
     }
 
-    /// Notes a datagram that was admitted and then found no room in its queue.
+    /// Counts a datagram that was admitted but found its queue full.
     pub fn overflowed(&mut self) {
         self.count(|counters| &mut counters.limited);
     }
 
-    /// Notes a relay header from an address where no node is.
+    /// Counts a relay header from an address that is not a node's.
     pub fn refused_relay(&mut self) {
         self.count(|counters| &mut counters.foreign_relay);
     }
 
-    /// What the gate has counted so far; shared with the gate.
+    /// Returns the gate's counters, which the gate keeps updating.
     pub fn counters(&self) -> Arc<Mutex<Counters>> {
         Arc::clone(&self.counters)
     }
@@ -143,9 +144,9 @@ impl Gate {
     }
 }
 
-/// The receiver indices under which this side waits for answers: the sender indices of the
-/// handshake messages that it has sent, the latest of each slot. An attacker who does not see them
-/// has to guess 32 bits.
+/// The receiver indices for which this side awaits answers. They are the sender indices of the
+/// handshake messages that it has sent, the latest one per slot. An off-path attacker has to guess
+/// 32 bits.
 #[derive(Clone)]
 pub struct Awaited(Arc<[AtomicU32]>);
 
@@ -156,7 +157,7 @@ impl Default for Awaited {
 }
 
 impl Awaited {
-    /// Notes a handshake message that is sent.
+    /// Notes a handshake message that is being sent.
     pub fn note(&self, message: &[u8]) {
         let sender = match message::parse(message) {
             Ok(Message::Initiation(initiation)) => initiation.sender,
@@ -168,7 +169,7 @@ impl Awaited {
         }
     }
 
-    /// Slot 0 is never given out, so 0 stands for none.
+    /// Whether an answer at this index is awaited. Slot 0 is never allocated, so 0 stands for none.
     fn has(&self, receiver: u32) -> bool {
         receiver != 0
             && self.slot(receiver).is_some_and(|slot| slot.load(Ordering::Relaxed) == receiver)

@@ -1,4 +1,5 @@
-//! Receiver indices: 20 random bits above the number of a slot in the data plane's `SESSIONS` map.
+//! Allocates receiver indices: 20 random bits above the slot number in the data plane's `SESSIONS`
+//! map.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -9,28 +10,29 @@ use rand::rngs::StdRng;
 
 use crate::types::PeerIndex;
 
-/// How long a slot stays unused after its session was withdrawn: a program that still holds the
-/// session must have ended, and stragglers must not meet the next one.
+/// How long a slot stays unused after its session was withdrawn. By then, a program that still uses
+/// the session has ended, and late packets do not reach the next session in the slot.
 pub const QUARANTINE: Duration = Duration::from_secs(5);
 
-/// Which slots are in use, by whom.
+/// The session slots in use and their owners.
 pub struct Slots {
     slots: Vec<Slot>,
-    /// In the order in which they became free, so that each rests as long as possible.
+    /// In the order in which they became free, so that each slot stays unused for as long as
+    /// possible.
     free: VecDeque<u32>,
     quarantine: VecDeque<(Instant, u32)>,
 }
 
 #[derive(Clone, Copy, Default)]
 struct Slot {
-    /// The index that the slot has, or had last.
+    /// Current or last receiver index of the slot.
     index: u32,
     owner: Option<PeerIndex>,
 }
 
 impl Slots {
-    /// All free. The first one is drawn, so that after a restart those that were in use before rest
-    /// as well.
+    /// Creates the slots, all free. The first slot to allocate is random, so that slots in use
+    /// before a restart also stay unused for a while.
     pub fn new(rng: &mut StdRng) -> Self {
         let mut free: VecDeque<_> = (1..SESSION_SLOTS).collect();
         free.rotate_left(rng.random_range(0..free.len()));
@@ -41,7 +43,7 @@ impl Slots {
         }
     }
 
-    /// A new index, or `None` if no slot is free.
+    /// Returns a new receiver index, or `None` if no slot is free.
     pub fn allocate(&mut self, peer: PeerIndex, now: Instant, rng: &mut StdRng) -> Option<u32> {
         while self.quarantine.front().is_some_and(|(until, _)| *until <= now) {
             self.free.extend(self.quarantine.pop_front().map(|(_, slot)| slot));
@@ -56,8 +58,8 @@ impl Slots {
         Some(slot.index)
     }
 
-    /// Takes the slot of an index that was given out before a restart. False if it is none, or
-    /// taken.
+    /// Reserves the slot of an index that was allocated before a restart. Returns false if there is
+    /// no such slot or it is not free.
     pub fn reserve(&mut self, index: u32, peer: PeerIndex) -> bool {
         let number = number(index);
         let Some(position) = self.free.iter().position(|free| *free == number) else {
@@ -68,27 +70,27 @@ impl Slots {
         true
     }
 
-    /// Whose index it is.
+    /// Returns the peer that the index belongs to.
     pub fn owner(&self, index: u32) -> Option<PeerIndex> {
         let slot = self.slots[number(index) as usize];
         slot.owner.filter(|_| slot.index == index)
     }
 
-    /// Gives back an index that no session ever had.
+    /// Frees an index that never had a session.
     pub fn discard(&mut self, index: u32) {
         if self.vacate(index) {
             self.free.push_back(number(index));
         }
     }
 
-    /// Gives back the index of a withdrawn session.
+    /// Frees the index of a withdrawn session, after [`QUARANTINE`].
     pub fn retire(&mut self, index: u32, now: Instant) {
         if self.vacate(index) {
             self.quarantine.push_back((now + QUARANTINE, number(index)));
         }
     }
 
-    /// Slots in use.
+    /// Returns the number of slots in use.
     pub fn used(&self) -> usize {
         self.slots.len() - 1 - self.free.len() - self.quarantine.len()
     }

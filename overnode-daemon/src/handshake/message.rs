@@ -1,12 +1,12 @@
-//! Handshake messages as they lie on the wire (whitepaper sections 5.4.2 to 5.4.7). Integers are
+//! Encodes and decodes handshake messages (whitepaper sections 5.4.2 to 5.4.7). Integers are
 //! little-endian.
 
 pub use overnode_ebpf::wire::{COOKIE_REPLY_LEN, INITIATION_LEN, MAC_LEN, RESPONSE_LEN};
 use overnode_ebpf::wire::{TYPE_COOKIE_REPLY, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE};
 
-/// Noise's part of an initiation: ephemeral key, sealed static key, sealed timestamp.
+/// Length of the Noise part of an initiation: ephemeral key, sealed static key, sealed timestamp.
 pub const INITIATION_NOISE_LEN: usize = 32 + 48 + 28;
-/// Noise's part of a response: ephemeral key, sealed nothing.
+/// Length of the Noise part of a response: ephemeral key, sealed empty payload.
 pub const RESPONSE_NOISE_LEN: usize = 32 + 16;
 
 /// A message of the right length and type, otherwise unchecked.
@@ -16,71 +16,68 @@ pub enum Message<'a> {
     Initiation(Initiation<'a>),
     /// Second message of a handshake.
     Response(Response<'a>),
-    /// Instead of an answer, from a peer under load.
+    /// The reply of a peer under load, instead of an answer.
     CookieReply(CookieReply<'a>),
 }
 
 /// First message of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Initiation<'a> {
-    /// The index by which the initiator wants to be addressed.
+    /// Receiver index for messages to the initiator.
     pub sender: u32,
     /// Noise's first message.
     pub noise: &'a [u8; INITIATION_NOISE_LEN],
-    /// The MACs, and what they cover.
+    /// The MACs and the bytes that they cover.
     pub macs: Macs<'a>,
 }
 
 /// Second message of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Response<'a> {
-    /// The index by which the responder wants to be addressed.
+    /// Receiver index for messages to the responder.
     pub sender: u32,
     /// The initiation's `sender`.
     pub receiver: u32,
     /// Noise's second message.
     pub noise: &'a [u8; RESPONSE_NOISE_LEN],
-    /// The MACs, and what they cover.
+    /// The MACs and the bytes that they cover.
     pub macs: Macs<'a>,
 }
 
-/// Instead of an answer, from a peer under load.
+/// The reply of a peer under load, instead of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CookieReply<'a> {
     /// The `sender` of the message that was not answered.
     pub receiver: u32,
     /// Nonce of XChaCha20-Poly1305.
     pub nonce: &'a [u8; 24],
-    /// The cookie, sealed.
+    /// The sealed cookie.
     pub cookie: &'a [u8; 32],
 }
 
-/// The end of an initiation or a response, and what comes before it.
+/// The MACs at the end of an initiation or a response, and the bytes before them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Macs<'a> {
     /// Everything before `mac1`.
     pub body: &'a [u8],
-    /// Proves knowledge of the receiver's public key.
+    /// Proves that the sender knows the receiver's public key.
     pub mac1: &'a [u8; MAC_LEN],
-    /// Proves possession of the cookie, if the sender has one.
+    /// Proves that the sender has a cookie. Zero if it has none.
     pub mac2: &'a [u8; MAC_LEN],
 }
 
-/// Why bytes are no handshake message.
+/// Why bytes are not a handshake message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadMessage {
-    /// Unknown type, reserved bytes in use, or not the length that the type has.
+    /// The type is unknown, reserved bytes are not zero, or the length does not match the type.
     #[error("not a handshake message")]
     Malformed,
-    /// A data message: the programs handle those.
+    /// A data message. The eBPF programs handle those.
     #[error("a data message")]
     Data,
 }
 
-/// Takes a datagram apart.
-///
-/// # Errors
-/// See [`BadMessage`].
+/// Parses a datagram.
 pub fn parse(bytes: &[u8]) -> Result<Message<'_>, BadMessage> {
     let (kind, rest) = bytes.split_first_chunk::<4>().ok_or(BadMessage::Malformed)?;
     let [kind, 0, 0, 0] = *kind else { return Err(BadMessage::Malformed) };
@@ -107,12 +104,12 @@ pub fn parse(bytes: &[u8]) -> Result<Message<'_>, BadMessage> {
     }
 }
 
-/// An initiation whose MACs are still zero.
+/// Returns an initiation whose MACs are still zero.
 pub fn initiation(sender: u32, noise: &[u8; INITIATION_NOISE_LEN]) -> Vec<u8> {
     assemble(&[&header(TYPE_INITIATION), &sender.to_le_bytes(), noise, &[0; 2 * MAC_LEN]])
 }
 
-/// A response whose MACs are still zero.
+/// Returns a response whose MACs are still zero.
 pub fn response(sender: u32, receiver: u32, noise: &[u8; RESPONSE_NOISE_LEN]) -> Vec<u8> {
     assemble(&[
         &header(TYPE_RESPONSE),
@@ -123,7 +120,7 @@ pub fn response(sender: u32, receiver: u32, noise: &[u8; RESPONSE_NOISE_LEN]) ->
     ])
 }
 
-/// A cookie reply.
+/// Returns a cookie reply.
 pub fn cookie_reply(receiver: u32, nonce: &[u8; 24], cookie: &[u8; 32]) -> Vec<u8> {
     assemble(&[&header(TYPE_COOKIE_REPLY), &receiver.to_le_bytes(), nonce, cookie])
 }

@@ -1,21 +1,22 @@
-//! WireGuard's handshake for all peers of a node: who may have a session, under which keys, and
-//! when it is made anew.
+//! Runs WireGuard's handshake for all peers of a node: decides which peers get a session, with
+//! which keys, and when it is renewed.
 //!
-//! Protocol: "WireGuard: Next Generation Kernel Network Tunnel" (Donenfeld, revision of 2020), here
-//! "the whitepaper". This module makes and takes the messages of types 1 to 3; data messages are
-//! the programs'. It is deterministic: it does no I/O, reads no clock, and draws from the generator
-//! it was given. Whoever owns it
+//! The protocol is that of "WireGuard: Next Generation Kernel Network Tunnel" (Donenfeld, revision
+//! of 2020), here called "the whitepaper". This module creates and handles handshake messages
+//! (types 1 to 3). The eBPF programs ("the programs") handle data messages. The module is
+//! deterministic: it does no I/O, reads no clock, and draws random numbers from the generator it is
+//! given. Its owner
 //!
 //! - passes in the datagrams that its [`Gate`] has admitted ([`Handshakes::handle_datagram`]), the
-//!   time when [`Handshakes::poll_timeout`] says so ([`Handshakes::handle_timeout`]), and what the
-//!   programs saw ([`Handshakes::handle_confirmed`], [`Handshakes::handle_activity`]);
-//! - after each of these calls sends what [`Handshakes::poll_transmit`] gives and does what
-//!   [`Handshakes::poll_event`] says.
+//!   time when [`Handshakes::poll_timeout`] asks for it ([`Handshakes::handle_timeout`]), and what
+//!   the programs observed ([`Handshakes::handle_confirmed`], [`Handshakes::handle_activity`]);
+//! - after each of these calls, sends the datagrams from [`Handshakes::poll_transmit`] and acts on
+//!   the events from [`Handshakes::poll_event`].
 //!
-//! What differs from a VPN's use of the protocol: sessions are kept fresh for as long as the peer
-//! is configured, whether or not there is traffic, and a peer that does not answer is tried for
-//! ever. Every input from the network may be hostile; none can make this module panic, allocate
-//! without bound, or do more than a bounded amount of work.
+//! Two things differ from the use of the protocol in a VPN. Sessions are kept fresh while the peer
+//! is configured, whether or not there is traffic. A peer that does not answer is retried forever.
+//! Any input from the network may be hostile. No input can make this module panic, allocate without
+//! bound, or do more than a bounded amount of work.
 
 mod cookie;
 pub mod gate;
@@ -61,18 +62,19 @@ pub struct Handshakes {
     counters: Counters,
 }
 
-/// What is to be known about a peer.
+/// Configuration of a peer.
 #[derive(Clone, Debug)]
 pub struct PeerConfig {
-    /// Who it is.
+    /// Static public key of the peer.
     pub public_key: PublicKey,
-    /// Mixed into each handshake; all zero for none.
+    /// Pre-shared key, mixed into each handshake. All zero means none.
     pub preshared_key: Secret,
     /// Where to send the first message, if known.
     pub endpoint: Option<SocketAddr>,
-    /// Who makes the first step.
+    /// Whether and when this side sends the first message.
     pub initiate: Initiate,
-    /// Empty messages after so much silence, so that a NAT on the way does not forget us.
+    /// Interval of keepalives in the absence of traffic, so that a NAT on the path keeps its
+    /// mapping.
     pub persistent_keepalive: Option<Duration>,
 }
 
@@ -81,7 +83,7 @@ pub struct PeerConfig {
 pub enum Initiate {
     /// As soon as the endpoint is known.
     AtOnce,
-    /// After this time, if the peer has not by then.
+    /// After this time, unless the peer has initiated by then.
     After(Duration),
     /// Never, not even to renew a session.
     OnlyAnswer,
@@ -99,86 +101,87 @@ impl Initiate {
 /// A datagram to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transmit {
-    /// Where to.
+    /// Destination address.
     pub to: SocketAddr,
-    /// Which peer it is for; none if the sender of what it answers is not known (cookie reply).
+    /// The peer that it is for. `None` for a cookie reply, because the sender of the answered
+    /// message is not known.
     pub peer: Option<PeerIndex>,
     /// The UDP payload.
     pub bytes: Vec<u8>,
 }
 
-/// What the owner has to do.
+/// An action for the owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Give the session to the programs. The initiator's seals at once, the responder's when it is
-    /// confirmed.
+    /// Install a session in the programs' maps. An initiator's session seals at once, a responder's
+    /// once it is confirmed.
     Install {
-        /// With whom.
+        /// The peer.
         peer: PeerIndex,
-        /// Indices and keys.
+        /// Receiver indices and keys.
         session: SessionKeys,
     },
-    /// Take the session from the programs. Its slot is not used again for 5 seconds.
+    /// Remove a session from the programs' maps. Its slot is not reused for 5 seconds.
     Withdraw {
-        /// With whom.
+        /// The peer.
         peer: PeerIndex,
-        /// Which.
+        /// Receiver index of the session in messages to us.
         local_index: u32,
     },
-    /// Send an empty message under the sealing session.
+    /// Send a keepalive in the session that seals.
     SendKeepalive {
-        /// To whom.
+        /// The peer.
         peer: PeerIndex,
     },
-    /// The peer sent a valid handshake message from another address: send its data there. Not told
-    /// of an initiation that might be a replay from before our start; the programs follow the
-    /// peer's data then.
+    /// The peer sent a valid handshake message from another address: send its data there. Not
+    /// emitted for an initiation that might be a replay from before this daemon started. In that
+    /// case, the programs follow the source of the peer's data.
     EndpointChanged {
-        /// Who moved.
+        /// The peer.
         peer: PeerIndex,
-        /// Where it is now.
+        /// Its new endpoint.
         endpoint: SocketAddr,
     },
-    /// Something to tell people. Attempts go on.
+    /// A failure to report to the operator. Attempts continue.
     Failed {
-        /// With whom.
+        /// The peer.
         peer: PeerIndex,
-        /// What.
+        /// The cause.
         why: Failure,
     },
 }
 
-/// A session for the data plane.
+/// The keys and receiver indices of a session, for the data plane.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionKeys {
-    /// Receiver index in messages to us; the low 12 bits are the slot.
+    /// Receiver index in messages to us. The low 12 bits are the slot.
     pub local_index: u32,
     /// Receiver index in messages to the peer.
     pub remote_index: u32,
-    /// Seals.
+    /// Key that seals what we send.
     pub tx_key: Secret,
-    /// Opens.
+    /// Key that opens what we receive.
     pub rx_key: Secret,
-    /// Whether we initiated: then it seals at once. Otherwise it may not seal before a message came
-    /// under it.
+    /// Whether we initiated. The initiator may seal at once. The responder may not seal before it
+    /// has received a message in this session.
     pub initiator: bool,
-    /// When the handshake ended. It expires [`REJECT_AFTER_TIME`] later.
+    /// When the handshake completed. The session expires [`REJECT_AFTER_TIME`] later.
     pub created: Instant,
 }
 
 /// Why there is no session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
-    /// 90 seconds of attempts.
+    /// No response to 90 seconds of attempts.
     #[error("the peer does not answer handshakes: is it running, and does UDP port 6784 reach it?")]
     Unanswered,
-    /// The answer does not authenticate.
+    /// The response does not authenticate.
     #[error("the peer's answer does not authenticate: the pre-shared keys (or the tokens) differ")]
     BadResponse,
-    /// A public key that no secret key has.
+    /// The public key is a point of low order, so no secret key matches it.
     #[error("the peer's public key is not a valid key")]
     BadKey,
-    /// The same public key twice.
+    /// Another peer has the same public key.
     #[error("the peer's public key is already that of peer {0}")]
     DuplicateKey(PeerIndex),
     /// All receiver indices are in use.
@@ -186,22 +189,22 @@ pub enum Failure {
     NoSlot,
 }
 
-/// What the programs saw of a peer, from the maps.
+/// Traffic of a peer as the programs observed it, from their maps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Activity {
-    /// Last message sent that was not empty.
+    /// When the last non-empty message was sent.
     pub last_data_sent: Option<Instant>,
-    /// Last message sent.
+    /// When the last message was sent.
     pub last_sent: Option<Instant>,
-    /// Last authenticated message received that was not empty.
+    /// When the last authenticated, non-empty message was received.
     pub last_data_received: Option<Instant>,
-    /// Last authenticated message received.
+    /// When the last authenticated message was received.
     pub last_received: Option<Instant>,
-    /// Where the programs send now.
+    /// The endpoint that the programs currently send to.
     pub endpoint: Option<SocketAddr>,
 }
 
-/// A session that the programs have had since before a restart.
+/// A session that the programs have held since before a restart of the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AdoptedSession {
     /// Receiver index in messages to us.
@@ -210,38 +213,38 @@ pub struct AdoptedSession {
     pub remote_index: u32,
     /// Whether we initiated.
     pub initiator: bool,
-    /// False if it still waits for the peer's first message.
+    /// False while the session waits for the peer's first message.
     pub confirmed: bool,
-    /// When the handshake ended.
+    /// When the handshake completed.
     pub created: Instant,
-    /// Whether it is the one that seals.
+    /// Whether this is the session that seals.
     pub sealing: bool,
 }
 
-/// What is known about a peer's handshakes.
+/// The state of a peer's handshakes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerView {
-    /// Where messages go.
+    /// Endpoint that messages are sent to.
     pub endpoint: Option<SocketAddr>,
-    /// When the session that seals was made.
+    /// When the sealing session was established.
     pub last_handshake: Option<Instant>,
-    /// Whether an initiation waits for its response.
+    /// Whether an initiation awaits its response.
     pub waiting: bool,
 }
 
 macro_rules! counters {
     ($($(#[doc = $doc:literal])+ $field:ident = $name:literal;)+) => {
-        /// Messages by what became of them.
+        /// Counts of messages by outcome.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct Counters { $($(#[doc = $doc])+ pub $field: u64),+ }
 
         impl Counters {
-            /// Names, as status and metrics print them, with values.
+            /// Returns the counters with their names, as status and metrics print them.
             pub fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
                 [$(($name, self.$field)),+].into_iter()
             }
 
-            /// The sums of these counters and others.
+            /// Returns the sums of these counters and `other`.
             pub fn plus(self, other: Self) -> Self {
                 Self { $($field: self.$field + other.$field),+ }
             }
@@ -256,43 +259,43 @@ counters! {
     initiations_answered = "handshake-initiations-answered";
     /// Responses that completed a handshake.
     responses_accepted = "handshake-responses-accepted";
-    /// Cookies demanded, under load (the gate).
+    /// Cookies demanded under load (by the gate).
     cookies_demanded = "handshake-cookies-demanded";
-    /// Cookies received from peers under load.
+    /// Cookies received from peers that are under load.
     cookies_received = "handshake-cookies-received";
-    /// Not a handshake message (the gate).
+    /// Datagrams that are not handshake messages (at the gate).
     malformed = "handshake-malformed";
-    /// Data messages, which are the programs' (the gate).
+    /// Data messages, which the programs should have handled (at the gate).
     data = "handshake-data";
-    /// The first MAC is wrong: the sender does not know our public key (the gate).
+    /// Messages with a wrong first MAC: the sender does not know our public key (at the gate).
     strangers = "handshake-strangers";
-    /// With a relay header, from an address where no node is (the gate).
+    /// Messages with a relay header from an address that is not a node's (at the gate).
     foreign_relay = "handshake-foreign-relay";
-    /// Under load: more than one source address may send, or all together (the gate).
+    /// Messages over the limit, under load, of one source address or of all together (at the gate).
     limited = "handshake-limited";
     /// Initiations and responses that do not authenticate.
     forged = "handshake-forged";
-    /// Initiations of keys that are no peer's.
+    /// Initiations with the static key of no configured peer.
     unknown_peer = "handshake-unknown-peer";
-    /// Initiations not newer than the newest of that peer.
+    /// Initiations whose timestamp is not greater than the greatest of that peer.
     replayed = "handshake-replayed";
-    /// Initiations of a peer less than 20 ms apart.
+    /// Initiations of one peer less than 20 ms apart.
     flooded = "handshake-flooded";
-    /// Responses and cookie replies to nothing that we sent.
+    /// Responses and cookie replies that match no message of ours.
     unexpected = "handshake-unexpected";
-    /// Handshakes that had to be given up because no session slot was free.
+    /// Handshakes abandoned because no session slot was free.
     no_slot = "handshake-no-slot";
 }
 
 impl Handshakes {
-    /// A node without peers. `rng` must come from the operating system outside of tests: keys are
-    /// drawn from it.
+    /// Creates the handshakes of a node without peers. Outside of tests, `rng` must be seeded by
+    /// the operating system, because keys are drawn from it.
     pub fn new(static_secret: Secret, rng: StdRng) -> Self {
         Self::with(Identity::new(static_secret, noise::WIREGUARD), rng)
     }
 
-    /// The same for the bulk path, whose sessions are apart: no message of one handshake means
-    /// anything to the other.
+    /// Creates the handshakes of the bulk path, whose sessions are separate. Messages of one kind
+    /// of handshake are invalid in the other.
     pub fn for_bulk(static_secret: Secret, rng: StdRng) -> Self {
         Self::with(Identity::new(static_secret, noise::BULK), rng)
     }
@@ -313,21 +316,21 @@ impl Handshakes {
         }
     }
 
-    /// A gate for what is received for these handshakes. `rng` must come from the operating system
-    /// outside of tests.
+    /// Creates a gate for datagrams to these handshakes. Outside of tests, `rng` must be seeded by
+    /// the operating system.
     pub fn gate(&self, rng: StdRng) -> Gate {
         Gate::new(&self.identity.public(), self.awaited.clone(), rng)
     }
 
-    /// This node's public key.
+    /// Returns this node's public key.
     pub fn public_key(&self) -> PublicKey {
         self.identity.public()
     }
 
-    /// Adds a peer or changes one. A change of the endpoint starts attempts anew; one of the public
-    /// key ends the peer's sessions; one of the pre-shared key holds from the next handshake on. An
-    /// endpoint that is the same as in the last configuration does not overrule where the peer has
-    /// moved since.
+    /// Adds or changes a peer. A changed endpoint restarts the attempts, a changed public key ends
+    /// the peer's sessions, and a changed pre-shared key applies from the next handshake on. If the
+    /// configured endpoint is the same as before, the peer's current endpoint stays, even if the
+    /// peer has roamed.
     pub fn upsert_peer(&mut self, index: PeerIndex, config: PeerConfig, now: Instant) {
         if let Some(other) = self.by_key.get(&config.public_key).filter(|other| **other != index) {
             let why = Failure::DuplicateKey(*other);
@@ -361,14 +364,14 @@ impl Handshakes {
         self.schedule(index);
     }
 
-    /// Forgets a peer. Its sessions are not withdrawn one by one: removing it from the data plane
-    /// does that.
+    /// Removes a peer. Its sessions are not withdrawn one by one, because removing the peer from
+    /// the data plane removes them.
     pub fn remove_peer(&mut self, index: PeerIndex, now: Instant) {
         self.drop_peer(index, now, false);
     }
 
-    /// Tries a peer now that has not answered for a while: there is reason to believe that it does
-    /// again. Still no sooner than 5 seconds after the attempt before.
+    /// Retries now a peer that has not answered for a while, because there is reason to believe
+    /// that it is reachable again. The attempt is still at least 5 seconds after the previous one.
     pub fn retry(&mut self, index: PeerIndex) {
         if let Some(peer) = self.peers.get_mut(&index) {
             peer.encourage();
@@ -385,9 +388,9 @@ impl Handshakes {
         }
     }
 
-    /// Takes over a session that the programs have had since before a restart. To be called after
-    /// [`Self::upsert_peer`] and before any time passes. One that cannot be kept comes back as
-    /// [`Event::Withdraw`].
+    /// Takes over a session that the programs have held since before a restart. Call this after
+    /// [`Self::upsert_peer`] and before any time passes. A session that cannot be kept is returned
+    /// as [`Event::Withdraw`].
     pub fn adopt(&mut self, index: PeerIndex, session: AdoptedSession, now: Instant) {
         let AdoptedSession { local_index, initiator, confirmed, created, sealing, .. } = session;
         let session = Session::new(local_index, initiator, created, self.jitter());
@@ -403,7 +406,8 @@ impl Handshakes {
         self.schedule(index);
     }
 
-    /// Takes a UDP payload that a [`Gate`] has admitted. Everything else about it may be a lie.
+    /// Handles a UDP payload that a [`Gate`] has admitted. Apart from the gate's checks, the
+    /// content is untrusted.
     pub fn handle_datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) {
         match message::parse(bytes) {
             Ok(Message::Initiation(initiation)) => self.handle_initiation(now, from, &initiation),
@@ -414,8 +418,9 @@ impl Handshakes {
         }
     }
 
-    /// Does what is due. `wall` is the time of day, which only has to grow. Sends at most a few
-    /// initiations in one call: [`Self::poll_timeout`] then is in the past still.
+    /// Performs what is due. `wall` is the time of day, which only has to increase. Sends at most
+    /// `INITIATIONS_AT_ONCE` initiations per call. If more are due, [`Self::poll_timeout`] still
+    /// returns a time in the past.
     pub fn handle_timeout(&mut self, now: Instant, wall: SystemTime) {
         let due: Vec<_> =
             self.deadlines.range(..=(now, PeerIndex(u32::MAX))).map(|(_, index)| *index).collect();
@@ -437,22 +442,22 @@ impl Handshakes {
         }
     }
 
-    /// When [`Self::handle_timeout`] is to be called next.
+    /// Returns when to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.deadlines.first().map(|(deadline, _)| *deadline)
     }
 
-    /// The next datagram to send.
+    /// Returns the next datagram to send.
     pub fn poll_transmit(&mut self) -> Option<Transmit> {
         self.transmits.pop_front()
     }
 
-    /// The next thing to do.
+    /// Returns the next event.
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
     }
 
-    /// The programs received the first message under a session that waited for it.
+    /// Handles the first message that the programs received in a session that awaited confirmation.
     pub fn handle_confirmed(&mut self, index: PeerIndex, local_index: u32, now: Instant) {
         let Some(peer) = self.peers.get_mut(&index) else { return };
         let leads = self.identity.public() < peer.config.public_key;
@@ -464,7 +469,7 @@ impl Handshakes {
         self.schedule(index);
     }
 
-    /// What the programs saw of a peer; to be called about once a second.
+    /// Takes the programs' observations of a peer. Call this about once a second.
     pub fn handle_activity(&mut self, index: PeerIndex, activity: &Activity) {
         if let Some(peer) = self.peers.get_mut(&index) {
             peer.observe(activity);
@@ -472,7 +477,7 @@ impl Handshakes {
         }
     }
 
-    /// What is known about a peer.
+    /// Returns the state of a peer's handshakes.
     pub fn peer(&self, index: PeerIndex) -> Option<PeerView> {
         self.peers.get(&index).map(|peer| PeerView {
             endpoint: peer.endpoint,
@@ -481,12 +486,12 @@ impl Handshakes {
         })
     }
 
-    /// Messages by what became of them.
+    /// Returns the counts of messages by outcome.
     pub fn counters(&self) -> &Counters {
         &self.counters
     }
 
-    /// Session slots in use, of 4095.
+    /// Returns the number of session slots in use, of 4095.
     pub fn slots_used(&self) -> usize {
         self.slots.used()
     }
@@ -519,8 +524,9 @@ impl Handshakes {
         let Some(local_index) = self.slots.allocate(index, now, &mut self.rng) else {
             return self.out_of_slots(index);
         };
-        // Since our start the initiation may be a replay: then it must not divert what we send. If
-        // it is none, the programs will follow the message that confirms.
+        // Until the peer has confirmed a session since our start, the initiation may be a replay. A
+        // replay must not redirect our traffic. If the initiation is genuine, the programs follow
+        // the message that confirms it.
         let follow = peer.proven || peer.endpoint.is_none();
         (peer.greatest, peer.consumed) = (Some(received.timestamp), Some(now));
         let Ok((noise, keys)) = received.respond(&peer.config.preshared_key) else {
@@ -591,8 +597,8 @@ impl Handshakes {
             return;
         }
         self.counters.cookies_received += 1;
-        // The next attempt has a cookie, so a peer that answers each with another cookie is not
-        // called at once again.
+        // The next attempt carries a cookie. So a peer that answers each attempt with another
+        // cookie reply triggers only one immediate attempt.
         let is_first =
             |pending: &Pending| pending.local_index == reply.receiver && !pending.has_cookie;
         if peer.pending.as_ref().is_some_and(is_first) {

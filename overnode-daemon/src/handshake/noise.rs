@@ -1,9 +1,9 @@
-//! Noise_IKpsk2 as WireGuard uses it (whitepaper section 5.4), by snow.
+//! Implements Noise_IKpsk2 as WireGuard uses it (whitepaper section 5.4), with snow.
 //!
-//! The primitives that hold keys are ours, because snow's own neither wipe them nor refuse all-zero
-//! Diffie-Hellman results: X25519 from x25519-dalek, ChaCha20-Poly1305 from ring. Ephemeral keys
-//! come from the caller, so that a run can be repeated from its seed. What snow does not wipe is
-//! its chaining key and its copy of the pre-shared key.
+//! The primitives that hold keys are not snow's, because snow's neither wipe keys nor refuse
+//! all-zero Diffie-Hellman results. X25519 is from x25519-dalek, ChaCha20-Poly1305 from ring. The
+//! caller supplies ephemeral keys, so that a run can be reproduced from its seed. snow does not
+//! wipe its chaining key and its copy of the pre-shared key.
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use snow::params::{CipherChoice, DHChoice, HashChoice, NoiseParams};
@@ -20,13 +20,13 @@ use crate::types::{PublicKey, Secret};
 const CONSTRUCTION: &str = "Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
 /// The prologue of WireGuard's handshakes.
 pub const WIREGUARD: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
-/// The prologue of the bulk path's: a message of one kind is none of the other, although the static
-/// keys are the same.
+/// The prologue of the bulk path's handshakes. Although the static keys are the same, a message of
+/// one kind is invalid as the other.
 pub const BULK: &[u8] = b"overnode bulk v1";
-/// Where the pattern mixes the pre-shared key in: at the end of the second message.
+/// Position of the pre-shared key in the pattern: the end of the second message.
 const PSK: u8 = 2;
 
-/// Bytes of a TAI64N timestamp.
+/// Length of a TAI64N timestamp, in bytes.
 pub const TIMESTAMP_LEN: usize = 12;
 
 /// This node's static key pair.
@@ -39,26 +39,26 @@ pub struct Identity {
 
 /// The keys of a finished handshake.
 pub struct Keys {
-    /// Seals what we send.
+    /// Key that seals what we send.
     pub tx: Secret,
-    /// Opens what we receive.
+    /// Key that opens what we receive.
     pub rx: Secret,
 }
 
-/// An initiation that waits for its response.
+/// An initiation that awaits its response.
 pub struct Initiated(HandshakeState);
 
-/// An initiation received and authenticated, not yet answered.
+/// An initiation that was received and authenticated but not yet answered.
 pub struct Received {
     state: HandshakeState,
-    /// Who sent it.
+    /// Static public key of the sender.
     pub remote: PublicKey,
-    /// When, by the sender's clock; never to be accepted twice.
+    /// Timestamp from the sender's clock. None may be accepted twice.
     pub timestamp: [u8; TIMESTAMP_LEN],
 }
 
 impl Identity {
-    /// `prologue`: [`WIREGUARD`] or [`BULK`].
+    /// Creates an identity. `prologue` is [`WIREGUARD`] or [`BULK`].
     pub fn new(secret: Secret, prologue: &'static [u8]) -> Self {
         let params = CONSTRUCTION.parse().expect("snow knows WireGuard's construction");
         Self { public: public_key(&secret), secret, params, prologue }
@@ -69,9 +69,6 @@ impl Identity {
     }
 
     /// Begins a handshake.
-    ///
-    /// # Errors
-    /// If the remote key is a point of low order.
     pub fn initiate(
         &self,
         remote: &PublicKey,
@@ -89,10 +86,10 @@ impl Identity {
         Ok((Initiated(state), message))
     }
 
-    /// Opens an initiation.
+    /// Decrypts and authenticates an initiation.
     ///
     /// # Errors
-    /// If it is forged, was made for another node, or holds a point of low order.
+    /// If it is forged, was made for another node, or contains a point of low order.
     pub fn receive(
         &self,
         ephemeral: Secret,
@@ -114,10 +111,7 @@ impl Identity {
 }
 
 impl Received {
-    /// Answers.
-    ///
-    /// # Errors
-    /// If the initiator's ephemeral key is a point of low order.
+    /// Makes the response and the session keys.
     pub fn respond(
         mut self,
         preshared: &Secret,
@@ -130,10 +124,7 @@ impl Received {
 }
 
 impl Initiated {
-    /// Takes the response. After an error the handshake still waits for the right one.
-    ///
-    /// # Errors
-    /// If it is forged, or the pre-shared keys differ.
+    /// Takes the response. After an error, the handshake still awaits the valid response.
     pub fn finish(&mut self, message: &[u8; RESPONSE_NOISE_LEN]) -> Result<Keys, Error> {
         self.0.read_message(message, &mut [])?;
         Ok(split(&mut self.0))
@@ -176,7 +167,7 @@ impl CryptoResolver for Resolver {
     }
 }
 
-/// Gives out one ephemeral key that was drawn before.
+/// Random source that returns one ephemeral key drawn earlier.
 struct Drawn(Option<Secret>);
 
 impl Random for Drawn {
@@ -327,7 +318,7 @@ mod tests {
 
     #[test]
     fn points_of_low_order_are_refused() {
-        // RFC 7748 section 6.1; the orders 1, 2, 4 and 8 of curve25519 and its twist.
+        // RFC 7748 section 6.1: points of order 1, 2, 4 and 8 of curve25519 and its twist.
         let low = [
             [0; 32],
             {

@@ -1,4 +1,4 @@
-//! One peer: its sessions, the handshake under way, and when something has to happen next.
+//! Holds the state of one peer: its sessions, the handshake in progress, and its next deadline.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -11,22 +11,22 @@ use super::timers::{
 };
 use super::{Activity, Initiate, PeerConfig};
 
-/// Sessions kept besides the current and the next one. The whitepaper keeps one; a second spares
-/// packets that were sealed before both sides initiated at once, or before an initiator that lost
-/// our answer tried again.
+/// Number of sessions kept besides the current and the next one. The whitepaper keeps one. A second
+/// one saves packets in two cases: packets sealed before both sides initiated at once, and packets
+/// sealed before an initiator that lost our response tried again.
 const PREVIOUS: usize = 2;
 
-/// After so many answers that the peer has not confirmed, we initiate as well: answers may get
-/// lost, or the initiations be replays.
+/// Number of responses without confirmation after which we initiate as well. The responses may get
+/// lost, or the initiations may be replays.
 const PATIENCE: u8 = 2;
 
-/// A session, without its keys: those are the data plane's alone.
+/// A session without its keys, which only the data plane holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Session {
     pub local_index: u32,
     pub initiator: bool,
     pub created: Instant,
-    /// Age at which this side makes a new one.
+    /// Age at which this side makes a new session.
     pub rekey_after: Duration,
 }
 
@@ -45,61 +45,61 @@ impl Session {
     }
 }
 
-/// An initiation sent and not answered.
+/// An initiation that was sent and not yet answered.
 pub struct Pending {
     pub local_index: u32,
     pub noise: Initiated,
-    /// Whether a response that did not authenticate was reported.
+    /// Whether a response that did not authenticate has been reported.
     pub doubted: bool,
-    /// Whether it had a cookie.
+    /// Whether the initiation carried a cookie.
     pub has_cookie: bool,
 }
 
-/// Attempts to reach the peer since the last handshake that ended well.
+/// Attempts to reach the peer since the last completed handshake.
 #[derive(Default)]
 pub struct Attempts {
-    /// When the first of the series was made.
+    /// When the first attempt of the series was made.
     first: Option<Instant>,
     last: Option<Instant>,
-    /// None before this.
+    /// Earliest time of the next attempt.
     not_before: Option<Instant>,
     backoff: Option<Duration>,
-    /// Whether the failure was reported.
+    /// Whether the failure has been reported.
     reported: bool,
 }
 
 pub struct Peer {
     pub config: PeerConfig,
     pub jar: Jar,
-    /// Where to send; follows the peer.
+    /// Where to send. Follows the peer when it roams.
     pub endpoint: Option<SocketAddr>,
-    /// Seals what is sent.
+    /// The session that seals.
     pub current: Option<Session>,
-    /// Answered by us, not yet confirmed.
+    /// A session that we answered and the peer has not yet confirmed.
     pub next: Option<Session>,
-    /// The latest addition first.
+    /// Most recently added first.
     pub previous: Vec<Session>,
     pub pending: Option<Pending>,
     pub attempts: Attempts,
-    /// Greatest timestamp accepted, and when.
+    /// Greatest timestamp accepted. `consumed` is when that was.
     pub greatest: Option<[u8; TIMESTAMP_LEN]>,
     pub consumed: Option<Instant>,
-    /// Whether the peer has confirmed a session, so that `greatest` is no lower than what it had
-    /// reached then. Until it has, initiations may be replays from before our start.
+    /// Whether the peer has confirmed a session, so that `greatest` is at least the peer's
+    /// timestamp at that time. Before that, initiations may be replays from before our start.
     pub proven: bool,
-    /// Initiations answered since the last handshake that ended well.
+    /// Initiations answered since the last completed handshake.
     in_vain: u8,
-    /// Without a session: when to make one.
+    /// When to make a session if there is none.
     pub start_at: Instant,
-    /// When data went unanswered first.
+    /// When the oldest data that is still unanswered was sent.
     unanswered: Option<Instant>,
-    /// When data was received to which nothing was sent since.
+    /// When data was received that nothing has been sent in answer to.
     owing: Option<Instant>,
     last_sent: Option<Instant>,
     last_received: Option<Instant>,
-    /// Keepalives that still have to confirm the current session.
+    /// Times of the remaining keepalives that confirm the current session to the responder.
     confirmations: Vec<Instant>,
-    /// What `Handshakes` has entered for this peer in its order of deadlines.
+    /// This peer's entry in the deadlines of `Handshakes`.
     pub deadline: Option<Instant>,
 }
 
@@ -132,30 +132,33 @@ impl Peer {
         self.current.iter().chain(&self.next).chain(&self.previous)
     }
 
-    /// The responder answered: the session seals from now on. Gives the sessions that end.
+    /// Installs a session that the peer answered. It seals from now on. Returns the sessions that
+    /// end.
     pub fn install_initiated(&mut self, session: Session, now: Instant) -> Vec<Session> {
         self.confirmations = CONFIRM_AGAIN.iter().rev().map(|after| now + *after).collect();
         self.settled(now);
         self.demote(session)
     }
 
-    /// We answered: the session receives, and seals once it is confirmed. Gives the sessions that
-    /// end.
+    /// Installs a session that we answered. It receives now, and seals once it is confirmed.
+    /// Returns the sessions that end.
     pub fn install_answered(&mut self, session: Session, now: Instant) -> Vec<Session> {
         self.heard(now);
         self.last_sent = self.last_sent.max(Some(now));
         self.in_vain = self.in_vain.saturating_add(1);
-        // Not withdrawn yet: the peer may have confirmed it without our knowing so far.
+        // The replaced session is not withdrawn yet, because the peer may have confirmed it without
+        // our knowledge.
         self.previous.splice(0..0, self.next.replace(session));
         self.surplus()
     }
 
-    /// The peer used the session. Gives the sessions that end, or `None` if it was not waiting for
-    /// that.
+    /// Handles the peer's first use of a session. Returns the sessions that end, or `None` if the
+    /// session was not waiting for confirmation.
     pub fn confirm(&mut self, local_index: u32, leads: bool, now: Instant) -> Option<Vec<Session>> {
         let mut session = self.take_unconfirmed(local_index)?;
-        // Both initiated at once: one has to see to the next handshake, or none would before
-        // patience ends.
+        // Both sides initiated at once, so each may end up sealing in a session that it answered.
+        // One of them has to rekey on the initiator's schedule. Otherwise neither would before
+        // `RESPONDER_PATIENCE` ends.
         let crossed = self.current.is_some_and(|current| {
             current.initiator && apart(current.created, session.created) < REKEY_TIMEOUT
         });
@@ -181,7 +184,7 @@ impl Peer {
         Some(self.previous.remove(position))
     }
 
-    /// Removes the sessions that are too old.
+    /// Removes and returns the sessions that have expired.
     pub fn expire(&mut self, now: Instant) -> Vec<Session> {
         let old = |session: &Session| session.expires() <= now;
         let mut ended = self.previous.extract_if(.., |session| old(session)).collect::<Vec<_>>();
@@ -194,7 +197,7 @@ impl Peer {
         ended
     }
 
-    /// Removes all sessions.
+    /// Removes and returns all sessions.
     pub fn clear(&mut self) -> Vec<Session> {
         let ended = self.sessions().copied().collect();
         (self.current, self.next) = (None, None);
@@ -203,7 +206,8 @@ impl Peer {
         ended
     }
 
-    /// Takes over a session from before a restart; the caller has seen to its slot.
+    /// Takes over a session from before a restart, whose slot the caller has reserved. Returns the
+    /// sessions that end.
     pub fn adopt(&mut self, session: Session, confirmed: bool, sealing: bool) -> Vec<Session> {
         if !confirmed {
             self.previous.splice(0..0, self.next.replace(session));
@@ -228,7 +232,7 @@ impl Peer {
         self.previous.split_off(self.previous.len().min(PREVIOUS))
     }
 
-    /// An authenticated message came.
+    /// Notes that an authenticated message arrived.
     pub fn heard(&mut self, now: Instant) {
         self.last_received = self.last_received.max(Some(now));
         self.unanswered = None;
@@ -244,7 +248,7 @@ impl Peer {
         };
     }
 
-    /// Takes what the programs saw.
+    /// Takes the programs' observations.
     pub fn observe(&mut self, activity: &Activity) {
         self.last_received = self.last_received.max(activity.last_received);
         self.last_sent = self.last_sent.max(activity.last_sent);
@@ -253,7 +257,7 @@ impl Peer {
         self.endpoint = activity.endpoint.or(self.endpoint);
     }
 
-    /// Forgets that attempts were in vain.
+    /// Forgets that attempts failed.
     pub fn encourage(&mut self) {
         let Attempts { last, .. } = self.attempts;
         self.attempts = Attempts {
@@ -263,7 +267,7 @@ impl Peer {
         };
     }
 
-    /// When to send an initiation.
+    /// Returns when to send an initiation, if at all.
     pub fn initiation_due(&self) -> Option<Instant> {
         if matches!(self.config.initiate, Initiate::OnlyAnswer) || self.endpoint.is_none() {
             return None;
@@ -272,7 +276,7 @@ impl Peer {
         Some(self.attempts.not_before.map_or(wanted, |not_before| wanted.max(not_before)))
     }
 
-    /// When a new session becomes desirable.
+    /// Returns when a new session becomes desirable.
     fn wanted(&self) -> Instant {
         let aged =
             self.current.map_or(self.start_at, |current| current.created + current.rekey_after);
@@ -284,7 +288,8 @@ impl Peer {
         silent.map_or(aged, |silent| aged.min(silent))
     }
 
-    /// Notes that an initiation was sent. True if it is time to report that nobody answers.
+    /// Notes that an initiation was sent. Returns true if it is time to report that the peer does
+    /// not answer.
     pub fn attempted(&mut self, now: Instant, jitter: Duration) -> bool {
         self.last_sent = self.last_sent.max(Some(now));
         let attempts = &mut self.attempts;
@@ -307,12 +312,12 @@ impl Peer {
         exhausted && !std::mem::replace(&mut attempts.reported, true)
     }
 
-    /// Makes the next attempt due at once.
+    /// Makes the next attempt due now.
     pub fn hasten(&mut self, now: Instant) {
         self.attempts.not_before = self.attempts.not_before.map(|not_before| not_before.min(now));
     }
 
-    /// When to send an empty message.
+    /// Returns when to send a keepalive, if at all.
     pub fn keepalive_due(&self) -> Option<Instant> {
         self.current?;
         let passive = self.owing.map(|since| since + KEEPALIVE_TIMEOUT);
@@ -322,22 +327,22 @@ impl Peer {
         [passive, persistent, self.confirmations.last().copied()].into_iter().flatten().min()
     }
 
-    /// Notes that an empty message is sent.
+    /// Notes that a keepalive is sent.
     pub fn kept_alive(&mut self, now: Instant) {
         self.owing = None;
         self.last_sent = self.last_sent.max(Some(now));
         self.confirmations.retain(|due| *due > now);
     }
 
-    /// When something has to happen next.
+    /// Returns the next deadline of this peer.
     pub fn next_deadline(&self) -> Option<Instant> {
         let expiry = self.sessions().map(Session::expires).min();
         [expiry, self.initiation_due(), self.keepalive_due()].into_iter().flatten().min()
     }
 }
 
-/// Since when a message has been without reaction: since `known`, or else since `message`, unless
-/// `reaction` came after that.
+/// Returns since when a message has had no reaction: `known`, or else `message`, unless `reaction`
+/// came after it.
 fn open_since(
     known: Option<Instant>,
     message: Option<Instant>,

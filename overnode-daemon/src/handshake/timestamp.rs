@@ -1,20 +1,21 @@
-//! TAI64N timestamps (whitepaper section 5.1): what makes an initiation acceptable once only.
+//! Makes TAI64N timestamps (whitepaper section 5.1), which prevent replays of initiations.
 
 use std::time::{Duration, SystemTime};
 
 use super::noise::TIMESTAMP_LEN;
 
-/// Label of 1970-01-01 00:00:10 TAI, the start of Unix time, as other implementations have it.
+/// TAI64 label of 1970-01-01 00:00:10 TAI, the start of Unix time, as in other implementations.
 const BASE: u64 = (1 << 62) + 10;
-/// Finer steps (2^24 ns, about 17 ms) would tell more about our clock than the protocol needs.
+/// Resolution in nanoseconds: 2^24 ns, about 17 ms. Finer steps would reveal more about our clock
+/// than the protocol needs.
 const STEP: u32 = 1 << 24;
 
-/// Makes timestamps that only grow.
+/// Makes strictly increasing timestamps.
 ///
-/// They come from the wall clock, so they also grow across restarts. If that clock is set back
-/// while we run, each timestamp is one step (17 ms) after the one before, until the clock has
+/// They come from the wall clock, so they also increase across restarts. If the clock is set back
+/// while we run, each timestamp is one step (17 ms) after the previous one until the clock has
 /// caught up. If it is set back while we do not run, peers that remember a later timestamp refuse
-/// our initiations until it has; theirs we still answer.
+/// our initiations until it has caught up. We still answer theirs.
 #[derive(Default)]
 pub struct Stamper {
     last: Duration,

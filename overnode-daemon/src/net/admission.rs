@@ -1,9 +1,9 @@
-//! Places for callers that have proven nothing yet: how many there are, and which caller loses its
-//! place.
+//! Limits incoming connections that have proven nothing yet: how many places there are, and which
+//! connection loses its place.
 //!
-//! A caller that finds all places taken gets that of the busiest source, so a source that floods
-//! competes with itself: an honest caller with one connection, however slow its link, loses it only
-//! if every other source has no more than one.
+//! A connection that finds all places taken gets a place of the busiest source, so a source that
+//! floods competes with itself. An honest remote with one connection, however slow its network
+//! path, loses its place only if no other source has more than one.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -15,20 +15,20 @@ use tokio::sync::oneshot;
 
 use crate::sources::{Sources, site_of, source_of};
 
-/// What callers may take up.
+/// Limits of incoming connections.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Callers at a time.
+    /// Connections at a time.
     pub places: usize,
-    /// Callers at a time from one source.
+    /// Connections at a time from one source.
     pub of_source: usize,
-    /// Average time between two callers from one source.
+    /// Average interval between two connections from one source.
     pub interval: Duration,
-    /// Callers at once from one source.
+    /// Connections in a burst from one source.
     pub burst: u32,
 }
 
-/// The callers of one door, the oldest first.
+/// The places of one group of sources, the oldest first.
 #[derive(Debug)]
 pub struct Admission {
     limits: Limits,
@@ -37,19 +37,19 @@ pub struct Admission {
     taken: Vec<(IpAddr, oneshot::Sender<()>)>,
 }
 
-/// A caller's place. Dropping it gives it back.
+/// The place of a connection. Dropping it frees the place.
 #[derive(Debug)]
 pub struct Place(oneshot::Receiver<()>);
 
 impl Place {
-    /// Ends when the place is needed for another caller.
+    /// Completes when the place is needed for another connection.
     pub async fn is_lost(&mut self) {
         let _ = (&mut self.0).await;
     }
 }
 
 impl Admission {
-    /// A door without callers. `rng` decides between callers that have equal rights.
+    /// Creates an admission without connections. `rng` breaks ties between connections.
     pub fn new(limits: Limits, rng: StdRng) -> Self {
         Self {
             limits,
@@ -59,7 +59,8 @@ impl Admission {
         }
     }
 
-    /// A place for a caller, at the cost of another if need be; none if its source calls too often.
+    /// Returns a place for a connection, if necessary by evicting another. Returns `None` if its
+    /// source connects too often.
     pub fn admit(&mut self, ip: IpAddr, now: Instant) -> Option<Place> {
         if !self.sources.allow(ip, now) {
             return None;
@@ -77,15 +78,15 @@ impl Admission {
         Some(Place(receiver))
     }
 
-    /// Callers whose address fits, the oldest first.
+    /// Returns the positions of connections whose address matches, the oldest first.
     fn of(&self, fits: impl Fn(IpAddr) -> bool) -> Vec<usize> {
         (0..self.taken.len())
             .filter(|at| self.taken.get(*at).is_some_and(|(ip, _)| fits(*ip)))
             .collect()
     }
 
-    /// The oldest caller of one of the busiest sources: one of the busiest site, where equal
-    /// sources are from several sites.
+    /// Returns the oldest connection of one of the busiest sources. If several sources are equally
+    /// busy, it picks from the site with the most connections from these sources.
     fn victim(&mut self) -> Option<usize> {
         let everybody = (0..self.taken.len()).collect();
         let busiest = self.busiest(everybody, source_of).concat();
@@ -99,7 +100,7 @@ impl Admission {
         (!groups.is_empty()).then(|| groups.swap_remove(self.rng.random_range(0..groups.len())))
     }
 
-    /// The largest groups among callers, in each the oldest first.
+    /// Returns the largest groups of connections, in each the oldest first.
     fn busiest(&self, among: Vec<usize>, group: fn(IpAddr) -> IpAddr) -> Vec<Vec<usize>> {
         let mut groups: BTreeMap<IpAddr, Vec<usize>> = BTreeMap::new();
         for at in among {
@@ -177,7 +178,7 @@ mod tests {
             }
             survived += u32::from(!is_lost(&mut quiet));
         }
-        // A caller that is always the oldest would have lost each time.
+        // A policy that always evicts the oldest connection would have evicted it each time.
         assert!((100..200).contains(&survived), "{survived}");
     }
 

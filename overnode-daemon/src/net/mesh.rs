@@ -1,5 +1,5 @@
-//! Control connections: listening, dialling, and two tasks for each connection. What is said on
-//! them is decided elsewhere.
+//! Runs control connections: listens, dials, and runs two tasks per connection. It does not
+//! interpret the messages of gossip.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -27,65 +27,68 @@ use crate::control::packet::Packet;
 use crate::control::session::{self, Me, Reader, Role, Terms, Writer};
 use crate::types::{NodeId, PublicKey};
 
-/// How long a connection attempt to one address may take.
+/// Time limit of a connection attempt to one address.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a name may take to resolve.
+/// Time limit of name resolution.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most bytes of a TCP segment of a control connection: an IPv6 packet of the least MTU that there
-/// is (1280) less the headers of IPv6 and TCP. Nothing searches for the MTU there, and a router
-/// that drops larger packets without a word must not part two nodes.
+/// Maximum TCP segment size of a control connection, in bytes: an IPv6 packet of the minimum MTU
+/// (1280) without the headers of IPv6 and TCP. The path MTU is not probed, and a router that
+/// silently drops larger packets must not separate two nodes.
 const SEGMENT: u32 = 1220;
-/// Most addresses of one destination that are tried in one attempt.
+/// Maximum number of addresses of one destination that are tried in one attempt.
 const MAX_TRIES: usize = 8;
-/// A ping is sent this often.
+/// Interval of pings.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// Callers from where nodes are expected, for each address family, until they have proven the
-/// token.
+/// Limits of incoming connections from addresses where nodes are expected, per address family,
+/// until they have proven to have the token.
 const FROM_NODES: Limits =
     Limits { places: 256, of_source: 32, interval: Duration::from_millis(50), burst: 128 };
-/// Callers from anywhere else, likewise. Several nodes may have one address, behind a NAT.
+/// Limits of incoming connections from other addresses, likewise. Several nodes may share one
+/// address behind a NAT.
 const FROM_STRANGERS: Limits =
     Limits { places: 256, of_source: 64, interval: Duration::from_millis(100), burst: 64 };
-/// Connections that the kernel may have ready for us: at 5000 a second, some 0.2 s of them.
+/// Maximum number of connections that the kernel queues until they are accepted: about 0.2 s of
+/// them at 5000 per second.
 const BACKLOG: u32 = 1024;
-/// Time between two strangers for whom a handshake is computed, which costs up to 0.5 ms. The
-/// others wait their turn: with all places taken, for less than two seconds.
+/// Minimum interval between handshakes computed for strangers. A handshake costs up to 0.5 ms. Even
+/// with all places taken, a stranger waits less than two seconds for its turn.
 const PACE: Duration = Duration::from_millis(2);
-/// Refused callers that may wait for the node to note them.
+/// Maximum number of refused connections queued for the node.
 const REFUSED: usize = 64;
-/// Bytes of messages from one connection that may wait for the node; beyond, it is read no further.
+/// Maximum number of message bytes queued for the node from one connection. Beyond that, the
+/// connection is not read.
 const WAITING_OF_ONE: usize = 2 * MAX_MESSAGE;
-/// Bytes of messages from all connections together.
+/// Maximum number of message bytes queued for the node from all connections.
 const WAITING: usize = 32 * MAX_MESSAGE;
-/// Messages that may wait for a slow peer before its connection is closed.
+/// Maximum number of messages queued for a slow peer before its connection is closed.
 const OUTBOX: usize = 256;
 
-/// Tells streams of one daemon apart.
+/// ID of a connection, unique within one run of the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StreamId(u64);
 
-/// What happened on the mesh.
+/// An event of the control connections.
 #[derive(Debug)]
 pub enum MeshEvent {
-    /// A connection is up: both ends have proven the token.
+    /// A connection is established: both ends have proven to have the token.
     Opened(Box<Opened>),
     /// A gossip message arrived.
     Received(StreamId, Held),
-    /// A parcel arrived, for this node or to be passed on.
+    /// A routed message arrived, for this node or to be forwarded.
     Parcel(StreamId, Held),
     /// A round trip was measured.
     RoundTrip(StreamId, Duration),
     /// A connection ended.
     Closed(StreamId, Refusal),
-    /// What a name resolved to.
+    /// A name was resolved to these addresses.
     Resolved(AttemptId, Vec<SocketAddr>),
     /// An attempt did not lead to a connection.
     DialFailed(AttemptId, DialFailure),
-    /// Somebody called and was refused.
+    /// An incoming connection was refused.
     Refused { remote: SocketAddr, refusal: Refusal },
 }
 
-/// A message that waits for the node, and the room that it takes until it is dropped.
+/// A message queued for the node. It occupies queue space until it is dropped.
 #[derive(Debug)]
 pub struct Held {
     bytes: Vec<u8>,
@@ -100,10 +103,10 @@ impl Deref for Held {
     }
 }
 
-/// Why dialling did not lead to a connection. The words are for people.
+/// Why dialing did not lead to a connection. The messages are for operators.
 #[derive(Debug, thiserror::Error)]
 pub enum DialFailure {
-    /// The name has no address, now.
+    /// The name currently has no address.
     #[error(
         "the name {0} does not resolve; it is tried again, or take it back with `overnode forget {0}`"
     )]
@@ -111,38 +114,39 @@ pub enum DialFailure {
     /// TCP did not connect.
     #[error("{0}: {1}; check that a node runs there and that TCP port 6783 is open")]
     Unreachable(SocketAddr, String),
-    /// Connected, and then refused by one of the two.
+    /// TCP connected, then one of the two sides refused the other.
     #[error(transparent)]
     Refused(#[from] Refusal),
 }
 
-/// A connection that is up.
+/// An established connection.
 #[derive(Debug)]
 pub struct Opened {
     pub id: StreamId,
-    /// The attempt that led to it; none when the other side called.
+    /// The attempt that led to it. `None` if the other side dialed.
     pub attempt: Option<AttemptId>,
     pub remote: SocketAddr,
     pub local: SocketAddr,
     pub hello: Hello,
-    /// The control protocol that both speak.
+    /// The control protocol version that both sides support.
     pub version: u16,
     pub outbox: Outbox,
 }
 
-/// Sends on a connection without ever waiting. Dropping it closes the connection.
+/// Queues messages on a connection without ever waiting. Dropping it closes the connection.
 #[derive(Debug)]
 pub struct Outbox(mpsc::Sender<Vec<u8>>);
 
 impl Outbox {
-    /// Queues a message. False when the peer is too slow or gone: the connection should be dropped.
+    /// Queues a message. Returns false if the peer is too slow or gone. The caller should then drop
+    /// the connection.
     pub fn send(&self, message: &Packet) -> bool {
         self.0.try_send(message.encode()).is_ok()
     }
 }
 
-/// Who has which ID, as far as this node knows of living nodes: callers that say otherwise are
-/// refused.
+/// Public key and nickname of each ID, as far as this node knows of live nodes. Peers that claim
+/// otherwise are refused.
 pub type Residents = Arc<Mutex<BTreeMap<NodeId, (PublicKey, String)>>>;
 
 /// All control connections of this node. Dropping it ends them.
@@ -162,7 +166,7 @@ struct Shared {
     events: mpsc::Sender<MeshEvent>,
     refused: mpsc::Sender<MeshEvent>,
     strangers: Arc<Semaphore>,
-    /// What is left of [`WAITING`].
+    /// Remaining share of [`WAITING`].
     room: Arc<Semaphore>,
     next: Arc<AtomicU64>,
 }
@@ -184,11 +188,12 @@ impl Shared {
 }
 
 impl Mesh {
-    /// Listens on `port`, IPv6 and IPv4, and reports to `events`. Callers from `known` addresses
-    /// have places of their own; connections get new keys when theirs are `renew_after` old.
+    /// Listens on `port`, for IPv6 and IPv4, and reports to `events`. Incoming connections from
+    /// `known` addresses have separate places. Connections get new keys when their keys are
+    /// `renew_after` old.
     ///
     /// # Errors
-    /// When the port is taken.
+    /// If the port is taken.
     pub fn listen(
         port: u16,
         me: Me,
@@ -217,13 +222,13 @@ impl Mesh {
         Ok(Self { shared, tasks, refused: refusals })
     }
 
-    /// The next caller that was refused. When there are too many, the newest are left out.
-    /// Cancelling loses nothing.
+    /// Returns the next incoming connection that was refused. If there are too many, the newest are
+    /// not reported. Cancel-safe.
     pub async fn refused(&mut self) -> Option<MeshEvent> {
         self.refused.recv().await
     }
 
-    /// Makes one attempt. The outcome is an event.
+    /// Makes one attempt. Reports the outcome as an event.
     pub fn dial(&mut self, attempt: AttemptId, place: Place) {
         while self.tasks.try_join_next().is_some() {}
         let shared = self.shared.clone();
@@ -240,11 +245,11 @@ impl Mesh {
 fn listeners(port: u16) -> io::Result<Vec<TcpListener>> {
     let v4 = TcpSocket::new_v4()?;
     v4.set_reuseaddr(true)?;
-    // Those that it accepts inherit it.
+    // Accepted sockets inherit the option.
     setsockopt(&v4, TcpMaxSeg, &SEGMENT)?;
     v4.bind((Ipv4Addr::UNSPECIFIED, port).into())?;
     let mut listeners = vec![v4.listen(BACKLOG)?];
-    // A host may have IPv6 turned off.
+    // IPv6 may be disabled on the host.
     if let Ok(v6) = v6_socket(port) {
         listeners.push(v6.listen(BACKLOG)?);
     }
@@ -278,7 +283,7 @@ async fn accept(listener: TcpListener, shared: Shared) {
         let is_known = shared.known.has(ip);
         let door = if is_known { &mut nodes } else { &mut strangers };
         let Some(seat) = door.admit(ip, std::time::Instant::now()) else {
-            // No trace of it is to stay, not even in the kernel.
+            // Leave no state of the connection, not even in the kernel.
             let _ = stream.set_zero_linger();
             continue;
         };
@@ -303,7 +308,8 @@ async fn receive_caller(
     }
 }
 
-/// Shakes hands with a caller. One that is refused keeps its place until it was told.
+/// Runs the handshake of an incoming connection. A refused connection keeps its place until it has
+/// been sent the refusal.
 async fn welcome(
     shared: &Shared,
     stream: TcpStream,
@@ -320,14 +326,15 @@ async fn welcome(
         Ok(link) => Some(link),
         Err(refusal) => {
             let remote = plain(remote);
-            // Strangers may make as many as they like: what finds no room is not noted.
+            // Strangers can cause any number of refusals. Those that do not fit the queue are not
+            // reported.
             let _ = shared.refused.try_send(MeshEvent::Refused { remote, refusal });
             None
         }
     }
 }
 
-/// Both ends' addresses.
+/// The addresses of both ends.
 struct Ends {
     remote: SocketAddr,
     local: SocketAddr,
@@ -335,8 +342,8 @@ struct Ends {
 
 type Link = session::Link<TcpStream>;
 
-/// The addresses in the order in which they are tried: the families in turn, so that one of them
-/// that leads nowhere costs little time.
+/// Returns the addresses in the order in which to try them. The families alternate, so that a
+/// family without connectivity costs little time.
 fn in_turn(addresses: BTreeSet<SocketAddr>) -> Vec<SocketAddr> {
     let (v4, v6): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv4);
     let longer = v4.len().max(v6.len());
@@ -411,7 +418,7 @@ async fn greet(
     Ok((ends, link))
 }
 
-/// IPv4 addresses as such, however the socket shows them.
+/// Returns IPv4-mapped addresses as IPv4 addresses.
 fn plain(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
@@ -469,7 +476,7 @@ async fn read(
                 None => return Refusal::Closed,
             },
             Ok(Packet::Ping(number)) => {
-                // A full queue loses the answer; the peer asks again.
+                // If the queue is full, the answer is lost. The peer pings again.
                 if let Some(outbox) = pongs.upgrade() {
                     let _ = outbox.try_send(Packet::Pong(number).encode());
                 }
@@ -570,7 +577,7 @@ mod tests {
         socket.connect(address).await
     }
 
-    /// A slow link is the time that `slowly` takes for each read.
+    /// A slow network path is simulated by the delay that `slowly` adds to each read.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn five_sources_that_call_all_the_time_do_not_keep_a_slow_node_out() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -607,7 +614,7 @@ mod tests {
         accepting.abort();
     }
 
-    /// Carries bytes between two streams; each piece takes its time.
+    /// Carries bytes between two streams. Delays each chunk by `delay`.
     async fn slowly(one: tokio::io::DuplexStream, other: TcpStream, delay: Duration) {
         let (mut one_read, mut one_write) = tokio::io::split(one);
         let (mut other_read, mut other_write) = other.into_split();
@@ -645,7 +652,7 @@ mod tests {
             calls.push(call);
         }
         for mut call in calls {
-            // It is closed in any case.
+            // The other end closes it in any case.
             let _ = call.read(&mut [0; 1]).await;
         }
         let mut noted = 0;
@@ -673,14 +680,14 @@ mod tests {
             greet(&two, stream, Role::Initiator, std::future::ready(())).await.unwrap();
         tokio::spawn(run(two, None, ends, link));
         let end = Instant::now() + EVERY * 10;
-        // Both ends live until both are done.
+        // Keep both ends open until both are done.
         let ((a, _one), (b, _two)) = tokio::join!(talk(&mut to_one, end), talk(&mut to_two, end));
-        // Keys end at twice the interval, and the connection with them.
+        // Keys expire at twice the interval and would end the connection.
         assert!(a > 100 && b > 100, "{a} and {b} messages arrived");
         accepting.abort();
     }
 
-    /// Sends numbered messages, some of several frames, and checks what the other end sends.
+    /// Sends numbered messages, some of several frames, and checks those that the other end sends.
     async fn talk(events: &mut mpsc::Receiver<MeshEvent>, end: Instant) -> (u32, Box<Opened>) {
         let Some(MeshEvent::Opened(opened)) = events.recv().await else { panic!("no connection") };
         let (mut sent, mut next) = (0_u32, 0_u32);
@@ -710,7 +717,7 @@ mod tests {
     async fn a_member_that_floods_a_busy_node_fills_no_memory() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        // Nobody takes the events.
+        // No task takes the events.
         let (events, received) = mpsc::channel(1024);
         let (one, _refused) = shared(me(1, 1), events);
         let accepting = tokio::spawn(accept(listener, one));
@@ -725,7 +732,7 @@ mod tests {
             sent += 1;
             assert!(sent < 100, "the node takes everything");
         }
-        // Opened, and what may wait; the rest is in the kernel's buffers.
+        // One `Opened` event and the messages that may wait. The rest is in the kernel's buffers.
         assert_eq!(received.len(), 1 + WAITING_OF_ONE / MAX_MESSAGE);
         accepting.abort();
     }

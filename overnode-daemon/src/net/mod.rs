@@ -1,4 +1,4 @@
-//! Sockets.
+//! Network sockets of the node.
 
 pub mod admission;
 pub mod known;

@@ -1,9 +1,9 @@
-//! The UDP sockets of the data port, IPv4 and IPv6: handshakes arrive here (data messages are taken
-//! by the programs before).
+//! Sends and receives on the UDP sockets of the data port, IPv4 and IPv6. Handshakes arrive here.
+//! The eBPF programs take data messages earlier.
 //!
-//! Each datagram comes with the address and the interface it was sent to, and an answer can be sent
-//! from that address: a host may have several, and a peer behind a NAT or a firewall takes no
-//! answer from another.
+//! Each datagram is received with its destination address and interface, and an answer can be sent
+//! from that address. A host may have several addresses, and a peer behind a NAT or a firewall
+//! accepts no answer from another one.
 
 use std::io;
 use std::io::{IoSlice, IoSliceMut};
@@ -23,38 +23,39 @@ use nix::sys::socket::{
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
-/// Longer datagrams are cut: no handshake message has more than 156 bytes, a relay header included.
+/// Size of a receive buffer, in bytes. Longer datagrams are truncated: no handshake message exceeds
+/// 156 bytes, including a relay header.
 const RECEIVE_LEN: usize = 256;
-/// Datagrams that one system call receives, at most.
+/// Maximum number of datagrams per system call.
 const BATCH: usize = 64;
-/// Bytes of messages that may wait: some 5000 short ones, so that honest ones survive a flood while
-/// the thread that receives waits for a processor.
+/// Size of the socket's receive buffer, in bytes. It holds about 5000 short messages, so that
+/// genuine ones survive a flood while the receiving thread waits for a CPU.
 const RECEIVE_BUFFER: usize = 4 << 20;
-/// How long to wait after an error of a socket.
+/// Pause after a socket error.
 const AFTER_ERROR: Duration = Duration::from_millis(100);
 
-/// One socket for each address family that the host has.
+/// One socket for each address family that the host supports.
 pub struct UdpSockets {
     v4: Option<UdpSocket>,
     v6: Option<UdpSocket>,
     port: u16,
 }
 
-/// A datagram that came.
+/// A received datagram.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Received<B = Vec<u8>> {
-    /// Its source.
+    /// Source address and port.
     pub from: SocketAddr,
-    /// The local address it was sent to.
+    /// Local address that it was sent to.
     pub to: IpAddr,
-    /// Index of the interface it came through.
+    /// Index of the interface that it arrived on.
     pub ifindex: u32,
     /// The payload.
     pub bytes: B,
 }
 
 impl Received<&[u8]> {
-    /// The same, with a copy of the payload.
+    /// Returns the datagram with a copy of the payload.
     pub fn to_owned(&self) -> Received {
         let Self { from, to, ifindex, bytes } = *self;
         Received { from, to, ifindex, bytes: bytes.to_vec() }
@@ -62,12 +63,12 @@ impl Received<&[u8]> {
 }
 
 impl UdpSockets {
-    /// Binds `port` on all addresses, IPv4 and IPv6 apart. A family that the kernel or the
-    /// namespace lacks is left out. Port 0: one that is free, the same for both. To be called
-    /// within a tokio runtime.
+    /// Binds `port` on all addresses, with separate sockets for IPv4 and IPv6. A family that the
+    /// kernel or the namespace lacks is left out. Port 0 selects a free port, the same for both
+    /// families. Call this within a tokio runtime.
     ///
     /// # Errors
-    /// If the port is taken, or there is neither IPv4 nor IPv6.
+    /// If the port is taken, or if the host has neither IPv4 nor IPv6.
     pub fn bind(port: u16) -> io::Result<Self> {
         let v4 = present(bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))))?;
         let port = match &v4 {
@@ -88,17 +89,17 @@ impl UdpSockets {
         Ok(Self { v4, v6, port })
     }
 
-    /// The port that both are bound to.
+    /// Returns the port that both sockets are bound to.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Receives on a thread of its own until what is returned is dropped. Each datagram goes to
-    /// `take`, which is to be quick; what it returns is sent back to the datagram's source, from
-    /// the address that was asked.
+    /// Receives on a separate thread until the returned value is dropped. Each datagram is passed
+    /// to `take`, which must be quick. If `take` returns an answer, it is sent to the datagram's
+    /// source, from the address that the datagram was sent to.
     ///
     /// # Errors
-    /// The system gives no thread, or no descriptors.
+    /// If the system cannot create the thread or the descriptors.
     pub fn receive(
         &self,
         mut take: impl FnMut(Instant, &Received<&[u8]>) -> Option<Vec<u8>> + Send + 'static,
@@ -115,11 +116,12 @@ impl UdpSockets {
         Ok(Reception { stop, thread: Some(thread) })
     }
 
-    /// Sends a datagram; from `from` if that is (still) an address of this host and of the same
-    /// family, else from the one that the kernel chooses.
+    /// Sends a datagram. The source is `from` if it is still an address of this host and of the
+    /// same family. Otherwise the kernel chooses the source.
     ///
     /// # Errors
-    /// What `sendmsg` reports; [`io::ErrorKind::Unsupported`] if there is no socket of that family.
+    /// The error of `sendmsg`, or [`io::ErrorKind::Unsupported`] if there is no socket of that
+    /// family.
     pub async fn send(&self, to: SocketAddr, from: Option<IpAddr>, bytes: &[u8]) -> io::Result<()> {
         let (socket, from) = match (to, from) {
             (SocketAddr::V4(_), Some(IpAddr::V4(_))) | (SocketAddr::V6(_), Some(IpAddr::V6(_))) => {
@@ -128,7 +130,7 @@ impl UdpSockets {
             _ => (self.socket(to)?, None),
         };
         match socket.async_io(Interest::WRITABLE, || send(socket, to, from, bytes)).await {
-            // The address was taken from the interface, or belongs to none.
+            // The address was removed from its interface or belongs to no interface.
             Err(error) if from.is_some() && is_address_gone(&error) => {
                 socket.async_io(Interest::WRITABLE, || send(socket, to, None, bytes)).await
             }
@@ -155,7 +157,8 @@ fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
         socket::setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
         socket::setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
     }
-    // Beyond the system's limit, which root may; without that right, as much as it allows.
+    // Exceed the system's limit, which root may do. Without that right, use as much as the limit
+    // allows.
     if socket::setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
         socket::setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
     }
@@ -163,7 +166,7 @@ fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     UdpSocket::from_std(socket.into())
 }
 
-/// Turns the absence of an address family into `None`.
+/// Returns `None` if the address family is absent.
 fn present(socket: io::Result<UdpSocket>) -> io::Result<Option<UdpSocket>> {
     const ABSENT: [Errno; 3] = [Errno::EAFNOSUPPORT, Errno::EPROTONOSUPPORT, Errno::EADDRNOTAVAIL];
     match socket {
@@ -175,7 +178,7 @@ fn present(socket: io::Result<UdpSocket>) -> io::Result<Option<UdpSocket>> {
     }
 }
 
-/// The thread that receives. Dropping this ends it.
+/// The receiving thread. Dropping this stops it.
 #[derive(Debug)]
 pub struct Reception {
     stop: Arc<EventFd>,
@@ -248,7 +251,7 @@ fn receive_batch(
         let (Some(from), Some((to, ifindex))) = (from, to) else { continue };
         let bytes = message.iovs().next().unwrap_or_default();
         if let Some(answer) = take(now, &Received { from, to, ifindex, bytes }) {
-            // One that finds the socket full is lost, as on any network.
+            // An answer that finds the socket's send buffer full is lost, as on any network.
             let _ = send(socket, from, Some(to), &answer);
         }
     }
@@ -305,7 +308,7 @@ mod tests {
         [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
     }
 
-    /// Everything that comes to these sockets.
+    /// Collects all datagrams that arrive on these sockets.
     struct Heard {
         datagrams: std::sync::mpsc::Receiver<Received>,
         _reception: Reception,

@@ -1,5 +1,5 @@
-//! Addresses that may have to be borrowed first: what the allocation decides is carried out, and
-//! who waits for it is answered.
+//! Handles requests for addresses that may have to be borrowed first: carries out the decisions of
+//! the allocation and answers the requests that wait for them.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -16,31 +16,32 @@ use crate::gossip::{self, Parcel, Record};
 use crate::ipam::{self, IpamError, RequestId};
 use crate::types::NodeId;
 
-/// A node that is reached through others counts as reachable after this time.
+/// How long a node must have been reachable through other nodes before it counts as reachable.
 const STEADY: Duration = Duration::from_millis(900);
-/// A target that was not met for so long is taken for one that is not there: it need not exist.
+/// Time after the start from which targets that were never met are considered absent. A target need
+/// not exist.
 const ABSENT: Duration = Duration::from_secs(10);
 const _: () = assert!(ipam::MAX_STATIC <= gossip::MAX_CLAIMS);
-/// Whom a request for an address that shall only show that there are some is for.
+/// Owner of the probe request that `overnode prime` makes.
 const PRIMING: &str = "prime";
 
-/// How a request that may take a while ended.
+/// The outcome of a request that may take a while.
 #[derive(Debug)]
 pub(super) enum Outcome {
-    /// The address was found, and is taken; or there is none.
+    /// The allocated address, or why there is none.
     Address(RequestId, Result<IpAddr, IpamError>),
-    /// The node may leave the cluster, or may not.
+    /// Whether the node may leave the cluster.
     Leave(Result<(), IpamError>),
-    /// The engine has the default network, or it was tried.
+    /// The engine has created the default network or has failed to.
     DefaultNetwork,
-    /// The engine has the default network no longer; or why it has.
+    /// The engine has removed the default network, or why it has not.
     NetworkRemoved(Result<(), String>),
 }
 
-/// Where an answer goes.
+/// The channel for an answer.
 pub(super) type Answer = oneshot::Sender<Result<Reply, ApiError>>;
 
-/// Who waits for an [`Outcome`].
+/// Requests that wait for an [`Outcome`].
 #[derive(Default)]
 pub(super) struct Waiting {
     attaching: BTreeMap<RequestId, (api::Attach, Answer)>,
@@ -50,7 +51,7 @@ pub(super) struct Waiting {
 }
 
 impl Node {
-    /// What gossip says of a node goes to the allocation.
+    /// Passes the record of a node to the allocation.
     pub(super) fn tell_ipam(&mut self, record: &Record, now: Instant) {
         let peer = ipam::Peer {
             incarnation: record.incarnation,
@@ -61,10 +62,10 @@ impl Node {
         self.ipam.learn(record.id, peer, now);
     }
 
-    /// Whom the allocation can write to, and whether the node has met everybody that it was told
-    /// of.
+    /// Tells the allocation which nodes it can send to, and whether the node has met all of its
+    /// targets.
     pub(super) fn tell_ipam_of_paths(&mut self, now: Instant) {
-        // What is heard of nodes that are far may be old for a moment after a separation, until the
+        // Information about distant nodes may be outdated for a moment after a partition, until the
         // records are compared.
         let is_steady = |id: &NodeId| {
             self.reachable
@@ -86,7 +87,7 @@ impl Node {
         self.ipam.set_targets_met(met, now);
     }
 
-    /// Takes a parcel for this node.
+    /// Handles a routed message for this node.
     pub(super) fn deliver(&mut self, parcel: &Parcel, now: Instant) {
         if parcel.kind != KIND_ALLOCATION {
             return tracing::debug!(
@@ -100,8 +101,8 @@ impl Node {
         }
     }
 
-    /// Carries out what the allocation has decided. When the disk fails, nothing that was to come
-    /// after is done.
+    /// Carries out the decisions of the allocation. If writing to disk fails, no later action is
+    /// carried out.
     pub(super) async fn pump_ipam(&mut self, now: Instant) {
         if self.broken.is_some() {
             return;
@@ -128,7 +129,7 @@ impl Node {
                 ipam::Action::Failed { request, error } => {
                     self.outcomes.push_back(Outcome::Address(request, Err(error)));
                 }
-                // Told with the others, and for as long as it lasts: see `Node::problems`.
+                // Reported with the other problems while it lasts: see `Node::address_problems`.
                 ipam::Action::Report(problem) => tracing::debug!("{problem}"),
                 ipam::Action::Reclaimed(id) => {
                     tracing::info!("the address space of node {id} is this node's now");
@@ -166,8 +167,8 @@ impl Node {
         }
     }
 
-    /// Tells the others which space this node gives out and which static addresses it has, if that
-    /// has changed, and the data plane, too.
+    /// Announces this node's address space and static addresses if they have changed, to the other
+    /// nodes and to the data plane.
     async fn announce_addresses_held(&mut self, now: Instant) {
         let (ranges, claims) = (self.ipam.ranges(), self.ipam.claims());
         let own = self.gossip.own();
@@ -186,13 +187,14 @@ impl Node {
             now,
         );
         if has_new_claims {
-            // A name leads where its address does.
+            // A container's name is announced only while its address leads to this node.
             self.announce_names(now);
         }
         self.pump_gossip(now).await;
     }
 
-    /// Whether there is an address for a container now. If not, sees to it that there will be one.
+    /// Tells whether an address for a container is available now. If not, starts to obtain address
+    /// space.
     pub(super) async fn prime(&mut self) -> Primed {
         match self.ipam.check_ready() {
             Ok(()) => Primed { ready: true, waiting_for: None },
@@ -207,7 +209,8 @@ impl Node {
         }
     }
 
-    /// Begins to take back the space of a node that is gone for good, or says how far that is.
+    /// Starts to reclaim the address space of a node that is gone for good, or reports the
+    /// progress.
     pub(super) async fn reclaim(
         &mut self,
         request: api::Reclaim,
@@ -229,7 +232,7 @@ impl Node {
 impl Daemon {
     /// Answers a request, now or later.
     pub(super) async fn begin(&mut self, request: api::Request, answer: Answer) {
-        // Who asked may have gone away; what was asked is done all the same.
+        // The requester may have disconnected. The request is carried out regardless.
         let reply = match request {
             api::Request::Attach(attach) => self.begin_attach(attach, answer).await,
             api::Request::Reset(reset) if self.node.is_some() => {
@@ -244,7 +247,7 @@ impl Daemon {
         self.settle().await;
     }
 
-    /// Answers those whose requests have ended.
+    /// Answers the requests that have completed.
     pub(super) async fn settle(&mut self) {
         while let Some(outcome) = self.node.as_mut().and_then(|node| node.outcomes.pop_front()) {
             match outcome {
@@ -256,8 +259,7 @@ impl Daemon {
                     };
                     let reply = match found {
                         Ok(address) if answer.is_closed() => {
-                            // The container need not be there any more, and nobody would learn the
-                            // address.
+                            // The container may be gone, and no requester would learn the address.
                             node.ipam.release(address, Instant::now());
                             continue;
                         }
@@ -271,7 +273,7 @@ impl Daemon {
                     let reply = match may {
                         Ok(()) => self.reset(reset, None).await.map(Reply::WasReset),
                         Err(error) => {
-                            // Its default network was removed before.
+                            // Its default network was removed earlier.
                             self.node.as_ref().map(Node::want_default_network);
                             Err(ApiError::refused(error))
                         }
@@ -359,7 +361,7 @@ impl Daemon {
         self.go_on_with_reset(reset, answer, Ok(())).await
     }
 
-    /// When the engine has been asked to remove the default network.
+    /// Continues a reset after the engine was asked to remove the default network.
     async fn go_on_with_reset(
         &mut self,
         reset: api::Reset,
@@ -369,7 +371,7 @@ impl Daemon {
         if reset.force {
             return Some((self.reset(reset, removed.err()).await.map(Reply::WasReset), answer));
         }
-        // The engine was asked, and meanwhile containers may have come.
+        // Containers may have been attached while the engine was asked.
         if let Err(error) = removed.map_err(ApiError::refused).and_then(|()| self.check_reset()) {
             self.node.as_ref().map(Node::want_default_network);
             return Some((Err(error), answer));
@@ -382,7 +384,7 @@ impl Daemon {
         None
     }
 
-    /// The answer waits until an engine that is there has the default network.
+    /// Launches the node. The answer waits until a running engine has the default network.
     async fn begin_launch(
         &mut self,
         launch: api::Launch,

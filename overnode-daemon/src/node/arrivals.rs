@@ -1,5 +1,5 @@
-//! Datagrams on UDP port 6784, before they wait for the node. A thread of its own judges each, so
-//! that a flood costs the node nothing but that thread's time.
+//! Filters datagrams on UDP port 6784 before they are queued for the node. A separate thread judges
+//! each one, so a flood costs only that thread's time.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,14 +16,14 @@ use crate::net::known::Known;
 use crate::net::udp::{Received, Reception, UdpSockets};
 use crate::types::NodeId;
 
-/// Datagrams that may wait from addresses where nodes are expected.
+/// Queue length for datagrams from addresses where nodes are expected.
 const HIGH: usize = 1024;
-/// Datagrams that may wait from anywhere else.
+/// Queue length for datagrams from other addresses.
 const LOW: usize = 64;
-/// Cookie replies that may wait for the node, which sends them through relays.
+/// Queue length for cookie replies that the node sends through relays.
 const REPLIES: usize = 64;
 
-/// What waits for the node.
+/// Datagrams queued for the node.
 pub(super) struct Arrivals {
     pub(super) high: mpsc::Receiver<Received>,
     pub(super) low: mpsc::Receiver<Received>,
@@ -33,7 +33,7 @@ pub(super) struct Arrivals {
 }
 
 impl Arrivals {
-    /// Starts to receive.
+    /// Starts receiving.
     pub(super) fn start(
         sockets: &UdpSockets,
         gate: Gate,
@@ -49,13 +49,13 @@ impl Arrivals {
         Ok(Self { high: high_end, low: low_end, replies: replies_end, counters, _reception })
     }
 
-    /// What was counted before it came here.
+    /// Returns the counters of datagrams that were judged by the gate.
     pub(super) fn counters(&self) -> Counters {
         *self.counters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The receiving thread's end.
+/// The sending ends of the queues, used by the receiving thread.
 struct Door {
     gate: Gate,
     own: NodeId,
@@ -66,7 +66,8 @@ struct Door {
 }
 
 impl Door {
-    /// Judges a datagram and puts it into its queue. Returns what is to be sent back at once.
+    /// Judges a datagram and queues it if it is admitted. Returns a reply to send back at once, if
+    /// any.
     fn take(&mut self, now: Instant, datagram: &Received<&[u8]>) -> Option<Vec<u8>> {
         if datagram.bytes.first() == Some(&TYPE_RELAY) {
             self.take_relayed(now, datagram);
@@ -81,7 +82,7 @@ impl Door {
         None
     }
 
-    /// Relays are nodes, so their addresses are known.
+    /// Judges a message with a relay header. Relays are nodes, so a relay's address must be known.
     fn take_relayed(&mut self, now: Instant, datagram: &Received<&[u8]>) {
         let relayed =
             Relay::split(datagram.bytes).filter(|(relay, _)| relay.destination == self.own.get());
@@ -94,7 +95,7 @@ impl Door {
         match self.gate.judge(now, from, message, || true) {
             Judgment::Admit(priority) => self.queue(datagram, priority),
             Judgment::Reply(bytes) => {
-                // One that finds no room is lost; its peer asks again.
+                // A reply that finds the queue full is lost. The peer retries.
                 let _ = self.replies.try_send(Transmit { to: from, peer: None, bytes });
             }
             Judgment::Drop(_) => {}

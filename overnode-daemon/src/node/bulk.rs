@@ -1,5 +1,5 @@
-//! The bulk path: starts its workers or takes over those of an earlier daemon, gives them peers and
-//! keys, and starts them anew when they end.
+//! Manages the bulk path: starts its workers or takes over those of an earlier daemon, gives them
+//! peers and keys, and restarts them when they end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -25,15 +25,15 @@ use crate::handshake::{
 use crate::store::Identity;
 use crate::types::{NodeId, PeerIndex, PublicKey, Secret};
 
-/// How long a process may take to say what it has.
+/// Time limit for a worker process to accept connections, and to report its state.
 const GREETING: Duration = Duration::from_secs(3);
-/// A process that has said nothing for so long is ended.
+/// A worker process that sends nothing for this long is killed.
 const SILENCE: Duration = Duration::from_secs(5);
 /// How long workers take to notice that their devices are gone.
 const STRAYS: Duration = Duration::from_millis(500);
-/// How long to wait before workers that ended are started anew, the first time and at most.
+/// Minimum and maximum pause before workers that ended are restarted.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
-/// Workers that lived so long were no failure to start.
+/// Minimum lifetime of workers after which their end is not treated as a failed start.
 const STEADY: Duration = Duration::from_secs(60);
 
 /// The bulk path of this node.
@@ -47,9 +47,9 @@ pub(super) struct Bulk {
     speeds: [u32; Cipher::ALL.len()],
     started: Instant,
     last_heard: Instant,
-    /// When to start workers again.
+    /// When to restart the workers.
     restart_at: Option<Instant>,
-    /// How long was waited before the last start.
+    /// Pause before the last restart.
     waited: Duration,
     peers: BTreeMap<PeerIndex, Configured>,
     reports: BTreeMap<PeerIndex, Goodput>,
@@ -58,7 +58,7 @@ pub(super) struct Bulk {
     pub(super) error: Option<String>,
 }
 
-/// A peer as the handshakes and the workers were told of it.
+/// A peer as configured in the handshakes and the workers.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Configured {
     public_key: PublicKey,
@@ -66,12 +66,12 @@ struct Configured {
     rtt_ms: Option<u32>,
 }
 
-/// What the workers said of a peer last, and how fast its data went by then.
+/// The last report of the workers about a peer, and the data rates up to it.
 #[derive(Clone, Copy)]
 struct Goodput {
     report: Report,
     at: Instant,
-    /// Inner bits a second sent and received.
+    /// Inner bits per second, sent and received.
     rates: (u64, u64),
 }
 
@@ -98,8 +98,8 @@ impl Bulk {
         }
     }
 
-    /// What the workers say next; `None` when they are gone. Never, while there are none.
-    /// Cancelling loses nothing.
+    /// Returns the next message of the workers, or `None` when they are gone. Waits forever while
+    /// there are no workers. Cancel-safe.
     pub(super) async fn next(&self) -> Option<FromWorkers> {
         match &self.link {
             Some(link) => link.next().await.ok().flatten(),
@@ -112,7 +112,7 @@ impl Bulk {
         self.restart_at.into_iter().chain(handshakes).min()
     }
 
-    /// What people are told of a peer's bulk path.
+    /// Returns the status of a peer's bulk path.
     pub(super) fn status(&self, peer: PeerIndex, now: Instant) -> Option<BulkStatus> {
         let Goodput { report, rates: (tx, rx), .. } = self.reports.get(&peer)?;
         let made = self.handshakes.peer(peer).and_then(|view| view.last_handshake);
@@ -130,7 +130,7 @@ impl Bulk {
         })
     }
 
-    /// What people are told of the workers.
+    /// Returns the status of the workers.
     pub(super) fn workers_status(&self) -> WorkersStatus {
         let speeds = Cipher::ALL.into_iter().zip(self.speeds).filter(|_| self.link.is_some());
         WorkersStatus {
@@ -150,7 +150,8 @@ impl Bulk {
     fn tell(&self, message: &ToWorkers) {
         let Some(link) = &self.link else { return };
         if let Err(error) = link.tell(message) {
-            // Gone is noticed elsewhere; one that does not listen would not know its keys.
+            // A closed connection is noticed elsewhere. Workers that do not read would miss their
+            // keys.
             if error.kind() == std::io::ErrorKind::WouldBlock {
                 tracing::warn!("the workers of the bulk path do not listen: they are started anew");
                 link.kill();
@@ -160,8 +161,8 @@ impl Bulk {
 }
 
 impl Node {
-    /// Takes over the workers of an earlier daemon, or starts some. Without, everything is left to
-    /// the programs: that is said once.
+    /// Takes over the workers of an earlier daemon, or starts new ones. Without workers, the eBPF
+    /// programs handle all packets. That is logged once.
     pub(super) async fn start_bulk(&mut self, now: Instant) {
         if self.bulk.mode == Mode::Off {
             self.stop_bulk().await;
@@ -205,7 +206,8 @@ impl Node {
         let is_same =
             version == VERSION && program == env!("CARGO_PKG_VERSION") && mode == self.bulk.mode;
         if !is_same || devices.len() != self.bulk.workers {
-            // What waits in them is still sent; flows go on with the programs meanwhile.
+            // The workers still send their queued packets. In the meantime, the eBPF programs carry
+            // the flows.
             link.stop().await;
             return false;
         }
@@ -258,7 +260,8 @@ impl Node {
 
     async fn start_workers(&mut self) -> Result<()> {
         if self.datapath.remove_stray_bulk_devices().await? {
-            // Workers that no socket leads to any more: without their devices they end.
+            // The devices belong to workers that no socket leads to any more. Without their
+            // devices, the workers exit.
             tokio::time::sleep(STRAYS).await;
         }
         let ports = Ports::bind(self.bulk.workers)?;
@@ -276,7 +279,7 @@ impl Node {
             devices,
             ports,
         )?;
-        // Whoever is this process's child must be waited for, whenever it ends.
+        // Reap the child process whenever it ends.
         std::thread::spawn(move || child.wait());
         let started = Instant::now();
         let link = loop {
@@ -304,7 +307,8 @@ impl Node {
         self.bulk.restart_at = Some(now + self.bulk.waited);
     }
 
-    /// Workers that end are started anew; meanwhile the programs hand them nothing.
+    /// Handles the end of the workers and schedules their restart. Until then, the eBPF programs
+    /// hand them nothing.
     fn lose_workers(&mut self, now: Instant) {
         self.bulk.link = None;
         self.datapath.bulk_maps().clear();
@@ -373,7 +377,7 @@ impl Node {
         self.bulk.reports.insert(index, Goodput { report, at: now, rates });
     }
 
-    /// Does what is due, once a second and when the handshakes say so.
+    /// Performs what is due. Called once a second and when the handshakes ask for it.
     pub(super) async fn handle_bulk_timeout(&mut self, now: Instant) {
         if self.bulk.restart_at.take_if(|at| *at <= now).is_some() {
             self.start_bulk(now).await;
@@ -384,8 +388,8 @@ impl Node {
         }
     }
 
-    /// Tells handshakes and workers which peers there are and where. To be called about once a
-    /// second.
+    /// Passes the peers and their endpoints to the handshakes and the workers. Call this about once
+    /// a second.
     pub(super) fn follow_bulk_peers(&mut self, now: Instant) {
         let Some(link) = &self.bulk.link else { return };
         if now > self.bulk.last_heard + SILENCE {
@@ -446,7 +450,7 @@ impl Node {
         }
     }
 
-    /// Carries out what the handshakes of the bulk path have decided.
+    /// Carries out the decisions of the bulk path's handshakes.
     pub(super) fn pump_bulk(&mut self, asked: Option<(SocketAddr, IpAddr)>) {
         let clock = Clock::now();
         while let Some(event) = self.bulk.handshakes.poll_event() {
@@ -458,7 +462,7 @@ impl Node {
                 Event::SendKeepalive { peer } => {
                     self.bulk.tell(&ToWorkers::Keepalive { peer: peer.0 })
                 }
-                // Workers follow each message that they authenticate.
+                // From then on, workers follow the source of each message that they authenticate.
                 Event::EndpointChanged { peer, endpoint } => {
                     let rtt_ms = self.bulk.peers.get(&peer).and_then(|peer| peer.rtt_ms);
                     self.bulk.tell(&ToWorkers::Peer {
@@ -478,7 +482,7 @@ impl Node {
         }
     }
 
-    /// The node leaves: its workers end.
+    /// Stops the workers, because the node leaves.
     pub(super) async fn stop_bulk(&mut self) {
         let link =
             self.bulk.link.take().or_else(|| Link::connect(&self.bulk.run_dir).ok().flatten());
@@ -489,7 +493,7 @@ impl Node {
     }
 }
 
-/// All that a process has, up to [`FromWorkers::Ready`].
+/// Receives the state and the sessions of a worker process, up to [`FromWorkers::Ready`].
 async fn collect(link: &Link) -> Option<(FromWorkers, Vec<FromWorkers>)> {
     let state = link.next().await.ok()??;
     let mut sessions = Vec::new();

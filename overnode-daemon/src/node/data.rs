@@ -1,5 +1,5 @@
-//! The data plane's peers: what gossip says becomes peers and routes, what the handshakes decide
-//! becomes sessions.
+//! Manages the peers of the data plane: turns gossip into peers and routes, and the results of
+//! handshakes into sessions.
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -19,26 +19,26 @@ use crate::net::udp::Received;
 use crate::routing::Conflict;
 use crate::types::{NodeId, PeerIndex, PublicKey, Secret};
 
-/// How much longer than the node with the lower ID the other one waits before it initiates.
+/// How much longer the node with the higher ID waits before it initiates than the node with the
+/// lower ID.
 const SECOND: Duration = Duration::from_millis(1500);
-/// An address of a node that does not answer a handshake within this time is given up for the next
-/// one.
+/// How long a handshake is tried at one address of a node before the next address is tried.
 const PATIENCE: Duration = Duration::from_secs(7);
-/// Most addresses that are tried of one peer: a record's, and where it was heard.
+/// Maximum number of addresses tried per peer: those of its record and those that it was heard at.
 const MAX_CANDIDATES: usize = 32;
 
-/// A peer as the data plane was told of it.
+/// A peer as configured in the data plane.
 pub(super) struct DataPeer {
     pub(super) public_key: PublicKey,
-    /// Where it may be, best first; one for a peer that is no node.
+    /// Addresses where the peer may be, best first. At most one for a peer that is not a node.
     candidates: Vec<SocketAddr>,
-    /// Which of them is tried.
+    /// Index of the candidate in use.
     candidate: usize,
-    /// True if the candidate is not tried yet.
+    /// Whether the candidate was chosen but has not been tried yet.
     is_chosen: bool,
     tried_since: Instant,
     pub(super) routes: Vec<IpNet>,
-    /// What the maps said last.
+    /// State from the last read of the maps.
     pub(super) state: Option<PeerState>,
     pub(super) last_error: Option<(String, Instant)>,
 }
@@ -48,7 +48,7 @@ impl DataPeer {
         self.candidates.get(self.candidate).copied()
     }
 
-    /// Makes this the candidate, also if it is none yet.
+    /// Makes `place` the candidate, adding it if it is not in the list.
     fn prefer(&mut self, place: SocketAddr) {
         self.candidate = self.candidates.iter().position(|it| *it == place).unwrap_or_else(|| {
             self.candidates.insert(0, place);
@@ -58,7 +58,7 @@ impl DataPeer {
         self.is_chosen = true;
     }
 
-    /// True if the sealing session can be used.
+    /// Whether there is a sealing session that has not expired.
     pub(super) fn has_session(&self, now: Instant) -> bool {
         self.state.as_ref().is_some_and(|state| {
             state.sessions.iter().any(|session| session.sealing && session.expires > now)
@@ -66,24 +66,25 @@ impl DataPeer {
     }
 }
 
-/// What a peer is to be in the data plane.
+/// The wanted configuration of a peer in the data plane.
 pub(super) struct Wanted {
     pub(super) public_key: PublicKey,
     pub(super) preshared_key: Secret,
     pub(super) candidates: Vec<SocketAddr>,
     pub(super) initiate: Initiate,
     pub(super) persistent_keepalive: Option<Duration>,
-    /// `None` for a node, whose routes are decided with those of all others.
+    /// `None` for a node, whose routes are decided together with those of all other nodes.
     pub(super) routes: Option<Vec<IpNet>>,
 }
 
 impl Node {
-    /// Takes over what an earlier daemon left in the maps, then configures all peers that the store
-    /// knows.
+    /// Takes over peers and sessions that an earlier daemon left in the maps, then configures all
+    /// peers in the store.
     pub(super) async fn adopt(&mut self, now: Instant) -> anyhow::Result<()> {
         let pinned = self.datapath.peers()?;
-        // A peer with a session may have moved since it said where it is: that it has one must be
-        // known before it is configured, or what is under way to it would be diverted.
+        // A peer with a session may have roamed since it announced its address. The session must be
+        // known before the peer is configured, or packets to the peer would be redirected to the
+        // announced address.
         for state in &pinned {
             let peer = DataPeer {
                 public_key: state.public_key,
@@ -104,7 +105,7 @@ impl Node {
         for record in records.iter().filter(|record| !record.left) {
             self.dialer.learn(record.id, record.addresses.clone(), now);
             known.insert(record.id.peer_index());
-            // One that cannot be configured must not keep the node from the others.
+            // A node that cannot be configured must not prevent the configuration of the others.
             if let Err(error) = self.configure_peer(record, now).await {
                 tracing::warn!("node {} cannot be given to the data plane: {error:#}", record.id);
             }
@@ -125,7 +126,7 @@ impl Node {
                 continue;
             }
             if self.peers.get(&state.index).is_none_or(|peer| peer.public_key != state.public_key) {
-                // Its sessions went when it was configured.
+                // Its sessions were removed when it was configured.
                 continue;
             }
             for session in state.sessions {
@@ -147,8 +148,8 @@ impl Node {
         Ok(())
     }
 
-    /// Gives a node's record to the data plane, unless its space was taken back and it has not come
-    /// back since.
+    /// Configures a node in the data plane from its record, unless its address space was reclaimed
+    /// and it has not returned since.
     pub(super) async fn configure_peer(
         &mut self,
         record: &Record,
@@ -172,7 +173,7 @@ impl Node {
         self.configure(record.id.peer_index(), wanted, now).await
     }
 
-    /// Which of two nodes begins the handshakes between them.
+    /// Decides which of two nodes initiates the handshakes between them.
     pub(super) fn initiative(&self, other: NodeId) -> Initiate {
         if self.identity.id < other { Initiate::AtOnce } else { Initiate::After(SECOND) }
     }
@@ -185,8 +186,8 @@ impl Node {
     ) -> anyhow::Result<()> {
         let before = self.peers.remove(&index);
         if before.as_ref().is_some_and(|before| before.public_key != wanted.public_key) {
-            // A node that was reset and launched again has another key: nothing of the old one may
-            // stay.
+            // A node that was reset and launched again has another key. Nothing of the old one may
+            // remain.
             self.handshakes.remove_peer(index, now);
             self.pump_handshakes(now, None).await;
             self.datapath.remove_peer(index)?;
@@ -210,7 +211,8 @@ impl Node {
             state: before.as_ref().and_then(|before| before.state.clone()),
             last_error: before.as_ref().and_then(|before| before.last_error.clone()),
         };
-        // A peer with a session is where its packets come from, whatever anyone says.
+        // The endpoint of a peer with a session is the source of its packets, regardless of any
+        // announcement.
         let endpoint = peer.endpoint().filter(|_| !peer.has_session(now));
         if endpoint.is_some() && endpoint != kept {
             peer.tried_since = now;
@@ -222,7 +224,7 @@ impl Node {
             initiate: wanted.initiate,
             persistent_keepalive: wanted.persistent_keepalive,
         };
-        // What fails is tried again, and costs the peer nothing else.
+        // A failed step is retried later and does not prevent the others.
         let path = self.datapath.set_peer(index, &peer.public_key, endpoint).await;
         let routes =
             wanted.routes.map_or(Ok(()), |routes| self.datapath.set_routes(index, &routes));
@@ -259,15 +261,16 @@ impl Node {
         };
         self.handshakes.handle_datagram(now, from, message);
         if authenticated(self) != before {
-            // Packets of a peer come in here: from now on the programs have to see them.
+            // Packets of this peer arrive on this interface, so the eBPF programs must be attached
+            // to it.
             self.datapath.try_underlay(datagram.ifindex).await;
         }
         self.pump_handshakes(now, Some((datagram.from, datagram.to))).await;
     }
 
-    /// Carries out what the handshakes have decided. An answer to a datagram, of which `asked`
-    /// tells whence and whereto it came, goes out from the address that was asked: a firewall on
-    /// the way takes it from no other.
+    /// Carries out the decisions of the handshakes. `asked` holds the source and destination
+    /// address of the datagram that is answered. The answer is sent from that destination address,
+    /// because a firewall on the path accepts no other source.
     pub(super) async fn pump_handshakes(
         &mut self,
         now: Instant,
@@ -293,8 +296,8 @@ impl Node {
     async fn handle_handshake(&mut self, event: Event, now: Instant) -> anyhow::Result<()> {
         match event {
             Event::Install { peer, session } => {
-                // A daemon that does not know a peer, or knows another key of it, ends its
-                // sessions: whose this is must be on disk.
+                // After a restart, a daemon ends the sessions of a peer that it does not know or
+                // whose key differs. So the peer's record must be on disk first.
                 if let Some(id) = peer.node().filter(|id| self.unsaved.contains(id)) {
                     self.save_peers(Some(id));
                 }
@@ -308,7 +311,7 @@ impl Node {
                 self.datapath.withdraw_session(peer, local_index)?
             }
             Event::SendKeepalive { peer } => self.datapath.keepalive(peer).await?,
-            // Where a node is cannot be learnt from what came through another.
+            // A relayed message does not reveal its sender's address.
             Event::EndpointChanged { endpoint, .. } if stood_for(endpoint).is_some() => {}
             Event::EndpointChanged { peer, endpoint } => {
                 let Some(known) = self.peers.get_mut(&peer) else { return Ok(()) };
@@ -327,7 +330,7 @@ impl Node {
         Ok(())
     }
 
-    /// What the programs saw goes to the handshakes.
+    /// Passes the observations of the eBPF programs to the handshakes.
     pub(super) fn read_maps(&mut self, now: Instant) {
         let states = match self.datapath.peers() {
             Ok(states) => states,
@@ -358,7 +361,7 @@ impl Node {
         self.paths_changed = true;
     }
 
-    /// Peers that do not answer are tried at the next of their addresses.
+    /// Tries the next address of peers that do not answer.
     pub(super) async fn try_elsewhere(&mut self, now: Instant) {
         let mut moved = Vec::new();
         for (&index, peer) in &mut self.peers {
@@ -377,15 +380,15 @@ impl Node {
         }
         for (index, public_key, endpoint) in moved {
             self.handshakes.set_endpoint(index, endpoint);
-            // The handshakes follow the endpoint in the maps, and so do the messages of the session
-            // to come.
+            // The handshakes follow the endpoint in the maps, and the messages of the coming
+            // session are sent there.
             if let Err(error) = self.datapath.set_peer(index, &public_key, Some(endpoint)).await {
                 tracing::warn!("peer {index} cannot be tried at {endpoint}: {error:#}");
             }
         }
     }
 
-    /// Tells those who receive where nodes are expected.
+    /// Publishes the addresses where nodes are expected, for the receivers of traffic.
     pub(super) fn refresh_known(&self) {
         let mut addresses: HashSet<IpAddr> =
             self.streams.values().map(|stream| stream.remote.ip()).collect();
@@ -397,8 +400,8 @@ impl Node {
         self.known.set(addresses);
     }
 
-    /// A node was just spoken with at this address: if there is no session with it, that is where
-    /// to try, and now.
+    /// Handles a new control connection with a node at this address. If there is no session with
+    /// the node, tries to establish one at this address now.
     pub(super) fn heard_at(&mut self, index: PeerIndex, ip: IpAddr, now: Instant) {
         let place = SocketAddr::new(ip, DATA_PORT);
         match self.peers.get_mut(&index) {
@@ -417,7 +420,7 @@ impl Node {
             match self.reachable.get(&id) {
                 Some((known, _)) if *known == reachable => {}
                 before => {
-                    // That a node has come, or has left for good, is told elsewhere.
+                    // The arrival of a node and its departure for good are reported elsewhere.
                     if before.is_some() && self.peers.contains_key(&id.peer_index()) {
                         self.tell(|node| {
                             let peer = node.who(id.peer_index());
@@ -434,7 +437,8 @@ impl Node {
         }
     }
 
-    /// Where a node may be, best first: where its control connection is, then where it says it is.
+    /// Returns the addresses where a node may be, best first: the remote address of its control
+    /// connection, then its announced addresses.
     fn candidates(&self, record: &Record) -> Vec<SocketAddr> {
         let connected = self.stream_to(record.id).map(|stream| stream.remote.ip());
         let mut candidates: Vec<SocketAddr> = Vec::new();
@@ -447,10 +451,10 @@ impl Node {
         candidates
     }
 
-    /// What else routes depend on, besides the records. Nothing of it is urgent.
+    /// Updates the inputs of the routing other than the records. None of them is urgent.
     pub(super) fn tell_routing_of_paths(&mut self, now: Instant) {
-        // Static addresses in use here lead here, also one that this node does not announce because
-        // another node keeps it.
+        // Static addresses in use here are routed here. This includes addresses that this node does
+        // not announce because another node keeps them.
         let range = self.identity.network.range;
         let in_use: Vec<IpAddr> = self
             .ipam
@@ -464,8 +468,8 @@ impl Node {
         self.routing.set_reachable(self.gossip.paths().keys(), now);
     }
 
-    /// Lets the data plane follow what the nodes announce, as far as it is theirs, and tells of
-    /// what it is not.
+    /// Applies the routes that nodes announce to the data plane, as far as the addresses belong to
+    /// them. Removes nodes whose address space was reclaimed.
     pub(super) fn follow_routes(&mut self, now: Instant) {
         if !self.routing.update(now) {
             return;
@@ -490,7 +494,7 @@ impl Node {
         }
     }
 
-    /// Addresses that two nodes announce, in words.
+    /// Describes a conflict of addresses that two nodes announce.
     pub(super) fn conflict(&self, conflict: &Conflict) -> String {
         let name = |id: NodeId| match self.gossip.record(id) {
             Some(record) => format!("node {id} ({})", record.nickname),
@@ -516,7 +520,7 @@ impl Node {
     }
 }
 
-/// False for what is no address of another host, whoever says so.
+/// Whether `ip` can be the address of another host.
 fn is_of_a_host(ip: IpAddr) -> bool {
     let is_broadcast = ip == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
     !(ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || is_broadcast)

@@ -1,4 +1,5 @@
-//! Names: which ones this node has and tells, which ones count, and the server that containers ask.
+//! Manages names: which names this node announces, which nodes' names are served, and the DNS
+//! server for containers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -20,28 +21,28 @@ use crate::path::route::Route;
 use crate::store::Identity;
 use crate::types::NodeId;
 
-/// A node that comes back is given this time to say what has changed.
+/// How long a node must have been reachable before its names are served, so that changes of its
+/// names can arrive.
 const STEADY: Duration = Duration::from_millis(900);
-/// Most addresses in one request.
+/// Maximum number of addresses in one request.
 const MAX_ADDRESSES: usize = 64;
 
-/// The names, and the server if there is one.
+/// The names, and the DNS server if there is one.
 pub(super) struct Dns {
     domains: Vec<Domain>,
     address: IpAddr,
     wanted: bool,
     service: Arc<Service>,
-    /// Nodes that packets get to, and since when.
+    /// Nodes that packets can reach, and since when.
     present: BTreeMap<NodeId, Instant>,
     place: Option<Place>,
-    /// Why there is none, though one is wanted.
+    /// Why there is no server although one is wanted.
     trouble: Option<String>,
-    /// Why the others do not hear of all names.
+    /// Why not all names are announced to the other nodes.
     too_many: Option<String>,
 }
 
-/// Where containers find the server: a network namespace of its own, plugged in at the node's
-/// address.
+/// The DNS server and its network namespace, which is attached at the node's address.
 struct Place {
     server: Server,
     netns: OwnNetns,
@@ -69,12 +70,12 @@ impl Dns {
         }
     }
 
-    /// What a node says of its names.
+    /// Learns the names that a node announces.
     pub(super) fn learn(&self, record: &Record) {
         self.service.directory().zone_mut().set_names(record.id, &record.names);
     }
 
-    /// What the data plane must not take for something that belongs to nobody.
+    /// Returns the server's endpoint, so that the data plane does not remove it as unknown.
     pub(super) fn endpoint(&self) -> Option<KnownEndpoint> {
         self.place.as_ref().map(|place| KnownEndpoint {
             address: self.address,
@@ -83,7 +84,7 @@ impl Dns {
         })
     }
 
-    /// What is wrong.
+    /// Returns the current problems.
     pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
         self.trouble.iter().chain(&self.too_many)
     }
@@ -94,7 +95,7 @@ impl Dns {
         })
     }
 
-    /// With the domain.
+    /// Appends the domain to a name.
     fn full(&self, name: &str) -> String {
         let domain = self.domains.first().map_or(dns::DEFAULT_DOMAIN, Domain::as_str);
         format!("{name}.{domain}")
@@ -102,18 +103,18 @@ impl Dns {
 }
 
 impl Node {
-    /// Takes up what is known at the start.
+    /// Loads the names that are known at the start.
     pub(super) fn adopt_names(&mut self, now: Instant) {
         for record in self.gossip.records() {
             self.dns.learn(record);
         }
         self.announce_names(now);
-        // What is not published yet is known here.
+        // The own record may not be published yet, but its names are known here.
         self.dns.learn(self.gossip.own());
         self.tell_dns_of_paths(now);
     }
 
-    /// Starts the server, unless it is there.
+    /// Starts the server unless it is running.
     pub(super) async fn keep_dns(&mut self) {
         let interface = datapath::host_interface(self.dns.address);
         let is_whole =
@@ -138,8 +139,8 @@ impl Node {
         }
     }
 
-    /// Before the daemon ends by itself: what would vanish soon after it must not be in the way of
-    /// the next one.
+    /// Removes the server before an orderly exit. Otherwise its namespace would disappear only
+    /// after the daemon and could get in the way of the next one.
     pub(super) async fn stop_dns(&mut self) {
         if self.dns.place.take().is_some()
             && let Err(error) =
@@ -172,7 +173,7 @@ impl Node {
         Ok(Server::start(self.dns.service.clone(), sockets, self.identity.network.subnet)?)
     }
 
-    /// Tells the others, and the own server, which names this node has.
+    /// Announces this node's names to the other nodes and to the local server.
     pub(super) fn announce_names(&mut self, now: Instant) {
         let names = match self.own_names() {
             Ok(names) => names,
@@ -194,12 +195,12 @@ impl Node {
         self.dns.learn(self.gossip.own());
     }
 
-    /// Those of its containers, and those that were added.
+    /// Returns the names of this node's containers and the names that were added.
     fn own_names(&self) -> Result<Vec<Named>, ApiError> {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         let of_container = |it: &crate::store::Attachment| {
             let name = name::relative(it.name.as_deref()?, &self.dns.domains).ok()?;
-            // Where another node keeps the address, the name would lead to a stranger.
+            // If another node keeps the address, the name would lead to a stranger.
             if self.ipam.keeper(it.address).is_some() {
                 return None;
             }
@@ -210,8 +211,9 @@ impl Node {
         Ok(names.into_iter().collect())
     }
 
-    /// Names of nodes count that packets get to, once it is sure that they still say the same: what
-    /// was removed during a separation must not be seen again, not even until the news arrives.
+    /// Serves the names of a node while packets can reach the node and its names have been
+    /// confirmed since then. A name that was removed during a partition must not reappear, not even
+    /// until the news arrives.
     pub(super) fn tell_dns_of_paths(&mut self, now: Instant) {
         let has_way = |id: &NodeId| !matches!(self.ways.route(*id), Some((Route::Unreachable, _)));
         let here = self.gossip.paths().keys().copied().filter(has_way);
@@ -223,8 +225,8 @@ impl Node {
             .filter(|it| self.dialer.connection(it.peer) == Some(it.connection));
         let in_step: BTreeMap<NodeId, Option<Instant>> =
             in_use.map(|it| (it.peer, it.in_step)).collect();
-        // A neighbour's news come before its answer to a ping; those of others come with the news
-        // of their links.
+        // A neighbor's news precedes its answer to a ping. The news of other nodes comes with the
+        // news of their connections.
         let has_told = |id: &NodeId, since: Instant| {
             in_step.get(id).is_none_or(|last| last.is_some_and(|last| last >= since))
         };
@@ -345,7 +347,7 @@ fn bytes<'a>(names: impl IntoIterator<Item = &'a Named>) -> usize {
     names.into_iter().map(Named::size).sum()
 }
 
-/// Only what another host or container can have.
+/// Checks that another host or container can have these addresses.
 fn check_addresses(addresses: &[IpAddr]) -> Result<(), ApiError> {
     if addresses.len() > MAX_ADDRESSES {
         return Err(ApiError::usage(format_args!(

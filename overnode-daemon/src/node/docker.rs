@@ -1,5 +1,5 @@
-//! A Docker engine's networks: carries out what [`crate::docker::plan`] decides, with the node's
-//! addresses and its data plane.
+//! Manages a Docker engine's networks: carries out the decisions of [`crate::docker::plan`] with
+//! the node's addresses and its data plane.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -22,34 +22,34 @@ use crate::ipam::{Ipam, IpamError, RequestId};
 use crate::store::{Attachment, Identity, Kind, Store};
 use crate::types::NodeId;
 
-/// Requests that may wait for an address at the same time.
+/// Maximum number of requests that wait for an address at the same time.
 const MAX_WAITING: usize = 4096;
 
 type Answer = oneshot::Sender<Result<Response, Refusal>>;
 
-/// The node's side of an engine.
+/// The node's state for a Docker engine.
 pub(super) struct DockerSide {
     service: Service,
     plan: Docker,
-    /// Who waits for an address.
+    /// Requests that wait for an address.
     waiting: BTreeMap<RequestId, Waiter>,
     /// Why the plugin's socket cannot be served.
     trouble: Option<String>,
-    /// Why the engine does not make the default network.
+    /// Why the engine refuses to create the default network.
     refused: Option<String>,
 }
 
 /// A request for an address.
 struct Waiter {
-    /// It asks for this one address.
+    /// Whether it asks for one particular address.
     fixed: bool,
-    /// What the address is for.
+    /// Name of the container, if the engine sent it.
     name: Option<String>,
     answer: Answer,
 }
 
 impl DockerSide {
-    /// Starts to serve the engine; it need not be there.
+    /// Starts serving the engine, which need not be running.
     pub(super) fn start(
         places: &Places,
         store: &Store,
@@ -76,20 +76,21 @@ impl DockerSide {
         Ok((Self { service, plan, waiting, trouble: None, refused: None }, incoming))
     }
 
-    /// What needs a person now.
+    /// Returns the current problems that need an operator.
     pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
         self.trouble.iter().chain(&self.refused)
     }
 }
 
 impl Node {
-    /// Has the default network made, if an engine is served. False if none is.
+    /// Requests the default network from the engine. Returns false if no engine is served.
     pub(super) fn want_default_network(&self) -> bool {
         let subnet = self.identity.network.subnet;
         self.order(Order::CreateDefault(subnet))
     }
 
-    /// Has the default network removed, if an engine is served. False if none is.
+    /// Requests the removal of the default network from the engine. Returns false if no engine is
+    /// served.
     pub(super) fn remove_default_network(&self, force: bool) -> bool {
         self.order(Order::RemoveDefault { force })
     }
@@ -100,7 +101,7 @@ impl Node {
         true
     }
 
-    /// Takes what comes from the engine.
+    /// Handles an event from the engine.
     pub(super) async fn handle_docker(&mut self, event: Event, now: Instant) {
         match event {
             Event::Call((request, answer)) => self.call(request, answer, now).await,
@@ -160,7 +161,7 @@ impl Node {
         }
     }
 
-    /// Has the engine asked for names that are not known yet.
+    /// Asks the engine for names that are not known yet.
     fn look(&self, again: bool) {
         if let Some(docker) = &self.docker
             && docker.plan.has_unnamed()
@@ -169,7 +170,8 @@ impl Node {
         }
     }
 
-    /// Which container it is that people know by another name when this is done.
+    /// Returns the container whose name or target `step` changes, if the container has a name
+    /// afterwards.
     fn newly_named(&self, step: &Step) -> Option<Container> {
         let Step::Keep(record, _) = step else { return None };
         let known = self.docker.as_ref()?.plan.records().find(|it| it.address == record.address)?;
@@ -189,7 +191,8 @@ impl Node {
         if let Err(refusal) = &done {
             tracing::info!("refused to the Docker engine: {refusal}");
         }
-        // An engine that was killed asks no more; what it asked for is told by its successor.
+        // An engine that was killed no longer awaits the answer. The report of the restarted engine
+        // tells what became of the request.
         let _ = answer.send(done);
         self.look(false);
     }
@@ -217,7 +220,7 @@ impl Node {
         self.pump(now).await;
     }
 
-    /// The outcome of a request that nobody else waits for.
+    /// Handles the outcome of an address request that no `attach` waits for.
     pub(super) async fn found_for_docker(
         &mut self,
         request: RequestId,
@@ -254,8 +257,8 @@ impl Node {
         };
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (record, response) = docker.plan.held(address, fixed, name, since);
-        // On disk before it is answered: a crash from here on leaves an address too many in use,
-        // never one twice.
+        // Write to disk before answering. A crash after this point can leave an unused address
+        // reserved, but never gives an address twice.
         if let Err(why) = self.store.add_attachment(&record) {
             self.ipam.release(address, now);
             return Err(Refusal::new(why));
@@ -307,9 +310,9 @@ impl Node {
         }
     }
 
-    /// Guards the containers whose namespaces have come to be: an engine joins an endpoint before
-    /// it makes the namespace. An engine in another mount namespace has them at paths that lead
-    /// nowhere here.
+    /// Installs the rules against other gateways in containers whose network namespaces have
+    /// appeared. An engine joins an endpoint before it creates the namespace. An engine in another
+    /// mount namespace has namespaces at paths that do not exist here.
     pub(super) async fn settle_sandboxes(&mut self, now: Instant) {
         let Some(docker) = &self.docker else { return };
         let unsettled: Vec<Attachment> = docker.plan.unsettled().cloned().collect();
@@ -330,7 +333,8 @@ impl Node {
         }
     }
 
-    /// A container that leaves the network while it runs has its other routes back.
+    /// Removes the rules against other gateways, so that a running container that leaves the
+    /// network can use its other routes again.
     async fn unguard(&mut self, address: IpAddr) {
         let sandbox =
             self.docker.as_ref().and_then(|docker| docker.plan.sandbox(address)).map(str::to_owned);
@@ -354,7 +358,8 @@ impl Node {
         unplugged.map_err(|why| Refusal::new(format_args!("{address} was not unplugged: {why:#}")))
     }
 
-    /// Makes the interface anew: the engine may ask again when it did not hear the answer.
+    /// Creates the interface, replacing an existing one. The engine may repeat the request if it
+    /// missed the answer.
     async fn plug_for_docker(&mut self, record: Attachment, now: Instant) -> Result<(), Refusal> {
         self.unplug(record.address).await?;
         let plan = datapath::Attachment {
@@ -374,7 +379,7 @@ impl Node {
     }
 }
 
-/// Whether an interface belongs to what is on disk.
+/// Whether an attachment on disk should have an interface.
 pub(super) fn is_plugged(attachment: &Attachment) -> bool {
     match attachment.kind {
         Kind::Docker => attachment.engine.as_ref().is_some_and(|engine| engine.joined),

@@ -1,4 +1,4 @@
-//! `attach`, `detach`, and containers that go away by themselves.
+//! Handles `attach` and `detach`, and containers that disappear on their own.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::datapath::{self, KnownEndpoint, NetnsRef, Place};
 use crate::fault;
 use crate::store::{Attachment, Kind, StoreError};
 
-/// Where the container runs; none: it is the host.
+/// Returns the network namespace of the container, or `None` for the host.
 fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
     if request.target == Target::Host {
         return Ok(None);
@@ -30,7 +30,8 @@ fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
 }
 
 impl Node {
-    /// The host is exposed once, however often that is asked for.
+    /// Returns the existing attachment if the host is already exposed as requested. Returns `None`
+    /// if the request is not for the host or the host is not exposed.
     pub(super) fn exposed(&self, request: &api::Attach) -> Result<Option<api::Attached>, ApiError> {
         if request.target != Target::Host {
             return Ok(None);
@@ -58,7 +59,7 @@ impl Node {
         }
     }
 
-    /// Refuses what cannot be attached whatever address it gets.
+    /// Refuses requests that no address could satisfy.
     pub(super) fn check_attach(&self, request: &api::Attach) -> Result<(), ApiError> {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         let known = attachments.iter().find(|known| known.target == request.target.to_string());
@@ -88,8 +89,8 @@ impl Node {
         Ok(())
     }
 
-    /// A runtime whose host was switched off asks anew, without having deleted what was there
-    /// before.
+    /// Removes the stale attachment of a container, for CNI requests only. A runtime whose host was
+    /// switched off requests the attachment again without having deleted the previous one.
     pub(super) async fn displace(&mut self, request: &api::Attach) -> Result<(), ApiError> {
         if request.cni.is_none() {
             return Ok(());
@@ -109,14 +110,14 @@ impl Node {
         self.remove(&known).await
     }
 
-    /// Plugs a container in at an address that was found for it.
+    /// Attaches a container at an address that was allocated for it.
     pub(super) async fn attach_at(
         &mut self,
         request: api::Attach,
         address: IpAddr,
     ) -> Result<api::Attached, ApiError> {
         let attached = self.plug(request, address).await;
-        // What is on disk stays taken: after a restart it would be.
+        // An address on disk stays reserved, as it would after a restart.
         let is_free =
             || self.store.attachments().is_ok_and(|all| all.iter().all(|it| it.address != address));
         if attached.is_err() && is_free() {
@@ -130,7 +131,7 @@ impl Node {
         request: api::Attach,
         address: IpAddr,
     ) -> Result<api::Attached, ApiError> {
-        // Time has passed since the address was asked for.
+        // Check again, because time has passed since the address was requested.
         self.check_attach(&request)?;
         let now = Instant::now();
         let netns = netns_of(&request)?;
@@ -166,8 +167,8 @@ impl Node {
             host_interface: datapath::host_interface(address),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
-        // On disk before anything uses it: a crash from here on leaves an address too many in use,
-        // never one twice.
+        // Write to disk before anything uses the address. A crash after this point can leave an
+        // unused address reserved, but never gives an address twice.
         self.store.add_attachment(&attachment).map_err(ApiError::failed)?;
         fault::step("attachment");
         let mut plan = match netns.clone() {
@@ -184,8 +185,8 @@ impl Node {
         if let (Some(_), Some(netns), Ok(_)) = (&cni, &netns, &plugged)
             && let Err(why) = self.datapath.guard(netns).await
         {
-            // Another plugin may give the container a way out, which what is for containers must
-            // not take.
+            // Another plugin may give the container another gateway. Packets for containers must
+            // not take it, so an attachment without the rules is undone.
             if let Err(left) = self.datapath.detach(&plan.host_interface).await {
                 tracing::warn!("{} stays until later: {left:#}", plan.host_interface);
             }
@@ -281,7 +282,7 @@ impl Node {
         })
     }
 
-    /// Removes what belongs to nobody, and gives back the addresses of containers that are gone.
+    /// Removes interfaces without an owner, and releases the addresses of containers that are gone.
     pub(super) async fn reconcile(&mut self, now: Instant) -> anyhow::Result<()> {
         let attachments = self.store.attachments()?;
         let mut known: Vec<KnownEndpoint> = attachments
@@ -300,13 +301,13 @@ impl Node {
             else {
                 continue;
             };
-            // A runtime's plugin deletes an interface by itself while no daemon runs.
+            // A runtime's plugin deletes an interface itself while no daemon runs.
             let may_return = lost.netns_exists && attachment.kind != Kind::Cni;
             if may_return && self.plug_in_again(attachment).await {
                 continue;
             }
             if matches!(attachment.kind, Kind::Docker | Kind::Host) {
-                // Its engine, or `hide`, says when the address is needed no more.
+                // The engine, or `hide`, tells when the address is no longer needed.
                 tracing::debug!("the interface of {} is gone", attachment.address);
                 continue;
             }
@@ -325,8 +326,9 @@ impl Node {
         Ok(())
     }
 
-    /// An interface can be lost without its container: when the node's host interfaces were deleted
-    /// by hand, or with a reset that was cut short. True if it is back.
+    /// Restores an interface that was lost although its container exists. This happens when the
+    /// node's host interfaces were deleted by hand or by an interrupted reset. Returns true if the
+    /// interface is back.
     async fn plug_in_again(&mut self, attachment: &Attachment) -> bool {
         let plan = if attachment.kind == Kind::Host {
             datapath::Attachment::host(attachment.address)
@@ -349,7 +351,7 @@ impl Node {
         }
     }
 
-    /// The static address that is asked for, if one is.
+    /// Returns the static address that was requested, if any.
     pub(super) fn wanted_address(&self, request: &api::Attach) -> Result<Option<IpAddr>, ApiError> {
         let Some(mut address) = request.address else { return Ok(None) };
         if request.cni.is_some() && address.prefix_len() == address.max_prefix_len() {
@@ -372,12 +374,12 @@ impl Node {
         Ok(Some(address.addr()))
     }
 
-    /// To be called when nothing uses the address any more. It stays taken if the disk cannot be
-    /// written: after a restart it would be.
+    /// Releases an address. Call this when nothing uses it any more. The address stays reserved if
+    /// the disk cannot be written, as it would after a restart.
     pub(super) fn give_back(&mut self, address: IpAddr) -> Result<(), StoreError> {
         self.store.remove_attachment(address)?;
         self.ipam.release(address, Instant::now());
-        // While it was in use here, nothing led to another node that has it.
+        // While the address was in use here, it was not routed to another node that claims it.
         let has_it = self.gossip.records().filter(|record| record.claims.contains(&address));
         self.rerouted.extend(has_it.map(|record| record.id).filter(|id| *id != self.identity.id));
         Ok(())
@@ -394,7 +396,7 @@ impl Node {
     }
 }
 
-/// As it was attached; the text was checked then.
+/// Returns the target as it was given to `attach`, where its text was checked.
 pub(super) fn target_of(attachment: &Attachment) -> Target {
     attachment
         .target

@@ -1,4 +1,4 @@
-//! WireGuard peers that are no nodes of the cluster.
+//! Manages WireGuard peers that are not nodes of the cluster.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::handshake::Initiate;
 use crate::store::ExternalPeer;
 use crate::types::{PeerIndex, Secret};
 
-/// A configured one.
+/// A configured WireGuard peer that is not a node.
 pub(super) type External = ExternalPeer;
 
 impl Node {
@@ -126,8 +126,8 @@ impl Node {
             .find(|index| !self.externals.contains_key(index))
     }
 
-    /// Addresses may be outside the subnet (then only this host's containers reach them), but must
-    /// not be anybody else's.
+    /// Checks the allowed addresses. They may be outside the subnet, in which case only this host's
+    /// containers reach them, but they must not belong to another owner.
     fn check_allowed(&self, request: &AddExternalPeer) -> Result<(), ApiError> {
         if request.allowed_ips.is_empty() {
             return Err(ApiError::usage(

@@ -1,6 +1,6 @@
-//! What needs an operator, told by `status`, metrics and `monitor`. It is computed from what is the
-//! case at each look, so it ends when its cause ends; the few causes that nothing else remembers
-//! are kept here, each with its end.
+//! Collects problems that need an operator, for `status`, metrics and `monitor`. Problems are
+//! recomputed at each look, so each one ends with its cause. The few causes that no other part
+//! remembers are kept here, each with its end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -14,24 +14,24 @@ use crate::ipam::IpamError;
 use crate::routing::Conflict;
 use crate::types::NodeId;
 
-/// Of two hosts with one ID, the one that is refused tries again several times in this time.
+/// How long an ID clash is remembered. The host that is refused retries several times within it.
 const TWINS: Duration = Duration::from_secs(180);
-/// IDs that are remembered to be used twice: anybody can claim any.
+/// Maximum number of ID clashes remembered. Any host can claim any ID.
 const MAX_TWINS: usize = 32;
 
-/// Causes that nothing else remembers.
+/// Causes that no other part remembers.
 #[derive(Debug, Default)]
 pub(super) struct Findings {
-    /// IDs that two hosts use: in words, and when that was last seen.
+    /// IDs that two hosts use, with a description and the time when the clash was last seen.
     twins: BTreeMap<NodeId, (String, Instant)>,
-    /// Nodes whose space could not be taken back, and why.
+    /// Nodes whose address space could not be reclaimed, and why.
     unreclaimed: BTreeMap<NodeId, String>,
-    /// What was logged and told to monitors, and is not over.
+    /// Problems that were logged and reported to monitors and still exist.
     told: BTreeSet<String>,
 }
 
 impl Node {
-    /// Two hosts use one ID.
+    /// Notes that two hosts use one ID.
     pub(super) fn note_twins(&mut self, id: NodeId, problem: String, now: Instant) {
         let twins = &mut self.findings.twins;
         twins.retain(|_, (_, at)| now < *at + TWINS);
@@ -40,7 +40,7 @@ impl Node {
         }
     }
 
-    /// Taking back the space of a node has failed.
+    /// Notes that reclaiming the address space of a node has failed.
     pub(super) fn note_unreclaimed(&mut self, error: &IpamError) {
         tracing::warn!("{error}");
         if let IpamError::Reclaim { of, .. } = error {
@@ -48,12 +48,12 @@ impl Node {
         }
     }
 
-    /// Taking back the space of a node was begun anew.
+    /// Forgets a failed reclaim because a new one was started.
     pub(super) fn forget_unreclaimed(&mut self, of: NodeId) {
         self.findings.unreclaimed.remove(&of);
     }
 
-    /// What is wrong with this node, but for addresses and the underlay.
+    /// Returns the problems of this node other than those of addresses and the underlay.
     pub(super) fn problems(&self, now: Instant) -> BTreeSet<String> {
         let twins = self.findings.twins.values().filter(|(_, at)| now < *at + TWINS);
         let docker = self.docker.iter().flat_map(DockerSide::problems);
@@ -70,20 +70,20 @@ impl Node {
         })
     }
 
-    /// Why messages of other hosts cannot be taken on some interface.
+    /// Returns why messages of other hosts cannot be received on an interface.
     pub(super) fn underlay_problems(&self) -> BTreeSet<String> {
         let of_interface =
             |why: String| format!("this host cannot take packets from other hosts: {why}");
         self.datapath.underlay().problems.into_iter().map(of_interface).collect()
     }
 
-    /// What is wrong with addresses.
+    /// Returns the problems with addresses.
     pub(super) fn address_problems(&self, now: Instant) -> BTreeSet<String> {
         let problems = self.ipam.problems(now).into_iter().filter(|problem| !problem.is_past());
         let (addresses, problems): (Vec<_>, Vec<_>) =
             problems.map(|problem| (problem.address(), problem.to_string())).unzip();
         let addresses: Vec<_> = addresses.into_iter().flatten().collect();
-        // What the allocation says of addresses that are in use here is not said twice.
+        // Do not report addresses in use here twice, if the allocation already reports them.
         let is_told = |conflict: &Conflict| {
             let told = |prefix: &IpNet| addresses.iter().any(|address| prefix.contains(address));
             conflict.count == conflict.prefixes.len() && conflict.prefixes.iter().all(told)
@@ -92,7 +92,7 @@ impl Node {
         conflicts.map(|conflict| self.conflict(&conflict)).chain(problems).collect()
     }
 
-    /// What has happened to addresses lately, or could not be done.
+    /// Returns recent events of addresses, and reclaims that failed.
     pub(super) fn address_notices(&self, now: Instant) -> BTreeSet<String> {
         let past = self.ipam.problems(now).into_iter().filter(crate::ipam::Problem::is_past);
         let unreclaimed =
@@ -102,7 +102,7 @@ impl Node {
             .collect()
     }
 
-    /// Whether a node still has space that could be taken back.
+    /// Whether a node still has address space that could be reclaimed.
     fn is_unreclaimed(&self, id: NodeId) -> bool {
         let Some(record) = self.gossip.record(id).filter(|record| !record.left) else {
             return false;
@@ -113,7 +113,7 @@ impl Node {
         !is_reachable && !is_buried && !self.ipam.reclaims().contains_key(&id)
     }
 
-    /// Once a second: logs what begins, and tells monitors what begins and what is over.
+    /// Runs once a second: logs new problems, and reports new and resolved problems to monitors.
     pub(super) fn follow_problems(&mut self, now: Instant) {
         let unreclaimed: BTreeSet<NodeId> = self
             .findings

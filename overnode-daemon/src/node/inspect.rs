@@ -1,4 +1,4 @@
-//! What `inspect` tells: everything. `docs/inspect.md` describes the document.
+//! Reports the whole state of the node for `inspect`. `docs/inspect.md` describes the document.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,8 @@ use crate::api::ApiError;
 use crate::gossip::Record;
 
 impl Node {
-    /// Everything. What a type keeps secret has no JSON form, so that no field can slip through.
+    /// Returns the whole state of the node. Secret types have no JSON form, so the document cannot
+    /// contain a secret.
     pub(super) fn inspect(&mut self) -> Result<Value, ApiError> {
         let now = Instant::now();
         let status = self.status()?;

@@ -1,4 +1,4 @@
-//! `launch`: a new identity, or the one that this host has.
+//! Handles `launch`: creates a new identity or continues with the existing one.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -16,7 +16,7 @@ use crate::ipam::Layout;
 use crate::store::Identity;
 use crate::types::{Network, Secret};
 
-/// The oldest and the newest control protocol that this build speaks.
+/// The oldest and the newest control protocol version that this build supports.
 pub(super) const PROTOCOLS: (u16, u16) = (OLDEST_VERSION, NEWEST_VERSION);
 
 impl Daemon {
@@ -149,7 +149,7 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
         docker: request.docker.unwrap_or(true),
         bulk: request.bulk.unwrap_or_default(),
         bulk_workers: bulk_workers(request)?,
-        // Greater than that of any earlier node with this ID: others may remember that one.
+        // Greater than that of any earlier node with this ID, which other nodes may remember.
         incarnation: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
@@ -188,7 +188,7 @@ fn network(request: &api::Launch) -> Result<Network, ApiError> {
     Ok(network)
 }
 
-/// In constant time: a key is compared with one that somebody may be guessing at.
+/// Compares in constant time, because the caller may be guessing the key.
 fn same(a: &Secret, b: &Secret) -> bool {
     #[expect(deprecated, reason = "ring offers no other constant-time comparison of byte strings")]
     ring::constant_time::verify_slices_are_equal(&a.0, &b.0).is_ok()

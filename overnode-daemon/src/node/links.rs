@@ -1,5 +1,5 @@
-//! Control connections: what the mesh reports goes to the dialler and to gossip, and what these
-//! decide goes back.
+//! Connects the mesh with the dialer and gossip: passes the events of control connections to them,
+//! and carries out their actions.
 
 use std::net::SocketAddr;
 use std::sync::PoisonError;
@@ -16,19 +16,19 @@ use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
 use crate::store::Known;
 use crate::types::NodeId;
 
-/// New records that the other parts of the node are given in one turn.
+/// Maximum number of new records passed to the other parts of the node in one turn.
 const LEARN_AT_ONCE: usize = 64;
-/// Bytes of records, as memory has them, that are brought to disk in one transaction.
+/// Size of records written to disk in one transaction, in bytes as they take in memory.
 const SAVE_AT_ONCE: usize = 4 << 20;
 
-/// The stream of a control connection that is up. What people are told of it, the dialler knows.
+/// An established control connection. The dialer holds the status that operators see.
 pub(super) struct Stream {
     pub(super) connection: dial::ConnectionId,
     pub(super) peer: NodeId,
     pub(super) remote: SocketAddr,
     local: SocketAddr,
     pub(super) rtt: Option<Duration>,
-    /// When the last ping left that was answered: what the other end had sent until then has
+    /// When the last answered ping was sent. Everything that the other end had sent before then has
     /// arrived.
     pub(super) in_step: Option<Instant>,
     outbox: Outbox,
@@ -59,7 +59,7 @@ impl Node {
         }
     }
 
-    /// The stream to a node that is in use.
+    /// Returns the stream that is used for messages to a node.
     pub(super) fn stream_to(&self, peer: NodeId) -> Option<&Stream> {
         let connection = self.dialer.connection(peer)?;
         self.streams.values().find(|stream| stream.connection == connection)
@@ -93,7 +93,7 @@ impl Node {
             remote,
         });
         self.paths_changed = true;
-        // Before the next caller comes; gossip will say the same in a moment.
+        // Update this before the next connection arrives. Gossip will report the same shortly.
         self.residents
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -127,8 +127,8 @@ impl Node {
         }
     }
 
-    /// Ends a connection whose other end does what no honest node does. If that one had called,
-    /// nothing else would show it.
+    /// Closes a connection whose other end did something that no honest node does. Also records the
+    /// refusal, because an incoming connection would otherwise leave no trace in the status.
     fn cut_off(&mut self, id: StreamId, why: &Refusal, now: Instant) {
         let Some(stream) = self.streams.get(&id) else { return };
         tracing::warn!(
@@ -176,8 +176,8 @@ impl Node {
         }
     }
 
-    /// Tells the others where this node is: the addresses that its connections use, new ones first,
-    /// for there is a limit.
+    /// Announces the addresses that this node's connections use. New ones come first, because their
+    /// number is limited.
     fn announce_addresses(&mut self, now: Instant) {
         let mut addresses: Vec<SocketAddr> =
             self.streams.values().map(|it| SocketAddr::new(it.local.ip(), CONTROL_PORT)).collect();
@@ -205,7 +205,7 @@ impl Node {
                     self.send(to, &Packet::Parcel(parcel.encode()), now);
                 }
                 gossip::Action::Deliver(parcel) => {
-                    // What it says may rest on what its sender's record says.
+                    // The message may depend on its sender's record.
                     if self.unlearnt.remove(&parcel.from) {
                         self.learn(parcel.from, now).await;
                     }
@@ -233,8 +233,8 @@ impl Node {
                 gossip::Action::Clash { record, holder } => self.report_clash(&record, holder, now),
             }
         }
-        // Of thousands that one message may bring, some now and the others after whatever else
-        // there is to do.
+        // One message may bring thousands of records. Learn some now, and the rest after other
+        // work.
         for _ in 0..LEARN_AT_ONCE {
             let Some(id) = self.unlearnt.pop_first() else { break };
             self.learn(id, now).await;
@@ -242,7 +242,8 @@ impl Node {
         self.keep_incarnation(now);
     }
 
-    /// Gossip may have had to raise the node's incarnation. The next start must be later than that.
+    /// Stores the node's incarnation if gossip had to raise it. The next start must use a later
+    /// one.
     fn keep_incarnation(&mut self, now: Instant) {
         let incarnation = self.gossip.own().incarnation;
         if incarnation <= self.incarnation {
@@ -255,8 +256,8 @@ impl Node {
         }
     }
 
-    /// Two hosts with one ID, as gossip tells: shown where it would be if the second one had called
-    /// here.
+    /// Reports two hosts with one ID that gossip has noticed, in the way in which a refused
+    /// connection of the second host would be shown.
     fn report_clash(&mut self, record: &gossip::Record, holder: String, now: Instant) {
         let newcomer = record.nickname.clone();
         let refusal = if record.public_key == self.public_key {
@@ -272,9 +273,9 @@ impl Node {
         }
     }
 
-    /// Keeps what the others said of themselves, first of all `first`: after a restart it is known
-    /// at once. Every change of the disk waits for the disk, so changes are collected, and of very
-    /// many some are left for the next time.
+    /// Stores the records of other nodes, `first` before all others, so that they are known
+    /// immediately after a restart. Each transaction waits for the disk, so changes are collected,
+    /// and a large number is split over several calls.
     pub(super) fn save_peers(&mut self, first: Option<NodeId>) {
         let (mut known, mut bytes) = (Vec::new(), 0);
         let rest = self.unsaved.iter().copied().filter(|id| Some(*id) != first);
@@ -341,7 +342,7 @@ impl Node {
         self.remove_data_peer(id.peer_index(), now);
     }
 
-    /// Who answers callers has to know which IDs are taken by nodes that live.
+    /// Updates the IDs in use by live nodes, which incoming connections are checked against.
     pub(super) fn refresh_residents(&self) {
         let living = self.gossip.living();
         let living = living.map(|record| (record.id, (record.public_key, record.nickname.clone())));
@@ -367,7 +368,7 @@ impl Node {
         }
     }
 
-    /// Adds targets, or puts them in the place of those that there are.
+    /// Adds targets or replaces the existing ones.
     pub(super) async fn connect(
         &mut self,
         request: api::Connect,
@@ -383,7 +384,7 @@ impl Node {
         self.set_targets(targets).await
     }
 
-    /// Removes targets: all, or none if one is unknown.
+    /// Removes targets. Removes none if one of them is unknown.
     pub(super) async fn forget(&mut self, request: api::Forget) -> Result<api::Targets, ApiError> {
         need_hosts(&request.hosts)?;
         some_hosts(&request.hosts)?;
@@ -408,7 +409,8 @@ impl Node {
         let now = Instant::now();
         let names: Vec<String> = targets.iter().map(Host::to_string).collect();
         self.store.set_targets(&names).map_err(ApiError::failed)?;
-        // Tries all of them at once, also those that there were: `connect` means now.
+        // Dial all targets at once, including existing ones, because that is what `connect` asks
+        // for.
         self.dialer.replace_targets(&names, now);
         self.pump(now).await;
         Ok(api::Targets { targets })

@@ -1,8 +1,8 @@
-//! The one task that joins the parts: it waits for whatever happens next, tells the cores that
-//! decide, and carries out what they answer.
+//! Runs the daemon's main task. It waits for the next input, passes it to the cores that make the
+//! decisions, and carries out their actions.
 //!
-//! [`Daemon`] lives as long as the process and may have no node yet; [`running::Node`] is a
-//! launched one.
+//! [`Daemon`] lives as long as the process and may have no node yet. [`running::Node`] is a
+//! launched node.
 
 mod addresses;
 mod arrivals;
@@ -45,15 +45,15 @@ use addresses::Waiting;
 pub use reset::reset_offline;
 use running::Node;
 
-/// How long a daemon that was killed may take to let go of its lock and its socket.
+/// Time limit for a killed daemon to release its lock and its socket.
 const LETTING_GO: Duration = Duration::from_millis(1500);
-/// A daemon that was not launched within this time ends by itself.
+/// A daemon that is not launched within this time exits.
 const UNLAUNCHED: Duration = Duration::from_secs(120);
 
-/// Runs the daemon until it is told to stop, or its node was reset.
+/// Runs the daemon until it is told to stop or its node is reset.
 ///
 /// # Errors
-/// When another daemon has the state or the socket, or the stored node cannot be started.
+/// If another daemon uses the state or the socket, or if the stored node cannot be started.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let store = Arc::new(
         patiently(
@@ -80,7 +80,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 .await;
         daemon.node = Some(node.context("the node cannot start")?);
     } else {
-        // What is left of a node whose state is gone belongs to nobody.
+        // Remnants of a node whose state is gone belong to no node.
         for left in Datapath::tear_down(&daemon.options.state_dir).await {
             tracing::warn!("what an earlier node left cannot be removed: {left:#}");
         }
@@ -116,7 +116,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         node.stop_dns().await;
     }
     daemon.hub.close();
-    // The last answer has to reach its reader.
+    // Give the last answer time to reach its reader.
     tokio::time::sleep(Duration::from_millis(100)).await;
     server.abort();
     metrics.inspect(|serving| serving.abort());
@@ -129,7 +129,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The process, with a node or without.
+/// The state of the process, with or without a node.
 struct Daemon {
     options: Options,
     store: Arc<Store>,
@@ -148,7 +148,7 @@ impl Daemon {
             Request::Version => Ok(Reply::Version(self.version())),
             Request::Connect(connect) => self.node()?.connect(connect).await.map(Reply::Targets),
             Request::Forget(forget) => self.node()?.forget(forget).await.map(Reply::Targets),
-            // It takes a while: `begin` answers it later.
+            // Attaching takes a while, so `begin` answers it later.
             Request::Attach(_) => Err(ApiError::failed("an attachment cannot be answered at once")),
             Request::Detach(detach) => self.node()?.detach(detach).await.map(Reply::Detached),
             Request::Status => self.node()?.status().map(|status| Reply::Status(Box::new(status))),
@@ -193,7 +193,7 @@ impl Daemon {
     }
 }
 
-/// What happens next to the node; never, when there is none. Cancelling loses nothing.
+/// Waits for the next input of the node, forever if there is no node. Cancel-safe.
 async fn next_input(node: &mut Option<Node>) -> running::Input {
     match node {
         Some(node) => node.next_input().await,
@@ -201,8 +201,8 @@ async fn next_input(node: &mut Option<Node>) -> running::Input {
     }
 }
 
-/// Tries again for a moment what fails: a daemon that was just killed still holds its lock and its
-/// socket until the kernel has taken it apart.
+/// Retries a failing attempt for a short time. A daemon that was just killed holds its lock and its
+/// socket until the kernel has cleaned up after it.
 async fn patiently<T, E>(
     mut attempt: impl FnMut() -> Result<T, E>,
     may_pass: impl Fn(&E) -> bool,
@@ -228,8 +228,8 @@ fn listen(run_dir: &Path) -> anyhow::Result<UnixListener> {
         .with_context(|| format!("the run directory {} cannot be made", run_dir.display()))?;
     trust::check_directory(run_dir).context(untrusted)?;
     let path = run_dir.join(api::SOCKET);
-    // The state directory's lock says that no other daemon has this state; another one may still
-    // have this run directory.
+    // The lock of the state directory shows that no other daemon uses this state. Another daemon
+    // may still use this run directory.
     if std::os::unix::net::UnixStream::connect(&path).is_ok() {
         anyhow::bail!(
             "another daemon answers on {}: one host runs one node; give this one another --run-dir, or stop that one",

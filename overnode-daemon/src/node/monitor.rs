@@ -1,5 +1,4 @@
-//! What `overnode monitor` is told: which packets were dropped, and what happens to peers, paths
-//! and containers.
+//! Feeds `overnode monitor`: reports dropped packets and events of peers, paths and containers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,39 +15,39 @@ use crate::monitor::{Hub, drop_reasons};
 use crate::store::Attachment;
 use crate::types::{NodeId, PeerIndex};
 
-/// Dropped packets that are shown a second, at most, for each reason. All of them fit into the ring
-/// of the programs.
+/// Maximum number of dropped packets shown per second and reason. All of them fit into the ring
+/// buffer of the eBPF programs.
 const SHOWN: u32 = 32;
 
 const _: () = {
-    // The kernel puts 8 bytes in front of each record.
+    // The kernel adds an 8-byte header to each record.
     let record = size_of::<overnode_ebpf::map::Dropped>() + 8;
     assert!(Reason::ALL.len() * SHOWN as usize * record < overnode_ebpf::map::DROPS_LEN as usize);
 };
 
-/// What the node remembers of its monitors.
+/// The node's state of its monitors.
 pub(super) struct Monitor {
     pub(super) hub: Hub,
     pub(super) drops: Drops,
-    /// Of each reason, while somebody watches.
+    /// Counts by reason, while a monitor is attached.
     tallies: Option<BTreeMap<&'static str, Tally>>,
-    /// Peers with a session.
+    /// Peers that had a session at the last check.
     with_session: BTreeSet<PeerIndex>,
 }
 
 /// Packets dropped for one reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Tally {
-    /// What the counter said when somebody began to watch.
+    /// Value of the counter when the first monitor attached.
     before: u64,
-    /// Shown since.
+    /// Number of packets shown since then.
     shown: u64,
-    /// Since then told to be not shown.
+    /// Number of packets reported as not shown since then.
     told: u64,
 }
 
 impl Tally {
-    /// How many more are not shown, given what the counter says.
+    /// Returns how many further packets are not shown, given the value of the counter.
     fn not_shown(&mut self, counter: u64) -> u64 {
         let more = counter.saturating_sub(self.before).saturating_sub(self.shown + self.told);
         self.told += more;
@@ -56,7 +55,7 @@ impl Tally {
     }
 }
 
-/// What is attached here, by address.
+/// The attachments of this node, by address.
 struct Attached(BTreeMap<IpAddr, Attachment>);
 
 impl Attached {
@@ -64,7 +63,7 @@ impl Attached {
         Self(attachments.into_iter().map(|it| (it.address, it)).collect())
     }
 
-    /// What people call those whose addresses are in the headers.
+    /// Returns the names of the containers whose addresses occur in the headers.
     fn names(&self, headers: &Headers) -> BTreeMap<IpAddr, String> {
         let inner = headers.inner.iter().flat_map(|it| [it.source, it.destination]);
         let arp = headers.arp.iter().flat_map(|it| [it.sender, it.target]);
@@ -80,14 +79,14 @@ impl Monitor {
 }
 
 impl Node {
-    /// Tells who watches, if anybody does.
+    /// Sends an event to the monitors, if any is attached.
     pub(super) fn tell(&self, what: impl FnOnce(&Self) -> Happening) {
         if self.monitor.hub.is_watched() {
             self.monitor.hub.tell(what(self));
         }
     }
 
-    /// Somebody watches from now on.
+    /// Handles the attachment of a monitor.
     pub(super) fn watched(&mut self) -> Result<Watching, ApiError> {
         if self.monitor.tallies.is_none() {
             self.watch_drops();
@@ -99,14 +98,15 @@ impl Node {
         })
     }
 
-    /// Once a second: lets the programs record as much as can be shown, and tells how much cannot
-    /// be.
+    /// Runs once a second: lets the programs record as many packets as can be shown, and reports
+    /// how many were not shown.
     pub(super) fn watch_drops(&mut self) {
         let is_watched = self.monitor.hub.is_watched();
         if !is_watched && self.monitor.tallies.is_none() {
             return;
         }
-        // Before what waits is taken, so that what is counted is not yet taken for not shown.
+        // Read the counters before taking queued records. Otherwise packets that are counted but
+        // not yet recorded would be reported as not shown.
         let counters = match self.datapath.counters() {
             Ok(counters) => counters,
             Err(error) => return tracing::warn!("dropped packets cannot be shown: {error:#}"),
@@ -145,7 +145,7 @@ impl Node {
         }
     }
 
-    /// Tells of dropped packets.
+    /// Reports dropped packets.
     pub(super) fn handle_drops(&mut self, batch: Vec<Seen>) {
         if !self.monitor.hub.is_watched() {
             return;
@@ -167,7 +167,7 @@ impl Node {
         }
     }
 
-    /// Finds out whose a packet is.
+    /// Finds the container and the peer that a packet belongs to.
     fn dropped(&self, seen: Seen, attached: &Attached) -> DroppedPacket {
         let Seen { reason, program, ifindex, len, headers, .. } = seen;
         let interface = self.datapath.interface_name(ifindex);
@@ -207,7 +207,7 @@ impl Node {
         }
     }
 
-    /// The peer to which an address of the container network belongs.
+    /// Returns the peer that an address of the container network belongs to.
     fn owner(&self, address: IpAddr) -> Option<PeerIndex> {
         let routes = self
             .peers
@@ -226,7 +226,8 @@ impl Node {
         self.peers.iter().find(|(_, peer)| has(peer)).map(|(index, _)| *index)
     }
 
-    /// Who is there; if nobody uses that port, whoever is at the address.
+    /// Returns the peer at an address and port. If no peer uses that port, returns a peer at the
+    /// address.
     fn peer_at(&self, address: IpAddr, port: Option<u16>) -> Option<PeerIndex> {
         let at = |peer: &super::data::DataPeer| {
             let place = peer.state.as_ref()?.endpoint.or_else(|| peer.endpoint())?;
@@ -237,7 +238,7 @@ impl Node {
             .map(|(_, index)| index)
     }
 
-    /// A peer's names.
+    /// Returns the names of a peer.
     pub(super) fn who(&self, index: PeerIndex) -> Who {
         match index.node() {
             Some(id) => Who {
@@ -256,7 +257,7 @@ impl Node {
         }
     }
 
-    /// Tells which sessions have come and gone.
+    /// Reports sessions that were established or lost.
     pub(super) fn watch_sessions(&mut self, now: Instant) {
         let with_session: BTreeSet<PeerIndex> = self
             .peers
@@ -278,7 +279,7 @@ impl Node {
     }
 }
 
-/// What people call a container.
+/// Returns the names of a container.
 pub(super) fn container_of(attachment: &Attachment) -> Container {
     Container {
         address: attachment.address,
@@ -298,14 +299,15 @@ mod tests {
         tally.shown = 30;
         assert_eq!(tally.not_shown(1130), 1000);
         assert_eq!(tally.not_shown(1130), 0);
-        // One that is recorded a moment after it was counted makes up for itself.
+        // A packet recorded shortly after it was counted is reported as not shown once, and then
+        // compensated for.
         assert_eq!(tally.not_shown(1131), 1);
         tally.shown += 1;
         assert_eq!(tally.not_shown(1131), 0);
         assert_eq!(tally.not_shown(1132), 0);
         tally.shown += 1;
         assert_eq!(tally.not_shown(1134), 1);
-        // Maps that were made anew.
+        // The maps were recreated, so the counter restarted.
         assert_eq!(tally.not_shown(5), 0);
     }
 }

@@ -1,5 +1,5 @@
-//! Which way packets take to each node: probes tell whether the straight path works, gossip tells
-//! which relays there are, and the data plane is told what follows.
+//! Chooses the path of packets to each node. Probes show whether the direct path works, gossip
+//! shows which relays exist, and the result is applied to the data plane.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -16,40 +16,41 @@ use crate::path::route::{self, Graph, Route};
 use crate::path::{Action, PathState};
 use crate::types::{NodeId, PeerIndex};
 
-/// A path that nobody has tried for so long is given time to prove itself before a relay takes its
-/// place: sessions, connections and probes of a node that has just come take a moment each.
+/// A new path gets this time to prove itself before a relay replaces it. Sessions, connections and
+/// probes of a node that has just joined take a moment each.
 const GRACE: Duration = Duration::from_secs(3);
-/// A peer whose containers had packets for it within this time is probed at the full rate.
+/// A peer that this node's containers sent packets to within this time is probed at the full rate.
 const BUSY: Duration = Duration::from_secs(10);
-/// A relay that served for so long stays the way when probes find none any more: what is dead may
-/// be a daemon, without which packets are passed on all the same. One that was taken later was
-/// taken because the destination had just stopped answering.
+/// Minimum time in use after which a relay stays the route when no route is known any more. The
+/// daemon of a node may be down while its eBPF programs still forward packets. A relay chosen more
+/// recently was chosen only because the destination had just stopped answering.
 const SETTLED: Duration = Duration::from_secs(5);
 
-/// What the node remembers of the ways.
+/// The node's routing state of direct paths and relay routes.
 #[derive(Debug, Default)]
 pub(super) struct Ways {
     /// The routes in use.
     routes: BTreeMap<NodeId, Route>,
-    /// When each was chosen.
+    /// When each route was chosen.
     since: BTreeMap<NodeId, Instant>,
-    /// Relays that have proven themselves, of nodes to which no other way is known.
+    /// For each node without a known route, the last relay that served for [`SETTLED`].
     kept: BTreeMap<NodeId, NodeId>,
-    /// When a node was first looked for.
+    /// When each node first became a peer.
     first_seen: BTreeMap<NodeId, Instant>,
-    /// Who passed on a handshake message of a node last.
+    /// For each node, the node that forwarded its last handshake message.
     heard_through: BTreeMap<NodeId, NodeId>,
-    /// Something happened that may change the routes.
+    /// Whether an event may have changed the routes.
     is_stale: bool,
 }
 
 impl Ways {
-    /// How packets go to a node, and since when.
+    /// Returns the route to a node and when it was chosen.
     pub(super) fn route(&self, id: NodeId) -> Option<(Route, Instant)> {
         Some((*self.routes.get(&id)?, *self.since.get(&id)?))
     }
 
-    /// Through whom packets go by a route that was just chosen.
+    /// Returns the relay that packets take under a newly chosen route. `None` means the direct
+    /// path.
     fn relay(&mut self, id: NodeId, chosen: Route, now: Instant) -> Option<NodeId> {
         match chosen {
             Route::Direct => {
@@ -71,14 +72,14 @@ impl Ways {
         }
     }
 
-    /// The routes are to be chosen anew.
+    /// Requests a new choice of routes.
     pub(super) fn touch(&mut self) {
         self.is_stale = true;
     }
 }
 
 impl Node {
-    /// Probes whoever has a session, and nobody else.
+    /// Makes exactly the nodes with a session targets of probes.
     pub(super) fn follow_sessions(&mut self, now: Instant) {
         let mut with_session = BTreeSet::new();
         for (index, peer) in &self.peers {
@@ -101,20 +102,20 @@ impl Node {
         let peers = &self.peers;
         self.ways.first_seen.retain(|id, _| peers.contains_key(&id.peer_index()));
         self.ways.heard_through.retain(|id, _| peers.contains_key(&id.peer_index()));
-        // The straight way of a node may have been found anew, with another MTU.
+        // The direct path to a node may have changed, with another MTU.
         self.ways.touch();
     }
 
     pub(super) fn handle_probe(&mut self, probe: &Probe, now: Instant) {
         let Some(from) = probe.peer.node() else { return };
         if self.paths.state(from).is_none() {
-            // The first message under a session confirms it, and this is one.
+            // A probe may be the first message in a session, which confirms it.
             self.read_maps(now);
         }
         self.paths.handle_probe(from, &probe.payload, probe.inner_len, now);
     }
 
-    /// Sends what is to be sent, and chooses routes anew if anything has changed.
+    /// Sends pending probes, and chooses new routes if anything has changed.
     pub(super) fn pump_paths(&mut self, now: Instant) {
         while let Some(action) = self.paths.poll_action() {
             match action {
@@ -182,7 +183,8 @@ impl Node {
                         tracing::info!(
                             "packets for node {id} go through node {relay} ({hops} hops)"
                         );
-                        // A session that could not be made straight can now.
+                        // A session that could not be established on the direct path may be
+                        // possible now.
                         self.handshakes.retry(index);
                     }
                     Route::Unreachable => tracing::info!("no way to node {id} is known"),
@@ -207,7 +209,7 @@ impl Node {
         }
     }
 
-    /// Tells the others with whom this node has a connection but cannot exchange packets.
+    /// Publishes the nodes that this node has a connection with but no direct path to.
     fn publish_dark(&mut self, now: Instant) {
         let links = self.streams.values().map(|stream| stream.peer);
         let dark: BTreeSet<NodeId> = links
@@ -221,7 +223,7 @@ impl Node {
         }
     }
 
-    /// True if a path was never alive, and could not have been yet.
+    /// Whether a path was never alive but has not had enough time to become so.
     fn is_young(&self, id: NodeId, state: Option<&PathState>, now: Instant) -> bool {
         let since = match state {
             Some(state) if state.alive || state.rtt.is_some() => return false,
@@ -231,7 +233,7 @@ impl Node {
         since.is_none_or(|since| now < *since + GRACE)
     }
 
-    /// Takes the relay header off a handshake message. Gives the message, and an address that
+    /// Removes the relay header from a handshake message. Returns the message and an address that
     /// stands for its sender.
     pub(super) fn unwrap_relayed<'a>(
         &mut self,
@@ -249,8 +251,9 @@ impl Node {
         Some((stand_in(source), message))
     }
 
-    /// Sends a handshake message through a relay, if its peer is behind one, or it answers what
-    /// came through one. True if that was all.
+    /// Sends a handshake message through a relay if its peer is behind one, or if it answers a
+    /// relayed message. Returns true if the destination is a stand-in address, so that the message
+    /// cannot also be sent directly.
     pub(super) async fn send_relayed(&mut self, transmit: &Transmit) -> bool {
         let stood_for = stood_for(transmit.to);
         let node = stood_for.or_else(|| transmit.peer.and_then(PeerIndex::node));
@@ -277,13 +280,13 @@ impl Node {
     }
 }
 
-/// The address that stands for a node whose messages come through a relay: one of those that lead
-/// nowhere (RFC 6666).
+/// Returns the address that stands for a node whose messages are relayed. It is in the discard-only
+/// prefix (RFC 6666).
 pub(super) fn stand_in(id: NodeId) -> SocketAddr {
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, id.get())), 0)
 }
 
-/// The node that an address stands for.
+/// Returns the node that an address stands for, if any.
 pub(super) fn stood_for(address: SocketAddr) -> Option<NodeId> {
     match address {
         SocketAddr::V6(v6) if v6.port() == 0 => {
@@ -324,7 +327,7 @@ mod tests {
             relay
         };
         let via = |relay| Route::Via { relay, hops: 2 };
-        // The destination died: the straight way is as good as any.
+        // The destination died, so the direct path is as good as any.
         assert_eq!(choose(&mut ways, Route::Direct, 0), None);
         assert_eq!(choose(&mut ways, via(one), 10), Some(one));
         assert_eq!(choose(&mut ways, Route::Unreachable, 11), None);
@@ -332,10 +335,10 @@ mod tests {
         for second in 26..30 {
             assert_eq!(choose(&mut ways, Route::Unreachable, second), Some(one));
         }
-        // It has just come back, and does not say yet whom it reaches.
+        // The relay has just come back and does not announce its connections yet.
         assert_eq!(choose(&mut ways, via(one), 30), Some(one));
         assert_eq!(choose(&mut ways, Route::Unreachable, 31), Some(one));
-        // Until another is known.
+        // The relay is kept until another one is chosen.
         assert_eq!(choose(&mut ways, via(other), 32), Some(other));
         assert_eq!(choose(&mut ways, Route::Unreachable, 33), None);
         assert_eq!(choose(&mut ways, Route::Direct, 40), None);

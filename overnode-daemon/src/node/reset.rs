@@ -1,4 +1,4 @@
-//! `reset`: leaving the cluster, and leaving nothing on this host.
+//! Handles `reset`: leaves the cluster and removes everything of overnode from this host.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,16 +16,17 @@ use crate::fault;
 use crate::options::{DOCKER_PLUGINS, docker_plugins};
 use crate::store::{Kind, Store, StoreError};
 
-/// How long the neighbours are given to hear that the node leaves.
+/// How long the node waits for its neighbors to receive its departure.
 const FAREWELL: Duration = Duration::from_millis(200);
 
 impl Daemon {
-    /// Refuses to leave while containers are attached.
+    /// Fails if containers are attached.
     pub(super) fn check_reset(&self) -> Result<(), ApiError> {
         refuse_attached(&self.store).map_err(ApiError::refused)
     }
 
-    /// `left` is what could not be removed before.
+    /// Leaves the cluster and tears down the node. `left` describes what could not be removed
+    /// earlier.
     pub(super) async fn reset(
         &mut self,
         request: api::Reset,
@@ -60,13 +61,13 @@ impl Node {
     }
 }
 
-/// Resets a node whose daemon does not run. The other nodes are not told.
+/// Resets a node whose daemon does not run. The other nodes are not notified.
 ///
 /// # Errors
-/// When containers are attached and `force` is false, or something cannot be removed.
+/// If containers are attached and `force` is false, or if something cannot be removed.
 pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> anyhow::Result<()> {
-    // A state directory that is gone, or that this version cannot read, must not keep anyone from
-    // cleaning up.
+    // A missing state directory does not prevent the cleanup. With `force`, neither does one that
+    // this version cannot read.
     let store = match Store::open_existing(state_dir) {
         Ok(store) => Some(store),
         Err(StoreError::Missing { .. }) => None,
@@ -106,7 +107,7 @@ pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> any
 
 fn refuse_attached(store: &Store) -> Result<(), String> {
     let mut attached = store.attachments().map_err(|error| error.to_string())?;
-    // An engine's containers that are stopped come to nothing without the network.
+    // Stopped containers of an engine are not affected by the loss of the network.
     attached.retain(is_plugged);
     if attached.is_empty() {
         return Ok(());

@@ -1,5 +1,4 @@
-//! A launched node: what it holds, what can happen to it, and the order in which things are carried
-//! out.
+//! A launched node: its state, its inputs, and the order in which actions are carried out.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -45,13 +44,13 @@ use crate::types::{NodeId, PeerIndex, PublicKey, VerifyingKey};
 
 /// How often the maps are read for activity, confirmations and statistics.
 const TICK: Duration = Duration::from_secs(1);
-/// How often what belongs to nobody is removed.
+/// How often interfaces and addresses without an owner are removed.
 const RECONCILE: Duration = Duration::from_secs(60);
 
-/// How long one source may be served in a turn, once it has had one input. A turn with work from
-/// all sources takes some tens of milliseconds.
+/// Time after which a turn takes no further input from the same source. A turn with work from all
+/// sources takes some tens of milliseconds.
 const SHARE_TIME: Duration = Duration::from_millis(5);
-/// How many inputs of each source are taken in one turn, at most.
+/// Maximum number of inputs from each source in one turn.
 const SHARES: [(Source, usize); 10] = [
     (Source::Mesh, 64),
     (Source::Refused, 8),
@@ -66,17 +65,17 @@ const SHARES: [(Source, usize); 10] = [
     (Source::Drops, 1),
 ];
 
-/// Where inputs come from, time apart.
+/// The sources of inputs other than timeouts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
     Mesh,
-    /// Callers that were refused.
+    /// Incoming connections that were refused.
     Refused,
     /// Datagrams from addresses where nodes are expected.
     High,
-    /// Datagrams from anywhere else.
+    /// Datagrams from other addresses.
     Low,
-    /// Cookie replies for relays.
+    /// Cookie replies to send through relays.
     Replies,
     Links,
     Probes,
@@ -85,10 +84,10 @@ enum Source {
     Drops,
 }
 
-/// What can happen.
+/// An input of the node.
 pub(super) enum Input {
     Mesh(MeshEvent),
-    /// A handshake message that was judged.
+    /// A handshake message that the gate has admitted.
     Datagram(Received),
     /// A cookie reply to send through a relay.
     Reply(Transmit),
@@ -96,7 +95,7 @@ pub(super) enum Input {
     Drops(Vec<Seen>),
     Link(LinkEvent),
     Docker(Event),
-    /// `None`: the workers of the bulk path are gone.
+    /// A message of the bulk workers. `None`: the workers are gone.
     Bulk(Option<FromWorkers>),
     Timeout,
 }
@@ -117,23 +116,24 @@ pub(super) struct Node {
     pub(super) paths: Paths,
     pub(super) ways: Ways,
     pub(super) routing: Routing,
-    /// What has ended that somebody may wait for.
+    /// Completed requests whose requester may be waiting.
     pub(super) outcomes: VecDeque<Outcome>,
-    /// The request that shall bring address space, if none is there.
+    /// The request that obtains address space for `overnode prime`, if the node has none.
     pub(super) priming: Option<RequestId>,
-    /// Nodes whose space this daemon has taken back.
+    /// Nodes whose address space this daemon has reclaimed.
     pub(super) reclaimed: BTreeSet<NodeId>,
-    /// The engine that is served, if one is.
+    /// The Docker engine that is served, if any.
     pub(super) docker: Option<DockerSide>,
-    /// Targets that this daemon was connected with.
+    /// Targets that this daemon has been connected with.
     pub(super) met_targets: BTreeSet<String>,
-    /// The names, and who serves them.
+    /// The names and the DNS server.
     pub(super) dns: Dns,
-    /// Who watches, and what is watched.
+    /// Attached monitors and their state.
     pub(super) monitor: Monitor,
-    /// Control connections came or went.
+    /// Whether reachability may have changed, for example because a control connection opened or
+    /// closed.
     pub(super) paths_changed: bool,
-    /// Why the node cannot go on.
+    /// Why the node cannot continue.
     pub(super) broken: Option<anyhow::Error>,
     pub(super) udp: Arc<UdpSockets>,
     pub(super) mesh: Mesh,
@@ -142,16 +142,15 @@ pub(super) struct Node {
     pub(super) peers: BTreeMap<PeerIndex, DataPeer>,
     pub(super) externals: BTreeMap<PeerIndex, External>,
     pub(super) reachable: BTreeMap<NodeId, (bool, Instant)>,
-    /// What needs an operator.
+    /// Problems that need an operator.
     pub(super) findings: Findings,
-    /// Nodes to which more leads than before: an address that they have is not in use here any
-    /// more.
+    /// Nodes that may get additional routes: an address that they claim is no longer in use here.
     pub(super) rerouted: BTreeSet<NodeId>,
-    /// Whose records are newer than those on disk.
+    /// Nodes whose records are newer than those on disk.
     pub(super) unsaved: BTreeSet<NodeId>,
-    /// Whose records are new, and were not given to the other parts of the node yet.
+    /// Nodes whose records are new and not yet passed to the other parts of the node.
     pub(super) unlearnt: BTreeSet<NodeId>,
-    /// Where nodes are expected.
+    /// Addresses where nodes are expected.
     pub(super) known: Known,
     mesh_events: mpsc::Receiver<MeshEvent>,
     pub(super) arrivals: Arrivals,
@@ -163,8 +162,8 @@ pub(super) struct Node {
 }
 
 impl Node {
-    /// Starts what the store describes, or carries on with what an earlier daemon left in the
-    /// kernel.
+    /// Starts the node that the store describes, or continues from the state that an earlier daemon
+    /// left in the kernel.
     pub(super) async fn start(
         options: &Options,
         store: &Arc<Store>,
@@ -179,7 +178,7 @@ impl Node {
         identity.incarnation = incarnation;
         let ipam = allocations(store, &identity, now)?;
         fault::step("incarnation");
-        // The ports first: without them the kernel need not be touched.
+        // Open the ports first. If that fails, nothing in the kernel has been changed.
         let udp = Arc::new(UdpSockets::bind(overnode_ebpf::wire::DATA_PORT).context(
             "UDP port 6784 cannot be opened: stop what uses it (`ss -lnup` shows it), then launch again",
         )?);
@@ -213,7 +212,7 @@ impl Node {
         fault::step("datapath");
         let link_events = datapath.watch()?;
         let probes = datapath.probes()?;
-        // An earlier daemon may have been killed while somebody watched.
+        // An earlier daemon may have been killed while a monitor was attached.
         datapath.allow_records(0)?;
         let monitor = Monitor::new(hub.clone(), datapath.drops()?);
         let gate = handshakes.gate(StdRng::from_os_rng());
@@ -316,7 +315,7 @@ impl Node {
         self.identity.id
     }
 
-    /// Waits for what happens next. Cancelling loses nothing.
+    /// Waits for the next input. Cancel-safe.
     pub(super) async fn next_input(&mut self) -> Input {
         let deadline = self.deadline();
         tokio::select! {
@@ -344,7 +343,8 @@ impl Node {
             self.ipam.poll_timeout(),
             self.bulk.poll_timeout(),
             self.routing.poll_timeout(),
-            // At once, after what came meanwhile.
+            // Due at once. The remaining records are learned after the inputs that arrived in the
+            // meantime.
             (!self.unlearnt.is_empty()).then_some(self.started),
         ]
         .into_iter()
@@ -353,9 +353,9 @@ impl Node {
         .unwrap_or(self.next_tick)
     }
 
-    /// One turn: takes an input, then of each source its share of what waits, and carries out all
-    /// that follows from these. So no source can keep the node from the others, however much it
-    /// brings, and a turn has an end.
+    /// Runs one turn: handles an input, then a limited share of the queued inputs of each source,
+    /// then carries out all resulting actions. So no source can starve the others, and each turn
+    /// ends.
     pub(super) async fn handle_input(&mut self, input: Input) {
         self.take_input(input).await;
         for (source, share) in SHARES {
@@ -378,7 +378,7 @@ impl Node {
         self.pump(now).await;
     }
 
-    /// What a source has at this moment.
+    /// Returns the next queued input of a source, if any.
     fn waiting(&mut self, source: Source) -> Option<Input> {
         match source {
             Source::Mesh => self.mesh_events.try_recv().ok().map(Input::Mesh),
@@ -407,7 +407,7 @@ impl Node {
             Input::Link(event) => self.handle_link(event, now).await,
             Input::Docker(event) => self.handle_docker(event, now).await,
             Input::Bulk(said) => self.handle_bulk(said, now).await,
-            // Every turn looks at the time.
+            // Every turn checks the time anyway.
             Input::Timeout => {}
         }
     }
@@ -441,7 +441,7 @@ impl Node {
         }
     }
 
-    /// Carries out what the cores have decided.
+    /// Carries out the decisions of the cores.
     pub(super) async fn pump(&mut self, now: Instant) {
         self.pump_gossip(now).await;
         let paths_changed = std::mem::take(&mut self.paths_changed);
@@ -450,7 +450,7 @@ impl Node {
             self.tell_ipam_of_paths(now);
         }
         self.pump_ipam(now).await;
-        // What the allocation has to say to others.
+        // Send the messages that the allocation produced.
         self.pump_gossip(now).await;
         if paths_changed {
             self.tell_routing_of_paths(now);
@@ -464,10 +464,10 @@ impl Node {
         self.pump_handshakes(now, None).await;
     }
 
-    /// What waits in the queue is taken at once: a thousand containers that end together are one
-    /// clean-up.
+    /// Handles a link event together with all queued ones, so that a thousand containers that end
+    /// at the same time cause one cleanup.
     async fn handle_link(&mut self, event: LinkEvent, now: Instant) {
-        // Perhaps an engine has moved an interface into its container.
+        // An engine may have moved an interface into its container.
         self.settle_sandboxes(now).await;
         let (mut vanished, mut moved) = (false, false);
         let mut next = Some(event);
@@ -493,13 +493,13 @@ impl Node {
     }
 }
 
-/// The time, as records count it.
+/// Returns the current time in milliseconds since the Unix epoch, as records use it.
 fn unix_milliseconds() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// What comes next from the engine; never, when none is served.
+/// Returns the engine's next event. Waits forever if no engine is served.
 async fn from(docker: &mut Option<Incoming>) -> Event {
     match docker {
         Some(incoming) => incoming.next().await,
@@ -507,7 +507,7 @@ async fn from(docker: &mut Option<Incoming>) -> Event {
     }
 }
 
-/// The addresses that were given out before.
+/// Restores the address allocation from the store.
 fn allocations(store: &Store, identity: &Identity, now: Instant) -> anyhow::Result<Ipam> {
     let attachments = store.attachments()?;
     let allocated =

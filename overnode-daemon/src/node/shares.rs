@@ -1,4 +1,4 @@
-//! Who has which part of the address space, as `status --ipam` tells.
+//! Reports which node owns which part of the address space, for `status --ipam`.
 
 use std::collections::BTreeMap;
 use std::time::Instant;

@@ -1,4 +1,4 @@
-//! What `status` and `inspect` tell, gathered from all parts.
+//! Collects the data of `status` and `inspect` from all parts of the node.
 
 use std::net::IpAddr;
 use std::time::Instant;
@@ -131,8 +131,9 @@ impl Node {
         peers
     }
 
-    /// Whether a node is reachable, and since when. Of a node that is cut off, its connections tell
-    /// only after seconds that nothing comes any more; the probes know it at once.
+    /// Returns whether a node is reachable, and since when. When a node is cut off, its connections
+    /// notice it only after seconds, but probes notice it at once. So a node without a route is
+    /// unreachable.
     pub(super) fn reach(&self, id: NodeId) -> Option<(bool, Instant)> {
         let (connected, since) = *self.reachable.get(&id)?;
         match self.ways.route(id) {
@@ -333,7 +334,7 @@ fn attachment(underlay: &UnderlayStatus) -> String {
     format!("{hook}{xdp}")
 }
 
-/// Addresses that other hosts may know this one by.
+/// Whether other hosts may know this host by the address.
 fn is_of_use(address: &IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
@@ -348,7 +349,7 @@ fn direction(direction: dial::Direction) -> Direction {
     }
 }
 
-/// The way that packets take, if there is one.
+/// Returns the path that packets take, if there is one.
 pub(super) fn path_of(route: Route) -> Option<Path> {
     match route {
         Route::Direct => Some(Path::Direct),

@@ -1,4 +1,4 @@
-//! An established connection, and which of two stays.
+//! An established connection, and the rule for which of two to keep.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -18,12 +18,13 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Whether this connection may stay, given another one with the same node. `self` is the newer
-    /// exactly if it was not asked about before; where age decides, only the side that opened both
-    /// decides, and keeps the older.
+    /// Whether this connection may stay open, given another one with the same node. The dialer asks
+    /// this of a new connection against each old one, then of each old one against the new one.
+    /// Where age decides, only the side that opened both connections applies the rule, and it keeps
+    /// the older.
     pub fn stays_beside(&self, other: &Self, own: NodeId) -> bool {
         if self.public_key != other.public_key {
-            // Two hosts with one ID: whoever was there first.
+            // Two hosts have the same ID: the first one stays.
             return self.since < other.since;
         }
         if self.incarnation != other.incarnation {

@@ -1,4 +1,4 @@
-//! Something to dial: its state and the pauses between tries.
+//! A destination to dial: its state and the pauses between attempts.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -11,10 +11,10 @@ use crate::types::NodeId;
 
 #[derive(Clone, Debug)]
 pub(super) struct Destination {
-    /// As gossip told, or as the name resolved last.
+    /// Addresses from gossip, or those that the name last resolved to.
     pub addresses: Vec<SocketAddr>,
     pub state: State,
-    /// Which node answered last.
+    /// The node that answered last.
     pub leads_to: Option<NodeId>,
     pub last_error: Option<(String, Instant)>,
     patience: Duration,
@@ -23,17 +23,19 @@ pub(super) struct Destination {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// For that time; and, while there is a connection that makes tries needless, for its loss.
+    /// Waits until this time. While another connection makes an attempt unnecessary, it also waits
+    /// for the loss of that connection.
     Waiting {
         until: Instant,
     },
     Dialling(AttemptId),
-    /// It leads to this node: never again.
+    /// The destination leads to this node and is not dialed again.
     Myself,
 }
 
 impl Destination {
-    /// "At once" means after `patience`.
+    /// Creates a destination that is first dialed after `patience`. [`Self::try_at_once`] waits for
+    /// `patience`, too.
     pub fn new(addresses: Vec<SocketAddr>, patience: Duration, now: Instant) -> Self {
         Self {
             addresses,
@@ -49,7 +51,8 @@ impl Destination {
         matches!(self.state, State::Waiting { until } if until <= now)
     }
 
-    /// Forgets pauses, and also that it once led to this node: names move.
+    /// Resets the pause, and also forgets that the destination led to this node, because names can
+    /// move.
     pub fn try_at_once(&mut self, now: Instant) {
         self.pause = FIRST_PAUSE;
         match self.state {
@@ -60,7 +63,7 @@ impl Destination {
         }
     }
 
-    /// The pause grows on: only a connection that lives makes it short again.
+    /// Does not reset the pause: only a long-lived connection does.
     pub fn handle_established(&mut self, peer: NodeId, now: Instant) {
         self.leads_to = Some(peer);
         if let State::Dialling(_) = self.state {

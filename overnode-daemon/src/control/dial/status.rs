@@ -1,4 +1,4 @@
-//! What people are told about targets and connections.
+//! Reports targets and connections for `status`.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -9,25 +9,25 @@ use crate::types::NodeId;
 /// Which side opened a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Direction {
-    /// This node dialled.
+    /// This node dialed.
     Out,
-    /// The other node dialled.
+    /// The other node dialed.
     In,
 }
 
-/// How far a destination or connection is.
+/// The state of a destination or connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// A try is under way.
+    /// An attempt is in progress.
     Connecting,
-    /// There is a connection with the node that it leads to, whichever side opened it.
+    /// There is a connection with the node that the destination leads to, whichever side opened it.
     Established,
-    /// The last try has failed; the next is due then.
+    /// The last attempt failed. The next one is scheduled.
     Retrying {
-        /// When it is due.
+        /// When the next attempt is due.
         next: Instant,
     },
-    /// It leads to this node itself: no try is needed.
+    /// The destination leads to this node itself and needs no attempt.
     Myself,
     /// An incoming connection was refused.
     Refused,
@@ -36,34 +36,35 @@ pub enum Phase {
 /// A target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TargetStatus {
-    /// As given by people.
+    /// Name, as the operator gave it.
     pub name: String,
-    /// How the name resolved last.
+    /// Addresses that the name last resolved to.
     pub addresses: Vec<SocketAddr>,
-    /// How far it is.
+    /// State of the target.
     pub phase: Phase,
-    /// The node that it leads to, if known.
+    /// Node that the target leads to, if known.
     pub peer: Option<NodeId>,
-    /// The last error, with its time.
+    /// Last error and its time.
     pub last_error: Option<(String, Instant)>,
 }
 
-/// A connection, one that is being tried, or one that was refused.
+/// An established, attempted or refused connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectionStatus {
-    /// Who dials or dialled.
+    /// The side that dialed.
     pub direction: Direction,
-    /// The other end: an address, or the target's name before it has resolved.
+    /// Address of the other end, or the target's name before it has resolved.
     pub address: String,
-    /// How far it is.
+    /// State of the connection.
     pub phase: Phase,
-    /// The node at the other end, if known.
+    /// Node at the other end, if known.
     pub peer: Option<NodeId>,
-    /// Its nickname, if known.
+    /// Nickname of the node, if known.
     pub nickname: Option<String>,
-    /// Since when it is established.
+    /// When the connection was established.
     pub since: Option<Instant>,
-    /// The last error, with its time; of an established connection, why there was none before.
+    /// Last error and its time. For an established connection, the error of an earlier attempt or
+    /// connection.
     pub last_error: Option<(String, Instant)>,
 }
 
@@ -75,7 +76,7 @@ pub(super) struct Refused {
 }
 
 impl Dialer {
-    /// The targets, in the order in which they were added.
+    /// Returns the targets, in the order in which they were added.
     pub fn target_status(&self) -> Vec<TargetStatus> {
         let status = |name: &String| {
             let key = Key::Target(name.clone());
@@ -91,8 +92,8 @@ impl Dialer {
         self.targets.iter().filter_map(status).collect()
     }
 
-    /// The established connections by node; then the destinations without one; then what was
-    /// refused lately.
+    /// Returns the established connections by node, then the destinations without a connection,
+    /// then the recently refused connections.
     pub fn connection_status(&self) -> Vec<ConnectionStatus> {
         let mut established: Vec<_> = self.connections.values().collect();
         established
@@ -136,7 +137,7 @@ impl Dialer {
         established.chain(open).chain(refused).collect()
     }
 
-    /// Why there was no connection with a node before, or why one ended.
+    /// Returns why there was no connection with a node earlier, or why one ended.
     fn last_error_of(&self, peer: NodeId) -> Option<(String, Instant)> {
         let leads_there = |key: &Key, to: &Destination| match key {
             Key::Target(_) => to.leads_to == Some(peer),

@@ -47,7 +47,7 @@ impl Bench {
         std::iter::from_fn(|| self.dialer.poll_action()).collect()
     }
 
-    /// The tries that were started, as (number, place).
+    /// Returns the attempts that were started, with their ID and place.
     fn dials(&mut self) -> Vec<(AttemptId, Place)> {
         let actions = self.actions();
         actions
@@ -71,7 +71,7 @@ impl Bench {
         self.dialer.handle_timeout(self.now);
     }
 
-    /// Goes to the next time that the dialler asks for; returns how far that was.
+    /// Advances to the next time that the dialer asks for. Returns how far away it was.
     fn pass_to_next(&mut self) -> Duration {
         let next = self.dialer.poll_timeout().unwrap();
         let pause = next - self.now;
@@ -234,11 +234,12 @@ fn a_refused_newcomer_is_shown_and_expires() {
     assert_eq!(bench.dialer.connection_status().len(), 1);
 }
 
-/// Two nodes that open connections with each other in every order in which the ends can learn of
+/// Two nodes open connections with each other, in every order in which the two ends can learn of
 /// them.
 #[test]
 fn both_sides_keep_the_same_connection() {
-    // Each connection: who opens it. Each order: in which order either side hears of them.
+    // For each connection, the node that opens it. `orders` holds the order in which each side
+    // learns of them.
     let openings = [
         vec![1, 2],
         vec![2, 1],
@@ -255,7 +256,7 @@ fn both_sides_keep_the_same_connection() {
             .flat_map(|one| permutations(count).into_iter().map(move |other| [one.clone(), other]))
         {
             let mut sides = [Bench::new(1), Bench::new(2)];
-            // For each side: what it calls connection n, if it keeps it.
+            // For each side, its ID of connection n, if it keeps the connection.
             let mut names: [Vec<Option<ConnectionId>>; 2] = [vec![None; count], vec![None; count]];
             let mut closed = BTreeSet::new();
             for (side, order) in orders.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! One rule of the protocol, or of ours, at a time.
+//! Tests one rule of the protocol, or of this implementation, at a time.
 
 use super::*;
 
@@ -9,7 +9,7 @@ fn joined_pair(seed: u64, second: Initiate) -> World {
     world
 }
 
-/// Data in both directions, a hundred times a second.
+/// Sends data in both directions, 100 times a second.
 fn traffic(world: &mut World, duration: Duration) {
     let end = world.now + duration;
     while world.now < end {
@@ -153,7 +153,7 @@ fn a_persistent_keepalive_breaks_every_silence() {
 #[test]
 fn data_without_an_answer_leads_to_a_new_handshake() {
     let mut world = joined_pair(1, Initiate::OnlyAnswer);
-    // The other side forgets everything; data of the old session falls on deaf ears.
+    // The other side forgets everything, so data of the old session has no effect there.
     world.restart(1, 0, Initiate::OnlyAnswer, false);
     let begun = world.now;
     let recovered = (0..300).find(|_| {
@@ -175,7 +175,7 @@ fn answered_data_leads_to_none() {
     let mut world = joined_pair(1, Initiate::OnlyAnswer);
     traffic(&mut world, SECOND * 60);
     assert_eq!(world.initiations(0).len(), 1);
-    // One direction only: the other side's keepalives are answer enough.
+    // Data in one direction only: the other side's keepalives count as answers.
     for _ in 0..500 {
         world.send_data(0, 1);
         world.run(SECOND / 10);
@@ -276,7 +276,7 @@ fn the_responder_renews_when_the_initiator_does_not() {
 #[test]
 fn lost_keepalives_do_not_end_in_a_session_without_a_sender() {
     let mut world = joined_pair(1, Initiate::After(SECOND * 2));
-    // From the first renewal on nothing of the initiator's data arrives for a while.
+    // For a while from the first renewal on, none of the initiator's data arrives.
     let (silent, from) = (world.nodes[0].address, world.start + SECOND * 119);
     world.run_until(from);
     world.lost = Box::new(move |datagram| datagram.kind() == 4 && datagram.from == silent);

@@ -1,10 +1,10 @@
-//! Whatever the network brings: no panic, no state, no answer that it did not earn.
+//! Tests hostile input from the network: it causes no panic, no state, and no unearned answer.
 
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
 
 use super::*;
 
-/// What must hold at any time.
+/// Checks invariants that must hold at any time.
 fn check(core: &Handshakes) {
     let mut indices = BTreeSet::new();
     for (index, peer) in &core.peers {
@@ -26,7 +26,8 @@ fn check(core: &Handshakes) {
     );
 }
 
-/// Node 0 waits for the response to its initiation; node 1 has one to take, and a response to give.
+/// Node 0 awaits the response to its initiation. Node 1 has not yet received `initiation`.
+/// `response` is a valid answer to it.
 struct Captured {
     world: World,
     initiation: Datagram,
@@ -60,7 +61,7 @@ fn every_changed_bit_of_an_initiation_is_noticed() {
         core.handle_datagram(now, initiation.from, &bytes);
         quiet(core);
     }
-    // With the first MAC made right, so that Noise has to notice.
+    // Fix up the first MAC, so that Noise has to detect the change.
     for bit in 8 * 8..116 * 8 {
         let mut bytes = initiation.bytes.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
@@ -165,8 +166,8 @@ fn a_message_for_another_or_of_a_stranger_or_our_own_gets_no_answer() {
     }
 }
 
-/// Node 0 tries to get a session with node 1 while 2000 initiations a second with a right first MAC
-/// arrive there, from what `source` gives. Returns node 1's counters.
+/// Node 0 tries to get a session with node 1, while 2000 initiations a second with a valid first
+/// MAC arrive there, from the addresses that `source` returns. Returns the counters of both nodes.
 fn flood(source: impl Fn(&mut World) -> SocketAddr) -> (Counters, Counters) {
     let mut world = World::new(1, 2);
     world.introduce(0, 1, Initiate::After(SECOND));
@@ -206,7 +207,7 @@ fn a_flood_from_a_peers_own_address_does_not_keep_it_out() {
     assert_eq!(peer.cookies_received, 1);
 }
 
-/// Node 0 gets a cookie reply to each initiation, and never an answer.
+/// Node 0 gets a cookie reply to each initiation and never a response.
 #[test]
 fn a_peer_that_always_demands_a_cookie_is_called_at_once_only_once() {
     let mut world = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer);
@@ -216,7 +217,7 @@ fn a_peer_that_always_demands_a_cookie_is_called_at_once_only_once() {
         world.nodes[0].core.handle_timeout(world.now, SystemTime::now());
         while let Some(transmit) = world.nodes[0].core.poll_transmit() {
             sent.push((world.now - begun, transmit.bytes[132..] != [0; 16]));
-            // A new secret each time: no cookie is ever right.
+            // A new secret each time, so that no cookie is ever valid.
             let mut gate = world.nodes[1].core.gate(StdRng::seed_from_u64(sent.len() as u64));
             gate.set_threshold(0);
             let judgment = gate.judge(world.now, world.nodes[0].address, &transmit.bytes, || true);
@@ -231,7 +232,7 @@ fn a_peer_that_always_demands_a_cookie_is_called_at_once_only_once() {
     assert!((5..8).contains(&sent.len()), "{sent:?}");
 }
 
-/// One thing that can happen to a node.
+/// One operation on a node.
 #[derive(Clone, Debug)]
 enum Op {
     Garbage {
@@ -367,8 +368,8 @@ fn perform(world: &mut World, op: Op) {
             node.core.handle_confirmed(peer(of), index.unwrap_or(0), now);
         }
         Op::Adopt { at, of, index, initiator, confirmed, sealing, age } => {
-            // Only what the map holds is adopted: an index that the plane does not know, in a slot
-            // it does not use.
+            // Adopt only what the map could hold: an unknown index, in a slot that the plane does
+            // not use.
             let node = &mut world.nodes[at];
             let Some(created) = now.checked_sub(SECOND * age as u32) else { return };
             let in_use =

@@ -1,5 +1,6 @@
-//! Two or more nodes with real cryptography, a network that loses, repeats, delays and reorders
-//! under a seed, and time that the test owns. [`Plane`] stands for the programs and their maps.
+//! Simulates two or more nodes with real cryptography. The network loses, repeats, delays and
+//! reorders datagrams under a seed, and the test controls the time. [`Plane`] stands for the eBPF
+//! programs and their maps.
 
 mod behaviour;
 mod hostile;
@@ -19,8 +20,8 @@ use super::*;
 
 pub const SECOND: Duration = Duration::from_secs(1);
 
-/// What a data message carries here: an IPv4 header that says how long it is, so that boringtun
-/// takes it too.
+/// Returns the content of a data message: an IPv4 packet whose header has the right length, so that
+/// boringtun accepts it, too.
 pub fn inner_packet(payload: &[u8]) -> Vec<u8> {
     let length = u16::try_from(20 + payload.len()).expect("a small packet").to_be_bytes();
     let header =
@@ -72,7 +73,7 @@ impl Core {
         Self { gate: inner.gate(gate), inner }
     }
 
-    /// Puts a gate in place of this one that has seen nothing yet.
+    /// Replaces the gate with a new one that has seen nothing yet.
     pub fn reset_gate(&mut self) {
         self.gate = self.inner.gate(StdRng::seed_from_u64(1));
     }
@@ -108,14 +109,14 @@ impl std::ops::DerefMut for Core {
     }
 }
 
-/// The programs' part, for one peer.
+/// The part of the eBPF programs, for one peer.
 #[derive(Default)]
 pub struct Plane {
     pub sessions: BTreeMap<u32, Held>,
     pub sealing: Option<u32>,
     pub remote: Option<SocketAddr>,
     pub activity: Activity,
-    /// Sessions that were confirmed since the daemon looked last.
+    /// Sessions confirmed since the daemon's last look.
     pub confirmed: Vec<u32>,
 }
 
@@ -177,7 +178,7 @@ pub struct Node {
     pub address: SocketAddr,
     pub planes: BTreeMap<PeerIndex, Plane>,
     pub failures: Vec<(PeerIndex, Failure)>,
-    /// Every session that was ever installed.
+    /// All sessions ever installed.
     pub installed: Vec<(Instant, PeerIndex, SessionKeys)>,
     /// When each index was withdrawn.
     pub withdrawn: BTreeMap<u32, Instant>,
@@ -187,7 +188,7 @@ pub struct Node {
     pub unsent: u64,
 }
 
-/// What happens to each datagram.
+/// Loss, repetition and delay of datagrams.
 #[derive(Clone, Copy)]
 pub struct Weather {
     pub loss: f64,
@@ -223,9 +224,9 @@ pub struct World {
     pub rng: StdRng,
     pub weather: Weather,
     pub nodes: Vec<Node>,
-    /// Everything that was ever sent.
+    /// All datagrams ever sent.
     pub tapped: Vec<(Instant, Datagram)>,
-    /// Datagrams for which this is true are lost.
+    /// Datagrams for which this returns true are lost.
     pub lost: Box<dyn Fn(&Datagram) -> bool>,
     flying: BTreeMap<(Instant, u64), Datagram>,
     sequence: u64,
@@ -233,7 +234,7 @@ pub struct World {
 }
 
 impl World {
-    /// Nodes that do not know each other yet.
+    /// Creates nodes that do not know each other yet.
     pub fn new(seed: u64, nodes: usize) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let now = Instant::now();
@@ -253,7 +254,7 @@ impl World {
         }
     }
 
-    /// Two nodes that know each other.
+    /// Creates two nodes that know each other.
     pub fn pair(seed: u64, first: Initiate, second: Initiate) -> Self {
         let mut world = Self::new(seed, 2);
         world.introduce(0, 1, first);
@@ -287,7 +288,7 @@ impl World {
         &self.nodes[at].planes[&peer(with)]
     }
 
-    /// Whether both can send to each other.
+    /// Whether both nodes can send to each other.
     pub fn joined(&self, a: usize, b: usize) -> bool {
         [(a, b), (b, a)].into_iter().all(|(from, to)| {
             let (out, into) = (self.plane(from, to), self.plane(to, from));
@@ -334,7 +335,7 @@ impl World {
         self.advance(end);
     }
 
-    /// Does the next thing that is due until `end`. False if there is none.
+    /// Performs the next thing that is due until `end`. Returns false if nothing is.
     fn step(&mut self, end: Instant) -> bool {
         let arrival = self.flying.first_key_value().map(|((at, _), _)| *at);
         let timers = self.nodes.iter().filter_map(|node| node.core.poll_timeout());
@@ -388,7 +389,7 @@ impl World {
         }
     }
 
-    /// What the daemon does once a second: reads the maps.
+    /// Reads the maps, as the daemon does once a second.
     fn report(&mut self, at: usize) {
         let node = &mut self.nodes[at];
         for (index, plane) in &mut node.planes {
@@ -401,7 +402,7 @@ impl World {
         self.drain(at);
     }
 
-    /// Does what the node's core says.
+    /// Carries out what the node's core asks for.
     pub fn drain(&mut self, at: usize) {
         while let Some(Transmit { to, bytes, .. }) = self.nodes[at].core.poll_transmit() {
             self.transmit(at, to, bytes);
@@ -413,8 +414,8 @@ impl World {
         }
     }
 
-    /// Starts the node's daemon anew. Its programs stay; `adopt` says whether it takes their
-    /// sessions over.
+    /// Restarts the node's daemon while its programs keep running. `adopt` tells whether the new
+    /// daemon takes over their sessions.
     pub fn restart(&mut self, at: usize, with: usize, initiate: Initiate, adopt: bool) {
         let (config, seed) = (self.config(with, initiate), self.rng.random());
         let (now, node) = (self.now, &mut self.nodes[at]);
@@ -439,7 +440,7 @@ impl World {
         self.drain(at);
     }
 
-    /// Initiations that a node has sent.
+    /// Returns the times of the initiations that a node has sent.
     pub fn initiations(&self, from: usize) -> Vec<Instant> {
         let from = self.nodes[from].address;
         self.tapped
@@ -450,7 +451,7 @@ impl World {
     }
 }
 
-/// The index by which every node knows node `number`.
+/// Returns the index by which every node knows node `number`.
 pub fn peer(number: usize) -> PeerIndex {
     PeerIndex(number as u32 + 1)
 }

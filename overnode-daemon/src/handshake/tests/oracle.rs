@@ -1,5 +1,5 @@
-//! Against boringtun, in both roles. Its clock is the machine's, so its timers are not tested here;
-//! it is told to initiate.
+//! Tests interoperability with boringtun, in both roles. boringtun uses the machine's clock, so its
+//! timers are not tested. The test makes it initiate.
 
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};
@@ -10,7 +10,7 @@ use super::*;
 const OURS: u8 = 1;
 const THEIRS: u8 = 2;
 
-/// One of us and one of them, on a wire without delay.
+/// One overnode core and one boringtun tunnel, on a wire without delay.
 struct Mixed {
     core: Core,
     tunn: Tunn,
@@ -49,7 +49,7 @@ impl Mixed {
         SocketAddr::from(([192, 0, 2, 9], 51820))
     }
 
-    /// Lets time pass for us.
+    /// Lets time pass for our side.
     fn pass(&mut self, time: Duration) {
         self.now += time;
         self.wall += time;
@@ -102,7 +102,7 @@ impl Mixed {
         }
     }
 
-    /// A packet each way under the newest session.
+    /// Exchanges one packet in each direction in the newest session.
     fn exchange(&mut self) {
         let packet = inner_packet(b"from us to them!");
         let message = seal(self.session(), 1000, &packet);
@@ -118,14 +118,14 @@ impl Mixed {
         assert_eq!(open(self.session(), message).map(|(_, text)| text), Some(packet));
     }
 
-    /// We initiate; gives boringtun's response.
+    /// Lets us initiate. Returns boringtun's response.
     fn initiate(&mut self) -> Vec<u8> {
         let initiation = self.sent().expect("an initiation is due");
         let Theirs::Sends(response) = self.theirs(&initiation) else { panic!("boringtun answers") };
         response
     }
 
-    /// Boringtun initiates and we answer.
+    /// Lets boringtun initiate and us answer.
     fn answer(&mut self) {
         while self.sent().is_some() || !self.events().is_empty() {}
         let initiation = self.their_initiation();
@@ -236,7 +236,7 @@ fn preshared_keys_must_be_the_same() {
 #[test]
 fn we_bring_the_cookie_that_they_demand() {
     let mut mixed = Mixed::new(Initiate::AtOnce, [5; 32], Some([5; 32]));
-    // Boringtun demands cookies from the eleventh handshake message of a second on.
+    // boringtun demands cookies from the eleventh handshake message in a second on.
     let junk = mixed.their_initiation();
     for _ in 0..10 {
         assert!(matches!(mixed.theirs(&junk), Theirs::Refuses(_)));
