@@ -1,44 +1,44 @@
-//! How much memory and disk the records of others take.
+//! Limits on the memory and disk space for the records of other nodes.
 //!
-//! Whoever has the token may be as many nodes as there are free IDs, and a record may be long. So
-//! there is an end to what is kept of all of them together: [`ROOM`] for each ID, and [`SHARED`]
-//! for what is longer. An honest record is longer only with more than about a hundred names. Of
-//! nodes that were never reached, directly or through others, there are no more than [`STRANGERS`],
-//! with no more than [`STRANGER_BYTES`].
+//! A host with the token can take as many IDs as are free, and a record can be long. So the total
+//! size of all records is limited: [`ROOM`] for each ID, and [`SHARED`] for records that exceed it.
+//! An honest record exceeds it only with more than about 100 names. At most [`STRANGERS`] records
+//! with at most [`STRANGER_BYTES`] in total are kept of nodes that were never reached, directly or
+//! through other nodes.
 //!
-//! A version that does not fit is not taken; the older one stays. One that takes no more than that
-//! one always fits, and so does a tombstone, which is short: what keeps the dead from being revived
-//! is never dropped.
+//! A version that does not fit is refused, and the older one stays. A version that is no larger
+//! than the older one always fits. So does a tombstone, which is short. Tombstones are never
+//! dropped, since they keep nodes that have left from coming back.
 //!
-//! All of it, with 4095 IDs, is 64 MiB, and about as much in the copies that the names of DNS and
-//! the allocation of addresses take. The disk has it in a shorter form: at most 64 MiB, twice while
-//! it is written.
+//! With 4095 IDs, all records take 64 MiB, and the copies for DNS names and address allocation take
+//! about as much again. On disk they are more compact: at most 64 MiB, twice while they are
+//! written.
 
 use std::collections::BTreeMap;
 
 use super::message::Record;
 use crate::types::NodeId;
 
-/// Bytes that the record of each node may take in any case.
+/// Bytes reserved for the record of each node.
 pub const ROOM: usize = 8 << 10;
-/// Bytes beyond [`ROOM`], of all records together.
+/// Bytes beyond [`ROOM`] that all records share.
 pub const SHARED: usize = 32 << 20;
-/// Most nodes that were never reached.
+/// Maximum number of nodes that were never reached.
 pub const STRANGERS: usize = 256;
-/// Bytes of the records of nodes that were never reached.
+/// Maximum total size in bytes of the records of nodes that were never reached.
 pub const STRANGER_BYTES: usize = 2 << 20;
 
-/// What the records of others take.
+/// The memory that the records of other nodes take.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Budget {
     shared: usize,
-    /// Nodes that were never reached as far as is known, with what their records take.
+    /// Nodes that were never reached, as far as is known, with the sizes of their records.
     strangers: BTreeMap<NodeId, usize>,
     stranger_bytes: usize,
 }
 
 impl Budget {
-    /// True if the record may take the place of the one that is known.
+    /// Returns true if the record may replace the known one.
     pub(super) fn fits(&self, record: &Record, known: Option<&Record>) -> bool {
         let (new, old) = (weight(record), known.map_or(0, weight));
         record.left
@@ -47,7 +47,7 @@ impl Budget {
             || beyond(new) == 0
     }
 
-    /// As [`Self::fits`], for a node that was never reached.
+    /// Like [`Self::fits`], for a node that was never reached.
     pub(super) fn fits_stranger(&self, record: &Record) -> bool {
         let (new, old) = (weight(record), self.strangers.get(&record.id).copied());
         let is_one_more = old.is_none();
@@ -57,7 +57,7 @@ impl Budget {
                 && (!is_one_more || self.strangers.len() < STRANGERS)
     }
 
-    /// A record has taken the place of another one, if there was one.
+    /// Records that `record` has replaced `before`, if any.
     pub(super) fn note(&mut self, record: &Record, before: Option<&Record>) {
         self.shared += beyond(weight(record));
         self.shared -= before.map_or(0, |before| beyond(weight(before)));
@@ -67,7 +67,7 @@ impl Budget {
         }
     }
 
-    /// A node was never reached.
+    /// Counts a node as never reached.
     pub(super) fn add_stranger(&mut self, record: &Record) {
         if !record.left && !self.strangers.contains_key(&record.id) {
             self.stranger_bytes += weight(record);
@@ -75,7 +75,7 @@ impl Budget {
         }
     }
 
-    /// A node is reached.
+    /// Counts a node as reached.
     pub(super) fn meet(&mut self, id: NodeId) {
         if let Some(bytes) = self.strangers.remove(&id) {
             self.stranger_bytes -= bytes;
@@ -96,7 +96,7 @@ impl Budget {
     }
 }
 
-/// About how many bytes of memory a record takes.
+/// Returns the approximate memory size of a record in bytes.
 pub fn weight(record: &Record) -> usize {
     const STRING: usize = 32;
     let names = record.names.iter().map(|named| size_of_val(named) + STRING + named.name.len());

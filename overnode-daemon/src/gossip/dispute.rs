@@ -1,12 +1,11 @@
-//! Two hosts with one ID.
+//! Disputes between two hosts with one ID.
 //!
-//! An ID changes hands only if its holder lets it: a record under other keys than those of a node
-//! that is reached waits for [`OBJECTION`], and the holder is asked, by a
-//! [parcel](super::parcel::KIND_CLASH). A holder that is there objects, by a record that outbids
-//! the other ([`Action::Contested`]), and then the other is dropped and reported
-//! ([`Action::Clash`]). A holder that is gone says nothing, and its successor is believed. A
-//! neighbour that is connected cannot be replaced at all, and within one incarnation nobody changes
-//! keys.
+//! An ID changes hands only with the consent of its holder. A record under other keys than those of
+//! a reachable node waits for [`OBJECTION`], and the holder is asked with a [routed
+//! message](super::parcel::KIND_CLASH). A live holder objects with a record that outbids the other
+//! ([`Action::Contested`]). Then the other record is dropped and reported ([`Action::Clash`]). A
+//! holder that is gone does not answer, and the new record is believed. A connected neighbor cannot
+//! be replaced at all, and keys never change within one incarnation.
 
 use std::time::{Duration, Instant};
 
@@ -16,31 +15,32 @@ use super::parcel::{KIND_CLASH, MAX_BODY, MAX_HOPS};
 use super::{Action, Gossip};
 use crate::types::NodeId;
 
-/// So long may a node that is reached take to object: to hear of it, to outbid it, and to be heard.
+/// Time that a reachable node has to object: to hear of the other record, to outbid it, and to be
+/// heard.
 pub const OBJECTION: Duration = Duration::from_secs(5);
-/// After an objection, nobody is heard for so long who claims the same ID.
+/// After an objection, other claims to the same ID are ignored for this long.
 pub const CLASH_INTERVAL: Duration = Duration::from_secs(30);
-/// A contested own record is answered no more often than this.
+/// Minimum interval between two answers to a contested own record.
 pub const DEFEND_INTERVAL: Duration = Duration::from_secs(1);
 
-/// No more records wait at a time: each makes others work.
+/// Maximum number of records that wait at a time. Each one makes other nodes work.
 const MAX_CONTENDERS: usize = 64;
 
-/// A record that waits for the objection of another node with its ID.
+/// A record that waits for an objection of the node that holds its ID.
 #[derive(Debug)]
 pub(super) struct Contender {
     record: Record,
-    /// Who told of it.
+    /// The neighbor that the record came from.
     from: NodeId,
     is_told: bool,
-    /// Not before.
+    /// Earliest time at which the record may be announced to others.
     tell_at: Instant,
     until: Instant,
 }
 
 impl Gossip {
-    /// True if the ID of this record belongs to a node with other keys, as far as this node can
-    /// tell.
+    /// Returns true if the ID of this record belongs to a node with other keys, as far as this node
+    /// can tell.
     pub(super) fn is_disputed(&self, record: &Record) -> bool {
         let key = record.verifying_key;
         if let Some(proven) = self.proven.get(&record.id) {
@@ -54,10 +54,10 @@ impl Gossip {
             && (known.incarnation == record.incarnation || self.paths().contains_key(&known.id))
     }
 
-    /// Lets a disputed record wait, and passes it on.
+    /// Makes a disputed record wait, and forwards it.
     pub(super) fn handle_contender(&mut self, peer: NodeId, record: Record, now: Instant) {
         let id = record.id;
-        // The holder must be able to hear of it, and to outbid it.
+        // The holder must be able to receive the record and to outbid it.
         let challenge = Message::Delta(vec![record.clone()]).encode().len();
         let is_far = self.paths().get(&id).is_some_and(|path| path.hops > MAX_HOPS.into());
         if challenge > MAX_BODY || is_far {
@@ -84,8 +84,8 @@ impl Gossip {
         self.tell_of_contenders(now);
     }
 
-    /// Asks the holders, and lets others know who waits: of each ID no more often than its holder
-    /// may answer.
+    /// Asks the holders and announces the waiting records to neighbors. For each ID this happens no
+    /// more often than the holder may answer.
     fn tell_of_contenders(&mut self, now: Instant) {
         let untold = self.contenders.iter().filter(|(_, it)| !it.is_told && it.tell_at <= now);
         for id in untold.map(|(id, _)| *id).collect::<Vec<_>>() {
@@ -93,7 +93,7 @@ impl Gossip {
             (waiting.is_told, waiting.tell_at) = (true, now + DEFEND_INTERVAL);
             let (peer, record) = (waiting.from, waiting.record.clone());
             let delta = Message::Delta(vec![record.clone()]);
-            // Fails only if the holder is gone by now.
+            // Fails only if the holder is no longer reachable.
             let _ = self.send_parcel(id, KIND_CLASH, delta.encode());
             let has_not =
                 |next: &&NodeId| **next != peer && **next != id && !self.is_linked(peer, **next);
@@ -105,8 +105,8 @@ impl Gossip {
         }
     }
 
-    /// A record of a node was believed: if it outbids another one that waits, there are two such
-    /// nodes.
+    /// Handles a record that was accepted: if it outbids a waiting record under other keys, two
+    /// hosts have the ID.
     pub(super) fn settle(&mut self, id: NodeId, now: Instant) {
         let Some(contender) = self.contenders.get(&id) else { return };
         let Some(known) = self.records.get(&id) else { return };
@@ -124,7 +124,7 @@ impl Gossip {
         }
     }
 
-    /// Believes those whom nobody has objected to.
+    /// Accepts the waiting records that no holder has objected to.
     pub(super) fn admit_contenders(&mut self, now: Instant) {
         self.tell_of_contenders(now);
         let due: Vec<_> =
@@ -149,7 +149,7 @@ impl Gossip {
         self.contenders.values().map(next).min()
     }
 
-    /// Somebody spreads a newer record of this node.
+    /// Handles a record of this node that is newer than its own one.
     pub(super) fn handle_word_about_self(&mut self, record: Record, now: Instant) {
         if self.draft.left {
             return;
@@ -162,7 +162,7 @@ impl Gossip {
         }
     }
 
-    /// Another node asks whether this one objects to a record of its ID.
+    /// Answers a node that asks whether this node objects to a record with its ID.
     pub(super) fn handle_challenge(&mut self, bytes: &[u8], now: Instant) {
         let Ok(Message::Delta(records)) = Message::decode(bytes) else { return };
         for record in records {
@@ -181,7 +181,7 @@ impl Gossip {
         self.defended.is_none_or(|last| last + DEFEND_INTERVAL <= now)
     }
 
-    /// Outbids the other record, and has it published.
+    /// Outbids the other record and schedules the own one for publication.
     pub(super) fn defend(&mut self, now: Instant) {
         let Some(rival) = self.defence.take() else { return };
         let is_other = rival.verifying_key != self.draft.verifying_key;
@@ -191,8 +191,8 @@ impl Gossip {
         } else {
             self.draft.version = self.draft.version.max(rival.version);
         }
-        // A tombstone is of an earlier life of this host. So may be a record under its own keys,
-        // once: of a disk that was put back.
+        // A tombstone is from an earlier life of this host. A record under its own keys may be as
+        // well, but only once: from a restored disk.
         if !rival.left && (is_other || self.defended.is_some()) {
             self.actions.push_back(Action::Contested(Box::new(rival)));
         }

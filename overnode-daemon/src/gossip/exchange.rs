@@ -1,4 +1,4 @@
-//! How records travel: they are offered, asked for and sent, and neighbours compare what they have.
+//! Exchange of records: offers, requests and replies, and comparison between neighbors.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -11,20 +11,19 @@ use super::message::{self, Message, Named, Record, Stamp};
 use super::{Action, Gossip};
 use crate::types::NodeId;
 
-/// So long after it was asked for, a record should be here; then another neighbour that has it is
-/// asked.
+/// Timeout of a request for a record. Then another neighbor that has the record is asked.
 pub const ASK_AGAIN: Duration = Duration::from_secs(1);
-/// About how many bytes an offer of one record takes.
+/// Approximate size in bytes of the offer of one record.
 pub(super) const STAMP_BYTES: usize = 20;
 
-/// A record that a neighbour was asked for.
+/// A record that was requested from a neighbor.
 #[derive(Debug)]
 pub(super) struct Wanted {
     stamp: Stamp,
-    /// Who was asked.
+    /// The neighbor that was asked.
     from: NodeId,
     asked: Instant,
-    /// Who else has it.
+    /// Other neighbors that have the record.
     others: BTreeSet<NodeId>,
 }
 
@@ -63,7 +62,8 @@ impl Gossip {
         }
     }
 
-    /// A neighbour has this version. True if it should be asked for it now.
+    /// Records that a neighbor has this version. Returns true if it should be requested from that
+    /// neighbor now.
     fn lacks(&mut self, peer: NodeId, id: NodeId, stamp: Stamp, now: Instant) -> bool {
         if self.stamps.get(&id).is_some_and(|known| *known >= stamp) {
             self.note_holder(peer, id, stamp);
@@ -79,7 +79,7 @@ impl Gossip {
                 }
                 false
             }
-            // Who promises more need not keep it.
+            // The neighbor that offered the newer version may never send it.
             Some(wanted) if wanted.stamp > stamp => true,
             _ => {
                 let wanted = Wanted { stamp, from: peer, asked: now, others: BTreeSet::new() };
@@ -90,7 +90,7 @@ impl Gossip {
         }
     }
 
-    /// If this is the version that is to be passed on, this neighbour has it already.
+    /// Records that a neighbor already has this version, if it is the one to be forwarded.
     pub(super) fn note_holder(&mut self, peer: NodeId, id: NodeId, stamp: Stamp) {
         if self.stamps.get(&id) == Some(&stamp)
             && let Some(have) = self.news.get_mut(&id)
@@ -99,20 +99,20 @@ impl Gossip {
         }
     }
 
-    /// A record has come.
+    /// Handles the arrival of a record: the request for it is done.
     pub(super) fn want_no_more(&mut self, peer: NodeId, id: NodeId, stamp: Stamp) {
         if self.wanted.get(&id).is_some_and(|wanted| wanted.from == peer || wanted.stamp <= stamp) {
             self.wanted.remove(&id);
         }
     }
 
-    /// What was asked for and has not come in time is asked of others.
+    /// Asks other neighbors for requested records that have not arrived in time.
     pub(super) fn ask_again(&mut self, now: Instant) {
         self.ask_instead(|wanted| wanted.asked + ASK_AGAIN <= now, now);
         self.ask_again_at = self.wanted.values().map(|wanted| wanted.asked + ASK_AGAIN).min();
     }
 
-    /// What `peer` was asked for is asked of others.
+    /// Asks other neighbors for the records that were requested from `peer`.
     pub(super) fn ask_others(&mut self, peer: NodeId, now: Instant) {
         self.wanted.values_mut().for_each(|wanted| {
             wanted.others.remove(&peer);
@@ -136,7 +136,7 @@ impl Gossip {
         }
     }
 
-    /// Sends what this node says of itself, and offers what others say.
+    /// Sends this node's own record, and offers the records of other nodes.
     pub(super) fn pass_on(&mut self, now: Instant) {
         let news = std::mem::take(&mut self.news);
         let mut offers: BTreeMap<NodeId, Vec<(NodeId, Stamp)>> = BTreeMap::new();
@@ -156,7 +156,7 @@ impl Gossip {
         if let Some(have) = news.get(&self.own) {
             let own = self.records[&self.own].clone();
             for peer in self.neighbours.difference(have).copied().collect::<Vec<_>>() {
-                // What is left out here is found by comparing.
+                // Comparing finds the records that are left out here.
                 if self.may_pass(peer, size(&own), now) {
                     self.send(peer, Message::Delta(vec![own.clone()]));
                 }
@@ -169,12 +169,13 @@ impl Gossip {
         }
     }
 
-    /// True if a neighbour takes more of what this node says unasked.
+    /// Charges an unsolicited message to the limit for a neighbor. Returns false if the message
+    /// must not be sent.
     pub(super) fn may_pass(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
         self.burdens.entry(peer).or_insert_with(|| Allowance::of_ours(now)).pass(bytes, now)
     }
 
-    /// Answers with a digest, which counts as if the neighbour had sent it.
+    /// Answers with a digest, which counts as if the neighbor had sent it.
     fn offer(&mut self, peer: NodeId, ask: bool, stamps: Vec<(NodeId, Stamp)>) {
         self.charge(peer, STAMP_BYTES * stamps.len());
         self.send(peer, Message::Digest { ask, stamps });
@@ -190,7 +191,7 @@ impl Gossip {
         ids.iter().filter_map(|id| self.records.get(id))
     }
 
-    /// True if both ends say that they are linked.
+    /// Returns true if both ends report the link.
     pub(super) fn is_linked(&self, one: NodeId, other: NodeId) -> bool {
         let says = |a, b| {
             self.records.get(&a).is_some_and(|record| record.links.binary_search(&b).is_ok())
@@ -240,7 +241,7 @@ impl Gossip {
     }
 }
 
-/// About how many bytes a record takes on the wire; rather too many.
+/// Returns the approximate size of a record on the wire, rather too large than too small.
 pub(super) fn size(record: &Record) -> usize {
     let names = record.names.iter().map(Named::size).sum::<usize>();
     message::RECORD_BYTES

@@ -1,31 +1,30 @@
-//! How much a neighbour may say, and have us say.
+//! Limits on what a neighbor may send, and on what it may make this node send.
 //!
-//! Two buckets for each neighbour, of bytes and of messages, which outlive its connection: who is
-//! cut off and comes back finds them as empty as they were. What it asks for counts as if it had
-//! sent it. A cold start is what they must allow: at 1000 nodes, each linked with all others, a
-//! neighbour that tells of everybody sends 1000 records of 2 KiB each time that it compares, and
-//! few dozen versions of them before all is quiet.
+//! Each neighbor has two token buckets, for bytes and for messages. They outlive the connection, so
+//! a neighbor that is disconnected and reconnects finds them as they were. Replies to its requests
+//! count as if it had sent them. The limits must allow for a cold start: at 1000 nodes in a full
+//! mesh, a neighbor that tells of all nodes sends 1000 records of 2 KiB at each comparison, in a
+//! few dozen versions until everything is quiet.
 
 use std::time::{Duration, Instant};
 
-/// Bytes that may come at once: all records that there can be, twice.
+/// Burst of bytes: twice the size of all possible records.
 pub const BURST_BYTES: u64 = 64 << 20;
-/// Bytes that may come each second, again and again.
+/// Sustained rate in bytes per second.
 pub const BYTES_PER_SECOND: u64 = 256 << 10;
-/// Messages that may come at once.
+/// Burst of messages.
 pub const BURST_MESSAGES: u64 = 16 << 10;
-/// Messages that may come each second, again and again: more than [`super::COLLECT`] lets an honest
-/// node send.
+/// Sustained rate in messages per second. [`super::COLLECT`] limits honest nodes to less.
 pub const MESSAGES_PER_SECOND: u64 = 128;
 
-/// Signatures that are verified at once, whoever brings the records: all records that there can be,
-/// sixteen times.
+/// Burst of signature verifications, for all neighbors together: sixteen times the number of
+/// possible records.
 pub const BURST_SIGNATURES: u64 = 64 << 10;
-/// Signatures that are verified each second, again and again: about a quarter of a core's time.
+/// Sustained rate of signature verifications per second, about a quarter of one core.
 pub const SIGNATURES_PER_SECOND: u64 = 2048;
 
-/// How many signatures may still be verified. One for all neighbours: a member may be as many of
-/// them as there are free IDs.
+/// The signatures that may still be verified. All neighbors share one bucket, because a member can
+/// be as many neighbors as there are free IDs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Signatures {
     bucket: Bucket,
@@ -39,7 +38,7 @@ impl Signatures {
         Self { bucket, at: now }
     }
 
-    /// Takes one, if there is one.
+    /// Takes one signature from the bucket. Returns false if it is empty.
     pub fn take(&mut self, now: Instant) -> bool {
         self.bucket.refill(now.saturating_duration_since(self.at));
         self.at = self.at.max(now);
@@ -51,7 +50,7 @@ impl Signatures {
     }
 }
 
-/// What one neighbour may still say.
+/// What one neighbor may still send.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Allowance {
     bytes: Bucket,
@@ -74,7 +73,7 @@ impl Allowance {
         Self { bytes, messages: bucket(BURST_MESSAGES, MESSAGES_PER_SECOND), at: now }
     }
 
-    /// Takes one message. False if that is too much.
+    /// Charges one message. Returns false if the neighbor was over its limit before.
     pub fn hear(&mut self, bytes: usize, now: Instant) -> bool {
         let passed = now.saturating_duration_since(self.at);
         self.at = self.at.max(now);
@@ -86,8 +85,8 @@ impl Allowance {
         has_room
     }
 
-    /// What this node passes on to a neighbour: half of what it may, so that nobody who floods
-    /// makes this node one that does.
+    /// Returns the allowance for what this node forwards to a neighbor: half of the neighbor's
+    /// limit, so that a flooding node cannot turn this node into one.
     pub fn of_ours(now: Instant) -> Self {
         let half = |bucket: Bucket| Bucket {
             burst: bucket.burst / 2,
@@ -98,7 +97,7 @@ impl Allowance {
         Self { bytes: half(whole.bytes), messages: half(whole.messages), at: now }
     }
 
-    /// Takes one message, if there is room for it.
+    /// Charges one message if there is room for it. Returns false otherwise.
     pub fn pass(&mut self, bytes: usize, now: Instant) -> bool {
         let before = *self;
         let has_room = self.hear(bytes, now);
@@ -109,7 +108,7 @@ impl Allowance {
         has_room
     }
 
-    /// Takes what is sent because it asked.
+    /// Charges a reply to the neighbor that asked for it.
     pub fn answer(&mut self, bytes: usize) {
         self.bytes.take(bytes);
     }
@@ -125,7 +124,8 @@ impl Bucket {
         self.taken < self.burst * 1000
     }
 
-    /// At most as much again as the burst: who was too much for us is heard again some time.
+    /// The debt is at most twice the burst, so a neighbor over its limit is accepted again after a
+    /// bounded time.
     fn take(&mut self, count: usize) {
         let count = u64::try_from(count).unwrap_or(u64::MAX);
         self.taken = self.taken.saturating_add(count.saturating_mul(1000)).min(self.burst * 2000);
@@ -142,7 +142,7 @@ mod tests {
         let mut allowance = Allowance::new(now);
         let heard = (0..2 * BURST_MESSAGES).filter(|_| allowance.hear(1, now)).count();
         assert_eq!(heard as u64, BURST_MESSAGES);
-        // What was too much counts as well.
+        // Rejected messages count as well.
         now += Duration::from_secs(BURST_MESSAGES / MESSAGES_PER_SECOND - 1);
         assert!(!allowance.hear(1, now));
         now += Duration::from_secs(2);

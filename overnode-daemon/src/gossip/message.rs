@@ -1,6 +1,6 @@
-//! What neighbours send each other, and its bounds.
+//! Messages between neighbors, and their bounds.
 //!
-//! On the wire: the format's version (one byte, [`FORMAT`]), then a [`Message`] in postcard.
+//! On the wire: the version of the format (one byte, [`FORMAT`]), then a [`Message`] in postcard.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -14,146 +14,146 @@ use crate::control::hello::{MAX_NICKNAME, clean};
 use crate::dns::name::is_relative;
 use crate::types::{NodeId, PublicKey, VerifyingKey};
 
-/// The version of the wire format.
+/// Version of the wire format.
 pub const FORMAT: u8 = 4;
-/// Most control addresses in a record.
+/// Maximum number of control addresses in a record.
 pub const MAX_ADDRESSES: usize = 16;
-/// Most ranges in a record.
+/// Maximum number of ranges in a record.
 pub const MAX_RANGES: usize = 256;
-/// Most static claims in a record.
+/// Maximum number of static claims in a record.
 pub const MAX_CLAIMS: usize = 1024;
-/// Most names in a record; one that has several addresses counts several times.
+/// Maximum number of names in a record. A name with several addresses counts once per address.
 pub const MAX_NAMES: usize = 2000;
-/// Most bytes that the names in a record take, by [`Named::size`].
+/// Maximum size of all names in a record in bytes, by [`Named::size`].
 pub const NAME_BYTES: usize = 64 * 1024;
-/// Greatest incarnation and version in a record. Of incarnations, much less is believed: see
-/// [`super::SKEW_MS`].
+/// Greatest incarnation and version in a record. The limit for accepted incarnations is much lower,
+/// see [`super::SKEW_MS`].
 pub const MAX_STAMP: u64 = 1 << 62;
-/// A delta is cut so that no message exceeds this, in bytes, by more than one record.
+/// Size in bytes at which a delta is split. A message exceeds it by at most one record.
 pub const DELTA_BYTES: usize = 256 * 1024;
 
-/// Most records in a delta: what an honest node sends is cut before. Each may have to be verified
-/// before anything else is done.
+/// Maximum number of records in a delta. Honest nodes split deltas before that. Each record may
+/// have to be verified before anything else is done.
 pub const MAX_DELTA: usize = DELTA_BYTES / RECORD_BYTES + 1;
-/// No record takes less on the wire by the rough measure that deltas are cut by.
+/// Lower bound for the size of a record, by the rough measure that deltas are split by.
 pub(super) const RECORD_BYTES: usize = 256;
 
-/// A name and an address that it stands for. The name is as [`dns::name`](crate::dns::name) wants
-/// it: relative to the domain.
+/// A name and one of its addresses. The name satisfies the rules of
+/// [`dns::name`](crate::dns::name): it is relative to the domain.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Named {
-    /// Without the domain.
+    /// The name without the domain.
     pub name: String,
-    /// What it stands for.
+    /// The address that the name resolves to.
     pub address: IpAddr,
 }
 
-/// What a node says of itself. Only its owner makes new versions of it.
+/// What a node announces about itself. Only the owner makes new versions.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Record {
-    /// Whose record it is.
+    /// The node that owns the record.
     pub id: NodeId,
-    /// Counts the node's starts; greater is later.
+    /// Start counter of the node. A greater value is later.
     pub incarnation: u64,
     /// Counts the changes within one incarnation.
     pub version: u64,
-    /// True once the node has left the cluster for good (`overnode reset`): nothing else counts any
-    /// more.
+    /// True once the node has left the cluster for good (`overnode reset`). All other content is
+    /// then empty or ignored.
     pub left: bool,
-    /// For people.
+    /// A display name for operators.
     pub nickname: String,
-    /// The node's X25519 key, for control connections and for the data plane: that of
+    /// The node's X25519 key for control connections and for the data plane, derived from
     /// [`Self::verifying_key`].
     pub public_key: PublicKey,
-    /// Where its control connections are accepted.
+    /// Addresses at which the node accepts control connections.
     pub addresses: Vec<SocketAddr>,
-    /// Nodes that it has a connection with, in ascending order.
+    /// Nodes that it has a control connection with, in ascending order.
     pub links: Vec<NodeId>,
-    /// Those of them that it cannot exchange packets with directly, in ascending order: others do
-    /// not relay through such a pair.
+    /// Those of [`Self::links`] that it has no direct path to, in ascending order. Other nodes do
+    /// not relay packets through such a pair.
     pub dark: Vec<NodeId>,
-    /// The address space that it gives out.
+    /// The address space that the node announces.
     pub ranges: Vec<IpNet>,
-    /// Single addresses outside of all ranges that are attached to it.
+    /// The node's static addresses, which are outside of all ranges.
     pub claims: Vec<IpAddr>,
-    /// Names of its containers, and those that were added by hand on it, in ascending order.
+    /// Names of its containers and names that were added manually on it, in ascending order.
     #[serde(default)]
     pub names: Vec<Named>,
-    /// The node's identity, which the record is signed by.
+    /// The node's identity, which the record is signed with.
     #[serde(default)]
     pub verifying_key: VerifyingKey,
-    /// Over everything above.
+    /// Signature over all fields above.
     #[serde(default)]
     pub signature: Signature,
 }
 
-/// How new a record is: the greater is the newer. Two records of one version differ only if
-/// somebody lies or a disk was copied; the hash makes all nodes prefer the same one, and comparing
-/// finds them.
+/// The version of a record for comparison: a greater stamp is newer. Two records of one version
+/// differ only if a node lies or a disk was copied. The hash then makes all nodes prefer the same
+/// record, and comparing finds the difference.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Stamp {
     /// See [`Record::incarnation`].
     pub incarnation: u64,
     /// See [`Record::version`].
     pub version: u64,
-    /// The first bytes of the SHA-256 of the record in postcard. Not part of the record.
+    /// The first bytes of the SHA-256 hash of the record in postcard. Not part of the record.
     pub hash: [u8; 4],
 }
 
-/// A message between neighbours.
+/// A message between neighbors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
-    /// A hash of everything the sender knows. Who knows something else answers with a
+    /// A hash of all stamps that the sender knows. A receiver with a different hash answers with a
     /// [`Message::Digest`].
     Summary([u8; 16]),
-    /// Offers records: who lacks one requests it, and who has a newer one offers that.
+    /// Offers records. The receiver requests those that it lacks and offers newer ones that it has.
     Digest {
-        /// If these are all that the sender knows, and it wants to be offered what it does not
-        /// name.
+        /// True if these are all records that the sender knows. The receiver then offers those that
+        /// are missing here.
         ask: bool,
-        /// In ascending order of IDs.
+        /// The offered records, in ascending order of IDs.
         stamps: Vec<(NodeId, Stamp)>,
     },
-    /// Asks for these records.
+    /// Requests these records.
     Request(Vec<NodeId>),
-    /// Records that may be news.
+    /// Records that may be new to the receiver.
     Delta(Vec<Record>),
 }
 
-/// A message that no node of overnode sends. The connection that it came by should be closed.
+/// Bytes that are not a valid message. The connection that they came from should be closed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadMessage {
-    /// No bytes.
+    /// The message is empty.
     #[error("an empty message")]
     Empty,
-    /// Another format.
+    /// The message is in another version of the format.
     #[error(
         "a message in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host"
     )]
     Format(u8),
-    /// Not a message.
+    /// The message cannot be decoded.
     #[error("a message that cannot be read")]
     Unreadable,
-    /// A record or list beyond its bounds.
+    /// A record or list is out of bounds.
     #[error("a message with {0}")]
     Bounds(&'static str),
-    /// More than an honest node sends.
+    /// The neighbor sends more than an honest node does.
     #[error("more than any node has to say: {MESSAGES_PER_SECOND} messages and {} KiB a second", BYTES_PER_SECOND >> 10)]
     Flood,
-    /// A record that the key it names has not signed.
+    /// A record is not signed with the key that it names.
     #[error("a false record of node {0}, which that node has not signed")]
     Signature(NodeId),
 }
 
 impl Named {
-    /// About how many bytes it takes in a record.
+    /// Returns the approximate size in bytes of the name in a record.
     pub fn size(&self) -> usize {
         2 + self.name.len() + if self.address.is_ipv4() { 5 } else { 17 }
     }
 }
 
 impl Record {
-    /// How new it is.
+    /// Returns the stamp of the record.
     pub fn stamp(&self) -> Stamp {
         let bytes = postcard::to_allocvec(self).expect("plain data always encodes");
         let mut hash = [0; 4];
@@ -161,7 +161,7 @@ impl Record {
         Stamp { incarnation: self.incarnation, version: self.version, hash }
     }
 
-    /// What is kept of a node that has left.
+    /// Clears everything that is not kept for a node that has left.
     pub(super) fn into_tombstone(mut self) -> Self {
         self.left = true;
         self.addresses.clear();
@@ -208,7 +208,7 @@ impl Record {
         }
     }
 
-    /// Brings an own record within the bounds that others check.
+    /// Brings an own record within the bounds that other nodes check.
     pub(super) fn fit(&mut self) {
         self.nickname = clean(&self.nickname);
         self.addresses.truncate(MAX_ADDRESSES);
@@ -225,15 +225,15 @@ impl Record {
 }
 
 impl Message {
-    /// The bytes that travel.
+    /// Encodes the message for the wire.
     pub fn encode(&self) -> Vec<u8> {
         postcard::to_extend(self, vec![FORMAT]).expect("plain data always encodes")
     }
 
-    /// Reads a message and checks every bound.
+    /// Decodes a message and checks all bounds.
     ///
     /// # Errors
-    /// [`BadMessage`].
+    /// [`BadMessage`] if the bytes are not a valid message.
     pub fn decode(bytes: &[u8]) -> Result<Self, BadMessage> {
         let (&format, body) = bytes.split_first().ok_or(BadMessage::Empty)?;
         if format != FORMAT {
@@ -266,7 +266,8 @@ impl Message {
     }
 }
 
-/// Strictly ascending: without duplicates, so never more than there are IDs.
+/// Returns true if the list is strictly ascending. It then has no duplicates, and so no more
+/// entries than there are IDs.
 fn is_ascending<T: Ord + Copy>(list: &[T]) -> bool {
     is_ascending_by(list, |item| *item)
 }

@@ -1,47 +1,52 @@
-//! Gossip: how every node learns what every other says of itself. Deterministic; no I/O, no clock.
+//! Gossip: distributes the records of all nodes to all nodes. Deterministic, without I/O or a
+//! clock.
 //!
-//! Each node owns one [`Record`], signs it and makes new versions of it, which it sends to its
-//! neighbours. They offer it to those of theirs that have no link with its owner nor with the
-//! neighbour it came from, as far as the records tell; who lacks it asks one of those that offer
-//! it, so that it travels to everybody once. In a full mesh nobody passes on anything, in a chain
-//! everybody does. What that misses is found by comparing: neighbours exchange digests when they
-//! connect, and every [`COMPARE_INTERVAL`] a hash with one neighbour chosen at random.
+//! Each node owns one [`Record`], signs it, and sends each new version to its neighbors. A neighbor
+//! offers the record to those of its own neighbors that, by their records, have no link with the
+//! owner or with the node that the record came from. A node that lacks the record requests it from
+//! one of the nodes that offer it, so each record reaches every node once. In a full mesh no node
+//! forwards anything, in a chain every node does. Comparing finds records that this misses:
+//! neighbors exchange digests when they connect, and every [`COMPARE_INTERVAL`] a node sends a hash
+//! to a random neighbor.
 //!
-//! A record about this node that it did not make is answered by a newer one. A node that leaves
-//! puts up a tombstone, which is kept: whoever comes back from a long separation must not revive
-//! the dead.
+//! A node that hears a record about itself which it did not make answers with a newer one. A node
+//! that leaves publishes a tombstone, which is kept. Otherwise a node that comes back after a long
+//! separation would bring back records of nodes that have left.
 //!
-//! From the links that both ends report follow the shortest paths, on which [parcels](parcel) go
-//! from any node to any other.
+//! Shortest paths are computed from the links that both ends report. On these paths, [routed
+//! messages](parcel) travel from any node to any other.
 //!
-//! # What a member can do that lies
+//! # Capabilities of a malicious member
 //!
-//! Whoever has the token is a member, and may be as many nodes as there are free IDs. It **can**
-//! * say of itself what it likes: addresses where it is not, ranges and claims, which
-//!   [`routing`](crate::routing) checks, links, of which only those count that the other end
-//!   reports too;
-//! * take the ID of a node that is not reached, as any host can that is launched with it; keep
-//!   quiet of what it should pass on, or offer what it then does not send, for which others are
-//!   asked after [`ASK_AGAIN`]; repeat what others said before, which is recognised as old;
-//! * raise the alarm that an ID is used twice, by claiming it, once every [`CLASH_INTERVAL`];
-//! * make others remember a record of every ID there is, within the [`budget`]; until it ends,
-//!   honest records that become longer than their room wait;
-//! * keep others busy with its news: at most [`limit::SIGNATURES_PER_SECOND`] signatures a second
-//!   of all neighbours together; honest news among them may wait until records are compared.
+//! A host with the token is a member, and it can take as many IDs as are free. It **can**
+//! * announce anything about itself: addresses of other hosts, ranges and claims, which
+//!   [`routing`](crate::routing) checks, and links, which count only if the other end reports them
+//!   as well;
+//! * take the ID of an unreachable node, like any host that is launched with that ID;
+//! * withhold records that it should forward, or offer records that it does not send. Other
+//!   neighbors are asked for those after [`ASK_AGAIN`];
+//! * replay old records of other nodes, which are recognized as old;
+//! * cause reports that an ID is used twice, by claiming the ID, once every [`CLASH_INTERVAL`];
+//! * make other nodes store a record for every ID, within the [`budget`]. Honest records that
+//!   outgrow their reserved room are refused until it stops;
+//! * keep other nodes busy with its records. All neighbors together cost a node at most
+//!   [`limit::SIGNATURES_PER_SECOND`] signatures per second. Honest records among them may be
+//!   delayed until records are compared.
 //!
 //! It **cannot**
-//! * change, extend, age or revoke what another node said, or say that it has left: that takes the
-//!   other's key, and what is not signed ends the connection that it came by
-//!   ([`BadMessage::Signature`]);
-//! * take the ID of a node that is reached and objects within [`OBJECTION`], unless all paths to it
-//!   lead through the liar; nor of one that is connected with whoever is to believe it;
-//! * put another node's X25519 key into a record, or one identity under two IDs;
-//! * claim an ID in a way that its true owner cannot outbid ([`SKEW_MS`]), as long as their clocks
-//!   agree: an owner whose clock is behind those of others by some time is outbid for as long;
-//! * send parcels in another's name, or the same one twice, also not after a restart of the
-//!   receiver;
-//! * use more of a neighbour than an honest node does at the start of a cluster of a thousand: it
-//!   is cut off ([`BadMessage::Flood`]).
+//! * change, extend, age or revoke the record of another node, or announce that it has left. That
+//!   takes the other node's key, and a record without a valid signature ends the connection that it
+//!   came from ([`BadMessage::Signature`]);
+//! * take the ID of a reachable node that objects within [`OBJECTION`], unless all paths to that
+//!   node lead through the liar;
+//! * take the ID of a node in the eyes of that node's neighbors;
+//! * put another node's X25519 key into a record, or use one identity under two IDs;
+//! * claim an ID with an incarnation that the true owner cannot outbid ([`SKEW_MS`]), if their
+//!   clocks agree. An owner whose clock is behind stays outbid for as long as its clock is behind;
+//! * send routed messages in another node's name, or replay a routed message, even after a restart
+//!   of the receiver;
+//! * cost a neighbor more than an honest node does at the cold start of a cluster of 1000 nodes.
+//!   Such a member is disconnected ([`BadMessage::Flood`]).
 //!
 //! Inputs: [`Gossip::handle_connected`], [`Gossip::handle_disconnected`],
 //! [`Gossip::handle_message`], [`Gossip::handle_parcel`], [`Gossip::send_parcel`],
@@ -83,118 +88,119 @@ pub use topology::Path;
 
 use crate::types::{NodeId, VerifyingKey};
 
-/// How often a node compares what it knows with one neighbour. Jittered by a quarter each way.
+/// Interval at which a node compares its records with one neighbor. Jittered by a quarter in both
+/// directions.
 pub const COMPARE_INTERVAL: Duration = Duration::from_secs(30);
-/// News wait this long for more, so that a burst of changes travels as one.
+/// Delay before records are forwarded, so that a burst of changes travels as one message.
 pub const COLLECT: Duration = Duration::from_millis(50);
-/// A node publishes changes of itself no more often than every so much per neighbour: at a cold
-/// start of a thousand nodes, each gains links for seconds, and tells all others of each.
+/// Minimum interval between two published versions of the own record, per neighbor. At a cold start
+/// of 1000 nodes, each node gains links for seconds and announces each of them to all others.
 pub const PACE: Duration = Duration::from_millis(2);
 
-/// How far the incarnation of a record may lie ahead of this node's clock, in milliseconds: 139
+/// How far the incarnation of a record may be ahead of this node's clock, in milliseconds: 139
 /// years.
 ///
-/// An incarnation is the time of a launch in milliseconds since 1970, and some starts. Where it
-/// counts, for an ID that another host claims, the greater one wins; so the true owner must always
-/// have a greater one that others still take. They would not if there were a greatest one, for a
-/// liar would claim that. This bound moves on: what was the greatest a millisecond ago can be
-/// outbid now. It is this large so that hosts whose clocks are wrong by any date from 1970 on can
-/// join, and join others.
+/// An incarnation is the time of a launch in milliseconds since 1970, plus the number of starts
+/// since. If another host claims an ID, the greater incarnation wins. So the true owner must always
+/// have a greater one that other nodes accept. A fixed maximum would break that, because a liar
+/// would claim it. This bound moves with the clock: an incarnation that was the greatest a
+/// millisecond ago can be outbid now. The bound is this large so that hosts whose clocks show any
+/// date from 1970 on can join, and can be joined.
 pub const SKEW_MS: u64 = 1 << 42;
-/// So long after a record found no room, [`Gossip::is_full`] says so.
+/// How long [`Gossip::is_full`] returns true after a record found no room.
 pub const FULL_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What the node must do or know.
+/// An effect that the caller carries out, or an event that it must know about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Send a message to a neighbour.
+    /// Send a message to a neighbor.
     Send {
-        /// The neighbour.
+        /// The receiver.
         to: NodeId,
-        /// What to send.
+        /// The message.
         message: Message,
     },
-    /// Send a parcel to a neighbour: one of this node's, or one that it passes on.
+    /// Send a routed message of this node, or one that it forwards, to a neighbor.
     SendParcel {
-        /// The neighbour.
+        /// The neighbor.
         to: NodeId,
-        /// What to send.
+        /// The routed message.
         parcel: Parcel,
     },
-    /// A parcel for this node has arrived.
+    /// A routed message for this node has arrived.
     Deliver(Parcel),
-    /// There is a newer record of a node that is part of the cluster. By the time this is polled
-    /// there may be one newer still, even a tombstone, which has an action of its own.
+    /// There is a newer record of a member. An even newer one may exist by the time this action is
+    /// polled. If that is a tombstone, it has its own action.
     Changed(NodeId),
     /// A node has left the cluster for good.
     Removed(NodeId),
-    /// There is another record of this node, under other keys or by a host that has the same: a
-    /// second host with its ID, or one with a copy of its disk.
+    /// Another record of this node exists, under other keys or from a host with the same keys: a
+    /// second host has its ID or a copy of its disk.
     Contested(Box<Record>),
-    /// There is another record of a node that has just outbid it, under other keys: two hosts have
-    /// one ID. It is not believed.
+    /// A record under other keys claims the ID of a node that has just outbid it: two hosts have
+    /// one ID. The record is not believed.
     Clash {
-        /// The other record.
+        /// The record that was outbid.
         record: Box<Record>,
-        /// The nickname of the node that stays.
+        /// The nickname of the node that keeps the ID.
         holder: String,
     },
 }
 
-/// The gossip of one node.
+/// The gossip state of one node.
 #[derive(Debug)]
 pub struct Gossip {
     own: NodeId,
     signer: Signer,
     verified: Option<Verified>,
     rng: StdRng,
-    /// Milliseconds since 1970 at some time.
+    /// The time in milliseconds since 1970, and the instant at which it was that.
     clock: (u64, Instant),
-    /// The own record as it will be published next; `records` has it as it was published last.
+    /// The own record as it will be published next. `records` has the last published version.
     draft: Record,
     records: BTreeMap<NodeId, Record>,
     stamps: BTreeMap<NodeId, Stamp>,
-    /// Whose identity is whose.
+    /// The node that each identity belongs to.
     identities: BTreeMap<VerifyingKey, NodeId>,
     budget: Budget,
-    /// When a record found no room last.
+    /// When a record last found no room.
     refused_at: Option<Instant>,
     signatures: Signatures,
     neighbours: BTreeSet<NodeId>,
-    /// What each that ever was a neighbour may still say.
+    /// What each present or former neighbor may still send.
     allowances: BTreeMap<NodeId, Allowance>,
-    /// What may still be passed on to each.
+    /// What may still be forwarded to each neighbor.
     burdens: BTreeMap<NodeId, Allowance>,
-    /// The identities that the neighbours have proven.
+    /// The identities that the neighbors have proven.
     proven: BTreeMap<NodeId, VerifyingKey>,
-    /// Records to pass on, with the neighbours that are known to have them.
+    /// Records to forward, with the neighbors that are known to have them.
     news: BTreeMap<NodeId, BTreeSet<NodeId>>,
-    /// Records that neighbours were asked for.
+    /// Records that neighbors were asked for.
     wanted: BTreeMap<NodeId, Wanted>,
-    /// When to look whether they have come.
+    /// When to check whether they have arrived.
     ask_again_at: Option<Instant>,
-    /// When to publish the draft, if it differs from what was published last.
+    /// When to publish the draft.
     publish_at: Option<Instant>,
     published: Option<Instant>,
     /// The record that the own one must outbid.
     defence: Option<Record>,
     defended: Option<Instant>,
     contenders: BTreeMap<NodeId, Contender>,
-    /// When a second host with an ID was reported last.
+    /// When a second host with an ID was last reported.
     clashes: BTreeMap<NodeId, Instant>,
     flush_at: Option<Instant>,
     compare_at: Instant,
     parcels_sent: u64,
-    /// Of each node the last parcel that has arrived, and under which key.
+    /// The last routed message that arrived from each node, and the key that it was signed with.
     parcels_heard: BTreeMap<NodeId, (VerifyingKey, (u64, u64))>,
     actions: VecDeque<Action>,
-    /// Made when asked for, and forgotten with the next change of a link.
+    /// Computed on demand and discarded when a link changes.
     paths: OnceLock<BTreeMap<NodeId, Path>>,
 }
 
 impl Gossip {
-    /// Gossip of the node that `own` describes. Its links are those of the neighbours, and its
-    /// signature is the signer's, whatever `own` says.
+    /// Creates the gossip state of the node that `own` describes. The links in `own` are replaced
+    /// by the neighbors, and its signature by the signer's.
     pub fn new(mut own: Record, signer: Signer, rng: StdRng, now: Instant) -> Self {
         own.links.clear();
         own.left = false;
@@ -237,8 +243,8 @@ impl Gossip {
         gossip
     }
 
-    /// Takes up what was known before a restart: records, and whether their nodes were ever reached
-    /// ([`Self::was_reached`]).
+    /// Restores the records that were known before a restart. Each comes with the value of
+    /// [`Self::was_reached`] for its node.
     pub fn restore(&mut self, records: impl IntoIterator<Item = (Record, bool)>) {
         for (record, was_reached) in records {
             let is_good =
@@ -258,25 +264,26 @@ impl Gossip {
         }
     }
 
-    /// Tells what time it is, in milliseconds since 1970. Without it, the node takes it to be its
-    /// own incarnation.
+    /// Sets the current time in milliseconds since 1970. Until this is called, the incarnation of
+    /// the own record serves as the time.
     pub fn set_clock(&mut self, unix_milliseconds: u64, now: Instant) {
         self.clock = (unix_milliseconds, now);
     }
 
-    /// True if a node was ever reached, directly or through others.
+    /// Returns true if a node was ever reached, directly or through other nodes.
     pub fn was_reached(&mut self, id: NodeId) -> bool {
         self.meet_reached();
         !self.budget.is_stranger(id)
     }
 
-    /// True if a record was refused lately because others take all the room that there is.
+    /// Returns true if a record was refused within the last [`FULL_INTERVAL`] because other records
+    /// take all room.
     pub fn is_full(&self, now: Instant) -> bool {
         self.refused_at.is_some_and(|at| now < at + FULL_INTERVAL)
     }
 
-    /// Raises the node's incarnation to this at least: others must take it for one that was started
-    /// again.
+    /// Raises the node's incarnation to at least `least`, so that other nodes treat it as
+    /// restarted.
     pub fn raise_incarnation(&mut self, least: u64, now: Instant) {
         if self.draft.incarnation < least && !self.draft.left && self.is_timely(least, now) {
             self.draft.incarnation = least.min(MAX_STAMP);
@@ -285,7 +292,7 @@ impl Gossip {
         }
     }
 
-    /// Shares with other nodes of this process what is known to be signed.
+    /// Shares the set of records with verified signatures with other nodes of this process.
     pub fn share_verified(&mut self, verified: Verified) {
         self.verified = Some(verified);
     }
@@ -303,50 +310,50 @@ impl Gossip {
             .map_or_else(|| sign::is_signed(record), |verified| verified.is_signed(record))
     }
 
-    /// The node's own record, with changes that are not published yet; its links are those last
-    /// published.
+    /// Returns the node's own record with the changes that are not published yet. Its links are the
+    /// last published ones.
     pub fn own(&self) -> &Record {
         &self.draft
     }
 
-    /// Every record, this node's and those of nodes that left included.
+    /// Returns all records, including those of this node and of nodes that left.
     pub fn records(&self) -> impl Iterator<Item = &Record> {
         self.records.values()
     }
 
-    /// The record of one node.
+    /// Returns the record of one node.
     pub fn record(&self, id: NodeId) -> Option<&Record> {
         self.records.get(&id)
     }
 
-    /// The shortest path to every other node that is reached, directly or through others. Computed
-    /// anew only if a link has changed since it was asked for last.
+    /// Returns the shortest path to every other node that is reachable, directly or through other
+    /// nodes. The paths are computed again only after a link has changed.
     pub fn paths(&self) -> &BTreeMap<NodeId, Path> {
         self.paths.get_or_init(|| topology::paths(self.own, &self.neighbours, &self.records))
     }
 
-    /// The neighbour through which the shortest path to a node leads; none if it is not reached.
+    /// Returns the neighbor on the shortest path to a node, or `None` if the node is unreachable.
     pub fn next_hop(&self, to: NodeId) -> Option<NodeId> {
         self.paths().get(&to).map(|path| path.via)
     }
 
-    /// The other nodes that are reached, directly or through others.
+    /// Returns the other nodes that are reachable, directly or through other nodes.
     pub fn reachable(&self) -> BTreeSet<NodeId> {
         self.paths().keys().copied().collect()
     }
 
-    /// The neighbours to which this node passes on what `source` tells everybody: its children in
+    /// Returns the neighbors to which this node forwards a broadcast of `source`: its children in
     /// the tree of shortest paths from `source`.
     pub fn branches(&self, source: NodeId) -> Vec<NodeId> {
         topology::branches(source, self.own, &self.neighbours, &self.records)
     }
 
-    /// The records of the other nodes that are reached.
+    /// Returns the records of the other nodes that are reachable.
     pub fn living(&self) -> impl Iterator<Item = &Record> {
         self.paths().keys().filter_map(|id| self.records.get(id))
     }
 
-    /// A connection with `peer` was established, which has proven to have this identity.
+    /// Handles a new connection with `peer`, which has proven that it has `identity`.
     pub fn handle_connected(&mut self, peer: NodeId, identity: VerifyingKey, now: Instant) {
         if peer == self.own || !self.neighbours.insert(peer) {
             return;
@@ -358,15 +365,15 @@ impl Gossip {
         self.send(peer, Message::Digest { ask: false, stamps: self.stamps() });
     }
 
-    /// One of several connections with `peer` was closed or replaced: what was sent over it may be
-    /// lost.
+    /// Synchronizes with `peer` after one of several connections with it was closed or replaced.
+    /// Messages sent over that connection may be lost.
     pub fn resync(&mut self, peer: NodeId) {
         if self.neighbours.contains(&peer) {
             self.send(peer, Message::Digest { ask: true, stamps: self.stamps() });
         }
     }
 
-    /// The last connection with `peer` ended.
+    /// Handles the end of the last connection with `peer`.
     pub fn handle_disconnected(&mut self, peer: NodeId, now: Instant) {
         if self.neighbours.remove(&peer) {
             self.proven.remove(&peer);
@@ -376,7 +383,8 @@ impl Gossip {
         }
     }
 
-    /// Changes the own record. Links, stamp, ID and key are not the caller's to change.
+    /// Changes the own record. Changes to the ID, stamp, keys, links, tombstone flag and signature
+    /// are discarded.
     pub fn update_own(&mut self, change: impl FnOnce(&mut Record), now: Instant) {
         let before = self.draft.clone();
         change(&mut self.draft);
@@ -397,8 +405,7 @@ impl Gossip {
         }
     }
 
-    /// Leaves the cluster: the tombstone is ready to be sent at once, and nothing is listened to
-    /// any more.
+    /// Leaves the cluster: queues the tombstone for all neighbors and ignores all further messages.
     pub fn leave(&mut self) {
         self.draft = self.draft.clone().into_tombstone();
         self.raise_version();
@@ -413,11 +420,11 @@ impl Gossip {
         }
     }
 
-    /// A message came from `peer`. Messages of nodes that are no neighbours are ignored.
+    /// Handles a message from `peer`. Messages from nodes that are not neighbors are ignored.
     ///
     /// # Errors
-    /// [`BadMessage`] if it breaks the protocol, or is one too many: nothing of it was taken, and
-    /// the connection should be closed.
+    /// [`BadMessage`] if the message violates the protocol or exceeds the peer's allowance. Nothing
+    /// of it is applied, and the connection should be closed.
     pub fn handle_message(
         &mut self,
         peer: NodeId,
@@ -439,12 +446,12 @@ impl Gossip {
         Ok(())
     }
 
-    /// False if the neighbour says too much.
+    /// Charges a message to the neighbor's allowance. Returns false if the neighbor exceeds it.
     fn hear(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
         self.allowances.entry(peer).or_insert_with(|| Allowance::new(now)).hear(bytes, now)
     }
 
-    /// Does what is due.
+    /// Handles everything that is due.
     pub fn handle_timeout(&mut self, now: Instant) {
         if self.defence.is_some() && self.may_defend(now) {
             self.defend(now);
@@ -466,7 +473,7 @@ impl Gossip {
         }
     }
 
-    /// When to call [`Self::handle_timeout`] next.
+    /// Returns when to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let defend_at = self.defence.as_ref().and(self.defended).map(|last| last + DEFEND_INTERVAL);
         let admit_at = self.next_admission();
@@ -483,7 +490,7 @@ impl Gossip {
         .min()
     }
 
-    /// The next thing to do.
+    /// Returns the next action.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }
@@ -495,7 +502,8 @@ impl Gossip {
         now: Instant,
     ) -> Result<(), BadMessage> {
         let records: Vec<_> = records.into_iter().map(|record| (record.stamp(), record)).collect();
-        // A signature costs more than all the rest, and most of what comes by is known.
+        // Verifying a signature costs more than everything else, and most received records are
+        // already known.
         let mut news = Vec::new();
         for (stamp, record) in records {
             self.want_no_more(peer, record.id, stamp);
@@ -507,7 +515,7 @@ impl Gossip {
                 }
                 news.push(record);
             }
-            // What is left out here is found by comparing.
+            // Comparing finds the records that are left out here.
         }
         for record in news {
             if record.id == self.own {
@@ -523,8 +531,8 @@ impl Gossip {
         Ok(())
     }
 
-    /// True if it is newer than what is known, or a neighbour's own word against what others said
-    /// of it.
+    /// Returns true if the record is newer than the known one, or if a neighbor itself contradicts
+    /// what others said about it.
     fn is_news(&self, peer: NodeId, record: &Record, stamp: Stamp) -> bool {
         let Some(known) = self.records.get(&record.id) else { return true };
         let key = record.verifying_key;
@@ -541,11 +549,11 @@ impl Gossip {
         let before = self.put(record);
         self.settle(id, now);
         let lost_links = before.map(|before| before.links).unwrap_or_default();
-        // A neighbour that lost its link with `id` may have lost what `id` would have told it.
+        // A neighbor that lost its link with `id` may have missed messages from `id`.
         for cut in lost_links {
             let is_lost = self.records[&id].links.binary_search(&cut).is_err();
-            // Within what that neighbour takes: links that were never there can be lost again and
-            // again.
+            // This counts against the limit for that neighbor, because links that never existed can
+            // be lost again and again.
             if is_lost
                 && cut != peer
                 && self.neighbours.contains(&cut)
@@ -556,7 +564,8 @@ impl Gossip {
         }
     }
 
-    /// False if so far in the future that its owner could not outbid it.
+    /// Returns false for an incarnation so far in the future that the owner of the ID could not
+    /// outbid it.
     fn is_timely(&self, incarnation: u64, now: Instant) -> bool {
         let (then, at) = self.clock;
         let passed =
@@ -568,8 +577,8 @@ impl Gossip {
         self.signatures.take(now)
     }
 
-    /// One identity, one ID. No honest host has the identity of another one: each launch makes a
-    /// new one.
+    /// Returns true if the record's identity belongs to another ID. No honest host has the identity
+    /// of another one, because each launch creates a new one.
     fn has_identity_of_another(&self, record: &Record) -> bool {
         self.identities.get(&record.verifying_key).is_some_and(|id| *id != record.id)
     }
@@ -578,8 +587,8 @@ impl Gossip {
         let fits = self.budget.fits(record, self.records.get(&record.id)) && {
             let is_stranger = self.is_stranger(record);
             !is_stranger || self.budget.fits_stranger(record) || {
-                // Some of those that are known may be reached by now, or this one through one of
-                // them.
+                // Some known nodes may have become reachable, and with them the node of this
+                // record.
                 self.meet_reached();
                 !self.is_stranger(record) || self.budget.fits_stranger(record)
             }
@@ -590,8 +599,8 @@ impl Gossip {
         fits
     }
 
-    /// True if a node was never reached, and is not with this record, as far as can be said without
-    /// looking at everybody's links.
+    /// Returns true if a node was never reached and does not become reachable with this record, as
+    /// far as that can be decided without a search of all links.
     fn is_stranger(&self, record: &Record) -> bool {
         if self.proven.contains_key(&record.id) {
             return false;
@@ -649,8 +658,8 @@ impl Gossip {
 
     fn note_own_change(&mut self, now: Instant) {
         if !self.draft.left {
-            // A record with many names is long, and what each neighbour takes in a second is
-            // limited.
+            // A record with many names is long, and the number of bytes that a neighbor accepts per
+            // second is limited.
             let weight = Duration::from_secs(1)
                 * u32::try_from(size(&self.draft)).unwrap_or(u32::MAX)
                 / (BYTES_PER_SECOND / 2) as u32;

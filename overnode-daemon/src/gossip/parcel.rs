@@ -1,16 +1,17 @@
-//! Parcels: what one node sends another that may be no neighbour, over control connections, passed
-//! on by those between.
+//! Routed messages: messages between two nodes that may not be neighbors, forwarded over control
+//! connections by the nodes between them.
 //!
-//! A parcel is sent once and may be lost: with a connection, with a node on its way, or because
-//! there is no way. Who needs an answer asks again. What arrives was signed by its sender and
-//! arrives once: a parcel that was sent before one that has arrived is dropped. A parcel is for one
-//! start of its receiver, whose incarnation it names: what was recorded is worth nothing after the
-//! receiver has forgotten, by a restart, what has arrived.
+//! A routed message is sent once and may be lost: with a connection, with a node on its path, or
+//! because no path exists. A sender that needs an answer sends again. The receiver checks the
+//! sender's signature and accepts each message at most once: a message that was sent before one
+//! that has arrived is dropped. A message is for one start of its receiver and names that
+//! incarnation. After a restart the receiver has forgotten which messages have arrived, but
+//! messages recorded before it are no longer valid.
 //!
-//! On the wire, integers big-endian: [`FORMAT`], hops (u8), kind (u8), from and to (u16 each), the
-//! sender's incarnation, number, and the receiver's incarnation (u64 each), the signature (64
-//! bytes), then the body. Signed is all but the format and the hops, after the name
-//! `overnode parcel v2`.
+//! On the wire, with big-endian integers: [`FORMAT`], hops (u8), kind (u8), from and to (u16 each),
+//! the sender's incarnation, number, and the receiver's incarnation (u64 each), the signature (64
+//! bytes), then the body. The signature covers everything except the format, the hops and itself,
+//! after the label `overnode parcel v2`.
 
 use std::time::Instant;
 
@@ -18,106 +19,105 @@ use super::sign::{self, Signature};
 use super::{Action, Gossip};
 use crate::types::NodeId;
 
-/// The version of the wire format.
+/// Version of the wire format.
 pub const FORMAT: u8 = 2;
-/// Longest body, in bytes.
+/// Maximum length of the body in bytes.
 pub const MAX_BODY: usize = 16 * 1024;
-/// A parcel may be passed on so often: more than any path between nodes that know the same links,
-/// and an end to going in circles.
+/// Maximum number of connections that a message travels. Longer than any path between nodes that
+/// know the same links, and a bound for loops.
 pub const MAX_HOPS: u8 = 16;
-/// Bytes of all but the body.
+/// Length in bytes of everything but the body.
 const HEAD: usize = 2 + SIGNED_HEAD + 64;
-/// Those of them that are signed.
+/// Length in bytes of the signed part of the header.
 const SIGNED_HEAD: usize = 29;
 const SIGNED: &[u8] = b"overnode parcel v2";
 
-/// The kind of what asks a node whether it objects to another record of itself: a
+/// The kind of a message that asks a node whether it objects to another record of itself: a
 /// [`super::Message::Delta`] with that record.
 pub const KIND_CLASH: u8 = 0;
-/// The kind of what the address allocations of two nodes tell each other.
+/// The kind of messages between the address allocations of two nodes.
 pub const KIND_ALLOCATION: u8 = 1;
 
-/// A message from node to node.
+/// A message from one node to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parcel {
-    /// Who sent it.
+    /// The sender.
     pub from: NodeId,
-    /// Whom it is for.
+    /// The receiver.
     pub to: NodeId,
-    /// How many connections it may still travel.
+    /// Number of connections that it may still travel, 1 to [`MAX_HOPS`].
     pub hops: u8,
-    /// Which part of the node it is for: [`KIND_ALLOCATION`].
+    /// The part of the node that it is for: [`KIND_ALLOCATION`] or [`KIND_CLASH`].
     pub kind: u8,
-    /// The sender's incarnation, and which of the parcels it is that the sender has sent in it:
-    /// greater is later.
+    /// The sender's incarnation, and the number of the message in it. A greater pair is later.
     pub serial: (u64, u64),
     /// The receiver's incarnation, as the sender knows it.
     pub receiver: u64,
-    /// The sender's.
+    /// The sender's signature.
     pub signature: Signature,
-    /// What that part has to say; at most [`MAX_BODY`] bytes.
+    /// The content, at most [`MAX_BODY`] bytes.
     pub body: Vec<u8>,
 }
 
-/// Bytes that are no parcel. The connection that they came by should be closed.
+/// Bytes that are not a valid routed message. The connection that they came from should be closed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadParcel {
-    /// Too few bytes.
+    /// There are too few bytes.
     #[error("a parcel that is cut short")]
     Short,
-    /// Another format.
+    /// The message is in another version of the format.
     #[error(
         "a parcel in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host"
     )]
     Format(u8),
-    /// Hops beyond [`MAX_HOPS`], or none at all.
+    /// The number of hops is 0 or beyond [`MAX_HOPS`].
     #[error("a parcel with {0} hops left, where 1 to {MAX_HOPS} may be")]
     Hops(u8),
-    /// 0, or beyond 4095.
+    /// The node ID is 0 or beyond 4095.
     #[error("a parcel with the impossible node ID {0}")]
     Id(u16),
-    /// From a node to itself.
+    /// The message is from a node to itself.
     #[error("a parcel of a node to itself")]
     Circle,
-    /// More than [`MAX_BODY`] bytes.
+    /// The body has more than [`MAX_BODY`] bytes.
     #[error("a parcel with a body of {0} bytes, where {MAX_BODY} are the most")]
     Body(usize),
-    /// More than an honest node sends.
+    /// The neighbor sends more than an honest node does.
     #[error("{}", super::BadMessage::Flood)]
     Flood,
 }
 
-/// Why a parcel was not sent, or not passed on.
+/// Why a routed message was not sent, forwarded or accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Undelivered {
-    /// There is no way to the node now.
+    /// There is no path to the node now.
     #[error("node {0} is not reached, neither directly nor through others")]
     NoWay(NodeId),
-    /// It has travelled too far.
+    /// The message has used up its hops.
     #[error("it came over {MAX_HOPS} connections and was not there yet")]
     TooFar,
-    /// For this node itself.
+    /// The message is for this node itself.
     #[error("it is for the node that sends it")]
     ToMyself,
-    /// More than [`MAX_BODY`] bytes.
+    /// The body has more than [`MAX_BODY`] bytes.
     #[error("its body has {0} bytes, where {MAX_BODY} are the most")]
     TooLong(usize),
-    /// Too much was passed on to the next node lately.
+    /// Too much was forwarded to the next node lately.
     #[error("node {0} is sent too much already")]
     Busy(NodeId),
-    /// It has come, and its sender has not signed it as far as this node knows the sender's key.
+    /// The message has arrived, but is not signed with the sender's key as this node knows it.
     #[error("it is not signed by node {0} as this node knows it")]
     Unsigned(NodeId),
-    /// It has come, and is for an earlier or a later start of this node.
+    /// The message has arrived, but is for an earlier or later start of this node.
     #[error("node {0} has sent it to another start of this node")]
     OtherStart(NodeId),
-    /// It has come before, or after one that was sent later.
+    /// The message has arrived before, or after one that was sent later.
     #[error("node {0} has sent it before one that has arrived already")]
     Late(NodeId),
 }
 
 impl Parcel {
-    /// The bytes that travel.
+    /// Encodes the message for the wire.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + self.body.len());
         bytes.extend([FORMAT, self.hops]);
@@ -127,10 +127,10 @@ impl Parcel {
         bytes
     }
 
-    /// Reads a parcel and checks every bound.
+    /// Decodes a message and checks all bounds.
     ///
     /// # Errors
-    /// [`BadParcel`].
+    /// [`BadParcel`] if the bytes are not a valid message.
     pub fn decode(bytes: &[u8]) -> Result<Self, BadParcel> {
         let &format = bytes.first().ok_or(BadParcel::Short)?;
         if format != FORMAT {
@@ -181,10 +181,10 @@ fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], BadParcel> {
 }
 
 impl Gossip {
-    /// Sends something to a node, directly or through others.
+    /// Sends a routed message to a node, directly or through other nodes.
     ///
     /// # Errors
-    /// [`Undelivered`] if that cannot be now. That there is no error does not mean that it arrives.
+    /// [`Undelivered`] if the message cannot be sent now. Success does not mean that it arrives.
     pub fn send_parcel(&mut self, to: NodeId, kind: u8, body: Vec<u8>) -> Result<(), Undelivered> {
         if to == self.own {
             return Err(Undelivered::ToMyself);
@@ -204,11 +204,13 @@ impl Gossip {
         Ok(())
     }
 
-    /// A parcel came from `peer`: it is for this node ([`Action::Deliver`]), or passed on
-    /// ([`Action::SendParcel`]), or dropped. Parcels of nodes that are no neighbours are ignored.
+    /// Handles a routed message from `peer`: delivers it ([`Action::Deliver`]), forwards it
+    /// ([`Action::SendParcel`]) or drops it. Messages from nodes that are not neighbors are
+    /// ignored.
     ///
     /// # Errors
-    /// [`BadParcel`] if it breaks the protocol: the connection should be closed.
+    /// [`BadParcel`] if the message violates the protocol or exceeds the peer's allowance. The
+    /// connection should be closed.
     pub fn handle_parcel(
         &mut self,
         peer: NodeId,
@@ -236,8 +238,8 @@ impl Gossip {
         if parcel.hops == 0 {
             return Ok(Some(Undelivered::TooFar));
         }
-        // Back to where it came from: the two nodes know different links, and would toss it to and
-        // fro.
+        // The message is not sent back to the node that it came from. The two nodes know different
+        // links and would bounce it back and forth.
         match self.parcel_hop(parcel.to).filter(|next| *next != peer) {
             Some(next) if self.may_pass(next, HEAD + parcel.body.len(), now) => {
                 self.actions.push_back(Action::SendParcel { to: next, parcel });
@@ -271,7 +273,7 @@ impl Gossip {
         Ok(())
     }
 
-    /// A neighbour needs no word of its own to be reached.
+    /// Returns the next hop to a node. A neighbor is reachable even if no record of it is known.
     pub(super) fn parcel_hop(&self, to: NodeId) -> Option<NodeId> {
         if self.neighbours.contains(&to) { Some(to) } else { self.next_hop(to) }
     }

@@ -1,8 +1,8 @@
-//! Signatures, so that nobody can speak in another's name.
+//! Signatures on records and routed messages, so that no node can send in another one's name.
 //!
-//! Each node has one identity, an Ed25519 key, from which its X25519 key follows ([`key`]). It is
-//! told in the greeting of a connection, whose handshake proves it, and stands in every record,
-//! beside the ID, under the record's signature.
+//! Each node has one identity, an Ed25519 key, and derives its X25519 key from it ([`key`]). The
+//! identity is part of the greeting of a connection, and the handshake proves it. It is also in
+//! every record together with the ID, covered by the record's signature.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,7 +19,7 @@ use crate::types::{PublicKey, Secret, VerifyingKey};
 
 const RECORD: &[u8] = b"overnode record v2";
 
-/// Signs what one node says. Its secret half is never shown.
+/// The signing key of a node. The secret half is never displayed.
 #[derive(Debug)]
 pub struct Signer {
     pair: Ed25519KeyPair,
@@ -27,12 +27,12 @@ pub struct Signer {
     public_key: PublicKey,
 }
 
-/// An Ed25519 signature. Shown as base64.
+/// An Ed25519 signature. Displayed as base64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Signature(pub [u8; 64]);
 
 impl Signer {
-    /// The signer of the node with this identity.
+    /// Creates the signer of the node with this identity.
     pub fn new(seed: &Secret) -> Self {
         Self {
             pair: key::signing_key(seed),
@@ -41,24 +41,24 @@ impl Signer {
         }
     }
 
-    /// Its public half.
+    /// Returns the public half of the key.
     pub fn verifying_key(&self) -> VerifyingKey {
         self.verifying_key
     }
 
-    /// The X25519 key that belongs to it.
+    /// Returns the X25519 key that is derived from the identity.
     pub fn public_key(&self) -> PublicKey {
         self.public_key
     }
 
-    /// Puts its keys and its signature on a record of its node.
+    /// Writes the node's keys and signature into its record.
     pub fn sign(&self, record: &mut Record) {
         record.verifying_key = self.verifying_key;
         record.public_key = self.public_key;
         record.signature = self.sign_bytes(&signed_part(record));
     }
 
-    /// Signs bytes that begin with what they are for.
+    /// Signs bytes that begin with a label for their purpose.
     pub(super) fn sign_bytes(&self, bytes: &[u8]) -> Signature {
         let mut signature = [0; 64];
         signature.copy_from_slice(self.pair.sign(bytes).as_ref());
@@ -66,14 +66,14 @@ impl Signer {
     }
 }
 
-/// Records whose signatures are known to be good, for a process that runs many nodes, as a
-/// simulation does: each signature is verified once there, and not once by every node. It grows
-/// without end.
+/// A shared set of records whose signatures were verified, for a process that runs many nodes, such
+/// as a simulation. Each signature is then verified once per process instead of once per node. The
+/// set grows without bound.
 #[derive(Clone, Debug, Default)]
 pub struct Verified(Arc<Mutex<BTreeSet<[u8; 32]>>>);
 
 impl Verified {
-    /// A record that was signed in this process a moment ago.
+    /// Adds a record that was just signed in this process.
     pub(super) fn trust(&self, record: &Record) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(Self::hash(record));
     }
@@ -92,8 +92,8 @@ impl Verified {
     }
 }
 
-/// True if the record is signed with the identity that it names, and names the X25519 key that
-/// belongs to it. That the ID belongs to that identity is another question.
+/// Returns true if the record is signed with the identity that it names, and names the X25519 key
+/// that is derived from it. It does not check that the ID belongs to that identity.
 pub(super) fn is_signed(record: &Record) -> bool {
     is_signature(&record.verifying_key, &signed_part(record), &record.signature)
         && key::exchange_key(&record.verifying_key) == Some(record.public_key)
@@ -103,7 +103,7 @@ pub(super) fn is_signature(key: &VerifyingKey, bytes: &[u8], signature: &Signatu
     UnparsedPublicKey::new(&ED25519, key.0).verify(bytes, &signature.0).is_ok()
 }
 
-/// The record without its last field, after a name that no other signed bytes begin with.
+/// Returns the record without its last field, after a label that no other signed bytes begin with.
 pub(super) fn signed_part(record: &Record) -> Vec<u8> {
     let mut bytes =
         postcard::to_extend(record, RECORD.to_vec()).expect("plain data always encodes");

@@ -17,7 +17,7 @@ fn id(id: u16) -> NodeId {
     NodeId::new(id).unwrap()
 }
 
-/// Identities of tests: each follows from a number.
+/// Returns the signer of a test identity. Each identity is derived from a number.
 fn signer(seed: u16) -> Signer {
     let [high, low] = seed.to_be_bytes();
     let mut secret = [low; 32];
@@ -29,7 +29,7 @@ fn identity(seed: u16) -> VerifyingKey {
     signer(seed).verifying_key()
 }
 
-/// What the node signs with whose record this is.
+/// Returns the signer of the node that owns the record.
 fn signer_of(record: &Record) -> Signer {
     static SEEDS: OnceLock<BTreeMap<PublicKey, u16>> = OnceLock::new();
     let seeds = SEEDS
@@ -41,7 +41,7 @@ pub(super) fn record(number: u16, incarnation: u64) -> Record {
     signed(blank(number, incarnation), number)
 }
 
-/// The record as the host with these keys would publish it.
+/// Returns the record as the host with these keys would publish it.
 pub(super) fn signed(mut record: Record, seed: u16) -> Record {
     signer(seed).sign(&mut record);
     record
@@ -71,8 +71,8 @@ fn blank(number: u16, incarnation: u64) -> Record {
     }
 }
 
-/// N nodes, one clock, one seed. Links deliver in order with random delay, and lose what is in
-/// flight when they are cut, as TCP connections do.
+/// A number of nodes with one clock and one seed. Links deliver in order with random delays. Like
+/// TCP connections, they lose the messages in flight when they are cut.
 struct World {
     now: Instant,
     rng: StdRng,
@@ -81,7 +81,7 @@ struct World {
     links: BTreeMap<(NodeId, NodeId), Link>,
     removed: BTreeMap<NodeId, BTreeSet<NodeId>>,
     contested: BTreeSet<NodeId>,
-    /// Who reported it, of whom.
+    /// The reporting node and the node that the report is about.
     clashes: BTreeSet<(NodeId, NodeId)>,
     delivered: Vec<Parcel>,
     undelivered: Vec<Undelivered>,
@@ -90,7 +90,7 @@ struct World {
     bytes: u64,
 }
 
-/// What is on its way, in one direction.
+/// The messages in flight in one direction.
 #[derive(Default)]
 struct Link {
     queue: VecDeque<(Instant, Packet)>,
@@ -157,7 +157,7 @@ impl World {
         self.collect();
     }
 
-    /// The node dies without a word; its disk is gone too.
+    /// The node dies without notice and loses its disk.
     fn kill(&mut self, node: NodeId) {
         self.nodes.remove(&node);
         for other in self.nodes.keys().copied().collect::<Vec<_>>() {
@@ -245,7 +245,7 @@ impl World {
         }
     }
 
-    /// Each node's component by the links as they are.
+    /// Returns the nodes connected with `start` by the current links.
     fn component(&self, start: NodeId) -> BTreeSet<NodeId> {
         let (mut seen, mut queue) = (BTreeSet::from([start]), vec![start]);
         while let Some(node) = queue.pop() {
@@ -258,7 +258,8 @@ impl World {
         seen
     }
 
-    /// Everyone knows the newest word of everyone in its component, and who is in it.
+    /// Checks that every node has the newest record of every node in its component and knows which
+    /// nodes are in it.
     fn converged(&self) -> Result<(), String> {
         for (own, gossip) in &self.nodes {
             let component = self.component(*own);
@@ -355,7 +356,7 @@ fn a_node_that_gains_many_links_does_not_tell_of_each() {
     }
     assert!(told < 6000, "{told} records sent, where each of every link would be 500,000");
     assert!(versions.len() < 20, "{} versions", versions.len());
-    // A single change later is told at once.
+    // A single change later is published after [`COLLECT`].
     now += Duration::from_secs(10);
     gossip.handle_timeout(now);
     now += Duration::from_secs(10);
@@ -391,7 +392,8 @@ fn what_was_lost_in_flight_is_found_by_comparing() {
     world.assert_converges_within(COMPARE_INTERVAL * 2, 4);
 }
 
-/// 4 leaves it to 2 to tell 3 what 1 says; the link between 2 and 3 dies with the news in flight.
+/// Node 4 expects node 2 to offer the record of node 1 to node 3. The link between nodes 2 and 3
+/// dies with the offer in flight.
 #[test]
 fn news_lost_with_a_link_come_by_another_way_at_once() {
     let mut lost = 0;
@@ -412,7 +414,7 @@ fn news_lost_with_a_link_come_by_another_way_at_once() {
         if knows(&mut world, 3) {
             continue;
         }
-        // What 4 decides not to pass on is decided by now.
+        // By now node 4 has decided not to forward the record.
         world.run(COLLECT);
         lost += u16::from(!knows(&mut world, 3));
         world.cut(id(2), id(3));
@@ -427,7 +429,7 @@ fn a_node_that_leaves_is_removed_everywhere_and_stays_so() {
     let mut world = World::new(5, 5);
     world.chain(5);
     world.assert_converges_within(Duration::from_secs(5), 5);
-    // Node 5 is away while node 1 leaves, and knows it as living.
+    // Node 5 is disconnected while node 1 leaves, and believes that node 1 is still a member.
     world.cut(id(4), id(5));
     world.run(Duration::from_secs(1));
     world.node(1).leave();
@@ -444,7 +446,7 @@ fn a_node_that_leaves_is_removed_everywhere_and_stays_so() {
     world.assert_converges_within(Duration::from_secs(3), 5);
     assert!(world.removed[&id(5)].contains(&id(1)));
     assert!(!world.node(2).paths().contains_key(&id(1)));
-    // It is launched again, as something new.
+    // Node 1 is launched again as a new node.
     world.start(signed(record(1, 2), 99));
     world.connect(id(1), id(3));
     world.assert_converges_within(Duration::from_secs(3), 5);
@@ -467,7 +469,7 @@ fn a_relaunch_whose_clock_went_back_still_wins() {
     assert!(world.contested.is_empty(), "a tombstone is nobody's rival");
 }
 
-/// The test that counts: everything at random.
+/// Performs random changes of links, records and hosts, and checks that all nodes converge.
 fn storm(seed: u64, count: u16, steps: usize) {
     let mut world = World::new(count, seed);
     world.chain(count);
@@ -489,7 +491,8 @@ fn storm(seed: u64, count: u16, steps: usize) {
                     .update_own(|own| own.nickname = format!("host{value}"), now);
             }
             10 => {
-                // Restarted with its disk: the same key, the next incarnation, what it knew.
+                // A restart with the disk: the same key, the next incarnation and the known
+                // records.
                 incarnation += 1;
                 let known: Vec<_> = world.nodes[&one].records().cloned().collect();
                 world.kill(one);
@@ -498,7 +501,7 @@ fn storm(seed: u64, count: u16, steps: usize) {
                 world.nodes.get_mut(&one).unwrap().restore(known.into_iter().map(|it| (it, true)));
             }
             _ => {
-                // Reset, heard by whoever is near, and launched again.
+                // A reset that only nearby nodes hear of, and a new launch.
                 incarnation += 1;
                 world.nodes.get_mut(&one).unwrap().leave();
                 world.collect();
@@ -513,7 +516,7 @@ fn storm(seed: u64, count: u16, steps: usize) {
         let pause = Duration::from_millis(world.rng.random_range(0..400));
         world.run(pause);
     }
-    // Whatever the topology is now, it holds.
+    // All nodes converge, regardless of the current topology.
     world.assert_converges_within(COMPARE_INTERVAL * 8, seed);
     world.chain(count);
     world.assert_converges_within(Duration::from_secs(10), seed);
@@ -611,7 +614,7 @@ fn messages_beyond_bounds_are_refused_whole() {
     let mut longer = Message::Request(vec![id(1)]).encode();
     longer.push(0);
     assert_eq!(Message::decode(&longer), Err(BadMessage::Unreadable));
-    // ID 0, ID 4096.
+    // IDs 0 and 4096.
     assert_eq!(Message::decode(&[FORMAT, 2, 1, 0]), Err(BadMessage::Unreadable));
     assert_eq!(Message::decode(&[FORMAT, 2, 1, 0x80, 0x20]), Err(BadMessage::Unreadable));
 }
@@ -630,7 +633,7 @@ fn names_that_were_removed_during_a_separation_never_rise_again() {
         let names =
             |world: &mut World, at: u16| world.node(at).record(id(1)).unwrap().names.clone();
         assert_eq!(names(&mut world, 5).len(), 2);
-        // 1 and 2 on one side; the others remember what node 1 said, and tell each other.
+        // Nodes 1 and 2 are on one side. The others still have node 1's old record and exchange it.
         for (one, other) in [(1, 3), (1, 4), (1, 5), (2, 3), (2, 4), (2, 5)] {
             world.cut(id(one), id(other));
         }
@@ -639,7 +642,7 @@ fn names_that_were_removed_during_a_separation_never_rise_again() {
         world.run(Duration::from_secs(60));
         assert_eq!(names(&mut world, 2), [named("db", "10.40.0.2")]);
         assert_eq!(names(&mut world, 4).len(), 2);
-        // What comes back first is the side that remembers more.
+        // The side with the old record reconnects first.
         world.connect(id(2), id(4));
         for _ in 0..60 {
             world.run(Duration::from_millis(500));
@@ -712,14 +715,14 @@ fn full() -> Record {
     signed(full, 0xaa)
 }
 
-// Ed25519 with 32 bytes of 0xaa as the seed, and X25519 with the first half of their SHA-512, by
-// Python's cryptography module.
+// From Python's cryptography module: Ed25519 with 32 bytes of 0xaa as the seed, and X25519 with the
+// first half of their SHA-512 hash.
 const VERIFYING_KEY: &str = "e734ea6c2b6257de72355e472aa05a4c487e6b463c029ed306df2f01b5636b58";
 const PUBLIC_KEY: &str = "552291f02c9317519633021302d0f7ba39b1cf32310e23ee7aa6a4312ae4a027";
 const SIGNATURE: &str = "b5eb5db45557d36be300d8117f7e0042a041f5eb18bd93fd6526e9ac786c9ba7\
                          ef51434474f4a44711393bcf6c66f5e664158f6d1e5ce51eb8cb9d683227270d";
 
-/// These bytes are read by nodes of other versions: a change of any of them needs a new [`FORMAT`].
+/// Nodes of other versions read these bytes, so any change of them needs a new [`FORMAT`].
 #[test]
 fn the_wire_format_is_this() {
     let hex = |message: &Message| data_encoding::HEXLOWER.encode(&message.encode());
@@ -744,7 +747,7 @@ fn the_wire_format_is_this() {
                 "0200c0000201ff34",                       // addresses: IPv4, port
                 "0120010db8000000000000000000000002ff34", // IPv6, port
                 "0201ff1f",                               // links
-                "01ff1f",                                 // dark ones
+                "01ff1f",                                 // nodes without a direct path
                 "02000a2800000f",                         // ranges: IPv4
                 "01fd00000000000000000000000000000040",   // IPv6
                 "01000a200001",                           // claims

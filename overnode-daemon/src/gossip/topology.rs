@@ -1,24 +1,24 @@
-//! Who reaches whom: the graph of the links that both ends report.
+//! Reachability: the graph of the links that both ends report.
 //!
-//! Nothing here depends on anything but the graph: neighbours are looked at in the order of their
-//! IDs, so that two nodes with the same records see the same trees.
+//! The results depend on the graph alone. Neighbors are visited in the order of their IDs, so two
+//! nodes with the same records compute the same trees.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::message::Record;
 use crate::types::NodeId;
 
-/// How a node is reached over control connections.
+/// The path to a node over control connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Path {
-    /// The neighbour through which the shortest path leads; the node itself if it is a neighbour.
+    /// The first neighbor on the shortest path. The node itself if it is a neighbor.
     pub via: NodeId,
-    /// Connections on the path; 1 for a neighbour.
+    /// Number of connections on the path, 1 for a neighbor.
     pub hops: u16,
 }
 
-/// The shortest paths from `own` to every node that it reaches. Ties go to the lower ID. What `own`
-/// is linked with is `neighbours`, whatever its record says: that may be older.
+/// Returns the shortest paths from `own` to every node that it reaches. Ties go to the lower ID.
+/// The links of `own` are `neighbours`, since its record may be older.
 pub(super) fn paths(
     own: NodeId,
     neighbours: &BTreeSet<NodeId>,
@@ -35,8 +35,8 @@ pub(super) fn paths(
     paths
 }
 
-/// The neighbours to which `own` passes on what `source` tells everybody: its children in the tree
-/// of shortest paths from `source`. Along these trees, every node gets it once.
+/// Returns the neighbors to which `own` forwards a broadcast of `source`: its children in the tree
+/// of shortest paths from `source`. Along these trees, every node receives a broadcast once.
 pub(super) fn branches(
     source: NodeId,
     own: NodeId,
@@ -52,15 +52,15 @@ pub(super) fn branches(
     children
 }
 
-/// This node's links, known better than by its record.
+/// This node's current links, which replace those in its record.
 #[derive(Clone, Copy)]
 struct Own<'a> {
     id: NodeId,
     neighbours: &'a BTreeSet<NodeId>,
 }
 
-/// Breadth first from `start`. Tells each node that is reached, with the one that it is reached
-/// from.
+/// Searches breadth-first from `start`. Calls `reached` with the parent and the node for each node
+/// that is reached.
 fn walk(
     start: NodeId,
     own: Own<'_>,
@@ -120,7 +120,7 @@ mod tests {
         NodeId::new(id as u16).unwrap()
     }
 
-    /// Nodes 1 to `count`; `says(a, b)` if a reports a link with b.
+    /// Records of the nodes 1 to `count`. `says(a, b)` is true if a reports a link with b.
     fn records(count: usize, says: impl Fn(usize, usize) -> bool) -> BTreeMap<NodeId, Record> {
         let record = |node: usize| Record {
             id: id(node),
@@ -148,7 +148,7 @@ mod tests {
         records[&id(of)].links.iter().copied().collect()
     }
 
-    /// Hops between all pairs, by Floyd and Warshall.
+    /// Hops between all pairs, by the Floyd-Warshall algorithm.
     fn distances(count: usize, records: &BTreeMap<NodeId, Record>) -> Vec<Vec<usize>> {
         let mut far = vec![vec![usize::MAX / 2; count + 1]; count + 1];
         for (one, row) in far.iter_mut().enumerate().skip(1) {
@@ -253,8 +253,8 @@ mod tests {
         assert_eq!(paths(id(1), &BTreeSet::from([id(2)]), &records), BTreeMap::new());
     }
 
-    /// Printed, not judged: machines differ. What is judged is a bound that only a change of the
-    /// algorithm breaks.
+    /// Prints the times without judging them, since machines differ. Only a bound that a change of
+    /// the algorithm would break is asserted.
     #[test]
     #[expect(clippy::print_stderr, reason = "figures for people")]
     fn a_thousand_nodes_cost_little() {

@@ -1,4 +1,4 @@
-//! Addresses given to containers, out of what this node holds.
+//! Allocation of addresses to containers from the space that this node holds.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use super::{Action, Fact, Ipam, IpamError, Key, Layout, Peer, Problem, RequestId
 use crate::gossip::MAX_RANGES;
 use crate::types::NodeId;
 
-/// What this node holds, and what it has given out.
+/// The space that this node holds, and the addresses that it has allocated.
 #[derive(Clone, Debug)]
 pub(super) struct Allocation {
     own: Option<IpNet>,
@@ -21,11 +21,11 @@ pub(super) struct Allocation {
     pub(super) blocks: BTreeMap<IpNet, Block>,
     pub(super) waiting: BTreeMap<RequestId, Waiting>,
     requests: u64,
-    /// The address given out last.
+    /// The address that was allocated last.
     cursor: Option<IpAddr>,
 }
 
-/// A borrowed block, or a part of a quarter that this node lends and uses itself.
+/// A borrowed block, or a block of a quarter that this node lends and uses itself.
 #[derive(Clone, Debug)]
 pub(super) struct Block {
     pub(super) used: usize,
@@ -79,7 +79,7 @@ impl Allocation {
         Some(owner)
     }
 
-    /// Goes on behind the highest address that was given out.
+    /// Sets the cursor to the highest address that is allocated from the own half.
     pub(super) fn resume(&mut self) {
         let own = self.own;
         self.cursor =
@@ -90,7 +90,7 @@ impl Allocation {
         self.blocks.iter_mut().find(|(block, _)| block.contains(&address)).map(|(_, block)| block)
     }
 
-    /// Addresses in all that can be given from.
+    /// Returns the number of addresses in all space that can be allocated from, used ones included.
     pub(super) fn capacity(&self, layout: &Layout) -> u128 {
         let blocks = self.blocks.iter().filter(|(_, block)| !block.lost).map(|(net, _)| *net);
         self.own.into_iter().chain(blocks).map(|net| layout.usable_in(net)).sum()
@@ -106,7 +106,7 @@ impl Allocation {
                 .sum::<usize>()
     }
 
-    /// The next free address: of the own part, or else of the fullest block that has one.
+    /// Returns the next free address of the own half, or else of the fullest block that has one.
     fn pick(&self, layout: &Layout) -> Option<IpAddr> {
         let has_room = |net: IpNet, used: usize| (used as u128) < layout.usable_in(net);
         let own = self.own.filter(|own| has_room(*own, self.own_used));
@@ -117,7 +117,7 @@ impl Allocation {
         next_free(net, self.cursor, &self.allocated, |address| layout.is_usable(address))
     }
 
-    /// What is held of one quarter.
+    /// Returns the blocks that are held of one quarter.
     pub(super) fn blocks_in(&self, half: Option<IpNet>) -> impl Iterator<Item = (IpNet, &Block)> {
         let in_half = move |net: &IpNet| half.is_some_and(|half| half.contains(net));
         self.blocks.iter().filter(move |(net, _)| in_half(net)).map(|(net, block)| (*net, block))
@@ -125,8 +125,8 @@ impl Allocation {
 }
 
 impl Ipam {
-    /// Asks for an address for `owner`. Answered by [`Action::Granted`], at once if this node has a
-    /// free one, or [`Action::Failed`].
+    /// Requests an address for `owner`. The answer is [`Action::Granted`], at once if this node has
+    /// a free address, or [`Action::Failed`].
     pub fn allocate(&mut self, owner: &str, now: Instant) -> RequestId {
         let request = self.next_request_id();
         let waiting = Waiting { owner: owner.to_owned(), deadline: now + self.timing.request };
@@ -140,12 +140,12 @@ impl Ipam {
         RequestId(self.allocation.requests)
     }
 
-    /// Nobody waits for the answer any more. False if it was answered.
+    /// Cancels a request. Returns false if it was already answered.
     pub fn cancel(&mut self, request: RequestId) -> bool {
         self.allocation.waiting.remove(&request).is_some() || self.cancel_claim(request)
     }
 
-    /// Takes an address back. Returns who had it.
+    /// Releases an address and returns its owner.
     pub fn release(&mut self, address: IpAddr, now: Instant) -> Option<String> {
         let owner = self.allocation.remove(address, now);
         self.forget_static(address);
@@ -153,23 +153,22 @@ impl Ipam {
         owner
     }
 
-    /// Goes on behind `last`, the address given out last before the restart, so that those released
-    /// lately rest.
+    /// Sets the cursor to `last`, the address that was allocated last before the restart. Recently
+    /// released addresses are then not reused at once.
     pub fn resume_after(&mut self, last: IpAddr) {
         if self.allocation.own.is_some_and(|own| own.contains(&last)) {
             self.allocation.cursor = Some(last);
         }
     }
 
-    /// Everything given out, by address, with its owner.
+    /// Returns all allocated addresses with their owners.
     pub fn allocated(&self) -> &BTreeMap<IpAddr, String> {
         &self.allocation.allocated
     }
 
-    /// The address space of this node, as it tells the others: its own half, the halves that it
-    /// lends, and apart from these the blocks that it uses itself, whether it has borrowed them or
-    /// lends them. Who announces a whole half says that it lends it, and no more: only blocks lead
-    /// to a node.
+    /// Returns the address space that this node announces: its own half, the halves that it lends,
+    /// and the blocks that it uses itself, whether borrowed or from a quarter that it lends.
+    /// Announcing a whole half only says that the node lends it: only blocks are routed to a node.
     pub fn ranges(&self) -> Vec<IpNet> {
         let mut ranges: Vec<IpNet> = self.allocation.own.into_iter().collect();
         let lent = self.lent_halves();
@@ -180,7 +179,7 @@ impl Ipam {
             .flat_map(|block| if self.is_half(block) { halves(block) } else { vec![block] })
             .collect();
         if ranges.len() + blocks.len() > MAX_RANGES {
-            // Nobody misses what nobody uses.
+            // If not all fit, unused blocks are left out first.
             blocks.sort_by_key(|block| self.addresses_in(*block).next().is_none());
         }
         ranges.extend(blocks);
@@ -192,35 +191,36 @@ impl Ipam {
         quarters().any(|quarter| self.layout.lendable(quarter) == Some(block))
     }
 
-    /// What this node has borrowed, or uses of a quarter that it lends.
+    /// Returns the blocks that this node has borrowed, or uses of a quarter that it lends.
     pub fn held(&self) -> impl Iterator<Item = IpNet> {
         self.allocation.blocks.iter().filter(|(_, block)| !block.lost).map(|(net, _)| *net)
     }
 
-    /// Blocks that others have by now, where addresses are in use here.
+    /// Returns the blocks that other nodes have now and in which addresses are in use here.
     pub fn lost(&self) -> impl Iterator<Item = IpNet> {
         self.allocation.blocks.iter().filter(|(_, block)| block.lost).map(|(net, _)| *net)
     }
 
-    /// Addresses that this node can give out by itself, used ones included.
+    /// Returns the number of addresses that this node can allocate without borrowing, used ones
+    /// included.
     pub fn capacity(&self) -> u128 {
         self.allocation.capacity(&self.layout) + self.lendable_free()
     }
 
-    /// Addresses that this node has given out of its own space.
+    /// Returns the number of addresses that this node has allocated from the space that it holds.
     pub fn active(&self) -> usize {
         self.allocation.used()
     }
 
-    /// Requests that are not answered yet.
+    /// Returns the number of requests that are not answered yet.
     pub fn waiting(&self) -> usize {
         self.allocation.waiting.len() + self.pending_claims()
     }
 
-    /// Whether [`Self::allocate`] can give an address now.
+    /// Checks whether [`Self::allocate`] can grant an address now.
     ///
     /// # Errors
-    /// The error that it would fail with in the end, if nothing changes.
+    /// The error that the request would fail with if nothing changes.
     pub fn check_ready(&self) -> Result<(), IpamError> {
         if self.leaving.is_some() {
             return Err(IpamError::Leaving { id: self.id });
@@ -228,7 +228,7 @@ impl Ipam {
         if self.capacity() > self.active() as u128 { Ok(()) } else { Err(self.no_lender()) }
     }
 
-    /// Gives addresses to those who wait, as far as they go.
+    /// Grants addresses to waiting requests as long as there are free ones.
     pub(super) fn serve(&mut self) {
         if self.leaving.is_some() {
             for request in std::mem::take(&mut self.allocation.waiting).into_keys() {
@@ -272,7 +272,8 @@ impl Ipam {
         self.forget(Key::Held(block));
     }
 
-    /// Another node has the block: what is in use stays, nothing more is given.
+    /// Marks a block as lost to another node. Addresses in use stay allocated, and no more are
+    /// allocated.
     pub(super) fn lose(&mut self, block: IpNet, lender: NodeId) {
         let Some(held) = self.allocation.blocks.get_mut(&block) else { return };
         if held.used == 0 {
@@ -283,7 +284,7 @@ impl Ipam {
         }
     }
 
-    /// Reports what [`Self::shared_blocks`] finds when a node announces something new.
+    /// Reports what [`Self::shared_blocks`] finds in the ranges that a node newly announces.
     pub(super) fn report_ranges(&mut self, node: NodeId, peer: &Peer) {
         let known = self.peers.get(&node).map(|known| known.ranges.as_slice()).unwrap_or_default();
         let news = peer.ranges.iter().filter(|range| !known.contains(range));
@@ -291,7 +292,8 @@ impl Ipam {
         self.effects.extend(clashes.into_iter().map(Action::Report));
     }
 
-    /// Addresses in use here, in a block that another node says it holds, and this one holds too.
+    /// Returns a clash for each address in use here that is in a block which this node holds and
+    /// another node announces.
     pub(super) fn shared_blocks(&self) -> impl Iterator<Item = Problem> {
         let others = self.peers.iter().filter(|(id, _)| self.counts(**id));
         let ranges = others.flat_map(|(id, peer)| peer.ranges.iter().map(|range| (*id, *range)));

@@ -1,8 +1,8 @@
-//! Borrowing blocks, telling the lenders what is held, and handing back.
+//! Borrowing blocks, informing the lenders of what is held, and handing blocks back.
 //!
-//! There is one request per quarter at a time. It names all that the node holds of the quarter, and
-//! only the answer to the latest one is taken: so the lender may free whatever a request does not
-//! name.
+//! There is one request per quarter at a time. It lists everything that the node holds of the
+//! quarter, and only the answer to the latest request is accepted. So the lender may free whatever
+//! a request does not list.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -14,26 +14,27 @@ use super::message::{MAX_BLOCKS, Message, Round, Title};
 use super::{Fact, Ipam, IpamError, Peer, Retry, Timing};
 use crate::types::NodeId;
 
-/// Who has nothing asks for so much, at least.
+/// Minimum number of addresses in a request for space.
 const LEAST: usize = 16;
-/// Nobody asks for more at once.
+/// Maximum number of addresses in a request, unless more are needed at once.
 const MOST: usize = 4096;
-/// So many free addresses are not handed back: a node that is cut off can give them.
+/// Number of free addresses that are not handed back, so that a node that is cut off can still
+/// allocate.
 const RESERVE: u128 = 16;
-/// Titles more than 35 years ahead of this node's clock are not believed, unless they are the next
-/// ones.
+/// Titles whose serial is more than 35 years (in milliseconds) ahead of this node's incarnation are
+/// not believed, unless they directly follow the known one.
 pub(super) const MAX_AHEAD: u64 = 1 << 40;
-/// Next means by so many changes of hands.
+/// Maximum number of changes of hands for a title to directly follow the known one.
 const MAX_STEP: u64 = 1024;
-/// Who holds so many blocks does not ask for more.
+/// A node that holds this many blocks does not ask for more.
 const MANY_BLOCKS: usize = MAX_BLOCKS - 32;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Borrowing {
     pub(super) requests: BTreeMap<NodeId, Request>,
-    /// Quarters of which the lender may think that this node holds something else than it does.
+    /// Quarters whose lender may have outdated information about what this node holds.
     pub(super) dirty: BTreeSet<NodeId>,
-    /// Who lends each quarter, if another node does and is reachable.
+    /// The lender of each quarter, if it is another node and reachable.
     pub(super) lenders: BTreeMap<NodeId, NodeId>,
     refused: BTreeMap<NodeId, Refused>,
 }
@@ -64,7 +65,7 @@ enum Why {
 }
 
 impl Ipam {
-    /// Which quarters a node says that it lends.
+    /// Returns which quarters a node announces as lent by itself.
     pub(super) fn lends_of(&self, peer: &Peer) -> [bool; 4] {
         let mut quarters = quarters();
         std::array::from_fn(|_| {
@@ -140,8 +141,8 @@ impl Ipam {
     ) {
         let asked = self.borrowing.requests.get(&quarter).map(|it| (it.to, it.serial, it.round));
         if asked != Some((from, serial, round)) {
-            // A request that was given up has arrived after all: the lender takes these blocks for
-            // lent.
+            // The answer to an abandoned request has arrived after all. The lender considers these
+            // blocks lent.
             let is_unknown = |block: &IpNet| !self.held().any(|held| held == *block);
             if self.borrowing.lenders.get(&quarter) == Some(&from) && blocks.iter().any(is_unknown)
             {
@@ -190,7 +191,7 @@ impl Ipam {
         self.ask_again(quarter, from, now);
     }
 
-    /// The node that was asked does not lend the quarter.
+    /// Handles the answer that the node that was asked does not lend the quarter.
     pub(super) fn handle_no_lender(&mut self, from: NodeId, quarter: NodeId, now: Instant) {
         if self.borrowing.requests.get(&quarter).is_some_and(|request| request.to == from) {
             self.borrowing.requests.remove(&quarter);
@@ -199,7 +200,7 @@ impl Ipam {
         }
     }
 
-    /// Makes sure that nothing is taken that was asked for before now.
+    /// Ensures that no answer to an earlier request is accepted.
     pub(super) fn fence(&mut self, quarter: NodeId) {
         if self.borrowing.requests.remove(&quarter).is_some() {
             self.borrowing.dirty.insert(quarter);
@@ -273,8 +274,8 @@ impl Ipam {
         refused.is_some_and(|refused| refused.by == lender && now < refused.at + self.penalty())
     }
 
-    /// Blocks that are unused and more than the reserve, with the time since when; of several the
-    /// largest first. The last one is only halved.
+    /// Returns the unused blocks that exceed the reserve, each with the time since which it is
+    /// unused, the largest first. The last one is only halved.
     fn idle_blocks(&self) -> Vec<(IpNet, Instant)> {
         let capacity = self.allocation.capacity(&self.layout);
         let free = capacity.saturating_sub(self.allocation.used() as u128);
@@ -288,10 +289,11 @@ impl Ipam {
         idle
     }
 
-    /// One at a time: each leaves less to spare.
+    /// Hands back idle blocks one at a time, since each leaves less to spare.
     fn hand_back(&mut self, now: Instant) {
         loop {
-            // Nothing is given from what is lost: it goes back as soon as it is unused.
+            // No addresses are allocated from a lost block, so it goes back as soon as it is
+            // unused.
             let is_lost = |block| self.allocation.blocks.get(&block).is_some_and(|it| it.lost);
             let due = |(block, since): &(IpNet, Instant)| {
                 *since + self.timing.hand_back <= now || is_lost(*block)
@@ -323,8 +325,7 @@ impl Ipam {
         }
     }
 
-    /// Gives up on requests that were not answered, or that went to a node that another one has
-    /// replaced.
+    /// Gives up on requests that were not answered, or whose receiver was replaced as the lender.
     fn redirect(&mut self, now: Instant) {
         for quarter in quarters() {
             let Some(request) = self.borrowing.requests.get(&quarter) else { continue };
@@ -342,7 +343,7 @@ impl Ipam {
         }
     }
 
-    /// Tells the lenders what is held, where they may not know.
+    /// Informs the lenders of what is held where they may not know.
     fn synchronise(&mut self, now: Instant) {
         for quarter in std::mem::take(&mut self.borrowing.dirty) {
             match self.lending.books.get(&quarter).map(|book| book.heir) {
@@ -350,7 +351,7 @@ impl Ipam {
                     self.enter_own(quarter);
                     continue;
                 }
-                // What is handed over does not change any more; the heir will ask.
+                // A ledger that is being handed over no longer changes. The successor will ask.
                 Some(Some(_)) => continue,
                 None => {}
             }
@@ -424,15 +425,15 @@ impl Ipam {
         }
     }
 
-    /// Whether the holder of a title with that serial can be outbid: serials begin with the
-    /// milliseconds since 1970 and grow by a few.
+    /// Returns true if the holder of a title with that serial can be outbid. Serials begin with the
+    /// milliseconds since 1970 and grow in small steps.
     pub(super) fn is_plausible(&self, quarter: NodeId, serial: u64) -> bool {
         let known = self.lending.heard.get(&quarter).map_or(0, |title| title.serial);
         serial <= self.incarnation.saturating_add(MAX_AHEAD)
             || serial <= known.saturating_add(MAX_STEP)
     }
 
-    /// Takes notice of who lends a quarter.
+    /// Records a title if it is later than the known one.
     pub(super) fn hear(&mut self, quarter: NodeId, title: Title) {
         if !title.holder.owns_a_quarter() || !self.is_plausible(quarter, title.serial) {
             return;
@@ -441,12 +442,12 @@ impl Ipam {
             self.lending.heard.insert(quarter, title);
             self.put(Fact::Heard { quarter, title });
             self.find_lenders();
-            // Its ledger may be from before this node got the last block.
+            // The new lender's ledger may be from before this node got its last block.
             let holds = self.allocation.blocks_in(self.layout.lendable(quarter)).next().is_some();
             if holds && !self.lending.books.contains_key(&quarter) {
                 self.borrowing.dirty.insert(quarter);
             }
-            // Whoever got the quarter after it had answered has something else to say by now.
+            // A node that got the quarter after it had answered would answer differently now.
             if quarter == self.id
                 && let Some(season) = &mut self.season
             {

@@ -1,4 +1,4 @@
-//! What can go wrong, in words for people.
+//! Errors of address allocation, with messages for operators.
 
 use std::net::IpAddr;
 
@@ -6,10 +6,10 @@ use ipnet::IpNet;
 
 use crate::types::NodeId;
 
-/// Why there is no address. The words are for people.
+/// The reason why an address request, a reclaim or leaving failed. The messages are for operators.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IpamError {
-    /// The node holds no free address, and nobody has lent it any yet.
+    /// The node holds no free address, and no lender has lent it any yet.
     #[error(
         "node {id} has no free address of its own ({count} in use) and none was lent to it: {lenders}; start one of the nodes 1 to 4, connect \
          to it with `overnode connect HOST`, or detach containers that are no longer needed"
@@ -17,9 +17,9 @@ pub enum IpamError {
     NoLender {
         /// This node.
         id: NodeId,
-        /// How many it has given out.
+        /// Number of addresses that it has allocated.
         count: usize,
-        /// What became of each lender.
+        /// The status of each lender.
         lenders: String,
     },
     /// The node is leaving the cluster.
@@ -28,7 +28,7 @@ pub enum IpamError {
         /// This node.
         id: NodeId,
     },
-    /// The node was told to leave, and what it has lent must not be forgotten.
+    /// The node cannot leave: it has lent addresses, and no other node has taken over the ledger.
     #[error(
         "node {id} has lent addresses to {borrowers}, and {heir} to take over the list of them; make one of nodes 1 to 4 reachable and try again, or lose \
          the list with `overnode reset --force`"
@@ -36,55 +36,55 @@ pub enum IpamError {
     Heirless {
         /// This node.
         id: NodeId,
-        /// To whom addresses were lent.
+        /// The nodes that addresses were lent to.
         borrowers: String,
-        /// What is wrong with the node that should take over.
+        /// Why the chosen successor has not taken over.
         heir: String,
     },
     /// The space of a node cannot be taken back.
     #[error("the address space of node {of} cannot be taken back: {why}")]
     Reclaim {
-        /// The node.
+        /// The node whose space was to be taken back.
         of: NodeId,
-        /// Why, and what to do.
+        /// The reason, and what to do.
         why: String,
     },
-    /// The address is not in the subnet.
+    /// The address is outside of the subnet.
     #[error(
         "{address} is outside of the cluster's subnet {subnet}; choose one from {first} to {last}"
     )]
     OutsideSubnet {
         /// The address.
         address: IpAddr,
-        /// The subnet.
+        /// The cluster's subnet.
         subnet: IpNet,
         /// The first static address.
         first: IpAddr,
         /// The last static address.
         last: IpAddr,
     },
-    /// The address is one that nodes give out by themselves, or one kept for nodes, or the subnet's
-    /// first or last.
+    /// The address is in the range that nodes allocate from, reserved for nodes, or the first or
+    /// last of the subnet.
     #[error("{address} cannot be a static address: {why}; choose one from {first} to {last}")]
     Reserved {
         /// The address.
         address: IpAddr,
-        /// What it is kept for.
+        /// What the address is reserved for.
         why: &'static str,
         /// The first static address.
         first: IpAddr,
         /// The last static address.
         last: IpAddr,
     },
-    /// Attached to this node already.
+    /// The address is in use on this node.
     #[error("{address} is in use by {owner} on this node; choose another, or detach {owner} first")]
     InUse {
         /// The address.
         address: IpAddr,
-        /// Who has it.
+        /// The container that has the address.
         owner: String,
     },
-    /// Claimed on another node.
+    /// The address is claimed on another node.
     #[error("{address} is in use on node {node}; choose another, or detach it there first")]
     InUseElsewhere {
         /// The address.
@@ -92,7 +92,7 @@ pub enum IpamError {
         /// The node that has it.
         node: NodeId,
     },
-    /// Another node asks for it, and goes first.
+    /// Another node asks for the address at the same time, and its lower ID takes precedence.
     #[error(
         "node {node} asks for {address} at this moment and goes first; choose another, or try again"
     )]
@@ -102,18 +102,18 @@ pub enum IpamError {
         /// The other node.
         node: NodeId,
     },
-    /// The node has as many static addresses as it can tell the others.
+    /// The node has the maximum number of static addresses that it can announce.
     #[error("this node has {count} static addresses, which is the most; detach some first")]
     TooManyStatic {
-        /// How many.
+        /// The maximum.
         count: usize,
     },
-    /// Too many claims wait.
+    /// Too many claims are waiting for answers.
     #[error(
         "{count} static addresses are asked for already, and other nodes have not answered; try again"
     )]
     TooManyClaims {
-        /// How many.
+        /// The maximum.
         count: usize,
     },
 }

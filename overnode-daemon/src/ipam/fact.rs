@@ -1,4 +1,4 @@
-//! What a node's address allocation keeps on disk.
+//! The state of a node's address allocation that is kept on disk.
 
 use std::fmt;
 
@@ -8,112 +8,114 @@ use serde::{Deserialize, Serialize};
 use super::message::{Loan, Round, Title};
 use crate::types::NodeId;
 
-/// One thing that must survive a crash. A fact replaces the earlier one with the same [`Key`].
+/// A piece of state that must survive a crash. A fact replaces the earlier one with the same
+/// [`Key`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Fact {
-    /// Tells this node's launches apart: the incarnation of the first start.
+    /// Distinguishes this node's launches: the incarnation of the first start.
     Epoch(u64),
-    /// A block that this node may give addresses from.
+    /// A block that this node may allocate addresses from.
     Held {
         /// The block.
         block: IpNet,
-        /// True if another node has it by now: nothing more is given from it.
+        /// True if another node has the block now. No more addresses are allocated from it.
         lost: bool,
     },
-    /// Who lends a quarter, as far as this node has heard.
+    /// The lender of a quarter, as far as this node has heard.
     Heard {
-        /// The quarter, by the ID that owns it by birth.
+        /// The quarter, named by the ID of its birth owner.
         quarter: NodeId,
-        /// Who, and since which change of hands.
+        /// The lender and the serial of its title.
         title: Title,
     },
-    /// The last change of hands by which this node came to lend a quarter, which it may have handed
-    /// on since.
+    /// The latest title that this node has taken of a quarter. It may have handed the quarter on
+    /// since.
     Taken {
         /// The quarter.
         quarter: NodeId,
-        /// The change of hands.
+        /// The serial of the title.
         serial: u64,
     },
-    /// This node lends a quarter.
+    /// A ledger: this node lends the quarter.
     Book {
         /// The quarter.
         quarter: NodeId,
-        /// Counts the changes of hands.
+        /// The serial of the title.
         serial: u64,
-        /// To whom the quarter is being handed. Nothing is lent any more.
+        /// The node that the quarter is being handed to, if any. Nothing is lent any more.
         heir: Option<Heir>,
     },
-    /// What one node has of a quarter that this node lends.
+    /// The blocks of one borrower in a quarter that this node lends.
     Loan {
         /// The quarter.
         quarter: NodeId,
-        /// The node.
+        /// The borrower.
         borrower: NodeId,
-        /// Its blocks.
+        /// The borrower's blocks.
         loan: Loan,
         /// The last request that was answered.
         round: Round,
     },
-    /// A node that is gone for good, by the word of a person.
+    /// A tombstone: an operator has declared a node gone for good.
     Grave {
         /// The node.
         id: NodeId,
-        /// Its last incarnation that is known; a later one is another node.
+        /// Its last known incarnation. A later incarnation counts as another node.
         incarnation: u64,
-        /// The node that has its space.
+        /// The node that took its space back.
         by: NodeId,
     },
-    /// This node has promised another to take nothing more from one that may be gone.
+    /// This node has promised another one to take nothing more from a node that may be gone.
     Pledge {
         /// The node that may be gone.
         of: NodeId,
-        /// Up to this incarnation.
+        /// The promise covers incarnations up to this one.
         incarnation: u64,
-        /// Who takes its space back.
+        /// The node that takes the space back.
         by: NodeId,
         /// The question that was answered.
         round: Round,
     },
-    /// This node takes the space of another back, and waits for all others to agree.
+    /// This node is taking back the space of another node and waits until all others agree.
     Claim {
         /// The node that is gone.
         of: NodeId,
-        /// Up to this incarnation.
+        /// The claim covers incarnations up to this one.
         incarnation: u64,
     },
-    /// A part of the ledger of a quarter that is being handed to this node.
+    /// A part of a ledger that is being handed to this node.
     Part {
         /// The quarter.
         quarter: NodeId,
-        /// The change of hands.
+        /// The serial of the title.
         serial: u64,
-        /// Which part, from 0.
+        /// The index of the part, from 0.
         part: u16,
-        /// How many there are.
+        /// Number of parts.
         parts: u16,
-        /// What it says.
+        /// The loans in this part.
         loans: Vec<(NodeId, Loan)>,
     },
     /// A title that its holder told this node of while another node vouched for it.
     Confirmed {
         /// The quarter.
         quarter: NodeId,
-        /// Its holder, and since which change of hands.
+        /// The holder and the serial of the title.
         title: Title,
     },
 }
 
-/// Who gets a quarter next.
+/// The node that a quarter is handed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Heir {
     /// The node.
     pub id: NodeId,
-    /// A later launch of it must not take the quarter: it could do so twice.
+    /// The launch that may take the quarter. A later launch must not take it: the node might take
+    /// it twice.
     pub epoch: u64,
 }
 
-/// What a fact is about.
+/// Identifies what a fact is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the fields are those of the facts")]
 pub enum Key {
@@ -131,7 +133,7 @@ pub enum Key {
 }
 
 impl Fact {
-    /// What it is about.
+    /// Returns the key of the fact.
     pub fn key(&self) -> Key {
         match self {
             Self::Epoch(_) => Key::Epoch,
@@ -149,12 +151,12 @@ impl Fact {
     }
 }
 
-/// A change of what is on disk.
+/// A change of the state on disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Keep this.
+    /// Store this fact.
     Put(Fact),
-    /// Forget what is kept under this key; nothing may be.
+    /// Delete the fact with this key. There may be none.
     Forget(Key),
 }
 

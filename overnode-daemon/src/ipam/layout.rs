@@ -1,4 +1,4 @@
-//! Which addresses of the cluster are for what.
+//! The division of the cluster's addresses by purpose.
 
 use std::net::IpAddr;
 
@@ -7,18 +7,19 @@ use ipnet::IpNet;
 use super::{IpamError, from_number, to_number};
 use crate::types::{Network, NodeId};
 
-/// One address for every possible ID, from number 0.
+/// Number of node addresses: one for each possible ID, counted from 0.
 const NODE_ADDRESSES: u128 = NodeId::MAX as u128 + 1;
-/// The smallest range: 16 addresses, four for each of the nodes 1 to 4.
+/// Host bits of the smallest range: 16 addresses, four for each of the nodes 1 to 4.
 const LEAST_HOST_BITS: u8 = 4;
 
-/// The cluster's addresses, checked and divided.
+/// The cluster's addresses, checked and divided. Node addresses are in the order of the IDs. They
+/// are below the range, or above it if there is no room below.
 ///
 /// | addresses | by default | for |
 /// | --- | --- | --- |
-/// | the range, its first and last excepted | 10.40.0.1 to 10.47.255.254 | given out by nodes |
-/// | the 4096 below the range, or above it if there is no room below | 10.39.240.0 to 10.39.255.255 | nodes, by ID |
-/// | what is below (or above) these | 10.32.0.1 to 10.39.239.255 | static addresses |
+/// | the range without its first and last | 10.40.0.1 to 10.47.255.254 | containers |
+/// | the 4096 below (or above) the range | 10.39.240.0 to 10.39.255.255 | nodes |
+/// | the rest below (or above) these | 10.32.0.1 to 10.39.239.255 | static addresses |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     network: Network,
@@ -26,10 +27,10 @@ pub struct Layout {
     statics: (u128, u128),
 }
 
-/// A subnet and range that cannot work. The words are for people.
+/// A subnet and range that cannot be used. The messages are for operators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadNetwork {
-    /// The range is not a part of the subnet.
+    /// The range is not inside the subnet.
     #[error("the range {range} is not inside the subnet {subnet}; give a --range that is")]
     Outside {
         /// The range.
@@ -43,7 +44,7 @@ pub enum BadNetwork {
         /// The range.
         range: IpNet,
     },
-    /// No room for the addresses of nodes and for static ones beside the range.
+    /// The subnet has no room outside of the range for node addresses and static addresses.
     #[error(
         "the range {range} leaves no room in the subnet {subnet} for the {NODE_ADDRESSES} addresses of nodes and for static ones; give a \
          smaller --range or a larger --subnet"
@@ -54,12 +55,12 @@ pub enum BadNetwork {
         /// The subnet.
         subnet: IpNet,
     },
-    /// Bits are set behind the prefix.
+    /// A prefix has host bits set.
     #[error("{given} has bits set behind its prefix; write {meant}")]
     HostBits {
-        /// What was given.
+        /// The prefix as given.
         given: IpNet,
-        /// What it would be without.
+        /// The prefix without host bits.
         meant: IpNet,
     },
 }
@@ -68,7 +69,7 @@ impl Layout {
     /// Checks and divides the cluster's addresses.
     ///
     /// # Errors
-    /// [`BadNetwork`].
+    /// [`BadNetwork`] if the subnet and range cannot be used together.
     pub fn new(network: Network) -> Result<Self, BadNetwork> {
         let Network { subnet, range } = network;
         for given in [subnet, range] {
@@ -97,17 +98,17 @@ impl Layout {
         Ok(Self { network, nodes, statics })
     }
 
-    /// The subnet and range that it divides.
+    /// Returns the subnet and range that this layout divides.
     pub fn network(&self) -> Network {
         self.network
     }
 
-    /// A node's own address.
+    /// Returns a node's own address.
     pub fn node_address(&self, id: NodeId) -> IpAddr {
         self.address(self.nodes + u128::from(id.get()))
     }
 
-    /// Whether a prefix contains an address that is kept for a node, known or not.
+    /// Returns true if a prefix contains an address that is reserved for a node, known or not.
     pub fn has_node_addresses(&self, prefix: IpNet) -> bool {
         let (first, last) = bounds(prefix);
         prefix.addr().is_ipv4() == self.network.subnet.addr().is_ipv4()
@@ -115,7 +116,7 @@ impl Layout {
             && last >= self.nodes
     }
 
-    /// The quarter of the range that a node owns by birth; none from ID 5.
+    /// Returns the quarter of the range that a node owns by birth. `None` from ID 5 on.
     pub fn quarter(&self, id: NodeId) -> Option<IpNet> {
         if !id.owns_a_quarter() {
             return None;
@@ -124,36 +125,37 @@ impl Layout {
         range.subnets(range.prefix_len() + 2).ok()?.nth(usize::from(id.get() - 1))
     }
 
-    /// The first and last address that a node can give out of its quarter: the range's first and
-    /// last belong to nobody.
+    /// Returns the first and last address that a node can allocate from its quarter. The first and
+    /// last address of the range are never allocated.
     pub fn usable(&self, id: NodeId) -> Option<(IpAddr, IpAddr)> {
         let (first, last) = bounds(self.quarter(id)?);
         let (range_first, range_last) = bounds(self.network.range);
         Some((self.address(first.max(range_first + 1)), self.address(last.min(range_last - 1))))
     }
 
-    /// The half of a quarter that only the node with its ID ever gives out; none from ID 5.
+    /// Returns the half of a quarter that only the node with its ID ever allocates from. `None`
+    /// from ID 5 on.
     pub fn own_part(&self, id: NodeId) -> Option<IpNet> {
         self.half(id, 0)
     }
 
-    /// The half of a quarter that is lent to other nodes; none from ID 5.
+    /// Returns the half of a quarter that is lent to other nodes. `None` from ID 5 on.
     pub fn lendable(&self, quarter: NodeId) -> Option<IpNet> {
         self.half(quarter, 1)
     }
 
-    /// The quarter whose lendable half holds all of `block`.
+    /// Returns the quarter whose lendable half contains all of `block`.
     pub fn quarter_of(&self, block: IpNet) -> Option<NodeId> {
         quarters().find(|quarter| self.lendable(*quarter).is_some_and(|half| half.contains(&block)))
     }
 
-    /// False for the first and the last address of the range, which nobody gets.
+    /// Returns false for the first and last address of the range, which are never allocated.
     pub fn is_usable(&self, address: IpAddr) -> bool {
         let range = self.network.range;
         address != range.network() && address != range.broadcast()
     }
 
-    /// How many addresses of `block` can be given out.
+    /// Returns the number of addresses of `block` that can be allocated.
     pub fn usable_in(&self, block: IpNet) -> u128 {
         let (first, last) = bounds(block);
         let range = self.network.range;
@@ -162,12 +164,12 @@ impl Layout {
         (last - first).saturating_add(1).saturating_sub(lost as u128)
     }
 
-    /// The first and last static address.
+    /// Returns the first and last static address.
     pub fn statics(&self) -> (IpAddr, IpAddr) {
         (self.address(self.statics.0), self.address(self.statics.1))
     }
 
-    /// Whether an address may be chosen by hand.
+    /// Checks that an address may be chosen as a static address.
     ///
     /// # Errors
     /// [`IpamError::OutsideSubnet`] or [`IpamError::Reserved`].
@@ -200,12 +202,12 @@ impl Layout {
     }
 }
 
-/// The IDs of the nodes that own a quarter by birth, which name the quarters.
+/// Returns the IDs 1 to 4 of the nodes that own a quarter by birth. They name the quarters.
 pub fn quarters() -> impl Iterator<Item = NodeId> {
     (1..=4).filter_map(|number| NodeId::new(number).ok())
 }
 
-/// The first and last number of a network.
+/// Returns the first and last address of a network as numbers.
 pub(super) fn bounds(net: IpNet) -> (u128, u128) {
     (to_number(net.network()), to_number(net.broadcast()))
 }

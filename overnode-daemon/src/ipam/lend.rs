@@ -1,8 +1,8 @@
 //! Lending: the ledger of the quarters that this node holds.
 //!
-//! For each borrower the ledger has at least all that the borrower holds, at every moment: what is
-//! lent is on disk before the borrower hears of it, and is free again only by the borrower's own
-//! word, or when it is gone.
+//! For each borrower the ledger has at least everything that the borrower holds, at every moment. A
+//! loan is on disk before the borrower hears of it. It becomes free again only when the borrower
+//! says so, or when the borrower has left or is gone for good.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -16,41 +16,41 @@ use super::space::{choose, free, overlap, single, size};
 use super::{Ipam, Problem, Retry};
 use crate::types::NodeId;
 
-/// Most blocks that one answer adds.
+/// Maximum number of blocks that one answer adds.
 const MOST_BLOCKS: usize = 8;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Lending {
     pub(super) books: BTreeMap<NodeId, Book>,
-    /// By quarter and borrower, this node included. An entry without blocks keeps late requests
-    /// out.
+    /// Loans by quarter and borrower, this node included. An entry without blocks keeps late
+    /// requests out.
     pub(super) loans: BTreeMap<(NodeId, NodeId), Lent>,
     /// The latest title of each quarter.
     pub(super) heard: BTreeMap<NodeId, Title>,
     /// The last title of each quarter that its holder told this node of while another node vouched
-    /// for it. This node can vouch for it: from then on the quarter could only be taken back with
-    /// this node's consent.
+    /// for it. This node can vouch for that title: since then the quarter could be taken back only
+    /// with this node's consent.
     pub(super) confirmed: BTreeMap<NodeId, Title>,
-    /// The last title of each quarter that this node has taken.
+    /// The serial of the last title of each quarter that this node has taken.
     pub(super) taken: BTreeMap<NodeId, u64>,
-    /// Quarters that this node and another one lend, as that one says.
+    /// Quarters that this node lends and that another node announces as lent by itself.
     disputes: BTreeMap<(NodeId, NodeId), Retry>,
 }
 
-/// A quarter that this node lends.
+/// The ledger of a quarter that this node lends.
 #[derive(Clone, Debug)]
 pub(super) struct Book {
     pub(super) serial: u64,
     pub(super) heir: Option<Heir>,
     /// Borrowers that may hold less than the ledger says.
     pub(super) unsure: BTreeMap<NodeId, Retry>,
-    /// Parts of the ledger that the heir has.
+    /// Parts of the ledger that the successor has acknowledged.
     pub(super) acked: BTreeSet<u16>,
-    /// When to send the heir what it lacks.
+    /// When to send the successor the missing parts.
     pub(super) retry: Retry,
 }
 
-/// What is lent to one node.
+/// The blocks lent to one node.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Lent {
     pub(super) loan: Loan,
@@ -80,7 +80,7 @@ impl Lending {
 }
 
 impl Ipam {
-    /// Quarters that this node lends, with what is lent of each to whom.
+    /// Returns the quarters that this node lends, with the blocks of each borrower.
     pub fn ledger(&self) -> impl Iterator<Item = (NodeId, Vec<(NodeId, &[IpNet])>)> {
         self.lending.books.iter().filter(|(_, book)| book.heir.is_none()).map(|(quarter, _)| {
             let lent = self.lending.of(*quarter).filter(|(_, lent)| !lent.loan.blocks.is_empty());
@@ -88,13 +88,13 @@ impl Ipam {
         })
     }
 
-    /// The change of hands by which this node lends a quarter, if it does.
+    /// Returns the serial of the title under which this node lends a quarter, if it does.
     pub fn lends(&self, quarter: NodeId) -> Option<u64> {
         self.lending.books.get(&quarter).filter(|book| book.heir.is_none()).map(|book| book.serial)
     }
 
-    /// What was begun and is not done, in words: requests without their answers, quarters half
-    /// handed over, reclaims without their end.
+    /// Describes what was begun and is not finished: requests without answers, quarters that are
+    /// being handed over, reclaims under way.
     pub fn pending(&self) -> Vec<&'static str> {
         let books = || self.lending.books.values();
         let pending = [
@@ -112,7 +112,7 @@ impl Ipam {
         pending.into_iter().filter(|(is, _)| *is).map(|(_, what)| what).collect()
     }
 
-    /// Whether nothing is pending.
+    /// Returns true if nothing is pending.
     pub fn is_settled(&self) -> bool {
         self.pending().is_empty()
     }
@@ -122,7 +122,7 @@ impl Ipam {
         active.filter_map(|(quarter, _)| self.layout.lendable(*quarter)).collect()
     }
 
-    /// Addresses that this node lends and that nobody has.
+    /// Returns the number of addresses that this node could lend and that no node has.
     pub(super) fn lendable_free(&self) -> u128 {
         let active = self.lending.books.keys().filter(|quarter| self.may_lend(**quarter));
         active.flat_map(|quarter| self.free_blocks(*quarter)).map(size).sum()
@@ -131,9 +131,10 @@ impl Ipam {
     fn free_blocks(&self, quarter: NodeId) -> Vec<IpNet> {
         let Some(half) = self.layout.lendable(quarter) else { return Vec::new() };
         let lent = self.lending.of(quarter).flat_map(|(_, lent)| lent.loan.blocks.iter().copied());
-        // Nobody gets the range's last address.
+        // The last address of the range is never allocated.
         let last = single(self.layout.network().range.broadcast());
-        // What another node announces leads to that one, whether it was ever lent or not.
+        // Packets for a block that another node announces go to that node, whether the block was
+        // ever lent to it or not.
         let peers = self
             .peers
             .iter()
@@ -156,9 +157,9 @@ impl Ipam {
             self.tell_buried(from, loan.epoch);
             return;
         }
-        // Numbers beyond the incarnation could not be exceeded by the node that has the ID next. A
-        // request from before the node's last start is late: nobody waits for the grant, and the
-        // blocks would stay lent.
+        // The node that has the ID next could not exceed numbers beyond the incarnation. A request
+        // from before the node's last start is late: nothing waits for the grant, and the blocks
+        // would stay lent.
         let known = self.peers.get(&from).map_or(0, |peer| peer.incarnation);
         if loan.epoch > known || round.incarnation != known {
             return;
@@ -194,7 +195,7 @@ impl Ipam {
         self.send(from, &Message::Grant { quarter, serial, round, blocks, exhausted });
     }
 
-    /// Enters what the borrower says it holds, and what it gets.
+    /// Records what the borrower says it holds and what it is granted.
     fn renew(
         &mut self,
         from: NodeId,
@@ -218,8 +219,8 @@ impl Ipam {
             self.report(Problem::Contradiction { borrower: from, block });
         }
         self.enter(quarter, from, loan, round);
-        // A node that may be declared gone by now gets nothing more: it would use what is lent
-        // again.
+        // A node that may have been declared gone gets no more space: it would use addresses that
+        // are lent again.
         let may_be_gone = self.has_pledged(from) || self.claims_space_of(from);
         let amount = if may_be_gone { 0 } else { self.grantable(quarter, need, want) };
         if amount > 0 {
@@ -227,8 +228,8 @@ impl Ipam {
         }
     }
 
-    /// How many addresses to add: no more than a quarter of what is left, unless they are needed at
-    /// once.
+    /// Returns how many addresses to add: no more than a quarter of those left, unless they are
+    /// needed at once.
     fn grantable(&self, quarter: NodeId, need: u32, want: u32) -> u128 {
         if self.leaving.is_some() || !self.may_lend(quarter) {
             return 0;
@@ -237,7 +238,7 @@ impl Ipam {
         u128::from(want).min(u128::from(need).max(left / 4)).min(left)
     }
 
-    /// Lends about so many addresses more. Returns the blocks.
+    /// Lends about `amount` more addresses and returns their blocks.
     fn add(&mut self, quarter: NodeId, borrower: NodeId, amount: u128) -> Vec<IpNet> {
         let Some(lent) = self.lending.loans.get(&(quarter, borrower)).cloned() else {
             return Vec::new();
@@ -256,7 +257,7 @@ impl Ipam {
         self.lending.loans.insert((quarter, borrower), Lent { loan, round });
     }
 
-    /// Enters what this node itself holds of a quarter that it lends.
+    /// Records what this node itself holds of a quarter that it lends.
     pub(super) fn enter_own(&mut self, quarter: NodeId) {
         let half = self.layout.lendable(quarter);
         let blocks = self
@@ -268,8 +269,8 @@ impl Ipam {
         self.enter(quarter, self.id, Loan { epoch: self.epoch, blocks }, Round::default());
     }
 
-    /// Takes blocks of a quarter that this node lends for its own containers. False if no quarter
-    /// has a free block.
+    /// Takes blocks of a quarter that this node lends for its own containers. Returns false if no
+    /// quarter has a free block.
     pub(super) fn lend_to_self(&mut self, need: usize, now: Instant) -> bool {
         let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
         let quarters: Vec<_> = active.map(|(quarter, _)| *quarter).collect();
@@ -303,13 +304,13 @@ impl Ipam {
         })
     }
 
-    /// True if a node of that launch has left or was buried.
+    /// Returns true if that launch of a node has left or was declared gone for good.
     pub(super) fn is_gone(&self, id: NodeId, epoch: u64) -> bool {
         let left = self.peers.get(&id).is_some_and(|peer| peer.left && peer.incarnation >= epoch);
         left || self.is_buried(id, epoch)
     }
 
-    /// Frees what was lent to a node that has left for good.
+    /// Frees the loans of a node that has left for good.
     pub(super) fn free_left(&mut self, borrower: NodeId, incarnation: u64) {
         let quarters: Vec<_> = self.lending.books.keys().copied().collect();
         for quarter in quarters {
@@ -319,7 +320,7 @@ impl Ipam {
             let is_handing =
                 self.lending.books.get(&quarter).is_none_or(|book| book.heir.is_some());
             if has_some && !is_handing {
-                // Whatever that launch asked for is late from now on.
+                // All requests of that launch count as late from now on.
                 let next = incarnation.saturating_add(1);
                 let loan = Loan { epoch: next, blocks: Vec::new() };
                 self.enter(quarter, borrower, loan, Round { incarnation: next, count: 0 });
@@ -330,8 +331,8 @@ impl Ipam {
         }
     }
 
-    /// A borrower was started again, perhaps without its disk: does it hold all that the ledger
-    /// says?
+    /// Marks the loans of a borrower as unsure after it restarted, perhaps without its disk: it may
+    /// no longer hold everything in the ledger.
     pub(super) fn doubt(&mut self, borrower: NodeId, now: Instant) {
         for (quarter, book) in &mut self.lending.books {
             let lent = self.lending.loans.get(&(*quarter, borrower));
@@ -341,7 +342,7 @@ impl Ipam {
         }
     }
 
-    /// This node lends a quarter from now on.
+    /// Makes this node the lender of a quarter.
     pub(super) fn take_title(
         &mut self,
         quarter: NodeId,
@@ -383,7 +384,7 @@ impl Ipam {
         }
     }
 
-    /// This node does not lend a quarter any more.
+    /// Ends this node's lending of a quarter.
     pub(super) fn drop_title(&mut self, quarter: NodeId) {
         self.lending.books.remove(&quarter);
         self.lending.disputes.retain(|(disputed, _), _| *disputed != quarter);
@@ -400,7 +401,7 @@ impl Ipam {
         self.find_lenders();
     }
 
-    /// The latest title that this node has heard of.
+    /// Returns the latest title that this node has heard of.
     pub(super) fn title_of(&self, quarter: NodeId) -> Title {
         self.lending.heard.get(&quarter).copied().unwrap_or(Title { serial: 0, holder: quarter })
     }
@@ -412,8 +413,8 @@ impl Ipam {
         title: Title,
         now: Instant,
     ) {
-        // What others have heard is for the lender, which may have to outbid it; for all others
-        // only a lender's word counts.
+        // What other nodes have heard matters only to the lender, which may have to outbid it. For
+        // all other nodes only a lender's word counts.
         let is_possible = from.owns_a_quarter() || self.may_outbid(quarter, title.serial);
         if !is_possible
             || !title.holder.owns_a_quarter()
@@ -423,8 +424,8 @@ impl Ipam {
         }
         if let Some(book) = self.lending.books.get(&quarter) {
             if title.holder == self.id && book.heir.is_none() && title.serial > book.serial {
-                // That of an earlier life of this node, which nobody knew when it got the quarter
-                // anew: those who do know it ask by it.
+                // The title is from an earlier life of this node that no node knew of when it took
+                // the quarter again. Nodes that know that title use it in their requests.
                 return self.resume_title(quarter, title, now);
             }
             let mine = Title { serial: book.serial, holder: self.id };
@@ -435,11 +436,11 @@ impl Ipam {
             }
             if title.holder != from {
                 if loses && self.has_left(title.holder) && self.may_lend(quarter) {
-                    // That of a node that is gone, which others take for the lender.
+                    // The title is of a node that is gone, which others still consider the lender.
                     let serial = title.serial.saturating_add(1);
                     self.resume_title(quarter, Title { serial, holder: self.id }, now);
                 } else if loses && self.reachable.contains(&title.holder) {
-                    // That one has to say so itself.
+                    // Only the holder's own word counts, so this node contacts it.
                     self.send(title.holder, &Message::Title { quarter, title: mine });
                 }
                 return;
@@ -462,7 +463,8 @@ impl Ipam {
         }
     }
 
-    /// Well below what all others take for plausible.
+    /// Returns true if this node lends the quarter and can outbid `serial` with a serial that all
+    /// others still accept as plausible.
     fn may_outbid(&self, quarter: NodeId, serial: u64) -> bool {
         self.lends(quarter).is_some() && serial <= self.incarnation.saturating_add(MAX_AHEAD / 2)
     }
@@ -475,7 +477,7 @@ impl Ipam {
         self.standing.renew(quarter, now);
     }
 
-    /// Notes whether another node says that it lends a quarter which this one lends.
+    /// Records whether another node announces that it lends a quarter which this node lends.
     pub(super) fn dispute(&mut self, other: NodeId, now: Instant) {
         let Some(peer) = self.peers.get(&other).filter(|peer| !peer.left) else {
             self.lending.disputes.retain(|(_, id), _| *id != other);
@@ -494,7 +496,8 @@ impl Ipam {
         }
     }
 
-    /// Asks borrowers whether they still hold what the ledger says.
+    /// Asks borrowers whether they still hold what the ledger says, and sends this node's title to
+    /// nodes that dispute it.
     pub(super) fn drive_loans(&mut self, now: Instant) {
         let mut pokes = Vec::new();
         for (&quarter, book) in

@@ -1,7 +1,7 @@
-//! What the allocations of two nodes say to each other, and its bounds.
+//! Messages between the address allocations of two nodes, and their bounds.
 //!
-//! On the wire: the format's version (one byte, [`FORMAT`]), then a [`Message`] in postcard. Any
-//! message may be lost, repeated, overtaken, or arrive after days.
+//! On the wire: the version of the format (one byte, [`FORMAT`]), then a [`Message`] in postcard.
+//! Any message may be lost, repeated, reordered, or arrive days late.
 
 use std::net::IpAddr;
 
@@ -12,72 +12,72 @@ use super::layout::{Layout, bounds};
 use crate::gossip::MAX_STAMP;
 use crate::types::NodeId;
 
-/// Greatest incarnation, epoch, serial and count: as in gossip, there is room beyond for a node to
-/// outbid what it hears.
+/// Greatest incarnation, epoch, serial and count. As in gossip, the values beyond leave room for a
+/// node to outbid what it hears.
 const MAX_NUMBER: u64 = MAX_STAMP;
-/// The version of the wire format.
+/// Version of the wire format.
 pub const FORMAT: u8 = 2;
-/// The longest message, in bytes.
+/// Maximum length of a message in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
-/// Most blocks in a list.
+/// Maximum number of blocks in a list.
 pub const MAX_BLOCKS: usize = 256;
-/// Most parts of a ledger.
+/// Maximum number of parts of a ledger.
 pub const MAX_PARTS: u16 = 1024;
-/// Most other claimants that an answer names: only nodes 1 to 4 take back space, or lend it.
+/// Maximum number of other claimants in an answer: only nodes 1 to 4 take back space or lend it.
 pub const MAX_RIVALS: usize = 4;
 
-/// Names one request of a node. It is never used for another, because each start of the node has an
-/// incarnation of its own.
+/// Identifies one request of a node. A round is never reused, because each start of a node has its
+/// own incarnation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Round {
     /// The node's incarnation.
     pub incarnation: u64,
-    /// Counts its requests.
+    /// Number of the request in this incarnation.
     pub count: u64,
 }
 
-/// Who lends a quarter.
+/// The lender of a quarter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Title {
-    /// Counts the changes of hands; 0 by birth.
+    /// Serial of the title, which grows with each change of hands. 0 by birth.
     pub serial: u64,
-    /// The node.
+    /// The node that lends the quarter.
     pub holder: NodeId,
 }
 
-/// What a node has of a quarter.
+/// The blocks that a node has of a quarter.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Loan {
-    /// The launch of the node.
+    /// The epoch of the node's launch.
     pub epoch: u64,
-    /// In ascending order, none overlapping.
+    /// The blocks, in ascending order and without overlaps.
     pub blocks: Vec<IpNet>,
 }
 
-/// What a node that is asked by the birth owner of a quarter has to do with it.
+/// The relation of a node to a quarter whose birth owner asks about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Part {
-    /// It only borrows, or not even that.
+    /// The node does not lend the quarter. It may borrow from it.
     None,
-    /// It lends the quarter, and will hand it over.
+    /// The node lends the quarter and will hand it over.
     Lends,
 }
 
-/// Why a node does not agree that the space of another is taken back.
+/// Why a node does not agree that the space of another node is taken back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Objection {
     /// It reaches that node.
     Alive,
-    /// It knows a later incarnation of that node.
+    /// It knows this later incarnation of that node.
     Newer(u64),
-    /// It takes space back itself, of this node or of another, and has the lower ID.
+    /// It takes back space itself, from that node or another one, and has the lower ID.
     Mine,
 }
 
-/// What a node says to another one that asks for a static address.
+/// A node's answer to a claim for a static address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Verdict {
-    /// It neither has the address nor asks for it any more.
+    /// It does not have the address, and no longer asks for it itself.
     Free,
     /// It has the address.
     Taken,
@@ -88,240 +88,246 @@ pub enum Verdict {
 /// A message between the allocations of two nodes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
-    /// To the lender of a quarter: all that the sender holds of it, and what it needs. What it does
-    /// not name it has given back.
+    /// To the lender of a quarter: everything that the sender holds of it, and what it needs. The
+    /// sender has given back all that it does not list.
     Request {
         /// The quarter.
         quarter: NodeId,
-        /// The lender's title; a lender with another one answers by [`Message::Poke`].
+        /// The serial of the lender's title. A lender with another one answers with
+        /// [`Message::Poke`].
         serial: u64,
-        /// The sender's launch.
+        /// The epoch of the sender's launch.
         epoch: u64,
-        /// Later requests exceed earlier ones.
+        /// The round of the request. A later request has a greater one.
         round: Round,
-        /// Addresses that are waited for.
+        /// Number of addresses that containers wait for.
         need: u32,
-        /// Addresses that would be welcome.
+        /// Number of addresses that would be useful, `need` included.
         want: u32,
-        /// What it holds, in ascending order.
+        /// The blocks that the sender holds, in ascending order.
         holds: Vec<IpNet>,
     },
-    /// The answer: all that the receiver has from now on.
+    /// The answer to [`Message::Request`]: everything that the receiver has from now on.
     Grant {
-        /// As asked.
+        /// As in the request.
         quarter: NodeId,
-        /// As asked.
+        /// As in the request.
         serial: u64,
-        /// As asked.
+        /// As in the request.
         round: Round,
-        /// In ascending order.
+        /// The blocks, in ascending order.
         blocks: Vec<IpNet>,
-        /// True if less was left than needed.
+        /// True if fewer addresses were left than needed.
         exhausted: bool,
     },
-    /// From the lender of a quarter: send a request, so that both know the same.
+    /// A query from the lender of a quarter: the receiver sends a request, so that both have the
+    /// same state.
     Poke {
         /// The quarter.
         quarter: NodeId,
-        /// The lender's title.
+        /// The serial of the lender's title.
         serial: u64,
     },
-    /// From the lender of a quarter: does the receiver know anything against that?
+    /// From the lender of a quarter: asks whether the receiver knows anything against the title.
     Hold {
         /// The quarter.
         quarter: NodeId,
-        /// The sender's title.
+        /// The serial of the sender's title.
         serial: u64,
-        /// The sender's launch.
+        /// The epoch of the sender's launch.
         epoch: u64,
-        /// To tell answers to earlier questions.
+        /// Distinguishes the answer from answers to earlier questions.
         round: Round,
-        /// The sender is sure of its title, of which the receiver may take notice.
+        /// True if the sender is sure of its title. The receiver may then record it.
         sure: bool,
     },
-    /// The answer: no. The sender has not agreed that the receiver's space be taken back.
+    /// The answer to [`Message::Hold`]: the sender knows nothing against the title, and has not
+    /// agreed that the receiver's space is taken back.
     Vouch {
         /// The quarter.
         quarter: NodeId,
-        /// As asked.
+        /// As in the question.
         serial: u64,
-        /// As asked.
+        /// As in the question.
         round: Round,
         /// True if the holder told the sender of this title while another node vouched for it.
         heard: bool,
     },
-    /// Who lends a quarter, as far as the sender has heard.
+    /// The lender of a quarter, as far as the sender has heard.
     Title {
         /// The quarter.
         quarter: NodeId,
-        /// Who.
+        /// The lender and the serial of its title.
         title: Title,
     },
-    /// From the birth owner of a quarter, which does not lend it: what do you know of it?
+    /// From the birth owner of a quarter that does not lend it yet: asks what the receiver knows
+    /// about it.
     Ask {
-        /// The sender's launch.
+        /// The epoch of the sender's launch.
         epoch: u64,
-        /// To tell answers to earlier questions.
+        /// Distinguishes the answer from answers to earlier questions.
         round: Round,
     },
-    /// The answer. From here on the sender takes nothing that was lent under an earlier title.
+    /// The answer to [`Message::Ask`]. From now on the sender takes nothing that was lent under an
+    /// earlier title.
     Answer {
-        /// As asked.
+        /// As in the question.
         round: Round,
-        /// The sender's launch.
+        /// The epoch of the sender's launch.
         epoch: u64,
-        /// The latest title that it has heard of.
+        /// The latest title that the sender has heard of.
         title: Title,
-        /// What it has to do with the quarter.
+        /// The sender's relation to the quarter.
         part: Part,
-        /// What it holds of the quarter.
+        /// The blocks that the sender holds of the quarter.
         holds: Vec<IpNet>,
-        /// Nodes that are about to take the birth owner's space back, as far as the sender has
-        /// heard.
+        /// Other nodes that may lend the quarter, or that take back the birth owner's space, as far
+        /// as the sender has heard.
         rivals: Vec<NodeId>,
     },
-    /// A quarter changes hands, with all that is lent of it.
+    /// Hands a quarter over, with everything that is lent of it.
     Transfer {
         /// The quarter.
         quarter: NodeId,
-        /// The title of the receiver.
+        /// The serial of the receiver's title.
         serial: u64,
-        /// The launch of the receiver that is meant.
+        /// The epoch of the receiver's launch that the quarter is meant for.
         epoch: u64,
-        /// Which part of the ledger.
+        /// The index of this part of the ledger, from 0.
         part: u16,
-        /// Of how many.
+        /// Number of parts.
         parts: u16,
-        /// Who has what.
+        /// The blocks of each borrower.
         loans: Vec<(NodeId, Loan)>,
     },
     /// A part is on disk.
     TransferAck {
         /// The quarter.
         quarter: NodeId,
-        /// The title.
+        /// The serial of the title.
         serial: u64,
-        /// Which part.
+        /// The index of the part.
         part: u16,
-        /// False if a later launch of the node was asked, which does not take it.
+        /// False if a later launch of the sender received the part. It does not take the quarter.
         taken: bool,
     },
-    /// A person says that a node is gone for good: the sender wants its space.
+    /// An operator has declared a node gone for good, and the sender wants to take back its space.
     Reclaim {
         /// The node.
         of: NodeId,
-        /// Its last incarnation that the sender knows.
+        /// The last incarnation that the sender knows.
         incarnation: u64,
-        /// To tell answers to earlier questions.
+        /// Distinguishes the answer from answers to earlier questions.
         round: Round,
     },
-    /// Agreed: from here on the sender takes nothing from that node.
+    /// The sender agrees. From now on it takes nothing from that node.
     ReclaimAck {
         /// The node.
         of: NodeId,
-        /// As asked.
+        /// As in the question.
         round: Round,
-        /// The sender's launch.
+        /// The epoch of the sender's launch.
         epoch: u64,
-        /// The latest titles that it has heard of, of the quarters in order.
+        /// The latest titles that the sender has heard of, in the order of the quarters.
         titles: [Title; 4],
-        /// Those that it lends itself.
+        /// True for each quarter that the sender lends itself.
         lends: [bool; 4],
-        /// What it holds, of all quarters.
+        /// The blocks that the sender holds, of all quarters.
         holds: Vec<IpNet>,
-        /// Others that it agreed with before, about this node or about others.
+        /// Other claimants that the sender agreed with before, about this node or another one.
         rivals: Vec<NodeId>,
     },
-    /// Not agreed.
+    /// The sender does not agree.
     ReclaimRefused {
         /// The node.
         of: NodeId,
-        /// As asked.
+        /// As in the question.
         round: Round,
-        /// Why.
+        /// The objection.
         why: Objection,
     },
-    /// The sender has agreed, long ago: is it still wanted?
+    /// The sender agreed long ago and asks whether its promise is still needed.
     Pledged {
         /// The node.
         of: NodeId,
-        /// Up to this incarnation.
+        /// The promise covers incarnations up to this one.
         incarnation: u64,
         /// The question that was answered.
         round: Round,
     },
-    /// The sender does not want the space of that node any more.
+    /// The sender no longer wants the space of that node.
     ReclaimOver {
         /// The node.
         of: NodeId,
-        /// What was agreed to questions before this.
+        /// Ends all promises that answered a question up to this round.
         round: Round,
     },
-    /// The space of a node was taken back; up to this incarnation it is gone for good.
+    /// The space of a node was taken back. Its incarnations up to this one are gone for good.
     Buried {
         /// The node.
         of: NodeId,
-        /// Its last incarnation.
+        /// The node's last incarnation.
         incarnation: u64,
         /// The node that took it back.
         by: NodeId,
-        /// The latest titles, of the quarters in order.
+        /// The latest titles, in the order of the quarters.
         titles: [Title; 4],
     },
-    /// Understood, and on disk.
+    /// The tombstone is on disk, or does not concern the sender.
     BuriedAck {
         /// The node.
         of: NodeId,
-        /// As told.
+        /// As announced.
         incarnation: u64,
     },
-    /// The sender asks for a static address: does the receiver have it, or ask for it, too?
+    /// The sender asks for a static address. The receiver answers whether it has it or asks for it
+    /// as well.
     Claim {
         /// The address.
         address: IpAddr,
-        /// To tell answers to earlier questions.
+        /// Distinguishes the answer from answers to earlier questions.
         round: Round,
     },
-    /// The answer.
+    /// The answer to [`Message::Claim`].
     ClaimAnswer {
-        /// As asked.
+        /// As in the claim.
         address: IpAddr,
-        /// As asked.
+        /// As in the claim.
         round: Round,
-        /// What the sender has to do with the address.
+        /// The sender's relation to the address.
         verdict: Verdict,
     },
 }
 
-/// A message that no node of overnode sends.
+/// Bytes that are not a valid message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadMessage {
-    /// No bytes.
+    /// The message is empty.
     #[error("an empty message")]
     Empty,
-    /// Another format.
+    /// The message is in another version of the format.
     #[error(
         "a message in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host"
     )]
     Format(u8),
-    /// Not a message.
+    /// The message cannot be decoded.
     #[error("a message that cannot be read")]
     Unreadable,
-    /// Something beyond its bounds.
+    /// A field is out of bounds.
     #[error("a message with {0}")]
     Bounds(&'static str),
 }
 
 impl Message {
-    /// The bytes that travel.
+    /// Encodes the message for the wire.
     pub fn encode(&self) -> Vec<u8> {
         postcard::to_extend(self, vec![FORMAT]).expect("plain data always encodes")
     }
 
-    /// Reads a message and checks every bound.
+    /// Decodes a message and checks all bounds.
     ///
     /// # Errors
-    /// [`BadMessage`].
+    /// [`BadMessage`] if the bytes are not a valid message.
     pub fn decode(bytes: &[u8], layout: &Layout) -> Result<Self, BadMessage> {
         if bytes.len() > MAX_MESSAGE {
             return Err(BadMessage::Bounds("too many bytes"));
@@ -339,7 +345,7 @@ impl Message {
         Ok(message)
     }
 
-    /// All that counts launches, changes of hands or requests.
+    /// Returns all incarnations, epochs, serials and counts in the message.
     fn numbers(&self) -> Vec<u64> {
         let of_round = |round: &Round| [round.incarnation, round.count];
         match self {

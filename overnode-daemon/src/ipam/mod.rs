@@ -1,19 +1,21 @@
-//! Addresses for containers: which ones this node may give out, and which it has. Deterministic; no
-//! I/O, no clock.
+//! Address allocation for containers: the space that this node may allocate from and the addresses
+//! that it has allocated. Deterministic, without I/O or a clock.
 //!
-//! The range has four quarters, named by the IDs 1 to 4. The first half of a quarter is only ever
-//! given out by the node with that ID, which needs nobody for it. The second half is lent in
-//! blocks, by the quarter's holder: by birth the same node. Nodes with other IDs have what they
-//! borrow. `docs/addresses.md` has the protocol and its reasons.
+//! The range is divided into four quarters, named by the node IDs 1 to 4. Only the node with that
+//! ID ever allocates from the first half of its quarter, and it needs no other node for that. The
+//! holder of the quarter lends the second half in blocks. The node with the quarter's ID is its
+//! holder by birth. Nodes with other IDs have only the blocks that they borrow.
+//! `docs/internals/addresses.md` describes the protocol and its reasons.
 //!
 //! Inputs: [`Ipam::learn`], [`Ipam::set_reachable`], [`Ipam::set_targets_met`],
 //! [`Ipam::handle_message`], [`Ipam::allocate`], [`Ipam::release`], [`Ipam::claim`],
 //! [`Ipam::reclaim`], [`Ipam::leave`], [`Ipam::handle_timeout`]. Outputs: [`Ipam::poll_action`],
 //! [`Ipam::poll_timeout`], [`Ipam::problems`].
 //!
-//! After each input, actions are polled until there are no more, and carried out in order; what a
-//! [`Action::Persist`] says is on disk before the next is polled. The caller stores a granted
-//! address before it uses or answers it, and [`Ipam::release`]s it if it cannot be stored.
+//! After each input, the caller polls actions until none is left and carries them out in order. The
+//! changes of an [`Action::Persist`] are on disk before the caller polls the next action. The
+//! caller stores a granted address before it uses the address or answers with it. If the address
+//! cannot be stored, the caller calls [`Ipam::release`].
 
 mod allocate;
 mod borrow;
@@ -51,45 +53,49 @@ pub use statics::{MAX_CLAIMS, MAX_STATIC};
 use crate::control::session::READ_LIMIT;
 use crate::types::{Network, NodeId};
 
-/// What a node's allocation has to know from the start.
+/// Startup configuration of a node's address allocation.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// The cluster's addresses.
+    /// The cluster's subnet and range.
     pub network: Network,
-    /// This node.
+    /// The ID of this node.
     pub id: NodeId,
-    /// Counts the node's starts: greater than at any earlier one, also before a reset.
+    /// Start counter of this node. Greater than at every earlier start, including starts before a
+    /// reset.
     pub incarnation: u64,
-    /// How long things take.
+    /// Timeouts and retry intervals.
     pub timing: Timing,
 }
 
-/// How long things take.
+/// Timeouts and retry intervals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
-    /// Unanswered messages are sent again after this, and after twice as long each time.
+    /// Delay before an unanswered message is sent again. It doubles with each attempt.
     pub retry: Duration,
-    /// The longest time between two attempts.
+    /// Longest delay between two attempts.
     pub retry_cap: Duration,
-    /// A lender that has not answered for so long is passed over, for twice as long.
+    /// A lender that does not answer a request for addresses within this time is skipped for twice
+    /// as long, or for 15 times as long while this node has space and no request waits.
     pub lender: Duration,
-    /// A request for an address fails after this.
+    /// A request for an address fails after this time.
     pub request: Duration,
-    /// A borrowed block that was unused for so long is handed back.
+    /// A borrowed block is handed back after it was unused for this long.
     pub hand_back: Duration,
-    /// Who knew nobody else must have heard of nobody new for so long before it concludes anything.
+    /// Quiet period before a birth owner or a claimant acts on what it knows: membership must not
+    /// have changed for this long.
     pub settle: Duration,
-    /// Leaving fails after this.
+    /// Leaving fails after this time.
     pub leave: Duration,
-    /// A node that was not reached for so long knows it. Only then does another one agree that it
-    /// be declared gone.
+    /// A node that was unreachable for this long has noticed it as well. Only then does another
+    /// node agree that it is declared gone.
     pub grace: Duration,
-    /// A node that is reached and has not answered a claim of a static address for so long does not
-    /// count.
+    /// A reachable node that has not answered a claim for a static address within this time does
+    /// not count.
     pub claim: Duration,
-    /// A node that was reached for so long without a break knows what the others announced before.
+    /// A node that was reachable for this long without interruption knows what the others had
+    /// announced before.
     pub heard: Duration,
-    /// What happened once and cannot be seen any more is told for so long.
+    /// How long a past event that leaves no visible state is reported.
     pub news: Duration,
 }
 
@@ -111,68 +117,69 @@ impl Default for Timing {
     }
 }
 
-/// What gossip says of another node.
+/// What gossip says about another node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Peer {
-    /// Counts its starts.
+    /// The node's start counter.
     pub incarnation: u64,
-    /// True once it has left the cluster.
+    /// True once the node has left the cluster.
     pub left: bool,
-    /// The address space that it gives out.
+    /// The address space that the node announces.
     pub ranges: Vec<IpNet>,
-    /// Its static addresses.
+    /// The node's static addresses.
     pub claims: Vec<IpAddr>,
 }
 
-/// Names a request for an address.
+/// Identifies a request for an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
 
-/// What the node must do or know.
+/// An effect that the caller carries out, or an event that it must know about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Bring all of this to disk, in one transaction, before the next action is polled.
+    /// Write all of these changes to disk in one transaction before the next action is polled.
     Persist(Vec<Change>),
-    /// Send a message to a node, which may be far.
+    /// Send a message to a node. It may be reachable only through other nodes.
     Send {
-        /// The node.
+        /// The receiver.
         to: NodeId,
-        /// What.
+        /// The encoded message.
         bytes: Vec<u8>,
     },
-    /// A request has its address, which is taken from now on.
+    /// A request was granted. The address counts as allocated from now on.
     Granted {
         /// The request.
         request: RequestId,
         /// The address.
         address: IpAddr,
     },
-    /// A request got none.
+    /// A request failed.
     Failed {
         /// The request.
         request: RequestId,
-        /// Why.
+        /// The reason.
         error: IpamError,
     },
-    /// A problem has come up. [`Ipam::problems`] tells whether it still lasts.
+    /// A problem has come up. [`Ipam::problems`] says whether it persists.
     Report(Problem),
-    /// The space of a node was taken back.
+    /// The space of this node was taken back.
     Reclaimed(NodeId),
-    /// The space of a node was not taken back.
+    /// The reclaim of a node's space failed.
     ReclaimFailed(IpamError),
-    /// Nothing keeps the node from leaving any more.
+    /// Nothing prevents this node from leaving any more.
     MayLeave,
-    /// The node cannot leave now, and goes on.
+    /// This node cannot leave now and stays in the cluster.
     CannotLeave(IpamError),
-    /// The node was declared gone for good, and is a new one from now on: it must tell the others
-    /// this incarnation.
+    /// This node was declared gone for good and counts as a new node from now on. It must announce
+    /// this incarnation to the others.
     Renewed(u64),
 }
 
-/// Something that a person must know. Links stay up, and it does not spread.
+/// A problem that needs an operator. Connections between nodes stay up, and the problem does not
+/// spread.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum Problem {
-    /// An address is used twice.
+    /// An address is in use on two nodes.
     #[error("the address {address} is in use here and on node {node}: detach one of the two")]
     Clash {
         /// The address.
@@ -180,7 +187,7 @@ pub enum Problem {
         /// The other node.
         node: NodeId,
     },
-    /// A static address is in use here and on a node that keeps it.
+    /// A static address is in use here and on another node, and the other node keeps it.
     #[error(
         "{address} is in use by {owner} here and on node {node}, which keeps it: other hosts do not reach {owner}; take it out here \
          (`overnode detach {owner}`, or stop the container) and give it another address, or take out what has it on node {node}"
@@ -188,7 +195,7 @@ pub enum Problem {
     Yielded {
         /// The address.
         address: IpAddr,
-        /// What has it here.
+        /// The container that has the address here.
         owner: String,
         /// The node that keeps it.
         node: NodeId,
@@ -201,12 +208,12 @@ pub enum Problem {
     Contested {
         /// The address.
         address: IpAddr,
-        /// What has it here.
+        /// The container that has the address here.
         owner: String,
         /// The other node.
         node: NodeId,
     },
-    /// A block is lost.
+    /// A block that this node had borrowed is lost.
     #[error(
         "the block {block} that this node had borrowed belongs to others now, as node {lender} says; no more addresses are given from it: \
          detach what has an address of it (`overnode status --endpoints`) and attach it anew"
@@ -214,10 +221,10 @@ pub enum Problem {
     Lost {
         /// The block.
         block: IpNet,
-        /// The node that lends the quarter.
+        /// The lender of the quarter.
         lender: NodeId,
     },
-    /// A quarter is lent by another node.
+    /// Another node lends a quarter that this node used to lend.
     #[error(
         "node {holder} lends the quarter of node {quarter} by now, and this node has stopped lending it; addresses that clash are told \
          one by one, and this is told for ten minutes"
@@ -225,24 +232,24 @@ pub enum Problem {
     Superseded {
         /// The quarter.
         quarter: NodeId,
-        /// The other node.
+        /// The node that lends it now.
         holder: NodeId,
     },
-    /// Others were told that this node is gone for good.
+    /// The other nodes were told that this node is gone for good.
     #[error(
         "node {by} has taken back the address space of this node, which was said to be gone for good; this node has asked for it anew: \
          addresses that clash are told one by one, and this is told for ten minutes"
     )]
     Buried {
-        /// The node that took it back.
+        /// The node that took the space back.
         by: NodeId,
     },
-    /// Holdings of a borrower contradict the list.
+    /// A borrower says that it holds a block that the ledger has for another node.
     #[error(
         "node {borrower} uses the block {block}, which was lent to another node: detach there what has an address of it"
     )]
     Contradiction {
-        /// The node.
+        /// The borrower.
         borrower: NodeId,
         /// The block.
         block: IpNet,
@@ -250,12 +257,12 @@ pub enum Problem {
 }
 
 impl Problem {
-    /// True for what has happened and is not the case any more.
+    /// Returns true for problems that report a past event.
     pub fn is_past(&self) -> bool {
         matches!(self, Self::Buried { .. } | Self::Superseded { .. })
     }
 
-    /// The address that it is about, if it is about one.
+    /// Returns the address that the problem is about, if any.
     pub fn address(&self) -> Option<IpAddr> {
         match self {
             Self::Clash { address, .. }
@@ -269,21 +276,22 @@ impl Problem {
     }
 }
 
-/// The addresses of one node.
+/// The address allocation of one node.
 #[derive(Clone, Debug)]
 pub struct Ipam {
     id: NodeId,
     layout: Layout,
     timing: Timing,
     incarnation: u64,
-    /// The incarnation of the first start since the launch, unless the node was buried since.
+    /// Incarnation of the first start since the launch, or the incarnation taken after this node
+    /// was declared gone for good.
     epoch: u64,
     rounds: u64,
     peers: BTreeMap<NodeId, Peer>,
     reachable: BTreeSet<NodeId>,
-    /// When this node began to count how long others have been out of reach.
+    /// When this node began to count how long other nodes have been unreachable.
     started: Instant,
-    /// When a node was last heard of, if it is not reached.
+    /// When each unreachable node was last heard from.
     lost: BTreeMap<NodeId, Instant>,
     targets_met: bool,
     allocation: allocate::Allocation,
@@ -302,11 +310,11 @@ pub struct Ipam {
 }
 
 impl Ipam {
-    /// The addresses of a node, with the facts that were persisted and the addresses that were
-    /// given out before a restart, by owner.
+    /// Creates the allocation of a node from the persisted facts and from the addresses that were
+    /// allocated before a restart, each with its owner.
     ///
     /// # Errors
-    /// [`BadNetwork`] if the cluster's addresses make no sense.
+    /// [`BadNetwork`] if the subnet and range are not valid.
     pub fn new(
         config: Config,
         facts: impl IntoIterator<Item = Fact>,
@@ -352,23 +360,23 @@ impl Ipam {
             ipam.note_static(address, now);
         }
         ipam.allocation.resume();
-        // What the lenders know may be older than what is on this disk.
+        // The ledgers of the lenders may be older than the state on this disk.
         ipam.borrowing.dirty = ipam.held().filter_map(|block| layout.quarter_of(block)).collect();
         ipam.finish(now);
         Ok(ipam)
     }
 
-    /// Which addresses of the cluster are for what.
+    /// Returns the division of the cluster's addresses.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// Tells this node's launches apart.
+    /// Returns the epoch, which distinguishes this node's launches.
     pub fn epoch(&self) -> u64 {
         self.epoch
     }
 
-    /// What gossip says of another node now. Nodes that were never mentioned are not known.
+    /// Updates what gossip says about another node. Nodes that were never passed in are unknown.
     pub fn learn(&mut self, id: NodeId, peer: Peer, now: Instant) {
         if id == self.id || self.peers.get(&id) == Some(&peer) {
             return;
@@ -400,7 +408,7 @@ impl Ipam {
         self.finish(now);
     }
 
-    /// Which nodes are reached now, directly or through others.
+    /// Sets the nodes that are reachable now, directly or through other nodes.
     pub fn set_reachable(&mut self, reachable: BTreeSet<NodeId>, now: Instant) {
         if self.reachable == reachable {
             return;
@@ -421,8 +429,8 @@ impl Ipam {
         self.finish(now);
     }
 
-    /// A node was out of reach: what it has agreed to before counts, but it may have agreed to
-    /// something else.
+    /// Marks a node's consent as stale after the node was unreachable. What it said still counts,
+    /// but it may have agreed to something else meanwhile.
     fn doubt_consent(&mut self, id: NodeId) {
         if let Some(season) = &mut self.season {
             season.doubt(id);
@@ -430,33 +438,33 @@ impl Ipam {
         self.reclaiming.doubt(id);
     }
 
-    /// The launch that a node says it is of; never later than the incarnation that it tells
-    /// everybody, which its owner can outbid.
+    /// Limits the epoch that a node claims to the incarnation that it announces to everybody. The
+    /// owner of the ID can always exceed that one.
     fn bounded_epoch(&self, id: NodeId, epoch: u64) -> u64 {
         epoch.min(self.peers.get(&id).map_or(0, |peer| peer.incarnation))
     }
 
-    /// Whether a node was not reached for so long that it knows it, too.
+    /// Returns true if a node was unreachable for so long that it has noticed it as well.
     fn is_long_gone(&self, id: NodeId, now: Instant) -> bool {
         let since = self.lost.get(&id).copied().unwrap_or(self.started);
         !self.reachable.contains(&id) && since + self.timing.grace <= now
     }
 
-    /// The incarnation by which the others know this node, which may have had to outbid another
-    /// one.
+    /// Sets the incarnation by which the other nodes know this node. It may have had to outbid
+    /// another one.
     pub fn set_incarnation(&mut self, incarnation: u64, now: Instant) {
         if incarnation <= self.incarnation {
             return;
         }
         self.incarnation = incarnation;
-        // Lenders take what was asked in an earlier incarnation for late.
+        // Lenders treat requests from an earlier incarnation as late.
         for quarter in layout::quarters() {
             self.fence(quarter);
         }
         self.finish(now);
     }
 
-    /// Whether this node has met, since it was launched, a node at each of its targets.
+    /// Sets whether this node has met, since its launch, a node at each of its targets.
     pub fn set_targets_met(&mut self, met: bool, now: Instant) {
         if self.targets_met != met {
             self.targets_met = met;
@@ -464,10 +472,10 @@ impl Ipam {
         }
     }
 
-    /// A message came from another node.
+    /// Handles a message from another node.
     ///
     /// # Errors
-    /// [`BadMessage`] if it breaks the protocol: nothing of it was taken.
+    /// [`BadMessage`] if the message violates the protocol. No part of it is applied.
     pub fn handle_message(
         &mut self,
         from: NodeId,
@@ -532,12 +540,12 @@ impl Ipam {
         Ok(())
     }
 
-    /// Does what is due.
+    /// Handles everything that is due.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.finish(now);
     }
 
-    /// When to call [`Self::handle_timeout`] next.
+    /// Returns when to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         [
             self.next_request(),
@@ -554,13 +562,13 @@ impl Ipam {
         .min()
     }
 
-    /// The next thing to do. Only to be called when all before it is done.
+    /// Returns the next action. The caller must have carried out all earlier ones.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }
 
-    /// Closes an input: does all that follows from it and from the time, and puts what must be on
-    /// disk before all that depends on it.
+    /// Ends the handling of an input: applies everything that follows from the input and from the
+    /// time, and queues the changes to persist before all effects that depend on them.
     fn finish(&mut self, now: Instant) {
         self.prune_standing();
         self.drive_reclaim(now);
@@ -577,7 +585,7 @@ impl Ipam {
         self.actions.extend(self.effects.drain(..));
     }
 
-    /// Takes a fact that was on disk.
+    /// Restores a fact that was read from disk.
     fn restore(&mut self, fact: Fact, now: Instant) {
         match fact {
             Fact::Epoch(epoch) => self.epoch = epoch,
@@ -612,8 +620,8 @@ impl Ipam {
         }
     }
 
-    /// A node has come, has gone or was started again: while it went, what it had may have changed
-    /// hands.
+    /// Asks all nodes again after a node came, left or restarted: its holdings may have changed
+    /// owners while the questions were under way.
     fn ask_all_again(&mut self, now: Instant) {
         let settled = now + self.timing.settle;
         if let Some(season) = &mut self.season {
@@ -644,7 +652,8 @@ impl Ipam {
         Round { incarnation: self.incarnation, count: self.rounds }
     }
 
-    /// The nodes that may hold something: all that are known and have neither left nor been buried.
+    /// Returns the nodes that may hold space: all known nodes that have neither left nor been
+    /// declared gone for good.
     fn members(&self) -> impl Iterator<Item = NodeId> {
         self.peers
             .iter()
@@ -652,7 +661,7 @@ impl Ipam {
             .map(|(id, _)| *id)
     }
 
-    /// What was to be sent to a node that was not reachable is due now.
+    /// Makes retries due at once for everything that waits for a node that has become reachable.
     fn hurry(&mut self, id: NodeId, now: Instant) {
         for request in self.borrowing.requests.values_mut().filter(|request| request.to == id) {
             request.retry = Retry::new(now);
@@ -670,15 +679,15 @@ impl Ipam {
     }
 }
 
-/// A question to one node. Asked anew, it has another round, so that late answers to the earlier
-/// one are told from those to this.
+/// A question to one node. A question that is asked again has a new round, which distinguishes its
+/// answer from late answers to the earlier question.
 #[derive(Clone, Copy, Debug)]
 struct Question {
     round: Round,
     retry: Retry,
 }
 
-/// When something unanswered is to be sent again.
+/// The retry timer of an unanswered message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Retry {
     at: Instant,
@@ -686,12 +695,12 @@ struct Retry {
 }
 
 impl Retry {
-    /// Due at once.
+    /// Creates a timer that is due at once.
     fn new(now: Instant) -> Self {
         Self { at: now, tries: 0 }
     }
 
-    /// True if it is due, and then it is put off.
+    /// Returns true if the timer is due, and then rearms it with a longer delay.
     fn take(&mut self, now: Instant, timing: &Timing) -> bool {
         if self.at > now {
             return false;
@@ -709,7 +718,7 @@ fn to_number(address: IpAddr) -> u128 {
     }
 }
 
-/// The address of the same family as `like` with this number.
+/// Converts a number to an address of the same family as `like`.
 fn from_number(like: IpAddr, number: u128) -> IpAddr {
     match like {
         IpAddr::V4(_) => IpAddr::V4(u32::try_from(number).unwrap_or(u32::MAX).into()),

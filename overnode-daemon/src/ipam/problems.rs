@@ -1,4 +1,5 @@
-//! What needs an operator, computed from what is the case now: so it ends when its cause ends.
+//! Problems that need an operator. They are computed from the current state, so each one ends when
+//! its cause ends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -8,19 +9,19 @@ use ipnet::IpNet;
 use super::{Ipam, Problem};
 use crate::types::NodeId;
 
-/// Borrowers may lie: no more contradictions are kept than these.
+/// Maximum number of contradictions that are kept, since borrowers may lie.
 const MAX_CONTRADICTIONS: usize = 256;
 
-/// What was reported and cannot be computed from the rest.
+/// Reported problems that cannot be computed from the rest of the state.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Reported {
-    /// Reported by the input that is being handled.
+    /// Reported while the current input is handled.
     new: Vec<Problem>,
-    /// Nodes that took the title of a quarter from this one, by quarter, and when.
+    /// By quarter: the node that took its title from this node, and when.
     superseded: BTreeMap<NodeId, (NodeId, Instant)>,
-    /// The node that took this node's space back, and when that was heard.
+    /// The node that took this node's space back, and when this node heard of it.
     buried: Option<(NodeId, Instant)>,
-    /// Blocks that borrowers said they hold, and which were lent to others.
+    /// Blocks that borrowers say they hold although they were lent to other nodes.
     contradictions: BTreeSet<(NodeId, IpNet)>,
 }
 
@@ -29,7 +30,7 @@ impl Reported {
         self.new.push(problem.clone());
     }
 
-    /// A borrower says anew what it holds.
+    /// Forgets the contradictions of a borrower in one half, because it says again what it holds.
     pub(super) fn forget_contradictions(&mut self, borrower: NodeId, half: Option<IpNet>) {
         let is_in = |block: &IpNet| half.is_some_and(|half| half.contains(block));
         self.contradictions.retain(|(id, block)| *id != borrower || !is_in(block));
@@ -37,7 +38,7 @@ impl Reported {
 }
 
 impl Ipam {
-    /// Everything about addresses that needs an operator now, in order and each once.
+    /// Returns all address problems that need an operator now, in order and without duplicates.
     pub fn problems(&self, now: Instant) -> BTreeSet<Problem> {
         let mut problems: BTreeSet<Problem> = self.clashes(now).collect();
         problems.extend(self.shared_blocks());
@@ -69,7 +70,7 @@ impl Ipam {
         problems
     }
 
-    /// Remembers what cannot be computed.
+    /// Stores the reported problems that cannot be computed.
     pub(super) fn keep_reported(&mut self, now: Instant) {
         for problem in std::mem::take(&mut self.reported.new) {
             match problem {

@@ -1,11 +1,11 @@
 //! Taking back the space of a node that is gone for good.
 //!
-//! Only nodes 1 to 4 do it, which alone lend. All other nodes that are known have to agree, so that
-//! of two halves of a cluster that was cut neither can do it alone, and of two nodes that try the
-//! one with the lower ID succeeds: also where they take back from different nodes, one of which may
-//! lend the quarter of the other. Who agrees takes nothing more from the node that is gone, and
-//! says what it has. The half of a quarter that is never lent stays with the ID: its next launch
-//! needs nobody's consent to use it.
+//! Only nodes 1 to 4 take back space, since only they lend. All other known nodes have to agree, so
+//! neither side of a partition can do it alone. If two nodes try, the one with the lower ID
+//! succeeds. That also holds if they take back the space of different nodes, since one of these may
+//! lend the quarter of the other. A node that agrees takes nothing more from the node that is gone,
+//! and reports what it holds. The half of a quarter that is never lent stays with the ID. Its next
+//! launch needs no consent to use it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -21,7 +21,7 @@ use crate::types::NodeId;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Reclaiming {
     graves: BTreeMap<NodeId, Grave>,
-    /// By the node that may be gone and the one that takes its space back: the incarnation.
+    /// By the node that may be gone and the claimant that takes its space back.
     pub(super) pledges: BTreeMap<(NodeId, NodeId), Pledge>,
     claims: BTreeMap<NodeId, Claim>,
 }
@@ -31,7 +31,8 @@ pub(super) struct Reclaiming {
 pub(super) struct Pledge {
     incarnation: u64,
     round: Round,
-    /// When to ask whether it is still wanted: the word that it is not may have been lost.
+    /// When to ask whether the promise is still needed: the message that ends it may have been
+    /// lost.
     retry: Retry,
 }
 
@@ -39,7 +40,7 @@ pub(super) struct Pledge {
 struct Grave {
     incarnation: u64,
     by: NodeId,
-    /// Nodes that were not told yet, if it is for this node to tell them.
+    /// Nodes that were not told yet. `None` if it is not up to this node to tell them.
     untold: Option<BTreeMap<NodeId, Retry>>,
     told: BTreeSet<NodeId>,
 }
@@ -49,15 +50,15 @@ struct Claim {
     incarnation: u64,
     asked: BTreeMap<NodeId, Question>,
     acks: BTreeMap<NodeId, Ack>,
-    /// The latest title of each quarter, in order, that was known when the acks were looked at.
+    /// The latest known title serial of each quarter, in order, when the acks were last checked.
     serials: [u64; 4],
     settled: Instant,
     wake: Option<Instant>,
 }
 
 impl Claim {
-    /// The latest title of a quarter, by its place in the order: the one that is `known` here, or
-    /// one that was told with consent.
+    /// Returns the latest title of the quarter at `index` in the order: the one `known` here, or
+    /// one that an ack reported.
     fn latest(&self, index: usize, known: Title) -> Title {
         let told = self.acks.values().map(|ack| ack.titles[index]);
         told.chain([known]).max_by_key(|title| title.serial).unwrap_or(known)
@@ -70,7 +71,7 @@ pub(super) struct Ack {
     pub(super) titles: [Title; 4],
     pub(super) lends: [bool; 4],
     pub(super) rivals: Vec<NodeId>,
-    /// False once the node was out of reach since it agreed.
+    /// False once the node has been unreachable since it agreed.
     pub(super) is_fresh: bool,
 }
 
@@ -119,12 +120,13 @@ impl Reclaiming {
 }
 
 impl Ipam {
-    /// Takes back the space of a node that is gone for good: answered by [`Action::Reclaimed`],
+    /// Takes back the space of a node that is gone for good. The answer is [`Action::Reclaimed`]
     /// when all other nodes have agreed, or [`Action::ReclaimFailed`].
     ///
     /// # Errors
-    /// [`IpamError::Reclaim`] if that node is this one, unknown, reachable, or somebody else does
-    /// it already.
+    /// [`IpamError::Leaving`] if this node leaves the cluster. [`IpamError::Reclaim`] if this node
+    /// is not one of the nodes 1 to 4, if `of` is this node, is unknown or was reachable until
+    /// recently, or if a reachable node with a lower ID already takes back space.
     pub fn reclaim(&mut self, of: NodeId, now: Instant) -> Result<(), IpamError> {
         let refuse = |why: String| Err(IpamError::Reclaim { of, why });
         if self.leaving.is_some() {
@@ -146,7 +148,7 @@ impl Ipam {
         if !self.is_long_gone(of, now) {
             return refuse("it is reachable, or was some seconds ago; run `overnode reset` on its host instead, or try again soon if it is gone".into());
         }
-        // What those said who are gone for good themselves does not count.
+        // Records of nodes that are gone for good themselves do not count.
         let is_there =
             |id: NodeId, peer: &Peer| !peer.left && !self.is_buried(id, peer.incarnation);
         let is_lent = |half: &IpNet| {
@@ -162,7 +164,7 @@ impl Ipam {
             return Ok(());
         }
         let mut pledges = self.reclaiming.pledges.keys();
-        // The lowest ID wins in any case.
+        // The claimant with the lowest ID wins in any case.
         let other = pledges
             .find(|(_, by)| *by < self.id && self.reachable.contains(by) && !self.has_left(*by))
             .map(|(_, by)| *by);
@@ -177,7 +179,7 @@ impl Ipam {
         Ok(())
     }
 
-    /// Nodes whose space this node takes back, with those that have not agreed yet.
+    /// Returns the nodes whose space this node takes back, with the nodes that have not agreed yet.
     pub fn reclaims(&self) -> BTreeMap<NodeId, Vec<NodeId>> {
         let missing = |of: NodeId, claim: &Claim| {
             let required = self.must_agree(of, claim).into_iter();
@@ -186,8 +188,8 @@ impl Ipam {
         self.reclaiming.claims.iter().map(|(of, claim)| (*of, missing(*of, claim))).collect()
     }
 
-    /// Nodes that are gone for good, with their last incarnation and the node that took back their
-    /// space.
+    /// Returns the nodes that are gone for good, with their last incarnation and the node that took
+    /// their space back.
     pub fn buried(&self) -> impl Iterator<Item = (NodeId, u64, NodeId)> {
         self.reclaiming.graves.iter().map(|(id, grave)| (*id, grave.incarnation, grave.by))
     }
@@ -244,8 +246,8 @@ impl Ipam {
         for of in &claims {
             complete &= self.drive_claim(*of, now);
         }
-        // All at once: the dead were not asked about each other, and each may have held what
-        // another one lent.
+        // All claims complete at once: the dead nodes were not asked about each other, and each may
+        // have held blocks that another one lent.
         if complete {
             let claims = std::mem::take(&mut self.reclaiming.claims);
             for (&of, claim) in &claims {
@@ -275,7 +277,7 @@ impl Ipam {
         asked.chain(untold.map(|(_, retry)| retry.at)).chain(wakes).chain(pledges).min()
     }
 
-    /// Who has to agree: every member that is known, and whoever they name.
+    /// Returns the nodes that have to agree: all known members and the nodes that they name.
     fn must_agree(&self, of: NodeId, claim: &Claim) -> Vec<NodeId> {
         let is_dead = |id: NodeId| id == of || self.reclaiming.claims.contains_key(&id);
         let mut ids: Vec<_> = self.members().filter(|id| !is_dead(*id)).collect();
@@ -288,8 +290,8 @@ impl Ipam {
         ids
     }
 
-    /// Who got a quarter after it had agreed has something else to say by now, and is asked once
-    /// more.
+    /// Drops the ack of a node that got a quarter after it had agreed, so that it is asked once
+    /// more. Its answer would differ now.
     fn drop_stale_acks(&mut self, of: NodeId) {
         let known = self.titles();
         let Some(claim) = self.reclaiming.claims.get_mut(&of) else { return };
@@ -307,7 +309,7 @@ impl Ipam {
         }
     }
 
-    /// Asks those who have not agreed yet. True if all have.
+    /// Asks the nodes that have not agreed yet. Returns true if all have.
     fn drive_claim(&mut self, of: NodeId, now: Instant) -> bool {
         self.drop_stale_acks(of);
         let Some(claim) = self.reclaiming.claims.get(&of) else { return false };
@@ -376,9 +378,9 @@ impl Ipam {
                 claim.acks.iter().map(|(member, ack)| (*member, in_half(&ack.loan))).collect();
             let fresh =
                 claim.acks.iter().filter(|(_, ack)| ack.is_fresh).map(|(member, _)| *member);
-            // Beyond what the dead node may have taken by birth with nobody left who has heard of
-            // it, and beyond what it may have begun to hand to another: that must not be taken any
-            // more.
+            // The serial exceeds any title that the dead node may have taken by birth with no node
+            // left that has heard of it. It also exceeds any title that the dead node may have
+            // begun to hand to another node. That node must not take it any more.
             let serial = latest.serial.max(claim.incarnation).saturating_add(2);
             self.take_title(quarter, serial, loans, &fresh.collect(), now);
         }
@@ -394,8 +396,8 @@ impl Ipam {
         let titles = self.titles();
         for (&of, grave) in &mut self.reclaiming.graves {
             let Some(untold) = &mut grave.untold else { continue };
-            // The node itself, should it come back as it was: it has to hear of it before anything
-            // else.
+            // If the node itself comes back with its old state, it has to hear of this before
+            // anything else.
             let itself = Some(of).filter(|of| self.reachable.contains(of));
             for member in
                 members.iter().chain(&itself).filter(|member| !grave.told.contains(member))
@@ -415,7 +417,7 @@ impl Ipam {
         }
     }
 
-    /// Tells a node who is gone for good, or whether one is.
+    /// Sends all tombstones to a node, or only the tombstone of `only`.
     pub(super) fn tell_graves_of(&mut self, to: NodeId, only: Option<NodeId>) {
         let titles = self.titles();
         let graves =
@@ -426,28 +428,30 @@ impl Ipam {
         }
     }
 
-    /// Whether a node has confirmed all burials that this node knows of. A node is handed a title
-    /// only then. If it was buried itself, it would not believe that any more once this node
-    /// vouches for its title; and when this node has left, no other of the nodes 1 to 4 may know of
-    /// the burials.
+    /// Returns true if a node has confirmed all tombstones that this node knows of. Only such a
+    /// node may be handed a title. If the node itself was declared gone for good, it would no
+    /// longer believe that once this node vouches for its title. And once this node has left, no
+    /// other one of the nodes 1 to 4 may know of the tombstones.
     pub(super) fn has_heard_of_graves(&self, id: NodeId) -> bool {
         self.reclaiming.graves.values().all(|grave| grave.told.contains(&id))
     }
 
-    /// A node was started again, perhaps without its disk: it may not know who is gone.
+    /// Sends tombstones again to a node that restarted, perhaps without its disk: it may not know
+    /// which nodes are gone.
     pub(super) fn tell_again(&mut self, id: NodeId) {
         for grave in self.reclaiming.graves.values_mut() {
             grave.told.remove(&id);
         }
     }
 
-    /// Promises to nodes that have left bind nobody.
+    /// Drops promises to nodes that have left or are gone for good, and asks the other claimants
+    /// whether theirs are still needed.
     fn drop_pledges(&mut self, now: Instant) {
         let pledges = self.reclaiming.pledges.keys().copied();
         let void: Vec<_> = pledges.filter(|(_, by)| self.has_left(*by)).collect();
         for (of, by) in void {
-            // That one may have done it before it left: this node cannot vouch for what the other
-            // lent then.
+            // The claimant may have completed the reclaim before it left. This node cannot vouch
+            // for what the other node lent then.
             self.forget_titles_of(of);
             self.drop_pledge(of, by);
         }
@@ -463,7 +467,7 @@ impl Ipam {
         }
     }
 
-    /// What that node lends may be taken again, if nobody else was promised the same.
+    /// Drops a promise. This node may borrow from `of` again unless another promise forbids it.
     fn drop_pledge(&mut self, of: NodeId, by: NodeId) {
         self.reclaiming.pledges.remove(&(of, by));
         self.forget(Key::Pledge(of, by));
@@ -489,7 +493,7 @@ impl Ipam {
         if self.reclaiming.claims.contains_key(&of) {
             return;
         }
-        // If it was done, the promise must not end before that is known.
+        // If the reclaim is complete, the promise must not end before the sender knows of it.
         if self.is_buried(of, incarnation) {
             self.tell_graves_of(from, Some(of));
         } else {
@@ -497,7 +501,7 @@ impl Ipam {
         }
     }
 
-    /// True if this node has promised to take nothing from `id`.
+    /// Returns true if this node has promised to take nothing from `id`.
     pub(super) fn has_pledged(&self, id: NodeId) -> bool {
         self.reclaiming.pledges.keys().any(|(of, _)| *of == id)
     }
@@ -549,8 +553,8 @@ impl Ipam {
             self.send(from, &refuse(why));
             return;
         }
-        // Of a node that it has heard nothing of, this one cannot say that it is gone, and a lender
-        // may believe for a while that it is still one. It is asked again.
+        // This node cannot confirm that a node is gone if it has not heard of that incarnation, and
+        // a lender may still consider itself a lender for a while. The claimant asks again.
         if known < incarnation || !self.is_long_gone(of, now) {
             return;
         }
@@ -560,7 +564,7 @@ impl Ipam {
         let rivals = rivals.into_iter().take(MAX_RIVALS).collect();
         self.pledge(of, from, incarnation, round, now);
         self.put(Fact::Pledge { of, incarnation, by: from, round });
-        // Nothing that was asked of the dead is taken any more.
+        // From now on this node takes nothing that it had asked of the dead node.
         let asked = self.borrowing.requests.iter().filter(|(_, request)| request.to == of);
         for quarter in asked.map(|(quarter, _)| *quarter).collect::<Vec<_>>() {
             self.fence(quarter);
@@ -578,7 +582,7 @@ impl Ipam {
         );
     }
 
-    /// The latest title of each quarter that this node knows of.
+    /// Returns the latest title of each quarter that this node knows of.
     fn titles(&self) -> [Title; 4] {
         let mut titles = [Title { serial: 0, holder: self.id }; 4];
         for (title, quarter) in titles.iter_mut().zip(quarters()) {
@@ -600,7 +604,7 @@ impl Ipam {
     ) {
         ack.loan.epoch = self.bounded_epoch(from, ack.loan.epoch);
         if !from.owns_a_quarter() {
-            // It never lends, and what it has heard it may have made up.
+            // The sender never lends, and it may have made up the titles that it reports.
             (ack.titles, ack.lends) = ([Title { serial: 0, holder: from }; 4], [false; 4]);
         }
         if let Some(claim) = self.reclaiming.claims.get_mut(&of)
@@ -653,7 +657,7 @@ impl Ipam {
             return;
         }
         if of == self.id && self.epoch > incarnation {
-            // Of an earlier launch.
+            // The tombstone is of an earlier launch of this node.
             return self.send(from, &Message::BuriedAck { of, incarnation });
         }
         if of == self.id {
@@ -670,7 +674,7 @@ impl Ipam {
                 let is_back =
                     self.peers.get(&of).is_some_and(|peer| peer.incarnation > incarnation);
                 if is_back && self.reachable.contains(&of) {
-                    // It matters no more.
+                    // The node is back in a later incarnation, so the tombstone no longer matters.
                     self.send(from, &Message::BuriedAck { of, incarnation });
                 }
                 return;
@@ -701,7 +705,7 @@ impl Ipam {
             .get(&(of, from))
             .is_some_and(|it| it.incarnation <= incarnation)
         {
-            // It was told before that another node has done it.
+            // This node has heard before that another node completed the reclaim.
             self.drop_pledge(of, from);
         }
         for (quarter, title) in quarters().zip(titles) {
@@ -712,10 +716,10 @@ impl Ipam {
         self.send(from, &Message::BuriedAck { of, incarnation });
     }
 
-    /// Whether the space of another node was taken back, as `from` says. The proof is that this
-    /// node was asked by that one, and agreed. A node that was not asked, because it came later,
-    /// believes a node 1 to 4 as long as it has lent nothing to the dead: otherwise it has to take
-    /// that back itself.
+    /// Returns true if this node believes `from` that the space of another node was taken back. The
+    /// proof is that the claimant `by` asked this node and this node agreed. A node that was not
+    /// asked, because it joined later, believes a node 1 to 4 unless it has lent something to the
+    /// dead node. In that case its own operator has to reclaim that node there.
     fn believes_burial(&self, from: NodeId, of: NodeId, incarnation: u64, by: NodeId) -> bool {
         let agreed = self.reclaiming.pledges.get(&(of, by)).filter(|_| from == by);
         if agreed.is_some_and(|pledge| incarnation <= pledge.incarnation) {
@@ -728,10 +732,10 @@ impl Ipam {
         incarnation <= known && !self.reachable.contains(&of) && !has_lent
     }
 
-    /// This node was said to be gone for good, and others have what it had. False if that cannot
-    /// be: most of the nodes that are reached vouch for this one, or the word is of a launch that
-    /// never was. Nodes that were declared gone together vouch for each other, so the word of a few
-    /// does not count against it.
+    /// Handles the message that this node was declared gone for good and that others have its
+    /// space. Returns false if that cannot be true: most of the reachable nodes vouch for this
+    /// node, or the message names a launch that never was. A few vouching nodes are not enough,
+    /// because nodes that were declared gone together vouch for each other.
     fn handle_own_funeral(&mut self, incarnation: u64, by: NodeId) -> bool {
         if incarnation > self.incarnation
             || self.lending.books.keys().any(|quarter| self.is_vouched_for_by_most(*quarter))
@@ -749,11 +753,11 @@ impl Ipam {
         for quarter in quarters() {
             self.fence(quarter);
         }
-        // What others lend may have been taken back without this node's consent.
+        // The titles of other lenders may have been taken back without this node's consent.
         self.forget_confirmed(|_| true);
         let held: Vec<_> = self.held().collect();
         for block in held {
-            // The lender may let this node keep it, when it is asked.
+            // The lender may let this node keep the block when it is asked.
             self.lose(block, by);
             self.borrowing.dirty.extend(self.layout.quarter_of(block));
         }
@@ -772,7 +776,7 @@ impl Ipam {
     }
 }
 
-/// Why a node gives way to another one.
+/// Describes why a node gives way to another claimant.
 fn doing_that(by: NodeId) -> String {
     format!(
         "node {by} takes back address space already, and only one can at a time: `overnode status --ipam` there says what it waits for; \

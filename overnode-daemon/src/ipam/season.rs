@@ -1,8 +1,9 @@
 //! How the birth owner of a quarter comes to lend it.
 //!
-//! A node that was just launched cannot know whether it was launched before, and what it had lent
-//! then. It asks every node that it knows. When all of them have answered, nobody else lends the
-//! quarter, and it has met all its targets, it takes what they hold as lent, and lends the rest.
+//! A node that was just launched cannot know whether it was launched before, or what it had lent
+//! then. It asks every node that it knows. It takes the title when all of them have answered, no
+//! other node lends the quarter, and it has met a node at each of its targets. Then it records what
+//! the others hold as lent and lends the rest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -11,12 +12,12 @@ use super::message::{Loan, MAX_RIVALS, Message, Part, Round, Title};
 use super::{Heir, Ipam, Question, Retry};
 use crate::types::NodeId;
 
-/// The questions of a birth owner.
+/// The questions that a birth owner asks before it takes the title, and the answers.
 #[derive(Clone, Debug)]
 pub(super) struct Season {
     pub(super) asked: BTreeMap<NodeId, Question>,
     answers: BTreeMap<NodeId, Answer>,
-    /// Not before this time is it concluded that all is known.
+    /// No conclusion is drawn before this time.
     pub(super) settled: Instant,
     wake: Option<Instant>,
 }
@@ -27,8 +28,8 @@ pub(super) struct Answer {
     pub(super) title: Title,
     pub(super) part: Part,
     pub(super) rivals: Vec<NodeId>,
-    /// False once the node was out of reach since it answered: it may have agreed to something else
-    /// meanwhile.
+    /// False once the node has been unreachable since it answered. It may have agreed to something
+    /// else meanwhile.
     pub(super) is_fresh: bool,
 }
 
@@ -39,13 +40,14 @@ impl Season {
         }
     }
 
-    /// The node has something else to say by now; what it said before may still be on its way.
+    /// Discards a node's answer, because the node would answer differently now. The earlier answer
+    /// may still be on its way.
     pub(super) fn outdated(&mut self, id: NodeId) {
         self.answers.remove(&id);
         self.asked.remove(&id);
     }
 
-    /// The quarter may be in other hands by now: all are asked again.
+    /// Asks all nodes again, because the quarter may have changed hands.
     pub(super) fn restart(&mut self, settled: Instant) {
         self.answers.clear();
         self.asked.clear();
@@ -96,8 +98,8 @@ impl Ipam {
                 ask.push((id, question.round));
             }
         }
-        // Who takes back the space of a node that had this quarter was told that nobody else lends
-        // it.
+        // A claimant that got this node's promise was told that no other node lends the quarter. So
+        // this node does not take the title before the promise has ended.
         let done = complete && self.targets_met && !has_promised;
         let answers = done.then(|| std::mem::take(&mut season.answers));
         self.rounds = count;
@@ -121,7 +123,7 @@ impl Ipam {
         asked.map(|(_, question)| question.retry.at).chain(season.wake).min()
     }
 
-    /// Who has to answer: every member that is known, and whoever they name.
+    /// Returns the nodes that have to answer: all known members and the nodes that they name.
     fn required(&self) -> Vec<NodeId> {
         let mut required: Vec<_> = self.members().collect();
         let named =
@@ -147,13 +149,14 @@ impl Ipam {
         let part = match book {
             None => Part::None,
             Some(Some(heir)) if heir.id == from && heir.epoch < epoch => {
-                // The launch that was to have it is gone, and whoever has it now will answer by
-                // itself.
+                // The launch that was to receive the quarter is gone. The node that has the quarter
+                // now answers for itself.
                 self.drop_title(quarter);
                 Part::None
             }
             Some(Some(_)) => Part::Lends,
-            // Who may not lend has nothing to hand over, and who may be gone for good gets nothing.
+            // A node that may not lend has nothing to hand over, and a node that may be gone for
+            // good receives nothing.
             Some(None) if !self.may_lend(quarter) || self.has_pledged(from) => Part::Lends,
             Some(None) => {
                 self.begin_transfer(quarter, Heir { id: from, epoch }, now);
@@ -187,7 +190,7 @@ impl Ipam {
         }
         answer.loan.epoch = self.bounded_epoch(from, answer.loan.epoch);
         if !from.owns_a_quarter() {
-            // It never lends, and what it has heard it may have made up.
+            // The sender never lends, and it may have made up the titles that it reports.
             answer.part = Part::None;
             answer.title = Title { serial: 0, holder: answer.title.holder };
             answer.rivals.retain(|rival| rival.owns_a_quarter());

@@ -1,4 +1,4 @@
-//! Who has which part of the range, for people: from what every node says of itself.
+//! Division of the range among the nodes, for display: computed from what each node announces.
 
 use std::collections::BTreeMap;
 
@@ -8,27 +8,30 @@ use super::layout::{Layout, quarters};
 use super::space::{free, size};
 use super::{Ipam, NodeId};
 
-/// Who has which part of the range.
+/// Division of the range among the nodes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shares {
-    /// Every node that gives addresses out, and the owners by birth of what nobody speaks for.
+    /// Every node that allocates addresses. Space that no node announces counts for its birth
+    /// owner.
     pub owners: BTreeMap<NodeId, Share>,
-    /// What was lent, by lender and borrower, ascending.
+    /// Lent blocks by lender and borrower, in ascending order.
     pub loans: BTreeMap<(NodeId, NodeId), Vec<IpNet>>,
 }
 
-/// The part of one node.
+/// The share of one node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Share {
-    /// What leads to it, ascending: also what it has lent, for which there is a longer prefix.
+    /// The prefixes that the node announces, in ascending order. They include what it has lent, for
+    /// which a borrower announces a longer prefix.
     pub ranges: Vec<IpNet>,
-    /// How many addresses it can give out: those of the ranges without what it has lent.
+    /// Number of addresses that the node can allocate: those of its ranges without what it has
+    /// lent.
     pub addresses: u128,
 }
 
 impl Ipam {
-    /// Who has which part of the range, where `said` has the ranges that each node announces, this
-    /// one included.
+    /// Returns the division of the range. `said` has the ranges that each node announces, this one
+    /// included.
     pub fn shares(&self, said: &BTreeMap<NodeId, Vec<IpNet>>) -> Shares {
         let ledger = self.ledger().flat_map(|(_, loans)| loans);
         let ledger = ledger.filter(|(borrower, _)| *borrower != self.id);
@@ -36,8 +39,8 @@ impl Ipam {
     }
 }
 
-/// What node `own` has lent is taken from its `ledger`, which is never less than what borrowers
-/// say.
+/// Computes the division of the range. What node `own` has lent is taken from its `ledger`, which
+/// never has less than the borrowers announce.
 fn shares(
     layout: &Layout,
     own: NodeId,
@@ -53,7 +56,7 @@ fn shares(
     let mut found = Shares::default();
     for (id, range) in &all {
         found.owners.entry(*id).or_default().ranges.push(*range);
-        // Nothing but the second half of a quarter is ever lent.
+        // Only the second half of a quarter is ever lent.
         if layout.quarter_of(*range).is_none() {
             continue;
         }
@@ -121,10 +124,10 @@ mod tests {
         let alone = of(5, &[], &[]);
         assert_eq!(addresses(&alone), [(1, 131_072), (2, 131_072), (3, 131_072), (4, 131_072)]);
         assert_eq!(alone.owners[&id(3)].ranges, nets(&["10.44.0.0/15"]));
-        // Its second half is not lent yet.
+        // Node 2 does not lend its second half yet.
         let young = of(2, &[], &[(2, &["10.42.0.0/16"])]);
         assert_eq!(addresses(&young), addresses(&alone));
-        // Another has taken the second half, and never gets the first.
+        // Node 1 has taken over the second half of quarter 2. The first half stays with node 2.
         let reclaimed = of(1, &[], &[(1, &["10.40.0.0/15", "10.43.0.0/16"])]);
         assert_eq!(addresses(&reclaimed)[..2], [(1, 196_608), (2, 65_536)]);
         assert_eq!(reclaimed.owners[&id(2)].ranges, nets(&["10.42.0.0/16"]));
@@ -142,7 +145,7 @@ mod tests {
         for own in [1, 2, 5] {
             let ledger: &[(u16, &[&str])] = match own {
                 1 => &[(5, &["10.41.0.0/27"])],
-                // More than the borrower has said so far.
+                // The ledger has more than the borrower has announced so far.
                 2 => &[(5, &["10.43.0.0/27"]), (7, &["10.43.1.0/28"])],
                 _ => &[],
             };

@@ -1,4 +1,4 @@
-//! Arithmetic of blocks.
+//! Arithmetic on address blocks.
 
 use std::net::IpAddr;
 
@@ -7,24 +7,24 @@ use ipnet::IpNet;
 use super::layout::bounds;
 use super::{from_number, to_number};
 
-/// True if they have an address in common.
+/// Returns true if the two blocks have an address in common.
 pub(super) fn overlap(one: IpNet, other: IpNet) -> bool {
     one.contains(&other) || other.contains(&one)
 }
 
-/// Addresses in a block.
+/// Returns the number of addresses in a block.
 pub fn size(block: IpNet) -> u128 {
     let (first, last) = bounds(block);
     (last - first).saturating_add(1)
 }
 
-/// The block of one address.
+/// Returns the block that consists of one address.
 pub(super) fn single(address: IpAddr) -> IpNet {
     address.into()
 }
 
-/// What of `whole` is not in `taken` (any order, overlaps allowed), as the fewest blocks in
-/// ascending order.
+/// Returns the parts of `whole` that are not in `taken`, as the fewest blocks in ascending order.
+/// `taken` may be in any order and overlap.
 pub(super) fn free(whole: IpNet, taken: impl Iterator<Item = IpNet>) -> Vec<IpNet> {
     let (first, last) = bounds(whole);
     let mut taken: Vec<_> = taken.map(bounds).filter(|(a, b)| *b >= first && *a <= last).collect();
@@ -43,8 +43,8 @@ pub(super) fn free(whole: IpNet, taken: impl Iterator<Item = IpNet>) -> Vec<IpNe
     blocks
 }
 
-/// Chooses blocks of together about `count` addresses, at least one where there is any: the
-/// smallest that is large enough, cut to size; or the largest there are, `most` of them at most.
+/// Chooses blocks of about `count` addresses in total, at least one if any is free and at most
+/// `most`. Prefers the smallest block that is large enough, cut to size, and else the largest.
 pub(super) fn choose(free: &[IpNet], count: u128, most: usize) -> Vec<IpNet> {
     let mut free = free.to_vec();
     let mut chosen = Vec::new();
@@ -64,7 +64,7 @@ pub(super) fn choose(free: &[IpNet], count: u128, most: usize) -> Vec<IpNet> {
     chosen
 }
 
-/// The first `size` addresses of `block`; a power of two.
+/// Returns the first `size` addresses of `block`. `size` is a power of two.
 fn cut(block: IpNet, size: u128) -> IpNet {
     let prefix = block.max_prefix_len() - size.trailing_zeros() as u8;
     IpNet::new(block.network(), prefix).unwrap_or(block)
@@ -88,7 +88,8 @@ fn split(like: IpNet, first: u128, last: u128, blocks: &mut Vec<IpNet>) {
     }
 }
 
-/// The first free address of `block` from `from` on, round its end, that `is_free`.
+/// Returns the first address of `block` after `from` that is neither in `taken` nor rejected by
+/// `is_usable`. The search wraps around at the end of the block.
 pub(super) fn next_free(
     block: IpNet,
     from: Option<IpAddr>,

@@ -1,16 +1,16 @@
-//! Whether a lender still has its title: asked of the other nodes before anything is lent.
+//! Checks with the other nodes that a lender still has its title, before anything is lent.
 //!
-//! A node that is cut off may be declared gone for good meanwhile, and cannot know. So a quarter is
-//! lent, to its holder too, only while another node *vouches* for it: a node that the holder told
-//! of the title while another one vouched for it, that reaches the holder, and has not agreed that
-//! the holder's space be taken back. A node agrees to that only when it has not reached the holder
-//! for [`Timing::grace`](super::Timing::grace), longer than it takes the holder to notice that it
-//! does not reach that node. Taking back needs the consent of every node, so as long as one
-//! vouches, nobody can have taken the quarter.
+//! A node that is cut off may be declared gone for good meanwhile without knowing it. So a quarter
+//! is lent, even to its holder, only while another node *vouches* for the title. A node vouches if
+//! the holder told it of the title while another node vouched, if the holder reaches it, and if it
+//! has not agreed that the holder's space is taken back. A node agrees to that only after the
+//! holder was unreachable for [`Timing::grace`](super::Timing::grace). By then the holder has
+//! noticed that it does not reach that node either. Taking back space needs the consent of every
+//! node, so no node can have taken the quarter while one vouches.
 //!
-//! A node that the holder has told of the title while nobody vouched for it, or that other nodes
-//! have told of it, may have been launched after the burial, and does not count alone. Where all
-//! members say that they know nothing against the title, that does.
+//! A node may have been launched after the reclaim if the holder told it of the title while no node
+//! vouched, or if only other nodes told it. Such a node does not count alone. If all members say
+//! that they know nothing against the title, that is enough.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -20,8 +20,8 @@ use super::message::{Message, Round, Title};
 use super::{Ipam, Retry};
 use crate::types::NodeId;
 
-/// What other nodes say about the quarters that this node lends: by quarter and node. Only nodes
-/// that are reached now.
+/// What other nodes say about the quarters that this node lends, by quarter and node. Has only
+/// nodes that are reachable now.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Standing(BTreeMap<(NodeId, NodeId), Voucher>);
 
@@ -32,16 +32,16 @@ struct Voucher {
     retry: Retry,
 }
 
-/// What a node has said about a title since it was last out of reach.
+/// What a node has said about a title since it was last unreachable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Word {
-    /// Nothing yet, or nothing good.
+    /// Nothing yet, or nothing that supports the title.
     None,
-    /// It knows nothing against this title, and cannot vouch for it.
+    /// The node knows nothing against this title but cannot vouch for it.
     Ignorant,
-    /// This node has the title by that one's consent.
+    /// This node took the title with that node's consent.
     Consented,
-    /// It vouches for the title.
+    /// The node vouches for the title.
     Vouched,
 }
 
@@ -57,7 +57,7 @@ impl Standing {
         self.0.get(&(quarter, member)).is_some_and(|voucher| voucher.word >= Word::Ignorant)
     }
 
-    /// The title has another serial now: those that vouch for this node have to hear of it.
+    /// Asks the nodes that vouch for this node again, because the title has a new serial.
     pub(super) fn renew(&mut self, quarter: NodeId, now: Instant) {
         for (_, voucher) in self.0.iter_mut().filter(|((of, _), _)| *of == quarter) {
             voucher.word = voucher.word.min(Word::Consented);
@@ -75,13 +75,13 @@ impl Standing {
 }
 
 impl Ipam {
-    /// Whether this node lends a quarter and nobody else can by now: otherwise nothing of it may be
-    /// given away.
+    /// Returns true if this node lends a quarter and no other node can do so now. Nothing of the
+    /// quarter may be lent otherwise.
     pub fn may_lend(&self, quarter: NodeId) -> bool {
         if self.lending.books.get(&quarter).is_none_or(|book| book.heir.is_some()) {
             return false;
         }
-        // Only nodes 1 to 4 take anything back.
+        // Only nodes 1 to 4 take back space.
         let mut members = self.members().peekable();
         let has_rivals = self.members().any(NodeId::owns_a_quarter);
         !has_rivals
@@ -90,14 +90,14 @@ impl Ipam {
                 && members.all(|member| self.standing.is_known(quarter, member)))
     }
 
-    /// Whether more than half of the members that are reached vouch for the title of a quarter.
+    /// Returns true if more than half of the reachable members vouch for the title of a quarter.
     pub(super) fn is_vouched_for_by_most(&self, quarter: NodeId) -> bool {
         let reached = self.members().filter(|member| self.reachable.contains(member)).count();
         2 * self.standing.vouchers(quarter) > reached
     }
 
-    /// Notes by whose consent a quarter was just taken: as long as they are reached, they have not
-    /// agreed to anything else.
+    /// Records the nodes by whose consent a quarter was just taken. They have not agreed to
+    /// anything else while they stay reachable.
     pub(super) fn stand_by(&mut self, quarter: NodeId, consented: &BTreeSet<NodeId>, now: Instant) {
         self.standing.forget_quarter(quarter);
         let reached: Vec<_> = consented.intersection(&self.reachable).copied().collect();
@@ -109,7 +109,7 @@ impl Ipam {
         }
     }
 
-    /// What nodes said that are out of reach counts no more.
+    /// Discards the statements of nodes that are unreachable or no longer members.
     pub(super) fn prune_standing(&mut self) {
         if self.standing.0.is_empty() {
             return;
@@ -123,7 +123,7 @@ impl Ipam {
         });
     }
 
-    /// Asks the members that are reached about the quarters that this node lends.
+    /// Asks the reachable members about the quarters that this node lends.
     pub(super) fn drive_standing(&mut self, now: Instant) {
         let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
         let books: BTreeMap<NodeId, u64> =
@@ -144,7 +144,8 @@ impl Ipam {
                         .insert((quarter, member), Voucher { word: Word::None, round, retry });
                 }
                 let Some(voucher) = self.standing.0.get_mut(&(quarter, member)) else { continue };
-                // Members that know nothing are asked again when there is something to tell them.
+                // A member that knows nothing about the title is asked again only when this node is
+                // sure of the title.
                 let is_done =
                     voucher.word == Word::Vouched || (voucher.word == Word::Ignorant && !sure);
                 if !is_done && voucher.retry.take(now, &self.timing) {
@@ -172,7 +173,7 @@ impl Ipam {
         waiting.map(|(_, voucher)| voucher.retry.at).min()
     }
 
-    /// A lender asks whether it still is one.
+    /// Answers a lender that asks whether its title still holds.
     pub(super) fn handle_hold(
         &mut self,
         from: NodeId,
@@ -202,7 +203,7 @@ impl Ipam {
         if self.has_pledged(from) || self.claims_space_of(from) {
             return;
         }
-        // It was there just now, whether it counts as reached or not.
+        // The node was there just now, whether it counts as reachable or not.
         self.lost.insert(from, now);
         if sure {
             self.hear(quarter, title);
@@ -212,8 +213,8 @@ impl Ipam {
         self.send(from, &Message::Vouch { quarter, serial, round, heard });
     }
 
-    /// Notes that another node vouches for the holder of a title. A holder that is not reached may
-    /// have said so long ago.
+    /// Records a title of which its holder says that another node vouches for it. If the holder is
+    /// unreachable, the message may be old.
     fn confirm(&mut self, quarter: NodeId, title: Title) {
         let is_latest = self.lending.heard.get(&quarter) == Some(&title);
         let is_news = self.lending.confirmed.get(&quarter) != Some(&title);

@@ -1,13 +1,13 @@
-//! Static addresses: of several nodes that ask for one at a time, one gets it; of several that have
-//! one, one keeps it.
+//! Static addresses. If several nodes ask for an address at the same time, one gets it. If several
+//! nodes have an address, one keeps it.
 //!
-//! The claimant asks every node that it reaches. Each answers from what it has and asks for itself;
-//! of two that ask at the same moment the lower ID goes first. Nodes that do not answer in time
-//! cannot be talked to, and do not count: what they have is found out when their records arrive.
-//! Then the lower ID keeps the address, unless it cannot but have known of the other's claim
-//! ([`Timing::heard`]). The node that does not keep it announces it no more, and gets it back when
-//! the one that keeps it lets it go and no other node announces it. `docs/addresses.md` has the
-//! reasons.
+//! The claimant asks every node that it reaches. Each node answers from the addresses that it has
+//! or asks for itself. If two nodes ask at the same moment, the one with the lower ID takes
+//! precedence. Nodes that do not answer in time count as unreachable: a conflict with their
+//! addresses is found when their records arrive. Then the node with the lower ID keeps the address,
+//! unless it must have known of the other node's claim ([`Timing::heard`]). The node that does not
+//! keep the address stops announcing it. It gets the address back when the keeper releases it and
+//! no other node announces it. `docs/internals/addresses.md` has the reasons.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -17,20 +17,21 @@ use super::message::{Message, Round, Verdict};
 use super::{Action, Ipam, IpamError, Peer, Problem, RequestId, Retry, Timing};
 use crate::types::NodeId;
 
-/// Claims that may wait for answers at a time. Each remembers, at most, every node of the cluster.
+/// Maximum number of claims that wait for answers at a time. Each one remembers up to one entry per
+/// node of the cluster.
 pub const MAX_CLAIMS: usize = 256;
-/// Static addresses that a node may have: as many as it can tell the others.
+/// Maximum number of static addresses of a node: as many as it can announce.
 pub const MAX_STATIC: usize = 1024;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Statics {
     claims: BTreeMap<RequestId, Claim>,
-    /// Static addresses in use here, and since when this daemon announces them, or would if no
-    /// other node kept them.
+    /// Static addresses in use here, and since when this daemon has announced them. The time runs
+    /// as well while another node keeps the address.
     since: BTreeMap<IpAddr, Instant>,
-    /// Since when each node is reached, without a break and without a restart of that node.
+    /// Since when each node has been reachable without an interruption or a restart of that node.
     contacts: BTreeMap<NodeId, Instant>,
-    /// Of the addresses in use here: nodes that announce them, too.
+    /// Other nodes that announce an address that is in use here.
     rivals: BTreeMap<(IpAddr, NodeId), Rival>,
 }
 
@@ -40,9 +41,9 @@ struct Claim {
     address: IpAddr,
     owner: String,
     round: Round,
-    /// Nodes that do not have the address, by their own word.
+    /// Nodes that have answered that they do not have the address.
     agreed: BTreeSet<NodeId>,
-    /// After this, nodes that have not answered do not count.
+    /// Nodes that have not answered by this time do not count.
     deadline: Instant,
     retry: Retry,
 }
@@ -51,25 +52,26 @@ struct Claim {
 #[derive(Clone, Copy, Debug)]
 struct Rival {
     since: Instant,
-    /// It came from a node that must have known that the address is in use.
+    /// True if the other node must have known, when it made the claim, that the address is in use.
     is_late: bool,
-    /// It was there when this node could have announced the address again: the other node keeps it,
-    /// whatever its ID, for it takes a later claim of this node for a late one.
+    /// True if the claim existed when this node could have announced the address again. The other
+    /// node then keeps the address regardless of its ID, because it treats a later claim of this
+    /// node as late.
     is_first: bool,
 }
 
 #[cfg(test)]
 impl Statics {
-    /// Addresses that are asked for.
+    /// Returns the addresses that are asked for.
     pub(super) fn wanted(&self) -> impl Iterator<Item = IpAddr> {
         self.claims.values().map(|claim| claim.address)
     }
 }
 
 impl Ipam {
-    /// Asks for a static address for `owner`. Answered by [`Action::Granted`] or
-    /// [`Action::Failed`]: at once if no other node is reached or the address cannot be had, else
-    /// within [`Timing::claim`].
+    /// Requests a static address for `owner`. The answer is [`Action::Granted`] or
+    /// [`Action::Failed`]. It comes at once if no other node is reachable or the address is not
+    /// available, and otherwise within [`Timing::claim`].
     pub fn claim(&mut self, address: IpAddr, owner: &str, now: Instant) -> RequestId {
         let request = self.next_request_id();
         match self.check_claim(address) {
@@ -90,7 +92,7 @@ impl Ipam {
         request
     }
 
-    /// The static addresses that lead to this node: what it tells the others besides its ranges.
+    /// Returns the static addresses that this node announces in addition to its ranges.
     pub fn claims(&self) -> Vec<IpAddr> {
         self.statics
             .since
@@ -100,7 +102,7 @@ impl Ipam {
             .collect()
     }
 
-    /// The node that keeps a static address which is in use here and there.
+    /// Returns the other node that keeps a static address which is in use here as well, if any.
     pub fn keeper(&self, address: IpAddr) -> Option<NodeId> {
         let rivals = self.rivals_of(address);
         let keeps =
@@ -141,7 +143,7 @@ impl Ipam {
         self.check_elsewhere(address)
     }
 
-    /// Refuses what another node announces, reached or not.
+    /// Refuses an address that another node announces, reachable or not.
     fn check_elsewhere(&self, address: IpAddr) -> Result<(), IpamError> {
         let claims_it =
             |id: &NodeId, peer: &Peer| peer.claims.contains(&address) && self.is_member(*id, peer);
@@ -155,7 +157,7 @@ impl Ipam {
         !peer.left && !self.is_buried(id, peer.incarnation)
     }
 
-    /// An address came into use here.
+    /// Records that an address came into use here.
     pub(super) fn note_static(&mut self, address: IpAddr, now: Instant) {
         if self.layout.network().range.contains(&address) {
             return;
@@ -171,14 +173,14 @@ impl Ipam {
         }
     }
 
-    /// An address is not in use here any more.
+    /// Records that an address is no longer in use here.
     pub(super) fn forget_static(&mut self, address: IpAddr) {
         if self.statics.since.remove(&address).is_some() {
             self.statics.rivals.retain(|(of, _), _| *of != address);
         }
     }
 
-    /// Follows which nodes are reached.
+    /// Updates since when each node has been reachable.
     pub(super) fn follow_contacts(&mut self, now: Instant) {
         let reachable = &self.reachable;
         self.statics.contacts.retain(|id, _| reachable.contains(id));
@@ -187,7 +189,8 @@ impl Ipam {
         }
     }
 
-    /// Follows what a node announces, before it is known.
+    /// Updates the rival claims from what a node announces. Called before `peers` has the new
+    /// record.
     pub(super) fn follow_claims(&mut self, node: NodeId, peer: &Peer, now: Instant) {
         let known = self.peers.get(&node);
         if known.is_some_and(|known| known.incarnation != peer.incarnation)
@@ -205,8 +208,8 @@ impl Ipam {
         let mut news = Vec::new();
         for address in announced {
             let Some(since) = self.statics.since.get(&address) else { continue };
-            // While another node keeps the address, this one does not announce it: nobody could
-            // know.
+            // While another node keeps the address, this node does not announce it, so no node
+            // could know of it.
             let is_announced = self.keeper(address).is_none();
             let is_late = is_announced && is_steady && is_old(since);
             let rival = Rival { since: now, is_late, is_first: false };
@@ -242,7 +245,7 @@ impl Ipam {
                     rival.is_first = true;
                 }
             }
-            // From now on the others hear of it: until then they could not know.
+            // The others hear of the address only from now on and could not know of it before.
             if self.keeper(address).is_none()
                 && let Some(since) = self.statics.since.get_mut(&address)
             {
@@ -251,7 +254,7 @@ impl Ipam {
         }
     }
 
-    /// Clashes of static addresses, as they are now.
+    /// Returns the current clashes of static addresses.
     pub(super) fn clashes(&self, now: Instant) -> impl Iterator<Item = Problem> {
         let owner = |address: &IpAddr| self.allocated().get(address).cloned().unwrap_or_default();
         self.statics.rivals.iter().filter(move |((_, node), _)| self.counts(*node)).filter_map(
@@ -261,21 +264,21 @@ impl Ipam {
                     owner: owner(&address),
                     node,
                 }),
-                // A node that does not keep it has a moment to notice.
+                // A node that does not keep the address needs a moment to notice.
                 None if rival.since + self.timing.settle > now => None,
                 None => Some(Problem::Contested { address, owner: owner(&address), node }),
             },
         )
     }
 
-    /// False for a node that is gone for good.
+    /// Returns false for a node that is unknown, has left or is gone for good.
     pub(super) fn counts(&self, node: NodeId) -> bool {
         self.peers.get(&node).is_some_and(|peer| self.is_member(node, peer))
     }
 
-    /// Asks those that have not answered, and answers the claims that are decided.
+    /// Asks the nodes that have not answered and answers the claims that are decided.
     pub(super) fn drive_claims(&mut self, now: Instant) {
-        // Only its space was taken back: the record may still be there.
+        // The record of a node may outlive the reclaim of its space.
         let nodes: BTreeSet<NodeId> = self.statics.rivals.keys().map(|(_, node)| *node).collect();
         let gone: BTreeSet<NodeId> = nodes.into_iter().filter(|node| !self.counts(*node)).collect();
         self.drop_rivals(now, |_, node| gone.contains(&node));
@@ -327,7 +330,7 @@ impl Ipam {
         self.statics.claims.values().map(|claim| claim.retry.at.min(claim.deadline)).min()
     }
 
-    /// Another node asks for a static address.
+    /// Answers another node that asks for a static address.
     pub(super) fn handle_claim(&mut self, from: NodeId, address: IpAddr, round: Round) {
         let wanted = self.statics.claims.iter().find(|(_, claim)| claim.address == address);
         let wanted = wanted.map(|(request, _)| *request);
@@ -355,7 +358,7 @@ impl Ipam {
             return;
         };
         match verdict {
-            // Nodes that were not asked are not remembered.
+            // Answers of nodes that were not asked are ignored.
             Verdict::Free if self.reachable.contains(&from) => drop(claim.agreed.insert(from)),
             Verdict::Free => {}
             Verdict::Taken => {

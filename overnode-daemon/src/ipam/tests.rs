@@ -23,7 +23,7 @@ fn net(subnet: &str, range: &str) -> Network {
     Network { subnet: subnet.parse().unwrap(), range: range.parse().unwrap() }
 }
 
-/// Claims a static address where no other node is reached: the answer comes at once.
+/// Claims a static address on a node that reaches no other node, so the answer comes at once.
 fn claim(ipam: &mut Ipam, address: IpAddr, owner: &str) -> Result<(), IpamError> {
     let request = ipam.claim(address, owner, Instant::now());
     let answer = std::iter::from_fn(|| ipam.poll_action()).find_map(|action| match action {
@@ -44,7 +44,7 @@ fn node(number: u16) -> Ipam {
     Ipam::new(config, [], BTreeMap::new(), Instant::now()).unwrap()
 }
 
-/// Takes all actions of a node, and returns what it sends to another one.
+/// Polls all actions of a node and returns the messages that it sends to `to`.
 fn sent_to(ipam: &mut Ipam, to: u16) -> Vec<Message> {
     let layout = *ipam.layout();
     let actions: Vec<_> = std::iter::from_fn(|| ipam.poll_action()).collect();
@@ -55,7 +55,7 @@ fn sent_to(ipam: &mut Ipam, to: u16) -> Vec<Message> {
     sent.map(|bytes| Message::decode(&bytes, &layout).unwrap()).collect()
 }
 
-/// A few nodes that all reach each other, or not; messages arrive at once.
+/// A few nodes that all reach each other, except those that are cut off. Messages arrive at once.
 struct Cluster {
     now: Instant,
     network: Network,
@@ -108,7 +108,6 @@ impl Cluster {
         self.nodes.get_mut(&id(number)).unwrap()
     }
 
-    /// Everyone hears what everyone has, and who is reached; all messages arrive.
     /// Cuts these nodes off from all others, for long enough that all have noticed.
     fn cut_off<const N: usize>(&mut self, nodes: [NodeId; N]) {
         self.cut = nodes.into();
@@ -116,13 +115,14 @@ impl Cluster {
         self.run(LONG);
     }
 
-    /// Lets all nodes reach each other again, for long enough that all is settled.
+    /// Lets all nodes reach each other again, for long enough that everything settles.
     fn heal(&mut self) {
         self.cut.clear();
         self.pump();
         self.run(LONG);
     }
 
+    /// Gives every node the current records and the reachable nodes, and delivers all messages.
     fn pump(&mut self) {
         loop {
             let told: Vec<_> = self
@@ -241,7 +241,7 @@ impl Cluster {
             .collect()
     }
 
-    /// The node is gone, and everyone may know it.
+    /// Removes a node and lets the others notice.
     fn remove(&mut self, number: u16) {
         self.nodes.remove(&id(number));
         self.disks.remove(&id(number));
@@ -249,7 +249,7 @@ impl Cluster {
         self.pump();
     }
 
-    /// No address twice, and every quarter with one lender at most.
+    /// Checks that no address was granted twice and that every quarter has at most one lender.
     fn check(&self) {
         let mut seen = BTreeSet::new();
         for address in self.granted.values().flatten() {
@@ -379,7 +379,7 @@ fn unused_blocks_are_handed_back_after_a_while_and_a_few_addresses_kept() {
 fn an_exhausted_pool_is_explained_and_another_lender_is_found() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 5]);
     cluster.run(LONG);
-    // 8 addresses of each of the two.
+    // 8 addresses of each of the two lenders.
     cluster.allocate(5, 16);
     cluster.run(LONG);
     assert_eq!(cluster.granted[&id(5)].len(), 16);
@@ -457,10 +457,10 @@ fn a_lender_whose_ledger_nobody_takes_cannot_leave() {
     assert_eq!(cluster.granted[&id(1)].len(), 1, "it goes on");
 }
 
-/// A node that was taken back alive and started anew has an incarnation beyond the buried one. In
-/// seed 16733 of the simulation it was handed all titles before it heard of its burial, and did not
-/// believe that any more, since the giver vouched for it. After the giver had left, no node could
-/// tell it.
+/// A node that was reclaimed while alive and then restarted has an incarnation beyond the one in
+/// the tombstone. In seed 16733 of the simulation it was handed all titles before it had heard of
+/// its tombstone. It then no longer believed the tombstone, because the old holder vouched for it.
+/// After the old holder had left, no node could tell it.
 #[test]
 fn a_node_is_handed_a_title_only_once_it_has_heard_that_it_was_taken_back() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 3, 5]);
@@ -555,7 +555,7 @@ fn who_comes_back_from_the_grave_says_so_and_gives_nothing_of_what_it_lost() {
     cluster.pump();
     cluster.run(LONG);
     assert!(cluster.node(2).lends(id(1)).is_some());
-    // All that it had lent or used is used by others.
+    // Other nodes use everything that it had lent or used.
     cluster.allocate(2, 8 + 8 + 8 - 1);
     cluster.run(LONG);
     cluster.check();
@@ -593,8 +593,8 @@ fn a_fresh_node_1_gets_back_what_was_reclaimed_of_the_old_one() {
     cluster.check();
 }
 
-/// Nodes 1 to 3, nobody has borrowed from 3. It is cut off alive and reclaimed; node 7 borrows of
-/// its quarter and is cut off; then node 3 comes back, without a restart or with one.
+/// Nodes 1 to 3, of which node 3 has lent nothing. Node 3 is cut off while alive and reclaimed.
+/// Node 7 borrows from quarter 3 and is cut off. Then node 3 comes back, with or without a restart.
 fn a_node_returns_from_its_grave(restarted: bool) -> Cluster {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3]);
     cluster.run(LONG);
@@ -615,7 +615,7 @@ fn a_node_returns_from_its_grave(restarted: bool) -> Cluster {
     cluster.cut.insert(id(7));
     cluster.pump();
     cluster.run(LONG);
-    // What it does meanwhile, it does out of the half that is never lent.
+    // Meanwhile node 3 allocates from the half that is never lent.
     cluster.allocate(3, 8);
     assert_eq!(cluster.granted[&id(3)].len(), 8);
     if restarted {
@@ -663,9 +663,9 @@ fn the_quarter_of_a_node_that_was_reclaimed_has_a_lender_before_its_borrowers_ar
     }
 }
 
-/// A lender that was taken back alive is asked again once gossip tells its new incarnation. In seed
-/// 20765 of the simulation nothing else changed in its record, and a borrower never told it what it
-/// holds.
+/// A lender that was reclaimed while alive is asked again once gossip announces its new
+/// incarnation. In seed 20765 of the simulation nothing else changed in its record, and a borrower
+/// never told it what it holds.
 #[test]
 fn a_lender_that_returns_from_its_grave_is_asked_again() {
     let mut borrower = node(6);
@@ -694,7 +694,7 @@ fn a_lender_that_returns_from_its_grave_is_asked_again() {
     assert!(asked.iter().any(is_asked), "{asked:?}");
 }
 
-/// Whoever holds the next title may have asked for what is lent before this node got its block.
+/// The holder of the next title may have asked what is lent before this node got its block.
 #[test]
 fn a_borrower_tells_the_holder_of_a_later_title_what_it_holds() {
     let mut borrower = node(6);
@@ -728,8 +728,8 @@ fn a_borrower_tells_the_holder_of_a_later_title_what_it_holds() {
     assert_eq!(told, Some(vec![block]));
 }
 
-/// A request arrives after the node that sent it has left and its ID was launched anew. In seed
-/// 5363 of the simulation it was granted, and the block stayed lent although nobody held it.
+/// A request arrives after its sender has left and the ID was launched again. In seed 5363 of the
+/// simulation it was granted, and the block stayed lent although no node held it.
 #[test]
 fn a_late_request_of_an_earlier_launch_is_granted_nothing() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 2]);
@@ -766,8 +766,8 @@ fn a_late_request_of_an_earlier_launch_is_granted_nothing() {
     assert_eq!(lent, held);
 }
 
-/// Lenders ignore requests of an earlier incarnation, so a node that gets a later one without a
-/// start asks anew.
+/// Lenders ignore requests of an earlier incarnation. So a node that gets a later incarnation
+/// without a restart asks again.
 #[test]
 fn a_node_that_gets_a_later_incarnation_asks_anew() {
     let mut borrower = node(6);
@@ -788,8 +788,8 @@ fn a_node_that_gets_a_later_incarnation_asks_anew() {
     assert_eq!(rounds(sent_to(&mut borrower, 1)), [1007]);
 }
 
-/// Nodes 1 and 2 were both cut off and reclaimed, and meet each other before they meet node 4,
-/// which knows. The node that lends their quarters now is out of reach.
+/// Nodes 1 and 2 were both cut off and reclaimed. They meet each other before they meet node 4,
+/// which knows of the reclaim. The node that lends their quarters now is unreachable.
 #[test]
 fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_other() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3, 4]);
@@ -831,8 +831,8 @@ fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_ot
     }
 }
 
-/// Node 8 is launched after the reclaim of node 3, and meets node 3 alone, which tells it that it
-/// lends. It knows that after a restart, too.
+/// Node 8 is launched after the reclaim of node 3. It meets only node 3, which announces that it
+/// lends. The outcome is the same after a restart of node 8.
 #[test]
 fn a_node_that_is_new_does_not_vouch_for_a_lender_that_was_reclaimed() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3]);
@@ -854,13 +854,13 @@ fn a_node_that_is_new_does_not_vouch_for_a_lender_that_was_reclaimed() {
     assert_eq!(cluster.granted[&id(8)], [] as [IpAddr; 0]);
     cluster.heal();
     cluster.check();
-    // A later title is vouched for by all, node 8 included.
+    // All nodes, node 8 included, vouch for a later title.
     cluster.cut_off([id(1), id(2)]);
     assert!(cluster.node(3).may_lend(id(3)));
 }
 
-/// A request of node 5 arrives when the reclaim of its space has begun: late, or because it is back
-/// where the claimant is not.
+/// A request of node 5 arrives when the reclaim of its space has begun. It is late, or node 5 is
+/// back where the claimant does not reach it.
 #[test]
 fn nothing_is_lent_to_a_node_after_consent_to_its_reclaim() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 5, 6]);
@@ -895,10 +895,10 @@ fn nothing_is_lent_to_a_node_after_consent_to_its_reclaim() {
     }
 }
 
-/// What a member says that lies; nothing else is heard of it.
+/// Delivers a message from a lying member that is otherwise silent.
 fn lie(cluster: &mut Cluster, from: u16, to: u16, message: &Message) {
     let now = cluster.now;
-    // What cannot be read at all does no harm.
+    // A message that cannot be decoded does no harm.
     let _ = cluster.node(to).handle_message(id(from), &message.encode(), now);
     cluster.pump();
 }
@@ -941,7 +941,7 @@ fn a_liar_cannot_declare_a_live_node_gone() {
     }
 }
 
-/// The liar has the ID of a lender, and names the very launch that it lies about.
+/// The liar has the ID of a lender and names the very launch that it lies about.
 #[test]
 fn a_lender_that_most_nodes_vouch_for_does_not_believe_that_it_is_gone() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 3, 5]);
@@ -953,8 +953,8 @@ fn a_lender_that_most_nodes_vouch_for_does_not_believe_that_it_is_gone() {
     assert_eq!(cluster.problems(3), []);
 }
 
-/// Of a node that is away for a while, a liar says that it is gone, to a lender that has lent to
-/// it.
+/// A liar declares a node gone that is only away for a while. It says so to a lender that has lent
+/// to that node.
 #[test]
 fn a_liar_cannot_free_what_was_lent_to_a_node_that_is_away() {
     for liar in [2, 6] {
@@ -1026,7 +1026,7 @@ fn a_liar_cannot_lend_a_quarter_by_announcing_it() {
     assert!(!asked, "it would take what node 6 lends");
 }
 
-/// A liar had the ID of a node while that was away, with numbers as great as can be.
+/// A liar used the ID of a node while that node was away, with the greatest possible numbers.
 #[test]
 fn a_liar_that_had_an_id_cannot_keep_its_owner_from_borrowing() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 2]);
@@ -1047,7 +1047,7 @@ fn a_liar_that_had_an_id_cannot_keep_its_owner_from_borrowing() {
         };
         lie(&mut cluster, 5, 1, &request);
     }
-    // By gossip it has to exceed what the liar has said there.
+    // In gossip, the owner has to exceed what the liar has announced there.
     cluster.start(5, 2001);
     cluster.allocate(5, 1);
     cluster.run(LONG);
@@ -1056,7 +1056,7 @@ fn a_liar_that_had_an_id_cannot_keep_its_owner_from_borrowing() {
     assert!(half.contains(&cluster.granted[&id(5)][0]), "node 1 does not hear it");
 }
 
-/// A liar announces a block that is free: packets for it would go to the liar.
+/// A liar announces a free block. Packets for that block would be routed to the liar.
 #[test]
 fn what_a_liar_announces_is_lent_to_nobody() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1]);
@@ -1073,13 +1073,13 @@ fn what_a_liar_announces_is_lent_to_nobody() {
     assert_eq!(cluster.granted[&id(5)].len() + cluster.granted[&id(1)].len(), 31 + 16);
     let given = cluster.granted.values().flatten().filter(|address| ranges[0].contains(*address));
     assert_eq!(given.count(), 0, "{:?}", cluster.granted);
-    // To announce a whole half changes nothing.
+    // Announcing a whole half changes nothing.
     cluster.node(1).learn(id(6), Peer { ranges: vec![half], ..liar }, now);
     cluster.run(Duration::from_secs(5));
     assert_eq!(cluster.granted.values().flatten().count(), 31 + 4 + 16 + 4);
 }
 
-/// While nobody vouches for it, a lender gives nothing of what it lends, and says so.
+/// While no node vouches for it, a lender lends nothing and reports why.
 #[test]
 fn a_lender_that_is_cut_off_lends_nothing_not_even_to_itself() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3]);
@@ -1095,7 +1095,8 @@ fn a_lender_that_is_cut_off_lends_nothing_not_even_to_itself() {
     assert_eq!(cluster.granted[&id(3)].len(), 9, "one word is enough");
 }
 
-/// Two quarters become free to lend at once, and one alone does not have enough for all that wait.
+/// Two quarters become free to lend at once, and neither alone has enough addresses for all waiting
+/// requests.
 #[test]
 fn all_that_wait_get_addresses_of_several_quarters_at_once() {
     let (network, now) = (net("10.0.0.0/8", "10.1.0.0/26"), Instant::now());
@@ -1140,7 +1141,7 @@ fn claims_of_other_nodes_are_respected_and_clashes_found() {
     assert_eq!(clashes(&mut ipam), 0, "once");
 }
 
-/// What is granted comes after all that it rests on is on disk.
+/// A grant is sent only after everything that it depends on is on disk.
 #[test]
 fn the_disk_comes_first() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 5]);
@@ -1159,10 +1160,10 @@ fn the_disk_comes_first() {
     let layout = *cluster.node(1).layout();
     let answer = Message::decode(&bytes, &layout);
     assert!(matches!(answer, Ok(Message::Grant { .. })), "{answer:?}");
-    // The same again is answered the same, and nothing is written.
+    // A repeated request gets the same answer, and nothing is written.
     cluster.node(1).handle_message(id(5), &request.encode(), now).unwrap();
     assert_eq!(cluster.node(1).poll_action(), Some(Action::Send { to: id(5), bytes }));
-    // An older one is not answered at all.
+    // An older request is not answered at all.
     let round = Round { incarnation: 1005, count: 999 };
     let late = Message::Request {
         quarter: id(1),

@@ -1,8 +1,8 @@
-//! A quarter changes hands: when its holder leaves, or gives it back to its birth owner.
+//! Handing over a quarter when its holder leaves, or gives it back to its birth owner.
 //!
-//! The giver stops lending, for good, before it says anything; the heir lends once it has the whole
-//! ledger on disk. So at no time do two nodes lend. Nobody but the heir, in the launch that was
-//! meant, can take the quarter.
+//! The old holder stops lending for good before it sends anything. The successor lends once it has
+//! the whole ledger on disk. So two nodes never lend at the same time. Only the intended launch of
+//! the successor can take the quarter.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -12,7 +12,7 @@ use super::message::{Loan, Message, Title};
 use super::{Action, Ipam, IpamError, Retry};
 use crate::types::NodeId;
 
-/// Parts are cut so that no message is too long.
+/// Target size of a part in bytes, so that no message is too long.
 const PART_BYTES: usize = 8 * 1024;
 
 /// A ledger that arrives in parts.
@@ -23,7 +23,7 @@ pub(super) struct Inbox {
     pub(super) loans: BTreeMap<u16, Vec<(NodeId, Loan)>>,
 }
 
-/// The node was told to leave.
+/// The state of a node that was asked to leave.
 #[derive(Clone, Debug)]
 pub(super) struct Leaving {
     deadline: Instant,
@@ -31,9 +31,9 @@ pub(super) struct Leaving {
 }
 
 impl Ipam {
-    /// Prepares to leave the cluster: hands back what is borrowed, and hands what was lent to
-    /// others over to another node. Answered by [`Action::MayLeave`] or [`Action::CannotLeave`].
-    /// Nothing should be attached any more.
+    /// Prepares to leave the cluster: hands back borrowed blocks, and hands the ledgers of what it
+    /// has lent to another node. The answer is [`Action::MayLeave`] or [`Action::CannotLeave`]. No
+    /// container should be attached any more.
     pub fn leave(&mut self, now: Instant) {
         self.leaving = Some(Leaving { deadline: now + self.timing.leave, is_done: false });
         self.abandon_claims("this node leaves the cluster");
@@ -49,8 +49,8 @@ impl Ipam {
         self.finish(now);
     }
 
-    /// Who has to take over, if anybody must: a quarter of which nothing is lent can be forgotten
-    /// by its birth owner.
+    /// Returns true if another node has to take over a quarter. The birth owner can forget a
+    /// quarter of which nothing is lent.
     fn needs_heir(&self, quarter: NodeId) -> bool {
         quarter != self.id
             || self
@@ -169,8 +169,8 @@ impl Ipam {
         }
     }
 
-    /// The ledger, in parts; at least one. It does not change any more, so they are the same each
-    /// time.
+    /// Returns the ledger in parts, at least one. The ledger no longer changes, so the parts are
+    /// the same each time.
     fn parts(&self, quarter: NodeId) -> Vec<Vec<(NodeId, Loan)>> {
         let mut parts = vec![Vec::new()];
         let mut bytes = 0;
@@ -253,7 +253,8 @@ impl Ipam {
             return;
         }
         if !taken {
-            // A launch that is gone may have had it. The birth owner finds out from all.
+            // An earlier launch of the successor may have taken the quarter. The birth owner finds
+            // out by asking all nodes.
             self.drop_title(quarter);
             if self.leaving.take_if(|leaving| !leaving.is_done).is_some() {
                 let heir = format!("node {from} was started anew while it was");

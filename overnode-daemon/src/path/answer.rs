@@ -1,27 +1,27 @@
-//! What this node does for another one that asks.
+//! Answers to the probes of another node.
 
 use std::time::{Duration, Instant};
 
 use super::probe::{Kind, Probe, SMALLEST};
 
-/// How far back [`Probe::seen`] looks: this to twice this.
+/// Window of [`Probe::seen`]. It looks back by one to two windows.
 pub const SEEN_WINDOW: Duration = Duration::from_secs(2);
-/// Answers to one node: on average one per this time (a node asks less often for more than a
-/// moment) ...
+/// Minimum average interval between answers to one node. Honest nodes exceed this rate only for
+/// moments.
 pub const ANSWER_INTERVAL: Duration = Duration::from_millis(25);
-/// ... and so many at once: a search for the MTU on a short path takes two for each of its steps.
+/// Burst of answers to one node. The MTU search on a short path takes two answers per step.
 pub const ANSWER_BURST: u32 = 64;
 
-/// The answers to one node.
+/// The state of the answers to one node.
 #[derive(Debug, Default)]
 pub(super) struct Answers {
     seen: Seen,
-    /// Each answer takes this on by [`ANSWER_INTERVAL`].
+    /// The time until which the answer rate is used up. Each answer adds [`ANSWER_INTERVAL`].
     until: Option<Instant>,
 }
 
 impl Answers {
-    /// The answer; none if the node asks too often.
+    /// Returns the answer to a request. `None` if the node asks too often.
     pub(super) fn handle_request(&mut self, request: Probe, now: Instant) -> Option<Probe> {
         let until = self.until.map_or(now, |until| until.max(now));
         if until >= now + ANSWER_INTERVAL * ANSWER_BURST {
@@ -32,13 +32,13 @@ impl Answers {
         Some(Probe { kind: Kind::Answer, size: SMALLEST, seen: self.seen.largest(now), ..request })
     }
 
-    /// For [`Probe::seen`].
+    /// Returns the value for [`Probe::seen`].
     pub(super) fn seen(&mut self, now: Instant) -> u32 {
         self.seen.largest(now)
     }
 }
 
-/// The sizes that came in this window and in the one before.
+/// The largest sizes received in the current window and in the one before.
 #[derive(Debug, Default)]
 struct Seen {
     since: Option<Instant>,

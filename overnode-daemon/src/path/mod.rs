@@ -1,14 +1,14 @@
-//! The direct paths to other nodes: whether packets pass, how fast, how large, and which way to
-//! take where they do not. Deterministic; no I/O, no clock.
+//! Direct paths to other nodes: liveness, latency and MTU, and the routes to nodes without a direct
+//! path. Deterministic, without I/O or a clock.
 //!
-//! Every node asks every other one that it has a WireGuard session with, inside the tunnel, and
-//! believes only in answers to what it asked: so a path is alive when packets pass in both
-//! directions, and nobody but the other node can say so. Small [`probe`]s tell liveness, round-trip
-//! time and loss; padded ones search for the MTU ([`mtu`]). From these states and from what other
-//! nodes tell of theirs, [`route::choose`] makes the table of next hops.
+//! Every node probes every other node that it has a WireGuard session with, inside the tunnel. It
+//! counts only answers to its own probes. So a path is alive if packets pass in both directions,
+//! and only the other node can prove it. Small [`probe`]s measure liveness, round-trip time and
+//! loss, and padded ones search for the MTU ([`mtu`]). From these states and from what other nodes
+//! report, [`route::choose`] computes the table of next hops.
 //!
-//! What a hostile node can do is to spoil the path between itself and this node. It is answered at
-//! a bounded rate, never with more bytes than it sent, and makes nothing grow.
+//! A hostile node can spoil only the path between itself and this node. It is answered at a bounded
+//! rate and with no more bytes than it sent, and it cannot make any state grow.
 
 pub mod mtu;
 pub mod probe;
@@ -40,41 +40,40 @@ pub use state::{Fault, PathState};
 
 use crate::types::NodeId;
 
-/// With more peers than these, those that carry no traffic are asked every [`STRETCHED_INTERVAL`]
-/// only.
+/// With more peers than this, those without traffic are probed only every [`STRETCHED_INTERVAL`].
 pub const MANY_PEERS: usize = 64;
 
-/// What the shell must do.
+/// An effect that the caller carries out, or an event that it must know about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Send a probe inside the tunnel, by the direct path only.
+    /// Send a probe inside the tunnel, on the direct path only.
     Send {
-        /// To this node.
+        /// The receiver.
         to: NodeId,
         /// Payload of the inner packet, after [`probe::ENVELOPE`] bytes of headers.
         bytes: Vec<u8>,
     },
-    /// [`PathState::alive`] or [`PathState::mtu`] of the path to this node is another than before.
+    /// [`PathState::alive`] or [`PathState::mtu`] of the path to this node has changed.
     Changed {
         /// The node.
         id: NodeId,
     },
 }
 
-/// What was not taken.
+/// Counters of rejected input.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Bytes that are no probe.
+    /// Bytes that are not a valid probe.
     pub malformed: u64,
-    /// Probes of nodes that are no peers.
+    /// Probes of nodes that are not peers.
     pub strangers: u64,
-    /// Answers to nothing that this node waits for: late, duplicate, replayed or made up.
+    /// Answers that this node is not waiting for: late, duplicate, replayed or forged.
     pub stray: u64,
-    /// Requests over the limit.
+    /// Requests beyond the rate limit.
     pub limited: u64,
 }
 
-/// The paths of one node.
+/// The direct paths of one node.
 #[derive(Debug)]
 pub struct Paths {
     rng: StdRng,
@@ -82,12 +81,14 @@ pub struct Paths {
     due: BTreeSet<(Instant, NodeId)>,
     actions: VecDeque<Action>,
     counters: Counters,
-    /// What each living path carries, for whoever sends through this node; 0 if none lives.
+    /// Largest inner packet in bytes that all live paths carry, for nodes that relay through this
+    /// one. 0 if no path is alive.
     carries: u16,
 }
 
 impl Paths {
-    /// No paths. Who can guess what `rng` makes can answer requests without having received them.
+    /// Creates a state without paths. A node that can guess the output of `rng` can answer requests
+    /// that it has not received.
     pub fn new(rng: StdRng) -> Self {
         Self {
             rng,
@@ -99,8 +100,9 @@ impl Paths {
         }
     }
 
-    /// There is a session with that node. `largest` is the size of the largest inner packet that
-    /// the local underlay interface carries directly, bytes. Known peers keep their state.
+    /// Adds a peer that this node has a session with. `largest` is the size in bytes of the largest
+    /// inner packet that the local underlay interface carries without fragmentation. Known peers
+    /// keep their state.
     pub fn set_peer(&mut self, id: NodeId, largest: u32, now: Instant) {
         let largest = largest.clamp(SMALLEST, LARGEST);
         self.peers.entry(id).or_insert_with(|| {
@@ -114,7 +116,7 @@ impl Paths {
         });
     }
 
-    /// There is no session with that node any more.
+    /// Removes a peer, because there is no session with it any more.
     pub fn remove_peer(&mut self, id: NodeId) {
         if let Some(peer) = self.peers.remove(&id) {
             self.due.remove(&(peer.poll_timeout(), id));
@@ -126,14 +128,14 @@ impl Paths {
         });
     }
 
-    /// Whether containers exchange packets with that node, by whichever route.
+    /// Sets whether containers exchange packets with that node, on any route.
     pub fn set_busy(&mut self, id: NodeId, is_busy: bool, now: Instant) {
         self.with(id, |peer, _| peer.set_busy(is_busy, now));
     }
 
-    /// Takes a probe that came through the tunnel from a node; `received` is the size of the whole
-    /// inner packet, bytes. Of long ones the first [`probe::HEADER`] bytes of the payload are
-    /// enough.
+    /// Handles a probe that came from a node through the tunnel. `received` is the size of the
+    /// whole inner packet in bytes. For long probes, the first [`probe::HEADER`] bytes of the
+    /// payload are enough.
     pub fn handle_probe(&mut self, from: NodeId, bytes: &[u8], received: u32, now: Instant) {
         if !self.peers.contains_key(&from) {
             self.counters.strangers += 1;
@@ -157,17 +159,19 @@ impl Paths {
         }
     }
 
-    /// The kernel has refused to send a probe of so many bytes (the whole inner packet).
+    /// Handles a probe that the kernel has refused to send. `size` is that of the whole inner
+    /// packet in bytes.
     pub fn handle_unsent(&mut self, to: NodeId, size: u32, now: Instant) {
         self.with(to, |peer, _| peer.handle_unsent(size, now));
     }
 
-    /// Large packets to that node seem to vanish, or a router has said so: checks its MTU at once.
+    /// Checks the MTU at once, because large packets to that node seem to vanish or a router has
+    /// reported it.
     pub fn handle_suspicion(&mut self, id: NodeId, now: Instant) {
         self.with(id, |peer, _| peer.search.suspect(now));
     }
 
-    /// Does what is due.
+    /// Handles everything that is due.
     pub fn handle_timeout(&mut self, now: Instant) {
         let is_crowded = self.peers.len() > MANY_PEERS;
         let mut probes = Vec::new();
@@ -180,27 +184,27 @@ impl Paths {
         }
     }
 
-    /// When to call [`Self::handle_timeout`] next.
+    /// Returns when to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.due.first().map(|(at, _)| *at)
     }
 
-    /// The next thing to do.
+    /// Returns the next action.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }
 
-    /// The path to a node; none without a session.
+    /// Returns the state of the path to a node. `None` without a session.
     pub fn state(&self, id: NodeId) -> Option<PathState> {
         self.peers.get(&id).map(Peer::state)
     }
 
-    /// All paths.
+    /// Returns the states of all paths.
     pub fn states(&self) -> impl Iterator<Item = (NodeId, PathState)> {
         self.peers.iter().map(|(id, peer)| (*id, peer.state()))
     }
 
-    /// What was not taken.
+    /// Returns the counters of rejected input.
     pub fn counters(&self) -> Counters {
         self.counters
     }

@@ -1,40 +1,40 @@
-//! The search for the largest inner packet that the path carries (RFC 8899, "DPLPMTUD", with the
-//! shortcut of asking for the most first).
+//! Search for the largest inner packet that a path carries (RFC 8899, "DPLPMTUD", with the shortcut
+//! of trying the largest size first).
 //!
-//! Sizes are those of inner packets. A size has failed when so many probes of it vanished, each
-//! beside a small one that was answered. Until something has failed, the path is taken to carry
-//! what the local interface does, which is nearly always so: a first guess below it would teach
-//! containers a smaller MTU that they keep for minutes.
+//! All sizes are those of inner packets, in bytes. A size has failed after enough probes of it were
+//! lost while small probes sent afterwards were answered. Until a size has failed, the path is
+//! assumed to carry what the local interface does, which is nearly always true. A lower first guess
+//! would teach containers a smaller MTU, which they keep for minutes.
 
 use std::time::{Duration, Instant};
 
-/// What every path should carry: the least MTU of IPv6 (1280) less the headers of the tunnel over
-/// IPv6 (80). Taken at once when a larger size fails, until the search knows better (RFC 8899
-/// section 5.1.2, `BASE_PLPMTU`).
+/// Size that every path should carry: the minimum MTU of IPv6 (1280) less the headers of the tunnel
+/// over IPv6 (80). It is used at once when a larger size fails, until the search has a result (RFC
+/// 8899 section 5.1.2, `BASE_PLPMTU`).
 pub const BASE: u32 = 1200;
-/// The least that is looked for: what IPv4 hosts must accept (576) less the headers of the tunnel
-/// over IPv4 (60), and that rounded to the cipher's blocks.
+/// Smallest size that the search tries: the size that IPv4 hosts must accept (576) less the headers
+/// of the tunnel over IPv4 (60), rounded down to the cipher's blocks.
 pub const FLOOR: u32 = 512;
-/// The search ends when the answer is known to so many bytes.
+/// The search ends when the result is known to this many bytes.
 pub const PRECISION: u32 = 8;
-/// So many probes of a size must vanish before it has failed (RFC 8899 section 5.1.2,
-/// `MAX_PROBES`); more where the path loses many packets.
+/// Minimum number of probes that must be lost before a size has failed (RFC 8899 section 5.1.2,
+/// `MAX_PROBES`). More are needed on lossy paths.
 pub const TRIES: u32 = 3;
-/// And no more than these, whatever is lost.
+/// Maximum number of probes per size, regardless of the loss.
 pub const MOST_TRIES: u32 = 12;
-/// How likely it may be that mere loss makes a size fail.
+/// Accepted probability that mere loss makes a size fail, 0 to 1.
 const MISTAKE: f32 = 0.001;
-/// How often a size that works is tried again: RFC 8899 asks for less often, but this is how long a
-/// black hole may last.
+/// Interval at which a size that works is checked. RFC 8899 asks for less often, but this is how
+/// long a black hole can last.
 pub const CHECK_INTERVAL: Duration = Duration::from_secs(30);
-/// The same where containers talk to each other, and would notice.
+/// The same interval where containers exchange packets and would notice a black hole.
 pub const BUSY_CHECK_INTERVAL: Duration = Duration::from_secs(5);
-/// How often a larger size is tried (RFC 8899 section 5.1.1, `PMTU_RAISE_TIMER`).
+/// Interval at which a larger size is tried (RFC 8899 section 5.1.1, `PMTU_RAISE_TIMER`).
 pub const RAISE_INTERVAL: Duration = Duration::from_secs(600);
-/// The pause after a try that shows nothing, since small probes vanish, too.
+/// Pause after an inconclusive probe, when small probes were lost as well.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// The search on one path. At rest while the path is dead.
+/// The MTU search on one path. Idle while the path is dead.
 #[derive(Debug)]
 pub(super) struct Search {
     largest: u32,
@@ -43,27 +43,27 @@ pub(super) struct Search {
     confirmed_at: Option<Instant>,
     is_confirmed: bool,
     aim: Aim,
-    /// The probes of the present size.
+    /// Probes of the current size.
     flights: Vec<Flight>,
     /// When the first of them was sent.
     first_sent: Option<Instant>,
     wait: Option<Wait>,
     failures: u32,
-    /// When to send the next one, or to give up waiting for an answer; none while at rest.
+    /// When to send the next probe, or to stop waiting for an answer. `None` while idle.
     next: Option<Instant>,
     raise_at: Option<Instant>,
 }
 
-/// What the next probe is to find out.
+/// What the next probe tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Aim {
-    /// That the present MTU holds.
+    /// Whether the current MTU still works.
     Keep,
-    /// That the path now carries the most.
+    /// Whether the path now carries the largest size.
     Largest,
-    /// That it carries [`BASE`], when so much has failed.
+    /// Whether the path carries [`BASE`] after `high` has failed.
     Base { high: u32 },
-    /// What it carries between a size that works and one that does not.
+    /// What the path carries between `low`, which works, and `high`, which does not.
     Between { low: u32, high: u32 },
 }
 
@@ -73,11 +73,11 @@ struct Flight {
     stamp: u64,
 }
 
-/// For the answer to the last of the probes.
+/// Waits for the answer to the last probe.
 #[derive(Clone, Copy, Debug)]
 struct Wait {
     since: Instant,
-    /// A small probe that was sent no earlier was answered.
+    /// True if a small probe that was sent no earlier was answered.
     has_small_passed: bool,
 }
 
@@ -111,7 +111,7 @@ impl Search {
         self.largest
     }
 
-    /// The local interface carries more or less than before.
+    /// Handles a change of the size that the local interface carries.
     pub(super) fn set_largest(&mut self, largest: u32, now: Instant) {
         self.largest = largest;
         self.mtu = self.mtu.min(largest);
@@ -120,7 +120,7 @@ impl Search {
         }
     }
 
-    /// The path is alive: checks what was known of it before, and then whether it carries more by
+    /// Starts when the path is alive: checks the known MTU, and then whether the path carries more
     /// now.
     pub(super) fn start(&mut self, now: Instant) {
         self.is_confirmed = false;
@@ -129,20 +129,20 @@ impl Search {
         self.turn_to(Aim::Keep, now);
     }
 
-    /// The path is dead.
+    /// Stops when the path is dead.
     pub(super) fn stop(&mut self) {
         self.turn(Aim::Keep);
         self.next = None;
     }
 
-    /// Large packets seem to vanish: checks the MTU at once.
+    /// Checks the MTU at once, because large packets seem to vanish.
     pub(super) fn suspect(&mut self, now: Instant) {
         if self.aim == Aim::Keep && self.wait.is_none() && self.next.is_some() {
             self.next = Some(now);
         }
     }
 
-    /// Whether containers talk to that node: then the MTU is checked more often.
+    /// Sets whether containers exchange packets with that node. The MTU is then checked more often.
     pub(super) fn set_busy(&mut self, is_busy: bool, now: Instant) {
         self.is_busy = is_busy;
         let is_at_rest = self.aim == Aim::Keep && self.wait.is_none() && self.flights.is_empty();
@@ -151,13 +151,13 @@ impl Search {
         }
     }
 
-    /// When there is something to do.
+    /// Returns when there is something to do.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
         self.next
     }
 
-    /// Gives up waiting if it is time; `loss` is that of small probes, 0 to 1. Returns the MTU that
-    /// was believed in, if it has turned out to be too large.
+    /// Stops waiting for an answer if it is time. `loss` is the loss of small probes, 0 to 1.
+    /// Returns the MTU that was assumed, if it has turned out to be too large.
     pub(super) fn handle_timeout(&mut self, now: Instant, loss: f32) -> Option<u32> {
         let wait = self.wait.filter(|_| self.next.is_some_and(|next| now >= next))?;
         self.wait = None;
@@ -170,8 +170,8 @@ impl Search {
         if self.failures >= tries(loss) { self.fail(now) } else { None }
     }
 
-    /// A small probe that was sent at `sent` was answered: one of this search that was sent before
-    /// it has so much longer.
+    /// Handles the answer to a small probe that was sent at `sent`. A probe of this search that was
+    /// sent no later has only `grace` left.
     pub(super) fn handle_small(&mut self, sent: Instant, grace: Duration, now: Instant) {
         if let Some(wait) = self.wait.as_mut().filter(|wait| sent >= wait.since) {
             wait.has_small_passed = true;
@@ -179,7 +179,7 @@ impl Search {
         }
     }
 
-    /// The size of the probe to send now, if one is due.
+    /// Returns the size of the probe to send now, if one is due.
     pub(super) fn poll_size(&mut self, now: Instant) -> Option<u32> {
         if self.wait.is_some() || self.next.is_none_or(|next| now < next) {
             return None;
@@ -191,7 +191,7 @@ impl Search {
         Some(self.size())
     }
 
-    /// A probe of that size was sent, whose answer is to be waited for until `patience` is over.
+    /// Records that a probe was sent. Its answer is awaited for `patience`.
     pub(super) fn handle_sent(
         &mut self,
         sequence: u64,
@@ -208,7 +208,7 @@ impl Search {
         self.next = Some(now + patience);
     }
 
-    /// Takes an answer if it is to one of these probes.
+    /// Handles an answer. Returns true if it is to a probe of this search.
     pub(super) fn handle_answer(&mut self, sequence: u64, stamp: u64, now: Instant) -> bool {
         let is_mine =
             self.flights.iter().any(|flight| flight.sequence == sequence && flight.stamp == stamp);
@@ -218,8 +218,9 @@ impl Search {
         is_mine
     }
 
-    /// The other side has received packets of up to `seen` bytes in the `window` before it got what
-    /// was sent at `asked`: then only the answer of a probe is missing.
+    /// Handles the report that the other side has received packets of up to `seen` bytes in the
+    /// `window` before it received the request sent at `asked`. If that covers a probe of this
+    /// search, only its answer was lost.
     pub(super) fn handle_seen(
         &mut self,
         seen: u32,
@@ -234,8 +235,8 @@ impl Search {
         }
     }
 
-    /// The kernel has refused to send a packet of that size. Returns true if it was a probe of this
-    /// search.
+    /// Handles a packet of that size that the kernel refused to send. Returns true if it was a
+    /// probe of this search.
     pub(super) fn handle_unsent(&mut self, size: u32, now: Instant) -> bool {
         let is_mine = self.wait.is_some() && size == self.size();
         if is_mine {
@@ -321,7 +322,7 @@ impl Search {
     }
 }
 
-/// How many probes must vanish, so that it is hardly by chance.
+/// Returns the number of lost probes after which chance is an unlikely cause.
 fn tries(loss: f32) -> u32 {
     let mut chance = 1.0;
     for tries in 0..MOST_TRIES {

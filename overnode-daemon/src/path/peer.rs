@@ -1,4 +1,4 @@
-//! The path to one node.
+//! The direct path to one node.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -12,50 +12,52 @@ use super::probe::{Kind, Probe, SMALLEST};
 use super::rtt::{Rtt, SHORTEST_WAIT};
 use super::state::{Fault, PathState};
 
-/// Time between two requests on a path that is alive. With [`FAST_INTERVAL`] and [`DEAD_AFTER`] a
-/// dead path is noticed 1.4 to 2 s after its death, which leaves a second for gossip to tell and
-/// for others to reroute.
+/// Interval between requests on a live path. With [`FAST_INTERVAL`] and [`DEAD_AFTER`], a dead path
+/// is detected after 1.4 to 2 s. That leaves a second for gossip to spread the news and for other
+/// nodes to reroute.
 pub const INTERVAL: Duration = Duration::from_millis(500);
-/// The same on quiet paths where there are many.
+/// Interval between requests on quiet paths of a node with many peers.
 pub const STRETCHED_INTERVAL: Duration = Duration::from_secs(2);
-/// The same after an answer is missed, on a path that comes back, and for [`FAST_START`] on a new
-/// one.
+/// Interval between requests after an answer is missing, on a path that is recovering, and for
+/// [`FAST_START`] on a new one.
 pub const FAST_INTERVAL: Duration = Duration::from_millis(100);
-/// The same after an answer is missed on a path that loses more than [`LOSSY`]: where half of all
-/// round trips fail, a dozen in a row do every hour, two dozen do not.
+/// Interval between requests after an answer is missing on a path that loses more than [`LOSSY`].
+/// If half of all round trips fail, a dozen consecutive failures occur every hour, but two dozen do
+/// not.
 pub const LOSSY_INTERVAL: Duration = Duration::from_millis(50);
-/// Loss that is taken for the nature of the path, 0 to 1.
+/// Loss above which a path counts as lossy by nature, 0 to 1.
 pub const LOSSY: f32 = 0.2;
-/// A new path is probed fast for so long: both nodes agree on a session within less, or something
-/// is in the way.
+/// How long a new path is probed fast. Two nodes agree on a session in less time than this, or
+/// something blocks their packets.
 pub const FAST_START: Duration = Duration::from_secs(5);
-/// A path is dead when a request and all after it have had no answer for so long.
+/// A path is dead when a request and all later ones had no answer for this long.
 pub const DEAD_AFTER: Duration = Duration::from_millis(1400);
-/// And no less than so many, the last of which had [`SHORTEST_WAIT`]: a node that was too busy to
-/// ask must not take its own silence for the other's.
+/// Minimum number of unanswered requests for a dead path, the last of them at least
+/// [`SHORTEST_WAIT`] old. A node that was too busy to send requests must not mistake its own
+/// silence for the other node's.
 pub const DEAD_REQUESTS: u32 = 6;
-/// A daemon that comes later than it asked to by so much has not been listening: silence counts
-/// from then on.
+/// A daemon whose timer fires later than requested by more than this was not listening. The silence
+/// then counts from that moment.
 pub const STALL: Duration = Duration::from_millis(300);
-/// So many requests in a row must be answered on a dead path before it is alive again.
+/// Number of consecutive requests that must be answered on a dead path before it is alive again.
 pub const ANSWERS_IN_A_ROW: usize = 3;
-/// They must have been sent within this.
+/// These requests must have been sent within this time.
 pub const ROW_WITHIN: Duration = Duration::from_secs(2);
 /// A path that dies sooner than this after it came alive has flapped.
 pub const STEADY: Duration = Duration::from_secs(60);
-/// A path that has flapped must be good for so long before it is alive again; twice that after each
-/// further time.
+/// How long a path must be good before it is alive again, after it has flapped twice in a row.
+/// Doubles with each further flap.
 pub const FIRST_HOLD: Duration = Duration::from_secs(1);
-/// And for no longer than this.
+/// Maximum of this time.
 pub const LONGEST_HOLD: Duration = Duration::from_secs(30);
-/// Loss is measured over so many requests.
+/// Number of requests that the loss is measured over.
 pub const HISTORY: usize = 100;
-/// An answer that is later than this is lost.
+/// An answer that takes longer than this counts as lost.
 pub const LATEST_ANSWER: Duration = Duration::from_secs(3);
-/// A large probe has so much longer than the small one that was sent after it, or half of the round
-/// trip if that is more.
+/// Time that a large probe has left after the answer to a small one sent after it. Half the
+/// round-trip time if that is longer.
 pub const SIZE_GRACE: Duration = Duration::from_millis(50);
-/// The path to one node.
+/// The direct path to one node.
 #[derive(Debug)]
 pub(super) struct Peer {
     is_alive: bool,
@@ -92,13 +94,13 @@ enum Fate {
     Lost,
 }
 
-/// Since the last answer.
+/// The time without answers since the last one.
 #[derive(Clone, Copy, Debug)]
 struct Silence {
-    /// When the first request since was sent.
+    /// When the first request of this period was sent.
     since: Instant,
     requests: u32,
-    /// When there were [`DEAD_REQUESTS`] of them.
+    /// When [`DEAD_REQUESTS`] requests had been sent.
     enough_at: Option<Instant>,
 }
 
@@ -108,16 +110,16 @@ impl Silence {
     }
 }
 
-/// What became of a probe that came.
+/// The result of handling a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// To be answered with this.
+    /// Send this answer.
     Answer(Probe),
-    /// A request too many.
+    /// A request beyond the rate limit.
     Limited,
     /// The answer to a request of this node.
     Heard,
-    /// An answer to nothing that this node waits for.
+    /// An answer that this node is not waiting for.
     Stray,
 }
 
@@ -163,7 +165,7 @@ impl Peer {
         self.is_alive
     }
 
-    /// Whether containers talk to that node.
+    /// Sets whether containers exchange packets with that node.
     pub(super) fn set_busy(&mut self, is_busy: bool, now: Instant) {
         let was_busy = std::mem::replace(&mut self.is_busy, is_busy);
         if is_busy && !was_busy {
@@ -172,7 +174,7 @@ impl Peer {
         self.search.set_busy(is_busy, now);
     }
 
-    /// When there is something to do.
+    /// Returns when there is something to do.
     pub(super) fn poll_timeout(&self) -> Instant {
         [self.hurry_at(), self.verdict_at(), self.search.poll_timeout()]
             .into_iter()
@@ -180,7 +182,7 @@ impl Peer {
             .fold(self.next, Instant::min)
     }
 
-    /// Does what is due; what is to be sent is added to `probes`.
+    /// Handles everything that is due and adds the probes to send to `probes`.
     pub(super) fn handle_timeout(
         &mut self,
         now: Instant,
@@ -215,7 +217,7 @@ impl Peer {
         }
     }
 
-    /// Takes a probe that came.
+    /// Handles a received probe.
     pub(super) fn handle_probe(&mut self, probe: Probe, now: Instant) -> Outcome {
         self.carries = Some(u32::from(probe.carries)).filter(|size| *size > 0).or(self.carries);
         match probe.kind {
@@ -226,7 +228,7 @@ impl Peer {
         }
     }
 
-    /// The kernel has refused to send an inner packet of that size.
+    /// Handles an inner packet of that size that the kernel refused to send.
     pub(super) fn handle_unsent(&mut self, size: u32, now: Instant) {
         let fault = if self.search.handle_unsent(size, now) {
             Fault::TooLarge(size)
@@ -338,13 +340,13 @@ impl Peer {
         }
     }
 
-    /// When to ask again out of turn because an answer is missing.
+    /// Returns when to send an extra request because an answer is missing.
     fn hurry_at(&self) -> Option<Instant> {
         let silence = self.silence.filter(|_| self.is_alive)?;
         Some((silence.since + self.rtt.wait()).max(self.last_sent? + FAST_INTERVAL))
     }
 
-    /// When silence is the path's death.
+    /// Returns when the path counts as dead if the silence continues.
     fn verdict_at(&self) -> Option<Instant> {
         let (silence, _) = self.silence.zip(self.good_since)?;
         Some((silence.since + DEAD_AFTER).max(silence.enough_at? + SHORTEST_WAIT))
@@ -377,7 +379,7 @@ impl Peer {
     }
 }
 
-/// Shorter or longer by up to a tenth, so that many paths are not probed in step.
+/// Varies an interval by up to a tenth, so that many paths are not probed in step.
 fn jittered(interval: Duration, rng: &mut StdRng) -> Duration {
     interval.mul_f64(rng.random_range(0.9..=1.1))
 }

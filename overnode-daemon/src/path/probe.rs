@@ -1,86 +1,89 @@
-//! The probe: what two nodes send each other inside the tunnel to measure the path between them.
+//! The probe format: messages between two nodes inside the tunnel that measure the path between
+//! them.
 //!
-//! The payload of an inner packet, integers big-endian:
+//! Payload of an inner packet, with big-endian integers:
 //!
 //! | at | bytes | |
 //! | --- | --- | --- |
 //! | 0 | 1 | kind: 1 request, 2 answer |
 //! | 1 | 1 | version: 1 |
-//! | 2 | 2 | size of the largest inner packet that every living path of the sender carries, relay headers included; 0 if there is none |
+//! | 2 | 2 | size of the largest inner packet that all live paths of the sender carry (see below) |
 //! | 4 | 4 | size of the whole inner packet |
-//! | 8 | 8 | sequence number; an answer has its request's |
-//! | 16 | 8 | stamp; an answer has its request's |
-//! | 24 | 4 | size of the largest inner packet with a probe that came from the other side lately |
-//! | 28 | | padding, zero, not looked at |
+//! | 8 | 8 | sequence number; an answer repeats that of the request |
+//! | 16 | 8 | stamp; an answer repeats that of the request |
+//! | 24 | 4 | size of the largest inner packet with a probe received lately |
+//! | 28 | | zero padding, ignored |
 //!
-//! The tunnel has proven who sent it and that nobody changed it; the sender may still be hostile.
+//! All sizes are in bytes. The size at offset 2 includes relay headers and is 0 without a live
+//! path. The size at offset 24 is that of a packet from the other side. The tunnel authenticates
+//! the sender and the content, but the sender may still be hostile.
 
-/// Bytes of a probe without padding.
+/// Length of a probe without padding in bytes.
 pub const HEADER: usize = 28;
-/// Bytes of the inner packet in front of the probe: an IPv4 header (20) and a UDP header (8).
+/// Length of the headers of the inner packet in front of the probe in bytes: IPv4 (20) and UDP (8).
 pub const ENVELOPE: u32 = 28;
-/// Size of the smallest inner packet with a probe, bytes.
+/// Size of the smallest inner packet with a probe in bytes.
 pub const SMALLEST: u32 = ENVELOPE + HEADER as u32;
-/// Size of the largest inner packet, bytes: IPv4 counts no further.
+/// Size of the largest inner packet in bytes: the maximum length of an IPv4 packet.
 pub const LARGEST: u32 = 65535;
 
 const VERSION: u8 = 1;
 const REQUEST: u8 = 1;
 const ANSWER: u8 = 2;
 
-/// What a probe is.
+/// The kind of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// To be answered.
+    /// A request, which is answered.
     Request,
-    /// The answer; always of the smallest size.
+    /// An answer, which always has the smallest size.
     Answer,
 }
 
-/// A probe.
+/// A request or an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
     /// Request or answer.
     pub kind: Kind,
-    /// Size of the whole inner packet, bytes.
+    /// Size of the whole inner packet in bytes.
     pub size: u32,
     /// Number of the request.
     pub sequence: u64,
-    /// What only one who has received the request knows.
+    /// A random value that only the receiver of the request knows.
     pub stamp: u64,
-    /// Size of the largest inner packet with a probe that came from the other side lately, bytes; 0
-    /// if none did.
+    /// Size in bytes of the largest inner packet with a probe that recently came from the other
+    /// side. 0 if there was none.
     pub seen: u32,
-    /// Size of the largest inner packet that each of the sender's living direct paths carries,
-    /// bytes; 0 if it has none. Whoever sends through that node needs to know.
+    /// Size in bytes of the largest inner packet that all live direct paths of the sender carry. 0
+    /// without a live path. Nodes that relay through the sender need it.
     pub carries: u16,
 }
 
-/// Why bytes are no probe.
+/// Why bytes are not a valid probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadProbe {
-    /// Fewer bytes than [`HEADER`].
+    /// There are fewer bytes than [`HEADER`].
     #[error("a probe has {HEADER} bytes or more, not {0}")]
     Short(usize),
-    /// A version that this node does not speak.
+    /// This node does not know the version.
     #[error("version {0} of probes is not known")]
     Version(u8),
-    /// Neither request nor answer.
+    /// The kind is neither request nor answer.
     #[error("not a probe")]
     Malformed,
-    /// It says another size than it has.
+    /// The size in the probe is not the received one, or out of range.
     #[error("a probe that says {said} bytes came with {received}")]
     Size {
-        /// By its own word.
+        /// The size in the probe.
         said: u32,
-        /// As it came.
+        /// The received size.
         received: u32,
     },
 }
 
 impl Probe {
-    /// The payload, padded so that the inner packet has [`Self::size`] bytes; [`SMALLEST`] at
-    /// least, [`LARGEST`] at most.
+    /// Encodes the payload, padded so that the inner packet has [`Self::size`] bytes, but at least
+    /// [`SMALLEST`] and at most [`LARGEST`].
     pub fn encode(&self) -> Vec<u8> {
         let size = self.size.clamp(SMALLEST, LARGEST);
         let kind = match self.kind {
@@ -98,11 +101,11 @@ impl Probe {
         bytes
     }
 
-    /// Takes a payload apart that came in an inner packet of `received` bytes. The head of the
-    /// payload is enough: padding that was left out is not missed.
+    /// Decodes a payload that came in an inner packet of `received` bytes. The first [`HEADER`]
+    /// bytes of the payload are enough, and padding may be missing.
     ///
     /// # Errors
-    /// See [`BadProbe`].
+    /// [`BadProbe`] if the bytes are not a valid probe.
     pub fn decode(bytes: &[u8], received: u32) -> Result<Self, BadProbe> {
         let short = BadProbe::Short(bytes.len());
         let (&[kind, version, carries @ ..], rest) = bytes.split_first_chunk::<4>().ok_or(short)?;

@@ -1,8 +1,8 @@
-//! Which way packets to each node go: a pure function of what is known of the paths.
+//! Route selection: a pure function of the known paths.
 //!
-//! Every node forwards by its own table. Where all nodes know the same, each hop is one nearer to
-//! the destination whichever way ties are broken, so there is no loop. Where they do not, for as
-//! long as gossip takes, packets may circle; the hop limit in the relay header ends that.
+//! Every node forwards by its own table. If all nodes know the same paths, each hop is one closer
+//! to the destination, however ties are broken, so there is no loop. While they do not, until
+//! gossip has spread a change, packets may loop. The hop limit in the relay header ends that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -11,58 +11,59 @@ use super::mtu::FLOOR;
 use super::state::PathState;
 use crate::types::NodeId;
 
-/// Most links on a route. A route that is longer than this is none; the relay header starts with
-/// it.
+/// Maximum number of links on a route, and the initial hop limit in the relay header. A longer
+/// route is not used.
 pub const MAX_HOPS: u8 = 8;
-/// Bytes of a relay header.
+/// Length of a relay header in bytes.
 pub const RELAY_HEADER: u32 = 8;
-/// What is taken to fit beyond those hops that this node knows of, bytes of inner packet and relay
-/// header: it leaves containers 1280 bytes, the least that IPv6 works with. A relay tells what its
-/// own paths carry; what comes after, nobody tells.
+/// Size in bytes of inner packet and relay header that is assumed to fit beyond the hops that this
+/// node knows about. It leaves 1280 bytes for containers, the minimum MTU of IPv6. A relay reports
+/// what its own paths carry, but not what later hops do.
 pub const BEYOND_FIRST_HOP: u32 = 1280 + RELAY_HEADER;
-/// The present relay stays unless another one is nearer by more than this and by more than a
-/// quarter: round-trip times waver, and each change may reorder packets.
+/// The current relay is kept unless another one is closer by more than this and by more than a
+/// quarter. Round-trip times vary, and each change may reorder packets.
 pub const RTT_MARGIN: Duration = Duration::from_millis(5);
 
-/// How to reach a node.
+/// The route to a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
-    /// By the direct path.
+    /// On the direct path.
     Direct,
-    /// Through others.
+    /// Through other nodes.
     Via {
         /// The first of them.
         relay: NodeId,
-        /// Links on the way, 2 to [`MAX_HOPS`].
+        /// Number of links on the route, 2 to [`MAX_HOPS`].
         hops: u8,
     },
-    /// Not at all.
+    /// There is no route.
     Unreachable,
 }
 
-/// What is known of the paths.
+/// The known paths.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
     /// The direct paths of this node ([`super::Paths::states`]).
     pub direct: BTreeMap<NodeId, PathState>,
-    /// To which nodes each other node says that its direct path is alive. Counts only if both say
-    /// so. What is in here under this node's own ID is not looked at.
+    /// By node: the nodes that it reports a live direct path to. A link counts only if both ends
+    /// report it. The entry of this node itself is ignored.
     pub links: BTreeMap<NodeId, BTreeSet<NodeId>>,
-    /// The routes so far.
+    /// The current routes.
     pub present: BTreeMap<NodeId, Route>,
 }
 
-/// The route to every node that the graph knows.
+/// Returns the route to every node in the graph.
 ///
-/// Direct where that path is alive; otherwise by the fewest links, then by the relay that there is
-/// already, then by the one with the shortest round-trip time, then by the one with the lowest ID.
+/// The route is direct if that path is alive. Otherwise the route with the fewest links wins, then
+/// the one through the current relay, then the relay with the shortest round-trip time, then the
+/// relay with the lowest ID.
 pub fn choose(own: NodeId, graph: &Graph) -> BTreeMap<NodeId, Route> {
     let is_alive = |id: &NodeId| graph.direct.get(id).is_some_and(|state| state.alive);
     let nodes = graph.direct.keys().chain(graph.links.keys()).copied().filter(|id| *id != own);
     let (near, mut far): (BTreeSet<_>, BTreeSet<_>) = nodes.partition(|id| is_alive(id));
     let mut routes: BTreeMap<_, _> = near.iter().map(|id| (*id, Route::Direct)).collect();
-    // For every node of the last ring the neighbours of this node through which a shortest way to
-    // it leads.
+    // For every node of the last ring: the neighbors of this node that are first on a shortest
+    // route to it.
     let mut ring: BTreeMap<NodeId, BTreeSet<NodeId>> =
         near.into_iter().map(|id| (id, BTreeSet::from([id]))).collect();
     for hops in 2..=MAX_HOPS {
@@ -98,8 +99,8 @@ pub fn choose(own: NodeId, graph: &Graph) -> BTreeMap<NodeId, Route> {
     routes
 }
 
-/// Size of the largest inner packet that goes by a route, bytes; none if it is unreachable, or
-/// unknown to the graph.
+/// Returns the size in bytes of the largest inner packet that a route carries. `None` if the node
+/// is unreachable or not in the graph.
 pub fn mtu(to: NodeId, route: Route, direct: &BTreeMap<NodeId, PathState>) -> Option<u32> {
     match route {
         Route::Direct => Some(direct.get(&to)?.mtu),

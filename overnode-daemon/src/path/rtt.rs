@@ -1,15 +1,15 @@
-//! Round-trip time, as RFC 6298 smooths it.
+//! Round-trip time, smoothed as in RFC 6298.
 
 use std::time::Duration;
 
-/// The shortest wait for an answer before it is missed. Answers come from a daemon, so a busy host
-/// may take so long without anything being wrong; RFC 6298 would say a second, which is too slow
-/// here and costs nothing but a few early probes where it is too short.
+/// Minimum time before an answer counts as missing. Answers come from a daemon, so a busy host may
+/// take this long without a fault. RFC 6298 uses one second, which is too slow here. A value that
+/// is too short costs only a few early probes.
 pub const SHORTEST_WAIT: Duration = Duration::from_millis(200);
-/// The longest wait, and the one before anything was measured (RFC 6298 section 2.1).
+/// Maximum of this time, and its value before the first measurement (RFC 6298 section 2.1).
 pub const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
-/// What was measured.
+/// Measured round-trip times.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Rtt {
     smoothed: Option<Duration>,
@@ -18,7 +18,7 @@ pub(super) struct Rtt {
 }
 
 impl Rtt {
-    /// Takes a measurement in (section 2: alpha 1/8, beta 1/4).
+    /// Adds a measurement (section 2: alpha 1/8, beta 1/4).
     pub(super) fn sample(&mut self, rtt: Duration) {
         self.least = Some(self.least.map_or(rtt, |least| least.min(rtt)));
         match self.smoothed {
@@ -33,7 +33,7 @@ impl Rtt {
         }
     }
 
-    /// Forgets the least: the path may be another one from now on.
+    /// Forgets the least round-trip time, because the network path may have changed.
     pub(super) fn forget_least(&mut self) {
         self.least = None;
     }
@@ -46,7 +46,7 @@ impl Rtt {
         self.least
     }
 
-    /// How long to wait for an answer (section 2.3: K = 4).
+    /// Returns how long to wait for an answer (section 2.3: K = 4).
     pub(super) fn wait(&self) -> Duration {
         self.smoothed.map_or(LONGEST_WAIT, |smoothed| {
             (smoothed + self.variation * 4).clamp(SHORTEST_WAIT, LONGEST_WAIT)

@@ -1,41 +1,41 @@
-//! What is known of a path, for routes and for people.
+//! The state of a path, for route selection and for display.
 
 use std::time::{Duration, Instant};
 
-/// The direct path to a node.
+/// The state of the direct path to a node.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PathState {
-    /// Packets pass in both directions.
+    /// True if packets pass in both directions.
     pub alive: bool,
-    /// Since when that is so.
+    /// When [`Self::alive`] last changed, or when the session began.
     pub since: Instant,
-    /// Smoothed round-trip time (RFC 6298); none before the first answer.
+    /// Smoothed round-trip time (RFC 6298). `None` before the first answer.
     pub rtt: Option<Duration>,
-    /// Shortest round trip since the path last died.
+    /// Shortest round-trip time since the path last died.
     pub rtt_min: Option<Duration>,
-    /// How many of the last [`super::HISTORY`] small requests had no answer, 0 to 1. Counted anew
+    /// Share of the last [`super::HISTORY`] small requests without an answer, 0 to 1. Starts again
     /// when the path comes alive.
     pub loss: f32,
-    /// Size of the largest inner packet that the path carries, bytes.
+    /// Size of the largest inner packet that the path carries in bytes.
     pub mtu: u32,
     /// False while [`Self::mtu`] is a guess that no probe has confirmed since the path came alive.
     pub mtu_confirmed: bool,
-    /// Size of the largest inner packet that the living paths of that node carry, as it says,
-    /// bytes; none before it has said.
+    /// Size in bytes of the largest inner packet that all live paths of that node carry, as
+    /// reported by it. `None` before the first report.
     pub carries: Option<u32>,
-    /// When the last answer came.
+    /// When the last answer arrived.
     pub last_heard: Option<Instant>,
-    /// What went wrong last, and when.
+    /// The last fault and its time.
     pub last_error: Option<(Fault, Instant)>,
 }
 
-/// What went wrong on a path.
+/// A fault on a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// It was alive, and then probes had no answer.
+    /// The path was alive, and then probes had no answer.
     #[error("probes have no answer")]
     Silent,
-    /// Packets of so many bytes vanish while small ones pass.
+    /// Packets of this size in bytes are lost while small ones pass.
     #[error("packets of {0} bytes vanish while small ones pass")]
     TooLarge(u32),
     /// The kernel of this host has refused to send a probe.

@@ -1,37 +1,38 @@
-//! Routing: which of the announced prefixes lead to which node. Deterministic; no I/O, no clock.
+//! Routing: decides which of the announced prefixes are routed to which node. Deterministic,
+//! without I/O or a clock.
 //!
-//! The data plane has one table that says both where a packet goes and who may send from an
-//! address. This module decides what the other nodes are given in it. A member may announce
+//! The data plane has one table that says both where a packet goes and which node may send from an
+//! address. This module decides the entries of the other nodes in that table. A member can announce
 //! anything, so an announcement alone is worth nothing:
 //!
-//! 1. A node's own address follows from its ID, and so does the first half of a quarter, which is
-//!    only ever given out by the node with that ID. Both, and anything inside them, lead to that
-//!    node whatever others announce.
+//! 1. A node's own address follows from its ID. So does the first half of a quarter, which only the
+//!    node with that ID ever allocates from. Both, and all prefixes inside them, are routed to that
+//!    node regardless of what others announce.
 //! 2. Blocks inside the second half of a quarter, and static addresses, belong to the node that
-//!    announced them **first**, as far as this node has seen. They stay its own as long as it
-//!    announces them and is present: reached, or reached less than [`GRACE`] ago. A later
-//!    announcement of the same addresses, of a part of them, or of more than them takes none of
-//!    them over. If the first one is absent, the next present one gets them until the first one is
-//!    back.
-//! 3. The whole second half of a quarter is no route: a node that announces it says that it lends
-//!    it. Blocks of it that the lender itself uses are announced, too
-//!    ([`Ipam::ranges`](crate::ipam::Ipam::ranges)), and fall under rule 2.
-//! 4. What this node itself has belongs to itself, here.
-//! 5. A prefix that is none of these is not accepted: outside of the subnet, over addresses of
-//!    nodes, larger than a half.
-//! 6. Nothing leads to a node that has left, or whose space was taken back. If its ID returns, in a
-//!    later incarnation or under another key, its announcements are the latest of all.
+//!    announced them **first**, as far as this node has seen. They stay with that node while it
+//!    announces them and is present, which means that it is reachable or was reachable less than
+//!    [`GRACE`] ago. A later announcement of the same addresses, of a part of them, or of a larger
+//!    prefix takes none of them over. If the first node is absent, the next present one gets the
+//!    addresses until the first one is back.
+//! 3. The whole second half of a quarter is not a route: announcing it says that the node lends it.
+//!    The lender also announces the blocks of it that it uses itself
+//!    ([`Ipam::ranges`](crate::ipam::Ipam::ranges)), and rule 2 applies to these.
+//! 4. Addresses that this node itself has belong to it, in its own table.
+//! 5. All other prefixes are rejected: those outside of the subnet, those that cover node
+//!    addresses, and those larger than a half.
+//! 6. No prefix is routed to a node that has left, or whose space was taken back. If its ID returns
+//!    in a later incarnation or under another key, its announcements are the latest of all.
 //!
-//! Two claims to an address are a [`Conflict`]: present state, for as long as both nodes are
-//! reached and announce it. Both parties see it, and so does everybody else.
+//! Two claims to an address are a [`Conflict`]. It exists while both nodes are reachable and
+//! announce the address. Both parties and all other nodes see it.
 //!
-//! Who was first is a number for each prefix ([`Routing::standing`]). It is stored beside the
-//! node's record, for a restarted daemon that believed whoever connects first could be robbed by a
-//! member that waits for the restart.
+//! The order of the announcements is a number for each prefix ([`Routing::standing`]). It is stored
+//! with the node's record. If a restarted daemon believed the first node to connect, a member could
+//! wait for the restart to take over addresses.
 //!
-//! Addresses that nobody has announced yet are free for all here. Proof of ownership, a grant that
-//! the lender signs, will come between rules 1 and 2: it then outranks any earlier announcement
-//! without one. [`Claim`] is where it belongs, in front of `rank`.
+//! Any node can claim addresses that no other node has announced yet. Proof of ownership, a grant
+//! signed by the lender, will come between rules 1 and 2. It will then outrank any earlier
+//! announcement without one. Its place is in [`Claim`], in front of `rank`.
 //!
 //! Inputs: [`Routing::restore`], [`Routing::learn`], [`Routing::set_own`],
 //! [`Routing::set_reachable`], [`Routing::set_gone`]. [`Routing::update`] then decides. Outputs:
@@ -50,25 +51,26 @@ use crate::gossip::Record;
 use crate::ipam::{Layout, quarters};
 use crate::types::{NodeId, VerifyingKey};
 
-/// So long after it was reached last, a node keeps what it announced first: its sessions carry
-/// traffic for no longer (WireGuard's reject-after-time), and a daemon that is restarted or
-/// upgraded is back earlier.
+/// How long a node keeps the addresses that it announced first after it was last reachable. Its
+/// sessions carry traffic for no longer (WireGuard's reject-after-time), and a daemon that restarts
+/// or is upgraded comes back sooner.
 pub const GRACE: Duration = Duration::from_secs(180);
-/// Conflicts count after this time: while a block changes hands, the record of the new user may
+/// Conflicts are reported after this time. While a block changes hands, the new user's record may
 /// arrive before that of the old one.
 pub const SETTLE: Duration = Duration::from_secs(3);
-/// Prefixes that are named of one conflict.
+/// Maximum number of prefixes that are listed for one conflict.
 pub const MAX_NAMED: usize = 8;
-/// Conflicts that are told at a time: a member may be very many nodes.
+/// Maximum number of conflicts that are reported at a time, because one member can be many nodes.
 pub const MAX_CONFLICTS: usize = 32;
 
-/// Shapes of earlier announcements that are remembered of one node, besides the present ones.
+/// Maximum number of earlier announcements that are remembered per node in addition to the current
+/// ones.
 const MAX_EARLIER: usize = 512;
-/// How long the table stays as it is after it was made, for each prefix in it: a member that
-/// announces very much, again and again, must not keep the node from everything else.
+/// Minimum time between two computations of the table, per prefix in it. Otherwise a member with
+/// many changing announcements could keep the node from all other work.
 const PACE: Duration = Duration::from_micros(2);
 
-/// Decides which prefixes lead to which node.
+/// Decides which prefixes are routed to which node.
 #[derive(Clone, Debug)]
 pub struct Routing {
     own: NodeId,
@@ -82,16 +84,16 @@ pub struct Routing {
     table: Table,
 }
 
-/// Addresses that two nodes claim.
+/// Prefixes that two nodes claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conflict {
-    /// The node that they lead to.
+    /// The node that they are routed to.
     pub holder: NodeId,
-    /// The node that announces them as well.
+    /// The other node that announces them.
     pub claimant: NodeId,
-    /// Up to [`MAX_NAMED`] of the prefixes.
+    /// The first prefixes, at most [`MAX_NAMED`].
     pub prefixes: Vec<IpNet>,
-    /// How many there are.
+    /// Number of all prefixes.
     pub count: usize,
 }
 
@@ -100,24 +102,24 @@ struct Node {
     key: VerifyingKey,
     incarnation: u64,
     reachable: bool,
-    /// When it was reached last; unless it never was.
+    /// When it was last reachable. `None` if it never was.
     seen: Option<Instant>,
-    /// Inside its own half.
+    /// Announced prefixes inside its own half.
     own: Vec<IpNet>,
-    /// By prefix, how many announcements were made before it. A prefix in an earlier shape stays as
-    /// long as all of it is announced.
+    /// The rank of each prefix: an earlier announcement has a lower one. A prefix that was
+    /// announced in an earlier shape stays while all of it is still announced.
     standing: BTreeMap<IpNet, u64>,
-    /// In the own half of another node.
+    /// Announced prefixes that overlap the own half of another node.
     foreign: Vec<(IpNet, NodeId)>,
 }
 
-/// How good a claim to a prefix is: the least wins.
+/// The precedence of a claim to a prefix: the least claim wins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Claim {
     absent: bool,
     rank: u64,
     node: NodeId,
-    /// Whether the node is reached now.
+    /// True if the node is reachable now.
     reached: bool,
 }
 
@@ -129,7 +131,7 @@ struct Table {
 }
 
 impl Routing {
-    /// Nothing is known yet.
+    /// Creates a state without any known nodes.
     pub fn new(layout: Layout, own: NodeId) -> Self {
         Self {
             own,
@@ -144,8 +146,8 @@ impl Routing {
         }
     }
 
-    /// Takes up what was known of a node before a restart: its record, and what [`Self::standing`]
-    /// said of it. It counts as reached a moment ago.
+    /// Restores what was known of a node before a restart: its record and its values of
+    /// [`Self::standing`]. The node counts as reachable until now.
     pub fn restore(
         &mut self,
         record: &Record,
@@ -161,7 +163,7 @@ impl Routing {
         self.learn(record);
     }
 
-    /// Takes what a node says of itself now.
+    /// Updates the announcements of a node from its record.
     pub fn learn(&mut self, record: &Record) {
         self.is_old = true;
         if record.left {
@@ -196,7 +198,7 @@ impl Routing {
         self.nodes.insert(record.id, node);
     }
 
-    /// What this node itself gives out and has.
+    /// Sets the ranges and static addresses of this node.
     pub fn set_own(&mut self, ranges: &[IpNet], claims: &[IpAddr]) {
         let blocks = ranges
             .iter()
@@ -209,7 +211,7 @@ impl Routing {
         }
     }
 
-    /// Which nodes are reached now.
+    /// Sets the nodes that are reachable now.
     pub fn set_reachable<'a>(
         &mut self,
         reachable: impl IntoIterator<Item = &'a NodeId>,
@@ -226,7 +228,7 @@ impl Routing {
         }
     }
 
-    /// Nodes whose space was taken back, with their last incarnation.
+    /// Sets the nodes whose space was taken back, with their last incarnation.
     pub fn set_gone(&mut self, gone: impl IntoIterator<Item = (NodeId, u64)>) {
         let gone: BTreeMap<_, _> = gone.into_iter().collect();
         if self.gone != gone {
@@ -235,7 +237,7 @@ impl Routing {
         }
     }
 
-    /// Decides anew, if there is a reason to. True if it did.
+    /// Computes the table again if that is due. Returns true if it did.
     pub fn update(&mut self, now: Instant) -> bool {
         if !self.is_due(now) {
             return false;
@@ -252,7 +254,7 @@ impl Routing {
         true
     }
 
-    /// When to call [`Self::update`] next; and when [`Self::conflicts`] may have more to tell.
+    /// Returns when to call [`Self::update`] next, or when [`Self::conflicts`] may report more.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let updated = self.updated?;
         let old = self.is_old.then(|| updated + PACE * self.table.prefixes);
@@ -262,17 +264,18 @@ impl Routing {
         old.into_iter().chain(ends).chain(settled).min()
     }
 
-    /// The prefixes that lead to a node, its own address first. None if nothing does.
+    /// Returns the prefixes that are routed to a node, its own address first. Empty if nothing is
+    /// routed to it.
     pub fn routes(&self, id: NodeId) -> &[IpNet] {
         self.table.routes.get(&id).map_or(&[], Vec::as_slice)
     }
 
-    /// Whether the space of a node was taken back, and it has not come back since.
+    /// Returns true if the space of a node was taken back and the node has not come back since.
     pub fn is_taken_back(&self, id: NodeId) -> bool {
         self.nodes.get(&id).is_some_and(|node| self.was_taken_back(id, node))
     }
 
-    /// What two nodes claim by now.
+    /// Returns the conflicts that exist now and have lasted for [`SETTLE`].
     pub fn conflicts(&self, now: Instant) -> impl Iterator<Item = Conflict> {
         let lasting =
             self.table.conflicts.iter().filter(move |(_, (_, _, since))| *since + SETTLE <= now);
@@ -284,7 +287,7 @@ impl Routing {
         })
     }
 
-    /// What to store beside a node's record for [`Self::restore`].
+    /// Returns the ranks that are stored with a node's record for [`Self::restore`].
     pub fn standing(&self, id: NodeId) -> impl Iterator<Item = (IpNet, u64)> {
         self.nodes
             .get(&id)
@@ -303,7 +306,7 @@ impl Routing {
         self.gone.get(&id).is_some_and(|last| node.incarnation <= *last)
     }
 
-    /// Whose a range is, whatever the node that announces it says.
+    /// Classifies an announced range by its position in the layout.
     fn place(&self, announcer: NodeId, range: IpNet) -> Place {
         if self.layout.own_part(announcer).is_some_and(|own| own.contains(&range)) {
             return Place::Own;
@@ -346,15 +349,15 @@ impl Routing {
     }
 }
 
-/// What a range is to its announcer.
+/// The relation of a range to the node that announces it.
 enum Place {
-    /// In its own half.
+    /// Inside its own half.
     Own,
-    /// In the own half of another node, or around it.
+    /// Overlaps the own half of another node.
     Of(NodeId),
-    /// All that is lent of a quarter.
+    /// The whole lendable half of a quarter.
     Lent,
-    /// A part of that.
+    /// A block inside a lendable half.
     Block,
     Nowhere,
 }
@@ -376,12 +379,13 @@ impl Node {
         self.reachable || self.absent_from().is_some_and(|at| now < at)
     }
 
-    /// The end of its grace, unless it is reached or never was.
+    /// Returns the end of its grace period. `None` if it is reachable or never was.
     fn absent_from(&self) -> Option<Instant> {
         self.seen.filter(|_| !self.reachable).map(|seen| seen + GRACE)
     }
 
-    /// These are announced now; what is new among them has this rank. True if anything is.
+    /// Updates the announced prefixes. Those that are new get `rank`. Returns true if there are
+    /// any.
     fn announce(&mut self, announced: &BTreeSet<IpNet>, rank: u64) -> bool {
         let mut standing: BTreeMap<IpNet, u64> = BTreeMap::new();
         for (prefix, rank) in std::mem::take(&mut self.standing) {
@@ -390,7 +394,7 @@ impl Node {
                 *known = rank.min(*known);
                 continue;
             }
-            // Less is announced than was: the rest keeps its rank.
+            // The node announces less than before. The rest keeps its rank.
             let inside = announced.range(prefix..).take_while(|net| prefix.contains(*net));
             for part in inside {
                 let known = standing.entry(*part).or_insert(rank);
@@ -405,7 +409,7 @@ impl Node {
                 standing.insert(*prefix, earlier.unwrap_or(rank));
             }
         }
-        // An earlier shape matters only as far as it is better than the present one.
+        // An earlier shape matters only where its rank is better than the current one.
         let best = |prefix: IpNet| {
             let present = around(prefix).filter(|net| announced.contains(net));
             present.filter_map(|net| standing.get(&net).copied()).min()
@@ -421,13 +425,13 @@ impl Node {
     }
 }
 
-/// A prefix and all that contain it.
+/// Returns a prefix and all prefixes that contain it.
 fn around(prefix: IpNet) -> impl Iterator<Item = IpNet> {
     std::iter::successors(Some(prefix), IpNet::supernet)
 }
 
-/// The prefixes around the one that is looked at: of each, who claims it, and the two best claims
-/// to it and all around it that are of different nodes.
+/// A prefix on the path to the current one. Has the claims to it, and the two best claims of
+/// different nodes to it or to a prefix that contains it.
 struct Level<'a> {
     net: IpNet,
     claims: &'a [(IpNet, Claim)],
@@ -455,8 +459,8 @@ impl Level<'_> {
 }
 
 impl Table {
-    /// Goes through all claims, in the order of their prefixes: what contains others comes before
-    /// these.
+    /// Processes all claims in the order of their prefixes: a prefix comes before those that it
+    /// contains.
     fn settle(&mut self, claims: &[(IpNet, Claim)], own: NodeId, now: Instant) {
         let mut stack: Vec<Level<'_>> = Vec::new();
         for group in claims.chunk_by(|(one, _), (other, _)| one == other) {

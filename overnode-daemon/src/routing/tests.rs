@@ -55,7 +55,7 @@ impl View {
         }
     }
 
-    /// A node that is reached says this.
+    /// A reachable node announces these ranges and claims.
     fn says(&mut self, number: u16, ranges: &[&str], claims: &[&str]) {
         self.reached.insert(id(number));
         self.learn(&record(number, ranges, claims));
@@ -85,7 +85,7 @@ impl View {
         self.routing.update(self.now);
     }
 
-    /// Whom packets for an address go to.
+    /// Returns the node that packets for an address are routed to.
     fn to(&self, address: &str) -> Option<u16> {
         let address: IpAddr = address.parse().unwrap();
         let all = self.routing.nodes.keys();
@@ -116,9 +116,10 @@ fn nobody_takes_over_a_part_of_the_own_half_of_another_node() {
     view.pass(SETTLE);
     let named: Vec<_> =
         view.conflicts().into_iter().map(|(holder, claimant, _)| (holder, claimant)).collect();
-    // What is around several halves is told of the first of them, which is this node's.
+    // A prefix that covers several halves is reported for the first of them, which belongs to this
+    // node.
     assert_eq!(named, [(1, 9), (2, 9)]);
-    // Not even while the owner is away for long.
+    // The same holds when the owner is away for a long time.
     view.reach(2, false);
     view.pass(2 * GRACE);
     assert_eq!(view.to("10.42.7.7"), Some(2));
@@ -150,11 +151,11 @@ fn a_block_is_not_taken_over_by_a_later_announcement_in_it_of_it_or_around_it() 
         assert_eq!(view.conflicts().len(), 1, "{lie}");
         assert_eq!(view.conflicts()[0].0, 5);
         assert_eq!(view.conflicts()[0].1, 9);
-        // The holder says something new, restarts, and aggregates what it has with more.
+        // The holder announces something new, restarts, and aggregates its block with another one.
         view.learn(&Record { incarnation: 11, ..record(5, &["10.43.0.0/26"], &["10.32.0.1"]) });
         view.learn(&record(5, &["10.43.0.0/27"], &[]));
         assert_eq!(view.to("10.43.0.4"), Some(5), "{lie}");
-        // Where nobody was before, whoever is first has it.
+        // The first node to announce a free address gets it.
         assert_eq!(view.to("10.43.0.77"), (lie == "10.43.0.0/24").then_some(9));
         // The conflict ends with the claim.
         view.says(9, &[], &[]);
@@ -168,7 +169,7 @@ fn blocks_that_a_lender_uses_itself_are_its_own_too() {
     view.says(2, &["10.42.0.0/16", "10.43.0.0/16", "10.43.4.0/24"], &[]);
     view.says(9, &["10.43.4.9/32", "10.43.5.0/24"], &[]);
     assert_eq!(view.to("10.43.4.9"), Some(2));
-    // Its whole half says only that it lends it: borrowers announce parts of it.
+    // Announcing the whole half only says that the node lends it. Borrowers announce parts of it.
     assert_eq!(view.to("10.43.5.1"), Some(9));
     assert_eq!(view.to("10.43.200.1"), None);
 }
@@ -239,7 +240,7 @@ fn nothing_leads_to_a_node_that_has_left_or_was_taken_back_and_its_successor_is_
         assert_eq!((view.to("10.43.0.4"), view.to("10.43.0.5")), (Some(9), Some(5)));
         assert_eq!(view.to("10.32.0.5"), Some(9));
     }
-    // So is another node with the same ID.
+    // The same holds for another node with the same ID.
     let mut view = View::new();
     view.says(5, &["10.43.0.0/27"], &[]);
     view.says(9, &["10.43.0.4/32"], &[]);
@@ -268,7 +269,7 @@ fn who_was_first_survives_a_restart_of_the_daemon() {
     for (standing, record) in &stored {
         again.routing.restore(record, standing.iter().copied(), again.now);
     }
-    // The liar is there at once, the first one is not.
+    // The liar is reachable at once, the first node is not.
     again.reach(9, true);
     assert_eq!((again.to("10.43.0.4"), again.to("10.32.0.5")), (Some(5), Some(5)));
     again.reach(5, true);
@@ -308,10 +309,10 @@ fn a_member_under_very_many_ids_fills_no_list_and_takes_nothing() {
     assert_eq!(view.conflicts().len(), MAX_CONFLICTS);
 }
 
-/// What the rules say of one address, by looking at each announcement.
+/// The rules for one address, computed from every announcement.
 #[derive(Default)]
 struct Model {
-    /// Of each node: since when it announces the address, in announcements.
+    /// By node: the step since which it has announced the address.
     since: BTreeMap<u16, u64>,
 }
 

@@ -1,7 +1,7 @@
 use super::*;
 
-/// Hosts of one ID on both sides of a cut: what each side knows first stays, until one of the two
-/// is gone.
+/// Returns a converged chain of six nodes, into which the tests bring a second host with the ID of
+/// one of them.
 fn divided() -> World {
     let mut world = World::new(6, 1);
     world.chain(6);
@@ -9,7 +9,7 @@ fn divided() -> World {
     world
 }
 
-/// What somebody without the keys may make of a record.
+/// Returns what a member without the owner's keys could make of a record.
 fn forgeries(truth: &Record) -> Vec<Record> {
     let change = |change: fn(&mut Record)| {
         let mut forged = truth.clone();
@@ -31,7 +31,7 @@ fn forgeries(truth: &Record) -> Vec<Record> {
             it.version += 1;
             *it = it.clone().into_tombstone();
         }),
-        // Signed, but the key is another's.
+        // Signed, but not with the key that the record names.
         change(|it| {
             it.version += 1;
             let honest = it.verifying_key;
@@ -112,7 +112,8 @@ fn one_incarnation_has_one_identity() {
     let same_incarnation = message(signed(other.clone(), 66));
     world.node(1).handle_message(id(2), &same_incarnation, now).unwrap();
     assert_eq!(world.node(1).record(id(6)), Some(&known));
-    // Gone without a word, disk and all, and launched again: the ID is free.
+    // The node is gone without notice, together with its disk, and is launched again: the ID is
+    // free.
     other.incarnation += 1;
     world.node(1).handle_message(id(2), &message(signed(other, 66)), now).unwrap();
     assert_eq!(world.node(1).record(id(6)).unwrap().verifying_key, identity(66));
@@ -136,7 +137,7 @@ fn a_neighbour_is_believed_against_what_others_said_of_it_before() {
     assert_eq!(world.node(1).living().map(|it| it.id.get()).collect::<Vec<_>>(), [2, 9]);
 }
 
-/// Hosts by place, so that two may have one ID. What is sent arrives at once.
+/// Hosts by index, so that two can have the same ID. Messages arrive at once.
 struct Hosts {
     now: Instant,
     hosts: Vec<Gossip>,
@@ -219,7 +220,7 @@ fn rival() -> Record {
     signed(rival, 66)
 }
 
-/// Two clusters, each with a host 7, are joined by a link between others.
+/// A link between two other nodes joins two clusters that each have a node 7.
 #[test]
 fn two_hosts_with_one_id_that_only_gossip_joins_are_both_told_and_neither_spreads() {
     let mut net = Hosts::new(vec![
@@ -297,7 +298,7 @@ fn a_disk_that_was_put_back_alarms_nobody_but_a_copy_does() {
     world.connect(id(1), id(2));
     world.assert_converges_within(Duration::from_secs(5), 5);
     assert_eq!(world.contested, BTreeSet::new());
-    // Somebody with the same keys goes on.
+    // Another host goes on with the same keys.
     let mut copy = world.node(2).own().clone();
     copy.incarnation += 1;
     let now = world.now;
@@ -326,7 +327,7 @@ fn a_stream_of_lies_is_answered_once_a_second() {
     assert!((8..=12).contains(&answers), "{answers} answers in 10 s");
 }
 
-/// What a holder of the token may say of others and sign with keys of its own.
+/// Returns what a holder of the token could claim about another node, signed with its own keys.
 fn lie(victim: &Record, rng: &mut StdRng) -> Record {
     let mut lie = victim.clone();
     match rng.random_range(0..5) {

@@ -25,7 +25,7 @@ fn who_floods_is_cut_off_and_only_who_floods() {
     let words = BadMessage::Flood.to_string();
     assert!(words.contains("128 messages and 256 KiB a second"), "{words}");
     assert_eq!(world.node(2).handle_message(id(3), &message, now), Ok(()));
-    // To come back is of no use.
+    // Reconnecting does not help.
     world.cut(id(1), id(2));
     world.connect(id(1), id(2));
     assert_eq!(world.node(2).handle_message(id(1), &message, now), Err(BadMessage::Flood));
@@ -65,7 +65,7 @@ fn parcels_and_garbage_count_too() {
     assert_eq!(outcomes.len(), 2, "first garbage, then too much of it: {outcomes:?}");
 }
 
-/// 30 bytes that ask for megabytes, again and again.
+/// 30 bytes that request megabytes, repeatedly.
 #[test]
 fn what_is_asked_for_counts() {
     let mut world = pair();
@@ -89,8 +89,8 @@ fn what_is_asked_for_counts() {
     assert!(sent < 2 * BURST_BYTES, "{sent} bytes were sent");
 }
 
-/// How close honest neighbours come to the limits at a cold start, where every node tells of every
-/// other.
+/// Measures how close honest neighbors come to the limits at a cold start, in which every node
+/// announces every other one.
 #[test]
 fn a_cold_start_is_far_from_being_a_flood() {
     for mesh in [true, false] {
@@ -110,13 +110,13 @@ fn a_cold_start_is_far_from_being_a_flood() {
         let links = world.links.len() as u64;
         let (messages, bytes) =
             ((world.messages - messages) / links, (world.bytes - bytes) / links);
-        // For 1000 nodes 25 times as many records, each up to 25 times as long.
+        // 1000 nodes have 25 times as many records, each up to 25 times as long.
         assert!(25 * messages < BURST_MESSAGES / 8, "{messages} messages over each link");
         assert!(25 * 25 * bytes < BURST_BYTES / 2, "{bytes} bytes over each link");
     }
 }
 
-/// What a member says to a neighbor.
+/// Delivers records from a member to a neighbor.
 fn tell(world: &mut World, from: u16, to: u16, records: &[Record]) -> Result<(), BadMessage> {
     let now = world.now;
     for records in records.chunks(8) {
@@ -143,7 +143,7 @@ fn a_member_shows_up_under_two_ids_with_one_identity() {
     tell(&mut world, 1, 2, &[signed(blank(8, 1), 66), signed(blank(9, 1), 66)]).unwrap();
     assert!(world.node(2).record(id(8)).is_some());
     assert_eq!(world.node(2).record(id(9)), None);
-    // Nor with that of a node that has left, or of this one.
+    // It also cannot use the identity of a node that has left, of this node or of a third one.
     tell(&mut world, 1, 2, &[signed(blank(8, 2).into_tombstone(), 66)]).unwrap();
     let as_others =
         [(9, 66), (10, 2), (11, 3)].map(|(number, seed)| signed(blank(number, 1), seed));
@@ -151,7 +151,7 @@ fn a_member_shows_up_under_two_ids_with_one_identity() {
     assert!((9..=11).all(|number| world.node(2).record(id(number)).is_none()));
 }
 
-/// As long as a record may be.
+/// A record of the maximum length.
 fn long(number: u16) -> Record {
     let name = |n: usize| named(&format!("{n:04}.{}", "x".repeat(20)), "10.40.0.1");
     let names = (0..MAX_NAMES).map(name).collect();
@@ -168,13 +168,13 @@ fn a_member_fills_the_memory_of_others_with_nodes_that_it_makes_up() {
     let made_up: Vec<u16> = (10..310).collect();
     let before = taken(world.node(2));
     let all: Vec<Record> = made_up.iter().map(|number| signed(long(*number), *number)).collect();
-    // Nodes that nobody else has heard of.
+    // Nodes that no other node has heard of.
     tell(&mut world, 1, 2, &all).unwrap();
     let now = world.now;
     assert!(world.node(2).is_full(now));
     let strangers = taken(world.node(2)) - before;
     assert!(strangers <= budget::STRANGER_BYTES, "{strangers} bytes of strangers");
-    // The member says that it is connected with them.
+    // The member claims to be connected with them.
     world.now += Duration::from_secs(300);
     let mut liar = world.node(2).record(id(1)).unwrap().clone();
     liar.links.extend(made_up.iter().copied().map(id));
@@ -187,7 +187,7 @@ fn a_member_fills_the_memory_of_others_with_nodes_that_it_makes_up() {
     let others = world.node(2).records().filter(|record| record.id != id(2));
     let beyond_room = others.map(|record| weight(record).saturating_sub(ROOM)).sum::<usize>();
     assert_eq!(world.node(2).budget.shared(), beyond_room);
-    // Honest nodes are heard all the same, and that they have left.
+    // New records of honest nodes are still accepted, and so are their tombstones.
     let now = world.now;
     world.node(3).update_own(|own| own.nickname = "honest".into(), now);
     world.run(Duration::from_secs(1));
@@ -211,7 +211,8 @@ fn a_member_makes_up_nodes_that_nobody_reaches_until_there_is_no_room_for_others
     let all: Vec<Record> = (10..600).map(|number| record(number, 1)).collect();
     tell(&mut world, 1, 2, &all).unwrap();
     assert_eq!(world.node(2).records().count(), 3 + STRANGERS);
-    // One that is reached through another is none of them, and one that connects.
+    // A node that is reached through another one does not count as a stranger, and neither does one
+    // that connects.
     world.connect(id(3), id(700));
     world.run(COMPARE_INTERVAL * 4);
     assert!(world.node(2).paths().contains_key(&id(700)));
@@ -219,7 +220,7 @@ fn a_member_makes_up_nodes_that_nobody_reaches_until_there_is_no_room_for_others
     world.connect(id(2), id(701));
     world.run(Duration::from_secs(2));
     assert!(world.node(2).paths().contains_key(&id(701)));
-    // It is the same after a restart.
+    // The same holds after a restart.
     let known: Vec<_> = world.node(2).records().map(|record| record.id).collect();
     let node = world.node(2);
     let known: Vec<_> = known
@@ -232,7 +233,7 @@ fn a_member_makes_up_nodes_that_nobody_reaches_until_there_is_no_room_for_others
     assert_eq!(again.records().count(), 5 + STRANGERS);
 }
 
-/// The owner was reset, or is away, and has other keys when it comes back; or the same.
+/// The owner was reset or is away, and comes back with other keys or with the same ones.
 #[test]
 fn a_member_takes_an_id_with_a_stamp_that_its_owner_cannot_outbid() {
     for (seed, comes_back_as) in [(6, 77), (6, 6)] {
@@ -299,7 +300,7 @@ fn a_member_makes_honest_neighbours_flood_each_other_by_links_that_come_and_go()
             sent += u64::from(matches!(action, Action::Send { to, .. } if to == id(3)));
         }
     }
-    // And the same by another member.
+    // Another member does the same.
     let now = world.now;
     world.node(2).handle_connected(id(701), identity(701), now);
     for _ in 0..3 * BURST_MESSAGES / 4 {

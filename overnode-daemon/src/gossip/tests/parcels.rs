@@ -48,8 +48,8 @@ fn a_neighbour_is_sent_parcels_as_soon_as_it_has_said_who_it_is() {
     assert_eq!(world.delivered.len(), 1);
 }
 
-/// What the attacker on the way has recorded is signed, and the receiver has forgotten that it came
-/// before.
+/// The messages that the attacker on the path has recorded are signed, and the receiver has
+/// forgotten that they have arrived before.
 #[test]
 fn a_relay_repeats_what_it_recorded_after_a_restart_of_the_receiver() {
     let mut world = World::new(3, 6);
@@ -72,7 +72,7 @@ fn a_relay_repeats_what_it_recorded_after_a_restart_of_the_receiver() {
         assert_eq!(outcome, Ok(Some(Undelivered::OtherStart(id(1)))));
     }
     assert_eq!(world.delivered, []);
-    // What is sent now arrives.
+    // A message that is sent now arrives.
     world.node(1).send_parcel(id(3), 1, b"take".to_vec()).unwrap();
     world.collect();
     world.run(Duration::from_secs(1));
@@ -113,7 +113,7 @@ fn a_parcel_ends_after_its_last_hop_and_never_turns_back() {
         world.node(2).handle_parcel(id(1), &lost.encode(), now),
         Ok(Some(Undelivered::NoWay(id(9))))
     );
-    // Of a node that is no neighbour, and one that claims to be of the node itself.
+    // From a node that is not a neighbor, and one that claims to be from the receiving node itself.
     assert_eq!(world.node(1).handle_parcel(id(3), &weary.encode(), now), Ok(None));
     let forged = Parcel { from: id(2), to: id(3), ..parcel() };
     assert_eq!(world.node(2).handle_parcel(id(1), &forged.encode(), now), Ok(None));
@@ -121,8 +121,8 @@ fn a_parcel_ends_after_its_last_hop_and_never_turns_back() {
     assert_eq!(world.node(1).poll_action(), None);
 }
 
-/// Links come and go while everybody writes to everybody; whoever is reached has mail, and nothing
-/// goes in circles.
+/// Links come and go while every node sends to every other one. Messages to reachable nodes arrive,
+/// and none travels in circles.
 #[test]
 fn parcels_take_the_way_that_is_left() {
     let mut world = World::new(5, 5);
@@ -154,7 +154,7 @@ fn a_parcel_arrives_once_and_only_as_its_sender_made_it() {
         assert_eq!(to, id(2));
         made.push(parcel);
     }
-    // The relay, which has the token like all of them, makes changes.
+    // The relay, which has the token like all members, modifies the message.
     let forge = |change: fn(&mut Parcel)| {
         let mut forged = made[0].clone();
         change(&mut forged);
@@ -180,7 +180,7 @@ fn a_parcel_arrives_once_and_only_as_its_sender_made_it() {
     assert_eq!(hear(&made[0]), Some(Undelivered::Late(id(1))));
     world.collect();
     assert_eq!(world.delivered.len(), 2);
-    // After a restart it counts from one again, in a later incarnation.
+    // After a restart the sender counts from 1 again, in a later incarnation.
     world.kill(id(1));
     world.start(super::record(1, 2));
     world.connect(id(1), id(2));
@@ -191,7 +191,7 @@ fn a_parcel_arrives_once_and_only_as_its_sender_made_it() {
     assert_eq!(world.delivered.len(), 3);
 }
 
-/// These bytes are read by nodes of other versions: a change of any of them needs a new [`FORMAT`].
+/// Nodes of other versions read these bytes, so any change of them needs a new [`FORMAT`].
 #[test]
 fn the_wire_format_is_this() {
     let signature: Vec<u8> = (0..64).collect();

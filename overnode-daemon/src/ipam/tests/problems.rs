@@ -1,4 +1,4 @@
-//! What needs an operator ends when its cause ends.
+//! Tests that each problem ends when its cause ends.
 
 use super::*;
 
@@ -31,10 +31,11 @@ fn what_was_lost_is_told_until_nothing_uses_it_and_who_took_it_for_a_while() {
     let problems = told(&mut cluster, 1);
     assert!(problems.contains(&Problem::Buried { by: id(2) }), "{problems:?}");
     assert!(problems.iter().any(is_lost), "{problems:?}");
-    // A restart makes no difference to what is the case.
+    // A restart does not change the current state.
     cluster.start(1, 3000);
     assert!(told(&mut cluster, 1).iter().any(is_lost));
-    // As advised: what has an address of it is detached.
+    // The operator follows the advice and detaches the containers with addresses in the lost
+    // blocks.
     let lost: Vec<IpNet> = cluster.node(1).lost().collect();
     let now = cluster.now;
     let in_it = |address: &IpAddr| lost.iter().any(|block| block.contains(address));

@@ -1,10 +1,10 @@
-//! Claims of static addresses, in whatever order messages arrive, and with whatever losses.
+//! Tests of claims for static addresses, with messages reordered, repeated and lost.
 
 use super::*;
 
 const ADDRESSES: [&str; 2] = ["10.32.0.9", "10.33.7.5"];
 
-/// A few nodes; nothing arrives by itself.
+/// A few nodes. Messages arrive only when the test delivers them.
 struct Bench {
     now: Instant,
     start: u64,
@@ -12,7 +12,7 @@ struct Bench {
     incarnations: BTreeMap<NodeId, u64>,
     cut: BTreeSet<NodeId>,
     messages: Vec<(NodeId, NodeId, Vec<u8>)>,
-    /// What was granted and is on disk.
+    /// Addresses that were granted and are on disk.
     disks: BTreeMap<NodeId, BTreeMap<IpAddr, String>>,
     answers: Vec<(NodeId, RequestId, Result<IpAddr, IpamError>)>,
 }
@@ -36,7 +36,7 @@ impl Bench {
         bench
     }
 
-    /// Starts a node, or kills it and starts it anew.
+    /// Starts a node, or kills and restarts it.
     fn restart(&mut self, id: NodeId) {
         self.start += 1;
         let config = Config {
@@ -64,7 +64,7 @@ impl Bench {
         one != other && self.cut.contains(&one) == self.cut.contains(&other)
     }
 
-    /// `to` hears the latest of `of`, if they can talk.
+    /// Delivers the latest record of `of` to `to`, if the two can communicate.
     fn gossip(&mut self, of: NodeId, to: NodeId) {
         if !self.talk(of, to) {
             return;
@@ -147,8 +147,7 @@ impl Bench {
         self.pump();
     }
 
-    /// All messages arrive, and everybody hears of everybody, for as long as anything can follow
-    /// from it.
+    /// Delivers all messages and all records to all nodes until no consequences are left.
     fn calm_down(&mut self) {
         self.cut.clear();
         for _ in 0..8 {
@@ -170,8 +169,8 @@ impl Bench {
         asked.map(|(.., answer)| answer.clone())
     }
 
-    /// Whoever shares an address: one announces it and has nothing to complain of, the others name
-    /// it.
+    /// Checks that of the nodes that share an address, one announces it and reports no problem, and
+    /// the others name it.
     fn check_decided(&self) {
         for address in ADDRESSES.map(ip) {
             let holders = self.holders(address);
@@ -236,7 +235,7 @@ fn who_has_it_says_so_before_gossip_does() {
         bench.deliver(0, false);
     }
     assert_eq!(bench.answer(3, first), Some(Ok(address)), "one round trip is all");
-    // Node 2, which goes first, has heard nothing of it.
+    // Node 2, which has the lower ID, has heard nothing of it.
     let second = bench.claim(2, address);
     while !bench.messages.is_empty() {
         bench.deliver(0, false);
@@ -344,14 +343,14 @@ fn what_both_took_while_apart_the_lower_id_keeps_until_it_lets_go() {
     bench.calm_down();
     bench.check_decided();
     assert_eq!(bench.node(3).keeper(address), Some(id(2)));
-    // A third one is refused by both.
+    // Both refuse a third claimant.
     let late = bench.claim(4, address);
     assert_eq!(
         bench.answer(4, late),
         Some(Err(IpamError::InUseElsewhere { address, node: id(2) }))
     );
-    // As advised, either way: then nothing is told any more, and the address leads to the one that
-    // is left.
+    // The operator follows the advice, either way. Then nothing is reported any more, and the
+    // address is routed to the remaining node.
     let mut other = Bench::new([2, 3, 4]);
     other.disks.clone_from(&bench.disks);
     for node in [2, 3] {
@@ -422,8 +421,9 @@ enum Op {
 
 const NODES: u16 = 4;
 
-/// Nodes 2 and 3 have one address, 3 has given way, and 2 is cut off when node 1 takes it, too.
-/// Node 3 did not announce it then, so node 1 could not know, and keeps it.
+/// Nodes 2 and 3 have the same address, and node 3 has given way. Node 2 is cut off when node 1
+/// takes the address as well. Node 3 did not announce it then, so node 1 could not know of it and
+/// keeps it.
 #[test]
 fn a_node_that_has_given_way_takes_no_claim_for_a_late_one() {
     let mut bench = Bench::new(1..=NODES);
@@ -479,7 +479,7 @@ fn carry_out(bench: &mut Bench, op: Op) {
             }
         }
         Op::Gossip(of, to) => bench.gossip(id(of), id(to)),
-        // Nodes that are connected hear of each other at least every half minute.
+        // Connected nodes hear of each other at least every 30 seconds.
         Op::Pass(milliseconds @ ..5000) => bench.pass(Duration::from_millis(milliseconds)),
         Op::Pass(milliseconds) => {
             for _ in 0..milliseconds / 5000 {
@@ -502,9 +502,9 @@ fn carry_out(bench: &mut Bench, op: Op) {
     }
 }
 
-/// Nodes 2 and 3 yielded to node 1. Node 3 was started anew where it did not hear of node 1, and
-/// announces the address. Once node 1 lets it go, node 2 could announce it as well, and node 3
-/// would take that for late.
+/// Nodes 2 and 3 have yielded to node 1. Node 3 restarted where it did not hear of node 1, and
+/// announces the address. Once node 1 releases the address, node 2 could announce it as well, and
+/// node 3 would treat that claim as late.
 #[test]
 fn a_node_that_yielded_leaves_an_address_to_the_one_that_announces_it_meanwhile() {
     let mut bench = Bench::new(1..=NODES);
@@ -535,7 +535,7 @@ proptest! {
         let lets_go = ops.iter().any(|op| matches!(op, Op::Release(..)));
         let mut passed = 0;
         for op in ops {
-            // No answer takes as long as a node that is silent would be waited for.
+            // No answer takes longer than the time that a claimant waits for a silent node.
             passed += u64::from(matches!(op, Op::Pass(_))) * 2;
             if passed < 900 {
                 carry_out(&mut bench, op);
@@ -547,7 +547,8 @@ proptest! {
         }
         let wanted: BTreeSet<_> = bench.nodes.values().flat_map(|node| node.statics.wanted()).collect();
         bench.calm_down();
-        // What was let go meanwhile may have been refused to somebody a moment before.
+        // An address that was released meanwhile may have been refused to another node a moment
+        // before.
         for address in wanted.into_iter().filter(|_| !lets_go) {
             prop_assert_eq!(bench.holders(address).len(), 1, "somebody gets what many want");
         }

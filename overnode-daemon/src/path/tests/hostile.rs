@@ -143,7 +143,7 @@ proptest! {
         prop_assert_eq!(paths.state(B).unwrap().mtu, 1440);
     }
 
-    /// A peer that answers, but lies in every field, in every order, twice or never.
+    /// A peer that answers with every field forged, in any order, twice or never.
     #[test]
     fn a_lying_peer_spoils_only_its_own_path(
         lies in prop::collection::vec((0usize..8, any::<u32>(), any::<bool>(), 1u64..800), 1..120),

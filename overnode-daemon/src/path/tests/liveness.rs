@@ -77,7 +77,7 @@ fn one_answer_or_two_do_not_make_a_dead_path_alive() {
     world.run(secs(20));
     world.changes.clear();
     let mut heard = 0;
-    // Less than three requests fit into a gap of this length.
+    // Fewer than three requests fit into a gap of this length.
     for _ in 0..20 {
         let before = world.state(A, B).last_heard;
         world.set_both(GOOD);
@@ -119,7 +119,7 @@ fn a_path_that_flaps_is_held_down_longer_each_time() {
     assert!((4..=7).contains(&lives), "{lives} times alive in 60 periods");
     let time = world.until(true, secs(31));
     assert!(time < secs(31), "{time:?}");
-    // It has been steady since: the next death is a first one again.
+    // The path has been steady since, so the next death counts as the first one again.
     world.run(secs(70));
     world.set_both(DEAD);
     world.run(secs(5));
@@ -148,14 +148,14 @@ fn the_hold_ends_at_half_a_minute() {
 fn a_daemon_that_stood_still_does_not_take_its_own_silence_for_the_others() {
     let mut world = World::pair(6);
     world.run(secs(5));
-    // Nothing is polled for four seconds, then the timer comes before the answers do.
+    // Nothing is polled for four seconds. Then the timer fires before the answers are read.
     world.now += secs(4);
     let now = world.now;
     for paths in world.nodes.values_mut() {
         paths.handle_timeout(now);
     }
     world.run(secs(10));
-    // The same when some answers were missing already.
+    // The same when some answers were already missing.
     world.set_both(DEAD);
     world.run(ms(1350));
     world.set_both(GOOD);

@@ -1,4 +1,5 @@
-//! Nodes that probe each other in virtual time, over links that lose, delay and swallow.
+//! Tests of nodes that probe each other in virtual time, over links that lose, delay and drop large
+//! packets.
 
 mod hostile;
 mod liveness;
@@ -34,7 +35,7 @@ const fn secs(secs: u64) -> Duration {
     Duration::from_secs(secs)
 }
 
-/// One direction.
+/// One direction of a link.
 #[derive(Clone, Copy)]
 struct Link {
     loss: f64,
@@ -62,14 +63,14 @@ struct World {
     wire: BTreeMap<(Instant, u64), Packet>,
     sent: u64,
     sent_bytes: u64,
-    /// When, at which node, about which, the state then.
+    /// Changes: when, at which node, the path to which node, and its new state.
     changes: Vec<(Duration, NodeId, NodeId, PathState)>,
-    /// What A has sent.
+    /// The probes that A has sent.
     tap: Vec<(Duration, Vec<u8>)>,
 }
 
 impl World {
-    /// Nodes that all have sessions with each other.
+    /// Creates nodes that all have sessions with each other.
     fn new(seed: u64, nodes: u16, largest: u32) -> Self {
         let start = Instant::now();
         let mut rng = StdRng::seed_from_u64(seed);
@@ -172,7 +173,7 @@ impl World {
         (self.state(A, B).alive, self.state(B, A).alive)
     }
 
-    /// Runs until both ends have the path as wanted; returns how long that took.
+    /// Runs until both ends see the path as wanted. Returns how long that took.
     fn until(&mut self, alive: bool, at_most: Duration) -> Duration {
         let start = self.now;
         while self.is_alive() != (alive, alive) {

@@ -111,7 +111,7 @@ fn where_containers_talk_a_black_hole_is_found_sooner() {
     assert!(world.state(A, B).mtu <= 1240, "{:?}", world.state(A, B));
     world.run(secs(9));
     assert_found(&world, 1240);
-    // Also when they begin to talk after it opened.
+    // The same when they begin to exchange packets after the black hole has opened.
     let mut world = World::pair(14);
     world.run(secs(32));
     narrow(&mut world, 1240);
@@ -119,7 +119,7 @@ fn where_containers_talk_a_black_hole_is_found_sooner() {
     world.nodes.get_mut(&A).unwrap().set_busy(B, true, now);
     world.run(BUSY_CHECK_INTERVAL + secs(1));
     assert!(world.state(A, B).mtu <= 1240, "{:?}", world.state(A, B));
-    // The probes are few, and the interval is the long one again afterwards.
+    // There are few probes, and the long interval applies again afterwards.
     let now = world.now;
     world.nodes.get_mut(&A).unwrap().set_busy(B, false, now);
     world.run(secs(60));
@@ -212,7 +212,7 @@ fn a_node_tells_what_each_of_its_living_paths_carries() {
     assert!((1293..=1300).contains(&found), "{found}");
     assert_eq!(world.state(A, B).carries, Some(found));
     assert_eq!(world.state(A, c).carries, None, "nothing was ever heard of it");
-    // What is dead does not count.
+    // Dead paths do not count.
     for (from, to) in [(B, c), (c, B)] {
         world.set(from, to, DEAD);
     }
@@ -266,8 +266,7 @@ fn a_probe_that_the_kernel_refuses_has_failed_without_waiting() {
     assert_eq!(world.state(A, B).last_error, Some((Fault::Unsent, now)));
 }
 
-/// Lets A's requests through to the test; returns the large and the small one that A sends at
-/// `now`.
+/// Lets the test receive A's requests. Returns the large and the small probe that A sends at `now`.
 fn asked(paths: &mut Paths, now: Instant) -> (Option<Probe>, Option<Probe>) {
     paths.handle_timeout(now);
     let (mut large, mut small) = (None, None);
@@ -302,7 +301,7 @@ fn a_size_whose_answer_is_lost_is_confirmed_by_a_later_answer_but_not_by_what_wa
     answer(&mut paths, small.unwrap(), 1440, now);
     assert!(paths.state(B).unwrap().mtu_confirmed);
 
-    // The black hole opens at once; what the other side saw before is no proof.
+    // The black hole opens at once. Sizes that the other side saw before prove nothing.
     now += ms(100);
     paths.handle_suspicion(B, now);
     for _ in 0..40 {

@@ -25,7 +25,7 @@ fn links(pairs: &[(u16, u16)]) -> Links {
     pairs.iter().flat_map(|(x, y)| [(node(*x), node(*y)), (node(*y), node(*x))]).collect()
 }
 
-/// What `own` sees of `links` among so many nodes.
+/// Returns what `own` knows of `links` among `nodes` nodes.
 fn view(own: NodeId, nodes: u16, links: &Links) -> Graph {
     let now = Instant::now();
     let mut graph = Graph::default();
@@ -98,7 +98,7 @@ fn a_route_carries_what_is_known_of_its_hops_less_the_relay_header() {
     let of = |id, route, graph: &Graph| mtu(node(id), route, &graph.direct);
     assert_eq!(of(2, Route::Direct, &graph), Some(1440));
     assert_eq!(of(3, via(2, 2), &graph), Some(BEYOND_FIRST_HOP - RELAY_HEADER));
-    // The relay tells of the second hop, and of no more.
+    // The relay reports the second hop, but no later ones.
     for (carries, two, three) in
         [(1440, 1432, 1280), (1220, 1212, 1212), (8940, 1432, 1280), (1, 504, 504)]
     {
@@ -113,7 +113,7 @@ fn a_route_carries_what_is_known_of_its_hops_less_the_relay_header() {
     assert_eq!(of(9, Route::Direct, &graph), None);
 }
 
-/// A random graph; each link is missing in one direction with probability `one_sided`.
+/// Returns a random graph. Each link is missing in one direction with probability `one_sided`.
 fn random(rng: &mut StdRng, nodes: u16, density: f64, one_sided: f64) -> Links {
     let mut links = Links::new();
     for x in 1..=nodes {
@@ -129,8 +129,8 @@ fn random(rng: &mut StdRng, nodes: u16, density: f64, one_sided: f64) -> Links {
     links
 }
 
-/// Where a packet goes: the nodes after `from`, and whether the last is `to`. Ends at the hop limit
-/// like the programs do.
+/// Follows a packet: returns the nodes that it visits and whether it arrives at `to`. Stops at the
+/// hop limit like the eBPF programs do.
 fn follow(
     tables: &BTreeMap<NodeId, BTreeMap<NodeId, Route>>,
     from: NodeId,
@@ -231,11 +231,11 @@ fn with_unequal_views_the_hop_limit_ends_every_way_and_equal_views_heal_it() {
 
 #[test]
 fn what_a_node_knows_of_its_own_paths_goes_before_what_gossip_says_of_them() {
-    // Gossip still has 1-3 alive; node 1 knows better.
+    // Gossip still reports 1-3 as alive, but node 1 knows that it is not.
     let mut graph = view(A, 3, &links(&[(1, 2), (2, 3), (1, 3)]));
     graph.direct.get_mut(&node(3)).unwrap().alive = false;
     assert_eq!(choose(A, &graph)[&node(3)], via(2, 2));
-    // Without 2-3 there is no way to 3 that leads through node 1 itself.
+    // Without 2-3, the only route to node 3 would lead through node 1 itself.
     let mut graph = view(A, 3, &links(&[(1, 2), (1, 3)]));
     graph.direct.get_mut(&node(3)).unwrap().alive = false;
     assert_eq!(choose(A, &graph)[&node(3)], Route::Unreachable);

@@ -1,7 +1,7 @@
 use super::*;
 
-/// One node with so many peers, each of which answers at once; returns packets and bytes that it
-/// sends per second when idle.
+/// Runs one idle node with this number of peers, each of which answers at once. Returns the packets
+/// and bytes that the node sends per second.
 fn idle(peers: u16, busy: u16) -> (f64, f64) {
     let mut now = Instant::now();
     let mut paths = Paths::new(StdRng::seed_from_u64(9));

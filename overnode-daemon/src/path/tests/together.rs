@@ -1,4 +1,4 @@
-//! Paths and routes of three nodes: what a dying path means for packets.
+//! Paths and routes of three nodes: the effect of a dying path on packets.
 
 use std::collections::BTreeSet;
 
@@ -6,10 +6,10 @@ use super::super::route::{Graph, Route, choose};
 use super::*;
 
 const C: NodeId = node(3);
-/// How long gossip takes to tell of a change here.
+/// How long gossip takes to spread a change in these tests.
 const GOSSIP: Duration = ms(300);
 
-/// What nodes say of their links, and since when.
+/// What nodes report about their links, and since when.
 #[derive(Default)]
 struct Gossip(BTreeMap<NodeId, Vec<(Instant, BTreeSet<NodeId>)>>);
 
@@ -39,7 +39,7 @@ fn routes(world: &World, gossip: &Gossip, own: NodeId) -> BTreeMap<NodeId, Route
     choose(own, &Graph { direct, links: gossip.links(world.now), present: BTreeMap::new() })
 }
 
-/// Runs in small steps until the routes from A to C and back are as wanted; returns how long that
+/// Runs in small steps until the routes from A to C and back are as wanted. Returns how long that
 /// took.
 fn until(world: &mut World, gossip: &mut Gossip, wanted: Route, at_most: Duration) -> Duration {
     let start = world.now;
