@@ -1,8 +1,10 @@
-//! `cargo xtask bench datapath`: what sealing and opening cost in the kernel, and what containers
-//! on two hosts get out of it, side by side with other ways to join them, in one run.
+//! Benchmarks behind `cargo xtask bench`.
 //!
-//! All networks are set up first and measured in turn, round by round, so that a slow minute of the
-//! machine falls on all of them; what is printed is the median of the rounds.
+//! `cargo xtask bench datapath` measures what sealing and opening cost in the kernel, and what
+//! containers on two hosts get through overnode and through other tunnels in the same run. All
+//! networks are set up first. Then they are measured one after the other, round by round, so that a
+//! slow minute of the machine affects all of them. The report prints the median of the rounds.
+//!
 //! `cargo xtask bench stress` is in [`stress`].
 
 #![allow(clippy::print_stdout, reason = "the tables are what it is for")]
@@ -26,40 +28,40 @@ use measure::{Loaded, Round, Times};
 use network::{Kind, Network};
 use report::{Beside, Outcome, Report};
 
-/// Measures overnode beside others. Needs root.
+/// Measures overnode and other networks. Needs root.
 #[derive(Debug, Parser)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// What cargo adds by itself.
+    /// Accepted because cargo adds it.
     #[arg(long, hide = true, global = true)]
     bench: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// The programs by themselves, then containers on two hosts.
+    /// Measure the programs alone, then traffic between containers on two hosts.
     Datapath(Datapath),
-    /// Streams of every kind over underlays of every kind, every byte verified; what is sent again,
-    /// and why.
+    /// Verify every byte of many kinds of streams over many kinds of underlays, and count what is
+    /// retransmitted and why.
     Stress(stress::Stress),
 }
 
 #[derive(Debug, Parser)]
 struct Datapath {
-    /// Write everything measured to this file, too.
+    /// Also write all measurements to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// One short round: shows that all works, not how fast it is.
+    /// Run one short round, which shows that everything works but not how fast it is.
     #[arg(long)]
     quick: bool,
-    /// How often each network is measured.
+    /// Number of times that each network is measured.
     #[arg(long, value_name = "COUNT", default_value_t = 3, conflicts_with = "quick")]
     rounds: u32,
-    /// Only these networks.
+    /// Measure only these networks.
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<Kind>,
-    /// No networks: only the programs by themselves.
+    /// Measure only the programs, no networks.
     #[arg(long, conflicts_with = "only")]
     programs_only: bool,
 }
@@ -126,7 +128,7 @@ fn datapath(arguments: Datapath) -> Result<()> {
     Ok(())
 }
 
-/// A network, or why there is none, and what its rounds found.
+/// A network, or the reason why it could not be set up, and the results of its rounds.
 struct Measured {
     kind: Kind,
     network: Result<Network>,
@@ -164,8 +166,9 @@ fn measure_networks(networks: &mut [Measured], rounds: u32, times: Times) {
     }
 }
 
-/// Pings beside a flow, without workers and with them, one right after the other: from round to
-/// round this machine differs more than they do. Empty if not both networks were to be measured.
+/// Measures pings next to a flow, without workers and with them, one right after the other, because
+/// this machine varies more between rounds than the two cases differ. Returns an empty list unless
+/// both networks were set up.
 fn measure_beside(networks: &[Measured], times: Times) -> Result<Vec<Beside>> {
     let find = |kind| {
         let found = networks.iter().find(|measured: &&Measured| measured.kind == kind)?;

@@ -1,4 +1,4 @@
-//! One round on one network.
+//! One round of measurements on one network.
 
 use std::time::Duration;
 
@@ -11,78 +11,78 @@ use crate::probe;
 
 /// Payload of the small datagrams, in bytes.
 const SMALL: usize = 64;
-/// A flow runs for so long before pings are measured beside it.
+/// Time that a flow runs before the pings next to it start.
 const RAMP: Duration = Duration::from_millis(300);
 const PING_INTERVAL: Duration = Duration::from_millis(1);
 
-/// How long each part of a round takes.
+/// Duration of each part of a round.
 #[derive(Clone, Copy, Debug)]
 pub struct Times {
     pings: u64,
     flood: Duration,
     stream_seconds: u32,
-    /// How often pings beside a flow are compared.
+    /// Number of times that pings next to a flow are compared.
     pub turns: u32,
 }
 
 impl Times {
-    /// For figures.
+    /// Durations for meaningful results.
     pub const FULL: Self =
         Self { pings: 3000, flood: Duration::from_secs(2), stream_seconds: 3, turns: 10 };
-    /// For seeing that all works.
+    /// Durations for a quick check that everything works.
     pub const QUICK: Self =
         Self { pings: 300, flood: Duration::from_millis(500), stream_seconds: 1, turns: 1 };
 
-    /// A round's length, roughly.
+    /// Returns the approximate length of a round.
     pub fn of_a_round(&self) -> Duration {
         let pings = PING_INTERVAL * u32::try_from(self.pings).unwrap_or(u32::MAX);
         pings + self.flood * 2 + Duration::from_secs(u64::from(self.stream_seconds) * 5 + 1)
     }
 
-    /// The length of one measurement of pings beside a flow.
+    /// Returns the length of one measurement of pings next to a flow.
     pub fn of_a_flow(&self) -> Duration {
         Duration::from_secs(u64::from(self.stream_seconds))
     }
 }
 
-/// What one round found.
+/// Results of one round.
 #[derive(Clone, Copy, Debug)]
 pub struct Round {
-    /// Mean round-trip time of the pings, µs.
+    /// Mean round-trip time of the pings, in µs.
     pub rtt_average: f64,
-    /// Median, µs.
+    /// Median round-trip time, in µs.
     pub rtt_median: f64,
-    /// 99th percentile, µs.
+    /// 99th percentile of the round-trip times, in µs.
     pub rtt_p99: f64,
-    /// Pings without an answer.
+    /// Pings without a reply.
     pub lost: u64,
     /// Datagrams of 64 bytes that arrived, per second.
     pub packets: f64,
-    /// Goodput of one TCP flow, Gbit/s.
+    /// Goodput of one TCP flow, in Gbit/s.
     pub one_flow: f64,
-    /// Goodput of four TCP flows together, Gbit/s.
+    /// Goodput of four TCP flows together, in Gbit/s.
     pub four_flows: f64,
-    /// Goodput of sixteen TCP flows together, Gbit/s.
+    /// Goodput of sixteen TCP flows together, in Gbit/s.
     pub sixteen_flows: f64,
-    /// Goodput of one TCP flow in each direction at once, together, Gbit/s.
+    /// Summed goodput of one TCP flow in each direction at once, in Gbit/s.
     pub both_ways: f64,
-    /// Goodput of UDP that is sent many segments at once, Gbit/s.
+    /// Goodput of UDP sent with segmentation offload, many segments per call, in Gbit/s.
     pub udp_gso: f64,
-    /// Processor time of the whole machine for each gigabyte of one TCP flow, both ends and the
-    /// sender's own work included, s.
+    /// Processor time of the whole machine per gigabyte of one TCP flow, in seconds. Includes both
+    /// ends and the sender's own work.
     pub cpu_per_gigabyte: f64,
-    /// Mean round-trip time of pings beside one TCP flow, µs.
+    /// Mean round-trip time of pings next to one TCP flow, in µs.
     pub loaded_rtt_average: f64,
-    /// 99th percentile of the same, µs.
+    /// 99th percentile of the same round-trip times, in µs.
     pub loaded_rtt_p99: f64,
-    /// Segments that the sender of one TCP flow sent again, per gigabyte.
+    /// Segments that the sender of one TCP flow retransmitted, per gigabyte.
     pub retransmits: f64,
 }
 
 /// Measures a network once.
 ///
 /// # Errors
-/// When nothing arrives, or more than one ping in a hundred is lost.
+/// When nothing arrives, or when more than one ping in a hundred is lost.
 pub fn round(network: &Network, times: Times) -> Result<Round> {
     let (a, b, to) = (network.a.netns(), network.b.netns(), network.to);
     probe::ping(a, to, 50, PING_INTERVAL).context("warming up")?;
@@ -120,20 +120,21 @@ pub fn round(network: &Network, times: Times) -> Result<Round> {
     })
 }
 
-/// Pings beside one TCP flow.
+/// Results of pings next to one TCP flow.
 #[derive(Clone, Copy, Debug)]
 pub struct Loaded {
-    /// Goodput of the flow, Gbit/s.
+    /// Goodput of the flow, in Gbit/s.
     pub rate: f64,
-    /// Mean round-trip time, µs.
+    /// Mean round-trip time, in µs.
     pub average: f64,
-    /// Median, µs.
+    /// Median round-trip time, in µs.
     pub median: f64,
-    /// 99th percentile, µs.
+    /// 99th percentile of the round-trip times, in µs.
     pub p99: f64,
 }
 
-/// Measures pings beside one TCP flow, which sends what it can, or no more than `limit` Gbit/s.
+/// Measures pings next to one TCP flow. The flow is limited to `limit` Gbit/s, or unlimited if
+/// `None`.
 ///
 /// # Errors
 /// When nothing arrives.
@@ -163,7 +164,7 @@ fn beside(network: &Network, server: &Server, times: Times, flow: &[&str]) -> Re
     })
 }
 
-/// What iperf3 says of one of its sums, Gbit/s.
+/// Returns the rate that iperf3 reports in the given sum, in Gbit/s.
 fn goodput(report: &Value, sum: &str) -> Result<f64> {
     report["end"][sum]["bits_per_second"]
         .as_f64()
@@ -171,7 +172,7 @@ fn goodput(report: &Value, sum: &str) -> Result<f64> {
         .map(|rate| rate / 1e9)
 }
 
-/// Time that the processors have been busy since the machine started.
+/// Returns the time that all processors together have been busy since the machine started.
 fn busy() -> Result<Duration> {
     let text = std::fs::read_to_string("/proc/stat")?;
     let line = text.lines().next().context("/proc/stat is empty")?;

@@ -1,15 +1,15 @@
-//! The networks to compare. Each has two containers, each on a host of its own, and between the
-//! hosts one veth pair with an MTU of 1500 as the underlay:
+//! The networks to compare. Each has two containers on a host each. One veth pair with an MTU of
+//! 1500 between the hosts is the underlay:
 //!
 //! ```text
 //! container a ── host a ══ underlay ══ host b ── container b
 //! ```
 //!
 //! Every rival is an interface on both hosts, and the hosts forward the containers' packets through
-//! it: the same path that overnode's packets take, and what a container host does with a VPN.
-//! Encrypted rivals get overnode's inner MTU of 1420 bytes; else they run as they come. `veth`
-//! leaves the hosts out: two containers on one cable, the least that the kernel can do. `routed`
-//! has the hosts and no tunnel.
+//! it. Overnode's packets take the same path, and a container host with a VPN does the same.
+//! Encrypted rivals get overnode's inner MTU of 1420 bytes and otherwise run with their defaults.
+//! `veth` has no hosts: two containers share one cable, the least work that the kernel can do.
+//! `routed` has the hosts but no tunnel.
 
 mod nebula;
 
@@ -28,26 +28,26 @@ use crate::probe;
 
 const UNDERLAY: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 168, 77, 1), Ipv4Addr::new(192, 168, 77, 2)];
 const UNDERLAY_MTU: u32 = 1500;
-/// Addresses of the tunnel's ends on the hosts.
+/// Tunnel addresses of the hosts.
 const TUNNEL: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 99, 0, 1), Ipv4Addr::new(10, 99, 0, 2)];
 const CONTAINER: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 98, 1, 2), Ipv4Addr::new(10, 98, 2, 2)];
 const GATEWAY: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 98, 1, 1), Ipv4Addr::new(10, 98, 2, 1)];
-/// What overnode leaves to containers on this underlay.
+/// MTU that overnode leaves to containers on this underlay.
 const TUNNEL_MTU: u32 = 1420;
 const VXLAN_MTU: u32 = 1450;
 const WIREGUARD_PORT: u16 = 51820;
 const TOKEN: &str = "the token of the benchmark";
-/// What controls the congestion of the containers' TCP: Linux's default, whatever this machine has
-/// been told. BBR, for one, sends by timers, whose interrupts cost a virtual machine more than the
-/// network.
+/// Congestion control of the containers' TCP: Linux's default, whatever this machine is configured
+/// to use. BBR, for one, paces with timers, whose interrupts cost a virtual machine more than the
+/// network does.
 pub const CONGESTION: &str = "cubic";
-/// Each host and the other one.
+/// Pairs of a host and the other host.
 const PAIRS: [(usize, usize); 2] = [(0, 1), (1, 0)];
 
-/// A way to join two containers.
+/// A network that connects two containers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
-    /// One veth pair, no hosts between.
+    /// One veth pair, without hosts in between.
     Veth,
     /// Hosts that forward without a tunnel.
     Routed,
@@ -59,26 +59,26 @@ pub enum Kind {
     Boringtun,
     /// Slack's Nebula.
     Nebula,
-    /// VXLAN over an underlay that does not segment.
+    /// VXLAN over an underlay without segmentation offload.
     VxlanNotso,
-    /// And that joins what it receives, as network cards do.
+    /// VXLAN over an underlay without segmentation offload, but with GRO.
     VxlanNotsoGro,
     /// This project.
     Overnode,
-    /// With ChaCha20-Poly1305 for bulk flows.
+    /// Overnode with ChaCha20-Poly1305 for bulk flows.
     OvernodeChacha,
-    /// With AES-256-GCM for bulk flows.
+    /// Overnode with AES-256-GCM for bulk flows.
     OvernodeAes,
-    /// The same over an underlay that does not segment.
+    /// The same over an underlay without segmentation offload.
     OvernodeAesNotso,
-    /// And that joins what it receives, as network cards do.
+    /// The same over an underlay without segmentation offload, but with GRO.
     OvernodeAesNotsoGro,
-    /// Without workers: the programs alone.
+    /// Overnode without workers: the programs alone.
     OvernodeOff,
 }
 
 impl Kind {
-    /// All, in the order of the table.
+    /// All networks, in the order of the table.
     pub const ALL: [Self; 14] = [
         Self::Veth,
         Self::Routed,
@@ -96,12 +96,12 @@ impl Kind {
         Self::OvernodeOff,
     ];
 
-    /// Whether it is this project.
+    /// Returns whether this is overnode.
     pub const fn is_own(self) -> bool {
         self.bulk().is_some()
     }
 
-    /// What `--bulk` is, if it is this project.
+    /// Returns the value of `--bulk` if this is overnode.
     const fn bulk(self) -> Option<&'static str> {
         match self {
             Self::Overnode => Some("auto"),
@@ -112,8 +112,8 @@ impl Kind {
         }
     }
 
-    /// Where the underlay takes one packet at a time: whether its interfaces join what they receive
-    /// (GRO).
+    /// Returns whether the underlay's interfaces coalesce what they receive (GRO). `None` where the
+    /// underlay has segmentation offload.
     const fn joins_without_tso(self) -> Option<bool> {
         match self {
             Self::VxlanNotso | Self::OvernodeAesNotso => Some(false),
@@ -122,7 +122,7 @@ impl Kind {
         }
     }
 
-    /// Whether it is another's encrypted network.
+    /// Returns whether this is another project's encrypted network.
     pub const fn is_rival(self) -> bool {
         matches!(self, Self::Gotatun | Self::Boringtun | Self::Nebula)
     }
@@ -149,8 +149,8 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Two containers that can reach each other. Fields are dropped in this order: the tunnel before
-/// the hosts that it is on.
+/// Two containers that can reach each other. The fields are dropped in order, so that the tunnel
+/// goes before the hosts that it runs on.
 pub struct Network {
     /// The container that sends.
     pub a: Container,
@@ -162,7 +162,7 @@ pub struct Network {
     _lab: Lab,
 }
 
-/// What has to stay alive for the tunnel to work.
+/// The processes that the tunnel needs.
 enum Tunnel {
     None,
     WireGuard { _devices: Vec<Device> },
@@ -170,10 +170,11 @@ enum Tunnel {
 }
 
 impl Network {
-    /// Makes it, and waits until the first ping has come back.
+    /// Sets up the network and waits until the first ping is answered.
     ///
     /// # Errors
-    /// When something it needs is missing, or no ping comes back within 30 seconds.
+    /// When something that the network needs is missing, or when no ping is answered within 30
+    /// seconds.
     pub fn set_up(kind: Kind) -> Result<Self> {
         let lab = Lab::new("bench").entry(Entry::Setns).build()?;
         let [a, b] = [lab.host(1).container("a")?, lab.host(2).container("b")?];
@@ -232,7 +233,7 @@ impl Network {
     }
 }
 
-/// Has a container send to an address under [`CONGESTION`].
+/// Makes a container use [`CONGESTION`] toward an address.
 fn control_congestion(container: &Container, to: IpAddr) -> Result<()> {
     let to = to.to_string();
     let routes: Value =
@@ -257,7 +258,7 @@ fn veth(a: &Container, b: &Container) -> Result<()> {
     Ok(())
 }
 
-/// Gives the hosts a cable of their own in place of the lab's bridge, which would be one more hop.
+/// Connects the hosts with a cable instead of the lab's bridge, which would be one more hop.
 fn cable(lab: &Lab) -> Result<()> {
     let (first, second) = (lab.host(1).netns(), lab.host(2).netns());
     let mtu = UNDERLAY_MTU.to_string();
@@ -273,7 +274,7 @@ fn cable(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Hosts on a cable that forward for the containers behind them.
+/// Connects the hosts with a cable and makes them forward for the containers behind them.
 fn forward(lab: &Lab, containers: [&Container; 2], mtu: u32) -> Result<()> {
     cable(lab)?;
     for (own, container) in containers.into_iter().enumerate() {
@@ -282,7 +283,7 @@ fn forward(lab: &Lab, containers: [&Container; 2], mtu: u32) -> Result<()> {
     Ok(())
 }
 
-/// Tells a host the way to the other host's container.
+/// Adds a route to the other host's container.
 fn route(lab: &Lab, own: usize, way: &[&str]) -> Result<()> {
     let network = network_of(1 - own).to_string();
     lab.hosts()[own].netns().ip(&[&["route", "add", &network], way].concat()).map(drop)
@@ -337,8 +338,8 @@ fn overnode(lab: &Lab, containers: [&Container; 2], bulk: &str) -> Result<()> {
     launch(lab, containers, UNDERLAY.map(IpAddr::V4), bulk)
 }
 
-/// A node on each host with these addresses, and a container on each; returns when workers serve,
-/// if there are any.
+/// Launches a node with one of these addresses on each host, and attaches a container on each.
+/// Returns once the nodes have a session and, unless `bulk` is `off`, workers are in use.
 pub fn launch(
     lab: &Lab,
     containers: [&Container; 2],
@@ -363,7 +364,7 @@ pub fn launch(
             Ok(())
         })?;
     }
-    // Now nodes know what the underlay carries, of which containers get their MTU.
+    // Nodes know the underlay's MTU only now, and containers get theirs from it.
     for (host, container) in lab.hosts().iter().zip(containers) {
         host.attach(container, &[]).with_context(|| format!("the daemon's log: {}", host.log()))?;
     }

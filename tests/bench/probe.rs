@@ -1,5 +1,5 @@
-//! Probes that send from one namespace to another and measure what arrives: pings with nanoseconds,
-//! and a flood of small datagrams.
+//! Probes that send from one namespace to another and measure what arrives: pings with nanosecond
+//! timestamps and floods of datagrams.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
@@ -19,52 +19,53 @@ use nix::sys::time::TimeSpec;
 use lab::Netns;
 use lab::raw::checksum;
 
-/// How long a ping waits for the last answers.
+/// Time that [`ping`] waits for the last replies.
 const LINGER: Duration = Duration::from_secs(2);
-/// A flood's rate is measured after this long.
+/// Time before the rate of a flood is measured.
 const WARM_UP: Duration = Duration::from_millis(200);
-/// How long the receiver of a flood sleeps when nothing is there. Were it woken by each datagram,
-/// the time that this takes (between virtual processors as long as all else together) would be the
-/// sender's.
+/// Time that the receiver of a flood sleeps when its socket is empty. If each datagram woke it, the
+/// sender would pay for the wakeups, and between virtual processors they take as long as everything
+/// else together.
 const PAUSE: Duration = Duration::from_micros(100);
-/// Payload of a ping, as `ping` has it: 84 bytes of IP packet.
+/// Payload of a ping in bytes, as `ping` has it: the IP packet has 84 bytes.
 const PING_PAYLOAD: usize = 56;
 const ICMP_HEADER: usize = 8;
 
-/// The round-trip times of a series of pings.
+/// Results of a series of pings.
 #[derive(Clone, Debug, Default)]
 pub struct Pings {
-    /// Requests sent.
+    /// Number of requests sent.
     pub sent: u64,
-    /// Round-trip times of the requests answered, sorted.
+    /// Round-trip times of the answered requests, sorted.
     pub times: Vec<Duration>,
 }
 
 impl Pings {
-    /// Requests without an answer.
+    /// Returns the number of unanswered requests.
     pub fn lost(&self) -> u64 {
         self.sent - self.times.len() as u64
     }
 
-    /// The mean; zero if nothing was answered.
+    /// Returns the mean, or zero if nothing was answered.
     pub fn average(&self) -> Duration {
         let count = u32::try_from(self.times.len()).unwrap_or(u32::MAX).max(1);
         self.times.iter().sum::<Duration>() / count
     }
 
-    /// The time that `percent` of the answers did not exceed; zero if nothing was answered.
+    /// Returns the time that `percent` of the replies did not exceed, or zero if nothing was
+    /// answered.
     pub fn percentile(&self, percent: usize) -> Duration {
         let rank = (self.times.len() * percent).div_ceil(100).saturating_sub(1);
         self.times.get(rank).copied().unwrap_or_default()
     }
 }
 
-/// Sends ICMP echo requests at an interval, whether answered or not, and measures as `ping` does:
-/// from the clock before the send call to the kernel's own time stamp of the answer. Ends when all
-/// are answered, 2 seconds after the last at the latest.
+/// Sends ICMP echo requests at a fixed interval, whether or not they are answered. Measures as
+/// `ping` does, from the clock before the send call to the kernel's timestamp of the reply. Ends
+/// once all requests are answered, and at the latest 2 seconds after the last one.
 ///
 /// # Errors
-/// When a raw socket cannot be had, or the kernel refuses to send.
+/// When a raw socket cannot be opened, or when the kernel refuses to send.
 pub fn ping(from: &Netns, to: Ipv4Addr, count: u64, interval: Duration) -> Result<Pings> {
     from.enter(move || {
         let mut pinger = Pinger::open(to)?;
@@ -83,7 +84,7 @@ struct Pinger {
     socket: OwnedFd,
     to: Ipv4Addr,
     ident: [u8; 2],
-    /// When each was sent, and the answer's round-trip time.
+    /// When each request was sent, and the round-trip time of its reply.
     sent: Vec<(Duration, Option<Duration>)>,
     answered: usize,
 }
@@ -118,8 +119,7 @@ impl Pinger {
         let parts = [IoSlice::new(&message)];
         let none: [ControlMessage<'_>; 0] = [];
         match sendmsg(self.socket.as_raw_fd(), &parts, &none, MsgFlags::empty(), Some(&to)) {
-            // What a full queue or a missing route swallows is a lost ping, which is what is
-            // counted.
+            // A request dropped by a full queue or a missing route counts as a lost ping.
             Ok(_)
             | Err(Errno::ENOBUFS | Errno::EAGAIN | Errno::EHOSTUNREACH | Errno::ENETUNREACH) => {
                 Ok(())
@@ -137,8 +137,8 @@ impl Pinger {
             if Instant::now() >= deadline {
                 return Ok(());
             }
-            // Awake, as `ping` waits at intervals below a tick: the time in which this machine
-            // wakes a sleeping CPU up says nothing about networks.
+            // Busy-wait, as `ping` does at intervals shorter than a tick. The time that this
+            // machine takes to wake a sleeping CPU says nothing about networks.
             std::thread::yield_now();
         }
     }
@@ -174,7 +174,8 @@ impl Pinger {
         }
     }
 
-    /// The number in an answer to one of ours, with its IP header before it.
+    /// Returns the sequence number in a reply to one of our requests. The packet starts with its IP
+    /// header.
     fn number_of(&self, packet: &[u8]) -> Option<usize> {
         let header = usize::from(packet.first()? & 0xf) * 4;
         let message = packet.get(header..header + ICMP_HEADER + PING_PAYLOAD)?;
@@ -195,12 +196,11 @@ fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Sends datagrams as fast as one thread can, one per system call, and counts what one receiving
-/// thread gets, which looks for them every
-/// [`PAUSE`]: datagrams per second.
+/// Sends datagrams as fast as one thread can, one per system call, and returns how many one
+/// receiving thread gets per second. The receiver polls every [`PAUSE`].
 ///
 /// # Errors
-/// When a socket cannot be had, or nothing arrives at all.
+/// When a socket cannot be opened, or when nothing arrives at all.
 pub fn flood(
     from: &Netns,
     to: &Netns,
@@ -212,11 +212,12 @@ pub fn flood(
     rate(&sender, &receiver, payload, 2048, |_| 1, time)
 }
 
-/// Sends UDP many segments at once (UDP_SEGMENT, Linux 4.18) as fast as one thread can, and counts
-/// the bits that one thread receives, which takes them as the kernel joined them: bits per second.
+/// Sends UDP with segmentation offload (`UDP_SEGMENT`, Linux 4.18) as fast as one thread can, and
+/// returns how many bits per second one thread receives. The receiver takes segments as the kernel
+/// coalesces them.
 ///
 /// # Errors
-/// When a socket cannot be had, or nothing arrives at all.
+/// When a socket cannot be opened, or when nothing arrives at all.
 pub fn gso(from: &Netns, to: &Netns, address: Ipv4Addr, time: Duration) -> Result<f64> {
     const SEGMENT: u16 = 1372;
     const SEGMENTS: usize = 44;
@@ -226,7 +227,7 @@ pub fn gso(from: &Netns, to: &Netns, address: Ipv4Addr, time: Duration) -> Resul
     rate(&sender, &receiver, usize::from(SEGMENT) * SEGMENTS, 1 << 16, |len| len as u64 * 8, time)
 }
 
-/// A socket connected with another one.
+/// Returns a sending socket that is connected to a receiving one.
 fn udp_pair(from: &Netns, to: &Netns, address: Ipv4Addr) -> Result<(UdpSocket, UdpSocket)> {
     let receiver = to.enter(|| {
         let socket = UdpSocket::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?;
@@ -243,8 +244,9 @@ fn udp_pair(from: &Netns, to: &Netns, address: Ipv4Addr) -> Result<(UdpSocket, U
     Ok((sender, receiver))
 }
 
-/// What comes per second when one thread sends `payload` bytes with each call and another one
-/// receives up to `most` with each; `worth` says what a call that got so many bytes counts for.
+/// Returns how much arrives per second when one thread sends `payload` bytes per call and another
+/// one receives up to `most` bytes per call. `worth` converts the bytes of one receive call into
+/// the unit that is counted.
 fn rate(
     sender: &UdpSocket,
     receiver: &UdpSocket,
@@ -269,8 +271,7 @@ fn rate(
         scope.spawn(|| {
             let bytes = vec![0x5a; payload];
             while !stop.load(Ordering::Relaxed) {
-                // A full queue refuses some, which is not worth a word: what arrives is what
-                // counts.
+                // A full queue rejects some datagrams. Only what arrives counts.
                 let _ = sender.send(&bytes);
             }
         });

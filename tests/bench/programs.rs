@@ -1,9 +1,9 @@
-//! The programs by themselves: the time of one run over one packet (`BPF_PROG_TEST_RUN`), and what
-//! the verifier had to look at.
+//! The programs alone: the time of one run over one packet (`BPF_PROG_TEST_RUN`), and the number of
+//! instructions that the verifier processed.
 //!
-//! Each message is sealed and opened once: sealing changes the packet, and opening it again would
-//! be a replay. So every run is a system call of its own, and the figure is the median of the
-//! kernel's own timing of each.
+//! Each message is sealed and opened once, because sealing changes the packet and a second opening
+//! would be a replay. So every run is one system call, and the result is the median of the times
+//! that the kernel measured.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -27,7 +27,7 @@ use overnode_ebpf::replay::{WORDS, Window};
 use overnode_ebpf::wire::{DATA_PORT, ETHERNET_LEN, IPV4_LEN, UDP_LEN};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
-/// Lengths of the inner packets, from the IP header on, in bytes.
+/// Lengths of the inner packets in bytes, including the IP header.
 pub const SIZES: [usize; 3] = [64, 512, 1400];
 const PROGRAMS: [&str; 5] =
     ["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk"];
@@ -41,14 +41,14 @@ const LOOPBACK: u32 = 1;
 const TC_ACT_REDIRECT: u32 = 7;
 const XDP_REDIRECT: u32 = 4;
 
-/// What was found.
+/// Results of the measurement.
 #[derive(Debug)]
 pub struct Programs {
-    /// Instructions that the verifier processed, by program.
+    /// Number of instructions that the verifier processed, by program.
     pub verified: BTreeMap<&'static str, u32>,
     /// Bytes of stack that a program and its deepest callback use together, by program.
     pub stack: BTreeMap<&'static str, u32>,
-    /// One for each of [`SIZES`].
+    /// One entry for each of [`SIZES`].
     pub costs: Vec<Cost>,
 }
 
@@ -57,21 +57,21 @@ pub struct Programs {
 pub struct Cost {
     /// Length of the inner packet in bytes.
     pub size: usize,
-    /// `seal`.
+    /// Time of `seal`.
     pub seal: Duration,
-    /// `from_underlay`.
+    /// Time of `from_underlay`.
     pub open: Duration,
-    /// `from_underlay_xdp`.
+    /// Time of `from_underlay_xdp`.
     pub open_xdp: Duration,
-    /// ring's cipher in user space, with vector instructions, over as many bytes: how fast the
-    /// machine is just now.
+    /// Time that ring's vectorized cipher takes in user space for as many bytes. Shows how fast the
+    /// machine is at the moment.
     pub ring: Duration,
 }
 
-/// Loads the programs that the daemon embeds and runs each `runs` times for each length.
+/// Loads the programs that the daemon embeds and runs each of them `runs` times for each length.
 ///
 /// # Errors
-/// When the kernel does not load them, or when one refuses a good packet.
+/// When the kernel does not load a program, or when a program drops a valid packet.
 pub fn measure(runs: usize) -> Result<Programs> {
     let stack = stack_depths()?;
     let mut bench = Bench::load()?;
@@ -152,7 +152,8 @@ impl Bench {
     fn run(&self, name: &str, verdict: u32, packet: &[u8]) -> Result<(Duration, Vec<u8>)> {
         let before = self.counts()?;
         let mut out = vec![0; 2048];
-        // `struct __sk_buff`: `seal` finds the source that was checked in the mark, at 8.
+        // In `struct __sk_buff`, the mark is at offset 8. `seal` finds the verified source address
+        // there.
         let mut context = [0; 192];
         context[8..12].copy_from_slice(&INNER[0]);
         let ctx_in = (name == "seal").then_some(&context[..]);
@@ -203,9 +204,9 @@ fn load(program: &mut Program) -> Result<(), ProgramError> {
     }
 }
 
-/// Asks the verifier how much stack each program needs. It tells in its log, and aya hands the log
-/// out only when a load failed: so each is loaded once with no file descriptor left for the result,
-/// which the kernel notices last.
+/// Returns the stack depth of each program. The verifier reports it only in its log, and aya
+/// returns the log only when a load fails. So each program is loaded once with no file descriptor
+/// left for the result, which the kernel notices last.
 fn stack_depths() -> Result<BTreeMap<&'static str, u32>> {
     let mut programs = parse()?;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -213,7 +214,7 @@ fn stack_depths() -> Result<BTreeMap<&'static str, u32>> {
     for name in PROGRAMS {
         let program =
             programs.program_mut(name).with_context(|| format!("there is no program {name}"))?;
-        // The lowest number that is free, which the next file would get.
+        // The lowest free number, which the next file descriptor would get.
         let next = File::open("/dev/null")?.as_raw_fd();
         setrlimit(Resource::RLIMIT_NOFILE, next.try_into()?, hard)?;
         let outcome = load(program);
@@ -235,8 +236,8 @@ fn stack_depths() -> Result<BTreeMap<&'static str, u32>> {
     Ok(depths)
 }
 
-/// One peer whose session seals and opens under the same key, so that what was sealed can be opened
-/// here.
+/// Adds one peer whose session seals and opens with the same key, so that sealed packets can be
+/// opened here.
 fn fill(programs: &mut Ebpf) -> Result<()> {
     let mut config: Array<_, Config> = take(programs, "CONFIG")?;
     let subnet = Address::from_v4([10, 32, 0, 0]);
@@ -263,7 +264,8 @@ fn fill(programs: &mut Ebpf) -> Result<()> {
     endpoints.insert(LOOPBACK, endpoint, 0)?;
 
     let mut addresses: HashMap<_, Address, u32> = take(programs, "LOCAL_ADDRESSES")?;
-    // Both: the peer is followed to where its messages come from, which is here.
+    // Both addresses are local, because a peer's endpoint follows its messages, and they come from
+    // here.
     for address in OUTER {
         addresses.insert(Address::from_v4(address), 0, 0)?;
     }
@@ -309,8 +311,8 @@ fn take<M: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
     M::try_from(map).with_context(|| format!("map {name} has another layout than expected"))
 }
 
-/// An Ethernet frame with a UDP datagram from one container to the other; `size` counts from the IP
-/// header on.
+/// Returns an Ethernet frame with a UDP datagram from one container to the other. `size` is the
+/// length in bytes from the IP header on.
 fn frame(size: usize) -> Result<Vec<u8>> {
     let mut ip = vec![0x45, 0];
     ip.extend(u16::try_from(size)?.to_be_bytes());

@@ -1,4 +1,4 @@
-//! What is printed and written: tables, ratios, and the floor that the project holds itself to.
+//! The report: tables, ratios, and the minimum performance that the project requires of itself.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,42 +12,42 @@ use crate::measure::{Loaded, Round};
 use crate::network::Kind;
 use crate::programs::Programs;
 
-/// Everything measured.
+/// All measurements of a run.
 pub struct Report {
-    /// The programs by themselves, or why they could not be measured.
+    /// Results of the programs alone, or why they could not be measured.
     pub programs: Result<Programs, String>,
-    /// In the order of the table.
+    /// Results of the networks, in the order of the table.
     pub networks: Vec<Outcome>,
-    /// Pings beside a flow, compared; or why they could not be.
+    /// Compared pings next to a flow, or why they could not be compared.
     pub beside: Result<Vec<Beside>, String>,
-    /// How often each network was to be measured.
+    /// Number of times that each network was to be measured.
     pub rounds: u32,
-    /// From start to end.
+    /// Duration of the whole run.
     pub took: Duration,
 }
 
-/// One network.
+/// Results of one network.
 pub struct Outcome {
-    /// Which.
+    /// The network.
     pub kind: Kind,
-    /// Its rounds, or why there are none.
+    /// Its rounds, or why it could not be measured.
     pub result: Result<Vec<Round>, String>,
 }
 
-/// Pings beside a flow, one right after the other.
+/// Pings next to a flow in several cases, measured one right after the other.
 #[derive(Clone, Copy, Debug)]
 pub struct Beside {
     /// Without workers.
     pub without: Loaded,
-    /// With workers, and a flow that sends as much as went without them.
+    /// With workers, and a flow limited to the rate that was reached without them.
     pub paced: Loaded,
-    /// With workers, and a flow that sends what it can.
+    /// With workers and an unlimited flow.
     pub with: Loaded,
-    /// Beside VXLAN's flow, if that is measured.
+    /// Next to a flow over VXLAN, if VXLAN is measured.
     pub vxlan: Option<Loaded>,
 }
 
-/// One of [`Beside`]'s, by name.
+/// One of the cases in [`Beside`], with its name.
 type Case = (&'static str, fn(&Beside) -> Option<Loaded>);
 
 const CASES: [Case; 4] = [
@@ -57,7 +57,7 @@ const CASES: [Case; 4] = [
     ("vxlan", |beside| beside.vxlan),
 ];
 
-/// A figure of a round: how to name it, find it, print it, and whether more is better.
+/// A figure of a round: its key and title, how to get and print it, and whether more is better.
 struct Figure {
     key: &'static str,
     title: &'static str,
@@ -96,10 +96,10 @@ const fn figure(
 const RTT_AVERAGE: usize = 0;
 const PACKETS: usize = 3;
 const ONE_FLOW: usize = 4;
-/// The columns of each table, for a terminal has no room for all.
+/// The columns of each table. One terminal line has no room for all of them.
 const PARTS: [std::ops::Range<usize>; 2] = [0..7, 7..14];
 
-/// A line of the floor.
+/// A check of one minimum requirement.
 struct Check {
     what: String,
     value: f64,
@@ -108,14 +108,14 @@ struct Check {
 }
 
 impl Report {
-    /// Whether everything asked for was measured.
+    /// Returns whether everything that was asked for was measured.
     pub fn is_complete(&self) -> bool {
         self.programs.is_ok()
             && self.beside.is_ok()
             && self.networks.iter().all(|outcome| outcome.result.is_ok())
     }
 
-    /// All figures, each round included.
+    /// Returns all results, including those of each round.
     pub fn to_json(&self) -> Value {
         let programs = match &self.programs {
             Err(reason) => json!({ "error": reason }),
@@ -176,8 +176,8 @@ impl Report {
         median(outcome.result.as_ref().ok()?, figure)
     }
 
-    /// How many times better overnode is than this one; less than 1 where it is worse. None if one
-    /// of them is nothing at all.
+    /// Returns how many times better overnode is than this network, less than 1 where it is worse.
+    /// `None` if either was not measured, or if the ratio is zero or infinite.
     fn ratio(&self, kind: Kind, figure: &Figure) -> Option<f64> {
         let (own, other) = (self.value(Kind::Overnode, figure)?, self.value(kind, figure)?);
         let ratio = if figure.more_is_better { own / other } else { other / own };
@@ -407,7 +407,7 @@ fn median(rounds: &[Round], figure: &Figure) -> Option<f64> {
     middle(rounds.iter().map(figure.of).collect())
 }
 
-/// The median; none of nothing.
+/// Returns the median, or `None` if there are no values.
 fn middle(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -434,7 +434,7 @@ fn nanos(time: Duration) -> f64 {
     time.as_nanos() as f64
 }
 
-/// A duration in words.
+/// Returns a duration in words.
 pub fn spoken(time: Duration) -> String {
     match time.as_secs() {
         seconds @ 0..100 => format!("{seconds} seconds"),
@@ -442,7 +442,7 @@ pub fn spoken(time: Duration) -> String {
     }
 }
 
-/// An empty table with these titles.
+/// Returns an empty table with these titles.
 pub fn table(titles: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(UTF8_HORIZONTAL_ONLY).set_header(titles);

@@ -1,5 +1,6 @@
-//! `cargo xtask bench stress`: streams of every kind over underlays of every kind, every byte
-//! verified; and what it costs that flows change their path. What is drawn, is drawn from a seed.
+//! `cargo xtask bench stress`: many kinds of streams over many kinds of underlays, with every byte
+//! verified. It also measures what it costs when flows change their path. All random choices come
+//! from a seed.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -18,30 +19,30 @@ use rand::{Rng, SeedableRng};
 use crate::network;
 use crate::report;
 
-/// Sessions are renewed every 120 s: a scene that shall see that lasts longer.
+/// Duration of a scene that includes a rekey. Sessions rekey every 120 s.
 const REKEY: Duration = Duration::from_secs(150);
 const MEGABYTE: u64 = 1_000_000;
-/// Of the tunnel over IPv6, of TCP and of IP, in bytes.
+/// Headers of the tunnel over IPv6 (80 bytes) and of the inner TCP and IP (40 bytes).
 const HEADERS: u32 = 80 + 40;
 
-/// What to move.
+/// Options of `cargo xtask bench stress`.
 #[derive(Debug, Parser)]
 pub struct Stress {
-    /// How many bytes are sent and verified, over all underlays together.
+    /// Number of bytes to send and verify, over all underlays together.
     #[arg(long, value_name = "COUNT", default_value_t = 10_000_000_000)]
     bytes: u64,
-    /// What all is drawn from.
+    /// Seed of all random choices.
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
     seed: u64,
 }
 
-/// An underlay, and whether the nodes have workers.
+/// An underlay, and the workers' mode.
 #[derive(Clone, Copy)]
 struct Scene {
     family: Family,
     mtu: u32,
     bulk: &'static str,
-    /// Its share of all bytes, in hundredths.
+    /// Share of all bytes, in percent.
     share: u64,
     at_least: Duration,
 }
@@ -54,7 +55,7 @@ const SCENES: [Scene; 8] = [
     scene(Family::V4, 1280, "auto", 5),
     scene(Family::V6, 1280, "auto", 5),
     scene(Family::V4, 576, "auto", 2),
-    // What the others are compared with.
+    // Baseline for the other scenes.
     scene(Family::V4, 1500, "off", 3),
 ];
 
@@ -69,21 +70,21 @@ impl fmt::Display for Scene {
     }
 }
 
-/// What a round is like.
+/// Settings of a round.
 struct Round {
-    /// Of both containers, what is not as it comes: `net.ipv4.NAME` and its value.
+    /// Options of both containers that differ from the default: `net.ipv4.NAME` and its value.
     options: Vec<(&'static str, &'static str)>,
     /// The largest segment that the containers announce, in bytes.
     segment: Option<u32>,
     roughness: Option<Roughness>,
-    /// What the rough wire draws from.
+    /// Seed of the rough wire.
     seed: u64,
-    /// From the first container to the second one, or back.
+    /// Flows: whether each goes from the first container to the second one, and how it sends.
     flows: Vec<(bool, Manner)>,
     bytes: u64,
 }
 
-/// Of TCP; how it comes, and the other way.
+/// TCP options: the name, its default, and the alternative.
 const OPTIONS: [(&str, &str, &str); 4] = [
     ("tcp_timestamps", "1", "0"),
     ("tcp_window_scaling", "1", "0"),
@@ -141,7 +142,7 @@ impl fmt::Display for Round {
     }
 }
 
-/// What the kernels of both containers and the workers have counted.
+/// Counters of both containers' kernels and of the workers.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counted {
     bytes: u64,
@@ -149,9 +150,9 @@ struct Counted {
     rounds: u64,
     by_workers: u64,
     resent: u64,
-    /// How often a sender noticed that its segments had been reordered.
+    /// Number of times that a sender noticed that its segments were reordered.
     reordered: u64,
-    /// What was sent again and had arrived: told by D-SACK (RFC 2883).
+    /// Retransmitted segments that had already arrived, as D-SACK reports (RFC 2883).
     needless: u64,
 }
 
@@ -188,7 +189,8 @@ impl Counted {
     }
 }
 
-/// A value of `/proc/net/snmp` or `/proc/net/netstat`: a line of names, then one of values.
+/// Returns a value of `/proc/net/snmp` or `/proc/net/netstat`. Each line of names there is followed
+/// by a line of values.
 fn kernel_counter(text: &str, name: &str) -> Result<u64> {
     let lines: Vec<&str> = text.lines().collect();
     lines
@@ -200,7 +202,7 @@ fn kernel_counter(text: &str, name: &str) -> Result<u64> {
         .with_context(|| format!("the kernel does not count {name}"))
 }
 
-/// How a scene went: smooth rounds, rough ones, how often its keys were renewed.
+/// Results of a scene: its smooth rounds, its rough ones, and the number of rekeys.
 struct Outcome {
     scene: Scene,
     smooth: Counted,
@@ -230,7 +232,7 @@ fn play(scene: Scene, quota: u64, rng: &mut StdRng) -> Result<Outcome> {
     let mut outcome =
         Outcome { scene, smooth: Counted::default(), rough: Counted::default(), rekeys: 0 };
     let (started, mut age) = (Instant::now(), 0);
-    // A run that only shows that all works need not wait for keys.
+    // A small run only shows that everything works and need not wait for a rekey.
     let at_least = if quota >= 1000 * MEGABYTE { scene.at_least } else { Duration::ZERO };
     loop {
         let moved = outcome.smooth.bytes + outcome.rough.bytes;
@@ -268,7 +270,7 @@ fn play_round(
         }
     }
     for (own, other) in [(0, 1), (1, 0)] {
-        // 0: what fits.
+        // 0 means the largest segment that fits.
         let segment = round.segment.unwrap_or(0).to_string();
         let to = containers[other].address().to_string();
         let route = [
@@ -306,13 +308,13 @@ fn play_round(
     }
     counted.seconds += started.elapsed().as_secs_f64();
     counted.rounds += 1;
-    // What workers have done is told once a second.
+    // Workers report their counters once a second.
     std::thread::sleep(Duration::from_millis(1100));
     counted.add(&before, &Counted::read(containers, lab.host(1))?);
     wire.map_or(Ok(()), |wire| lab.smooth(host, wire))
 }
 
-/// Of the keys that seal on the path that bulk flows take.
+/// Returns the age in seconds of the session keys on the path that bulk flows take.
 fn age_of_keys(host: &Host) -> Result<u64> {
     let status = host.status()?;
     let mut peers = status["peers"].as_array().into_iter().flatten().map(|peer| &peer["data"]);

@@ -1,5 +1,5 @@
-//! The AEAD in the kernel: `aead_check` under BPF_PROG_TEST_RUN, against Wycheproof's vectors and
-//! ring.
+//! Tests of the AEAD in the kernel: `aead_check` under `BPF_PROG_TEST_RUN`, compared with
+//! Wycheproof's vectors and with ring.
 
 #![allow(clippy::print_stdout, reason = "figures for people")]
 
@@ -49,8 +49,8 @@ fn wycheproof() -> Result<()> {
 fn agrees_with_ring() -> Result<()> {
     let mut kernel = Kernel::load()?;
     let mut rng = StdRng::seed_from_u64(8439);
-    // Test runs of a TC program want the packet in one page, less some room around it; before 6.18
-    // at least.
+    // Test runs of a TC program need the packet and some headroom and tailroom in one page, at
+    // least before Linux 6.18.
     let longest =
         [9000, 3400, 1500].into_iter().find(|len| kernel.admits(*len)).context("no test runs")?;
     let lengths =
@@ -87,7 +87,7 @@ fn agrees_with_ring() -> Result<()> {
     Ok(())
 }
 
-/// A length that reaches beyond the packet is an error, never an access.
+/// A claimed length beyond the end of the packet is an error and causes no access.
 #[test]
 fn lengths_that_lie() -> Result<()> {
     let mut kernel = Kernel::load()?;
@@ -106,8 +106,8 @@ fn lengths_that_lie() -> Result<()> {
     Ok(())
 }
 
-/// Prints what the whole program costs (nanoseconds a run, least of several) and what the verifier
-/// had to do.
+/// Prints the cost of the whole program (nanoseconds per run, the minimum of several) and the
+/// number of verified instructions.
 #[test]
 fn cost() -> Result<()> {
     let mut kernel = Kernel::load()?;
@@ -116,8 +116,8 @@ fn cost() -> Result<()> {
     for len in [0, 64, 512, 1400] {
         let seal =
             kernel.time(&request(0, &[1; 32], &[2; 12], &[], &vec![3; len], &[0; TAG_LEN]))?;
-        // Opening costs the same whether the tag is right or not; and in place it is right only
-        // once.
+        // Opening costs the same whether or not the tag is right. It is right only once, because
+        // opening works in place.
         let open =
             kernel.time(&request(1, &[1; 32], &[2; 12], &[], &vec![3; len], &[0; TAG_LEN]))?;
         println!("{len:>6} {:>9} {:>9}", seal.as_nanos(), open.as_nanos());
@@ -169,7 +169,7 @@ impl Kernel {
         Ok((text.to_vec(), tag.try_into()?))
     }
 
-    /// The text, or the reason for none.
+    /// Returns the plaintext, or the reason for the rejection.
     fn open(
         &mut self,
         key: &[u8; 32],
@@ -185,7 +185,7 @@ impl Kernel {
         })
     }
 
-    /// The verdict, and the packet behind the request.
+    /// Returns the verdict, and the packet after the request's header.
     fn run(&mut self, packet: &[u8]) -> Result<(u32, Vec<u8>)> {
         let mut out = vec![0; packet.len()];
         let result = program(&mut self.0)?.test_run(TestRunOptions {
@@ -197,7 +197,7 @@ impl Kernel {
         Ok((result.return_value, out.split_off(HEADER_LEN)))
     }
 
-    /// Whether this kernel's test-run takes packets with so much text.
+    /// Returns whether this kernel's test run accepts packets with a payload of this length.
     fn admits(&mut self, len: usize) -> bool {
         self.run(&request(0, &[0; 32], &[0; 12], &[0; 160], &vec![0; len], &[0; TAG_LEN])).is_ok()
     }

@@ -1,5 +1,5 @@
-//! The programs under BPF_PROG_TEST_RUN: every path, every reason, TC and XDP, IPv4 and IPv6
-//! underlays. Needs root.
+//! Tests of the programs under `BPF_PROG_TEST_RUN`: every path and every reason, as TC and as XDP,
+//! over IPv4 and IPv6 underlays. Need root.
 #![allow(clippy::print_stderr, reason = "figures, and which case a failure belongs to")]
 
 #[path = "programs/bulk.rs"]

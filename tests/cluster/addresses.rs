@@ -1,4 +1,4 @@
-//! Address space that is borrowed, kept through separations, handed over and taken back.
+//! Tests of address space: lent, kept through partitions, handed over and reclaimed.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::support::{
     PATIENCE, all_reach_all, attached, ensure_unique, in_lab, launch, launch_as, wait_for_peers,
 };
 
-/// Who holds address space, as a host has it.
+/// Returns the owners of address space, and how many addresses each has, as a host reports them.
 fn owners(host: &Host) -> Result<Vec<(u64, f64)>> {
     let status = host.status()?;
     let owners = status["ipam"]["owners"].as_array().context("no owners")?;
@@ -32,7 +32,8 @@ fn a_fifth_node_borrows_what_it_needs_and_keeps_it_alone() -> Result<()> {
         let five =
             owners(lender)?.into_iter().find(|(id, _)| *id == 5).context("node 5 holds nothing")?;
         ensure!(five.1 <= 64.0, "for one container it holds {} addresses", five.1);
-        // Alone, with a daemon that was killed, it still gives addresses from what it has.
+        // The borrower is cut off and its daemon was killed, but it still allocates addresses from
+        // its space.
         lab.cut(lender, borrower)?;
         borrower.kill_daemon()?;
         borrower.overnode(&["resume"])?.success()?;
@@ -45,7 +46,8 @@ fn a_fifth_node_borrows_what_it_needs_and_keeps_it_alone() -> Result<()> {
     })
 }
 
-/// In JSON and in tables that fit the terminal, on both sides; who cannot be reached is marked.
+/// Checks the JSON and the tables on both sides: tables fit the terminal, and unreachable nodes are
+/// marked.
 #[test]
 fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
     in_lab(Lab::new("loans").hosts(2), |lab| {
@@ -88,7 +90,7 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
                     Ok(owner.with_context(|| format!("{id} has nothing: {owners:?}"))?.1 as u64)
                 };
                 ensure!(addresses(1)? == 131_072 - lent && addresses(5)? == lent, "{ipam}");
-                // Of 2 to 4 nobody has heard.
+                // Nodes 2 to 4 never joined.
                 ensure!(
                     (2..=4).all(|id| addresses(id).is_ok_and(|count| count == 131_072)),
                     "{ipam}"
@@ -163,7 +165,7 @@ fn a_node_without_addresses_says_whom_it_waits_for_and_goes_on_by_itself() -> Re
         }
         ensure!(container.netns().interfaces()?.is_empty(), "something is left in the container");
         ensure!(prime.try_wait()?.is_none(), "prime does not wait");
-        // The next one waits, too, and meanwhile node 2 comes.
+        // The next attachment waits as well. Node 2 joins in the meantime.
         let mut attach = borrower.command("overnode")?;
         attach.args(["attach", &container.target()]).stdout(std::process::Stdio::piped());
         let mut waiting = attach.spawn()?;
@@ -204,10 +206,10 @@ fn a_lender_that_resets_leaves_its_ledger_to_another() -> Result<()> {
     })
 }
 
-/// The half of node 1's quarter that is lent.
+/// The half of node 1's quarter that it lends out.
 const LENT_BY_ONE: &str = "10.41.0.0/16";
 
-/// Who lends it, as a host has it.
+/// Returns the nodes that hold [`LENT_BY_ONE`], as a host reports them.
 fn holders(host: &Host) -> Result<BTreeSet<u64>> {
     let half: IpNet = LENT_BY_ONE.parse()?;
     let status = host.status()?;
@@ -224,7 +226,7 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
     in_lab(Lab::new("heirs").hosts(4), |lab| {
         let [one, two, three, five] = [1, 2, 3, 4].map(|number| lab.host(number));
         let living = [(two, 2), (three, 3), (five, 5)];
-        // Node 5 comes when there is only node 1 to borrow from.
+        // Node 5 joins while node 1 is the only possible lender.
         launch_as(lab, one, 1)?;
         launch_as(lab, five, 5)?;
         let mut containers = vec![attached(one, "a")?, attached(five, "a")?];
@@ -242,11 +244,11 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         for other in [three, five] {
             lab.cut(two, other)?;
         }
-        // Of the halves, neither can do it alone.
+        // Neither side of the partition can reclaim alone.
         for (host, count, missing) in [(two, 1, "3"), (three, 2, "2")] {
             wait_for_peers(host, count)?;
-            // What is unreachable for packets counts as gone when its connections have ended, and
-            // 20 s have passed.
+            // An unreachable node counts as gone once its control connections have ended and 20 s
+            // have passed.
             eventually(PATIENCE * 3, || {
                 let pending = host.overnode(&["reclaim", "1", "--timeout", "1"])?.failure(1)?;
                 ensure!(
@@ -284,8 +286,8 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         ensure_unique(&containers)?;
         all_reach_all(&containers[1..])?;
 
-        // The dead one rises, does not know yet, and gives away what it may; then it is told, and
-        // says so.
+        // Node 1 comes back and still allocates addresses from its space, because it does not know
+        // yet. Once it learns that its space was reclaimed, it reports that.
         one.overnode(&["resume"])?.success()?;
         containers.push(attached(one, "risen")?);
         lab.plug(one)?;
@@ -312,7 +314,8 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
             Ok(())
         })?;
         for (host, _) in &living {
-            // Who lost the race for the space says so, and that is all.
+            // A node may report that it lost the race for the space, but it must not report a
+            // conflict.
             let problems = host.status()?["ipam"]["problems"].to_string();
             let clash = ["in use", "belongs to others", "lent to another"];
             ensure!(
@@ -325,7 +328,8 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
     })
 }
 
-/// A range of 64 addresses: of the quarter of node 3, eight are only its own, and eight are lent.
+/// A range of 64 addresses. Of node 3's quarter, eight are only for the node itself and eight are
+/// lent.
 const SMALL: &str = "10.40.0.0/26";
 const LENT_BY_THREE: &str = "10.40.0.40/29";
 
@@ -335,7 +339,7 @@ fn launch_small(lab: &Lab, host: &Host, id: usize) -> Result<String> {
     host.overnode(&[&options[..], &targets[..]].concat())?.success()
 }
 
-/// Nodes that announce all that is lent of the quarter of node 3, as a host has it.
+/// Returns the nodes that claim the lent half of node 3's quarter, as a host reports them.
 fn lenders_of_three(host: &Host) -> Result<BTreeSet<u64>> {
     let half: IpNet = LENT_BY_THREE.parse()?;
     let status = host.status()?;
@@ -350,8 +354,8 @@ fn lenders_of_three(host: &Host) -> Result<BTreeSet<u64>> {
     Ok(lenders)
 }
 
-/// Node 3 is cut off alive and reclaimed, others borrow of its quarter and are cut off, and it
-/// comes back: with the same process, or after a restart.
+/// Node 3 is cut off alive and reclaimed. Others borrow from its quarter and are cut off. Then node
+/// 3 comes back, with the same process or after a restart.
 fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
     let [one, two, three, seven] = [1, 2, 3, 4].map(|number| lab.host(number));
     for (host, id) in [(one, 1), (two, 2), (three, 3)] {
@@ -368,7 +372,7 @@ fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
     for other in [one, two, seven] {
         lab.cut(three, other)?;
     }
-    // Its own half is never lent: it goes on to use it.
+    // Node 3 keeps using its own half, which is never lent.
     let mut containers = Vec::new();
     for number in 0..8 {
         containers.push(attached(three, &format!("own{number}"))?);
@@ -380,7 +384,7 @@ fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
     launch_small(lab, seven, 7)?;
     wait_for_peers(seven, 3)?;
     let half: IpNet = LENT_BY_THREE.parse()?;
-    // The first may be of another quarter, if its lender was heard of first.
+    // The first address may be from another quarter, if node 7 heard of that lender first.
     let mut lent = 0;
     for number in 0..20 {
         let container = attached(seven, &format!("lent{number}"))?;
@@ -413,7 +417,7 @@ fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
             status["ipam"]["notices"].to_string().contains("taken back"),
             "node 3 does not know"
         );
-        // Node 7 need not be back for that.
+        // That does not require node 7 to be back.
         let lenders = lenders_of_three(two)?;
         ensure!(lenders.len() == 1, "its quarter is lent by {lenders:?}");
         Ok(())

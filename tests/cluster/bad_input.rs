@@ -1,5 +1,5 @@
-//! Bad input, for every command and for the API: one line that says what to do, exit 1 or 2,
-//! nothing half done.
+//! Tests of bad input to every command and to the API: the error is one line that says what to do,
+//! the exit code is 1 or 2, and nothing is left half done.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -12,8 +12,8 @@ use lab::{Host, Lab};
 use crate::cleanliness::ensure_clean;
 use crate::support::{PATIENCE, TOKEN, attached, in_lab, launch, list, targets};
 
-/// Runs the command, which must fail with exactly this code and a line that contains each word (in
-/// any case).
+/// Runs the command, which must fail with exactly this code and a line that contains each word, in
+/// upper or lower case.
 fn refused(host: &Host, words: &[&str], code: i32, expected: &[&str]) -> Result<()> {
     let complaint = host.overnode(words)?.failure(code)?.to_lowercase();
     for word in expected {
@@ -102,7 +102,7 @@ fn with_a_stopped_node_commands_say_to_resume_it() -> Result<()> {
         for words in cases {
             refused(host, words, 1, &["overnode resume"])?;
         }
-        // The socket that the dead daemon left is no obstacle.
+        // The dead daemon's socket is no obstacle.
         host.overnode(&["resume"])?.success()?;
         std::fs::remove_file(host.socket())?;
         host.overnode(&["status"])?.failure(1)?;
@@ -141,7 +141,7 @@ fn impossible_attachments_are_refused_and_change_nothing() -> Result<()> {
                 assert!(complaint.contains(word), "{words:?}: {complaint}");
             }
         }
-        // The host's own network is no container.
+        // The host's own namespace is not a container.
         let own = format!("netns:{}", host.netns().name());
         host.overnode(&["attach", &own])?.complaint()?;
         assert_eq!((host.netns().interfaces()?, host.status()?["endpoints"].clone()), before);
@@ -192,7 +192,7 @@ fn who_is_not_root_is_told_to_be() -> Result<()> {
     in_lab(Lab::new("nobody").hosts(1), |lab| {
         let host = lab.host(1);
         launch(lab, host)?;
-        // Where the built program lies, nobody else may look.
+        // Other users cannot read the build directory, so the program is copied.
         let program = lab.folder().join("overnode");
         std::fs::copy(lab::binaries::folder()?.join("overnode"), &program)?;
         std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755))?;
@@ -273,7 +273,7 @@ fn the_api_refuses_nonsense_and_lives_on() -> Result<()> {
             let error = answer["error"].as_str().context("no error is named")?;
             assert!(!error.is_empty() && !error.contains('\n'), "{error:?}");
         }
-        // The daemon may hang up before all of it was sent.
+        // The daemon may close the connection before it has read everything.
         if let Ok((code, _)) = host.request("POST", "/v1/connect", &huge) {
             assert!((400..500).contains(&code), "{code}");
         }

@@ -1,5 +1,5 @@
-//! The bulk path: flows that move a lot go through workers, and whatever happens to those, nothing
-//! is lost but time.
+//! Tests of the bulk path: bulk flows go through workers, and trouble with the workers costs time
+//! but no data.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
@@ -21,8 +21,8 @@ use crate::support::{
 };
 
 const PORT: u16 = 6783;
-/// Of a data message with a full-sized packet over an underlay with an MTU of 1500: header, packet,
-/// tag.
+/// Length in bytes of a data message with a full-sized packet over an underlay with an MTU of 1500:
+/// header, packet and tag.
 const MESSAGE: usize = 16 + 1420 + 16;
 const MEGABYTE: u64 = 1_000_000;
 
@@ -32,14 +32,14 @@ fn workers(host: &Host) -> Result<Pid> {
     Ok(Pid::from_raw(i32::try_from(pid)?))
 }
 
-/// What the workers of a host dropped, by reason.
+/// Returns the number of packets that a host's workers dropped, by reason.
 fn drops(host: &Host) -> Result<BTreeMap<String, u64>> {
-    // Told once a second.
+    // Workers report their counters once a second.
     std::thread::sleep(Duration::from_millis(2200));
     Ok(serde_json::from_value(host.status()?["node"]["bulk"]["drops"].clone())?)
 }
 
-/// Runs a test on hosts with a container each, whose workers serve each other.
+/// Runs a test on hosts with one container each, whose workers serve each other.
 fn with_workers(
     builder: lab::Builder,
     test: impl FnOnce(&Lab, &[Container]) -> Result<()>,
@@ -52,14 +52,14 @@ fn with_workers(
     })
 }
 
-/// `overnode launch` with further options.
+/// Runs `overnode launch` with further options.
 fn launch_with(lab: &Lab, host: &Host, options: &[&str]) -> Result<()> {
     let id = host.number.to_string();
     let words = [&["launch", "--id", &id][..], options, &lab.targets()].concat();
     host.overnode_with(&words, &[("OVERNODE_TOKEN", TOKEN)])?.success().map(drop)
 }
 
-/// A stream that the workers have to do with without being all that the machine does.
+/// Starts a stream that is large enough for the workers but does not use the whole machine.
 fn steady_flow(containers: &[Container]) -> Result<TcpFlow> {
     TcpFlow::start_as(
         &containers[0],
@@ -69,8 +69,8 @@ fn steady_flow(containers: &[Container]) -> Result<TcpFlow> {
     )
 }
 
-/// A large flow arrives whole, nothing of it can be read on the way, and no worker drops anything;
-/// what was captured on the way.
+/// Checks that a large flow arrives completely, that nothing of it is readable on the underlay, and
+/// that no worker drops anything. Returns the capture of the underlay.
 fn arrives_whole(lab: &Lab, containers: &[Container]) -> Result<Captured> {
     let capture = lab.capture()?;
     let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(50 * MEGABYTE + 7))?;
@@ -113,12 +113,12 @@ fn and_over_a_jumbo_underlay_behind_a_router() -> Result<()> {
     goes_through_the_workers(Lab::new("bulk9000").routed().mtu(9000))
 }
 
-/// Messages come one by one.
+/// Turns segmentation offload off in the underlay, so that messages arrive one by one.
 fn one_by_one(lab: &Lab) -> Result<()> {
     lab.stop_segmenting(false)
 }
 
-/// Nearly all of them then go into the receiving worker's inbox.
+/// Checks that most messages then go into the receiving worker's receive ring.
 fn goes_through_the_inbox(builder: lab::Builder, options: &[&str]) -> Result<()> {
     in_lab(builder.hosts(2), |lab| {
         one_by_one(lab)?;
@@ -147,14 +147,14 @@ fn so_they_do_with_xdp() -> Result<()> {
     goes_through_the_inbox(Lab::new("bulkonexdp"), &["--interface", "eth0", "--xdp"])
 }
 
-/// Killed, on either side, while they have a flow in hand: it goes on in the programs at once, and
-/// through new workers later.
+/// Workers on either side are killed while they carry a flow. The flow continues in the programs at
+/// once, and in new workers later.
 #[test]
 fn killed_workers_cost_a_moment_and_no_connection() -> Result<()> {
     workers_are_killed(Lab::new("bulkkill"), |_| Ok(()))
 }
 
-/// With what was in their inboxes.
+/// The messages in the killed workers' receive rings are lost as well.
 #[test]
 fn so_they_do_where_messages_come_one_by_one() -> Result<()> {
     workers_are_killed(Lab::new("bulkonekill"), one_by_one)
@@ -183,7 +183,7 @@ fn workers_are_killed(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) ->
     })
 }
 
-/// Does something while the workers have a flow in hand, which must not stand still for long.
+/// Runs `trouble` while the workers carry a flow, which must not stall for long.
 fn beside_a_flow(
     builder: lab::Builder,
     prepare: fn(&Lab) -> Result<()>,
@@ -194,19 +194,19 @@ fn beside_a_flow(
         let flow = steady_flow(containers)?;
         trouble(lab, &flow)?;
         let received = flow.stop()?;
-        // 100 ms, and then TCP's own time to notice and to send again.
+        // 100 ms, and then the time that TCP needs to notice and to retransmit.
         ensure!(received.longest_pause < Duration::from_secs(2), "it stood still: {received:?}");
         Ok(())
     })
 }
 
-/// Stopped processes neither answer nor end.
+/// Stopped processes neither respond nor exit.
 #[test]
 fn workers_that_hang_cost_a_moment_and_no_connection() -> Result<()> {
     workers_are_stopped(Lab::new("bulkstop"), |_| Ok(()))
 }
 
-/// Their inboxes fill up meanwhile.
+/// Their receive rings fill up in the meantime.
 #[test]
 fn so_do_those_to_which_messages_come_one_by_one() -> Result<()> {
     workers_are_stopped(Lab::new("bulkonestop"), one_by_one)
@@ -227,7 +227,7 @@ fn workers_are_stopped(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) -
     })
 }
 
-/// The workers are a process of their own, and the next daemon finds them at work.
+/// Workers are a process of their own, and the next daemon finds them running.
 #[test]
 fn a_killed_daemon_costs_the_workers_nothing() -> Result<()> {
     with_workers(Lab::new("bulkdaemon").hosts(2), |lab, containers| {
@@ -261,7 +261,7 @@ fn a_killed_daemon_costs_the_workers_nothing() -> Result<()> {
     })
 }
 
-/// A firewall that knows nothing of UDP port 6783, from the beginning and in the middle of a flow.
+/// A firewall drops UDP port 6783, first from the beginning, then in the middle of a flow.
 #[test]
 fn where_the_port_is_closed_the_programs_do_it_all() -> Result<()> {
     in_lab(Lab::new("bulkwall").hosts(2), |lab| {
@@ -296,7 +296,7 @@ fn where_the_port_is_closed_the_programs_do_it_all() -> Result<()> {
     })
 }
 
-/// Data messages that went to host2, one datagram each.
+/// Returns the data messages that were sent to host2, one datagram each.
 fn recorded(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
     let capture = lab.host(2).capture()?;
     flow::tcp(&containers[0], &containers[1], Amount::Bytes(3 * MEGABYTE))?;
@@ -307,7 +307,7 @@ fn recorded(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
         .iter()
         .filter_map(|packet| packet.ip)
         .filter(|ip| ip.to == target && ip.protocol == lab::pcap::UDP && ip.ports.1 == PORT)
-        // The underlay's veths carry batches whole.
+        // The underlay's veths carry batches unsegmented.
         .flat_map(|ip| ip.payload.chunks(MESSAGE).map(<[u8]>::to_vec))
         .filter(|message| message.len() > 64 && message[0] == 4)
         .collect();
@@ -315,8 +315,8 @@ fn recorded(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
     Ok(messages)
 }
 
-/// Invariant S4: whatever an attacker on the underlay sends, recorded, changed or made up, is
-/// dropped and counted.
+/// Invariant S4: every recorded, changed or forged message that an attacker on the underlay sends
+/// is dropped and counted.
 #[test]
 fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
     with_workers(Lab::new("bulkhostile").hosts(2), |lab, containers| {
@@ -329,7 +329,7 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
                 socket.send_to(&message, target)?;
                 sent += 1;
                 if sent % 64 == 0 {
-                    // No more than the receiver takes: each one is to be counted.
+                    // Send no faster than the receiver reads, because each message must be counted.
                     std::thread::sleep(Duration::from_millis(2));
                 }
             }
@@ -344,10 +344,10 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
         let replayed = send(&mut messages.iter().chain(messages.iter().rev()).cloned())?;
         let mut flipped = messages.iter().take(2000).map(|message| {
             let mut message = message.clone();
-            // Anywhere behind the header: in it, other reasons may come first.
+            // Flip a bit after the header. In the header, other reasons may apply first.
             let at = rng.random_range(16..message.len());
             message[at] ^= 1 << rng.random_range(0..8);
-            // A counter that nobody has seen.
+            // Use a counter that the receiver has not seen.
             message[12] ^= 1;
             message
         });
@@ -375,7 +375,7 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
         assert_eq!(more(&["replayed", "too-old"]), replayed, "{after:?}");
         assert_eq!(more(&["forged"]), forged, "{after:?}");
         assert_eq!(more(&["unknown-index"]), unknown, "{after:?}");
-        // The programs drop what is shorter than a type.
+        // The programs drop messages that are too short to contain a type.
         let malformed = counter(lab.host(2), "malformed")? - malformed;
         assert!(malformed > 0, "{malformed}");
         assert_eq!(more(&["malformed"]) + malformed, truncated, "{after:?}");
@@ -415,8 +415,8 @@ fn a_node_without_workers_works_with_one_that_has_some() -> Result<()> {
     })
 }
 
-/// More workers on one side than on the other, several flows both ways, each with a cipher that its
-/// own side chose.
+/// One side has more workers than the other, and several flows go both ways. Each side chose its
+/// own cipher.
 #[test]
 fn different_numbers_of_workers_and_ciphers_go_together() -> Result<()> {
     in_lab(Lab::new("bulkmany").hosts(2), |lab| {
@@ -461,8 +461,8 @@ fn sysctl(container: &Container, name: &str, value: &str) -> Result<()> {
     container.run("sysctl", &["-q", "-w", &format!("net.ipv4.{name}={value}")]).map(drop)
 }
 
-/// TCP in all its moods: with and without timestamps, window scaling, SACK and ECN, with small
-/// segments, with a lossy underlay.
+/// Tries TCP with and without timestamps, window scaling, SACK and ECN, with small segments, and
+/// over a lossy underlay.
 #[test]
 fn tcp_of_every_kind_arrives_whole() -> Result<()> {
     with_workers(Lab::new("bulktcp").hosts(2), |lab, containers| {
@@ -528,8 +528,8 @@ fn tcp_of_every_kind_arrives_whole() -> Result<()> {
     })
 }
 
-/// Bursts and pauses, so that the flow changes its path again and again; writes of all sizes;
-/// urgent bytes in between.
+/// The flow has bursts and pauses, so that it changes its path repeatedly. It also has writes of
+/// all sizes and urgent bytes.
 #[test]
 fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
     with_workers(Lab::new("bulkburst").hosts(2), |lab, containers| {
@@ -543,8 +543,8 @@ fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
     })
 }
 
-/// Messages of both paths that are lost, come twice or late: TCP mends what is missing, and nothing
-/// else becomes of it.
+/// Messages of both paths are lost, duplicated or delayed. TCP recovers the missing data, and there
+/// is no other effect.
 #[test]
 fn a_rough_underlay_spoils_nothing() -> Result<()> {
     with_workers(Lab::new("bulkrough").hosts(2), |lab, containers| {
@@ -569,7 +569,7 @@ fn a_rough_underlay_spoils_nothing() -> Result<()> {
         for host in lab.hosts() {
             ensure!(counter(host, "bulk-sent")? > 100, "the workers of {} had nothing", host.name);
         }
-        // The doubled ones are dropped by the replay windows; the late ones are not.
+        // The replay windows drop the duplicates but not the delayed messages.
         let drops = [drops(lab.host(1))?, drops(lab.host(2))?];
         let replayed: u64 = drops.iter().filter_map(|drops| drops.get("replayed")).sum();
         ensure!((1..=done.doubled).contains(&replayed), "{drops:?}, {done:?}");
@@ -584,7 +584,7 @@ fn a_rough_underlay_spoils_nothing() -> Result<()> {
     })
 }
 
-/// Workers that no socket leads to any more are found by their devices.
+/// Workers that are unreachable because their socket is gone are found through their devices.
 #[test]
 fn reset_ends_workers_that_nobody_can_speak_with() -> Result<()> {
     in_lab(Lab::new("bulkstray").hosts(2), |lab| {
@@ -593,7 +593,7 @@ fn reset_ends_workers_that_nobody_can_speak_with() -> Result<()> {
         let host = lab.host(1);
         let pid = workers(host)?;
         host.kill_daemon()?;
-        // What systemd does with the run directory of a unit that is stopped.
+        // systemd does this to the run directory of a stopped unit.
         std::fs::remove_dir_all(host.run_directory())?;
         host.overnode(&["reset", "--force"])?.success()?;
         assert_eq!(host.remains()?, Vec::<String>::new());

@@ -1,5 +1,5 @@
-//! Packets whose checksums the container's kernel leaves for later: what arrives has the right
-//! ones, wherever they were finished.
+//! Tests of packets with a partial checksum: they arrive with the right checksum, wherever it was
+//! completed.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::spoofing;
 use crate::support::{PATIENCE, in_lab, launch_containers};
 
-/// Longest packet, from the IP header on, that does not need the normaliser.
+/// Length in bytes, including the IP header, of the longest packet that bypasses the offload veth.
 const SMALL: usize = 255;
 const HEADERS: usize = 28;
 
@@ -24,8 +24,8 @@ const HEADERS: usize = 28;
 fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
     in_lab(Lab::new("checksums").hosts(2), |lab| {
         for host in lab.hosts() {
-            // Should the kernel still believe that there is a checksum to finish, it would do so
-            // here, in the ciphertext.
+            // If the kernel still expected a partial checksum, it would complete it here, in the
+            // ciphertext.
             host.netns().run("ethtool", &["-K", host.interface(), "tx", "off"])?;
         }
         let containers = launch_containers(lab)?;
@@ -39,7 +39,7 @@ fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
         let before = normalised(lab.host(1))?;
         let datagrams = send_datagrams(one, far, 0..=SMALL - HEADERS)?;
         let through = normalised(lab.host(1))? - before;
-        // The daemon's probes and keepalives take it, too.
+        // The daemon's probes and keepalives also go through the veth.
         ensure!(through < datagrams / 4, "{through} packets went through the normaliser");
         let larger = send_datagrams(one, far, SMALL - HEADERS + 1..=1392)?;
         let through = normalised(lab.host(1))? - before;
@@ -69,7 +69,7 @@ fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
     })
 }
 
-/// What is in the normaliser must not be overtaken.
+/// Small packets must not overtake those that are still in the offload veth.
 #[test]
 fn small_packets_follow_others_through_the_normaliser() -> Result<()> {
     in_lab(Lab::new("following").hosts(2), |lab| {
@@ -88,15 +88,15 @@ fn small_packets_follow_others_through_the_normaliser() -> Result<()> {
         };
         let waiting = through(u64::MAX / 2)?;
         ensure!(waiting >= 100, "only {waiting} packets have followed");
-        // One that never comes out, because it was lost on the way, is not waited for.
+        // A packet that never leaves the veth, because it was lost, is not waited for.
         let lost = through(0)?;
         ensure!(lost < 50, "{lost} packets have waited for one that was lost");
         Ok(())
     })
 }
 
-/// Only the sender knows which checksum is to be finished. A packet in which it is neither TCP's
-/// nor UDP's own is the kernel's to finish.
+/// Only the sender knows the position of a partial checksum. If it is neither TCP's nor UDP's, the
+/// kernel completes it.
 #[test]
 fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
     const START: usize = 14 + 20 + 8 + 2;
@@ -132,8 +132,8 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
     })
 }
 
-/// The checksum that waits belongs to a packet in the packet: finishing that of the outer one would
-/// leave the inner one wrong.
+/// The partial checksum belongs to the inner packet. Completing the outer one would leave the inner
+/// one wrong.
 #[test]
 fn a_tunnel_of_the_containers_own_works() -> Result<()> {
     in_lab(Lab::new("nested").hosts(2), |lab| {
@@ -167,7 +167,7 @@ fn a_tunnel_of_the_containers_own_works() -> Result<()> {
     })
 }
 
-/// Packets that the host's node has sent into the normaliser.
+/// Returns the number of packets that the host's node sent into the offload veth.
 fn normalised(host: &Host) -> Result<usize> {
     let links: Value = serde_json::from_str(&host.netns().ip(&[
         "-json",
@@ -180,8 +180,9 @@ fn normalised(host: &Host) -> Result<usize> {
     Ok(packets as usize)
 }
 
-/// Sends a datagram of each length, and of each even one of two bytes or more another whose
-/// checksum is zero, which UDP writes as 0xffff; how many. Checks that each arrives.
+/// Sends a datagram of each length and checks that it arrives. For each even length of two or more,
+/// also sends one whose checksum is zero, which UDP transmits as 0xffff. Returns the number of
+/// datagrams.
 fn send_datagrams(
     from: &Container,
     to: &Container,
@@ -218,10 +219,11 @@ fn send_datagrams(
     Ok(sent)
 }
 
-/// Segments of TCP that [`echo`] sends each way.
+/// Number of TCP segments that [`echo`] sends in each direction.
 const ECHOES: usize = 300;
 
-/// Sends messages of all small lengths by TCP, each by itself, and has them sent back.
+/// Sends TCP messages of all lengths up to [`ECHOES`], each in its own segment, and has them sent
+/// back.
 fn echo(from: &Container, to: &Container) -> Result<()> {
     let target = to.address();
     let listener = to.netns().enter(move || Ok(TcpListener::bind((target, 0))?))?;
@@ -244,7 +246,7 @@ fn echo(from: &Container, to: &Container) -> Result<()> {
     Ok(())
 }
 
-/// The checksum that a datagram has to have.
+/// Returns the right checksum of a datagram.
 fn datagram_checksum(from: SocketAddrV4, to: SocketAddrV4, payload: &[u8]) -> u16 {
     let length = (8 + payload.len() as u16).to_be_bytes();
     let header =
@@ -264,12 +266,13 @@ fn checksum_is_right(packet: &Packet<'_>) -> Result<bool> {
         network[0] == 0x45 && (protocol == TCP || protocol == UDP),
         "no plain packet: {network:02x?}"
     );
-    // A datagram without a checksum would be right, too.
+    // A datagram without a checksum would pass the calculation as well.
     let has_one = protocol == TCP || transport[6..8] != [0, 0];
     Ok(has_one && transport_checksum(address(12), address(16), protocol, transport) == 0)
 }
 
-/// The checksum of a segment or datagram, its pseudo header included; 0 if it has the right one.
+/// Returns the checksum of a segment or datagram, including the pseudo header. The result is 0 if
+/// the packet contains the right checksum.
 fn transport_checksum(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, transport: &[u8]) -> u16 {
     let length = (transport.len() as u16).to_be_bytes();
     let pseudo = [&from.octets()[..], &to.octets(), &[0, protocol], &length].concat();

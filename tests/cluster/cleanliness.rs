@@ -10,10 +10,11 @@ use crate::support::{
     MILLISECOND, PATIENCE, TOKEN, attached, dns_interface, in_lab, launch, launch_containers, list,
 };
 
-/// The daemon looks for what belongs to nobody every minute; an event usually tells it at once.
+/// Time within which orphans are removed. The daemon searches for them every minute, but usually an
+/// event announces them at once.
 const SWEEP: Duration = Duration::from_secs(75);
 
-/// Fails with the list of what a node left on the host.
+/// Fails with a list of what a node left on the host, if it left anything.
 pub fn ensure_clean(host: &Host) -> Result<()> {
     eventually(Duration::from_secs(5), || {
         let remains = host.remains()?;
@@ -54,7 +55,7 @@ fn reset_works_on_a_node_that_is_not_running() -> Result<()> {
         host.overnode(&["reset", "--force"])?.success()?;
         ensure_clean(host)?;
         assert_eq!(container.netns().interfaces()?, Vec::<String>::new());
-        // And once more, where nothing is.
+        // Resetting again works even though nothing is left.
         let _ = host.overnode(&["reset"])?;
         ensure_clean(host)
     })

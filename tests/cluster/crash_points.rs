@@ -1,8 +1,8 @@
-//! The daemon is killed after each step of `launch`, `attach`, `detach` and `reset` in turn.
-//! Whatever is half done then: doing it again completes it, and reset removes it.
+//! Tests that kill the daemon after each step of `launch`, `attach`, `detach` and `reset` in turn.
+//! Repeating the command completes the half-done work, and `reset` removes it.
 //!
-//! Daemons of development builds honour `OVERNODE_KILL_AT=n`: SIGKILL to themselves after the nth
-//! step.
+//! Daemons of development builds support `OVERNODE_KILL_AT=n`: they send themselves SIGKILL after
+//! the nth step.
 
 use std::os::unix::process::ExitStatusExt;
 
@@ -12,12 +12,12 @@ use lab::{Host, Lab};
 use crate::cleanliness::ensure_clean;
 use crate::support::{PATIENCE, TOKEN, attached, in_lab, list};
 
-/// More steps than `launch` will ever have.
+/// An upper limit for the number of steps.
 const LIMIT: usize = 100;
-/// It has at least this many: fewer would mean that the variable is not honoured.
+/// A lower limit for the number of steps. If there are fewer, the variable has no effect.
 const LEAST: usize = 3;
 
-/// True when the daemon was killed, false when there are fewer steps.
+/// Returns true if the daemon was killed, and false if there are fewer steps.
 fn launch_and_die(host: &Host, step: usize) -> Result<bool> {
     let step = step.to_string();
     let outcome = host.overnode_with(
@@ -28,8 +28,8 @@ fn launch_and_die(host: &Host, step: usize) -> Result<bool> {
         ensure!(host.daemon_pid().is_some(), "launch succeeded and no daemon runs");
         return Ok(false);
     }
-    // The command tidies up after the daemon, by the same steps: it may have been killed itself
-    // then.
+    // The command cleans up after the daemon with the same steps, so it may also have
+    // killed itself.
     if outcome.status.signal() != Some(libc::SIGKILL) {
         outcome.failure(1)?;
     }
@@ -37,8 +37,8 @@ fn launch_and_die(host: &Host, step: usize) -> Result<bool> {
     Ok(true)
 }
 
-/// Kills after each step, lets `repair` work on what is left, and expects a clean host after a
-/// reset.
+/// Kills the daemon after each step, runs `repair`, and then expects a clean host. `repair` ends
+/// with a reset.
 fn at_every_step(name: &str, repair: impl Fn(&Host) -> Result<()>) -> Result<()> {
     in_lab(Lab::new(name).hosts(1), |lab| {
         let host = lab.host(1);
@@ -65,7 +65,7 @@ fn resetting_again_completes_what_a_killed_reset_left() -> Result<()> {
                 continue;
             }
             let container = host.container("c")?;
-            // The daemon goes on to count its steps.
+            // The daemon continues to count its steps.
             if !host.overnode(&["attach", &container.target()])?.status.success() {
                 host.overnode(&["reset", "--force"])?.success()?;
                 ensure_clean(host).with_context(|| format!("killed after step {step}"))?;
@@ -94,7 +94,7 @@ fn resetting_again_completes_what_a_killed_reset_left() -> Result<()> {
 #[test]
 fn reset_removes_what_a_killed_launch_left() -> Result<()> {
     at_every_step("crash-reset", |host| {
-        // Where the identity was not on disk yet, there may be nothing to reset.
+        // If the identity was not on disk yet, there may be nothing to reset.
         let outcome = host.overnode(&["reset"])?;
         if outcome.status.success() { Ok(()) } else { outcome.failure(1).map(drop) }
     })
@@ -111,8 +111,8 @@ fn launching_again_completes_what_a_killed_launch_left() -> Result<()> {
     })
 }
 
-/// Kills after each step of `attach` and of `detach`; the node that is started again must know what
-/// is so, and go on from there.
+/// Kills the daemon after each step of `attach` and of `detach`. The restarted node must know the
+/// actual state and continue from there.
 #[test]
 fn attaching_and_detaching_again_complete_what_a_kill_left() -> Result<()> {
     in_lab(Lab::new("crash-attach").hosts(1), |lab| {
@@ -147,7 +147,8 @@ fn attaching_and_detaching_again_complete_what_a_kill_left() -> Result<()> {
                 if is_attached {
                     host.detach(&container)?;
                 }
-                // The first address is free again, and comes with all that belongs to it.
+                // The first address is free again, and an attachment with a chosen address works
+                // completely.
                 host.overnode(&["attach", &target, "--ip", "10.32.0.9/12"])?.success()?;
                 let neighbour = host.container("n")?;
                 host.attach(&neighbour, &[])?;

@@ -1,12 +1,12 @@
-//! The dashboard's expressions, held against what a node tells: as much of PromQL as it takes to
-//! see which series they mean.
+//! Checks the dashboard's expressions against the metrics that a node exports. Understands as much
+//! of PromQL as is needed to see which series an expression selects.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-/// What Prometheus adds to each series.
+/// Labels that Prometheus adds to each series.
 const ADDED: [&str; 2] = ["instance", "job"];
 const GROUPING: [&str; 4] = ["by", "without", "on", "ignoring"];
 const WORDS: [&str; 12] = [
@@ -14,10 +14,10 @@ const WORDS: [&str; 12] = [
     "bool",
 ];
 
-/// The values of each label of each metric.
+/// The values of each label of each exported metric.
 pub type Told = BTreeMap<String, BTreeMap<String, BTreeSet<String>>>;
 
-/// Series as they are in the text, without their values.
+/// Parses series as they are in the exported text, without their values.
 pub fn told<'a>(all: impl Iterator<Item = &'a str>) -> Result<Told> {
     let mut told = Told::new();
     for text in all {
@@ -31,7 +31,7 @@ pub fn told<'a>(all: impl Iterator<Item = &'a str>) -> Result<Told> {
     Ok(told)
 }
 
-/// Fails if the dashboard shows anything that is not told.
+/// Fails if the dashboard uses a series or label that is not exported.
 pub fn check(dashboard: &Value, told: &Told) -> Result<()> {
     let panels = dashboard["panels"].as_array().context("no panels")?;
     let mut checked = 0;
@@ -127,7 +127,7 @@ impl<'a> Tokens<'a> {
         (!word.is_empty()).then_some(word)
     }
 
-    /// `(a, b)`
+    /// Parses a list such as `(a, b)`.
     fn names(&mut self) -> Result<Vec<String>> {
         ensure!(self.take('('), "no list");
         let mut names = Vec::new();
@@ -138,7 +138,7 @@ impl<'a> Tokens<'a> {
         Ok(names)
     }
 
-    /// `{a="x",b=~"y"}`, or nothing.
+    /// Parses matchers such as `{a="x",b=~"y"}`, or nothing.
     fn matchers(&mut self) -> Result<Vec<(String, &'a str, String)>> {
         let mut matchers = Vec::new();
         if !self.take('{') {

@@ -1,4 +1,4 @@
-//! Names, as containers find them with a resolver of their own.
+//! Tests of name resolution as containers see it.
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
@@ -18,7 +18,7 @@ use crate::support::{
     MILLISECOND, PATIENCE, TOKEN, attached, dns_interface, in_lab, launch, launch_all,
 };
 
-/// What a query came to.
+/// Result of a query.
 #[derive(Debug)]
 struct Reply {
     status: String,
@@ -27,7 +27,7 @@ struct Reply {
     data: Vec<String>,
 }
 
-/// Node addresses are 10.39.240.0 + ID.
+/// Returns the address of a host's name server, which is 10.39.240.0 plus the node's ID.
 fn server_of(host: &Host) -> IpAddr {
     IpAddr::from([10, 39, 240, host.number as u8])
 }
@@ -60,7 +60,7 @@ fn named(host: &Host, container: &str, name: &str) -> Result<Container> {
     Ok(container)
 }
 
-/// Waits until a name stands for exactly these addresses.
+/// Waits until a name resolves to exactly these addresses.
 fn wait_for(
     host: &Host,
     from: &Container,
@@ -131,7 +131,7 @@ fn containers_find_each_other_by_name() -> Result<()> {
             "it has no name: {reply:?}"
         );
 
-        // The resolver of the C library, with the configuration that docs/dns.md tells.
+        // The C library's resolver, with the configuration from docs/guide/dns.md.
         let folder = std::path::Path::new("/etc/netns").join(client.netns().name());
         std::fs::create_dir_all(&folder)?;
         let written = std::fs::write(
@@ -180,10 +180,11 @@ fn only_containers_of_the_host_are_served_and_they_reach_nothing_else_there() ->
         client.reach(other.address(), PATIENCE)?;
         wait_for(one, &client, "client.overnode.local", &[client.address()], PATIENCE)?;
         wait_for(two, &other, "client.overnode.local", &[client.address()], PATIENCE)?;
-        // Another node's server.
+        // Another node's server does not answer.
         dig_at(&client, server_of(two), &["client.overnode.local", "+time=1"])
             .expect_err("the server of another node answers");
-        // The host's own addresses have no such server, and neither does the host reach it.
+        // No server is bound to the host's own address, and the host does not reach the node's
+        // server either.
         for address in [server_of(one), one.address()] {
             let refused = one.netns().enter(|| {
                 let socket = UdpSocket::bind("0.0.0.0:0")?;
@@ -197,8 +198,8 @@ fn only_containers_of_the_host_are_served_and_they_reach_nothing_else_there() ->
             })?;
             assert!(refused, "{address} answers the host");
         }
-        // Nothing but port 53 is open at the node's address: not the daemon's ports, nor those of
-        // the host.
+        // Only port 53 is open at the node's address. The daemon's other ports and the host's ports
+        // are not.
         let listener = one.netns().enter(|| Ok(TcpListener::bind("0.0.0.0:8080")?))?;
         client.netns().enter(|| {
             for port in [8080, 6783, 6784, 22, 54] {
@@ -254,7 +255,7 @@ fn names_are_added_and_removed_by_hand() -> Result<()> {
             assert!(complaint.contains(expected), "{arguments:?}: {complaint}");
         }
 
-        // It survives the daemon.
+        // Names survive a restart of the daemon.
         one.kill_daemon()?;
         one.overnode(&["resume"])?.success()?;
         wait_for(one, &clients[0], "db.overnode.local", &[first, second], PATIENCE)?;
@@ -308,7 +309,7 @@ fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_bac
         }
         let left = began.elapsed();
         assert!(left < Duration::from_secs(12), "{left:?}");
-        // The names are shown all the same, as those of a node that is not reached.
+        // The status still shows the names, marked as those of an unreachable node.
         let entries = dns(two)?["entries"].as_array().context("no entries")?.clone();
         let lost = entries.iter().find(|it| it["name"] == "web").context("web is not shown")?;
         assert_eq!(lost["reachable"], false);
@@ -318,7 +319,8 @@ fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_bac
         lab.heal(one, three)?;
         let began = Instant::now();
         let mut is_back = [false; 2];
-        // From here on, at no time on any node: the others still remember it.
+        // From here on, no node may answer for the removed name, although the others still remember
+        // it.
         while began.elapsed() < PATIENCE * 2 && is_back != [true; 2] {
             for (place, (host, client)) in [(two, &near), (three, &far)].into_iter().enumerate() {
                 is_back[place] = dig(host, client, &["web.overnode.local"])?.status == "NOERROR";
@@ -344,7 +346,7 @@ fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_bac
     })
 }
 
-/// A resolver of the underlay, which knows a few names.
+/// A resolver in the underlay that knows a few names.
 struct Resolver {
     stop: Arc<AtomicBool>,
     asked: Arc<AtomicUsize>,
@@ -455,7 +457,7 @@ fn other_names_are_asked_of_the_resolvers_of_the_host() -> Result<()> {
     in_lab(Lab::new("dns-upstream").hosts(1), |lab| {
         let host = lab.host(1);
         let resolver = Resolver::start(host, host.address())?;
-        // The first one is not there.
+        // There is no resolver at this address.
         host.write_resolv_conf("nameserver 192.0.2.250\n")?;
         launch(lab, host)?;
         let client = named(host, "c", "client")?;
@@ -478,17 +480,17 @@ fn other_names_are_asked_of_the_resolvers_of_the_host() -> Result<()> {
         assert_eq!(dig(host, &client, &["unknown.example"])?.status, "NXDOMAIN");
         assert_eq!(dig(host, &client, &["broken.example"])?.status, "SERVFAIL");
         assert_eq!(dig(host, &client, &["silent.example", "+time=10"])?.status, "SERVFAIL");
-        // dig asks again by TCP when an answer was cut, and so does the node.
+        // dig repeats a query over TCP when the answer is truncated, and so does the node.
         let reply = dig(host, &client, &["big.example", "TXT"])?;
         assert_eq!((reply.status.as_str(), reply.data.len()), ("NOERROR", 60), "{reply:?}");
         let cut = dig(host, &client, &["big.example", "TXT", "+ignore"])?;
         assert!(cut.flags.split(' ').any(|flag| flag == "tc") && cut.data.len() < 60, "{cut:?}");
-        // No name elsewhere leads into the container network.
+        // No name from upstream resolvers may resolve to the container network.
         let reply = dig(host, &client, &["rebind.example"])?;
         assert!(reply.data.is_empty(), "{reply:?}");
         assert_eq!(dig(host, &client, &["mixed.example"])?.data, ["192.0.2.81"]);
 
-        // What is ours is asked of nobody.
+        // Queries for our own zones are not forwarded.
         let before = resolver.asked();
         for arguments in [
             &["client.overnode.local"][..],
@@ -517,7 +519,7 @@ fn hostile_queries_harm_nobody() -> Result<()> {
         b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x06client\x08overnode\x05local\0\0\x01\0\x01";
     in_lab(Lab::new("dns-hostile").hosts(1), |lab| {
         let host = lab.host(1);
-        // It never answers: every question to it waits.
+        // This resolver never answers, so every forwarded query waits.
         let _silent = host.netns().enter(|| Ok(UdpSocket::bind((host.address(), 53))?))?;
         host.write_resolv_conf(&format!("nameserver {}\n", host.address()))?;
         launch(lab, host)?;
@@ -540,7 +542,7 @@ fn hostile_queries_harm_nobody() -> Result<()> {
             }
             socket.send(&[0; 65507])?;
             socket.send(&[QUERY, &[0xff; 9000]].concat())?;
-            // Questions that nobody answers, more of them than may wait.
+            // Queries that are never answered, more of them than may wait.
             for number in 0..500_u16 {
                 let mut query = QUERY.to_vec();
                 query[..2].copy_from_slice(&number.to_be_bytes());
@@ -555,12 +557,12 @@ fn hostile_queries_harm_nobody() -> Result<()> {
             }
             Ok(held)
         })?;
-        // Others are served meanwhile, by both ways.
+        // Other containers are still served, over UDP and over TCP.
         for arguments in [&["client.overnode.local"][..], &["client.overnode.local", "+tcp"]] {
             let reply = dig(host, &client, arguments)?;
             assert_eq!(reply.data, [client.address().to_string()]);
         }
-        // One connection that asks for nothing ends, and many of one container are refused.
+        // Idle connections are closed, and too many connections from one container are refused.
         let mut ended = 0;
         for mut stream in held {
             stream.set_read_timeout(Some(Duration::from_secs(20)))?;
@@ -618,7 +620,7 @@ fn the_domain_is_chosen_at_launch_and_names_need_not_be_served() -> Result<()> {
         );
         assert!(!two.netns().interfaces()?.contains(&dns_interface(two)));
 
-        // What serves is lost, by whatever accident: it comes back.
+        // The interface of the name server is removed from outside, and comes back.
         one.netns().ip(&["link", "del", &dns_interface(one)])?;
         wait_for(one, &client, "web.lab.example", &[client.address()], PATIENCE)?;
         Ok(())

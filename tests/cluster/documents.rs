@@ -1,4 +1,4 @@
-//! The examples of the document, word for word, and what it says of them.
+//! Runs the examples of the manual word for word, and checks what it says about them.
 
 use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
@@ -34,8 +34,8 @@ host3 > sudo overnode reset
 host1 > sudo overnode forget host3
 host2 > sudo overnode forget host3";
 
-/// Types what the document says, on the hosts that it names; each command must succeed. The tests
-/// are root without `sudo`.
+/// Runs the commands of an example on the hosts that it names. Each must succeed. `sudo` is left
+/// out, because the tests run as root.
 fn follow(lab: &Lab, text: &str) -> Result<()> {
     for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
         let (host, command) =
@@ -47,8 +47,8 @@ fn follow(lab: &Lab, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// Everybody in the list is a node that is connected with, and has a session with, every other,
-/// directly; nobody else is known.
+/// Checks that each host in the list is a node with a connection to, a session with and a direct
+/// path to every other one, and that it knows no further nodes.
 fn are_all_connected(hosts: &[Host]) -> Result<()> {
     for host in hosts {
         eventually(PATIENCE, || {
@@ -84,7 +84,7 @@ fn are_all_connected(hosts: &[Host]) -> Result<()> {
     Ok(())
 }
 
-/// The row of a table that starts with these words.
+/// Returns the row of a table that starts with these words.
 fn row<'a>(table: &'a str, words: &[&str]) -> Option<Vec<&'a str>> {
     table
         .lines()
@@ -92,8 +92,7 @@ fn row<'a>(table: &'a str, words: &[&str]) -> Option<Vec<&'a str>> {
         .find(|row| row.len() >= words.len() && row[..words.len()] == *words)
 }
 
-/// What `overnode status --…` prints on a host, as in "Inspecting cluster nodes", names all of
-/// them.
+/// Checks that `overnode status --…` on a host names all nodes, as in "Inspecting cluster nodes".
 fn sections_tell(host: &Host, hosts: &[Host], targets: &[&str]) -> Result<()> {
     let status = |section: &str| host.overnode(&["status", section])?.success();
     let name = |it: &Host| format!("{}({})", it.number, it.name);
@@ -135,7 +134,7 @@ fn sections_tell(host: &Host, hosts: &[Host], targets: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// "Related commands", on a cluster that is well.
+/// Runs the "Related commands" on a healthy cluster.
 fn related_commands_work(host: &Host) -> Result<()> {
     host.overnode(&["prime"])?.success()?;
     let said = host.overnode(&["resume"])?.success()?;
@@ -202,7 +201,7 @@ fn one_node_grows_to_three_and_one_of_them_is_removed() -> Result<()> {
             eventually(PATIENCE, || sections_tell(host, &hosts[..2], &["host1", "host2"]))?;
         }
         all_reach_all(&containers)?;
-        // Once the node is reset, it can be launched again.
+        // After the reset, the node can be launched again.
         follow(lab, THIRD)?;
         wait_for_sessions(lab)?;
         are_all_connected(hosts)?;

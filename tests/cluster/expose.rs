@@ -1,4 +1,4 @@
-//! The host itself in the container network: `expose`, `hide`.
+//! Tests of the host itself in the container network: `expose` and `hide`.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
@@ -15,7 +15,7 @@ use crate::support::{
     wait_for_sessions,
 };
 
-/// Its name on the host.
+/// Name of the exposed interface on the host.
 const INTERFACE: &str = "overnode0";
 
 fn expose(host: &Host, arguments: &[&str]) -> Result<IpAddr> {
@@ -34,7 +34,7 @@ fn reaches(from: &Netns, to: IpAddr) -> Result<()> {
     })
 }
 
-/// Large segments and acknowledgements, in one stream that must arrive whole.
+/// Sends one stream of large segments, which must arrive completely.
 fn moves_tcp(from: &Netns, to: &Netns, address: IpAddr) -> Result<()> {
     let listener = to.enter(|| Ok(TcpListener::bind((address, 0))?))?;
     let place = listener.local_addr()?;
@@ -76,7 +76,7 @@ fn hosts_and_containers_of_all_hosts_reach_each_other() -> Result<()> {
             moves_tcp(a.netns(), netns, address).with_context(|| format!("the host to {name}"))?;
             moves_tcp(netns, a.netns(), host).with_context(|| format!("{name} to the host"))?;
         }
-        // And the other host, from which nothing but its address is known.
+        // The other host is exposed as well. Nothing but its address is known.
         let other = expose(b, &[])?;
         ensure!(host != other, "both hosts have {host}");
         moves_tcp(a.netns(), b.netns(), other)?;
@@ -86,7 +86,7 @@ fn hosts_and_containers_of_all_hosts_reach_each_other() -> Result<()> {
         let endpoint = list(&status, "endpoints")?.iter().find(|it| it["kind"] == "host");
         let endpoint = endpoint.context("status --endpoints does not show the host")?;
         ensure!(endpoint["name"] == "storage" && endpoint["state"] == "attached", "{endpoint}");
-        // Nobody must be told to come through the tunnel to where the tunnel begins.
+        // Peers must not be told to reach the underlay through the tunnel.
         ensure!(
             !status["node"]["underlay"].to_string().contains(&host.to_string()),
             "{}",
@@ -96,7 +96,7 @@ fn hosts_and_containers_of_all_hosts_reach_each_other() -> Result<()> {
         ensure!(found.trim() == host.to_string(), "storage stands for {found:?}");
         ensure!(firewall(a)? == rules, "a firewall's rules were changed");
 
-        // Once is enough.
+        // Exposing again changes nothing.
         ensure!(expose(a, &[])? == host, "it got another address");
         let complaint = a.overnode(&["expose", "--ip", "10.32.0.9/12"])?.failure(1)?;
         ensure!(
@@ -116,10 +116,10 @@ fn hosts_and_containers_of_all_hosts_reach_each_other() -> Result<()> {
         );
         let complaint = a.overnode(&["hide"])?.failure(1)?;
         ensure!(complaint.contains("not exposed"), "{complaint}");
-        // Whoever is left is reached as before.
+        // The remaining containers and hosts are reachable as before.
         ensure!(near.ping(far.address(), 20, MILLISECOND)?.lost() == 0);
         reaches(near.netns(), other)?;
-        // Its address is free again.
+        // The old interface is gone, and the host can be exposed again with a chosen address.
         ensure!(expose(a, &["--ip", "10.32.0.9/12"])? == "10.32.0.9".parse::<IpAddr>()?);
         reaches(far.netns(), "10.32.0.9".parse()?)?;
         for host in lab.hosts() {
@@ -130,7 +130,8 @@ fn hosts_and_containers_of_all_hosts_reach_each_other() -> Result<()> {
     })
 }
 
-/// A reboot takes interfaces and processes, not the state; and somebody may delete the interface.
+/// A reboot removes interfaces and processes but not the state. An administrator may also delete
+/// the interface.
 #[test]
 fn an_exposed_host_stays_so_through_kills_deletions_and_reboots() -> Result<()> {
     in_lab(Lab::new("expose-again").hosts(2), |lab| {
@@ -156,7 +157,7 @@ fn an_exposed_host_stays_so_through_kills_deletions_and_reboots() -> Result<()> 
         a.kill_daemon()?;
         for interface in made.iter().filter(|name| interfaces().is_ok_and(|all| all.contains(name)))
         {
-            // The first of a pair takes the other one with it.
+            // Deleting one end of a pair also deletes the other.
             let _ = a.netns().ip(&["link", "del", interface]);
         }
         a.overnode(&["resume"])?.success()?;
@@ -176,8 +177,8 @@ fn an_exposed_host_stays_so_through_kills_deletions_and_reboots() -> Result<()> 
     })
 }
 
-/// Other routes into the container network would be cut off, or win; the tunnel's own packets might
-/// go round in circles.
+/// Other routes into the container network would be shadowed by the exposed interface or take
+/// precedence over it, and the tunnel's own packets could loop.
 #[test]
 fn a_host_with_another_way_into_the_subnet_is_not_exposed() -> Result<()> {
     in_lab(Lab::new("expose-route").hosts(1), |lab| {
@@ -187,7 +188,7 @@ fn a_host_with_another_way_into_the_subnet_is_not_exposed() -> Result<()> {
         for end in ["office", "office1"] {
             host.netns().ip(&["link", "set", end, "up"])?;
         }
-        // One that leads elsewhere does no harm.
+        // A route to an unrelated network does no harm.
         host.netns().ip(&["route", "add", "192.168.77.0/24", "dev", "office"])?;
         for route in ["10.35.0.0/16", "10.0.0.0/8"] {
             host.netns().ip(&["route", "add", route, "dev", "office"])?;

@@ -1,5 +1,5 @@
-//! What `status` says is wrong: it is there while it is so, names the one who did it, is told once,
-//! and ends as advised.
+//! Tests of the findings in `status`: a finding exists while its cause exists, names the
+//! responsible node, is listed once, and ends when its advice is followed.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::monitor::watch;
 use crate::support::{PATIENCE, attached, in_lab, launch_all, launch_as, list, wait_for_peers};
 
-/// What a host's node finds, each with its advice.
+/// Returns the findings of a host's node, each with its advice.
 fn findings(host: &Host) -> Result<Vec<String>> {
     let status = host.status()?;
     let found = list(&status["health"], "findings")?;
@@ -48,7 +48,8 @@ fn while_the_only_target_is_silent_all_is_never_well() -> Result<()> {
         launch_as(lab, one, 1)?;
         let begun = Instant::now();
         let mut looks = 0;
-        // Long enough for several tries, each of which may take as long as the pauses.
+        // Long enough for several attempts, each of which may take as long as the pauses between
+        // them.
         while begun.elapsed() < Duration::from_secs(25) {
             finds(one, &["host2", "overnode forget host2"])?;
             let shown = one.overnode(&["status"])?.success()?;
@@ -57,7 +58,7 @@ fn while_the_only_target_is_silent_all_is_never_well() -> Result<()> {
             std::thread::sleep(Duration::from_millis(300));
         }
         ensure!(looks > 20, "{looks} looks");
-        // As advised.
+        // Follow the advice.
         one.overnode(&["forget", "host2"])?.success()?;
         finds_nothing(one)?;
         one.overnode(&["connect", "host2"])?.success()?;
@@ -82,7 +83,7 @@ fn a_program_that_cannot_be_attached_is_told_here_and_nobody_else_is_blamed() ->
         ip(&["route", "add", &far, "dev", "tun0"])?;
         eventually(PATIENCE * 2, || {
             finds(one, &["this host cannot take packets", "tun0"])?;
-            // What follows from it points there, and not at the other host.
+            // Findings that follow from this point to this host and not to the other one.
             let found = findings(one)?;
             for finding in found.iter().filter(|it| it.contains("node 2")) {
                 ensure!(finding.contains("this host's own interfaces"), "{finding}");
@@ -117,8 +118,8 @@ fn a_host_with_a_wrong_token_is_told_until_it_has_the_right_one() -> Result<()> 
     })
 }
 
-/// Node 6, cut off alive, is declared gone by node 1, and hears of it when only node 2 is there to
-/// tell.
+/// Node 6 is cut off alive, and node 1 declares it gone. Node 6 learns of it when only node 2 is
+/// reachable.
 #[test]
 fn who_took_the_space_back_is_named_not_the_messenger() -> Result<()> {
     in_lab(Lab::new("named").hosts(3), |lab| {
@@ -140,7 +141,8 @@ fn who_took_the_space_back_is_named_not_the_messenger() -> Result<()> {
         })?;
         lab.unplug(one)?;
         wait_for_peers(two, 1)?;
-        // Started anew, it asks its lender, which is node 2, whether it still has what it borrowed.
+        // After a restart, node 6 asks its lender, node 2, whether it still has its borrowed
+        // addresses.
         six.kill_daemon()?;
         six.overnode(&["resume"])?.success()?;
         lab.plug(six)?;
@@ -169,7 +171,7 @@ fn a_reclaim_that_waits_is_told_until_nobody_has_to_agree_any_more() -> Result<(
             one.overnode(&["reclaim", "2", "--timeout", "1"])?.failure(1)?;
             finds(one, &["the addresses of node 2 are not taken back yet", "nodes 3 have to agree"])
         })?;
-        // Node 2 is there again, so nothing is to be taken back. If node 3 came at the same time,
+        // Node 2 is back, so nothing needs to be reclaimed. If node 3 came back at the same time,
         // it might agree before it reaches node 2.
         let [two, three] = away;
         lab.plug(two)?;

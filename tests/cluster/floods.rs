@@ -1,5 +1,5 @@
-//! A stranger on the underlay floods the ports of a node: nodes that are honest go on, and so do
-//! new ones.
+//! Tests of floods of a node's ports by a stranger on the underlay: honest nodes keep working, and
+//! new ones can join.
 
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -28,26 +28,26 @@ use crate::support::{
 
 const DATA_PORT: u16 = 6784;
 const BULK_PORT: u16 = 6783;
-/// To each port.
+/// Datagrams per second to each port.
 const PER_SECOND: u32 = 100_000;
-/// What a renewal has before the keys expire. A peer that is asked for a cookie tries again after
-/// five seconds, on each path.
+/// Time limit of a rekey, before the keys expire. A peer that is asked for a cookie tries again
+/// after five seconds, on each path.
 const RENEWAL: Duration = Duration::from_secs(60);
-/// Different frames of a flood.
+/// Number of different frames in a flood.
 const FRAMES: usize = 4096;
 
-/// What a flood consists of.
+/// Contents of a flood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// Random bytes of any length.
     Garbage,
-    /// Random bytes that look like initiations.
+    /// Random bytes in the form of initiations.
     Initiations,
-    /// Initiations with a right first MAC, from everywhere, a node's own address among it.
+    /// Initiations with a valid first MAC and random sources, including a node's own address.
     Sealed,
 }
 
-/// Payloads for a node whose public key is known to everybody.
+/// Returns a payload for a node whose public key is known.
 fn payload(kind: Kind, rng: &mut StdRng, victim: &PublicKey) -> Vec<u8> {
     if kind == Kind::Garbage {
         let mut bytes = vec![0; rng.random_range(1..300)];
@@ -66,8 +66,7 @@ fn payload(kind: Kind, rng: &mut StdRng, victim: &PublicKey) -> Vec<u8> {
     bytes
 }
 
-/// Where a frame pretends to come from: anywhere, or for every eighth of sealed ones where the peer
-/// is.
+/// Returns the source that a frame claims. One in eight sealed frames claims to come from the peer.
 fn source(
     kind: Kind,
     rng: &mut StdRng,
@@ -97,7 +96,7 @@ fn public_key(host: &Host) -> Result<PublicKey> {
     Ok(serde_json::from_value(host.status()?["node"]["public_key"].clone())?)
 }
 
-/// Floods both ports of a host; `port` instead of them, if it is given.
+/// Floods both UDP ports of a host, or only `port` if it is given.
 fn start(
     kind: Kind,
     attacker: &Host,
@@ -121,7 +120,7 @@ fn start(
     Ok([data?, bulk?])
 }
 
-/// Both have keys for both paths with each other.
+/// Checks that both nodes have session keys for both paths with each other.
 fn ensure_sessions(hosts: [&Host; 2]) -> Result<()> {
     for (host, other) in [(hosts[0], hosts[1]), (hosts[1], hosts[0])] {
         let peer =
@@ -139,7 +138,7 @@ fn ensure_sessions(hosts: [&Host; 2]) -> Result<()> {
     Ok(())
 }
 
-/// Takes what a daemon tells systemd, which must not have to wait, and counts how often it feeds
+/// Receives the daemon's messages to systemd, which must not block, and counts how often it feeds
 /// its watchdog.
 fn watch(socket: UnixDatagram) -> Arc<AtomicU64> {
     let fed = Arc::new(AtomicU64::new(0));
@@ -157,12 +156,12 @@ fn watch(socket: UnixDatagram) -> Arc<AtomicU64> {
     fed
 }
 
-/// Nodes 2 and 3 have been there; node 1 comes while node 2 is flooded by host 4, and its
-/// handshakes with node 2 are as any renewal is: it begins, and node 2 has to answer.
+/// Nodes 2 and 3 already run. Node 1 joins while host 4 floods node 2. Its handshakes with node 2
+/// are like any rekey: node 1 initiates, and node 2 has to respond.
 fn attack(kind: Kind) -> Result<()> {
     in_lab(Lab::new("floods").hosts(4), |lab| {
         let [newcomer, victim, old, attacker] = lab.hosts() else { unreachable!("four were made") };
-        // As systemd does it, so that it is seen whether the daemon keeps its watchdog quiet.
+        // Emulate systemd, to see whether the daemon keeps feeding its watchdog.
         let notices = lab.folder().join("notify");
         let fed = watch(UnixDatagram::bind(&notices)?);
         let notices = notices.to_string_lossy().into_owned();
@@ -174,7 +173,7 @@ fn attack(kind: Kind) -> Result<()> {
         eventually(PATIENCE, || ensure_sessions([victim, old]))?;
         let containers = [attached(victim, "c")?, attached(old, "c")?];
         all_reach_all(&containers)?;
-        // What spoofed sources are answered has to go somewhere.
+        // Replies to spoofed sources need a route.
         victim.netns().ip(&["route", "add", "default", "via", &attacker.address().to_string()])?;
 
         let floods = start(kind, attacker, victim, old, None)?;
@@ -191,7 +190,7 @@ fn attack(kind: Kind) -> Result<()> {
         let met = eventually(RENEWAL, || ensure_sessions([newcomer, victim]));
         let meeting = begun.elapsed();
         let path = peer(old, victim.number)?.context("it is not known any more")?;
-        // A path that dies takes 1.4 s for that.
+        // A dead path is detected after 1.4 s.
         std::thread::sleep((3000 * MILLISECOND).saturating_sub(meeting));
         let later = peer(old, victim.number)?.context("it is not known any more")?;
         let stats = pings.stop()?;
@@ -210,7 +209,7 @@ fn attack(kind: Kind) -> Result<()> {
             ensure!(path["reachable"] == true && path["path"] == "direct", "{log}: {path}");
         }
         ensure!(stats.lost() * 20 < stats.sent, "{log}");
-        // Twice a second, and once a second is what it must be.
+        // The daemon feeds the watchdog twice a second. Once a second is required.
         ensure!(fed >= flooded.as_secs(), "{log}");
         Ok(())
     })
@@ -233,7 +232,8 @@ fn spoofed_initiations_with_a_right_mac_stop_neither_handshakes_nor_paths_nor_at
     attack(Kind::Sealed)
 }
 
-/// Calls of two kinds: some never say a word, the others never end what they say.
+/// There are two kinds of connections: some never send a byte, and the others never complete a
+/// frame.
 #[test]
 fn five_addresses_that_call_all_the_time_do_not_keep_a_node_with_a_slow_link_out() -> Result<()> {
     const HALF_A_FRAME: [u8; 24] = {
@@ -241,12 +241,12 @@ fn five_addresses_that_call_all_the_time_do_not_keep_a_node_with_a_slow_link_out
         (bytes[0], bytes[1]) = (0, 48);
         bytes
     };
-    // Calls that end before they are accepted take no place from anybody.
+    // Connections that end before they are accepted occupy no slot, so many have to stay open.
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, soft.max(hard.min(16384)), hard)?;
     in_lab(Lab::new("calls").hosts(3), |lab| {
         let [victim, slow, attacker] = lab.hosts() else { unreachable!("three were made") };
-        // Without targets: it calls nobody.
+        // The victim has no targets, so it dials no node.
         victim.overnode(&["launch", "--id", "1", "--token", TOKEN])?.success()?;
         let to = SocketAddr::new(victim.address(), 6783);
         let mut floods = Vec::new();
@@ -260,7 +260,7 @@ fn five_addresses_that_call_all_the_time_do_not_keep_a_node_with_a_slow_link_out
         let delay = 300 * MILLISECOND;
         let wire = lab.roughen(slow, Roughness { lost: 0.01, delay, ..Roughness::default() }, 3)?;
         std::thread::sleep(1000 * MILLISECOND);
-        // The victim expects no node there yet, so the caller has no place of its own.
+        // The victim does not expect a node there yet, so the connection has no reserved slot.
         let begun = Instant::now();
         slow.overnode(&["launch", "--id", "2", "--token", TOKEN, victim.target()])?.success()?;
         let met = wait_for_peers(slow, 2);
@@ -269,7 +269,7 @@ fn five_addresses_that_call_all_the_time_do_not_keep_a_node_with_a_slow_link_out
         lab.smooth(slow, wire)?;
         writeln!(std::io::stderr(), "met in {meeting:?} beside {rates:?} calls a second")?;
         met.with_context(|| format!("{rates:?} calls a second"))?;
-        // One attempt: ten seconds for the handshake, and what resolving and connecting take.
+        // One attempt: ten seconds for the handshake, plus the time to resolve and connect.
         ensure!(
             meeting < Duration::from_secs(12),
             "it took {meeting:?} beside {rates:?} calls a second"
@@ -279,8 +279,8 @@ fn five_addresses_that_call_all_the_time_do_not_keep_a_node_with_a_slow_link_out
     })
 }
 
-/// What a flow loses beyond what it loses to the same flood on a port that nobody serves, where the
-/// kernel has the same work.
+/// Compares a flow during a flood of the node's ports with a flow during the same flood of a port
+/// without a listener, where the kernel has the same work.
 #[test]
 fn a_flood_of_both_udp_ports_costs_established_traffic_little() -> Result<()> {
     const ROUNDS: usize = 5;
@@ -300,8 +300,8 @@ fn a_flood_of_both_udp_ports_costs_established_traffic_little() -> Result<()> {
             floods.into_iter().try_for_each(|flood| flood.stop().map(drop))?;
             Ok(flow.gigabits())
         };
-        // The programs drop the first two before the kernel's UDP would, so the flow gains. The
-        // last is of somebody who knows the node's public key.
+        // The programs drop the first two kinds before they reach the kernel's UDP stack, so the
+        // flow gains. The last kind requires knowledge of the node's public key.
         for (kind, least) in [(Kind::Garbage, 0.9), (Kind::Initiations, 0.9), (Kind::Sealed, 0.15)]
         {
             let mut rounds = Vec::new();

@@ -1,5 +1,5 @@
-//! What containers do to be taken for somebody else: places of unfinished checksums, probes, ways
-//! in that check less than others.
+//! Tests of containers that impersonate others: through positions of partial checksums, through
+//! probes, and through paths that check less than others.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, UdpSocket};
@@ -23,9 +23,9 @@ use crate::support::{
 };
 
 const INTERFACE: &str = "overnode0";
-/// Frames between two looks at what has arrived: fewer than any queue has room for.
+/// Number of frames between two reads of the received ones. Less than any queue holds.
 const BATCH: usize = 250;
-/// After so many milliseconds nothing more arrives.
+/// Milliseconds after which no more frames are expected.
 const QUIET_MS: u16 = 300;
 
 /// See [`lab::raw::packet`].
@@ -41,7 +41,7 @@ fn frame(
 
 struct Scene {
     thief: Container,
-    /// In whose name the thief wants to speak.
+    /// The container that the thief tries to impersonate.
     neighbour: Container,
     near: Container,
     far: Container,
@@ -60,8 +60,8 @@ fn scene(lab: &Lab) -> Result<Scene> {
     Ok(scene)
 }
 
-/// What came of frames: how many the kernel took, how many arrived with the thief's address, how
-/// many with which other one.
+/// Results of sending frames: how many the kernel accepted, how many arrived with the thief's
+/// address, and how many with each other address.
 #[derive(Debug, Default)]
 struct Arrived {
     sent: usize,
@@ -69,7 +69,8 @@ struct Arrived {
     foreign: BTreeMap<[u8; 4], usize>,
 }
 
-/// Sends frames and looks at each that arrives at `to` as whoever gets it would finish it.
+/// Sends frames, and completes the checksum of each frame that arrives at `to` as its receiver
+/// would.
 fn send(thief: &Container, to: &Container, frames: &[Frame]) -> Result<Arrived> {
     let listener = Listener::open(to.netns(), INTERFACE)?;
     let injector = Injector::open(thief.netns(), INTERFACE)?;
@@ -96,8 +97,8 @@ fn send(thief: &Container, to: &Container, frames: &[Frame]) -> Result<Arrived> 
     Ok(arrived)
 }
 
-/// Packets that all programs have dropped, for whatever reason: another destination, say, is
-/// refused where it leads.
+/// Returns the number of packets that all programs dropped for any reason. A packet with a changed
+/// destination, for example, is dropped where it then leads.
 fn dropped(lab: &Lab) -> Result<u64> {
     lab.hosts().iter().try_fold(0, |sum, host| {
         let status = host.status()?;
@@ -106,9 +107,10 @@ fn dropped(lab: &Lab) -> Result<u64> {
     })
 }
 
-/// Sends frames, and ensures that none arrives from anybody but the thief, and that each that does
-/// not arrive with the headers that it had is refused and counted. Segments the container's own
-/// kernel may have made before, and checksums with them.
+/// Sends frames, and checks that none arrives with a source other than the thief's. Each single
+/// packet that does not arrive with its original headers must be dropped and counted. For segments
+/// nothing is counted, because the container's own kernel may segment them and complete their
+/// checksums first.
 fn ensure_refused(
     lab: &Lab,
     scene: &Scene,
@@ -117,7 +119,8 @@ fn ensure_refused(
     what: &str,
 ) -> Result<()> {
     let is_local = to.name == scene.near.name;
-    // Where nobody finishes it on the way, it is enough that the sum begins in the headers.
+    // On the local path, nothing completes the checksum. There, a frame is hostile if its checksum
+    // begins in the headers.
     let is_hostile =
         |frame: &Frame| if is_local { begins_in_header(frame) } else { is_hostile(frame) };
     let (hostile, harmless): (Vec<_>, Vec<_>) = frames.iter().cloned().partition(is_hostile);
@@ -130,12 +133,12 @@ fn ensure_refused(
         let misplaced = counter(lab.host(1), "checksum")? - before.1;
         let refused = (arrived.sent - arrived.honest) as u64;
         ensure!(counted >= refused, "{what}: {counted} are counted of {refused}");
-        // Sealed is what the sum happens to leave as it was.
+        // Only packets to another host may be sealed, if the checksum happens to change nothing.
         ensure!(!is_local || misplaced == arrived.sent as u64, "{what}: {misplaced}, {arrived:?}");
-        // Both halves of the source are hit from each start in front of them, unless the programs
-        // have finished the packet's own checksum instead.
+        // From each start before the source address, both halves of it are hit, unless the programs
+        // complete the packet's own checksum instead.
         ensure!(refused == 0 || refused >= 15, "{what} to {}: {arrived:?}", to.name);
-        // The kernel does not take every place, but from the 20th byte on it does.
+        // The kernel rejects some positions, but none from the 20th byte on.
         ensure!(arrived.sent > 80, "{what}: {} were sent", arrived.sent);
     }
     let arrived = send(&scene.thief, to, &harmless)?;
@@ -144,8 +147,8 @@ fn ensure_refused(
     Ok(())
 }
 
-/// Every pair of start and place, in packets that are sealed at once, that are finished by the
-/// programs, and that go through the normaliser.
+/// Tries every pair of start and position, in packets that are sealed at once, packets whose
+/// checksum the programs complete, and packets that go through the offload veth.
 #[test]
 fn no_place_of_a_checksum_makes_a_container_another_one() -> Result<()> {
     in_lab(Lab::new("places").hosts(2), |lab| {
@@ -225,8 +228,8 @@ fn no_place_of_a_checksum_on_the_bulk_path_makes_a_container_another_one() -> Re
             let mut honest = frame(&scene.thief, gateway, scene.far.address(), UDP, len)?;
             leave_checksum(&mut honest);
             let wanted = wanted(&honest, scene.neighbour.address());
-            // Fewer than 50 ms of the thief's time, or the flow is an ordinary one again: with
-            // large ones in between.
+            // The large packets in between must be less than 50 ms apart, or the flow becomes an
+            // ordinary one again.
             let mut frames = Vec::new();
             for (number, frame) in
                 aimed(&honest, &wanted, gso, |place| place < 64).into_iter().enumerate()
@@ -246,9 +249,10 @@ fn no_place_of_a_checksum_on_the_bulk_path_makes_a_container_another_one() -> Re
     })
 }
 
-/// Datagrams as a probe has them, from whoever sends from `source`, to node 2's own address.
+/// Sends datagrams in the form of probes from `source` to node 2's own address. Returns their
+/// number.
 fn flood_with_probes(source: UdpSocket, is_over: &AtomicBool) -> Result<u64> {
-    // Kind, version, a path that carries little, its own size.
+    // Kind, version, the size of a path that carries little, and the probe's own size.
     let probe = |kind: u8, sequence: u64| {
         let mut probe = vec![kind, 1, 0, 100, 0, 0, 0, 56];
         probe.extend(sequence.to_be_bytes());
@@ -259,7 +263,7 @@ fn flood_with_probes(source: UdpSocket, is_over: &AtomicBool) -> Result<u64> {
     let mut sent = 0;
     let started = Instant::now();
     while !is_over.load(Ordering::Relaxed) {
-        // Some 10,000 a second.
+        // About 10,000 per second.
         let due = started.elapsed().as_millis() as u64 * 10;
         while sent < due {
             let _ = source.send(&probe(1 + (sent % 2) as u8, sent));
@@ -332,13 +336,14 @@ fn an_exposed_host_cannot_forge_probes_either() -> Result<()> {
     })
 }
 
-/// Many queries in one packet, again and again, so that the flow moves to the workers.
+/// Sends many queries in one packet, repeatedly, so that the flow moves to the workers.
 #[test]
 fn a_container_cannot_ask_another_hosts_name_server_by_the_bulk_path() -> Result<()> {
     in_lab(Lab::new("bulkdns").hosts(2), |lab| {
         let scene = scene(lab)?;
         wait_for_workers(lab)?;
-        // host2.overnode.local, A, padded to some 400 bytes by an EDNS option (RFC 7830).
+        // A query for none.overnode.local, type A, padded to about 400 bytes by an EDNS option (RFC
+        // 7830).
         let mut query = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1];
         query.extend(b"\x04none\x08overnode\x05local\0\0\x01\0\x01");
         query.extend([0, 0, 41, 4, 208, 0, 0, 0, 0, 1, 64, 0, 12, 1, 60]);
@@ -379,11 +384,11 @@ fn a_container_cannot_ask_another_hosts_name_server_by_the_bulk_path() -> Result
     })
 }
 
-/// Somebody on the wire, who can tell the receiver's kernel that a checksum in a sealed message is
-/// still to be finished, as a virtual machine beside it or a container under it can.
+/// An attacker on the wire can tell the receiver's kernel that a sealed message has a partial
+/// checksum, as a virtual machine on the same host or a container inside it can.
 #[test]
 fn nobody_on_the_wire_has_a_receiver_change_what_was_sealed() -> Result<()> {
-    // Behind Ethernet, IP, UDP and the message's header.
+    // Offset of the inner source address, after Ethernet, IP, UDP and the message's header.
     const INNER_SOURCE: u16 = 14 + 20 + 8 + 16 + 12;
     const MESSAGES: u32 = 50;
     in_lab(Lab::new("wire").hosts(2), |lab| {
@@ -394,7 +399,7 @@ fn nobody_on_the_wire_has_a_receiver_change_what_was_sealed() -> Result<()> {
         let wire = Listener::open(lab.underlay(), &from)?;
         let injector = Injector::open(lab.underlay(), &to)?;
         let victim = Listener::open(scene.far.netns(), INTERFACE)?;
-        // Not for so long that the nodes look for another way.
+        // This is too short for the nodes to look for another route.
         lab.cut_one_way(one, two)?;
         scene.thief.ping(scene.far.address(), MESSAGES, Duration::from_millis(1))?;
         let messages: Vec<_> = wire

@@ -1,5 +1,5 @@
-//! Invariant S4 on the wire: what was recorded and is sent again, whole or changed, is dropped and
-//! counted by reason.
+//! Tests of invariant S4 on the wire: recorded messages that are replayed, unchanged or changed,
+//! are dropped and counted by reason.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::support::{MILLISECOND, counter, in_lab, launch_containers, list};
 
-/// Every reason that a message from the underlay can be refused for.
+/// All reasons for which a message from the underlay can be dropped.
 const REFUSALS: [&str; 9] = [
     "malformed",
     "expired",
@@ -24,7 +24,8 @@ const REFUSALS: [&str; 9] = [
     "fragment",
 ];
 
-/// Data messages from host1 to host2, as Ethernet frames, recorded during a few pings.
+/// Records data messages from host1 to host2 during a few pings, and returns them as Ethernet
+/// frames.
 pub fn record(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
     let capture = lab.host(2).capture()?;
     let stats = containers[0].ping(containers[1].address(), 200, MILLISECOND)?;
@@ -43,10 +44,10 @@ pub fn record(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
     Ok(frames)
 }
 
-/// The underlay's end of host2's cable: what is sent here arrives at host2 as if it came from the
-/// network.
+/// Returns the underlay's end of host2's cable. Frames sent here arrive at host2 as if they came
+/// from the network.
 pub fn attacker(lab: &Lab) -> Result<Injector> {
-    // The veth's other end sends towards the host.
+    // Frames that are sent into this end of the veth come out on the host.
     Injector::open(lab.underlay(), "p2")
 }
 
@@ -60,7 +61,7 @@ fn refusals(host: &Host) -> Result<BTreeMap<String, u64>> {
     Ok(counted)
 }
 
-/// How many more there are of each.
+/// Returns how much each counter has increased, without zeros.
 fn difference(
     before: &BTreeMap<String, u64>,
     after: &BTreeMap<String, u64>,
@@ -72,7 +73,7 @@ fn difference(
         .collect()
 }
 
-/// Packets that the container's interface has received.
+/// Returns the number of packets that the container's interface received.
 fn received(container: &Container) -> Result<u64> {
     let links: serde_json::Value =
         serde_json::from_str(&container.netns().ip(&["-j", "-s", "link", "show", "overnode0"])?)?;
@@ -117,7 +118,7 @@ fn messages_from_long_ago_are_too_old() -> Result<()> {
     in_lab(Lab::new("old").hosts(2), |lab| {
         let containers = launch_containers(lab)?;
         let frames = record(lab, &containers)?;
-        // The window is 8128 counters wide.
+        // The replay window is 8128 counters wide.
         let datagrams = lab::flow::udp(&containers[0], &containers[1], 9000, 64, MILLISECOND / 20)?;
         ensure!(datagrams.received > 8200, "only {datagrams:?}");
         let before = counter(lab.host(2), "too-old")?;
@@ -127,7 +128,7 @@ fn messages_from_long_ago_are_too_old() -> Result<()> {
     })
 }
 
-/// What one hostile message is like.
+/// The kinds of hostile messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Attack {
     Replay,
@@ -187,7 +188,7 @@ fn forge(rng: &mut StdRng, recorded: &[u8], header: usize, attack: Attack) -> Ve
     frame
 }
 
-/// Sets a frame's length, and those of its IPv4 and UDP headers; finishes the IPv4 checksum.
+/// Sets the length of a frame and of its IPv4 and UDP headers, and corrects the IPv4 checksum.
 fn shorten(frame: &mut Vec<u8>, length: usize, header: usize) {
     frame.truncate(length);
     frame[16..18].copy_from_slice(&((length - 14) as u16).to_be_bytes());
@@ -241,7 +242,7 @@ fn a_million_hostile_packets_deliver_nothing_and_are_all_counted() -> Result<()>
         assert!(of("replayed") >= sent_as(Attack::Replay), "{refused:?}");
         assert!(of("unknown-index") >= sent_as(Attack::OtherIndex), "{refused:?}");
         assert!(of("malformed") > 0, "{refused:?}");
-        // None of it moved the session: honest traffic goes on.
+        // The session is unaffected, so honest traffic continues.
         assert_eq!(containers[0].ping(containers[1].address(), 500, MILLISECOND)?.lost(), 0);
         Ok(())
     })

@@ -1,4 +1,5 @@
-//! `inspect`: everything that it prints is in `docs/inspect.md`, and nothing of it is a secret.
+//! Tests of `inspect`: `docs/reference/inspect.md` describes everything that it prints, and it
+//! prints no secret.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,8 +16,8 @@ use crate::support::{PATIENCE, TOKEN, attached, in_lab, launch, peer};
 
 const PRESHARED_KEY: [u8; 32] = *b"a key that must not be shown: 0!";
 
-/// What this node may have nothing of: which node lends to the fifth is for that one to choose, and
-/// there is no engine or container runtime.
+/// Fields that this node may not have: node 5 chooses its own lender, and there is no engine and no
+/// container runtime.
 const NOT_HERE: [&str; 6] = [
     "status.endpoints[].image",
     "status.endpoints[].cni",
@@ -26,8 +27,8 @@ const NOT_HERE: [&str; 6] = [
     "allocation.lends[].loans[].",
 ];
 
-/// The fields that the page describes: its sections name one place or several, its tables what is
-/// there.
+/// Returns the fields that the page describes. A section's heading names one or more objects, and
+/// its table lists their fields.
 fn documented() -> Result<BTreeSet<String>> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/inspect.md");
     let page = std::fs::read_to_string(path).context("docs/inspect.md")?;
@@ -52,7 +53,7 @@ fn documented() -> Result<BTreeSet<String>> {
     Ok(fields)
 }
 
-/// Every field of a document, as `a.b[].c`.
+/// Collects every field of a document, in the form `a.b[].c`.
 fn fields(place: &str, value: &Value, found: &mut BTreeMap<String, Value>) {
     match value {
         Value::Object(map) => {
@@ -70,7 +71,7 @@ fn fields(place: &str, value: &Value, found: &mut BTreeMap<String, Value>) {
     }
 }
 
-/// The session keys that the programs of a host have.
+/// Returns the session keys in the maps of a host.
 fn session_keys(host: &Host) -> Result<Vec<[u8; 32]>> {
     let pin = lab::cleanup::pins_of(&host.state_directory())?.join("maps/SESSIONS");
     let sessions = Array::<_, Session>::try_from(Map::Array(MapData::from_pin(pin)?))?;
@@ -90,7 +91,7 @@ fn session_keys(host: &Host) -> Result<Vec<[u8; 32]>> {
     Ok(keys)
 }
 
-/// What 32 bytes may look like in JSON.
+/// Returns the forms that 32 bytes may have in JSON.
 fn shapes(bytes: &[u8; 32]) -> Vec<String> {
     let base64 = PublicKey(*bytes).to_string();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -112,8 +113,8 @@ fn shows(text: &str, bytes: &[u8; 32]) -> bool {
     shapes(bytes).iter().any(|shape| text.contains(shape))
 }
 
-/// Node 1 with a neighbour, a borrower, a container, a target that is nowhere, somebody it refuses,
-/// and a WireGuard device.
+/// Sets up node 1 with a neighbor, a borrower, a container, an unreachable target, a peer that it
+/// rejects and a WireGuard device. Returns its `inspect` document.
 fn busy_node(lab: &Lab) -> Result<Value> {
     let [a, b, c, stranger] = lab.hosts() else { unreachable!() };
     launch(lab, a)?;
@@ -162,7 +163,7 @@ fn inspect_prints_what_its_page_describes_and_no_secret() -> Result<()> {
         fields("", &document, &mut printed);
         let missing: Vec<_> = printed.keys().filter(|field| !documented.contains(*field)).collect();
         ensure!(missing.is_empty(), "docs/inspect.md does not have {missing:?}");
-        // And the page describes no more than there is: in this state of the node, but for these.
+        // The page describes no other fields, except those that this node does not have.
         let absent: Vec<_> = documented
             .iter()
             .filter(|field| !printed.contains_key(*field))

@@ -1,5 +1,5 @@
-//! What a member that lies announces, and sends: real daemons, of which one has a disk that says
-//! what is not so.
+//! Tests of what a lying member can announce and send, with real daemons. One of them reads false
+//! facts from its store.
 
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ use crate::support::{
 
 const INTERFACE: &str = "overnode0";
 
-/// Makes a host's node one that says that it has `address`, and gives it to its next container.
+/// Makes a host's node claim `address` and give it to its next container.
 fn lie(host: &Host, address: IpAddr) -> Result<()> {
     host.kill_daemon()?;
     let store = eventually(PATIENCE, || Ok(Store::open_existing(&host.state_directory())?))?;
@@ -35,8 +35,8 @@ fn lie(host: &Host, address: IpAddr) -> Result<()> {
     Ok(())
 }
 
-/// The hardware address that the container's packets for `to` go to: asked for by ARP, which needs
-/// no answer to what is sent.
+/// Returns the MAC address that the container's packets for `to` go to. The ping resolves it by ARP
+/// and needs no reply.
 fn gateway(container: &Container, to: IpAddr) -> Result<[u8; 6]> {
     let _ = container.ping(to, 1, MILLISECOND)?;
     let text = container.netns().ip(&["neigh", "show", &to.to_string()])?;
@@ -56,7 +56,8 @@ fn problems(host: &Host) -> Result<Vec<String>> {
     Ok(problems.iter().filter_map(|problem| problem.as_str().map(str::to_owned)).collect())
 }
 
-/// The prefixes that a host's data plane sends to the node with this ID, and takes from it.
+/// Returns the prefixes that a host's data plane routes to the node with this ID and accepts from
+/// it.
 fn routes(host: &Host, id: usize) -> Result<Vec<String>> {
     let document = host.inspect()?;
     let routes = list(&document, "routes")?.iter().find(|it| it["peer"] == id);
@@ -72,7 +73,7 @@ fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Res
         let [a, b, c] = lab.hosts() else { unreachable!() };
         launch(lab, a)?;
         launch(lab, b)?;
-        // It has no address space of its own.
+        // The liar has no address space of its own.
         launch_as(lab, c, LIAR)?;
         let (victim, far) = (&attached(a, "victim")?, &attached(b, "far")?);
         far.reach(victim.address(), PATIENCE)?;
@@ -98,7 +99,7 @@ fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Res
                 Ok(())
             })?;
         }
-        // Traffic goes on to the true owner.
+        // Traffic still goes to the real owner.
         let listening = Capture::start(thief.netns(), lab.folder(), &["-i", INTERFACE])?;
         let stats = far.ping(address, PINGS, 5 * MILLISECOND)?;
         let stolen = listening
@@ -106,7 +107,7 @@ fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Res
             .count(|packet| packet.ip.is_some_and(|ip| ip.from == far.address()))?;
         ensure!(stolen == 0, "{stolen} of {PINGS} packets for {address} went to the liar");
         ensure!(stats.lost() == 0, "{} of {PINGS} pings were lost", stats.lost());
-        // What the liar sends in its name is not taken.
+        // Packets that the liar sends from that address are dropped.
         let (mac, gateway) = (own_mac(thief)?, gateway(thief, far.address())?);
         let listening = Capture::start(far.netns(), lab.folder(), &["-i", INTERFACE])?;
         let before = counter(b, "foreign-source")?;
@@ -121,7 +122,7 @@ fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Res
             packet.ip.is_some_and(|ip| ip.from == address && ip.protocol == lab::pcap::UDP)
         })?;
         ensure!(arrived == 0, "{arrived} packets that the liar forged arrived");
-        // All honest nodes say who claims what.
+        // All honest nodes report which nodes claim the address.
         for host in [a, b] {
             eventually(PATIENCE, || {
                 let problems = problems(host)?;
@@ -132,7 +133,7 @@ fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Res
                 Ok(())
             })?;
         }
-        // Nothing is left of the liar when it has left.
+        // After the liar has left, nothing of it remains.
         c.overnode(&["reset", "--force"])?.success()?;
         for host in [a, b] {
             eventually(PATIENCE, || {
@@ -147,14 +148,14 @@ fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Res
     })
 }
 
-/// A member that is no daemon: the product's own protocol, with words of the test's.
+/// A member that is not a daemon. It uses the real protocol, but the test chooses its messages.
 struct Member {
     runtime: Runtime,
     link: Link<tokio::net::TcpStream>,
 }
 
 impl Member {
-    /// Connects with a host's node, from the host `from`.
+    /// Connects to a host's node from the host `from`.
     fn connect(from: &Host, to: &Host, id: u16) -> Result<Self> {
         let seed = seed(id);
         let static_secret = key::exchange_secret(&seed);
@@ -195,7 +196,7 @@ fn seed(id: u16) -> Secret {
     Secret(seed)
 }
 
-/// A record of a node that there need not be.
+/// Returns a record of a node that need not exist.
 fn made_up(id: u16, links: impl IntoIterator<Item = u16>) -> Result<Record> {
     let mut record = Record {
         id: NodeId::new(id)?,
@@ -227,7 +228,7 @@ fn a_member_stops_a_daemon_with_thousands_of_nodes_that_it_makes_up() -> Result<
         let mut liar = Member::connect(b, a, LIAR)?;
         liar.tell(vec![made_up(LIAR, std::iter::once(1).chain(MADE_UP))?])?;
         let records: Vec<Record> = MADE_UP.map(|id| made_up(id, [LIAR])).collect::<Result<_>>()?;
-        // As many in one message as there may be.
+        // As many records in one message as are allowed.
         for records in records.chunks(1000) {
             liar.tell(records.to_vec())?;
         }
@@ -240,7 +241,7 @@ fn a_member_stops_a_daemon_with_thousands_of_nodes_that_it_makes_up() -> Result<
             slowest = slowest.max(asked.elapsed());
         }
         ensure!(known >= MADE_UP.len(), "only {known} nodes are known");
-        // The watchdog of systemd is fed by the same task.
+        // The same task feeds systemd's watchdog.
         ensure!(slowest < PATIENCE / 2, "the daemon did not answer for {slowest:?}");
         attached(a, "honest")?;
         Ok(())

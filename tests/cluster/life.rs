@@ -1,4 +1,4 @@
-//! The life of nodes and containers, as the commands promise it.
+//! Tests of the life cycle of nodes and containers, as the commands document it.
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
@@ -50,7 +50,7 @@ fn containers_talk_over_a_routed_ipv6_underlay() -> Result<()> {
     containers_talk(Lab::new("routed6").family(Family::V6).routed())
 }
 
-/// `nsenter --net=`: the daemon sees another network than its `/sys` tells of.
+/// Hosts are entered as with `nsenter --net=`, so that the daemon's `/sys` shows another network.
 #[test]
 fn nodes_work_where_only_the_network_was_entered() -> Result<()> {
     containers_talk(Lab::new("setns").entry(Entry::Setns))
@@ -220,7 +220,7 @@ fn a_name_that_resolves_later_is_dialled_then() -> Result<()> {
         assert!(peer(a, 2)?.is_none());
         let file = format!("/etc/netns/{}/hosts", a.netns().name());
         writeln!(OpenOptions::new().append(true).open(file)?, "{} latecomer", b.address())?;
-        // The pause between tries is capped at 30 s.
+        // The pause between attempts is at most 30 s.
         eventually(Duration::from_secs(40), || {
             ensure!(peer(a, 2)?.is_some(), "the name is not tried again");
             Ok(())
@@ -229,7 +229,7 @@ fn a_name_that_resolves_later_is_dialled_then() -> Result<()> {
     })
 }
 
-/// Discovery: a chain of targets becomes a full mesh.
+/// Discovery turns a chain of targets into a full mesh.
 #[test]
 fn nodes_learn_of_each_other_from_others() -> Result<()> {
     in_lab(Lab::new("chain").hosts(3), |lab| {
@@ -335,7 +335,7 @@ fn a_reset_node_can_join_again_with_another_id() -> Result<()> {
         one.reach(three.address(), PATIENCE)?;
         leaves.overnode(&["reset", "--force"])?.success()?;
         drop(three);
-        // The first ID again: a new incarnation with another key.
+        // The first ID is used again: a new incarnation with another key.
         launch(lab, leaves)?;
         let two = attached(leaves, "two")?;
         one.reach(two.address(), PATIENCE)
@@ -354,7 +354,7 @@ fn packets_up_to_the_mtu_pass_and_larger_ones_are_refused() -> Result<()> {
         // 1420 bytes with the headers of IPv4 and ICMP.
         ping("do", "1392")?;
         assert!(ping("do", "1393").is_err());
-        // In fragments.
+        // Fragments may be larger.
         ping("dont", "8000")?;
         for size in ["0", "1", "15", "16", "17", "1379", "1380", "1381", "1391"] {
             ping("do", size)?;

@@ -1,5 +1,5 @@
-//! What a user of a host who is not root, or a program of root's that has given up most of its
-//! rights, tries against the node there.
+//! Tests of attacks on a host's node by a local user who is not root, and by a root process without
+//! capabilities.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -13,15 +13,15 @@ use overnode_daemon::datapath::node_name;
 
 use crate::support::{PATIENCE, TOKEN, in_lab, launch_all};
 
-/// What `setpriv` is told to become somebody else.
+/// Command that runs another command as an unprivileged user.
 const STRANGER: &str = "setpriv --reuid 1000 --regid 1000 --clear-groups";
-/// What it is told to give up every right of root's but its name, for itself and all that it
-/// starts. (CAP_SYS_PTRACE is for looking into other processes; later kernels take CAP_PERFMON,
-/// too.)
+/// Arguments that make `setpriv` drop all of root's capabilities, for the command and everything
+/// that it starts. (CAP_SYS_PTRACE permits access to other processes. Later kernels also accept
+/// CAP_PERFMON.)
 const NO_RIGHTS: [&str; 2] = ["--bounding-set=-all", "--inh-caps=-all"];
 
-/// Runs a script as root in mounts and processes of its own: its bpffs is nobody else's, and its
-/// first process is that script.
+/// Runs a script as root in new mount and PID namespaces. Its bpffs is private, and the script is
+/// the first process.
 fn apart(host: &Host, script: &str) -> Result<Output> {
     let apart = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script];
     let output = host
@@ -38,8 +38,8 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// The maps say where packets go and with which key; who owns the directory that they are pinned in
-/// can put others in their place.
+/// The maps contain the packets' destinations and keys. The owner of the directory where they are
+/// pinned can replace them.
 #[test]
 fn a_local_user_who_makes_the_directory_of_pins_first_gets_no_maps() -> Result<()> {
     in_lab(Lab::new("pins").hosts(1), |lab| {
@@ -62,7 +62,7 @@ fn a_local_user_who_makes_the_directory_of_pins_first_gets_no_maps() -> Result<(
     })
 }
 
-/// The owner of a directory may rename what lies in it, whoever that belongs to.
+/// The owner of a directory may rename all its entries, even those of other owners.
 #[test]
 fn a_local_user_who_owns_the_bpffs_gets_no_maps() -> Result<()> {
     in_lab(Lab::new("owner").hosts(1), |lab| {
@@ -91,13 +91,13 @@ fn what_a_node_mounts_and_makes_for_its_pins_is_for_root_alone() -> Result<()> {
         let output = apart(lab.host(1), &script)?;
         let printed = text(&output.stdout);
         let seen: Vec<&str> = printed.lines().filter(|line| !line.starts_with("node 1")).collect();
-        // The kernel adds the sticky bit to what is mounted.
+        // The kernel adds the sticky bit to the mount point.
         assert_eq!(seen, ["1700", "700 0", "600", "700"], "{printed}{}", text(&output.stderr));
         Ok(())
     })
 }
 
-/// `reset` removes what is pinned, as root: not what a link leads to.
+/// `reset` removes pins as root, but does not follow symbolic links.
 #[test]
 fn a_local_user_cannot_have_reset_remove_roots_files() -> Result<()> {
     in_lab(Lab::new("links").hosts(1), |lab| {
@@ -118,14 +118,15 @@ fn a_local_user_cannot_have_reset_remove_roots_files() -> Result<()> {
     })
 }
 
-/// `cat` of a file of a process, as somebody.
+/// Reads the start of a process's file under `/proc` through `program`, a `setpriv` command.
 fn read_as(program: &[&str], pid: i32, file: &str) -> Result<Output> {
     let (setpriv, arguments) = program.split_first().context("no program")?;
     let path = format!("/proc/{pid}/{file}");
     Ok(Command::new(setpriv).args(arguments).args(["head", "-c", "65536", &path]).output()?)
 }
 
-/// Neither its environment nor its memory nor a core file, of a process that has the keys.
+/// Checks that the environment and the memory of a process with keys are unreadable, and that it
+/// writes no core file.
 fn keeps_its_secrets(pid: i32) -> Result<()> {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits"))?;
     let core =
@@ -146,9 +147,9 @@ fn keeps_its_secrets(pid: i32) -> Result<()> {
     Ok(())
 }
 
-/// Programs of root's that have no right to look into other processes may still look into those
-/// that have no more rights than they have, unless these forbid it. So the daemon is started
-/// without any right here, and whoever starts it wants core files.
+/// Root's programs without the capability to access other processes may still access those that
+/// have no more capabilities than they have, unless the target forbids it. So the daemon runs
+/// without any capability here, and its core file limit is raised before it starts.
 #[test]
 fn nobody_reads_the_memory_of_the_daemon_nor_what_it_leaves_in_a_crash() -> Result<()> {
     in_lab(Lab::new("memory").hosts(1), |lab| {
@@ -158,7 +159,7 @@ fn nobody_reads_the_memory_of_the_daemon_nor_what_it_leaves_in_a_crash() -> Resu
         let mut command = host.command("setpriv")?;
         command.args(NO_RIGHTS).arg("overnoded").current_dir(&directory);
         command.env("OVERNODE_TOKEN", TOKEN).stdin(Stdio::null()).stderr(Stdio::null());
-        // SAFETY: between fork and exec only system calls are made.
+        // SAFETY: only system calls are made between fork and exec.
         unsafe {
             command.pre_exec(|| {
                 let all =
@@ -203,7 +204,7 @@ fn nobody_reads_the_memory_of_the_processes_of_a_node() -> Result<()> {
     })
 }
 
-/// Directories that a local user owns, of every kind that a node is told.
+/// Tries every option for a directory with one that a local user owns.
 #[test]
 fn a_local_user_cannot_lend_a_node_directories() -> Result<()> {
     in_lab(Lab::new("lent").hosts(1), |lab| {

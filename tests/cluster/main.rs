@@ -1,4 +1,4 @@
-//! Real daemons on hosts of the lab: what the contract promises, and attempts to break it.
+//! Tests with real daemons on hosts of the lab: what the manual promises, and attempts to break it.
 
 mod addresses;
 mod bad_input;

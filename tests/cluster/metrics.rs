@@ -1,5 +1,5 @@
-//! Metrics: what a node tells Prometheus is what `docs/metrics.md` and the dashboard say, and
-//! nobody hears it unasked.
+//! Tests of metrics: a node exports to Prometheus what `docs/reference/metrics.md` and the
+//! dashboard describe, and opens no port unless asked to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};
@@ -24,7 +24,7 @@ fn get(host: &Host, path: &str) -> Result<(u16, String)> {
     host.get(ADDRESS.parse()?, path)
 }
 
-/// Values by name and labels.
+/// Parses exported metrics into values by name and labels.
 fn samples(text: &str) -> Result<BTreeMap<String, f64>> {
     ensure!(text.ends_with("# EOF\n"), "it is cut off");
     let lines = text.lines().filter(|line| !line.starts_with('#'));
@@ -39,7 +39,7 @@ fn samples(text: &str) -> Result<BTreeMap<String, f64>> {
 
 type Labels = BTreeSet<String>;
 
-/// A row of the page: the metric, its labels, and the values that they have if the row lists them.
+/// Parses a row of the page: the metric, its labels, and their values if the row lists them.
 fn row(line: &str) -> (String, (Labels, Labels)) {
     let quoted =
         |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Labels>();
@@ -59,7 +59,7 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
         let containers = [attached(a, "one")?, attached(b, "two")?];
         all_reach_all(&containers)?;
         containers[0].ping(containers[1].address(), 20, MILLISECOND)?;
-        // Probes take a moment to tell the round-trip time.
+        // The round-trip time appears only after a few probes.
         let text = eventually(PATIENCE, || {
             let (code, text) = get(a, "/metrics")?;
             ensure!(code == 200 && text.contains("overnode_peer_rtt_seconds{"), "{code}: {text}");
@@ -116,7 +116,7 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
         ensure!(sealed.is_some_and(|sealed| *sealed >= 20.0), "{sealed:?} packets were sealed");
         let rtt = values["overnode_peer_rtt_seconds{peer=\"2\"}"];
         ensure!(rtt > 0.0 && rtt < 1.0, "a round-trip time of {rtt} s");
-        // Neither who talks nor what is called how.
+        // Neither addresses nor names of containers are exported.
         for container in &containers {
             ensure!(!text.contains(&container.address().to_string()), "an address is told");
         }
@@ -130,7 +130,7 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
         let listening = b.netns().run("ss", &["-Hltn"])?;
         ensure!(!listening.contains(":6785"), "node 2 was not asked to: {listening}");
 
-        // A node that is gone shows.
+        // The metrics show a node that is gone.
         b.kill_daemon()?;
         lab.cut(a, b)?;
         eventually(PATIENCE, || {

@@ -1,5 +1,5 @@
-//! Nodes that do not fit together: `status --connections` says so on both sides, in words that tell
-//! what to do, and what they tell helps.
+//! Tests of incompatible nodes: `status --connections` says so on both sides with advice, and the
+//! advice helps.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
@@ -14,15 +14,15 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::support::{PATIENCE, TOKEN, in_lab, list, peer};
 
-/// How one side came to talk to the other.
+/// The side of a connection that a host is on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Side {
     Called,
     WasCalled,
 }
 
-/// Waits until a host tells all these words of its connection with a host: in JSON, with the time,
-/// and in one line of the table.
+/// Waits until a host reports all these words about its connection to a host: in JSON, with the
+/// time, and in one line of the table.
 fn told(host: &Host, side: Side, of: &Host, words: &[&str]) -> Result<()> {
     let (direction, state, arrow) = match side {
         Side::Called => ("outbound", "retrying", "-> "),
@@ -32,7 +32,7 @@ fn told(host: &Host, side: Side, of: &Host, words: &[&str]) -> Result<()> {
     let fits = |it: &Value| {
         let message = it["last_error"]["message"].as_str().unwrap_or_default();
         it["direction"] == direction
-            // While a try is under way, the last one's error stands.
+            // The last error remains while another attempt is in progress.
             && (it["state"] == state || side == Side::Called && it["state"] == "connecting")
             && it["remote"].as_str().is_some_and(|remote| remote.starts_with(&from))
             && it["last_error"]["seconds_ago"].is_u64()
@@ -66,7 +66,7 @@ fn told(host: &Host, side: Side, of: &Host, words: &[&str]) -> Result<()> {
     })
 }
 
-/// Waits until two hosts' nodes have a control connection, and neither has a complaint left of the
+/// Waits until two hosts' nodes have a control connection and neither reports an error about the
 /// other.
 fn joined(one: &Host, id: usize, other: &Host, other_id: usize) -> Result<()> {
     for (host, id) in [(one, other_id), (other, id)] {
@@ -105,7 +105,7 @@ fn another_token_is_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
         let words = ["the token differs", "`overnode reset`", "launch it with the cluster's token"];
         told(a, Side::WasCalled, b, &words)?;
         told(b, Side::Called, a, &words)?;
-        // The other way round, too.
+        // In the other direction as well.
         a.overnode(&["connect", "host2"])?.success()?;
         told(a, Side::Called, b, &words)?;
         told(b, Side::WasCalled, a, &words)?;
@@ -159,7 +159,7 @@ fn an_id_that_is_taken_is_told_on_both_sides_and_what_to_do_helps() -> Result<()
             Ok(peer(host, 1)?.context("node 1 is not known")?["public_key"].clone())
         };
         let holder = key(b)?;
-        // The later one calls the holder of its ID, and one that knows the holder.
+        // The later node dials the holder of its ID and a node that knows the holder.
         start(c, "1", TOKEN, &["host1", "host2"])?;
         let advice = "run `overnode reset` on one of them, then launch it with an ID of its own";
         let twice = ["ID 1 is used twice", "host1", "host3", advice];
@@ -176,7 +176,7 @@ fn an_id_that_is_taken_is_told_on_both_sides_and_what_to_do_helps() -> Result<()
     })
 }
 
-/// A node of another version: the product's own code with other numbers, on a host of the lab.
+/// A node of another version: the real code with other version numbers, on a host of the lab.
 struct Stranger {
     me: Me,
     runtime: Runtime,
@@ -240,7 +240,7 @@ fn another_version_is_told_on_both_sides_with_the_one_to_upgrade() -> Result<()>
             );
             told(a, Side::WasCalled, b, &[&expected])?;
         }
-        // The daemon calls.
+        // The daemon dials.
         let listener = b.netns().enter(|| Ok(TcpListener::bind("0.0.0.0:6783")?))?;
         a.overnode(&["connect", "host2"])?.success()?;
         let refusal = Stranger::new(newer)?.meet(listener.accept()?.0, Role::Responder)?;
@@ -249,7 +249,7 @@ fn another_version_is_told_on_both_sides_with_the_one_to_upgrade() -> Result<()>
             "it is told {refusal}"
         );
         told(a, Side::Called, b, &["no common protocol version", "upgrade overnode on this host"])?;
-        // It goes on looking for one that fits.
+        // The daemon keeps dialing in case a compatible node appears.
         let refusal = Stranger::new(older)?.meet(listener.accept()?.0, Role::Responder)?;
         ensure!(
             refusal.to_string().contains("upgrade overnode on this host"),

@@ -1,5 +1,5 @@
-//! `overnode monitor`: what is dropped and what happens, told as it happens; and whoever watches
-//! costs the node nothing.
+//! Tests of `overnode monitor`: drops and events are reported as they happen, and monitors do not
+//! slow the node down.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -21,7 +21,7 @@ use crate::support::{
     MILLISECOND, PATIENCE, attached, counter, in_lab, launch_all, launch_containers, wait_for_peers,
 };
 
-/// A monitor with `--json` that watches.
+/// Starts a monitor with `--json` and waits until it is watching.
 pub fn watch(lab: &Lab, host: &Host, options: &[&str]) -> Result<Watcher> {
     let watcher = Watcher::start(lab, host, &[&["--json"], options].concat(), PATIENCE)?;
     watcher.wait_for(|event| event["event"] == "watching")?;
@@ -68,7 +68,7 @@ fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -
             );
             ensure!(lost["unix_milliseconds"].as_u64() > Some(1_600_000_000_000), "{lost}");
         }
-        // What somebody else makes of a message from node 1.
+        // A message from node 1 that an attacker modified.
         let watcher = watch(lab, lab.host(2), &["--reason", "forged"])?;
         let mut forged = record(lab, &containers)?.swap_remove(0);
         forged[42 + 8..42 + 16].copy_from_slice(&(1_u64 << 33).to_le_bytes());
@@ -146,7 +146,7 @@ fn a_monitor_ends_as_it_should() -> Result<()> {
         let begun = Instant::now();
         let (status, _) = watch(lab, host, &["--for", "1"])?.end()?;
         ensure!(status.success() && begun.elapsed() >= Duration::from_secs(1), "{status}");
-        // Somebody reads one line and goes.
+        // A reader takes one line and closes the pipe.
         let mut command = host.command("overnode")?;
         let mut child = command.arg("monitor").stdout(Stdio::piped()).spawn()?;
         let mut reader = BufReader::new(child.stdout.take().context("no pipe")?);
@@ -157,7 +157,7 @@ fn a_monitor_ends_as_it_should() -> Result<()> {
         attached(host, "c")?;
         let status = eventually(PATIENCE, || child.try_wait()?.context("the monitor goes on"))?;
         ensure!(status.success(), "{status}");
-        // The daemon goes, with a word and without.
+        // The daemon ends, first killed, then with a clean shutdown.
         let watcher = watch(lab, host, &[])?;
         host.kill_daemon()?;
         let (status, complaint) = watcher.end()?;
@@ -181,7 +181,7 @@ fn a_monitor_ends_as_it_should() -> Result<()> {
     })
 }
 
-/// Resident memory, in KiB.
+/// Returns the resident memory in KiB.
 fn memory(pid: i32) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
@@ -196,7 +196,7 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
         let host = lab.host(1);
         let containers = launch_containers(lab)?;
         let watcher = watch(lab, host, &[])?;
-        // Asks, and never reads.
+        // This monitor never reads its events.
         let mut sleeper = UnixStream::connect(host.socket())?;
         write!(sleeper, "GET /v1/monitor HTTP/1.1\r\nHost: overnode\r\n\r\n")?;
         let (thief, far) = (&containers[0], &containers[1]);
@@ -224,7 +224,7 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
         ensure!(more < MORE_MEMORY, "the daemon takes {more} KiB more");
         let counted = counter(host, "spoofed")? - counted_before;
         ensure!(counted >= FLOOD as u64, "only {counted} are counted");
-        // All of them are accounted for, few of them one by one.
+        // All drops are accounted for, but few of them individually.
         let shown = eventually(PATIENCE, || {
             let (mut one_by_one, mut all) = (0, 0);
             for event in watcher.events()?.iter().filter(|event| event["reason"] == "spoofed") {
@@ -241,8 +241,8 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
             containers[0].ping(far.address(), 100, MILLISECOND)?.lost() == 0,
             "pings were lost"
         );
-        // Nobody watches any more: what is dropped now is seen by nobody, also not by who comes
-        // later.
+        // No monitor is left. Drops from now on are not recorded, and a later monitor does not see
+        // them.
         drop((watcher, sleeper));
         std::thread::sleep(Duration::from_millis(2500));
         injector.send_all(&frames)?;

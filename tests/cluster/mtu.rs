@@ -1,4 +1,4 @@
-//! Underlays that carry less or more than an Ethernet does, with real TCP between containers.
+//! Tests of underlays with a smaller or larger MTU than Ethernet, with real TCP between containers.
 //! (`life.rs` has a plain jumbo underlay.)
 
 use std::net::IpAddr;
@@ -13,23 +13,23 @@ use crate::support::{
     one_each, peer,
 };
 
-/// How exactly the search for the MTU has to know it.
+/// Precision of the MTU search, in bytes.
 const PRECISION: u64 = 8;
-/// The lab's interfaces let so much more in than their MTU (a VLAN's tag).
+/// Bytes that the lab's interfaces accept beyond their MTU (a VLAN tag).
 const SLACK: u64 = 4;
 const BYTES: u64 = 5_000_000;
 const IP_AND_ICMP: u64 = 28;
 
-/// The MTU of the way to a node, as a host's node has it.
+/// Returns the MTU of the path to a node, as a host's node reports it.
 fn mtu(host: &Host, to: usize) -> Result<u64> {
     let peer = peer(host, to)?.with_context(|| format!("{} does not know node {to}", host.name))?;
     peer["data"]["mtu"].as_u64().context("no MTU")
 }
 
-/// Waits until a node has found what the way to another carries, for outer packets of `carries`
-/// bytes.
+/// Waits until a node has found the MTU of its path to another, where outer packets of `carries`
+/// bytes fit. Returns the inner MTU.
 fn found(host: &Host, to: usize, carries: u64) -> Result<u64> {
-    // What WireGuard over UDP over IP adds.
+    // Overhead of WireGuard, UDP and IP.
     let most = carries - if host.address().is_ipv4() { 60 } else { 80 };
     eventually(PATIENCE * 2, || {
         let mtu = mtu(host, to)?;
@@ -42,7 +42,7 @@ fn found(host: &Host, to: usize, carries: u64) -> Result<u64> {
     })
 }
 
-/// Pings with packets of so many bytes that must not be cut into pieces.
+/// Pings with packets of this many bytes that must not be fragmented.
 fn ping(from: &Container, to: &Container, size: u64) -> Result<String> {
     let size = (size - IP_AND_ICMP).to_string();
     from.run(
@@ -51,7 +51,7 @@ fn ping(from: &Container, to: &Container, size: u64) -> Result<String> {
     )
 }
 
-/// A container is told by ICMP what the way carries, and remembers it.
+/// Checks that ICMP tells a container the MTU of the path, and that the container remembers it.
 fn learns(from: &Container, to: &Container, mtu: u64) -> Result<()> {
     let refused = ping(from, to, mtu + 1);
     ensure!(refused.is_err(), "a packet of more than {mtu} bytes went through");
@@ -70,7 +70,7 @@ fn send(from: &Container, to: &Container) -> Result<()> {
     Ok(())
 }
 
-/// A router on the way carries less than the hosts' interfaces and never says so.
+/// Tests a path with a router whose MTU is smaller than that of the hosts, and which sends no ICMP.
 fn black_hole(carries: u32, family: Family) -> Result<()> {
     in_lab(Lab::new("hole").hosts(2).routed().family(family), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
@@ -103,7 +103,7 @@ fn black_hole(carries: u32, family: Family) -> Result<()> {
         }
         let route = a.netns().ip(&["route", "get", &b.address().to_string()])?;
         ensure!(!route.contains("mtu"), "the router has told: {route}");
-        // It is shown to people.
+        // The status shows the MTU, as a table and as JSON.
         let table = a.overnode(&["status", "--connections"])?.success()?;
         ensure!(table.contains(&there.to_string()), "{table}");
         ensure!(
@@ -146,14 +146,15 @@ fn a_stream_survives_a_way_that_begins_to_carry_less() -> Result<()> {
         found(a, 2, 1280)?;
         stream.wait_for(400_000, PATIENCE * 2)?;
         let received = stream.stop()?;
-        // One check while containers talk, its probes, and what TCP waits meanwhile.
+        // The time for one check while containers send, for its probes, and for TCP's
+        // retransmission timeout.
         ensure!(received.longest_pause < Duration::from_secs(18), "{received:?}");
         Ok(())
     })
 }
 
-/// Two nodes without a path reach each other through a third; the hop from that one to the last may
-/// carry less than the rest.
+/// Tests two nodes that reach each other only through a relay. The hop from the relay to the second
+/// one may have a smaller MTU.
 fn relayed(last_hop: Option<u32>) -> Result<()> {
     const RELAY_HEADER: u64 = 8;
     in_lab(Lab::new("relayed").hosts(3).routed(), |lab| {
@@ -167,10 +168,10 @@ fn relayed(last_hop: Option<u32>) -> Result<()> {
         let [one, _, three] = &containers[..] else { unreachable!() };
         let (there, back) = match last_hop {
             Some(carries) => (found(b, 3, carries.into())?, found(c, 2, carries.into())?),
-            // What 1500 bytes leave containers over IPv6.
+            // The MTU that an underlay of 1500 bytes leaves to containers, with room for IPv6.
             None => (1420, 1420),
         };
-        // Node 3 knows of the relay that it carries no more than this to everybody.
+        // Node 3 knows from the relay that it sends no larger packets than this to any node.
         let mtus = [there, back.min(there)].map(|mtu| mtu - RELAY_HEADER);
         eventually(PATIENCE * 2, || {
             let found = [mtu(a, 3)?, mtu(c, 1)?];
@@ -203,7 +204,7 @@ fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
         let [a, b, _] = lab.hosts() else { unreachable!() };
         launch_all(lab)?;
         let early = attached(a, "early")?;
-        // Two of the hosts, and the router, learn to carry more.
+        // Two of the hosts, and the router, get a larger MTU.
         for host in [a, b] {
             lab.set_mtu(host, 9000)?;
         }
@@ -234,8 +235,8 @@ fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
         })?;
         ping(one, two, 8920)?;
         send(one, two)?;
-        // To the third host there are 1500 bytes, which the router says; the search finds out
-        // without it.
+        // The path to the third host has an MTU of 1500. The router reports it, but the search does
+        // not need that.
         let narrow = found(a, 3, 1500)?;
         learns(one, three, narrow)?;
         send(one, three)?;
@@ -245,8 +246,8 @@ fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
     })
 }
 
-/// The least that IPv4 hosts must accept. Linux does not believe in ways of less than 552 bytes, so
-/// that nobody could tell containers.
+/// The smallest MTU that IPv4 hosts must accept. Linux ignores path MTUs below 552 bytes, so
+/// containers could not be told about a smaller one.
 #[test]
 fn the_narrowest_underlay_carries_tcp() -> Result<()> {
     in_lab(Lab::new("narrowest").mtu(576), |lab| {

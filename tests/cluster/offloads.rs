@@ -1,5 +1,5 @@
-//! Checksum and segmentation offloads in every combination inside the containers: every byte that
-//! arrives is correct.
+//! Tests of checksum and segmentation offloads in every combination inside the containers: all
+//! bytes arrive unchanged.
 
 use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
@@ -19,18 +19,18 @@ fn set_features(container: &Container, enabled: impl Fn(usize) -> bool) -> Resul
     for (number, feature) in FEATURES.iter().enumerate() {
         words.extend([*feature, if enabled(number) { "on" } else { "off" }]);
     }
-    // ethtool complains of combinations that do not exist and sets the rest.
+    // ethtool reports unsupported combinations as an error but sets the rest.
     let output =
         container.command("ethtool").args(&words).output().context("ethtool cannot be started")?;
     ensure!(output.status.code().is_some(), "ethtool was killed");
     Ok(())
 }
 
-/// Sends one buffer that the kernel (or nobody, before it leaves the container) cuts into
-/// datagrams: UDP_SEGMENT.
+/// Sends one buffer that the kernel splits into datagrams (`UDP_SEGMENT`), possibly only after it
+/// left the container.
 ///
-/// Kernels before 6.11 refuse that with EIO where the interface does not do checksums; nothing is
-/// sent then.
+/// Kernels before 6.11 reject it with EIO if the interface has no checksum offload. Then nothing is
+/// sent.
 fn send_segmented(from: &Container, to: &Container, checksums: bool) -> Result<()> {
     const SEGMENT: u16 = 1200;
     const SEGMENTS: usize = 40;
@@ -39,7 +39,7 @@ fn send_segmented(from: &Container, to: &Container, checksums: bool) -> Result<(
     let outbox = from.netns().enter(move || Ok(UdpSocket::bind((source, 0))?))?;
     inbox.set_read_timeout(Some(Duration::from_secs(2)))?;
     let size = libc::c_int::from(SEGMENT);
-    // SAFETY: the value outlives the call and its size is given.
+    // SAFETY: the value outlives the call, and its size is correct.
     let outcome = unsafe {
         libc::setsockopt(
             outbox.as_raw_fd(),

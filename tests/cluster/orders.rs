@@ -1,9 +1,9 @@
-//! Nodes can start in any order.
+//! Tests that nodes can start in any order.
 //!
-//! Five nodes have 120 orders. What may matter in an order is which of them are there already when
-//! a node comes, and who comes next. Ten orders are tried in which every three nodes start in each
-//! of their six orders, every node is at every place twice, and every node follows every other
-//! directly; that this is so is checked too.
+//! Five nodes have 120 orders. Only two things about an order may matter: which nodes already run
+//! when a node starts, and which one starts next. The ten orders here contain all six orders of
+//! every three nodes. Each node has each position twice, and follows every other node directly. A
+//! test checks these properties.
 
 use std::collections::BTreeSet;
 use std::process::{Child, Stdio};
@@ -52,7 +52,7 @@ fn the_orders_stand_for_all() {
     }
 }
 
-/// `overnode attach` under way: a node without addresses waits for somebody who lends it some.
+/// A running `overnode attach`. A node without addresses waits for another node to lend it some.
 struct Attaching {
     child: Child,
     container: Container,
@@ -78,8 +78,8 @@ impl Attaching {
     }
 }
 
-/// The nodes are launched in this order, and get a container each at once: those that come first
-/// wait for the others.
+/// Launches the nodes in this order and attaches a container on each at once. The first ones wait
+/// for a lender.
 fn start(lab: &Lab, order: [usize; NODES]) -> Result<()> {
     let mut attaching = Vec::new();
     for number in order {
@@ -94,7 +94,7 @@ fn start(lab: &Lab, order: [usize; NODES]) -> Result<()> {
     lab.hosts().iter().try_for_each(|host| wait_for_peers(host, NODES))
 }
 
-/// All at once, so that nobody is left who knows of an earlier cluster.
+/// Resets all nodes at once, so that no node remembers an earlier cluster.
 fn reset_all(lab: &Lab) -> Result<()> {
     std::thread::scope(|scope| {
         let reset = |host: &Host| host.overnode(&["reset", "--force"])?.success();

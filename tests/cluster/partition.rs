@@ -1,4 +1,4 @@
-//! A cluster that falls into two halves, and grows together again.
+//! Tests of a cluster that is split into two halves and reunited.
 
 use std::time::{Duration, Instant};
 
@@ -11,25 +11,26 @@ use crate::support::{
     all_reach_all, attached, ensure_unique, in_lab, launch_as, list, one_each, wait_for_peers,
 };
 
-/// How long the halves are apart.
+/// Time that the halves are apart.
 const APART: Duration = Duration::from_secs(60);
-/// Peers that are gone are unreachable after three seconds; the machine may be busy.
+/// Time within which lost peers are reported. They count as unreachable after three seconds, but
+/// the machine may be busy.
 const NOTICED: Duration = Duration::from_secs(6);
-/// The longest pause between two tries to connect is 30 s.
+/// Time within which the halves reconnect. The longest pause between two attempts is 30 s.
 const REUNITED: Duration = Duration::from_secs(45);
-/// The IDs of the hosts, in two halves: in each one that lends addresses and one that has to borrow
-/// them.
+/// IDs of the nodes in each half. Each half has nodes that lend addresses and one that has to
+/// borrow them.
 const HALVES: [&[usize]; 2] = [&[1, 2, 5], &[3, 6]];
 
-/// A host, its node's ID, and the number of its half.
+/// A host, the ID of its node, and the number of its half.
 struct Member<'a> {
     host: &'a Host,
     id: usize,
     half: usize,
 }
 
-/// Fails unless `status --peers` tells each member that its own half is reachable and the other one
-/// is not.
+/// Fails unless each member's `status` reports its own half as reachable and the other half as
+/// unreachable.
 fn ensure_truthful(members: &[Member<'_>]) -> Result<()> {
     for member in members {
         let status = member.host.status()?;
@@ -69,7 +70,7 @@ fn halves_that_are_apart_for_a_minute_both_attach_and_grow_together_again() -> R
         let ping = |from: &Container, to: &Container| {
             Pinging::start(from.netns(), to.address(), None, Duration::from_millis(50))
         };
-        // Node 1 and node 5, node 3 and node 6.
+        // Pings from node 1 to node 5, and from node 3 to node 6.
         let pings = [ping(&containers[0], &containers[2])?, ping(&containers[3], &containers[4])?];
 
         let across: Vec<(&Host, &Host)> = members
@@ -96,7 +97,7 @@ fn halves_that_are_apart_for_a_minute_both_attach_and_grow_together_again() -> R
         ensure!(table.matches("unreachable").count() == 2, "{table}");
         for pings in pings {
             let stats = pings.stop()?;
-            // The last one may be under way.
+            // The last ping may still be in flight.
             ensure!(stats.sent > 1000 && stats.lost() <= 1, "within a half: {stats:?}");
         }
         ensure_unique(&containers)?;

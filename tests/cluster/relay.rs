@@ -1,5 +1,5 @@
-//! Paths that die, and the ways around them (invariant L2): relays, and back to the straight path
-//! when it heals.
+//! Tests of paths that fail (invariant L2): traffic moves to relays, and back to the direct path
+//! once it works again.
 
 use std::time::{Duration, Instant};
 
@@ -13,11 +13,11 @@ use crate::support::{
     wait_for_sessions,
 };
 
-/// A path that dies is to be replaced within this time.
+/// Time within which a failed path must be replaced.
 const REPLACED: Duration = Duration::from_secs(3);
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// What a host says of the way to a node.
+/// Returns a host's route to a node, as its status reports it.
 fn route(host: &Host, to: usize) -> Result<Value> {
     let peer = peer(host, to)?.with_context(|| format!("{} does not know node {to}", host.name))?;
     Ok(peer["data"]["route"].clone())
@@ -39,7 +39,7 @@ fn via(id: usize) -> Value {
     json!({ "via": id })
 }
 
-/// The longest time without an answer.
+/// Returns the longest time without a reply.
 fn longest_gap(stats: &PingStats) -> Duration {
     stats
         .missing
@@ -78,7 +78,7 @@ fn nodes_without_a_path_talk_through_a_third_that_cannot_read() -> Result<()> {
         let relayed = captured.count(|packet| packet.is_relayed())?;
         ensure!(relayed > 1000, "{relayed} relayed messages were captured");
         ensure!(counter(two, "relayed")? > before + 500, "node 2 does not count what it passes on");
-        // What it delivers itself is for its own container, of which there was nothing.
+        // Node 2 opens only messages for its own container, and there were none.
         ensure!(counter(two, "opened")? == 0, "node 2 opened something");
         let sessions = two.inspect()?["data"]["peers"].clone();
         for of in sessions.as_array().context("no list of peers")? {
@@ -139,11 +139,11 @@ fn a_relay_that_dies_is_replaced_by_another_and_the_last_one_is_missed_aloud() -
     })
 }
 
-/// Both ends of a chain, their IDs, and the other's.
+/// The ends of a chain: the ID of each, and the ID of the other end.
 const ENDS: [(usize, usize); 2] = [(1, 3), (3, 1)];
 
-/// Three nodes of which the first and the last talk only through the second, with a container each
-/// on these two.
+/// Launches three nodes, of which the first and the last reach each other only through the second.
+/// Returns a container on each of these two.
 fn chain(lab: &Lab) -> Result<[Container; 2]> {
     lab.cut(lab.host(1), lab.host(3))?;
     for host in lab.hosts() {
@@ -157,7 +157,7 @@ fn chain(lab: &Lab) -> Result<[Container; 2]> {
     Ok(containers)
 }
 
-/// Waits until `status` of a host says this of the node, as JSON and as a table.
+/// Waits until the status of a host reports the node as reachable or not, in JSON and in the table.
 fn wait_until_said(host: &Host, node: usize, reachable: bool) -> Result<()> {
     eventually(PATIENCE, || {
         let peer =
@@ -195,12 +195,12 @@ fn the_only_relay_dies_and_both_ends_say_that_the_other_is_unreachable() -> Resu
     })
 }
 
-/// Invariant L1 for those who talk through others.
+/// Invariant L1 for nodes that reach each other through a relay.
 #[test]
 fn daemons_that_die_on_the_only_way_are_missed_aloud_but_packets_pass() -> Result<()> {
     in_lab(Lab::new("passes").hosts(3), |lab| {
         let containers = chain(lab)?;
-        // The relays have to serve for a while before they are trusted.
+        // Relays are trusted only after they have served for a while.
         std::thread::sleep(Duration::from_secs(6));
         let pings = ping(&containers[0], &containers[1])?;
         for (dies, witnesses) in
@@ -216,7 +216,7 @@ fn daemons_that_die_on_the_only_way_are_missed_aloud_but_packets_pass() -> Resul
                 "it took {:?}",
                 died.elapsed()
             );
-            // Longer than probes need.
+            // Wait longer than probes need.
             std::thread::sleep(REPLACED.saturating_sub(died.elapsed()));
             lab.host(dies).overnode(&["resume"])?.success()?;
             for (end, other) in ENDS {
@@ -226,7 +226,7 @@ fn daemons_that_die_on_the_only_way_are_missed_aloud_but_packets_pass() -> Resul
             std::thread::sleep(Duration::from_secs(6));
         }
         let stats = pings.stop()?;
-        // The last one may be under way.
+        // The last ping may still be in flight.
         ensure!(
             stats.received > 500 && stats.lost() <= 1,
             "{} lost: {:?}",

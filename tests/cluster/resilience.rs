@@ -1,5 +1,5 @@
-//! Invariant L1: killing or upgrading the daemon loses no packet of established traffic; the
-//! restarted one adopts what is pinned.
+//! Tests of invariant L1: killing or upgrading the daemon loses no packet of established traffic,
+//! and the restarted daemon adopts the pinned objects.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::support::{
     list, one_each, peer, wait_for_sessions,
 };
 
-/// Daemons of both hosts die and come back, in turn, under pings and a stream.
+/// Kills and resumes the daemons of both hosts in turn, during pings and streams.
 fn deaths_lose_nothing(builder: lab::Builder) -> Result<()> {
     const PINGS: u32 = 6000;
     in_lab(builder.hosts(2), |lab| {
@@ -30,7 +30,7 @@ fn deaths_lose_nothing(builder: lab::Builder) -> Result<()> {
         for host in [lab.host(2), lab.host(1), lab.host(2)] {
             there.wait_for(1_000_000, PATIENCE)?;
             host.kill_daemon()?;
-            // Nobody is there, and yet.
+            // Traffic continues without a daemon.
             there.wait_for(4_000_000, PATIENCE)?;
             back.wait_for(1_000_000, PATIENCE)?;
             ensure!(host.daemon_pid().is_none(), "a daemon runs that nobody started");
@@ -65,7 +65,7 @@ fn killed_daemons_lose_nothing_over_ipv6() -> Result<()> {
     deaths_lose_nothing(Lab::new("killed6").family(Family::V6))
 }
 
-/// SIGTERM to the daemon; returns when it is gone.
+/// Sends SIGTERM to the daemon, and returns once it is gone.
 fn terminate(host: &Host) -> Result<()> {
     let pid = host.daemon_pid().context("no daemon")?;
     kill(Pid::from_raw(pid), Signal::SIGTERM)?;
@@ -75,7 +75,7 @@ fn terminate(host: &Host) -> Result<()> {
     })
 }
 
-/// As an upgrade does it: SIGTERM, then the new one starts.
+/// Stops and starts the daemon as an upgrade does: SIGTERM, then a new process.
 #[test]
 fn stopped_daemons_lose_nothing() -> Result<()> {
     in_lab(Lab::new("stopped").hosts(2), |lab| {
@@ -96,8 +96,8 @@ fn stopped_daemons_lose_nothing() -> Result<()> {
     })
 }
 
-/// An older version knew fewer maps. What it pinned is taken over, the others are made, and nobody
-/// notices.
+/// An older version had fewer maps. The new daemon adopts the pinned maps and creates the others,
+/// without effect on traffic.
 #[test]
 fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()> {
     const NEWER: [&str; 5] = ["MONITOR", "DROPS", "BULK_WORKERS", "BULK_PEERS", "BULK_FLOWS"];
@@ -130,7 +130,7 @@ fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()
             stats.missing
         );
         wait_for_sessions(lab)?;
-        // The programs write to the new maps, not to those that nobody reads any more.
+        // The programs write to the new maps, not to ones that nothing reads.
         let watcher = watch(lab, lab.host(1), &["--reason", "spoofed"])?;
         let (mac, gateway) = (own_mac(thief)?, learnt_mac(thief, far.address())?);
         let injector = Injector::open(thief.netns(), "overnode0")?;
@@ -155,7 +155,7 @@ fn the_restarted_daemon_adopts_sessions_containers_and_counters() -> Result<()> 
         assert_eq!(list(&after, "endpoints")?, list(&before, "endpoints")?);
         let data = peer(host, 2)?.context("node 2 is not known")?["data"].clone();
         assert_eq!(data["session"], "established");
-        // Not made anew: as old as before, and older.
+        // The session is not a new one: its age has increased.
         assert!(data["session_age_seconds"].as_u64() >= Some(2), "{data}");
         assert!(counter(host, "sealed")? >= sealed);
         // The address space is remembered as well.
@@ -189,7 +189,7 @@ fn a_cut_underlay_heals() -> Result<()> {
         let containers = launch_containers(lab)?;
         lab.unplug(lab.host(2))?;
         assert_eq!(containers[0].ping(containers[1].address(), 20, MILLISECOND)?.received, 0);
-        // The others do not notice.
+        // The other hosts are unaffected.
         assert_eq!(containers[0].ping(containers[2].address(), 500, MILLISECOND)?.lost(), 0);
         lab.plug(lab.host(2))?;
         all_reach_all(&containers)
@@ -220,7 +220,8 @@ fn a_peer_that_moves_is_followed_over_ipv6() -> Result<()> {
     roaming(Family::V6)
 }
 
-/// Drops packets of a host to and from a port; with `address`, only of this address of the host.
+/// Drops a host's packets to and from a port. If `address` is given, drops only those with this
+/// local address.
 fn block(host: &lab::Host, protocol: &str, port: u16, address: Option<&str>) -> Result<()> {
     let port = port.to_string();
     let nft = |words: &[&str]| host.netns().run("nft", words).map(drop);
@@ -246,7 +247,7 @@ fn a_restarted_daemon_goes_on_sending_to_where_a_peer_has_moved() -> Result<()> 
     in_lab(Lab::new("moved").hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         let containers = launch_containers(lab)?;
-        // From now on only its packets tell where node 2 is, and its containers send nothing.
+        // From now on, only packets show node 2's address, and its containers send none themselves.
         block(a, "tcp", 6783, None)?;
         let new = lab.renumber(b, 77)?;
         eventually(PATIENCE, || {

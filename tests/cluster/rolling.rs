@@ -1,4 +1,4 @@
-//! All nodes are removed and launched again, one after another.
+//! Tests of a cluster whose nodes are reset and launched again, one after another.
 
 use anyhow::{Context, Result, ensure};
 use lab::ping::Pinging;
@@ -8,7 +8,7 @@ use crate::support::{
     MILLISECOND, all_reach_all, attached, ensure_unique, in_lab, launch_as, list, wait_for_peers,
 };
 
-/// The last one has to borrow its addresses.
+/// The last node has to borrow its addresses.
 const IDS: [usize; 4] = [1, 2, 3, 5];
 
 #[test]
@@ -47,14 +47,14 @@ fn nodes_are_reset_and_launched_again_one_after_another_and_the_others_keep_talk
             for host in lab.hosts() {
                 wait_for_peers(host, IDS.len())?;
             }
-            // Somebody new everywhere: whoever gives addresses goes on where it was.
+            // A new container on each host: allocation continues where it was.
             let mut guests = Vec::new();
             for host in lab.hosts() {
                 guests.push(attached(host, "guest")?);
             }
             for pings in pings {
                 let stats = pings.stop()?;
-                // The last one may be under way.
+                // The last ping may still be in flight.
                 ensure!(
                     stats.received > 0 && stats.lost() <= 1,
                     "while node {id} was away: {stats:?}"

@@ -1,4 +1,4 @@
-//! Invariant S1: no packet of a container leaves a host unencrypted, whatever is up, down,
+//! Tests of invariant S1: no packet of a container leaves a host unencrypted, whatever is up, down,
 //! restarting or misconfigured.
 
 use std::net::IpAddr;
@@ -19,7 +19,7 @@ fn nothing_plain_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> 
         let capture = lab.capture()?;
         launch(lab, a)?;
         let one = attached(a, "one")?;
-        // Where node 2's containers will be: nobody is there yet.
+        // Address of a future container of node 2. No node has it yet.
         let future: IpAddr = "10.42.0.1".parse()?;
         let pings = one.start_pinging(future, MILLISECOND)?;
         std::thread::sleep(Duration::from_millis(300));
@@ -33,7 +33,7 @@ fn nothing_plain_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> 
         b.kill_daemon()?;
         flow::tcp(&one, &two, Amount::Bytes(2_000_000))?;
         a.overnode(&["resume"])?.success()?;
-        // The peer goes for good, and comes back as another.
+        // The peer is reset and launched again with a new identity.
         b.overnode(&["reset", "--force"])?.success()?;
         std::thread::sleep(Duration::from_millis(300));
         launch(lab, b)?;
@@ -73,7 +73,7 @@ fn without_a_peer_packets_are_dropped_and_counted() -> Result<()> {
     })
 }
 
-/// The control connection works and names the peer, the handshake's messages do not get through.
+/// The control connection works and announces the peer, but no handshake message gets through.
 #[test]
 fn without_a_session_packets_are_dropped_and_counted() -> Result<()> {
     in_lab(Lab::new("no-session").hosts(2), |lab| {
@@ -84,7 +84,7 @@ fn without_a_session_packets_are_dropped_and_counted() -> Result<()> {
         }
         let containers = one_each(lab)?;
         let host = lab.host(1);
-        // From the moment that the route is known, it is the session that is missing.
+        // Once the route is known, only the session is missing.
         eventually(PATIENCE, || {
             let before = counter(host, "no-session")?;
             ensure!(containers[0].ping(containers[1].address(), 5, MILLISECOND)?.received == 0);
@@ -121,7 +121,7 @@ fn a_cut_between_hosts_heals_and_shows_nothing() -> Result<()> {
     })
 }
 
-/// The underlay's own route to the container network must never be taken.
+/// Packets must never follow the underlay's own route to the container network.
 #[test]
 fn a_default_route_does_not_lure_packets_out() -> Result<()> {
     in_lab(Lab::new("lure").hosts(2).routed(), |lab| {
@@ -139,8 +139,8 @@ fn a_default_route_does_not_lure_packets_out() -> Result<()> {
     })
 }
 
-/// Packets that came in by an interface of the node and that the host's own stack took, to deliver
-/// or to forward.
+/// Returns the number of packets that arrived on one of the node's interfaces and reached the
+/// host's own stack, to be delivered or forwarded.
 fn taken_by_the_host(host: &lab::Host) -> Result<u64> {
     let rules = host.netns().run("nft", &["list", "table", "inet", "taken"])?;
     let counts = rules.split("packets ").skip(1).filter_map(|rest| rest.split(' ').next());
@@ -152,7 +152,7 @@ fn without_their_programs_containers_reach_nothing() -> Result<()> {
     in_lab(Lab::new("naked").hosts(2), |lab| {
         let containers = launch_containers(lab)?;
         let ([a, b], [one, two]) = (lab.hosts(), &containers[..]) else { unreachable!() };
-        // A host that forwards, as those of other container engines do.
+        // The host forwards packets, as the hosts of other container engines do.
         let conf = |name: &str, value: &str| {
             a.netns()
                 .enter(|| Ok(std::fs::write(format!("/proc/sys/net/ipv4/conf/{name}"), value)?))
@@ -166,7 +166,7 @@ fn without_their_programs_containers_reach_nothing() -> Result<()> {
         }
         let host_end =
             a.status()?["endpoints"][0]["interface"].as_str().expect("no host end").to_owned();
-        // What the container sends anywhere goes to the host end, whose address ARP has told.
+        // All packets of the container go to the host end, whose MAC address is known from ARP.
         one.run("ip", &["route", "add", "default", "via", &two.address().to_string()])?;
         let far = two.address().to_string();
         let neighbours: serde_json::Value =
@@ -196,7 +196,7 @@ fn without_their_programs_containers_reach_nothing() -> Result<()> {
         };
         send()?;
         assert_eq!(taken_by_the_host(a)?, 0);
-        // It would see them: this is what the settings of the host end prevent.
+        // Without the settings of the host end, the counters see packets.
         conf(&format!("{host_end}/rp_filter"), "0")?;
         conf("all/rp_filter", "0")?;
         conf(&format!("{host_end}/forwarding"), "1")?;

@@ -1,5 +1,5 @@
-//! Invariant S3: a container can neither send from an address that is not its own nor receive what
-//! is not for it.
+//! Tests of invariant S3: a container can neither send from an address that is not its own nor
+//! receive packets for others.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -13,14 +13,14 @@ use crate::support::{MILLISECOND, PATIENCE, attached, counter, in_lab, launch_al
 const INTERFACE: &str = "overnode0";
 const BROADCAST: [u8; 6] = [0xff; 6];
 
-/// A hardware address of the container, as its own namespace knows it.
+/// Returns the container's MAC address, as its own namespace reports it.
 pub fn own_mac(container: &Container) -> Result<[u8; 6]> {
     let links: serde_json::Value =
         serde_json::from_str(&container.netns().ip(&["-j", "link", "show", INTERFACE])?)?;
     parse_mac(links[0]["address"].as_str().context("no hardware address")?)
 }
 
-/// The hardware address that ARP gave for `other`.
+/// Returns the MAC address that ARP resolved for `other`.
 pub fn learnt_mac(container: &Container, other: IpAddr) -> Result<[u8; 6]> {
     container.reach(other, PATIENCE)?;
     let neighbours: serde_json::Value = serde_json::from_str(&container.netns().ip(&[
@@ -45,7 +45,7 @@ fn octets(address: IpAddr) -> [u8; 4] {
     }
 }
 
-/// A UDP datagram with the lab's marker, in an Ethernet frame.
+/// Returns an Ethernet frame with a UDP datagram that contains the lab's marker.
 pub fn datagram(from_mac: [u8; 6], to_mac: [u8; 6], from: IpAddr, to: IpAddr) -> Vec<u8> {
     let payload = [&MARKER[..], &MARKER].concat();
     let length = (20 + 8 + payload.len()) as u16;
@@ -56,7 +56,7 @@ pub fn datagram(from_mac: [u8; 6], to_mac: [u8; 6], from: IpAddr, to: IpAddr) ->
     ip.extend(octets(to));
     let sum = checksum(&[&ip]);
     ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    // No UDP checksum: allowed over IPv4.
+    // Zero means no UDP checksum, which IPv4 allows.
     let udp = [&[0x13, 0x88, 0x13, 0x89][..], &(length - 20).to_be_bytes(), &[0, 0]].concat();
     [&to_mac[..], &from_mac, &[8, 0], &ip, &udp, &payload].concat()
 }
@@ -67,7 +67,7 @@ struct Scene {
     far: Container,
 }
 
-/// A thief and a neighbour on host1, somebody on host2.
+/// Sets up a thief and a neighbor on host1, and a container on host2.
 fn scene(lab: &Lab) -> Result<Scene> {
     launch_all(lab)?;
     let scene = Scene {
@@ -82,8 +82,8 @@ fn scene(lab: &Lab) -> Result<Scene> {
     Ok(scene)
 }
 
-/// Sends 100 frames each from the thief to the neighbour and to the far container; none may arrive,
-/// each must be counted.
+/// Sends 100 frames each from the thief to the neighbor and to the far container. Checks that none
+/// arrives and that each is counted.
 fn ensure_dropped(
     lab: &Lab,
     scene: &Scene,
@@ -104,7 +104,7 @@ fn ensure_dropped(
     }
     for capture in captures {
         let captured = capture.stop()?;
-        // The pings of `learnt_mac` carry the marker as well, but they are no UDP.
+        // The pings of `learnt_mac` also carry the marker, but they are not UDP.
         let arrived = captured.count(|packet| {
             packet.ip.is_none_or(|ip| ip.protocol == lab::pcap::UDP)
                 && packet.bytes.windows(MARKER.len()).any(|window| window == MARKER)
@@ -116,7 +116,7 @@ fn ensure_dropped(
     Ok(())
 }
 
-/// The injector and the search work: an honest frame arrives.
+/// Checks the injector and the capture themselves: honest frames arrive.
 #[test]
 fn honest_frames_arrive() -> Result<()> {
     in_lab(Lab::new("honest").hosts(2), |lab| {
@@ -175,7 +175,7 @@ fn other_protocols_do_not_pass() -> Result<()> {
     in_lab(Lab::new("protocols").hosts(2), |lab| {
         let scene = scene(lab)?;
         let own = scene.thief.address();
-        // IPv6, LLDP, the frame by which the daemon asks for keepalives, an unassigned type.
+        // IPv6, LLDP, the daemon's request for a keepalive, and an unassigned type.
         for ether_type in [[0x86, 0xdd], [0x88, 0xcc], [0x88, 0xb5], [0x12, 0x34]] {
             ensure_dropped(lab, &scene, "unsupported", |mac, gateway, to| {
                 let mut frame = datagram(mac, gateway, own, to);
@@ -207,7 +207,8 @@ fn arp_cannot_be_poisoned() -> Result<()> {
         let injector = Injector::open(thief.netns(), INTERFACE)?;
         for operation in [1, 2] {
             for to_mac in [BROADCAST, own_mac(neighbour)?] {
-                // "The far one's address is at the thief's hardware address."
+                // An ARP message that claims that the far container's address has the thief's MAC
+                // address.
                 let arp = [
                     &[0, 1, 8, 0, 6, 4, 0, operation][..],
                     &mac,
@@ -270,7 +271,7 @@ fn nobody_overhears_others() -> Result<()> {
     })
 }
 
-/// The host's own programs are no containers: they do not get in by way of the underlay.
+/// A plain packet from another host does not enter the container network through the underlay.
 #[test]
 fn a_plain_packet_from_the_underlay_does_not_get_in() -> Result<()> {
     in_lab(Lab::new("underlay").hosts(2), |lab| {

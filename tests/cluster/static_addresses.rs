@@ -1,4 +1,4 @@
-//! Static addresses that several hosts want.
+//! Tests of static addresses that several hosts request.
 
 use std::sync::Barrier;
 use std::thread;
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::monitor::watch;
 use crate::support::{PATIENCE, attached, in_lab, launch_all, list, wait_for_peers};
 
-/// Attaches a container at the address; how long that took, and what was said if it was refused.
+/// Attaches a container at the address. Returns the duration and, if it was refused, the error.
 fn attach_at(
     host: &Host,
     container: &Container,
@@ -23,7 +23,7 @@ fn attach_at(
     Ok((took, if outcome.status.success() { None } else { Some(outcome.failure(1)?) }))
 }
 
-/// Both hosts attach at once, the second one so much later. What became of it on each.
+/// Attaches on both hosts, on the second one `later` than on the first. Returns both results.
 fn race(
     hosts: [(&Host, &Container); 2],
     address: &str,
@@ -54,7 +54,7 @@ fn two_hosts_that_want_one_address_at_one_moment_do_not_both_get_it() -> Result<
             let address = format!("10.33.7.{}/12", round + 1);
             let later = if round < 10 { Duration::ZERO } else { Duration::from_millis(20) };
             let hosts = [(one, &containers[0]), (two, &containers[1])];
-            // Either may begin.
+            // Each host is the first one in half of the rounds.
             let hosts = if round % 2 == 0 { hosts } else { [hosts[1], hosts[0]] };
             let outcomes = race(hosts, &address, later)?;
             let what = format!("{later:?} apart: {outcomes:?}");
@@ -64,7 +64,7 @@ fn two_hosts_that_want_one_address_at_one_moment_do_not_both_get_it() -> Result<
             let refused = outcomes[loser].1.as_deref().unwrap_or_default();
             ensure!(refused.contains(&format!("node {}", hosts[winner].0.number)), "{what}");
             hosts[winner].0.detach(hosts[winner].1)?;
-            // Until the other has heard of that, it may refuse for what it knows.
+            // Until the other node hears of that, it may still refuse the address.
             eventually(PATIENCE, || {
                 for host in lab.hosts() {
                     let records = host.inspect()?["records"].clone();
@@ -78,7 +78,8 @@ fn two_hosts_that_want_one_address_at_one_moment_do_not_both_get_it() -> Result<
                 Ok(())
             })?;
         }
-        // To ask costs next to nothing. On a busy machine only the quickest of several tell it.
+        // Asking the other nodes costs almost nothing. On a busy machine, only the fastest of
+        // several attachments shows that.
         let mut quickest = [Duration::MAX; 2];
         for round in 0..60 {
             let chosen = format!("10.33.8.{}/12", round + 1);
@@ -96,7 +97,7 @@ fn two_hosts_that_want_one_address_at_one_moment_do_not_both_get_it() -> Result<
     })
 }
 
-/// The nodes to which an address leads, as a host routes it.
+/// Returns the nodes that a host routes an address to.
 fn leads_to(host: &Host, address: &str) -> Result<Vec<u64>> {
     let inspected = host.inspect()?;
     let routes = list(&inspected, "routes")?;
@@ -114,7 +115,7 @@ fn address_problems(host: &Host) -> Result<String> {
         ensure!(told == 1, "{problem} is told {told} times: {health:?}");
         let text = host.overnode_with(&["status"], &[("COLUMNS", "1000")])?.success()?;
         let shown = text.matches(problem.as_str().unwrap_or_default()).count();
-        // It may have ended in between.
+        // The problem may have ended in between.
         ensure!(shown <= 1, "{problem} is shown {shown} times: {text}");
     }
     Ok(problems.iter().filter_map(Value::as_str).collect::<Vec<_>>().join("\n"))
@@ -130,7 +131,7 @@ fn an_address_taken_twice_while_apart_leads_to_one_and_the_advice_ends_it() -> R
         let beside = attached(two, "b")?;
         let containers = [one.container("a")?, two.container("a")?];
         let watcher = watch(lab, two, &["--events"])?;
-        // Followed on either host, the advice ends it.
+        // The advice works on either host.
         for lets_go in [two, one] {
             lab.unplug(two)?;
             wait_for_peers(one, 2)?;

@@ -1,4 +1,4 @@
-//! What the tests of this folder share.
+//! Helpers that the tests of this folder share.
 
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
@@ -11,10 +11,10 @@ use serde_json::Value;
 
 pub const TOKEN: &str = "my-cluster-password";
 pub const MILLISECOND: Duration = Duration::from_millis(1);
-/// Longer than anything may take that is not bound to a timer, on a loaded machine.
+/// Time limit for everything that waits for no timer, generous for a loaded machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Builds a lab and runs a test in it; an error gets the ends of the daemons' logs.
+/// Builds a lab and runs a test in it. Appends the last lines of the daemons' logs to an error.
 pub fn in_lab(builder: lab::Builder, test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
     const LINES: usize = 25;
     let lab = builder.build()?;
@@ -33,12 +33,12 @@ pub fn in_lab(builder: lab::Builder, test: impl FnOnce(&Lab) -> Result<()>) -> R
     })
 }
 
-/// `overnode launch` with the host's number as the ID and every host as a target.
+/// Runs `overnode launch` with the host's number as the ID and every host as a target.
 pub fn launch(lab: &Lab, host: &Host) -> Result<String> {
     launch_as(lab, host, host.number)
 }
 
-/// `overnode launch` with this ID and every host as a target.
+/// Runs `overnode launch` with this ID and every host as a target.
 pub fn launch_as(lab: &Lab, host: &Host, id: usize) -> Result<String> {
     let id = id.to_string();
     let targets = lab.targets();
@@ -74,7 +74,7 @@ pub fn wait_for_sessions(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the host's node reaches so many nodes, itself among them.
+/// Waits until the host's node reaches this many nodes, including itself.
 pub fn wait_for_peers(host: &Host, count: usize) -> Result<()> {
     eventually(PATIENCE * 2, || {
         let status = host.status()?;
@@ -85,17 +85,17 @@ pub fn wait_for_peers(host: &Host, count: usize) -> Result<()> {
     })
 }
 
-/// What a host's node tells of the peer with this ID.
+/// Returns the status of the peer with this ID, as a host's node reports it.
 pub fn peer(host: &Host, id: usize) -> Result<Option<Value>> {
     Ok(list(&host.status()?, "peers")?.iter().find(|peer| peer["id"] == id).cloned())
 }
 
-/// A list of the status document.
+/// Returns a list of the status document.
 pub fn list<'a>(status: &'a Value, name: &str) -> Result<&'a Vec<Value>> {
     status[name].as_array().with_context(|| format!("the status has no list {name:?}"))
 }
 
-/// A counter of a host's programs.
+/// Returns a counter of a host's programs.
 pub fn counter(host: &Host, reason: &str) -> Result<u64> {
     let status = host.status()?;
     let counters = list(&status, "counters")?;
@@ -106,7 +106,7 @@ pub fn counter(host: &Host, reason: &str) -> Result<u64> {
         .unwrap_or(0))
 }
 
-/// The targets of a host's node, as they were given, sorted.
+/// Returns the targets of a host's node as they were given, sorted.
 pub fn targets(host: &Host) -> Result<Vec<String>> {
     let status = host.status()?;
     let mut targets: Vec<String> = list(&status, "targets")?
@@ -117,26 +117,26 @@ pub fn targets(host: &Host) -> Result<Vec<String>> {
     Ok(targets)
 }
 
-/// The interface by which containers reach the node's DNS: named after the node's address,
-/// 10.39.240.0 + ID.
+/// Returns the interface that containers reach the node's name server through. Its name contains
+/// the node's address, which is 10.39.240.0 plus the ID.
 pub fn dns_interface(host: &Host) -> String {
     format!("ov0a27f0{:02x}", host.number)
 }
 
-/// A container of the host, plugged in.
+/// Returns a new container of the host, attached.
 pub fn attached(host: &Host, name: &str) -> Result<Container> {
     let container = host.container(name)?;
     host.attach(&container, &[])?;
     Ok(container)
 }
 
-/// A container on each host, in the order of the hosts.
+/// Attaches a container on each host. Returns them in the order of the hosts.
 pub fn one_each(lab: &Lab) -> Result<Vec<Container>> {
     lab.hosts().iter().map(|host| attached(host, "c")).collect()
 }
 
-/// Launches every host's node, each with a container, in the order of the hosts. All reach each
-/// other.
+/// Launches every host's node and attaches a container on each. Returns the containers in the order
+/// of the hosts, once they all reach each other.
 pub fn launch_containers(lab: &Lab) -> Result<Vec<Container>> {
     launch_all(lab)?;
     let containers = one_each(lab)?;
@@ -156,7 +156,7 @@ pub fn all_reach_all<T: Borrow<Container>>(containers: &[T]) -> Result<()> {
     Ok(())
 }
 
-/// Fails when two containers have the same address.
+/// Fails if two containers have the same address.
 pub fn ensure_unique<'a>(containers: impl IntoIterator<Item = &'a Container>) -> Result<()> {
     let mut owners = BTreeMap::new();
     for container in containers {
@@ -168,7 +168,7 @@ pub fn ensure_unique<'a>(containers: impl IntoIterator<Item = &'a Container>) ->
     Ok(())
 }
 
-/// True for an address of the container network.
+/// Returns true for an address of the container network.
 pub fn is_overlay(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => v4.octets()[0] == 10 && (32..48).contains(&v4.octets()[1]),
@@ -176,8 +176,8 @@ pub fn is_overlay(address: IpAddr) -> bool {
     }
 }
 
-/// Fails when the capture is not complete, has no data message at all, or shows anything of what
-/// containers sent: their payload, or a packet with an address of theirs.
+/// Fails if the capture is incomplete, has no data message, or shows anything that containers sent:
+/// their payload, or a packet with one of their addresses.
 pub fn ensure_sealed(captured: &lab::capture::Captured) -> Result<()> {
     ensure!(captured.missed == 0, "the capture misses {} packets", captured.missed);
     let data = captured.count(|packet| packet.wireguard_type() == Some(4))?;
@@ -185,7 +185,7 @@ pub fn ensure_sealed(captured: &lab::capture::Captured) -> Result<()> {
     ensure_nothing_plain(captured)
 }
 
-/// As [`ensure_sealed`], where data messages need not have been sent.
+/// Like [`ensure_sealed`], but data messages are not required.
 pub fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
     let plain = captured.containing(&lab::flow::MARKER)?;
     ensure!(
@@ -200,7 +200,7 @@ pub fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
     Ok(())
 }
 
-/// Whether a host's workers serve the other nodes.
+/// Returns whether a host's workers serve all other nodes.
 pub fn serves(host: &Host) -> Result<bool> {
     let status = host.status()?;
     let mut others =

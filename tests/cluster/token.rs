@@ -1,4 +1,4 @@
-//! Invariant S2: a host without the token gets nothing, and the reason is named on both sides.
+//! Tests of invariant S2: a host without the token gets nothing, and both sides report the reason.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -40,14 +40,14 @@ fn a_wrong_token_is_named_on_both_sides_and_nothing_is_exchanged() -> Result<()>
     })
 }
 
-/// An outsider does not disturb those who have the token.
+/// A host without the token does not disturb the members.
 #[test]
 fn an_outsider_among_members_stays_outside() -> Result<()> {
     in_lab(Lab::new("outsider").hosts(3), |lab| {
         let [a, b, c] = lab.hosts() else { unreachable!() };
         launch(lab, a)?;
         launch(lab, b)?;
-        // The ID of a member, too.
+        // It also uses the ID of a member.
         c.overnode(&["launch", "--id", "2", "--token", "another-password", "host1", "host2"])?
             .success()?;
         let (one, two, thief) = (attached(a, "one")?, attached(b, "two")?, attached(c, "thief")?);
@@ -84,7 +84,7 @@ fn strangers_on_the_control_port_learn_nothing() -> Result<()> {
                 })
                 .collect();
             let mut stream = connect(b, port)?;
-            // The node may hang up at any point.
+            // The node may close the connection at any time.
             let _ = stream.write_all(&garbage);
             let _ = stream.shutdown(std::net::Shutdown::Write);
             let mut said = Vec::new();
@@ -107,7 +107,7 @@ fn idle_connections_keep_nobody_out() -> Result<()> {
         let [a, b] = lab.hosts() else { unreachable!() };
         launch(lab, a)?;
         let port = SocketAddr::new(a.address(), 6783);
-        // The node may refuse some: one source has only so many places.
+        // The node may refuse some of them, because the slots per source are limited.
         let idle: Vec<_> = (0..100).filter_map(|_| connect(b, port).ok()).collect();
         ensure!(!idle.is_empty(), "no connection was accepted");
         launch(lab, b)?;
@@ -166,8 +166,8 @@ fn two_nodes_with_one_id_are_told_of_it() -> Result<()> {
     })
 }
 
-/// Two clusters, each with a node 2, are joined by a link between the others; nobody dials whom
-/// gossip tells of.
+/// Two clusters, each with a node 2, are joined by a connection between their other nodes. No node
+/// dials those that it learns of through gossip.
 #[test]
 fn two_nodes_with_one_id_that_only_gossip_joins_are_told_of_it() -> Result<()> {
     in_lab(Lab::new("twins").hosts(4), |lab| {
@@ -203,7 +203,7 @@ fn two_nodes_with_one_id_that_only_gossip_joins_are_told_of_it() -> Result<()> {
     })
 }
 
-/// In `status --connections`, with what to do.
+/// Waits until `status --connections` shows the clash with advice.
 fn clash_is_shown(host: &Host) -> Result<()> {
     eventually(PATIENCE, || {
         let status = host.status()?;
@@ -266,8 +266,8 @@ fn members_exchange_data_only_with_members() -> Result<()> {
         launch_all(lab)?;
         let containers = one_each(lab)?;
         containers[0].reach(containers[1].address(), PATIENCE)?;
-        // The same cluster, but one node starts over with another token: what it had is of no use
-        // to it.
+        // One node of the same cluster starts over with another token, and cannot use its former
+        // state.
         let b = lab.host(2);
         b.overnode(&["reset", "--force"])?.success()?;
         b.overnode(&["launch", "--id", "2", "--token", "another-password", "host1"])?.success()?;

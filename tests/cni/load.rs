@@ -1,4 +1,4 @@
-//! Many containers at once, with podman.
+//! A load test with many podman containers at once.
 
 use anyhow::{Context, Result, ensure};
 use lab::parallel::{both, each, milliseconds_each};
@@ -6,10 +6,10 @@ use lab::podman::{IMAGE, Podman};
 
 use crate::podman::{PATIENCE, nothing_left, with_podmans};
 
-/// How many on each host, unless the environment says otherwise: `cargo xtask bench podman` takes
-/// 200.
+/// Number of containers on each host, unless the environment sets another:
+/// `cargo xtask bench podman` uses 200.
 const CONTAINERS: usize = 8;
-/// Commands on one host at the same time.
+/// Number of commands that run on one host at the same time.
 const CLIENTS: usize = 4;
 
 #[test]

@@ -1,5 +1,5 @@
-//! `overnode-cni` as container runtimes call it: by hand, and by real podman with the stock plugins
-//! around it.
+//! Tests of `overnode-cni` as container runtimes run it: by hand, and by real podman together with
+//! the stock plugins.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "figures, and what nodes logged")]
 

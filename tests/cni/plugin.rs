@@ -1,4 +1,4 @@
-//! The plugin, called as runtimes call it.
+//! Tests of the plugin, run as runtimes run it.
 
 use std::io::Write as _;
 use std::process::Stdio;
@@ -24,13 +24,13 @@ impl<'a> Call<'a> {
         Self { host, container: &container.name, netns, ifname: "eth0", args: "" }
     }
 
-    /// Whether it succeeded, and what it wrote.
+    /// Runs the plugin. Returns whether it succeeded, and its output.
     pub fn run(&self, command: &str, more: &Value) -> Result<(bool, Value)> {
         // dash has no `exec -a`.
         self.run_as("bash", &["-c", "exec -a overnode-cni overnode"], command, more)
     }
 
-    /// The same with one of the stock plugins, which must succeed.
+    /// Runs a stock plugin in the same way, which must succeed.
     pub fn stock(&self, plugin: &str, command: &str, more: &Value) -> Result<Value> {
         let (success, value) =
             self.run_as(&format!("/usr/lib/cni/{plugin}"), &[], command, more)?;
@@ -82,7 +82,7 @@ impl<'a> Call<'a> {
     }
 }
 
-/// An object with the keys of another one, too.
+/// Returns the first object extended by the keys of the second.
 pub fn extended(base: &Value, more: &Value) -> Result<Value> {
     let mut base = base.as_object().context("no object")?.clone();
     base.extend(more.as_object().context("no object")?.clone());
@@ -122,7 +122,7 @@ fn the_life_of_attachments() -> Result<()> {
     let there = Call { ifname: "net1", ..Call::new(other, &b) };
     call.done("STATUS", &none)?;
 
-    // The interface has the name that was asked for, and the result is what is there.
+    // The interface has the requested name, and the result describes the actual state.
     let result = call.done("ADD", &none)?;
     ensure!(
         result["interfaces"][1]["name"] == "eth0"
@@ -145,7 +145,7 @@ fn the_life_of_attachments() -> Result<()> {
         "{listed:?}"
     );
 
-    // Others reach it.
+    // Other containers reach it.
     let far = there.done(
         "ADD",
         &json!({"runtimeConfig": {"ips": ["10.33.1.2"], "mac": "02:00:00:00:00:09"}}),
@@ -154,7 +154,7 @@ fn the_life_of_attachments() -> Result<()> {
     ensure!(b.run("ip", &["link", "show", "net1"])?.contains("02:00:00:00:00:09"));
     a.reach("10.33.1.2".parse()?, PATIENCE)?;
 
-    // As it was made; and not.
+    // `CHECK` accepts the unchanged attachment, and rejects others.
     let previous = json!({"prevResult": result});
     call.done("CHECK", &previous)?;
     call.refused("CHECK", &json!({"prevResult": far}), 100)?;
@@ -163,21 +163,21 @@ fn the_life_of_attachments() -> Result<()> {
     a.run("ip", &["address", "flush", "dev", "eth0"])?;
     call.refused("CHECK", &previous, 100)?;
 
-    // Best effort, and more than once.
+    // `DEL` does what it can, and can be repeated.
     call.done("DEL", &previous)?;
     call.done("DEL", &none)?;
     ensure!(endpoints(host)?.is_empty(), "{:?}", endpoints(host)?);
     ensure!(!a.run("ip", &["link"])?.contains("eth0"));
     ensure!(a.run("ip", &["rule"])?.lines().count() == 3, "rules are left");
 
-    // An interface of the requested name that is there already is an error, and stays.
+    // An existing interface with the requested name is an error and is not changed.
     a.run("ip", &["link", "add", "eth0", "type", "veth", "peer", "name", "mine"])?;
     call.refused("ADD", &none, 100)?;
     call.done("DEL", &none)?;
     ensure!(a.run("ip", &["link", "show", "eth0"])?.contains("eth0"));
     ensure!(endpoints(host)?.is_empty());
 
-    // Chained after another plugin that has made it.
+    // The plugin runs after another plugin, which made this interface.
     let chained =
         json!({"prevResult": {"interfaces": [{"name": "eth0", "sandbox": call.netns}], "ips": []}});
     let result = call.done("ADD", &chained)?;
@@ -203,7 +203,7 @@ fn garbage_is_collected_of_one_network_only() -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     let [keep, stale, other, hand] = &containers[..] else { unreachable!() };
     let elsewhere = json!({"name": "elsewhere"});
-    // At the same time.
+    // All three at the same time.
     std::thread::scope(|scope| -> Result<()> {
         let keep = scope.spawn(|| Call::new(host, keep).done("ADD", &json!({})));
         let stale = scope.spawn(|| Call::new(host, stale).done("ADD", &json!({})));
@@ -261,7 +261,7 @@ fn a_container_deleted_while_no_daemon_runs_is_not_plugged_in_again() -> Result<
     Ok(())
 }
 
-/// A small file system for a host's state, which goes away with this.
+/// A small file system for a host's state. It is unmounted when this is dropped.
 struct SmallDisk(std::path::PathBuf);
 
 impl SmallDisk {
@@ -278,7 +278,7 @@ impl SmallDisk {
         Ok(Self(path))
     }
 
-    /// Leaves no byte free.
+    /// Writes until the file system is full.
     fn fill(&self) -> Result<()> {
         let mut file = std::fs::File::create(self.0.join("filler"))?;
         let page = [1; 4096];
@@ -303,8 +303,8 @@ impl Drop for SmallDisk {
     }
 }
 
-/// With a full disk what is there works on; what cannot be kept is refused in words and leaves
-/// nothing; with room again all is well.
+/// On a full disk, existing attachments keep working, and new ones fail with a clear error and
+/// leave nothing behind. Once there is room again, everything works.
 #[test]
 fn a_full_disk_refuses_in_words_and_loses_nothing() -> Result<()> {
     const MANY: usize = 60;
@@ -323,8 +323,7 @@ fn a_full_disk_refuses_in_words_and_loses_nothing() -> Result<()> {
     let far = far.split('/').next().context("no address")?.parse()?;
     let before = endpoints(host)?;
     disk.fill()?;
-    // What is kept changes where it lies as long as there is place in the file: until one is
-    // refused.
+    // The database first uses free space inside its file, so attachments succeed until one fails.
     let mut added = Vec::new();
     let mut refusal = None;
     for number in 0..MANY {
@@ -352,7 +351,7 @@ fn a_full_disk_refuses_in_words_and_loses_nothing() -> Result<()> {
     disk.make_room()?;
     let call = Call::new(host, &container);
     eventually(PATIENCE, || call.done("ADD", &none))?;
-    // All of it is kept.
+    // Everything was stored.
     host.kill_daemon()?;
     host.overnode(&["resume"])?.success()?;
     ensure!(endpoints(host)?.len() == before.len() + added.len() + 1, "{:?}", endpoints(host)?);

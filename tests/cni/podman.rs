@@ -1,4 +1,4 @@
-//! Two hosts with a podman each.
+//! Tests with two hosts that each run podman.
 
 use std::time::Duration;
 
@@ -25,8 +25,7 @@ pub fn nothing_left(host: &Host) -> Result<()> {
     })
 }
 
-/// Runs a test with a podman and a node on each of two hosts; what the nodes logged is shown when
-/// it fails.
+/// Runs a test with podman and a node on each of two hosts. Prints the nodes' logs if it fails.
 pub fn with_podmans(
     name: &str,
     test: impl FnOnce(&Lab, &Podman<'_>, &Podman<'_>) -> Result<()>,
@@ -56,7 +55,7 @@ fn containers_of_two_podmans_talk() -> Result<()> {
 }
 
 fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
-    // At the same time, on one host.
+    // Two containers start on one host at the same time.
     let (here, beside) = std::thread::scope(|scope| {
         let beside = scope.spawn(|| one.sleep("beside", "overnode", &[]));
         let here = one.sleep("here", "overnode", &[]);
@@ -93,7 +92,8 @@ fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
     one.reach("here", "there", PATIENCE)?;
     served_by_name()?;
 
-    // The published port, from the host itself and from another one; and the way out.
+    // The published port is reachable from its own host and from the other one, and containers
+    // reach the underlay.
     let outside = format!("echo from outside | busybox nc -w 2 {} 8080", lab.host(2).address());
     for host in [lab.host(2), lab.host(1)] {
         eventually(PATIENCE, || {
@@ -104,17 +104,18 @@ fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
     }
     one.reach("here", &lab.host(2).address().to_string(), PATIENCE)?;
 
-    // The container network alone, with a static address.
+    // A container in the container network only, with a static address.
     let alone = two.sleep("alone", "plain", &["--restart", "always", "--ip", "10.33.4.5"])?;
     two.sleep("once", "overnode", &[])?;
     ensure!(alone == "10.33.4.5");
     one.reach("here", "10.33.4.5", PATIENCE)?;
 
-    // The power fails. The runtime starts its containers again without having deleted anything.
+    // After a power failure, the runtime starts its containers again without having deleted
+    // anything.
     two.lose_power()?;
     lab.host(2).overnode(&["resume"])?.success()?;
     nothing_left(lab.host(2))?;
-    // What podman-restart.service runs.
+    // This is what podman-restart.service runs.
     two.run(&["start", "--all", "--filter", "restart-policy=always"])?.success()?;
     let running = two.run(&["ps", "--format", "{{.Names}}"])?.success()?;
     let mut running: Vec<&str> = running.lines().collect();

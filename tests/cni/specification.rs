@@ -1,8 +1,9 @@
-//! What the CNI specification (1.1) demands of a plugin and only a node can show. Each test names
-//! the section; what needs no node is tested beside the plugin. Elsewhere: `ADD` onto an interface
-//! that is there, repeated `DEL`, `CHECK`, several containers at a time and `GC` of one network
-//! (section 2, section 3, Lifecycle & Ordering) in `plugin`; chains with `bridge` and `portmap` in
-//! `podman`.
+//! Tests of requirements of the CNI specification (1.1) that only a node can show.
+//!
+//! Each test names its section. Unit tests of the plugin cover what needs no node. Other tests
+//! cover `ADD` with an existing interface, repeated `DEL`, `CHECK`, several containers at a time
+//! and `GC` of one network (section 2, section 3, Lifecycle & Ordering) in `plugin`, and chains
+//! with `bridge` and `portmap` in `podman`.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
@@ -19,12 +20,12 @@ use serde_json::{Value, json};
 use crate::plugin::{Call, PATIENCE, endpoints, extended, launched, launched_with};
 use crate::podman::nothing_left;
 
-/// What the stock plugins speak, too.
+/// The versions that the stock plugins support as well.
 const COMMON: [&str; 4] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0"];
 
-/// Section 2, `ADD` and `CHECK`; section 3, Adding and Deleting an attachment; section 5, ADD
-/// Success: the stock plugins take what this one answers in each version, and change what is theirs
-/// to change.
+/// Section 2, `ADD` and `CHECK`. Section 3, Adding and Deleting an attachment. Section 5, ADD
+/// Success. The stock plugins accept this plugin's results in each version, and each plugin changes
+/// only its own part.
 #[test]
 fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result<()> {
     let lab = launched("cni-chain", 1)?;
@@ -38,7 +39,7 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
         let tuning = of(json!({"type": "tuning", "mtu": 1300, "dataDir": folder("tuning")}))?;
         let mtu = |container: &Container, name: &str| container.run("ip", &["link", "show", name]);
 
-        // This one alone, and another that changes its interface.
+        // This plugin alone, followed by one that changes its interface.
         let container = host.container(&format!("a{number}"))?;
         let call = Call::new(host, &container);
         let made = call.done("ADD", &of(json!({}))?)?;
@@ -60,7 +61,7 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
         call.stock("tuning", "DEL", &with(&tuning, &tuned)?)?;
         call.done("DEL", &of(json!({"prevResult": tuned}))?)?;
 
-        // In the middle of a chain.
+        // This plugin in the middle of a chain.
         let container = host.container(&format!("b{number}"))?;
         let call = Call::new(host, &container);
         let ipam = json!({"type": "host-local", "subnet": "10.88.80.0/24", "dataDir": folder("host-local")});
@@ -83,8 +84,8 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
         );
         if has_check {
             call.done("CHECK", &of(json!({"prevResult": last}))?)?;
-            // `ptp` and `bridge` look for all addresses of a result on their own interface:
-            // docs/cni.md has `disableCheck`.
+            // `ptp` and `bridge` expect all addresses of a result on their own interface, so their
+            // `CHECK` is left out. For this, docs/guide/cni.md recommends `disableCheck`.
             call.stock("tuning", "CHECK", &with(&tuning, &last)?)?;
         }
         call.stock("tuning", "DEL", &with(&tuning, &last)?)?;
@@ -100,8 +101,8 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
     Ok(())
 }
 
-/// Section 2, `ADD` and Parameters: the name of a chained interface, too, may be taken; `CHECK`:
-/// what was made and does not work.
+/// Section 2, `ADD` and Parameters: the name of a chained interface may be taken as well. `CHECK`
+/// rejects an attachment that does not work.
 #[test]
 fn interfaces_in_the_way_and_turned_off() -> Result<()> {
     let lab = launched("cni-taken", 1)?;
@@ -128,9 +129,9 @@ fn interfaces_in_the_way_and_turned_off() -> Result<()> {
     Ok(())
 }
 
-/// Section 2, `DEL`: of what a reboot has ended, while the daemon is not there yet and afterwards,
-/// with and without the namespace's path and the result; and never of what somebody else has at
-/// that path now.
+/// Section 2, `DEL`: deletes attachments that a reboot ended, before the daemon runs and
+/// afterwards, with and without the namespace's path and the result. It never deletes another
+/// container's attachment that has that path now.
 #[test]
 fn deleting_after_a_reboot() -> Result<()> {
     let lab = launched("cni-reboot", 1)?;
@@ -166,7 +167,7 @@ fn deleting_after_a_reboot() -> Result<()> {
         }
     }
 
-    // At the same path.
+    // Another container gets the same path.
     let other = host.container("early")?;
     let others = Call { container: "other", ..Call::new(host, &other) };
     ensure!(others.netns == paths[0]);
@@ -189,8 +190,8 @@ fn deleting_after_a_reboot() -> Result<()> {
     nothing_left(host)
 }
 
-/// Hands requests on to a node, but refuses one of them: nothing else makes one container of
-/// several stay.
+/// Forwards a request to a node, but refuses to detach one container. No real error affects only
+/// one of several containers.
 fn relay(mut client: UnixStream, socket: &Path, refused: &str) -> io::Result<()> {
     let mut request = Vec::new();
     let (head, length) = loop {
@@ -228,8 +229,9 @@ fn relay(mut client: UnixStream, socket: &Path, refused: &str) -> io::Result<()>
     client.shutdown(Shutdown::Both)
 }
 
-/// Section 2, `GC`: what cannot be removed keeps nothing else from it, and is told; there is no
-/// output otherwise. Attachments are known by container and interface (section 3).
+/// Section 2, `GC`: an attachment that cannot be removed does not stop the others from being
+/// removed, and is reported. Otherwise there is no output. Attachments are identified by container
+/// and interface (section 3).
 #[test]
 fn collecting_garbage_goes_on_after_an_error() -> Result<()> {
     let lab = launched("cni-gc-error", 1)?;
@@ -286,8 +288,8 @@ fn collecting_garbage_goes_on_after_an_error() -> Result<()> {
     nothing_left(host)
 }
 
-/// Section 2, `STATUS`: nothing can be added without addresses. `ADD` says that it may work later,
-/// and leaves nothing; it does not need to have been preceded by `STATUS`.
+/// Section 2, `STATUS`: reports that nothing can be added without free addresses. `ADD` says that
+/// it may work later and leaves nothing behind. It does not require a previous `STATUS`.
 #[test]
 fn without_addresses() -> Result<()> {
     let lab = launched_with("cni-exhausted", 1, &["--range", "10.40.0.0/28"])?;
@@ -315,8 +317,8 @@ fn without_addresses() -> Result<()> {
     Ok(())
 }
 
-/// Section 2, `VERSION`, `STATUS` and `GC`: with the variables that these have, and no others.
-/// Section 5, Error, code 5.
+/// Section 2, `VERSION`, `STATUS` and `GC`: they work with only their own variables. Section 5,
+/// Error, code 5: unreadable input.
 #[test]
 fn few_variables_and_no_input() -> Result<()> {
     let lab = launched("cni-few", 1)?;
@@ -345,7 +347,7 @@ fn few_variables_and_no_input() -> Result<()> {
         success && said["supportedVersions"].as_array().is_some_and(|it| it.len() == 5),
         "{said}"
     );
-    // A folder cannot be read.
+    // A folder as the input cannot be read.
     for command in ["ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"] {
         let (success, said) = run(command, "exec -a overnode-cni overnode < /")?;
         ensure!(

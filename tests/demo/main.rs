@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: a cluster of three hosts at work, each claim checked while one watches.
+//! `cargo xtask demo`: demonstrates a cluster of three hosts and checks each claim.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The ends of the daemons' logs: without them, a failure cannot be understood.
+/// Prints the last lines of the daemons' logs, which explain a failure.
 fn show_logs(lab: &Lab) {
     const LINES: usize = 15;
     for host in lab.hosts() {

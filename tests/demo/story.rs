@@ -9,15 +9,15 @@ use lab::ping::Pinging;
 use lab::{Capture, Container, Host, Lab, eventually};
 
 const STEPS: usize = 9;
-/// As in the document's first example: the fourth host need not exist.
+/// The targets of the manual's first example. The fourth host need not exist.
 const TARGETS: [&str; 4] = ["host1", "host2", "host3", "host4"];
 const TOKEN: &str = "my-cluster-password";
 const CONTAINERS_PER_HOST: usize = 2;
 const MILLISECOND: Duration = Duration::from_millis(1);
-/// How long after `launch` packets must flow.
+/// Time after `launch` within which packets must flow.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What the demo works on.
+/// State of the demo.
 pub struct Story<'a> {
     lab: &'a Lab,
     capture: Option<Capture>,
@@ -27,14 +27,14 @@ pub struct Story<'a> {
 }
 
 impl<'a> Story<'a> {
-    /// Starts with hosts on which no node ever was.
+    /// Starts the demo on hosts that never had a node.
     pub fn new(lab: &'a Lab) -> Result<Self> {
         println!("Three hosts, as network namespaces on one bridge; real daemons, real packets.\n");
         let capture = Some(lab.capture()?);
         Ok(Self { lab, capture, containers: Vec::new(), step: 0, since: Instant::now() })
     }
 
-    /// Everything, in order.
+    /// Runs all steps in order.
     ///
     /// # Errors
     /// The first claim that does not hold.
@@ -171,7 +171,8 @@ impl<'a> Story<'a> {
         ));
         ensure!(control > 0, "no control connection was seen on the underlay");
         ensure!(handshakes > 0 && data > 20_000, "the transfer was not seen on the underlay");
-        // A search that cannot find is no proof: inside a container, the same one must.
+        // A search that cannot find anything proves nothing, so the same search must succeed
+        // inside a container.
         let inside = Capture::start(self.containers[2].netns(), self.lab.folder(), &["-i", "any"])?;
         self.containers[0].ping(self.containers[2].address(), 5, MILLISECOND)?;
         let inside = inside.stop()?;
@@ -211,7 +212,7 @@ impl<'a> Story<'a> {
         let pid = host.daemon_pid().context("host2 has no daemon")?;
         host.kill_daemon()?;
         say(&format!("kill -9 {pid}"));
-        // Packets go on without it.
+        // Packets still flow without the daemon.
         let before = transfer.progress();
         transfer.wait_for(20_000_000, PATIENCE)?;
         say(&format!(
@@ -270,7 +271,7 @@ impl<'a> Story<'a> {
     }
 }
 
-/// Runs `overnode` on a host, showing the command as one would type it.
+/// Runs `overnode` on a host and prints the command as it would be typed.
 fn overnode(host: &Host, words: &[&str]) -> Result<String> {
     say(&format!("{} > overnode {}", host.name, words.join(" ")));
     host.overnode(words)?.success()

@@ -1,4 +1,4 @@
-//! Either side dies, or the whole host does.
+//! Tests of failures of the engine, of the node, and of the whole host.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ fn the_engine_is_killed_and_started_again() -> Result<()> {
         one.reach("here", &always, PATIENCE)?;
         one.reach("here", &fixed, PATIENCE)?;
         two.kill()?;
-        // Nobody needs an engine to send packets.
+        // Traffic does not depend on the engine.
         one.reach("here", &always, PATIENCE)?;
         two.start()?;
         eventually(PATIENCE, || {
@@ -32,7 +32,7 @@ fn the_engine_is_killed_and_started_again() -> Result<()> {
         })?;
         one.reach("here", &two.address("always")?, PATIENCE)?;
         one.reach("here", "10.36.0.1", PATIENCE)?;
-        // What the engine gave up, it gives back.
+        // The engine releases the attachment of the container that it did not restart.
         eventually(PATIENCE, || {
             let listed = endpoints(lab.host(2))?;
             ensure!(listed.len() == 2, "{listed:?}");
@@ -52,7 +52,7 @@ fn the_node_is_killed_and_started_again() -> Result<()> {
         one.reach("here", &old, PATIENCE)?;
         lab.host(2).kill_daemon()?;
         one.reach("here", &old, Duration::from_secs(5))?;
-        // The engine tries again for half a minute.
+        // The engine retries for half a minute.
         let new = std::thread::scope(|scope| -> Result<String> {
             let starting = scope.spawn(|| two.run("new", &[]));
             std::thread::sleep(Duration::from_secs(2));
@@ -63,7 +63,7 @@ fn the_node_is_killed_and_started_again() -> Result<()> {
         one.reach("here", &old, PATIENCE)?;
         ensure!(endpoint(lab.host(2), "old")?["address"] == format!("{old}/12"));
 
-        // A container that ends meanwhile.
+        // A container that is removed while no daemon runs.
         lab.host(2).kill_daemon()?;
         let stopping = std::thread::scope(|scope| {
             let stopping = scope.spawn(|| two.docker(&["rm", "--force", "old"]));
@@ -88,7 +88,7 @@ fn the_host_loses_power() -> Result<()> {
         two.run("once", &[])?;
         one.reach("here", "10.36.0.2", PATIENCE)?;
         two.lose_power()?;
-        // In the order of the units of systemd.
+        // In the order of the systemd units.
         two.overnode(&["resume"])?.success()?;
         two.start()?;
         eventually(PATIENCE, || {
@@ -105,7 +105,7 @@ fn the_host_loses_power() -> Result<()> {
             ensure!(listed.len() == 2, "{listed:?}");
             Ok(())
         })?;
-        // And it still makes new ones.
+        // New containers still start.
         let words = [
             "run",
             "--rm",
@@ -125,12 +125,13 @@ fn the_host_loses_power() -> Result<()> {
     })
 }
 
-/// The engine's gateway would take packets for the container network to other hosts, unsealed.
+/// If the engine's gateway took packets for the container network to other hosts, they would be
+/// unencrypted.
 #[test]
 fn packets_of_a_container_that_is_cut_off_do_not_leave_by_the_engines_gateway() -> Result<()> {
     with_engines("docker-guard", 2, |lab, engines| {
         let [one, two] = engines else { unreachable!() };
-        // From a network of the user's own, which a reset does not take away.
+        // The container uses a network that the user created, because a reset does not remove it.
         let create =
             ["network", "create", "--driver", "overnode", "--ipam-driver", "overnode", "mine"];
         one.docker(&create)?.success()?;
@@ -152,7 +153,7 @@ fn packets_of_a_container_that_is_cut_off_do_not_leave_by_the_engines_gateway() 
         one.reach("here", &outside, PATIENCE)?;
         let capture = lab.capture()?;
         let before = endpoint(lab.host(1), "here")?;
-        // By accident: the node plugs it in again, as it was.
+        // The interface is deleted by accident, and the node makes the same one again.
         let interface = before["interface"].as_str().unwrap_or_default();
         lab.host(1).netns().ip(&["link", "del", interface])?;
         one.reach("here", &there, PATIENCE)?;
@@ -160,7 +161,7 @@ fn packets_of_a_container_that_is_cut_off_do_not_leave_by_the_engines_gateway() 
         one.overnode(&["reset", "--force"])?.success()?;
         let pinged = one.docker(&["exec", "here", "ping", "-c", "2", "-W", "1", &there])?;
         ensure!(!pinged.status.success(), "{}", pinged.stdout);
-        // The rest of the world is still there.
+        // Addresses outside the container network are still reachable.
         one.reach("here", &outside, PATIENCE)?;
         nothing_is_plain(&capture.stop()?)
     })

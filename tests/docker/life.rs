@@ -1,4 +1,4 @@
-//! Launch and reset, with and without an engine.
+//! Tests of launch and reset, with and without an engine.
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixListener;
@@ -28,8 +28,8 @@ fn an_engine_that_appears_later_gets_its_network_then() -> Result<()> {
     Ok(())
 }
 
-/// There is no such engine to be had any more: somebody who answers as one would. Upgraded, it gets
-/// its network.
+/// Such old engines are no longer available, so the test answers in place of one. After an upgrade,
+/// the engine gets its network.
 #[test]
 fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
     const OLD: &str = r#"{"Version": "1.13.1", "ApiVersion": "1.26", "MinAPIVersion": "1.12"}"#;
@@ -86,8 +86,8 @@ fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
     })
 }
 
-/// As when the engine took longer to make the network than the node waits for an answer: its name
-/// is ambiguous from then on.
+/// This happens if the engine took longer to make the network than the node waits for a reply.
+/// After that, the network's name is ambiguous.
 #[test]
 fn an_engine_that_has_made_the_network_twice_keeps_one() -> Result<()> {
     with_engines("docker-twice", 1, |lab, engines| {
@@ -134,7 +134,7 @@ fn reset_takes_the_network_and_the_plugin_away() -> Result<()> {
         ensure!(!has_network(engine, "overnode")?);
         ensure!(!engine.plugin().exists(), "the plugin's socket is still there");
 
-        // With force, also under a running container.
+        // With `--force`, also under a running container.
         launch(lab, engine, 1, &[])?;
         engine.docker(&["rm", "busy"])?.success()?;
         engine.run("busy", &[])?;
@@ -149,7 +149,7 @@ fn reset_takes_the_network_and_the_plugin_away() -> Result<()> {
         ensure!(remains.is_empty(), "{remains:?}");
         engine.docker(&["rm", "--force", "busy"])?.success()?;
 
-        // Left alone.
+        // With `--no-docker`, the node ignores the engine.
         launch(lab, engine, 1, &["--no-docker"])?;
         std::thread::sleep(Duration::from_secs(1));
         ensure!(!has_network(engine, "overnode")?);

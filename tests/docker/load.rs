@@ -1,4 +1,4 @@
-//! Many containers at once.
+//! A load test with many containers at once.
 
 use anyhow::{Context, Result, ensure};
 use lab::docker::{Engine, IMAGE};
@@ -6,10 +6,10 @@ use lab::parallel::{both, each, milliseconds_each};
 
 use crate::support::{PATIENCE, nothing_left, with_engines};
 
-/// How many on each host, unless the environment says otherwise: `cargo xtask bench docker` takes
-/// 200.
+/// Number of containers on each host, unless the environment sets another:
+/// `cargo xtask bench docker` uses 200.
 const CONTAINERS: usize = 12;
-/// Clients of one engine at the same time.
+/// Number of clients that use one engine at the same time.
 const CLIENTS: usize = 8;
 
 #[test]

@@ -1,4 +1,5 @@
-//! Hosts with a Docker engine each: what people do with `docker` works across them.
+//! Tests of hosts with a Docker engine each: containers that are managed with `docker` work across
+//! hosts.
 
 #![expect(
     clippy::print_stdout,
@@ -67,7 +68,7 @@ fn containers_of_two_engines_talk() -> Result<()> {
         the_interface_is_as_it_was_made(one, "here")?;
         refused(one.overnode(&["detach", "here"])?.complaint()?, "engine")?;
 
-        // An address that comes back is another one's only after all others.
+        // A released address is reused only after all other free ones.
         one.docker(&["restart", "--time", "0", "here"])?.success()?;
         one.reach("here", &there, PATIENCE)?;
         two.reach("there", &one.address("here")?, PATIENCE)?;
@@ -79,7 +80,8 @@ fn containers_of_two_engines_talk() -> Result<()> {
     })
 }
 
-/// What the data plane needs of the container's end is still so after the engine moved it.
+/// Checks that the container's interface still has what the data plane needs after the engine moved
+/// it.
 fn the_interface_is_as_it_was_made(engine: &Engine<'_>, name: &str) -> Result<()> {
     let inspect = |what: &str| -> Result<String> {
         Ok(engine.docker(&["inspect", "--format", what, name])?.success()?.trim().to_owned())
@@ -101,7 +103,7 @@ fn refused(complaint: String, reason: &str) -> Result<()> {
     Ok(())
 }
 
-/// Everything that Docker's own networks offer, beside or around ours.
+/// Tries the features of Docker's own networks together with overnode's network.
 #[test]
 fn addresses_ports_and_further_networks() -> Result<()> {
     with_engines("docker-use", 2, |lab, engines| {
@@ -113,7 +115,7 @@ fn addresses_ports_and_further_networks() -> Result<()> {
             Ok(())
         };
 
-        // Static addresses, and another hardware address.
+        // Static addresses, and a chosen MAC address.
         let fixed =
             two.run("fixed", &["--ip", "10.33.7.5", "--mac-address", "02:11:22:33:44:55"])?;
         ensure!(fixed == "10.33.7.5");
@@ -128,7 +130,7 @@ fn addresses_ports_and_further_networks() -> Result<()> {
         eventually(PATIENCE, || says_no(one, &run("10.33.7.5"), "node 2"))?;
         says_no(one, &run("10.40.0.77"), "give the addresses of the range out by themselves")?;
 
-        // A published port, and a way out that the engine gives.
+        // A published port, and access to the underlay through the engine.
         let serve = ["--publish", "8080:80"];
         let web = [
             &["run", "--detach", "--network", "overnode", "--name", "web"][..],
@@ -145,14 +147,14 @@ fn addresses_ports_and_further_networks() -> Result<()> {
         })?;
         one.reach("plain", &lab.host(2).address().to_string(), PATIENCE)?;
 
-        // A network of another driver beside ours.
+        // A second network with another driver.
         one.docker(&["network", "create", "beside"])?.success()?;
         one.docker(&["network", "connect", "beside", "plain"])?.success()?;
         one.reach("plain", "10.33.7.5", PATIENCE)?;
         let routes = one.exec("plain", &["ip", "route"])?;
         ensure!(routes.contains("10.32.0.0/12 dev overnode0"), "{routes}");
 
-        // Further networks of ours are the same network under another name.
+        // Further overnode networks are the same network under other names.
         let create = |options: &[&'static str]| {
             [
                 &["network", "create", "--driver", "overnode", "--ipam-driver", "overnode"][..],
@@ -190,7 +192,7 @@ fn addresses_ports_and_further_networks() -> Result<()> {
         )?;
         one.reach("plain", "10.33.7.5", PATIENCE)?;
 
-        // In and out of it while the container runs.
+        // A running container leaves the network and joins it again.
         one.docker(&["network", "disconnect", "third", "other"])?.success()?;
         one.docker(&["network", "connect", "--ip", "10.34.0.9", "third", "other"])?.success()?;
         two.reach("fixed", "10.34.0.9", PATIENCE)?;
@@ -238,7 +240,7 @@ fn a_compose_file_on_each_of_two_hosts() -> Result<()> {
             ensure!(said == "hello\n", "the other host's service says {said:?}");
             Ok(())
         })?;
-        // Docker's own names and aliases, as far as one engine knows them.
+        // Docker's own names and aliases work on one engine.
         let find = |name: &str| {
             compose(one, &web, &["exec", "-T", "web", "ping", "-c", "1", "-W", "2", name])
         };
@@ -255,7 +257,7 @@ fn a_compose_file_on_each_of_two_hosts() -> Result<()> {
     })
 }
 
-/// Waits until the network of this name is there or not.
+/// Returns whether there is an overnode network with this name.
 fn has_network(engine: &Engine<'_>, name: &str) -> Result<bool> {
     let listed =
         engine.docker(&["network", "ls", "--format", "{{.Name}} {{.Driver}}"])?.success()?;

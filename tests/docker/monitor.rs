@@ -1,4 +1,4 @@
-//! `overnode monitor` calls containers what the engine calls them.
+//! Tests that `overnode monitor` calls containers by the engine's names.
 
 use anyhow::{Result, ensure};
 use lab::monitor::Watcher;
@@ -15,7 +15,7 @@ fn containers_are_called_what_the_engine_calls_them() -> Result<()> {
         let text = Watcher::start(lab, host, &["--drops"], PATIENCE)?;
         let here = engine.run("here", &[])?;
         let beside = engine.run("beside", &[])?;
-        // When it is plugged in the engine has not told yet who it is.
+        // At the time of attachment, the engine has not yet told the container's name.
         let of = |address: &str, event: &Value| event["address"] == address;
         events.wait_for(|it| it["event"] == "attached" && of(&here, it))?;
         let named = events.wait_for(|it| it["event"] == "named" && of(&here, it))?;
@@ -27,7 +27,7 @@ fn containers_are_called_what_the_engine_calls_them() -> Result<()> {
         endpoint(host, "beside")?;
         engine.reach("here", &beside, PATIENCE)?;
 
-        // To nowhere.
+        // A packet to an address without an owner.
         let ping = |words: &[&str]| {
             let command = [&["exec", "here", "/bin/ping", "-c", "1", "-W", "1"], words].concat();
             engine.docker(&command).map(drop)
@@ -42,7 +42,8 @@ fn containers_are_called_what_the_engine_calls_them() -> Result<()> {
         let line = text.wait_for_line(|line| line.contains("no-route"))?;
         ensure!(line.contains("from here") && !line.contains("(here)"), "{line}");
 
-        // To another container of this host, from an address that is nobody's.
+        // A packet to another container of this host, from an address that the container does not
+        // own.
         let pid = engine.docker(&["inspect", "--format", "{{.State.Pid}}", "here"])?.success()?;
         let inside =
             ["-t", pid.trim(), "-n", "ip", "address", "add", "10.42.0.77/32", "dev", "overnode0"];

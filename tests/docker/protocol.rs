@@ -1,4 +1,5 @@
-//! The plugin's socket, without an engine: what an engine of any version, or nobody's, may send.
+//! Tests of the plugin's socket without an engine: requests that an engine of any version, or any
+//! other program, may send.
 
 use anyhow::{Context, Result, ensure};
 use lab::Lab;
@@ -63,7 +64,7 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         plugin.done("NetworkDriver.GwAllocCheck", &json!({"Options": null}))?["SkipIPv4"] == true
     );
 
-    // Not requests at all.
+    // Malformed requests.
     plugin.refused("NetworkDriver.Nonsense", "{}", 404, "does not know")?;
     for body in [
         "",
@@ -83,7 +84,7 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
     let deep = "[".repeat(100_000);
     plugin.refused("IpamDriver.RequestPool", &deep, 400, "JSON")?;
 
-    // Networks that cannot be.
+    // Impossible networks.
     let pool = |pool: &str| json!([{"AddressSpace": "overnode", "Pool": pool, "Gateway": null, "AuxAddresses": null}]);
     let network = |id: &str, v4: Value, v6: Value| json!({"NetworkID": id, "IPv4Data": v4, "IPv6Data": v6, "Options": null});
     let create = |v4, v6| network(NETWORK, v4, v6).to_string();
@@ -112,7 +113,7 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
     plugin.refused("IpamDriver.RequestPool", &ask("", "10.40.0.0/24", false), 200, "--ip-range")?;
     plugin.refused("IpamDriver.RequestPool", &ask("", "", true), 200, "IPv4")?;
 
-    // Unknown ones.
+    // Unknown networks, pools, addresses and endpoints.
     let first = plugin.address()?;
     plugin.refused(
         "NetworkDriver.CreateEndpoint",
@@ -149,8 +150,8 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         plugin.refused(id, &request.to_string(), 200, "no endpoint")?;
     }
 
-    // Endpoints: an address of another host, somebody else's, bad hardware addresses, twice the
-    // same.
+    // Endpoints with an address of another host, with a wrong prefix, with invalid MAC addresses,
+    // and with an address or an ID that is already used.
     plugin.refused(
         "NetworkDriver.CreateEndpoint",
         &endpoint("e1", "10.42.0.1/12").to_string(),
@@ -202,8 +203,8 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         "already",
     )?;
 
-    // Joined twice: the engine did not hear the answer. Another endpoint of ours in one container:
-    // no.
+    // The engine may repeat a join because it missed the reply. A second overnode endpoint in the
+    // same container is refused.
     let join = |id: &str| json!({"NetworkID": NETWORK, "EndpointID": id, "SandboxKey": SANDBOX, "Options": null});
     let joined = plugin.done("NetworkDriver.Join", &join("e1"))?;
     ensure!(joined["InterfaceName"]["DstPrefix"] == "overnode", "{joined}");
@@ -218,7 +219,7 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         plugin.refused("NetworkDriver.Join", &request.to_string(), 400, "SandboxKey")?;
     }
 
-    // A restarted daemon knows it all.
+    // A restarted daemon still knows the endpoints.
     host.kill_daemon()?;
     engine.overnode(&["resume"])?.success()?;
     ensure!(endpoints(host)?.len() == 2);
@@ -229,7 +230,7 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         "another endpoint",
     )?;
 
-    // Undone, twice.
+    // All of it is removed, twice.
     for _ in 0..2 {
         for id in ["e1", "e2"] {
             let request = json!({"NetworkID": NETWORK, "EndpointID": id});

@@ -1,4 +1,4 @@
-//! What the tests share.
+//! Helpers that the tests of this folder share.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use serde_json::Value;
 pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const TOKEN: &str = "docker test";
 
-/// Runs a test with an engine and a node on each host; what they logged is shown when it fails.
+/// Runs a test with an engine and a node on each host. Prints their logs if it fails.
 pub fn with_engines(
     name: &str,
     hosts: usize,
@@ -47,12 +47,12 @@ pub fn launch(lab: &Lab, engine: &Engine<'_>, id: usize, options: &[&str]) -> Re
     Ok(())
 }
 
-/// What `status` lists as attached.
+/// Returns the attachments that `status` lists.
 pub fn endpoints(host: &Host) -> Result<Vec<Value>> {
     Ok(host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone())
 }
 
-/// Waits until an endpoint with this name is there, with its image.
+/// Waits until an attachment with this name is listed with its image.
 pub fn endpoint(host: &Host, name: &str) -> Result<Value> {
     eventually(PATIENCE, || {
         endpoints(host)?
@@ -62,7 +62,7 @@ pub fn endpoint(host: &Host, name: &str) -> Result<Value> {
     })
 }
 
-/// Waits until nothing of any container is left on the host: no endpoint, no address, no interface.
+/// Waits until no attachment, address or interface of a container is left on the host.
 pub fn nothing_left(host: &Host) -> Result<()> {
     eventually(PATIENCE, || {
         let left = endpoints(host)?;
@@ -75,7 +75,7 @@ pub fn nothing_left(host: &Host) -> Result<()> {
             .find_map(|it| it["active"].as_u64());
         ensure!(active == Some(0), "{} still has {active:?} addresses given out", host.name);
         let interfaces = host.netns().interfaces()?;
-        // Where names are served is there as long as the node is.
+        // The interface of the name server stays while the node runs.
         let dns = status["dns"]["address"]
             .as_str()
             .and_then(|address| address.parse().ok())

@@ -1,9 +1,9 @@
-//! What the fuzzer runs for each target, and the tests run for each file of `corpus` and
-//! `regressions`.
+//! Bodies of the fuzz targets. The fuzzer runs them, and the tests run them for each file in
+//! `corpus` and `regressions`.
 //!
-//! A body takes any bytes, gives them to decoders as hostile hosts and careless people would, and
-//! panics if anything panics or a property does not hold. It is deterministic but for the epoch of
-//! its clock.
+//! A body takes any bytes and passes them to decoders, as hostile hosts or careless users would. It
+//! panics if anything panics or a property does not hold. It is deterministic except for the start
+//! time of its clock.
 
 mod allocation;
 mod api;
@@ -20,19 +20,19 @@ mod path;
 mod store;
 mod wire;
 
-/// Something to fuzz.
+/// A fuzz target.
 #[derive(Clone, Copy)]
 pub struct Target {
-    /// Also the name of its folder in `corpus` and in `regressions`.
+    /// Name of the target, and of its folder in `corpus` and in `regressions`.
     pub name: &'static str,
-    /// Runs it.
+    /// Runs the target.
     pub body: fn(&[u8]),
     /// Valid inputs to start from, by name.
     #[allow(dead_code, reason = "the fuzzer reads them from files")]
     pub seeds: fn() -> Vec<(&'static str, Vec<u8>)>,
 }
 
-/// All of them. `xtask/src/fuzz.rs` has the same names.
+/// All targets. `xtask/src/fuzz.rs` lists the same names.
 pub const TARGETS: [Target; 13] = [
     Target { name: "gossip", body: gossip::run, seeds: gossip::seeds },
     Target { name: "handshake", body: handshake::run, seeds: handshake::seeds },

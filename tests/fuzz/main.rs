@@ -1,4 +1,4 @@
-//! The fuzzer. `cargo xtask fuzz` builds it with what libFuzzer needs in the code, and runs it.
+//! The fuzzer. `cargo xtask fuzz` builds it with libFuzzer's instrumentation and runs it.
 
 #![no_main]
 

@@ -1,5 +1,4 @@
-//! Every seed and every input that once was a finding, through the body of its target. No fuzzer
-//! takes part.
+//! Runs every seed and every former finding through the body of its target, without a fuzzer.
 
 mod bodies;
 
@@ -11,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use bodies::TARGETS;
 
-/// What no input may exceed, in a build without optimisation on a busy machine.
+/// Time limit for one input, for an unoptimized build on a busy machine.
 const LONGEST: Duration = Duration::from_secs(20);
-/// Bytes of the longest seed.
+/// Maximum length of a seed in bytes.
 const LONGEST_SEED: usize = 1024;
 
 #[test]
@@ -41,7 +40,8 @@ fn every_seed_and_every_regression_passes() {
     }
 }
 
-/// With OVERNODE_WRITE_SEEDS set, it writes them instead.
+/// Checks that the files contain the current seeds. Writes them first if OVERNODE_WRITE_SEEDS is
+/// set.
 #[test]
 fn the_seeds_are_those_that_are_made() {
     for target in TARGETS {

@@ -1,6 +1,7 @@
-//! Stock WireGuard programs as peers of a real node: Cloudflare's boringtun and Mullvad's gotatun.
+//! Tests with stock WireGuard programs as peers of a real node: Cloudflare's boringtun and
+//! Mullvad's gotatun.
 //!
-//! The first test joins the two to each other, without overnode: it proves that the harness
+//! The first test connects the two to each other, without overnode. It proves that the harness
 //! measures what it claims.
 
 mod meeting;
@@ -17,7 +18,7 @@ use lab::{Entry, Lab, gateway};
 
 use meeting::{Begins, Meeting};
 
-/// What overnode leaves to containers on an underlay of 1500 bytes.
+/// MTU that overnode leaves to containers on an underlay of 1500 bytes.
 const MTU: u32 = 1420;
 
 #[test]
@@ -40,7 +41,8 @@ fn two_stock_programs_talk_to_each_other() -> Result<()> {
             peer: Peer {
                 public_key: keys[other].1,
                 preshared_key: Some(&preshared),
-                // Only the first can begin: the second has to learn where the first is.
+                // Only the first one can initiate. The second has to learn the first one's
+                // endpoint.
                 endpoint: (own == 0).then_some(SocketAddr::new(lab.hosts()[other].address(), PORT)),
                 allowed_ips: &[IpAddr::V4(INSIDE[other]).into()],
                 keepalive: None,
@@ -136,7 +138,8 @@ fn a_peer_that_moves_is_followed() -> Result<()> {
     let meeting = Meeting::new(Stock::Gotatun, Begins::Stock).hold()?;
     meeting.is_up()?;
     meeting.lab.renumber(meeting.lab.host(2), 99)?;
-    // The peer sends first: only an authenticated message can tell the node where it is now.
+    // The peer sends first, because only an authenticated message shows the node the peer's new
+    // endpoint.
     meeting.outside.reach(meeting.inside.address(), Duration::from_secs(10))?;
     meeting.passes_pings()
 }
@@ -160,8 +163,8 @@ fn a_peer_that_was_removed_is_a_stranger() -> Result<()> {
     Ok(())
 }
 
-/// WireGuard makes new keys after 120 seconds, at the latest 15 seconds later: this test waits for
-/// it, four meetings side by side.
+/// WireGuard rekeys after 120 seconds, or at most 15 seconds later. This test waits for that, with
+/// four meetings in parallel.
 #[test]
 fn new_keys_cost_no_packet() -> Result<()> {
     const INTERVAL: Duration = Duration::from_millis(10);

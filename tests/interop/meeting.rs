@@ -1,4 +1,5 @@
-//! A node with a container on one host, a stock WireGuard with a container behind it on another.
+//! A node with a container on one host, and a stock WireGuard program with a container behind it on
+//! another.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -15,22 +16,22 @@ use overnode_ebpf::wire::DATA_PORT;
 
 use crate::MTU;
 
-/// In the static part of the subnet: the node's containers look for it on their own link.
+/// An address in the static part of the subnet, which the node's containers consider on-link.
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 38, 0, 7);
 const OUTSIDE_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 38, 0, 254);
 const SUBNET: &str = "10.32.0.0/12";
 const STOCK_PORT: u16 = 51820;
 
-/// Who knows where the other one is, and so has to start.
+/// The side that knows the other one's endpoint and therefore has to initiate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begins {
-    /// The stock program: initiator of the handshake.
+    /// The stock program initiates the handshake.
     Stock,
-    /// The node; the stock program is the responder.
+    /// The node initiates the handshake, and the stock program responds.
     Node,
 }
 
-/// What a meeting shall be like.
+/// Configuration of a meeting.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     stock: Stock,
@@ -41,28 +42,28 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Both have the same pre-shared key.
+    /// Gives both sides the same preshared key.
     pub fn preshared(mut self) -> Self {
         self.preshared = true;
         self
     }
 
-    /// The stock program gets another pre-shared key than the node.
+    /// Gives the stock program a different preshared key from the node's.
     pub fn mistaken(mut self) -> Self {
         self.mistaken = true;
         self
     }
 
-    /// The hosts have IPv6 addresses alone.
+    /// Gives the hosts only IPv6 addresses.
     pub fn ipv6(mut self) -> Self {
         self.family = Family::V6;
         self
     }
 
-    /// Sets everything up.
+    /// Sets up the meeting.
     ///
     /// # Errors
-    /// When a program is missing or refuses.
+    /// When a program is missing or fails.
     pub fn hold(self) -> Result<Meeting> {
         let name = format!("{}, {:?} begins", self.stock, self.begins);
         self.try_to_hold().with_context(|| name)
@@ -106,7 +107,7 @@ impl Plan {
     }
 }
 
-/// `overnode peer add`; gives back the node's own key, which it prints for the peer's
+/// Runs `overnode peer add`. Returns the node's own key, which the command prints for the peer's
 /// configuration.
 fn add(
     lab: &Lab,
@@ -119,7 +120,7 @@ fn add(
     words.push(IpNet::from(IpAddr::V4(OUTSIDE)).to_string());
     if let Some(preshared) = preshared {
         let file = lab.folder().join("preshared");
-        // A public key's text is that of any 32 bytes.
+        // A public key's text form works for any 32 bytes.
         std::fs::write(&file, PublicKey(preshared).to_string())?;
         words.extend(["--preshared-key-file".into(), file.display().to_string()]);
     }
@@ -132,7 +133,7 @@ fn add(
     Ok(line.with_context(|| format!("`overnode peer add` printed no key: {printed}"))?.parse()?)
 }
 
-/// A node and a stock program that know each other. Fields are dropped in this order.
+/// A node and a stock program that are configured as peers. The fields are dropped in this order.
 pub struct Meeting {
     /// The node's container.
     pub inside: Container,
@@ -143,21 +144,21 @@ pub struct Meeting {
     /// The stock program's public key.
     key: String,
     plan: Plan,
-    /// Host 1 has the node, host 2 the stock program.
+    /// The lab. Host 1 runs the node, and host 2 the stock program.
     pub lab: Lab,
 }
 
 impl Meeting {
-    /// A plan without pre-shared key, over IPv4.
+    /// Returns a plan over IPv4 without a preshared key.
     #[expect(clippy::new_ret_no_self, reason = "the plan is the only way to a meeting")]
     pub fn new(stock: Stock, begins: Begins) -> Plan {
         Plan { stock, begins, preshared: false, mistaken: false, family: Family::V4 }
     }
 
-    /// Waits for the handshake and the first ping, from the side that begins.
+    /// Waits for the handshake and the first ping, from the side that initiates.
     ///
     /// # Errors
-    /// When they do not come within 15 seconds.
+    /// When no ping is answered within 15 seconds, or when pings pass without a handshake.
     pub fn is_up(&self) -> Result<()> {
         let (from, to) = match self.plan.begins {
             Begins::Stock => (&self.outside, &self.inside),
@@ -175,10 +176,10 @@ impl Meeting {
         Ok(())
     }
 
-    /// Pings both ways, without a loss.
+    /// Pings in both directions without a loss.
     ///
     /// # Errors
-    /// When one is lost or doubled.
+    /// When a ping is lost or duplicated.
     pub fn passes_pings(&self) -> Result<()> {
         for (from, to) in [(&self.inside, &self.outside), (&self.outside, &self.inside)] {
             let pings = from.ping(to.address(), 500, Duration::from_millis(2))?;
@@ -191,11 +192,11 @@ impl Meeting {
         Ok(())
     }
 
-    /// The handshake, pings, and 100 MB of TCP each way; nothing forged, nothing replayed, nothing
-    /// in the clear.
+    /// Checks the handshake, pings, and 100 MB of TCP in each direction. Nothing may be forged,
+    /// replayed or unencrypted.
     ///
     /// # Errors
-    /// When any of it is not so.
+    /// When any of these checks fails.
     pub fn exchanges_everything(mut self) -> Result<()> {
         const BYTES: u64 = 100_000_000;
         let capture = self.lab.capture()?;
@@ -230,15 +231,15 @@ impl Meeting {
         Ok(())
     }
 
-    /// `overnode peer remove`.
+    /// Runs `overnode peer remove`.
     ///
     /// # Errors
-    /// When it fails.
+    /// When the command fails.
     pub fn remove(&self) -> Result<()> {
         self.node().overnode(&["peer", "remove", &self.key])?.success().map(drop)
     }
 
-    /// A counter of the node's programs.
+    /// Returns a counter of the node's programs.
     ///
     /// # Errors
     /// When the node does not answer.
@@ -246,11 +247,11 @@ impl Meeting {
         let status = self.node().status()?;
         let counters = status["counters"].as_array().context("no counters")?;
         let counter = counters.iter().find(|counter| counter["reason"] == reason);
-        // Those that are zero may be left out.
+        // Counters that are zero may be left out.
         Ok(counter.and_then(|counter| counter["count"].as_u64()).unwrap_or(0))
     }
 
-    /// The counters of the node's programs, for messages.
+    /// Returns the counters of the node's programs as a text for messages.
     ///
     /// # Errors
     /// When the node does not answer.

@@ -1,4 +1,4 @@
-//! What befalls the hosts.
+//! Failures and events that the simulation inflicts on the hosts.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::host::Disk;
 use crate::world::{Event, World};
 
 impl World {
-    /// One random thing, and when the next one comes.
+    /// Does one random thing and schedules the next.
     pub fn chaos(&mut self) {
         match self.rng.random_range(0..100) {
             70.. if self.is_calm && self.rng.random_bool(0.8) => {}
@@ -45,7 +45,7 @@ impl World {
         }
     }
 
-    /// A container wants an address.
+    /// Requests an address for a new container.
     pub fn ask_address(&mut self, id: NodeId) {
         let now = self.now;
         self.counts.attaches += 1;
@@ -58,7 +58,8 @@ impl World {
         let request = node.ipam.allocate(&owner, now);
         node.waiting.insert(request, owner);
         self.pump(id);
-        // IDs 1 to 4 allocate with no contact to anyone, others out of what they hold.
+        // IDs 1 to 4 allocate without contact to other nodes. Others allocate from the blocks that
+        // they hold.
         let Some(node) = self.node(id) else { return };
         if own_free && node.waiting.contains_key(&request) {
             self.violate(format!("{id} has free addresses and lets a container wait"));
@@ -71,7 +72,7 @@ impl World {
         self.detach(id, some);
     }
 
-    /// Removes up to so many containers of a node.
+    /// Removes up to `most` containers of a node.
     pub fn detach(&mut self, id: NodeId, most: usize) {
         let now = self.now;
         let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) else {
@@ -83,7 +84,8 @@ impl World {
             let Some(host) = self.hosts.get_mut(&id) else { return };
             let (Some(disk), Some(node)) = (&mut host.disk, &mut host.node) else { return };
             disk.attachments.remove(&address);
-            // In use twice only if something else is wrong, which was noticed then.
+            // Another node can have the address only after another violation, which was noticed
+            // then.
             if self.used.get(&address) == Some(&id) {
                 self.used.remove(&address);
             }
@@ -123,9 +125,10 @@ impl World {
         self.block(directions, time);
     }
 
-    /// A host is cut off from all others, for long. Before it is back, its space may be taken back.
+    /// Cuts a host off from all others for a long time. Its space may be reclaimed before it is
+    /// back.
     fn isolate_something(&mut self) {
-        // More often one that lends: what it lends changes hands.
+        // Prefer nodes with a quarter, so that their ledgers move to other nodes.
         let most = if self.rng.random_bool(0.7) { 4 } else { u16::MAX };
         let candidates: Vec<_> = self.running().into_iter().filter(|id| id.get() <= most).collect();
         let Some(&id) = candidates.choose(&mut self.rng) else { return };
@@ -151,8 +154,7 @@ impl World {
         self.isolated.insert(id, fault);
     }
 
-    /// Somebody is told to take back the space of a node that is dead, or that is cut off and taken
-    /// for dead.
+    /// Makes some node reclaim the space of a node that is dead, or that is cut off and seems dead.
     pub fn reclaim_at_some_node(&mut self, of: NodeId) {
         let seems_dead = self.hosts[&of].is_dead || self.may_be_buried_alive(of);
         let lenders: Vec<_> = self.running().into_iter().filter(|id| id.owns_a_quarter()).collect();
@@ -165,20 +167,20 @@ impl World {
     }
 
     fn may_be_buried_alive(&self, id: NodeId) -> bool {
-        // A liar that has agreed can vouch for it all the same.
+        // A liar that agreed to the reclaim can still vouch for the node.
         self.liar.is_none() && self.isolated.contains_key(&id) && self.has_nothing_to_lose(id)
     }
 
-    /// Whether nothing that a node has, which lives, is given to others when its space is taken
-    /// back (docs/addresses.md): what a borrower holds, or what a lender uses itself of what it
-    /// lends, it goes on to use. Nodes that were both taken back and do not know it vouch for each
-    /// other, and lend.
+    /// Returns whether a live node can be reclaimed without its addresses in use being given to
+    /// others (docs/internals/addresses.md). A borrower keeps using its blocks, and a lender keeps
+    /// using what it took from its own lendable half. Two reclaimed nodes that do not know about it
+    /// vouch for each other, and lend.
     pub fn has_nothing_to_lose(&self, id: NodeId) -> bool {
         let Some(disk) = &self.hosts[&id].disk else { return false };
         !self.is_rich(disk) && !self.is_only_witness(id) && !self.is_another_buried_alive(id)
     }
 
-    /// Whether a node has anything of what is lent.
+    /// Returns whether a node holds any lent blocks.
     fn is_rich(&self, disk: &Disk) -> bool {
         disk.facts.values().any(|fact| matches!(fact, Fact::Held { .. }))
     }
@@ -186,7 +188,7 @@ impl World {
     fn crash_something(&mut self) {
         let Some(id) = self.pick() else { return };
         if self.rng.random_bool(0.7) {
-            // In the midst of something.
+            // Crash it in the middle of its next actions.
             let count = self.rng.random_range(0..12);
             if let Some(node) = self.node(id) {
                 node.crash_after.get_or_insert(count);
@@ -204,7 +206,8 @@ impl World {
             return;
         }
         self.log(|| format!("reset {id}"));
-        // Nodes that lend must not forget it; all others may lose their disks at any time.
+        // A lender must not lose its disk here, because it must not forget its loans. All others
+        // may.
         let lends = self.hosts[&id]
             .disk
             .as_ref()
@@ -224,7 +227,7 @@ impl World {
         self.pump(id);
     }
 
-    /// A host is gone for good.
+    /// Kills a host for good.
     fn kill_something(&mut self) {
         let dead = self.hosts.values().filter(|host| host.is_dead).count();
         let Some(id) = self.pick() else { return };
@@ -237,9 +240,9 @@ impl World {
         }
     }
 
-    /// Whether a node lends to a launch of another one that somebody has not heard of. Were it gone
-    /// for good, all who know of it could take back what it lent without knowing whom to ask: that
-    /// cannot be excluded (docs/addresses.md).
+    /// Returns whether a node lends to an incarnation of another node that some third node has not
+    /// heard of. If the lender were gone for good, the other nodes could reclaim its space without
+    /// knowing that borrower. The design cannot prevent that (docs/internals/addresses.md).
     fn is_only_witness(&self, id: NodeId) -> bool {
         let Some(disk) = &self.hosts[&id].disk else { return false };
         let lives = disk.facts.values().filter_map(|fact| match fact {
@@ -284,7 +287,7 @@ impl World {
         self.pump(id);
     }
 
-    /// All faults end, all hosts run, people take back what belongs to the dead.
+    /// Ends all failures and starts all hosts that are not dead.
     pub fn heal(&mut self) {
         self.log(|| "heal".into());
         self.blocked.clear();
@@ -316,7 +319,7 @@ impl World {
         }
     }
 
-    /// What a person does about nodes that stay unreachable.
+    /// Reclaims dead nodes, as an administrator does with nodes that stay unreachable.
     pub fn bury_the_dead(&mut self) {
         let dead: Vec<_> =
             self.hosts.iter().filter(|(_, host)| host.is_dead).map(|(id, _)| *id).collect();
@@ -350,8 +353,8 @@ impl World {
         }
     }
 
-    /// In a cluster that is well otherwise a lender is cut off and taken for dead; little else
-    /// happens while its space is taken back, others borrow of it, and it returns as it was.
+    /// Cuts off a lender in an otherwise healthy cluster until it seems dead. Little else happens
+    /// while its space is reclaimed, others borrow from it, and it returns unchanged.
     fn bury_one_alive(&mut self) {
         self.heal();
         self.bury_the_dead();
@@ -380,7 +383,8 @@ impl World {
         self.is_calm = false;
     }
 
-    /// Random things for a while, then peace. False if something went wrong on the way.
+    /// Runs random events for a while, then heals everything. Returns an error if something went
+    /// wrong.
     pub fn live(&mut self) -> Result<(), String> {
         for id in self.ids() {
             let delay = if self.rng.random_bool(0.8) { 0.0 } else { 20.0 };

@@ -1,4 +1,4 @@
-//! What has to hold in the end.
+//! Checks of the state in which the simulation ends.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,7 +9,8 @@ use overnode_daemon::types::NodeId;
 use crate::world::World;
 
 impl World {
-    /// All nodes see the same, each address has one holder, and nothing is pending.
+    /// Checks that all nodes see the same state, each address has one holder, and nothing is
+    /// pending.
     pub fn converged(&self) -> Result<(), String> {
         let living: BTreeSet<NodeId> =
             self.hosts.iter().filter(|(_, host)| !host.is_dead).map(|(id, _)| *id).collect();
@@ -24,8 +25,8 @@ impl World {
                     return Err(format!("{id} does not reach {other}"));
                 }
             }
-            // A borrower that has lied about its requests is not heard any more, and it alone is
-            // harmed.
+            // Lenders no longer listen to a borrower that lied about its requests. That harms only
+            // the borrower.
             let is_liars = |what: &&str| {
                 self.liar.is_some() && *what == "borrowers have not said what they hold"
             };
@@ -56,7 +57,7 @@ impl World {
                     .is_none_or(|node| node.gossip.record(quarter).is_none())
             };
             if lenders.is_empty() && self.hosts[&quarter].is_dead && living.iter().all(is_unknown) {
-                // It is as if it had never been.
+                // The quarter was never used as far as the others know.
                 continue;
             }
             let [lender] = lenders[..] else {

@@ -1,4 +1,4 @@
-//! One host: what is on its disk, and its node while that runs.
+//! One host: its disk, and its node while that runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -11,18 +11,19 @@ use overnode_daemon::routing::Routing;
 use overnode_daemon::types::{Network, NodeId, Secret, VerifyingKey};
 use rand::rngs::StdRng;
 
-/// What survives a crash, exactly as it was written.
+/// The data that survives a crash, exactly as it was written.
 #[derive(Clone, Debug, Default)]
 pub struct Disk {
-    /// Counts the starts.
+    /// Increases with each start.
     pub incarnation: u64,
     pub facts: BTreeMap<Key, Fact>,
-    /// Containers, by address. They run on when the node crashes.
+    /// Owners of the containers, by address. Containers keep running when the node crashes.
     pub attachments: BTreeMap<IpAddr, String>,
     pub peers: BTreeMap<NodeId, Record>,
-    /// Who announced what first.
+    /// The rank of each node's announced prefixes, which decides which node announced a prefix
+    /// first.
     pub standing: BTreeMap<NodeId, Vec<(IpNet, u64)>>,
-    /// What the last write has replaced, for disks that forget it.
+    /// The facts that the last write replaced, for disks that lose the last write.
     pub undo: Vec<(Key, Option<Fact>)>,
 }
 
@@ -30,19 +31,19 @@ pub struct Disk {
 pub struct Node {
     pub gossip: Gossip,
     pub ipam: Ipam,
-    /// Which prefixes lead to whom: what the data plane would be given.
+    /// The routes that the data plane would get.
     pub routing: Routing,
-    /// The connection with each neighbour, by number.
+    /// The number of the connection with each neighbor.
     pub links: BTreeMap<NodeId, u64>,
     pub met: BTreeSet<NodeId>,
     pub paths: BTreeMap<NodeId, Path>,
-    /// Since when each node is reached.
+    /// The time since when each node has been reachable.
     pub reached: BTreeMap<NodeId, Instant>,
     pub paths_are_old: bool,
     pub paths_at: Option<Instant>,
-    /// Containers that wait for an address.
+    /// Owners of the containers that wait for an address.
     pub waiting: BTreeMap<RequestId, String>,
-    /// The process dies before it carries out so many actions more.
+    /// Number of actions that the process still carries out before it dies.
     pub crash_after: Option<u32>,
     pub leaving: bool,
     pub timer: Option<Instant>,
@@ -53,10 +54,10 @@ pub struct Node {
 pub struct Host {
     pub disk: Option<Disk>,
     pub node: Option<Node>,
-    /// It never comes back with this disk.
+    /// Whether the host is gone for good with this disk.
     pub is_dead: bool,
-    /// The node that its packets for an address went to. Kept from one start to the next, as long
-    /// as that node keeps the block.
+    /// The node that this host last routed each address to. Kept across restarts as long as that
+    /// node keeps the block.
     pub routed: BTreeMap<IpAddr, NodeId>,
 }
 
@@ -82,7 +83,7 @@ impl Disk {
         }
     }
 
-    /// Whether this node has what another one takes.
+    /// Returns whether this disk has the block or the ledger that another node's fact claims.
     pub fn contradicts(&self, fact: &Fact) -> bool {
         match fact {
             Fact::Held { block, lost: false } => self.facts.values().any(|known| {
@@ -96,7 +97,7 @@ impl Disk {
         }
     }
 
-    /// The launch that the disk is of.
+    /// Returns the launch that the disk belongs to.
     pub fn epoch(&self) -> u64 {
         match self.facts.get(&Key::Epoch) {
             Some(Fact::Epoch(epoch)) => *epoch,
@@ -104,7 +105,7 @@ impl Disk {
         }
     }
 
-    /// Whether a block with this address is on disk as this node's.
+    /// Returns whether the disk has a block of this node that contains the address.
     pub fn holds(&self, address: IpAddr) -> bool {
         self.facts
             .values()
@@ -180,20 +181,20 @@ impl Node {
     }
 }
 
-/// What a node signs with: the same in each of its lives, for keys that change are not what is
-/// tried here.
+/// Returns a node's signer, which is the same after each launch. This simulation does not test
+/// changed keys.
 fn signer(id: NodeId) -> Signer {
     let mut seed = [0; 32];
     seed[..2].copy_from_slice(&id.get().to_le_bytes());
     Signer::new(&Secret(seed))
 }
 
-/// The identity that a node introduces itself with.
+/// Returns the identity that a node introduces itself with.
 pub fn keys(id: NodeId) -> VerifyingKey {
     signer(id).verifying_key()
 }
 
-/// What gossip tells the allocation of a node.
+/// Returns what gossip tells the allocation about a node.
 pub fn peer(record: &Record) -> Peer {
     Peer {
         incarnation: record.incarnation,

@@ -1,7 +1,7 @@
-//! A member that lies: it knows all that there is to know, and sends and announces what no honest
-//! node would.
+//! A lying member: it knows everything, and sends and announces what no honest node would.
 //!
-//! It has an ID from 5 on. Nodes 1 to 4 are trusted with what they lend (docs/addresses.md).
+//! Its ID is 5 or greater. Nodes 1 to 4 are trusted with what they lend
+//! (docs/internals/addresses.md).
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -14,7 +14,8 @@ use rand::seq::IndexedRandom;
 
 use crate::world::World;
 
-/// Most prefixes of others that it announces at a time: with more nobody could lend anything.
+/// Maximum number of foreign prefixes that it announces at a time. With more, no node could lend
+/// anything.
 const MOST_FORGED: usize = 4;
 
 impl World {
@@ -22,7 +23,7 @@ impl World {
         self.liar == Some(id)
     }
 
-    /// One lie.
+    /// Tells one lie.
     pub fn lie(&mut self) {
         let Some(liar) = self.liar.filter(|liar| self.hosts[liar].node.is_some()) else { return };
         if self.rng.random_bool(0.2) {
@@ -38,7 +39,7 @@ impl World {
         self.send_parcel(liar, to, message.encode());
     }
 
-    /// What the liar says when it is asked. None if it tells the truth, for once.
+    /// Returns the liar's answer to a question, or `None` if it tells the truth.
     pub fn false_answer(&mut self, question: &Message) -> Option<Message> {
         let liar = self.liar?;
         if !self.is_rough || self.rng.random_bool(0.5) {
@@ -135,7 +136,7 @@ impl World {
         *quarters().collect::<Vec<_>>().choose(&mut self.rng).expect("there are four")
     }
 
-    /// An incarnation, or close to one, or as great as can be.
+    /// Returns an incarnation, one slightly greater, or a huge number.
     fn some_number(&mut self, of: NodeId) -> u64 {
         let true_one = self.hosts[&of].disk.as_ref().map_or(0, |disk| disk.incarnation);
         match self.rng.random_range(0..6) {
@@ -166,7 +167,7 @@ impl World {
         Title { serial: self.some_serial(quarter), holder }
     }
 
-    /// Blocks that others hold, or that nobody holds.
+    /// Returns blocks that other nodes hold, or a block that may be free.
     fn some_blocks(&mut self, quarter: Option<NodeId>) -> Vec<IpNet> {
         let quarter = quarter.unwrap_or(NodeId::new(1).expect("a valid ID"));
         let Some(half) = self.layout.lendable(quarter) else { return Vec::new() };
@@ -190,7 +191,7 @@ impl World {
         blocks
     }
 
-    /// Prefixes of others: addresses and halves of nodes 1 to 4, blocks that were lent or are free.
+    /// Returns foreign prefixes: addresses in use, halves of the quarters, and lent or free blocks.
     fn some_ranges(&mut self) -> Vec<IpNet> {
         let used: Vec<IpNet> = self.used.keys().map(|address| IpNet::from(*address)).collect();
         let mut ranges: Vec<_> = used.choose_multiple(&mut self.rng, 2).copied().collect();
@@ -207,14 +208,14 @@ impl World {
     }
 }
 
-/// News travel for no longer than this between nodes that reach each other.
+/// Maximum time that news takes between nodes that reach each other.
 const NEWS: Duration = Duration::from_secs(5);
 
 impl World {
-    /// Forgets the routes to a node that gave up a block, or all that it had: it announces them no
-    /// more, so the liar may be the first to announce them before the node gets them anew. Nodes
-    /// that do not run have the earlier route on their disks. It ends as well: when they are back
-    /// they hear of both announcements at once.
+    /// Forgets the routes to a node that gave up a block, or everything if `block` is `None`. The
+    /// node no longer announces them, so the liar may announce them first before the node gets them
+    /// again. Stopped nodes still have the earlier route on their disks. That route ends as well,
+    /// because after the restart they hear both announcements at once.
     pub fn end_routes(&mut self, owner: NodeId, block: Option<IpNet>) {
         for host in self.hosts.values_mut() {
             let is_in = |address: &IpAddr| block.is_none_or(|block| block.contains(address));
@@ -222,12 +223,13 @@ impl World {
         }
     }
 
-    /// What leads to an honest node at another one must not lead to the liar later, while its owner
-    /// is reached and has it.
+    /// Checks routes to the liar. If a node once routed an address to its honest owner, it must not
+    /// route it to the liar later while the owner is reachable and has the address.
     pub fn check_routes(&mut self) {
         let Some(liar) = self.liar else { return };
         let now = self.now;
-        // A node announces no block that it has lost, though containers still have addresses of it.
+        // A node does not announce a block that it lost, even if containers still use addresses
+        // from it.
         let is_announced = |address: &IpAddr, owner: &NodeId| {
             let facts = self.hosts[owner].disk.iter().flat_map(|disk| disk.facts.values());
             let mut lost = facts.filter_map(|fact| match fact {
@@ -254,8 +256,8 @@ impl World {
             {
                 let is_near = node.reached.get(owner).is_some_and(|since| *since + NEWS <= now);
                 let (right, wrong) = (length(*owner, address), length(liar, address));
-                // A node that was just launched hears of both at once, and cannot know which was
-                // first.
+                // A node that was just launched hears both announcements at once, and cannot know
+                // which came first.
                 if right > wrong {
                     if knows_liar {
                         host.routed.insert(*address, *owner);

@@ -1,5 +1,6 @@
-//! `cargo xtask sim`: the real cores of many nodes, in one process, under one seed and one clock.
-//! Everything else is simulated: the disks, the network with its partitions, and the people.
+//! `cargo xtask sim`: runs the real cores of many nodes in one process, under one seed and one
+//! clock. Everything else is simulated: the disks, the network with its partitions, and the
+//! administrators.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
@@ -16,31 +17,31 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Attack the allocation of addresses.
+/// Attack the address allocation.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// How many runs.
+    /// Number of runs.
     #[arg(long, default_value_t = 1000)]
     seeds: u64,
-    /// The first seed.
+    /// First seed.
     #[arg(long, default_value_t = 0)]
     first: u64,
-    /// Only this seed, with all that happens.
+    /// Run only this seed and print everything that happens.
     #[arg(long)]
     seed: Option<u64>,
-    /// Nodes in each run.
+    /// Number of nodes in each run.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(4..=200))]
     nodes: u16,
-    /// Instead: how clusters of 10, 100 and 1000 nodes converge, and what they cost.
+    /// Measure instead how clusters of 10, 100 and 1000 nodes converge, and what they cost.
     #[arg(long)]
     scale: bool,
-    /// With --scale: only clusters of this size.
+    /// With --scale: measure only clusters of this size.
     #[arg(long, requires = "scale")]
     size: Option<u16>,
-    /// With --scale: everyone is connected with everyone, whatever the size.
+    /// With --scale: connect every node with every other one, whatever the size.
     #[arg(long, requires = "scale")]
     full_mesh: bool,
-    /// Cargo passes it to benchmarks.
+    /// Accepted because cargo passes it to benchmarks.
     #[arg(long, hide = true)]
     bench: bool,
 }

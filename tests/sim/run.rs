@@ -1,4 +1,4 @@
-//! Runs: one seed, or many on all cores.
+//! Runs one seed, or many seeds on all cores.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -8,13 +8,13 @@ use std::time::Instant;
 
 use crate::world::{Counts, Sabotage, Settings, World};
 
-/// What came of some runs.
+/// Summed results of several runs.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
     pub seeds: u64,
     pub counts: Counts,
     pub unconverged: u64,
-    /// By seed.
+    /// Reasons of the failures, by seed.
     pub failures: BTreeMap<u64, String>,
 }
 
@@ -42,14 +42,14 @@ impl Outcome {
     }
 }
 
-/// One run.
+/// Runs one seed.
 pub fn one(settings: Settings) -> (Counts, Result<(), String>) {
     let mut world = World::new(settings);
     let result = world.live();
     (world.counts, result)
 }
 
-/// Runs seeds on all cores until they are done, or so many have failed.
+/// Runs seeds on all cores until all are done or `most_failures` have failed.
 pub fn all(
     seeds: Range<u64>,
     nodes: u16,
@@ -96,7 +96,7 @@ pub fn all(
     outcome.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Runs seeds and prints what came of it. False if something was wrong.
+/// Runs seeds and prints the results. Returns false if any run failed.
 pub fn many(seeds: Range<u64>, nodes: u16) -> bool {
     let began = Instant::now();
     let outcome = all(seeds, nodes, Sabotage::None, 10, true);
@@ -122,7 +122,7 @@ pub fn many(seeds: Range<u64>, nodes: u16) -> bool {
     failures.is_empty()
 }
 
-/// Runs one seed and prints all that happens. False if something was wrong.
+/// Runs one seed and prints everything that happens. Returns false if the run failed.
 pub fn replay(seed: u64, nodes: u16) -> bool {
     let mut world = World::new(Settings { seed, nodes, sabotage: Sabotage::None, verbose: true });
     let result = world.live();

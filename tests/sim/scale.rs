@@ -1,4 +1,4 @@
-//! Clusters of some size at rest: how fast they converge, and what a node costs.
+//! Measures clusters at rest: how fast they converge, and what each node costs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -9,13 +9,13 @@ use rand::Rng;
 
 use crate::world::{Event, Sabotage, Settings, World};
 
-/// Up to so many nodes, everyone connects with everyone; in a larger cluster, unless asked for,
-/// each has this many links, those to IDs 1 to 4 not counted.
+/// Largest cluster in which every node connects to every other one by default. In larger clusters,
+/// each node has about [`LINKS`] connections, plus those to IDs 1 to 4.
 const FULL_MESH: u16 = 100;
 const LINKS: usize = 12;
-/// A change must be known everywhere after this.
+/// Time after which all nodes must know a change.
 const MOST_AFTER_CHANGE: Duration = Duration::from_secs(5);
-/// A node must not need more, in bytes.
+/// Maximum memory of a node in bytes.
 const MOST_MEMORY: u64 = 64 << 20;
 
 struct Row {
@@ -30,8 +30,7 @@ struct Row {
     took: Duration,
 }
 
-/// Measures clusters of these sizes and prints a table. False if one does not hold what is
-/// promised.
+/// Measures clusters of these sizes and prints a table. Returns false if a cluster exceeds a limit.
 pub fn table(sizes: &[u16], is_full: bool) -> bool {
     println!(
         "{:>6} {:>12} {:>12} {:>12} {:>14} {:>14} {:>12} {:>12} {:>8}",
@@ -147,7 +146,7 @@ fn measure(nodes: u16, is_full: bool) -> Row {
         usize::from(nodes) - 1,
         "the last node reaches all others"
     );
-    // Unlike the paths, these are found anew each time, by the same walk.
+    // Unlike paths, branches are computed on each call, by the same graph traversal.
     let clock = Instant::now();
     let branches = node.gossip.branches(last).len();
     let paths = clock.elapsed();
@@ -165,7 +164,7 @@ fn measure(nodes: u16, is_full: bool) -> Row {
     }
 }
 
-/// A line on standard error, every few seconds.
+/// Prints a line to standard error every few seconds.
 struct Progress {
     nodes: u16,
     last: Instant,
@@ -193,7 +192,7 @@ impl Progress {
     }
 }
 
-/// A node gets a static address: how long until all others know?
+/// Gives a node a static address. Returns the time until all other nodes know it.
 fn one_change(world: &mut World) -> Duration {
     let start = world.now;
     let Some(&last) = world.ids().last() else { return Duration::MAX };
@@ -230,7 +229,7 @@ fn knows_all(world: &World) -> bool {
         })
 }
 
-/// Bytes of memory that this process has.
+/// Returns the resident memory of this process in bytes.
 fn resident() -> u64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages = text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok());

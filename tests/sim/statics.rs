@@ -1,4 +1,5 @@
-//! Static addresses: what was taken twice while nodes were apart is decided once they talk.
+//! Static addresses: an address that was taken twice during a partition gets one owner once the
+//! nodes are connected again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -8,8 +9,7 @@ use overnode_daemon::types::NodeId;
 use crate::world::World;
 
 impl World {
-    /// Each static address is announced by one node: of those that have it, by the one with the
-    /// lowest ID.
+    /// Checks that each static address in use is announced by exactly one of the nodes that use it.
     pub fn check_statics(&self, living: &BTreeSet<NodeId>) -> Result<(), String> {
         let mut users: BTreeMap<IpAddr, Vec<NodeId>> = BTreeMap::new();
         for id in living {

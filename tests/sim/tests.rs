@@ -1,5 +1,5 @@
-//! The allocation of addresses under attack, as far as there is time for at each change; and the
-//! attack itself, on allocations that are broken.
+//! Simulates attacks on the address allocation, as many as there is time for on each change. Also
+//! checks that the attacks find allocations that are broken on purpose.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "failing seeds are for people")]
 
@@ -76,7 +76,7 @@ fn nodes_that_vouch_for_a_lender_that_was_taken_back_are_found() {
     assert_found(Sabotage::VouchesForAll);
 }
 
-/// The quarter was handed on, and the message by which it had come arrived again.
+/// A quarter was handed on, and then the message that had transferred it arrived a second time.
 #[test]
 fn regression_a_late_copy_of_a_transfer() {
     assert_fine(250, 9);
@@ -92,30 +92,30 @@ fn regression_the_dead_were_taken_for_lenders() {
     assert_fine(1988, 9);
 }
 
-/// One node took back the space of the dead lender of a quarter, another one that of the dead node
-/// that the quarter had belonged to.
+/// One node reclaimed the space of a quarter's dead lender, and another node reclaimed that of the
+/// quarter's dead original owner.
 #[test]
 fn regression_two_nodes_take_back_one_quarter_from_two_dead() {
     assert_fine(5256, 9);
 }
 
-/// A node left while it took back the space of a node whose quarter it lent, and handed that to one
-/// that had agreed before.
+/// A node left while it was reclaiming the space of a node whose quarter it lent. It handed the
+/// quarter to a node that had already agreed to the reclaim.
 #[test]
 fn regression_a_quarter_handed_on_by_a_node_that_takes_it_back() {
     assert_fine(56341, 9);
 }
 
-/// A request that the borrower had given up arrived after all, and what was lent for it was
-/// nobody's.
+/// A request arrived after the borrower had given it up, and the blocks lent for it belonged to no
+/// node.
 #[test]
 fn regression_a_late_request_is_answered() {
     assert_fine(16924, 9);
     assert_fine(19002, 9);
 }
 
-/// A node was asked to take nothing from another, was told that this is over, and went on not to
-/// take anything from that one.
+/// A node promised to take nothing from another node, heard that the promise was over, and still
+/// took nothing from that node.
 #[test]
 fn regression_a_promise_that_is_over_holds_nobody_back() {
     for seed in [23733, 66955, 97846] {
@@ -123,16 +123,16 @@ fn regression_a_promise_that_is_over_holds_nobody_back() {
     }
 }
 
-/// A node that had just agreed that another one takes back what was handed to a dead one took it
-/// itself: its own quarter.
+/// A node agreed that another one reclaims what had been handed to a dead node, and then took it
+/// itself: its own original quarter.
 #[test]
 fn regression_a_quarter_that_its_birth_owner_has_consented_to_lose() {
     assert_fine(4950, 9);
 }
 
-/// A lender was cut off alive and taken back, others borrowed of its quarter, and it came back and
-/// lent the same: its title had a higher serial than that of the node that had taken it back, and
-/// nobody told it. No life before had a node that was taken back and lived.
+/// A lender was cut off alive and reclaimed, others borrowed from its quarter, and it came back and
+/// lent the same blocks. Its title had a higher serial than that of the node that reclaimed it, and
+/// no node told it. Earlier simulations never reclaimed a node that lived.
 #[test]
 fn regression_a_lender_that_was_taken_back_alive() {
     for seed in [4, 7, 24, 40, 61, 126, 155] {
@@ -140,29 +140,29 @@ fn regression_a_lender_that_was_taken_back_alive() {
     }
 }
 
-/// A node that had agreed, and knew already that another one had done it, waited for ever to hear
-/// how it ended.
+/// A node agreed to a reclaim, already knew that another node had completed it, and waited forever
+/// for the result.
 #[test]
 fn regression_a_promise_about_a_node_that_is_known_to_be_gone() {
     assert_fine(107, 9);
     assert_fine(195, 9);
 }
 
-/// Borrowers had heard of a later title, of a node that is gone.
+/// Borrowers had heard of a later title, held by a node that is gone.
 #[test]
 fn regression_a_title_of_the_dead_exceeds_that_of_the_lender() {
     assert_fine(902, 9);
 }
 
-/// Two nodes were taken back while they were cut off, met, and went on to lend on each other's
-/// word: one handed the other a quarter.
+/// Two nodes were reclaimed while they were cut off. They met and kept lending because each vouched
+/// for the other. One handed a quarter to the other.
 #[test]
 fn regression_two_that_were_taken_back_vouch_for_each_other() {
     assert_fine(16286, 9);
 }
 
-/// A node that was launched after a lender was taken back, and met it first, vouched for what that
-/// told it.
+/// A node that was launched after a lender was reclaimed, and that met this lender first, vouched
+/// for its claims.
 #[test]
 fn regression_a_new_node_vouches_for_a_lender_that_was_taken_back() {
     assert_fine(30686, 9);
@@ -174,7 +174,7 @@ fn regression_containers_wait_while_there_are_free_addresses() {
     assert_fine(2832, 9);
 }
 
-/// The title of a node that was taken back and does not know it yet is not one that it lends on.
+/// A reclaimed node that does not know about it yet keeps its title but does not lend with it.
 #[test]
 fn regression_titles_of_nodes_that_do_not_know_that_they_were_taken_back() {
     for seed in [10000, 11896, 14184] {

@@ -14,32 +14,33 @@ use rand::{Rng, SeedableRng};
 
 use crate::host::{Disk, Host, Node, keys, peer};
 
-/// Longer than it takes both ends of a connection to notice that nothing arrives.
+/// Longer than both ends of a connection need to notice that nothing arrives.
 pub const GRACE: Duration = Duration::from_secs(15);
 
-/// What is wrong with a node, on purpose: the simulation has to notice.
+/// A deliberate error in the nodes. The simulation must find it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Sabotage {
     #[default]
     None,
-    /// A crash takes the last write with it.
+    /// A crash loses the last write.
     ForgetfulDisk,
-    /// Messages go out before what they depend on is written.
+    /// Messages are sent before the facts that they depend on are written.
     AnswersFirst,
-    /// What a node lends is not kept.
+    /// Loans are not stored.
     LosesLoans,
-    /// Nodes vouch for every lender, also after they have agreed that its space be taken back.
+    /// Nodes vouch for every lender, even after they agreed to reclaim its space.
     VouchesForAll,
 }
 
 impl Sabotage {
-    /// Whether lenders and disks are compared: otherwise only addresses that are given twice tell.
+    /// Returns whether lenders and disks are compared. If not, only duplicate addresses reveal the
+    /// error.
     fn is_checked(self) -> bool {
         matches!(self, Self::None | Self::VouchesForAll)
     }
 }
 
-/// How one run is made.
+/// Settings of one run.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     pub seed: u64,
@@ -49,7 +50,7 @@ pub struct Settings {
     pub verbose: bool,
 }
 
-/// What happened in a run.
+/// Numbers of events in a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
     pub steps: u64,
@@ -57,12 +58,11 @@ pub struct Counts {
     pub crashes: u64,
     pub resets: u64,
     pub reclaims: u64,
-    /// Nodes whose space was taken back while they lived, cut off from all others.
+    /// Nodes that were reclaimed while they lived, cut off from all others.
     pub buried_alive: u64,
     /// Messages of a liar.
     pub lies: u64,
-    /// Looks at an address that the liar has announced before its owner, as another node has seen
-    /// it.
+    /// Observations of another node that an address was announced by the liar before its owner.
     pub lost_races: u64,
     pub attaches: u64,
     pub granted: u64,
@@ -79,7 +79,7 @@ pub enum Payload {
         hops: u8,
         body: Vec<u8>,
     },
-    /// A parcel of gossip's own, for the next hop.
+    /// An encoded routed message of gossip, for the next hop.
     Sealed(Vec<u8>),
 }
 
@@ -90,7 +90,7 @@ pub enum Event {
         link: u64,
         payload: Payload,
     },
-    /// A parcel that took its time, wherever it was.
+    /// A routed message that was delayed somewhere.
     Late {
         from: NodeId,
         to: NodeId,
@@ -106,7 +106,7 @@ pub enum Event {
     Restart(NodeId),
     Launch(NodeId),
     Unblock(u64),
-    /// Somebody takes back the space of a node, if that still seems to be gone.
+    /// An administrator reclaims the space of a node, if it still seems to be gone.
     Reclaim(NodeId),
     Chaos,
 }
@@ -143,39 +143,40 @@ pub struct World {
     pub layout: Layout,
     pub timing: Timing,
     pub hosts: BTreeMap<NodeId, Host>,
-    /// A member that lies.
+    /// The lying member.
     pub liar: Option<NodeId>,
-    /// What it announces of others.
+    /// Prefixes of other nodes that it announces.
     pub forged: Vec<IpNet>,
     verified: Verified,
-    /// Directions in which nothing arrives, with the fault that they belong to.
+    /// Directions in which nothing arrives, with the number of the cut that blocks them.
     pub blocked: BTreeMap<(NodeId, NodeId), u64>,
-    /// Nodes that are cut off from all others, with the fault: people take them for dead.
+    /// Nodes that are cut off from all others, with the number of the cut. Administrators take them
+    /// for dead.
     pub isolated: BTreeMap<NodeId, u64>,
-    /// Nodes that were taken back while they were cut off, up to which incarnation.
+    /// Nodes that were reclaimed while they were cut off, each with the last reclaimed incarnation.
     pub buried: BTreeMap<NodeId, u64>,
     pub faults: u64,
-    /// The latest connection of each pair.
+    /// The number of the latest connection.
     links: u64,
     queue: BinaryHeap<Reverse<Queued>>,
     order: u64,
-    /// Addresses of the range in use, by whom.
+    /// Users of the addresses in the range.
     pub used: BTreeMap<IpAddr, NodeId>,
     pub counts: Counts,
     pub problems: BTreeMap<NodeId, BTreeSet<Problem>>,
     pub violations: Vec<String>,
-    /// Parcels are lost, doubled and late.
+    /// Whether routed messages are lost, duplicated and delayed.
     pub is_rough: bool,
-    /// Little happens but that containers come and go.
+    /// Whether little happens except that containers come and go.
     pub is_calm: bool,
-    /// Who connects with whom; everyone with everyone if there is none.
+    /// Pairs of nodes that connect. All nodes connect with each other if this is `None`.
     pub mesh: Option<BTreeSet<(NodeId, NodeId)>>,
-    /// Paths are found anew no more often than this.
+    /// Minimum time between two computations of the paths.
     pub pace: Duration,
     pub traffic: Traffic,
 }
 
-/// What went over the network.
+/// Messages and bytes that were sent over the network.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Traffic {
     pub messages: u64,
@@ -265,7 +266,7 @@ impl World {
         Duration::from_secs_f64(self.rng.random_range(low..high))
     }
 
-    /// Runs the next event, if it comes before `end`. False if it does not.
+    /// Runs the next event if it is due by `end`. Returns false if none is.
     pub fn step(&mut self, end: Instant) -> bool {
         if self.queue.peek().is_none_or(|Reverse(next)| next.at > end) {
             self.now = end;
@@ -283,7 +284,7 @@ impl World {
         while self.violations.is_empty() && self.step(end) {}
     }
 
-    /// No more random things.
+    /// Removes the scheduled chaos.
     pub fn drop_chaos(&mut self) {
         self.queue.retain(|Reverse(queued)| !matches!(queued.event, Event::Chaos));
     }
@@ -303,7 +304,7 @@ impl World {
         }
     }
 
-    /// A new node on a host that has none.
+    /// Launches a new node on a host that has none.
     pub fn launch(&mut self, id: NodeId) {
         let milliseconds = 1_700_000_000_000 + (self.now - self.start).as_millis() as u64;
         let Some(host) = self.hosts.get_mut(&id) else { return };
@@ -316,7 +317,7 @@ impl World {
         self.restart(id);
     }
 
-    /// Starts the node that the disk has.
+    /// Starts the node that is on the host's disk.
     pub fn restart(&mut self, id: NodeId) {
         let rng = StdRng::seed_from_u64(self.rng.random());
         let (network, timing, now) = (self.network, self.timing, self.now);
@@ -336,7 +337,7 @@ impl World {
         }
     }
 
-    /// The process ends without a word; the disk stays.
+    /// Ends the process without a shutdown. The disk remains.
     pub fn crash(&mut self, id: NodeId) {
         let Some(host) = self.hosts.get_mut(&id) else { return };
         if host.node.take().is_none() {
@@ -352,7 +353,7 @@ impl World {
         self.hang_up(id);
     }
 
-    /// The others notice, sooner or later, that nobody is there.
+    /// Makes the other nodes notice after a while that the node is gone.
     fn hang_up(&mut self, id: NodeId) {
         let links: Vec<_> = self
             .hosts
@@ -365,7 +366,7 @@ impl World {
         }
     }
 
-    /// The host loses its node and its disk.
+    /// Removes a host's node and its disk.
     pub fn wipe(&mut self, id: NodeId) {
         let Some(host) = self.hosts.get_mut(&id) else { return };
         host.node = None;
@@ -381,7 +382,7 @@ impl World {
         self.blocked.contains_key(&(from, to))
     }
 
-    /// Nothing arrives in these directions until the fault is over. Returns its number.
+    /// Blocks these directions for a time. Returns the number of the cut.
     pub fn block(&mut self, directions: Vec<(NodeId, NodeId)>, time: Duration) -> u64 {
         self.faults += 1;
         let fault = self.faults;
@@ -405,7 +406,7 @@ impl World {
         self.isolated.retain(|_, number| *number != fault);
     }
 
-    /// Whether two nodes ever connect.
+    /// Returns whether two nodes ever connect.
     fn connects(&self, a: NodeId, b: NodeId) -> bool {
         self.mesh.as_ref().is_none_or(|mesh| mesh.contains(&(a.min(b), a.max(b))))
     }
@@ -454,7 +455,7 @@ impl World {
         self.pump(at);
         let delay = self.random(0.1, 2.0);
         self.after(delay, Event::Dial(at.min(peer), at.max(peer)));
-        // The other end may not have noticed anything.
+        // The other end may not have noticed.
         let other = self.node(peer).and_then(|node| node.links.get(&at).copied());
         if other == Some(link) {
             let delay = self.random(0.0, 4.0);
@@ -519,7 +520,7 @@ impl World {
         self.pump(to);
     }
 
-    /// Passes a parcel on to the next node on its way, as gossip has it.
+    /// Passes a routed message to the next node on its path, as gossip knows it.
     fn forward(&mut self, at: NodeId, payload: Payload) {
         let Payload::Parcel { to, .. } = &payload else { return };
         let to = *to;
@@ -528,7 +529,7 @@ impl World {
         self.transmit(at, path.via, payload);
     }
 
-    /// As TCP does: in order, or not at all.
+    /// Delivers as TCP does: in order, or not at all.
     fn transmit(&mut self, from: NodeId, to: NodeId, payload: Payload) {
         let Some(link) = self.node(from).and_then(|node| node.links.get(&to).copied()) else {
             return;
@@ -580,7 +581,7 @@ impl World {
         node.timer = None;
         if node.gossip.poll_timeout().is_some_and(|at| at <= now) {
             node.gossip.handle_timeout(now);
-            // It may have published links that changed.
+            // Gossip may have published changed links.
             node.paths_are_old = true;
         }
         if node.ipam.poll_timeout().is_some_and(|at| at <= now) {
@@ -592,7 +593,7 @@ impl World {
         self.pump(id);
     }
 
-    /// True if the node dies now, before it does anything more.
+    /// Returns true if the node dies now, before its next action.
     fn dies(&mut self, id: NodeId) -> bool {
         let Some(node) = self.node(id) else { return true };
         match &mut node.crash_after {
@@ -610,7 +611,7 @@ impl World {
         }
     }
 
-    /// Carries out what the cores of a node have decided.
+    /// Carries out what the cores of a node decided.
     pub fn pump(&mut self, id: NodeId) {
         let mut delayed = Vec::new();
         loop {
@@ -683,7 +684,7 @@ impl World {
             gossip::Action::SendParcel { to, parcel } => {
                 self.transmit(id, to, Payload::Sealed(parcel.encode()));
             }
-            // What the allocation sends takes its own, rougher way here.
+            // Messages of the allocation take another, less reliable path in this simulation.
             gossip::Action::Deliver(_) => {}
             gossip::Action::Contested(_) | gossip::Action::Clash { .. } => {}
         }
@@ -717,7 +718,7 @@ impl World {
         }
     }
 
-    /// Tells the others what this node has. True if that is news.
+    /// Announces this node's prefixes. Returns true if they changed.
     fn announce(&mut self, id: NodeId) -> bool {
         let now = self.now;
         let (is_liar, forged) = (self.is_liar(id), self.forged.clone());
@@ -765,8 +766,9 @@ impl World {
         }
     }
 
-    /// The space of a node was taken back that lives: it is cut off, or was a moment ago. If that
-    /// makes what cannot be excluded (docs/addresses.md), it was gone indeed.
+    /// Handles the reclaim of a node that lives, and that is cut off or was a moment ago. If the
+    /// case is one that the design cannot prevent (docs/internals/addresses.md), the node is made
+    /// dead for good instead.
     fn bury(&mut self, of: NodeId, incarnation: u64) {
         let may_lend =
             self.node(of).is_some_and(|node| quarters().any(|quarter| node.ipam.may_lend(quarter)));
@@ -788,19 +790,18 @@ impl World {
         }
     }
 
-    /// Whether the space of a node was taken back that does not know it yet.
+    /// Returns whether a node was reclaimed and does not know it yet.
     pub fn is_buried_alive(&self, id: NodeId) -> bool {
         let epoch = self.hosts[&id].disk.as_ref().map(Disk::epoch);
         self.buried.get(&id).is_some_and(|up_to| epoch.is_some_and(|epoch| epoch <= *up_to))
     }
 
-    /// Whether there is such a node besides this one: it may vouch for this one, and this one for
-    /// it.
+    /// Returns whether there is another node like that. The two may vouch for each other.
     pub fn is_another_buried_alive(&self, id: NodeId) -> bool {
         self.ids().into_iter().any(|other| other != id && self.is_buried_alive(other))
     }
 
-    /// No two nodes at once may give away what is lent of a quarter.
+    /// Checks that no two nodes may lend from the same quarter at the same time.
     fn check_lenders(&mut self, id: NodeId) {
         let may_lend = |host: &Host, quarter| {
             host.node.as_ref().is_some_and(|node| node.ipam.may_lend(quarter))
@@ -818,12 +819,11 @@ impl World {
         }
     }
 
-    /// No two disks have the same block or the same quarter to lend.
+    /// Checks that no two disks have the same block, or the same quarter to lend.
     ///
-    /// The disk of a node whose space was taken back, and that does not know it yet, may have a
-    /// title that another one has by now: one that it had before, or one that it took since, on
-    /// consent that was given before. It may not lend on that title, which [`Self::check_lenders`]
-    /// checks.
+    /// A reclaimed node that does not know about it yet may have a title on its disk that another
+    /// node has by now. It had the title before, or took it since on consent that was given before.
+    /// It may not lend with that title, which [`Self::check_lenders`] checks.
     fn check_disks(&mut self, id: NodeId, changes: &[ipam::Change]) {
         let mut violations = Vec::new();
         for change in changes {
@@ -896,7 +896,7 @@ impl World {
         }
     }
 
-    /// A container gets an address: from here on it is in use.
+    /// Attaches a container. From here on, its address is in use.
     fn attach(&mut self, id: NodeId, address: IpAddr, owner: String) {
         self.log(|| format!("{id} gives {address} to {owner}"));
         self.counts.granted += 1;
@@ -906,7 +906,8 @@ impl World {
         };
         let is_kept = is_own || disk.holds(address) || self.settings.sabotage != Sabotage::None;
         disk.attachments.insert(address, owner);
-        // Static addresses: nodes that are apart may both have one (`World::check_statics`).
+        // Nodes on both sides of a partition may have the same static address
+        // (`World::check_statics`).
         if self.liar == Some(id) || !self.network.range.contains(&address) {
             return;
         }
@@ -922,7 +923,7 @@ impl World {
         }
     }
 
-    /// The node has handed over all it must, and leaves.
+    /// Removes a node that has handed over everything it must.
     fn leave(&mut self, id: NodeId) {
         self.counts.resets += 1;
         self.log(|| format!("{id} leaves"));

@@ -1,4 +1,4 @@
-//! Two nodes, from `launch` to `reset`.
+//! Tests two nodes from `launch` to `reset`.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::{PATIENCE, TOKEN, datagrams, ensure_no, in_lab, pings_both_ways, step};
 
-/// Both families of the underlay, and XDP.
+/// Runs the test over both families of the underlay, and with XDP.
 pub fn run() -> Result<()> {
     for (name, family, options) in [
         ("IPv4", Family::V4, &[][..]),
@@ -27,8 +27,8 @@ pub fn run() -> Result<()> {
 
 fn live(lab: &Lab, options: &[&str]) -> Result<()> {
     for host in lab.hosts() {
-        // As a network card that does no checksums: what the kernel believes to be unfinished, it
-        // would finish here, in the ciphertext.
+        // Emulate a network card without checksum offload. If the kernel still expected a partial
+        // checksum, it would complete it here, in the ciphertext.
         host.netns().run("ethtool", &["-K", host.interface(), "tx", "off"])?;
     }
     step("launch", || lab.hosts().iter().try_for_each(|host| launch(lab, host, options)))?;
@@ -79,8 +79,8 @@ fn launch(lab: &Lab, host: &Host, options: &[&str]) -> Result<()> {
     host.overnode(&words)?.success().map(drop)
 }
 
-/// tcx came with Linux 6.6: this is where the other way is tried. Interfaces to peers are known
-/// once there are peers.
+/// Checks how a host's programs are attached. tcx requires Linux 6.6, so this kernel tests the
+/// fallback. Interfaces toward peers are known only once there are peers.
 fn ensure_attached_by(host: &Host, wanted: &str) -> Result<()> {
     let hook = host.status()?["node"]["attachment"].clone();
     ensure!(hook == wanted, "programs of {} are attached by {hook}, not by {wanted}", host.name);
@@ -93,8 +93,9 @@ fn attach(host: &Host, name: &str) -> Result<Container> {
     Ok(container)
 }
 
-/// The thief aims checksums at every place of its packets, sealed at once and through the
-/// normaliser: none arrives from the victim, and what would change its headers is counted.
+/// The thief aims partial checksums at every position of its packets, both those that are sealed at
+/// once and those that go through the offload veth. No packet may arrive from the victim, and some
+/// packets must be dropped.
 fn forge(thief: &Container, victim: &Container, to: &Container) -> Result<()> {
     const INTERFACE: &str = "overnode0";
     let links: Value =

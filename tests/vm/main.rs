@@ -1,7 +1,7 @@
-//! What `cargo xtask vm` runs inside a virtual machine with the oldest kernel that overnode
-//! promises to work on: real daemons on two hosts, and the kernel's own WireGuard as a peer.
+//! Tests that `cargo xtask vm` runs inside a virtual machine with the oldest supported kernel: real
+//! daemons on two hosts, and the kernel's own WireGuard as a peer.
 //!
-//! The machine is emulated in software and ten to fifty times slower than this one: numbers here
+//! The machine is emulated in software and ten to fifty times slower than the real one. The tests
 //! prove that packets arrive, not how fast.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
@@ -16,7 +16,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use lab::{Container, Host, Lab, flow};
 
 const TOKEN: &str = "virtual-machine";
-/// Longer than anything may take that is not bound to a timer, in an emulated machine.
+/// Time limit for everything that waits for no timer, in an emulated machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Builds a lab and tells `story` in it; an error gets the ends of the daemons' logs.
+/// Builds a lab and runs `story` in it. Appends the last lines of the daemons' logs to an error.
 fn in_lab(builder: lab::Builder, story: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
     const LINES: usize = 25;
     let lab = builder.build()?;
@@ -52,7 +52,7 @@ fn in_lab(builder: lab::Builder, story: impl FnOnce(&Lab) -> Result<()>) -> Resu
     })
 }
 
-/// Does something, and says so.
+/// Does a step of a test and prints that it worked.
 fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let started = Instant::now();
     let done = work().with_context(|| what.to_owned())?;
@@ -60,7 +60,7 @@ fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     Ok(done)
 }
 
-/// Pings each way between two containers, of which none may be lost.
+/// Pings in both directions between two containers, without a loss.
 fn pings_both_ways(one: &Container, other: &Container) -> Result<()> {
     for (from, to) in [(one, other), (other, one)] {
         let pings = from.ping(to.address(), 100, Duration::from_millis(10))?;
@@ -74,7 +74,7 @@ fn pings_both_ways(one: &Container, other: &Container) -> Result<()> {
     Ok(())
 }
 
-/// Datagrams of which all arrive as they were sent: the shortest, one that needs padding, the
+/// Sends datagrams that must all arrive unchanged: short ones, one that needs padding, and the
 /// longest.
 fn datagrams(from: &Container, to: &Container) -> Result<()> {
     const COUNT: u64 = 50;
@@ -89,7 +89,7 @@ fn datagrams(from: &Container, to: &Container) -> Result<()> {
     Ok(())
 }
 
-/// Fails unless the node's programs have dropped nothing for one of these reasons.
+/// Fails if the node's programs dropped a packet for one of these reasons.
 fn ensure_no(host: &Host, reasons: &[&str]) -> Result<()> {
     let status = host.status()?;
     let counters = status["counters"].as_array().context("no counters")?;

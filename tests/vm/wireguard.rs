@@ -1,4 +1,4 @@
-//! A node on one host, the kernel's WireGuard, as `wg` configures it, on the other.
+//! A node on one host, and the kernel's WireGuard, configured with `wg`, on the other.
 
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -14,7 +14,7 @@ use lab::{Container, Entry, Family, Host, Lab, gateway};
 
 use crate::{PATIENCE, TOKEN, datagrams, ensure_no, in_lab, pings_both_ways, step};
 
-/// In the static part of the subnet: the node's containers look for it on their own link.
+/// An address in the static part of the subnet, which the node's containers consider on-link.
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 38, 0, 7);
 const OUTSIDE_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 38, 0, 254);
 const SUBNET: &str = "10.32.0.0/12";
@@ -22,14 +22,14 @@ const MTU: u32 = 1420;
 const KERNEL_PORT: u16 = 51820;
 const NODE_PORT: u16 = 6784;
 
-/// Who knows where the other one is, and so has to begin.
+/// The side that knows the other one's endpoint and therefore has to initiate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Initiator {
     Node,
     Kernel,
 }
 
-/// Each as the initiator; IPv4 and IPv6; with a pre-shared key and without.
+/// Tests each side as the initiator, over IPv4 and IPv6, with a preshared key and without.
 pub fn run() -> Result<()> {
     for (initiator, family, preshared) in [
         (Initiator::Node, Family::V4, true),
@@ -47,8 +47,8 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-/// WireGuard makes new keys after 120 seconds: both roles side by side, under pings that end 15
-/// seconds later.
+/// Tests a rekey, which WireGuard does after 120 seconds. Both roles run in parallel, with pings
+/// that last 15 seconds longer.
 pub fn rekey() -> Result<()> {
     const INTERVAL: Duration = Duration::from_millis(50);
     const PINGS: u32 = 2700;
@@ -94,7 +94,7 @@ fn talk(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<()> {
     ensure_no(lab.host(1), &["forged", "replayed", "foreign-source", "malformed", "offload"])
 }
 
-/// A container of the node and one behind the kernel's WireGuard, after the first ping.
+/// Returns a container of the node and one behind the kernel's WireGuard, after the first ping.
 fn meet(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<(Container, Container)> {
     let (node, kernel) = (lab.host(1), lab.host(2));
     let [inside, outside] = [node.container("inside")?, kernel.container("outside")?];
@@ -115,15 +115,15 @@ fn meet(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<(Container, 
     Ok((inside, outside))
 }
 
-/// When the kernel's WireGuard had its last handshake, in seconds since the Unix epoch; 0 before
-/// the first.
+/// Returns the time of the last handshake of the kernel's WireGuard, in seconds since the Unix
+/// epoch. Returns 0 before the first handshake.
 fn handshake(kernel: &Host) -> Result<u64> {
     let line = kernel.netns().run("wg", &["show", "wg0", "latest-handshakes"])?;
     let time = line.split_whitespace().last().with_context(|| format!("wg has no peer: {line}"))?;
     time.parse().with_context(|| line.clone())
 }
 
-/// Tells each of the other, and only the initiator where the other is.
+/// Configures the two sides as peers. Only the initiator gets the other's endpoint.
 fn introduce(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<()> {
     let (node, kernel) = (lab.host(1), lab.host(2));
     let secret = lab.folder().join("secret");
@@ -161,7 +161,7 @@ fn introduce(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<()> {
     netns.ip(&["route", "add", SUBNET, "dev", "wg0"]).map(drop)
 }
 
-/// `overnode peer add`; gives back the node's own key, which it prints for the peer's
+/// Runs `overnode peer add`. Returns the node's own key, which the command prints for the peer's
 /// configuration.
 fn add_peer(
     node: &Host,
@@ -180,7 +180,7 @@ fn add_peer(
     Ok(key.with_context(|| format!("`overnode peer add` printed no key: {printed}"))?.to_owned())
 }
 
-/// `wg` with this input; gives back the line it prints.
+/// Runs `wg` with this input. Returns the line that it prints.
 fn wg(words: &[&str], input: &str) -> Result<String> {
     let mut child = Command::new("wg")
         .args(words)

@@ -1,4 +1,4 @@
-//! Nebula with a certificate authority of its own, both nodes told where the other is.
+//! Nebula with its own certificate authority and static addresses for both nodes.
 
 use std::fs;
 use std::process::Command;
@@ -17,11 +17,11 @@ pub struct Nodes {
     _processes: Vec<Background>,
 }
 
-/// Starts one on each host. The containers' networks are what Nebula calls unsafe routes: subnets
-/// behind a node, vouched for by its certificate.
+/// Starts one node on each host. The containers' networks are what Nebula calls unsafe routes:
+/// subnets behind a node that its certificate vouches for.
 ///
 /// # Errors
-/// When Nebula is not installed or refuses.
+/// When Nebula is not installed or does not start.
 pub fn start(lab: &Lab) -> Result<Nodes> {
     ensure_tun()?;
     let folder = lab.folder();

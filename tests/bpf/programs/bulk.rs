@@ -1,4 +1,4 @@
-//! The bulk path: which packets go to workers, and what workers may deliver.
+//! Tests of the bulk path: which packets go to workers, and what workers may deliver.
 
 use aya::maps::Array;
 use overnode_ebpf::map::{
@@ -18,12 +18,13 @@ const UDP: u8 = 17;
 const SEGMENT: u32 = 1360;
 
 impl World {
-    /// One worker that serves the peer, alive for as long as any test takes.
+    /// Adds a worker that serves the peer and stays alive for longer than any test.
     fn serve(&mut self) {
         self.serve_until(boot_ns() + 3600 * 1_000_000_000);
     }
 
-    /// One worker that said at that time that it lives, and serves the peer.
+    /// Adds a worker that serves the peer and sent its last heartbeat at `alive_ns`, in nanoseconds
+    /// since boot.
     fn serve_until(&mut self, alive_ns: u64) {
         self.set_worker(0, BulkWorker { ifindex: IFINDEX, unused: 0, alive_ns });
         let peer = self.bulk_peer();
@@ -45,13 +46,13 @@ impl World {
         Array::try_from(map).and_then(|mut map| map.set(PEER, peer, 0)).expect("BULK_PEERS");
     }
 
-    /// A packet of segments from the container to the peer's.
+    /// Sends a packet of segments from the container to the peer's container.
     fn send_large(&self, protocol: u8, port: u16) -> Output {
         self.run_gso("from_container", &from_container(&large(protocol, port)), SEGMENT)
     }
 
-    /// Sends until the flow has moved, as if `seal` had had each packet at once; how many bytes
-    /// that took.
+    /// Sends until the flow moves to a worker, as if `seal` received each packet at once. Returns
+    /// the number of bytes that were sent.
     fn move_flow(&mut self, protocol: u8, port: u16) -> u64 {
         let mut sent = 0;
         for _ in 0..1000 {
@@ -67,16 +68,16 @@ impl World {
     }
 }
 
-/// The header of what a worker has opened.
+/// Returns the header of a packet that a worker opened.
 fn opened_by_worker(peer: u32) -> [u8; 14] {
     bulk_header(peer, [0; 4])
 }
 
-/// As large as a test run takes.
+/// Returns a packet of segments about as large as a test run accepts.
 fn large(protocol: u8, port: u16) -> Vec<u8> {
     let mut transport = vec![0; 3000];
     transport[..4].copy_from_slice(&[port.to_be_bytes(), 80_u16.to_be_bytes()].concat());
-    // TCP: a header of 20 bytes.
+    // A TCP header of 20 bytes.
     transport[12] = 5 << 4;
     ipv4_with(CONTAINER, REMOTE, protocol, &transport)
 }
@@ -105,7 +106,7 @@ fn a_flow_moves_when_it_has_sent_enough_and_all_of_it_does() {
     assert!(is_steered(&output), "a small packet of the flow stays behind");
     assert_eq!(output.frame, [&bulk_header(PEER, CONTAINER.octets())[..], &packet].concat());
     assert!(is_steered(&world.send_large(TCP, 1000)));
-    // Others stay, large or small.
+    // Other flows stay, whether their packets are large or small.
     assert!(!is_steered(&world.send_large(TCP, 1001)));
     assert!(!is_steered(&world.run("from_container", &from_container(&small(1001)))));
     assert_eq!(world.count(Reason::BulkSent), 3);
@@ -130,8 +131,8 @@ fn udp_in_segments_moves_and_other_protocols_and_fragments_do_not() {
 fn a_flow_does_not_overtake_itself_but_does_not_wait_for_ever() {
     let mut world = World::new(Underlay::V4);
     world.serve();
-    // What goes into the normaliser never comes out in a test run. More packets if the test itself
-    // pauses: counting starts anew then.
+    // In a test run, packets that enter the offload veth never leave it. If the test itself pauses,
+    // more packets are needed, because counting restarts then.
     let packets = (1_u64..20_000).find(|_| is_steered(&world.send_large(TCP, 1000)));
     let each = 14 + large(TCP, 0).len() as u64;
     assert!(packets >= Some(BULK_PATIENCE.div_ceil(each)), "{packets:?}");
@@ -200,7 +201,7 @@ fn workers_deliver_what_a_peer_may_send() {
     let output = world.run("from_bulk", &[&opened_by_worker(PEER)[..], &packet].concat());
     assert_eq!(output.verdict, TC_ACT_REDIRECT);
     assert_eq!(output.frame, ethernet(CONTAINER_MAC, GATEWAY_MAC, 0x0800, &packet));
-    // Joined.
+    // A coalesced packet.
     let packet = ipv4(REMOTE, CONTAINER, 3000);
     let output =
         world.run_gso("from_bulk", &[&opened_by_worker(PEER)[..], &packet].concat(), SEGMENT);
@@ -212,7 +213,8 @@ fn workers_deliver_what_a_peer_may_send() {
 fn a_peer_sends_from_its_own_addresses_only_to_containers_of_this_host_only() {
     let mut world = World::new(Underlay::V4);
     let frame = |peer, packet: Vec<u8>| [&opened_by_worker(peer)[..], &packet].concat();
-    // Another peer's, this host's, nobody's; and the right one's in another peer's name.
+    // Sources of another peer, of this host, and without an owner. Then valid sources in the name
+    // of the wrong peer.
     for source in
         [OTHER_REMOTE, NEIGHBOUR, UNATTACHED, [192, 0, 2, 7].into(), [10, 46, 0, 1].into()]
     {
@@ -235,7 +237,7 @@ fn a_peer_sends_from_its_own_addresses_only_to_containers_of_this_host_only() {
             Reason::NotHere,
         );
     }
-    // The host is reached where it is exposed, and there only.
+    // The host is reachable only at addresses where it is exposed.
     world.set_route(UNATTACHED, 32, ROUTE_HOST, IFINDEX);
     let output = world.run("from_bulk", &frame(PEER, ipv4(REMOTE, UNATTACHED, 200)));
     assert_eq!(output.verdict, TC_ACT_REDIRECT);

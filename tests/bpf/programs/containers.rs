@@ -1,4 +1,4 @@
-//! `from_container`: what containers may send, and where to.
+//! Tests of `from_container`: what containers may send, and to which destinations.
 
 use std::net::Ipv4Addr;
 
@@ -20,7 +20,7 @@ fn neighbours_get_packets_as_they_are() {
     assert_eq!(output.verdict, TC_ACT_REDIRECT);
     assert_eq!(output.frame, ethernet(NEIGHBOUR_MAC, NEIGHBOUR_GATEWAY_MAC, 0x0800, &packet));
     assert_eq!(world.counts(), [(Reason::Local, 1)]);
-    // No path between hosts, no limit.
+    // No underlay is between containers of one host, so no MTU applies.
     let packet = ipv4(CONTAINER, NEIGHBOUR, 3000);
     let output = world.run_gso("from_container", &from_container(&packet), 2000);
     assert_eq!(output.frame, ethernet(NEIGHBOUR_MAC, NEIGHBOUR_GATEWAY_MAC, 0x0800, &packet));
@@ -33,7 +33,7 @@ fn what_must_be_segmented_goes_to_the_normaliser_addressed_to_no_interface() {
         let frame = from_container(&to_remote(size));
         let output = world.run_gso("from_container", &frame, 64);
         assert_eq!(output.verdict, TC_ACT_REDIRECT);
-        // Where nothing seals it, the host's own stack must not take it for its own.
+        // If `seal` is not attached, the host's stack must not take the frame for its own.
         assert_eq!(output.frame, [&[0; 6], &frame[6..]].concat());
     }
     assert_eq!(world.counts(), [], "counted where it is sealed");
@@ -125,13 +125,13 @@ fn malformed_packets_are_refused() {
     for len in 20..64 {
         world.expect_drop("from_container", &from_container(&packet[..len]), Reason::Malformed);
     }
-    // All zeros but the peer: what `seal` would take for the daemon's wish to send a keepalive.
+    // All zeros but the peer, which is how the daemon asks `seal` for a keepalive.
     let mut keepalive = [0; 20];
     keepalive[16] = PEER as u8;
     world.expect_drop("from_container", &from_container(&keepalive), Reason::Malformed);
 }
 
-/// An ARP request as `sender` would make it.
+/// Returns an ARP request with this sender address.
 fn arp(sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
     let body = [
         &[0, 1, 8, 0, 6, 4, 0, 1][..],
@@ -190,21 +190,21 @@ fn arp_that_is_not_answered() {
         frame
     };
     let cases = [
-        // Duplicate address detection, and announcements.
+        // Duplicate address detection and announcements.
         (arp(Ipv4Addr::UNSPECIFIED, CONTAINER), Reason::Unsupported),
         (arp(CONTAINER, CONTAINER), Reason::Unsupported),
-        // Outside the subnet, on both sides of it.
+        // Targets outside the subnet, on both sides of it.
         (arp(CONTAINER, Ipv4Addr::new(10, 31, 255, 255)), Reason::NoRoute),
         (arp(CONTAINER, Ipv4Addr::new(10, 48, 0, 0)), Reason::NoRoute),
         (arp(CONTAINER, Ipv4Addr::new(192, 0, 2, 1)), Reason::NoRoute),
-        // In somebody else's name: address, hardware address in the body, in the header.
+        // A foreign sender: its address, its hardware address in the body, and in the header.
         (arp(NEIGHBOUR, REMOTE), Reason::Spoofed),
         (with(22, 0x12), Reason::Spoofed),
         (with(6, 0x12), Reason::Spoofed),
-        // A reply; RARP.
+        // A reply and RARP.
         (with(21, 2), Reason::Unsupported),
         (with(21, 3), Reason::Unsupported),
-        // Other hardware, protocol, lengths.
+        // Another hardware type, protocol or length.
         (with(15, 6), Reason::Malformed),
         (with(16, 0x86), Reason::Malformed),
         (with(18, 8), Reason::Malformed),
@@ -219,7 +219,7 @@ fn arp_that_is_not_answered() {
     }
 }
 
-/// Checks an ICMP "fragmentation needed" about `packet`.
+/// Checks that `packet` is answered with an ICMP "fragmentation needed".
 #[track_caller]
 fn expect_fragmentation_needed(world: &World, packet: &[u8], gso_size: u32, mtu: u16) {
     let before = world.count(Reason::TooBig);
@@ -259,13 +259,13 @@ fn what_is_too_big_is_answered() {
     }
     expect_fragmentation_needed(&world, &ipv4_with(CONTAINER, REMOTE, 17, &[1; 800]), 0, 600);
     expect_fragmentation_needed(&world, &tcp(800, 20), 0, 600);
-    // Pings.
+    // Echo requests and replies.
     for kind in [8, 0] {
         let mut ping = vec![0; 900];
         ping[0] = kind;
         expect_fragmentation_needed(&world, &ipv4_with(CONTAINER, REMOTE, 1, &ping), 0, 600);
     }
-    // With options, the quote still has eight bytes behind them.
+    // The quote contains eight bytes after the IP header, even if that has options.
     let mut options = to_remote(900);
     options[0] = 0x4f;
     set_ipv4_checksum(&mut options);

@@ -1,4 +1,5 @@
-//! Datagrams for the daemon: what strangers send is dropped before the kernel's UDP sees it.
+//! Tests of datagrams for the daemon: what strangers send is dropped before it reaches the kernel's
+//! UDP stack.
 
 use std::time::Instant;
 
@@ -17,7 +18,7 @@ fn path(underlay: Underlay, destination_port: u16) -> Path {
     Path { destination_port, source_port: 40000, ..Path::inbound(underlay) }
 }
 
-/// A message in a relay header, for this node.
+/// Returns a message in a relay header, for this node.
 fn relayed(message: &[u8]) -> Vec<u8> {
     let header = Relay { hops: 1, destination: NODE_ID, source: 3, previous: OTHER_PEER as u16 };
     [&header.to_bytes()[..], message].concat()
@@ -40,7 +41,7 @@ fn handshakes_with_a_right_mac_reach_the_daemon() {
     });
 }
 
-/// The second MAC is the daemon's matter.
+/// Only the daemon checks the second MAC.
 #[test]
 fn each_bit_of_body_and_first_mac_counts() {
     world::each(|hook, underlay, world| {
@@ -85,7 +86,8 @@ fn garbage_of_every_type_and_length_is_dropped() {
                     *first = kind;
                 }
                 let frame = path(underlay, PORTS[length % 2]).frame(&message);
-                // The second byte and those after it are zero once in 2^24.
+                // A message with a valid type is dropped as well, because its next three bytes are
+                // zero only once in 2^24.
                 assert_eq!(
                     world.receive(hook, &frame).verdict,
                     hook.dropped(),
@@ -98,7 +100,8 @@ fn garbage_of_every_type_and_length_is_dropped() {
     });
 }
 
-/// Each type at the lengths of the others, cut, and with bytes behind it.
+/// Tries each type at all lengths that it does not have: those of the other types, truncated and
+/// extended.
 #[test]
 fn no_message_has_another_length_than_its_type() {
     world::each(|hook, underlay, world| {
@@ -143,7 +146,8 @@ fn options_and_fragments_are_no_way_past_the_check() {
     }
 }
 
-/// Nothing proves who sent a cookie reply, so there is a number that nodes get by with.
+/// Nothing authenticates the sender of a cookie reply, so their number is limited to what nodes
+/// need.
 #[test]
 fn a_flood_of_cookie_replies_is_bounded() {
     world::each(|hook, underlay, world| {
@@ -159,7 +163,7 @@ fn a_flood_of_cookie_replies_is_bounded() {
     });
 }
 
-/// What the check of an initiation costs; in the report of the run.
+/// Prints the cost of checking an initiation, and limits it.
 #[test]
 fn a_stranger_is_refused_in_a_few_microseconds() {
     const RUNS: u32 = 20_000;

@@ -1,5 +1,5 @@
-//! Inboxes: which messages of the bulk path the programs put there, and that the worker at the
-//! other end gets each, once.
+//! Tests of receive rings: which messages of the bulk path the programs put into them, and that the
+//! worker at the other end gets each message once.
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -16,7 +16,7 @@ use crate::packet::{Path, handshake, set_ipv4_checksum};
 use crate::world::{Hook, TC_ACT_UNSPEC, Underlay, World, each};
 
 const PORT: u16 = 6783;
-/// Ethernet, then IPv4.
+/// Offset of the IPv4 header, after the Ethernet header.
 const IPV4_AT: usize = 14;
 
 impl World {
@@ -32,7 +32,7 @@ impl World {
             .expect("the inboxes")
     }
 
-    /// The inbox of the only worker, open.
+    /// Returns the only worker's receive ring, opened.
     fn inbox(&self) -> Inbox {
         let inbox = self.inboxes(1).remove(0);
         inbox.open();
@@ -44,7 +44,7 @@ fn path(underlay: Underlay) -> Path {
     Path { source_port: PORT, destination_port: PORT, ..Path::inbound(underlay) }
 }
 
-/// A data message of a worker, with a pattern in it.
+/// Returns a worker's data message of `len` bytes, filled with a pattern.
 fn message(worker: u8, len: usize, seed: u64) -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..len as u64).map(|at| (at * 7 + seed * 31) as u8).collect();
     for (to, from) in bytes.iter_mut().zip([4, 1, worker, 0]) {
@@ -88,8 +88,8 @@ fn a_message_of_any_size_arrives_as_it_is() {
     });
 }
 
-/// Passed on untouched: another port, a handshake, nothing at all, a fragment, options, somebody
-/// else's address, lengths that lie.
+/// These frames pass unchanged: another port, a handshake, an empty datagram, a fragment, IP
+/// options, another host's address, wrong lengths.
 #[test]
 fn what_is_not_plain_goes_to_the_socket() {
     each(|hook, underlay, world| {
@@ -131,7 +131,8 @@ fn what_is_not_plain_goes_to_the_socket() {
                 }
             }
             Underlay::V6 => {
-                // Replies to such an address need the interface, which an inbox does not know.
+                // Replies to a link-local address need the interface, which a receive ring does not
+                // record.
                 frames.push(
                     Path { source: "fe80::2".parse().expect("an address"), ..path }.frame(&plain),
                 );
@@ -170,8 +171,9 @@ fn what_does_not_fit_closes_the_inbox() {
     }
 }
 
-/// Full, emptied, full again, past the point where the numbers begin anew. What comes meanwhile is
-/// dropped, for by the socket it would overtake what is in the inbox.
+/// Fills the ring, empties it and fills it again, past the wrap-around of its positions. Messages
+/// that arrive while it is full are dropped, because through the socket they would overtake those
+/// in the ring.
 #[test]
 fn a_full_inbox_keeps_what_it_has() {
     let mut world = World::new(Underlay::V4);
@@ -198,7 +200,7 @@ fn a_full_inbox_keeps_what_it_has() {
         }
         assert_eq!(number - first, u64::from(BULK_MESSAGE_SLOTS), "round {round}");
         assert!(!put(number) && !inbox.is_closed());
-        // As much room as there is, and no more.
+        // The ring accepts as many messages as were taken out, and no more.
         for expected in first..first + 2 {
             assert_eq!(
                 take(&mut inbox).map(|(got, _)| got),
@@ -237,8 +239,8 @@ fn the_sending_worker_chooses_the_inbox() {
     }
 }
 
-/// The message that wakes a worker goes to its socket, for only that wakes it; those behind it do
-/// not.
+/// The message that wakes a worker goes to its socket, because only the socket wakes it. The
+/// messages after it go to the ring.
 #[test]
 fn a_sleeping_worker_is_woken_by_one_message() {
     let world = World::new(Underlay::V4);
@@ -250,11 +252,11 @@ fn a_sleeping_worker_is_woken_by_one_message() {
     assert!(!inbox.sleep(), "it would sleep beside a message");
     inbox.wake();
     assert!(take(&mut inbox).is_some() && take(&mut inbox).is_none());
-    // Woken by something else.
+    // The worker is woken by something else.
     assert!(inbox.sleep());
     inbox.wake();
     assert_eq!(world.run("from_underlay", &frame).verdict, Hook::Tc.dropped());
-    // A closed one stays closed.
+    // A closed ring stays closed.
     world.run_gso("from_underlay", &frame, 50);
     assert!(take(&mut inbox).is_some());
     assert!(inbox.sleep());
@@ -262,16 +264,16 @@ fn a_sleeping_worker_is_woken_by_one_message() {
     assert!(inbox.is_closed());
 }
 
-/// Several CPUs put messages in while the worker takes them out and sleeps whenever there are none:
-/// each arrives once, by one way, in the order of its CPU, or is counted as dropped, and none waits
-/// for a worker that sleeps.
+/// Several CPUs put messages into the ring while the worker takes them out and sleeps whenever the
+/// ring is empty. Each message arrives once, through the ring or the socket and in the order of its
+/// CPU, or is counted as dropped. No message waits for a sleeping worker.
 #[test]
 fn several_cpus_and_a_worker_that_sleeps() {
     const CPUS: u64 = 4;
     const EACH: u64 = 20_000;
     let world = World::new(Underlay::V4);
     let mut inbox = world.inbox();
-    // The socket: how many messages have come there.
+    // Number of messages that reached the socket.
     let (socket, woken) = (Mutex::new(0_u64), Condvar::new());
     let (passed, running) = (AtomicU64::new(0), AtomicUsize::new(CPUS as usize));
     let mut next = [0; CPUS as usize];
@@ -314,7 +316,7 @@ fn several_cpus_and_a_worker_that_sleeps() {
             if !any && !ended && inbox.sleep() {
                 slept += 1;
                 let before = socket.lock().expect("a lock");
-                // A wakeup that is lost shows here: the inbox has something, and nobody says so.
+                // A lost wakeup shows here: the ring has a message, but the worker is not woken.
                 let (after, timeout) = woken
                     .wait_timeout_while(before, Duration::from_secs(5), |count| {
                         *count == 0 && running.load(Ordering::Acquire) > 0

@@ -1,4 +1,4 @@
-//! What the programs cost the verifier, how much stack they take, and what they say.
+//! Tests of the object: its cost for the verifier, its stack depth and its log.
 
 use std::collections::BTreeMap;
 
@@ -8,11 +8,11 @@ use overnode_ebpf::reason::Reason;
 use crate::packet::{from_container, ipv4};
 use crate::world::{self, NEIGHBOUR, REMOTE, Underlay, World};
 
-/// What the kernel's verifier spends on each program.
+/// Checks the number of instructions that the kernel's verifier processes for each program.
 #[test]
 fn every_program_fits_the_verifier_budget() {
-    // A tenth of what the kernel allows. The first MAC of handshakes is a third of it: its rounds
-    // are written out, and are verified for each state that a call arrives with.
+    // A tenth of the kernel's limit. The first MAC of handshakes takes a third of it, because its
+    // rounds are unrolled and verified once for each state that a call arrives with.
     const BUDGET: u32 = 100_000;
     for debug in [0, 1] {
         let ebpf = world::load(debug, world::ALL);
@@ -42,9 +42,9 @@ fn every_program_fits_the_verifier_budget() {
     }
 }
 
-/// Kernels before 6.2 round every frame up to 32 bytes and add those of a call chain; 512 is their
-/// limit. Chains here are two frames long: a program, and one function that it calls or has called
-/// by `bpf_loop`.
+/// Kernels before 6.2 round every frame up to 32 bytes and limit the sum over a call chain to 512
+/// bytes. Chains here are two frames long: a program, and one function that it calls directly or
+/// through `bpf_loop`.
 #[test]
 fn two_frames_fit_the_stack_of_old_kernels() {
     const BUDGET: u64 = 450;
@@ -65,7 +65,7 @@ fn two_frames_fit_the_stack_of_old_kernels() {
     assert!(sum < BUDGET, "{entry:?} and {callee:?} take {sum} bytes");
 }
 
-/// A function that ends with a call, as one that may panic does, is refused by kernels before 6.10.
+/// Kernels before 6.10 reject a function that ends with a call, as a function that may panic does.
 #[test]
 fn no_function_may_panic() {
     let panicking: Vec<_> = stack_frames(overnode_daemon::PROGRAMS)
@@ -75,7 +75,7 @@ fn no_function_may_panic() {
     assert!(panicking.is_empty(), "{panicking:?}");
 }
 
-/// Bytes of stack that each function of a BPF object reaches down to.
+/// Returns the stack depth in bytes of each function in a BPF object.
 fn stack_frames(elf: &[u8]) -> BTreeMap<String, u64> {
     const FRAME_POINTER: u8 = 10;
     const STT_FUNC: u8 = 2;
@@ -84,7 +84,7 @@ fn stack_frames(elf: &[u8]) -> BTreeMap<String, u64> {
         |at: usize| u32::from_le_bytes(elf[at..at + 4].try_into().expect("four bytes")) as usize;
     let u64_at =
         |at: usize| u64::from_le_bytes(elf[at..at + 8].try_into().expect("eight bytes")) as usize;
-    // ELF64: section headers, of which the symbol table's names its functions.
+    // ELF64 section headers. The symbol table's header leads to the names of the functions.
     let headers = u64_at(0x28);
     let section = |index: usize| headers + index * u16_at(0x3a);
     let offset = |index: usize| u64_at(section(index) + 0x18);
@@ -101,7 +101,7 @@ fn stack_frames(elf: &[u8]) -> BTreeMap<String, u64> {
             String::from_utf8_lossy(elf[name..].split(|byte| *byte == 0).next().expect("a name"));
         let code = offset(u16_at(symbol + 6)) + u64_at(symbol + 8);
         let mut deepest = 0;
-        // Registers that hold the frame pointer, until something is added to them.
+        // Registers that hold a copy of the frame pointer, until something is added to them.
         let mut copies = [false; 16];
         for instruction in elf[code..code + u64_at(symbol + 16)].chunks_exact(8) {
             let (class, code) = (instruction[0] & 7, instruction[0]);
@@ -110,7 +110,7 @@ fn stack_frames(elf: &[u8]) -> BTreeMap<String, u64> {
             let immediate =
                 i64::from(i32::from_le_bytes(instruction[4..8].try_into().expect("four bytes")));
             let reached = match (class, code) {
-                // Loads; stores.
+                // Loads, then stores.
                 (1, _) if source == FRAME_POINTER => displacement,
                 (2 | 3, _) if destination == FRAME_POINTER => displacement,
                 // 64-bit addition of a constant.
@@ -125,7 +125,7 @@ fn stack_frames(elf: &[u8]) -> BTreeMap<String, u64> {
     frames
 }
 
-/// With debugging on, each drop is a line in aya-log's ring buffer; without, none is.
+/// With debugging on, each drop adds a line to aya-log's ring buffer. Without it, no drop does.
 #[test]
 fn drops_are_logged_when_asked_for() {
     for debug in [0, 1] {

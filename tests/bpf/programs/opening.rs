@@ -1,5 +1,5 @@
-//! `from_underlay`, as a TC and as an XDP program, over IPv4 and over IPv6: what arrives from a
-//! peer.
+//! Tests of `from_underlay`, as a TC and as an XDP program, over IPv4 and over IPv6: what arrives
+//! from a peer.
 
 use overnode_ebpf::map::{SESSION_FREE, SESSION_LIVE, SESSION_UNCONFIRMED};
 use overnode_ebpf::reason::Reason;
@@ -49,8 +49,7 @@ fn what_ring_sealed_is_delivered() {
 #[test]
 fn what_is_sealed_here_opens_at_the_peer() {
     each(|hook, underlay, mut world| {
-        // The peer's host: the same addresses the other way round, and our keys the other way
-        // round.
+        // The peer's host has our addresses and our keys with the two directions swapped.
         let mut peer = World::new(underlay);
         peer.set_route(REMOTE, 32, overnode_ebpf::map::ROUTE_LOCAL, IFINDEX);
         peer.set_route(CONTAINER, 32, overnode_ebpf::map::ROUTE_PEER, PEER);
@@ -104,7 +103,7 @@ fn everything_else_passes_untouched() {
             path.frame(&handshake(2)),
             path.frame(&handshake(3)),
             Path { destination_port: 6783, ..path }.frame(&handshake(1)),
-            // Other ports, other hosts.
+            // Other ports and other hosts.
             Path { destination_port: 6783, ..path }.frame(&sealed),
             Path { destination_port: 51820, ..path }.frame(&sealed),
             Path { destination: elsewhere, ..path }.frame(&sealed),
@@ -126,12 +125,12 @@ fn everything_else_passes_untouched() {
         };
         others.push(tcp);
         if underlay == Underlay::V4 {
-            // The second fragment has no ports to look at.
+            // A fragment with a nonzero offset has no ports.
             let mut fragment = path.frame(&sealed);
             fragment[14 + 6..14 + 8].copy_from_slice(&[0x20, 0x10]);
             set_ipv4_checksum(&mut fragment[14..]);
             others.push(fragment);
-            // Bytes that look like a data message, in a packet of another version.
+            // Bytes that look like a data message, in a packet of another IP version.
             let mut version = path.frame(&sealed);
             version[14] = 0x55;
             others.push(version);
@@ -145,7 +144,7 @@ fn everything_else_passes_untouched() {
             assert_eq!(output.verdict, hook.passed(), "{frame:02x?}");
             assert_eq!(&output.frame, frame);
         }
-        // Cut off anywhere in the headers, a frame is none of ours.
+        // A frame that ends within its headers is not ours.
         let whole = path.frame(&sealed);
         let headers = if underlay == Underlay::V4 { 14 + 28 } else { 14 + 48 };
         let shortest = if underlay == Underlay::V4 { 14 + 20 } else { 14 + 40 };
@@ -189,13 +188,13 @@ fn every_truncation_is_noticed() {
             let reason = if len < 32 { Reason::Malformed } else { Reason::Forged };
             world.expect_refused(hook, &Path::inbound(underlay).frame(&sealed[..len]), reason);
         }
-        // The frame alone is cut: its headers promise more.
+        // Only the frame is truncated, so its headers claim more bytes.
         let whole = Path::inbound(underlay).frame(&sealed);
         let start = if underlay == Underlay::V4 { 14 + 28 } else { 14 + 48 };
         for len in start + 1..whole.len() {
             world.expect_refused(hook, &whole[..len], Reason::Malformed);
         }
-        // The UDP length promises more than the IP header, and the reverse.
+        // The UDP length claims one byte more than the IP header.
         let mut longer = whole.clone();
         longer[start - 3] += 1;
         longer.push(0);
@@ -277,7 +276,7 @@ fn the_first_message_confirms_a_session() {
             open(&TX_KEY, &crate::packet::Sealed::parse(underlay, &sealed).message).2,
             to_remote(64)
         );
-        // A live session does not take the sealing over from another.
+        // A message on a live session does not make it the sending session.
         world.change_peer(PEER, |peer| peer.tx_slot = SLOT + 1);
         expect_delivered(&world, hook, &inbound(underlay, 1, &packet), &packet);
         assert_eq!(world.peer(PEER).tx_slot, SLOT + 1);
@@ -330,7 +329,7 @@ fn answers_follow_the_last_authenticated_message() {
         assert_eq!(u16::from_be(peer.remote_port_be), 40_000);
         assert_eq!(peer.ifindex, IFINDEX);
 
-        // A copy from elsewhere, sent by somebody who has no key.
+        // A copy from another address, by a sender without a key.
         world.expect_refused(hook, &Path::inbound(underlay).frame(&sealed), Reason::Replayed);
         assert_eq!(from_map(world.peer(PEER).remote), moved.source);
     });
@@ -372,7 +371,7 @@ fn a_peer_sends_only_from_its_own_addresses() {
             );
             counter += 1;
         }
-        // The same session, now of the peer that owns the address.
+        // The same session, now that of the peer that owns the address.
         world.change_session(SLOT, |session| session.peer = OTHER_PEER);
         let packet = ipv4(OTHER_REMOTE, CONTAINER, 64);
         expect_delivered(&world, hook, &inbound(underlay, counter, &packet), &packet);
@@ -444,7 +443,7 @@ fn authentic_nonsense_is_refused() {
         refuse(&changed(0, 0xf5), Reason::Malformed);
         refuse(&[0; 64], Reason::Malformed);
         refuse(&changed(0, 0x60), Reason::Unsupported);
-        // Options that do not fit into the length.
+        // Options that exceed the packet's length.
         let mut short = to_container(24);
         short[0] = 0x4f;
         refuse(&short, Reason::Malformed);
@@ -457,7 +456,7 @@ fn congestion_marks_follow_rfc_6040() {
     const ECT1: u8 = 1;
     const ECT0: u8 = 2;
     const CE: u8 = 3;
-    // Figure 4: inner, outer, result.
+    // RFC 6040, figure 4: inner, outer, result.
     const TABLE: [(u8, u8, Option<u8>); 16] = [
         (NOT_ECT, NOT_ECT, Some(NOT_ECT)),
         (NOT_ECT, ECT0, Some(NOT_ECT)),
@@ -479,7 +478,7 @@ fn congestion_marks_follow_rfc_6040() {
     each(|hook, underlay, world| {
         let mut counter = 0;
         for (inner, outer, result) in TABLE {
-            // With and without DSCPs, which do not cross.
+            // With and without DSCPs, which are not copied between the headers.
             for (inner_dscp, outer_dscp) in [(0, 0), (0xb8, 0x28)] {
                 let mut packet = to_container(64);
                 packet[1] = inner | inner_dscp;

@@ -1,4 +1,4 @@
-//! Packets, made by hand: nothing here shares code with the programs. ring seals and opens.
+//! Handmade packets. This code shares nothing with the programs: it seals and opens with ring.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -12,24 +12,24 @@ use crate::world::{
     CONTAINER, CONTAINER_MAC, GATEWAY_MAC, LOCAL_INDEX, PUBLIC_KEY, REMOTE, RX_KEY, Underlay,
 };
 
-/// An Ethernet frame.
+/// Returns an Ethernet frame.
 pub fn ethernet(destination: [u8; 6], source: [u8; 6], kind: u16, payload: &[u8]) -> Vec<u8> {
     [&destination[..], &source, &kind.to_be_bytes(), payload].concat()
 }
 
-/// What [`CONTAINER`] puts on its wire.
+/// Returns a frame as [`CONTAINER`] sends it.
 pub fn from_container(packet: &[u8]) -> Vec<u8> {
     ethernet(GATEWAY_MAC, CONTAINER_MAC, 0x0800, packet)
 }
 
-/// An IPv4 packet of `len` bytes in all that carries an experimental protocol (RFC 3692), filled
-/// with a pattern.
+/// Returns an IPv4 packet of `len` bytes, header included. It carries an experimental protocol (RFC
+/// 3692) and is filled with a pattern.
 pub fn ipv4(source: Ipv4Addr, destination: Ipv4Addr, len: usize) -> Vec<u8> {
     let payload: Vec<u8> = (20..len).map(|n| (n * 7 % 251) as u8).collect();
     ipv4_with(source, destination, 253, &payload)
 }
 
-/// An IPv4 packet.
+/// Returns an IPv4 packet.
 pub fn ipv4_with(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     let total = (20 + payload.len()) as u16;
     let mut packet = vec![0x45, 0];
@@ -42,7 +42,7 @@ pub fn ipv4_with(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, payload:
     packet
 }
 
-/// Puts the right checksum into an IPv4 header.
+/// Writes the correct checksum into an IPv4 header.
 pub fn set_ipv4_checksum(packet: &mut [u8]) {
     let header = usize::from(packet[0] & 15) * 4;
     packet[10..12].fill(0);
@@ -60,7 +60,7 @@ fn nonce(counter: u64) -> Nonce {
     Nonce::assume_unique_for_key(nonce)
 }
 
-/// A data message, sealed by ring.
+/// Returns a data message that ring sealed.
 pub fn message(with: &[u8; 32], receiver: u32, counter: u64, text: &[u8]) -> Vec<u8> {
     let mut sealed = text.to_vec();
     key(with)
@@ -69,7 +69,7 @@ pub fn message(with: &[u8; 32], receiver: u32, counter: u64, text: &[u8]) -> Vec
     [&4_u32.to_le_bytes()[..], &receiver.to_le_bytes(), &counter.to_le_bytes(), &sealed].concat()
 }
 
-/// A handshake message of type 1 to 3 to this node, with a right first MAC if it has one.
+/// Returns a handshake message of type 1 to 3 to this node. Types 1 and 2 have a valid first MAC.
 pub fn handshake(kind: u8) -> Vec<u8> {
     let len = match kind {
         1 => 148,
@@ -88,7 +88,7 @@ pub fn handshake(kind: u8) -> Vec<u8> {
     message
 }
 
-/// Opens a data message: receiver index, counter and text.
+/// Opens a data message and returns its receiver index, counter and plaintext.
 pub fn open(with: &[u8; 32], message: &[u8]) -> (u32, u64, Vec<u8>) {
     assert_eq!(message[..4], [4, 0, 0, 0], "the type of a data message");
     let receiver = u32::from_le_bytes(message[4..8].try_into().expect("four bytes"));
@@ -99,26 +99,26 @@ pub fn open(with: &[u8; 32], message: &[u8]) -> (u32, u64, Vec<u8>) {
     (receiver, counter, text.to_vec())
 }
 
-/// Fills up to a multiple of 16.
+/// Pads with zeros to a multiple of 16 bytes.
 pub fn padded(packet: &[u8]) -> Vec<u8> {
     let mut text = packet.to_vec();
     text.resize(packet.len().next_multiple_of(16), 0);
     text
 }
 
-/// Where an underlay packet comes from and goes to.
+/// Source and destination of an underlay packet.
 #[derive(Clone, Copy)]
 pub struct Path {
     pub source: IpAddr,
     pub destination: IpAddr,
     pub source_port: u16,
     pub destination_port: u16,
-    /// Type of service or traffic class.
+    /// IPv4 type of service or IPv6 traffic class.
     pub class: u8,
 }
 
 impl Path {
-    /// From the peer to us.
+    /// Returns the path from the peer to this node.
     pub fn inbound(underlay: Underlay) -> Self {
         Self {
             source: underlay.remote(),
@@ -129,7 +129,7 @@ impl Path {
         }
     }
 
-    /// A frame with a UDP datagram.
+    /// Returns a frame with a UDP datagram.
     pub fn frame(&self, datagram: &[u8]) -> Vec<u8> {
         let len = (8 + datagram.len()) as u16;
         let udp = [
@@ -163,35 +163,35 @@ impl Path {
     }
 }
 
-/// What the peer sends when a container of its own sends this packet.
+/// Returns the frame in which the peer sends this packet of one of its containers.
 pub fn inbound(underlay: Underlay, counter: u64, packet: &[u8]) -> Vec<u8> {
     Path::inbound(underlay).frame(&message(&RX_KEY, LOCAL_INDEX, counter, &padded(packet)))
 }
 
-/// A packet from the peer's container to ours.
+/// Returns a packet from the peer's container to ours.
 pub fn to_container(len: usize) -> Vec<u8> {
     ipv4(REMOTE, CONTAINER, len)
 }
 
-/// A packet from our container to the peer's.
+/// Returns a packet from our container to the peer's.
 pub fn to_remote(len: usize) -> Vec<u8> {
     ipv4(CONTAINER, REMOTE, len)
 }
 
-/// The parts of a frame that `seal` made, each checked.
+/// The parts of a frame that `seal` made, after checks of all headers.
 pub struct Sealed {
-    /// Type of service or traffic class.
+    /// IPv4 type of service or IPv6 traffic class.
     pub class: u8,
     pub message: Vec<u8>,
 }
 
 impl Sealed {
-    /// Takes a frame apart.
+    /// Parses a frame for the data port.
     pub fn parse(underlay: Underlay, frame: &[u8]) -> Self {
         Self::parse_to(underlay, frame, 6784)
     }
 
-    /// Takes a frame for another port apart.
+    /// Parses a frame for another port.
     pub fn parse_to(underlay: Underlay, frame: &[u8], port: u16) -> Self {
         let (class, addresses, udp) = match underlay {
             Underlay::V4 => {

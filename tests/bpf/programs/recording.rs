@@ -1,4 +1,5 @@
-//! Records of dropped packets: only when they are allowed, and then as the packet was.
+//! Tests of the records of dropped packets: they are made only when allowed, and show the packet
+//! unchanged.
 
 use aya::maps::{Array, RingBuf};
 use overnode_daemon::api::{Headers, Program};
@@ -24,7 +25,7 @@ fn left(world: &mut World, reason: Reason) -> u32 {
         .expect("MONITOR")
 }
 
-/// What was recorded since the last time, as it lies in the ring.
+/// Returns the ring's records since the last call, as raw bytes.
 fn recorded(world: &mut World) -> Vec<Vec<u8>> {
     let mut ring = RingBuf::try_from(world.ebpf.map_mut("DROPS").expect("DROPS")).expect("a ring");
     let mut entries = Vec::new();
@@ -34,8 +35,8 @@ fn recorded(world: &mut World) -> Vec<Vec<u8>> {
     entries
 }
 
-/// The only record, of a packet that was like this as far as its outer headers go. What lies behind
-/// them a program may have tried to open.
+/// Checks that there is exactly one record, and that it shows this frame, at least up to the end of
+/// the outer headers. A program may already have decrypted the bytes after them in place.
 #[track_caller]
 fn only(world: &mut World, reason: Reason, program: Program, frame: &[u8]) -> Headers {
     let entries = recorded(world);
@@ -47,7 +48,7 @@ fn only(world: &mut World, reason: Reason, program: Program, frame: &[u8]) -> He
     assert_eq!(record(&entries[0]), Some(expected.clone()));
     let now = boot_ns();
     assert!(time_ns <= now && now - time_ns < 60_000_000_000, "{time_ns} is not now, {now}");
-    // The first bytes are the hardware address, which a program may have destroyed.
+    // The frame starts with the destination MAC, which a program may have overwritten.
     let captured = frame.len().min(DROPPED_LEN);
     assert_eq!(entries[0][24..28], (captured as u32).to_ne_bytes());
     let intact = match &expected.headers.outer {
@@ -82,7 +83,7 @@ fn what_a_container_sends_is_recorded() {
     for reason in [Reason::Spoofed, Reason::NoSession] {
         allow(&mut world, reason, 100);
     }
-    // Shorter than what is recorded, as long, and longer.
+    // Shorter than the recorded length, as long, and longer.
     for len in [28, 100, 113, 114, 115, 1400] {
         let frame = from_container(&ipv4_with(NEIGHBOUR, REMOTE, 17, &vec![7; len - 20]));
         world.expect_drop("from_container", &frame, Reason::Spoofed);
@@ -91,7 +92,8 @@ fn what_a_container_sends_is_recorded() {
         assert_eq!((inner.source, inner.destination), (NEIGHBOUR.into(), REMOTE.into()));
         assert_eq!((&*inner.protocol, inner.source_port), ("udp", Some(0x0707)));
     }
-    // Sealed here, if it could be: its first bytes are gone by then.
+    // Packets are sealed in this program if there is a session. By then the first bytes of the
+    // frame are overwritten.
     let frame = from_container(&ipv4(CONTAINER, OTHER_REMOTE, 100));
     world.expect_drop("from_container", &frame, Reason::NoSession);
     let headers = only(&mut world, Reason::NoSession, Program::FromContainer, &frame);

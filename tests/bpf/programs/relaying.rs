@@ -1,4 +1,4 @@
-//! Messages through a third node: sent, passed on, received.
+//! Tests of messages through a third node: sent, relayed and received.
 
 use std::net::Ipv4Addr;
 
@@ -17,10 +17,10 @@ use crate::world::{
     UNDERLAYS, Underlay, World,
 };
 
-/// Where the other peer is: not where the first is.
+/// UDP port of the other peer, which differs from the first peer's.
 const OTHER_PORT: u16 = 7777;
 
-/// A world whose other peer is behind another port, so that the two can be told apart.
+/// Returns a world whose other peer has another port, so that the two can be told apart.
 fn world(underlay: Underlay) -> World {
     let mut world = World::new(underlay);
     world.change_peer(OTHER_PEER, |peer| peer.remote_port_be = OTHER_PORT.to_be());
@@ -89,7 +89,7 @@ fn what_was_relayed_here_is_opened_and_moves_no_peer() {
             let place = |peer: &Peer| (peer.remote, peer.remote_port_be, peer.ifindex);
             assert_eq!(place(&after), place(&before));
             assert_eq!(after.rx_packets, 1);
-            // The same message again, straight this time.
+            // The same message again, this time on the direct path.
             world.expect_refused(
                 hook,
                 &Path::inbound(underlay).frame(&datagram[8..]),
@@ -127,7 +127,7 @@ fn a_relay_passes_on_what_it_cannot_read() {
             path.class = 1;
             let header = relay(OTHER_PEER, PEER);
             let mut frame = path.frame(&relayed(header, &secret));
-            // What the link padded the frame with does not travel on.
+            // Padding from the link layer is not relayed.
             frame.extend([0xee; 6]);
             let output = world.run("from_underlay", &frame);
             assert_eq!(output.verdict, TC_ACT_REDIRECT, "{underlay:?}, type {kind}");
@@ -179,14 +179,16 @@ fn a_relay_serves_nobody_but_nodes_and_ends_loops() {
             world.expect_drop("from_underlay", &path.frame(&relayed(header, &[4; 64])), reason);
         };
         let here = Path::inbound(underlay);
-        // Not from where the node is that it names as the last one, or from none that is known.
+        // Messages from an endpoint other than that of the node named as the previous hop, or from
+        // an unknown node.
         refuse(&here, relay(PEER, OTHER_PEER), Reason::ForeignRelay);
         refuse(&here, relay(OTHER_PEER, 77), Reason::ForeignRelay);
         refuse(&here, relay(OTHER_PEER, 0), Reason::ForeignRelay);
         let mut elsewhere = Path::inbound(underlay);
         elsewhere.source_port = 1;
         refuse(&elsewhere, relay(OTHER_PEER, PEER), Reason::ForeignRelay);
-        // To nobody, to a peer that is no node, back again, and for too long.
+        // Destinations that are refused: no node, a peer that is not a node, and the previous hop.
+        // Then messages whose hop limit is used up.
         refuse(&here, relay(0, PEER), Reason::NoRoute);
         refuse(&here, relay(78, PEER), Reason::NoRoute);
         refuse(&here, relay(FIRST_EXTERNAL_PEER, PEER), Reason::NoRoute);
@@ -209,7 +211,7 @@ fn a_relay_header_with_too_little_behind_it_is_refused() {
     }
 }
 
-/// A probe's inner packet.
+/// Returns a probe's inner packet from the peer's node address.
 fn probe(payload: &[u8]) -> Vec<u8> {
     probe_from(PEER_NODE, payload)
 }
@@ -291,7 +293,7 @@ fn nothing_but_a_whole_probe_on_the_straight_path_is_for_the_node() {
     assert!(ring.next().is_none());
 }
 
-/// A container of the peer, or the peer itself, is not asked for probes in the name of others.
+/// A container of the peer, or the peer itself, cannot send probes in the name of other nodes.
 #[test]
 fn a_probe_comes_from_the_very_node_that_sealed_it() {
     for hook in HOOKS {
@@ -309,7 +311,7 @@ fn a_probe_comes_from_the_very_node_that_sealed_it() {
                 Path::inbound(Underlay::V4).frame(&message(&RX_KEY, LOCAL_INDEX, counter, &text));
             world.expect_refused(hook, &frame, Reason::NodeAddress);
         }
-        // A WireGuard device that is no node, whatever address it was given.
+        // A WireGuard device that is not a node, whatever address it has.
         for external in [FIRST_EXTERNAL_PEER, FIRST_EXTERNAL_PEER + 2] {
             let present = world.peer(PEER);
             world.set_peer(external, present);
@@ -334,7 +336,8 @@ fn a_probe_comes_from_the_very_node_that_sealed_it() {
     }
 }
 
-/// A member that floods the daemon with probes in its own name leaves room for those of others.
+/// A member that floods the daemon with probes in its own name leaves room for those of other
+/// peers.
 #[test]
 fn no_peer_fills_the_ring_of_probes() {
     for hook in HOOKS {
@@ -349,11 +352,11 @@ fn no_peer_fills_the_ring_of_probes() {
             );
         }
         let received = world.count(Reason::ProbeReceived);
-        // 128 at once, then one each 4.19 ms.
+        // A burst of 128, then one each 4.19 ms.
         let most = 130 + started.elapsed().as_millis() as u64 / 4;
         assert!((128..most).contains(&received), "{received} of {most}");
         assert_eq!(world.count(Reason::ProbeFlood), 2000 - received);
-        // The ring has room for some 1200.
+        // The ring has room for about 1200 probes.
         world.change_session(SLOT, |session| session.peer = OTHER_PEER);
         let text = padded(&probe_from(OTHER_PEER_NODE, &[0; PROBE_LEN]));
         let frame = Path::inbound(Underlay::V4).frame(&message(&RX_KEY, LOCAL_INDEX, 2000, &text));

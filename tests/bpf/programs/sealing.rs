@@ -1,4 +1,4 @@
-//! `seal`: what leaves for a peer.
+//! Tests of `seal`: packets that leave for a peer.
 
 use overnode_ebpf::map::{ROUTE_PEER, SESSION_FREE, SESSION_UNCONFIRMED};
 use overnode_ebpf::reason::Reason;
@@ -12,7 +12,7 @@ use crate::world::{
 
 #[test]
 fn what_is_sealed_opens_with_ring() {
-    // A complete packet is sealed where it comes from the container.
+    // `from_container` seals complete packets itself.
     for (underlay, program) in
         UNDERLAYS.into_iter().flat_map(|one| [(one, "seal"), (one, "from_container")])
     {
@@ -144,7 +144,7 @@ fn a_session_is_exhausted_by_messages_and_stays_so() {
     let output = world.run("seal", &frame);
     let (_, counter, _) = open(&TX_KEY, &Sealed::parse(Underlay::V4, &output.frame).message);
     assert_eq!(counter, REJECT_AFTER_MESSAGES - 1);
-    // More often than there are counters left before the word would wrap around to 0.
+    // Try more often than there are counters left before the word would wrap around to 0.
     for _ in 0..8200 {
         assert_eq!(world.run("seal", &frame).verdict, TC_ACT_SHOT);
     }
@@ -177,7 +177,7 @@ fn nothing_unfinished_or_foreign_is_sealed() {
     world.expect_drop("seal", &frame, Reason::NoRoute);
 }
 
-/// Two threads, one session: every counter is used once.
+/// Two threads share one session, and every counter is used once.
 #[test]
 fn counters_are_drawn_once_across_cpus() {
     const EACH: usize = 2000;
@@ -205,7 +205,7 @@ fn counters_are_drawn_once_across_cpus() {
     assert_eq!(counters, (0..2 * EACH as u64).collect::<Vec<_>>());
 }
 
-/// Whatever finishing a checksum has made of a packet on its way through the normaliser.
+/// A packet whose addresses changed in the offload veth, however that happened, is not sealed.
 #[test]
 fn what_comes_out_of_the_normaliser_with_other_addresses_is_not_sealed() {
     let mut world = World::new(Underlay::V4);
@@ -222,8 +222,8 @@ fn what_comes_out_of_the_normaliser_with_other_addresses_is_not_sealed() {
     refuse(&to_remote(100), NEIGHBOUR.octets(), Reason::Spoofed);
     refuse(&ipv4(CONTAINER, PEER_NODE, 100), own, Reason::NodeAddress);
     refuse(&ipv4(CONTAINER, NEIGHBOUR, 100), own, Reason::NoRoute);
-    // The mark of the daemon's frames in one that is not the daemon's, and none in one that is
-    // nobody's.
+    // A container's mark on a frame that looks like the daemon's, and a container's frame without a
+    // mark.
     let forged = [&daemon_header(PEER, true)[..], &ipv4(NEIGHBOUR, REMOTE, 100)].concat();
     let before = world.counts();
     assert_eq!(world.run_marked("seal", &forged, 0, own).verdict, TC_ACT_SHOT);

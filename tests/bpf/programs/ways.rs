@@ -1,4 +1,4 @@
-//! All ways of one direction refuse the same, for the same reasons.
+//! Tests that all packet paths in one direction refuse the same packets for the same reasons.
 
 use std::net::Ipv4Addr;
 
@@ -13,15 +13,15 @@ use crate::world::{
     Underlay, World,
 };
 
-/// A name server's address and the host's, both here; the other nodes' own addresses are routed to
-/// them.
+/// Returns a world in which a name server's address and the host's address are local, and the other
+/// nodes' addresses are routed to those nodes.
 fn world() -> World {
     let mut world = World::new(Underlay::V4);
     world.set_route(NODE, 32, ROUTE_LOCAL, NEIGHBOUR_IFINDEX);
     world.set_route(HOST, 32, ROUTE_HOST, IFINDEX);
     world.set_route(PEER_NODE, 32, ROUTE_PEER, PEER);
     world.set_route(OTHER_PEER_NODE, 32, ROUTE_PEER, OTHER_PEER);
-    // Of a member that lies, or a WireGuard device to which somebody gave them.
+    // Node addresses claimed by a lying member, or given to a WireGuard device by an administrator.
     world.set_route([10, 39, 250, 0].into(), 24, ROUTE_PEER, PEER);
     world
 }
@@ -48,9 +48,9 @@ fn no_way_in_lets_through_what_another_refuses() {
         // Queries to this host's name server.
         (REMOTE, NODE, Some(Reason::NodeAddress)),
         (OTHER_PEER_NODE, NODE, Some(Reason::NodeAddress)),
-        // The peer itself, but with nothing that nodes send each other.
+        // The peer's own address, but not a packet that nodes send each other.
         (PEER_NODE, NODE, Some(Reason::NotHere)),
-        // Nodes send nothing to containers, whoever they are said to be.
+        // Nodes send nothing to containers, so every node address is refused as a source.
         (PEER_NODE, CONTAINER, Some(Reason::NodeAddress)),
         (PEER_NODE, HOST, Some(Reason::NodeAddress)),
         (CLAIMED, CONTAINER, Some(Reason::NodeAddress)),
@@ -95,7 +95,8 @@ fn no_way_in_lets_through_what_another_refuses() {
     }
 }
 
-/// What they may send is routed to them; a node's address is not theirs, whatever their number.
+/// All its allowed addresses are routed to it, but no node address is valid for it, whatever its
+/// number.
 #[test]
 fn a_wireguard_device_reaches_no_node_by_any_way() {
     let external = FIRST_EXTERNAL_PEER + 5;
@@ -122,7 +123,7 @@ fn a_wireguard_device_reaches_no_node_by_any_way() {
     }
 }
 
-/// At once, and after the normaliser.
+/// Checks packets that are sealed at once, and packets after the offload veth.
 #[test]
 fn no_way_out_leads_to_a_node() {
     let world = world();
@@ -134,7 +135,7 @@ fn no_way_out_leads_to_a_node() {
         world.run_gso("from_container", &frame, 20);
         assert_eq!(world.count(Reason::NodeAddress), before + 1);
     }
-    // Its own name server is no other container's, and reached.
+    // The name server of the container's own host is reachable.
     let own = from_container(&query(CONTAINER, NODE));
     world.run("from_container", &own);
     assert_eq!(world.count(Reason::Local), 1);

@@ -1,4 +1,5 @@
-//! One node's programs and maps, loaded for one test alone: nothing is pinned, nothing attached.
+//! One node's programs and maps, loaded for a single test. Nothing is pinned and nothing is
+//! attached.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -16,30 +17,30 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::Window;
 use overnode_ebpf::wire::DAEMON_MAC;
 
-/// The interface that test runs come in by: loopback, in every namespace.
+/// Interface that test runs arrive on: loopback, which every namespace has.
 pub const IFINDEX: u32 = 1;
 pub const CONTAINER: Ipv4Addr = Ipv4Addr::new(10, 40, 0, 2);
 pub const CONTAINER_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x02];
 pub const GATEWAY_MAC: [u8; 6] = [0x02, 0xee, 0, 0, 0, 0x02];
-/// Another container of the same host.
+/// Address of another container on this host.
 pub const NEIGHBOUR: Ipv4Addr = Ipv4Addr::new(10, 40, 0, 3);
 pub const NEIGHBOUR_IFINDEX: u32 = 77;
 pub const NEIGHBOUR_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x03];
 pub const NEIGHBOUR_GATEWAY_MAC: [u8; 6] = [0x02, 0xee, 0, 0, 0, 0x03];
-/// A container of the peer.
+/// Address of a container of the peer.
 pub const REMOTE: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 9);
 pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 1);
 pub const NODE_ID: u16 = 1;
 pub const PUBLIC_KEY: PublicKey = PublicKey([0x77; 32]);
-/// The peer's own address, and that of the second peer.
+/// The nodes' own addresses: the peer's, then the second peer's.
 pub const PEER_NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 2);
 pub const OTHER_PEER_NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 3);
 pub const PEER: u32 = 2;
 /// A second peer, without a session.
 pub const OTHER_PEER: u32 = 3;
-/// A container of the second peer.
+/// Address of a container of the second peer.
 pub const OTHER_REMOTE: Ipv4Addr = Ipv4Addr::new(10, 44, 0, 1);
-/// Of this node, but attached nowhere.
+/// An address of this node that no container has.
 pub const UNATTACHED: Ipv4Addr = Ipv4Addr::new(10, 40, 77, 77);
 pub const MTU: u32 = 1420;
 pub const SLOT: u32 = 5;
@@ -55,7 +56,7 @@ pub const XDP_DROP: u32 = 1;
 pub const XDP_PASS: u32 = 2;
 pub const XDP_REDIRECT: u32 = 4;
 
-/// What the underlay speaks.
+/// IP version of the underlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Underlay {
     V4,
@@ -65,7 +66,7 @@ pub enum Underlay {
 pub const UNDERLAYS: [Underlay; 2] = [Underlay::V4, Underlay::V6];
 
 impl Underlay {
-    /// This host's address.
+    /// Returns this host's address.
     pub fn local(self) -> IpAddr {
         match self {
             Self::V4 => Ipv4Addr::new(192, 0, 2, 1).into(),
@@ -73,7 +74,7 @@ impl Underlay {
         }
     }
 
-    /// The peer's address.
+    /// Returns the peer's address.
     pub fn remote(self) -> IpAddr {
         match self {
             Self::V4 => Ipv4Addr::new(198, 51, 100, 2).into(),
@@ -82,14 +83,14 @@ impl Underlay {
     }
 }
 
-/// What a program made of a packet.
+/// Result of running a program over a packet.
 #[derive(Debug)]
 pub struct Output {
     pub verdict: u32,
     pub frame: Vec<u8>,
 }
 
-/// How messages are received.
+/// The hook at which messages are received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
     Tc,
@@ -125,7 +126,7 @@ pub struct World {
     pub ebpf: Ebpf,
 }
 
-/// Each hook over each underlay, with a world of its own.
+/// Runs a test with each hook over each underlay, each time in a new world.
 pub fn each(test: impl Fn(Hook, Underlay, World)) {
     for hook in HOOKS {
         for underlay in UNDERLAYS {
@@ -138,7 +139,7 @@ pub fn each(test: impl Fn(Hook, Underlay, World)) {
 /// All programs, for [`load`].
 pub const ALL: &[&str] =
     &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk", "aead_check"];
-/// Those that packets run through.
+/// The programs that packets run through.
 const PATHS: &[&str] =
     &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk"];
 
@@ -161,12 +162,12 @@ pub fn load(debug: u8, names: &[&str]) -> Ebpf {
 }
 
 impl World {
-    /// A node with two containers and two peers; a live session with the first.
+    /// Returns a node with two containers, two peers, and a live session with the first peer.
     pub fn new(underlay: Underlay) -> Self {
         Self::with_debug(underlay, 0)
     }
 
-    /// Likewise; `debug` not 0 makes the programs speak.
+    /// Like [`Self::new`]. The programs log if `debug` is not 0.
     pub fn with_debug(underlay: Underlay, debug: u8) -> Self {
         let mut world = Self { ebpf: load(debug, PATHS) };
         world
@@ -282,7 +283,7 @@ impl World {
         self.set_session(slot, session);
     }
 
-    /// Packets counted under a reason, on all CPUs.
+    /// Returns the number of packets counted under a reason, on all CPUs.
     pub fn count(&self, reason: Reason) -> u64 {
         PerCpuArray::<_, u64>::try_from(self.ebpf.map("COUNTERS").expect("COUNTERS"))
             .and_then(|map| map.get(&(reason as u32), 0))
@@ -291,7 +292,7 @@ impl World {
             .sum()
     }
 
-    /// Everything counted so far, without the zeros.
+    /// Returns all nonzero counters.
     pub fn counts(&self) -> Vec<(Reason, u64)> {
         Reason::ALL
             .iter()
@@ -312,15 +313,15 @@ impl World {
             .expect("from_underlay_xdp")
     }
 
-    /// A packet through a TC program.
+    /// Runs a packet through a TC program.
     pub fn run(&self, program: &str, frame: &[u8]) -> Output {
         self.run_gso(program, frame, 0)
     }
 
-    /// Likewise a packet that stands for several, of this segment size.
+    /// Like [`Self::run`], for a packet that stands for several segments of this size.
     pub fn run_gso(&self, program: &str, frame: &[u8], gso_size: u32) -> Output {
-        // What `seal` gets is marked by `from_container` with the container's address, unless it is
-        // the daemon's.
+        // `from_container` marks packets for `seal` with the container's address. The daemon's
+        // frames have no mark.
         let is_of_container = program == "seal" && !frame.starts_with(&DAEMON_MAC);
         self.run_marked(
             program,
@@ -330,16 +331,16 @@ impl World {
         )
     }
 
-    /// Likewise with a mark.
+    /// Like [`Self::run_gso`], with a mark.
     pub fn run_marked(&self, program: &str, frame: &[u8], gso_size: u32, mark: [u8; 4]) -> Output {
-        // `struct __sk_buff`: the mark is at 8, the segment size at 176.
+        // In `struct __sk_buff`, the mark is at offset 8 and the segment size at offset 176.
         let mut context = [0; 192];
         context[8..12].copy_from_slice(&mark);
         context[176..180].copy_from_slice(&gso_size.to_ne_bytes());
         run(self.classifier(program), frame, &context)
     }
 
-    /// A packet from the underlay.
+    /// Runs a packet from the underlay.
     pub fn receive(&self, hook: Hook, frame: &[u8]) -> Output {
         match hook {
             Hook::Tc => self.run("from_underlay", frame),
@@ -347,7 +348,7 @@ impl World {
         }
     }
 
-    /// A packet that has to be dropped and counted under this reason, once, and under no other.
+    /// Checks that a program drops a packet and counts it once, under this reason only.
     #[track_caller]
     pub fn expect_drop(&self, program: &str, frame: &[u8], reason: Reason) {
         let before = self.counts();
@@ -355,7 +356,7 @@ impl World {
         self.check_drop(before, output.verdict, TC_ACT_SHOT, reason);
     }
 
-    /// Likewise, from the underlay.
+    /// Like [`Self::expect_drop`], for a packet from the underlay.
     #[track_caller]
     pub fn expect_refused(&self, hook: Hook, frame: &[u8], reason: Reason) {
         let before = self.counts();
@@ -398,7 +399,7 @@ where
     Output { verdict: result.return_value, frame: out }
 }
 
-/// The session of [`SLOT`]: live for another hour.
+/// Returns the session of [`SLOT`], live for another hour.
 pub fn session() -> Session {
     let now = boot_ns();
     Session {
@@ -416,7 +417,7 @@ pub fn session() -> Session {
     }
 }
 
-/// Nanoseconds since boot.
+/// Returns the time in nanoseconds since boot.
 pub fn boot_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer is valid.

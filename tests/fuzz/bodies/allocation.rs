@@ -1,4 +1,4 @@
-//! Addresses: what members tell a lender or a borrower, true or not.
+//! Fuzzes address allocation: true and false messages from members to a lender or a borrower.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -13,10 +13,10 @@ use overnode_daemon::types::{Network, NodeId};
 
 use super::input::{Input, MAX_STEPS};
 
-/// A node that lends, and one that borrows.
+/// A node that lends and a node that borrows.
 const OWN: [u16; 2] = [1, 5];
 
-/// A node among hostile members, step by step.
+/// Runs a node among hostile members, step by step.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let mut world = World::new(OWN[usize::from(input.byte() & 1)]);
@@ -122,7 +122,7 @@ impl World {
         }
     }
 
-    /// The process was killed; its disk has what was persisted.
+    /// Restarts the node as after a kill. Only what was persisted is left.
     fn restart(&mut self) {
         self.incarnation += 1;
         self.waiting.clear();
@@ -133,7 +133,7 @@ impl World {
         assert_eq!(self.ipam.ranges(), ranges, "what was on disk has changed");
     }
 
-    /// What holds at any time.
+    /// Carries out the node's actions and checks the invariants.
     fn check(&mut self) {
         let layout = *self.ipam.layout();
         while let Some(action) = self.ipam.poll_action() {

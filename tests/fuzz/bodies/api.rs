@@ -1,4 +1,4 @@
-//! What people and programs of this host ask: JSON documents, and the names in them.
+//! Fuzzes the requests of local users and programs: JSON documents, and the names in them.
 
 use std::fmt::Display;
 use std::str::FromStr;
@@ -11,7 +11,7 @@ use overnode_daemon::types::{NodeId, PublicKey, Secret};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The first byte says what the others are.
+/// Runs one input. The first byte selects the type of the rest.
 pub fn run(data: &[u8]) {
     let Some((kind, bytes)) = data.split_first() else { return };
     match kind {
@@ -42,7 +42,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// What is read once is written so that it is read again, as the same.
+/// Checks that a document that can be read is written in a form that reads back as the same value.
 fn document<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
     let Ok(document) = serde_json::from_slice::<T>(bytes) else { return };
     let written = serde_json::to_string(&document).expect("what was read can be written");
@@ -51,8 +51,8 @@ fn document<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
     assert_eq!(serde_json::to_string(&again).expect("as before"), written);
 }
 
-/// What is taken is shown in a form that is taken again, as the same, and does no harm to a
-/// terminal.
+/// Checks that an accepted value is displayed in a form that parses to the same value, and that no
+/// output contains control characters.
 fn text<T: FromStr<Err: Display> + Display + PartialEq>(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     match text.parse::<T>() {

@@ -1,5 +1,5 @@
-//! Packets of the bulk path: what a TAP device gives is cut, what peers send is joined. The model
-//! is that of the daemon's own tests.
+//! Fuzzes packets of the bulk path: packets from a TAP device are segmented, and packets from peers
+//! are coalesced. The model is that of the daemon's own tests.
 
 use overnode_daemon::bulk::VnetHeader;
 
@@ -10,7 +10,7 @@ use super::input::{Input, MAX_STEPS};
 #[path = "../../../overnode-daemon/tests/bulk/model.rs"]
 mod model;
 
-/// The first byte says what the others are.
+/// Runs one input. The first byte selects the type of the rest.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
@@ -34,7 +34,7 @@ fn anything(input: &mut Input<'_>) {
     check_join(&packets, true);
 }
 
-/// Twelve flows, whose packets continue each other unless a step says otherwise.
+/// Simulates twelve flows, whose packets continue each other unless a step changes them.
 fn flows(input: &mut Input<'_>) {
     let mut flows: Vec<Packet> = (0..12_u16)
         .map(|port| Packet { port, ..Packet::new(port % 2 == 1, port % 4 < 2, 0) })

@@ -1,4 +1,5 @@
-//! CNI: what a container runtime hands to the plugin in its environment and on standard input.
+//! Fuzzes the CNI plugin's input: what a container runtime passes in the environment and on
+//! standard input.
 
 #[path = "../../../overnode-cli/src/cni/config.rs"]
 #[allow(dead_code, unreachable_pub, reason = "it is the command's")]
@@ -21,7 +22,7 @@ use super::input::Input;
 const COMMANDS: [&str; 6] = ["ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"];
 const VARIABLES: [&str; 4] = ["CNI_CONTAINERID", "CNI_IFNAME", "CNI_NETNS", "CNI_ARGS"];
 
-/// The command, the other variables, and the rest on standard input.
+/// Runs one input: the command, the other variables, and the rest as standard input.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let kind = usize::from(input.byte());
@@ -34,7 +35,7 @@ pub fn run(data: &[u8]) {
     if let Err(error) = read(&env, input.0) {
         let document = error.document(config::NEWEST);
         assert_eq!(document["code"], error.code as u16);
-        // The value of a key that is not supported is told whole.
+        // The error contains the whole value of an unsupported key.
         let most = 2000 + 8 * input.0.len();
         for text in [&error.message, &error.details] {
             assert!(text.len() < most, "{} bytes", text.len());
@@ -62,7 +63,7 @@ fn read(env: &dyn Fn(&str) -> Option<String>, input: &[u8]) -> Result<(), CniErr
     }
 }
 
-/// Fit for the daemon, for the kernel and for a terminal.
+/// Checks that an attachment is safe for the daemon, for the kernel and for a terminal.
 fn check(wanted: &config::Attachment) {
     let Target::Container(id) = &wanted.container else { panic!("{wanted:?}") };
     for name in
@@ -78,8 +79,8 @@ fn check(wanted: &config::Attachment) {
     assert!(wanted.mac.is_none_or(|mac| mac[0] & 1 == 0));
 }
 
-/// The result has what the earlier plugins put there, and this attachment; the runtime can give it
-/// back to CHECK and DEL.
+/// Checks that the result contains the earlier plugins' entries and this attachment, and that a
+/// runtime can pass it to `CHECK` and `DEL`.
 fn add(
     version: &str,
     config: &config::Config,
@@ -90,7 +91,7 @@ fn add(
     Ok(())
 }
 
-/// As the daemon answers.
+/// Returns an attachment as the daemon reports it.
 fn attached(wanted: &config::Attachment) -> Attached {
     serde_json::from_value(serde_json::json!({
         "address": "10.40.0.9/12",

@@ -1,4 +1,4 @@
-//! Control connections: frames, messages, greetings, verdicts, renewals of keys.
+//! Fuzzes control connections: frames, messages, hellos, verdicts and rekeys.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use overnode_daemon::types::{Network, NodeId, Secret};
 
 use super::input::{Input, MAX_STEPS};
 
-/// The first byte says what the others are.
+/// Runs one input. The first byte selects the type of the rest.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
@@ -29,7 +29,8 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// Frames are cut the same however the bytes arrive, and nothing is kept of those that were cut.
+/// Checks that frames are split in the same way however the bytes arrive, and that split frames are
+/// not kept in the buffer.
 fn frames(input: &mut Input<'_>) {
     let limit = if input.byte() & 1 == 0 { MAX_FRAME } else { MAX_HANDSHAKE_FRAME };
     let step = usize::from(input.byte()) + 1;
@@ -71,7 +72,8 @@ fn packet(bytes: &[u8]) {
 
 fn greeting(input: &mut Input<'_>) {
     let mine = me();
-    // The handshake has proven the key of the one whose identity is in it, if it is one of the two.
+    // The handshake has proven the key that belongs to the identity in the hello, if the hello has
+    // one of the two identities.
     let is_named = |hello: &Hello| input.0.windows(32).any(|bytes| bytes == hello.verifying_key.0);
     let proven = if is_named(&mine) { mine.public_key } else { node(2).public_key };
     match Hello::decode(input.0, proven, mine.versions) {
@@ -104,7 +106,7 @@ fn verdict(bytes: &[u8]) {
     assert_eq!(Verdict::decode(&verdict.encode()).expect("what was read can be sent"), verdict);
 }
 
-/// A message survives being sent; one of bytes that repeat, so that it can be long.
+/// Checks that a message survives being sent. It consists of repeated bytes so that it can be long.
 fn parts(input: &mut Input<'_>) {
     let length = usize::from(input.short()) * 17 % (MAX_MESSAGE + 1);
     let pattern = if input.0.is_empty() { &[0] } else { input.0 };
@@ -116,8 +118,8 @@ fn parts(input: &mut Input<'_>) {
     assert!(joined == [message], "a message of {length} bytes");
 }
 
-/// Both ends of a connection, and frames of keys that arrive as they are, altered, or made up.
-/// Whoever notices ends the connection; as long as nobody does, both ends have the same keys.
+/// Simulates both ends of a connection, with key frames that arrive intact, altered, or forged. An
+/// end that detects an error ends the connection. Until then, both ends have the same keys.
 fn renewals(input: &mut Input<'_>) {
     const EVERY: Duration = Duration::from_secs(60);
     let mut now = Instant::now();
@@ -126,7 +128,7 @@ fn renewals(input: &mut Input<'_>) {
         let own = (secrets[own].clone(), Secret([9; 32]));
         Renewal::new(role, own, key::public_key(&secrets[other]), vec![7; 32], EVERY, now)
     });
-    // The latest keys that each end sends and receives by.
+    // The latest keys that each end sends and receives with.
     let mut keys: [(Option<Keys>, Option<Keys>); 2] = Default::default();
     let mut flying: VecDeque<(usize, Vec<u8>)> = VecDeque::new();
     for _ in 0..MAX_STEPS {

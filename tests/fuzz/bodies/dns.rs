@@ -1,4 +1,5 @@
-//! DNS: what containers ask, what the host's resolvers answer, the names that people type.
+//! Fuzzes DNS: queries from containers, replies from the host's resolvers, and names that users
+//! type.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
@@ -20,7 +21,7 @@ use super::input::Input;
 const FROM: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 40, 0, 9));
 const HEADER: usize = 12;
 
-/// The first byte says what the others are.
+/// Runs one input. The first byte selects the type of the rest.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
@@ -32,7 +33,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// Whatever is sent back is an answer to this query, fits, and is not answered in turn.
+/// Checks that whatever is sent back is a reply to this query, fits, and is not answered in turn.
 fn query(bytes: &[u8], transport: Transport) {
     let service = service();
     let before = service.counts();
@@ -47,7 +48,7 @@ fn query(bytes: &[u8], transport: Transport) {
             );
             return assert_eq!(counted, 0);
         }
-        // Without resolvers.
+        // There are no upstream resolvers.
         Step::Ask(pending) => service.conclude(pending, Err(ResponseCode::ServFail)),
         Step::Send(sent) => sent,
     };
@@ -76,7 +77,8 @@ fn check_reply(service: &Service, sent: &[u8], query: &[u8], transport: Transpor
     }
 }
 
-/// What resolvers answer reaches the container, but nothing that only this network has a say in.
+/// Checks that replies from upstream resolvers reach the container without records of our own
+/// zones.
 fn answer(input: &mut Input<'_>) {
     let service = service();
     let kind = input.byte();
@@ -103,7 +105,7 @@ fn pending(service: &Service, query: &[u8], transport: Transport) -> Option<Pend
     }
 }
 
-/// What is taken is in the form that travels, and is taken again as the same.
+/// Checks that an accepted name is in canonical form and is accepted again as the same name.
 fn name(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let domains = [Domain::new("overnode.local").expect("a domain")];
@@ -117,7 +119,7 @@ fn name(bytes: &[u8]) {
     }
 }
 
-/// With a hundred addresses of one name, and no resolvers.
+/// Returns a service with a hundred addresses for one name, and without upstream resolvers.
 fn service() -> Service {
     let mut zone = Zone::new(StdRng::seed_from_u64(1));
     let node = NodeId::new(1).expect("in range");

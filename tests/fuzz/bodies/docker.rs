@@ -1,4 +1,4 @@
-//! A Docker engine: what it asks of the plugin, in any order, and what it answers when it is asked.
+//! Fuzzes a Docker engine: its requests to the plugin in any order, and its replies.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -33,10 +33,11 @@ const PATHS: [&str; 17] = [
     "/IpamDriver.RequestAddress",
     "/IpamDriver.ReleaseAddress",
 ];
-/// Step of a conversation in which the engine tells what it has; below are [`PATHS`].
+/// Step of a conversation in which the engine reports its state. Smaller values select one of
+/// [`PATHS`].
 const REPORT: u8 = 250;
 
-/// The first byte says what the others are.
+/// Runs one input. The first byte selects the type of the rest.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
@@ -56,8 +57,8 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// An engine that asks what it likes. What is kept survives a restart of the daemon and is fit to
-/// be shown.
+/// Simulates an engine that sends any requests. Checks that stored records survive a restart of the
+/// daemon and are safe to display.
 fn conversation(input: &mut Input<'_>) {
     let network = Network::default();
     let settings = Settings {
@@ -109,7 +110,7 @@ fn conversation(input: &mut Input<'_>) {
     assert!(again.records().eq(disk.iter()), "a restart changes nothing");
 }
 
-/// As the node does, on which nothing fails.
+/// Carries out a step as a node does if nothing fails.
 fn carry_out(docker: &mut Docker, step: Step, number: usize, now: Instant) {
     match step {
         Step::Answer(_) => {}
@@ -165,7 +166,7 @@ fn check_report(report: &Report) {
     }
 }
 
-/// Somebody reads them in a terminal.
+/// Checks a text that is displayed in a terminal.
 fn words(text: &str) {
     assert!(text.len() < 2000, "{} bytes", text.len());
     assert!(text.chars().all(is_harmless), "{text:?}");

@@ -1,5 +1,5 @@
-//! Gossip: messages of neighbours that are members, and so can sign for themselves but not for
-//! others.
+//! Fuzzes gossip: messages from neighbors that are members, and so can sign for themselves but not
+//! for other nodes.
 
 use std::time::{Duration, Instant};
 
@@ -16,10 +16,10 @@ use rand::rngs::StdRng;
 use super::input::{Input, MAX_STEPS};
 
 const OWN: u16 = 1;
-/// Its neighbours at the start. Whoever is between the first and the last may be one.
+/// The node's neighbors at the start. Nodes 2 to 5 may become neighbors.
 const NEIGHBOURS: [u16; 2] = [2, 3];
 
-/// A node among hostile neighbours, step by step.
+/// Runs a node among hostile neighbors, step by step.
 pub fn run(data: &[u8]) {
     let mut world = World::new();
     let mut input = Input(data);
@@ -49,8 +49,7 @@ impl World {
         let peer = id(2 + u16::from(step >> 4) % 4);
         match step & 15 {
             0 => self.message(peer, input.bytes()),
-            // Everything in it is signed: by the node that it names, or by the neighbour in its
-            // name.
+            // All records are signed, either by the nodes that they name or by one other node.
             1 => {
                 let by = input.byte();
                 let bytes = input.bytes();
@@ -124,7 +123,7 @@ impl World {
         let _ = self.gossip.handle_parcel(peer, bytes, self.now);
     }
 
-    /// What holds at any time.
+    /// Carries out the node's actions and checks the invariants.
     fn check(&mut self) {
         while let Some(action) = self.gossip.poll_action() {
             match action {
@@ -220,7 +219,7 @@ fn named(name: &str, address: &str) -> Named {
     Named { name: name.into(), address: address.parse().expect("an address") }
 }
 
-/// As its sender signs it: see [`overnode_daemon::gossip::parcel`].
+/// Signs a routed message as its sender does. See [`overnode_daemon::gossip::parcel`].
 fn signed(mut parcel: Parcel) -> Parcel {
     let bytes = parcel.encode();
     let text = [b"overnode parcel v2", &bytes[2..31], parcel.body.as_slice()].concat();

@@ -1,6 +1,6 @@
-//! WireGuard's handshake: two nodes, and somebody between and beside them who alters, repeats,
-//! drops and makes up datagrams. They know every public key, so that their first MAC is right if
-//! they like, but no secret.
+//! Fuzzes WireGuard's handshake between two nodes. An attacker on and off the path alters, repeats,
+//! drops and forges datagrams. The attacker knows every public key, so the first MAC can be valid,
+//! but knows no secret.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -17,13 +17,13 @@ use rand::rngs::StdRng;
 
 use super::input::{Input, MAX_STEPS};
 
-/// Where the two MACs begin, in an initiation and in a response, from their ends.
+/// Length in bytes of the two MACs at the end of an initiation and of a response.
 const MACS: usize = 32;
-/// Slots that two nodes can need: sessions of each (three and those that rest for five seconds) and
-/// what is pending.
+/// Upper limit for the slots in use: the sessions (three, and those that are kept for five more
+/// seconds) and pending handshakes.
 const MANY_SLOTS: usize = 400;
 
-/// Both nodes and their world, step by step.
+/// Runs both nodes and the network between them, step by step.
 pub fn run(data: &[u8]) {
     let mut world = World::new();
     let mut input = Input(data);
@@ -40,9 +40,9 @@ struct World {
     sessions: [Vec<SessionKeys>; 2],
     now: Instant,
     wall: SystemTime,
-    /// On their way, and to whom.
+    /// Datagrams in flight, each with its receiver.
     flying: VecDeque<(usize, Vec<u8>)>,
-    /// All that ever was sent.
+    /// All datagrams that were ever sent, each with its receiver.
     seen: Vec<(usize, Vec<u8>)>,
 }
 
@@ -165,7 +165,7 @@ impl World {
         self.nodes[node].counters().plus(gate).named().map(|(_, value)| value).sum()
     }
 
-    /// Takes what a node wants; returns how many bytes it sends.
+    /// Takes a node's output. Returns the number of bytes that it sends.
     fn drain(&mut self, node: usize) -> usize {
         let mut sent = 0;
         while let Some(transmit) = self.nodes[node].poll_transmit() {
@@ -176,7 +176,7 @@ impl World {
         while let Some(event) = self.nodes[node].poll_event() {
             if let Event::Install { session, .. } = event {
                 if session.initiator {
-                    // The indices may be altered on the way: only the first MAC covers them
+                    // The indices may be altered in transit, because only the first MAC covers them
                     // (whitepaper section 5.4.4).
                     let is_its_half = |other: &SessionKeys| {
                         other.tx_key == session.rx_key && other.rx_key == session.tx_key
@@ -193,7 +193,7 @@ impl World {
         sent
     }
 
-    /// Makes the first MAC right, as anybody can who knows the public key of `to`.
+    /// Makes the first MAC valid, which requires only the public key of `to`.
     fn seal(&self, to: usize, bytes: &mut [u8]) {
         let Some(end) = bytes.len().checked_sub(MACS) else { return };
         let PublicKey(public) = self.nodes[to].public_key();

@@ -1,13 +1,13 @@
-//! Taking an input apart. What is missing at its end is zero: no input is too short.
+//! Parses an input. Bytes beyond its end read as zero, so no input is too short.
 
-/// Steps of one input, at most: a body that keeps state must not take long.
+/// Maximum number of steps of one input, so that a body with state does not take long.
 pub const MAX_STEPS: usize = 64;
 
 /// The rest of an input.
 pub struct Input<'a>(pub &'a [u8]);
 
 impl<'a> Input<'a> {
-    /// The next byte; none at the end.
+    /// Returns the next byte, or `None` at the end.
     pub fn step(&mut self) -> Option<u8> {
         let (first, rest) = self.0.split_first()?;
         self.0 = rest;
@@ -22,7 +22,8 @@ impl<'a> Input<'a> {
         u16::from_le_bytes([self.byte(), self.byte()])
     }
 
-    /// Bytes behind their number (u16, little-endian); fewer at the end.
+    /// Returns bytes that are preceded by their number (u16, little-endian). Returns fewer at the
+    /// end.
     pub fn bytes(&mut self) -> &'a [u8] {
         let length = usize::from(self.short()).min(self.0.len());
         let (bytes, rest) = self.0.split_at(length);
@@ -30,7 +31,7 @@ impl<'a> Input<'a> {
         bytes
     }
 
-    /// What [`Self::bytes`] reads.
+    /// Returns bytes in the form that [`Self::bytes`] reads.
     pub fn framed(bytes: &[u8]) -> Vec<u8> {
         let length = u16::try_from(bytes.len()).expect("seeds are short");
         [&length.to_le_bytes(), bytes].concat()

@@ -1,5 +1,5 @@
-//! What `overnode monitor` shows: what programs record of dropped packets, which anybody can send,
-//! and the events that are made of it.
+//! Fuzzes the input of `overnode monitor`: records of dropped packets, which anyone can send, and
+//! the events made from them.
 
 use overnode_daemon::api::{DroppedPacket, Happening, MonitorEvent};
 use overnode_daemon::monitor::decode::{Seen, record};
@@ -20,12 +20,12 @@ const PROGRAMS: [u32; 5] = [
     PROGRAM_FROM_UNDERLAY_XDP,
     PROGRAM_FROM_BULK,
 ];
-/// Bytes before the packet.
+/// Length in bytes of a record's header.
 const HEADER: usize = 32;
-/// More than the JSON of the headers of one packet has.
+/// Upper limit in bytes for the JSON of one packet's headers.
 const LONGEST: usize = 1500;
 
-/// The first byte says what the others are.
+/// Runs one input. The first byte selects the type of the rest.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
@@ -50,12 +50,13 @@ fn made(reason: u32, program: u32, vlan: u32, packet: &[u8], more: u32) -> Vec<u
     let mut bytes = 5_u64.to_ne_bytes().to_vec();
     bytes.extend(words.iter().flat_map(|word| word.to_ne_bytes()));
     bytes.extend(packet);
-    // The ring buffer's records have one length.
+    // The ring buffer's records all have the same length.
     bytes.resize(HEADER + DROPPED_LEN, 0xaa);
     bytes
 }
 
-/// Headers only, in words that do no harm, and nothing of what was not captured.
+/// Checks that a record yields only headers, only harmless text, and nothing beyond the captured
+/// bytes.
 fn check(bytes: &[u8]) {
     let Some(seen) = record(bytes) else { return };
     let captured = bytes[24..28].try_into().map(u32::from_ne_bytes).expect("four bytes") as usize;
@@ -87,7 +88,7 @@ fn packet(seen: &Seen) -> DroppedPacket {
     }
 }
 
-/// What is read once is written so that it is read again, as the same.
+/// Checks that an event that can be read is written in a form that reads back as the same event.
 fn event(bytes: &[u8]) {
     let Ok(event) = serde_json::from_slice::<MonitorEvent>(bytes) else { return };
     if event.what == Happening::Unknown {

@@ -1,4 +1,4 @@
-//! The paths of a node that gets probes.
+//! Fuzzes the path state of a node that receives probes.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,8 @@ use rand::rngs::StdRng;
 
 use super::input::{Input, MAX_STEPS};
 
-/// A node among two others that send any probes; one of them also answers, sometimes not truly.
+/// Runs a node with two peers that send any probes. Requests are also answered, sometimes with a
+/// wrong stamp.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let mut now = Instant::now();

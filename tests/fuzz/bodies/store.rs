@@ -1,5 +1,4 @@
-//! What is read from the disk: records that are anything, and a database with bytes that are not as
-//! they were written.
+//! Fuzzes what is read from disk: arbitrary records, and a database with damaged bytes.
 
 use std::fs;
 use std::path::Path;
@@ -20,12 +19,12 @@ const ATTACHMENTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("atta
 const ADDRESSES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("addresses");
 const PEERS: TableDefinition<'_, u16, &[u8]> = TableDefinition::new("peers");
 const EXTERNAL: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("external_peers");
-/// Values of `meta`, by their keys.
+/// Keys of the table `meta`.
 const NAMES: [&str; 7] =
     ["identity", "schema", "cursor", "names", "docker_networks", "docker_default", "something"];
 
-/// A database with something of everything. It is in memory, where the system has such a place: a
-/// commit waits for the disk.
+/// A database with an entry of each kind. It is made in memory if the system supports that, because
+/// a commit waits for the disk.
 static WHOLE: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let place = place();
     let store = Store::open(place.path()).expect("a new store");
@@ -42,7 +41,7 @@ fn place() -> tempfile::TempDir {
     made.expect("a directory")
 }
 
-/// The first byte says what the others are.
+/// Runs one input. The first byte selects the type of the rest.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let place = place();
@@ -93,8 +92,8 @@ fn put(file: &Path, input: &mut Input<'_>) {
     change.commit().expect("it can be written");
 }
 
-/// What is taken is written so that it is taken again, as the same. What is not is refused in
-/// words.
+/// Checks that values that can be read are written in a form that reads back as the same values,
+/// and that errors are safe to display.
 fn read_and_write_again(place: &Path) {
     let Ok(store) = Store::open(place).map_err(|error| words(&error)) else { return };
     let mut read = Vec::new();
@@ -151,11 +150,11 @@ fn damage(bytes: &mut Vec<u8>, input: &mut Input<'_>) {
     }
 }
 
-/// A damaged database is refused, and never wrong data.
+/// Checks that a damaged database is rejected or yields only correct data.
 fn is_as_it_was_or_refused(place: &Path) {
     let Ok(store) = Store::open(place).map_err(|error| words(&error)) else { return };
     match store.identity() {
-        // As empty as a new one, if all of it is gone.
+        // If everything is gone, the database is as empty as a new one.
         Ok(found) => assert!(found.is_none_or(|found| found == identity())),
         Err(error) => words(&error),
     }
@@ -173,7 +172,7 @@ fn is_as_it_was_or_refused(place: &Path) {
     }
 }
 
-/// Somebody reads them in a terminal.
+/// Checks an error that is displayed in a terminal.
 fn words(error: &StoreError) {
     let text = error.to_string();
     assert!(text.len() < 2000, "{} bytes", text.len());
@@ -236,7 +235,7 @@ fn external() -> ExternalPeer {
     }
 }
 
-/// What is known of another node, as it is kept.
+/// Returns another node's record as it is stored.
 fn peer() -> Vec<u8> {
     let id = NodeId::new(2).expect("in range");
     let record = Record {

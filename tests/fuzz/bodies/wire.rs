@@ -1,5 +1,5 @@
-//! Decoders that keep nothing in mind: parcels, path probes, the header of messages that are
-//! relayed, messages of the bulk path.
+//! Fuzzes stateless decoders: routed messages, path probes, the relay header, and messages of the
+//! bulk path.
 
 use overnode_daemon::bulk::control::Keys;
 use overnode_daemon::bulk::message::{Cipher, HEADER_LEN, Header, Hello};
@@ -12,7 +12,7 @@ use overnode_ebpf::wire::Relay;
 
 use super::input::Input;
 
-/// The first byte says what the others are.
+/// Runs one input. The first byte selects the type of the rest.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
