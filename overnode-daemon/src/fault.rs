@@ -1,7 +1,7 @@
-//! Steps of what must be all or nothing. In debug builds a test may end the process, as SIGKILL
-//! does, after the nth of them: `OVERNODE_KILL_AT=n`. Release builds only log.
+//! Failpoints in operations that must be atomic. In debug builds, a test can end the process after
+//! the nth step, as SIGKILL does, with `OVERNODE_KILL_AT=n`. Release builds only log the steps.
 
-/// Marks that a step of `launch`, `attach`, `detach` or `reset` is done.
+/// Marks the end of a step of an operation such as `launch`, `attach`, `detach` or `reset`.
 pub fn step(name: &'static str) {
     tracing::debug!(step = name, "done");
     #[cfg(debug_assertions)]

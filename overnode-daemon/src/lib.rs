@@ -1,10 +1,10 @@
-//! The node: everything of overnode that runs in user space and is not the command line.
+//! The node: everything of overnode that runs in user space, except for the command line.
 //!
-//! The parts that decide have no I/O and read no clock: [`handshake`], [`gossip`], [`ipam`],
-//! [`routing`] and the dialler in [`control`]. They take events with the time and return actions;
-//! so does the zone in [`dns`]. The parts that act are thin: [`datapath`] programs the kernel,
-//! [`net`] owns the sockets, [`docker`] serves a Docker engine, [`store`] the disk, [`api`] the
-//! unix socket, [`metrics`] Prometheus. [`node`] is one task that joins them.
+//! The modules that make decisions do no I/O and read no clock: [`handshake`], [`gossip`],
+//! [`ipam`], [`routing`], the dialer in [`control`] and the zone in [`dns`]. They take events
+//! together with the time and return actions. The modules that act are thin: [`datapath`] programs
+//! the kernel, [`net`] owns the sockets, [`docker`] serves a Docker engine, [`store`] the disk,
+//! [`api`] the unix socket, and [`metrics`] Prometheus. [`node`] is one task that connects them.
 
 pub mod api;
 pub mod bulk;
@@ -30,5 +30,5 @@ pub mod text;
 pub mod trust;
 pub mod types;
 
-/// The eBPF programs, as `build.rs` made them.
+/// The eBPF object file that `build.rs` compiled.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(env!("OVERNODE_EBPF_OBJECT"));

@@ -1,4 +1,4 @@
-//! `overnoded`: one node. Everything is in the library.
+//! `overnoded`: runs one node. The code is in the library.
 
 use std::process::ExitCode;
 
@@ -7,8 +7,8 @@ use nix::sys::stat::{Mode, umask};
 use overnode_daemon::{bulk, node, options::Options, trust};
 
 fn main() -> ExitCode {
-    // Before anything is in memory or on disk that is worth stealing, in the daemon and in the
-    // workers' process.
+    // Do this in the daemon and in the worker process, before there is anything in memory or on
+    // disk that is worth stealing.
     umask(Mode::S_IRWXG | Mode::S_IRWXO);
     if let Err(error) = trust::protect_memory() {
         tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();

@@ -7,46 +7,47 @@ use clap::Parser;
 
 use crate::docker;
 
-/// Where the state lies, unless told otherwise.
+/// The default state directory.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/overnode";
 
-/// Where the socket lies, unless told otherwise.
+/// The default directory of the socket.
 pub const DEFAULT_RUN_DIR: &str = "/run/overnode";
 
-/// The variable that says where a Docker engine looks for plugins.
+/// The environment variable with the directory in which a Docker engine looks for plugins.
 pub const DOCKER_PLUGINS: &str = "OVERNODE_DOCKER_PLUGINS";
 
-/// None for a variable that is set to nothing, which must not keep a node from starting.
+/// `None` for an empty environment variable, which counts as unset and must not keep a node from
+/// starting.
 type MaybeAddress = Option<SocketAddr>;
 
 fn address_if_any(text: &str) -> Result<MaybeAddress, AddrParseError> {
     if text.is_empty() { Ok(None) } else { text.parse().map(Some) }
 }
 
-/// The daemon of an overnode node. `overnode launch` starts it: there is seldom a reason to do so
-/// by hand.
+/// The daemon of an overnode node. `overnode launch` starts it, so there is rarely a reason to run
+/// it by hand.
 #[derive(Clone, Debug, PartialEq, Eq, Parser)]
 #[command(name = "overnoded", version)]
 pub struct Options {
-    /// Where the node's identity, keys and addresses are kept
+    /// Directory for the node's identity, keys and addresses
     #[arg(long, env = "OVERNODE_STATE_DIR", value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
     pub state_dir: PathBuf,
 
-    /// Where the socket is made
+    /// Directory for the socket
     #[arg(long, env = "OVERNODE_RUN_DIR", value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
 
-    /// Where a Docker engine looks for plugins [default: /run/docker/plugins, if both directories
-    /// above are the default ones; else no engine is served]
+    /// Directory in which a Docker engine looks for plugins [default: /run/docker/plugins if both
+    /// directories above have their defaults; otherwise no engine is served]
     #[arg(long, env = DOCKER_PLUGINS, value_name = "DIR")]
     pub docker_plugins: Option<PathBuf>,
 
-    /// The socket of that engine
+    /// Socket of the Docker engine
     #[arg(long, env = "OVERNODE_DOCKER_SOCKET", value_name = "PATH", default_value = docker::ENGINE)]
     pub docker_socket: PathBuf,
 
-    /// Serve metrics for Prometheus at this address, as in 127.0.0.1:6785 [default: nowhere; the
-    /// socket has them under /v1/metrics]
+    /// Serve metrics for Prometheus at this address, for example 127.0.0.1:6785 [default: no port;
+    /// the socket serves them at /v1/metrics]
     #[arg(
         long,
         env = "OVERNODE_METRICS",
@@ -57,33 +58,33 @@ pub struct Options {
     )]
     pub metrics: MaybeAddress,
 
-    /// Log more, also from the eBPF programs
+    /// Log more, including messages of the eBPF programs
     #[arg(long, env = "OVERNODE_DEBUG", value_parser = clap::builder::FalseyValueParser::new())]
     pub debug: bool,
 
-    /// Log without colours; so does NO_COLOR in the environment
+    /// Log without colors; NO_COLOR in the environment does the same
     #[arg(long)]
     pub no_color: bool,
 }
 
 impl Options {
-    /// The engine to serve, if any.
+    /// Returns the locations of the Docker engine to serve, or `None` if no engine is served.
     pub fn docker(&self) -> Option<docker::Places> {
         let plugins =
             docker_plugins(&self.state_dir, &self.run_dir, self.docker_plugins.as_deref())?;
         Some(docker::Places { plugins, engine: self.docker_socket.clone() })
     }
 
-    /// Whether the log may have colours.
+    /// Returns true if the log may have colors.
     pub fn color(&self) -> bool {
-        // https://no-color.org: any value but an empty one.
+        // https://no-color.org: any value except an empty one.
         !self.no_color && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
     }
 }
 
-/// Where an engine looks for the plugin of a node with these directories. Nodes with directories of
-/// their own are several on one machine, and an engine has one node: they serve none but the one
-/// that is given.
+/// Returns the plugin directory of the Docker engine that a node with these directories serves. A
+/// machine can run several nodes, but an engine belongs to one of them. A node with non-default
+/// directories therefore serves an engine only if `given` names its plugin directory.
 pub fn docker_plugins(state_dir: &Path, run_dir: &Path, given: Option<&Path>) -> Option<PathBuf> {
     let is_usual =
         state_dir == Path::new(DEFAULT_STATE_DIR) && run_dir == Path::new(DEFAULT_RUN_DIR);

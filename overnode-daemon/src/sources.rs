@@ -1,13 +1,14 @@
-//! Allowances of source addresses, for everything that strangers can send.
+//! Rate limits per source address, for everything that unauthenticated hosts can send.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
-/// Sources watched at a time. Those beyond are refused for at most a second.
+/// Maximum number of tracked sources. Further sources are refused until a sweep finds idle ones.
+/// Sweeps are at least one second apart.
 const MOST: usize = 16384;
 
-/// A leaky bucket per source, as the time at which the bucket will be empty.
+/// A leaky bucket per source, stored as the time at which the bucket will be empty.
 #[derive(Debug)]
 pub(crate) struct Sources {
     interval: Duration,
@@ -17,12 +18,13 @@ pub(crate) struct Sources {
 }
 
 impl Sources {
-    /// Allows each source one arrival per `interval` on average, and `burst` at once.
+    /// Allows each source one arrival per `interval` on average, and bursts of `burst`, which is at
+    /// least 1.
     pub(crate) const fn new(interval: Duration, burst: u32) -> Self {
         Self { interval, burst, empty_at: BTreeMap::new(), swept: None }
     }
 
-    /// Counts an arrival; false if it is one too many.
+    /// Counts an arrival. Returns false if it exceeds the source's limit.
     pub(crate) fn allow(&mut self, from: IpAddr, now: Instant) -> bool {
         let source = source_of(from);
         if !self.empty_at.contains_key(&source) && self.empty_at.len() >= MOST {
@@ -50,14 +52,14 @@ impl Sources {
     }
 }
 
-/// What counts as one source: an IPv4 address, or the /64 of an IPv6 address, since a host chooses
-/// the rest freely.
+/// Returns the source that an address counts for: an IPv4 address itself, or the /64 of an IPv6
+/// address, since a host chooses the rest freely.
 pub(crate) fn source_of(ip: IpAddr) -> IpAddr {
     prefix(ip, 32, 64)
 }
 
-/// What is likely under one administration: an IPv4 /24, or an IPv6 /48, which is what a site is
-/// given.
+/// Returns the network that is probably under the same administration: an IPv4 /24, or an IPv6 /48,
+/// the usual assignment to a site.
 pub(crate) fn site_of(ip: IpAddr) -> IpAddr {
     prefix(ip, 24, 48)
 }

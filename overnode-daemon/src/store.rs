@@ -1,11 +1,11 @@
-//! What the node keeps on disk: one redb database in the state directory. Every change is one
-//! transaction, on disk when the call returns (redb commits with fsync); a crash leaves the state
-//! before or after it.
+//! Stores the node's state on disk, in one redb database in the state directory. Every change is
+//! one transaction, which is on disk when the call returns (redb commits with fsync). A crash
+//! leaves the state either before or after the transaction.
 //!
-//! The directory is 0700, the files in it 0600, whatever the umask. `lock` is held (flock) as long
-//! as the store is open, so that one daemon works on one directory. Secrets lie in tables of their
-//! own as raw bytes and are wiped from this process's copies; redb's page cache, in the same
-//! process, is not.
+//! The directory has mode 0700 and its files have mode 0600, whatever the umask. The store holds an
+//! flock on `lock` while it is open, so that only one daemon uses a directory. Secrets are raw
+//! bytes in a table of their own. They are wiped from this process's copies, but not from redb's
+//! page cache in the same process.
 
 mod disk;
 mod record;
@@ -33,40 +33,40 @@ use crate::text::reason;
 use crate::trust::{self, Untrusted};
 use crate::types::{NodeId, PeerIndex, Secret};
 
-/// The layout of the tables. Another one is refused.
+/// Version of the table layout. A database with another version is refused.
 pub const SCHEMA: u32 = 3;
-/// The database's name in the state directory.
+/// File name of the database in the state directory.
 pub const DATABASE: &str = "overnode.redb";
-/// The lock's name in the state directory. Holds the process ID of the daemon.
+/// File name of the lock in the state directory. The file contains the daemon's process ID.
 pub const LOCK: &str = "lock";
 
 const CACHE_BYTES: usize = 1 << 20;
 
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const SECRETS: TableDefinition<&str, &[u8]> = TableDefinition::new("secrets");
-/// By the order in which they were added.
+/// Keyed by the order in which the targets were added.
 const TARGETS: TableDefinition<u32, &str> = TableDefinition::new("targets");
 const ATTACHMENTS: TableDefinition<&str, &[u8]> = TableDefinition::new("attachments");
 const PEERS: TableDefinition<u16, &[u8]> = TableDefinition::new("peers");
 const ADDRESSES: TableDefinition<&str, &[u8]> = TableDefinition::new("addresses");
 const EXTERNAL: TableDefinition<u32, &[u8]> = TableDefinition::new("external_peers");
 
-/// Why the store cannot do what it should. The words are for people.
+/// Errors of the store, worded for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The directory or a file in it cannot be made, opened or written.
+    /// The directory or a file in it cannot be created, opened or written.
     #[error("{what} {path}: {why}; {advice}")]
     Io {
-        /// What was tried.
+        /// The failed operation.
         what: &'static str,
-        /// On what.
+        /// The path of the operation.
         path: PathBuf,
         /// The system's reason.
         why: std::io::Error,
         /// What to do.
         advice: &'static str,
     },
-    /// A directory that is used for something else.
+    /// The directory is used for something else.
     #[error(
         "{path} holds other files and no state of overnode; give an empty or new directory with --state-dir"
     )]
@@ -74,10 +74,10 @@ pub enum StoreError {
         /// The directory.
         path: PathBuf,
     },
-    /// Another user can change it.
+    /// Another user can change the path.
     #[error("the state cannot be kept there: {0}; or give another --state-dir")]
     Untrusted(#[from] Untrusted),
-    /// There is no state.
+    /// The directory contains no state.
     #[error("there is no node's state in {path}; `overnode launch` makes one")]
     Missing {
         /// The state directory.
@@ -88,10 +88,10 @@ pub enum StoreError {
     Locked {
         /// The state directory.
         path: PathBuf,
-        /// Its process ID, if it could be read.
+        /// The process ID of the holder, if it could be read.
         holder: Option<u32>,
     },
-    /// Made by another version of overnode.
+    /// The state was written by another version of overnode.
     #[error(
         "the state in {path} is of another version of overnode (layout {found}, this one reads {SCHEMA}); install that version \
          again, or run `overnode reset --force` and launch anew"
@@ -99,10 +99,10 @@ pub enum StoreError {
     Schema {
         /// The state directory.
         path: PathBuf,
-        /// What was found.
+        /// The version that was found.
         found: String,
     },
-    /// Not a database, or a damaged one.
+    /// The file is not a database, or it is damaged.
     #[error(
         "the state in {path} is damaged ({why}); restore it from a backup, or run `overnode reset --force` and launch anew"
     )]
@@ -112,7 +112,7 @@ pub enum StoreError {
         /// What is wrong.
         why: String,
     },
-    /// The disk refused a transaction. Nothing of it was kept.
+    /// The disk refused a transaction, and nothing of it was stored.
     #[error(
         "the state in {path} could not be written ({why}); check that the disk is not full or failing, then try again"
     )]
@@ -122,7 +122,7 @@ pub enum StoreError {
         /// What is wrong.
         why: String,
     },
-    /// The address has an attachment already.
+    /// The address already has an attachment.
     #[error("{0} is attached already; detach it first")]
     Taken(IpAddr),
 }
@@ -137,18 +137,19 @@ type Result<T> = std::result::Result<T, StoreError>;
 #[derive(Debug)]
 pub struct Store {
     directory: PathBuf,
-    /// None after the disk has refused something and the database could not be opened again yet.
+    /// `None` after an I/O error, until the database can be reopened.
     database: Mutex<Option<Database>>,
-    /// Dropped after the database: the next daemon must not get in before it is closed.
+    /// Dropped after the database, so that the next daemon gets the lock only once the database is
+    /// closed.
     _lock: File,
 }
 
 impl Store {
-    /// Opens the state in `directory`, which is made if it does not exist.
+    /// Opens the state in `directory`. Creates the directory if it does not exist.
     ///
     /// # Errors
-    /// [`StoreError::Io`] if the directory or its files cannot be made or written,
-    /// [`StoreError::Locked`], [`StoreError::Schema`], [`StoreError::Damaged`],
+    /// Returns [`StoreError::Io`] if the directory or its files cannot be created or written, or
+    /// else [`StoreError::Locked`], [`StoreError::Schema`], [`StoreError::Damaged`] or
     /// [`StoreError::Untrusted`].
     pub fn open(directory: &Path) -> Result<Self> {
         disk::make_directory(directory)?;
@@ -160,10 +161,10 @@ impl Store {
         Ok(store)
     }
 
-    /// As [`Self::open`], if there is a database already.
+    /// Opens the state in `directory` if it contains a database.
     ///
     /// # Errors
-    /// [`StoreError::Missing`], or as [`Self::open`].
+    /// Returns [`StoreError::Missing`] if there is no database, or else an error of [`Self::open`].
     pub fn open_existing(directory: &Path) -> Result<Self> {
         match directory.join(DATABASE).try_exists() {
             Ok(true) => Self::open(directory),
@@ -172,15 +173,15 @@ impl Store {
         }
     }
 
-    /// The state directory.
+    /// Returns the state directory.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Who this node is; none before it was launched.
+    /// Returns the node's identity, or `None` before its first launch.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if it cannot be read.
     pub fn identity(&self) -> Result<Option<Identity>> {
         let Some(public) = self.get_meta("identity")? else { return Ok(None) };
         let secret = |name| {
@@ -189,11 +190,11 @@ impl Store {
         Ok(Some(Identity::join(public, secret("identity")?, secret("cluster key")?)))
     }
 
-    /// Keeps who this node is. The targets may come in the same transaction, so that a launch is
-    /// kept whole or not at all.
+    /// Stores the node's identity. The targets can be stored in the same transaction, so that a
+    /// launch is stored completely or not at all.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn set_identity(&self, identity: &Identity, targets: Option<&[String]>) -> Result<()> {
         self.change(|change| {
             change.open_table(META)?.insert("identity", encode(&identity.public()).as_slice())?;
@@ -204,10 +205,10 @@ impl Store {
         })
     }
 
-    /// The names of the targets, in the order in which they were added.
+    /// Returns the names of the targets, in the order in which they were added.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if they cannot be read.
     pub fn targets(&self) -> Result<Vec<String>> {
         self.read(|read| {
             let table = read.open_table(TARGETS)?;
@@ -215,18 +216,18 @@ impl Store {
         })
     }
 
-    /// Makes these the targets.
+    /// Replaces the targets.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn set_targets(&self, targets: &[String]) -> Result<()> {
         self.change(|change| replace_targets(change, targets))
     }
 
-    /// What is attached, by address.
+    /// Returns all attachments, by address.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if they cannot be read.
     pub fn attachments(&self) -> Result<Vec<Attachment>> {
         let mut all: Vec<Attachment> = self.read_all(|read| {
             let table = read.open_table(ATTACHMENTS)?;
@@ -236,11 +237,12 @@ impl Store {
         Ok(all)
     }
 
-    /// Keeps a new attachment, and that its address was given out last if it was not chosen by
-    /// hand.
+    /// Stores a new attachment. If its address is not static, also stores the address as the last
+    /// one allocated.
     ///
     /// # Errors
-    /// [`StoreError::Taken`] if the address has one, [`StoreError::Write`].
+    /// Returns [`StoreError::Taken`] if the address has an attachment, and [`StoreError::Write`] if
+    /// the transaction fails.
     pub fn add_attachment(&self, attachment: &Attachment) -> Result<()> {
         let (key, mut is_taken) = (attachment.address.to_string(), false);
         self.change(|change| {
@@ -260,10 +262,10 @@ impl Store {
         if is_taken { Err(StoreError::Taken(attachment.address)) } else { Ok(()) }
     }
 
-    /// Replaces what is known of an attachment, or adds it.
+    /// Stores an attachment, replacing an existing one with the same address.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn update_attachment(&self, attachment: &Attachment) -> Result<()> {
         let key = attachment.address.to_string();
         self.change(|change| {
@@ -275,10 +277,10 @@ impl Store {
         })
     }
 
-    /// Forgets an attachment. True if there was one.
+    /// Removes an attachment. Returns true if there was one.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn remove_attachment(&self, address: IpAddr) -> Result<bool> {
         let mut existed = false;
         self.change(|change| {
@@ -289,18 +291,18 @@ impl Store {
         Ok(existed)
     }
 
-    /// The networks that a Docker engine has made with this node, by ID.
+    /// Returns the IDs of the networks that a Docker engine created with this node.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if they cannot be read.
     pub fn docker_networks(&self) -> Result<BTreeSet<String>> {
         Ok(self.get_meta("docker_networks")?.unwrap_or_default())
     }
 
-    /// Replaces the list of networks that a Docker engine has made.
+    /// Replaces the IDs of the networks that a Docker engine created.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn set_docker_networks(&self, networks: &BTreeSet<String>) -> Result<()> {
         self.change(|change| {
             change
@@ -311,18 +313,18 @@ impl Store {
         })
     }
 
-    /// Whether the default network was made in a Docker engine.
+    /// Returns true if the default network was created in a Docker engine.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if the entry cannot be read.
     pub fn has_default_network(&self) -> Result<bool> {
         Ok(self.get_meta("docker_default")?.unwrap_or_default())
     }
 
-    /// Keeps whether the default network was made in a Docker engine.
+    /// Stores whether the default network was created in a Docker engine.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn set_default_network(&self, made: bool) -> Result<()> {
         self.change(|change| {
             change
@@ -333,31 +335,31 @@ impl Store {
         })
     }
 
-    /// The address that was given out last: [`crate::ipam::Ipam::resume_after`].
+    /// Returns the address that was allocated last, for [`crate::ipam::Ipam::resume_after`].
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if the entry cannot be read.
     pub fn cursor(&self) -> Result<Option<IpAddr>> {
         self.get_meta("cursor")
     }
 
-    /// What the allocation of addresses has kept.
+    /// Returns the stored facts of the address allocation.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if they cannot be read.
     pub fn addresses(&self) -> Result<Vec<ipam::Fact>> {
         self.read_all(|read| match read.open_table(ADDRESSES) {
             Ok(table) => table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect(),
-            // Written by an earlier version.
+            // Databases of earlier versions do not have the table.
             Err(TableError::TableDoesNotExist(_)) => Ok(Vec::new()),
             Err(error) => Err(error.into()),
         })
     }
 
-    /// Keeps what the allocation of addresses has changed, in one transaction.
+    /// Stores changes of the address allocation in one transaction.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn change_addresses(&self, changes: &[ipam::Change]) -> Result<()> {
         self.change(|change| {
             let mut table = change.open_table(ADDRESSES)?;
@@ -375,18 +377,18 @@ impl Store {
         })
     }
 
-    /// The names that were added by hand.
+    /// Returns the DNS names that users added.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if they cannot be read.
     pub fn names(&self) -> Result<Vec<gossip::Named>> {
         Ok(self.get_meta("names")?.unwrap_or_default())
     }
 
-    /// Makes these the names that were added by hand.
+    /// Replaces the DNS names that users added.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn set_names(&self, names: &[gossip::Named]) -> Result<()> {
         self.change(|change| {
             change.open_table(META)?.insert("names", encode(&names).as_slice())?;
@@ -394,10 +396,10 @@ impl Store {
         })
     }
 
-    /// What is known of other nodes, by ID.
+    /// Returns the stored records of other nodes, by ID.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if they cannot be read.
     pub fn peers(&self) -> Result<Vec<Known>> {
         let entries: Vec<Vec<u8>> = self.read(|read| {
             let table = read.open_table(PEERS)?;
@@ -409,11 +411,11 @@ impl Store {
         entries.iter().map(decode).collect()
     }
 
-    /// Keeps what is known of other nodes, in one transaction. Not as JSON: that takes several
-    /// times the room, and members that lie may fill it.
+    /// Stores records of other nodes in one transaction. They are not JSON, which takes several
+    /// times the space: malicious members could use that to fill the disk.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn set_peers(&self, peers: &[Known]) -> Result<()> {
         self.change(|change| {
             let mut table = change.open_table(PEERS)?;
@@ -425,20 +427,20 @@ impl Store {
         })
     }
 
-    /// Forgets the record of a node.
+    /// Removes the record of a node.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn remove_peer(&self, id: NodeId) -> Result<()> {
         self.change(|change| {
             change.open_table(PEERS)?.remove(id.get()).map(drop).map_err(Into::into)
         })
     }
 
-    /// The WireGuard peers that are no nodes, by index.
+    /// Returns the external WireGuard peers, by index.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if they cannot be read.
     pub fn external_peers(&self) -> Result<Vec<ExternalPeer>> {
         let peers: Vec<record::PublicExternalPeer> = self.read_all(|read| {
             let table = read.open_table(EXTERNAL)?;
@@ -453,10 +455,10 @@ impl Store {
             .collect()
     }
 
-    /// Keeps a WireGuard peer that is no node.
+    /// Stores an external WireGuard peer, replacing an existing one with the same index.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn set_external_peer(&self, peer: &ExternalPeer) -> Result<()> {
         self.change(|change| {
             change.open_table(EXTERNAL)?.insert(peer.index.0, encode(&peer.public()).as_slice())?;
@@ -470,10 +472,10 @@ impl Store {
         })
     }
 
-    /// Forgets a WireGuard peer that is no node. True if there was one.
+    /// Removes an external WireGuard peer. Returns true if there was one.
     ///
     /// # Errors
-    /// [`StoreError::Write`].
+    /// Returns [`StoreError::Write`] if the transaction fails.
     pub fn remove_external_peer(&self, index: PeerIndex) -> Result<bool> {
         let mut existed = false;
         self.change(|change| {
@@ -484,11 +486,12 @@ impl Store {
         Ok(existed)
     }
 
-    /// Counts this start of the daemon: returns the node's new incarnation, which exceeds all
-    /// before it. None before launch.
+    /// Counts a start of the daemon. Returns the node's new incarnation, which exceeds all previous
+    /// ones, or `None` before the first launch.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`], [`StoreError::Write`].
+    /// Returns [`StoreError::Damaged`] if the identity cannot be read, and [`StoreError::Write`] if
+    /// the transaction fails.
     pub fn next_incarnation(&self) -> Result<Option<u64>> {
         let Some(mut identity) = self.identity()? else { return Ok(None) };
         identity.incarnation += 1;
@@ -496,21 +499,21 @@ impl Store {
         Ok(Some(identity.incarnation))
     }
 
-    /// Keeps the node's incarnation, which gossip may have had to raise.
+    /// Stores the node's incarnation, for when gossip has to raise it.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`], [`StoreError::Write`].
+    /// Returns [`StoreError::Damaged`] if the identity cannot be read, and [`StoreError::Write`] if
+    /// the transaction fails.
     pub fn set_incarnation(&self, incarnation: u64) -> Result<()> {
         let Some(mut identity) = self.identity()? else { return Ok(()) };
         identity.incarnation = incarnation;
         self.set_identity(&identity, None)
     }
 
-    /// Closes the store and removes all of it: database, lock and, if nothing else is in it, the
-    /// directory.
+    /// Closes the store and removes the database, the lock and, if it is then empty, the directory.
     ///
     /// # Errors
-    /// [`StoreError::Io`].
+    /// Returns [`StoreError::Io`] if a file cannot be removed.
     pub fn destroy(self) -> Result<()> {
         let Self { directory, database, _lock: lock } = self;
         drop(database);
@@ -519,10 +522,10 @@ impl Store {
         Ok(())
     }
 
-    /// As [`Self::destroy`], also if the state cannot be read. Nothing happens if there is none.
+    /// Removes the state in `directory`, even if it cannot be read. Does nothing if there is none.
     ///
     /// # Errors
-    /// [`StoreError::Locked`] if a daemon runs on it, [`StoreError::Untrusted`],
+    /// Returns [`StoreError::Locked`] if a daemon uses it, or else [`StoreError::Untrusted`] or
     /// [`StoreError::Io`].
     pub fn wipe(directory: &Path) -> Result<()> {
         if !directory.join(DATABASE).exists() && !directory.join(LOCK).exists() {
@@ -604,8 +607,8 @@ impl Store {
             .map_err(|why| StoreError::Write { path: self.directory.clone(), why: why.to_string() })
     }
 
-    /// After the disk has refused one thing, redb refuses everything until it is opened again,
-    /// which takes it back to what was committed.
+    /// Runs a closure on the database. After an I/O error, redb refuses all further operations
+    /// until the database is reopened, so this reopens it. That restores the last committed state.
     fn with_database<T>(
         &self,
         use_it: impl FnOnce(&Database) -> std::result::Result<T, redb::Error>,
@@ -617,7 +620,7 @@ impl Store {
         };
         let outcome = use_it(opened);
         if let Err(redb::Error::Io(_) | redb::Error::PreviousIo) = outcome {
-            // Closed before it is opened: one process at a time.
+            // Close the old handle first: redb allows only one per file.
             *database = None;
             *database = open_database(&self.directory).ok();
         }
@@ -629,7 +632,7 @@ impl Store {
     }
 
     fn damaged(&self, why: String) -> StoreError {
-        // It may quote what was read.
+        // The message may quote untrusted bytes.
         StoreError::Damaged { path: self.directory.clone(), why: reason(&why) }
     }
 }
@@ -645,7 +648,8 @@ fn open_database(directory: &Path) -> Result<Database> {
     })
 }
 
-/// JSON: fields can be added without another layout, and people can read it.
+/// Encodes a value as JSON, which is readable and lets fields be added without a new layout
+/// version.
 fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     serde_json::to_vec(value).expect("plain data always encodes")
 }

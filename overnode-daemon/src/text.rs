@@ -1,27 +1,29 @@
-//! Text of others in messages: what strangers, engines and damaged files say ends up on terminals.
+//! Sanitizes untrusted text for messages. Text from peers, container engines and damaged files ends
+//! up on terminals.
 
-/// Most characters of somebody else's text in a message.
+/// Maximum number of characters of untrusted text in a message.
 const LIMIT: usize = 100;
-/// Most characters of a library's reason, which may quote what it has read.
+/// Maximum number of characters of a library's error message, which may quote its input.
 const REASON_LIMIT: usize = 300;
 
-/// False for what a terminal acts on, and for what is invisible or reorders the text around it.
+/// Returns false for characters that control a terminal, are invisible, or reorder the surrounding
+/// text.
 pub fn is_harmless(c: char) -> bool {
     !c.is_control()
         && !matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
-/// The first characters, each of them harmless.
+/// Returns the first 100 characters, with harmful ones replaced by `?`.
 pub fn quoted(text: &str) -> String {
     first(text, LIMIT)
 }
 
-/// As [`quoted`], for the words of a library.
+/// Does the same for a library's error message, with the first 300 characters.
 pub fn reason(why: &impl std::fmt::Display) -> String {
     first(&why.to_string(), REASON_LIMIT)
 }
 
-/// All of it, as long as that may be.
+/// Replaces harmful characters in the whole text, whatever its length.
 pub fn harmless(text: &str) -> String {
     first(text, usize::MAX)
 }

@@ -1,9 +1,8 @@
-//! What root needs before it trusts a place in the file system, or its own memory, on a machine
-//! with other users.
+//! Checks that root can trust a path or its own memory on a machine with other users.
 //!
-//! A directory that another user owns, or may rename, is that user's: files in it can be taken away
-//! and replaced, whatever their own mode. Programs, maps, keys, sockets and logs lie only where
-//! nobody but root (or, in tests, the user of this process) can do so.
+//! A user who owns a directory, or can rename it, controls its content: files in it can be removed
+//! and replaced whatever their own mode. Programs, maps, keys, sockets and logs are therefore kept
+//! only where no user but root can do so. In tests, the user of this process is trusted as well.
 
 use std::fs::{self, Metadata};
 use std::io;
@@ -16,13 +15,13 @@ use nix::unistd::geteuid;
 
 const WRITABLE_BY_GROUP: u32 = 0o020;
 const WRITABLE_BY_OTHERS: u32 = 0o002;
-/// In a directory with this bit, only the owner of an entry may rename or remove it.
+/// With this bit on a directory, only the owner of an entry can rename or remove it.
 const STICKY: u32 = 0o1000;
 
-/// A place that another user can change.
+/// Why a path is not trusted: another user can change it, or it could not be examined.
 #[derive(Debug, thiserror::Error)]
 pub enum Untrusted {
-    /// Made by another user.
+    /// The path belongs to another user.
     #[error(
         "{path} belongs to user {owner}, who can replace whatever lies there: find out why, then remove \
          it (`rm -r {path}`) or let it belong to root"
@@ -30,10 +29,10 @@ pub enum Untrusted {
     Owner {
         /// The file or directory.
         path: PathBuf,
-        /// The user's number.
+        /// The user ID of the owner.
         owner: u32,
     },
-    /// Open to other users.
+    /// Other users can write to the directory.
     #[error(
         "other users can write to {path} (mode {mode:04o}) and replace whatever lies there: find out why, \
          then take that from them (`chmod go-w {path}`)"
@@ -44,7 +43,7 @@ pub enum Untrusted {
         /// Its mode.
         mode: u32,
     },
-    /// It cannot be made, opened or looked at.
+    /// The path cannot be created, opened or examined.
     #[error("{path} cannot be used: {why}")]
     Io {
         /// The file or directory.
@@ -54,25 +53,25 @@ pub enum Untrusted {
     },
 }
 
-/// True for root, and for the user of this process.
+/// Returns true for root and for the user of this process.
 pub fn is_trusted_user(uid: u32) -> bool {
     uid == 0 || uid == geteuid().as_raw()
 }
 
-/// Checks that no other user can change what a path leads to: each directory and each symbolic link
-/// on the way, as it is written and as it is resolved, belongs to root or to this process's user,
-/// and other users can rename nothing on it. What does not exist yet is left out. Once this holds,
-/// other users cannot make it untrue.
+/// Checks that no other user can change what a path leads to. Every directory and symbolic link
+/// along the path, as written and as resolved, must belong to root or to this process's user, and
+/// other users must not be able to rename any component. Components that do not exist yet are
+/// skipped. Once this check succeeds, other users cannot make it fail.
 ///
 /// # Errors
-/// [`Untrusted`].
+/// Returns [`Untrusted`] if the path fails the check or cannot be examined.
 pub fn check_path(path: &Path) -> Result<(), Untrusted> {
     let failed = |why| Untrusted::Io { path: path.to_owned(), why };
     let absolute = std::path::absolute(path).map_err(failed)?;
     check_each(&absolute)?;
     match absolute.canonicalize() {
         Ok(resolved) => check_each(&resolved),
-        // A link that leads nowhere is somebody's mistake, and is told by whoever opens it.
+        // A dangling link is a mistake. Opening it reports the error.
         Err(why) if is_missing(&why) => match absolute.parent() {
             Some(parent) => check_path(parent),
             None => Ok(()),
@@ -81,22 +80,22 @@ pub fn check_path(path: &Path) -> Result<(), Untrusted> {
     }
 }
 
-/// As [`check_path`]; besides, the directory itself is not open to other users, not even one in
-/// which everybody keeps things.
+/// Checks the path as [`check_path`] does, and that other users cannot write to the directory
+/// itself. The sticky bit does not help here.
 ///
 /// # Errors
-/// [`Untrusted`].
+/// Returns [`Untrusted`] if the directory fails the check or cannot be examined.
 pub fn check_directory(path: &Path) -> Result<(), Untrusted> {
     check_path(path)?;
     let found = fs::metadata(path).map_err(|why| Untrusted::Io { path: path.to_owned(), why })?;
     check_own(path, &found)
 }
 
-/// Checks what was found at a path that is to be this process's own: its owner, and that nobody
-/// else writes to it.
+/// Checks a file or directory that should belong to this process: its owner is trusted and other
+/// users cannot write to it.
 ///
 /// # Errors
-/// [`Untrusted`].
+/// Returns [`Untrusted`] if another user owns it or can write to it.
 pub fn check_own(path: &Path, found: &Metadata) -> Result<(), Untrusted> {
     check_owner(path, found)?;
     if is_open(found) {
@@ -105,10 +104,10 @@ pub fn check_own(path: &Path, found: &Metadata) -> Result<(), Untrusted> {
     Ok(())
 }
 
-/// Checks the owner only.
+/// Checks only that the owner is trusted.
 ///
 /// # Errors
-/// [`Untrusted::Owner`].
+/// Returns [`Untrusted::Owner`] if another user owns it.
 pub fn check_owner(path: &Path, found: &Metadata) -> Result<(), Untrusted> {
     if is_trusted_user(found.uid()) {
         return Ok(());
@@ -137,10 +136,12 @@ fn check_each(absolute: &Path) -> Result<(), Untrusted> {
     Ok(())
 }
 
-/// Checks that no other user can rename or remove what this process makes in a directory.
+/// Checks that other users cannot rename or remove entries that this process creates in a
+/// directory.
 ///
 /// # Errors
-/// [`Untrusted`].
+/// Returns [`Untrusted`] if another user owns the directory, or can write to it and it has no
+/// sticky bit.
 pub fn check_entries(path: &Path, found: &Metadata) -> Result<(), Untrusted> {
     check_owner(path, found)?;
     if is_open(found) && found.mode() & STICKY == 0 {
@@ -149,20 +150,22 @@ pub fn check_entries(path: &Path, found: &Metadata) -> Result<(), Untrusted> {
     Ok(())
 }
 
-/// Whether other users write there. The group of root is root.
+/// Returns true if other users can write to it. Root's group does not count as another user.
 fn is_open(found: &Metadata) -> bool {
     let by_group = found.mode() & WRITABLE_BY_GROUP != 0 && found.gid() != 0;
     by_group || found.mode() & WRITABLE_BY_OTHERS != 0
 }
 
-/// Keeps this process's memory, which has keys in it, from other processes and from the disk: no
-/// core dump, whatever the system's settings, and neither `ptrace(2)` nor `/proc/PID` for a process
-/// without `CAP_SYS_PTRACE` (or, with later kernels, `CAP_PERFMON` to read), even of the same user.
+/// Protects this process's memory, which contains keys, from other processes and from the disk.
+/// Disables core dumps, whatever the system's settings, and denies `ptrace(2)` and `/proc/PID` to
+/// processes without `CAP_SYS_PTRACE`, even of the same user. (Later kernels also let `CAP_PERFMON`
+/// read.)
 ///
 /// # Errors
-/// The kernel refuses.
+/// Returns an error if the kernel refuses.
 pub fn protect_memory() -> io::Result<()> {
-    // The limit is not asked where dumps go to a program; being dumpable is.
+    // The kernel ignores the limit when it pipes dumps to a program, but it respects the dumpable
+    // flag.
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     Ok(prctl::set_dumpable(false)?)
 }
@@ -199,7 +202,7 @@ mod tests {
         check_directory(&below).unwrap_err();
     }
 
-    /// Needs root, as most of this does in earnest.
+    /// Needs root to give files to another user. The daemon usually runs as root, too.
     #[test]
     fn what_another_user_owns_is_not_trusted_however_it_is_reached() {
         let place = tempfile::tempdir().unwrap();
@@ -210,11 +213,11 @@ mod tests {
             let why = check_path(path).unwrap_err().to_string();
             assert!(why.contains("theirs belongs to user 1000"), "{why}");
         }
-        // By root's own link, too.
+        // Also through a link that root owns.
         let link = place.path().join("link");
         symlink(&theirs, &link).unwrap();
         check_path(&link).unwrap_err();
-        // Nor is their link, wherever it leads at this moment.
+        // A link that another user owns is not trusted either, wherever it currently leads.
         let own = directory(&place.path().join("own"), 0o700);
         let trap = place.path().join("trap");
         symlink(&own, &trap).unwrap();

@@ -1,4 +1,4 @@
-//! Names that every part of the node uses.
+//! Basic types that all parts of the node share.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -9,43 +9,43 @@ use overnode_ebpf::map::Address;
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
-/// A node's ID: 1 to 4095. Also its peer index in the data plane.
+/// A node's ID, 1 to 4095. It is also the node's peer index in the data plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u16", into = "u16")]
 pub struct NodeId(u16);
 
 impl NodeId {
-    /// The greatest ID.
+    /// The highest ID.
     pub const MAX: u16 = 4095;
 
-    /// The least ID.
+    /// The lowest ID.
     pub const FIRST: Self = Self(1);
 
-    /// Checks the range.
+    /// Creates an ID after checking its range.
     ///
     /// # Errors
-    /// [`BadNodeId`] for 0 and for more than [`Self::MAX`].
+    /// Returns [`BadNodeId`] for 0 and for numbers above [`Self::MAX`].
     pub const fn new(id: u16) -> Result<Self, BadNodeId> {
         if id == 0 || id > Self::MAX { Err(BadNodeId) } else { Ok(Self(id)) }
     }
 
-    /// The number.
+    /// Returns the number.
     pub const fn get(self) -> u16 {
         self.0
     }
 
-    /// True for IDs 1 to 4, which own a quarter of the address pool each by birth.
+    /// Returns true for IDs 1 to 4, each of which initially owns a quarter of the address range.
     pub const fn owns_a_quarter(self) -> bool {
         self.0 <= 4
     }
 
-    /// Its place in the data plane's `PEERS` map.
+    /// Returns the node's index in the data plane's `PEERS` map.
     pub const fn peer_index(self) -> PeerIndex {
         PeerIndex(self.0 as u32)
     }
 }
 
-/// An ID that is not between 1 and 4095.
+/// The number is not between 1 and 4095.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("an ID is a whole number from 1 to 4095")]
 pub struct BadNodeId;
@@ -78,13 +78,13 @@ impl fmt::Display for NodeId {
     }
 }
 
-/// Index into the data plane's `PEERS` map: a node's ID, or 4096 and up for WireGuard peers that
-/// are no nodes.
+/// An index into the data plane's `PEERS` map: a node's ID, or 4096 and up for external WireGuard
+/// peers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PeerIndex(pub u32);
 
 impl PeerIndex {
-    /// The node whose place it is, if it is one's.
+    /// Returns the node with this index, or `None` for an external peer.
     pub const fn node(self) -> Option<NodeId> {
         if self.0 == 0 || self.0 > NodeId::MAX as u32 { None } else { Some(NodeId(self.0 as u16)) }
     }
@@ -96,19 +96,18 @@ impl fmt::Display for PeerIndex {
     }
 }
 
-/// A Curve25519 public key. Shown and parsed as WireGuard does: base64, 44 characters.
+/// A Curve25519 public key. Displayed and parsed as in WireGuard: base64, 44 characters.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublicKey(pub [u8; 32]);
 
-/// An Ed25519 public key, which a node's records are verified with. Shown and parsed as
-/// [`PublicKey`].
+/// An Ed25519 public key that verifies a node's records. Displayed and parsed like [`PublicKey`].
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 #[serde(from = "PublicKey", into = "PublicKey")]
 pub struct VerifyingKey(pub [u8; 32]);
 
-/// 32 bytes that nobody may see: wiped when dropped, never printed.
+/// A 32-byte secret. It is wiped from memory when dropped and never printed.
 #[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
 pub struct Secret(pub [u8; 32]);
 
@@ -130,7 +129,7 @@ impl fmt::Debug for PublicKey {
     }
 }
 
-/// A key that is not 32 bytes in base64.
+/// The text is not 32 bytes in base64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a key is 32 bytes in base64 (44 characters)")]
 pub struct BadKey;
@@ -189,12 +188,13 @@ fn decode_key(text: &str) -> Result<[u8; 32], BadKey> {
     BASE64.decode(text.as_bytes()).ok().and_then(|bytes| bytes.try_into().ok()).ok_or(BadKey)
 }
 
-/// The cluster's addresses. Every node of a cluster has the same; one with others is refused.
+/// The cluster's addresses. All nodes of a cluster must agree on them; a node with other addresses
+/// is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Network {
     /// All addresses of the container network. Default 10.32.0.0/12.
     pub subnet: IpNet,
-    /// The part of the subnet that nodes give out by themselves. Default 10.40.0.0/13.
+    /// The part of the subnet that nodes allocate from. Default 10.40.0.0/13.
     pub range: IpNet,
 }
 
@@ -207,7 +207,7 @@ impl Default for Network {
     }
 }
 
-/// The map form of an address.
+/// Converts an address to its form in BPF maps.
 pub fn to_map(address: IpAddr) -> Address {
     match address {
         IpAddr::V4(v4) => Address::from_v4(v4.octets()),
@@ -215,7 +215,7 @@ pub fn to_map(address: IpAddr) -> Address {
     }
 }
 
-/// The address that a map holds; v4-mapped ones come back as IPv4.
+/// Converts an address from its form in BPF maps. IPv4-mapped addresses become IPv4.
 pub fn from_map(address: Address) -> IpAddr {
     match address.to_v4() {
         Some(v4) => IpAddr::V4(v4.into()),

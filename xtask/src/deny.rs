@@ -1,9 +1,9 @@
-//! Licenses, bans and sources of all dependencies, by the rules in `deny.toml`.
+//! Checks licenses, bans and sources of all dependencies against the rules in `deny.toml`.
 //!
-//! The rules are those of cargo-deny, and whoever has that program can use it (`cargo deny check
-//! licenses bans sources`). To build it, every fresh clone would have to compile 211 packages more,
-//! for three rules. So what is used of it is here: expressions are evaluated by the library that it
-//! uses itself.
+//! The rules have cargo-deny's format, and cargo-deny can check them, too
+//! (`cargo deny check licenses bans sources`). Building it in every fresh clone would mean
+//! compiling 211 more packages for three rules. This module therefore implements the rules that are
+//! used. License expressions are evaluated by the library that cargo-deny itself uses.
 
 use std::collections::BTreeSet;
 
@@ -13,12 +13,12 @@ use spdx::{Expression, Licensee, ParseMode};
 
 use crate::workspace::Workspace;
 
-/// How cargo's names of registries begin.
+/// The prefix of cargo's registry identifiers.
 const REGISTRY: &str = "registry+";
-/// The target that is released: dependencies of other systems do not count.
+/// The released target. Dependencies for other systems do not count.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// What is used of `deny.toml`.
+/// The parts of `deny.toml` that are used.
 #[derive(Debug, Deserialize)]
 struct Rules {
     licenses: Licenses,
@@ -42,7 +42,7 @@ struct Ban {
     reason: String,
 }
 
-/// What is used of `cargo metadata`.
+/// The parts of `cargo metadata` that are used.
 #[derive(Debug, Deserialize)]
 struct Metadata {
     packages: Vec<Package>,
@@ -65,7 +65,7 @@ struct Package {
     name: String,
     version: String,
     license: Option<String>,
-    /// None for a package of this workspace.
+    /// `None` for a package of this workspace.
     source: Option<String>,
     dependencies: Vec<Dependency>,
 }
@@ -75,16 +75,16 @@ struct Dependency {
     name: String,
     req: String,
     path: Option<String>,
-    /// None for a package of this workspace.
+    /// `None` for a package of this workspace.
     source: Option<String>,
-    /// None for cargo's own registry.
+    /// `None` for crates.io.
     registry: Option<String>,
 }
 
-/// Checks every dependency of the workspace.
+/// Checks all dependencies of the workspace.
 ///
 /// # Errors
-/// With everything that breaks a rule, a line each.
+/// Returns an error that lists all violations, one per line.
 pub fn check(workspace: &Workspace) -> Result<()> {
     let rules = std::fs::read_to_string(workspace.root.join("deny.toml")).context("deny.toml")?;
     let rules: Rules = toml::from_str(&rules).context("deny.toml")?;
@@ -122,7 +122,7 @@ fn findings(metadata: &Metadata, rules: &Rules) -> Result<Vec<String>> {
     Ok(findings)
 }
 
-/// Where a dependency comes from, if not from cargo's own registry or this workspace.
+/// Returns where a dependency comes from, unless that is crates.io or this workspace.
 fn foreign(dependency: &Dependency) -> Option<String> {
     let Dependency { name, source, registry, .. } = dependency;
     let source = source.as_deref()?;
@@ -130,13 +130,14 @@ fn foreign(dependency: &Dependency) -> Option<String> {
     is_foreign.then(|| format!("{name} comes from {source}"))
 }
 
-/// Dependencies of any version, which the next update could change without anybody's decision.
+/// Returns dependencies without a version requirement. The next update could change them without a
+/// decision.
 fn wildcards(package: &Package) -> impl Iterator<Item = String> {
     let any = package.dependencies.iter().filter(|it| it.req == "*" && it.path.is_none());
     any.map(|it| format!("{}: any version of {} would do for it", package.name, it.name))
 }
 
-/// Why a license is not allowed, if it is not.
+/// Returns why a license is not allowed, or `None` if it is.
 fn license(license: Option<&str>, allowed: &[Licensee]) -> Option<String> {
     let Some(text) = license else { return Some("it names no license".to_owned()) };
     match Expression::parse_mode(text, ParseMode::LAX) {
@@ -158,7 +159,7 @@ mod tests {
         toml::from_str(include_str!("../../deny.toml")).unwrap()
     }
 
-    /// A package with one dependency.
+    /// Returns the metadata of a package with one dependency.
     fn graph(
         name: &str,
         license: Option<&str>,

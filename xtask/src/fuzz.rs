@@ -1,9 +1,8 @@
-//! `cargo xtask fuzz`: coverage-guided fuzzing of every decoder of what comes from the network or
-//! from people.
+//! `cargo xtask fuzz`: coverage-guided fuzzing of all decoders of data from the network or from
+//! users.
 //!
-//! libFuzzer is built from source as a dependency of `tests/fuzz`, and the compiler's own pass
-//! makes the code tell what it reaches: neither a nightly compiler nor an installed fuzzer is
-//! needed.
+//! libFuzzer is built from source as a dependency of `tests/fuzz`, and the compiler's built-in pass
+//! instruments the code. This requires neither a nightly compiler nor an installed fuzzer.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -15,7 +14,7 @@ use crate::setup::{self, Purpose};
 use crate::step::{Step, describe};
 use crate::workspace::Workspace;
 
-/// What libFuzzer reads: counters of edges, where they are, and the operands of comparisons.
+/// The instrumentation that libFuzzer reads: edge counters, edge addresses and comparison operands.
 const FLAGS: [&str; 5] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
@@ -23,10 +22,11 @@ const FLAGS: [&str; 5] = [
     "-Cllvm-args=-sanitizer-coverage-pc-table",
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
 ];
-/// Given explicitly, so that the flags above are not for build scripts.
+/// The target triple. Cargo gets it explicitly so that the flags above do not apply to build
+/// scripts.
 #[cfg(target_arch = "x86_64")]
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
-/// As above.
+/// The target triple, as above.
 #[cfg(target_arch = "aarch64")]
 const TRIPLE: &str = "aarch64-unknown-linux-gnu";
 
@@ -38,41 +38,41 @@ const TRIPLE: &str = "aarch64-unknown-linux-gnu";
     cargo xtask fuzz gossip --input FILE      one input again, with the backtrace of what fails\n\n\
     A finding is written to tests/fuzz/regressions/TARGET: `cargo xtask test` fails until it is mended.")]
 pub struct Arguments {
-    /// What to fuzz [default: everything, one after the other]
+    /// Targets to fuzz [default: all, one after the other]
     #[arg(value_name = "TARGET", value_enum)]
     targets: Vec<Target>,
-    /// How long, each.
+    /// Duration for each target, in seconds
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
-    /// Run this one input instead.
+    /// Run this single input instead
     #[arg(long, value_name = "FILE", conflicts_with = "seconds", requires = "targets")]
     input: Option<PathBuf>,
 }
 
-/// As in `tests/fuzz/bodies.rs`.
+/// The fuzz targets. They must match those in `tests/fuzz/bodies.rs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Target {
-    /// Messages and parcels of neighbours that are members
+    /// Messages and routed messages from neighbors that are members
     Gossip,
-    /// WireGuard's handshake, with datagrams altered and made up
+    /// Handshake messages of WireGuard, modified or made up
     Handshake,
-    /// Frames, messages, greetings and verdicts of control connections
+    /// Frames, messages, hellos and verdicts of control connections
     Control,
-    /// What members tell the allocation of addresses
+    /// Messages of members to the address allocation
     Allocation,
     /// Requests to the daemon, and the names in them
     Api,
-    /// The paths of a node that gets probes
+    /// Path state of a node that receives probes
     Path,
-    /// Parcels, probes, the header of relayed messages
+    /// Routed messages, probes, and the header of relayed messages
     Wire,
-    /// Packets that the bulk path cuts and joins
+    /// Packets that the bulk path segments and coalesces
     Bulk,
-    /// What containers ask the DNS service, and what resolvers answer it
+    /// DNS queries from containers, and answers from upstream resolvers
     Dns,
-    /// A Docker engine: its requests and its answers
+    /// Requests and answers of a Docker engine
     Docker,
-    /// The environment and the standard input of the CNI plugin
+    /// Environment and standard input of the CNI plugin
     Cni,
     /// Records of dropped packets
     Monitor,
@@ -116,10 +116,10 @@ impl Target {
     }
 }
 
-/// Builds and runs; goes on with the next target after a finding.
+/// Builds and runs the fuzzer. Continues with the next target after a finding.
 ///
 /// # Errors
-/// When something is missing and cannot be installed, or there are findings.
+/// Returns an error if something is missing and cannot be installed, or if there are findings.
 pub fn run(arguments: &Arguments) -> Result<()> {
     setup::run(Purpose::Build)?;
     setup::programs(&[("c++", "g++")])?;
@@ -144,7 +144,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 fn build(workspace: &Workspace) -> Result<PathBuf> {
     let target = workspace.target.join("fuzz");
     let folder = workspace.root.join("tests/fuzz");
-    // The same versions as in the workspace; cargo adds what only the fuzzer needs.
+    // Use the workspace's versions. Cargo adds the packages that only the fuzzer needs.
     std::fs::copy(workspace.root.join("Cargo.lock"), folder.join("Cargo.lock"))
         .context("the workspace's lock file cannot be copied to tests/fuzz")?;
     let mut cargo = workspace.cargo();
@@ -164,7 +164,7 @@ fn fuzzer(program: &Path, target: Target) -> Command {
         .env("OVERNODE_FUZZ_TARGET", target.name())
         .env("RUST_BACKTRACE", "1")
         .stdin(Stdio::null());
-    // An input that takes ten seconds or half a gigabyte is a finding.
+    // An input that takes ten seconds or 512 MiB is a finding.
     fuzzer.args(["-timeout=10", "-rss_limit_mb=512"]);
     fuzzer
 }
@@ -177,7 +177,7 @@ fn replay(program: &Path, target: Target, file: &Path) -> Result<()> {
 fn fuzz(workspace: &Workspace, program: &Path, target: Target, seconds: u64) -> Result<()> {
     let name = target.name();
     let folder = workspace.root.join("tests/fuzz");
-    // What is found on the way is kept, for the next time.
+    // The corpus grows during a run and is kept for the next one.
     let grown = workspace.target.join("fuzz/corpus").join(name);
     let regressions = folder.join("regressions").join(name);
     for folder in [&grown, &regressions] {
@@ -200,7 +200,7 @@ fn fuzz(workspace: &Workspace, program: &Path, target: Target, seconds: u64) -> 
         }
     }
     let status = child.wait()?;
-    // Folders without a finding are of no use to anybody.
+    // Remove the directory if it is empty, that is, if there is no finding.
     let _ = std::fs::remove_dir(&regressions);
     if !status.success() {
         bail!(
@@ -214,20 +214,20 @@ fn fuzz(workspace: &Workspace, program: &Path, target: Target, seconds: u64) -> 
     Ok(())
 }
 
-/// What libFuzzer says of itself.
+/// The statistics that libFuzzer prints.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Progress {
     executions: u64,
-    /// Edges of the control flow that were reached.
+    /// Number of edges of the control-flow graph that were reached.
     edges: u64,
-    /// All that there are in the program and its libraries.
+    /// Number of all edges in the program and its libraries.
     all: u64,
     inputs: u64,
 }
 
 impl Progress {
-    /// Reads a line; true if it is for the eyes: a sign of life now and then, and everything about
-    /// a finding.
+    /// Parses a line of output. Returns true if the user should see it: an occasional sign of
+    /// progress, and everything about a finding.
     fn is_worth_showing(&mut self, line: &str) -> bool {
         let words: Vec<&str> = line.split_whitespace().collect();
         let after = |word: &str| {

@@ -1,7 +1,7 @@
-//! Every chore of the project as a typed command: `cargo xtask --help`.
+//! Project tasks as typed commands: `cargo xtask --help`.
 //!
-//! Each command first makes sure of what it needs (see [`setup`]) and says what it does and how
-//! long that took.
+//! Each command first checks for the tools that it needs (see [`setup`]). It prints each step and
+//! how long the step took.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
@@ -25,7 +25,7 @@ use setup::Purpose;
 use step::Step;
 use workspace::Workspace;
 
-/// Chores of overnode.
+/// Project tasks of overnode.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", disable_help_subcommand = true)]
 struct Arguments {
@@ -35,43 +35,42 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make sure of all that the other commands need: compiler, linker, programs. Installs it when
-    /// root on Debian.
+    /// Check for the compiler, linker and programs that the other commands need. Installs missing
+    /// ones if run as root on Debian.
     Setup,
     /// Build the release binaries: target/release/overnode and target/release/overnoded.
     Build,
-    /// Make the Debian package and the archive of static programs, with checksums.
+    /// Build the Debian package and the archive of static programs, with checksums.
     Dist(dist::Arguments),
-    /// Check the formatting and the dependencies, run clippy and every test. Needs root.
+    /// Check the formatting and the dependencies, run clippy and all tests. Needs root.
     Test(test::Arguments),
-    /// Show a cluster of three hosts at work, in network namespaces of this machine. Needs root.
+    /// Demonstrate a cluster of three hosts in network namespaces on this machine. Needs root.
     Demo,
-    /// Run the programs and the nodes on Linux 6.1, the oldest kernel promised, in QEMU. Takes
+    /// Run the eBPF programs and the nodes in QEMU on Linux 6.1, the oldest supported kernel. Takes
     /// minutes.
     Vm(vm::Arguments),
-    /// Give the decoders what nobody would think of, guided by what it reaches. A minute each, or
-    /// `--seconds`.
+    /// Fuzz the decoders, guided by coverage. Runs each target for a minute, or for `--seconds`.
     Fuzz(fuzz::Arguments),
-    /// Measure, beside rivals. Needs root.
+    /// Measure performance, side by side with other networks. Needs root.
     Bench(Bench),
-    /// Attack gossip and the allocation of addresses in simulated clusters: `--seeds N --nodes M`,
+    /// Attack gossip and address allocation in simulated clusters: `--seeds N --nodes M`,
     /// `--seed S`, `--scale`.
     Sim(Sim),
 }
 
 #[derive(Debug, clap::Args)]
 struct Sim {
-    /// Options of the simulation: see `cargo xtask sim -- --help`.
+    /// Options of the simulation; see `cargo xtask sim -- --help`.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
     options: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]
 struct Bench {
-    /// What to measure, with its options: `datapath [--json FILE]`, see
-    /// `cargo xtask bench datapath --help`; `stress [--bytes COUNT]`, streams of every kind,
-    /// verified; or `docker [CONTAINERS]` or `podman [CONTAINERS]`, the time that a container takes
-    /// to start, on each of two hosts.
+    /// The benchmark and its options: `datapath [--json FILE]`, see
+    /// `cargo xtask bench datapath --help`; `stress [--bytes COUNT]`, which verifies streams of
+    /// every kind; or `docker [CONTAINERS]` or `podman [CONTAINERS]`, which measure how long a
+    /// container takes to start on each of two hosts.
     #[arg(
         required = true,
         trailing_var_arg = true,
@@ -181,7 +180,8 @@ fn run(command: Command) -> Result<()> {
                 "--",
             ]);
             cargo.args(bench.what).env("OVERNODE_BIN_DIR", workspace.target.join("release"));
-            // Cargo changes the folder; file names given here are meant from this one.
+            // Cargo changes the working directory. File names in the options are relative to the
+            // current one.
             step::show(cargo.env("OVERNODE_BENCH_FOLDER", std::env::current_dir()?))
         }
     }

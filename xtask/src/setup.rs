@@ -1,5 +1,5 @@
-//! Making sure of what the other commands need. Looks before it acts, so that a second run costs
-//! nothing.
+//! Checks for what the other commands need and installs what is missing. A second run changes
+//! nothing and costs next to nothing.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,28 +10,28 @@ use crate::step::{Step, show};
 use crate::toolchain::{self, Compiler};
 use crate::workspace::Workspace;
 
-/// The release of bpf-linker that is installed where there is none.
+/// The version of bpf-linker to install if there is none.
 const LINKER_VERSION: &str = "0.13.0";
-/// LLVM releases that it can be built with.
+/// The LLVM versions that this bpf-linker can be built with.
 const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
-/// What Debian's compiler for the eBPF target consists of.
+/// Debian's packages of a compiler for the eBPF target.
 const DEBIAN_COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 const BPFFS: &str = "/sys/fs/bpf";
 
-/// What the machine is to be made ready for. Each includes the one before.
+/// What the machine must be ready for. Each level includes the previous ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Purpose {
     /// Building.
     Build,
-    /// Hosts as network namespaces: programs of the system, and root.
+    /// Running hosts as network namespaces: needs system programs and root.
     Lab,
-    /// Every test: also stock WireGuard programs to talk to.
+    /// Running all tests: also needs other WireGuard implementations to talk to.
     Test,
-    /// Measuring beside rivals.
+    /// Benchmarks against other software.
     Bench,
 }
 
-/// A program, the Debian package that has it, and what needs it.
+/// Programs, the Debian packages that contain them, and the lowest purpose that needs them.
 const PROGRAMS: &[(&str, &str, Purpose)] = &[
     ("cc", "gcc", Purpose::Build),
     ("ip", "iproute2", Purpose::Lab),
@@ -61,15 +61,16 @@ const PROGRAMS: &[(&str, &str, Purpose)] = &[
     ("nebula", "nebula", Purpose::Bench),
 ];
 
-/// Stock WireGuard programs: program, cargo package, version. They go into the target directory:
-/// nobody's own installation is touched.
+/// Other WireGuard implementations: program, cargo package and version. They are installed in the
+/// target directory, so that no existing installation is touched.
 const RIVALS: [(&str, &str, &str); 2] =
     [("boringtun-cli", "boringtun-cli", "0.7.1"), ("gotatun", "gotatun-cli", "0.10.2")];
 
-/// Looks for everything; installs what is missing when it can.
+/// Checks for everything, and installs missing parts if possible.
 ///
 /// # Errors
-/// When something is missing and this is not root on Debian: the message has the commands to type.
+/// Returns an error if something is missing and cannot be installed, such as without root or on a
+/// system other than Debian. The message lists the commands to type.
 pub fn run(purpose: Purpose) -> Result<()> {
     let machine = Machine::look();
     let mut packages: Vec<String> = Vec::new();
@@ -110,10 +111,11 @@ pub fn run(purpose: Purpose) -> Result<()> {
     Ok(())
 }
 
-/// As [`run`], for programs (with the Debian packages that have them) that one command alone needs.
+/// Does the same as [`run`] for programs that only one command needs. Each is given with its Debian
+/// package.
 ///
 /// # Errors
-/// When one is missing and this is not root on Debian.
+/// Returns an error under the same conditions as [`run`].
 pub fn programs(wanted: &[(&str, &str)]) -> Result<()> {
     let missing = wanted.iter().filter(|(program, _)| find(program).is_none());
     let mut packages: Vec<String> = missing.map(|(_, package)| (*package).to_owned()).collect();
@@ -121,7 +123,7 @@ pub fn programs(wanted: &[(&str, &str)]) -> Result<()> {
     Machine::look().install(&packages, false)
 }
 
-/// What this program may do here.
+/// What this process can do on this machine.
 struct Machine {
     root: bool,
     apt: bool,
@@ -132,7 +134,7 @@ impl Machine {
         Self { root: nix::unistd::geteuid().is_root(), apt: find("apt-get").is_some() }
     }
 
-    /// Installs Debian packages, or says how.
+    /// Installs Debian packages, or fails with instructions.
     fn install(&self, packages: &[String], compiler: bool) -> Result<()> {
         if packages.is_empty() {
             return Ok(());
@@ -159,8 +161,8 @@ impl Machine {
             apt.args(["install", "-y", "--no-install-recommends"]).args(packages);
             apt
         };
-        // Old lists lead to old packages, or to such as are gone. They do if some other source of
-        // this machine is out of order.
+        // Outdated package lists lead to outdated packages, or to packages that no longer exist. A
+        // failing update is not fatal: it may concern an unrelated source.
         if let Err(error) = show(apt().args(["update", "-q"])) {
             eprintln!("    going on with the lists of packages that this machine has: {error:#}");
         }
@@ -179,7 +181,7 @@ impl Machine {
     }
 }
 
-/// `apt-get` that asks nothing and waits for others.
+/// Returns an `apt-get` command that never prompts and waits for the dpkg lock.
 pub fn apt() -> Command {
     let mut apt = Command::new("apt-get");
     apt.env("DEBIAN_FRONTEND", "noninteractive");
@@ -195,8 +197,7 @@ pub fn apt() -> Command {
     apt
 }
 
-/// The compiler of this machine for the eBPF target, unless it is one of Debian's that came before
-/// the present one.
+/// Returns this machine's compiler for the eBPF target, unless it is an outdated one of Debian's.
 fn recent_compiler() -> Option<Compiler> {
     let compiler = Compiler::find()?;
     let is_recent = compiler == Compiler::Rustup
@@ -204,8 +205,8 @@ fn recent_compiler() -> Option<Compiler> {
     is_recent.then_some(compiler)
 }
 
-/// bpf-linker reads what the compiler writes: it must be built with an LLVM at least as new as the
-/// compiler's.
+/// Installs bpf-linker. It reads the compiler's output, so it must be built with an LLVM at least
+/// as new as the compiler's.
 fn install_linker(machine: &Machine, compiler: &Compiler) -> Result<()> {
     let major = llvm_major(compiler).context("the compiler does not tell its LLVM version")?;
     let wanted = major.max(*LINKER_LLVM.start());
@@ -255,7 +256,7 @@ fn parse_llvm_major(version: &str) -> Option<u32> {
         .ok()
 }
 
-/// `cargo install`, with the toolchain that builds the workspace.
+/// Runs `cargo install` with the toolchain that builds the workspace.
 fn cargo_install(
     package: &str,
     version: &str,
@@ -287,7 +288,8 @@ fn mount_bpffs() -> Result<()> {
         )
 }
 
-/// Where a program is: on `PATH`, in cargo's folder of programs, or where Debian keeps root's.
+/// Returns the path of a program, from `PATH`, from cargo's directory of installed programs or from
+/// Debian's directories for root.
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)

@@ -1,11 +1,11 @@
-//! Saying what is being done, and how long it took.
+//! Reports steps and how long they took.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// Something that takes long enough for a person to wonder.
+/// A step that takes noticeably long.
 #[derive(Debug)]
 pub struct Step {
     what: String,
@@ -13,33 +13,33 @@ pub struct Step {
 }
 
 impl Step {
-    /// Says what is about to happen.
+    /// Announces the step.
     pub fn start(what: impl Into<String>) -> Self {
         let what = what.into();
         eprintln!("==> {what}");
         Self { what, started: Instant::now() }
     }
 
-    /// Runs a command whose output is for the eyes, and ends with its end.
+    /// Runs a command with visible output, and ends the step with it.
     ///
     /// # Errors
-    /// When it cannot be started or does not exit with 0.
+    /// Returns an error if the command cannot be started or does not exit with 0.
     pub fn show(self, command: &mut Command) -> Result<()> {
         show(command)?;
         self.done();
         Ok(())
     }
 
-    /// Says how long it took.
+    /// Reports how long the step took.
     pub fn done(self) {
         eprintln!("    {}: {}", self.what, seconds(self.started.elapsed()));
     }
 }
 
-/// Runs a command with this program's own standard output and error, and no input.
+/// Runs a command with this program's standard output and error, and without input.
 ///
 /// # Errors
-/// When it cannot be started or does not exit with 0.
+/// Returns an error if the command cannot be started or does not exit with 0.
 pub fn show(command: &mut Command) -> Result<()> {
     let text = describe(command);
     let status = command
@@ -52,7 +52,7 @@ pub fn show(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// The command as one would type it.
+/// Returns the command line, with its environment variables, as a user would type it.
 pub fn describe(command: &Command) -> String {
     let mut words: Vec<String> = command
         .get_envs()
@@ -65,7 +65,7 @@ pub fn describe(command: &Command) -> String {
     words.join(" ")
 }
 
-/// `0.4 s`, `12 s`, `3 min 20 s`.
+/// Formats a duration, as in `0.4 s`, `12 s` or `3 min 20 s`.
 pub fn seconds(time: Duration) -> String {
     match time.as_secs() {
         0..10 => format!("{:.1} s", time.as_secs_f32()),

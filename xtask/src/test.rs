@@ -1,4 +1,4 @@
-//! `cargo xtask test`: everything that has to hold before a change lands.
+//! `cargo xtask test`: runs all checks that a change must pass.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -13,13 +13,13 @@ use crate::workspace::Workspace;
 /// Options of the command.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Run only the tests whose names contain one of these, without formatting, dependencies and
+    /// Run only tests whose names contain one of these, and skip formatting, dependencies and
     /// clippy.
     #[arg(value_name = "FILTER")]
     filters: Vec<String>,
 }
 
-/// Counts at the end of a test run.
+/// The counts in the summary of a test run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Summary {
     passed: u64,
@@ -27,11 +27,10 @@ struct Summary {
     ignored: u64,
 }
 
-/// Checks the formatting and the dependencies, runs clippy, builds the binaries and runs every
-/// test.
+/// Checks the formatting and the dependencies, runs clippy, builds the binaries and runs all tests.
 ///
 /// # Errors
-/// When any of it fails; a failed test does not keep the others from running.
+/// Returns an error if a step fails. A failed test does not prevent the other tests from running.
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     if arguments.filters.is_empty() {
@@ -51,7 +50,8 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
             "warnings",
         ]))?;
     }
-    // Together: the features of dependencies would differ otherwise, and much be built twice.
+    // Build everything together. Otherwise dependencies would have other features and much would be
+    // built twice.
     let build = ["build", "--locked", "--workspace", "--all-targets"];
     Step::start("build the programs and their tests").show(workspace.cargo().args(build))?;
     let outcome = run_tests(workspace, &arguments.filters);
@@ -126,13 +126,14 @@ fn with_binaries(workspace: &Workspace) -> Command {
     cargo
 }
 
-/// Passes the output on, line by line, and adds up what it says of tests.
+/// Passes the output on line by line, and adds up the test counts in it.
 fn watch(cargo: &mut Command, failures: &mut Vec<String>) -> Result<Summary> {
-    // One stream for both: nextest reports on standard error, `cargo test` on standard output.
+    // Use one pipe for both streams: nextest reports on standard error, `cargo test` on standard
+    // output.
     let (reader, writer) = std::io::pipe()?;
     cargo.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
     let mut child = cargo.spawn().context("cargo cannot be started")?;
-    // The command keeps the pipe's writing end open until it gets others.
+    // The command object keeps the pipe's writing end open until its streams are replaced.
     cargo.stdout(Stdio::null()).stderr(Stdio::null());
     let mut summary = Summary::default();
     for line in BufReader::new(reader).split(b'\n') {
@@ -154,7 +155,7 @@ impl Summary {
         self.ignored += other.ignored;
     }
 
-    /// Reads the closing line of `cargo test` or of nextest; any other line counts nothing.
+    /// Parses the summary line of `cargo test` or nextest. Any other line counts nothing.
     fn parse(line: &str) -> Self {
         let closing =
             line.starts_with("test result:") || line.trim_start().starts_with("Summary [");

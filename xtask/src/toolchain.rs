@@ -1,9 +1,9 @@
-//! Finding a compiler for the eBPF target. No dependencies: `overnode-daemon/build.rs` includes
-//! this file too.
+//! Finds a compiler for the eBPF target. This file has no dependencies because
+//! `overnode-daemon/build.rs` includes it as well.
 //!
-//! Two kinds of machine are served. An ordinary rustup with `nightly` and `rust-src` is preferred.
-//! Where that is missing, Debian's `rustc-web`, `cargo-web` and `rust-web-src` packages bring a
-//! compiler with its own library source, so that `-Z build-std` works without a download.
+//! Two setups are supported. rustup with `nightly` and `rust-src` is preferred. Without it,
+//! Debian's `rustc-web`, `cargo-web` and `rust-web-src` packages provide a compiler with its own
+//! library source, so that `-Z build-std` works without a download.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,14 +11,14 @@ use std::process::{Command, Stdio};
 /// A cargo and a rustc that can build `core` for `bpfel-unknown-none`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Compiler {
-    /// `cargo +nightly`, with rust-src.
+    /// `cargo +nightly` from rustup, with rust-src.
     Rustup,
     /// Debian's packages: `/usr/bin/cargo` and `/usr/bin/rustc`.
     Debian,
 }
 
 impl Compiler {
-    /// The compiler of this machine, if it has one.
+    /// Returns this machine's compiler for the eBPF target, if there is one.
     pub fn find() -> Option<Self> {
         if has_library_source(Command::new("rustc").arg("+nightly")) {
             Some(Self::Rustup)
@@ -29,7 +29,8 @@ impl Compiler {
         }
     }
 
-    /// A cargo command that uses this compiler, whatever compiler runs the caller.
+    /// Returns a cargo command that uses this compiler, independent of the compiler that the
+    /// calling process uses.
     pub fn cargo(&self) -> Command {
         let mut cargo = match self {
             Self::Rustup => {
@@ -43,7 +44,7 @@ impl Compiler {
                 cargo
             }
         };
-        // A build script runs inside cargo, whose choices must not leak into this one.
+        // A build script runs inside cargo. Do not pass the outer cargo's choices on.
         for variable in [
             "CARGO",
             "RUSTC_WRAPPER",
@@ -66,7 +67,7 @@ impl Compiler {
 
 fn has_library_source(rustc: &mut Command) -> bool {
     let Ok(output) =
-        // Looking must not make rustup download a toolchain.
+        // This check must not make rustup download a toolchain.
         rustc
             .env_remove("RUSTUP_TOOLCHAIN")
             .env("RUSTUP_AUTO_INSTALL", "0")
@@ -81,7 +82,7 @@ fn has_library_source(rustc: &mut Command) -> bool {
         && Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/Cargo.toml").exists()
 }
 
-/// bpf-linker: on `PATH`, or in cargo's own folder of programs.
+/// Returns the path of bpf-linker, from `PATH` or from cargo's directory of installed programs.
 pub fn bpf_linker() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
@@ -90,7 +91,7 @@ pub fn bpf_linker() -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// Where `cargo install` puts programs.
+/// Returns the directory where `cargo install` puts programs.
 pub fn cargo_programs() -> Option<PathBuf> {
     std::env::var_os("CARGO_HOME")
         .map(PathBuf::from)

@@ -1,4 +1,4 @@
-//! Where things are.
+//! Locates the workspace and its build output.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -6,17 +6,17 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-/// This workspace.
+/// The paths of this workspace.
 #[derive(Debug)]
 pub struct Workspace {
-    /// The folder of the top `Cargo.toml`.
+    /// The directory of the top-level `Cargo.toml`.
     pub root: PathBuf,
-    /// Where cargo puts what it builds.
+    /// Cargo's target directory.
     pub target: PathBuf,
 }
 
 impl Workspace {
-    /// Asks cargo.
+    /// Asks cargo for the paths.
     pub fn find() -> Result<Self> {
         let mut cargo = Command::new(cargo_program());
         cargo.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]);
@@ -31,7 +31,7 @@ impl Workspace {
         Ok(Self { root: folder("workspace_root")?, target: folder("target_directory")? })
     }
 
-    /// The cargo that runs this program, at the workspace's root.
+    /// Returns a command for the cargo that runs this program, in the workspace's root.
     pub fn cargo(&self) -> Command {
         let mut cargo = Command::new(cargo_program());
         cargo.current_dir(&self.root);

@@ -1,29 +1,29 @@
-//! Refusals.
+//! Errors that the node's API returns.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Why a request was not carried out: for people, one line "what: why: what to do".
+/// Why a request was not carried out. Displays as one line, "what: why: what to do".
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
-    /// Whose fault it is.
+    /// Where the fault is.
     pub kind: ErrorKind,
-    /// One line "what: why: what to do".
+    /// One line, "what: why: what to do".
     pub message: String,
 }
 
-/// Whose fault it is; decides the HTTP status and the exit status of the command.
+/// Where the fault of an error is. Decides the HTTP status and the exit status of the command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// The request makes no sense (400; exit status 2).
+    /// The request is invalid (400, exit status 2).
     Usage,
-    /// The node is in a state that does not allow it (409).
+    /// The node's state does not allow the request (409).
     Refused,
-    /// What the request names does not exist (404).
+    /// The thing that the request names does not exist (404).
     Missing,
-    /// It should have worked (500).
+    /// The request was valid, but carrying it out failed (500).
     Failed,
 }
 
@@ -35,28 +35,28 @@ pub struct ErrorBody {
 }
 
 impl ApiError {
-    /// The request makes no sense.
+    /// Creates an [`ErrorKind::Usage`] error: the request is invalid.
     pub fn usage(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::Usage, message)
     }
 
-    /// The node is in a state that does not allow it.
+    /// Creates an [`ErrorKind::Refused`] error: the node's state does not allow the request.
     pub fn refused(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::Refused, message)
     }
 
-    /// What the request names does not exist.
+    /// Creates an [`ErrorKind::Missing`] error: the thing that the request names does not exist.
     pub fn missing(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::Missing, message)
     }
 
-    /// It should have worked. An `anyhow::Error` is best passed with its causes:
-    /// `format_args!("{error:#}")`.
+    /// Creates an [`ErrorKind::Failed`] error: a valid request could not be carried out. Pass an
+    /// `anyhow::Error` together with its causes: `format_args!("{error:#}")`.
     pub fn failed(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::Failed, message)
     }
 
-    /// Of that kind. Line breaks become spaces: a refusal is one line.
+    /// Creates an error. Line breaks in the message become spaces, so that it stays one line.
     pub fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
         let message = message.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
         Self { kind, message }
@@ -64,8 +64,8 @@ impl ApiError {
 }
 
 impl ErrorKind {
-    /// The kind that a status code stands for; every code that the server gives to a request that
-    /// it could not even read (404 for an unknown path, 405, 413, 415, 422) is in the 400s.
+    /// Maps an HTTP status code to a kind. The codes with which the server rejects a request before
+    /// reading it (404 for an unknown path, 405, 413, 415, 422) are all in the 400s.
     pub const fn from_status(status: u16) -> Self {
         match status {
             404 => Self::Missing,

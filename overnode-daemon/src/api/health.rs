@@ -1,5 +1,5 @@
-//! What a person should know first: what is wrong, how bad that is, and what to do. Made of nothing
-//! but what [`Status`] tells.
+//! Derives a node's health from its [`Status`] alone: what is wrong, how severe it is, and what to
+//! do about it.
 
 use std::fmt::Write as _;
 
@@ -11,50 +11,50 @@ use super::status::{
 };
 use crate::types::NodeId;
 
-/// A path that loses more of a thousand probes than this is worth a word.
+/// Probe loss per mille above which a direct path gets a finding.
 const LOSSY: u16 = 20;
-/// A handshake may take this many seconds before it is worth one.
+/// Seconds that a handshake may take before its absence is a finding.
 const HANDSHAKE: u64 = 10;
-/// Nodes that are named before the rest is only counted.
+/// Number of nodes that a finding names before it only counts the rest.
 const NAMED: usize = 5;
 
-/// How a node is.
+/// The health of a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Health {
-    /// The worst of the findings; `ok` without any.
+    /// The highest level among the findings; `ok` if there are none.
     pub level: Level,
-    /// What is wrong, the worst first.
+    /// The findings, most severe first.
     pub findings: Vec<Finding>,
 }
 
-/// How bad something is.
+/// The severity of a finding.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Level {
-    /// All is as it should be.
+    /// Nothing is wrong.
     #[default]
     Ok,
-    /// Everything works, but not as well, or not as safely, as it should.
+    /// Everything works, but not as well or as safely as it should.
     Warning,
     /// Something does not work.
     Critical,
 }
 
-/// One thing that is wrong.
+/// One problem of the node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
-    /// How bad it is.
+    /// How severe it is.
     pub level: Level,
-    /// What is wrong and why; one line.
+    /// What is wrong and why, in one line.
     pub what: String,
-    /// What to do; empty where `what` says so already.
+    /// What to do. Empty if `what` says so already.
     pub advice: String,
 }
 
 impl Health {
-    /// Judges a status.
+    /// Computes the health from a status.
     pub fn of(status: &Status) -> Self {
         let mut findings = Vec::new();
         let critical = |what: &String| Finding::new(Level::Critical, what, "");
@@ -94,7 +94,8 @@ impl Finding {
     }
 }
 
-/// What to do about packets that do not arrive: first what is wrong on this host.
+/// Returns advice about packets that do not arrive. Problems of this host's own interfaces come
+/// first.
 fn unless_here<'a>(status: &Status, advice: &'a str) -> &'a str {
     if status.node.underlay_problems.is_empty() {
         advice
@@ -131,13 +132,13 @@ fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
     findings.push(Finding::new(Level::Critical, what, unless_here(status, &advice)));
 }
 
-/// The command that takes back the addresses of a node, and where to run it.
+/// Returns the command that reclaims the addresses of a lost node, and where to run it.
 fn reclaim(status: &Status, gone: NodeId) -> String {
     let place = if status.node.id.owns_a_quarter() { "" } else { " on one of nodes 1 to 4" };
     format!("`overnode reclaim {gone}`{place}")
 }
 
-/// What packets to a node that is reachable meet.
+/// Returns the finding about data packets to a reachable node, if there is one.
 fn of_data(status: &Status, peer: &PeerStatus) -> Option<Finding> {
     let advice =
         unless_here(status, "see that UDP 6784 passes between the two hosts, in both directions");
@@ -153,7 +154,7 @@ fn of_data(status: &Status, peer: &PeerStatus) -> Option<Finding> {
         });
     };
     if data.session != SessionState::Established {
-        // New ones take a moment.
+        // A new node needs a moment for its handshake.
         return waited.then(|| {
             let why = because(data.last_error.as_ref());
             Finding::new(
@@ -222,14 +223,14 @@ fn targets(status: &Status, findings: &mut Vec<Finding>) {
             TargetState::Connecting | TargetState::Retrying => Level::Warning,
             TargetState::Established | TargetState::Myself => continue,
         };
-        // A node that is known to be away is named as such.
+        // A target whose node is unreachable is reported by `unreachable` already.
         let is_lost = |id: NodeId| {
             status.peers.iter().any(|peer| peer.id == id && peer.reachable == Some(false))
         };
         if target.peer.is_some_and(is_lost) {
             continue;
         }
-        // One that is tried at this moment is no better than it was before.
+        // A dial attempt in progress does not hide the error of the previous attempt.
         let what = match &target.last_error {
             Some(error) => {
                 format!("the target {} is not connected: {}", target.host, error.message)
@@ -241,7 +242,8 @@ fn targets(status: &Status, findings: &mut Vec<Finding>) {
     }
 }
 
-/// Others that call and are not let in: a wrong token, another network, an ID that is taken.
+/// Reports inbound connections that were refused: a wrong token, another network, or an ID that is
+/// taken.
 fn refused(status: &Status, findings: &mut Vec<Finding>) {
     let calls = status
         .connections
@@ -280,7 +282,7 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    /// A node with one neighbour, all well; `change` spoils it.
+    /// Returns the health of a node with one neighbor, where all is well until `change` spoils it.
     fn health(change: impl FnOnce(&mut Value)) -> Health {
         let mut status = json!({
             "node": {
@@ -440,7 +442,7 @@ mod tests {
         only(&health);
     }
 
-    /// A look may fall into a try.
+    /// The status may be taken in the middle of a dial attempt.
     #[test]
     fn a_target_that_is_silent_is_no_better_while_it_is_tried() {
         let tried = |state: &str| {

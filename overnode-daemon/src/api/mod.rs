@@ -1,17 +1,18 @@
-//! What the command line, and any other program on this host, may ask of the node: HTTP with JSON
-//! over a unix socket.
+//! The node's API for the command line and other programs on this host: HTTP with JSON over a unix
+//! socket.
 //!
-//! [`types`] are the documents, [`error`] the refusals, [`server`] the routes. Nothing here decides
-//! anything: each request is handed to the node as a [`Call`], and its answer is sent back.
+//! [`types`] holds the request and response documents, [`error`] the errors and [`server`] the
+//! routes. This module decides nothing: it hands each request to the node as a [`Call`] and sends
+//! the node's answer back.
 //!
 //! | route | request | answer |
 //! | --- | --- | --- |
 //! | `GET /v1/version` | | [`Version`] |
 //! | `GET /v1/status` | | [`Status`] |
 //! | `GET /v1/inspect` | | one document, without secrets |
-//! | `GET /v1/metrics` | | the same for Prometheus ([`crate::metrics`]) |
+//! | `GET /v1/metrics` | | the status as metrics for Prometheus ([`crate::metrics`]) |
 //! | `GET /v1/prime` | | [`Primed`] |
-//! | `GET /v1/monitor` | | lines without end, each a [`MonitorEvent`] |
+//! | `GET /v1/monitor` | | an endless stream of lines, each a [`MonitorEvent`] |
 //! | `POST /v1/launch` | [`Launch`] | [`Launched`] |
 //! | `POST /v1/connect` | [`Connect`] | [`Targets`] |
 //! | `POST /v1/forget` | [`Forget`] | [`Targets`] |
@@ -20,13 +21,13 @@
 //! | `POST /v1/reset` | [`Reset`] | [`WasReset`] |
 //! | `GET /v1/external-peers` | | list of [`ExternalPeerStatus`] |
 //! | `POST /v1/external-peers` | [`AddExternalPeer`] | [`ExternalPeerAdded`] |
-//! | `POST /v1/reclaim` | [`Reclaim`] | [`Reclaimed`], at once |
+//! | `POST /v1/reclaim` | [`Reclaim`] | [`Reclaimed`], immediately |
 //! | `POST /v1/dns/add` | [`DnsAdd`] | [`DnsAddresses`] |
 //! | `POST /v1/dns/remove` | [`DnsRemove`] | [`DnsAddresses`] |
 //! | `POST /v1/dns/lookup` | [`DnsLookup`] | [`DnsAddresses`] |
 //! | `POST /v1/external-peers/remove` | [`RemoveExternalPeer`] | [`ExternalPeerRemoved`] |
 //!
-//! A refusal has the status code of its [`ErrorKind`] and the body
+//! An error has the status code of its [`ErrorKind`] and the body
 //! `{"error": "what: why: what to do"}`.
 
 pub mod error;
@@ -48,89 +49,91 @@ pub use status::*;
 pub use target::{BadHost, BadTarget, Host, Netns, Target};
 pub use types::*;
 
-/// A request and where its answer goes.
+/// A request and the channel for its answer.
 pub type Call = (Request, oneshot::Sender<Result<Reply, ApiError>>);
 
-/// The file name of the socket inside the run directory.
+/// The socket's file name in the run directory.
 pub const SOCKET: &str = "overnode.sock";
 
-/// The largest request body that is read, in bytes.
+/// The largest accepted request body, in bytes.
 pub const BODY_LIMIT: usize = 256 * 1024;
 
-/// Everything that may be asked. Each variant is answered by the variant of [`Reply`] named beside
-/// it.
+/// All requests to the node. Each variant links to the [`Reply`] variant that answers it.
 #[derive(Debug)]
 pub enum Request {
-    /// Start the node: [`Reply::Launched`].
+    /// Starts the node: [`Reply::Launched`].
     Launch(Launch),
-    /// Add targets: [`Reply::Targets`].
+    /// Adds targets: [`Reply::Targets`].
     Connect(Connect),
-    /// Remove targets: [`Reply::Targets`].
+    /// Removes targets: [`Reply::Targets`].
     Forget(Forget),
-    /// Plug a network namespace in: [`Reply::Attached`].
+    /// Attaches a network namespace: [`Reply::Attached`].
     Attach(Attach),
-    /// Plug a network namespace out: [`Reply::Detached`].
+    /// Detaches a network namespace: [`Reply::Detached`].
     Detach(Detach),
-    /// [`Reply::Status`].
+    /// Returns the node's status: [`Reply::Status`].
     Status,
-    /// [`Reply::Inspect`].
+    /// Returns the node's internal state: [`Reply::Inspect`].
     Inspect,
-    /// Who is watched: [`Reply::Watching`], at once. Whoever asks reads already.
+    /// Returns which node is being watched: [`Reply::Watching`], immediately. The caller has
+    /// already subscribed to the events.
     Monitor,
-    /// Can an address be given to a container now? [`Reply::Primed`], at once.
+    /// Asks whether the node can allocate an address for a container now: [`Reply::Primed`],
+    /// immediately.
     Prime,
-    /// Take back the address space of a node that is gone for good: [`Reply::Reclaimed`], at once.
+    /// Reclaims the address space of a node that is gone for good: [`Reply::Reclaimed`],
+    /// immediately.
     Reclaim(Reclaim),
-    /// Leave the cluster and remove everything: [`Reply::WasReset`], after which the daemon exits.
+    /// Leaves the cluster and removes everything: [`Reply::WasReset`]. The daemon then exits.
     Reset(Reset),
-    /// Make a name stand for addresses: [`Reply::DnsAddresses`].
+    /// Adds addresses to a DNS name: [`Reply::DnsAddresses`].
     DnsAdd(DnsAdd),
-    /// Undo that: [`Reply::DnsAddresses`].
+    /// Removes addresses from a DNS name: [`Reply::DnsAddresses`].
     DnsRemove(DnsRemove),
-    /// What a name stands for: [`Reply::DnsAddresses`].
+    /// Looks up a DNS name: [`Reply::DnsAddresses`].
     DnsLookup(DnsLookup),
-    /// [`Reply::ExternalPeerAdded`].
+    /// Adds or changes an external WireGuard peer: [`Reply::ExternalPeerAdded`].
     AddExternalPeer(AddExternalPeer),
-    /// [`Reply::ExternalPeerRemoved`].
+    /// Removes an external WireGuard peer: [`Reply::ExternalPeerRemoved`].
     RemoveExternalPeer(RemoveExternalPeer),
-    /// [`Reply::ExternalPeers`].
+    /// Lists the external WireGuard peers: [`Reply::ExternalPeers`].
     ListExternalPeers,
-    /// [`Reply::Version`].
+    /// Returns the versions of daemon and host: [`Reply::Version`].
     Version,
 }
 
-/// The answers. In JSON only the content is seen, not the variant.
+/// The answers. The JSON form is the content of the variant, without its name.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 pub enum Reply {
-    /// To [`Request::Launch`].
+    /// Answers [`Request::Launch`].
     Launched(Launched),
-    /// To [`Request::Connect`] and [`Request::Forget`].
+    /// Answers [`Request::Connect`] and [`Request::Forget`].
     Targets(Targets),
-    /// To [`Request::Attach`].
+    /// Answers [`Request::Attach`].
     Attached(Attached),
-    /// To [`Request::Detach`].
+    /// Answers [`Request::Detach`].
     Detached(Detached),
-    /// To [`Request::Status`].
+    /// Answers [`Request::Status`].
     Status(Box<Status>),
-    /// To [`Request::Inspect`]: an object of any shape, without secrets.
+    /// Answers [`Request::Inspect`]: an object of unspecified shape, without secrets.
     Inspect(serde_json::Value),
-    /// To [`Request::Monitor`].
+    /// Answers [`Request::Monitor`].
     Watching(Watching),
-    /// To [`Request::Prime`].
+    /// Answers [`Request::Prime`].
     Primed(Primed),
-    /// To [`Request::Reclaim`].
+    /// Answers [`Request::Reclaim`].
     Reclaimed(Reclaimed),
-    /// To [`Request::Reset`].
+    /// Answers [`Request::Reset`].
     WasReset(WasReset),
-    /// To [`Request::DnsAdd`], [`Request::DnsRemove`] and [`Request::DnsLookup`].
+    /// Answers [`Request::DnsAdd`], [`Request::DnsRemove`] and [`Request::DnsLookup`].
     DnsAddresses(DnsAddresses),
-    /// To [`Request::AddExternalPeer`].
+    /// Answers [`Request::AddExternalPeer`].
     ExternalPeerAdded(ExternalPeerAdded),
-    /// To [`Request::RemoveExternalPeer`].
+    /// Answers [`Request::RemoveExternalPeer`].
     ExternalPeerRemoved(ExternalPeerRemoved),
-    /// To [`Request::ListExternalPeers`].
+    /// Answers [`Request::ListExternalPeers`].
     ExternalPeers(Vec<ExternalPeerStatus>),
-    /// To [`Request::Version`].
+    /// Answers [`Request::Version`].
     Version(Version),
 }

@@ -1,7 +1,7 @@
-//! What `GET /v1/monitor` streams: one JSON object a line, each with `unix_milliseconds`, `event`,
-//! and what belongs to that event.
+//! The events that `GET /v1/monitor` streams: one JSON object per line, each with
+//! `unix_milliseconds`, `event` and the fields of that event.
 //!
-//! Of a dropped packet its headers are told, never what it carries.
+//! For a dropped packet, an event shows the headers, never the payload.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -11,148 +11,146 @@ use serde::{Deserialize, Serialize};
 use super::status::Path;
 use crate::types::{NodeId, PublicKey};
 
-/// Something that happened on this node.
+/// An event on this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MonitorEvent {
-    /// When, in milliseconds since 1970.
+    /// When it happened, in milliseconds since 1970.
     pub unix_milliseconds: u64,
-    /// What.
+    /// What happened.
     #[serde(flatten)]
     pub what: Happening,
 }
 
-/// What happened; in JSON the field `event` has the variant's name in kebab-case.
+/// The kinds of events. The JSON field `event` holds the variant's name in kebab-case.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Happening {
-    /// The first line: what happens from here on is told.
+    /// The first line of the stream. Events follow from here on.
     Watching(Watching),
     /// A packet was dropped.
     Drop(Box<DroppedPacket>),
-    /// More packets were dropped than are shown.
+    /// Packets were dropped, but not shown, because there were too many of them.
     DropsNotShown {
         /// Why they were dropped.
         reason: String,
-        /// How many.
+        /// Number of packets.
         count: u64,
     },
-    /// This reader was too slow: these events are lost to it.
+    /// This reader was too slow and missed events.
     Missed {
-        /// How many.
+        /// Number of missed events.
         count: u64,
     },
-    /// A control connection is up.
+    /// A control connection was established.
     Connected {
-        /// With whom.
+        /// The node at the other end.
         peer: Who,
-        /// Where it is.
+        /// Its socket address.
         remote: SocketAddr,
     },
     /// A control connection ended.
     Disconnected {
-        /// With whom.
+        /// The node at the other end.
         peer: Who,
-        /// Where it was.
+        /// Its socket address.
         remote: SocketAddr,
-        /// In words.
+        /// The reason, in words.
         why: String,
     },
-    /// Containers' packets can be sealed for a peer, which they could not before. Told once a
-    /// second.
+    /// Container packets can be sealed for a peer from now on. Checked once a second.
     SessionEstablished {
-        /// With whom.
+        /// The peer.
         peer: Who,
     },
-    /// There is no session with a peer any more. Told once a second.
+    /// There is no longer a session with a peer. Checked once a second.
     SessionLost {
-        /// With whom.
+        /// The peer.
         peer: Who,
-        /// What the last handshake failed for, if one did.
+        /// Why the last handshake failed, if one did.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         why: Option<String>,
     },
-    /// Packets for a node take another way from now on.
+    /// Packets for a node take another path from now on.
     PathChanged {
-        /// For whom.
+        /// The node.
         peer: Who,
-        /// Which; absent if no way is known.
+        /// The new path; absent if none is known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         path: Option<Path>,
     },
-    /// Probes come back on the straight path to a node, or do no more.
+    /// The direct path to a node started or stopped working.
     StraightPath {
-        /// To whom.
+        /// The node.
         peer: Who,
-        /// Whether they come back.
+        /// Whether probes come back.
         works: bool,
-        /// Largest inner packet that it takes, bytes.
+        /// The largest inner packet that fits the path, in bytes.
         mtu: u32,
     },
-    /// A node is known that was not before.
+    /// A node became known.
     NodeAppeared {
-        /// Which.
+        /// The node.
         peer: Who,
     },
-    /// A node can be reached again, directly or through others.
+    /// A node became reachable, directly or through others.
     NodeReachable {
-        /// Which.
+        /// The node.
         peer: Who,
     },
-    /// No chain of connections leads to a node any more.
+    /// A node became unreachable: no chain of connections leads to it.
     NodeUnreachable {
-        /// Which.
+        /// The node.
         peer: Who,
     },
-    /// A node has left the cluster for good.
+    /// A node left the cluster for good.
     NodeLeft {
-        /// Which.
+        /// The node.
         peer: Who,
     },
-    /// A container was plugged in.
+    /// A container was attached.
     Attached(Container),
-    /// An engine has told which container it was that was plugged in, or that it is called
-    /// otherwise from now on.
+    /// A container engine reported which container was attached, or renamed it.
     Named(Container),
-    /// A container was plugged out.
+    /// A container was detached.
     Detached(Container),
-    /// A container went away by itself.
+    /// A container's interface vanished without a detach.
     Gone(Container),
-    /// Something that needs a person.
+    /// The node has a problem that needs an operator.
     Problem {
-        /// In words, with what to do.
+        /// What is wrong and what to do, in words.
         problem: String,
     },
-    /// What a [`Self::Problem`] told of is over.
+    /// A [`Self::Problem`] is over.
     ProblemOver {
-        /// The same words.
+        /// The text of the problem.
         problem: String,
     },
-    /// Of a later version. Never sent.
+    /// An event of a later version. Never sent.
     #[serde(other)]
     Unknown,
 }
 
-/// Who is watched.
+/// The node that is being watched.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Watching {
     /// The node's ID.
     pub id: NodeId,
-    /// Its name for people.
+    /// Its nickname.
     pub nickname: String,
-    /// Packets that are shown a second, at most, for each reason.
+    /// Maximum number of dropped packets shown per second and drop reason.
     pub drops_per_second: u32,
 }
 
-/// A node, or a WireGuard peer that is none.
+/// A node or an external WireGuard peer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Who {
     /// The node's ID.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<NodeId>,
-    /// The key of one that is no node.
+    /// The public key, for an external peer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub public_key: Option<PublicKey>,
-    /// Its name for people.
+    /// The nickname of a node, or the name of an external peer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
@@ -162,81 +160,83 @@ pub struct Who {
 pub struct Container {
     /// Its address.
     pub address: IpAddr,
-    /// As it was attached.
+    /// The target that was attached.
     pub target: String,
     /// Its name, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
 
-/// A packet that a program dropped.
+/// A packet that an eBPF program dropped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DroppedPacket {
-    /// Why: the name of a counter of `status --counters`.
+    /// The drop reason: the name of a counter in `status --counters`.
     pub reason: String,
-    /// By which program.
+    /// The program that dropped it.
     pub program: Program,
-    /// The interface that it came in by; absent if that is gone.
+    /// The ingress interface; absent if the interface no longer exists.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface: Option<String>,
-    /// Its length from the Ethernet header on, in bytes.
+    /// The frame's length in bytes, Ethernet header included.
     pub bytes: u32,
-    /// The container of this host that sent it, or that it was for.
+    /// The container of this host that sent the packet, or that the packet was for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<Container>,
-    /// Whose it is: to whom its destination belongs if it came from a container; else with whom the
-    /// session is that it names, or else who is where it came from. Unless the reason says that it
-    /// was opened, an attacker may have written it so.
+    /// The peer that the packet belongs to. For a packet from a container, this is the owner of the
+    /// destination address. For a message from the underlay, it is the peer of the session that the
+    /// message names, or else the peer at the source address. An attacker can forge both, unless
+    /// the drop reason implies that the message was authenticated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<Who>,
-    /// What containers of this host are called that have an address in `inner` or `arp`: their
-    /// names, or else how they were attached. The packet says that it is from there or for there;
-    /// nobody else does.
+    /// Names of this host's containers whose addresses are in `inner` or `arp`. A container without
+    /// a name is listed by its target. The match relies on the packet's own addresses and proves
+    /// nothing about its origin.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub names: BTreeMap<IpAddr, String>,
-    /// What its headers say.
+    /// The packet's headers.
     #[serde(flatten)]
     pub headers: Headers,
 }
 
-/// Which program dropped a packet.
+/// The eBPF program that dropped a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Program {
-    /// Takes what containers send.
+    /// Takes the packets that containers send.
     FromContainer,
-    /// Seals what must be segmented first, and what the daemon sends.
+    /// Seals packets that must be segmented first, and packets that the daemon sends.
     Seal,
-    /// Opens what peers send.
+    /// Opens the messages that peers send.
     FromUnderlay,
-    /// The same in XDP.
+    /// Does the same as [`Self::FromUnderlay`], in XDP.
     FromUnderlayXdp,
-    /// What a worker of the bulk path opened, to a container.
+    /// Delivers packets that a bulk worker opened to a container.
     FromBulk,
 }
 
-/// The headers of a dropped packet, as far as they can be read.
+/// The headers of a dropped packet, as far as they could be parsed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Headers {
-    /// Who sent the frame and what it is; of containers' packets.
+    /// The Ethernet header; for container packets only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ethernet: Option<Ethernet>,
-    /// The VLAN that it is tagged with.
+    /// The VLAN ID that the frame is tagged with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vlan: Option<u16>,
-    /// An ARP message.
+    /// The ARP message, if the packet is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arp: Option<Arp>,
-    /// On the underlay, between hosts.
+    /// The outer headers: the flow between two hosts on the underlay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outer: Option<Flow>,
-    /// Through whom a message between two nodes goes.
+    /// The relay header of a message that is relayed between two nodes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relay: Option<Relayed>,
-    /// The data message that it is.
+    /// The header of the data message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<Message>,
-    /// Between containers; of a message from a peer only if it was opened.
+    /// The flow between two containers. For a message from a peer, present only if the message was
+    /// opened.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inner: Option<Flow>,
 }
@@ -244,34 +244,34 @@ pub struct Headers {
 /// An Ethernet header.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ethernet {
-    /// The sender's hardware address, as in `02:00:00:00:00:01`.
+    /// The sender's MAC address, in the form `02:00:00:00:00:01`.
     pub source: String,
-    /// What the frame carries; 2048 is IPv4.
+    /// The EtherType of the payload; 2048 is IPv4.
     pub ether_type: u16,
 }
 
 /// An ARP message for IPv4.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Arp {
-    /// Who asks, or answers.
+    /// The sender's protocol address.
     pub sender: IpAddr,
-    /// About whom.
+    /// The target's protocol address.
     pub target: IpAddr,
 }
 
-/// An IP header and what lies behind it.
+/// An IP header and the ports behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flow {
-    /// From.
+    /// The source address.
     pub source: IpAddr,
-    /// To.
+    /// The destination address.
     pub destination: IpAddr,
-    /// `tcp`, `udp`, `icmp` and the like; others by their numbers.
+    /// The protocol: `tcp`, `udp`, `icmp` and so on, or its number.
     pub protocol: String,
-    /// Where the protocol has ports and the packet shows them.
+    /// The source port, if the protocol has ports and the packet includes them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_port: Option<u16>,
-    /// Likewise.
+    /// The destination port, under the same conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destination_port: Option<u16>,
 }
@@ -279,13 +279,13 @@ pub struct Flow {
 /// A relay header.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Relayed {
-    /// The ID of the node that sent it first.
+    /// ID of the node that sent the message.
     pub source: u16,
-    /// The ID of the node that it is for.
+    /// ID of the node that the message is for.
     pub destination: u16,
-    /// The ID of the node that passed it on last.
+    /// ID of the node that relayed the message last.
     pub previous: u16,
-    /// Hops that it may still take.
+    /// Remaining hops.
     pub hops: u8,
 }
 
@@ -294,7 +294,7 @@ pub struct Relayed {
 pub struct Message {
     /// The receiver index.
     pub receiver: u32,
-    /// The message's number.
+    /// The message counter.
     pub counter: u64,
 }
 

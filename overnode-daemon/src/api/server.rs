@@ -1,4 +1,4 @@
-//! The routes.
+//! The HTTP server of the API and its routes.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -23,17 +23,18 @@ use super::{ApiError, BODY_LIMIT, Call, ErrorKind, Happening, Reply, Request, er
 use crate::metrics;
 use crate::monitor::hub::{Hub, line_now};
 
-/// Once the node has ended, answers under way have this long to be read.
+/// How long answers in flight may take to be read after the node has ended.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
-/// Connections that may wait to be accepted.
+/// Maximum number of connections waiting to be accepted.
 const BACKLOG: u32 = 128;
 
-/// Makes the socket: only its owner may use it, from its first moment on. A socket that is there
-/// already is replaced, so the caller must know that no other daemon listens on it.
+/// Creates the socket. Only its owner may use it, from the moment the file exists. An existing
+/// socket is replaced, so the caller must know that no other daemon listens on it.
 ///
 /// # Errors
-/// What the system says; `InvalidInput` when the path is longer than a socket's may be (107 bytes).
+/// Returns the system's error, or `InvalidInput` if the path is longer than the 107 bytes that a
+/// socket allows.
 pub fn bind(path: &Path) -> io::Result<UnixListener> {
     let fresh = path.with_extension("new");
     match fs::remove_file(&fresh) {
@@ -42,7 +43,9 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     }
     let socket = UnixSocket::new_stream()?;
     // Linux gives the file the mode that the socket has when it is bound (net/unix/af_unix.c,
-    // unix_bind_bsd). SAFETY: fchmod takes no pointers, and the descriptor is open.
+    // unix_bind_bsd).
+    //
+    // SAFETY: fchmod takes no pointers, and the descriptor is open.
     if unsafe { libc::fchmod(socket.as_raw_fd(), 0o600) } != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -53,10 +56,10 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Answers requests until the node ends, that is, until the other end of `node` is dropped.
+/// Answers requests until the node ends, which drops the other end of `node`.
 ///
 /// # Errors
-/// When the listener fails.
+/// Returns an error if the listener fails.
 pub async fn serve(listener: UnixListener, node: mpsc::Sender<Call>, hub: Hub) -> io::Result<()> {
     let (gone, last) = (node.clone(), node.clone());
     let serving = axum::serve(listener, router(node, hub))
@@ -126,7 +129,7 @@ async fn ask(State(node): Node, request: Request) -> Response {
     }
 }
 
-/// Asks the node, and waits for its answer.
+/// Sends a request to the node and waits for the answer.
 pub(crate) async fn call(node: &mpsc::Sender<Call>, request: Request) -> Result<Reply, ApiError> {
     let (answer, answered) = oneshot::channel();
     let stopped = |()| {
@@ -136,9 +139,9 @@ pub(crate) async fn call(node: &mpsc::Sender<Call>, request: Request) -> Result<
     answered.await.map_err(|_| stopped(()))?
 }
 
-/// Events as they happen, until the reader has enough or the daemon ends.
+/// Streams events until the reader disconnects or the daemon ends.
 async fn monitor(State(node): Node, hub: Hub) -> Response {
-    // Before the node is asked, which tells only while somebody reads.
+    // Subscribe before asking the node: events are only emitted while there is a reader.
     let reader = match hub.read() {
         Ok(reader) => reader,
         Err(error) => return ApiError::refused(error).into_response(),

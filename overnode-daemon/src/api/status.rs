@@ -1,6 +1,7 @@
-//! What `status` tells. Durations and ages are whole seconds of a clock that never jumps
-//! (`…_seconds`, `…_seconds_ago`); points in time are seconds since 1970 (`…_unix_seconds`). What
-//! is not known is absent.
+//! The document that `GET /v1/status` returns.
+//!
+//! Durations and ages (`…_seconds`, `…_seconds_ago`) are whole seconds of a monotonic clock. Points
+//! in time (`…_unix_seconds`) are seconds since 1970. Unknown values are absent.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -15,215 +16,215 @@ use crate::bulk::message::Cipher;
 pub use crate::store::{CniEndpoint, Kind};
 use crate::types::{Network, NodeId, PublicKey};
 
-/// The node and everything it knows.
+/// The status of a node: everything it knows about itself and the cluster.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// What is wrong, and what to do.
+    /// What is wrong, and what to do about it.
     #[serde(default)]
     pub health: Health,
     /// This node.
     pub node: NodeStatus,
-    /// In the order in which they were added.
+    /// The targets, in the order in which they were added.
     pub targets: Vec<TargetStatus>,
-    /// All nodes that are known, this one first, then by ID.
+    /// All known nodes: this node first, then by ID.
     pub peers: Vec<PeerStatus>,
-    /// Control connections and attempts at one.
+    /// Control connections, including attempts.
     pub connections: Vec<ConnectionStatus>,
-    /// What is attached, by address.
+    /// Attached endpoints, by address.
     pub endpoints: Vec<EndpointStatus>,
-    /// Whose the address space is.
+    /// The owners of the address space.
     pub ipam: IpamStatus,
-    /// Names, and who serves them to containers.
+    /// DNS names and the service that containers query.
     #[serde(default)]
     pub dns: DnsStatus,
-    /// WireGuard peers that are no nodes, by address.
+    /// External WireGuard peers, by address.
     #[serde(default)]
     pub external_peers: Vec<ExternalPeerStatus>,
-    /// What became of packets, by code; those that are zero may be left out.
+    /// Packet counters, by code. Counters that are zero may be omitted.
     pub counters: Vec<CounterStatus>,
 }
 
-/// This node.
+/// The status of this node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeStatus {
     /// Its ID.
     pub id: NodeId,
-    /// Its name for people.
+    /// Its nickname.
     pub nickname: String,
-    /// What it is doing.
+    /// What the node is doing.
     pub state: NodeState,
-    /// What is wrong, one sentence each, with what to do; what is about addresses is in
-    /// [`IpamStatus`].
+    /// Problems, one sentence each, with what to do. Problems with addresses are in [`IpamStatus`].
     #[serde(default)]
     pub problems: Vec<String>,
-    /// Why this host cannot take packets from others on some of its interfaces, one sentence each.
+    /// Reasons why some of this host's interfaces cannot take packets from other nodes, one
+    /// sentence each.
     #[serde(default)]
     pub underlay_problems: Vec<String>,
     /// The daemon's version.
     pub version: String,
-    /// How long the daemon has been running.
+    /// Time since the daemon started, in seconds.
     pub uptime_seconds: u64,
     /// The node's own address in the container network.
     pub address: Option<IpAddr>,
-    /// The underlay's addresses of this host.
+    /// This host's addresses on the underlay.
     #[serde(default)]
     pub underlay: Vec<IpAddr>,
-    /// The underlay's interface.
+    /// The underlay interface.
     pub interface: Option<String>,
-    /// The containers' MTU in bytes.
+    /// The MTU of containers, in bytes.
     pub mtu: Option<u32>,
-    /// The cluster's addresses.
+    /// The address ranges of the cluster.
     pub network: Network,
-    /// The node's key, for Noise and WireGuard.
+    /// The node's public key, for Noise and WireGuard.
     pub public_key: PublicKey,
-    /// Whether it connects to nodes that others tell of.
+    /// Whether the node connects to nodes that it learns of from other nodes.
     pub discovery: Option<bool>,
-    /// How the programs are attached: `tcx`, `clsact`, with `+xdp` where XDP opens.
+    /// How the eBPF programs are attached: `tcx` or `clsact`, with `+xdp` if XDP opens messages.
     pub attachment: Option<String>,
     /// The workers of the bulk path.
     #[serde(default)]
     pub bulk: WorkersStatus,
 }
 
-/// What a node is doing.
+/// The state of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NodeState {
-    /// Not everything is in place yet.
+    /// The node is still being set up.
     Starting,
-    /// It does its work.
+    /// The node works.
     Running,
-    /// It does its work, but one of the lists of problems has something that needs an operator.
+    /// The node works, but one of the lists of problems has an entry that needs an operator.
     Impaired,
     /// A reset is under way.
     Leaving,
 }
 
-/// One target.
+/// The status of one target.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TargetStatus {
-    /// As it was given.
+    /// The host, as it was given.
     pub host: Host,
-    /// What became of it.
+    /// The state of its connection.
     pub state: TargetState,
-    /// Which node it turned out to be.
+    /// The node that the target turned out to be.
     pub peer: Option<NodeId>,
-    /// When it is tried next.
+    /// Seconds until the next attempt.
     pub next_try_in_seconds: Option<u64>,
-    /// Why the last try failed.
+    /// Why the last attempt failed.
     pub last_error: Option<LastError>,
 }
 
-/// What became of a target.
+/// The state of a target's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TargetState {
-    /// A try is under way.
+    /// An attempt is in progress.
     Connecting,
-    /// There is a connection.
+    /// The connection is established.
     Established,
     /// It will be tried again.
     Retrying,
-    /// It is not tried again until something changes.
+    /// The target is not tried again until something changes.
     Failed,
-    /// It is this node.
+    /// The target is this node.
     Myself,
 }
 
-/// The last thing that went wrong.
+/// The most recent error.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastError {
-    /// One line.
+    /// The message, one line.
     pub message: String,
-    /// When.
+    /// Age of the error, in seconds.
     pub seconds_ago: Option<u64>,
 }
 
-/// One node of the cluster, also this one.
+/// The status of one node of the cluster, which may be this node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PeerStatus {
     /// Its ID.
     pub id: NodeId,
-    /// Its name for people; empty when nobody has told yet.
+    /// Its nickname; empty until its record is known.
     pub nickname: String,
     /// Whether it is this node.
     pub myself: bool,
-    /// Whether it is reachable, directly or through others: over control connections, and for
-    /// packets of containers.
+    /// Whether the node is reachable, directly or through others, both over control connections and
+    /// for container packets.
     pub reachable: Option<bool>,
-    /// How long that has been so.
+    /// How long `reachable` has had this value, in seconds.
     pub since_seconds: Option<u64>,
-    /// How data gets there.
+    /// The path of control messages to the node; absent for this node and for an unreachable one.
     pub path: Option<Path>,
     /// Its own address in the container network.
     pub address: Option<IpAddr>,
-    /// Where it can be connected to.
+    /// The addresses of its control port.
     #[serde(default)]
     pub underlay: Vec<SocketAddr>,
-    /// Its key.
+    /// Its public key.
     pub public_key: Option<PublicKey>,
-    /// Its version of the software.
+    /// Its software version.
     pub version: Option<String>,
-    /// Its control connections, as it tells of them.
+    /// Its control connections, as the node itself announces them.
     #[serde(default)]
     pub links: Vec<LinkStatus>,
-    /// The data session with it; absent for this node itself.
+    /// The data session with the node; absent for this node itself.
     pub data: Option<DataStatus>,
 }
 
-/// How data gets to a peer.
+/// The path to a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Path {
-    /// Straight over the underlay.
+    /// The direct path over the underlay.
     Direct,
-    /// Through another node.
+    /// Relayed by another node.
     Via(NodeId),
 }
 
-/// A control connection that a peer has.
+/// A control connection of a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkStatus {
-    /// Who called; not known of other nodes' connections.
+    /// Which end dialed; unknown for the connections of other nodes.
     pub direction: Option<Direction>,
     /// The other end's address.
     pub remote: Option<SocketAddr>,
-    /// The other end.
+    /// The node at the other end.
     pub peer: NodeId,
-    /// Its name for people.
+    /// Its nickname.
     pub nickname: Option<String>,
-    /// Whether both ends tell of it: only then is it established.
+    /// The state. A connection is established only if both ends announce it.
     pub state: ConnectionState,
 }
 
-/// The data session with a peer and what went over it.
+/// The data session with a peer and its traffic.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataStatus {
     /// Whether packets can be sent.
     pub session: SessionState,
-    /// How old the keys in use are.
+    /// Age of the current keys, in seconds.
     pub session_age_seconds: Option<u64>,
-    /// Where packets go.
+    /// The peer's current endpoint.
     pub endpoint: Option<SocketAddr>,
-    /// The largest packet of a container that fits, in bytes.
+    /// The largest container packet that fits, in bytes.
     pub mtu: Option<u32>,
-    /// Which way packets take; absent for a peer that is no node, and before it is known.
+    /// The route that packets take; absent for an external peer and while it is unknown.
     #[serde(default)]
     pub route: Option<RouteStatus>,
     /// Plaintext received, in bytes.
     pub rx_bytes: u64,
     /// Plaintext sent, in bytes.
     pub tx_bytes: u64,
-    /// Messages received.
+    /// Number of messages received.
     pub rx_packets: Option<u64>,
-    /// Messages sent.
+    /// Number of messages sent.
     pub tx_packets: Option<u64>,
-    /// When something was received last.
+    /// Time since the last message was received, in seconds.
     pub received_seconds_ago: Option<u64>,
     /// Why the last handshake failed.
     pub last_error: Option<LastError>,
-    /// What workers do for its flows that move a lot; absent without workers. Their bytes and
-    /// messages are counted above, too.
+    /// The share of the workers in this peer's bulk flows; absent without workers. The totals above
+    /// include it.
     #[serde(default)]
     pub bulk: Option<BulkStatus>,
 }
@@ -231,206 +232,207 @@ pub struct DataStatus {
 /// What the workers of the bulk path do for a peer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BulkStatus {
-    /// Whether flows that move a lot go through workers; else the programs take them, as all
-    /// others.
+    /// Whether bulk flows go through workers. Otherwise the eBPF programs carry them like all other
+    /// flows.
     pub in_use: bool,
-    /// What seals them.
+    /// The cipher that seals bulk flows.
     pub cipher: Cipher,
-    /// Age of the keys in use, in seconds.
+    /// Age of the current keys, in seconds.
     #[serde(default)]
     pub session_age_seconds: Option<u64>,
     /// Plaintext received through workers, in bytes.
     pub rx_bytes: u64,
     /// Plaintext sent through workers, in bytes.
     pub tx_bytes: u64,
-    /// Messages received by workers.
+    /// Number of messages received by workers.
     pub rx_packets: u64,
-    /// Messages sent by workers.
+    /// Number of messages sent by workers.
     pub tx_packets: u64,
     /// Plaintext received through workers in the last second, in bits.
     pub rx_bits_per_second: u64,
     /// Plaintext sent through workers in the last second, in bits.
     pub tx_bits_per_second: u64,
-    /// How often the peer's workers have fallen silent while something was sent to them.
+    /// How often the peer's workers fell silent while packets were sent to them.
     pub silences: u64,
 }
 
 /// The workers of the bulk path on this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkersStatus {
-    /// What was chosen at launch.
+    /// The mode that was chosen at launch.
     pub mode: Mode,
-    /// How many work.
+    /// The number of running workers.
     pub workers: usize,
-    /// Their process.
+    /// The process ID of the workers.
     pub pid: Option<i32>,
-    /// How fast one of them is with each cipher, in MiB a second.
+    /// Measured speed of one worker with each cipher, in MiB per second.
     pub speeds: BTreeMap<String, u32>,
-    /// Packets and messages that they dropped, by reason.
+    /// Packets and messages that the workers dropped, by reason.
     pub drops: BTreeMap<String, u64>,
-    /// Why there are none.
+    /// Why there are no workers.
     pub error: Option<String>,
 }
 
-/// Which way packets to a node take, and what the probes of the straight path say.
+/// The route of packets to a node, and what probes of the direct path measured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteStatus {
-    /// Straight or through another node; absent if there is no way.
+    /// Direct or through a relay; absent if there is no route.
     pub path: Option<Path>,
-    /// For how long it has been this way.
+    /// How long packets have taken this route, in seconds.
     pub since_seconds: u64,
-    /// Whether packets pass straight, in both directions.
+    /// Whether the direct path works, in both directions.
     pub straight: bool,
-    /// Round-trip time of probes, smoothed, in microseconds.
+    /// Smoothed round-trip time of probes, in microseconds.
     pub rtt_microseconds: Option<u64>,
-    /// How many of a thousand probes were lost lately.
+    /// Recent loss of probes, per mille.
     pub loss_per_mille: Option<u16>,
-    /// What went wrong last on the straight path.
+    /// The most recent error on the direct path.
     pub last_error: Option<LastError>,
 }
 
-/// Whether packets can be sent to a peer.
+/// The state of the session with a peer, which decides whether packets can be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SessionState {
     /// There are no keys: packets are dropped.
     None,
-    /// A handshake is under way and there are no keys yet: packets are dropped.
+    /// A handshake is in progress and there are no keys yet: packets are dropped.
     Handshake,
-    /// They can.
+    /// There are keys: packets are sent.
     Established,
-    /// The keys are too old: packets are dropped.
+    /// The keys have expired: packets are dropped.
     Expired,
 }
 
 /// A control connection, or an attempt at one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnectionStatus {
-    /// Who called.
+    /// Which end dialed.
     pub direction: Direction,
-    /// The other end: an address with port, or the name of a target that was never resolved.
+    /// The remote end: an address with port, or the name of a target that was never resolved.
     pub remote: String,
-    /// What became of it.
+    /// The state of the connection.
     pub state: ConnectionState,
-    /// How long that has been so.
+    /// How long the connection has been in this state, in seconds.
     pub since_seconds: Option<u64>,
-    /// The control connection's encryption, such as `Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s`.
+    /// The Noise protocol of the connection, such as `Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s`.
     pub encryption: Option<String>,
-    /// Who is at the other end.
+    /// The node at the other end.
     pub peer: Option<NodeId>,
-    /// Its name for people.
+    /// Its nickname.
     pub nickname: Option<String>,
-    /// Round trip time, in microseconds.
+    /// Round-trip time, in microseconds.
     pub rtt_microseconds: Option<u64>,
-    /// The largest packet of a container that fits on the way to that node, in bytes; absent
-    /// without a connection.
+    /// The largest container packet that fits the path to the node, in bytes; absent without a
+    /// connection.
     #[serde(default)]
     pub mtu: Option<u32>,
-    /// Which way packets of containers take to that node; absent without a connection.
+    /// The route of container packets to the node; absent without a connection.
     #[serde(default)]
     pub route: Option<RouteStatus>,
-    /// When it is tried next; absent when it never is, or is established.
+    /// Seconds until the next attempt; absent if the connection is established or is never tried
+    /// again.
     pub next_try_in_seconds: Option<u64>,
-    /// Why it is not established, or why it was not before.
+    /// Why the connection is not established, or why the previous attempt failed.
     pub last_error: Option<LastError>,
-    /// What workers do for flows to that node that move a lot; absent without workers.
+    /// What the workers do for bulk flows to the node; absent without workers.
     #[serde(default)]
     pub bulk: Option<BulkStatus>,
 }
 
-/// Who called.
+/// Which end dialed a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Direction {
-    /// This node.
+    /// This node dialed.
     Outbound,
-    /// The other one.
+    /// The remote node dialed.
     Inbound,
 }
 
-/// What became of a control connection.
+/// The state of a control connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ConnectionState {
-    /// Being dialled, or shaking hands.
+    /// Dialing, or in the handshake.
     Connecting,
-    /// Only one end tells of it yet.
+    /// Only one end announces the connection so far.
     Pending,
-    /// In use.
+    /// The connection is in use.
     Established,
-    /// Will be dialled again.
+    /// The connection will be dialed again.
     Retrying,
-    /// Will not be dialled again, or was refused.
+    /// The connection will not be dialed again, or it was refused.
     Failed,
 }
 
-/// Something attached.
+/// The status of an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointStatus {
-    /// Who plugged it in.
+    /// What attached it.
     #[serde(default)]
     pub kind: Kind,
-    /// A name for people; an engine's container's.
+    /// Its name. For a container of an engine, the container's name.
     pub name: Option<String>,
-    /// As it was attached; an engine's: the container's ID, or the endpoint's as long as that is
-    /// not known.
+    /// The target that was attached. For an engine's endpoint, the container's ID, or the
+    /// endpoint's ID while the container is unknown.
     pub target: Target,
-    /// The image that the container runs, where an engine tells it.
+    /// The container's image, if an engine reported it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
-    /// What a container runtime calls it; `target` is its container.
+    /// The container runtime's name for the attachment; `target` is its container.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cni: Option<CniEndpoint>,
-    /// Its address with the subnet's prefix.
+    /// Its address, with the subnet's prefix length.
     pub address: IpNet,
-    /// Whether the address was asked for, instead of given out.
+    /// Whether the address was requested rather than allocated.
     #[serde(rename = "static")]
     pub fixed: bool,
     /// The interface's name on the host.
     pub interface: String,
-    /// When it was attached.
+    /// When it was attached, in seconds since 1970.
     pub attached_unix_seconds: Option<u64>,
     /// Whether it works.
     pub state: EndpointState,
 }
 
-/// Whether an endpoint works.
+/// The state of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EndpointState {
-    /// It does.
+    /// The endpoint works.
     Attached,
-    /// An engine has the address, for a container that is not plugged in at the moment.
+    /// The address is held by an engine for a container that is not attached at the moment.
     Reserved,
-    /// Its interface is gone; the address is still kept.
+    /// The interface is gone. The address is still reserved.
     Gone,
 }
 
-/// Whose the address space is.
+/// The allocation of the address space.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct IpamStatus {
-    /// Whether this node can give an address to a container.
+    /// Whether this node can allocate an address for a container.
     pub ready: bool,
     /// Why it cannot.
     pub waiting_for: Option<String>,
-    /// By ID: every node that gives addresses out, and every quarter's owner by birth of whom
-    /// nothing was heard.
+    /// By ID: every node that allocates addresses, and every initial owner of a quarter that has
+    /// not been heard of.
     pub owners: Vec<RangeOwner>,
-    /// Who lent what to whom, by lender and borrower.
+    /// All loans, by lender and borrower.
     #[serde(default)]
     pub loans: Vec<LoanStatus>,
-    /// What is wrong with addresses, one sentence each, with what to do.
+    /// Problems with addresses, one sentence each, with what to do.
     #[serde(default)]
     pub problems: Vec<String>,
-    /// What has happened lately or could not be done, one sentence each.
+    /// Recent events and failures, one sentence each.
     #[serde(default)]
     pub notices: Vec<String>,
-    /// Nodes whose space this node takes back.
+    /// Nodes whose address space this node is reclaiming.
     #[serde(default)]
     pub reclaims: Vec<ReclaimStatus>,
 }
 
-/// A node whose space is taken back.
+/// A node whose address space is being reclaimed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReclaimStatus {
     /// The node that is gone for good.
@@ -439,20 +441,20 @@ pub struct ReclaimStatus {
     pub missing: Vec<NodeId>,
 }
 
-/// What one node has lent to another.
+/// The addresses that one node has lent to another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoanStatus {
-    /// The node that lends.
+    /// The lending node.
     pub lender: NodeId,
-    /// The node that gives these addresses out.
+    /// The borrowing node, which allocates these addresses.
     pub borrower: NodeId,
-    /// How many they are.
+    /// The number of addresses.
     pub addresses: u64,
-    /// The same as networks, ascending.
+    /// The addresses as networks, ascending.
     pub networks: Vec<IpNet>,
-    /// Whether the lender is reachable; true for this node.
+    /// Whether the lender is reachable; true if it is this node.
     pub lender_reachable: bool,
-    /// Whether the borrower is reachable; true for this node.
+    /// Whether the borrower is reachable; true if it is this node.
     pub borrower_reachable: bool,
 }
 
@@ -461,91 +463,92 @@ pub struct LoanStatus {
 pub struct RangeOwner {
     /// The node.
     pub id: NodeId,
-    /// Its name for people; empty when nobody has told yet.
+    /// Its nickname; empty until its record is known.
     pub nickname: String,
-    /// The addresses it can give out, borrowed ones included, lent ones not.
+    /// The number of addresses that it can allocate, including borrowed ones and excluding lent
+    /// ones.
     pub addresses: u64,
-    /// That is this much of the range, 0 to 100.
+    /// Those addresses as a percentage of the range, 0 to 100.
     pub percent: f64,
-    /// How many of them are in use.
+    /// The number of them in use.
     pub active: Option<u64>,
-    /// Whether the node is reachable; true for this one.
+    /// Whether the node is reachable; true for this node.
     pub reachable: Option<bool>,
-    /// What leads to it, as networks: also what it has lent, for which there is a longer prefix at
-    /// the borrower.
+    /// The networks that are routed to the node. They include lent addresses, for which the
+    /// borrower has a longer prefix.
     #[serde(default)]
     pub ranges: Vec<IpNet>,
 }
 
-/// Names, and who serves them to containers.
+/// DNS names and the service that containers query.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DnsStatus {
-    /// Whether this node serves them.
+    /// Whether this node serves DNS.
     pub serving: bool,
-    /// At which address: the name server to give to containers of this host.
+    /// The server's address, to be used as the name server of this host's containers.
     pub address: Option<IpAddr>,
-    /// Under which domain.
+    /// The domain of the names.
     pub domain: Option<String>,
-    /// Also under these.
+    /// Further domains under which the names are served.
     #[serde(default)]
     pub aliases: Vec<String>,
-    /// The host's own resolvers, which are asked for everything else.
+    /// The upstream resolvers: the host's own, which get all other queries.
     #[serde(default)]
     pub upstream: Vec<IpAddr>,
-    /// Queries of containers since the daemon started.
+    /// Number of queries from containers since the daemon started.
     pub queries: u64,
-    /// Of those, asked of the host's resolvers.
+    /// Number of these queries that were forwarded upstream.
     pub forwarded: u64,
-    /// Of those, without an answer from there.
+    /// Number of these queries for which the upstream resolvers had no answer.
     pub failed: u64,
-    /// Queries that were refused: malformed, or too many at once.
+    /// Number of queries that were refused because they were malformed or too many at a time.
     pub refused: u64,
-    /// By name, then by address.
+    /// The known names, by name, then by address.
     #[serde(default)]
     pub entries: Vec<DnsEntry>,
 }
 
-/// A name and an address that it stands for.
+/// A DNS name and one of its addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DnsEntry {
-    /// Without the domain.
+    /// The name, without the domain.
     pub name: String,
     /// The address.
     pub address: IpAddr,
-    /// Which node says so.
+    /// The node that announces it.
     pub node: NodeId,
-    /// Its name for people; empty when nobody has told yet.
+    /// Its nickname; empty until its record is known.
     pub nickname: String,
-    /// Whether that node is reached: only then is the name served.
+    /// Whether that node is reachable. The name is served only while it is.
     pub reachable: bool,
 }
 
-/// A WireGuard peer that is no node.
+/// The status of an external WireGuard peer, which is not a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExternalPeerStatus {
-    /// Its key.
+    /// Its public key.
     pub public_key: PublicKey,
-    /// A name for people.
+    /// Its name.
     pub name: Option<String>,
     /// Whether a pre-shared key is set.
     pub preshared_key: bool,
-    /// What it may send from, and what is sent to it.
+    /// The networks that it may send from and that are routed to it.
     pub allowed_ips: Vec<IpNet>,
-    /// The interval, when set.
+    /// The persistent keepalive interval in seconds, if set.
     pub persistent_keepalive_seconds: Option<u16>,
-    /// The session with it and what went over it.
+    /// The session with it and its traffic.
     pub data: Option<DataStatus>,
 }
 
-/// What became of some packets.
+/// A counter of packets that had the same outcome.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CounterStatus {
     /// The code's name.
     pub reason: String,
-    /// What it means, in a sentence.
+    /// What it means, in one sentence.
     pub description: String,
     /// Whether these packets were dropped.
     pub dropped: bool,
-    /// How many.
+    /// The number of packets.
     pub count: u64,
 }

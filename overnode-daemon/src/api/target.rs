@@ -1,4 +1,4 @@
-//! What requests name: other hosts, and network namespaces.
+//! The names of hosts and network namespaces in requests.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -9,44 +9,44 @@ use serde::{Deserialize, Serialize};
 
 use super::types::check_name;
 
-/// A host to connect to: a name or an IP address, without a port. It need not exist.
+/// A host to connect to: a name or an IP address, without a port. The host need not exist.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Host(String);
 
-/// Not the name or the address of a host.
+/// The text is neither a host name nor an IP address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is neither a host name nor an IP address: give one of these, without a port")]
 pub struct BadHost(String);
 
-/// What `attach` plugs in.
+/// The target of an `attach` request.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Target {
-    /// `netns:NAME`, as `ip netns` knows it.
+    /// `netns:NAME`: a network namespace as `ip netns` names it.
     Name(String),
-    /// `netns:/path` to a file that is a network namespace.
+    /// `netns:/path`: a network namespace file.
     Path(PathBuf),
     /// `pid:N`: the network namespace that a process is in.
     Process(u32),
-    /// A Docker or podman container by name or ID. The daemon knows no container engine: the
-    /// request must come with the container's process.
+    /// A Docker or Podman container, by name or ID. The daemon does not ask a container engine, so
+    /// the request must include the container's process.
     Container(String),
-    /// `host:`, this host itself.
+    /// `host:`: this host itself.
     Host,
 }
 
-/// Where a network namespace is found.
+/// The location of a network namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Netns {
-    /// A file that is a network namespace.
+    /// A network namespace file.
     Path(PathBuf),
-    /// A process that is in it.
+    /// A process in the namespace.
     Pid(u32),
 }
 
-/// Not a network namespace, a process or a container.
+/// The text names neither a network namespace, nor a process, nor a container.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{0:?} is not something to attach: give netns:NAME, netns:/path, pid:NUMBER, or a container's name or ID"
@@ -54,7 +54,7 @@ pub enum Netns {
 pub struct BadTarget(String);
 
 impl Host {
-    /// As it was given; IP addresses in their usual form.
+    /// Returns the host as it was given, with IP addresses in canonical form.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -74,8 +74,8 @@ impl FromStr for Host {
                     .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
                 && !label.starts_with('-')
         };
-        // A name whose last label is a number would be taken for an address that is wrong (RFC
-        // 3696, section 2).
+        // A name whose last label is a number would pass for a malformed address (RFC 3696, section
+        // 2).
         let name = text.strip_suffix('.').unwrap_or(text);
         let numeric = name
             .rsplit('.')
@@ -89,8 +89,8 @@ impl FromStr for Host {
 }
 
 impl Target {
-    /// Where it is found by the target alone: none for a container, and for the host, which needs
-    /// none.
+    /// Returns the network namespace that the target implies. There is none for a container, whose
+    /// process must be given, and none for the host.
     pub fn netns(&self) -> Option<Netns> {
         match self {
             Self::Name(name) => Some(Netns::Path(Path::new("/run/netns").join(name))),
@@ -186,7 +186,8 @@ impl From<Target> for String {
     }
 }
 
-/// For quoting in a message: nobody needs more to recognise what they typed.
+/// Shortens a text for quoting in an error message. A user recognizes the input from its first 80
+/// characters.
 fn shortened(text: &str) -> String {
     text.chars().take(80).collect()
 }

@@ -1,7 +1,7 @@
-//! The documents of requests and of most answers; [`super::status`] has the large one.
+//! The documents of requests and of most answers; [`super::status`] has the status document.
 //!
-//! A field that is absent means "not given" in a request and "not known" in an answer. Unknown
-//! fields in a request are refused: a misspelt option must not be silently without effect.
+//! An absent field means "not given" in a request and "not known" in an answer. A request with an
+//! unknown field is refused, so that a misspelled option does not go unnoticed.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -16,7 +16,7 @@ use crate::bulk::control::Mode;
 use crate::store::CniEndpoint;
 use crate::types::{NodeId, PublicKey, Secret};
 
-/// Starts the node, or adds targets to one that runs already.
+/// Starts the node, or adds targets to a running node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Launch {
@@ -24,140 +24,143 @@ pub struct Launch {
     pub id: NodeId,
     /// The cluster's token.
     pub token: Token,
-    /// Targets.
+    /// The targets.
     #[serde(default)]
     pub hosts: Vec<Host>,
-    /// A name for people, as [`check_name`] allows. Default: the host's name.
+    /// The node's nickname, within the limits of [`check_name`]. Default: the host name.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name")]
     pub nickname: Option<String>,
-    /// The underlay's interface. Default: whichever routes to the peers.
+    /// The underlay interface. Default: the interface that routes to the peers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface: Option<String>,
-    /// The container network's MTU in bytes. Default: what fits the underlay.
+    /// The container network's MTU in bytes. Default: the largest that fits the underlay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
-    /// Whether to connect to nodes that other nodes tell of. Default: true.
+    /// Whether to connect to nodes that other nodes announce. Default: true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub discovery: Option<bool>,
-    /// Open messages in native XDP on the interface given. Default: in TC.
+    /// Whether to open messages in native XDP on the given interface. Default: in TC.
     #[serde(default)]
     pub xdp: bool,
-    /// Whether to serve this host's Docker engine, and to make its default network. Default: true.
+    /// Whether to serve this host's Docker engine and to create its default network. Default: true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub docker: Option<bool>,
-    /// Whether workers in user space seal bulk flows, and with which cipher. Default: whichever
-    /// both ends do faster.
+    /// Whether user-space workers seal bulk flows, and with which cipher. Default: workers, with
+    /// the cipher that is faster on both ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bulk: Option<Mode>,
-    /// How many of them, 1 to 16. Default: half of the cores.
+    /// The number of workers, 1 to 16. Default: half of the cores.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bulk_workers: Option<u8>,
     /// All addresses of the container network. Default: 10.32.0.0/12.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subnet: Option<IpNet>,
-    /// The part of the subnet that nodes give out by themselves. Default: 10.40.0.0/13.
+    /// The part of the subnet that nodes allocate from. Default: 10.40.0.0/13.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub range: Option<IpNet>,
-    /// Whether names are served to containers. Default: true.
+    /// Whether to serve DNS names to containers. Default: true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns: Option<bool>,
-    /// The domain under which they are. Default: `overnode.local`.
+    /// The domain of the names. Default: `overnode.local`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns_domain: Option<String>,
-    /// The daemon was started for this request. When it found a node on disk, that node was
-    /// therefore stopped until now: `hosts`, when there are any, replace its targets instead of
-    /// being added to them.
+    /// Whether the daemon was started for this request. If it found a node on disk, that node was
+    /// stopped until now, and a non-empty `hosts` replaces its targets instead of adding to them.
     #[serde(default)]
     pub restart: bool,
 }
 
-/// What became of a [`Launch`].
+/// The answer to [`Launch`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Launched {
-    /// Which of the three cases it was.
+    /// What the request did.
     pub outcome: LaunchOutcome,
     /// This node.
     pub id: NodeId,
-    /// Its name for people.
+    /// Its nickname.
     pub nickname: String,
-    /// All its targets now.
+    /// All its targets after the request.
     pub targets: Vec<Host>,
 }
 
-/// What became of a [`Launch`].
+/// What a [`Launch`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LaunchOutcome {
-    /// There was no node on this host.
+    /// It started a new node: there was none on this host.
     Started,
-    /// The node existed and was stopped.
+    /// It started an existing node that was stopped.
     Restarted,
-    /// The node was running.
+    /// The node was running already.
     AlreadyRunning,
 }
 
-/// Adds targets.
+/// Adds targets to the node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Connect {
-    /// At least one.
+    /// The targets, at least one.
     pub hosts: Vec<Host>,
-    /// Instead of the targets that there are.
+    /// Whether `hosts` replaces the existing targets.
     #[serde(default)]
     pub replace: bool,
 }
 
-/// Removes targets: all of them, or none when one is unknown.
+/// Removes targets. Removes none of them if one is unknown.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Forget {
-    /// At least one.
+    /// The targets, at least one.
     pub hosts: Vec<Host>,
 }
 
-/// The targets after a change.
+/// The node's targets after a change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Targets {
-    /// All of them.
+    /// All targets.
     pub targets: Vec<Host>,
 }
 
-/// Plugs a network namespace in.
+/// Attaches a network namespace.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attach {
-    /// What was named; a later [`Detach`] names it in the same way.
+    /// The target to attach. A later [`Detach`] names it in the same way.
     pub target: Target,
-    /// Where its network namespace is. Needed for a container only, else it follows from `target`.
+    /// The location of the network namespace. Required only for a container; other targets imply
+    /// it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub netns: Option<Netns>,
-    /// A static address with the subnet's prefix. Default: the next free one of the range.
+    /// A static address with the subnet's prefix length. Default: the next free address of the
+    /// range.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<IpNet>,
-    /// A name for people, as [`check_name`] allows.
+    /// The endpoint's name, within the limits of [`check_name`].
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name")]
     pub name: Option<String>,
-    /// A container runtime asks for it, through CNI.
+    /// Present if a container runtime attaches the endpoint through CNI.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cni: Option<CniAttach>,
 }
 
-/// What a container runtime wants beside that. The target is its container; an address with a
-/// prefix as long as addresses are gets the subnet's; a name that is taken is left out.
+/// The CNI part of an [`Attach`].
+///
+/// The target is the runtime's container. An address with a full-length prefix (/32 for IPv4) gets
+/// the subnet's prefix length. A name that is already in use is ignored.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CniAttach {
-    /// What it calls the attachment.
+    /// The container runtime's name for the attachment.
     pub endpoint: CniEndpoint,
-    /// A hardware address. Default: one by chance.
+    /// The MAC address. Default: a random one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<[u8; 6]>,
 }
 
-/// An endpoint that was plugged in.
+/// The answer to [`Attach`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
-    /// Its address with the subnet's prefix.
+    /// Its address, with the subnet's prefix length.
     pub address: IpNet,
     /// The interface's name inside the network namespace.
     pub interface: String,
@@ -165,69 +168,70 @@ pub struct Attached {
     pub host_interface: String,
     /// The interface's MTU in bytes.
     pub mtu: u32,
-    /// The hardware address inside the network namespace, if it was made just now.
+    /// The MAC address inside the network namespace; present only for a new interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
 }
 
-/// Plugs a network namespace out, whether or not it still exists.
+/// Detaches a network namespace, whether or not it still exists.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Detach {
-    /// As it was attached: `netns:…`, `pid:…` or the container's ID; or else the name it was given.
+    /// The target as it was attached (`netns:…`, `pid:…` or the container's ID), or the endpoint's
+    /// name.
     pub target: Target,
-    /// What the container runtime that had it plugged in calls it.
+    /// The container runtime's name for the attachment, if a runtime attached it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cni: Option<CniEndpoint>,
 }
 
-/// An endpoint that was plugged out.
+/// The answer to [`Detach`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Detached {
-    /// The address that it had, with the subnet's prefix.
+    /// The address that the endpoint had, with the subnet's prefix length.
     pub address: IpNet,
 }
 
-/// Makes a name stand for addresses, in addition to those that it stands for.
+/// Adds addresses to a DNS name.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DnsAdd {
-    /// With or without the domain.
+    /// The name, with or without the domain.
     pub name: String,
-    /// At least one.
+    /// The addresses, at least one.
     pub addresses: Vec<IpAddr>,
 }
 
-/// Undoes a [`DnsAdd`] of this node.
+/// Removes addresses that a [`DnsAdd`] on this node added.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DnsRemove {
-    /// With or without the domain.
+    /// The name, with or without the domain.
     pub name: String,
-    /// Which addresses; none for all that were added.
+    /// The addresses; empty to remove all that were added.
     #[serde(default)]
     pub addresses: Vec<IpAddr>,
 }
 
-/// Asks what a name stands for.
+/// Looks up the addresses of a DNS name.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DnsLookup {
-    /// With or without the domain.
+    /// The name, with or without the domain.
     pub name: String,
 }
 
-/// What a name stands for.
+/// The addresses of a DNS name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DnsAddresses {
-    /// The name with this node's domain.
+    /// The name, with this node's domain.
     pub name: String,
-    /// After adding and removing, those that were added on this node; after a lookup, all that
-    /// nodes tell of which are reached.
+    /// After an add or remove, the addresses that this node added. After a lookup, the addresses
+    /// that all reachable nodes announce.
     pub addresses: Vec<IpAddr>,
 }
 
-/// Takes back the address space of a node that is gone for good.
+/// Reclaims the address space of a node that is gone for good.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Reclaim {
@@ -235,126 +239,127 @@ pub struct Reclaim {
     pub id: NodeId,
 }
 
-/// How far taking back the address space of a node is. It goes on by itself; asking again tells
-/// more.
+/// The progress of a reclaim. The reclaim continues by itself; repeat the request to see its
+/// progress.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reclaimed {
     /// The node.
     pub id: NodeId,
-    /// True if its space is this node's now.
+    /// Whether the space now belongs to this node.
     pub done: bool,
     /// Nodes that have not agreed yet.
     pub missing: Vec<NodeId>,
 }
 
-/// Leaves the cluster and removes everything that the node made on this host.
+/// Leaves the cluster and removes everything that the node created on this host.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Reset {
-    /// Even while containers are attached.
+    /// Whether to reset even while containers are attached.
     #[serde(default)]
     pub force: bool,
 }
 
-/// The node is no more; the daemon exits after it has sent this.
+/// The answer to [`Reset`]. The node no longer exists, and the daemon exits after it has sent this.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WasReset {
-    /// Which node it was; absent when none was launched.
+    /// The ID of the node; absent if none was launched.
     pub id: Option<NodeId>,
-    /// What could not be removed, one sentence each.
+    /// Things that could not be removed, one sentence each.
     pub left: Vec<String>,
 }
 
-/// Whether this node can give an address to a container.
+/// Whether this node can allocate an address for a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Primed {
-    /// Whether it can.
+    /// True if it can.
     pub ready: bool,
     /// Why it cannot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting_for: Option<String>,
 }
 
-/// A WireGuard peer that is no node of the cluster.
+/// Adds an external WireGuard peer, which is not a node of the cluster.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AddExternalPeer {
-    /// Its key. A peer with this key that exists already gets the settings given here.
+    /// The peer's public key. If a peer with this key exists, it gets the given settings.
     pub public_key: PublicKey,
-    /// Shared with it alone: 32 bytes in base64.
+    /// The pre-shared key, 32 bytes in base64. It is shared with this peer only.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "secret")]
     pub preshared_key: Option<Secret>,
-    /// Where it listens. Without one, it must call first.
+    /// The peer's endpoint. Without one, the peer must initiate the handshake.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<SocketAddr>,
-    /// What it may send from, and what is sent to it.
+    /// The networks that the peer may send from and that are routed to it.
     pub allowed_ips: Vec<IpNet>,
-    /// Send something at least this often, in seconds; at least 1.
+    /// The persistent keepalive interval in seconds, at least 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub persistent_keepalive_seconds: Option<u16>,
-    /// A name for people, as [`check_name`] allows.
+    /// The peer's name, within the limits of [`check_name`].
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name")]
     pub name: Option<String>,
 }
 
-/// What the other side has to know of this node.
+/// The answer to [`AddExternalPeer`]: what the peer's configuration needs to know about this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExternalPeerAdded {
-    /// This node's key, the peer's `PublicKey`.
+    /// This node's public key: `PublicKey` in the peer's configuration.
     pub public_key: PublicKey,
     /// The UDP port that this node listens on.
     pub port: u16,
-    /// What this node sends from, the peer's `AllowedIPs`.
+    /// The container network: `AllowedIPs` in the peer's configuration.
     pub subnet: IpNet,
-    /// Whether the peer existed already and was changed.
+    /// Whether the peer existed and was changed.
     pub replaced: bool,
 }
 
-/// Removes a WireGuard peer that is no node.
+/// Removes an external WireGuard peer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RemoveExternalPeer {
-    /// Its key.
+    /// The peer's public key.
     pub public_key: PublicKey,
 }
 
-/// What was removed.
+/// The answer to [`RemoveExternalPeer`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExternalPeerRemoved {
-    /// What it could be reached at.
+    /// The networks that were routed to the peer.
     pub allowed_ips: Vec<IpNet>,
 }
 
-/// Of the daemon and what it runs on.
+/// The versions of the daemon, of its protocol and of the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Version {
     /// The daemon's version.
     pub version: String,
-    /// The oldest and the newest control protocol that it speaks.
+    /// The oldest and the newest version of the control protocol that the daemon supports.
     pub protocols: Option<(u16, u16)>,
-    /// The kernel's release.
+    /// The kernel release.
     pub kernel: Option<String>,
     /// The daemon's process ID.
     pub pid: u32,
-    /// This host's node, when it was launched.
+    /// The ID of this host's node, if one was launched.
     pub id: Option<NodeId>,
-    /// The state directory in use.
+    /// The state directory.
     pub state_dir: Option<PathBuf>,
 }
 
-/// The cluster's token: any text but an empty one. Wiped when dropped, never printed.
+/// The cluster's token: any text that is not blank. It is wiped from memory when dropped and never
+/// printed.
 #[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
 pub struct Token(String);
 
-/// A token that cannot be one.
+/// Why a text is not a valid token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadToken {
-    /// Nothing, or nothing but spaces.
+    /// The text is empty or all whitespace.
     #[error(
         "the token is empty: give the same one on every node of the cluster; `overnode token` makes one"
     )]
     Empty,
-    /// More than [`Token::MAX`] bytes.
+    /// The text is longer than [`Token::MAX`] bytes.
     #[error("the token is longer than {} bytes", Token::MAX)]
     TooLong,
 }
@@ -363,10 +368,10 @@ impl Token {
     /// The longest token, in bytes.
     pub const MAX: usize = 4096;
 
-    /// Checks its length.
+    /// Creates a token after checking its length. Wipes a rejected text.
     ///
     /// # Errors
-    /// [`BadToken`]
+    /// Returns a [`BadToken`] if the text is blank or longer than [`Self::MAX`] bytes.
     pub fn new(mut text: String) -> Result<Self, BadToken> {
         let bad = if text.trim().is_empty() {
             BadToken::Empty
@@ -379,7 +384,7 @@ impl Token {
         Err(bad)
     }
 
-    /// The text.
+    /// Returns the secret text.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -403,18 +408,18 @@ impl<'de> Deserialize<'de> for Token {
     }
 }
 
-/// A name that cannot be one.
+/// The text is not a valid name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "a name has 1 to 128 letters, digits, dots, hyphens and underscores, and begins with a letter or a digit"
 )]
 pub struct BadName;
 
-/// Whether a name can be shown in a table and typed in a command. Every host's and container's name
-/// can.
+/// Checks that a name can be shown in a table and typed in a command. All names of hosts and
+/// containers pass.
 ///
 /// # Errors
-/// [`BadName`]
+/// Returns [`BadName`] if it cannot.
 pub fn check_name(name: &str) -> Result<(), BadName> {
     let known = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     let fits = name.len() <= 128 && name.bytes().all(known);

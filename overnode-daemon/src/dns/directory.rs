@@ -1,4 +1,4 @@
-//! Answers to single questions, from the zone. No I/O, no clock.
+//! Answers single questions from the zone. No I/O, no clock.
 
 use std::net::IpAddr;
 
@@ -10,30 +10,30 @@ use ipnet::IpNet;
 use super::name::Domain;
 use super::zone::Zone;
 
-/// How long an answer may be kept, seconds: names come and go with containers.
+/// Time to live of answers, in seconds. It is short because names come and go with containers.
 pub const TTL: u32 = 1;
 
-/// What is said to a question.
+/// How to answer a question.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
-    /// This, and nobody else is asked.
+    /// Send this answer without asking any other server.
     Answer(Answer),
-    /// It is none of ours.
+    /// Ask the upstream resolvers: the name is not ours.
     Elsewhere,
 }
 
 /// An answer from the zone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
-    /// Whether the name exists.
+    /// The response code, which also tells whether the name exists.
     pub code: ResponseCode,
-    /// What was asked for.
+    /// The requested records.
     pub records: Vec<Record>,
-    /// Where there is none of that: how long this may be kept.
+    /// In a negative answer, the SOA record with the time for which the answer may be cached.
     pub soa: Option<Box<Record>>,
 }
 
-/// The names of the container network, as one node serves them.
+/// The names of the container network as one node serves them.
 #[derive(Debug)]
 pub struct Directory {
     domains: Vec<Domain>,
@@ -42,33 +42,34 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// `domains`: the first is the one that reverse lookups name. `subnet`: whose addresses nobody
-    /// else knows.
+    /// Creates a directory. Reverse lookups use the first of the `domains`. No other server knows
+    /// the addresses in `subnet`.
     pub fn new(domains: Vec<Domain>, subnet: IpNet, zone: Zone) -> Self {
         Self { domains, subnet, zone }
     }
 
-    /// The names.
+    /// Returns the zone.
     pub fn zone(&self) -> &Zone {
         &self.zone
     }
 
-    /// The names, to be changed.
+    /// Returns the zone for changes.
     pub fn zone_mut(&mut self) -> &mut Zone {
         &mut self.zone
     }
 
-    /// The domains, the first one first.
+    /// Returns the domains in their order.
     pub fn domains(&self) -> &[Domain] {
         &self.domains
     }
 
-    /// True if nobody else has a say in this name.
+    /// Returns true if the name is in one of our domains, for which no other server is
+    /// authoritative.
     pub fn owns(&self, name: &Name) -> bool {
         self.domains.iter().any(|domain| domain.name().zone_of(name))
     }
 
-    /// What to say to a question.
+    /// Decides how to answer a question.
     pub fn ask(&mut self, query: &Query) -> Verdict {
         let is_plain = query.query_class == DNSClass::IN && !is_transfer(query.query_type);
         let domain = self.domains.iter().find(|domain| domain.name().zone_of(&query.name)).cloned();
@@ -121,7 +122,8 @@ impl Directory {
         Verdict::Answer(Answer::none(exists, &self.zone_above(&query.name)))
     }
 
-    /// The longest name above an address of the subnet whose whole network is in it.
+    /// Returns the ancestor of a reverse name whose network is the largest one that lies entirely
+    /// in the subnet.
     fn zone_above(&self, name: &Name) -> Name {
         let bits = if self.subnet.addr().is_ipv4() { 8 } else { 4 };
         let labels = usize::from(self.subnet.prefix_len().div_ceil(bits)) + 2;
@@ -148,7 +150,7 @@ fn is_transfer(kind: RecordType) -> bool {
     matches!(kind, RecordType::AXFR | RecordType::IXFR)
 }
 
-/// The addresses that a name of a reverse lookup stands for.
+/// Returns the network of a reverse name.
 fn network_of(name: &Name) -> Option<IpNet> {
     name.parse_arpa_name().ok()
 }
@@ -224,7 +226,7 @@ mod tests {
         data
     }
 
-    /// The SOA that says for how long this holds.
+    /// Asserts a negative answer and returns the name of its SOA record.
     fn none(name: &str, kind: RecordType, code: ResponseCode) -> String {
         let answer = answer(name, kind);
         assert_eq!((answer.code, answer.records.len()), (code, 0), "{name} {kind}");

@@ -1,14 +1,14 @@
-//! DNS: names of containers, and names that people added, for the containers of this host.
+//! Serves DNS to the containers of this host: container names, and names that users added.
 //!
-//! What names there are follows from the records of gossip: each node says which ones it has, and
-//! nobody else can. The [`Zone`] joins them, the [`Directory`] answers questions from it; both
-//! without I/O and clock. [`Service`] takes queries as bytes and gives answers as bytes,
-//! [`Upstream`] asks the host's own resolvers what is none of ours, and [`Server`] owns the
-//! sockets: on a thread of its own, so that a container that floods it keeps the node from nothing.
+//! The names come from gossip records. Each node announces its own names, and no other node can do
+//! so on its behalf. [`Zone`] merges them and [`Directory`] answers questions from it, both without
+//! I/O or a clock. [`Service`] turns query bytes into answer bytes. [`Upstream`] forwards other
+//! questions to the host's own resolvers. [`Server`] owns the sockets and runs on its own thread,
+//! so that a container that floods it does not slow the node.
 //!
-//! Only containers of this host reach the sockets. They are in a network namespace that is plugged
-//! in like a container, at the node's address: the programs let in what local containers send,
-//! check who sent it, and drop what other nodes send to that address.
+//! Only containers of this host can reach the sockets. The sockets are in a network namespace that
+//! is attached like a container, at the node's address. The eBPF programs admit packets from local
+//! containers, verify their source, and drop packets that other nodes send to this address.
 
 pub mod directory;
 pub mod name;
@@ -24,11 +24,12 @@ pub use service::{Counts, Service};
 pub use upstream::Upstream;
 pub use zone::Zone;
 
-/// The domain, unless another is chosen at launch.
+/// The default domain.
 pub const DEFAULT_DOMAIN: &str = "overnode.local";
-/// Always served as well: containers that come from Weave Net have it in their configuration.
+/// An additional domain that is always served: containers that migrate from Weave Net have it in
+/// their configuration.
 pub const ALIAS: &str = "weave.local";
-/// Where the host says which resolvers it uses.
+/// The file that lists the host's resolvers.
 pub const RESOLV_CONF: &str = "/etc/resolv.conf";
-/// The port.
+/// The DNS port.
 pub const PORT: u16 = 53;

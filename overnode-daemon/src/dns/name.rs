@@ -1,30 +1,30 @@
-//! Names as nodes tell them to each other: lower-case labels with dots between them, without the
-//! domain and without a dot at the end.
+//! Validates and converts names. Nodes exchange relative names: lower-case labels separated by
+//! dots, without the domain and without a trailing dot.
 
 use hickory_proto::rr::Name;
 
-/// Most bytes of a name without its domain.
+/// Longest relative name, in bytes.
 pub const MAX_NAME: usize = 128;
-/// Most bytes of a label (RFC 1035, section 2.3.4).
+/// Longest label, in bytes (RFC 1035, section 2.3.4).
 const MAX_LABEL: usize = 63;
-/// Most bytes of a domain: with it, every name is a name of DNS.
+/// Longest domain, in bytes. Together with it, every relative name is still a valid DNS name.
 const MAX_DOMAIN: usize = 100;
 
-/// A domain that cannot be served.
+/// The text is not a domain that can be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "a domain is labels with dots between them, as in overnode.local, each of letters, digits, hyphens and underscores; 100 bytes at most"
 )]
 pub struct BadDomain;
 
-/// A name that cannot be served.
+/// The text is not a name that can be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "a name has letters, digits, hyphens, underscores, and dots between its labels; at most 63 bytes each, 128 in all"
 )]
 pub struct BadName;
 
-/// True for a name in the form that travels.
+/// Returns true if this is a valid relative name.
 pub fn is_relative(name: &str) -> bool {
     let is_label = |label: &str| {
         (1..=MAX_LABEL).contains(&label.len())
@@ -33,11 +33,11 @@ pub fn is_relative(name: &str) -> bool {
     name.len() <= MAX_NAME && name.split('.').all(is_label)
 }
 
-/// What somebody typed, with or without the domain and the dot at the end, in the form that
-/// travels.
+/// Converts user input to a relative name. The input may include one of the domains and a trailing
+/// dot.
 ///
 /// # Errors
-/// [`BadName`].
+/// Returns [`BadName`] if the result is not a valid relative name.
 pub fn relative(text: &str, domains: &[Domain]) -> Result<String, BadName> {
     let lower = text.to_ascii_lowercase();
     let name = lower.strip_suffix('.').unwrap_or(&lower);
@@ -55,10 +55,10 @@ pub struct Domain {
 }
 
 impl Domain {
-    /// Reads one as people write it, with or without the dot at the end.
+    /// Parses a domain, with or without a trailing dot.
     ///
     /// # Errors
-    /// [`BadDomain`].
+    /// Returns [`BadDomain`] if it is malformed, too long, or a domain of reverse lookups.
     pub fn new(text: &str) -> Result<Self, BadDomain> {
         let lower = text.to_ascii_lowercase();
         let text = lower.strip_suffix('.').unwrap_or(&lower);
@@ -69,7 +69,7 @@ impl Domain {
         Ok(Self { text: text.to_owned(), name })
     }
 
-    /// Without the dot at the end.
+    /// Returns the domain without a trailing dot.
     pub fn as_str(&self) -> &str {
         &self.text
     }
@@ -78,10 +78,10 @@ impl Domain {
         &self.name
     }
 
-    /// The part of a name before this domain: empty for the domain itself, none for a name outside,
-    /// or one that nobody can have.
+    /// Returns the part of a name before this domain. It is empty for the domain itself, and `None`
+    /// for a name outside the domain or a name that no node can have.
     pub(super) fn part_before(&self, name: &Name) -> Option<String> {
-        // `Name::num_labels` leaves out an asterisk.
+        // `Name::num_labels` does not count an asterisk.
         let labels = name.iter().count().checked_sub(self.name.iter().count())?;
         let labels: Option<Vec<String>> = name
             .iter()
@@ -89,20 +89,20 @@ impl Domain {
             .map(|label| std::str::from_utf8(label).ok().map(str::to_ascii_lowercase))
             .collect();
         let labels = labels?;
-        // A dot inside a label would make two of it.
+        // Joining would turn a label that contains a dot into two labels.
         labels
             .iter()
             .all(|label| is_relative(label) && !label.contains('.'))
             .then(|| labels.join("."))
     }
 
-    /// The name of DNS that a name in the form that travels stands for here.
+    /// Returns the DNS name of a relative name in this domain.
     pub(super) fn absolute(&self, relative: &str) -> Option<Name> {
         Name::from_ascii(format!("{relative}.{}.", self.text)).ok()
     }
 }
 
-/// Reverse lookups are answered by address.
+/// Returns true for the domains of reverse lookups, which are answered by address.
 fn is_of_addresses(domain: &str) -> bool {
     domain == "arpa" || domain.ends_with(".arpa")
 }

@@ -1,4 +1,4 @@
-//! The sockets: a thread of its own with both of them, which ends with the [`Server`].
+//! The UDP and TCP sockets and the thread that serves them. The thread ends with the [`Server`].
 
 use std::io;
 use std::net::{self, IpAddr, SocketAddr};
@@ -15,30 +15,31 @@ use tokio::time::timeout;
 use super::PORT;
 use super::service::{Quota, Service, Step, Transport};
 
-/// A longer query is none.
+/// Longest query, in bytes. A longer UDP query is truncated, and a longer TCP query ends its
+/// connection.
 const MAX_QUERY: usize = 4096;
-/// Most connections.
+/// Maximum number of TCP connections.
 const CONNECTIONS: usize = 256;
-/// The same of one container.
+/// Maximum number of TCP connections of one container.
 const CONNECTIONS_OF_ONE: usize = 16;
-/// How long a connection may be quiet, and how long an answer may take to be read.
+/// How long a connection may be idle, and how long writing an answer may take.
 const QUIET: Duration = Duration::from_secs(10);
-/// Queries of one connection.
+/// Maximum number of queries per connection.
 const QUERIES_OF_CONNECTION: usize = 1000;
-/// After an error of a socket.
+/// Pause after a socket error.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The sockets, opened in whatever network namespace [`Sockets::open`] was called.
+/// The sockets. They belong to the network namespace in which [`Sockets::open`] was called.
 pub struct Sockets {
     udp: net::UdpSocket,
     tcp: net::TcpListener,
 }
 
 impl Sockets {
-    /// UDP and TCP, port 53.
+    /// Opens UDP and TCP port 53.
     ///
     /// # Errors
-    /// What the system says.
+    /// Returns the system's error.
     pub fn open(address: IpAddr) -> io::Result<Self> {
         let address = SocketAddr::new(address, PORT);
         let (udp, tcp) = (net::UdpSocket::bind(address)?, net::TcpListener::bind(address)?);
@@ -55,10 +56,10 @@ pub struct Server {
 }
 
 impl Server {
-    /// Answers what comes from addresses of `subnet`.
+    /// Answers queries from addresses in `subnet`.
     ///
     /// # Errors
-    /// When no thread can be started.
+    /// Returns an error if the thread cannot be started.
     pub fn start(service: Arc<Service>, sockets: Sockets, subnet: IpNet) -> io::Result<Self> {
         let (running, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -77,7 +78,7 @@ impl Server {
         Ok(Self { _running: running })
     }
 
-    /// False if it has ended by itself.
+    /// Returns false if the server has ended by itself.
     pub fn is_running(&self) -> bool {
         !self._running.is_closed()
     }
@@ -111,7 +112,7 @@ async fn serve_udp(service: Arc<Service>, socket: Arc<UdpSocket>, subnet: IpNet)
         }
         match service.begin(buffer.get(..len).unwrap_or_default(), from.ip(), Transport::Udp) {
             Step::Ignore => {}
-            // A socket that takes nothing now loses it, as any network may.
+            // If the socket's buffer is full, the answer is lost, as on any network.
             Step::Send(bytes) => _ = socket.try_send_to(&bytes, from),
             Step::Ask(pending) => {
                 let (service, socket) = (service.clone(), socket.clone());
@@ -142,14 +143,14 @@ async fn serve_tcp(service: Arc<Service>, listener: TcpListener, subnet: IpNet) 
         };
         let service = service.clone();
         connections.spawn(async move {
-            // Whatever ends it: the other side is told by the end.
+            // The client sees the end of the connection, whatever the reason.
             let _ = converse(&service, stream, from.ip()).await;
             drop(share);
         });
     }
 }
 
-/// One query after the other.
+/// Answers the queries of a connection one after the other.
 async fn converse(service: &Service, mut stream: TcpStream, from: IpAddr) -> io::Result<()> {
     let mut buffer = vec![0; MAX_QUERY];
     for _ in 0..QUERIES_OF_CONNECTION {

@@ -1,4 +1,4 @@
-//! Queries in, answers out: bytes on both sides.
+//! Turns queries into answers, both as bytes.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -11,52 +11,52 @@ use hickory_proto::serialize::binary::{BinEncodable as _, BinEncoder};
 use super::directory::{Directory, Verdict};
 use super::upstream::{Flags, Upstream};
 
-/// Most questions that wait for the host's resolvers.
+/// Maximum number of questions that wait for upstream resolvers.
 const PENDING: usize = 512;
-/// The same of one container.
+/// Maximum number of such questions from one container.
 const PENDING_OF_ONE: usize = 64;
-/// Most bytes of an answer by UDP: what fits into a packet everywhere.
+/// Longest UDP answer, in bytes. It fits into one packet on any path.
 const UDP_BYTES: u16 = 1232;
-/// Of a client that does not say what it takes (RFC 1035).
+/// Longest UDP answer for a client that does not announce a size (RFC 1035), in bytes.
 const UDP_BYTES_UNSAID: u16 = 512;
 const HEADER: usize = 12;
 
-/// How a query came.
+/// The transport on which a query arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
-    /// In a datagram.
+    /// In a UDP datagram.
     Udp,
-    /// By a connection.
+    /// On a TCP connection.
     Tcp,
 }
 
-/// What is to be done with a query.
+/// What to do with a query.
 pub enum Step {
-    /// Nothing: it is none.
+    /// Do nothing: it is not a query.
     Ignore,
-    /// Send this.
+    /// Send this answer.
     Send(Vec<u8>),
-    /// Ask elsewhere: [`Service::finish`].
+    /// Ask the upstream resolvers with [`Service::finish`].
     Ask(Pending),
 }
 
-/// A query that waits for the host's resolvers.
+/// A query that waits for the upstream resolvers.
 pub struct Pending {
     query: Message,
     transport: Transport,
     _share: Share,
 }
 
-/// How many queries came, since the daemon started.
+/// Counts of queries since the daemon started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// All that could be read.
+    /// All queries that could be parsed.
     pub queries: u64,
-    /// Of those, asked elsewhere.
+    /// Queries that were forwarded upstream.
     pub forwarded: u64,
-    /// Of those, without an answer from there.
+    /// Forwarded queries that failed.
     pub failed: u64,
-    /// Sent back because they are not to be answered, or too many at once.
+    /// Queries that were refused: malformed, not permitted, or too many at a time.
     pub refused: u64,
 }
 
@@ -72,7 +72,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// With these names, and these resolvers for all others.
+    /// Creates a service with these names and with these resolvers for all other names.
     pub fn new(directory: Directory, upstream: Upstream) -> Self {
         Self {
             directory: Mutex::new(directory),
@@ -85,17 +85,17 @@ impl Service {
         }
     }
 
-    /// The names.
+    /// Locks the names.
     pub fn directory(&self) -> MutexGuard<'_, Directory> {
         self.directory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whom it asks elsewhere.
+    /// Returns the upstream resolvers.
     pub fn upstream(&self) -> &Upstream {
         &self.upstream
     }
 
-    /// What was asked so far.
+    /// Returns the counts so far.
     pub fn counts(&self) -> Counts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counts {
@@ -106,10 +106,10 @@ impl Service {
         }
     }
 
-    /// Takes a query that a container has sent.
+    /// Handles a query from a container.
     pub fn begin(&self, bytes: &[u8], from: IpAddr, transport: Transport) -> Step {
         let Some(header) = bytes.first_chunk::<HEADER>() else { return Step::Ignore };
-        // An answer to an answer could go on for ever.
+        // Answering an answer could loop forever.
         if header[2] & 0x80 != 0 {
             return Step::Ignore;
         }
@@ -142,7 +142,7 @@ impl Service {
         }
     }
 
-    /// Asks elsewhere, and gives the answer.
+    /// Asks the upstream resolvers and returns the answer.
     pub async fn finish(&self, pending: Pending) -> Vec<u8> {
         let query = &pending.query;
         self.forwarded.fetch_add(1, Ordering::Relaxed);
@@ -155,14 +155,14 @@ impl Service {
         self.conclude(pending, found)
     }
 
-    /// The answer, from what the resolvers said, or the code to answer with.
+    /// Returns the answer, given the upstream reply or the code to answer with.
     pub fn conclude(&self, pending: Pending, found: Result<Message, ResponseCode>) -> Vec<u8> {
         let Pending { query, transport, _share } = pending;
         let reply = match found {
             Ok(found) => {
                 let mut reply = reply_to(&query, found.metadata.response_code);
                 reply.metadata.authentic_data = found.metadata.authentic_data;
-                // Nobody else has a say in our names.
+                // Upstream resolvers have no authority over our names.
                 let directory = self.directory();
                 let may = |record: &hickory_proto::rr::Record| !directory.owns(&record.name);
                 reply.answers = found.answers.into_iter().filter(may).collect();
@@ -184,14 +184,14 @@ impl Service {
     }
 }
 
-/// Reads a query with one question.
+/// Parses a query with one question.
 fn read(header: &[u8; HEADER], bytes: &[u8]) -> Result<Message, ResponseCode> {
     let [_, _, flags, _, questions @ .., _, _, _, _, _, _] = header;
     let counts = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
     if flags & 0x78 != 0 {
         return Err(ResponseCode::NotImp);
     }
-    // Before anything is made of them: counts may promise more than there is.
+    // Check the counts before parsing: they may announce more records than there are.
     if *questions != [0, 1] || counts(6) != 0 || counts(8) != 0 || counts(10) > 2 {
         return Err(ResponseCode::FormErr);
     }
@@ -218,7 +218,7 @@ fn reply_to(query: &Message, code: ResponseCode) -> Message {
     reply
 }
 
-/// What does not fit is left out, and that is said.
+/// Encodes a reply. Records that do not fit are omitted, and the reply is marked as truncated.
 fn encode(reply: Message, query: &Message, transport: Transport) -> Vec<u8> {
     let most = match (transport, &query.edns) {
         (Transport::Tcp, _) => u16::MAX,
@@ -238,13 +238,13 @@ fn encode(reply: Message, query: &Message, transport: Transport) -> Vec<u8> {
     }
 }
 
-/// An answer to what could not be read, or shall not be.
+/// Returns a bare header that answers a query which could not be parsed or is refused.
 fn bare(header: &[u8; HEADER], code: ResponseCode) -> Vec<u8> {
-    // Answer, same kind of query, recursion desired as it was, and available.
+    // QR set; opcode and RD copied from the query; RA set.
     vec![header[0], header[1], 0x80 | header[2] & 0x79, 0x80 | code.low(), 0, 0, 0, 0, 0, 0, 0, 0]
 }
 
-/// How much of something may be in use at one time: in all, and by one container.
+/// A limit on concurrent use of a resource, in total and per container.
 #[derive(Clone, Debug)]
 pub(super) struct Quota {
     most: usize,
@@ -252,7 +252,7 @@ pub(super) struct Quota {
     taken: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
 }
 
-/// A part of a [`Quota`], until it is dropped.
+/// A unit of a [`Quota`]. Dropping it returns the unit.
 pub(super) struct Share {
     of: IpAddr,
     quota: Quota,

@@ -1,4 +1,4 @@
-//! The resolvers that the host itself uses, for names that are none of ours.
+//! A client of the host's own resolvers, which answer all names that are not ours.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -15,21 +15,21 @@ use hickory_resolver::system_conf::parse_resolv_conf;
 use hickory_resolver::{NameServerPool, PoolContext, TlsConfig};
 use ipnet::IpNet;
 
-/// The file is looked at this often, when something is asked.
+/// Interval of checks whether the file has changed. Queries trigger the checks.
 const CHECK: Duration = Duration::from_secs(2);
-/// Most bytes of the file that are read.
+/// How much of the file is read, in bytes.
 const FILE_BYTES: usize = 64 * 1024;
-/// Most resolvers of it that are used.
+/// Maximum number of resolvers from the file.
 const MAX_SERVERS: usize = 4;
-/// How long the resolvers may take together. Clients give up after five seconds.
+/// Timeout for all resolvers together. Clients give up after five seconds.
 const TIMEOUT: Duration = Duration::from_secs(4);
-/// What is asked for by UDP fits into a packet everywhere (RFC 9715).
+/// Announced UDP payload size, in bytes. It fits into one packet on any path (RFC 9715).
 const UDP_PAYLOAD: u16 = 1232;
 
 type Pool = NameServerPool<TokioRuntimeProvider>;
 
-/// Asks the resolvers that a file like `/etc/resolv.conf` names, by UDP, and by TCP what does not
-/// fit. The file may change.
+/// A client of the resolvers that a file such as `/etc/resolv.conf` lists. It uses UDP, and TCP for
+/// answers that do not fit. The file may change at any time.
 pub struct Upstream {
     file: PathBuf,
     own: IpAddr,
@@ -46,22 +46,23 @@ struct State {
 }
 
 impl Upstream {
-    /// `own`: the address at which this node's own server answers, which is never asked. `subnet`:
-    /// answers must not name addresses of it, or anybody who owns a name could make containers'
-    /// browsers talk to other containers (DNS rebinding).
+    /// Creates a client. `own` is the address of this node's own server, which is never asked.
+    ///
+    /// Addresses in `subnet` are removed from answers. Otherwise the owner of any domain could make
+    /// browsers in containers talk to other containers (DNS rebinding).
     pub fn new(file: &Path, own: IpAddr, subnet: IpNet) -> Self {
         Self { file: file.to_owned(), own, subnet, state: Mutex::default() }
     }
 
-    /// The resolvers in use.
+    /// Returns the resolvers in use.
     pub fn servers(&self) -> Vec<IpAddr> {
         self.refresh().0
     }
 
-    /// What the resolvers say.
+    /// Asks the resolvers.
     ///
     /// # Errors
-    /// The code with which to answer when nobody has an answer.
+    /// Returns the code to answer with if no resolver has an answer.
     pub async fn ask(&self, query: Query, flags: Flags) -> Result<Message, ResponseCode> {
         let Some(pool) = self.refresh().1 else { return Err(ResponseCode::ServFail) };
         let mut options = DnsRequestOptions::default();
@@ -105,8 +106,8 @@ impl Upstream {
         (state.servers.clone(), state.pool.clone())
     }
 
-    /// The resolvers that a file names, without this node's own server: a question would go round
-    /// for ever.
+    /// Returns the resolvers that the file lists, without this node's own server: queries would
+    /// loop forever.
     fn usable(&self, text: &[u8]) -> Vec<IpAddr> {
         let Ok((config, _)) = parse_resolv_conf(text) else { return Vec::new() };
         let servers = config.name_servers().iter().map(|server| server.ip);
@@ -128,12 +129,12 @@ impl Upstream {
     }
 }
 
-/// What a query asks for beside its question.
+/// The flags of a query that are passed on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
-    /// Signatures, too.
+    /// Include DNSSEC signatures.
     pub dnssec_ok: bool,
-    /// Also what the resolver finds to be falsely signed.
+    /// Include data whose signatures the resolver finds to be invalid.
     pub checking_disabled: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Which names there are, what they stand for, and who says so. No I/O, no clock.
+//! Stores which node announces which name for which address. No I/O, no clock.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -9,23 +9,25 @@ use rand::seq::SliceRandom;
 use crate::gossip::Named;
 use crate::types::NodeId;
 
-/// Most addresses, or names, of one answer: a random choice of them.
+/// Maximum number of addresses or names in one answer. If there are more, a random selection is
+/// returned.
 pub const MAX_ANSWERS: usize = 256;
 
-/// The names of all nodes. What a node that is not reached says does not count, until it is reached
+/// The names of all nodes. The names of an unreachable node are ignored until the node is reachable
 /// again.
 #[derive(Debug)]
 pub struct Zone {
     nodes: BTreeMap<NodeId, Vec<Named>>,
     reachable: BTreeSet<NodeId>,
-    /// By the name with its labels in reverse order: what is below a name follows it.
+    /// Keyed by the name with its labels in reverse order, so that a name is followed by the names
+    /// below it.
     forward: BTreeMap<String, BTreeSet<(IpAddr, NodeId)>>,
     reverse: BTreeMap<IpAddr, BTreeSet<(String, NodeId)>>,
     rng: StdRng,
 }
 
 impl Zone {
-    /// A zone without names.
+    /// Creates an empty zone.
     pub fn new(rng: StdRng) -> Self {
         Self {
             nodes: BTreeMap::new(),
@@ -36,7 +38,7 @@ impl Zone {
         }
     }
 
-    /// What a node says, instead of what it said before.
+    /// Replaces the names that a node announces.
     pub fn set_names(&mut self, node: NodeId, names: &[Named]) {
         if self.nodes.get(&node).map_or(&[][..], Vec::as_slice) == names {
             return;
@@ -54,12 +56,12 @@ impl Zone {
         }
     }
 
-    /// Whose names count: this node and those that it reaches.
+    /// Sets the nodes whose names are used: this node and those that it can reach.
     pub fn set_reachable(&mut self, nodes: BTreeSet<NodeId>) {
         self.reachable = nodes;
     }
 
-    /// The addresses of a name, in an order that is random each time.
+    /// Returns the addresses of a name, in random order.
     pub fn addresses(&mut self, name: &str) -> Vec<IpAddr> {
         let found = self.forward.get(&backwards(name)).into_iter().flatten();
         let found: BTreeSet<IpAddr> = found
@@ -69,7 +71,7 @@ impl Zone {
         self.shuffled(found)
     }
 
-    /// The names of an address, in an order that is random each time.
+    /// Returns the names of an address, in random order.
     pub fn names(&mut self, address: IpAddr) -> Vec<String> {
         let found = self.reverse.get(&address).into_iter().flatten();
         let found: BTreeSet<String> = found
@@ -79,7 +81,7 @@ impl Zone {
         self.shuffled(found)
     }
 
-    /// True if the name stands for something, or a name below it does.
+    /// Returns true if the name, or a name below it, has an address.
     pub fn exists(&self, name: &str) -> bool {
         let first = backwards(name);
         let below = format!("{first}.");
@@ -91,7 +93,8 @@ impl Zone {
         self.forward.get(&first).is_some_and(counts) || below.any(|(_, holders)| counts(holders))
     }
 
-    /// Everything, with who says it and whether that counts, by name.
+    /// Returns all entries by name, each with the node that announces it and whether that node is
+    /// reachable.
     pub fn entries(&self) -> Vec<(&Named, NodeId, bool)> {
         let mut entries: Vec<_> = self
             .nodes
@@ -108,7 +111,7 @@ impl Zone {
         let mut found: Vec<T> = found.into_iter().collect();
         let count = found.len().min(MAX_ANSWERS);
         found.partial_shuffle(&mut self.rng, count);
-        // The chosen ones are at the end.
+        // `partial_shuffle` moves the selected elements to the end.
         found.drain(..found.len() - count);
         found
     }

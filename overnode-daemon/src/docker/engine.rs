@@ -1,9 +1,9 @@
-//! Asks the engine: which containers have our endpoints, and for the default network. Everything
-//! has a time and a size limit, and an engine that is not there or does not answer is no error: it
-//! is asked again later.
+//! A client of the engine's API: lists the containers that have our endpoints and manages the
+//! default network. Every exchange has a time limit and a size limit. An engine that is absent or
+//! does not answer is not an error; the request is repeated later.
 //!
-//! The engine's API (docs.docker.com/reference/api/engine), without a version in the path: an
-//! engine takes its newest then.
+//! The paths of the API (docs.docker.com/reference/api/engine) contain no version, so the engine
+//! uses its newest one.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,84 +28,84 @@ use super::message::is_id;
 use crate::api::check_name;
 use crate::text::{is_harmless, reason};
 
-/// How long one answer may take. While it makes a network, the engine asks the plugin.
+/// Time limit of one request. While it creates a network, the engine in turn calls the plugin.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The largest answer that is read, in bytes.
+/// The largest accepted answer, in bytes.
 const ANSWER_LIMIT: usize = 32 << 20;
-/// How often to look when nothing happens.
+/// Interval of reports when nothing happens.
 const IDLE: Duration = Duration::from_secs(30);
-/// How often to try what could not be done yet.
+/// Retry interval for failed operations, and the longest delay of a report that was ordered.
 const RETRY: Duration = Duration::from_secs(2);
-/// When a container was joined, the engine shows it a moment later.
+/// Delay of the first report after a container has joined: the engine lists it a moment later.
 const SOON: Duration = Duration::from_millis(100);
 
-/// The oldest version of the engine's API that is supported: Docker 20.10.
+/// The oldest supported version of the engine's API: that of Docker 20.10.
 const OLDEST: (u32, u32) = (1, 41);
 
-/// What to do.
+/// An order to the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// Look at the containers soon; `again` if the last look was not enough.
+    /// Report the containers soon. Set `again` if the last report was not sufficient.
     Look {
-        /// Rather later than at the first time.
+        /// Wait longer than before.
         again: bool,
     },
-    /// Make the default network with this subnet, as soon as an engine is there.
+    /// Create the default network with this subnet, as soon as an engine is available.
     CreateDefault(IpNet),
-    /// Remove the default network. With force, containers are cut off from it.
+    /// Remove the default network.
     RemoveDefault {
-        /// Also when containers use it.
+        /// Disconnect the containers that use the network. Without it, the engine refuses to remove
+        /// a network that is in use.
         force: bool,
     },
 }
 
-/// What became of it.
+/// A result from the client, or from the plugin server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum News {
-    /// What the engine has.
+    /// The engine's containers and networks.
     Report(Report),
-    /// Of making the default network: it is there; or why not, and whether that is worth telling.
-    /// It is tried again.
+    /// The result of creating the default network. A failed attempt is repeated.
     Default(Result<(), NotDone>),
-    /// Of removing the default network.
+    /// The result of removing the default network.
     Removed(Result<(), NotDone>),
-    /// Why the plugin's socket cannot be served, or that it can.
+    /// Why the plugin socket cannot be served, or `None` if it is served again.
     Trouble(Option<String>),
 }
 
-/// Why something is not done.
+/// Why an operation failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotDone {
-    /// There is no engine, or it does not answer.
+    /// There is no engine, or it does not answer properly.
     #[error("no Docker engine answers at {}: {why}", socket.display())]
     Absent {
-        /// Where it would.
+        /// The engine's socket.
         socket: PathBuf,
-        /// What happens instead.
+        /// The reason.
         why: String,
     },
-    /// It says no.
+    /// The engine refused.
     #[error("{0}")]
     Refused(String),
 }
 
-/// What the engine has.
+/// The engine's containers and networks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Its running containers.
     pub containers: Vec<Container>,
-    /// The IDs of its networks with this driver.
+    /// The IDs of its networks that use this driver.
     pub networks: Vec<String>,
 }
 
-/// A container.
+/// A running container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Container {
     /// The first twelve digits of its ID.
     pub id: String,
-    /// Its name, if it is one that can be shown.
+    /// Its name, if it passes [`check_name`].
     pub name: Option<String>,
-    /// The image that it runs, as it was named.
+    /// Its image, as it was named.
     pub image: Option<String>,
     /// The IDs of its endpoints.
     pub endpoints: Vec<String>,
@@ -142,7 +142,7 @@ struct ListedNetwork {
     id: String,
     name: String,
     driver: String,
-    /// RFC 3339: sorts as text.
+    /// RFC 3339; sorts chronologically as text.
     #[serde(default)]
     created: String,
     #[serde(default)]
@@ -164,10 +164,10 @@ struct EngineError {
 }
 
 impl Report {
-    /// From the engine's lists of containers and of networks.
+    /// Parses the engine's lists of containers and networks.
     ///
     /// # Errors
-    /// One of them is no such list.
+    /// Returns a message if one of them is malformed.
     pub fn read(containers: &[u8], networks: &[u8]) -> Result<Self, String> {
         let containers = serde_json::from_slice(containers).map_err(|why| reason(&why))?;
         let networks = serde_json::from_slice(networks).map_err(|why| reason(&why))?;
@@ -183,15 +183,16 @@ impl Report {
     }
 }
 
-/// Why an engine with this answer to `/version` is not supported, if it is not.
+/// Returns why an engine with this answer to `/version` is not supported, or `None` if it is.
 ///
 /// # Errors
-/// It is no answer.
+/// Returns a message if the answer is malformed.
 pub fn unsupported(answer: &[u8]) -> Result<Option<String>, String> {
     serde_json::from_slice(answer).map(|found| too_old(&found)).map_err(|why| reason(&why))
 }
 
-/// Carries out orders and looks now and then, until nobody listens.
+/// Carries out orders and reports periodically, until the receiver of `news` or the sender of
+/// `orders` is dropped.
 pub(super) async fn watch(
     socket: PathBuf,
     mut orders: mpsc::UnboundedReceiver<Order>,
@@ -263,9 +264,9 @@ impl Engine {
         Ok(Report::of(containers, networks))
     }
 
-    /// Of these networks those that stay when there is one default network only. An engine that is
-    /// asked for it again, because it took longer than an answer may take, makes another, and both
-    /// have one name.
+    /// Removes surplus default networks and returns the networks that remain. If creating the
+    /// default network takes longer than the time limit of an answer, the repeated request makes
+    /// the engine create a second network with the same name.
     async fn without_surplus(
         &self,
         networks: Vec<ListedNetwork>,
@@ -275,7 +276,7 @@ impl Engine {
         defaults.sort_by(|one, two| two.created.cmp(&one.created));
         let mut left = defaults.len();
         for network in defaults {
-            // The engine refuses to remove one that is in use.
+            // The engine refuses to remove a network that is in use.
             if left > 1 && self.remove(&network).await.is_ok() {
                 tracing::info!(
                     "the Docker engine has made the default network twice: removed {}",
@@ -289,8 +290,8 @@ impl Engine {
         Ok(kept)
     }
 
-    /// Whether the engine is one of those that are supported. One that does not tell its version is
-    /// taken at its word later.
+    /// Checks that the engine's version is supported. An engine that does not report its version
+    /// passes.
     async fn check_version(&self) -> Result<(), NotDone> {
         let found: Version = self.get("/version").await?;
         match too_old(&found) {
@@ -301,7 +302,7 @@ impl Engine {
 
     async fn create_default(&self, subnet: IpNet) -> Result<(), NotDone> {
         self.check_version().await?;
-        // Not by name in the path: that would also find an ID that begins so.
+        // A name in the path would also match an ID with that prefix, so list all networks.
         let networks: Vec<ListedNetwork> = self.get("/networks").await?;
         let networks = self.without_surplus(networks).await?;
         if networks.iter().any(is_default) {
@@ -318,12 +319,12 @@ impl Engine {
             "CheckDuplicate": true,
             "Driver": NAME,
             "Attachable": false,
-            // Without a subnet of the user's, an engine takes no --ip.
+            // The engine rejects `--ip` if the subnet was not configured explicitly.
             "IPAM": { "Driver": NAME, "Config": [{ "Subnet": subnet.to_string() }] },
         });
         match self.ask(Method::POST, "/networks/create", Some(&body)).await? {
             (status, _) if status.is_success() => Ok(()),
-            // Somebody else was faster.
+            // The network was created in the meantime.
             (StatusCode::CONFLICT, _) => Ok(()),
             (status, answer) => Err(refused("the default network was not made", status, &answer)),
         }
@@ -334,7 +335,7 @@ impl Engine {
         for found in networks.iter().filter(|network| is_default(network)) {
             if force {
                 let path = format!("/networks/{}", found.id);
-                // A list of networks does not tell their containers.
+                // The list of networks does not include their containers.
                 let detailed: ListedNetwork = self.get(&path).await?;
                 for container in detailed.containers.unwrap_or_default().into_keys() {
                     let body = json!({ "Container": container, "Force": true });
@@ -392,7 +393,7 @@ fn is_default(network: &ListedNetwork) -> bool {
 fn too_old(found: &Version) -> Option<String> {
     let (major, minor) = found.api_version.split_once('.')?;
     let api: (u32, u32) = (major.parse().ok()?, minor.parse().ok()?);
-    // It is shown to people: no control characters, no length that somebody else chooses.
+    // The name is shown to users: strip control characters and bound its length.
     let name: String = found.version.chars().filter(|it| it.is_ascii_graphic()).take(32).collect();
     (api < OLDEST).then(|| {
         format!(
@@ -410,7 +411,7 @@ async fn exchange(
 ) -> anyhow::Result<(StatusCode, Bytes)> {
     let stream = UnixStream::connect(socket).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    // Ends with this function, also when that is given up.
+    // The set aborts the task when this function returns or is canceled.
     let mut driver = JoinSet::new();
     driver.spawn(connection);
     let bytes = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
@@ -430,7 +431,7 @@ async fn exchange(
     Ok((status, body.to_bytes()))
 }
 
-/// An engine's refusal, with its own words.
+/// Creates the error for a refusal by the engine, with the engine's own message.
 pub fn refused(what: &str, status: StatusCode, body: &[u8]) -> NotDone {
     let said = serde_json::from_slice::<EngineError>(body).map(|error| error.message);
     let said = said.unwrap_or_else(|_| status.to_string());
@@ -441,7 +442,7 @@ fn container(listed: ListedContainer) -> Option<Container> {
     let is_hexadecimal =
         listed.id.len() >= 12 && listed.id.bytes().all(|byte| byte.is_ascii_hexdigit());
     let id = listed.id.get(..12).filter(|_| is_hexadecimal)?.to_owned();
-    // Links give a container more names, with the other container's before them.
+    // Links give a container further names, prefixed with the other container's name.
     let mut names = listed.names.unwrap_or_default().into_iter();
     let name = names.find_map(|name| {
         name.strip_prefix('/').filter(|name| check_name(name).is_ok()).map(str::to_owned)

@@ -1,8 +1,8 @@
-//! The documents of the two protocols, as `libnetwork/drivers/remote/api` and
-//! `libnetwork/ipams/remote/api` of moby/moby name them.
+//! The documents of the two protocols, with the names that `libnetwork/drivers/remote/api` and
+//! `libnetwork/ipams/remote/api` of moby/moby use.
 //!
-//! An engine may know fields that are not here, and may send `null` for an empty map or document:
-//! neither is an error.
+//! An engine may send fields that are not listed here, and `null` for an empty map or document.
+//! Neither is an error.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,47 +13,47 @@ use serde_json::{Map, Value};
 
 use crate::text::{quoted, reason};
 
-/// The largest request that is read, in bytes.
+/// The largest accepted request body, in bytes.
 pub const BODY_LIMIT: usize = 256 * 1024;
-/// The longest ID of the engine that is taken, in bytes. It makes them with 64.
+/// The longest accepted ID, in bytes. The engine's own IDs have 64.
 pub const ID_LIMIT: usize = 128;
 
-/// Everything that an engine asks of a plugin.
+/// All requests of an engine to a plugin.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
-    /// Once for each engine process: what can this plugin do?
+    /// Asks which protocols the plugin implements. Sent once by each engine process.
     Activate,
-    /// What network driver is it?
+    /// Asks for the capabilities of the network driver.
     NetworkCapabilities,
-    /// What address driver is it?
+    /// Asks for the capabilities of the IPAM driver.
     IpamCapabilities,
-    /// What do its address spaces call themselves?
+    /// Asks for the names of the address spaces.
     AddressSpaces,
-    /// Does a network need an address for a gateway? Engine 28 and later.
+    /// Asks whether a network needs a gateway address. Engine 28 and later.
     GatewayCheck,
-    /// A pool of addresses for a network.
+    /// Requests an address pool for a network.
     RequestPool(RequestPool),
-    /// The network is gone.
+    /// Releases the pool of a removed network.
     ReleasePool(PoolId),
-    /// An address for an endpoint, or for a gateway.
+    /// Requests an address for an endpoint or a gateway.
     RequestAddress(RequestAddress),
-    /// The endpoint is gone.
+    /// Releases the address of a removed endpoint.
     ReleaseAddress(ReleaseAddress),
-    /// A network.
+    /// Creates a network.
     CreateNetwork(CreateNetwork),
-    /// The network is gone.
+    /// Deletes a network.
     DeleteNetwork(NetworkId),
-    /// An endpoint with an address.
+    /// Creates an endpoint with an address.
     CreateEndpoint(CreateEndpoint),
-    /// The endpoint is gone.
+    /// Deletes an endpoint.
     DeleteEndpoint(EndpointId),
-    /// What is known of an endpoint?
+    /// Asks for operational data of an endpoint.
     EndpointInfo(EndpointId),
-    /// A container has the endpoint.
+    /// Joins an endpoint to a container.
     Join(Join),
-    /// The container has it no longer.
+    /// Removes an endpoint from its container.
     Leave(EndpointId),
-    /// Told for the driver's information: other hosts of a swarm, published ports.
+    /// Informs the driver about other hosts of a swarm or about published ports.
     Notice,
 }
 
@@ -61,10 +61,10 @@ pub enum Request {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct RequestPool {
-    /// The network's addresses, if the user chose them.
+    /// The subnet, if the user gave one.
     #[serde(deserialize_with = "or_default")]
     pub pool: String,
-    /// The part that is given out, if the user chose one.
+    /// The part of it to allocate from, if the user gave one.
     #[serde(deserialize_with = "or_default")]
     pub sub_pool: String,
     /// Whether IPv6 addresses are wanted.
@@ -76,7 +76,7 @@ pub struct RequestPool {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct PoolId {
-    /// As it was answered.
+    /// The pool ID from [`Response::Pool`].
     #[serde(rename = "PoolID", deserialize_with = "or_default")]
     pub pool: String,
 }
@@ -85,13 +85,13 @@ pub struct PoolId {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct RequestAddress {
-    /// As it was answered.
+    /// The pool ID from [`Response::Pool`].
     #[serde(rename = "PoolID", deserialize_with = "or_default")]
     pub pool: String,
     /// The address, if the user chose one.
     #[serde(rename = "Address", deserialize_with = "or_default")]
     pub address: String,
-    /// What it is for.
+    /// Options, such as the purpose of the address.
     #[serde(rename = "Options", deserialize_with = "or_default")]
     pub options: BTreeMap<String, Value>,
 }
@@ -100,10 +100,10 @@ pub struct RequestAddress {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct ReleaseAddress {
-    /// As it was answered.
+    /// The pool ID from [`Response::Pool`].
     #[serde(rename = "PoolID", deserialize_with = "or_default")]
     pub pool: String,
-    /// As it was answered, without the prefix.
+    /// The address from [`Response::Address`], without the prefix length.
     #[serde(rename = "Address", deserialize_with = "or_default")]
     pub address: String,
 }
@@ -112,7 +112,7 @@ pub struct ReleaseAddress {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct CreateNetwork {
-    /// Made by the engine.
+    /// The network's ID, assigned by the engine.
     #[serde(rename = "NetworkID", deserialize_with = "or_default")]
     pub network: String,
     /// Its IPv4 pools.
@@ -123,11 +123,11 @@ pub struct CreateNetwork {
     pub v6: Vec<Pool>,
 }
 
-/// A pool of a network.
+/// An address pool of a network.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct Pool {
-    /// Its addresses.
+    /// Its subnet.
     #[serde(deserialize_with = "or_default")]
     pub pool: String,
 }
@@ -136,7 +136,7 @@ pub struct Pool {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct NetworkId {
-    /// Made by the engine.
+    /// The network's ID, assigned by the engine.
     #[serde(rename = "NetworkID", deserialize_with = "or_default")]
     pub network: String,
 }
@@ -145,32 +145,32 @@ pub struct NetworkId {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct CreateEndpoint {
-    /// Made by the engine.
+    /// The network's ID, assigned by the engine.
     #[serde(rename = "NetworkID", deserialize_with = "or_default")]
     pub network: String,
-    /// Made by the engine.
+    /// The endpoint's ID, assigned by the engine.
     #[serde(rename = "EndpointID", deserialize_with = "or_default")]
     pub endpoint: String,
-    /// What it already has.
+    /// The addresses that are already assigned.
     #[serde(rename = "Interface", deserialize_with = "or_default")]
     pub interface: Interface,
 }
 
-/// What an endpoint has; what is empty is not settled yet.
+/// The addresses of an endpoint. A field that is not assigned yet is empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct Interface {
-    /// With the prefix.
+    /// The IPv4 address with its prefix length.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub address: String,
-    /// With the prefix.
+    /// The IPv6 address with its prefix length.
     #[serde(
         rename = "AddressIPv6",
         deserialize_with = "or_default",
         skip_serializing_if = "String::is_empty"
     )]
     pub address_v6: String,
-    /// Six bytes in hexadecimal, with colons.
+    /// The MAC address: six bytes in hexadecimal, separated by colons.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub mac_address: String,
 }
@@ -179,10 +179,10 @@ pub struct Interface {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct EndpointId {
-    /// Made by the engine.
+    /// The network's ID, assigned by the engine.
     #[serde(rename = "NetworkID", deserialize_with = "or_default")]
     pub network: String,
-    /// Made by the engine.
+    /// The endpoint's ID, assigned by the engine.
     #[serde(rename = "EndpointID", deserialize_with = "or_default")]
     pub endpoint: String,
 }
@@ -191,10 +191,10 @@ pub struct EndpointId {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Join {
-    /// Made by the engine.
+    /// The network's ID, assigned by the engine.
     #[serde(rename = "NetworkID", deserialize_with = "or_default")]
     pub network: String,
-    /// Made by the engine.
+    /// The endpoint's ID, assigned by the engine.
     #[serde(rename = "EndpointID", deserialize_with = "or_default")]
     pub endpoint: String,
     /// The path of the container's network namespace.
@@ -202,127 +202,127 @@ pub struct Join {
     pub sandbox: String,
 }
 
-/// The answers. In JSON only the content is seen, not the variant.
+/// The answers. The JSON form is the content of the variant, without its name.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Response {
-    /// To [`Request::Activate`].
+    /// Answers [`Request::Activate`].
     #[serde(rename_all = "PascalCase")]
     Manifest {
-        /// The protocols.
+        /// The implemented protocols.
         implements: [&'static str; 2],
     },
-    /// To [`Request::NetworkCapabilities`].
+    /// Answers [`Request::NetworkCapabilities`].
     #[serde(rename_all = "PascalCase")]
     NetworkCapabilities {
-        /// Whether the engine shares its networks with others: `local`.
+        /// `local`: the engine does not share its networks with other engines.
         scope: &'static str,
-        /// How far its networks reach.
+        /// The reach of a network's connectivity.
         connectivity_scope: &'static str,
-        /// Whether [`Request::GatewayCheck`] is understood.
+        /// Whether [`Request::GatewayCheck`] is supported.
         gw_alloc_checker: bool,
     },
-    /// To [`Request::IpamCapabilities`].
+    /// Answers [`Request::IpamCapabilities`].
     IpamCapabilities {
-        /// Whether an address can only be given to a known hardware address.
+        /// Whether an address request must include a MAC address.
         #[serde(rename = "RequiresMACAddress")]
         mac: bool,
-        /// Whether a restarted engine has to ask for everything again.
+        /// Whether a restarted engine must repeat all its requests.
         #[serde(rename = "RequiresRequestReplay")]
         replay: bool,
     },
-    /// To [`Request::AddressSpaces`].
+    /// Answers [`Request::AddressSpaces`].
     #[serde(rename_all = "PascalCase")]
     AddressSpaces {
-        /// For networks of one engine.
+        /// The address space of networks that belong to one engine.
         local_default_address_space: &'static str,
-        /// For networks of many.
+        /// The address space of networks that several engines share.
         global_default_address_space: &'static str,
     },
-    /// To [`Request::GatewayCheck`].
+    /// Answers [`Request::GatewayCheck`].
     GatewayCheck {
-        /// No IPv4 gateway is needed.
+        /// The network needs no IPv4 gateway.
         #[serde(rename = "SkipIPv4")]
         skip_v4: bool,
-        /// No IPv6 gateway is needed.
+        /// The network needs no IPv6 gateway.
         #[serde(rename = "SkipIPv6")]
         skip_v6: bool,
     },
-    /// To [`Request::RequestPool`].
+    /// Answers [`Request::RequestPool`].
     Pool {
-        /// The same for each network: there is one pool.
+        /// The pool's ID. There is one pool, so it is the same for each network.
         #[serde(rename = "PoolID")]
         id: &'static str,
-        /// Its addresses.
+        /// Its subnet.
         #[serde(rename = "Pool")]
         pool: String,
     },
-    /// To [`Request::RequestAddress`].
+    /// Answers [`Request::RequestAddress`].
     #[serde(rename_all = "PascalCase")]
     Address {
-        /// With the prefix.
+        /// The address with its prefix length.
         address: String,
     },
-    /// To [`Request::CreateEndpoint`].
+    /// Answers [`Request::CreateEndpoint`].
     #[serde(rename_all = "PascalCase")]
     Endpoint {
-        /// What the driver settled; never what was settled before.
+        /// The addresses that the driver assigned. Must not include those that the engine assigned.
         interface: Interface,
     },
-    /// To [`Request::EndpointInfo`].
+    /// Answers [`Request::EndpointInfo`].
     #[serde(rename_all = "PascalCase")]
     Info {
-        /// Anything.
+        /// Free-form data.
         value: Map<String, Value>,
     },
-    /// To [`Request::Join`].
+    /// Answers [`Request::Join`].
     #[serde(rename_all = "PascalCase")]
     Joined {
-        /// What the engine has to move into the container. There is no gateway: the engine sees to
-        /// a way out of its own.
+        /// The interface that the engine moves into the container. The answer has no gateway: the
+        /// engine provides a default route of its own.
         interface_name: InterfaceName,
     },
-    /// To all others: nothing.
+    /// Answers all other requests; empty.
     Done {},
 }
 
-/// What to move where.
+/// Which interface to move, and its new name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct InterfaceName {
-    /// Its name in the host's namespace.
+    /// The interface's name in the host's namespace.
     pub src_name: String,
-    /// How its name in the container begins; the engine appends a number.
+    /// The prefix of its name in the container. The engine appends a number.
     pub dst_prefix: &'static str,
 }
 
-/// Why a request is not done, in words for people: the engine shows them.
+/// Why a request is refused. The engine shows the text to its user.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// It cannot be understood.
+    /// The request is malformed.
     #[error("{0}")]
     Malformed(String),
-    /// No such request.
+    /// There is no such request.
     #[error("the overnode plugin does not know {0}")]
     Unknown(String),
-    /// It cannot be done.
+    /// The request cannot be carried out.
     #[error("{0}")]
     Refused(String),
 }
 
 impl Refusal {
-    /// It cannot be done.
+    /// Creates a [`Refusal::Refused`].
     pub fn new(why: impl fmt::Display) -> Self {
         Self::Refused(why.to_string())
     }
 }
 
 impl Request {
-    /// Reads a request from its path and its body.
+    /// Parses a request from its path and body.
     ///
     /// # Errors
-    /// [`Refusal::Unknown`] for another path, [`Refusal::Malformed`] for a body that is not what
-    /// belongs to it.
+    /// Returns [`Refusal::Unknown`] for an unknown path and [`Refusal::Malformed`] for a body that
+    /// does not match the path.
     pub fn parse(path: &str, body: &[u8]) -> Result<Self, Refusal> {
         Ok(match path {
             "/Plugin.Activate" => Self::Activate,
@@ -384,7 +384,7 @@ fn read<T: DeserializeOwned>(path: &str, body: &[u8]) -> Result<T, Refusal> {
     })
 }
 
-/// True for what an engine may call its networks and endpoints.
+/// Returns true if the text is acceptable as an engine's ID of a network or endpoint.
 pub fn is_id(id: &str) -> bool {
     let fits = !id.is_empty() && id.len() <= ID_LIMIT;
     fits && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
@@ -408,7 +408,7 @@ fn check_sandbox(path: &str) -> Result<(), Refusal> {
     )))
 }
 
-/// `null` is what Go makes of an empty map, list or document.
+/// Deserializes `null` as the default. Go encodes an empty map, list or document as `null`.
 fn or_default<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(
     from: D,
 ) -> Result<T, D::Error> {

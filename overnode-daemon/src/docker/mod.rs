@@ -1,15 +1,15 @@
-//! The networks and addresses of a Docker engine: its remote-driver protocols, served on a plugin
-//! socket.
+//! Serves a Docker engine as a remote driver for networks and addresses, on a plugin socket.
 //!
-//! [`message`] are the documents, [`plan`] decides, [`server`] is the plugin's socket, [`engine`]
-//! asks the engine itself (which containers there are, and for the default network). The node
-//! carries out what [`plan`] decides.
+//! [`message`] holds the documents and [`plan`] the decisions. [`server`] serves the plugin socket.
+//! [`engine`] is a client of the engine itself: it lists containers and manages the default
+//! network. The node carries out the decisions of [`plan`].
 //!
-//! The protocols: moby/moby, `libnetwork/docs/remote.md` and `libnetwork/docs/ipam.md`. The engine
-//! asks for an address (it is on disk before it is answered), makes an endpoint of it, joins that
-//! to a sandbox (the container's network namespace), and undoes the three one by one. It may ask
-//! twice, after a restart of either side it may ask for what is done already or gone already, and
-//! what it asks to be removed and nobody knows counts as removed.
+//! Protocols: moby/moby, `libnetwork/docs/remote.md` and `libnetwork/docs/ipam.md`. The engine
+//! requests an address, creates an endpoint for it, and joins the endpoint to a sandbox (the
+//! container's network namespace). Later it undoes these three steps one by one. An address is on
+//! disk before the request is answered. The engine may repeat a request. After a restart of either
+//! side, it may also request what is already done or already gone. Removing something unknown
+//! succeeds.
 
 pub mod engine;
 pub mod message;
@@ -28,27 +28,27 @@ pub use engine::{News, Order, Report};
 pub use message::{Refusal, Request, Response};
 pub use plan::{Docker, Settings, Step};
 
-/// The driver's name, for networks and for addresses, and that of the default network.
+/// Name of the network driver, of the IPAM driver and of the default network.
 pub const NAME: &str = "overnode";
-/// Where an engine looks for plugins.
+/// Directory in which an engine looks for plugins.
 pub const PLUGINS: &str = "/run/docker/plugins";
-/// Where an engine answers.
+/// Path of the engine's own socket.
 pub const ENGINE: &str = "/var/run/docker.sock";
 
-/// A request of the engine, and where its answer goes.
+/// A request from the engine and the channel for its answer.
 pub type Call = (Request, oneshot::Sender<Result<Response, Refusal>>);
 
-/// Where the two sockets are.
+/// The locations of the two sockets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Places {
-    /// The folder in which the engine looks for plugins.
+    /// The directory in which the engine looks for plugins.
     pub plugins: PathBuf,
     /// The engine's own socket.
     pub engine: PathBuf,
 }
 
-/// The tasks that speak with the engine. They end, and the plugin's socket goes away, when this is
-/// dropped.
+/// The tasks that communicate with the engine. Dropping this stops them and removes the plugin
+/// socket.
 #[derive(Debug)]
 pub struct Service {
     socket: PathBuf,
@@ -58,26 +58,26 @@ pub struct Service {
     tasks: [JoinHandle<()>; 2],
 }
 
-/// What comes from the engine.
+/// The channels on which the engine's requests and the results of orders arrive.
 #[derive(Debug)]
 pub struct Incoming {
-    /// What it asks of the plugin.
+    /// Requests of the engine to the plugin.
     pub calls: mpsc::Receiver<Call>,
-    /// What it answered when it was asked.
+    /// Results of the requests to the engine.
     pub news: mpsc::Receiver<News>,
 }
 
-/// One thing that comes from the engine.
+/// A message from the tasks.
 #[derive(Debug)]
 pub enum Event {
-    /// It asks.
+    /// The engine sent a request.
     Call(Call),
-    /// It was asked.
+    /// A task reports a result.
     News(News),
 }
 
 impl Incoming {
-    /// The next thing; never, when the tasks have ended. Cancelling loses nothing.
+    /// Returns the next event. Never completes once the tasks have ended. Cancel-safe.
     pub async fn next(&mut self) -> Event {
         tokio::select! {
             Some(call) = self.calls.recv() => Event::Call(call),
@@ -88,7 +88,7 @@ impl Incoming {
 }
 
 impl Service {
-    /// Starts the tasks; neither needs an engine to be there.
+    /// Starts the tasks. The engine need not be running.
     pub fn start(places: &Places) -> (Self, Incoming) {
         let (call, calls) = mpsc::channel(64);
         let (tell, news) = mpsc::channel(64);
@@ -102,9 +102,9 @@ impl Service {
         (Self { socket, bound, orders, tasks }, Incoming { calls, news })
     }
 
-    /// Has the engine asked for something.
+    /// Sends an order to the task that talks to the engine.
     pub fn order(&self, order: Order) {
-        // Its task ends with this service only.
+        // The receiving task only ends with this service.
         let _ = self.orders.send(order);
     }
 }
@@ -114,8 +114,8 @@ impl Drop for Service {
         for task in &self.tasks {
             task.abort();
         }
-        // The task that listens may not have ended yet: whether it is ours, the file itself has to
-        // tell.
+        // The listening task may not have ended yet. The inode tells whether the file is still
+        // ours.
         let inode = std::fs::metadata(&self.socket).map(|found| found.ino());
         if inode.is_ok_and(|inode| inode == self.bound.load(Ordering::Relaxed)) {
             let _ = std::fs::remove_file(&self.socket);
@@ -123,12 +123,12 @@ impl Drop for Service {
     }
 }
 
-/// The plugin's socket in the folder of plugins.
+/// Returns the path of the plugin socket in the plugin directory.
 pub fn socket_in(plugins: &Path) -> PathBuf {
     plugins.join(NAME).with_extension("sock")
 }
 
-/// Removes a plugin's socket that a dead daemon left.
+/// Removes a plugin socket that a dead daemon left behind.
 pub fn remove_socket(socket: &Path) {
     if std::os::unix::net::UnixStream::connect(socket).is_err() {
         let _ = std::fs::remove_file(socket);

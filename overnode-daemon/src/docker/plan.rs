@@ -1,9 +1,9 @@
-//! What to answer an engine, and what to do before. No I/O, no clock.
+//! Decides how to answer an engine, and what to do first. No I/O, no clock.
 //!
-//! This holds what is on disk: the networks, and the addresses that the engine has, each with the
-//! endpoint that it made of it. A [`Step`] says what has to be done; when it is done and on disk,
-//! the node says so by [`Docker::keep`], [`Docker::forget`] and [`Docker::set_networks`]. What
-//! failed has therefore not happened.
+//! [`Docker`] mirrors what is on disk: the networks, and the engine's addresses, each with the
+//! endpoint that uses it. A [`Step`] says what to do. Once it is done and on disk, the node reports
+//! that with [`Docker::keep`], [`Docker::forget`] or [`Docker::set_networks`]. A failed step
+//! therefore changes nothing here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -22,16 +22,18 @@ use crate::datapath::waiting_interface;
 use crate::store::{Attachment, EngineEndpoint, Kind};
 use crate::text::quoted;
 
-/// What an engine that answers has not known for so long is gone.
+/// Time after which a lease that the engine no longer lists is freed. It only counts while the
+/// engine answers.
 pub const FORGOTTEN: Duration = Duration::from_secs(180);
-/// An address without an endpoint that is younger may still be waiting for it when the engine
-/// introduces itself.
+/// Age up to which an address without an endpoint survives an engine's activation, since its
+/// endpoint may still be about to be created.
 const FRESH: Duration = Duration::from_secs(10);
-/// No engine has more networks of this driver.
+/// Maximum number of networks of this driver.
 const MAX_NETWORKS: usize = 4096;
-/// An engine that gets the same pool so often is looking for another one, which there is not.
+/// Number of consecutive pool requests after which the engine is refused. An engine that rejects
+/// the pool asks for another, and there is only one.
 const MAX_POOLS_IN_A_ROW: u32 = 16;
-/// Names of interfaces in containers begin with this: `overnode0`.
+/// Prefix of interface names in containers, as in `overnode0`.
 const INTERFACE_PREFIX: &str = "overnode";
 const OPTION_TYPE: &str = "RequestAddressType";
 const OPTION_TYPE_GATEWAY: &str = "com.docker.network.gateway";
@@ -42,39 +44,41 @@ const OPTION_NAME: &str = "com.docker.network.endpoint.name";
 pub struct Settings {
     /// All addresses of the container network.
     pub subnet: IpNet,
-    /// The part that is given out.
+    /// The part of the subnet that is allocated from.
     pub range: IpNet,
-    /// The first and the last address of a node.
+    /// The first and the last node address.
     pub nodes: (IpAddr, IpAddr),
-    /// The address of this one.
+    /// The address of this node.
     pub node: IpAddr,
 }
 
-/// What has to be done, and what to answer then.
+/// What to do, and the answer to send afterwards.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Step {
-    /// Nothing.
+    /// Nothing to do.
     Answer(Response),
-    /// Find an address, or take this one. Then [`Docker::held`], and [`Self::Keep`] of that.
+    /// Find an address, or claim the given one. Then call [`Docker::held`] and keep its result as
+    /// for [`Self::Keep`].
     Find {
-        /// The one that was asked for.
+        /// The address that was requested.
         fixed: Option<IpAddr>,
-        /// The container's name, if the engine tells it.
+        /// The container's name, if the engine sent it.
         name: Option<String>,
     },
-    /// Keep the list of networks on disk.
+    /// Write the set of networks to disk.
     Networks(BTreeSet<String>, Response),
-    /// Keep this on disk.
+    /// Write this attachment to disk.
     Keep(Box<Attachment>, Response),
-    /// Make the interface anew, waiting for the engine, and keep this on disk.
+    /// Create the interface for the engine to move, replacing an existing one, and write this
+    /// attachment to disk.
     Plug(Box<Attachment>, Response),
-    /// Remove the interface, and keep this on disk.
+    /// Remove the interface, and write this attachment to disk.
     Unplug(Box<Attachment>, Response),
-    /// Remove the interfaces, forget these on disk, and give the addresses back.
+    /// Remove the interfaces, delete the attachments from disk and release the addresses.
     Free(Vec<IpAddr>, Response),
 }
 
-/// All that is known of an engine's networks and endpoints.
+/// The known state of an engine's networks and endpoints.
 #[derive(Debug)]
 pub struct Docker {
     settings: Settings,
@@ -86,12 +90,12 @@ pub struct Docker {
 #[derive(Debug)]
 struct Lease {
     record: Attachment,
-    /// When the engine last showed that it knows of it.
+    /// When the engine last showed that it knows the address.
     seen: Instant,
 }
 
 impl Docker {
-    /// With what is on disk. Attachments of other kinds are passed over.
+    /// Creates the state from what is on disk. Attachments of other kinds are ignored.
     pub fn new(
         settings: Settings,
         networks: BTreeSet<String>,
@@ -106,7 +110,7 @@ impl Docker {
     /// Decides what to do about a request.
     ///
     /// # Errors
-    /// [`Refusal`], in words for people.
+    /// Returns a [`Refusal`] that the engine shows to its user.
     pub fn decide(&mut self, request: Request, now: Instant) -> Result<Step, Refusal> {
         let answer = |response| Ok(Step::Answer(response));
         match request {
@@ -119,8 +123,8 @@ impl Docker {
             Request::IpamCapabilities => {
                 answer(Response::IpamCapabilities { mac: false, replay: false })
             }
-            // An engine that finds the global space does not look whether the pool overlaps a route
-            // of the host.
+            // For a pool in the global space, the engine does not check for overlap with the host's
+            // routes.
             Request::AddressSpaces => answer(Response::AddressSpaces {
                 local_default_address_space: NAME,
                 global_default_address_space: NAME,
@@ -158,7 +162,7 @@ impl Docker {
         }
     }
 
-    /// What is to be kept of an address that was found.
+    /// Returns the attachment to keep for an address that was found, and the answer.
     pub fn held(
         &self,
         address: IpAddr,
@@ -183,23 +187,23 @@ impl Docker {
         (record, self.answer_address(address))
     }
 
-    /// This is on disk now.
+    /// Records that this attachment is on disk.
     pub fn keep(&mut self, record: Attachment, now: Instant) {
         self.leases.insert(record.address, Lease { record, seen: now });
     }
 
-    /// This is not on disk any more.
+    /// Records that the attachment with this address is no longer on disk.
     pub fn forget(&mut self, address: IpAddr) {
         self.leases.remove(&address);
     }
 
-    /// These are on disk now.
+    /// Records that these networks are on disk.
     pub fn set_networks(&mut self, networks: BTreeSet<String>) {
         self.networks = networks;
     }
 
-    /// What the engine told of its containers and networks: names and images to keep, and what is
-    /// gone without a word.
+    /// Processes the engine's list of containers and networks. Returns the steps that keep new
+    /// names, images and networks, and free addresses that have disappeared without a request.
     pub fn report(&mut self, report: &Report, now: Instant) -> Vec<Step> {
         let mut steps = Vec::new();
         let mut networks = self.networks.clone();
@@ -240,19 +244,20 @@ impl Docker {
         steps
     }
 
-    /// Whether a container has an endpoint and its name is not known yet.
+    /// Returns true if some container has joined and its name is not known yet.
     pub fn has_unnamed(&self) -> bool {
         self.leases.values().any(|lease| {
             lease.record.image.is_none() && lease.record.engine.as_ref().is_some_and(|it| it.joined)
         })
     }
 
-    /// Everything that the engine has an address for.
+    /// Returns the attachments of all addresses that the engine has.
     pub fn records(&self) -> impl Iterator<Item = &Attachment> {
         self.leases.values().map(|lease| &lease.record)
     }
 
-    /// The container's network namespace of an address that is plugged in.
+    /// Returns the path of the network namespace of the container with this address, if it has
+    /// joined.
     pub fn sandbox(&self, address: IpAddr) -> Option<&str> {
         self.leases
             .get(&address)
@@ -260,15 +265,16 @@ impl Docker {
             .filter(|path| !path.is_empty())
     }
 
-    /// What was joined to a namespace that was not there yet: an engine makes it afterwards.
+    /// Returns the endpoints that were joined to a namespace that did not exist yet: the engine
+    /// creates the namespace after the join.
     pub fn unsettled(&self) -> impl Iterator<Item = &Attachment> {
         let joined =
             |record: &&Attachment| record.engine.as_ref().is_some_and(|engine| engine.joined);
         self.records().filter(joined).filter(|record| record.netns_inode == 0)
     }
 
-    /// A new engine process: what an earlier one had asked for and not yet made an endpoint of,
-    /// nobody will.
+    /// Handles a new engine process. Frees addresses that an earlier process requested without
+    /// creating an endpoint for them: no endpoint will follow.
     fn activate(&self, now: Instant) -> Step {
         let answer = Response::Manifest { implements: ["NetworkDriver", "IpamDriver"] };
         let left: Vec<IpAddr> = self
@@ -331,8 +337,8 @@ impl Docker {
         if option(OPTION_TYPE) == Some(OPTION_TYPE_GATEWAY) {
             let (first, last) = self.settings.nodes;
             return match wanted {
-                // An engine that restores its networks asks for what it was given: perhaps when the
-                // node had another ID.
+                // An engine that restores its networks asks for the gateway it was given before,
+                // possibly when the node had another ID.
                 Some(gateway) if !(first..=last).contains(&gateway) => Err(Refusal::new(
                     "overnode networks have no gateway of their own, as the engine gives containers a way out: leave out --gateway",
                 )),
@@ -428,7 +434,7 @@ impl Docker {
                     lease.record.name.as_deref().unwrap_or(&known.endpoint)
                 )));
             }
-            // Asked again, for the answer was lost.
+            // The request is repeated because the answer was lost.
             Some(known) if given.is_none_or(|mac| mac == known.mac) => {
                 return Ok(Step::Answer(endpoint_answer(given.is_none(), known.mac)));
             }
@@ -492,7 +498,7 @@ fn unknown_endpoint(id: &str) -> Refusal {
     Refusal::new(format_args!("there is no endpoint {}: start the container again", quoted(id)))
 }
 
-/// What remains when the endpoint has left its container.
+/// Returns the attachment after its endpoint has left its container.
 fn apart(mut record: Attachment) -> Attachment {
     record.netns = String::new();
     record.netns_inode = 0;
@@ -502,19 +508,20 @@ fn apart(mut record: Attachment) -> Attachment {
     record
 }
 
-/// What remains when the endpoint is gone: its address.
+/// Returns the attachment after its endpoint was deleted: only the address remains.
 fn unbound(record: Attachment) -> Attachment {
     Attachment { engine: None, ..apart(record) }
 }
 
-/// An engine takes it for an error to be told of what it has settled itself.
+/// Returns the answer to an endpoint's creation. `tell` must be false if the engine assigned the
+/// MAC address: it treats an answer that repeats its own values as an error.
 fn endpoint_answer(tell: bool, mac: [u8; 6]) -> Response {
     let mac_address = if tell { write_mac(mac) } else { String::new() };
     Response::Endpoint { interface: Interface { mac_address, ..Interface::default() } }
 }
 
-/// Locally administered, and the same each time for the same address: neighbours of a container
-/// that starts anew need not learn.
+/// Derives a locally administered MAC address from an IP address. It is stable, so that a
+/// container's neighbors need no ARP update when the container restarts.
 fn mac_of(address: IpAddr) -> [u8; 6] {
     let low = match address {
         IpAddr::V4(v4) => v4.octets(),

@@ -1,4 +1,4 @@
-//! The plugin's socket: HTTP with JSON.
+//! The server on the plugin socket: HTTP with JSON.
 
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -23,11 +23,11 @@ use super::{Call, NAME};
 use crate::api::server::bind;
 use crate::trust;
 
-/// How often to look whether the socket is still where the engine looks for it.
+/// Interval of checks that the socket is still in the plugin directory. Also the retry interval.
 const LOOK: Duration = Duration::from_secs(3);
 const MEDIA_TYPE: &str = "application/vnd.docker.plugins.v1.2+json";
 
-/// Both protocols' errors: the network driver's has one name, the address driver's another.
+/// The error of both protocols: the network driver and the IPAM driver use different field names.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct ErrorBody<'a> {
@@ -35,8 +35,8 @@ struct ErrorBody<'a> {
     error: &'a str,
 }
 
-/// Answers at `socket` as long as anybody listens to `calls`. A socket that somebody removes is
-/// made again.
+/// Serves `socket` until the receiver of `calls` is dropped. Recreates the socket if the file is
+/// removed.
 pub(super) async fn serve(
     socket: PathBuf,
     bound: Arc<AtomicU64>,
@@ -118,7 +118,8 @@ async fn answer(
             let status = match refusal {
                 Refusal::Malformed(_) => StatusCode::BAD_REQUEST,
                 Refusal::Unknown(_) => StatusCode::NOT_FOUND,
-                // The protocols have it so: understood, and not done.
+                // The protocols report a request that was understood but not carried out with
+                // status 200.
                 Refusal::Refused(_) => StatusCode::OK,
             };
             refuse(status, &refusal.to_string())

@@ -1,4 +1,4 @@
-//! Which metrics there are, and where in [`Status`] each comes from.
+//! Defines the metrics and derives each from [`Status`].
 
 use std::collections::BTreeMap;
 use std::fmt::Error;
@@ -18,7 +18,7 @@ use crate::api::{
     PeerStatus, SessionState, Status, TargetState,
 };
 
-/// Why workers drop something.
+/// The reasons for which bulk workers drop packets.
 const BULK_DROPS: [Reason; 12] = [
     Reason::Unsupported,
     Reason::Malformed,
@@ -34,13 +34,13 @@ const BULK_DROPS: [Reason; 12] = [
     Reason::Congestion,
 ];
 
-/// One node at one moment.
+/// The metrics of a node at one moment.
 #[derive(Debug)]
 pub(super) struct Families(pub(super) Status);
 
 type Labels<'a> = Vec<(&'a str, String)>;
 
-/// One metric: its name without the prefix, its unit and `_total`, what it means, its unit.
+/// A metric family: its name without prefix, unit and `_total`, its help text and its unit.
 struct Family<'a> {
     name: &'a str,
     help: &'a str,
@@ -99,7 +99,7 @@ impl<'a> Family<'a> {
     }
 }
 
-/// Labels whose values are made while they are encoded.
+/// Encodes [`Labels`] as a label set.
 #[derive(Debug)]
 struct Set<'a>(&'a Labels<'a>);
 
@@ -351,7 +351,7 @@ impl Families {
     }
 }
 
-/// As in `status --json`.
+/// Returns the name of a value, as in `status --json`.
 fn name_of(value: &impl serde::Serialize) -> String {
     serde_json::to_value(value)
         .ok()

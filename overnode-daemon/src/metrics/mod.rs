@@ -1,10 +1,12 @@
-//! What `status` tells, for Prometheus: [`render`] makes the text, [`serve`] answers on a port, if
-//! one was asked for. `GET /v1/metrics` on the unix socket gives the same. `docs/metrics.md` lists
-//! every metric; a test holds the two against each other.
+//! Exports the node's status as metrics for Prometheus.
 //!
-//! Names have the prefix `overnode_`, base units (seconds, bytes, ratios of 1), and `_total` where
-//! they only grow. Labels are bounded: IDs of nodes, reasons, states; never addresses or names of
-//! containers.
+//! [`render`] writes the text. [`serve`] answers on a TCP port, if one is configured, and
+//! `GET /v1/metrics` on the unix socket returns the same text. `docs/metrics.md` lists every
+//! metric; a test compares it with the code.
+//!
+//! Names have the prefix `overnode_` and base units (seconds, bytes, ratios of 1). Names of
+//! counters end in `_total`. The number of label values is bounded: labels hold node IDs, reasons
+//! and states, but never container addresses or names.
 
 mod families;
 mod port;
@@ -21,13 +23,13 @@ use tokio::sync::mpsc;
 
 use crate::api::{Call, Reply, Request, Status, server};
 
-/// The format, OpenMetrics' text.
+/// The content type of the OpenMetrics text format.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// A port that could not be had is tried again after this time.
+/// Retry interval for a port that cannot be bound.
 const AGAIN: Duration = Duration::from_secs(10);
 
-/// The metrics of a node, as Prometheus reads them.
+/// Renders a node's status in the OpenMetrics text format.
 pub fn render(status: Status) -> String {
     let mut registry = Registry::with_prefix("overnode");
     registry.register_collector(Box::new(families::Families(status)));
@@ -37,7 +39,7 @@ pub fn render(status: Status) -> String {
     text
 }
 
-/// The answer to a request for metrics.
+/// Answers a request for metrics.
 pub async fn answer(node: mpsc::Sender<Call>) -> Response {
     match server::call(&node, Request::Status).await {
         Ok(Reply::Status(status)) => {
@@ -48,9 +50,9 @@ pub async fn answer(node: mpsc::Sender<Call>) -> Response {
     }
 }
 
-/// Answers on this address as long as the process lives. One that is not there yet, or taken, is
-/// tried again: the network works without anybody watching. There is nothing to write here, and
-/// nothing but metrics to read.
+/// Serves metrics on this address until the process ends. If the address does not exist yet or is
+/// in use, retries forever: the network must work without monitoring. The port is read-only and
+/// serves nothing but metrics.
 pub async fn serve(address: SocketAddr, node: mpsc::Sender<Call>) {
     let mut told = String::new();
     loop {

@@ -1,5 +1,5 @@
-//! The port for Prometheus, with bounds for everything that anybody who reaches it can do:
-//! connections, how long they last, what they send, and how often the node is asked.
+//! The TCP port for Prometheus. It bounds everything that a remote client can consume: the number
+//! and lifetime of connections, the size of requests, and how often the node is asked.
 
 use std::convert::Infallible;
 use std::io;
@@ -25,20 +25,20 @@ use super::{CONTENT_TYPE, answer};
 use crate::api::Call;
 use crate::net::admission::{Admission, Limits, Place};
 
-/// Connections at a time, and how often one source may make one.
+/// Limits on concurrent connections and on the rate of connections per source.
 const LIMITS: Limits =
     Limits { places: 32, of_source: 8, interval: Duration::from_millis(20), burst: 100 };
-/// A connection is for one request, and has so long for it: the head has to be there, and the
-/// answer to be read.
+/// Lifetime of a connection. It carries one request, whose head must arrive and whose answer must
+/// be read within this time.
 const LIFETIME: Duration = Duration::from_secs(10);
-/// Bytes of a request's head; hyper takes no lower limit.
+/// Largest request head, in bytes. hyper accepts no lower limit.
 const HEAD: usize = 8192;
-/// Age up to which an answer serves further requests: the node is asked no more often than that.
+/// Age up to which a cached answer is reused. The node is asked at most once in this interval.
 const FRESH: Duration = Duration::from_secs(1);
 /// A page for browsers that open the port.
 const PAGE: &str = "overnode: the metrics are at /metrics\n";
 
-/// Answers until the listener fails.
+/// Serves connections until the listener fails.
 pub(super) async fn serve(listener: TcpListener, node: mpsc::Sender<Call>) -> io::Error {
     let mut door = Admission::new(LIMITS, StdRng::from_os_rng());
     let metrics = Arc::new(Metrics { node, latest: Mutex::default() });
@@ -47,7 +47,7 @@ pub(super) async fn serve(listener: TcpListener, node: mpsc::Sender<Call>) -> io
         while tasks.try_join_next().is_some() {}
         let (stream, remote) = match listener.accept().await {
             Ok(accepted) => accepted,
-            // The caller is gone already.
+            // The client has already gone away.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => return error,
         };
@@ -72,7 +72,7 @@ async fn converse(stream: TcpStream, mut place: Place, metrics: Arc<Metrics>) {
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
     tokio::select! {
-        // However it ends, the caller has seen it.
+        // The result is irrelevant: the client sees how the connection ends.
         _ = timeout(LIFETIME, connection) => {}
         () = place.is_lost() => {}
     }
@@ -96,7 +96,8 @@ struct Metrics {
 }
 
 impl Metrics {
-    /// Those who come while the node is asked wait for the same answer.
+    /// Returns the metrics. Requests that arrive while the node is being asked wait for the same
+    /// answer.
     async fn get(&self) -> Response {
         let mut latest = self.latest.lock().await;
         if let Some((_, text)) = latest.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
@@ -131,7 +132,8 @@ mod tests {
     use super::*;
     use crate::api::ApiError;
 
-    /// A port, and how often the node was asked. The node has no metrics to tell.
+    /// Starts a server and returns its address and a count of requests to the node. The node
+    /// refuses all of them.
     async fn port() -> (SocketAddr, Arc<AtomicU32>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -213,7 +215,7 @@ mod tests {
             }
         };
         for _ in 0..1000 {
-            // The node that would have to be asked is gone.
+            // The receiver is dropped, so asking the node would fail.
             assert_eq!(metrics.get().await.status(), StatusCode::OK);
         }
         *metrics.latest.lock().await =

@@ -1,7 +1,6 @@
-//! From what a program recorded of a dropped packet to what its headers say. Pure; the bytes are
-//! anybody's.
+//! Decodes the programs' records of dropped packets into headers. No I/O. The bytes are untrusted.
 //!
-//! What lies behind the headers ends here: it is in nothing that this returns.
+//! The payload behind the headers never appears in the result.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -17,7 +16,7 @@ use overnode_ebpf::wire::{
 
 use crate::api::{Arp, Ethernet, Flow, Headers, Message, Program, Relayed};
 
-/// EtherType of an IEEE 802.1Q tag that lies in the packet.
+/// EtherType of an IEEE 802.1Q tag inside the packet.
 const ETHERTYPE_VLAN: u16 = 0x8100;
 const VLAN_TAG_LEN: usize = 4;
 const VLAN_ID: u16 = 0x0fff;
@@ -27,22 +26,22 @@ const UDP: u8 = 17;
 /// A dropped packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// Boot time (ns, `CLOCK_BOOTTIME`).
+    /// When it was dropped, in nanoseconds since boot (`CLOCK_BOOTTIME`).
     pub time_ns: u64,
     /// Why it was dropped.
     pub reason: Reason,
-    /// By which program.
+    /// The program that dropped it.
     pub program: Program,
-    /// The interface that it came in by.
+    /// The interface index of its ingress interface.
     pub ifindex: u32,
-    /// Its length from the Ethernet header on, in bytes.
+    /// The frame's length in bytes, Ethernet header included.
     pub len: u32,
-    /// What its headers say.
+    /// Its headers.
     pub headers: Headers,
 }
 
-/// What a program recorded ([`overnode_ebpf::map::Dropped`]); `None` if no program of this version
-/// writes that.
+/// Decodes a program's record ([`overnode_ebpf::map::Dropped`]). Returns `None` if no program of
+/// this version writes such a record.
 pub fn record(bytes: &[u8]) -> Option<Seen> {
     let (time_ns, rest) = bytes.split_first_chunk()?;
     let (words, packet) = rest.split_first_chunk::<24>()?;
@@ -64,7 +63,7 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
         Program::Seal | Program::FromBulk => {
             Headers { inner: inner_of_frame(packet.get(..captured)?), ..Headers::default() }
         }
-        // Found when the outer headers were gone already.
+        // The checksum is only checked after the outer headers were removed.
         Program::FromUnderlay | Program::FromUnderlayXdp if reason == Reason::Checksum => {
             Headers { inner: inner_of_frame(packet.get(..captured)?), ..Headers::default() }
         }
@@ -78,8 +77,8 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
     Some(Seen { time_ns: u64::from_ne_bytes(*time_ns), reason, program, ifindex, len, headers })
 }
 
-/// True if a message that is dropped for this reason was authenticated, and lies there in plain
-/// text.
+/// Returns true if a message that is dropped for this reason was authenticated before, so that its
+/// plaintext is in the record.
 const fn is_opened(reason: Reason) -> bool {
     matches!(
         reason,
@@ -152,7 +151,7 @@ fn of_underlay(frame: &[u8], is_opened: bool) -> Headers {
     headers
 }
 
-/// An IPv4 header, and what follows it.
+/// Parses an IPv4 header. Also returns the bytes behind it.
 fn ipv4(packet: &[u8]) -> Option<(Flow, &[u8])> {
     let (header, _) = packet.split_first_chunk::<IPV4_LEN>()?;
     let [version_ihl, _, _, _, _, _, flags, low, _, protocol, _, _, a, b, c, d, e, f, g, h] =
@@ -168,7 +167,7 @@ fn ipv4(packet: &[u8]) -> Option<(Flow, &[u8])> {
     Some((flow(source, destination, protocol, payload, is_first), payload))
 }
 
-/// An IPv6 header, and what follows it.
+/// Parses an IPv6 header. Also returns the bytes behind it.
 fn ipv6(packet: &[u8]) -> Option<(Flow, &[u8])> {
     let (header, payload) = packet.split_first_chunk::<IPV6_LEN>()?;
     let address = |at: usize| {
@@ -180,7 +179,7 @@ fn ipv6(packet: &[u8]) -> Option<(Flow, &[u8])> {
 }
 
 fn flow(source: IpAddr, destination: IpAddr, protocol: u8, payload: &[u8], is_first: bool) -> Flow {
-    // TCP, UDP, DCCP, SCTP, UDP-Lite: the ports come first in all of them.
+    // TCP, UDP, DCCP, SCTP and UDP-Lite all begin with the ports.
     let has_ports = is_first && matches!(protocol, TCP | UDP | 33 | 132 | 136);
     let port = |at: usize| be16(payload, at).filter(|_| has_ports);
     Flow {
@@ -192,7 +191,7 @@ fn flow(source: IpAddr, destination: IpAddr, protocol: u8, payload: &[u8], is_fi
     }
 }
 
-/// As in the IANA's list, of those that people meet.
+/// Returns the IANA name of a common protocol, or the number of any other.
 fn protocol_name(protocol: u8) -> String {
     let name = match protocol {
         1 => "icmp",
@@ -211,7 +210,7 @@ fn protocol_name(protocol: u8) -> String {
     name.to_owned()
 }
 
-/// Ethernet and IPv4 only.
+/// Parses an ARP message for Ethernet and IPv4.
 fn arp(body: &[u8]) -> Option<Arp> {
     let [0, 1, 8, 0, 6, 4, _, _, _, _, _, _, _, _, a, b, c, d, _, _, _, _, _, _, e, f, g, h] =
         *body.first_chunk::<28>()?

@@ -82,7 +82,7 @@ fn a_message_shows_its_inner_packet_only_if_it_was_opened() {
         for (ether_type, body) in
             [(ETHERTYPE_IPV4, v4(17, &datagram)), (ETHERTYPE_IPV6, v6(&datagram))]
         {
-            // The frame of one reason has no outer headers any more.
+            // A frame dropped for this one reason no longer has outer headers.
             for reason in Reason::ALL.iter().filter(|reason| **reason != Reason::Checksum) {
                 for program in [PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP] {
                     let headers = seen(*reason, program, &frame(ether_type, &body)).headers;
@@ -177,8 +177,8 @@ fn what_no_program_of_this_version_writes_is_refused() {
 }
 
 proptest! {
-    /// Nothing panics, and of the payload nothing is ever told: two packets that differ only behind
-    /// the headers look the same.
+    /// Arbitrary bytes never cause a panic. `payload_makes_no_difference` checks that the payload
+    /// never shows: two packets that differ only behind the headers decode to the same result.
     #[test]
     fn any_bytes_are_taken(
         reason in 0_u32..40,

@@ -1,5 +1,5 @@
-//! Events on their way to readers. A reader that is too slow misses events, and is told how many;
-//! nobody waits for it.
+//! Distributes events to readers. A reader that is too slow misses events and learns how many. The
+//! sender never waits for a reader.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,29 +11,29 @@ use tokio::sync::broadcast::error::RecvError;
 
 use crate::api::{Happening, MonitorEvent};
 
-/// Most readers at a time.
+/// Maximum number of concurrent readers.
 pub const MAX_READERS: usize = 16;
-/// Events that wait for the slowest reader, at most.
+/// Maximum number of events queued for the slowest reader.
 const WAITING: usize = 1024;
 
-/// Where events are told. Clones are the same one.
+/// The hub that events are sent to. Clones share one hub.
 #[derive(Clone, Debug)]
 pub struct Hub(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    /// Until the daemon ends.
+    /// The sender; `None` once the daemon is ending.
     lines: Mutex<Option<broadcast::Sender<Bytes>>>,
     readers: AtomicUsize,
 }
 
-/// Why nobody more can read.
+/// Why another reader is not admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotRead {
-    /// There are [`MAX_READERS`] readers.
+    /// There are already [`MAX_READERS`] readers.
     #[error("{MAX_READERS} monitors watch this node already: end one of them first")]
     TooMany,
-    /// The daemon ends.
+    /// The daemon is ending.
     #[error("the daemon is ending: `overnode resume` starts the node again")]
     Ending,
 }
@@ -46,31 +46,31 @@ impl Default for Hub {
 }
 
 impl Hub {
-    /// True while somebody reads. Whoever has something to tell need not make it up otherwise.
+    /// Returns true while there is a reader. Senders need not build an event otherwise.
     pub fn is_watched(&self) -> bool {
         self.0.readers.load(Ordering::Relaxed) > 0
     }
 
-    /// Tells everybody who reads what happened just now.
+    /// Sends an event that happened now to all readers.
     pub fn tell(&self, what: Happening) {
         self.tell_of(now(), what);
     }
 
-    /// Tells everybody who reads what happened, in milliseconds since 1970.
+    /// Sends an event that happened at the given time, in milliseconds since 1970, to all readers.
     pub fn tell_of(&self, unix_milliseconds: u64, what: Happening) {
         if !self.is_watched() {
             return;
         }
         if let Some(lines) = &*self.0.lines.lock().unwrap_or_else(PoisonError::into_inner) {
-            // Whoever read may just have gone.
+            // The last reader may have disconnected in the meantime.
             let _ = lines.send(line(unix_milliseconds, what));
         }
     }
 
-    /// A new reader, who gets what is told from now on.
+    /// Adds a reader, which gets the events that are sent from now on.
     ///
     /// # Errors
-    /// [`NotRead`]
+    /// Returns [`NotRead`] if there are too many readers or the daemon is ending.
     pub fn read(&self) -> Result<Reader, NotRead> {
         let lines = self.0.lines.lock().unwrap_or_else(PoisonError::into_inner);
         let lines = lines.as_ref().ok_or(NotRead::Ending)?;
@@ -80,13 +80,13 @@ impl Hub {
         Ok(Reader { lines: lines.subscribe(), hub: self.clone() })
     }
 
-    /// The end: readers get what waits for them, and nothing after that.
+    /// Closes the hub. Readers still get their queued events, and nothing after that.
     pub fn close(&self) {
         self.0.lines.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
-/// Somebody who reads, until dropped.
+/// A subscription to events, until dropped.
 #[derive(Debug)]
 pub struct Reader {
     lines: broadcast::Receiver<Bytes>,
@@ -94,7 +94,8 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// The next line, with its end; `None` when there will be no more. Cancelling loses nothing.
+    /// Returns the next event as a line with its line break, or `None` after the last event.
+    /// Cancel-safe.
     pub async fn next(&mut self) -> Option<Bytes> {
         match self.lines.recv().await {
             Ok(line) => Some(line),
@@ -110,20 +111,20 @@ impl Drop for Reader {
     }
 }
 
-/// An event of now as a line, for one reader alone.
+/// Formats an event that happens now as a line, for a single reader.
 pub fn line_now(what: Happening) -> Bytes {
     line(now(), what)
 }
 
 fn line(unix_milliseconds: u64, what: Happening) -> Bytes {
-    // Nothing in it can fail to have a JSON form.
+    // All types in an event have a JSON form, so this cannot fail.
     let mut line =
         serde_json::to_vec(&MonitorEvent { unix_milliseconds, what }).unwrap_or_default();
     line.push(b'\n');
     line.into()
 }
 
-/// Milliseconds since 1970.
+/// Returns the current time in milliseconds since 1970.
 pub fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)

@@ -1,5 +1,5 @@
-//! What `overnode monitor` shows: [`decode`] makes sense of what programs record of dropped
-//! packets, [`hub`] hands events to whoever reads. Where events come from: `node/`.
+//! The parts of `overnode monitor`: [`decode`] parses the programs' records of dropped packets, and
+//! [`hub`] distributes events to readers. The events come from `node/`.
 
 pub mod decode;
 pub mod hub;
@@ -8,7 +8,7 @@ use overnode_ebpf::reason::Reason;
 
 pub use hub::{Hub, NotRead, Reader};
 
-/// The names of all reasons for which packets are dropped.
+/// Returns the names of all drop reasons.
 pub fn drop_reasons() -> impl Iterator<Item = &'static str> {
     Reason::ALL.iter().filter(|reason| reason.is_drop()).map(|reason| reason.as_str())
 }

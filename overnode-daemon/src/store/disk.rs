@@ -1,4 +1,4 @@
-//! Directories, files and the lock.
+//! Manages the directory, the files and the lock.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Seek, Write};
@@ -16,8 +16,8 @@ const FILE_MODE: u32 = 0o600;
 const LOCK_TRIES: u32 = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
-/// Makes the directory, private and on a way that no other user can change; or adopts one that is
-/// this process's user's.
+/// Creates the directory with mode 0700 at a path that no other user can change. Adopts an existing
+/// directory that belongs to this process's user.
 pub(super) fn make_directory(directory: &Path) -> Result<()> {
     trust::check_path(directory)?;
     let made = match directory.parent() {
@@ -30,7 +30,7 @@ pub(super) fn make_directory(directory: &Path) -> Result<()> {
         Err(why) if why.kind() == io::ErrorKind::AlreadyExists => check_is_ours(directory)?,
         Err(why) => return Err(io("could not make the state directory", directory, why)),
     }
-    // The umask may have taken bits away, and an older directory may have too many.
+    // The umask may have removed bits, and an existing directory may have too many.
     let make_private = || {
         let opened =
             OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(directory)?;
@@ -43,8 +43,8 @@ pub(super) fn make_directory(directory: &Path) -> Result<()> {
     Ok(trust::check_owner(directory, &found)?)
 }
 
-/// An existing directory is made private below: never one that is used for something else, like
-/// `/tmp`.
+/// Checks that an existing directory is empty or ours, since it is made private afterwards. This
+/// must not happen to a directory that is used for something else, such as `/tmp`.
 fn check_is_ours(directory: &Path) -> Result<()> {
     let look = || {
         let is_empty = fs::read_dir(directory)?.next().transpose()?.is_none();
@@ -73,14 +73,14 @@ pub(super) fn make_private_file(path: &Path) -> Result<File> {
     };
     let failed = |why| io("could not open for writing", path, why);
     let (file, found) = open().map_err(failed)?;
-    // A directory that was open to others once may still have what they left there.
+    // If the directory was writable for other users before, it may contain files that they created.
     trust::check_owner(path, &found)?;
     file.set_permissions(Permissions::from_mode(FILE_MODE)).map_err(failed)?;
     Ok(file)
 }
 
-/// Tries for a moment: between `fork` and `exec` a child of the last holder has the locks of its
-/// parent.
+/// Retries briefly. Between `fork` and `exec`, a child of the previous holder has its parent's
+/// locks.
 pub(super) fn patiently<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     for _ in 0..LOCK_TRIES {
         match attempt() {
@@ -121,7 +121,8 @@ fn lock_now(directory: &Path) -> Result<File> {
     }
 }
 
-/// False if a reset has removed the file between opening and locking: then the lock means nothing.
+/// Returns false if a reset removed the file between opening and locking it. Such a lock is
+/// worthless.
 fn is_still_at(file: &File, path: &Path) -> bool {
     let inode = |metadata: io::Result<fs::Metadata>| {
         metadata.map(|metadata| (metadata.dev(), metadata.ino())).ok()
@@ -130,7 +131,7 @@ fn is_still_at(file: &File, path: &Path) -> bool {
     locked.is_some() && locked == inode(fs::symlink_metadata(path))
 }
 
-/// Removes files, and the directory if it is empty then.
+/// Removes the files, and the directory if it is then empty.
 pub(super) fn remove(directory: &Path, files: &[&str]) -> Result<()> {
     for file in files {
         let path = directory.join(file);
@@ -147,7 +148,8 @@ pub(super) fn remove(directory: &Path, files: &[&str]) -> Result<()> {
         {
             Ok(())
         }
-        // A mount point or a directory in a place that is not ours to change: empty is enough.
+        // The directory is a mount point, or its parent is not writable. It is sufficient that it
+        // is empty.
         Err(why)
             if matches!(
                 why.kind(),
@@ -171,7 +173,8 @@ pub(super) fn opening(directory: &Path, path: &Path, why: DatabaseError) -> Stor
             path: directory.to_owned(),
             found: format!("of database format {found}"),
         },
-        // What redb says of a file that is no database of its own, and of one that was cut off.
+        // redb reports these two kinds for a file that is not a redb database and for a truncated
+        // one.
         DatabaseError::Storage(StorageError::Io(why))
             if !matches!(why.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
         {

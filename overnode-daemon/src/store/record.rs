@@ -1,4 +1,4 @@
-//! The records that the store keeps. Secrets are split off: they are kept as raw bytes, never in
+//! The records in the store. Secrets are separated from them and stored as raw bytes, never as
 //! JSON.
 
 use std::net::{IpAddr, SocketAddr};
@@ -13,48 +13,48 @@ use crate::control::session::Me;
 use crate::gossip::Record;
 use crate::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
-/// Who this node is: made by `launch`, gone with `reset`.
+/// The identity of this node. `launch` creates it and `reset` removes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// The node's ID.
     pub id: NodeId,
-    /// Random, made at launch: tells two launches apart.
+    /// A random number that distinguishes launches.
     pub instance: u128,
-    /// The node's one secret: see [`key`].
+    /// The node's only secret, from which its keys are derived; see [`key`].
     pub seed: Secret,
-    /// Derived from the token, which is not kept.
+    /// A key derived from the token. The token itself is not stored.
     pub cluster_key: Secret,
     /// The cluster's addresses.
     pub network: Network,
-    /// For people.
+    /// The node's nickname.
     pub nickname: String,
-    /// The underlay interface, if one was chosen.
+    /// The underlay interface, if one was configured.
     pub interface: Option<String>,
-    /// The underlay's MTU in bytes, if one was given.
+    /// The container network's MTU in bytes, if one was configured.
     pub mtu: Option<u32>,
-    /// Whether nodes that gossip tells of are dialled.
+    /// Whether the node dials nodes that it learns of through gossip.
     pub discovery: bool,
-    /// Whether messages are opened in native XDP where the interface can.
+    /// Whether native XDP opens messages, if the interface supports it.
     pub xdp: bool,
     /// Whether DNS is served to containers.
     pub dns: bool,
-    /// The domain that it serves, if one was chosen.
+    /// The DNS domain, if one was configured.
     pub dns_domain: Option<String>,
-    /// Whether container networks are served to a Docker engine.
+    /// Whether the node serves a Docker engine.
     pub docker: bool,
-    /// Whether workers in user space seal bulk flows, and with which cipher.
+    /// Whether user-space workers seal bulk flows, and with which cipher.
     pub bulk: Mode,
-    /// How many of them, if a number was given.
+    /// The number of workers, if one was configured.
     pub bulk_workers: Option<u8>,
-    /// Counts the node's starts. A launch begins with the time in milliseconds since 1970, so that
-    /// it exceeds the incarnations before a reset.
+    /// A counter of the node's starts. A launch initializes it with the time in milliseconds since
+    /// 1970, so that it exceeds the incarnations before a reset.
     pub incarnation: u64,
 }
 
-/// What is known of another node.
+/// The stored state of another node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Known {
-    /// What it said last.
+    /// Its latest record.
     pub record: Record,
     /// See [`Gossip::was_reached`](crate::gossip::Gossip::was_reached).
     pub was_reached: bool,
@@ -62,7 +62,7 @@ pub struct Known {
     pub standing: Vec<(IpNet, u64)>,
 }
 
-/// Who plugged an endpoint in, and therefore plugs it out.
+/// What attached an endpoint and is responsible for detaching it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
@@ -73,88 +73,89 @@ pub enum Kind {
     Docker,
     /// A container runtime, through CNI.
     Cni,
-    /// `overnode expose`: it is the host itself.
+    /// `overnode expose`: the endpoint is the host itself.
     Host,
 }
 
-/// What a Docker engine calls one of its endpoints. Before the engine has made it, there is only
-/// its address.
+/// A Docker engine's identifiers for an endpoint. An address without this is allocated, but has no
+/// endpoint yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineEndpoint {
     /// The network's ID.
     pub network: String,
     /// The endpoint's ID.
     pub endpoint: String,
-    /// Hardware address of the container's end.
+    /// MAC address of the container's end.
     pub mac: [u8; 6],
-    /// Whether it is plugged into a container. Where that is, [`Attachment::netns`] tells.
+    /// Whether the endpoint has joined a container. [`Attachment::netns`] locates the container.
     pub joined: bool,
 }
 
-/// What a container runtime calls an attachment that it asked for through CNI; the container's ID
-/// is the attachment's target.
+/// A container runtime's identifiers for an attachment that it requested through CNI. The
+/// attachment's target is the container's ID.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CniEndpoint {
     /// The network's name.
     pub network: String,
-    /// `CNI_IFNAME`, which with the container's ID tells attachments apart.
+    /// `CNI_IFNAME`. Together with the container's ID, it identifies an attachment.
     pub ifname: String,
-    /// The interface inside the container: `ifname`, unless another plugin made that one.
+    /// The interface in the container: `ifname`, unless another plugin created an interface with
+    /// that name.
     pub interface: String,
 }
 
-/// Something that has an address: a network namespace, a container of an engine, the host.
+/// The holder of an address: a network namespace, a container of an engine, or the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
-    /// Who plugged it in.
+    /// What attached it.
     #[serde(default)]
     pub kind: Kind,
     /// Its address.
     pub address: IpAddr,
-    /// True if the address was chosen by hand.
+    /// True if the address was requested rather than allocated.
     pub is_static: bool,
-    /// As people named it: `netns:NAME`, `pid:N`, a container. An engine's: the container's ID as
-    /// far as it is known, or else the endpoint's.
+    /// The target as the user named it: `netns:NAME`, `pid:N` or a container. For an engine's
+    /// endpoint, the container's ID if it is known, or else the endpoint's ID.
     pub target: String,
-    /// The path that the namespace was opened by; empty while an engine has not told any.
+    /// The path of the network namespace; empty until an engine reports one.
     pub netns: String,
-    /// The namespace's inode number, which tells it from a later one at the same path; 0 if
-    /// unknown.
+    /// The namespace's inode number, which distinguishes it from a later namespace at the same
+    /// path; 0 if unknown.
     pub netns_inode: u64,
-    /// For people, if one was given; an engine's: the container's name.
+    /// Its name, if one was given. For a container of an engine, the container's name.
     pub name: Option<String>,
-    /// The image that the container runs, if an engine has told it.
+    /// The container's image, if an engine reported it.
     #[serde(default)]
     pub image: Option<String>,
-    /// What a Docker engine made of it.
+    /// The Docker engine's endpoint that uses the address.
     #[serde(default)]
     pub engine: Option<EngineEndpoint>,
-    /// What a container runtime calls it.
+    /// The container runtime's identifiers.
     #[serde(default)]
     pub cni: Option<CniEndpoint>,
-    /// The host's end of its veth pair.
+    /// The host's end of the veth pair.
     pub host_interface: String,
     /// When it was attached, in seconds since 1970.
     pub since: u64,
 }
 
-/// A WireGuard peer that is no node.
+/// An external WireGuard peer, which is not a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExternalPeer {
-    /// Its place in the data plane, from 4096.
+    /// Its peer index in the data plane, 4096 and up.
     pub index: PeerIndex,
-    /// For people, if one was given.
+    /// Its name, if one was given.
     pub name: Option<String>,
-    /// Its WireGuard key.
+    /// Its public key.
     pub public_key: PublicKey,
-    /// An additional secret, as `wg` calls it.
+    /// The pre-shared key, if one was configured.
     pub preshared_key: Option<Secret>,
-    /// Where it is, if that is known.
+    /// Its endpoint, if one was configured.
     pub endpoint: Option<SocketAddr>,
-    /// What it may send from, and what is sent to it.
+    /// The networks that it may send from and that are routed to it.
     pub allowed: Vec<IpNet>,
-    /// Seconds between keepalives, if it needs them.
+    /// The persistent keepalive interval in seconds, if one was configured.
     pub keepalive: Option<u16>,
 }
 
@@ -181,7 +182,7 @@ pub(super) struct PublicIdentity {
     incarnation: u64,
 }
 
-/// Of nodes that were launched before there was such a choice.
+/// The default for nodes that were launched before the option existed.
 fn yes() -> bool {
     true
 }
@@ -197,7 +198,7 @@ pub(super) struct PublicExternalPeer {
 }
 
 impl Identity {
-    /// How this node introduces itself to others, as long as its daemon runs.
+    /// Returns the identity that this node presents to other nodes while its daemon runs.
     pub fn introduction(&self) -> Me {
         let static_secret = self.exchange_secret();
         let hello = Hello {
@@ -213,8 +214,8 @@ impl Identity {
         Me { static_secret, cluster_key: self.cluster_key.clone(), hello }
     }
 
-    /// The X25519 secret for all handshakes: of control connections, of the data plane and of the
-    /// bulk path.
+    /// Returns the X25519 secret for all handshakes: of control connections, of the data plane and
+    /// of the bulk path.
     pub fn exchange_secret(&self) -> Secret {
         key::exchange_secret(&self.seed)
     }

@@ -166,7 +166,7 @@ fn only_the_owner_reads_it_whatever_the_umask() {
     assert_eq!(mode(&directory.join(LOCK)), 0o600);
 }
 
-/// Needs root, who alone can give files away.
+/// Needs root to give files to another user.
 #[test]
 fn what_another_user_made_is_not_used() {
     const STRANGER: u32 = 1000;
@@ -182,13 +182,13 @@ fn what_another_user_made_is_not_used() {
         }
     };
     let place = TempDir::new().unwrap();
-    // They made the directory first, and wait for what comes into it.
+    // The other user created the directory in advance and waits for files to appear in it.
     let theirs = place.path().join("theirs");
     fs::create_dir(&theirs).unwrap();
     fs::write(theirs.join(DATABASE), "").unwrap();
     chown(&theirs, Some(STRANGER), None).unwrap();
     refused(&theirs, "theirs");
-    // They left an identity in a directory that was open to them once.
+    // The other user left a file in a directory that was once writable for everyone.
     for file in [LOCK, DATABASE] {
         let open = place.path().join(format!("open {file}"));
         fs::create_dir(&open).unwrap();
@@ -263,7 +263,7 @@ fn state_of_another_version_is_refused_and_left_alone() {
 fn what_is_no_database_is_refused_and_left_alone() {
     let place = TempDir::new().unwrap();
     let path = place.path().join(DATABASE);
-    // The last is as a database begins.
+    // The last one has the first bytes of a redb database.
     let cut_off = b"redb\x1a\x0a\xa9\x0d\x0a".to_vec();
     for bytes in
         [b"not a database".repeat(1000), vec![0; 4096], vec![0xff; 100_000], b"x".to_vec(), cut_off]
@@ -347,7 +347,7 @@ fn nothing_is_left_after_destruction() {
     assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "other people's files stay");
 }
 
-/// This test runs itself in a second process, which it kills.
+/// This test runs itself in a child process and kills it.
 #[test]
 fn what_was_answered_survives_sigkill() {
     const PLACE: &str = "OVERNODE_TEST_STORE";
@@ -403,7 +403,7 @@ fn write_until_killed(directory: &Path) -> ! {
     }
 }
 
-/// A child has its parent's locks until it has become another program.
+/// Until `exec`, a child process has its parent's locks.
 #[test]
 fn a_store_is_opened_again_while_children_are_started() {
     let stop = std::sync::atomic::AtomicBool::new(false);

@@ -1,4 +1,4 @@
-//! The archive of static programs, for Linux without Debian's packages.
+//! Builds the archive of static programs, for systems other than Debian.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,11 +11,11 @@ use super::build::Built;
 use super::package::documents;
 use super::{Release, Tree, quietly};
 
-/// Packs it into a file of `out`. Unpacked with `--strip-components=1` into `/usr/local`,
-/// everything is where it is looked for.
+/// Creates the archive in `out`. If it is unpacked with `--strip-components=1` into `/usr/local`,
+/// every file is at its expected location.
 ///
 /// # Errors
-/// When something is missing, or a step fails.
+/// Returns an error if something is missing or a step fails.
 pub fn make(
     workspace: &Workspace,
     built: &Built,

@@ -1,4 +1,4 @@
-//! The release binaries, the man pages and the list of libraries.
+//! Builds the release binaries, the man pages and the list of libraries.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -10,21 +10,21 @@ use crate::workspace::Workspace;
 
 use super::{output, quietly};
 
-/// What is packed.
+/// The build results that are packed.
 #[derive(Clone, Debug)]
 pub struct Built {
-    /// Holds `overnode` and `overnoded`.
+    /// The directory of `overnode` and `overnoded`.
     pub programs: PathBuf,
-    /// Holds man pages and completions.
+    /// The directory of the man pages and shell completions.
     pub documents: PathBuf,
-    /// The libraries in the programs with their versions and licenses, one a line.
+    /// The libraries that the programs contain, one per line, with version and license.
     pub libraries: String,
 }
 
-/// For this machine, with its C library.
+/// Builds for this machine, linked to its C library.
 ///
 /// # Errors
-/// When it does not build.
+/// Returns an error if the build fails.
 pub fn host(workspace: &Workspace) -> Result<Built> {
     let target = triple("gnu");
     let mut cargo = cargo(workspace, &target);
@@ -38,17 +38,17 @@ pub fn host(workspace: &Workspace) -> Result<Built> {
     Ok(Built { programs, documents, libraries: libraries(workspace, &target)? })
 }
 
-/// The development build, as tests use it; its documents go to a folder.
+/// Returns the development build, which the tests use. Writes its documents to the given directory.
 ///
 /// # Errors
-/// When it does not build.
+/// Returns an error if the build fails.
 pub fn development(workspace: &Workspace, documents: PathBuf) -> Result<Built> {
     let programs = workspace.target.join("debug");
-    // `cargo xtask test` has built all of it.
+    // `cargo xtask test`, which sets this variable, has already built everything.
     if std::env::var_os("OVERNODE_BIN_DIR").is_none() {
         let mut cargo = workspace.cargo();
-        // With the tests: the features of dependencies would differ otherwise, and much be built
-        // twice.
+        // Include the tests. Without them, dependencies would have other features and much would be
+        // built twice.
         cargo.args([
             "build",
             "--locked",
@@ -65,10 +65,10 @@ pub fn development(workspace: &Workspace, documents: PathBuf) -> Result<Built> {
     Ok(Built { programs, documents, libraries: libraries(workspace, &triple("gnu"))? })
 }
 
-/// For any Linux: with musl, and no library outside.
+/// Builds static programs with musl, which run on any Linux.
 ///
 /// # Errors
-/// When it does not build.
+/// Returns an error if the build fails.
 pub fn static_programs(workspace: &Workspace, built: &Built) -> Result<Built> {
     let target = triple("musl");
     let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]))?;
@@ -82,7 +82,7 @@ pub fn static_programs(workspace: &Workspace, built: &Built) -> Result<Built> {
     Ok(Built { programs: folder(workspace, &target), ..built.clone() })
 }
 
-/// The triple of this machine with a C library.
+/// Returns the target triple of this machine with the given C library.
 pub fn triple(library: &str) -> String {
     format!("{}-unknown-linux-{library}", std::env::consts::ARCH)
 }
@@ -91,11 +91,12 @@ fn folder(workspace: &Workspace, target: &str) -> PathBuf {
     workspace.target.join("dist").join(target).join("release")
 }
 
-/// In a target directory of its own: its flags are not those of other builds.
+/// Returns a cargo command for a release build. It uses a separate target directory because its
+/// flags differ from those of other builds.
 fn cargo(workspace: &Workspace, target: &str) -> Command {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
-    // Where the sources lie is in the messages of panics.
+    // Panic messages contain source paths. Remap them.
     let mut flags = vec![format!("--remap-path-prefix={}=/build", workspace.root.display())];
     flags.extend(home.map(|home| format!("--remap-path-prefix={}=/cargo", home.display())));
     let mut cargo = workspace.cargo();
@@ -106,7 +107,8 @@ fn cargo(workspace: &Workspace, target: &str) -> Command {
     cargo
 }
 
-/// Names and licenses are what the licenses of most of them ask for.
+/// Returns the names, versions and licenses of all libraries. Most of their licenses require this
+/// list.
 pub fn libraries(workspace: &Workspace, target: &str) -> Result<String> {
     let mut cargo = workspace.cargo();
     cargo.args(["tree", "--locked", "--target", target, "--edges", "normal", "--prefix", "none"]);
@@ -119,7 +121,8 @@ pub fn libraries(workspace: &Workspace, target: &str) -> Result<String> {
         "overnode-cli",
     ]);
     let text = output(&mut cargo)?;
-    // Those of the workspace come with their folder, and what was listed before with a star.
+    // Skip packages of the workspace, which are listed with their path. A repeated package is
+    // marked with an asterisk.
     let mut lines: Vec<&str> = text
         .lines()
         .map(|line| line.trim_end_matches(" (*)").trim_end())

@@ -1,8 +1,9 @@
-//! `cargo xtask dist`: the Debian package, and the archive of static programs for every other
-//! Linux.
+//! `cargo xtask dist`: builds the Debian package, and the archive of static programs for other
+//! Linux systems.
 //!
-//! The same tree in the same place, built by the same compiler, gives the same bytes: times come
-//! from the commit, owners and modes are set, names are sorted.
+//! The build is reproducible: the same tree at the same path, built with the same compiler,
+//! produces the same bytes. File times come from the commit, owners and modes are fixed, and names
+//! are sorted.
 
 mod archive;
 mod build;
@@ -22,7 +23,7 @@ use crate::workspace::Workspace;
 
 use tree::Tree;
 
-/// Programs, and the Debian packages that have them.
+/// The required programs and the Debian packages that contain them.
 const PROGRAMS: [(&str, &str); 5] = [
     ("dpkg-deb", "dpkg"),
     ("dpkg-shlibdeps", "dpkg-dev"),
@@ -37,28 +38,28 @@ const PROGRAMS: [(&str, &str); 5] = [
     cargo xtask dist                          into target/dist\n  \
     cargo xtask dist --version-suffix +2      the same as a later version, to try an upgrade")]
 pub struct Arguments {
-    /// Where to put the package and the archive [default: target/dist]
+    /// Output directory [default: target/dist]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Added to the version
+    /// Text to append to the version
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = suffix)]
     version_suffix: String,
 }
 
-/// What is made, and out of what.
+/// The version and the time stamp of a release.
 #[derive(Debug)]
 pub struct Release {
-    /// The workspace's version, with what was asked to be added.
+    /// The workspace's version with the requested suffix.
     pub version: String,
-    /// When the tree was committed, in seconds since 1970: the time of every file.
+    /// The time of the commit, in seconds since 1970. All files get this time.
     pub time: u64,
 }
 
 impl Release {
-    /// Of this tree.
+    /// Returns the release of this tree.
     ///
     /// # Errors
-    /// When neither git nor SOURCE_DATE_EPOCH tells the time.
+    /// Returns an error if neither git nor SOURCE_DATE_EPOCH provides a time.
     pub fn of(workspace: &Workspace, suffix: &str) -> Result<Self> {
         let time = match std::env::var("SOURCE_DATE_EPOCH") {
             Ok(time) => time,
@@ -74,10 +75,10 @@ impl Release {
     }
 }
 
-/// Builds and packs; says what came out.
+/// Builds and packs, and prints the results.
 ///
 /// # Errors
-/// When something is missing and cannot be installed, or a step fails.
+/// Returns an error if something is missing and cannot be installed, or if a step fails.
 pub fn run(arguments: &Arguments) -> Result<()> {
     setup::run(Purpose::Build)?;
     setup::programs(&PROGRAMS)?;
@@ -97,10 +98,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Packages of the development build, one with each suffix, for what wants to install them.
+/// Builds a package of the development build for each suffix, for tests that install packages.
 ///
 /// # Errors
-/// As [`run`].
+/// Returns an error under the same conditions as [`run`].
 pub fn trials(workspace: &Workspace, suffixes: [&str; 2]) -> Result<[PathBuf; 2]> {
     setup::programs(&PROGRAMS[..3])?;
     let out = workspace.target.join("dist-test");
@@ -113,17 +114,18 @@ pub fn trials(workspace: &Workspace, suffixes: [&str; 2]) -> Result<[PathBuf; 2]
     Ok([make(suffixes[0])?, make(suffixes[1])?])
 }
 
-/// What systemd thinks of the unit's hardening, in one line: 0 is closed, 10 is open.
+/// Returns systemd's rating of the unit's hardening as one line. 0 means not exposed, 10 means
+/// fully exposed.
 ///
 /// # Errors
-/// When `systemd-analyze` does not tell.
+/// Returns an error if `systemd-analyze` fails or reports no rating.
 fn exposure(workspace: &Workspace) -> Result<String> {
     let unit = workspace.root.join("dist/overnode.service");
     let mut analyze = Command::new("systemd-analyze");
     let text = output(analyze.args(["security", "--offline=true", "--no-pager"]).arg(unit))?;
     let line = text.lines().find(|line| line.contains("Overall exposure level"));
     let line = line.with_context(|| format!("`{}` names no level: {text}", describe(&analyze)))?;
-    // The verdict is followed by a face.
+    // The rating is followed by an emoji.
     let words: Vec<&str> = line.split_whitespace().filter(|word| word.is_ascii()).collect();
     Ok(words.join(" ").split_once(": ").context("no level")?.1.replacen(
         "",
@@ -141,7 +143,7 @@ fn report(file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a command says, which has to exit with 0.
+/// Runs a command and returns its standard output. The command must exit with 0.
 fn output(command: &mut Command) -> Result<String> {
     let output =
         command.output().with_context(|| format!("`{}` cannot be started", describe(command)))?;
@@ -155,7 +157,7 @@ fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// What Debian allows in a version without an epoch and a revision (deb-version(7)).
+/// Checks that Debian allows the suffix in a version without epoch and revision (deb-version(7)).
 fn suffix(text: &str) -> Result<String, &'static str> {
     let fits = text.chars().all(|c| c.is_ascii_alphanumeric() || ".+~".contains(c));
     if fits {
@@ -165,7 +167,7 @@ fn suffix(text: &str) -> Result<String, &'static str> {
     }
 }
 
-/// A step with one command whose output is not for the eyes.
+/// Runs a step of one command without showing its output.
 fn quietly(what: &str, command: &mut Command) -> Result<()> {
     let step = Step::start(what);
     output(command)?;

@@ -1,4 +1,4 @@
-//! The Debian package.
+//! Builds the Debian package.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,28 +10,28 @@ use crate::workspace::Workspace;
 use super::build::Built;
 use super::{Release, Tree, output, quietly};
 
-/// How hard to compress.
+/// The compression level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
-    /// For people.
+    /// For releases: small files.
     Small,
-    /// For tests.
+    /// For tests: fast compression.
     Fast,
 }
 
-/// A package, and what it needs.
+/// A package and its dependencies.
 #[derive(Debug)]
 pub struct Package {
-    /// The `.deb`.
+    /// The `.deb` file.
     pub file: PathBuf,
-    /// As in its control file.
+    /// The `Depends` field of its control file.
     pub depends: String,
 }
 
-/// Packs it into a file of `out`.
+/// Creates the package in `out`.
 ///
 /// # Errors
-/// When something is missing, or a step fails.
+/// Returns an error if something is missing or a step fails.
 pub fn make(
     workspace: &Workspace,
     built: &Built,
@@ -60,7 +60,7 @@ pub fn make(
     }
     let file = out.join(format!("{name}.deb"));
     let mut dpkg = Command::new("dpkg-deb");
-    // What threads compress depends on how many there are.
+    // With several threads, the compressed bytes depend on the number of threads.
     dpkg.env("SOURCE_DATE_EPOCH", release.time.to_string()).arg("--threads-max=1");
     match compression {
         Compression::Small => dpkg.arg("-Zxz"),
@@ -75,7 +75,7 @@ pub fn make(
 fn fill(tree: &Tree, dist: &Path, built: &Built, release: &Release) -> Result<()> {
     tree.program("usr/bin/overnode", &built.programs.join("overnode"))?;
     tree.program("usr/sbin/overnoded", &built.programs.join("overnoded"))?;
-    // The command under the name by which container engines call it.
+    // The command, under the name by which container engines invoke it.
     tree.link("usr/lib/cni/overnode-cni", "../../bin/overnode")?;
     tree.copy("usr/lib/systemd/system/overnode.service", 0o644, &dist.join("overnode.service"))?;
     tree.copy("etc/default/overnode", 0o644, &dist.join("overnode.default"))?;
@@ -85,7 +85,7 @@ fn fill(tree: &Tree, dist: &Path, built: &Built, release: &Release) -> Result<()
     documents(tree, &built.documents, "usr/share")
 }
 
-/// Man pages and completions, where shells look below `share`.
+/// Copies man pages and completions to the places below `share` where shells look for them.
 pub fn documents(tree: &Tree, from: &Path, share: &str) -> Result<()> {
     let mut names: Vec<String> = std::fs::read_dir(from)
         .with_context(|| from.display().to_string())?
@@ -117,7 +117,7 @@ pub fn documents(tree: &Tree, from: &Path, share: &str) -> Result<()> {
     Ok(())
 }
 
-/// The one of the tree, below an entry for a version that it does not have.
+/// Returns the changelog of the tree. If it has no entry for the version, adds one at the top.
 fn changelog(dist: &Path, release: &Release) -> Result<String> {
     let written = std::fs::read_to_string(dist.join("debian/changelog"))?;
     if written.starts_with(&format!("overnode ({})", release.version)) {
@@ -140,9 +140,9 @@ fn changelog(dist: &Path, release: &Release) -> Result<String> {
     Ok(entry + &written)
 }
 
-/// What the programs link to, as Debian packages.
+/// Returns the Debian packages that the programs link to.
 fn depends(tree: &Tree, folder: &Path) -> Result<String> {
-    // It reads the control file of a source package.
+    // dpkg-shlibdeps reads the control file of a source package.
     std::fs::create_dir_all(folder.join("debian"))?;
     std::fs::write(
         folder.join("debian/control"),
@@ -157,11 +157,11 @@ fn depends(tree: &Tree, folder: &Path) -> Result<String> {
     std::fs::remove_dir_all(folder)?;
     let depends =
         text.trim().strip_prefix("shlibs:Depends=").context("dpkg-shlibdeps says nothing")?;
-    // The service's helpers are called by the scripts.
+    // The maintainer scripts call the helpers for services.
     Ok(format!("{depends}, init-system-helpers (>= 1.54~)"))
 }
 
-/// `dpkg --verify` reads them.
+/// Returns the content of `md5sums`, which `dpkg --verify` reads.
 fn sums(tree: &Tree) -> Result<String> {
     let mut find = Command::new("find");
     find.current_dir(tree.root()).args(["etc", "usr", "-type", "f", "-exec", "md5sum", "{}", "+"]);

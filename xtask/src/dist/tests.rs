@@ -1,4 +1,4 @@
-//! The package, made of the development build.
+//! Tests of the package, built from the development build.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,7 +7,7 @@ use super::build::Built;
 use super::package::{self, Compression};
 use super::*;
 
-/// Everything that it installs, apart from folders and man pages of single commands.
+/// All files that the package installs, except for directories and the man pages of subcommands.
 const CONTENT: [&str; 14] = [
     "-rw-r--r-- ./etc/default/overnode",
     "-rwxr-xr-x ./usr/bin/overnode",
@@ -30,13 +30,14 @@ fn workspace() -> Workspace {
     Workspace::find().expect("cargo tells where it is")
 }
 
-/// The development build, with documents of the test's own.
+/// Returns the development build, with a separate documents directory for the test.
 fn built(test: &str) -> Built {
     build::development(&workspace(), scratch(&format!("{test}-documents")))
         .expect("overnode builds")
 }
 
-/// Tests are processes or threads of one process: each has folders of its own.
+/// Creates a scratch directory. Tests are processes or threads of one process, so each test needs a
+/// directory of its own.
 fn scratch(name: &str) -> PathBuf {
     let folder =
         workspace().target.join("dist-test").join(format!("{name}-{}", std::process::id()));
@@ -45,7 +46,7 @@ fn scratch(name: &str) -> PathBuf {
     folder
 }
 
-/// Removes what the tests leave, also when they fail.
+/// Removes a scratch directory when dropped, even if the test fails.
 struct Scratch(PathBuf);
 
 impl Drop for Scratch {
@@ -198,7 +199,7 @@ fn the_unit_is_sound_and_closed() {
     let level = exposure(&workspace()).expect("systemd-analyze tells");
     let number: f32 = level.split(' ').nth(3).and_then(|word| word.parse().ok()).expect(&level);
     assert!(number < 4.0, "{level}");
-    // The program itself need not be installed here.
+    // The program itself need not be installed on this machine.
     let verified = Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(unit).output();
     let said = verified.expect("systemd-analyze is installed");
     let said = String::from_utf8_lossy(&said.stderr).into_owned();

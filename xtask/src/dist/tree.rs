@@ -1,4 +1,5 @@
-//! A folder that becomes a package: every file with its mode, and the same time for all.
+//! A directory tree that becomes a package. Every file has an explicit mode. The packers set the
+//! same time for all files.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -11,17 +12,17 @@ use crate::step::describe;
 
 use super::output;
 
-/// A folder that is being filled.
+/// A directory tree that is being filled.
 #[derive(Debug)]
 pub struct Tree {
     root: PathBuf,
 }
 
 impl Tree {
-    /// An empty one; what was there is removed.
+    /// Creates an empty tree. Removes what exists at the path.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// Returns an error if the directory cannot be created.
     pub fn new(root: PathBuf) -> Result<Self> {
         let _ = fs::remove_dir_all(&root);
         let tree = Self { root };
@@ -29,15 +30,15 @@ impl Tree {
         Ok(tree)
     }
 
-    /// Where it is.
+    /// Returns the path of the tree.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Puts a file there, with the folders above it.
+    /// Writes a file and creates its parent directories.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// Returns an error if the file cannot be written.
     pub fn put(&self, place: &str, mode: u32, content: &[u8]) -> Result<()> {
         self.above(place)?;
         let file = self.root.join(place);
@@ -45,19 +46,19 @@ impl Tree {
         Ok(fs::set_permissions(&file, Permissions::from_mode(mode))?)
     }
 
-    /// A copy of a file.
+    /// Copies a file.
     ///
     /// # Errors
-    /// When it cannot be read or written.
+    /// Returns an error if the file cannot be read or written.
     pub fn copy(&self, place: &str, mode: u32, from: &Path) -> Result<()> {
         let content = fs::read(from).with_context(|| from.display().to_string())?;
         self.put(place, mode, &content)
     }
 
-    /// A program, without the symbols that only a debugger reads.
+    /// Copies a program and strips the symbols that only a debugger needs.
     ///
     /// # Errors
-    /// When it cannot be stripped.
+    /// Returns an error if the program cannot be stripped.
     pub fn program(&self, place: &str, from: &Path) -> Result<()> {
         self.above(place)?;
         let file = self.root.join(place);
@@ -72,27 +73,27 @@ impl Tree {
         Ok(fs::set_permissions(&file, Permissions::from_mode(0o755))?)
     }
 
-    /// A compressed file.
+    /// Writes a gzip-compressed file.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// Returns an error if the file cannot be written.
     pub fn compressed(&self, place: &str, content: &[u8]) -> Result<()> {
         self.put(place, 0o644, &gzip(content)?)
     }
 
-    /// A link to something else.
+    /// Creates a symbolic link.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// Returns an error if the link cannot be created.
     pub fn link(&self, place: &str, to: &str) -> Result<()> {
         self.above(place)?;
         Ok(symlink(to, self.root.join(place))?)
     }
 
-    /// What the files take, in KiB, as Debian counts (each rounded up).
+    /// Returns the installed size in KiB as Debian counts it, with each file rounded up.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// Returns an error if the tree cannot be read.
     pub fn size(&self) -> Result<u64> {
         fn below(folder: &Path) -> Result<u64> {
             let mut sum = 1;
@@ -120,7 +121,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Its mode does not depend on the umask.
+    /// Creates a directory whose mode does not depend on the umask.
     fn folder(&self, place: &str) -> Result<()> {
         let folder = self.root.join(place);
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
@@ -128,7 +129,7 @@ impl Tree {
     }
 }
 
-/// Without a name and a time.
+/// Compresses with gzip, without a file name and a time stamp.
 fn gzip(content: &[u8]) -> Result<Vec<u8>> {
     let mut gzip = Command::new("gzip");
     gzip.args(["-9", "--no-name", "--stdout"]).stdin(Stdio::piped()).stdout(Stdio::piped());

@@ -1,4 +1,4 @@
-//! The initramfs: programs with the libraries that they need, and kernel modules.
+//! Builds the initramfs: programs with their libraries, and kernel modules.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -12,17 +12,17 @@ use anyhow::{Context, Result, ensure};
 use super::kernel::Kernel;
 use crate::step::{describe, show};
 
-/// What the lab, WireGuard and overnode want of the kernel; with all that these need. They are
-/// loaded on demand, as on any machine.
+/// The kernel modules that the lab, WireGuard and overnode use. Their dependencies are included.
+/// They are loaded on demand, as on any machine.
 pub const MODULES: [&str; 7] =
     ["veth", "bridge", "nf_tables", "sch_ingress", "cls_bpf", "tun", "wireguard"];
 const FOLDERS: [&str; 11] =
     ["bin", "sbin", "etc", "dev", "proc", "sys", "tmp", "run", "var", "root", "usr/bin"];
 
-/// Packs it into a file of `folder`, and says which.
+/// Packs the initramfs into a file in `folder` and returns its path.
 ///
 /// # Errors
-/// When a program, a library or a module is missing.
+/// Returns an error if a program, a library or a module is missing.
 pub fn pack(
     folder: &Path,
     kernel: &Kernel,
@@ -41,7 +41,7 @@ pub fn pack(
     put_modules(&root, kernel, modules)?;
     fs::write(root.join("init"), init)?;
     fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755))?;
-    // The kernel calls this one to load a module that it lacks.
+    // The kernel calls this program to load a missing module.
     symlink("/bin/busybox", root.join("sbin/modprobe"))?;
     symlink("/run", root.join("var/run"))?;
     fs::write(root.join("etc/hosts"), "127.0.0.1 localhost\n::1 localhost\n")?;
@@ -51,14 +51,14 @@ pub fn pack(
     Ok(image)
 }
 
-/// The program without its debugging information, and the libraries that `ldd` names.
+/// Copies a program without its debugging information, and the libraries that `ldd` lists.
 fn put_program(root: &Path, name: &str, file: &Path) -> Result<()> {
     let place = root.join("bin").join(name);
     show(
         Command::new("strip").args(["--strip-debug", "-o"]).arg(&place).arg(file.canonicalize()?),
     )?;
     fs::set_permissions(&place, fs::Permissions::from_mode(0o755))?;
-    // For a static program `ldd` fails and names none.
+    // For a static program, `ldd` fails and lists no libraries.
     let output = Command::new("ldd").arg(file).output().context("ldd cannot be started")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(!text.contains("not found"), "libraries are missing: {text}");
@@ -72,9 +72,9 @@ fn put_program(root: &Path, name: &str, file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The modules, and the tables by which `modprobe` finds them.
+/// Copies the modules and the tables that `modprobe` uses to find them.
 fn put_modules(root: &Path, kernel: &Kernel, modules: &[&str]) -> Result<()> {
-    // FOLDER/lib/modules/RELEASE
+    // The path is FOLDER/lib/modules/RELEASE.
     let base = kernel.modules.ancestors().nth(3).context("modules lie in lib/modules")?;
     let tables = kernel.modules.join("modules.dep");
     if !tables.exists() {

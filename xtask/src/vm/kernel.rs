@@ -1,4 +1,4 @@
-//! Debian's kernel, from its package, unpacked into the target directory: never installed.
+//! Provides Debian's kernel: unpacks its package into the target directory without installing it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,27 +8,27 @@ use anyhow::{Context, Result, ensure};
 use crate::setup;
 use crate::step::{Step, show};
 
-/// The package that depends on the current one.
+/// The metapackage that depends on the current kernel package.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
-/// What is promised, and what Debian 12 has.
+/// The oldest supported series, which Debian 12 has.
 const SERIES: &str = "6.1.";
 
 /// A kernel and its modules.
 #[derive(Debug)]
 pub struct Kernel {
-    /// As `uname -r` says.
+    /// The release, as `uname -r` prints it.
     pub release: String,
-    /// The bootable file.
+    /// The kernel image.
     pub image: PathBuf,
-    /// The folder that holds `kernel/`.
+    /// The module directory, which contains `kernel/`.
     pub modules: PathBuf,
 }
 
 impl Kernel {
-    /// The one in `folder/kernel`; downloaded by apt if there is none.
+    /// Returns the kernel in `folder/kernel`. Downloads it with apt if it is missing.
     ///
     /// # Errors
-    /// There is none and this is not Debian 12, or the package cannot be had.
+    /// Returns an error if it is missing and this is not Debian 12, or if the download fails.
     pub fn get(folder: &Path) -> Result<Self> {
         let place = folder.join("kernel");
         if !place.is_dir() {
@@ -54,7 +54,7 @@ impl Kernel {
 fn download(folder: &Path, place: &Path) -> Result<()> {
     let package = match current_package() {
         Ok(package) => package,
-        // The lists may be absent: only a failure tells.
+        // The package lists may be missing, which only shows as an error here.
         Err(_) => {
             Step::start("read the package lists").show(setup::apt().args(["update", "-q"]))?;
             current_package()?
@@ -79,7 +79,7 @@ fn download(folder: &Path, place: &Path) -> Result<()> {
     let file = fresh.join(file.context("apt-get downloaded nothing")?);
     let unpacked = fresh.join("unpacked");
     show(Command::new("dpkg-deb").arg("--extract").arg(&file).arg(&unpacked))?;
-    // Only what is whole gets the name that later runs look for.
+    // Rename only when the directory is complete: later runs look for this name.
     std::fs::rename(&unpacked, place)?;
     std::fs::remove_dir_all(&fresh)?;
     step.done();

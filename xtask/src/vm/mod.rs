@@ -1,8 +1,8 @@
-//! `cargo xtask vm`: the promise "Linux 6.1 and later", kept in a virtual machine.
+//! `cargo xtask vm`: tests the promise "Linux 6.1 and later" in a virtual machine.
 //!
-//! QEMU boots Debian's cloud kernel with an initramfs that holds the programs under test and what
-//! they call. Neither the machine's own kernel nor its root file system takes part. It is emulated
-//! in software: that works everywhere, also where KVM is missing or does not nest.
+//! QEMU boots Debian's cloud kernel with an initramfs that contains the programs under test and
+//! everything they call. The host's kernel and root file system are not involved. QEMU emulates the
+//! machine in software, which also works where KVM is missing or cannot be nested.
 
 mod image;
 mod kernel;
@@ -24,13 +24,13 @@ use crate::workspace::Workspace;
 
 use kernel::Kernel;
 
-/// The machine is stopped after this time.
+/// Time limit of the virtual machine.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
-/// What the init process prints in front of a part's name and exit status.
+/// The prefix of the line in which the init process reports a part's name and exit status.
 const RESULT: &str = "vm-part";
 
-/// Programs and the Debian packages that have them, for this machine (first four) and for the one
-/// inside.
+/// Programs and the Debian packages that contain them. The first [`HERE_ONLY`] run on the host, the
+/// others in the virtual machine.
 const PROGRAMS: [(&str, &str); 12] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("cpio", "cpio"),
@@ -50,23 +50,23 @@ const HERE_ONLY: usize = 4;
 /// Options of the command.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// What to run there [default: everything]
+    /// Parts to run [default: all]
     #[arg(value_name = "PART", value_enum)]
     parts: Vec<Part>,
 }
 
-/// What is run inside.
+/// A part of the test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Part {
     /// The cipher under BPF_PROG_TEST_RUN
     Aead,
-    /// The programs under BPF_PROG_TEST_RUN, and their size for this kernel's verifier
+    /// The eBPF programs under BPF_PROG_TEST_RUN, and their size for this kernel's verifier
     Programs,
     /// Two nodes, from launch to reset
     Cluster,
     /// A node and the kernel's WireGuard
     Wireguard,
-    /// New keys between these two
+    /// Rekeying between a node and the kernel's WireGuard
     Rekey,
     /// The Debian package on Debian 12 with systemd: install, reboot, upgrade, purge
     Package,
@@ -76,7 +76,7 @@ impl Part {
     const ALL: [Self; 6] =
         [Self::Aead, Self::Programs, Self::Cluster, Self::Wireguard, Self::Rekey, Self::Package];
 
-    /// Also the first word of what the init process prints about it.
+    /// Returns the part's name, which the init process prints after [`RESULT`].
     const fn name(self) -> &'static str {
         match self {
             Self::Aead => "aead",
@@ -100,11 +100,11 @@ impl Part {
     }
 }
 
-/// Builds, packs, boots and judges.
+/// Builds, packs and boots, and evaluates the results.
 ///
 /// # Errors
-/// When something is missing and cannot be installed, or a part fails; the machine's output has
-/// been shown by then.
+/// Returns an error if something is missing and cannot be installed, or if a part fails. The
+/// machine's output has been shown by then.
 pub fn run(arguments: &Arguments) -> Result<()> {
     setup::run(Purpose::Build)?;
     setup::programs(&PROGRAMS)?;
@@ -149,7 +149,8 @@ fn names(parts: &[Part]) -> String {
     parts.iter().map(|part| part.name()).collect::<Vec<_>>().join(", ")
 }
 
-/// Builds what is to run inside: names there and files here.
+/// Builds the programs that run in the machine. Returns their names in the machine and their files
+/// on the host.
 fn build(workspace: &Workspace) -> Result<Vec<(String, PathBuf)>> {
     let words = [
         "--package",
@@ -183,7 +184,7 @@ fn build(workspace: &Workspace) -> Result<Vec<(String, PathBuf)>> {
     Ok(programs)
 }
 
-/// The script that is the first process inside.
+/// Returns the script that runs as the machine's first process.
 fn init(parts: &[Part]) -> String {
     let mut script = "#!/bin/busybox sh\n\
         export PATH=/bin OVERNODE_BIN_DIR=/bin RUST_BACKTRACE=0\n\
@@ -203,15 +204,15 @@ fn init(parts: &[Part]) -> String {
     script + "poweroff -f\n"
 }
 
-/// What is started.
+/// The configuration of a virtual machine.
 struct Machine<'a> {
     kernel: &'a Path,
     initramfs: &'a Path,
-    /// A file system image.
+    /// An image of the root file system.
     disk: Option<&'a Path>,
 }
 
-/// Runs the machine to its end; shows and gives back the lines that it prints.
+/// Runs the machine until it powers off or reboots. Shows and returns the lines that it prints.
 fn boot(machine: &Machine<'_>) -> Result<Vec<String>> {
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args([
@@ -257,7 +258,8 @@ fn boot(machine: &Machine<'_>) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// True if it had to. The process is not waited for before `over`, so that its ID remains its own.
+/// Kills the process at the time limit. Returns true if it did. The caller waits for the process
+/// only after setting `over`, so the process ID cannot be reused before.
 fn stop_in_time(pid: nix::unistd::Pid, over: &AtomicBool) -> bool {
     let deadline = Instant::now() + LIMIT;
     while !over.load(Ordering::Relaxed) {
@@ -269,7 +271,7 @@ fn stop_in_time(pid: nix::unistd::Pid, over: &AtomicBool) -> bool {
     false
 }
 
-/// Every part has to have said that it ended well.
+/// Checks that every part has reported success.
 fn judge(parts: &[Part], lines: &[String]) -> Result<()> {
     let mut failures = Vec::new();
     for part in parts {

@@ -1,4 +1,5 @@
-//! The Debian package on Debian 12 with systemd: install, launch, reboot, upgrade, remove, purge.
+//! Tests the Debian package on Debian 12 with systemd: install, launch, reboot, upgrade, remove,
+//! purge.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -14,10 +15,10 @@ use crate::step::{Step, show};
 use crate::workspace::Workspace;
 
 const STORY: &str = include_str!("package.sh");
-/// Beside what every Debian has.
+/// Packages to install in addition to Debian's base system.
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,udev,kmod,iproute2,iputils-ping,procps,docker.io,iptables,ca-certificates,\
     init-system-helpers,busybox-static";
-/// To find its disk.
+/// Modules that the initramfs needs to mount the disk.
 const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 const INIT: &str = "#!/bin/busybox sh\n\
     export PATH=/bin\n\
@@ -34,10 +35,10 @@ const INIT: &str = "#!/bin/busybox sh\n\
 const UNIT: &str = "[Unit]\nDescription=Story\nDefaultDependencies=no\nAfter=sysinit.target dbus.socket\n\
     [Service]\nExecStart=/opt/story/story\nTimeoutSec=infinity\n[Install]\nWantedBy=multi-user.target\n";
 
-/// Installs, reboots, upgrades and purges.
+/// Installs, reboots, upgrades and purges the package.
 ///
 /// # Errors
-/// When something is missing or fails; the machine's output has been shown by then.
+/// Returns an error if something is missing or fails. The machine's output has been shown by then.
 pub fn run(workspace: &Workspace, folder: &Path, kernel: &Kernel) -> Result<()> {
     setup::programs(&[("debootstrap", "debootstrap"), ("mkfs.ext4", "e2fsprogs")])?;
     let packages = crate::dist::trials(workspace, ["", "+1"])?;
@@ -52,7 +53,7 @@ pub fn run(workspace: &Workspace, folder: &Path, kernel: &Kernel) -> Result<()> 
     let step = Step::start("start Debian, install and launch");
     let lines = boot(&machine)?;
     step.done();
-    // It ends with a reboot, at which QEMU ends, and says nothing but when it fails.
+    // The first boot ends with a reboot, which ends QEMU. It reports a result only if it fails.
     let failed = lines.iter().any(|line| line.starts_with(RESULT));
     ensure!(!failed, "package failed before the reboot: see above");
     let step = Step::start("start it again, upgrade, remove, purge");
@@ -66,7 +67,7 @@ pub fn run(workspace: &Workspace, folder: &Path, kernel: &Kernel) -> Result<()> 
     Ok(())
 }
 
-/// The root file system, as debootstrap makes it: once.
+/// Returns the root file system. debootstrap creates it once.
 fn debian(folder: &Path) -> Result<PathBuf> {
     let place = folder.join("debian-12");
     if !place.is_dir() {
@@ -79,13 +80,14 @@ fn debian(folder: &Path) -> Result<PathBuf> {
         for folder in ["var/cache/apt/archives", "var/lib/apt/lists"] {
             let _ = fs::remove_dir_all(fresh.join(folder));
         }
-        // Only what is whole gets the name that later runs look for.
+        // Rename only when the directory is complete: later runs look for this name.
         fs::rename(&fresh, &place)?;
     }
     Ok(place)
 }
 
-/// A disk with it, the kernel's modules, the packages and the story.
+/// Creates the disk: the root file system with the kernel's modules, the packages and the test
+/// script.
 fn disk(
     workspace: &Workspace,
     folder: &Path,
@@ -121,7 +123,7 @@ fn disk(
     fs::create_dir_all(&wanted)?;
     let _ = fs::remove_file(wanted.join("story.service"));
     symlink("/etc/systemd/system/story.service", wanted.join("story.service"))?;
-    // A login prompt would take the line away from the story.
+    // A login prompt would take over the serial line that the script writes to.
     let prompt = debian.join("etc/systemd/system/serial-getty@ttyS0.service");
     let _ = fs::remove_file(&prompt);
     symlink("/dev/null", prompt)?;

@@ -14,7 +14,7 @@ use crate::types::{Network, NodeId};
 
 const FROM: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 40, 0, 9));
 
-/// With 100 addresses of `many`, and no resolvers.
+/// Returns a service with 100 addresses for `many` and without upstream resolvers.
 fn service() -> Service {
     let mut zone = Zone::new(StdRng::seed_from_u64(1));
     let node = NodeId::new(1).unwrap();
@@ -149,7 +149,7 @@ fn what_is_no_query_is_ignored_or_refused_in_twelve_bytes() {
     {
         assert_eq!(altered(at, value), Some(ResponseCode::FormErr), "{value} at {at}");
     }
-    // A name that points at itself.
+    // A compressed name that points to itself.
     let pointer = [&good[..HEADER], &[0xc0, 12, 0, 1, 0, 1]].concat();
     assert_eq!(begin(&pointer), Some(ResponseCode::FormErr));
     assert_eq!(service.counts().queries, 0);

@@ -14,7 +14,7 @@ fn settings() -> Settings {
     }
 }
 
-/// The plan, and a disk and a kernel that do what it says.
+/// The plan, with a disk and a kernel that carry out its steps.
 struct World {
     plan: Docker,
     disk: BTreeMap<IpAddr, Attachment>,
@@ -104,7 +104,7 @@ impl World {
         self.plan.keep(record, self.now);
     }
 
-    /// The daemon dies and starts again.
+    /// Restarts the daemon, which reloads its state from disk.
     fn restart(&mut self) {
         self.plan = Docker::new(
             settings(),
@@ -120,7 +120,7 @@ impl World {
         }
     }
 
-    /// An endpoint in a sandbox, from the beginning. Returns its address.
+    /// Starts an endpoint in a sandbox with all requests that this takes. Returns its address.
     fn start(&mut self, endpoint: &str, sandbox: &str) -> IpAddr {
         let Response::Address { address } = self.done(request_address("")) else { panic!() };
         self.done(create_endpoint(endpoint, &address));
@@ -214,7 +214,7 @@ fn what_is_gone_can_be_removed_again_and_what_is_there_can_be_made_again() {
         world.done(Request::ReleasePool(PoolId { pool: NAME.into() }));
     }
     assert!(world.disk.is_empty() && world.plugged.is_empty());
-    // Never known: as gone as the others.
+    // Releasing an address that was never known also succeeds.
     world.done(release([192, 0, 2, 1].into()));
 }
 
@@ -240,7 +240,7 @@ fn hardware_addresses_are_told_by_whoever_settles_them() {
         let kept = world.plan.by_endpoint(endpoint).unwrap().engine.clone().unwrap().mac;
         let told = if given.is_empty() { &interface.mac_address } else { given };
         assert_eq!(parse_mac(told), Some(kept));
-        // An engine that repeats what it was told does not want to hear it again.
+        // An engine that repeats the address it was told must not get it back in the answer.
         let told = told.to_owned();
         let Response::Endpoint { interface } = world.done(with_mac(endpoint, &address, &told))
         else {
