@@ -1,7 +1,7 @@
-//! Writes the man pages and the completions of the commands into a directory: `documents DIR`.
+//! Writes the man pages and shell completions of the commands into a directory: `documents DIR`.
 //!
-//! Both come from the definition of the command line, so that they cannot say anything else than
-//! `--help`. `cargo xtask dist` runs this; it is no part of the program that people get.
+//! Both are generated from the definition of the command line, so they always agree with `--help`.
+//! `cargo xtask dist` runs this program. It is not shipped.
 
 #![allow(clippy::print_stderr, reason = "this is a program for a terminal")]
 
@@ -22,7 +22,7 @@ mod failure;
 #[path = "../src/options.rs"]
 mod options;
 
-/// What the command reads and writes, for its page.
+/// The FILES section of a man page: what the command reads and writes.
 const FILES: &str = "\
 .TP
 \\fI/etc/default/overnode\\fR
@@ -66,7 +66,7 @@ fn write(folder: &Path) -> io::Result<()> {
     page(folder, &daemon, "8", "overnode(1), systemctl(1)")
 }
 
-/// The page of a command and those of the commands below it.
+/// Writes the page of a command and of its subcommands.
 fn pages(folder: &Path, command: &clap::Command) -> io::Result<()> {
     let name = command.get_display_name().unwrap_or(command.get_name());
     let also = if name == "overnode" { "overnoded(8)" } else { "overnode(1), overnoded(8)" };
@@ -104,7 +104,8 @@ fn page(folder: &Path, command: &clap::Command, section: &str, also: &str) -> io
     fs::write(folder.join(man.get_filename()), page)
 }
 
-/// `Examples:` and `Exit status:` become sections; lines that are indented stay as they are.
+/// Converts the text after the options to roff. `Examples:` and `Exit status:` become sections.
+/// Indented lines stay as they are.
 fn after_help(text: &str) -> String {
     let mut page = String::new();
     let mut section = "";
@@ -132,7 +133,8 @@ fn after_help(text: &str) -> String {
     page
 }
 
-/// For roff: a line that is text whatever it starts with, and hyphens that can be copied.
+/// Escapes a line for roff: it is text whatever its first character is, and its hyphens can be
+/// copied.
 fn escape(line: &str) -> String {
     let text = line.replace('\\', "\\(rs").replace('-', "\\-");
     if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }

@@ -1,4 +1,4 @@
-//! Asks the daemon: HTTP with JSON over its unix socket.
+//! Sends requests to the daemon: HTTP with JSON over its unix socket.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -20,22 +20,23 @@ use crate::failure::Failure;
 use crate::options::Context;
 use crate::presence::Presence;
 
-/// The largest answer that is read, in bytes.
+/// Size limit of an answer, in bytes.
 const ANSWER_LIMIT: usize = 256 * 1024 * 1024;
 
-/// How long an answer may take. Launching and resetting load and remove programs, and derive a key.
+/// Timeout of an answer. Launching and resetting take long: they load and remove programs and
+/// derive a key.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How long a daemon that was killed may take to be gone.
+/// How long a killed daemon may take to disappear.
 const ENDING: Duration = Duration::from_secs(1);
 
-/// The longest line of an answer without end, in bytes.
+/// Size limit of one line of a streamed answer, in bytes.
 const LINE_LIMIT: usize = 1024 * 1024;
 
-/// How often a daemon that comes or goes is looked at.
+/// Interval between checks on a daemon that is starting or ending.
 pub const POLL: Duration = Duration::from_millis(25);
 
-/// Speaks to one daemon; a connection for each request.
+/// A client of one daemon. Each request opens a connection.
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
@@ -43,22 +44,22 @@ pub struct Client {
     debug: bool,
 }
 
-/// Why there is no answer.
+/// Why a request got no answer.
 #[derive(Debug)]
 pub enum Unanswered {
     /// Nothing listens on the socket.
     NotRunning,
-    /// The socket is not for this user.
+    /// The current user may not connect to the socket.
     Denied,
-    /// Another user, who is not root, listens on the socket.
+    /// The listener belongs to this user, who is neither root nor the current user.
     Stranger(u32),
-    /// The daemon said no.
+    /// The daemon refused the request.
     Refused(ApiError),
-    /// The daemon is there, but something went wrong on the way.
+    /// The daemon is there, but the exchange failed.
     Broken(String),
 }
 
-/// An answer that goes on, line by line.
+/// A streamed answer, read line by line.
 #[derive(Debug)]
 pub struct Lines {
     body: Incoming,
@@ -66,10 +67,11 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// The next line, without its end; `None` after the last. Cancelling loses nothing.
+    /// Returns the next line without its line break, or `None` after the last one. Cancel safe: no
+    /// data is lost.
     ///
     /// # Errors
-    /// The connection broke, or a line does not end.
+    /// Fails if the connection breaks or a line is too long.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Unanswered> {
         loop {
             if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
@@ -91,7 +93,7 @@ impl Lines {
 }
 
 impl Client {
-    /// For the daemon whose directories these are.
+    /// Creates a client for the daemon that uses these directories.
     pub fn new(context: &Context) -> Self {
         Self {
             socket: context.run_dir.join(api::SOCKET),
@@ -100,18 +102,18 @@ impl Client {
         }
     }
 
-    /// Asks for something.
+    /// Sends a GET request.
     ///
     /// # Errors
-    /// In words for people; [`Self::try_get`] tells the cases apart.
+    /// Fails with a message for the user. [`Self::try_get`] tells the causes apart.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
         self.try_get(path).await.map_err(|why| self.explain(why))
     }
 
-    /// Asks for something to be done.
+    /// Sends a POST request.
     ///
     /// # Errors
-    /// In words for people.
+    /// Fails with a message for the user. [`Self::try_post`] tells the causes apart.
     pub async fn post<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -120,10 +122,10 @@ impl Client {
         self.try_post(path, body).await.map_err(|why| self.explain(why))
     }
 
-    /// Asks for something to be done.
+    /// Sends a POST request.
     ///
     /// # Errors
-    /// [`Unanswered`]
+    /// Fails with an [`Unanswered`], which tells the causes apart.
     pub async fn try_post<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -135,18 +137,18 @@ impl Client {
         self.ask(Method::POST, path, body.into()).await
     }
 
-    /// Asks for something.
+    /// Sends a GET request.
     ///
     /// # Errors
-    /// [`Unanswered`]
+    /// Fails with an [`Unanswered`], which tells the causes apart.
     pub async fn try_get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Unanswered> {
         self.ask(Method::GET, path, Bytes::new()).await
     }
 
-    /// Asks for an answer that goes on.
+    /// Sends a GET request for a streamed answer.
     ///
     /// # Errors
-    /// [`Unanswered`]
+    /// Fails with an [`Unanswered`], which tells the causes apart.
     pub async fn lines(&self, path: &str) -> Result<Lines, Unanswered> {
         self.note(format_args!("> GET {path}"));
         let response = tokio::time::timeout(PATIENCE, self.send(Method::GET, path, Bytes::new()))
@@ -162,15 +164,17 @@ impl Client {
         Ok(Lines { body: response.into_body(), buffer: Vec::new() })
     }
 
-    /// Who runs, if anybody does. A daemon that is just ending does not.
+    /// Returns the version of the running daemon, if any. A daemon that is just ending does not
+    /// count.
     ///
     /// # Errors
-    /// When something does run but does not answer properly, or is not for this user.
+    /// Fails if a daemon is running but does not answer properly, or if its socket is closed to
+    /// this user.
     pub async fn running(&self) -> Result<Option<api::Version>, Failure> {
         let begun = Instant::now();
         loop {
-            // A process that was killed takes questions, and keeps its lock, until the kernel has
-            // closed all that it had open.
+            // A killed process accepts requests and keeps its lock until the kernel has closed all
+            // of its descriptors.
             let may_be_ending = begun.elapsed() < ENDING;
             match self.try_get("/v1/version").await {
                 Ok(version) => return Ok(Some(version)),
@@ -194,12 +198,12 @@ impl Client {
         }
     }
 
-    /// The socket of the daemon.
+    /// Returns the path of the daemon's socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// In words for people.
+    /// Turns the cause into a message for the user.
     pub fn explain(&self, why: Unanswered) -> Failure {
         match why {
             Unanswered::NotRunning => {
@@ -270,7 +274,7 @@ impl Client {
                 io::ErrorKind::PermissionDenied => Unanswered::Denied,
                 _ => broken(&error),
             })?;
-        // Whoever listens gets what is sent, a token perhaps.
+        // The listener receives the request, which may hold a token.
         let listener = stream.peer_cred().map_err(|error| broken(&error))?.uid();
         if !trust::is_trusted_user(listener) {
             return Err(Unanswered::Stranger(listener));

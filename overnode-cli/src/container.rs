@@ -1,25 +1,24 @@
-//! Finds containers by asking the engines' own commands, with whatever the user has configured for
-//! them.
+//! Finds containers by running the engines' own commands, which apply the user's configuration.
 
 use std::process::{Command, Stdio};
 
 use crate::failure::Failure;
 
-/// The engines whose commands are asked.
+/// Commands of the supported engines.
 const ENGINES: [&str; 2] = ["docker", "podman"];
 
-/// A container that runs.
+/// A container that an engine knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Container {
-    /// Its full ID.
+    /// Full ID.
     pub id: String,
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its first process; none while it does not run.
+    /// Process ID of its first process; `None` if the container is not running.
     pub pid: Option<u32>,
 }
 
-/// What one engine says.
+/// What one engine answers about a container.
 enum Answer {
     Absent,
     NoSuch(String),
@@ -29,7 +28,7 @@ enum Answer {
 /// Finds a container by name or ID.
 ///
 /// # Errors
-/// When no engine has it, or more than one.
+/// Fails if no engine has the container, or if more than one has.
 pub fn find(name: &str) -> Result<Container, Failure> {
     let mut found = Vec::new();
     let mut said = Vec::new();

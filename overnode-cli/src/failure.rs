@@ -1,10 +1,10 @@
-//! Why a command failed.
+//! The error type of commands.
 
 use std::fmt;
 
 use overnode_daemon::api::{ApiError, ErrorKind};
 
-/// Why a command failed: one line "what: why: what to do", and the exit status.
+/// Why a command failed: one line "what: why: what to do", and an exit status.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     usage: bool,
@@ -12,22 +12,22 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// The command line makes no sense: exit status 2.
+    /// Creates a failure for wrong usage, with exit status 2.
     pub fn usage(message: impl fmt::Display) -> Self {
         Self::new(true, message)
     }
 
-    /// It should have worked: exit status 1.
+    /// Creates a failure of a correctly used command, with exit status 1.
     pub fn failed(message: impl fmt::Display) -> Self {
         Self::new(false, message)
     }
 
-    /// The exit status.
+    /// Returns the exit status, 1 or 2.
     pub const fn exit(&self) -> u8 {
         if self.usage { 2 } else { 1 }
     }
 
-    /// The same failure with something added.
+    /// Appends `more` to the message, after a semicolon.
     pub fn and(self, more: impl fmt::Display) -> Self {
         Self::new(self.usage, format_args!("{self}; {more}"))
     }

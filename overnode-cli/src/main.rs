@@ -1,9 +1,11 @@
-//! The `overnode` command: reads what is wanted, asks the daemon for it, and shows the answer.
+//! The `overnode` command: parses the command line, sends requests to the daemon and prints the
+//! answers.
 //!
-//! [`options`] is the command line, [`command`] has one module for each command, [`client`] speaks
-//! to the daemon, [`start`] starts and stops it, [`render`] makes tables. A command returns what
-//! goes to standard output; it is written here, in one place, and so is the one line on standard
-//! error of a command that fails.
+//! [`options`] defines the command line. [`command`] has one module per command. [`client`] talks
+//! to the daemon, [`start`] starts and stops it, and [`render`] formats tables.
+//!
+//! A command returns its standard output as text, and this module writes it. (`monitor` prints its
+//! events itself.) This module also writes the one line on standard error of a command that fails.
 
 mod client;
 mod cni;
@@ -34,7 +36,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return options::explain(&error),
     };
-    // A token or a key may be on its way through this process.
+    // A token or a key may pass through this process.
     if let Err(error) = trust::protect_memory() {
         let _ = writeln!(
             io::stderr(),
@@ -47,7 +49,7 @@ fn main() -> ExitCode {
         Err(failure) => {
             let text = failure.to_string();
             let name = if text.starts_with("overnode ") { "" } else { "overnode: " };
-            // Nobody is left to tell when this fails.
+            // A failed write cannot be reported anywhere else.
             let _ = writeln!(io::stderr(), "{name}{text}");
             ExitCode::from(failure.exit())
         }
@@ -67,7 +69,7 @@ fn write_out(output: &str) -> ExitCode {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(output.as_bytes()).and_then(|()| stdout.flush()) {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever reads has seen enough (`overnode status | head`).
+        // The reader closed the pipe because it has seen enough (`overnode status | head`).
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(io::stderr(), "overnode: standard output: {error}");

@@ -1,4 +1,4 @@
-//! The command line.
+//! Defines the command line.
 
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal, Write};
@@ -19,16 +19,16 @@ use crate::failure::Failure;
 
 /// Joins the containers of many Linux hosts into one private, encrypted network
 ///
-/// Every host runs one equal node; nodes find each other, and each can work alone when the network
-/// splits.
+/// Every host runs one node, and all nodes are equal. Nodes find each other, and each of them keeps
+/// working when the network splits.
 #[derive(Debug, Parser)]
 #[command(name = "overnode", version, after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
-    /// For every command.
+    /// Options of every command.
     #[command(flatten)]
     pub global: Global,
 
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -43,27 +43,27 @@ Examples:
 
 Exit status: 0 done, 1 failed (one line on standard error says why and what to do), 2 wrong usage.";
 
-/// For every command.
+/// Options of every command.
 #[derive(Clone, Debug, Args)]
 pub struct Global {
-    /// Say more, and have a daemon that is started log more
+    /// Print debug messages, and make a daemon that this command starts log more
     #[arg(long, global = true, help_heading = "Everywhere")]
     pub debug: bool,
 
-    /// Print without colours; so does NO_COLOR in the environment
+    /// Print without colors; setting NO_COLOR in the environment has the same effect
     #[arg(long, global = true, help_heading = "Everywhere")]
     pub no_color: bool,
 
-    /// Where the node's identity, keys and addresses are kept
+    /// Directory for the node's identity, keys and addresses
     #[arg(long, global = true, help_heading = "Everywhere", env = "OVERNODE_STATE_DIR", hide_env_values = true, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
     pub state_dir: PathBuf,
 
-    /// Where the daemon's socket is
+    /// Directory of the daemon's socket
     #[arg(long, global = true, help_heading = "Everywhere", env = "OVERNODE_RUN_DIR", hide_env_values = true, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
 }
 
-/// What to do.
+/// The command to run.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Launch(Launch),
@@ -87,7 +87,7 @@ pub enum Command {
     Resume,
     #[command(subcommand)]
     Peer(Peer),
-    /// Print a random token, which nobody guesses
+    /// Print a new random token that cannot be guessed
     Token,
     /// Print the versions of this command and of the daemon
     Version,
@@ -95,16 +95,16 @@ pub enum Command {
 
 /// Start this host's node and join the cluster
 ///
-/// The hosts named become its targets: it connects to them and keeps trying. They need not be
-/// reachable, and need not exist. A node that is its own target skips itself. Launched again while
-/// it runs, it gets the hosts named as further targets; launched again after it was stopped, it
-/// starts again with the hosts named, or else with the targets it had.
+/// The given hosts become the node's targets: the node dials them and keeps trying. They need not
+/// be reachable or even exist. A node that is its own target skips itself. Launching a running node
+/// again adds the hosts to its targets. Launching a stopped node again starts it with these hosts
+/// as targets, or with its previous targets if no host is given.
 ///
-/// Every node of a cluster has the same token and an ID of its own. Nodes 1 to 4 can give addresses
-/// to containers by themselves.
+/// All nodes of a cluster have the same token, and each node has its own ID. Nodes 1 to 4 can give
+/// addresses to containers by themselves.
 ///
-/// Whoever knows the token, or guesses it, is a member. Make it with `overnode token`; a word that
-/// can be guessed is taken, with a warning.
+/// Anyone who knows or guesses the token can join the cluster. Create it with `overnode token`. A
+/// token that is easy to guess is accepted with a warning.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -116,7 +116,7 @@ pub struct Launch {
     #[arg(long, value_name = "ID", allow_hyphen_values = true)]
     pub id: NodeId,
 
-    /// The cluster's token; every user of this host sees it in the list of processes, unlike with
+    /// The cluster's token. Every user of this host can see it in the process list, unlike with
     /// --token-file or OVERNODE_TOKEN
     #[arg(long, value_name = "TOKEN", conflicts_with = "token_file", allow_hyphen_values = true)]
     pub token: Option<String>,
@@ -125,37 +125,37 @@ pub struct Launch {
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
-    /// The node's name for people [default: the host's name]
+    /// The node's human-readable name [default: the host's name]
     #[arg(long, value_name = "NAME", value_parser = name)]
     pub nickname: Option<String>,
 
-    /// The interface to the other hosts [default: whichever routes to them]
+    /// The interface to the other hosts [default: the one that routes to them]
     #[arg(long, value_name = "NAME", value_parser = interface)]
     pub interface: Option<String>,
 
-    /// MTU of the containers' interfaces, in bytes [default: what fits the interface to the other
-    /// hosts]
+    /// MTU of the containers' interfaces, in bytes, 576 to 65455 [default: what fits the interface
+    /// to the other hosts]
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(576..=65455))]
     pub mtu: Option<u32>,
 
-    /// Connect to targets only, not to nodes that they tell of
+    /// Dial targets only, not the nodes that other nodes report
     #[arg(long)]
     pub no_discovery: bool,
 
-    /// Leave this host's Docker engine alone: no plugin for its networks, and no default network
+    /// Leave this host's Docker engine alone: no network plugin and no default network
     #[arg(long)]
     pub no_docker: bool,
 
-    /// Open messages in native XDP on the underlay's interface, instead of in TC. Its segmentation
-    /// offloads are lost to everything else on the host
+    /// Decrypt messages in native XDP on the underlay interface instead of in TC. This turns off
+    /// the interface's segmentation offloads for everything else on the host
     #[arg(long, requires = "interface")]
     pub xdp: bool,
 
-    /// Workers in user space for flows that move a lot: off, or which cipher they seal with
+    /// Userspace workers for bulk flows: off, or the cipher that they seal with
     #[arg(long, value_name = "CIPHER", value_enum, default_value_t = Mode::Auto)]
     pub bulk: Mode,
 
-    /// How many such workers, one core each [default: half of the cores]
+    /// Number of userspace workers, 1 to 16, one core each [default: half of the cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub bulk_workers: Option<u8>,
 
@@ -168,53 +168,52 @@ pub struct Launch {
     #[arg(long, value_name = "NETWORK")]
     pub subnet: Option<IpNet>,
 
-    /// The domain under which containers find each other's names, beside weave.local [default:
-    /// overnode.local]
+    /// Domain of the containers' names, in addition to weave.local [default: overnode.local]
     #[arg(long, value_name = "DOMAIN", value_parser = domain, conflicts_with = "no_dns")]
     pub dns_domain: Option<String>,
 
-    /// Serve no names to the containers of this host
+    /// Do not serve names to the containers of this host
     #[arg(long)]
     pub no_dns: bool,
 
-    /// Targets: names or IP addresses
+    /// Targets: host names or IP addresses
     #[arg(value_name = "HOST")]
     pub hosts: Vec<Host>,
 }
 
-/// Add targets: hosts that this node connects to
+/// Add targets: hosts that this node dials
 ///
-/// They need not be reachable, and need not exist: they are kept and tried again and again.
+/// Targets need not be reachable or even exist. The node keeps them and retries.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   sudo overnode connect host2 host3
   sudo overnode connect --replace 192.0.2.7    # the only target from now on")]
 pub struct Connect {
-    /// Instead of the targets that there are
+    /// Replace the existing targets
     #[arg(long)]
     pub replace: bool,
 
-    /// Names or IP addresses
+    /// Host names or IP addresses
     #[arg(value_name = "HOST", required = true)]
     pub hosts: Vec<Host>,
 }
 
 /// Remove targets
 ///
-/// They are never connected to as targets again. A connection to a live node stays: the other nodes
-/// tell of it.
+/// The node never dials them as targets again. A connection to a live node stays open, because the
+/// other nodes report that node.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
   sudo overnode forget host3")]
 pub struct Forget {
-    /// As given to `launch` or `connect`
+    /// Targets as given to `launch` or `connect`
     #[arg(value_name = "HOST", required = true)]
     pub hosts: Vec<Host>,
 }
 
-/// Plug a container, or any network namespace, into the network and print its address
+/// Attach a container, or any network namespace, to the network and print its address
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -230,27 +229,27 @@ pub struct Attach {
     #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = address)]
     pub ip: Option<IpNet>,
 
-    /// A name for people, and for other containers in DNS [default: the container's name]
+    /// A human-readable name, also for other containers in DNS [default: the container's name]
     #[arg(long, value_name = "NAME", value_parser = name)]
     pub name: Option<String>,
 }
 
-/// Plug a container out of the network, whether or not it still exists
+/// Detach a container from the network, whether or not it still exists
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   sudo overnode detach my-container
   sudo overnode detach netns:blue")]
 pub struct Detach {
-    /// As given to `attach`, or the name that it was given there
+    /// The target as given to `attach`, or the name that it got there
     pub target: Target,
 }
 
 /// Give this host itself an address in the container network and print it
 ///
-/// From then on the host and the containers of all hosts reach each other, and so do hosts that are
-/// exposed. The interface is overnode0. It comes back with the node after a reboot, until
-/// `overnode hide`.
+/// The host can then reach the containers of all hosts, and they can reach the host. Exposed hosts
+/// can also reach each other. The interface is called overnode0. After a reboot it comes back with
+/// the node, until `overnode hide`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -262,12 +261,12 @@ pub struct Expose {
     #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = address)]
     pub ip: Option<IpNet>,
 
-    /// A name for people, and for containers in DNS [default: none]
+    /// A human-readable name, also for containers in DNS [default: none]
     #[arg(long, value_name = "NAME", value_parser = name)]
     pub name: Option<String>,
 }
 
-/// Take this host's address in the container network away
+/// Remove this host's address in the container network
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -276,7 +275,7 @@ pub struct Hide {}
 
 /// Show the node, its targets, peers, connections, containers, addresses, names and packet counters
 ///
-/// All sections, unless some are named.
+/// Shows all sections unless some are selected.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -284,44 +283,44 @@ Examples:
   sudo overnode status --connections --targets
   sudo overnode status --peers --json")]
 pub struct Status {
-    /// The configured targets
+    /// Show the configured targets
     #[arg(long)]
     pub targets: bool,
 
-    /// The nodes of the cluster, and who is connected to whom
+    /// Show the nodes of the cluster and the connections between them
     #[arg(long)]
     pub peers: bool,
 
-    /// This node's control connections
+    /// Show this node's control connections
     #[arg(long)]
     pub connections: bool,
 
-    /// Whose the addresses are
+    /// Show which node owns which addresses
     #[arg(long)]
     pub ipam: bool,
 
-    /// The containers that are attached on this host
+    /// Show the containers attached on this host
     #[arg(long)]
     pub endpoints: bool,
 
-    /// The names that containers find, and what each stands for
+    /// Show the names that containers can look up, with their addresses
     #[arg(long)]
     pub dns: bool,
 
-    /// What became of packets, by reason
+    /// Show packet counters by reason
     #[arg(long)]
     pub counters: bool,
 
-    /// For programs
+    /// Print machine-readable JSON
     #[arg(long)]
     pub json: bool,
 }
 
-/// Show dropped packets, and what happens to peers, paths and containers, as it happens
+/// Show dropped packets and changes of peers, paths and containers as they happen
 ///
-/// One line for each, until Ctrl-C. Of a dropped packet its headers are shown, never what it
-/// carries; of many that are dropped for one reason some are shown each second, and how many more
-/// there were.
+/// Prints one line per event until Ctrl-C. Of a dropped packet it shows the headers, never the
+/// payload. If many packets are dropped for one reason, it shows some of them each second and
+/// counts the rest.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -330,81 +329,81 @@ Examples:
   sudo overnode monitor --events
   sudo overnode monitor --json --for 60 > what-happened.jsonl")]
 pub struct Monitor {
-    /// Dropped packets only
+    /// Show dropped packets only
     #[arg(long)]
     pub drops: bool,
 
-    /// Peers, paths and containers only
+    /// Show changes of peers, paths and containers only
     #[arg(long)]
     pub events: bool,
 
-    /// Of the dropped packets only those dropped for this reason; may be given several times.
-    /// `status --counters` tells what each means
+    /// Of the dropped packets, show only those with this reason; may be given several times.
+    /// `status --counters` explains the reasons
     #[arg(long, value_name = "REASON", value_parser = reason)]
     pub reason: Vec<String>,
 
-    /// End after this time [default: with Ctrl-C]
+    /// Stop after this time [default: at Ctrl-C]
     #[arg(long = "for", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     pub seconds: Option<u64>,
 
-    /// For programs: one JSON object a line
+    /// Print machine-readable output: one JSON object per line
     #[arg(long)]
     pub json: bool,
 }
 
-/// Make a name stand for addresses, for the containers of all hosts
+/// Add addresses to a name, for the containers of all hosts
 ///
-/// A name may stand for several addresses, added on one node or on several; containers get them in
-/// random order. It is served as long as the node on which it was added is reached, and survives a
-/// restart of that one. Names of containers need not be added.
+/// A name may have several addresses, added on one node or on several. Containers get them in
+/// random order. The name is served while the node on which it was added is reachable. It survives
+/// a restart of that node. The names of containers need not be added.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   sudo overnode dns-add db 10.40.0.7             # db.overnode.local
   sudo overnode dns-add www 192.0.2.10 192.0.2.11")]
 pub struct DnsAdd {
-    /// With or without the domain
+    /// The name, with or without the domain
     #[arg(value_name = "NAME")]
     pub name: String,
 
-    /// IP addresses, of containers or of anything else
+    /// IP addresses of containers or of anything else
     #[arg(value_name = "ADDRESS", required = true)]
     pub addresses: Vec<IpAddr>,
 }
 
-/// Undo dns-add; on the node where that was done
+/// Undo dns-add, on the node on which the name was added
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   sudo overnode dns-remove db                    # all addresses that were added on this node
   sudo overnode dns-remove www 192.0.2.11")]
 pub struct DnsRemove {
-    /// With or without the domain
+    /// The name, with or without the domain
     #[arg(value_name = "NAME")]
     pub name: String,
 
-    /// Which addresses [default: all]
+    /// Addresses to remove [default: all]
     #[arg(value_name = "ADDRESS")]
     pub addresses: Vec<IpAddr>,
 }
 
-/// Print the addresses that a name stands for, one a line
+/// Print the addresses of a name, one per line
 ///
-/// As containers of this host are told; only names of the container network, of which
-/// `overnode status --dns` lists all.
+/// Prints what the containers of this host get as an answer. Covers only names of the container
+/// network, which `overnode status --dns` lists.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
   sudo overnode dns-lookup db")]
 pub struct DnsLookup {
-    /// With or without the domain
+    /// The name, with or without the domain
     #[arg(value_name = "NAME")]
     pub name: String,
 }
 
 /// Wait until this node can give an address to a container
 ///
-/// Nodes 1 to 4 can at once, others as soon as they hold addresses.
+/// Nodes 1 to 4 can do so at once, other nodes as soon as they hold addresses.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -415,27 +414,28 @@ pub struct Prime {
     pub timeout: Option<u64>,
 }
 
-/// Take back the address space of a node that is gone for good
+/// Reclaim the address space of a node that is gone for good
 ///
-/// All other nodes have to agree, those that cannot be reached just now, too: two halves of a
-/// cluster must not take the same space. Run it on a node 1 to 4, which alone lend. Never do this
-/// to a node that is only unreachable; refused while it is reachable, and for 20 seconds after.
+/// All other nodes must agree, including those that are currently unreachable. Otherwise two halves
+/// of a split cluster could take the same space. Run this on one of the nodes 1 to 4, because only
+/// they lend addresses. Never reclaim a node that is merely unreachable. The command is refused
+/// while the node is reachable and for 20 seconds afterwards.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
   sudo overnode reclaim 3    # the disk of host3 is lost")]
 pub struct Reclaim {
-    /// The ID of the node
+    /// The ID of the node that is gone
     pub id: NodeId,
-    /// Stop waiting after this time; the node goes on by itself
+    /// Stop waiting after this time; the node continues in the background
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub timeout: u64,
 }
 
 /// Stop and destroy the node
 ///
-/// It leaves the cluster, and everything that it made on this host is removed. Works on a node that
-/// is not running too.
+/// The node leaves the cluster, and everything that it created on this host is removed. This also
+/// works on a node that is not running.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -445,12 +445,12 @@ Examples:
 Then tell the nodes that had it as a target:
   sudo overnode forget HOST")]
 pub struct Reset {
-    /// Even while containers are attached
+    /// Reset even while containers are attached
     #[arg(long)]
     pub force: bool,
 }
 
-/// Manage WireGuard peers that are no nodes of the cluster
+/// Manage WireGuard peers that are not nodes of the cluster
 #[derive(Debug, Subcommand)]
 pub enum Peer {
     Add(AddPeer),
@@ -459,36 +459,36 @@ pub enum Peer {
 Example:
   sudo overnode peer remove xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=")]
     Remove {
-        /// Its public key
+        /// The peer's public key
         public_key: PublicKey,
     },
     /// List the WireGuard peers
     List {
-        /// For programs
+        /// Print machine-readable JSON
         #[arg(long)]
         json: bool,
     },
 }
 
-/// Add a WireGuard peer, or change one; prints what to put into its configuration
+/// Add or change a WireGuard peer and print what to put into its configuration
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
   sudo overnode peer add xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg= --allowed-ips 10.32.100.1/32 \\
       --endpoint laptop.example.org:51820 --keepalive 25")]
 pub struct AddPeer {
-    /// Its public key, 44 characters of base64
+    /// The peer's public key, 44 characters of base64
     pub public_key: PublicKey,
 
-    /// What it may send from and what is sent to it
+    /// Networks that the peer may send from and that are routed to it
     #[arg(long, value_name = "NETWORK,…", value_delimiter = ',', required = true)]
     pub allowed_ips: Vec<IpNet>,
 
-    /// Where it listens; resolved once, now [default: it must call first]
+    /// The peer's endpoint, resolved once when the command runs [default: the peer must send first]
     #[arg(long, value_name = "HOST:PORT", value_parser = endpoint)]
     pub endpoint: Option<SocketAddr>,
 
-    /// A file with a key shared with it alone, as `wg genpsk` makes it; - is standard input
+    /// A file with the preshared key, as printed by `wg genpsk`; - is standard input
     #[arg(long, value_name = "FILE")]
     pub preshared_key_file: Option<PathBuf>,
 
@@ -496,31 +496,33 @@ pub struct AddPeer {
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u16).range(1..))]
     pub keepalive: Option<u16>,
 
-    /// A name for people
+    /// A human-readable name
     #[arg(long, value_name = "NAME", value_parser = name)]
     pub name: Option<String>,
 }
 
-/// What every command works with.
+/// Settings that every command uses.
 #[derive(Clone, Debug)]
 pub struct Context {
-    /// Absolute.
+    /// State directory, an absolute path.
     pub state_dir: PathBuf,
-    /// Absolute.
+    /// Run directory, an absolute path.
     pub run_dir: PathBuf,
-    /// Say more.
+    /// Whether to print debug messages.
     pub debug: bool,
-    /// Print colours.
+    /// Whether to print colors.
     pub color: bool,
-    /// Columns that tables may take; none when what is printed is not for a terminal.
+    /// Width of tables in columns; `None` if standard output is not a terminal and COLUMNS is not
+    /// set.
     pub width: Option<u16>,
 }
 
 impl Global {
-    /// With the environment and the terminal looked at.
+    /// Combines the options with the environment and the terminal's properties.
     ///
     /// # Errors
-    /// When the current directory, to which a directory given is relative, is gone.
+    /// Fails if a directory cannot be made absolute, for example because the current directory is
+    /// gone.
     pub fn context(self) -> Result<Context, Failure> {
         // The daemon does not keep this command's current directory.
         let absolute = |option: &str, dir: PathBuf| {
@@ -543,11 +545,11 @@ impl Global {
     }
 }
 
-/// Prints what clap found: help as it is, an error in one line.
+/// Prints a message of clap: help as it is, an error as one line. Returns the exit status.
 pub fn explain(error: &clap::Error) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-            // A reader that has seen enough is no failure.
+            // A reader that closes the pipe early is not a failure.
             let _ = error.print();
             ExitCode::SUCCESS
         }
@@ -564,7 +566,7 @@ pub fn explain(error: &clap::Error) -> ExitCode {
     }
 }
 
-/// The paragraphs of clap's message that say what is wrong, and where to read more.
+/// Joins the paragraphs of clap's message that describe the error, and refers to the help.
 fn in_one_line(rendered: &str, command: &clap::Command) -> String {
     let mut said: Vec<String> = Vec::new();
     for paragraph in rendered.split("\n\n") {
@@ -580,7 +582,7 @@ fn in_one_line(rendered: &str, command: &clap::Command) -> String {
     format!("{}; see `{name} --help`", said.join("; "))
 }
 
-/// The command whose help fits.
+/// Returns the command whose help matches the arguments.
 fn command_in(arguments: impl Iterator<Item = String>) -> clap::Command {
     let mut command = Cli::command();
     command.build();
@@ -593,7 +595,7 @@ fn command_in(arguments: impl Iterator<Item = String>) -> clap::Command {
 }
 
 fn width() -> Option<u16> {
-    // Shells keep COLUMNS to themselves: whoever exports it means it.
+    // Shells do not export COLUMNS by themselves, so an exported value is intended.
     let told = std::env::var("COLUMNS")
         .ok()
         .and_then(|columns| columns.parse().ok())
@@ -619,7 +621,7 @@ fn domain(text: &str) -> Result<String, String> {
 }
 
 fn interface(text: &str) -> Result<String, &'static str> {
-    // The kernel's rule (net/core/dev.c, dev_valid_name).
+    // The kernel's rule (dev_valid_name in net/core/dev.c).
     let fits = (1..=15).contains(&text.len()) && text != "." && text != "..";
     if fits && !text.contains(|c: char| c == '/' || c == ':' || c.is_whitespace()) {
         Ok(text.to_owned())

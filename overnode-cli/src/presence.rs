@@ -1,31 +1,32 @@
-//! What is known about this host's node when no daemon answers.
+//! Finds out the state of this host's node when no daemon answers.
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// The database that every launched node has.
+/// File name of the database that every launched node has.
 const DATABASE: &str = "overnode.redb";
 
-/// The file that a running daemon has locked.
+/// Name of the file that a running daemon keeps locked.
 pub const LOCK: &str = "lock";
 
-/// What is known about this host's node when no daemon answers.
+/// State of this host's node when no daemon answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Presence {
-    /// No node was launched here.
+    /// No node was launched on this host.
     Never,
-    /// A node was launched here.
+    /// A node was launched on this host, and its daemon is not running.
     Stopped,
-    /// This user may not look.
+    /// The current user may not look into the state directory.
     Unknown,
-    /// A daemon runs on the state directory all the same: this process.
+    /// A daemon with this process ID runs on the state directory, but does not listen on the
+    /// socket.
     Deaf(u32),
 }
 
 impl Presence {
-    /// Looks at the state directory; changes nothing.
+    /// Looks at the state directory without changing anything.
     pub fn of(state_dir: &Path) -> Self {
         if let Some(pid) = lock_holder(&state_dir.join(LOCK)) {
             return Self::Deaf(pid);
@@ -44,7 +45,7 @@ impl Presence {
         }
     }
 
-    /// What, why, and what to do.
+    /// Returns the error message: what is wrong, why, and what to do.
     pub fn not_running(self, socket: &Path) -> String {
         match self {
             Self::Never => "overnode is not running on this host: no node was launched here; \
@@ -69,20 +70,21 @@ impl Presence {
     }
 }
 
-/// The daemon that holds a lock on the file. Read from the kernel's list: trying to take the lock
-/// could get in the way of a daemon that starts at this moment.
+/// Returns the process ID of the daemon that has locked the file. Reads the kernel's list of locks.
+/// Trying to take the lock could disturb a daemon that is just starting.
 fn lock_holder(file: &Path) -> Option<u32> {
     let inode = fs::metadata(file).ok()?.ino();
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| holder(line, inode)).filter(|pid| {
-        // The device in the list is not the one that stat shows on every file system, so the inode
-        // is not proof enough.
+        // On some file systems, the device in the list differs from the one that stat(2) shows. So
+        // only the inode is compared, and the process name confirms the match.
         fs::read_to_string(format!("/proc/{pid}/comm"))
             .is_ok_and(|name| name.trim_end() == "overnoded")
     })
 }
 
-/// From a line such as `1: FLOCK  ADVISORY  WRITE 4711 fe:01:1234 0 EOF`.
+/// Returns the process that has locked the inode, from a line such as
+/// `1: FLOCK  ADVISORY  WRITE 4711 fe:01:1234 0 EOF`.
 fn holder(line: &str, inode: u64) -> Option<u32> {
     let mut fields = line.split_whitespace().skip(1);
     let (kind, _, access) = (fields.next()?, fields.next()?, fields.next()?);

@@ -1,4 +1,4 @@
-//! Starts the daemon, waits for it, and stops it again.
+//! Starts the daemon, waits until it answers, and stops it.
 
 use std::env;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -18,10 +18,11 @@ use crate::options::Context;
 use crate::presence::{self, Presence};
 use crate::systemd;
 
-/// The daemon's executable.
+/// File name of the daemon's executable.
 const DAEMON: &str = "overnoded";
 
-/// Where packages put daemons, when it is neither beside this command nor in PATH.
+/// Directories in which packages install daemons. They are searched last, after the directory of
+/// this command and PATH.
 const DAEMON_DIRS: [&str; 6] = [
     "/usr/local/sbin",
     "/usr/sbin",
@@ -31,13 +32,13 @@ const DAEMON_DIRS: [&str; 6] = [
     "/usr/local/bin",
 ];
 
-/// The log of a daemon that systemd did not start, inside the run directory.
+/// Name of the log of a daemon that systemd did not start, in the run directory.
 pub const LOG: &str = "overnoded.log";
 
-/// How long a daemon may take until it answers. Its programs are verified by the kernel meanwhile.
+/// Startup timeout of a daemon. During startup the kernel verifies its programs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long a daemon may take to end.
+/// Shutdown timeout of a daemon.
 const LAST_WORDS: Duration = Duration::from_secs(20);
 
 /// A daemon that this command started.
@@ -48,7 +49,7 @@ pub struct Started {
     before: Before,
 }
 
-/// What there was before the daemon was started.
+/// State of the host before the daemon was started.
 #[derive(Clone, Copy, Debug)]
 struct Before {
     presence: Presence,
@@ -63,15 +64,16 @@ enum How {
     },
     Detached {
         child: Child,
-        /// Where its part of the log begins.
+        /// Length of the log before this daemon was started, in bytes.
         log_from: usize,
     },
 }
 
-/// Starts the daemon unless one answers already.
+/// Starts the daemon unless one answers already. Returns the daemon that was started, if any, and
+/// the version of the running one.
 ///
 /// # Errors
-/// When it does not come up; nothing is left running then.
+/// Fails if the daemon does not come up. No daemon is left running then.
 pub async fn ensure_running(
     context: &Context,
     client: &Client,
@@ -86,7 +88,7 @@ pub async fn ensure_running(
     };
     match started.answer(client).await {
         Ok(version) if started.is(&version) => Ok((Some(started), version)),
-        // Somebody else's was quicker, and all that is there now belongs to it.
+        // Another command was faster. Everything on the host now belongs to its daemon.
         Ok(version) => {
             started.end().await?;
             Ok((None, version))
@@ -111,10 +113,10 @@ impl Before {
         let Context { state_dir, run_dir, .. } = context;
         let presence = Presence::of(state_dir);
         if matches!(presence, Presence::Deaf(_)) {
-            // Another daemon had the state already, and this one ended because of it.
+            // This daemon ended because another one already had the state directory.
             return Ok(());
         }
-        // A daemon that got as far as having a state may have made more than files.
+        // A daemon that got as far as creating a database may have created more than files.
         if self.presence == Presence::Never && presence == Presence::Stopped {
             node::reset_offline(state_dir, run_dir, true).await.map_err(|error| {
                 Failure::failed(format_args!("{error:#}; `overnode reset` tries again"))
@@ -132,10 +134,10 @@ impl Before {
     }
 }
 
-/// Waits until a daemon that said that it ends has ended, and removes what was made to start it.
+/// Waits until a daemon that announced its end has ended, then removes what starting it created.
 ///
 /// # Errors
-/// When it does not end.
+/// Fails if the daemon does not end.
 pub async fn ended(context: &Context, client: &Client, pid: u32) -> Result<(), Failure> {
     let deadline = Instant::now() + LAST_WORDS;
     while runs(pid)
@@ -151,14 +153,14 @@ pub async fn ended(context: &Context, client: &Client, pid: u32) -> Result<(), F
     forget_start(context)
 }
 
-/// Removes what was made to start a daemon: its log, its run directory, its place among what
-/// systemd starts.
+/// Removes what starting a daemon created: its log, its run directory, and its place among the
+/// units that systemd starts at boot.
 ///
 /// # Errors
-/// When systemd refuses.
+/// Fails if systemd refuses.
 pub fn forget_start(context: &Context) -> Result<(), Failure> {
     let _ = fs::remove_file(context.run_dir.join(LOG));
-    // Only when it is empty: it may not be ours alone.
+    // Remove the directory only if it is empty: other programs may use it too.
     let _ = fs::remove_dir(&context.run_dir);
     if systemd::is_in_charge(context) && systemd::is_enabled() {
         systemd::stop_and_disable()?;
@@ -167,11 +169,11 @@ pub fn forget_start(context: &Context) -> Result<(), Failure> {
 }
 
 impl Started {
-    /// Stops it, and removes what was made by starting it. A node that had been launched before
-    /// stays launched.
+    /// Stops the daemon and removes what starting it created. A node that was launched before stays
+    /// launched.
     ///
     /// # Errors
-    /// When it does not stop, or something cannot be removed.
+    /// Fails if the daemon does not stop or something cannot be removed.
     pub async fn stop(mut self) -> Result<(), Failure> {
         self.end().await?;
         self.before.restore(&self.context).await
@@ -196,8 +198,8 @@ impl Started {
         let begun = Instant::now();
         let mut progress = Progress::default();
         loop {
-            // One that ends while it starts may have taken the question, so only its own words
-            // count as a reason.
+            // A daemon that ends during startup may have accepted the request and broken the
+            // connection. Only its log tells the real reason.
             match client.try_get::<Version>("/v1/version").await {
                 Ok(version) => return Ok(version),
                 Err(why @ (Unanswered::Denied | Unanswered::Stranger(_))) => {
@@ -251,8 +253,8 @@ impl Started {
     }
 }
 
-/// Why a daemon ended, from its log: the last error, else the last line, without the time and the
-/// level.
+/// Returns why a daemon ended, from its log: the last error, without time and level. Without an
+/// error, returns the last line that is not blank.
 pub fn reason_in(log: &str) -> Option<String> {
     let said =
         |line: &str| line.split_once(" ERROR ").map(|(_, message)| message.trim().to_owned());
@@ -318,7 +320,7 @@ fn spawn(daemon: &Path, context: &Context, log: File) -> io::Result<Child> {
         .arg(&context.run_dir)
         .arg("--no-color")
         .current_dir("/")
-        // Whoever may read the daemon's environment need not learn it from there.
+        // Users who may read the daemon's environment must not learn the token from it.
         .env_remove("OVERNODE_TOKEN")
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
@@ -326,15 +328,16 @@ fn spawn(daemon: &Path, context: &Context, log: File) -> io::Result<Child> {
     if context.debug {
         command.arg("--debug");
     }
-    // SAFETY: between fork and exec only system calls are made; they take no pointers.
+    // SAFETY: only system calls are made between fork and exec, and they take no pointers.
     unsafe {
         command.pre_exec(|| {
-            // Out of the terminal's reach, and without holding open what the caller waits for the
-            // end of.
+            // A new session detaches the daemon from the terminal. Closing the inherited
+            // descriptors keeps the daemon from holding open a pipe that the caller reads to its
+            // end.
             if libc::setsid() < 0 {
                 return Err(io::Error::last_os_error());
             }
-            // By number: not every C library has a function for it.
+            // Called by number, because not every C library has a function for it.
             libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
             Ok(())
         });
@@ -363,8 +366,8 @@ async fn end(child: &mut Child) -> Result<(), Failure> {
     };
     let asked = Instant::now();
     if child.try_wait().map_err(cannot)?.is_none() {
-        // SAFETY: kill takes no pointers; the child was not waited for, so the number is still its
-        // own.
+        // SAFETY: kill takes no pointers. The child was not waited for, so its process ID was not
+        // reused.
         unsafe { libc::kill(pid as libc::pid_t, libc::SIGTERM) };
     }
     while child.try_wait().map_err(cannot)?.is_none() {
@@ -376,15 +379,15 @@ async fn end(child: &mut Child) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Whether the process runs. One that has ended and that nobody waited for does not.
+/// Returns whether a process is running. A zombie is not.
 fn runs(pid: u32) -> bool {
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    // The name, in brackets, may itself contain brackets and spaces (proc(5)).
+    // The name is in parentheses and may itself contain parentheses and spaces (proc(5)).
     let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
     !matches!(state, None | Some('Z' | 'X'))
 }
 
-/// A line for whoever watches a terminal, once waiting has become noticeable.
+/// A progress line for users at a terminal, shown after 500 ms of waiting.
 #[derive(Default)]
 struct Progress {
     shown: bool,

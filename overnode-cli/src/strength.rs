@@ -1,22 +1,24 @@
-//! How soon a token is guessed. A guess can be checked without the cluster's leave (against a
-//! stolen disk, or against what a node sends to a target that is an impostor), so only the number
-//! of guesses protects a token.
+//! Estimates how soon an attacker guesses a token.
+//!
+//! An attacker can check guesses without contacting the cluster: against a stolen disk, or against
+//! what a node sends to a target that the attacker impersonates. So only the number of guesses
+//! protects a token.
 
 use zxcvbn::zxcvbn;
 
-/// Guesses a second of somebody who means it: a thousand graphics cards, each of which derives some
-/// thousand keys a second (Argon2id, 64 MiB, 3 passes).
+/// Guesses per second of a determined attacker: a thousand graphics cards that derive about a
+/// thousand keys per second each (Argon2id, 64 MiB, 3 passes).
 const GUESSES_PER_SECOND: f64 = 1e6;
 const MINUTE: f64 = 60.0;
 const HOUR: f64 = 60.0 * MINUTE;
 const DAY: f64 = 24.0 * HOUR;
-/// What takes longer is not warned about.
+/// Tokens that take longer to guess than this, in seconds, get no warning.
 const SOON: f64 = 365.0 * DAY;
 
-/// Why a token is weak, and what to do; `None` if it is not found soon. Nothing of the token is in
-/// it.
+/// Returns why a token is weak and what to do, or `None` if it is not guessed within `SOON`. The
+/// message contains no part of the token.
 pub fn weakness(token: &str) -> Option<String> {
-    // Words that everybody would try here.
+    // Words that every attacker would try here.
     let estimate = zxcvbn(token, &["overnode", "weave", "cluster", "token", "container", "docker"]);
     let seconds = 10_f64.powf(estimate.guesses_log10()) / GUESSES_PER_SECOND;
     if seconds > SOON {
@@ -33,7 +35,7 @@ pub fn weakness(token: &str) -> Option<String> {
     ))
 }
 
-/// A sentence as a part of another one.
+/// Turns a sentence into a clause: removes the full stop and the capital letter.
 fn clause(sentence: &str) -> String {
     let sentence = sentence.trim_end_matches('.');
     let mut letters = sentence.chars();
@@ -75,7 +77,7 @@ mod tests {
         ] {
             let why = weakness(token).unwrap_or_else(|| panic!("{token} passes for strong"));
             assert!(why.contains("overnode token"), "{why}");
-            // The words of the message itself do not count.
+            // Tokens that are words of the message itself do not count.
             assert!(
                 token.len() < 3
                     || token == "overnode"
@@ -92,7 +94,7 @@ mod tests {
             let token = crate::command::token::run().unwrap();
             assert_eq!(weakness(token.trim_end()), None, "{token}");
         }
-        // Sixteen bytes in hexadecimal, as `openssl rand -hex 16` makes them.
+        // Sixteen bytes in hexadecimal, as printed by `openssl rand -hex 16`.
         assert_eq!(weakness("5f2a9c0be7714d83a6f0c2d94b18e35d"), None);
     }
 

@@ -1,4 +1,4 @@
-//! The daemon as a unit of systemd.
+//! Controls the daemon as a systemd unit.
 
 use std::fs;
 use std::path::Path;
@@ -10,10 +10,10 @@ use crate::failure::Failure;
 use crate::options::Context;
 use crate::start::reason_in;
 
-/// The unit.
+/// Name of the daemon's unit.
 pub const UNIT: &str = "overnode.service";
 
-/// Where packages and administrators put units (systemd.unit(5)).
+/// Directories in which packages and administrators install units (systemd.unit(5)).
 const UNIT_DIRS: [&str; 5] = [
     "/etc/systemd/system",
     "/run/systemd/system",
@@ -22,8 +22,9 @@ const UNIT_DIRS: [&str; 5] = [
     "/lib/systemd/system",
 ];
 
-/// Whether the daemon of these directories is systemd's: it runs, has the unit, and would start it
-/// in the network namespace that this command runs in.
+/// Returns whether systemd manages the daemon of these directories. This is the case if systemd
+/// runs on this host, the directories are the default ones, the unit is installed, and this command
+/// runs in the network namespace in which systemd starts the daemon.
 pub fn is_in_charge(context: &Context) -> bool {
     Path::new("/run/systemd/system").is_dir()
         && context.state_dir == Path::new(DEFAULT_STATE_DIR)
@@ -32,10 +33,10 @@ pub fn is_in_charge(context: &Context) -> bool {
         && same_network_namespace()
 }
 
-/// Makes the unit start with or without `--debug`, until the host is started anew.
+/// Makes the unit start with or without `--debug`, until the next reboot.
 ///
 /// # Errors
-/// When systemd cannot be told.
+/// Fails if the drop-in file cannot be changed or systemd does not reload its configuration.
 pub fn set_debug(debug: bool) -> Result<(), Failure> {
     let dir = Path::new("/run/systemd/system").join(format!("{UNIT}.d"));
     let file = dir.join("overnode-debug.conf");
@@ -46,18 +47,18 @@ pub fn set_debug(debug: bool) -> Result<(), Failure> {
         fs::create_dir_all(&dir)
             .and_then(|()| fs::write(&file, "[Service]\nEnvironment=OVERNODE_DEBUG=1\n"))
     } else {
-        // The directory may hold files of others.
+        // The directory may hold other drop-in files.
         fs::remove_file(&file).map(|()| fs::remove_dir(&dir).unwrap_or(()))
     };
     changed.map_err(|error| Failure::failed(format_args!("{}: {error}", file.display())))?;
     demand(&["daemon-reload"])
 }
 
-/// Starts the unit, now and whenever the host starts. Comes back when the daemon says that it is
+/// Starts the unit now and enables it for every boot. Returns once the daemon reports that it is
 /// ready.
 ///
 /// # Errors
-/// With the last error in the unit's log.
+/// Fails if the unit does not start. The message holds the last error in the unit's log.
 pub fn start() -> Result<(), Failure> {
     let output = systemctl(&["enable", "--now", UNIT])?;
     if output.status.success() {
@@ -76,23 +77,23 @@ pub fn start() -> Result<(), Failure> {
     )))
 }
 
-/// Stops the unit, and does not start it with the host any more.
+/// Stops the unit and disables it, so that it no longer starts at boot.
 ///
 /// # Errors
-/// What systemctl says.
+/// Fails with the message of systemctl.
 pub fn stop_and_disable() -> Result<(), Failure> {
     demand(&["disable", "--now", UNIT])
 }
 
-/// Stops the unit; it starts again with the host.
+/// Stops the unit. An enabled unit starts again at the next boot.
 ///
 /// # Errors
-/// What systemctl says.
+/// Fails with the message of systemctl.
 pub fn stop() -> Result<(), Failure> {
     demand(&["stop", UNIT])
 }
 
-/// Whether the unit starts with the host.
+/// Returns whether the unit starts at boot.
 pub fn is_enabled() -> bool {
     systemctl(&["is-enabled", "--quiet", UNIT]).is_ok_and(|output| output.status.success())
 }

@@ -1,4 +1,4 @@
-//! The command against a node whose answers are known, through the real server and socket.
+//! Tests the command against a node with canned answers, through the real server and socket.
 
 mod common;
 mod node;
@@ -25,7 +25,7 @@ fn targets(hosts: &[&str]) -> Vec<Target> {
     hosts.iter().map(|host| host.parse().unwrap()).collect()
 }
 
-/// A node that answers `status` only.
+/// Starts a node that answers only `status`.
 fn with_status() -> Canned {
     Canned::start(|request| match request {
         Request::Status => Ok(Reply::Status(Box::new(sample()))),
@@ -345,7 +345,7 @@ fn a_running_node_is_not_started_again() {
     assert!(!node.host.run_dir().join("overnoded.log").exists());
 }
 
-/// A node that runs already; it takes any token.
+/// Starts a node that is already running and accepts any token.
 fn with_launch() -> Canned {
     Canned::start(|request| match request {
         Request::Version => Ok(Reply::Version(node::version(std::process::id()))),
@@ -442,7 +442,7 @@ fn the_socket_is_for_its_owner_only() {
     );
 }
 
-/// One HTTP exchange by hand: status code and body.
+/// Makes one HTTP exchange by hand. Returns the status code and the body.
 fn http(node: &Canned, request: &str, body: &[u8]) -> (u16, Value) {
     let mut stream = UnixStream::connect(node.host.socket()).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -528,7 +528,7 @@ fn many_ask_at_once_and_all_are_answered() {
 fn a_node_that_ends_while_it_is_asked_is_reported() {
     let node = Canned::start_with(|mut calls| {
         drop(calls.blocking_recv());
-        // The first caller gets no answer, and there is nobody for later ones.
+        // The first request gets no answer, and nothing receives later ones.
     });
     let outcome = node.host.run(&["status"]);
     assert_eq!(outcome.code, 1);

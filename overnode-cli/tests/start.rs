@@ -1,6 +1,6 @@
-//! How the command starts and stops a daemon, with a stand-in for the daemon beside it: a process
-//! that only sleeps, and a node whose answers are known behind the socket. Needs root, as the
-//! commands do.
+//! Tests how the command starts and stops a daemon. A stand-in for the daemon is installed next to
+//! the command: a process that only sleeps. A node with canned answers listens on the socket. The
+//! tests need root, as the commands do.
 
 mod common;
 mod node;
@@ -20,13 +20,13 @@ use node::Canned;
 use overnode_daemon::api::{ApiError, LaunchOutcome, Launched, Reply, Request, Version, WasReset};
 
 const LAUNCH: [&str; 4] = ["launch", "--id", "1", "host2"];
-/// As `overnode token` makes them.
+/// A token like those that `overnode token` makes.
 const TOKEN: &str = "q2Vd0mCzJ7rYk1XWb9uTfG4hLs8NeAoP5iDwRx6M";
 
-/// Tells its process ID and its arguments, then sleeps.
+/// Writes its process ID and its arguments to files, then sleeps.
 const SLEEPER: &str = "#!/bin/sh\necho \"$@\" > \"$0.args\"\necho $$ > \"$0.tmp\"\nmv \"$0.tmp\" \"$0.pid\"\nexec sleep 300\n";
 
-/// A command under way, from an executable that has a stand-in for the daemon beside it.
+/// A running command, from an executable that has a stand-in for the daemon next to it.
 struct Running {
     command: Child,
     bin: PathBuf,
@@ -42,7 +42,7 @@ impl Running {
         Self { command: command.spawn().unwrap(), bin }
     }
 
-    /// The stand-in's process, once it runs.
+    /// Waits until the stand-in runs, and returns its process ID.
     fn daemon(&self) -> u32 {
         let file = self.bin.join("overnoded.pid");
         eventually("the daemon is started", || file.exists());
@@ -71,7 +71,7 @@ fn runs(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
 }
 
-/// A process of ours, by its number.
+/// Sends a signal to a process that this test started.
 fn kill(pid: u32, signal: nix::sys::signal::Signal) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal).unwrap();
 }
@@ -140,11 +140,11 @@ fn launch_starts_a_daemon_of_its_own_and_leaves_it_running() {
     kill(pid, nix::sys::signal::SIGKILL);
 }
 
-/// A program of another user in place of the daemon.
+/// A program of another user listens in place of the daemon.
 #[test]
 fn a_local_user_who_listens_in_place_of_the_daemon_is_told_no_token() {
     let host = Host::new();
-    // Made before the first launch, by user 1000.
+    // Created by user 1000 before the first launch.
     fs::create_dir(host.run_dir()).unwrap();
     chown(host.run_dir(), Some(1000), Some(1000)).unwrap();
     fs::set_permissions(host.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -152,8 +152,8 @@ fn a_local_user_who_listens_in_place_of_the_daemon_is_told_no_token() {
     let (tell, told) = mpsc::channel();
     let socket = host.socket();
     thread::spawn(move || {
-        // Of this thread alone: the C library would change all of them. What counts is who calls
-        // listen(2). SAFETY: takes no pointers.
+        // SAFETY: the system call takes no pointers. It is called by number, because the C library
+        // would change all threads. The kernel records the user who calls listen(2).
         assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, -1, 1000, -1) }, 0);
         let listener = UnixListener::bind(&socket);
         // SAFETY: as above.
@@ -241,7 +241,7 @@ fn a_daemon_that_ends_at_once_is_quoted() {
 fn a_daemon_that_ends_while_it_is_asked_is_quoted() {
     let host = Host::new();
     host.pretend_launched();
-    // It takes the first question, says why it cannot go on, and ends.
+    // The stand-in accepts the first request, says why it cannot go on, and ends.
     let daemon = "#!/bin/sh\necho $$ > \"$0.tmp\"\nmv \"$0.tmp\" \"$0.pid\"\nwhile [ ! -e \"$0.asked\" ]; do sleep 0.05; done\n\
                   echo '2026-01-01T00:00:00.000000Z ERROR no room: make some'\nsleep 0.3\nexit 1\n";
     let running = Running::start(&host, daemon, &["resume"]);

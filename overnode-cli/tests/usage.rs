@@ -1,5 +1,5 @@
-//! What the command says without a daemon: help, wrong usage, a daemon that does not run, a user
-//! who is not root.
+//! Tests the command without a daemon: help, wrong usage, a daemon that is not running, a user who
+//! is not root.
 
 mod common;
 
@@ -10,7 +10,7 @@ use common::{Host, Outcome, install_overnode, overnode};
 
 const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
 
-/// The commands that ask the daemon, each with arguments that are right.
+/// The commands that ask the daemon, each with valid arguments.
 const ASKING: [&[&str]; 16] = [
     &["connect", "host2"],
     &["forget", "host2"],
@@ -219,7 +219,7 @@ fn changes_need_root_and_say_so() {
         &["peer", "add", KEY, "--allowed-ips", "10.39.250.1/32"],
         &["peer", "remove", KEY],
     ];
-    // Another user cannot run what lies in a directory of root's.
+    // Other users cannot execute files inside root's directories.
     let dir = tempfile::tempdir().unwrap();
     let copy = install_overnode(dir.path());
     for arguments in changing {

@@ -1,4 +1,4 @@
-//! Processes of other people's programs that run beside a test.
+//! Runs processes of third-party programs next to a test.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -8,10 +8,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::describe;
 
-/// As much of a process's output as an error message shows, in bytes.
+/// How much of a process's output an error message shows, in bytes.
 const LAST_WORDS: u64 = 2048;
 
-/// A process that runs until this is dropped, and what it writes.
+/// A process that is killed when this is dropped, and its output.
 #[derive(Debug)]
 pub struct Background {
     command: String,
@@ -20,10 +20,10 @@ pub struct Background {
 }
 
 impl Background {
-    /// Starts it with stdout and stderr going to an unnamed file.
+    /// Starts a process. Its standard output and standard error go to an unnamed file.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Fails if it cannot be started.
     pub fn start(mut command: Command) -> Result<Self> {
         let log = tempfile::tempfile().context("cannot make a log file")?;
         let text = describe(&command);
@@ -36,16 +36,16 @@ impl Background {
         Ok(Self { command: text, child, log })
     }
 
-    /// Fails if it has ended.
+    /// Checks that the process is still running.
     ///
     /// # Errors
-    /// When it has ended; the message holds its last words.
+    /// Fails if it has ended. The message holds the end of its output.
     pub fn check(&mut self) -> Result<()> {
         let Some(status) = self.child.try_wait()? else { return Ok(()) };
         bail!("`{}` ended by itself ({status}): {}", self.command, self.last_words())
     }
 
-    /// The end of what it wrote.
+    /// Returns the end of its output.
     pub fn last_words(&self) -> String {
         let length = self.log.metadata().map_or(0, |metadata| metadata.len());
         let start = length.saturating_sub(LAST_WORDS);

@@ -1,4 +1,4 @@
-//! Where the built `overnode` and `overnoded` are.
+//! Finds the built `overnode` and `overnoded`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,11 +6,12 @@ use std::sync::OnceLock;
 
 use anyhow::{Result, anyhow, bail, ensure};
 
-/// The folder that holds `overnode` and `overnoded`: `OVERNODE_BIN_DIR` if that is set (`cargo
-/// xtask` sets it), else the development build, which is brought up to date first.
+/// Returns the folder that holds `overnode` and `overnoded`. This is `OVERNODE_BIN_DIR` if it is
+/// set (`cargo xtask` sets it). Otherwise it is the development build, which is brought up to date
+/// first.
 ///
 /// # Errors
-/// When the folder does not hold them, or they do not build.
+/// Fails if the folder does not hold them or they do not build.
 pub fn folder() -> Result<&'static Path> {
     static FOLDER: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     let found = FOLDER.get_or_init(|| find().map_err(|error| format!("{error:#}")));

@@ -1,4 +1,4 @@
-//! Packet captures by `tcpdump`.
+//! Captures packets with `tcpdump`.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -13,10 +13,10 @@ use nix::unistd::Pid;
 use crate::netns::{Entry, Netns};
 use crate::pcap::{Packet, packets};
 
-/// After this time the kernel has handed over what it held back (`tcpdump` asks for one second).
+/// How long the kernel may hold back packets. `tcpdump` asks for one second.
 const BLOCK_TIMEOUT: Duration = Duration::from_millis(1100);
 
-/// A capture under way. Dropping it ends it.
+/// A running capture. Dropping it ends it.
 #[derive(Debug)]
 pub struct Capture {
     child: Child,
@@ -24,25 +24,25 @@ pub struct Capture {
     file: PathBuf,
 }
 
-/// A capture that has ended, complete on disk.
+/// A finished capture, complete on disk.
 #[derive(Clone, Debug)]
 pub struct Captured {
     /// The pcap file.
     pub file: PathBuf,
-    /// Packets that the kernel could not hand over: a search in a capture with losses proves
-    /// nothing.
+    /// Number of packets that the kernel could not hand over. A search in a capture with losses
+    /// proves nothing.
     pub missed: u64,
     bytes: Vec<u8>,
 }
 
 impl Capture {
-    /// Starts `tcpdump` with these arguments; returns when it is listening.
+    /// Starts `tcpdump` with these arguments. Returns once it is listening.
     pub fn start(netns: &Netns, folder: &Path, arguments: &[&str]) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let file = folder.join(format!("capture-{}.pcap", NUMBER.fetch_add(1, Ordering::Relaxed)));
         let mut child = netns
             .command(Entry::Setns, "tcpdump")
-            // A buffer of 64 MB; whole packets; no look-up of names.
+            // A buffer of 64 MiB, whole packets, no name lookups.
             .args(["-B", "65536", "-s", "0", "-n", "-Z", "root", "-w"])
             .arg(&file)
             .args(arguments)
@@ -65,7 +65,7 @@ impl Capture {
         }
     }
 
-    /// Ends the capture, with every packet so far on disk.
+    /// Ends the capture. Every packet so far is on disk then.
     pub fn stop(mut self) -> Result<Captured> {
         self.wait_until_read()?;
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT)?;
@@ -83,8 +83,8 @@ impl Capture {
 }
 
 impl Capture {
-    /// The kernel hands packets over in blocks, a block that is not full after a second, and
-    /// `tcpdump` does not look for more once it was told to end.
+    /// Waits until `tcpdump` has read all packets. The kernel hands packets over in blocks, and an
+    /// incomplete block after one second. `tcpdump` reads no more once it was told to end.
     fn wait_until_read(&self) -> Result<()> {
         std::thread::sleep(BLOCK_TIMEOUT);
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -108,17 +108,17 @@ impl Drop for Capture {
 }
 
 impl Captured {
-    /// The packets, in the order in which they were seen.
+    /// Returns the packets in the order in which they were seen.
     pub fn packets(&self) -> Result<Vec<Packet<'_>>> {
         packets(&self.bytes)
     }
 
-    /// Packets that satisfy `wanted`.
+    /// Counts the packets that satisfy `wanted`.
     pub fn count(&self, wanted: impl Fn(&Packet<'_>) -> bool) -> Result<usize> {
         Ok(self.packets()?.iter().filter(|packet| wanted(packet)).count())
     }
 
-    /// Packets that contain these bytes anywhere, headers included.
+    /// Returns the packets that contain these bytes anywhere, headers included.
     pub fn containing(&self, pattern: &[u8]) -> Result<Vec<Packet<'_>>> {
         ensure!(!pattern.is_empty(), "nothing to search for");
         let mut found = self.packets()?;

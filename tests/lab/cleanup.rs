@@ -1,9 +1,9 @@
-//! Nothing may stay behind, however a test ends.
+//! Removes everything that labs create, however a test ends.
 //!
 //! Everything that a lab makes outside its own namespaces carries the lab's prefix (`ovl`, the
-//! process ID, `x`, a number) or lies in its folder. So a lab can be removed knowing its prefix
-//! alone: by its own `Drop`, by the handler of SIGINT and SIGTERM, or by another process after its
-//! maker died.
+//! process ID, `x`, a number) or is in its folder. So the prefix is enough to remove a lab. A lab
+//! is removed by its own `Drop`, by the handler of SIGINT, SIGTERM and SIGHUP, or by another
+//! process after its maker died.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -23,15 +23,15 @@ use nix::unistd::Pid;
 
 const NAMESPACES: &str = "/run/netns";
 const NAME_FILES: &str = "/etc/netns";
-/// Where nodes pin their programs and maps: one folder per node.
+/// Directory in which nodes pin their programs and maps, in one folder per node.
 const PINS: &str = "/sys/fs/bpf/overnode";
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
 static LIVE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-/// Write end of the pipe by which the signal handler wakes the thread that cleans up.
+/// Write end of the pipe through which the signal handler wakes the cleanup thread.
 static SIGNAL_PIPE: AtomicI32 = AtomicI32::new(-1);
 
-/// Once per process: the handler of signals, and a bpffs where the nodes look for it.
+/// Mounts bpffs where nodes look for it and installs the signal handler, once per process.
 pub(crate) fn prepare() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -43,7 +43,7 @@ pub(crate) fn prepare() {
     });
 }
 
-/// Removes the labs of processes that died without doing so.
+/// Removes the labs of processes that died without removing them.
 pub fn sweep() {
     let Ok(_one_at_a_time) = lock() else { return };
     let dead = names_in(NAMESPACES)
@@ -59,10 +59,10 @@ pub fn sweep() {
     }
 }
 
-/// Where the pins of the node with this state directory are.
+/// Returns the folder of the pins of the node with this state directory.
 ///
 /// # Errors
-/// When the directory does not exist, or `sha256sum` does not.
+/// Fails if the directory or `sha256sum` does not exist.
 pub fn pins_of(state_directory: &Path) -> Result<PathBuf> {
     let canonical = state_directory
         .canonicalize()
@@ -79,7 +79,7 @@ pub fn pins_of(state_directory: &Path) -> Result<PathBuf> {
     Ok(Path::new(PINS).join(digest.get(..12).context("sha256sum printed nothing")?))
 }
 
-/// Kills what runs in the namespace, waits until it is gone, and removes the namespace.
+/// Kills the processes in a namespace, waits until they are gone, and removes the namespace.
 pub(crate) fn remove_netns(name: &str) {
     if let Ok(meta) = std::fs::metadata(Path::new(NAMESPACES).join(name)) {
         kill_all(&processes_in(meta.ino()));
@@ -88,7 +88,7 @@ pub(crate) fn remove_netns(name: &str) {
     let _ = std::fs::remove_dir_all(Path::new(NAME_FILES).join(name));
 }
 
-/// Kills with SIGKILL and waits for the end, five seconds at the most.
+/// Kills processes with SIGKILL and waits for their end, for at most five seconds.
 pub(crate) fn kill_all(pids: &[i32]) {
     for pid in pids {
         let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
@@ -99,7 +99,7 @@ pub(crate) fn kill_all(pids: &[i32]) {
     }
 }
 
-/// Processes whose network namespace has this inode number; never this process.
+/// Returns the processes whose network namespace has this inode number, without this process.
 pub(crate) fn processes_in(inode: u64) -> Vec<i32> {
     pids()
         .filter(|pid| *pid != std::process::id() as i32)
@@ -109,21 +109,21 @@ pub(crate) fn processes_in(inode: u64) -> Vec<i32> {
         .collect()
 }
 
-/// Every process of the machine.
+/// Returns the IDs of all processes of the machine.
 pub(crate) fn pids() -> impl Iterator<Item = i32> {
     names_in("/proc").filter_map(|name| name.parse().ok())
 }
 
-/// True until the process has ended. One that only waits to be reaped has ended, but not one whose
-/// first thread has and others have not: they still hold its sockets and locks.
+/// Returns whether a process has not ended yet. A zombie has ended, unless some of its other
+/// threads are still running. These hold its sockets and locks.
 pub(crate) fn is_alive(pid: i32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
     let first_ended = stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']));
     !first_ended || names_in(format!("/proc/{pid}/task")).count() > 1
 }
 
-/// The lock that creation of namespaces and sweeps take, across processes: `ip netns add` races
-/// with itself when it makes `/run/netns`.
+/// Takes the lock for creating namespaces and for sweeping, which is shared by all processes.
+/// Without it, `ip netns add` races with itself when it creates `/run/netns`.
 pub(crate) fn lock() -> Result<File> {
     let file =
         File::create(std::env::temp_dir().join("overnode-lab.lock")).context("the lab's lock")?;
@@ -134,17 +134,17 @@ pub(crate) fn lock() -> Result<File> {
     Ok(file)
 }
 
-/// The folder of the lab with this prefix.
+/// Returns the folder of the lab with this prefix.
 pub(crate) fn folder_of(prefix: &str) -> PathBuf {
     std::env::temp_dir().join(prefix)
 }
 
-/// The lab is to be removed when a signal ends this process.
+/// Registers a lab for removal when a signal ends this process.
 pub(crate) fn register(prefix: &str) {
     LIVE.lock().unwrap_or_else(PoisonError::into_inner).insert(prefix.to_owned());
 }
 
-/// Removes the lab.
+/// Removes a lab unless that has been done already.
 pub(crate) fn remove(prefix: &str) {
     if LIVE.lock().unwrap_or_else(PoisonError::into_inner).remove(prefix) {
         remove_all(prefix);
@@ -152,7 +152,7 @@ pub(crate) fn remove(prefix: &str) {
 }
 
 fn remove_all(prefix: &str) {
-    // `ovl12x1` must not take `ovl12x10` with it: what follows a prefix is never a digit.
+    // `ovl12x1` must not match `ovl12x10`. A prefix is never followed by a digit.
     let ours = |name: &String| {
         name.strip_prefix(prefix)
             .is_some_and(|rest| !rest.starts_with(|next: char| next.is_ascii_digit()))
@@ -174,7 +174,7 @@ fn remove_all(prefix: &str) {
     let _ = std::fs::remove_dir_all(folder);
 }
 
-/// `ovl12x1h2` → the process 12 and the prefix `ovl12x1`.
+/// Splits a name into a process ID and a prefix: `ovl12x1h2` → 12 and `ovl12x1`.
 fn split(name: &str) -> Option<(i32, String)> {
     let (pid, rest) = name.strip_prefix("ovl")?.split_once('x')?;
     let digits = rest.find(|next: char| !next.is_ascii_digit()).unwrap_or(rest.len());
@@ -206,14 +206,14 @@ fn watch_signals() {
     let action =
         SigAction::new(SigHandler::Handler(on_signal), SaFlags::SA_RESTART, SigSet::empty());
     for signal in SIGNALS {
-        // SAFETY: the handler calls nothing but write(2), which is async-signal-safe.
+        // SAFETY: the handler calls only write(2), which is async-signal-safe.
         let _ = unsafe { sigaction(signal, &action) };
     }
 }
 
 extern "C" fn on_signal(signal: libc::c_int) {
     let byte = signal as u8;
-    // SAFETY: one byte from a live variable to a descriptor that stays open for ever.
+    // SAFETY: writes one byte from a live variable to a descriptor that is never closed.
     unsafe { libc::write(SIGNAL_PIPE.load(Ordering::SeqCst), (&raw const byte).cast(), 1) };
 }
 

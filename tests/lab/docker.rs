@@ -1,5 +1,7 @@
-//! A real Docker engine on a host of the lab, with everything of its own: data, sockets, control
-//! group, and a mount namespace in which it finds its plugins.
+//! Runs a real Docker engine on a host of the lab.
+//!
+//! The engine has its own data, sockets, control group and mount namespace, in which it finds its
+//! plugins.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -19,33 +21,34 @@ use crate::netns::Entry;
 use crate::process::{Outcome, run_limited};
 use crate::{eventually, run};
 
-/// The image that every engine has: busybox.
+/// Name of the image that every engine has: busybox.
 pub const IMAGE: &str = "tiny";
-/// Where an engine looks for plugins, in its mount namespace.
+/// Directory in which an engine looks for plugins, in its mount namespace.
 pub const PLUGINS: &str = "/run/docker/plugins";
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Longer than any command may take on a loaded machine.
+/// Timeout of a command: longer than any may take on a loaded machine.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(180);
 
-/// A host's engine. Its containers and everything else of it go away when this is dropped.
+/// The Docker engine of a host. Dropping it removes its containers and everything else that it
+/// made.
 #[derive(Debug)]
 pub struct Engine<'a> {
     host: &'a Host,
     folder: PathBuf,
     cgroup: String,
-    /// Keeps the mount namespace.
+    /// Process that keeps the mount namespace alive.
     holder: Child,
     daemon: Option<Child>,
 }
 
 impl<'a> Engine<'a> {
-    /// Prepares the host, without starting the engine: what runs on the host from here on sees the
-    /// engine's `/run/docker`.
+    /// Prepares the host without starting the engine. Commands that run on the host from here on
+    /// see the engine's `/run/docker`.
     ///
     /// # Errors
-    /// When a mount namespace cannot be made.
+    /// Fails if the mount namespace cannot be created.
     pub fn prepare(host: &'a Host) -> Result<Self> {
         let folder = host.folder().join("docker");
         fs::create_dir_all(&folder)?;
@@ -57,10 +60,10 @@ impl<'a> Engine<'a> {
         Ok(engine)
     }
 
-    /// Prepares the host, starts the engine and gives it its image.
+    /// Prepares the host, starts the engine and imports the image.
     ///
     /// # Errors
-    /// When it does not start.
+    /// Fails if the engine does not start.
     pub fn launch(host: &'a Host) -> Result<Self> {
         let mut engine = Self::prepare(host)?;
         engine.start()?;
@@ -71,7 +74,7 @@ impl<'a> Engine<'a> {
     /// Starts the engine and waits until it answers.
     ///
     /// # Errors
-    /// When it does not.
+    /// Fails if it does not answer.
     pub fn start(&mut self) -> Result<()> {
         let log =
             File::options().create(true).append(true).open(self.folder.join("dockerd.log"))?;
@@ -106,23 +109,23 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// The engine's own socket.
+    /// Returns the path of the engine's own socket.
     pub fn socket(&self) -> PathBuf {
         self.folder.join("docker.sock")
     }
 
-    /// The plugin's socket, if it is there, by a path that leads there from this process's mount
-    /// namespace.
+    /// Returns the path of the plugin's socket as seen from this process's mount namespace. The
+    /// socket need not exist.
     pub fn plugin(&self) -> PathBuf {
         self.seen(&Path::new(PLUGINS).join("overnode.sock"))
     }
 
-    /// How this process sees a path of the engine's mount namespace.
+    /// Translates a path of the engine's mount namespace into one of this process's.
     fn seen(&self, path: &Path) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{}", self.holder.id(), path.display()))
     }
 
-    /// What the node has to be told of this engine.
+    /// Returns the environment variables that tell the node about this engine.
     pub fn environment(&self) -> [(&'static str, String); 2] {
         [
             ("OVERNODE_DOCKER_PLUGINS", PLUGINS.to_owned()),
@@ -130,10 +133,10 @@ impl<'a> Engine<'a> {
         ]
     }
 
-    /// Runs `overnode` on the host with these arguments, told of this engine.
+    /// Runs `overnode` on the host with these arguments and with [`Self::environment`].
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Fails if it cannot be started or runs too long.
     pub fn overnode(&self, arguments: &[&str]) -> Result<Outcome> {
         let environment = self.environment();
         let environment: Vec<(&str, &str)> =
@@ -144,10 +147,9 @@ impl<'a> Engine<'a> {
     /// Runs `docker` with these arguments.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Fails if it cannot be started or runs too long.
     pub fn docker(&self, arguments: &[&str]) -> Result<Outcome> {
-        // Beside the engine's own one there may be a newer one, which offers what this engine does
-        // not have.
+        // A newer client may be installed too. It may use features that this engine does not have.
         let own = Path::new("/usr/bin/docker");
         self.client(if own.exists() { "/usr/bin/docker" } else { "docker" }, arguments)
     }
@@ -155,7 +157,7 @@ impl<'a> Engine<'a> {
     /// Runs another client of the engine, such as `docker-compose`.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Fails if it cannot be started or runs too long.
     pub fn client(&self, program: &str, arguments: &[&str]) -> Result<Outcome> {
         let mut command = self.command(program)?;
         command.args(arguments).env("DOCKER_HOST", self.host_option()).current_dir(&self.folder);
@@ -166,7 +168,7 @@ impl<'a> Engine<'a> {
     /// `overnode`.
     ///
     /// # Errors
-    /// When `docker run` fails.
+    /// Fails if `docker run` fails.
     pub fn run(&self, name: &str, options: &[&str]) -> Result<String> {
         let first = ["run", "--detach", "--network", "overnode", "--name", name];
         let arguments = [&first[..], options, &[IMAGE, "/bin/sleep", "100000"]].concat();
@@ -174,10 +176,10 @@ impl<'a> Engine<'a> {
         self.address(name)
     }
 
-    /// The address of a container in the network `overnode`.
+    /// Returns the address of a container in the network `overnode`.
     ///
     /// # Errors
-    /// When there is no such container, or it has none.
+    /// Fails if there is no such container, or if it has no address.
     pub fn address(&self, name: &str) -> Result<String> {
         let format = "{{with index .NetworkSettings.Networks \"overnode\"}}{{.IPAddress}}{{end}}";
         let address =
@@ -186,59 +188,59 @@ impl<'a> Engine<'a> {
         Ok(address)
     }
 
-    /// Runs a command inside a container; it must succeed. Returns its standard output.
+    /// Runs a command inside a container, which must succeed. Returns its standard output.
     ///
     /// # Errors
-    /// When it fails.
+    /// Fails if the command fails.
     pub fn exec(&self, name: &str, command: &[&str]) -> Result<String> {
         self.docker(&[&["exec", name], command].concat())?.success()
     }
 
-    /// Fails unless an address answers a ping from inside a container within the time limit.
+    /// Pings an address from inside a container until it answers.
     ///
     /// # Errors
-    /// When it does not.
+    /// Fails if it does not answer within the time limit.
     pub fn reach(&self, name: &str, address: &str, limit: Duration) -> Result<()> {
         eventually(limit, || {
             self.exec(name, &["/bin/ping", "-c", "1", "-W", "1", address]).map(drop)
         })
     }
 
-    /// One request to the engine's own socket. Returns the status code and the body.
+    /// Sends a request to the engine's own socket. Returns the status code and the body.
     ///
     /// # Errors
-    /// When it does not answer.
+    /// Fails if the engine does not answer.
     pub fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
         http::request(&self.socket(), method, path, body)
     }
 
-    /// One request to the plugin, as the engine sends them. Returns the status code and the body.
+    /// Sends a request to the plugin, as the engine does. Returns the status code and the body.
     ///
     /// # Errors
-    /// When it does not answer.
+    /// Fails if the plugin does not answer.
     pub fn ask_plugin(&self, method: &str, body: &str) -> Result<(u16, String)> {
         http::request(&self.plugin(), "POST", &format!("/{method}"), body)
     }
 
-    /// SIGKILL to the engine. Its containers go on.
+    /// Kills the engine with SIGKILL. Its containers keep running.
     ///
     /// # Errors
-    /// When it does not run.
+    /// Fails if the engine is not running.
     pub fn kill(&mut self) -> Result<()> {
         let mut daemon = self.daemon.take().context("the engine does not run")?;
         daemon.kill()?;
         daemon.wait()?;
-        // Its containerd dies with it, but where nobody reaps orphans, the next engine takes the
-        // dead one for alive.
+        // The engine's containerd dies with it. Where nothing reaps orphans, the next engine would
+        // mistake the dead one for a live one.
         let _ = fs::remove_file(self.seen(Path::new("/run/docker/containerd/containerd.pid")));
         Ok(())
     }
 
-    /// What the host loses when it loses power: every process, every interface but the underlay's,
-    /// `/run`, bpffs. Disks stay, and with them what the engine and the node keep there.
+    /// Simulates a power failure of the host: removes every process, every interface except the
+    /// underlay's, `/run` and bpffs. Disks stay, and with them the data of the engine and the node.
     ///
     /// # Errors
-    /// When something cannot be removed.
+    /// Fails if something cannot be removed.
     pub fn lose_power(&mut self) -> Result<()> {
         self.stop_everything();
         for file in ["pid", "docker.sock"] {
@@ -250,12 +252,12 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Processes of its containers.
+    /// Returns the processes of its containers.
     pub fn processes(&self) -> Vec<i32> {
         processes_of(&self.cgroup)
     }
 
-    /// The end of what the engine logged.
+    /// Returns the end of the engine's log.
     pub fn last_words(&self) -> String {
         let log = fs::read_to_string(self.folder.join("dockerd.log")).unwrap_or_default();
         let is_of_use =
@@ -273,8 +275,8 @@ impl<'a> Engine<'a> {
         Ok(Arc::new(File::open(&path).with_context(|| path)?.into()))
     }
 
-    /// A command in the host's namespaces that sees the machine's own `/sys`, with its control
-    /// groups.
+    /// Returns a command in the host's namespaces that sees the machine's own `/sys`, with its
+    /// control groups.
     fn command(&self, program: &str) -> Result<Command> {
         let mut command = self.host.netns().command(Entry::Setns, program);
         enter(&mut command, self.mounts()?);
@@ -300,9 +302,9 @@ impl Drop for Engine<'_> {
     }
 }
 
-/// Has a command run in this mount namespace.
+/// Makes a command run in this mount namespace.
 pub(crate) fn enter(command: &mut Command, mounts: Arc<OwnedFd>) {
-    // SAFETY: between fork and exec only a system call is made.
+    // SAFETY: only a system call is made between fork and exec.
     unsafe {
         command.pre_exec(move || match libc::setns(mounts.as_raw_fd(), libc::CLONE_NEWNS) {
             0 => Ok(()),
@@ -311,8 +313,9 @@ pub(crate) fn enter(command: &mut Command, mounts: Arc<OwnedFd>) {
     }
 }
 
-/// A process that keeps a mount namespace with a `/run/docker` of its own. What is mounted there is
-/// seen by namespaces made out of this one, as on a host where systemd gives services theirs.
+/// Starts a process that keeps a mount namespace with its own `/run/docker`. Namespaces derived
+/// from this one see what is mounted there, as on a host where systemd gives services their own
+/// namespaces.
 fn hold(host: &Host) -> Result<Child> {
     let script = "mount -t tmpfs tmpfs /run/docker && mount --make-shared /run/docker && echo ready && exec sleep infinity";
     let mut command = host.netns().command(Entry::Setns, "unshare");
@@ -332,7 +335,7 @@ fn hold(host: &Host) -> Result<Child> {
     Ok(holder)
 }
 
-/// Kills what is in the control groups of this name, and removes them.
+/// Kills the processes in the control groups of this name, and removes the groups.
 pub(crate) fn remove_cgroup(name: &str) {
     for _ in 0..50 {
         cleanup::kill_all(&processes_of(name));
@@ -345,7 +348,7 @@ pub(crate) fn remove_cgroup(name: &str) {
     }
 }
 
-/// The names of control groups that engines of labs have made.
+/// Returns the names of all top-level control groups, including those of labs' engines.
 pub(crate) fn cgroups() -> impl Iterator<Item = String> {
     hierarchies().into_iter().flat_map(names_in)
 }
@@ -374,7 +377,8 @@ fn groups(name: &str) -> Vec<PathBuf> {
     hierarchies().into_iter().map(|root| root.join(name)).filter(|path| path.is_dir()).collect()
 }
 
-/// Version 2 has one tree, version 1 one for each controller.
+/// Returns the roots of the control group trees. Version 2 has one tree, version 1 has one per
+/// controller.
 fn hierarchies() -> Vec<PathBuf> {
     let root = PathBuf::from(CGROUPS);
     if root.join("cgroup.procs").exists() { vec![root] } else { subfolders(&root) }
@@ -392,7 +396,7 @@ fn names_in(folder: PathBuf) -> Vec<String> {
         .collect()
 }
 
-/// What containers of tests run: an archive of a root folder with busybox.
+/// Creates the image of the tests' containers: an archive of a root directory with busybox.
 pub(crate) fn busybox_archive(folder: &Path) -> Result<PathBuf> {
     let root = folder.join("image");
     fs::create_dir_all(root.join("bin"))?;

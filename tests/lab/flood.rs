@@ -1,5 +1,4 @@
-//! Floods: datagrams and connections from a host that wants to do harm, as many a second as asked
-//! for.
+//! Floods a host with datagrams or connections from an attacker, at a given rate.
 
 use std::collections::VecDeque;
 use std::io::Write as _;
@@ -17,10 +16,10 @@ use crate::host::Host;
 use crate::netns::Netns;
 use crate::raw::{Injector, checksum};
 
-/// How often a flood sends its next portion.
+/// Interval at which a flood sends its next portion.
 const PORTION: Duration = Duration::from_millis(5);
 
-/// A flood, until it is stopped.
+/// A flood that runs until it is stopped or dropped.
 #[derive(Debug)]
 pub struct Flood {
     stop: Arc<AtomicBool>,
@@ -30,10 +29,11 @@ pub struct Flood {
 }
 
 impl Flood {
-    /// Sends these frames in turn from the host's underlay interface, so many a second.
+    /// Sends these frames in turn from the host's underlay interface, `per_second` of them per
+    /// second.
     ///
     /// # Errors
-    /// When the interface cannot be opened.
+    /// Fails if the interface cannot be opened.
     pub fn of_frames(from: &Host, frames: Vec<Vec<u8>>, per_second: u32) -> Result<Self> {
         let injector = Injector::open(from.netns(), from.interface())?;
         let mut next = 0;
@@ -44,8 +44,8 @@ impl Flood {
         }))
     }
 
-    /// Connects from this address of a namespace so many times a second, says what `word` gives,
-    /// and keeps the latest `open` connections.
+    /// Opens `per_second` connections per second from this source address of a namespace, sends
+    /// `word` on each of them, and keeps the latest `open` connections.
     pub fn of_connections(
         netns: &Netns,
         source: Ipv4Addr,
@@ -54,7 +54,7 @@ impl Flood {
         word: &'static [u8],
     ) -> Self {
         let inside = netns.entrance();
-        // Whether each was told the word.
+        // Each connection, and whether `word` was sent on it.
         let mut calls: VecDeque<(TcpStream, bool)> = VecDeque::new();
         let mut is_inside = false;
         Self::start(per_second, move |portion| {
@@ -68,7 +68,7 @@ impl Flood {
                     calls.pop_front();
                 }
             }
-            // Those that are not connected yet cannot be told anything.
+            // Connections that are not established yet cannot carry data.
             for (stream, is_told) in calls.iter_mut().filter(|(_, is_told)| !is_told) {
                 *is_told = stream.write(word).is_ok();
             }
@@ -87,7 +87,7 @@ impl Flood {
                 while !stop.load(Ordering::Relaxed) {
                     send(portion)?;
                     sent.fetch_add(portion as u64, Ordering::Relaxed);
-                    // What the machine could not do is not made up for.
+                    // Portions that the machine was too slow to send are not made up for.
                     due = (due + PORTION).max(Instant::now());
                     std::thread::sleep(due.saturating_duration_since(Instant::now()));
                 }
@@ -97,10 +97,10 @@ impl Flood {
         Self { stop, sent, started, thread: Some(thread) }
     }
 
-    /// Ends it. Returns how many were sent a second.
+    /// Ends the flood. Returns the average number sent per second.
     ///
     /// # Errors
-    /// When sending failed.
+    /// Fails if sending failed.
     pub fn stop(mut self) -> Result<u64> {
         self.end()?;
         let seconds = self.started.elapsed().as_secs_f64();
@@ -117,12 +117,12 @@ impl Flood {
 
 impl Drop for Flood {
     fn drop(&mut self) {
-        // Whoever wants to know has called `stop`.
+        // A caller that needs the error calls `stop`.
         drop(self.end());
     }
 }
 
-/// Starts to connect, without waiting until that is done.
+/// Starts to connect, without waiting for the connection.
 fn call(source: Ipv4Addr, to: SocketAddr) -> Result<TcpStream> {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let call: OwnedFd = socket::socket(AddressFamily::Inet, SockType::Stream, flags, None)?;
@@ -132,15 +132,15 @@ fn call(source: Ipv4Addr, to: SocketAddr) -> Result<TcpStream> {
     let source = SocketAddr::from((source, 0));
     socket::bind(call.as_raw_fd(), &SockaddrStorage::from(source))
         .context("the attacker's address")?;
-    // It is under way, or refused: the next one is tried all the same.
+    // The connection is in progress or was refused. The flood continues in both cases.
     let _ = socket::connect(call.as_raw_fd(), &SockaddrStorage::from(to));
     Ok(call.into())
 }
 
-/// The hardware address of a host's underlay interface.
+/// Returns the hardware address of a host's underlay interface.
 ///
 /// # Errors
-/// When `ip` does not tell.
+/// Fails if `ip` does not report it.
 pub fn mac_of(host: &Host) -> Result<[u8; 6]> {
     let links: serde_json::Value =
         serde_json::from_str(&host.netns().ip(&["-j", "link", "show", host.interface()])?)?;
@@ -150,7 +150,7 @@ pub fn mac_of(host: &Host) -> Result<[u8; 6]> {
     bytes.try_into().map_err(|_| anyhow!("{text} is no hardware address"))
 }
 
-/// An Ethernet frame with a UDP datagram, from a host of the lab's underlay to another one.
+/// Returns an Ethernet frame with a UDP datagram between two hosts of the lab's underlay.
 pub fn datagram(
     macs: [[u8; 6]; 2],
     from: SocketAddrV4,
@@ -165,7 +165,7 @@ pub fn datagram(
     ip.extend(to.ip().octets());
     let sum = checksum(&[&ip]).to_be_bytes();
     ip[10..12].copy_from_slice(&sum);
-    // A checksum of zero is none.
+    // A UDP checksum of zero means that there is no checksum.
     let udp = [from.port(), to.port(), length - 20, 0].map(u16::to_be_bytes).concat();
     [&destination[..], &source, &[0x08, 0x00], &ip, &udp, payload].concat()
 }

@@ -1,8 +1,8 @@
-//! TCP and UDP streams whose every byte is known, so that what arrives can be verified and what
-//! must not be seen can be searched for.
+//! TCP and UDP streams with known content.
 //!
-//! The stream consists of 16-byte blocks: [`MARKER`], then the block's number. A packet of 23 bytes
-//! of payload or more therefore holds the whole marker.
+//! Every byte is known, so received data can be verified and captures can be searched for
+//! plaintext. A stream consists of 16-byte blocks: [`MARKER`], then the block's number. A packet
+//! with 23 or more bytes of payload therefore holds the whole marker.
 
 use std::io::{ErrorKind, Read, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -19,16 +19,16 @@ use rand::{Rng, SeedableRng};
 
 use crate::container::Container;
 
-/// In every payload that the lab sends; must never be seen on an underlay.
+/// Part of every payload that the lab sends. It must never appear on an underlay.
 pub const MARKER: [u8; 8] = *b"OVNsecrt";
 
 const BLOCK: usize = 16;
 const CHUNK: usize = 64 * 1024;
 const LONGEST_WRITE: usize = 300_000;
-/// A stream that stands still this long has failed.
+/// A stream without progress for this long has failed.
 const STALL: Duration = Duration::from_secs(20);
 
-/// When a stream is over.
+/// When a stream ends.
 #[derive(Clone, Copy, Debug)]
 pub enum Amount {
     /// After this many bytes.
@@ -42,16 +42,16 @@ pub enum Amount {
 /// How a stream is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manner {
-    /// 64 KiB at a time, as fast as they are taken.
+    /// 64 KiB at a time, as fast as the socket takes them.
     Steady,
-    /// Evenly, no more than this many bytes per second.
+    /// Evenly, at most this many bytes per second.
     Rate(u64),
-    /// Bursts and pauses, writes of 1 to 300,000 bytes, urgent bytes in between; all drawn from
+    /// Bursts and pauses, writes of 1 to 300,000 bytes, and urgent bytes in between, all drawn from
     /// this seed.
     Moody(u64),
 }
 
-/// A TCP stream under way from one container to another.
+/// A running TCP stream from one container to another.
 #[derive(Debug)]
 pub struct TcpFlow {
     sender: JoinHandle<Result<u64>>,
@@ -60,35 +60,35 @@ pub struct TcpFlow {
     stop: Arc<AtomicBool>,
 }
 
-/// What became of a TCP stream: every byte was verified.
+/// Result of a TCP stream. Every byte was verified.
 #[derive(Clone, Copy, Debug)]
 pub struct Received {
-    /// Bytes, all of them as sent.
+    /// Number of bytes, all of them as sent.
     pub bytes: u64,
-    /// From the first byte to the last.
+    /// Time from the first byte to the last.
     pub took: Duration,
-    /// The longest time without anything arriving.
+    /// Longest time during which nothing arrived.
     pub longest_pause: Duration,
 }
 
 impl Received {
-    /// 10⁹ bits per second, payload only.
+    /// Returns the throughput in 10⁹ bits per second, payload only.
     pub fn gigabits(&self) -> f64 {
         self.bytes as f64 * 8.0 / self.took.as_secs_f64().max(1e-9) / 1e9
     }
 }
 
 impl TcpFlow {
-    /// Connects from `from` to `to`, which listens on a free port of its overlay address, and
-    /// starts to send.
+    /// Connects from `from` to `to` and starts to send. `to` listens on a free port of its overlay
+    /// address.
     ///
     /// # Errors
-    /// When the connection is not made within ten seconds.
+    /// Fails if the connection is not established within ten seconds.
     pub fn start(from: &Container, to: &Container, amount: Amount) -> Result<Self> {
         Self::start_as(from, to, amount, Manner::Steady)
     }
 
-    /// As [`Self::start`], written in another manner.
+    /// Like [`Self::start`], with a chosen [`Manner`].
     pub fn start_as(
         from: &Container,
         to: &Container,
@@ -107,7 +107,7 @@ impl TcpFlow {
         let (accepted, _) = listener.accept()?;
         stream.set_write_timeout(Some(STALL))?;
         accepted.set_read_timeout(Some(STALL))?;
-        // Urgent bytes stay where they are in the stream.
+        // Keep urgent bytes at their place in the stream.
         setsockopt(&accepted, sockopt::OobInline, &true)?;
         let (progress, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let receiver = std::thread::spawn({
@@ -121,7 +121,7 @@ impl TcpFlow {
         Ok(Self { sender, receiver, progress, stop })
     }
 
-    /// Verified bytes so far.
+    /// Returns the number of verified bytes so far.
     pub fn progress(&self) -> u64 {
         self.progress.load(Ordering::Relaxed)
     }
@@ -136,7 +136,7 @@ impl TcpFlow {
         })
     }
 
-    /// Tells the sender that it is enough, and waits for the rest to arrive.
+    /// Stops the sender and waits for the remaining bytes.
     pub fn stop(self) -> Result<Received> {
         self.stop.store(true, Ordering::Relaxed);
         self.finish()
@@ -145,7 +145,8 @@ impl TcpFlow {
     /// Waits for the end of the stream.
     ///
     /// # Errors
-    /// When it broke, stood still for 20 seconds, or a byte was wrong or missing.
+    /// Fails if the stream broke or made no progress for 20 seconds, or if a byte was wrong or
+    /// missing.
     pub fn finish(self) -> Result<Received> {
         let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))?;
         let received = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))??;
@@ -193,7 +194,7 @@ fn send(mut stream: TcpStream, amount: Amount, manner: Manner, stop: &AtomicBool
     Ok(sent)
 }
 
-/// What is written next, after a pause.
+/// The next write, and the pause before it.
 struct Write {
     pause: Duration,
     length: usize,
@@ -205,7 +206,7 @@ struct Pace {
     manner: Manner,
     started: Instant,
     rng: StdRng,
-    /// Where in the stream the present burst ends.
+    /// Offset in the stream at which the current burst ends.
     burst_until: u64,
 }
 
@@ -283,7 +284,7 @@ fn receive(mut stream: TcpStream, progress: &AtomicU64) -> Result<Received> {
     })
 }
 
-/// The stream's bytes from `start` on, which is a multiple of the block's size.
+/// Fills the buffer with the stream's bytes from `start` on, a multiple of the block size.
 fn fill(buffer: &mut [u8], start: u64) {
     for (number, block) in (start / BLOCK as u64..).zip(buffer.chunks_mut(BLOCK)) {
         let mut whole = [0; BLOCK];
@@ -293,23 +294,23 @@ fn fill(buffer: &mut [u8], start: u64) {
     }
 }
 
-/// What became of a burst of datagrams.
+/// Result of a burst of datagrams.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Datagrams {
-    /// Sent.
+    /// Datagrams sent.
     pub sent: u64,
-    /// Arrived, each counted once.
+    /// Datagrams that arrived, each counted once.
     pub received: u64,
-    /// Arrived more than once.
+    /// Further arrivals of the same datagram.
     pub duplicated: u64,
-    /// Arrived after a later one.
+    /// Datagrams that arrived after a later one.
     pub reordered: u64,
-    /// Arrived with a wrong length or a wrong byte.
+    /// Datagrams that arrived with a wrong length or a wrong byte.
     pub corrupt: u64,
 }
 
-/// Sends `count` numbered datagrams with `size` bytes of payload each (16 at the least), one each
-/// `interval`, and verifies what arrives until half a second after the last one was sent.
+/// Sends `count` numbered datagrams, one per `interval`, and verifies what arrives until half a
+/// second after the last one. Each has `size` bytes of payload, at least 16.
 pub fn udp(
     from: &Container,
     to: &Container,
@@ -319,13 +320,13 @@ pub fn udp(
 ) -> Result<Datagrams> {
     ensure!(size >= BLOCK, "a datagram has room for its number from {BLOCK} bytes on");
     let (source, target) = (from.address(), to.address());
-    let inbox = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
+    let ring = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
     let outbox = from.netns().enter(move || Ok(UdpSocket::bind((source, 0))?))?;
-    let address = inbox.local_addr()?;
-    inbox.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let address = ring.local_addr()?;
+    ring.set_read_timeout(Some(Duration::from_millis(100)))?;
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let receiver = scope.spawn(|| collect(&inbox, count, size, &over));
+        let receiver = scope.spawn(|| collect(&ring, count, size, &over));
         let sent = send_datagrams(&outbox, address, count, size, interval);
         std::thread::sleep(Duration::from_millis(500));
         over.store(true, Ordering::Relaxed);
@@ -348,7 +349,7 @@ fn send_datagrams(
         fill(&mut payload, number * BLOCK as u64);
         match socket.send_to(&payload, to) {
             Ok(_) => sent += 1,
-            // The path refused it (too big, or no route): it counts as not sent.
+            // The path refused the datagram because it is too large. It counts as not sent.
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
             Err(error) => return Err(error).context("a datagram was not sent"),
         }

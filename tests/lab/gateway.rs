@@ -1,4 +1,4 @@
-//! A container behind a host that forwards, as one reaches a network through a VPN's interface.
+//! Connects a container behind a forwarding host, like a network behind a VPN's interface.
 
 use std::net::Ipv4Addr;
 
@@ -7,12 +7,12 @@ use anyhow::Result;
 use crate::container::Container;
 use crate::host::Host;
 
-/// Joins a container to its host by a veth pair and makes the host forward. The container has
-/// `address` with `gateway`, the host's end, as its way to everything else. What lies beyond is the
-/// caller's.
+/// Connects a container to its host by a veth pair and makes the host forward. The container gets
+/// `address` and a default route to `gateway`, the host's end. The caller provides routes beyond
+/// the host.
 ///
 /// # Errors
-/// When `ip` refuses.
+/// Fails if `ip` refuses.
 pub fn plug(
     host: &Host,
     container: &Container,
@@ -22,7 +22,7 @@ pub fn plug(
 ) -> Result<()> {
     let (netns, inside) = (host.netns(), container.netns());
     netns.enter(|| {
-        // Whatever comes is forwarded: it is for the far end to judge who may send what.
+        // Forward everything. The far end must decide which sources are allowed.
         for (setting, value) in
             [("ip_forward", "1"), ("conf/all/rp_filter", "0"), ("conf/default/rp_filter", "0")]
         {
@@ -49,8 +49,8 @@ pub fn plug(
     ])?;
     netns.ip(&["link", "set", end, "up"])?;
     inside.ip(&["link", "set", "eth0", "up"])?;
-    // Neither end needs to own the subnet that the addresses are from: each is told of the other
-    // alone.
+    // Neither end needs to own the subnet of the addresses, because each end has a route to the
+    // other one only.
     let (address_text, gateway_text) = (address.to_string(), gateway.to_string());
     netns.ip(&["address", "add", &gateway_text, "peer", &address_text, "dev", end])?;
     inside.ip(&["address", "add", &address_text, "peer", &gateway_text, "dev", "eth0"])?;

@@ -24,7 +24,7 @@ use crate::{Site, binaries, cleanup, eventually};
 /// Name of the state directory inside a host's folder.
 pub(crate) const STATE: &str = "state";
 const RUN: &str = "run";
-/// Longer than any command may take on a loaded machine.
+/// Timeout of a command: longer than any may take on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A host of a lab.
@@ -41,7 +41,7 @@ pub struct Host {
     entry: Entry,
     folder: PathBuf,
     prefix: String,
-    /// The mount namespace of its container engine, if it has one.
+    /// The mount namespace of its container engine, if any.
     mounts: Mutex<Option<Arc<OwnedFd>>>,
 }
 
@@ -74,8 +74,8 @@ impl Host {
         })
     }
 
-    /// What `ip netns exec` binds over `/etc/hosts`. Written in place, so that running processes
-    /// see it.
+    /// Writes the file that `ip netns exec` binds over `/etc/hosts`. It is written in place, so
+    /// that running processes see the change.
     pub(crate) fn write_hosts_file(&self, names: &str) -> Result<()> {
         let folder = Path::new("/etc/netns").join(self.netns.name());
         std::fs::create_dir_all(&folder)?;
@@ -83,73 +83,73 @@ impl Host {
         std::fs::write(folder.join("hosts"), text).context("the host's /etc/hosts")
     }
 
-    /// What `ip netns exec` binds over `/etc/resolv.conf` of what is started from then on. Written
-    /// in place, so that what runs then sees later changes.
+    /// Writes the file that `ip netns exec` binds over `/etc/resolv.conf` of processes started from
+    /// then on. It is written in place, so that these processes see later changes.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// Fails if the file cannot be written.
     pub fn write_resolv_conf(&self, text: &str) -> Result<()> {
         let folder = Path::new("/etc/netns").join(self.netns.name());
         std::fs::create_dir_all(&folder)?;
         std::fs::write(folder.join("resolv.conf"), text).context("the host's /etc/resolv.conf")
     }
 
-    /// Its network namespace.
+    /// Returns its network namespace.
     pub fn netns(&self) -> &Netns {
         &self.netns
     }
 
-    /// Its folder: everything on its disk.
+    /// Returns its folder, which holds everything on its disk.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The mount namespace that commands on this host run in from here on; none for the machine's
+    /// Sets the mount namespace of commands on this host from here on. `None` means the machine's
     /// own.
     pub(crate) fn set_mounts(&self, mounts: Option<Arc<OwnedFd>>) {
         *self.mounts.lock().unwrap_or_else(PoisonError::into_inner) = mounts;
     }
 
-    /// Its first underlay address.
+    /// Returns its first underlay address.
     pub fn address(&self) -> IpAddr {
         self.addresses[0]
     }
 
-    /// Its underlay interface.
+    /// Returns the name of its underlay interface.
     pub fn interface(&self) -> &'static str {
         INTERFACE
     }
 
-    /// What other hosts know it by: its name where names resolve, else its address.
+    /// Returns what other hosts know it by: its name where names resolve, otherwise its address.
     pub fn target(&self) -> &str {
         &self.target
     }
 
-    /// `--state-dir` of its node.
+    /// Returns the `--state-dir` of its node.
     pub fn state_directory(&self) -> PathBuf {
         self.folder.join(STATE)
     }
 
-    /// `--run-dir` of its node.
+    /// Returns the `--run-dir` of its node.
     pub fn run_directory(&self) -> PathBuf {
         self.folder.join(RUN)
     }
 
-    /// The unix socket of its daemon.
+    /// Returns the path of its daemon's unix socket.
     pub fn socket(&self) -> PathBuf {
         self.run_directory().join("overnode.sock")
     }
 
-    /// A command on this host, with the node's directories and the built programs in its
+    /// Returns a command on this host, with the node's directories and the built programs in its
     /// environment.
     pub fn command(&self, program: &str) -> Result<Command> {
         let binaries = binaries::folder()?;
         let mut command = self.netns.command(self.entry, program);
         let name = self.name.clone();
-        // SAFETY: between fork and exec only system calls are made.
+        // SAFETY: only system calls are made between fork and exec.
         unsafe {
             command.pre_exec(move || {
-                // As a host of its own, it has a name of its own.
+                // A host has its own host name.
                 if libc::unshare(libc::CLONE_NEWUTS) != 0
                     || libc::sethostname(name.as_ptr().cast(), name.len()) != 0
                 {
@@ -170,13 +170,14 @@ impl Host {
         Ok(command)
     }
 
-    /// Runs `overnode` with these arguments, as somebody logged in to the host would. It gets a
-    /// minute.
+    /// Runs `overnode` with these arguments, as a user logged in to the host would. The timeout is
+    /// one minute.
     pub fn overnode(&self, arguments: &[&str]) -> Result<Outcome> {
         self.overnode_with(arguments, &[])
     }
 
-    /// As [`Self::overnode`], with more environment variables; what it starts inherits them.
+    /// Like [`Self::overnode`], with more environment variables. Processes that it starts inherit
+    /// them.
     pub fn overnode_with(
         &self,
         arguments: &[&str],
@@ -187,30 +188,31 @@ impl Host {
         run_limited(command, &self.folder, PATIENCE)
     }
 
-    /// `overnode status --json`.
+    /// Runs `overnode status --json` and parses its output.
     pub fn status(&self) -> Result<Value> {
         Ok(serde_json::from_str(&self.overnode(&["status", "--json"])?.success()?)?)
     }
 
-    /// `overnode inspect`.
+    /// Runs `overnode inspect` and parses its output.
     pub fn inspect(&self) -> Result<Value> {
         Ok(serde_json::from_str(&self.overnode(&["inspect"])?.success()?)?)
     }
 
-    /// One request to the daemon's socket. Returns the status code and the body.
+    /// Sends a request to the daemon's socket. Returns the status code and the body.
     pub fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
         http::request(&self.socket(), method, path, body)
     }
 
-    /// `GET` over TCP, asked on the host itself. Returns the status code and the body.
+    /// Sends a `GET` request over TCP from the host itself. Returns the status code and the body.
     ///
     /// # Errors
-    /// When nobody listens there, or the answer is none.
+    /// Fails if nothing listens there or the answer is not HTTP.
     pub fn get(&self, address: SocketAddr, path: &str) -> Result<(u16, String)> {
         http::get(&self.netns, address, path)
     }
 
-    /// The daemon's process: the one called `overnoded` that was given this host's state directory.
+    /// Returns the daemon's process ID. The daemon is the process named `overnoded` that was given
+    /// this host's state directory.
     pub fn daemon_pid(&self) -> Option<i32> {
         let state = self.state_directory();
         let state = state.as_os_str().as_encoded_bytes();
@@ -230,10 +232,10 @@ impl Host {
         })
     }
 
-    /// SIGKILL to the daemon; returns when it is gone.
+    /// Kills the daemon with SIGKILL. Returns once it is gone.
     ///
     /// # Errors
-    /// When none runs, or it does not go.
+    /// Fails if no daemon is running, or if it does not end.
     pub fn kill_daemon(&self) -> Result<()> {
         let pid = self.daemon_pid().with_context(|| format!("no daemon runs on {}", self.name))?;
         cleanup::kill_all(&[pid]);
@@ -241,15 +243,15 @@ impl Host {
         Ok(())
     }
 
-    /// What is gone when the power fails, processes apart: interfaces but the underlay's, firewall
-    /// rules, the node's part of `/run`, bpffs.
+    /// Removes what a power failure removes, except processes: interfaces other than the
+    /// underlay's, firewall rules, the node's part of `/run`, and bpffs.
     ///
     /// # Errors
-    /// When something cannot be removed.
+    /// Fails if something cannot be removed.
     pub(crate) fn forget_all_but_disks(&self) -> Result<()> {
         let _ = std::fs::remove_dir_all(self.run_directory());
         for name in self.netns().interfaces()? {
-            // The other end of a pair is gone already.
+            // The other end of a veth pair may be gone already.
             if name != self.interface() {
                 let _ = self.netns().ip(&["link", "del", &name]);
             }
@@ -259,25 +261,26 @@ impl Host {
         Ok(())
     }
 
-    /// The power fails: everything but what is on disk is gone. Containers are their owners' to
-    /// drop.
+    /// Simulates a power failure: everything that is not on disk is gone. Callers drop their own
+    /// containers.
     ///
     /// # Errors
-    /// When something stays.
+    /// Fails if something remains.
     pub fn lose_power(&self) -> Result<()> {
         cleanup::kill_all(&self.netns().processes());
         self.forget_all_but_disks()
     }
 
-    /// What the daemon has logged, if it was started without systemd.
+    /// Returns the daemon's log, if it was started without systemd.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.run_directory().join("overnoded.log")).unwrap_or_default()
     }
 
-    /// Names of everything that the node has pinned, relative to its own folder; empty when there
-    /// is none.
+    /// Returns the names of everything that the node has pinned, relative to its own folder. Empty
+    /// if nothing is pinned.
     pub fn pins(&self) -> Result<Vec<String>> {
-        // Of a state directory that `reset` removed, the path is known all the same.
+        // If `reset` removed the state directory, create it briefly, because its resolved path
+        // names the folder of the pins.
         std::fs::create_dir_all(&self.folder)?;
         let missing = !self.state_directory().exists();
         if missing {
@@ -307,19 +310,19 @@ impl Host {
         Ok(found)
     }
 
-    /// Removes one of the node's pins, named as [`Self::pins`] names it: as a version that did not
-    /// know it would have left things.
+    /// Removes one of the node's pins, named as in [`Self::pins`]. The result is what an older
+    /// version leaves that does not know the pin.
     ///
     /// # Errors
-    /// When it is not there.
+    /// Fails if the pin does not exist.
     pub fn unpin(&self, name: &str) -> Result<()> {
         let path = cleanup::pins_of(&self.state_directory())?.join(name);
         std::fs::remove_file(&path).with_context(|| path.display().to_string())
     }
 
-    /// Everything on this host that a node may leave behind: interfaces other than the underlay's,
-    /// eBPF programs on the underlay's interface, routes, pins, files and processes. Empty on a
-    /// host where no node ever was.
+    /// Returns everything on this host that a node may leave behind: interfaces other than the
+    /// underlay's, programs on the underlay's interface, pins, files and processes. Empty on a host
+    /// that never had a node.
     pub fn remains(&self) -> Result<Vec<String>> {
         let mut remains: Vec<String> = self
             .netns
@@ -333,7 +336,7 @@ impl Host {
         for directory in [self.state_directory(), self.run_directory()] {
             for entry in std::fs::read_dir(&directory).into_iter().flatten() {
                 let name = entry?.file_name();
-                // Logs are for people who ask why: they outlive the node.
+                // Logs outlive the node, for administrators who look for a cause.
                 if !name.to_string_lossy().ends_with(".log") {
                     remains.push(format!("file {}", directory.join(name).display()));
                 }
@@ -343,7 +346,7 @@ impl Host {
         Ok(remains)
     }
 
-    /// Programs attached to the underlay's interface (tcx, clsact, XDP), by name.
+    /// Returns the names of the programs attached to the underlay's interface (tcx, clsact, XDP).
     fn programs(&self) -> Result<Vec<String>> {
         let mut programs = Vec::new();
         let qdiscs = self.netns.run("tc", &["qdisc", "show", "dev", INTERFACE])?;
@@ -361,12 +364,12 @@ impl Host {
         Ok(programs)
     }
 
-    /// Makes a container: a network namespace that the node does not know yet.
+    /// Creates a container: a network namespace that the node does not know yet.
     pub fn container(&self, name: &str) -> Result<Container> {
         Container::new(&format!("{}h{}{name}", self.prefix, self.number), name)
     }
 
-    /// `overnode attach netns:CONTAINER`, with more arguments if wanted. Returns the address it
+    /// Runs `overnode attach netns:CONTAINER` with further arguments. Returns the address that it
     /// printed.
     pub fn attach(&self, container: &Container, arguments: &[&str]) -> Result<IpNet> {
         let target = container.target();
@@ -380,14 +383,15 @@ impl Host {
         Ok(address)
     }
 
-    /// `overnode detach netns:CONTAINER`.
+    /// Runs `overnode detach netns:CONTAINER`.
     pub fn detach(&self, container: &Container) -> Result<()> {
         self.overnode(&["detach", &container.target()])?.success()?;
         container.set_address(None);
         Ok(())
     }
 
-    /// Captures what its underlay interface sends and receives. Returns when it is listening.
+    /// Captures what its underlay interface sends and receives. Returns once the capture is
+    /// listening.
     pub fn capture(&self) -> Result<Capture> {
         Capture::start(&self.netns, &self.folder, &["-i", INTERFACE])
     }
@@ -401,14 +405,14 @@ impl Host {
     }
 }
 
-/// Names of the tcx programs on the underlay's interface of this thread's namespace.
+/// Returns the names of the tcx programs on the underlay's interface in this thread's namespace.
 fn tcx_programs(at: TcAttachType) -> Result<Vec<String>> {
     match SchedClassifier::query_tcx(INTERFACE, at) {
         Ok((_, programs)) => Ok(programs
             .iter()
             .map(|program| program.name_as_str().unwrap_or("without a name").to_owned())
             .collect()),
-        // Before Linux 6.6 there is no tcx, and nothing to ask for.
+        // Linux before 6.6 has no tcx.
         Err(ProgramError::SyscallError(error))
             if error.io_error.raw_os_error() == Some(libc::EINVAL) =>
         {

@@ -1,4 +1,4 @@
-//! Requests over unix sockets and TCP.
+//! Sends HTTP requests over unix sockets and TCP.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -10,14 +10,14 @@ use anyhow::{Context, Result};
 
 use crate::netns::Netns;
 
-/// How long an answer may take.
+/// Timeout of connecting and of each read.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// One request. Returns the status code and the body. HTTP 1.0, so that the answer comes in one
-/// piece.
+/// Sends a request over a unix socket. Returns the status code and the body. The request uses HTTP
+/// 1.0, so the answer is not chunked and ends with the connection.
 ///
 /// # Errors
-/// When nobody listens, or the answer is none.
+/// Fails if nothing listens or the answer is not HTTP.
 pub(crate) fn request(
     socket: &Path,
     method: &str,
@@ -29,10 +29,11 @@ pub(crate) fn request(
     exchange(stream, method, path, body)
 }
 
-/// `GET` over TCP, from inside a network namespace. Returns the status code and the body.
+/// Sends a `GET` request over TCP from inside a network namespace. Returns the status code and the
+/// body.
 ///
 /// # Errors
-/// When nobody listens, or the answer is none.
+/// Fails if nothing listens or the answer is not HTTP.
 pub(crate) fn get(netns: &Netns, address: SocketAddr, path: &str) -> Result<(u16, String)> {
     let stream = netns.enter(|| Ok(TcpStream::connect_timeout(&address, PATIENCE)?))?;
     stream.set_read_timeout(Some(PATIENCE))?;

@@ -1,4 +1,4 @@
-//! `iperf3` between two namespaces.
+//! Measures throughput between two namespaces with `iperf3`.
 
 use std::io::{BufRead, BufReader};
 use std::net::IpAddr;
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::netns::{Entry, Netns};
 
-/// The server half, in a namespace. Serves one client after the other until it is dropped.
+/// An `iperf3` server in a namespace. It serves one client after the other until it is dropped.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
@@ -17,7 +17,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts it on this address; returns when it is listening.
+    /// Starts the server on this address. Returns once it is listening.
     pub fn start(netns: &Netns, address: IpAddr) -> Result<Self> {
         let mut child = netns
             .command(Entry::Setns, "iperf3")
@@ -39,8 +39,8 @@ impl Server {
         Ok(Self { child, address })
     }
 
-    /// Runs a client in `netns` against it, with more arguments (`-t`, `-P`, `-u` ...); returns
-    /// iperf3's JSON document.
+    /// Runs a client in `netns` with further arguments (`-t`, `-P`, `-u`, …). Returns iperf3's JSON
+    /// document.
     pub fn client(&self, netns: &Netns, arguments: &[&str]) -> Result<Value> {
         let output = netns
             .command(Entry::Setns, "iperf3")
@@ -57,7 +57,7 @@ impl Server {
         }
     }
 
-    /// TCP for this many seconds over `flows` flows; bits per second that arrived.
+    /// Sends TCP for this many seconds over `flows` flows. Returns the received bits per second.
     pub fn tcp(&self, netns: &Netns, seconds: u32, flows: u32) -> Result<f64> {
         let report = self.client(netns, &["-t", &seconds.to_string(), "-P", &flows.to_string()])?;
         report["end"]["sum_received"]["bits_per_second"].as_f64().context("iperf3 printed no sum")

@@ -1,9 +1,9 @@
 //! The lab: a small network of Linux hosts inside this kernel, for the tests, the demo and the
 //! benchmarks.
 //!
-//! A host is a network namespace with a real daemon, a container is another one, and the underlay
-//! between the hosts is a bridge or a router in a namespace of its own. Nothing is made in the
-//! machine's own network namespace, so labs run side by side, with the same addresses.
+//! A host is a network namespace with a real daemon. A container is another namespace. The underlay
+//! between the hosts is a bridge or a router in its own namespace. Nothing is created in the
+//! machine's own network namespace, so labs can run side by side with the same addresses.
 //!
 //! ```no_run
 //! # fn main() -> anyhow::Result<()> {
@@ -16,10 +16,11 @@
 //! # Ok(()) }
 //! ```
 //!
-//! What a lab made goes away when it is dropped: also when the test panics, on SIGINT and SIGTERM,
-//! and, after a SIGKILL, when the next lab is built (see [`cleanup`]).
+//! Dropping a lab removes everything that it made, also when the test panics. SIGINT and SIGTERM
+//! remove it as well. After a SIGKILL, the next lab that is built removes it (see [`cleanup`]).
 //!
-//! It needs root and the programs `ip`, `ping`, `tcpdump` and `nft`; for [`iperf`] also `iperf3`.
+//! The lab needs root and the programs `ip`, `ping`, `tcpdump` and `nft`. [`iperf`] also needs
+//! `iperf3`.
 
 pub mod background;
 pub mod binaries;
@@ -68,7 +69,7 @@ pub struct Lab {
     site: Site,
 }
 
-/// What a lab shall be like; made by [`Lab::new`], ended by [`Self::build`].
+/// The description of a lab. Made by [`Lab::new`], completed by [`Self::build`].
 #[derive(Clone, Debug)]
 pub struct Builder {
     name: String,
@@ -81,15 +82,15 @@ pub struct Builder {
 
 /// The names and the folder that belong to one lab.
 pub(crate) struct Site {
-    /// Starts every namespace's name: `ovl`, this process's ID, `x`, a number.
+    /// Start of every namespace's name: `ovl`, this process's ID, `x`, a number.
     prefix: String,
-    /// Holds state directories, captures and outputs.
+    /// Folder for state directories, captures and outputs.
     folder: PathBuf,
 }
 
 impl Lab {
-    /// Starts the description of a lab: two hosts, IPv4, a bridge, MTU 1500. `name` appears in
-    /// error messages.
+    /// Starts the description of a lab with two hosts, IPv4, a bridge and an MTU of 1500 bytes.
+    /// `name` appears in error messages.
     #[expect(clippy::new_ret_no_self, reason = "the builder is the only way to make a lab")]
     pub fn new(name: &str) -> Builder {
         Builder {
@@ -102,83 +103,83 @@ impl Lab {
         }
     }
 
-    /// The hosts, in the order of their numbers.
+    /// Returns the hosts in the order of their numbers.
     pub fn hosts(&self) -> &[Host] {
         &self.hosts
     }
 
-    /// The host with this number; the first is 1.
+    /// Returns the host with this number. The first host has number 1.
     ///
     /// # Panics
-    /// When there is no such host.
+    /// Panics if there is no such host.
     pub fn host(&self, number: usize) -> &Host {
         &self.hosts[number - 1]
     }
 
-    /// The folder of this lab, for files of the test; it goes away with the lab.
+    /// Returns the folder of this lab, for files of the test. It is removed with the lab.
     pub fn folder(&self) -> &Path {
         &self.site.folder
     }
 
-    /// The namespace of the bridge or router between the hosts.
+    /// Returns the namespace of the bridge or router between the hosts.
     pub fn underlay(&self) -> &Netns {
         &self.underlay.netns
     }
 
-    /// What to give as HOST arguments so that a node dials every host of the lab: names where
-    /// namespaces are entered by `ip netns exec` (which gives each its own `/etc/hosts`), else
-    /// addresses.
+    /// Returns the HOST arguments with which a node dials every host of the lab. These are names if
+    /// namespaces are entered by `ip netns exec`, which gives each its own `/etc/hosts`. Otherwise
+    /// they are addresses.
     pub fn targets(&self) -> Vec<&str> {
         self.hosts.iter().map(Host::target).collect()
     }
 
-    /// Captures everything that hosts send into the underlay, each frame once. Returns when it is
-    /// listening.
+    /// Captures everything that hosts send into the underlay, each frame once. Returns once the
+    /// capture is listening.
     pub fn capture(&self) -> Result<Capture> {
         Capture::start(&self.underlay.netns, &self.site.folder, self.underlay.capture_arguments())
     }
 
-    /// The underlay's end of a host's link.
+    /// Returns the name of the underlay's end of a host's link.
     pub fn port(&self, host: &Host) -> String {
         underlay::port(host.number)
     }
 
-    /// Drops everything between two hosts, in both directions.
+    /// Drops all packets between two hosts, in both directions.
     pub fn cut(&self, a: &Host, b: &Host) -> Result<()> {
         self.underlay.cut(a.number, b.number)?;
         self.underlay.cut(b.number, a.number)
     }
 
-    /// Drops what `from` sends to `to`; the other direction keeps working.
+    /// Drops packets that `from` sends to `to`. The other direction keeps working.
     pub fn cut_one_way(&self, from: &Host, to: &Host) -> Result<()> {
         self.underlay.cut(from.number, to.number)
     }
 
-    /// Ends every cut between the two hosts.
+    /// Ends every cut between two hosts.
     pub fn heal(&self, a: &Host, b: &Host) -> Result<()> {
         self.underlay.heal(a.number, b.number)?;
         self.underlay.heal(b.number, a.number)
     }
 
-    /// Pulls a host's cable: the carrier of its underlay interface goes away.
+    /// Unplugs a host's cable: its underlay interface loses the carrier.
     pub fn unplug(&self, host: &Host) -> Result<()> {
         self.underlay.carrier(host.number, false)
     }
 
-    /// Puts the cable back.
+    /// Plugs a host's cable in again.
     pub fn plug(&self, host: &Host) -> Result<()> {
         self.underlay.carrier(host.number, true)
     }
 
-    /// Makes a black hole of a host's link, in a lab with a router: the router's side takes packets
-    /// of up to `mtu` bytes and drops larger ones without a word; the host's interface stays as it
-    /// is.
+    /// Makes a host's link an MTU black hole, in a lab with a router. The router's side silently
+    /// drops packets larger than `mtu` bytes. The host's interface keeps its MTU.
     pub fn narrow(&self, host: &Host, mtu: u32) -> Result<()> {
         self.underlay.narrow(host.number, mtu)
     }
 
-    /// From now on the underlay takes single packets only, as network cards without segmentation
-    /// do; `joins`: and its interfaces join what they receive (GRO).
+    /// Makes the hosts' underlay interfaces take single packets only from now on, like network
+    /// cards without segmentation offload. `joins` sets whether they coalesce received packets
+    /// (GRO).
     pub fn stop_segmenting(&self, joins: bool) -> Result<()> {
         let gro = if joins { "on" } else { "off" };
         let features = ["tso", "off", "gso", "on", "tx-udp-segmentation", "off", "gro", gro];
@@ -188,8 +189,7 @@ impl Lab {
         })
     }
 
-    /// Puts a rough wire in place of a host's cable, in a lab with a bridge, until
-    /// [`Self::smooth`].
+    /// Replaces a host's cable with a rough wire, in a lab with a bridge, until [`Self::smooth`].
     pub fn roughen(
         &self,
         host: &Host,
@@ -199,59 +199,61 @@ impl Lab {
         self.underlay.roughen(host, roughness, seed)
     }
 
-    /// Puts the cable back.
+    /// Replaces a host's rough wire with its cable.
     pub fn smooth(&self, host: &Host, wire: rough::Wire) -> Result<()> {
         self.underlay.smooth(host, wire)
     }
 
-    /// Gives a host's link another MTU, in bytes, at both ends. (A bridge goes on with the least of
-    /// all links.)
+    /// Sets the MTU of a host's link at both ends, in bytes. A bridge uses the smallest MTU of its
+    /// links.
     pub fn set_mtu(&self, host: &Host, mtu: u32) -> Result<()> {
         self.underlay.set_mtu(host, mtu)
     }
 
-    /// Gives a host another underlay address in the same subnet (family of the lab's first), in
-    /// place of its present one; [`Host::addresses`] keeps naming the old ones.
+    /// Replaces a host's underlay address with another one of the same subnet, and returns it. In a
+    /// lab with both families, this changes the IPv4 address. [`Host::addresses`] keeps the old
+    /// addresses.
     pub fn renumber(&self, host: &Host, last_byte: u8) -> Result<std::net::IpAddr> {
         self.underlay.renumber(host, last_byte)
     }
 }
 
 impl Builder {
-    /// How many hosts; they are called host1, host2, and so on.
+    /// Sets the number of hosts, 1 to 200. They are called host1, host2, and so on.
     pub fn hosts(mut self, hosts: usize) -> Self {
         self.hosts = hosts;
         self
     }
 
-    /// Addresses of the underlay.
+    /// Sets the address family of the underlay.
     pub fn family(mut self, family: Family) -> Self {
         self.family = family;
         self
     }
 
-    /// Each host gets a subnet of its own, with a router between them.
+    /// Gives each host its own subnet, with a router between them.
     pub fn routed(mut self) -> Self {
         self.topology = Topology::Routed;
         self
     }
 
-    /// MTU of every underlay link, in bytes.
+    /// Sets the MTU of every underlay link, in bytes.
     pub fn mtu(mut self, mtu: u32) -> Self {
         self.mtu = mtu;
         self
     }
 
-    /// How commands get into a host's namespace; default [`Entry::IpNetns`].
+    /// Sets how commands enter a host's namespace. The default is [`Entry::IpNetns`].
     pub fn entry(mut self, entry: Entry) -> Self {
         self.entry = entry;
         self
     }
 
-    /// Makes it all, after removing what dead test processes left.
+    /// Builds the lab, after removing what dead test processes left behind.
     ///
     /// # Errors
-    /// When this is not root, or a program is missing or fails; nothing is left behind then.
+    /// Fails if the user is not root, or if a program is missing or fails. Nothing is left behind
+    /// then.
     pub fn build(self) -> Result<Lab> {
         ensure!((1..=200).contains(&self.hosts), "a lab has 1 to 200 hosts");
         // SAFETY: geteuid has no preconditions.
@@ -294,7 +296,7 @@ impl Site {
         Ok(Self { prefix, folder })
     }
 
-    /// The full name of the namespace that this lab calls `name`.
+    /// Returns the full name of the namespace that this lab calls `name`.
     fn netns_name(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
@@ -306,10 +308,10 @@ impl Drop for Site {
     }
 }
 
-/// Tries again every 20 ms until `attempt` succeeds, at the most for `limit`.
+/// Retries every 20 ms until `attempt` succeeds, at most for `limit`.
 ///
 /// # Errors
-/// The last error of `attempt`, with the time that went by.
+/// Fails with the last error of `attempt` and the elapsed time.
 pub fn eventually<T>(limit: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let started = Instant::now();
     loop {
@@ -324,7 +326,7 @@ pub fn eventually<T>(limit: Duration, mut attempt: impl FnMut() -> Result<T>) ->
     }
 }
 
-/// Runs one of the machine's own programs, which must succeed; returns its standard output.
+/// Runs one of the machine's own programs, which must succeed. Returns its standard output.
 pub(crate) fn run(program: &str, arguments: &[&str]) -> Result<String> {
     let output = std::process::Command::new(program)
         .args(arguments)

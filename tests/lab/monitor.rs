@@ -1,4 +1,4 @@
-//! `overnode monitor`, watched.
+//! Runs `overnode monitor` and watches its output.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::{Host, Lab, eventually};
 
-/// A monitor that runs until this is dropped.
+/// A monitor that is killed when this is dropped.
 pub struct Watcher {
     child: Child,
     output: PathBuf,
@@ -21,21 +21,22 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Starts `overnode monitor` with these options; returns when it watches. `limit` is how long
-    /// anything is waited for.
+    /// Starts `overnode monitor` with these options. Returns once it is watching. `limit` is the
+    /// timeout of all waits.
     ///
     /// # Errors
-    /// When it does not watch within the limit.
+    /// Fails if it is not watching within the limit.
     pub fn start(lab: &Lab, host: &Host, options: &[&str], limit: Duration) -> Result<Self> {
         let watcher = Self::start_now(lab, host, &[&["monitor"], options].concat(), limit)?;
         watcher.wait_for_line(|line| line.contains("watching"))?;
         Ok(watcher)
     }
 
-    /// Starts `overnode` with these arguments, which watches sooner or later, or not at all.
+    /// Starts `overnode` with these arguments, without waiting until it watches. It may never do
+    /// so.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Fails if it cannot be started.
     pub fn start_now(lab: &Lab, host: &Host, arguments: &[&str], limit: Duration) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let output =
@@ -46,25 +47,25 @@ impl Watcher {
         Ok(Self { child, output, limit })
     }
 
-    /// All that it has shown so far.
+    /// Returns its output so far.
     pub fn text(&self) -> Result<String> {
         Ok(std::fs::read_to_string(&self.output)?)
     }
 
-    /// All complete lines so far, each of which has to be JSON.
+    /// Parses all complete lines so far, each of which must be JSON.
     ///
     /// # Errors
-    /// When one is not.
+    /// Fails if a line is not JSON.
     pub fn events(&self) -> Result<Vec<Value>> {
         whole_lines(&self.text()?)
             .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()))
             .collect()
     }
 
-    /// The first complete line that is as wanted.
+    /// Waits for the first complete line that satisfies `is_it`.
     ///
     /// # Errors
-    /// When there is none within the limit.
+    /// Fails if there is none within the limit.
     pub fn wait_for_line(&self, is_it: impl Fn(&str) -> bool) -> Result<String> {
         eventually(self.limit, || {
             let text = self.text()?;
@@ -73,10 +74,11 @@ impl Watcher {
         })
     }
 
-    /// The first event that is as wanted, of a monitor with `--json`.
+    /// Waits for the first event that satisfies `is_it`. The monitor must have been started with
+    /// `--json`.
     ///
     /// # Errors
-    /// When there is none within the limit, or anything else than JSON.
+    /// Fails if there is none within the limit, or if the output is not JSON.
     pub fn wait_for(&self, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
         eventually(self.limit, || {
             let events = self.events()?;
@@ -89,26 +91,26 @@ impl Watcher {
         })
     }
 
-    /// The first packet that it shows as dropped for this reason.
+    /// Waits for the first packet that it shows as dropped for this reason.
     ///
     /// # Errors
-    /// As [`Self::wait_for`].
+    /// Fails like [`Self::wait_for`].
     pub fn drop_of(&self, reason: &str) -> Result<Value> {
         self.wait_for(|event| event["event"] == "drop" && event["reason"] == reason)
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the monitor.
     ///
     /// # Errors
-    /// When it has ended.
+    /// Fails if it has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill(Pid::from_raw(self.child.id() as i32), signal)?)
     }
 
-    /// Waits until it has ended. Its exit status, and what it complained of.
+    /// Waits until the monitor ends. Returns its exit status and its standard error.
     ///
     /// # Errors
-    /// When it goes on for longer than the limit.
+    /// Fails if it does not end within the limit.
     pub fn end(mut self) -> Result<(ExitStatus, String)> {
         let status =
             eventually(self.limit, || self.child.try_wait()?.context("the monitor goes on"))?;

@@ -1,4 +1,4 @@
-//! Network namespaces, and ways into them.
+//! Network namespaces and how to enter them.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -15,19 +15,19 @@ use nix::sched::{CloneFlags, setns};
 use crate::cleanup;
 use crate::run;
 
-/// How a command gets into a namespace.
+/// How a command enters a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// As `nsenter --net=`: the network changes and nothing else. `/sys/class/net` shows the
-    /// machine's own interfaces.
+    /// Like `nsenter --net=`: only the network changes. `/sys/class/net` shows the machine's own
+    /// interfaces.
     Setns,
-    /// By `ip netns exec`: also a mount namespace of its own, with a fresh `/sys` and the
-    /// `/etc/hosts` of the namespace, which knows the lab's host names.
+    /// By `ip netns exec`: the command also gets its own mount namespace, with a fresh `/sys` and
+    /// the namespace's `/etc/hosts`, which has the lab's host names.
     IpNetns,
 }
 
-/// A named network namespace, as `ip netns add` makes it. Removed, with its processes, when
-/// dropped.
+/// A named network namespace, as created by `ip netns add`. Dropping it kills its processes and
+/// removes it.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
@@ -35,7 +35,7 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes one, with the loopback interface up.
+    /// Creates a namespace with the loopback interface up.
     pub fn new(name: &str) -> Result<Self> {
         {
             let _one_at_a_time = cleanup::lock()?;
@@ -46,27 +46,27 @@ impl Netns {
             File::open(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
         let netns = Self { name: name.to_owned(), file: Arc::new(file.into()) };
         netns.ip(&["link", "set", "lo", "up"])?;
-        // Without it, a link-local address is of no use for its first second.
+        // With duplicate address detection, a link-local address is unusable for its first second.
         netns.enter(|| Ok(std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0")?))?;
         Ok(netns)
     }
 
-    /// Its name, as `ip netns` knows it.
+    /// Returns its name, as `ip netns` knows it.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// `/run/netns/NAME`.
+    /// Returns `/run/netns/NAME`.
     pub fn path(&self) -> PathBuf {
         path_of(&self.name)
     }
 
-    /// Runs `ip` on this namespace; returns its standard output.
+    /// Runs `ip` on this namespace. Returns its standard output.
     pub fn ip(&self, arguments: &[&str]) -> Result<String> {
         run("ip", &[&["-n", &self.name], arguments].concat())
     }
 
-    /// The names of its interfaces, without `lo`.
+    /// Returns the names of its interfaces, sorted and without `lo`.
     pub fn interfaces(&self) -> Result<Vec<String>> {
         let links: serde_json::Value = serde_json::from_str(&self.ip(&["-j", "link", "show"])?)?;
         let links = links.as_array().context("`ip -j link` printed no list")?;
@@ -80,11 +80,11 @@ impl Netns {
         Ok(names)
     }
 
-    /// Runs `work` on a thread of its own inside the namespace. Sockets made there stay in the
+    /// Runs `work` on a separate thread inside the namespace. Sockets created there stay in the
     /// namespace wherever they are used afterwards.
     ///
     /// # Panics
-    /// With the panic of `work`.
+    /// Panics if `work` panics.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         std::thread::scope(|scope| {
             scope
@@ -98,15 +98,15 @@ impl Netns {
         })
     }
 
-    /// A way in for a thread that stays inside.
+    /// Returns a handle for a thread that enters the namespace and stays inside.
     pub(crate) fn entrance(&self) -> Entrance {
         Entrance(Arc::clone(&self.file))
     }
 
-    /// A command that will run inside the namespace.
+    /// Returns a command that runs inside the namespace.
     ///
-    /// It is killed when the thread that starts it ends, so that nothing outlives a test; a process
-    /// that shall outlive it (a daemon) detaches itself.
+    /// It is killed when the thread that started it ends, so that nothing outlives a test. A
+    /// process that must outlive that thread, such as a daemon, detaches itself.
     pub fn command(&self, entry: Entry, program: impl AsRef<OsStr>) -> Command {
         let mut command = match entry {
             Entry::Setns => Command::new(program),
@@ -117,7 +117,7 @@ impl Netns {
             }
         };
         let file = Arc::clone(&self.file);
-        // SAFETY: between fork and exec only system calls are made.
+        // SAFETY: only system calls are made between fork and exec.
         unsafe {
             command.pre_exec(move || {
                 if entry == Entry::Setns && libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) != 0 {
@@ -132,7 +132,7 @@ impl Netns {
         command
     }
 
-    /// Runs a command inside the namespace (as `nsenter --net` would); it must succeed. Returns its
+    /// Runs a command inside the namespace, as `nsenter --net` would. It must succeed. Returns its
     /// standard output.
     pub fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
         let output = self
@@ -153,7 +153,7 @@ impl Netns {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Processes inside the namespace, this process's own threads not counted.
+    /// Returns the processes inside the namespace, without this process.
     pub fn processes(&self) -> Vec<i32> {
         let Ok(inode) = std::fs::metadata(self.path()).map(|meta| meta.ino()) else {
             return Vec::new();
@@ -162,12 +162,12 @@ impl Netns {
     }
 }
 
-/// A way into a namespace.
+/// A handle for entering a namespace.
 #[derive(Debug)]
 pub(crate) struct Entrance(Arc<OwnedFd>);
 
 impl Entrance {
-    /// Moves this thread into the namespace, for good.
+    /// Moves this thread into the namespace for good.
     pub(crate) fn enter(&self) -> Result<()> {
         setns(&*self.0, CloneFlags::CLONE_NEWNET).context("the namespace cannot be entered")
     }

@@ -1,4 +1,4 @@
-//! Work on both hosts, and on many containers, at the same time.
+//! Runs work for two hosts, or for many containers, at the same time.
 
 use std::panic::resume_unwind;
 use std::thread;
@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-/// The same work for both of two hosts at the same time; how long each took.
+/// Runs the same work for two hosts at the same time. Returns how long each took.
 ///
 /// # Errors
-/// The first host's, or else the other one's.
+/// Fails with the first host's error, or otherwise with the second's.
 pub fn both<T: Sync>(
     one: &T,
     two: &T,
@@ -27,10 +27,10 @@ pub fn both<T: Sync>(
     })
 }
 
-/// Work for each number below `count`, by so many `clients` at a time.
+/// Runs work for each number below `count`, with `clients` threads.
 ///
 /// # Errors
-/// That of the first client that fails.
+/// Fails with the error of the first client that failed.
 pub fn each(count: usize, clients: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
     thread::scope(|scope| {
         let work = &work;
@@ -44,7 +44,7 @@ pub fn each(count: usize, clients: usize, work: impl Fn(usize) -> Result<()> + S
     })
 }
 
-/// Milliseconds that each of `count` took of all their time.
+/// Returns the mean time of one of `count` items, in milliseconds.
 pub fn milliseconds_each(took: Duration, count: usize) -> f64 {
     took.as_secs_f64() * 1000.0 / count as f64
 }

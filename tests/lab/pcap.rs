@@ -1,4 +1,4 @@
-//! The classic pcap format, as far as tests need it: link type, network and transport headers.
+//! Parses the classic pcap format, as far as tests need it: link, network and transport headers.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -17,19 +17,19 @@ pub const UDP: u8 = 17;
 /// A captured packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet<'a> {
-    /// Microseconds since 1970.
+    /// Capture time in microseconds since 1970.
     pub time_us: u64,
-    /// Everything that was captured, link header included.
+    /// All captured bytes, link header included.
     pub bytes: &'a [u8],
     /// EtherType.
     pub ether_type: u16,
-    /// From the network header on.
+    /// Bytes from the network header on.
     pub network: &'a [u8],
-    /// The IP header's content, if it is IP.
+    /// The IP headers, if the packet is IP.
     pub ip: Option<Ip<'a>>,
 }
 
-/// What an IP packet's headers say.
+/// Fields of an IP packet's headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ip<'a> {
     /// Source address.
@@ -38,26 +38,26 @@ pub struct Ip<'a> {
     pub to: IpAddr,
     /// Protocol number.
     pub protocol: u8,
-    /// Source and destination port; zero where there are none.
+    /// Source and destination port; zero if there are none.
     pub ports: (u16, u16),
-    /// What follows the TCP or UDP header, else what follows the IP header.
+    /// Bytes after the TCP or UDP header, or otherwise after the IP header.
     pub payload: &'a [u8],
 }
 
 impl Packet<'_> {
-    /// True for TCP to or from this port.
+    /// Returns whether the packet is TCP to or from this port.
     pub fn is_tcp(&self, port: u16) -> bool {
         self.ip.is_some_and(|ip| ip.protocol == TCP && (ip.ports.0 == port || ip.ports.1 == port))
     }
 
-    /// True for a message that nodes pass on for others: a relay header in UDP to port 6784.
+    /// Returns whether the packet is a relayed message: UDP to port 6784 with a relay header.
     pub fn is_relayed(&self) -> bool {
         let ip = self.ip.filter(|ip| ip.protocol == UDP && ip.ports.1 == 6784);
         ip.is_some_and(|ip| ip.payload.first() == Some(&0x80))
     }
 
-    /// The kind of a WireGuard message to UDP port 6784: 1 initiation, 2 response, 3 cookie, 4
-    /// data.
+    /// Returns the type of a WireGuard message to UDP port 6784: 1 initiation, 2 response, 3 cookie
+    /// reply, 4 data.
     pub fn wireguard_type(&self) -> Option<u8> {
         let ip = self.ip.filter(|ip| ip.protocol == UDP && ip.ports.1 == 6784)?;
         match *ip.payload {
@@ -67,10 +67,10 @@ impl Packet<'_> {
     }
 }
 
-/// Reads a whole capture.
+/// Parses a whole capture.
 ///
 /// # Errors
-/// When it is no pcap file of this machine's byte order, or is truncated.
+/// Fails if it is not a pcap file in this machine's byte order, or if it is truncated.
 pub fn packets(file: &[u8]) -> Result<Vec<Packet<'_>>> {
     let word = |at: usize| -> Option<u32> {
         Some(u32::from_ne_bytes(file.get(at..at + 4)?.try_into().ok()?))
@@ -112,7 +112,7 @@ fn ipv4(network: &[u8]) -> Option<Ip<'_>> {
         Some(Ipv4Addr::from(<[u8; 4]>::try_from(network.get(at..at + 4)?).ok()?).into())
     };
     let length = usize::from(be16(network, 2)?);
-    // Segmentation offload of big packets leaves the length at zero.
+    // Segmentation offload leaves the length of very large packets at zero.
     let end = if length == 0 { network.len() } else { length.min(network.len()) };
     transport(address(12)?, address(16)?, *network.get(9)?, network.get(header..end)?)
 }

@@ -1,4 +1,4 @@
-//! `ping`, and its closing statistics.
+//! Runs `ping` and parses its output.
 
 use std::net::IpAddr;
 use std::process::{Child, Stdio};
@@ -12,18 +12,18 @@ use nix::unistd::Pid;
 use crate::flow::MARKER;
 use crate::netns::{Entry, Netns};
 
-/// What `ping` says at its end.
+/// Statistics of a finished `ping`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PingStats {
     /// Requests sent.
     pub sent: u32,
-    /// Answers received, duplicates not counted.
+    /// Answers received, not counting duplicates.
     pub received: u32,
-    /// Answers received more than once.
+    /// Duplicate answers.
     pub duplicates: u32,
-    /// Shortest, average and longest round trip, in microseconds; `None` when nothing came back.
+    /// Round-trip times; `None` if nothing came back.
     pub rtt: Option<Rtt>,
-    /// Which requests got no answer: their numbers, from 1 on, as first and last of each run.
+    /// Requests without an answer: the first and last number of each run. Numbers start at 1.
     pub missing: Vec<(u32, u32)>,
 }
 
@@ -39,7 +39,7 @@ pub struct Rtt {
 }
 
 impl PingStats {
-    /// Requests without an answer.
+    /// Returns the number of requests without an answer.
     pub fn lost(&self) -> u32 {
         self.sent - self.received
     }
@@ -74,9 +74,9 @@ impl PingStats {
     }
 }
 
-/// Runs of numbers up to `sent` that no line names.
+/// Returns the runs of numbers from 1 to `sent` that have no answer in the output.
 fn missing(text: &str, sent: u32) -> Vec<(u32, u32)> {
-    // The number on the wire has 16 bits and starts again.
+    // The sequence number on the wire has 16 bits and wraps around.
     let mut seen = vec![false; sent as usize + 1];
     let mut rounds = 0;
     let mut last = 0;
@@ -107,7 +107,7 @@ fn missing(text: &str, sent: u32) -> Vec<(u32, u32)> {
     runs
 }
 
-/// A `ping` under way.
+/// A running `ping`.
 #[derive(Debug)]
 pub struct Pinging {
     child: Option<Child>,
@@ -115,7 +115,7 @@ pub struct Pinging {
 }
 
 impl Pinging {
-    /// Starts it: for ever, or for `count` requests. The payload repeats [`MARKER`].
+    /// Starts `ping`, endlessly or for `count` requests. The payload repeats [`MARKER`].
     pub fn start(
         netns: &Netns,
         to: IpAddr,
@@ -143,7 +143,7 @@ impl Pinging {
             .stderr(Stdio::piped())
             .spawn()
             .context("ping cannot be started")?;
-        // A pipe that nobody reads would stop it.
+        // Without a reader, the pipe would fill up and `ping` would block.
         let output = child
             .stdout
             .take()
@@ -151,8 +151,8 @@ impl Pinging {
         Ok(Self { child: Some(child), output })
     }
 
-    /// Stops it and returns what it counted. A request that is under way just then counts as lost:
-    /// where every answer matters, start it with a count and [`Self::finish`] it.
+    /// Stops `ping` and returns its statistics. A request in flight counts as lost. If every answer
+    /// matters, start it with a count and call [`Self::finish`].
     pub fn stop(self) -> Result<PingStats> {
         if let Some(child) = &self.child {
             kill(Pid::from_raw(child.id() as i32), Signal::SIGINT)?;
@@ -160,14 +160,14 @@ impl Pinging {
         self.finish()
     }
 
-    /// Waits for its own end.
+    /// Waits until `ping` ends by itself, and returns its statistics.
     pub fn finish(mut self) -> Result<PingStats> {
         let Some(child) = self.child.take() else { bail!("ping has ended already") };
         let output = child.wait_with_output()?;
         let Some(Ok(Ok(stdout))) = self.output.take().map(JoinHandle::join) else {
             bail!("ping's output is lost")
         };
-        // 1 means that nothing came back, which the statistics tell as well.
+        // Exit status 1 means that nothing came back. The statistics show that too.
         match output.status.code() {
             Some(0 | 1) => PingStats::parse(&stdout),
             _ => bail!(

@@ -1,8 +1,8 @@
-//! Podman on a host, with its own storage, and networks through CNI with the stock plugins and
+//! Runs podman on a host, with its own storage and with CNI networks from the stock plugins and
 //! `overnode-cni`.
 //!
-//! Containers share the machine's control groups and `/run`; everything that podman keeps is in the
-//! host's folder.
+//! Containers share the machine's control groups and `/run`. Everything that podman stores is in
+//! the host's folder.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,16 +17,16 @@ use crate::host::Host;
 use crate::netns::Entry;
 use crate::process::{Outcome, run_limited};
 
-/// The image that every podman has: busybox.
+/// Name of the image that every podman has: busybox.
 pub const IMAGE: &str = "localhost/tiny";
-/// Where Debian's `containernetworking-plugins` are.
+/// Directory of Debian's `containernetworking-plugins`.
 const PLUGINS: &str = "/usr/lib/cni";
-/// Where runc remembers what runs.
+/// Directory in which runc records running containers.
 const RUNC: &str = "/run/runc";
-/// Longer than any command may take on a loaded machine.
+/// Timeout of a command: longer than any may take on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// A host's podman. Its containers go away when this is dropped.
+/// A host's podman. Dropping it removes its containers.
 #[derive(Debug)]
 pub struct Podman<'a> {
     host: &'a Host,
@@ -34,13 +34,15 @@ pub struct Podman<'a> {
 }
 
 impl<'a> Podman<'a> {
-    /// Prepares podman on a host: with the plugin, the network `overnode` (a `bridge` for the way
-    /// out and for published ports, and the container network chained after it), the network
-    /// `plain` (the container network alone), the network `other` (a `bridge` alone), and the
-    /// image.
+    /// Prepares podman on a host: installs the plugin, the image and three networks.
+    ///
+    /// - `overnode` is a `bridge` for outbound traffic and published ports, with the container
+    ///   network chained after it.
+    /// - `plain` is the container network alone.
+    /// - `other` is a `bridge` alone.
     ///
     /// # Errors
-    /// When podman or the stock plugins are not installed.
+    /// Fails if podman or the stock plugins are not installed.
     pub fn prepare(host: &'a Host) -> Result<Self> {
         let folder = host.folder().join("podman");
         for name in ["plugins", "net.d", "root"] {
@@ -104,7 +106,7 @@ impl<'a> Podman<'a> {
         fs::write(self.folder.join("containers.conf"), settings).context("containers.conf")
     }
 
-    /// The plugin, as runtimes find it.
+    /// Returns the path at which runtimes find the plugin.
     pub fn plugin(&self) -> PathBuf {
         self.folder.join("plugins/overnode-cni")
     }
@@ -112,9 +114,9 @@ impl<'a> Podman<'a> {
     /// Runs `podman` with these arguments.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Fails if it cannot be started or runs too long.
     pub fn run(&self, arguments: &[&str]) -> Result<Outcome> {
-        // With the machine's own /sys, for control groups.
+        // `Setns` keeps the machine's own `/sys`, which has the control groups.
         let mut command = self.host.netns().command(Entry::Setns, "podman");
         let folder = |name: &str| self.folder.join(name);
         command
@@ -137,7 +139,7 @@ impl<'a> Podman<'a> {
     /// network.
     ///
     /// # Errors
-    /// When `podman run` fails.
+    /// Fails if `podman run` fails.
     pub fn sleep(&self, name: &str, network: &str, options: &[&str]) -> Result<String> {
         let first = ["run", "--detach", "--network", network, "--name", name];
         let words = [&first[..], options, &[IMAGE, "/bin/sleep", "100000"]].concat();
@@ -145,10 +147,10 @@ impl<'a> Podman<'a> {
         self.address(name)
     }
 
-    /// The address of a container in the container network.
+    /// Returns the address of a container in the container network.
     ///
     /// # Errors
-    /// When it has none.
+    /// Fails if the container has no address.
     pub fn address(&self, name: &str) -> Result<String> {
         let endpoints =
             self.host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone();
@@ -158,35 +160,34 @@ impl<'a> Podman<'a> {
         Ok(address.with_context(|| format!("{name} is not among {endpoints:?}"))?.to_owned())
     }
 
-    /// Runs a command inside a container; it must succeed. Returns its standard output.
+    /// Runs a command inside a container, which must succeed. Returns its standard output.
     ///
     /// # Errors
-    /// When it fails.
+    /// Fails if the command fails.
     pub fn exec(&self, name: &str, command: &[&str]) -> Result<String> {
         self.run(&[&["exec", name], command].concat())?.success()
     }
 
-    /// Fails unless an address or a name answers a ping from inside a container within the time
-    /// limit.
+    /// Pings an address or a name from inside a container until it answers.
     ///
     /// # Errors
-    /// When it does not.
+    /// Fails if it does not answer within the time limit.
     pub fn reach(&self, name: &str, to: &str, limit: Duration) -> Result<()> {
         eventually(limit, || self.exec(name, &["/bin/ping", "-c", "1", "-W", "1", to]).map(drop))
     }
 
-    /// What the host loses when it loses power, as far as podman and the node are concerned:
-    /// processes, interfaces but the underlay's, what is in `/run`, bpffs.
+    /// Simulates a power failure of the host, as far as it concerns podman and the node: removes
+    /// processes, interfaces except the underlay's, their files in `/run`, and bpffs.
     ///
     /// # Errors
-    /// When something cannot be removed.
+    /// Fails if something cannot be removed.
     pub fn lose_power(&self) -> Result<()> {
         self.stop_everything();
         self.host.forget_all_but_disks()
     }
 
-    /// Everything but what is on disk. Containers are in namespaces of their own: they are known by
-    /// their monitors' children.
+    /// Removes everything except what is on disk. Containers have their own namespaces, so their
+    /// processes are found as children of their monitors.
     fn stop_everything(&self) {
         let root = self.folder.to_string_lossy().into_owned();
         let mentions = |pid: &i32| {
@@ -207,8 +208,8 @@ impl<'a> Podman<'a> {
         for container in containers {
             let _ = fs::remove_dir_all(Path::new(RUNC).join(container));
         }
-        // Addresses on the bridge are kept there, as the documentation has it: in what a reboot
-        // empties.
+        // The bridge's addresses are stored in a directory that a reboot empties, as the
+        // documentation recommends.
         let _ = fs::remove_dir_all(self.folder.join("host-local"));
         for name in ["run", "tmp"] {
             unmount_below(&self.folder.join(name));
@@ -217,13 +218,13 @@ impl<'a> Podman<'a> {
         unmount_below(&self.folder.join("root"));
     }
 
-    /// The full IDs of its containers.
+    /// Returns the full IDs of its containers.
     fn containers(&self) -> Vec<String> {
         let listed = self.run(&["ps", "--all", "--quiet", "--no-trunc"]).and_then(Outcome::success);
         listed.map(|listed| listed.lines().map(str::to_owned).collect()).unwrap_or_default()
     }
 
-    /// The network namespaces of its containers that podman knows of.
+    /// Returns the network namespaces of its containers, as far as podman knows them.
     fn namespaces(&self) -> Vec<PathBuf> {
         let path = |id: &str| {
             let words = ["inspect", "--format", "{{.NetworkSettings.SandboxKey}}", id];

@@ -1,4 +1,4 @@
-//! Commands with a time limit, and what came of them.
+//! Runs commands with a time limit and records how they ended.
 
 use std::fs::File;
 use std::path::Path;
@@ -11,23 +11,23 @@ use anyhow::{Context, Result, bail, ensure};
 /// How a command ended.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// The command, for messages.
+    /// The command line, for messages.
     pub command: String,
-    /// Its exit status.
+    /// Exit status.
     pub status: ExitStatus,
-    /// What it printed.
+    /// Standard output.
     pub stdout: String,
-    /// What it complained of.
+    /// Standard error.
     pub stderr: String,
-    /// How long it took.
+    /// Run time.
     pub took: Duration,
 }
 
 impl Outcome {
-    /// Standard output of a command that had to succeed.
+    /// Returns the standard output of a command that must succeed.
     ///
     /// # Errors
-    /// When it did not exit with 0; names the command and what it printed.
+    /// Fails if the exit code is not 0. The message names the command and what it printed.
     pub fn success(self) -> Result<String> {
         ensure!(
             self.status.success(),
@@ -40,11 +40,11 @@ impl Outcome {
         Ok(self.stdout)
     }
 
-    /// The one line of complaint of a command that had to fail with this exit code.
+    /// Returns the one line on standard error of a command that must fail with this exit code.
     ///
     /// # Errors
-    /// When it exited otherwise, printed something to standard output, or not exactly one line to
-    /// standard error.
+    /// Fails if the exit code differs, if something was printed to standard output, or if standard
+    /// error is not exactly one line.
     pub fn failure(self, code: i32) -> Result<String> {
         ensure!(
             self.status.code() == Some(code),
@@ -57,12 +57,12 @@ impl Outcome {
         self.complaint()
     }
 
-    /// The one line of complaint of a command that had to fail: with exit code 1 (failed) or 2
-    /// (wrong usage).
+    /// Returns the one line on standard error of a command that must fail, with exit code 1
+    /// (failed) or 2 (wrong usage).
     ///
     /// # Errors
-    /// When it exited otherwise, printed something to standard output, or not exactly one line to
-    /// standard error.
+    /// Fails if the exit code differs, if something was printed to standard output, or if standard
+    /// error is not exactly one line.
     pub fn complaint(self) -> Result<String> {
         ensure!(
             matches!(self.status.code(), Some(1 | 2)),
@@ -89,11 +89,11 @@ impl Outcome {
     }
 }
 
-/// Runs a command to its end. Output goes through files in `folder`, not pipes: a daemon that a
-/// command leaves behind may inherit them and keep them open.
+/// Runs a command to its end. Output goes to files in `folder` instead of pipes, because a daemon
+/// that the command leaves behind may inherit pipes and keep them open.
 ///
 /// # Errors
-/// When it cannot be started or runs longer than `limit` (it is killed then).
+/// Fails if the command cannot be started, or if it runs longer than `limit`. It is killed then.
 pub fn run_limited(mut command: Command, folder: &Path, limit: Duration) -> Result<Outcome> {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);

@@ -1,5 +1,4 @@
-//! Ethernet frames as one likes them: for tests that attack, and for wires that are not as they
-//! should be.
+//! Sends and receives arbitrary Ethernet frames, for tests that attack and for imperfect wires.
 
 use std::ffi::CString;
 use std::io::{Error, ErrorKind};
@@ -13,8 +12,8 @@ use crate::flow::MARKER;
 use crate::netns::Netns;
 use crate::pcap::{TCP, UDP};
 
-/// The Internet checksum (RFC 1071) over the parts in a row, of which only the last may have an odd
-/// length; 0 if they contain one that is right.
+/// Computes the Internet checksum (RFC 1071) over the concatenated parts. Only the last part may
+/// have an odd length. Returns 0 if the parts contain a correct checksum.
 pub fn checksum(parts: &[&[u8]]) -> u16 {
     let mut sum: u32 = 0;
     for part in parts {
@@ -45,16 +44,17 @@ impl Injector {
         self.send_all(&[frame])
     }
 
-    /// Sends one frame whose checksum the kernel, or whoever takes the frame from it, has yet to
-    /// finish: that from byte `start` on, to be put `offset` bytes behind it.
-    pub fn send_unfinished(&self, frame: &[u8], start: u16, offset: u16) -> Result<()> {
+    /// Sends one frame with a partial checksum, which the kernel or the receiver must complete. The
+    /// checksum covers the frame from byte `start` on and is stored `offset` bytes after that.
+    pub fn send_partial_checksum(&self, frame: &[u8], start: u16, offset: u16) -> Result<()> {
         let sent = self.send_offloaded(&[(Offload::checksum(start, offset), frame.to_vec())])?;
         ensure!(sent == 1, "the kernel does not take a checksum at {start} + {offset}");
         Ok(())
     }
 
-    /// Sends frames in order with something left to do in each. Those that the kernel does not take
-    /// (because that lies outside of the frame, for example) are left out; how many it took.
+    /// Sends frames in order, each with an offload left to do. Frames that the kernel rejects are
+    /// left out, for example if the offload is outside the frame. Returns the number of frames
+    /// sent.
     pub fn send_offloaded(&self, frames: &[Frame]) -> Result<usize> {
         let frames: Vec<_> = frames
             .iter()
@@ -71,7 +71,8 @@ impl Injector {
         self.send_accepted(frames, false).map(drop)
     }
 
-    /// How many were sent; frames that the kernel calls invalid are an error, or left out.
+    /// Sends frames and returns how many were sent. Frames that the kernel rejects as invalid are
+    /// left out if `leaves_out` is set. Otherwise they are an error.
     fn send_accepted(&self, frames: &[impl AsRef<[u8]>], leaves_out: bool) -> Result<usize> {
         let mut accepted = 0;
         let mut parts: Vec<libc::iovec> = frames
@@ -85,7 +86,7 @@ impl Injector {
         let mut messages: Vec<libc::mmsghdr> = parts
             .iter_mut()
             .map(|part| {
-                // SAFETY: all-zero is a valid message without address, parts and control data.
+                // SAFETY: an all-zero message is valid. It has no address, parts or control data.
                 let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
                 message.msg_hdr.msg_iov = part;
                 message.msg_hdr.msg_iovlen = 1;
@@ -105,7 +106,7 @@ impl Injector {
                     std::thread::yield_now();
                     continue;
                 }
-                // ENOMEM: the interface would have had to segment it, and could not.
+                // ENOMEM: the interface had to segment the frame and could not.
                 if leaves_out && matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOMEM)) {
                     rest = &mut rest[1..];
                     continue;
@@ -120,29 +121,29 @@ impl Injector {
 }
 
 /// What is left to do in a frame: `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h).
-/// Offsets count from the first byte of the Ethernet header.
+/// Offsets are in bytes from the start of the Ethernet header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offload {
-    /// Where a checksum that is to be finished starts, and how far behind it its place is.
+    /// Where a partial checksum starts, and how many bytes after that it is stored.
     pub checksum: Option<(u16, u16)>,
-    /// Kind of its segments; 0 if it is one packet.
+    /// Type of the segments; 0 if the frame is one packet.
     pub gso_type: u8,
-    /// Payload of each segment, bytes.
+    /// Payload of each segment, in bytes.
     pub gso_size: u16,
 }
 
-/// [`Offload::gso_type`]: segments of TCP over IPv4.
+/// [`Offload::gso_type`]: TCP segments over IPv4.
 pub const GSO_TCPV4: u8 = 1;
-/// [`Offload::gso_type`]: fragments of a datagram.
+/// [`Offload::gso_type`]: IP fragments of one UDP datagram.
 pub const GSO_UDP: u8 = 3;
-/// [`Offload::gso_type`]: datagrams.
+/// [`Offload::gso_type`]: UDP datagrams.
 pub const GSO_UDP_L4: u8 = 5;
 
 impl Offload {
     const LEN: usize = 10;
     const NEEDS_CHECKSUM: u8 = 1;
 
-    /// A checksum.
+    /// Returns an offload with only a partial checksum.
     pub fn checksum(start: u16, offset: u16) -> Self {
         Self { checksum: Some((start, offset)), ..Self::default() }
     }
@@ -160,7 +161,7 @@ impl Offload {
         Self { checksum, gso_type, gso_size }
     }
 
-    /// Does to the frame what a kernel without help of its device does: finishes the checksum.
+    /// Completes the checksum in the frame, as a kernel does without help from its device.
     pub fn finish(self, frame: &mut [u8]) {
         let Some((start, offset)) = self.checksum.map(|(a, b)| (usize::from(a), usize::from(b)))
         else {
@@ -176,16 +177,16 @@ impl Offload {
     }
 }
 
-/// A frame with what is left to do in it.
+/// A frame and what is left to do in it.
 pub type Frame = (Offload, Vec<u8>);
 
-/// Where a frame's IPv4 header, its source and the transport header begin.
+/// Offset of the IPv4 header in a frame, in bytes.
 const IP: usize = 14;
-/// See [`packet`].
+/// Offset of the IPv4 source address in a frame made by [`packet`], in bytes.
 pub const SOURCE: usize = IP + 12;
 const TRANSPORT: usize = IP + 20;
 
-/// An IPv4 address's bytes; zeros for an IPv6 address.
+/// Returns the bytes of an IPv4 address, or zeros for an IPv6 address.
 pub fn octets(address: IpAddr) -> [u8; 4] {
     match address {
         IpAddr::V4(v4) => v4.octets(),
@@ -193,8 +194,9 @@ pub fn octets(address: IpAddr) -> [u8; 4] {
     }
 }
 
-/// A frame of `len` bytes from the IP header on, to and from these, with the lab's marker as far as
-/// there is room. Its transport header has no checksum, but TCP's or UDP's other fields.
+/// Returns a frame with these MAC and IP addresses. It has `len` bytes from the IP header on,
+/// filled with the lab's marker. The transport header has no checksum. Its other fields are those
+/// of TCP or UDP.
 pub fn packet(macs: [[u8; 6]; 2], [from, to]: [IpAddr; 2], protocol: u8, len: usize) -> Vec<u8> {
     let mut ip = vec![0x45, 0];
     ip.extend((len as u16).to_be_bytes());
@@ -206,7 +208,7 @@ pub fn packet(macs: [[u8; 6]; 2], [from, to]: [IpAddr; 2], protocol: u8, len: us
     let transport_len = len - 20;
     let mut transport = vec![0x13, 0x88, 0x13, 0x89];
     if protocol == TCP {
-        // An acknowledgement.
+        // An acknowledgment.
         transport.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]);
     } else {
         transport.extend((transport_len as u16).to_be_bytes());
@@ -217,18 +219,18 @@ pub fn packet(macs: [[u8; 6]; 2], [from, to]: [IpAddr; 2], protocol: u8, len: us
 }
 
 /// Writes the sum of the pseudo header into a frame's transport header, as a stack does that leaves
-/// the rest to others.
+/// the rest to an offload.
 pub fn leave_checksum(frame: &mut [u8]) {
     let len = (frame.len() - TRANSPORT) as u16;
     let protocol = frame[IP + 9];
     let sum = !checksum(&[&frame[SOURCE..SOURCE + 8], &[0, protocol], &len.to_be_bytes()]);
-    let place = TRANSPORT + checksum_place(protocol);
+    let place = TRANSPORT + checksum_offset(protocol);
     frame[place..place + 2].copy_from_slice(&sum.to_be_bytes());
 }
 
-/// Where a transport header has its checksum: containers may leave it, or one behind it, to others
-/// to be finished.
-fn checksum_place(protocol: u8) -> usize {
+/// Returns the offset of the checksum in a transport header, in bytes. Containers may leave this
+/// checksum, or one behind it, to an offload.
+fn checksum_offset(protocol: u8) -> usize {
     match protocol {
         TCP => 16,
         UDP => 6,
@@ -236,27 +238,27 @@ fn checksum_place(protocol: u8) -> usize {
     }
 }
 
-/// True if the frame's checksum is to be written into its Ethernet or IP header.
+/// Returns whether the frame's checksum would be written into its Ethernet or IP header.
 pub fn is_hostile((offload, _): &Frame) -> bool {
     offload
         .checksum
         .is_some_and(|(start, offset)| usize::from(start) + usize::from(offset) < TRANSPORT)
 }
 
-/// True if the frame's checksum begins there, wherever it is to be written.
+/// Returns whether the frame's checksum starts in its Ethernet or IP header, wherever it is stored.
 pub fn begins_in_header((offload, _): &Frame) -> bool {
     offload.checksum.is_some_and(|(start, _)| usize::from(start) < TRANSPORT)
 }
 
-/// What a thief wants a frame to be: the same, from somebody else.
+/// Returns the frame that an attacker aims for: the same frame with the victim's source address.
 pub fn wanted(frame: &[u8], victim: IpAddr) -> Vec<u8> {
     let mut wanted = frame.to_vec();
     wanted[SOURCE..SOURCE + 4].copy_from_slice(&octets(victim));
     wanted
 }
 
-/// A frame for every pair of where a checksum starts and a place that `places` has: each so that
-/// finishing it writes there what the frame that is wanted has there. `gso`: kind and size of
+/// Returns a frame for every pair of a checksum start and a place that `places` accepts. Completing
+/// the checksum writes the bytes of the wanted frame to that place. `gso` is the type and size of
 /// segments.
 pub fn aimed(
     honest: &[u8],
@@ -268,7 +270,7 @@ pub fn aimed(
     for start in 0..honest.len() {
         for place in (start..honest.len() - 1).filter(|place| places(*place)) {
             let mut frame = honest.to_vec();
-            // What makes the sum right lies at the end.
+            // Filler near the end of the frame makes the sum right.
             let filler = honest.len() - 2 - (honest.len() - start) % 2;
             if start <= filler && place + 2 <= filler {
                 frame[filler..filler + 2].fill(0);
@@ -284,16 +286,16 @@ pub fn aimed(
     frames
 }
 
-/// Everything that arrives at an interface, with what is left to do in it.
+/// Receives everything that arrives at an interface, with what is left to do in it.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
 }
 
 impl Listener {
-    /// Listens to IPv4 at an interface of a namespace.
+    /// Listens for IPv4 on an interface of a namespace.
     pub fn open(netns: &Netns, interface: &str) -> Result<Self> {
-        // All, for of what goes on into a bridge it would see nothing else.
+        // All protocols: otherwise the socket does not see frames that go on into a bridge.
         let socket = packet_socket(netns, interface, libc::ETH_P_ALL as u16)?;
         set_option(&socket, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)?;
         set_option(&socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1)?;
@@ -301,8 +303,8 @@ impl Listener {
         Ok(Self { socket })
     }
 
-    /// What came so far, and nothing for so many milliseconds since. An error if there was no room
-    /// for some of it.
+    /// Returns the frames so far, once nothing has arrived for `quiet_ms` milliseconds. Fails if
+    /// frames were lost because the socket had no room for them.
     pub fn frames(&self, quiet_ms: u16) -> Result<Vec<Frame>> {
         let mut frames = Vec::new();
         let mut buffer = vec![0; Offload::LEN + 65_550];
@@ -336,7 +338,7 @@ impl Listener {
     }
 }
 
-/// Frames that a packet socket had no room for.
+/// Returns how many frames a packet socket had no room for.
 fn lost_frames(socket: &OwnedFd) -> Result<u32> {
     // struct tpacket_stats
     let mut stats = [0_u32; 2];
@@ -359,7 +361,7 @@ fn lost_frames(socket: &OwnedFd) -> Result<u32> {
     }
 }
 
-/// An interface whose every incoming frame is seen, and where frames can be sent.
+/// An interface on which every incoming frame is received and frames can be sent.
 #[derive(Debug)]
 pub(crate) struct Tap {
     socket: OwnedFd,
@@ -368,13 +370,13 @@ pub(crate) struct Tap {
 impl Tap {
     pub(crate) fn open(netns: &Netns, interface: &str) -> Result<Self> {
         let socket = packet_socket(netns, interface, libc::ETH_P_ALL as u16)?;
-        // Its own frames are not to come back.
+        // The socket must not receive the frames that it sends.
         set_option(&socket, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)?;
         set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 16 << 20)?;
         Ok(Self { socket })
     }
 
-    /// The next frame's length, if there is one.
+    /// Receives the next frame, if any. Returns its length in bytes.
     pub(crate) fn receive(&self, buffer: &mut [u8]) -> Result<Option<usize>> {
         let (at, length) = (buffer.as_mut_ptr().cast(), buffer.len());
         // SAFETY: pointer and length describe the buffer.
@@ -391,7 +393,7 @@ impl Tap {
         }
     }
 
-    /// Sends a frame; one that finds the queue full, or is too long for the interface, is lost.
+    /// Sends a frame. It is lost if the queue is full or the frame is too long for the interface.
     pub(crate) fn send(&self, frame: &[u8]) -> Result<()> {
         // SAFETY: pointer and length describe the frame.
         let sent =
@@ -426,7 +428,7 @@ fn set_option(
     }
 }
 
-/// A packet socket, bound to an interface of a namespace; it gets frames of this Ethernet type,
+/// Opens a packet socket on an interface of a namespace. It receives frames of this EtherType, or
 /// none if it is 0.
 fn packet_socket(netns: &Netns, interface: &str, protocol: u16) -> Result<OwnedFd> {
     let name = CString::new(interface)?;
@@ -436,14 +438,14 @@ fn packet_socket(netns: &Netns, interface: &str, protocol: u16) -> Result<OwnedF
         if raw < 0 {
             return Err(Error::last_os_error()).context("a packet socket");
         }
-        // SAFETY: it was opened just now and nobody else has it.
+        // SAFETY: it was just opened, and nothing else owns it.
         let socket = unsafe { OwnedFd::from_raw_fd(raw) };
-        // SAFETY: a C string that lives during the call.
+        // SAFETY: the argument is a C string that outlives the call.
         let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
         if index == 0 {
             bail!("there is no interface {name:?}");
         }
-        // SAFETY: all-zero is a valid address; the fields that count are set below.
+        // SAFETY: an all-zero address is valid. The fields that matter are set below.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_protocol = protocol.to_be();

@@ -1,5 +1,7 @@
-//! A wire that loses, doubles, reorders and delays frames. The kernel's own (netem) is not
-//! everywhere; this one needs packet sockets only.
+//! A wire that loses, duplicates, reorders and delays frames.
+//!
+//! The kernel's own implementation (netem) is not available everywhere. This one needs only packet
+//! sockets.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
@@ -17,40 +19,40 @@ use rand::{Rng, SeedableRng};
 use crate::netns::Netns;
 use crate::raw::Tap;
 
-/// More than any frame of an underlay without segmentation.
+/// Buffer size in bytes: more than any frame of an underlay without segmentation offload.
 const LONGEST: usize = 16 << 10;
-/// Frames that overtake one that is held back, at the most.
+/// Maximum number of frames that overtake a held frame.
 const OVERTAKING: u32 = 40;
-/// Frames that wait to be overtaken go on when nothing at all has come for so many milliseconds.
+/// Held frames are sent when no frame has arrived for this many milliseconds.
 const HELD_MS: u8 = 5;
 
-/// What a wire does to frames: shares of all between 0 and 1, and a delay.
+/// What a wire does to frames: fractions of all frames, between 0 and 1, and a delay.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Roughness {
-    /// Never arrives.
+    /// Fraction that never arrives.
     pub lost: f64,
-    /// Arrives twice.
+    /// Fraction that arrives twice.
     pub doubled: f64,
-    /// Arrives after up to 40 later ones.
+    /// Fraction that arrives after up to 40 later frames.
     pub late: f64,
-    /// How long every frame takes, each way.
+    /// Delay of every frame, in each direction.
     pub delay: Duration,
 }
 
-/// What a wire has done so far, in frames.
+/// Counters of a wire, in frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Done {
-    /// Passed through it, whatever became of them.
+    /// Frames that entered the wire, whatever became of them.
     pub passed: u64,
-    /// Were dropped.
+    /// Frames that were dropped.
     pub lost: u64,
-    /// Were sent twice.
+    /// Frames that were sent twice.
     pub doubled: u64,
-    /// Were overtaken.
+    /// Frames that were held to be overtaken.
     pub late: u64,
 }
 
-/// A rough wire between two interfaces of a namespace, until it is dropped.
+/// A rough wire between two interfaces of a namespace. Dropping it ends it.
 #[derive(Debug)]
 pub struct Wire {
     stop: Arc<AtomicBool>,
@@ -74,7 +76,7 @@ impl Wire {
         Ok(Self { stop, done, thread: Some(thread) })
     }
 
-    /// What it has done so far.
+    /// Returns the counters so far.
     pub fn done(&self) -> Done {
         *self.done.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -89,15 +91,15 @@ impl Wire {
 
 impl Drop for Wire {
     fn drop(&mut self) {
-        // Whoever wants to know has called `stop`.
+        // A caller that needs the error calls `stop`.
         drop(self.stop());
     }
 }
 
-/// Frames of one direction that are delayed: until when, and the frame.
+/// Delayed frames of one direction, each with the time at which it may go on.
 type UnderWay = VecDeque<(Instant, Vec<u8>)>;
 
-/// Frames of one direction that wait to be overtaken: how many more shall do so, and the frame.
+/// Held frames of one direction, each with the number of frames that must still overtake it.
 type Held = VecDeque<(u32, Vec<u8>)>;
 
 fn carry(

@@ -1,4 +1,4 @@
-//! The lab proves itself: what the other tests rely on is tested here, without any node.
+//! Tests the lab itself, without any node, because the other tests rely on it.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -11,7 +11,7 @@ use lab::{Container, Entry, Family, Host, Lab};
 
 const TICK: Duration = Duration::from_millis(10);
 
-/// The host's own network, seen as a container: flows and pings of the underlay.
+/// Connects a container directly to the host's own network, for flows and pings over the underlay.
 fn bare(host: &Host, name: &str) -> Result<Container> {
     let container = host.container(name)?;
     let (inside, outside) =
@@ -28,7 +28,7 @@ fn bare(host: &Host, name: &str) -> Result<Container> {
     Ok(container)
 }
 
-/// Two bare containers that reach each other through routes between their hosts.
+/// Creates two bare containers that reach each other through routes between their hosts.
 fn bare_pair(lab: &Lab) -> Result<(Container, Container)> {
     let (a, b) = (bare(lab.host(1), "one")?, bare(lab.host(2), "two")?);
     for (from, to) in [(lab.host(1), lab.host(2)), (lab.host(2), lab.host(1))] {
@@ -131,7 +131,7 @@ fn captures_find_a_pattern_where_it_is_in_the_clear() -> Result<()> {
     assert!(stats.rtt.context("no round-trip times")?.average > 0.0);
     let captured = capture.stop()?;
     assert_eq!(captured.missed, 0);
-    // Each request and each answer once.
+    // Each request and each answer is captured once.
     assert_eq!(captured.containing(&MARKER)?.len(), 40);
     assert_eq!(captured.containing(b"not in there")?.len(), 0);
     Ok(())
@@ -232,7 +232,7 @@ fn sockets_made_inside_a_namespace_stay_there() -> Result<()> {
     Ok(())
 }
 
-/// What a lab of this process has made, by its names.
+/// Lists the namespaces and folders whose names contain the prefix of a lab.
 fn traces(prefix: &str) -> Vec<String> {
     ["/run/netns", "/etc/netns", "/tmp"]
         .iter()
@@ -252,7 +252,7 @@ fn a_panic_leaves_nothing_behind() {
         let folder = lab.folder().file_name().unwrap().to_string_lossy().into_owned();
         assert!(traces(&folder).len() >= 7, "{:?}", traces(&folder));
         *prefix.lock().unwrap() = folder;
-        // As a daemon would: detached from its parent.
+        // Detached from its parent, as a daemon is.
         let mut child = container
             .command("sh")
             .args(["-c", "setsid sleep 1000 & echo $!"])
@@ -283,7 +283,7 @@ fn is_zombie(pid: i32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z "))
 }
 
-/// Not a test of its own: the next two run it in a process that they end.
+/// Not a test by itself. The next two tests run it in a process that they kill.
 #[test]
 fn victim() -> Result<()> {
     if std::env::var_os("LAB_VICTIM").is_none() {
@@ -299,7 +299,7 @@ fn victim() -> Result<()> {
     Ok(())
 }
 
-/// Starts a process that makes a lab, ends it with the signal, and returns the lab's prefix.
+/// Starts a process that builds a lab, ends it with the signal, and returns the lab's prefix.
 fn end_victim(signal: nix::sys::signal::Signal) -> Result<String> {
     let note = std::env::temp_dir().join(format!("lab-victim-{}-{signal}", std::process::id()));
     let mut child = Command::new(std::env::current_exe()?)
@@ -331,8 +331,8 @@ fn sigterm_leaves_nothing_behind() -> Result<()> {
 #[test]
 fn the_next_lab_removes_what_a_killed_one_left() -> Result<()> {
     let prefix = end_victim(nix::sys::signal::Signal::SIGKILL)?;
-    // Another test's lab may have swept already; what counts is that nothing is there after ours
-    // was built.
+    // Another test's lab may have swept already. What matters is that nothing is left after this
+    // lab was built.
     let _lab = Lab::new("next").hosts(1).build()?;
     assert_eq!(traces(&prefix), Vec::<String>::new());
     Ok(())

@@ -1,5 +1,5 @@
-//! What lies between the hosts: a bridge or a router, in a namespace of its own, that can be told
-//! to lose packets.
+//! The network between the hosts: a bridge or a router in its own namespace, which can be told to
+//! drop packets.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,26 +10,26 @@ use crate::netns::Netns;
 use crate::rough::{Roughness, Wire};
 use crate::{Site, run};
 
-/// The name of each host's underlay interface.
+/// Name of each host's underlay interface.
 pub(crate) const INTERFACE: &str = "eth0";
 
-/// Which addresses the underlay has.
+/// Address families of the underlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// IPv4 only.
     V4,
     /// IPv6 only.
     V6,
-    /// Both; IPv4 comes first.
+    /// Both, IPv4 first.
     Dual,
 }
 
-/// How hosts are joined.
+/// How hosts are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Topology {
-    /// One Ethernet: 192.168.48.0/24 and fd00:48::/64, host n has 10 + n.
+    /// One Ethernet: 192.168.48.0/24 and fd00:48::/64. The last part of host n is 10 + n.
     Bridged,
-    /// A router between subnets of their own: host n is 192.168.(48 + n).10 and fd00:48:n::10.
+    /// A router between separate subnets: host n is 192.168.(48 + n).10 and fd00:48:n::10.
     Routed,
 }
 
@@ -53,7 +53,7 @@ impl Underlay {
             }
             Topology::Routed => underlay.netns.enter(|| {
                 std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
-                // A cable that is pulled must not cost the router its address.
+                // Keep the router's IPv6 addresses when a cable is unplugged.
                 std::fs::write("/proc/sys/net/ipv6/conf/default/keep_addr_on_down", "1")?;
                 std::fs::write("/proc/sys/net/ipv6/conf/all/keep_addr_on_down", "1")?;
                 Ok(std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")?)
@@ -65,7 +65,7 @@ impl Underlay {
         Ok(underlay)
     }
 
-    /// Plugs a host in, with its addresses and routes. Returns its addresses.
+    /// Connects a host, with its addresses and routes. Returns its addresses.
     pub(crate) fn connect(&self, number: usize, host: &Netns) -> Result<Vec<IpAddr>> {
         let (port, mtu) = (port(number), self.mtu.to_string());
         self.netns.ip(&[
@@ -129,8 +129,8 @@ impl Underlay {
         self.netns.ip(&["link", "set", &port(number), if up { "up" } else { "down" }]).map(drop)
     }
 
-    /// Of a router only: the link to a host takes no more than `mtu` bytes on the router's side,
-    /// and nobody is told.
+    /// Limits the link to a host to `mtu` bytes on the router's side, and drops the router's ICMP
+    /// errors. Only for routers.
     pub(crate) fn narrow(&self, number: usize, mtu: u32) -> Result<()> {
         ensure!(
             self.topology == Topology::Routed,
@@ -148,8 +148,9 @@ impl Underlay {
         self.netns.ip(&["link", "set", &port(number), "mtu", &mtu.to_string()]).map(drop)
     }
 
-    /// Of a bridge only: a rough wire in place of a host's link. It carries frames as they are on a
-    /// cable, so nothing in front of it may leave checksums or segmentation to it.
+    /// Replaces a host's link with a rough wire. Only for bridges. The wire carries frames as a
+    /// cable does, so the interfaces in front of it must not leave checksums or segmentation to
+    /// others.
     pub(crate) fn roughen(&self, host: &Host, roughness: Roughness, seed: u64) -> Result<Wire> {
         ensure!(self.topology == Topology::Bridged, "a router's links are not made rough");
         let (port, [near, far]) = (port(host.number), rough_ends(host.number));
@@ -168,7 +169,7 @@ impl Underlay {
         Wire::start(&self.netns, [&port, &near], roughness, seed)
     }
 
-    /// Takes a rough wire away again.
+    /// Replaces a rough wire with the host's link again.
     pub(crate) fn smooth(&self, host: &Host, mut wire: Wire) -> Result<()> {
         wire.stop()?;
         self.netns.ip(&["link", "del", &rough_ends(host.number)[0]])?;
@@ -176,7 +177,7 @@ impl Underlay {
         offloads(host.netns(), INTERFACE, "on")
     }
 
-    /// Both ends of a host's link.
+    /// Sets the MTU of both ends of a host's link, in bytes.
     pub(crate) fn set_mtu(&self, host: &Host, mtu: u32) -> Result<()> {
         let mtu = mtu.to_string();
         self.netns.ip(&["link", "set", &port(host.number), "mtu", &mtu])?;
@@ -188,7 +189,8 @@ impl Underlay {
         let new = with_last_byte(old, last_byte);
         ensure!(!host.addresses.contains(&new), "{new} is the address that the host has");
         let removed = format!("{old}/{}", prefix(old));
-        // First: an IPv4 address that joined another of its subnet would go with it.
+        // Delete the old address first. If the new IPv4 address joined it in the same subnet,
+        // deleting the old one would delete the new one too.
         host.netns().ip(&["address", "del", &removed, "dev", INTERFACE])?;
         self.add_address(host.netns(), new)?;
         if let Some(gateway) = self.gateway(host.number, new) {
@@ -205,11 +207,11 @@ impl Underlay {
         Ok(new)
     }
 
-    /// What makes `tcpdump` see each frame once.
+    /// Returns the arguments that make `tcpdump` see each frame once.
     pub(crate) fn capture_arguments(&self) -> &'static [&'static str] {
         match self.topology {
-            // On `any`, libpcap hides what is addressed to others; a promiscuous bridge gets it
-            // all.
+            // On `any`, libpcap hides frames addressed to others. A promiscuous bridge receives all
+            // of them.
             Topology::Bridged => &["-i", "br0"],
             Topology::Routed => &["-i", "any", "-Q", "in"],
         }
@@ -278,14 +280,15 @@ fn prefix(address: IpAddr) -> u8 {
     if address.is_ipv4() { 24 } else { 64 }
 }
 
-/// Checksums and segmentation that an interface does for the kernel.
+/// Turns the checksum and segmentation offloads of an interface on or off.
 fn offloads(netns: &Netns, interface: &str, state: &str) -> Result<()> {
     let features = ["tx", "tso", "gso", "tx-udp-segmentation"];
     let words = features.iter().flat_map(|feature| [*feature, state]);
     netns.run("ethtool", &["-K", interface].into_iter().chain(words).collect::<Vec<_>>()).map(drop)
 }
 
-/// The pair that leads from a rough wire to the bridge: the wire's end, the bridge's end.
+/// Returns the names of the pair between a rough wire and the bridge: the wire's end, the bridge's
+/// end.
 fn rough_ends(number: usize) -> [String; 2] {
     [format!("r{number}"), format!("b{number}")]
 }

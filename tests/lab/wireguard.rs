@@ -1,5 +1,5 @@
-//! Stock userspace WireGuard: boringtun and gotatun as processes, spoken to through their
-//! configuration socket.
+//! Runs stock userspace WireGuard: boringtun and gotatun as processes, configured through their
+//! sockets.
 
 use std::fmt;
 use std::fs;
@@ -17,24 +17,24 @@ use ipnet::IpNet;
 use crate::background::Background;
 use crate::netns::{Entry, Netns};
 
-/// Where userspace WireGuards put their configuration sockets. One directory for all network
-/// namespaces: interface names must differ.
+/// Directory in which userspace WireGuard creates its configuration sockets. All network namespaces
+/// share it, so interface names must differ.
 const SOCKETS: &str = "/var/run/wireguard";
 
-/// A Curve25519 or pre-shared key.
+/// A Curve25519 key or a preshared key.
 pub type Key = [u8; 32];
 
-/// A WireGuard program of somebody else.
+/// A third-party WireGuard implementation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stock {
-    /// Cloudflare's.
+    /// Cloudflare's implementation.
     Boringtun,
-    /// Mullvad's.
+    /// Mullvad's implementation.
     Gotatun,
 }
 
 impl Stock {
-    /// All of them.
+    /// All implementations.
     pub const ALL: [Self; 2] = [Self::Boringtun, Self::Gotatun];
 
     const fn program(self) -> &'static str {
@@ -54,11 +54,11 @@ impl fmt::Display for Stock {
     }
 }
 
-/// The file of a rival's program: in `rivals/bin` of the target directory, where `cargo xtask`
-/// installs it.
+/// Returns the file of a third-party program: in `rivals/bin` of the target directory, where
+/// `cargo xtask` installs it.
 ///
 /// # Errors
-/// When it is not there.
+/// Fails if it is not there.
 pub fn installed(program: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("cannot tell where this program is")?;
     own.ancestors()
@@ -67,7 +67,7 @@ pub fn installed(program: &str) -> Result<PathBuf> {
         .with_context(|| format!("{program} is not installed: run `cargo xtask setup` first"))
 }
 
-/// A new private key and its public key.
+/// Returns a new private key and its public key.
 pub fn key_pair() -> Result<(Key, Key)> {
     let mut bytes = [0; 32];
     std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut bytes)?;
@@ -75,29 +75,29 @@ pub fn key_pair() -> Result<(Key, Key)> {
     Ok((bytes, public.to_bytes()))
 }
 
-/// What `wg` would call `[Interface]` and `[Peer]`.
+/// Configuration of a device, like the `[Interface]` and `[Peer]` of `wg`.
 #[derive(Debug)]
 pub struct Configuration<'a> {
-    /// The interface's own key.
+    /// Private key of the interface.
     pub private_key: &'a Key,
-    /// UDP port.
+    /// UDP port to listen on.
     pub listen_port: u16,
-    /// The one peer.
+    /// The only peer.
     pub peer: Peer<'a>,
 }
 
-/// A peer as the stock process sees it.
+/// A peer from the stock process's point of view.
 #[derive(Debug)]
 pub struct Peer<'a> {
-    /// Its public key.
+    /// Public key.
     pub public_key: Key,
-    /// Mixed into the handshake, if set.
+    /// Preshared key to mix into the handshake, if any.
     pub preshared_key: Option<&'a Key>,
-    /// Where it is; without it the process can only answer.
+    /// Endpoint. Without one, the process can only respond.
     pub endpoint: Option<SocketAddr>,
-    /// What it may send from and is sent.
+    /// Networks that the peer may send from and that are routed to it.
     pub allowed_ips: &'a [IpNet],
-    /// Send something at least this often.
+    /// Interval of persistent keepalives, in whole seconds.
     pub keepalive: Option<Duration>,
 }
 
@@ -109,10 +109,10 @@ pub struct Device {
     process: Background,
 }
 
-/// What a device says about its peer.
+/// State of a device's peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerState {
-    /// How long ago the last handshake ended; `None` before the first.
+    /// Time since the last handshake; `None` before the first one.
     pub handshake_age: Option<Duration>,
     /// Bytes received.
     pub received: u64,
@@ -124,11 +124,11 @@ impl Device {
     /// Starts the process and waits for its socket.
     ///
     /// # Errors
-    /// When it is not installed or does not come up within 5 seconds; the message ends with its
-    /// last words.
+    /// Fails if the program is not installed or does not come up within 5 seconds. In the second
+    /// case the message holds the end of its output.
     pub fn start(stock: Stock, netns: &Netns) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        // Unique on the machine and, for any process ID, no longer than the kernel allows.
+        // Unique on the machine, and within the kernel's length limit for every process ID.
         let interface =
             format!("ovw{}n{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         ensure_tun()?;
@@ -155,10 +155,10 @@ impl Device {
         Ok(device)
     }
 
-    /// Sets everything, replacing what was set.
+    /// Sets the whole configuration, replacing the previous one.
     ///
     /// # Errors
-    /// When the process refuses.
+    /// Fails if the process refuses.
     pub fn configure(&self, configuration: &Configuration<'_>) -> Result<()> {
         let Configuration { private_key, listen_port, peer } = configuration;
         let mut text = format!(
@@ -183,10 +183,10 @@ impl Device {
         Ok(())
     }
 
-    /// Brings the interface up and sends what is for these networks into it.
+    /// Brings the interface up and routes these networks into it.
     ///
     /// # Errors
-    /// When `ip` refuses.
+    /// Fails if `ip` refuses.
     pub fn up(&self, netns: &Netns, mtu: u32, networks: &[IpNet]) -> Result<()> {
         netns.ip(&["link", "set", &self.interface, "mtu", &mtu.to_string(), "up"])?;
         for network in networks {
@@ -195,10 +195,10 @@ impl Device {
         Ok(())
     }
 
-    /// What the device says about its peer.
+    /// Returns the state of the device's peer.
     ///
     /// # Errors
-    /// When it does not answer.
+    /// Fails if the device does not answer.
     pub fn peer(&self) -> Result<PeerState> {
         let lines = self.get()?;
         let number = |name: &str| -> u64 {
@@ -212,7 +212,7 @@ impl Device {
             number("last_handshake_time_sec"),
             number("last_handshake_time_nsec") as u32,
         );
-        // The protocol wants the time since the Unix epoch; boringtun gives the age.
+        // The protocol specifies the time since the Unix epoch. boringtun reports the age instead.
         let age = match self.stock {
             Stock::Boringtun => last,
             Stock::Gotatun => SystemTime::now().duration_since(UNIX_EPOCH)?.saturating_sub(last),
@@ -224,10 +224,10 @@ impl Device {
         })
     }
 
-    /// Fails with the process's last words if it has ended.
+    /// Checks that the process is still running.
     ///
     /// # Errors
-    /// When it has ended.
+    /// Fails if it has ended. The message holds the end of its output.
     pub fn check(&mut self) -> Result<()> {
         self.process.check()
     }
@@ -266,10 +266,10 @@ impl Drop for Device {
     }
 }
 
-/// Makes `/dev/net/tun` where a machine lacks it.
+/// Creates `/dev/net/tun` on a machine that lacks it.
 ///
 /// # Errors
-/// When it cannot be made (not root).
+/// Fails if it cannot be created, for example without root.
 pub fn ensure_tun() -> Result<()> {
     let file = Path::new("/dev/net/tun");
     if file.exists() {

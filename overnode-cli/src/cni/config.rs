@@ -1,4 +1,5 @@
-//! What a runtime asks for: environment variables, and the network configuration on standard input.
+//! Parses the runtime's request: environment variables, and the network configuration on standard
+//! input.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -12,53 +13,54 @@ use serde_json::Value;
 
 use super::error::{CniError, Code};
 
-/// The versions of the specification that are spoken, oldest first.
+/// Supported versions of the specification, oldest first.
 pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
-/// The newest of them.
+/// Newest supported version.
 pub const NEWEST: &str = VERSIONS[VERSIONS.len() - 1];
 
-/// The longest input, in bytes.
+/// Size limit of the input, in bytes.
 pub const INPUT_LIMIT: usize = 1 << 20;
 
-/// `CNI_COMMAND`.
+/// Value of `CNI_COMMAND`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Plug a container in.
+    /// Attaches a container.
     Add,
-    /// Plug it out.
+    /// Detaches a container.
     Del,
-    /// Is it as it was made?
+    /// Checks whether an attachment is still as it was made.
     Check,
-    /// Remove attachments that are not listed.
+    /// Removes attachments that are not listed.
     Gc,
-    /// Can containers be added?
+    /// Checks whether containers can be added.
     Status,
-    /// Which versions are spoken?
+    /// Reports the supported versions.
     Version,
 }
 
-/// The plugin's configuration, as the runtime hands it over. Keys that are not known are for
-/// others.
+/// The plugin's configuration, as passed by the runtime. Unknown keys are for other programs and
+/// are ignored.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Config {
-    /// The version that was selected.
+    /// Selected version of the specification.
     #[serde(default)]
     pub cni_version: Option<String>,
-    /// The network's name.
+    /// Name of the network.
     #[serde(default)]
     pub name: String,
-    /// The interface inside the container, where an earlier plugin of the chain makes `CNI_IFNAME`.
+    /// Name of the interface inside the container, where an earlier plugin of the chain makes
+    /// `CNI_IFNAME`.
     #[serde(default)]
     pub interface: Option<String>,
-    /// `--run-dir` of the node.
+    /// The node's `--run-dir`.
     #[serde(default)]
     pub run_dir: Option<PathBuf>,
     /// DNS settings that replace the node's.
     #[serde(default)]
     pub dns: Option<Value>,
-    /// The result so far.
+    /// Result of the earlier plugins, or of an earlier `ADD`.
     #[serde(default)]
     pub prev_result: Option<Value>,
     #[serde(default)]
@@ -79,39 +81,40 @@ struct Runtime {
     mac: Option<String>,
 }
 
-/// Which container, and what it is to get.
+/// A container and what it should get.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// `CNI_CONTAINERID`.
+    /// Container given by `CNI_CONTAINERID`.
     pub container: Target,
-    /// What the node keeps of it.
+    /// What the node stores about the attachment.
     pub endpoint: CniEndpoint,
-    /// `CNI_NETNS`; absent only where the container may be gone.
+    /// Value of `CNI_NETNS`. `None` only for `DEL`, where the container may be gone.
     pub netns: Option<String>,
-    /// A static address; one without a prefix is as long as addresses are.
+    /// Static address. One without a prefix gets a prefix of 32 bits.
     pub address: Option<IpNet>,
-    /// A hardware address.
+    /// Hardware address.
     pub mac: Option<[u8; 6]>,
-    /// The container's name.
+    /// Name of the container.
     pub name: Option<String>,
 }
 
-/// What to do.
+/// A task to carry out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Task {
-    /// [`Command::Add`]
+    /// Carries out [`Command::Add`].
     Add(Attachment),
-    /// [`Command::Del`]
+    /// Carries out [`Command::Del`].
     Del(Attachment),
-    /// [`Command::Check`]
+    /// Carries out [`Command::Check`].
     Check(Attachment),
-    /// [`Command::Gc`], with the container ID and `CNI_IFNAME` of each attachment that stays.
+    /// Carries out [`Command::Gc`], with the container ID and `CNI_IFNAME` of each attachment to
+    /// keep.
     Gc(Vec<(String, String)>),
-    /// [`Command::Status`]
+    /// Carries out [`Command::Status`].
     Status,
 }
 
-/// A key that is there, even if its value is null.
+/// Deserializes a key that is present, even if its value is null.
 fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
     Value::deserialize(deserializer).map(Some)
 }
@@ -121,7 +124,7 @@ type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 /// Reads `CNI_COMMAND`.
 ///
 /// # Errors
-/// It is none.
+/// Fails if its value is not a command.
 pub fn command(env: Env<'_>) -> Result<Command, CniError> {
     let given = env("CNI_COMMAND").unwrap_or_default();
     Ok(match given.as_str() {
@@ -141,10 +144,10 @@ pub fn command(env: Env<'_>) -> Result<Command, CniError> {
     })
 }
 
-/// Reads the configuration; of which version it is, is not looked at.
+/// Parses the configuration, without checking its version.
 ///
 /// # Errors
-/// It is no configuration.
+/// Fails if the input is too large or is not a configuration.
 pub fn config(input: &[u8]) -> Result<Config, CniError> {
     if input.len() > INPUT_LIMIT {
         return Err(CniError::new(
@@ -166,12 +169,12 @@ pub fn config(input: &[u8]) -> Result<Config, CniError> {
     })
 }
 
-/// The version, as it is answered in.
+/// Returns the version of the configuration, which the answer must have too.
 ///
 /// # Errors
-/// It is not spoken, or does not have the command.
+/// Fails if the version is not supported or does not have the command.
 pub fn version(config: &Config, command: Command) -> Result<&'static str, CniError> {
-    // A configuration without one is of version 0.1.0, says the specification.
+    // The specification gives a configuration without a version the version 0.1.0.
     let given = config.cni_version.as_deref().unwrap_or("0.1.0");
     let Some(at) = VERSIONS.iter().position(|known| *known == given) else {
         return Err(CniError::new(
@@ -195,10 +198,10 @@ pub fn version(config: &Config, command: Command) -> Result<&'static str, CniErr
     Ok(VERSIONS[at])
 }
 
-/// What to do.
+/// Returns the task for a command and its configuration.
 ///
 /// # Errors
-/// Variables or values make no sense; or a key asks for something that cannot be had.
+/// Fails if variables or values are invalid, or if a key asks for something unsupported.
 pub fn task(command: Command, config: &Config, env: Env<'_>) -> Result<Task, CniError> {
     if !is_name(&config.name) {
         return Err(bad_config(
@@ -227,13 +230,14 @@ pub fn task(command: Command, config: &Config, env: Env<'_>) -> Result<Task, Cni
     })
 }
 
-/// Whoever sets these expects something that does not happen. What was added must still be removed.
+/// Refuses keys whose effect this plugin cannot provide. Attachments that exist must still be
+/// removable, so `DEL` and `GC` ignore the keys.
 fn unsupported(config: &Config, command: Command) -> Result<(), CniError> {
     if matches!(command, Command::Del | Command::Gc) {
         return Ok(());
     }
     let refuse = |key: &str, value: &dyn std::fmt::Display, why: &str| {
-        // All of it, as the specification has it.
+        // The specification asks for the whole value.
         let value = harmless(&value.to_string());
         Err(CniError::new(
             Code::Unsupported,
@@ -306,7 +310,7 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
     }
     let netns = Some(netns).filter(|path| !path.is_empty());
     let endpoint = CniEndpoint { network: config.name.clone(), ifname, interface };
-    // What is for everybody in the chain is the first one's.
+    // Settings that reach every plugin of a chain are meant for its first one.
     let (address, mac) = if is_chained { (None, None) } else { (args.address, args.mac) };
     let mut wanted = Attachment { container, endpoint, netns, address, mac, name: args.name };
     if command == Command::Add {
@@ -315,7 +319,7 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
     Ok(wanted)
 }
 
-/// What `CNI_ARGS` says.
+/// Content of `CNI_ARGS`.
 #[derive(Debug, Default)]
 struct Args {
     address: Option<IpNet>,
@@ -324,7 +328,7 @@ struct Args {
 }
 
 impl Args {
-    /// Or what is wrong, and what to do.
+    /// Parses the variable. The error says what is wrong and what to do.
     fn parse(text: &str) -> Result<Self, (String, &'static str)> {
         let mut ignore_unknown = false;
         let mut unknown = None;
@@ -338,7 +342,7 @@ impl Args {
                 "IgnoreUnknown" => {
                     ignore_unknown = matches!(value, "1" | "true" | "TRUE" | "True" | "t" | "T")
                 }
-                // Runtimes that were told none send them without a value.
+                // Runtimes send these keys without a value if the user gave none.
                 "IP" | "MAC" if value.is_empty() => {}
                 "IP" => match parse_address(value) {
                     Some(address) => args.address = Some(address),
@@ -369,13 +373,13 @@ impl Args {
             }
             (pod, _) => pod.map(str::to_owned),
         };
-        // A name that nobody can be found by is no reason to do without the container.
+        // An unusable name is no reason to refuse the container.
         args.name = full.filter(|name| api::check_name(name).is_ok());
         Ok(args)
     }
 }
 
-/// What the runtime was asked to hand over.
+/// Applies `runtimeConfig`: values that the runtime passes for the plugin's capabilities.
 fn capabilities(wanted: &mut Attachment, config: &Config) -> Result<(), CniError> {
     if let Some(ips) = config.runtime_config.as_ref().and_then(|it| it.ips.as_deref())
         && !ips.is_empty()
@@ -404,7 +408,7 @@ fn capabilities(wanted: &mut Attachment, config: &Config) -> Result<(), CniError
     Ok(())
 }
 
-/// What is handed on in the result has to be as results are.
+/// Checks the form of `dns`, because it is copied into the result.
 fn check_dns(dns: &Value) -> Result<(), CniError> {
     #[derive(Default, Deserialize)]
     #[serde(default)]
@@ -418,7 +422,7 @@ fn check_dns(dns: &Value) -> Result<(), CniError> {
         #[serde(rename = "options")]
         _options: Vec<String>,
     }
-    // A list would be taken for the fields in their order.
+    // Serde would read a list as the fields in their order.
     let told = if dns.is_object() {
         Dns::deserialize(dns).map_err(|why| why.to_string())
     } else {
@@ -439,7 +443,7 @@ fn valid(config: &Config) -> Result<Vec<(String, String)>, CniError> {
         container: String,
         ifname: String,
     }
-    // Removing everything because of a misspelt key would be a poor joke.
+    // A misspelled key must not make `GC` remove everything.
     let Some(list) = &config.valid else {
         return Err(bad_config(
             "the key cni.dev/valid-attachments is missing",
@@ -479,7 +483,7 @@ fn is_name(name: &str) -> bool {
     api::check_name(name).is_ok()
 }
 
-/// As the kernel sees it.
+/// Applies the kernel's rule for interface names.
 fn is_interface(name: &str) -> bool {
     let is_bad = |byte: u8| {
         byte == b'/' || byte == b':' || byte.is_ascii_whitespace() || byte.is_ascii_control()

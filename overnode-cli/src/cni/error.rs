@@ -1,41 +1,41 @@
-//! Errors as the CNI specification has them.
+//! Errors in the form of the CNI specification.
 
 use std::fmt;
 
 use serde_json::{Value, json};
 
-/// The specification's codes, and one of the plugin's own.
+/// Error codes of the specification, and one of the plugin's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Code {
-    /// The configuration's version is not spoken, or does not have the command.
+    /// The configuration's version is not supported or does not have the command.
     Incompatible = 1,
-    /// A key that cannot be honoured; the message has it with its value.
+    /// A key cannot be honored. The message holds the key and its value.
     Unsupported = 2,
-    /// There is no such container: nothing needs to be cleaned up.
+    /// The container does not exist, so nothing needs to be cleaned up.
     UnknownContainer = 3,
-    /// The message names the variables.
+    /// Environment variables are invalid. The message names them.
     Environment = 4,
     /// Input or output failed.
     Io = 5,
-    /// What was given cannot be decoded.
+    /// The input cannot be decoded.
     Decode = 6,
-    /// What was given makes no sense.
+    /// The configuration is invalid.
     Config = 7,
-    /// It may work later.
+    /// The command may succeed later.
     TryAgain = 11,
     /// `STATUS`: no container can be added.
     NotAvailable = 50,
-    /// The same, and containers may not reach those of other hosts.
+    /// `STATUS`: no container can be added, and containers may not reach those of other hosts.
     Limited = 51,
-    /// The node refused or failed, or what was checked is not as it should be.
+    /// The node refused or failed, or `CHECK` found a difference.
     Node = 100,
 }
 
 /// Why a command failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CniError {
-    /// What kind of failure it is.
+    /// Kind of failure.
     pub code: Code,
     /// What failed.
     pub message: String,
@@ -44,12 +44,12 @@ pub struct CniError {
 }
 
 impl CniError {
-    /// What failed; why, and what to do.
+    /// Creates an error. `message` says what failed, `details` says why and what to do.
     pub fn new(code: Code, message: impl fmt::Display, details: impl fmt::Display) -> Self {
         Self { code, message: message.to_string(), details: details.to_string() }
     }
 
-    /// What standard output gets.
+    /// Returns the JSON document for standard output.
     pub fn document(&self, version: &str) -> Value {
         json!({
             "cniVersion": version,

@@ -1,4 +1,4 @@
-//! What is in a container's network namespace, as seen by a thread that has entered it.
+//! Lists the interfaces of a container's network namespace, from a thread that has entered it.
 
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr};
@@ -12,25 +12,25 @@ use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 /// An interface, with one of its addresses if it has any.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// An address; one with several is listed for each.
+    /// IPv4 address. An interface with several addresses is listed once for each.
     pub address: Option<IpAddr>,
-    /// Whether it was turned on.
+    /// Whether the interface is up (`IFF_UP`).
     pub is_up: bool,
 }
 
-/// The interfaces there. None if there is no such namespace.
+/// Returns the interfaces of a network namespace, or `None` if there is no such namespace.
 ///
 /// # Errors
-/// It cannot be entered, or looked into.
+/// Fails if the namespace cannot be entered or its interfaces cannot be listed.
 pub fn interfaces(netns: &str) -> Result<Option<Vec<Interface>>, String> {
-    // A pipe by that name would be waited for, for ever.
+    // Opening a pipe of that name would otherwise block forever.
     let Ok(file) = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(netns)
     else {
         return Ok(None);
     };
-    // What is left at the path of a namespace that is gone is an ordinary file.
+    // What remains at the path of a deleted namespace is an ordinary file.
     if !fstatfs(&file).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC) {
         return Ok(None);
     }

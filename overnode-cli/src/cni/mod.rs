@@ -1,8 +1,8 @@
-//! `overnode-cni`: the command under another name, which container runtimes run as a CNI plugin
-//! (specification 1.1).
+//! Implements `overnode-cni`: this program under another name, which container runtimes run as a
+//! CNI plugin (specification 1.1).
 //!
-//! [`config`] reads what is asked for and decides nothing else; here it is carried out with the
-//! daemon; [`result`] has the answers' forms.
+//! [`config`] parses the request and decides nothing else. This module carries out the request with
+//! the daemon. [`result`] formats the answers.
 
 mod config;
 mod error;
@@ -29,13 +29,13 @@ use crate::options::Context;
 use config::{Attachment, Command, Config, INPUT_LIMIT, NEWEST, Task, VERSIONS};
 use error::{CniError, Code};
 
-/// Whether the program was called by the plugin's name.
+/// Returns whether the program was run under the plugin's name.
 pub fn is_meant(program: Option<&OsStr>) -> bool {
     program.and_then(|path| Path::new(path).file_name()).is_some_and(|name| name == "overnode-cni")
 }
 
-/// Reads the environment and standard input, does what they say, and writes the result to standard
-/// output.
+/// Reads the request from the environment and standard input, carries it out, and writes the result
+/// to standard output.
 pub fn main() -> ExitCode {
     let env = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
     let mut input = Vec::new();
@@ -59,7 +59,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(input: &[u8], env: &dyn Fn(&str) -> Option<String>) -> (Option<Value>, ExitCode) {
-    // Errors are told in the version asked for, where that is known.
+    // Errors carry the requested version once it is known.
     let mut version = NEWEST.to_owned();
     match answer(input, env, &mut version) {
         Ok(output) => (output, ExitCode::SUCCESS),
@@ -112,7 +112,7 @@ fn answer(
     })
 }
 
-/// Older runtimes send nothing.
+/// Answers `VERSION`. Older runtimes send no configuration.
 fn versions(input: &[u8]) -> Result<Value, CniError> {
     let asked = match input {
         [] => None,
@@ -132,7 +132,7 @@ impl Node {
         config: &Config,
         wanted: &Attachment,
     ) -> Result<Value, CniError> {
-        // What it would be added to is looked at before anything is made.
+        // Check the result that this one is added to before anything is created.
         result::previous(config)?;
         let netns = wanted.netns.as_ref().map(|path| api::Netns::Path(path.into()));
         let request = api::Attach {
@@ -186,7 +186,7 @@ impl Node {
         }
     }
 
-    /// What is not attached any more is detached.
+    /// Detaches a container. Succeeds if the container is not attached any more.
     async fn detach(
         &self,
         target: api::Target,
@@ -296,8 +296,8 @@ impl Node {
                 ))
             }
             Err(why) => {
-                // Nobody renews the keys: after three minutes containers reach those of this host
-                // only.
+                // Without a daemon, keys are not renewed. After three minutes, containers reach
+                // only other containers of this host.
                 let code = match &why {
                     Unanswered::NotRunning => Code::Limited,
                     _ => Code::NotAvailable,
@@ -316,8 +316,8 @@ fn is_attachment(found: &EndpointStatus, wanted: &api::CniEndpoint) -> bool {
     found.cni.as_ref().is_some_and(|it| it.network == wanted.network && it.ifname == wanted.ifname)
 }
 
-/// While no daemon runs, the interface is deleted; the address is given back by the daemon when it
-/// runs again and misses that.
+/// Deletes the interface while no daemon is running. The daemon releases the address once it runs
+/// again and misses the interface.
 async fn cut(config: &Config, wanted: &Attachment) -> Result<(), CniError> {
     let Some(netns) = &wanted.netns else { return Ok(()) };
     let failed = |why: String| {
@@ -331,7 +331,7 @@ async fn cut(config: &Config, wanted: &Attachment) -> Result<(), CniError> {
     };
     let Some(found) = inside::interfaces(netns).map_err(&failed)? else { return Ok(()) };
     let ours = [wanted.endpoint.interface.as_str(), overnode_daemon::datapath::CONTAINER_INTERFACE];
-    // At the path of a namespace that is gone there may be another container's by now.
+    // The path of a deleted namespace may belong to another container by now.
     let listed = config.prev_result.as_ref().and_then(result::addresses);
     let is_meant = |address: &IpAddr| listed.as_ref().is_none_or(|listed| listed.contains(address));
     let found = found.into_iter().filter(|it| ours.contains(&it.name.as_str()));

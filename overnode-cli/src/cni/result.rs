@@ -1,4 +1,4 @@
-//! Results, in the form that each version has.
+//! Formats results as each version of the specification requires.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -11,10 +11,10 @@ use overnode_daemon::api::{Attached, DnsStatus};
 use super::config::{Attachment, Config};
 use super::error::{CniError, Code};
 
-/// What `ADD` answers: the result so far, if there is one, with this attachment added.
+/// Returns the answer to `ADD`: the previous result, if any, with this attachment added.
 ///
 /// # Errors
-/// The result so far is none.
+/// Fails if the previous result is malformed.
 pub fn added(
     version: &str,
     config: &Config,
@@ -56,10 +56,10 @@ pub fn added(
     Ok(Value::Object(result))
 }
 
-/// The result so far.
+/// Returns the previous result.
 ///
 /// # Errors
-/// It is no object, or what is to be added to is no list.
+/// Fails if it is not an object, or if its `interfaces` or `ips` is not a list.
 pub fn previous(config: &Config) -> Result<Option<&Map<String, Value>>, CniError> {
     match &config.prev_result {
         None => Ok(None),
@@ -75,14 +75,14 @@ pub fn previous(config: &Config) -> Result<Option<&Map<String, Value>>, CniError
     }
 }
 
-/// The addresses of a result. None if it has none that can be read.
+/// Returns the addresses of a result, or `None` if it has none that can be parsed.
 pub fn addresses(result: &Value) -> Option<BTreeSet<IpAddr>> {
     let listed = result.get("ips").and_then(Value::as_array)?;
     let read = |ip: &Value| ip["address"].as_str()?.parse::<IpNet>().ok().map(|it| it.addr());
     Some(listed.iter().filter_map(read).collect()).filter(|it: &BTreeSet<IpAddr>| !it.is_empty())
 }
 
-/// Whether a result has an address on an interface of that name inside the container.
+/// Returns whether a result has this address on an interface of this name.
 pub fn has(result: &Map<String, Value>, interface: &str, address: &str) -> bool {
     let array =
         |key: &str| result.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);

@@ -1,5 +1,6 @@
-//! What the specification (1.1) demands of a plugin, as far as it can be told without a node; with
-//! one: tests/cni. Each test names the section. Delegated plugins (section 4) there are none.
+//! Tests the requirements of the specification (1.1) that can be checked without a node. Those that
+//! need a node are tested in tests/cni. Each test names the section. Section 4 does not apply,
+//! because the plugin delegates to no others.
 
 use super::*;
 
@@ -8,7 +9,7 @@ const ADD: &[(&str, &str)] = &[
     ("CNI_CONTAINERID", "c0ffee"),
     ("CNI_NETNS", "/run/netns/blue"),
     ("CNI_IFNAME", "eth0"),
-    // Nobody listens there.
+    // Nothing listens there.
     ("OVERNODE_RUN_DIR", "/nonexistent/overnode"),
     ("OVERNODE_STATE_DIR", "/nonexistent/overnode"),
 ];
@@ -67,8 +68,8 @@ fn version_tells_what_is_spoken_in_the_version_of_the_question() {
     assert_eq!(output.unwrap()["cniVersion"], "1.1.0");
 }
 
-/// Section 1, Version considerations; section 5, Error. `CHECK` came with 0.4.0, `GC` and `STATUS`
-/// with 1.1.0.
+/// Section 1, Version considerations; section 5, Error. `CHECK` exists since 0.4.0, `GC` and
+/// `STATUS` since 1.1.0.
 #[test]
 fn incompatible_versions_are_code_1() {
     for version in ["0.1.0", "0.2.0", "1.2.0", "2.0.0", "", "1.1"] {
@@ -149,7 +150,7 @@ fn a_key_that_is_not_honoured_is_told_with_all_of_its_value() {
     let (code, message) = error(&conf("1.1.0", json!({"ipMasq": true})), &[]);
     assert_eq!(code, 2);
     assert!(message.contains("ipMasq") && message.contains("true"), "{message}");
-    // What cannot be added may have been, before the file was changed.
+    // The attachment may have been added before the file was changed.
     let bad = conf("1.1.0", json!({"ipam": {"type": "host-local"}}));
     assert!(task_of(&bad, &[("CNI_COMMAND", "DEL")]).is_ok());
     assert!(task_of(&conf("1.1.0", json!({"ipam": {}, "ipMasq": false})), &[]).is_ok());
@@ -174,7 +175,7 @@ fn keys_that_are_for_others_are_passed_over() {
     }
 }
 
-/// Section 2, `GC`, `STATUS` and `VERSION`: none of the parameters of an attachment.
+/// Section 2, `GC`, `STATUS` and `VERSION`: they have no parameters of an attachment.
 #[test]
 fn what_concerns_no_attachment_needs_no_attachment() {
     for command in ["GC", "STATUS", "VERSION"] {
@@ -209,13 +210,13 @@ fn what_is_no_configuration_is_code_6() {
             .0,
         6
     );
-    // Before anything is made.
+    // Refused before anything is created.
     for previous in [json!(7), json!([]), json!({"interfaces": {}}), json!({"ips": "10.1.0.1/16"})]
     {
         let bad = conf("1.1.0", json!({"prevResult": previous, "interface": "o0"}));
         assert_eq!(error(&bad, &[]).0, 6, "{previous}");
         assert_eq!(error(&bad, &[("CNI_COMMAND", "CHECK")]).0, 6, "{previous}");
-        // But nothing keeps from deleting.
+        // But nothing prevents `DEL`.
         let (output, _) = run(&bad, &with(ADD, &[("CNI_COMMAND", "DEL")]));
         assert_eq!(output, None, "{previous}");
     }
@@ -272,7 +273,7 @@ fn arguments_and_capabilities_are_understood() {
     assert_eq!(wanted.mac, Some([2, 0, 0, 0, 0, 8]));
     assert_eq!(wanted.name.as_deref(), Some("web"));
 
-    // Chained, what everybody was told is for the first one.
+    // In a chain, settings that every plugin gets are meant for the first one.
     let wanted = added_with(&conf("1.0.0", json!({"prevResult": {}})), &[("CNI_ARGS", args)]);
     assert_eq!((wanted.address, wanted.mac), (None, None));
     assert_eq!(wanted.endpoint.interface, "overnode0");
@@ -281,7 +282,7 @@ fn arguments_and_capabilities_are_understood() {
     let empty = json!({"runtimeConfig": {"ips": [], "mac": ""}});
     let wanted = added_with(&conf("1.0.0", empty), &[("CNI_ARGS", "IP=;MAC=;")]);
     assert_eq!((wanted.address, wanted.mac), (None, None), "what is empty is not given");
-    // Of these nothing was told when the container was added.
+    // Invalid `CNI_ARGS` matter only for `ADD`.
     let input = conf("1.0.0", json!({"prevResult": {}}));
     for command in ["DEL", "CHECK"] {
         assert!(
@@ -301,7 +302,7 @@ fn attached() -> Attached {
     }
 }
 
-/// Section 5, ADD Success; before 1.0.0 an address has its `version`, since 1.1.0 an interface its
+/// Section 5, ADD Success. Before 1.0.0 an address has a `version`. Since 1.1.0 an interface has an
 /// `mtu`.
 #[test]
 fn results_have_the_form_of_their_version() {
@@ -372,8 +373,7 @@ fn without_a_daemon() {
         11
     );
     assert_eq!(error(&input, &[("CNI_COMMAND", "STATUS")]).0, 51, "and no keys are renewed");
-    // Best effort: of a container that is gone nothing is left to delete, however often that is
-    // asked.
+    // Best effort: deleting a container that is gone succeeds, however often it is repeated.
     for netns in ["", "/nonexistent/netns", "/etc/passwd"] {
         for previous in [json!({}), json!({"prevResult": null}), json!({"prevResult": {}})] {
             let env = with(ADD, &[("CNI_COMMAND", "DEL"), ("CNI_NETNS", netns)]);

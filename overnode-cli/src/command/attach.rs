@@ -1,4 +1,4 @@
-//! `overnode attach`, `overnode detach`, `overnode expose`, `overnode hide`
+//! Implements `overnode attach`, `overnode detach`, `overnode expose` and `overnode hide`.
 
 use overnode_daemon::api::{self, Attached, Detached, Netns, Target};
 
@@ -8,10 +8,11 @@ use crate::container;
 use crate::failure::Failure;
 use crate::options::{Attach, Context, Detach, Expose};
 
-/// Plugs a network namespace in.
+/// Attaches a network namespace.
 ///
 /// # Errors
-/// When there is no such container, the daemon does not run, or it refuses.
+/// Fails if the container does not exist or is not running, or the daemon is not running or
+/// refuses.
 pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure> {
     demand_root("attach")?;
     let mut request = api::Attach {
@@ -38,14 +39,14 @@ pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure
     Ok(format!("{}\n", attached.address))
 }
 
-/// Plugs a network namespace out.
+/// Detaches a network namespace.
 ///
 /// # Errors
-/// When nothing of that name is attached, the daemon does not run, or it refuses.
+/// Fails if nothing of that name is attached, or the daemon is not running or refuses.
 pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure> {
     demand_root("detach")?;
     let target = match wanted.target {
-        // One that is gone from its engine can still be detached by its name or full ID.
+        // A container that its engine no longer knows can still be detached by its name or full ID.
         Target::Container(name) => match container::find(&name) {
             Ok(container) => Target::Container(container.id),
             Err(_) => Target::Container(name),
@@ -59,7 +60,7 @@ pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure
 /// Gives the host an address in the container network.
 ///
 /// # Errors
-/// When it has another one already, the daemon does not run, or it refuses.
+/// Fails if the host already has another address, or the daemon is not running or refuses.
 pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure> {
     demand_root("expose")?;
     let request = api::Attach {
@@ -73,10 +74,10 @@ pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure
     Ok(format!("{}\n", attached.address))
 }
 
-/// Takes that address away.
+/// Removes the host's address in the container network.
 ///
 /// # Errors
-/// When the host has none, the daemon does not run, or it refuses.
+/// Fails if the host has no address, or the daemon is not running or refuses.
 pub async fn hide(context: &Context) -> Result<String, Failure> {
     demand_root("hide")?;
     Client::new(context)

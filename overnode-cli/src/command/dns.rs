@@ -1,4 +1,4 @@
-//! `overnode dns-add`, `overnode dns-remove`, `overnode dns-lookup`
+//! Implements `overnode dns-add`, `overnode dns-remove` and `overnode dns-lookup`.
 
 use overnode_daemon::api::{self, DnsAddresses};
 
@@ -7,30 +7,30 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{Context, DnsAdd, DnsLookup, DnsRemove};
 
-/// Makes a name stand for addresses.
+/// Adds addresses to a name.
 ///
 /// # Errors
-/// When the daemon does not run or refuses.
+/// Fails if the daemon is not running or refuses.
 pub async fn add(context: &Context, wanted: DnsAdd) -> Result<String, Failure> {
     demand_root("dns-add")?;
     let request = api::DnsAdd { name: wanted.name, addresses: wanted.addresses };
     Client::new(context).post("/v1/dns/add", &request).await.map(|now| describe(&now))
 }
 
-/// Undoes that.
+/// Removes addresses from a name.
 ///
 /// # Errors
-/// When it was not added on this node, or the daemon does not run or refuses.
+/// Fails if they were not added on this node, or the daemon is not running or refuses.
 pub async fn remove(context: &Context, wanted: DnsRemove) -> Result<String, Failure> {
     demand_root("dns-remove")?;
     let request = api::DnsRemove { name: wanted.name, addresses: wanted.addresses };
     Client::new(context).post("/v1/dns/remove", &request).await.map(|now| describe(&now))
 }
 
-/// What a name stands for: addresses, one a line.
+/// Returns the addresses of a name, one per line.
 ///
 /// # Errors
-/// When it stands for nothing, or the daemon does not run.
+/// Fails if the name has no address, or the daemon is not running.
 pub async fn lookup(context: &Context, wanted: DnsLookup) -> Result<String, Failure> {
     let found: DnsAddresses =
         Client::new(context).post("/v1/dns/lookup", &api::DnsLookup { name: wanted.name }).await?;

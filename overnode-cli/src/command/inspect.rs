@@ -1,14 +1,14 @@
-//! `overnode inspect`
+//! Implements `overnode inspect`.
 
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::Context;
 use crate::render;
 
-/// Everything that the node knows.
+/// Returns everything that the node knows, as JSON.
 ///
 /// # Errors
-/// When the daemon does not run or refuses.
+/// Fails if the daemon is not running or refuses.
 pub async fn run(context: &Context) -> Result<String, Failure> {
     Ok(render::json(&Client::new(context).get("/v1/inspect").await?))
 }

@@ -1,4 +1,4 @@
-//! `overnode launch`
+//! Implements `overnode launch`.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -13,11 +13,11 @@ use crate::options::{Context, Launch};
 use crate::start::{self, Started};
 use crate::strength::weakness;
 
-/// Starts the daemon when none runs, and has it launch the node. A daemon that was started for
-/// nothing is stopped again.
+/// Starts the daemon if none is running, and makes it launch the node. If the launch fails, a
+/// daemon that this command started is stopped again.
 ///
 /// # Errors
-/// When the node does not run afterwards as it was wanted.
+/// Fails if the node does not run as requested afterwards.
 pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
     let token = token(&wanted)?;
     demand_root("launch")?;
@@ -64,7 +64,7 @@ async fn undo(started: Started, why: Failure) -> Failure {
     }
 }
 
-/// Comes back when somebody wants this command to end.
+/// Returns when SIGINT or SIGTERM asks this command to end.
 async fn interrupted() -> Failure {
     let failure = |signal: &str| {
         Failure::failed(format_args!("interrupted by {signal}: launch again when ready"))
@@ -80,7 +80,7 @@ async fn interrupted() -> Failure {
     }
 }
 
-/// From the option, the file or the environment, in this order.
+/// Returns the token from the option, the file or the environment, in this order.
 fn token(wanted: &Launch) -> Result<Token, Failure> {
     let text = match (&wanted.token, &wanted.token_file) {
         (Some(token), _) => token.clone(),
@@ -103,7 +103,7 @@ fn token(wanted: &Launch) -> Result<Token, Failure> {
     Token::new(text).map_err(Failure::usage)
 }
 
-/// A token's file that other users can read.
+/// Returns a warning if other users can read the token file.
 fn readable(wanted: &Launch) -> Option<String> {
     let file = wanted.token_file.as_ref().filter(|_| wanted.token.is_none())?;
     let found = fs::metadata(file).ok().filter(fs::Metadata::is_file)?;

@@ -1,4 +1,4 @@
-//! One module for each command, or for each pair of opposites.
+//! Implements the commands, with one module per command or pair of opposite commands.
 
 mod attach;
 mod dns;
@@ -25,13 +25,13 @@ use zeroize::Zeroizing;
 use crate::failure::Failure;
 use crate::options::{Command, Context};
 
-/// The longest secret that is read from a file, in bytes.
+/// Size limit of a secret read from a file, in bytes.
 const SECRET_LIMIT: u64 = 8192;
 
-/// Carries the command out; what goes to standard output comes back.
+/// Runs a command and returns the text for standard output.
 ///
 /// # Errors
-/// When it was not carried out.
+/// Fails if the command cannot be carried out.
 pub async fn run(context: &Context, command: Command) -> Result<String, Failure> {
     match command {
         Command::Launch(wanted) => launch::run(context, wanted).await,
@@ -57,7 +57,7 @@ pub async fn run(context: &Context, command: Command) -> Result<String, Failure>
     }
 }
 
-/// For commands that change something.
+/// Fails unless the user is root. For commands that change something.
 fn demand_root(command: &str) -> Result<(), Failure> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());
@@ -67,7 +67,7 @@ fn demand_root(command: &str) -> Result<(), Failure> {
     )))
 }
 
-/// The first line of a file, or of standard input when that is `-`.
+/// Reads the first line of a file, or of standard input if the file is `-`.
 fn read_secret(option: &str, file: &Path) -> Result<Zeroizing<String>, Failure> {
     let mut text = Zeroizing::new(String::new());
     let read = if file == Path::new("-") {
@@ -79,13 +79,13 @@ fn read_secret(option: &str, file: &Path) -> Result<Zeroizing<String>, Failure> 
     Ok(Zeroizing::new(text.lines().next().unwrap_or_default().trim_end_matches('\r').to_owned()))
 }
 
-/// For somebody who did what was asked for, and should do otherwise next time.
+/// Prints a warning to a user whose command succeeded, about what to do differently next time.
 fn warn(message: impl fmt::Display) {
-    // Nobody is left to tell when this fails.
+    // A failed write cannot be reported anywhere else.
     let _ = writeln!(io::stderr(), "overnode: warning: {message}");
 }
 
-/// Names, with commas between; a word for none.
+/// Joins items with commas. Returns `none` if there are none.
 fn listed<T: ToString>(items: &[T]) -> String {
     if items.is_empty() {
         return "none".to_owned();

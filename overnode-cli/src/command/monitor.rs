@@ -1,4 +1,4 @@
-//! `overnode monitor`
+//! Implements `overnode monitor`.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
@@ -11,10 +11,10 @@ use crate::failure::Failure;
 use crate::options::{Context, Monitor};
 use crate::render;
 
-/// Prints events until somebody has enough.
+/// Prints events until the given time is over, a signal arrives or the reader closes the pipe.
 ///
 /// # Errors
-/// When the daemon does not run, refuses or ends; standard output cannot be written.
+/// Fails if the daemon is not running, refuses or ends, or if standard output cannot be written.
 pub async fn run(context: &Context, wanted: &Monitor) -> Result<String, Failure> {
     let no_signal = |error| Failure::failed(format_args!("signals cannot be received: {error}"));
     let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signal)?;
@@ -30,7 +30,7 @@ pub async fn run(context: &Context, wanted: &Monitor) -> Result<String, Failure>
         () = end => {}
         _ = interrupt.recv() => {
             if io::stdout().is_terminal() {
-                // Behind the ^C.
+                // Start a new line after the `^C` that the terminal shows.
                 let _ = writeln!(io::stdout());
             }
         }
@@ -39,14 +39,14 @@ pub async fn run(context: &Context, wanted: &Monitor) -> Result<String, Failure>
     Ok(String::new())
 }
 
-/// Returns when nobody reads what is printed.
+/// Prints events. Returns when the reader closes the pipe.
 async fn watch(context: &Context, wanted: &Monitor) -> Result<(), Failure> {
     let client = Client::new(context);
     let mut lines = client.lines("/v1/monitor").await.map_err(|why| client.explain(why))?;
     loop {
         let line = match lines.next().await {
             Ok(Some(line)) => line,
-            // A daemon that was killed breaks the connection.
+            // A killed daemon breaks the connection.
             Ok(None) | Err(Unanswered::Broken(_)) => {
                 return Err(Failure::failed(
                     "the daemon has ended: `overnode resume` starts the node again, unless it was reset",
@@ -79,8 +79,8 @@ async fn watch(context: &Context, wanted: &Monitor) -> Result<(), Failure> {
     }
 }
 
-/// Drops and events, unless only one of them is named; a reason names drops. What concerns the
-/// monitor itself is always shown.
+/// Returns whether an event is shown. Both drops and other events are shown unless only one kind is
+/// selected. A reason selects drops. Events about the monitor itself are always shown.
 fn is_wanted(wanted: &Monitor, what: &Happening) -> bool {
     let all = !wanted.drops && !wanted.events;
     let drops = wanted.drops || !wanted.reason.is_empty() || all;

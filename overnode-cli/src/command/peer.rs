@@ -1,4 +1,4 @@
-//! `overnode peer`
+//! Implements `overnode peer`.
 
 use overnode_daemon::api::{self, ExternalPeerAdded, ExternalPeerRemoved, ExternalPeerStatus};
 
@@ -8,10 +8,10 @@ use crate::failure::Failure;
 use crate::options::{AddPeer, Context, Peer};
 use crate::render::{self, Style};
 
-/// Adds, removes or lists WireGuard peers that are no nodes.
+/// Adds, removes or lists WireGuard peers that are not nodes.
 ///
 /// # Errors
-/// When the daemon does not run or refuses.
+/// Fails if the daemon is not running or refuses.
 pub async fn run(context: &Context, wanted: Peer) -> Result<String, Failure> {
     let client = Client::new(context);
     match wanted {

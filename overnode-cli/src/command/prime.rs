@@ -1,4 +1,4 @@
-//! `overnode prime`
+//! Implements `overnode prime`.
 
 use std::time::{Duration, Instant};
 
@@ -8,13 +8,13 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{Context, Prime};
 
-/// How often the node is asked.
+/// Interval between two requests to the node.
 const POLL: Duration = Duration::from_millis(250);
 
 /// Waits until this node can give an address to a container.
 ///
 /// # Errors
-/// When it cannot within the time given, or the daemon does not run.
+/// Fails if it cannot within the given time, or the daemon is not running.
 pub async fn run(context: &Context, wanted: &Prime) -> Result<String, Failure> {
     let client = Client::new(context);
     let begun = Instant::now();

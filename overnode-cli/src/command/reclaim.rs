@@ -1,4 +1,4 @@
-//! `overnode reclaim`
+//! Implements `overnode reclaim`.
 
 use std::time::{Duration, Instant};
 
@@ -9,15 +9,15 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{Context, Reclaim};
 
-/// How often the node is asked.
+/// Interval between two requests to the node.
 const POLL: Duration = Duration::from_millis(250);
 
-/// Takes back the address space of a node that is gone for good, and waits until all other nodes
-/// have agreed.
+/// Reclaims the address space of a node that is gone for good. Waits until all other nodes have
+/// agreed.
 ///
 /// # Errors
-/// When that node is reachable or unknown, another node does it already, not all have agreed within
-/// the time given, or the daemon does not run.
+/// Fails if that node is reachable or unknown, if another node already reclaims it, if not all
+/// nodes agree within the given time, or if the daemon is not running.
 pub async fn run(context: &Context, wanted: &Reclaim) -> Result<String, Failure> {
     demand_root("reclaim")?;
     let client = Client::new(context);

@@ -1,4 +1,4 @@
-//! `overnode reset`
+//! Implements `overnode reset`.
 
 use overnode_daemon::api::{self, WasReset};
 use overnode_daemon::node;
@@ -10,10 +10,11 @@ use crate::options::{Context, Reset};
 use crate::presence::Presence;
 use crate::start;
 
-/// Has the daemon reset the node, or does it itself when no daemon runs.
+/// Makes the daemon reset the node, or resets it directly if no daemon is running.
 ///
 /// # Errors
-/// When containers are attached and force was not asked for, or something could not be removed.
+/// Fails if containers are attached and `force` was not given, or if something could not be
+/// removed.
 pub async fn run(context: &Context, wanted: &Reset) -> Result<String, Failure> {
     demand_root("reset")?;
     let client = Client::new(context);

@@ -1,4 +1,4 @@
-//! `overnode resume`
+//! Implements `overnode resume`.
 
 use super::demand_root;
 use crate::client::Client;
@@ -10,7 +10,7 @@ use crate::start;
 /// Starts a node that was launched and is not running.
 ///
 /// # Errors
-/// When none was launched, or it does not start.
+/// Fails if no node was launched, or if it does not start.
 pub async fn run(context: &Context) -> Result<String, Failure> {
     demand_root("resume")?;
     let client = Client::new(context);

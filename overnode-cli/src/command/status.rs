@@ -1,4 +1,4 @@
-//! `overnode status`
+//! Implements `overnode status`.
 
 use serde_json::Value;
 
@@ -7,10 +7,10 @@ use crate::failure::Failure;
 use crate::options::{Context, Status};
 use crate::render::{self, Section, Style};
 
-/// The sections that were named, or all.
+/// Returns the selected sections of the status, or all of them if none is selected.
 ///
 /// # Errors
-/// When the daemon does not run or refuses.
+/// Fails if the daemon is not running or refuses.
 pub async fn run(context: &Context, wanted: &Status) -> Result<String, Failure> {
     let client = Client::new(context);
     let sections = sections(wanted);

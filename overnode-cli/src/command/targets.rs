@@ -1,4 +1,4 @@
-//! `overnode connect`, `overnode forget`
+//! Implements `overnode connect` and `overnode forget`.
 
 use overnode_daemon::api::{self, Targets};
 
@@ -7,10 +7,10 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{Connect, Context, Forget};
 
-/// Adds targets.
+/// Adds or replaces targets.
 ///
 /// # Errors
-/// When the daemon does not run or refuses.
+/// Fails if the daemon is not running or refuses.
 pub async fn connect(context: &Context, wanted: Connect) -> Result<String, Failure> {
     demand_root("connect")?;
     let request = api::Connect { hosts: wanted.hosts, replace: wanted.replace };
@@ -20,7 +20,7 @@ pub async fn connect(context: &Context, wanted: Connect) -> Result<String, Failu
 /// Removes targets.
 ///
 /// # Errors
-/// When the daemon does not run or refuses.
+/// Fails if the daemon is not running or refuses.
 pub async fn forget(context: &Context, wanted: Forget) -> Result<String, Failure> {
     demand_root("forget")?;
     Client::new(context)

@@ -1,4 +1,4 @@
-//! `overnode token`
+//! Implements `overnode token`.
 
 use data_encoding::BASE64URL_NOPAD;
 use rand::TryRngCore;
@@ -6,13 +6,13 @@ use rand::rngs::OsRng;
 
 use crate::failure::Failure;
 
-/// 30 bytes are 240 bits and 40 characters of base64 without padding.
+/// Random bytes in a token: 240 bits, or 40 characters of base64 without padding.
 const BYTES: usize = 30;
 
-/// A strong random token.
+/// Returns a strong random token.
 ///
 /// # Errors
-/// When the kernel gives no randomness.
+/// Fails if the kernel provides no randomness.
 pub fn run() -> Result<String, Failure> {
     loop {
         let mut bytes = [0; BYTES];
@@ -20,7 +20,7 @@ pub fn run() -> Result<String, Failure> {
             Failure::failed(format_args!("the kernel gave no randomness: {error}: try again"))
         })?;
         let token = BASE64URL_NOPAD.encode(&bytes);
-        // It would look like an option in `--token TOKEN`.
+        // In `--token TOKEN`, a leading hyphen would look like an option.
         if !token.starts_with('-') {
             return Ok(format!("{token}\n"));
         }

@@ -1,4 +1,4 @@
-//! `overnode version`
+//! Implements `overnode version`.
 
 use overnode_daemon::api::Version;
 
@@ -6,10 +6,10 @@ use crate::client::{Client, Unanswered};
 use crate::failure::Failure;
 use crate::options::Context;
 
-/// The versions of this command and of the daemon, if one can be asked.
+/// Returns the versions of this command and of the daemon, if it answers.
 ///
 /// # Errors
-/// None: a daemon that does not answer is told of.
+/// Never fails. The text says if the daemon does not answer.
 pub async fn run(context: &Context) -> Result<String, Failure> {
     let client = Client::new(context);
     let daemon = match client.try_get::<Version>("/v1/version").await {

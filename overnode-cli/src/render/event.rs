@@ -1,4 +1,4 @@
-//! An event of `monitor` as a line.
+//! Formats events of `overnode monitor`.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -8,10 +8,10 @@ use overnode_daemon::api::{
 
 use super::grid::Tone;
 
-/// One line with its end: when, what, and the rest in words.
+/// Formats an event as a line, with its line break: time, kind and description.
 pub fn event(event: &MonitorEvent, color: bool) -> String {
     let (tone, kind, text) = words(&event.what);
-    // What other hosts and containers wrote must not steer the terminal.
+    // Text from other hosts and containers must not control the terminal.
     let text: String = text.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
     let kind = format!("{kind:<18}");
     let kind = match tone.filter(|_| color) {
@@ -86,7 +86,7 @@ fn words(what: &Happening) -> (Option<Tone>, &'static str, String) {
 fn dropped(it: &DroppedPacket) -> String {
     let headers = &it.headers;
     let mut parts = vec![format!("{:<14}", it.reason)];
-    // The container that the packet is from or for is named anyway.
+    // The container that sends or receives the packet is named separately.
     let named = |address: IpAddr| match it.names.get(&address) {
         Some(name) if it.container.as_ref().is_none_or(|it| it.address != address) => {
             format!(" ({name})")
@@ -162,10 +162,10 @@ fn container(it: &Container) -> String {
     format!("{} {}{name}", it.address, it.target)
 }
 
-/// The time of day here, with milliseconds.
+/// Formats a time as the local time of day, with milliseconds.
 fn clock(unix_milliseconds: u64) -> String {
     let seconds = i64::try_from(unix_milliseconds / 1000).unwrap_or(0);
-    // SAFETY: all-zero is a valid broken-down time.
+    // SAFETY: an all-zero `tm` is valid.
     let mut parts: libc::tm = unsafe { std::mem::zeroed() };
     // SAFETY: both pointers are valid.
     unsafe { libc::localtime_r(&raw const seconds, &raw mut parts) };

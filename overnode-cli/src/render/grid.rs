@@ -1,48 +1,51 @@
-//! Tables that fit: without borders, one line for each row where that is possible. On a terminal
-//! that is too narrow for this, columns that can be spared are left out, then the last column is
-//! wrapped; on one that is narrower still each row becomes a block of lines with everything in it.
+//! Formats tables without borders that fit the terminal.
+//!
+//! Each row is one line where possible. If the terminal is too narrow, the last column is wrapped.
+//! If that is not enough, dispensable columns are left out, one after the other. On an even
+//! narrower terminal, each row becomes a block of lines with all of its cells.
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell as TableCell, Color, ColumnConstraint, ContentArrangement, Table};
 
 use crate::options::Context;
 
-/// The narrowest that a wrapped last column may be.
+/// Minimum width of a wrapped last column, in columns of the terminal.
 const WRAPPED: u16 = 24;
 
-/// The gap between columns.
+/// Gap between columns, in spaces.
 const GAP: u16 = 2;
 
-/// How to print.
+/// How tables are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Style {
-    /// Columns of the terminal; none when it is not a terminal, and every row then is one line.
+    /// Columns of the terminal. `None` if standard output is not a terminal: every row then is one
+    /// line.
     pub width: Option<u16>,
-    /// Whether to use colours.
+    /// Whether to use colors.
     pub color: bool,
 }
 
-/// What a cell means, shown as a colour.
+/// Meaning of a cell, shown as a color.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tone {
-    /// Neither.
+    /// Neutral.
     Plain,
-    /// As it should be.
+    /// As it should be (green).
     Good,
-    /// Not yet, or not quite.
+    /// Not yet, or only partly, as it should be (yellow).
     Wait,
-    /// Not as it should be.
+    /// Not as it should be (red).
     Bad,
 }
 
-/// A text and what it means.
+/// Text and meaning of a cell.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cell {
     text: String,
     tone: Tone,
 }
 
-/// Rows under headings. Columns in which nothing stands are not shown.
+/// Rows under headings. Columns without any text are not shown.
 #[derive(Clone, Debug)]
 pub struct Grid {
     headings: Vec<&'static str>,
@@ -51,15 +54,15 @@ pub struct Grid {
 }
 
 impl Style {
-    /// For standard output.
+    /// Returns the style for standard output.
     pub fn of(context: &Context) -> Self {
         Self { width: context.width, color: context.color }
     }
 }
 
 impl Cell {
-    /// A text with a meaning. What other hosts send must not steer the terminal: control characters
-    /// are shown as `?`.
+    /// Creates a cell with a meaning. Control characters are shown as `?`, because text from other
+    /// hosts must not control the terminal.
     pub fn new(text: impl ToString, tone: Tone) -> Self {
         let text = text.to_string().chars().map(|c| if c.is_control() { '?' } else { c }).collect();
         Self { text, tone }
@@ -72,29 +75,29 @@ impl<T: ToString> From<T> for Cell {
     }
 }
 
-/// A text that may be absent.
+/// Returns a cell for a value that may be absent.
 pub fn maybe<T: ToString>(value: Option<T>) -> Cell {
     value.map_or_else(|| Cell::from(""), Cell::from)
 }
 
 impl Grid {
-    /// Without rows.
+    /// Creates a grid without rows.
     pub fn new(headings: &[&'static str]) -> Self {
         Self { headings: headings.to_vec(), spare: &[], rows: Vec::new() }
     }
 
-    /// With columns that may be left out where there is no room, the first one first.
+    /// Sets the columns that may be left out, the most dispensable one first.
     pub fn spare(self, spare: &'static [&'static str]) -> Self {
         Self { spare, ..self }
     }
 
-    /// Adds a row; it has a cell for each heading.
+    /// Adds a row, which must have a cell for each heading.
     pub fn row<const N: usize>(&mut self, cells: [Cell; N]) {
         assert_eq!(N, self.headings.len(), "a row has a cell for each heading");
         self.rows.push(cells.into());
     }
 
-    /// As lines; `(none)` when there are no rows.
+    /// Formats the grid as lines. A grid without rows becomes `(none)`.
     pub fn render(mut self, style: Style) -> String {
         if self.rows.is_empty() {
             return "(none)\n".to_owned();
@@ -121,7 +124,7 @@ impl Grid {
         self.blocks(style, width)
     }
 
-    /// Drops those of which the heading and the number say so.
+    /// Removes the columns whose heading and index satisfy `unwanted`.
     fn drop_columns(&mut self, unwanted: impl Fn(&str, usize) -> bool) {
         for column in (0..self.headings.len()).rev() {
             if unwanted(self.headings[column], column) {
@@ -165,7 +168,7 @@ impl Grid {
     }
 }
 
-/// Names on the left, what they are on the right.
+/// Formats pairs as lines, with names on the left and values on the right.
 pub fn pairs_of<'a>(pairs: impl Iterator<Item = (&'a str, &'a Cell)>, style: Style) -> String {
     let mut table = bare(style, style.width);
     for (name, cell) in pairs {

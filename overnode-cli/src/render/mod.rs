@@ -1,4 +1,4 @@
-//! What people read.
+//! Formats the output for human readers.
 
 mod event;
 mod grid;
@@ -11,27 +11,27 @@ use serde_json::Value;
 pub use event::event;
 pub use grid::Style;
 
-/// A part of what `status` shows.
+/// A section of `overnode status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Section {
-    /// `--targets`
+    /// Shown by `--targets`.
     Targets,
-    /// `--peers`
+    /// Shown by `--peers`.
     Peers,
-    /// `--connections`
+    /// Shown by `--connections`.
     Connections,
-    /// `--endpoints`
+    /// Shown by `--endpoints`.
     Endpoints,
-    /// `--ipam`
+    /// Shown by `--ipam`.
     Ipam,
-    /// `--dns`
+    /// Shown by `--dns`.
     Dns,
-    /// `--counters`
+    /// Shown by `--counters`.
     Counters,
 }
 
 impl Section {
-    /// In the order in which they are shown.
+    /// All sections, in the order in which they are shown.
     const ALL: [Self; 7] = [
         Self::Targets,
         Self::Peers,
@@ -42,7 +42,7 @@ impl Section {
         Self::Counters,
     ];
 
-    /// The fields of the JSON document that belong to it.
+    /// Returns the fields of the JSON document that belong to the section.
     pub const fn fields(self) -> &'static [&'static str] {
         match self {
             Self::Targets => &["targets"],
@@ -68,7 +68,7 @@ impl Section {
     }
 }
 
-/// The sections named; the node and all sections when none is.
+/// Formats the selected sections, or the node and all sections if none is selected.
 pub fn status(status: &Status, named: &[Section], style: Style) -> String {
     if let [section] = named {
         return body(status, *section, true, style);
@@ -88,18 +88,18 @@ pub fn status(status: &Status, named: &[Section], style: Style) -> String {
     text
 }
 
-/// WireGuard peers that are no nodes.
+/// Formats WireGuard peers that are not nodes.
 pub fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
     sections::external_peers(peers, style)
 }
 
-/// For programs, and still readable.
+/// Formats a JSON document with indentation: machine-readable, but still legible.
 pub fn json(document: &Value) -> String {
     format!("{document:#}\n")
 }
 
-/// `detailed` when somebody asked for just this: what grows faster than the cluster is shown only
-/// then.
+/// Formats the body of a section. `detailed` is set if the user selected sections. Data that grows
+/// faster than the cluster is shown only then.
 fn body(status: &Status, section: Section, detailed: bool, style: Style) -> String {
     match section {
         Section::Targets => sections::targets(&status.targets, style),

@@ -1,4 +1,4 @@
-//! The sections of `status`.
+//! Formats the sections of `overnode status`.
 
 use std::time::SystemTime;
 
@@ -14,7 +14,8 @@ use overnode_daemon::types::NodeId;
 use super::grid::{Cell, Grid, Style, Tone, maybe, pairs_of};
 use super::units::{bytes, duration, round_trip, share, since};
 
-/// What is wrong and what to do, one paragraph each; or that nothing is.
+/// Formats the problems and what to do about them, one paragraph each, or states that there are
+/// none.
 pub fn health(status: &Status, style: Style) -> String {
     let mut pairs: Vec<(&str, Cell)> = Vec::new();
     for finding in &status.health.findings {
@@ -37,7 +38,7 @@ pub fn health(status: &Status, style: Style) -> String {
     pairs_of(pairs.iter().map(|(name, cell)| (*name, cell)), style)
 }
 
-/// This node.
+/// Formats the facts about this node.
 pub fn node(node: &NodeStatus, style: Style) -> String {
     let state = match node.state {
         NodeState::Starting => Cell::new("starting", Tone::Wait),
@@ -72,7 +73,7 @@ pub fn node(node: &NodeStatus, style: Style) -> String {
     pairs_of(pairs.iter().map(|(name, cell)| (*name, cell)), style)
 }
 
-/// What becomes of flows that move a lot; nothing while workers start.
+/// Describes how bulk flows are handled. Returns `None` while the workers start.
 fn workers(bulk: &WorkersStatus) -> Option<String> {
     let how_many = match (bulk.mode, bulk.workers) {
         (Mode::Off, _) => return Some("in the kernel, as all others".to_owned()),
@@ -87,7 +88,7 @@ fn workers(bulk: &WorkersStatus) -> Option<String> {
     Some(format!("{how_many}, each {}", speeds.join(" or ")))
 }
 
-/// `--targets`
+/// Formats `--targets`.
 pub fn targets(targets: &[TargetStatus], style: Style) -> String {
     let mut grid = Grid::new(&["host", "state", "node", "note"]);
     for target in targets {
@@ -99,7 +100,7 @@ pub fn targets(targets: &[TargetStatus], style: Style) -> String {
             TargetState::Myself => Cell::new("this node", Tone::Good),
         };
         let note = match target.state {
-            // What went wrong before is of no interest any more.
+            // Earlier errors no longer matter.
             TargetState::Established | TargetState::Myself => String::new(),
             TargetState::Connecting | TargetState::Retrying | TargetState::Failed => {
                 trouble(target.last_error.as_ref(), target.next_try_in_seconds)
@@ -110,7 +111,7 @@ pub fn targets(targets: &[TargetStatus], style: Style) -> String {
     grid.render(style)
 }
 
-/// `--peers`; with everybody's connections when `detailed`.
+/// Formats `--peers`, with the connections of all nodes if `detailed`.
 pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
     let mut grid = Grid::new(&[
         "node", "address", "state", "since", "session", "path", "rtt", "loss", "endpoint", "mtu",
@@ -150,7 +151,7 @@ pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
     text
 }
 
-/// `--connections`
+/// Formats `--connections`.
 pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
     let mut grid = Grid::new(&[
         "",
@@ -200,7 +201,7 @@ pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
     grid.render(style)
 }
 
-/// What seals flows that move a lot, and how fast they go in both directions together.
+/// Describes what seals the bulk flows, and their total rate in both directions.
 fn bulk(bulk: &BulkStatus) -> String {
     let rate = bulk.rx_bits_per_second + bulk.tx_bits_per_second;
     match (bulk.in_use, rate) {
@@ -219,7 +220,7 @@ fn bit_rate(bits: u64) -> String {
     }
 }
 
-/// `--endpoints`
+/// Formats `--endpoints`.
 pub fn endpoints(endpoints: &[EndpointStatus], style: Style) -> String {
     let now = SystemTime::now();
     let mut grid =
@@ -251,7 +252,7 @@ pub fn endpoints(endpoints: &[EndpointStatus], style: Style) -> String {
     grid.render(style)
 }
 
-/// `--ipam`; with what is wrong when `detailed`, else [`health`] has told it.
+/// Formats `--ipam`. Includes problems if `detailed`. Otherwise [`health`] has shown them.
 pub fn ipam(ipam: &IpamStatus, detailed: bool, style: Style) -> String {
     let mut grid = Grid::new(&["node", "addresses", "share", "active", "state"]);
     for owner in &ipam.owners {
@@ -287,7 +288,7 @@ pub fn ipam(ipam: &IpamStatus, detailed: bool, style: Style) -> String {
     text
 }
 
-/// Who lent what to whom.
+/// Formats the address ranges lent between nodes.
 fn loans(ipam: &IpamStatus, style: Style) -> String {
     let name = |id: NodeId| {
         let owner = ipam.owners.iter().find(|owner| owner.id == id);
@@ -313,7 +314,7 @@ fn loans(ipam: &IpamStatus, style: Style) -> String {
     grid.render(style)
 }
 
-/// `--dns`
+/// Formats `--dns`.
 pub fn dns(dns: &DnsStatus, style: Style) -> String {
     let lead = match (&dns.address, &dns.domain) {
         (Some(address), Some(domain)) if dns.serving => {
@@ -350,7 +351,7 @@ pub fn dns(dns: &DnsStatus, style: Style) -> String {
     )
 }
 
-/// `--counters`
+/// Formats `--counters`.
 pub fn counters(counters: &[CounterStatus], style: Style) -> String {
     let mut grid = Grid::new(&["reason", "packets", "fate", "meaning"]);
     for counter in counters.iter().filter(|counter| counter.count > 0) {
@@ -365,7 +366,7 @@ pub fn counters(counters: &[CounterStatus], style: Style) -> String {
     grid.render(style)
 }
 
-/// WireGuard peers that are no nodes.
+/// Formats WireGuard peers that are not nodes.
 pub fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
     let mut grid = Grid::new(&[
         "allowed",
@@ -399,7 +400,7 @@ pub fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
     grid.render(style)
 }
 
-/// Who is connected to whom, as each of them tells.
+/// Formats the connections between nodes, as reported by each node.
 fn links(peers: &[PeerStatus], style: Style) -> String {
     let mut grid = Grid::new(&["node", "", "remote", "to", "state"]);
     for peer in peers {
@@ -416,7 +417,7 @@ fn links(peers: &[PeerStatus], style: Style) -> String {
     grid.render(style)
 }
 
-/// Path, round-trip time, loss.
+/// Returns the cells for path, round-trip time and loss.
 fn route(route: Option<&RouteStatus>) -> [Cell; 3] {
     let Some(route) = route else { return [(); 3].map(|()| "".into()) };
     let path = match route.path {
@@ -428,7 +429,7 @@ fn route(route: Option<&RouteStatus>) -> [Cell; 3] {
     [path, maybe(route.rtt_microseconds.map(round_trip)), maybe(loss)]
 }
 
-/// Session, endpoint, MTU, received, sent, note.
+/// Returns the cells for session, endpoint, MTU, received, sent and note.
 fn data(data: Option<&DataStatus>) -> [Cell; 6] {
     let Some(data) = data else { return [(); 6].map(|()| "".into()) };
     let age = data.session_age_seconds.map(|age| format!(" {}", duration(age))).unwrap_or_default();

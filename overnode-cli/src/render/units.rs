@@ -1,8 +1,8 @@
-//! Numbers as people read them.
+//! Formats numbers for human readers.
 
 use std::time::{Duration, SystemTime};
 
-/// Seconds as their two largest units: `45s`, `3m12s`, `3h12m`, `5d4h`.
+/// Formats seconds as their two largest units: `45s`, `3m12s`, `3h12m`, `5d4h`.
 pub fn duration(seconds: u64) -> String {
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
     match seconds {
@@ -13,13 +13,13 @@ pub fn duration(seconds: u64) -> String {
     }
 }
 
-/// How long ago that was, in seconds since 1970.
+/// Formats the time elapsed since a Unix time, in seconds.
 pub fn since(unix_seconds: u64, now: SystemTime) -> String {
     let then = SystemTime::UNIX_EPOCH + Duration::from_secs(unix_seconds.min(u64::from(u32::MAX)));
     duration(now.duration_since(then).map_or(0, |age| age.as_secs()))
 }
 
-/// Bytes with three digits: `512 B`, `1.23 KiB`, `45.6 MiB`, `789 GiB`.
+/// Formats bytes with three digits: `512 B`, `1.23 KiB`, `45.6 MiB`, `789 GiB`.
 pub fn bytes(count: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if count < 1024 {
@@ -28,7 +28,7 @@ pub fn bytes(count: u64) -> String {
     let mut value = count as f64 / 1024.0;
     let mut unit = UNITS[0];
     for larger in &UNITS[1..] {
-        // From here on it would be shown with four digits.
+        // From here on, the value would have four digits.
         if value < 999.5 {
             break;
         }
@@ -39,7 +39,8 @@ pub fn bytes(count: u64) -> String {
     format!("{value:.decimals$} {unit}")
 }
 
-/// Microseconds: `85µs` would not be ASCII, so `0.085 ms`, `1.20 ms`, `34 ms`.
+/// Formats microseconds as milliseconds, because `85µs` is not ASCII: `0.085 ms`, `1.20 ms`,
+/// `34 ms`.
 pub fn round_trip(microseconds: u64) -> String {
     let value = microseconds as f64 / 1000.0;
     let decimals = match microseconds {
@@ -50,7 +51,7 @@ pub fn round_trip(microseconds: u64) -> String {
     format!("{value:.decimals$} ms")
 }
 
-/// A part of the whole, 0 to 100, with a digit that says something: `25.0%`, `0.018%`, `0%`.
+/// Formats a percentage, 0 to 100, with at least one significant digit: `25.0%`, `0.018%`, `0%`.
 pub fn share(percent: f64) -> String {
     match percent {
         0.1.. => format!("{percent:.1}%"),

@@ -1,5 +1,5 @@
-//! A host of its own for each test: directories that are removed with it, and the real command run
-//! against them.
+//! A separate host for each test: directories that are removed with it, and the real command that
+//! runs on them.
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use std::fs;
@@ -10,12 +10,12 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-/// Where a node would live.
+/// The directories in which a node would live.
 pub struct Host {
     dir: TempDir,
 }
 
-/// What a command did.
+/// Exit code and output of a command.
 #[derive(Debug)]
 pub struct Outcome {
     pub code: i32,
@@ -23,7 +23,7 @@ pub struct Outcome {
     pub stderr: String,
 }
 
-/// The command at this path, with the host's directories and a known environment.
+/// Returns a command for this executable, with the host's directories and a known environment.
 pub fn overnode(executable: &Path, host: &Host, arguments: &[&str]) -> Command {
     let mut command = Command::new(executable);
     for name in ["OVERNODE_TOKEN", "NO_COLOR", "COLUMNS", "OVERNODE_DEBUG"] {
@@ -37,7 +37,7 @@ pub fn overnode(executable: &Path, host: &Host, arguments: &[&str]) -> Command {
     command
 }
 
-/// Makes an executable file. Another process writes it: while this one had it open, a test that
+/// Creates an executable file. Another process writes it. If this process had it open, a test that
 /// forks at that moment would keep it open too, and it could not be executed ("text file busy").
 pub fn install(file: &Path, content: &[u8]) {
     let mut writer = Command::new("sh")
@@ -50,7 +50,7 @@ pub fn install(file: &Path, content: &[u8]) {
     assert!(writer.wait().unwrap().success());
 }
 
-/// A copy of the command in this directory, which any user may execute.
+/// Copies the command into this directory, where any user may execute it.
 pub fn install_overnode(directory: &Path) -> PathBuf {
     fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
     let copy = directory.join("overnode");
@@ -87,13 +87,13 @@ impl Host {
         Outcome::of(&mut self.command(arguments))
     }
 
-    /// As a daemon leaves it that was stopped.
+    /// Leaves the host as a stopped daemon does.
     pub fn pretend_launched(&self) {
         fs::create_dir_all(self.state_dir()).unwrap();
         fs::write(self.state_dir().join("overnode.redb"), "").unwrap();
     }
 
-    /// Whether nothing was made.
+    /// Returns whether nothing was created.
     pub fn is_untouched(&self) -> bool {
         fs::read_dir(self.path()).unwrap().next().is_none()
     }
@@ -109,7 +109,7 @@ impl Outcome {
         }
     }
 
-    /// The one line that a command that fails writes.
+    /// Returns the one line that a failing command writes to standard error.
     pub fn error_line(&self) -> String {
         let line = self.stderr.strip_suffix('\n').unwrap_or_else(|| panic!("not a line: {self:?}"));
         assert!(

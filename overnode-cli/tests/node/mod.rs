@@ -1,4 +1,4 @@
-//! A node whose answers are known, behind the real server.
+//! A node with canned answers, behind the real server.
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use std::fs;
@@ -13,14 +13,14 @@ use tokio::sync::mpsc;
 
 use crate::common::Host;
 
-/// A node whose answers are known. The socket is there when it has been made; everything ends with
+/// A node with canned answers. Its socket exists once the constructor returns. Its threads end with
 /// the process.
 pub struct Canned {
     pub host: Host,
 }
 
 impl Canned {
-    /// Answers each request by this function.
+    /// Answers each request with this function.
     pub fn start(
         mut answer: impl FnMut(Request) -> Result<Reply, ApiError> + Send + 'static,
     ) -> Self {
@@ -31,12 +31,12 @@ impl Canned {
         })
     }
 
-    /// Hands all requests to this function.
+    /// Passes all requests to this function.
     pub fn start_with(node: impl FnOnce(mpsc::Receiver<Call>) + Send + 'static) -> Self {
         Self::at(Host::new(), node)
     }
 
-    /// The same, at a host that exists already.
+    /// Like [`Self::start_with`], on an existing host.
     pub fn at(host: Host, node: impl FnOnce(mpsc::Receiver<Call>) + Send + 'static) -> Self {
         fs::create_dir_all(host.run_dir()).unwrap();
         let (calls, requests) = mpsc::channel(16);
@@ -57,13 +57,13 @@ impl Canned {
     }
 }
 
-/// As a daemon of node 1 would tell.
+/// Returns the version that a daemon of node 1 would report.
 pub fn version(pid: u32) -> Version {
     let id = Some(1.try_into().unwrap());
     Version { version: "9.9.9".into(), protocols: None, kernel: None, pid, id, state_dir: None }
 }
 
-/// Something of everything.
+/// Returns a status that has an example of every kind of entry.
 pub fn sample() -> Status {
     let error = |message: &str, seconds_ago| LastError {
         message: message.into(),
