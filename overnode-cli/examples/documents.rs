@@ -15,7 +15,7 @@ use clap::CommandFactory;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-#[expect(dead_code, reason = "only what wrong usage needs is called")]
+#[expect(dead_code, reason = "only usage errors are needed")]
 #[path = "../src/failure.rs"]
 mod failure;
 #[expect(dead_code, reason = "only the definition is used")]
@@ -26,16 +26,17 @@ mod options;
 const FILES: &str = "\
 .TP
 \\fI/etc/default/overnode\\fR
-The daemon's environment: see the comments there.
+Environment variables of the daemon, explained by the comments in the file.
 .TP
 \\fI/var/lib/overnode\\fR
-Identity, keys and addresses of the node; another place with \\fB\\-\\-state\\-dir\\fR.
+The node's identity, keys and addresses. Another directory can be set with
+\\fB\\-\\-state\\-dir\\fR.
 .TP
 \\fI/run/overnode/overnode.sock\\fR
-The daemon's socket, which speaks HTTP with JSON; another place with \\fB\\-\\-run\\-dir\\fR.
+The daemon's socket (HTTP with JSON). Another directory can be set with \\fB\\-\\-run\\-dir\\fR.
 .TP
 \\fI/sys/fs/bpf/overnode\\fR
-The programs and maps of the node. They outlive the daemon, and the traffic with them.
+The node's eBPF programs and maps. They forward traffic even while the daemon is not running.
 ";
 
 fn main() -> ExitCode {

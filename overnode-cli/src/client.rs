@@ -25,10 +25,10 @@ const ANSWER_LIMIT: usize = 256 * 1024 * 1024;
 
 /// Timeout of an answer. Launching and resetting take long: they load and remove programs and
 /// derive a key.
-const PATIENCE: Duration = Duration::from_secs(120);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long a killed daemon may take to disappear.
-const ENDING: Duration = Duration::from_secs(1);
+const KILL_GRACE_PERIOD: Duration = Duration::from_secs(1);
 
 /// Size limit of one line of a streamed answer, in bytes.
 const LINE_LIMIT: usize = 1024 * 1024;
@@ -46,7 +46,7 @@ pub struct Client {
 
 /// Why a request got no answer.
 #[derive(Debug)]
-pub enum Unanswered {
+pub enum RequestError {
     /// Nothing listens on the socket.
     NotRunning,
     /// The current user may not connect to the socket.
@@ -72,7 +72,7 @@ impl Lines {
     ///
     /// # Errors
     /// Fails if the connection breaks or a line is too long.
-    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Unanswered> {
+    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, RequestError> {
         loop {
             if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
                 let rest = self.buffer.split_off(end + 1);
@@ -81,10 +81,12 @@ impl Lines {
                 return Ok(Some(line));
             }
             if self.buffer.len() > LINE_LIMIT {
-                return Err(Unanswered::Broken("a line of its answer does not end".to_owned()));
+                return Err(RequestError::Broken(format!(
+                    "a line of its answer exceeds {LINE_LIMIT} bytes"
+                )));
             }
             let Some(frame) = self.body.frame().await else { return Ok(None) };
-            let frame = frame.map_err(|error| Unanswered::Broken(error.to_string()))?;
+            let frame = frame.map_err(|error| RequestError::Broken(error.to_string()))?;
             if let Ok(data) = frame.into_data() {
                 self.buffer.extend_from_slice(&data);
             }
@@ -125,14 +127,14 @@ impl Client {
     /// Sends a POST request.
     ///
     /// # Errors
-    /// Fails with an [`Unanswered`], which tells the causes apart.
+    /// Fails with an [`RequestError`], which tells the causes apart.
     pub async fn try_post<T: DeserializeOwned>(
         &self,
         path: &str,
         body: &impl Serialize,
-    ) -> Result<T, Unanswered> {
+    ) -> Result<T, RequestError> {
         let body = serde_json::to_vec(body).map_err(|error| {
-            Unanswered::Broken(format!("the request has no JSON form: {error}"))
+            RequestError::Broken(format!("the request cannot be encoded as JSON: {error}"))
         })?;
         self.ask(Method::POST, path, body.into()).await
     }
@@ -140,22 +142,26 @@ impl Client {
     /// Sends a GET request.
     ///
     /// # Errors
-    /// Fails with an [`Unanswered`], which tells the causes apart.
-    pub async fn try_get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Unanswered> {
+    /// Fails with an [`RequestError`], which tells the causes apart.
+    pub async fn try_get<T: DeserializeOwned>(&self, path: &str) -> Result<T, RequestError> {
         self.ask(Method::GET, path, Bytes::new()).await
     }
 
     /// Sends a GET request for a streamed answer.
     ///
     /// # Errors
-    /// Fails with an [`Unanswered`], which tells the causes apart.
-    pub async fn lines(&self, path: &str) -> Result<Lines, Unanswered> {
+    /// Fails with an [`RequestError`], which tells the causes apart.
+    pub async fn lines(&self, path: &str) -> Result<Lines, RequestError> {
         self.note(format_args!("> GET {path}"));
-        let response = tokio::time::timeout(PATIENCE, self.send(Method::GET, path, Bytes::new()))
-            .await
-            .map_err(|_| {
-                Unanswered::Broken(format!("no answer within {} s", PATIENCE.as_secs()))
-            })??;
+        let response =
+            tokio::time::timeout(REQUEST_TIMEOUT, self.send(Method::GET, path, Bytes::new()))
+                .await
+                .map_err(|_| {
+                    RequestError::Broken(format!(
+                        "no answer within {} s",
+                        REQUEST_TIMEOUT.as_secs()
+                    ))
+                })??;
         let status = response.status().as_u16();
         self.note(format_args!("< {status}"));
         if !(200..300).contains(&status) {
@@ -175,21 +181,24 @@ impl Client {
         loop {
             // A killed process accepts requests and keeps its lock until the kernel has closed all
             // of its descriptors.
-            let may_be_ending = begun.elapsed() < ENDING;
+            let may_be_ending = begun.elapsed() < KILL_GRACE_PERIOD;
             match self.try_get("/v1/version").await {
                 Ok(version) => return Ok(Some(version)),
-                Err(Unanswered::NotRunning) => match Presence::of(&self.state_dir) {
-                    Presence::Deaf(_) if may_be_ending => {}
-                    Presence::Deaf(_) | Presence::Never | Presence::Stopped | Presence::Unknown => {
+                Err(RequestError::NotRunning) => match Presence::of(&self.state_dir) {
+                    Presence::NotListening(_) if may_be_ending => {}
+                    Presence::NotListening(_)
+                    | Presence::Never
+                    | Presence::Stopped
+                    | Presence::Unknown => {
                         return Ok(None);
                     }
                 },
-                Err(Unanswered::Broken(_)) if may_be_ending => {}
+                Err(RequestError::Broken(_)) if may_be_ending => {}
                 Err(
-                    why @ (Unanswered::Denied
-                    | Unanswered::Stranger(_)
-                    | Unanswered::Refused(_)
-                    | Unanswered::Broken(_)),
+                    why @ (RequestError::Denied
+                    | RequestError::Stranger(_)
+                    | RequestError::Refused(_)
+                    | RequestError::Broken(_)),
                 ) => {
                     return Err(self.explain(why));
                 }
@@ -204,23 +213,25 @@ impl Client {
     }
 
     /// Turns the cause into a message for the user.
-    pub fn explain(&self, why: Unanswered) -> Failure {
+    pub fn explain(&self, why: RequestError) -> Failure {
         match why {
-            Unanswered::NotRunning => {
+            RequestError::NotRunning => {
                 Failure::failed(Presence::of(&self.state_dir).not_running(&self.socket))
             }
-            Unanswered::Denied => Failure::failed(format_args!(
-                "{}: permission denied: the daemon answers root only, so run this command as root (with sudo)",
+            RequestError::Denied => Failure::failed(format_args!(
+                "{}: permission denied: only root may talk to the daemon; run this command as root \
+                 (with sudo)",
                 self.socket.display()
             )),
-            Unanswered::Stranger(user) => Failure::failed(format_args!(
-                "a program of user {user} listens on {} in place of the daemon and was told nothing: find out why, remove \
-                 that directory, or give another --run-dir",
+            RequestError::Stranger(user) => Failure::failed(format_args!(
+                "a program of user {user} listens on {} in place of the daemon, so nothing was \
+                 sent to it: find out why and remove that directory, or choose another one with \
+                 --run-dir",
                 self.socket.display()
             )),
-            Unanswered::Refused(error) => error.into(),
-            Unanswered::Broken(why) => Failure::failed(format_args!(
-                "the daemon did not answer on {}: {why}; its log tells more",
+            RequestError::Refused(error) => error.into(),
+            RequestError::Broken(why) => Failure::failed(format_args!(
+                "the daemon did not answer on {}: {why}; see its log",
                 self.socket.display()
             )),
         }
@@ -231,19 +242,25 @@ impl Client {
         method: Method,
         path: &str,
         body: Bytes,
-    ) -> Result<T, Unanswered> {
+    ) -> Result<T, RequestError> {
         self.note(format_args!("> {method} {path}"));
         let (status, answer) =
-            tokio::time::timeout(PATIENCE, self.exchange(method, path, body)).await.map_err(
-                |_| Unanswered::Broken(format!("no answer within {} s", PATIENCE.as_secs())),
-            )??;
+            tokio::time::timeout(REQUEST_TIMEOUT, self.exchange(method, path, body))
+                .await
+                .map_err(|_| {
+                    RequestError::Broken(format!(
+                        "no answer within {} s",
+                        REQUEST_TIMEOUT.as_secs()
+                    ))
+                })??;
         self.note(format_args!("< {status}, {} bytes", answer.len()));
         if !(200..300).contains(&status) {
             return Err(refusal(status, &answer));
         }
         serde_json::from_slice(&answer).map_err(|error| {
-            Unanswered::Broken(format!(
-                "its answer is not understood: {error}: is it of another version than this command ({})?",
+            RequestError::Broken(format!(
+                "its answer cannot be decoded: {error}; it may have another version than this \
+                 command ({})",
                 env!("CARGO_PKG_VERSION")
             ))
         })
@@ -254,7 +271,7 @@ impl Client {
         method: Method,
         path: &str,
         body: Bytes,
-    ) -> Result<(u16, Bytes), Unanswered> {
+    ) -> Result<(u16, Bytes), RequestError> {
         let response = self.send(method, path, body).await?;
         Ok((response.status().as_u16(), everything(response).await?))
     }
@@ -264,20 +281,20 @@ impl Client {
         method: Method,
         path: &str,
         body: Bytes,
-    ) -> Result<Response<Incoming>, Unanswered> {
-        let broken = |error: &dyn fmt::Display| Unanswered::Broken(error.to_string());
+    ) -> Result<Response<Incoming>, RequestError> {
+        let broken = |error: &dyn fmt::Display| RequestError::Broken(error.to_string());
         let stream =
             UnixStream::connect(&self.socket).await.map_err(|error| match error.kind() {
                 io::ErrorKind::NotFound
                 | io::ErrorKind::ConnectionRefused
-                | io::ErrorKind::NotADirectory => Unanswered::NotRunning,
-                io::ErrorKind::PermissionDenied => Unanswered::Denied,
+                | io::ErrorKind::NotADirectory => RequestError::NotRunning,
+                io::ErrorKind::PermissionDenied => RequestError::Denied,
                 _ => broken(&error),
             })?;
         // The listener receives the request, which may hold a token.
         let listener = stream.peer_cred().map_err(|error| broken(&error))?.uid();
         if !trust::is_trusted_user(listener) {
-            return Err(Unanswered::Stranger(listener));
+            return Err(RequestError::Stranger(listener));
         }
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
@@ -299,15 +316,17 @@ impl Client {
     }
 }
 
-async fn everything(response: Response<Incoming>) -> Result<Bytes, Unanswered> {
+async fn everything(response: Response<Incoming>) -> Result<Bytes, RequestError> {
     let answer = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
-    Ok(answer.map_err(|error| Unanswered::Broken(error.to_string()))?.to_bytes())
+    Ok(answer.map_err(|error| RequestError::Broken(error.to_string()))?.to_bytes())
 }
 
-fn refusal(status: u16, answer: &[u8]) -> Unanswered {
+fn refusal(status: u16, answer: &[u8]) -> RequestError {
     match serde_json::from_slice::<ErrorBody>(answer) {
-        Ok(body) => Unanswered::Refused(ApiError::new(ErrorKind::from_status(status), body.error)),
-        Err(_) => Unanswered::Broken(format!("HTTP status {status} without a reason")),
+        Ok(body) => {
+            RequestError::Refused(ApiError::new(ErrorKind::from_status(status), body.error))
+        }
+        Err(_) => RequestError::Broken(format!("HTTP status {status} without an error message")),
     }
 }
 
@@ -324,7 +343,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_daemon_that_dies_with_the_question_does_not_run() {
+    async fn a_daemon_that_dies_on_a_request_counts_as_not_running() {
         let dir = tempfile::tempdir().unwrap();
         let (listener, client) = listen(dir.path());
         let dies = async {
@@ -336,7 +355,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_never_answers_properly_is_an_error() {
+    async fn a_daemon_that_never_answers_properly_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let (listener, client) = listen(dir.path());
         tokio::spawn(async move {

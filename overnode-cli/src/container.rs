@@ -41,7 +41,8 @@ pub fn find(name: &str) -> Result<Container, Failure> {
     }
     match found.len() {
         0 => Err(Failure::failed(format_args!(
-            "container {name:?} was not found: {}; to attach a network namespace give netns:NAME, netns:/path or pid:NUMBER",
+            "container {name:?} was not found: {}; to attach a network namespace, give netns:NAME, \
+             netns:/path or pid:NUMBER",
             said.join(", ")
         ))),
         1 => Ok(found.remove(0)),
@@ -84,7 +85,7 @@ fn parse(line: &str) -> Option<Container> {
 
 fn reason(stderr: &str) -> String {
     let line =
-        stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+        stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no error message");
     line.trim_start_matches("Error: ").trim_start_matches("error: ").to_owned()
 }
 
@@ -93,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_engines_lines_are_read() {
+    fn output_of_both_engines_is_parsed() {
         let docker = Container { id: "abc".into(), name: "web".into(), pid: Some(42) };
         assert_eq!(parse("abc 42 /web\n"), Some(docker.clone()));
         assert_eq!(parse("abc 42 web\n"), Some(docker.clone()));
@@ -104,6 +105,6 @@ mod tests {
     #[test]
     fn the_last_line_of_an_error_is_the_reason() {
         assert_eq!(reason("warning\nError: no such object: x\n\n"), "no such object: x");
-        assert_eq!(reason(""), "it said nothing");
+        assert_eq!(reason(""), "no error message");
     }
 }

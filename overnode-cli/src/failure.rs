@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn is_one_line_that_a_terminal_cannot_be_fooled_by() {
+    fn a_message_is_one_line_without_control_characters() {
         assert_eq!(Failure::failed("a\n  b\u{1b}[31mc").to_string(), "a b [31mc");
     }
 

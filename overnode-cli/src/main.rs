@@ -14,6 +14,8 @@ mod container;
 mod failure;
 mod options;
 mod presence;
+#[cfg(test)]
+mod reference;
 mod render;
 mod start;
 mod strength;
@@ -40,7 +42,7 @@ fn main() -> ExitCode {
     if let Err(error) = trust::protect_memory() {
         let _ = writeln!(
             io::stderr(),
-            "overnode: its memory cannot be kept from other processes: {error}"
+            "overnode: cannot protect its memory from other processes: {error}"
         );
         return ExitCode::FAILURE;
     }

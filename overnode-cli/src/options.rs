@@ -41,25 +41,41 @@ Examples:
   host1 > sudo overnode attach my-container
   host1 > sudo overnode status
 
-Exit status: 0 done, 1 failed (one line on standard error says why and what to do), 2 wrong usage.";
+Exit status: 0 success, 1 failure (one line on stderr says why and what to do), 2 wrong usage.";
 
 /// Options of every command.
 #[derive(Clone, Debug, Args)]
 pub struct Global {
     /// Print debug messages, and make a daemon that this command starts log more
-    #[arg(long, global = true, help_heading = "Everywhere")]
+    #[arg(long, global = true, help_heading = "Global options")]
     pub debug: bool,
 
     /// Print without colors; setting NO_COLOR in the environment has the same effect
-    #[arg(long, global = true, help_heading = "Everywhere")]
+    #[arg(long, global = true, help_heading = "Global options")]
     pub no_color: bool,
 
     /// Directory for the node's identity, keys and addresses
-    #[arg(long, global = true, help_heading = "Everywhere", env = "OVERNODE_STATE_DIR", hide_env_values = true, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global options",
+        env = "OVERNODE_STATE_DIR",
+        hide_env_values = true,
+        value_name = "DIR",
+        default_value = DEFAULT_STATE_DIR
+    )]
     pub state_dir: PathBuf,
 
     /// Directory of the daemon's socket
-    #[arg(long, global = true, help_heading = "Everywhere", env = "OVERNODE_RUN_DIR", hide_env_values = true, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global options",
+        env = "OVERNODE_RUN_DIR",
+        hide_env_values = true,
+        value_name = "DIR",
+        default_value = DEFAULT_RUN_DIR
+    )]
     pub run_dir: PathBuf,
 }
 
@@ -108,7 +124,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  (umask 077; overnode token > token)            # makes a token; then copy it to the other hosts
+  (umask 077; overnode token > token)            # then copy the token to the other hosts
   sudo overnode launch --id 1 --token-file token host1 host2 host3
   ssh host1 cat token | sudo overnode launch --id 2 --token-file - host1")]
 pub struct Launch {
@@ -217,7 +233,7 @@ pub struct Forget {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  sudo overnode attach my-container            # of Docker or podman, by name or ID
+  sudo overnode attach my-container            # a Docker or podman container, by name or ID
   sudo overnode attach netns:blue --ip 10.32.0.7/12
   sudo overnode attach pid:4711")]
 pub struct Attach {
@@ -254,7 +270,7 @@ pub struct Detach {
 #[command(after_help = "\
 Examples:
   sudo overnode expose
-  sudo overnode expose --name storage           # containers find it as storage.overnode.local")]
+  sudo overnode expose --name storage           # containers resolve storage.overnode.local")]
 pub struct Expose {
     /// A static address, 10.32.0.1 to 10.39.239.255 unless the subnet was changed [default: the
     /// next free one]
@@ -440,9 +456,9 @@ pub struct Reclaim {
 #[command(after_help = "\
 Examples:
   sudo overnode reset
-  sudo overnode reset --force    # although containers are attached
+  sudo overnode reset --force    # even while containers are attached
 
-Then tell the nodes that had it as a target:
+Then, on each node that has this host as a target:
   sudo overnode forget HOST")]
 pub struct Reset {
     /// Reset even while containers are attached
@@ -474,8 +490,8 @@ Example:
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
-  sudo overnode peer add xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg= --allowed-ips 10.32.100.1/32 \\
-      --endpoint laptop.example.org:51820 --keepalive 25")]
+  sudo overnode peer add xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg= \\
+      --allowed-ips 10.32.100.1/32 --endpoint laptop.example.org:51820 --keepalive 25")]
 pub struct AddPeer {
     /// The peer's public key, 44 characters of base64
     pub public_key: PublicKey,
@@ -528,7 +544,7 @@ impl Global {
         let absolute = |option: &str, dir: PathBuf| {
             std::path::absolute(&dir).map_err(|error| {
                 Failure::usage(format_args!(
-                    "{option} {}: {error}: give a directory",
+                    "{option} {}: {error}; give the absolute path of a directory",
                     dir.display()
                 ))
             })
@@ -613,7 +629,7 @@ fn reason(text: &str) -> Result<String, String> {
     if known.contains(&text) {
         return Ok(text.to_owned());
     }
-    Err(format!("packets are dropped for one of: {}", known.join(", ")))
+    Err(format!("valid reasons: {}", known.join(", ")))
 }
 
 fn domain(text: &str) -> Result<String, String> {
@@ -626,21 +642,22 @@ fn interface(text: &str) -> Result<String, &'static str> {
     if fits && !text.contains(|c: char| c == '/' || c == ':' || c.is_whitespace()) {
         Ok(text.to_owned())
     } else {
-        Err("an interface's name has 1 to 15 characters, without spaces, / and :")
+        Err("an interface name has 1 to 15 characters, without spaces, / and :")
     }
 }
 
 fn address(text: &str) -> Result<IpNet, String> {
     if !text.contains('/') {
-        return Err(format!("the prefix is missing: give the subnet's, as in {text}/12"));
+        return Err(format!("the prefix length is missing: give the subnet's, as in {text}/12"));
     }
-    text.parse()
-        .map_err(|_| "give an address with the subnet's prefix, as in 10.32.0.7/12".to_owned())
+    text.parse().map_err(|_| {
+        "give an address with the subnet's prefix length, as in 10.32.0.7/12".to_owned()
+    })
 }
 
 fn endpoint(text: &str) -> Result<SocketAddr, String> {
     let mut found = text.to_socket_addrs().map_err(|error| format!("{error}: give HOST:PORT"))?;
-    found.next().ok_or_else(|| "the name has no address".to_owned())
+    found.next().ok_or_else(|| "the name resolves to no address".to_owned())
 }
 
 #[cfg(test)]
@@ -654,12 +671,12 @@ mod tests {
     }
 
     #[test]
-    fn the_definition_is_sound() {
+    fn the_command_line_definition_is_valid() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn errors_are_one_line_with_what_to_do() {
+    fn usage_errors_are_one_line_with_a_hint() {
         for id in ["0", "4096", "65536", "one", "-1", "1.5"] {
             assert_eq!(
                 wrong(&format!("overnode launch --token t --id {id}")),
@@ -671,11 +688,13 @@ mod tests {
         }
         assert_eq!(
             wrong("overnode launch --token t"),
-            "the following required arguments were not provided: --id <ID>; see `overnode launch --help`"
+            "the following required arguments were not provided: --id <ID>; \
+             see `overnode launch --help`"
         );
         assert_eq!(
             wrong("overnode launhc"),
-            "unrecognized subcommand 'launhc'; a similar subcommand exists: 'launch'; see `overnode --help`"
+            "unrecognized subcommand 'launhc'; a similar subcommand exists: 'launch'; \
+             see `overnode --help`"
         );
         assert!(
             wrong("overnode launch --id 1 --token a --token-file b")

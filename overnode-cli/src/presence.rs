@@ -22,14 +22,14 @@ pub enum Presence {
     Unknown,
     /// A daemon with this process ID runs on the state directory, but does not listen on the
     /// socket.
-    Deaf(u32),
+    NotListening(u32),
 }
 
 impl Presence {
     /// Looks at the state directory without changing anything.
     pub fn of(state_dir: &Path) -> Self {
         if let Some(pid) = lock_holder(&state_dir.join(LOCK)) {
-            return Self::Deaf(pid);
+            return Self::NotListening(pid);
         }
         match fs::metadata(state_dir.join(DATABASE)) {
             Ok(_) => Self::Stopped,
@@ -51,19 +51,18 @@ impl Presence {
             Self::Never => "overnode is not running on this host: no node was launched here; \
                  start one with `overnode launch --id ID --token-file FILE`"
                 .to_owned(),
-            Self::Stopped => {
-                "overnode is not running on this host: its node was launched and is stopped; \
+            Self::Stopped => "overnode is not running on this host: its node is stopped; \
                  start it with `overnode resume`"
-                    .to_owned()
-            }
+                .to_owned(),
             Self::Unknown => format!(
-                "overnode is not running on this host: nothing listens on {}; start it with `overnode resume` \
-                 or `overnode launch`",
+                "overnode is not running on this host: nothing listens on {}; start it with \
+                 `overnode resume` or `overnode launch`",
                 socket.display()
             ),
-            Self::Deaf(pid) => format!(
-                "overnode cannot be asked: its daemon runs (process {pid}), but nothing listens on {}; \
-                 check --run-dir, or else stop the daemon with `kill {pid}` and start it with `overnode resume`",
+            Self::NotListening(pid) => format!(
+                "overnode does not answer: its daemon is running (process {pid}), but nothing \
+                 listens on {}; check --run-dir, or stop the daemon with `kill {pid}` and start it \
+                 with `overnode resume`",
                 socket.display()
             ),
         }

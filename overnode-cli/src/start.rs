@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use overnode_daemon::api::Version;
 use overnode_daemon::{node, trust};
 
-use crate::client::{Client, POLL, Unanswered};
+use crate::client::{Client, POLL, RequestError};
 use crate::failure::Failure;
 use crate::options::Context;
 use crate::presence::{self, Presence};
@@ -36,10 +36,10 @@ const DAEMON_DIRS: [&str; 6] = [
 pub const LOG: &str = "overnoded.log";
 
 /// Startup timeout of a daemon. During startup the kernel verifies its programs.
-const PATIENCE: Duration = Duration::from_secs(60);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Shutdown timeout of a daemon.
-const LAST_WORDS: Duration = Duration::from_secs(20);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A daemon that this command started.
 #[derive(Debug)]
@@ -112,14 +112,14 @@ impl Before {
     async fn restore(self, context: &Context) -> Result<(), Failure> {
         let Context { state_dir, run_dir, .. } = context;
         let presence = Presence::of(state_dir);
-        if matches!(presence, Presence::Deaf(_)) {
+        if matches!(presence, Presence::NotListening(_)) {
             // This daemon ended because another one already had the state directory.
             return Ok(());
         }
         // A daemon that got as far as creating a database may have created more than files.
         if self.presence == Presence::Never && presence == Presence::Stopped {
             node::reset_offline(state_dir, run_dir, true).await.map_err(|error| {
-                Failure::failed(format_args!("{error:#}; `overnode reset` tries again"))
+                Failure::failed(format_args!("{error:#}; run `overnode reset` to try again"))
             })?;
         }
         if !self.state_dir {
@@ -139,13 +139,14 @@ impl Before {
 /// # Errors
 /// Fails if the daemon does not end.
 pub async fn ended(context: &Context, client: &Client, pid: u32) -> Result<(), Failure> {
-    let deadline = Instant::now() + LAST_WORDS;
+    let deadline = Instant::now() + SHUTDOWN_TIMEOUT;
     while runs(pid)
-        || matches!(client.try_get::<Version>("/v1/version").await, Ok(version) if version.pid == pid)
+        || client.try_get::<Version>("/v1/version").await.is_ok_and(|version| version.pid == pid)
     {
         if Instant::now() > deadline {
             return Err(Failure::failed(format_args!(
-                "the daemon (process {pid}) does not end: stop it with `kill {pid}`, then run `overnode reset` again"
+                "the daemon (process {pid}) does not stop: end it with `kill {pid}`, then run \
+                 `overnode reset` again"
             )));
         }
         tokio::time::sleep(POLL).await;
@@ -202,10 +203,12 @@ impl Started {
             // connection. Only its log tells the real reason.
             match client.try_get::<Version>("/v1/version").await {
                 Ok(version) => return Ok(version),
-                Err(why @ (Unanswered::Denied | Unanswered::Stranger(_))) => {
+                Err(why @ (RequestError::Denied | RequestError::Stranger(_))) => {
                     return Err(client.explain(why));
                 }
-                Err(Unanswered::NotRunning | Unanswered::Refused(_) | Unanswered::Broken(_)) => {}
+                Err(
+                    RequestError::NotRunning | RequestError::Refused(_) | RequestError::Broken(_),
+                ) => {}
             }
             if let How::Detached { child, .. } = &mut self.how {
                 match child.try_wait() {
@@ -213,16 +216,16 @@ impl Started {
                     Ok(Some(status)) => return self.ended_early(client, &status.to_string()).await,
                     Err(error) => {
                         return Err(Failure::failed(format_args!(
-                            "the daemon cannot be waited for: {error}"
+                            "cannot wait for the daemon: {error}"
                         )));
                     }
                 }
             }
-            if begun.elapsed() > PATIENCE {
+            if begun.elapsed() > REQUEST_TIMEOUT {
                 return Err(Failure::failed(format_args!(
                     "the daemon did not answer on {} within {} s: {}",
                     client.socket().display(),
-                    PATIENCE.as_secs(),
+                    REQUEST_TIMEOUT.as_secs(),
                     self.last_words()
                 )));
             }
@@ -249,7 +252,7 @@ impl Started {
             How::Unit { .. } => 0,
         };
         reason_in(&String::from_utf8_lossy(&text[from..]))
-            .unwrap_or_else(|| format!("it said nothing in {}", log.display()))
+            .unwrap_or_else(|| format!("it logged nothing to {}", log.display()))
     }
 }
 
@@ -288,7 +291,8 @@ async fn start_detached(context: &Context) -> Result<Started, Failure> {
         Ok(how) => Ok(Started { how, context: context.clone(), before }),
         Err(error) => {
             let why = Failure::failed(format_args!(
-                "{} could not be started with its log in {}: {error}; --run-dir names another directory",
+                "{} could not be started with its log in {}: {error}; choose another directory \
+                 with --run-dir",
                 daemon.display(),
                 context.run_dir.display()
             ));
@@ -353,7 +357,8 @@ fn find_daemon() -> Result<PathBuf, Failure> {
     let elsewhere = DAEMON_DIRS.iter().map(|dir| Path::new(dir).join(DAEMON));
     beside.into_iter().chain(in_path).chain(elsewhere).find(|file| file.is_file()).ok_or_else(|| {
         Failure::failed(format_args!(
-            "{DAEMON} was not found, neither beside this command nor in PATH nor in {}: install it there",
+            "{DAEMON} was not found next to this command, in PATH, or in {}: install it in one of \
+             these places",
             DAEMON_DIRS.join(", ")
         ))
     })
@@ -362,7 +367,7 @@ fn find_daemon() -> Result<PathBuf, Failure> {
 async fn end(child: &mut Child) -> Result<(), Failure> {
     let pid = child.id();
     let cannot = |error: io::Error| {
-        Failure::failed(format_args!("the daemon (process {pid}) does not end: {error}"))
+        Failure::failed(format_args!("the daemon (process {pid}) cannot be stopped: {error}"))
     };
     let asked = Instant::now();
     if child.try_wait().map_err(cannot)?.is_none() {
@@ -371,7 +376,7 @@ async fn end(child: &mut Child) -> Result<(), Failure> {
         unsafe { libc::kill(pid as libc::pid_t, libc::SIGTERM) };
     }
     while child.try_wait().map_err(cannot)?.is_none() {
-        if asked.elapsed() > LAST_WORDS {
+        if asked.elapsed() > SHUTDOWN_TIMEOUT {
             child.kill().map_err(cannot)?;
         }
         tokio::time::sleep(POLL).await;
@@ -417,15 +422,16 @@ mod tests {
 
     #[test]
     fn the_last_error_in_a_log_is_the_reason() {
-        let log = "2026-01-01T00:00:00.000000Z ERROR old\n2026-01-01T00:00:01.000000Z ERROR no room: make some\n\
+        let log = "2026-01-01T00:00:00.000000Z ERROR old\n\
+                   2026-01-01T00:00:01.000000Z ERROR disk full: free some space\n\
                    2026-01-01T00:00:02.000000Z  INFO bye\n\n";
-        assert_eq!(reason_in(log).as_deref(), Some("no room: make some"));
+        assert_eq!(reason_in(log).as_deref(), Some("disk full: free some space"));
         assert_eq!(reason_in("Segmentation fault \n\n").as_deref(), Some("Segmentation fault"));
         assert_eq!(reason_in("\n"), None);
     }
 
     #[test]
-    fn running_processes_are_told_from_ended_ones() {
+    fn running_and_ended_processes_are_told_apart() {
         assert!(runs(std::process::id()));
         let mut child = Command::new("true").spawn().unwrap();
         let begun = Instant::now();

@@ -27,9 +27,9 @@ pub fn weakness(token: &str) -> Option<String> {
     let pattern = estimate.feedback().and_then(|feedback| feedback.warning());
     let pattern = pattern.map(|pattern| format!(" ({})", clause(&pattern.to_string())));
     Some(format!(
-        "the token is easy to guess{}: tried in the order in which people choose them, it is found {} by somebody with a \
-         thousand graphics cards, and whoever finds it is a member of the cluster; make one that is not found \
-         with `overnode token`",
+        "the token is easy to guess{}: an attacker with a thousand graphics cards, who tries \
+         likely tokens first, finds it {} and can then join the cluster; create a strong one with \
+         `overnode token`",
         pattern.unwrap_or_default(),
         within(seconds)
     ))
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_people_think_of_is_found_soon() {
+    fn tokens_that_users_make_up_are_weak() {
         for token in [
             "my-cluster-password",
             "another-password",
@@ -75,7 +75,7 @@ mod tests {
             "hunter2hunter2hunter2",
             "prod-cluster-2026",
         ] {
-            let why = weakness(token).unwrap_or_else(|| panic!("{token} passes for strong"));
+            let why = weakness(token).unwrap_or_else(|| panic!("{token} counts as strong"));
             assert!(why.contains("overnode token"), "{why}");
             // Tokens that are words of the message itself do not count.
             assert!(
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_made_at_random_is_not_warned_about() {
+    fn random_tokens_get_no_warning() {
         for _ in 0..300 {
             let token = crate::command::token::run().unwrap();
             assert_eq!(weakness(token.trim_end()), None, "{token}");
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_of_any_length_is_judged_at_once() {
+    fn tokens_of_any_length_are_judged_quickly() {
         let begun = Instant::now();
         for token in ["ab1!".repeat(1024), "é".repeat(2048), "password".repeat(512)] {
             weakness(&token);

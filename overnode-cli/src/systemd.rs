@@ -72,9 +72,7 @@ pub fn start() -> Result<(), Failure> {
         .ok()
         .and_then(|log| reason_in(&String::from_utf8_lossy(&log.stdout)))
         .unwrap_or_else(|| String::from_utf8_lossy(&output.stderr).trim().to_owned());
-    Err(Failure::failed(format_args!(
-        "{UNIT} did not start: {why}; `journalctl -u {UNIT}` tells more"
-    )))
+    Err(Failure::failed(format_args!("{UNIT} did not start: {why}; see `journalctl -u {UNIT}`")))
 }
 
 /// Stops the unit and disables it, so that it no longer starts at boot.
@@ -112,7 +110,7 @@ fn systemctl(arguments: &[&str]) -> Result<Output, Failure> {
         .args(arguments)
         .stdin(Stdio::null())
         .output()
-        .map_err(|error| Failure::failed(format_args!("systemctl could not be run: {error}")))
+        .map_err(|error| Failure::failed(format_args!("cannot run systemctl: {error}")))
 }
 
 fn same_network_namespace() -> bool {

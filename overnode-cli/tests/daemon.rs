@@ -34,7 +34,7 @@ fn with_status() -> Canned {
 }
 
 #[test]
-fn status_shows_every_section_in_lines_that_programs_can_cut() {
+fn status_shows_every_section_with_one_line_per_row() {
     let node = with_status();
     let outcome = node.host.run(&["status"]);
     assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
@@ -42,24 +42,29 @@ fn status_shows_every_section_in_lines_that_programs_can_cut() {
         "node        1(host1)\n",
         "version     0.1.0, up 3h25m\n",
         "critical  UDP port 6783 is in use",
-        "critical  node 3 is not reachable; see that its host and its node run",
-        "warning   packets for node 2 (host2) go through node 3: probes have no answer; see that UDP 6784 passes",
-        "warning   the target host9 is not connected: the name does not resolve; `overnode forget host9` if",
+        "critical  node 3 is unreachable; check that its host and its node are running",
+        "warning   packets to node 2 (host2) go through node 3: probes are not answered; check that \
+         UDP 6784 passes",
+        "warning   the target host9 is not connected: the name does not resolve; run \
+         `overnode forget host9` to",
         "\nTargets\nHOST",
         "host9  retrying     -     the name does not resolve (3s ago); next try in 12s\n",
         "\nPeers\nNODE",
         "3         10.39.240.3  unreachable",
         "\nConnections\n",
-        "->  192.0.2.12:6783  established  2(host2)  0.340 ms  via 3  1.5%  1420  3h25m  AES-256-GCM 5.3 Gbit/s  Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s  -\n",
-        "->  192.0.2.14:6783  failed       4(host4)  -         -      -     -     -      -                       -                                      the token differs (1m0s ago)\n",
-        "4.00 KiB  probes have no answer (1m10s ago)\n",
+        "->  192.0.2.12:6783  established  2(host2)  0.340 ms  via 3  1.5%  1420  3h25m  \
+         AES-256-GCM 5.3 Gbit/s  Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s  -\n",
+        "->  192.0.2.14:6783  failed       4(host4)  -         -      -     -     -      \
+         -                       -                                      the token differs (1m0s \
+         ago)\n",
+        "4.00 KiB  probes are not answered (1m10s ago)\n",
         "\nEndpoints\nADDRESS",
         "10.40.0.1/12  web   ov1a2b3c4d  attached",
         "\nAddresses\n",
         "2(host2)  131072     25.0%   -       unreachable\n",
         "5(host5)  96         0.018%  -       reachable\n",
         "critical  the address 10.40.0.9 is in use here and on node 7",
-        "\nLent\nBY        TO        ADDRESSES  STATE               NETWORKS\n",
+        "\nLoans\nLENDER    BORROWER  ADDRESSES  STATE               NETWORKS\n",
         "1(host1)  5(host5)  80         reachable           10.41.0.0/26, 10.41.0.64/28\n",
         "2(host2)  5(host5)  16         lender unreachable  10.43.0.0/28\n",
         "\nPackets\nREASON",
@@ -67,17 +72,21 @@ fn status_shows_every_section_in_lines_that_programs_can_cut() {
     ] {
         assert!(outcome.stdout.contains(expected), "{expected:?} is not in\n{}", outcome.stdout);
     }
-    assert!(!outcome.stdout.contains('\u{1b}'), "no colours in a pipe");
+    assert!(!outcome.stdout.contains('\u{1b}'), "no colors in a pipe");
     assert!(outcome.stdout.is_ascii());
     assert!(
         !outcome.stdout.contains("Connections between nodes"),
         "grows with the square of the cluster"
     );
-    assert_eq!(outcome.stdout.matches("the address 10.40.0.9 is in use").count(), 1, "told once");
+    assert_eq!(
+        outcome.stdout.matches("the address 10.40.0.9 is in use").count(),
+        1,
+        "reported once"
+    );
     let ipam = node.host.run(&["status", "--ipam"]).stdout;
     for expected in [
         "problem  the address 10.40.0.9 is in use here and on node 7",
-        "notice   node 3 lends the quarter of node 4 by now",
+        "notice   node 3 now lends the quarter of node 4",
     ] {
         assert!(ipam.contains(expected), "{expected:?} is not in\n{ipam}");
     }
@@ -123,7 +132,7 @@ fn sections_are_shown_alone_and_together() {
 }
 
 #[test]
-fn status_as_json_has_the_sections_that_were_named() {
+fn status_as_json_has_the_selected_sections() {
     let node = with_status();
     let whole: Value = serde_json::from_str(&node.host.run(&["status", "--json"]).stdout).unwrap();
     assert_eq!(whole, serde_json::to_value(sample()).unwrap());
@@ -135,7 +144,7 @@ fn status_as_json_has_the_sections_that_were_named() {
 }
 
 #[test]
-fn what_other_nodes_send_cannot_steer_the_terminal() {
+fn text_from_other_nodes_cannot_control_the_terminal() {
     let node = Canned::start(|_| {
         let mut status = sample();
         status.peers[1].nickname = "\u{1b}]0;owned\u{7}\nhost".into();
@@ -149,7 +158,7 @@ fn what_other_nodes_send_cannot_steer_the_terminal() {
 fn refusals_become_one_line_and_an_exit_status() {
     for (error, code) in [
         (ApiError::usage("10.99.0.1 is outside the subnet: give another one"), 2),
-        (ApiError::refused("this host is node 1 already:\n  `overnode reset` it first"), 1),
+        (ApiError::refused("this host is already node 1:\n  `overnode reset` it first"), 1),
         (ApiError::missing("host3 is not a target: `overnode status --targets` lists them"), 1),
         (ApiError::failed("the disk is full: make room"), 1),
     ] {
@@ -221,8 +230,9 @@ fn containers_are_found_through_their_engine() {
     });
     let bin = node.host.path().join("bin");
     fs::create_dir(&bin).unwrap();
-    let docker = "#!/bin/sh\nfor last; do :; done\ncase $last in\n  web) echo 'abc123 4711 /web';;\n  \
-                  dead) echo 'abc124 0 /dead';;\n  *) echo \"Error: No such container: $last\" >&2; exit 1;;\nesac\n";
+    let docker = "#!/bin/sh\nfor last; do :; done\ncase $last in\n\
+                  web) echo 'abc123 4711 /web';;\ndead) echo 'abc124 0 /dead';;\n\
+                  *) echo \"Error: No such container: $last\" >&2; exit 1;;\nesac\n";
     install(&bin.join("docker"), docker.as_bytes());
     let said = |arguments: &[&str]| {
         let mut command = node.host.command(arguments);
@@ -246,7 +256,7 @@ fn containers_are_found_through_their_engine() {
     assert_eq!(
         said(&["detach", "gone"]),
         "gone",
-        "what its engine has forgotten can still be detached"
+        "a container that its engine no longer knows can still be detached"
     );
 }
 
@@ -316,7 +326,10 @@ fn wireguard_peers_are_added_listed_and_removed() {
     let list: Value =
         serde_json::from_str(&node.host.run(&["peer", "list", "--json"]).stdout).unwrap();
     assert_eq!(list[0]["public_key"], KEY);
-    assert_eq!(node.host.run(&["peer", "remove", KEY]).stdout, "removed; it had 10.39.250.1/32\n");
+    assert_eq!(
+        node.host.run(&["peer", "remove", KEY]).stdout,
+        "removed; its allowed IPs were 10.39.250.1/32\n"
+    );
 }
 
 #[test]
@@ -360,12 +373,12 @@ fn with_launch() -> Canned {
 }
 
 #[test]
-fn a_token_that_is_guessed_soon_is_taken_with_a_warning() {
+fn a_weak_token_is_accepted_with_a_warning() {
     let node = with_launch();
     for (token, why) in [
         ("my-cluster-password", "the token is easy to guess"),
         ("password", "(this is a top-10 common password)"),
-        ("another-password", "found within"),
+        ("another-password", "finds it within"),
     ] {
         let outcome = node.host.run(&["launch", "--id", "1", "--token", token]);
         assert_eq!(
@@ -380,7 +393,7 @@ fn a_token_that_is_guessed_soon_is_taken_with_a_warning() {
 }
 
 #[test]
-fn a_token_that_the_command_made_is_taken_without_a_warning() {
+fn a_generated_token_is_accepted_without_a_warning() {
     let node = with_launch();
     let token = node.host.run(&["token"]).stdout;
     let file = node.host.path().join("token");
@@ -400,25 +413,25 @@ fn a_token_that_the_command_made_is_taken_without_a_warning() {
 }
 
 #[test]
-fn a_daemon_of_another_version_is_named_as_such() {
+fn a_daemon_of_another_version_is_reported() {
     let node = Canned::start(|_| Ok(Reply::Inspect(json!({"peers": "many"}))));
     let outcome = node.host.run(&["status"]);
     assert_eq!(outcome.code, 1);
-    assert!(outcome.error_line().contains("of another version"), "{outcome:?}");
+    assert!(outcome.error_line().contains("another version than this command"), "{outcome:?}");
 }
 
 #[test]
-fn inspect_is_printed_as_it_comes() {
+fn inspect_prints_the_whole_document() {
     let document = json!({"node": {"id": 1}, "peers": [1, 2, 3]});
     let copy = document.clone();
     let node = Canned::start(move |_| Ok(Reply::Inspect(copy.clone())));
     let outcome = node.host.run(&["inspect"]);
-    assert!(outcome.stdout.lines().count() > 5, "for people too: {}", outcome.stdout);
+    assert!(outcome.stdout.lines().count() > 5, "not readable for a human: {}", outcome.stdout);
     assert_eq!(serde_json::from_str::<Value>(&outcome.stdout).unwrap(), document);
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_is_no_failure() {
+fn a_reader_that_closes_the_pipe_causes_no_failure() {
     let node = with_status();
     let mut child =
         node.host.command(&["status"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
@@ -462,8 +475,8 @@ fn http(node: &Canned, request: &str, body: &[u8]) -> (u16, Value) {
 }
 
 #[test]
-fn requests_that_make_no_sense_are_refused_in_json() {
-    let node = Canned::start(|request| panic!("the node must not see {request:?}"));
+fn malformed_requests_are_refused_in_json() {
+    let node = Canned::start(|request| panic!("the node must not get {request:?}"));
     let large = vec![b' '; overnode_daemon::api::BODY_LIMIT + 1];
     let cases: &[(&str, &[u8], u16, &str)] = &[
         ("GET /", b"", 404, "/v1/"),
@@ -513,7 +526,7 @@ fn requests_that_make_no_sense_are_refused_in_json() {
 }
 
 #[test]
-fn many_ask_at_once_and_all_are_answered() {
+fn concurrent_requests_are_all_answered() {
     let node = with_status();
     thread::scope(|scope| {
         let asked: Vec<_> =
@@ -525,7 +538,7 @@ fn many_ask_at_once_and_all_are_answered() {
 }
 
 #[test]
-fn a_node_that_ends_while_it_is_asked_is_reported() {
+fn a_node_that_ends_during_a_request_is_reported() {
     let node = Canned::start_with(|mut calls| {
         drop(calls.blocking_recv());
         // The first request gets no answer, and nothing receives later ones.
@@ -536,7 +549,7 @@ fn a_node_that_ends_while_it_is_asked_is_reported() {
 }
 
 #[test]
-fn version_tells_of_the_daemon() {
+fn version_describes_the_daemon() {
     let node = Canned::start(|_| {
         Ok(Reply::Version(Version {
             kernel: Some("6.1.0".into()),

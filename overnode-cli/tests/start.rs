@@ -24,7 +24,8 @@ const LAUNCH: [&str; 4] = ["launch", "--id", "1", "host2"];
 const TOKEN: &str = "q2Vd0mCzJ7rYk1XWb9uTfG4hLs8NeAoP5iDwRx6M";
 
 /// Writes its process ID and its arguments to files, then sleeps.
-const SLEEPER: &str = "#!/bin/sh\necho \"$@\" > \"$0.args\"\necho $$ > \"$0.tmp\"\nmv \"$0.tmp\" \"$0.pid\"\nexec sleep 300\n";
+const SLEEPER: &str = "#!/bin/sh\necho \"$@\" > \"$0.args\"\necho $$ > \"$0.tmp\"\n\
+                       mv \"$0.tmp\" \"$0.pid\"\nexec sleep 300\n";
 
 /// A running command, from an executable that has a stand-in for the daemon next to it.
 struct Running {
@@ -109,7 +110,7 @@ fn serve(
 }
 
 #[test]
-fn launch_starts_a_daemon_of_its_own_and_leaves_it_running() {
+fn launch_starts_a_daemon_and_leaves_it_running() {
     let host = Host::new();
     let running = Running::start(&host, SLEEPER, &LAUNCH);
     let (pid, bin) = (running.daemon(), running.bin.clone());
@@ -118,7 +119,7 @@ fn launch_starts_a_daemon_of_its_own_and_leaves_it_running() {
     assert_eq!(outcome.stdout, "node 1 (host1): launched; targets: host2\n", "{outcome:?}");
     assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
 
-    assert!(runs(pid), "it outlives the command");
+    assert!(runs(pid), "the daemon does not outlive the command");
     let session = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let session: u32 =
         session.rsplit(") ").next().unwrap().split(' ').nth(3).unwrap().parse().unwrap();
@@ -142,7 +143,7 @@ fn launch_starts_a_daemon_of_its_own_and_leaves_it_running() {
 
 /// A program of another user listens in place of the daemon.
 #[test]
-fn a_local_user_who_listens_in_place_of_the_daemon_is_told_no_token() {
+fn a_local_user_listening_in_place_of_the_daemon_gets_no_token() {
     let host = Host::new();
     // Created by user 1000 before the first launch.
     fs::create_dir(host.run_dir()).unwrap();
@@ -177,7 +178,7 @@ fn a_local_user_who_listens_in_place_of_the_daemon_is_told_no_token() {
 }
 
 #[test]
-fn a_launch_that_is_refused_leaves_nothing() {
+fn a_refused_launch_leaves_nothing_behind() {
     let host = Host::new();
     let running = Running::start(&host, SLEEPER, &LAUNCH);
     let pid = running.daemon();
@@ -194,7 +195,7 @@ fn a_launch_that_is_refused_leaves_nothing() {
 }
 
 #[test]
-fn a_launch_that_is_interrupted_leaves_nothing() {
+fn an_interrupted_launch_leaves_nothing_behind() {
     let host = Host::new();
     let running = Running::start(&host, SLEEPER, &LAUNCH);
     let (pid, command) = (running.daemon(), running.command.id());
@@ -214,17 +215,19 @@ fn a_launch_that_is_interrupted_leaves_nothing() {
 }
 
 #[test]
-fn a_daemon_that_ends_at_once_is_quoted() {
+fn the_log_of_a_daemon_that_ends_at_once_is_quoted() {
     let host = Host::new();
     fs::create_dir(host.run_dir()).unwrap();
     let log = host.run_dir().join("overnoded.log");
-    fs::write(&log, "2025-01-01T00:00:00.000000Z ERROR of an earlier day\n").unwrap();
+    fs::write(&log, "2025-01-01T00:00:00.000000Z ERROR of an earlier start\n").unwrap();
     let outcome = Running::start(&host, "#!/bin/sh\nexit 3\n", &LAUNCH).outcome();
-    assert!(outcome.error_line().contains("it said nothing"), "{outcome:?}");
+    assert!(outcome.error_line().contains("it logged nothing"), "{outcome:?}");
     fs::remove_dir_all(host.run_dir()).unwrap();
 
     let host = Host::new();
-    let daemon = "#!/bin/sh\necho starting\necho '2026-01-01T00:00:00.000000Z ERROR TCP port 6783 is in use: stop whatever uses it' >&2\nexit 1\n";
+    let daemon = "#!/bin/sh\necho starting\n\
+                  echo '2026-01-01T00:00:00.000000Z ERROR TCP port 6783 is in use: \
+                  stop whatever uses it' >&2\nexit 1\n";
     let outcome = Running::start(&host, daemon, &LAUNCH).outcome();
     assert_eq!(outcome.code, 1);
     let line = outcome.error_line();
@@ -238,12 +241,14 @@ fn a_daemon_that_ends_at_once_is_quoted() {
 }
 
 #[test]
-fn a_daemon_that_ends_while_it_is_asked_is_quoted() {
+fn the_log_of_a_daemon_that_ends_during_a_request_is_quoted() {
     let host = Host::new();
     host.pretend_launched();
     // The stand-in accepts the first request, says why it cannot go on, and ends.
-    let daemon = "#!/bin/sh\necho $$ > \"$0.tmp\"\nmv \"$0.tmp\" \"$0.pid\"\nwhile [ ! -e \"$0.asked\" ]; do sleep 0.05; done\n\
-                  echo '2026-01-01T00:00:00.000000Z ERROR no room: make some'\nsleep 0.3\nexit 1\n";
+    let daemon = "#!/bin/sh\necho $$ > \"$0.tmp\"\nmv \"$0.tmp\" \"$0.pid\"\n\
+                  while [ ! -e \"$0.asked\" ]; do sleep 0.05; done\n\
+                  echo '2026-01-01T00:00:00.000000Z ERROR disk full: free some space'\n\
+                  sleep 0.3\nexit 1\n";
     let running = Running::start(&host, daemon, &["resume"]);
     running.daemon();
     let (asked, socket) = (running.bin.join("overnoded.asked"), host.socket());
@@ -255,11 +260,11 @@ fn a_daemon_that_ends_while_it_is_asked_is_quoted() {
     let outcome = running.outcome();
     assert_eq!(outcome.code, 1);
     let line = outcome.error_line();
-    assert!(line.contains("did not start: no room: make some (exit status: 1)"), "{line}");
+    assert!(line.contains("did not start: disk full: free some space (exit status: 1)"), "{line}");
 }
 
 #[test]
-fn of_two_launches_at_once_the_slower_one_joins_the_quicker_one() {
+fn the_slower_of_two_concurrent_launches_uses_the_other_daemon() {
     let host = Host::new();
     let running = Running::start(&host, SLEEPER, &LAUNCH);
     let pid = running.daemon();
@@ -283,7 +288,7 @@ fn of_two_launches_at_once_the_slower_one_joins_the_quicker_one() {
 }
 
 #[test]
-fn a_run_directory_that_cannot_be_made_is_named() {
+fn a_run_directory_that_cannot_be_created_is_named() {
     let host = Host::new();
     fs::write(host.path().join("run"), "a file").unwrap();
     let outcome = Running::start(&host, SLEEPER, &LAUNCH).outcome();
@@ -294,7 +299,7 @@ fn a_run_directory_that_cannot_be_made_is_named() {
 }
 
 #[test]
-fn resume_starts_what_was_launched() {
+fn resume_starts_the_launched_node() {
     let host = Host::new();
     host.pretend_launched();
     let running = Running::start(&host, SLEEPER, &["resume"]);
@@ -307,7 +312,7 @@ fn resume_starts_what_was_launched() {
 }
 
 #[test]
-fn resume_of_a_state_without_a_node_starts_nothing() {
+fn resume_without_a_launched_node_leaves_no_daemon() {
     let host = Host::new();
     host.pretend_launched();
     let running = Running::start(&host, SLEEPER, &["resume"]);
@@ -355,14 +360,14 @@ fn reset_waits_until_the_daemon_is_gone() {
     let outcome = node.host.run(&["reset", "--force"]);
     assert!(
         begun.elapsed() >= Duration::from_millis(500),
-        "it came back before the daemon was gone"
+        "it returned before the daemon was gone"
     );
     assert!(outcome.stdout.starts_with("node 1: reset;"), "{outcome:?}");
     assert!(!node.host.run_dir().join("overnoded.log").exists());
 }
 
 #[test]
-fn what_a_reset_could_not_remove_is_told() {
+fn reset_reports_what_it_could_not_remove() {
     let mut daemon = Command::new("true").spawn().unwrap();
     daemon.wait().unwrap();
     let pid = daemon.id();

@@ -107,7 +107,7 @@ fn an_empty_token_from_the_environment_is_refused() {
 }
 
 #[test]
-fn every_command_explains_itself_with_an_example() {
+fn every_command_has_help_with_an_example() {
     let help = run(&["help"]);
     assert_eq!(help.code, 0);
     let commands = [
@@ -174,7 +174,7 @@ fn version_works_without_a_daemon() {
 }
 
 #[test]
-fn a_node_that_was_never_launched_is_told_from_one_that_was_stopped() {
+fn never_launched_and_stopped_nodes_get_different_messages() {
     for arguments in ASKING {
         let host = Host::new();
         let outcome = host.run(arguments);
@@ -197,7 +197,7 @@ fn a_node_that_was_never_launched_is_told_from_one_that_was_stopped() {
 }
 
 #[test]
-fn a_socket_that_nobody_listens_on_is_no_daemon() {
+fn a_socket_without_a_listener_counts_as_not_running() {
     let host = Host::new();
     fs::create_dir_all(host.run_dir()).unwrap();
     drop(std::os::unix::net::UnixListener::bind(host.socket()).unwrap());

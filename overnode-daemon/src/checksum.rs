@@ -20,7 +20,7 @@ mod tests {
 
     /// The example of RFC 1071, section 3.
     #[test]
-    fn the_example_of_the_rfc() {
+    fn the_example_of_rfc_1071_has_its_published_sum() {
         let bytes = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
         assert_eq!(sum(&bytes), 0x2_ddf0);
         assert_eq!(fold(0x2_ddf0), 0xddf2);
@@ -28,7 +28,7 @@ mod tests {
     }
 
     #[test]
-    fn with_its_checksum_a_header_sums_up_to_nothing() {
+    fn a_header_sums_to_zero_with_its_checksum() {
         let mut header: [u8; 20] = std::array::from_fn(|n| 13 * n as u8);
         header[10..12].fill(0);
         let checksum = !fold(sum(&header));
@@ -37,7 +37,7 @@ mod tests {
     }
 
     #[test]
-    fn carries_carry() {
+    fn carries_are_folded_into_the_low_bits() {
         assert_eq!(fold(sum(&[0xff; 131_072])), 0xffff);
         assert_eq!((fold(0x1_ffff), fold(0xffff_ffff), fold(0)), (1, 0xffff, 0));
     }

@@ -13,7 +13,7 @@ pub mod control;
 pub mod datapath;
 pub mod dns;
 pub mod docker;
-pub mod fault;
+pub mod failpoint;
 pub mod gossip;
 pub mod handshake;
 pub mod ipam;

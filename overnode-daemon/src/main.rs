@@ -12,7 +12,7 @@ fn main() -> ExitCode {
     umask(Mode::S_IRWXG | Mode::S_IRWXO);
     if let Err(error) = trust::protect_memory() {
         tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
-        tracing::error!("the process's memory cannot be kept from others: {error}");
+        tracing::error!("the memory of this process cannot be protected: {error}");
         return ExitCode::FAILURE;
     }
     if let [_, first, settings] = &std::env::args().collect::<Vec<_>>()[..]
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
-                tracing::error!("the runtime did not start: {error}");
+                tracing::error!("the asynchronous runtime did not start: {error}");
                 return ExitCode::FAILURE;
             }
         };
@@ -55,7 +55,7 @@ fn run_workers(settings: &str) -> ExitCode {
     match bulk::process::run(settings) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("the workers of the bulk path end: {error:#}");
+            tracing::error!("the bulk workers stopped: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -43,7 +43,12 @@ pub struct Options {
     pub docker_plugins: Option<PathBuf>,
 
     /// Socket of the Docker engine
-    #[arg(long, env = "OVERNODE_DOCKER_SOCKET", value_name = "PATH", default_value = docker::ENGINE)]
+    #[arg(
+        long,
+        env = "OVERNODE_DOCKER_SOCKET",
+        value_name = "PATH",
+        default_value = docker::ENGINE
+    )]
     pub docker_socket: PathBuf,
 
     /// Serve metrics for Prometheus at this address, for example 127.0.0.1:6785 [default: no port;
@@ -69,10 +74,10 @@ pub struct Options {
 
 impl Options {
     /// Returns the locations of the Docker engine to serve, or `None` if no engine is served.
-    pub fn docker(&self) -> Option<docker::Places> {
+    pub fn docker(&self) -> Option<docker::SocketPaths> {
         let plugins =
             docker_plugins(&self.state_dir, &self.run_dir, self.docker_plugins.as_deref())?;
-        Some(docker::Places { plugins, engine: self.docker_socket.clone() })
+        Some(docker::SocketPaths { plugins, engine: self.docker_socket.clone() })
     }
 
     /// Returns true if the log may have colors.
@@ -115,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_node_in_the_usual_place_serves_the_engine_in_the_usual_place() {
+    fn only_a_node_with_default_directories_serves_the_default_engine() {
         let docker = |arguments: &[&str]| {
             let words = ["overnoded"].iter().chain(arguments);
             Options::parse_from(words).docker().map(|places| places.plugins)

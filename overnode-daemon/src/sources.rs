@@ -87,11 +87,11 @@ mod tests {
     }
 
     #[test]
-    fn one_source_cannot_take_all() {
+    fn one_source_cannot_use_up_the_limit_of_others() {
         let (mut sources, now) = sources();
         let [loud, calm, loud6, near6, far6]: [IpAddr; 5] =
             ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"]
-                .map(|address| address.parse().expect("an address"));
+                .map(|address| address.parse().expect("a valid address"));
         for source in [loud, loud6] {
             for _ in 0..BURST {
                 assert!(sources.allow(source, now));
@@ -111,14 +111,14 @@ mod tests {
         let source = |i: u32| IpAddr::from(i.to_be_bytes());
         assert!((0..MOST as u32).all(|i| sources.allow(source(i), now)));
         assert!(!sources.allow(source(MOST as u32), now));
-        assert!(sources.allow(source(0), now), "those inside are still served");
+        assert!(sources.allow(source(0), now), "tracked sources are still allowed");
         let later = now + Duration::from_secs(1);
         assert!(sources.allow(source(MOST as u32), later));
         assert!(sources.empty_at.len() < 10);
     }
 
     #[test]
-    fn a_site_is_what_one_administration_is_given() {
+    fn a_site_is_an_ipv4_24_or_an_ipv6_48() {
         let of = |ip: &str| site_of(ip.parse().unwrap()).to_string();
         assert_eq!(of("192.0.2.77"), "192.0.2.0");
         assert_eq!(of("::ffff:192.0.2.77"), "192.0.2.0");

@@ -68,23 +68,27 @@ pub enum StoreError {
     },
     /// The directory is used for something else.
     #[error(
-        "{path} holds other files and no state of overnode; give an empty or new directory with --state-dir"
+        "{path} contains other files, but no state of overnode; use an empty or new directory \
+         with --state-dir"
     )]
     Foreign {
         /// The directory.
         path: PathBuf,
     },
     /// Another user can change the path.
-    #[error("the state cannot be kept there: {0}; or give another --state-dir")]
+    #[error("the state cannot be kept there: {0}; or use another --state-dir")]
     Untrusted(#[from] Untrusted),
     /// The directory contains no state.
-    #[error("there is no node's state in {path}; `overnode launch` makes one")]
+    #[error("{path} contains no state of a node; `overnode launch` creates it")]
     Missing {
         /// The state directory.
         path: PathBuf,
     },
     /// Another process holds the lock.
-    #[error("another daemon{} runs on {path}; stop it first, or give this one another --state-dir", pid(*.holder))]
+    #[error(
+        "another daemon{} uses {path}; stop it first, or give this one another --state-dir",
+        pid(*.holder)
+    )]
     Locked {
         /// The state directory.
         path: PathBuf,
@@ -93,8 +97,9 @@ pub enum StoreError {
     },
     /// The state was written by another version of overnode.
     #[error(
-        "the state in {path} is of another version of overnode (layout {found}, this one reads {SCHEMA}); install that version \
-         again, or run `overnode reset --force` and launch anew"
+        "the state in {path} was written by another version of overnode (layout {found}, this \
+         version reads {SCHEMA}); install that version again, or run `overnode reset --force` and \
+         launch again"
     )]
     Schema {
         /// The state directory.
@@ -104,7 +109,8 @@ pub enum StoreError {
     },
     /// The file is not a database, or it is damaged.
     #[error(
-        "the state in {path} is damaged ({why}); restore it from a backup, or run `overnode reset --force` and launch anew"
+        "the state in {path} is damaged ({why}); restore it from a backup, or run \
+         `overnode reset --force` and launch again"
     )]
     Damaged {
         /// The database.
@@ -114,7 +120,8 @@ pub enum StoreError {
     },
     /// The disk refused a transaction, and nothing of it was stored.
     #[error(
-        "the state in {path} could not be written ({why}); check that the disk is not full or failing, then try again"
+        "the state in {path} could not be written ({why}); check that the disk is not full or \
+         failing, then try again"
     )]
     Write {
         /// The database.
@@ -123,7 +130,7 @@ pub enum StoreError {
         why: String,
     },
     /// The address already has an attachment.
-    #[error("{0} is attached already; detach it first")]
+    #[error("{0} is already attached; detach it first")]
     Taken(IpAddr),
 }
 
@@ -132,6 +139,8 @@ fn pid(holder: Option<u32>) -> String {
 }
 
 type Result<T> = std::result::Result<T, StoreError>;
+/// The values of a table.
+type Rows = std::result::Result<Vec<Vec<u8>>, redb::Error>;
 
 /// The node's state on disk.
 #[derive(Debug)]
@@ -169,7 +178,7 @@ impl Store {
         match directory.join(DATABASE).try_exists() {
             Ok(true) => Self::open(directory),
             Ok(false) => Err(StoreError::Missing { path: directory.to_owned() }),
-            Err(why) => Err(disk::io("could not look into", directory, why)),
+            Err(why) => Err(disk::io("could not read", directory, why)),
         }
     }
 
@@ -576,12 +585,12 @@ impl Store {
             let table = read.open_table(SECRETS)?;
             Ok(table.get(name)?.map(|value| value.value().try_into().map(Secret)))
         })?;
-        secret.transpose().map_err(|_| self.damaged(format!("the {name} has a wrong length")))
+        secret.transpose().map_err(|_| self.damaged(format!("the {name} has the wrong length")))
     }
 
     fn read_all<T: DeserializeOwned>(
         &self,
-        query: impl FnOnce(&redb::ReadTransaction) -> std::result::Result<Vec<Vec<u8>>, redb::Error>,
+        query: impl FnOnce(&redb::ReadTransaction) -> Rows,
     ) -> Result<Vec<T>> {
         self.read(query)?.iter().map(|bytes| self.decode(bytes)).collect()
     }

@@ -23,8 +23,8 @@ const STICKY: u32 = 0o1000;
 pub enum Untrusted {
     /// The path belongs to another user.
     #[error(
-        "{path} belongs to user {owner}, who can replace whatever lies there: find out why, then remove \
-         it (`rm -r {path}`) or let it belong to root"
+        "{path} belongs to user {owner}, who can replace its contents: find out why, then remove \
+         it (`rm -r {path}`) or make root its owner"
     )]
     Owner {
         /// The file or directory.
@@ -34,8 +34,8 @@ pub enum Untrusted {
     },
     /// Other users can write to the directory.
     #[error(
-        "other users can write to {path} (mode {mode:04o}) and replace whatever lies there: find out why, \
-         then take that from them (`chmod go-w {path}`)"
+        "other users can write to {path} (mode {mode:04o}) and replace its contents: find out why, \
+         then remove their write permission (`chmod go-w {path}`)"
     )]
     Mode {
         /// The directory.
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_trusted_if_nobody_else_can_change_the_way_to_it() {
+    fn a_path_is_trusted_only_if_no_other_user_can_change_it() {
         let place = tempfile::tempdir().unwrap();
         let own = directory(&place.path().join("own"), 0o755);
         check_directory(&own).unwrap();
@@ -204,7 +204,7 @@ mod tests {
 
     /// Needs root to give files to another user. The daemon usually runs as root, too.
     #[test]
-    fn what_another_user_owns_is_not_trusted_however_it_is_reached() {
+    fn a_path_of_another_user_is_refused_even_through_a_link() {
         let place = tempfile::tempdir().unwrap();
         let theirs = directory(&place.path().join("theirs"), 0o700);
         let inside = directory(&theirs.join("inside"), 0o700);

@@ -35,7 +35,7 @@ impl NodeId {
     }
 
     /// Returns true for IDs 1 to 4, each of which initially owns a quarter of the address range.
-    pub const fn owns_a_quarter(self) -> bool {
+    pub const fn has_initial_quarter(self) -> bool {
         self.0 <= 4
     }
 

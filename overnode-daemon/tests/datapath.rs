@@ -44,7 +44,7 @@ fn a_restarted_daemon_adopts_everything_without_a_gap() {
 }
 
 #[test]
-fn adoption_knows_peers_routes_and_ages() {
+fn adoption_restores_peers_routes_and_session_ages() {
     let pair = Pair::new(false);
     let before = Instant::now();
     pair.connect();
@@ -154,11 +154,11 @@ fn from_clsact_to_tcx_and_back_without_a_gap() {
     ];
     // The kernel stops an interface for a moment when it gets its clsact qdisc, so the qdisc is
     // added before the pings start.
-    assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
+    assert!(!reexec(name, &variables, Some("nsenter")), "the child process must return early");
     let ping = pair.background_ping(3000, "0.001");
     for _ in 0..2 {
         assert_eq!(pair.a.run(async |datapath| datapath.underlay().hook), Hook::Tcx);
-        assert!(!reexec(name, &variables, Some("nsenter")), "the parent goes on");
+        assert!(!reexec(name, &variables, Some("nsenter")), "the child process must return early");
     }
     assert_eq!(pair.a.run(async |datapath| datapath.underlay().hook), Hook::Tcx);
     ping.lost_nothing();
@@ -168,8 +168,8 @@ fn from_clsact_to_tcx_and_back_without_a_gap() {
 }
 
 #[test]
-fn both_ways_of_being_started_find_the_same_objects() {
-    let name = "both_ways_of_being_started_find_the_same_objects";
+fn nsenter_and_ip_netns_exec_find_the_same_objects() {
+    let name = "nsenter_and_ip_netns_exec_find_the_same_objects";
     if std::env::var_os("DATAPATH_STATE").is_some() {
         let host = Host::from_environment();
         let peers = host.run_here(async |datapath| datapath.peers().unwrap().len());
@@ -181,7 +181,10 @@ fn both_ways_of_being_started_find_the_same_objects() {
     let environment = pair.a.environment();
     let variables =
         [("DATAPATH_STATE", environment.0.as_str()), ("DATAPATH_NETNS", environment.1.as_str())];
-    assert!(!reexec(name, &variables, Some("ip netns exec")), "the parent goes on");
+    assert!(
+        !reexec(name, &variables, Some("ip netns exec")),
+        "the child process must return early"
+    );
     pair.ping_across(5, "0.01");
     let underlay = pair.a.run(async |datapath| datapath.underlay());
     assert_eq!(underlay.interfaces.len(), 1);
@@ -228,7 +231,7 @@ fn containers_of_one_host_reach_each_other() {
 }
 
 #[test]
-fn the_normaliser_finishes_packets_and_has_no_addresses() {
+fn the_offload_veth_completes_packets_and_has_no_addresses() {
     let pair = Pair::new(false);
     pair.a.run(async |_| ());
     let features = pair.a.namespace.exec("ethtool", &["-k", "ovn0"]);
@@ -286,35 +289,36 @@ fn a_failed_attach_leaves_nothing() {
         refused(
             datapath,
             &attachment(&taken, "10.40.0.1", "ov00000001"),
-            "overnode0 is there already",
+            "overnode0 already exists",
         )
         .await;
         refused(datapath, &attachment(&pair.container_a, "10.60.0.1", "ov00000001"), "outside")
             .await;
-        refused(datapath, &attachment(&pair.container_a, "10.40.0.1", "eth0"), "no name").await;
+        refused(datapath, &attachment(&pair.container_a, "10.40.0.1", "eth0"), "not a valid name")
+            .await;
         let at = |netns| Attachment::inside(netns, addr("10.40.0.1"));
         refused(datapath, &at(NetnsRef::Path("/proc/thread-self/ns/net".into())), "host's own")
             .await;
         let gone = at(NetnsRef::Pid(u32::MAX));
-        refused(datapath, &gone, "does it still run").await;
+        refused(datapath, &gone, "check that the process still runs").await;
         let group = Attachment {
             mac: Some([1, 0, 0, 0, 0, 1]),
             ..attachment(&pair.container_a, "10.40.0.1", "ov00000001")
         };
-        refused(datapath, &group, "hardware address").await;
+        refused(datapath, &group, "MAC address").await;
         datapath.attach(&attachment(&pair.container_a, "10.40.0.1", "ov00000001")).await.unwrap();
         let other = Namespace::new("c");
-        refused(datapath, &attachment(&other, "10.40.0.1", "ov00000002"), "attached already").await;
+        refused(datapath, &attachment(&other, "10.40.0.1", "ov00000002"), "already attached").await;
         refused(
             datapath,
             &attachment(&pair.container_a, "10.40.0.2", "ov00000002"),
-            "overnode0 is there already",
+            "overnode0 already exists",
         )
         .await;
         refused(
             datapath,
             &attachment(&other, "10.40.0.2", "ov00000001"),
-            "ov00000001 is there already",
+            "ov00000001 already exists",
         )
         .await;
         datapath.detach("ov00000001").await.unwrap();
@@ -328,7 +332,7 @@ fn a_failed_attach_leaves_nothing() {
 }
 
 #[test]
-fn reconcile_removes_what_is_nobodys_and_nothing_else() {
+fn reconcile_removes_only_orphaned_interfaces() {
     let pair = Pair::new(false);
     let second = Namespace::new("c");
     let host = &pair.a.namespace.name;
@@ -395,7 +399,7 @@ fn reconcile_removes_what_is_nobodys_and_nothing_else() {
 }
 
 #[test]
-fn a_container_that_goes_away_is_told_and_forgotten() {
+fn a_container_that_disappears_is_reported_and_forgotten() {
     let pair = Pair::new(false);
     let short_lived = Namespace::new("c");
     pair.a.run(async |datapath| {
@@ -459,7 +463,7 @@ fn paths_follow_routes_addresses_and_mtus() {
 }
 
 #[test]
-fn an_underlay_without_ethernet_is_named_and_harms_no_other_peer() {
+fn an_underlay_without_ethernet_is_reported_and_harms_no_other_peer() {
     let pair = Pair::new(false);
     pair.connect();
     pair.a.run(async |datapath| {
@@ -476,7 +480,7 @@ fn an_underlay_without_ethernet_is_named_and_harms_no_other_peer() {
 }
 
 #[test]
-fn maps_of_another_version_are_refused_in_use_and_replaced_otherwise() {
+fn maps_of_another_version_are_refused_if_in_use_else_replaced() {
     let pair = Pair::new(false);
     pair.a.run(async |datapath| {
         datapath.attach(&attachment(&pair.container_a, "10.40.0.1", "ov00000001")).await.unwrap();
@@ -497,7 +501,7 @@ fn maps_of_another_version_are_refused_in_use_and_replaced_otherwise() {
 }
 
 #[test]
-fn one_interface_may_be_chosen() {
+fn only_the_chosen_interface_is_used() {
     let mut pair = Pair::new(false);
     pair.a.interface = Some("lo".into());
     pair.a.run(async |datapath| {
@@ -542,7 +546,7 @@ fn a_session_slot_is_quarantined_and_wiped() {
         );
         datapath.withdraw_session(peer, keys.local_index).unwrap();
         assert_eq!(datapath.peers().unwrap()[0].sessions, []);
-        assert!(datapath.install_session(peer, &keys).is_err(), "a moment ago");
+        assert!(datapath.install_session(peer, &keys).is_err(), "withdrawn a moment ago");
         let before = datapath.counters().unwrap();
         pair.container_a
             .exec_status("ping", &["-q", "-c", "2", "-i", "0.01", "-W", "0.1", "10.42.0.1"]);
@@ -597,7 +601,7 @@ fn a_new_session_takes_over_without_a_loss() {
 }
 
 #[test]
-fn probes_of_every_size_that_the_underlay_takes_arrive() {
+fn probes_of_every_size_that_the_underlay_carries_arrive() {
     for is_ipv6 in [false, true] {
         let pair = Pair::new(is_ipv6);
         pair.connect();
@@ -624,9 +628,9 @@ fn probes_of_every_size_that_the_underlay_takes_arrive() {
             }
             assert!(
                 tokio::time::timeout(Duration::from_millis(50), probes.recv()).await.is_err(),
-                "too large"
+                "a probe that is too large arrived"
             );
-            assert!(datapath.probes().is_err(), "taken");
+            assert!(datapath.probes().is_err(), "the receiver was already taken");
         });
     }
 }
@@ -651,7 +655,7 @@ fn a_keepalive_confirms_the_session_at_the_other_end() {
 }
 
 #[test]
-fn a_foreign_normaliser_is_an_error_and_stays() {
+fn a_foreign_offload_veth_is_an_error_and_is_not_removed() {
     let pair = Pair::new(false);
     ip(&[
         "-n",
@@ -666,7 +670,7 @@ fn a_foreign_normaliser_is_an_error_and_stays() {
         "ovn1",
     ]);
     let error = pair.a.try_open().unwrap_err().to_string();
-    assert!(error.contains("ovn0") && error.contains("did not make"), "{error}");
+    assert!(error.contains("ovn0") && error.contains("did not create"), "{error}");
     pair.a.tear_down();
     assert!(ip_output(&pair.a.namespace, &["link"]).contains("ovn0"));
 }
@@ -686,7 +690,7 @@ async fn seals_under(datapath: &Datapath, slot: u32) {
         }
         assert!(
             start.elapsed() < Duration::from_secs(3),
-            "slot {slot} does not seal, but {sealing:?}"
+            "slot {slot} does not seal, but {sealing:?} does"
         );
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
@@ -723,5 +727,5 @@ async fn expect(events: &mut tokio::sync::mpsc::Receiver<LinkEvent>, wanted: &Li
         }
         false
     });
-    assert_eq!(found.await, Ok(true), "{wanted:?} was not told");
+    assert_eq!(found.await, Ok(true), "{wanted:?} was not reported");
 }

@@ -193,7 +193,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_mac_is_that_of_the_blake2_crate(
+        fn the_mac_agrees_with_the_blake2_crate(
             key: [u8; 32], initiation: [u8; INITIATION_LEN], response: [u8; RESPONSE_LEN], bit in 0..8 * INITIATION_LEN,
         ) {
             let state = keyed(&key);

@@ -16,8 +16,8 @@
 //! | `BULK_WORKERS` | array | worker | [`BulkWorker`] |
 //! | `BULK_PEERS` | array | peer index | [`BulkPeer`] |
 //! | `BULK_FLOWS` | LRU hash | [`BulkFlowKey`] | [`BulkFlow`] |
-//! | `BULK_INBOXES` | array | worker | [`BulkInbox`] |
-//! | `BULK_MESSAGES` | array | [`BulkInbox::first`] and following | [`BulkMessage`] |
+//! | `BULK_RINGS` | array | worker | [`BulkRing`] |
+//! | `BULK_MESSAGES` | array | [`BulkRing::first`] and following | [`BulkMessage`] |
 //!
 //! The daemon writes everything that is not marked "program" below. It fills the slot of a session
 //! while no program can find it. Then it publishes the slot by storing its number in
@@ -81,7 +81,7 @@ pub struct Config {
     pub subnet_bits: u32,
     /// Interface index of the end of the offload veth to which packets for other hosts are
     /// redirected.
-    pub normaliser: u32,
+    pub offload_veth: u32,
     /// The node's own address: the source of the ICMP errors that programs send and the destination
     /// of probes.
     pub node: Address,
@@ -150,7 +150,7 @@ pub struct Peer {
     /// Peer index of the node that relays messages to this peer; 0 if they take the direct path.
     pub via: u32,
     /// Packets handed to the offload veth, modulo 2^32 (program `from_container`).
-    pub normalising: u32,
+    pub offload_in: u32,
     /// The peer's Curve25519 public key. It tells a restarted daemon which peer the sessions belong
     /// to.
     pub public_key: [u8; 32],
@@ -175,9 +175,9 @@ pub struct Peer {
     pub last_data_tx_ns: u64,
     /// Boot time of the last packet handed to the offload veth, in nanoseconds (program
     /// `from_container`).
-    pub normalising_ns: u64,
+    pub offload_last_ns: u64,
     /// Packets that left the offload veth, modulo 2^32 (program `seal`).
-    pub normalised: u32,
+    pub offload_out: u32,
     /// Boot time up to which the peer's probes have used up its allowance, in units of 2^20 ns
     /// modulo 2^32 (program `from_underlay`). See [`PROBE_ALLOWANCE`].
     pub probed_until: u32,
@@ -201,7 +201,7 @@ pub const COOKIE_COST: u32 = 1;
 
 /// Time after the last packet at which the offload veth counts as empty, whatever the counters say,
 /// in nanoseconds.
-pub const NORMALISER_PATIENCE_NS: u64 = 50_000_000;
+pub const OFFLOAD_VETH_STALE_NS: u64 = 50_000_000;
 
 /// Size of the `PROBES` ring in bytes, a power of two: room for a probe request and a reply from
 /// each of several hundred peers.
@@ -248,23 +248,23 @@ pub struct BulkWorker {
     pub alive_ns: u64,
 }
 
-/// Value of [`BulkInbox::state`]: messages go to the worker's socket.
-pub const INBOX_CLOSED: u32 = 0;
-/// Value of [`BulkInbox::state`]: the worker waits on its socket. The next message goes to the
+/// Value of [`BulkRing::state`]: messages go to the worker's socket.
+pub const RING_CLOSED: u32 = 0;
+/// Value of [`BulkRing::state`]: the worker waits on its socket. The next message goes to the
 /// socket and wakes the worker. Later messages go to the receive ring.
-pub const INBOX_ASLEEP: u32 = 1;
-/// Value of [`BulkInbox::state`]: messages go to the receive ring.
-pub const INBOX_OPEN: u32 = 2;
+pub const RING_ASLEEP: u32 = 1;
+/// Value of [`BulkRing::state`]: messages go to the receive ring.
+pub const RING_OPEN: u32 = 2;
 
 /// The receive ring of a worker: a bounded queue with many producers (the receiving CPUs) and one
 /// consumer (the worker). The worker process writes this entry, and the daemon closes the ring.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BulkInbox {
+pub struct BulkRing {
     /// One of `INBOX_*` (also written by the program).
     pub state: u32,
     /// Number of receive rings. Every ring has the same value.
-    pub inboxes: u32,
+    pub rings: u32,
     /// Its first slot in `BULK_MESSAGES`.
     pub first: u32,
     /// Number of its slots, a power of two.
@@ -282,7 +282,7 @@ pub const BULK_MESSAGE_SLOTS: u32 = 2048;
 pub const BULK_MESSAGE_LEN: usize = 2048 - 64;
 
 /// A slot of a receive ring. Message number `n` of all that were ever enqueued uses slot `n` modulo
-/// [`BulkInbox::len`].
+/// [`BulkRing::len`].
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct BulkMessage {
@@ -454,7 +454,7 @@ mod pod {
     // SAFETY: as above.
     unsafe impl aya::Pod for super::BulkPeer {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for super::BulkInbox {}
+    unsafe impl aya::Pod for super::BulkRing {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::BulkMessage {}
     // SAFETY: as above.
@@ -473,7 +473,7 @@ const _: () = {
     assert!(size_of::<Probe>() == 8 + crate::wire::PROBE_LEN);
     assert!(size_of::<Dropped>() == 8 + 6 * 4 + DROPPED_LEN);
     assert!(size_of::<BulkWorker>() == 16);
-    assert!(size_of::<BulkInbox>() == 64);
+    assert!(size_of::<BulkRing>() == 64);
     assert!(size_of::<BulkMessage>() == 2048);
     assert!(size_of::<BulkPeer>() == 16);
     assert!(size_of::<BulkFlowKey>() == 16);

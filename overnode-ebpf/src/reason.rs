@@ -104,7 +104,7 @@ reasons! {
     RelayLoop = 36, "relay-loop";
     /// The receive ring of the message's bulk worker was full: messages arrive faster than the
     /// worker opens them.
-    InboxFull = 37, "inbox-full";
+    RingFull = 37, "ring-full";
     /// Completing a partial checksum would change headers that were already checked.
     Checksum = 38, "checksum";
     /// Sent by something other than a node to or from an address reserved for nodes.

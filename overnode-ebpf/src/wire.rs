@@ -173,7 +173,7 @@ pub const PROTOCOL_UDP: u8 = 17;
 /// Nothing here completes a checksum at a smaller offset. The checksums of an encapsulated packet
 /// are at larger ones, and the checks of a packet rely on the bytes before this offset.
 #[inline(always)]
-pub const fn checksum_place(protocol: u8) -> usize {
+pub const fn checksum_offset(protocol: u8) -> usize {
     match protocol {
         PROTOCOL_TCP => 16,
         PROTOCOL_UDP => 6,
@@ -211,8 +211,8 @@ pub const ECN_MASK: u8 = 3;
 /// outer and the inner header on arrival. `None` means that the packet must be dropped, because its
 /// transport does not understand the congestion mark.
 #[inline(always)]
-pub const fn ecn_decapsulated(outer: u8, inner: u8) -> Option<u8> {
-    match (outer & ECN_MASK, inner & ECN_MASK) {
+pub const fn ecn_decapsulated(decap: u8, inner: u8) -> Option<u8> {
+    match (decap & ECN_MASK, inner & ECN_MASK) {
         (ECN_CE, ECN_NOT_ECT) => None,
         (_, ECN_NOT_ECT) => Some(ECN_NOT_ECT),
         (_, ECN_CE) | (ECN_CE, _) => Some(ECN_CE),
@@ -237,18 +237,18 @@ mod tests {
             [Some(ECN_CE), Some(ECN_CE), Some(ECN_CE), Some(ECN_CE)],
         ];
         for (inner, row) in ORDER.into_iter().zip(table) {
-            for (outer, expected) in ORDER.into_iter().zip(row) {
+            for (decap, expected) in ORDER.into_iter().zip(row) {
                 assert_eq!(
-                    ecn_decapsulated(outer, inner),
+                    ecn_decapsulated(decap, inner),
                     expected,
-                    "outer {outer}, inner {inner}"
+                    "outer {decap}, inner {inner}"
                 );
             }
         }
     }
 
     #[test]
-    fn frames_of_the_daemon_name_the_peer() {
+    fn frames_from_the_daemon_carry_the_peer_index() {
         let frame = keepalive_frame(0x0102_0304);
         assert_eq!(frame[..14], [0, 0, 0, 0, 0, 1, 4, 3, 2, 1, 0, 0, 8, 0]);
         assert_eq!(frame[14..], [0; 20]);
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_for_workers_name_the_peer_and_the_source() {
+    fn frames_for_workers_carry_the_peer_and_the_source() {
         let header = bulk_header(0x1234, [10, 40, 0, 7]);
         assert_eq!(header, [0, 0, 0, 0, 0, 2, 0x34, 0x12, 10, 40, 0, 7, 8, 0]);
         assert_eq!(from_bulk_header(&header), Some((0x1234, [10, 40, 0, 7])));
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn relay_headers_come_back() {
+    fn relay_headers_round_trip() {
         let relay = Relay { hops: 8, destination: 0x0102, source: 0x0304, previous: 0x0506 };
         let bytes = relay.to_bytes();
         assert_eq!(bytes, [0x80, 8, 1, 2, 3, 4, 5, 6]);

@@ -32,7 +32,7 @@ fn wycheproof() {
             } else {
                 assert!(
                     text.iter().all(|byte| *byte == 0),
-                    "forged text is kept, case {}",
+                    "forged plaintext was not wiped, case {}",
                     case.tc_id
                 );
             }
@@ -98,7 +98,7 @@ proptest! {
     }
 
     #[test]
-    fn a_flipped_bit_is_noticed(
+    fn a_flipped_bit_is_detected(
         key: [u8; 32],
         text in prop::collection::vec(any::<u8>(), 1..=200),
         at in any::<prop::sample::Index>(),

@@ -42,12 +42,12 @@ impl Shared {
 
     #[track_caller]
     fn takes(&self, counter: u64) {
-        assert_eq!(self.offer(counter), Ok(()), "{counter} is new");
+        assert_eq!(self.offer(counter), Ok(()), "{counter} must be accepted");
     }
 
     #[track_caller]
     fn refuses(&self, counter: u64, why: Reason) {
-        assert_eq!(self.offer(counter), Err(why), "{counter} is not");
+        assert_eq!(self.offer(counter), Err(why), "{counter} must be refused");
     }
 }
 
@@ -165,7 +165,7 @@ fn distances() {
 /// After a leap of 2^37, a word of the ring has the same tag as before. That may cost messages, but
 /// never accepts one twice.
 #[test]
-fn a_leap_over_all_tags_lets_nothing_in_twice() {
+fn a_leap_past_all_tags_accepts_no_counter_twice() {
     let window = Shared::new();
     (0..64).for_each(|counter| window.takes(counter));
     let far = 1 << 37;
@@ -227,7 +227,7 @@ proptest! {
 /// Threads offer the same counters at the same time, in bursts that cross words and wrap the ring.
 /// No counter is accepted twice. Each counter that stays within the window is accepted once.
 #[test]
-fn many_threads() {
+fn many_threads_accept_each_counter_at_most_once() {
     const THREADS: u64 = 8;
     const COUNTERS: u64 = 200_000;
     // Neither a thread's burst nor the lag between threads may exceed the window. Otherwise,
@@ -271,7 +271,7 @@ fn many_threads() {
 
 /// Threads at different positions of the stream, far enough apart to age each other's counters.
 #[test]
-fn threads_that_race_ahead() {
+fn threads_far_apart_accept_no_counter_twice() {
     const THREADS: u64 = 4;
     const COUNTERS: u64 = 400_000;
     let window = Shared::new();

@@ -7,8 +7,8 @@
 //!
 //! `cargo xtask bench stress` is in [`stress`].
 
-#![allow(clippy::print_stdout, reason = "the tables are what it is for")]
-#![allow(clippy::print_stderr, reason = "progress goes to stderr")]
+#![allow(clippy::print_stdout, reason = "the program prints tables")]
+#![allow(clippy::print_stderr, reason = "the program reports progress on stderr")]
 
 mod measure;
 mod network;
@@ -83,7 +83,7 @@ fn main() -> ExitCode {
 fn root() -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
-        "the benchmark makes network namespaces and loads programs: run it as root"
+        "the benchmark creates network namespaces and loads programs: run it as root"
     );
     Ok(())
 }
@@ -124,7 +124,7 @@ fn datapath(arguments: Datapath) -> Result<()> {
         std::fs::write(&file, text + "\n")
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
-    ensure!(report.is_complete(), "something could not be measured: the reasons are above");
+    ensure!(report.is_complete(), "some measurements failed: see the reasons above");
     Ok(())
 }
 
@@ -179,7 +179,7 @@ fn measure_beside(networks: &[Measured], times: Times) -> Result<Vec<Beside>> {
     };
     let vxlan = find(Kind::Vxlan);
     let total = times.of_a_flow() * times.turns * if vxlan.is_some() { 4 } else { 3 };
-    eprintln!("pings beside a flow, in turn, for about {}", report::spoken(total));
+    eprintln!("pinging next to a flow, in turn, for about {}", report::spoken(total));
     (0..times.turns)
         .map(|_| {
             let measure = |network: &Network, limit| -> Result<Loaded> {

@@ -98,7 +98,8 @@ pub fn round(network: &Network, times: Times) -> Result<Round> {
     let (before, one) = (busy()?, stream(&["-P", "1"])?);
     let busy = busy()? - before;
     let gigabytes =
-        one["end"]["sum_received"]["bytes"].as_f64().context("iperf3 printed no bytes")? / 1e9;
+        one["end"]["sum_received"]["bytes"].as_f64().context("iperf3 reported no byte count")?
+            / 1e9;
     let retransmits = one["end"]["sum_sent"]["retransmits"].as_f64().unwrap_or_default();
     let both = stream(&["--bidir"])?;
     let loaded = beside(network, &server, times, &[])?;
@@ -112,7 +113,7 @@ pub fn round(network: &Network, times: Times) -> Result<Round> {
         four_flows: goodput(&stream(&["-P", "4"])?, "sum_received")?,
         sixteen_flows: goodput(&stream(&["-P", "16"])?, "sum_received")?,
         both_ways: goodput(&both, "sum_received")? + goodput(&both, "sum_received_bidir_reverse")?,
-        udp_gso: probe::gso(a, b, to, times.flood).context("UDP, many segments at once")? / 1e9,
+        udp_gso: probe::gso(a, b, to, times.flood).context("UDP with segmentation offload")? / 1e9,
         cpu_per_gigabyte: busy.as_secs_f64() / gigabytes.max(1e-9),
         loaded_rtt_average: loaded.average,
         loaded_rtt_p99: loaded.p99,
@@ -152,10 +153,10 @@ fn beside(network: &Network, server: &Server, times: Times, flow: &[&str]) -> Re
         std::thread::sleep(RAMP);
         let pings =
             probe::ping(a, network.to, u64::from(times.stream_seconds) * 700, PING_INTERVAL);
-        let report = flow.join().map_err(|_| anyhow!("the flow beside the pings panicked"))?;
+        let report = flow.join().map_err(|_| anyhow!("the thread of the flow panicked"))?;
         anyhow::Ok((report?, pings?))
     })
-    .context("pings beside a flow")?;
+    .context("pings next to a flow")?;
     Ok(Loaded {
         rate: goodput(&report, "sum_received")?,
         average: micros(pings.average()),
@@ -168,7 +169,7 @@ fn beside(network: &Network, server: &Server, times: Times, flow: &[&str]) -> Re
 fn goodput(report: &Value, sum: &str) -> Result<f64> {
     report["end"][sum]["bits_per_second"]
         .as_f64()
-        .context("iperf3 printed no sum")
+        .context("iperf3 reported no rate")
         .map(|rate| rate / 1e9)
 }
 
@@ -180,7 +181,7 @@ fn busy() -> Result<Duration> {
         line.split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect();
     // user, nice, system, idle, iowait, irq, softirq (proc(5)), in hundredths of a second.
     let [user, nice, system, _, _, irq, softirq, ..] = fields[..] else {
-        bail!("/proc/stat is not understood")
+        bail!("cannot parse /proc/stat")
     };
     Ok(Duration::from_millis(10 * (user + nice + system + irq + softirq)))
 }

@@ -218,7 +218,7 @@ impl Network {
             lab.stop_segmenting(joins)?;
         }
         let IpAddr::V4(to) = b.address() else {
-            anyhow::bail!("{} is no IPv4 address", b.address())
+            anyhow::bail!("{} is not an IPv4 address", b.address())
         };
         lab::eventually(Duration::from_secs(30), || {
             let lost = probe::ping(a.netns(), to, 1, Duration::from_millis(1))?.lost();
@@ -226,8 +226,7 @@ impl Network {
             Ok(())
         })?;
         for (container, other) in [(&a, to.into()), (&b, a.address())] {
-            control_congestion(container, other)
-                .context("TCP's congestion control cannot be set")?;
+            control_congestion(container, other).context("cannot set the congestion control")?;
         }
         Ok(Self { a, b, to, _tunnel: tunnel, _lab: lab })
     }
@@ -360,7 +359,7 @@ pub fn launch(
                 data["session"] == "established"
                     && (bulk == "off" || data["bulk"]["in_use"] == true)
             });
-            ensure!(is_ready, "no session, or no workers: {}", host.log());
+            ensure!(is_ready, "no session or no workers in use: {}", host.log());
             Ok(())
         })?;
     }

@@ -20,7 +20,7 @@ use lab::Netns;
 use lab::raw::checksum;
 
 /// Time that [`ping`] waits for the last replies.
-const LINGER: Duration = Duration::from_secs(2);
+const REFUSAL_READ_LIMIT: Duration = Duration::from_secs(2);
 /// Time before the rate of a flood is measured.
 const WARM_UP: Duration = Duration::from_millis(200);
 /// Time that the receiver of a flood sleeps when its socket is empty. If each datagram woke it, the
@@ -75,7 +75,7 @@ pub fn ping(from: &Netns, to: Ipv4Addr, count: u64, interval: Duration) -> Resul
             pinger.send()?;
             due = Instant::now().max(due) + interval;
         }
-        pinger.collect_until(Instant::now() + LINGER, true)?;
+        pinger.collect_until(Instant::now() + REFUSAL_READ_LIMIT, true)?;
         Ok(pinger.finish())
     })
 }
@@ -157,7 +157,7 @@ impl Pinger {
                 Ok(message) => message,
                 Err(Errno::EAGAIN) => return Ok(()),
                 Err(Errno::EINTR) => continue,
-                Err(error) => bail!("cannot receive a ping's answer: {error}"),
+                Err(error) => bail!("cannot receive a ping reply: {error}"),
             };
             let length = message.bytes;
             let stamp = message.cmsgs()?.find_map(|control| match control {
@@ -238,7 +238,7 @@ fn udp_pair(from: &Netns, to: &Netns, address: Ipv4Addr) -> Result<(UdpSocket, U
     let target = SocketAddr::from((address, receiver.local_addr()?.port()));
     let sender = from.enter(|| {
         let socket = UdpSocket::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))?;
-        socket.connect(target).context("cannot reach the flood's target")?;
+        socket.connect(target).context("cannot connect to the target of the flood")?;
         Ok(socket)
     })?;
     Ok((sender, receiver))

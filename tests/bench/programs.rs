@@ -93,12 +93,13 @@ impl Bench {
         for name in PROGRAMS {
             let program = programs
                 .program_mut(name)
-                .with_context(|| format!("there is no program {name}"))?;
-            load(program).with_context(|| format!("the kernel refuses {name}"))?;
+                .with_context(|| format!("no program {name} in the object"))?;
+            load(program).with_context(|| format!("the kernel rejects {name}"))?;
             let info = program.info()?;
             verified.insert(
                 name,
-                info.verified_instruction_count().context("this kernel does not tell")?,
+                info.verified_instruction_count()
+                    .context("this kernel does not report the number of verified instructions")?,
             );
         }
         fill(&mut programs)?;
@@ -128,9 +129,9 @@ impl Bench {
         }
         ensure!(
             messages[0].len() > frame.len() + IPV4_LEN + UDP_LEN,
-            "seal did not make the packet longer"
+            "seal did not extend the packet"
         );
-        ensure!(messages[0] != messages[runs - 1], "seal made the same message twice");
+        ensure!(messages[0] != messages[runs - 1], "seal produced the same message twice");
         Ok((median(times), messages))
     }
 
@@ -163,10 +164,14 @@ impl Bench {
             ctx_in,
             ..TestRunOptions::new()
         };
-        let result = match self.programs.program(name).context("a program is missing")? {
+        let result = match self
+            .programs
+            .program(name)
+            .with_context(|| format!("no program {name} in the object"))?
+        {
             Program::SchedClassifier(program) => SchedClassifier::test_run(program, options),
             Program::Xdp(program) => Xdp::test_run(program, options),
-            _ => bail!("{name} is of another kind than expected"),
+            _ => bail!("{name} has an unexpected program type"),
         }
         .with_context(|| format!("cannot run {name}"))?;
         if result.return_value != verdict {
@@ -176,7 +181,11 @@ impl Bench {
                 .filter(|reason| before[**reason as usize] != after[**reason as usize])
                 .map(|reason| reason.as_str())
                 .collect();
-            bail!("{name} gave {} to a good packet: {}", result.return_value, reasons.join(", "));
+            bail!(
+                "{name} returned {} for a valid packet: {}",
+                result.return_value,
+                reasons.join(", ")
+            );
         }
         out.truncate(result.data_size_out as usize);
         Ok((result.duration, out))
@@ -212,8 +221,9 @@ fn stack_depths() -> Result<BTreeMap<&'static str, u32>> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let mut depths = BTreeMap::new();
     for name in PROGRAMS {
-        let program =
-            programs.program_mut(name).with_context(|| format!("there is no program {name}"))?;
+        let program = programs
+            .program_mut(name)
+            .with_context(|| format!("no program {name} in the object"))?;
         // The lowest free number, which the next file descriptor would get.
         let next = File::open("/dev/null")?.as_raw_fd();
         setrlimit(Resource::RLIMIT_NOFILE, next.try_into()?, hard)?;
@@ -224,9 +234,9 @@ fn stack_depths() -> Result<BTreeMap<&'static str, u32>> {
         };
         let log = verifier_log.to_string();
         let line = log.lines().find_map(|line| line.strip_prefix("stack depth "));
-        let line = line.with_context(|| format!("the kernel refuses {name}: {io_error}: {log}"))?;
+        let line = line.with_context(|| format!("the kernel rejects {name}: {io_error}: {log}"))?;
         let mut frames = line.split('+').map(str::parse::<u32>);
-        let own = frames.next().context("no stack depth")??;
+        let own = frames.next().context("the stack depth in the log is empty")??;
         let mut deepest = 0;
         for frame in frames {
             deepest = deepest.max(frame?);
@@ -247,7 +257,7 @@ fn fill(programs: &mut Ebpf) -> Result<()> {
         Config {
             subnet,
             subnet_bits: Address::V4_BITS + 12,
-            normaliser: LOOPBACK,
+            offload_veth: LOOPBACK,
             node,
             node_id: 1,
             ..Config::default()
@@ -307,8 +317,8 @@ fn take<M: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
     programs: &mut Ebpf,
     name: &str,
 ) -> Result<M> {
-    let map = programs.take_map(name).with_context(|| format!("there is no map {name}"))?;
-    M::try_from(map).with_context(|| format!("map {name} has another layout than expected"))
+    let map = programs.take_map(name).with_context(|| format!("no map {name} in the object"))?;
+    M::try_from(map).with_context(|| format!("map {name} has an unexpected layout"))
 }
 
 /// Returns an Ethernet frame with a UDP datagram from one container to the other. `size` is the
@@ -331,8 +341,8 @@ fn frame(size: usize) -> Result<Vec<u8>> {
 }
 
 fn ring(size: usize, runs: usize) -> Result<Duration> {
-    let key =
-        UnboundKey::new(&CHACHA20_POLY1305, &[7; 32]).map_err(|_| anyhow!("ring refuses a key"))?;
+    let key = UnboundKey::new(&CHACHA20_POLY1305, &[7; 32])
+        .map_err(|_| anyhow!("ring rejects the key"))?;
     let key = LessSafeKey::new(key);
     let mut text = vec![0x5a; size];
     let mut times = Vec::with_capacity(runs);
@@ -346,7 +356,7 @@ fn ring(size: usize, runs: usize) -> Result<Duration> {
                 Aad::empty(),
                 &mut text,
             )
-            .map_err(|_| anyhow!("ring does not seal"))?;
+            .map_err(|_| anyhow!("ring cannot seal"))?;
         times.push(start.elapsed());
         let _ = std::hint::black_box(tag);
     }

@@ -52,7 +52,7 @@ type Case = (&'static str, fn(&Beside) -> Option<Loaded>);
 
 const CASES: [Case; 4] = [
     ("overnode off", |beside| Some(beside.without)),
-    ("overnode, no more than that", |beside| Some(beside.paced)),
+    ("overnode, same rate", |beside| Some(beside.paced)),
     ("overnode", |beside| Some(beside.with)),
     ("vxlan", |beside| beside.vxlan),
 ];
@@ -144,7 +144,8 @@ impl Report {
                             value["lost_pings"] = json!(round.lost);
                             value
                         }).collect::<Vec<_>>(),
-                        "overnode_is_better_by": figures(|figure| json!(self.ratio(outcome.kind, figure))),
+                        "overnode_is_better_by":
+                             figures(|figure| json!(self.ratio(outcome.kind, figure))),
                     }),
                 };
                 (outcome.kind.to_string(), value)
@@ -166,7 +167,8 @@ impl Report {
                 Value::Object(CASES.iter().filter_map(case).collect())
             }).collect::<Vec<_>>(),
             "floor": self.checks().iter().map(|check| json!({
-                "what": check.what, "value": check.value, "floor": check.floor, "passed": check.passed,
+                "what": check.what, "value": check.value,
+                 "floor": check.floor, "passed": check.passed,
             })).collect::<Vec<_>>(),
         })
     }
@@ -200,11 +202,7 @@ impl Report {
                 ));
             }
             for (program, &bytes) in &programs.stack {
-                checks.push(at_most(
-                    format!("bytes of stack of {program}"),
-                    f64::from(bytes),
-                    449.0,
-                ));
+                checks.push(at_most(format!("stack bytes of {program}"), f64::from(bytes), 449.0));
             }
         }
         let own = |figure: usize| self.value(Kind::Overnode, &FIGURES[figure]);
@@ -221,7 +219,7 @@ impl Report {
         if let (Some(own), Some(rival)) =
             (of(Kind::Overnode, ONE_FLOW), of(Kind::Gotatun, ONE_FLOW))
         {
-            checks.push(at_least("one TCP flow: times gotatun's".into(), own / rival, 3.0));
+            checks.push(at_least("one TCP flow: ratio to gotatun's".into(), own / rival, 3.0));
         }
         for (what, own, plain) in [
             ("TSO off", Kind::OvernodeAesNotso, Kind::VxlanNotso),
@@ -229,7 +227,7 @@ impl Report {
         ] {
             if let (Some(own), Some(plain)) = (of(own, ONE_FLOW), of(plain, ONE_FLOW)) {
                 checks.push(at_least(
-                    format!("one TCP flow with AES, {what}: times VXLAN's"),
+                    format!("one TCP flow with AES, {what}: ratio to VXLAN's"),
                     own / plain,
                     0.9,
                 ));
@@ -237,7 +235,7 @@ impl Report {
         }
         let turns = || self.beside.iter().flatten();
         let p99 = |what: &str, ratios: Vec<f64>| {
-            let what = format!("p99 of the RTT beside {what}: times that without workers");
+            let what = format!("p99 of the RTT next to {what}: ratio to that without workers");
             middle(ratios).map(|ratio| at_most(what, ratio, 1.0))
         };
         let without = |turn: &Beside| turn.without.p99;
@@ -253,7 +251,7 @@ impl Report {
         let rivals = Kind::ALL.into_iter().filter(|kind| kind.is_rival()).collect();
         if let Some(ratio) = best(rivals, RTT_AVERAGE) {
             checks.push(at_least(
-                "average RTT: times lower than the best rival's".into(),
+                "average RTT: how many times lower than the best rival's".into(),
                 ratio,
                 8.0,
             ));
@@ -265,7 +263,7 @@ impl Report {
             checks.push(at_least("one TCP flow, Gbit/s".into(), rate, 1.0));
         }
         if let Some(ratio) = best(vec![Kind::Boringtun], ONE_FLOW) {
-            checks.push(at_least("one TCP flow: times boringtun's".into(), ratio, 1.5));
+            checks.push(at_least("one TCP flow: ratio to boringtun's".into(), ratio, 1.5));
         }
         checks
     }
@@ -296,7 +294,7 @@ impl Report {
     }
 
     fn ratio_table(&self, part: &[Figure]) -> Table {
-        let titles: Vec<_> = ["overnode against"]
+        let titles: Vec<_> = ["overnode compared to"]
             .into_iter()
             .chain(part.iter().map(|figure| figure.title))
             .collect();
@@ -320,7 +318,7 @@ impl fmt::Display for Report {
             Ok(programs) => {
                 writeln!(
                     f,
-                    "The programs, one run over one packet (median)\n{}",
+                    "Programs, one run over one packet (median)\n{}",
                     self.program_table()
                 )?;
                 let list = |values: &BTreeMap<&str, u32>| {
@@ -331,7 +329,7 @@ impl fmt::Display for Report {
                     items.join(", ")
                 };
                 writeln!(f, "verified instructions: {}", list(&programs.verified))?;
-                writeln!(f, "bytes of stack, callbacks included: {}\n", list(&programs.stack))?;
+                writeln!(f, "stack bytes, including callbacks: {}\n", list(&programs.stack))?;
             }
         }
         let rounds = if self.rounds == 1 {
@@ -350,24 +348,24 @@ impl fmt::Display for Report {
             }
         }
         if self.value(Kind::Overnode, &FIGURES[RTT_AVERAGE]).is_some() && self.networks.len() > 1 {
-            writeln!(f, "\nHow many times better overnode is (below 1: worse)")?;
+            writeln!(f, "\nHow many times better overnode is (below 1 is worse)")?;
             for part in parts() {
                 writeln!(f, "{}", self.ratio_table(part))?;
             }
         }
         match self.beside.as_deref() {
-            Err(reason) => writeln!(f, "Pings beside a flow could not be compared: {reason}")?,
+            Err(reason) => writeln!(f, "Pings next to a flow could not be compared: {reason}")?,
             Ok([]) => {}
             Ok(turns) => {
                 writeln!(
                     f,
-                    "\nRTT beside one TCP flow, measured in turn (median of {})",
+                    "\nRTT next to one TCP flow, measured in turn (median of {})",
                     turns.len()
                 )?;
                 writeln!(f, "{}", beside_table(turns))?;
             }
         }
-        writeln!(f, "\nThe floor")?;
+        writeln!(f, "\nMinimum requirements")?;
         for check in self.checks() {
             let mark = if check.passed { "PASS" } else { "FAIL" };
             writeln!(f, "{mark}  {}: {} ({})", check.what, short(check.value), check.floor)?;

@@ -126,7 +126,7 @@ impl Round {
 impl fmt::Display for Round {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let moody = self.flows.iter().filter(|(_, manner)| *manner != Manner::Steady).count();
-        write!(f, "{} flows ({moody} moody)", self.flows.len())?;
+        write!(f, "{} flows ({moody} with bursts)", self.flows.len())?;
         for (name, value) in &self.options {
             write!(f, ", {name} {value}")?;
         }
@@ -136,7 +136,7 @@ impl fmt::Display for Round {
         if let Some(Roughness { lost, doubled, late, .. }) = self.roughness {
             let percent = |share: f64| 100.0 * share;
             let [lost, doubled, late] = [lost, doubled, late].map(percent);
-            write!(f, ", {lost:.2} % lost, {doubled:.2} % doubled, {late:.2} % late")?;
+            write!(f, ", {lost:.2} % lost, {doubled:.2} % duplicated, {late:.2} % delayed")?;
         }
         Ok(())
     }
@@ -199,7 +199,7 @@ fn kernel_counter(text: &str, name: &str) -> Result<u64> {
             let at = pair[0].split_whitespace().position(|word| word == name)?;
             pair[1].split_whitespace().nth(at)?.parse().ok()
         })
-        .with_context(|| format!("the kernel does not count {name}"))
+        .with_context(|| format!("the kernel has no counter {name}"))
 }
 
 /// Results of a scene: its smooth rounds, its rough ones, and the number of rekeys.
@@ -220,7 +220,7 @@ pub fn run(arguments: &Stress) -> Result<()> {
     }
     print(&outcomes);
     let bytes: u64 = outcomes.iter().map(|it| it.smooth.bytes + it.rough.bytes).sum();
-    println!("{bytes} bytes, all of them right, in {}", report::spoken(started.elapsed()));
+    println!("{bytes} bytes arrived intact in {}", report::spoken(started.elapsed()));
     Ok(())
 }
 
@@ -318,9 +318,9 @@ fn play_round(
 fn age_of_keys(host: &Host) -> Result<u64> {
     let status = host.status()?;
     let mut peers = status["peers"].as_array().into_iter().flatten().map(|peer| &peer["data"]);
-    let data = peers.find(|data| data.is_object()).context("the node knows no other")?;
+    let data = peers.find(|data| data.is_object()).context("the node has no peer")?;
     let of = if data["bulk"].is_object() { &data["bulk"] } else { data };
-    of["session_age_seconds"].as_u64().context("there are no keys")
+    of["session_age_seconds"].as_u64().context("the path has no session keys")
 }
 
 fn print(outcomes: &[Outcome]) {

@@ -1,7 +1,7 @@
 //! Tests of the AEAD in the kernel: `aead_check` under `BPF_PROG_TEST_RUN`, compared with
 //! Wycheproof's vectors and with ring.
 
-#![allow(clippy::print_stdout, reason = "figures for people")]
+#![allow(clippy::print_stdout, reason = "measurements for the developer")]
 
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ fn wycheproof() -> Result<()> {
             run += 1;
         }
     }
-    assert_eq!(run, 316, "cases with a nonce of 12 bytes");
+    assert_eq!(run, 316, "number of cases with a nonce of 12 bytes");
     Ok(())
 }
 
@@ -51,8 +51,10 @@ fn agrees_with_ring() -> Result<()> {
     let mut rng = StdRng::seed_from_u64(8439);
     // Test runs of a TC program need the packet and some headroom and tailroom in one page, at
     // least before Linux 6.18.
-    let longest =
-        [9000, 3400, 1500].into_iter().find(|len| kernel.admits(*len)).context("no test runs")?;
+    let longest = [9000, 3400, 1500]
+        .into_iter()
+        .find(|len| kernel.admits(*len))
+        .context("the kernel accepts no test run")?;
     let lengths =
         (0..=257).chain((0..1500).map(|_| rng.random_range(0..=1500)).collect::<Vec<_>>());
     let long = (0..300).map(|_| rng.random_range(0..=longest)).collect::<Vec<_>>();
@@ -83,13 +85,13 @@ fn agrees_with_ring() -> Result<()> {
         let opened = kernel.open(&key, &nonce, &aad, forged, tag.try_into()?)?;
         assert_eq!(opened, Err(Reason::Forged as u32), "a bit flipped in {len} bytes");
     }
-    println!("texts of up to {longest} bytes");
+    println!("compared plaintexts of up to {longest} bytes");
     Ok(())
 }
 
 /// A claimed length beyond the end of the packet is an error and causes no access.
 #[test]
-fn lengths_that_lie() -> Result<()> {
+fn lengths_beyond_the_packet_are_rejected() -> Result<()> {
     let mut kernel = Kernel::load()?;
     for claimed in [101, 116, 117, 1000, 0x3fff, 0x4000, 0xffff, u32::MAX - 63, u32::MAX] {
         for action in [0, 1] {
@@ -164,7 +166,7 @@ impl Kernel {
         text: &[u8],
     ) -> Result<(Vec<u8>, [u8; TAG_LEN])> {
         let (code, body) = self.run(&request(0, key, nonce, aad, text, &[0; TAG_LEN]))?;
-        ensure!(code == 0, "sealing {} bytes gave {code}", text.len());
+        ensure!(code == 0, "sealing {} bytes returned {code}", text.len());
         let (text, tag) = body[aad.len().next_multiple_of(16)..].split_at(text.len());
         Ok((text.to_vec(), tag.try_into()?))
     }
@@ -193,7 +195,7 @@ impl Kernel {
             data_out: Some(&mut out),
             ..TestRunOptions::default()
         })?;
-        ensure!(result.data_size_out as usize == packet.len(), "the packet changed its length");
+        ensure!(result.data_size_out as usize == packet.len(), "the length of the packet changed");
         Ok((result.return_value, out.split_off(HEADER_LEN)))
     }
 
@@ -219,7 +221,7 @@ impl Kernel {
         program(&mut self.0)?
             .info()?
             .verified_instruction_count()
-            .context("the kernel does not say")
+            .context("the kernel does not report the number of verified instructions")
     }
 }
 

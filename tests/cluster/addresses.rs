@@ -9,7 +9,7 @@ use lab::{Host, Lab, eventually};
 use serde_json::Value;
 
 use crate::support::{
-    PATIENCE, all_reach_all, attached, ensure_unique, in_lab, launch, launch_as, wait_for_peers,
+    TIMEOUT, all_reach_all, attached, ensure_unique, in_lab, launch, launch_as, wait_for_peers,
 };
 
 /// Returns the owners of address space, and how many addresses each has, as a host reports them.
@@ -21,7 +21,7 @@ fn owners(host: &Host) -> Result<Vec<(u64, f64)>> {
 }
 
 #[test]
-fn a_fifth_node_borrows_what_it_needs_and_keeps_it_alone() -> Result<()> {
+fn a_fifth_node_borrows_addresses_and_keeps_them_without_its_lender() -> Result<()> {
     in_lab(Lab::new("borrow").hosts(2), |lab| {
         let (lender, borrower) = (lab.host(1), lab.host(2));
         launch_as(lab, lender, 1)?;
@@ -31,7 +31,7 @@ fn a_fifth_node_borrows_what_it_needs_and_keeps_it_alone() -> Result<()> {
         all_reach_all(&containers)?;
         let five =
             owners(lender)?.into_iter().find(|(id, _)| *id == 5).context("node 5 holds nothing")?;
-        ensure!(five.1 <= 64.0, "for one container it holds {} addresses", five.1);
+        ensure!(five.1 <= 64.0, "it holds {} addresses for one container", five.1);
         // The borrower is cut off and its daemon was killed, but it still allocates addresses from
         // its space.
         lab.cut(lender, borrower)?;
@@ -49,7 +49,7 @@ fn a_fifth_node_borrows_what_it_needs_and_keeps_it_alone() -> Result<()> {
 /// Checks the JSON and the tables on both sides: tables fit the terminal, and unreachable nodes are
 /// marked.
 #[test]
-fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
+fn status_shows_loans_and_unreachable_nodes() -> Result<()> {
     in_lab(Lab::new("loans").hosts(2), |lab| {
         let (lender, borrower) = (lab.host(1), lab.host(2));
         launch_as(lab, lender, 1)?;
@@ -66,7 +66,7 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
         };
         let mut networks = Value::Null;
         for (host, other) in [(lender, 5), (borrower, 1)] {
-            eventually(PATIENCE, || {
+            eventually(TIMEOUT, || {
                 let ipam = ipam(host)?;
                 let [loan] = &ipam["loans"].as_array().context("no loans")?[..] else {
                     anyhow::bail!("{}: {}", host.name, ipam["loans"]);
@@ -87,7 +87,8 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
                 let addresses = |id: u64| -> Result<u64> {
                     let owners = owners(host)?;
                     let owner = owners.iter().find(|(owner, _)| *owner == id);
-                    Ok(owner.with_context(|| format!("{id} has nothing: {owners:?}"))?.1 as u64)
+                    Ok(owner.with_context(|| format!("node {id} owns nothing: {owners:?}"))?.1
+                        as u64)
                 };
                 ensure!(addresses(1)? == 131_072 - lent && addresses(5)? == lent, "{ipam}");
                 // Nodes 2 to 4 never joined.
@@ -115,7 +116,7 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
         for (host, other, mark) in
             [(lender, 5, "borrower unreachable"), (borrower, 1, "lender unreachable")]
         {
-            eventually(PATIENCE * 2, || {
+            eventually(TIMEOUT * 2, || {
                 let ipam = ipam(host)?;
                 let owner = ipam["owners"]
                     .as_array()
@@ -144,7 +145,7 @@ fn status_tells_who_lent_what_to_whom_and_who_is_unreachable() -> Result<()> {
 }
 
 #[test]
-fn a_node_without_addresses_says_whom_it_waits_for_and_goes_on_by_itself() -> Result<()> {
+fn a_node_without_addresses_names_its_lenders_and_waits_for_one() -> Result<()> {
     in_lab(Lab::new("waits").hosts(2), |lab| {
         let (borrower, lender) = (lab.host(1), lab.host(2));
         launch_as(lab, borrower, 5)?;
@@ -158,12 +159,15 @@ fn a_node_without_addresses_says_whom_it_waits_for_and_goes_on_by_itself() -> Re
         let waited = begun.elapsed();
         ensure!(
             waited > Duration::from_secs(5) && waited < Duration::from_secs(30),
-            "it waited {waited:?}"
+            "attach waited {waited:?}"
         );
         for named in ["node 5 ", "node 1 ", "node 2 ", "node 3 ", "node 4 ", "overnode connect"] {
-            ensure!(refused.contains(named), "it does not speak of {named}: {refused}");
+            ensure!(refused.contains(named), "no {named:?} in {refused:?}");
         }
-        ensure!(container.netns().interfaces()?.is_empty(), "something is left in the container");
+        ensure!(
+            container.netns().interfaces()?.is_empty(),
+            "an interface is left in the container"
+        );
         ensure!(prime.try_wait()?.is_none(), "prime does not wait");
         // The next attachment waits as well. Node 2 joins in the meantime.
         let mut attach = borrower.command("overnode")?;
@@ -183,7 +187,7 @@ fn a_node_without_addresses_says_whom_it_waits_for_and_goes_on_by_itself() -> Re
 }
 
 #[test]
-fn a_lender_that_resets_leaves_its_ledger_to_another() -> Result<()> {
+fn a_lender_that_resets_hands_over_its_ledger() -> Result<()> {
     in_lab(Lab::new("ledger").hosts(3), |lab| {
         let [one, two, five] = [1, 2, 3].map(|number| lab.host(number));
         launch_as(lab, one, 1)?;
@@ -222,7 +226,7 @@ fn holders(host: &Host) -> Result<BTreeSet<u64>> {
 }
 
 #[test]
-fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
+fn only_one_of_several_nodes_reclaims_a_dead_node() -> Result<()> {
     in_lab(Lab::new("heirs").hosts(4), |lab| {
         let [one, two, three, five] = [1, 2, 3, 4].map(|number| lab.host(number));
         let living = [(two, 2), (three, 3), (five, 5)];
@@ -249,7 +253,7 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
             wait_for_peers(host, count)?;
             // An unreachable node counts as gone once its control connections have ended and 20 s
             // have passed.
-            eventually(PATIENCE * 3, || {
+            eventually(TIMEOUT * 3, || {
                 let pending = host.overnode(&["reclaim", "1", "--timeout", "1"])?.failure(1)?;
                 ensure!(
                     pending.contains("have to agree") && pending.contains(missing),
@@ -264,20 +268,27 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
             containers.push(attached(host, "apart")?);
         }
         for (host, id) in &living {
-            ensure!(holders(host)? == BTreeSet::from([1]), "node {id} says {:?}", holders(host)?);
+            ensure!(
+                holders(host)? == BTreeSet::from([1]),
+                "node {id} reports the holders {:?}",
+                holders(host)?
+            );
         }
         for other in [three, five] {
             lab.heal(two, other)?;
         }
-        eventually(PATIENCE * 2, || {
-            let mut heirs = BTreeSet::new();
+        eventually(TIMEOUT * 2, || {
+            let mut successors = BTreeSet::new();
             for (host, id) in &living {
                 let waiting = host.status()?["ipam"]["reclaims"].clone();
-                ensure!(waiting.as_array().is_none_or(Vec::is_empty), "node {id}: {waiting}");
+                ensure!(
+                    waiting.as_array().is_none_or(Vec::is_empty),
+                    "node {id} still has pending reclaims: {waiting}"
+                );
                 let theirs = holders(host)?.into_iter().find(|holder| *holder != 1);
-                heirs.insert(theirs.with_context(|| format!("node {id} knows of no heir"))?);
+                successors.insert(theirs.with_context(|| format!("node {id} knows no holder"))?);
             }
-            ensure!(heirs.len() == 1, "the space is held by {heirs:?}");
+            ensure!(successors.len() == 1, "the holders are {successors:?}");
             Ok(())
         })?;
         for host in [two, three, five] {
@@ -291,15 +302,18 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         one.overnode(&["resume"])?.success()?;
         containers.push(attached(one, "risen")?);
         lab.plug(one)?;
-        eventually(PATIENCE * 2, || {
+        eventually(TIMEOUT * 2, || {
             let status = one.status()?;
             let notices = &status["ipam"]["notices"];
-            ensure!(notices.to_string().contains("taken back"), "node 1 does not know: {notices}");
+            ensure!(
+                notices.to_string().contains("has reclaimed the address space of this node"),
+                "node 1 does not know that it was reclaimed: {notices}"
+            );
             Ok(())
         })?;
         for section in [&["status"][..], &["status", "--ipam"]] {
             let table = one.overnode(section)?.success()?;
-            ensure!(table.contains("taken back"), "{table}");
+            ensure!(table.contains("has reclaimed"), "{table}");
         }
         lab.hosts().iter().try_for_each(|host| wait_for_peers(host, 4))?;
         for host in lab.hosts() {
@@ -307,17 +321,17 @@ fn the_space_of_a_dead_node_has_one_heir_however_many_want_it() -> Result<()> {
         }
         ensure_unique(&containers)?;
         all_reach_all(&containers)?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let all = lab.hosts().iter().map(holders).collect::<Result<BTreeSet<_>>>()?;
             let agree = all.len() == 1 && all.iter().all(|holders| holders.len() == 1);
-            ensure!(agree, "the space is held by {all:?}");
+            ensure!(agree, "the holders are {all:?}");
             Ok(())
         })?;
         for (host, _) in &living {
             // A node may report that it lost the race for the space, but it must not report a
             // conflict.
             let problems = host.status()?["ipam"]["problems"].to_string();
-            let clash = ["in use", "belongs to others", "lent to another"];
+            let clash = ["in use", "belongs to other nodes", "lent to another"];
             ensure!(
                 !clash.iter().any(|words| problems.contains(words)),
                 "{}: {problems}",
@@ -356,16 +370,16 @@ fn lenders_of_three(host: &Host) -> Result<BTreeSet<u64>> {
 
 /// Node 3 is cut off alive and reclaimed. Others borrow from its quarter and are cut off. Then node
 /// 3 comes back, with the same process or after a restart.
-fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
+fn rejoin_after_reclaim(lab: &Lab, restarted: bool) -> Result<()> {
     let [one, two, three, seven] = [1, 2, 3, 4].map(|number| lab.host(number));
     for (host, id) in [(one, 1), (two, 2), (three, 3)] {
         launch_small(lab, host, id)?;
     }
     for host in [one, two, three] {
         wait_for_peers(host, 3)?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let lenders = lenders_of_three(host)?;
-            ensure!(lenders == BTreeSet::from([3]), "{}: lent by {lenders:?}", host.name);
+            ensure!(lenders == BTreeSet::from([3]), "{}: the lenders are {lenders:?}", host.name);
             Ok(())
         })?;
     }
@@ -377,7 +391,7 @@ fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
     for number in 0..8 {
         containers.push(attached(three, &format!("own{number}"))?);
     }
-    eventually(PATIENCE * 4, || {
+    eventually(TIMEOUT * 4, || {
         one.overnode(&["reclaim", "3", "--timeout", "5"])?.success()?;
         Ok(())
     })?;
@@ -394,7 +408,7 @@ fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
             break;
         }
     }
-    ensure!(lent == 5, "{lent} addresses of quarter 3 were lent");
+    ensure!(lent == 5, "{lent} addresses of quarter 3 are lent");
     for other in [one, two] {
         lab.cut(seven, other)?;
     }
@@ -411,15 +425,15 @@ fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
         containers.push(attached(three, &format!("more{number}"))?);
         ensure_unique(&containers)?;
     }
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         let status = three.status()?;
         ensure!(
-            status["ipam"]["notices"].to_string().contains("taken back"),
-            "node 3 does not know"
+            status["ipam"]["notices"].to_string().contains("has reclaimed"),
+            "node 3 does not know that it was reclaimed"
         );
         // That does not require node 7 to be back.
         let lenders = lenders_of_three(two)?;
-        ensure!(lenders.len() == 1, "its quarter is lent by {lenders:?}");
+        ensure!(lenders.len() == 1, "the lenders of its quarter are {lenders:?}");
         Ok(())
     })?;
     for other in [one, two, three] {
@@ -432,11 +446,11 @@ fn come_back_from_the_grave(lab: &Lab, restarted: bool) -> Result<()> {
 }
 
 #[test]
-fn a_live_node_that_was_reclaimed_gives_nothing_twice_when_it_comes_back() -> Result<()> {
-    in_lab(Lab::new("grave").hosts(4), |lab| come_back_from_the_grave(lab, false))
+fn a_node_reclaimed_alive_gives_no_address_twice_when_it_returns() -> Result<()> {
+    in_lab(Lab::new("grave").hosts(4), |lab| rejoin_after_reclaim(lab, false))
 }
 
 #[test]
-fn a_live_node_that_was_reclaimed_gives_nothing_twice_when_it_was_started_anew() -> Result<()> {
-    in_lab(Lab::new("grave-anew").hosts(4), |lab| come_back_from_the_grave(lab, true))
+fn a_node_reclaimed_alive_gives_no_address_twice_after_a_restart() -> Result<()> {
+    in_lab(Lab::new("grave-anew").hosts(4), |lab| rejoin_after_reclaim(lab, true))
 }

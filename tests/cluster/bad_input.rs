@@ -10,7 +10,7 @@ use lab::process::run_limited;
 use lab::{Host, Lab};
 
 use crate::cleanliness::ensure_clean;
-use crate::support::{PATIENCE, TOKEN, attached, in_lab, launch, list, targets};
+use crate::support::{TIMEOUT, TOKEN, attached, in_lab, launch, list, targets};
 
 /// Runs the command, which must fail with exactly this code and a line that contains each word, in
 /// upper or lower case.
@@ -156,7 +156,7 @@ fn impossible_attachments_are_refused_and_change_nothing() -> Result<()> {
 }
 
 #[test]
-fn a_state_directory_that_cannot_be_used_is_named() -> Result<()> {
+fn an_unusable_state_directory_is_named() -> Result<()> {
     in_lab(Lab::new("state").hosts(1), |lab| {
         let host = lab.host(1);
         let state = host.state_directory();
@@ -175,7 +175,7 @@ fn a_state_directory_that_cannot_be_used_is_named() -> Result<()> {
         assert_eq!(
             std::fs::read(&database)?,
             vec![0x5a; 8192],
-            "what is not understood is not touched"
+            "launch changed an unreadable database"
         );
         assert_eq!(host.daemon_pid(), None);
         assert_eq!(host.netns().interfaces()?, ["eth0"]);
@@ -188,7 +188,7 @@ fn a_state_directory_that_cannot_be_used_is_named() -> Result<()> {
 }
 
 #[test]
-fn who_is_not_root_is_told_to_be() -> Result<()> {
+fn commands_without_root_say_that_root_is_required() -> Result<()> {
     in_lab(Lab::new("nobody").hosts(1), |lab| {
         let host = lab.host(1);
         launch(lab, host)?;
@@ -212,7 +212,7 @@ fn who_is_not_root_is_told_to_be() -> Result<()> {
                 .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
                 .arg(&program)
                 .args(*words);
-            let complaint = run_limited(command, lab.folder(), PATIENCE)?.failure(1)?;
+            let complaint = run_limited(command, lab.folder(), TIMEOUT)?.failure(1)?;
             assert!(complaint.contains("root"), "{words:?}: {complaint}");
         }
         assert_eq!(host.status()?["node"]["id"], 1);
@@ -221,7 +221,7 @@ fn who_is_not_root_is_told_to_be() -> Result<()> {
 }
 
 #[test]
-fn forgetting_names_the_unknown_host() -> Result<()> {
+fn forget_names_the_unknown_host() -> Result<()> {
     in_lab(Lab::new("forget-unknown").hosts(1), |lab| {
         let host = lab.host(1);
         launch(lab, host)?;
@@ -232,7 +232,7 @@ fn forgetting_names_the_unknown_host() -> Result<()> {
 }
 
 #[test]
-fn the_api_refuses_nonsense_and_lives_on() -> Result<()> {
+fn the_api_refuses_malformed_requests_and_keeps_running() -> Result<()> {
     in_lab(Lab::new("api").hosts(1), |lab| {
         let host = lab.host(1);
         launch(lab, host)?;
@@ -269,8 +269,8 @@ fn the_api_refuses_nonsense_and_lives_on() -> Result<()> {
                 .with_context(|| format!("{method} {path} {body}"))?;
             assert!(codes.contains(&code), "{method} {path} {body}: {code} {answer}");
             let answer: serde_json::Value = serde_json::from_str(&answer)
-                .with_context(|| format!("{method} {path} {body}: {answer:?} is no JSON"))?;
-            let error = answer["error"].as_str().context("no error is named")?;
+                .with_context(|| format!("{method} {path} {body}: {answer:?} is not JSON"))?;
+            let error = answer["error"].as_str().context("the answer has no error")?;
             assert!(!error.is_empty() && !error.contains('\n'), "{error:?}");
         }
         // The daemon may close the connection before it has read everything.
@@ -284,7 +284,7 @@ fn the_api_refuses_nonsense_and_lives_on() -> Result<()> {
             b"POST /v1/connect HTTP/1.1\r\n\r\n",
         ] {
             let mut stream = UnixStream::connect(host.socket())?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(TIMEOUT))?;
             let _ = stream.write_all(garbage);
             let _ = stream.shutdown(std::net::Shutdown::Write);
             let _ = stream.read_to_end(&mut Vec::new());
@@ -297,7 +297,7 @@ fn the_api_refuses_nonsense_and_lives_on() -> Result<()> {
 }
 
 #[test]
-fn the_socket_is_roots_alone() -> Result<()> {
+fn only_root_can_access_the_socket_and_the_state() -> Result<()> {
     in_lab(Lab::new("modes").hosts(1), |lab| {
         let host = lab.host(1);
         launch(lab, host)?;

@@ -16,7 +16,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::support::{
-    PATIENCE, TOKEN, all_reach_all, counter, ensure_nothing_plain, in_lab, launch_all, one_each,
+    TIMEOUT, TOKEN, all_reach_all, counter, ensure_nothing_plain, in_lab, launch_all, one_each,
     serves, wait_for_sessions, wait_for_workers,
 };
 
@@ -28,7 +28,7 @@ const MEGABYTE: u64 = 1_000_000;
 
 fn workers(host: &Host) -> Result<Pid> {
     let status = host.status()?;
-    let pid = status["node"]["bulk"]["pid"].as_i64().context("no workers run")?;
+    let pid = status["node"]["bulk"]["pid"].as_i64().context("no workers are running")?;
     Ok(Pid::from_raw(i32::try_from(pid)?))
 }
 
@@ -71,7 +71,7 @@ fn steady_flow(containers: &[Container]) -> Result<TcpFlow> {
 
 /// Checks that a large flow arrives completely, that nothing of it is readable on the underlay, and
 /// that no worker drops anything. Returns the capture of the underlay.
-fn arrives_whole(lab: &Lab, containers: &[Container]) -> Result<Captured> {
+fn arrives_intact(lab: &Lab, containers: &[Container]) -> Result<Captured> {
     let capture = lab.capture()?;
     let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(50 * MEGABYTE + 7))?;
     assert_eq!(received.bytes, 50 * MEGABYTE + 7);
@@ -79,7 +79,7 @@ fn arrives_whole(lab: &Lab, containers: &[Container]) -> Result<Captured> {
     ensure_nothing_plain(&captured)?;
     ensure!(
         drops(lab.host(1))?.is_empty() && drops(lab.host(2))?.is_empty(),
-        "workers dropped something"
+        "workers dropped packets"
     );
     Ok(captured)
 }
@@ -87,104 +87,107 @@ fn arrives_whole(lab: &Lab, containers: &[Container]) -> Result<Captured> {
 fn goes_through_the_workers(builder: lab::Builder) -> Result<()> {
     with_workers(builder.hosts(2), |lab, containers| {
         let before = counter(lab.host(1), "bulk-sent")?;
-        let captured = arrives_whole(lab, containers)?;
+        let captured = arrives_intact(lab, containers)?;
         let sent = counter(lab.host(1), "bulk-sent")? - before;
-        ensure!(sent > 300, "the workers got {sent} packets only");
+        ensure!(sent > 300, "the workers got only {sent} packets");
         let bulk = captured.count(|packet| {
             packet.ip.is_some_and(|ip| ip.protocol == lab::pcap::UDP && ip.ports == (PORT, PORT))
         })?;
-        ensure!(bulk > 100, "{bulk} messages of the bulk path were captured");
+        ensure!(bulk > 100, "only {bulk} messages of the bulk path were captured");
         Ok(())
     })
 }
 
 #[test]
-fn a_large_flow_goes_through_the_workers_and_arrives_whole() -> Result<()> {
+fn a_large_flow_goes_through_the_workers_and_arrives_intact() -> Result<()> {
     goes_through_the_workers(Lab::new("bulk4"))
 }
 
 #[test]
-fn so_it_does_over_ipv6() -> Result<()> {
+fn a_large_flow_goes_through_the_workers_over_ipv6() -> Result<()> {
     goes_through_the_workers(Lab::new("bulk6").family(Family::V6))
 }
 
 #[test]
-fn and_over_a_jumbo_underlay_behind_a_router() -> Result<()> {
+fn a_large_flow_goes_through_the_workers_over_routed_jumbo_frames() -> Result<()> {
     goes_through_the_workers(Lab::new("bulk9000").routed().mtu(9000))
 }
 
 /// Turns segmentation offload off in the underlay, so that messages arrive one by one.
-fn one_by_one(lab: &Lab) -> Result<()> {
+fn disable_segmentation_offload(lab: &Lab) -> Result<()> {
     lab.stop_segmenting(false)
 }
 
 /// Checks that most messages then go into the receiving worker's receive ring.
-fn goes_through_the_inbox(builder: lab::Builder, options: &[&str]) -> Result<()> {
+fn goes_through_the_receive_ring(builder: lab::Builder, options: &[&str]) -> Result<()> {
     in_lab(builder.hosts(2), |lab| {
-        one_by_one(lab)?;
+        disable_segmentation_offload(lab)?;
         lab.hosts().iter().try_for_each(|host| launch_with(lab, host, options))?;
         let containers = one_each(lab)?;
         wait_for_workers(lab)?;
-        arrives_whole(lab, &containers)?;
+        arrives_intact(lab, &containers)?;
         let queued = counter(lab.host(2), "bulk-queued")?;
-        ensure!(queued > 50 * MEGABYTE / 1420 / 2, "{queued} messages only came by the inbox");
+        ensure!(
+            queued > 50 * MEGABYTE / 1420 / 2,
+            "only {queued} messages came through the receive ring"
+        );
         Ok(())
     })
 }
 
 #[test]
-fn messages_that_come_one_by_one_go_into_the_inbox() -> Result<()> {
-    goes_through_the_inbox(Lab::new("bulkone4"), &[])
+fn uncoalesced_messages_go_into_the_receive_ring() -> Result<()> {
+    goes_through_the_receive_ring(Lab::new("bulkone4"), &[])
 }
 
 #[test]
-fn so_they_do_over_ipv6() -> Result<()> {
-    goes_through_the_inbox(Lab::new("bulkone6").family(Family::V6), &["--bulk-workers", "3"])
+fn uncoalesced_messages_go_into_the_receive_ring_over_ipv6() -> Result<()> {
+    goes_through_the_receive_ring(Lab::new("bulkone6").family(Family::V6), &["--bulk-workers", "3"])
 }
 
 #[test]
-fn so_they_do_with_xdp() -> Result<()> {
-    goes_through_the_inbox(Lab::new("bulkonexdp"), &["--interface", "eth0", "--xdp"])
+fn uncoalesced_messages_go_into_the_receive_ring_with_xdp() -> Result<()> {
+    goes_through_the_receive_ring(Lab::new("bulkonexdp"), &["--interface", "eth0", "--xdp"])
 }
 
 /// Workers on either side are killed while they carry a flow. The flow continues in the programs at
 /// once, and in new workers later.
 #[test]
-fn killed_workers_cost_a_moment_and_no_connection() -> Result<()> {
+fn killed_workers_pause_flows_briefly_and_break_no_connection() -> Result<()> {
     workers_are_killed(Lab::new("bulkkill"), |_| Ok(()))
 }
 
 /// The messages in the killed workers' receive rings are lost as well.
 #[test]
-fn so_they_do_where_messages_come_one_by_one() -> Result<()> {
-    workers_are_killed(Lab::new("bulkonekill"), one_by_one)
+fn killed_workers_break_no_connection_with_uncoalesced_messages() -> Result<()> {
+    workers_are_killed(Lab::new("bulkonekill"), disable_segmentation_offload)
 }
 
 fn workers_are_killed(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) -> Result<()> {
-    beside_a_flow(builder, prepare, |lab, flow| {
+    during_a_flow(builder, prepare, |lab, flow| {
         for host in [lab.host(1), lab.host(2)] {
-            flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+            flow.wait_for(5 * MEGABYTE, TIMEOUT)?;
             let before = workers(host)?;
             kill(before, Signal::SIGKILL)?;
-            flow.wait_for(20 * MEGABYTE, PATIENCE)?;
-            eventually(PATIENCE, || {
-                ensure!(workers(host)? != before, "the killed workers are still told of");
+            flow.wait_for(20 * MEGABYTE, TIMEOUT)?;
+            eventually(TIMEOUT, || {
+                ensure!(workers(host)? != before, "status still shows the killed workers");
                 Ok(())
             })?;
             wait_for_workers(lab)?;
         }
         let bulk = counter(lab.host(1), "bulk-sent")?;
-        flow.wait_for(20 * MEGABYTE, PATIENCE)?;
+        flow.wait_for(20 * MEGABYTE, TIMEOUT)?;
         ensure!(
             counter(lab.host(1), "bulk-sent")? > bulk,
-            "the flow does not come back to the new workers"
+            "the flow does not return to the new workers"
         );
         Ok(())
     })
 }
 
 /// Runs `trouble` while the workers carry a flow, which must not stall for long.
-fn beside_a_flow(
+fn during_a_flow(
     builder: lab::Builder,
     prepare: fn(&Lab) -> Result<()>,
     trouble: fn(&Lab, &TcpFlow) -> Result<()>,
@@ -195,32 +198,35 @@ fn beside_a_flow(
         trouble(lab, &flow)?;
         let received = flow.stop()?;
         // 100 ms, and then the time that TCP needs to notice and to retransmit.
-        ensure!(received.longest_pause < Duration::from_secs(2), "it stood still: {received:?}");
+        ensure!(
+            received.longest_pause < Duration::from_secs(2),
+            "the flow paused for too long: {received:?}"
+        );
         Ok(())
     })
 }
 
 /// Stopped processes neither respond nor exit.
 #[test]
-fn workers_that_hang_cost_a_moment_and_no_connection() -> Result<()> {
+fn hanging_workers_pause_flows_briefly_and_break_no_connection() -> Result<()> {
     workers_are_stopped(Lab::new("bulkstop"), |_| Ok(()))
 }
 
 /// Their receive rings fill up in the meantime.
 #[test]
-fn so_do_those_to_which_messages_come_one_by_one() -> Result<()> {
-    workers_are_stopped(Lab::new("bulkonestop"), one_by_one)
+fn hanging_workers_break_no_connection_with_uncoalesced_messages() -> Result<()> {
+    workers_are_stopped(Lab::new("bulkonestop"), disable_segmentation_offload)
 }
 
 fn workers_are_stopped(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) -> Result<()> {
-    beside_a_flow(builder, prepare, |lab, flow| {
+    during_a_flow(builder, prepare, |lab, flow| {
         for host in [lab.host(1), lab.host(2)] {
-            flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+            flow.wait_for(5 * MEGABYTE, TIMEOUT)?;
             let pid = workers(host)?;
             kill(pid, Signal::SIGSTOP)?;
-            flow.wait_for(20 * MEGABYTE, PATIENCE)?;
+            flow.wait_for(20 * MEGABYTE, TIMEOUT)?;
             kill(pid, Signal::SIGCONT)?;
-            flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+            flow.wait_for(5 * MEGABYTE, TIMEOUT)?;
             wait_for_workers(lab)?;
         }
         Ok(())
@@ -229,21 +235,21 @@ fn workers_are_stopped(builder: lab::Builder, prepare: fn(&Lab) -> Result<()>) -
 
 /// Workers are a process of their own, and the next daemon finds them running.
 #[test]
-fn a_killed_daemon_costs_the_workers_nothing() -> Result<()> {
+fn workers_survive_a_killed_daemon() -> Result<()> {
     with_workers(Lab::new("bulkdaemon").hosts(2), |lab, containers| {
         let before = lab.hosts().iter().map(workers).collect::<Result<Vec<_>>>()?;
         let flow = steady_flow(containers)?;
-        flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+        flow.wait_for(5 * MEGABYTE, TIMEOUT)?;
         for host in lab.hosts() {
             host.kill_daemon()?;
-            flow.wait_for(20 * MEGABYTE, PATIENCE)?;
+            flow.wait_for(20 * MEGABYTE, TIMEOUT)?;
             host.overnode(&["resume"])?.success()?;
-            flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+            flow.wait_for(5 * MEGABYTE, TIMEOUT)?;
         }
         let received = flow.stop()?;
         ensure!(
             received.longest_pause < Duration::from_millis(500),
-            "it stood still: {received:?}"
+            "the flow paused for too long: {received:?}"
         );
         assert_eq!(lab.hosts().iter().map(workers).collect::<Result<Vec<_>>>()?, before);
         wait_for_workers(lab)?;
@@ -263,7 +269,7 @@ fn a_killed_daemon_costs_the_workers_nothing() -> Result<()> {
 
 /// A firewall drops UDP port 6783, first from the beginning, then in the middle of a flow.
 #[test]
-fn where_the_port_is_closed_the_programs_do_it_all() -> Result<()> {
+fn flows_stay_in_the_programs_while_the_bulk_port_is_closed() -> Result<()> {
     in_lab(Lab::new("bulkwall").hosts(2), |lab| {
         let wall = |rule: &str| {
             let host = lab.host(2).netns();
@@ -281,17 +287,23 @@ fn where_the_port_is_closed_the_programs_do_it_all() -> Result<()> {
         assert_eq!(counter(lab.host(1), "bulk-sent")?, 0);
 
         lab.host(2).netns().run("nft", &["flush", "chain", "inet", "wall", "in"])?;
-        eventually(4 * PATIENCE, || {
-            ensure!(serves(lab.host(1))? && serves(lab.host(2))?, "the open port is not noticed");
+        eventually(4 * TIMEOUT, || {
+            ensure!(
+                serves(lab.host(1))? && serves(lab.host(2))?,
+                "the workers do not notice the open port"
+            );
             Ok(())
         })?;
         let flow = steady_flow(&containers)?;
-        flow.wait_for(5 * MEGABYTE, PATIENCE)?;
+        flow.wait_for(5 * MEGABYTE, TIMEOUT)?;
         ensure!(counter(lab.host(1), "bulk-sent")? > 0, "the flow stays in the programs");
         wall(closed)?;
-        flow.wait_for(20 * MEGABYTE, PATIENCE)?;
+        flow.wait_for(20 * MEGABYTE, TIMEOUT)?;
         let received = flow.stop()?;
-        ensure!(received.longest_pause < Duration::from_secs(2), "it stood still: {received:?}");
+        ensure!(
+            received.longest_pause < Duration::from_secs(2),
+            "the flow paused for too long: {received:?}"
+        );
         Ok(())
     })
 }
@@ -379,9 +391,16 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
         let malformed = counter(lab.host(2), "malformed")? - malformed;
         assert!(malformed > 0, "{malformed}");
         assert_eq!(more(&["malformed"]) + malformed, truncated, "{after:?}");
-        assert_eq!(counter(lab.host(2), "bulk-received")?, delivered, "something was delivered");
+        assert_eq!(
+            counter(lab.host(2), "bulk-received")?,
+            delivered,
+            "a hostile datagram was delivered"
+        );
         let queued = counter(lab.host(2), "bulk-queued")? - queued;
-        ensure!(queued > messages.len() as u64, "{queued} of them only came by the inbox");
+        ensure!(
+            queued > messages.len() as u64,
+            "only {queued} of them came through the receive ring"
+        );
         let received = flow::tcp(&containers[0], &containers[1], Amount::Bytes(20 * MEGABYTE))?;
         assert_eq!(received.bytes, 20 * MEGABYTE);
         Ok(())
@@ -389,7 +408,7 @@ fn hostile_datagrams_are_dropped_and_counted() -> Result<()> {
 }
 
 #[test]
-fn a_node_without_workers_works_with_one_that_has_some() -> Result<()> {
+fn a_node_without_workers_works_with_one_that_has_them() -> Result<()> {
     in_lab(Lab::new("bulkoff").hosts(2), |lab| {
         launch_with(lab, lab.host(1), &["--bulk", "off"])?;
         launch_with(lab, lab.host(2), &["--bulk", "aes", "--bulk-workers", "3"])?;
@@ -418,7 +437,7 @@ fn a_node_without_workers_works_with_one_that_has_some() -> Result<()> {
 /// One side has more workers than the other, and several flows go both ways. Each side chose its
 /// own cipher.
 #[test]
-fn different_numbers_of_workers_and_ciphers_go_together() -> Result<()> {
+fn different_numbers_of_workers_and_ciphers_work_together() -> Result<()> {
     in_lab(Lab::new("bulkmany").hosts(2), |lab| {
         for (host, bulk, workers) in [(lab.host(1), "chacha", "3"), (lab.host(2), "aes", "2")] {
             launch_with(lab, host, &["--bulk", bulk, "--bulk-workers", workers])?;
@@ -443,7 +462,7 @@ fn different_numbers_of_workers_and_ciphers_go_together() -> Result<()> {
                 .flatten()
                 .map(|peer| &peer["data"]["bulk"])
                 .find(|bulk| bulk.is_object())
-                .context("no workers")?;
+                .context("no bulk path to the peer")?;
             assert_eq!(bulk["cipher"], cipher);
             for bytes in ["tx_bytes", "rx_bytes"] {
                 ensure!(
@@ -464,7 +483,7 @@ fn sysctl(container: &Container, name: &str, value: &str) -> Result<()> {
 /// Tries TCP with and without timestamps, window scaling, SACK and ECN, with small segments, and
 /// over a lossy underlay.
 #[test]
-fn tcp_of_every_kind_arrives_whole() -> Result<()> {
+fn tcp_with_every_option_arrives_intact() -> Result<()> {
     with_workers(Lab::new("bulktcp").hosts(2), |lab, containers| {
         let [one, two] = containers else { unreachable!("two were made") };
         let both =
@@ -531,14 +550,14 @@ fn tcp_of_every_kind_arrives_whole() -> Result<()> {
 /// The flow has bursts and pauses, so that it changes its path repeatedly. It also has writes of
 /// all sizes and urgent bytes.
 #[test]
-fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
+fn a_bursty_flow_stays_in_order() -> Result<()> {
     with_workers(Lab::new("bulkburst").hosts(2), |lab, containers| {
         let [one, two] = containers else { unreachable!("two were made") };
         let amount = Amount::Bytes(40 * MEGABYTE + 1);
         let received = TcpFlow::start_as(one, two, amount, Manner::Moody(7))?.finish()?;
         assert_eq!(received.bytes, 40 * MEGABYTE + 1);
         ensure!(counter(lab.host(1), "bulk-sent")? > 100, "the bursts stayed in the programs");
-        ensure!(counter(lab.host(1), "sealed")? > 100, "the programs had nothing");
+        ensure!(counter(lab.host(1), "sealed")? > 100, "the programs sealed too little");
         Ok(())
     })
 }
@@ -546,7 +565,7 @@ fn a_flow_that_comes_and_goes_stays_in_order() -> Result<()> {
 /// Messages of both paths are lost, duplicated or delayed. TCP recovers the missing data, and there
 /// is no other effect.
 #[test]
-fn a_rough_underlay_spoils_nothing() -> Result<()> {
+fn a_rough_underlay_corrupts_nothing() -> Result<()> {
     with_workers(Lab::new("bulkrough").hosts(2), |lab, containers| {
         let [one, two] = containers else { unreachable!("two were made") };
         let roughness =
@@ -564,10 +583,14 @@ fn a_rough_underlay_spoils_nothing() -> Result<()> {
         let done = wire.done();
         ensure!(
             done.lost > 10 && done.doubled > 50 && done.late > 50,
-            "the wire was not rough: {done:?}"
+            "the underlay was not rough: {done:?}"
         );
         for host in lab.hosts() {
-            ensure!(counter(host, "bulk-sent")? > 100, "the workers of {} had nothing", host.name);
+            ensure!(
+                counter(host, "bulk-sent")? > 100,
+                "the workers of {} sent too little",
+                host.name
+            );
         }
         // The replay windows drop the duplicates but not the delayed messages.
         let drops = [drops(lab.host(1))?, drops(lab.host(2))?];
@@ -586,7 +609,7 @@ fn a_rough_underlay_spoils_nothing() -> Result<()> {
 
 /// Workers that are unreachable because their socket is gone are found through their devices.
 #[test]
-fn reset_ends_workers_that_nobody_can_speak_with() -> Result<()> {
+fn reset_ends_unreachable_workers() -> Result<()> {
     in_lab(Lab::new("bulkstray").hosts(2), |lab| {
         launch_all(lab)?;
         wait_for_workers(lab)?;
@@ -597,8 +620,8 @@ fn reset_ends_workers_that_nobody_can_speak_with() -> Result<()> {
         std::fs::remove_dir_all(host.run_directory())?;
         host.overnode(&["reset", "--force"])?.success()?;
         assert_eq!(host.remains()?, Vec::<String>::new());
-        eventually(PATIENCE, || {
-            ensure!(kill(pid, None).is_err(), "the workers run on");
+        eventually(TIMEOUT, || {
+            ensure!(kill(pid, None).is_err(), "the workers still run");
             Ok(())
         })
     })

@@ -14,14 +14,14 @@ use overnode_ebpf::map::Peer;
 use serde_json::Value;
 
 use crate::spoofing;
-use crate::support::{PATIENCE, in_lab, launch_containers};
+use crate::support::{TIMEOUT, in_lab, launch_containers};
 
 /// Length in bytes, including the IP header, of the longest packet that bypasses the offload veth.
 const SMALL: usize = 255;
 const HEADERS: usize = 28;
 
 #[test]
-fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
+fn small_packets_are_completed_without_the_offload_veth() -> Result<()> {
     in_lab(Lab::new("checksums").hosts(2), |lab| {
         for host in lab.hosts() {
             // If the kernel still expected a partial checksum, it would complete it here, in the
@@ -36,61 +36,66 @@ fn small_packets_are_finished_without_the_normaliser() -> Result<()> {
             &["-i", "overnode0", "-Q", "in", "tcp or udp"],
         )?;
 
-        let before = normalised(lab.host(1))?;
+        let before = offload_out(lab.host(1))?;
         let datagrams = send_datagrams(one, far, 0..=SMALL - HEADERS)?;
-        let through = normalised(lab.host(1))? - before;
+        let through = offload_out(lab.host(1))? - before;
         // The daemon's probes and keepalives also go through the veth.
-        ensure!(through < datagrams / 4, "{through} packets went through the normaliser");
+        ensure!(through < datagrams / 4, "{through} packets went through the offload veth");
         let larger = send_datagrams(one, far, SMALL - HEADERS + 1..=1392)?;
-        let through = normalised(lab.host(1))? - before;
+        let through = offload_out(lab.host(1))? - before;
         ensure!(
             through >= larger,
-            "{through} of {larger} large packets went through the normaliser"
+            "{through} of {larger} large packets went through the offload veth"
         );
         echo(one, far)?;
 
         let captured = capture.stop()?;
-        ensure!(captured.missed == 0, "the capture has lost {} packets", captured.missed);
+        ensure!(captured.missed == 0, "the capture missed {} packets", captured.missed);
         let mut seen = [0, 0];
         for packet in captured.packets()? {
             let Some(ip) = packet.ip else { continue };
             let right = checksum_is_right(&packet)?;
             ensure!(
                 right,
-                "a wrong checksum in {} bytes of protocol {}",
+                "wrong checksum in a packet of {} bytes, protocol {}",
                 packet.network.len(),
                 ip.protocol
             );
             seen[usize::from(ip.protocol == UDP)] += 1;
         }
-        ensure!(seen[1] == datagrams + larger, "{} of {} datagrams", seen[1], datagrams + larger);
-        ensure!(seen[0] > ECHOES, "{} segments", seen[0]);
+        ensure!(
+            seen[1] == datagrams + larger,
+            "only {} of {} datagrams were captured",
+            seen[1],
+            datagrams + larger
+        );
+        ensure!(seen[0] > ECHOES, "only {} segments were captured", seen[0]);
         Ok(())
     })
 }
 
 /// Small packets must not overtake those that are still in the offload veth.
 #[test]
-fn small_packets_follow_others_through_the_normaliser() -> Result<()> {
+fn small_packets_do_not_overtake_others_in_the_offload_veth() -> Result<()> {
     in_lab(Lab::new("following").hosts(2), |lab| {
         let containers = launch_containers(lab)?;
         let [one, far] = &containers[..] else { unreachable!() };
         let pin = lab::cleanup::pins_of(&lab.host(1).state_directory())?.join("maps/PEERS");
         let mut peers = Array::<_, Peer>::try_from(Map::Array(MapData::from_pin(pin)?))?;
-        let mut through = |normalising_ns: u64| -> Result<usize> {
+        let mut through = |offload_last_ns: u64| -> Result<usize> {
             let peer = peers.get(&2, 0)?;
             let waiting =
-                Peer { normalising: peer.normalised.wrapping_add(1), normalising_ns, ..peer };
+                Peer { offload_in: peer.offload_out.wrapping_add(1), offload_last_ns, ..peer };
             peers.set(2, waiting, 0)?;
-            let before = normalised(lab.host(1))?;
+            let before = offload_out(lab.host(1))?;
             send_datagrams(one, far, 0..100)?;
-            Ok(normalised(lab.host(1))? - before)
+            Ok(offload_out(lab.host(1))? - before)
         };
         let waiting = through(u64::MAX / 2)?;
-        ensure!(waiting >= 100, "only {waiting} packets have followed");
+        ensure!(waiting >= 100, "only {waiting} packets followed through the offload veth");
         // A packet that never leaves the veth, because it was lost, is not waited for.
         let lost = through(0)?;
-        ensure!(lost < 50, "{lost} packets have waited for one that was lost");
+        ensure!(lost < 50, "{lost} packets waited for a lost one");
         Ok(())
     })
 }
@@ -98,7 +103,7 @@ fn small_packets_follow_others_through_the_normaliser() -> Result<()> {
 /// Only the sender knows the position of a partial checksum. If it is neither TCP's nor UDP's, the
 /// kernel completes it.
 #[test]
-fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
+fn a_checksum_at_an_unusual_offset_is_completed_there() -> Result<()> {
     const START: usize = 14 + 20 + 8 + 2;
     const OFFSET: usize = 4;
     const SEED: [u8; 2] = [0x12, 0x34];
@@ -110,9 +115,9 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
             spoofing::datagram(spoofing::own_mac(one)?, gateway, one.address(), far.address());
         frame[START + OFFSET..][..2].copy_from_slice(&SEED);
         let target = far.address();
-        let inbox = far.netns().enter(move || Ok(UdpSocket::bind((target, 5001))?))?;
-        inbox.set_read_timeout(Some(PATIENCE))?;
-        Injector::open(one.netns(), "overnode0")?.send_unfinished(
+        let ring = far.netns().enter(move || Ok(UdpSocket::bind((target, 5001))?))?;
+        ring.set_read_timeout(Some(TIMEOUT))?;
+        Injector::open(one.netns(), "overnode0")?.send_partial_checksum(
             &frame,
             START as u16,
             OFFSET as u16,
@@ -122,7 +127,7 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
         let sum = checksum(&[&frame[START..]]);
         expected[START - 42 + OFFSET..][..2].copy_from_slice(&sum.to_be_bytes());
         let mut buffer = [0; 2048];
-        let (length, _) = inbox.recv_from(&mut buffer)?;
+        let (length, _) = ring.recv_from(&mut buffer)?;
         ensure!(
             buffer[..length] == expected,
             "{:02x?} instead of {expected:02x?}",
@@ -135,7 +140,7 @@ fn a_checksum_elsewhere_in_the_packet_is_finished_there() -> Result<()> {
 /// The partial checksum belongs to the inner packet. Completing the outer one would leave the inner
 /// one wrong.
 #[test]
-fn a_tunnel_of_the_containers_own_works() -> Result<()> {
+fn a_tunnel_between_containers_works() -> Result<()> {
     in_lab(Lab::new("nested").hosts(2), |lab| {
         let containers = launch_containers(lab)?;
         let [one, far] = &containers[..] else { unreachable!() };
@@ -152,7 +157,7 @@ fn a_tunnel_of_the_containers_own_works() -> Result<()> {
                 container.set_address(Some(address.parse()?));
             }
             let attempt = || -> Result<()> {
-                one.reach(far.address(), PATIENCE)?;
+                one.reach(far.address(), TIMEOUT)?;
                 send_datagrams(one, far, 0..=400)?;
                 echo(one, far)?;
                 flow::tcp(one, far, Amount::Bytes(1_000_003))?;
@@ -168,7 +173,7 @@ fn a_tunnel_of_the_containers_own_works() -> Result<()> {
 }
 
 /// Returns the number of packets that the host's node sent into the offload veth.
-fn normalised(host: &Host) -> Result<usize> {
+fn offload_out(host: &Host) -> Result<usize> {
     let links: Value = serde_json::from_str(&host.netns().ip(&[
         "-json",
         "-statistics",
@@ -189,13 +194,13 @@ fn send_datagrams(
     lengths: impl Iterator<Item = usize>,
 ) -> Result<usize> {
     let (source, target) = (from.address(), to.address());
-    let inbox = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
+    let ring = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
     let outbox = from.netns().enter(move || Ok(UdpSocket::bind((source, 0))?))?;
-    outbox.connect(inbox.local_addr()?)?;
-    inbox.set_read_timeout(Some(PATIENCE))?;
-    let (SocketAddr::V4(from), SocketAddr::V4(to)) = (outbox.local_addr()?, inbox.local_addr()?)
+    outbox.connect(ring.local_addr()?)?;
+    ring.set_read_timeout(Some(TIMEOUT))?;
+    let (SocketAddr::V4(from), SocketAddr::V4(to)) = (outbox.local_addr()?, ring.local_addr()?)
     else {
-        bail!("the overlay has IPv4 addresses")
+        bail!("the overlay must have IPv4 addresses")
     };
     let mut sent = 0;
     let mut buffer = [0; 2048];
@@ -211,8 +216,8 @@ fn send_datagrams(
         for payload in [Some(plain), special].into_iter().flatten() {
             outbox.send(&payload)?;
             let (received, _) =
-                inbox.recv_from(&mut buffer).with_context(|| format!("{length} bytes"))?;
-            ensure!(buffer[..received] == payload, "{length} bytes arrived as others");
+                ring.recv_from(&mut buffer).with_context(|| format!("{length} bytes"))?;
+            ensure!(buffer[..received] == payload, "{length} bytes arrived changed");
             sent += 1;
         }
     }
@@ -232,14 +237,14 @@ fn echo(from: &Container, to: &Container) -> Result<()> {
     let (mut server, _) = listener.accept()?;
     for end in [&client, &server] {
         end.set_nodelay(true)?;
-        end.set_read_timeout(Some(PATIENCE))?;
+        end.set_read_timeout(Some(TIMEOUT))?;
     }
     let mut buffer = [0; ECHOES];
     for length in 1..=ECHOES {
         let message: Vec<u8> = (0..length).map(|place| (place * 3 + length) as u8).collect();
         client.write_all(&message)?;
         server.read_exact(&mut buffer[..length])?;
-        ensure!(buffer[..length] == message, "{length} bytes arrived as others");
+        ensure!(buffer[..length] == message, "{length} bytes arrived changed");
         server.write_all(&message)?;
         client.read_exact(&mut buffer[..length])?;
     }
@@ -264,7 +269,7 @@ fn checksum_is_right(packet: &Packet<'_>) -> Result<bool> {
     let (protocol, transport) = (network[9], &network[20..total]);
     ensure!(
         network[0] == 0x45 && (protocol == TCP || protocol == UDP),
-        "no plain packet: {network:02x?}"
+        "not a plain IPv4 packet: {network:02x?}"
     );
     // A datagram without a checksum would pass the calculation as well.
     let has_one = protocol == TCP || transport[6..8] != [0, 0];

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, attached, dns_interface, in_lab, launch, launch_containers, list,
+    MILLISECOND, TIMEOUT, TOKEN, attached, dns_interface, in_lab, launch, launch_containers, list,
 };
 
 /// Time within which orphans are removed. The daemon searches for them every minute, but usually an
@@ -28,7 +28,10 @@ fn reset_leaves_nothing() -> Result<()> {
     in_lab(Lab::new("reset").hosts(2), |lab| {
         let containers = launch_containers(lab)?;
         let host = lab.host(1);
-        assert!(!host.remains()?.is_empty() && !host.pins()?.is_empty(), "the node made nothing?");
+        assert!(
+            !host.remains()?.is_empty() && !host.pins()?.is_empty(),
+            "the node created nothing"
+        );
         let complaint = host.overnode(&["reset"])?.failure(1)?;
         assert!(complaint.contains(&containers[0].target()), "{complaint}");
         assert!(complaint.contains("--force"), "{complaint}");
@@ -62,7 +65,7 @@ fn reset_works_on_a_node_that_is_not_running() -> Result<()> {
 }
 
 #[test]
-fn one_nodes_reset_does_not_disturb_another_of_the_same_machine() -> Result<()> {
+fn resetting_a_node_does_not_disturb_others_on_the_machine() -> Result<()> {
     in_lab(Lab::new("apart").hosts(3), |lab| {
         let containers = launch_containers(lab)?;
         let pings = lab::ping::Pinging::start(
@@ -116,7 +119,7 @@ fn wait_until_nothing_is_attached(host: &Host) -> Result<()> {
             name.starts_with("ov") && !name.starts_with("ovn") && **name != dns_interface(host)
         };
         let left: Vec<_> = interfaces.iter().filter(is_of_a_container).collect();
-        ensure!(left.is_empty(), "still there: {left:?}");
+        ensure!(left.is_empty(), "interfaces are left: {left:?}");
         Ok(())
     })
 }
@@ -174,28 +177,25 @@ fn a_failed_attach_leaves_nothing() -> Result<()> {
             .as_array()
             .and_then(|owners| owners.iter().find(|it| it["id"] == 1));
         let active = own.context("the node owns nothing")?["active"].clone();
-        assert_eq!(active, 1, "the address of the failed try was not given back");
+        assert_eq!(active, 1, "the address of the failed attach was not released");
         Ok(())
     })
 }
 
 #[test]
-fn what_a_node_left_is_removed_when_its_state_is_gone() -> Result<()> {
+fn leftovers_of_a_node_are_removed_when_its_state_is_gone() -> Result<()> {
     in_lab(Lab::new("stateless").hosts(1), |lab| {
         let host = lab.host(1);
         launch(lab, host)?;
         let container = attached(host, "c")?;
         host.kill_daemon()?;
         std::fs::remove_dir_all(host.state_directory())?;
-        assert!(!host.pins()?.is_empty(), "nothing is left to be removed");
+        assert!(!host.pins()?.is_empty(), "nothing is left to remove");
         let _daemon = lab::background::Background::start(host.command("overnoded")?)?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             ensure!(host.pins()?.is_empty(), "still pinned: {:?}", host.pins()?);
             ensure!(host.netns().interfaces()? == [host.interface()], "interfaces are left");
-            ensure!(
-                container.netns().interfaces()?.is_empty(),
-                "the container is still plugged in"
-            );
+            ensure!(container.netns().interfaces()?.is_empty(), "the container is still attached");
             Ok(())
         })
     })

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use lab::{Host, Lab};
 
 use crate::cleanliness::ensure_clean;
-use crate::support::{PATIENCE, TOKEN, attached, in_lab, list};
+use crate::support::{TIMEOUT, TOKEN, attached, in_lab, list};
 
 /// An upper limit for the number of steps.
 const LIMIT: usize = 100;
@@ -25,7 +25,7 @@ fn launch_and_die(host: &Host, step: usize) -> Result<bool> {
         &[("OVERNODE_KILL_AT", &step)],
     )?;
     if outcome.status.success() {
-        ensure!(host.daemon_pid().is_some(), "launch succeeded and no daemon runs");
+        ensure!(host.daemon_pid().is_some(), "launch succeeded but no daemon runs");
         return Ok(false);
     }
     // The command cleans up after the daemon with the same steps, so it may also have
@@ -33,7 +33,7 @@ fn launch_and_die(host: &Host, step: usize) -> Result<bool> {
     if outcome.status.signal() != Some(libc::SIGKILL) {
         outcome.failure(1)?;
     }
-    ensure!(host.daemon_pid().is_none(), "the daemon lives on");
+    ensure!(host.daemon_pid().is_none(), "the daemon still runs");
     Ok(true)
 }
 
@@ -47,15 +47,15 @@ fn at_every_step(name: &str, repair: impl Fn(&Host) -> Result<()>) -> Result<()>
             steps += 1;
             repair(host).with_context(|| format!("killed after step {steps} of launch"))?;
             ensure_clean(host).with_context(|| format!("killed after step {steps} of launch"))?;
-            ensure!(steps < LIMIT, "launch never ends");
+            ensure!(steps < LIMIT, "launch has too many steps");
         }
-        ensure!(steps >= LEAST, "only {steps} steps: is OVERNODE_KILL_AT honoured?");
+        ensure!(steps >= LEAST, "only {steps} steps: does the daemon support OVERNODE_KILL_AT?");
         Ok(())
     })
 }
 
 #[test]
-fn resetting_again_completes_what_a_killed_reset_left() -> Result<()> {
+fn resetting_again_completes_a_killed_reset() -> Result<()> {
     in_lab(Lab::new("crash-in-reset").hosts(1), |lab| {
         let host = lab.host(1);
         let mut killed = 0;
@@ -87,12 +87,12 @@ fn resetting_again_completes_what_a_killed_reset_left() -> Result<()> {
             let left = container.netns().interfaces()?;
             ensure!(left.is_empty(), "killed after step {step}: {left:?} is left in the container");
         }
-        bail!("reset never ends")
+        bail!("reset has too many steps")
     })
 }
 
 #[test]
-fn reset_removes_what_a_killed_launch_left() -> Result<()> {
+fn reset_removes_the_remains_of_a_killed_launch() -> Result<()> {
     at_every_step("crash-reset", |host| {
         // If the identity was not on disk yet, there may be nothing to reset.
         let outcome = host.overnode(&["reset"])?;
@@ -101,7 +101,7 @@ fn reset_removes_what_a_killed_launch_left() -> Result<()> {
 }
 
 #[test]
-fn launching_again_completes_what_a_killed_launch_left() -> Result<()> {
+fn launching_again_completes_a_killed_launch() -> Result<()> {
     at_every_step("crash-launch", |host| {
         host.overnode(&["launch", "--id", "1", "--token", TOKEN])?.success()?;
         let container = attached(host, "c")?;
@@ -114,7 +114,7 @@ fn launching_again_completes_what_a_killed_launch_left() -> Result<()> {
 /// Kills the daemon after each step of `attach` and of `detach`. The restarted node must know the
 /// actual state and continue from there.
 #[test]
-fn attaching_and_detaching_again_complete_what_a_kill_left() -> Result<()> {
+fn repeating_a_killed_attach_or_detach_completes_it() -> Result<()> {
     in_lab(Lab::new("crash-attach").hosts(1), |lab| {
         let host = lab.host(1);
         let (mut in_attach, mut in_detach) = (0, 0);
@@ -142,7 +142,7 @@ fn attaching_and_detaching_again_complete_what_a_kill_left() -> Result<()> {
                 let plugged_in = container.netns().interfaces()?;
                 ensure!(
                     is_attached != plugged_in.is_empty(),
-                    "attached: {is_attached}, has {plugged_in:?}"
+                    "attached: {is_attached}, interfaces: {plugged_in:?}"
                 );
                 if is_attached {
                     host.detach(&container)?;
@@ -150,21 +150,21 @@ fn attaching_and_detaching_again_complete_what_a_kill_left() -> Result<()> {
                 // The first address is free again, and an attachment with a chosen address works
                 // completely.
                 host.overnode(&["attach", &target, "--ip", "10.32.0.9/12"])?.success()?;
-                let neighbour = host.container("n")?;
-                host.attach(&neighbour, &[])?;
-                neighbour.reach("10.32.0.9".parse()?, PATIENCE)?;
+                let neighbor = host.container("n")?;
+                host.attach(&neighbor, &[])?;
+                neighbor.reach("10.32.0.9".parse()?, TIMEOUT)?;
                 host.detach(&container)?;
                 ensure!(
                     container.netns().interfaces()?.is_empty(),
-                    "detached, and still plugged in"
+                    "detached but still plugged in"
                 );
-                host.detach(&neighbour)?;
+                host.detach(&neighbor)?;
                 host.overnode(&["reset"])?.success()?;
                 ensure_clean(host)
             };
             repair().with_context(|| format!("killed after step {step}"))?;
             *(if attached { &mut in_detach } else { &mut in_attach }) += 1;
         }
-        bail!("detach never ends")
+        bail!("detach has too many steps")
     })
 }

@@ -42,12 +42,14 @@ pub fn check(dashboard: &Value, told: &Told) -> Result<()> {
         check_one(expression, legend, told).with_context(|| expression.to_owned())?;
         checked += 1;
     }
-    ensure!(checked >= panels.len(), "panels without an expression");
+    ensure!(checked >= panels.len(), "a panel has no expression");
     let variables = dashboard["templating"]["list"].as_array().into_iter().flatten();
     for query in variables.filter(|it| it["type"] == "query").filter_map(|it| it["query"].as_str())
     {
         let inside = query.strip_prefix("label_values(").and_then(|rest| rest.strip_suffix(')'));
-        let (metric, label) = inside.and_then(|it| it.split_once(", ")).context("another query")?;
+        let (metric, label) = inside
+            .and_then(|it| it.split_once(", "))
+            .context("not a label_values query with a label")?;
         check_one(&format!("sum by ({label}) ({metric})"), "", told)?;
     }
     Ok(())
@@ -76,24 +78,24 @@ fn check_one(expression: &str, legend: &str, told: &Told) -> Result<()> {
                 }
                 known.extend(labels.keys().cloned());
             } else {
-                ensure!(WORDS.contains(&word), "{word} is not told");
+                ensure!(WORDS.contains(&word), "{word} is not exported");
             }
         } else if next == '[' {
-            let end = tokens.0.find(']').context("[ without ]")?;
+            let end = tokens.0.find(']').context("unmatched [")?;
             tokens.0 = &tokens.0[end + 1..];
         } else {
             depth += i32::from(next == '(') - i32::from(next == ')');
-            ensure!(depth >= 0 && "()+-*/=<>!.0123456789".contains(next), "{next} is not expected");
+            ensure!(depth >= 0 && "()+-*/=<>!.0123456789".contains(next), "unexpected {next}");
             tokens.skip(1);
         }
     }
-    ensure!(depth == 0, "( without )");
+    ensure!(depth == 0, "unmatched (");
     let unknown: Vec<_> = grouped.difference(&known).collect();
-    ensure!(unknown.is_empty(), "{unknown:?} are labels of nothing here");
+    ensure!(unknown.is_empty(), "no metric here has the labels {unknown:?}");
     let shown = if grouped.is_empty() { &known } else { &grouped };
     for part in legend.split("{{").skip(1) {
         let label = part.split("}}").next().unwrap_or_default();
-        ensure!(shown.contains(label), "the legend has {label:?}, which the result does not have");
+        ensure!(shown.contains(label), "the legend uses {label:?}, which the result does not have");
     }
     Ok(())
 }
@@ -150,7 +152,7 @@ impl<'a> Tokens<'a> {
             let operator = operator.context("no operator")?;
             self.skip(operator.len());
             ensure!(self.take('"'), "no value");
-            let Some(end) = self.0.find('"') else { bail!("a value without end") };
+            let Some(end) = self.0.find('"') else { bail!("unterminated value") };
             matchers.push((label, operator, self.0[..end].to_owned()));
             self.skip(end + 1);
             self.take(',');
@@ -160,7 +162,7 @@ impl<'a> Tokens<'a> {
 }
 
 #[test]
-fn what_a_dashboard_shows_wrongly_is_found() -> Result<()> {
+fn wrong_dashboard_expressions_are_found() -> Result<()> {
     let series = [
         "overnode_x_total{peer=\"2\",kind=\"a\"}",
         "overnode_x_total{peer=\"3\",kind=\"b\"}",
@@ -189,7 +191,7 @@ fn what_a_dashboard_shows_wrongly_is_found() -> Result<()> {
         ("sum by (instance) (overnode_x_total)", "{{peer}}"),
         ("overnode_x_total{kind=a}", ""),
     ] {
-        ensure!(check_one(bad, legend, &told).is_err(), "{bad} is taken");
+        ensure!(check_one(bad, legend, &told).is_err(), "{bad} is accepted");
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ use lab::{Container, Host, Lab, eventually};
 use serde_json::Value;
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, attached, dns_interface, in_lab, launch, launch_all,
+    MILLISECOND, TIMEOUT, TOKEN, attached, dns_interface, in_lab, launch, launch_all,
 };
 
 /// Result of a query.
@@ -91,14 +91,14 @@ fn containers_find_each_other_by_name() -> Result<()> {
         let there = named(two, "w2", "web.overnode.local")?;
         let client = attached(one, "client")?;
         let both = [here.address(), there.address()];
-        wait_for(one, &client, "web.overnode.local", &both, PATIENCE)?;
-        wait_for(two, &there, "web.weave.local", &both, PATIENCE)?;
+        wait_for(one, &client, "web.overnode.local", &both, TIMEOUT)?;
+        wait_for(two, &there, "web.weave.local", &both, TIMEOUT)?;
 
         let mut firsts = BTreeSet::new();
         for _ in 0..40 {
             firsts.insert(dig(one, &client, &["web.overnode.local"])?.data[0].clone());
         }
-        assert_eq!(firsts.len(), 2, "the order is random");
+        assert_eq!(firsts.len(), 2, "the order of the answers is not random");
 
         let reply = dig(one, &client, &["WEB.overnode.local", "+tcp"])?;
         assert_eq!((reply.status.as_str(), reply.data.len()), ("NOERROR", 2), "{reply:?}");
@@ -128,7 +128,7 @@ fn containers_find_each_other_by_name() -> Result<()> {
         assert_eq!(
             (reply.status.as_str(), reply.data.len()),
             ("NXDOMAIN", 0),
-            "it has no name: {reply:?}"
+            "an unnamed container has a name: {reply:?}"
         );
 
         // The C library's resolver, with the configuration from docs/guide/dns.md.
@@ -165,24 +165,24 @@ fn containers_find_each_other_by_name() -> Result<()> {
         );
 
         two.detach(&there)?;
-        wait_for(one, &client, "web.overnode.local", &[here.address()], PATIENCE)?;
+        wait_for(one, &client, "web.overnode.local", &[here.address()], TIMEOUT)?;
         drop(here);
-        wait_for(one, &client, "web.overnode.local", &[], PATIENCE)
+        wait_for(one, &client, "web.overnode.local", &[], TIMEOUT)
     })
 }
 
 #[test]
-fn only_containers_of_the_host_are_served_and_they_reach_nothing_else_there() -> Result<()> {
+fn the_name_server_serves_only_local_containers_and_exposes_nothing() -> Result<()> {
     in_lab(Lab::new("dns-reach").hosts(2), |lab| {
         launch_all(lab)?;
         let [one, two] = [lab.host(1), lab.host(2)];
         let (client, other) = (named(one, "c", "client")?, attached(two, "other")?);
-        client.reach(other.address(), PATIENCE)?;
-        wait_for(one, &client, "client.overnode.local", &[client.address()], PATIENCE)?;
-        wait_for(two, &other, "client.overnode.local", &[client.address()], PATIENCE)?;
+        client.reach(other.address(), TIMEOUT)?;
+        wait_for(one, &client, "client.overnode.local", &[client.address()], TIMEOUT)?;
+        wait_for(two, &other, "client.overnode.local", &[client.address()], TIMEOUT)?;
         // Another node's server does not answer.
         dig_at(&client, server_of(two), &["client.overnode.local", "+time=1"])
-            .expect_err("the server of another node answers");
+            .expect_err("the name server of another node answers");
         // No server is bound to the host's own address, and the host does not reach the node's
         // server either.
         for address in [server_of(one), one.address()] {
@@ -196,7 +196,7 @@ fn only_containers_of_the_host_are_served_and_they_reach_nothing_else_there() ->
                 let sent = socket.send_to(&query.concat(), (address, 53));
                 Ok(sent.is_err() || socket.recv(&mut [0; 512]).is_err())
             })?;
-            assert!(refused, "{address} answers the host");
+            assert!(refused, "{address} answers queries of the host");
         }
         // Only port 53 is open at the node's address. The daemon's other ports and the host's ports
         // are not.
@@ -229,7 +229,7 @@ fn names_are_added_and_removed_by_hand() -> Result<()> {
         assert_eq!(said, "db.overnode.local: added on this node: 192.0.2.1, 2001:db8::3\n");
         two.overnode(&["dns-add", "DB.overnode.local", "192.0.2.2"])?.success()?;
         for (host, client) in [one, two].into_iter().zip(&clients) {
-            wait_for(host, client, "db.overnode.local", &[first, second], PATIENCE)?;
+            wait_for(host, client, "db.overnode.local", &[first, second], TIMEOUT)?;
             assert_eq!(
                 dig(host, client, &["db.overnode.local", "AAAA"])?.data,
                 [third.to_string()]
@@ -243,13 +243,17 @@ fn names_are_added_and_removed_by_hand() -> Result<()> {
         }
 
         for (arguments, code, expected) in [
-            (&["dns-remove", "db", "192.0.2.2"][..], 1, "was not added to db on this node"),
-            (&["dns-remove", "web"], 1, "web was not added on this node"),
-            (&["dns-lookup", "web"], 1, "web.overnode.local stands for no address"),
-            (&["dns-add", "a..b", "192.0.2.1"], 2, "cannot be a name"),
-            (&["dns-add", "*", "192.0.2.1"], 2, "cannot be a name"),
-            (&["dns-add", "db", "0.0.0.0"], 2, "cannot stand for 0.0.0.0"),
-            (&["dns-add", "db", "127.0.0.1"], 2, "cannot stand for 127.0.0.1"),
+            (
+                &["dns-remove", "db", "192.0.2.2"][..],
+                1,
+                "db has no address 192.0.2.2 that was added on this node",
+            ),
+            (&["dns-remove", "web"], 1, "no name web was added on this node"),
+            (&["dns-lookup", "web"], 1, "web.overnode.local has no address"),
+            (&["dns-add", "a..b", "192.0.2.1"], 2, "is not a valid DNS name"),
+            (&["dns-add", "*", "192.0.2.1"], 2, "is not a valid DNS name"),
+            (&["dns-add", "db", "0.0.0.0"], 2, "cannot point to 0.0.0.0"),
+            (&["dns-add", "db", "127.0.0.1"], 2, "cannot point to 127.0.0.1"),
         ] {
             let complaint = one.overnode(arguments)?.failure(code)?;
             assert!(complaint.contains(expected), "{arguments:?}: {complaint}");
@@ -258,11 +262,11 @@ fn names_are_added_and_removed_by_hand() -> Result<()> {
         // Names survive a restart of the daemon.
         one.kill_daemon()?;
         one.overnode(&["resume"])?.success()?;
-        wait_for(one, &clients[0], "db.overnode.local", &[first, second], PATIENCE)?;
-        wait_for(two, &clients[1], "db.overnode.local", &[first, second], PATIENCE)?;
+        wait_for(one, &clients[0], "db.overnode.local", &[first, second], TIMEOUT)?;
+        wait_for(two, &clients[1], "db.overnode.local", &[first, second], TIMEOUT)?;
 
         one.overnode(&["dns-remove", "db", "192.0.2.1"])?.success()?;
-        wait_for(two, &clients[1], "db.overnode.local", &[second], PATIENCE)?;
+        wait_for(two, &clients[1], "db.overnode.local", &[second], TIMEOUT)?;
         assert_eq!(
             dig(two, &clients[1], &["db.overnode.local", "AAAA"])?.data,
             [third.to_string()]
@@ -270,7 +274,7 @@ fn names_are_added_and_removed_by_hand() -> Result<()> {
         two.overnode(&["dns-remove", "db"])?.success()?;
         one.overnode(&["dns-remove", "db"])?.success()?;
         for (host, client) in [one, two].into_iter().zip(&clients) {
-            wait_for(host, client, "db.overnode.local", &[], PATIENCE)?;
+            wait_for(host, client, "db.overnode.local", &[], TIMEOUT)?;
         }
         for (host, client) in [one, two].into_iter().zip(&clients) {
             host.detach(client)?;
@@ -282,7 +286,7 @@ fn names_are_added_and_removed_by_hand() -> Result<()> {
 }
 
 #[test]
-fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_back() -> Result<()> {
+fn names_of_an_unreachable_node_disappear_and_removed_ones_stay_gone() -> Result<()> {
     in_lab(Lab::new("dns-cut").hosts(3), |lab| {
         launch_all(lab)?;
         let [one, two, three] = [lab.host(1), lab.host(2), lab.host(3)];
@@ -295,17 +299,17 @@ fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_bac
         two.overnode(&["dns-add", "stays", "192.0.2.3"])?.success()?;
         let kept: [IpAddr; 2] = ["192.0.2.1".parse()?, shared];
         for (host, client) in [(two, &near), (three, &far)] {
-            wait_for(host, client, "web.overnode.local", &[web.address()], PATIENCE)?;
-            wait_for(host, client, "goes.overnode.local", &[kept[0]], PATIENCE)?;
-            wait_for(host, client, "stays.overnode.local", &kept, PATIENCE)?;
+            wait_for(host, client, "web.overnode.local", &[web.address()], TIMEOUT)?;
+            wait_for(host, client, "goes.overnode.local", &[kept[0]], TIMEOUT)?;
+            wait_for(host, client, "stays.overnode.local", &kept, TIMEOUT)?;
         }
 
         let began = Instant::now();
         lab.cut(one, two)?;
         lab.cut(one, three)?;
         for (host, client) in [(two, &near), (three, &far)] {
-            wait_for(host, client, "web.overnode.local", &[], PATIENCE)?;
-            wait_for(host, client, "stays.overnode.local", &[shared], PATIENCE)?;
+            wait_for(host, client, "web.overnode.local", &[], TIMEOUT)?;
+            wait_for(host, client, "stays.overnode.local", &[shared], TIMEOUT)?;
         }
         let left = began.elapsed();
         assert!(left < Duration::from_secs(12), "{left:?}");
@@ -321,7 +325,7 @@ fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_bac
         let mut is_back = [false; 2];
         // From here on, no node may answer for the removed name, although the others still remember
         // it.
-        while began.elapsed() < PATIENCE * 2 && is_back != [true; 2] {
+        while began.elapsed() < TIMEOUT * 2 && is_back != [true; 2] {
             for (place, (host, client)) in [(two, &near), (three, &far)].into_iter().enumerate() {
                 is_back[place] = dig(host, client, &["web.overnode.local"])?.status == "NOERROR";
                 if is_back[place] {
@@ -331,7 +335,7 @@ fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_bac
             }
         }
         let back = began.elapsed();
-        assert_eq!(is_back, [true; 2], "the names do not come back");
+        assert_eq!(is_back, [true; 2], "the names do not return");
         for _ in 0..20 {
             for (host, client) in [(two, &near), (three, &far)] {
                 let reply = dig(host, client, &["goes.overnode.local"])?;
@@ -339,9 +343,11 @@ fn names_of_an_unreachable_node_leave_and_those_removed_meanwhile_never_come_bac
             }
             std::thread::sleep(100 * MILLISECOND);
         }
-        wait_for(three, &far, "stays.overnode.local", &kept, PATIENCE)?;
-        let _ =
-            writeln!(std::io::stderr(), "names left after {left:?} and were back after {back:?}");
+        wait_for(three, &far, "stays.overnode.local", &kept, TIMEOUT)?;
+        let _ = writeln!(
+            std::io::stderr(),
+            "names disappeared after {left:?} and returned after {back:?}"
+        );
         Ok(())
     })
 }
@@ -358,7 +364,7 @@ impl Resolver {
         let (udp, tcp) = host
             .netns()
             .enter(|| Ok((UdpSocket::bind((address, 53))?, TcpListener::bind((address, 53))?)))
-            .with_context(|| format!("a resolver at {address}"))?;
+            .with_context(|| format!("cannot start a resolver at {address}"))?;
         udp.set_read_timeout(Some(50 * MILLISECOND))?;
         tcp.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -453,7 +459,7 @@ fn answer(query: &[u8], whole: bool) -> Option<Vec<u8>> {
 }
 
 #[test]
-fn other_names_are_asked_of_the_resolvers_of_the_host() -> Result<()> {
+fn other_names_are_forwarded_to_the_hosts_resolvers() -> Result<()> {
     in_lab(Lab::new("dns-upstream").hosts(1), |lab| {
         let host = lab.host(1);
         let resolver = Resolver::start(host, host.address())?;
@@ -461,11 +467,11 @@ fn other_names_are_asked_of_the_resolvers_of_the_host() -> Result<()> {
         host.write_resolv_conf("nameserver 192.0.2.250\n")?;
         launch(lab, host)?;
         let client = named(host, "c", "client")?;
-        wait_for(host, &client, "client.overnode.local", &[client.address()], PATIENCE)?;
+        wait_for(host, &client, "client.overnode.local", &[client.address()], TIMEOUT)?;
         assert_eq!(dig(host, &client, &["plain.example", "+time=8"])?.status, "SERVFAIL");
         // The host moves to another network.
         host.write_resolv_conf(&format!("search example\nnameserver {}\n", host.address()))?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let reply = dig(host, &client, &["plain.example", "+time=8"])?;
             ensure!(reply.data == ["192.0.2.80"], "{reply:?}");
             Ok(())
@@ -514,7 +520,7 @@ fn other_names_are_asked_of_the_resolvers_of_the_host() -> Result<()> {
 }
 
 #[test]
-fn hostile_queries_harm_nobody() -> Result<()> {
+fn hostile_queries_do_no_harm() -> Result<()> {
     const QUERY: &[u8] =
         b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x06client\x08overnode\x05local\0\0\x01\0\x01";
     in_lab(Lab::new("dns-hostile").hosts(1), |lab| {
@@ -524,7 +530,7 @@ fn hostile_queries_harm_nobody() -> Result<()> {
         host.write_resolv_conf(&format!("nameserver {}\n", host.address()))?;
         launch(lab, host)?;
         let (client, hostile) = (named(host, "c", "client")?, attached(host, "hostile")?);
-        wait_for(host, &client, "client.overnode.local", &[client.address()], PATIENCE)?;
+        wait_for(host, &client, "client.overnode.local", &[client.address()], TIMEOUT)?;
         let place = SocketAddr::new(server_of(host), 53);
         let pid = host.daemon_pid().context("no daemon")?;
         let held = hostile.netns().enter(|| {
@@ -568,7 +574,7 @@ fn hostile_queries_harm_nobody() -> Result<()> {
             stream.set_read_timeout(Some(Duration::from_secs(20)))?;
             match stream.read(&mut [0; 16]) {
                 Ok(0) => ended += 1,
-                Ok(_) => bail!("nonsense was answered"),
+                Ok(_) => bail!("a malformed query was answered"),
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => ended += 1,
                 Err(error) => return Err(error.into()),
             }
@@ -578,14 +584,14 @@ fn hostile_queries_harm_nobody() -> Result<()> {
             dig(host, &hostile, &["client.overnode.local"])?.data,
             [client.address().to_string()]
         );
-        assert_eq!(host.daemon_pid(), Some(pid), "the daemon has died");
+        assert_eq!(host.daemon_pid(), Some(pid), "the daemon died");
         assert!(dns(host)?["refused"].as_u64() > Some(100));
         Ok(())
     })
 }
 
 #[test]
-fn the_domain_is_chosen_at_launch_and_names_need_not_be_served() -> Result<()> {
+fn launch_sets_the_domain_and_can_disable_the_name_server() -> Result<()> {
     in_lab(Lab::new("dns-options").hosts(2), |lab| {
         let [one, two] = [lab.host(1), lab.host(2)];
         let launch = |host: &Host, more: &[&str]| {
@@ -596,8 +602,8 @@ fn the_domain_is_chosen_at_launch_and_names_need_not_be_served() -> Result<()> {
         launch(one, &["--dns-domain", "Lab.Example."])?.success()?;
         launch(two, &["--no-dns"])?.success()?;
         let client = named(one, "c", "web")?;
-        wait_for(one, &client, "web.lab.example", &[client.address()], PATIENCE)?;
-        wait_for(one, &client, "web.weave.local", &[client.address()], PATIENCE)?;
+        wait_for(one, &client, "web.lab.example", &[client.address()], TIMEOUT)?;
+        wait_for(one, &client, "web.weave.local", &[client.address()], TIMEOUT)?;
         assert_eq!(
             dig(one, &client, &["-x", &client.address().to_string()])?.data,
             ["web.lab.example."]
@@ -607,9 +613,9 @@ fn the_domain_is_chosen_at_launch_and_names_need_not_be_served() -> Result<()> {
         launch(one, &["--dns-domain", "lab.example"])?.success()?;
 
         let other = named(two, "c", "other")?;
-        wait_for(one, &client, "other.lab.example", &[other.address()], PATIENCE)?;
+        wait_for(one, &client, "other.lab.example", &[other.address()], TIMEOUT)?;
         dig_at(&other, server_of(two), &["web.overnode.local", "+time=1"])
-            .expect_err("it was not wanted");
+            .expect_err("the name server runs despite --no-dns");
         assert_eq!(dns(two)?["serving"], false);
         assert_eq!(
             two.overnode(&["dns-lookup", "web"])?.success()?,
@@ -622,7 +628,7 @@ fn the_domain_is_chosen_at_launch_and_names_need_not_be_served() -> Result<()> {
 
         // The interface of the name server is removed from outside, and comes back.
         one.netns().ip(&["link", "del", &dns_interface(one)])?;
-        wait_for(one, &client, "web.lab.example", &[client.address()], PATIENCE)?;
+        wait_for(one, &client, "web.lab.example", &[client.address()], TIMEOUT)?;
         Ok(())
     })
 }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
 use serde_json::Value;
 
-use crate::support::{PATIENCE, all_reach_all, attached, in_lab, list, targets, wait_for_sessions};
+use crate::support::{TIMEOUT, all_reach_all, attached, in_lab, list, targets, wait_for_sessions};
 
 const FIRST_FOUR: &str = "
 host1 > sudo overnode launch --id 1 --token my-cluster-password host1 host2 host3 host4
@@ -51,7 +51,7 @@ fn follow(lab: &Lab, text: &str) -> Result<()> {
 /// path to every other one, and that it knows no further nodes.
 fn are_all_connected(hosts: &[Host]) -> Result<()> {
     for host in hosts {
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let status = host.status()?;
             let of = |it: &Value, name: &str| it[name].as_u64().unwrap_or_default() as usize;
             let mut connected: Vec<usize> = list(&status, "connections")?
@@ -64,7 +64,7 @@ fn are_all_connected(hosts: &[Host]) -> Result<()> {
                 hosts.iter().map(|it| it.number).filter(|it| *it != host.number).collect();
             ensure!(
                 connected == others,
-                "{} is connected with {connected:?}, not {others:?}",
+                "{} is connected to {connected:?} instead of {others:?}",
                 host.name
             );
             let peers = list(&status, "peers")?;
@@ -74,7 +74,7 @@ fn are_all_connected(hosts: &[Host]) -> Result<()> {
                     && peer["path"] == "direct"
                     && peer["data"]["route"]["path"] == "direct"
                     && peer["data"]["session"] == "established";
-                ensure!(is_direct, "{} does not reach {peer} directly", host.name);
+                ensure!(is_direct, "{} has no direct path to {peer}", host.name);
             }
             let problems = &status["node"]["problems"];
             ensure!(problems.as_array().is_some_and(Vec::is_empty), "{}: {problems}", host.name);
@@ -93,18 +93,18 @@ fn row<'a>(table: &'a str, words: &[&str]) -> Option<Vec<&'a str>> {
 }
 
 /// Checks that `overnode status --…` on a host names all nodes, as in "Inspecting cluster nodes".
-fn sections_tell(host: &Host, hosts: &[Host], targets: &[&str]) -> Result<()> {
+fn status_shows_all(host: &Host, hosts: &[Host], targets: &[&str]) -> Result<()> {
     let status = |section: &str| host.overnode(&["status", section])?.success();
     let name = |it: &Host| format!("{}({})", it.number, it.name);
     let table = status("--targets")?;
     let rows = table.lines().filter(|line| line.trim_start().starts_with("host")).count();
-    ensure!(rows == targets.len(), "{} has other targets:\n{table}", host.name);
+    ensure!(rows == targets.len(), "{} has unexpected targets:\n{table}", host.name);
     for target in targets {
         let state: &[&str] =
             if *target == host.name { &["this", "node"] } else { &["established"] };
         ensure!(
             row(&table, &[&[*target], state].concat()).is_some(),
-            "no {target} {state:?}:\n{table}"
+            "{target} is not {state:?}:\n{table}"
         );
     }
     let table = status("--peers")?;
@@ -113,7 +113,7 @@ fn sections_tell(host: &Host, hosts: &[Host], targets: &[&str]) -> Result<()> {
             row(&table, &[&name(other)]).with_context(|| format!("no {}:\n{table}", other.name))?;
         let said = row.join(" ");
         let wanted = if other.number == host.number { "this node" } else { "direct" };
-        ensure!(said.contains(wanted) && !said.contains("unreachable"), "not {wanted}: {said}");
+        ensure!(said.contains(wanted) && !said.contains("unreachable"), "not {wanted:?}: {said}");
     }
     let table = status("--connections")?;
     for other in hosts.iter().filter(|other| other.number != host.number) {
@@ -159,7 +159,7 @@ fn four_nodes_are_launched_and_a_fifth_is_added() -> Result<()> {
         all_reach_all(&containers)?;
         for host in lab.hosts() {
             ensure!(targets(host)? == four, "{} has the targets {:?}", host.name, targets(host)?);
-            eventually(PATIENCE, || sections_tell(host, lab.hosts(), &four))?;
+            eventually(TIMEOUT, || status_shows_all(host, lab.hosts(), &four))?;
         }
         Ok(())
     })
@@ -171,34 +171,34 @@ fn one_node_grows_to_three_and_one_of_them_is_removed() -> Result<()> {
         let hosts = lab.hosts();
         follow(lab, ALONE)?;
         are_all_connected(&hosts[..1])?;
-        eventually(PATIENCE, || sections_tell(lab.host(1), &hosts[..1], &["host1"]))?;
+        eventually(TIMEOUT, || status_shows_all(lab.host(1), &hosts[..1], &["host1"]))?;
         let first = attached(lab.host(1), "a")?;
         follow(lab, SECOND)?;
         are_all_connected(&hosts[..2])?;
         for host in &hosts[..2] {
-            eventually(PATIENCE, || sections_tell(host, &hosts[..2], &["host1", "host2"]))?;
+            eventually(TIMEOUT, || status_shows_all(host, &hosts[..2], &["host1", "host2"]))?;
         }
         let second = attached(lab.host(2), "a")?;
-        first.reach(second.address(), PATIENCE)?;
+        first.reach(second.address(), TIMEOUT)?;
         follow(lab, THIRD)?;
         are_all_connected(hosts)?;
         let third = attached(lab.host(3), "a")?;
         let all = ["host1", "host2", "host3"];
         for host in hosts {
             related_commands_work(host)?;
-            eventually(PATIENCE, || sections_tell(host, hosts, &all))?;
+            eventually(TIMEOUT, || status_shows_all(host, hosts, &all))?;
         }
         let mut containers = vec![first, second, third];
         all_reach_all(&containers)?;
 
-        let third = containers.pop().context("no third")?;
+        let third = containers.pop().context("no third container")?;
         lab.host(3).detach(&third)?;
         follow(lab, REMOVED)?;
         ensure!(lab.host(3).remains()?.is_empty(), "{:?}", lab.host(3).remains()?);
         are_all_connected(&hosts[..2])?;
         for host in &hosts[..2] {
             ensure!(targets(host)? == ["host1", "host2"], "{:?}", targets(host)?);
-            eventually(PATIENCE, || sections_tell(host, &hosts[..2], &["host1", "host2"]))?;
+            eventually(TIMEOUT, || status_shows_all(host, &hosts[..2], &["host1", "host2"]))?;
         }
         all_reach_all(&containers)?;
         // After the reset, the node can be launched again.

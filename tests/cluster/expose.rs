@@ -11,7 +11,7 @@ use lab::{Host, Lab, Netns, eventually};
 
 use crate::cleanliness::ensure_clean;
 use crate::support::{
-    MILLISECOND, PATIENCE, attached, ensure_sealed, in_lab, launch, launch_all, list,
+    MILLISECOND, TIMEOUT, attached, ensure_sealed, in_lab, launch, launch_all, list,
     wait_for_sessions,
 };
 
@@ -27,7 +27,7 @@ fn expose(host: &Host, arguments: &[&str]) -> Result<IpAddr> {
 }
 
 fn reaches(from: &Netns, to: IpAddr) -> Result<()> {
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         let stats = Pinging::start(from, to, Some(1), MILLISECOND)?.finish()?;
         ensure!(stats.received == 1, "{} does not reach {to}", from.name());
         Ok(())
@@ -41,16 +41,16 @@ fn moves_tcp(from: &Netns, to: &Netns, address: IpAddr) -> Result<()> {
     let sent: Vec<u8> = (0..16_000_000_u32).map(|at| (at % 251) as u8).collect();
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| {
-            let mut stream = from.enter(|| Ok(TcpStream::connect_timeout(&place, PATIENCE)?))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
+            let mut stream = from.enter(|| Ok(TcpStream::connect_timeout(&place, TIMEOUT)?))?;
+            stream.set_write_timeout(Some(TIMEOUT))?;
             stream.write_all(&sent)?;
             stream.shutdown(Shutdown::Write)?;
             anyhow::Ok(())
         });
         listener.set_nonblocking(true)?;
-        let (mut stream, from) = eventually(PATIENCE, || Ok(listener.accept()?))?;
+        let (mut stream, from) = eventually(TIMEOUT, || Ok(listener.accept()?))?;
         stream.set_nonblocking(false)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         let mut received = Vec::new();
         stream.read_to_end(&mut received)?;
         ensure!(received == sent, "{} bytes of {} arrived from {from}", received.len(), sent.len());
@@ -93,11 +93,11 @@ fn hosts_and_containers_of_all_hosts_reach_each_other() -> Result<()> {
             status["node"]
         );
         let found = b.overnode(&["dns-lookup", "storage"])?.success()?;
-        ensure!(found.trim() == host.to_string(), "storage stands for {found:?}");
-        ensure!(firewall(a)? == rules, "a firewall's rules were changed");
+        ensure!(found.trim() == host.to_string(), "storage resolves to {found:?}");
+        ensure!(firewall(a)? == rules, "the firewall rules changed");
 
         // Exposing again changes nothing.
-        ensure!(expose(a, &[])? == host, "it got another address");
+        ensure!(expose(a, &[])? == host, "the host got a different address");
         let complaint = a.overnode(&["expose", "--ip", "10.32.0.9/12"])?.failure(1)?;
         ensure!(
             complaint.contains(&host.to_string()) && complaint.contains("overnode hide"),
@@ -133,7 +133,7 @@ fn hosts_and_containers_of_all_hosts_reach_each_other() -> Result<()> {
 /// A reboot removes interfaces and processes but not the state. An administrator may also delete
 /// the interface.
 #[test]
-fn an_exposed_host_stays_so_through_kills_deletions_and_reboots() -> Result<()> {
+fn an_exposed_host_stays_exposed_through_kills_deletions_and_reboots() -> Result<()> {
     in_lab(Lab::new("expose-again").hosts(2), |lab| {
         launch_all(lab)?;
         let [a, b] = lab.hosts() else { unreachable!() };
@@ -146,7 +146,7 @@ fn an_exposed_host_stays_so_through_kills_deletions_and_reboots() -> Result<()> 
         let stats = pings.stop()?;
         ensure!(
             stats.lost() == 0,
-            "{} of {} pings were lost with the daemon",
+            "{} of {} pings were lost after the daemon was killed",
             stats.lost(),
             stats.sent
         );
@@ -163,12 +163,12 @@ fn an_exposed_host_stays_so_through_kills_deletions_and_reboots() -> Result<()> 
         a.overnode(&["resume"])?.success()?;
         wait_for_sessions(lab)?;
         reaches(far.netns(), host)?;
-        ensure!(expose(a, &[])? == host, "it has another address now");
+        ensure!(expose(a, &[])? == host, "the host has a different address");
         a.netns().ip(&["link", "del", INTERFACE])?;
         eventually(Duration::from_secs(75), || {
             ensure!(
                 interfaces()?.iter().any(|name| name == INTERFACE),
-                "{INTERFACE} does not come back"
+                "{INTERFACE} does not return"
             );
             Ok(())
         })?;
@@ -180,7 +180,7 @@ fn an_exposed_host_stays_so_through_kills_deletions_and_reboots() -> Result<()> 
 /// Other routes into the container network would be shadowed by the exposed interface or take
 /// precedence over it, and the tunnel's own packets could loop.
 #[test]
-fn a_host_with_another_way_into_the_subnet_is_not_exposed() -> Result<()> {
+fn a_host_with_another_route_into_the_subnet_is_not_exposed() -> Result<()> {
     in_lab(Lab::new("expose-route").hosts(1), |lab| {
         let host = lab.host(1);
         launch(lab, host)?;

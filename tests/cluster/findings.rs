@@ -8,7 +8,7 @@ use lab::{Host, Lab, eventually};
 use serde_json::Value;
 
 use crate::monitor::watch;
-use crate::support::{PATIENCE, attached, in_lab, launch_all, launch_as, list, wait_for_peers};
+use crate::support::{TIMEOUT, attached, in_lab, launch_all, launch_as, list, wait_for_peers};
 
 /// Returns the findings of a host's node, each with its advice.
 fn findings(host: &Host) -> Result<Vec<String>> {
@@ -21,7 +21,7 @@ fn findings(host: &Host) -> Result<Vec<String>> {
     let mut once = found.clone();
     once.sort();
     once.dedup();
-    ensure!(once.len() == found.len(), "{} says things twice: {found:#?}", host.name);
+    ensure!(once.len() == found.len(), "{} has duplicate findings: {found:#?}", host.name);
     Ok(found)
 }
 
@@ -30,18 +30,18 @@ fn finds(host: &Host, words: &[&str]) -> Result<String> {
     let all = |it: &&String| words.iter().all(|words| it.contains(words));
     match found.iter().find(all) {
         Some(finding) => Ok(finding.clone()),
-        None => anyhow::bail!("{} does not find {words:?}: {found:#?}", host.name),
+        None => anyhow::bail!("{} has no finding with {words:?}: {found:#?}", host.name),
     }
 }
 
 fn finds_nothing(host: &Host) -> Result<()> {
     let found = findings(host)?;
-    ensure!(found.is_empty(), "{}: {found:#?}", host.name);
+    ensure!(found.is_empty(), "{} has findings: {found:#?}", host.name);
     Ok(())
 }
 
 #[test]
-fn while_the_only_target_is_silent_all_is_never_well() -> Result<()> {
+fn status_is_never_all_well_while_the_only_target_is_silent() -> Result<()> {
     in_lab(Lab::new("silent").hosts(2), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
         lab.unplug(two)?;
@@ -53,11 +53,11 @@ fn while_the_only_target_is_silent_all_is_never_well() -> Result<()> {
         while begun.elapsed() < Duration::from_secs(25) {
             finds(one, &["host2", "overnode forget host2"])?;
             let shown = one.overnode(&["status"])?.success()?;
-            ensure!(!shown.contains("all is well"), "after {looks} looks: {shown}");
+            ensure!(!shown.contains("all is well"), "in look {looks}: {shown}");
             looks += 1;
             std::thread::sleep(Duration::from_millis(300));
         }
-        ensure!(looks > 20, "{looks} looks");
+        ensure!(looks > 20, "only {looks} looks");
         // Follow the advice.
         one.overnode(&["forget", "host2"])?.success()?;
         finds_nothing(one)?;
@@ -65,63 +65,66 @@ fn while_the_only_target_is_silent_all_is_never_well() -> Result<()> {
         finds(one, &["host2"])?;
         lab.plug(two)?;
         launch_as(lab, two, 2)?;
-        eventually(PATIENCE * 2, || lab.hosts().iter().try_for_each(finds_nothing))
+        eventually(TIMEOUT * 2, || lab.hosts().iter().try_for_each(finds_nothing))
     })
 }
 
 #[test]
-fn a_program_that_cannot_be_attached_is_told_here_and_nobody_else_is_blamed() -> Result<()> {
+fn a_program_that_cannot_be_attached_is_reported_as_a_local_problem() -> Result<()> {
     in_lab(Lab::new("here").hosts(2), |lab| {
         launch_all(lab)?;
         let (one, two) = (lab.host(1), lab.host(2));
-        eventually(PATIENCE * 2, || lab.hosts().iter().try_for_each(finds_nothing))?;
+        eventually(TIMEOUT * 2, || lab.hosts().iter().try_for_each(finds_nothing))?;
         let watcher = watch(lab, one, &["--events"])?;
         let far = two.address().to_string();
         let ip = |arguments: &[&str]| one.netns().ip(arguments);
         ip(&["tuntap", "add", "tun0", "mode", "tun"])?;
         ip(&["link", "set", "tun0", "up"])?;
         ip(&["route", "add", &far, "dev", "tun0"])?;
-        eventually(PATIENCE * 2, || {
-            finds(one, &["this host cannot take packets", "tun0"])?;
+        eventually(TIMEOUT * 2, || {
+            finds(one, &["this host cannot receive packets", "tun0"])?;
             // Findings that follow from this point to this host and not to the other one.
             let found = findings(one)?;
             for finding in found.iter().filter(|it| it.contains("node 2")) {
                 ensure!(finding.contains("this host's own interfaces"), "{finding}");
             }
             ensure!(one.status()?["node"]["state"] == "impaired");
-            ensure!(found.iter().any(|it| it.contains("node 2")), "no word of node 2: {found:#?}");
+            ensure!(
+                found.iter().any(|it| it.contains("node 2")),
+                "node 2 is not mentioned: {found:#?}"
+            );
             Ok(())
         })?;
         let is_it = |event: &Value| event["problem"].as_str().is_some_and(|it| it.contains("tun0"));
         watcher.wait_for(|event| event["event"] == "problem" && is_it(event))?;
         ip(&["route", "del", &far, "dev", "tun0"])?;
-        eventually(PATIENCE * 3, || lab.hosts().iter().try_for_each(finds_nothing))?;
+        eventually(TIMEOUT * 3, || lab.hosts().iter().try_for_each(finds_nothing))?;
         watcher.wait_for(|event| event["event"] == "problem-over" && is_it(event))?;
         Ok(())
     })
 }
 
 #[test]
-fn a_host_with_a_wrong_token_is_told_until_it_has_the_right_one() -> Result<()> {
+fn a_wrong_token_is_reported_until_it_is_corrected() -> Result<()> {
     in_lab(Lab::new("mended").hosts(2), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
         launch_as(lab, one, 1)?;
-        two.overnode(&["launch", "--id", "2", "--token", "quite another one", "host1"])?
+        two.overnode(&["launch", "--id", "2", "--token", "another-password", "host1"])?
             .success()?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             finds(two, &["host1", "token"])?;
-            finds(one, &["was not let in", "token"])
+            finds(one, &["the connection from", "was refused", "token"])
         })?;
         two.overnode(&["reset"])?.success()?;
         launch_as(lab, two, 2)?;
-        eventually(PATIENCE * 2, || lab.hosts().iter().try_for_each(finds_nothing))
+        eventually(TIMEOUT * 2, || lab.hosts().iter().try_for_each(finds_nothing))
     })
 }
 
 /// Node 6 is cut off alive, and node 1 declares it gone. Node 6 learns of it when only node 2 is
 /// reachable.
 #[test]
-fn who_took_the_space_back_is_named_not_the_messenger() -> Result<()> {
+fn a_finding_names_the_reclaiming_node_not_the_messenger() -> Result<()> {
     in_lab(Lab::new("named").hosts(3), |lab| {
         let [one, two, six] = [1, 2, 3].map(|number| lab.host(number));
         for (host, id) in [(one, 1), (two, 2), (six, 6)] {
@@ -133,10 +136,10 @@ fn who_took_the_space_back_is_named_not_the_messenger() -> Result<()> {
         for host in [one, two] {
             wait_for_peers(host, 2)?;
         }
-        eventually(PATIENCE * 2, || {
+        eventually(TIMEOUT * 2, || {
             one.overnode(&["reclaim", "6", "--timeout", "5"])?.success()?;
-            let buried = two.inspect()?["allocation"]["buried"].clone();
-            ensure!(buried[0]["by"] == 1, "{buried}");
+            let reclaimed = two.inspect()?["allocation"]["buried"].clone();
+            ensure!(reclaimed[0]["by"] == 1, "{reclaimed}");
             Ok(())
         })?;
         lab.unplug(one)?;
@@ -146,11 +149,11 @@ fn who_took_the_space_back_is_named_not_the_messenger() -> Result<()> {
         six.kill_daemon()?;
         six.overnode(&["resume"])?.success()?;
         lab.plug(six)?;
-        eventually(PATIENCE * 3, || {
+        eventually(TIMEOUT * 3, || {
             let told = six.status()?["ipam"]["notices"].to_string();
-            ensure!(told.contains("node 1 has taken back"), "{told}");
+            ensure!(told.contains("node 1 has reclaimed"), "{told}");
             ensure!(!told.contains("node 2"), "{told}");
-            finds(six, &["node 1 has taken back"])?;
+            finds(six, &["node 1 has reclaimed"])?;
             Ok(())
         })?;
         lab.plug(one)?;
@@ -159,45 +162,48 @@ fn who_took_the_space_back_is_named_not_the_messenger() -> Result<()> {
 }
 
 #[test]
-fn a_reclaim_that_waits_is_told_until_nobody_has_to_agree_any_more() -> Result<()> {
+fn a_pending_reclaim_is_reported_until_no_consent_is_missing() -> Result<()> {
     in_lab(Lab::new("agree").hosts(3), |lab| {
         launch_all(lab)?;
         let one = lab.host(1);
         let away = [lab.host(2), lab.host(3)];
         away.into_iter().try_for_each(|host| lab.unplug(host))?;
         wait_for_peers(one, 1)?;
-        finds(one, &["2 nodes are not reachable: 2, 3"])?;
-        eventually(PATIENCE * 2, || {
+        finds(one, &["2 nodes are unreachable: 2, 3"])?;
+        eventually(TIMEOUT * 2, || {
             one.overnode(&["reclaim", "2", "--timeout", "1"])?.failure(1)?;
-            finds(one, &["the addresses of node 2 are not taken back yet", "nodes 3 have to agree"])
+            finds(
+                one,
+                &["the addresses of node 2 are not reclaimed yet", "node 3 must agree first"],
+            )
         })?;
         // Node 2 is back, so nothing needs to be reclaimed. If node 3 came back at the same time,
         // it might agree before it reaches node 2.
         let [two, three] = away;
         lab.plug(two)?;
-        eventually(PATIENCE * 3, || {
+        eventually(TIMEOUT * 3, || {
             let found = findings(one)?;
-            ensure!(!found.iter().any(|it| it.contains("not taken back yet")), "{found:#?}");
+            ensure!(!found.iter().any(|it| it.contains("not reclaimed yet")), "{found:#?}");
             Ok(())
         })?;
         lab.plug(three)?;
-        eventually(PATIENCE * 3, || lab.hosts().iter().try_for_each(finds_nothing))
+        eventually(TIMEOUT * 3, || lab.hosts().iter().try_for_each(finds_nothing))
     })
 }
 
 #[test]
-fn an_interface_that_was_deleted_is_told_until_it_is_back() -> Result<()> {
+fn a_deleted_interface_is_reported_until_it_is_back() -> Result<()> {
     in_lab(Lab::new("gone").hosts(1), |lab| {
         let one = lab.host(1);
         launch_as(lab, one, 1)?;
         let container = attached(one, "c")?;
-        eventually(PATIENCE, || finds_nothing(one))?;
+        eventually(TIMEOUT, || finds_nothing(one))?;
         let interface =
             one.status()?["endpoints"][0]["interface"].as_str().unwrap_or_default().to_owned();
         one.netns().ip(&["link", "del", &interface])?;
-        eventually(PATIENCE * 4, || {
+        eventually(TIMEOUT * 4, || {
             finds_nothing(one)?;
-            ensure!(!container.netns().interfaces()?.is_empty(), "it is not plugged in");
+            ensure!(!container.netns().interfaces()?.is_empty(), "the container is not attached");
             Ok(())
         })
     })

@@ -23,7 +23,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, in_lab, launch, peer, wait_for_peers,
+    MILLISECOND, TIMEOUT, TOKEN, all_reach_all, attached, in_lab, launch, peer, wait_for_peers,
 };
 
 const DATA_PORT: u16 = 6784;
@@ -88,7 +88,7 @@ fn source(
 fn v4(host: &Host) -> Result<Ipv4Addr> {
     match host.address() {
         IpAddr::V4(address) => Ok(address),
-        IpAddr::V6(address) => bail!("{address} is no IPv4 address"),
+        IpAddr::V6(address) => bail!("{address} is not an IPv4 address"),
     }
 }
 
@@ -133,7 +133,7 @@ fn ensure_sessions(hosts: [&Host; 2]) -> Result<()> {
             host.name,
             other.name
         );
-        ensure!(age.is_u64(), "{} has no keys of the bulk path with {}", host.name, other.name);
+        ensure!(age.is_u64(), "{} has no bulk keys with {}", host.name, other.name);
     }
     Ok(())
 }
@@ -170,7 +170,7 @@ fn attack(kind: Kind) -> Result<()> {
             .overnode_with(&words, &[("NOTIFY_SOCKET", &notices), ("WATCHDOG_USEC", "1000000")])?
             .success()?;
         launch(lab, old)?;
-        eventually(PATIENCE, || ensure_sessions([victim, old]))?;
+        eventually(TIMEOUT, || ensure_sessions([victim, old]))?;
         let containers = [attached(victim, "c")?, attached(old, "c")?];
         all_reach_all(&containers)?;
         // Replies to spoofed sources need a route.
@@ -189,16 +189,16 @@ fn attack(kind: Kind) -> Result<()> {
         launch(lab, newcomer)?;
         let met = eventually(RENEWAL, || ensure_sessions([newcomer, victim]));
         let meeting = begun.elapsed();
-        let path = peer(old, victim.number)?.context("it is not known any more")?;
+        let path = peer(old, victim.number)?.context("the victim is no longer known")?;
         // A dead path is detected after 1.4 s.
         std::thread::sleep((3000 * MILLISECOND).saturating_sub(meeting));
-        let later = peer(old, victim.number)?.context("it is not known any more")?;
+        let later = peer(old, victim.number)?.context("the victim is no longer known")?;
         let stats = pings.stop()?;
         let (fed, flooded) = (fed.load(Ordering::Relaxed) - fed_before, flooded.elapsed());
         let rates = floods.map(Flood::stop);
         let log = format!(
-            "{kind:?}: {rates:?} a second; attached in {attaching:?}, met in {meeting:?}, {} of {} pings lost, \
-             watchdog fed {fed} times in {flooded:?}",
+            "{kind:?}: {rates:?} per second; attached in {attaching:?}, met in {meeting:?}, \
+             {} of {} pings lost, watchdog fed {fed} times in {flooded:?}",
             stats.lost(),
             stats.sent
         );
@@ -216,26 +216,24 @@ fn attack(kind: Kind) -> Result<()> {
 }
 
 #[test]
-fn garbage_on_both_udp_ports_stops_neither_handshakes_nor_paths_nor_attach() -> Result<()> {
+fn garbage_on_both_udp_ports_stops_no_handshake_path_or_attach() -> Result<()> {
     attack(Kind::Garbage)
 }
 
 #[test]
-fn false_initiations_on_both_udp_ports_stop_neither_handshakes_nor_paths_nor_attach() -> Result<()>
-{
+fn false_initiations_on_both_udp_ports_stop_no_handshake_path_or_attach() -> Result<()> {
     attack(Kind::Initiations)
 }
 
 #[test]
-fn spoofed_initiations_with_a_right_mac_stop_neither_handshakes_nor_paths_nor_attach() -> Result<()>
-{
+fn spoofed_initiations_with_a_valid_mac_stop_no_handshake_path_or_attach() -> Result<()> {
     attack(Kind::Sealed)
 }
 
 /// There are two kinds of connections: some never send a byte, and the others never complete a
 /// frame.
 #[test]
-fn five_addresses_that_call_all_the_time_do_not_keep_a_node_with_a_slow_link_out() -> Result<()> {
+fn constant_dialing_from_five_addresses_does_not_keep_out_a_slow_node() -> Result<()> {
     const HALF_A_FRAME: [u8; 24] = {
         let mut bytes = [7; 24];
         (bytes[0], bytes[1]) = (0, 48);
@@ -267,15 +265,15 @@ fn five_addresses_that_call_all_the_time_do_not_keep_a_node_with_a_slow_link_out
         let meeting = begun.elapsed();
         let rates: Vec<_> = floods.into_iter().map(Flood::stop).collect();
         lab.smooth(slow, wire)?;
-        writeln!(std::io::stderr(), "met in {meeting:?} beside {rates:?} calls a second")?;
-        met.with_context(|| format!("{rates:?} calls a second"))?;
+        writeln!(std::io::stderr(), "met in {meeting:?} during {rates:?} dials per second")?;
+        met.with_context(|| format!("{rates:?} dials per second"))?;
         // One attempt: ten seconds for the handshake, plus the time to resolve and connect.
         ensure!(
             meeting < Duration::from_secs(12),
-            "it took {meeting:?} beside {rates:?} calls a second"
+            "it took {meeting:?} during {rates:?} dials per second"
         );
-        ensure!(attached(victim, "c").is_ok(), "the victim is busy");
-        eventually(PATIENCE, || ensure_sessions([victim, slow]))
+        ensure!(attached(victim, "c").is_ok(), "the victim cannot attach a container");
+        eventually(TIMEOUT, || ensure_sessions([victim, slow]))
     })
 }
 
@@ -290,7 +288,7 @@ fn a_flood_of_both_udp_ports_costs_established_traffic_little() -> Result<()> {
         for host in [one, victim] {
             launch(lab, host)?;
         }
-        eventually(PATIENCE, || ensure_sessions([one, victim]))?;
+        eventually(TIMEOUT, || ensure_sessions([one, victim]))?;
         let containers = [attached(one, "c")?, attached(victim, "c")?];
         all_reach_all(&containers)?;
         victim.netns().ip(&["route", "add", "default", "via", &attacker.address().to_string()])?;
@@ -310,7 +308,10 @@ fn a_flood_of_both_udp_ports_costs_established_traffic_little() -> Result<()> {
                 rounds.push((flooded / beside, flooded, beside));
             }
             rounds.sort_by(|a, b| a.0.total_cmp(&b.0));
-            writeln!(std::io::stderr(), "{kind:?}: share, flooded, beside (Gbit/s): {rounds:.2?}")?;
+            writeln!(
+                std::io::stderr(),
+                "{kind:?}: share, flooded, baseline (Gbit/s): {rounds:.2?}"
+            )?;
             ensure!(rounds[ROUNDS / 2].0 > least, "{kind:?}: {rounds:.2?}");
         }
         Ok(())

@@ -19,7 +19,7 @@ use serde_json::json;
 
 use crate::spoofing::{learnt_mac, own_mac};
 use crate::support::{
-    PATIENCE, attached, counter, in_lab, launch_all, list, peer, wait_for_workers,
+    TIMEOUT, attached, counter, in_lab, launch_all, list, peer, wait_for_workers,
 };
 
 const INTERFACE: &str = "overnode0";
@@ -42,7 +42,7 @@ fn frame(
 struct Scene {
     thief: Container,
     /// The container that the thief tries to impersonate.
-    neighbour: Container,
+    neighbor: Container,
     near: Container,
     far: Container,
 }
@@ -51,12 +51,12 @@ fn scene(lab: &Lab) -> Result<Scene> {
     launch_all(lab)?;
     let scene = Scene {
         thief: attached(lab.host(1), "thief")?,
-        neighbour: attached(lab.host(1), "neighbour")?,
+        neighbor: attached(lab.host(1), "neighbour")?,
         near: attached(lab.host(1), "near")?,
         far: attached(lab.host(2), "far")?,
     };
-    scene.thief.reach(scene.far.address(), PATIENCE)?;
-    scene.neighbour.reach(scene.far.address(), PATIENCE)?;
+    scene.thief.reach(scene.far.address(), TIMEOUT)?;
+    scene.neighbor.reach(scene.far.address(), TIMEOUT)?;
     Ok(scene)
 }
 
@@ -132,14 +132,14 @@ fn ensure_refused(
         let counted = dropped(lab)? - before.0;
         let misplaced = counter(lab.host(1), "checksum")? - before.1;
         let refused = (arrived.sent - arrived.honest) as u64;
-        ensure!(counted >= refused, "{what}: {counted} are counted of {refused}");
+        ensure!(counted >= refused, "{what}: only {counted} of {refused} are counted");
         // Only packets to another host may be sealed, if the checksum happens to change nothing.
         ensure!(!is_local || misplaced == arrived.sent as u64, "{what}: {misplaced}, {arrived:?}");
         // From each start before the source address, both halves of it are hit, unless the programs
         // complete the packet's own checksum instead.
         ensure!(refused == 0 || refused >= 15, "{what} to {}: {arrived:?}", to.name);
         // The kernel rejects some positions, but none from the 20th byte on.
-        ensure!(arrived.sent > 80, "{what}: {} were sent", arrived.sent);
+        ensure!(arrived.sent > 80, "{what}: only {} were sent", arrived.sent);
     }
     let arrived = send(&scene.thief, to, &harmless)?;
     ensure!(arrived.foreign.is_empty(), "{what} to {}: {arrived:?}", to.name);
@@ -150,7 +150,7 @@ fn ensure_refused(
 /// Tries every pair of start and position, in packets that are sealed at once, packets whose
 /// checksum the programs complete, and packets that go through the offload veth.
 #[test]
-fn no_place_of_a_checksum_makes_a_container_another_one() -> Result<()> {
+fn no_checksum_position_allows_impersonation() -> Result<()> {
     in_lab(Lab::new("places").hosts(2), |lab| {
         let scene = scene(lab)?;
         for to in [&scene.far, &scene.near] {
@@ -166,10 +166,10 @@ fn no_place_of_a_checksum_makes_a_container_another_one() -> Result<()> {
                 if is_left {
                     leave_checksum(&mut honest);
                 }
-                let wanted = wanted(&honest, scene.neighbour.address());
+                let wanted = wanted(&honest, scene.neighbor.address());
                 let frames = aimed(&honest, &wanted, (0, 0), |_| true);
                 let what =
-                    format!("protocol {protocol}, {len} bytes, its own checksum left: {is_left}");
+                    format!("protocol {protocol}, {len} bytes, own checksum kept: {is_left}");
                 ensure_refused(lab, &scene, to, &frames, &what)?;
             }
         }
@@ -178,7 +178,7 @@ fn no_place_of_a_checksum_makes_a_container_another_one() -> Result<()> {
 }
 
 #[test]
-fn no_place_of_a_checksum_in_segments_makes_a_container_another_one() -> Result<()> {
+fn no_checksum_position_in_segments_allows_impersonation() -> Result<()> {
     in_lab(Lab::new("segments").hosts(2), |lab| {
         let scene = scene(lab)?;
         for to in [&scene.far, &scene.near] {
@@ -188,7 +188,7 @@ fn no_place_of_a_checksum_in_segments_makes_a_container_another_one() -> Result<
             {
                 let mut honest = frame(&scene.thief, gateway, to.address(), protocol, 1000)?;
                 leave_checksum(&mut honest);
-                let wanted = wanted(&honest, scene.neighbour.address());
+                let wanted = wanted(&honest, scene.neighbor.address());
                 let frames = aimed(&honest, &wanted, (gso_type, 400), |place| place < 64);
                 ensure_refused(lab, &scene, to, &frames, &format!("segments of type {gso_type}"))?;
             }
@@ -201,7 +201,7 @@ fn no_place_of_a_checksum_in_segments_makes_a_container_another_one() -> Result<
 fn move_flow(host: &Host, scene: &Scene, honest: &Frame) -> Result<()> {
     let injector = Injector::open(scene.thief.netns(), INTERFACE)?;
     let before = counter(host, "bulk-sent")?;
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         for _ in 0..20 {
             injector.send_offloaded(&vec![honest.clone(); 10])?;
             std::thread::sleep(Duration::from_millis(2));
@@ -212,7 +212,7 @@ fn move_flow(host: &Host, scene: &Scene, honest: &Frame) -> Result<()> {
 }
 
 #[test]
-fn no_place_of_a_checksum_on_the_bulk_path_makes_a_container_another_one() -> Result<()> {
+fn no_checksum_position_on_the_bulk_path_allows_impersonation() -> Result<()> {
     in_lab(Lab::new("bulkplaces").hosts(2), |lab| {
         let scene = scene(lab)?;
         wait_for_workers(lab)?;
@@ -227,7 +227,7 @@ fn no_place_of_a_checksum_on_the_bulk_path_makes_a_container_another_one() -> Re
         for (len, gso) in [(60, (0, 0)), (300, (0, 0)), (1000, (GSO_UDP_L4, 400))] {
             let mut honest = frame(&scene.thief, gateway, scene.far.address(), UDP, len)?;
             leave_checksum(&mut honest);
-            let wanted = wanted(&honest, scene.neighbour.address());
+            let wanted = wanted(&honest, scene.neighbor.address());
             // The large packets in between must be less than 50 ms apart, or the flow becomes an
             // ordinary one again.
             let mut frames = Vec::new();
@@ -244,7 +244,7 @@ fn no_place_of_a_checksum_on_the_bulk_path_makes_a_container_another_one() -> Re
             ensure!(arrived.honest > 0, "{len} bytes: {arrived:?}");
         }
         let moved = counter(lab.host(1), "bulk-sent")? - before;
-        ensure!(moved > 1000, "only {moved} went to the workers");
+        ensure!(moved > 1000, "only {moved} packets went to the workers");
         Ok(())
     })
 }
@@ -293,10 +293,14 @@ fn two_hosts_stay_together(
                     let route = &peer["data"]["route"];
                     ensure!(
                         route["path"] == json!("direct"),
-                        "{} says of {other}: {route}",
+                        "{} reports for node {other}: {route}",
                         host.name
                     );
-                    ensure!(route["straight"] == true, "{} says of {other}: {route}", host.name);
+                    ensure!(
+                        route["straight"] == true,
+                        "{} reports for node {other}: {route}",
+                        host.name
+                    );
                 }
             }
             let pings = near.ping(far.address(), 100, Duration::from_millis(1))?;
@@ -305,18 +309,18 @@ fn two_hosts_stay_together(
         };
         let watched = watch();
         is_over.store(true, Ordering::Relaxed);
-        let sent = flood.join().expect("the thread")?;
+        let sent = flood.join().expect("the flooding thread")?;
         watched?;
         let received = counter(lab.host(2), "probe-received")? - received;
-        ensure!(received < 500, "{received} probes were received, {sent} were forged");
+        ensure!(received < 500, "{received} probes were received and {sent} were forged");
         let refused = counter(lab.host(1), "node-address")? - refused;
-        ensure!(refused >= sent / 2, "{refused} of {sent} are counted");
+        ensure!(refused >= sent / 2, "only {refused} of {sent} are counted");
         Ok(())
     })
 }
 
 #[test]
-fn a_container_cannot_cut_two_hosts_apart_with_forged_probes() -> Result<()> {
+fn a_container_cannot_separate_two_hosts_with_forged_probes() -> Result<()> {
     in_lab(Lab::new("probes").hosts(2), |lab| {
         let scene = scene(lab)?;
         let address = scene.thief.address();
@@ -326,7 +330,7 @@ fn a_container_cannot_cut_two_hosts_apart_with_forged_probes() -> Result<()> {
 }
 
 #[test]
-fn an_exposed_host_cannot_forge_probes_either() -> Result<()> {
+fn an_exposed_host_cannot_forge_probes() -> Result<()> {
     in_lab(Lab::new("exposedprobes").hosts(2), |lab| {
         let scene = scene(lab)?;
         let printed = lab.host(1).overnode(&["expose"])?.success()?;
@@ -338,7 +342,7 @@ fn an_exposed_host_cannot_forge_probes_either() -> Result<()> {
 
 /// Sends many queries in one packet, repeatedly, so that the flow moves to the workers.
 #[test]
-fn a_container_cannot_ask_another_hosts_name_server_by_the_bulk_path() -> Result<()> {
+fn a_container_cannot_query_another_hosts_name_server_on_the_bulk_path() -> Result<()> {
     in_lab(Lab::new("bulkdns").hosts(2), |lab| {
         let scene = scene(lab)?;
         wait_for_workers(lab)?;
@@ -377,9 +381,12 @@ fn a_container_cannot_ask_another_hosts_name_server_by_the_bulk_path() -> Result
             Ok(answers)
         };
         let own = ask("10.39.240.1")?;
-        ensure!(own > 0, "the queries are none: the own node's server does not answer them");
+        ensure!(
+            own > 0,
+            "the queries are invalid: the name server of their own node does not answer"
+        );
         let answers = ask("10.39.240.2")?;
-        ensure!(answers == 0, "node 2's name server has answered {answers} queries from host 1");
+        ensure!(answers == 0, "the name server of node 2 answered {answers} queries from host1");
         Ok(())
     })
 }
@@ -387,7 +394,7 @@ fn a_container_cannot_ask_another_hosts_name_server_by_the_bulk_path() -> Result
 /// An attacker on the wire can tell the receiver's kernel that a sealed message has a partial
 /// checksum, as a virtual machine on the same host or a container inside it can.
 #[test]
-fn nobody_on_the_wire_has_a_receiver_change_what_was_sealed() -> Result<()> {
+fn an_attacker_on_the_wire_cannot_make_a_receiver_alter_sealed_packets() -> Result<()> {
     // Offset of the inner source address, after Ethernet, IP, UDP and the message's header.
     const INNER_SOURCE: u16 = 14 + 20 + 8 + 16 + 12;
     const MESSAGES: u32 = 50;
@@ -412,7 +419,7 @@ fn nobody_on_the_wire_has_a_receiver_change_what_was_sealed() -> Result<()> {
             .collect();
         ensure!(
             messages.len() >= MESSAGES as usize,
-            "only {} messages were caught",
+            "only {} messages were captured",
             messages.len()
         );
         injector.send_offloaded(&messages)?;
@@ -427,7 +434,7 @@ fn nobody_on_the_wire_has_a_receiver_change_what_was_sealed() -> Result<()> {
             );
         }
         let counted = counter(two, "checksum")? - before;
-        ensure!(counted >= u64::from(MESSAGES), "{counted} are counted");
+        ensure!(counted >= u64::from(MESSAGES), "only {counted} are counted");
         Ok(())
     })
 }

@@ -77,7 +77,7 @@ fn difference(
 fn received(container: &Container) -> Result<u64> {
     let links: serde_json::Value =
         serde_json::from_str(&container.netns().ip(&["-j", "-s", "link", "show", "overnode0"])?)?;
-    links[0]["stats64"]["rx"]["packets"].as_u64().context("no count of packets")
+    links[0]["stats64"]["rx"]["packets"].as_u64().context("no packet count")
 }
 
 fn header_length(family: Family) -> usize {
@@ -104,12 +104,12 @@ fn replays(family: Family) -> Result<()> {
 }
 
 #[test]
-fn recorded_messages_are_of_no_use_over_ipv4() -> Result<()> {
+fn recorded_messages_cannot_be_replayed_over_ipv4() -> Result<()> {
     replays(Family::V4)
 }
 
 #[test]
-fn recorded_messages_are_of_no_use_over_ipv6() -> Result<()> {
+fn recorded_messages_cannot_be_replayed_over_ipv6() -> Result<()> {
     replays(Family::V6)
 }
 
@@ -120,7 +120,7 @@ fn messages_from_long_ago_are_too_old() -> Result<()> {
         let frames = record(lab, &containers)?;
         // The replay window is 8128 counters wide.
         let datagrams = lab::flow::udp(&containers[0], &containers[1], 9000, 64, MILLISECOND / 20)?;
-        ensure!(datagrams.received > 8200, "only {datagrams:?}");
+        ensure!(datagrams.received > 8200, "too few datagrams: {datagrams:?}");
         let before = counter(lab.host(2), "too-old")?;
         attacker(lab)?.send_all(&frames)?;
         assert_eq!(counter(lab.host(2), "too-old")? - before, frames.len() as u64);
@@ -200,7 +200,7 @@ fn shorten(frame: &mut Vec<u8>, length: usize, header: usize) {
 }
 
 #[test]
-fn a_million_hostile_packets_deliver_nothing_and_are_all_counted() -> Result<()> {
+fn a_million_hostile_packets_are_all_dropped_and_counted() -> Result<()> {
     const BATCH: usize = 10_000;
     const BATCHES: usize = 100;
     in_lab(Lab::new("million").hosts(2), |lab| {

@@ -12,7 +12,7 @@ use overnode_daemon::types::PublicKey;
 use overnode_ebpf::map::Session;
 use serde_json::Value;
 
-use crate::support::{PATIENCE, TOKEN, attached, in_lab, launch, peer};
+use crate::support::{TIMEOUT, TOKEN, attached, in_lab, launch, peer};
 
 const PRESHARED_KEY: [u8; 32] = *b"a key that must not be shown: 0!";
 
@@ -30,8 +30,8 @@ const NOT_HERE: [&str; 6] = [
 /// Returns the fields that the page describes. A section's heading names one or more objects, and
 /// its table lists their fields.
 fn documented() -> Result<BTreeSet<String>> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/inspect.md");
-    let page = std::fs::read_to_string(path).context("docs/inspect.md")?;
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/inspect.md");
+    let page = std::fs::read_to_string(path).context("docs/reference/inspect.md")?;
     let quoted =
         |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
     let mut places = Vec::new();
@@ -132,22 +132,19 @@ fn busy_node(lab: &Lab) -> Result<Value> {
     a.overnode(&[&words[..], &["--keepalive", "25", "--name", "laptop"]].concat())?.success()?;
     a.overnode(&["dns-add", "printer", "192.0.2.9"])?.success()?;
     let (one, five) = (attached(a, "one")?, attached(c, "five")?);
-    one.reach(five.address(), PATIENCE)?;
-    eventually(PATIENCE, || {
+    one.reach(five.address(), TIMEOUT)?;
+    eventually(TIMEOUT, || {
         ensure!(
             peer(a, 2)?.is_some_and(|it| it["data"]["route"].is_object()),
-            "no way to node 2 yet"
+            "no route to node 2 yet"
         );
         let document = a.inspect()?;
         let loans = document["status"]["ipam"]["loans"].as_array().context("no loans")?;
-        ensure!(
-            loans.iter().any(|loan| loan["borrower"] == 5),
-            "nobody has lent to node 5: {loans:?}"
-        );
+        ensure!(loans.iter().any(|loan| loan["borrower"] == 5), "no loan to node 5 yet: {loans:?}");
         let connections = document["status"]["connections"].as_array().context("no connections")?;
         ensure!(
             connections.iter().any(|it| it["state"] == "failed"),
-            "the stranger did not call yet"
+            "the rejected node has not dialed yet"
         );
         Ok(document)
     })
@@ -162,7 +159,7 @@ fn inspect_prints_what_its_page_describes_and_no_secret() -> Result<()> {
         let mut printed = BTreeMap::new();
         fields("", &document, &mut printed);
         let missing: Vec<_> = printed.keys().filter(|field| !documented.contains(*field)).collect();
-        ensure!(missing.is_empty(), "docs/inspect.md does not have {missing:?}");
+        ensure!(missing.is_empty(), "docs/reference/inspect.md does not have {missing:?}");
         // The page describes no other fields, except those that this node does not have.
         let absent: Vec<_> = documented
             .iter()
@@ -172,19 +169,22 @@ fn inspect_prints_what_its_page_describes_and_no_secret() -> Result<()> {
                     && !NOT_HERE.iter().any(|place| field.starts_with(place))
             })
             .collect();
-        ensure!(absent.is_empty(), "docs/inspect.md has {absent:?}, which is not printed");
+        ensure!(
+            absent.is_empty(),
+            "docs/reference/inspect.md has {absent:?}, which is not printed"
+        );
 
         let text = format!("{document}{}", a.status()?);
         let mut secrets = session_keys(a)?;
-        ensure!(secrets.len() >= 4, "{} session keys were found", secrets.len());
+        ensure!(secrets.len() >= 4, "only {} session keys were found", secrets.len());
         a.kill_daemon()?;
-        let store = eventually(PATIENCE, || Ok(Store::open_existing(&a.state_directory())?))?;
+        let store = eventually(TIMEOUT, || Ok(Store::open_existing(&a.state_directory())?))?;
         let identity = store.identity()?.context("no identity")?;
         drop(store);
         let own = key::public_key(&identity.exchange_secret());
         ensure!(
             shows(&text, &own.0),
-            "the public key is not found in this way, so no secret would be"
+            "the search does not find the public key, so it would not find a secret"
         );
         secrets.extend([identity.seed.0, identity.cluster_key.0, PRESHARED_KEY]);
         secrets.extend([key::control_key(&identity.cluster_key).0, identity.exchange_secret().0]);

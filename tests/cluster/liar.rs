@@ -11,7 +11,7 @@ use lab::{Capture, Container, Host, Lab, eventually};
 use overnode_daemon::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
 use overnode_daemon::control::key;
 use overnode_daemon::control::packet::Packet;
-use overnode_daemon::control::session::{self, Link, Me, Role, Terms};
+use overnode_daemon::control::session::{self, Link, LocalIdentity, Role, Terms};
 use overnode_daemon::gossip::{Message, Record, Signature, Signer};
 use overnode_daemon::ipam::{Change, Fact};
 use overnode_daemon::store::Store;
@@ -20,7 +20,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::spoofing::{datagram, own_mac};
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, attached, counter, in_lab, launch, launch_as, list, peer,
+    MILLISECOND, TIMEOUT, TOKEN, attached, counter, in_lab, launch, launch_as, list, peer,
 };
 
 const INTERFACE: &str = "overnode0";
@@ -28,7 +28,7 @@ const INTERFACE: &str = "overnode0";
 /// Makes a host's node claim `address` and give it to its next container.
 fn lie(host: &Host, address: IpAddr) -> Result<()> {
     host.kill_daemon()?;
-    let store = eventually(PATIENCE, || Ok(Store::open_existing(&host.state_directory())?))?;
+    let store = eventually(TIMEOUT, || Ok(Store::open_existing(&host.state_directory())?))?;
     store.change_addresses(&[Change::Put(Fact::Held { block: address.into(), lost: false })])?;
     drop(store);
     host.overnode(&["resume"])?.success()?;
@@ -44,7 +44,7 @@ fn gateway(container: &Container, to: IpAddr) -> Result<[u8; 6]> {
         .split_whitespace()
         .skip_while(|word| *word != "lladdr")
         .nth(1)
-        .context("no neighbour")?;
+        .context("no neighbor entry")?;
     let bytes =
         mac.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
     bytes.try_into().ok().context("not six bytes")
@@ -66,7 +66,7 @@ fn routes(host: &Host, id: usize) -> Result<Vec<String>> {
 }
 
 #[test]
-fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Result<()> {
+fn a_member_cannot_take_over_a_live_container_by_announcing_its_address() -> Result<()> {
     const PINGS: u32 = 200;
     const LIAR: usize = 9;
     in_lab(Lab::new("takeover").hosts(3), |lab| {
@@ -76,26 +76,23 @@ fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Res
         // The liar has no address space of its own.
         launch_as(lab, c, LIAR)?;
         let (victim, far) = (&attached(a, "victim")?, &attached(b, "far")?);
-        far.reach(victim.address(), PATIENCE)?;
+        far.reach(victim.address(), TIMEOUT)?;
         let address = victim.address();
         let prefix = IpNet::from(address).to_string();
         lie(c, address)?;
         let thief = &attached(c, "thief")?;
-        ensure!(thief.address() == address, "the liar's container has {}", thief.address());
+        ensure!(thief.address() == address, "the liar's container got {}", thief.address());
         for host in [a, b] {
-            eventually(PATIENCE, || {
+            eventually(TIMEOUT, || {
                 let document = host.inspect()?;
                 let mut records = list(&document, "records")?.iter();
-                let liar = records.find(|it| it["id"] == LIAR).context("no record")?;
+                let liar = records.find(|it| it["id"] == LIAR).context("no record of the liar")?;
                 ensure!(
                     liar["ranges"].to_string().contains(&prefix),
-                    "the lie has not come: {liar}"
+                    "the false announcement has not arrived: {liar}"
                 );
                 let peer = peer(host, LIAR)?.context("the liar is not known")?;
-                ensure!(
-                    peer["data"]["session"] == "established",
-                    "there is no session with the liar"
-                );
+                ensure!(peer["data"]["session"] == "established", "no session with the liar");
                 Ok(())
             })?;
         }
@@ -113,34 +110,37 @@ fn a_member_takes_over_the_address_of_a_live_container_by_announcing_it() -> Res
         let before = counter(b, "foreign-source")?;
         let forged = datagram(mac, gateway, address, far.address());
         Injector::open(thief.netns(), INTERFACE)?.send_all(&vec![forged; PINGS as usize])?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let refused = counter(b, "foreign-source")? - before;
-            ensure!(refused >= PINGS.into(), "{refused} of {PINGS} forged packets were refused");
+            ensure!(
+                refused >= PINGS.into(),
+                "only {refused} of {PINGS} forged packets were refused"
+            );
             Ok(())
         })?;
         let arrived = listening.stop()?.count(|packet| {
             packet.ip.is_some_and(|ip| ip.from == address && ip.protocol == lab::pcap::UDP)
         })?;
-        ensure!(arrived == 0, "{arrived} packets that the liar forged arrived");
+        ensure!(arrived == 0, "{arrived} forged packets arrived");
         // All honest nodes report which nodes claim the address.
         for host in [a, b] {
-            eventually(PATIENCE, || {
+            eventually(TIMEOUT, || {
                 let problems = problems(host)?;
                 let told = problems.iter().any(|it| {
                     it.contains(&prefix) && it.contains("node 1 ") && it.contains("node 9 ")
                 });
-                ensure!(told, "{} does not tell of the clash: {problems:?}", host.name);
+                ensure!(told, "{} does not report the clash: {problems:?}", host.name);
                 Ok(())
             })?;
         }
         // After the liar has left, nothing of it remains.
         c.overnode(&["reset", "--force"])?.success()?;
         for host in [a, b] {
-            eventually(PATIENCE, || {
+            eventually(TIMEOUT, || {
                 let left = routes(host, LIAR)?;
                 ensure!(left.is_empty(), "{} still sends {left:?} to the liar", host.name);
                 let problems = problems(host)?;
-                ensure!(problems.is_empty(), "{} still tells of {problems:?}", host.name);
+                ensure!(problems.is_empty(), "{} still reports {problems:?}", host.name);
                 Ok(())
             })?;
         }
@@ -169,7 +169,7 @@ impl Member {
             process: 7,
             public_key: key::public_key(&static_secret),
         };
-        let me = Me { static_secret, cluster_key: key::cluster_key(TOKEN)?, hello };
+        let me = LocalIdentity { static_secret, cluster_key: key::cluster_key(TOKEN)?, hello };
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let address = SocketAddr::new(to.address(), 6783);
         let stream = from.netns().enter(move || Ok(TcpStream::connect(address)?))?;
@@ -207,7 +207,7 @@ fn made_up(id: u16, links: impl IntoIterator<Item = u16>) -> Result<Record> {
         public_key: key::public_key(&key::exchange_secret(&seed(id))),
         addresses: Vec::new(),
         links: links.into_iter().map(NodeId::new).collect::<Result<_, _>>()?,
-        dark: Vec::new(),
+        no_direct_path: Vec::new(),
         ranges: Vec::new(),
         claims: Vec::new(),
         names: Vec::new(),
@@ -219,7 +219,7 @@ fn made_up(id: u16, links: impl IntoIterator<Item = u16>) -> Result<Record> {
 }
 
 #[test]
-fn a_member_stops_a_daemon_with_thousands_of_nodes_that_it_makes_up() -> Result<()> {
+fn a_member_cannot_stop_a_daemon_with_thousands_of_made_up_nodes() -> Result<()> {
     const LIAR: u16 = 9;
     const MADE_UP: std::ops::Range<u16> = 100..2100;
     in_lab(Lab::new("made-up").hosts(2), |lab| {
@@ -235,14 +235,14 @@ fn a_member_stops_a_daemon_with_thousands_of_nodes_that_it_makes_up() -> Result<
         let began = Instant::now();
         let mut slowest = Duration::ZERO;
         let mut known = 0;
-        while known < MADE_UP.len() && began.elapsed() < 2 * PATIENCE {
+        while known < MADE_UP.len() && began.elapsed() < 2 * TIMEOUT {
             let asked = Instant::now();
             known = list(&a.status()?, "peers")?.len();
             slowest = slowest.max(asked.elapsed());
         }
         ensure!(known >= MADE_UP.len(), "only {known} nodes are known");
         // The same task feeds systemd's watchdog.
-        ensure!(slowest < PATIENCE / 2, "the daemon did not answer for {slowest:?}");
+        ensure!(slowest < TIMEOUT / 2, "the daemon did not answer for {slowest:?}");
         attached(a, "honest")?;
         Ok(())
     })

@@ -13,7 +13,7 @@ use lab::process::run_limited;
 use lab::{Entry, Family, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch, launch_all,
+    MILLISECOND, TIMEOUT, TOKEN, all_reach_all, attached, counter, in_lab, launch, launch_all,
     launch_containers, list, one_each, peer, targets, wait_for_sessions,
 };
 
@@ -52,7 +52,7 @@ fn containers_talk_over_a_routed_ipv6_underlay() -> Result<()> {
 
 /// Hosts are entered as with `nsenter --net=`, so that the daemon's `/sys` shows another network.
 #[test]
-fn nodes_work_where_only_the_network_was_entered() -> Result<()> {
+fn nodes_work_when_only_the_network_namespace_is_entered() -> Result<()> {
     containers_talk(Lab::new("setns").entry(Entry::Setns))
 }
 
@@ -62,7 +62,7 @@ fn containers_of_one_host_talk_without_the_underlay() -> Result<()> {
         let host = lab.host(1);
         launch(lab, host)?;
         let (one, two) = (attached(host, "one")?, attached(host, "two")?);
-        one.reach(two.address(), PATIENCE)?;
+        one.reach(two.address(), TIMEOUT)?;
         let capture = lab.capture()?;
         flow::tcp(&one, &two, Amount::Bytes(10_000_000))?;
         assert_eq!(capture.stop()?.count(|packet| packet.wireguard_type().is_some())?, 0);
@@ -101,13 +101,13 @@ fn a_static_address_is_reached_from_everywhere() -> Result<()> {
             lab.host(2).attach(&fixed, &["--ip", "10.33.7.5/12", "--name", "database"])?;
         assert_eq!(address.to_string(), "10.33.7.5/12");
         let (near, far) = (attached(lab.host(2), "near")?, attached(lab.host(1), "far")?);
-        near.reach(fixed.address(), PATIENCE)?;
-        far.reach(fixed.address(), PATIENCE)?;
+        near.reach(fixed.address(), TIMEOUT)?;
+        far.reach(fixed.address(), TIMEOUT)?;
         let status = lab.host(2).status()?;
         let endpoint = list(&status, "endpoints")?
             .iter()
             .find(|endpoint| endpoint["name"] == "database")
-            .context("the endpoint is not listed by its name")?;
+            .context("the endpoint is not listed under its name")?;
         assert_eq!(endpoint["address"], "10.33.7.5/12");
         assert_eq!(endpoint["static"], true);
         Ok(())
@@ -173,18 +173,22 @@ fn targets_are_added_removed_replaced_and_kept() -> Result<()> {
         assert_eq!(targets(host)?, ["192.0.2.7", "host2", "no-such-host"]);
         let complaint = host.overnode(&["forget", "host2", "unheard-of"])?.failure(1)?;
         assert!(complaint.contains("unheard-of"), "{complaint}");
-        assert_eq!(targets(host)?, ["192.0.2.7", "host2", "no-such-host"], "all of them, or none");
+        assert_eq!(
+            targets(host)?,
+            ["192.0.2.7", "host2", "no-such-host"],
+            "a failed forget must remove no target"
+        );
         host.overnode(&["forget", "192.0.2.7"])?.success()?;
         host.kill_daemon()?;
         host.overnode(&["resume"])?.success()?;
         assert_eq!(targets(host)?, ["host2", "no-such-host"]);
         host.overnode(&["connect", "--replace", "host1", "host2"])?.success()?;
         assert_eq!(targets(host)?, ["host1", "host2"]);
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let status = host.status()?;
             let own = list(&status, "targets")?.iter().find(|target| target["host"] == "host1");
             let state = own.context("no target host1")?["state"].clone();
-            ensure!(state == "myself", "a node's own address is {state}");
+            ensure!(state == "myself", "the target host1 is {state}, not myself");
             Ok(())
         })
     })
@@ -200,21 +204,24 @@ fn forgetting_a_live_peer_keeps_the_connection() -> Result<()> {
         }
         let stats = containers[0].ping(containers[1].address(), 1000, MILLISECOND)?;
         assert_eq!(stats.lost(), 0);
-        assert_eq!(peer(lab.host(1), 2)?.context("node 2 is forgotten")?["reachable"], true);
+        assert_eq!(peer(lab.host(1), 2)?.context("node 2 is no longer known")?["reachable"], true);
         Ok(())
     })
 }
 
 #[test]
-fn a_name_that_resolves_later_is_dialled_then() -> Result<()> {
+fn a_name_that_resolves_later_is_dialed_then() -> Result<()> {
     in_lab(Lab::new("later").hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         a.overnode(&["launch", "--id", "1", "--token", TOKEN, "latecomer"])?.success()?;
         b.overnode(&["launch", "--id", "2", "--token", TOKEN])?.success()?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let status = a.status()?;
             let target = &list(&status, "targets")?[0];
-            ensure!(target["last_error"]["message"].is_string(), "no reason is given: {target}");
+            ensure!(
+                target["last_error"]["message"].is_string(),
+                "the target has no error: {target}"
+            );
             Ok(())
         })?;
         assert!(peer(a, 2)?.is_none());
@@ -222,7 +229,7 @@ fn a_name_that_resolves_later_is_dialled_then() -> Result<()> {
         writeln!(OpenOptions::new().append(true).open(file)?, "{} latecomer", b.address())?;
         // The pause between attempts is at most 30 s.
         eventually(Duration::from_secs(40), || {
-            ensure!(peer(a, 2)?.is_some(), "the name is not tried again");
+            ensure!(peer(a, 2)?.is_some(), "the name was not resolved again");
             Ok(())
         })?;
         wait_for_sessions(lab)
@@ -231,7 +238,7 @@ fn a_name_that_resolves_later_is_dialled_then() -> Result<()> {
 
 /// Discovery turns a chain of targets into a full mesh.
 #[test]
-fn nodes_learn_of_each_other_from_others() -> Result<()> {
+fn nodes_discover_each_other_through_others() -> Result<()> {
     in_lab(Lab::new("chain").hosts(3), |lab| {
         for (host, target) in lab.hosts().iter().zip([None, Some("host1"), Some("host2")]) {
             let id = host.number.to_string();
@@ -245,7 +252,7 @@ fn nodes_learn_of_each_other_from_others() -> Result<()> {
 }
 
 #[test]
-fn resume_starts_what_was_launched_and_says_so_when_it_runs() -> Result<()> {
+fn resume_starts_a_launched_node_and_says_if_it_already_runs() -> Result<()> {
     in_lab(Lab::new("resume").hosts(1), |lab| {
         let host = lab.host(1);
         let complaint = host.overnode(&["resume"])?.failure(1)?;
@@ -269,7 +276,7 @@ fn status_has_every_section_and_inspect_no_secret() -> Result<()> {
         for section in ["--targets", "--peers", "--connections", "--ipam", "--endpoints"] {
             let table = host.overnode(&["status", section])?.success()?;
             assert!(!table.trim().is_empty(), "{section} is empty");
-            assert!(table.len() < all.len(), "{section} is as long as the whole");
+            assert!(table.len() < all.len(), "{section} is as long as the whole status");
         }
         let own = containers[0].address().to_string();
         assert!(host.overnode(&["status", "--endpoints"])?.success()?.contains(&own));
@@ -312,7 +319,7 @@ fn a_second_daemon_on_the_same_state_is_refused() -> Result<()> {
         let mut second = host.command("overnoded")?;
         second.arg("--state-dir").arg(host.state_directory());
         second.arg("--run-dir").arg(lab.folder().join("elsewhere")).stdin(Stdio::null());
-        let outcome = run_limited(second, lab.folder(), PATIENCE)?;
+        let outcome = run_limited(second, lab.folder(), TIMEOUT)?;
         assert!(!outcome.status.success() && !outcome.stderr.is_empty(), "{outcome:?}");
         assert_eq!(host.daemon_pid(), Some(pid));
         host.status().map(drop)
@@ -325,20 +332,20 @@ fn a_reset_node_can_join_again_with_another_id() -> Result<()> {
         launch_all(lab)?;
         let (stays, leaves) = (lab.host(1), lab.host(2));
         leaves.overnode(&["reset"])?.success()?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let gone = peer(stays, 2)?.is_none_or(|peer| peer["reachable"] == false);
-            ensure!(gone, "node 2 left and is still said to be there");
+            ensure!(gone, "node 2 left but is still reported as reachable");
             Ok(())
         })?;
         leaves.overnode(&["launch", "--id", "3", "--token", TOKEN, "host1"])?.success()?;
         let (one, three) = (attached(stays, "one")?, attached(leaves, "three")?);
-        one.reach(three.address(), PATIENCE)?;
+        one.reach(three.address(), TIMEOUT)?;
         leaves.overnode(&["reset", "--force"])?.success()?;
         drop(three);
         // The first ID is used again: a new incarnation with another key.
         launch(lab, leaves)?;
         let two = attached(leaves, "two")?;
-        one.reach(two.address(), PATIENCE)
+        one.reach(two.address(), TIMEOUT)
     })
 }
 
@@ -378,7 +385,7 @@ fn jumbo_underlays_carry_jumbo_packets() -> Result<()> {
 }
 
 #[test]
-fn later_ids_say_that_they_cannot_allocate_yet() -> Result<()> {
+fn nodes_with_later_ids_say_that_they_cannot_allocate_yet() -> Result<()> {
     in_lab(Lab::new("later-ids").hosts(1), |lab| {
         let host = lab.host(1);
         host.overnode(&["launch", "--id", "5", "--token", TOKEN])?.success()?;

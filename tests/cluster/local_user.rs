@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
 use overnode_daemon::datapath::node_name;
 
-use crate::support::{PATIENCE, TOKEN, in_lab, launch_all};
+use crate::support::{TIMEOUT, TOKEN, in_lab, launch_all};
 
 /// Command that runs another command as an unprivileged user.
 const STRANGER: &str = "setpriv --reuid 1000 --regid 1000 --clear-groups";
@@ -41,20 +41,18 @@ fn text(bytes: &[u8]) -> String {
 /// The maps contain the packets' destinations and keys. The owner of the directory where they are
 /// pinned can replace them.
 #[test]
-fn a_local_user_who_makes_the_directory_of_pins_first_gets_no_maps() -> Result<()> {
+fn a_local_user_who_creates_the_pin_directory_first_gets_no_maps() -> Result<()> {
     in_lab(Lab::new("pins").hosts(1), |lab| {
         for theirs in ["overnode", "overnode/$NODE", "overnode/$NODE/maps"] {
             let script = format!(
-                "mount -t bpf -o mode=1777 bpf /sys/fs/bpf && {STRANGER} mkdir -p /sys/fs/bpf/{theirs} || exit 9
+                "mount -t bpf -o mode=1777 bpf /sys/fs/bpf || exit 9
+                 {STRANGER} mkdir -p /sys/fs/bpf/{theirs} || exit 9
                  overnode launch --id 1 --token $TOKEN
                  echo \"launch: $?\"; find /sys/fs/bpf/overnode -type f"
             );
             let output = apart(lab.host(1), &script)?;
             let (said, complaint) = (text(&output.stdout), text(&output.stderr));
-            assert_eq!(
-                said, "launch: 1\n",
-                "root's maps are in the hands of user 1000: {complaint}"
-            );
+            assert_eq!(said, "launch: 1\n", "user 1000 controls root's maps: {complaint}");
             assert!(complaint.contains("/sys/fs/bpf/overnode belongs to user 1000"), "{complaint}");
             assert!(complaint.contains("rm -r /sys/fs/bpf/overnode"), "{complaint}");
         }
@@ -78,14 +76,15 @@ fn a_local_user_who_owns_the_bpffs_gets_no_maps() -> Result<()> {
 }
 
 #[test]
-fn what_a_node_mounts_and_makes_for_its_pins_is_for_root_alone() -> Result<()> {
+fn mounts_and_directories_for_pins_are_accessible_only_to_root() -> Result<()> {
     in_lab(Lab::new("private").hosts(1), |lab| {
         let modes = "find /sys/fs/bpf/overnode -type d -exec stat -c '%a %u' {} + | sort -u";
         let script = format!(
             "while mountpoint -q /sys/fs/bpf; do umount /sys/fs/bpf || exit 9; done
              umask 0; overnode launch --id 1 --token $TOKEN || exit 8
              stat -c '%a' /sys/fs/bpf; {modes}
-             stat -c '%a' $OVERNODE_STATE_DIR $OVERNODE_RUN_DIR/*.sock $OVERNODE_RUN_DIR/*.log | sort -u
+             stat -c '%a' $OVERNODE_STATE_DIR $OVERNODE_RUN_DIR/*.sock $OVERNODE_RUN_DIR/*.log \
+             | sort -u
              overnode reset --force || exit 7; test ! -e /sys/fs/bpf/overnode || echo left"
         );
         let output = apart(lab.host(1), &script)?;
@@ -99,20 +98,21 @@ fn what_a_node_mounts_and_makes_for_its_pins_is_for_root_alone() -> Result<()> {
 
 /// `reset` removes pins as root, but does not follow symbolic links.
 #[test]
-fn a_local_user_cannot_have_reset_remove_roots_files() -> Result<()> {
+fn a_local_user_cannot_make_reset_remove_roots_files() -> Result<()> {
     in_lab(Lab::new("links").hosts(1), |lab| {
         let host = lab.host(1);
         let precious = lab.folder().join("precious");
         fs::create_dir(&precious)?;
-        fs::write(precious.join("file"), "of root's")?;
+        fs::write(precious.join("file"), "owned by root")?;
         let script = format!(
             "mount -t bpf -o mode=1777 bpf /sys/fs/bpf || exit 9
-             {STRANGER} sh -c 'mkdir /sys/fs/bpf/overnode && ln -s {} /sys/fs/bpf/overnode/'$NODE || exit 8
+             {STRANGER} sh -c 'mkdir /sys/fs/bpf/overnode && ln -s {} /sys/fs/bpf/overnode/'$NODE \
+             || exit 8
              overnode reset --force",
             precious.display()
         );
         let output = apart(host, &script)?;
-        assert!(precious.join("file").exists(), "reset has removed a file of root's");
+        assert!(precious.join("file").exists(), "reset removed a file of root");
         ensure!(output.status.success(), "{}", text(&output.stderr));
         Ok(())
     })
@@ -140,7 +140,7 @@ fn keeps_its_secrets(pid: i32) -> Result<()> {
             let refusal = text(&output.stderr);
             assert!(
                 output.stdout.is_empty() && refusal.contains("Permission denied"),
-                "{file} of process {pid} is read by {reader:?}: {refusal}"
+                "{reader:?} can read {file} of process {pid}: {refusal}"
             );
         }
     }
@@ -151,7 +151,7 @@ fn keeps_its_secrets(pid: i32) -> Result<()> {
 /// have no more capabilities than they have, unless the target forbids it. So the daemon runs
 /// without any capability here, and its core file limit is raised before it starts.
 #[test]
-fn nobody_reads_the_memory_of_the_daemon_nor_what_it_leaves_in_a_crash() -> Result<()> {
+fn nobody_can_read_the_daemons_memory_and_it_leaves_no_core_file() -> Result<()> {
     in_lab(Lab::new("memory").hosts(1), |lab| {
         let host = lab.host(1);
         let directory = lab.folder().join("crash");
@@ -169,7 +169,7 @@ fn nobody_reads_the_memory_of_the_daemon_nor_what_it_leaves_in_a_crash() -> Resu
             });
         }
         let mut daemon = command.spawn()?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             ensure!(host.request("GET", "/v1/version", "")?.0 == 200, "the daemon does not answer");
             Ok(())
         })?;
@@ -179,14 +179,14 @@ fn nobody_reads_the_memory_of_the_daemon_nor_what_it_leaves_in_a_crash() -> Resu
         let status = daemon.wait()?;
         outcome?;
         assert_eq!(status.signal(), Some(libc::SIGABRT));
-        assert!(!status.core_dumped(), "the kernel has written the daemon's memory to a file");
+        assert!(!status.core_dumped(), "the kernel wrote a core file");
         assert_eq!(fs::read_dir(&directory)?.count(), 0);
         Ok(())
     })
 }
 
 #[test]
-fn nobody_reads_the_memory_of_the_processes_of_a_node() -> Result<()> {
+fn nobody_can_read_the_memory_of_a_nodes_processes() -> Result<()> {
     in_lab(Lab::new("processes").hosts(2), |lab| {
         launch_all(lab)?;
         for host in lab.hosts() {
@@ -198,7 +198,7 @@ fn nobody_reads_the_memory_of_the_processes_of_a_node() -> Result<()> {
                     checked += 1;
                 }
             }
-            assert_eq!(checked, 2, "a daemon and its workers");
+            assert_eq!(checked, 2, "expected a daemon and its workers");
         }
         Ok(())
     })
@@ -206,7 +206,7 @@ fn nobody_reads_the_memory_of_the_processes_of_a_node() -> Result<()> {
 
 /// Tries every option for a directory with one that a local user owns.
 #[test]
-fn a_local_user_cannot_lend_a_node_directories() -> Result<()> {
+fn a_local_user_cannot_supply_a_nodes_directories() -> Result<()> {
     in_lab(Lab::new("lent").hosts(1), |lab| {
         let host = lab.host(1);
         let theirs = lab.folder().join("theirs");

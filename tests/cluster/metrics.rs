@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::dashboard;
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, in_lab, launch_as, wait_for_sessions,
+    MILLISECOND, TIMEOUT, TOKEN, all_reach_all, attached, in_lab, launch_as, wait_for_sessions,
 };
 
 const ADDRESS: &str = "127.0.0.1:6785";
@@ -26,7 +26,7 @@ fn get(host: &Host, path: &str) -> Result<(u16, String)> {
 
 /// Parses exported metrics into values by name and labels.
 fn samples(text: &str) -> Result<BTreeMap<String, f64>> {
-    ensure!(text.ends_with("# EOF\n"), "it is cut off");
+    ensure!(text.ends_with("# EOF\n"), "the text is truncated");
     let lines = text.lines().filter(|line| !line.starts_with('#'));
     lines
         .map(|line| {
@@ -50,7 +50,7 @@ fn row(line: &str) -> (String, (Labels, Labels)) {
 }
 
 #[test]
-fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
+fn metrics_match_the_page_and_the_dashboard() -> Result<()> {
     in_lab(Lab::new("metrics").hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         launch_with_metrics(a, &lab.targets())?;
@@ -60,40 +60,45 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
         all_reach_all(&containers)?;
         containers[0].ping(containers[1].address(), 20, MILLISECOND)?;
         // The round-trip time appears only after a few probes.
-        let text = eventually(PATIENCE, || {
+        let text = eventually(TIMEOUT, || {
             let (code, text) = get(a, "/metrics")?;
             ensure!(code == 200 && text.contains("overnode_peer_rtt_seconds{"), "{code}: {text}");
-            ensure!(text.contains("overnode_bulk_peer_in_use{"), "the workers say nothing: {text}");
+            ensure!(
+                text.contains("overnode_bulk_peer_in_use{"),
+                "no metrics of the workers: {text}"
+            );
             Ok(text)
         })?;
         let values = samples(&text)?;
         let told = dashboard::told(values.keys().map(String::as_str))?;
 
-        let page =
-            std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md"))?;
+        let page = std::fs::read_to_string(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../docs/reference/metrics.md"
+        ))?;
         let documented = page.lines().filter(|line| line.starts_with("| `overnode_")).map(row);
         let documented: BTreeMap<String, (Labels, Labels)> = documented.collect();
         let names: BTreeSet<&String> = told.keys().collect();
         ensure!(
             names.iter().copied().eq(documented.keys()),
-            "only told or only documented: {:?}",
+            "either only exported or only documented: {:?}",
             names.symmetric_difference(&documented.keys().collect())
         );
         for (metric, (labels, allowed)) in &documented {
             ensure!(
                 told[metric].keys().eq(labels),
-                "{metric} has other labels: {:?}",
+                "{metric} has undocumented or missing labels: {:?}",
                 told[metric]
             );
             let values: Labels = told[metric].values().flatten().cloned().collect();
             ensure!(
                 allowed.is_empty() || values == *allowed,
-                "{metric} has other values: {values:?}"
+                "{metric} has undocumented label values: {values:?}"
             );
         }
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../dist/grafana/overnode.json");
         let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(file)?)?;
-        dashboard::check(&dashboard, &told).context("the dashboard shows what is not told")?;
+        dashboard::check(&dashboard, &told).context("the dashboard uses what is not exported")?;
 
         for (series, wanted) in [
             ("overnode_peer_reachable{peer=\"2\"}", 1.0),
@@ -118,22 +123,25 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
         ensure!(rtt > 0.0 && rtt < 1.0, "a round-trip time of {rtt} s");
         // Neither addresses nor names of containers are exported.
         for container in &containers {
-            ensure!(!text.contains(&container.address().to_string()), "an address is told");
+            ensure!(
+                !text.contains(&container.address().to_string()),
+                "a container address is exported"
+            );
         }
 
         let (code, text) = a.request("GET", "/v1/metrics", "")?;
         ensure!(
             code == 200 && samples(&text)?.keys().eq(values.keys()),
-            "the socket tells something else"
+            "the socket exports other metrics"
         );
-        ensure!(get(a, "/v1/status")?.0 == 404, "the port tells more than metrics");
+        ensure!(get(a, "/v1/status")?.0 == 404, "the metrics port serves more than metrics");
         let listening = b.netns().run("ss", &["-Hltn"])?;
-        ensure!(!listening.contains(":6785"), "node 2 was not asked to: {listening}");
+        ensure!(!listening.contains(":6785"), "node 2 listens without being asked to: {listening}");
 
         // The metrics show a node that is gone.
         b.kill_daemon()?;
         lab.cut(a, b)?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let values = samples(&get(a, "/metrics")?.1)?;
             let critical = values["overnode_findings{level=\"critical\"}"];
             ensure!(
@@ -143,20 +151,20 @@ fn metrics_are_what_the_page_and_the_dashboard_say() -> Result<()> {
             Ok(())
         })?;
         let shown = a.overnode(&["status"])?.success()?;
-        ensure!(shown.contains("critical  node 2 (host2) is not reachable"), "{shown}");
+        ensure!(shown.contains("critical  node 2 (host2) is unreachable"), "{shown}");
         Ok(())
     })
 }
 
 #[test]
-fn a_port_that_is_taken_keeps_no_node_from_working() -> Result<()> {
+fn a_node_works_even_if_the_metrics_port_is_taken() -> Result<()> {
     in_lab(Lab::new("metrics-taken").hosts(1), |lab| {
         let host = lab.host(1);
         let address: SocketAddr = ADDRESS.parse()?;
         let taken = host.netns().enter(|| Ok(TcpListener::bind(address)?))?;
         launch_with_metrics(host, &[])?;
         attached(host, "c")?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             ensure!(
                 host.log().contains("metrics cannot be served at 127.0.0.1:6785"),
                 "{}",
@@ -165,8 +173,8 @@ fn a_port_that_is_taken_keeps_no_node_from_working() -> Result<()> {
             Ok(())
         })?;
         drop(taken);
-        eventually(PATIENCE, || {
-            ensure!(get(host, "/metrics")?.0 == 200, "it does not answer");
+        eventually(TIMEOUT, || {
+            ensure!(get(host, "/metrics")?.0 == 200, "the metrics port does not answer");
             Ok(())
         })
     })

@@ -7,12 +7,12 @@ use anyhow::{Context, Result, bail, ensure};
 use lab::{Host, Lab, eventually};
 use overnode_daemon::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION, Refusal};
 use overnode_daemon::control::key;
-use overnode_daemon::control::session::{self, Me, Role, Terms};
+use overnode_daemon::control::session::{self, LocalIdentity, Role, Terms};
 use overnode_daemon::types::{Network, NodeId};
 use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::support::{PATIENCE, TOKEN, in_lab, list, peer};
+use crate::support::{TIMEOUT, TOKEN, in_lab, list, peer};
 
 /// The side of a connection that a host is on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -38,12 +38,12 @@ fn told(host: &Host, side: Side, of: &Host, words: &[&str]) -> Result<()> {
             && it["last_error"]["seconds_ago"].is_u64()
             && words.iter().all(|word| message.contains(word))
     };
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         let status = host.status()?;
         let connections = list(&status, "connections")?;
         ensure!(
             connections.iter().any(fits),
-            "{} does not tell {words:?} of {}: {}",
+            "{} does not report {words:?} about {}: {}",
             host.name,
             of.name,
             status["connections"]
@@ -55,13 +55,13 @@ fn told(host: &Host, side: Side, of: &Host, words: &[&str]) -> Result<()> {
                 && words.iter().all(|word| line.contains(word))
         });
         let line = line.with_context(|| {
-            format!("the table of {} does not tell {words:?}:\n{table}", host.name)
+            format!("the table of {} does not show {words:?}:\n{table}", host.name)
         })?;
         ensure!(
             line.contains(state) || side == Side::Called && line.contains("connecting"),
             "{line}"
         );
-        ensure!(line.contains(" ago)"), "without its time: {line}");
+        ensure!(line.contains(" ago)"), "no time in {line:?}");
         Ok(())
     })
 }
@@ -70,7 +70,7 @@ fn told(host: &Host, side: Side, of: &Host, words: &[&str]) -> Result<()> {
 /// other.
 fn joined(one: &Host, id: usize, other: &Host, other_id: usize) -> Result<()> {
     for (host, id) in [(one, other_id), (other, id)] {
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let status = host.status()?;
             let connections = list(&status, "connections")?;
             let with = |it: &&Value| it["peer"] == id && it["state"] == "established";
@@ -82,7 +82,7 @@ fn joined(one: &Host, id: usize, other: &Host, other_id: usize) -> Result<()> {
             );
             ensure!(
                 connections.iter().all(|it| it["state"] != "failed"),
-                "{} still complains: {}",
+                "{} still reports an error: {}",
                 host.name,
                 status["connections"]
             );
@@ -97,7 +97,7 @@ fn start(host: &Host, id: &str, token: &str, more: &[&str]) -> Result<()> {
 }
 
 #[test]
-fn another_token_is_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
+fn a_different_token_is_reported_on_both_sides_and_the_advice_helps() -> Result<()> {
     in_lab(Lab::new("tokens").hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         start(a, "1", TOKEN, &[])?;
@@ -109,7 +109,7 @@ fn another_token_is_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
         a.overnode(&["connect", "host2"])?.success()?;
         told(a, Side::Called, b, &words)?;
         told(b, Side::WasCalled, a, &words)?;
-        ensure!(peer(a, 2)?.is_none() && peer(b, 1)?.is_none(), "they know each other");
+        ensure!(peer(a, 2)?.is_none() && peer(b, 1)?.is_none(), "the nodes know each other");
         b.overnode(&["reset"])?.success()?;
         start(b, "2", TOKEN, &["host1"])?;
         joined(a, 1, b, 2)
@@ -117,14 +117,15 @@ fn another_token_is_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
 }
 
 #[test]
-fn other_addresses_are_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
+fn different_ranges_are_reported_on_both_sides_and_the_advice_helps() -> Result<()> {
     in_lab(Lab::new("networks").hosts(3), |lab| {
         let [a, b, c] = lab.hosts() else { unreachable!() };
         start(a, "1", TOKEN, &[])?;
         start(b, "2", TOKEN, &["--range", "10.44.0.0/14", "host1"])?;
         start(c, "3", TOKEN, &["--subnet", "172.16.0.0/12", "--range", "172.24.0.0/13", "host1"])?;
         let usual = "subnet 10.32.0.0/12 and range 10.40.0.0/13";
-        let advice = "run `overnode reset` on the wrong one, then launch it with the right --subnet and --range";
+        let advice = "run `overnode reset` on the node with the wrong ones, then launch it with the right \
+                      --subnet and --range";
         for (host, name, network) in [
             (b, "node 2 (host2)", "subnet 10.32.0.0/12 and range 10.44.0.0/14"),
             (c, "node 3 (host3)", "subnet 172.16.0.0/12 and range 172.24.0.0/13"),
@@ -135,13 +136,13 @@ fn other_addresses_are_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
                 (format!("this node has {network}"), format!("node 1 (host1) has {usual}"));
             told(host, Side::Called, a, &[&here, &there, advice])?;
         }
-        ensure!(list(&a.status()?, "peers")?.len() == 1, "it knows of itself only");
+        ensure!(list(&a.status()?, "peers")?.len() == 1, "the node knows others");
         b.overnode(&["reset"])?.success()?;
         start(b, "2", TOKEN, &["--subnet", "10.32.0.0/12", "--range", "10.40.0.0/13", "host1"])?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             ensure!(
                 peer(a, 2)?.is_some_and(|peer| peer["reachable"] == true),
-                "1 and 2 are not joined"
+                "nodes 1 and 2 are not connected"
             );
             Ok(())
         })
@@ -149,7 +150,7 @@ fn other_addresses_are_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
 }
 
 #[test]
-fn an_id_that_is_taken_is_told_on_both_sides_and_what_to_do_helps() -> Result<()> {
+fn a_duplicate_id_is_reported_on_both_sides_and_the_advice_helps() -> Result<()> {
     in_lab(Lab::new("ids").hosts(3), |lab| {
         let [a, b, c] = lab.hosts() else { unreachable!() };
         start(a, "1", TOKEN, &[])?;
@@ -167,8 +168,8 @@ fn an_id_that_is_taken_is_told_on_both_sides_and_what_to_do_helps() -> Result<()
             told(host, Side::WasCalled, c, &twice)?;
             told(c, Side::Called, host, &twice)?;
         }
-        ensure!(key(b)? == holder && key(a)? == holder, "the later one was not refused");
-        ensure!(list(&c.status()?, "peers")?.len() == 1, "the later one was let in");
+        ensure!(key(b)? == holder && key(a)? == holder, "the later node was not refused");
+        ensure!(list(&c.status()?, "peers")?.len() == 1, "the later node was admitted");
         c.overnode(&["reset"])?.success()?;
         start(c, "3", TOKEN, &["host1", "host2"])?;
         joined(a, 1, c, 3)?;
@@ -178,7 +179,7 @@ fn an_id_that_is_taken_is_told_on_both_sides_and_what_to_do_helps() -> Result<()
 
 /// A node of another version: the real code with other version numbers, on a host of the lab.
 struct Stranger {
-    me: Me,
+    me: LocalIdentity,
     runtime: Runtime,
 }
 
@@ -196,7 +197,7 @@ impl Stranger {
             process: 7,
             public_key: key::public_key(&static_secret),
         };
-        let me = Me { static_secret, cluster_key: key::cluster_key(TOKEN)?, hello };
+        let me = LocalIdentity { static_secret, cluster_key: key::cluster_key(TOKEN)?, hello };
         Ok(Self { me, runtime: Builder::new_current_thread().enable_all().build()? })
     }
 
@@ -207,14 +208,14 @@ impl Stranger {
             anyhow::Ok(session::connect(stream, role, &self.me, Terms::default(), |_| Ok(())).await)
         })?;
         match met {
-            Ok(link) => bail!("version {} was agreed upon", link.version),
+            Ok(link) => bail!("version {} was negotiated", link.version),
             Err(refusal) => Ok(refusal),
         }
     }
 }
 
 #[test]
-fn another_version_is_told_on_both_sides_with_the_one_to_upgrade() -> Result<()> {
+fn a_version_mismatch_is_reported_on_both_sides_with_the_advice() -> Result<()> {
     in_lab(Lab::new("versions").hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         let to = SocketAddr::new(a.address(), 6783);
@@ -232,11 +233,13 @@ fn another_version_is_told_on_both_sides_with_the_one_to_upgrade() -> Result<()>
             let theirs = format!("{} to {}", versions.0, versions.1);
             let refusal = call(&Stranger::new(versions)?)?.to_string();
             let expected = format!(
-                "no common protocol version: this node speaks {theirs}, the other {own}; upgrade overnode on {there}"
+                "no common protocol version: this node supports {theirs}, the other node {own}; \
+                 upgrade overnode on {there}"
             );
-            ensure!(refusal == expected, "the caller is told {refusal:?}");
+            ensure!(refusal == expected, "the dialer gets {refusal:?}");
             let expected = format!(
-                "no common protocol version: this node speaks {own}, the other {theirs}; upgrade overnode on {here}"
+                "no common protocol version: this node supports {own}, the other node {theirs}; \
+                 upgrade overnode on {here}"
             );
             told(a, Side::WasCalled, b, &[&expected])?;
         }
@@ -246,14 +249,14 @@ fn another_version_is_told_on_both_sides_with_the_one_to_upgrade() -> Result<()>
         let refusal = Stranger::new(newer)?.meet(listener.accept()?.0, Role::Responder)?;
         ensure!(
             refusal.to_string().contains("upgrade overnode on the other host"),
-            "it is told {refusal}"
+            "the listener gets {refusal}"
         );
         told(a, Side::Called, b, &["no common protocol version", "upgrade overnode on this host"])?;
         // The daemon keeps dialing in case a compatible node appears.
         let refusal = Stranger::new(older)?.meet(listener.accept()?.0, Role::Responder)?;
         ensure!(
             refusal.to_string().contains("upgrade overnode on this host"),
-            "it is told {refusal}"
+            "the listener gets {refusal}"
         );
         told(
             a,
@@ -261,7 +264,7 @@ fn another_version_is_told_on_both_sides_with_the_one_to_upgrade() -> Result<()>
             b,
             &["no common protocol version", "upgrade overnode on the other host"],
         )?;
-        ensure!(list(&a.status()?, "peers")?.len() == 1, "it knows of itself only");
+        ensure!(list(&a.status()?, "peers")?.len() == 1, "the node knows others");
         Ok(())
     })
 }

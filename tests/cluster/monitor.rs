@@ -18,21 +18,21 @@ use serde_json::{Value, json};
 use crate::hostile::{attacker, record};
 use crate::spoofing::{datagram, learnt_mac, own_mac};
 use crate::support::{
-    MILLISECOND, PATIENCE, attached, counter, in_lab, launch_all, launch_containers, wait_for_peers,
+    MILLISECOND, TIMEOUT, attached, counter, in_lab, launch_all, launch_containers, wait_for_peers,
 };
 
 /// Starts a monitor with `--json` and waits until it is watching.
 pub fn watch(lab: &Lab, host: &Host, options: &[&str]) -> Result<Watcher> {
-    let watcher = Watcher::start(lab, host, &[&["--json"], options].concat(), PATIENCE)?;
+    let watcher = Watcher::start(lab, host, &[&["--json"], options].concat(), TIMEOUT)?;
     watcher.wait_for(|event| event["event"] == "watching")?;
     Ok(watcher)
 }
 
 #[test]
-fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -> Result<()> {
+fn dropped_packets_are_shown_with_their_owner_and_without_payload() -> Result<()> {
     in_lab(Lab::new("drops").hosts(2), |lab| {
         let containers = launch_containers(lab)?;
-        let [thief, far] = &containers[..] else { bail!("two containers") };
+        let [thief, far] = &containers[..] else { bail!("expected two containers") };
         let (shop, unnamed) = (lab.host(1).container("shop")?, attached(lab.host(1), "unnamed")?);
         lab.host(1).attach(&shop, &["--name", "shop"])?;
         let watchers = [watch(lab, lab.host(1), &[])?, watch(lab, lab.host(1), &[])?];
@@ -51,7 +51,7 @@ fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -
             ensure!(inner["source"] == "10.42.0.77" && inner["protocol"] == "udp", "{spoofed}");
             ensure!(inner["destination"] == json!(far.address()), "{spoofed}");
             ensure!(inner["source_port"] == 5000 && inner["destination_port"] == 5001, "{spoofed}");
-            ensure!(spoofed["names"].is_null(), "neither address is attached here: {spoofed}");
+            ensure!(spoofed["names"].is_null(), "no address here has a name: {spoofed}");
             let beside = watcher.wait_for(|it| it["inner"]["source"] == json!(shop.address()))?;
             let names = [(shop.address().to_string(), "shop".to_owned())];
             let names =
@@ -83,7 +83,7 @@ fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -
             let text = watcher.text()?;
             ensure!(
                 !text.as_bytes().windows(MARKER.len()).any(|window| window == MARKER),
-                "payload: {text}"
+                "the monitor shows payload: {text}"
             );
         }
         Ok(())
@@ -91,7 +91,7 @@ fn dropped_packets_are_shown_with_whose_they_are_and_without_what_they_carry() -
 }
 
 #[test]
-fn what_happens_to_peers_paths_and_containers_is_told() -> Result<()> {
+fn events_of_peers_paths_and_containers_are_reported() -> Result<()> {
     in_lab(Lab::new("events").hosts(3), |lab| {
         let [one, two, three] = [1, 2, 3].map(|number| lab.host(number));
         launch_all(lab)?;
@@ -133,7 +133,7 @@ fn what_happens_to_peers_paths_and_containers_is_told() -> Result<()> {
 }
 
 #[test]
-fn a_monitor_ends_as_it_should() -> Result<()> {
+fn a_monitor_ends_on_a_signal_its_time_limit_or_a_closed_pipe() -> Result<()> {
     in_lab(Lab::new("end").hosts(1), |lab| {
         let host = lab.host(1);
         launch_all(lab)?;
@@ -155,7 +155,7 @@ fn a_monitor_ends_as_it_should() -> Result<()> {
         ensure!(line.contains("watching") && line.contains("node 1 (host1)"), "{line:?}");
         drop(reader);
         attached(host, "c")?;
-        let status = eventually(PATIENCE, || child.try_wait()?.context("the monitor goes on"))?;
+        let status = eventually(TIMEOUT, || child.try_wait()?.context("the monitor still runs"))?;
         ensure!(status.success(), "{status}");
         // The daemon ends, first killed, then with a clean shutdown.
         let watcher = watch(lab, host, &[])?;
@@ -189,7 +189,7 @@ fn memory(pid: i32) -> Result<u64> {
 }
 
 #[test]
-fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> {
+fn neither_a_flood_nor_a_stalled_reader_disturbs_the_daemon() -> Result<()> {
     const FLOOD: usize = 100_000;
     const MORE_MEMORY: u64 = 48 * 1024;
     in_lab(Lab::new("flood").hosts(2), |lab| {
@@ -221,11 +221,11 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
         }
         ensure!(slowest < Duration::from_secs(5), "the daemon took {slowest:?} to answer");
         let more = memory(pid)?.saturating_sub(memory_before);
-        ensure!(more < MORE_MEMORY, "the daemon takes {more} KiB more");
+        ensure!(more < MORE_MEMORY, "the daemon uses {more} KiB more");
         let counted = counter(host, "spoofed")? - counted_before;
-        ensure!(counted >= FLOOD as u64, "only {counted} are counted");
+        ensure!(counted >= FLOOD as u64, "only {counted} drops are counted");
         // All drops are accounted for, but few of them individually.
-        let shown = eventually(PATIENCE, || {
+        let shown = eventually(TIMEOUT, || {
             let (mut one_by_one, mut all) = (0, 0);
             for event in watcher.events()?.iter().filter(|event| event["reason"] == "spoofed") {
                 match event["event"].as_str() {
@@ -233,10 +233,10 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
                     _ => all += event["count"].as_u64().context("no count")?,
                 }
             }
-            ensure!(all == counted, "{all} of {counted} are accounted for");
+            ensure!(all == counted, "only {all} of {counted} drops are reported");
             Ok(one_by_one)
         })?;
-        ensure!((1..10_000).contains(&shown), "{shown} are shown");
+        ensure!((1..10_000).contains(&shown), "{shown} drops are shown one by one");
         ensure!(
             containers[0].ping(far.address(), 100, MILLISECOND)?.lost() == 0,
             "pings were lost"
@@ -249,13 +249,13 @@ fn neither_a_flood_nor_a_reader_that_sleeps_disturbs_the_daemon() -> Result<()> 
         let late = watch(lab, host, &["--reason", "spoofed"])?;
         std::thread::sleep(Duration::from_millis(1500));
         let seen = late.events()?;
-        ensure!(seen.len() == 1, "what happened before is told: {seen:?}");
+        ensure!(seen.len() == 1, "earlier events are reported: {seen:?}");
         Ok(())
     })
 }
 
 #[test]
-fn there_is_an_end_to_the_monitors() -> Result<()> {
+fn the_number_of_monitors_is_limited() -> Result<()> {
     in_lab(Lab::new("readers").hosts(1), |lab| {
         let host = lab.host(1);
         launch_all(lab)?;
@@ -266,8 +266,8 @@ fn there_is_an_end_to_the_monitors() -> Result<()> {
         let refused = host.overnode(&["monitor"])?.failure(1)?;
         ensure!(refused.contains("16 monitors"), "{refused}");
         watchers.pop();
-        eventually(PATIENCE, || {
-            Watcher::start_now(lab, host, &["monitor", "--for", "1"], PATIENCE)?.end().and_then(
+        eventually(TIMEOUT, || {
+            Watcher::start_now(lab, host, &["monitor", "--for", "1"], TIMEOUT)?.end().and_then(
                 |(status, why)| {
                     ensure!(status.success(), "{why}");
                     Ok(())

@@ -9,7 +9,7 @@ use lab::flow::{Amount, Manner, TcpFlow};
 use lab::{Container, Family, Host, Lab, eventually, flow};
 
 use crate::support::{
-    PATIENCE, all_reach_all, attached, counter, in_lab, launch_all, launch_containers, list,
+    TIMEOUT, all_reach_all, attached, counter, in_lab, launch_all, launch_containers, list,
     one_each, peer,
 };
 
@@ -31,11 +31,11 @@ fn mtu(host: &Host, to: usize) -> Result<u64> {
 fn found(host: &Host, to: usize, carries: u64) -> Result<u64> {
     // Overhead of WireGuard, UDP and IP.
     let most = carries - if host.address().is_ipv4() { 60 } else { 80 };
-    eventually(PATIENCE * 2, || {
+    eventually(TIMEOUT * 2, || {
         let mtu = mtu(host, to)?;
         ensure!(
             mtu > most - PRECISION && mtu <= most + SLACK,
-            "{} sends {mtu} bytes to node {to}, not {most}",
+            "the MTU of {} to node {to} is {mtu}, not {most}",
             host.name
         );
         Ok(mtu)
@@ -54,11 +54,11 @@ fn ping(from: &Container, to: &Container, size: u64) -> Result<String> {
 /// Checks that ICMP tells a container the MTU of the path, and that the container remembers it.
 fn learns(from: &Container, to: &Container, mtu: u64) -> Result<()> {
     let refused = ping(from, to, mtu + 1);
-    ensure!(refused.is_err(), "a packet of more than {mtu} bytes went through");
+    ensure!(refused.is_err(), "a packet larger than {mtu} bytes passed");
     let route = from.run("ip", &["route", "get", &to.address().to_string()])?;
     ensure!(
         route.contains(&format!("mtu {mtu}")),
-        "{} has learnt nothing of {mtu}: {route}",
+        "{} did not learn the MTU {mtu}: {route}",
         from.name
     );
     ping(from, to, mtu).map(drop)
@@ -102,35 +102,35 @@ fn black_hole(carries: u32, family: Family) -> Result<()> {
             );
         }
         let route = a.netns().ip(&["route", "get", &b.address().to_string()])?;
-        ensure!(!route.contains("mtu"), "the router has told: {route}");
+        ensure!(!route.contains("mtu"), "the router sent ICMP: {route}");
         // The status shows the MTU, as a table and as JSON.
         let table = a.overnode(&["status", "--connections"])?.success()?;
         ensure!(table.contains(&there.to_string()), "{table}");
         ensure!(
             list(&a.status()?, "connections")?.iter().any(|it| it["mtu"] == there),
-            "not in JSON"
+            "the MTU is missing in the JSON"
         );
         Ok(())
     })
 }
 
 #[test]
-fn a_way_that_carries_1400_bytes_and_does_not_say_so_is_found_out() -> Result<()> {
+fn an_mtu_black_hole_of_1400_bytes_is_detected() -> Result<()> {
     black_hole(1400, Family::V4)
 }
 
 #[test]
-fn a_way_that_carries_1280_bytes_and_does_not_say_so_is_found_out() -> Result<()> {
+fn an_mtu_black_hole_of_1280_bytes_is_detected() -> Result<()> {
     black_hole(1280, Family::V4)
 }
 
 #[test]
-fn a_way_over_ipv6_that_carries_1280_bytes_and_does_not_say_so_is_found_out() -> Result<()> {
+fn an_mtu_black_hole_of_1280_bytes_is_detected_over_ipv6() -> Result<()> {
     black_hole(1280, Family::V6)
 }
 
 #[test]
-fn a_stream_survives_a_way_that_begins_to_carry_less() -> Result<()> {
+fn a_stream_survives_a_shrinking_path_mtu() -> Result<()> {
     in_lab(Lab::new("shrinks").hosts(2).routed(), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         let containers = launch_containers(lab)?;
@@ -141,10 +141,10 @@ fn a_stream_survives_a_way_that_begins_to_carry_less() -> Result<()> {
             Amount::UntilStopped,
             Manner::Rate(200_000),
         )?;
-        stream.wait_for(200_000, PATIENCE)?;
+        stream.wait_for(200_000, TIMEOUT)?;
         lab.narrow(b, 1280)?;
         found(a, 2, 1280)?;
-        stream.wait_for(400_000, PATIENCE * 2)?;
+        stream.wait_for(400_000, TIMEOUT * 2)?;
         let received = stream.stop()?;
         // The time for one check while containers send, for its probes, and for TCP's
         // retransmission timeout.
@@ -173,33 +173,37 @@ fn relayed(last_hop: Option<u32>) -> Result<()> {
         };
         // Node 3 knows from the relay that it sends no larger packets than this to any node.
         let mtus = [there, back.min(there)].map(|mtu| mtu - RELAY_HEADER);
-        eventually(PATIENCE * 2, || {
+        eventually(TIMEOUT * 2, || {
             let found = [mtu(a, 3)?, mtu(c, 1)?];
             ensure!(found == mtus, "{found:?} instead of {mtus:?}");
             Ok(())
         })?;
-        one.reach(three.address(), PATIENCE)?;
+        one.reach(three.address(), TIMEOUT)?;
         learns(one, three, mtus[0])?;
         learns(three, one, mtus[1])?;
         send(one, three)?;
         send(three, one)?;
-        ensure!(counter(b, "relayed")? > 1000, "{} messages were relayed", counter(b, "relayed")?);
+        ensure!(
+            counter(b, "relayed")? > 1000,
+            "only {} messages were relayed",
+            counter(b, "relayed")?
+        );
         Ok(())
     })
 }
 
 #[test]
-fn relayed_ways_carry_what_both_hops_do() -> Result<()> {
+fn relayed_paths_use_the_mtu_of_both_hops() -> Result<()> {
     relayed(None)
 }
 
 #[test]
-fn relayed_ways_carry_what_a_narrow_second_hop_does() -> Result<()> {
+fn relayed_paths_use_the_mtu_of_a_narrow_second_hop() -> Result<()> {
     relayed(Some(1280))
 }
 
 #[test]
-fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
+fn jumbo_packets_are_used_on_each_path_that_carries_them() -> Result<()> {
     in_lab(Lab::new("jumbos").hosts(3).routed(), |lab| {
         let [a, b, _] = lab.hosts() else { unreachable!() };
         launch_all(lab)?;
@@ -209,9 +213,9 @@ fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
             lab.set_mtu(host, 9000)?;
         }
         for host in [a, b] {
-            eventually(PATIENCE, || {
+            eventually(TIMEOUT, || {
                 let mtu = host.status()?["node"]["mtu"].clone();
-                ensure!(mtu == 8920, "containers of {} would have {mtu} bytes", host.name);
+                ensure!(mtu == 8920, "containers of {} would get an MTU of {mtu}", host.name);
                 Ok(())
             })?;
         }
@@ -226,10 +230,10 @@ fn jumbo_underlays_are_used_as_far_as_each_way_goes() -> Result<()> {
         );
         ensure!(
             inside(&early)?.contains("mtu 1420"),
-            "what runs keeps its MTU: {}",
+            "an attached container must keep its MTU: {}",
             inside(&early)?
         );
-        eventually(PATIENCE * 2, || {
+        eventually(TIMEOUT * 2, || {
             ensure!(mtu(a, 2)? == 8920 && mtu(b, 1)? == 8920, "{} and {}", mtu(a, 2)?, mtu(b, 1)?);
             Ok(())
         })?;

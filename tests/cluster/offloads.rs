@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use lab::flow::{self, Amount};
 use lab::{Container, Family, Lab};
 
-use crate::support::{MILLISECOND, PATIENCE, all_reach_all, attached, in_lab, launch_all};
+use crate::support::{MILLISECOND, TIMEOUT, all_reach_all, attached, in_lab, launch_all};
 
 const INTERFACE: &str = "overnode0";
 const FEATURES: [&str; 4] = ["tx", "sg", "tso", "gso"];
@@ -21,7 +21,7 @@ fn set_features(container: &Container, enabled: impl Fn(usize) -> bool) -> Resul
     }
     // ethtool reports unsupported combinations as an error but sets the rest.
     let output =
-        container.command("ethtool").args(&words).output().context("ethtool cannot be started")?;
+        container.command("ethtool").args(&words).output().context("cannot start ethtool")?;
     ensure!(output.status.code().is_some(), "ethtool was killed");
     Ok(())
 }
@@ -35,9 +35,9 @@ fn send_segmented(from: &Container, to: &Container, checksums: bool) -> Result<(
     const SEGMENT: u16 = 1200;
     const SEGMENTS: usize = 40;
     let (source, target) = (from.address(), to.address());
-    let inbox = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
+    let ring = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
     let outbox = from.netns().enter(move || Ok(UdpSocket::bind((source, 0))?))?;
-    inbox.set_read_timeout(Some(Duration::from_secs(2)))?;
+    ring.set_read_timeout(Some(Duration::from_secs(2)))?;
     let size = libc::c_int::from(SEGMENT);
     // SAFETY: the value outlives the call, and its size is correct.
     let outcome = unsafe {
@@ -53,16 +53,16 @@ fn send_segmented(from: &Container, to: &Container, checksums: bool) -> Result<(
     let sent: Vec<u8> = (0..SEGMENTS * usize::from(SEGMENT))
         .map(|place| (place as u32).wrapping_mul(2_654_435_761) as u8)
         .collect();
-    match outbox.send_to(&sent, inbox.local_addr()?) {
+    match outbox.send_to(&sent, ring.local_addr()?) {
         Err(error) if !checksums && error.raw_os_error() == Some(libc::EIO) => return Ok(()),
-        outcome => outcome.context("the buffer of segments")?,
+        outcome => outcome.context("cannot send the buffer of segments")?,
     };
     let mut buffer = vec![0; 65536];
     for (number, expected) in sent.chunks(usize::from(SEGMENT)).enumerate() {
-        let (length, _) = inbox
+        let (length, _) = ring
             .recv_from(&mut buffer)
             .with_context(|| format!("segment {number} of {SEGMENTS} did not arrive"))?;
-        ensure!(buffer[..length] == *expected, "segment {number} is wrong");
+        ensure!(buffer[..length] == *expected, "segment {number} arrived changed");
     }
     Ok(())
 }
@@ -71,16 +71,16 @@ fn every_combination(builder: lab::Builder) -> Result<()> {
     in_lab(builder.hosts(2), |lab| {
         launch_all(lab)?;
         let one = attached(lab.host(1), "one")?;
-        let neighbour = attached(lab.host(1), "neighbour")?;
+        let neighbor = attached(lab.host(1), "neighbour")?;
         let far = attached(lab.host(2), "far")?;
-        one.reach(far.address(), PATIENCE)?;
+        one.reach(far.address(), TIMEOUT)?;
         for combination in 0..1 << FEATURES.len() {
             let enabled = |number: usize| combination & (1 << number) != 0;
-            for container in [&one, &neighbour, &far] {
+            for container in [&one, &neighbor, &far] {
                 set_features(container, enabled)?;
             }
             let attempt = || -> Result<()> {
-                for to in [&far, &neighbour] {
+                for to in [&far, &neighbor] {
                     flow::tcp(&one, to, Amount::Bytes(1_500_003))?;
                     flow::tcp(to, &one, Amount::Bytes(1_500_003))?;
                     send_segmented(&one, to, enabled(0))?;
@@ -95,7 +95,7 @@ fn every_combination(builder: lab::Builder) -> Result<()> {
                 format!("with {on:?} on and the rest off")
             })?;
         }
-        all_reach_all(&[one, neighbour, far])
+        all_reach_all(&[one, neighbor, far])
     })
 }
 

@@ -31,20 +31,20 @@ const ORDERS: [[usize; NODES]; 10] = [
 ];
 
 #[test]
-fn the_orders_stand_for_all() {
-    let (mut triples, mut places, mut neighbours) = (BTreeSet::new(), Vec::new(), BTreeSet::new());
+fn the_orders_cover_all_triples_positions_and_successions() {
+    let (mut triples, mut places, mut neighbors) = (BTreeSet::new(), Vec::new(), BTreeSet::new());
     for order in ORDERS {
         for (place, node) in order.into_iter().enumerate() {
             places.push((node, place));
             let (before, after) = (&order[..place], &order[place + 1..]);
-            neighbours.extend(before.last().map(|last| (*last, node)));
+            neighbors.extend(before.last().map(|last| (*last, node)));
             for one in before {
                 triples.extend(after.iter().map(|other| (*one, node, *other)));
             }
         }
     }
     assert_eq!(triples.len(), NODES * (NODES - 1) * (NODES - 2));
-    assert_eq!(neighbours.len(), NODES * (NODES - 1));
+    assert_eq!(neighbors.len(), NODES * (NODES - 1));
     for node in 1..=NODES {
         for place in 0..NODES {
             assert_eq!(places.iter().filter(|it| **it == (node, place)).count(), 2);
@@ -121,11 +121,11 @@ fn start_in(name: &str, orders: &[[usize; NODES]]) -> Result<()> {
 }
 
 #[test]
-fn five_nodes_find_each_other_in_whichever_order_they_start() -> Result<()> {
+fn five_nodes_find_each_other_in_any_start_order() -> Result<()> {
     start_in("orders", &ORDERS[..5])
 }
 
 #[test]
-fn five_nodes_find_each_other_in_the_other_orders_too() -> Result<()> {
+fn five_nodes_find_each_other_in_the_remaining_start_orders() -> Result<()> {
     start_in("more-orders", &ORDERS[5..])
 }

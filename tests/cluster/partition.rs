@@ -36,17 +36,17 @@ fn ensure_truthful(members: &[Member<'_>]) -> Result<()> {
         let status = member.host.status()?;
         for other in members.iter().filter(|other| other.id != member.id) {
             let peer = list(&status, "peers")?.iter().find(|peer| peer["id"] == other.id);
-            let peer =
-                peer.with_context(|| format!("node {} forgot node {}", member.id, other.id))?;
+            let peer = peer
+                .with_context(|| format!("node {} no longer knows node {}", member.id, other.id))?;
             let is_near = member.half == other.half;
             let route = &peer["data"]["route"]["path"];
             ensure!(
                 peer["reachable"] == is_near
                     && (*route == if is_near { "direct".into() } else { Value::Null }),
-                "node {} says of node {}, {}: {peer}",
+                "node {} reports for node {}, {}: {peer}",
                 member.id,
                 other.id,
-                if is_near { "which is there" } else { "which is cut off" }
+                if is_near { "which is in its half" } else { "which is in the other half" }
             );
         }
     }
@@ -54,7 +54,7 @@ fn ensure_truthful(members: &[Member<'_>]) -> Result<()> {
 }
 
 #[test]
-fn halves_that_are_apart_for_a_minute_both_attach_and_grow_together_again() -> Result<()> {
+fn halves_that_are_apart_for_a_minute_both_attach_and_merge_again() -> Result<()> {
     in_lab(Lab::new("halves").hosts(5), |lab| {
         let mut hosts = lab.hosts().iter();
         let mut members = Vec::new();
@@ -85,7 +85,7 @@ fn halves_that_are_apart_for_a_minute_both_attach_and_grow_together_again() -> R
         lab::eventually(NOTICED, || ensure_truthful(&members))?;
         while cut.elapsed() < APART {
             ensure_truthful(&members)
-                .with_context(|| format!("{:?} after the cut", cut.elapsed()))?;
+                .with_context(|| format!("{:?} after the partition", cut.elapsed()))?;
             if containers.len() < 15 {
                 for member in &members {
                     containers.push(attached(member.host, &format!("c{}", containers.len()))?);

@@ -9,7 +9,7 @@ use lab::{Container, Host, Lab, eventually};
 use serde_json::{Value, json};
 
 use crate::support::{
-    PATIENCE, attached, counter, ensure_nothing_plain, in_lab, launch, launch_all, one_each, peer,
+    TIMEOUT, attached, counter, ensure_nothing_plain, in_lab, launch, launch_all, one_each, peer,
     wait_for_sessions,
 };
 
@@ -24,11 +24,11 @@ fn route(host: &Host, to: usize) -> Result<Value> {
 }
 
 fn wait_for_path(host: &Host, to: usize, path: &Value) -> Result<()> {
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         let route = route(host, to)?;
         ensure!(
             route["path"] == *path && route.is_object(),
-            "{} goes to {to} by {route}, not {path}",
+            "the route of {} to node {to} is {route}, not {path}",
             host.name
         );
         Ok(())
@@ -50,12 +50,12 @@ fn longest_gap(stats: &PingStats) -> Duration {
 }
 
 fn ping(from: &Container, to: &Container) -> Result<Pinging> {
-    from.reach(to.address(), PATIENCE)?;
+    from.reach(to.address(), TIMEOUT)?;
     Pinging::start(from.netns(), to.address(), None, INTERVAL)
 }
 
 #[test]
-fn nodes_without_a_path_talk_through_a_third_that_cannot_read() -> Result<()> {
+fn nodes_without_a_direct_path_talk_through_a_relay_that_cannot_read() -> Result<()> {
     in_lab(Lab::new("chain").hosts(3), |lab| {
         let [one, two, three] = [1, 2, 3].map(|number| lab.host(number));
         lab.cut(one, three)?;
@@ -69,17 +69,20 @@ fn nodes_without_a_path_talk_through_a_third_that_cannot_read() -> Result<()> {
         let containers = one_each(lab)?;
         let capture = two.capture()?;
         let before = counter(two, "relayed")?;
-        containers[0].reach(containers[2].address(), PATIENCE)?;
+        containers[0].reach(containers[2].address(), TIMEOUT)?;
         let received =
             lab::flow::tcp(&containers[0], &containers[2], lab::flow::Amount::Bytes(3_000_000))?;
         ensure!(received.bytes == 3_000_000, "{received:?}");
         let captured = capture.stop()?;
         ensure_nothing_plain(&captured)?;
         let relayed = captured.count(|packet| packet.is_relayed())?;
-        ensure!(relayed > 1000, "{relayed} relayed messages were captured");
-        ensure!(counter(two, "relayed")? > before + 500, "node 2 does not count what it passes on");
+        ensure!(relayed > 1000, "only {relayed} relayed messages were captured");
+        ensure!(
+            counter(two, "relayed")? > before + 500,
+            "node 2 does not count the messages that it relays"
+        );
         // Node 2 opens only messages for its own container, and there were none.
-        ensure!(counter(two, "opened")? == 0, "node 2 opened something");
+        ensure!(counter(two, "opened")? == 0, "node 2 opened a message");
         let sessions = two.inspect()?["data"]["peers"].clone();
         for of in sessions.as_array().context("no list of peers")? {
             ensure!(of["peer"] == 1 || of["peer"] == 3, "{of}");
@@ -89,7 +92,7 @@ fn nodes_without_a_path_talk_through_a_third_that_cannot_read() -> Result<()> {
 }
 
 #[test]
-fn a_path_that_dies_in_one_direction_is_replaced_and_taken_again_when_it_heals() -> Result<()> {
+fn a_path_that_fails_in_one_direction_is_replaced_and_reused_once_healed() -> Result<()> {
     in_lab(Lab::new("oneway").hosts(3), |lab| {
         let [one, three] = [1, 3].map(|number| lab.host(number));
         launch_all(lab)?;
@@ -106,19 +109,19 @@ fn a_path_that_dies_in_one_direction_is_replaced_and_taken_again_when_it_heals()
         wait_for_path(three, 1, &json!("direct"))?;
         let stats = pings.stop()?;
         let gap = longest_gap(&stats);
-        ensure!(gap < REPLACED, "nothing arrived for {gap:?}: {:?}", stats.missing);
+        ensure!(gap < REPLACED, "no reply for {gap:?}: {:?}", stats.missing);
         Ok(())
     })
 }
 
 #[test]
-fn a_relay_that_dies_is_replaced_by_another_and_the_last_one_is_missed_aloud() -> Result<()> {
+fn a_dead_relay_is_replaced_and_losing_the_last_one_is_reported() -> Result<()> {
     in_lab(Lab::new("relays").hosts(4), |lab| {
         let [one, three] = [1, 3].map(|number| lab.host(number));
         launch_all(lab)?;
         let containers = one_each(lab)?;
         lab.cut(one, three)?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let path = route(one, 3)?["path"].clone();
             ensure!(path == via(2) || path == via(4), "{path}");
             Ok(())
@@ -130,7 +133,7 @@ fn a_relay_that_dies_is_replaced_by_another_and_the_last_one_is_missed_aloud() -
         wait_for_path(one, 3, &via(other))?;
         wait_for_path(three, 1, &via(other))?;
         let gap = longest_gap(&pings.stop()?);
-        ensure!(gap < REPLACED, "nothing arrived for {gap:?}");
+        ensure!(gap < REPLACED, "no reply for {gap:?}");
         let dies = Instant::now();
         lab.unplug(lab.host(other))?;
         wait_for_path(one, 3, &Value::Null)?;
@@ -153,51 +156,51 @@ fn chain(lab: &Lab) -> Result<[Container; 2]> {
         wait_for_path(lab.host(end), other, &via(2))?;
     }
     let containers = [attached(lab.host(1), "one")?, attached(lab.host(3), "three")?];
-    containers[0].reach(containers[1].address(), PATIENCE)?;
+    containers[0].reach(containers[1].address(), TIMEOUT)?;
     Ok(containers)
 }
 
 /// Waits until the status of a host reports the node as reachable or not, in JSON and in the table.
-fn wait_until_said(host: &Host, node: usize, reachable: bool) -> Result<()> {
-    eventually(PATIENCE, || {
-        let peer =
-            peer(host, node)?.with_context(|| format!("{} forgot node {node}", host.name))?;
-        ensure!(peer["reachable"] == reachable, "{} says {peer}", host.name);
+fn wait_until_reported(host: &Host, node: usize, reachable: bool) -> Result<()> {
+    eventually(TIMEOUT, || {
+        let peer = peer(host, node)?
+            .with_context(|| format!("{} no longer knows node {node}", host.name))?;
+        ensure!(peer["reachable"] == reachable, "{} reports {peer}", host.name);
         let table = host.overnode(&["status", "--peers"])?.success()?;
         let name = format!("{node}(host{node})");
         let row = table.lines().find(|line| line.starts_with(&name)).context("no row")?;
-        ensure!(row.contains("unreachable") != reachable, "{} says {row}", host.name);
+        ensure!(row.contains("unreachable") != reachable, "{} shows {row}", host.name);
         Ok(())
     })
 }
 
 #[test]
-fn the_only_relay_dies_and_both_ends_say_that_the_other_is_unreachable() -> Result<()> {
+fn when_the_only_relay_dies_both_ends_report_each_other_unreachable() -> Result<()> {
     in_lab(Lab::new("bridge").hosts(3), |lab| {
         let containers = chain(lab)?;
         lab.unplug(lab.host(2))?;
         let dies = Instant::now();
         for (end, other) in ENDS {
             for gone in [2, other] {
-                wait_until_said(lab.host(end), gone, false)?;
+                wait_until_reported(lab.host(end), gone, false)?;
             }
         }
         ensure!(dies.elapsed() < REPLACED + Duration::from_secs(1), "it took {:?}", dies.elapsed());
         ensure!(
             containers[0].ping(containers[1].address(), 10, INTERVAL)?.received == 0,
-            "by which way?"
+            "a ping passed without a path"
         );
         lab.plug(lab.host(2))?;
         for (end, other) in ENDS {
-            wait_until_said(lab.host(end), other, true)?;
+            wait_until_reported(lab.host(end), other, true)?;
         }
-        containers[0].reach(containers[1].address(), PATIENCE)
+        containers[0].reach(containers[1].address(), TIMEOUT)
     })
 }
 
 /// Invariant L1 for nodes that reach each other through a relay.
 #[test]
-fn daemons_that_die_on_the_only_way_are_missed_aloud_but_packets_pass() -> Result<()> {
+fn dead_daemons_on_the_only_path_are_reported_but_packets_pass() -> Result<()> {
     in_lab(Lab::new("passes").hosts(3), |lab| {
         let containers = chain(lab)?;
         // Relays are trusted only after they have served for a while.
@@ -209,7 +212,7 @@ fn daemons_that_die_on_the_only_way_are_missed_aloud_but_packets_pass() -> Resul
             lab.host(dies).kill_daemon()?;
             let died = Instant::now();
             for (witness, gone) in witnesses {
-                wait_until_said(lab.host(*witness), *gone, false)?;
+                wait_until_reported(lab.host(*witness), *gone, false)?;
             }
             ensure!(
                 died.elapsed() < REPLACED + Duration::from_secs(1),
@@ -221,7 +224,7 @@ fn daemons_that_die_on_the_only_way_are_missed_aloud_but_packets_pass() -> Resul
             lab.host(dies).overnode(&["resume"])?.success()?;
             for (end, other) in ENDS {
                 wait_for_path(lab.host(end), other, &via(2))?;
-                wait_until_said(lab.host(end), other, true)?;
+                wait_until_reported(lab.host(end), other, true)?;
             }
             std::thread::sleep(Duration::from_secs(6));
         }
@@ -229,7 +232,7 @@ fn daemons_that_die_on_the_only_way_are_missed_aloud_but_packets_pass() -> Resul
         // The last ping may still be in flight.
         ensure!(
             stats.received > 500 && stats.lost() <= 1,
-            "{} lost: {:?}",
+            "{} pings were lost: {:?}",
             stats.lost(),
             stats.missing
         );

@@ -14,8 +14,8 @@ use nix::unistd::Pid;
 use crate::monitor::watch;
 use crate::spoofing::{datagram, learnt_mac, own_mac};
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, in_lab, launch_containers,
-    list, one_each, peer, wait_for_sessions,
+    MILLISECOND, TIMEOUT, TOKEN, all_reach_all, attached, counter, in_lab, launch_containers, list,
+    one_each, peer, wait_for_sessions,
 };
 
 /// Kills and resumes the daemons of both hosts in turn, during pings and streams.
@@ -28,12 +28,12 @@ fn deaths_lose_nothing(builder: lab::Builder) -> Result<()> {
         let there = TcpFlow::start_as(one, two, Amount::UntilStopped, Manner::Rate(20_000_000))?;
         let back = TcpFlow::start_as(two, one, Amount::UntilStopped, Manner::Rate(20_000_000))?;
         for host in [lab.host(2), lab.host(1), lab.host(2)] {
-            there.wait_for(1_000_000, PATIENCE)?;
+            there.wait_for(1_000_000, TIMEOUT)?;
             host.kill_daemon()?;
             // Traffic continues without a daemon.
-            there.wait_for(4_000_000, PATIENCE)?;
-            back.wait_for(1_000_000, PATIENCE)?;
-            ensure!(host.daemon_pid().is_none(), "a daemon runs that nobody started");
+            there.wait_for(4_000_000, TIMEOUT)?;
+            back.wait_for(1_000_000, TIMEOUT)?;
+            ensure!(host.daemon_pid().is_none(), "a daemon runs although none was started");
             host.overnode(&["resume"])?.success()?;
         }
         let stats = pings.finish()?;
@@ -48,7 +48,7 @@ fn deaths_lose_nothing(builder: lab::Builder) -> Result<()> {
             let received = flow.stop()?;
             ensure!(
                 received.longest_pause < Duration::from_millis(200),
-                "it stood still: {received:?}"
+                "the stream paused for too long: {received:?}"
             );
         }
         wait_for_sessions(lab)
@@ -69,7 +69,7 @@ fn killed_daemons_lose_nothing_over_ipv6() -> Result<()> {
 fn terminate(host: &Host) -> Result<()> {
     let pid = host.daemon_pid().context("no daemon")?;
     kill(Pid::from_raw(pid), Signal::SIGTERM)?;
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         ensure!(host.daemon_pid().is_none(), "SIGTERM does not stop the daemon");
         Ok(())
     })
@@ -99,7 +99,7 @@ fn stopped_daemons_lose_nothing() -> Result<()> {
 /// An older version had fewer maps. The new daemon adopts the pinned maps and creates the others,
 /// without effect on traffic.
 #[test]
-fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()> {
+fn maps_missing_in_an_older_version_are_created_under_traffic() -> Result<()> {
     const NEWER: [&str; 5] = ["MONITOR", "DROPS", "BULK_WORKERS", "BULK_PEERS", "BULK_FLOWS"];
     in_lab(Lab::new("newer-maps").hosts(2), |lab| {
         let containers = launch_containers(lab)?;
@@ -119,7 +119,10 @@ fn maps_that_an_older_version_did_not_have_are_made_under_traffic() -> Result<()
                 before.iter().all(|pin| after.contains(pin)),
                 "{after:?} instead of {before:?}"
             );
-            ensure!(counter(host, "sealed")? >= sealed, "what the older version counted is lost");
+            ensure!(
+                counter(host, "sealed")? >= sealed,
+                "the counters of the older version are lost"
+            );
         }
         let stats = pings.finish()?;
         ensure!(
@@ -161,12 +164,12 @@ fn the_restarted_daemon_adopts_sessions_containers_and_counters() -> Result<()> 
         // The address space is remembered as well.
         let another = attached(host, "another")?;
         assert_ne!(another.address(), containers[0].address());
-        another.reach(containers[1].address(), PATIENCE)
+        another.reach(containers[1].address(), TIMEOUT)
     })
 }
 
 #[test]
-fn both_daemons_may_be_away_for_a_while() -> Result<()> {
+fn traffic_passes_while_both_daemons_are_down() -> Result<()> {
     in_lab(Lab::new("away").hosts(2), |lab| {
         let containers = launch_containers(lab)?;
         for host in lab.hosts() {
@@ -184,7 +187,7 @@ fn both_daemons_may_be_away_for_a_while() -> Result<()> {
 }
 
 #[test]
-fn a_cut_underlay_heals() -> Result<()> {
+fn traffic_recovers_after_an_underlay_outage() -> Result<()> {
     in_lab(Lab::new("heals").hosts(3).routed(), |lab| {
         let containers = launch_containers(lab)?;
         lab.unplug(lab.host(2))?;
@@ -201,7 +204,7 @@ fn roaming(family: Family) -> Result<()> {
         let containers = launch_containers(lab)?;
         let new = lab.renumber(lab.host(2), 77)?;
         all_reach_all(&containers)?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let data = peer(lab.host(1), 2)?.context("node 2 is not known")?["data"].clone();
             let endpoint = data["endpoint"].as_str().unwrap_or_default().to_owned();
             ensure!(endpoint.contains(&new.to_string()), "host1 still sends to {endpoint}");
@@ -243,14 +246,14 @@ fn block(host: &lab::Host, protocol: &str, port: u16, address: Option<&str>) -> 
 }
 
 #[test]
-fn a_restarted_daemon_goes_on_sending_to_where_a_peer_has_moved() -> Result<()> {
+fn a_restarted_daemon_keeps_sending_to_a_roamed_peer() -> Result<()> {
     in_lab(Lab::new("moved").hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         let containers = launch_containers(lab)?;
         // From now on, only packets show node 2's address, and its containers send none themselves.
         block(a, "tcp", 6783, None)?;
         let new = lab.renumber(b, 77)?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let data = peer(a, 2)?.context("node 2 is not known")?["data"].clone();
             let endpoint = data["endpoint"].as_str().unwrap_or_default().to_owned();
             ensure!(endpoint.contains(&new.to_string()), "host1 still sends to {endpoint}");
@@ -267,7 +270,7 @@ fn a_restarted_daemon_goes_on_sending_to_where_a_peer_has_moved() -> Result<()> 
 }
 
 #[test]
-fn a_peer_is_tried_at_every_address_and_answers_from_the_one_that_was_asked() -> Result<()> {
+fn a_peer_is_tried_at_every_address_and_replies_from_the_one_used() -> Result<()> {
     const SECOND: &str = "192.168.48.99";
     in_lab(Lab::new("second").hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
@@ -276,7 +279,7 @@ fn a_peer_is_tried_at_every_address_and_answers_from_the_one_that_was_asked() ->
         b.overnode(&["launch", "--id", "2", "--token", TOKEN])?.success()?;
         a.overnode(&["launch", "--id", "1", "--token", TOKEN, &b.address().to_string()])?
             .success()?;
-        eventually(PATIENCE, || peer(a, 2)?.map(drop).context("node 1 does not know node 2"))?;
+        eventually(TIMEOUT, || peer(a, 2)?.map(drop).context("node 1 does not know node 2"))?;
         a.overnode(&["connect", SECOND])?.success()?;
         wait_for_sessions(lab)?;
         all_reach_all(&one_each(lab)?)

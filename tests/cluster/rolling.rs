@@ -12,8 +12,7 @@ use crate::support::{
 const IDS: [usize; 4] = [1, 2, 3, 5];
 
 #[test]
-fn nodes_are_reset_and_launched_again_one_after_another_and_the_others_keep_talking() -> Result<()>
-{
+fn the_other_nodes_keep_talking_while_each_is_reset_and_relaunched() -> Result<()> {
     in_lab(Lab::new("rolling").hosts(IDS.len()), |lab| {
         for (host, id) in lab.hosts().iter().zip(IDS) {
             launch_as(lab, host, id)?;

@@ -9,11 +9,11 @@ use lab::flow::{self, Amount};
 use lab::{Family, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, all_reach_all, attached, counter, ensure_nothing_plain,
+    MILLISECOND, TIMEOUT, TOKEN, all_reach_all, attached, counter, ensure_nothing_plain,
     ensure_sealed, in_lab, launch, launch_containers, one_each, wait_for_sessions,
 };
 
-fn nothing_plain_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> {
+fn nothing_unencrypted_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> {
     in_lab(builder.hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         let capture = lab.capture()?;
@@ -25,7 +25,7 @@ fn nothing_plain_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> 
         std::thread::sleep(Duration::from_millis(300));
         launch(lab, b)?;
         let two = attached(b, "two")?;
-        one.reach(two.address(), PATIENCE)?;
+        one.reach(two.address(), TIMEOUT)?;
         let back = two.start_pinging(one.address(), MILLISECOND)?;
         flow::tcp(&one, &two, Amount::Bytes(2_000_000))?;
         a.kill_daemon()?;
@@ -38,7 +38,7 @@ fn nothing_plain_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> 
         std::thread::sleep(Duration::from_millis(300));
         launch(lab, b)?;
         b.attach(&two, &[])?;
-        one.reach(two.address(), PATIENCE)?;
+        one.reach(two.address(), TIMEOUT)?;
         a.overnode(&["reset", "--force"])?.success()?;
         std::thread::sleep(Duration::from_millis(300));
         let _ = (pings.stop()?, back.stop()?);
@@ -47,13 +47,13 @@ fn nothing_plain_through_the_life_of_nodes(builder: lab::Builder) -> Result<()> 
 }
 
 #[test]
-fn nothing_plain_leaves_a_host_over_ipv4() -> Result<()> {
-    nothing_plain_through_the_life_of_nodes(Lab::new("plain4"))
+fn nothing_unencrypted_leaves_a_host_over_ipv4() -> Result<()> {
+    nothing_unencrypted_through_the_life_of_nodes(Lab::new("plain4"))
 }
 
 #[test]
-fn nothing_plain_leaves_a_host_over_ipv6() -> Result<()> {
-    nothing_plain_through_the_life_of_nodes(Lab::new("plain6").family(Family::V6))
+fn nothing_unencrypted_leaves_a_host_over_ipv6() -> Result<()> {
+    nothing_unencrypted_through_the_life_of_nodes(Lab::new("plain6").family(Family::V6))
 }
 
 #[test]
@@ -85,12 +85,12 @@ fn without_a_session_packets_are_dropped_and_counted() -> Result<()> {
         let containers = one_each(lab)?;
         let host = lab.host(1);
         // Once the route is known, only the session is missing.
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let before = counter(host, "no-session")?;
             ensure!(containers[0].ping(containers[1].address(), 5, MILLISECOND)?.received == 0);
             ensure!(
                 counter(host, "no-session")? > before,
-                "packets for a known peer are not counted as no-session"
+                "packets to a known peer are not counted as no-session"
             );
             Ok(())
         })?;
@@ -109,7 +109,7 @@ fn without_a_session_packets_are_dropped_and_counted() -> Result<()> {
 }
 
 #[test]
-fn a_cut_between_hosts_heals_and_shows_nothing() -> Result<()> {
+fn an_outage_between_hosts_heals_and_leaks_nothing() -> Result<()> {
     in_lab(Lab::new("cut").hosts(2), |lab| {
         let containers = launch_containers(lab)?;
         let capture = lab.capture()?;
@@ -123,7 +123,7 @@ fn a_cut_between_hosts_heals_and_shows_nothing() -> Result<()> {
 
 /// Packets must never follow the underlay's own route to the container network.
 #[test]
-fn a_default_route_does_not_lure_packets_out() -> Result<()> {
+fn a_default_route_does_not_leak_packets() -> Result<()> {
     in_lab(Lab::new("lure").hosts(2).routed(), |lab| {
         let host = lab.host(1);
         launch(lab, host)?;
@@ -164,14 +164,16 @@ fn without_their_programs_containers_reach_nothing() -> Result<()> {
             a.netns()
                 .run("nft", &["add", "rule", "inet", "taken", hook, "iifname", "ov*", "counter"])?;
         }
-        let host_end =
-            a.status()?["endpoints"][0]["interface"].as_str().expect("no host end").to_owned();
+        let host_end = a.status()?["endpoints"][0]["interface"]
+            .as_str()
+            .expect("the interface on the host")
+            .to_owned();
         // All packets of the container go to the host end, whose MAC address is known from ARP.
         one.run("ip", &["route", "add", "default", "via", &two.address().to_string()])?;
         let far = two.address().to_string();
-        let neighbours: serde_json::Value =
+        let neighbors: serde_json::Value =
             serde_json::from_str(&one.netns().ip(&["-j", "neigh", "show", &far])?)?;
-        let gateway = neighbours[0]["lladdr"].as_str().expect("no gateway");
+        let gateway = neighbors[0]["lladdr"].as_str().expect("the MAC address of the gateway");
         one.run(
             "ip",
             &["neigh", "replace", &far, "lladdr", gateway, "dev", "overnode0", "nud", "permanent"],
@@ -201,13 +203,13 @@ fn without_their_programs_containers_reach_nothing() -> Result<()> {
         conf("all/rp_filter", "0")?;
         conf(&format!("{host_end}/forwarding"), "1")?;
         send()?;
-        assert!(taken_by_the_host(a)? > 0, "the test sees nothing at all");
+        assert!(taken_by_the_host(a)? > 0, "the counter of the test does not work");
         Ok(())
     })
 }
 
 #[test]
-fn strangers_do_not_make_programs_attach() -> Result<()> {
+fn strangers_cannot_make_programs_attach() -> Result<()> {
     in_lab(Lab::new("stranger").hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         a.overnode(&["launch", "--id", "1", "--token", TOKEN])?.success()?;

@@ -8,7 +8,7 @@ use lab::flow::{self, Amount, MARKER};
 use lab::raw::{Injector, checksum};
 use lab::{Capture, Container, Lab};
 
-use crate::support::{MILLISECOND, PATIENCE, attached, counter, in_lab, launch_all};
+use crate::support::{MILLISECOND, TIMEOUT, attached, counter, in_lab, launch_all};
 
 const INTERFACE: &str = "overnode0";
 const BROADCAST: [u8; 6] = [0xff; 6];
@@ -22,14 +22,14 @@ pub fn own_mac(container: &Container) -> Result<[u8; 6]> {
 
 /// Returns the MAC address that ARP resolved for `other`.
 pub fn learnt_mac(container: &Container, other: IpAddr) -> Result<[u8; 6]> {
-    container.reach(other, PATIENCE)?;
-    let neighbours: serde_json::Value = serde_json::from_str(&container.netns().ip(&[
+    container.reach(other, TIMEOUT)?;
+    let neighbors: serde_json::Value = serde_json::from_str(&container.netns().ip(&[
         "-j",
         "neigh",
         "show",
         &other.to_string(),
     ])?)?;
-    parse_mac(neighbours[0]["lladdr"].as_str().context("the neighbour is not known")?)
+    parse_mac(neighbors[0]["lladdr"].as_str().context("no neighbor entry")?)
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6]> {
@@ -63,7 +63,7 @@ pub fn datagram(from_mac: [u8; 6], to_mac: [u8; 6], from: IpAddr, to: IpAddr) ->
 
 struct Scene {
     thief: Container,
-    neighbour: Container,
+    neighbor: Container,
     far: Container,
 }
 
@@ -72,13 +72,13 @@ fn scene(lab: &Lab) -> Result<Scene> {
     launch_all(lab)?;
     let scene = Scene {
         thief: attached(lab.host(1), "thief")?,
-        neighbour: attached(lab.host(1), "neighbour")?,
+        neighbor: attached(lab.host(1), "neighbour")?,
         far: attached(lab.host(2), "far")?,
     };
-    for other in [&scene.neighbour, &scene.far] {
-        scene.thief.reach(other.address(), PATIENCE)?;
+    for other in [&scene.neighbor, &scene.far] {
+        scene.thief.reach(other.address(), TIMEOUT)?;
     }
-    scene.neighbour.reach(scene.far.address(), PATIENCE)?;
+    scene.neighbor.reach(scene.far.address(), TIMEOUT)?;
     Ok(scene)
 }
 
@@ -95,9 +95,9 @@ fn ensure_dropped(
     let injector = Injector::open(scene.thief.netns(), INTERFACE)?;
     let listening =
         |container: &Container| Capture::start(container.netns(), lab.folder(), &["-i", INTERFACE]);
-    let captures = [listening(&scene.neighbour)?, listening(&scene.far)?];
+    let captures = [listening(&scene.neighbor)?, listening(&scene.far)?];
     let before = counter(lab.host(1), reason)?;
-    for victim in [&scene.neighbour, &scene.far] {
+    for victim in [&scene.neighbor, &scene.far] {
         let gateway = learnt_mac(&scene.thief, victim.address())?;
         let one = frame(mac, gateway, victim.address());
         injector.send_all(&vec![one; EACH])?;
@@ -112,7 +112,11 @@ fn ensure_dropped(
         ensure!(arrived == 0, "{arrived} forged packets arrived");
     }
     let counted = counter(lab.host(1), reason)? - before;
-    ensure!(counted >= 2 * EACH as u64, "only {counted} of {} are counted as {reason}", 2 * EACH);
+    ensure!(
+        counted >= 2 * EACH as u64,
+        "only {counted} of {} packets are counted as {reason}",
+        2 * EACH
+    );
     Ok(())
 }
 
@@ -123,7 +127,7 @@ fn honest_frames_arrive() -> Result<()> {
         let scene = scene(lab)?;
         let mac = own_mac(&scene.thief)?;
         let injector = Injector::open(scene.thief.netns(), INTERFACE)?;
-        for victim in [&scene.neighbour, &scene.far] {
+        for victim in [&scene.neighbor, &scene.far] {
             let gateway = learnt_mac(&scene.thief, victim.address())?;
             let capture = Capture::start(victim.netns(), lab.folder(), &["-i", INTERFACE, "udp"])?;
             let frame = datagram(mac, gateway, scene.thief.address(), victim.address());
@@ -139,7 +143,7 @@ fn another_containers_address_cannot_be_used() -> Result<()> {
     in_lab(Lab::new("source").hosts(2), |lab| {
         let scene = scene(lab)?;
         let foreign: [IpAddr; 5] = [
-            scene.neighbour.address(),
+            scene.neighbor.address(),
             "10.42.0.77".parse()?,
             "192.168.48.11".parse()?,
             "127.0.0.1".parse()?,
@@ -159,7 +163,7 @@ fn another_containers_address_cannot_be_used() -> Result<()> {
 fn another_hardware_address_cannot_be_used() -> Result<()> {
     in_lab(Lab::new("mac").hosts(2), |lab| {
         let scene = scene(lab)?;
-        let stolen = own_mac(&scene.neighbour)?;
+        let stolen = own_mac(&scene.neighbor)?;
         let own = scene.thief.address();
         for mac in [stolen, [2, 0, 0, 0, 0, 9]] {
             ensure_dropped(lab, &scene, "spoofed", |_, gateway, to| {
@@ -187,7 +191,7 @@ fn other_protocols_do_not_pass() -> Result<()> {
         for to in ["255.255.255.255", "10.47.255.255", "224.0.0.251"] {
             let to: IpAddr = to.parse()?;
             let capture =
-                Capture::start(scene.neighbour.netns(), lab.folder(), &["-i", INTERFACE, "udp"])?;
+                Capture::start(scene.neighbor.netns(), lab.folder(), &["-i", INTERFACE, "udp"])?;
             let frame = datagram(own_mac(&scene.thief)?, BROADCAST, own, to);
             Injector::open(scene.thief.netns(), INTERFACE)?.send_all(&vec![frame; 20])?;
             assert_eq!(capture.stop()?.containing(&MARKER)?.len(), 0, "{to}");
@@ -200,21 +204,21 @@ fn other_protocols_do_not_pass() -> Result<()> {
 fn arp_cannot_be_poisoned() -> Result<()> {
     in_lab(Lab::new("arp").hosts(2), |lab| {
         let scene = scene(lab)?;
-        let (thief, neighbour) = (&scene.thief, &scene.neighbour);
+        let (thief, neighbor) = (&scene.thief, &scene.neighbor);
         let mac = own_mac(thief)?;
-        let before = learnt_mac(neighbour, scene.far.address())?;
-        let capture = Capture::start(neighbour.netns(), lab.folder(), &["-i", INTERFACE, "arp"])?;
+        let before = learnt_mac(neighbor, scene.far.address())?;
+        let capture = Capture::start(neighbor.netns(), lab.folder(), &["-i", INTERFACE, "arp"])?;
         let injector = Injector::open(thief.netns(), INTERFACE)?;
         for operation in [1, 2] {
-            for to_mac in [BROADCAST, own_mac(neighbour)?] {
+            for to_mac in [BROADCAST, own_mac(neighbor)?] {
                 // An ARP message that claims that the far container's address has the thief's MAC
                 // address.
                 let arp = [
                     &[0, 1, 8, 0, 6, 4, 0, operation][..],
                     &mac,
                     &octets(scene.far.address()),
-                    &own_mac(neighbour)?,
-                    &octets(neighbour.address()),
+                    &own_mac(neighbor)?,
+                    &octets(neighbor.address()),
                 ]
                 .concat();
                 let frame = [&to_mac[..], &mac, &[8, 6], &arp, &[0; 18]].concat();
@@ -223,15 +227,15 @@ fn arp_cannot_be_poisoned() -> Result<()> {
         }
         let seen =
             capture.stop()?.count(|packet| packet.bytes.windows(6).any(|window| window == mac))?;
-        assert_eq!(seen, 0, "the neighbour saw ARP of the thief");
-        assert_eq!(learnt_mac(neighbour, scene.far.address())?, before);
-        assert_eq!(neighbour.ping(scene.far.address(), 100, MILLISECOND)?.lost(), 0);
+        assert_eq!(seen, 0, "the neighbor received ARP packets of the thief");
+        assert_eq!(learnt_mac(neighbor, scene.far.address())?, before);
+        assert_eq!(neighbor.ping(scene.far.address(), 100, MILLISECOND)?.lost(), 0);
         Ok(())
     })
 }
 
 #[test]
-fn truncated_frames_are_dropped_and_harm_nobody() -> Result<()> {
+fn truncated_frames_are_dropped_and_do_no_harm() -> Result<()> {
     in_lab(Lab::new("truncated").hosts(2), |lab| {
         let scene = scene(lab)?;
         let gateway = learnt_mac(&scene.thief, scene.far.address())?;
@@ -246,7 +250,7 @@ fn truncated_frames_are_dropped_and_harm_nobody() -> Result<()> {
         let after = dropped("malformed")? + dropped("unsupported")? + dropped("spoofed")?;
         assert!(
             after - before >= frames.len() as u64 / 2,
-            "{} of {}",
+            "only {} of {} are counted",
             after - before,
             frames.len()
         );
@@ -256,16 +260,16 @@ fn truncated_frames_are_dropped_and_harm_nobody() -> Result<()> {
 }
 
 #[test]
-fn nobody_overhears_others() -> Result<()> {
+fn containers_cannot_overhear_each_other() -> Result<()> {
     in_lab(Lab::new("overhear").hosts(2), |lab| {
         let scene = scene(lab)?;
         let capture = Capture::start(scene.thief.netns(), lab.folder(), &["-i", INTERFACE])?;
-        flow::tcp(&scene.neighbour, &scene.far, Amount::Bytes(5_000_000))?;
-        flow::tcp(&scene.far, &scene.neighbour, Amount::Bytes(5_000_000))?;
+        flow::tcp(&scene.neighbor, &scene.far, Amount::Bytes(5_000_000))?;
+        flow::tcp(&scene.far, &scene.neighbor, Amount::Bytes(5_000_000))?;
         let captured = capture.stop()?;
         assert_eq!(captured.containing(&MARKER)?.len(), 0);
         let other = captured
-            .count(|packet| packet.ip.is_some_and(|ip| ip.to == scene.neighbour.address()))?;
+            .count(|packet| packet.ip.is_some_and(|ip| ip.to == scene.neighbor.address()))?;
         assert_eq!(other, 0);
         Ok(())
     })
@@ -273,7 +277,7 @@ fn nobody_overhears_others() -> Result<()> {
 
 /// A plain packet from another host does not enter the container network through the underlay.
 #[test]
-fn a_plain_packet_from_the_underlay_does_not_get_in() -> Result<()> {
+fn an_unencrypted_packet_from_the_underlay_does_not_get_in() -> Result<()> {
     in_lab(Lab::new("underlay").hosts(2), |lab| {
         let scene = scene(lab)?;
         let (from, to) = (lab.host(2), scene.thief.address());

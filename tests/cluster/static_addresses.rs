@@ -9,7 +9,7 @@ use lab::{Container, Host, Lab, eventually};
 use serde_json::{Value, json};
 
 use crate::monitor::watch;
-use crate::support::{PATIENCE, attached, in_lab, launch_all, list, wait_for_peers};
+use crate::support::{TIMEOUT, attached, in_lab, launch_all, list, wait_for_peers};
 
 /// Attaches a container at the address. Returns the duration and, if it was refused, the error.
 fn attach_at(
@@ -45,7 +45,7 @@ fn race(
 }
 
 #[test]
-fn two_hosts_that_want_one_address_at_one_moment_do_not_both_get_it() -> Result<()> {
+fn two_hosts_that_request_one_address_at_once_do_not_both_get_it() -> Result<()> {
     in_lab(Lab::new("one").hosts(2), |lab| {
         launch_all(lab)?;
         let (one, two) = (lab.host(1), lab.host(2));
@@ -65,7 +65,7 @@ fn two_hosts_that_want_one_address_at_one_moment_do_not_both_get_it() -> Result<
             ensure!(refused.contains(&format!("node {}", hosts[winner].0.number)), "{what}");
             hosts[winner].0.detach(hosts[winner].1)?;
             // Until the other node hears of that, it may still refuse the address.
-            eventually(PATIENCE, || {
+            eventually(TIMEOUT, || {
                 for host in lab.hosts() {
                     let records = host.inspect()?["records"].clone();
                     let all = records.as_array().context("no records")?;
@@ -112,7 +112,7 @@ fn address_problems(host: &Host) -> Result<String> {
     let problems = list(&status["ipam"], "problems")?;
     for problem in problems {
         let told = health.iter().filter(|it| it["what"] == *problem).count();
-        ensure!(told == 1, "{problem} is told {told} times: {health:?}");
+        ensure!(told == 1, "{problem} is reported {told} times: {health:?}");
         let text = host.overnode_with(&["status"], &[("COLUMNS", "1000")])?.success()?;
         let shown = text.matches(problem.as_str().unwrap_or_default()).count();
         // The problem may have ended in between.
@@ -122,7 +122,7 @@ fn address_problems(host: &Host) -> Result<String> {
 }
 
 #[test]
-fn an_address_taken_twice_while_apart_leads_to_one_and_the_advice_ends_it() -> Result<()> {
+fn an_address_taken_twice_in_a_partition_gets_one_owner_and_advice_helps() -> Result<()> {
     const ADDRESS: &str = "10.33.7.5";
     in_lab(Lab::new("both").hosts(3), |lab| {
         launch_all(lab)?;
@@ -140,7 +140,7 @@ fn an_address_taken_twice_while_apart_leads_to_one_and_the_advice_ends_it() -> R
                 host.attach(container, &["--ip", &format!("{ADDRESS}/12")])?;
             }
             lab.plug(two)?;
-            eventually(PATIENCE * 2, || {
+            eventually(TIMEOUT * 2, || {
                 let told = address_problems(two)?;
                 let target = containers[1].target();
                 for words in [ADDRESS, &target, "node 1, which keeps it", "overnode detach"] {
@@ -148,24 +148,24 @@ fn an_address_taken_twice_while_apart_leads_to_one_and_the_advice_ends_it() -> R
                 }
                 ensure!(
                     leads_to(three, ADDRESS)? == [1],
-                    "it leads to {:?}",
+                    "the address is routed to nodes {:?}",
                     leads_to(three, ADDRESS)?
                 );
                 ensure!(
                     address_problems(one)?.is_empty(),
-                    "node 1 keeps it: {}",
+                    "node 1 does not keep the address: {}",
                     address_problems(one)?
                 );
                 Ok(())
             })?;
-            witness.reach(containers[0].address(), PATIENCE)?;
+            witness.reach(containers[0].address(), TIMEOUT)?;
             let is_it =
                 |event: &Value| event["problem"].as_str().is_some_and(|it| it.contains(ADDRESS));
             watcher.wait_for(|event| event["event"] == "problem" && is_it(event))?;
             let (host, container) = if lets_go.number == 1 { (one, 0) } else { (two, 1) };
             host.detach(&containers[container])?;
             let left = 3 - lets_go.number as u64;
-            eventually(PATIENCE, || {
+            eventually(TIMEOUT, || {
                 for host in lab.hosts() {
                     ensure!(
                         address_problems(host)?.is_empty(),
@@ -176,20 +176,20 @@ fn an_address_taken_twice_while_apart_leads_to_one_and_the_advice_ends_it() -> R
                 }
                 ensure!(
                     leads_to(three, ADDRESS)? == [left],
-                    "it leads to {:?}",
+                    "the address is routed to nodes {:?}",
                     leads_to(three, ADDRESS)?
                 );
                 Ok(())
             })?;
             watcher.wait_for(|event| event["event"] == "problem-over" && is_it(event))?;
             for guest in [&witness, &beside] {
-                guest.reach(containers[1 - container].address(), PATIENCE)?;
+                guest.reach(containers[1 - container].address(), TIMEOUT)?;
             }
             let (host, container) = if lets_go.number == 1 { (two, 1) } else { (one, 0) };
             host.detach(&containers[container])?;
-            eventually(PATIENCE, || {
-                ensure!(leads_to(three, ADDRESS)?.is_empty(), "it is not forgotten");
-                ensure!(leads_to(two, ADDRESS)?.is_empty(), "it is not forgotten");
+            eventually(TIMEOUT, || {
+                ensure!(leads_to(three, ADDRESS)?.is_empty(), "the address still has a route");
+                ensure!(leads_to(two, ADDRESS)?.is_empty(), "the address still has a route");
                 Ok(())
             })?;
         }

@@ -12,7 +12,7 @@ use serde_json::Value;
 pub const TOKEN: &str = "my-cluster-password";
 pub const MILLISECOND: Duration = Duration::from_millis(1);
 /// Time limit for everything that waits for no timer, generous for a loaded machine.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Builds a lab and runs a test in it. Appends the last lines of the daemons' logs to an error.
 pub fn in_lab(builder: lab::Builder, test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
@@ -57,7 +57,7 @@ pub fn launch_all(lab: &Lab) -> Result<()> {
 pub fn wait_for_sessions(lab: &Lab) -> Result<()> {
     for host in lab.hosts() {
         for other in lab.hosts().iter().filter(|other| other.number != host.number) {
-            eventually(PATIENCE, || {
+            eventually(TIMEOUT, || {
                 let peer = peer(host, other.number)?
                     .with_context(|| format!("{} does not know {}", host.name, other.name))?;
                 let session = &peer["data"]["session"];
@@ -76,7 +76,7 @@ pub fn wait_for_sessions(lab: &Lab) -> Result<()> {
 
 /// Waits until the host's node reaches this many nodes, including itself.
 pub fn wait_for_peers(host: &Host, count: usize) -> Result<()> {
-    eventually(PATIENCE * 2, || {
+    eventually(TIMEOUT * 2, || {
         let status = host.status()?;
         let reachable =
             list(&status, "peers")?.iter().filter(|peer| peer["reachable"] == true).count();
@@ -149,7 +149,7 @@ pub fn all_reach_all<T: Borrow<Container>>(containers: &[T]) -> Result<()> {
     for from in containers.iter().map(Borrow::borrow) {
         for to in containers.iter().map(Borrow::borrow) {
             if from.address() != to.address() {
-                from.reach(to.address(), PATIENCE)?;
+                from.reach(to.address(), TIMEOUT)?;
             }
         }
     }
@@ -162,7 +162,7 @@ pub fn ensure_unique<'a>(containers: impl IntoIterator<Item = &'a Container>) ->
     for container in containers {
         let (address, name) = (container.address(), container.netns().name());
         if let Some(other) = owners.insert(address, name) {
-            bail!("{address} was given to {other} and to {name}");
+            bail!("{address} was given to both {other} and {name}");
         }
     }
     Ok(())
@@ -179,7 +179,7 @@ pub fn is_overlay(address: IpAddr) -> bool {
 /// Fails if the capture is incomplete, has no data message, or shows anything that containers sent:
 /// their payload, or a packet with one of their addresses.
 pub fn ensure_sealed(captured: &lab::capture::Captured) -> Result<()> {
-    ensure!(captured.missed == 0, "the capture misses {} packets", captured.missed);
+    ensure!(captured.missed == 0, "the capture missed {} packets", captured.missed);
     let data = captured.count(|packet| packet.wireguard_type() == Some(4))?;
     ensure!(data > 0, "no data message was captured");
     ensure_nothing_plain(captured)
@@ -196,7 +196,7 @@ pub fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
     );
     let bare = captured
         .count(|packet| packet.ip.is_some_and(|ip| is_overlay(ip.from) || is_overlay(ip.to)))?;
-    ensure!(bare == 0, "{bare} packets of containers travel without their sealed cover");
+    ensure!(bare == 0, "{bare} packets of containers are unencrypted on the underlay");
     Ok(())
 }
 
@@ -212,10 +212,10 @@ pub fn serves(host: &Host) -> Result<bool> {
 pub fn wait_for_workers(lab: &Lab) -> Result<()> {
     wait_for_sessions(lab)?;
     lab.hosts().iter().try_for_each(|host| {
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             ensure!(
                 serves(host)?,
-                "{} does not serve all: {}\n{}",
+                "the workers of {} do not serve all nodes: {}\n{}",
                 host.name,
                 host.status()?,
                 host.log()

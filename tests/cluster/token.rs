@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use lab::{Host, Lab, eventually};
 
 use crate::support::{
-    MILLISECOND, PATIENCE, TOKEN, attached, in_lab, launch, launch_all, list, one_each, peer,
+    MILLISECOND, TIMEOUT, TOKEN, attached, in_lab, launch, launch_all, list, one_each, peer,
     wait_for_sessions,
 };
 
@@ -20,7 +20,7 @@ fn a_wrong_token_is_named_on_both_sides_and_nothing_is_exchanged() -> Result<()>
         b.overnode(&["launch", "--id", "2", "--token", "another-password", "host1"])?.success()?;
         let (one, two) = (attached(a, "one")?, attached(b, "two")?);
         for (host, other) in [(a, 2), (b, 1)] {
-            eventually(PATIENCE, || {
+            eventually(TIMEOUT, || {
                 let status = host.status()?;
                 let named = list(&status, "connections")?.iter().any(|it| {
                     it["last_error"]["message"].as_str().is_some_and(|text| text.contains("token"))
@@ -51,11 +51,11 @@ fn an_outsider_among_members_stays_outside() -> Result<()> {
         c.overnode(&["launch", "--id", "2", "--token", "another-password", "host1", "host2"])?
             .success()?;
         let (one, two, thief) = (attached(a, "one")?, attached(b, "two")?, attached(c, "thief")?);
-        one.reach(two.address(), PATIENCE)?;
+        one.reach(two.address(), TIMEOUT)?;
         let stats = one.ping(two.address(), 1000, MILLISECOND)?;
         assert_eq!(stats.lost(), 0);
         assert_eq!(thief.ping(one.address(), 100, MILLISECOND)?.received, 0);
-        assert_eq!(list(&c.status()?, "peers")?.len(), 1, "it knows of itself only");
+        assert_eq!(list(&c.status()?, "peers")?.len(), 1, "the outsider knows other nodes");
         Ok(())
     })
 }
@@ -89,10 +89,10 @@ fn strangers_on_the_control_port_learn_nothing() -> Result<()> {
             let _ = stream.shutdown(std::net::Shutdown::Write);
             let mut said = Vec::new();
             let _ = stream.read_to_end(&mut said);
-            assert!(said.len() <= 128, "{} bytes told to a stranger", said.len());
+            assert!(said.len() <= 128, "a stranger received {} bytes", said.len());
             assert!(
                 !said.windows(5).any(|window| window == b"host1"),
-                "its name is told to a stranger"
+                "a stranger received the name of the node"
             );
         }
         assert_eq!(list(&a.status()?, "peers")?.len(), 1);
@@ -102,7 +102,7 @@ fn strangers_on_the_control_port_learn_nothing() -> Result<()> {
 }
 
 #[test]
-fn idle_connections_keep_nobody_out() -> Result<()> {
+fn idle_connections_do_not_keep_nodes_out() -> Result<()> {
     in_lab(Lab::new("idle").hosts(2), |lab| {
         let [a, b] = lab.hosts() else { unreachable!() };
         launch(lab, a)?;
@@ -151,7 +151,7 @@ fn generated_tokens_are_strong_and_work() -> Result<()> {
 }
 
 #[test]
-fn two_nodes_with_one_id_are_told_of_it() -> Result<()> {
+fn two_nodes_with_the_same_id_report_the_clash() -> Result<()> {
     in_lab(Lab::new("clash").hosts(3), |lab| {
         let [a, b, c] = lab.hosts() else { unreachable!() };
         launch_all_but_last(lab)?;
@@ -160,7 +160,7 @@ fn two_nodes_with_one_id_are_told_of_it() -> Result<()> {
             clash_is_shown(host)?;
         }
         let (one, two) = (attached(a, "one")?, attached(b, "two")?);
-        one.reach(two.address(), PATIENCE)?;
+        one.reach(two.address(), TIMEOUT)?;
         assert_eq!(one.ping(two.address(), 500, MILLISECOND)?.lost(), 0);
         Ok(())
     })
@@ -169,7 +169,7 @@ fn two_nodes_with_one_id_are_told_of_it() -> Result<()> {
 /// Two clusters, each with a node 2, are joined by a connection between their other nodes. No node
 /// dials those that it learns of through gossip.
 #[test]
-fn two_nodes_with_one_id_that_only_gossip_joins_are_told_of_it() -> Result<()> {
+fn two_nodes_with_the_same_id_joined_only_by_gossip_report_the_clash() -> Result<()> {
     in_lab(Lab::new("twins").hosts(4), |lab| {
         let [a, b, c, d] = lab.hosts() else { unreachable!() };
         for (host, id, target) in
@@ -178,14 +178,14 @@ fn two_nodes_with_one_id_that_only_gossip_joins_are_told_of_it() -> Result<()> {
             let words = ["launch", "--id", id, "--token", TOKEN, "--no-discovery", target];
             host.overnode(&words)?.success()?;
         }
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             ensure!(
                 peer(a, 2)?.is_some_and(|peer| peer["reachable"] == true),
-                "1 and 2 are not joined"
+                "nodes 1 and 2 are not connected"
             );
             ensure!(
                 peer(c, 2)?.is_some_and(|peer| peer["reachable"] == true),
-                "3 and 2 are not joined"
+                "nodes 3 and 2 are not connected"
             );
             Ok(())
         })?;
@@ -197,7 +197,7 @@ fn two_nodes_with_one_id_that_only_gossip_joins_are_told_of_it() -> Result<()> {
         }
         let now =
             [peer(a, 2)?, peer(c, 2)?].map(|peer| peer.map(|peer| peer["public_key"].clone()));
-        assert_eq!(now, keys, "each side stays with the node 2 that it had");
+        assert_eq!(now, keys, "a side changed its node 2");
         assert!(keys[0] != keys[1] && peer(a, 3)?.is_some());
         Ok(())
     })
@@ -205,14 +205,14 @@ fn two_nodes_with_one_id_that_only_gossip_joins_are_told_of_it() -> Result<()> {
 
 /// Waits until `status --connections` shows the clash with advice.
 fn clash_is_shown(host: &Host) -> Result<()> {
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         let status = host.status()?;
         let connections = list(&status, "connections")?;
         let is_told = connections.iter().any(|connection| {
             let message = connection["last_error"]["message"].as_str().unwrap_or_default();
             message.contains("ID 2 is used twice") && message.contains("overnode reset")
         });
-        ensure!(is_told, "{} says nothing of the ID in use: {}", host.name, status["connections"]);
+        ensure!(is_told, "{} does not report the ID clash: {}", host.name, status["connections"]);
         Ok(())
     })
 }
@@ -221,7 +221,7 @@ fn launch_all_but_last(lab: &Lab) -> Result<()> {
     let [a, b, _] = lab.hosts() else { unreachable!() };
     launch(lab, a)?;
     launch(lab, b)?;
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         ensure!(
             peer(a, 2)?.is_some_and(|peer| peer["data"]["session"] == "established"),
             "no session yet"
@@ -247,11 +247,11 @@ fn a_cluster_with_other_addresses_is_refused_with_a_reason() -> Result<()> {
             "172.24.0.0/13",
         ];
         b.overnode(&[&words[..], &["host1"]].concat())?.success()?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let table = b.overnode(&["status", "--connections"])?.success()?;
             ensure!(
                 table.contains("172.16.0.0/12") || table.contains("10.32.0.0/12"),
-                "no reason: {table}"
+                "no reason is shown: {table}"
             );
             Ok(())
         })?;
@@ -265,7 +265,7 @@ fn members_exchange_data_only_with_members() -> Result<()> {
     in_lab(Lab::new("members").hosts(2), |lab| {
         launch_all(lab)?;
         let containers = one_each(lab)?;
-        containers[0].reach(containers[1].address(), PATIENCE)?;
+        containers[0].reach(containers[1].address(), TIMEOUT)?;
         // One node of the same cluster starts over with another token, and cannot use its former
         // state.
         let b = lab.host(2);

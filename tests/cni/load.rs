@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use lab::parallel::{both, each, milliseconds_each};
 use lab::podman::{IMAGE, Podman};
 
-use crate::podman::{PATIENCE, nothing_left, with_podmans};
+use crate::podman::{TIMEOUT, nothing_left, with_podmans};
 
 /// Number of containers on each host, unless the environment sets another:
 /// `cargo xtask bench podman` uses 200.
@@ -13,7 +13,7 @@ const CONTAINERS: usize = 8;
 const CLIENTS: usize = 4;
 
 #[test]
-fn many_containers_of_podman_come_and_go_on_both_hosts() -> Result<()> {
+fn many_podman_containers_come_and_go_on_both_hosts() -> Result<()> {
     let count = match std::env::var("OVERNODE_PODMAN_CONTAINERS") {
         Ok(text) => text.parse().context("OVERNODE_PODMAN_CONTAINERS is no number")?,
         Err(_) => CONTAINERS,
@@ -23,8 +23,8 @@ fn many_containers_of_podman_come_and_go_on_both_hosts() -> Result<()> {
         both(one, two, |podman| remove(podman, count))?;
         let with = both(one, two, |podman| start(podman, "overnode", count))?;
         let last = format!("c{}", count - 1);
-        one.reach("c0", &two.address(&last)?, PATIENCE)?;
-        two.reach("c0", &one.address(&last)?, PATIENCE)?;
+        one.reach("c0", &two.address(&last)?, TIMEOUT)?;
+        two.reach("c0", &one.address(&last)?, TIMEOUT)?;
         let mut addresses = Vec::new();
         for host in lab.hosts() {
             let listed =

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{Container, Host, Lab, eventually};
 use serde_json::{Value, json};
 
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub struct Call<'a> {
     pub host: &'a Host,
@@ -113,7 +113,7 @@ pub fn endpoints(host: &Host) -> Result<Vec<Value>> {
 }
 
 #[test]
-fn the_life_of_attachments() -> Result<()> {
+fn attachments_can_be_added_checked_and_deleted() -> Result<()> {
     let lab = launched("cni-life", 2)?;
     let (host, other) = (lab.host(1), lab.host(2));
     let (a, b) = (host.container("a")?, other.container("b")?);
@@ -152,7 +152,7 @@ fn the_life_of_attachments() -> Result<()> {
     )?;
     ensure!(far["ips"][0]["address"] == "10.33.1.2/12", "{far}");
     ensure!(b.run("ip", &["link", "show", "net1"])?.contains("02:00:00:00:00:09"));
-    a.reach("10.33.1.2".parse()?, PATIENCE)?;
+    a.reach("10.33.1.2".parse()?, TIMEOUT)?;
 
     // `CHECK` accepts the unchanged attachment, and rejects others.
     let previous = json!({"prevResult": result});
@@ -186,7 +186,7 @@ fn the_life_of_attachments() -> Result<()> {
         "{result}"
     );
     call.done("CHECK", &json!({"prevResult": result}))?;
-    a.reach("10.33.1.2".parse()?, PATIENCE)?;
+    a.reach("10.33.1.2".parse()?, TIMEOUT)?;
     call.done("DEL", &json!({"prevResult": result}))?;
     Call { netns: "/run/netns/nonexistent".into(), ..Call::new(host, &a) }
         .refused("ADD", &none, 3)?;
@@ -194,7 +194,7 @@ fn the_life_of_attachments() -> Result<()> {
 }
 
 #[test]
-fn garbage_is_collected_of_one_network_only() -> Result<()> {
+fn garbage_collection_affects_only_one_network() -> Result<()> {
     let lab = launched("cni-gc", 1)?;
     let host = lab.host(1);
     let containers = ["keep", "stale", "other", "hand"]
@@ -231,7 +231,7 @@ fn garbage_is_collected_of_one_network_only() -> Result<()> {
 }
 
 #[test]
-fn a_container_deleted_while_no_daemon_runs_is_not_plugged_in_again() -> Result<()> {
+fn a_container_deleted_while_no_daemon_runs_is_not_attached_again() -> Result<()> {
     let lab = launched("cni-down", 1)?;
     let host = lab.host(1);
     let (a, b) = (host.container("a")?, host.container("b")?);
@@ -250,7 +250,7 @@ fn a_container_deleted_while_no_daemon_runs_is_not_plugged_in_again() -> Result<
     drop(b);
     gone.done("DEL", &none)?;
     host.overnode(&["resume"])?.success()?;
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         let left = endpoints(host)?;
         ensure!(left.is_empty(), "{left:?}");
         Ok(())
@@ -306,7 +306,7 @@ impl Drop for SmallDisk {
 /// On a full disk, existing attachments keep working, and new ones fail with a clear error and
 /// leave nothing behind. Once there is room again, everything works.
 #[test]
-fn a_full_disk_refuses_in_words_and_loses_nothing() -> Result<()> {
+fn a_full_disk_is_reported_and_nothing_is_lost() -> Result<()> {
     const MANY: usize = 60;
     let lab = Lab::new("cni-full").hosts(1).build()?;
     let host = lab.host(1);
@@ -346,16 +346,16 @@ fn a_full_disk_refuses_in_words_and_loses_nothing() -> Result<()> {
         "{listed:?}"
     );
     first.done("CHECK", &previous)?;
-    a.reach(far, PATIENCE)?;
+    a.reach(far, TIMEOUT)?;
 
     disk.make_room()?;
     let call = Call::new(host, &container);
-    eventually(PATIENCE, || call.done("ADD", &none))?;
+    eventually(TIMEOUT, || call.done("ADD", &none))?;
     // Everything was stored.
     host.kill_daemon()?;
     host.overnode(&["resume"])?.success()?;
     ensure!(endpoints(host)?.len() == before.len() + added.len() + 1, "{:?}", endpoints(host)?);
-    a.reach(far, PATIENCE)?;
+    a.reach(far, TIMEOUT)?;
     for container in added.iter().chain([&a, &b, &container]) {
         Call::new(host, container).done("DEL", &none)?;
     }

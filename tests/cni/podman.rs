@@ -6,10 +6,10 @@ use anyhow::{Result, ensure};
 use lab::podman::{IMAGE, Podman};
 use lab::{Host, Lab, eventually};
 
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub fn nothing_left(host: &Host) -> Result<()> {
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         let status = host.status()?;
         ensure!(
             status["endpoints"].as_array().is_some_and(Vec::is_empty),
@@ -50,7 +50,7 @@ pub fn with_podmans(
 }
 
 #[test]
-fn containers_of_two_podmans_talk() -> Result<()> {
+fn containers_of_two_podman_hosts_talk() -> Result<()> {
     with_podmans("cni-podman", story)
 }
 
@@ -78,37 +78,37 @@ fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
     let server = ["/bin/nc", "-ll", "-p", "80", "-e", "/bin/cat"];
     two.run(&[&["run"][..], &serve, &[IMAGE], &server].concat())?.success()?;
     let there = two.address("there")?;
-    one.reach("here", &there, PATIENCE)?;
-    two.reach("there", &beside, PATIENCE)?;
+    one.reach("here", &there, TIMEOUT)?;
+    two.reach("there", &beside, TIMEOUT)?;
 
     // By name, from the other host.
     let served_by_name = || {
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let said = one.exec("here", &["/bin/sh", "-c", "echo by name | nc -w 2 there 80"])?;
             ensure!(said == "by name\n", "the server says {said:?}");
             Ok(())
         })
     };
-    one.reach("here", "there", PATIENCE)?;
+    one.reach("here", "there", TIMEOUT)?;
     served_by_name()?;
 
     // The published port is reachable from its own host and from the other one, and containers
     // reach the underlay.
     let outside = format!("echo from outside | busybox nc -w 2 {} 8080", lab.host(2).address());
     for host in [lab.host(2), lab.host(1)] {
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let said = host.netns().run("sh", &["-c", &outside])?;
             ensure!(said == "from outside\n", "the published port says {said:?} on {}", host.name);
             Ok(())
         })?;
     }
-    one.reach("here", &lab.host(2).address().to_string(), PATIENCE)?;
+    one.reach("here", &lab.host(2).address().to_string(), TIMEOUT)?;
 
     // A container in the container network only, with a static address.
     let alone = two.sleep("alone", "plain", &["--restart", "always", "--ip", "10.33.4.5"])?;
     two.sleep("once", "overnode", &[])?;
     ensure!(alone == "10.33.4.5");
-    one.reach("here", "10.33.4.5", PATIENCE)?;
+    one.reach("here", "10.33.4.5", TIMEOUT)?;
 
     // After a power failure, the runtime starts its containers again without having deleted
     // anything.
@@ -121,8 +121,8 @@ fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
     let mut running: Vec<&str> = running.lines().collect();
     running.sort_unstable();
     ensure!(running == ["alone", "there"], "{running:?} run");
-    one.reach("here", "10.33.4.5", PATIENCE)?;
-    one.reach("here", &two.address("there")?, PATIENCE)?;
+    one.reach("here", "10.33.4.5", TIMEOUT)?;
+    one.reach("here", &two.address("there")?, TIMEOUT)?;
     served_by_name()?;
 
     for (podman, host) in [(one, lab.host(1)), (two, lab.host(2))] {

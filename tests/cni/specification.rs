@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{Container, eventually};
 use serde_json::{Value, json};
 
-use crate::plugin::{Call, PATIENCE, endpoints, extended, launched, launched_with};
+use crate::plugin::{Call, TIMEOUT, endpoints, extended, launched, launched_with};
 use crate::podman::nothing_left;
 
 /// The versions that the stock plugins support as well.
@@ -27,7 +27,7 @@ const COMMON: [&str; 4] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0"];
 /// Success. The stock plugins accept this plugin's results in each version, and each plugin changes
 /// only its own part.
 #[test]
-fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result<()> {
+fn this_plugin_works_with_the_stock_plugins_in_every_version() -> Result<()> {
     let lab = launched("cni-chain", 1)?;
     let host = lab.host(1);
     for (number, version) in COMMON.iter().enumerate() {
@@ -104,7 +104,7 @@ fn stock_plugins_and_this_one_understand_each_other_in_every_version() -> Result
 /// Section 2, `ADD` and Parameters: the name of a chained interface may be taken as well. `CHECK`
 /// rejects an attachment that does not work.
 #[test]
-fn interfaces_in_the_way_and_turned_off() -> Result<()> {
+fn taken_interface_names_and_disabled_interfaces_are_reported() -> Result<()> {
     let lab = launched("cni-taken", 1)?;
     let (host, none) = (lab.host(1), json!({}));
     let container = host.container("a")?;
@@ -133,7 +133,7 @@ fn interfaces_in_the_way_and_turned_off() -> Result<()> {
 /// afterwards, with and without the namespace's path and the result. It never deletes another
 /// container's attachment that has that path now.
 #[test]
-fn deleting_after_a_reboot() -> Result<()> {
+fn attachments_can_be_deleted_after_a_reboot() -> Result<()> {
     let lab = launched("cni-reboot", 1)?;
     let (host, none) = (lab.host(1), json!({}));
     let names = ["early", "late", "bare"];
@@ -233,7 +233,7 @@ fn relay(mut client: UnixStream, socket: &Path, refused: &str) -> io::Result<()>
 /// removed, and is reported. Otherwise there is no output. Attachments are identified by container
 /// and interface (section 3).
 #[test]
-fn collecting_garbage_goes_on_after_an_error() -> Result<()> {
+fn garbage_collection_continues_after_an_error() -> Result<()> {
     let lab = launched("cni-gc-error", 1)?;
     let (host, none) = (lab.host(1), json!({}));
     let names = ["stale1", "stale2", "stale3", "keep"];
@@ -291,7 +291,7 @@ fn collecting_garbage_goes_on_after_an_error() -> Result<()> {
 /// Section 2, `STATUS`: reports that nothing can be added without free addresses. `ADD` says that
 /// it may work later and leaves nothing behind. It does not require a previous `STATUS`.
 #[test]
-fn without_addresses() -> Result<()> {
+fn exhausted_addresses_are_reported() -> Result<()> {
     let lab = launched_with("cni-exhausted", 1, &["--range", "10.40.0.0/28"])?;
     let (host, none) = (lab.host(1), json!({}));
     let mut added: Vec<Container> = Vec::new();
@@ -320,7 +320,7 @@ fn without_addresses() -> Result<()> {
 /// Section 2, `VERSION`, `STATUS` and `GC`: they work with only their own variables. Section 5,
 /// Error, code 5: unreadable input.
 #[test]
-fn few_variables_and_no_input() -> Result<()> {
+fn commands_need_few_variables_and_report_missing_input() -> Result<()> {
     let lab = launched("cni-few", 1)?;
     let host = lab.host(1);
     let run = |command: &str, script: &str| -> Result<(bool, Value)> {
@@ -355,5 +355,5 @@ fn few_variables_and_no_input() -> Result<()> {
             "{command}: {said}"
         );
     }
-    eventually(PATIENCE, || nothing_left(host))
+    eventually(TIMEOUT, || nothing_left(host))
 }

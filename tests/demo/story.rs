@@ -15,7 +15,7 @@ const TOKEN: &str = "my-cluster-password";
 const CONTAINERS_PER_HOST: usize = 2;
 const MILLISECOND: Duration = Duration::from_millis(1);
 /// Time after `launch` within which packets must flow.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// State of the demo.
 pub struct Story<'a> {
@@ -104,7 +104,7 @@ impl<'a> Story<'a> {
         let mut slowest = 0.0_f64;
         for from in &self.containers {
             for to in self.containers.iter().filter(|to| to.address() != from.address()) {
-                from.reach(to.address(), PATIENCE)?;
+                from.reach(to.address(), TIMEOUT)?;
                 let stats = from.ping(to.address(), 5, MILLISECOND)?;
                 ensure!(
                     stats.lost() == 0,
@@ -208,25 +208,25 @@ impl<'a> Story<'a> {
         let (from, to, host) = (&self.containers[0], &self.containers[2], self.lab.host(2));
         let pings = Pinging::start(from.netns(), to.address(), Some(PINGS), MILLISECOND)?;
         let transfer = TcpFlow::start_as(from, to, Amount::UntilStopped, Manner::Rate(40_000_000))?;
-        transfer.wait_for(1_000_000, PATIENCE)?;
+        transfer.wait_for(1_000_000, TIMEOUT)?;
         let pid = host.daemon_pid().context("host2 has no daemon")?;
         host.kill_daemon()?;
         say(&format!("kill -9 {pid}"));
         // Packets still flow without the daemon.
         let before = transfer.progress();
-        transfer.wait_for(20_000_000, PATIENCE)?;
+        transfer.wait_for(20_000_000, TIMEOUT)?;
         say(&format!(
             "{} MB arrived while no daemon ran",
             (transfer.progress() - before) / 1_000_000
         ));
         ensure!(host.daemon_pid().is_none(), "a daemon runs although nobody started one");
         overnode(host, &["resume"])?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let status = host.status()?;
             ensure!(status["node"]["state"] == "running", "host2 is {}", status["node"]["state"]);
             Ok(())
         })?;
-        transfer.wait_for(20_000_000, PATIENCE)?;
+        transfer.wait_for(20_000_000, TIMEOUT)?;
         let stats = pings.finish()?;
         let received = transfer.stop()?;
         ensure!(stats.lost() == 0, "{} of {} pings were lost", stats.lost(), stats.sent);

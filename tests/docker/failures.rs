@@ -6,23 +6,23 @@ use anyhow::{Result, ensure};
 use lab::docker::IMAGE;
 use lab::eventually;
 
-use crate::support::{PATIENCE, endpoint, endpoints, nothing_left, with_engines};
+use crate::support::{TIMEOUT, endpoint, endpoints, nothing_left, with_engines};
 
 #[test]
-fn the_engine_is_killed_and_started_again() -> Result<()> {
+fn containers_stay_connected_when_the_engine_is_killed() -> Result<()> {
     with_engines("docker-kill", 2, |lab, engines| {
         let [one, two] = engines else { unreachable!() };
         let always = two.run("always", &["--restart", "always"])?;
         let fixed = two.run("fixed", &["--restart", "always", "--ip", "10.36.0.1"])?;
         two.run("once", &[])?;
         one.run("here", &[])?;
-        one.reach("here", &always, PATIENCE)?;
-        one.reach("here", &fixed, PATIENCE)?;
+        one.reach("here", &always, TIMEOUT)?;
+        one.reach("here", &fixed, TIMEOUT)?;
         two.kill()?;
         // Traffic does not depend on the engine.
-        one.reach("here", &always, PATIENCE)?;
+        one.reach("here", &always, TIMEOUT)?;
         two.start()?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let running = two.docker(&["ps", "--format", "{{.Names}}"])?.success()?;
             ensure!(
                 running.lines().filter(|it| ["always", "fixed"].contains(it)).count() == 2,
@@ -30,10 +30,10 @@ fn the_engine_is_killed_and_started_again() -> Result<()> {
             );
             Ok(())
         })?;
-        one.reach("here", &two.address("always")?, PATIENCE)?;
-        one.reach("here", "10.36.0.1", PATIENCE)?;
+        one.reach("here", &two.address("always")?, TIMEOUT)?;
+        one.reach("here", "10.36.0.1", TIMEOUT)?;
         // The engine releases the attachment of the container that it did not restart.
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let listed = endpoints(lab.host(2))?;
             ensure!(listed.len() == 2, "{listed:?}");
             Ok(())
@@ -44,12 +44,12 @@ fn the_engine_is_killed_and_started_again() -> Result<()> {
 }
 
 #[test]
-fn the_node_is_killed_and_started_again() -> Result<()> {
+fn containers_stay_connected_when_the_node_is_killed() -> Result<()> {
     with_engines("docker-node", 2, |lab, engines| {
         let [one, two] = engines else { unreachable!() };
         let old = two.run("old", &[])?;
         one.run("here", &[])?;
-        one.reach("here", &old, PATIENCE)?;
+        one.reach("here", &old, TIMEOUT)?;
         lab.host(2).kill_daemon()?;
         one.reach("here", &old, Duration::from_secs(5))?;
         // The engine retries for half a minute.
@@ -59,8 +59,8 @@ fn the_node_is_killed_and_started_again() -> Result<()> {
             two.overnode(&["resume"])?.success()?;
             starting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
-        one.reach("here", &new, PATIENCE)?;
-        one.reach("here", &old, PATIENCE)?;
+        one.reach("here", &new, TIMEOUT)?;
+        one.reach("here", &old, TIMEOUT)?;
         ensure!(endpoint(lab.host(2), "old")?["address"] == format!("{old}/12"));
 
         // A container that is removed while no daemon runs.
@@ -79,28 +79,28 @@ fn the_node_is_killed_and_started_again() -> Result<()> {
 }
 
 #[test]
-fn the_host_loses_power() -> Result<()> {
+fn containers_come_back_after_a_power_failure() -> Result<()> {
     with_engines("docker-power", 2, |lab, engines| {
         let [one, two] = engines else { unreachable!() };
         one.run("here", &[])?;
         two.run("always", &["--restart", "always"])?;
         two.run("fixed", &["--restart", "unless-stopped", "--ip", "10.36.0.2"])?;
         two.run("once", &[])?;
-        one.reach("here", "10.36.0.2", PATIENCE)?;
+        one.reach("here", "10.36.0.2", TIMEOUT)?;
         two.lose_power()?;
         // In the order of the systemd units.
         two.overnode(&["resume"])?.success()?;
         two.start()?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let running = two.docker(&["ps", "--format", "{{.Names}}"])?.success()?;
             ensure!(running.lines().count() == 2, "{running}");
             Ok(())
         })?;
-        one.reach("here", &two.address("always")?, PATIENCE)?;
-        one.reach("here", "10.36.0.2", PATIENCE)?;
-        two.reach("fixed", &one.address("here")?, PATIENCE)?;
+        one.reach("here", &two.address("always")?, TIMEOUT)?;
+        one.reach("here", "10.36.0.2", TIMEOUT)?;
+        two.reach("fixed", &one.address("here")?, TIMEOUT)?;
         endpoint(lab.host(2), "always")?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let listed = endpoints(lab.host(2))?;
             ensure!(listed.len() == 2, "{listed:?}");
             Ok(())
@@ -128,7 +128,7 @@ fn the_host_loses_power() -> Result<()> {
 /// If the engine's gateway took packets for the container network to other hosts, they would be
 /// unencrypted.
 #[test]
-fn packets_of_a_container_that_is_cut_off_do_not_leave_by_the_engines_gateway() -> Result<()> {
+fn a_cut_off_containers_packets_do_not_leave_by_the_engines_gateway() -> Result<()> {
     with_engines("docker-guard", 2, |lab, engines| {
         let [one, two] = engines else { unreachable!() };
         // The container uses a network that the user created, because a reset does not remove it.
@@ -149,25 +149,25 @@ fn packets_of_a_container_that_is_cut_off_do_not_leave_by_the_engines_gateway() 
         one.docker(&run)?.success()?;
         let there = two.run("there", &[])?;
         let outside = lab.host(2).address().to_string();
-        one.reach("here", &there, PATIENCE)?;
-        one.reach("here", &outside, PATIENCE)?;
+        one.reach("here", &there, TIMEOUT)?;
+        one.reach("here", &outside, TIMEOUT)?;
         let capture = lab.capture()?;
         let before = endpoint(lab.host(1), "here")?;
         // The interface is deleted by accident, and the node makes the same one again.
         let interface = before["interface"].as_str().unwrap_or_default();
         lab.host(1).netns().ip(&["link", "del", interface])?;
-        one.reach("here", &there, PATIENCE)?;
+        one.reach("here", &there, TIMEOUT)?;
         ensure!(endpoint(lab.host(1), "here")?["address"] == before["address"]);
         one.overnode(&["reset", "--force"])?.success()?;
         let pinged = one.docker(&["exec", "here", "ping", "-c", "2", "-W", "1", &there])?;
         ensure!(!pinged.status.success(), "{}", pinged.stdout);
         // Addresses outside the container network are still reachable.
-        one.reach("here", &outside, PATIENCE)?;
-        nothing_is_plain(&capture.stop()?)
+        one.reach("here", &outside, TIMEOUT)?;
+        ensure_nothing_plain(&capture.stop()?)
     })
 }
 
-fn nothing_is_plain(captured: &lab::capture::Captured) -> Result<()> {
+fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
     let of_ours = |ip: std::net::IpAddr| matches!(ip, std::net::IpAddr::V4(v4) if v4.octets()[0] == 10 && (32..48).contains(&v4.octets()[1]));
     let bare =
         captured.count(|packet| packet.ip.is_some_and(|ip| of_ours(ip.from) || of_ours(ip.to)))?;

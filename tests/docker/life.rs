@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use lab::docker::Engine;
 use lab::{Lab, eventually};
 
-use crate::support::{PATIENCE, endpoints, launch, with_engines};
+use crate::support::{TIMEOUT, endpoints, launch, with_engines};
 use crate::{daemon_is_gone, has_network};
 
 #[test]
@@ -19,7 +19,7 @@ fn an_engine_that_appears_later_gets_its_network_then() -> Result<()> {
     launch(&lab, &engine, 1, &[])?;
     ensure!(lab.host(1).status()?["node"]["problems"].as_array().is_none_or(Vec::is_empty));
     engine.start()?;
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         ensure!(has_network(&engine, "overnode")?, "there is no default network yet");
         Ok(())
     })?;
@@ -31,7 +31,7 @@ fn an_engine_that_appears_later_gets_its_network_then() -> Result<()> {
 /// Such old engines are no longer available, so the test answers in place of one. After an upgrade,
 /// the engine gets its network.
 #[test]
-fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
+fn an_engine_that_is_too_old_is_reported() -> Result<()> {
     const OLD: &str = r#"{"Version": "1.13.1", "ApiVersion": "1.26", "MinAPIVersion": "1.12"}"#;
     let lab = Lab::new("docker-old").hosts(1).build()?;
     let mut engine = Engine::prepare(lab.host(1))?;
@@ -61,10 +61,12 @@ fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
             }
         });
         let told = launch(&lab, &engine, 1, &[]).and_then(|()| {
-            eventually(PATIENCE, || {
+            eventually(TIMEOUT, || {
                 let problems = lab.host(1).status()?["node"]["problems"].to_string();
                 ensure!(
-                    problems.contains("Docker 1.13.1 with API 1.26, is older than 20.10"),
+                    problems.contains(
+                        "Docker 1.13.1 with API 1.26, but the oldest supported one is 20.10"
+                    ),
                     "{problems}"
                 );
                 ensure!(problems.contains("upgrade Docker"), "{problems}");
@@ -78,7 +80,7 @@ fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
     ensure!(!asked_to_create.load(Ordering::Relaxed), "it was asked for the network all the same");
     std::fs::remove_file(engine.socket())?;
     engine.start()?;
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         ensure!(has_network(&engine, "overnode")?, "there is no default network yet");
         let problems = lab.host(1).status()?["node"]["problems"].clone();
         ensure!(problems.as_array().is_none_or(Vec::is_empty), "{problems}");
@@ -89,7 +91,7 @@ fn an_engine_that_is_too_old_is_told_of_in_words() -> Result<()> {
 /// This happens if the engine took longer to make the network than the node waits for a reply.
 /// After that, the network's name is ambiguous.
 #[test]
-fn an_engine_that_has_made_the_network_twice_keeps_one() -> Result<()> {
+fn an_engine_with_two_copies_of_the_network_keeps_one() -> Result<()> {
     with_engines("docker-twice", 1, |lab, engines| {
         let [engine] = engines else { unreachable!() };
         let engine = &*engine;
@@ -103,20 +105,20 @@ fn an_engine_that_has_made_the_network_twice_keeps_one() -> Result<()> {
         engine.run("user", &[])?;
         let (code, answer) = engine.request("POST", "/networks/create", body)?;
         ensure!(code == 201, "{answer}");
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let left = networks()?;
             ensure!(left == first, "{left:?}");
             Ok(())
         })?;
         engine.run("later", &[])?;
-        engine.reach("later", &engine.address("user")?, PATIENCE)?;
+        engine.reach("later", &engine.address("user")?, TIMEOUT)?;
         ensure!(endpoints(lab.host(1))?.len() == 2);
         Ok(())
     })
 }
 
 #[test]
-fn reset_takes_the_network_and_the_plugin_away() -> Result<()> {
+fn reset_removes_the_network_and_the_plugin() -> Result<()> {
     with_engines("docker-reset", 1, |lab, engines| {
         let [engine] = engines else { unreachable!() };
         let host = lab.host(1);

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use lab::docker::{Engine, IMAGE};
 use lab::parallel::{both, each, milliseconds_each};
 
-use crate::support::{PATIENCE, nothing_left, with_engines};
+use crate::support::{TIMEOUT, nothing_left, with_engines};
 
 /// Number of containers on each host, unless the environment sets another:
 /// `cargo xtask bench docker` uses 200.
@@ -24,8 +24,8 @@ fn many_containers_come_and_go_on_both_hosts() -> Result<()> {
         both(one, two, |engine| remove(engine, count))?;
         let with = both(one, two, |engine| start(engine, "overnode", count))?;
         let last = format!("c{}", count - 1);
-        one.reach("c0", &two.address(&last)?, PATIENCE)?;
-        two.reach("c0", &one.address(&last)?, PATIENCE)?;
+        one.reach("c0", &two.address(&last)?, TIMEOUT)?;
+        two.reach("c0", &one.address(&last)?, TIMEOUT)?;
         let mut addresses = Vec::new();
         for host in lab.hosts() {
             let listed = crate::support::endpoints(host)?;

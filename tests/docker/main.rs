@@ -21,7 +21,7 @@ use anyhow::{Context, Result, ensure};
 use lab::docker::{Engine, IMAGE};
 use lab::{Capture, Host, eventually};
 
-use support::{PATIENCE, endpoint, endpoints, nothing_left, with_engines};
+use support::{TIMEOUT, endpoint, endpoints, nothing_left, with_engines};
 
 #[test]
 fn containers_of_two_engines_talk() -> Result<()> {
@@ -30,13 +30,13 @@ fn containers_of_two_engines_talk() -> Result<()> {
         let here = one.run("here", &[])?;
         let there = two.run("there", &[])?;
         ensure!(here != there);
-        one.reach("here", &there, PATIENCE)?;
-        two.reach("there", &here, PATIENCE)?;
+        one.reach("here", &there, TIMEOUT)?;
+        two.reach("there", &here, TIMEOUT)?;
 
         let capture: Capture = lab.capture()?;
         two.docker(&["exec", "--detach", "there", "nc", "-l", "-p", "7000", "-e", "/bin/cat"])?
             .success()?;
-        let echoed = eventually(PATIENCE, || {
+        let echoed = eventually(TIMEOUT, || {
             let said = one.exec(
                 "here",
                 &["sh", "-c", &format!("echo overnode-echo | nc -w 2 {there} 7000")],
@@ -65,13 +65,13 @@ fn containers_of_two_engines_talk() -> Result<()> {
             "{table}"
         );
 
-        the_interface_is_as_it_was_made(one, "here")?;
+        ensure_interface_unchanged(one, "here")?;
         refused(one.overnode(&["detach", "here"])?.complaint()?, "engine")?;
 
         // A released address is reused only after all other free ones.
         one.docker(&["restart", "--time", "0", "here"])?.success()?;
-        one.reach("here", &there, PATIENCE)?;
-        two.reach("there", &one.address("here")?, PATIENCE)?;
+        one.reach("here", &there, TIMEOUT)?;
+        two.reach("there", &one.address("here")?, TIMEOUT)?;
 
         for (engine, name) in [(&*one, "here"), (&*two, "there")] {
             engine.docker(&["rm", "--force", name])?.success()?;
@@ -82,7 +82,7 @@ fn containers_of_two_engines_talk() -> Result<()> {
 
 /// Checks that the container's interface still has what the data plane needs after the engine moved
 /// it.
-fn the_interface_is_as_it_was_made(engine: &Engine<'_>, name: &str) -> Result<()> {
+fn ensure_interface_unchanged(engine: &Engine<'_>, name: &str) -> Result<()> {
     let inspect = |what: &str| -> Result<String> {
         Ok(engine.docker(&["inspect", "--format", what, name])?.success()?.trim().to_owned())
     };
@@ -105,7 +105,7 @@ fn refused(complaint: String, reason: &str) -> Result<()> {
 
 /// Tries the features of Docker's own networks together with overnode's network.
 #[test]
-fn addresses_ports_and_further_networks() -> Result<()> {
+fn static_addresses_ports_and_further_networks_work() -> Result<()> {
     with_engines("docker-use", 2, |lab, engines| {
         let [one, two] = engines else { unreachable!() };
         let says_no = |engine: &Engine<'_>, words: &[&str], why: &str| -> Result<()> {
@@ -123,12 +123,12 @@ fn addresses_ports_and_further_networks() -> Result<()> {
         let link = two.exec("fixed", &["ip", "link", "show", "overnode0"])?;
         ensure!(link.contains("02:11:22:33:44:55"), "{link}");
         one.run("plain", &[])?;
-        one.reach("plain", "10.33.7.5", PATIENCE)?;
+        one.reach("plain", "10.33.7.5", TIMEOUT)?;
         let run =
             |address| ["run", "--network", "overnode", "--ip", address, IMAGE, "/bin/sleep", "1"];
         says_no(two, &run("10.33.7.5"), "in use")?;
-        eventually(PATIENCE, || says_no(one, &run("10.33.7.5"), "node 2"))?;
-        says_no(one, &run("10.40.0.77"), "give the addresses of the range out by themselves")?;
+        eventually(TIMEOUT, || says_no(one, &run("10.33.7.5"), "node 2"))?;
+        says_no(one, &run("10.40.0.77"), "allocate the addresses of the range themselves")?;
 
         // A published port, and access to the underlay through the engine.
         let serve = ["--publish", "8080:80"];
@@ -140,17 +140,17 @@ fn addresses_ports_and_further_networks() -> Result<()> {
         .concat();
         one.docker(&web)?.success()?;
         let outside = format!("echo from outside | busybox nc -w 2 {} 8080", lab.host(1).address());
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let said = lab.host(2).netns().run("sh", &["-c", &outside])?;
             ensure!(said == "from outside\n", "the published port says {said:?}");
             Ok(())
         })?;
-        one.reach("plain", &lab.host(2).address().to_string(), PATIENCE)?;
+        one.reach("plain", &lab.host(2).address().to_string(), TIMEOUT)?;
 
         // A second network with another driver.
         one.docker(&["network", "create", "beside"])?.success()?;
         one.docker(&["network", "connect", "beside", "plain"])?.success()?;
-        one.reach("plain", "10.33.7.5", PATIENCE)?;
+        one.reach("plain", "10.33.7.5", TIMEOUT)?;
         let routes = one.exec("plain", &["ip", "route"])?;
         ensure!(routes.contains("10.32.0.0/12 dev overnode0"), "{routes}");
 
@@ -183,19 +183,19 @@ fn addresses_ports_and_further_networks() -> Result<()> {
         let other =
             ["run", "--detach", "--network", "third", "--ip", "10.34.0.9", "--name", "other"];
         one.docker(&[&other[..], &[IMAGE, "/bin/sleep", "100000"]].concat())?.success()?;
-        one.reach("plain", "10.34.0.9", PATIENCE)?;
-        two.reach("fixed", "10.34.0.9", PATIENCE)?;
+        one.reach("plain", "10.34.0.9", TIMEOUT)?;
+        two.reach("fixed", "10.34.0.9", TIMEOUT)?;
         says_no(
             one,
             &["network", "connect", "second", "plain"],
             "all overnode networks are one network",
         )?;
-        one.reach("plain", "10.33.7.5", PATIENCE)?;
+        one.reach("plain", "10.33.7.5", TIMEOUT)?;
 
         // A running container leaves the network and joins it again.
         one.docker(&["network", "disconnect", "third", "other"])?.success()?;
         one.docker(&["network", "connect", "--ip", "10.34.0.9", "third", "other"])?.success()?;
-        two.reach("fixed", "10.34.0.9", PATIENCE)?;
+        two.reach("fixed", "10.34.0.9", TIMEOUT)?;
 
         one.docker(&["rm", "--force", "plain", "web", "other"])?.success()?;
         one.docker(&["network", "rm", "second", "third", "beside"])?.success()?;
@@ -205,7 +205,7 @@ fn addresses_ports_and_further_networks() -> Result<()> {
 }
 
 #[test]
-fn a_compose_file_on_each_of_two_hosts() -> Result<()> {
+fn compose_services_of_two_hosts_reach_each_other() -> Result<()> {
     with_engines("docker-compose", 2, |lab, engines| {
         let [one, two] = engines else { unreachable!() };
         let file = |name: &str, services: &str| -> Result<String> {
@@ -235,7 +235,7 @@ fn a_compose_file_on_each_of_two_hosts() -> Result<()> {
         compose(one, &web, &["up", "-d"])?;
         compose(two, &client, &["up", "-d"])?;
         let say = "echo hello | nc -w 2 10.35.0.80 80";
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let said = compose(two, &client, &["exec", "-T", "client", "sh", "-c", say])?;
             ensure!(said == "hello\n", "the other host's service says {said:?}");
             Ok(())

@@ -4,15 +4,15 @@ use anyhow::{Result, ensure};
 use lab::monitor::Watcher;
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, endpoint, nothing_left, with_engines};
+use crate::support::{TIMEOUT, endpoint, nothing_left, with_engines};
 
 #[test]
-fn containers_are_called_what_the_engine_calls_them() -> Result<()> {
+fn the_monitor_shows_the_engines_container_names() -> Result<()> {
     with_engines("docker-monitor", 1, |lab, engines| {
         let [engine] = engines else { unreachable!() };
         let host = lab.host(1);
-        let events = Watcher::start(lab, host, &["--json"], PATIENCE)?;
-        let text = Watcher::start(lab, host, &["--drops"], PATIENCE)?;
+        let events = Watcher::start(lab, host, &["--json"], TIMEOUT)?;
+        let text = Watcher::start(lab, host, &["--drops"], TIMEOUT)?;
         let here = engine.run("here", &[])?;
         let beside = engine.run("beside", &[])?;
         // At the time of attachment, the engine has not yet told the container's name.
@@ -25,7 +25,7 @@ fn containers_are_called_what_the_engine_calls_them() -> Result<()> {
             "{named}, but {listed}"
         );
         endpoint(host, "beside")?;
-        engine.reach("here", &beside, PATIENCE)?;
+        engine.reach("here", &beside, TIMEOUT)?;
 
         // A packet to an address without an owner.
         let ping = |words: &[&str]| {

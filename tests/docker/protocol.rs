@@ -50,7 +50,7 @@ fn endpoint(id: &str, address: &str) -> Value {
 }
 
 #[test]
-fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
+fn impossible_requests_are_refused_and_leave_nothing() -> Result<()> {
     let lab = Lab::new("docker-protocol").hosts(1).build()?;
     let engine = Engine::prepare(lab.host(1))?;
     launch(&lab, &engine, 1, &[])?;
@@ -65,7 +65,7 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
     );
 
     // Malformed requests.
-    plugin.refused("NetworkDriver.Nonsense", "{}", 404, "does not know")?;
+    plugin.refused("NetworkDriver.Nonsense", "{}", 404, "does not support")?;
     for body in [
         "",
         "{",
@@ -80,7 +80,7 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         plugin.refused("NetworkDriver.Join", body, 400, "")?;
     }
     let large = format!("{{\"NetworkID\":\"{}\"}}", "a".repeat(300_000));
-    plugin.refused("NetworkDriver.CreateNetwork", &large, 413, "not read")?;
+    plugin.refused("NetworkDriver.CreateNetwork", &large, 413, "could not be read")?;
     let deep = "[".repeat(100_000);
     plugin.refused("IpamDriver.RequestPool", &deep, 400, "JSON")?;
 
@@ -134,7 +134,7 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         "IpamDriver.RequestAddress",
         &json!({"PoolID": "overnode", "Address": "x"}).to_string(),
         400,
-        "no IP address",
+        "not an IP address",
     )?;
     for (address, why) in [
         ("10.40.0.5", "range"),
@@ -156,29 +156,24 @@ fn requests_that_cannot_be_met_are_refused_and_leave_nothing() -> Result<()> {
         "NetworkDriver.CreateEndpoint",
         &endpoint("e1", "10.42.0.1/12").to_string(),
         200,
-        "not given",
+        "did not allocate",
     )?;
     plugin.refused(
         "NetworkDriver.CreateEndpoint",
         &endpoint("e1", &first.replace("/12", "/24")).to_string(),
         200,
-        "not given",
+        "did not allocate",
     )?;
     plugin.refused(
         "NetworkDriver.CreateEndpoint",
         &endpoint("e1", "nonsense").to_string(),
         400,
-        "no IP address",
+        "not an IP address",
     )?;
     for mac in ["01:00:5e:00:00:01", "00:00:00:00:00:00", "02:11:22:33:44", "zz:11:22:33:44:55"] {
         let mut request = endpoint("e1", &first);
         request["Interface"]["MacAddress"] = mac.into();
-        plugin.refused(
-            "NetworkDriver.CreateEndpoint",
-            &request.to_string(),
-            200,
-            "hardware address",
-        )?;
+        plugin.refused("NetworkDriver.CreateEndpoint", &request.to_string(), 200, "MAC address")?;
     }
     let made = plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &first))?;
     ensure!(

@@ -8,7 +8,7 @@ use lab::{Host, Lab, eventually};
 use overnode_daemon::datapath::host_interface;
 use serde_json::Value;
 
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 pub const TOKEN: &str = "docker test";
 
 /// Runs a test with an engine and a node on each host. Prints their logs if it fails.
@@ -54,7 +54,7 @@ pub fn endpoints(host: &Host) -> Result<Vec<Value>> {
 
 /// Waits until an attachment with this name is listed with its image.
 pub fn endpoint(host: &Host, name: &str) -> Result<Value> {
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         endpoints(host)?
             .into_iter()
             .find(|it| it["name"] == name && it["image"].is_string())
@@ -64,7 +64,7 @@ pub fn endpoint(host: &Host, name: &str) -> Result<Value> {
 
 /// Waits until no attachment, address or interface of a container is left on the host.
 pub fn nothing_left(host: &Host) -> Result<()> {
-    eventually(PATIENCE, || {
+    eventually(TIMEOUT, || {
         let left = endpoints(host)?;
         ensure!(left.is_empty(), "{} still lists {left:?}", host.name);
         let status = host.status()?;

@@ -43,7 +43,7 @@ fn every_seed_and_every_regression_passes() {
 /// Checks that the files contain the current seeds. Writes them first if OVERNODE_WRITE_SEEDS is
 /// set.
 #[test]
-fn the_seeds_are_those_that_are_made() {
+fn the_seed_files_are_current() {
     for target in TARGETS {
         let folder = folder_of("corpus").join(target.name);
         let made: BTreeSet<_> = (target.seeds)().into_iter().collect();

@@ -71,27 +71,27 @@ fn two_stock_programs_talk_to_each_other() -> Result<()> {
 }
 
 #[test]
-fn boringtun_begins() -> Result<()> {
+fn boringtun_initiates() -> Result<()> {
     Meeting::new(Stock::Boringtun, Begins::Stock).preshared().hold()?.exchanges_everything()
 }
 
 #[test]
-fn boringtun_answers() -> Result<()> {
+fn boringtun_responds() -> Result<()> {
     Meeting::new(Stock::Boringtun, Begins::Node).hold()?.exchanges_everything()
 }
 
 #[test]
-fn gotatun_begins() -> Result<()> {
+fn gotatun_initiates() -> Result<()> {
     Meeting::new(Stock::Gotatun, Begins::Stock).hold()?.exchanges_everything()
 }
 
 #[test]
-fn gotatun_answers() -> Result<()> {
+fn gotatun_responds() -> Result<()> {
     Meeting::new(Stock::Gotatun, Begins::Node).preshared().hold()?.exchanges_everything()
 }
 
 #[test]
-fn ipv6_between_the_hosts() -> Result<()> {
+fn peers_talk_over_an_ipv6_underlay() -> Result<()> {
     for begins in [Begins::Stock, Begins::Node] {
         Meeting::new(Stock::Gotatun, begins).ipv6().hold()?.exchanges_everything()?;
     }
@@ -99,7 +99,7 @@ fn ipv6_between_the_hosts() -> Result<()> {
 }
 
 #[test]
-fn another_preshared_key_lets_nothing_through() -> Result<()> {
+fn a_different_preshared_key_lets_nothing_through() -> Result<()> {
     let meeting = Meeting::new(Stock::Boringtun, Begins::Stock).preshared().mistaken().hold()?;
     let pings = meeting.outside.ping(meeting.inside.address(), 20, Duration::from_millis(100))?;
     ensure!(pings.received == 0, "{pings:?}");
@@ -145,7 +145,7 @@ fn a_peer_that_moves_is_followed() -> Result<()> {
 }
 
 #[test]
-fn a_peer_that_was_removed_is_a_stranger() -> Result<()> {
+fn a_removed_peer_is_a_stranger() -> Result<()> {
     let meeting = Meeting::new(Stock::Boringtun, Begins::Stock).hold()?;
     meeting.is_up()?;
     let capture = meeting.lab.capture()?;
@@ -166,7 +166,7 @@ fn a_peer_that_was_removed_is_a_stranger() -> Result<()> {
 /// WireGuard rekeys after 120 seconds, or at most 15 seconds later. This test waits for that, with
 /// four meetings in parallel.
 #[test]
-fn new_keys_cost_no_packet() -> Result<()> {
+fn rekeying_loses_no_packet() -> Result<()> {
     const INTERVAL: Duration = Duration::from_millis(10);
     const PINGS: u32 = 14_000;
     let watch = |stock: Stock, begins: Begins| -> Result<()> {

@@ -25,14 +25,14 @@ impl Background {
     /// # Errors
     /// Fails if it cannot be started.
     pub fn start(mut command: Command) -> Result<Self> {
-        let log = tempfile::tempfile().context("cannot make a log file")?;
+        let log = tempfile::tempfile().context("cannot create a log file")?;
         let text = describe(&command);
         let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log.try_clone()?)
             .spawn()
-            .with_context(|| format!("`{text}` cannot be started"))?;
+            .with_context(|| format!("cannot start `{text}`"))?;
         Ok(Self { command: text, child, log })
     }
 
@@ -42,7 +42,7 @@ impl Background {
     /// Fails if it has ended. The message holds the end of its output.
     pub fn check(&mut self) -> Result<()> {
         let Some(status) = self.child.try_wait()? else { return Ok(()) };
-        bail!("`{}` ended by itself ({status}): {}", self.command, self.last_words())
+        bail!("`{}` ended unexpectedly ({status}): {}", self.command, self.last_words())
     }
 
     /// Returns the end of its output.
@@ -52,7 +52,7 @@ impl Background {
         let mut text = vec![0; (length - start) as usize];
         match self.log.read_exact_at(&mut text, start) {
             Ok(()) => String::from_utf8_lossy(&text).trim().to_owned(),
-            Err(error) => format!("(its output cannot be read: {error})"),
+            Err(error) => format!("(cannot read its output: {error})"),
         }
     }
 }

@@ -49,7 +49,7 @@ fn build() -> Result<PathBuf> {
         ])
         .output()?;
     if !output.status.success() {
-        bail!("overnode does not build: {}", String::from_utf8_lossy(&output.stderr));
+        bail!("cannot build overnode: {}", String::from_utf8_lossy(&output.stderr));
     }
     match std::env::var_os("CARGO_TARGET_DIR") {
         Some(target) => Ok(PathBuf::from(target).join("debug")),

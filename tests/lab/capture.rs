@@ -50,7 +50,7 @@ impl Capture {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .context("tcpdump cannot be started")?;
+            .context("cannot start tcpdump")?;
         let mut messages = BufReader::new(child.stderr.take().context("no pipe")?);
         let mut said = String::new();
         loop {
@@ -76,7 +76,7 @@ impl Capture {
         let missed = said
             .lines()
             .find_map(|line| line.split_once(" packets dropped by kernel")?.0.trim().parse().ok())
-            .with_context(|| format!("tcpdump printed no count of losses: {said}"))?;
+            .with_context(|| format!("tcpdump printed no number of dropped packets: {said}"))?;
         let bytes = std::fs::read(&self.file).with_context(|| self.file.display().to_string())?;
         Ok(Captured { file: self.file.clone(), missed, bytes })
     }
@@ -120,7 +120,7 @@ impl Captured {
 
     /// Returns the packets that contain these bytes anywhere, headers included.
     pub fn containing(&self, pattern: &[u8]) -> Result<Vec<Packet<'_>>> {
-        ensure!(!pattern.is_empty(), "nothing to search for");
+        ensure!(!pattern.is_empty(), "the pattern is empty");
         let mut found = self.packets()?;
         found.retain(|packet| contains(packet.bytes, pattern));
         Ok(found)
@@ -144,7 +144,7 @@ mod tests {
     use super::contains;
 
     #[test]
-    fn patterns_are_found_wherever_they_are() {
+    fn patterns_are_found_anywhere() {
         assert!(contains(b"aaab", b"aab"));
         assert!(contains(b"overnode", b"overnode"));
         assert!(contains(b"overnode", b"e"));

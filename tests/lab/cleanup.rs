@@ -66,12 +66,12 @@ pub fn sweep() {
 pub fn pins_of(state_directory: &Path) -> Result<PathBuf> {
     let canonical = state_directory
         .canonicalize()
-        .with_context(|| format!("{} cannot be resolved", state_directory.display()))?;
+        .with_context(|| format!("cannot resolve {}", state_directory.display()))?;
     let mut child = Command::new("sha256sum")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .context("sha256sum cannot be started")?;
+        .context("cannot start sha256sum")?;
     let mut input = child.stdin.take().context("no pipe")?;
     input.write_all(canonical.as_os_str().as_encoded_bytes())?;
     drop(input);
@@ -125,11 +125,11 @@ pub(crate) fn is_alive(pid: i32) -> bool {
 /// Takes the lock for creating namespaces and for sweeping, which is shared by all processes.
 /// Without it, `ip netns add` races with itself when it creates `/run/netns`.
 pub(crate) fn lock() -> Result<File> {
-    let file =
-        File::create(std::env::temp_dir().join("overnode-lab.lock")).context("the lab's lock")?;
+    let file = File::create(std::env::temp_dir().join("overnode-lab.lock"))
+        .context("cannot take the lab's lock")?;
     // SAFETY: the descriptor is open.
     if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
-        return Err(std::io::Error::last_os_error()).context("the lab's lock");
+        return Err(std::io::Error::last_os_error()).context("cannot take the lab's lock");
     }
     Ok(file)
 }
@@ -222,7 +222,7 @@ mod tests {
     use super::split;
 
     #[test]
-    fn names_of_namespaces_tell_their_maker() {
+    fn namespace_names_identify_their_creator() {
         assert_eq!(split("ovl12x1h2"), Some((12, "ovl12x1".into())));
         assert_eq!(split("ovl12x10u"), Some((12, "ovl12x10".into())));
         assert_eq!(split("ovl12x1"), Some((12, "ovl12x1".into())));

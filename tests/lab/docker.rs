@@ -27,9 +27,9 @@ pub const IMAGE: &str = "tiny";
 pub const PLUGINS: &str = "/run/docker/plugins";
 
 const CGROUPS: &str = "/sys/fs/cgroup";
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout of a command: longer than any may take on a loaded machine.
-const COMMAND_PATIENCE: Duration = Duration::from_secs(180);
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// The Docker engine of a host. Dropping it removes its containers and everything else that it
 /// made.
@@ -92,13 +92,13 @@ impl<'a> Engine<'a> {
             .stdout(log.try_clone()?)
             .stderr(log);
         self.daemon =
-            Some(command.spawn().context("dockerd cannot be started: is docker.io installed?")?);
-        eventually(PATIENCE, || {
+            Some(command.spawn().context("cannot start dockerd: is docker.io installed?")?);
+        eventually(TIMEOUT, || {
             if let Some(status) = self.daemon.as_mut().map(Child::try_wait).transpose()?.flatten() {
                 bail!("dockerd ended ({status}): {}", self.last_words());
             }
             let (code, _) = http::request(&self.socket(), "GET", "/_ping", "")?;
-            ensure!(code == 200, "dockerd answers with {code}");
+            ensure!(code == 200, "dockerd answered with status {code}");
             Ok(())
         })
     }
@@ -161,7 +161,7 @@ impl<'a> Engine<'a> {
     pub fn client(&self, program: &str, arguments: &[&str]) -> Result<Outcome> {
         let mut command = self.command(program)?;
         command.args(arguments).env("DOCKER_HOST", self.host_option()).current_dir(&self.folder);
-        run_limited(command, &self.folder, COMMAND_PATIENCE)
+        run_limited(command, &self.folder, COMMAND_TIMEOUT)
     }
 
     /// Starts a container that sleeps, with further options. Returns its address in the network
@@ -227,7 +227,7 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// Fails if the engine is not running.
     pub fn kill(&mut self) -> Result<()> {
-        let mut daemon = self.daemon.take().context("the engine does not run")?;
+        let mut daemon = self.daemon.take().context("the engine is not running")?;
         daemon.kill()?;
         daemon.wait()?;
         // The engine's containerd dies with it. Where nothing reaps orphans, the next engine would
@@ -317,21 +317,22 @@ pub(crate) fn enter(command: &mut Command, mounts: Arc<OwnedFd>) {
 /// from this one see what is mounted there, as on a host where systemd gives services their own
 /// namespaces.
 fn hold(host: &Host) -> Result<Child> {
-    let script = "mount -t tmpfs tmpfs /run/docker && mount --make-shared /run/docker && echo ready && exec sleep infinity";
+    let script = "mount -t tmpfs tmpfs /run/docker && mount --make-shared /run/docker && \
+                  echo ready && exec sleep infinity";
     let mut command = host.netns().command(Entry::Setns, "unshare");
     command.args(["--mount", "--propagation", "slave", "sh", "-c", script]);
     let mut holder = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
-        .context("a mount namespace cannot be made")?;
+        .context("cannot create a mount namespace")?;
     let mut word = [0; 6];
     holder
         .stdout
         .take()
         .context("no pipe")?
         .read_exact(&mut word)
-        .context("/run/docker cannot be mounted in a namespace of its own")?;
+        .context("cannot mount /run/docker in its own namespace")?;
     Ok(holder)
 }
 
@@ -403,7 +404,7 @@ pub(crate) fn busybox_archive(folder: &Path) -> Result<PathBuf> {
     let busybox =
         ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
     fs::copy(
-        busybox.context("there is no busybox: install busybox-static")?,
+        busybox.context("busybox is missing: install busybox-static")?,
         root.join("bin/busybox"),
     )?;
     for applet in ["cat", "ip", "nc", "nslookup", "ping", "sh", "sleep", "wget"] {

@@ -131,7 +131,7 @@ fn call(source: Ipv4Addr, to: SocketAddr) -> Result<TcpStream> {
     socket::setsockopt(&call, socket::sockopt::ReuseAddr, &true)?;
     let source = SocketAddr::from((source, 0));
     socket::bind(call.as_raw_fd(), &SockaddrStorage::from(source))
-        .context("the attacker's address")?;
+        .context("cannot bind to the attacker's address")?;
     // The connection is in progress or was refused. The flood continues in both cases.
     let _ = socket::connect(call.as_raw_fd(), &SockaddrStorage::from(to));
     Ok(call.into())
@@ -144,10 +144,10 @@ fn call(source: Ipv4Addr, to: SocketAddr) -> Result<TcpStream> {
 pub fn mac_of(host: &Host) -> Result<[u8; 6]> {
     let links: serde_json::Value =
         serde_json::from_str(&host.netns().ip(&["-j", "link", "show", host.interface()])?)?;
-    let text = links[0]["address"].as_str().context("no hardware address")?;
+    let text = links[0]["address"].as_str().context("`ip` printed no hardware address")?;
     let bytes =
         text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>()?;
-    bytes.try_into().map_err(|_| anyhow!("{text} is no hardware address"))
+    bytes.try_into().map_err(|_| anyhow!("{text} is not a hardware address"))
 }
 
 /// Returns an Ethernet frame with a UDP datagram between two hosts of the lab's underlay.

@@ -131,7 +131,7 @@ impl TcpFlow {
         let wanted = self.progress() + more;
         crate::eventually(limit, || {
             let now = self.progress();
-            ensure!(now >= wanted, "the TCP stream stands at {now} bytes, {wanted} were expected");
+            ensure!(now >= wanted, "the TCP stream is at {now} of {wanted} bytes");
             Ok(())
         })
     }
@@ -151,7 +151,7 @@ impl TcpFlow {
         let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))?;
         let received = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))??;
         let sent = sent?;
-        ensure!(received.bytes == sent, "{sent} bytes were sent and {} arrived", received.bytes);
+        ensure!(received.bytes == sent, "{sent} bytes were sent, but {} arrived", received.bytes);
         Ok(received)
     }
 }
@@ -318,7 +318,7 @@ pub fn udp(
     size: usize,
     interval: Duration,
 ) -> Result<Datagrams> {
-    ensure!(size >= BLOCK, "a datagram has room for its number from {BLOCK} bytes on");
+    ensure!(size >= BLOCK, "a datagram needs at least {BLOCK} bytes for its number");
     let (source, target) = (from.address(), to.address());
     let ring = to.netns().enter(move || Ok(UdpSocket::bind((target, 0))?))?;
     let outbox = from.netns().enter(move || Ok(UdpSocket::bind((source, 0))?))?;
@@ -351,7 +351,7 @@ fn send_datagrams(
             Ok(_) => sent += 1,
             // The path refused the datagram because it is too large. It counts as not sent.
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
-            Err(error) => return Err(error).context("a datagram was not sent"),
+            Err(error) => return Err(error).context("cannot send a datagram"),
         }
         let due = started + interval * u32::try_from(number + 1).unwrap_or(u32::MAX);
         std::thread::sleep(due.saturating_duration_since(Instant::now()));

@@ -25,7 +25,7 @@ use crate::{Site, binaries, cleanup, eventually};
 pub(crate) const STATE: &str = "state";
 const RUN: &str = "run";
 /// Timeout of a command: longer than any may take on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A host of a lab.
 #[derive(Debug)]
@@ -80,7 +80,7 @@ impl Host {
         let folder = Path::new("/etc/netns").join(self.netns.name());
         std::fs::create_dir_all(&folder)?;
         let text = format!("127.0.0.1 localhost\n::1 localhost\n{names}");
-        std::fs::write(folder.join("hosts"), text).context("the host's /etc/hosts")
+        std::fs::write(folder.join("hosts"), text).context("cannot write the host's /etc/hosts")
     }
 
     /// Writes the file that `ip netns exec` binds over `/etc/resolv.conf` of processes started from
@@ -91,7 +91,8 @@ impl Host {
     pub fn write_resolv_conf(&self, text: &str) -> Result<()> {
         let folder = Path::new("/etc/netns").join(self.netns.name());
         std::fs::create_dir_all(&folder)?;
-        std::fs::write(folder.join("resolv.conf"), text).context("the host's /etc/resolv.conf")
+        std::fs::write(folder.join("resolv.conf"), text)
+            .context("cannot write the host's /etc/resolv.conf")
     }
 
     /// Returns its network namespace.
@@ -185,7 +186,7 @@ impl Host {
     ) -> Result<Outcome> {
         let mut command = self.command("overnode")?;
         command.args(arguments).envs(environment.iter().copied());
-        run_limited(command, &self.folder, PATIENCE)
+        run_limited(command, &self.folder, TIMEOUT)
     }
 
     /// Runs `overnode status --json` and parses its output.
@@ -237,7 +238,8 @@ impl Host {
     /// # Errors
     /// Fails if no daemon is running, or if it does not end.
     pub fn kill_daemon(&self) -> Result<()> {
-        let pid = self.daemon_pid().with_context(|| format!("no daemon runs on {}", self.name))?;
+        let pid =
+            self.daemon_pid().with_context(|| format!("no daemon is running on {}", self.name))?;
         cleanup::kill_all(&[pid]);
         ensure!(!cleanup::is_alive(pid), "the daemon {pid} survived SIGKILL");
         Ok(())
@@ -377,7 +379,7 @@ impl Host {
         let printed = self.overnode(&words)?.success()?;
         let address: IpNet =
             printed.strip_suffix('\n').unwrap_or(&printed).parse().with_context(|| {
-                format!("`overnode attach` printed {printed:?}, which is no address")
+                format!("`overnode attach` printed {printed:?} instead of an address")
             })?;
         container.set_address(Some(address.addr()));
         Ok(address)
@@ -410,7 +412,7 @@ fn tcx_programs(at: TcAttachType) -> Result<Vec<String>> {
     match SchedClassifier::query_tcx(INTERFACE, at) {
         Ok((_, programs)) => Ok(programs
             .iter()
-            .map(|program| program.name_as_str().unwrap_or("without a name").to_owned())
+            .map(|program| program.name_as_str().unwrap_or("unnamed").to_owned())
             .collect()),
         // Linux before 6.6 has no tcx.
         Err(ProgramError::SyscallError(error))
@@ -418,6 +420,6 @@ fn tcx_programs(at: TcAttachType) -> Result<Vec<String>> {
         {
             Ok(Vec::new())
         }
-        Err(error) => Err(error).context("the tcx programs cannot be listed"),
+        Err(error) => Err(error).context("cannot list the tcx programs"),
     }
 }

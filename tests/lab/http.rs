@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use crate::netns::Netns;
 
 /// Timeout of connecting and of each read.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Sends a request over a unix socket. Returns the status code and the body. The request uses HTTP
 /// 1.0, so the answer is not chunked and ends with the connection.
@@ -25,7 +25,7 @@ pub(crate) fn request(
     body: &str,
 ) -> Result<(u16, String)> {
     let stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     exchange(stream, method, path, body)
 }
 
@@ -35,8 +35,8 @@ pub(crate) fn request(
 /// # Errors
 /// Fails if nothing listens or the answer is not HTTP.
 pub(crate) fn get(netns: &Netns, address: SocketAddr, path: &str) -> Result<(u16, String)> {
-    let stream = netns.enter(|| Ok(TcpStream::connect_timeout(&address, PATIENCE)?))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let stream = netns.enter(|| Ok(TcpStream::connect_timeout(&address, TIMEOUT)?))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     exchange(stream, "GET", path, "")
 }
 
@@ -48,13 +48,14 @@ fn exchange(
 ) -> Result<(u16, String)> {
     write!(
         stream,
-        "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
         body.len()
     )?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer).into_owned();
-    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP response")?;
     let code =
         head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status code")?;
     Ok((code, body.to_owned()))

@@ -26,7 +26,7 @@ impl Server {
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
-            .context("iperf3 cannot be started")?;
+            .context("cannot start iperf3")?;
         let mut lines = BufReader::new(child.stdout.take().context("no pipe")?);
         let mut said = String::new();
         while !said.contains("Server listening") {
@@ -48,7 +48,7 @@ impl Server {
             .args(arguments)
             .stdin(Stdio::null())
             .output()
-            .context("iperf3 cannot be started")?;
+            .context("cannot start iperf3")?;
         let report: Value =
             serde_json::from_slice(&output.stdout).context("iperf3 printed no JSON")?;
         match report["error"].as_str() {

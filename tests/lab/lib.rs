@@ -292,7 +292,7 @@ impl Site {
         let folder = cleanup::folder_of(&prefix);
         cleanup::register(&prefix);
         std::fs::create_dir_all(&folder)
-            .with_context(|| format!("{} cannot be made", folder.display()))?;
+            .with_context(|| format!("cannot create {}", folder.display()))?;
         Ok(Self { prefix, folder })
     }
 
@@ -318,8 +318,10 @@ pub fn eventually<T>(limit: Duration, mut attempt: impl FnMut() -> Result<T>) ->
         match attempt() {
             Ok(done) => return Ok(done),
             Err(error) if started.elapsed() >= limit => {
-                return Err(error
-                    .context(format!("still so after {:.1} s", started.elapsed().as_secs_f32())));
+                return Err(error.context(format!(
+                    "still failing after {:.1} s",
+                    started.elapsed().as_secs_f32()
+                )));
             }
             Err(_) => std::thread::sleep(Duration::from_millis(20)),
         }
@@ -332,7 +334,7 @@ pub(crate) fn run(program: &str, arguments: &[&str]) -> Result<String> {
         .args(arguments)
         .stdin(std::process::Stdio::null())
         .output()
-        .with_context(|| format!("{program} cannot be started"))?;
+        .with_context(|| format!("cannot start {program}"))?;
     if !output.status.success() {
         bail!(
             "`{program} {}` failed ({}): {}",

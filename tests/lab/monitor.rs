@@ -70,7 +70,7 @@ impl Watcher {
         eventually(self.limit, || {
             let text = self.text()?;
             let found = whole_lines(&text).find(|line| is_it(line)).map(str::to_owned);
-            found.with_context(|| format!("not in {text}"))
+            found.with_context(|| format!("no such line in {text}"))
         })
     }
 
@@ -87,7 +87,7 @@ impl Watcher {
                 .iter()
                 .find(|event| is_it(event))
                 .cloned()
-                .with_context(|| format!("not among {last:?}"))
+                .with_context(|| format!("no such event, the last ones are {last:?}"))
         })
     }
 
@@ -112,8 +112,9 @@ impl Watcher {
     /// # Errors
     /// Fails if it does not end within the limit.
     pub fn end(mut self) -> Result<(ExitStatus, String)> {
-        let status =
-            eventually(self.limit, || self.child.try_wait()?.context("the monitor goes on"))?;
+        let status = eventually(self.limit, || {
+            self.child.try_wait()?.context("the monitor is still running")
+        })?;
         Ok((status, std::fs::read_to_string(self.output.with_extension("err"))?))
     }
 }

@@ -42,8 +42,7 @@ impl Netns {
             run("ip", &["netns", "add", name])?;
         }
         let path = path_of(name);
-        let file =
-            File::open(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
+        let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
         let netns = Self { name: name.to_owned(), file: Arc::new(file.into()) };
         netns.ip(&["link", "set", "lo", "up"])?;
         // With duplicate address detection, a link-local address is unusable for its first second.
@@ -90,7 +89,7 @@ impl Netns {
             scope
                 .spawn(|| {
                     setns(&*self.file, CloneFlags::CLONE_NEWNET)
-                        .with_context(|| format!("namespace {} cannot be entered", self.name))?;
+                        .with_context(|| format!("cannot enter namespace {}", self.name))?;
                     work()
                 })
                 .join()
@@ -140,7 +139,7 @@ impl Netns {
             .args(arguments)
             .stdin(std::process::Stdio::null())
             .output()
-            .with_context(|| format!("{program} cannot be started in {}", self.name))?;
+            .with_context(|| format!("cannot start {program} in {}", self.name))?;
         if !output.status.success() {
             return Err(anyhow!(
                 "`{program} {}` failed in {} ({}): {}",
@@ -169,7 +168,7 @@ pub(crate) struct Entrance(Arc<OwnedFd>);
 impl Entrance {
     /// Moves this thread into the namespace for good.
     pub(crate) fn enter(&self) -> Result<()> {
-        setns(&*self.0, CloneFlags::CLONE_NEWNET).context("the namespace cannot be entered")
+        setns(&*self.0, CloneFlags::CLONE_NEWNET).context("cannot enter the namespace")
     }
 }
 

@@ -75,7 +75,7 @@ pub fn packets(file: &[u8]) -> Result<Vec<Packet<'_>>> {
     let word = |at: usize| -> Option<u32> {
         Some(u32::from_ne_bytes(file.get(at..at + 4)?.try_into().ok()?))
     };
-    ensure!(word(0) == Some(0xa1b2_c3d4), "no pcap file of this machine");
+    ensure!(word(0) == Some(0xa1b2_c3d4), "not a pcap file in this machine's byte order");
     let link = word(20).context("the capture ends in its header")?;
     let mut found = Vec::new();
     let mut at = 24;
@@ -91,7 +91,7 @@ pub fn packets(file: &[u8]) -> Result<Vec<Packet<'_>>> {
             LINK_ETHERNET => (12, 14),
             LINK_COOKED => (14, 16),
             LINK_COOKED_2 => (0, 20),
-            other => bail!("link type {other} is not known here"),
+            other => bail!("unknown link type {other}"),
         };
         let ether_type = be16(bytes, type_at).unwrap_or(0);
         let network = bytes.get(header..).unwrap_or_default();
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_data_message_is_recognised_under_every_link_type() {
+    fn a_data_message_is_recognized_on_every_link_type() {
         for (link, header) in [
             (LINK_ETHERNET, [&[0u8; 12][..], &[8, 0]].concat()),
             (LINK_COOKED, [&[0u8; 14][..], &[8, 0]].concat()),

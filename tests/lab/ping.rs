@@ -63,11 +63,11 @@ impl PingStats {
             let mut next = || numbers.next()?.ok().map(|milliseconds| milliseconds * 1000.0);
             Some(Rtt { min: next()?, average: next()?, max: next()? })
         });
-        let sent = number("transmitted").context("ping printed no count of requests")?;
+        let sent = number("transmitted").context("ping printed no number of requests")?;
         Ok(Self {
             sent,
             missing: missing(text, sent),
-            received: number("received").context("ping printed no count of answers")?,
+            received: number("received").context("ping printed no number of answers")?,
             duplicates: number("duplicates").unwrap_or(0),
             rtt,
         })
@@ -142,7 +142,7 @@ impl Pinging {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .context("ping cannot be started")?;
+            .context("cannot start ping")?;
         // Without a reader, the pipe would fill up and `ping` would block.
         let output = child
             .stdout
@@ -165,7 +165,7 @@ impl Pinging {
         let Some(child) = self.child.take() else { bail!("ping has ended already") };
         let output = child.wait_with_output()?;
         let Some(Ok(Ok(stdout))) = self.output.take().map(JoinHandle::join) else {
-            bail!("ping's output is lost")
+            bail!("the output of ping is lost")
         };
         // Exit status 1 means that nothing came back. The statistics show that too.
         match output.status.code() {
@@ -193,9 +193,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn statistics_of_ping_are_read() {
-        let text = "PING 10.0.0.2 (10.0.0.2) 56(84) bytes of data.\n\n--- 10.0.0.2 ping statistics ---\n\
-                    1000 packets transmitted, 998 received, +3 duplicates, 0.2% packet loss, time 1009ms\n\
+    fn ping_statistics_are_parsed() {
+        let text = "PING 10.0.0.2 (10.0.0.2) 56(84) bytes of data.\n\n\
+                    --- 10.0.0.2 ping statistics ---\n\
+                    1000 packets transmitted, 998 received, +3 duplicates, 0.2% packet loss, \
+                    time 1009ms\n\
                     rtt min/avg/max/mdev = 0.004/0.006/0.153/0.005 ms, pipe 2\n";
         let stats = PingStats::parse(text).unwrap();
         assert_eq!((stats.sent, stats.received, stats.duplicates, stats.lost()), (1000, 998, 3, 2));

@@ -24,7 +24,7 @@ const PLUGINS: &str = "/usr/lib/cni";
 /// Directory in which runc records running containers.
 const RUNC: &str = "/run/runc";
 /// Timeout of a command: longer than any may take on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A host's podman. Dropping it removes its containers.
 #[derive(Debug)]
@@ -97,9 +97,13 @@ impl<'a> Podman<'a> {
             r#"{"type": "overnode-cni", "capabilities": {"ips": true, "mac": true}}"#,
         )?;
         let settings = format!(
-            "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nruntime = \"runc\"\nlock_type = \"file\"\n\
-             [containers]\ncgroups = \"enabled\"\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\nlog_driver = \"k8s-file\"\n\
-             [network]\nnetwork_backend = \"cni\"\ncni_plugin_dirs = [\"{}\", \"{PLUGINS}\"]\nnetwork_config_dir = \"{}\"\n",
+            "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\n\
+             runtime = \"runc\"\nlock_type = \"file\"\n\
+             [containers]\ncgroups = \"enabled\"\n\
+             default_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n\
+             log_driver = \"k8s-file\"\n\
+             [network]\nnetwork_backend = \"cni\"\ncni_plugin_dirs = [\"{}\", \"{PLUGINS}\"]\n\
+             network_config_dir = \"{}\"\n",
             self.folder.join("plugins").display(),
             self.folder.join("net.d").display()
         );
@@ -132,7 +136,7 @@ impl<'a> Podman<'a> {
             .env("OVERNODE_STATE_DIR", self.host.state_directory())
             .env("OVERNODE_RUN_DIR", self.host.run_directory())
             .current_dir(&self.folder);
-        run_limited(command, &self.folder, PATIENCE)
+        run_limited(command, &self.folder, TIMEOUT)
     }
 
     /// Starts a container that sleeps, with further options. Returns its address in the container

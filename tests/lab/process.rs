@@ -74,14 +74,14 @@ impl Outcome {
         );
         ensure!(
             self.stdout.is_empty(),
-            "`{}` failed and yet printed: {}",
+            "`{}` failed, but printed to standard output: {}",
             self.command,
             self.stdout
         );
         let complaint = self.stderr.trim_end();
         ensure!(
             !complaint.is_empty() && complaint.lines().count() == 1,
-            "`{}` complained in {} lines: {complaint}",
+            "`{}` printed {} lines to standard error instead of one: {complaint}",
             self.command,
             complaint.lines().count()
         );
@@ -105,7 +105,7 @@ pub fn run_limited(mut command: Command, folder: &Path, limit: Duration) -> Resu
         .stdout(File::create(&paths[0])?)
         .stderr(File::create(&paths[1])?)
         .spawn()
-        .with_context(|| format!("`{text}` cannot be started"))?;
+        .with_context(|| format!("cannot start `{text}`"))?;
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break Some(status);

@@ -48,7 +48,7 @@ impl Injector {
     /// checksum covers the frame from byte `start` on and is stored `offset` bytes after that.
     pub fn send_partial_checksum(&self, frame: &[u8], start: u16, offset: u16) -> Result<()> {
         let sent = self.send_offloaded(&[(Offload::checksum(start, offset), frame.to_vec())])?;
-        ensure!(sent == 1, "the kernel does not take a checksum at {start} + {offset}");
+        ensure!(sent == 1, "the kernel rejects a partial checksum at {start} + {offset}");
         Ok(())
     }
 
@@ -111,7 +111,7 @@ impl Injector {
                     rest = &mut rest[1..];
                     continue;
                 }
-                return Err(error).context("frames cannot be sent");
+                return Err(error).context("cannot send frames");
             }
             accepted += sent as usize;
             rest = &mut rest[sent as usize..];
@@ -315,10 +315,7 @@ impl Listener {
                 unsafe { libc::recv(self.socket.as_raw_fd(), at, length, libc::MSG_DONTWAIT) };
             if received < 0 {
                 let error = Error::last_os_error();
-                ensure!(
-                    error.kind() == ErrorKind::WouldBlock,
-                    "frames cannot be received: {error}"
-                );
+                ensure!(error.kind() == ErrorKind::WouldBlock, "cannot receive frames: {error}");
                 let mut waiting = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
                 if poll(&mut waiting, PollTimeout::from(quiet_ms))? == 0 {
                     break;
@@ -327,13 +324,13 @@ impl Listener {
             }
             let (head, frame) = buffer[..received as usize]
                 .split_first_chunk()
-                .context("a frame without a header")?;
+                .context("received a frame without a header")?;
             if frame.get(12..IP) == Some(&[8, 0]) {
                 frames.push((Offload::from_bytes(*head), frame.to_vec()));
             }
         }
         let lost = lost_frames(&self.socket)?;
-        ensure!(lost == 0, "{lost} frames were lost because nobody read them in time");
+        ensure!(lost == 0, "{lost} frames were lost because they were not read in time");
         Ok(frames)
     }
 }
@@ -357,7 +354,7 @@ fn lost_frames(socket: &OwnedFd) -> Result<u32> {
     if got == 0 {
         Ok(stats[1])
     } else {
-        Err(Error::last_os_error()).context("a packet socket's statistics")
+        Err(Error::last_os_error()).context("cannot read the statistics of a packet socket")
     }
 }
 
@@ -389,7 +386,7 @@ impl Tap {
             error if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
                 Ok(None)
             }
-            error => Err(error).context("frames cannot be received"),
+            error => Err(error).context("cannot receive frames"),
         }
     }
 
@@ -403,7 +400,7 @@ impl Tap {
         }
         match Error::last_os_error() {
             error if matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EMSGSIZE)) => Ok(()),
-            error => Err(error).context("a frame cannot be sent"),
+            error => Err(error).context("cannot send a frame"),
         }
     }
 }
@@ -424,7 +421,7 @@ fn set_option(
     // SAFETY: the value outlives the call and its size is given.
     match unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value_at, 4) } {
         0 => Ok(()),
-        _ => Err(Error::last_os_error()).context("a packet socket's option"),
+        _ => Err(Error::last_os_error()).context("cannot set an option of a packet socket"),
     }
 }
 
@@ -436,14 +433,14 @@ fn packet_socket(netns: &Netns, interface: &str, protocol: u16) -> Result<OwnedF
         // SAFETY: no pointer is passed.
         let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
         if raw < 0 {
-            return Err(Error::last_os_error()).context("a packet socket");
+            return Err(Error::last_os_error()).context("cannot open a packet socket");
         }
         // SAFETY: it was just opened, and nothing else owns it.
         let socket = unsafe { OwnedFd::from_raw_fd(raw) };
         // SAFETY: the argument is a C string that outlives the call.
         let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
         if index == 0 {
-            bail!("there is no interface {name:?}");
+            bail!("no interface {name:?}");
         }
         // SAFETY: an all-zero address is valid. The fields that matter are set below.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
@@ -453,7 +450,7 @@ fn packet_socket(netns: &Netns, interface: &str, protocol: u16) -> Result<OwnedF
         let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
         // SAFETY: pointer and length describe the address above.
         if unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } != 0 {
-            return Err(Error::last_os_error()).context("a packet socket cannot be bound");
+            return Err(Error::last_os_error()).context("cannot bind a packet socket");
         }
         Ok(socket)
     })

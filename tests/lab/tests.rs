@@ -67,7 +67,7 @@ fn routed_hosts_reach_each_other() -> Result<()> {
 }
 
 #[test]
-fn cuts_have_a_direction_and_heal() -> Result<()> {
+fn cuts_can_be_one_way_and_be_healed() -> Result<()> {
     for routed in [false, true] {
         let builder = Lab::new("cuts").hosts(3).family(Family::Dual);
         let lab = if routed { builder.routed() } else { builder }.build()?;
@@ -83,7 +83,7 @@ fn cuts_have_a_direction_and_heal() -> Result<()> {
 
         lab.cut_one_way(a, b)?;
         let seen = b.capture()?;
-        assert!(!answers(b, a.address())?, "the answers of host1 are cut");
+        assert!(!answers(b, a.address())?, "host1's answers arrive although they are cut");
         let seen = seen.stop()?;
         let from_a = seen.count(|packet| packet.ip.is_some_and(|ip| ip.from == a.address()))?;
         let to_a = seen.count(|packet| packet.ip.is_some_and(|ip| ip.to == a.address()))?;
@@ -109,7 +109,7 @@ fn a_host_can_get_another_address() -> Result<()> {
 }
 
 #[test]
-fn the_mtu_holds() -> Result<()> {
+fn the_mtu_is_enforced() -> Result<()> {
     let lab = Lab::new("mtu").mtu(9000).build()?;
     let [a, b] = lab.hosts() else { unreachable!() };
     let address = b.address().to_string();
@@ -122,7 +122,7 @@ fn the_mtu_holds() -> Result<()> {
 }
 
 #[test]
-fn captures_find_a_pattern_where_it_is_in_the_clear() -> Result<()> {
+fn captures_find_a_pattern_sent_in_the_clear() -> Result<()> {
     let lab = Lab::new("capture").build()?;
     let (a, b) = bare_pair(&lab)?;
     let capture = lab.capture()?;
@@ -138,7 +138,7 @@ fn captures_find_a_pattern_where_it_is_in_the_clear() -> Result<()> {
 }
 
 #[test]
-fn captures_see_what_crosses_a_router_once() -> Result<()> {
+fn captures_see_routed_packets_once() -> Result<()> {
     let lab = Lab::new("router").routed().build()?;
     let [a, b] = lab.hosts() else { unreachable!() };
     assert!(answers(a, b.address())?);
@@ -166,7 +166,7 @@ fn streams_are_verified_and_can_be_found_in_captures() -> Result<()> {
 }
 
 #[test]
-fn a_stream_shows_an_interruption() -> Result<()> {
+fn a_stream_measures_an_interruption() -> Result<()> {
     let lab = Lab::new("interruption").build()?;
     let (a, b) = bare_pair(&lab)?;
     let flow = TcpFlow::start_as(&a, &b, Amount::UntilStopped, Manner::Rate(10_000_000))?;
@@ -184,7 +184,7 @@ fn a_stream_shows_an_interruption() -> Result<()> {
 }
 
 #[test]
-fn iperf_measures() -> Result<()> {
+fn iperf_measures_throughput() -> Result<()> {
     let lab = Lab::new("iperf").build()?;
     let server = lab::iperf::Server::start(lab.host(2).netns(), lab.host(2).address())?;
     assert!(server.tcp(lab.host(1).netns(), 1, 2)? > 1e6);
@@ -192,7 +192,7 @@ fn iperf_measures() -> Result<()> {
 }
 
 #[test]
-fn names_resolve_where_namespaces_are_entered_by_ip_netns_exec() -> Result<()> {
+fn names_resolve_in_processes_of_ip_netns_exec() -> Result<()> {
     let lab = Lab::new("names").build()?;
     let [a, b] = lab.hosts() else { unreachable!() };
     let output = a.netns().command(Entry::IpNetns, "getent").args(["hosts", &b.name]).output()?;
@@ -205,7 +205,7 @@ fn names_resolve_where_namespaces_are_entered_by_ip_netns_exec() -> Result<()> {
 }
 
 #[test]
-fn a_host_without_a_node_has_no_remains() -> Result<()> {
+fn a_host_without_a_node_has_no_leftovers() -> Result<()> {
     let lab = Lab::new("remains").build()?;
     assert_eq!(lab.host(1).remains()?, Vec::<String>::new());
     lab.host(1).netns().ip(&["link", "add", "stray", "type", "bridge"])?;
@@ -217,7 +217,7 @@ fn a_host_without_a_node_has_no_remains() -> Result<()> {
 }
 
 #[test]
-fn sockets_made_inside_a_namespace_stay_there() -> Result<()> {
+fn sockets_created_in_a_namespace_stay_there() -> Result<()> {
     let lab = Lab::new("sockets").build()?;
     let [a, b] = lab.hosts() else { unreachable!() };
     let bind = |host: &Host| {
@@ -227,7 +227,7 @@ fn sockets_made_inside_a_namespace_stay_there() -> Result<()> {
     let (_one, _two) = (bind(a)?, bind(b)?);
     assert!(
         std::net::TcpListener::bind((a.address(), 6783)).is_err(),
-        "the test itself is in no host"
+        "the test itself is not in a host's namespace"
     );
     Ok(())
 }
@@ -275,7 +275,7 @@ fn a_panic_leaves_nothing_behind() {
     assert!(sleeper > 0);
     assert!(
         !Path::new(&format!("/proc/{sleeper}")).exists() || is_zombie(sleeper),
-        "the process lives on"
+        "the process is still alive"
     );
 }
 
@@ -293,7 +293,7 @@ fn victim() -> Result<()> {
     let _container = lab.host(1).container("c")?;
     std::fs::write(
         std::env::var("LAB_VICTIM")?,
-        lab.folder().file_name().context("a name")?.to_string_lossy().as_bytes(),
+        lab.folder().file_name().context("the folder has no name")?.to_string_lossy().as_bytes(),
     )?;
     std::thread::sleep(Duration::from_secs(60));
     Ok(())
@@ -316,7 +316,7 @@ fn end_victim(signal: nix::sys::signal::Signal) -> Result<String> {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), signal)?;
     let started = Instant::now();
     child.wait()?;
-    ensure!(started.elapsed() < Duration::from_secs(20), "it took its time to end");
+    ensure!(started.elapsed() < Duration::from_secs(20), "it took 20 s or more to end");
     std::fs::remove_file(&note)?;
     prefix
 }

@@ -152,7 +152,7 @@ impl Underlay {
     /// cable does, so the interfaces in front of it must not leave checksums or segmentation to
     /// others.
     pub(crate) fn roughen(&self, host: &Host, roughness: Roughness, seed: u64) -> Result<Wire> {
-        ensure!(self.topology == Topology::Bridged, "a router's links are not made rough");
+        ensure!(self.topology == Topology::Bridged, "only a bridged lab can have rough links");
         let (port, [near, far]) = (port(host.number), rough_ends(host.number));
         let mtu = self.mtu.to_string();
         self.netns.ip(&[
@@ -187,7 +187,7 @@ impl Underlay {
     pub(crate) fn renumber(&self, host: &Host, last_byte: u8) -> Result<IpAddr> {
         let old = host.address();
         let new = with_last_byte(old, last_byte);
-        ensure!(!host.addresses.contains(&new), "{new} is the address that the host has");
+        ensure!(!host.addresses.contains(&new), "the host already has the address {new}");
         let removed = format!("{old}/{}", prefix(old));
         // Delete the old address first. If the new IPv4 address joined it in the same subnet,
         // deleting the old one would delete the new one too.

@@ -60,7 +60,7 @@ impl fmt::Display for Stock {
 /// # Errors
 /// Fails if it is not there.
 pub fn installed(program: &str) -> Result<PathBuf> {
-    let own = std::env::current_exe().context("cannot tell where this program is")?;
+    let own = std::env::current_exe().context("cannot find the path of this program")?;
     own.ancestors()
         .map(|folder| folder.join("rivals/bin").join(program))
         .find(|file| file.is_file())
@@ -147,7 +147,7 @@ impl Device {
             device.process.check()?;
             ensure!(
                 Instant::now() < deadline,
-                "{stock} does not answer at its socket: {}",
+                "{stock} does not answer on its socket: {}",
                 device.process.last_words()
             );
             thread::sleep(Duration::from_millis(20));
@@ -246,13 +246,13 @@ impl Device {
             let Some((key, value)) = line.split_once('=') else { continue };
             if key == "errno" {
                 if value != "0" {
-                    bail!("{} refuses its configuration: error {value}", self.interface);
+                    bail!("{} rejects the request: error {value}", self.interface);
                 }
                 return Ok(lines);
             }
             lines.push((key.to_owned(), value.to_owned()));
         }
-        bail!("{} did not answer to the end", self.interface)
+        bail!("the answer of {} is incomplete", self.interface)
     }
 
     fn socket(&self) -> PathBuf {
@@ -279,7 +279,7 @@ pub fn ensure_tun() -> Result<()> {
     let mode = nix::sys::stat::Mode::from_bits_truncate(0o666);
     let device = nix::sys::stat::makedev(10, 200);
     nix::sys::stat::mknod(file, nix::sys::stat::SFlag::S_IFCHR, mode, device)
-        .context("cannot make /dev/net/tun")
+        .context("cannot create /dev/net/tun")
 }
 
 fn hex(bytes: &[u8]) -> String {

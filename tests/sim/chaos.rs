@@ -54,7 +54,7 @@ impl World {
         if node.leaving {
             return;
         }
-        let own_free = id.owns_a_quarter() && node.ipam.check_ready().is_ok();
+        let own_free = id.has_initial_quarter() && node.ipam.check_ready().is_ok();
         let request = node.ipam.allocate(&owner, now);
         node.waiting.insert(request, owner);
         self.pump(id);
@@ -156,8 +156,9 @@ impl World {
 
     /// Makes some node reclaim the space of a node that is dead, or that is cut off and seems dead.
     pub fn reclaim_at_some_node(&mut self, of: NodeId) {
-        let seems_dead = self.hosts[&of].is_dead || self.may_be_buried_alive(of);
-        let lenders: Vec<_> = self.running().into_iter().filter(|id| id.owns_a_quarter()).collect();
+        let seems_dead = self.hosts[&of].is_dead || self.may_be_reclaimed_alive(of);
+        let lenders: Vec<_> =
+            self.running().into_iter().filter(|id| id.has_initial_quarter()).collect();
         if let Some(&id) = lenders.choose(&mut self.rng)
             && id != of
             && seems_dead
@@ -166,7 +167,7 @@ impl World {
         }
     }
 
-    fn may_be_buried_alive(&self, id: NodeId) -> bool {
+    fn may_be_reclaimed_alive(&self, id: NodeId) -> bool {
         // A liar that agreed to the reclaim can still vouch for the node.
         self.liar.is_none() && self.isolated.contains_key(&id) && self.has_nothing_to_lose(id)
     }
@@ -177,7 +178,7 @@ impl World {
     /// vouch for each other, and lend.
     pub fn has_nothing_to_lose(&self, id: NodeId) -> bool {
         let Some(disk) = &self.hosts[&id].disk else { return false };
-        !self.is_rich(disk) && !self.is_only_witness(id) && !self.is_another_buried_alive(id)
+        !self.is_rich(disk) && !self.is_only_witness(id) && !self.is_another_reclaimed_alive(id)
     }
 
     /// Returns whether a node holds any lent blocks.
@@ -208,10 +209,9 @@ impl World {
         self.log(|| format!("reset {id}"));
         // A lender must not lose its disk here, because it must not forget its loans. All others
         // may.
-        let lends = self.hosts[&id]
-            .disk
-            .as_ref()
-            .is_some_and(|disk| disk.facts.values().any(|fact| matches!(fact, Fact::Book { .. })));
+        let lends = self.hosts[&id].disk.as_ref().is_some_and(|disk| {
+            disk.facts.values().any(|fact| matches!(fact, Fact::Ledger { .. }))
+        });
         if !lends && self.rng.random_bool(0.3) {
             self.counts.resets += 1;
             self.wipe(id);
@@ -320,17 +320,17 @@ impl World {
     }
 
     /// Reclaims dead nodes, as an administrator does with nodes that stay unreachable.
-    pub fn bury_the_dead(&mut self) {
+    pub fn reclaim_dead_nodes(&mut self) {
         let dead: Vec<_> =
             self.hosts.iter().filter(|(_, host)| host.is_dead).map(|(id, _)| *id).collect();
         for of in dead {
-            let buried = |world: &Self, id: &NodeId| {
+            let reclaimed = |world: &Self, id: &NodeId| {
                 let node = world.hosts[id].node.as_ref();
                 node.is_none_or(|node| {
                     node.gossip.record(of).is_none_or(|record| {
                         let up_to = node
                             .ipam
-                            .buried()
+                            .reclaimed()
                             .find(|(id, ..)| *id == of)
                             .map(|(_, up_to, _)| up_to);
                         record.left || up_to.is_some_and(|up_to| record.incarnation <= up_to)
@@ -341,12 +341,12 @@ impl World {
             let lends = |id: &NodeId| {
                 self.hosts[id].node.as_ref().is_some_and(|node| node.ipam.lends(of).is_some())
             };
-            let is_orphaned = of.owns_a_quarter() && !running.iter().any(lends);
+            let is_orphaned = of.has_initial_quarter() && !running.iter().any(lends);
             let knows = |id: &NodeId| {
                 self.hosts[id].node.as_ref().is_some_and(|node| node.gossip.record(of).is_some())
             };
-            let mut lenders = running.iter().filter(|id| id.owns_a_quarter());
-            let ignorant = lenders.find(|id| !buried(self, id) || (is_orphaned && knows(id)));
+            let mut lenders = running.iter().filter(|id| id.has_initial_quarter());
+            let ignorant = lenders.find(|id| !reclaimed(self, id) || (is_orphaned && knows(id)));
             if let Some(id) = ignorant.copied() {
                 self.reclaim(id, of);
             }
@@ -355,13 +355,13 @@ impl World {
 
     /// Cuts off a lender in an otherwise healthy cluster until it seems dead. Little else happens
     /// while its space is reclaimed, others borrow from it, and it returns unchanged.
-    fn bury_one_alive(&mut self) {
+    fn reclaim_one_alive(&mut self) {
         self.heal();
-        self.bury_the_dead();
+        self.reclaim_dead_nodes();
         let time = self.random(5.0, 20.0);
         self.run(time);
         let candidates: Vec<_> =
-            self.running().into_iter().filter(|id| id.owns_a_quarter()).collect();
+            self.running().into_iter().filter(|id| id.has_initial_quarter()).collect();
         let Some(&id) = candidates.choose(&mut self.rng) else { return };
         self.is_calm = true;
         let time = self.random(40.0, 90.0);
@@ -370,7 +370,7 @@ impl World {
         let end = self.now + time + self.random(5.0, 40.0);
         while self.violations.is_empty() && self.now < end {
             self.run(Duration::from_secs(5));
-            self.bury_the_dead();
+            self.reclaim_dead_nodes();
             if self.rng.random_bool(0.5) {
                 self.reclaim_at_some_node(id);
             }
@@ -397,7 +397,7 @@ impl World {
         self.run(time);
         self.drop_chaos();
         if self.violations.is_empty() && self.rng.random_bool(0.4) {
-            self.bury_one_alive();
+            self.reclaim_one_alive();
             self.drop_chaos();
         }
         for _ in 0..120 {
@@ -405,7 +405,7 @@ impl World {
                 break;
             }
             self.heal();
-            self.bury_the_dead();
+            self.reclaim_dead_nodes();
             self.run(Duration::from_secs(5));
             self.check_routes();
             if self.converged().is_ok() {

@@ -28,7 +28,7 @@ impl World {
             // Lenders no longer listen to a borrower that lied about its requests. That harms only
             // the borrower.
             let is_liars = |what: &&str| {
-                self.liar.is_some() && *what == "borrowers have not said what they hold"
+                self.liar.is_some() && *what == "borrowers have not reported what they hold"
             };
             if !self.is_liar(*id) && !node.ipam.pending().iter().all(is_liars) {
                 return Err(format!("{id} is not done: {:?}", node.ipam.pending()));

@@ -90,8 +90,11 @@ impl Disk {
                 matches!(known, Fact::Held { block: other, lost: false }
                     if other.contains(block) || block.contains(other))
             }),
-            Fact::Book { quarter, heir: None, .. } => {
-                matches!(self.facts.get(&Key::Book(*quarter)), Some(Fact::Book { heir: None, .. }))
+            Fact::Ledger { quarter, successor: None, .. } => {
+                matches!(
+                    self.facts.get(&Key::Ledger(*quarter)),
+                    Some(Fact::Ledger { successor: None, .. })
+                )
             }
             _ => false,
         }
@@ -148,7 +151,7 @@ impl Node {
             public_key: signer(id).public_key(),
             addresses: Vec::new(),
             links: Vec::new(),
-            dark: Vec::new(),
+            no_direct_path: Vec::new(),
             ranges: ipam.ranges(),
             claims: ipam.claims(),
             names: Vec::new(),

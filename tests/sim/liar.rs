@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use overnode_daemon::ipam::{Fact, Key, Loan, Message, Objection, Part, Round, Title, quarters};
+use overnode_daemon::ipam::{Fact, Key, Loan, Message, Objection, LenderRole, Round, Title, quarters};
 use overnode_daemon::types::NodeId;
 use rand::Rng;
 use rand::seq::IndexedRandom;
@@ -36,7 +36,7 @@ impl World {
         let message = self.some_lie(liar);
         self.counts.lies += 1;
         self.log(|| format!("{liar} lies to {to}: {message:?}"));
-        self.send_parcel(liar, to, message.encode());
+        self.send_routed(liar, to, message.encode());
     }
 
     /// Returns the liar's answer to a question, or `None` if it tells the truth.
@@ -50,7 +50,7 @@ impl World {
                 round: *round,
                 epoch: self.some_number(liar),
                 title: self.some_title(liar),
-                part: if self.rng.random_bool(0.5) { Part::Lends } else { Part::None },
+                part: if self.rng.random_bool(0.5) { LenderRole::Lends } else { LenderRole::None },
                 holds: self.some_blocks(None),
                 rivals: Vec::new(),
             },
@@ -91,14 +91,14 @@ impl World {
             Round { incarnation: self.some_number(liar), count: self.rng.random_range(0..1 << 40) };
         let of = *self.ids().choose(&mut self.rng).expect("there are nodes");
         match self.rng.random_range(0..13) {
-            0 | 1 => Message::Buried {
+            0 | 1 => Message::Reclaimed {
                 of,
                 incarnation: self.some_number(of),
                 by: if self.rng.random_bool(0.5) { liar } else { self.some_quarter() },
                 titles: std::array::from_fn(|_| self.some_title(liar)),
             },
             2 | 3 => Message::Title { quarter, title: self.some_title(liar) },
-            4 => Message::Poke { quarter, serial },
+            4 => Message::Query { quarter, serial },
             5 => {
                 let blocks = self.some_blocks(Some(quarter));
                 Message::Grant { quarter, serial, round, blocks, exhausted: false }
@@ -149,11 +149,11 @@ impl World {
 
     fn some_serial(&mut self, quarter: NodeId) -> u64 {
         let disks = self.hosts.values().filter_map(|host| host.disk.as_ref());
-        let books = disks.filter_map(|disk| match disk.facts.get(&Key::Book(quarter)) {
-            Some(Fact::Book { serial, .. }) => Some(*serial),
+        let ledgers = disks.filter_map(|disk| match disk.facts.get(&Key::Ledger(quarter)) {
+            Some(Fact::Ledger { serial, .. }) => Some(*serial),
             _ => None,
         });
-        let true_one = books.max().unwrap_or(0);
+        let true_one = ledgers.max().unwrap_or(0);
         match self.rng.random_range(0..6) {
             0 => 1 << 62,
             1 | 2 => true_one + self.rng.random_range(1..5),
@@ -244,7 +244,7 @@ impl World {
         for (&id, host) in self.hosts.iter_mut().filter(|(id, _)| **id != liar) {
             let Some(node) = &mut host.node else { continue };
             node.routing.set_own(&node.ipam.ranges(), &node.ipam.claims());
-            node.routing.set_gone(node.ipam.buried().map(|(id, up_to, _)| (id, up_to)));
+            node.routing.set_reclaimed(node.ipam.reclaimed().map(|(id, up_to, _)| (id, up_to)));
             node.routing.update(now);
             let length = |of: NodeId, address: &IpAddr| {
                 let routes =

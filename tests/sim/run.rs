@@ -27,7 +27,7 @@ impl Outcome {
         sum.crashes += counts.crashes;
         sum.resets += counts.resets;
         sum.reclaims += counts.reclaims;
-        sum.buried_alive += counts.buried_alive;
+        sum.reclaimed_alive += counts.reclaimed_alive;
         sum.lies += counts.lies;
         sum.lost_races += counts.lost_races;
         sum.attaches += counts.attaches;
@@ -106,7 +106,7 @@ pub fn many(seeds: Range<u64>, nodes: u16) -> bool {
     println!("partitions   {}", counts.partitions);
     println!("crashes      {}", counts.crashes);
     println!("resets       {}", counts.resets);
-    println!("reclaims     {}, {} of nodes that live", counts.reclaims, counts.buried_alive);
+    println!("reclaims     {}, {} of nodes that live", counts.reclaims, counts.reclaimed_alive);
     println!(
         "lies         {}, {} looks at addresses that the liar had first",
         counts.lies, counts.lost_races

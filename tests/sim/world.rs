@@ -59,7 +59,7 @@ pub struct Counts {
     pub resets: u64,
     pub reclaims: u64,
     /// Nodes that were reclaimed while they lived, cut off from all others.
-    pub buried_alive: u64,
+    pub reclaimed_alive: u64,
     /// Messages of a liar.
     pub lies: u64,
     /// Observations of another node that an address was announced by the liar before its owner.
@@ -73,7 +73,7 @@ pub struct Counts {
 
 pub enum Payload {
     Gossip(Vec<u8>),
-    Parcel {
+    RoutedMessage {
         from: NodeId,
         to: NodeId,
         hops: u8,
@@ -154,7 +154,7 @@ pub struct World {
     /// for dead.
     pub isolated: BTreeMap<NodeId, u64>,
     /// Nodes that were reclaimed while they were cut off, each with the last reclaimed incarnation.
-    pub buried: BTreeMap<NodeId, u64>,
+    pub reclaimed: BTreeMap<NodeId, u64>,
     pub faults: u64,
     /// The number of the latest connection.
     links: u64,
@@ -212,7 +212,7 @@ impl World {
             verified: Verified::default(),
             blocked: BTreeMap::new(),
             isolated: BTreeMap::new(),
-            buried: BTreeMap::new(),
+            reclaimed: BTreeMap::new(),
             faults: 0,
             links: 0,
             queue: BinaryHeap::new(),
@@ -292,7 +292,7 @@ impl World {
     fn handle(&mut self, event: Event) {
         match event {
             Event::Deliver { from, to, link, payload } => self.deliver(from, to, link, payload),
-            Event::Late { from, to, body } => self.give_parcel(from, to, &body),
+            Event::Late { from, to, body } => self.give_routed(from, to, &body),
             Event::Dial(a, b) => self.dial(a, b),
             Event::Close { at, peer, link } => self.close(at, peer, link),
             Event::Timer(id) => self.timer(id),
@@ -477,31 +477,34 @@ impl World {
                 self.pump(to);
             }
             Payload::Sealed(bytes) => {
-                if let Err(error) = node.gossip.handle_parcel(from, &bytes, now) {
+                if let Err(error) = node.gossip.handle_routed(from, &bytes, now) {
                     self.violate(format!(
                         "{to} cannot read the parcel that {from} passes on: {error}"
                     ));
                 }
                 self.pump(to);
             }
-            Payload::Parcel { from, to: end, body, .. } if end == to => {
-                self.give_parcel(from, to, &body)
+            Payload::RoutedMessage { from, to: end, body, .. } if end == to => {
+                self.give_routed(from, to, &body)
             }
-            Payload::Parcel { from, to: end, hops, body } => {
+            Payload::RoutedMessage { from, to: end, hops, body } => {
                 if hops > 0 {
-                    self.forward(to, Payload::Parcel { from, to: end, hops: hops - 1, body });
+                    self.forward(
+                        to,
+                        Payload::RoutedMessage { from, to: end, hops: hops - 1, body },
+                    );
                 }
             }
         }
     }
 
-    fn give_parcel(&mut self, from: NodeId, to: NodeId, body: &[u8]) {
+    fn give_routed(&mut self, from: NodeId, to: NodeId, body: &[u8]) {
         let now = self.now;
         if self.is_liar(to)
             && let Ok(question) = ipam::Message::decode(body, &self.layout)
             && let Some(answer) = self.false_answer(&question)
         {
-            return self.send_parcel(to, from, answer.encode());
+            return self.send_routed(to, from, answer.encode());
         }
         if self.settings.sabotage == Sabotage::VouchesForAll
             && self.node(to).is_some()
@@ -509,7 +512,7 @@ impl World {
                 ipam::Message::decode(body, &self.layout)
         {
             let vouch = ipam::Message::Vouch { quarter, serial, round, heard: true };
-            return self.send_parcel(to, from, vouch.encode());
+            return self.send_routed(to, from, vouch.encode());
         }
         let Some(node) = self.node(to) else { return };
         if let Err(error) = node.ipam.handle_message(from, body, now)
@@ -522,7 +525,7 @@ impl World {
 
     /// Passes a routed message to the next node on its path, as gossip knows it.
     fn forward(&mut self, at: NodeId, payload: Payload) {
-        let Payload::Parcel { to, .. } = &payload else { return };
+        let Payload::RoutedMessage { to, .. } = &payload else { return };
         let to = *to;
         let Some(node) = self.node(at) else { return };
         let Some(path) = node.paths.get(&to).copied() else { return };
@@ -540,18 +543,18 @@ impl World {
         self.traffic.messages += 1;
         self.traffic.bytes += match &payload {
             Payload::Gossip(bytes) => bytes.len() as u64,
-            Payload::Parcel { body, .. } => body.len() as u64 + 8,
+            Payload::RoutedMessage { body, .. } => body.len() as u64 + 8,
             Payload::Sealed(bytes) => bytes.len() as u64,
         };
         let delay = match &payload {
             // Gossip relies on the order within a connection.
             Payload::Gossip(_) | Payload::Sealed(_) => Duration::from_millis(30),
-            Payload::Parcel { .. } => self.random(0.001, 0.2),
+            Payload::RoutedMessage { .. } => self.random(0.001, 0.2),
         };
         self.after(delay, Event::Deliver { from, to, link, payload });
     }
 
-    pub fn send_parcel(&mut self, from: NodeId, to: NodeId, body: Vec<u8>) {
+    pub fn send_routed(&mut self, from: NodeId, to: NodeId, body: Vec<u8>) {
         if body.len() > ipam::MAX_MESSAGE {
             self.violate(format!("{from} sends {} bytes at once", body.len()));
         }
@@ -569,7 +572,7 @@ impl World {
                 }
             }
         }
-        self.forward(from, Payload::Parcel { from, to, hops: 16, body });
+        self.forward(from, Payload::RoutedMessage { from, to, hops: 16, body });
     }
 
     fn timer(&mut self, id: NodeId) {
@@ -681,8 +684,8 @@ impl World {
                 node.ipam.learn(other, peer(&record), now);
                 node.paths_are_old = true;
             }
-            gossip::Action::SendParcel { to, parcel } => {
-                self.transmit(id, to, Payload::Sealed(parcel.encode()));
+            gossip::Action::SendRouted { to, routed } => {
+                self.transmit(id, to, Payload::Sealed(routed.encode()));
             }
             // Messages of the allocation take another, less reliable path in this simulation.
             gossip::Action::Deliver(_) => {}
@@ -754,11 +757,11 @@ impl World {
             {
                 self.end_routes(id, Some(*block));
             }
-            if let ipam::Change::Put(Fact::Grave { id: of, incarnation, by }) = change
+            if let ipam::Change::Put(Fact::Tombstone { id: of, incarnation, by }) = change
                 && *by == id
                 && self.hosts[of].disk.as_ref().is_some_and(|disk| disk.epoch() <= *incarnation)
             {
-                self.bury(*of, *incarnation);
+                self.add_tombstone(*of, *incarnation);
             }
         }
         if self.settings.sabotage.is_checked() {
@@ -769,16 +772,16 @@ impl World {
     /// Handles the reclaim of a node that lives, and that is cut off or was a moment ago. If the
     /// case is one that the design cannot prevent (docs/internals/addresses.md), the node is made
     /// dead for good instead.
-    fn bury(&mut self, of: NodeId, incarnation: u64) {
+    fn add_tombstone(&mut self, of: NodeId, incarnation: u64) {
         let may_lend =
             self.node(of).is_some_and(|node| quarters().any(|quarter| node.ipam.may_lend(quarter)));
-        if may_lend && !self.is_another_buried_alive(of) && self.settings.sabotage.is_checked() {
+        if may_lend && !self.is_another_reclaimed_alive(of) && self.settings.sabotage.is_checked() {
             self.violate(format!(
                 "the space of {of} is taken back while another node vouches for it"
             ));
         }
         let is_excluded = !self.has_nothing_to_lose(of);
-        self.buried.insert(of, incarnation);
+        self.reclaimed.insert(of, incarnation);
         if is_excluded {
             self.log(|| format!("{of} is gone indeed"));
             self.wipe(of);
@@ -786,19 +789,19 @@ impl World {
                 host.is_dead = true;
             }
         } else {
-            self.counts.buried_alive += 1;
+            self.counts.reclaimed_alive += 1;
         }
     }
 
     /// Returns whether a node was reclaimed and does not know it yet.
-    pub fn is_buried_alive(&self, id: NodeId) -> bool {
+    pub fn is_reclaimed_alive(&self, id: NodeId) -> bool {
         let epoch = self.hosts[&id].disk.as_ref().map(Disk::epoch);
-        self.buried.get(&id).is_some_and(|up_to| epoch.is_some_and(|epoch| epoch <= *up_to))
+        self.reclaimed.get(&id).is_some_and(|up_to| epoch.is_some_and(|epoch| epoch <= *up_to))
     }
 
     /// Returns whether there is another node like that. The two may vouch for each other.
-    pub fn is_another_buried_alive(&self, id: NodeId) -> bool {
-        self.ids().into_iter().any(|other| other != id && self.is_buried_alive(other))
+    pub fn is_another_reclaimed_alive(&self, id: NodeId) -> bool {
+        self.ids().into_iter().any(|other| other != id && self.is_reclaimed_alive(other))
     }
 
     /// Checks that no two nodes may lend from the same quarter at the same time.
@@ -833,8 +836,8 @@ impl World {
                 self.hosts.iter().filter(|(other, _)| **other != id && is_honest(other))
             {
                 let Some(disk) = &host.disk else { continue };
-                let is_void = matches!(fact, Fact::Book { .. })
-                    && (self.is_buried_alive(*other) || self.is_buried_alive(id));
+                let is_void = matches!(fact, Fact::Ledger { .. })
+                    && (self.is_reclaimed_alive(*other) || self.is_reclaimed_alive(id));
                 if !is_void && disk.contradicts(fact) {
                     violations.push(format!("{id} writes {fact:?}, which {other} has"));
                 }
@@ -855,7 +858,7 @@ impl World {
                 self.log(|| {
                     format!("{id} -> {to} {:?}", ipam::Message::decode(&bytes, &self.layout))
                 });
-                self.send_parcel(id, to, bytes);
+                self.send_routed(id, to, bytes);
             }
             ipam::Action::Granted { request, address } => {
                 let owner = self.node(id).and_then(|node| node.waiting.remove(&request));

@@ -10,7 +10,7 @@ use lab::raw::{self, Injector, Listener};
 use lab::{Container, Family, Host, Lab, eventually};
 use serde_json::Value;
 
-use crate::{PATIENCE, TOKEN, datagrams, ensure_no, in_lab, pings_both_ways, step};
+use crate::{TIMEOUT, TOKEN, datagrams, ensure_no, in_lab, pings_both_ways, step};
 
 /// Runs the test over both families of the underlay, and with XDP.
 pub fn run() -> Result<()> {
@@ -42,7 +42,7 @@ fn live(lab: &Lab, options: &[&str]) -> Result<()> {
     let [a, b, c] = &containers[..] else { unreachable!("three were attached") };
     step("everyone reaches everyone", || {
         [(a, b), (a, c), (c, b)].into_iter().try_for_each(|(one, other)| {
-            one.reach(other.address(), PATIENCE)?;
+            one.reach(other.address(), TIMEOUT)?;
             pings_both_ways(one, other)
         })
     })?;
@@ -135,18 +135,18 @@ fn die_and_return(lab: &Lab, from: &Container, to: &Container) -> Result<()> {
     let pings = Pinging::start(from.netns(), to.address(), Some(2500), Duration::from_millis(10))?;
     let stream = TcpFlow::start_as(from, to, Amount::UntilStopped, Manner::Rate(400_000))?;
     for host in [lab.host(2), lab.host(1)] {
-        stream.wait_for(SOME, PATIENCE)?;
+        stream.wait_for(SOME, TIMEOUT)?;
         host.kill_daemon()?;
-        stream.wait_for(SOME, PATIENCE)?;
+        stream.wait_for(SOME, TIMEOUT)?;
         ensure!(host.daemon_pid().is_none(), "a daemon runs that nobody started");
         host.overnode(&["resume"])?.success()?;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             let state = host.status()?["node"]["state"].clone();
             ensure!(state == "running", "{} is {state}", host.name);
             Ok(())
         })?;
     }
-    stream.wait_for(SOME, PATIENCE)?;
+    stream.wait_for(SOME, TIMEOUT)?;
     let pings = pings.finish()?;
     ensure!(pings.lost() == 0, "{} of {} pings were lost", pings.lost(), pings.sent);
     stream.stop().context("the TCP stream").map(drop)

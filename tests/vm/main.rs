@@ -17,7 +17,7 @@ use lab::{Container, Host, Lab, flow};
 
 const TOKEN: &str = "virtual-machine";
 /// Time limit for everything that waits for no timer, in an emulated machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     let part = std::env::args().nth(1).unwrap_or_default();

@@ -12,7 +12,7 @@ use lab::flow::{self, Amount};
 use lab::ping::Pinging;
 use lab::{Container, Entry, Family, Host, Lab, gateway};
 
-use crate::{PATIENCE, TOKEN, datagrams, ensure_no, in_lab, pings_both_ways, step};
+use crate::{TIMEOUT, TOKEN, datagrams, ensure_no, in_lab, pings_both_ways, step};
 
 /// An address in the static part of the subnet, which the node's containers consider on-link.
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 38, 0, 7);
@@ -106,8 +106,8 @@ fn meet(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<(Container, 
     })?;
     step("handshake", || {
         match initiator {
-            Initiator::Node => inside.reach(outside.address(), PATIENCE)?,
-            Initiator::Kernel => outside.reach(inside.address(), PATIENCE)?,
+            Initiator::Node => inside.reach(outside.address(), TIMEOUT)?,
+            Initiator::Kernel => outside.reach(inside.address(), TIMEOUT)?,
         }
         ensure!(handshake(kernel)? > 0, "pings pass without a handshake");
         Ok(())

@@ -134,7 +134,7 @@ fn foreign(dependency: &Dependency) -> Option<String> {
 /// decision.
 fn wildcards(package: &Package) -> impl Iterator<Item = String> {
     let any = package.dependencies.iter().filter(|it| it.req == "*" && it.path.is_none());
-    any.map(|it| format!("{}: any version of {} would do for it", package.name, it.name))
+    any.map(|it| format!("{}: {} has no version requirement", package.name, it.name))
 }
 
 /// Returns why a license is not allowed, or `None` if it is.
@@ -145,7 +145,7 @@ fn license(license: Option<&str>, allowed: &[Licensee]) -> Option<String> {
             None
         }
         Ok(_) => Some(format!("its license {text} is not allowed")),
-        Err(why) => Some(format!("its license {text:?} is no SPDX expression: {}", why.reason)),
+        Err(why) => Some(format!("its license {text:?} is not an SPDX expression: {}", why.reason)),
     }
 }
 
@@ -215,10 +215,10 @@ mod tests {
     }
 
     #[test]
-    fn the_workspace_names_versions() {
+    fn the_workspace_specifies_versions_of_its_dependencies() {
         let found =
             |req| findings(&graph("ours", None, None, &json!({"req": req})), &rules()).unwrap();
         assert_eq!(found("^1"), [""; 0]);
-        assert_eq!(found("*"), ["ours: any version of other would do for it"]);
+        assert_eq!(found("*"), ["ours: other has no version requirement"]);
     }
 }

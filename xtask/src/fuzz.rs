@@ -33,16 +33,22 @@ const TRIPLE: &str = "aarch64-unknown-linux-gnu";
 /// Options of the command.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
-    cargo xtask fuzz                          every target for a minute each\n  \
-    cargo xtask fuzz gossip --seconds 600     one of them for ten minutes\n  \
-    cargo xtask fuzz gossip --input FILE      one input again, with the backtrace of what fails\n\n\
-    A finding is written to tests/fuzz/regressions/TARGET: `cargo xtask test` fails until it is mended.")]
+    cargo xtask fuzz                          fuzz every target for a minute\n  \
+    cargo xtask fuzz gossip --seconds 600     fuzz one target for ten minutes\n  \
+    cargo xtask fuzz gossip --input FILE      run one input again, with a backtrace\n\n\
+    A finding is written to tests/fuzz/regressions/TARGET: `cargo xtask test` fails until it is \
+    fixed.")]
 pub struct Arguments {
     /// Targets to fuzz [default: all, one after the other]
     #[arg(value_name = "TARGET", value_enum)]
     targets: Vec<Target>,
     /// Duration for each target, in seconds
-    #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
     seconds: u64,
     /// Run this single input instead
     #[arg(long, value_name = "FILE", conflicts_with = "seconds", requires = "targets")]
@@ -54,7 +60,7 @@ pub struct Arguments {
 enum Target {
     /// Messages and routed messages from neighbors that are members
     Gossip,
-    /// Handshake messages of WireGuard, modified or made up
+    /// WireGuard handshake messages, modified or forged
     Handshake,
     /// Frames, messages, hellos and verdicts of control connections
     Control,
@@ -151,9 +157,9 @@ fn build(workspace: &Workspace) -> Result<PathBuf> {
     cargo.current_dir(folder);
     cargo.args(["build", "--release", "--target", TRIPLE, "--target-dir"]).arg(&target);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\u{1f}"));
-    let step = Step::start("build the fuzzer (minutes, the first time)");
+    let step = Step::start("build the fuzzer (takes minutes the first time)");
     let status = cargo.stdin(Stdio::null()).status().context("cargo cannot be started")?;
-    ensure!(status.success(), "the fuzzer was not built ({status})");
+    ensure!(status.success(), "the fuzzer could not be built ({status})");
     step.done();
     Ok(target.join(TRIPLE).join("release/fuzz"))
 }
@@ -204,7 +210,7 @@ fn fuzz(workspace: &Workspace, program: &Path, target: Target, seconds: u64) -> 
     let _ = std::fs::remove_dir(&regressions);
     if !status.success() {
         bail!(
-            "a finding ({status}), see above; it is in {}: `{}`",
+            "a finding ({status}), shown above and saved in {}; to reproduce it: `{}`",
             regressions.display(),
             describe(Command::new("cargo").args(["xtask", "fuzz", name, "--input", "FILE"]))
         );
@@ -259,7 +265,7 @@ impl std::fmt::Display for Progress {
         let Self { executions, edges, all, inputs } = self;
         write!(
             f,
-            "no finding in {executions} executions; {edges} of {all} edges reached, by {inputs} inputs"
+            "no finding in {executions} executions; {inputs} inputs reach {edges} of {all} edges"
         )
     }
 }
@@ -271,7 +277,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_libfuzzer_says_is_read() {
+    fn the_output_of_libfuzzer_is_parsed() {
         let mut progress = Progress::default();
         assert!(
             !progress.is_worth_showing("INFO: Loaded 1 PC tables (98765 PCs): 98765 [0x1,0x2), ")
@@ -287,12 +293,12 @@ mod tests {
         assert!(progress.is_worth_showing("thread '<unnamed>' panicked at bodies/api.rs:1:1:"));
         assert_eq!(
             progress.to_string(),
-            "no finding in 65536 executions; 834 of 98765 edges reached, by 120 inputs"
+            "no finding in 65536 executions; 120 inputs reach 834 of 98765 edges"
         );
     }
 
     #[test]
-    fn the_targets_are_those_that_have_bodies() {
+    fn every_target_has_a_body_and_every_body_a_target() {
         let bodies = include_str!("../../tests/fuzz/bodies.rs");
         assert_eq!(bodies.matches("Target { name: ").count(), Target::ALL.len());
         for target in Target::ALL {

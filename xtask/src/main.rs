@@ -8,6 +8,7 @@
 mod deny;
 mod dist;
 mod fuzz;
+mod policy;
 mod setup;
 mod step;
 mod test;
@@ -150,7 +151,7 @@ fn run(command: Command) -> Result<()> {
                     ),
                     _ => (
                         "cni",
-                        "many_containers_of_podman_come_and_go_on_both_hosts",
+                        "many_podman_containers_come_and_go_on_both_hosts",
                         "OVERNODE_PODMAN_CONTAINERS",
                     ),
                 };

@@ -89,9 +89,9 @@ pub fn run(purpose: Purpose) -> Result<()> {
         compiler = recent_compiler();
     }
     let compiler = compiler.context(
-        "Debian's Rust compiler was installed and yet cannot be found, or is older than this needs (rustc-web 1.96). \
-         Are the sources of bookworm-security in use? An ordinary rustup will do as well:\n    \
-         rustup toolchain install nightly --component rust-src",
+        "Debian's Rust compiler was installed but cannot be found, or it is older than required \
+         (rustc-web 1.96). Check that apt uses the sources of bookworm-security, or use rustup \
+         instead:\n    rustup toolchain install nightly --component rust-src",
     )?;
     if toolchain::bpf_linker().is_none() {
         install_linker(&machine, &compiler)?;
@@ -144,13 +144,15 @@ impl Machine {
             let mut advice = format!("missing on this machine: {list}.");
             if self.apt {
                 advice += &format!(
-                    "\nInstall it:\n    sudo apt-get update && sudo apt-get install -y --no-install-recommends {list}"
+                    "\nInstall it:\n    sudo apt-get update && \
+                     sudo apt-get install -y --no-install-recommends {list}"
                 );
             } else {
-                advice += "\nInstall it with the system's package manager (these are the names in Debian).";
+                advice +=
+                    "\nInstall it with the system's package manager (these are Debian's names).";
             }
             if compiler {
-                advice += "\nInstead of rustc-web, cargo-web and rust-web-src, an ordinary rustup will do:\n    \
+                advice += "\nInstead of rustc-web, cargo-web and rust-web-src, use rustup:\n    \
                            rustup toolchain install nightly --component rust-src";
             }
             bail!("{advice}");
@@ -164,7 +166,7 @@ impl Machine {
         // Outdated package lists lead to outdated packages, or to packages that no longer exist. A
         // failing update is not fatal: it may concern an unrelated source.
         if let Err(error) = show(apt().args(["update", "-q"])) {
-            eprintln!("    going on with the lists of packages that this machine has: {error:#}");
+            eprintln!("    continuing with the existing package lists: {error:#}");
         }
         show(&mut install())?;
         step.done();
@@ -174,7 +176,8 @@ impl Machine {
     fn need_root(&self) -> Result<()> {
         if !self.root {
             bail!(
-                "this makes network namespaces and loads eBPF programs: run it as root (sudo --preserve-env=PATH,HOME cargo xtask …)"
+                "this command creates network namespaces and loads eBPF programs: run it as root \
+                 (sudo --preserve-env=PATH,HOME cargo xtask …)"
             );
         }
         Ok(())
@@ -208,14 +211,15 @@ fn recent_compiler() -> Option<Compiler> {
 /// Installs bpf-linker. It reads the compiler's output, so it must be built with an LLVM at least
 /// as new as the compiler's.
 fn install_linker(machine: &Machine, compiler: &Compiler) -> Result<()> {
-    let major = llvm_major(compiler).context("the compiler does not tell its LLVM version")?;
+    let major = llvm_major(compiler).context("the compiler does not report its LLVM version")?;
     let wanted = major.max(*LINKER_LLVM.start());
     let prefix = PathBuf::from(format!("/usr/lib/llvm-{wanted}"));
     let advice = || {
         format!(
-            "bpf-linker is missing and LLVM {wanted}, which the compiler for eBPF uses, is not to be had from this machine's \
-             packages. Install a bpf-linker that brings its own:\n    cargo binstall bpf-linker\nor the archive of your \
-             machine from https://github.com/aya-rs/bpf-linker/releases, unpacked into a folder of PATH"
+            "bpf-linker is missing, and this machine's packages do not provide LLVM {wanted}, \
+             which the compiler for eBPF uses. Install a bpf-linker that includes LLVM:\n    \
+             cargo binstall bpf-linker\nor unpack the archive for this machine from \
+             https://github.com/aya-rs/bpf-linker/releases into a directory in PATH"
         )
     };
     if !LINKER_LLVM.contains(&wanted) {
@@ -284,7 +288,8 @@ fn mount_bpffs() -> Result<()> {
     Step::start(format!("mount {BPFFS}"))
         .show(mount.args(["-t", "bpf", "-o", "mode=0700", "bpf", BPFFS]).stderr(Stdio::inherit()))
         .context(
-            "no bpffs, where programs and maps are pinned: this kernel or this container does not allow it",
+            "bpffs, where programs and maps are pinned, cannot be mounted: this kernel or \
+             container does not allow it",
         )
 }
 
@@ -304,7 +309,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_llvm_of_a_compiler_is_read() {
+    fn the_llvm_version_of_a_compiler_is_parsed() {
         assert_eq!(parse_llvm_major("rustc 1.96.0\nhost: x\nLLVM version: 22.1.8\n"), Some(22));
         assert_eq!(parse_llvm_major("rustc 1.96.0\n"), None);
     }
@@ -316,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn who_may_not_install_is_told_what_to_type() {
+    fn without_root_the_error_lists_the_commands_to_type() {
         let machine = Machine { root: false, apt: true };
         assert!(machine.install(&[], false).is_ok());
         let advice =

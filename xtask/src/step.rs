@@ -79,14 +79,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_short() {
+    fn durations_are_formatted_briefly() {
         assert_eq!(seconds(Duration::from_millis(440)), "0.4 s");
         assert_eq!(seconds(Duration::from_secs(12)), "12 s");
         assert_eq!(seconds(Duration::from_secs(200)), "3 min 20 s");
     }
 
     #[test]
-    fn a_command_that_fails_is_named() {
+    fn a_failing_command_is_named() {
         assert!(show(&mut Command::new("true")).is_ok());
         let error = show(Command::new("false").arg("word")).unwrap_err().to_string();
         assert!(error.contains("`false word` failed"), "{error}");

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::deny;
+use crate::policy;
 use crate::step::{Step, seconds};
 use crate::workspace::Workspace;
 
@@ -39,6 +40,9 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         let step = Step::start("check licenses, bans and sources of the dependencies");
         deny::check(workspace)?;
         step.done();
+        let step = Step::start("check line widths, links between pages and unused dependencies");
+        policy::check(workspace)?;
+        step.done();
         Step::start("clippy").show(workspace.cargo().args([
             "clippy",
             "--locked",
@@ -58,10 +62,10 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     let took = seconds(started.elapsed());
     match outcome {
         Ok(summary) => {
-            println!("all tests passed: {summary}; {took} in all");
+            println!("all tests passed: {summary}; {took} in total");
             Ok(())
         }
-        Err(error) => Err(error.context(format!("not all is well, after {took}"))),
+        Err(error) => Err(error.context(format!("the checks failed after {took}"))),
     }
 }
 
@@ -191,12 +195,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn closing_lines_are_counted() {
-        let cargo = "test result: FAILED. 17 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 14.99s";
+    fn summary_lines_are_counted() {
+        let cargo = "test result: FAILED. 17 passed; 2 failed; 1 ignored; 0 measured; 0 filtered \
+                     out; finished in 14.99s";
         assert_eq!(Summary::parse(cargo), Summary { passed: 17, failed: 2, ignored: 1 });
-        let cargo = "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out; finished in 0.01s";
+        let cargo = "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out; \
+                     finished in 0.01s";
         assert_eq!(Summary::parse(cargo), Summary { passed: 3, failed: 0, ignored: 0 });
-        let nextest = "     Summary [  15.126s] 21 tests run: 19 passed (1 slow), 1 failed, 1 timed out, 4 skipped";
+        let nextest = "     Summary [  15.126s] 21 tests run: 19 passed (1 slow), 1 failed, 1 \
+                       timed out, 4 skipped";
         assert_eq!(Summary::parse(nextest), Summary { passed: 19, failed: 2, ignored: 4 });
         assert_eq!(Summary::parse("running 17 tests"), Summary::default());
     }

@@ -26,7 +26,10 @@ impl Workspace {
             format!("cargo metadata: {}", String::from_utf8_lossy(&output.stderr))
         })?;
         let folder = |name: &str| {
-            metadata[name].as_str().map(PathBuf::from).with_context(|| format!("no {name}"))
+            metadata[name]
+                .as_str()
+                .map(PathBuf::from)
+                .with_context(|| format!("cargo metadata reports no {name}"))
         };
         Ok(Self { root: folder("workspace_root")?, target: folder("target_directory")? })
     }

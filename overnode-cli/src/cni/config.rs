@@ -138,7 +138,8 @@ pub fn command(env: Env<'_>) -> Result<Command, CniError> {
             return Err(CniError::new(
                 Code::Environment,
                 format_args!("CNI_COMMAND is {:?}", quoted(&given)),
-                "it must be ADD, DEL, CHECK, GC, STATUS or VERSION: this program is run by container runtimes, see docs/cni.md",
+                "it must be ADD, DEL, CHECK, GC, STATUS or VERSION: container runtimes run this \
+                 program, see docs/guide/cni.md",
             ));
         }
     })
@@ -153,16 +154,16 @@ pub fn config(input: &[u8]) -> Result<Config, CniError> {
         return Err(CniError::new(
             Code::Decode,
             "the network configuration is too large",
-            format_args!("more than {INPUT_LIMIT} bytes are not read: make it smaller"),
+            format_args!("the limit is {INPUT_LIMIT} bytes: make it smaller"),
         ));
     }
     let object = serde_json::from_slice::<serde_json::Map<String, Value>>(input);
     object.and_then(|object| Config::deserialize(Value::Object(object))).map_err(|error| {
         CniError::new(
             Code::Decode,
-            "the network configuration on standard input is not understood",
+            "the network configuration on standard input cannot be parsed",
             format_args!(
-                "{}: correct the file of the network, usually in /etc/cni/net.d",
+                "{}; correct the network's file, usually in /etc/cni/net.d",
                 reason(&error)
             ),
         )
@@ -180,7 +181,10 @@ pub fn version(config: &Config, command: Command) -> Result<&'static str, CniErr
         return Err(CniError::new(
             Code::Incompatible,
             format_args!("CNI version {:?} is not supported", quoted(given)),
-            format_args!("supported are {}: set cniVersion to one of these", VERSIONS.join(", ")),
+            format_args!(
+                "supported versions are {}: set cniVersion to one of them",
+                VERSIONS.join(", ")
+            ),
         ));
     };
     let since = match command {
@@ -192,7 +196,9 @@ pub fn version(config: &Config, command: Command) -> Result<&'static str, CniErr
         return Err(CniError::new(
             Code::Incompatible,
             format_args!("CNI version {given} does not have this command"),
-            format_args!("it is there since {since}: set cniVersion to that or a later one"),
+            format_args!(
+                "the command exists since {since}: set cniVersion to that version or a later one"
+            ),
         ));
     }
     Ok(VERSIONS[at])
@@ -206,7 +212,8 @@ pub fn task(command: Command, config: &Config, env: Env<'_>) -> Result<Task, Cni
     if !is_name(&config.name) {
         return Err(bad_config(
             format_args!("the network's name is {:?}", quoted(&config.name)),
-            "1 to 128 letters, digits, dots, hyphens and underscores, beginning with a letter or a digit: correct `name`",
+            "set `name` to 1 to 128 letters, digits, dots, hyphens and underscores that begin with \
+             a letter or a digit",
         ));
     }
     if let Some(interface) = &config.interface
@@ -214,7 +221,7 @@ pub fn task(command: Command, config: &Config, env: Env<'_>) -> Result<Task, Cni
     {
         return Err(bad_config(
             format_args!("`interface` is {:?}", quoted(interface)),
-            "no interface can have that name: give 1 to 15 characters without spaces and slashes",
+            "an interface name has 1 to 15 characters, without spaces, / and :",
         ));
     }
     unsupported(config, command)?;
@@ -241,7 +248,7 @@ fn unsupported(config: &Config, command: Command) -> Result<(), CniError> {
         let value = harmless(&value.to_string());
         Err(CniError::new(
             Code::Unsupported,
-            format_args!("the key {key} with the value {value}"),
+            format_args!("the key {key} with the value {value} is not supported"),
             why,
         ))
     };
@@ -249,17 +256,14 @@ fn unsupported(config: &Config, command: Command) -> Result<(), CniError> {
         value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty)
     };
     if let Some(ipam) = config.ipam.as_ref().filter(|it| !empty(it)) {
-        return refuse(
-            "ipam",
-            ipam,
-            "nodes give addresses out themselves, so that no two clash: remove it",
-        );
+        return refuse("ipam", ipam, "nodes allocate unique addresses themselves: remove this key");
     }
     if config.ip_masq == Some(true) {
         return refuse(
             "ipMasq",
             &true,
-            "this network has no gateway: remove it, and chain the plugin after `bridge`, see docs/cni.md",
+            "this network has no gateway: remove this key and chain the plugin after `bridge`, see \
+             docs/guide/cni.md",
         );
     }
     Ok(())
@@ -280,8 +284,9 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
     if !may_be_gone && !netns.starts_with('/') || netns.len() > 4096 {
         bad.push(format!("CNI_NETNS={:?}", quoted(&netns)));
     }
-    let mut details = "a container ID has 1 to 128 letters, digits, dots, hyphens and underscores; an interface's name 1 to 15 \
-                       characters; the network namespace is a path that begins with /";
+    let mut details = "a container ID has 1 to 128 letters, digits, dots, hyphens and underscores; \
+                       an interface name has 1 to 15 characters; the network namespace is a path \
+                       that begins with /";
     let args =
         if command == Command::Add { Args::parse(&get("CNI_ARGS")) } else { Ok(Args::default()) };
     if let Err((what, why)) = &args {
@@ -291,7 +296,7 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
         bad.push(format!("CNI_ARGS: {what}"));
     }
     let (Some(container), Ok(args), true) = (container, args, bad.is_empty()) else {
-        let message = format_args!("environment variables make no sense: {}", bad.join(", "));
+        let message = format_args!("invalid environment variables: {}", bad.join(", "));
         return Err(CniError::new(Code::Environment, message, details));
     };
     let is_chained = config.prev_result.is_some();
@@ -303,9 +308,9 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
     if is_chained && command == Command::Add && interface == ifname {
         return Err(bad_config(
             format_args!(
-                "`interface` is {interface:?}, which an earlier plugin of the chain makes"
+                "`interface` is {interface:?}, which an earlier plugin of the chain creates"
             ),
-            "give another name as `interface`, or none",
+            "set `interface` to another name, or remove it",
         ));
     }
     let netns = Some(netns).filter(|path| !path.is_empty());
@@ -353,7 +358,10 @@ impl Args {
                 "MAC" => match parse_mac(value) {
                     Some(mac) => args.mac = Some(mac),
                     None => {
-                        return Err((format!("MAC={:?}", quoted(value)), "give a unicast address"));
+                        return Err((
+                            format!("MAC={:?}", quoted(value)),
+                            "give a unicast MAC address",
+                        ));
                     }
                 },
                 "K8S_POD_NAME" => pod = Some(value),
@@ -363,8 +371,9 @@ impl Args {
         }
         if let (Some(key), false) = (unknown, ignore_unknown) {
             return Err((
-                format!("the key {:?} is not known", quoted(key)),
-                "known are IP, MAC, K8S_POD_NAME, K8S_POD_NAMESPACE: set IgnoreUnknown=1 to have others ignored",
+                format!("unknown key {:?}", quoted(key)),
+                "known keys are IP, MAC, K8S_POD_NAME and K8S_POD_NAMESPACE: set IgnoreUnknown=1 \
+                 to ignore others",
             ));
         }
         let full = match (pod, namespace) {
@@ -389,7 +398,7 @@ fn capabilities(wanted: &mut Attachment, config: &Config) -> Result<(), CniError
             _ => {
                 return Err(bad_config(
                     format_args!("runtimeConfig.ips is {:?}", quoted(&ips.join(" "))),
-                    "a container has one IPv4 address in this network: give one",
+                    "a container has one IPv4 address in this network: give exactly one",
                 ));
             }
         }
@@ -400,7 +409,7 @@ fn capabilities(wanted: &mut Attachment, config: &Config) -> Result<(), CniError
         let Some(mac) = parse_mac(text) else {
             return Err(bad_config(
                 format_args!("runtimeConfig.mac is {:?}", quoted(text)),
-                "give a unicast address such as 02:00:00:00:00:01",
+                "give a unicast MAC address such as 02:00:00:00:00:01",
             ));
         };
         wanted.mac = Some(mac);
@@ -426,12 +435,12 @@ fn check_dns(dns: &Value) -> Result<(), CniError> {
     let told = if dns.is_object() {
         Dns::deserialize(dns).map_err(|why| why.to_string())
     } else {
-        Err("it is no object".into())
+        Err("it is not an object".into())
     };
     told.map(drop).map_err(|why| {
         bad_config(
             format_args!("dns is {}: {}", quoted(&dns.to_string()), reason(&why)),
-            "give nameservers (addresses), domain, search and options, or no dns at all",
+            "give nameservers (addresses), domain, search and options, or remove dns",
         )
     })
 }
@@ -447,14 +456,15 @@ fn valid(config: &Config) -> Result<Vec<(String, String)>, CniError> {
     let Some(list) = &config.valid else {
         return Err(bad_config(
             "the key cni.dev/valid-attachments is missing",
-            "GC removes what is not listed there: the runtime has to give it, even if it is empty",
+            "GC removes all attachments that are not listed there: the runtime must pass it, even \
+             if it is empty",
         ));
     };
     let list: Option<Vec<Attached>> =
         Deserialize::deserialize(list).map_err(|error: serde_json::Error| {
             CniError::new(
                 Code::Decode,
-                "cni.dev/valid-attachments is not understood",
+                "cni.dev/valid-attachments cannot be parsed",
                 reason(&error),
             )
         })?;

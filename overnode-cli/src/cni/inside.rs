@@ -36,9 +36,10 @@ pub fn interfaces(netns: &str) -> Result<Option<Vec<Interface>>, String> {
     }
     let look = move || {
         setns(&file, CloneFlags::CLONE_NEWNET)
-            .map_err(|error| format!("it cannot be entered: {error}"))?;
-        let found =
-            getifaddrs().map_err(|error| format!("its interfaces cannot be listed: {error}"))?;
+            .map_err(|error| format!("the network namespace cannot be entered: {error}"))?;
+        let found = getifaddrs().map_err(|error| {
+            format!("the interfaces of the network namespace cannot be listed: {error}")
+        })?;
         Ok(found
             .map(|it| {
                 let address =
@@ -53,6 +54,6 @@ pub fn interfaces(netns: &str) -> Result<Option<Vec<Interface>>, String> {
     };
     match std::thread::spawn(look).join() {
         Ok(found) => found.map(Some),
-        Err(_) => Err("the thread in it panicked".into()),
+        Err(_) => Err("the thread in the network namespace panicked".into()),
     }
 }

@@ -24,7 +24,7 @@ use overnode_daemon::api::{
 use overnode_daemon::options::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 use serde_json::{Value, json};
 
-use crate::client::{Client, Unanswered};
+use crate::client::{Client, RequestError};
 use crate::options::Context;
 use config::{Attachment, Command, Config, INPUT_LIMIT, NEWEST, Task, VERSIONS};
 use error::{CniError, Code};
@@ -49,7 +49,7 @@ pub fn main() -> ExitCode {
             let error = CniError::new(
                 Code::Io,
                 "standard input cannot be read",
-                format_args!("{why}: the runtime has to send the network configuration there"),
+                format_args!("{why}; the runtime must send the network configuration there"),
             );
             (Some(error.document(NEWEST)), ExitCode::FAILURE)
         }
@@ -85,7 +85,7 @@ fn answer(
             CniError::new(
                 Code::Io,
                 "the asynchronous runtime did not start",
-                format_args!("{why}: try again"),
+                format_args!("{why}; try again"),
             )
         })?;
     let directory =
@@ -157,11 +157,11 @@ impl Node {
         result
     }
 
-    async fn not_added(&self, why: Unanswered) -> CniError {
+    async fn not_added(&self, why: RequestError) -> CniError {
         let message = "the container was not attached";
         let code = match &why {
-            Unanswered::NotRunning => Code::TryAgain,
-            Unanswered::Refused(refusal) => match refusal.kind {
+            RequestError::NotRunning => Code::TryAgain,
+            RequestError::Refused(refusal) => match refusal.kind {
                 ErrorKind::Usage => Code::Config,
                 ErrorKind::Missing => Code::UnknownContainer,
                 ErrorKind::Refused => match self.client.try_get::<Primed>("/v1/prime").await {
@@ -170,7 +170,7 @@ impl Node {
                 },
                 ErrorKind::Failed => Code::Node,
             },
-            Unanswered::Denied | Unanswered::Stranger(_) | Unanswered::Broken(_) => Code::Io,
+            RequestError::Denied | RequestError::Stranger(_) | RequestError::Broken(_) => Code::Io,
         };
         CniError::new(code, message, self.client.explain(why))
     }
@@ -178,7 +178,7 @@ impl Node {
     async fn del(&self, config: &Config, wanted: &Attachment) -> Result<(), CniError> {
         match self.detach(wanted.container.clone(), wanted.endpoint.clone()).await {
             Ok(()) => Ok(()),
-            Err(Unanswered::NotRunning) => cut(config, wanted).await,
+            Err(RequestError::NotRunning) => cut(config, wanted).await,
             Err(why) => {
                 let details = self.client.explain(why);
                 Err(CniError::new(Code::TryAgain, "the container was not detached", details))
@@ -191,10 +191,10 @@ impl Node {
         &self,
         target: api::Target,
         endpoint: api::CniEndpoint,
-    ) -> Result<(), Unanswered> {
+    ) -> Result<(), RequestError> {
         let request = api::Detach { target, cni: Some(endpoint) };
         match self.client.try_post::<Detached>("/v1/detach", &request).await {
-            Err(Unanswered::Refused(refusal)) if refusal.kind == ErrorKind::Missing => Ok(()),
+            Err(RequestError::Refused(refusal)) if refusal.kind == ErrorKind::Missing => Ok(()),
             outcome => outcome.map(drop),
         }
     }
@@ -204,7 +204,7 @@ impl Node {
             return Err(CniError::new(
                 Code::Config,
                 "prevResult is missing",
-                "CHECK compares with what ADD answered: the runtime has to give it",
+                "CHECK compares with the result of ADD: the runtime must pass it",
             ));
         };
         let wrong = |what: String| {
@@ -212,7 +212,7 @@ impl Node {
             Err(CniError::new(Code::Node, what, details))
         };
         let known = self.endpoints().await.map_err(|why| {
-            CniError::new(Code::TryAgain, "the node cannot be asked", self.client.explain(why))
+            CniError::new(Code::TryAgain, "the node cannot be queried", self.client.explain(why))
         })?;
         let is_it = |it: &&EndpointStatus| {
             it.target == wanted.container && is_attachment(it, &wanted.endpoint)
@@ -232,7 +232,7 @@ impl Node {
             return wrong(format!("the interface of {} is gone", found.address));
         }
         if !result::has(expected, interface, &found.address.to_string()) {
-            return wrong(format!("prevResult does not have {} on {interface}", found.address));
+            return wrong(format!("prevResult does not list {} on {interface}", found.address));
         }
         let netns = wanted.netns.as_deref().unwrap_or_default();
         let is_it = |it: &inside::Interface| {
@@ -241,10 +241,10 @@ impl Node {
         match inside::interfaces(netns) {
             Ok(Some(interfaces)) => match interfaces.into_iter().find(is_it) {
                 Some(found) if found.is_up => Ok(()),
-                Some(_) => wrong(format!("{interface} in {netns} is turned off")),
+                Some(_) => wrong(format!("{interface} in {netns} is down")),
                 None => wrong(format!("{interface} in {netns} does not have {}", found.address)),
             },
-            Ok(None) => wrong(format!("{netns} is no network namespace")),
+            Ok(None) => wrong(format!("{netns} is not a network namespace")),
             Err(why) => wrong(format!("{netns}: {why}")),
         }
     }
@@ -254,7 +254,7 @@ impl Node {
             Ok(known) => known,
             Err(why) => {
                 let details = self.client.explain(why);
-                return Err(CniError::new(Code::TryAgain, "the node cannot be asked", details));
+                return Err(CniError::new(Code::TryAgain, "the node cannot be queried", details));
             }
         };
         let valid: BTreeSet<(&str, &str)> =
@@ -275,11 +275,7 @@ impl Node {
         if errors.is_empty() {
             return Ok(());
         }
-        Err(CniError::new(
-            Code::Node,
-            "not everything that is stale was removed",
-            errors.join("; "),
-        ))
+        Err(CniError::new(Code::Node, "some stale attachments were not removed", errors.join("; ")))
     }
 
     async fn status(&self) -> Result<(), CniError> {
@@ -288,18 +284,18 @@ impl Node {
             Ok(Primed { ready: true, .. }) => Ok(()),
             Ok(Primed { waiting_for, .. }) => {
                 let why =
-                    waiting_for.unwrap_or_else(|| "this node has no addresses to give out".into());
+                    waiting_for.unwrap_or_else(|| "this node has no addresses to allocate".into());
                 Err(CniError::new(
                     Code::NotAvailable,
                     message,
-                    format_args!("{why}: `overnode prime` waits until that has changed"),
+                    format_args!("{why}; `overnode prime` waits until this changes"),
                 ))
             }
             Err(why) => {
                 // Without a daemon, keys are not renewed. After three minutes, containers reach
                 // only other containers of this host.
                 let code = match &why {
-                    Unanswered::NotRunning => Code::Limited,
+                    RequestError::NotRunning => Code::Limited,
                     _ => Code::NotAvailable,
                 };
                 Err(CniError::new(code, message, self.client.explain(why)))
@@ -307,7 +303,7 @@ impl Node {
         }
     }
 
-    async fn endpoints(&self) -> Result<Vec<EndpointStatus>, Unanswered> {
+    async fn endpoints(&self) -> Result<Vec<EndpointStatus>, RequestError> {
         self.client.try_get::<Status>("/v1/status").await.map(|status| status.endpoints)
     }
 }
@@ -325,7 +321,8 @@ async fn cut(config: &Config, wanted: &Attachment) -> Result<(), CniError> {
             Code::TryAgain,
             "the container was not detached",
             format_args!(
-                "the daemon does not run, and {why}: start it with `overnode resume`, then try again"
+                "the daemon is not running, and {why}; start the daemon with `overnode resume`, \
+                 then try again"
             ),
         )
     };

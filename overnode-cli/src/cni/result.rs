@@ -68,10 +68,10 @@ pub fn previous(config: &Config) -> Result<Option<&Map<String, Value>>, CniError
                 |key: &&str| result.get(*key).is_none_or(|it| it.is_null() || it.is_array());
             match ["interfaces", "ips"].iter().find(|key| !is_list(key)) {
                 None => Ok(Some(result)),
-                Some(key) => Err(unclear(&format!("prevResult.{key} is no list"))),
+                Some(key) => Err(unclear(&format!("prevResult.{key} is not a list"))),
             }
         }
-        Some(_) => Err(unclear("prevResult is no object")),
+        Some(_) => Err(unclear("prevResult is not an object")),
     }
 }
 
@@ -98,13 +98,13 @@ fn list<'a>(result: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec
     if entry.is_null() {
         *entry = json!([]);
     }
-    entry.as_array_mut().ok_or_else(|| unclear(&format!("prevResult.{key} is no list")))
+    entry.as_array_mut().ok_or_else(|| unclear(&format!("prevResult.{key} is not a list")))
 }
 
 fn unclear(what: &str) -> CniError {
     CniError::new(
         Code::Decode,
         what,
-        "the plugin before this one in the chain, or the runtime, gave it: see its log",
+        "it comes from the previous plugin of the chain or from the runtime: see their logs",
     )
 }

@@ -52,7 +52,7 @@ fn added_with(input: &[u8], more: &[(&str, &str)]) -> Attachment {
 
 /// Section 2, `VERSION`; section 5, VERSION Success.
 #[test]
-fn version_tells_what_is_spoken_in_the_version_of_the_question() {
+fn version_lists_the_supported_versions_in_the_requested_version() {
     for asked in ["0.4.0", "1.1.0", "9.9.9"] {
         let input = json!({"cniVersion": asked}).to_string();
         let (output, code) = run(input.as_bytes(), &with(&[], &[("CNI_COMMAND", "VERSION")]));
@@ -75,7 +75,7 @@ fn incompatible_versions_are_code_1() {
     for version in ["0.1.0", "0.2.0", "1.2.0", "2.0.0", "", "1.1"] {
         assert_eq!(error(&conf(version, json!({})), &[]).0, 1, "{version}");
     }
-    assert_eq!(error(br#"{"name": "net"}"#, &[]).0, 1, "no version is 0.1.0");
+    assert_eq!(error(br#"{"name": "net"}"#, &[]).0, 1, "a missing version means 0.1.0");
     for (at, version) in VERSIONS.iter().enumerate() {
         for (command, since) in [("ADD", 0), ("DEL", 0), ("CHECK", 2), ("GC", 4), ("STATUS", 4)] {
             let valid =
@@ -89,7 +89,7 @@ fn incompatible_versions_are_code_1() {
 
 /// Section 5, Error.
 #[test]
-fn errors_are_in_the_version_asked_for() {
+fn errors_have_the_requested_version() {
     for version in VERSIONS {
         let (output, _) = run(&conf(version, json!({})), &with(ADD, &[("CNI_IFNAME", "")]));
         assert_eq!(output.unwrap()["cniVersion"], version);
@@ -98,7 +98,7 @@ fn errors_are_in_the_version_asked_for() {
 
 /// Section 2, Parameters; section 5, Error, code 4.
 #[test]
-fn all_variables_that_make_no_sense_are_named() {
+fn all_invalid_variables_are_named() {
     let input = conf("1.1.0", json!({}));
     let long = "x".repeat(129);
     for (name, bad) in [
@@ -135,7 +135,7 @@ fn all_variables_that_make_no_sense_are_named() {
 
 /// Section 1, well-known keys; section 5, Error, code 2.
 #[test]
-fn a_key_that_is_not_honoured_is_told_with_all_of_its_value() {
+fn an_unsupported_key_is_reported_with_its_whole_value() {
     let ranges: Vec<Value> =
         (0..100).map(|n| json!([{"subnet": format!("10.{n}.0.0/16")}])).collect();
     let long = json!({"type": "host-local", "ranges": ranges});
@@ -158,11 +158,13 @@ fn a_key_that_is_not_honoured_is_told_with_all_of_its_value() {
 
 /// Section 1, Plugin configuration objects; section 3, Deriving request configuration.
 #[test]
-fn keys_that_are_for_others_are_passed_over() {
+fn keys_meant_for_others_are_ignored() {
     let others = json!({
-        "cniVersions": ["0.4.0", "1.1.0"], "type": "overnode-cni", "args": {"labels": [{"key": "a"}]}, "disableGC": true, "keyA": [1],
-        "cni.dev/x": null, "runtimeConfig": {"portMappings": [{"hostPort": 80}], "dns": {}}, "prevResult": null, "cni.dev/attachments": [],
-        "cni.dev/valid-attachments": [{"containerID": "a", "ifname": "eth0", "later": 1}], "capabilities": {"ips": true}
+        "cniVersions": ["0.4.0", "1.1.0"], "type": "overnode-cni", "args": {"labels": [{"key": "a"}]},
+        "disableGC": true, "keyA": [1], "cni.dev/x": null, "prevResult": null,
+        "runtimeConfig": {"portMappings": [{"hostPort": 80}], "dns": {}}, "cni.dev/attachments": [],
+        "cni.dev/valid-attachments": [{"containerID": "a", "ifname": "eth0", "later": 1}],
+        "capabilities": {"ips": true}
     });
     for command in ["ADD", "DEL", "CHECK", "GC", "STATUS"] {
         let with_others =
@@ -177,20 +179,20 @@ fn keys_that_are_for_others_are_passed_over() {
 
 /// Section 2, `GC`, `STATUS` and `VERSION`: they have no parameters of an attachment.
 #[test]
-fn what_concerns_no_attachment_needs_no_attachment() {
+fn commands_without_an_attachment_need_no_variables_of_one() {
     for command in ["GC", "STATUS", "VERSION"] {
         let env =
             with(&[("CNI_COMMAND", command), ("OVERNODE_RUN_DIR", "/nonexistent/overnode")], &[]);
         let (output, _) = run(&conf("1.1.0", json!({"cni.dev/valid-attachments": []})), &env);
         let code = output.unwrap()["code"].as_u64();
         let unreachable = [("GC", 11), ("STATUS", 51)].into_iter().find(|it| it.0 == command);
-        assert_eq!(code, unreachable.map(|it| it.1), "{command} comes as far as the node");
+        assert_eq!(code, unreachable.map(|it| it.1), "{command} gets as far as the node");
     }
 }
 
 /// Section 5, Error, code 6.
 #[test]
-fn what_is_no_configuration_is_code_6() {
+fn input_that_is_not_a_configuration_is_code_6() {
     let huge = conf("1.1.0", json!({"x": "x".repeat(INPUT_LIMIT)}));
     let deep = "[".repeat(100_000);
     for bad in [
@@ -224,7 +226,7 @@ fn what_is_no_configuration_is_code_6() {
 
 /// Section 1, Configuration format; section 5, Error, code 7.
 #[test]
-fn what_makes_no_sense_is_code_7() {
+fn invalid_values_are_code_7() {
     for bad in [
         json!({"name": ""}),
         json!({"name": "-a"}),
@@ -255,8 +257,9 @@ fn what_makes_no_sense_is_code_7() {
 
 /// Section 2, Parameters; section 3, Deriving `runtimeConfig`.
 #[test]
-fn arguments_and_capabilities_are_understood() {
-    let args = "IgnoreUnknown=1;X=Y;IP=10.32.0.7;MAC=02:00:00:00:00:07;K8S_POD_NAME=web;K8S_POD_NAMESPACE=shop";
+fn arguments_and_capabilities_are_applied() {
+    let args = "IgnoreUnknown=1;X=Y;IP=10.32.0.7;MAC=02:00:00:00:00:07;K8S_POD_NAME=web;\
+                 K8S_POD_NAMESPACE=shop";
     let wanted = added_with(&conf("1.0.0", json!({})), &[("CNI_ARGS", args)]);
     assert_eq!(wanted.address, Some("10.32.0.7/32".parse().unwrap()));
     assert_eq!(wanted.mac, Some([2, 0, 0, 0, 0, 7]));
@@ -278,10 +281,10 @@ fn arguments_and_capabilities_are_understood() {
     assert_eq!((wanted.address, wanted.mac), (None, None));
     assert_eq!(wanted.endpoint.interface, "overnode0");
     let wanted = added_with(&conf("1.0.0", json!({})), &[("CNI_ARGS", "K8S_POD_NAME=a b")]);
-    assert_eq!(wanted.name, None, "a name that cannot be one is no reason to refuse a container");
+    assert_eq!(wanted.name, None, "an invalid name is no reason to refuse a container");
     let empty = json!({"runtimeConfig": {"ips": [], "mac": ""}});
     let wanted = added_with(&conf("1.0.0", empty), &[("CNI_ARGS", "IP=;MAC=;")]);
-    assert_eq!((wanted.address, wanted.mac), (None, None), "what is empty is not given");
+    assert_eq!((wanted.address, wanted.mac), (None, None), "empty values count as absent");
     // Invalid `CNI_ARGS` matter only for `ADD`.
     let input = conf("1.0.0", json!({"prevResult": {}}));
     for command in ["DEL", "CHECK"] {
@@ -328,7 +331,7 @@ fn results_have_the_form_of_their_version() {
 
 /// Section 2, `ADD`; section 5, ADD Success.
 #[test]
-fn what_earlier_plugins_made_is_in_the_result() {
+fn the_result_keeps_what_earlier_plugins_added() {
     let previous = json!({
         "cniVersion": "1.0.0",
         "interfaces": [{"name": "cni0"}, {"name": "eth0", "sandbox": "/run/netns/blue"}],
@@ -355,7 +358,7 @@ fn what_earlier_plugins_made_is_in_the_result() {
 
 /// Section 1, well-known keys; section 5, ADD Success.
 #[test]
-fn dns_of_the_configuration_goes_before_the_nodes() {
+fn the_configurations_dns_replaces_the_nodes() {
     let input = conf("1.0.0", json!({"dns": {"nameservers": ["192.0.2.1"]}}));
     let (config, wanted) = (config::config(&input).unwrap(), added_with(&input, &[]));
     let result = result::added("1.0.0", &config, &wanted, &attached(), None).unwrap();
@@ -372,7 +375,7 @@ fn without_a_daemon() {
         error(&conf("1.1.0", json!({"cni.dev/valid-attachments": []})), &[("CNI_COMMAND", "GC")]).0,
         11
     );
-    assert_eq!(error(&input, &[("CNI_COMMAND", "STATUS")]).0, 51, "and no keys are renewed");
+    assert_eq!(error(&input, &[("CNI_COMMAND", "STATUS")]).0, 51, "no keys are renewed either");
     // Best effort: deleting a container that is gone succeeds, however often it is repeated.
     for netns in ["", "/nonexistent/netns", "/etc/passwd"] {
         for previous in [json!({}), json!({"prevResult": null}), json!({"prevResult": {}})] {
@@ -390,7 +393,9 @@ fn without_a_daemon() {
 #[test]
 fn addresses_of_a_result() {
     let read = |result: Value| result::addresses(&result).into_iter().flatten().collect::<Vec<_>>();
-    let two = json!({"ips": [{"address": "10.40.0.1/12"}, {"address": "x"}, 7, {"address": "fd00::1/64"}]});
+    let two = json!({
+        "ips": [{"address": "10.40.0.1/12"}, {"address": "x"}, 7, {"address": "fd00::1/64"}]
+    });
     assert_eq!(read(two), ["10.40.0.1".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
     for none in
         [json!(null), json!({}), json!({"ips": []}), json!({"ips": [{"address": 1}]}), json!([])]
@@ -400,7 +405,7 @@ fn addresses_of_a_result() {
 }
 
 #[test]
-fn the_plugin_is_told_by_its_name() {
+fn the_plugin_is_recognized_by_its_name() {
     for name in ["overnode-cni", "/opt/cni/bin/overnode-cni"] {
         assert!(is_meant(Some(OsStr::new(name))));
     }

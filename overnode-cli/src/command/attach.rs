@@ -2,7 +2,7 @@
 
 use overnode_daemon::api::{self, Attached, Detached, Netns, Target};
 
-use super::demand_root;
+use super::require_root;
 use crate::client::Client;
 use crate::container;
 use crate::failure::Failure;
@@ -14,7 +14,7 @@ use crate::options::{Attach, Context, Detach, Expose};
 /// Fails if the container does not exist or is not running, or the daemon is not running or
 /// refuses.
 pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure> {
-    demand_root("attach")?;
+    require_root("attach")?;
     let mut request = api::Attach {
         target: wanted.target,
         netns: None,
@@ -44,7 +44,7 @@ pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure
 /// # Errors
 /// Fails if nothing of that name is attached, or the daemon is not running or refuses.
 pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure> {
-    demand_root("detach")?;
+    require_root("detach")?;
     let target = match wanted.target {
         // A container that its engine no longer knows can still be detached by its name or full ID.
         Target::Container(name) => match container::find(&name) {
@@ -62,7 +62,7 @@ pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure
 /// # Errors
 /// Fails if the host already has another address, or the daemon is not running or refuses.
 pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure> {
-    demand_root("expose")?;
+    require_root("expose")?;
     let request = api::Attach {
         target: Target::Host,
         netns: None,
@@ -79,7 +79,7 @@ pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure
 /// # Errors
 /// Fails if the host has no address, or the daemon is not running or refuses.
 pub async fn hide(context: &Context) -> Result<String, Failure> {
-    demand_root("hide")?;
+    require_root("hide")?;
     Client::new(context)
         .post::<Detached>("/v1/detach", &api::Detach { target: Target::Host, cni: None })
         .await?;

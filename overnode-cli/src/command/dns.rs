@@ -2,7 +2,7 @@
 
 use overnode_daemon::api::{self, DnsAddresses};
 
-use super::{demand_root, listed};
+use super::{listed, require_root};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{Context, DnsAdd, DnsLookup, DnsRemove};
@@ -12,7 +12,7 @@ use crate::options::{Context, DnsAdd, DnsLookup, DnsRemove};
 /// # Errors
 /// Fails if the daemon is not running or refuses.
 pub async fn add(context: &Context, wanted: DnsAdd) -> Result<String, Failure> {
-    demand_root("dns-add")?;
+    require_root("dns-add")?;
     let request = api::DnsAdd { name: wanted.name, addresses: wanted.addresses };
     Client::new(context).post("/v1/dns/add", &request).await.map(|now| describe(&now))
 }
@@ -22,7 +22,7 @@ pub async fn add(context: &Context, wanted: DnsAdd) -> Result<String, Failure> {
 /// # Errors
 /// Fails if they were not added on this node, or the daemon is not running or refuses.
 pub async fn remove(context: &Context, wanted: DnsRemove) -> Result<String, Failure> {
-    demand_root("dns-remove")?;
+    require_root("dns-remove")?;
     let request = api::DnsRemove { name: wanted.name, addresses: wanted.addresses };
     Client::new(context).post("/v1/dns/remove", &request).await.map(|now| describe(&now))
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use overnode_daemon::api::{self, LaunchOutcome, Launched, Token};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{demand_root, listed, read_secret, warn};
+use super::{listed, read_secret, require_root, warn};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{Context, Launch};
@@ -20,7 +20,7 @@ use crate::strength::weakness;
 /// Fails if the node does not run as requested afterwards.
 pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
     let token = token(&wanted)?;
-    demand_root("launch")?;
+    require_root("launch")?;
     let warnings: Vec<String> =
         weakness(token.expose()).into_iter().chain(readable(&wanted)).collect();
     let client = Client::new(context);
@@ -90,12 +90,12 @@ fn token(wanted: &Launch) -> Result<Token, Failure> {
             Err(std::env::VarError::NotPresent) => {
                 return Err(Failure::usage(
                     "the cluster's token is missing: give --token, --token-file or OVERNODE_TOKEN; \
-                     `overnode token` makes one",
+                     `overnode token` creates one",
                 ));
             }
             Err(std::env::VarError::NotUnicode(_)) => {
                 return Err(Failure::usage(
-                    "OVERNODE_TOKEN is not text in UTF-8: set it to the cluster's token",
+                    "OVERNODE_TOKEN is not valid UTF-8: set it to the cluster's token",
                 ));
             }
         },
@@ -109,7 +109,7 @@ fn readable(wanted: &Launch) -> Option<String> {
     let found = fs::metadata(file).ok().filter(fs::Metadata::is_file)?;
     (found.mode() & 0o044 != 0).then(|| {
         format!(
-            "other users of this host can read the token in {0}: `chmod go= {0}`",
+            "other users of this host can read the token in {0}: run `chmod go= {0}`",
             file.display()
         )
     })
@@ -119,7 +119,7 @@ fn describe(launched: &Launched) -> String {
     let Launched { outcome, id, nickname, targets } = launched;
     let what = match outcome {
         LaunchOutcome::Started => "launched",
-        LaunchOutcome::Restarted => "started again",
+        LaunchOutcome::Restarted => "restarted",
         LaunchOutcome::AlreadyRunning => "already running",
     };
     format!("node {id} ({nickname}): {what}; targets: {}\n", listed(targets))

@@ -58,12 +58,13 @@ pub async fn run(context: &Context, command: Command) -> Result<String, Failure>
 }
 
 /// Fails unless the user is root. For commands that change something.
-fn demand_root(command: &str) -> Result<(), Failure> {
+fn require_root(command: &str) -> Result<(), Failure> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());
     }
     Err(Failure::failed(format_args!(
-        "`overnode {command}` must be run as root: it changes this host's network; run it with sudo"
+        "`overnode {command}` must be run as root: it changes this host's network; run it with \
+         sudo"
     )))
 }
 

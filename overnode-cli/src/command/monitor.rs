@@ -3,10 +3,10 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-use overnode_daemon::api::{Happening, MonitorEvent};
+use overnode_daemon::api::{EventKind, MonitorEvent};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::client::{Client, Unanswered};
+use crate::client::{Client, RequestError};
 use crate::failure::Failure;
 use crate::options::{Context, Monitor};
 use crate::render;
@@ -16,7 +16,7 @@ use crate::render;
 /// # Errors
 /// Fails if the daemon is not running, refuses or ends, or if standard output cannot be written.
 pub async fn run(context: &Context, wanted: &Monitor) -> Result<String, Failure> {
-    let no_signal = |error| Failure::failed(format_args!("signals cannot be received: {error}"));
+    let no_signal = |error| Failure::failed(format_args!("cannot listen for signals: {error}"));
     let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signal)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(no_signal)?;
     let end = async {
@@ -47,16 +47,18 @@ async fn watch(context: &Context, wanted: &Monitor) -> Result<(), Failure> {
         let line = match lines.next().await {
             Ok(Some(line)) => line,
             // A killed daemon breaks the connection.
-            Ok(None) | Err(Unanswered::Broken(_)) => {
+            Ok(None) | Err(RequestError::Broken(_)) => {
                 return Err(Failure::failed(
-                    "the daemon has ended: `overnode resume` starts the node again, unless it was reset",
+                    "the daemon has stopped: start it again with `overnode resume`, unless the \
+                     node was reset",
                 ));
             }
             Err(why) => return Err(client.explain(why)),
         };
         let event: MonitorEvent = serde_json::from_slice(&line).map_err(|error| {
             Failure::failed(format_args!(
-                "the daemon's answer is not understood: {error}: is it of another version than this command ({})?",
+                "the daemon's answer cannot be decoded: {error}; it may have another version than \
+                 this command ({})",
                 env!("CARGO_PKG_VERSION")
             ))
         })?;
@@ -81,16 +83,16 @@ async fn watch(context: &Context, wanted: &Monitor) -> Result<(), Failure> {
 
 /// Returns whether an event is shown. Both drops and other events are shown unless only one kind is
 /// selected. A reason selects drops. Events about the monitor itself are always shown.
-fn is_wanted(wanted: &Monitor, what: &Happening) -> bool {
+fn is_wanted(wanted: &Monitor, what: &EventKind) -> bool {
     let all = !wanted.drops && !wanted.events;
     let drops = wanted.drops || !wanted.reason.is_empty() || all;
     let events = wanted.events || (all && wanted.reason.is_empty());
     let is_asked_for =
         |reason: &String| drops && (wanted.reason.is_empty() || wanted.reason.contains(reason));
     match what {
-        Happening::Watching(_) | Happening::Missed { .. } => true,
-        Happening::Drop(dropped) => is_asked_for(&dropped.reason),
-        Happening::DropsNotShown { reason, .. } => is_asked_for(reason),
+        EventKind::Watching(_) | EventKind::Missed { .. } => true,
+        EventKind::Drop(dropped) => is_asked_for(&dropped.reason),
+        EventKind::DropsNotShown { reason, .. } => is_asked_for(reason),
         _ => events,
     }
 }
@@ -103,18 +105,18 @@ mod tests {
     use crate::options::{Cli, Command};
 
     #[test]
-    fn what_is_named_is_shown() {
+    fn only_the_selected_events_are_shown() {
         let shown = |line: &str| {
             let cli =
                 Cli::try_parse_from(format!("overnode monitor {line}").split_whitespace()).unwrap();
-            let Command::Monitor(wanted) = cli.command else { panic!("another command") };
+            let Command::Monitor(wanted) = cli.command else { panic!("not `monitor`") };
             let not_shown =
-                |reason: &str| Happening::DropsNotShown { reason: reason.to_owned(), count: 1 };
+                |reason: &str| EventKind::DropsNotShown { reason: reason.to_owned(), count: 1 };
             let all = [
                 not_shown("spoofed"),
                 not_shown("no-route"),
-                Happening::Problem { problem: String::new() },
-                Happening::Missed { count: 1 },
+                EventKind::Problem { problem: String::new() },
+                EventKind::Missed { count: 1 },
             ];
             all.map(|what| is_wanted(&wanted, &what))
         };

@@ -2,7 +2,7 @@
 
 use overnode_daemon::api::{self, ExternalPeerAdded, ExternalPeerRemoved, ExternalPeerStatus};
 
-use super::{demand_root, listed, read_secret};
+use super::{listed, read_secret, require_root};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{AddPeer, Context, Peer};
@@ -17,11 +17,11 @@ pub async fn run(context: &Context, wanted: Peer) -> Result<String, Failure> {
     match wanted {
         Peer::Add(wanted) => add(&client, wanted).await,
         Peer::Remove { public_key } => {
-            demand_root("peer remove")?;
+            require_root("peer remove")?;
             let request = api::RemoveExternalPeer { public_key };
             let removed: ExternalPeerRemoved =
                 client.post("/v1/external-peers/remove", &request).await?;
-            Ok(format!("removed; it had {}\n", listed(&removed.allowed_ips)))
+            Ok(format!("removed; its allowed IPs were {}\n", listed(&removed.allowed_ips)))
         }
         Peer::List { json: true } => Ok(render::json(&client.get("/v1/external-peers").await?)),
         Peer::List { json: false } => {
@@ -42,7 +42,7 @@ async fn add(client: &Client, wanted: AddPeer) -> Result<String, Failure> {
             Some(key.trim().parse().map_err(bad)?)
         }
     };
-    demand_root("peer add")?;
+    require_root("peer add")?;
     let request = api::AddExternalPeer {
         public_key: wanted.public_key,
         preshared_key,
@@ -54,9 +54,9 @@ async fn add(client: &Client, wanted: AddPeer) -> Result<String, Failure> {
     let added: ExternalPeerAdded = client.post("/v1/external-peers", &request).await?;
     let ExternalPeerAdded { public_key, port, subnet, replaced } = added;
     let what = if replaced { "changed" } else { "added" };
-    let psk = if request.preshared_key.is_some() { "PresharedKey = (the same)\n" } else { "" };
+    let psk = if request.preshared_key.is_some() { "PresharedKey = (the same key)\n" } else { "" };
     Ok(format!(
-        "# {what}; in the peer's own configuration:\n\
+        "# {what}; add this to the peer's configuration:\n\
          [Peer]\nPublicKey = {public_key}\n{psk}AllowedIPs = {subnet}\n\
          # Endpoint = an address of this host, with port {port}\n"
     ))

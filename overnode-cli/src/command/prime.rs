@@ -27,8 +27,9 @@ pub async fn run(context: &Context, wanted: &Prime) -> Result<String, Failure> {
             && begun.elapsed() >= Duration::from_secs(seconds)
         {
             return Err(Failure::failed(format_args!(
-                "this node cannot give addresses after {seconds} s: {}; `overnode status --ipam --connections` tells more",
-                primed.waiting_for.as_deref().unwrap_or("it waits for address space")
+                "this node still cannot allocate addresses after {seconds} s: {}; see \
+                 `overnode status --ipam --connections`",
+                primed.waiting_for.as_deref().unwrap_or("it is waiting for address space")
             )));
         }
         tokio::time::sleep(POLL).await;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use overnode_daemon::api::{self, Reclaimed};
 
-use super::{demand_root, listed};
+use super::{listed, require_root};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{Context, Reclaim};
@@ -19,20 +19,21 @@ const POLL: Duration = Duration::from_millis(250);
 /// Fails if that node is reachable or unknown, if another node already reclaims it, if not all
 /// nodes agree within the given time, or if the daemon is not running.
 pub async fn run(context: &Context, wanted: &Reclaim) -> Result<String, Failure> {
-    demand_root("reclaim")?;
+    require_root("reclaim")?;
     let client = Client::new(context);
     let begun = Instant::now();
     loop {
         let reclaimed: Reclaimed =
             client.post("/v1/reclaim", &api::Reclaim { id: wanted.id }).await?;
         if reclaimed.done {
-            return Ok(format!("the address space of node {} is this node's now\n", reclaimed.id));
+            return Ok(format!("this node now owns the address space of node {}\n", reclaimed.id));
         }
         if begun.elapsed() >= Duration::from_secs(wanted.timeout) {
             return Err(Failure::failed(format_args!(
-                "the address space of node {} is not taken back yet: nodes that have to agree are missing: {}; it goes on by itself when \
-                 they can be reached, and `overnode status --ipam` tells how far it is. Those that are gone for good have to be \
-                 reclaimed, too",
+                "the address space of node {} is not reclaimed yet: these nodes still have to \
+                 agree: {}; the node continues in the background while they are reachable, and \
+                 `overnode status --ipam` shows its progress; reclaim those that are gone for \
+                 good, too",
                 reclaimed.id,
                 listed(&reclaimed.missing)
             )));

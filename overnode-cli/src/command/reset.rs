@@ -3,7 +3,7 @@
 use overnode_daemon::api::{self, WasReset};
 use overnode_daemon::node;
 
-use super::demand_root;
+use super::require_root;
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{Context, Reset};
@@ -16,7 +16,7 @@ use crate::start;
 /// Fails if containers are attached and `force` was not given, or if something could not be
 /// removed.
 pub async fn run(context: &Context, wanted: &Reset) -> Result<String, Failure> {
-    demand_root("reset")?;
+    require_root("reset")?;
     let client = Client::new(context);
     let Some(version) = client.running().await? else {
         return without_daemon(context, &client, wanted.force).await;
@@ -25,17 +25,19 @@ pub async fn run(context: &Context, wanted: &Reset) -> Result<String, Failure> {
     start::ended(context, &client, version.pid).await?;
     if !reset.left.is_empty() {
         return Err(Failure::failed(format_args!(
-            "the node was reset, but something was left: {}; run `overnode reset` again",
+            "the node was reset, but some things could not be removed: {}; run \
+             `overnode reset` again",
             reset.left.join("; ")
         )));
     }
     Ok(match reset.id {
         Some(id) => {
             format!(
-                "node {id}: reset; tell the nodes that had it as a target: `overnode forget HOST`\n"
+                "node {id}: reset; on the nodes that have it as a target, run \
+                 `overnode forget HOST`\n"
             )
         }
-        None => "nothing was launched on this host; its daemon was stopped\n".to_owned(),
+        None => "no node was launched on this host; the daemon was stopped\n".to_owned(),
     })
 }
 
@@ -45,7 +47,7 @@ async fn without_daemon(
     force: bool,
 ) -> Result<String, Failure> {
     let presence = Presence::of(&context.state_dir);
-    if let Presence::Deaf(_) = presence {
+    if let Presence::NotListening(_) = presence {
         return Err(Failure::failed(presence.not_running(client.socket())));
     }
     node::reset_offline(&context.state_dir, &context.run_dir, force)
@@ -53,9 +55,10 @@ async fn without_daemon(
         .map_err(|error| Failure::failed(format_args!("{error:#}")))?;
     start::forget_start(context)?;
     Ok(match presence {
-        Presence::Never => "no node was launched on this host; nothing is left of any\n",
-        Presence::Stopped | Presence::Unknown | Presence::Deaf(_) => {
-            "the node, which was not running: reset; tell the nodes that had it as a target: `overnode forget HOST`\n"
+        Presence::Never => "no node was launched on this host; any leftovers were removed\n",
+        Presence::Stopped | Presence::Unknown | Presence::NotListening(_) => {
+            "the node was not running: reset; on the nodes that have it as a target, run \
+             `overnode forget HOST`\n"
         }
     }
     .to_owned())

@@ -1,6 +1,6 @@
 //! Implements `overnode resume`.
 
-use super::demand_root;
+use super::require_root;
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::Context;
@@ -12,7 +12,7 @@ use crate::start;
 /// # Errors
 /// Fails if no node was launched, or if it does not start.
 pub async fn run(context: &Context) -> Result<String, Failure> {
-    demand_root("resume")?;
+    require_root("resume")?;
     let client = Client::new(context);
     let never = || Failure::failed(Presence::Never.not_running(client.socket()));
     if let Some(version) = client.running().await? {
@@ -20,7 +20,9 @@ pub async fn run(context: &Context) -> Result<String, Failure> {
     }
     match Presence::of(&context.state_dir) {
         Presence::Never => return Err(never()),
-        deaf @ Presence::Deaf(_) => return Err(Failure::failed(deaf.not_running(client.socket()))),
+        deaf @ Presence::NotListening(_) => {
+            return Err(Failure::failed(deaf.not_running(client.socket())));
+        }
         Presence::Stopped | Presence::Unknown => {}
     }
     let (started, version) = start::ensure_running(context, &client).await?;

@@ -2,7 +2,7 @@
 
 use overnode_daemon::api::{self, Targets};
 
-use super::{demand_root, listed};
+use super::{listed, require_root};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::{Connect, Context, Forget};
@@ -12,7 +12,7 @@ use crate::options::{Connect, Context, Forget};
 /// # Errors
 /// Fails if the daemon is not running or refuses.
 pub async fn connect(context: &Context, wanted: Connect) -> Result<String, Failure> {
-    demand_root("connect")?;
+    require_root("connect")?;
     let request = api::Connect { hosts: wanted.hosts, replace: wanted.replace };
     Client::new(context).post("/v1/connect", &request).await.map(describe)
 }
@@ -22,7 +22,7 @@ pub async fn connect(context: &Context, wanted: Connect) -> Result<String, Failu
 /// # Errors
 /// Fails if the daemon is not running or refuses.
 pub async fn forget(context: &Context, wanted: Forget) -> Result<String, Failure> {
-    demand_root("forget")?;
+    require_root("forget")?;
     Client::new(context)
         .post("/v1/forget", &api::Forget { hosts: wanted.hosts })
         .await

@@ -17,7 +17,7 @@ pub fn run() -> Result<String, Failure> {
     loop {
         let mut bytes = [0; BYTES];
         OsRng.try_fill_bytes(&mut bytes).map_err(|error| {
-            Failure::failed(format_args!("the kernel gave no randomness: {error}: try again"))
+            Failure::failed(format_args!("the kernel returned no random bytes: {error}; try again"))
         })?;
         let token = BASE64URL_NOPAD.encode(&bytes);
         // In `--token TOKEN`, a leading hyphen would look like an option.

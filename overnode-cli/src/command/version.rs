@@ -2,7 +2,7 @@
 
 use overnode_daemon::api::Version;
 
-use crate::client::{Client, Unanswered};
+use crate::client::{Client, RequestError};
 use crate::failure::Failure;
 use crate::options::Context;
 
@@ -14,11 +14,11 @@ pub async fn run(context: &Context) -> Result<String, Failure> {
     let client = Client::new(context);
     let daemon = match client.try_get::<Version>("/v1/version").await {
         Ok(version) => describe(&version),
-        Err(Unanswered::NotRunning) => "not running".to_owned(),
-        Err(Unanswered::Denied) => "only root may ask it".to_owned(),
-        Err(why @ (Unanswered::Stranger(_) | Unanswered::Refused(_) | Unanswered::Broken(_))) => {
-            client.explain(why).to_string()
-        }
+        Err(RequestError::NotRunning) => "not running".to_owned(),
+        Err(RequestError::Denied) => "unknown: only root may query it".to_owned(),
+        Err(
+            why @ (RequestError::Stranger(_) | RequestError::Refused(_) | RequestError::Broken(_)),
+        ) => client.explain(why).to_string(),
     };
     Ok(format!("overnode   {}\novernoded  {daemon}\n", env!("CARGO_PKG_VERSION")))
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use overnode_daemon::api::{
-    Container, DroppedPacket, Flow, Happening, MonitorEvent, Path, Program, Who,
+    Container, DroppedPacket, EventKind, Flow, MonitorEvent, Path, PeerRef, Program,
 };
 
 use super::grid::Tone;
@@ -23,61 +23,63 @@ pub fn event(event: &MonitorEvent, color: bool) -> String {
     format!("{}  {kind}  {text}\n", clock(event.unix_milliseconds))
 }
 
-fn words(what: &Happening) -> (Option<Tone>, &'static str, String) {
+fn words(what: &EventKind) -> (Option<Tone>, &'static str, String) {
     let (tone, kind, text) = match what {
-        Happening::Watching(it) => (
+        EventKind::Watching(it) => (
             Tone::Plain,
             "watching",
             format!(
-                "node {} ({}), up to {} dropped packets a second for each reason",
+                "node {} ({}), at most {} dropped packets per second and reason",
                 it.id, it.nickname, it.drops_per_second
             ),
         ),
-        Happening::Drop(it) => (Tone::Bad, "drop", dropped(it)),
-        Happening::DropsNotShown { reason, count } => {
+        EventKind::Drop(it) => (Tone::Bad, "drop", dropped(it)),
+        EventKind::DropsNotShown { reason, count } => {
             (Tone::Bad, "drops not shown", format!("{reason:<14}  {count} more packets"))
         }
-        Happening::Missed { count } => {
-            (Tone::Wait, "missed", format!("{count} events: they came faster than they were read"))
-        }
-        Happening::Connected { peer, remote } => {
+        EventKind::Missed { count } => (
+            Tone::Wait,
+            "missed",
+            format!("{count} events, which arrived faster than they were read"),
+        ),
+        EventKind::Connected { peer, remote } => {
             (Tone::Good, "connected", format!("{} at {remote}", who(peer)))
         }
-        Happening::Disconnected { peer, remote, why } => {
+        EventKind::Disconnected { peer, remote, why } => {
             (Tone::Bad, "disconnected", format!("{} at {remote}: {why}", who(peer)))
         }
-        Happening::SessionEstablished { peer } => {
-            (Tone::Good, "session", format!("{} has one", who(peer)))
+        EventKind::SessionEstablished { peer } => {
+            (Tone::Good, "session", format!("{} established", who(peer)))
         }
-        Happening::SessionLost { peer, why } => {
+        EventKind::SessionLost { peer, why } => {
             let why = why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
             (Tone::Bad, "session lost", format!("{}{why}", who(peer)))
         }
-        Happening::PathChanged { peer, path } => match path {
-            Some(Path::Direct) => (Tone::Good, "path", format!("{} straight", who(peer))),
+        EventKind::PathChanged { peer, path } => match path {
+            Some(Path::Direct) => (Tone::Good, "path", format!("{} direct", who(peer))),
             Some(Path::Via(relay)) => {
                 (Tone::Wait, "path", format!("{} through node {relay}", who(peer)))
             }
-            None => (Tone::Bad, "path", format!("{} none is known", who(peer))),
+            None => (Tone::Bad, "path", format!("{} has no known path", who(peer))),
         },
-        Happening::StraightPath { peer, works: true, mtu } => {
-            (Tone::Good, "straight path", format!("{} works, {mtu} bytes", who(peer)))
+        EventKind::DirectPath { peer, works: true, mtu } => {
+            (Tone::Good, "direct path", format!("{} up, MTU {mtu} bytes", who(peer)))
         }
-        Happening::StraightPath { peer, works: false, .. } => {
-            (Tone::Bad, "straight path", format!("{} is dead: probes do not come back", who(peer)))
+        EventKind::DirectPath { peer, works: false, .. } => {
+            (Tone::Bad, "direct path", format!("{} down: no answer to probes", who(peer)))
         }
-        Happening::NodeAppeared { peer } => (Tone::Good, "node appeared", who(peer)),
-        Happening::NodeReachable { peer } => (Tone::Good, "node reachable", who(peer)),
-        Happening::NodeUnreachable { peer } => (Tone::Bad, "node unreachable", who(peer)),
-        Happening::NodeLeft { peer } => (Tone::Wait, "node left", who(peer)),
-        Happening::Attached(it) => (Tone::Good, "attached", container(it)),
-        Happening::Named(it) => (Tone::Plain, "named", container(it)),
-        Happening::Detached(it) => (Tone::Wait, "detached", container(it)),
-        Happening::Gone(it) => (Tone::Wait, "gone", container(it)),
-        Happening::Problem { problem } => (Tone::Bad, "problem", problem.clone()),
-        Happening::ProblemOver { problem } => (Tone::Good, "problem over", problem.clone()),
-        Happening::Unknown => {
-            (Tone::Plain, "unknown", "an event of a later version: --json shows it".to_owned())
+        EventKind::NodeAppeared { peer } => (Tone::Good, "node appeared", who(peer)),
+        EventKind::NodeReachable { peer } => (Tone::Good, "node reachable", who(peer)),
+        EventKind::NodeUnreachable { peer } => (Tone::Bad, "node unreachable", who(peer)),
+        EventKind::NodeLeft { peer } => (Tone::Wait, "node left", who(peer)),
+        EventKind::Attached(it) => (Tone::Good, "attached", container(it)),
+        EventKind::Named(it) => (Tone::Plain, "named", container(it)),
+        EventKind::Detached(it) => (Tone::Wait, "detached", container(it)),
+        EventKind::Gone(it) => (Tone::Wait, "gone", container(it)),
+        EventKind::Problem { problem } => (Tone::Bad, "problem", problem.clone()),
+        EventKind::ProblemResolved { problem } => (Tone::Good, "problem over", problem.clone()),
+        EventKind::Unknown => {
+            (Tone::Plain, "unknown", "an event of a newer version: use --json to see it".to_owned())
         }
     };
     (Some(tone), kind, text)
@@ -98,7 +100,7 @@ fn dropped(it: &DroppedPacket) -> String {
         parts.push(flow(inner, named));
     } else if let Some(arp) = &headers.arp {
         parts.push(format!(
-            "ARP of {}{} about {}{}",
+            "ARP from {}{} for {}{}",
             arp.sender,
             named(arp.sender),
             arp.target,
@@ -127,7 +129,7 @@ fn dropped(it: &DroppedPacket) -> String {
         parts.push(format!("hardware address {}", ethernet.source));
     }
     parts.push(format!("{} bytes", it.bytes));
-    parts.extend(it.interface.as_ref().map(|it| format!("at {it}")));
+    parts.extend(it.interface.as_ref().map(|it| format!("on {it}")));
     parts.join("  ")
 }
 
@@ -144,7 +146,7 @@ fn flow(flow: &Flow, named: impl Fn(IpAddr) -> String) -> String {
     )
 }
 
-fn who(peer: &Who) -> String {
+fn who(peer: &PeerRef) -> String {
     let name = peer.name.as_ref().map(|name| format!(" ({name})")).unwrap_or_default();
     match (peer.id, peer.public_key) {
         (Some(id), _) => format!("node {id}{name}"),
@@ -198,25 +200,29 @@ mod tests {
             line(
                 r#"{"event":"drop","reason":"spoofed","program":"from-container","interface":"ov0a280002","bytes":98,"container":{"address":"10.40.0.2","target":"netns:blue","name":"blue"},"peer":{"id":2,"name":"host2"},"ethernet":{"source":"02:00:00:00:00:01","ether_type":2048},"inner":{"source":"10.40.0.3","destination":"10.42.0.9","protocol":"udp","source_port":5000,"destination_port":53}}"#
             ),
-            "  drop                spoofed         udp 10.40.0.3:5000 > 10.42.0.9:53  from blue  for node 2 (host2)  hardware address 02:00:00:00:00:01  98 bytes  at ov0a280002\n"
+            "  drop                spoofed         udp 10.40.0.3:5000 > 10.42.0.9:53  from blue  \
+             for node 2 (host2)  hardware address 02:00:00:00:00:01  98 bytes  on ov0a280002\n"
         );
         assert_eq!(
             line(
                 r#"{"event":"drop","reason":"spoofed","program":"from-container","interface":"ov0a280002","bytes":98,"container":{"address":"10.40.0.2","target":"netns:blue","name":"blue"},"names":{"10.40.0.2":"blue","10.40.0.3":"shop","10.40.0.4":"web\u001b"},"inner":{"source":"10.40.0.3","destination":"10.40.0.4","protocol":"udp","source_port":5000,"destination_port":53}}"#
             ),
-            "  drop                spoofed         udp 10.40.0.3:5000 (shop) > 10.40.0.4:53 (web?)  from blue  98 bytes  at ov0a280002\n"
+            "  drop                spoofed         udp 10.40.0.3:5000 (shop) > 10.40.0.4:53 \
+             (web?)  from blue  98 bytes  on ov0a280002\n"
         );
         assert_eq!(
             line(
                 r#"{"event":"drop","reason":"spoofed","program":"from-container","bytes":42,"container":{"address":"10.40.0.2","target":"netns:blue"},"names":{"10.40.0.2":"netns:blue","10.40.0.3":"shop"},"arp":{"sender":"10.40.0.3","target":"10.40.0.2"}}"#
             ),
-            "  drop                spoofed         ARP of 10.40.0.3 (shop) about 10.40.0.2  from netns:blue  42 bytes\n"
+            "  drop                spoofed         ARP from 10.40.0.3 (shop) for 10.40.0.2  from \
+             netns:blue  42 bytes\n"
         );
         assert_eq!(
             line(
                 r#"{"event":"drop","reason":"forged","program":"from-underlay","interface":"eth0","bytes":142,"peer":{"id":2},"outer":{"source":"fd00::1","destination":"fd00::2","protocol":"udp","source_port":6784,"destination_port":6784},"message":{"receiver":7,"counter":8}}"#
             ),
-            "  drop                forged          udp [fd00::1]:6784 > [fd00::2]:6784  of node 2  142 bytes  at eth0\n"
+            "  drop                forged          udp [fd00::1]:6784 > [fd00::2]:6784  of node 2  \
+             142 bytes  on eth0\n"
         );
         assert_eq!(
             line(r#"{"event":"drops-not-shown","reason":"spoofed","count":99968}"#),
@@ -242,15 +248,15 @@ mod tests {
         );
         assert_eq!(
             line(r#"{"event":"eclipse"}"#),
-            "  unknown             an event of a later version: --json shows it\n"
+            "  unknown             an event of a newer version: use --json to see it\n"
         );
     }
 
     #[test]
-    fn only_terminals_get_colours() {
+    fn only_terminals_get_colors() {
         let problem = MonitorEvent {
             unix_milliseconds: 0,
-            what: Happening::Problem { problem: "x".to_owned() },
+            what: EventKind::Problem { problem: "x".to_owned() },
         };
         assert!(event(&problem, true).contains("\u{1b}[31m"));
         assert!(!event(&problem, false).contains('\u{1b}'));

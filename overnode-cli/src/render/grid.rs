@@ -232,17 +232,18 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_gets_one_line_for_each_row() {
+    fn a_pipe_gets_one_line_per_row() {
         assert_eq!(
             grid().render(PIPE),
             "HOST                   STATE        NOTE\n\
              host2                  established  -\n\
-             a-longer-name.example  retrying     the name does not resolve, which is tried again all the time\n"
+             a-longer-name.example  retrying     the name does not resolve, which is tried again \
+             all the time\n"
         );
     }
 
     #[test]
-    fn a_terminal_gets_the_last_column_wrapped() {
+    fn the_last_column_is_wrapped_on_a_terminal() {
         assert_eq!(
             grid().render(Style { width: Some(80), color: false }),
             "HOST                   STATE        NOTE\n\
@@ -267,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_that_can_be_spared_go_first() {
+    fn dispensable_columns_are_left_out_first() {
         let mut grid = Grid::new(&["name", "endpoint", "sent"]).spare(&["endpoint"]);
         grid.row(["host2", "192.0.2.12:6784", "4 KiB"].map(Cell::from));
         let style = Style { width: Some(24), color: false };
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn colours_come_only_when_wanted_and_never_from_content() {
+    fn colors_appear_only_on_request_and_never_from_content() {
         let colored = grid().render(Style { width: None, color: true });
         assert!(colored.contains("\u{1b}[38;5;10m"), "{colored:?}");
         let mut hostile = Grid::new(&["name"]);
@@ -285,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_said_to_be_nothing() {
+    fn a_grid_without_rows_says_none() {
         assert_eq!(Grid::new(&["name"]).render(PIPE), "(none)\n");
     }
 }

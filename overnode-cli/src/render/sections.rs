@@ -53,7 +53,7 @@ pub fn node(node: &NodeStatus, style: Style) -> String {
     ];
     let (subnet, range) = (node.network.subnet, node.network.range);
     pairs.extend(node.address.map(|address| ("address", Cell::from(address))));
-    pairs.push(("subnet", format!("{subnet}, of which {range} is given out").into()));
+    pairs.push(("subnet", format!("{subnet}, addresses are allocated from {range}").into()));
     let underlay: Vec<String> = node
         .interface
         .iter()
@@ -76,9 +76,12 @@ pub fn node(node: &NodeStatus, style: Style) -> String {
 /// Describes how bulk flows are handled. Returns `None` while the workers start.
 fn workers(bulk: &WorkersStatus) -> Option<String> {
     let how_many = match (bulk.mode, bulk.workers) {
-        (Mode::Off, _) => return Some("in the kernel, as all others".to_owned()),
+        (Mode::Off, _) => return Some("in the kernel, like all other flows".to_owned()),
         (_, 0) => {
-            return bulk.error.as_ref().map(|_| "in the kernel: there are no workers".to_owned());
+            return bulk
+                .error
+                .as_ref()
+                .map(|_| "in the kernel, because there are no workers".to_owned());
         }
         (_, 1) => "1 worker".to_owned(),
         (_, workers) => format!("{workers} workers"),
@@ -283,7 +286,7 @@ pub fn ipam(ipam: &IpamStatus, detailed: bool, style: Style) -> String {
     let facts = pairs_of(facts.iter().map(|(name, cell)| (*name, cell)), style);
     let mut text = format!("{facts}{}", grid.render(style));
     if !ipam.loans.is_empty() {
-        text = format!("{text}\nLent\n{}", loans(ipam, style));
+        text = format!("{text}\nLoans\n{}", loans(ipam, style));
     }
     text
 }
@@ -294,7 +297,7 @@ fn loans(ipam: &IpamStatus, style: Style) -> String {
         let owner = ipam.owners.iter().find(|owner| owner.id == id);
         named(id, owner.map_or("", |owner| &owner.nickname))
     };
-    let mut grid = Grid::new(&["by", "to", "addresses", "state", "networks"]);
+    let mut grid = Grid::new(&["lender", "borrower", "addresses", "state", "networks"]);
     for loan in &ipam.loans {
         let state = match (loan.lender_reachable, loan.borrower_reachable) {
             (true, true) => reachable(Some(true)),
@@ -331,10 +334,10 @@ pub fn dns(dns: &DnsStatus, style: Style) -> String {
         false => upstream.join(", ").into(),
     };
     let queries = format!(
-        "{}, of which {} went elsewhere ({} without an answer); {} refused",
+        "{}, of which {} were forwarded ({} without an answer); {} refused",
         dns.queries, dns.forwarded, dns.failed, dns.refused
     );
-    let facts = [("names", lead), ("elsewhere", upstream), ("queries", queries.into())];
+    let facts = [("names", lead), ("upstream", upstream), ("queries", queries.into())];
     let mut grid = Grid::new(&["name", "address", "node", "state"]);
     for entry in &dns.entries {
         grid.row([
@@ -353,7 +356,7 @@ pub fn dns(dns: &DnsStatus, style: Style) -> String {
 
 /// Formats `--counters`.
 pub fn counters(counters: &[CounterStatus], style: Style) -> String {
-    let mut grid = Grid::new(&["reason", "packets", "fate", "meaning"]);
+    let mut grid = Grid::new(&["reason", "packets", "verdict", "meaning"]);
     for counter in counters.iter().filter(|counter| counter.count > 0) {
         let fate = if counter.dropped { Cell::new("dropped", Tone::Wait) } else { "passed".into() };
         grid.row([
@@ -464,7 +467,7 @@ fn reachability(peer: &PeerStatus) -> Cell {
     }
     match (peer.reachable, peer.path) {
         (Some(true), Some(Path::Direct)) => Cell::new("direct", Tone::Good),
-        (Some(true), Some(Path::Via(node))) => Cell::new(format!("through {node}"), Tone::Wait),
+        (Some(true), Some(Path::Via(node))) => Cell::new(format!("via {node}"), Tone::Wait),
         (state, _) => reachable(state),
     }
 }

@@ -80,7 +80,7 @@ pub fn sample() -> Status {
             straight: false,
             rtt_microseconds: Some(345),
             loss_per_mille: Some(15),
-            last_error: Some(error("probes have no answer", 70)),
+            last_error: Some(error("probes are not answered", 70)),
         }),
         rx_bytes: 123_456_789,
         tx_bytes: 4096,
@@ -282,7 +282,7 @@ pub fn sample() -> Status {
             problems: vec![
                 "the address 10.40.0.9 is in use here and on node 7: detach one of the two".into(),
             ],
-            notices: vec!["node 3 lends the quarter of node 4 by now".into()],
+            notices: vec!["node 3 now lends the quarter of node 4".into()],
             reclaims: vec![ReclaimStatus {
                 id: 4.try_into().unwrap(),
                 missing: vec![3.try_into().unwrap()],

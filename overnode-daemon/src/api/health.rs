@@ -71,7 +71,8 @@ impl Health {
         addresses(status, &mut findings);
         targets(status, &mut findings);
         if let Some(error) = &status.node.bulk.error {
-            let advice = "mend it, or launch with `--bulk off` to do without: only flows that move a lot are slower";
+            let advice = "fix it, or launch with `--bulk off` to do without: only bulk flows are \
+                          slower then";
             findings.push(Finding::new(Level::Warning, error, advice));
         }
         refused(status, &mut findings);
@@ -80,7 +81,11 @@ impl Health {
             findings.push(Finding::new(
                 Level::Warning,
                 format_args!("{name} ({}) has lost its interface", endpoint.address),
-                format_args!("it comes back within a minute if its network namespace is still there; else restart it, or `overnode detach {}`", endpoint.target),
+                format_args!(
+                    "it comes back within a minute if its network namespace still exists; \
+                     otherwise restart it, or run `overnode detach {}`",
+                    endpoint.target
+                ),
             ));
         }
         findings.sort_by_key(|finding| std::cmp::Reverse(finding.level));
@@ -100,7 +105,7 @@ fn unless_here<'a>(status: &Status, advice: &'a str) -> &'a str {
     if status.node.underlay_problems.is_empty() {
         advice
     } else {
-        "first mend what is said of this host's own interfaces"
+        "first fix the problems of this host's own interfaces"
     }
 }
 
@@ -111,12 +116,13 @@ fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
         [] => return,
         [one] => {
             let since =
-                one.since_seconds.map(|s| format!(" since {}", duration(s))).unwrap_or_default();
+                one.since_seconds.map(|s| format!(" (for {})", duration(s))).unwrap_or_default();
             let advice = format!(
-                "see that its host and its node run, and that TCP and UDP 6783 and 6784 pass; if it is gone for good: {}",
+                "check that its host and its node are running, and that TCP and UDP ports 6783 and \
+                 6784 are open; if it is gone for good: {}",
                 reclaim(status, one.id)
             );
-            (format!("{} is not reachable{since}", named(one.id, &one.nickname)), advice)
+            (format!("{} is unreachable{since}", named(one.id, &one.nickname)), advice)
         }
         _ => {
             let mut names = String::new();
@@ -125,8 +131,9 @@ fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
             }
             let more = lost.len().saturating_sub(NAMED);
             let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
-            let advice = "if this host is the one that is cut off, look at its own network first: `overnode status --connections`";
-            (format!("{} nodes are not reachable: {names}{rest}", lost.len()), advice.to_owned())
+            let advice = "if this host is the one that is cut off, check its own network first: \
+                          `overnode status --connections`";
+            (format!("{} nodes are unreachable: {names}{rest}", lost.len()), advice.to_owned())
         }
     };
     findings.push(Finding::new(Level::Critical, what, unless_here(status, &advice)));
@@ -134,22 +141,24 @@ fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
 
 /// Returns the command that reclaims the addresses of a lost node, and where to run it.
 fn reclaim(status: &Status, gone: NodeId) -> String {
-    let place = if status.node.id.owns_a_quarter() { "" } else { " on one of nodes 1 to 4" };
+    let place = if status.node.id.has_initial_quarter() { "" } else { " on one of nodes 1 to 4" };
     format!("`overnode reclaim {gone}`{place}")
 }
 
 /// Returns the finding about data packets to a reachable node, if there is one.
 fn of_data(status: &Status, peer: &PeerStatus) -> Option<Finding> {
     let advice =
-        unless_here(status, "see that UDP 6784 passes between the two hosts, in both directions");
+        unless_here(status, "check that UDP 6784 passes between the two hosts, in both directions");
     let name = named(peer.id, &peer.nickname);
     let waited = peer.since_seconds.is_none_or(|since| since >= HANDSHAKE);
     let Some(data) = &peer.data else {
         return waited.then(|| {
             Finding::new(
                 Level::Critical,
-                format_args!("packets do not get to {name}: this host's programs do not know it"),
-                "see what the daemon's log says of that node",
+                format_args!(
+                    "packets do not reach {name}: this host's eBPF programs do not know it"
+                ),
+                "check the daemon's log for that node",
             )
         });
     };
@@ -159,7 +168,7 @@ fn of_data(status: &Status, peer: &PeerStatus) -> Option<Finding> {
             let why = because(data.last_error.as_ref());
             Finding::new(
                 Level::Critical,
-                format_args!("packets do not get to {name}: there are no keys{why}"),
+                format_args!("packets do not reach {name}: there are no session keys{why}"),
                 advice,
             )
         });
@@ -169,7 +178,7 @@ fn of_data(status: &Status, peer: &PeerStatus) -> Option<Finding> {
         None if waited => Some(Finding::new(
             Level::Critical,
             format_args!(
-                "packets do not get to {name}, neither straight nor through another node{}",
+                "packets do not reach {name}, neither directly nor through another node{}",
                 because(route.last_error.as_ref())
             ),
             advice,
@@ -177,7 +186,7 @@ fn of_data(status: &Status, peer: &PeerStatus) -> Option<Finding> {
         Some(Path::Via(relay)) => Some(Finding::new(
             Level::Warning,
             format_args!(
-                "packets for {name} go through node {relay}{}",
+                "packets to {name} go through node {relay}{}",
                 because(route.last_error.as_ref())
             ),
             advice,
@@ -185,8 +194,8 @@ fn of_data(status: &Status, peer: &PeerStatus) -> Option<Finding> {
         Some(Path::Direct) => route.loss_per_mille.filter(|loss| *loss > LOSSY).map(|loss| {
             Finding::new(
                 Level::Warning,
-                format_args!("of the probes to {name}, {}.{} % are lost", loss / 10, loss % 10),
-                "look for a link that is overloaded or failing between the two hosts",
+                format_args!("{}.{} % of the probes to {name} are lost", loss / 10, loss % 10),
+                "look for an overloaded or failing link between the two hosts",
             )
         }),
         None => None,
@@ -199,19 +208,20 @@ fn addresses(status: &Status, findings: &mut Vec<Finding>) {
         findings.push(Finding::new(
             Level::Critical,
             format_args!("containers cannot get an address here: {why}"),
-            "connect this node with one of nodes 1 to 4, which lend addresses: `overnode connect HOST`",
+            "connect this node to one of nodes 1 to 4, which lend addresses: \
+             `overnode connect HOST`",
         ));
     }
     for reclaim in &status.ipam.reclaims {
         let missing =
-            reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            reclaim.missing.iter().map(|id| format!("node {id}")).collect::<Vec<_>>().join(", ");
         findings.push(Finding::new(
             Level::Warning,
             format_args!(
-                "the addresses of node {} are not taken back yet: nodes {missing} have to agree",
+                "the addresses of node {} are not reclaimed yet: {missing} must agree first",
                 reclaim.id
             ),
-            "start those nodes; reclaim those that are gone for good, too",
+            "start those nodes, or reclaim those that are gone for good, too",
         ));
     }
 }
@@ -237,7 +247,7 @@ fn targets(status: &Status, findings: &mut Vec<Finding>) {
             }
             None => format!("the target {} has not answered yet", target.host),
         };
-        let advice = format!("`overnode forget {}` if it is not to be tried any more", target.host);
+        let advice = format!("run `overnode forget {}` to stop trying it", target.host);
         findings.push(Finding::new(level, what, advice));
     }
 }
@@ -253,7 +263,7 @@ fn refused(status: &Status, findings: &mut Vec<Finding>) {
         if let Some(error) = &call.last_error {
             findings.push(Finding::new(
                 Level::Warning,
-                format_args!("{} was not let in: {}", call.remote, error.message),
+                format_args!("the connection from {} was refused: {}", call.remote, error.message),
                 "",
             ));
         }
@@ -286,23 +296,32 @@ mod tests {
     fn health(change: impl FnOnce(&mut Value)) -> Health {
         let mut status = json!({
             "node": {
-                "id": 1, "nickname": "host1", "state": "running", "version": "1", "uptime_seconds": 60,
-                "network": crate::types::Network::default(), "public_key": crate::types::PublicKey([1; 32]),
+                "id": 1, "nickname": "host1", "state": "running", "version": "1",
+                "uptime_seconds": 60, "network": crate::types::Network::default(),
+                "public_key": crate::types::PublicKey([1; 32]),
             },
             "targets": [{"host": "host2", "state": "established", "peer": 2}],
             "peers": [
                 {"id": 1, "nickname": "host1", "myself": true, "reachable": true},
                 {
-                    "id": 2, "nickname": "host2", "myself": false, "reachable": true, "since_seconds": 60,
+                    "id": 2, "nickname": "host2", "myself": false, "reachable": true,
+                    "since_seconds": 60,
                     "data": {
                         "session": "established", "rx_bytes": 0, "tx_bytes": 0,
-                        "route": {"path": "direct", "since_seconds": 60, "straight": true, "loss_per_mille": 1},
+                        "route": {
+                            "path": "direct", "since_seconds": 60, "straight": true,
+                            "loss_per_mille": 1,
+                        },
                     },
                 },
             ],
-            "connections": [{"direction": "inbound", "remote": "192.0.2.2:6783", "state": "established", "peer": 2}],
+            "connections": [{
+                "direction": "inbound", "remote": "192.0.2.2:6783", "state": "established",
+                "peer": 2,
+            }],
             "endpoints": [{
-                "target": "netns:a", "address": "10.40.0.1/12", "static": false, "interface": "ov0a280001", "state": "attached",
+                "target": "netns:a", "address": "10.40.0.1/12", "static": false,
+                "interface": "ov0a280001", "state": "attached",
             }],
             "ipam": {"ready": true, "owners": []},
             "counters": [],
@@ -323,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn each_thing_that_is_wrong_is_named_once_with_what_to_do() {
+    fn each_problem_is_one_finding_with_advice() {
         type Case = (fn(&mut Value), Level, &'static str, &'static str);
         let cases: [Case; 16] = [
             (
@@ -343,7 +362,7 @@ mod tests {
             (
                 |it| it["peers"][1]["data"] = Value::Null,
                 Level::Critical,
-                "this host's programs do not know it",
+                "this host's eBPF programs do not know it",
                 "log",
             ),
             (
@@ -355,7 +374,7 @@ mod tests {
             (
                 |it| it["peers"][1]["reachable"] = false.into(),
                 Level::Critical,
-                "node 2 (host2) is not reachable since 60 s",
+                "node 2 (host2) is unreachable (for 60 s)",
                 "overnode reclaim 2`",
             ),
             (
@@ -364,19 +383,19 @@ mod tests {
                     it["peers"][1]["reachable"] = false.into();
                 },
                 Level::Critical,
-                "node 2 (host2) is not reachable since 60 s",
+                "node 2 (host2) is unreachable (for 60 s)",
                 "overnode reclaim 2` on one of nodes 1 to 4",
             ),
             (
                 |it| it["peers"][1]["data"]["session"] = "expired".into(),
                 Level::Critical,
-                "there are no keys",
+                "there are no session keys",
                 "UDP 6784",
             ),
             (
                 |it| it["peers"][1]["data"]["route"]["path"] = Value::Null,
                 Level::Critical,
-                "neither straight nor",
+                "neither directly nor",
                 "UDP 6784",
             ),
             (
@@ -388,7 +407,7 @@ mod tests {
             (
                 |it| it["peers"][1]["data"]["route"]["loss_per_mille"] = 35.into(),
                 Level::Warning,
-                "3.5 % are lost",
+                "3.5 % of the probes to node 2 (host2) are lost",
                 "link",
             ),
             (
@@ -400,7 +419,7 @@ mod tests {
             (
                 |it| it["ipam"]["reclaims"] = json!([{"id": 4, "missing": [3]}]),
                 Level::Warning,
-                "node 4 are not taken back",
+                "node 4 are not reclaimed yet: node 3 must agree first",
                 "start those",
             ),
             (
@@ -410,7 +429,10 @@ mod tests {
                 "overnode detach netns:a",
             ),
             (
-                |it| it["targets"][0] = json!({"host": "h", "state": "failed", "last_error": {"message": "the token differs"}}),
+                |it| {
+                    let error = json!({"message": "the token differs"});
+                    it["targets"][0] = json!({"host": "h", "state": "failed", "last_error": error});
+                },
                 Level::Critical,
                 "the target h is not connected: the token differs",
                 "overnode forget h",
@@ -425,26 +447,33 @@ mod tests {
     }
 
     #[test]
-    fn who_calls_with_a_wrong_token_is_named() {
+    fn a_remote_with_a_wrong_token_is_named() {
         let call = json!({
-            "direction": "inbound", "remote": "192.0.2.9:40000", "state": "failed", "last_error": {"message": "another token"},
+            "direction": "inbound", "remote": "192.0.2.9:40000", "state": "failed",
+            "last_error": {"message": "another token"},
         });
         let health = health(|it| it["connections"].as_array_mut().unwrap().push(call));
-        assert_eq!(only(&health).what, "192.0.2.9:40000 was not let in: another token");
+        assert_eq!(
+            only(&health).what,
+            "the connection from 192.0.2.9:40000 was refused: another token"
+        );
     }
 
     #[test]
-    fn a_target_whose_node_is_away_is_not_named_twice() {
+    fn a_target_whose_node_is_unreachable_is_reported_once() {
         let health = health(|it| {
             it["peers"][1]["reachable"] = false.into();
-            it["targets"][0] = json!({"host": "host2", "state": "retrying", "peer": 2, "last_error": {"message": "no answer"}});
+            it["targets"][0] = json!({
+                "host": "host2", "state": "retrying", "peer": 2,
+                "last_error": {"message": "no answer"},
+            });
         });
         only(&health);
     }
 
     /// The status may be taken in the middle of a dial attempt.
     #[test]
-    fn a_target_that_is_silent_is_no_better_while_it_is_tried() {
+    fn a_dial_attempt_does_not_hide_the_previous_error() {
         let tried = |state: &str| {
             let state = state.to_owned();
             health(move |it| {
@@ -457,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_here_is_not_blamed_on_others() {
+    fn a_local_problem_is_not_blamed_on_other_nodes() {
         for change in [
             (|it| it["peers"][1]["data"]["session"] = "expired".into()) as fn(&mut Value),
             |it| it["peers"][1]["data"]["route"]["path"] = Value::Null,
@@ -477,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn new_nodes_are_given_a_moment() {
+    fn a_new_node_has_time_for_its_handshake() {
         let health = health(|it| {
             it["peers"][1]["since_seconds"] = 2.into();
             it["peers"][1]["data"]["session"] = "handshake".into();
@@ -486,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn many_nodes_that_are_away_take_one_line_and_the_worst_comes_first() {
+    fn many_unreachable_nodes_are_one_finding_and_the_worst_is_first() {
         let health = health(|it| {
             it["endpoints"][0]["state"] = "gone".into();
             for id in 3..30 {
@@ -496,9 +525,6 @@ mod tests {
         });
         let levels: Vec<Level> = health.findings.iter().map(|finding| finding.level).collect();
         assert_eq!(levels, [Level::Critical, Level::Warning]);
-        assert_eq!(
-            health.findings[0].what,
-            "27 nodes are not reachable: 3, 4, 5, 6, 7 and 22 more"
-        );
+        assert_eq!(health.findings[0].what, "27 nodes are unreachable: 3, 4, 5, 6, 7 and 22 more");
     }
 }

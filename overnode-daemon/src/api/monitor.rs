@@ -18,13 +18,13 @@ pub struct MonitorEvent {
     pub unix_milliseconds: u64,
     /// What happened.
     #[serde(flatten)]
-    pub what: Happening,
+    pub what: EventKind,
 }
 
 /// The kinds of events. The JSON field `event` holds the variant's name in kebab-case.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
-pub enum Happening {
+pub enum EventKind {
     /// The first line of the stream. Events follow from here on.
     Watching(Watching),
     /// A packet was dropped.
@@ -44,14 +44,14 @@ pub enum Happening {
     /// A control connection was established.
     Connected {
         /// The node at the other end.
-        peer: Who,
+        peer: PeerRef,
         /// Its socket address.
         remote: SocketAddr,
     },
     /// A control connection ended.
     Disconnected {
         /// The node at the other end.
-        peer: Who,
+        peer: PeerRef,
         /// Its socket address.
         remote: SocketAddr,
         /// The reason, in words.
@@ -60,12 +60,12 @@ pub enum Happening {
     /// Container packets can be sealed for a peer from now on. Checked once a second.
     SessionEstablished {
         /// The peer.
-        peer: Who,
+        peer: PeerRef,
     },
     /// There is no longer a session with a peer. Checked once a second.
     SessionLost {
         /// The peer.
-        peer: Who,
+        peer: PeerRef,
         /// Why the last handshake failed, if one did.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         why: Option<String>,
@@ -73,15 +73,15 @@ pub enum Happening {
     /// Packets for a node take another path from now on.
     PathChanged {
         /// The node.
-        peer: Who,
+        peer: PeerRef,
         /// The new path; absent if none is known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         path: Option<Path>,
     },
     /// The direct path to a node started or stopped working.
-    StraightPath {
+    DirectPath {
         /// The node.
-        peer: Who,
+        peer: PeerRef,
         /// Whether probes come back.
         works: bool,
         /// The largest inner packet that fits the path, in bytes.
@@ -90,22 +90,22 @@ pub enum Happening {
     /// A node became known.
     NodeAppeared {
         /// The node.
-        peer: Who,
+        peer: PeerRef,
     },
     /// A node became reachable, directly or through others.
     NodeReachable {
         /// The node.
-        peer: Who,
+        peer: PeerRef,
     },
     /// A node became unreachable: no chain of connections leads to it.
     NodeUnreachable {
         /// The node.
-        peer: Who,
+        peer: PeerRef,
     },
     /// A node left the cluster for good.
     NodeLeft {
         /// The node.
-        peer: Who,
+        peer: PeerRef,
     },
     /// A container was attached.
     Attached(Container),
@@ -121,7 +121,7 @@ pub enum Happening {
         problem: String,
     },
     /// A [`Self::Problem`] is over.
-    ProblemOver {
+    ProblemResolved {
         /// The text of the problem.
         problem: String,
     },
@@ -143,7 +143,7 @@ pub struct Watching {
 
 /// A node or an external WireGuard peer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Who {
+pub struct PeerRef {
     /// The node's ID.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<NodeId>,
@@ -187,7 +187,7 @@ pub struct DroppedPacket {
     /// message names, or else the peer at the source address. An attacker can forge both, unless
     /// the drop reason implies that the message was authenticated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub peer: Option<Who>,
+    pub peer: Option<PeerRef>,
     /// Names of this host's containers whose addresses are in `inner` or `arp`. A container without
     /// a name is listed by its target. The match relies on the packet's own addresses and proves
     /// nothing about its origin.
@@ -320,11 +320,11 @@ mod tests {
             interface: None,
             bytes: 98,
             container: None,
-            peer: Some(Who { id: NodeId::new(2).ok(), ..Who::default() }),
+            peer: Some(PeerRef { id: NodeId::new(2).ok(), ..PeerRef::default() }),
             names: [("10.40.0.2".parse().unwrap(), "web".to_owned())].into(),
             headers,
         };
-        let event = MonitorEvent { unix_milliseconds: 7, what: Happening::Drop(Box::new(dropped)) };
+        let event = MonitorEvent { unix_milliseconds: 7, what: EventKind::Drop(Box::new(dropped)) };
         let text = serde_json::to_string(&event).unwrap();
         assert_eq!(
             text,
@@ -338,6 +338,6 @@ mod tests {
         let event: MonitorEvent =
             serde_json::from_str(r#"{"unix_milliseconds":7,"event":"eclipse","of":{"the":"sun"}}"#)
                 .unwrap();
-        assert_eq!(event.what, Happening::Unknown);
+        assert_eq!(event.what, EventKind::Unknown);
     }
 }

@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{ApiError, BODY_LIMIT, Call, ErrorKind, Happening, Reply, Request, error::ErrorBody};
+use super::{ApiError, BODY_LIMIT, Call, ErrorKind, EventKind, Reply, Request, error::ErrorBody};
 use crate::metrics;
 use crate::monitor::hub::{Hub, line_now};
 
@@ -108,16 +108,17 @@ fn with_body<T: DeserializeOwned + Send + 'static>(
         let bytes = match body {
             Ok(bytes) => bytes,
             Err(rejection) => {
-                let message = format!("the request's body was not read: {}", rejection.body_text());
+                let message =
+                    format!("the request body could not be read: {}", rejection.body_text());
                 return refuse(rejection.status(), &ApiError::usage(message));
             }
         };
         match serde_json::from_slice(&bytes) {
             Ok(body) => ask(node, request(body)).await,
-            Err(error) => ApiError::usage(format_args!(
-                "the request's body is not the JSON that is expected: {error}"
-            ))
-            .into_response(),
+            Err(error) => {
+                ApiError::usage(format_args!("the request body is not the expected JSON: {error}"))
+                    .into_response()
+            }
         }
     })
 }
@@ -147,7 +148,7 @@ async fn monitor(State(node): Node, hub: Hub) -> Response {
         Err(error) => return ApiError::refused(error).into_response(),
     };
     let first = match call(&node, Request::Monitor).await {
-        Ok(Reply::Watching(watching)) => line_now(Happening::Watching(watching)),
+        Ok(Reply::Watching(watching)) => line_now(EventKind::Watching(watching)),
         Ok(other) => return other.into_response(),
         Err(error) => return error.into_response(),
     };
@@ -163,14 +164,14 @@ async fn monitor(State(node): Node, hub: Hub) -> Response {
 
 async fn unknown_path(uri: Uri) -> ApiError {
     ApiError::missing(format_args!(
-        "{} is not part of this interface: every path starts with /v1/",
+        "{} is not a path of this API: every path starts with /v1/",
         uri.path()
     ))
 }
 
 async fn wrong_method(method: Method, uri: Uri) -> Response {
     let message =
-        format!("{method} is not what {} takes: use the other one of GET and POST", uri.path());
+        format!("{} does not accept {method}: use the other one of GET and POST", uri.path());
     refuse(StatusCode::METHOD_NOT_ALLOWED, &ApiError::usage(message))
 }
 
@@ -178,8 +179,10 @@ impl IntoResponse for Reply {
     fn into_response(self) -> Response {
         match serde_json::to_vec(&self) {
             Ok(body) => json(StatusCode::OK, body),
-            Err(error) => ApiError::failed(format_args!("the answer has no JSON form: {error}"))
-                .into_response(),
+            Err(error) => {
+                ApiError::failed(format_args!("the answer could not be encoded as JSON: {error}"))
+                    .into_response()
+            }
         }
     }
 }

@@ -49,7 +49,8 @@ pub enum Netns {
 /// The text names neither a network namespace, nor a process, nor a container.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is not something to attach: give netns:NAME, netns:/path, pid:NUMBER, or a container's name or ID"
+    "{0:?} cannot be attached: give netns:NAME, netns:/path, pid:NUMBER, or a container's name or \
+     ID"
 )]
 pub struct BadTarget(String);
 

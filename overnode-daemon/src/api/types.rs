@@ -356,7 +356,8 @@ pub struct Token(String);
 pub enum BadToken {
     /// The text is empty or all whitespace.
     #[error(
-        "the token is empty: give the same one on every node of the cluster; `overnode token` makes one"
+        "the token is empty: use the same token on every node of the cluster; `overnode token` \
+         creates one"
     )]
     Empty,
     /// The text is longer than [`Token::MAX`] bytes.
@@ -411,7 +412,8 @@ impl<'de> Deserialize<'de> for Token {
 /// The text is not a valid name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "a name has 1 to 128 letters, digits, dots, hyphens and underscores, and begins with a letter or a digit"
+    "a name has 1 to 128 letters, digits, dots, hyphens and underscores, and begins with a letter \
+     or digit"
 )]
 pub struct BadName;
 

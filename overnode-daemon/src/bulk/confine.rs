@@ -67,7 +67,7 @@ pub fn drop_privileges() -> Result<()> {
     ] {
         caps::clear(None, set).context("capabilities cannot be dropped")?;
     }
-    nix::sys::prctl::set_no_new_privs().context("capabilities could come back")
+    nix::sys::prctl::set_no_new_privs().context("no_new_privs cannot be set")
 }
 
 /// Blocks all system calls that the calling thread does not need (`seccomp(2)`), for good. Blocked
@@ -75,7 +75,7 @@ pub fn drop_privileges() -> Result<()> {
 ///
 /// # Errors
 /// Fails if the kernel has no system call filters (`CONFIG_SECCOMP_FILTER`), or refuses.
-pub fn this_thread() -> Result<()> {
+pub fn install_seccomp() -> Result<()> {
     let filter: BpfProgram = SeccompFilter::new(
         rules()?,
         SeccompAction::Errno(libc::EPERM as u32),
@@ -83,7 +83,7 @@ pub fn this_thread() -> Result<()> {
         std::env::consts::ARCH.try_into()?,
     )?
     .try_into()?;
-    apply_filter(&filter).context("system calls cannot be given up (seccomp)")
+    apply_filter(&filter).context("system calls cannot be restricted (seccomp)")
 }
 
 fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
@@ -115,7 +115,7 @@ mod tests {
             let (mut one, mut other) = UnixStream::pair().unwrap();
             let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
             udp.connect(udp.local_addr().unwrap()).unwrap();
-            this_thread().unwrap();
+            install_seccomp().unwrap();
 
             one.write_all(b"packet").unwrap();
             let mut got = [0; 6];

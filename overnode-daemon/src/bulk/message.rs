@@ -147,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn headers_come_back() {
+    fn headers_round_trip() {
         for cipher in Cipher::ALL {
             for is_partial in [false, true] {
                 let header =
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn the_wire_format_stays() {
+    fn the_wire_format_is_stable() {
         let header =
             Header { cipher: Cipher::Aes, worker: 2, is_partial: true, receiver: 1, counter: 2 };
         assert_eq!(header.to_bytes(), [4, 1, 2, 1, 1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_message_is_none() {
+    fn invalid_headers_are_refused() {
         let good =
             Header { cipher: Cipher::Aes, worker: 0, is_partial: false, receiver: 1, counter: 2 };
         for (at, value) in [(0, 3), (1, 2), (2, 16), (3, 2)] {
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn hellos_come_back_and_packets_are_none() {
+    fn hellos_round_trip_and_packets_are_not_hellos() {
         let hello = Hello { wants_answer: false, speeds: [1880, u32::MAX] };
         assert_eq!(Hello::from_plaintext(&hello.to_bytes()), Some(hello));
         assert_eq!(Hello::from_plaintext(&[&hello.to_bytes()[..], &[7; 9]].concat()), Some(hello));

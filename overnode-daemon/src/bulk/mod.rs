@@ -6,7 +6,7 @@
 //! | `message` | wire format between workers |
 //! | `session` | keys, nonces, replay windows |
 //! | `peer` | whether a peer is served, and with which cipher |
-//! | `segment`, `join`, `packet` | segmenting and coalescing packets of a TAP device |
+//! | `segment`, `coalesce`, `packet` | segmenting and coalescing packets of a TAP device |
 //! | `udp` | sockets of a worker, and batches of messages |
 //! | `worker`, `process` | threads that move packets, and their process |
 //! | `confine` | privileges that the process drops |
@@ -15,10 +15,10 @@
 //! Checksums of such packets stay partial on the way, because the seal protects the packets. The
 //! checksum field holds the sum of the pseudo-header, like the kernel's `CHECKSUM_PARTIAL`.
 
+pub mod coalesce;
 mod confine;
 pub mod control;
-pub mod join;
-pub mod link;
+pub mod ipc;
 mod measure;
 pub mod message;
 pub mod packet;
@@ -29,6 +29,6 @@ pub mod session;
 mod udp;
 mod worker;
 
-pub use join::Joiner;
+pub use coalesce::Coalescer;
 pub use packet::{BadPacket, VnetHeader};
-pub use segment::Cut;
+pub use segment::Segmentation;

@@ -90,26 +90,26 @@ pub enum BadPacket {
     #[error("not an IP packet")]
     NotIp,
     /// A length in a header differs from the actual length, or is less than the header itself.
-    #[error("a packet of {0} bytes whose headers say another length")]
+    #[error("the length of the packet ({0} bytes) contradicts its headers")]
     Length(usize),
     /// The protocol is neither TCP nor UDP.
-    #[error("a packet of protocol {0}")]
+    #[error("protocol {0} is neither TCP nor UDP")]
     Protocol(u8),
     /// The packet is a fragment, which has no transport header of its own.
-    #[error("a fragment")]
+    #[error("the packet is a fragment")]
     Fragment,
     /// The [`VnetHeader::gso_type`] is unknown or belongs to another protocol.
-    #[error("segments of the unknown or another protocol's type {0:#x}")]
+    #[error("segmentation type {0:#x} is unknown or belongs to another protocol")]
     GsoType(u8),
     /// The segments would have no payload.
-    #[error("segments without payload")]
+    #[error("the segments would have no payload")]
     GsoSize,
     /// The number of segments exceeds [`super::segment::MAX_SEGMENTS`].
-    #[error("{0} segments")]
+    #[error("{0} segments are too many")]
     Segments(usize),
     /// The checksum field is not that of the transport header, is outside the packet, or would
     /// overwrite a header that was checked.
-    #[error("a checksum at {start} + {offset}")]
+    #[error("the checksum must not be written at {start} + {offset}")]
     Checksum {
         /// [`VnetHeader::csum_start`].
         start: u16,
@@ -117,8 +117,8 @@ pub enum BadPacket {
         offset: u16,
     },
     /// The checksum is complete, but each segment needs a checksum of its own.
-    #[error("segments of a packet whose checksum is finished")]
-    Finished,
+    #[error("the checksum of a packet to be segmented is already complete")]
+    NotPartial,
 }
 
 /// The headers of a complete TCP or UDP packet.

@@ -17,7 +17,7 @@ const SILENCE_NS: u64 = 70_000_000;
 /// Interval at which a peer that receives data sends a hello, in nanoseconds.
 pub const FEEDBACK_NS: u64 = 20_000_000;
 /// Interval at which a peer that is not served is sent a hello, in nanoseconds.
-const ASK_AGAIN_NS: u64 = 500_000_000;
+const PROBE_INTERVAL_NS: u64 = 500_000_000;
 /// Time without data after which a peer is idle, in nanoseconds.
 const BUSY_NS: u64 = 500_000_000;
 /// Assumed round-trip time while it is unknown, in milliseconds.
@@ -117,7 +117,7 @@ impl Peer {
     }
 
     /// Records the contents of a peer's hello.
-    pub fn greeted(&self, hello: Hello) {
+    pub fn received_hello(&self, hello: Hello) {
         for (place, speed) in self.speeds.iter().zip(hello.speeds) {
             place.store(speed, Ordering::Relaxed);
         }
@@ -180,9 +180,9 @@ impl Peer {
     }
 
     /// Returns true if a hello should be sent now to a peer that could be served but is not.
-    pub fn is_to_be_asked(&self, now: u64) -> bool {
+    pub fn should_send_hello(&self, now: u64) -> bool {
         !self.is_served.load(Ordering::Relaxed)
-            && now > self.last_hello_ns.load(Ordering::Relaxed) + ASK_AGAIN_NS
+            && now > self.last_hello_ns.load(Ordering::Relaxed) + PROBE_INTERVAL_NS
             && self.current.load().as_ref().is_some_and(|session| session.is_confirmed())
     }
 
@@ -239,7 +239,7 @@ mod tests {
     fn served() -> Peer {
         let peer = Peer::new(PeerIndex(2));
         peer.set_rtt(1);
-        peer.greeted(Hello { wants_answer: false, speeds: [100, 200] });
+        peer.received_hello(Hello { wants_answer: false, speeds: [100, 200] });
         peer.current.store(Some(Arc::new(Session::new(&Keys {
             peer: 2,
             local_index: 1,
@@ -255,16 +255,16 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_does_not_answer_is_given_up_within_100_ms_and_asked_again() {
+    fn a_silent_peer_is_given_up_within_100_ms_and_asked_again() {
         let peer = served();
         peer.sent(1, 100, 1000 * MS);
         peer.sent(1, 100, 1050 * MS);
         assert!(peer.judge(1072 * MS));
         assert!(!peer.judge(1073 * MS));
-        assert!(peer.is_to_be_asked(1073 * MS));
+        assert!(peer.should_send_hello(1073 * MS));
         peer.said_hello(1073 * MS);
-        assert!(!peer.is_to_be_asked(1573 * MS));
-        assert!(peer.is_to_be_asked(1574 * MS));
+        assert!(!peer.should_send_hello(1573 * MS));
+        assert!(peer.should_send_hello(1574 * MS));
         peer.heard(0, 1600 * MS);
         assert!(peer.judge(1600 * MS));
         assert_eq!(peer.report(Mode::Auto, [1, 1]).silences, 1);
@@ -283,20 +283,20 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_served_without_a_live_session_or_a_hello() {
+    fn no_peer_is_served_without_a_live_session_and_a_hello() {
         let peer = served();
         assert!(!peer.judge(10_000 * MS), "expired");
         let peer = served();
         peer.forget();
-        assert!(!peer.judge(MS) && !peer.is_to_be_asked(1000 * MS));
+        assert!(!peer.judge(MS) && !peer.should_send_hello(1000 * MS));
         let fresh = Peer::new(PeerIndex(2));
         fresh.current.store(served().current.load_full());
-        assert!(!fresh.judge(MS), "never greeted");
-        assert!(fresh.is_to_be_asked(1000 * MS));
+        assert!(!fresh.judge(MS), "no hello received");
+        assert!(fresh.should_send_hello(1000 * MS));
     }
 
     #[test]
-    fn the_cipher_is_what_the_slower_end_does_fastest() {
+    fn the_cipher_is_the_one_that_the_slower_end_runs_fastest() {
         let peer = served();
         for (own, theirs, expected) in [
             ([1880, 3980], [1880, 3980], Cipher::Aes),
@@ -304,7 +304,7 @@ mod tests {
             ([1000, 150], [1880, 3980], Cipher::ChaCha),
             ([1000, 3000], [900, 1200], Cipher::Aes),
         ] {
-            peer.greeted(Hello { wants_answer: false, speeds: theirs });
+            peer.received_hello(Hello { wants_answer: false, speeds: theirs });
             assert_eq!(peer.cipher(Mode::Auto, own), expected);
             assert_eq!(peer.cipher(Mode::ChaCha, own), Cipher::ChaCha);
             assert_eq!(peer.cipher(Mode::Aes, own), Cipher::Aes);

@@ -34,7 +34,7 @@ use super::peer::{Endpoint, Peer};
 use super::session::Session;
 use super::udp::{Socket, Sockets};
 use super::worker::{Command, Handles, Shared, Worker, say_hello};
-use crate::datapath::{BulkMaps, Inbox, boot_now_ns};
+use crate::datapath::{BulkMaps, ReceiveRing, boot_now_ns};
 use crate::handshake::gate::{Awaited, Gate};
 use crate::types::{PeerIndex, PublicKey};
 
@@ -54,7 +54,7 @@ const REPORT: Duration = Duration::from_secs(1);
 /// Time that a stopping process keeps handling pending packets.
 const DRAIN: Duration = Duration::from_millis(150);
 /// Time after which a process without a daemon and without sessions exits.
-const LONELY: Duration = Duration::from_secs(10);
+const ORPHAN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of events that wait for the daemon, such as handshake messages. Further ones are
 /// dropped.
 const EVENTS: usize = 1024;
@@ -62,7 +62,7 @@ const EVENTS: usize = 1024;
 /// Settings that the process is started with.
 ///
 /// Descriptors follow from [`FIRST_FD`] on: the listening socket, the maps `BULK_WORKERS`,
-/// `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`, then the device and sockets of each worker,
+/// `BULK_PEERS`, `BULK_RINGS` and `BULK_MESSAGES`, then the device and sockets of each worker,
 /// IPv4 first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
@@ -77,7 +77,7 @@ pub struct Start {
     /// True if there are IPv6 sockets.
     pub has_v6: bool,
     /// True if all devices do segmentation offload of UDP (Linux 6.2).
-    pub joins_udp: bool,
+    pub coalesces_udp: bool,
 }
 
 /// Runs the process until it exits.
@@ -85,16 +85,17 @@ pub struct Start {
 /// # Errors
 /// Fails if the process was started incorrectly, or if a worker fails.
 pub fn run(argument: &str) -> Result<()> {
-    let start: Start = serde_json::from_str(argument).context("started without its settings")?;
+    let start: Start = serde_json::from_str(argument).context("the settings cannot be parsed")?;
     // SAFETY: the parent passes these descriptors, and nothing else in this process uses them.
     let mut fds = (FIRST_FD..).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-    let mut take = || fds.next().context("a descriptor is missing");
+    let mut take = || fds.next().context("a file descriptor is missing");
     let listener = take()?;
     socket::listen(&listener, Backlog::new(4)?)?;
     let maps = [take()?, take()?, take()?, take()?];
-    let [workers, peers, inboxes, messages] = maps.each_ref().map(OwnedFd::as_fd);
-    let maps = BulkMaps::open(workers, peers, inboxes)?;
-    let mut inboxes = Inbox::take_over(inboxes, messages, start.devices.len() as u32)?.into_iter();
+    let [workers, peers, rings, messages] = maps.each_ref().map(OwnedFd::as_fd);
+    let maps = BulkMaps::open(workers, peers, rings)?;
+    let mut rings =
+        ReceiveRing::take_over(rings, messages, start.devices.len() as u32)?.into_iter();
     let mut all = Vec::new();
     let mut sending = Sockets { v4: None, v6: None };
     for worker in 0..start.devices.len() {
@@ -111,8 +112,8 @@ pub fn run(argument: &str) -> Result<()> {
         };
         let v4 = socket(start.has_v4, &mut sending.v4)?;
         let v6 = socket(start.has_v6, &mut sending.v6)?;
-        let inbox = inboxes.next().context("an inbox is missing")?;
-        all.push(Handles { device, sockets: Sockets { v4, v6 }, inbox });
+        let ring = rings.next().context("a receive ring is missing")?;
+        all.push(Handles { device, sockets: Sockets { v4, v6 }, ring });
     }
     confine::drop_privileges()?;
     let (events, incoming) = mpsc::sync_channel(EVENTS);
@@ -130,8 +131,8 @@ pub fn run(argument: &str) -> Result<()> {
     for (number, handles) in (0_u8..).zip(all) {
         threads.push(Thread::spawn(number, handles, &start, &shared)?);
     }
-    confine::this_thread()?;
-    info!(workers = threads.len(), speeds = ?shared.speeds, "the workers of the bulk path are there");
+    confine::install_seccomp()?;
+    info!(workers = threads.len(), speeds = ?shared.speeds, "bulk workers started");
     let process = Process {
         start,
         listener,
@@ -144,7 +145,7 @@ pub fn run(argument: &str) -> Result<()> {
         sessions: BTreeMap::new(),
         confirmed: BTreeSet::new(),
         served: BTreeSet::new(),
-        alone_since: Instant::now(),
+        orphaned_since: Instant::now(),
         next_report: Instant::now(),
         is_stopping: false,
     };
@@ -170,7 +171,7 @@ impl Thread {
             number,
             handles,
             gate,
-            start.joins_udp,
+            start.coalesces_udp,
             orders,
             wake.clone(),
             shared.clone(),
@@ -178,8 +179,8 @@ impl Thread {
         shared.maps.set_worker(number.into(), ifindex, boot_now_ns());
         let handle =
             std::thread::Builder::new().name(format!("worker {number}")).spawn(move || {
-                yield_to_others();
-                confine::this_thread().map_err(io::Error::other)?;
+                use_batch_scheduling();
+                confine::install_seccomp().map_err(io::Error::other)?;
                 worker.run()
             })?;
         Ok(Self { commands, wake, handle })
@@ -196,7 +197,7 @@ impl Thread {
 /// is always runnable. With this policy, a waking worker does not preempt the running thread, which
 /// may be a kernel thread or a server of small requests next to a bulk flow. It is an optimization,
 /// so errors are ignored.
-fn yield_to_others() {
+fn use_batch_scheduling() {
     let priority: libc::c_int = 0;
     // SAFETY: the kernel's `struct sched_param` is one integer, which is read during the call. The
     // call is made by number, because musl's function of that name does nothing.
@@ -220,7 +221,7 @@ struct Process {
     /// Sessions that the daemon knows to be confirmed by the peer.
     confirmed: BTreeSet<u32>,
     served: BTreeSet<u32>,
-    alone_since: Instant,
+    orphaned_since: Instant,
     next_report: Instant,
     is_stopping: bool,
 }
@@ -233,9 +234,9 @@ impl Process {
             self.listen();
             let now = boot_now_ns();
             self.judge(now);
-            self.carry();
+            self.forward_events();
             if self.threads.iter().any(|thread| thread.handle.is_finished()) {
-                return self.end().context("a worker has ended");
+                return self.end().context("a bulk worker ended");
             }
             if self.is_stopping {
                 self.withdraw_from_programs();
@@ -244,9 +245,9 @@ impl Process {
             }
             let has_sessions = self.sessions.values().any(|session| now < session.expires_ns);
             if self.daemon.is_some() || has_sessions {
-                self.alone_since = Instant::now();
-            } else if self.alone_since.elapsed() > LONELY {
-                info!("no daemon and no sessions: the workers end");
+                self.orphaned_since = Instant::now();
+            } else if self.orphaned_since.elapsed() > ORPHAN_TIMEOUT {
+                info!("no daemon and no sessions left: the bulk workers exit");
                 self.withdraw_from_programs();
                 return self.end();
             }
@@ -280,7 +281,7 @@ impl Process {
         let is_ours = socket::getsockopt(&daemon, sockopt::PeerCredentials)
             .is_ok_and(|peer| peer.uid() == nix::unistd::geteuid().as_raw());
         if !is_ours {
-            return warn!("somebody else's process wants to be the daemon");
+            return warn!("refused a connection from a process of another user");
         }
         self.daemon = Some(daemon);
         // A daemon that lost this process has cleared the maps, and confirmed sessions were only
@@ -325,18 +326,18 @@ impl Process {
     fn listen(&mut self) {
         while let Some(daemon) = &self.daemon {
             match receive::<ToWorkers>(daemon) {
-                Ok(Some(message)) => self.obey(message),
+                Ok(Some(message)) => self.handle_command(message),
                 Ok(None) => self.daemon = None,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
-                    warn!(%error, "the daemon is not understood");
+                    warn!(%error, "a message from the daemon cannot be read");
                     self.daemon = None;
                 }
             }
         }
     }
 
-    fn obey(&mut self, message: ToWorkers) {
+    fn handle_command(&mut self, message: ToWorkers) {
         match message {
             ToWorkers::Peer { peer: index, endpoint, rtt_ms } => {
                 let peer = match self.peers.get(&index) {
@@ -438,7 +439,7 @@ impl Process {
             } else if self.served.remove(index) {
                 self.shared.maps.serve(*index, 0);
             }
-            if peer.is_to_be_asked(now)
+            if peer.should_send_hello(now)
                 && let Err(reason) = say_hello(&self.shared, &self.sending, 0, peer, true, now)
             {
                 self.shared.dropped(reason);
@@ -449,7 +450,7 @@ impl Process {
     }
 
     /// Sends events, confirmed sessions and periodic reports to the daemon.
-    fn carry(&mut self) {
+    fn forward_events(&mut self) {
         while let Ok(event) = self.incoming.try_recv() {
             self.tell(&event);
         }
@@ -512,7 +513,7 @@ impl Process {
         for thread in self.threads {
             match thread.handle.join() {
                 Ok(ended) => result = result.and(ended.map_err(anyhow::Error::from)),
-                Err(_) => result = result.and(Err(anyhow::anyhow!("a worker panicked"))),
+                Err(_) => result = result.and(Err(anyhow::anyhow!("a bulk worker panicked"))),
             }
         }
         result

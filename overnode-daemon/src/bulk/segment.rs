@@ -2,7 +2,7 @@
 //! that of the kernel's `tcp_gso_segment`, `__udp_gso_segment`, `inet_gso_segment` and
 //! `ipv6_gso_segment`.
 
-use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN, checksum_place};
+use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN, checksum_offset};
 
 use super::packet::{
     BadPacket, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, NEEDS_CSUM, TCP, UDP,
@@ -16,20 +16,20 @@ pub const MAX_SEGMENTS: usize = 2048;
 
 /// Plan for segmenting one packet from a TAP device.
 #[derive(Clone, Copy, Debug)]
-pub struct Cut<'a> {
+pub struct Segmentation<'a> {
     packet: &'a [u8],
-    how: How,
+    plan: Plan,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum How {
+enum Plan {
     /// The packet stays as it is. Its checksum may be partial.
     Whole {
         partial: bool,
     },
     /// The partial checksum is completed here, because no receiver would complete it. It is summed
     /// from `start` on and stored at `field`, both in bytes from the start of the packet.
-    Finish {
+    CompleteChecksum {
         start: usize,
         field: usize,
     },
@@ -48,7 +48,7 @@ struct Segments {
     pseudo: u32,
 }
 
-impl<'a> Cut<'a> {
+impl<'a> Segmentation<'a> {
     /// Plans the segmentation of a packet that followed a vnet header and an Ethernet header.
     ///
     /// A partial checksum outside the packet's own TCP or UDP header (in a tunnel that the
@@ -57,34 +57,34 @@ impl<'a> Cut<'a> {
     /// # Errors
     /// Returns [`BadPacket`] if the packet must be dropped.
     pub fn new(packet: &'a [u8], vnet: &VnetHeader) -> Result<Self, BadPacket> {
-        let how = match (vnet.flags & NEEDS_CSUM != 0, vnet.gso_type) {
+        let plan = match (vnet.flags & NEEDS_CSUM != 0, vnet.gso_type) {
             (false, GSO_NONE) if packet.is_empty() => return Err(BadPacket::NotIp),
-            (false, GSO_NONE) => How::Whole { partial: false },
-            (false, _) => return Err(BadPacket::Finished),
+            (false, GSO_NONE) => Plan::Whole { partial: false },
+            (false, _) => return Err(BadPacket::NotPartial),
             (true, GSO_NONE) => match Headers::read(packet) {
-                Ok(headers) if has_checksum_of(&headers, vnet) => How::Whole { partial: true },
+                Ok(headers) if has_checksum_of(&headers, vnet) => Plan::Whole { partial: true },
                 _ => finish(packet, vnet)?,
             },
-            (true, _) => How::Segments(Segments::new(packet, vnet)?),
+            (true, _) => Plan::Segments(Segments::new(packet, vnet)?),
         };
-        Ok(Self { packet, how })
+        Ok(Self { packet, plan })
     }
 
     /// Returns the number of resulting packets, 1 to [`MAX_SEGMENTS`].
-    #[allow(clippy::len_without_is_empty, reason = "there is always one")]
+    #[allow(clippy::len_without_is_empty, reason = "there is always at least one")]
     pub fn len(&self) -> usize {
-        match &self.how {
-            How::Segments(segments) => segments.count,
-            How::Whole { .. } | How::Finish { .. } => 1,
+        match &self.plan {
+            Plan::Segments(segments) => segments.count,
+            Plan::Whole { .. } | Plan::CompleteChecksum { .. } => 1,
         }
     }
 
     /// Returns true if the transport checksum of each resulting packet is partial.
     pub fn is_partial(&self) -> bool {
-        match self.how {
-            How::Whole { partial } => partial,
-            How::Finish { .. } => false,
-            How::Segments(_) => true,
+        match self.plan {
+            Plan::Whole { partial } => partial,
+            Plan::CompleteChecksum { .. } => false,
+            Plan::Segments(_) => true,
         }
     }
 
@@ -99,12 +99,12 @@ impl<'a> Cut<'a> {
     /// Panics if `index` is out of range.
     pub fn length(&self, index: usize) -> usize {
         assert!(index < self.len(), "no such segment");
-        match &self.how {
-            How::Segments(segments) => {
+        match &self.plan {
+            Plan::Segments(segments) => {
                 let rest = self.packet.len() - segments.headers.payload - index * segments.size;
                 segments.headers.payload + rest.min(segments.size)
             }
-            How::Whole { .. } | How::Finish { .. } => self.packet.len(),
+            Plan::Whole { .. } | Plan::CompleteChecksum { .. } => self.packet.len(),
         }
     }
 
@@ -115,9 +115,9 @@ impl<'a> Cut<'a> {
     pub fn write(&self, index: usize, out: &mut [u8]) -> usize {
         let length = self.length(index);
         let out = &mut out[..length];
-        match &self.how {
-            How::Whole { .. } => out.copy_from_slice(self.packet),
-            How::Finish { start, field } => {
+        match &self.plan {
+            Plan::Whole { .. } => out.copy_from_slice(self.packet),
+            Plan::CompleteChecksum { start, field } => {
                 out.copy_from_slice(self.packet);
                 // Like the kernel, store 0xffff instead of 0, which in UDP means "no checksum".
                 let checksum = match !fold(sum(&out[*start..])) {
@@ -126,7 +126,7 @@ impl<'a> Cut<'a> {
                 };
                 write_u16(out, *field, checksum);
             }
-            How::Segments(segments) => segments.write(self.packet, index, out),
+            Plan::Segments(segments) => segments.write(self.packet, index, out),
         }
         length
     }
@@ -216,7 +216,7 @@ fn has_checksum_of(headers: &Headers, vnet: &VnetHeader) -> bool {
 
 /// Plans the completion of a partial checksum. It must not overwrite anything up to the packet's
 /// own transport checksum field, because the packet was checked by those bytes.
-fn finish(packet: &[u8], vnet: &VnetHeader) -> Result<How, BadPacket> {
+fn finish(packet: &[u8], vnet: &VnetHeader) -> Result<Plan, BadPacket> {
     let bad = BadPacket::Checksum { start: vnet.csum_start, offset: vnet.csum_offset };
     let head = packet.first_chunk::<IPV4_LEN>().ok_or(BadPacket::NotIp)?;
     let (header, protocol) = match head[0] {
@@ -226,10 +226,10 @@ fn finish(packet: &[u8], vnet: &VnetHeader) -> Result<How, BadPacket> {
     };
     let start = usize::from(vnet.csum_start).checked_sub(ETHERNET_LEN).ok_or(bad)?;
     let field = start + usize::from(vnet.csum_offset);
-    let is_judged_by = start < header || field < header + checksum_place(protocol);
+    let is_judged_by = start < header || field < header + checksum_offset(protocol);
     // The sum of at most 65,536 words does not overflow.
     if is_judged_by || field + 2 > packet.len() || packet.len() > super::packet::MAX_PACKET {
         return Err(bad);
     }
-    Ok(How::Finish { start, field })
+    Ok(Plan::CompleteChecksum { start, field })
 }

@@ -26,8 +26,8 @@ const WORKERS: usize = BULK_WORKER_SLOTS as usize;
 /// every two minutes, long before they reach it. It is not derived from a limit of AES-256-GCM: RFC
 /// 9001, appendix B.1, puts the confidentiality limit at 2^28 packets of up to 2^11 bytes, or 2^23
 /// packets of up to 2^16 bytes (attacker advantage 2^-57).
-const MOST_MESSAGES: u64 = 1 << 36;
-const _: () = assert!(MOST_MESSAGES < REJECT_AFTER_MESSAGES);
+const MAX_MESSAGES: u64 = 1 << 36;
+const _: () = assert!(MAX_MESSAGES < REJECT_AFTER_MESSAGES);
 
 /// A session with a peer.
 pub struct Session {
@@ -145,7 +145,7 @@ impl Session {
         }
         let sending = self.sending.get(usize::from(worker)).ok_or(Reason::Malformed)?;
         let key = sending.keys[cipher as usize].get_or_init(|| derive(&self.tx, cipher, worker));
-        let counter = draw(&sending.counters[cipher as usize])?;
+        let counter = next_counter(&sending.counters[cipher as usize])?;
         let header =
             Header { cipher, worker, is_partial, receiver: self.remote_index, counter }.to_bytes();
         let (place, rest) =
@@ -202,14 +202,14 @@ impl Receiving {
 }
 
 /// Returns the next counter. No two calls return the same value.
-fn draw(counter: &AtomicU64) -> Result<u64, Reason> {
+fn next_counter(counter: &AtomicU64) -> Result<u64, Reason> {
     // Checked before the increment, so that an exhausted counter stops there and can never wrap
     // around.
-    if counter.load(Ordering::Relaxed) >= MOST_MESSAGES {
+    if counter.load(Ordering::Relaxed) >= MAX_MESSAGES {
         return Err(Reason::Exhausted);
     }
     let drawn = counter.fetch_add(1, Ordering::Relaxed);
-    if drawn >= MOST_MESSAGES { Err(Reason::Exhausted) } else { Ok(drawn) }
+    if drawn >= MAX_MESSAGES { Err(Reason::Exhausted) } else { Ok(drawn) }
 }
 
 fn derive(secret: &Secret, cipher: Cipher, worker: u8) -> Box<LessSafeKey> {
@@ -219,7 +219,7 @@ fn derive(secret: &Secret, cipher: Cipher, worker: u8) -> Box<LessSafeKey> {
     };
     let key = key::bulk_key(secret, cipher as u8, worker);
     Box::new(LessSafeKey::new(
-        UnboundKey::new(algorithm, &key.0).expect("both take keys of 32 bytes"),
+        UnboundKey::new(algorithm, &key.0).expect("both ciphers take keys of 32 bytes"),
     ))
 }
 
@@ -273,7 +273,7 @@ mod tests {
                 let message = sealed(&a, worker, cipher, b"the same text every time");
                 assert!(
                     seen.insert(message[HEADER_LEN..].to_vec()),
-                    "two keys make the same ciphertext"
+                    "two keys gave the same ciphertext"
                 );
                 assert_eq!(open(&b, &message).unwrap(), b"the same text every time");
                 assert_eq!(open(&b, &message), Err(Reason::Replayed));
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_sealed_before_the_peer_has_proven_itself() {
+    fn nothing_is_sealed_before_the_peer_has_proved_its_identity() {
         let (_, b) = pair();
         let mut message = [0; 64];
         assert_eq!(b.seal(0, Cipher::Aes, false, &mut message, 0), Err(Reason::NoSession));
@@ -292,23 +292,23 @@ mod tests {
     }
 
     #[test]
-    fn a_session_ends() {
+    fn a_session_expires_or_exhausts_its_counters() {
         let (a, b) = pair();
         let message = sealed(&a, 0, Cipher::ChaCha, b"text");
         let header = Header::from_message(&message).unwrap();
         assert_eq!(b.open(&header, &mut message.clone(), END), Err(Reason::Expired));
         let mut more = [0; 64];
         assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, END), Err(Reason::Expired));
-        a.sending[0].counters[0].store(MOST_MESSAGES - 1, Ordering::Relaxed);
+        a.sending[0].counters[0].store(MAX_MESSAGES - 1, Ordering::Relaxed);
         assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, 0), Ok(()));
         for _ in 0..3 {
             assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, 0), Err(Reason::Exhausted));
         }
-        assert_eq!(a.sending[0].counters[0].load(Ordering::Relaxed), MOST_MESSAGES);
+        assert_eq!(a.sending[0].counters[0].load(Ordering::Relaxed), MAX_MESSAGES);
     }
 
     #[test]
-    fn every_bit_counts() {
+    fn every_bit_is_authenticated() {
         let (a, b) = pair();
         for cipher in Cipher::ALL {
             let message = sealed(&a, 3, cipher, b"a packet");
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_is_not_taken_for_one_of_the_other_direction() {
+    fn a_message_is_not_accepted_in_the_other_direction() {
         let (a, b) = pair();
         b.confirm();
         let message = sealed(&b, 0, Cipher::Aes, b"text");

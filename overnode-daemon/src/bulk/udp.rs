@@ -72,7 +72,7 @@ impl Sockets {
 
 /// Destination and ECN codepoint of the messages of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Way {
+pub struct BatchKey {
     /// Remote and local address.
     pub endpoint: Endpoint,
     /// ECN codepoint, 2 bits.
@@ -85,7 +85,7 @@ pub struct Batch {
     buffer: Box<[u8]>,
     used: usize,
     /// Destination and length in bytes of the first message.
-    first: Option<(Way, usize)>,
+    first: Option<(BatchKey, usize)>,
 }
 
 impl Batch {
@@ -96,7 +96,7 @@ impl Batch {
 
     /// Returns true if a message of `len` bytes may be added. Otherwise the batch must be sent
     /// first.
-    pub fn takes(&self, sockets: &Sockets, way: &Way, len: usize) -> bool {
+    pub fn takes(&self, sockets: &Sockets, way: &BatchKey, len: usize) -> bool {
         let Some((first, stride)) = &self.first else { return true };
         first == way
             && len <= *stride
@@ -111,7 +111,7 @@ impl Batch {
     /// then.
     pub fn add(
         &mut self,
-        way: &Way,
+        way: &BatchKey,
         len: usize,
         write: impl FnOnce(&mut [u8]) -> Result<(), Reason>,
     ) -> Result<(), Reason> {
@@ -170,7 +170,7 @@ mod tests {
     /// Sends messages of different lengths to two peers. Each arrives unchanged and in order, and
     /// few batches are used.
     #[test]
-    fn what_cannot_go_together_goes_one_after_the_other() {
+    fn messages_that_cannot_share_a_batch_are_sent_in_order() {
         let receivers = [socket(), socket()];
         let sockets = Sockets { v4: Some(Socket::new(socket()).unwrap()), v6: None };
         let mut batch = Batch::new();
@@ -192,7 +192,7 @@ mod tests {
         let mut batches = 1;
         for (number, (to, ecn, len)) in messages.into_iter().enumerate() {
             let remote = receivers[to].local_addr().unwrap();
-            let way = Way { endpoint: Endpoint { remote, local: None }, ecn };
+            let way = BatchKey { endpoint: Endpoint { remote, local: None }, ecn };
             let write = |place: &mut [u8]| {
                 assert_eq!(place.len(), len);
                 place.fill(number as u8);
@@ -215,13 +215,13 @@ mod tests {
         }
         for receiver in receivers {
             receiver.set_nonblocking(true).unwrap();
-            assert!(receiver.recv(&mut [0; 1]).is_err(), "something was sent twice");
+            assert!(receiver.recv(&mut [0; 1]).is_err(), "a message was sent twice");
         }
     }
 
     #[test]
-    fn a_batch_is_as_large_as_the_kernel_takes() {
-        let way = |port| Way {
+    fn a_batch_is_as_large_as_the_kernel_accepts() {
+        let way = |port| BatchKey {
             endpoint: Endpoint { remote: ([127, 0, 0, 1], port).into(), local: None },
             ecn: 0,
         };

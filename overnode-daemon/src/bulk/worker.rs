@@ -23,16 +23,16 @@ use overnode_ebpf::wire::{
 };
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef};
 
+use super::coalesce::Coalescer;
 use super::control::{FromWorkers, Mode};
-use super::join::Joiner;
 use super::message::{Cipher, HEADER_LEN, HELLO_LEN, Header, Hello, TAG_LEN};
 use super::packet::{BadPacket, VNET_HEADER, VnetHeader};
 use super::peer::Peer;
-use super::segment::Cut;
+use super::segment::Segmentation;
 use super::session::Session;
-use super::udp::{Batch, Sockets, Way};
+use super::udp::{Batch, BatchKey, Sockets};
 use crate::checksum::fold;
-use crate::datapath::{BulkMaps, Inbox, Origin, boot_now_ns};
+use crate::datapath::{BulkMaps, Origin, ReceiveRing, boot_now_ns};
 use crate::handshake::gate::{Awaited, Gate, Judgment};
 use crate::types::PeerIndex;
 
@@ -45,7 +45,7 @@ const RECEIVES: usize = quinn_udp::BATCH_SIZE;
 /// Maximum number of frames, or of receive calls, before the other direction has its turn.
 const TURN: usize = 8;
 /// Maximum number of messages from the receive ring per turn.
-const INBOX_TURN: usize = TURN * RECEIVES;
+const RING_TURN: usize = TURN * RECEIVES;
 /// Longest wait of a worker without work. It renews its heartbeat after each wait.
 const WAIT: Duration = Duration::from_millis(45);
 /// Pause after which a worker drops the frames pending in its device, in nanoseconds. After a
@@ -115,12 +115,12 @@ pub struct Handles {
     /// UDP sockets of the worker.
     pub sockets: Sockets,
     /// Receive ring of the worker, which has no other consumer.
-    pub inbox: Inbox,
+    pub ring: ReceiveRing,
 }
 
 /// Kind of a received message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Taken {
+enum MessageKind {
     /// A packet for a container.
     Data,
     /// A hello or a handshake message.
@@ -132,7 +132,7 @@ pub struct Worker {
     number: u8,
     device: File,
     sockets: Sockets,
-    inbox: Inbox,
+    ring: ReceiveRing,
     /// Time before which the receive ring stays closed, in nanoseconds since boot.
     closed_until: u64,
     gate: Gate,
@@ -144,11 +144,11 @@ pub struct Worker {
     peers: HashMap<u32, Arc<Peer>>,
     sessions: HashMap<u32, Arc<Session>>,
     /// Peers that sent data since the last hello and are owed one.
-    owed: Vec<Arc<Peer>>,
+    owed_hellos: Vec<Arc<Peer>>,
     frame: Box<[u8]>,
     batch: Batch,
     received: Vec<Box<[u8]>>,
-    joiner: Joiner,
+    coalescer: Coalescer,
     is_ending: bool,
 }
 
@@ -156,9 +156,9 @@ impl Worker {
     /// Creates a worker without peers.
     pub fn new(
         number: u8,
-        Handles { device, sockets, inbox }: Handles,
+        Handles { device, sockets, ring }: Handles,
         gate: Gate,
-        joins_udp: bool,
+        coalesces_udp: bool,
         commands: mpsc::Receiver<Command>,
         wake: Arc<EventFd>,
         shared: Arc<Shared>,
@@ -167,7 +167,7 @@ impl Worker {
             number,
             device,
             sockets,
-            inbox,
+            ring,
             closed_until: 0,
             gate,
             known: (HashSet::new(), 0),
@@ -176,11 +176,11 @@ impl Worker {
             shared,
             peers: HashMap::new(),
             sessions: HashMap::new(),
-            owed: Vec::new(),
+            owed_hellos: Vec::new(),
             frame: vec![0; FRAME_LEN].into(),
             batch: Batch::new(),
             received: (0..RECEIVES).map(|_| vec![0; 65536].into()).collect(),
-            joiner: Joiner::new(joins_udp),
+            coalescer: Coalescer::new(coalesces_udp),
             is_ending: false,
         }
     }
@@ -198,22 +198,22 @@ impl Worker {
             }
             last = now;
             self.shared.maps.alive(self.number.into(), now);
-            if self.obey() || self.is_ending {
+            if self.handle_command() || self.is_ending {
                 return Ok(());
             }
             let sent = self.send_turn(now)?;
             let received = self.receive_turn(now)?;
-            self.pay(now);
-            if !sent && !received && self.inbox.sleep() {
+            self.send_due_hellos(now);
+            if !sent && !received && self.ring.sleep() {
                 self.wait()?;
-                self.inbox.wake();
+                self.ring.wake();
             }
         }
     }
 
     /// Waits until there is something to do, but only briefly.
     fn wait(&self) -> io::Result<()> {
-        let owes = !self.owed.is_empty();
+        let owes = !self.owed_hellos.is_empty();
         let wait = if owes { Duration::from_nanos(super::peer::FEEDBACK_NS / 2) } else { WAIT };
         let device = self.device.as_fd();
         // The device takes the place of a missing address family. Polling a descriptor twice is
@@ -235,13 +235,13 @@ impl Worker {
             .revents()
             .is_some_and(|events| events.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL))
         {
-            return Err(io::Error::other("the device is gone"));
+            return Err(io::Error::other("the TAP device is gone"));
         }
         Ok(())
     }
 
     /// Handles pending commands. Returns true if the worker must stop.
-    fn obey(&mut self) -> bool {
+    fn handle_command(&mut self) -> bool {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Peer(peer) => {
@@ -250,7 +250,7 @@ impl Worker {
                 Command::RemovePeer(index) => {
                     self.peers.remove(&index.0);
                     self.sessions.retain(|_, session| session.peer != index);
-                    self.owed.retain(|peer| peer.index != index);
+                    self.owed_hellos.retain(|peer| peer.index != index);
                 }
                 Command::Session(session) => {
                     self.sessions.insert(session.local_index, session);
@@ -302,16 +302,17 @@ impl Worker {
         let session = session.as_ref().ok_or(Reason::NoSession)?;
         let endpoint = peer.endpoint.load();
         let endpoint = **endpoint.as_ref().ok_or(Reason::NoRoute)?;
-        let cut = Cut::new(packet, &VnetHeader::from_bytes(*vnet)).map_err(|bad| match bad {
-            BadPacket::Checksum { .. } => Reason::Checksum,
-            _ => Reason::Malformed,
-        })?;
+        let segmentation =
+            Segmentation::new(packet, &VnetHeader::from_bytes(*vnet)).map_err(|bad| match bad {
+                BadPacket::Checksum { .. } => Reason::Checksum,
+                _ => Reason::Malformed,
+            })?;
         let cipher = peer.cipher(self.shared.mode, self.shared.speeds);
         let way =
-            Way { endpoint, ecn: packet.get(1).copied().ok_or(Reason::Malformed)? & ECN_MASK };
+            BatchKey { endpoint, ecn: packet.get(1).copied().ok_or(Reason::Malformed)? & ECN_MASK };
         let mut bytes = 0;
-        for segment in 0..cut.len() {
-            let len = cut.length(segment);
+        for segment in 0..segmentation.len() {
+            let len = segmentation.length(segment);
             let message_len = HEADER_LEN + len + TAG_LEN;
             if !self.batch.takes(&self.sockets, &way, message_len)
                 && let Err(reason) = self.batch.send(&self.sockets)
@@ -321,13 +322,13 @@ impl Worker {
             }
             self.batch.add(&way, message_len, |message| {
                 let packet = message.get_mut(HEADER_LEN..).ok_or(Reason::Malformed)?;
-                cut.write(segment, packet);
-                may_leave(packet, source)?;
-                session.seal(self.number, cipher, cut.is_partial(), message, now)
+                segmentation.write(segment, packet);
+                check_source(packet, source)?;
+                session.seal(self.number, cipher, segmentation.is_partial(), message, now)
             })?;
             bytes += len as u64;
         }
-        if peer.sent(cut.len() as u64, bytes, now) {
+        if peer.sent(segmentation.len() as u64, bytes, now) {
             // Wake the main thread, which now has to check whether the peer answers.
             let _ = self.shared.wake.write(1);
         }
@@ -338,32 +339,32 @@ impl Worker {
     fn receive_turn(&mut self, now: u64) -> io::Result<bool> {
         // Messages in the sockets are older than those in an open ring, and newer than those in a
         // closed one.
-        let any = if self.inbox.is_closed() {
-            let taken = self.receive_from_inbox(now);
+        let any = if self.ring.is_closed() {
+            let taken = self.receive_from_ring(now);
             let mut received = 0;
-            if taken < INBOX_TURN {
+            if taken < RING_TURN {
                 received = self.receive_from_sockets(now)?;
                 if received < TURN && now >= self.closed_until {
-                    self.inbox.open();
+                    self.ring.open();
                 }
             }
             taken + received > 0
         } else {
-            self.receive_from_sockets(now)? + self.receive_from_inbox(now) > 0
+            self.receive_from_sockets(now)? + self.receive_from_ring(now) > 0
         };
         // Not earlier, because the next call may continue the pending super-packets.
         let (device, shared) = (&mut self.device, &self.shared);
-        self.joiner.flush(&mut |frame| write(device, frame, shared));
+        self.coalescer.flush(&mut |frame| write(device, frame, shared));
         Ok(any)
     }
 
     /// Returns the number of messages. Fewer than a full turn means that the ring is empty.
-    fn receive_from_inbox(&mut self, now: u64) -> usize {
+    fn receive_from_ring(&mut self, now: u64) -> usize {
         let mut buffers = std::mem::take(&mut self.received);
         let mut taken = 0;
         if let Some(buffer) = buffers.first_mut() {
-            while taken < INBOX_TURN
-                && let Some((message, origin)) = self.inbox.take(buffer)
+            while taken < RING_TURN
+                && let Some((message, origin)) = self.ring.take(buffer)
             {
                 if let Err(reason) = self.take(message, &origin, now) {
                     self.shared.dropped(reason);
@@ -395,7 +396,7 @@ impl Worker {
             };
             let got = match got {
                 Ok(got) => got,
-                Err(error) if is_passing(&error) => return Ok(turn),
+                Err(error) if is_transient(&error) => return Ok(turn),
                 Err(error) => return Err(error),
             };
             let mut received = std::mem::take(&mut self.received);
@@ -408,7 +409,7 @@ impl Worker {
                     match self.take(message, &origin, now) {
                         // Only an authenticated message keeps the ring closed, not any large
                         // datagram.
-                        Ok(Taken::Data) if !fits => self.closed_until = now + CLOSED_NS,
+                        Ok(MessageKind::Data) if !fits => self.closed_until = now + CLOSED_NS,
                         Ok(_) => {}
                         Err(reason) => self.shared.dropped(reason),
                     }
@@ -423,16 +424,21 @@ impl Worker {
     }
 
     /// Opens a message and handles it.
-    fn take(&mut self, message: &mut [u8], origin: &Origin, now: u64) -> Result<Taken, Reason> {
+    fn take(
+        &mut self,
+        message: &mut [u8],
+        origin: &Origin,
+        now: u64,
+    ) -> Result<MessageKind, Reason> {
         if message.first().is_some_and(|kind| (TYPE_INITIATION..=TYPE_COOKIE_REPLY).contains(kind))
         {
-            return self.take_handshake(message, origin, now).map(|()| Taken::Other);
+            return self.take_handshake(message, origin, now).map(|()| MessageKind::Other);
         }
         let header = Header::from_message(message).ok_or(Reason::Malformed)?;
         if !self.sessions.contains_key(&header.receiver) {
             // A peer uses a new session at once. The session may be in a command that is still
             // pending.
-            self.is_ending |= self.obey();
+            self.is_ending |= self.handle_command();
         }
         let session = self.sessions.get(&header.receiver).ok_or(Reason::UnknownIndex)?;
         let text = session.open(&header, message, now)?;
@@ -443,22 +449,23 @@ impl Worker {
         peer.follow(origin.remote, origin.local);
         if let Some(hello) = Hello::from_plaintext(text) {
             peer.heard(0, now);
-            peer.greeted(hello);
+            peer.received_hello(hello);
             if hello.wants_answer && now >= peer.feedback_due() {
                 let peer = peer.clone();
                 say_hello(&self.shared, &self.sockets, self.number, &peer, false, now)?;
             }
-            return Ok(Taken::Other);
+            return Ok(MessageKind::Other);
         }
         peer.heard(text.len() as u64, now);
-        if !self.owed.iter().any(|owed| owed.index == peer.index) {
-            self.owed.push(peer.clone());
+        if !self.owed_hellos.iter().any(|owed_hellos| owed_hellos.index == peer.index) {
+            self.owed_hellos.push(peer.clone());
         }
         mark_congestion(text, origin.ecn)?;
         let link = bulk_header(peer.index.0, [0; 4]);
         let (device, shared) = (&mut self.device, &self.shared);
-        self.joiner.push(link, text, header.is_partial, &mut |frame| write(device, frame, shared));
-        Ok(Taken::Data)
+        self.coalescer
+            .push(link, text, header.is_partial, &mut |frame| write(device, frame, shared));
+        Ok(MessageKind::Data)
     }
 
     /// Forwards a handshake message to the daemon if the gate admits it.
@@ -494,9 +501,9 @@ impl Worker {
     }
 
     /// Sends the hellos that are due to peers whose data arrives.
-    fn pay(&mut self, now: u64) {
-        let Self { owed, shared, sockets, number, .. } = self;
-        owed.retain(|peer| {
+    fn send_due_hellos(&mut self, now: u64) {
+        let Self { owed_hellos, shared, sockets, number, .. } = self;
+        owed_hellos.retain(|peer| {
             let is_due = now >= peer.feedback_due();
             if is_due && let Err(reason) = say_hello(shared, sockets, *number, peer, false, now) {
                 shared.dropped(reason);
@@ -541,7 +548,7 @@ pub fn say_hello(
 
 /// Checks a packet just before it is sealed, after the last write to it: its source must still be
 /// the address for which `from_container` admitted it.
-fn may_leave(packet: &[u8], source: [u8; 4]) -> Result<(), Reason> {
+fn check_source(packet: &[u8], source: [u8; 4]) -> Result<(), Reason> {
     let is_v4 = packet.first().is_some_and(|first| first >> 4 == 4);
     if is_v4 && packet.get(12..16) == Some(&source[..]) { Ok(()) } else { Err(Reason::Spoofed) }
 }
@@ -571,7 +578,7 @@ fn mark_congestion(packet: &mut [u8], outer: u8) -> Result<(), Reason> {
 /// Reads the next frame of the device, or returns `None` if none is pending.
 fn read(device: &mut File, frame: &mut [u8]) -> io::Result<Option<usize>> {
     match device.read(frame) {
-        Ok(0) => Err(io::Error::other("the device is gone")),
+        Ok(0) => Err(io::Error::other("the TAP device is gone")),
         Ok(len) => Ok(Some(len)),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(None),
@@ -589,7 +596,7 @@ fn write(device: &mut File, frame: &[u8], shared: &Shared) {
 
 /// Returns true for errors that do not break a socket: nothing is pending, or the error belongs to
 /// an earlier message.
-fn is_passing(error: &io::Error) -> bool {
+fn is_transient(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(

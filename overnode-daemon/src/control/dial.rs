@@ -32,7 +32,7 @@ pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// A node that learns of another with a lower ID gives that node this much time to dial first.
-pub const HEAD_START: Duration = Duration::from_secs(2);
+pub const LOWER_ID_HEAD_START: Duration = Duration::from_secs(2);
 /// Factor from one pause to the next. Each pause is jittered by up to half in either direction,
 /// within [`LONGEST_PAUSE`].
 pub const PAUSE_GROWTH: f64 = 1.5;
@@ -56,7 +56,7 @@ pub struct ConnectionId(pub u64);
 
 /// Where to dial.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum DialTarget {
     /// A target. Resolve the name now (port [`super::CONTROL_PORT`]), then try its addresses in
     /// turn.
     Name(String),
@@ -72,7 +72,7 @@ pub enum Action {
         /// ID to report with the outcome.
         attempt: AttemptId,
         /// Where to dial.
-        place: Place,
+        place: DialTarget,
     },
     /// Close a connection, because another one with the same node is kept. Report nothing.
     Close(ConnectionId),
@@ -172,7 +172,7 @@ impl Dialer {
             }
             None => {
                 // The connection that the lower ID opens is kept, so the higher ID waits for it.
-                let patience = if id < self.own { HEAD_START } else { Duration::ZERO };
+                let patience = if id < self.own { LOWER_ID_HEAD_START } else { Duration::ZERO };
                 self.destinations
                     .insert(Key::Learned(id), Destination::new(addresses, patience, now));
             }
@@ -213,7 +213,7 @@ impl Dialer {
         match key {
             Some(Key::Learned(wanted)) if wanted != peer.id => {
                 let why = format!(
-                    "the address that node {wanted} tells leads to node {} ({})",
+                    "the address that node {wanted} announces leads to node {} ({})",
                     peer.id, peer.nickname
                 );
                 if let Some(destination) = self.destinations.get_mut(&Key::Learned(wanted)) {
@@ -244,7 +244,7 @@ impl Dialer {
             .map(|(id, _)| *id)
             .collect();
         let is_kept =
-            rivals.iter().all(|rival| new.stays_beside(&self.connections[rival], self.own));
+            rivals.iter().all(|rival| new.may_stay_open(&self.connections[rival], self.own));
         if !is_kept {
             let other = rivals.iter().map(|rival| &self.connections[rival]);
             if let Some(holder) = other.into_iter().find(|old| old.public_key != new.public_key) {
@@ -255,7 +255,7 @@ impl Dialer {
             return (id, Verdict::Close);
         }
         for rival in &rivals {
-            if !self.connections[rival].stays_beside(&new, self.own) {
+            if !self.connections[rival].may_stay_open(&new, self.own) {
                 self.connections.remove(rival);
                 self.actions.push_back(Action::Close(*rival));
             }
@@ -342,10 +342,10 @@ impl Dialer {
     /// Returns when to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let dials =
-            self.destinations.iter().filter(|(key, to)| !self.is_needless(key, to)).filter_map(
+            self.destinations.iter().filter(|(key, to)| !self.is_unneeded(key, to)).filter_map(
                 |(_, destination)| match destination.state {
                     State::Waiting { until } => Some(until),
-                    State::Dialling(_) | State::Myself => None,
+                    State::Dialing(_) | State::Myself => None,
                 },
             );
         let expiries = self.refused.values().map(|refused| refused.at + REMEMBER_REFUSED);
@@ -366,7 +366,7 @@ impl Dialer {
     ) {
         let Some(key) = self.attempts.remove(&attempt) else { return };
         if let Some(destination) = self.destinations.get_mut(&key)
-            && destination.state == State::Dialling(attempt)
+            && destination.state == State::Dialing(attempt)
         {
             destination.handle_failed(why, is_myself, now, &mut self.rng);
         }
@@ -376,24 +376,24 @@ impl Dialer {
         let due: Vec<_> = self
             .destinations
             .iter()
-            .filter(|(key, to)| to.is_due(now) && !self.is_needless(key, to))
+            .filter(|(key, to)| to.is_due(now) && !self.is_unneeded(key, to))
             .map(|(key, _)| key.clone())
             .collect();
         for key in due {
             let attempt = AttemptId(self.next_attempt);
             self.next_attempt += 1;
             let Some(destination) = self.destinations.get_mut(&key) else { continue };
-            destination.state = State::Dialling(attempt);
+            destination.state = State::Dialing(attempt);
             let place = match &key {
-                Key::Target(name) => Place::Name(name.clone()),
-                Key::Learned(id) => Place::Addresses(*id, destination.addresses.clone()),
+                Key::Target(name) => DialTarget::Name(name.clone()),
+                Key::Learned(id) => DialTarget::Addresses(*id, destination.addresses.clone()),
             };
             self.attempts.insert(attempt, key);
             self.actions.push_back(Action::Dial { attempt, place });
         }
     }
 
-    fn is_needless(&self, key: &Key, destination: &Destination) -> bool {
+    fn is_unneeded(&self, key: &Key, destination: &Destination) -> bool {
         let leads_to = match key {
             Key::Target(_) => destination.leads_to,
             Key::Learned(id) => Some(*id),

@@ -15,7 +15,7 @@ pub const MAX_MESSAGE: usize = 1 << 20;
 /// Length of a Poly1305 tag, in bytes.
 pub const TAG: usize = 16;
 /// Longest part of a message that fits into one frame, in bytes.
-pub const MAX_PART: usize = MAX_FRAME - TAG - 1;
+pub const MAX_FRAGMENT: usize = MAX_FRAME - TAG - 1;
 /// The only frame that is not encrypted. The responder could not decrypt the third handshake
 /// message, which only a different token explains.
 pub const TOKEN_REFUSED: &[u8] = b"\x01";
@@ -34,13 +34,13 @@ pub enum BadFrame {
     #[error("a message of more than {MAX_MESSAGE} bytes")]
     MessageTooLong,
     /// A transport message is empty or starts with an unknown byte.
-    #[error("a part of a message without a valid mark")]
+    #[error("a message fragment without a valid marker")]
     Mark,
     /// A frame of keys arrived in the middle of a message.
     #[error("new keys in the middle of a message")]
     Keys,
     /// A part has no content and is not the last. It serves only to keep the receiver busy.
-    #[error("an empty part of a message")]
+    #[error("an empty message fragment")]
     EmptyPart,
 }
 
@@ -49,12 +49,12 @@ const READ_AHEAD: usize = 4096;
 
 /// Splits received bytes into frames.
 #[derive(Debug, Default)]
-pub struct Cutter {
+pub struct FrameSplitter {
     buffer: Vec<u8>,
     start: usize,
 }
 
-impl Cutter {
+impl FrameSplitter {
     /// Returns the buffer that received bytes are appended to.
     pub fn buffer(&mut self) -> &mut Vec<u8> {
         if self.start > 0 {
@@ -92,11 +92,11 @@ impl Cutter {
 
 /// Reassembles messages from their parts.
 #[derive(Debug, Default)]
-pub struct Joiner {
+pub struct Reassembler {
     message: Vec<u8>,
 }
 
-impl Joiner {
+impl Reassembler {
     /// Whether more parts of a message must follow.
     pub fn is_mid_message(&self) -> bool {
         !self.message.is_empty()
@@ -139,10 +139,10 @@ pub fn with_keys(bytes: &[u8]) -> Vec<u8> {
 /// Returns the plaintexts of the transport messages that carry `message`. An empty message yields
 /// one.
 pub fn parts(message: &[u8]) -> impl Iterator<Item = Vec<u8>> {
-    let count = message.len().div_ceil(MAX_PART).max(1);
+    let count = message.len().div_ceil(MAX_FRAGMENT).max(1);
     (0..count).map(move |index| {
-        let start = index * MAX_PART;
-        let end = message.len().min(start + MAX_PART);
+        let start = index * MAX_FRAGMENT;
+        let end = message.len().min(start + MAX_FRAGMENT);
         let mut plaintext = Vec::with_capacity(1 + end - start);
         plaintext.push(if index + 1 == count { LAST } else { MORE });
         plaintext.extend_from_slice(&message[start..end]);
@@ -157,14 +157,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_of_every_critical_length_survive() {
-        for length in [0, 1, MAX_PART - 1, MAX_PART, MAX_PART + 1, 2 * MAX_PART, MAX_MESSAGE] {
+    fn messages_of_every_critical_length_round_trip() {
+        for length in
+            [0, 1, MAX_FRAGMENT - 1, MAX_FRAGMENT, MAX_FRAGMENT + 1, 2 * MAX_FRAGMENT, MAX_MESSAGE]
+        {
             let message: Vec<u8> = (0..length).map(|i| i as u8).collect();
-            let mut joiner = Joiner::default();
+            let mut reassembler = Reassembler::default();
             let mut whole = Vec::new();
             for part in parts(&message) {
-                assert!(part.len() <= MAX_PART + 1);
-                whole.extend(joiner.push(&part).unwrap());
+                assert!(part.len() <= MAX_FRAGMENT + 1);
+                whole.extend(reassembler.push(&part).unwrap());
             }
             assert_eq!(whole, [message]);
         }
@@ -172,38 +174,38 @@ mod tests {
 
     /// Nodes of other versions read these bytes.
     #[test]
-    fn the_wire_format_is_this() {
+    fn the_wire_format_is_stable() {
         let hex = |bytes: &[u8]| data_encoding::HEXLOWER.encode(bytes);
         assert_eq!(parts(b"").map(|part| hex(&part)).collect::<Vec<_>>(), ["00"]);
         assert_eq!(parts(b"abc").map(|part| hex(&part)).collect::<Vec<_>>(), ["00616263"]);
-        let long: Vec<_> = parts(&[7; MAX_PART + 2]).collect();
+        let long: Vec<_> = parts(&[7; MAX_FRAGMENT + 2]).collect();
         assert_eq!((long[0].len(), &long[0][..3]), (65_519, &[1, 7, 7][..]));
         assert_eq!(hex(&long[1]), "000707");
-        let mut cutter = Cutter::default();
-        cutter.buffer().extend_from_slice(&[0, 3, 1, 2, 3, 0, 1, 1]);
-        assert_eq!(cutter.next(MAX_FRAME).unwrap(), Some(&[1, 2, 3][..]));
-        assert_eq!(cutter.next(MAX_FRAME).unwrap(), Some(TOKEN_REFUSED));
+        let mut splitter = FrameSplitter::default();
+        splitter.buffer().extend_from_slice(&[0, 3, 1, 2, 3, 0, 1, 1]);
+        assert_eq!(splitter.next(MAX_FRAME).unwrap(), Some(&[1, 2, 3][..]));
+        assert_eq!(splitter.next(MAX_FRAME).unwrap(), Some(TOKEN_REFUSED));
     }
 
     #[test]
-    fn bounds_hold() {
-        let mut joiner = Joiner::default();
-        let part = [&[MORE], [0; MAX_PART].as_slice()].concat();
-        for _ in 0..MAX_MESSAGE / MAX_PART {
-            assert_eq!(joiner.push(&part), Ok(None));
+    fn bounds_are_enforced() {
+        let mut reassembler = Reassembler::default();
+        let part = [&[MORE], [0; MAX_FRAGMENT].as_slice()].concat();
+        for _ in 0..MAX_MESSAGE / MAX_FRAGMENT {
+            assert_eq!(reassembler.push(&part), Ok(None));
         }
-        assert_eq!(joiner.push(&part), Err(BadFrame::MessageTooLong));
-        assert_eq!(Joiner::default().push(&[]), Err(BadFrame::Mark));
-        assert_eq!(Joiner::default().push(&[9, 1]), Err(BadFrame::Mark));
-        assert_eq!(Joiner::default().push(&[MORE]), Err(BadFrame::EmptyPart));
-        let mut cutter = Cutter::default();
-        cutter.buffer().extend([0x08, 0x01]);
-        assert_eq!(cutter.next(MAX_HANDSHAKE_FRAME), Err(BadFrame::TooLong(0x801)));
+        assert_eq!(reassembler.push(&part), Err(BadFrame::MessageTooLong));
+        assert_eq!(Reassembler::default().push(&[]), Err(BadFrame::Mark));
+        assert_eq!(Reassembler::default().push(&[9, 1]), Err(BadFrame::Mark));
+        assert_eq!(Reassembler::default().push(&[MORE]), Err(BadFrame::EmptyPart));
+        let mut splitter = FrameSplitter::default();
+        splitter.buffer().extend([0x08, 0x01]);
+        assert_eq!(splitter.next(MAX_HANDSHAKE_FRAME), Err(BadFrame::TooLong(0x801)));
     }
 
     proptest! {
         #[test]
-        fn frames_are_cut_the_same_however_the_bytes_arrive(
+        fn frames_are_split_the_same_however_the_bytes_arrive(
             frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..12),
             steps in prop::collection::vec(1_usize..50, 1..40),
         ) {
@@ -211,11 +213,11 @@ mod tests {
                 .iter()
                 .flat_map(|frame| [&(frame.len() as u16).to_be_bytes(), frame.as_slice()].concat())
                 .collect();
-            let (mut cutter, mut cut, mut sent) = (Cutter::default(), Vec::new(), 0);
+            let (mut splitter, mut cut, mut sent) = (FrameSplitter::default(), Vec::new(), 0);
             for step in steps.iter().cycle() {
                 let end = stream.len().min(sent + step);
-                cutter.buffer().extend_from_slice(&stream[sent..end]);
-                while let Some(frame) = cutter.next(MAX_FRAME).unwrap() {
+                splitter.buffer().extend_from_slice(&stream[sent..end]);
+                while let Some(frame) = splitter.next(MAX_FRAME).unwrap() {
                     cut.push(frame.to_vec());
                 }
                 sent = end;
@@ -224,15 +226,15 @@ mod tests {
                 }
             }
             prop_assert_eq!(cut, frames);
-            prop_assert!(!cutter.is_mid_frame());
+            prop_assert!(!splitter.is_mid_frame());
         }
 
         #[test]
-        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), limit in 0_usize..300) {
-            let (mut cutter, mut joiner) = (Cutter::default(), Joiner::default());
-            cutter.buffer().extend_from_slice(&bytes);
-            while let Ok(Some(frame)) = cutter.next(limit) {
-                let _ = joiner.push(frame);
+        fn no_input_panics(bytes in prop::collection::vec(any::<u8>(), 0..200), limit in 0_usize..300) {
+            let (mut splitter, mut reassembler) = (FrameSplitter::default(), Reassembler::default());
+            splitter.buffer().extend_from_slice(&bytes);
+            while let Ok(Some(frame)) = splitter.next(limit) {
+                let _ = reassembler.push(frame);
             }
         }
     }

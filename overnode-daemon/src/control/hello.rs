@@ -45,13 +45,12 @@ pub struct Hello {
 pub enum Refusal {
     /// The other node derives a different key from its token.
     #[error(
-        "the token differs: the two nodes were launched with different tokens; on the one that has the wrong token run \
-         `overnode reset`, then launch it with the cluster's token"
+        "the token differs: the two nodes were launched with different tokens; run `overnode reset` on the node with the wrong token, then launch it with the cluster's token"
     )]
     Token,
     /// The two nodes have no protocol version in common.
     #[error(
-        "no common protocol version: this node speaks {} to {}, the other {} to {}; upgrade overnode on {}",
+        "no common protocol version: this node supports {} to {}, the other node {} to {}; upgrade overnode on {}",
         ours.0, ours.1, theirs.0, theirs.1, if ours.1 < theirs.0 { "this host" } else { "the other host" }
     )]
     Version {
@@ -62,8 +61,7 @@ pub enum Refusal {
     },
     /// The subnet or the range differs.
     #[error(
-        "the addresses of the cluster differ: this node has subnet {} and range {}, {peer} has subnet {} and range {}; \
-         run `overnode reset` on the wrong one, then launch it with the right --subnet and --range",
+        "the addresses of the cluster differ: this node has subnet {} and range {}, {peer} has subnet {} and range {}; run `overnode reset` on the node with the wrong ones, then launch it with the right --subnet and --range",
         ours.subnet, ours.range, theirs.subnet, theirs.range
     )]
     Network {
@@ -89,17 +87,16 @@ pub enum Refusal {
     },
     /// The other host runs with a copy of this node's disk.
     #[error(
-        "another host runs with a copy of this node's disk (node {0}); stop one of the two, run `overnode reset --force` there, and          launch it with an ID of its own"
+        "another host runs with a copy of this node's disk (node {0}); stop one of the two, run `overnode reset --force` there, and launch it with an ID of its own"
     )]
     Copy(NodeId),
     /// The connection leads back to this node.
-    #[error("this address is the node's own; it needs no connection to itself")]
+    #[error("this address is the node's own; a node needs no connection to itself")]
     Myself,
     /// The handshake exceeded its time limit, or the other side stopped sending. Holds the limit in
     /// seconds.
     #[error(
-        "no answer within {0} s: check that a node runs there, that both hosts see each other, and that TCP and UDP ports \
-         6783 and 6784 are open"
+        "no answer within {0} s: check that a node runs there, that the two hosts can reach each other, and that TCP and UDP ports 6783 and 6784 are open"
     )]
     TimedOut(u64),
     /// The connection failed.
@@ -109,19 +106,21 @@ pub enum Refusal {
     #[error("the other side closed the connection")]
     Closed,
     /// The other end does not follow overnode's protocol.
-    #[error("the other end is no overnode node ({0}); check the address and the port")]
+    #[error("the other end is not an overnode node ({0}); check the address and the port")]
     Garbage(&'static str),
     /// A frame violated the protocol.
-    #[error("the other side broke the protocol ({0}); check that both hosts run the same overnode")]
+    #[error(
+        "the other side violated the protocol ({0}); check that both hosts run the same version of overnode"
+    )]
     Frame(#[from] BadFrame),
     /// The content of a frame violated the protocol.
     #[error(
-        "it was cut off because it sent {0}; check that it is a node of yours and runs the same overnode"
+        "it was disconnected because it sent {0}; check that it is one of your nodes and runs the same version of overnode"
     )]
-    CutOff(String),
+    Misconduct(String),
     /// The other side gave a reason that this build does not know.
     #[error(
-        "the other side refused for a reason that this version does not know; upgrade overnode on this host"
+        "the other side refused the connection for a reason that this version does not know; upgrade overnode on this host"
     )]
     Unknown,
 }
@@ -134,7 +133,7 @@ impl Refusal {
 
     /// Whether the other side did something that no honest node does.
     pub const fn is_misconduct(&self) -> bool {
-        matches!(self, Self::Garbage(_) | Self::Frame(_) | Self::CutOff(_))
+        matches!(self, Self::Garbage(_) | Self::Frame(_) | Self::Misconduct(_))
     }
 }
 
@@ -182,7 +181,7 @@ impl Verdict {
                 | Refusal::Closed
                 | Refusal::Garbage(_)
                 | Refusal::Frame(_)
-                | Refusal::CutOff(_)
+                | Refusal::Misconduct(_)
                 | Refusal::Unknown,
             ) => Self::Other,
         }
@@ -204,7 +203,7 @@ impl Verdict {
 
     /// Returns the bytes that are sent, in postcard encoding.
     pub fn encode(&self) -> Vec<u8> {
-        postcard::to_allocvec(self).expect("plain data of bounded size")
+        postcard::to_allocvec(self).expect("plain data of bounded size always encodes")
     }
 
     /// Decodes a peer's verdict.
@@ -236,7 +235,9 @@ impl Hello {
             verifying_key: self.verifying_key,
             process: self.process,
         };
-        bytes.extend(postcard::to_allocvec(&body).expect("plain data of bounded size"));
+        bytes.extend(
+            postcard::to_allocvec(&body).expect("plain data of bounded size always encodes"),
+        );
         bytes
     }
 
@@ -252,13 +253,13 @@ impl Hello {
         };
         let theirs = (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));
         if theirs.0 > theirs.1 {
-            return Err(Refusal::Garbage("its greeting has an impossible version"));
+            return Err(Refusal::Garbage("its greeting has an invalid range of versions"));
         }
         if common_version(ours, theirs).is_none() {
             return Err(Refusal::Version { ours, theirs });
         }
         let (body, _later) = postcard::take_from_bytes::<Body>(body)
-            .map_err(|_| Refusal::Garbage("its greeting cannot be read"))?;
+            .map_err(|_| Refusal::Garbage("its greeting is malformed"))?;
         if key::exchange_key(&body.verifying_key) != Some(public_key) {
             return Err(Refusal::Garbage("its greeting names the identity of another node"));
         }

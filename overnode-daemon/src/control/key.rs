@@ -120,7 +120,7 @@ pub fn exchange_secret(seed: &Secret) -> Secret {
 
 /// Returns the Ed25519 key pair of the node with this identity. Its secret half is never printed.
 pub fn signing_key(seed: &Secret) -> Ed25519KeyPair {
-    Ed25519KeyPair::from_seed_unchecked(&seed.0).expect("any 32 bytes are a seed")
+    Ed25519KeyPair::from_seed_unchecked(&seed.0).expect("any 32 bytes are a valid seed")
 }
 
 /// Returns the Ed25519 public key of the node with this identity.
@@ -152,7 +152,7 @@ pub fn new_secret() -> Result<Secret, NoRandomness> {
 
 /// The system gave no random bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the system gives no random bytes; check that getrandom(2) is allowed here")]
+#[error("the kernel returned no random bytes; check that getrandom(2) is allowed here")]
 pub struct NoRandomness;
 
 /// Returns the public key of an X25519 secret.
@@ -195,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cluster_key_is_what_the_reference_program_prints() {
+    fn the_cluster_key_matches_the_reference_program() {
         // printf %s my-cluster-password | argon2 'overnode cluster key v1' -id -t 3 -k 65536 -p 4
         // -l 32 -r
         let key = cluster_key("my-cluster-password").unwrap();
@@ -207,7 +207,7 @@ mod tests {
         "9a8f929819a0da8977b7ad171200ea26497c3039004d4c4cc76ebb94c9264c58";
 
     #[test]
-    fn new_secrets_differ_and_public_keys_are_those_of_rfc_7748() {
+    fn new_secrets_differ_and_public_keys_match_rfc_7748() {
         assert_ne!(new_secret().unwrap(), new_secret().unwrap());
         // RFC 7748 section 6.1, Alice's keys.
         let secret = unhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a");
@@ -224,7 +224,7 @@ mod tests {
     ];
 
     #[test]
-    fn one_identity_has_two_key_pairs_of_which_each_public_key_gives_the_other() {
+    fn the_exchange_key_of_an_identity_follows_from_its_verifying_key() {
         let seed = Secret([0xaa; 32]);
         let [secret, public, verifying] = IDENTITY.map(unhex);
         assert_eq!(exchange_secret(&seed).0, clamp_integer(secret));
@@ -263,14 +263,17 @@ mod tests {
                 "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
             ),
             (
-                "the neutral element with a sign",
+                "the neutral element with the sign bit set",
                 "0100000000000000000000000000000000000000000000000000000000000080",
             ),
             (
-                "the key above, and a point of order 2 added",
+                "the key above plus a point of order 2",
                 "06cb1593d49da8218dcaa1b8d55fa5b3b78194b9c3fd612cf920d0fe4a9c94a7",
             ),
-            ("no point", "0200000000000000000000000000000000000000000000000000000000000000"),
+            (
+                "not a point on the curve",
+                "0200000000000000000000000000000000000000000000000000000000000000",
+            ),
         ] {
             assert_eq!(exchange_key(&VerifyingKey(unhex(key))), None, "{what}");
         }
@@ -281,14 +284,14 @@ mod tests {
     }
 
     #[test]
-    fn empty_and_endless_tokens_are_refused() {
+    fn empty_and_overlong_tokens_are_refused() {
         assert_eq!(cluster_key(""), Err(BadToken::Empty));
         assert_eq!(cluster_key(" \n\t"), Err(BadToken::Empty));
         assert_eq!(cluster_key(&"x".repeat(MAX_TOKEN + 1)), Err(BadToken::TooLong));
     }
 
     #[test]
-    fn a_pair_key_is_the_same_on_both_sides_and_for_no_other_pair() {
+    fn a_pair_key_is_the_same_on_both_sides_and_unique_to_the_pair() {
         let cluster = Secret([7; 32]);
         let [a, b, c] = [1, 2, 3].map(|byte| PublicKey([byte; 32]));
         assert_eq!(pair_key(&cluster, &a, &b), pair_key(&cluster, &b, &a));

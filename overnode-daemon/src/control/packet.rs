@@ -12,14 +12,14 @@ pub enum Packet {
     Ping(u64),
     /// The answer to a [`Packet::Ping`].
     Pong(u64),
-    /// A routed message for [`crate::gossip::Gossip::handle_parcel`].
-    Parcel(Vec<u8>),
+    /// A routed message for [`crate::gossip::Gossip::handle_routed`].
+    RoutedMessage(Vec<u8>),
 }
 
 const GOSSIP: u8 = 0;
 const PING: u8 = 1;
 const PONG: u8 = 2;
-const PARCEL: u8 = 3;
+const ROUTED: u8 = 3;
 
 /// A message that no overnode node sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,7 +28,7 @@ pub enum BadPacket {
     #[error("an empty message")]
     Empty,
     /// The kind is unknown.
-    #[error("a message of the unknown kind {0}")]
+    #[error("a message of unknown kind {0}")]
     Kind(u8),
     /// The number in a ping or pong is not 8 bytes long. Holds its length in bytes.
     #[error("a ping of {0} bytes")]
@@ -42,7 +42,7 @@ impl Packet {
             Self::Gossip(body) => (GOSSIP, body.as_slice()),
             Self::Ping(number) => (PING, &number.to_le_bytes()[..]),
             Self::Pong(number) => (PONG, &number.to_le_bytes()[..]),
-            Self::Parcel(body) => (PARCEL, body.as_slice()),
+            Self::RoutedMessage(body) => (ROUTED, body.as_slice()),
         };
         [&[kind], body].concat()
     }
@@ -59,7 +59,7 @@ impl Packet {
             GOSSIP => Ok(Self::Gossip(body.to_vec())),
             PING => number().map(Self::Ping),
             PONG => number().map(Self::Pong),
-            PARCEL => Ok(Self::Parcel(body.to_vec())),
+            ROUTED => Ok(Self::RoutedMessage(body.to_vec())),
             _ => Err(BadPacket::Kind(kind)),
         }
     }
@@ -73,12 +73,12 @@ mod tests {
 
     /// Nodes of other versions read these bytes.
     #[test]
-    fn the_wire_format_is_this() {
+    fn the_wire_format_is_stable() {
         for (packet, golden) in [
             (Packet::Gossip(vec![0xaa, 0xbb]), "00aabb"),
             (Packet::Ping(0x0102), "010201000000000000"),
             (Packet::Pong(u64::MAX), "02ffffffffffffffff"),
-            (Packet::Parcel(vec![0xcc]), "03cc"),
+            (Packet::RoutedMessage(vec![0xcc]), "03cc"),
         ] {
             assert_eq!(data_encoding::HEXLOWER.encode(&packet.encode()), golden);
             assert_eq!(Packet::decode(&packet.encode()), Ok(packet));
@@ -91,7 +91,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_read_is_what_was_written(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+        fn decoded_messages_encode_to_the_same_bytes(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
             if let Ok(packet) = Packet::decode(&bytes) {
                 prop_assert_eq!(packet.encode(), bytes);
             }

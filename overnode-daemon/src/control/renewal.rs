@@ -146,7 +146,7 @@ impl Renewal {
                 Ok(Step { receive_by: Some(keys), send: None })
             }
             (State::Settled | State::Offered(_) | State::Answered(_), _) => {
-                Err(broken("keys that nobody asked for"))
+                Err(broken("keys that were not requested"))
             }
         }
     }
@@ -164,13 +164,13 @@ impl Renewal {
                 Role::Responder => builder.build_responder(),
             }
         };
-        build().expect("the pattern is known and has all it needs")
+        build().expect("the pattern is supported and all of its keys are set")
     }
 
     fn finish(&mut self, noise: HandshakeState) -> Result<Keys, Refusal> {
         self.binding = noise.get_handshake_hash().to_vec();
         let keys = noise.into_stateless_transport_mode();
-        keys.map(Arc::new).map_err(|_| broken("half of a handshake"))
+        keys.map(Arc::new).map_err(|_| broken("an incomplete handshake"))
     }
 }
 
@@ -185,8 +185,7 @@ impl fmt::Debug for Renewal {
 
 fn write(noise: &mut HandshakeState) -> Result<Vec<u8>, Refusal> {
     let mut message = vec![0; MAX_HANDSHAKE_FRAME];
-    let length =
-        noise.write_message(&[], &mut message).map_err(|_| broken("a key that is none"))?;
+    let length = noise.write_message(&[], &mut message).map_err(|_| broken("an invalid key"))?;
     message.truncate(length);
     Ok(message)
 }
@@ -200,7 +199,7 @@ fn read(noise: &mut HandshakeState, message: &[u8]) -> Result<(), Refusal> {
 }
 
 fn broken(what: &str) -> Refusal {
-    Refusal::CutOff(what.to_owned())
+    Refusal::Misconduct(what.to_owned())
 }
 
 #[cfg(test)]
@@ -246,21 +245,21 @@ mod tests {
             now += EVERY;
             assert_eq!((one.due(), two.due()), (Some(now), None));
             let offer = one.begin().unwrap();
-            assert_eq!((one.due(), one.begin()), (None, None), "one at a time");
+            assert_eq!((one.due(), one.begin()), (None, None), "only one renewal at a time");
             let Step { receive_by: None, send: Some(answer) } = two.handle(&offer, now).unwrap()
             else {
-                panic!("the responder goes on receiving by the old keys");
+                panic!("the responder must still receive with the old keys");
             };
             let Step { receive_by: Some(keys), send: Some(last) } =
                 one.handle(&answer.bytes, now).unwrap()
             else {
-                panic!("the initiator changes at once");
+                panic!("the initiator must switch to the new keys at once");
             };
             assert!(work(&keys, &answer.keys));
             assert!(before.as_ref().is_none_or(|before| !work(before, &answer.keys)));
             let Step { receive_by: Some(_), send: None } = two.handle(&last.bytes, now).unwrap()
             else {
-                panic!("that was the end");
+                panic!("the renewal must be complete");
             };
             assert_eq!((one.expires(), two.expires()), (now + 2 * EVERY, now + 2 * EVERY));
             before = Some(keys);
@@ -268,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn neither_another_token_nor_another_connection_nor_a_changed_bit_is_taken() {
+    fn another_token_or_connection_or_a_flipped_bit_is_refused() {
         let now = Instant::now();
         let then = now + EVERY;
         for (psks, bindings) in [([9, 8], [7, 7]), ([9, 9], [7, 6])] {
@@ -287,17 +286,17 @@ mod tests {
     }
 
     #[test]
-    fn a_side_that_hurries_or_speaks_out_of_turn_is_cut_off() {
+    fn a_side_that_renews_too_soon_or_out_of_turn_is_disconnected() {
         let now = Instant::now();
         let [mut one, mut two] = pair([9; 2], [7; 2], now);
-        assert!(one.handle(&[], now + EVERY).is_err(), "nothing was offered");
+        assert!(one.handle(&[], now + EVERY).is_err(), "there is no offer to answer");
         assert!(two.handle(&one.begin().unwrap(), now + EVERY / 61).is_err(), "too soon");
         let [mut one, mut two] = pair([9; 2], [7; 2], now);
         let offer = one.begin().unwrap();
         two.handle(&offer, now + EVERY).unwrap();
-        assert!(two.handle(&offer, now + EVERY).is_err(), "instead of the last word");
+        assert!(two.handle(&offer, now + EVERY).is_err(), "an offer in place of the final message");
         let [mut one, _] = pair([9; 2], [7; 2], now);
         one.begin().unwrap();
-        assert!(one.handle(&offer, now + EVERY).is_err(), "an offer is no answer");
+        assert!(one.handle(&offer, now + EVERY).is_err(), "an offer is not an answer");
     }
 }

@@ -22,7 +22,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, Wr
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
-use super::frame::{self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, TAG, TOKEN_REFUSED};
+use super::frame::{
+    self, FrameSplitter, MAX_FRAME, MAX_HANDSHAKE_FRAME, Reassembler, TAG, TOKEN_REFUSED,
+};
 use super::hello::{Hello, Refusal, Verdict, common_version};
 use super::key;
 use super::renewal::{
@@ -39,14 +41,14 @@ pub const READ_LIMIT: Duration = Duration::from_secs(15);
 /// A message that the other side does not accept within this time ends the connection.
 pub const WRITE_LIMIT: Duration = Duration::from_secs(15);
 
-const LINGER: Duration = Duration::from_secs(1);
+const REFUSAL_READ_LIMIT: Duration = Duration::from_secs(1);
 /// The Noise protocol, under the name that `status` shows.
 pub const PATTERN: &str = "Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s";
 const PROLOGUE: &[u8] = b"overnode control v1";
 
 /// A node's identity and keys for handshakes.
 #[derive(Clone, Debug)]
-pub struct Me {
+pub struct LocalIdentity {
     /// X25519 secret of the node. Its public half must be the public key in `hello`.
     pub static_secret: Secret,
     /// Key derived from the token.
@@ -84,8 +86,8 @@ pub struct Reader<S> {
     stream: ReadHalf<S>,
     noise: Keys,
     nonce: u64,
-    cutter: Cutter,
-    joiner: Joiner,
+    splitter: FrameSplitter,
+    reassembler: Reassembler,
     shared: Arc<Shared>,
     handovers: mpsc::Sender<Handover>,
 }
@@ -138,12 +140,12 @@ pub enum Due {
 }
 
 fn expired() -> Refusal {
-    Refusal::CutOff("no new keys for too long".to_owned())
+    Refusal::Misconduct("no new keys for too long".to_owned())
 }
 
 /// Parameters of a connection other than the identity of its ends.
 #[derive(Debug)]
-pub struct Terms<T> {
+pub struct ConnectOptions<T> {
     /// Age at which the keys are renewed. At twice this age the connection ends.
     pub renew_after: Duration,
     /// A responder awaits this after the first message has arrived and before it computes the
@@ -151,7 +153,7 @@ pub struct Terms<T> {
     pub turn: T,
 }
 
-impl Default for Terms<std::future::Ready<()>> {
+impl Default for ConnectOptions<std::future::Ready<()>> {
     fn default() -> Self {
         Self { renew_after: RENEW_AFTER, turn: std::future::ready(()) }
     }
@@ -165,8 +167,8 @@ impl Default for Terms<std::future::Ready<()>> {
 pub async fn connect<S, T>(
     stream: S,
     role: Role,
-    me: &Me,
-    terms: Terms<T>,
+    me: &LocalIdentity,
+    terms: ConnectOptions<T>,
     admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
 ) -> Result<Link<S>, Refusal>
 where
@@ -185,7 +187,7 @@ impl<S: AsyncRead> Reader<S> {
     /// # Errors
     /// [`Refusal::TimedOut`] if not even a heartbeat arrived within [`READ_LIMIT`].
     /// [`Refusal::Closed`] or [`Refusal::Io`] if the stream ended or failed. [`Refusal::Frame`],
-    /// [`Refusal::Garbage`], [`Refusal::Token`] or [`Refusal::CutOff`] if the bytes violate the
+    /// [`Refusal::Garbage`], [`Refusal::Token`] or [`Refusal::Misconduct`] if the bytes violate the
     /// protocol. The connection is unusable after any of them.
     pub async fn receive(&mut self) -> Result<Vec<u8>, Refusal> {
         loop {
@@ -198,7 +200,7 @@ impl<S: AsyncRead> Reader<S> {
 
     async fn receive_any(&mut self, deadline: Instant) -> Result<Vec<u8>, Refusal> {
         loop {
-            while let Some(frame) = self.cutter.next(MAX_FRAME)? {
+            while let Some(frame) = self.splitter.next(MAX_FRAME)? {
                 if frame.len() < TAG {
                     return Err(refusal_in_the_clear(frame));
                 }
@@ -206,16 +208,16 @@ impl<S: AsyncRead> Reader<S> {
                 let nonce = self.shared.count(&mut self.nonce)?;
                 self.noise
                     .read_message(nonce, frame, &mut plaintext)
-                    .map_err(|_| Refusal::Garbage("a message was altered on its way"))?;
+                    .map_err(|_| Refusal::Garbage("a message was altered in transit"))?;
                 if let Some(keys) = frame::keys(&plaintext) {
                     self.take_keys(keys)?;
                     continue;
                 }
-                if let Some(message) = self.joiner.push(&plaintext)? {
+                if let Some(message) = self.reassembler.push(&plaintext)? {
                     return Ok(message);
                 }
             }
-            let read = timeout_at(deadline, self.stream.read_buf(self.cutter.buffer()))
+            let read = timeout_at(deadline, self.stream.read_buf(self.splitter.buffer()))
                 .await
                 .map_err(|_| Refusal::TimedOut(READ_LIMIT.as_secs()))??;
             if read == 0 {
@@ -225,7 +227,7 @@ impl<S: AsyncRead> Reader<S> {
     }
 
     fn take_keys(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
-        if self.joiner.is_mid_message() {
+        if self.reassembler.is_mid_message() {
             return Err(frame::BadFrame::Keys.into());
         }
         let step = self.shared.renewal().handle(bytes, Instant::now().into_std())?;
@@ -244,7 +246,7 @@ impl<S: AsyncWrite> Writer<S> {
     ///
     /// # Errors
     /// [`Refusal::Frame`] if the message is too long. [`Refusal::TimedOut`] if the other side does
-    /// not accept it within [`WRITE_LIMIT`]. [`Refusal::CutOff`] if the keys have sealed too many
+    /// not accept it within [`WRITE_LIMIT`]. [`Refusal::Misconduct`] if the keys have sealed too many
     /// frames. [`Refusal::Io`] if the stream fails.
     pub async fn send(&mut self, message: &[u8]) -> Result<(), Refusal> {
         if message.len() > frame::MAX_MESSAGE {
@@ -281,7 +283,7 @@ impl<S: AsyncWrite> Writer<S> {
     /// Performs a due action. Not cancel-safe, like [`Self::send`].
     ///
     /// # Errors
-    /// As for [`Self::send`], and [`Refusal::CutOff`] if the keys are too old.
+    /// As for [`Self::send`], and [`Refusal::Misconduct`] if the keys are too old.
     pub async fn renew(&mut self, due: Due) -> Result<(), Refusal> {
         match due {
             Due::Begin => {
@@ -332,23 +334,23 @@ impl<S: AsyncWrite> Writer<S> {
 async fn handshake<S, T>(
     stream: S,
     role: Role,
-    me: &Me,
-    terms: Terms<T>,
+    me: &LocalIdentity,
+    terms: ConnectOptions<T>,
     admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
 ) -> Result<Link<S>, Refusal>
 where
     S: AsyncRead + AsyncWrite,
     T: Future<Output = ()>,
 {
-    let Terms { renew_after, turn } = terms;
+    let ConnectOptions { renew_after, turn } = terms;
     let (mut read, mut write) = tokio::io::split(stream);
-    let mut cutter = Cutter::default();
+    let mut splitter = FrameSplitter::default();
     let noise = start(role, me);
     match role {
         Role::Initiator => {
-            let noise = initiate(noise, &mut read, &mut write, &mut cutter, me).await?;
+            let noise = initiate(noise, &mut read, &mut write, &mut splitter, me).await?;
             let (mut reader, mut writer) =
-                halves(read, write, cutter, noise, (role, me, renew_after))?;
+                halves(read, write, splitter, noise, (role, me, renew_after))?;
             let greeting = reader.receive_greeting().await?;
             let peer = Hello::decode(&greeting, remote_key(&reader.noise)?, me.hello.versions);
             let checked = judge(me, &peer, admit);
@@ -357,8 +359,9 @@ where
         }
         Role::Responder => {
             let (noise, greeting) =
-                respond(noise, &mut read, &mut write, &mut cutter, turn).await?;
-            let (reader, mut writer) = halves(read, write, cutter, noise, (role, me, renew_after))?;
+                respond(noise, &mut read, &mut write, &mut splitter, turn).await?;
+            let (reader, mut writer) =
+                halves(read, write, splitter, noise, (role, me, renew_after))?;
             let peer = Hello::decode(&greeting, remote_key(&reader.noise)?, me.hello.versions);
             let checked = judge(me, &peer, admit);
             writer.send(&me.hello.encode()).await?;
@@ -368,7 +371,7 @@ where
     }
 }
 
-fn start(role: Role, me: &Me) -> HandshakeState {
+fn start(role: Role, me: &LocalIdentity) -> HandshakeState {
     let psk = key::control_key(&me.cluster_key);
     let build = || {
         let builder = Builder::new(PATTERN.parse()?)
@@ -380,22 +383,22 @@ fn start(role: Role, me: &Me) -> HandshakeState {
             Role::Responder => builder.build_responder(),
         }
     };
-    build().expect("the pattern is known and has all it needs")
+    build().expect("the pattern is supported and all of its keys are set")
 }
 
 async fn initiate<S: AsyncRead + AsyncWrite>(
     mut noise: HandshakeState,
     read: &mut ReadHalf<S>,
     write: &mut WriteHalf<S>,
-    cutter: &mut Cutter,
-    me: &Me,
+    splitter: &mut FrameSplitter,
+    me: &LocalIdentity,
 ) -> Result<HandshakeState, Refusal> {
     write_handshake(&mut noise, write, &[]).await?;
-    read_frame(read, cutter, |answer| {
+    read_frame(read, splitter, |answer| {
         let mut payload = [0; MAX_HANDSHAKE_FRAME];
         noise
             .read_message(answer, &mut payload)
-            .map_err(|_| Refusal::Garbage("its answer cannot be read"))
+            .map_err(|_| Refusal::Garbage("its answer is malformed"))
     })
     .await?;
     write_handshake(&mut noise, write, &me.hello.encode()).await?;
@@ -406,26 +409,26 @@ async fn respond<S: AsyncRead + AsyncWrite>(
     mut noise: HandshakeState,
     read: &mut ReadHalf<S>,
     write: &mut WriteHalf<S>,
-    cutter: &mut Cutter,
+    splitter: &mut FrameSplitter,
     turn: impl Future<Output = ()>,
 ) -> Result<(HandshakeState, Vec<u8>), Refusal> {
     let mut payload = [0; MAX_HANDSHAKE_FRAME];
-    read_frame(read, cutter, |first| {
+    read_frame(read, splitter, |first| {
         noise
             .read_message(first, &mut payload)
-            .map_err(|_| Refusal::Garbage("its first message cannot be read"))
+            .map_err(|_| Refusal::Garbage("its first message is malformed"))
     })
     .await?;
     turn.await;
     write_handshake(&mut noise, write, &[]).await?;
     let greeting =
-        read_frame(read, cutter, |third| match noise.read_message(third, &mut payload) {
+        read_frame(read, splitter, |third| match noise.read_message(third, &mut payload) {
             Ok(length) => Ok(Ok(payload[..length].to_vec())),
             // The initiator's static key, in the same message, is not encrypted under the token.
             // Its decryption fails only if bytes were altered. snow does not distinguish the two
             // cases, and a wrong token is the one that happens in practice.
             Err(snow::Error::Decrypt) => Ok(Err(Refusal::Token)),
-            Err(_) => Err(Refusal::Garbage("its third message cannot be read")),
+            Err(_) => Err(Refusal::Garbage("its third message is malformed")),
         })
         .await?;
     match greeting {
@@ -441,14 +444,14 @@ async fn respond<S: AsyncRead + AsyncWrite>(
 fn halves<S: AsyncRead + AsyncWrite>(
     read: ReadHalf<S>,
     write: WriteHalf<S>,
-    cutter: Cutter,
+    splitter: FrameSplitter,
     noise: HandshakeState,
-    (role, me, renew_after): (Role, &Me, Duration),
+    (role, me, renew_after): (Role, &LocalIdentity, Duration),
 ) -> Result<(Reader<S>, Writer<S>), Refusal> {
     let binding = noise.get_handshake_hash().to_vec();
     let noise = noise
         .into_stateless_transport_mode()
-        .map_err(|_| Refusal::Garbage("the handshake did not come to its end"))?;
+        .map_err(|_| Refusal::Garbage("the handshake is incomplete"))?;
     let noise = Arc::new(noise);
     let remote = remote_key(&noise)?;
     let own = (me.static_secret.clone(), key::control_key(&me.cluster_key));
@@ -460,8 +463,8 @@ fn halves<S: AsyncRead + AsyncWrite>(
         stream: read,
         noise: Arc::clone(&noise),
         nonce: 0,
-        cutter,
-        joiner: Joiner::default(),
+        splitter,
+        reassembler: Reassembler::default(),
         shared: Arc::clone(&shared),
         handovers: sender,
     };
@@ -485,7 +488,7 @@ impl<S: AsyncRead> Reader<S> {
 }
 
 fn judge(
-    me: &Me,
+    me: &LocalIdentity,
     peer: &Result<Hello, Refusal>,
     admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
 ) -> Result<(), Refusal> {
@@ -495,12 +498,12 @@ fn judge(
             Err(Refusal::Version { ours: *ours, theirs: *theirs })
         }
         Err(Refusal::Garbage(what)) => Err(Refusal::Garbage(what)),
-        Err(_) => Err(Refusal::Garbage("its greeting cannot be read")),
+        Err(_) => Err(Refusal::Garbage("its greeting is malformed")),
     }
 }
 
 async fn finish<S: AsyncRead + AsyncWrite>(
-    me: &Me,
+    me: &LocalIdentity,
     peer: Result<Hello, Refusal>,
     checked: Result<(), Refusal>,
     mut reader: Reader<S>,
@@ -508,7 +511,7 @@ async fn finish<S: AsyncRead + AsyncWrite>(
 ) -> Result<Link<S>, Refusal> {
     // A side that refuses keeps reading for a moment, only so that closing the stream does not
     // discard its last messages in transit.
-    let patience = if checked.is_ok() { HANDSHAKE_LIMIT } else { LINGER };
+    let patience = if checked.is_ok() { HANDSHAKE_LIMIT } else { REFUSAL_READ_LIMIT };
     let verdict = reader.receive_any(Instant::now() + patience).await;
     let outcome = match (peer, checked, verdict) {
         (Err(refusal), _, _) | (Ok(_), Err(refusal), _) | (Ok(_), Ok(()), Err(refusal)) => {
@@ -540,7 +543,7 @@ async fn write_handshake<W: AsyncWrite + Unpin>(
     let mut message = [0; MAX_HANDSHAKE_FRAME];
     let length = noise
         .write_message(payload, &mut message)
-        .map_err(|_| Refusal::Garbage("a handshake message could not be made"))?;
+        .map_err(|_| Refusal::Garbage("a handshake message could not be created"))?;
     write_frame(write, &message[..length]).await?;
     Ok(write.flush().await?)
 }
@@ -555,17 +558,17 @@ async fn write_frame<W: AsyncWrite + Unpin>(write: &mut W, frame: &[u8]) -> Resu
 
 async fn read_frame<R: AsyncRead + Unpin, T>(
     read: &mut R,
-    cutter: &mut Cutter,
+    splitter: &mut FrameSplitter,
     mut handle: impl FnMut(&[u8]) -> Result<T, Refusal>,
 ) -> Result<T, Refusal> {
     loop {
-        match cutter.next(MAX_HANDSHAKE_FRAME) {
+        match splitter.next(MAX_HANDSHAKE_FRAME) {
             Ok(Some(frame)) if frame.len() < TAG => return Err(refusal_in_the_clear(frame)),
             Ok(Some(frame)) => return handle(frame),
             Ok(None) => {}
             Err(_) => return Err(Refusal::Garbage("its messages are too long")),
         }
-        if read.read_buf(cutter.buffer()).await? == 0 {
+        if read.read_buf(splitter.buffer()).await? == 0 {
             return Err(Refusal::Closed);
         }
     }

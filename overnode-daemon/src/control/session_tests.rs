@@ -4,7 +4,7 @@ use tokio::io::{DuplexStream, duplex};
 use super::*;
 use crate::types::{Network, NodeId};
 
-fn node(id: u16, seed: u8) -> Me {
+fn node(id: u16, seed: u8) -> LocalIdentity {
     let seed = Secret([seed; 32]);
     let static_secret = key::exchange_secret(&seed);
     let hello = Hello {
@@ -17,16 +17,16 @@ fn node(id: u16, seed: u8) -> Me {
         process: id.into(),
         public_key: key::public_key(&static_secret),
     };
-    Me { static_secret, cluster_key: Secret([9; 32]), hello }
+    LocalIdentity { static_secret, cluster_key: Secret([9; 32]), hello }
 }
 
 type Outcome = Result<Link<DuplexStream>, Refusal>;
 
-async fn meet(initiator: &Me, responder: &Me) -> (Outcome, Outcome) {
+async fn meet(initiator: &LocalIdentity, responder: &LocalIdentity) -> (Outcome, Outcome) {
     let (a, b) = duplex(1 << 16);
     tokio::join!(
-        connect(a, Role::Initiator, initiator, Terms::default(), |_| Ok(())),
-        connect(b, Role::Responder, responder, Terms::default(), |_| Ok(())),
+        connect(a, Role::Initiator, initiator, ConnectOptions::default(), |_| Ok(())),
+        connect(b, Role::Responder, responder, ConnectOptions::default(), |_| Ok(())),
     )
 }
 
@@ -35,7 +35,7 @@ fn words(outcome: Outcome) -> String {
 }
 
 #[tokio::test]
-async fn two_nodes_with_one_token_meet_and_talk() {
+async fn two_nodes_with_the_same_token_connect_and_exchange_messages() {
     let (one, two) = (node(1, 1), node(2, 2));
     let (a, b) = meet(&one, &two).await;
     let (mut a, mut b) = (a.unwrap(), b.unwrap());
@@ -63,17 +63,18 @@ async fn two_nodes_with_one_token_meet_and_talk() {
 }
 
 #[tokio::test]
-async fn another_token_is_named_on_both_sides_and_nothing_is_exchanged() {
+async fn a_different_token_is_reported_on_both_sides_and_nothing_is_exchanged() {
     let (one, mut two) = (node(1, 1), node(2, 2));
     two.cluster_key = Secret([10; 32]);
     let (a, spy_a) = duplex(1 << 16);
     let (b, spy_b) = duplex(1 << 16);
-    let admitted =
-        |_: &Hello| -> Result<(), Refusal> { panic!("a stranger got as far as admission") };
+    let admitted = |_: &Hello| -> Result<(), Refusal> {
+        panic!("a node with another token reached admission")
+    };
     let wire = tokio::spawn(relay(spy_a, spy_b));
     let (initiator, responder) = tokio::join!(
-        connect(a, Role::Initiator, &one, Terms::default(), admitted),
-        connect(b, Role::Responder, &two, Terms::default(), admitted)
+        connect(a, Role::Initiator, &one, ConnectOptions::default(), admitted),
+        connect(b, Role::Responder, &two, ConnectOptions::default(), admitted)
     );
     assert!(matches!(initiator, Err(Refusal::Token)));
     assert!(matches!(responder, Err(Refusal::Token)));
@@ -97,8 +98,8 @@ async fn a_member_greets_with_the_identity_of_another_node() {
         let (a, b) = duplex(1 << 16);
         let admit = |_: &Hello| Ok(());
         let (called, answered) = tokio::join!(
-            connect(a, Role::Initiator, initiator, Terms::default(), admit),
-            connect(b, Role::Responder, responder, Terms::default(), admit)
+            connect(a, Role::Initiator, initiator, ConnectOptions::default(), admit),
+            connect(b, Role::Responder, responder, ConnectOptions::default(), admit)
         );
         let honest = if initiator.hello.id == one.hello.id { called } else { answered };
         assert!(words(honest).contains("the identity of another node"));
@@ -149,13 +150,13 @@ async fn refusals_arrive_over_tcp() {
             let (initiator, responder) = tokio::join!(
                 async {
                     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-                    connect(stream, Role::Initiator, &one, Terms::default(), |_| Ok(()))
+                    connect(stream, Role::Initiator, &one, ConnectOptions::default(), |_| Ok(()))
                         .await
                         .map(drop)
                 },
                 async {
                     let (stream, _) = listener.accept().await.unwrap();
-                    connect(stream, Role::Responder, other, Terms::default(), |_| Ok(()))
+                    connect(stream, Role::Responder, other, ConnectOptions::default(), |_| Ok(()))
                         .await
                         .map(drop)
                 }
@@ -169,7 +170,7 @@ async fn refusals_arrive_over_tcp() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_no_node_is_named_so() {
+async fn other_protocols_are_reported_as_not_an_overnode_node() {
     for (banner, role) in [
         ("SSH-2.0-OpenSSH_9.2p1", Role::Initiator),
         ("HTTP/1.1 400 Bad Request\r\n\r\n", Role::Initiator),
@@ -179,13 +180,14 @@ async fn what_is_no_node_is_named_so() {
     ] {
         let (a, mut b) = duplex(1 << 16);
         b.write_all(banner.as_bytes()).await.unwrap();
-        let text = words(connect(a, role, &node(1, 1), Terms::default(), |_| Ok(())).await);
-        assert!(text.starts_with("the other end is no overnode node ("), "{banner:?}: {text}");
+        let text =
+            words(connect(a, role, &node(1, 1), ConnectOptions::default(), |_| Ok(())).await);
+        assert!(text.starts_with("the other end is not an overnode node ("), "{banner:?}: {text}");
     }
 }
 
 #[tokio::test]
-async fn a_misfit_is_named_on_both_sides() {
+async fn an_incompatibility_is_reported_on_both_sides() {
     let one = node(1, 1);
     let mut elsewhere = node(2, 2);
     elsewhere.hello.network.subnet = "10.0.0.0/8".parse().unwrap();
@@ -203,11 +205,11 @@ async fn a_misfit_is_named_on_both_sides() {
     let (a, b) = meet(&one, &modern).await;
     assert_eq!(
         words(a),
-        "no common protocol version: this node speaks 2 to 2, the other 7 to 9; upgrade overnode on this host"
+        "no common protocol version: this node supports 2 to 2, the other node 7 to 9; upgrade overnode on this host"
     );
     assert_eq!(
         words(b),
-        "no common protocol version: this node speaks 7 to 9, the other 2 to 2; upgrade overnode on the other host"
+        "no common protocol version: this node supports 7 to 9, the other node 2 to 2; upgrade overnode on the other host"
     );
 
     let (a, b) = meet(&one, &node(1, 3)).await;
@@ -219,7 +221,7 @@ async fn a_misfit_is_named_on_both_sides() {
 }
 
 #[tokio::test]
-async fn the_newest_version_that_both_know_is_spoken() {
+async fn the_newest_common_version_is_used() {
     for (ours, theirs, expected) in [
         ((1, 3), (2, 5), Some(3)),
         ((2, 2), (1, 9), Some(2)),
@@ -244,7 +246,7 @@ async fn the_newest_version_that_both_know_is_spoken() {
 }
 
 #[tokio::test]
-async fn a_host_with_a_copy_of_the_disk_is_no_mirror() {
+async fn a_host_with_a_copy_of_the_disk_is_not_taken_for_the_node_itself() {
     for id in [1, 2] {
         let one = node(1, 1);
         let mut copy = node(id, 1);
@@ -262,7 +264,7 @@ async fn a_host_with_a_copy_of_the_disk_is_no_mirror() {
 
 /// Nodes of other versions read these bytes, so new reasons go to the end.
 #[test]
-fn the_verdicts_have_this_wire_format() {
+fn the_wire_format_of_verdicts_is_stable() {
     let clash = || Refusal::IdClash {
         id: NodeId::new(300).unwrap(),
         holder: "one".into(),
@@ -284,11 +286,11 @@ fn the_verdicts_have_this_wire_format() {
         assert_eq!(data_encoding::HEXLOWER.encode(&verdict.encode()), golden);
         assert_eq!(Verdict::decode(&verdict.encode()).unwrap(), verdict);
     }
-    assert!(matches!(Verdict::decode(&[7]), Err(Refusal::Unknown)), "of a later version");
+    assert!(matches!(Verdict::decode(&[7]), Err(Refusal::Unknown)), "a verdict of a later version");
 }
 
 #[tokio::test]
-async fn a_refused_admission_is_told_to_the_other_side() {
+async fn a_refused_admission_is_reported_to_the_other_side() {
     for refusing in [Role::Initiator, Role::Responder] {
         let clash = move |role| {
             move |peer: &Hello| {
@@ -302,8 +304,8 @@ async fn a_refused_admission_is_told_to_the_other_side() {
         let (a, b) = duplex(1 << 16);
         let (one, seven) = (node(1, 1), node(7, 7));
         let (a, b) = tokio::join!(
-            connect(a, Role::Initiator, &one, Terms::default(), clash(Role::Initiator)),
-            connect(b, Role::Responder, &seven, Terms::default(), clash(Role::Responder))
+            connect(a, Role::Initiator, &one, ConnectOptions::default(), clash(Role::Initiator)),
+            connect(b, Role::Responder, &seven, ConnectOptions::default(), clash(Role::Responder))
         );
         for text in [words(a), words(b)] {
             assert!(text.contains("is used twice: by old-host7 and by host"), "{text}");
@@ -315,7 +317,8 @@ async fn a_refused_admission_is_told_to_the_other_side() {
 async fn silence_ends_the_handshake_and_the_connection() {
     let (a, _silent) = duplex(1 << 16);
     let began = Instant::now();
-    let outcome = connect(a, Role::Responder, &node(1, 1), Terms::default(), |_| Ok(())).await;
+    let outcome =
+        connect(a, Role::Responder, &node(1, 1), ConnectOptions::default(), |_| Ok(())).await;
     assert!(matches!(outcome, Err(Refusal::TimedOut(10))));
     assert_eq!(began.elapsed(), HANDSHAKE_LIMIT);
 
@@ -328,11 +331,14 @@ async fn silence_ends_the_handshake_and_the_connection() {
     assert_eq!(began.elapsed(), READ_LIMIT / 2 + READ_LIMIT);
 
     let endless = vec![0; frame::MAX_MESSAGE];
-    assert!(matches!(a.writer.send(&endless).await, Err(Refusal::TimedOut(15))), "nobody reads");
+    assert!(
+        matches!(a.writer.send(&endless).await, Err(Refusal::TimedOut(15))),
+        "the peer does not read"
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_receive_that_was_dropped_loses_nothing() {
+async fn a_canceled_receive_loses_nothing() {
     let (a, b) = meet(&node(1, 1), &node(2, 2)).await;
     let (mut a, mut b) = (a.unwrap(), b.unwrap());
     let message = vec![5; 300_000];
@@ -363,8 +369,8 @@ async fn altered_repeated_and_reordered_messages_end_the_connection() {
         let (mut from_a, mut to_a) = tokio::io::split(spy_a);
         let meeting = async {
             tokio::join!(
-                connect(a, Role::Initiator, &one, Terms::default(), |_| Ok(())),
-                connect(b, Role::Responder, &two, Terms::default(), |_| Ok(())),
+                connect(a, Role::Initiator, &one, ConnectOptions::default(), |_| Ok(())),
+                connect(b, Role::Responder, &two, ConnectOptions::default(), |_| Ok(())),
             )
         };
         let honest = async {
@@ -426,8 +432,8 @@ async fn an_altered_byte_anywhere_in_the_handshake_ends_it() {
             tokio::join!(flip(&mut a_read, &mut b_write, position), copy(&mut b_read, &mut a_write))
         });
         let (_, responder) = tokio::join!(
-            connect(a, Role::Initiator, &one, Terms::default(), |_| Ok(())),
-            connect(b, Role::Responder, &two, Terms::default(), |_| Ok(()))
+            connect(a, Role::Initiator, &one, ConnectOptions::default(), |_| Ok(())),
+            connect(b, Role::Responder, &two, ConnectOptions::default(), |_| Ok(()))
         );
         let is_altered = position < sent_by_initiator;
         assert_eq!(responder.is_err(), is_altered, "byte {position} of {sent_by_initiator}");
@@ -463,13 +469,13 @@ proptest! {
         let outcome = runtime.block_on(async {
             let (a, mut b) = duplex(1 << 16);
             b.write_all(&bytes).await.unwrap();
-            connect(a, role, &node(1, 1), Terms::default(), |_| Ok(())).await
+            connect(a, role, &node(1, 1), ConnectOptions::default(), |_| Ok(())).await
         });
         prop_assert!(outcome.is_err());
     }
 
     #[test]
-    fn greetings_and_verdicts_of_any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn any_bytes_are_decoded_as_greeting_or_verdict_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let with_version = [&[2, 0, 2, 0], bytes.as_slice()].concat();
         for bytes in [&bytes, &with_version] {
             if let Ok(hello) = Hello::decode(bytes, PublicKey([1; 32]), (2, 2)) {
@@ -485,7 +491,7 @@ proptest! {
 const IDENTITY: &str = "8139770ea87d175f56a35466c34c7ecccb8d8a91b4ee37a25df60f5b8fc9b394";
 
 #[test]
-fn the_greeting_has_this_wire_format() {
+fn the_wire_format_of_the_greeting_is_stable() {
     let golden = [
         vec![2, 0, 2, 0],                      // versions
         vec![2],                               // ID
@@ -504,6 +510,6 @@ fn the_greeting_has_this_wire_format() {
     assert_eq!(
         Hello::decode(&longer, hello.public_key, (1, 4)).unwrap(),
         hello,
-        "later versions may append"
+        "later versions may append fields"
     );
 }

@@ -205,7 +205,7 @@ impl Pins {
     pub(super) fn mark(&self, pin: &Pin) -> Result<()> {
         match fs::create_dir(self.path(pin)) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                Err(error).context("a mark cannot be left in the bpffs")
+                Err(error).context("a marker cannot be created in the bpffs")
             }
             Ok(()) | Err(_) => Ok(()),
         }
@@ -338,7 +338,7 @@ fn netns_cookie() -> Result<u64> {
     if code != 0 {
         let why = io::Error::last_os_error();
         bail!(
-            "the kernel does not name network namespaces ({why}): SO_NETNS_COOKIE needs Linux 5.14, overnode needs 6.1"
+            "the kernel cannot identify network namespaces ({why}): SO_NETNS_COOKIE needs Linux 5.14, overnode needs Linux 6.1"
         );
     }
     Ok(cookie)
@@ -394,7 +394,7 @@ fn mount_namespaces() -> impl Iterator<Item = (u64, File)> {
 fn open_inside(namespace: File) -> Result<OwnedFd> {
     let opened = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_FS)
-            .context("the thread's file system view cannot be separated")?;
+            .context("the file system attributes of a thread cannot be unshared")?;
         setns(namespace, CloneFlags::CLONE_NEWNS)
             .context("the first mount namespace cannot be entered")?;
         mount_if_missing()?;
@@ -450,7 +450,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_mount_at_a_place_counts() {
+    fn the_last_mount_at_a_path_wins() {
         let list = "30 24 0:29 / /sys/fs/bpf rw - bpf bpf rw\n31 24 0:30 / /sys/fs/bpf/x rw - bpf bpf rw\n\
                     32 30 0:31 / /sys/fs/bpf rw - bpf bpf rw\n33\n";
         assert_eq!(last_mount(list, MOUNT_POINT), Some("0:31"));
@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_directory_keeps_its_name_when_it_is_removed() {
+    fn the_node_name_survives_the_removal_of_its_state_directory() {
         let parent = tempfile::tempdir().unwrap();
         let state = parent.path().join("a/b");
         let before = node_name(&state);
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn pins_are_read_back_from_their_names() {
+    fn pins_round_trip_through_their_file_names() {
         for pin in [
             Pin::Link { ifindex: 7, program: "from_underlay".into() },
             Pin::Filter { ifindex: 7, program: "seal".into() },

@@ -9,13 +9,13 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result, anyhow};
 use overnode_ebpf::map::{
-    BULK_WORKER_SLOTS, BulkInbox, BulkPeer, BulkWorker, INBOX_CLOSED, PEER_SLOTS,
+    BULK_WORKER_SLOTS, BulkPeer, BulkRing, BulkWorker, PEER_SLOTS, RING_CLOSED,
 };
 
-use super::links::Link;
+use super::interfaces::Link;
 use super::maps::Slots;
 use super::programs::FROM_BULK;
-use super::{Datapath, quieten};
+use super::{Datapath, isolate_interface};
 
 /// Prefix of the device names. The kernel appends a number.
 const PREFIX: &str = "ovnb";
@@ -32,11 +32,11 @@ const TUN_F_TSO_ECN: libc::c_ulong = 8;
 /// Segmentation offload of UDP (Linux 6.2).
 const TUN_F_USO: libc::c_ulong = 0x20 | 0x40;
 
-/// The maps `BULK_WORKERS`, `BULK_PEERS` and `BULK_INBOXES`, mapped into memory.
+/// The maps `BULK_WORKERS`, `BULK_PEERS` and `BULK_RINGS`, mapped into memory.
 pub struct BulkMaps {
     workers: Slots<BulkWorker>,
     peers: Slots<BulkPeer>,
-    inboxes: Slots<BulkInbox>,
+    rings: Slots<BulkRing>,
 }
 
 impl BulkMaps {
@@ -47,12 +47,12 @@ impl BulkMaps {
     pub fn open(
         workers: BorrowedFd<'_>,
         peers: BorrowedFd<'_>,
-        inboxes: BorrowedFd<'_>,
+        rings: BorrowedFd<'_>,
     ) -> Result<Self> {
         Ok(Self {
             workers: Slots::map(workers, BULK_WORKER_SLOTS)?,
             peers: Slots::map(peers, PEER_SLOTS)?,
-            inboxes: Slots::map(inboxes, BULK_WORKER_SLOTS)?,
+            rings: Slots::map(rings, BULK_WORKER_SLOTS)?,
         })
     }
 
@@ -97,9 +97,9 @@ impl BulkMaps {
                 cell.ifindex().store(0, Ordering::Release);
             }
         }
-        for inbox in 0..self.inboxes.len() {
-            if let Some(cell) = self.inboxes.at(inbox) {
-                cell.state().store(INBOX_CLOSED, Ordering::Release);
+        for ring in 0..self.rings.len() {
+            if let Some(cell) = self.rings.at(ring) {
+                cell.state().store(RING_CLOSED, Ordering::Release);
             }
         }
     }
@@ -123,7 +123,7 @@ impl Datapath {
         &self.maps.bulk
     }
 
-    /// Returns the descriptors of `BULK_WORKERS`, `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`.
+    /// Returns the descriptors of `BULK_WORKERS`, `BULK_PEERS`, `BULK_RINGS` and `BULK_MESSAGES`.
     pub fn bulk_map_fds(&self) -> [BorrowedFd<'_>; 4] {
         self.maps.bulk_fds.each_ref().map(OwnedFd::as_fd)
     }
@@ -140,12 +140,16 @@ impl Datapath {
             .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
             .open("/dev/net/tun")
             .context("/dev/net/tun cannot be opened (CONFIG_TUN)")?;
-        let name = create(&file).context("a TAP device cannot be made")?;
-        let takes_uso = set_offloads(&file).context("a TAP device has no segmentation offload")?;
-        let link =
-            self.netlink.link_named(&name).await?.ok_or_else(|| anyhow!("{name} vanished"))?;
+        let name = create(&file).context("a TAP device cannot be created")?;
+        let takes_uso = set_offloads(&file)
+            .context("segmentation offload of a TAP device cannot be turned on")?;
+        let link = self
+            .netlink
+            .link_named(&name)
+            .await?
+            .ok_or_else(|| anyhow!("{name} has disappeared"))?;
         self.netlink.mark(link.index, &self.alias).await?;
-        quieten(&name);
+        isolate_interface(&name);
         self.netlink.set_mtu(link.index, MTU).await?;
         self.programs.attach(FROM_BULK, &link, &self.pins)?;
         self.netlink.set_up(link.index).await?;

@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn there_and_back() {
+    fn instants_round_trip() {
         let clock = Clock::now();
         for instant in [
             clock.instant - Duration::from_millis(1),

@@ -23,7 +23,7 @@ impl Drops {
     pub async fn recv(&mut self) -> Result<Vec<Seen>> {
         loop {
             let mut ready =
-                self.0.readable_mut().await.context("no dropped packets can be received")?;
+                self.0.readable_mut().await.context("dropped packets cannot be received")?;
             let batch = take(ready.get_inner_mut());
             if !batch.is_empty() {
                 return Ok(batch);
@@ -56,13 +56,13 @@ impl Datapath {
     /// loop.
     pub fn drops(&mut self) -> Result<Drops> {
         let mut ring =
-            self.maps.drops.take().context("somebody else receives the dropped packets already")?;
+            self.maps.drops.take().context("the receiver of dropped packets was already taken")?;
         // Records left over from an earlier daemon are stale.
         while ring.next().is_some() {}
         // SAFETY: the ring owns its descriptor, which never changes. The returned value owns the
         // ring.
         let ring = unsafe { AsyncFd::register(ring) };
-        Ok(Drops(ring.context("no dropped packets can be received")?))
+        Ok(Drops(ring.context("dropped packets cannot be received")?))
     }
 
     /// Sets how many more dropped packets the programs may record for each reason. This replaces
@@ -70,8 +70,8 @@ impl Datapath {
     ///
     /// # Errors
     /// Fails if the map cannot be written.
-    pub fn allow_records(&mut self, each: u32) -> Result<()> {
-        self.maps.allow_records(each)
+    pub fn set_record_allowance(&mut self, each: u32) -> Result<()> {
+        self.maps.set_record_allowance(each)
     }
 
     /// Returns how long ago a time of the programs' clock was, in milliseconds. `boot_ns` is in
@@ -87,10 +87,10 @@ impl Datapath {
         let endpoint =
             self.endpoints.iter().find(|(_, index)| **index == ifindex).map(|(name, _)| &**name);
         let underlay = || Some(&*self.underlay.interfaces.get(&ifindex)?.name);
-        let normaliser = || {
-            let second = &self.normaliser.second;
+        let offload_veth = || {
+            let second = &self.offload_veth.second;
             (second.index == ifindex).then_some(&*second.name)
         };
-        endpoint.or_else(underlay).or_else(normaliser)
+        endpoint.or_else(underlay).or_else(offload_veth)
     }
 }

@@ -14,11 +14,11 @@ use tracing::warn;
 
 use super::bpffs::Pin;
 use super::bulk::is_bulk_device;
-use super::links::{End, Link, Mac, Netlink};
+use super::interfaces::{End, Link, Mac, Netlink};
 use super::netns::{self, NetnsId, NetnsRef};
 use super::programs::{FROM_CONTAINER, detach_filter};
-use super::{Datapath, mac_of, offload, quieten};
-use crate::fault;
+use super::{Datapath, isolate_interface, mac_of, offload};
+use crate::failpoint;
 use crate::types::to_map;
 
 /// Name of the interface inside a container.
@@ -26,7 +26,7 @@ pub const CONTAINER_INTERFACE: &str = "overnode0";
 
 /// Where the container-side end goes, and who configures it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum EndPlacement {
     /// The end is created inside this network namespace, gets its address there, and is set up.
     Inside {
         /// Network namespace of the container.
@@ -46,7 +46,7 @@ pub enum Place {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
     /// Where the container-side end goes.
-    pub place: Place,
+    pub place: EndPlacement,
     /// Overlay address. Its prefix length is that of the subnet.
     pub address: IpAddr,
     /// MAC address. `None` picks a random one.
@@ -60,7 +60,7 @@ impl Attachment {
     /// address.
     pub fn inside(netns: NetnsRef, address: IpAddr) -> Self {
         Self {
-            place: Place::Inside { netns, interface: CONTAINER_INTERFACE.to_owned() },
+            place: EndPlacement::Inside { netns, interface: CONTAINER_INTERFACE.to_owned() },
             address,
             mac: None,
             host_interface: host_interface(address),
@@ -69,7 +69,12 @@ impl Attachment {
 
     /// Returns an attachment of the host itself.
     pub fn host(address: IpAddr) -> Self {
-        Self { place: Place::Host, address, mac: None, host_interface: host_interface(address) }
+        Self {
+            place: EndPlacement::Host,
+            address,
+            mac: None,
+            host_interface: host_interface(address),
+        }
     }
 }
 
@@ -147,7 +152,7 @@ impl Datapath {
         let Attachment { place, address, mac, host_interface } = attachment;
         ensure!(
             is_host_interface(host_interface),
-            "{host_interface:?} is no name for the host's end of a container"
+            "{host_interface:?} is not a valid name for the host-side interface of a container"
         );
         ensure!(
             self.network.subnet.contains(address),
@@ -156,14 +161,14 @@ impl Datapath {
         );
         ensure!(
             !self.routes.local().contains_key(&IpNet::from(*address)),
-            "{address} is attached already"
+            "{address} is already attached"
         );
         ensure!(
             mac.is_none_or(|mac| mac[0] & 1 == 0 && mac != [0; 6]),
-            "no interface can have this hardware address"
+            "this MAC address cannot be the address of an interface"
         );
         let inside = match place {
-            Place::Inside { netns, interface } => {
+            EndPlacement::Inside { netns, interface } => {
                 let (namespace, id) = netns.open()?;
                 ensure!(
                     id != NetnsId::current()?,
@@ -171,27 +176,27 @@ impl Datapath {
                 );
                 Some(Inside { namespace, id, interface })
             }
-            Place::Host => {
-                self.refuse_other_ways().await?;
+            EndPlacement::Host => {
+                self.refuse_other_routes().await?;
                 None
             }
-            Place::Waiting => None,
+            EndPlacement::Waiting => None,
         };
         ensure!(
             self.netlink.link_named(host_interface).await?.is_none(),
-            "an interface named {host_interface} is there already"
+            "an interface named {host_interface} already exists"
         );
         match self.plug(attachment, inside).await {
             Ok(attached) => Ok(attached),
             Err(error) => {
                 if let Err(left) = self.detach(host_interface).await {
-                    warn!(%left, host_interface, "what a failed attach had made cannot be removed yet");
+                    warn!(%left, host_interface, "the remains of a failed attach cannot be removed yet");
                 }
                 Err(match place {
-                    Place::Inside { netns, .. } => {
+                    EndPlacement::Inside { netns, .. } => {
                         error.context(format!("{netns} cannot be attached"))
                     }
-                    Place::Host | Place::Waiting => {
+                    EndPlacement::Host | EndPlacement::Waiting => {
                         error.context(format!("{address} cannot be attached"))
                     }
                 })
@@ -202,13 +207,12 @@ impl Datapath {
     /// Refuses to attach the host if it has another route into the subnet. Such an attachment would
     /// cut the host off either from some containers or from destinations that it reached before,
     /// which may include other nodes.
-    async fn refuse_other_ways(&self) -> Result<()> {
+    async fn refuse_other_routes(&self) -> Result<()> {
         let subnet = self.network.subnet;
         match self.netlink.route_into(subnet).await? {
             None => Ok(()),
             Some((prefix, interface)) => bail!(
-                "the host reaches {prefix} through {interface}, and that overlaps with the container network {subnet}: \
-                 remove that route, or launch all nodes with another --subnet"
+                "the host reaches {prefix} through {interface}, which overlaps the container network {subnet}: remove that route, or launch all nodes with another --subnet"
             ),
         }
     }
@@ -223,7 +227,7 @@ impl Datapath {
         let gateway_mac = mac_of(&self.node, rand::rng().random());
         let mac = attachment.mac.unwrap_or_else(random_mac);
         let waiting = waiting_interface(*address);
-        let is_host = attachment.place == Place::Host;
+        let is_host = attachment.place == EndPlacement::Host;
         let (name, netns) = match &inside {
             Some(Inside { interface, id, .. }) => (*interface, Some(*id)),
             None if is_host => (CONTAINER_INTERFACE, None),
@@ -233,20 +237,23 @@ impl Datapath {
         let near = End { name: host_interface, mac: gateway_mac, mtu, namespace: None };
         let far = End { name, mac, mtu, namespace };
         self.netlink.create_veth(&near, &far).await?;
-        fault::step("veth");
-        let host =
-            self.netlink.link_named(host_interface).await?.context("the new interface vanished")?;
+        failpoint::reached("veth");
+        let host = self
+            .netlink
+            .link_named(host_interface)
+            .await?
+            .context("the new interface has disappeared")?;
         self.endpoints.insert(host_interface.clone(), host.index);
         self.netlink.mark(host.index, &self.alias).await?;
-        quieten(host_interface);
-        offload::let_the_other_end_aggregate(host_interface)?;
-        fault::step("veth marked");
+        isolate_interface(host_interface);
+        offload::disable_tcp_segmentation(host_interface)?;
+        failpoint::reached("veth marked");
         self.programs.attach(FROM_CONTAINER, &host, &self.pins)?;
-        fault::step("from_container");
+        failpoint::reached("from_container");
         self.maps
             .set_endpoint(host.index, Endpoint { address: to_map(*address), mac, gateway_mac })?;
         let (address, prefix) = (*address, self.network.subnet.prefix_len());
-        fault::step("endpoint");
+        failpoint::reached("endpoint");
         match inside {
             Some(Inside { namespace, interface, .. }) => {
                 let interface = interface.to_owned();
@@ -255,26 +262,26 @@ impl Datapath {
                     let loopback = netlink
                         .link_named("lo")
                         .await?
-                        .context("there is no lo inside the container")?;
+                        .context("the container has no interface named lo")?;
                     netlink.set_up(loopback.index).await?;
                     configure(&netlink, &interface, address, prefix).await
                 };
                 netns::inside(namespace, set_up).await?;
             }
             None if is_host => {
-                quieten(CONTAINER_INTERFACE);
+                isolate_interface(CONTAINER_INTERFACE);
                 configure(&self.netlink, CONTAINER_INTERFACE, address, prefix).await?;
             }
             None => {
-                quieten(&waiting);
+                isolate_interface(&waiting);
                 // The device keeps this setting when it moves.
-                offload::receive_aggregated(&waiting)?;
+                offload::enable_gro(&waiting)?;
             }
         }
-        fault::step("container configured");
+        failpoint::reached("container configured");
         self.routes.set_local(IpNet::from(address), host.index, is_host);
         self.sync_routes()?;
-        fault::step("route");
+        failpoint::reached("route");
         self.netlink.set_up(host.index).await?;
         Ok(Attached {
             ifindex: host.index,
@@ -297,10 +304,10 @@ impl Datapath {
         if let Some(link) = &link {
             ensure!(
                 self.is_ours(link),
-                "the interface {host_interface} was not made by this node: it stays"
+                "the interface {host_interface} was not created by this node: it is not removed"
             );
             self.netlink.delete(link.index).await?;
-            fault::step("veth deleted");
+            failpoint::reached("veth deleted");
         }
         let known = self.endpoints.remove(host_interface);
         match known.or(link.map(|link| link.index)) {
@@ -314,7 +321,7 @@ impl Datapath {
         self.routes.remove_local(ifindex);
         let routes = self.sync_routes();
         let endpoint = self.maps.remove_endpoint(ifindex);
-        fault::step("endpoint forgotten");
+        failpoint::reached("endpoint forgotten");
         self.pins.remove(&Pin::Link { ifindex, program: FROM_CONTAINER.into() })?;
         self.pins.remove(&Pin::Filter { ifindex, program: FROM_CONTAINER.into() })?;
         self.pins.remove(&Pin::Qdisc { ifindex })?;
@@ -335,8 +342,8 @@ pub(super) fn is_ours(link: &Link, alias: &str, node: &str) -> bool {
         return true;
     }
     let is_named_so = is_host_interface(&link.name)
-        || link.name == super::normaliser::FIRST
-        || link.name == super::normaliser::SECOND;
+        || link.name == super::offload_veth::FIRST
+        || link.name == super::offload_veth::SECOND;
     match &link.alias {
         Some(found) => found == alias && is_named_so && link.is_veth,
         None => {
@@ -358,7 +365,7 @@ struct Inside<'a> {
 async fn configure(netlink: &Netlink, interface: &str, address: IpAddr, prefix: u8) -> Result<()> {
     let link =
         netlink.link_named(interface).await?.with_context(|| format!("there is no {interface}"))?;
-    offload::receive_aggregated(interface)?;
+    offload::enable_gro(interface)?;
     netlink.add_address(link.index, address, prefix).await?;
     netlink.set_up(link.index).await
 }
@@ -382,7 +389,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_host_ends() {
+    fn names_of_host_side_interfaces_are_recognized() {
         let name = host_interface("10.40.0.1".parse().unwrap());
         assert_eq!(name, "ov0a280001");
         assert!(is_host_interface(&name));

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 use ipnet::IpNet;
 
 use super::Datapath;
-use super::links::Netlink;
+use super::interfaces::Netlink;
 use super::netns::{NetnsRef, inside};
 
 impl Datapath {
@@ -35,7 +35,7 @@ impl Datapath {
         let subnet = self.network.subnet;
         inside(namespace, move || async move { Netlink::open()?.remove_guard(subnet).await })
             .await
-            .with_context(|| format!("the routing rules of {netns}"))
+            .with_context(|| format!("the routing rules of {netns} cannot be removed"))
     }
 }
 

@@ -21,7 +21,7 @@ use aya::{Ebpf, Pod};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use overnode_ebpf::map::{
     Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey,
-    BulkInbox, BulkMessage, BulkPeer, BulkWorker, Config, DROPS_LEN, ENDPOINT_SLOTS, Endpoint,
+    BulkMessage, BulkPeer, BulkRing, BulkWorker, Config, DROPS_LEN, ENDPOINT_SLOTS, Endpoint,
     LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
@@ -67,7 +67,7 @@ pub(super) const LAYOUTS: [Layout; 16] = [
     layout("DROPS", 0, 0, DROPS_LEN),
     mapped(layout("BULK_WORKERS", 4, size_of::<BulkWorker>(), BULK_WORKER_SLOTS)),
     mapped(layout("BULK_PEERS", 4, size_of::<BulkPeer>(), PEER_SLOTS)),
-    mapped(layout("BULK_INBOXES", 4, size_of::<BulkInbox>(), BULK_WORKER_SLOTS)),
+    mapped(layout("BULK_INBOXES", 4, size_of::<BulkRing>(), BULK_WORKER_SLOTS)),
     mapped(layout("BULK_MESSAGES", 4, size_of::<BulkMessage>(), BULK_MESSAGE_SLOTS)),
     layout("BULK_FLOWS", size_of::<BulkFlowKey>(), size_of::<BulkFlow>(), BULK_FLOW_SLOTS),
 ];
@@ -123,7 +123,7 @@ pub(super) struct Maps {
     pub(super) peers: Slots<Peer>,
     pub(super) sessions: Arc<Slots<Session>>,
     pub(super) bulk: BulkMaps,
-    /// `BULK_WORKERS`, `BULK_PEERS`, `BULK_INBOXES` and `BULK_MESSAGES`, to be passed to the
+    /// `BULK_WORKERS`, `BULK_PEERS`, `BULK_RINGS` and `BULK_MESSAGES`, to be passed to the
     /// workers' process.
     pub(super) bulk_fds: [OwnedFd; 4],
 }
@@ -141,22 +141,23 @@ impl Maps {
         for layout in LAYOUTS {
             let map = ebpf
                 .take_map(layout.name)
-                .ok_or_else(|| anyhow!("the object has no map {}", layout.name))?;
+                .ok_or_else(|| anyhow!("the eBPF object has no map {}", layout.name))?;
             if let Some(mismatch) = layout.mismatch(&data(&map)?.info()?) {
-                bail!("programs and daemon do not belong together: {mismatch}");
+                bail!("the eBPF programs do not match the daemon: {mismatch}");
             }
             maps.insert(layout.name, map);
         }
-        let mut take =
-            |name: &str| maps.remove(name).ok_or_else(|| anyhow!("the object has no map {name}"));
+        let mut take = |name: &str| {
+            maps.remove(name).ok_or_else(|| anyhow!("the eBPF object has no map {name}"))
+        };
         let mut own = |name: &str| -> Result<OwnedFd> {
             Ok(data(&take(name)?)?.fd().as_fd().try_clone_to_owned()?)
         };
         let bulk_fds =
             [own("BULK_WORKERS")?, own("BULK_PEERS")?, own("BULK_INBOXES")?, own("BULK_MESSAGES")?];
-        let [workers, peers, inboxes, _] = bulk_fds.each_ref().map(OwnedFd::as_fd);
+        let [workers, peers, rings, _] = bulk_fds.each_ref().map(OwnedFd::as_fd);
         Ok(Self {
-            bulk: BulkMaps::open(workers, peers, inboxes)?,
+            bulk: BulkMaps::open(workers, peers, rings)?,
             bulk_fds,
             config: take("CONFIG")?.try_into()?,
             endpoints: take("ENDPOINTS")?.try_into()?,
@@ -189,12 +190,14 @@ impl Maps {
 
     pub(super) fn set_endpoint(&mut self, ifindex: u32, endpoint: Endpoint) -> Result<()> {
         self.endpoints.insert(ifindex, endpoint, 0).with_context(|| {
-            format!("the container cannot be entered into ENDPOINTS (one host holds up to {ENDPOINT_SLOTS})")
+            format!(
+                "the container cannot be added to ENDPOINTS (a host holds up to {ENDPOINT_SLOTS})"
+            )
         })
     }
 
     pub(super) fn remove_endpoint(&mut self, ifindex: u32) -> Result<()> {
-        gone_is_fine(self.endpoints.remove(&ifindex)).context("ENDPOINTS cannot be changed")
+        ignore_missing(self.endpoints.remove(&ifindex)).context("ENDPOINTS cannot be changed")
     }
 
     pub(super) fn routes(&self) -> Result<BTreeMap<IpNet, Route>> {
@@ -213,7 +216,7 @@ impl Maps {
     }
 
     pub(super) fn remove_route(&mut self, prefix: IpNet) -> Result<()> {
-        gone_is_fine(self.routes.remove(&key_of(prefix)))
+        ignore_missing(self.routes.remove(&key_of(prefix)))
             .with_context(|| format!("the route {prefix} cannot be removed"))
     }
 
@@ -226,13 +229,13 @@ impl Maps {
             .collect::<Result<BTreeSet<Address>, MapError>>()
             .context("LOCAL_ADDRESSES cannot be read")?;
         for gone in present.difference(&wanted) {
-            gone_is_fine(self.local_addresses.remove(gone))
+            ignore_missing(self.local_addresses.remove(gone))
                 .context("LOCAL_ADDRESSES cannot be changed")?;
         }
         for new in wanted.difference(&present) {
             self.local_addresses.insert(*new, 0, 0).with_context(|| {
                 format!(
-                    "the address {} cannot be entered (up to {LOCAL_ADDRESS_SLOTS})",
+                    "the address {} cannot be added to LOCAL_ADDRESSES (it holds up to {LOCAL_ADDRESS_SLOTS})",
                     from_map(*new)
                 )
             })?;
@@ -241,7 +244,7 @@ impl Maps {
     }
 
     /// Sets how many more dropped packets the programs may record for each reason.
-    pub(super) fn allow_records(&mut self, each: u32) -> Result<()> {
+    pub(super) fn set_record_allowance(&mut self, each: u32) -> Result<()> {
         for reason in Reason::ALL.iter().filter(|reason| reason.is_drop()) {
             self.monitor.set(*reason as u32, each, 0).context("MONITOR cannot be written")?;
         }
@@ -406,9 +409,9 @@ macro_rules! fields {
 }
 
 fields!(BulkWorker { ifindex: AtomicU32, alive_ns: AtomicU64 });
-fields!(BulkInbox {
+fields!(BulkRing {
     state: AtomicU32,
-    inboxes: AtomicU32,
+    rings: AtomicU32,
     first: AtomicU32,
     len: AtomicU32,
     head: AtomicU32,
@@ -463,11 +466,11 @@ fn data(map: &Map) -> Result<&MapData> {
         | Map::LpmTrie(data)
         | Map::PerCpuArray(data)
         | Map::RingBuf(data) => Ok(data),
-        other => bail!("the object has a map of a kind that the daemon does not know: {other:?}"),
+        other => bail!("the eBPF object has a map of an unknown kind: {other:?}"),
     }
 }
 
-fn gone_is_fine(result: Result<(), MapError>) -> Result<()> {
+fn ignore_missing(result: Result<(), MapError>) -> Result<()> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
@@ -500,7 +503,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prefixes_survive_the_way_through_a_key() {
+    fn prefixes_round_trip_through_map_keys() {
         for text in ["10.40.0.0/13", "10.40.0.1/32", "0.0.0.0/0", "fd00::/8", "fd00::1/128"] {
             let prefix: IpNet = text.parse().unwrap();
             assert_eq!(prefix_of(&key_of(prefix)).unwrap(), prefix);

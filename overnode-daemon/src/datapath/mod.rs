@@ -13,14 +13,14 @@ mod clock;
 mod drops;
 mod endpoint;
 mod guard;
-mod inbox;
-mod links;
+mod interfaces;
 mod maps;
 mod netns;
-mod normaliser;
 mod offload;
+mod offload_veth;
 mod path;
 mod programs;
+mod receive_ring;
 mod reconcile;
 mod routes;
 mod session;
@@ -43,13 +43,13 @@ pub use self::bulk::{BulkDevice, BulkMaps};
 pub use self::clock::{Clock, boot_now_ns};
 pub use self::drops::Drops;
 pub use self::endpoint::{
-    Attached, Attachment, CONTAINER_INTERFACE, Place, cut, host_interface, random_mac,
+    Attached, Attachment, CONTAINER_INTERFACE, EndPlacement, cut, host_interface, random_mac,
     waiting_interface,
 };
-pub use self::inbox::{Inbox, Origin};
 pub use self::netns::{NetnsId, NetnsRef, OwnNetns};
 pub use self::path::{Probe, Probes};
 pub use self::programs::Hook;
+pub use self::receive_ring::{Origin, ReceiveRing};
 pub use self::reconcile::{KnownEndpoint, Lost};
 pub use self::session::{PeerState, SessionState};
 pub use self::underlay::{UnderlayInterface, UnderlayStatus};
@@ -57,13 +57,13 @@ pub use self::watch::LinkEvent;
 
 use self::bpffs::{Pin, Pins};
 use self::endpoint::is_ours;
-use self::links::{Mac, Netlink};
+use self::interfaces::{Mac, Netlink};
 use self::maps::{Maps, pinned_mismatches};
-use self::normaliser::Normaliser;
+use self::offload_veth::OffloadVeth;
 use self::programs::{FROM_CONTAINER, FROM_UNDERLAY, Programs, SEAL};
 use self::routes::{Change, RouteTable, difference};
 use self::underlay::Underlay;
-use crate::fault;
+use crate::failpoint;
 use crate::handshake::mac1_state;
 use crate::types::{Network, NodeId, PeerIndex, PublicKey, to_map};
 
@@ -107,7 +107,7 @@ pub struct Datapath {
     programs: Programs,
     maps: Maps,
     pins: Pins,
-    normaliser: Normaliser,
+    offload_veth: OffloadVeth,
     routes: RouteTable,
     installed: BTreeMap<IpNet, Route>,
     underlay: Underlay,
@@ -153,12 +153,12 @@ impl Datapath {
         check_maps(&pins, &links.iter().map(|link| link.index).collect::<Vec<_>>())?;
         let (mut programs, maps) =
             Programs::load(crate::PROGRAMS, &pins, options.debug, options.xdp)?;
-        fault::step("maps");
-        let normaliser = Normaliser::ensure(&netlink, &alias, &node).await?;
-        fault::step("normaliser");
-        programs.attach(SEAL, &normaliser.second, &pins)?;
-        fault::step("seal");
-        normaliser.set_up(&netlink).await?;
+        failpoint::reached("maps");
+        let offload_veth = OffloadVeth::ensure(&netlink, &alias, &node).await?;
+        failpoint::reached("offload_veth");
+        programs.attach(SEAL, &offload_veth.second, &pins)?;
+        failpoint::reached("seal");
+        offload_veth.set_up(&netlink).await?;
 
         let installed = maps.routes()?;
         let mut datapath = Self {
@@ -181,7 +181,7 @@ impl Datapath {
             programs,
             maps,
             pins,
-            normaliser,
+            offload_veth,
         };
         datapath.write_config()?;
         datapath.refresh_host().await?;
@@ -266,14 +266,14 @@ impl Datapath {
                 // On failure the interface keeps its old program, or it is about to disappear. Only
                 // this container is affected.
                 if let Err(error) = self.programs.attach(FROM_CONTAINER, link, &self.pins) {
-                    warn!(%error, interface = link.name, "the program of an earlier daemon stays");
+                    warn!(%error, interface = link.name, "keeping the program of an earlier daemon");
                 }
                 self.endpoints.insert(link.name.clone(), link.index);
             }
             if has(FROM_UNDERLAY)
                 && let Err(error) = self.watch_interface(link)
             {
-                warn!(%error, interface = link.name, "no longer taking messages here");
+                warn!(%error, interface = link.name, "no longer receiving messages on this interface");
                 for error in endpoint::detach_all(link, &self.pins) {
                     warn!(%error, interface = link.name, "the old program cannot be removed");
                 }
@@ -288,7 +288,7 @@ impl Datapath {
         self.maps.set_config(Config {
             subnet: to_map(subnet.network()),
             subnet_bits: u32::from(subnet.prefix_len()) + v4_bits,
-            normaliser: self.normaliser.first.index,
+            offload_veth: self.offload_veth.first.index,
             node: to_map(self.node_address),
             node_id: self.node_id.get().into(),
             mac1: mac1_state(&self.public_key),
@@ -335,8 +335,7 @@ fn check_maps(pins: &Pins, interfaces: &[u32]) -> Result<()> {
     };
     if pins.list().iter().any(is_container) {
         bail!(
-            "the maps in use were made by another version of overnode ({}): detach the containers and run \
-             `overnode reset`, or start the version that made them",
+            "the maps in use were created by another version of overnode ({}): detach the containers and run `overnode reset`, or start the version that created them",
             mismatches.join("; ")
         );
     }
@@ -361,7 +360,7 @@ fn mac_of(node: &str, last: [u8; 2]) -> Mac {
 /// its program is ever detached, the host neither forwards nor delivers packets from containers.
 /// Write errors are ignored: where /proc is read-only, only addr_gen_mode takes effect (see
 /// [`Netlink::mark`]).
-fn quieten(interface: &str) {
+fn isolate_interface(interface: &str) {
     for (family, setting, value) in
         [("ipv6", "disable_ipv6", "1"), ("ipv4", "forwarding", "0"), ("ipv4", "rp_filter", "1")]
     {

@@ -56,7 +56,7 @@ impl NetnsRef {
             }
             Self::Pid(pid) => {
                 format!(
-                    "the network namespace of process {pid} cannot be opened: does it still run?"
+                    "the network namespace of process {pid} cannot be opened: check that the process still runs"
                 )
             }
         })?;
@@ -115,7 +115,7 @@ impl OwnNetns {
     /// Fails if the kernel refuses.
     pub async fn new() -> Result<Self> {
         let make = || {
-            unshare(CloneFlags::CLONE_NEWNET).context("a network namespace cannot be made")?;
+            unshare(CloneFlags::CLONE_NEWNET).context("a network namespace cannot be created")?;
             // Where /proc is read-only, binding such ports takes a capability.
             let _ = std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
             File::open("/proc/thread-self/ns/net")
@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pipe_in_the_place_of_a_namespace_is_refused_and_not_waited_for() {
+    fn a_pipe_instead_of_a_namespace_is_refused_without_blocking() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pipe");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();

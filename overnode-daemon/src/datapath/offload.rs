@@ -20,7 +20,7 @@ const NAME_LEN: usize = 32;
 ///
 /// # Errors
 /// Fails if the interface does not exist, or if its driver keeps an offload on.
-pub(super) fn finish_every_packet(interface: &str) -> Result<()> {
+pub(super) fn disable_transmit_offloads(interface: &str) -> Result<()> {
     set(interface, is_transmit_offload, false)
         .with_context(|| format!("the transmit offloads of {interface} cannot be turned off"))
 }
@@ -29,7 +29,7 @@ pub(super) fn finish_every_packet(interface: &str) -> Result<()> {
 ///
 /// # Errors
 /// Fails if the interface does not exist, or if its driver lacks the feature.
-pub(super) fn receive_aggregated(interface: &str) -> Result<()> {
+pub(super) fn enable_gro(interface: &str) -> Result<()> {
     set(interface, |name| name == "rx-gro", true)
         .with_context(|| format!("GRO of {interface} cannot be turned on"))
 }
@@ -40,7 +40,7 @@ pub(super) fn receive_aggregated(interface: &str) -> Result<()> {
 ///
 /// # Errors
 /// Fails if the interface does not exist, or if its driver keeps the offload on.
-pub(super) fn let_the_other_end_aggregate(interface: &str) -> Result<()> {
+pub(super) fn disable_tcp_segmentation(interface: &str) -> Result<()> {
     let is_tcp = |name: &str| name.starts_with("tx-tcp") && name.ends_with("-segmentation");
     set(interface, is_tcp, false)
         .with_context(|| format!("TCP segmentation of {interface} cannot be turned off"))
@@ -48,7 +48,7 @@ pub(super) fn let_the_other_end_aggregate(interface: &str) -> Result<()> {
 
 /// Returns true if all transmit offloads of an interface are off, so that every packet leaves
 /// complete.
-pub(super) fn finishes_every_packet(interface: &str) -> Result<bool> {
+pub(super) fn transmit_offloads_are_off(interface: &str) -> Result<bool> {
     let device = Device::open(interface)?;
     let states = device.features()?;
     Ok(!device
@@ -134,7 +134,7 @@ impl Device {
         let mut info = [ETHTOOL_GSSET_INFO, 0, 1 << ETH_SS_FEATURES, 0, 0];
         self.call(&mut info)?;
         let count = info[4] as usize;
-        ensure!(count <= 1024, "{count} features are too many to be true");
+        ensure!(count <= 1024, "the driver reports an implausible number of features: {count}");
         // struct ethtool_gstrings: cmd, string_set, len, data[].
         let mut words = vec![0; 3 + count * NAME_LEN / 4];
         words[..3].copy_from_slice(&[ETHTOOL_GSTRINGS, ETH_SS_FEATURES, count as u32]);

@@ -9,8 +9,8 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use overnode_ebpf::wire::ETHERTYPE_IPV4;
 
-use super::links::{End, Link, Netlink};
-use super::{mac_of, offload, quieten};
+use super::interfaces::{End, Link, Netlink};
+use super::{isolate_interface, mac_of, offload};
 
 /// First end. Programs redirect packets for other hosts to it.
 pub(super) const FIRST: &str = "ovn0";
@@ -21,14 +21,14 @@ pub(super) const SECOND: &str = "ovn1";
 const MTU: u32 = 65535;
 
 #[derive(Debug)]
-pub(super) struct Normaliser {
+pub(super) struct OffloadVeth {
     pub(super) first: Link,
     pub(super) second: Link,
     /// Packet socket for frames that the daemon passes to `seal`.
     socket: OwnedFd,
 }
 
-impl Normaliser {
+impl OffloadVeth {
     /// Creates the pair, or takes over an existing one.
     pub(super) async fn ensure(netlink: &Netlink, alias: &str, node: &str) -> Result<Self> {
         let found = [netlink.link_named(FIRST).await?, netlink.link_named(SECOND).await?];
@@ -41,9 +41,9 @@ impl Normaliser {
             };
             ensure!(
                 is_ours,
-                "an interface {} that this node did not make is there already ({}): one network namespace holds one node",
+                "an interface {} that this node did not create already exists ({}): one network namespace holds one node",
                 link.name,
-                link.alias.as_deref().unwrap_or("without alias")
+                link.alias.as_deref().unwrap_or("no alias")
             );
         }
         if let [Some(_), None] | [None, Some(_)] = &found {
@@ -62,17 +62,18 @@ impl Normaliser {
         }
         let mut ends = Vec::new();
         for name in [FIRST, SECOND] {
-            let link = netlink.link_named(name).await?.ok_or_else(|| anyhow!("{name} vanished"))?;
+            let link =
+                netlink.link_named(name).await?.ok_or_else(|| anyhow!("{name} has disappeared"))?;
             netlink.mark(link.index, alias).await?;
-            quieten(name);
+            isolate_interface(name);
             if link.mtu != MTU {
                 netlink.set_mtu(link.index, MTU).await?;
             }
             ends.push(link);
         }
-        offload::finish_every_packet(FIRST)?;
+        offload::disable_transmit_offloads(FIRST)?;
         let (Some(second), Some(first)) = (ends.pop(), ends.pop()) else {
-            unreachable!("two were pushed")
+            unreachable!("both ends were pushed")
         };
         Ok(Self { socket: packet_socket()?, first, second })
     }
@@ -83,8 +84,8 @@ impl Normaliser {
             netlink.set_up(link.index).await?;
         }
         ensure!(
-            offload::finishes_every_packet(FIRST)?,
-            "offloads of {FIRST} came back on: something else on this host changes it"
+            offload::transmit_offloads_are_off(FIRST)?,
+            "offloads of {FIRST} were turned on again: something else on this host changes them"
         );
         Ok(())
     }

@@ -39,7 +39,7 @@ impl Probes {
     /// Fails if the ring buffer cannot be polled.
     pub async fn recv(&mut self) -> Result<Probe> {
         loop {
-            let mut ready = self.0.readable_mut().await.context("no probes can be received")?;
+            let mut ready = self.0.readable_mut().await.context("probes cannot be received")?;
             if let Some(item) = ready.get_inner_mut().next() {
                 if let Some(probe) = parse(&item) {
                     return Ok(probe);
@@ -69,11 +69,11 @@ impl Datapath {
     /// Fails if it was taken already, or if the descriptor cannot be registered with the event
     /// loop.
     pub fn probes(&mut self) -> Result<Probes> {
-        let ring = self.maps.probes.take().context("somebody else receives the probes already")?;
+        let ring = self.maps.probes.take().context("the receiver of probes was already taken")?;
         // SAFETY: the ring owns its descriptor, which never changes. The returned value owns the
         // ring.
         let ring = unsafe { AsyncFd::register(ring) };
-        Ok(Probes(ring.context("no probes can be received")?))
+        Ok(Probes(ring.context("probes cannot be received")?))
     }
 
     /// Sends a probe to a peer over the direct path, inside a UDP datagram to the peer's node
@@ -84,10 +84,10 @@ impl Datapath {
     /// offload veth is gone.
     pub fn send_probe(&self, peer: PeerIndex, to: IpAddr, payload: &[u8]) -> Result<()> {
         let (IpAddr::V4(from), IpAddr::V4(to)) = (self.node_address, to) else {
-            bail!("node addresses are IPv4 for now");
+            bail!("node addresses must be IPv4 for now");
         };
-        let total =
-            u16::try_from(HEADERS_LEN + payload.len()).context("no packet is that large")?;
+        let total = u16::try_from(HEADERS_LEN + payload.len())
+            .context("the probe is too large for a packet")?;
         let mut frame = daemon_header(peer.0, true).to_vec();
         let mut ip = [0; IPV4_LEN];
         ip[0] = 0x45;
@@ -104,7 +104,7 @@ impl Datapath {
             frame.extend(field.to_be_bytes());
         }
         frame.extend(payload);
-        self.normaliser.send(&frame)
+        self.offload_veth.send(&frame)
     }
 
     /// Sets the relay for messages to a peer. `None` selects the direct path.
@@ -113,11 +113,11 @@ impl Datapath {
     /// Fails if either index is not a configured node, or if the peer is its own relay.
     pub fn set_via(&self, peer: PeerIndex, via: Option<PeerIndex>) -> Result<()> {
         for index in [Some(peer), via].into_iter().flatten() {
-            ensure!(index.0 < FIRST_EXTERNAL_PEER, "{index} is no node");
+            ensure!(index.0 < FIRST_EXTERNAL_PEER, "peer {index} is not a node");
             let present = self.peer_cell(index)?.present().load(Ordering::Acquire);
             ensure!(present != 0, "peer {index} is not configured");
         }
-        ensure!(via != Some(peer), "no node is its own relay");
+        ensure!(via != Some(peer), "a node cannot be its own relay");
         self.peer_cell(peer)?.via().store(via.map_or(0, |via| via.0), Ordering::Release);
         Ok(())
     }
@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_programs_write_is_understood() {
+    fn probes_that_the_programs_record_are_parsed() {
         let mut bytes = vec![7, 0, 0, 0, 0x8c, 5, 0, 0];
         bytes.extend([9; PROBE_LEN]);
         let probe = parse(&bytes).unwrap();

@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
 use super::bpffs::{Pin, Pins};
-use super::links::Link;
+use super::interfaces::Link;
 use super::maps::{LAYOUTS, Maps};
 
 /// Program at the ingress of the host-side end of each container's veth.
@@ -99,7 +99,7 @@ impl Programs {
         if self.hook == Hook::Tcx {
             match self.attach_tcx(name, link, pins) {
                 Err(error) if is_invalid(&error) => {
-                    debug!(%error, "tcx is not available (Linux 6.6), using clsact");
+                    debug!(%error, "tcx is not available (it needs Linux 6.6), using clsact");
                     self.hook = Hook::Clsact;
                 }
                 Err(error) => return Err(refusal(error, name, link)),
@@ -123,7 +123,7 @@ impl Programs {
                 Ok(id) => return program.take_link(id).map(drop),
                 // The interface of that link is gone, and its index was reused.
                 Err(error) => {
-                    debug!(%error, interface = link.name, "a pinned link is of no use any more")
+                    debug!(%error, interface = link.name, "a pinned link is no longer usable")
                 }
             }
             pins.remove(&pin)?;
@@ -213,7 +213,7 @@ impl Programs {
             {
                 Ok(id) => return program.take_link(id).map(drop),
                 Err(error) => {
-                    debug!(%error, interface = link.name, "a pinned link is of no use any more")
+                    debug!(%error, interface = link.name, "a pinned link is no longer usable")
                 }
             }
             pins.remove(&pin)?;
@@ -250,7 +250,7 @@ pub(super) fn detach_filter(name: &str, link: &Link, pins: &Pins) -> Result<()> 
         }
         Ok(()) | Err(_) => {}
     }
-    pins.remove(&filter).context("a mark cannot be removed")
+    pins.remove(&filter).context("a marker cannot be removed")
 }
 
 fn parse(object: &[u8], pins: &Pins, debug: bool, log: VerifierLogLevel) -> Result<Ebpf> {
@@ -264,7 +264,7 @@ fn parse(object: &[u8], pins: &Pins, debug: bool, log: VerifierLogLevel) -> Resu
         if let EbpfError::MapError(_) = &error
             && nix::unistd::geteuid().as_raw() != 0
         {
-            return anyhow!("eBPF maps can only be made by root: run as root");
+            return anyhow!("only root can create eBPF maps: run as root");
         }
         anyhow!(error).context("the eBPF maps cannot be created")
     })
@@ -318,14 +318,12 @@ fn explain(
     name: &str,
 ) -> anyhow::Error {
     if error_number(&error) == Some(libc::EPERM) {
-        return anyhow!(
-            "eBPF programs can only be loaded by root (CAP_BPF, CAP_NET_ADMIN): run as root"
-        );
+        return anyhow!("only root can load eBPF programs (CAP_BPF, CAP_NET_ADMIN): run as root");
     }
     for (helper, helper_name, version) in HELPERS {
         if matches!(is_helper_supported(ProgramType::SchedClassifier, helper), Ok(false)) {
             return anyhow!(
-                "the kernel has no {helper_name} (Linux {version}): overnode needs Linux 6.1 or later"
+                "the kernel has no {helper_name} (new in Linux {version}): overnode needs Linux 6.1 or later"
             );
         }
     }
@@ -346,10 +344,10 @@ fn explain(
 
 fn refusal(error: ProgramError, name: &str, link: &Link) -> anyhow::Error {
     let reason = match error_number(&error) {
-        Some(libc::EPERM) => "only root may: run as root".to_owned(),
+        Some(libc::EPERM) => "permission denied: run as root".to_owned(),
         Some(libc::ENODEV) => "the interface is gone".to_owned(),
         Some(libc::EEXIST) => {
-            format!("a filter with handle {:#x} is there already", u32::from(FILTER.1))
+            format!("a filter with handle {:#x} already exists", u32::from(FILTER.1))
         }
         Some(libc::EOPNOTSUPP) => {
             "the kernel has no clsact (CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_BPF)".to_owned()
@@ -412,7 +410,7 @@ fn read_log(ebpf: &mut Ebpf) -> Option<JoinHandle<()>> {
     let mut logger = match logger {
         Ok(logger) => logger,
         Err(error) => {
-            warn!(%error, "the log of the programs cannot be read");
+            warn!(%error, "the log of the eBPF programs cannot be read");
             return None;
         }
     };
@@ -429,7 +427,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_interface_that_vanished_is_recognised_however_it_is_wrapped() {
+    fn a_missing_interface_is_recognized_in_any_error() {
         let gone = || io::Error::from_raw_os_error(libc::ENODEV);
         assert!(is_missing(&ProgramError::IOError(gone())));
         assert!(is_missing(&ProgramError::TcError(TcError::IoError(gone()))));

@@ -1,5 +1,5 @@
 //! Consumes a worker's receive ring: messages that the programs put into shared memory. Each ring
-//! has one consumer, its worker. [`overnode_ebpf::map::BulkInbox`] documents the layout and the
+//! has one consumer, its worker. [`overnode_ebpf::map::BulkRing`] documents the layout and the
 //! rules.
 
 use std::net::{IpAddr, SocketAddr};
@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use overnode_ebpf::map::{
-    BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkInbox, BulkMessage, INBOX_ASLEEP,
-    INBOX_CLOSED, INBOX_OPEN,
+    BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkMessage, BulkRing, RING_ASLEEP,
+    RING_CLOSED, RING_OPEN,
 };
 
 use super::maps::{Cell, Slots};
@@ -20,8 +20,8 @@ use crate::types::from_map;
 const SETTLED: Duration = Duration::from_millis(5);
 
 /// The worker's end of its receive ring.
-pub struct Inbox {
-    inboxes: Slots<BulkInbox>,
+pub struct ReceiveRing {
+    rings: Slots<BulkRing>,
     messages: Slots<BulkMessage>,
     number: u32,
     first: u32,
@@ -41,48 +41,47 @@ pub struct Origin {
     pub ecn: u8,
 }
 
-impl Inbox {
+impl ReceiveRing {
     /// Returns the receive rings of `count` workers (at least 1), empty and closed.
     ///
     /// # Errors
-    /// Fails if the descriptors are not those of `BULK_INBOXES` and `BULK_MESSAGES`, or if there
+    /// Fails if the descriptors are not those of `BULK_RINGS` and `BULK_MESSAGES`, or if there
     /// are fewer rings than workers.
     pub fn take_over(
-        inboxes: BorrowedFd<'_>,
+        rings: BorrowedFd<'_>,
         messages: BorrowedFd<'_>,
         count: u32,
     ) -> Result<Vec<Self>> {
         let len = 1 << (BULK_MESSAGE_SLOTS / count.max(1)).ilog2();
         let mut all = Vec::new();
         for number in 0..count {
-            let inboxes = Slots::map(inboxes, BULK_WORKER_SLOTS)?;
+            let rings = Slots::map(rings, BULK_WORKER_SLOTS)?;
             let messages = Slots::map(messages, BULK_MESSAGE_SLOTS)?;
-            let inbox = Self { inboxes, messages, number, first: number * len, len, tail: 0 };
-            inbox
-                .cell()
-                .context("there are not so many inboxes")?
+            let ring = Self { rings, messages, number, first: number * len, len, tail: 0 };
+            ring.cell()
+                .context("there are not that many receive rings")?
                 .state()
-                .store(INBOX_CLOSED, Ordering::SeqCst);
-            all.push(inbox);
+                .store(RING_CLOSED, Ordering::SeqCst);
+            all.push(ring);
         }
         std::thread::sleep(SETTLED);
-        for inbox in &mut all {
-            let Some(cell) = inbox.cell() else { continue };
-            cell.inboxes().store(count, Ordering::Relaxed);
-            cell.first().store(inbox.first, Ordering::Relaxed);
+        for ring in &mut all {
+            let Some(cell) = ring.cell() else { continue };
+            cell.rings().store(count, Ordering::Relaxed);
+            cell.first().store(ring.first, Ordering::Relaxed);
             cell.len().store(len, Ordering::Relaxed);
             let taken = cell.head().load(Ordering::Relaxed);
             for number in (0..len).map(|ahead| taken.wrapping_add(ahead)) {
-                let place = inbox.place(number).context("an inbox has no such place")?;
+                let place = ring.place(number).context("a receive ring is too short")?;
                 place.sequence().store(number, Ordering::Release);
             }
-            inbox.tail = taken;
+            ring.tail = taken;
         }
         Ok(all)
     }
 
-    fn cell(&self) -> Option<Cell<'_, BulkInbox>> {
-        self.inboxes.at(self.number)
+    fn cell(&self) -> Option<Cell<'_, BulkRing>> {
+        self.rings.at(self.number)
     }
 
     fn state(&self) -> Option<&AtomicU32> {
@@ -96,13 +95,13 @@ impl Inbox {
     /// Returns true if messages go to the sockets. The programs close a ring when a message arrives
     /// that does not fit into it.
     pub fn is_closed(&self) -> bool {
-        self.state().is_none_or(|state| state.load(Ordering::Relaxed) == INBOX_CLOSED)
+        self.state().is_none_or(|state| state.load(Ordering::Relaxed) == RING_CLOSED)
     }
 
     /// Opens the ring: messages go into it from now on.
     pub fn open(&self) {
         if let Some(state) = self.state() {
-            state.store(INBOX_OPEN, Ordering::SeqCst);
+            state.store(RING_OPEN, Ordering::SeqCst);
         }
     }
 
@@ -111,8 +110,8 @@ impl Inbox {
     pub fn sleep(&self) -> bool {
         let Some(cell) = self.cell() else { return true };
         let slept = cell.state().compare_exchange(
-            INBOX_OPEN,
-            INBOX_ASLEEP,
+            RING_OPEN,
+            RING_ASLEEP,
             Ordering::SeqCst,
             Ordering::SeqCst,
         );
@@ -132,12 +131,8 @@ impl Inbox {
         if let Some(state) = self.state() {
             // The exchange fails if a program opened the ring already when its message went to the
             // socket.
-            let _ = state.compare_exchange(
-                INBOX_ASLEEP,
-                INBOX_OPEN,
-                Ordering::SeqCst,
-                Ordering::SeqCst,
-            );
+            let _ =
+                state.compare_exchange(RING_ASLEEP, RING_OPEN, Ordering::SeqCst, Ordering::SeqCst);
         }
     }
 

@@ -10,9 +10,9 @@ use tracing::{info, warn};
 use super::Datapath;
 use super::bpffs::Pin;
 use super::endpoint::is_ours;
-use super::links::Link;
+use super::interfaces::Link;
 use super::netns::NetnsRef;
-use super::normaliser::{FIRST, Normaliser, SECOND};
+use super::offload_veth::{FIRST, OffloadVeth, SECOND};
 use super::programs::{FROM_BULK, FROM_CONTAINER, FROM_UNDERLAY, SEAL};
 use crate::types::from_map;
 
@@ -49,7 +49,7 @@ impl Datapath {
     /// Fails if netlink requests fail. Failures to remove something are logged, and the next run
     /// retries them.
     pub async fn reconcile(&mut self, known: &[KnownEndpoint]) -> Result<Vec<Lost>> {
-        self.repair_normaliser().await?;
+        self.repair_offload_veth().await?;
         let links = self.netlink.links().await?;
         let in_map = self.maps.endpoints()?;
         let known_names: BTreeMap<&str, &KnownEndpoint> =
@@ -77,7 +77,7 @@ impl Datapath {
             }
             info!(interface = link.name, "removing an interface that belongs to no container");
             if let Err(error) = self.detach(&link.name).await {
-                warn!(%error, interface = link.name, "it cannot be removed");
+                warn!(%error, interface = link.name, "an interface that belongs to no container cannot be removed");
             }
         }
 
@@ -91,7 +91,7 @@ impl Datapath {
             in_map.keys().copied().chain(of_routes).filter(|ifindex| !in_use.contains(ifindex))
         {
             if let Err(error) = self.forget_endpoint(ifindex) {
-                warn!(%error, ifindex, "what the maps hold of an interface that is gone cannot be removed");
+                warn!(%error, ifindex, "the map entries of an interface that is gone cannot be removed");
             }
         }
         self.endpoints.retain(|_, ifindex| in_use.contains(ifindex));
@@ -106,7 +106,7 @@ impl Datapath {
             }
         }
         if let Err(error) = self.sync_routes() {
-            warn!(%error, "not every route can be entered");
+            warn!(%error, "not every route can be installed");
         }
 
         in_use.extend(links.iter().map(|link| link.index));
@@ -145,7 +145,7 @@ impl Datapath {
     /// interface has no program.
     fn keep_program(&mut self, program: &'static str, link: &Link) -> bool {
         let Err(error) = self.programs.attach(program, link, &self.pins) else { return true };
-        warn!(%error, interface = link.name, "its program cannot be attached anew");
+        warn!(%error, interface = link.name, "the program cannot be attached again");
         [
             Pin::Link { ifindex: link.index, program: program.into() },
             Pin::Filter { ifindex: link.index, program: program.into() },
@@ -155,11 +155,11 @@ impl Datapath {
     }
 
     /// Restores the offload veth if it was deleted or its offloads were turned on.
-    async fn repair_normaliser(&mut self) -> Result<()> {
-        let normaliser = Normaliser::ensure(&self.netlink, &self.alias, &self.node).await?;
-        self.programs.attach(SEAL, &normaliser.second, &self.pins)?;
-        normaliser.set_up(&self.netlink).await?;
-        self.normaliser = normaliser;
+    async fn repair_offload_veth(&mut self) -> Result<()> {
+        let offload_veth = OffloadVeth::ensure(&self.netlink, &self.alias, &self.node).await?;
+        self.programs.attach(SEAL, &offload_veth.second, &self.pins)?;
+        offload_veth.set_up(&self.netlink).await?;
+        self.offload_veth = offload_veth;
         self.write_config()
     }
 }

@@ -79,7 +79,7 @@ impl RouteTable {
     }
 
     /// Returns true if the host itself has this address in the container network.
-    pub(super) fn is_of_host(&self, address: IpAddr) -> bool {
+    pub(super) fn is_host_address(&self, address: IpAddr) -> bool {
         self.local.get(&IpNet::from(address)).is_some_and(|route| route.kind == ROUTE_HOST)
     }
 
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_attached_here_wins_and_a_peer_gets_its_prefix_back() {
+    fn a_local_attachment_wins_until_it_is_detached() {
         let mut table = RouteTable::default();
         table.set_peer(PeerIndex(2), &[net("10.40.0.1/32"), net("10.42.7.7/15")]);
         table.set_local(net("10.40.0.1/32"), 9, false);
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lower_peer_wins_and_own_space_beats_both() {
+    fn the_lower_peer_index_wins_and_own_prefixes_beat_both() {
         let mut table = RouteTable::default();
         table.set_peer(PeerIndex(3), &[net("10.44.0.0/16")]);
         table.set_peer(PeerIndex(2), &[net("10.44.0.0/16")]);
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_taken_over_gives_the_same_table() {
+    fn an_adopted_map_gives_the_same_table() {
         let mut table = RouteTable::default();
         table.set_peer(PeerIndex(4), &[net("10.46.0.0/15"), net("fd00::/64")]);
         table.set_own(&[net("10.40.0.0/15")]);

@@ -235,7 +235,7 @@ impl Datapath {
     /// # Errors
     /// Fails if the offload veth is gone.
     pub async fn keepalive(&mut self, peer: PeerIndex) -> Result<()> {
-        self.normaliser.send(&keepalive_frame(peer.0))
+        self.offload_veth.send(&keepalive_frame(peer.0))
     }
 
     fn withdraw_all(&self, peer: PeerIndex) {
@@ -281,7 +281,7 @@ impl Datapath {
     }
 
     pub(super) fn peer_cell(&self, peer: PeerIndex) -> Result<Cell<'_, Peer>> {
-        ensure!(peer.0 != 0, "0 is no peer index");
+        ensure!(peer.0 != 0, "0 is not a peer index");
         self.maps.peers.at(peer.0).with_context(|| format!("peer index {peer} is out of range"))
     }
 

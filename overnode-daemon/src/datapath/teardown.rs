@@ -7,9 +7,9 @@ use tracing::debug;
 
 use super::bpffs::{Pin, Pins, node_name};
 use super::endpoint::{detach_all, is_ours};
-use super::links::Netlink;
+use super::interfaces::Netlink;
 use super::{Datapath, alias_of};
-use crate::fault;
+use crate::failpoint;
 
 impl Datapath {
     /// Removes the interfaces, filters, programs, maps and pin directories of the node with this
@@ -33,7 +33,7 @@ impl Datapath {
             Ok(netlink) => remove_from_interfaces(&netlink, &node, pins.as_ref()).await,
             Err(error) => vec![error],
         });
-        fault::step("interfaces");
+        failpoint::reached("interfaces");
         if let Some(pins) = pins {
             errors
                 .extend(pins.remove_everything().context("pinned objects cannot be removed").err());
@@ -58,7 +58,7 @@ async fn remove_from_interfaces(
             debug!(interface = link.name, "removing");
             // Deleting one end of a pair also deletes the other.
             errors.extend(netlink.delete(link.index).await.err());
-            fault::step("interface");
+            failpoint::reached("interface");
         } else if let Some(pins) = pins {
             errors.extend(detach_all(link, pins));
             if pins.is_there(&Pin::Qdisc { ifindex: link.index }) {

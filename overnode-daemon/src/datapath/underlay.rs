@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 
 use super::Datapath;
 use super::bpffs::Pin;
-use super::links::Link;
+use super::interfaces::Link;
 use super::programs::{FROM_UNDERLAY, FROM_UNDERLAY_XDP, Hook};
 use crate::types::{PeerIndex, from_map};
 
@@ -21,9 +21,9 @@ use crate::types::{PeerIndex, from_map};
 ///
 /// Containers get the remainder even where it is less than IPv6 requires. Linux ignores path MTUs
 /// below 552 bytes (`net.ipv4.route.min_pmtu`), no matter how often they are reported.
-const LEAST_UNDERLAY: u32 = 576;
+const MIN_UNDERLAY_MTU: u32 = 576;
 /// Assumed MTU of an unknown interface, in bytes.
-const USUAL_MTU: u32 = 1500;
+const DEFAULT_MTU: u32 = 1500;
 
 /// Status of the underlay, as shown to the operator.
 #[derive(Clone, Debug, Serialize)]
@@ -88,8 +88,8 @@ impl Datapath {
             return mtu;
         }
         let interfaces = self.underlay.interfaces.values().map(|interface| interface.mtu);
-        let narrowest = interfaces.chain(self.underlay.main_mtu).min().unwrap_or(USUAL_MTU);
-        largest_inner(narrowest.max(LEAST_UNDERLAY), true)
+        let narrowest = interfaces.chain(self.underlay.main_mtu).min().unwrap_or(DEFAULT_MTU);
+        largest_inner(narrowest.max(MIN_UNDERLAY_MTU), true)
     }
 
     /// Receives messages on an interface from now on. Idempotent.
@@ -113,7 +113,7 @@ impl Datapath {
         if let Some(only) = &self.interface {
             ensure!(
                 *only == link.name,
-                "packets come and go by {}, but only {only} may be used: launch with `--interface {}` or change the routes",
+                "packets arrive or leave through {}, but only {only} may be used: launch with `--interface {}` or change the routes",
                 link.name,
                 link.name
             );
@@ -132,7 +132,7 @@ impl Datapath {
                 .remove(&xdp)
                 .context("the XDP program of an earlier launch cannot be removed")?;
         }
-        info!(interface = link.name, "taking messages");
+        info!(interface = link.name, "receiving messages on this interface");
         let known = UnderlayInterface {
             ifindex: link.index,
             name: link.name.clone(),
@@ -198,7 +198,7 @@ impl Datapath {
             .map(|(address, _)| address)
             // Packets for the host's address in the container network come through the tunnel, not
             // the underlay.
-            .filter(|address| !address.is_loopback() && !self.routes.is_of_host(*address))
+            .filter(|address| !address.is_loopback() && !self.routes.is_host_address(*address))
             .take(LOCAL_ADDRESS_SLOTS as usize)
             .collect();
         self.maps.set_local_addresses(&addresses.iter().copied().collect::<Vec<_>>())?;
@@ -267,7 +267,7 @@ impl Datapath {
             .underlay
             .interfaces
             .get(&route.ifindex)
-            .map_or(USUAL_MTU, |interface| interface.mtu);
+            .map_or(DEFAULT_MTU, |interface| interface.mtu);
         let path_mtu = route.mtu.filter(|mtu| *mtu != 0).map_or(link_mtu, |mtu| mtu.min(link_mtu));
         let mtu = largest_inner(path_mtu, endpoint.is_ipv6()).min(self.container_mtu());
         let cell = self.peer_cell(peer)?;
@@ -280,7 +280,7 @@ impl Datapath {
             if cell.tx_slot().load(Ordering::Relaxed) != 0 {
                 // The peer sends to the last source address it heard from, so it must hear the new
                 // one before it sends again.
-                self.normaliser.send(&keepalive_frame(peer.0))?;
+                self.offload_veth.send(&keepalive_frame(peer.0))?;
             }
         }
         if self.largest.insert(peer, mtu) != Some(mtu) {
@@ -310,7 +310,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_ethernet_of_1500_leaves_what_wireguard_uses() {
+    fn an_underlay_mtu_of_1500_leaves_the_mtu_of_wireguard() {
         assert_eq!(largest_inner(1500, true), 1420);
         assert_eq!(largest_inner(1500, false), 1440);
         assert_eq!(largest_inner(9000, false), 8940);

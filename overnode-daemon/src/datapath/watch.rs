@@ -47,11 +47,11 @@ impl Datapath {
     /// # Errors
     /// Fails if no netlink socket can be opened.
     pub fn watch(&self) -> Result<mpsc::Receiver<LinkEvent>> {
-        let socket = open().context("changes of interfaces cannot be watched")?;
+        let socket = open().context("changes of interfaces cannot be monitored")?;
         let (events, receiver) = mpsc::channel(64);
         tokio::spawn(async move {
             if let Err(error) = run(&socket, &events).await {
-                warn!(%error, "changes of interfaces are no longer watched");
+                warn!(%error, "changes of interfaces are no longer monitored");
             }
         });
         Ok(receiver)

@@ -212,7 +212,7 @@ mod tests {
     fn answer(name: &str, kind: RecordType) -> Answer {
         match ask(name, kind) {
             Verdict::Answer(answer) => answer,
-            Verdict::Elsewhere => panic!("{name} {kind} is asked elsewhere"),
+            Verdict::Elsewhere => panic!("{name} {kind} is forwarded upstream"),
         }
     }
 
@@ -242,7 +242,11 @@ mod tests {
             assert_eq!(data(name, RecordType::A), ["10.40.0.1", "10.40.0.2"]);
         }
         let answer = answer("wEb.weave.local.", RecordType::A);
-        assert_eq!(answer.records[0].name.to_string(), "wEb.weave.local.", "as it was asked");
+        assert_eq!(
+            answer.records[0].name.to_string(),
+            "wEb.weave.local.",
+            "in the case of the query"
+        );
         assert_eq!(data("a.deep.overnode.local.", RecordType::ANY), ["10.40.0.3"]);
         assert_eq!(data("both.overnode.local.", RecordType::AAAA), ["2001:db8::4"]);
         assert_eq!(data("both.overnode.local.", RecordType::A), ["10.40.0.4"]);
@@ -250,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn what_exists_without_such_data_is_no_error() {
+    fn a_name_without_records_of_the_type_is_no_error() {
         for kind in
             [RecordType::AAAA, RecordType::TXT, RecordType::HTTPS, RecordType::MX, RecordType::PTR]
         {
@@ -262,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_exist_is_said_not_to_and_is_asked_nowhere_else() {
+    fn unknown_names_in_our_domains_are_denied_and_not_forwarded() {
         for name in [
             "other.overnode.local.",
             "x.web.overnode.local.",
@@ -276,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn other_names_are_none_of_ours() {
+    fn names_outside_our_domains_are_forwarded() {
         for name in [
             "example.org.",
             "local.",
@@ -294,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_have_names() {
+    fn reverse_lookups_return_names() {
         assert_eq!(data("1.0.40.10.in-addr.arpa.", RecordType::PTR), ["web.overnode.local."]);
         assert_eq!(data("3.0.40.10.IN-ADDR.ARPA.", RecordType::PTR), ["a.deep.overnode.local."]);
         assert_eq!(data("7.2.0.192.in-addr.arpa.", RecordType::PTR), ["outside.overnode.local."]);

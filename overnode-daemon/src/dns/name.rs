@@ -13,14 +13,16 @@ const MAX_DOMAIN: usize = 100;
 /// The text is not a domain that can be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "a domain is labels with dots between them, as in overnode.local, each of letters, digits, hyphens and underscores; 100 bytes at most"
+    "a domain consists of labels separated by dots, as in overnode.local, with letters, digits, \
+     hyphens and underscores; at most 100 bytes"
 )]
 pub struct BadDomain;
 
 /// The text is not a name that can be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "a name has letters, digits, hyphens, underscores, and dots between its labels; at most 63 bytes each, 128 in all"
+    "a name consists of labels separated by dots, with letters, digits, hyphens and underscores; \
+     at most 63 bytes per label and 128 in total"
 )]
 pub struct BadName;
 
@@ -116,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_brought_into_the_form_that_travels() {
+    fn names_are_converted_to_relative_names() {
         for (typed, form) in [
             ("web", "web"),
             ("Web", "web"),
@@ -157,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn domains_that_no_name_fits_into_are_refused() {
+    fn malformed_long_and_reverse_domains_are_refused() {
         for bad in ["", ".", "a..b", "local..", "a b", "in-addr.arpa", "arpa", &["a"; 51].join(".")]
         {
             assert_eq!(Domain::new(bad), Err(BadDomain), "{bad:?}");
@@ -169,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_that_cannot_be_told_apart_are_nobodys() {
+    fn ambiguous_labels_match_no_name() {
         let domain = Domain::new("overnode.local").unwrap();
         let name = |labels: &[&[u8]]| {
             Name::from_labels(labels.iter().copied().chain([&b"overnode"[..], b"local"])).unwrap()

@@ -101,7 +101,7 @@ async fn serve_udp(service: Arc<Service>, socket: Arc<UdpSocket>, subnet: IpNet)
         let (len, from) = match socket.recv_from(&mut buffer).await {
             Ok(received) => received,
             Err(error) => {
-                tracing::debug!("a DNS query was not received: {error}");
+                tracing::debug!("a DNS query could not be received: {error}");
                 tokio::time::sleep(PAUSE).await;
                 continue;
             }
@@ -132,7 +132,7 @@ async fn serve_tcp(service: Arc<Service>, listener: TcpListener, subnet: IpNet) 
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::debug!("a DNS connection was not accepted: {error}");
+                tracing::debug!("a DNS connection could not be accepted: {error}");
                 tokio::time::sleep(PAUSE).await;
                 continue;
             }

@@ -231,7 +231,7 @@ fn encode(reply: Message, query: &Message, transport: Transport) -> Vec<u8> {
     match reply.emit(&mut encoder) {
         Ok(()) => bytes,
         Err(error) => {
-            tracing::debug!("an answer cannot be written: {error}");
+            tracing::debug!("a DNS answer could not be encoded: {error}");
             let [high, low] = query.metadata.id.to_be_bytes();
             bare(&[high, low, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], ResponseCode::ServFail)
         }

@@ -100,7 +100,7 @@ impl Upstream {
                 state.servers = self.usable(&text);
                 state.pool = self.pool(&state.servers);
                 state.text = text;
-                tracing::info!("names elsewhere are asked of {:?}", state.servers);
+                tracing::info!("other names are forwarded to {:?}", state.servers);
             }
         }
         (state.servers.clone(), state.pool.clone())
@@ -149,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_is_read_again_and_the_own_address_left_out() {
+    fn the_file_is_reread_and_the_own_address_skipped() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("resolv.conf");
         let own = "10.39.240.1".parse().unwrap();

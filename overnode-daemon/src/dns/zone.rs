@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_stands_for_all_that_any_node_says() {
+    fn a_name_has_the_addresses_that_all_nodes_announce() {
         let mut zone = zone(&[
             (1, &[("web", "10.40.0.1"), ("web", "10.40.0.2"), ("db", "10.40.0.3")]),
             (2, &[("web", "10.42.0.1"), ("web", "10.40.0.1")]),
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn very_many_addresses_are_a_random_choice_without_repetition() {
+    fn too_many_addresses_are_sampled_without_repetition() {
         let mut zone = Zone::new(StdRng::seed_from_u64(2));
         let all = (0..1000_u32).map(|n| Named {
             name: "web".into(),
@@ -202,11 +202,11 @@ mod tests {
             assert_eq!(some.iter().collect::<BTreeSet<_>>().len(), MAX_ANSWERS);
             seen.extend(some);
         }
-        assert_eq!(seen.len(), 1000, "each has its turn");
+        assert_eq!(seen.len(), 1000, "every address is returned at some time");
     }
 
     #[test]
-    fn names_of_a_node_that_is_lost_leave_and_come_back() {
+    fn names_of_an_unreachable_node_are_hidden_until_it_returns() {
         let mut zone = zone(&[
             (1, &[("web", "10.40.0.1")]),
             (2, &[("web", "10.42.0.1"), ("a.b", "10.42.0.2")]),
@@ -222,13 +222,13 @@ mod tests {
     }
 
     #[test]
-    fn what_a_node_says_no_more_is_gone() {
+    fn names_that_a_node_no_longer_announces_are_gone() {
         let mut zone = zone(&[
             (1, &[("web", "10.40.0.1"), ("db", "10.40.0.1")]),
             (2, &[("web", "10.40.0.1")]),
         ]);
         zone.set_names(id(1), &[named("db", "10.40.0.2")]);
-        assert_eq!(texts(zone.addresses("web")), ["10.40.0.1"], "node 2 says it still");
+        assert_eq!(texts(zone.addresses("web")), ["10.40.0.1"], "node 2 still announces it");
         assert_eq!(texts(zone.addresses("db")), ["10.40.0.2"]);
         zone.set_names(id(2), &[]);
         assert!(!zone.exists("web"));

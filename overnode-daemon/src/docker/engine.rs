@@ -62,20 +62,20 @@ pub enum Order {
 
 /// A result from the client, or from the plugin server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum News {
+pub enum EngineEvent {
     /// The engine's containers and networks.
     Report(Report),
     /// The result of creating the default network. A failed attempt is repeated.
-    Default(Result<(), NotDone>),
+    Default(Result<(), EngineError>),
     /// The result of removing the default network.
-    Removed(Result<(), NotDone>),
+    Removed(Result<(), EngineError>),
     /// Why the plugin socket cannot be served, or `None` if it is served again.
     Trouble(Option<String>),
 }
 
 /// Why an operation failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NotDone {
+pub enum EngineError {
     /// There is no engine, or it does not answer properly.
     #[error("no Docker engine answers at {}: {why}", socket.display())]
     Absent {
@@ -159,7 +159,7 @@ struct Version {
 }
 
 #[derive(Deserialize)]
-struct EngineError {
+struct ErrorBody {
     message: String,
 }
 
@@ -196,7 +196,7 @@ pub fn unsupported(answer: &[u8]) -> Result<Option<String>, String> {
 pub(super) async fn watch(
     socket: PathBuf,
     mut orders: mpsc::UnboundedReceiver<Order>,
-    news: mpsc::Sender<News>,
+    news: mpsc::Sender<EngineEvent>,
 ) {
     let engine = Engine { socket };
     let mut wanted: Option<IpNet> = None;
@@ -220,7 +220,7 @@ pub(super) async fn watch(
                 }
                 Some(Order::RemoveDefault { force }) => {
                     wanted = None;
-                    News::Removed(engine.remove_default(force).await)
+                    EngineEvent::Removed(engine.remove_default(force).await)
                 }
             },
             () = sleep_until(next) => match wanted {
@@ -233,12 +233,12 @@ pub(super) async fn watch(
                         }
                         Err(_) => retry_at = Instant::now() + RETRY,
                     }
-                    News::Default(made)
+                    EngineEvent::Default(made)
                 }
                 Some(_) | None => {
                     look_at = Instant::now() + IDLE;
                     match engine.report().await {
-                        Ok(report) => News::Report(report),
+                        Ok(report) => EngineEvent::Report(report),
                         Err(why) => {
                             tracing::debug!("{why}");
                             continue;
@@ -258,7 +258,7 @@ struct Engine {
 }
 
 impl Engine {
-    async fn report(&self) -> Result<Report, NotDone> {
+    async fn report(&self) -> Result<Report, EngineError> {
         let containers: Vec<ListedContainer> = self.get("/containers/json").await?;
         let networks = self.without_surplus(self.get("/networks").await?).await?;
         Ok(Report::of(containers, networks))
@@ -270,7 +270,7 @@ impl Engine {
     async fn without_surplus(
         &self,
         networks: Vec<ListedNetwork>,
-    ) -> Result<Vec<ListedNetwork>, NotDone> {
+    ) -> Result<Vec<ListedNetwork>, EngineError> {
         let (mut kept, mut defaults): (Vec<_>, Vec<_>) =
             networks.into_iter().partition(|it| !is_default(it));
         defaults.sort_by(|one, two| two.created.cmp(&one.created));
@@ -279,7 +279,7 @@ impl Engine {
             // The engine refuses to remove a network that is in use.
             if left > 1 && self.remove(&network).await.is_ok() {
                 tracing::info!(
-                    "the Docker engine has made the default network twice: removed {}",
+                    "the Docker engine created the default network twice: removed {}",
                     network.id
                 );
                 left -= 1;
@@ -292,15 +292,15 @@ impl Engine {
 
     /// Checks that the engine's version is supported. An engine that does not report its version
     /// passes.
-    async fn check_version(&self) -> Result<(), NotDone> {
+    async fn check_version(&self) -> Result<(), EngineError> {
         let found: Version = self.get("/version").await?;
         match too_old(&found) {
-            Some(why) => Err(NotDone::Refused(why)),
+            Some(why) => Err(EngineError::Refused(why)),
             None => Ok(()),
         }
     }
 
-    async fn create_default(&self, subnet: IpNet) -> Result<(), NotDone> {
+    async fn create_default(&self, subnet: IpNet) -> Result<(), EngineError> {
         self.check_version().await?;
         // A name in the path would also match an ID with that prefix, so list all networks.
         let networks: Vec<ListedNetwork> = self.get("/networks").await?;
@@ -309,8 +309,10 @@ impl Engine {
             return Ok(());
         }
         if let Some(found) = networks.iter().find(|network| network.name == NAME) {
-            return Err(NotDone::Refused(format!(
-                "Docker has a network named {NAME} with the driver {}: rename or remove it, or create one under another name with `docker network create --driver {NAME} --ipam-driver {NAME} --subnet {subnet} NAME`",
+            return Err(EngineError::Refused(format!(
+                "Docker has a network named {NAME} with the driver {}: remove it, or create one \
+                 under another name with `docker network create --driver {NAME} \
+                 --ipam-driver {NAME} --subnet {subnet} NAME`",
                 found.driver
             )));
         }
@@ -326,11 +328,13 @@ impl Engine {
             (status, _) if status.is_success() => Ok(()),
             // The network was created in the meantime.
             (StatusCode::CONFLICT, _) => Ok(()),
-            (status, answer) => Err(refused("the default network was not made", status, &answer)),
+            (status, answer) => {
+                Err(refused("the default network was not created", status, &answer))
+            }
         }
     }
 
-    async fn remove_default(&self, force: bool) -> Result<(), NotDone> {
+    async fn remove_default(&self, force: bool) -> Result<(), EngineError> {
         let networks: Vec<ListedNetwork> = self.get("/networks").await?;
         for found in networks.iter().filter(|network| is_default(network)) {
             if force {
@@ -347,7 +351,7 @@ impl Engine {
         Ok(())
     }
 
-    async fn remove(&self, network: &ListedNetwork) -> Result<(), NotDone> {
+    async fn remove(&self, network: &ListedNetwork) -> Result<(), EngineError> {
         match self.ask(Method::DELETE, &format!("/networks/{}", network.id), None).await? {
             (status, _) if status.is_success() || status == StatusCode::NOT_FOUND => Ok(()),
             (status, answer) => {
@@ -356,13 +360,13 @@ impl Engine {
         }
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, NotDone> {
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, EngineError> {
         let (status, body) = self.ask(Method::GET, path, None).await?;
         if !status.is_success() {
-            return Err(refused(&format!("{path} was not answered"), status, &body));
+            return Err(refused(&format!("the request {path} failed"), status, &body));
         }
         serde_json::from_slice(&body).map_err(|why| {
-            self.absent(format!("its answer to {path} is not understood: {}", reason(&why)))
+            self.absent(format!("its answer to {path} is malformed: {}", reason(&why)))
         })
     }
 
@@ -371,7 +375,7 @@ impl Engine {
         method: Method,
         path: &str,
         body: Option<&serde_json::Value>,
-    ) -> Result<(StatusCode, Bytes), NotDone> {
+    ) -> Result<(StatusCode, Bytes), EngineError> {
         match timeout(PATIENCE, exchange(&self.socket, method, path, body)).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(why)) => Err(self.absent(format!("{why:#}"))),
@@ -381,8 +385,8 @@ impl Engine {
         }
     }
 
-    fn absent(&self, why: String) -> NotDone {
-        NotDone::Absent { socket: self.socket.clone(), why }
+    fn absent(&self, why: String) -> EngineError {
+        EngineError::Absent { socket: self.socket.clone(), why }
     }
 }
 
@@ -397,7 +401,8 @@ fn too_old(found: &Version) -> Option<String> {
     let name: String = found.version.chars().filter(|it| it.is_ascii_graphic()).take(32).collect();
     (api < OLDEST).then(|| {
         format!(
-            "the engine, Docker {name} with API {}.{}, is older than 20.10 with API {}.{}, the oldest that is supported: upgrade Docker, or launch with --no-docker",
+            "the engine is Docker {name} with API {}.{}, but the oldest supported one is 20.10 \
+             with API {}.{}: upgrade Docker, or launch with --no-docker",
             api.0, api.1, OLDEST.0, OLDEST.1
         )
     })
@@ -427,15 +432,15 @@ async fn exchange(
     let body = Limited::new(response.into_body(), ANSWER_LIMIT)
         .collect()
         .await
-        .map_err(|why| anyhow::anyhow!("the answer was not read: {why}"))?;
+        .map_err(|why| anyhow::anyhow!("the answer could not be read: {why}"))?;
     Ok((status, body.to_bytes()))
 }
 
 /// Creates the error for a refusal by the engine, with the engine's own message.
-pub fn refused(what: &str, status: StatusCode, body: &[u8]) -> NotDone {
-    let said = serde_json::from_slice::<EngineError>(body).map(|error| error.message);
+pub fn refused(what: &str, status: StatusCode, body: &[u8]) -> EngineError {
+    let said = serde_json::from_slice::<ErrorBody>(body).map(|error| error.message);
     let said = said.unwrap_or_else(|_| status.to_string());
-    NotDone::Refused(format!("{what}: Docker says: {}", reason(&said)))
+    EngineError::Refused(format!("{what}: Docker says: {}", reason(&said)))
 }
 
 fn container(listed: ListedContainer) -> Option<Container> {

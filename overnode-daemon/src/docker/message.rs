@@ -303,7 +303,7 @@ pub enum Refusal {
     #[error("{0}")]
     Malformed(String),
     /// There is no such request.
-    #[error("the overnode plugin does not know {0}")]
+    #[error("the overnode plugin does not support {0}")]
     Unknown(String),
     /// The request cannot be carried out.
     #[error("{0}")]
@@ -377,10 +377,7 @@ fn endpoint(path: &str, body: &[u8]) -> Result<EndpointId, Refusal> {
 
 fn read<T: DeserializeOwned>(path: &str, body: &[u8]) -> Result<T, Refusal> {
     serde_json::from_slice(body).map_err(|why| {
-        Refusal::Malformed(format!(
-            "the body of {path} is not the JSON that is expected: {}",
-            reason(&why)
-        ))
+        Refusal::Malformed(format!("the body of {path} is not the expected JSON: {}", reason(&why)))
     })
 }
 
@@ -394,7 +391,7 @@ fn check_id(field: &str, id: &str) -> Result<(), Refusal> {
     if is_id(id) {
         return Ok(());
     }
-    Err(Refusal::Malformed(format!("{field} {:?} cannot be an ID of an engine", quoted(id))))
+    Err(Refusal::Malformed(format!("{field} {:?} is not a valid ID", quoted(id))))
 }
 
 fn check_sandbox(path: &str) -> Result<(), Refusal> {
@@ -403,7 +400,7 @@ fn check_sandbox(path: &str) -> Result<(), Refusal> {
         return Ok(());
     }
     Err(Refusal::Malformed(format!(
-        "SandboxKey {:?} is no path of a network namespace",
+        "SandboxKey {:?} is not the path of a network namespace",
         quoted(path)
     )))
 }

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-pub use engine::{News, Order, Report};
+pub use engine::{EngineEvent, Order, Report};
 pub use message::{Refusal, Request, Response};
 pub use plan::{Docker, Settings, Step};
 
@@ -40,7 +40,7 @@ pub type Call = (Request, oneshot::Sender<Result<Response, Refusal>>);
 
 /// The locations of the two sockets.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Places {
+pub struct SocketPaths {
     /// The directory in which the engine looks for plugins.
     pub plugins: PathBuf,
     /// The engine's own socket.
@@ -64,7 +64,7 @@ pub struct Incoming {
     /// Requests of the engine to the plugin.
     pub calls: mpsc::Receiver<Call>,
     /// Results of the requests to the engine.
-    pub news: mpsc::Receiver<News>,
+    pub news: mpsc::Receiver<EngineEvent>,
 }
 
 /// A message from the tasks.
@@ -73,7 +73,7 @@ pub enum Event {
     /// The engine sent a request.
     Call(Call),
     /// A task reports a result.
-    News(News),
+    EngineEvent(EngineEvent),
 }
 
 impl Incoming {
@@ -81,7 +81,7 @@ impl Incoming {
     pub async fn next(&mut self) -> Event {
         tokio::select! {
             Some(call) = self.calls.recv() => Event::Call(call),
-            Some(news) = self.news.recv() => Event::News(news),
+            Some(news) = self.news.recv() => Event::EngineEvent(news),
             else => std::future::pending().await,
         }
     }
@@ -89,7 +89,7 @@ impl Incoming {
 
 impl Service {
     /// Starts the tasks. The engine need not be running.
-    pub fn start(places: &Places) -> (Self, Incoming) {
+    pub fn start(places: &SocketPaths) -> (Self, Incoming) {
         let (call, calls) = mpsc::channel(64);
         let (tell, news) = mpsc::channel(64);
         let (orders, ordered) = mpsc::unbounded_channel();

@@ -24,10 +24,10 @@ use crate::text::quoted;
 
 /// Time after which a lease that the engine no longer lists is freed. It only counts while the
 /// engine answers.
-pub const FORGOTTEN: Duration = Duration::from_secs(180);
+pub const LEASE_EXPIRY: Duration = Duration::from_secs(180);
 /// Age up to which an address without an endpoint survives an engine's activation, since its
 /// endpoint may still be about to be created.
-const FRESH: Duration = Duration::from_secs(10);
+const PENDING_ADDRESS_GRACE: Duration = Duration::from_secs(10);
 /// Maximum number of networks of this driver.
 const MAX_NETWORKS: usize = 4096;
 /// Number of consecutive pool requests after which the engine is refused. An engine that rejects
@@ -222,7 +222,7 @@ impl Docker {
         for (address, lease) in &mut self.leases {
             let endpoint = lease.record.engine.as_ref().map(|engine| engine.endpoint.as_str());
             let Some(container) = endpoint.and_then(|endpoint| containers.get(endpoint)) else {
-                if now.saturating_duration_since(lease.seen) >= FORGOTTEN {
+                if now.saturating_duration_since(lease.seen) >= LEASE_EXPIRY {
                     gone.push(*address);
                 }
                 continue;
@@ -281,7 +281,8 @@ impl Docker {
             .leases
             .iter()
             .filter(|(_, lease)| {
-                lease.record.engine.is_none() && now.saturating_duration_since(lease.seen) >= FRESH
+                lease.record.engine.is_none()
+                    && now.saturating_duration_since(lease.seen) >= PENDING_ADDRESS_GRACE
             })
             .map(|(address, _)| *address)
             .collect();
@@ -291,19 +292,21 @@ impl Docker {
     fn pool(&mut self, request: &RequestPool) -> Result<Step, Refusal> {
         let Settings { subnet, range, .. } = self.settings;
         if request.v6 {
-            return Err(Refusal::new("overnode networks are IPv4: leave out --ipv6"));
+            return Err(Refusal::new("overnode networks are IPv4 only: omit --ipv6"));
         }
         if request.pool.is_empty() {
             self.pools_in_a_row += 1;
             if self.pools_in_a_row > MAX_POOLS_IN_A_ROW {
                 self.pools_in_a_row = 0;
                 return Err(Refusal::new(format_args!(
-                    "the engine refuses {subnet}, for the host has a route into it, and overnode has no other: create the network with --subnet {subnet}"
+                    "the engine rejects {subnet} because the host has a route into it, and \
+                     overnode has no other subnet: create the network with --subnet {subnet}"
                 )));
             }
         } else if request.pool.parse::<IpNet>().ok() != Some(subnet) {
             return Err(Refusal::new(format_args!(
-                "every overnode network has the subnet {subnet} of the cluster, not {}: give --subnet {subnet}, or none",
+                "every overnode network has the cluster's subnet {subnet}, not {}: \
+                 use --subnet {subnet}, or omit --subnet",
                 quoted(&request.pool)
             )));
         } else {
@@ -312,7 +315,8 @@ impl Docker {
         let part = (!request.sub_pool.is_empty()).then(|| request.sub_pool.parse::<IpNet>().ok());
         if part.is_some_and(|part| part.is_none_or(|part| !part.contains(&range))) {
             return Err(Refusal::new(format_args!(
-                "addresses are given out of {range} by the nodes themselves, not of {}: leave out --ip-range",
+                "the nodes themselves allocate addresses from {range}, not from {}: omit \
+                 --ip-range",
                 quoted(&request.sub_pool)
             )));
         }
@@ -331,7 +335,7 @@ impl Docker {
         let wanted: Option<IpAddr> = match request.address.as_str() {
             "" => None,
             text => Some(text.parse().map_err(|_| {
-                Refusal::Malformed(format!("Address {:?} is no IP address", quoted(text)))
+                Refusal::Malformed(format!("Address {:?} is not an IP address", quoted(text)))
             })?),
         };
         if option(OPTION_TYPE) == Some(OPTION_TYPE_GATEWAY) {
@@ -340,7 +344,8 @@ impl Docker {
                 // An engine that restores its networks asks for the gateway it was given before,
                 // possibly when the node had another ID.
                 Some(gateway) if !(first..=last).contains(&gateway) => Err(Refusal::new(
-                    "overnode networks have no gateway of their own, as the engine gives containers a way out: leave out --gateway",
+                    "overnode networks have no gateway of their own, since the engine gives \
+                     containers a default route: omit --gateway",
                 )),
                 gateway => {
                     Ok(Step::Answer(self.answer_address(gateway.unwrap_or(self.settings.node))))
@@ -357,7 +362,10 @@ impl Docker {
 
     fn release(&self, request: &ReleaseAddress) -> Result<Step, Refusal> {
         let address: IpAddr = request.address.parse().map_err(|_| {
-            Refusal::Malformed(format!("Address {:?} is no IP address", quoted(&request.address)))
+            Refusal::Malformed(format!(
+                "Address {:?} is not an IP address",
+                quoted(&request.address)
+            ))
         })?;
         Ok(if self.leases.contains_key(&address) {
             Step::Free(vec![address], Response::Done {})
@@ -370,12 +378,13 @@ impl Docker {
         let subnet = self.settings.subnet;
         self.pools_in_a_row = 0;
         if !request.v6.is_empty() {
-            return Err(Refusal::new("overnode networks are IPv4: leave out --ipv6"));
+            return Err(Refusal::new("overnode networks are IPv4 only: omit --ipv6"));
         }
         let fits = |pool: &str| pool.parse::<IpNet>().ok() == Some(subnet);
         if request.v4.len() != 1 || !request.v4.iter().all(|pool| fits(&pool.pool)) {
             return Err(Refusal::new(format_args!(
-                "an overnode network has the one subnet {subnet} of the cluster: create it with --driver {NAME} --ipam-driver {NAME}"
+                "an overnode network has exactly one subnet, the cluster's {subnet}: create it \
+                 with --driver {NAME} --ipam-driver {NAME}"
             )));
         }
         if self.networks.contains(&request.network) {
@@ -383,7 +392,7 @@ impl Docker {
         }
         if self.networks.len() >= MAX_NETWORKS {
             return Err(Refusal::new(format_args!(
-                "there are {MAX_NETWORKS} overnode networks already"
+                "there are already {MAX_NETWORKS} overnode networks, the maximum: remove one first"
             )));
         }
         let mut networks = self.networks.clone();
@@ -394,23 +403,25 @@ impl Docker {
     fn create_endpoint(&self, request: CreateEndpoint) -> Result<Step, Refusal> {
         if !self.networks.contains(&request.network) {
             return Err(Refusal::new(format_args!(
-                "this node does not know the network {}: if `docker network ls` shows it, remove it and create it anew",
+                "this node does not know the network {}: if `docker network ls` shows it, remove \
+                 it and create it again",
                 quoted(&request.network)
             )));
         }
         if !request.interface.address_v6.is_empty() {
-            return Err(Refusal::new("overnode networks are IPv4: leave out the IPv6 address"));
+            return Err(Refusal::new("overnode networks are IPv4 only: omit the IPv6 address"));
         }
         let text = &request.interface.address;
         let address = text.parse::<IpNet>().map_err(|_| {
             Refusal::Malformed(format!(
-                "Address {:?} is no IP address with its prefix",
+                "Address {:?} is not an IP address with a prefix length",
                 quoted(text)
             ))
         })?;
         let not_ours = || {
             Refusal::new(format_args!(
-                "{address} was not given to this engine by this node: create the network with --ipam-driver {NAME}"
+                "this node did not allocate {address} to this engine: create the network with \
+                 --ipam-driver {NAME}"
             ))
         };
         if address.prefix_len() != self.settings.subnet.prefix_len() {
@@ -421,7 +432,7 @@ impl Docker {
             "" => None,
             text => Some(parse_mac(text).ok_or_else(|| {
                 Refusal::new(format_args!(
-                    "{:?} cannot be the hardware address of a container",
+                    "{:?} is not a valid MAC address for a container",
                     quoted(text)
                 ))
             })?),
@@ -444,7 +455,7 @@ impl Docker {
             && other.address != address.addr()
         {
             return Err(Refusal::new(format_args!(
-                "this endpoint has the address {} already",
+                "this endpoint already has the address {}",
                 other.address
             )));
         }
@@ -471,7 +482,8 @@ impl Docker {
         });
         if let Some(rival) = rival {
             return Err(Refusal::new(format_args!(
-                "this container is in the container network already, as {}: all overnode networks are one network; give it one of them",
+                "this container is already in the container network, as {}: all overnode networks \
+                 are one network, so connect it to only one of them",
                 rival.address
             )));
         }

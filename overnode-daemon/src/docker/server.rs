@@ -17,7 +17,7 @@ use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
-use super::engine::News;
+use super::engine::EngineEvent;
 use super::message::{BODY_LIMIT, Refusal, Request, Response};
 use super::{Call, NAME};
 use crate::api::server::bind;
@@ -41,7 +41,7 @@ pub(super) async fn serve(
     socket: PathBuf,
     bound: Arc<AtomicU64>,
     calls: mpsc::Sender<Call>,
-    news: mpsc::Sender<News>,
+    news: mpsc::Sender<EngineEvent>,
 ) {
     let mut told = None;
     while !calls.is_closed() {
@@ -50,12 +50,14 @@ pub(super) async fn serve(
                 bound.store(inode, Ordering::Relaxed);
                 tell(&news, &mut told, None).await;
                 tokio::select! {
-                    served = axum::serve(listener, router(calls.clone())) => served.err().map(|why| why.to_string()),
+                    served = axum::serve(listener, router(calls.clone())) => {
+                        served.err().map(|why| why.to_string())
+                    }
                     () = vanished(&socket, inode) => None,
                 }
             }
             Err(why) => Some(format!(
-                "Docker networks cannot be served at {}: {why}; the node tries again",
+                "Docker networks cannot be served at {}: {why}; the node keeps trying",
                 socket.display()
             )),
         };
@@ -66,10 +68,14 @@ pub(super) async fn serve(
     }
 }
 
-async fn tell(news: &mpsc::Sender<News>, told: &mut Option<String>, trouble: Option<String>) {
+async fn tell(
+    news: &mpsc::Sender<EngineEvent>,
+    told: &mut Option<String>,
+    trouble: Option<String>,
+) {
     if *told != trouble {
         told.clone_from(&trouble);
-        let _ = news.send(News::Trouble(trouble)).await;
+        let _ = news.send(EngineEvent::Trouble(trouble)).await;
     }
 }
 
@@ -79,7 +85,9 @@ fn listen(socket: &Path) -> io::Result<(UnixListener, u64)> {
         trust::check_directory(folder).map_err(io::Error::other)?;
     }
     if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-        return Err(io::Error::other(format!("another process serves the driver {NAME} there")));
+        return Err(io::Error::other(format!(
+            "another process already serves the driver {NAME} there"
+        )));
     }
     let listener = bind(socket)?;
     Ok((listener, std::fs::metadata(socket)?.ino()))
@@ -108,7 +116,7 @@ async fn answer(
         Err(rejection) => {
             return refuse(
                 rejection.status(),
-                &format!("the request's body was not read: {}", rejection.body_text()),
+                &format!("the request body could not be read: {}", rejection.body_text()),
             );
         }
     };
@@ -129,7 +137,8 @@ async fn answer(
 
 async fn ask(calls: &mpsc::Sender<Call>, path: &str, body: &[u8]) -> Result<Response, Refusal> {
     let request = Request::parse(path, body)?;
-    let stopped = || Refusal::new("the overnode node stops: `overnode resume` starts it again");
+    let stopped =
+        || Refusal::new("the overnode node is stopping: `overnode resume` starts it again");
     let (answer, answered) = oneshot::channel();
     calls.send((request, answer)).await.map_err(|_| stopped())?;
     answered.await.map_err(|_| stopped())?

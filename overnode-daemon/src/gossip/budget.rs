@@ -104,7 +104,7 @@ pub fn weight(record: &Record) -> usize {
         + record.nickname.len()
         + size_of_val(&record.addresses[..])
         + size_of_val(&record.links[..])
-        + size_of_val(&record.dark[..])
+        + size_of_val(&record.no_direct_path[..])
         + size_of_val(&record.ranges[..])
         + size_of_val(&record.claims[..])
         + names.sum::<usize>()

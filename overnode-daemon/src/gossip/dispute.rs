@@ -2,7 +2,7 @@
 //!
 //! An ID changes hands only with the consent of its holder. A record under other keys than those of
 //! a reachable node waits for [`OBJECTION`], and the holder is asked with a [routed
-//! message](super::parcel::KIND_CLASH). A live holder objects with a record that outbids the other
+//! message](super::routed::KIND_CLASH). A live holder objects with a record that outbids the other
 //! ([`Action::Contested`]). Then the other record is dropped and reported ([`Action::Clash`]). A
 //! holder that is gone does not answer, and the new record is believed. A connected neighbor cannot
 //! be replaced at all, and keys never change within one incarnation.
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::exchange::size;
 use super::message::{MAX_STAMP, Message, Record};
-use super::parcel::{KIND_CLASH, MAX_BODY, MAX_HOPS};
+use super::routed::{KIND_CLASH, MAX_BODY, MAX_HOPS};
 use super::{Action, Gossip};
 use crate::types::NodeId;
 
@@ -28,7 +28,7 @@ const MAX_CONTENDERS: usize = 64;
 
 /// A record that waits for an objection of the node that holds its ID.
 #[derive(Debug)]
-pub(super) struct Contender {
+pub(super) struct DisputedRecord {
     record: Record,
     /// The neighbor that the record came from.
     from: NodeId,
@@ -64,8 +64,8 @@ impl Gossip {
             return;
         }
         let was_heard = self.clashes.get(&id).is_some_and(|last| now < *last + CLASH_INTERVAL);
-        let is_full = self.contenders.len() >= MAX_CONTENDERS;
-        match self.contenders.get_mut(&id) {
+        let is_full = self.disputed.len() >= MAX_CONTENDERS;
+        match self.disputed.get_mut(&id) {
             _ if was_heard => {}
             Some(waiting) if record.stamp() <= waiting.record.stamp() => {}
             Some(waiting) => {
@@ -77,8 +77,9 @@ impl Gossip {
             None if is_full => {}
             None => {
                 let until = now + OBJECTION;
-                let new = Contender { record, from: peer, is_told: false, tell_at: now, until };
-                self.contenders.insert(id, new);
+                let new =
+                    DisputedRecord { record, from: peer, is_told: false, tell_at: now, until };
+                self.disputed.insert(id, new);
             }
         }
         self.tell_of_contenders(now);
@@ -87,17 +88,17 @@ impl Gossip {
     /// Asks the holders and announces the waiting records to neighbors. For each ID this happens no
     /// more often than the holder may answer.
     fn tell_of_contenders(&mut self, now: Instant) {
-        let untold = self.contenders.iter().filter(|(_, it)| !it.is_told && it.tell_at <= now);
+        let untold = self.disputed.iter().filter(|(_, it)| !it.is_told && it.tell_at <= now);
         for id in untold.map(|(id, _)| *id).collect::<Vec<_>>() {
-            let Some(waiting) = self.contenders.get_mut(&id) else { continue };
+            let Some(waiting) = self.disputed.get_mut(&id) else { continue };
             (waiting.is_told, waiting.tell_at) = (true, now + DEFEND_INTERVAL);
             let (peer, record) = (waiting.from, waiting.record.clone());
             let delta = Message::Delta(vec![record.clone()]);
             // Fails only if the holder is no longer reachable.
-            let _ = self.send_parcel(id, KIND_CLASH, delta.encode());
+            let _ = self.send_routed(id, KIND_CLASH, delta.encode());
             let has_not =
                 |next: &&NodeId| **next != peer && **next != id && !self.is_linked(peer, **next);
-            for next in self.neighbours.iter().filter(has_not).copied().collect::<Vec<_>>() {
+            for next in self.neighbors.iter().filter(has_not).copied().collect::<Vec<_>>() {
                 if self.may_pass(next, size(&record), now) {
                     self.send(next, delta.clone());
                 }
@@ -107,8 +108,8 @@ impl Gossip {
 
     /// Handles a record that was accepted: if it outbids a waiting record under other keys, two
     /// hosts have the ID.
-    pub(super) fn settle(&mut self, id: NodeId, now: Instant) {
-        let Some(contender) = self.contenders.get(&id) else { return };
+    pub(super) fn resolve_dispute(&mut self, id: NodeId, now: Instant) {
+        let Some(contender) = self.disputed.get(&id) else { return };
         let Some(known) = self.records.get(&id) else { return };
         if contender.record.stamp() > known.stamp() {
             return;
@@ -117,7 +118,7 @@ impl Gossip {
             && !contender.record.left
             && !known.left;
         let holder = known.nickname.clone();
-        let Some(Contender { record, .. }) = self.contenders.remove(&id) else { return };
+        let Some(DisputedRecord { record, .. }) = self.disputed.remove(&id) else { return };
         if is_rival {
             self.clashes.insert(id, now);
             self.actions.push_back(Action::Clash { record: Box::new(record), holder });
@@ -128,13 +129,13 @@ impl Gossip {
     pub(super) fn admit_contenders(&mut self, now: Instant) {
         self.tell_of_contenders(now);
         let due: Vec<_> =
-            self.contenders.iter().filter(|(_, it)| it.until <= now).map(|(id, _)| *id).collect();
+            self.disputed.iter().filter(|(_, it)| it.until <= now).map(|(id, _)| *id).collect();
         for id in due {
-            let Some(mut contender) = self.contenders.remove(&id) else { continue };
+            let Some(mut contender) = self.disputed.remove(&id) else { continue };
             let key = contender.record.verifying_key;
             if self.proven.get(&id).is_some_and(|proven| *proven != key) {
                 contender.until = now + OBJECTION;
-                self.contenders.insert(id, contender);
+                self.disputed.insert(id, contender);
             } else if self.records.get(&id).is_none_or(|known| {
                 known.incarnation < contender.record.incarnation
                     || (known.verifying_key == key && known.stamp() < contender.record.stamp())
@@ -145,8 +146,9 @@ impl Gossip {
     }
 
     pub(super) fn next_admission(&self) -> Option<Instant> {
-        let next = |it: &Contender| if it.is_told { it.until } else { it.until.min(it.tell_at) };
-        self.contenders.values().map(next).min()
+        let next =
+            |it: &DisputedRecord| if it.is_told { it.until } else { it.until.min(it.tell_at) };
+        self.disputed.values().map(next).min()
     }
 
     /// Handles a record of this node that is newer than its own one.
@@ -158,7 +160,7 @@ impl Gossip {
             self.defence = Some(record);
         }
         if self.may_defend(now) {
-            self.defend(now);
+            self.outbid(now);
         }
     }
 
@@ -182,7 +184,7 @@ impl Gossip {
     }
 
     /// Outbids the other record and schedules the own one for publication.
-    pub(super) fn defend(&mut self, now: Instant) {
+    pub(super) fn outbid(&mut self, now: Instant) {
         let Some(rival) = self.defence.take() else { return };
         let is_other = rival.verifying_key != self.draft.verifying_key;
         if rival.incarnation > self.draft.incarnation || is_other {

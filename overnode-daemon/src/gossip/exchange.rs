@@ -145,7 +145,7 @@ impl Gossip {
                 continue;
             }
             let stamp = self.stamps[id];
-            for &peer in &self.neighbours {
+            for &peer in &self.neighbors {
                 let told_by_another = self.is_linked(*id, peer)
                     || have.iter().any(|&source| self.is_linked(source, peer));
                 if peer != *id && !have.contains(&peer) && !told_by_another {
@@ -155,7 +155,7 @@ impl Gossip {
         }
         if let Some(have) = news.get(&self.own) {
             let own = self.records[&self.own].clone();
-            for peer in self.neighbours.difference(have).copied().collect::<Vec<_>>() {
+            for peer in self.neighbors.difference(have).copied().collect::<Vec<_>>() {
                 // Comparing finds the records that are left out here.
                 if self.may_pass(peer, size(&own), now) {
                     self.send(peer, Message::Delta(vec![own.clone()]));
@@ -172,7 +172,7 @@ impl Gossip {
     /// Charges an unsolicited message to the limit for a neighbor. Returns false if the message
     /// must not be sent.
     pub(super) fn may_pass(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
-        self.burdens.entry(peer).or_insert_with(|| Allowance::of_ours(now)).pass(bytes, now)
+        self.send_limits.entry(peer).or_insert_with(|| Allowance::of_ours(now)).pass(bytes, now)
     }
 
     /// Answers with a digest, which counts as if the neighbor had sent it.
@@ -200,11 +200,11 @@ impl Gossip {
     }
 
     pub(super) fn compare(&mut self) {
-        if self.neighbours.is_empty() {
+        if self.neighbors.is_empty() {
             return;
         }
-        let chosen = self.rng.random_range(0..self.neighbours.len());
-        let Some(&peer) = self.neighbours.iter().nth(chosen) else { return };
+        let chosen = self.rng.random_range(0..self.neighbors.len());
+        let Some(&peer) = self.neighbors.iter().nth(chosen) else { return };
         self.send(peer, Message::Summary(self.summary()));
     }
 

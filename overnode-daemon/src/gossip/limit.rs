@@ -137,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_burst_is_heard_and_then_so_much_each_second() {
+    fn a_burst_is_accepted_and_then_a_fixed_rate() {
         let mut now = Instant::now();
         let mut allowance = Allowance::new(now);
         let heard = (0..2 * BURST_MESSAGES).filter(|_| allowance.hear(1, now)).count();
@@ -152,11 +152,11 @@ mod tests {
             now += Duration::from_millis(1);
             heard += u64::from(allowance.hear(1, now)) + u64::from(allowance.hear(1, now));
         }
-        assert!(heard <= 2 * MESSAGES_PER_SECOND, "{heard} in a second");
+        assert!(heard <= 2 * MESSAGES_PER_SECOND, "{heard} messages in a second");
     }
 
     #[test]
-    fn bytes_count_and_so_do_answers() {
+    fn bytes_and_answers_count_too() {
         let mut now = Instant::now();
         let mut allowance = Allowance::new(now);
         assert!(allowance.hear(BURST_BYTES as usize / 2, now));
@@ -165,13 +165,13 @@ mod tests {
         now += Duration::from_secs(1);
         assert!(
             allowance.hear(BYTES_PER_SECOND as usize, now),
-            "what has come is judged by what came before"
+            "a message is judged by those before it"
         );
         assert!(!allowance.hear(1, now));
     }
 
     #[test]
-    fn what_is_passed_on_is_never_a_flood() {
+    fn forwarding_never_exceeds_a_neighbors_flood_limit() {
         let mut now = Instant::now();
         let (mut ours, mut theirs) = (Allowance::of_ours(now), Allowance::new(now));
         let mut passed = 0;
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn all_neighbours_together_cost_a_bounded_time() {
+    fn all_neighbors_together_cost_bounded_time() {
         let mut now = Instant::now();
         let mut signatures = Signatures::new(now);
         let verified = (0..2 * BURST_SIGNATURES).filter(|_| signatures.take(now)).count();
@@ -198,11 +198,14 @@ mod tests {
             verified += (0..10).filter(|_| signatures.take(now)).count() as u64;
         }
         let expected = 10 * SIGNATURES_PER_SECOND;
-        assert!((expected - 10..=expected + 10).contains(&verified), "{verified} in 10 s");
+        assert!(
+            (expected - 10..=expected + 10).contains(&verified),
+            "{verified} signatures in 10 s"
+        );
     }
 
     #[test]
-    fn nobody_is_kept_out_for_ever() {
+    fn a_flooding_neighbor_is_accepted_again_later() {
         let mut now = Instant::now();
         let mut allowance = Allowance::new(now);
         for _ in 0..1000 {

@@ -71,7 +71,7 @@ pub struct Record {
     pub links: Vec<NodeId>,
     /// Those of [`Self::links`] that it has no direct path to, in ascending order. Other nodes do
     /// not relay packets through such a pair.
-    pub dark: Vec<NodeId>,
+    pub no_direct_path: Vec<NodeId>,
     /// The address space that the node announces.
     pub ranges: Vec<IpNet>,
     /// The node's static addresses, which are outside of all ranges.
@@ -128,20 +128,20 @@ pub enum BadMessage {
     Empty,
     /// The message is in another version of the format.
     #[error(
-        "a message in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host"
+        "a message in format {0}, but this build reads format {FORMAT}; upgrade overnode on the older host"
     )]
     Format(u8),
     /// The message cannot be decoded.
-    #[error("a message that cannot be read")]
+    #[error("a malformed message")]
     Unreadable,
     /// A record or list is out of bounds.
     #[error("a message with {0}")]
     Bounds(&'static str),
     /// The neighbor sends more than an honest node does.
-    #[error("more than any node has to say: {MESSAGES_PER_SECOND} messages and {} KiB a second", BYTES_PER_SECOND >> 10)]
+    #[error("more than an honest node sends: {MESSAGES_PER_SECOND} messages and {} KiB a second", BYTES_PER_SECOND >> 10)]
     Flood,
     /// A record is not signed with the key that it names.
-    #[error("a false record of node {0}, which that node has not signed")]
+    #[error("a forged record of node {0}, which that node did not sign")]
     Signature(NodeId),
 }
 
@@ -166,7 +166,7 @@ impl Record {
         self.left = true;
         self.addresses.clear();
         self.links.clear();
-        self.dark.clear();
+        self.no_direct_path.clear();
         self.ranges.clear();
         self.claims.clear();
         self.names.clear();
@@ -176,7 +176,7 @@ impl Record {
     fn has_content(&self) -> bool {
         !(self.addresses.is_empty()
             && self.links.is_empty()
-            && self.dark.is_empty()
+            && self.no_direct_path.is_empty()
             && self.ranges.is_empty()
             && self.claims.is_empty()
             && self.names.is_empty())
@@ -192,15 +192,15 @@ impl Record {
             (self.names.len() > MAX_NAMES, "too many names"),
             (
                 self.names.iter().map(Named::size).sum::<usize>() > NAME_BYTES,
-                "names that are too long together",
+                "names that are too long in total",
             ),
             (!is_ascending_by(&self.names, |named| named), "names out of order"),
-            (!self.names.iter().all(|named| is_relative(&named.name)), "a name that cannot be one"),
+            (!self.names.iter().all(|named| is_relative(&named.name)), "an invalid name"),
             (self.left && self.has_content(), "a tombstone that is not empty"),
-            (self.incarnation > MAX_STAMP || self.version > MAX_STAMP, "an impossible version"),
+            (self.incarnation > MAX_STAMP || self.version > MAX_STAMP, "a version out of range"),
             (!is_ascending(&self.links), "links out of order"),
-            (self.links.binary_search(&self.id).is_ok(), "a link of a node to itself"),
-            (!is_ascending(&self.dark), "dark links out of order"),
+            (self.links.binary_search(&self.id).is_ok(), "a link from a node to itself"),
+            (!is_ascending(&self.no_direct_path), "nodes without a direct path out of order"),
         ];
         match bounds.iter().find(|(broken, _)| *broken) {
             Some((_, what)) => Err(BadMessage::Bounds(what)),

@@ -14,7 +14,7 @@
 //! separation would bring back records of nodes that have left.
 //!
 //! Shortest paths are computed from the links that both ends report. On these paths, [routed
-//! messages](parcel) travel from any node to any other.
+//! messages](routed) travel from any node to any other.
 //!
 //! # Capabilities of a malicious member
 //!
@@ -49,7 +49,7 @@
 //!   Such a member is disconnected ([`BadMessage::Flood`]).
 //!
 //! Inputs: [`Gossip::handle_connected`], [`Gossip::handle_disconnected`],
-//! [`Gossip::handle_message`], [`Gossip::handle_parcel`], [`Gossip::send_parcel`],
+//! [`Gossip::handle_message`], [`Gossip::handle_routed`], [`Gossip::send_routed`],
 //! [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs:
 //! [`Gossip::poll_action`], [`Gossip::poll_timeout`].
 
@@ -58,7 +58,7 @@ mod dispute;
 mod exchange;
 mod limit;
 mod message;
-pub mod parcel;
+pub mod routed;
 mod sign;
 mod topology;
 
@@ -73,7 +73,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use budget::Budget;
-use dispute::Contender;
+use dispute::DisputedRecord;
 pub use dispute::{CLASH_INTERVAL, DEFEND_INTERVAL, OBJECTION};
 pub use exchange::ASK_AGAIN;
 use exchange::{STAMP_BYTES, Wanted, size};
@@ -82,7 +82,7 @@ pub use message::{
     BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_DELTA, MAX_NAMES, MAX_RANGES, MAX_STAMP,
     Message, NAME_BYTES, Named, Record, Stamp,
 };
-pub use parcel::{BadParcel, Parcel, Undelivered};
+pub use routed::{BadRoutedMessage, RoutedMessage, Undelivered};
 pub use sign::{Signature, Signer, Verified};
 pub use topology::Path;
 
@@ -121,14 +121,14 @@ pub enum Action {
         message: Message,
     },
     /// Send a routed message of this node, or one that it forwards, to a neighbor.
-    SendParcel {
+    SendRouted {
         /// The neighbor.
         to: NodeId,
         /// The routed message.
-        parcel: Parcel,
+        routed: RoutedMessage,
     },
     /// A routed message for this node has arrived.
-    Deliver(Parcel),
+    Deliver(RoutedMessage),
     /// There is a newer record of a member. An even newer one may exist by the time this action is
     /// polled. If that is a tombstone, it has its own action.
     Changed(NodeId),
@@ -166,11 +166,11 @@ pub struct Gossip {
     /// When a record last found no room.
     refused_at: Option<Instant>,
     signatures: Signatures,
-    neighbours: BTreeSet<NodeId>,
+    neighbors: BTreeSet<NodeId>,
     /// What each present or former neighbor may still send.
     allowances: BTreeMap<NodeId, Allowance>,
     /// What may still be forwarded to each neighbor.
-    burdens: BTreeMap<NodeId, Allowance>,
+    send_limits: BTreeMap<NodeId, Allowance>,
     /// The identities that the neighbors have proven.
     proven: BTreeMap<NodeId, VerifyingKey>,
     /// Records to forward, with the neighbors that are known to have them.
@@ -185,14 +185,14 @@ pub struct Gossip {
     /// The record that the own one must outbid.
     defence: Option<Record>,
     defended: Option<Instant>,
-    contenders: BTreeMap<NodeId, Contender>,
+    disputed: BTreeMap<NodeId, DisputedRecord>,
     /// When a second host with an ID was last reported.
     clashes: BTreeMap<NodeId, Instant>,
     flush_at: Option<Instant>,
     compare_at: Instant,
-    parcels_sent: u64,
+    routed_sent: u64,
     /// The last routed message that arrived from each node, and the key that it was signed with.
-    parcels_heard: BTreeMap<NodeId, (VerifyingKey, (u64, u64))>,
+    last_routed_from: BTreeMap<NodeId, (VerifyingKey, (u64, u64))>,
     actions: VecDeque<Action>,
     /// Computed on demand and discarded when a link changes.
     paths: OnceLock<BTreeMap<NodeId, Path>>,
@@ -219,9 +219,9 @@ impl Gossip {
             draft: own.clone(),
             stamps: BTreeMap::from([(own.id, own.stamp())]),
             records: BTreeMap::from([(own.id, own)]),
-            neighbours: BTreeSet::new(),
+            neighbors: BTreeSet::new(),
             allowances: BTreeMap::new(),
-            burdens: BTreeMap::new(),
+            send_limits: BTreeMap::new(),
             proven: BTreeMap::new(),
             news: BTreeMap::new(),
             wanted: BTreeMap::new(),
@@ -230,12 +230,12 @@ impl Gossip {
             published: None,
             defence: None,
             defended: None,
-            contenders: BTreeMap::new(),
+            disputed: BTreeMap::new(),
             clashes: BTreeMap::new(),
             flush_at: None,
             compare_at: now,
-            parcels_sent: 0,
-            parcels_heard: BTreeMap::new(),
+            routed_sent: 0,
+            last_routed_from: BTreeMap::new(),
             actions: VecDeque::new(),
             paths: OnceLock::new(),
         };
@@ -329,7 +329,7 @@ impl Gossip {
     /// Returns the shortest path to every other node that is reachable, directly or through other
     /// nodes. The paths are computed again only after a link has changed.
     pub fn paths(&self) -> &BTreeMap<NodeId, Path> {
-        self.paths.get_or_init(|| topology::paths(self.own, &self.neighbours, &self.records))
+        self.paths.get_or_init(|| topology::paths(self.own, &self.neighbors, &self.records))
     }
 
     /// Returns the neighbor on the shortest path to a node, or `None` if the node is unreachable.
@@ -345,7 +345,7 @@ impl Gossip {
     /// Returns the neighbors to which this node forwards a broadcast of `source`: its children in
     /// the tree of shortest paths from `source`.
     pub fn branches(&self, source: NodeId) -> Vec<NodeId> {
-        topology::branches(source, self.own, &self.neighbours, &self.records)
+        topology::branches(source, self.own, &self.neighbors, &self.records)
     }
 
     /// Returns the records of the other nodes that are reachable.
@@ -355,7 +355,7 @@ impl Gossip {
 
     /// Handles a new connection with `peer`, which has proven that it has `identity`.
     pub fn handle_connected(&mut self, peer: NodeId, identity: VerifyingKey, now: Instant) {
-        if peer == self.own || !self.neighbours.insert(peer) {
+        if peer == self.own || !self.neighbors.insert(peer) {
             return;
         }
         self.proven.insert(peer, identity);
@@ -368,14 +368,14 @@ impl Gossip {
     /// Synchronizes with `peer` after one of several connections with it was closed or replaced.
     /// Messages sent over that connection may be lost.
     pub fn resync(&mut self, peer: NodeId) {
-        if self.neighbours.contains(&peer) {
+        if self.neighbors.contains(&peer) {
             self.send(peer, Message::Digest { ask: true, stamps: self.stamps() });
         }
     }
 
     /// Handles the end of the last connection with `peer`.
     pub fn handle_disconnected(&mut self, peer: NodeId, now: Instant) {
-        if self.neighbours.remove(&peer) {
+        if self.neighbors.remove(&peer) {
             self.proven.remove(&peer);
             self.paths.take();
             self.ask_others(peer, now);
@@ -415,7 +415,7 @@ impl Gossip {
         self.defence = None;
         self.flush_at = None;
         self.paths.take();
-        for peer in std::mem::take(&mut self.neighbours) {
+        for peer in std::mem::take(&mut self.neighbors) {
             self.send(peer, Message::Delta(vec![self.draft.clone()]));
         }
     }
@@ -431,7 +431,7 @@ impl Gossip {
         bytes: &[u8],
         now: Instant,
     ) -> Result<(), BadMessage> {
-        if !self.neighbours.contains(&peer) {
+        if !self.neighbors.contains(&peer) {
             return Ok(());
         }
         if !self.hear(peer, bytes.len(), now) {
@@ -454,7 +454,7 @@ impl Gossip {
     /// Handles everything that is due.
     pub fn handle_timeout(&mut self, now: Instant) {
         if self.defence.is_some() && self.may_defend(now) {
-            self.defend(now);
+            self.outbid(now);
         }
         self.admit_contenders(now);
         if self.publish_at.is_some_and(|at| at <= now) {
@@ -521,7 +521,7 @@ impl Gossip {
             if record.id == self.own {
                 self.handle_word_about_self(record, now);
             } else if self.has_identity_of_another(&record) || !self.has_room_for(&record, now) {
-                tracing::debug!("a record of node {} is not taken", record.id);
+                tracing::debug!("ignored a record of node {}", record.id);
             } else if self.is_disputed(&record) {
                 self.handle_contender(peer, record, now);
             } else {
@@ -547,7 +547,7 @@ impl Gossip {
         self.news.insert(id, BTreeSet::from([peer]));
         self.flush_soon(now);
         let before = self.put(record);
-        self.settle(id, now);
+        self.resolve_dispute(id, now);
         let lost_links = before.map(|before| before.links).unwrap_or_default();
         // A neighbor that lost its link with `id` may have missed messages from `id`.
         for cut in lost_links {
@@ -556,7 +556,7 @@ impl Gossip {
             // be lost again and again.
             if is_lost
                 && cut != peer
-                && self.neighbours.contains(&cut)
+                && self.neighbors.contains(&cut)
                 && self.may_pass(cut, STAMP_BYTES, now)
             {
                 self.send(cut, Message::Summary(self.summary()));
@@ -663,7 +663,7 @@ impl Gossip {
             let weight = Duration::from_secs(1)
                 * u32::try_from(size(&self.draft)).unwrap_or(u32::MAX)
                 / (BYTES_PER_SECOND / 2) as u32;
-            let pace = weight.max(PACE * u32::try_from(self.neighbours.len()).unwrap_or(u32::MAX));
+            let pace = weight.max(PACE * u32::try_from(self.neighbors.len()).unwrap_or(u32::MAX));
             let earliest = self.published.map_or(now, |last| last + pace);
             self.publish_at.get_or_insert(earliest.max(now + COLLECT));
         }
@@ -677,7 +677,7 @@ impl Gossip {
         self.publish_at = None;
         self.published = Some(now);
         self.flush_at = Some(now);
-        self.draft.links = self.neighbours.iter().copied().collect();
+        self.draft.links = self.neighbors.iter().copied().collect();
         self.raise_version();
         self.sign();
         self.put(self.draft.clone());

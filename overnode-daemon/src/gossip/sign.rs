@@ -148,7 +148,7 @@ mod tests {
     use crate::gossip::tests::{record, signed};
 
     #[test]
-    fn what_is_known_to_be_signed_is_that_and_nothing_else() {
+    fn a_verified_signature_is_remembered_for_that_record_only() {
         let verified = Verified::default();
         let good = record(1, 1);
         let mut forged = good.clone();
@@ -159,11 +159,11 @@ mod tests {
         }
         assert_eq!(verified.0.lock().unwrap().len(), 1);
         assert!(verified.clone().is_signed(&signed(forged, 1)));
-        assert_eq!(verified.0.lock().unwrap().len(), 2, "shared");
+        assert_eq!(verified.0.lock().unwrap().len(), 2, "clones share what was verified");
     }
 
     #[test]
-    fn keys_follow_from_the_secret_and_are_shown_as_text() {
+    fn keys_derive_from_the_secret_and_are_shown_as_text() {
         let [one, again, other] = [1, 1, 2].map(|seed| Signer::new(&Secret([seed; 32])));
         assert_eq!(one.verifying_key(), again.verifying_key());
         assert_ne!(one.verifying_key(), other.verifying_key());

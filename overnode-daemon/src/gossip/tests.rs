@@ -11,7 +11,7 @@ use crate::types::{PublicKey, Secret, VerifyingKey};
 
 mod clashes;
 mod hostile;
-mod parcels;
+mod routed;
 
 fn id(id: u16) -> NodeId {
     NodeId::new(id).unwrap()
@@ -62,7 +62,7 @@ fn blank(number: u16, incarnation: u64) -> Record {
         public_key: signer(number).public_key(),
         addresses: vec![format!("192.0.2.{}:6783", number % 250).parse().unwrap()],
         links: Vec::new(),
-        dark: Vec::new(),
+        no_direct_path: Vec::new(),
         ranges: Vec::new(),
         claims: Vec::new(),
         names: Vec::new(),
@@ -83,7 +83,7 @@ struct World {
     contested: BTreeSet<NodeId>,
     /// The reporting node and the node that the report is about.
     clashes: BTreeSet<(NodeId, NodeId)>,
-    delivered: Vec<Parcel>,
+    delivered: Vec<RoutedMessage>,
     undelivered: Vec<Undelivered>,
     messages: u64,
     records: u64,
@@ -180,12 +180,12 @@ impl World {
                         assert!(bytes.len() <= crate::control::frame::MAX_MESSAGE);
                         outgoing.push((*from, to, Packet::Gossip(bytes)));
                     }
-                    Action::SendParcel { to, parcel } => {
-                        outgoing.push((*from, to, Packet::Parcel(parcel.encode())));
+                    Action::SendRouted { to, routed } => {
+                        outgoing.push((*from, to, Packet::RoutedMessage(routed.encode())));
                     }
-                    Action::Deliver(parcel) => {
-                        assert_eq!(parcel.to, *from);
-                        self.delivered.push(parcel);
+                    Action::Deliver(routed) => {
+                        assert_eq!(routed.to, *from);
+                        self.delivered.push(routed);
                     }
                     Action::Changed(changed) => assert!(node.record(changed).is_some()),
                     Action::Removed(removed) => {
@@ -222,9 +222,9 @@ impl World {
                 let node = self.nodes.get_mut(to).unwrap();
                 match packet {
                     Packet::Gossip(bytes) => node.handle_message(*from, &bytes, self.now).unwrap(),
-                    Packet::Parcel(bytes) => {
+                    Packet::RoutedMessage(bytes) => {
                         self.undelivered
-                            .extend(node.handle_parcel(*from, &bytes, self.now).unwrap());
+                            .extend(node.handle_routed(*from, &bytes, self.now).unwrap());
                     }
                     Packet::Ping(_) | Packet::Pong(_) => unreachable!("{packet:?}"),
                 }
@@ -267,18 +267,18 @@ impl World {
                 let truth = self.nodes[other].own();
                 if gossip.record(*other) != Some(truth) {
                     return Err(format!(
-                        "{own} knows {:?} of {other}, which is {truth:?}",
+                        "{own} has {:?} of {other} instead of {truth:?}",
                         gossip.record(*other)
                     ));
                 }
                 if truth.public_key != self.keys[other] {
-                    return Err(format!("{other} has lost its key"));
+                    return Err(format!("{other} lost its key"));
                 }
             }
             let mut reached = gossip.reachable();
             reached.insert(*own);
             if reached != component {
-                return Err(format!("{own} reaches {reached:?}, but {component:?} are there"));
+                return Err(format!("{own} reaches {reached:?} instead of {component:?}"));
             }
         }
         Ok(())
@@ -314,7 +314,7 @@ impl World {
 }
 
 #[test]
-fn a_chain_learns_everything_from_end_to_end() {
+fn records_travel_along_a_chain_from_end_to_end() {
     let mut world = World::new(8, 1);
     world.chain(8);
     world.assert_converges_within(Duration::from_secs(5), 1);
@@ -327,7 +327,7 @@ fn a_chain_learns_everything_from_end_to_end() {
 }
 
 #[test]
-fn in_a_mesh_nobody_passes_on_anything() {
+fn in_a_mesh_no_node_forwards_records() {
     let mut world = World::new(20, 2);
     world.mesh();
     world.assert_converges_within(Duration::from_secs(5), 2);
@@ -340,7 +340,7 @@ fn in_a_mesh_nobody_passes_on_anything() {
 }
 
 #[test]
-fn a_node_that_gains_many_links_does_not_tell_of_each() {
+fn a_node_that_gains_many_links_does_not_announce_each() {
     let mut now = Instant::now();
     let mut gossip = gossip(record(1, 1), now);
     let mut told = 0;
@@ -354,7 +354,7 @@ fn a_node_that_gains_many_links_does_not_tell_of_each() {
             .count();
         versions.insert(gossip.own().version);
     }
-    assert!(told < 6000, "{told} records sent, where each of every link would be 500,000");
+    assert!(told < 6000, "{told} records sent; announcing each link would take 500,000");
     assert!(versions.len() < 20, "{} versions", versions.len());
     // A single change later is published after [`COLLECT`].
     now += Duration::from_secs(10);
@@ -377,7 +377,7 @@ fn an_idle_mesh_costs_each_node_little() {
 }
 
 #[test]
-fn what_was_lost_in_flight_is_found_by_comparing() {
+fn records_lost_in_flight_are_found_by_comparing() {
     let mut world = World::new(3, 4);
     world.mesh();
     world.assert_converges_within(Duration::from_secs(5), 4);
@@ -388,14 +388,14 @@ fn what_was_lost_in_flight_is_found_by_comparing() {
         link.queue.clear();
     }
     world.run(Duration::from_millis(500));
-    assert!(world.converged().is_err(), "the loss was real");
+    assert!(world.converged().is_err(), "the records must have been lost");
     world.assert_converges_within(COMPARE_INTERVAL * 2, 4);
 }
 
 /// Node 4 expects node 2 to offer the record of node 1 to node 3. The link between nodes 2 and 3
 /// dies with the offer in flight.
 #[test]
-fn news_lost_with_a_link_come_by_another_way_at_once() {
+fn news_lost_with_a_link_arrives_by_another_path_at_once() {
     let mut lost = 0;
     for seed in 0..40 {
         let mut world = World::new(4, seed);
@@ -421,11 +421,11 @@ fn news_lost_with_a_link_come_by_another_way_at_once() {
         world.run(Duration::from_millis(1500));
         assert!(knows(&mut world, 3), "seed {seed}");
     }
-    assert!(lost > 5, "{lost} seeds lost the news");
+    assert!(lost > 5, "only {lost} seeds lost the news");
 }
 
 #[test]
-fn a_node_that_leaves_is_removed_everywhere_and_stays_so() {
+fn a_node_that_leaves_is_removed_everywhere_and_stays_removed() {
     let mut world = World::new(5, 5);
     world.chain(5);
     world.assert_converges_within(Duration::from_secs(5), 5);
@@ -466,7 +466,7 @@ fn a_relaunch_whose_clock_went_back_still_wins() {
     world.connect(id(2), id(3));
     world.assert_converges_within(Duration::from_secs(5), 6);
     assert!(!world.node(1).record(id(3)).unwrap().left);
-    assert!(world.contested.is_empty(), "a tombstone is nobody's rival");
+    assert!(world.contested.is_empty(), "a tombstone contests no record");
 }
 
 /// Performs random changes of links, records and hosts, and checks that all nodes converge.
@@ -523,7 +523,7 @@ fn storm(seed: u64, count: u16, steps: usize) {
 }
 
 #[test]
-fn whatever_happens_all_who_are_connected_agree() {
+fn connected_nodes_agree_after_any_sequence_of_changes() {
     for seed in 0..150 {
         storm(seed, 9, 60);
     }
@@ -549,7 +549,7 @@ fn the_same_seed_gives_the_same_world() {
 }
 
 #[test]
-fn own_words_are_brought_within_bounds() {
+fn the_own_record_is_brought_within_bounds() {
     let mut own = record(1, 1);
     own.nickname = format!("\u{1b}[31m{}", "é".repeat(100));
     own.claims = (0..5000_u32).map(|n| std::net::Ipv4Addr::from_bits(n).into()).collect();
@@ -565,7 +565,7 @@ fn own_words_are_brought_within_bounds() {
 }
 
 #[test]
-fn messages_beyond_bounds_are_refused_whole() {
+fn out_of_bounds_messages_are_refused_as_a_whole() {
     let refused = |message: Message| Message::decode(&message.encode()).unwrap_err();
     let delta = |change: fn(&mut Record)| {
         let mut bad = record(2, 1);
@@ -620,7 +620,7 @@ fn messages_beyond_bounds_are_refused_whole() {
 }
 
 #[test]
-fn names_that_were_removed_during_a_separation_never_rise_again() {
+fn names_removed_during_a_partition_never_reappear() {
     for seed in 0..8 {
         let mut world = World::new(5, seed);
         world.mesh();
@@ -656,7 +656,7 @@ fn names_that_were_removed_during_a_separation_never_rise_again() {
 }
 
 #[test]
-fn a_node_with_very_many_names_that_change_all_the_time_is_not_cut_off() {
+fn a_node_with_many_constantly_changing_names_is_not_disconnected() {
     let mut world = World::new(2, 3);
     world.connect(id(1), id(2));
     world.run(Duration::from_secs(1));
@@ -687,7 +687,7 @@ fn a_refused_message_changes_nothing() {
         world.node(1).handle_message(id(2), &Message::Delta(vec![record(8, 1), bad]).encode(), now);
     assert!(outcome.is_err());
     let good = Message::Delta(vec![record(8, 1)]).encode();
-    assert_eq!(world.node(1).handle_message(id(7), &good, now), Ok(()), "not a neighbour");
+    assert_eq!(world.node(1).handle_message(id(7), &good, now), Ok(()), "not from a neighbor");
     assert_eq!(world.node(1).records().cloned().collect::<Vec<_>>(), before);
 }
 
@@ -705,7 +705,7 @@ fn full() -> Record {
         public_key: PublicKey([0; 32]),
         addresses: vec!["192.0.2.1:6783".parse().unwrap(), "[2001:db8::2]:6783".parse().unwrap()],
         links: vec![id(1), id(4095)],
-        dark: vec![id(4095)],
+        no_direct_path: vec![id(4095)],
         ranges: vec!["10.40.0.0/15".parse().unwrap(), "fd00::/64".parse().unwrap()],
         claims: vec!["10.32.0.1".parse().unwrap()],
         names: vec![named("db", "2001:db8::7"), named("web", "10.40.0.7")],
@@ -724,7 +724,7 @@ const SIGNATURE: &str = "b5eb5db45557d36be300d8117f7e0042a041f5eb18bd93fd6526e9a
 
 /// Nodes of other versions read these bytes, so any change of them needs a new [`FORMAT`].
 #[test]
-fn the_wire_format_is_this() {
+fn the_wire_format_is_stable() {
     let hex = |message: &Message| data_encoding::HEXLOWER.encode(&message.encode());
     let stamp = Stamp { incarnation: 300, version: 2, hash: [1, 2, 3, 4] };
     let golden = [
@@ -769,7 +769,7 @@ fn the_wire_format_is_this() {
 
 proptest! {
     #[test]
-    fn no_bytes_panic_and_what_is_read_is_within_bounds(bytes in prop::collection::vec(any::<u8>(), 0..300), kind in 0_u8..4) {
+    fn no_input_panics_and_decoded_records_are_within_bounds(bytes in prop::collection::vec(any::<u8>(), 0..300), kind in 0_u8..4) {
         for bytes in [bytes.clone(), [&[FORMAT, kind], bytes.as_slice()].concat()] {
             if let Ok(Message::Delta(records)) = Message::decode(&bytes) {
                 prop_assert!(records.iter().all(|record| record.check().is_ok()));
@@ -778,7 +778,7 @@ proptest! {
     }
 
     #[test]
-    fn altered_messages_never_panic_a_node(flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+    fn altered_messages_never_cause_a_panic(flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
         let mut gossip = gossip(record(1, 1), Instant::now());
         let now = Instant::now();
         gossip.handle_connected(id(2), identity(2), now);

@@ -18,14 +18,14 @@ pub struct Path {
 }
 
 /// Returns the shortest paths from `own` to every node that it reaches. Ties go to the lower ID.
-/// The links of `own` are `neighbours`, since its record may be older.
+/// The links of `own` are `neighbors`, since its record may be older.
 pub(super) fn paths(
     own: NodeId,
-    neighbours: &BTreeSet<NodeId>,
+    neighbors: &BTreeSet<NodeId>,
     records: &BTreeMap<NodeId, Record>,
 ) -> BTreeMap<NodeId, Path> {
     let mut paths: BTreeMap<NodeId, Path> = BTreeMap::new();
-    walk(own, Own { id: own, neighbours }, records, |parent, node| {
+    walk(own, Own { id: own, neighbors }, records, |parent, node| {
         let path = match paths.get(&parent) {
             None => Path { via: node, hops: 1 },
             Some(Path { via, hops }) => Path { via: *via, hops: hops + 1 },
@@ -40,11 +40,11 @@ pub(super) fn paths(
 pub(super) fn branches(
     source: NodeId,
     own: NodeId,
-    neighbours: &BTreeSet<NodeId>,
+    neighbors: &BTreeSet<NodeId>,
     records: &BTreeMap<NodeId, Record>,
 ) -> Vec<NodeId> {
     let mut children = Vec::new();
-    walk(source, Own { id: own, neighbours }, records, |parent, node| {
+    walk(source, Own { id: own, neighbors }, records, |parent, node| {
         if parent == own {
             children.push(node);
         }
@@ -56,7 +56,7 @@ pub(super) fn branches(
 #[derive(Clone, Copy)]
 struct Own<'a> {
     id: NodeId,
-    neighbours: &'a BTreeSet<NodeId>,
+    neighbors: &'a BTreeSet<NodeId>,
 }
 
 /// Searches breadth-first from `start`. Calls `reached` with the parent and the node for each node
@@ -75,7 +75,7 @@ fn walk(
     }
     let says = |one: NodeId, other: NodeId| {
         if one == own.id {
-            return own.neighbours.contains(&other);
+            return own.neighbors.contains(&other);
         }
         living[place(one)].is_some_and(|record| record.links.binary_search(&other).is_ok())
     };
@@ -94,7 +94,7 @@ fn walk(
             }
         };
         if node == own.id {
-            own.neighbours.iter().copied().for_each(&mut visit);
+            own.neighbors.iter().copied().for_each(&mut visit);
         } else if let Some(record) = living[place(node)] {
             record.links.iter().copied().for_each(&mut visit);
         }
@@ -134,7 +134,7 @@ mod tests {
                 .filter(|other| *other != node && says(node, *other))
                 .map(id)
                 .collect(),
-            dark: Vec::new(),
+            no_direct_path: Vec::new(),
             ranges: Vec::new(),
             claims: Vec::new(),
             names: Vec::new(),
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_the_shortest_and_ties_go_to_the_lower_neighbour() {
+    fn paths_are_the_shortest_and_ties_go_to_the_lower_neighbor() {
         for seed in 0..200 {
             let mut rng = StdRng::seed_from_u64(seed);
             let count = rng.random_range(1..14);
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broadcast_reaches_everybody_once() {
+    fn a_broadcast_reaches_every_node_once() {
         for seed in 0..100 {
             let mut rng = StdRng::seed_from_u64(seed);
             let count = rng.random_range(1..20);
@@ -235,19 +235,19 @@ mod tests {
     }
 
     #[test]
-    fn the_node_itself_knows_its_links_better_than_its_record() {
+    fn a_nodes_own_links_override_its_record() {
         let records = records(3, |a, b| a.abs_diff(b) == 1);
-        let reached = |neighbours: &[usize]| {
-            let neighbours = neighbours.iter().copied().map(id).collect();
-            paths(id(1), &neighbours, &records).into_keys().collect::<Vec<_>>()
+        let reached = |neighbors: &[usize]| {
+            let neighbors = neighbors.iter().copied().map(id).collect();
+            paths(id(1), &neighbors, &records).into_keys().collect::<Vec<_>>()
         };
         assert_eq!(reached(&[2]), [id(2), id(3)]);
         assert_eq!(reached(&[]), []);
-        assert_eq!(reached(&[3]), [], "which does not say so");
+        assert_eq!(reached(&[3]), [], "node 3 does not report the link");
     }
 
     #[test]
-    fn nobody_is_reached_through_a_node_that_has_left() {
+    fn no_node_is_reached_through_a_node_that_has_left() {
         let mut records = records(3, |a, b| a.abs_diff(b) == 1);
         records.get_mut(&id(2)).unwrap().left = true;
         assert_eq!(paths(id(1), &BTreeSet::from([id(2)]), &records), BTreeMap::new());
@@ -256,18 +256,18 @@ mod tests {
     /// Prints the times without judging them, since machines differ. Only a bound that a change of
     /// the algorithm would break is asserted.
     #[test]
-    #[expect(clippy::print_stderr, reason = "figures for people")]
+    #[expect(clippy::print_stderr, reason = "prints timings for developers")]
     fn a_thousand_nodes_cost_little() {
         for (name, reach) in [("each with 8 links", 4), ("a full mesh", 1000)] {
             let records = records(1000, |a, b| {
                 let apart = a.abs_diff(b);
                 apart.min(1000 - apart) <= reach
             });
-            let neighbours = links(1, &records);
+            let neighbors = links(1, &records);
             let (mut least, mut reached) = (std::time::Duration::MAX, 0);
             for _ in 0..20 {
                 let began = Instant::now();
-                reached = paths(id(1), &neighbours, &records).len();
+                reached = paths(id(1), &neighbors, &records).len();
                 least = least.min(began.elapsed());
             }
             assert_eq!(reached, 999);

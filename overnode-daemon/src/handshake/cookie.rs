@@ -42,7 +42,7 @@ const LABEL_COOKIE: &[u8] = b"cookie--";
 type Cookie = [u8; MAC_LEN];
 
 /// The receiver's side: decides which messages may cost us a Diffie-Hellman computation.
-pub struct Guard {
+pub struct LoadGuard {
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
     secret: [u8; 32],
@@ -76,7 +76,7 @@ pub enum Verdict {
     Limited,
 }
 
-impl Guard {
+impl LoadGuard {
     pub fn new(own: &PublicKey) -> Self {
         Self {
             mac1_key: hash(LABEL_MAC1, own),
@@ -151,14 +151,14 @@ impl Guard {
     }
 }
 
-impl Drop for Guard {
+impl Drop for LoadGuard {
     fn drop(&mut self) {
         self.secret.zeroize();
     }
 }
 
 /// The sender's side: the cookies that one peer demands.
-pub struct Jar {
+pub struct CookieJar {
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
     cookie: Option<(Cookie, Instant)>,
@@ -166,7 +166,7 @@ pub struct Jar {
     sent: Option<(u32, [u8; MAC_LEN])>,
 }
 
-impl Jar {
+impl CookieJar {
     pub fn new(peer: &PublicKey) -> Self {
         let (mac1_key, cookie_key) = (hash(LABEL_MAC1, peer), hash(LABEL_COOKIE, peer));
         Self { mac1_key, cookie_key, cookie: None, sent: None }
@@ -278,21 +278,21 @@ mod tests {
         SocketAddr::from(([192, 0, 2, 1], port))
     }
 
-    fn sealed(jar: &mut Jar, now: Instant) -> Vec<u8> {
+    fn sealed(jar: &mut CookieJar, now: Instant) -> Vec<u8> {
         let mut bytes = message::initiation(42, &[5; message::INITIATION_NOISE_LEN]);
         jar.seal(&mut bytes, 42, now);
         bytes
     }
 
     fn judge(
-        guard: &mut Guard,
+        guard: &mut LoadGuard,
         bytes: &[u8],
         from: SocketAddr,
         now: Instant,
         rng: &mut StdRng,
     ) -> Verdict {
         let Ok(message::Message::Initiation(parsed)) = message::parse(bytes) else {
-            panic!("no initiation")
+            panic!("not an initiation")
         };
         guard.judge(&parsed.macs, parsed.sender, from, || Class::Peer, now, rng)
     }
@@ -303,12 +303,12 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_mac1_is_a_strangers() {
-        let (mut guard, mut jar) = (Guard::new(&KEY), Jar::new(&PublicKey([8; 32])));
+    fn a_wrong_mac1_marks_a_stranger() {
+        let (mut guard, mut jar) = (LoadGuard::new(&KEY), CookieJar::new(&PublicKey([8; 32])));
         let (now, mut rng) = (Instant::now(), StdRng::seed_from_u64(1));
         let bytes = sealed(&mut jar, now);
         assert_eq!(judge(&mut guard, &bytes, from(1), now, &mut rng), Verdict::Stranger);
-        let good = sealed(&mut Jar::new(&KEY), now);
+        let good = sealed(&mut CookieJar::new(&KEY), now);
         assert_eq!(judge(&mut guard, &good, from(1), now, &mut rng), Verdict::Process);
         for position in 0..132 {
             let mut bytes = good.clone();
@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn under_load_a_cookie_is_demanded_and_its_bearer_admitted() {
-        let (mut guard, mut jar) = (Guard::new(&KEY), Jar::new(&KEY));
+        let (mut guard, mut jar) = (LoadGuard::new(&KEY), CookieJar::new(&KEY));
         let (now, mut rng) = (Instant::now(), StdRng::seed_from_u64(1));
         guard.set_threshold(0);
         let bytes = sealed(&mut jar, now);
@@ -336,10 +336,10 @@ mod tests {
         let forged = [0; 32];
         assert!(!jar.put(&CookieReply { cookie: &forged, ..parsed }, now));
         parsed.receiver = 43;
-        assert!(!jar.put(&parsed, now), "not our index");
+        assert!(!jar.put(&parsed, now), "not the index that was sent");
         parsed.receiver = 42;
         assert!(jar.put(&parsed, now));
-        assert!(!jar.put(&parsed, now), "answered once");
+        assert!(!jar.put(&parsed, now), "only one reply is accepted");
 
         let bytes = sealed(&mut jar, now);
         assert_eq!(judge(&mut guard, &bytes, from(1), now, &mut rng), Verdict::Process);
@@ -348,15 +348,15 @@ mod tests {
         let later = now + COOKIE_LIFETIME;
         cookie(judge(&mut guard, &bytes, from(1), later, &mut rng));
         let bytes = sealed(&mut jar, later);
-        assert_eq!(bytes[132..], [0; 16], "the cookie has gone stale");
+        assert_eq!(bytes[132..], [0; 16], "the cookie has expired");
     }
 
     #[test]
     fn load_is_measured_per_second() {
-        let mut guard = Guard::new(&KEY);
+        let mut guard = LoadGuard::new(&KEY);
         guard.set_threshold(10);
         let (start, mut rng) = (Instant::now(), StdRng::seed_from_u64(1));
-        let bytes = sealed(&mut Jar::new(&KEY), start);
+        let bytes = sealed(&mut CookieJar::new(&KEY), start);
         let mut judge =
             |at| judge(&mut guard, &bytes, from(1), start + Duration::from_millis(at), &mut rng);
         for at in 0..10 {
@@ -369,11 +369,11 @@ mod tests {
 
     #[test]
     fn a_flood_of_one_class_leaves_the_others_their_share() {
-        let (mut guard, mut rng) = (Guard::new(&KEY), StdRng::seed_from_u64(1));
+        let (mut guard, mut rng) = (LoadGuard::new(&KEY), StdRng::seed_from_u64(1));
         let now = Instant::now();
-        let bytes = sealed(&mut Jar::new(&KEY), now);
+        let bytes = sealed(&mut CookieJar::new(&KEY), now);
         let Ok(message::Message::Initiation(parsed)) = message::parse(&bytes) else {
-            panic!("no initiation")
+            panic!("not an initiation")
         };
         let mut judge = |class, port| {
             guard.judge(&parsed.macs, parsed.sender, from(port), || class, now, &mut rng)
@@ -389,13 +389,14 @@ mod tests {
     }
 
     #[test]
-    fn many_sources_with_cookies_get_no_more_than_their_class_has() {
-        let (mut guard, mut rng) = (Guard::new(&KEY), StdRng::seed_from_u64(1));
+    fn many_sources_with_cookies_get_no_more_than_their_class_allows() {
+        let (mut guard, mut rng) = (LoadGuard::new(&KEY), StdRng::seed_from_u64(1));
         let now = Instant::now();
         guard.set_threshold(0);
         let mut admitted = 0;
         for number in 0..1_000_u32 {
-            let (mut jar, from) = (Jar::new(&KEY), SocketAddr::from((number.to_be_bytes(), 1)));
+            let (mut jar, from) =
+                (CookieJar::new(&KEY), SocketAddr::from((number.to_be_bytes(), 1)));
             let mut judge = |bytes: &[u8]| {
                 let Ok(message::Message::Initiation(parsed)) = message::parse(bytes) else {
                     panic!()

@@ -16,13 +16,13 @@ use overnode_ebpf::reason::Reason;
 use rand::rngs::StdRng;
 
 use super::Counters;
-use super::cookie::{Class, Guard, Verdict};
+use super::cookie::{Class, LoadGuard, Verdict};
 use super::message::{self, BadMessage, Message};
 use crate::types::PublicKey;
 
 /// Judges datagrams.
 pub struct Gate {
-    guard: Guard,
+    guard: LoadGuard,
     awaited: Awaited,
     rng: StdRng,
     counters: Arc<Mutex<Counters>>,
@@ -52,7 +52,7 @@ impl Gate {
     /// Creates the gate of the node with this public key. `rng` draws the secret behind its
     /// cookies.
     pub fn new(own: &PublicKey, awaited: Awaited, rng: StdRng) -> Self {
-        Self { guard: Guard::new(own), awaited, rng, counters: Arc::default() }
+        Self { guard: LoadGuard::new(own), awaited, rng, counters: Arc::default() }
     }
 
     /// Judges a datagram from `from`. `is_peer` tells whether a peer is expected at that address.
@@ -184,7 +184,7 @@ impl Awaited {
 mod tests {
     use rand::{Rng, SeedableRng};
 
-    use super::super::cookie::Jar;
+    use super::super::cookie::CookieJar;
     use super::*;
 
     const OWN: PublicKey = PublicKey([7; 32]);
@@ -199,7 +199,7 @@ mod tests {
 
     fn response(receiver: u32, now: Instant) -> Vec<u8> {
         let mut bytes = message::response(5, receiver, &[1; message::RESPONSE_NOISE_LEN]);
-        Jar::new(&OWN).seal(&mut bytes, 5, now);
+        CookieJar::new(&OWN).seal(&mut bytes, 5, now);
         bytes
     }
 
@@ -214,29 +214,35 @@ mod tests {
                 if let Some(header) = bytes.first_chunk_mut() {
                     *header = [kind, 0, 0, 0];
                 }
-                let judgment = gate.judge(now, from(), &bytes, || panic!("not asked"));
+                let judgment = gate.judge(now, from(), &bytes, || {
+                    panic!("must not be called for malformed datagrams")
+                });
                 assert!(matches!(judgment, Judgment::Drop(_)), "{judgment:?}");
                 dropped += 1;
             }
         }
         let counters = *gate.counters().lock().unwrap();
-        assert_eq!(counters.named().map(|(_, count)| count).sum::<u64>(), dropped, "each once");
+        assert_eq!(
+            counters.named().map(|(_, count)| count).sum::<u64>(),
+            dropped,
+            "each is counted once"
+        );
     }
 
     #[test]
-    fn initiations_wait_by_who_is_expected_at_their_source() {
+    fn initiations_from_known_endpoints_have_priority() {
         let (mut gate, now) = (gate(), Instant::now());
         let mut bytes = message::initiation(5, &[1; message::INITIATION_NOISE_LEN]);
-        Jar::new(&OWN).seal(&mut bytes, 5, now);
+        CookieJar::new(&OWN).seal(&mut bytes, 5, now);
         assert_eq!(gate.judge(now, from(), &bytes, || true), Judgment::Admit(Priority::High));
         assert_eq!(gate.judge(now, from(), &bytes, || false), Judgment::Admit(Priority::Low));
     }
 
     #[test]
-    fn only_answers_that_are_waited_for_are_admitted() {
+    fn only_awaited_answers_are_admitted() {
         let (mut gate, now) = (gate(), Instant::now());
         let sent = message::initiation(0x1234_5678, &[1; message::INITIATION_NOISE_LEN]);
-        let is_peer = || panic!("answers are told by their index");
+        let is_peer = || panic!("answers are recognized by their index");
         let cookie = message::cookie_reply(0x1234_5678, &[1; 24], &[1; 32]);
         let unasked = Judgment::Drop(Reason::UnknownIndex);
         assert_eq!(gate.judge(now, from(), &response(0x1234_5678, now), is_peer), unasked.clone());
@@ -254,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gate_can_be_given_to_another_thread() {
+    fn a_gate_can_be_sent_to_another_thread() {
         fn is_send<T: Send>(_: &T) {}
         is_send(&gate());
     }

@@ -114,11 +114,11 @@ mod tests {
     const PEER: PeerIndex = PeerIndex(7);
 
     #[test]
-    fn every_slot_is_given_once_and_none_is_zero() {
+    fn every_slot_except_zero_is_allocated_once() {
         let (mut rng, now) = (StdRng::seed_from_u64(1), Instant::now());
         let mut slots = Slots::new(&mut rng);
         let mut numbers: Vec<_> = (1..SESSION_SLOTS)
-            .map(|_| number(slots.allocate(PEER, now, &mut rng).expect("slots are left")))
+            .map(|_| number(slots.allocate(PEER, now, &mut rng).expect("a slot is free")))
             .collect();
         assert_eq!(slots.allocate(PEER, now, &mut rng), None);
         assert_eq!(slots.used(), SESSION_SLOTS as usize - 1);
@@ -127,11 +127,11 @@ mod tests {
     }
 
     #[test]
-    fn a_retired_slot_rests_and_comes_back_with_another_index() {
+    fn a_retired_slot_is_quarantined_and_returns_with_another_index() {
         let (mut rng, now) = (StdRng::seed_from_u64(1), Instant::now());
         let mut slots = Slots::new(&mut rng);
         let all: Vec<_> = (1..SESSION_SLOTS)
-            .map(|_| slots.allocate(PEER, now, &mut rng).expect("slots are left"))
+            .map(|_| slots.allocate(PEER, now, &mut rng).expect("a slot is free"))
             .collect();
         slots.retire(all[5], now);
         slots.retire(all[5], now);
@@ -149,18 +149,18 @@ mod tests {
         slots.discard(again);
         assert!(
             slots.allocate(PEER, now, &mut rng).is_some(),
-            "an index without a session needs no rest"
+            "an index that had no session needs no quarantine"
         );
     }
 
     #[test]
-    fn reserved_slots_are_not_given_out() {
+    fn reserved_slots_are_not_allocated() {
         let (mut rng, now) = (StdRng::seed_from_u64(1), Instant::now());
         let mut slots = Slots::new(&mut rng);
         let index = 0xabcd_e003;
         assert!(slots.reserve(index, PEER));
-        assert!(!slots.reserve(0x0000_0003, PEER), "taken");
-        assert!(!slots.reserve(0xabcd_e000, PEER), "slot 0 is none");
+        assert!(!slots.reserve(0x0000_0003, PEER), "the slot is in use");
+        assert!(!slots.reserve(0xabcd_e000, PEER), "slot 0 is not a slot");
         assert_eq!((slots.owner(index), slots.owner(3)), (Some(PEER), None));
         while let Some(given) = slots.allocate(PEER, now, &mut rng) {
             assert_ne!(number(given), 3);

@@ -149,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_assembled_parses() {
+    fn assembled_messages_parse() {
         let noise = std::array::from_fn(|i| i as u8);
         let bytes = initiation(0x0102_0304, &noise);
         assert_eq!(bytes.len(), INITIATION_LEN);

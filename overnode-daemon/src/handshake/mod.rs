@@ -182,7 +182,7 @@ pub enum Failure {
     #[error("the peer's public key is not a valid key")]
     BadKey,
     /// Another peer has the same public key.
-    #[error("the peer's public key is already that of peer {0}")]
+    #[error("the peer's public key already belongs to peer {0}")]
     DuplicateKey(PeerIndex),
     /// All receiver indices are in use.
     #[error("no session slot is free (4095 is the limit)")]
@@ -206,7 +206,7 @@ pub struct Activity {
 
 /// A session that the programs have held since before a restart of the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AdoptedSession {
+pub struct InheritedSession {
     /// Receiver index in messages to us.
     pub local_index: u32,
     /// Receiver index in messages to the peer.
@@ -359,7 +359,7 @@ impl Handshakes {
         }
         peer.config = config;
         if moved {
-            peer.encourage();
+            peer.reset_attempts();
         }
         self.schedule(index);
     }
@@ -374,7 +374,7 @@ impl Handshakes {
     /// that it is reachable again. The attempt is still at least 5 seconds after the previous one.
     pub fn retry(&mut self, index: PeerIndex) {
         if let Some(peer) = self.peers.get_mut(&index) {
-            peer.encourage();
+            peer.reset_attempts();
             self.schedule(index);
         }
     }
@@ -383,7 +383,7 @@ impl Handshakes {
     pub fn set_endpoint(&mut self, index: PeerIndex, endpoint: SocketAddr) {
         if let Some(peer) = self.peers.get_mut(&index) {
             peer.endpoint = Some(endpoint);
-            peer.encourage();
+            peer.reset_attempts();
             self.schedule(index);
         }
     }
@@ -391,8 +391,8 @@ impl Handshakes {
     /// Takes over a session that the programs have held since before a restart. Call this after
     /// [`Self::upsert_peer`] and before any time passes. A session that cannot be kept is returned
     /// as [`Event::Withdraw`].
-    pub fn adopt(&mut self, index: PeerIndex, session: AdoptedSession, now: Instant) {
-        let AdoptedSession { local_index, initiator, confirmed, created, sealing, .. } = session;
+    pub fn adopt(&mut self, index: PeerIndex, session: InheritedSession, now: Instant) {
+        let InheritedSession { local_index, initiator, confirmed, created, sealing, .. } = session;
         let session = Session::new(local_index, initiator, created, self.jitter());
         let keep = self.peers.contains_key(&index) && session.expires() > now;
         if !self.slots.reserve(local_index, index) {
@@ -564,7 +564,7 @@ impl Handshakes {
         let Some(mut pending) = peer.pending.take() else { return };
         let Ok(keys) = pending.noise.finish(response.noise) else {
             self.counters.forged += 1;
-            if !std::mem::replace(&mut pending.doubted, true) {
+            if !std::mem::replace(&mut pending.bad_response_reported, true) {
                 self.events.push_back(Event::Failed { peer: index, why: Failure::BadResponse });
             }
             peer.pending = Some(pending);
@@ -602,7 +602,7 @@ impl Handshakes {
         let is_first =
             |pending: &Pending| pending.local_index == reply.receiver && !pending.has_cookie;
         if peer.pending.as_ref().is_some_and(is_first) {
-            peer.hasten(now);
+            peer.retry_now(now);
             self.schedule(index);
         }
     }
@@ -632,7 +632,8 @@ impl Handshakes {
         let mut bytes = message::initiation(local_index, &message);
         let has_cookie = peer.jar.seal(&mut bytes, local_index, now);
         self.awaited.note(&bytes);
-        peer.pending = Some(Pending { local_index, noise, doubted: false, has_cookie });
+        peer.pending =
+            Some(Pending { local_index, noise, bad_response_reported: false, has_cookie });
         self.counters.initiations_sent += 1;
         self.transmits.push_back(Transmit { to, peer: Some(index), bytes });
     }

@@ -60,7 +60,7 @@ pub struct Received {
 impl Identity {
     /// Creates an identity. `prologue` is [`WIREGUARD`] or [`BULK`].
     pub fn new(secret: Secret, prologue: &'static [u8]) -> Self {
-        let params = CONSTRUCTION.parse().expect("snow knows WireGuard's construction");
+        let params = CONSTRUCTION.parse().expect("snow supports WireGuard's construction");
         Self { public: public_key(&secret), secret, params, prologue }
     }
 
@@ -302,10 +302,10 @@ mod tests {
         let (a, b) = (identity(1), identity(2));
         let preshared = Secret([9; 32]);
         let (mut initiated, first) =
-            a.initiate(&b.public(), &preshared, Secret([3; 32]), &[7; 12]).expect("a begins");
-        let received = b.receive(Secret([4; 32]), &first).expect("b reads");
+            a.initiate(&b.public(), &preshared, Secret([3; 32]), &[7; 12]).expect("a initiates");
+        let received = b.receive(Secret([4; 32]), &first).expect("b accepts the initiation");
         assert_eq!((received.remote, received.timestamp), (a.public(), [7; 12]));
-        let (second, theirs) = received.respond(&preshared).expect("b answers");
+        let (second, theirs) = received.respond(&preshared).expect("b responds");
 
         let mut forged = second;
         forged[40] ^= 1;
@@ -340,7 +340,7 @@ mod tests {
         let a = identity(1);
         let (_, good) = identity(2)
             .initiate(&a.public(), &Secret([0; 32]), Secret([3; 32]), &[0; 12])
-            .expect("begins");
+            .expect("it initiates");
         for point in low {
             let begun = a.initiate(&PublicKey(point), &Secret([0; 32]), Secret([3; 32]), &[0; 12]);
             assert_eq!(begun.map(|_| ()), Err(Error::Dh), "{point:x?} as a static key");

@@ -3,11 +3,11 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::cookie::Jar;
+use super::cookie::CookieJar;
 use super::noise::{Initiated, TIMESTAMP_LEN};
 use super::timers::{
     CONFIRM_AGAIN, GREATEST_BACKOFF, KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_AFTER_TIME,
-    REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, RESPONDER_PATIENCE,
+    REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, RESPONDER_REKEY_DELAY,
 };
 use super::{Activity, Initiate, PeerConfig};
 
@@ -18,7 +18,7 @@ const PREVIOUS: usize = 2;
 
 /// Number of responses without confirmation after which we initiate as well. The responses may get
 /// lost, or the initiations may be replays.
-const PATIENCE: u8 = 2;
+const MAX_UNCONFIRMED_RESPONSES: u8 = 2;
 
 /// A session without its keys, which only the data plane holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ impl Session {
         let rekey_after = if initiator {
             REKEY_AFTER_TIME
         } else {
-            REKEY_AFTER_TIME + RESPONDER_PATIENCE + jitter
+            REKEY_AFTER_TIME + RESPONDER_REKEY_DELAY + jitter
         };
         Self { local_index, initiator, created, rekey_after }
     }
@@ -50,7 +50,7 @@ pub struct Pending {
     pub local_index: u32,
     pub noise: Initiated,
     /// Whether a response that did not authenticate has been reported.
-    pub doubted: bool,
+    pub bad_response_reported: bool,
     /// Whether the initiation carried a cookie.
     pub has_cookie: bool,
 }
@@ -70,7 +70,7 @@ pub struct Attempts {
 
 pub struct Peer {
     pub config: PeerConfig,
-    pub jar: Jar,
+    pub jar: CookieJar,
     /// Where to send. Follows the peer when it roams.
     pub endpoint: Option<SocketAddr>,
     /// The session that seals.
@@ -88,13 +88,13 @@ pub struct Peer {
     /// timestamp at that time. Before that, initiations may be replays from before our start.
     pub proven: bool,
     /// Initiations answered since the last completed handshake.
-    in_vain: u8,
+    unconfirmed_responses: u8,
     /// When to make a session if there is none.
     pub start_at: Instant,
     /// When the oldest data that is still unanswered was sent.
     unanswered: Option<Instant>,
     /// When data was received that nothing has been sent in answer to.
-    owing: Option<Instant>,
+    unacknowledged_since: Option<Instant>,
     last_sent: Option<Instant>,
     last_received: Option<Instant>,
     /// Times of the remaining keepalives that confirm the current session to the responder.
@@ -106,7 +106,7 @@ pub struct Peer {
 impl Peer {
     pub fn new(config: PeerConfig, now: Instant) -> Self {
         Self {
-            jar: Jar::new(&config.public_key),
+            jar: CookieJar::new(&config.public_key),
             endpoint: config.endpoint,
             current: None,
             next: None,
@@ -116,10 +116,10 @@ impl Peer {
             greatest: None,
             consumed: None,
             proven: false,
-            in_vain: 0,
+            unconfirmed_responses: 0,
             start_at: now + config.initiate.delay(),
             unanswered: None,
-            owing: None,
+            unacknowledged_since: None,
             last_sent: None,
             last_received: None,
             confirmations: Vec::new(),
@@ -145,7 +145,7 @@ impl Peer {
     pub fn install_answered(&mut self, session: Session, now: Instant) -> Vec<Session> {
         self.heard(now);
         self.last_sent = self.last_sent.max(Some(now));
-        self.in_vain = self.in_vain.saturating_add(1);
+        self.unconfirmed_responses = self.unconfirmed_responses.saturating_add(1);
         // The replaced session is not withdrawn yet, because the peer may have confirmed it without
         // our knowledge.
         self.previous.splice(0..0, self.next.replace(session));
@@ -158,7 +158,7 @@ impl Peer {
         let mut session = self.take_unconfirmed(local_index)?;
         // Both sides initiated at once, so each may end up sealing in a session that it answered.
         // One of them has to rekey on the initiator's schedule. Otherwise neither would before
-        // `RESPONDER_PATIENCE` ends.
+        // `RESPONDER_REKEY_DELAY` ends.
         let crossed = self.current.is_some_and(|current| {
             current.initiator && apart(current.created, session.created) < REKEY_TIMEOUT
         });
@@ -253,12 +253,13 @@ impl Peer {
         self.last_received = self.last_received.max(activity.last_received);
         self.last_sent = self.last_sent.max(activity.last_sent);
         self.unanswered = open_since(self.unanswered, activity.last_data_sent, self.last_received);
-        self.owing = open_since(self.owing, activity.last_data_received, self.last_sent);
+        self.unacknowledged_since =
+            open_since(self.unacknowledged_since, activity.last_data_received, self.last_sent);
         self.endpoint = activity.endpoint.or(self.endpoint);
     }
 
     /// Forgets that attempts failed.
-    pub fn encourage(&mut self) {
+    pub fn reset_attempts(&mut self) {
         let Attempts { last, .. } = self.attempts;
         self.attempts = Attempts {
             last,
@@ -281,7 +282,9 @@ impl Peer {
         let aged =
             self.current.map_or(self.start_at, |current| current.created + current.rekey_after);
         let aged = match self.next {
-            Some(next) if self.in_vain <= PATIENCE => aged.max(next.created + REKEY_TIMEOUT),
+            Some(next) if self.unconfirmed_responses <= MAX_UNCONFIRMED_RESPONSES => {
+                aged.max(next.created + REKEY_TIMEOUT)
+            }
             _ => aged,
         };
         let silent = self.unanswered.map(|since| since + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT);
@@ -313,14 +316,14 @@ impl Peer {
     }
 
     /// Makes the next attempt due now.
-    pub fn hasten(&mut self, now: Instant) {
+    pub fn retry_now(&mut self, now: Instant) {
         self.attempts.not_before = self.attempts.not_before.map(|not_before| not_before.min(now));
     }
 
     /// Returns when to send a keepalive, if at all.
     pub fn keepalive_due(&self) -> Option<Instant> {
         self.current?;
-        let passive = self.owing.map(|since| since + KEEPALIVE_TIMEOUT);
+        let passive = self.unacknowledged_since.map(|since| since + KEEPALIVE_TIMEOUT);
         let persistent = self.config.persistent_keepalive.map(|interval| {
             self.last_sent.max(self.last_received).unwrap_or(self.start_at) + interval
         });
@@ -329,7 +332,7 @@ impl Peer {
 
     /// Notes that a keepalive is sent.
     pub fn kept_alive(&mut self, now: Instant) {
-        self.owing = None;
+        self.unacknowledged_since = None;
         self.last_sent = self.last_sent.max(Some(now));
         self.confirmations.retain(|due| *due > now);
     }

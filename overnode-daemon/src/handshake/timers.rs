@@ -21,7 +21,7 @@ pub const JITTER: Duration = Duration::from_millis(333);
 /// How long after [`REKEY_AFTER_TIME`] the responder of a session waits for the initiator, which
 /// may be gone or idle, before it makes a new session itself. Leaves room for four attempts of the
 /// initiator.
-pub const RESPONDER_PATIENCE: Duration = Duration::from_secs(20);
+pub const RESPONDER_REKEY_DELAY: Duration = Duration::from_secs(20);
 /// Maximum interval between attempts once the peer has not answered for [`REKEY_ATTEMPT_TIME`].
 pub const GREATEST_BACKOFF: Duration = Duration::from_secs(30);
 /// When further keepalives follow the first one in a new session. Until one arrives, the responder

@@ -52,6 +52,10 @@ mod tests {
         let stamps: Vec<_> = walls.iter().map(|wall| stamper.next(*wall)).collect();
         assert!(stamps.is_sorted_by(|a, b| a < b), "{stamps:?}");
         assert_eq!(stamps[0][..8], (BASE + 1_700_000_000).to_be_bytes());
-        assert_eq!(stamps[5][..8], (BASE + 1_700_000_001).to_be_bytes(), "caught up");
+        assert_eq!(
+            stamps[5][..8],
+            (BASE + 1_700_000_001).to_be_bytes(),
+            "it follows the clock again"
+        );
     }
 }

@@ -77,11 +77,12 @@ impl Ipam {
 
     pub(super) fn find_lenders(&mut self) {
         self.borrowing.lenders.clear();
-        for quarter in quarters().filter(|quarter| !self.lending.books.contains_key(quarter)) {
+        for quarter in quarters().filter(|quarter| !self.lending.ledgers.contains_key(quarter)) {
             let place = usize::from(quarter.get()) - 1;
             let heard = self.lending.heard.get(&quarter).map(|title| title.holder);
-            let may =
-                |id: &NodeId| id.owns_a_quarter() && !self.has_pledged(*id) && !self.has_left(*id);
+            let may = |id: &NodeId| {
+                id.has_initial_quarter() && !self.has_promised(*id) && !self.has_left(*id)
+            };
             let lends = |id: &NodeId| {
                 self.peers.get(id).is_some_and(|it| self.lends_of(it)[place]) && may(id)
             };
@@ -175,15 +176,22 @@ impl Ipam {
         }
     }
 
-    pub(super) fn handle_poke(&mut self, from: NodeId, quarter: NodeId, serial: u64, now: Instant) {
+    pub(super) fn handle_query(
+        &mut self,
+        from: NodeId,
+        quarter: NodeId,
+        serial: u64,
+        now: Instant,
+    ) {
         if let Some(&title) = self.lending.heard.get(&quarter)
             && title.serial > serial
         {
             self.send(from, &Message::Title { quarter, title });
             return;
         }
-        let is_possible = from.owns_a_quarter() && !self.has_pledged(from) && !self.has_left(from);
-        if self.lending.books.contains_key(&quarter) || !is_possible {
+        let is_possible =
+            from.has_initial_quarter() && !self.has_promised(from) && !self.has_left(from);
+        if self.lending.ledgers.contains_key(&quarter) || !is_possible {
             return;
         }
         self.hear(quarter, Title { serial, holder: from });
@@ -201,7 +209,7 @@ impl Ipam {
     }
 
     /// Ensures that no answer to an earlier request is accepted.
-    pub(super) fn fence(&mut self, quarter: NodeId) {
+    pub(super) fn void_requests(&mut self, quarter: NodeId) {
         if self.borrowing.requests.remove(&quarter).is_some() {
             self.borrowing.dirty.insert(quarter);
         }
@@ -216,20 +224,19 @@ impl Ipam {
                     {
                         Some(Why::Exhausted) => format!("node {lender} has none left"),
                         Some(Why::NoAnswer) => format!("node {lender} does not answer"),
-                        Some(Why::NoLender) => format!("node {lender} does not lend yet"),
-                        None => format!("node {lender} was not asked yet"),
+                        Some(Why::NoLender) => format!("node {lender} is not lending yet"),
+                        None => format!("node {lender} has not been asked yet"),
                     }
                 }
                 None if self.lends(quarter).is_some() && !self.may_lend(quarter) => format!(
-                    "no node that is reached confirms that this one still lends quarter {quarter} (`overnode reclaim` \
-                     those that are gone for good, on one of nodes 1 to 4)"
+                    "no reachable node confirms that this node still lends quarter {quarter} (`overnode reclaim` the nodes that are gone for good, on one of nodes 1 to 4)"
                 ),
-                None if self.lending.books.contains_key(&quarter) => {
-                    format!("all that this node lends of quarter {quarter} is lent")
+                None if self.lending.ledgers.contains_key(&quarter) => {
+                    format!("this node has lent everything that it lends of quarter {quarter}")
                 }
-                None if quarter == self.id => "this node does not lend yet".to_owned(),
+                None if quarter == self.id => "this node is not lending yet".to_owned(),
                 None if self.reachable.contains(&quarter) => {
-                    format!("node {quarter} does not lend yet")
+                    format!("node {quarter} is not lending yet")
                 }
                 None if self.peers.contains_key(&quarter) => {
                     format!("node {quarter} is not reachable")
@@ -248,8 +255,8 @@ impl Ipam {
         let waiting = self.allocation.waiting.len();
         let used = self.allocation.used();
         let capacity = self.allocation.capacity(&self.layout);
-        let is_low =
-            !self.id.owns_a_quarter() && capacity.saturating_sub(used as u128) <= used as u128 / 8;
+        let is_low = !self.id.has_initial_quarter()
+            && capacity.saturating_sub(used as u128) <= used as u128 / 8;
         let need = if capacity == 0 { waiting.max(1) } else { waiting };
         let wants = waiting > 0 || is_low;
         let want = need.max(used).max(LEAST).next_power_of_two().min(MOST);
@@ -280,7 +287,7 @@ impl Ipam {
         let capacity = self.allocation.capacity(&self.layout);
         let free = capacity.saturating_sub(self.allocation.used() as u128);
         let spare = |net: IpNet| {
-            self.id.owns_a_quarter() || free >= self.layout.usable_in(net) / 2 + RESERVE
+            self.id.has_initial_quarter() || free >= self.layout.usable_in(net) / 2 + RESERVE
         };
         let blocks = self.allocation.blocks.iter();
         let idle = blocks.filter(|(net, block)| block.used == 0 && (block.lost || spare(**net)));
@@ -305,7 +312,7 @@ impl Ipam {
                 .allocation
                 .capacity(&self.layout)
                 .saturating_sub(self.allocation.used() as u128);
-            let leaves_enough = self.id.owns_a_quarter()
+            let leaves_enough = self.id.has_initial_quarter()
                 || is_lost(block)
                 || free >= self.layout.usable_in(block) + RESERVE;
             self.give_back(block);
@@ -320,7 +327,7 @@ impl Ipam {
     pub(super) fn give_back(&mut self, block: IpNet) {
         self.unhold(block);
         if let Some(quarter) = self.layout.quarter_of(block) {
-            self.fence(quarter);
+            self.void_requests(quarter);
             self.borrowing.dirty.insert(quarter);
         }
     }
@@ -333,9 +340,9 @@ impl Ipam {
             let late = request.want > 0 && request.since + self.timing.lender <= now;
             let lost = !self.reachable.contains(&to);
             let replaced = lost && self.borrowing.lenders.contains_key(&quarter);
-            let lends_itself = self.lending.books.contains_key(&quarter);
+            let lends_itself = self.lending.ledgers.contains_key(&quarter);
             if lends_itself || replaced || (request.want > 0 && lost) {
-                self.fence(quarter);
+                self.void_requests(quarter);
             } else if late {
                 self.refuse(quarter, to, Why::NoAnswer, now);
                 self.request(quarter, to, (0, 0), now);
@@ -346,7 +353,7 @@ impl Ipam {
     /// Informs the lenders of what is held where they may not know.
     fn synchronise(&mut self, now: Instant) {
         for quarter in std::mem::take(&mut self.borrowing.dirty) {
-            match self.lending.books.get(&quarter).map(|book| book.heir) {
+            match self.lending.ledgers.get(&quarter).map(|ledger| ledger.successor) {
                 Some(None) => {
                     self.enter_own(quarter);
                     continue;
@@ -435,7 +442,7 @@ impl Ipam {
 
     /// Records a title if it is later than the known one.
     pub(super) fn hear(&mut self, quarter: NodeId, title: Title) {
-        if !title.holder.owns_a_quarter() || !self.is_plausible(quarter, title.serial) {
+        if !title.holder.has_initial_quarter() || !self.is_plausible(quarter, title.serial) {
             return;
         }
         if self.lending.heard.get(&quarter).is_none_or(|known| known.serial < title.serial) {
@@ -444,14 +451,14 @@ impl Ipam {
             self.find_lenders();
             // The new lender's ledger may be from before this node got its last block.
             let holds = self.allocation.blocks_in(self.layout.lendable(quarter)).next().is_some();
-            if holds && !self.lending.books.contains_key(&quarter) {
+            if holds && !self.lending.ledgers.contains_key(&quarter) {
                 self.borrowing.dirty.insert(quarter);
             }
             // A node that got the quarter after it had answered would answer differently now.
             if quarter == self.id
-                && let Some(season) = &mut self.season
+                && let Some(term) = &mut self.term
             {
-                season.outdated(title.holder);
+                term.outdated(title.holder);
             }
         }
     }

@@ -11,8 +11,7 @@ use crate::types::NodeId;
 pub enum IpamError {
     /// The node holds no free address, and no lender has lent it any yet.
     #[error(
-        "node {id} has no free address of its own ({count} in use) and none was lent to it: {lenders}; start one of the nodes 1 to 4, connect \
-         to it with `overnode connect HOST`, or detach containers that are no longer needed"
+        "node {id} has no free address of its own ({count} in use), and no node has lent it any: {lenders}; start one of nodes 1 to 4, connect to it with `overnode connect HOST`, or detach containers that are no longer needed"
     )]
     NoLender {
         /// This node.
@@ -30,19 +29,18 @@ pub enum IpamError {
     },
     /// The node cannot leave: it has lent addresses, and no other node has taken over the ledger.
     #[error(
-        "node {id} has lent addresses to {borrowers}, and {heir} to take over the list of them; make one of nodes 1 to 4 reachable and try again, or lose \
-         the list with `overnode reset --force`"
+        "node {id} has lent addresses to {borrowers}, and no other node has taken over its ledger: {successor}; make one of nodes 1 to 4 reachable and try again, or discard the ledger with `overnode reset --force`"
     )]
-    Heirless {
+    NoSuccessor {
         /// This node.
         id: NodeId,
         /// The nodes that addresses were lent to.
         borrowers: String,
         /// Why the chosen successor has not taken over.
-        heir: String,
+        successor: String,
     },
     /// The space of a node cannot be taken back.
-    #[error("the address space of node {of} cannot be taken back: {why}")]
+    #[error("the address space of node {of} cannot be reclaimed: {why}")]
     Reclaim {
         /// The node whose space was to be taken back.
         of: NodeId,
@@ -51,7 +49,7 @@ pub enum IpamError {
     },
     /// The address is outside of the subnet.
     #[error(
-        "{address} is outside of the cluster's subnet {subnet}; choose one from {first} to {last}"
+        "{address} is outside the cluster's subnet {subnet}; choose an address from {first} to {last}"
     )]
     OutsideSubnet {
         /// The address.
@@ -77,7 +75,9 @@ pub enum IpamError {
         last: IpAddr,
     },
     /// The address is in use on this node.
-    #[error("{address} is in use by {owner} on this node; choose another, or detach {owner} first")]
+    #[error(
+        "{address} is in use by {owner} on this node; choose another address, or detach {owner} first"
+    )]
     InUse {
         /// The address.
         address: IpAddr,
@@ -85,7 +85,9 @@ pub enum IpamError {
         owner: String,
     },
     /// The address is claimed on another node.
-    #[error("{address} is in use on node {node}; choose another, or detach it there first")]
+    #[error(
+        "{address} is in use on node {node}; choose another address, or detach its container there first"
+    )]
     InUseElsewhere {
         /// The address.
         address: IpAddr,
@@ -94,7 +96,7 @@ pub enum IpamError {
     },
     /// Another node asks for the address at the same time, and its lower ID takes precedence.
     #[error(
-        "node {node} asks for {address} at this moment and goes first; choose another, or try again"
+        "node {node} requests {address} at the same time and takes precedence; choose another address, or try again"
     )]
     WantedElsewhere {
         /// The address.
@@ -103,14 +105,16 @@ pub enum IpamError {
         node: NodeId,
     },
     /// The node has the maximum number of static addresses that it can announce.
-    #[error("this node has {count} static addresses, which is the most; detach some first")]
+    #[error(
+        "this node has {count} static addresses, which is the maximum; detach some containers first"
+    )]
     TooManyStatic {
         /// The maximum.
         count: usize,
     },
     /// Too many claims are waiting for answers.
     #[error(
-        "{count} static addresses are asked for already, and other nodes have not answered; try again"
+        "{count} requests for static addresses still wait for answers of other nodes; try again"
     )]
     TooManyClaims {
         /// The maximum.

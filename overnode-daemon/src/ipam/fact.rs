@@ -37,13 +37,13 @@ pub enum Fact {
         serial: u64,
     },
     /// A ledger: this node lends the quarter.
-    Book {
+    Ledger {
         /// The quarter.
         quarter: NodeId,
         /// The serial of the title.
         serial: u64,
         /// The node that the quarter is being handed to, if any. Nothing is lent any more.
-        heir: Option<Heir>,
+        successor: Option<Successor>,
     },
     /// The blocks of one borrower in a quarter that this node lends.
     Loan {
@@ -57,7 +57,7 @@ pub enum Fact {
         round: Round,
     },
     /// A tombstone: an operator has declared a node gone for good.
-    Grave {
+    Tombstone {
         /// The node.
         id: NodeId,
         /// Its last known incarnation. A later incarnation counts as another node.
@@ -66,7 +66,7 @@ pub enum Fact {
         by: NodeId,
     },
     /// This node has promised another one to take nothing more from a node that may be gone.
-    Pledge {
+    Promise {
         /// The node that may be gone.
         of: NodeId,
         /// The promise covers incarnations up to this one.
@@ -84,7 +84,7 @@ pub enum Fact {
         incarnation: u64,
     },
     /// A part of a ledger that is being handed to this node.
-    Part {
+    LenderRole {
         /// The quarter.
         quarter: NodeId,
         /// The serial of the title.
@@ -107,7 +107,7 @@ pub enum Fact {
 
 /// The node that a quarter is handed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Heir {
+pub struct Successor {
     /// The node.
     pub id: NodeId,
     /// The launch that may take the quarter. A later launch must not take it: the node might take
@@ -123,12 +123,12 @@ pub enum Key {
     Held(IpNet),
     Heard(NodeId),
     Taken(NodeId),
-    Book(NodeId),
+    Ledger(NodeId),
     Loan(NodeId, NodeId),
-    Grave(NodeId),
-    Pledge(NodeId, NodeId),
+    Tombstone(NodeId),
+    Promise(NodeId, NodeId),
     Claim(NodeId),
-    Part(NodeId, u16),
+    LenderRole(NodeId, u16),
     Confirmed(NodeId),
 }
 
@@ -140,12 +140,12 @@ impl Fact {
             Self::Held { block, .. } => Key::Held(*block),
             Self::Heard { quarter, .. } => Key::Heard(*quarter),
             Self::Taken { quarter, .. } => Key::Taken(*quarter),
-            Self::Book { quarter, .. } => Key::Book(*quarter),
+            Self::Ledger { quarter, .. } => Key::Ledger(*quarter),
             Self::Loan { quarter, borrower, .. } => Key::Loan(*quarter, *borrower),
-            Self::Grave { id, .. } => Key::Grave(*id),
-            Self::Pledge { of, by, .. } => Key::Pledge(*of, *by),
+            Self::Tombstone { id, .. } => Key::Tombstone(*id),
+            Self::Promise { of, by, .. } => Key::Promise(*of, *by),
             Self::Claim { of, .. } => Key::Claim(*of),
-            Self::Part { quarter, part, .. } => Key::Part(*quarter, *part),
+            Self::LenderRole { quarter, part, .. } => Key::LenderRole(*quarter, *part),
             Self::Confirmed { quarter, .. } => Key::Confirmed(*quarter),
         }
     }
@@ -167,12 +167,12 @@ impl fmt::Display for Key {
             Self::Held(block) => write!(f, "held {block}"),
             Self::Heard(quarter) => write!(f, "heard {quarter}"),
             Self::Taken(quarter) => write!(f, "taken {quarter}"),
-            Self::Book(quarter) => write!(f, "book {quarter}"),
+            Self::Ledger(quarter) => write!(f, "book {quarter}"),
             Self::Loan(quarter, borrower) => write!(f, "loan {quarter} {borrower}"),
-            Self::Grave(id) => write!(f, "grave {id}"),
-            Self::Pledge(of, by) => write!(f, "pledge {of} {by}"),
+            Self::Tombstone(id) => write!(f, "grave {id}"),
+            Self::Promise(of, by) => write!(f, "pledge {of} {by}"),
             Self::Claim(of) => write!(f, "claim {of}"),
-            Self::Part(quarter, part) => write!(f, "part {quarter} {part}"),
+            Self::LenderRole(quarter, part) => write!(f, "part {quarter} {part}"),
             Self::Confirmed(quarter) => write!(f, "confirmed {quarter}"),
         }
     }

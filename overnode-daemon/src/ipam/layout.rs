@@ -31,7 +31,7 @@ pub struct Layout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadNetwork {
     /// The range is not inside the subnet.
-    #[error("the range {range} is not inside the subnet {subnet}; give a --range that is")]
+    #[error("the range {range} is not inside the subnet {subnet}; choose a --range that is")]
     Outside {
         /// The range.
         range: IpNet,
@@ -39,15 +39,14 @@ pub enum BadNetwork {
         subnet: IpNet,
     },
     /// The range is too small to be divided.
-    #[error("the range {range} is too small; give a --range of at least 16 addresses")]
+    #[error("the range {range} is too small; choose a --range of at least 16 addresses")]
     TooSmall {
         /// The range.
         range: IpNet,
     },
     /// The subnet has no room outside of the range for node addresses and static addresses.
     #[error(
-        "the range {range} leaves no room in the subnet {subnet} for the {NODE_ADDRESSES} addresses of nodes and for static ones; give a \
-         smaller --range or a larger --subnet"
+        "the range {range} leaves no room in the subnet {subnet} for the {NODE_ADDRESSES} addresses of nodes and for static addresses; choose a smaller --range or a larger --subnet"
     )]
     NoRoom {
         /// The range.
@@ -56,7 +55,7 @@ pub enum BadNetwork {
         subnet: IpNet,
     },
     /// A prefix has host bits set.
-    #[error("{given} has bits set behind its prefix; write {meant}")]
+    #[error("{given} has host bits set; write {meant}")]
     HostBits {
         /// The prefix as given.
         given: IpNet,
@@ -118,7 +117,7 @@ impl Layout {
 
     /// Returns the quarter of the range that a node owns by birth. `None` from ID 5 on.
     pub fn quarter(&self, id: NodeId) -> Option<IpNet> {
-        if !id.owns_a_quarter() {
+        if !id.has_initial_quarter() {
             return None;
         }
         let range = self.network.range;
@@ -183,11 +182,11 @@ impl Layout {
         let why = if (self.statics.0..=self.statics.1).contains(&number) {
             return Ok(());
         } else if range.contains(&address) {
-            "nodes give the addresses of the range out by themselves"
+            "nodes allocate the addresses of the range themselves"
         } else if (self.nodes..self.nodes + NODE_ADDRESSES).contains(&number) {
-            "it is kept for the nodes themselves"
+            "it is reserved for the nodes themselves"
         } else {
-            "it lies beyond the static addresses"
+            "it is outside the static addresses"
         };
         Err(IpamError::Reserved { address, why, first, last })
     }

@@ -10,7 +10,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use super::borrow::MAX_AHEAD;
-use super::fact::{Fact, Heir, Key};
+use super::fact::{Fact, Key, Successor};
 use super::message::{Loan, MAX_BLOCKS, Message, Round, Title};
 use super::space::{choose, free, overlap, single, size};
 use super::{Ipam, Problem, Retry};
@@ -21,7 +21,7 @@ const MOST_BLOCKS: usize = 8;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Lending {
-    pub(super) books: BTreeMap<NodeId, Book>,
+    pub(super) ledgers: BTreeMap<NodeId, Ledger>,
     /// Loans by quarter and borrower, this node included. An entry without blocks keeps late
     /// requests out.
     pub(super) loans: BTreeMap<(NodeId, NodeId), Lent>,
@@ -39,9 +39,9 @@ pub(super) struct Lending {
 
 /// The ledger of a quarter that this node lends.
 #[derive(Clone, Debug)]
-pub(super) struct Book {
+pub(super) struct Ledger {
     pub(super) serial: u64,
-    pub(super) heir: Option<Heir>,
+    pub(super) successor: Option<Successor>,
     /// Borrowers that may hold less than the ledger says.
     pub(super) unsure: BTreeMap<NodeId, Retry>,
     /// Parts of the ledger that the successor has acknowledged.
@@ -58,16 +58,16 @@ pub(super) struct Lent {
 }
 
 impl Lending {
-    pub(super) fn book(&mut self, quarter: NodeId, serial: u64, now: Instant) -> &mut Book {
-        let book = self.books.entry(quarter).or_insert_with(|| Book {
+    pub(super) fn ledger(&mut self, quarter: NodeId, serial: u64, now: Instant) -> &mut Ledger {
+        let ledger = self.ledgers.entry(quarter).or_insert_with(|| Ledger {
             serial,
-            heir: None,
+            successor: None,
             unsure: BTreeMap::new(),
             acked: BTreeSet::new(),
             retry: Retry::new(now),
         });
-        book.serial = serial;
-        book
+        ledger.serial = serial;
+        ledger
     }
 
     pub(super) fn of(&self, quarter: NodeId) -> impl Iterator<Item = (NodeId, &Lent)> {
@@ -82,31 +82,41 @@ impl Lending {
 impl Ipam {
     /// Returns the quarters that this node lends, with the blocks of each borrower.
     pub fn ledger(&self) -> impl Iterator<Item = (NodeId, Vec<(NodeId, &[IpNet])>)> {
-        self.lending.books.iter().filter(|(_, book)| book.heir.is_none()).map(|(quarter, _)| {
-            let lent = self.lending.of(*quarter).filter(|(_, lent)| !lent.loan.blocks.is_empty());
-            (*quarter, lent.map(|(id, lent)| (id, lent.loan.blocks.as_slice())).collect())
-        })
+        self.lending.ledgers.iter().filter(|(_, ledger)| ledger.successor.is_none()).map(
+            |(quarter, _)| {
+                let lent =
+                    self.lending.of(*quarter).filter(|(_, lent)| !lent.loan.blocks.is_empty());
+                (*quarter, lent.map(|(id, lent)| (id, lent.loan.blocks.as_slice())).collect())
+            },
+        )
     }
 
     /// Returns the serial of the title under which this node lends a quarter, if it does.
     pub fn lends(&self, quarter: NodeId) -> Option<u64> {
-        self.lending.books.get(&quarter).filter(|book| book.heir.is_none()).map(|book| book.serial)
+        self.lending
+            .ledgers
+            .get(&quarter)
+            .filter(|ledger| ledger.successor.is_none())
+            .map(|ledger| ledger.serial)
     }
 
     /// Describes what was begun and is not finished: requests without answers, quarters that are
     /// being handed over, reclaims under way.
     pub fn pending(&self) -> Vec<&'static str> {
-        let books = || self.lending.books.values();
+        let ledgers = || self.lending.ledgers.values();
         let pending = [
-            (!self.allocation.waiting.is_empty(), "addresses are waited for"),
-            (self.pending_claims() > 0, "static addresses are asked for"),
+            (!self.allocation.waiting.is_empty(), "requests for addresses wait for a lender"),
+            (self.pending_claims() > 0, "requests for static addresses wait for answers"),
             (!self.borrowing.requests.is_empty(), "lenders have not answered"),
-            (!self.borrowing.dirty.is_empty(), "lenders have not heard what is held"),
-            (!self.inbox.is_empty(), "a quarter is being received"),
-            (self.season.is_some(), "the own quarter is not lent yet"),
-            (books().any(|book| book.heir.is_some()), "a quarter is being handed over"),
-            (books().any(|book| !book.unsure.is_empty()), "borrowers have not said what they hold"),
-            (!self.reclaiming.is_settled(), "nodes have not heard who is gone"),
+            (!self.borrowing.dirty.is_empty(), "lenders have not been told what this node holds"),
+            (!self.incoming.is_empty(), "a quarter is being received"),
+            (self.term.is_some(), "this node's own quarter is not lent yet"),
+            (ledgers().any(|ledger| ledger.successor.is_some()), "a quarter is being handed over"),
+            (
+                ledgers().any(|ledger| !ledger.unsure.is_empty()),
+                "borrowers have not reported what they hold",
+            ),
+            (!self.reclaiming.is_settled(), "nodes have not been told which nodes are gone"),
             (self.leaving.is_some(), "the node is leaving"),
         ];
         pending.into_iter().filter(|(is, _)| *is).map(|(_, what)| what).collect()
@@ -118,13 +128,13 @@ impl Ipam {
     }
 
     pub(super) fn lent_halves(&self) -> Vec<IpNet> {
-        let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
+        let active = self.lending.ledgers.iter().filter(|(_, ledger)| ledger.successor.is_none());
         active.filter_map(|(quarter, _)| self.layout.lendable(*quarter)).collect()
     }
 
     /// Returns the number of addresses that this node could lend and that no node has.
     pub(super) fn lendable_free(&self) -> u128 {
-        let active = self.lending.books.keys().filter(|quarter| self.may_lend(**quarter));
+        let active = self.lending.ledgers.keys().filter(|quarter| self.may_lend(**quarter));
         active.flat_map(|quarter| self.free_blocks(*quarter)).map(size).sum()
     }
 
@@ -138,7 +148,7 @@ impl Ipam {
         let peers = self
             .peers
             .iter()
-            .filter(|(id, peer)| !peer.left && !self.is_buried(**id, peer.incarnation));
+            .filter(|(id, peer)| !peer.left && !self.is_reclaimed(**id, peer.incarnation));
         let announced = peers.flat_map(|(_, peer)| peer.ranges.iter().copied());
         let announced = announced.filter(|range| half.contains(range) && *range != half);
         free(half, lent.chain(announced).chain([last]))
@@ -154,7 +164,7 @@ impl Ipam {
         (need, want): (u32, u32),
     ) {
         if self.is_gone(from, loan.epoch) {
-            self.tell_buried(from, loan.epoch);
+            self.send_reclaimed(from, loan.epoch);
             return;
         }
         // The node that has the ID next could not exceed numbers beyond the incarnation. A request
@@ -164,17 +174,17 @@ impl Ipam {
         if loan.epoch > known || round.incarnation != known {
             return;
         }
-        let Some(book) = self.lending.books.get_mut(&quarter) else {
+        let Some(ledger) = self.lending.ledgers.get_mut(&quarter) else {
             let title = self.title_of(quarter);
             self.send(from, &Message::Title { quarter, title });
             return;
         };
-        if book.heir.is_some() {
+        if ledger.successor.is_some() {
             return;
         }
-        if book.serial != serial {
-            let serial = book.serial;
-            self.send(from, &Message::Poke { quarter, serial });
+        if ledger.serial != serial {
+            let serial = ledger.serial;
+            self.send(from, &Message::Query { quarter, serial });
             return;
         }
         let known = self.lending.loans.get(&(quarter, from));
@@ -184,7 +194,7 @@ impl Ipam {
         let is_repeated = known.is_some_and(|known| known.round == round);
         let before = loan.blocks.clone();
         if !is_repeated {
-            book.unsure.remove(&from);
+            ledger.unsure.remove(&from);
             self.renew(from, quarter, loan, round, (need, want));
         }
         let Some(lent) = self.lending.loans.get(&(quarter, from)) else { return };
@@ -221,7 +231,7 @@ impl Ipam {
         self.enter(quarter, from, loan, round);
         // A node that may have been declared gone gets no more space: it would use addresses that
         // are lent again.
-        let may_be_gone = self.has_pledged(from) || self.claims_space_of(from);
+        let may_be_gone = self.has_promised(from) || self.claims_space_of(from);
         let amount = if may_be_gone { 0 } else { self.grantable(quarter, need, want) };
         if amount > 0 {
             self.add(quarter, from, amount);
@@ -272,7 +282,7 @@ impl Ipam {
     /// Takes blocks of a quarter that this node lends for its own containers. Returns false if no
     /// quarter has a free block.
     pub(super) fn lend_to_self(&mut self, need: usize, now: Instant) -> bool {
-        let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
+        let active = self.lending.ledgers.iter().filter(|(_, ledger)| ledger.successor.is_none());
         let quarters: Vec<_> = active.map(|(quarter, _)| *quarter).collect();
         for quarter in quarters {
             let want = need.max(self.allocation.used()).next_power_of_two();
@@ -307,25 +317,25 @@ impl Ipam {
     /// Returns true if that launch of a node has left or was declared gone for good.
     pub(super) fn is_gone(&self, id: NodeId, epoch: u64) -> bool {
         let left = self.peers.get(&id).is_some_and(|peer| peer.left && peer.incarnation >= epoch);
-        left || self.is_buried(id, epoch)
+        left || self.is_reclaimed(id, epoch)
     }
 
     /// Frees the loans of a node that has left for good.
     pub(super) fn free_left(&mut self, borrower: NodeId, incarnation: u64) {
-        let quarters: Vec<_> = self.lending.books.keys().copied().collect();
+        let quarters: Vec<_> = self.lending.ledgers.keys().copied().collect();
         for quarter in quarters {
             let lent = self.lending.loans.get(&(quarter, borrower));
             let has_some = lent
                 .is_some_and(|lent| lent.loan.epoch <= incarnation && !lent.loan.blocks.is_empty());
             let is_handing =
-                self.lending.books.get(&quarter).is_none_or(|book| book.heir.is_some());
+                self.lending.ledgers.get(&quarter).is_none_or(|ledger| ledger.successor.is_some());
             if has_some && !is_handing {
                 // All requests of that launch count as late from now on.
                 let next = incarnation.saturating_add(1);
                 let loan = Loan { epoch: next, blocks: Vec::new() };
                 self.enter(quarter, borrower, loan, Round { incarnation: next, count: 0 });
-                if let Some(book) = self.lending.books.get_mut(&quarter) {
-                    book.unsure.remove(&borrower);
+                if let Some(ledger) = self.lending.ledgers.get_mut(&quarter) {
+                    ledger.unsure.remove(&borrower);
                 }
             }
         }
@@ -333,11 +343,11 @@ impl Ipam {
 
     /// Marks the loans of a borrower as unsure after it restarted, perhaps without its disk: it may
     /// no longer hold everything in the ledger.
-    pub(super) fn doubt(&mut self, borrower: NodeId, now: Instant) {
-        for (quarter, book) in &mut self.lending.books {
+    pub(super) fn mark_unsure(&mut self, borrower: NodeId, now: Instant) {
+        for (quarter, ledger) in &mut self.lending.ledgers {
             let lent = self.lending.loans.get(&(*quarter, borrower));
             if lent.is_some_and(|lent| !lent.loan.blocks.is_empty()) {
-                book.unsure.insert(borrower, Retry::new(now));
+                ledger.unsure.insert(borrower, Retry::new(now));
             }
         }
     }
@@ -357,11 +367,11 @@ impl Ipam {
             self.lending.loans.remove(&(quarter, borrower));
             self.forget(Key::Loan(quarter, borrower));
         }
-        self.lending.book(quarter, serial, now).heir = None;
-        self.put(Fact::Book { quarter, serial, heir: None });
+        self.lending.ledger(quarter, serial, now).successor = None;
+        self.put(Fact::Ledger { quarter, serial, successor: None });
         self.lending.taken.insert(quarter, serial);
         self.put(Fact::Taken { quarter, serial });
-        self.fence(quarter);
+        self.void_requests(quarter);
         self.borrowing.dirty.remove(&quarter);
         for (borrower, loan) in
             loans.into_iter().filter(|(borrower, loan)| *borrower != id && !loan.blocks.is_empty())
@@ -370,14 +380,14 @@ impl Ipam {
                 continue;
             }
             self.enter(quarter, borrower, loan, Round::default());
-            if let Some(book) = self.lending.books.get_mut(&quarter) {
-                book.unsure.insert(borrower, Retry::new(now));
+            if let Some(ledger) = self.lending.ledgers.get_mut(&quarter) {
+                ledger.unsure.insert(borrower, Retry::new(now));
             }
         }
         self.enter_own(quarter);
         self.lending.heard.remove(&quarter);
         self.hear(quarter, Title { serial, holder: id });
-        self.stand_by(quarter, consented, now);
+        self.record_consent(quarter, consented, now);
         self.find_lenders();
         for other in self.peers.keys().copied().collect::<Vec<_>>() {
             self.dispute(other, now);
@@ -386,10 +396,10 @@ impl Ipam {
 
     /// Ends this node's lending of a quarter.
     pub(super) fn drop_title(&mut self, quarter: NodeId) {
-        self.lending.books.remove(&quarter);
+        self.lending.ledgers.remove(&quarter);
         self.lending.disputes.retain(|(disputed, _), _| *disputed != quarter);
-        self.standing.forget_quarter(quarter);
-        self.forget(Key::Book(quarter));
+        self.vouching.forget_quarter(quarter);
+        self.forget(Key::Ledger(quarter));
         let borrowers: Vec<_> = self.lending.of(quarter).map(|(borrower, _)| borrower).collect();
         for borrower in borrowers {
             self.lending.loans.remove(&(quarter, borrower));
@@ -415,21 +425,22 @@ impl Ipam {
     ) {
         // What other nodes have heard matters only to the lender, which may have to outbid it. For
         // all other nodes only a lender's word counts.
-        let is_possible = from.owns_a_quarter() || self.may_outbid(quarter, title.serial);
+        let is_possible = from.has_initial_quarter() || self.may_outbid(quarter, title.serial);
         if !is_possible
-            || !title.holder.owns_a_quarter()
+            || !title.holder.has_initial_quarter()
             || !self.is_plausible(quarter, title.serial)
         {
             return;
         }
-        if let Some(book) = self.lending.books.get(&quarter) {
-            if title.holder == self.id && book.heir.is_none() && title.serial > book.serial {
+        if let Some(ledger) = self.lending.ledgers.get(&quarter) {
+            if title.holder == self.id && ledger.successor.is_none() && title.serial > ledger.serial
+            {
                 // The title is from an earlier life of this node that no node knew of when it took
                 // the quarter again. Nodes that know that title use it in their requests.
                 return self.resume_title(quarter, title, now);
             }
-            let mine = Title { serial: book.serial, holder: self.id };
-            let is_active = book.heir.is_none();
+            let mine = Title { serial: ledger.serial, holder: self.id };
+            let is_active = ledger.successor.is_none();
             let loses = (title.serial, self.id.get()) > (mine.serial, title.holder.get());
             if title.holder == self.id || !is_active {
                 return;
@@ -446,7 +457,7 @@ impl Ipam {
                 return;
             }
             if self.has_left(from) {
-                return self.tell_graves_of(from, Some(from));
+                return self.send_tombstones_of(from, Some(from));
             }
             if loses {
                 self.drop_title(quarter);
@@ -470,11 +481,11 @@ impl Ipam {
     }
 
     fn resume_title(&mut self, quarter: NodeId, title: Title, now: Instant) {
-        let Some(book) = self.lending.books.get_mut(&quarter) else { return };
-        book.serial = title.serial;
-        self.put(Fact::Book { quarter, serial: title.serial, heir: None });
+        let Some(ledger) = self.lending.ledgers.get_mut(&quarter) else { return };
+        ledger.serial = title.serial;
+        self.put(Fact::Ledger { quarter, serial: title.serial, successor: None });
         self.hear(quarter, title);
-        self.standing.renew(quarter, now);
+        self.vouching.renew(quarter, now);
     }
 
     /// Records whether another node announces that it lends a quarter which this node lends.
@@ -483,12 +494,12 @@ impl Ipam {
             self.lending.disputes.retain(|(_, id), _| *id != other);
             return;
         };
-        for (&quarter, book) in &self.lending.books {
+        for (&quarter, ledger) in &self.lending.ledgers {
             let half = self.layout.lendable(quarter);
             let says_so =
                 half.is_some_and(|half| peer.ranges.iter().any(|range| range.contains(&half)));
-            let says_so = says_so && other.owns_a_quarter();
-            if says_so && book.heir.is_none() {
+            let says_so = says_so && other.has_initial_quarter();
+            if says_so && ledger.successor.is_none() {
                 self.lending.disputes.entry((quarter, other)).or_insert_with(|| Retry::new(now));
             } else {
                 self.lending.disputes.remove(&(quarter, other));
@@ -499,39 +510,39 @@ impl Ipam {
     /// Asks borrowers whether they still hold what the ledger says, and sends this node's title to
     /// nodes that dispute it.
     pub(super) fn drive_loans(&mut self, now: Instant) {
-        let mut pokes = Vec::new();
-        for (&quarter, book) in
-            self.lending.books.iter_mut().filter(|(_, book)| book.heir.is_none())
+        let mut queries = Vec::new();
+        for (&quarter, ledger) in
+            self.lending.ledgers.iter_mut().filter(|(_, ledger)| ledger.successor.is_none())
         {
             let has_some = |id| {
                 let lent = self.lending.loans.get(&(quarter, id));
                 lent.is_some_and(|lent| !lent.loan.blocks.is_empty())
             };
-            book.unsure.retain(|id, _| has_some(*id));
-            for (&borrower, retry) in &mut book.unsure {
+            ledger.unsure.retain(|id, _| has_some(*id));
+            for (&borrower, retry) in &mut ledger.unsure {
                 if self.reachable.contains(&borrower) && retry.take(now, &self.timing) {
-                    pokes.push((borrower, Message::Poke { quarter, serial: book.serial }));
+                    queries.push((borrower, Message::Query { quarter, serial: ledger.serial }));
                 }
             }
         }
         for (&(quarter, other), retry) in &mut self.lending.disputes {
-            if let Some(book) = self.lending.books.get(&quarter)
+            if let Some(ledger) = self.lending.ledgers.get(&quarter)
                 && self.reachable.contains(&other)
                 && retry.take(now, &self.timing)
             {
-                let title = Title { serial: book.serial, holder: self.id };
-                pokes.push((other, Message::Title { quarter, title }));
+                let title = Title { serial: ledger.serial, holder: self.id };
+                queries.push((other, Message::Title { quarter, title }));
             }
         }
-        for (borrower, poke) in pokes {
-            self.send(borrower, &poke);
+        for (borrower, query) in queries {
+            self.send(borrower, &query);
         }
     }
 
     pub(super) fn next_loan_check(&self) -> Option<Instant> {
-        let active = self.lending.books.values().filter(|book| book.heir.is_none());
+        let active = self.lending.ledgers.values().filter(|ledger| ledger.successor.is_none());
         let unsure =
-            active.flat_map(|book| &book.unsure).filter(|(id, _)| self.reachable.contains(id));
+            active.flat_map(|ledger| &ledger.unsure).filter(|(id, _)| self.reachable.contains(id));
         let disputes =
             self.lending.disputes.iter().filter(|((_, id), _)| self.reachable.contains(id));
         unsure.map(|(_, retry)| retry.at).chain(disputes.map(|(_, retry)| retry.at)).min()

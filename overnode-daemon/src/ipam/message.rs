@@ -56,7 +56,7 @@ pub struct Loan {
 
 /// The relation of a node to a quarter whose birth owner asks about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Part {
+pub enum LenderRole {
     /// The node does not lend the quarter. It may borrow from it.
     None,
     /// The node lends the quarter and will hand it over.
@@ -94,7 +94,7 @@ pub enum Message {
         /// The quarter.
         quarter: NodeId,
         /// The serial of the lender's title. A lender with another one answers with
-        /// [`Message::Poke`].
+        /// [`Message::Query`].
         serial: u64,
         /// The epoch of the sender's launch.
         epoch: u64,
@@ -122,7 +122,7 @@ pub enum Message {
     },
     /// A query from the lender of a quarter: the receiver sends a request, so that both have the
     /// same state.
-    Poke {
+    Query {
         /// The quarter.
         quarter: NodeId,
         /// The serial of the lender's title.
@@ -178,7 +178,7 @@ pub enum Message {
         /// The latest title that the sender has heard of.
         title: Title,
         /// The sender's relation to the quarter.
-        part: Part,
+        part: LenderRole,
         /// The blocks that the sender holds of the quarter.
         holds: Vec<IpNet>,
         /// Other nodes that may lend the quarter, or that take back the birth owner's space, as far
@@ -247,7 +247,7 @@ pub enum Message {
         why: Objection,
     },
     /// The sender agreed long ago and asks whether its promise is still needed.
-    Pledged {
+    Promised {
         /// The node.
         of: NodeId,
         /// The promise covers incarnations up to this one.
@@ -263,7 +263,7 @@ pub enum Message {
         round: Round,
     },
     /// The space of a node was taken back. Its incarnations up to this one are gone for good.
-    Buried {
+    Reclaimed {
         /// The node.
         of: NodeId,
         /// The node's last incarnation.
@@ -274,7 +274,7 @@ pub enum Message {
         titles: [Title; 4],
     },
     /// The tombstone is on disk, or does not concern the sender.
-    BuriedAck {
+    ReclaimedAck {
         /// The node.
         of: NodeId,
         /// As announced.
@@ -307,11 +307,11 @@ pub enum BadMessage {
     Empty,
     /// The message is in another version of the format.
     #[error(
-        "a message in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host"
+        "a message in format {0}, but this build reads format {FORMAT}; upgrade overnode on the older host"
     )]
     Format(u8),
     /// The message cannot be decoded.
-    #[error("a message that cannot be read")]
+    #[error("a malformed message")]
     Unreadable,
     /// A field is out of bounds.
     #[error("a message with {0}")]
@@ -356,7 +356,7 @@ impl Message {
             Self::Grant { serial, round, .. } | Self::Vouch { serial, round, .. } => {
                 [vec![*serial], of_round(round).to_vec()].concat()
             }
-            Self::Poke { serial, .. } | Self::TransferAck { serial, .. } => vec![*serial],
+            Self::Query { serial, .. } | Self::TransferAck { serial, .. } => vec![*serial],
             Self::Title { title, .. } => vec![title.serial],
             Self::Ask { epoch, round } => [vec![*epoch], of_round(round).to_vec()].concat(),
             Self::Answer { round, epoch, title, .. } => {
@@ -366,7 +366,8 @@ impl Message {
                 let epochs = loans.iter().map(|(_, loan)| loan.epoch);
                 [*serial, *epoch].into_iter().chain(epochs).collect()
             }
-            Self::Reclaim { incarnation, round, .. } | Self::Pledged { incarnation, round, .. } => {
+            Self::Reclaim { incarnation, round, .. }
+            | Self::Promised { incarnation, round, .. } => {
                 [vec![*incarnation], of_round(round).to_vec()].concat()
             }
             Self::ReclaimAck { round, epoch, titles, .. } => {
@@ -380,38 +381,38 @@ impl Message {
                 Objection::Alive | Objection::Mine => of_round(round).to_vec(),
             },
             Self::ReclaimOver { round, .. } => of_round(round).to_vec(),
-            Self::Buried { incarnation, titles, .. } => {
+            Self::Reclaimed { incarnation, titles, .. } => {
                 [vec![*incarnation], titles.map(|title| title.serial).to_vec()].concat()
             }
-            Self::BuriedAck { incarnation, .. } => vec![*incarnation],
+            Self::ReclaimedAck { incarnation, .. } => vec![*incarnation],
             Self::Claim { round, .. } | Self::ClaimAnswer { round, .. } => of_round(round).to_vec(),
         }
     }
 
     fn check(&self, layout: &Layout) -> Result<(), BadMessage> {
         let in_quarter = |quarter: NodeId, blocks: &[IpNet]| {
-            if !quarter.owns_a_quarter() {
+            if !quarter.has_initial_quarter() {
                 return Err(BadMessage::Bounds("a quarter that does not exist"));
             }
             check_blocks(blocks, |block| layout.quarter_of(block) == Some(quarter))
         };
         if self.numbers().into_iter().any(|number| number > MAX_NUMBER) {
-            return Err(BadMessage::Bounds("an impossible number"));
+            return Err(BadMessage::Bounds("a number out of range"));
         }
         match self {
             Self::Request { quarter, holds: blocks, .. } | Self::Grant { quarter, blocks, .. } => {
                 in_quarter(*quarter, blocks)
             }
-            Self::Poke { quarter, .. }
+            Self::Query { quarter, .. }
             | Self::Hold { quarter, .. }
             | Self::Vouch { quarter, .. }
             | Self::Title { quarter, .. }
             | Self::TransferAck { quarter, .. } => in_quarter(*quarter, &[]),
             Self::Answer { holds, rivals, .. } | Self::ReclaimAck { holds, rivals, .. } => {
                 let is_possible =
-                    rivals.len() <= MAX_RIVALS && rivals.iter().all(|id| id.owns_a_quarter());
+                    rivals.len() <= MAX_RIVALS && rivals.iter().all(|id| id.has_initial_quarter());
                 if !is_possible {
-                    return Err(BadMessage::Bounds("impossible claimants"));
+                    return Err(BadMessage::Bounds("invalid claimants"));
                 }
                 check_blocks(holds, |block| layout.quarter_of(block).is_some())
             }
@@ -429,12 +430,12 @@ impl Message {
                 .check_static(*address)
                 .map_err(|_| BadMessage::Bounds("an address that is not static")),
             Self::Ask { .. }
-            | Self::Pledged { .. }
+            | Self::Promised { .. }
             | Self::Reclaim { .. }
             | Self::ReclaimRefused { .. }
             | Self::ReclaimOver { .. }
-            | Self::Buried { .. }
-            | Self::BuriedAck { .. } => Ok(()),
+            | Self::Reclaimed { .. }
+            | Self::ReclaimedAck { .. } => Ok(()),
         }
     }
 }
@@ -447,7 +448,7 @@ fn check_blocks(blocks: &[IpNet], is_allowed: impl Fn(IpNet) -> bool) -> Result<
         return Err(BadMessage::Bounds("blocks out of order"));
     }
     if !blocks.iter().all(|block| block.trunc() == *block && is_allowed(*block)) {
-        return Err(BadMessage::Bounds("a block that is not lent"));
+        return Err(BadMessage::Bounds("a block that cannot be lent"));
     }
     Ok(())
 }

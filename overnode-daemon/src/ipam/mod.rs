@@ -26,12 +26,12 @@ mod lend;
 mod message;
 mod problems;
 mod reclaim;
-mod season;
 mod shares;
 mod space;
-mod standing;
 mod statics;
+mod term;
 mod transfer;
+mod vouching;
 
 #[cfg(test)]
 mod tests;
@@ -43,9 +43,11 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 pub use error::IpamError;
-pub use fact::{Change, Fact, Heir, Key};
+pub use fact::{Change, Fact, Key, Successor};
 pub use layout::{BadNetwork, Layout, quarters};
-pub use message::{BadMessage, Loan, MAX_MESSAGE, Message, Objection, Part, Round, Title, Verdict};
+pub use message::{
+    BadMessage, LenderRole, Loan, MAX_MESSAGE, Message, Objection, Round, Title, Verdict,
+};
 pub use shares::{Share, Shares};
 pub use space::size;
 pub use statics::{MAX_CLAIMS, MAX_STATIC};
@@ -189,8 +191,7 @@ pub enum Problem {
     },
     /// A static address is in use here and on another node, and the other node keeps it.
     #[error(
-        "{address} is in use by {owner} here and on node {node}, which keeps it: other hosts do not reach {owner}; take it out here \
-         (`overnode detach {owner}`, or stop the container) and give it another address, or take out what has it on node {node}"
+        "{address} is in use by {owner} here and on node {node}, which keeps it: other hosts cannot reach {owner}; detach {owner} (`overnode detach {owner}`, or stop the container) and give it another address, or detach the container that has the address on node {node}"
     )]
     Yielded {
         /// The address.
@@ -202,8 +203,7 @@ pub enum Problem {
     },
     /// A static address is in use here, and another node announces it without a right to it.
     #[error(
-        "{address} is in use by {owner} here, and node {node} announces it, too, although this node keeps it; take out what has it on \
-         node {node}, or {owner} here (`overnode detach {owner}`, or stop the container)"
+        "{address} is in use by {owner} here, and node {node} announces it too, although this node keeps it; detach the container that has the address on node {node}, or {owner} here (`overnode detach {owner}`, or stop the container)"
     )]
     Contested {
         /// The address.
@@ -215,8 +215,7 @@ pub enum Problem {
     },
     /// A block that this node had borrowed is lost.
     #[error(
-        "the block {block} that this node had borrowed belongs to others now, as node {lender} says; no more addresses are given from it: \
-         detach what has an address of it (`overnode status --endpoints`) and attach it anew"
+        "the block {block}, which this node had borrowed, now belongs to other nodes, as node {lender} reports; no more addresses are allocated from it: detach the containers with an address in it (`overnode status --endpoints`) and attach them again"
     )]
     Lost {
         /// The block.
@@ -226,8 +225,7 @@ pub enum Problem {
     },
     /// Another node lends a quarter that this node used to lend.
     #[error(
-        "node {holder} lends the quarter of node {quarter} by now, and this node has stopped lending it; addresses that clash are told \
-         one by one, and this is told for ten minutes"
+        "node {holder} now lends the quarter of node {quarter}, and this node has stopped lending it; clashing addresses are reported one by one, and this finding lasts for ten minutes"
     )]
     Superseded {
         /// The quarter.
@@ -237,16 +235,15 @@ pub enum Problem {
     },
     /// The other nodes were told that this node is gone for good.
     #[error(
-        "node {by} has taken back the address space of this node, which was said to be gone for good; this node has asked for it anew: \
-         addresses that clash are told one by one, and this is told for ten minutes"
+        "node {by} has reclaimed the address space of this node, which was declared gone for good; this node has requested it again: clashing addresses are reported one by one, and this finding lasts for ten minutes"
     )]
-    Buried {
+    Reclaimed {
         /// The node that took the space back.
         by: NodeId,
     },
     /// A borrower says that it holds a block that the ledger has for another node.
     #[error(
-        "node {borrower} uses the block {block}, which was lent to another node: detach there what has an address of it"
+        "node {borrower} uses the block {block}, which was lent to another node: detach the containers with an address in it on node {borrower}"
     )]
     Contradiction {
         /// The borrower.
@@ -259,7 +256,7 @@ pub enum Problem {
 impl Problem {
     /// Returns true for problems that report a past event.
     pub fn is_past(&self) -> bool {
-        matches!(self, Self::Buried { .. } | Self::Superseded { .. })
+        matches!(self, Self::Reclaimed { .. } | Self::Superseded { .. })
     }
 
     /// Returns the address that the problem is about, if any.
@@ -270,7 +267,7 @@ impl Problem {
             | Self::Contested { address, .. } => Some(*address),
             Self::Lost { .. }
             | Self::Superseded { .. }
-            | Self::Buried { .. }
+            | Self::Reclaimed { .. }
             | Self::Contradiction { .. } => None,
         }
     }
@@ -297,9 +294,9 @@ pub struct Ipam {
     allocation: allocate::Allocation,
     borrowing: borrow::Borrowing,
     lending: lend::Lending,
-    standing: standing::Standing,
-    season: Option<season::Season>,
-    inbox: BTreeMap<NodeId, transfer::Inbox>,
+    vouching: vouching::Vouchers,
+    term: Option<term::Term>,
+    incoming: BTreeMap<NodeId, transfer::IncomingLedger>,
     reclaiming: reclaim::Reclaiming,
     leaving: Option<transfer::Leaving>,
     statics: statics::Statics,
@@ -337,9 +334,9 @@ impl Ipam {
             allocation: allocate::Allocation::new(layout.own_part(config.id)),
             borrowing: borrow::Borrowing::default(),
             lending: lend::Lending::default(),
-            standing: standing::Standing::default(),
-            season: None,
-            inbox: BTreeMap::new(),
+            vouching: vouching::Vouchers::default(),
+            term: None,
+            incoming: BTreeMap::new(),
             reclaiming: reclaim::Reclaiming::default(),
             leaving: None,
             statics: statics::Statics::default(),
@@ -391,9 +388,9 @@ impl Ipam {
             self.free_left(id, peer.incarnation);
         } else {
             if known.map(|(incarnation, _)| incarnation) != Some(peer.incarnation) {
-                self.doubt(id, now);
+                self.mark_unsure(id, now);
                 self.tell_again(id);
-                self.standing.forget_member(id);
+                self.vouching.forget_member(id);
             }
         }
         self.peers.insert(id, peer);
@@ -419,7 +416,7 @@ impl Ipam {
         self.follow_contacts(now);
         for id in news {
             self.lost.remove(&id);
-            self.hurry(id, now);
+            self.retry_now(id, now);
         }
         for id in lost {
             self.lost.insert(id, now);
@@ -432,10 +429,10 @@ impl Ipam {
     /// Marks a node's consent as stale after the node was unreachable. What it said still counts,
     /// but it may have agreed to something else meanwhile.
     fn doubt_consent(&mut self, id: NodeId) {
-        if let Some(season) = &mut self.season {
-            season.doubt(id);
+        if let Some(term) = &mut self.term {
+            term.mark_unsure(id);
         }
-        self.reclaiming.doubt(id);
+        self.reclaiming.mark_unsure(id);
     }
 
     /// Limits the epoch that a node claims to the incarnation that it announces to everybody. The
@@ -459,7 +456,7 @@ impl Ipam {
         self.incarnation = incarnation;
         // Lenders treat requests from an earlier incarnation as late.
         for quarter in layout::quarters() {
-            self.fence(quarter);
+            self.void_requests(quarter);
         }
         self.finish(now);
     }
@@ -494,7 +491,7 @@ impl Ipam {
             Message::Grant { quarter, serial, round, blocks, exhausted } => {
                 self.handle_grant(from, quarter, (serial, round), blocks, exhausted, now);
             }
-            Message::Poke { quarter, serial } => self.handle_poke(from, quarter, serial, now),
+            Message::Query { quarter, serial } => self.handle_query(from, quarter, serial, now),
             Message::Hold { quarter, serial, epoch, round, sure } => {
                 self.handle_hold(from, quarter, (serial, epoch), round, sure, now);
             }
@@ -505,7 +502,7 @@ impl Ipam {
             Message::Ask { epoch, round } => self.handle_ask(from, epoch, round, now),
             Message::Answer { round, epoch, title, part, holds, rivals } => {
                 let loan = Loan { epoch, blocks: holds };
-                let answer = season::Answer { loan, title, part, rivals, is_fresh: true };
+                let answer = term::Answer { loan, title, part, rivals, is_fresh: true };
                 self.handle_answer(from, round, answer, now);
             }
             Message::Transfer { quarter, serial, epoch, part, parts, loans } => {
@@ -523,14 +520,16 @@ impl Ipam {
                 self.handle_reclaim_ack(from, of, round, ack);
             }
             Message::ReclaimRefused { of, round, why } => self.handle_refusal(from, of, round, why),
-            Message::Pledged { of, incarnation, round } => {
-                self.handle_pledged(from, of, incarnation, round);
+            Message::Promised { of, incarnation, round } => {
+                self.handle_promised(from, of, incarnation, round);
             }
             Message::ReclaimOver { of, round } => self.handle_reclaim_over(from, of, round),
-            Message::Buried { of, incarnation, by, titles } => {
-                self.handle_buried(from, of, incarnation, by, titles, now);
+            Message::Reclaimed { of, incarnation, by, titles } => {
+                self.handle_reclaimed(from, of, incarnation, by, titles, now);
             }
-            Message::BuriedAck { of, incarnation } => self.handle_buried_ack(from, of, incarnation),
+            Message::ReclaimedAck { of, incarnation } => {
+                self.handle_reclaimed_ack(from, of, incarnation)
+            }
             Message::Claim { address, round } => self.handle_claim(from, address, round),
             Message::ClaimAnswer { address, round, verdict } => {
                 self.handle_claim_answer(from, address, round, verdict);
@@ -572,7 +571,7 @@ impl Ipam {
     fn finish(&mut self, now: Instant) {
         self.prune_standing();
         self.drive_reclaim(now);
-        self.drive_season(now);
+        self.drive_term(now);
         self.drive_transfers(now);
         self.drive_standing(now);
         self.drive_loans(now);
@@ -599,23 +598,28 @@ impl Ipam {
             Fact::Taken { quarter, serial } => {
                 self.lending.taken.insert(quarter, serial);
             }
-            Fact::Book { quarter, serial, heir } => {
-                self.lending.book(quarter, serial, now).heir = heir
+            Fact::Ledger { quarter, serial, successor } => {
+                self.lending.ledger(quarter, serial, now).successor = successor
             }
             Fact::Loan { quarter, borrower, loan, round } => {
                 self.lending.loans.insert((quarter, borrower), lend::Lent { loan, round });
             }
-            Fact::Grave { id, incarnation, by } => {
-                self.reclaiming.restore_grave(id, incarnation, by, self.id.owns_a_quarter());
+            Fact::Tombstone { id, incarnation, by } => {
+                self.reclaiming.restore_tombstone(
+                    id,
+                    incarnation,
+                    by,
+                    self.id.has_initial_quarter(),
+                );
             }
-            Fact::Pledge { of, incarnation, by, round } => {
-                self.pledge(of, by, incarnation, round, now);
+            Fact::Promise { of, incarnation, by, round } => {
+                self.promise(of, by, incarnation, round, now);
             }
             Fact::Claim { of, incarnation } => self.restore_claim(of, incarnation, now),
-            Fact::Part { quarter, serial, part, parts, loans } => {
-                let inbox = self.inbox.entry(quarter).or_default();
-                (inbox.serial, inbox.parts) = (serial, parts);
-                inbox.loans.insert(part, loans);
+            Fact::LenderRole { quarter, serial, part, parts, loans } => {
+                let incoming = self.incoming.entry(quarter).or_default();
+                (incoming.serial, incoming.parts) = (serial, parts);
+                incoming.loans.insert(part, loans);
             }
         }
     }
@@ -624,8 +628,8 @@ impl Ipam {
     /// owners while the questions were under way.
     fn ask_all_again(&mut self, now: Instant) {
         let settled = now + self.timing.settle;
-        if let Some(season) = &mut self.season {
-            season.restart(settled);
+        if let Some(term) = &mut self.term {
+            term.restart(settled);
         }
         self.reclaiming.restart_claims(settled);
     }
@@ -657,25 +661,25 @@ impl Ipam {
     fn members(&self) -> impl Iterator<Item = NodeId> {
         self.peers
             .iter()
-            .filter(|(id, peer)| !peer.left && !self.is_buried(**id, peer.incarnation))
+            .filter(|(id, peer)| !peer.left && !self.is_reclaimed(**id, peer.incarnation))
             .map(|(id, _)| *id)
     }
 
     /// Makes retries due at once for everything that waits for a node that has become reachable.
-    fn hurry(&mut self, id: NodeId, now: Instant) {
+    fn retry_now(&mut self, id: NodeId, now: Instant) {
         for request in self.borrowing.requests.values_mut().filter(|request| request.to == id) {
             request.retry = Retry::new(now);
         }
-        if let Some(retry) = self.season.as_mut().and_then(|season| season.asked.get_mut(&id)) {
+        if let Some(retry) = self.term.as_mut().and_then(|term| term.asked.get_mut(&id)) {
             retry.retry = Retry::new(now);
         }
-        for book in self.lending.books.values_mut() {
-            if let Some(retry) = book.unsure.get_mut(&id) {
+        for ledger in self.lending.ledgers.values_mut() {
+            if let Some(retry) = ledger.unsure.get_mut(&id) {
                 *retry = Retry::new(now);
             }
-            book.retry = Retry::new(now);
+            ledger.retry = Retry::new(now);
         }
-        self.reclaiming.hurry(id, now);
+        self.reclaiming.retry_now(id, now);
     }
 }
 

@@ -20,7 +20,7 @@ pub(super) struct Reported {
     /// By quarter: the node that took its title from this node, and when.
     superseded: BTreeMap<NodeId, (NodeId, Instant)>,
     /// The node that took this node's space back, and when this node heard of it.
-    buried: Option<(NodeId, Instant)>,
+    reclaimed: Option<(NodeId, Instant)>,
     /// Blocks that borrowers say they hold although they were lent to other nodes.
     contradictions: BTreeSet<(NodeId, IpNet)>,
 }
@@ -65,8 +65,8 @@ impl Ipam {
         problems.extend(
             superseded.map(|(&quarter, &(holder, _))| Problem::Superseded { quarter, holder }),
         );
-        let buried = self.reported.buried.filter(|(_, at)| is_recent(*at));
-        problems.extend(buried.map(|(by, _)| Problem::Buried { by }));
+        let reclaimed = self.reported.reclaimed.filter(|(_, at)| is_recent(*at));
+        problems.extend(reclaimed.map(|(by, _)| Problem::Reclaimed { by }));
         problems
     }
 
@@ -77,7 +77,7 @@ impl Ipam {
                 Problem::Superseded { quarter, holder } => {
                     self.reported.superseded.insert(quarter, (holder, now));
                 }
-                Problem::Buried { by } => self.reported.buried = Some((by, now)),
+                Problem::Reclaimed { by } => self.reported.reclaimed = Some((by, now)),
                 Problem::Contradiction { borrower, block } => {
                     if self.reported.contradictions.len() < MAX_CONTRADICTIONS {
                         self.reported.contradictions.insert((borrower, block));

@@ -20,15 +20,15 @@ use crate::types::NodeId;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Reclaiming {
-    graves: BTreeMap<NodeId, Grave>,
+    tombstones: BTreeMap<NodeId, Tombstone>,
     /// By the node that may be gone and the claimant that takes its space back.
-    pub(super) pledges: BTreeMap<(NodeId, NodeId), Pledge>,
+    pub(super) promises: BTreeMap<(NodeId, NodeId), Promise>,
     claims: BTreeMap<NodeId, Claim>,
 }
 
 /// A promise to take nothing more from a node.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Pledge {
+pub(super) struct Promise {
     incarnation: u64,
     round: Round,
     /// When to ask whether the promise is still needed: the message that ends it may have been
@@ -37,7 +37,7 @@ pub(super) struct Pledge {
 }
 
 #[derive(Clone, Debug)]
-struct Grave {
+struct Tombstone {
     incarnation: u64,
     by: NodeId,
     /// Nodes that were not told yet. `None` if it is not up to this node to tell them.
@@ -76,12 +76,18 @@ pub(super) struct Ack {
 }
 
 impl Reclaiming {
-    pub(super) fn restore_grave(&mut self, id: NodeId, incarnation: u64, by: NodeId, tells: bool) {
+    pub(super) fn restore_tombstone(
+        &mut self,
+        id: NodeId,
+        incarnation: u64,
+        by: NodeId,
+        tells: bool,
+    ) {
         let untold = tells.then(BTreeMap::new);
-        self.graves.insert(id, Grave { incarnation, by, untold, told: BTreeSet::new() });
+        self.tombstones.insert(id, Tombstone { incarnation, by, untold, told: BTreeSet::new() });
     }
 
-    pub(super) fn doubt(&mut self, id: NodeId) {
+    pub(super) fn mark_unsure(&mut self, id: NodeId) {
         for ack in self.claims.values_mut().filter_map(|claim| claim.acks.get_mut(&id)) {
             ack.is_fresh = false;
         }
@@ -95,14 +101,15 @@ impl Reclaiming {
         }
     }
 
-    pub(super) fn hurry(&mut self, id: NodeId, now: Instant) {
+    pub(super) fn retry_now(&mut self, id: NodeId, now: Instant) {
         for question in self.claims.values_mut().filter_map(|claim| claim.asked.get_mut(&id)) {
             question.retry = Retry::new(now);
         }
-        for (_, pledge) in self.pledges.iter_mut().filter(|((of, by), _)| *of == id || *by == id) {
-            pledge.retry = Retry::new(now);
+        for (_, promise) in self.promises.iter_mut().filter(|((of, by), _)| *of == id || *by == id)
+        {
+            promise.retry = Retry::new(now);
         }
-        let untold = self.graves.values_mut().filter_map(|grave| grave.untold.as_mut());
+        let untold = self.tombstones.values_mut().filter_map(|tombstone| tombstone.untold.as_mut());
         for retries in untold {
             if let Some(retry) = retries.get_mut(&id) {
                 *retry = Retry::new(now);
@@ -113,9 +120,9 @@ impl Reclaiming {
     pub(super) fn is_settled(&self) -> bool {
         self.claims.is_empty()
             && self
-                .graves
+                .tombstones
                 .values()
-                .all(|grave| grave.untold.as_ref().is_none_or(BTreeMap::is_empty))
+                .all(|tombstone| tombstone.untold.as_ref().is_none_or(BTreeMap::is_empty))
     }
 }
 
@@ -132,40 +139,42 @@ impl Ipam {
         if self.leaving.is_some() {
             return Err(IpamError::Leaving { id: self.id });
         }
-        if !self.id.owns_a_quarter() {
+        if !self.id.has_initial_quarter() {
             return refuse(
-                "only nodes 1 to 4 lend address space, so only they take it back; run it on one of them"
+                "only nodes 1 to 4 lend address space, so only they can reclaim it; run the command on one of them"
                     .into(),
             );
         }
         if of == self.id {
-            return refuse("that is this node; `overnode reset` gives back what it has".into());
+            return refuse(
+                "that is this node itself; `overnode reset` gives back what it has".into(),
+            );
         }
         let Some(peer) = self.peers.get(&of) else {
             return refuse("no node with that ID is known here".into());
         };
         let incarnation = peer.incarnation;
         if !self.is_long_gone(of, now) {
-            return refuse("it is reachable, or was some seconds ago; run `overnode reset` on its host instead, or try again soon if it is gone".into());
+            return refuse("it is reachable, or was a few seconds ago; run `overnode reset` on its host instead, or try again soon if it is gone".into());
         }
         // Records of nodes that are gone for good themselves do not count.
         let is_there =
-            |id: NodeId, peer: &Peer| !peer.left && !self.is_buried(id, peer.incarnation);
+            |id: NodeId, peer: &Peer| !peer.left && !self.is_reclaimed(id, peer.incarnation);
         let is_lent = |half: &IpNet| {
-            let mut lenders = self.peers.iter().filter(|(id, _)| id.owns_a_quarter());
+            let mut lenders = self.peers.iter().filter(|(id, _)| id.has_initial_quarter());
             lenders.any(|(id, peer)| is_there(*id, peer) && peer.ranges.contains(half))
         };
         let half = self.layout.lendable(of);
         let has_lender =
-            half.is_none_or(|half| is_lent(&half) || self.lending.books.contains_key(&of));
-        if self.is_buried(of, incarnation) && has_lender {
+            half.is_none_or(|half| is_lent(&half) || self.lending.ledgers.contains_key(&of));
+        if self.is_reclaimed(of, incarnation) && has_lender {
             self.effects.push(Action::Reclaimed(of));
             self.finish(now);
             return Ok(());
         }
-        let mut pledges = self.reclaiming.pledges.keys();
+        let mut promises = self.reclaiming.promises.keys();
         // The claimant with the lowest ID wins in any case.
-        let other = pledges
+        let other = promises
             .find(|(_, by)| *by < self.id && self.reachable.contains(by) && !self.has_left(*by))
             .map(|(_, by)| *by);
         if let Some(by) = other {
@@ -190,11 +199,14 @@ impl Ipam {
 
     /// Returns the nodes that are gone for good, with their last incarnation and the node that took
     /// their space back.
-    pub fn buried(&self) -> impl Iterator<Item = (NodeId, u64, NodeId)> {
-        self.reclaiming.graves.iter().map(|(id, grave)| (*id, grave.incarnation, grave.by))
+    pub fn reclaimed(&self) -> impl Iterator<Item = (NodeId, u64, NodeId)> {
+        self.reclaiming
+            .tombstones
+            .iter()
+            .map(|(id, tombstone)| (*id, tombstone.incarnation, tombstone.by))
     }
 
-    pub(super) fn pledge(
+    pub(super) fn promise(
         &mut self,
         of: NodeId,
         by: NodeId,
@@ -203,7 +215,7 @@ impl Ipam {
         now: Instant,
     ) {
         let retry = Retry { at: now + self.timing.retry_cap, tries: 8 };
-        self.reclaiming.pledges.insert((of, by), Pledge { incarnation, round, retry });
+        self.reclaiming.promises.insert((of, by), Promise { incarnation, round, retry });
     }
 
     pub(super) fn restore_claim(&mut self, of: NodeId, incarnation: u64, now: Instant) {
@@ -213,8 +225,11 @@ impl Ipam {
         self.reclaiming.claims.insert(of, claim);
     }
 
-    pub(super) fn is_buried(&self, id: NodeId, incarnation: u64) -> bool {
-        self.reclaiming.graves.get(&id).is_some_and(|grave| incarnation <= grave.incarnation)
+    pub(super) fn is_reclaimed(&self, id: NodeId, incarnation: u64) -> bool {
+        self.reclaiming
+            .tombstones
+            .get(&id)
+            .is_some_and(|tombstone| incarnation <= tombstone.incarnation)
     }
 
     pub(super) fn claims_space_of(&self, id: NodeId) -> bool {
@@ -222,15 +237,15 @@ impl Ipam {
     }
 
     pub(super) fn has_left(&self, id: NodeId) -> bool {
-        self.peers.get(&id).is_some_and(|peer| peer.left || self.is_buried(id, peer.incarnation))
+        self.peers.get(&id).is_some_and(|peer| peer.left || self.is_reclaimed(id, peer.incarnation))
     }
 
-    pub(super) fn tell_buried(&mut self, id: NodeId, epoch: u64) {
-        if let Some(grave) =
-            self.reclaiming.graves.get(&id).filter(|grave| epoch <= grave.incarnation)
+    pub(super) fn send_reclaimed(&mut self, id: NodeId, epoch: u64) {
+        if let Some(tombstone) =
+            self.reclaiming.tombstones.get(&id).filter(|tombstone| epoch <= tombstone.incarnation)
         {
-            let (incarnation, by, titles) = (grave.incarnation, grave.by, self.titles());
-            self.send(id, &Message::Buried { of: id, incarnation, by, titles });
+            let (incarnation, by, titles) = (tombstone.incarnation, tombstone.by, self.titles());
+            self.send(id, &Message::Reclaimed { of: id, incarnation, by, titles });
         }
     }
 
@@ -252,14 +267,14 @@ impl Ipam {
             let claims = std::mem::take(&mut self.reclaiming.claims);
             for (&of, claim) in &claims {
                 self.forget(Key::Claim(of));
-                self.bury(of, claim, now);
+                self.add_tombstone(of, claim, now);
             }
             for (of, claim) in claims {
                 self.take_over(of, claim, now);
             }
         }
-        self.tell_graves(now);
-        self.drop_pledges(now);
+        self.send_tombstones(now);
+        self.drop_promises(now);
     }
 
     pub(super) fn next_reclaim(&self) -> Option<Instant> {
@@ -267,14 +282,18 @@ impl Ipam {
         let asked = asked
             .filter(|(id, _)| self.reachable.contains(id))
             .map(|(_, question)| question.retry.at);
-        let untold =
-            self.reclaiming.graves.values().filter_map(|grave| grave.untold.as_ref()).flatten();
+        let untold = self
+            .reclaiming
+            .tombstones
+            .values()
+            .filter_map(|tombstone| tombstone.untold.as_ref())
+            .flatten();
         let untold = untold.filter(|(id, _)| self.reachable.contains(id));
-        let pledges =
-            self.reclaiming.pledges.iter().filter(|((_, by), _)| self.reachable.contains(by));
-        let pledges = pledges.map(|(_, pledge)| pledge.retry.at);
+        let promises =
+            self.reclaiming.promises.iter().filter(|((_, by), _)| self.reachable.contains(by));
+        let promises = promises.map(|(_, promise)| promise.retry.at);
         let wakes = self.reclaiming.claims.values().filter_map(|claim| claim.wake);
-        asked.chain(untold.map(|(_, retry)| retry.at)).chain(wakes).chain(pledges).min()
+        asked.chain(untold.map(|(_, retry)| retry.at)).chain(wakes).chain(promises).min()
     }
 
     /// Returns the nodes that have to agree: all known members and the nodes that they name.
@@ -345,13 +364,14 @@ impl Ipam {
         complete
     }
 
-    fn bury(&mut self, of: NodeId, claim: &Claim, now: Instant) {
+    fn add_tombstone(&mut self, of: NodeId, claim: &Claim, now: Instant) {
         let (id, incarnation) = (self.id, claim.incarnation);
-        self.put(Fact::Grave { id: of, incarnation, by: id });
+        self.put(Fact::Tombstone { id: of, incarnation, by: id });
         let untold =
             self.members().filter(|member| *member != of).map(|it| (it, Retry::new(now))).collect();
-        let grave = Grave { incarnation, by: id, untold: Some(untold), told: BTreeSet::new() };
-        self.reclaiming.graves.insert(of, grave);
+        let tombstone =
+            Tombstone { incarnation, by: id, untold: Some(untold), told: BTreeSet::new() };
+        self.reclaiming.tombstones.insert(of, tombstone);
         self.free_left(of, incarnation);
     }
 
@@ -359,8 +379,9 @@ impl Ipam {
         for (index, quarter) in quarters().enumerate() {
             let latest = claim.latest(index, self.title_of(quarter));
             let is_lent = claim.acks.values().any(|ack| ack.lends[index]);
-            let book = self.lending.books.get(&quarter);
-            let is_mine = book.is_some_and(|book| book.heir.is_none_or(|heir| heir.id != of));
+            let ledger = self.lending.ledgers.get(&quarter);
+            let is_mine = ledger
+                .is_some_and(|ledger| ledger.successor.is_none_or(|successor| successor.id != of));
             if is_lent || is_mine || (latest.holder != of && quarter != of) {
                 continue;
             }
@@ -387,28 +408,28 @@ impl Ipam {
         self.effects.push(Action::Reclaimed(of));
     }
 
-    fn tell_graves(&mut self, now: Instant) {
-        if self.reclaiming.graves.values().all(|grave| grave.untold.is_none()) {
+    fn send_tombstones(&mut self, now: Instant) {
+        if self.reclaiming.tombstones.values().all(|tombstone| tombstone.untold.is_none()) {
             return;
         }
         let members: BTreeSet<_> = self.members().collect();
         let mut messages = Vec::new();
         let titles = self.titles();
-        for (&of, grave) in &mut self.reclaiming.graves {
-            let Some(untold) = &mut grave.untold else { continue };
+        for (&of, tombstone) in &mut self.reclaiming.tombstones {
+            let Some(untold) = &mut tombstone.untold else { continue };
             // If the node itself comes back with its old state, it has to hear of this before
             // anything else.
             let itself = Some(of).filter(|of| self.reachable.contains(of));
             for member in
-                members.iter().chain(&itself).filter(|member| !grave.told.contains(member))
+                members.iter().chain(&itself).filter(|member| !tombstone.told.contains(member))
             {
                 untold.entry(*member).or_insert_with(|| Retry::new(now));
             }
             untold.retain(|id, _| members.contains(id) || itself == Some(*id));
             for (&to, retry) in untold.iter_mut() {
                 if self.reachable.contains(&to) && retry.take(now, &self.timing) {
-                    let (incarnation, by) = (grave.incarnation, grave.by);
-                    messages.push((to, Message::Buried { of, incarnation, by, titles }));
+                    let (incarnation, by) = (tombstone.incarnation, tombstone.by);
+                    messages.push((to, Message::Reclaimed { of, incarnation, by, titles }));
                 }
             }
         }
@@ -418,13 +439,17 @@ impl Ipam {
     }
 
     /// Sends all tombstones to a node, or only the tombstone of `only`.
-    pub(super) fn tell_graves_of(&mut self, to: NodeId, only: Option<NodeId>) {
+    pub(super) fn send_tombstones_of(&mut self, to: NodeId, only: Option<NodeId>) {
         let titles = self.titles();
-        let graves =
-            self.reclaiming.graves.iter().filter(|(of, _)| only.is_none_or(|only| only == **of));
-        let told: Vec<_> = graves.map(|(of, grave)| (*of, grave.incarnation, grave.by)).collect();
+        let tombstones = self
+            .reclaiming
+            .tombstones
+            .iter()
+            .filter(|(of, _)| only.is_none_or(|only| only == **of));
+        let told: Vec<_> =
+            tombstones.map(|(of, tombstone)| (*of, tombstone.incarnation, tombstone.by)).collect();
         for (of, incarnation, by) in told {
-            self.send(to, &Message::Buried { of, incarnation, by, titles });
+            self.send(to, &Message::Reclaimed { of, incarnation, by, titles });
         }
     }
 
@@ -432,34 +457,34 @@ impl Ipam {
     /// node may be handed a title. If the node itself was declared gone for good, it would no
     /// longer believe that once this node vouches for its title. And once this node has left, no
     /// other one of the nodes 1 to 4 may know of the tombstones.
-    pub(super) fn has_heard_of_graves(&self, id: NodeId) -> bool {
-        self.reclaiming.graves.values().all(|grave| grave.told.contains(&id))
+    pub(super) fn has_confirmed_tombstones(&self, id: NodeId) -> bool {
+        self.reclaiming.tombstones.values().all(|tombstone| tombstone.told.contains(&id))
     }
 
     /// Sends tombstones again to a node that restarted, perhaps without its disk: it may not know
     /// which nodes are gone.
     pub(super) fn tell_again(&mut self, id: NodeId) {
-        for grave in self.reclaiming.graves.values_mut() {
-            grave.told.remove(&id);
+        for tombstone in self.reclaiming.tombstones.values_mut() {
+            tombstone.told.remove(&id);
         }
     }
 
     /// Drops promises to nodes that have left or are gone for good, and asks the other claimants
     /// whether theirs are still needed.
-    fn drop_pledges(&mut self, now: Instant) {
-        let pledges = self.reclaiming.pledges.keys().copied();
-        let void: Vec<_> = pledges.filter(|(_, by)| self.has_left(*by)).collect();
+    fn drop_promises(&mut self, now: Instant) {
+        let promises = self.reclaiming.promises.keys().copied();
+        let void: Vec<_> = promises.filter(|(_, by)| self.has_left(*by)).collect();
         for (of, by) in void {
             // The claimant may have completed the reclaim before it left. This node cannot vouch
             // for what the other node lent then.
             self.forget_titles_of(of);
-            self.drop_pledge(of, by);
+            self.drop_promise(of, by);
         }
         let mut ask = Vec::new();
-        for (&(of, by), pledge) in &mut self.reclaiming.pledges {
-            if self.reachable.contains(&by) && pledge.retry.take(now, &self.timing) {
-                let Pledge { incarnation, round, .. } = *pledge;
-                ask.push((by, Message::Pledged { of, incarnation, round }));
+        for (&(of, by), promise) in &mut self.reclaiming.promises {
+            if self.reachable.contains(&by) && promise.retry.take(now, &self.timing) {
+                let Promise { incarnation, round, .. } = *promise;
+                ask.push((by, Message::Promised { of, incarnation, round }));
             }
         }
         for (by, message) in ask {
@@ -468,9 +493,9 @@ impl Ipam {
     }
 
     /// Drops a promise. This node may borrow from `of` again unless another promise forbids it.
-    fn drop_pledge(&mut self, of: NodeId, by: NodeId) {
-        self.reclaiming.pledges.remove(&(of, by));
-        self.forget(Key::Pledge(of, by));
+    fn drop_promise(&mut self, of: NodeId, by: NodeId) {
+        self.reclaiming.promises.remove(&(of, by));
+        self.forget(Key::Promise(of, by));
         self.find_lenders();
     }
 
@@ -483,7 +508,7 @@ impl Ipam {
         self.forget_confirmed(|title| title.holder == holder);
     }
 
-    pub(super) fn handle_pledged(
+    pub(super) fn handle_promised(
         &mut self,
         from: NodeId,
         of: NodeId,
@@ -494,16 +519,16 @@ impl Ipam {
             return;
         }
         // If the reclaim is complete, the promise must not end before the sender knows of it.
-        if self.is_buried(of, incarnation) {
-            self.tell_graves_of(from, Some(of));
+        if self.is_reclaimed(of, incarnation) {
+            self.send_tombstones_of(from, Some(of));
         } else {
             self.send(from, &Message::ReclaimOver { of, round });
         }
     }
 
     /// Returns true if this node has promised to take nothing from `id`.
-    pub(super) fn has_pledged(&self, id: NodeId) -> bool {
-        self.reclaiming.pledges.keys().any(|(of, _)| *of == id)
+    pub(super) fn has_promised(&self, id: NodeId) -> bool {
+        self.reclaiming.promises.keys().any(|(of, _)| *of == id)
     }
 
     pub(super) fn abandon_claim(&mut self, of: NodeId) {
@@ -536,7 +561,7 @@ impl Ipam {
         now: Instant,
     ) {
         let refuse = |why| Message::ReclaimRefused { of, round, why };
-        if !from.owns_a_quarter() {
+        if !from.has_initial_quarter() {
             return;
         }
         let known = self.peers.get(&of).map_or(0, |peer| peer.incarnation);
@@ -559,21 +584,25 @@ impl Ipam {
             return;
         }
         self.abandon_claims(&doing_that(from));
-        let by_others = self.reclaiming.pledges.keys().map(|(_, by)| *by).filter(|by| *by != from);
+        let by_others = self.reclaiming.promises.keys().map(|(_, by)| *by).filter(|by| *by != from);
         let rivals: BTreeSet<_> = by_others.collect();
         let rivals = rivals.into_iter().take(MAX_RIVALS).collect();
-        self.pledge(of, from, incarnation, round, now);
-        self.put(Fact::Pledge { of, incarnation, by: from, round });
+        self.promise(of, from, incarnation, round, now);
+        self.put(Fact::Promise { of, incarnation, by: from, round });
         // From now on this node takes nothing that it had asked of the dead node.
         let asked = self.borrowing.requests.iter().filter(|(_, request)| request.to == of);
         for quarter in asked.map(|(quarter, _)| *quarter).collect::<Vec<_>>() {
-            self.fence(quarter);
+            self.void_requests(quarter);
         }
         let titles = self.titles();
         let mut lends = [false; 4];
         for (lends, quarter) in lends.iter_mut().zip(quarters()) {
-            let heir = self.lending.books.get(&quarter).map(|book| book.heir.map(|heir| heir.id));
-            *lends = heir.is_some_and(|heir| heir != Some(of));
+            let successor = self
+                .lending
+                .ledgers
+                .get(&quarter)
+                .map(|ledger| ledger.successor.map(|successor| successor.id));
+            *lends = successor.is_some_and(|successor| successor != Some(of));
         }
         let holds = self.held().collect();
         self.send(
@@ -586,8 +615,13 @@ impl Ipam {
     fn titles(&self) -> [Title; 4] {
         let mut titles = [Title { serial: 0, holder: self.id }; 4];
         for (title, quarter) in titles.iter_mut().zip(quarters()) {
-            *title = match self.lending.books.get(&quarter).map(|book| (book.serial, book.heir)) {
-                Some((serial, Some(heir))) => Title { serial, holder: heir.id },
+            *title = match self
+                .lending
+                .ledgers
+                .get(&quarter)
+                .map(|ledger| (ledger.serial, ledger.successor))
+            {
+                Some((serial, Some(successor))) => Title { serial, holder: successor.id },
                 Some((serial, None)) => Title { serial, holder: self.id },
                 None => self.title_of(quarter),
             };
@@ -603,7 +637,7 @@ impl Ipam {
         mut ack: Ack,
     ) {
         ack.loan.epoch = self.bounded_epoch(from, ack.loan.epoch);
-        if !from.owns_a_quarter() {
+        if !from.has_initial_quarter() {
             // The sender never lends, and it may have made up the titles that it reports.
             (ack.titles, ack.lends) = ([Title { serial: 0, holder: from }; 4], [false; 4]);
         }
@@ -628,10 +662,10 @@ impl Ipam {
         self.abandon_claim(of);
         let why = match why {
             Objection::Alive => {
-                format!("node {from} reaches it; run `overnode reset` on its host instead")
+                format!("node {from} can reach it; run `overnode reset` on its host instead")
             }
             Objection::Newer(_) => format!(
-                "node {from} has seen it later than this node has; if it is gone for good since then, try again in a minute"
+                "node {from} has seen it more recently than this node; if it has gone for good since then, try again in a minute"
             ),
             Objection::Mine => doing_that(from),
         };
@@ -639,12 +673,12 @@ impl Ipam {
     }
 
     pub(super) fn handle_reclaim_over(&mut self, from: NodeId, of: NodeId, round: Round) {
-        if self.reclaiming.pledges.get(&(of, from)).is_some_and(|pledge| pledge.round <= round) {
-            self.drop_pledge(of, from);
+        if self.reclaiming.promises.get(&(of, from)).is_some_and(|promise| promise.round <= round) {
+            self.drop_promise(of, from);
         }
     }
 
-    pub(super) fn handle_buried(
+    pub(super) fn handle_reclaimed(
         &mut self,
         from: NodeId,
         of: NodeId,
@@ -653,76 +687,75 @@ impl Ipam {
         titles: [Title; 4],
         now: Instant,
     ) {
-        if !from.owns_a_quarter() || !by.owns_a_quarter() {
+        if !from.has_initial_quarter() || !by.has_initial_quarter() {
             return;
         }
         if of == self.id && self.epoch > incarnation {
             // The tombstone is of an earlier launch of this node.
-            return self.send(from, &Message::BuriedAck { of, incarnation });
+            return self.send(from, &Message::ReclaimedAck { of, incarnation });
         }
         if of == self.id {
-            if !self.handle_own_funeral(incarnation, by) {
+            if !self.handle_own_reclaim(incarnation, by) {
                 return;
             }
         } else if self
             .reclaiming
-            .graves
+            .tombstones
             .get(&of)
-            .is_none_or(|grave| grave.incarnation < incarnation)
+            .is_none_or(|tombstone| tombstone.incarnation < incarnation)
         {
-            if !self.believes_burial(from, of, incarnation, by) {
+            if !self.believes_reclaim(from, of, incarnation, by) {
                 let is_back =
                     self.peers.get(&of).is_some_and(|peer| peer.incarnation > incarnation);
                 if is_back && self.reachable.contains(&of) {
                     // The node is back in a later incarnation, so the tombstone no longer matters.
-                    self.send(from, &Message::BuriedAck { of, incarnation });
+                    self.send(from, &Message::ReclaimedAck { of, incarnation });
                 }
                 return;
             }
-            self.put(Fact::Grave { id: of, incarnation, by });
-            let untold = self.id.owns_a_quarter().then(BTreeMap::new);
-            let grave = Grave { incarnation, by, untold, told: BTreeSet::from([from]) };
-            self.reclaiming.graves.insert(of, grave);
+            self.put(Fact::Tombstone { id: of, incarnation, by });
+            let untold = self.id.has_initial_quarter().then(BTreeMap::new);
+            let tombstone = Tombstone { incarnation, by, untold, told: BTreeSet::from([from]) };
+            self.reclaiming.tombstones.insert(of, tombstone);
             self.free_left(of, incarnation);
-            let pledges = self
-                .reclaiming
-                .pledges
-                .iter()
-                .filter(|((gone, _), pledge)| *gone == of && pledge.incarnation <= incarnation);
-            for (gone, by) in pledges.map(|(key, _)| *key).collect::<Vec<_>>() {
-                self.drop_pledge(gone, by);
+            let promises =
+                self.reclaiming.promises.iter().filter(|((gone, _), promise)| {
+                    *gone == of && promise.incarnation <= incarnation
+                });
+            for (gone, by) in promises.map(|(key, _)| *key).collect::<Vec<_>>() {
+                self.drop_promise(gone, by);
             }
             if self.reclaiming.claims.get(&of).is_some_and(|claim| claim.incarnation <= incarnation)
             {
                 self.reclaiming.claims.remove(&of);
                 self.forget(Key::Claim(of));
-                self.fail(of, format!("node {by} has taken it back already"));
+                self.fail(of, format!("node {by} has already reclaimed it"));
             }
             self.find_lenders();
         } else if self
             .reclaiming
-            .pledges
+            .promises
             .get(&(of, from))
             .is_some_and(|it| it.incarnation <= incarnation)
         {
             // This node has heard before that another node completed the reclaim.
-            self.drop_pledge(of, from);
+            self.drop_promise(of, from);
         }
         for (quarter, title) in quarters().zip(titles) {
             if title.holder != self.id && title.serial > self.title_of(quarter).serial {
                 self.handle_title(from, quarter, title, now);
             }
         }
-        self.send(from, &Message::BuriedAck { of, incarnation });
+        self.send(from, &Message::ReclaimedAck { of, incarnation });
     }
 
     /// Returns true if this node believes `from` that the space of another node was taken back. The
     /// proof is that the claimant `by` asked this node and this node agreed. A node that was not
     /// asked, because it joined later, believes a node 1 to 4 unless it has lent something to the
     /// dead node. In that case its own operator has to reclaim that node there.
-    fn believes_burial(&self, from: NodeId, of: NodeId, incarnation: u64, by: NodeId) -> bool {
-        let agreed = self.reclaiming.pledges.get(&(of, by)).filter(|_| from == by);
-        if agreed.is_some_and(|pledge| incarnation <= pledge.incarnation) {
+    fn believes_reclaim(&self, from: NodeId, of: NodeId, incarnation: u64, by: NodeId) -> bool {
+        let agreed = self.reclaiming.promises.get(&(of, by)).filter(|_| from == by);
+        if agreed.is_some_and(|promise| incarnation <= promise.incarnation) {
             return true;
         }
         let Some(known) = self.peers.get(&of).map(|peer| peer.incarnation) else { return false };
@@ -736,22 +769,22 @@ impl Ipam {
     /// space. Returns false if that cannot be true: most of the reachable nodes vouch for this
     /// node, or the message names a launch that never was. A few vouching nodes are not enough,
     /// because nodes that were declared gone together vouch for each other.
-    fn handle_own_funeral(&mut self, incarnation: u64, by: NodeId) -> bool {
+    fn handle_own_reclaim(&mut self, incarnation: u64, by: NodeId) -> bool {
         if incarnation > self.incarnation
-            || self.lending.books.keys().any(|quarter| self.is_vouched_for_by_most(*quarter))
+            || self.lending.ledgers.keys().any(|quarter| self.is_vouched_for_by_most(*quarter))
         {
             return false;
         }
-        self.report(Problem::Buried { by });
+        self.report(Problem::Reclaimed { by });
         self.incarnation = self.incarnation.max(incarnation.saturating_add(1));
         self.epoch = self.incarnation;
         self.put(Fact::Epoch(self.epoch));
         self.effects.push(Action::Renewed(self.incarnation));
-        for quarter in self.lending.books.keys().copied().collect::<Vec<_>>() {
+        for quarter in self.lending.ledgers.keys().copied().collect::<Vec<_>>() {
             self.drop_title(quarter);
         }
         for quarter in quarters() {
-            self.fence(quarter);
+            self.void_requests(quarter);
         }
         // The titles of other lenders may have been taken back without this node's consent.
         self.forget_confirmed(|_| true);
@@ -764,12 +797,12 @@ impl Ipam {
         true
     }
 
-    pub(super) fn handle_buried_ack(&mut self, from: NodeId, of: NodeId, incarnation: u64) {
-        if let Some(grave) =
-            self.reclaiming.graves.get_mut(&of).filter(|it| it.incarnation == incarnation)
+    pub(super) fn handle_reclaimed_ack(&mut self, from: NodeId, of: NodeId, incarnation: u64) {
+        if let Some(tombstone) =
+            self.reclaiming.tombstones.get_mut(&of).filter(|it| it.incarnation == incarnation)
         {
-            grave.told.insert(from);
-            if let Some(untold) = &mut grave.untold {
+            tombstone.told.insert(from);
+            if let Some(untold) = &mut tombstone.untold {
                 untold.remove(&from);
             }
         }
@@ -779,7 +812,6 @@ impl Ipam {
 /// Describes why a node gives way to another claimant.
 fn doing_that(by: NodeId) -> String {
     format!(
-        "node {by} takes back address space already, and only one can at a time: `overnode status --ipam` there says what it waits for; \
-         run it there as well, or here when that is done"
+        "node {by} is already reclaiming address space, and only one node can at a time: `overnode status --ipam` there shows what it waits for; run the command there as well, or here when that is done"
     )
 }

@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn whom_nobody_has_heard_of_owns_a_quarter_by_birth() {
+    fn unknown_nodes_own_their_quarters_by_birth() {
         let alone = of(5, &[], &[]);
         assert_eq!(addresses(&alone), [(1, 131_072), (2, 131_072), (3, 131_072), (4, 131_072)]);
         assert_eq!(alone.owners[&id(3)].ranges, nets(&["10.44.0.0/15"]));
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn loans_are_told_by_both_and_counted_once() {
+    fn loans_reported_by_both_sides_are_counted_once() {
         let said: &[(u16, &[&str])] = &[
             (1, &["10.40.0.0/15"]),
             (2, &["10.42.0.0/15"]),
@@ -155,7 +155,7 @@ mod tests {
             assert_eq!(shares.loans.contains_key(&(id(2), id(7))), own == 2);
             let two = 131_072 - 32 - if own == 2 { 16 } else { 0 };
             let expected = [(1, 131_040), (2, two), (3, 131_072), (4, 131_072), (5, 64)];
-            assert_eq!(addresses(&shares), expected, "as node {own} tells");
+            assert_eq!(addresses(&shares), expected, "as reported by node {own}");
         }
     }
 }

@@ -154,7 +154,7 @@ impl Ipam {
     }
 
     fn is_member(&self, id: NodeId, peer: &Peer) -> bool {
-        !peer.left && !self.is_buried(id, peer.incarnation)
+        !peer.left && !self.is_reclaimed(id, peer.incarnation)
     }
 
     /// Records that an address came into use here.

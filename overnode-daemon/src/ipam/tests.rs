@@ -31,7 +31,7 @@ fn claim(ipam: &mut Ipam, address: IpAddr, owner: &str) -> Result<(), IpamError>
         Action::Failed { request: of, error } if of == request => Some(Err(error)),
         _ => None,
     });
-    answer.expect("an answer at once")
+    answer.expect("no immediate answer")
 }
 
 fn node(number: u16) -> Ipam {
@@ -253,7 +253,7 @@ impl Cluster {
     fn check(&self) {
         let mut seen = BTreeSet::new();
         for address in self.granted.values().flatten() {
-            assert!(seen.insert(*address), "{address} was given twice");
+            assert!(seen.insert(*address), "{address} was allocated twice");
         }
         for quarter in quarters() {
             let lenders = self.nodes.values().filter(|node| node.lends(quarter).is_some()).count();
@@ -265,7 +265,7 @@ impl Cluster {
 const LONG: Duration = Duration::from_secs(20);
 
 #[test]
-fn a_node_1_alone_gives_its_own_half_in_order_and_no_other_address() {
+fn a_lender_alone_allocates_from_its_own_half_in_order() {
     for (number, first) in [(1, "10.40.0.1"), (2, "10.42.0.0"), (3, "10.44.0.0"), (4, "10.46.0.0")]
     {
         let mut ipam = node(number);
@@ -289,7 +289,7 @@ fn a_node_1_alone_gives_its_own_half_in_order_and_no_other_address() {
 }
 
 #[test]
-fn a_released_address_rests() {
+fn a_released_address_is_not_reused_at_once() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1]);
     cluster.allocate(1, 1);
     let now = cluster.now;
@@ -304,7 +304,7 @@ fn a_released_address_rests() {
 }
 
 #[test]
-fn node_5_waits_alone_fails_by_name_and_is_ready_when_a_lender_comes() {
+fn node_5_alone_waits_fails_and_recovers_when_a_lender_arrives() {
     let mut cluster = Cluster::new("10.1.0.0/20", [5]);
     cluster.allocate(5, 1);
     cluster.run(Duration::from_secs(14));
@@ -316,7 +316,7 @@ fn node_5_waits_alone_fails_by_name_and_is_ready_when_a_lender_comes() {
     cluster.allocate(5, 1);
     cluster.start(2, 5000);
     cluster.run(Duration::from_secs(3));
-    assert_eq!(cluster.granted[&id(5)].len(), 1, "who waited has an address by itself");
+    assert_eq!(cluster.granted[&id(5)].len(), 1, "the waiting request was not served");
     assert_eq!(cluster.node(5).check_ready(), Ok(()));
     assert!(
         cluster.node(5).layout().lendable(id(2)).unwrap().contains(&cluster.granted[&id(5)][0])
@@ -324,7 +324,7 @@ fn node_5_waits_alone_fails_by_name_and_is_ready_when_a_lender_comes() {
 }
 
 #[test]
-fn what_is_borrowed_can_be_given_with_nobody_there() {
+fn borrowed_addresses_can_be_allocated_in_isolation() {
     let mut cluster = Cluster::new("10.1.0.0/20", [2, 5]);
     cluster.run(LONG);
     cluster.cut.insert(id(5));
@@ -352,7 +352,7 @@ fn blocks_are_sized_to_need() {
 }
 
 #[test]
-fn unused_blocks_are_handed_back_after_a_while_and_a_few_addresses_kept() {
+fn unused_blocks_are_returned_after_a_while_except_a_few_addresses() {
     let mut cluster = Cluster::new("10.1.0.0/20", [1, 5]);
     cluster.run(LONG);
     cluster.allocate(5, 200);
@@ -363,7 +363,7 @@ fn unused_blocks_are_handed_back_after_a_while_and_a_few_addresses_kept() {
         cluster.node(5).release(address, now);
     }
     cluster.run(Duration::from_secs(200));
-    assert_eq!(cluster.held(5), held, "not at once");
+    assert_eq!(cluster.held(5), held, "blocks must not be returned at once");
     cluster.run(Duration::from_secs(200));
     assert!((8..=64).contains(&cluster.held(5)), "{}", cluster.held(5));
     let lent: u128 = cluster
@@ -372,7 +372,7 @@ fn unused_blocks_are_handed_back_after_a_while_and_a_few_addresses_kept() {
         .flat_map(|(_, loans)| loans)
         .flat_map(|(_, blocks)| blocks.iter().map(|block| super::space::size(*block)))
         .sum();
-    assert_eq!(lent, cluster.held(5), "the lender knows");
+    assert_eq!(lent, cluster.held(5), "the ledger must match what is held");
 }
 
 #[test]
@@ -394,7 +394,7 @@ fn an_exhausted_pool_is_explained_and_another_lender_is_found() {
 }
 
 #[test]
-fn nodes_1_to_4_use_what_they_lend_once_their_own_half_is_full() {
+fn lenders_use_their_lendable_half_once_their_own_half_is_full() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2]);
     cluster.run(LONG);
     cluster.allocate(1, 7 + 8 + 8);
@@ -429,16 +429,16 @@ fn a_lender_that_leaves_hands_its_ledger_over_and_gets_it_back() {
     assert_eq!(cluster.node(5).held().collect::<Vec<_>>(), lent);
     cluster.start(lender, 9000);
     cluster.run(LONG);
-    assert!(cluster.node(lender).lends(id(lender)).is_some(), "it lends again");
+    assert!(cluster.node(lender).lends(id(lender)).is_some(), "the lender must lend again");
     assert!(cluster.node(other).lends(id(lender)).is_none());
     let ledger: Vec<_> =
         cluster.node(lender).ledger().flat_map(|(_, loans)| loans).map(|(id, _)| id).collect();
-    assert_eq!(ledger, [id(5)], "with all that it had lent before");
+    assert_eq!(ledger, [id(5)], "the ledger must have the earlier loans");
     cluster.check();
 }
 
 #[test]
-fn a_lender_whose_ledger_nobody_takes_cannot_leave() {
+fn a_lender_without_a_successor_cannot_leave() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 5]);
     cluster.run(LONG);
     cluster.cut.insert(id(5));
@@ -454,7 +454,7 @@ fn a_lender_whose_ledger_nobody_takes_cannot_leave() {
     );
     cluster.cut.clear();
     cluster.allocate(1, 1);
-    assert_eq!(cluster.granted[&id(1)].len(), 1, "it goes on");
+    assert_eq!(cluster.granted[&id(1)].len(), 1, "the node must continue");
 }
 
 /// A node that was reclaimed while alive and then restarted has an incarnation beyond the one in
@@ -462,7 +462,7 @@ fn a_lender_whose_ledger_nobody_takes_cannot_leave() {
 /// its tombstone. It then no longer believed the tombstone, because the old holder vouched for it.
 /// After the old holder had left, no node could tell it.
 #[test]
-fn a_node_is_handed_a_title_only_once_it_has_heard_that_it_was_taken_back() {
+fn a_node_receives_a_title_only_after_it_has_heard_of_its_reclaim() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 3, 5]);
     cluster.run(LONG);
     cluster.cut.insert(id(3));
@@ -479,11 +479,11 @@ fn a_node_is_handed_a_title_only_once_it_has_heard_that_it_was_taken_back() {
     lender.leave(now);
     let sent = sent_to(lender, 3);
     assert!(
-        sent.iter().any(|it| matches!(it, Message::Buried { of, .. } if *of == id(3))),
+        sent.iter().any(|it| matches!(it, Message::Reclaimed { of, .. } if *of == id(3))),
         "{sent:?}"
     );
     assert!(!sent.iter().any(|it| matches!(it, Message::Transfer { .. })), "{sent:?}");
-    let confirmed = Message::BuriedAck { of: id(3), incarnation: 1003 };
+    let confirmed = Message::ReclaimedAck { of: id(3), incarnation: 1003 };
     lender.handle_message(id(3), &confirmed.encode(), now).unwrap();
     let sent = sent_to(lender, 3);
     let is_transfer = |it: &&Message| matches!(it, Message::Transfer { epoch: 6003, .. });
@@ -491,7 +491,7 @@ fn a_node_is_handed_a_title_only_once_it_has_heard_that_it_was_taken_back() {
 }
 
 #[test]
-fn a_borrower_that_left_leaves_nothing_lent() {
+fn nothing_stays_lent_to_a_borrower_that_has_left() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 5]);
     cluster.run(LONG);
     assert!(cluster.held(5) > 0);
@@ -501,27 +501,27 @@ fn a_borrower_that_left_leaves_nothing_lent() {
 }
 
 #[test]
-fn two_halves_cannot_both_reclaim_and_the_lower_id_has_it_in_the_end() {
+fn two_partitions_cannot_both_reclaim_and_the_lower_id_wins() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 3, 5]);
     cluster.run(LONG);
     cluster.allocate(5, 3);
     let now = cluster.now;
-    assert!(cluster.node(2).reclaim(id(1), now).is_err(), "it is reachable");
-    assert!(cluster.node(2).reclaim(id(9), now).is_err(), "it is not known");
+    assert!(cluster.node(2).reclaim(id(1), now).is_err(), "the node is reachable");
+    assert!(cluster.node(2).reclaim(id(9), now).is_err(), "the node is not known");
     cluster.nodes.remove(&id(1));
     cluster.granted.remove(&id(1));
     cluster.pump();
     cluster.cut.insert(id(3));
     cluster.pump();
     let error = cluster.node(2).reclaim(id(1), now).unwrap_err().to_string();
-    assert!(error.contains("was some seconds ago"), "{error}");
+    assert!(error.contains("was a few seconds ago"), "{error}");
     cluster.run(LONG);
     let now = cluster.now;
     assert_eq!(cluster.node(2).reclaim(id(1), now), Ok(()));
     assert_eq!(cluster.node(3).reclaim(id(1), now), Ok(()));
     cluster.pump();
     cluster.run(LONG);
-    assert_eq!(cluster.node(2).reclaims()[&id(1)], [id(3)], "it waits for the other half");
+    assert_eq!(cluster.node(2).reclaims()[&id(1)], [id(3)], "it waits for the other partition");
     assert!(cluster.node(2).lends(id(1)).is_none() && cluster.node(3).lends(id(1)).is_none());
     cluster.heal();
     assert!(cluster.node(2).lends(id(1)).is_some() && cluster.node(3).lends(id(1)).is_none());
@@ -529,16 +529,16 @@ fn two_halves_cannot_both_reclaim_and_the_lower_id_has_it_in_the_end() {
         cluster
             .errors()
             .iter()
-            .any(|error| error.contains("node 2 takes back address space already")),
+            .any(|error| error.contains("node 2 is already reclaiming address space")),
         "{:?}",
         cluster.errors()
     );
-    assert_eq!(cluster.node(3).reclaim(id(1), now), Ok(()), "done is done");
+    assert_eq!(cluster.node(3).reclaim(id(1), now), Ok(()), "a completed reclaim succeeds again");
     cluster.check();
 }
 
 #[test]
-fn who_comes_back_from_the_grave_says_so_and_gives_nothing_of_what_it_lost() {
+fn a_reclaimed_node_reports_its_return_and_reuses_nothing() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 5]);
     cluster.run(LONG);
     // Node 1 uses some of what it lends.
@@ -565,7 +565,7 @@ fn who_comes_back_from_the_grave_says_so_and_gives_nothing_of_what_it_lost() {
     cluster.run(LONG);
     let problems = cluster.problems(1);
     assert!(
-        problems.iter().any(|problem| matches!(problem, Problem::Buried { by } if *by == id(2))),
+        problems.iter().any(|problem| matches!(problem, Problem::Reclaimed { by } if *by == id(2))),
         "{problems:?}"
     );
     assert!(problems.iter().any(|problem| matches!(problem, Problem::Lost { .. })), "{problems:?}");
@@ -574,11 +574,14 @@ fn who_comes_back_from_the_grave_says_so_and_gives_nothing_of_what_it_lost() {
     cluster.allocate(1, 8);
     cluster.run(LONG);
     let more: Vec<_> = cluster.granted[&id(1)][before..].to_vec();
-    assert!(more.iter().all(|address| !given.contains(address)), "it spreads: {more:?}");
+    assert!(
+        more.iter().all(|address| !given.contains(address)),
+        "addresses in use were allocated again: {more:?}"
+    );
 }
 
 #[test]
-fn a_fresh_node_1_gets_back_what_was_reclaimed_of_the_old_one() {
+fn a_new_node_1_gets_back_what_was_reclaimed_from_the_old_one() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 5]);
     cluster.run(LONG);
     cluster.remove(1);
@@ -595,7 +598,7 @@ fn a_fresh_node_1_gets_back_what_was_reclaimed_of_the_old_one() {
 
 /// Nodes 1 to 3, of which node 3 has lent nothing. Node 3 is cut off while alive and reclaimed.
 /// Node 7 borrows from quarter 3 and is cut off. Then node 3 comes back, with or without a restart.
-fn a_node_returns_from_its_grave(restarted: bool) -> Cluster {
+fn reclaimed_node_returns(restarted: bool) -> Cluster {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3]);
     cluster.run(LONG);
     cluster.cut.insert(id(3));
@@ -628,9 +631,9 @@ fn a_node_returns_from_its_grave(restarted: bool) -> Cluster {
 }
 
 #[test]
-fn a_live_node_that_was_reclaimed_gives_nothing_twice_when_it_comes_back() {
+fn a_live_reclaimed_node_allocates_nothing_twice_when_it_returns() {
     for restarted in [false, true] {
-        let mut cluster = a_node_returns_from_its_grave(restarted);
+        let mut cluster = reclaimed_node_returns(restarted);
         cluster.allocate(3, 8);
         cluster.run(LONG);
         cluster.allocate(3, 8);
@@ -643,9 +646,9 @@ fn a_live_node_that_was_reclaimed_gives_nothing_twice_when_it_comes_back() {
 }
 
 #[test]
-fn the_quarter_of_a_node_that_was_reclaimed_has_a_lender_before_its_borrowers_are_back() {
+fn a_reclaimed_quarter_has_a_lender_before_its_borrowers_return() {
     for restarted in [false, true] {
-        let mut cluster = a_node_returns_from_its_grave(restarted);
+        let mut cluster = reclaimed_node_returns(restarted);
         cluster.run(LONG);
         let lenders = [1, 2, 3].into_iter().filter(|it| cluster.node(*it).lends(id(3)).is_some());
         assert_eq!(lenders.count(), 1, "restarted: {restarted}");
@@ -667,7 +670,7 @@ fn the_quarter_of_a_node_that_was_reclaimed_has_a_lender_before_its_borrowers_ar
 /// incarnation. In seed 20765 of the simulation nothing else changed in its record, and a borrower
 /// never told it what it holds.
 #[test]
-fn a_lender_that_returns_from_its_grave_is_asked_again() {
+fn a_reclaimed_lender_that_returns_is_asked_again() {
     let mut borrower = node(6);
     let now = Instant::now();
     let quarter = id(3);
@@ -676,7 +679,7 @@ fn a_lender_that_returns_from_its_grave_is_asked_again() {
     borrower.learn(id(1), Peer { incarnation: 1001, ..Peer::default() }, now);
     borrower.learn(quarter, lender(1003), now);
     borrower.set_reachable(BTreeSet::from([id(1)]), now);
-    borrower.handle_message(id(1), &buried(3, 1003, 1).encode(), now).unwrap();
+    borrower.handle_message(id(1), &reclaimed(3, 1003, 1).encode(), now).unwrap();
     borrower.set_reachable(BTreeSet::from([id(1), quarter]), now);
     let title = Title { serial: 5001, holder: quarter };
     borrower.handle_message(quarter, &Message::Title { quarter, title }.encode(), now).unwrap();
@@ -769,7 +772,7 @@ fn a_late_request_of_an_earlier_launch_is_granted_nothing() {
 /// Lenders ignore requests of an earlier incarnation. So a node that gets a later incarnation
 /// without a restart asks again.
 #[test]
-fn a_node_that_gets_a_later_incarnation_asks_anew() {
+fn a_node_that_gets_a_later_incarnation_asks_again() {
     let mut borrower = node(6);
     let now = Instant::now();
     let half = borrower.layout().lendable(id(1)).unwrap();
@@ -791,7 +794,7 @@ fn a_node_that_gets_a_later_incarnation_asks_anew() {
 /// Nodes 1 and 2 were both cut off and reclaimed. They meet each other before they meet node 4,
 /// which knows of the reclaim. The node that lends their quarters now is unreachable.
 #[test]
-fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_other() {
+fn nodes_reclaimed_together_accept_it_despite_vouching_for_each_other() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3, 4]);
     cluster.run(LONG);
     cluster.cut_off([id(1), id(2)]);
@@ -815,8 +818,12 @@ fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_ot
     cluster.pump();
     cluster.run(Duration::from_secs(1));
     for back in [1, 2] {
-        assert_eq!(cluster.node(back).lends(id(back)), None, "node {back} does not believe it");
-        assert_eq!(cluster.problems(back), [Problem::Buried { by: id(3) }]);
+        assert_eq!(
+            cluster.node(back).lends(id(back)),
+            None,
+            "node {back} does not accept that it was reclaimed"
+        );
+        assert_eq!(cluster.problems(back), [Problem::Reclaimed { by: id(3) }]);
         cluster.allocate(back, 9);
     }
     cluster.run(LONG);
@@ -826,7 +833,7 @@ fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_ot
     for back in [1, 2] {
         assert!(
             cluster.node(back).lends(id(back)).is_some(),
-            "node {back} has not got its quarter back"
+            "node {back} did not get its quarter back"
         );
     }
 }
@@ -834,7 +841,7 @@ fn nodes_that_were_reclaimed_together_believe_it_although_they_vouch_for_each_ot
 /// Node 8 is launched after the reclaim of node 3. It meets only node 3, which announces that it
 /// lends. The outcome is the same after a restart of node 8.
 #[test]
-fn a_node_that_is_new_does_not_vouch_for_a_lender_that_was_reclaimed() {
+fn a_new_node_does_not_vouch_for_a_reclaimed_lender() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3]);
     cluster.run(LONG);
     cluster.cut_off([id(3)]);
@@ -891,7 +898,7 @@ fn nothing_is_lent_to_a_node_after_consent_to_its_reclaim() {
         };
         cluster.node(lender).handle_message(id(5), &request.encode(), now).unwrap();
         cluster.pump();
-        assert_eq!(ledger(&mut cluster), before, "node {lender} lends it more");
+        assert_eq!(ledger(&mut cluster), before, "node {lender} lent it more");
     }
 }
 
@@ -903,9 +910,9 @@ fn lie(cluster: &mut Cluster, from: u16, to: u16, message: &Message) {
     cluster.pump();
 }
 
-fn buried(of: u16, incarnation: u64, by: u16) -> Message {
+fn reclaimed(of: u16, incarnation: u64, by: u16) -> Message {
     let titles = [Title { serial: 5000, holder: id(by) }; 4];
-    Message::Buried { of: id(of), incarnation, by: id(by), titles }
+    Message::Reclaimed { of: id(of), incarnation, by: id(by), titles }
 }
 
 #[test]
@@ -918,17 +925,21 @@ fn a_liar_cannot_declare_a_live_node_gone() {
             let lent = cluster.node(5).held().collect::<Vec<_>>();
             for victim in [1, 3, 5].into_iter().filter(|it| *it != liar) {
                 for to in [1, 3, 5].into_iter().filter(|it| *it != liar) {
-                    lie(&mut cluster, liar, to, &buried(victim, incarnation, liar));
+                    lie(&mut cluster, liar, to, &reclaimed(victim, incarnation, liar));
                 }
             }
             for to in [1, 3, 5] {
-                assert_eq!(cluster.node(to).buried().count(), 0, "node {to} believes node {liar}");
+                assert_eq!(
+                    cluster.node(to).reclaimed().count(),
+                    0,
+                    "node {to} believes node {liar}"
+                );
             }
             cluster.run(LONG);
             for lender in [1, 3] {
                 assert!(
                     cluster.node(lender).lends(id(lender)).is_some(),
-                    "node {lender} lends no more"
+                    "node {lender} has stopped lending"
                 );
                 assert!(cluster.problems(lender).is_empty(), "{:?}", cluster.problems(lender));
             }
@@ -947,7 +958,7 @@ fn a_lender_that_most_nodes_vouch_for_does_not_believe_that_it_is_gone() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 3, 5]);
     cluster.run(LONG);
     for _ in 0..2 {
-        lie(&mut cluster, 2, 3, &buried(3, 1003, 2));
+        lie(&mut cluster, 2, 3, &reclaimed(3, 1003, 2));
     }
     assert!(cluster.node(3).may_lend(id(3)));
     assert_eq!(cluster.problems(3), []);
@@ -966,11 +977,11 @@ fn a_liar_cannot_free_what_was_lent_to_a_node_that_is_away() {
         cluster.run(LONG);
         let round = Round { incarnation: 1000, count: 1 };
         for incarnation in [1005, u64::MAX] {
-            lie(&mut cluster, liar, 1, &buried(5, incarnation, liar));
+            lie(&mut cluster, liar, 1, &reclaimed(5, incarnation, liar));
         }
         let asked = Message::Reclaim { of: id(5), incarnation: u64::MAX, round };
         lie(&mut cluster, liar, 1, &asked);
-        lie(&mut cluster, liar, 1, &buried(5, u64::MAX, liar));
+        lie(&mut cluster, liar, 1, &reclaimed(5, u64::MAX, liar));
         cluster.allocate(1, 7 + 8);
         cluster.run(LONG);
         cluster.check();
@@ -982,7 +993,7 @@ fn a_liar_cannot_free_what_was_lent_to_a_node_that_is_away() {
 }
 
 #[test]
-fn a_liar_cannot_take_a_quarter_by_saying_that_it_has_it() {
+fn a_liar_cannot_take_a_quarter_by_claiming_to_hold_it() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 5, 6]);
     cluster.run(LONG);
     cluster.allocate(6, 3);
@@ -990,7 +1001,7 @@ fn a_liar_cannot_take_a_quarter_by_saying_that_it_has_it() {
     let title = Title { serial: serial + 5, holder: id(5) };
     for to in [1, 2, 6] {
         lie(&mut cluster, 5, to, &Message::Title { quarter: id(1), title });
-        lie(&mut cluster, 5, to, &Message::Poke { quarter: id(1), serial: serial + 5 });
+        lie(&mut cluster, 5, to, &Message::Query { quarter: id(1), serial: serial + 5 });
     }
     let forged = Message::Title { quarter: id(1), title: Title { holder: id(2), ..title } };
     lie(&mut cluster, 5, 1, &forged);
@@ -1000,12 +1011,12 @@ fn a_liar_cannot_take_a_quarter_by_saying_that_it_has_it() {
         Message::Transfer { quarter: id(1), serial, epoch: 1002, part: 0, parts: 1, loans };
     lie(&mut cluster, 5, 2, &transfer);
     cluster.run(LONG);
-    assert_eq!(cluster.problems(1), [], "the lender has given way");
+    assert_eq!(cluster.problems(1), [], "the lender gave way");
     assert!(cluster.node(1).lends(id(1)).is_some());
-    assert!(cluster.node(2).lends(id(1)).is_none(), "another one has taken it");
+    assert!(cluster.node(2).lends(id(1)).is_none(), "another node took the quarter");
     cluster.allocate(6, 30);
     cluster.run(LONG);
-    assert_eq!(cluster.granted[&id(6)].len(), 33, "nobody is asked but the lender");
+    assert_eq!(cluster.granted[&id(6)].len(), 33, "only the lender may be asked");
     cluster.check();
 }
 
@@ -1023,7 +1034,7 @@ fn a_liar_cannot_lend_a_quarter_by_announcing_it() {
     cluster.node(5).allocate("container", now);
     let asked = std::iter::from_fn(|| cluster.node(5).poll_action())
         .any(|it| matches!(it, Action::Send { .. }));
-    assert!(!asked, "it would take what node 6 lends");
+    assert!(!asked, "it must not borrow from node 6");
 }
 
 /// A liar used the ID of a node while that node was away, with the greatest possible numbers.
@@ -1053,12 +1064,12 @@ fn a_liar_that_had_an_id_cannot_keep_its_owner_from_borrowing() {
     cluster.run(LONG);
     assert_eq!(cluster.granted[&id(5)].len(), 1);
     let half = cluster.node(5).layout().lendable(id(1)).unwrap();
-    assert!(half.contains(&cluster.granted[&id(5)][0]), "node 1 does not hear it");
+    assert!(half.contains(&cluster.granted[&id(5)][0]), "node 1 must accept its request");
 }
 
 /// A liar announces a free block. Packets for that block would be routed to the liar.
 #[test]
-fn what_a_liar_announces_is_lent_to_nobody() {
+fn blocks_that_a_liar_announces_are_lent_to_nobody() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1]);
     let half = cluster.node(1).layout().lendable(id(1)).unwrap();
     // The first block is lent to node 5.
@@ -1081,34 +1092,35 @@ fn what_a_liar_announces_is_lent_to_nobody() {
 
 /// While no node vouches for it, a lender lends nothing and reports why.
 #[test]
-fn a_lender_that_is_cut_off_lends_nothing_not_even_to_itself() {
+fn an_isolated_lender_lends_nothing_not_even_to_itself() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 3]);
     cluster.run(LONG);
     cluster.cut.insert(id(3));
     cluster.pump();
     cluster.allocate(3, 9);
-    assert_eq!(cluster.granted[&id(3)].len(), 8, "its own half, and no more");
+    assert_eq!(cluster.granted[&id(3)].len(), 8, "its own half and no more");
     assert!(cluster.node(3).check_ready().is_err());
     cluster.cut.clear();
     cluster.pump();
     cluster.run(Duration::from_secs(1));
-    assert_eq!(cluster.granted[&id(3)].len(), 9, "one word is enough");
+    assert_eq!(cluster.granted[&id(3)].len(), 9, "one voucher is enough");
 }
 
 /// Two quarters become free to lend at once, and neither alone has enough addresses for all waiting
 /// requests.
 #[test]
-fn all_that_wait_get_addresses_of_several_quarters_at_once() {
+fn all_waiting_requests_are_served_from_several_quarters_at_once() {
     let (network, now) = (net("10.0.0.0/8", "10.1.0.0/26"), Instant::now());
     let config = Config { network, id: id(1), incarnation: 1000, timing: Timing::default() };
-    let books = [1, 2].map(|quarter| Fact::Book { quarter: id(quarter), serial: 5, heir: None });
-    let mut ipam = Ipam::new(config, books, BTreeMap::new(), now).unwrap();
+    let ledgers =
+        [1, 2].map(|quarter| Fact::Ledger { quarter: id(quarter), serial: 5, successor: None });
+    let mut ipam = Ipam::new(config, ledgers, BTreeMap::new(), now).unwrap();
     let peer = Peer { incarnation: 1, ..Peer::default() };
     ipam.learn(id(2), peer.clone(), now);
     for _ in 0..20 {
         ipam.allocate("container", now);
     }
-    assert_eq!(ipam.waiting(), 20 - 7, "nobody vouches for it");
+    assert_eq!(ipam.waiting(), 20 - 7, "no node vouches for the lender");
     ipam.learn(id(2), Peer { left: true, ..peer }, now);
     assert_eq!(ipam.waiting(), 0);
 }
@@ -1143,7 +1155,7 @@ fn claims_of_other_nodes_are_respected_and_clashes_found() {
 
 /// A grant is sent only after everything that it depends on is on disk.
 #[test]
-fn the_disk_comes_first() {
+fn a_grant_is_sent_only_after_it_is_on_disk() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 5]);
     cluster.run(LONG);
     let now = cluster.now;
@@ -1179,7 +1191,7 @@ fn the_disk_comes_first() {
 }
 
 #[test]
-fn hostile_messages_are_refused_whole() {
+fn hostile_messages_are_refused_as_a_whole() {
     let layout = *node(1).layout();
     let title = Title { serial: 1, holder: id(1) };
     let request = |quarter, holds| Message::Request {
@@ -1210,7 +1222,7 @@ fn hostile_messages_are_refused_whole() {
         request(id(1), vec![block("10.41.0.1/24")]),
         request(id(1), block("10.41.0.0/16").subnets(25).unwrap().take(257).collect()),
         Message::Title { quarter: id(1), title: Title { serial: u64::MAX, ..title } },
-        Message::Poke { quarter: id(9), serial: 1 },
+        Message::Query { quarter: id(9), serial: 1 },
         part(1, 1, Vec::new()),
         part(0, u16::MAX, Vec::new()),
         part(0, 1, vec![(id(6), loan("10.41.0.0/24")), (id(5), loan("10.41.1.0/24"))]),
@@ -1218,7 +1230,10 @@ fn hostile_messages_are_refused_whole() {
     ];
     for message in refused {
         let decoded = Message::decode(&message.encode(), &layout);
-        assert!(matches!(decoded, Err(BadMessage::Bounds(_))), "{message:?} is {decoded:?}");
+        assert!(
+            matches!(decoded, Err(BadMessage::Bounds(_))),
+            "{message:?} decoded to {decoded:?}"
+        );
     }
     let good = request(id(1), vec![block("10.41.0.0/24"), block("10.41.1.0/24")]);
     assert_eq!(Message::decode(&good.encode(), &layout), Ok(good.clone()));
@@ -1234,7 +1249,7 @@ fn hostile_messages_are_refused_whole() {
 }
 
 #[test]
-fn impossible_networks_are_explained() {
+fn invalid_networks_are_refused_with_the_reason() {
     let refused = |subnet, range| Layout::new(net(subnet, range)).unwrap_err();
     assert!(matches!(refused("10.32.0.0/12", "10.48.0.0/13"), BadNetwork::Outside { .. }));
     assert!(matches!(refused("10.32.0.0/12", "fd00::/64"), BadNetwork::Outside { .. }));
@@ -1246,7 +1261,7 @@ fn impossible_networks_are_explained() {
 }
 
 #[test]
-fn other_networks_are_divided_likewise() {
+fn other_networks_are_divided_the_same_way() {
     let above = Layout::new(net("10.0.0.0/8", "10.0.0.0/16")).unwrap();
     assert_eq!(above.node_address(id(1)), ip("10.1.0.1"));
     assert_eq!(above.statics(), (ip("10.1.16.0"), ip("10.255.255.254")));
@@ -1288,12 +1303,12 @@ fn static_addresses_are_checked() {
             "{outside}"
         );
     }
-    assert_eq!(ipam.allocated().len(), 2, "nothing was taken by a refused claim");
+    assert_eq!(ipam.allocated().len(), 2, "a refused claim must allocate nothing");
 }
 
 proptest! {
     #[test]
-    fn free_blocks_and_taken_ones_are_the_whole(taken in prop::collection::vec((any::<u16>(), 17_u8..=32), 0..30)) {
+    fn free_and_taken_blocks_cover_the_whole(taken in prop::collection::vec((any::<u16>(), 17_u8..=32), 0..30)) {
         let whole: IpNet = "10.1.0.0/16".parse().unwrap();
         let taken: Vec<IpNet> = taken
             .into_iter()
@@ -1336,7 +1351,7 @@ proptest! {
     }
 
     #[test]
-    fn whatever_arrives_nothing_breaks(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn no_message_causes_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let mut ipam = node(1);
         let mut framed = vec![super::message::FORMAT];
         framed.extend(&bytes);

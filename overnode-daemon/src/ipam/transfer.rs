@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use super::fact::{Fact, Heir, Key};
+use super::fact::{Fact, Key, Successor};
 use super::message::{Loan, Message, Title};
 use super::{Action, Ipam, IpamError, Retry};
 use crate::types::NodeId;
@@ -17,7 +17,7 @@ const PART_BYTES: usize = 8 * 1024;
 
 /// A ledger that arrives in parts.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Inbox {
+pub(super) struct IncomingLedger {
     pub(super) serial: u64,
     pub(super) parts: u16,
     pub(super) loans: BTreeMap<u16, Vec<(NodeId, Loan)>>,
@@ -41,8 +41,8 @@ impl Ipam {
         for block in unused.map(|(net, _)| *net).collect::<Vec<_>>() {
             self.give_back(block);
         }
-        for quarter in self.lending.books.keys().copied().collect::<Vec<_>>() {
-            if self.lending.books[&quarter].heir.is_none() {
+        for quarter in self.lending.ledgers.keys().copied().collect::<Vec<_>>() {
+            if self.lending.ledgers[&quarter].successor.is_none() {
                 self.enter_own(quarter);
             }
         }
@@ -51,7 +51,7 @@ impl Ipam {
 
     /// Returns true if another node has to take over a quarter. The birth owner can forget a
     /// quarter of which nothing is lent.
-    fn needs_heir(&self, quarter: NodeId) -> bool {
+    fn needs_successor(&self, quarter: NodeId) -> bool {
         quarter != self.id
             || self
                 .lending
@@ -59,39 +59,41 @@ impl Ipam {
                 .any(|(id, lent)| id != self.id && !lent.loan.blocks.is_empty())
     }
 
-    fn choose_heir(&self, quarter: NodeId) -> Option<Heir> {
+    fn choose_successor(&self, quarter: NodeId) -> Option<Successor> {
         let rank = |id: &NodeId| (*id != quarter, *id);
         let may = |id: &NodeId| {
             let is_there =
-                id.owns_a_quarter() && self.reachable.contains(id) && !self.has_pledged(*id);
-            is_there && self.has_heard_of_graves(*id)
+                id.has_initial_quarter() && self.reachable.contains(id) && !self.has_promised(*id);
+            is_there && self.has_confirmed_tombstones(*id)
         };
         let id = self.members().filter(|id| self.may_lend(quarter) && may(id)).min_by_key(rank)?;
-        Some(Heir { id, epoch: self.peers.get(&id)?.incarnation })
+        Some(Successor { id, epoch: self.peers.get(&id)?.incarnation })
     }
 
-    pub(super) fn begin_transfer(&mut self, quarter: NodeId, heir: Heir, now: Instant) {
-        let Some(book) = self.lending.books.get_mut(&quarter) else { return };
-        book.serial += 1;
-        book.heir = Some(heir);
-        book.acked.clear();
-        book.retry = Retry::new(now);
-        let serial = book.serial;
-        self.put(Fact::Book { quarter, serial, heir: Some(heir) });
+    pub(super) fn begin_transfer(&mut self, quarter: NodeId, successor: Successor, now: Instant) {
+        let Some(ledger) = self.lending.ledgers.get_mut(&quarter) else { return };
+        ledger.serial += 1;
+        ledger.successor = Some(successor);
+        ledger.acked.clear();
+        ledger.retry = Retry::new(now);
+        let serial = ledger.serial;
+        self.put(Fact::Ledger { quarter, serial, successor: Some(successor) });
     }
 
     pub(super) fn drive_transfers(&mut self, now: Instant) {
-        for quarter in self.lending.books.keys().copied().collect::<Vec<_>>() {
-            let heir = self.lending.books[&quarter].heir;
-            match heir {
-                Some(heir) if self.is_gone(heir.id, heir.epoch) => self.drop_title(quarter),
-                Some(heir) => self.send_parts(quarter, heir, now),
+        for quarter in self.lending.ledgers.keys().copied().collect::<Vec<_>>() {
+            let successor = self.lending.ledgers[&quarter].successor;
+            match successor {
+                Some(successor) if self.is_gone(successor.id, successor.epoch) => {
+                    self.drop_title(quarter)
+                }
+                Some(successor) => self.send_parts(quarter, successor, now),
                 None if self.leaving.as_ref().is_some_and(|it| !it.is_done)
-                    && self.needs_heir(quarter) =>
+                    && self.needs_successor(quarter) =>
                 {
-                    if let Some(heir) = self.choose_heir(quarter) {
-                        self.begin_transfer(quarter, heir, now);
-                        self.send_parts(quarter, heir, now);
+                    if let Some(successor) = self.choose_successor(quarter) {
+                        self.begin_transfer(quarter, successor, now);
+                        self.send_parts(quarter, successor, now);
                     }
                 }
                 None => {}
@@ -103,9 +105,11 @@ impl Ipam {
         }
         let kept: Vec<_> = self
             .lending
-            .books
+            .ledgers
             .iter()
-            .filter(|(quarter, book)| book.heir.is_some() || self.needs_heir(**quarter))
+            .filter(|(quarter, ledger)| {
+                ledger.successor.is_some() || self.needs_successor(**quarter)
+            })
             .map(|(quarter, _)| *quarter)
             .collect();
         if kept.is_empty() {
@@ -113,57 +117,64 @@ impl Ipam {
             self.effects.push(Action::MayLeave);
         } else if leaving.deadline <= now {
             self.leaving = None;
-            let error = self.heirless(&kept);
+            let error = self.no_successor(&kept);
             self.effects.push(Action::CannotLeave(error));
         }
     }
 
     pub(super) fn next_transfer(&self) -> Option<Instant> {
-        let reachable =
-            |heir: Option<Heir>| heir.is_some_and(|heir| self.reachable.contains(&heir.id));
-        let retry =
-            self.lending.books.values().filter(|it| reachable(it.heir)).map(|it| it.retry.at).min();
+        let reachable = |successor: Option<Successor>| {
+            successor.is_some_and(|successor| self.reachable.contains(&successor.id))
+        };
+        let retry = self
+            .lending
+            .ledgers
+            .values()
+            .filter(|it| reachable(it.successor))
+            .map(|it| it.retry.at)
+            .min();
         let deadline = self.leaving.as_ref().filter(|it| !it.is_done).map(|it| it.deadline);
         [retry, deadline].into_iter().flatten().min()
     }
 
-    fn heirless(&self, kept: &[NodeId]) -> IpamError {
+    fn no_successor(&self, kept: &[NodeId]) -> IpamError {
         let borrowers: std::collections::BTreeSet<_> = kept
             .iter()
             .flat_map(|quarter| self.lending.of(*quarter))
             .filter(|(id, lent)| *id != self.id && !lent.loan.blocks.is_empty())
             .map(|(id, _)| id)
             .collect();
-        let heirs: std::collections::BTreeSet<_> = kept
+        let successors: std::collections::BTreeSet<_> = kept
             .iter()
-            .filter_map(|quarter| self.lending.books[quarter].heir)
-            .map(|heir| heir.id)
+            .filter_map(|quarter| self.lending.ledgers[quarter].successor)
+            .map(|successor| successor.id)
             .collect();
         let list = |ids: &std::collections::BTreeSet<NodeId>| {
             ids.iter().map(|id| format!("node {id}")).collect::<Vec<_>>().join(", ")
         };
-        let is_reached = self.reachable.iter().any(|id| id.owns_a_quarter());
-        let heir = match (heirs.is_empty(), is_reached) {
-            (false, _) => format!("{} did not confirm", list(&heirs)),
+        let is_reached = self.reachable.iter().any(|id| id.has_initial_quarter());
+        let successor = match (successors.is_empty(), is_reached) {
+            (false, _) => format!("{} did not confirm", list(&successors)),
             (true, false) => "none of nodes 1 to 4 is reachable".to_owned(),
-            (true, true) => "no node that is reachable is ready".to_owned(),
+            (true, true) => "no reachable node is ready".to_owned(),
         };
-        let borrowers = if borrowers.is_empty() { "others".to_owned() } else { list(&borrowers) };
-        IpamError::Heirless { id: self.id, borrowers, heir }
+        let borrowers =
+            if borrowers.is_empty() { "other nodes".to_owned() } else { list(&borrowers) };
+        IpamError::NoSuccessor { id: self.id, borrowers, successor }
     }
 
-    fn send_parts(&mut self, quarter: NodeId, heir: Heir, now: Instant) {
-        let Some(book) = self.lending.books.get_mut(&quarter) else { return };
-        if !self.reachable.contains(&heir.id) || !book.retry.take(now, &self.timing) {
+    fn send_parts(&mut self, quarter: NodeId, successor: Successor, now: Instant) {
+        let Some(ledger) = self.lending.ledgers.get_mut(&quarter) else { return };
+        if !self.reachable.contains(&successor.id) || !ledger.retry.take(now, &self.timing) {
             return;
         }
-        let (serial, acked) = (book.serial, book.acked.clone());
+        let (serial, acked) = (ledger.serial, ledger.acked.clone());
         let parts = self.parts(quarter);
         let count = u16::try_from(parts.len()).unwrap_or(u16::MAX);
         for (part, loans) in (0..count).zip(parts).filter(|(part, _)| !acked.contains(part)) {
-            let epoch = heir.epoch;
+            let epoch = successor.epoch;
             self.send(
-                heir.id,
+                successor.id,
                 &Message::Transfer { quarter, serial, epoch, part, parts: count, loans },
             );
         }
@@ -199,8 +210,8 @@ impl Ipam {
         now: Instant,
     ) {
         let ack = |taken| Message::TransferAck { quarter, serial, part, taken };
-        let is_possible = from.owns_a_quarter() && self.id.owns_a_quarter();
-        if !is_possible || self.has_pledged(from) || self.has_left(from) {
+        let is_possible = from.has_initial_quarter() && self.id.has_initial_quarter();
+        if !is_possible || self.has_promised(from) || self.has_left(from) {
             return;
         }
         if self.epoch > epoch {
@@ -212,28 +223,31 @@ impl Ipam {
             self.send(from, &ack(true));
             return;
         }
-        if self.leaving.is_some() || self.lending.books.contains_key(&quarter) {
+        if self.leaving.is_some() || self.lending.ledgers.contains_key(&quarter) {
             return;
         }
-        let inbox = self.inbox.entry(quarter).or_default();
-        if inbox.serial > serial || (inbox.serial == serial && inbox.parts != parts) {
+        let incoming = self.incoming.entry(quarter).or_default();
+        if incoming.serial > serial || (incoming.serial == serial && incoming.parts != parts) {
             return;
         }
-        if inbox.serial < serial {
-            let old = std::mem::replace(inbox, Inbox { serial, parts, loans: BTreeMap::new() });
+        if incoming.serial < serial {
+            let old = std::mem::replace(
+                incoming,
+                IncomingLedger { serial, parts, loans: BTreeMap::new() },
+            );
             for part in old.loans.into_keys() {
-                self.forget(Key::Part(quarter, part));
+                self.forget(Key::LenderRole(quarter, part));
             }
         }
-        let inbox = self.inbox.entry(quarter).or_default();
-        inbox.loans.insert(part, loans.clone());
-        let is_complete = inbox.loans.len() == usize::from(parts);
-        self.put(Fact::Part { quarter, serial, part, parts, loans });
-        if is_complete && let Some(inbox) = self.inbox.remove(&quarter) {
+        let incoming = self.incoming.entry(quarter).or_default();
+        incoming.loans.insert(part, loans.clone());
+        let is_complete = incoming.loans.len() == usize::from(parts);
+        self.put(Fact::LenderRole { quarter, serial, part, parts, loans });
+        if is_complete && let Some(incoming) = self.incoming.remove(&quarter) {
             for part in 0..parts {
-                self.forget(Key::Part(quarter, part));
+                self.forget(Key::LenderRole(quarter, part));
             }
-            let loans = inbox.loans.into_values().flatten().collect();
+            let loans = incoming.loans.into_values().flatten().collect();
             self.take_title(quarter, serial, loans, &BTreeSet::from([from]), now);
         }
         self.send(from, &ack(true));
@@ -248,8 +262,9 @@ impl Ipam {
         taken: bool,
         now: Instant,
     ) {
-        let Some(book) = self.lending.books.get_mut(&quarter) else { return };
-        if book.serial != serial || book.heir.is_none_or(|heir| heir.id != from) {
+        let Some(ledger) = self.lending.ledgers.get_mut(&quarter) else { return };
+        if ledger.serial != serial || ledger.successor.is_none_or(|successor| successor.id != from)
+        {
             return;
         }
         if !taken {
@@ -257,15 +272,19 @@ impl Ipam {
             // out by asking all nodes.
             self.drop_title(quarter);
             if self.leaving.take_if(|leaving| !leaving.is_done).is_some() {
-                let heir = format!("node {from} was started anew while it was");
-                let error = IpamError::Heirless { id: self.id, borrowers: "others".into(), heir };
+                let successor = format!("node {from} restarted while taking it over");
+                let error = IpamError::NoSuccessor {
+                    id: self.id,
+                    borrowers: "other nodes".into(),
+                    successor,
+                };
                 self.effects.push(Action::CannotLeave(error));
             }
             return;
         }
-        book.acked.insert(part);
-        book.retry = Retry { at: now.max(book.retry.at), ..book.retry };
-        let acked = book.acked.len();
+        ledger.acked.insert(part);
+        ledger.retry = Retry { at: now.max(ledger.retry.at), ..ledger.retry };
+        let acked = ledger.acked.len();
         if acked == self.parts(quarter).len() {
             self.drop_title(quarter);
             self.hear(quarter, Title { serial, holder: from });

@@ -141,22 +141,22 @@ impl Families {
             ("version", node.version.clone()),
             ("programs", node.attachment.clone().unwrap_or_default()),
         ];
-        family("node", "This node; always 1.").gauges(encoder, [(labels, 1_i64)])?;
-        family("uptime", "How long the daemon has been running.")
+        family("node", "Always 1; the labels describe this node.")
+            .gauges(encoder, [(labels, 1_i64)])?;
+        family("uptime", "Time since the daemon started.")
             .in_unit(Unit::Seconds)
             .gauges(encoder, [(vec![], count(node.uptime_seconds))])?;
         let impaired = i64::from(node.state == NodeState::Impaired);
-        family("impaired", "1 while the node has a problem that needs a person.")
+        family("impaired", "1 while the node has a problem that needs an operator.")
             .gauges(encoder, [(vec![], impaired)])?;
         let findings = [Level::Warning, Level::Critical].map(|level| {
             let found =
                 self.0.health.findings.iter().filter(|finding| finding.level == level).count();
             (vec![("level", name_of(&level))], found as i64)
         });
-        family("findings", "What `overnode status` finds wrong, by how bad it is.")
-            .gauges(encoder, findings)?;
+        family("findings", "Findings of `overnode status`, by level.").gauges(encoder, findings)?;
         let mtu = node.mtu.map(|mtu| (vec![], i64::from(mtu)));
-        family("container_mtu", "The MTU of containers that are attached from now on.")
+        family("container_mtu", "MTU of containers that are attached from now on.")
             .in_unit(Unit::Bytes)
             .gauges(encoder, mtu)?;
         let mut endpoints = BTreeMap::<_, i64>::new();
@@ -169,22 +169,16 @@ impl Families {
         let endpoints = endpoints
             .into_iter()
             .map(|((kind, state), found)| (vec![("kind", kind), ("state", state)], found));
-        family(
-            "endpoints",
-            "What is attached on this host, by who attached it and whether it works.",
-        )
-        .gauges(encoder, endpoints)
+        family("endpoints", "Endpoints of this host, by what attached them and by state.")
+            .gauges(encoder, endpoints)
     }
 
     fn packets(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let packets = self.0.counters.iter().map(|it| {
             (vec![("reason", it.reason.clone()), ("dropped", it.dropped.to_string())], it.count)
         });
-        family(
-            "packets",
-            "What became of packets, by reason; since the node was launched or the host started.",
-        )
-        .counters(encoder, packets)
+        family("packets", "Packets by reason, since the node was launched or the host started.")
+            .counters(encoder, packets)
     }
 
     fn peers(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
@@ -192,7 +186,7 @@ impl Families {
         let names = others().map(|it| {
             (vec![("peer", it.id.to_string()), ("nickname", it.nickname.clone())], 1_i64)
         });
-        family("peer", "Each other node that is known; always 1.").gauges(encoder, names)?;
+        family("peer", "Always 1; one series for each other known node.").gauges(encoder, names)?;
         let of = |peer: &PeerStatus| vec![("peer", peer.id.to_string())];
         let reachable = others().map(|it| (of(it), i64::from(it.reachable == Some(true))));
         family("peer_reachable", "1 while the node is reachable, directly or through others.")
@@ -202,49 +196,49 @@ impl Families {
             data().filter_map(move |(labels, data)| Some((labels, value(data)?)))
         };
         let session = gauge(|it| Some(f64::from(it.session == SessionState::Established)));
-        family("peer_session", "1 while there are keys to seal packets for the node.")
+        family("peer_session", "1 while there are session keys to seal packets for the node.")
             .gauges(encoder, session)?;
-        family("peer_session_age", "How old those keys are.")
+        family("peer_session_age", "Age of the session keys.")
             .in_unit(Unit::Seconds)
             .gauges(encoder, gauge(|it| Some(it.session_age_seconds? as f64)))?;
         let direct = gauge(|it| Some(f64::from(it.route.as_ref()?.path == Some(Path::Direct))));
-        family("peer_path_direct", "1 while packets take the straight path to the node.")
+        family("peer_path_direct", "1 while packets take the direct path to the node.")
             .gauges(encoder, direct)?;
         let relayed =
             gauge(|it| Some(f64::from(matches!(it.route.as_ref()?.path, Some(Path::Via(_))))));
-        family("peer_path_relayed", "1 while packets go through another node.")
+        family("peer_path_relayed", "1 while packets to the node go through another node.")
             .gauges(encoder, relayed)?;
-        family("peer_rtt", "Round-trip time of probes on the straight path, smoothed.")
+        family("peer_rtt", "Smoothed round-trip time of probes on the direct path.")
             .in_unit(Unit::Seconds)
             .gauges(encoder, gauge(|it| Some(it.route.as_ref()?.rtt_microseconds? as f64 / 1e6)))?;
-        family("peer_loss", "How many of the probes on the straight path were lost lately.")
+        family("peer_loss", "Recent loss of probes on the direct path, from 0 to 1.")
             .in_unit(Unit::Other("ratio".to_owned()))
             .gauges(
                 encoder,
                 gauge(|it| Some(f64::from(it.route.as_ref()?.loss_per_mille?) / 1000.0)),
             )?;
-        family("peer_mtu", "The largest packet of a container that fits on the way to the node.")
+        family("peer_mtu", "Largest container packet that fits the path to the node.")
             .in_unit(Unit::Bytes)
             .gauges(encoder, gauge(|it| it.mtu.map(f64::from)))?;
         let counter = |value: fn(&DataStatus) -> Option<u64>| {
             data().filter_map(move |(labels, data)| Some((labels, value(data)?)))
         };
-        family("peer_received", "Packets of containers from the node, opened.")
+        family("peer_received", "Container packets received from the node, after opening.")
             .in_unit(Unit::Bytes)
             .counters(encoder, counter(|it| Some(it.rx_bytes)))?;
-        family("peer_sent", "Packets of containers to the node, before they are sealed.")
+        family("peer_sent", "Container packets sent to the node, before sealing.")
             .in_unit(Unit::Bytes)
             .counters(encoder, counter(|it| Some(it.tx_bytes)))?;
-        family("peer_received_messages", "Messages from the node, keepalives included.")
+        family("peer_received_messages", "Messages received from the node, including keepalives.")
             .counters(encoder, counter(|it| it.rx_packets))?;
-        family("peer_sent_messages", "Messages to the node, keepalives included.")
+        family("peer_sent_messages", "Messages sent to the node, including keepalives.")
             .counters(encoder, counter(|it| it.tx_packets))?;
         self.bulk(encoder)
     }
 
     fn bulk(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let workers = &self.0.node.bulk;
-        family("bulk_workers", "Workers of the bulk path.")
+        family("bulk_workers", "Running workers of the bulk path.")
             .gauges(encoder, [(vec![], workers.workers as i64)])?;
         let drops = BULK_DROPS.map(|reason| {
             let count = workers.drops.get(reason.as_str()).copied().unwrap_or_default();
@@ -252,7 +246,7 @@ impl Families {
         });
         family(
             "bulk_drops",
-            "Packets and messages that workers dropped, by reason; since they were started.",
+            "Packets and messages that the workers dropped since they started, by reason.",
         )
         .counters(encoder, drops)?;
         let bulk = || {
@@ -267,19 +261,19 @@ impl Families {
             labels.push(("cipher", bulk.cipher.name().to_owned()));
             (labels, i64::from(bulk.in_use))
         });
-        family("bulk_peer_in_use", "1 while flows to the node that move a lot go through workers.")
+        family("bulk_peer_in_use", "1 while bulk flows to the node go through workers.")
             .gauges(encoder, used)?;
         let counter =
             |value: fn(&BulkStatus) -> u64| bulk().map(move |(labels, bulk)| (labels, value(bulk)));
-        family("bulk_peer_received", "The part of peer_received that came through workers.")
+        family("bulk_peer_received", "Part of peer_received that came through workers.")
             .in_unit(Unit::Bytes)
             .counters(encoder, counter(|it| it.rx_bytes))?;
-        family("bulk_peer_sent", "The part of peer_sent that went through workers.")
+        family("bulk_peer_sent", "Part of peer_sent that went through workers.")
             .in_unit(Unit::Bytes)
             .counters(encoder, counter(|it| it.tx_bytes))?;
         family(
             "bulk_peer_silences",
-            "How often the node's workers fell silent while something was sent to them.",
+            "How often the node's workers fell silent while packets were sent to them.",
         )
         .counters(encoder, counter(|it| it.silences))
     }
@@ -292,60 +286,61 @@ impl Families {
                 let found = self.0.connections.iter().filter(|it| it.state == state).count();
                 (vec![("state", name_of(&state))], found as i64)
             });
-        family("connections", "Control connections and attempts at one, by state.")
+        family("connections", "Control connections and attempts, by state.")
             .gauges(encoder, connections)?;
         let targets =
             [T::Connecting, T::Established, T::Retrying, T::Failed, T::Myself].map(|state| {
                 let found = self.0.targets.iter().filter(|it| it.state == state).count();
                 (vec![("state", name_of(&state))], found as i64)
             });
-        family("targets", "Hosts that the node is to be connected with, by state.")
-            .gauges(encoder, targets)
+        family("targets", "Targets of this node, by state.").gauges(encoder, targets)
     }
 
     fn addresses(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let ipam = &self.0.ipam;
-        family("ipam_ready", "1 while this node can give an address to a container.")
+        family("ipam_ready", "1 while this node can allocate an address for a container.")
             .gauges(encoder, [(vec![], i64::from(ipam.ready))])?;
         family(
             "ipam_problems",
-            "Contradictions between nodes about who may give out which addresses.",
+            "Conflicts between nodes about which of them may allocate which addresses.",
         )
         .gauges(encoder, [(vec![], ipam.problems.len() as i64)])?;
         let own = ipam.owners.iter().find(|owner| owner.id == self.0.node.id);
         let held = own.map(|owner| (vec![], count(owner.addresses)));
-        family("ipam_addresses", "Addresses that this node can give out, borrowed ones included.")
+        family("ipam_addresses", "Addresses that this node can allocate, including borrowed ones.")
             .gauges(encoder, held)?;
         let active = own.and_then(|owner| owner.active).map(|active| (vec![], count(active)));
-        family("ipam_active_addresses", "Of those, addresses in use.").gauges(encoder, active)?;
+        family("ipam_active_addresses", "Addresses of this node that are in use.")
+            .gauges(encoder, active)?;
         let sum = |lent: bool| {
             let mine = |id| id == self.0.node.id;
             let loans =
                 ipam.loans.iter().filter(|it| mine(if lent { it.lender } else { it.borrower }));
             [(vec![], count(loans.map(|it| it.addresses).sum()))]
         };
-        family("ipam_lent_addresses", "Addresses that this node has lent to others.")
+        family("ipam_lent_addresses", "Addresses that this node has lent to other nodes.")
             .gauges(encoder, sum(true))?;
-        family("ipam_borrowed_addresses", "Addresses that others have lent to this node.")
+        family("ipam_borrowed_addresses", "Addresses that other nodes have lent to this node.")
             .gauges(encoder, sum(false))?;
-        family("ipam_reclaims", "Nodes whose addresses this node is taking back.")
+        family("ipam_reclaims", "Nodes whose addresses this node is reclaiming.")
             .gauges(encoder, [(vec![], ipam.reclaims.len() as i64)])
     }
 
     fn names(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let dns = &self.0.dns;
-        family("dns_serving", "1 while this node serves names to its containers.")
+        family("dns_serving", "1 while this node serves DNS to its containers.")
             .gauges(encoder, [(vec![], i64::from(dns.serving))])?;
-        family("dns_names", "Names and addresses that are known.")
+        family("dns_names", "Known pairs of a name and an address.")
             .gauges(encoder, [(vec![], dns.entries.len() as i64)])?;
-        family("dns_queries", "Queries of containers.")
+        family("dns_queries", "DNS queries from containers.")
             .counters(encoder, [(vec![], dns.queries)])?;
         let outcomes =
             [("forwarded", dns.forwarded), ("failed", dns.failed), ("refused", dns.refused)]
                 .map(|(outcome, queries)| (vec![("outcome", outcome.to_owned())], queries));
         family(
             "dns_outcomes",
-            "Queries that the host's resolvers were asked, those without an answer from there, and those that were refused.",
+            "DNS queries that were forwarded to the host's resolvers, that failed there, and that \
+             were refused.",
         )
         .counters(encoder, outcomes)
     }

@@ -1,8 +1,8 @@
 //! Exports the node's status as metrics for Prometheus.
 //!
 //! [`render`] writes the text. [`serve`] answers on a TCP port, if one is configured, and
-//! `GET /v1/metrics` on the unix socket returns the same text. `docs/metrics.md` lists every
-//! metric; a test compares it with the code.
+//! `GET /v1/metrics` on the unix socket returns the same text. `docs/reference/metrics.md` lists
+//! every metric; a test compares it with the code.
 //!
 //! Names have the prefix `overnode_` and base units (seconds, bytes, ratios of 1). Names of
 //! counters end in `_total`. The number of label values is bounded: labels hold node IDs, reasons
@@ -58,14 +58,14 @@ pub async fn serve(address: SocketAddr, node: mpsc::Sender<Call>) {
     loop {
         let why = match TcpListener::bind(address).await {
             Ok(listener) => {
-                tracing::info!("metrics are served at http://{address}/metrics");
+                tracing::info!("serving metrics at http://{address}/metrics");
                 port::serve(listener, node.clone()).await.to_string()
             }
             Err(error) => error.to_string(),
         };
         if why != told {
             tracing::warn!(
-                "metrics cannot be served at {address}: {why}; it is tried again every {} s",
+                "metrics cannot be served at {address}: {why}; retrying every {} s",
                 AGAIN.as_secs()
             );
             told = why;

@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_but_metrics_is_told() {
+    async fn the_port_serves_nothing_but_metrics() {
         let (address, asked) = port().await;
         let status = |text: String| text.split(' ').nth(1).unwrap().to_owned();
         assert!(ask(call_from(1, address).await, "GET /").await.ends_with(PAGE));
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connections_that_say_nothing_keep_prometheus_out_no_longer_than_they_may() {
+    async fn idle_connections_cannot_keep_prometheus_out() {
         let (address, _asked) = port().await;
         let mut idle = Vec::new();
         for number in 0..4 * LIMITS.places as u8 {
@@ -190,23 +190,23 @@ mod tests {
         for stream in &mut idle {
             open += usize::from(!closed(stream).await);
         }
-        assert!(open <= LIMITS.places, "{open} connections");
+        assert!(open <= LIMITS.places, "{open} connections are open");
     }
 
     #[tokio::test]
-    async fn a_request_without_an_end_is_refused() {
+    async fn an_endless_request_is_refused() {
         let (address, _asked) = port().await;
         let mut stream = call_from(1, address).await;
         stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
         let mut sent = 0;
         while stream.write_all(b"X-Header: endless endless endless\r\n").await.is_ok() {
             sent += 1;
-            assert!(sent < 1_000_000, "it takes everything");
+            assert!(sent < 1_000_000, "the request is never refused");
         }
     }
 
     #[tokio::test]
-    async fn many_who_ask_at_once_cost_the_node_one_answer() {
+    async fn many_requests_at_once_cost_the_node_one_answer() {
         let metrics = {
             let (node, _calls) = mpsc::channel(1);
             Metrics {

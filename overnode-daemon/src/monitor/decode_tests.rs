@@ -51,7 +51,7 @@ fn address(text: &str) -> IpAddr {
 }
 
 #[test]
-fn a_packet_of_a_container() {
+fn a_packet_from_a_container_is_decoded() {
     let packet = frame(ETHERTYPE_IPV4, &v4(6, &udp(5000, 80, SECRET)));
     let seen = seen(Reason::Spoofed, PROGRAM_FROM_CONTAINER, &packet);
     assert_eq!((seen.time_ns, seen.reason, seen.ifindex, seen.len), (7, Reason::Spoofed, 3, 1500));
@@ -67,7 +67,7 @@ fn a_packet_of_a_container() {
 }
 
 #[test]
-fn what_seal_gives_up_is_an_inner_packet() {
+fn a_packet_that_seal_drops_is_an_inner_packet() {
     let seen = seen(Reason::Offload, PROGRAM_SEAL, &frame(ETHERTYPE_IPV4, &v4(1, SECRET)));
     assert_eq!(seen.headers.inner.unwrap().protocol, "icmp");
     assert_eq!(seen.headers.ethernet, None);
@@ -117,7 +117,7 @@ fn a_message_shows_its_inner_packet_only_if_it_was_opened() {
 }
 
 #[test]
-fn vlan_tags_are_told_wherever_they_are() {
+fn vlan_tags_inside_and_beside_the_frame_are_shown() {
     let tagged = frame(
         ETHERTYPE_VLAN,
         &[&[0x60, 7][..], &ETHERTYPE_IPV4.to_be_bytes(), &v4(17, &[])].concat(),
@@ -137,7 +137,7 @@ fn vlan_tags_are_told_wherever_they_are() {
 }
 
 #[test]
-fn arp_and_other_protocols() {
+fn arp_and_unknown_protocols_are_decoded() {
     let body = [
         &[0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 2][..],
         &[10, 40, 0, 2],
@@ -165,22 +165,23 @@ fn later_fragments_have_no_ports() {
 }
 
 #[test]
-fn what_no_program_of_this_version_writes_is_refused() {
+fn a_record_that_no_program_of_this_version_writes_is_refused() {
     let good = entry(18, 0, 20, 0, &[0; 128]);
     assert!(record(&good).is_some());
     assert_eq!(record(&entry(60, 0, 20, 0, &[])), None, "an unknown reason");
     assert_eq!(record(&entry(18, 9, 20, 0, &[])), None, "an unknown program");
-    assert_eq!(record(&entry(18, 0, 129, 0, &[])), None, "more than there is room for");
+    assert_eq!(record(&entry(18, 0, 129, 0, &[])), None, "more bytes than the record has");
     for len in 0..32 + 20 {
         assert_eq!(record(&good[..len]), None, "{len}");
     }
 }
 
 proptest! {
-    /// Arbitrary bytes never cause a panic. `payload_makes_no_difference` checks that the payload
-    /// never shows: two packets that differ only behind the headers decode to the same result.
+    /// Arbitrary bytes never cause a panic. `the_payload_does_not_affect_the_result` checks that
+    /// the payload never shows: two packets that differ only behind the headers decode to the same
+    /// result.
     #[test]
-    fn any_bytes_are_taken(
+    fn arbitrary_bytes_cause_no_panic(
         reason in 0_u32..40,
         program in 0_u32..5,
         captured in 0_u32..140,
@@ -201,7 +202,7 @@ proptest! {
     }
 
     #[test]
-    fn payload_makes_no_difference(
+    fn the_payload_does_not_affect_the_result(
         one in proptest::collection::vec(any::<u8>(), 60),
         other in proptest::collection::vec(any::<u8>(), 60),
         is_inner: bool,
@@ -209,7 +210,8 @@ proptest! {
     ) {
         let view = |payload: &[u8]| {
             if is_inner {
-                seen(Reason::Spoofed, PROGRAM_FROM_CONTAINER, &frame(ETHERTYPE_IPV4, &v4(17, &udp(1, 2, payload))))
+                let packet = v4(17, &udp(1, 2, payload));
+                seen(Reason::Spoofed, PROGRAM_FROM_CONTAINER, &frame(ETHERTYPE_IPV4, &packet))
             } else {
                 let text = if opened { v4(17, &udp(1, 2, payload)) } else { payload.to_vec() };
                 let datagram = udp(6784, 6784, &data(&text));

@@ -9,7 +9,7 @@ use axum::body::Bytes;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
-use crate::api::{Happening, MonitorEvent};
+use crate::api::{EventKind, MonitorEvent};
 
 /// Maximum number of concurrent readers.
 pub const MAX_READERS: usize = 16;
@@ -31,10 +31,10 @@ struct Shared {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotRead {
     /// There are already [`MAX_READERS`] readers.
-    #[error("{MAX_READERS} monitors watch this node already: end one of them first")]
+    #[error("{MAX_READERS} monitors already watch this node: end one of them first")]
     TooMany,
     /// The daemon is ending.
-    #[error("the daemon is ending: `overnode resume` starts the node again")]
+    #[error("the daemon is stopping: `overnode resume` starts the node again")]
     Ending,
 }
 
@@ -52,12 +52,12 @@ impl Hub {
     }
 
     /// Sends an event that happened now to all readers.
-    pub fn tell(&self, what: Happening) {
+    pub fn tell(&self, what: EventKind) {
         self.tell_of(now(), what);
     }
 
     /// Sends an event that happened at the given time, in milliseconds since 1970, to all readers.
-    pub fn tell_of(&self, unix_milliseconds: u64, what: Happening) {
+    pub fn tell_of(&self, unix_milliseconds: u64, what: EventKind) {
         if !self.is_watched() {
             return;
         }
@@ -99,7 +99,7 @@ impl Reader {
     pub async fn next(&mut self) -> Option<Bytes> {
         match self.lines.recv().await {
             Ok(line) => Some(line),
-            Err(RecvError::Lagged(count)) => Some(line(now(), Happening::Missed { count })),
+            Err(RecvError::Lagged(count)) => Some(line(now(), EventKind::Missed { count })),
             Err(RecvError::Closed) => None,
         }
     }
@@ -112,11 +112,11 @@ impl Drop for Reader {
 }
 
 /// Formats an event that happens now as a line, for a single reader.
-pub fn line_now(what: Happening) -> Bytes {
+pub fn line_now(what: EventKind) -> Bytes {
     line(now(), what)
 }
 
-fn line(unix_milliseconds: u64, what: Happening) -> Bytes {
+fn line(unix_milliseconds: u64, what: EventKind) -> Bytes {
     // All types in an event have a JSON form, so this cannot fail.
     let mut line =
         serde_json::to_vec(&MonitorEvent { unix_milliseconds, what }).unwrap_or_default();
@@ -134,18 +134,18 @@ pub fn now() -> u64 {
 mod tests {
     use super::*;
 
-    fn problem(n: usize) -> Happening {
-        Happening::Problem { problem: n.to_string() }
+    fn problem(n: usize) -> EventKind {
+        EventKind::Problem { problem: n.to_string() }
     }
 
-    async fn next(reader: &mut Reader) -> Happening {
+    async fn next(reader: &mut Reader) -> EventKind {
         let line = reader.next().await.unwrap();
         assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
         serde_json::from_slice::<MonitorEvent>(&line).unwrap().what
     }
 
     #[tokio::test]
-    async fn everybody_gets_everything_in_order_until_the_end() {
+    async fn every_reader_gets_every_event_in_order_until_the_end() {
         let hub = Hub::default();
         hub.tell(problem(0));
         let mut readers = [hub.read().unwrap(), hub.read().unwrap()];
@@ -164,18 +164,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whoever_is_slow_learns_how_much_was_missed() {
+    async fn a_slow_reader_learns_how_many_events_it_missed() {
         let hub = Hub::default();
         let mut slow = hub.read().unwrap();
         for n in 0..WAITING + 10 {
             hub.tell(problem(n));
         }
-        assert_eq!(next(&mut slow).await, Happening::Missed { count: 10 });
+        assert_eq!(next(&mut slow).await, EventKind::Missed { count: 10 });
         assert_eq!(next(&mut slow).await, problem(10));
     }
 
     #[test]
-    fn there_is_an_end_to_the_readers() {
+    fn the_number_of_readers_is_limited() {
         let hub = Hub::default();
         assert!(!hub.is_watched());
         let mut readers: Vec<Reader> = (0..MAX_READERS).map(|_| hub.read().unwrap()).collect();

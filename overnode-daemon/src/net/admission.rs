@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_from_everywhere_takes_the_place_of_any() {
+    fn a_flood_from_everywhere_evicts_at_random() {
         let (mut admission, now) = admission(LIMITS);
         let mut survived = 0;
         for round in 0..200_u32 {
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_calls_too_often_is_refused() {
+    fn a_source_that_connects_too_often_is_refused() {
         let (mut admission, now) = admission(Limits { burst: 3, ..LIMITS });
         let calls = (0..5).filter_map(|_| admission.admit(ip("192.0.2.1"), now)).count();
         assert_eq!(calls, 3);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn places_that_are_given_back_are_free() {
+    fn released_places_are_free_again() {
         let (mut admission, now) = admission(LIMITS);
         let mut quiet = admission.admit(ip("192.0.2.1"), now).unwrap();
         for number in 0..1000_u32 {

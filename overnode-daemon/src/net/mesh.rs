@@ -20,11 +20,11 @@ use tokio::time::{Instant, interval, timeout};
 
 use super::admission::{Admission, Limits, Place as Seat};
 use super::known::Known;
-use crate::control::dial::{AttemptId, Place};
+use crate::control::dial::{AttemptId, DialTarget};
 use crate::control::frame::MAX_MESSAGE;
 use crate::control::hello::{Hello, Refusal};
 use crate::control::packet::Packet;
-use crate::control::session::{self, Me, Reader, Role, Terms, Writer};
+use crate::control::session::{self, ConnectOptions, LocalIdentity, Reader, Role, Writer};
 use crate::types::{NodeId, PublicKey};
 
 /// Time limit of a connection attempt to one address.
@@ -52,14 +52,14 @@ const FROM_STRANGERS: Limits =
 const BACKLOG: u32 = 1024;
 /// Minimum interval between handshakes computed for strangers. A handshake costs up to 0.5 ms. Even
 /// with all places taken, a stranger waits less than two seconds for its turn.
-const PACE: Duration = Duration::from_millis(2);
+const STRANGER_INTERVAL: Duration = Duration::from_millis(2);
 /// Maximum number of refused connections queued for the node.
 const REFUSED: usize = 64;
 /// Maximum number of message bytes queued for the node from one connection. Beyond that, the
 /// connection is not read.
 const WAITING_OF_ONE: usize = 2 * MAX_MESSAGE;
 /// Maximum number of message bytes queued for the node from all connections.
-const WAITING: usize = 32 * MAX_MESSAGE;
+const MAX_QUEUED_BYTES: usize = 32 * MAX_MESSAGE;
 /// Maximum number of messages queued for a slow peer before its connection is closed.
 const OUTBOX: usize = 256;
 
@@ -73,9 +73,9 @@ pub enum MeshEvent {
     /// A connection is established: both ends have proven to have the token.
     Opened(Box<Opened>),
     /// A gossip message arrived.
-    Received(StreamId, Held),
+    Received(StreamId, QueuedMessage),
     /// A routed message arrived, for this node or to be forwarded.
-    Parcel(StreamId, Held),
+    RoutedMessage(StreamId, QueuedMessage),
     /// A round trip was measured.
     RoundTrip(StreamId, Duration),
     /// A connection ended.
@@ -90,12 +90,12 @@ pub enum MeshEvent {
 
 /// A message queued for the node. It occupies queue space until it is dropped.
 #[derive(Debug)]
-pub struct Held {
+pub struct QueuedMessage {
     bytes: Vec<u8>,
     _room: [OwnedSemaphorePermit; 2],
 }
 
-impl Deref for Held {
+impl Deref for QueuedMessage {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -107,9 +107,7 @@ impl Deref for Held {
 #[derive(Debug, thiserror::Error)]
 pub enum DialFailure {
     /// The name currently has no address.
-    #[error(
-        "the name {0} does not resolve; it is tried again, or take it back with `overnode forget {0}`"
-    )]
+    #[error("the name {0} does not resolve; it is retried until you run `overnode forget {0}`")]
     Unresolved(String),
     /// TCP did not connect.
     #[error("{0}: {1}; check that a node runs there and that TCP port 6783 is open")]
@@ -147,7 +145,7 @@ impl Outbox {
 
 /// Public key and nickname of each ID, as far as this node knows of live nodes. Peers that claim
 /// otherwise are refused.
-pub type Residents = Arc<Mutex<BTreeMap<NodeId, (PublicKey, String)>>>;
+pub type LiveNodes = Arc<Mutex<BTreeMap<NodeId, (PublicKey, String)>>>;
 
 /// All control connections of this node. Dropping it ends them.
 pub struct Mesh {
@@ -158,23 +156,23 @@ pub struct Mesh {
 
 #[derive(Clone)]
 struct Shared {
-    me: Arc<Me>,
-    residents: Residents,
+    me: Arc<LocalIdentity>,
+    live_nodes: LiveNodes,
     known: Known,
     renew_after: Duration,
     port: u16,
     events: mpsc::Sender<MeshEvent>,
     refused: mpsc::Sender<MeshEvent>,
     strangers: Arc<Semaphore>,
-    /// Remaining share of [`WAITING`].
+    /// Remaining share of [`MAX_QUEUED_BYTES`].
     room: Arc<Semaphore>,
     next: Arc<AtomicU64>,
 }
 
 impl Shared {
     fn admit(&self, peer: &Hello) -> Result<(), Refusal> {
-        let residents = self.residents.lock().unwrap_or_else(PoisonError::into_inner);
-        match residents.get(&peer.id) {
+        let live_nodes = self.live_nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        match live_nodes.get(&peer.id) {
             Some((public_key, nickname)) if *public_key != peer.public_key => {
                 Err(Refusal::IdClash {
                     id: peer.id,
@@ -196,8 +194,8 @@ impl Mesh {
     /// If the port is taken.
     pub fn listen(
         port: u16,
-        me: Me,
-        residents: Residents,
+        me: LocalIdentity,
+        live_nodes: LiveNodes,
         known: Known,
         renew_after: Duration,
         events: mpsc::Sender<MeshEvent>,
@@ -205,14 +203,14 @@ impl Mesh {
         let (refused, refusals) = mpsc::channel(REFUSED);
         let shared = Shared {
             me: Arc::new(me),
-            residents,
+            live_nodes,
             known,
             renew_after,
             port,
             events,
             refused,
             strangers: Arc::new(Semaphore::new(1)),
-            room: Arc::new(Semaphore::new(WAITING)),
+            room: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
             next: Arc::default(),
         };
         let mut tasks = JoinSet::new();
@@ -229,7 +227,7 @@ impl Mesh {
     }
 
     /// Makes one attempt. Reports the outcome as an event.
-    pub fn dial(&mut self, attempt: AttemptId, place: Place) {
+    pub fn dial(&mut self, attempt: AttemptId, place: DialTarget) {
         while self.tasks.try_join_next().is_some() {}
         let shared = self.shared.clone();
         self.tasks.spawn(async move {
@@ -318,7 +316,7 @@ async fn welcome(
 ) -> Option<(Ends, Link)> {
     let turn = async {
         if !is_known && let Ok(turn) = shared.strangers.acquire().await {
-            tokio::time::sleep(PACE).await;
+            tokio::time::sleep(STRANGER_INTERVAL).await;
             drop(turn);
         }
     };
@@ -354,15 +352,15 @@ fn in_turn(addresses: BTreeSet<SocketAddr>) -> Vec<SocketAddr> {
 async fn call(
     shared: &Shared,
     attempt: AttemptId,
-    place: Place,
+    place: DialTarget,
 ) -> Result<(Ends, Link), DialFailure> {
     let (addresses, mut last) = match place {
-        Place::Name(name) => {
+        DialTarget::Name(name) => {
             let addresses = resolve(&name, shared.port).await;
             let _ = shared.events.send(MeshEvent::Resolved(attempt, addresses.clone())).await;
             (addresses, DialFailure::Unresolved(name))
         }
-        Place::Addresses(id, addresses) => {
+        DialTarget::Addresses(id, addresses) => {
             (addresses, DialFailure::Unresolved(format!("node {id}")))
         }
     };
@@ -413,7 +411,7 @@ async fn greet(
 ) -> Result<(Ends, Link), Refusal> {
     stream.set_nodelay(true)?;
     let ends = Ends { remote: plain(stream.peer_addr()?), local: plain(stream.local_addr()?) };
-    let terms = Terms { renew_after: shared.renew_after, turn };
+    let terms = ConnectOptions { renew_after: shared.renew_after, turn };
     let link = session::connect(stream, role, &shared.me, terms, |peer| shared.admit(peer)).await?;
     Ok((ends, link))
 }
@@ -455,11 +453,11 @@ async fn read(
     born: Instant,
 ) -> Refusal {
     let own_room = Arc::new(Semaphore::new(WAITING_OF_ONE));
-    let hold = async |bytes: Vec<u8>| -> Option<Held> {
+    let hold = async |bytes: Vec<u8>| -> Option<QueuedMessage> {
         let length = u32::try_from(bytes.len()).ok()?;
         let own = Arc::clone(&own_room).acquire_many_owned(length).await.ok()?;
         let of_all = Arc::clone(&shared.room).acquire_many_owned(length).await.ok()?;
-        Some(Held { bytes, _room: [own, of_all] })
+        Some(QueuedMessage { bytes, _room: [own, of_all] })
     };
     loop {
         let message = match reader.receive().await {
@@ -471,8 +469,8 @@ async fn read(
                 Some(held) => MeshEvent::Received(id, held),
                 None => return Refusal::Closed,
             },
-            Ok(Packet::Parcel(bytes)) => match hold(bytes).await {
-                Some(held) => MeshEvent::Parcel(id, held),
+            Ok(Packet::RoutedMessage(bytes)) => match hold(bytes).await {
+                Some(held) => MeshEvent::RoutedMessage(id, held),
                 None => return Refusal::Closed,
             },
             Ok(Packet::Ping(number)) => {
@@ -484,11 +482,13 @@ async fn read(
             }
             Ok(Packet::Pong(sent)) => {
                 let Some(rtt) = born.elapsed().checked_sub(Duration::from_micros(sent)) else {
-                    return Refusal::CutOff("the answer to a ping of the future".to_owned());
+                    return Refusal::Misconduct(
+                        "it answered a ping that has not been sent yet".to_owned(),
+                    );
                 };
                 MeshEvent::RoundTrip(id, rtt)
             }
-            Err(bad) => return Refusal::CutOff(bad.to_string()),
+            Err(bad) => return Refusal::Misconduct(bad.to_string()),
         };
         if shared.events.send(event).await.is_err() {
             return Refusal::Closed;
@@ -534,7 +534,7 @@ mod tests {
     use crate::control::renewal::RENEW_AFTER;
     use crate::types::{Network, Secret};
 
-    fn me(id: u16, secret: u8) -> Me {
+    fn me(id: u16, secret: u8) -> LocalIdentity {
         let seed = Secret([secret; 32]);
         let static_secret = key::exchange_secret(&seed);
         let hello = Hello {
@@ -547,25 +547,28 @@ mod tests {
             process: id.into(),
             public_key: key::public_key(&static_secret),
         };
-        Me {
+        LocalIdentity {
             static_secret,
             cluster_key: key::cluster_key("a token of some length").unwrap(),
             hello,
         }
     }
 
-    fn shared(me: Me, events: mpsc::Sender<MeshEvent>) -> (Shared, mpsc::Receiver<MeshEvent>) {
+    fn shared(
+        me: LocalIdentity,
+        events: mpsc::Sender<MeshEvent>,
+    ) -> (Shared, mpsc::Receiver<MeshEvent>) {
         let (refused, refusals) = mpsc::channel(REFUSED);
         let shared = Shared {
             me: Arc::new(me),
-            residents: Residents::default(),
+            live_nodes: LiveNodes::default(),
             known: Known::default(),
             renew_after: RENEW_AFTER,
             port: 0,
             events,
             refused,
             strangers: Arc::new(Semaphore::new(1)),
-            room: Arc::new(Semaphore::new(WAITING)),
+            room: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
             next: Arc::default(),
         };
         (shared, refusals)
@@ -579,7 +582,7 @@ mod tests {
 
     /// A slow network path is simulated by the delay that `slowly` adds to each read.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn five_sources_that_call_all_the_time_do_not_keep_a_slow_node_out() {
+    async fn five_flooding_sources_do_not_lock_out_a_slow_node() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (events, mut received) = mpsc::channel(16);
@@ -604,7 +607,9 @@ mod tests {
         tokio::spawn(slowly(far, stream, Duration::from_millis(500)));
         let me = me(2, 2);
         let begun = Instant::now();
-        let met = session::connect(near, Role::Initiator, &me, Terms::default(), |_| Ok(())).await;
+        let met =
+            session::connect(near, Role::Initiator, &me, ConnectOptions::default(), |_| Ok(()))
+                .await;
         assert!(met.is_ok(), "{met:?} after {:?}", begun.elapsed());
         let event = received.recv().await.unwrap();
         assert!(
@@ -639,7 +644,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn callers_that_speak_garbage_are_told_to_the_node_only_as_far_as_it_has_time() {
+    async fn refused_remotes_cannot_fill_the_event_queue() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (events, mut received) = mpsc::channel(1);
@@ -660,12 +665,12 @@ mod tests {
             noted += 1;
         }
         assert_eq!(noted, REFUSED);
-        assert!(received.try_recv().is_err(), "what nodes say has its queue for itself");
+        assert!(received.try_recv().is_err(), "refusals must not use the event queue of nodes");
         accepting.abort();
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_connection_gets_new_keys_again_and_again_and_loses_nothing() {
+    async fn a_connection_rekeys_repeatedly_without_losing_messages() {
         const EVERY: Duration = Duration::from_millis(400);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -700,7 +705,7 @@ mod tests {
                     assert!(opened.outbox.send(&Packet::Gossip(bytes)), "the connection is gone");
                     sent += 1;
                 }
-                event = events.recv() => match event.expect("the mesh lives") {
+                event = events.recv() => match event.expect("the mesh should still run") {
                     MeshEvent::Received(_, bytes) => {
                         assert_eq!(bytes[..4], next.to_le_bytes());
                         next += 1;
@@ -714,7 +719,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_member_that_floods_a_busy_node_fills_no_memory() {
+    async fn a_flooding_member_cannot_fill_the_memory_of_a_busy_node() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         // No task takes the events.
@@ -722,7 +727,7 @@ mod tests {
         let (one, _refused) = shared(me(1, 1), events);
         let accepting = tokio::spawn(accept(listener, one));
         let stream = TcpStream::connect(address).await.unwrap();
-        let terms = Terms::default();
+        let terms = ConnectOptions::default();
         let me = me(2, 2);
         let link = session::connect(stream, Role::Initiator, &me, terms, |_| Ok(())).await.unwrap();
         let mut writer = link.writer;
@@ -730,7 +735,7 @@ mod tests {
         let mut sent = 0;
         while let Ok(Ok(())) = timeout(Duration::from_secs(1), writer.send(&message)).await {
             sent += 1;
-            assert!(sent < 100, "the node takes everything");
+            assert!(sent < 100, "the node reads without limit");
         }
         // One `Opened` event and the messages that may wait. The rest is in the kernel's buffers.
         assert_eq!(received.len(), 1 + WAITING_OF_ONE / MAX_MESSAGE);
@@ -738,7 +743,7 @@ mod tests {
     }
 
     #[test]
-    fn the_families_of_addresses_take_turns() {
+    fn address_families_take_turns() {
         let in_turn = |addresses: &[&str]| {
             let addresses =
                 addresses.iter().map(|ip| SocketAddr::new(ip.parse().unwrap(), 1)).collect();
@@ -758,7 +763,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_name_that_does_not_resolve_is_not_an_address() {
+    async fn unknown_names_give_no_address_and_literals_themselves() {
         assert_eq!(resolve("nowhere.invalid", 6783).await, []);
         assert_eq!(resolve("2001:db8::1", 6783).await, ["[2001:db8::1]:6783".parse().unwrap()]);
         assert_eq!(resolve("192.0.2.1", 6783).await, ["192.0.2.1:6783".parse().unwrap()]);

@@ -206,7 +206,7 @@ fn receive_until(
         fds.push(PollFd::new(stop.as_fd(), PollFlags::POLLIN));
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return tracing::error!("handshakes cannot be waited for: {error}"),
+            Err(error) => return tracing::error!("waiting for handshake messages failed: {error}"),
         }
         let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or_default();
         if fds.last().is_some_and(is_ready) {
@@ -216,7 +216,7 @@ fn receive_until(
             match receive_batch(socket, &mut buffers, take) {
                 Ok(()) | Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(error) => {
-                    tracing::warn!("receiving handshakes failed: {error}");
+                    tracing::warn!("receiving handshake messages failed: {error}");
                     std::thread::sleep(AFTER_ERROR);
                 }
             }
@@ -318,7 +318,7 @@ mod tests {
         fn on(sockets: &UdpSockets) -> Self {
             let (sender, datagrams) = std::sync::mpsc::channel();
             let take = move |_, datagram: &Received<&[u8]>| {
-                sender.send(datagram.to_owned()).expect("the test goes on");
+                sender.send(datagram.to_owned()).expect("the test should still receive");
                 (datagram.bytes == b"answer me").then(|| b"answer".to_vec())
             };
             Self { datagrams, _reception: sockets.receive(take).expect("a thread") }
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn datagrams_come_with_where_they_were_sent_to() {
+    async fn datagrams_carry_their_destination_address() {
         let (a, b) =
             (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
         let heard = Heard::on(&b);
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answers_go_out_from_the_address_asked() {
+    async fn answers_come_from_the_address_that_was_asked() {
         let (a, b) =
             (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
         let (at_a, at_b) = (Heard::on(&a), Heard::on(&b));
@@ -365,10 +365,12 @@ mod tests {
 
         b.send(received.from, Some(Ipv6Addr::LOCALHOST.into()), b"back")
             .await
-            .expect("the other family is ignored");
+            .expect("a source of the other family should be ignored");
         assert_eq!(at_a.next().from, chosen);
         let gone = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 77));
-        b.send(received.from, Some(gone), b"back").await.expect("sent all the same");
+        b.send(received.from, Some(gone), b"back")
+            .await
+            .expect("a missing source address should be ignored");
         assert_eq!(at_a.next().from, chosen);
     }
 
@@ -387,11 +389,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_port_is_free_again_when_nobody_receives() {
+    async fn a_port_is_free_again_once_its_receiver_is_dropped() {
         let first = UdpSockets::bind(0).expect("a free port");
         let port = first.port();
         drop((Heard::on(&first), first));
-        UdpSockets::bind(port).expect("free again");
+        UdpSockets::bind(port).expect("the port should be free again");
     }
 
     #[tokio::test]

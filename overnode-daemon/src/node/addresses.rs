@@ -11,8 +11,8 @@ use super::Daemon;
 use super::running::Node;
 use crate::api::{self, ApiError, Primed, Reply};
 use crate::control::dial::Phase;
-use crate::gossip::parcel::KIND_ALLOCATION;
-use crate::gossip::{self, Parcel, Record};
+use crate::gossip::routed::KIND_ALLOCATION;
+use crate::gossip::{self, Record, RoutedMessage};
 use crate::ipam::{self, IpamError, RequestId};
 use crate::types::NodeId;
 
@@ -88,16 +88,16 @@ impl Node {
     }
 
     /// Handles a routed message for this node.
-    pub(super) fn deliver(&mut self, parcel: &Parcel, now: Instant) {
-        if parcel.kind != KIND_ALLOCATION {
+    pub(super) fn deliver(&mut self, routed: &RoutedMessage, now: Instant) {
+        if routed.kind != KIND_ALLOCATION {
             return tracing::debug!(
-                "node {} sent a parcel of the unknown kind {}",
-                parcel.from,
-                parcel.kind
+                "node {} sent a routed message of unknown kind {}",
+                routed.from,
+                routed.kind
             );
         }
-        if let Err(error) = self.ipam.handle_message(parcel.from, &parcel.body, now) {
-            tracing::debug!("node {} sent nonsense about addresses: {error}", parcel.from);
+        if let Err(error) = self.ipam.handle_message(routed.from, &routed.body, now) {
+            tracing::debug!("node {} sent a malformed allocation message: {error}", routed.from);
         }
     }
 
@@ -113,13 +113,13 @@ impl Node {
                     if let Err(error) = self.store.change_addresses(&changes) {
                         let why = anyhow::Error::new(error);
                         self.broken =
-                            Some(why.context("the list of addresses cannot be kept on disk"));
+                            Some(why.context("the list of addresses cannot be written to disk"));
                         return;
                     }
                 }
                 ipam::Action::Send { to, bytes } => {
-                    if let Err(why) = self.gossip.send_parcel(to, KIND_ALLOCATION, bytes) {
-                        tracing::debug!("node {to} was not asked for addresses: {why}");
+                    if let Err(why) = self.gossip.send_routed(to, KIND_ALLOCATION, bytes) {
+                        tracing::debug!("an allocation message to node {to} was not sent: {why}");
                     }
                 }
                 ipam::Action::Granted { request, address } => self.granted(request, address, now),
@@ -132,7 +132,7 @@ impl Node {
                 // Reported with the other problems while it lasts: see `Node::address_problems`.
                 ipam::Action::Report(problem) => tracing::debug!("{problem}"),
                 ipam::Action::Reclaimed(id) => {
-                    tracing::info!("the address space of node {id} is this node's now");
+                    tracing::info!("this node now owns the address space of node {id}");
                     self.reclaimed.insert(id);
                 }
                 ipam::Action::ReclaimFailed(error) => self.note_unreclaimed(&error),
@@ -140,7 +140,7 @@ impl Node {
                     if let Err(error) = self.store.set_incarnation(incarnation) {
                         let why = anyhow::Error::new(error);
                         self.broken =
-                            Some(why.context("the node's incarnation cannot be kept on disk"));
+                            Some(why.context("the node's incarnation cannot be written to disk"));
                         return;
                     }
                     self.gossip.raise_incarnation(incarnation, now);
@@ -177,7 +177,9 @@ impl Node {
             return;
         }
         if has_new_ranges && let Err(error) = self.datapath.set_own_routes(&self.own_routes()) {
-            tracing::warn!("the own address space cannot be entered: {error:#}");
+            tracing::warn!(
+                "the routes of this node's own address space cannot be installed: {error:#}"
+            );
         }
         self.gossip.update_own(
             |own| {
@@ -310,7 +312,7 @@ impl Daemon {
         };
         if is_waiting {
             let error = ApiError::refused(format_args!(
-                "{} is being attached already, and waits for an address: `overnode status --ipam` says for whom",
+                "{} is already being attached and waits for an address: `overnode status --ipam` shows which node it waits for",
                 attach.target
             ));
             return Some((Err(error), answer));
@@ -352,7 +354,7 @@ impl Daemon {
             return Some((Err(error), answer));
         }
         if self.waiting.leaving.is_some() || self.waiting.removing.is_some() {
-            return Some((Err(ApiError::refused("the node is leaving already")), answer));
+            return Some((Err(ApiError::refused("the node is already leaving")), answer));
         }
         if self.node.as_ref()?.remove_default_network(reset.force) {
             self.waiting.removing = Some((reset, answer));

@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relay_header_from_where_no_node_is_gets_nobody_in() {
+    fn relayed_handshakes_are_accepted_only_from_nodes() {
         let mut world = world();
         let relayed = |destination: u16, message: &[u8]| {
             let relay = Relay { hops: 1, destination, source: 3, previous: 1 };
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn cookies_go_back_at_once_and_through_relays_by_way_of_the_node() {
+    fn cookie_replies_are_sent_at_once_or_by_the_node_if_relayed() {
         let mut world = world();
         let initiation = world.initiation.clone();
         for _ in 0..500 {

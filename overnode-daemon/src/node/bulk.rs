@@ -15,12 +15,12 @@ use rand::rngs::StdRng;
 use super::running::Node;
 use crate::api::{BulkStatus, WorkersStatus};
 use crate::bulk::control::{FromWorkers, Keys, Mode, Report, SOCKET, ToWorkers, VERSION};
-use crate::bulk::link::{self, Link, Ports};
+use crate::bulk::ipc::{self, WorkerSockets, WorkersConnection};
 use crate::bulk::message::Cipher;
 use crate::control::key;
 use crate::datapath::Clock;
 use crate::handshake::{
-    Activity, AdoptedSession, Event, Handshakes, PeerConfig, REJECT_AFTER_TIME, SessionKeys,
+    Activity, Event, Handshakes, InheritedSession, PeerConfig, REJECT_AFTER_TIME, SessionKeys,
 };
 use crate::store::Identity;
 use crate::types::{NodeId, PeerIndex, PublicKey, Secret};
@@ -42,7 +42,7 @@ pub(super) struct Bulk {
     workers: usize,
     run_dir: PathBuf,
     handshakes: Handshakes,
-    link: Option<Link>,
+    link: Option<WorkersConnection>,
     devices: Vec<u32>,
     speeds: [u32; Cipher::ALL.len()],
     started: Instant,
@@ -136,7 +136,7 @@ impl Bulk {
         WorkersStatus {
             mode: self.mode,
             workers: self.devices.len(),
-            pid: self.link.as_ref().map(Link::pid),
+            pid: self.link.as_ref().map(WorkersConnection::pid),
             speeds: speeds.map(|(cipher, speed)| (cipher.name().to_owned(), speed)).collect(),
             drops: self
                 .drops
@@ -153,7 +153,7 @@ impl Bulk {
             // A closed connection is noticed elsewhere. Workers that do not read would miss their
             // keys.
             if error.kind() == std::io::ErrorKind::WouldBlock {
-                tracing::warn!("the workers of the bulk path do not listen: they are started anew");
+                tracing::warn!("the bulk workers do not read their messages: restarting them");
                 link.kill();
             }
         }
@@ -175,7 +175,7 @@ impl Node {
         match self.start_workers().await {
             Ok(()) => self.bulk.error = None,
             Err(error) => {
-                let error = format!("no bulk path, the programs do all the work: {error:#}");
+                let error = format!("no bulk path, the eBPF programs carry all packets: {error:#}");
                 if self.bulk.error.as_ref() != Some(&error) {
                     tracing::warn!("{error}");
                 }
@@ -186,7 +186,7 @@ impl Node {
     }
 
     async fn adopt_workers(&mut self, now: Instant) -> bool {
-        let link = match Link::connect(&self.bulk.run_dir) {
+        let link = match WorkersConnection::connect(&self.bulk.run_dir) {
             Ok(Some(link)) => link,
             Ok(None) => return false,
             Err(error) => {
@@ -196,7 +196,7 @@ impl Node {
         };
         let said = tokio::time::timeout(GREETING, collect(&link)).await;
         let Ok(Some((state, sessions))) = said else {
-            tracing::warn!("the workers of an earlier daemon do not answer: they are ended");
+            tracing::warn!("the bulk workers of an earlier daemon do not answer: killing them");
             link.kill();
             return false;
         };
@@ -213,7 +213,7 @@ impl Node {
         }
         for device in &devices {
             if let Err(error) = self.datapath.adopt_bulk_device(*device).await {
-                tracing::warn!("the workers of an earlier daemon are of no use: {error:#}");
+                tracing::warn!("the bulk workers of an earlier daemon cannot be used: {error:#}");
                 link.kill();
                 return false;
             }
@@ -240,7 +240,7 @@ impl Node {
                 strangers.insert(peer);
                 continue;
             }
-            let session = AdoptedSession {
+            let session = InheritedSession {
                 local_index,
                 remote_index,
                 initiator: is_initiator,
@@ -254,7 +254,7 @@ impl Node {
             self.bulk.tell(&ToWorkers::RemovePeer { peer });
         }
         self.pump_bulk(None);
-        tracing::debug!("the workers of an earlier daemon go on");
+        tracing::debug!("took over the bulk workers of an earlier daemon");
         true
     }
 
@@ -264,29 +264,23 @@ impl Node {
             // devices, the workers exit.
             tokio::time::sleep(STRAYS).await;
         }
-        let ports = Ports::bind(self.bulk.workers)?;
+        let ports = WorkerSockets::bind(self.bulk.workers)?;
         let mut devices = Vec::new();
         for _ in 0..self.bulk.workers {
             devices.push(self.datapath.bulk_device().await?);
         }
         let indexes: Vec<u32> = devices.iter().map(|device| device.ifindex).collect();
         let maps = self.datapath.bulk_map_fds();
-        let mut child = link::start(
-            &self.bulk.run_dir,
-            self.bulk.mode,
-            &self.public_key,
-            maps,
-            devices,
-            ports,
-        )?;
+        let mut child =
+            ipc::start(&self.bulk.run_dir, self.bulk.mode, &self.public_key, maps, devices, ports)?;
         // Reap the child process whenever it ends.
         std::thread::spawn(move || child.wait());
         let started = Instant::now();
         let link = loop {
-            match Link::connect(&self.bulk.run_dir)? {
+            match WorkersConnection::connect(&self.bulk.run_dir)? {
                 Some(link) => break link,
                 None if started.elapsed() > GREETING => {
-                    bail!("the process of the workers does not listen")
+                    bail!("the bulk worker process does not accept connections")
                 }
                 None => tokio::time::sleep(Duration::from_millis(2)).await,
             }
@@ -322,7 +316,7 @@ impl Node {
         self.bulk.reports.clear();
         self.restart_later(now);
         tracing::warn!(
-            "the workers of the bulk path are gone: the programs do all the work until there are new ones"
+            "the bulk workers are gone: the eBPF programs carry all packets until new ones start"
         );
     }
 
@@ -393,7 +387,7 @@ impl Node {
     pub(super) fn follow_bulk_peers(&mut self, now: Instant) {
         let Some(link) = &self.bulk.link else { return };
         if now > self.bulk.last_heard + SILENCE {
-            tracing::warn!("the workers of the bulk path say nothing: they are started anew");
+            tracing::warn!("the bulk workers are silent: restarting them");
             return link.kill();
         }
         let wanted: BTreeMap<NodeId, Configured> = self
@@ -484,8 +478,11 @@ impl Node {
 
     /// Stops the workers, because the node leaves.
     pub(super) async fn stop_bulk(&mut self) {
-        let link =
-            self.bulk.link.take().or_else(|| Link::connect(&self.bulk.run_dir).ok().flatten());
+        let link = self
+            .bulk
+            .link
+            .take()
+            .or_else(|| WorkersConnection::connect(&self.bulk.run_dir).ok().flatten());
         if let Some(link) = link {
             link.stop().await;
         }
@@ -494,7 +491,7 @@ impl Node {
 }
 
 /// Receives the state and the sessions of a worker process, up to [`FromWorkers::Ready`].
-async fn collect(link: &Link) -> Option<(FromWorkers, Vec<FromWorkers>)> {
+async fn collect(link: &WorkersConnection) -> Option<(FromWorkers, Vec<FromWorkers>)> {
     let state = link.next().await.ok()??;
     let mut sessions = Vec::new();
     loop {

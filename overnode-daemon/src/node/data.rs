@@ -10,11 +10,11 @@ use overnode_ebpf::wire::{DATA_PORT, TYPE_RELAY};
 
 use super::paths::stood_for;
 use super::running::Node;
-use crate::api::Happening;
+use crate::api::EventKind;
 use crate::control::key;
 use crate::datapath::PeerState;
 use crate::gossip::Record;
-use crate::handshake::{Activity, AdoptedSession, Event, Initiate, PeerConfig};
+use crate::handshake::{Activity, Event, InheritedSession, Initiate, PeerConfig};
 use crate::net::udp::Received;
 use crate::routing::Conflict;
 use crate::types::{NodeId, PeerIndex, PublicKey, Secret};
@@ -107,7 +107,7 @@ impl Node {
             known.insert(record.id.peer_index());
             // A node that cannot be configured must not prevent the configuration of the others.
             if let Err(error) = self.configure_peer(record, now).await {
-                tracing::warn!("node {} cannot be given to the data plane: {error:#}", record.id);
+                tracing::warn!("node {} cannot be added to the data plane: {error:#}", record.id);
             }
         }
         for external in self.store.external_peers()? {
@@ -115,7 +115,7 @@ impl Node {
             known.insert(index);
             if let Err(error) = self.configure_external(external, now).await {
                 tracing::warn!(
-                    "the WireGuard peer {index} cannot be given to the data plane: {error:#}"
+                    "the WireGuard peer {index} cannot be added to the data plane: {error:#}"
                 );
             }
         }
@@ -132,7 +132,7 @@ impl Node {
             for session in state.sessions {
                 self.handshakes.adopt(
                     state.index,
-                    AdoptedSession {
+                    InheritedSession {
                         local_index: session.local_index,
                         remote_index: session.remote_index,
                         initiator: session.initiator,
@@ -155,7 +155,7 @@ impl Node {
         record: &Record,
         now: Instant,
     ) -> anyhow::Result<()> {
-        if self.routing.is_taken_back(record.id) {
+        if self.routing.is_reclaimed(record.id) {
             return Ok(());
         }
         let wanted = Wanted {
@@ -245,7 +245,7 @@ impl Node {
         if !self.datapath.may_receive_on(datagram.ifindex) {
             return tracing::trace!(
                 ifindex = datagram.ifindex,
-                "a datagram by an interface that is not used"
+                "ignored a datagram from an interface that is not used"
             );
         }
         let authenticated = |node: &Self| {
@@ -279,7 +279,9 @@ impl Node {
         loop {
             while let Some(event) = self.handshakes.poll_event() {
                 if let Err(error) = self.handle_handshake(event, now).await {
-                    tracing::warn!("the data plane refused: {error:#}");
+                    tracing::warn!(
+                        "a handshake event cannot be applied to the data plane: {error:#}"
+                    );
                 }
             }
             let Some(transmit) = self.handshakes.poll_transmit() else { return };
@@ -305,7 +307,7 @@ impl Node {
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.last_error = None;
                 }
-                tracing::debug!("a session with peer {peer}");
+                tracing::debug!("installed a session with peer {peer}");
             }
             Event::Withdraw { peer, local_index } => {
                 self.datapath.withdraw_session(peer, local_index)?
@@ -334,7 +336,7 @@ impl Node {
     pub(super) fn read_maps(&mut self, now: Instant) {
         let states = match self.datapath.peers() {
             Ok(states) => states,
-            Err(error) => return tracing::warn!("the maps cannot be read: {error:#}"),
+            Err(error) => return tracing::warn!("the eBPF maps cannot be read: {error:#}"),
         };
         for state in states {
             let index = state.index;
@@ -413,7 +415,7 @@ impl Node {
     }
 
     fn note_reachability(&mut self, now: Instant) {
-        self.refresh_residents();
+        self.refresh_live_nodes();
         let ids: Vec<_> = self.gossip.records().map(|record| record.id).collect();
         for id in ids {
             let reachable = id == self.identity.id || self.gossip.paths().contains_key(&id);
@@ -423,11 +425,11 @@ impl Node {
                     // The arrival of a node and its departure for good are reported elsewhere.
                     if before.is_some() && self.peers.contains_key(&id.peer_index()) {
                         self.tell(|node| {
-                            let peer = node.who(id.peer_index());
+                            let peer = node.peer_ref(id.peer_index());
                             if reachable {
-                                Happening::NodeReachable { peer }
+                                EventKind::NodeReachable { peer }
                             } else {
-                                Happening::NodeUnreachable { peer }
+                                EventKind::NodeUnreachable { peer }
                             }
                         });
                     }
@@ -464,7 +466,8 @@ impl Node {
             .filter(|address| !range.contains(address))
             .collect();
         self.routing.set_own(&self.ipam.ranges(), &in_use);
-        self.routing.set_gone(self.ipam.buried().map(|(id, incarnation, _)| (id, incarnation)));
+        self.routing
+            .set_reclaimed(self.ipam.reclaimed().map(|(id, incarnation, _)| (id, incarnation)));
         self.routing.set_reachable(self.gossip.paths().keys(), now);
     }
 
@@ -475,9 +478,9 @@ impl Node {
             return;
         }
         let nodes = self.peers.keys().filter_map(|index| index.node());
-        for id in nodes.filter(|id| self.routing.is_taken_back(*id)).collect::<Vec<_>>() {
+        for id in nodes.filter(|id| self.routing.is_reclaimed(*id)).collect::<Vec<_>>() {
             tracing::info!(
-                "the address space of node {id} was taken back: nothing leads to it any more"
+                "the address space of node {id} was reclaimed: removing the node from the data plane"
             );
             self.remove_data_peer(id.peer_index(), now);
         }
@@ -490,7 +493,7 @@ impl Node {
             }
         }
         if let Err(error) = self.datapath.set_routes_of(changed) {
-            tracing::warn!("the routes to other nodes cannot be entered: {error:#}");
+            tracing::warn!("the routes to other nodes cannot be installed: {error:#}");
         }
     }
 
@@ -507,8 +510,7 @@ impl Node {
             more => format!(" and {more} more"),
         };
         format!(
-            "{claimant} announces {}{more}, which belongs to {holder}, where packets still go: run `overnode reset` on the host that \
-             should not have it, or detach the containers that use it there",
+            "{claimant} announces {}{more}, which belongs to {holder} (packets still go there): on the host that should not have it, run `overnode reset` or detach the containers that use it",
             prefixes.join(", ")
         )
     }
@@ -531,7 +533,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn peers_are_not_sought_at_addresses_that_no_other_host_has() {
+    fn peers_are_not_tried_at_addresses_that_no_host_can_have() {
         for ip in ["0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "::", "::1", "ff02::1"] {
             assert!(!is_of_a_host(ip.parse().unwrap()), "{ip}");
         }

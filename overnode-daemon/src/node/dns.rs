@@ -91,7 +91,7 @@ impl Dns {
 
     fn relative(&self, text: &str) -> Result<String, ApiError> {
         name::relative(text, &self.domains).map_err(|error| {
-            ApiError::usage(format_args!("{text:?} cannot be a name in DNS: {error}"))
+            ApiError::usage(format_args!("{text:?} is not a valid DNS name: {error}"))
         })
     }
 
@@ -123,7 +123,7 @@ impl Node {
             return;
         }
         if self.dns.place.take().is_some() {
-            tracing::warn!("the place where DNS is served was lost; it is made anew");
+            tracing::warn!("the DNS server or its interface was lost: creating both again");
             if let Err(error) = self.datapath.detach(&interface).await {
                 tracing::warn!("{interface} cannot be removed: {error:#}");
             }
@@ -132,7 +132,7 @@ impl Node {
             Ok(place) => (self.dns.place, self.dns.trouble) = (Some(place), None),
             Err(error) => {
                 let problem = format!(
-                    "names are not served to containers: {error:#}; it is tried again each minute, or launch with --no-dns"
+                    "names are not served to containers: {error:#}; retrying every minute (launch with --no-dns to do without)"
                 );
                 self.dns.trouble = Some(problem);
             }
@@ -146,7 +146,9 @@ impl Node {
             && let Err(error) =
                 self.datapath.detach(&datapath::host_interface(self.dns.address)).await
         {
-            tracing::debug!("the place where DNS is served goes with the daemon: {error:#}");
+            tracing::debug!(
+                "the interface of the DNS server was not removed, it disappears with the daemon: {error:#}"
+            );
         }
     }
 
@@ -184,8 +186,7 @@ impl Node {
         let (count, size) = (names.len(), bytes(&names));
         self.dns.too_many = (count > MAX_NAMES || size > NAME_BYTES).then(|| {
             format!(
-                "this node has more names than it can tell the others ({count} of {MAX_NAMES}, {size} of {NAME_BYTES} bytes): \
-                 the last ones are not served; remove some with `overnode dns-remove`"
+                "this node has more names than it can announce ({count} of {MAX_NAMES}, {size} of {NAME_BYTES} bytes): the last ones are not served; remove some with `overnode dns-remove`"
             )
         });
         if self.gossip.own().names == names {
@@ -215,7 +216,8 @@ impl Node {
     /// confirmed since then. A name that was removed during a partition must not reappear, not even
     /// until the news arrives.
     pub(super) fn tell_dns_of_paths(&mut self, now: Instant) {
-        let has_way = |id: &NodeId| !matches!(self.ways.route(*id), Some((Route::Unreachable, _)));
+        let has_way =
+            |id: &NodeId| !matches!(self.relay_routes.route(*id), Some((Route::Unreachable, _)));
         let here = self.gossip.paths().keys().copied().filter(has_way);
         let since = |id: &NodeId| self.dns.present.get(id).copied().unwrap_or(now);
         let present: BTreeMap<NodeId, Instant> = here.map(|id| (id, since(&id))).collect();
@@ -242,7 +244,7 @@ impl Node {
         let name = self.dns.relative(&request.name)?;
         check_addresses(&request.addresses)?;
         if request.addresses.is_empty() {
-            return Err(ApiError::usage("no address is given: give at least one"));
+            return Err(ApiError::usage("no address was given: give at least one"));
         }
         let mut added: BTreeSet<Named> =
             self.store.names().map_err(ApiError::failed)?.into_iter().collect();
@@ -251,7 +253,7 @@ impl Node {
             self.own_names()?.into_iter().chain(added.iter().cloned()).collect();
         if all.len() > MAX_NAMES || bytes(&all) > NAME_BYTES {
             return Err(ApiError::refused(format_args!(
-                "{name} was not added: a node can have {MAX_NAMES} names, of {} KiB together: remove some with `overnode dns-remove`",
+                "{name} was not added: a node can have at most {MAX_NAMES} names, {} KiB in total: remove some with `overnode dns-remove`",
                 NAME_BYTES >> 10
             )));
         }
@@ -268,7 +270,7 @@ impl Node {
             |address: &IpAddr| added.iter().any(|it| it.name == name && it.address == *address);
         if let Some(unknown) = request.addresses.iter().find(|address| !is_there(address)) {
             return Err(ApiError::missing(format_args!(
-                "{unknown} was not added to {name} on this node: nothing was changed; `overnode status --dns` lists what was, and on which node"
+                "{name} has no address {unknown} that was added on this node: nothing was changed; `overnode status --dns` lists all names and their nodes"
             )));
         }
         let before = added.len();
@@ -278,7 +280,7 @@ impl Node {
         });
         if added.len() == before {
             return Err(ApiError::missing(format_args!(
-                "{name} was not added on this node: nothing was changed; `overnode status --dns` lists what was, and on which node"
+                "no name {name} was added on this node: nothing was changed; `overnode status --dns` lists all names and their nodes"
             )));
         }
         self.change_names(name, added).await
@@ -307,7 +309,7 @@ impl Node {
         let name = self.dns.full(&name);
         if addresses.is_empty() {
             return Err(ApiError::missing(format_args!(
-                "{name} stands for no address: `overnode status --dns` lists the names that there are"
+                "{name} has no address: `overnode status --dns` lists all names"
             )));
         }
         Ok(DnsAddresses { name, addresses })
@@ -351,7 +353,7 @@ fn bytes<'a>(names: impl IntoIterator<Item = &'a Named>) -> usize {
 fn check_addresses(addresses: &[IpAddr]) -> Result<(), ApiError> {
     if addresses.len() > MAX_ADDRESSES {
         return Err(ApiError::usage(format_args!(
-            "too many addresses: give {MAX_ADDRESSES} at most at a time"
+            "too many addresses: give at most {MAX_ADDRESSES} at a time"
         )));
     }
     let is_odd = |address: &&IpAddr| {
@@ -360,7 +362,7 @@ fn check_addresses(addresses: &[IpAddr]) -> Result<(), ApiError> {
     };
     match addresses.iter().find(is_odd) {
         Some(odd) => Err(ApiError::usage(format_args!(
-            "a name cannot stand for {odd}: give the address of a host or a container"
+            "a name cannot point to {odd}: give the address of a host or a container"
         ))),
         None => Ok(()),
     }

@@ -11,13 +11,13 @@ use tokio::sync::oneshot;
 use super::addresses::Outcome;
 use super::monitor::container_of;
 use super::running::Node;
-use crate::api::{Container, Happening};
-use crate::datapath::{self, NetnsRef, Place};
+use crate::api::{Container, EventKind};
+use crate::datapath::{self, EndPlacement, NetnsRef};
 use crate::docker::{
-    Docker, Event, Incoming, News, Order, Places, Refusal, Request, Response, Service, Settings,
-    Step, engine::NotDone,
+    Docker, EngineEvent, Event, Incoming, Order, Refusal, Request, Response, Service, Settings,
+    SocketPaths, Step, engine::EngineError,
 };
-use crate::fault;
+use crate::failpoint;
 use crate::ipam::{Ipam, IpamError, RequestId};
 use crate::store::{Attachment, Identity, Kind, Store};
 use crate::types::NodeId;
@@ -51,7 +51,7 @@ struct Waiter {
 impl DockerSide {
     /// Starts serving the engine, which need not be running.
     pub(super) fn start(
-        places: &Places,
+        places: &SocketPaths,
         store: &Store,
         identity: &Identity,
         ipam: &Ipam,
@@ -105,52 +105,54 @@ impl Node {
     pub(super) async fn handle_docker(&mut self, event: Event, now: Instant) {
         match event {
             Event::Call((request, answer)) => self.call(request, answer, now).await,
-            Event::News(News::Report(report)) => {
+            Event::EngineEvent(EngineEvent::Report(report)) => {
                 let Some(docker) = &mut self.docker else { return };
                 for step in docker.plan.report(&report, now) {
                     if let Step::Free(addresses, _) = &step {
                         tracing::info!(
-                            "the Docker engine knows nothing of {addresses:?} any more: free again"
+                            "the Docker engine no longer knows {addresses:?}: releasing them"
                         );
                     }
                     let named = self.newly_named(&step);
                     match (self.carry_out(step, now).await, named) {
-                        (Ok(_), Some(container)) => self.tell(|_| Happening::Named(container)),
+                        (Ok(_), Some(container)) => self.tell(|_| EventKind::Named(container)),
                         (Ok(_), None) => {}
                         (Err(why), _) => {
-                            tracing::warn!("what the Docker engine tells was not kept: {why}");
+                            tracing::warn!(
+                                "a report of the Docker engine was not carried out: {why}"
+                            );
                         }
                     }
                 }
                 self.look(true);
             }
-            Event::News(News::Default(made)) => {
+            Event::EngineEvent(EngineEvent::Default(made)) => {
                 if let (Ok(()), Err(why)) = (&made, self.store.set_default_network(true)) {
-                    tracing::warn!("that the default network is there was not kept: {why}");
+                    tracing::warn!("the creation of the default network was not stored: {why}");
                 }
                 if let Some(docker) = &mut self.docker {
                     docker.refused = match made {
                         Ok(()) => None,
-                        Err(why @ NotDone::Absent { .. }) => {
+                        Err(why @ EngineError::Absent { .. }) => {
                             tracing::debug!("{why}");
                             None
                         }
-                        Err(NotDone::Refused(why)) => Some(why),
+                        Err(EngineError::Refused(why)) => Some(why),
                     };
                 }
                 self.outcomes.push_back(Outcome::DefaultNetwork);
             }
-            Event::News(News::Removed(removed)) => {
+            Event::EngineEvent(EngineEvent::Removed(removed)) => {
                 self.outcomes.push_back(Outcome::NetworkRemoved(match removed {
                     Ok(()) => Ok(()),
-                    Err(why @ NotDone::Absent { .. }) => {
-                        tracing::info!("the default network stays in the engine's list: {why}");
+                    Err(why @ EngineError::Absent { .. }) => {
+                        tracing::info!("the engine still lists the default network: {why}");
                         Ok(())
                     }
-                    Err(NotDone::Refused(why)) => Err(why),
+                    Err(EngineError::Refused(why)) => Err(why),
                 }));
             }
-            Event::News(News::Trouble(trouble)) => {
+            Event::EngineEvent(EngineEvent::Trouble(trouble)) => {
                 if let Some(why) = &trouble {
                     tracing::warn!("{why}");
                 }
@@ -182,14 +184,14 @@ impl Node {
 
     async fn call(&mut self, request: Request, answer: Answer, now: Instant) {
         let Some(docker) = &mut self.docker else { return };
-        tracing::debug!(?request, "the Docker engine asks");
+        tracing::debug!(?request, "request of the Docker engine");
         let done = match docker.plan.decide(request, now) {
             Ok(Step::Find { fixed, name }) => return self.find(fixed, name, answer, now).await,
             Ok(step) => self.carry_out(step, now).await,
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = &done {
-            tracing::info!("refused to the Docker engine: {refusal}");
+            tracing::info!("refused a request of the Docker engine: {refusal}");
         }
         // An engine that was killed no longer awaits the answer. The report of the restarted engine
         // tells what became of the request.
@@ -207,7 +209,7 @@ impl Node {
         let Some(docker) = &mut self.docker else { return };
         if docker.waiting.len() >= MAX_WAITING {
             let _ = answer.send(Err(Refusal::new(
-                "too many containers wait for an address: start some later",
+                "too many containers are waiting for an address: start some later",
             )));
             return;
         }
@@ -238,7 +240,7 @@ impl Node {
             }
             (_, Ok(address)) => drop(self.ipam.release(address, now)),
             (Some(Waiter { answer, .. }), Err(why)) => {
-                tracing::info!("refused to the Docker engine: {why}");
+                tracing::info!("refused a request of the Docker engine: {why}");
                 drop(answer.send(Err(Refusal::new(why))));
             }
             (None, Err(_)) => {}
@@ -253,7 +255,7 @@ impl Node {
         now: Instant,
     ) -> Result<Response, Refusal> {
         let Some(docker) = &mut self.docker else {
-            return Err(Refusal::new("no engine is served"));
+            return Err(Refusal::new("this node serves no Docker engine"));
         };
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (record, response) = docker.plan.held(address, fixed, name, since);
@@ -264,14 +266,14 @@ impl Node {
             return Err(Refusal::new(why));
         }
         docker.plan.keep(record, now);
-        fault::step("docker address");
+        failpoint::reached("docker address");
         Ok(response)
     }
 
     async fn carry_out(&mut self, step: Step, now: Instant) -> Result<Response, Refusal> {
         match step {
             Step::Answer(response) => Ok(response),
-            Step::Find { .. } => Err(Refusal::new("an address cannot be found here")),
+            Step::Find { .. } => Err(Refusal::new("an address cannot be allocated at this point")),
             Step::Networks(networks, response) => {
                 self.store.set_docker_networks(&networks).map_err(Refusal::new)?;
                 if let Some(docker) = &mut self.docker {
@@ -286,13 +288,13 @@ impl Node {
             Step::Plug(record, response) => {
                 let container = container_of(&record);
                 self.plug_for_docker(*record, now).await?;
-                self.tell(|_| Happening::Attached(container));
+                self.tell(|_| EventKind::Attached(container));
                 Ok(response)
             }
             Step::Unplug(record, response) => {
                 self.unplug(record.address).await?;
                 self.unguard(record.address).await;
-                self.tell(|_| Happening::Detached(container_of(&record)));
+                self.tell(|_| EventKind::Detached(container_of(&record)));
                 self.keep(*record, now)?;
                 Ok(response)
             }
@@ -321,7 +323,7 @@ impl Node {
             let Ok(identity) = sandbox.id() else { continue };
             if let Err(why) = self.datapath.guard(&sandbox).await {
                 tracing::warn!(
-                    "{} has no rules against the engine's own gateway: {why:#}",
+                    "without routing rules, packets of {} may leave through the engine's gateway: {why:#}",
                     record.address
                 );
                 continue;
@@ -355,7 +357,9 @@ impl Node {
 
     async fn unplug(&mut self, address: IpAddr) -> Result<(), Refusal> {
         let unplugged = self.datapath.detach(&datapath::host_interface(address)).await;
-        unplugged.map_err(|why| Refusal::new(format_args!("{address} was not unplugged: {why:#}")))
+        unplugged.map_err(|why| {
+            Refusal::new(format_args!("the interface of {address} was not removed: {why:#}"))
+        })
     }
 
     /// Creates the interface, replacing an existing one. The engine may repeat the request if it
@@ -363,18 +367,20 @@ impl Node {
     async fn plug_for_docker(&mut self, record: Attachment, now: Instant) -> Result<(), Refusal> {
         self.unplug(record.address).await?;
         let plan = datapath::Attachment {
-            place: Place::Waiting,
+            place: EndPlacement::Waiting,
             address: record.address,
             mac: record.engine.as_ref().map(|engine| engine.mac),
             host_interface: record.host_interface.clone(),
         };
         let address = record.address;
         self.keep(record, now)?;
-        fault::step("docker endpoint");
+        failpoint::reached("docker endpoint");
         if let Err(why) = self.datapath.attach(&plan).await {
-            return Err(Refusal::new(format_args!("{address} was not plugged in: {why:#}")));
+            return Err(Refusal::new(format_args!(
+                "no interface was created for {address}: {why:#}"
+            )));
         }
-        fault::step("docker plugged");
+        failpoint::reached("docker plugged");
         Ok(())
     }
 }

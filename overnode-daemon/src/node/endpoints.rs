@@ -9,9 +9,9 @@ use ipnet::IpNet;
 use super::docker::is_plugged;
 use super::monitor::container_of;
 use super::running::Node;
-use crate::api::{self, ApiError, Happening, Netns, Target};
-use crate::datapath::{self, KnownEndpoint, NetnsRef, Place};
-use crate::fault;
+use crate::api::{self, ApiError, EventKind, Netns, Target};
+use crate::datapath::{self, EndPlacement, KnownEndpoint, NetnsRef};
+use crate::failpoint;
 use crate::store::{Attachment, Kind, StoreError};
 
 /// Returns the network namespace of the container, or `None` for the host.
@@ -23,7 +23,7 @@ fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
         Some(Netns::Path(path)) => Ok(Some(NetnsRef::Path(path))),
         Some(Netns::Pid(pid)) => Ok(Some(NetnsRef::Pid(pid))),
         None => Err(ApiError::usage(format_args!(
-            "where the container {} runs was not told: give its process as netns {{\"pid\": N}}",
+            "the network namespace of the container {} is unknown: give its process as netns {{\"pid\": N}}",
             request.target
         ))),
     }
@@ -52,7 +52,7 @@ impl Node {
                 mac: None,
             })),
             Some(it) => Err(ApiError::refused(format_args!(
-                "this host is exposed already, as {}{}: take that back first with `overnode hide`",
+                "this host is already exposed as {}{}: run `overnode hide` first",
                 it.address,
                 it.name.map(|name| format!(" named {name}")).unwrap_or_default()
             ))),
@@ -65,13 +65,13 @@ impl Node {
         let known = attachments.iter().find(|known| known.target == request.target.to_string());
         if let (Some(known), Some(_)) = (known, &request.cni) {
             return Err(ApiError::refused(format_args!(
-                "{} is attached already, as {}: a container can be in the network once; delete that attachment first",
+                "{} is already attached as {}: a container can join the network only once; delete that attachment first",
                 request.target, known.address
             )));
         }
         if let Some(known) = known {
             return Err(ApiError::refused(format_args!(
-                "{} is attached already, as {}: detach it first with `overnode detach {}`",
+                "{} is already attached as {}: detach it first with `overnode detach {}`",
                 request.target, known.address, request.target
             )));
         }
@@ -116,7 +116,7 @@ impl Node {
         request: api::Attach,
         address: IpAddr,
     ) -> Result<api::Attached, ApiError> {
-        let attached = self.plug(request, address).await;
+        let attached = self.attach_interface(request, address).await;
         // An address on disk stays reserved, as it would after a restart.
         let is_free =
             || self.store.attachments().is_ok_and(|all| all.iter().all(|it| it.address != address));
@@ -126,7 +126,7 @@ impl Node {
         attached
     }
 
-    async fn plug(
+    async fn attach_interface(
         &mut self,
         request: api::Attach,
         address: IpAddr,
@@ -170,13 +170,13 @@ impl Node {
         // Write to disk before anything uses the address. A crash after this point can leave an
         // unused address reserved, but never gives an address twice.
         self.store.add_attachment(&attachment).map_err(ApiError::failed)?;
-        fault::step("attachment");
+        failpoint::reached("attachment");
         let mut plan = match netns.clone() {
             Some(netns) => datapath::Attachment::inside(netns, address),
             None => datapath::Attachment::host(address),
         };
         let mut inside = datapath::CONTAINER_INTERFACE.to_owned();
-        if let (Some(cni), Place::Inside { interface, .. }) = (&cni, &mut plan.place) {
+        if let (Some(cni), EndPlacement::Inside { interface, .. }) = (&cni, &mut plan.place) {
             interface.clone_from(&cni.endpoint.interface);
             inside.clone_from(interface);
             plan.mac = cni.mac;
@@ -188,15 +188,17 @@ impl Node {
             // Another plugin may give the container another gateway. Packets for containers must
             // not take it, so an attachment without the rules is undone.
             if let Err(left) = self.datapath.detach(&plan.host_interface).await {
-                tracing::warn!("{} stays until later: {left:#}", plan.host_interface);
+                tracing::warn!("{} cannot be removed yet: {left:#}", plan.host_interface);
             }
-            plugged = Err(why.context("its rules against another way out cannot be set"));
+            plugged = Err(
+                why.context("the rules that keep its packets off other gateways cannot be set")
+            );
         }
         let attached = match plugged {
             Ok(attached) => attached,
             Err(error) => {
                 if let Err(left) = self.give_back(address) {
-                    tracing::warn!("{address} stays taken: {left}");
+                    tracing::warn!("{address} stays reserved: {left}");
                 }
                 return Err(ApiError::failed(match request.target {
                     Target::Host => format!("this host was not exposed: {error:#}"),
@@ -204,8 +206,8 @@ impl Node {
                 }));
             }
         };
-        fault::step("attached");
-        self.tell(|_| Happening::Attached(container_of(&attachment)));
+        failpoint::reached("attached");
+        self.tell(|_| EventKind::Attached(container_of(&attachment)));
         self.announce_claims(now).await;
         Ok(api::Attached {
             address: self.with_prefix(address),
@@ -249,12 +251,12 @@ impl Node {
                 ));
             }
             return Err(ApiError::missing(format_args!(
-                "{wanted} is not attached: `overnode status --endpoints` lists what is"
+                "{wanted} is not attached: `overnode status --endpoints` lists the endpoints"
             )));
         };
         if !matches!(known.kind, Kind::Netns | Kind::Host) {
             return Err(ApiError::refused(format_args!(
-                "{wanted} was not plugged in by `overnode attach`: the engine that did so plugs it out when its container stops"
+                "{wanted} was not attached by `overnode attach`: the engine that attached it detaches it when its container stops"
             )));
         }
         self.remove(known).await?;
@@ -267,7 +269,7 @@ impl Node {
         self.datapath.detach(&known.host_interface).await.map_err(|error| {
             ApiError::failed(format_args!("{target} was not detached: {error:#}"))
         })?;
-        fault::step("unplugged");
+        failpoint::reached("unplugged");
         let netns = NetnsRef::Path(known.netns.clone().into());
         let is_there = || netns.id().is_ok_and(|identity| identity.inode == known.netns_inode);
         if known.kind == Kind::Cni
@@ -276,9 +278,11 @@ impl Node {
         {
             tracing::debug!("{why:#}");
         }
-        self.tell(|_| Happening::Detached(container_of(known)));
+        self.tell(|_| EventKind::Detached(container_of(known)));
         self.give_back(known.address).map_err(|error| {
-            ApiError::failed(format_args!("{target} was unplugged, but keeps its address: {error}"))
+            ApiError::failed(format_args!(
+                "{target} was detached, but its address stays reserved: {error}"
+            ))
         })
     }
 
@@ -311,14 +315,14 @@ impl Node {
                 tracing::debug!("the interface of {} is gone", attachment.address);
                 continue;
             }
-            self.tell(|_| Happening::Gone(container_of(attachment)));
+            self.tell(|_| EventKind::Gone(container_of(attachment)));
             tracing::info!(
                 "{} is gone; its address {} is free again",
                 attachment.target,
                 attachment.address
             );
             if let Err(error) = self.give_back(attachment.address) {
-                tracing::warn!("{} stays taken: {error}", attachment.address);
+                tracing::warn!("{} stays reserved: {error}", attachment.address);
             }
         }
         self.keep_dns().await;
@@ -345,7 +349,7 @@ impl Node {
         match self.datapath.attach(&plan).await {
             Ok(_) => true,
             Err(error) => {
-                tracing::warn!("{} cannot be plugged in again: {error:#}", attachment.target);
+                tracing::warn!("{} cannot be attached again: {error:#}", attachment.target);
                 false
             }
         }
@@ -366,7 +370,7 @@ impl Node {
         }
         if address.prefix_len() != subnet.prefix_len() {
             return Err(ApiError::usage(format_args!(
-                "{address} does not have the subnet's prefix: give {}/{}",
+                "the prefix length of {address} is not the subnet's: give {}/{}",
                 address.addr(),
                 subnet.prefix_len()
             )));

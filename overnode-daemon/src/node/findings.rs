@@ -9,13 +9,13 @@ use ipnet::IpNet;
 
 use super::docker::DockerSide;
 use super::running::Node;
-use crate::api::Happening;
+use crate::api::EventKind;
 use crate::ipam::IpamError;
 use crate::routing::Conflict;
 use crate::types::NodeId;
 
 /// How long an ID clash is remembered. The host that is refused retries several times within it.
-const TWINS: Duration = Duration::from_secs(180);
+const CLASH_MEMORY: Duration = Duration::from_secs(180);
 /// Maximum number of ID clashes remembered. Any host can claim any ID.
 const MAX_TWINS: usize = 32;
 
@@ -23,7 +23,7 @@ const MAX_TWINS: usize = 32;
 #[derive(Debug, Default)]
 pub(super) struct Findings {
     /// IDs that two hosts use, with a description and the time when the clash was last seen.
-    twins: BTreeMap<NodeId, (String, Instant)>,
+    id_clashes: BTreeMap<NodeId, (String, Instant)>,
     /// Nodes whose address space could not be reclaimed, and why.
     unreclaimed: BTreeMap<NodeId, String>,
     /// Problems that were logged and reported to monitors and still exist.
@@ -32,11 +32,11 @@ pub(super) struct Findings {
 
 impl Node {
     /// Notes that two hosts use one ID.
-    pub(super) fn note_twins(&mut self, id: NodeId, problem: String, now: Instant) {
-        let twins = &mut self.findings.twins;
-        twins.retain(|_, (_, at)| now < *at + TWINS);
-        if twins.len() < MAX_TWINS || twins.contains_key(&id) {
-            twins.insert(id, (problem, now));
+    pub(super) fn note_id_clash(&mut self, id: NodeId, problem: String, now: Instant) {
+        let id_clashes = &mut self.findings.id_clashes;
+        id_clashes.retain(|_, (_, at)| now < *at + CLASH_MEMORY);
+        if id_clashes.len() < MAX_TWINS || id_clashes.contains_key(&id) {
+            id_clashes.insert(id, (problem, now));
         }
     }
 
@@ -55,17 +55,20 @@ impl Node {
 
     /// Returns the problems of this node other than those of addresses and the underlay.
     pub(super) fn problems(&self, now: Instant) -> BTreeSet<String> {
-        let twins = self.findings.twins.values().filter(|(_, at)| now < *at + TWINS);
+        let id_clashes =
+            self.findings.id_clashes.values().filter(|(_, at)| now < *at + CLASH_MEMORY);
         let docker = self.docker.iter().flat_map(DockerSide::problems);
-        let known =
-            twins.map(|(problem, _)| problem).chain(docker).chain(self.dns.problems()).cloned();
+        let known = id_clashes
+            .map(|(problem, _)| problem)
+            .chain(docker)
+            .chain(self.dns.problems())
+            .cloned();
         known.chain(self.lack_of_room(now)).collect()
     }
 
     fn lack_of_room(&self, now: Instant) -> Option<String> {
         self.gossip.is_full(now).then(|| {
-            "what other nodes say takes all the room that there is for it, and news was left out: look \
-             in `overnode status --peers` for nodes that are not yours"
+            "the records of other nodes have used up their space, and updates were dropped: look in `overnode status --peers` for nodes that are not yours"
                 .to_owned()
         })
     }
@@ -73,7 +76,7 @@ impl Node {
     /// Returns why messages of other hosts cannot be received on an interface.
     pub(super) fn underlay_problems(&self) -> BTreeSet<String> {
         let of_interface =
-            |why: String| format!("this host cannot take packets from other hosts: {why}");
+            |why: String| format!("this host cannot receive packets from other hosts: {why}");
         self.datapath.underlay().problems.into_iter().map(of_interface).collect()
     }
 
@@ -108,9 +111,9 @@ impl Node {
             return false;
         };
         let is_reachable = self.reach(id).is_some_and(|(reachable, _)| reachable);
-        let is_buried =
-            self.ipam.buried().any(|(of, up_to, _)| of == id && record.incarnation <= up_to);
-        !is_reachable && !is_buried && !self.ipam.reclaims().contains_key(&id)
+        let is_reclaimed =
+            self.ipam.reclaimed().any(|(of, up_to, _)| of == id && record.incarnation <= up_to);
+        !is_reachable && !is_reclaimed && !self.ipam.reclaims().contains_key(&id)
     }
 
     /// Runs once a second: logs new problems, and reports new and resolved problems to monitors.
@@ -130,11 +133,11 @@ impl Node {
         let told = std::mem::take(&mut self.findings.told);
         for problem in present.difference(&told) {
             tracing::warn!("{problem}");
-            self.tell(|_| Happening::Problem { problem: problem.clone() });
+            self.tell(|_| EventKind::Problem { problem: problem.clone() });
         }
         for problem in told.difference(&present) {
-            tracing::info!("this is over: {problem}");
-            self.tell(|_| Happening::ProblemOver { problem: problem.clone() });
+            tracing::info!("no longer a problem: {problem}");
+            self.tell(|_| EventKind::ProblemResolved { problem: problem.clone() });
         }
         self.findings.told = present;
     }

@@ -1,4 +1,4 @@
-//! Reports the whole state of the node for `inspect`. `docs/inspect.md` describes the document.
+//! Reports the whole state of the node for `inspect`. `docs/reference/inspect.md` describes the document.
 
 use std::time::{Duration, Instant};
 
@@ -79,7 +79,7 @@ impl Node {
         json!({
             "peers": paths.collect::<Vec<_>>(),
             "malformed": counters.malformed,
-            "strangers": counters.strangers,
+            "unknown_peers": counters.unknown_peers,
             "stray": counters.stray,
             "limited": counters.limited,
         })
@@ -91,8 +91,8 @@ impl Node {
             let loans = loans.into_iter().map(|(id, blocks)| json!({ "borrower": id, "blocks": blocks }));
             json!({ "quarter": quarter, "serial": ipam.lends(quarter), "loans": loans.collect::<Vec<_>>() })
         });
-        let buried = ipam
-            .buried()
+        let reclaimed = ipam
+            .reclaimed()
             .map(|(id, incarnation, by)| json!({ "id": id, "incarnation": incarnation, "by": by }));
         json!({
             "epoch": ipam.epoch(),
@@ -100,7 +100,7 @@ impl Node {
             "held": ipam.held().collect::<Vec<_>>(),
             "lost": ipam.lost().collect::<Vec<_>>(),
             "lends": lends.collect::<Vec<_>>(),
-            "buried": buried.collect::<Vec<_>>(),
+            "buried": reclaimed.collect::<Vec<_>>(),
             "waiting": ipam.waiting(),
             "pending": ipam.pending(),
         })

@@ -11,7 +11,7 @@ use crate::control::hello::{MAX_NICKNAME, NEWEST_VERSION, OLDEST_VERSION};
 use crate::control::key;
 use crate::datapath::Datapath;
 use crate::dns::{DEFAULT_DOMAIN, Domain};
-use crate::fault;
+use crate::failpoint;
 use crate::ipam::Layout;
 use crate::store::Identity;
 use crate::types::{Network, Secret};
@@ -22,7 +22,7 @@ pub(super) const PROTOCOLS: (u16, u16) = (OLDEST_VERSION, NEWEST_VERSION);
 impl Daemon {
     pub(super) async fn launch(&mut self, request: api::Launch) -> Result<Launched, ApiError> {
         let cluster_key = derive(&request).await?;
-        fault::step("cluster key");
+        failpoint::reached("cluster key");
         match self.store.identity().map_err(failed)? {
             Some(identity) => self.launch_again(request, &identity, &cluster_key).await,
             None => self.launch_first(request, cluster_key).await,
@@ -39,19 +39,20 @@ impl Daemon {
         let nickname = identity.nickname.clone();
         let targets: Vec<String> = request.hosts.iter().map(api::Host::to_string).collect();
         self.store.set_identity(&identity, Some(&targets)).map_err(failed)?;
-        fault::step("identity");
+        failpoint::reached("identity");
         match Node::start(&self.options, &self.store, identity, self.started, &self.hub).await {
             Ok(node) => self.node = Some(node),
             Err(error) => {
                 let mut message = format!("node {id} was not launched: {error:#}");
                 for left in Datapath::tear_down(&self.options.state_dir).await {
-                    message.push_str(&format!("; moreover, not all was undone: {left:#}"));
+                    message
+                        .push_str(&format!("; in addition, the cleanup is incomplete: {left:#}"));
                 }
                 self.leaving = true;
                 return Err(ApiError::failed(message));
             }
         }
-        fault::step("running");
+        failpoint::reached("running");
         Ok(Launched { outcome: LaunchOutcome::Started, id, nickname, targets: request.hosts })
     }
 
@@ -64,7 +65,7 @@ impl Daemon {
         let id = identity.id;
         if id != request.id {
             return Err(ApiError::refused(format_args!(
-                "this host is node {id} already, not {}: one host runs one node; run `overnode reset` first to give it another ID",
+                "this host is already node {id}, not {}: one host runs one node; run `overnode reset` first to give it another ID",
                 request.id
             )));
         }
@@ -110,7 +111,7 @@ async fn derive(request: &api::Launch) -> Result<Secret, ApiError> {
     tokio::task::spawn_blocking(move || key::cluster_key(token.expose()))
         .await
         .map_err(|error| {
-            ApiError::failed(format_args!("the token cannot be turned into a key: {error}"))
+            ApiError::failed(format_args!("no key can be derived from the token: {error}"))
         })?
         .map_err(|error| ApiError::usage(error.to_string()))
 }
@@ -124,7 +125,7 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
                 || nickname.chars().any(char::is_control) =>
         {
             return Err(ApiError::usage(format_args!(
-                "the nickname must have 1 to {MAX_NICKNAME} bytes of printable text"
+                "the nickname must be 1 to {MAX_NICKNAME} bytes of printable text"
             )));
         }
         Some(nickname) => nickname.clone(),
@@ -160,7 +161,7 @@ fn bulk_workers(request: &api::Launch) -> Result<Option<u8>, ApiError> {
     match request.bulk_workers {
         Some(workers) if workers == 0 || u32::from(workers) > BULK_WORKER_SLOTS => {
             Err(ApiError::usage(format_args!(
-                "{workers} workers cannot be: give 1 to {BULK_WORKER_SLOTS}, or --bulk off for none"
+                "{workers} is not a valid number of bulk workers: give 1 to {BULK_WORKER_SLOTS}, or --bulk off for none"
             )))
         }
         workers => Ok(workers),
@@ -169,7 +170,7 @@ fn bulk_workers(request: &api::Launch) -> Result<Option<u8>, ApiError> {
 
 fn domain(request: &api::Launch) -> Result<Option<Domain>, ApiError> {
     let domain = request.dns_domain.as_deref().map(Domain::new).transpose();
-    domain.map_err(|error| ApiError::usage(format_args!("the domain cannot be served: {error}")))
+    domain.map_err(|error| ApiError::usage(format_args!("the DNS domain cannot be used: {error}")))
 }
 
 fn network(request: &api::Launch) -> Result<Network, ApiError> {
@@ -181,7 +182,7 @@ fn network(request: &api::Launch) -> Result<Network, ApiError> {
     Layout::new(network).map_err(ApiError::usage)?;
     if network.subnet.addr().is_ipv6() {
         return Err(ApiError::usage(format_args!(
-            "the subnet {} is IPv6, which container networks cannot be yet: give an IPv4 --subnet",
+            "the subnet {} is IPv6, which container networks do not support yet: give an IPv4 --subnet",
             network.subnet
         )));
     }

@@ -7,6 +7,7 @@
 mod addresses;
 mod arrivals;
 mod bulk;
+mod connections;
 mod data;
 mod dns;
 mod docker;
@@ -14,13 +15,12 @@ mod endpoints;
 mod external;
 mod findings;
 mod inspect;
+mod ipam_status;
 mod launch;
-mod links;
 mod monitor;
 mod paths;
 mod reset;
 mod running;
-mod shares;
 mod status;
 
 use std::os::unix::fs::DirBuilderExt;
@@ -46,7 +46,7 @@ pub use reset::reset_offline;
 use running::Node;
 
 /// Time limit for a killed daemon to release its lock and its socket.
-const LETTING_GO: Duration = Duration::from_millis(1500);
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// A daemon that is not launched within this time exits.
 const UNLAUNCHED: Duration = Duration::from_secs(120);
 
@@ -56,13 +56,13 @@ const UNLAUNCHED: Duration = Duration::from_secs(120);
 /// If another daemon uses the state or the socket, or if the stored node cannot be started.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let store = Arc::new(
-        patiently(
+        retry_briefly(
             || Store::open(&options.state_dir),
             |error| matches!(error, StoreError::Locked { .. }),
         )
         .await?,
     );
-    let listener = patiently(|| listen(&options.run_dir), |_| true).await?;
+    let listener = retry_briefly(|| listen(&options.run_dir), |_| true).await?;
     let (calls, mut requests) = mpsc::channel(64);
     let metrics =
         options.metrics.map(|address| tokio::spawn(metrics::serve(address, calls.clone())));
@@ -82,7 +82,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     } else {
         // Remnants of a node whose state is gone belong to no node.
         for left in Datapath::tear_down(&daemon.options.state_dir).await {
-            tracing::warn!("what an earlier node left cannot be removed: {left:#}");
+            tracing::warn!("the remains of an earlier node cannot be removed: {left:#}");
         }
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -96,7 +96,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 if let Some(node) = &mut daemon.node {
                     node.handle_input(input).await;
                     if let Some(broken) = node.broken.take() {
-                        return Err(broken.context("the node stops, for it must not give an address twice"));
+                        return Err(broken.context("the node stops, because it could otherwise give out an address twice"));
                     }
                 }
                 daemon.settle().await;
@@ -149,7 +149,9 @@ impl Daemon {
             Request::Connect(connect) => self.node()?.connect(connect).await.map(Reply::Targets),
             Request::Forget(forget) => self.node()?.forget(forget).await.map(Reply::Targets),
             // Attaching takes a while, so `begin` answers it later.
-            Request::Attach(_) => Err(ApiError::failed("an attachment cannot be answered at once")),
+            Request::Attach(_) => {
+                Err(ApiError::failed("an attach request cannot be answered at once"))
+            }
             Request::Detach(detach) => self.node()?.detach(detach).await.map(Reply::Detached),
             Request::Status => self.node()?.status().map(|status| Reply::Status(Box::new(status))),
             Request::Inspect => self.node()?.inspect().map(Reply::Inspect),
@@ -203,11 +205,11 @@ async fn next_input(node: &mut Option<Node>) -> running::Input {
 
 /// Retries a failing attempt for a short time. A daemon that was just killed holds its lock and its
 /// socket until the kernel has cleaned up after it.
-async fn patiently<T, E>(
+async fn retry_briefly<T, E>(
     mut attempt: impl FnMut() -> Result<T, E>,
     may_pass: impl Fn(&E) -> bool,
 ) -> Result<T, E> {
-    let deadline = Instant::now() + LETTING_GO;
+    let deadline = Instant::now() + RELEASE_TIMEOUT;
     loop {
         match attempt() {
             Err(error) if may_pass(&error) && Instant::now() < deadline => {
@@ -219,23 +221,23 @@ async fn patiently<T, E>(
 }
 
 fn listen(run_dir: &Path) -> anyhow::Result<UnixListener> {
-    let untrusted = "the run directory cannot be used (--run-dir names another one)";
+    let untrusted = "the run directory cannot be used (choose another with --run-dir)";
     trust::check_path(run_dir).context(untrusted)?;
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(run_dir)
-        .with_context(|| format!("the run directory {} cannot be made", run_dir.display()))?;
+        .with_context(|| format!("the run directory {} cannot be created", run_dir.display()))?;
     trust::check_directory(run_dir).context(untrusted)?;
     let path = run_dir.join(api::SOCKET);
     // The lock of the state directory shows that no other daemon uses this state. Another daemon
     // may still use this run directory.
     if std::os::unix::net::UnixStream::connect(&path).is_ok() {
         anyhow::bail!(
-            "another daemon answers on {}: one host runs one node; give this one another --run-dir, or stop that one",
+            "another daemon answers on {}: one host runs one node; give this one another --run-dir, or stop the other one",
             path.display()
         );
     }
     api::server::bind(&path)
-        .with_context(|| format!("the socket {} cannot be made", path.display()))
+        .with_context(|| format!("the socket {} cannot be created", path.display()))
 }

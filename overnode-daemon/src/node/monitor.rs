@@ -7,7 +7,9 @@ use std::time::Instant;
 use overnode_ebpf::reason::Reason;
 
 use super::running::Node;
-use crate::api::{ApiError, Container, DroppedPacket, Happening, Headers, Program, Watching, Who};
+use crate::api::{
+    ApiError, Container, DroppedPacket, EventKind, Headers, PeerRef, Program, Watching,
+};
 use crate::datapath::Drops;
 use crate::monitor::decode::Seen;
 use crate::monitor::hub;
@@ -80,7 +82,7 @@ impl Monitor {
 
 impl Node {
     /// Sends an event to the monitors, if any is attached.
-    pub(super) fn tell(&self, what: impl FnOnce(&Self) -> Happening) {
+    pub(super) fn tell(&self, what: impl FnOnce(&Self) -> EventKind) {
         if self.monitor.hub.is_watched() {
             self.monitor.hub.tell(what(self));
         }
@@ -118,7 +120,7 @@ impl Node {
             }
             self.handle_drops(batch);
         }
-        if let Err(error) = self.datapath.allow_records(if is_watched { SHOWN } else { 0 }) {
+        if let Err(error) = self.datapath.set_record_allowance(if is_watched { SHOWN } else { 0 }) {
             tracing::warn!("dropped packets cannot be shown: {error:#}");
         }
         if !is_watched {
@@ -138,7 +140,7 @@ impl Node {
                     let count = tally.not_shown(counter(reason));
                     if count > 0 {
                         let reason = (*reason).to_owned();
-                        self.monitor.hub.tell(Happening::DropsNotShown { reason, count });
+                        self.monitor.hub.tell(EventKind::DropsNotShown { reason, count });
                     }
                 }
             }
@@ -163,7 +165,7 @@ impl Node {
             }
             let at = now.saturating_sub(self.datapath.milliseconds_since(seen.time_ns));
             let dropped = self.dropped(seen, &attachments);
-            self.monitor.hub.tell_of(at, Happening::Drop(Box::new(dropped)));
+            self.monitor.hub.tell_of(at, EventKind::Drop(Box::new(dropped)));
         }
     }
 
@@ -201,7 +203,7 @@ impl Node {
             interface: interface.map(str::to_owned),
             bytes: len,
             container: container.map(container_of),
-            peer: peer.map(|peer| self.who(peer)),
+            peer: peer.map(|peer| self.peer_ref(peer)),
             names: attached.names(&headers),
             headers,
         }
@@ -239,16 +241,16 @@ impl Node {
     }
 
     /// Returns the names of a peer.
-    pub(super) fn who(&self, index: PeerIndex) -> Who {
+    pub(super) fn peer_ref(&self, index: PeerIndex) -> PeerRef {
         match index.node() {
-            Some(id) => Who {
+            Some(id) => PeerRef {
                 id: Some(id),
                 public_key: None,
                 name: self.gossip.record(id).map(|record| record.nickname.clone()),
             },
             None => {
                 let external = self.externals.get(&index);
-                Who {
+                PeerRef {
                     id: None,
                     public_key: external.map(|it| it.public_key),
                     name: external.and_then(|it| it.name.clone()),
@@ -267,13 +269,13 @@ impl Node {
             .collect();
         let before = std::mem::replace(&mut self.monitor.with_session, with_session);
         for index in self.monitor.with_session.difference(&before) {
-            self.tell(|node| Happening::SessionEstablished { peer: node.who(*index) });
+            self.tell(|node| EventKind::SessionEstablished { peer: node.peer_ref(*index) });
         }
         for index in before.difference(&self.monitor.with_session) {
             self.tell(|node| {
                 let last_error = node.peers.get(index).and_then(|peer| peer.last_error.as_ref());
                 let why = last_error.map(|(why, _)| why.clone());
-                Happening::SessionLost { peer: node.who(*index), why }
+                EventKind::SessionLost { peer: node.peer_ref(*index), why }
             });
         }
     }
@@ -293,7 +295,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_shown_is_told_once() {
+    fn packets_that_are_not_shown_are_reported_once() {
         let mut tally = Tally { before: 100, ..Tally::default() };
         assert_eq!(tally.not_shown(100), 0);
         tally.shown = 30;

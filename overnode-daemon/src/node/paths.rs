@@ -9,7 +9,7 @@ use overnode_ebpf::wire::{RELAY_HOPS, Relay};
 
 use super::running::Node;
 use super::status::path_of;
-use crate::api::Happening;
+use crate::api::EventKind;
 use crate::datapath::Probe;
 use crate::handshake::Transmit;
 use crate::path::route::{self, Graph, Route};
@@ -24,16 +24,16 @@ const BUSY: Duration = Duration::from_secs(10);
 /// Minimum time in use after which a relay stays the route when no route is known any more. The
 /// daemon of a node may be down while its eBPF programs still forward packets. A relay chosen more
 /// recently was chosen only because the destination had just stopped answering.
-const SETTLED: Duration = Duration::from_secs(5);
+const SETTLED_AFTER: Duration = Duration::from_secs(5);
 
 /// The node's routing state of direct paths and relay routes.
 #[derive(Debug, Default)]
-pub(super) struct Ways {
+pub(super) struct RelayRoutes {
     /// The routes in use.
     routes: BTreeMap<NodeId, Route>,
     /// When each route was chosen.
     since: BTreeMap<NodeId, Instant>,
-    /// For each node without a known route, the last relay that served for [`SETTLED`].
+    /// For each node without a known route, the last relay that served for [`SETTLED_AFTER`].
     kept: BTreeMap<NodeId, NodeId>,
     /// When each node first became a peer.
     first_seen: BTreeMap<NodeId, Instant>,
@@ -43,7 +43,7 @@ pub(super) struct Ways {
     is_stale: bool,
 }
 
-impl Ways {
+impl RelayRoutes {
     /// Returns the route to a node and when it was chosen.
     pub(super) fn route(&self, id: NodeId) -> Option<(Route, Instant)> {
         Some((*self.routes.get(&id)?, *self.since.get(&id)?))
@@ -63,7 +63,7 @@ impl Ways {
             }
             Route::Unreachable => {
                 if let Some((Route::Via { relay, .. }, since)) = self.route(id)
-                    && now >= since + SETTLED
+                    && now >= since + SETTLED_AFTER
                 {
                     self.kept.insert(id, relay);
                 }
@@ -73,7 +73,7 @@ impl Ways {
     }
 
     /// Requests a new choice of routes.
-    pub(super) fn touch(&mut self) {
+    pub(super) fn mark_stale(&mut self) {
         self.is_stale = true;
     }
 }
@@ -84,7 +84,7 @@ impl Node {
         let mut with_session = BTreeSet::new();
         for (index, peer) in &self.peers {
             let Some(id) = index.node() else { continue };
-            self.ways.first_seen.entry(id).or_insert(now);
+            self.relay_routes.first_seen.entry(id).or_insert(now);
             if !peer.has_session(now) {
                 continue;
             }
@@ -97,13 +97,13 @@ impl Node {
             self.paths.states().map(|(id, _)| id).filter(|id| !with_session.contains(id)).collect();
         for id in lost {
             self.paths.remove_peer(id);
-            self.ways.touch();
+            self.relay_routes.mark_stale();
         }
         let peers = &self.peers;
-        self.ways.first_seen.retain(|id, _| peers.contains_key(&id.peer_index()));
-        self.ways.heard_through.retain(|id, _| peers.contains_key(&id.peer_index()));
+        self.relay_routes.first_seen.retain(|id, _| peers.contains_key(&id.peer_index()));
+        self.relay_routes.heard_through.retain(|id, _| peers.contains_key(&id.peer_index()));
         // The direct path to a node may have changed, with another MTU.
-        self.ways.touch();
+        self.relay_routes.mark_stale();
     }
 
     pub(super) fn handle_probe(&mut self, probe: &Probe, now: Instant) {
@@ -126,29 +126,29 @@ impl Node {
                         let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
                         self.paths.handle_unsent(
                             to,
-                            size.saturating_add(crate::path::probe::ENVELOPE),
+                            size.saturating_add(crate::path::probe::ENCAP_LEN),
                             now,
                         );
                     }
                 }
                 Action::Changed { id } => {
                     if let Some(state) = self.paths.state(id) {
-                        let what = if state.alive { "works" } else { "is dead" };
+                        let what = if state.alive { "works" } else { "does not work" };
                         tracing::info!(
-                            "the straight path to node {id} {what} ({} bytes)",
+                            "the direct path to node {id} {what} (MTU {} bytes)",
                             state.mtu
                         );
-                        self.tell(|node| Happening::StraightPath {
-                            peer: node.who(id.peer_index()),
+                        self.tell(|node| EventKind::DirectPath {
+                            peer: node.peer_ref(id.peer_index()),
                             works: state.alive,
                             mtu: state.mtu,
                         });
                     }
-                    self.ways.touch();
+                    self.relay_routes.mark_stale();
                 }
             }
         }
-        if std::mem::take(&mut self.ways.is_stale) {
+        if std::mem::take(&mut self.relay_routes.is_stale) {
             self.choose_routes(now);
         }
     }
@@ -161,24 +161,24 @@ impl Node {
             if !self.peers.contains_key(&index) || self.is_young(id, graph.direct.get(&id), now) {
                 continue;
             }
-            let via = self.ways.relay(id, chosen, now).map(NodeId::peer_index);
+            let via = self.relay_routes.relay(id, chosen, now).map(NodeId::peer_index);
             if let Err(error) = self.datapath.set_via(index, via) {
-                tracing::warn!("the way to node {id} cannot be changed: {error:#}");
+                tracing::warn!("the path to node {id} cannot be changed: {error:#}");
                 continue;
             }
             if let Some(mtu) = route::mtu(id, chosen, &graph.direct)
                 && let Err(error) = self.datapath.set_mtu(index, mtu)
             {
-                tracing::warn!("the MTU of the way to node {id} cannot be set: {error:#}");
+                tracing::warn!("the MTU of the path to node {id} cannot be set: {error:#}");
             }
-            if self.ways.routes.insert(id, chosen) != Some(chosen) {
-                self.ways.since.insert(id, now);
-                self.tell(|node| Happening::PathChanged {
-                    peer: node.who(index),
+            if self.relay_routes.routes.insert(id, chosen) != Some(chosen) {
+                self.relay_routes.since.insert(id, now);
+                self.tell(|node| EventKind::PathChanged {
+                    peer: node.peer_ref(index),
                     path: path_of(chosen),
                 });
                 match chosen {
-                    Route::Direct => tracing::info!("packets for node {id} go straight"),
+                    Route::Direct => tracing::info!("packets for node {id} take the direct path"),
                     Route::Via { relay, hops } => {
                         tracing::info!(
                             "packets for node {id} go through node {relay} ({hops} hops)"
@@ -187,39 +187,40 @@ impl Node {
                         // possible now.
                         self.handshakes.retry(index);
                     }
-                    Route::Unreachable => tracing::info!("no way to node {id} is known"),
+                    Route::Unreachable => tracing::info!("no path to node {id} is known"),
                 }
             }
         }
-        self.ways.routes.retain(|id, _| routes.contains_key(id));
-        self.ways.since.retain(|id, _| routes.contains_key(id));
-        self.ways.kept.retain(|id, _| routes.contains_key(id));
-        self.publish_dark(now);
+        self.relay_routes.routes.retain(|id, _| routes.contains_key(id));
+        self.relay_routes.since.retain(|id, _| routes.contains_key(id));
+        self.relay_routes.kept.retain(|id, _| routes.contains_key(id));
+        self.publish_no_direct_path(now);
     }
 
     fn graph(&self) -> Graph {
         let links = self.gossip.records().filter(|record| !record.left).map(|record| {
-            let is_dark = |id: &NodeId| record.dark.binary_search(id).is_ok();
+            let is_dark = |id: &NodeId| record.no_direct_path.binary_search(id).is_ok();
             (record.id, record.links.iter().copied().filter(|id| !is_dark(id)).collect())
         });
         Graph {
             direct: self.paths.states().collect(),
             links: links.collect(),
-            present: self.ways.routes.clone(),
+            present: self.relay_routes.routes.clone(),
         }
     }
 
     /// Publishes the nodes that this node has a connection with but no direct path to.
-    fn publish_dark(&mut self, now: Instant) {
+    fn publish_no_direct_path(&mut self, now: Instant) {
         let links = self.streams.values().map(|stream| stream.peer);
-        let dark: BTreeSet<NodeId> = links
+        let no_direct_path: BTreeSet<NodeId> = links
             .filter(|id| {
                 let state = self.paths.state(*id);
                 !state.is_some_and(|state| state.alive) && !self.is_young(*id, state.as_ref(), now)
             })
             .collect();
-        if !self.gossip.own().dark.iter().eq(&dark) {
-            self.gossip.update_own(|own| own.dark = dark.into_iter().collect(), now);
+        if !self.gossip.own().no_direct_path.iter().eq(&no_direct_path) {
+            self.gossip
+                .update_own(|own| own.no_direct_path = no_direct_path.into_iter().collect(), now);
         }
     }
 
@@ -228,7 +229,7 @@ impl Node {
         let since = match state {
             Some(state) if state.alive || state.rtt.is_some() => return false,
             Some(state) => Some(&state.since),
-            None => self.ways.first_seen.get(&id),
+            None => self.relay_routes.first_seen.get(&id),
         };
         since.is_none_or(|since| now < *since + GRACE)
     }
@@ -247,7 +248,7 @@ impl Node {
         {
             return None;
         }
-        self.ways.heard_through.insert(source, previous);
+        self.relay_routes.heard_through.insert(source, previous);
         Some((stand_in(source), message))
     }
 
@@ -257,9 +258,9 @@ impl Node {
     pub(super) async fn send_relayed(&mut self, transmit: &Transmit) -> bool {
         let stood_for = stood_for(transmit.to);
         let node = stood_for.or_else(|| transmit.peer.and_then(PeerIndex::node));
-        let relay = node.and_then(|id| match self.ways.routes.get(&id) {
+        let relay = node.and_then(|id| match self.relay_routes.routes.get(&id) {
             Some(Route::Via { relay, .. }) => Some(*relay),
-            _ => stood_for.and_then(|_| self.ways.heard_through.get(&id).copied()),
+            _ => stood_for.and_then(|_| self.relay_routes.heard_through.get(&id).copied()),
         });
         if let (Some(node), Some(relay)) = (node, relay) {
             let place =
@@ -302,7 +303,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_stands_for_one_node() {
+    fn a_stand_in_address_stands_for_one_node() {
         for id in [1, 77, NodeId::MAX] {
             let id = NodeId::new(id).unwrap();
             assert_eq!(stood_for(stand_in(id)), Some(id));
@@ -313,35 +314,35 @@ mod tests {
     }
 
     #[test]
-    fn a_relay_that_served_for_long_is_kept_when_no_way_is_known() {
+    fn an_established_relay_is_kept_while_no_path_is_known() {
         let (to, one, other) =
             (NodeId::new(3).unwrap(), NodeId::new(2).unwrap(), NodeId::new(4).unwrap());
         let start = Instant::now();
-        let mut ways = Ways::default();
-        let choose = |ways: &mut Ways, route: Route, seconds: u64| {
+        let mut relay_routes = RelayRoutes::default();
+        let choose = |relay_routes: &mut RelayRoutes, route: Route, seconds: u64| {
             let now = start + Duration::from_secs(seconds);
-            let relay = ways.relay(to, route, now);
-            if ways.routes.insert(to, route) != Some(route) {
-                ways.since.insert(to, now);
+            let relay = relay_routes.relay(to, route, now);
+            if relay_routes.routes.insert(to, route) != Some(route) {
+                relay_routes.since.insert(to, now);
             }
             relay
         };
         let via = |relay| Route::Via { relay, hops: 2 };
         // The destination died, so the direct path is as good as any.
-        assert_eq!(choose(&mut ways, Route::Direct, 0), None);
-        assert_eq!(choose(&mut ways, via(one), 10), Some(one));
-        assert_eq!(choose(&mut ways, Route::Unreachable, 11), None);
-        assert_eq!(choose(&mut ways, via(one), 20), Some(one));
+        assert_eq!(choose(&mut relay_routes, Route::Direct, 0), None);
+        assert_eq!(choose(&mut relay_routes, via(one), 10), Some(one));
+        assert_eq!(choose(&mut relay_routes, Route::Unreachable, 11), None);
+        assert_eq!(choose(&mut relay_routes, via(one), 20), Some(one));
         for second in 26..30 {
-            assert_eq!(choose(&mut ways, Route::Unreachable, second), Some(one));
+            assert_eq!(choose(&mut relay_routes, Route::Unreachable, second), Some(one));
         }
         // The relay has just come back and does not announce its connections yet.
-        assert_eq!(choose(&mut ways, via(one), 30), Some(one));
-        assert_eq!(choose(&mut ways, Route::Unreachable, 31), Some(one));
+        assert_eq!(choose(&mut relay_routes, via(one), 30), Some(one));
+        assert_eq!(choose(&mut relay_routes, Route::Unreachable, 31), Some(one));
         // The relay is kept until another one is chosen.
-        assert_eq!(choose(&mut ways, via(other), 32), Some(other));
-        assert_eq!(choose(&mut ways, Route::Unreachable, 33), None);
-        assert_eq!(choose(&mut ways, Route::Direct, 40), None);
-        assert_eq!(choose(&mut ways, Route::Unreachable, 50), None);
+        assert_eq!(choose(&mut relay_routes, via(other), 32), Some(other));
+        assert_eq!(choose(&mut relay_routes, Route::Unreachable, 33), None);
+        assert_eq!(choose(&mut relay_routes, Route::Direct, 40), None);
+        assert_eq!(choose(&mut relay_routes, Route::Unreachable, 50), None);
     }
 }

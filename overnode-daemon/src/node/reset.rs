@@ -12,7 +12,7 @@ use crate::api::{self, ApiError, WasReset};
 use crate::bulk;
 use crate::datapath::Datapath;
 use crate::docker;
-use crate::fault;
+use crate::failpoint;
 use crate::options::{DOCKER_PLUGINS, docker_plugins};
 use crate::store::{Kind, Store, StoreError};
 
@@ -42,10 +42,10 @@ impl Daemon {
         let id = node.id();
         node.leave().await;
         node.stop_bulk().await;
-        fault::step("farewell");
+        failpoint::reached("farewell");
         self.node = None;
         let errors = Datapath::tear_down(&self.options.state_dir).await;
-        fault::step("torn down");
+        failpoint::reached("torn down");
         self.leaving = true;
         let left =
             left.into_iter().chain(errors.iter().map(|error| format!("{error:#}"))).collect();
@@ -83,7 +83,7 @@ pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> any
     {
         refuse_attached(store).map_err(anyhow::Error::msg)?;
     }
-    if let Ok(Some(workers)) = bulk::link::Link::connect(run_dir) {
+    if let Ok(Some(workers)) = bulk::ipc::WorkersConnection::connect(run_dir) {
         workers.stop().await;
     }
     let errors = Datapath::tear_down(state_dir).await;
@@ -124,7 +124,7 @@ fn refuse_attached(store: &Store) -> Result<(), String> {
     let how = if attached.iter().all(|it| it.kind == Kind::Host) {
         "hide it first with `overnode hide`"
     } else if attached.iter().any(|it| it.kind == Kind::Docker) {
-        "stop those of Docker and detach the others with `overnode detach TARGET` first"
+        "stop the Docker containers and detach the others with `overnode detach TARGET` first"
     } else {
         "detach them first with `overnode detach TARGET`"
     };

@@ -13,28 +13,28 @@ use tokio::sync::mpsc;
 use super::addresses::Outcome;
 use super::arrivals::Arrivals;
 use super::bulk::Bulk;
+use super::connections::Stream;
 use super::data::DataPeer;
 use super::dns::Dns;
 use super::docker::DockerSide;
 use super::external::External;
 use super::findings::Findings;
-use super::links::Stream;
 use super::monitor::Monitor;
-use super::paths::Ways;
+use super::paths::RelayRoutes;
 use crate::bulk::control::FromWorkers;
 use crate::control::CONTROL_PORT;
 use crate::control::dial::Dialer;
 use crate::control::renewal::RENEW_AFTER;
 use crate::datapath::{Datapath, LinkEvent, OpenOptions, Probe, Probes};
 use crate::docker::{Event, Incoming};
-use crate::fault;
+use crate::failpoint;
 use crate::gossip::{Gossip, Record, Signature, Signer};
 use crate::handshake::{Handshakes, Transmit};
 use crate::ipam::{self, Ipam, RequestId};
 use crate::monitor::Hub;
 use crate::monitor::decode::Seen;
 use crate::net::known::Known;
-use crate::net::mesh::{Mesh, MeshEvent, Residents, StreamId};
+use crate::net::mesh::{LiveNodes, Mesh, MeshEvent, StreamId};
 use crate::net::udp::{Received, UdpSockets};
 use crate::options::Options;
 use crate::path::Paths;
@@ -93,7 +93,7 @@ pub(super) enum Input {
     Reply(Transmit),
     Probe(Probe),
     Drops(Vec<Seen>),
-    Link(LinkEvent),
+    WorkersConnection(LinkEvent),
     Docker(Event),
     /// A message of the bulk workers. `None`: the workers are gone.
     Bulk(Option<FromWorkers>),
@@ -114,7 +114,7 @@ pub(super) struct Node {
     pub(super) dialer: Dialer,
     pub(super) ipam: Ipam,
     pub(super) paths: Paths,
-    pub(super) ways: Ways,
+    pub(super) relay_routes: RelayRoutes,
     pub(super) routing: Routing,
     /// Completed requests whose requester may be waiting.
     pub(super) outcomes: VecDeque<Outcome>,
@@ -138,7 +138,7 @@ pub(super) struct Node {
     pub(super) udp: Arc<UdpSockets>,
     pub(super) mesh: Mesh,
     pub(super) streams: BTreeMap<StreamId, Stream>,
-    pub(super) residents: Residents,
+    pub(super) live_nodes: LiveNodes,
     pub(super) peers: BTreeMap<PeerIndex, DataPeer>,
     pub(super) externals: BTreeMap<PeerIndex, External>,
     pub(super) reachable: BTreeMap<NodeId, (bool, Instant)>,
@@ -149,7 +149,7 @@ pub(super) struct Node {
     /// Nodes whose records are newer than those on disk.
     pub(super) unsaved: BTreeSet<NodeId>,
     /// Nodes whose records are new and not yet passed to the other parts of the node.
-    pub(super) unlearnt: BTreeSet<NodeId>,
+    pub(super) unprocessed_records: BTreeSet<NodeId>,
     /// Addresses where nodes are expected.
     pub(super) known: Known,
     mesh_events: mpsc::Receiver<MeshEvent>,
@@ -174,21 +174,21 @@ impl Node {
         let now = Instant::now();
         let handshakes = Handshakes::new(identity.exchange_secret(), StdRng::from_os_rng());
         let public_key = handshakes.public_key();
-        let incarnation = store.next_incarnation()?.context("the identity is gone")?;
+        let incarnation = store.next_incarnation()?.context("the node's identity is gone")?;
         identity.incarnation = incarnation;
         let ipam = allocations(store, &identity, now)?;
-        fault::step("incarnation");
+        failpoint::reached("incarnation");
         // Open the ports first. If that fails, nothing in the kernel has been changed.
         let udp = Arc::new(UdpSockets::bind(overnode_ebpf::wire::DATA_PORT).context(
             "UDP port 6784 cannot be opened: stop what uses it (`ss -lnup` shows it), then launch again",
         )?);
-        let residents: Residents = Arc::new(Mutex::default());
+        let live_nodes: LiveNodes = Arc::new(Mutex::default());
         let (events, mesh_events) = mpsc::channel(1024);
         let known = Known::default();
         let mesh = Mesh::listen(
             CONTROL_PORT,
-            identity.introduction(),
-            residents.clone(),
+            identity.local_identity(),
+            live_nodes.clone(),
             known.clone(),
             RENEW_AFTER,
             events,
@@ -196,7 +196,7 @@ impl Node {
         .context(
             "TCP port 6783 cannot be opened: stop what uses it (`ss -lntp` shows it), then launch again",
         )?;
-        fault::step("ports");
+        failpoint::reached("ports");
         let mut datapath = Datapath::open(OpenOptions {
             state_dir: &options.state_dir,
             network: identity.network,
@@ -209,15 +209,15 @@ impl Node {
             xdp: identity.xdp,
         })
         .await?;
-        fault::step("datapath");
+        failpoint::reached("datapath");
         let link_events = datapath.watch()?;
         let probes = datapath.probes()?;
         // An earlier daemon may have been killed while a monitor was attached.
-        datapath.allow_records(0)?;
+        datapath.set_record_allowance(0)?;
         let monitor = Monitor::new(hub.clone(), datapath.drops()?);
         let gate = handshakes.gate(StdRng::from_os_rng());
         let arrivals = Arrivals::start(&udp, gate, identity.id, known.clone())
-            .context("handshakes cannot be received")?;
+            .context("handshake messages cannot be received")?;
         let own = Record {
             id: identity.id,
             incarnation,
@@ -227,7 +227,7 @@ impl Node {
             public_key,
             addresses: Vec::new(),
             links: Vec::new(),
-            dark: Vec::new(),
+            no_direct_path: Vec::new(),
             ranges: ipam.ranges(),
             claims: ipam.claims(),
             names: Vec::new(),
@@ -269,7 +269,7 @@ impl Node {
             dialer,
             ipam,
             paths: Paths::new(StdRng::from_os_rng()),
-            ways: Ways::default(),
+            relay_routes: RelayRoutes::default(),
             routing,
             outcomes: VecDeque::new(),
             priming: None,
@@ -283,14 +283,14 @@ impl Node {
             udp,
             mesh,
             streams: BTreeMap::new(),
-            residents,
+            live_nodes,
             peers: BTreeMap::new(),
             externals: BTreeMap::new(),
             reachable: BTreeMap::new(),
             findings: Findings::default(),
             rerouted: BTreeSet::new(),
             unsaved: BTreeSet::new(),
-            unlearnt: BTreeSet::new(),
+            unprocessed_records: BTreeSet::new(),
             known,
             mesh_events,
             arrivals,
@@ -301,11 +301,11 @@ impl Node {
             next_reconcile: now + RECONCILE,
         };
         node.adopt(now).await?;
-        fault::step("peers");
+        failpoint::reached("peers");
         node.start_bulk(now).await;
-        fault::step("bulk");
+        failpoint::reached("bulk");
         node.reconcile(now).await?;
-        fault::step("endpoints");
+        failpoint::reached("endpoints");
         node.adopt_names(now);
         node.pump(now).await;
         Ok(node)
@@ -322,7 +322,7 @@ impl Node {
             () = tokio::time::sleep_until(deadline.into()) => Input::Timeout,
             Some(event) = self.mesh_events.recv() => Input::Mesh(event),
             Some(refused) = self.mesh.refused() => Input::Mesh(refused),
-            Some(event) = self.link_events.recv() => Input::Link(event),
+            Some(event) = self.link_events.recv() => Input::WorkersConnection(event),
             Some(datagram) = self.arrivals.high.recv() => Input::Datagram(datagram),
             Some(datagram) = self.arrivals.low.recv() => Input::Datagram(datagram),
             Some(reply) = self.arrivals.replies.recv() => Input::Reply(reply),
@@ -345,7 +345,7 @@ impl Node {
             self.routing.poll_timeout(),
             // Due at once. The remaining records are learned after the inputs that arrived in the
             // meantime.
-            (!self.unlearnt.is_empty()).then_some(self.started),
+            (!self.unprocessed_records.is_empty()).then_some(self.started),
         ]
         .into_iter()
         .flatten()
@@ -386,7 +386,7 @@ impl Node {
             Source::High => self.arrivals.high.try_recv().ok().map(Input::Datagram),
             Source::Low => self.arrivals.low.try_recv().ok().map(Input::Datagram),
             Source::Replies => self.arrivals.replies.try_recv().ok().map(Input::Reply),
-            Source::Links => self.link_events.try_recv().ok().map(Input::Link),
+            Source::Links => self.link_events.try_recv().ok().map(Input::WorkersConnection),
             Source::Probes => self.probes.recv().now_or_never()?.ok().map(Input::Probe),
             Source::Docker => from(&mut self.from_docker).now_or_never().map(Input::Docker),
             Source::Bulk => self.bulk.next().now_or_never().map(Input::Bulk),
@@ -404,7 +404,7 @@ impl Node {
             }
             Input::Drops(drops) => self.handle_drops(drops),
             Input::Probe(probe) => self.handle_probe(&probe, now),
-            Input::Link(event) => self.handle_link(event, now).await,
+            Input::WorkersConnection(event) => self.handle_link(event, now).await,
             Input::Docker(event) => self.handle_docker(event, now).await,
             Input::Bulk(said) => self.handle_bulk(said, now).await,
             // Every turn checks the time anyway.
@@ -479,7 +479,7 @@ impl Node {
             next = self.link_events.try_recv().ok();
         }
         if vanished && let Err(error) = self.reconcile(now).await {
-            tracing::warn!("an interface is gone, and cleaning up failed: {error:#}");
+            tracing::warn!("cleaning up after a removed interface failed: {error:#}");
         }
         if moved {
             self.follow_underlay().await;
@@ -488,7 +488,7 @@ impl Node {
 
     async fn follow_underlay(&mut self) {
         if let Err(error) = self.datapath.refresh().await {
-            tracing::warn!("following the underlay failed: {error:#}");
+            tracing::warn!("following changes of the underlay failed: {error:#}");
         }
     }
 }

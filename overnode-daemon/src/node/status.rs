@@ -136,7 +136,7 @@ impl Node {
     /// unreachable.
     pub(super) fn reach(&self, id: NodeId) -> Option<(bool, Instant)> {
         let (connected, since) = *self.reachable.get(&id)?;
-        match self.ways.route(id) {
+        match self.relay_routes.route(id) {
             Some((Route::Unreachable, since)) if connected => Some((false, since)),
             Some(_) | None => Some((connected, since)),
         }
@@ -202,7 +202,7 @@ impl Node {
                 let data = view.peer.filter(|_| established);
                 let data = data.and_then(|peer| self.data_status(peer.peer_index(), now));
                 let myself = || LastError {
-                    message: "it is this node itself; it is never tried again".to_owned(),
+                    message: "this target is this node itself; it is not tried again".to_owned(),
                     seconds_ago: None,
                 };
                 ConnectionStatus {
@@ -307,7 +307,7 @@ impl Node {
 
 impl Node {
     fn route_status(&self, id: NodeId, now: Instant) -> Option<RouteStatus> {
-        let (route, since) = self.ways.route(id)?;
+        let (route, since) = self.relay_routes.route(id)?;
         let straight = self.paths.state(id);
         let micros = |rtt: std::time::Duration| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
         Some(RouteStatus {
@@ -320,7 +320,7 @@ impl Node {
                 .map(|state| (state.loss * 1000.0) as u16),
             last_error: straight
                 .and_then(|state| state.last_error)
-                .map(|(fault, at)| last_error(&(fault.to_string(), at), now)),
+                .map(|(failpoint, at)| last_error(&(failpoint.to_string(), at), now)),
         })
     }
 }

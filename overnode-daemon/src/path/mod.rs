@@ -29,9 +29,9 @@ use rand::rngs::StdRng;
 
 pub use answer::{ANSWER_BURST, ANSWER_INTERVAL, SEEN_WINDOW};
 pub use peer::{
-    ANSWERS_IN_A_ROW, DEAD_AFTER, DEAD_REQUESTS, FAST_INTERVAL, FAST_START, FIRST_HOLD, HISTORY,
-    INTERVAL, LATEST_ANSWER, LONGEST_HOLD, LOSSY, LOSSY_INTERVAL, ROW_WITHIN, SIZE_GRACE, STALL,
-    STEADY, STRETCHED_INTERVAL,
+    ANSWERS_IN_A_ROW, DEAD_AFTER, DEAD_REQUESTS, FAST_INTERVAL, FAST_START, FLAP_WINDOW, HISTORY,
+    INTERVAL, LATEST_ANSWER, LOSSY, LOSSY_INTERVAL, MAX_HOLD_DOWN, MIN_HOLD_DOWN, ROW_WITHIN,
+    SIZE_GRACE, STRETCHED_INTERVAL, TIMER_STALL,
 };
 use peer::{Outcome, Peer};
 use probe::{LARGEST, Probe, SMALLEST};
@@ -50,7 +50,7 @@ pub enum Action {
     Send {
         /// The receiver.
         to: NodeId,
-        /// Payload of the inner packet, after [`probe::ENVELOPE`] bytes of headers.
+        /// Payload of the inner packet, after [`probe::ENCAP_LEN`] bytes of headers.
         bytes: Vec<u8>,
     },
     /// [`PathState::alive`] or [`PathState::mtu`] of the path to this node has changed.
@@ -66,7 +66,7 @@ pub struct Counters {
     /// Bytes that are not a valid probe.
     pub malformed: u64,
     /// Probes of nodes that are not peers.
-    pub strangers: u64,
+    pub unknown_peers: u64,
     /// Answers that this node is not waiting for: late, duplicate, replayed or forged.
     pub stray: u64,
     /// Requests beyond the rate limit.
@@ -138,7 +138,7 @@ impl Paths {
     /// payload are enough.
     pub fn handle_probe(&mut self, from: NodeId, bytes: &[u8], received: u32, now: Instant) {
         if !self.peers.contains_key(&from) {
-            self.counters.strangers += 1;
+            self.counters.unknown_peers += 1;
             return;
         }
         let Ok(probe) = Probe::decode(bytes, received) else {

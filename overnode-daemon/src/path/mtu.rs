@@ -191,12 +191,12 @@ impl Search {
         Some(self.size())
     }
 
-    /// Records that a probe was sent. Its answer is awaited for `patience`.
+    /// Records that a probe was sent. Its answer is awaited for `timeout`.
     pub(super) fn handle_sent(
         &mut self,
         sequence: u64,
         stamp: u64,
-        patience: Duration,
+        timeout: Duration,
         now: Instant,
     ) {
         if self.flights.len() >= MOST_TRIES as usize {
@@ -205,7 +205,7 @@ impl Search {
         self.first_sent.get_or_insert(now);
         self.flights.push(Flight { sequence, stamp });
         self.wait = Some(Wait { since: now, has_small_passed: false });
-        self.next = Some(now + patience);
+        self.next = Some(now + timeout);
     }
 
     /// Handles an answer. Returns true if it is to a probe of this search.
@@ -339,7 +339,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lossy_path_is_tried_more_often() {
+    fn a_lossy_path_is_probed_more_often() {
         let counts = [0.0, 0.01, 0.15, 0.3, 0.51, 0.9, 1.0].map(tries);
         assert_eq!(counts, [3, 3, 4, 6, 11, 12, 12]);
     }

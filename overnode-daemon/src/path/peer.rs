@@ -38,18 +38,18 @@ pub const DEAD_AFTER: Duration = Duration::from_millis(1400);
 pub const DEAD_REQUESTS: u32 = 6;
 /// A daemon whose timer fires later than requested by more than this was not listening. The silence
 /// then counts from that moment.
-pub const STALL: Duration = Duration::from_millis(300);
+pub const TIMER_STALL: Duration = Duration::from_millis(300);
 /// Number of consecutive requests that must be answered on a dead path before it is alive again.
 pub const ANSWERS_IN_A_ROW: usize = 3;
 /// These requests must have been sent within this time.
 pub const ROW_WITHIN: Duration = Duration::from_secs(2);
 /// A path that dies sooner than this after it came alive has flapped.
-pub const STEADY: Duration = Duration::from_secs(60);
+pub const FLAP_WINDOW: Duration = Duration::from_secs(60);
 /// How long a path must be good before it is alive again, after it has flapped twice in a row.
 /// Doubles with each further flap.
-pub const FIRST_HOLD: Duration = Duration::from_secs(1);
+pub const MIN_HOLD_DOWN: Duration = Duration::from_secs(1);
 /// Maximum of this time.
-pub const LONGEST_HOLD: Duration = Duration::from_secs(30);
+pub const MAX_HOLD_DOWN: Duration = Duration::from_secs(30);
 /// Number of requests that the loss is measured over.
 pub const HISTORY: usize = 100;
 /// An answer that takes longer than this counts as lost.
@@ -176,7 +176,7 @@ impl Peer {
 
     /// Returns when there is something to do.
     pub(super) fn poll_timeout(&self) -> Instant {
-        [self.hurry_at(), self.verdict_at(), self.search.poll_timeout()]
+        [self.extra_request_at(), self.dead_at(), self.search.poll_timeout()]
             .into_iter()
             .flatten()
             .fold(self.next, Instant::min)
@@ -190,7 +190,7 @@ impl Peer {
         rng: &mut StdRng,
         probes: &mut Vec<Probe>,
     ) {
-        if now > self.poll_timeout() + STALL {
+        if now > self.poll_timeout() + TIMER_STALL {
             self.silence = self.silence.map(|_| Silence::from(now));
         }
         for request in &mut self.requests {
@@ -198,7 +198,7 @@ impl Peer {
                 request.fate = Fate::Lost;
             }
         }
-        if self.verdict_at().is_some_and(|at| now >= at) {
+        if self.dead_at().is_some_and(|at| now >= at) {
             self.handle_silence(now);
         }
         if let Some(size) = self.search.handle_timeout(now, self.loss()) {
@@ -210,7 +210,7 @@ impl Peer {
             self.search.handle_sent(probe.sequence, probe.stamp, self.rtt.wait(), now);
             probes.push(probe);
         }
-        let is_due = now >= self.next || self.hurry_at().is_some_and(|at| now >= at);
+        let is_due = now >= self.next || self.extra_request_at().is_some_and(|at| now >= at);
         if is_due || size.is_some() {
             self.ask(now, rng, probes);
             self.next = now + jittered(self.interval(now, is_crowded), rng);
@@ -230,12 +230,12 @@ impl Peer {
 
     /// Handles an inner packet of that size that the kernel refused to send.
     pub(super) fn handle_unsent(&mut self, size: u32, now: Instant) {
-        let fault = if self.search.handle_unsent(size, now) {
+        let failpoint = if self.search.handle_unsent(size, now) {
             Fault::TooLarge(size)
         } else {
             Fault::Unsent
         };
-        self.last_error = Some((fault, now));
+        self.last_error = Some((failpoint, now));
     }
 
     fn handle_answer(&mut self, probe: Probe, now: Instant) -> Outcome {
@@ -288,7 +288,7 @@ impl Peer {
         if !self.is_alive {
             return;
         }
-        self.flaps = if now < self.since + STEADY { self.flaps + 1 } else { 0 };
+        self.flaps = if now < self.since + FLAP_WINDOW { self.flaps + 1 } else { 0 };
         self.is_alive = false;
         self.since = now;
         self.rtt.forget_least();
@@ -341,13 +341,13 @@ impl Peer {
     }
 
     /// Returns when to send an extra request because an answer is missing.
-    fn hurry_at(&self) -> Option<Instant> {
+    fn extra_request_at(&self) -> Option<Instant> {
         let silence = self.silence.filter(|_| self.is_alive)?;
         Some((silence.since + self.rtt.wait()).max(self.last_sent? + FAST_INTERVAL))
     }
 
     /// Returns when the path counts as dead if the silence continues.
-    fn verdict_at(&self) -> Option<Instant> {
+    fn dead_at(&self) -> Option<Instant> {
         let (silence, _) = self.silence.zip(self.good_since)?;
         Some((silence.since + DEAD_AFTER).max(silence.enough_at? + SHORTEST_WAIT))
     }
@@ -355,7 +355,7 @@ impl Peer {
     fn hold(&self) -> Duration {
         match self.flaps.checked_sub(2) {
             None => Duration::ZERO,
-            Some(more) => FIRST_HOLD.saturating_mul(1 << more.min(16)).min(LONGEST_HOLD),
+            Some(more) => MIN_HOLD_DOWN.saturating_mul(1 << more.min(16)).min(MAX_HOLD_DOWN),
         }
     }
 

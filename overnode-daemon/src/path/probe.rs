@@ -21,9 +21,9 @@
 /// Length of a probe without padding in bytes.
 pub const HEADER: usize = 28;
 /// Length of the headers of the inner packet in front of the probe in bytes: IPv4 (20) and UDP (8).
-pub const ENVELOPE: u32 = 28;
+pub const ENCAP_LEN: u32 = 28;
 /// Size of the smallest inner packet with a probe in bytes.
-pub const SMALLEST: u32 = ENVELOPE + HEADER as u32;
+pub const SMALLEST: u32 = ENCAP_LEN + HEADER as u32;
 /// Size of the largest inner packet in bytes: the maximum length of an IPv4 packet.
 pub const LARGEST: u32 = 65535;
 
@@ -63,16 +63,16 @@ pub struct Probe {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadProbe {
     /// There are fewer bytes than [`HEADER`].
-    #[error("a probe has {HEADER} bytes or more, not {0}")]
+    #[error("a probe has at least {HEADER} bytes, not {0}")]
     Short(usize),
     /// This node does not know the version.
-    #[error("version {0} of probes is not known")]
+    #[error("unknown probe version {0}")]
     Version(u8),
     /// The kind is neither request nor answer.
     #[error("not a probe")]
     Malformed,
     /// The size in the probe is not the received one, or out of range.
-    #[error("a probe that says {said} bytes came with {received}")]
+    #[error("a probe that claims {said} bytes arrived with {received}")]
     Size {
         /// The size in the probe.
         said: u32,
@@ -90,14 +90,14 @@ impl Probe {
             Kind::Request => REQUEST,
             Kind::Answer => ANSWER,
         };
-        let mut bytes = Vec::with_capacity((size - ENVELOPE) as usize);
+        let mut bytes = Vec::with_capacity((size - ENCAP_LEN) as usize);
         bytes.extend([kind, VERSION]);
         bytes.extend(self.carries.to_be_bytes());
         bytes.extend(size.to_be_bytes());
         bytes.extend(self.sequence.to_be_bytes());
         bytes.extend(self.stamp.to_be_bytes());
         bytes.extend(self.seen.to_be_bytes());
-        bytes.resize((size - ENVELOPE) as usize, 0);
+        bytes.resize((size - ENCAP_LEN) as usize, 0);
         bytes
     }
 
@@ -161,20 +161,20 @@ mod tests {
     }
 
     #[test]
-    fn every_size_is_met_to_the_byte() {
+    fn every_size_is_exact_to_the_byte() {
         for size in [SMALLEST, SMALLEST + 1, 1200, 1440, 8940, LARGEST] {
             let probe = Probe { size, ..REQUEST };
             let bytes = probe.encode();
-            assert_eq!(bytes.len() as u32 + ENVELOPE, size);
+            assert_eq!(bytes.len() as u32 + ENCAP_LEN, size);
             assert_eq!(Probe::decode(&bytes, size), Ok(probe));
-            assert_eq!(Probe::decode(&bytes[..HEADER], size), Ok(probe), "the head is enough");
+            assert_eq!(Probe::decode(&bytes[..HEADER], size), Ok(probe), "the header is enough");
         }
         assert_eq!(Probe { size: 0, ..REQUEST }.encode().len(), HEADER);
-        assert_eq!(Probe { size: u32::MAX, ..REQUEST }.encode().len() as u32 + ENVELOPE, LARGEST);
+        assert_eq!(Probe { size: u32::MAX, ..REQUEST }.encode().len() as u32 + ENCAP_LEN, LARGEST);
     }
 
     #[test]
-    fn what_is_no_probe_is_refused() {
+    fn malformed_probes_are_refused() {
         let good = REQUEST.encode();
         for length in 0..HEADER {
             assert_eq!(Probe::decode(&good[..length], 60), Err(BadProbe::Short(length)));
@@ -199,7 +199,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_decodes_encodes_to_the_same_head(bytes in prop::collection::vec(any::<u8>(), 0..64), received: u32) {
+        fn decoded_probes_encode_to_the_same_header(bytes in prop::collection::vec(any::<u8>(), 0..64), received: u32) {
             if let Ok(probe) = Probe::decode(&bytes, received) {
                 prop_assert_eq!(&probe.encode()[..HEADER], &bytes[..HEADER]);
             }

@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_numbers_of_rfc_6298() {
+    fn the_estimates_follow_rfc_6298() {
         let ms = Duration::from_millis;
         let mut rtt = Rtt::default();
         assert_eq!(rtt.wait(), LONGEST_WAIT);

@@ -33,12 +33,12 @@ pub struct PathState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
     /// The path was alive, and then probes had no answer.
-    #[error("probes have no answer")]
+    #[error("probes are not answered")]
     Silent,
     /// Packets of this size in bytes are lost while small ones pass.
-    #[error("packets of {0} bytes vanish while small ones pass")]
+    #[error("packets of {0} bytes are lost while small ones pass")]
     TooLarge(u32),
     /// The kernel of this host has refused to send a probe.
-    #[error("this host cannot send")]
+    #[error("this host cannot send packets")]
     Unsent,
 }

@@ -35,7 +35,7 @@
 //! announcement without one. Its place is in [`Claim`], in front of `rank`.
 //!
 //! Inputs: [`Routing::restore`], [`Routing::learn`], [`Routing::set_own`],
-//! [`Routing::set_reachable`], [`Routing::set_gone`]. [`Routing::update`] then decides. Outputs:
+//! [`Routing::set_reachable`], [`Routing::set_reclaimed`]. [`Routing::update`] then decides. Outputs:
 //! [`Routing::routes`], [`Routing::conflicts`], [`Routing::poll_timeout`].
 
 #[cfg(test)]
@@ -79,7 +79,7 @@ pub struct Routing {
     nodes: BTreeMap<NodeId, Node>,
     gone: BTreeMap<NodeId, u64>,
     next_rank: u64,
-    is_old: bool,
+    is_stale: bool,
     updated: Option<Instant>,
     table: Table,
 }
@@ -140,7 +140,7 @@ impl Routing {
             nodes: BTreeMap::new(),
             gone: BTreeMap::new(),
             next_rank: 1,
-            is_old: true,
+            is_stale: true,
             updated: None,
             table: Table::default(),
         }
@@ -165,7 +165,7 @@ impl Routing {
 
     /// Updates the announcements of a node from its record.
     pub fn learn(&mut self, record: &Record) {
-        self.is_old = true;
+        self.is_stale = true;
         if record.left {
             self.nodes.remove(&record.id);
             return;
@@ -184,10 +184,10 @@ impl Routing {
         let mut announced = BTreeSet::new();
         for range in record.ranges.iter().map(IpNet::trunc) {
             match self.place(record.id, range) {
-                Place::Own => node.own.push(range),
-                Place::Block => _ = announced.insert(range),
-                Place::Of(other) => node.foreign.push((range, other)),
-                Place::Lent | Place::Nowhere => {}
+                RangeKind::Own => node.own.push(range),
+                RangeKind::Block => _ = announced.insert(range),
+                RangeKind::OwnHalf(other) => node.foreign.push((range, other)),
+                RangeKind::LendableHalf | RangeKind::Invalid => {}
             }
         }
         let is_static = |address: &IpAddr| self.layout.check_static(*address).is_ok();
@@ -203,11 +203,11 @@ impl Routing {
         let blocks = ranges
             .iter()
             .copied()
-            .filter(|range| matches!(self.place(self.own, *range), Place::Block));
+            .filter(|range| matches!(self.place(self.own, *range), RangeKind::Block));
         let own: Vec<_> = blocks.chain(claims.iter().copied().map(IpNet::from)).collect();
         if self.own_space != own {
             self.own_space = own;
-            self.is_old = true;
+            self.is_stale = true;
         }
     }
 
@@ -223,17 +223,17 @@ impl Routing {
             if node.reachable != is_reachable {
                 node.reachable = is_reachable;
                 node.seen = Some(now);
-                self.is_old = true;
+                self.is_stale = true;
             }
         }
     }
 
     /// Sets the nodes whose space was taken back, with their last incarnation.
-    pub fn set_gone(&mut self, gone: impl IntoIterator<Item = (NodeId, u64)>) {
+    pub fn set_reclaimed(&mut self, gone: impl IntoIterator<Item = (NodeId, u64)>) {
         let gone: BTreeMap<_, _> = gone.into_iter().collect();
         if self.gone != gone {
             self.gone = gone;
-            self.is_old = true;
+            self.is_stale = true;
         }
     }
 
@@ -242,7 +242,7 @@ impl Routing {
         if !self.is_due(now) {
             return false;
         }
-        self.is_old = false;
+        self.is_stale = false;
         self.updated = Some(now);
         let mut before = std::mem::take(&mut self.table);
         self.table = self.decide(now);
@@ -257,7 +257,7 @@ impl Routing {
     /// Returns when to call [`Self::update`] next, or when [`Self::conflicts`] may report more.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let updated = self.updated?;
-        let old = self.is_old.then(|| updated + PACE * self.table.prefixes);
+        let old = self.is_stale.then(|| updated + PACE * self.table.prefixes);
         let ends = self.nodes.values().filter_map(Node::absent_from).filter(|at| *at > updated);
         let settled = self.table.conflicts.values().map(|(_, _, since)| *since + SETTLE);
         let settled = settled.filter(|at| *at > updated);
@@ -271,7 +271,7 @@ impl Routing {
     }
 
     /// Returns true if the space of a node was taken back and the node has not come back since.
-    pub fn is_taken_back(&self, id: NodeId) -> bool {
+    pub fn is_reclaimed(&self, id: NodeId) -> bool {
         self.nodes.get(&id).is_some_and(|node| self.was_taken_back(id, node))
     }
 
@@ -299,7 +299,7 @@ impl Routing {
     fn is_due(&self, now: Instant) -> bool {
         let Some(updated) = self.updated else { return true };
         self.poll_timeout().is_some_and(|at| at <= now)
-            && (!self.is_old || updated + PACE * self.table.prefixes <= now)
+            && (!self.is_stale || updated + PACE * self.table.prefixes <= now)
     }
 
     fn was_taken_back(&self, id: NodeId, node: &Node) -> bool {
@@ -307,9 +307,9 @@ impl Routing {
     }
 
     /// Classifies an announced range by its position in the layout.
-    fn place(&self, announcer: NodeId, range: IpNet) -> Place {
+    fn place(&self, announcer: NodeId, range: IpNet) -> RangeKind {
         if self.layout.own_part(announcer).is_some_and(|own| own.contains(&range)) {
-            return Place::Own;
+            return RangeKind::Own;
         }
         let touches = |quarter: &NodeId| {
             let own = self.layout.own_part(*quarter);
@@ -317,12 +317,12 @@ impl Routing {
                 && own.is_some_and(|own| own.contains(&range) || range.contains(&own))
         };
         if let Some(other) = quarters().find(touches) {
-            return Place::Of(other);
+            return RangeKind::OwnHalf(other);
         }
         match self.layout.quarter_of(range).and_then(|quarter| self.layout.lendable(quarter)) {
-            Some(half) if half == range => Place::Lent,
-            Some(_) => Place::Block,
-            None => Place::Nowhere,
+            Some(half) if half == range => RangeKind::LendableHalf,
+            Some(_) => RangeKind::Block,
+            None => RangeKind::Invalid,
         }
     }
 
@@ -350,16 +350,16 @@ impl Routing {
 }
 
 /// The relation of a range to the node that announces it.
-enum Place {
+enum RangeKind {
     /// Inside its own half.
     Own,
     /// Overlaps the own half of another node.
-    Of(NodeId),
+    OwnHalf(NodeId),
     /// The whole lendable half of a quarter.
-    Lent,
+    LendableHalf,
     /// A block inside a lendable half.
     Block,
-    Nowhere,
+    Invalid,
 }
 
 impl Node {

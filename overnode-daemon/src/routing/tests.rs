@@ -28,7 +28,7 @@ fn record(number: u16, ranges: &[&str], claims: &[&str]) -> Record {
         public_key: PublicKey([number as u8; 32]),
         addresses: Vec::new(),
         links: Vec::new(),
-        dark: Vec::new(),
+        no_direct_path: Vec::new(),
         ranges: nets(ranges),
         claims: claims.iter().map(|text| text.parse().unwrap()).collect(),
         names: Vec::new(),
@@ -93,7 +93,7 @@ impl View {
         let matching: Vec<_> = routes.filter(|(net, _)| net.contains(&address)).collect();
         let longest = matching.iter().map(|(net, _)| net.prefix_len()).max()?;
         let best: Vec<_> = matching.iter().filter(|(net, _)| net.prefix_len() == longest).collect();
-        assert_eq!(best.len(), 1, "{address} leads to several nodes: {best:?}");
+        assert_eq!(best.len(), 1, "{address} is routed to several nodes: {best:?}");
         Some(best[0].1.get())
     }
 
@@ -105,7 +105,7 @@ impl View {
 }
 
 #[test]
-fn nobody_takes_over_a_part_of_the_own_half_of_another_node() {
+fn no_node_takes_over_a_part_of_another_nodes_own_half() {
     let mut view = View::new();
     view.says(2, &["10.42.0.0/16", "10.43.0.0/16"], &[]);
     let lies = ["10.42.7.7/32", "10.42.0.0/16", "10.42.0.0/15", "10.40.0.0/13", "0.0.0.0/0"];
@@ -126,7 +126,7 @@ fn nobody_takes_over_a_part_of_the_own_half_of_another_node() {
 }
 
 #[test]
-fn nobody_takes_the_address_of_a_node_or_what_is_outside() {
+fn no_node_takes_node_addresses_or_addresses_out_of_bounds() {
     let mut view = View::new();
     view.says(2, &[], &[]);
     view.says(
@@ -139,14 +139,14 @@ fn nobody_takes_the_address_of_a_node_or_what_is_outside() {
 }
 
 #[test]
-fn a_block_is_not_taken_over_by_a_later_announcement_in_it_of_it_or_around_it() {
+fn a_later_announcement_of_within_or_around_a_block_does_not_take_it() {
     for lie in ["10.43.0.4/32", "10.43.0.0/27", "10.43.0.0/24"] {
         let mut view = View::new();
         view.says(2, &["10.42.0.0/16", "10.43.0.0/16"], &[]);
         view.says(5, &["10.43.0.0/27"], &[]);
         view.says(9, &[lie], &[]);
         assert_eq!(view.to("10.43.0.4"), Some(5), "{lie}");
-        assert!(view.conflicts().is_empty(), "it may be about to change hands");
+        assert!(view.conflicts().is_empty(), "the block may be about to change hands");
         view.pass(SETTLE);
         assert_eq!(view.conflicts().len(), 1, "{lie}");
         assert_eq!(view.conflicts()[0].0, 5);
@@ -164,7 +164,7 @@ fn a_block_is_not_taken_over_by_a_later_announcement_in_it_of_it_or_around_it() 
 }
 
 #[test]
-fn blocks_that_a_lender_uses_itself_are_its_own_too() {
+fn blocks_that_a_lender_uses_itself_belong_to_it() {
     let mut view = View::new();
     view.says(2, &["10.42.0.0/16", "10.43.0.0/16", "10.43.4.0/24"], &[]);
     view.says(9, &["10.43.4.9/32", "10.43.5.0/24"], &[]);
@@ -187,7 +187,7 @@ fn a_static_address_stays_with_the_node_that_announced_it_first() {
 }
 
 #[test]
-fn what_this_node_has_is_its_own() {
+fn the_addresses_of_this_node_cannot_be_taken() {
     let mut view = View::new();
     view.says(9, &["10.43.0.4/32"], &["10.32.0.1"]);
     view.routing.set_own(
@@ -202,7 +202,7 @@ fn what_this_node_has_is_its_own() {
 }
 
 #[test]
-fn a_restart_or_a_cut_of_the_holder_is_of_no_use_and_in_the_end_it_gets_its_own_back() {
+fn an_absent_holder_keeps_its_block_for_a_while_and_regains_it_later() {
     let mut view = View::new();
     view.says(5, &["10.43.0.0/27"], &[]);
     view.says(9, &["10.43.0.4/32"], &[]);
@@ -210,13 +210,13 @@ fn a_restart_or_a_cut_of_the_holder_is_of_no_use_and_in_the_end_it_gets_its_own_
     view.pass(GRACE - Duration::from_secs(1));
     assert_eq!(view.to("10.43.0.4"), Some(5), "its daemon may be restarting");
     view.pass(Duration::from_secs(2));
-    assert_eq!(view.to("10.43.0.4"), Some(9), "nobody else is there");
+    assert_eq!(view.to("10.43.0.4"), Some(9), "no other claimant is present");
     view.reach(5, true);
-    assert_eq!(view.to("10.43.0.4"), Some(5), "it was the first");
+    assert_eq!(view.to("10.43.0.4"), Some(5), "it announced the block first");
 }
 
 #[test]
-fn a_node_that_is_known_by_hearsay_only_takes_nothing_from_one_that_was_reached() {
+fn a_node_that_was_never_reached_takes_nothing_from_one_that_was() {
     let mut view = View::new();
     view.learn(&record(9, &["10.43.0.4/32"], &[]));
     view.says(5, &["10.43.0.0/27"], &[]);
@@ -224,10 +224,10 @@ fn a_node_that_is_known_by_hearsay_only_takes_nothing_from_one_that_was_reached(
 }
 
 #[test]
-fn nothing_leads_to_a_node_that_has_left_or_was_taken_back_and_its_successor_is_the_latest() {
+fn a_departed_node_loses_its_routes_and_its_successor_ranks_last() {
     let left = Record { left: true, ranges: Vec::new(), version: 2, ..record(5, &[], &[]) };
     let steps: [&dyn Fn(&mut View); 2] =
-        [&|view| view.learn(&left), &|view| view.routing.set_gone([(id(5), 10)])];
+        [&|view| view.learn(&left), &|view| view.routing.set_reclaimed([(id(5), 10)])];
     for step in steps {
         let mut view = View::new();
         view.says(5, &["10.43.0.0/27"], &["10.32.0.5"]);
@@ -252,7 +252,7 @@ fn nothing_leads_to_a_node_that_has_left_or_was_taken_back_and_its_successor_is_
 }
 
 #[test]
-fn who_was_first_survives_a_restart_of_the_daemon() {
+fn the_order_of_announcements_survives_a_restart_of_the_daemon() {
     let mut view = View::new();
     let (first, second) = (
         record(5, &["10.43.0.0/26"], &["10.32.0.5"]),
@@ -276,11 +276,11 @@ fn who_was_first_survives_a_restart_of_the_daemon() {
     again.says(7, &["10.43.0.40/32"], &["10.32.0.5"]);
     assert_eq!((again.to("10.43.0.40"), again.to("10.32.0.5")), (Some(5), Some(5)));
     again.learn(&Record { left: true, ..record(5, &[], &[]) });
-    assert_eq!(again.to("10.32.0.5"), Some(9), "ranks go on where they were");
+    assert_eq!(again.to("10.32.0.5"), Some(9), "ranks continue where they left off");
 }
 
 #[test]
-fn many_announcements_change_the_table_no_more_often_than_it_can_be_made() {
+fn many_announcements_do_not_rebuild_the_table_too_often() {
     let mut view = View::new();
     let many: Vec<String> = (0..200).map(|n| format!("10.43.{n}.0/24")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
@@ -297,7 +297,7 @@ fn many_announcements_change_the_table_no_more_often_than_it_can_be_made() {
 }
 
 #[test]
-fn a_member_under_very_many_ids_fills_no_list_and_takes_nothing() {
+fn a_member_with_many_ids_fills_no_list_and_takes_nothing() {
     let mut view = View::new();
     view.says(5, &["10.43.0.0/27"], &[]);
     for number in 100..400 {
@@ -317,7 +317,7 @@ struct Model {
 }
 
 #[test]
-fn at_each_address_the_first_present_node_has_it() {
+fn each_address_belongs_to_the_first_present_node() {
     // Some addresses of quarter 2's lendable half, and blocks of all sizes around them.
     let addresses: Vec<Ipv4Addr> = (0..32).map(|last| Ipv4Addr::new(10, 43, 9, last)).collect();
     for seed in 0..300 {

@@ -24,11 +24,11 @@ pub(super) fn make_directory(directory: &Path) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => fs::create_dir_all(parent),
         Some(_) | None => Ok(()),
     };
-    made.map_err(|why| io("could not make the parent directory of", directory, why))?;
+    made.map_err(|why| io("could not create the parent directory of", directory, why))?;
     match DirBuilder::new().mode(DIRECTORY_MODE).create(directory) {
         Ok(()) => {}
         Err(why) if why.kind() == io::ErrorKind::AlreadyExists => check_is_ours(directory)?,
-        Err(why) => return Err(io("could not make the state directory", directory, why)),
+        Err(why) => return Err(io("could not create the state directory", directory, why)),
     }
     // The umask may have removed bits, and an existing directory may have too many.
     let make_private = || {
@@ -39,7 +39,7 @@ pub(super) fn make_directory(directory: &Path) -> Result<()> {
         Ok(owner)
     };
     let found = make_private()
-        .map_err(|why| io("could not make private the state directory", directory, why))?;
+        .map_err(|why| io("could not set the mode of the state directory", directory, why))?;
     Ok(trust::check_owner(directory, &found)?)
 }
 
@@ -52,7 +52,7 @@ fn check_is_ours(directory: &Path) -> Result<()> {
             || directory.join(DATABASE).try_exists()?
             || directory.join(LOCK).try_exists()?)
     };
-    if look().map_err(|why| io("could not look into", directory, why))? {
+    if look().map_err(|why| io("could not read", directory, why))? {
         return Ok(());
     }
     Err(StoreError::Foreign { path: directory.to_owned() })
@@ -187,16 +187,14 @@ pub(super) fn opening(directory: &Path, path: &Path, why: DatabaseError) -> Stor
 pub(super) fn io(what: &'static str, path: &Path, why: io::Error) -> StoreError {
     let advice = match why.kind() {
         io::ErrorKind::PermissionDenied => {
-            "run as root, or give a --state-dir that you may write to"
+            "run as root, or use a --state-dir that you can write to"
         }
-        io::ErrorKind::ReadOnlyFilesystem => {
-            "give a --state-dir on a file system that can be written to"
-        }
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room on the disk",
+        io::ErrorKind::ReadOnlyFilesystem => "use a --state-dir on a writable file system",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "free some disk space",
         io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
-            "give a --state-dir that is a directory"
+            "use a --state-dir that is a directory"
         }
-        _ => "check the path, or give another --state-dir",
+        _ => "check the path, or use another --state-dir",
     };
     StoreError::Io { what, path: path.to_owned(), why, advice }
 }

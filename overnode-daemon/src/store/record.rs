@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::bulk::control::Mode;
 use crate::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
 use crate::control::key;
-use crate::control::session::Me;
+use crate::control::session::LocalIdentity;
 use crate::gossip::Record;
 use crate::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
@@ -199,7 +199,7 @@ pub(super) struct PublicExternalPeer {
 
 impl Identity {
     /// Returns the identity that this node presents to other nodes while its daemon runs.
-    pub fn introduction(&self) -> Me {
+    pub fn local_identity(&self) -> LocalIdentity {
         let static_secret = self.exchange_secret();
         let hello = Hello {
             versions: (OLDEST_VERSION, NEWEST_VERSION),
@@ -211,7 +211,7 @@ impl Identity {
             process: rand::random(),
             public_key: key::public_key(&static_secret),
         };
-        Me { static_secret, cluster_key: self.cluster_key.clone(), hello }
+        LocalIdentity { static_secret, cluster_key: self.cluster_key.clone(), hello }
     }
 
     /// Returns the X25519 secret for all handshakes: of control connections, of the data plane and

@@ -68,7 +68,7 @@ fn record(id: u16) -> gossip::Record {
         public_key: PublicKey([1; 32]),
         addresses: vec!["192.0.2.1:6783".parse().unwrap()],
         links: vec![NodeId::new(9).unwrap()],
-        dark: Vec::new(),
+        no_direct_path: Vec::new(),
         ranges: vec!["10.40.0.0/15".parse().unwrap()],
         claims: vec!["10.32.0.1".parse().unwrap()],
         names: vec![gossip::Named { name: "web".into(), address: "10.32.0.1".parse().unwrap() }],
@@ -108,7 +108,11 @@ fn everything_survives_a_restart() {
 
     let store = Store::open_existing(&directory).unwrap();
     assert_eq!(store.identity().unwrap(), Some(identity()));
-    assert_eq!(store.targets().unwrap(), ["host2", "host1"], "in the order given");
+    assert_eq!(
+        store.targets().unwrap(),
+        ["host2", "host1"],
+        "in the order in which they were added"
+    );
     assert_eq!(
         store.attachments().unwrap(),
         [by_hand, attachment(1), attachment(3), attachment(20)]
@@ -116,7 +120,7 @@ fn everything_survives_a_restart() {
     assert_eq!(
         store.cursor().unwrap(),
         Some([10, 44, 0, 3].into()),
-        "given last, not greatest, not by hand"
+        "the last one allocated, neither the greatest nor a static one"
     );
     assert_eq!(store.peers().unwrap(), [known(1), known(4095)]);
     assert_eq!(store.external_peers().unwrap(), [external(Some(5))]);
@@ -140,20 +144,20 @@ fn everything_survives_a_restart() {
 }
 
 #[test]
-fn an_address_is_not_given_twice() {
+fn an_address_cannot_be_attached_twice() {
     let place = TempDir::new().unwrap();
     let store = Store::open(place.path()).unwrap();
     store.add_attachment(&attachment(1)).unwrap();
     let other = Attachment { target: "netns:other".into(), ..attachment(1) };
     let error = store.add_attachment(&other).unwrap_err();
-    assert_eq!(error.to_string(), "10.44.0.1 is attached already; detach it first");
+    assert_eq!(error.to_string(), "10.44.0.1 is already attached; detach it first");
     assert_eq!(store.attachments().unwrap(), [attachment(1)]);
     store.update_attachment(&other).unwrap();
     assert_eq!(store.attachments().unwrap(), [other]);
 }
 
 #[test]
-fn only_the_owner_reads_it_whatever_the_umask() {
+fn only_the_owner_can_read_the_state_whatever_the_umask() {
     let place = TempDir::new().unwrap();
     let directory = place.path().join("state");
     fs::create_dir(&directory).unwrap();
@@ -168,7 +172,7 @@ fn only_the_owner_reads_it_whatever_the_umask() {
 
 /// Needs root to give files to another user.
 #[test]
-fn what_another_user_made_is_not_used() {
+fn a_directory_or_file_of_another_user_is_refused() {
     const STRANGER: u32 = 1000;
     let refused = |directory: &Path, what: &str| {
         for attempt in [Store::open(directory).map(drop), Store::wipe(directory)] {
@@ -202,7 +206,7 @@ fn what_another_user_made_is_not_used() {
 }
 
 #[test]
-fn secrets_are_kept_out_of_what_people_read() {
+fn secrets_are_neither_printed_nor_stored_as_json() {
     let shown = format!("{:?} {:?}", identity(), external(Some(5)));
     assert!(
         !shown.contains("static-secret") && !shown.contains("[5,") && shown.contains("Secret(..)"),
@@ -221,13 +225,13 @@ fn bytes_of(directory: &Path) -> Vec<u8> {
 }
 
 #[test]
-fn a_second_daemon_is_refused_and_told_by_whom() {
+fn a_second_daemon_is_refused_and_told_which_process_runs() {
     let place = TempDir::new().unwrap();
     let first = Store::open(place.path()).unwrap();
     for attempt in [Store::open(place.path()).map(drop), Store::wipe(place.path())] {
         let text = attempt.unwrap_err().to_string();
         let expected = format!(
-            "another daemon (process {}) runs on {}",
+            "another daemon (process {}) uses {}",
             std::process::id(),
             place.path().display()
         );
@@ -260,7 +264,7 @@ fn state_of_another_version_is_refused_and_left_alone() {
 }
 
 #[test]
-fn what_is_no_database_is_refused_and_left_alone() {
+fn a_file_that_is_not_a_database_is_refused_and_left_alone() {
     let place = TempDir::new().unwrap();
     let path = place.path().join(DATABASE);
     // The last one has the first bytes of a redb database.
@@ -311,21 +315,21 @@ fn unusable_directories_are_explained() {
     let file = place.path().join("file");
     fs::write(&file, "").unwrap();
     let text = Store::open(&file).unwrap_err().to_string();
-    assert!(text.contains("give a --state-dir that is a directory"), "{text}");
+    assert!(text.contains("use a --state-dir that is a directory"), "{text}");
     let text = Store::open(&file.join("below")).unwrap_err().to_string();
-    assert!(text.contains("give a --state-dir that is a directory"), "{text}");
+    assert!(text.contains("use a --state-dir that is a directory"), "{text}");
 
     let text = Store::open(place.path()).unwrap_err().to_string();
-    assert!(text.contains("holds other files and no state of overnode"), "{text}");
+    assert!(text.contains("contains other files, but no state of overnode"), "{text}");
     assert_ne!(mode(place.path()), 0o000);
     assert!(file.exists());
 
     let text = Store::open_existing(&place.path().join("none")).unwrap_err().to_string();
-    assert!(text.contains("`overnode launch` makes one"), "{text}");
+    assert!(text.contains("`overnode launch` creates it"), "{text}");
     assert!(!place.path().join("none").exists());
 
     let text = Store::open(Path::new("/proc/overnode")).unwrap_err().to_string();
-    assert!(text.starts_with("could not make the state directory /proc/overnode: "), "{text}");
+    assert!(text.starts_with("could not create the state directory /proc/overnode: "), "{text}");
 
     let trap = place.path().join("trap");
     fs::create_dir(&trap).unwrap();
@@ -335,7 +339,7 @@ fn unusable_directories_are_explained() {
 }
 
 #[test]
-fn nothing_is_left_after_destruction() {
+fn destroying_the_state_removes_it_and_nothing_else() {
     let place = TempDir::new().unwrap();
     let directory = place.path().join("state");
     Store::open(&directory).unwrap().destroy().unwrap();
@@ -344,12 +348,12 @@ fn nothing_is_left_after_destruction() {
     let store = Store::open(&directory).unwrap();
     fs::write(directory.join("notes"), "mine").unwrap();
     store.destroy().unwrap();
-    assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "other people's files stay");
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "files of others are kept");
 }
 
 /// This test runs itself in a child process and kills it.
 #[test]
-fn what_was_answered_survives_sigkill() {
+fn acknowledged_attachments_survive_sigkill() {
     const PLACE: &str = "OVERNODE_TEST_STORE";
     if let Some(directory) = std::env::var_os(PLACE) {
         write_until_killed(Path::new(&directory));
@@ -358,7 +362,11 @@ fn what_was_answered_survives_sigkill() {
     let mut known = 0;
     for round in 0..6 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["store::tests::what_was_answered_survives_sigkill", "--exact", "--nocapture"])
+            .args([
+                "store::tests::acknowledged_attachments_survive_sigkill",
+                "--exact",
+                "--nocapture",
+            ])
             .env(PLACE, place.path())
             .stdout(Stdio::piped())
             .spawn()
@@ -405,7 +413,7 @@ fn write_until_killed(directory: &Path) -> ! {
 
 /// Until `exec`, a child process has its parent's locks.
 #[test]
-fn a_store_is_opened_again_while_children_are_started() {
+fn a_store_can_be_reopened_while_child_processes_start() {
     let stop = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -1,6 +1,6 @@
 //! Tests that the bulk path segments and coalesces packets like a model.
 
-mod join;
+mod coalesce;
 mod model;
 mod segment;
 mod tap;

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use overnode_daemon::bulk::packet::{GSO_ECN, GSO_NONE, GSO_UDP_L4, Headers, NEEDS_CSUM};
-use overnode_daemon::bulk::{Cut, Joiner, VnetHeader};
+use overnode_daemon::bulk::{Coalescer, Segmentation, VnetHeader};
 
 pub const FIN: u8 = 1;
 pub const SYN: u8 = 2;
@@ -144,7 +144,7 @@ impl Packet {
     }
 
     /// Segments the packet.
-    pub fn cut(&self, size: usize) -> Vec<Self> {
+    pub fn segments(&self, size: usize) -> Vec<Self> {
         let count = self.payload.len().div_ceil(size).max(1);
         let mut rest = self.payload.clone();
         let mut segments = Vec::new();
@@ -208,14 +208,14 @@ pub fn runs(packets: &[Packet]) -> Vec<usize> {
         let ends = packet.tcp && packet.flags & (PSH | FIN) != 0;
         let most = if packet.tcp { 2048 } else { 64 };
         if let Some(before) = first {
-            let count = *runs.last().expect("it was opened");
+            let count = *runs.last().expect("a run is open");
             let length = before.headers() + before.payload.len() * count + packet.payload.len();
             if packet.may_be_joined()
                 && packet.continues(before, count)
                 && count < most
                 && length <= 65_535
             {
-                *runs.last_mut().expect("it was opened") += 1;
+                *runs.last_mut().expect("a run is open") += 1;
                 if ends || packet.payload.len() < before.payload.len() {
                     first = None;
                 }
@@ -269,12 +269,12 @@ fn start_of(packet: &[u8]) -> (usize, u8) {
 }
 
 /// Returns all packets of a segmentation.
-pub fn write_all(cut: &Cut<'_>) -> Vec<Vec<u8>> {
-    (0..cut.len())
+pub fn write_all(segmentation: &Segmentation<'_>) -> Vec<Vec<u8>> {
+    (0..segmentation.len())
         .map(|index| {
-            let mut out = vec![0xaa; cut.length(index) + 1];
-            let length = cut.write(index, &mut out);
-            assert_eq!(out.pop(), Some(0xaa), "written too far");
+            let mut out = vec![0xaa; segmentation.length(index) + 1];
+            let length = segmentation.write(index, &mut out);
+            assert_eq!(out.pop(), Some(0xaa), "bytes were written past the end");
             assert_eq!(length, out.len());
             out
         })
@@ -282,20 +282,22 @@ pub fn write_all(cut: &Cut<'_>) -> Vec<Vec<u8>> {
 }
 
 /// Checks what must hold for the segmentation of any packet behind any vnet header.
-pub fn check_cut(packet: &[u8], vnet: &VnetHeader) {
-    let Ok(cut) = Cut::new(packet, vnet) else { return };
-    let segments = write_all(&cut);
-    assert!(segments.len() == cut.len() && (1..=2048).contains(&cut.len()));
+pub fn check_segment(packet: &[u8], vnet: &VnetHeader) {
+    let Ok(segmentation) = Segmentation::new(packet, vnet) else { return };
+    let segments = write_all(&segmentation);
+    assert!(segments.len() == segmentation.len() && (1..=2048).contains(&segmentation.len()));
     for segment in &segments[..segments.len() - 1] {
-        assert_eq!(segment.len(), cut.stride());
+        assert_eq!(segment.len(), segmentation.stride());
     }
-    assert!(segments.last().is_some_and(|last| last.len() <= cut.stride()));
+    assert!(segments.last().is_some_and(|last| last.len() <= segmentation.stride()));
     if vnet.gso_type == GSO_NONE {
         assert!(segments.len() == 1 && segments[0].len() == packet.len());
-        assert!(vnet.flags & NEEDS_CSUM != 0 && !cut.is_partial() || segments[0] == packet);
+        assert!(
+            vnet.flags & NEEDS_CSUM != 0 && !segmentation.is_partial() || segments[0] == packet
+        );
         return;
     }
-    let headers = Headers::read(packet).expect("it was cut");
+    let headers = Headers::read(packet).expect("the packet was segmented");
     let mut payload = Vec::new();
     for segment in &segments {
         let own = Headers::read(segment).expect("a segment is a packet");
@@ -306,15 +308,18 @@ pub fn check_cut(packet: &[u8], vnet: &VnetHeader) {
         }
     }
     assert_eq!(payload, packet[headers.payload..]);
-    check_join(&segments.into_iter().map(|segment| (1, segment, true)).collect::<Vec<_>>(), true);
+    check_coalesce(
+        &segments.into_iter().map(|segment| (1, segment, true)).collect::<Vec<_>>(),
+        true,
+    );
 }
 
 /// An opened packet: the peer, the packet's bytes, and whether its checksum is partial.
 pub type Opened = (u8, Vec<u8>, bool);
 
 /// Returns the frames that a joiner delivers.
-pub fn join(packets: &[Opened], joins_udp: bool) -> Vec<Vec<u8>> {
-    let mut joiner = Joiner::new(joins_udp);
+pub fn coalesce(packets: &[Opened], coalesces_udp: bool) -> Vec<Vec<u8>> {
+    let mut joiner = Coalescer::new(coalesces_udp);
     let mut frames = Vec::new();
     for (peer, packet, partial) in packets {
         joiner.push(link(*peer), packet, *partial, &mut |frame: &[u8]| frames.push(frame.to_vec()));
@@ -338,26 +343,26 @@ pub fn split(frame: &[u8]) -> (VnetHeader, &[u8]) {
 
 /// Checks that coalescing loses and invents nothing, keeps the order of each flow, and can be
 /// reversed by segmenting.
-pub fn check_join(packets: &[Opened], joins_udp: bool) {
+pub fn check_coalesce(packets: &[Opened], coalesces_udp: bool) {
     let mut pushed: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for (peer, packet, partial) in packets {
         let partial = *partial && Headers::read(packet).is_ok();
         pushed.entry((*peer, flow_of(packet))).or_default().push((packet.clone(), partial));
     }
     let mut delivered: BTreeMap<_, Vec<_>> = BTreeMap::new();
-    for frame in join(packets, joins_udp) {
+    for frame in coalesce(packets, coalesces_udp) {
         let (vnet, packet) = split(&frame);
         let peer = frame[10 + 11];
         assert_eq!(frame[10..24], link(peer));
-        let cut = Cut::new(packet, &vnet);
+        let segmentation = Segmentation::new(packet, &vnet);
         if vnet.gso_type != GSO_NONE {
-            let cut = cut.as_ref().expect("a super-packet can be cut");
-            assert!(cut.len() > 1 && packet.len() <= 65_535);
-            assert!(joins_udp || vnet.gso_type != GSO_UDP_L4);
+            let segmentation = segmentation.as_ref().expect("a super-packet can be segmented");
+            assert!(segmentation.len() > 1 && packet.len() <= 65_535);
+            assert!(coalesces_udp || vnet.gso_type != GSO_UDP_L4);
             assert!(vnet.gso_type & GSO_ECN == 0 || vnet.gso_type & !GSO_ECN != GSO_UDP_L4);
         }
-        let parts = match &cut {
-            Ok(cut) => write_all(cut),
+        let parts = match &segmentation {
+            Ok(segmentation) => write_all(segmentation),
             Err(_) => vec![packet.to_vec()],
         };
         for part in parts {

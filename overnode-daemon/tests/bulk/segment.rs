@@ -1,20 +1,20 @@
 use overnode_daemon::bulk::packet::NEEDS_CSUM;
-use overnode_daemon::bulk::{BadPacket, Cut, VnetHeader};
+use overnode_daemon::bulk::{BadPacket, Segmentation, VnetHeader};
 use proptest::prelude::*;
 
-use crate::model::{CWR, FIN, PSH, Packet, URG, check_cut, finish, is_right, words, write_all};
+use crate::model::{CWR, FIN, PSH, Packet, URG, check_segment, finish, is_right, words, write_all};
 use crate::packets;
 
 fn segments(packet: &Packet, size: u16) -> Vec<Vec<u8>> {
     let bytes = packet.bytes();
     let vnet = packet.vnet(size);
-    let cut = Cut::new(&bytes, &vnet).expect("a super-packet");
-    assert!(cut.is_partial());
-    write_all(&cut)
+    let segmentation = Segmentation::new(&bytes, &vnet).expect("a super-packet");
+    assert!(segmentation.is_partial());
+    write_all(&segmentation)
 }
 
 #[test]
-fn the_header_is_that_of_the_kernel() {
+fn the_vnet_header_has_the_layout_of_the_kernel() {
     let header = VnetHeader {
         flags: 1,
         gso_type: 2,
@@ -33,7 +33,7 @@ fn the_header_is_that_of_the_kernel() {
 
 /// Written by hand, so that the model does not vouch for itself.
 #[test]
-fn two_segments_of_tcp_are_these() {
+fn two_tcp_segments_match_bytes_written_by_hand() {
     let sixteen =
         |hex: &str| data_encoding::HEXLOWER_PERMISSIVE.decode(hex.replace(' ', "").as_bytes());
     // 10.0.0.1:1 to 10.0.0.2:2, 3 bytes of payload, ACK and PSH.
@@ -43,12 +43,12 @@ fn two_segments_of_tcp_are_these() {
     let [packet, first, second] =
         [packet, first, second].map(|hex| sixteen(hex).expect("hexadecimal"));
     let vnet = Packet::new(false, true, 0).vnet(2);
-    let cut = Cut::new(&packet, &vnet).expect("a super-packet");
-    assert_eq!(write_all(&cut), [first, second]);
+    let segmentation = Segmentation::new(&packet, &vnet).expect("a super-packet");
+    assert_eq!(write_all(&segmentation), [first, second]);
 }
 
 #[test]
-fn fin_and_psh_are_on_the_last_and_cwr_is_on_the_first() {
+fn fin_and_psh_are_on_the_last_segment_and_cwr_is_on_the_first() {
     let packet = Packet { flags: FIN | PSH | CWR, ..Packet::new(false, true, 250) };
     let flags: Vec<u8> = segments(&packet, 100).iter().map(|segment| segment[33]).collect();
     assert_eq!(flags, [CWR, 0, FIN | PSH]);
@@ -82,8 +82,8 @@ fn extension_headers_are_kept() {
     let length = (bytes.len() - 40) as u16;
     bytes[4..6].copy_from_slice(&length.to_be_bytes());
     let vnet = VnetHeader { csum_start: 14 + 48, ..packet.vnet(100) };
-    let cut = Cut::new(&bytes, &vnet).expect("a super-packet");
-    for (segment, plain) in write_all(&cut).into_iter().zip(packet.cut(100)) {
+    let segmentation = Segmentation::new(&bytes, &vnet).expect("a super-packet");
+    for (segment, plain) in write_all(&segmentation).into_iter().zip(packet.segments(100)) {
         let mut plain = plain.bytes();
         (plain[4], plain[5], plain[6]) = (segment[4], segment[5], 60);
         plain.splice(40..40, bytes[40..48].iter().copied());
@@ -93,28 +93,31 @@ fn extension_headers_are_kept() {
 }
 
 #[test]
-fn what_is_not_to_be_cut_stays() {
+fn a_packet_that_is_not_to_be_segmented_is_not_changed() {
     let packet = Packet::new(false, true, 3000);
     let bytes = packet.bytes();
     for (vnet, partial) in [(packet.vnet_alone(), true), (VnetHeader::default(), false)] {
-        let cut = Cut::new(&bytes, &vnet).expect("a packet");
-        assert_eq!((write_all(&cut), cut.is_partial()), (vec![bytes.clone()], partial));
+        let segmentation = Segmentation::new(&bytes, &vnet).expect("a packet");
+        assert_eq!(
+            (write_all(&segmentation), segmentation.is_partial()),
+            (vec![bytes.clone()], partial)
+        );
     }
-    let cut = Cut::new(b"anything", &VnetHeader::default()).expect("a packet");
-    assert!(!cut.is_partial() && write_all(&cut) == [b"anything"]);
+    let segmentation = Segmentation::new(b"anything", &VnetHeader::default()).expect("a packet");
+    assert!(!segmentation.is_partial() && write_all(&segmentation) == [b"anything"]);
 }
 
 /// The container runs its own tunnel, and the partial checksum belongs to the inner packet.
 #[test]
-fn a_checksum_in_a_tunnel_is_finished() {
+fn a_partial_checksum_in_a_tunnel_is_completed() {
     let inner = Packet::new(false, true, 101);
     let outer =
         Packet { payload: [&[8; 22], &inner.bytes()[..]].concat(), ..Packet::new(false, false, 0) };
     let bytes = outer.bytes();
     let vnet = VnetHeader { csum_start: 14 + 28 + 22 + 20, ..inner.vnet_alone() };
-    let cut = Cut::new(&bytes, &vnet).expect("a packet");
-    let written = write_all(&cut).remove(0);
-    assert!(!cut.is_partial());
+    let segmentation = Segmentation::new(&bytes, &vnet).expect("a packet");
+    let written = write_all(&segmentation).remove(0);
+    assert!(!segmentation.is_partial());
     assert_eq!(written[..50], bytes[..50]);
     assert_eq!(written[50..], finish(&inner.bytes()));
     assert!(is_right(&written[50..]));
@@ -122,7 +125,7 @@ fn a_checksum_in_a_tunnel_is_finished() {
 
 /// Otherwise a container could change its source address or ports after they were checked.
 #[test]
-fn no_checksum_is_written_in_front_of_the_transport_headers_own() {
+fn no_checksum_is_written_before_the_transport_checksum() {
     let kinds = [(false, true), (true, false), (false, false), (true, true)];
     for packet in kinds.map(|(is_v6, is_tcp)| Packet::new(is_v6, is_tcp, 9)) {
         let bytes = packet.bytes();
@@ -132,10 +135,10 @@ fn no_checksum_is_written_in_front_of_the_transport_headers_own() {
         for start in 0..bytes.len() as u16 + 16 {
             for offset in 0..bytes.len() as u16 + 16 {
                 let vnet = VnetHeader { csum_start: start, csum_offset: offset, ..own };
-                match Cut::new(&bytes, &vnet) {
-                    Ok(cut) => {
+                match Segmentation::new(&bytes, &vnet) {
+                    Ok(segmentation) => {
                         assert_eq!(
-                            write_all(&cut)[0][..judged_by],
+                            write_all(&segmentation)[0][..judged_by],
                             bytes[..judged_by],
                             "{start} + {offset}"
                         );
@@ -150,36 +153,43 @@ fn no_checksum_is_written_in_front_of_the_transport_headers_own() {
         {
             let vnet = VnetHeader { csum_start: start, csum_offset: offset, ..own };
             let bad = BadPacket::Checksum { start, offset };
-            assert_eq!(Cut::new(&bytes, &vnet).err(), Some(bad));
+            assert_eq!(Segmentation::new(&bytes, &vnet).err(), Some(bad));
         }
     }
 }
 
 #[test]
-fn what_the_headers_do_not_bear_out_is_refused() {
+fn packets_that_contradict_their_headers_are_refused() {
     let tcp = Packet::new(false, true, 3000);
     let udp = Packet::new(true, false, 3000);
-    let cut = |packet: &Packet, vnet: VnetHeader| Cut::new(&packet.bytes(), &vnet).err();
+    let segmentation =
+        |packet: &Packet, vnet: VnetHeader| Segmentation::new(&packet.bytes(), &vnet).err();
     let vnet = tcp.vnet(1000);
-    assert_eq!(cut(&tcp, vnet), None);
-    assert_eq!(cut(&tcp, VnetHeader { gso_size: 0, ..vnet }), Some(BadPacket::GsoSize));
-    assert_eq!(cut(&tcp, VnetHeader { gso_size: 1, ..vnet }), Some(BadPacket::Segments(3000)));
-    assert_eq!(cut(&tcp, VnetHeader { flags: 2, ..vnet }), Some(BadPacket::Finished));
+    assert_eq!(segmentation(&tcp, vnet), None);
+    assert_eq!(segmentation(&tcp, VnetHeader { gso_size: 0, ..vnet }), Some(BadPacket::GsoSize));
+    assert_eq!(
+        segmentation(&tcp, VnetHeader { gso_size: 1, ..vnet }),
+        Some(BadPacket::Segments(3000))
+    );
+    assert_eq!(segmentation(&tcp, VnetHeader { flags: 2, ..vnet }), Some(BadPacket::NotPartial));
     for gso_type in [2, 3, 4, 5, 0x84, 0x80] {
-        assert_eq!(cut(&tcp, VnetHeader { gso_type, ..vnet }), Some(BadPacket::GsoType(gso_type)));
+        assert_eq!(
+            segmentation(&tcp, VnetHeader { gso_type, ..vnet }),
+            Some(BadPacket::GsoType(gso_type))
+        );
     }
     for gso_type in [1, 4, 0x85] {
         let vnet = VnetHeader { gso_type, ..udp.vnet(1000) };
-        assert_eq!(cut(&udp, vnet), Some(BadPacket::GsoType(gso_type)));
+        assert_eq!(segmentation(&udp, vnet), Some(BadPacket::GsoType(gso_type)));
     }
     for (start, offset) in [(33, 16), (34, 6), (0, 0)] {
         let vnet = VnetHeader { csum_start: start, csum_offset: offset, ..vnet };
-        assert_eq!(cut(&tcp, vnet), Some(BadPacket::Checksum { start, offset }));
+        assert_eq!(segmentation(&tcp, vnet), Some(BadPacket::Checksum { start, offset }));
     }
     let altered = |packet: &Packet, at: usize, byte: u8| {
         let mut bytes = packet.bytes();
         bytes[at] = byte;
-        Cut::new(&bytes, &packet.vnet(1000)).err()
+        Segmentation::new(&bytes, &packet.vnet(1000)).err()
     };
     let length = Some(BadPacket::Length(tcp.bytes().len()));
     assert_eq!(altered(&tcp, 0, 0x55), Some(BadPacket::NotIp));
@@ -194,17 +204,17 @@ fn what_the_headers_do_not_bear_out_is_refused() {
     assert_eq!(altered(&udp, 45, 0), length);
     assert_eq!(altered(&udp, 6, 44), Some(BadPacket::Fragment));
     assert_eq!(altered(&udp, 6, 0), Some(BadPacket::Protocol(15)));
-    assert_eq!(Cut::new(&[], &vnet).err(), Some(BadPacket::NotIp));
+    assert_eq!(Segmentation::new(&[], &vnet).err(), Some(BadPacket::NotIp));
 }
 
 proptest! {
     #[test]
-    fn segments_are_those_of_the_model(packet in packets(9000), urgent in any::<Option<u16>>(), size in 50..3000_u16) {
+    fn segments_match_the_model(packet in packets(9000), urgent in any::<Option<u16>>(), size in 50..3000_u16) {
         let mut packet = packet;
         if let Some(urgent) = urgent {
             (packet.flags, packet.urgent) = (packet.flags | URG, urgent);
         }
-        let expected: Vec<_> = packet.cut(size.into()).iter().map(Packet::bytes).collect();
+        let expected: Vec<_> = packet.segments(size.into()).iter().map(Packet::bytes).collect();
         let made = segments(&packet, size);
         prop_assert!(made == expected);
         // Each segment is valid for a receiver once a network card has completed its checksum.
@@ -213,7 +223,7 @@ proptest! {
     }
 
     #[test]
-    fn no_packet_makes_it_panic(
+    fn no_packet_causes_a_panic(
         packet in packets(400),
         alterations in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
         header in any::<[u8; 10]>(),
@@ -226,29 +236,29 @@ proptest! {
             bytes[at] = byte;
         }
         let vnet = if is_own { packet.vnet(u16::from(header[0])) } else { VnetHeader::from_bytes(header) };
-        check_cut(&bytes, &vnet);
-        check_cut(&bytes[..length.index(bytes.len())], &vnet);
+        check_segment(&bytes, &vnet);
+        check_segment(&bytes[..length.index(bytes.len())], &vnet);
     }
 
     #[test]
-    fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), header in any::<[u8; 10]>()) {
+    fn no_bytes_cause_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), header in any::<[u8; 10]>()) {
         let mut vnet = VnetHeader::from_bytes(header);
-        check_cut(&bytes, &vnet);
+        check_segment(&bytes, &vnet);
         vnet.flags |= NEEDS_CSUM;
         vnet.gso_type %= 8;
         (vnet.csum_start, vnet.csum_offset) = (vnet.csum_start % 200, vnet.csum_offset % 200);
-        check_cut(&bytes, &vnet);
+        check_segment(&bytes, &vnet);
     }
 
     #[test]
-    fn a_finished_checksum_is_right(bytes in prop::collection::vec(any::<u8>(), 2..300), start in 0..100_usize) {
+    fn a_completed_checksum_is_right(bytes in prop::collection::vec(any::<u8>(), 2..300), start in 0..100_usize) {
         // The transport header is unknown, and the sum begins anywhere after the IP header.
         let mut packet = vec![0; 40 + start];
         packet[0] = 0x60;
         packet.extend(&bytes);
         let vnet = VnetHeader { flags: NEEDS_CSUM, csum_start: (54 + start) as u16, ..VnetHeader::default() };
-        let cut = Cut::new(&packet, &vnet).expect("a packet");
-        let written = write_all(&cut).remove(0);
+        let segmentation = Segmentation::new(&packet, &vnet).expect("a packet");
+        let written = write_all(&segmentation).remove(0);
         prop_assert_eq!(&written[..40 + start], &packet[..40 + start]);
         prop_assert_eq!(&written[42 + start..], &packet[42 + start..]);
         let field = u16::from_be_bytes([written[40 + start], written[41 + start]]);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use overnode_daemon::bulk::packet::{GSO_NONE, GSO_TCPV4, GSO_UDP_L4, VNET_HEADER};
-use overnode_daemon::bulk::{Cut, Joiner, VnetHeader};
+use overnode_daemon::bulk::{Coalescer, Segmentation, VnetHeader};
 
 use crate::model::{finish, is_right, write_all};
 
@@ -69,9 +69,9 @@ fn tap() -> File {
 /// sum nor the IP header checksum.
 struct Mirror {
     tap: File,
-    joiner: Joiner,
-    /// Frames with several segments that were read (`cut`) and written (`joined`), for TCP and UDP.
-    cut: [usize; 2],
+    joiner: Coalescer,
+    /// Frames with several segments that were read (`segmentation`) and written (`joined`), for TCP and UDP.
+    segmentation: [usize; 2],
     joined: [usize; 2],
 }
 
@@ -93,33 +93,36 @@ impl Mirror {
             if link[12..] != [8, 0] || packet[16..20] != [10, 99, 0, 2] {
                 continue;
             }
-            let cut = Cut::new(packet, &vnet).expect("a packet of the kernel's");
-            let segments = write_all(&cut);
+            let segmentation = Segmentation::new(packet, &vnet).expect("a packet from the kernel");
+            let segments = write_all(&segmentation);
             let is_tcp = packet[9] == 6;
-            assert_eq!(cut.len() > 1, vnet.gso_type != GSO_NONE);
-            if cut.len() > 1 {
+            assert_eq!(segmentation.len() > 1, vnet.gso_type != GSO_NONE);
+            if segmentation.len() > 1 {
                 assert_eq!(vnet.gso_type, if is_tcp { GSO_TCPV4 } else { GSO_UDP_L4 });
-                self.cut[usize::from(!is_tcp)] += 1;
+                self.segmentation[usize::from(!is_tcp)] += 1;
             }
             let (to, from) = link[..12].split_at_mut(6);
             to.swap_with_slice(from);
             for mut segment in segments {
                 assert!(segment.len() <= 1500);
-                assert!(is_right(&if cut.is_partial() {
+                assert!(is_right(&if segmentation.is_partial() {
                     finish(&segment)
                 } else {
                     segment.clone()
                 }));
                 let (source, destination) = segment[12..20].split_at_mut(4);
                 source.swap_with_slice(destination);
-                self.joiner.push(link, &segment, cut.is_partial(), &mut |frame: &[u8]| {
-                    frames.push(frame.to_vec())
-                });
+                self.joiner.push(
+                    link,
+                    &segment,
+                    segmentation.is_partial(),
+                    &mut |frame: &[u8]| frames.push(frame.to_vec()),
+                );
             }
         }
         self.joiner.flush(&mut |frame| frames.push(frame.to_vec()));
         for frame in frames {
-            assert_eq!(self.tap.write(&frame).expect("the kernel takes it"), frame.len());
+            assert_eq!(self.tap.write(&frame).expect("the kernel accepts the frame"), frame.len());
             if frame[1] != GSO_NONE {
                 self.joined[usize::from(frame[24 + 9] != 6)] += 1;
             }
@@ -130,15 +133,16 @@ impl Mirror {
 /// A connection from the device's address to the mirror's address comes back as one from the
 /// mirror. Both ends are in this namespace.
 #[test]
-fn the_kernel_gives_what_can_be_cut_and_takes_what_was_joined() {
+fn super_packets_survive_a_round_trip_through_the_kernel() {
     let tap = tap();
-    let mut mirror = Mirror { tap, joiner: Joiner::new(true), cut: [0; 2], joined: [0; 2] };
+    let mut mirror =
+        Mirror { tap, joiner: Coalescer::new(true), segmentation: [0; 2], joined: [0; 2] };
     tcp(&mut mirror);
     udp(&mut mirror);
     assert!(
-        mirror.cut.iter().chain(&mirror.joined).all(|&count| count > 0),
+        mirror.segmentation.iter().chain(&mirror.joined).all(|&count| count > 0),
         "{:?}",
-        (mirror.cut, mirror.joined)
+        (mirror.segmentation, mirror.joined)
     );
 }
 
@@ -157,7 +161,7 @@ fn tcp(mirror: &mut Mirror) {
     let mut connection: Option<TcpStream> = None;
     let mut received = Vec::new();
     loop {
-        assert!(started.elapsed() < LONGEST, "{} bytes in time", received.len());
+        assert!(started.elapsed() < LONGEST, "only {} bytes arrived in time", received.len());
         mirror.turn();
         if let Some(connection) = &mut connection {
             let mut buffer = [0; 65_536];
@@ -198,7 +202,7 @@ fn udp(mirror: &mut Mirror) {
     let mut received = Vec::new();
     let mut lengths = Vec::new();
     while received.len() < sent.len() {
-        assert!(started.elapsed() < LONGEST, "{} bytes in time", received.len());
+        assert!(started.elapsed() < LONGEST, "only {} bytes arrived in time", received.len());
         mirror.turn();
         let mut buffer = [0; 2000];
         if let Ok((length, from)) = receiver.recv_from(&mut buffer) {

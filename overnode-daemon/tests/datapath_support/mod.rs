@@ -57,7 +57,7 @@ pub fn reexec(name: &str, variables: &[(&str, &str)], how: Option<&str>) -> bool
             command.arg(format!("--net=/run/netns/{netns}")).arg(program);
             command
         }
-        (Some(_), _) => panic!("no such way"),
+        (Some(_), _) => panic!("unknown tool"),
     };
     let output = command
         .args([name, "--exact", "--nocapture"])
@@ -219,7 +219,7 @@ impl Host {
         let qdiscs = run("tc", &["-n", &self.namespace.name, "qdisc", "show"]);
         assert!(!qdiscs.contains("clsact"), "{qdiscs}");
         let pins = Path::new("/sys/fs/bpf/overnode").join(self.node());
-        assert!(!pins.exists(), "{} is left", pins.display());
+        assert!(!pins.exists(), "{} was not removed", pins.display());
         let attached =
             |interface, at| self.inside(async || SchedClassifier::query_tcx(interface, at));
         let ends =
@@ -389,7 +389,7 @@ impl Pair {
     pub fn background_ping(&self, count: u32, interval: &str) -> Ping<'_> {
         let count = count.to_string();
         let warm_up = ["-q", "-c", "1", "-W", "2", "10.42.0.1"];
-        assert!(self.container_a.exec_status("ping", &warm_up), "not even one packet goes across");
+        assert!(self.container_a.exec_status("ping", &warm_up), "not even one packet gets through");
         let arguments = ["-q", "-c", &count, "-i", interval, "-W", "2", "10.42.0.1"];
         let child =
             self.container_a.command("ping", &arguments).stdout(Stdio::piped()).spawn().unwrap();

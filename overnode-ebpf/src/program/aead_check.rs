@@ -31,7 +31,7 @@ const OPEN: u32 = 1;
 struct Request {
     action: u32,
     aad_len: u32,
-    text_len: u32,
+    ciphertext_len: u32,
     nonce: [u32; 3],
     key: [u32; 8],
 }
@@ -66,6 +66,6 @@ fn check(skb: *mut __sk_buff) -> Result<(), Reason> {
         aad.absorb()?;
     }
     let offset = BODY + request.aad_len.next_multiple_of(GROUP_LEN as u32);
-    let text = Job::new(skb, &scratch, offset, request.text_len);
+    let text = Job::new(skb, &scratch, offset, request.ciphertext_len);
     if opens { text.open() } else { text.seal() }
 }

@@ -8,7 +8,7 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{BULK_MAC, ETHERNET_LEN};
 
 use super::frame::{Ethernet, Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, redirect};
-use super::{Sent, maps, normaliser};
+use super::{Sent, maps, offload_veth};
 
 /// Result of [`try_steer`]: the packet does not belong on the bulk path.
 const NOT: i64 = -1;
@@ -71,7 +71,7 @@ fn try_steer(skb: Skb, index: u32) -> i64 {
 fn may_move(peer: u32, sent: u64) -> bool {
     // Above this limit, move anyway: packets lost in the offload veth never leave it.
     sent >= BULK_PATIENCE
-        || sent >= BULK_THRESHOLD && maps::peer(peer).is_some_and(normaliser::is_empty)
+        || sent >= BULK_THRESHOLD && maps::peer(peer).is_some_and(offload_veth::is_empty)
 }
 
 /// Returns the flow of a packet, or `None` for a fragment or another protocol.

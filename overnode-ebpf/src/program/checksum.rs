@@ -8,7 +8,7 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::ETHERNET_LEN;
 
 use super::frame::{Ipv4, Ipv6, PROTOCOL_UDP, Skb, at};
-use super::{GO_ON, STOP};
+use super::{CONTINUE, STOP};
 
 /// Folds a sum to 16 bits, until no carry is left (RFC 1071). Does not complement it.
 #[inline(always)]
@@ -97,7 +97,7 @@ extern "C" fn add_block(_: u32, state: *mut Sum) -> i64 {
         1 => state.add_last(),
         0 => return STOP,
     };
-    if added.is_err() { STOP } else { GO_ON }
+    if added.is_err() { STOP } else { CONTINUE }
 }
 
 impl Sum {

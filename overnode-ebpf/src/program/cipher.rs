@@ -18,7 +18,7 @@ use overnode_ebpf::aead::{
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::IPV4_LEN;
 
-use super::{GO_ON, STOP};
+use super::{CONTINUE, STOP};
 
 /// Largest offset in a packet that the payload may reach, as a mask that the verifier understands.
 /// Jumbo frames have 9000 bytes. Longer packets are refused as malformed.
@@ -322,7 +322,7 @@ unsafe extern "C" fn absorb<P: Packet>(index: u32, job: *mut Job<P>) -> i64 {
 #[inline(always)]
 fn verdict(scratch: &mut Scratch, done: Result<(), Short>) -> i64 {
     match done {
-        Ok(()) => GO_ON,
+        Ok(()) => CONTINUE,
         Err(Short) => {
             scratch.short = 1;
             STOP

@@ -22,13 +22,13 @@ const HEADERS_LEN: usize = ETHERNET_LEN + 60 + UDP_LEN + RELAY_LEN + DATA_HEADER
 ///
 /// All fields are full words. The compiler would pack smaller ones into one word, with operations
 /// that the verifier forbids on a register that may still hold a pointer.
-pub struct Outer {
+pub struct OuterHeaders {
     /// 1 for an IPv6 header, 0 for IPv4.
     v6: u64,
     /// ECN codepoint.
     ecn: u64,
     /// Length of the ciphertext in bytes, without the tag.
-    text_len: u64,
+    ciphertext_len: u64,
     /// Length of the relay header in bytes, or 0.
     relay_len: u64,
 }
@@ -40,7 +40,7 @@ struct Stack<Ip> {
     udp: Udp,
 }
 
-impl Outer {
+impl OuterHeaders {
     /// Returns true if the IP header is IPv6.
     #[inline(always)]
     pub fn is_v6(&self) -> bool {
@@ -55,14 +55,14 @@ impl Outer {
 
     /// Returns the length of the ciphertext in bytes, without the tag.
     #[inline(always)]
-    pub fn text_len(&self) -> u32 {
-        self.text_len as u32
+    pub fn ciphertext_len(&self) -> u32 {
+        self.ciphertext_len as u32
     }
 
     /// Returns the length of the message in bytes, from its type on.
     #[inline(always)]
     pub fn message_len(&self) -> u32 {
-        (self.text_len + (DATA_HEADER_LEN + TAG_LEN) as u64) as u32
+        (self.ciphertext_len + (DATA_HEADER_LEN + TAG_LEN) as u64) as u32
     }
 
     /// Returns true if there is a relay header.
@@ -160,10 +160,10 @@ unsafe fn set<T: PartialEq + Copy>(place: *mut T, value: T) {
 /// Finds a data message, or a relayed message of any type. Returns `None` if the packet is neither,
 /// or not for this host.
 #[inline(always)]
-pub fn parse(frame: impl Frame) -> Result<Option<Outer>, Reason> {
+pub fn parse(frame: impl Frame) -> Result<Option<OuterHeaders>, Reason> {
     let Ok(ethernet) = at::<Ethernet>(frame, 0) else { return Ok(None) };
     // SAFETY: `at` has checked the bounds.
-    match u16::from_be(unsafe { (*ethernet).kind_be }) {
+    match u16::from_be(unsafe { (*ethernet).ether_type_be }) {
         ETHERTYPE_IPV4 => v4(frame),
         ETHERTYPE_IPV6 => v6(frame),
         _ => Ok(None),
@@ -171,7 +171,7 @@ pub fn parse(frame: impl Frame) -> Result<Option<Outer>, Reason> {
 }
 
 #[inline(always)]
-fn v4(frame: impl Frame) -> Result<Option<Outer>, Reason> {
+fn v4(frame: impl Frame) -> Result<Option<OuterHeaders>, Reason> {
     if frame.linearize((ETHERNET_LEN + IPV4_LEN) as u32).is_err() {
         return Ok(None);
     }
@@ -209,12 +209,12 @@ fn v4(frame: impl Frame) -> Result<Option<Outer>, Reason> {
     }
     let available = total_len.checked_sub(IPV4_LEN as u32).ok_or(Reason::Malformed)?;
     let relay_len = relay_len(kind);
-    let text_len = text_len(frame, IPV4_LEN, available, relay_len)?;
-    Ok(Some(Outer { v6: 0, ecn: u64::from(tos & ECN_MASK), text_len, relay_len }))
+    let ciphertext_len = ciphertext_len(frame, IPV4_LEN, available, relay_len)?;
+    Ok(Some(OuterHeaders { v6: 0, ecn: u64::from(tos & ECN_MASK), ciphertext_len, relay_len }))
 }
 
 #[inline(always)]
-fn v6(frame: impl Frame) -> Result<Option<Outer>, Reason> {
+fn v6(frame: impl Frame) -> Result<Option<OuterHeaders>, Reason> {
     if frame.linearize(HEADERS_LEN as u32).is_err() {
         return Ok(None);
     }
@@ -242,11 +242,11 @@ fn v6(frame: impl Frame) -> Result<Option<Outer>, Reason> {
         return Err(Reason::Fragment);
     }
     let relay_len = relay_len(kind);
-    let text_len = text_len(frame, IPV6_LEN, available, relay_len)?;
-    Ok(Some(Outer {
+    let ciphertext_len = ciphertext_len(frame, IPV6_LEN, available, relay_len)?;
+    Ok(Some(OuterHeaders {
         v6: 1,
         ecn: u64::from(first >> 20) & u64::from(ECN_MASK),
-        text_len,
+        ciphertext_len,
         relay_len,
     }))
 }
@@ -283,7 +283,7 @@ fn is_first_fragment(frame: impl Frame) -> bool {
 
 /// Returns the length of the ciphertext in bytes. `available` is the length of the IP payload.
 #[inline(always)]
-fn text_len(
+fn ciphertext_len(
     frame: impl Frame,
     ip_len: usize,
     available: u32,

@@ -90,7 +90,7 @@ fn write_v4(
     let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
     // SAFETY: `at` has checked the bounds.
     unsafe {
-        (*ethernet).kind_be = ETHERTYPE_IPV4.to_be();
+        (*ethernet).ether_type_be = ETHERTYPE_IPV4.to_be();
         *ip = header;
     }
     write_udp(skb, ETHERNET_LEN + IPV4_LEN, port_be, udp_len)
@@ -100,7 +100,7 @@ fn write_v4(
 fn write_v6(skb: Skb, hop: *mut Peer, udp_len: u32, ecn: u8) -> Result<(), Reason> {
     let ethernet = at::<Ethernet>(skb, 0)?;
     // SAFETY: `at` has checked the bounds.
-    unsafe { (*ethernet).kind_be = ETHERTYPE_IPV6.to_be() };
+    unsafe { (*ethernet).ether_type_be = ETHERTYPE_IPV6.to_be() };
     let ip = at::<Ipv6>(skb, ETHERNET_LEN)?;
     // SAFETY: `at` has checked the bounds; array map values stay valid while the program runs.
     let port_be = unsafe {

@@ -30,7 +30,7 @@ pub type Mac = [u16; 3];
 pub struct Ethernet {
     pub destination: Mac,
     pub source: Mac,
-    pub kind_be: u16,
+    pub ether_type_be: u16,
 }
 
 /// IPv4 header without options (RFC 791).
@@ -154,10 +154,10 @@ pub trait Frame: Packet {
     fn linearize(self, len: u32) -> Result<(), Reason>;
     /// Makes the whole packet readable and writable through pointers.
     fn linearize_all(self) -> Result<(), Reason>;
-    /// Removes `outer` bytes after the Ethernet header, and everything after the next `inner`
+    /// Removes `decap` bytes after the Ethernet header, and everything after the next `inner`
     /// bytes. The packet's payload was authenticated and changed. `from_v6` is true if the outer
     /// header is IPv6.
-    fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason>;
+    fn strip(self, decap: u32, inner: u32, from_v6: bool) -> Result<(), Reason>;
     /// Returns the context of a TC program, or `None` for XDP.
     fn skb(self) -> Option<Skb>;
     /// Hands the packet to the container behind a host end. `by_host_end` redirects to that end,
@@ -185,7 +185,7 @@ pub trait Frame: Packet {
         unsafe {
             copy_mac(&raw mut (*ethernet).destination, destination.as_ptr().cast());
             copy_mac(&raw mut (*ethernet).source, source.as_ptr().cast());
-            (*ethernet).kind_be = ETHERTYPE_IPV4.to_be();
+            (*ethernet).ether_type_be = ETHERTYPE_IPV4.to_be();
         }
         Ok(())
     }
@@ -250,17 +250,17 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
-    fn strip(self, outer: u32, inner: u32, from_v6: bool) -> Result<(), Reason> {
-        forget_checksum(self)?;
+    fn strip(self, decap: u32, inner: u32, from_v6: bool) -> Result<(), Reason> {
+        drop_complete_checksum(self)?;
         // The packet's protocol must be that of the inner packet. On Linux 6.1, only this helper
         // changes it.
-        let outer = if from_v6 {
+        let decap = if from_v6 {
             change_protocol(self, ETHERTYPE_IPV4)?;
-            outer - (IPV6_LEN - IPV4_LEN) as u32
+            decap - (IPV6_LEN - IPV4_LEN) as u32
         } else {
-            outer
+            decap
         };
-        adjust_room(self, -(outer as i32))?;
+        adjust_room(self, -(decap as i32))?;
         // The kernel refuses this for packets that a tunnel inside the sending container
         // encapsulated (see `tail`), if the sending host is a network namespace of this machine and
         // they never left it. That is harmless: the receiving container's kernel trims the excess,
@@ -347,9 +347,9 @@ impl Frame for *mut xdp_md {
     }
 
     #[inline(always)]
-    fn strip(self, outer: u32, inner: u32, _: bool) -> Result<(), Reason> {
+    fn strip(self, decap: u32, inner: u32, _: bool) -> Result<(), Reason> {
         // SAFETY: the context is valid.
-        if unsafe { bpf_xdp_adjust_head(self, outer as i32) } != 0 {
+        if unsafe { bpf_xdp_adjust_head(self, decap as i32) } != 0 {
             return Err(Reason::Helper);
         }
         let surplus = (self.linear() - inner) as i32 - ETHERNET_LEN as i32;
@@ -399,7 +399,7 @@ fn pull(skb: Skb, len: u32) -> Result<(), Reason> {
 /// Discards a checksum of the whole packet that the device computed (CHECKSUM_COMPLETE) and that no
 /// longer matches. May append a byte.
 #[inline(always)]
-pub fn forget_checksum(skb: Skb) -> Result<(), Reason> {
+pub fn drop_complete_checksum(skb: Skb) -> Result<(), Reason> {
     // Only growing the packet discards it. bpf_csum_update succeeds only if there is such a
     // checksum. SAFETY: the context is valid.
     if unsafe { bpf_csum_update(skb, 0) } >= 0 { resize(skb, skb.len() + 1) } else { Ok(()) }
@@ -420,7 +420,7 @@ pub fn resize(skb: Skb, len: u32) -> Result<(), Reason> {
 /// leaves a partial one alone, because the pseudo-header sum does not cover the change
 /// (`inet_proto_csum_replace4`, Linux 4.1). So it is called on two bytes that do not matter.
 #[inline(always)]
-pub fn is_unfinished(skb: Skb) -> Result<bool, Reason> {
+pub fn has_partial_checksum(skb: Skb) -> Result<bool, Reason> {
     const TWO_BYTES: u64 = 2;
     let word = at::<u16>(skb, 0)?;
     // SAFETY: `at` has checked the bounds; the context is valid.
@@ -449,7 +449,7 @@ pub fn adjust_room(skb: Skb, by: i32) -> Result<(), Reason> {
 /// Like [`adjust_room`], for bytes that are put back later: segments keep their size, and a
 /// checksum that the device verified stays verified.
 #[inline(always)]
-pub fn shift(skb: Skb, by: i32) -> Result<(), Reason> {
+pub fn shift_keeping_offloads(skb: Skb, by: i32) -> Result<(), Reason> {
     const FLAGS: u64 = (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET) as u64;
     // SAFETY: the context is valid.
     if unsafe { bpf_skb_adjust_room(skb, by, BPF_ADJ_ROOM_MAC, FLAGS) } != 0 {

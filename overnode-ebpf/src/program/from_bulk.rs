@@ -20,7 +20,7 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
         (
             (*ethernet).destination[2],
             (*ethernet).source,
-            u16::from_be((*ethernet).kind_be),
+            u16::from_be((*ethernet).ether_type_be),
             (*ip).is_sane(skb.len() - ETHERNET_LEN as u32),
             (*ip).source,
             (*ip).destination,

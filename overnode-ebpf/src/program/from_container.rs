@@ -7,10 +7,10 @@ use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, UDP_LEN};
 
 use super::checks::{self, Leaving};
 use super::frame::{
-    Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, is_unfinished,
-    redirect, redirect_peer,
+    Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at,
+    has_partial_checksum, redirect, redirect_peer,
 };
-use super::{Sent, arp, bulk, maps, normaliser, seal, too_big, unfinished};
+use super::{Sent, arp, bulk, maps, offload_veth, partial_checksum, seal, too_big};
 
 pub fn run(skb: Skb) -> Result<Sent, Reason> {
     let endpoint = maps::endpoint(skb.ifindex()).ok_or(Reason::Unconfigured)?;
@@ -20,7 +20,7 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
         (
             (*ethernet).source != *endpoint.mac.as_ptr().cast::<Mac>(),
             (*ethernet).destination[0].to_ne_bytes()[0] & 1 == 1,
-            u16::from_be((*ethernet).kind_be),
+            u16::from_be((*ethernet).ether_type_be),
         )
     };
     if spoofed {
@@ -54,7 +54,7 @@ fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
 pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reason> {
     let ifindex = route.target;
     let target = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
-    unfinished::leave(skb)?;
+    partial_checksum::leave(skb)?;
     skb.set_ethernet(&target.mac, &target.gateway_mac)?;
     if route.kind == ROUTE_HOST {
         return Ok(Sent { counted: Some(counted), verdict: redirect(ifindex) });
@@ -88,8 +88,8 @@ fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reas
         return Ok(sent);
     }
     let is_complete = skb.gso_size() == 0
-        && (!is_unfinished(skb)?
-            || normaliser::is_empty(peer) && unfinished::finish(skb, inner_len)?);
+        && (!has_partial_checksum(skb)?
+            || offload_veth::is_empty(peer) && partial_checksum::finish(skb, inner_len)?);
     if is_complete {
         return seal::seal(skb, &seal::Job::data(leaving));
     }
@@ -100,8 +100,8 @@ fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reas
         // SAFETY: `at` has checked the bounds.
         unsafe { (&raw mut (*ethernet).destination).cast::<u16>().add(word).write_volatile(0) };
     }
-    normaliser::enter(skb, peer, leaving.source);
-    Ok(Sent { counted: None, verdict: redirect(config.normaliser) })
+    offload_veth::enter(skb, peer, leaving.source);
+    Ok(Sent { counted: None, verdict: redirect(config.offload_veth) })
 }
 
 /// Returns the length in bytes, from the IP header on, of the largest packet that this one becomes.

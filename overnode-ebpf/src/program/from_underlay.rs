@@ -12,16 +12,16 @@ use overnode_ebpf::wire::{
 };
 
 use super::checksum::fold;
+use super::decap::{self, OuterHeaders};
 use super::frame::{DataHeader, Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Udp, at};
 use super::handshake::Place;
-use super::outer::{self, Outer};
-use super::{Sent, checks, cipher, handshake, inbox, maps, relay};
+use super::{Sent, checks, cipher, handshake, maps, receive_ring, relay};
 
 /// Processes a packet. Returns `None` to pass it on: it is not for this program, or it is an
 /// admitted handshake message.
 pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
-    let Some(outer) = outer::parse(frame)? else {
-        if inbox::put(frame).transpose()?.is_some() {
+    let Some(decap) = decap::parse(frame)? else {
+        if receive_ring::put(frame).transpose()?.is_some() {
             return Ok(Some(Sent { counted: Some(Reason::BulkQueued), verdict: frame.consumed() }));
         }
         let Some(Place { offset, len }) = handshake::find(frame)? else { return Ok(None) };
@@ -30,38 +30,38 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     if frame.gso_size() != 0 {
         return Err(Reason::Offload);
     }
-    if outer.is_relayed() && !relay::is_here(frame, &outer)? {
+    if decap.is_relayed() && !relay::is_here(frame, &decap)? {
         // XDP cannot ask the kernel for the next hop, and leaves the message to the TC program,
         // which runs after it.
-        return frame.skb().map(|skb| relay::pass_on(skb, &outer)).transpose();
+        return frame.skb().map(|skb| relay::pass_on(skb, &decap)).transpose();
     }
-    if outer.is_relayed() && !is_data(frame, &outer)? {
-        return handshake::admit(frame, outer.message(), outer.message_len()).map(|()| None);
+    if decap.is_relayed() && !is_data(frame, &decap)? {
+        return handshake::admit(frame, decap.message(), decap.message_len()).map(|()| None);
     }
     frame.linearize_all()?;
     let now = maps::now();
-    let (session, counter) = find_session(frame, &outer, now)?;
+    let (session, counter) = find_session(frame, &decap, now)?;
     // SAFETY: array map values stay valid while the program runs, here and below.
     let index = unsafe { (*session).peer };
     let peer = maps::peer(index).ok_or(Reason::UnknownIndex)?;
-    let text = (outer.message() + DATA_HEADER_LEN) as u32;
+    let text = (decap.message() + DATA_HEADER_LEN) as u32;
     // SAFETY: as above.
     unsafe {
         Window::check(&raw const (*session).window, counter)?;
-        cipher::open(frame, &raw const (*session).rx_key, counter, text, outer.text_len())?;
+        cipher::open(frame, &raw const (*session).rx_key, counter, text, decap.ciphertext_len())?;
         Window::accept(&raw mut (*session).window, counter)?;
     }
     confirm(session, peer);
-    if !outer.is_relayed() {
+    if !decap.is_relayed() {
         // Replies go to the source of the last authenticated message (whitepaper section 6.5).
-        outer.update(frame, peer)?;
+        decap.update(frame, peer)?;
     }
-    if outer.text_len() == 0 {
+    if decap.ciphertext_len() == 0 {
         account(peer, now, 0);
         return Err(Reason::KeepaliveReceived);
     }
-    let inner_len = inner_len(frame, &outer)?;
-    let ip = at::<Ipv4>(frame, outer.message() + DATA_HEADER_LEN)?;
+    let inner_len = inner_len(frame, &decap)?;
+    let ip = at::<Ipv4>(frame, decap.message() + DATA_HEADER_LEN)?;
     // SAFETY: `at` has checked the bounds.
     let (source, destination) = unsafe { ((*ip).source, (*ip).destination) };
     let arriving = checks::arriving(index, source, destination);
@@ -69,15 +69,15 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     // as busy.
     account(peer, now, if matches!(arriving, Ok(None)) { 0 } else { inner_len });
     match arriving? {
-        Some(route) => deliver(frame, &outer, route, inner_len).map(Some),
-        None => Err(probe(frame, &outer, peer, index, inner_len)?),
+        Some(route) => deliver(frame, &decap, route, inner_len).map(Some),
+        None => Err(probe(frame, &decap, peer, index, inner_len)?),
     }
 }
 
 /// Returns true if a relayed message is a data message. The daemon handles all others.
 #[inline(always)]
-fn is_data(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
-    let header = at::<DataHeader>(frame, outer.message())?;
+fn is_data(frame: impl Frame, decap: &OuterHeaders) -> Result<bool, Reason> {
+    let header = at::<DataHeader>(frame, decap.message())?;
     // SAFETY: `at` has checked the bounds.
     Ok(unsafe { (*header).kind } == u32::from(TYPE_DATA).to_le())
 }
@@ -86,16 +86,16 @@ fn is_data(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
 #[inline(always)]
 fn probe(
     frame: impl Frame,
-    outer: &Outer,
+    decap: &OuterHeaders,
     peer: *mut Peer,
     index: u32,
     inner_len: u32,
 ) -> Result<Reason, Reason> {
-    if outer.is_relayed() {
+    if decap.is_relayed() {
         // A relayed probe says nothing about the direct path.
         return Err(Reason::NotHere);
     }
-    let text = outer.message() + DATA_HEADER_LEN;
+    let text = decap.message() + DATA_HEADER_LEN;
     let packet = at::<ProbePacket>(frame, text)?;
     // SAFETY: `at` has checked the bounds.
     let sane = unsafe {
@@ -137,8 +137,12 @@ struct ProbePacket {
 
 /// Returns the session of a message and the message's counter.
 #[inline(always)]
-fn find_session(frame: impl Frame, outer: &Outer, now: u64) -> Result<(*mut Session, u64), Reason> {
-    let header = at::<DataHeader>(frame, outer.message())?;
+fn find_session(
+    frame: impl Frame,
+    decap: &OuterHeaders,
+    now: u64,
+) -> Result<(*mut Session, u64), Reason> {
+    let header = at::<DataHeader>(frame, decap.message())?;
     // SAFETY: `at` has checked the bounds.
     let (kind, receiver, counter) = unsafe {
         (
@@ -181,12 +185,14 @@ fn confirm(session: *mut Session, peer: *mut Peer) {
 
 /// Returns the length of the inner packet in bytes, without padding.
 #[inline(always)]
-fn inner_len(frame: impl Frame, outer: &Outer) -> Result<u32, Reason> {
-    let ip = at::<Ipv4>(frame, outer.message() + DATA_HEADER_LEN)?;
+fn inner_len(frame: impl Frame, decap: &OuterHeaders) -> Result<u32, Reason> {
+    let ip = at::<Ipv4>(frame, decap.message() + DATA_HEADER_LEN)?;
     // SAFETY: `at` has checked the bounds.
     unsafe {
         match (*ip).version_ihl >> 4 {
-            4 if outer.text_len() >= IPV4_LEN as u32 && (*ip).is_sane(outer.text_len()) => {
+            4 if decap.ciphertext_len() >= IPV4_LEN as u32
+                && (*ip).is_sane(decap.ciphertext_len()) =>
+            {
                 Ok(u32::from(u16::from_be((*ip).total_len_be)))
             }
             6 => Err(Reason::Unsupported),
@@ -212,18 +218,18 @@ fn account(peer: *mut Peer, now: u64, inner_len: u32) {
 #[inline(always)]
 fn deliver(
     frame: impl Frame,
-    outer: &Outer,
+    decap: &OuterHeaders,
     route: &Route,
     inner_len: u32,
 ) -> Result<Sent, Reason> {
-    let text = outer.message() + DATA_HEADER_LEN;
+    let text = decap.message() + DATA_HEADER_LEN;
     let ip = at::<Ipv4>(frame, text)?;
     // SAFETY: `at` has checked the bounds.
     let (version_ihl, tos, protocol) = unsafe { ((*ip).version_ihl, (*ip).tos, (*ip).protocol) };
     let (ifindex, is_host) = (route.target, route.kind == ROUTE_HOST);
     let endpoint = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
 
-    let ecn = ecn_decapsulated(outer.ecn(), tos).ok_or(Reason::Congestion)?;
+    let ecn = ecn_decapsulated(decap.ecn(), tos).ok_or(Reason::Congestion)?;
     let marked = tos & !overnode_ebpf::wire::ECN_MASK | ecn;
     if marked != tos {
         let ip = at::<Ipv4>(frame, text)?;
@@ -237,7 +243,7 @@ fn deliver(
             (*ip).checksum = !fold(sum);
         }
     }
-    frame.strip((text - ETHERNET_LEN) as u32, inner_len, outer.is_v6())?;
+    frame.strip((text - ETHERNET_LEN) as u32, inner_len, decap.is_v6())?;
     frame.set_ethernet(&endpoint.mac, &endpoint.gateway_mac)?;
     // `bpf_redirect_peer` works only between namespaces.
     let by_host_end = is_host || protocol == PROTOCOL_TCP;

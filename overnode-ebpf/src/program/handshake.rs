@@ -36,7 +36,7 @@ pub struct Place {
 pub fn find(frame: impl Frame) -> Result<Option<Place>, Reason> {
     let Ok(ethernet) = at::<Ethernet>(frame, 0) else { return Ok(None) };
     // SAFETY: `at` has checked the bounds.
-    let (ip_len, is_whole) = match u16::from_be(unsafe { (*ethernet).kind_be }) {
+    let (ip_len, is_whole) = match u16::from_be(unsafe { (*ethernet).ether_type_be }) {
         ETHERTYPE_IPV4 => {
             let Ok(ip) = at::<Ipv4>(frame, ETHERNET_LEN) else { return Ok(None) };
             // SAFETY: `at` has checked the bounds.

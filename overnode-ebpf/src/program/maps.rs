@@ -9,7 +9,7 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use overnode_ebpf::map::{
     Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey,
-    BulkInbox, BulkMessage, BulkPeer, BulkWorker, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS,
+    BulkMessage, BulkPeer, BulkRing, BulkWorker, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS,
     Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_SLOTS, Route,
     SESSION_SLOTS, Session,
 };
@@ -45,7 +45,7 @@ static BULK_WORKERS: Array<BulkWorker> = Array::with_max_entries(BULK_WORKER_SLO
 #[map]
 static BULK_PEERS: Array<BulkPeer> = Array::with_max_entries(PEER_SLOTS, BPF_F_MMAPABLE);
 #[map]
-static BULK_INBOXES: Array<BulkInbox> = Array::with_max_entries(BULK_WORKER_SLOTS, BPF_F_MMAPABLE);
+static BULK_RINGS: Array<BulkRing> = Array::with_max_entries(BULK_WORKER_SLOTS, BPF_F_MMAPABLE);
 #[map]
 static BULK_MESSAGES: Array<BulkMessage> =
     Array::with_max_entries(BULK_MESSAGE_SLOTS, BPF_F_MMAPABLE);
@@ -61,8 +61,8 @@ pub fn bulk_worker(number: u32) -> Option<*mut BulkWorker> {
 
 /// Returns the receive ring of a bulk worker.
 #[inline(always)]
-pub fn bulk_inbox(worker: u32) -> Option<*mut BulkInbox> {
-    BULK_INBOXES.get_ptr_mut(worker)
+pub fn bulk_ring(worker: u32) -> Option<*mut BulkRing> {
+    BULK_RINGS.get_ptr_mut(worker)
 }
 
 /// Returns a slot of the receive rings.

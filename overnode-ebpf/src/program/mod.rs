@@ -12,26 +12,26 @@ pub mod bulk;
 pub mod checks;
 pub mod checksum;
 pub mod cipher;
-pub mod envelope;
+pub mod decap;
+pub mod encap;
 pub mod frame;
 pub mod from_bulk;
 pub mod from_container;
 pub mod from_underlay;
 pub mod handshake;
-pub mod inbox;
 pub mod log;
 pub mod maps;
-pub mod normaliser;
-pub mod outer;
+pub mod offload_veth;
+pub mod partial_checksum;
+pub mod receive_ring;
 pub mod record;
 pub mod relay;
 pub mod seal;
-pub mod tail;
+pub mod tailroom;
 pub mod too_big;
-pub mod unfinished;
 
 /// Return values of `bpf_loop` callbacks (Linux 5.17): continue or stop.
-const GO_ON: i64 = 0;
+const CONTINUE: i64 = 0;
 const STOP: i64 = 1;
 
 /// A packet that was passed on.

@@ -1,7 +1,7 @@
 //! Tracks which peers have packets in the offload veth. While a peer has some, its further packets
 //! take the same path, so that they do not overtake.
 
-use overnode_ebpf::map::{NORMALISER_PATIENCE_NS, Peer};
+use overnode_ebpf::map::{OFFLOAD_VETH_STALE_NS, Peer};
 
 use super::frame::Skb;
 use super::maps;
@@ -16,8 +16,8 @@ pub fn enter(skb: Skb, peer: *mut Peer, source: u32) {
     // it runs, here and below.
     unsafe {
         (*skb).mark = source;
-        (*peer).normalising_ns = maps::now();
-        maps::add(&raw mut (*peer).normalising, (*skb).gso_segs.max(1));
+        (*peer).offload_last_ns = maps::now();
+        maps::add(&raw mut (*peer).offload_in, (*skb).gso_segs.max(1));
     }
 }
 
@@ -25,7 +25,7 @@ pub fn enter(skb: Skb, peer: *mut Peer, source: u32) {
 #[inline(always)]
 pub fn leave(peer: *mut Peer) {
     // SAFETY: as above.
-    unsafe { maps::add(&raw mut (*peer).normalised, 1) };
+    unsafe { maps::add(&raw mut (*peer).offload_out, 1) };
 }
 
 /// Returns true if the offload veth holds no packets of the peer.
@@ -33,15 +33,15 @@ pub fn leave(peer: *mut Peer) {
 pub fn is_empty(peer: *mut Peer) -> bool {
     // SAFETY: as above.
     unsafe {
-        let normalising = (&raw const (*peer).normalising).read_volatile();
-        if normalising == (&raw const (*peer).normalised).read_volatile() {
+        let offload_in = (&raw const (*peer).offload_in).read_volatile();
+        if offload_in == (&raw const (*peer).offload_out).read_volatile() {
             return true;
         }
         // Packets were lost on the way or miscounted: a container's kernel may claim any number of
         // segments.
-        let is_stale = maps::now() > (*peer).normalising_ns + NORMALISER_PATIENCE_NS;
+        let is_stale = maps::now() > (*peer).offload_last_ns + OFFLOAD_VETH_STALE_NS;
         if is_stale {
-            (*peer).normalised = normalising;
+            (*peer).offload_out = offload_in;
         }
         is_stale
     }

@@ -8,12 +8,13 @@ use core::hint::black_box;
 
 use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_skb_load_bytes, bpf_skb_store_bytes};
 use overnode_ebpf::reason::Reason;
-use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, UDP_LEN, checksum_place};
+use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN, UDP_LEN, checksum_offset};
 
 use super::checksum::fold;
 use super::cipher::{Claimed, PACKET_LEN};
 use super::frame::{
-    Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Skb, adjust_room, at, is_unfinished, resize, shift,
+    Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Skb, adjust_room, at, has_partial_checksum, resize,
+    shift_keeping_offloads,
 };
 
 const PROTOCOL_SCTP: u8 = 132;
@@ -36,7 +37,7 @@ const MISPLACED: i64 = 2;
 /// [`Reason::Helper`] if the kernel refuses, or no memory is left.
 #[inline(always)]
 pub fn leave(skb: Skb) -> Result<(), Reason> {
-    if !is_unfinished(skb)? {
+    if !has_partial_checksum(skb)? {
         return Ok(());
     }
     match try_leave(skb) {
@@ -74,7 +75,7 @@ fn try_leave(skb: Skb) -> i64 {
         {
             return REFUSED;
         }
-        if shift(skb, -(front as i32)).is_err() {
+        if shift_keeping_offloads(skb, -(front as i32)).is_err() {
             // Among segmented packets, the kernel refuses this only for SCTP. Only the kernel
             // itself creates those.
             return if protocol == PROTOCOL_SCTP && skb.gso_size() != 0 {
@@ -83,11 +84,11 @@ fn try_leave(skb: Skb) -> i64 {
                 REFUSED
             };
         }
-        let Ok(is_left) = is_unfinished(skb) else { return REFUSED };
+        let Ok(is_left) = has_partial_checksum(skb) else { return REFUSED };
         if !is_left {
             return MISPLACED;
         }
-        if shift(skb, front as i32).is_err()
+        if shift_keeping_offloads(skb, front as i32).is_err()
             || bpf_skb_store_bytes(skb, ETHERNET_LEN as u32, scratch.packet().cast(), front, 0) != 0
         {
             return REFUSED;
@@ -121,8 +122,8 @@ fn try_finish(skb: Skb, len: u32) -> i64 {
         ((*ip).version_ihl, (*ip).is_fragment(), (*ip).protocol, addresses)
     };
     let (header, place) = match protocol {
-        PROTOCOL_TCP => (TCP_LEN, checksum_place(PROTOCOL_TCP)),
-        PROTOCOL_UDP => (UDP_LEN, checksum_place(PROTOCOL_UDP)),
+        PROTOCOL_TCP => (TCP_LEN, checksum_offset(PROTOCOL_TCP)),
+        PROTOCOL_UDP => (UDP_LEN, checksum_offset(PROTOCOL_UDP)),
         _ => return LEFT,
     };
     let is_plain = version_ihl == 0x45 && !is_fragment;

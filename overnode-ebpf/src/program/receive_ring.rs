@@ -8,7 +8,7 @@
 use core::hint::black_box;
 
 use overnode_ebpf::map::{
-    BULK_MESSAGE_LEN, BulkInbox, BulkMessage, INBOX_ASLEEP, INBOX_CLOSED, INBOX_OPEN,
+    BULK_MESSAGE_LEN, BulkMessage, BulkRing, RING_ASLEEP, RING_CLOSED, RING_OPEN,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
@@ -16,9 +16,9 @@ use overnode_ebpf::wire::{
     TYPE_DATA, UDP_LEN,
 };
 
+use super::decap;
 use super::frame::{Ethernet, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
 use super::maps::{self, Words};
-use super::outer;
 
 /// Attempts to claim a slot in competition with other CPUs.
 const ATTEMPTS: u32 = 8;
@@ -53,13 +53,13 @@ type Put = Option<Result<(), Reason>>;
 /// Puts a data message for this host into its worker's receive ring.
 ///
 /// # Errors
-/// [`Reason::InboxFull`] if the ring is full. Through the socket, the message would overtake those
+/// [`Reason::RingFull`] if the ring is full. Through the socket, the message would overtake those
 /// in the ring and cost the overloaded worker even more time.
 #[inline(always)]
 pub fn put(frame: impl Frame) -> Put {
     let ethernet = at::<Ethernet>(frame, 0).ok()?;
     // SAFETY: `at` has checked the bounds.
-    match u16::from_be(unsafe { (*ethernet).kind_be }) {
+    match u16::from_be(unsafe { (*ethernet).ether_type_be }) {
         ETHERTYPE_IPV4 => v4(frame),
         ETHERTYPE_IPV6 => v6(frame),
         _ => None,
@@ -77,7 +77,7 @@ fn v4(frame: impl Frame) -> Put {
             return None;
         }
         let available = u32::from(u16::from_be(ip.total_len_be)).checked_sub(IPV4_LEN as u32)?;
-        let len = outer::udp_len(frame, udp, IPV4_LEN, available)?.checked_sub(UDP_LEN as u32)?;
+        let len = decap::udp_len(frame, udp, IPV4_LEN, available)?.checked_sub(UDP_LEN as u32)?;
         let message = Message {
             offset: (ETHERNET_LEN + IPV4_LEN + UDP_LEN) as u32,
             len,
@@ -107,7 +107,7 @@ fn v6(frame: impl Frame) -> Put {
             return None;
         }
         let available = u32::from(u16::from_be(ip.payload_len_be));
-        let len = outer::udp_len(frame, udp, IPV6_LEN, available)?.checked_sub(UDP_LEN as u32)?;
+        let len = decap::udp_len(frame, udp, IPV6_LEN, available)?.checked_sub(UDP_LEN as u32)?;
         let message = Message {
             offset: (ETHERNET_LEN + IPV6_LEN + UDP_LEN) as u32,
             len,
@@ -123,36 +123,36 @@ fn v6(frame: impl Frame) -> Put {
 #[inline(always)]
 fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) -> Put {
     // SAFETY: array map values stay valid while the program runs, here and below.
-    let inboxes = unsafe { (&raw const (*maps::bulk_inbox(0)?).inboxes).read_volatile() };
-    if inboxes == 0 {
+    let rings = unsafe { (&raw const (*maps::bulk_ring(0)?).rings).read_volatile() };
+    if rings == 0 {
         return None;
     }
     // The same choice as the kernel's among the sockets.
-    let inbox = maps::bulk_inbox(u32::from(message.worker) % inboxes)?;
+    let ring = maps::bulk_ring(u32::from(message.worker) % rings)?;
     // SAFETY: as above.
     unsafe {
-        let state = &raw mut (*inbox).state;
+        let state = &raw mut (*ring).state;
         // Hidden from the compiler, so that the verifier sees both comparisons: the helper below
         // accepts no length that may be 0.
         let len = black_box(u64::from(message.len));
         if len < MESSAGE_START as u64
-            || state.read_volatile() == INBOX_CLOSED
+            || state.read_volatile() == RING_CLOSED
             || !maps::is_local(local)
         {
             return None;
         }
         if frame.gso_size() != 0 || len > BULK_MESSAGE_LEN as u64 {
-            state.write_volatile(INBOX_CLOSED);
+            state.write_volatile(RING_CLOSED);
             return None;
         }
-        let Some((place, number)) = reserve(inbox) else { return Some(Err(Reason::InboxFull)) };
+        let Some((place, number)) = reserve(ring) else { return Some(Err(Reason::RingFull)) };
         // Read the state after claiming the slot. A worker that falls asleep announces it first and
         // then looks for claimed slots. So at least one of the two sees the other.
-        let is_asleep = state.read_volatile() == INBOX_ASLEEP;
+        let is_asleep = state.read_volatile() == RING_ASLEEP;
         let is_there = !is_asleep
             && frame.copy_to(message.offset, (&raw mut (*place).bytes).cast(), len as u32);
         if is_asleep {
-            maps::compare_exchange(state, INBOX_ASLEEP, INBOX_OPEN);
+            maps::compare_exchange(state, RING_ASLEEP, RING_OPEN);
         }
         (*place).len = if is_there { len as u32 } else { 0 };
         for word in 0..4 {
@@ -170,24 +170,24 @@ fn deliver(frame: impl Frame, remote: &Words, local: &Words, message: &Message) 
 /// Claims the next slot of a receive ring. Returns it with the number of its message, or `None` if
 /// the ring is full or other CPUs won every attempt.
 #[inline(always)]
-fn reserve(inbox: *mut BulkInbox) -> Option<(*mut BulkMessage, u32)> {
+fn reserve(ring: *mut BulkRing) -> Option<(*mut BulkMessage, u32)> {
     for _ in 0..ATTEMPTS {
         // SAFETY: array map values stay valid while the program runs.
         unsafe {
             let (first, len) = (
-                (&raw const (*inbox).first).read_volatile(),
-                (&raw const (*inbox).len).read_volatile(),
+                (&raw const (*ring).first).read_volatile(),
+                (&raw const (*ring).len).read_volatile(),
             );
-            let head = (&raw const (*inbox).head).read_volatile();
+            let head = (&raw const (*ring).head).read_volatile();
             let place = maps::bulk_message(first.wrapping_add(head & len.wrapping_sub(1)))?;
             if (&raw const (*place).sequence).read_volatile() != head {
                 // Full, or claimed by another CPU in the meantime. The next attempt decides.
-                if (&raw const (*inbox).head).read_volatile() == head {
+                if (&raw const (*ring).head).read_volatile() == head {
                     return None;
                 }
                 continue;
             }
-            if maps::compare_exchange(&raw mut (*inbox).head, head, head.wrapping_add(1)) {
+            if maps::compare_exchange(&raw mut (*ring).head, head, head.wrapping_add(1)) {
                 return Some((place, head));
             }
         }

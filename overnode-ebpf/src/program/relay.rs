@@ -11,9 +11,9 @@ use overnode_ebpf::wire::{
     RELAY_LEN, TAG_LEN, TYPE_RELAY, UDP_LEN,
 };
 
-use super::frame::{Frame, Skb, at, change_protocol, forget_checksum, resize};
-use super::outer::Outer;
-use super::{Sent, envelope, maps};
+use super::decap::OuterHeaders;
+use super::frame::{Frame, Skb, at, change_protocol, drop_complete_checksum, resize};
+use super::{Sent, encap, maps};
 
 #[repr(C)]
 struct Header {
@@ -42,8 +42,8 @@ pub fn write(skb: Skb, offset: usize, peer: u32) -> Result<(), Reason> {
 
 /// Returns true if a relayed message is for this node.
 #[inline(always)]
-pub fn is_here(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
-    let header = at::<Header>(frame, outer.relay())?;
+pub fn is_here(frame: impl Frame, decap: &OuterHeaders) -> Result<bool, Reason> {
+    let header = at::<Header>(frame, decap.relay())?;
     let config = maps::config().ok_or(Reason::Unconfigured)?;
     // SAFETY: `at` has checked the bounds.
     Ok(u32::from(u16::from_be(unsafe { (*header).destination_be })) == config.node_id)
@@ -51,10 +51,10 @@ pub fn is_here(frame: impl Frame, outer: &Outer) -> Result<bool, Reason> {
 
 /// Forwards a message to its destination or to the next relay.
 #[inline(always)]
-pub fn pass_on(skb: Skb, outer: &Outer) -> Result<Sent, Reason> {
+pub fn pass_on(skb: Skb, decap: &OuterHeaders) -> Result<Sent, Reason> {
     skb.linearize_all()?;
     let own = maps::config().ok_or(Reason::Unconfigured)?.node_id;
-    let header = at::<Header>(skb, outer.relay())?;
+    let header = at::<Header>(skb, decap.relay())?;
     // SAFETY: `at` has checked the bounds.
     let (hops, destination, previous) = unsafe {
         (
@@ -67,7 +67,7 @@ pub fn pass_on(skb: Skb, outer: &Outer) -> Result<Sent, Reason> {
         return Err(Reason::NoRoute);
     }
     let from = maps::peer(previous).ok_or(Reason::ForeignRelay)?;
-    if !outer.is_from(skb, from)? {
+    if !decap.is_from(skb, from)? {
         return Err(Reason::ForeignRelay);
     }
     if hops <= 1 {
@@ -84,24 +84,24 @@ pub fn pass_on(skb: Skb, outer: &Outer) -> Result<Sent, Reason> {
     if next == previous {
         return Err(Reason::RelayLoop);
     }
-    let header = at::<Header>(skb, outer.relay())?;
+    let header = at::<Header>(skb, decap.relay())?;
     // SAFETY: `at` has checked the bounds.
     unsafe {
         (*header).hops = hops - 1;
         (*header).previous_be = (own as u16).to_be();
     }
 
-    let udp_len = (UDP_LEN + RELAY_LEN + DATA_HEADER_LEN + TAG_LEN) as u32 + outer.text_len();
-    let (ip_len, v4) = (if outer.is_v6() { IPV6_LEN } else { IPV4_LEN }, envelope::is_v4(hop));
-    forget_checksum(skb)?;
+    let udp_len = (UDP_LEN + RELAY_LEN + DATA_HEADER_LEN + TAG_LEN) as u32 + decap.ciphertext_len();
+    let (ip_len, v4) = (if decap.is_v6() { IPV6_LEN } else { IPV4_LEN }, encap::is_v4(hop));
+    drop_complete_checksum(skb)?;
     let len = (ETHERNET_LEN + ip_len) as u32 + udp_len;
     if skb.len() != len {
         resize(skb, len)?;
     }
-    if outer.is_v6() == v4 {
+    if decap.is_v6() == v4 {
         change_protocol(skb, if v4 { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 })?;
     }
-    envelope::write(skb, hop, udp_len, outer.ecn())?;
-    envelope::finish(skb, hop)?;
-    Ok(Sent { counted: Some(Reason::Relayed), verdict: envelope::send(hop) })
+    encap::write(skb, hop, udp_len, decap.ecn())?;
+    encap::finish(skb, hop)?;
+    Ok(Sent { counted: Some(Reason::Relayed), verdict: encap::send(hop) })
 }

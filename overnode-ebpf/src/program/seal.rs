@@ -15,7 +15,7 @@ use super::checksum::ipv4_checksum;
 use super::frame::{
     DataHeader, Ethernet, Frame, Ipv4, Skb, adjust_room, at, change_protocol, resize,
 };
-use super::{Sent, cipher, envelope, maps, normaliser, relay, tail};
+use super::{Sent, cipher, encap, maps, offload_veth, relay, tailroom};
 
 /// Last two bytes of the destination MAC address in frames from the daemon.
 const FROM_DAEMON: u16 = u16::from_ne_bytes([DAEMON_MAC[4], DAEMON_MAC[5]]);
@@ -67,19 +67,19 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
     }
     let ethernet = at::<Ethernet>(skb, 0)?;
     // SAFETY: `at` has checked the bounds.
-    if unsafe { (*ethernet).kind_be } != ETHERTYPE_IPV4.to_be() {
+    if unsafe { (*ethernet).ether_type_be } != ETHERTYPE_IPV4.to_be() {
         return Err(Reason::Unsupported);
     }
     let job = job(skb)?;
     if job.kind == Kind::Data {
-        maps::peer(job.peer).map(normaliser::leave);
+        maps::peer(job.peer).map(offload_veth::leave);
     }
     seal(skb, &job)
 }
 
 /// Describes the packet to seal. A packet without a mark is the daemon's. It cannot be a
 /// container's, because those are marked with the source address that they must have
-/// (`normaliser::enter`).
+/// (`offload_veth::enter`).
 #[inline(always)]
 fn job(skb: Skb) -> Result<Job, Reason> {
     // SAFETY: the kernel passes a valid context to the program.
@@ -152,7 +152,7 @@ pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
     let hop = if is_relayed { maps::peer(via).ok_or(Reason::NoRoute)? } else { peer };
     let counter = draw_counter(session)?;
     // A probe is not padded, because its length is what it tests.
-    let text_len = if is_probe {
+    let ciphertext_len = if is_probe {
         job.inner_len
     } else {
         job.inner_len.next_multiple_of(PADDING as u32).min(mtu)
@@ -162,17 +162,17 @@ pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
     if skb.len() != ETHERNET_LEN as u32 + job.inner_len {
         resize(skb, ETHERNET_LEN as u32 + job.inner_len.max(IPV4_LEN as u32))?;
     }
-    let padded = (ETHERNET_LEN + TAG_LEN) as u32 + text_len;
+    let padded = (ETHERNET_LEN + TAG_LEN) as u32 + ciphertext_len;
     if resize(skb, padded).is_err() {
-        tail::extend(skb, padded)?;
+        tailroom::extend(skb, padded)?;
     }
-    if !envelope::is_v4(hop) {
+    if !encap::is_v4(hop) {
         change_protocol(skb, ETHERTYPE_IPV6)?;
     }
     adjust_room(skb, (OVERHEAD_IPV4 as u32 + relay_len) as i32)?;
 
-    let udp_len = (UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u32 + relay_len + text_len;
-    let ip_len = envelope::write(skb, hop, udp_len, job.ecn)?;
+    let udp_len = (UDP_LEN + DATA_HEADER_LEN + TAG_LEN) as u32 + relay_len + ciphertext_len;
+    let ip_len = encap::write(skb, hop, udp_len, job.ecn)?;
     let relay = black_box(ETHERNET_LEN + ip_len + UDP_LEN) & 0x7f;
     if is_relayed {
         relay::write(skb, relay, job.peer)?;
@@ -186,17 +186,17 @@ pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
             &raw const (*session).tx_key,
             counter,
             (message + DATA_HEADER_LEN) as u32,
-            text_len,
+            ciphertext_len,
         )?;
     }
-    envelope::finish(skb, hop)?;
+    encap::finish(skb, hop)?;
     let (counted, data_len) = match job.kind {
         Kind::Data => (Reason::Sealed, job.inner_len),
         Kind::Keepalive => (Reason::KeepaliveSent, 0),
         Kind::Probe => (Reason::ProbeSent, 0),
     };
     account(peer, now, data_len);
-    Ok(Sent { counted: Some(counted), verdict: envelope::send(hop) })
+    Ok(Sent { counted: Some(counted), verdict: encap::send(hop) })
 }
 
 #[inline(always)]

@@ -11,10 +11,10 @@ use overnode_ebpf::wire::{ETHERNET_LEN, PADDING, TAG_LEN};
 
 use super::cipher::{Claimed, PACKET_LEN};
 use super::frame::{Frame, Skb, adjust_room};
-use super::{GO_ON, STOP};
+use super::{CONTINUE, STOP};
 
 /// Maximum bytes that sealing appends, a power of two.
-const MOST: u32 = (PADDING + TAG_LEN) as u32;
+const MAX_APPENDED: u32 = (PADDING + TAG_LEN) as u32;
 
 /// State of the move, on the stack.
 struct Move {
@@ -46,7 +46,7 @@ fn try_extend(skb: Skb, len: u32) -> i64 {
     let by = len.wrapping_sub(before);
     let Some(rest) = before.checked_sub(ETHERNET_LEN as u32) else { return REFUSED };
     let Ok(scratch) = Claimed::new() else { return REFUSED };
-    if by == 0 || by > MOST || adjust_room(skb, by as i32).is_err() {
+    if by == 0 || by > MAX_APPENDED || adjust_room(skb, by as i32).is_err() {
         return REFUSED;
     }
     let mut work = Move { skb, memory: scratch.packet(), offset: ETHERNET_LEN as u32, by, rest };
@@ -54,14 +54,14 @@ fn try_extend(skb: Skb, len: u32) -> i64 {
     // program has claimed the memory.
     unsafe {
         let turns = rest / PACKET_LEN as u32 + 1;
-        bpf_loop(turns, move_some as *mut c_void, (&raw mut work).cast(), 0);
+        bpf_loop(turns, move_chunk as *mut c_void, (&raw mut work).cast(), 0);
         if work.rest != 0 {
             return REFUSED;
         }
-        for word in 0..MOST as usize / 8 {
+        for word in 0..MAX_APPENDED as usize / 8 {
             work.memory.cast::<u64>().add(word).write_volatile(0);
         }
-        let by = (black_box(by - 1) & (MOST - 1)) + 1;
+        let by = (black_box(by - 1) & (MAX_APPENDED - 1)) + 1;
         bpf_skb_store_bytes(skb, before, work.memory.cast(), by, 0)
     }
 }
@@ -69,7 +69,7 @@ fn try_extend(skb: Skb, len: u32) -> i64 {
 const REFUSED: i64 = -1;
 
 #[inline(never)]
-extern "C" fn move_some(_: u32, work: *mut Move) -> i64 {
+extern "C" fn move_chunk(_: u32, work: *mut Move) -> i64 {
     // SAFETY: `try_extend` passes its state.
     let work = unsafe { &mut *work };
     let some = work.rest.min(PACKET_LEN as u32);
@@ -88,5 +88,5 @@ extern "C" fn move_some(_: u32, work: *mut Move) -> i64 {
     }
     work.offset += some;
     work.rest -= some;
-    GO_ON
+    CONTINUE
 }

@@ -29,7 +29,7 @@ pub fn start(lab: &Lab) -> Result<Nodes> {
         let mut command = Command::new("nebula-cert");
         let output = command.current_dir(folder).args(words.split(' ')).output();
         let output =
-            output.context("`nebula-cert` cannot be started: install Debian's package `nebula`")?;
+            output.context("cannot start `nebula-cert`: install Debian's package `nebula`")?;
         ensure!(
             output.status.success(),
             "nebula-cert: {}",
@@ -50,9 +50,11 @@ pub fn start(lab: &Lab) -> Result<Nodes> {
              static_host_map: {{\"{peer}\": [\"{underlay}:{PORT}\"]}}\n\
              lighthouse: {{am_lighthouse: false, hosts: []}}\n\
              listen: {{host: 0.0.0.0, port: {PORT}}}\n\
-             tun: {{dev: nebula0, mtu: {TUNNEL_MTU}, unsafe_routes: [{{route: {route}, via: {peer}}}]}}\n\
+             tun: {{dev: nebula0, mtu: {TUNNEL_MTU}, \
+              unsafe_routes: [{{route: {route}, via: {peer}}}]}}\n\
              logging: {{level: warning, format: text}}\n\
-             firewall: {{outbound: [{{port: any, proto: any, host: any}}], inbound: [{{port: any, proto: any, host: any}}]}}\n"
+             firewall: {{outbound: [{{port: any, proto: any, host: any}}], \
+              inbound: [{{port: any, proto: any, host: any}}]}}\n"
         );
         let file = folder.join(format!("node{own}.yml"));
         fs::write(&file, text)?;

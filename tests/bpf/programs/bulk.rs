@@ -57,14 +57,14 @@ impl World {
         let mut sent = 0;
         for _ in 0..1000 {
             let peer = self.peer(PEER);
-            self.set_peer(PEER, Peer { normalised: peer.normalising, ..peer });
+            self.set_peer(PEER, Peer { offload_out: peer.offload_in, ..peer });
             let output = self.send_large(protocol, port);
             sent += output.frame.len() as u64;
             if is_steered(&output) {
                 return sent;
             }
         }
-        panic!("a flow moves when it has sent enough");
+        panic!("the flow did not move to a worker");
     }
 }
 
@@ -96,14 +96,14 @@ fn is_steered(output: &Output) -> bool {
 }
 
 #[test]
-fn a_flow_moves_when_it_has_sent_enough_and_all_of_it_does() {
+fn a_flow_above_the_threshold_moves_to_a_worker_as_a_whole() {
     let mut world = World::new(Underlay::V4);
     world.serve();
     let sent = world.move_flow(TCP, 1000);
     assert!((BULK_THRESHOLD..BULK_THRESHOLD + 4000).contains(&sent), "{sent} bytes");
     let packet = small(1000);
     let output = world.run("from_container", &from_container(&packet));
-    assert!(is_steered(&output), "a small packet of the flow stays behind");
+    assert!(is_steered(&output), "a small packet of the flow did not move");
     assert_eq!(output.frame, [&bulk_header(PEER, CONTAINER.octets())[..], &packet].concat());
     assert!(is_steered(&world.send_large(TCP, 1000)));
     // Other flows stay, whether their packets are large or small.
@@ -113,7 +113,7 @@ fn a_flow_moves_when_it_has_sent_enough_and_all_of_it_does() {
 }
 
 #[test]
-fn udp_in_segments_moves_and_other_protocols_and_fragments_do_not() {
+fn segmented_udp_moves_but_other_protocols_and_fragments_do_not() {
     let mut world = World::new(Underlay::V4);
     world.serve();
     world.move_flow(TCP, 7);
@@ -128,7 +128,7 @@ fn udp_in_segments_moves_and_other_protocols_and_fragments_do_not() {
 }
 
 #[test]
-fn a_flow_does_not_overtake_itself_but_does_not_wait_for_ever() {
+fn a_flow_waits_for_its_packets_in_the_offload_veth_but_not_forever() {
     let mut world = World::new(Underlay::V4);
     world.serve();
     // In a test run, packets that enter the offload veth never leave it. If the test itself pauses,
@@ -136,43 +136,46 @@ fn a_flow_does_not_overtake_itself_but_does_not_wait_for_ever() {
     let packets = (1_u64..20_000).find(|_| is_steered(&world.send_large(TCP, 1000)));
     let each = 14 + large(TCP, 0).len() as u64;
     assert!(packets >= Some(BULK_PATIENCE.div_ceil(each)), "{packets:?}");
-    assert!(world.peer(PEER).normalising > 0);
+    assert!(world.peer(PEER).offload_in > 0);
 }
 
 #[test]
-fn the_normaliser_is_counted_on_both_ends() {
+fn packets_are_counted_at_both_ends_of_the_offload_veth() {
     let mut world = World::new(Underlay::V4);
     world.send_large(TCP, 5);
-    assert_eq!((world.peer(PEER).normalising, world.peer(PEER).normalised), (1, 0));
+    assert_eq!((world.peer(PEER).offload_in, world.peer(PEER).offload_out), (1, 0));
     world.run("seal", &ethernet(GATEWAY_MAC, CONTAINER_MAC, 0x0800, &ipv4(CONTAINER, REMOTE, 500)));
-    assert_eq!((world.peer(PEER).normalising, world.peer(PEER).normalised), (1, 1));
+    assert_eq!((world.peer(PEER).offload_in, world.peer(PEER).offload_out), (1, 1));
     world.keepalive(PEER);
-    assert_eq!(world.peer(PEER).normalised, 1, "the daemon's frames go into it elsewhere");
+    assert_eq!(world.peer(PEER).offload_out, 1, "frames of the daemon must not be counted");
 }
 
 #[test]
-fn a_worker_that_is_silent_or_gone_gets_nothing() {
+fn silent_and_missing_workers_get_no_packets() {
     let mut world = World::new(Underlay::V4);
     world.serve();
     world.move_flow(TCP, 1000);
     assert!(is_steered(&world.send_large(TCP, 1000)));
     world.serve_until(boot_ns() - BULK_SILENCE_NS - 1_000_000);
-    assert!(!is_steered(&world.send_large(TCP, 1000)), "to a worker that hangs");
+    assert!(!is_steered(&world.send_large(TCP, 1000)), "steered to a silent worker");
     world.serve();
-    assert!(!is_steered(&world.send_large(TCP, 1000)), "back before it has sent enough again");
+    assert!(!is_steered(&world.send_large(TCP, 1000)), "moved back below the threshold");
     world.move_flow(TCP, 1000);
     world.set_worker(0, BulkWorker { ifindex: 0, unused: 0, alive_ns: boot_ns() });
-    assert!(!is_steered(&world.send_large(TCP, 1000)), "to a worker that is not there");
+    assert!(!is_steered(&world.send_large(TCP, 1000)), "steered to a missing worker");
     world.serve();
     world.move_flow(TCP, 1000);
     let peer = world.bulk_peer();
     world.set_bulk_peer(BulkPeer { workers: 0, ..peer });
-    assert!(!is_steered(&world.send_large(TCP, 1000)), "for a peer that is not served");
+    assert!(
+        !is_steered(&world.send_large(TCP, 1000)),
+        "steered for a peer that the worker does not serve"
+    );
     assert!(!is_steered(&world.run("from_container", &from_container(&small(1000)))));
 }
 
 #[test]
-fn what_is_too_big_is_answered_on_this_path_too() {
+fn oversized_packets_are_answered_on_the_bulk_path_too() {
     let mut world = World::new(Underlay::V4);
     world.serve();
     world.move_flow(TCP, 1000);
@@ -184,7 +187,7 @@ fn what_is_too_big_is_answered_on_this_path_too() {
 }
 
 #[test]
-fn spoofers_do_not_get_to_workers_either() {
+fn spoofed_packets_do_not_reach_workers() {
     let mut world = World::new(Underlay::V4);
     world.serve();
     world.move_flow(TCP, 1000);
@@ -195,7 +198,7 @@ fn spoofers_do_not_get_to_workers_either() {
 }
 
 #[test]
-fn workers_deliver_what_a_peer_may_send() {
+fn workers_deliver_packets_that_a_peer_may_send() {
     let world = World::new(Underlay::V4);
     let packet = ipv4(REMOTE, CONTAINER, 1400);
     let output = world.run("from_bulk", &[&opened_by_worker(PEER)[..], &packet].concat());
@@ -210,7 +213,7 @@ fn workers_deliver_what_a_peer_may_send() {
 }
 
 #[test]
-fn a_peer_sends_from_its_own_addresses_only_to_containers_of_this_host_only() {
+fn peers_may_only_send_from_their_addresses_to_local_containers() {
     let mut world = World::new(Underlay::V4);
     let frame = |peer, packet: Vec<u8>| [&opened_by_worker(peer)[..], &packet].concat();
     // Sources of another peer, of this host, and without an owner. Then valid sources in the name

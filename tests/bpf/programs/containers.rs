@@ -13,7 +13,7 @@ use crate::world::{
 };
 
 #[test]
-fn neighbours_get_packets_as_they_are() {
+fn packets_to_neighbors_are_delivered_unchanged() {
     let world = World::new(Underlay::V4);
     let packet = ipv4(CONTAINER, NEIGHBOUR, 100);
     let output = world.run("from_container", &from_container(&packet));
@@ -27,7 +27,7 @@ fn neighbours_get_packets_as_they_are() {
 }
 
 #[test]
-fn what_must_be_segmented_goes_to_the_normaliser_addressed_to_no_interface() {
+fn packets_to_segment_enter_the_offload_veth_with_no_destination_mac() {
     let world = World::new(Underlay::V4);
     for size in [100, MTU as usize, 3000] {
         let frame = from_container(&to_remote(size));
@@ -36,7 +36,7 @@ fn what_must_be_segmented_goes_to_the_normaliser_addressed_to_no_interface() {
         // If `seal` is not attached, the host's stack must not take the frame for its own.
         assert_eq!(output.frame, [&[0; 6], &frame[6..]].concat());
     }
-    assert_eq!(world.counts(), [], "counted where it is sealed");
+    assert_eq!(world.counts(), [], "counted before it was sealed");
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn a_container_without_an_entry_sends_nothing() {
 }
 
 #[test]
-fn spoofers_send_nothing() {
+fn spoofed_packets_are_dropped() {
     let world = World::new(Underlay::V4);
     for source in [NEIGHBOUR, REMOTE, UNATTACHED, NODE, Ipv4Addr::UNSPECIFIED, Ipv4Addr::LOCALHOST]
     {
@@ -85,7 +85,7 @@ fn destinations_without_an_owner_are_refused() {
 }
 
 #[test]
-fn other_protocols_and_groups_are_refused() {
+fn other_protocols_and_multicast_are_refused() {
     let world = World::new(Underlay::V4);
     let packet = to_remote(64);
     for kind in [0x86dd, 0x8100, 0x88a8, 0x88b5, 0x0000] {
@@ -182,7 +182,7 @@ fn arp_is_answered_for_the_whole_subnet() {
 }
 
 #[test]
-fn arp_that_is_not_answered() {
+fn other_arp_packets_are_not_answered() {
     let world = World::new(Underlay::V4);
     let with = |at: usize, value: u8| {
         let mut frame = arp(CONTAINER, NEIGHBOUR);
@@ -248,7 +248,7 @@ fn tcp(len: usize, header: u8) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_too_big_is_answered() {
+fn oversized_packets_are_answered_with_icmp() {
     let mut world = World::new(Underlay::V4);
     for size in [MTU as usize + 1, 1500, 3000] {
         expect_fragmentation_needed(&world, &to_remote(size), 0, MTU as u16);
@@ -273,7 +273,7 @@ fn what_is_too_big_is_answered() {
 }
 
 #[test]
-fn segments_count_by_their_size_on_the_wire() {
+fn the_mtu_applies_to_each_segment() {
     let world = World::new(Underlay::V4);
     let passes = |packet: &[u8], gso_size| {
         let frame = from_container(packet);
@@ -295,7 +295,7 @@ fn segments_count_by_their_size_on_the_wire() {
 }
 
 #[test]
-fn some_things_are_never_answered() {
+fn oversized_fragments_and_icmp_errors_are_never_answered() {
     let world = World::new(Underlay::V4);
     let mut fragment = to_remote(1500);
     fragment[7] = 1;

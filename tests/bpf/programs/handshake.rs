@@ -25,7 +25,7 @@ fn relayed(message: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn handshakes_with_a_right_mac_reach_the_daemon() {
+fn handshakes_with_a_valid_mac_reach_the_daemon() {
     world::each(|hook, underlay, world| {
         for kind in 1..=3 {
             for frame in [
@@ -43,7 +43,7 @@ fn handshakes_with_a_right_mac_reach_the_daemon() {
 
 /// Only the daemon checks the second MAC.
 #[test]
-fn each_bit_of_body_and_first_mac_counts() {
+fn any_flipped_bit_of_the_body_or_first_mac_is_detected() {
     world::each(|hook, underlay, world| {
         let mut dropped = 0;
         for kind in 1..=2 {
@@ -103,7 +103,7 @@ fn garbage_of_every_type_and_length_is_dropped() {
 /// Tries each type at all lengths that it does not have: those of the other types, truncated and
 /// extended.
 #[test]
-fn no_message_has_another_length_than_its_type() {
+fn messages_of_the_wrong_length_for_their_type_are_dropped() {
     world::each(|hook, underlay, world| {
         for kind in 1..=3 {
             let message = handshake(kind);
@@ -127,7 +127,7 @@ fn no_message_has_another_length_than_its_type() {
 }
 
 #[test]
-fn options_and_fragments_are_no_way_past_the_check() {
+fn ip_options_and_fragments_do_not_bypass_the_check() {
     for hook in world::HOOKS {
         let world = World::new(Underlay::V4);
         let plain = path(Underlay::V4, 6784).frame(&handshake(1));
@@ -149,7 +149,7 @@ fn options_and_fragments_are_no_way_past_the_check() {
 /// Nothing authenticates the sender of a cookie reply, so their number is limited to what nodes
 /// need.
 #[test]
-fn a_flood_of_cookie_replies_is_bounded() {
+fn cookie_replies_are_rate_limited() {
     world::each(|hook, underlay, world| {
         let frame = path(underlay, 6784).frame(&handshake(3));
         let begun = Instant::now();
@@ -172,7 +172,7 @@ fn a_stranger_is_refused_in_a_few_microseconds() {
     frame[100] ^= 1;
     let options =
         TestRunOptions { data_in: Some(&frame), repeat: RUNS, ..TestRunOptions::default() };
-    let result = world.xdp().test_run(options).expect("it runs");
+    let result = world.xdp().test_run(options).expect("the test run");
     eprintln!("{:?} for each initiation with a wrong MAC", result.duration);
     assert_eq!(result.return_value, Hook::Xdp.dropped());
     assert!(result.duration < std::time::Duration::from_micros(50), "{:?}", result.duration);

@@ -22,7 +22,7 @@ fn every_program_fits_the_verifier_budget() {
                 .info()
                 .expect("program information")
                 .verified_instruction_count()
-                .expect("the kernel (5.16 and later) says so");
+                .expect("Linux 5.16 or later");
             eprintln!("{name} (debug {debug}): {verified} instructions verified");
             assert!(verified <= BUDGET, "{name} takes {verified} verified instructions");
             names.push(name.to_owned());
@@ -60,7 +60,7 @@ fn two_frames_fit_the_stack_of_old_kernels() {
     };
     let (entry, callee) = (deepest(true), deepest(false));
     eprintln!("{entry:?} calls {callee:?}");
-    assert!(*entry.1 > 0 && *callee.1 > 0, "the frames were not found: {frames:?}");
+    assert!(*entry.1 > 0 && *callee.1 > 0, "no stack frames found: {frames:?}");
     let sum = entry.1.next_multiple_of(32) + callee.1.next_multiple_of(32);
     assert!(sum < BUDGET, "{entry:?} and {callee:?} take {sum} bytes");
 }

@@ -28,7 +28,7 @@ fn expect_delivered(world: &World, hook: Hook, frame: &[u8], packet: &[u8]) {
 }
 
 #[test]
-fn what_ring_sealed_is_delivered() {
+fn messages_sealed_by_ring_are_delivered() {
     each(|hook, underlay, mut world| {
         let mut bytes = 0;
         let sizes =
@@ -47,7 +47,7 @@ fn what_ring_sealed_is_delivered() {
 }
 
 #[test]
-fn what_is_sealed_here_opens_at_the_peer() {
+fn sealed_packets_open_at_the_peer() {
     each(|hook, underlay, mut world| {
         // The peer's host has our addresses and our keys with the two directions swapped.
         let mut peer = World::new(underlay);
@@ -68,7 +68,7 @@ fn what_is_sealed_here_opens_at_the_peer() {
 }
 
 #[test]
-fn text_need_not_be_padded() {
+fn plaintext_need_not_be_padded() {
     each(|hook, underlay, world| {
         for (counter, size) in [28, 29, 63, 64, 65, 1399].into_iter().enumerate() {
             let packet = to_container(size);
@@ -89,7 +89,7 @@ fn a_frame_may_be_longer_than_its_packet() {
 }
 
 #[test]
-fn everything_else_passes_untouched() {
+fn unrelated_packets_pass_unchanged() {
     each(|hook, underlay, world| {
         let path = Path::inbound(underlay);
         let sealed = message(&RX_KEY, LOCAL_INDEX, 0, &padded(&to_container(100)));
@@ -161,7 +161,7 @@ fn everything_else_passes_untouched() {
 }
 
 #[test]
-fn every_flipped_bit_is_noticed() {
+fn every_flipped_bit_is_detected() {
     each(|hook, underlay, mut world| {
         let frame = inbound(underlay, 0, &to_container(28));
         let start = if underlay == Underlay::V4 { 14 + 28 } else { 14 + 48 };
@@ -181,7 +181,7 @@ fn every_flipped_bit_is_noticed() {
 }
 
 #[test]
-fn every_truncation_is_noticed() {
+fn every_truncation_is_detected() {
     each(|hook, underlay, world| {
         let sealed = message(&RX_KEY, LOCAL_INDEX, 0, &padded(&to_container(100)));
         for len in 1..sealed.len() {
@@ -203,7 +203,7 @@ fn every_truncation_is_noticed() {
 }
 
 #[test]
-fn a_message_counts_once_and_within_the_window() {
+fn a_message_is_accepted_once_and_only_within_the_window() {
     each(|hook, underlay, world| {
         let packet = to_container(28);
         let send = |counter| inbound(underlay, counter, &packet);
@@ -226,7 +226,7 @@ fn a_message_counts_once_and_within_the_window() {
 }
 
 #[test]
-fn only_an_installed_session_opens() {
+fn only_installed_sessions_open_messages() {
     each(|hook, underlay, mut world| {
         let packet = to_container(28);
         let path = Path::inbound(underlay);
@@ -284,7 +284,7 @@ fn the_first_message_confirms_a_session() {
 }
 
 #[test]
-fn a_keepalive_is_counted_and_goes_nowhere() {
+fn a_keepalive_is_counted_but_not_delivered() {
     each(|hook, underlay, mut world| {
         let keepalive = Path::inbound(underlay).frame(&message(&RX_KEY, LOCAL_INDEX, 0, &[]));
         world.expect_refused(hook, &keepalive, Reason::KeepaliveReceived);
@@ -296,7 +296,7 @@ fn a_keepalive_is_counted_and_goes_nowhere() {
 }
 
 #[test]
-fn answers_follow_the_last_authenticated_message() {
+fn the_endpoint_follows_the_last_authenticated_message() {
     each(|hook, underlay, mut world| {
         let moved = match underlay {
             Underlay::V4 => Path {
@@ -336,7 +336,7 @@ fn answers_follow_the_last_authenticated_message() {
 }
 
 #[test]
-fn a_peer_moves_between_the_families() {
+fn a_peer_can_roam_between_ipv4_and_ipv6() {
     for hook in HOOKS {
         let mut world = World::new(Underlay::V6);
         world.change_peer(PEER, |peer| {
@@ -385,7 +385,7 @@ fn a_peer_sends_only_from_its_own_addresses() {
 }
 
 #[test]
-fn only_what_is_attached_here_is_delivered() {
+fn only_packets_to_local_containers_are_delivered() {
     each(|hook, underlay, mut world| {
         let destinations = [
             UNATTACHED,
@@ -414,7 +414,7 @@ fn only_what_is_attached_here_is_delivered() {
 }
 
 #[test]
-fn authentic_nonsense_is_refused() {
+fn authentic_but_malformed_packets_are_refused() {
     each(|hook, underlay, world| {
         let path = Path::inbound(underlay);
         let mut counter = 0;
@@ -540,7 +540,7 @@ fn data_messages_in_fragments_or_with_options_are_refused() {
 }
 
 #[test]
-fn segments_joined_by_the_interface_are_refused() {
+fn segments_coalesced_by_the_interface_are_refused() {
     let world = World::new(Underlay::V4);
     let frame = inbound(Underlay::V4, 0, &to_container(1000));
     assert_eq!(world.run_gso("from_underlay", &frame, 500).verdict, Hook::Tc.dropped());
@@ -548,7 +548,7 @@ fn segments_joined_by_the_interface_are_refused() {
 }
 
 #[test]
-fn inner_options_and_fragments_are_none_of_our_business() {
+fn inner_options_and_fragments_are_delivered_unchanged() {
     each(|hook, underlay, world| {
         let mut packet = ipv4_with(REMOTE, CONTAINER, 17, &[3; 44]);
         packet[0] = 0x46;

@@ -65,7 +65,7 @@ pub fn message(with: &[u8; 32], receiver: u32, counter: u64, text: &[u8]) -> Vec
     let mut sealed = text.to_vec();
     key(with)
         .seal_in_place_append_tag(nonce(counter), Aad::empty(), &mut sealed)
-        .expect("ring seals");
+        .expect("ring cannot seal");
     [&4_u32.to_le_bytes()[..], &receiver.to_le_bytes(), &counter.to_le_bytes(), &sealed].concat()
 }
 
@@ -75,7 +75,7 @@ pub fn handshake(kind: u8) -> Vec<u8> {
         1 => 148,
         2 => 92,
         3 => 64,
-        _ => panic!("{kind} is no handshake message"),
+        _ => panic!("{kind} is not a handshake message"),
     };
     let mut message: Vec<u8> = (0..len).map(|n| (n * 11 % 251) as u8).collect();
     message[..4].copy_from_slice(&[kind, 0, 0, 0]);
@@ -94,8 +94,9 @@ pub fn open(with: &[u8; 32], message: &[u8]) -> (u32, u64, Vec<u8>) {
     let receiver = u32::from_le_bytes(message[4..8].try_into().expect("four bytes"));
     let counter = u64::from_le_bytes(message[8..16].try_into().expect("eight bytes"));
     let mut sealed = message[16..].to_vec();
-    let text =
-        key(with).open_in_place(nonce(counter), Aad::empty(), &mut sealed).expect("ring opens");
+    let text = key(with)
+        .open_in_place(nonce(counter), Aad::empty(), &mut sealed)
+        .expect("ring cannot open the message");
     (receiver, counter, text.to_vec())
 }
 
@@ -203,7 +204,7 @@ impl Sealed {
                     ip.len(),
                     "total length"
                 );
-                assert_eq!(ip[6..8], [0x40, 0], "don't fragment, no fragment");
+                assert_eq!(ip[6..8], [0x40, 0], "flags and fragment offset");
                 assert_eq!(ip[8], 64, "TTL");
                 assert_eq!(ip[9], 17, "protocol");
                 assert_eq!(checksum(&[&ip[..20]]), 0, "header checksum");
@@ -237,7 +238,7 @@ impl Sealed {
         match underlay {
             Underlay::V4 => assert_eq!(udp[6..8], [0, 0], "no UDP checksum"),
             Underlay::V6 => {
-                assert_ne!(udp[6..8], [0, 0], "a UDP checksum");
+                assert_ne!(udp[6..8], [0, 0], "missing UDP checksum");
                 let pseudo = [&(udp.len() as u32).to_be_bytes()[..], &[0, 0, 0, 17]].concat();
                 assert_eq!(checksum(&[&addresses, &pseudo, udp]), 0, "UDP checksum");
             }

@@ -8,8 +8,8 @@ use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use aya::maps::{Array, Map};
-use overnode_daemon::datapath::{Inbox, Origin};
-use overnode_ebpf::map::{BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BulkInbox};
+use overnode_daemon::datapath::{Origin, ReceiveRing};
+use overnode_ebpf::map::{BULK_MESSAGE_LEN, BULK_MESSAGE_SLOTS, BulkRing};
 use overnode_ebpf::reason::Reason;
 
 use crate::packet::{Path, handshake, set_ipv4_checksum};
@@ -23,20 +23,20 @@ impl World {
     fn fd(&self, map: &str) -> BorrowedFd<'_> {
         match self.ebpf.map(map) {
             Some(Map::Array(data)) => data.fd().as_fd(),
-            _ => panic!("{map} is no array"),
+            _ => panic!("{map} is not an array"),
         }
     }
 
-    fn inboxes(&self, count: u32) -> Vec<Inbox> {
-        Inbox::take_over(self.fd("BULK_INBOXES"), self.fd("BULK_MESSAGES"), count)
-            .expect("the inboxes")
+    fn rings(&self, count: u32) -> Vec<ReceiveRing> {
+        ReceiveRing::take_over(self.fd("BULK_INBOXES"), self.fd("BULK_MESSAGES"), count)
+            .expect("the receive rings")
     }
 
     /// Returns the only worker's receive ring, opened.
-    fn inbox(&self) -> Inbox {
-        let inbox = self.inboxes(1).remove(0);
-        inbox.open();
-        inbox
+    fn ring(&self) -> ReceiveRing {
+        let ring = self.rings(1).remove(0);
+        ring.open();
+        ring
     }
 }
 
@@ -53,15 +53,15 @@ fn message(worker: u8, len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-fn take(inbox: &mut Inbox) -> Option<(Vec<u8>, Origin)> {
+fn take(ring: &mut ReceiveRing) -> Option<(Vec<u8>, Origin)> {
     let mut buffer = [0xee; BULK_MESSAGE_LEN];
-    inbox.take(&mut buffer).map(|(bytes, origin)| (bytes.to_vec(), origin))
+    ring.take(&mut buffer).map(|(bytes, origin)| (bytes.to_vec(), origin))
 }
 
 #[test]
-fn a_message_of_any_size_arrives_as_it_is() {
+fn messages_of_any_size_arrive_unchanged() {
     each(|hook, underlay, world| {
-        let mut inbox = world.inbox();
+        let mut ring = world.ring();
         for len in (4..=BULK_MESSAGE_LEN).filter(|len| len % 17 == 0 || *len < 80 || *len > 1900) {
             let path = Path {
                 source_port: 1024 + len as u16,
@@ -70,8 +70,8 @@ fn a_message_of_any_size_arrives_as_it_is() {
             };
             let sent = message(0, len, len as u64);
             let output = world.receive(hook, &path.frame(&sent));
-            assert_eq!(output.verdict, hook.dropped(), "{len} bytes are not taken");
-            let (got, origin) = take(&mut inbox).expect("a message");
+            assert_eq!(output.verdict, hook.dropped(), "{len} bytes were not put into the ring");
+            let (got, origin) = take(&mut ring).expect("a message");
             assert_eq!(got, sent);
             let expected = Origin {
                 remote: (underlay.remote(), 1024 + len as u16).into(),
@@ -79,7 +79,7 @@ fn a_message_of_any_size_arrives_as_it_is() {
                 ecn: (len % 4) as u8,
             };
             assert_eq!(origin, expected);
-            assert_eq!(take(&mut inbox), None);
+            assert_eq!(take(&mut ring), None);
         }
         assert_eq!(
             world.counts().iter().map(|(reason, _)| *reason).collect::<Vec<_>>(),
@@ -91,9 +91,9 @@ fn a_message_of_any_size_arrives_as_it_is() {
 /// These frames pass unchanged: another port, a handshake, an empty datagram, a fragment, IP
 /// options, another host's address, wrong lengths.
 #[test]
-fn what_is_not_plain_goes_to_the_socket() {
+fn unusual_frames_go_to_the_socket() {
     each(|hook, underlay, world| {
-        let mut inbox = world.inbox();
+        let mut ring = world.ring();
         let plain = message(0, 200, 1);
         let path = path(underlay);
         let elsewhere: IpAddr = match underlay {
@@ -141,18 +141,18 @@ fn what_is_not_plain_goes_to_the_socket() {
         for (number, frame) in frames.iter().enumerate() {
             let output = world.receive(hook, frame);
             assert_eq!((output.verdict, &output.frame), (hook.passed(), frame), "frame {number}");
-            assert_eq!(take(&mut inbox), None, "frame {number}");
+            assert_eq!(take(&mut ring), None, "frame {number}");
         }
-        assert!(!inbox.is_closed() && world.counts().is_empty(), "{:?}", world.counts());
+        assert!(!ring.is_closed() && world.counts().is_empty(), "{:?}", world.counts());
         world.receive(hook, &whole);
-        assert_eq!(take(&mut inbox).map(|(bytes, _)| bytes), Some(plain));
+        assert_eq!(take(&mut ring).map(|(bytes, _)| bytes), Some(plain));
     });
 }
 
 #[test]
-fn what_does_not_fit_closes_the_inbox() {
+fn messages_that_do_not_fit_close_the_receive_ring() {
     let world = World::new(Underlay::V4);
-    let mut inbox = world.inbox();
+    let mut ring = world.ring();
     let path = path(Underlay::V4);
     let small = path.frame(&message(0, 100, 1));
     let large = path.frame(&message(0, BULK_MESSAGE_LEN + 1, 2));
@@ -160,14 +160,14 @@ fn what_does_not_fit_closes_the_inbox() {
     for (frame, gso_size) in [(&large, 0), (&joined, 500)] {
         assert_eq!(world.run("from_underlay", &small).verdict, Hook::Tc.dropped());
         assert_eq!(world.run_gso("from_underlay", frame, gso_size).verdict, TC_ACT_UNSPEC);
-        assert!(inbox.is_closed());
+        assert!(ring.is_closed());
         assert_eq!(
             world.run("from_underlay", &small).verdict,
             TC_ACT_UNSPEC,
-            "it overtakes the other"
+            "it overtook the previous message"
         );
-        assert!(take(&mut inbox).is_some() && take(&mut inbox).is_none());
-        inbox.open();
+        assert!(take(&mut ring).is_some() && take(&mut ring).is_none());
+        ring.open();
     }
 }
 
@@ -175,22 +175,22 @@ fn what_does_not_fit_closes_the_inbox() {
 /// that arrive while it is full are dropped, because through the socket they would overtake those
 /// in the ring.
 #[test]
-fn a_full_inbox_keeps_what_it_has() {
+fn a_full_receive_ring_keeps_its_messages() {
     let mut world = World::new(Underlay::V4);
-    let start = BulkInbox { head: u32::MAX - 3000, ..BulkInbox::default() };
+    let start = BulkRing { head: u32::MAX - 3000, ..BulkRing::default() };
     Array::try_from(world.ebpf.map_mut("BULK_INBOXES").expect("BULK_INBOXES"))
         .and_then(|mut map| map.set(0, start, 0))
         .expect("BULK_INBOXES");
-    let mut inbox = world.inbox();
+    let mut ring = world.ring();
     let path = path(Underlay::V4);
     let bytes = |number: u64| message(0, 50 + number as usize % 7, number);
     let put = |number: u64| {
-        let full = world.count(Reason::InboxFull);
+        let full = world.count(Reason::RingFull);
         assert_eq!(
             world.run("from_underlay", &path.frame(&bytes(number))).verdict,
             Hook::Tc.dropped()
         );
-        world.count(Reason::InboxFull) == full
+        world.count(Reason::RingFull) == full
     };
     let mut number = 0;
     for round in 0..3 {
@@ -199,43 +199,35 @@ fn a_full_inbox_keeps_what_it_has() {
             number += 1;
         }
         assert_eq!(number - first, u64::from(BULK_MESSAGE_SLOTS), "round {round}");
-        assert!(!put(number) && !inbox.is_closed());
+        assert!(!put(number) && !ring.is_closed());
         // The ring accepts as many messages as were taken out, and no more.
         for expected in first..first + 2 {
-            assert_eq!(
-                take(&mut inbox).map(|(got, _)| got),
-                Some(bytes(expected)),
-                "round {round}"
-            );
+            assert_eq!(take(&mut ring).map(|(got, _)| got), Some(bytes(expected)), "round {round}");
         }
         assert!(put(number) && put(number + 1) && !put(number + 2));
         number += 2;
         for expected in first + 2..number {
-            assert_eq!(
-                take(&mut inbox).map(|(got, _)| got),
-                Some(bytes(expected)),
-                "round {round}"
-            );
+            assert_eq!(take(&mut ring).map(|(got, _)| got), Some(bytes(expected)), "round {round}");
         }
-        assert_eq!(take(&mut inbox), None);
+        assert_eq!(take(&mut ring), None);
     }
     assert_eq!(world.count(Reason::BulkQueued), number);
 }
 
 #[test]
-fn the_sending_worker_chooses_the_inbox() {
+fn the_sending_worker_chooses_the_receive_ring() {
     for count in [1, 2, 3, 5, 16] {
         let world = World::new(Underlay::V4);
-        let mut inboxes = world.inboxes(count);
-        inboxes.iter().for_each(Inbox::open);
+        let mut rings = world.rings(count);
+        rings.iter().for_each(ReceiveRing::open);
         let path = path(Underlay::V4);
         for worker in 0..=255 {
             let frame = path.frame(&message(worker, 60, worker.into()));
-            let of = &mut inboxes[usize::from(worker) % count as usize];
+            let of = &mut rings[usize::from(worker) % count as usize];
             assert_eq!(world.run("from_underlay", &frame).verdict, Hook::Tc.dropped());
             assert!(take(of).is_some_and(|(bytes, _)| bytes[2] == worker));
         }
-        assert!(inboxes.iter_mut().all(|inbox| take(inbox).is_none()));
+        assert!(rings.iter_mut().all(|ring| take(ring).is_none()));
     }
 }
 
@@ -244,35 +236,35 @@ fn the_sending_worker_chooses_the_inbox() {
 #[test]
 fn a_sleeping_worker_is_woken_by_one_message() {
     let world = World::new(Underlay::V4);
-    let mut inbox = world.inbox();
+    let mut ring = world.ring();
     let frame = path(Underlay::V4).frame(&message(0, 100, 1));
-    assert!(inbox.sleep());
+    assert!(ring.sleep());
     assert_eq!(world.run("from_underlay", &frame).verdict, TC_ACT_UNSPEC);
     assert_eq!(world.run("from_underlay", &frame).verdict, Hook::Tc.dropped());
-    assert!(!inbox.sleep(), "it would sleep beside a message");
-    inbox.wake();
-    assert!(take(&mut inbox).is_some() && take(&mut inbox).is_none());
+    assert!(!ring.sleep(), "it would sleep while a message waits");
+    ring.wake();
+    assert!(take(&mut ring).is_some() && take(&mut ring).is_none());
     // The worker is woken by something else.
-    assert!(inbox.sleep());
-    inbox.wake();
+    assert!(ring.sleep());
+    ring.wake();
     assert_eq!(world.run("from_underlay", &frame).verdict, Hook::Tc.dropped());
     // A closed ring stays closed.
     world.run_gso("from_underlay", &frame, 50);
-    assert!(take(&mut inbox).is_some());
-    assert!(inbox.sleep());
-    inbox.wake();
-    assert!(inbox.is_closed());
+    assert!(take(&mut ring).is_some());
+    assert!(ring.sleep());
+    ring.wake();
+    assert!(ring.is_closed());
 }
 
 /// Several CPUs put messages into the ring while the worker takes them out and sleeps whenever the
 /// ring is empty. Each message arrives once, through the ring or the socket and in the order of its
 /// CPU, or is counted as dropped. No message waits for a sleeping worker.
 #[test]
-fn several_cpus_and_a_worker_that_sleeps() {
+fn several_cpus_feed_a_sleeping_worker_without_loss_or_duplicates() {
     const CPUS: u64 = 4;
     const EACH: u64 = 20_000;
     let world = World::new(Underlay::V4);
-    let mut inbox = world.inbox();
+    let mut ring = world.ring();
     // Number of messages that reached the socket.
     let (socket, woken) = (Mutex::new(0_u64), Condvar::new());
     let (passed, running) = (AtomicU64::new(0), AtomicUsize::new(CPUS as usize));
@@ -301,11 +293,14 @@ fn several_cpus_and_a_worker_that_sleeps() {
         loop {
             let ended = running.load(Ordering::Acquire) == 0;
             let mut any = false;
-            while let Some((bytes, _)) = take(&mut inbox) {
+            while let Some((bytes, _)) = take(&mut ring) {
                 let word =
                     |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
                 let (cpu, number) = (word(4) as usize, word(12));
-                assert!(number >= next[cpu], "{number} of {cpu} comes again, or late");
+                assert!(
+                    number >= next[cpu],
+                    "message {number} of CPU {cpu} arrived twice or out of order"
+                );
                 next[cpu] = number + 1;
                 seen += 1;
                 any = true;
@@ -313,7 +308,7 @@ fn several_cpus_and_a_worker_that_sleeps() {
             if ended && !any {
                 break;
             }
-            if !any && !ended && inbox.sleep() {
+            if !any && !ended && ring.sleep() {
                 slept += 1;
                 let before = socket.lock().expect("a lock");
                 // A lost wakeup shows here: the ring has a message, but the worker is not woken.
@@ -322,16 +317,19 @@ fn several_cpus_and_a_worker_that_sleeps() {
                         *count == 0 && running.load(Ordering::Acquire) > 0
                     })
                     .expect("a lock");
-                assert!(!timeout.timed_out(), "nobody wakes the worker");
+                assert!(!timeout.timed_out(), "the worker was not woken");
                 drop(after);
                 *socket.lock().expect("a lock") = 0;
-                inbox.wake();
+                ring.wake();
             }
         }
         assert_eq!(seen, world.count(Reason::BulkQueued));
     });
-    eprintln!("slept {slept} times, {} messages by the socket", passed.load(Ordering::Relaxed));
-    assert!(slept > 10, "it slept {slept} times only");
-    let taken = world.count(Reason::BulkQueued) + world.count(Reason::InboxFull);
+    eprintln!(
+        "slept {slept} times, {} messages through the socket",
+        passed.load(Ordering::Relaxed)
+    );
+    assert!(slept > 10, "it slept only {slept} times");
+    let taken = world.count(Reason::BulkQueued) + world.count(Reason::RingFull);
     assert_eq!(taken + passed.load(Ordering::Relaxed), CPUS * EACH);
 }

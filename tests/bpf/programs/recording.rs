@@ -42,7 +42,7 @@ fn only(world: &mut World, reason: Reason, program: Program, frame: &[u8]) -> He
     let entries = recorded(world);
     assert_eq!(entries.len(), 1, "one record");
     let Seen { time_ns, headers, .. } =
-        record(&entries[0]).expect("a record that the daemon understands");
+        record(&entries[0]).expect("a record that the daemon can parse");
     let expected =
         Seen { time_ns, reason, program, ifindex: IFINDEX, len: frame.len() as u32, headers };
     assert_eq!(record(&entries[0]), Some(expected.clone()));
@@ -61,7 +61,7 @@ fn only(world: &mut World, reason: Reason, program: Program, frame: &[u8]) -> He
 }
 
 #[test]
-fn nothing_is_recorded_unless_it_is_allowed_for_that_reason() {
+fn drops_are_recorded_only_for_enabled_reasons() {
     let mut world = World::new(Underlay::V4);
     let spoofed = from_container(&ipv4(NEIGHBOUR, REMOTE, 100));
     world.expect_drop("from_container", &spoofed, Reason::Spoofed);
@@ -73,12 +73,12 @@ fn nothing_is_recorded_unless_it_is_allowed_for_that_reason() {
     for _ in 0..5 {
         world.expect_drop("from_container", &spoofed, Reason::Spoofed);
     }
-    assert_eq!(recorded(&mut world).len(), 2, "no more than is allowed");
+    assert_eq!(recorded(&mut world).len(), 2, "more records than allowed");
     assert_eq!((left(&mut world, Reason::Spoofed), left(&mut world, Reason::NoRoute)), (0, 5));
 }
 
 #[test]
-fn what_a_container_sends_is_recorded() {
+fn drops_of_container_packets_are_recorded() {
     let mut world = World::new(Underlay::V4);
     for reason in [Reason::Spoofed, Reason::NoSession] {
         allow(&mut world, reason, 100);
@@ -103,7 +103,7 @@ fn what_a_container_sends_is_recorded() {
 }
 
 #[test]
-fn what_comes_from_the_underlay_is_recorded() {
+fn drops_of_underlay_packets_are_recorded() {
     for underlay in UNDERLAYS {
         for (hook, program) in
             [(Hook::Tc, Program::FromUnderlay), (Hook::Xdp, Program::FromUnderlayXdp)]
@@ -126,7 +126,7 @@ fn what_comes_from_the_underlay_is_recorded() {
 }
 
 #[test]
-fn of_an_opened_message_the_inner_packet_is_recorded() {
+fn drops_after_opening_record_the_inner_packet() {
     for underlay in UNDERLAYS {
         for hook in [Hook::Tc, Hook::Xdp] {
             let mut world = World::new(underlay);
@@ -143,7 +143,7 @@ fn of_an_opened_message_the_inner_packet_is_recorded() {
 }
 
 #[test]
-fn what_is_delivered_is_not_recorded() {
+fn delivered_packets_are_not_recorded() {
     let mut world = World::new(Underlay::V4);
     for reason in Reason::ALL.iter().filter(|reason| reason.is_drop()) {
         allow(&mut world, *reason, 100);
@@ -151,5 +151,5 @@ fn what_is_delivered_is_not_recorded() {
     world.receive(Hook::Tc, &inbound(Underlay::V4, 0, &to_container(100)));
     world.run("from_container", &from_container(&ipv4(CONTAINER, REMOTE, 100)));
     world.receive(Hook::Tc, &Path::inbound(Underlay::V4).frame(&message(&TX_KEY, 1, 1, &[])));
-    assert_eq!(recorded(&mut world).len(), 1, "the last one has an index that nobody has");
+    assert_eq!(recorded(&mut world).len(), 1, "only the message with an unknown index is recorded");
 }

@@ -41,7 +41,7 @@ fn relayed(relay: Relay, message: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn a_message_for_a_peer_behind_another_goes_there_in_a_relay_header() {
+fn messages_for_a_relayed_peer_get_a_relay_header() {
     for underlay in UNDERLAYS {
         for program in ["seal", "from_container"] {
             let mut world = world(underlay);
@@ -63,14 +63,14 @@ fn a_message_for_a_peer_behind_another_goes_there_in_a_relay_header() {
 }
 
 #[test]
-fn a_relay_that_is_gone_takes_nothing() {
+fn nothing_is_sent_through_a_relay_that_is_gone() {
     let mut world = world(Underlay::V4);
     world.change_peer(PEER, |peer| peer.via = 99);
     world.expect_drop("seal", &from_container(&to_remote(100)), Reason::NoRoute);
 }
 
 #[test]
-fn what_was_relayed_here_is_opened_and_moves_no_peer() {
+fn relayed_messages_are_opened_and_do_not_change_the_endpoint() {
     for underlay in UNDERLAYS {
         for hook in HOOKS {
             let mut world = world(underlay);
@@ -100,7 +100,7 @@ fn what_was_relayed_here_is_opened_and_moves_no_peer() {
 }
 
 #[test]
-fn handshakes_that_were_relayed_here_are_left_to_the_daemon() {
+fn relayed_handshakes_are_passed_to_the_daemon() {
     for underlay in UNDERLAYS {
         let world = world(underlay);
         for kind in 1..=3 {
@@ -116,7 +116,7 @@ fn handshakes_that_were_relayed_here_are_left_to_the_daemon() {
 }
 
 #[test]
-fn a_relay_passes_on_what_it_cannot_read() {
+fn a_relay_forwards_messages_that_it_cannot_read() {
     for underlay in UNDERLAYS {
         let world = world(underlay);
         let sizes = [(4, 32), (4, 1000), (1, 148), (2, 92), (3, 64)];
@@ -141,7 +141,7 @@ fn a_relay_passes_on_what_it_cannot_read() {
 }
 
 #[test]
-fn a_relay_changes_the_family() {
+fn a_relay_forwards_between_ipv4_and_ipv6() {
     for (underlay, other) in [(Underlay::V4, Underlay::V6), (Underlay::V6, Underlay::V4)] {
         let mut world = world(underlay);
         let away = World::new(other).peer(OTHER_PEER);
@@ -172,7 +172,7 @@ fn a_chain_of_relays_is_followed() {
 }
 
 #[test]
-fn a_relay_serves_nobody_but_nodes_and_ends_loops() {
+fn a_relay_serves_only_nodes_and_breaks_loops() {
     for underlay in UNDERLAYS {
         let world = world(underlay);
         let refuse = |path: &Path, header: Relay, reason| {
@@ -200,7 +200,7 @@ fn a_relay_serves_nobody_but_nodes_and_ends_loops() {
 }
 
 #[test]
-fn a_relay_header_with_too_little_behind_it_is_refused() {
+fn a_relay_header_with_a_truncated_message_is_refused() {
     for underlay in UNDERLAYS {
         let world = world(underlay);
         for len in 0..32 {
@@ -222,7 +222,7 @@ fn probe_from(source: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn a_probe_goes_straight_whatever_its_size() {
+fn probes_of_any_size_take_the_direct_path() {
     for underlay in UNDERLAYS {
         let mut world = world(underlay);
         world.change_peer(PEER, |peer| peer.via = OTHER_PEER);
@@ -232,15 +232,15 @@ fn a_probe_goes_straight_whatever_its_size() {
             let output = world.run("seal", &frame);
             assert_eq!(output.verdict, TC_ACT_REDIRECT);
             let (_, _, text) = open(&TX_KEY, &Sealed::parse(underlay, &output.frame).message);
-            assert_eq!(text, packet, "no padding");
+            assert_eq!(text, packet, "the probe was padded");
         }
         assert_eq!(world.counts(), [(Reason::ProbeSent, 3)]);
-        assert_eq!(world.peer(PEER).last_data_tx_ns, 0, "no data");
+        assert_eq!(world.peer(PEER).last_data_tx_ns, 0, "a probe counted as data");
     }
 }
 
 #[test]
-fn a_container_cannot_speak_for_the_daemon() {
+fn a_container_cannot_impersonate_the_daemon() {
     let world = world(Underlay::V4);
     let frame = [&daemon_header(PEER, true)[..], &to_remote(100)].concat();
     world.expect_drop("from_container", &frame, Reason::Spoofed);
@@ -251,7 +251,7 @@ fn a_container_cannot_speak_for_the_daemon() {
 }
 
 #[test]
-fn a_probe_reaches_the_daemon_and_nobody_else() {
+fn a_probe_reaches_only_the_daemon() {
     for underlay in UNDERLAYS {
         for hook in HOOKS {
             let mut world = world(underlay);
@@ -259,7 +259,7 @@ fn a_probe_reaches_the_daemon_and_nobody_else() {
             let packet = probe(&payload);
             let frame = Path::inbound(underlay).frame(&message(&RX_KEY, LOCAL_INDEX, 0, &packet));
             world.expect_refused(hook, &frame, Reason::ProbeReceived);
-            assert_eq!(world.peer(PEER).last_data_rx_ns, 0, "no data");
+            assert_eq!(world.peer(PEER).last_data_rx_ns, 0, "a probe counted as data");
             let mut ring =
                 RingBuf::try_from(world.ebpf.map_mut("PROBES").expect("PROBES")).expect("a ring");
             let entry = ring.next().expect("a probe").to_vec();
@@ -271,7 +271,7 @@ fn a_probe_reaches_the_daemon_and_nobody_else() {
 }
 
 #[test]
-fn nothing_but_a_whole_probe_on_the_straight_path_is_for_the_node() {
+fn only_complete_probes_on_the_direct_path_reach_the_node() {
     let mut world = world(Underlay::V4);
     let short = probe(&[0; PROBE_LEN - 1]);
     let mut other_port = probe(&[0; PROBE_LEN]);
@@ -295,7 +295,7 @@ fn nothing_but_a_whole_probe_on_the_straight_path_is_for_the_node() {
 
 /// A container of the peer, or the peer itself, cannot send probes in the name of other nodes.
 #[test]
-fn a_probe_comes_from_the_very_node_that_sealed_it() {
+fn a_probe_must_come_from_the_node_that_sealed_it() {
     for hook in HOOKS {
         let mut world = world(Underlay::V4);
         world.set_route(OTHER_PEER_NODE, 32, ROUTE_PEER, OTHER_PEER);
@@ -339,7 +339,7 @@ fn a_probe_comes_from_the_very_node_that_sealed_it() {
 /// A member that floods the daemon with probes in its own name leaves room for those of other
 /// peers.
 #[test]
-fn no_peer_fills_the_ring_of_probes() {
+fn no_peer_can_fill_the_probe_ring() {
     for hook in HOOKS {
         let mut world = world(Underlay::V4);
         let text = padded(&probe(&[0; PROBE_LEN]));

@@ -11,7 +11,7 @@ use crate::world::{
 };
 
 #[test]
-fn what_is_sealed_opens_with_ring() {
+fn sealed_messages_open_with_ring() {
     // `from_container` seals complete packets itself.
     for (underlay, program) in
         UNDERLAYS.into_iter().flat_map(|one| [(one, "seal"), (one, "from_container")])
@@ -46,7 +46,7 @@ fn what_is_sealed_opens_with_ring() {
 }
 
 #[test]
-fn the_padding_is_not_what_the_frame_was_padded_with() {
+fn the_padding_of_the_frame_is_not_sealed() {
     let world = World::new(Underlay::V4);
     let packet = to_remote(28);
     let mut frame = from_container(&packet);
@@ -57,7 +57,7 @@ fn the_padding_is_not_what_the_frame_was_padded_with() {
 }
 
 #[test]
-fn the_congestion_field_alone_is_copied_to_the_outer_header() {
+fn only_the_ecn_field_is_copied_to_the_outer_header() {
     for underlay in UNDERLAYS {
         let world = World::new(underlay);
         for class in 0..=255 {
@@ -67,7 +67,7 @@ fn the_congestion_field_alone_is_copied_to_the_outer_header() {
             let output = world.run("seal", &from_container(&packet));
             let sealed = Sealed::parse(underlay, &output.frame);
             assert_eq!(sealed.class, class & 3, "{underlay:?}: inner {class:#x}");
-            assert_eq!(open(&TX_KEY, &sealed.message).2, packet, "the inner header stays as it is");
+            assert_eq!(open(&TX_KEY, &sealed.message).2, packet, "the inner header changed");
         }
     }
 }
@@ -99,7 +99,7 @@ fn a_keepalive_needs_a_session() {
 }
 
 #[test]
-fn only_a_live_session_of_that_peer_seals() {
+fn only_a_live_session_of_the_peer_seals() {
     let mut world = World::new(Underlay::V4);
     let frame = from_container(&to_remote(100));
     world.expect_drop(
@@ -121,7 +121,7 @@ fn only_a_live_session_of_that_peer_seals() {
     }
     world.change_peer(PEER, |peer| peer.tx_slot = SLOT);
     assert_eq!(world.run("seal", &frame).verdict, TC_ACT_REDIRECT);
-    assert_eq!(world.session(SLOT).tx_counter, 1, "no counter is spent on what is refused");
+    assert_eq!(world.session(SLOT).tx_counter, 1, "a refused packet used a counter");
 }
 
 #[test]
@@ -137,7 +137,7 @@ fn a_session_expires_by_the_clock() {
 }
 
 #[test]
-fn a_session_is_exhausted_by_messages_and_stays_so() {
+fn a_session_stays_exhausted_after_its_last_message() {
     let mut world = World::new(Underlay::V4);
     let frame = from_container(&to_remote(100));
     world.change_session(SLOT, |session| session.tx_counter = REJECT_AFTER_MESSAGES - 1);
@@ -153,7 +153,7 @@ fn a_session_is_exhausted_by_messages_and_stays_so() {
 }
 
 #[test]
-fn nothing_unfinished_or_foreign_is_sealed() {
+fn segments_and_foreign_packets_are_not_sealed() {
     let mut world = World::new(Underlay::V4);
     let frame = from_container(&to_remote(1000));
     let before = world.counts();
@@ -179,7 +179,7 @@ fn nothing_unfinished_or_foreign_is_sealed() {
 
 /// Two threads share one session, and every counter is used once.
 #[test]
-fn counters_are_drawn_once_across_cpus() {
+fn each_counter_is_used_once_across_cpus() {
     const EACH: usize = 2000;
     let world = World::new(Underlay::V4);
     let frame = from_container(&to_remote(64));
@@ -207,7 +207,7 @@ fn counters_are_drawn_once_across_cpus() {
 
 /// A packet whose addresses changed in the offload veth, however that happened, is not sealed.
 #[test]
-fn what_comes_out_of_the_normaliser_with_other_addresses_is_not_sealed() {
+fn packets_whose_addresses_changed_in_the_offload_veth_are_not_sealed() {
     let mut world = World::new(Underlay::V4);
     world.set_route(PEER_NODE, 32, ROUTE_PEER, PEER);
     let refuse = |packet: &[u8], mark, reason| {
@@ -234,5 +234,5 @@ fn what_comes_out_of_the_normaliser_with_other_addresses_is_not_sealed() {
     assert!(before.iter().all(|(reason, _)| *reason != Reason::ProbeSent));
     assert_eq!((world.count(Reason::ProbeSent), world.count(Reason::Sealed)), (0, 0));
     assert_eq!(world.count(Reason::Unsupported), 1);
-    assert_eq!(world.session(SLOT).tx_counter, 0, "no counter was drawn");
+    assert_eq!(world.session(SLOT).tx_counter, 0, "a refused packet used a counter");
 }

@@ -36,7 +36,7 @@ fn query(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<u8> {
 }
 
 #[test]
-fn no_way_in_lets_through_what_another_refuses() {
+fn no_inbound_path_accepts_what_another_refuses() {
     let cases = [
         (REMOTE, CONTAINER, None),
         (REMOTE, HOST, None),
@@ -98,7 +98,7 @@ fn no_way_in_lets_through_what_another_refuses() {
 /// All its allowed addresses are routed to it, but no node address is valid for it, whatever its
 /// number.
 #[test]
-fn a_wireguard_device_reaches_no_node_by_any_way() {
+fn a_wireguard_device_reaches_no_node_on_any_path() {
     let external = FIRST_EXTERNAL_PEER + 5;
     for source in [REMOTE, PEER_NODE, CLAIMED] {
         let mut world = world();
@@ -125,7 +125,7 @@ fn a_wireguard_device_reaches_no_node_by_any_way() {
 
 /// Checks packets that are sealed at once, and packets after the offload veth.
 #[test]
-fn no_way_out_leads_to_a_node() {
+fn no_outbound_path_leads_to_a_node() {
     let world = world();
     for destination in [PEER_NODE, OTHER_PEER_NODE, CLAIMED] {
         let frame = from_container(&query(CONTAINER, destination));

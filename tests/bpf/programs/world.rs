@@ -149,14 +149,14 @@ pub fn load(debug: u8, names: &[&str]) -> Ebpf {
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("DEBUG", &debug, true)
         .load(overnode_daemon::PROGRAMS)
-        .expect("the object is understood");
+        .expect("cannot parse the object");
     for (name, program) in ebpf.programs_mut().filter(|(name, _)| names.contains(name)) {
         let loaded = match program {
             Program::SchedClassifier(program) => program.load(),
             Program::Xdp(program) => program.load(),
-            _ => panic!("{name} is of no kind that is expected"),
+            _ => panic!("{name} has an unexpected program type"),
         };
-        loaded.unwrap_or_else(|error| panic!("{name} is not accepted: {error:?}"));
+        loaded.unwrap_or_else(|error| panic!("the kernel rejects {name}: {error:?}"));
     }
     ebpf
 }
@@ -177,7 +177,7 @@ impl World {
                 Config {
                     subnet: to_map(Ipv4Addr::new(10, 32, 0, 0).into()),
                     subnet_bits: Address::V4_BITS + 12,
-                    normaliser: IFINDEX,
+                    offload_veth: IFINDEX,
                     node: to_map(NODE.into()),
                     node_id: NODE_ID.into(),
                     mac1: mac1_state(&PUBLIC_KEY),
@@ -373,7 +373,7 @@ impl World {
             expected.into_iter().collect::<Vec<_>>(),
             "counted under another reason"
         );
-        assert_eq!(verdict, dropped, "not dropped, though counted as {}", reason.as_str());
+        assert_eq!(verdict, dropped, "not dropped, although counted as {}", reason.as_str());
     }
 
     /// Makes `seal` send a keepalive.

@@ -227,7 +227,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         parts: 1,
         loans: vec![(id(7), loan)],
     };
-    let buried = Message::Buried { of: id(1), incarnation: 1, by: id(2), titles: [title; 4] };
+    let reclaimed = Message::Reclaimed { of: id(1), incarnation: 1, by: id(2), titles: [title; 4] };
     let lender = |steps: &[Vec<u8>]| [vec![0], steps.concat()].concat();
     let borrower = |steps: &[Vec<u8>]| [vec![1], steps.concat()].concat();
     let everybody = vec![3, 0xff];
@@ -252,7 +252,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             borrower(&[
                 learn(1),
                 everybody.clone(),
-                message(1, &Message::Poke { quarter: id(1), serial: 0 }),
+                message(1, &Message::Query { quarter: id(1), serial: 0 }),
             ]),
         ),
         (
@@ -294,6 +294,6 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                 wait(1100),
             ]),
         ),
-        ("buried", lender(&[learn(2), message(2, &buried), vec![5, 9, 5]])),
+        ("buried", lender(&[learn(2), message(2, &reclaimed), vec![5, 9, 5]])),
     ]
 }

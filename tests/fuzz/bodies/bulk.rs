@@ -3,7 +3,7 @@
 
 use overnode_daemon::bulk::VnetHeader;
 
-use self::model::{ACK, Opened, Packet, check_cut, check_join};
+use self::model::{ACK, Opened, Packet, check_coalesce, check_segment};
 use super::input::{Input, MAX_STEPS};
 
 #[allow(dead_code, reason = "its tests use more of it")]
@@ -16,7 +16,7 @@ pub fn run(data: &[u8]) {
     match input.byte() {
         0 => {
             let header = std::array::from_fn(|_| input.byte());
-            check_cut(input.0, &VnetHeader::from_bytes(header));
+            check_segment(input.0, &VnetHeader::from_bytes(header));
         }
         1 => anything(&mut input),
         2 => flows(&mut input),
@@ -31,7 +31,7 @@ fn anything(input: &mut Input<'_>) {
     {
         packets.push((kind & 3, input.bytes().to_vec(), kind & 4 == 0));
     }
-    check_join(&packets, true);
+    check_coalesce(&packets, true);
 }
 
 /// Simulates twelve flows, whose packets continue each other unless a step changes them.
@@ -39,7 +39,7 @@ fn flows(input: &mut Input<'_>) {
     let mut flows: Vec<Packet> = (0..12_u16)
         .map(|port| Packet { port, ..Packet::new(port % 2 == 1, port % 4 < 2, 0) })
         .collect();
-    let joins_udp = input.byte().is_multiple_of(2);
+    let coalesces_udp = input.byte().is_multiple_of(2);
     let mut packets: Vec<Opened> = Vec::new();
     while let Some(which) = input.step()
         && packets.len() < MAX_STEPS
@@ -73,7 +73,7 @@ fn flows(input: &mut Input<'_>) {
         flow.sequence = flow.sequence.wrapping_add(flow.payload.len() as u32);
         packets.push((which / 12 % 2, bytes, change & 0x80 == 0));
     }
-    check_join(&packets, joins_udp);
+    check_coalesce(&packets, coalesces_udp);
 }
 
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
@@ -92,7 +92,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         seeds
             .push((cut, [&[0, vnet.flags, vnet.gso_type], &numbers[..], &packet.bytes()].concat()));
         let mut segments = vec![1];
-        for segment in packet.cut(100) {
+        for segment in packet.segments(100) {
             segments.push(0);
             segments.extend(Input::framed(&segment.bytes()));
         }

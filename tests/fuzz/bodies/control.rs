@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use overnode_daemon::control::frame::{
-    self, Cutter, Joiner, MAX_FRAME, MAX_HANDSHAKE_FRAME, MAX_MESSAGE,
+    self, FrameSplitter, MAX_FRAME, MAX_HANDSHAKE_FRAME, MAX_MESSAGE, Reassembler,
 };
 use overnode_daemon::control::hello::{Hello, MAX_NICKNAME, Refusal, Verdict, clean};
 use overnode_daemon::control::key;
@@ -37,10 +37,10 @@ fn frames(input: &mut Input<'_>) {
     let at_once = cut(input.0.chunks(input.0.len().max(1)), limit);
     assert_eq!(cut(input.0.chunks(step), limit), at_once);
     let (frames, _) = at_once;
-    let mut joiner = Joiner::default();
+    let mut reassembler = Reassembler::default();
     for frame in frames {
         assert!(frame.len() <= limit);
-        match joiner.push(&frame) {
+        match reassembler.push(&frame) {
             Ok(Some(message)) => packet(&message),
             Ok(None) => {}
             Err(_) => break,
@@ -49,17 +49,17 @@ fn frames(input: &mut Input<'_>) {
 }
 
 fn cut<'a>(chunks: impl Iterator<Item = &'a [u8]>, limit: usize) -> (Vec<Vec<u8>>, bool) {
-    let (mut cutter, mut frames) = (Cutter::default(), Vec::new());
+    let (mut splitter, mut frames) = (FrameSplitter::default(), Vec::new());
     for chunk in chunks {
-        cutter.buffer().extend_from_slice(chunk);
+        splitter.buffer().extend_from_slice(chunk);
         loop {
-            match cutter.next(limit) {
+            match splitter.next(limit) {
                 Ok(Some(frame)) => frames.push(frame.to_vec()),
                 Ok(None) => break,
                 Err(_) => return (frames, true),
             }
         }
-        assert!(cutter.buffer().len() < 2 + limit, "an unfinished frame is all that is kept");
+        assert!(splitter.buffer().len() < 2 + limit, "an unfinished frame is all that is kept");
     }
     (frames, false)
 }
@@ -111,9 +111,9 @@ fn parts(input: &mut Input<'_>) {
     let length = usize::from(input.short()) * 17 % (MAX_MESSAGE + 1);
     let pattern = if input.0.is_empty() { &[0] } else { input.0 };
     let message: Vec<u8> = pattern.iter().copied().cycle().take(length).collect();
-    let mut joiner = Joiner::default();
+    let mut reassembler = Reassembler::default();
     let joined: Vec<_> = frame::parts(&message)
-        .filter_map(|part| joiner.push(&part).expect("a part that was made"))
+        .filter_map(|part| reassembler.push(&part).expect("a part that was made"))
         .collect();
     assert!(joined == [message], "a message of {length} bytes");
 }
@@ -215,7 +215,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("too-long-a-frame", of(0, &[1, 200, 0, 2, 1, 3, 8, 1, 0, 0])),
         ("packet-gossip", of(1, &Packet::Gossip(vec![1, 2]).encode())),
         ("packet-ping", of(1, &Packet::Ping(7).encode())),
-        ("packet-parcel", of(1, &Packet::Parcel(vec![3]).encode())),
+        ("packet-parcel", of(1, &Packet::RoutedMessage(vec![3]).encode())),
         ("greeting", of(2, &peer.encode())),
         ("greeting-from-myself", of(2, &me().encode())),
         (

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use overnode_daemon::api::check_name;
 use overnode_daemon::docker::engine::{refused, unsupported};
 use overnode_daemon::docker::message::{ID_LIMIT, Request, is_id};
-use overnode_daemon::docker::plan::FORGOTTEN;
+use overnode_daemon::docker::plan::LEASE_EXPIRY;
 use overnode_daemon::docker::{Docker, Report, Settings, Step};
 use overnode_daemon::store::Attachment;
 use overnode_daemon::text::is_harmless;
@@ -74,7 +74,7 @@ fn conversation(input: &mut Input<'_>) {
         let Some(kind) = input.step() else { break };
         let steps = if kind >= REPORT {
             let (containers, networks) = (input.bytes(), input.bytes());
-            now += FORGOTTEN / 2;
+            now += LEASE_EXPIRY / 2;
             match Report::read(containers, networks) {
                 Ok(report) => {
                     check_report(&report);

@@ -4,10 +4,10 @@
 use std::time::{Duration, Instant};
 
 use overnode_daemon::control::frame::MAX_MESSAGE;
-use overnode_daemon::gossip::parcel::{KIND_ALLOCATION, KIND_CLASH, MAX_BODY};
+use overnode_daemon::gossip::routed::{KIND_ALLOCATION, KIND_CLASH, MAX_BODY};
 use overnode_daemon::gossip::{
-    Action, Gossip, MAX_STAMP, Message, Named, Parcel, Record, SKEW_MS, Signature, Signer, Stamp,
-    budget,
+    Action, Gossip, MAX_STAMP, Message, Named, Record, RoutedMessage, SKEW_MS, Signature, Signer,
+    Stamp, budget,
 };
 use overnode_daemon::types::{NodeId, Secret, VerifyingKey};
 use rand::SeedableRng;
@@ -61,11 +61,11 @@ impl World {
                     self.message(peer, &Message::Delta(records).encode());
                 }
             }
-            2 => self.parcel(peer, input.bytes()),
+            2 => self.routed(peer, input.bytes()),
             3 => {
                 let bytes = input.bytes();
-                if let Ok(parcel) = Parcel::decode(bytes) {
-                    self.parcel(peer, &signed(parcel).encode());
+                if let Ok(routed) = RoutedMessage::decode(bytes) {
+                    self.routed(peer, &signed(routed).encode());
                 }
             }
             4 => {
@@ -89,7 +89,7 @@ impl World {
                 self.gossip.update_own(|own| own.nickname = nickname, self.now);
             }
             9 => {
-                let _ = self.gossip.send_parcel(peer, KIND_ALLOCATION, input.bytes().to_vec());
+                let _ = self.gossip.send_routed(peer, KIND_ALLOCATION, input.bytes().to_vec());
             }
             10 => {
                 for source in 1..=8 {
@@ -116,11 +116,11 @@ impl World {
         }
     }
 
-    fn parcel(&mut self, peer: NodeId, bytes: &[u8]) {
-        if let Ok(parcel) = Parcel::decode(bytes) {
-            assert_eq!(parcel.encode(), bytes);
+    fn routed(&mut self, peer: NodeId, bytes: &[u8]) {
+        if let Ok(routed) = RoutedMessage::decode(bytes) {
+            assert_eq!(routed.encode(), bytes);
         }
-        let _ = self.gossip.handle_parcel(peer, bytes, self.now);
+        let _ = self.gossip.handle_routed(peer, bytes, self.now);
     }
 
     /// Carries out the node's actions and checks the invariants.
@@ -137,18 +137,18 @@ impl World {
                         "others would cut this node off"
                     );
                 }
-                Action::SendParcel { to, parcel } => {
+                Action::SendRouted { to, routed } => {
                     assert_ne!(to, id(OWN));
                     assert_eq!(
-                        Parcel::decode(&parcel.encode()),
-                        Ok(parcel),
+                        RoutedMessage::decode(&routed.encode()),
+                        Ok(routed),
                         "others would cut this node off"
                     );
                 }
-                Action::Deliver(parcel) => {
-                    assert_eq!(parcel.to, id(OWN));
-                    assert!(parcel.body.len() <= MAX_BODY);
-                    assert_eq!(signed(parcel.clone()).signature, parcel.signature, "it was forged");
+                Action::Deliver(routed) => {
+                    assert_eq!(routed.to, id(OWN));
+                    assert!(routed.body.len() <= MAX_BODY);
+                    assert_eq!(signed(routed.clone()).signature, routed.signature, "it was forged");
                 }
                 Action::Changed(node) | Action::Removed(node) => {
                     assert!(self.gossip.record(node).is_some());
@@ -206,7 +206,7 @@ fn blank(number: u16) -> Record {
         public_key: signer(number).public_key(),
         addresses: Vec::new(),
         links: Vec::new(),
-        dark: Vec::new(),
+        no_direct_path: Vec::new(),
         ranges: Vec::new(),
         claims: Vec::new(),
         names: Vec::new(),
@@ -219,13 +219,13 @@ fn named(name: &str, address: &str) -> Named {
     Named { name: name.into(), address: address.parse().expect("an address") }
 }
 
-/// Signs a routed message as its sender does. See [`overnode_daemon::gossip::parcel`].
-fn signed(mut parcel: Parcel) -> Parcel {
-    let bytes = parcel.encode();
-    let text = [b"overnode parcel v2", &bytes[2..31], parcel.body.as_slice()].concat();
-    let pair = overnode_daemon::control::key::signing_key(&secret(parcel.from.get()));
-    parcel.signature.0.copy_from_slice(pair.sign(&text).as_ref());
-    parcel
+/// Signs a routed message as its sender does. See [`overnode_daemon::gossip::routed`].
+fn signed(mut routed: RoutedMessage) -> RoutedMessage {
+    let bytes = routed.encode();
+    let text = [b"overnode parcel v2", &bytes[2..31], routed.body.as_slice()].concat();
+    let pair = overnode_daemon::control::key::signing_key(&secret(routed.from.get()));
+    routed.signature.0.copy_from_slice(pair.sign(&text).as_ref());
+    routed
 }
 
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
@@ -241,7 +241,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ..blank(number)
     };
     let full = Record {
-        dark: vec![id(3)],
+        no_direct_path: vec![id(3)],
         ranges: vec!["10.40.0.0/15".parse().expect("a range")],
         claims: vec![
             "10.32.0.7".parse().expect("an address"),
@@ -250,12 +250,20 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         names: vec![named("db", "2001:db8::7"), named("web", "10.40.0.7")],
         ..linked(2, &[1, 3])
     };
-    let parcel = |from: u16, to: u16, kind: u8, body: Vec<u8>| {
+    let routed = |from: u16, to: u16, kind: u8, body: Vec<u8>| {
         let signature = Signature::default();
         let (serial, receiver) = ((1, 1), 1);
-        let parcel =
-            Parcel { from: id(from), to: id(to), hops: 3, kind, serial, receiver, signature, body };
-        Input::framed(&parcel.encode())
+        let routed = RoutedMessage {
+            from: id(from),
+            to: id(to),
+            hops: 3,
+            kind,
+            serial,
+            receiver,
+            signature,
+            body,
+        };
+        Input::framed(&routed.encode())
     };
     let stamp = Stamp { incarnation: 1, version: 2, hash: [1, 2, 3, 4] };
     let rival = Record { incarnation: 9, ..blank(OWN) };
@@ -282,8 +290,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                 signed_message(0, 0, &delta(&[linked(4, &[2, 5]), linked(5, &[4])])),
                 vec![0x29, 1, 0, 9, 10],
                 wait(60),
-                [vec![3], parcel(5, 1, KIND_ALLOCATION, vec![1])].concat(),
-                [vec![0x13], parcel(3, 5, KIND_ALLOCATION, vec![1])].concat(),
+                [vec![3], routed(5, 1, KIND_ALLOCATION, vec![1])].concat(),
+                [vec![0x13], routed(3, 5, KIND_ALLOCATION, vec![1])].concat(),
             ]
             .concat(),
         ),
@@ -292,7 +300,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             [signed_message(0, 9, &delta(std::slice::from_ref(&rival))), wait(60), wait(1100)]
                 .concat(),
         ),
-        ("challenge", [vec![3], parcel(2, 1, KIND_CLASH, delta(&[rival]).encode())].concat()),
+        ("challenge", [vec![3], routed(2, 1, KIND_CLASH, delta(&[rival]).encode())].concat()),
         (
             "another-node-7",
             [

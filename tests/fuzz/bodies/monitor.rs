@@ -1,7 +1,7 @@
 //! Fuzzes the input of `overnode monitor`: records of dropped packets, which anyone can send, and
 //! the events made from them.
 
-use overnode_daemon::api::{DroppedPacket, Happening, MonitorEvent};
+use overnode_daemon::api::{DroppedPacket, EventKind, MonitorEvent};
 use overnode_daemon::monitor::decode::{Seen, record};
 use overnode_daemon::text::is_harmless;
 use overnode_ebpf::map::{
@@ -66,7 +66,7 @@ fn check(bytes: &[u8]) {
     assert_eq!(record(&other).as_ref(), Some(&seen), "what was not captured is not read");
 
     let packet = packet(&seen);
-    let event = MonitorEvent { unix_milliseconds: 1, what: Happening::Drop(Box::new(packet)) };
+    let event = MonitorEvent { unix_milliseconds: 1, what: EventKind::Drop(Box::new(packet)) };
     let line = serde_json::to_string(&event).expect("an event can be written");
     assert!(
         line.len() < LONGEST && line.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' '),
@@ -91,7 +91,7 @@ fn packet(seen: &Seen) -> DroppedPacket {
 /// Checks that an event that can be read is written in a form that reads back as the same event.
 fn event(bytes: &[u8]) {
     let Ok(event) = serde_json::from_slice::<MonitorEvent>(bytes) else { return };
-    if event.what == Happening::Unknown {
+    if event.what == EventKind::Unknown {
         return;
     }
     let line = serde_json::to_string(&event).expect("what was read can be written");

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use overnode_daemon::path::probe::{ENVELOPE, Kind, LARGEST, Probe, SMALLEST};
+use overnode_daemon::path::probe::{ENCAP_LEN, Kind, LARGEST, Probe, SMALLEST};
 use overnode_daemon::path::{Action, Paths};
 use overnode_daemon::types::NodeId;
 use rand::SeedableRng;
@@ -58,7 +58,7 @@ pub fn run(data: &[u8]) {
             let Action::Send { to, bytes } = action else { continue };
             sent += 1;
             assert!(sent <= 16, "one step makes it send and send");
-            let size = bytes.len() as u32 + ENVELOPE;
+            let size = bytes.len() as u32 + ENCAP_LEN;
             let probe = Probe::decode(&bytes, size).expect("a probe that was made");
             match probe.kind {
                 Kind::Request => asked.push((to, probe)),

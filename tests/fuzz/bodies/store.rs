@@ -247,7 +247,7 @@ fn peer() -> Vec<u8> {
         public_key: PublicKey([1; 32]),
         addresses: vec!["192.0.2.1:6783".parse().expect("an address")],
         links: vec![NodeId::new(9).expect("in range")],
-        dark: Vec::new(),
+        no_direct_path: Vec::new(),
         ranges: vec!["10.40.0.0/15".parse().expect("a prefix")],
         claims: Vec::new(),
         names: vec![Named { name: "web".into(), address: [10, 32, 0, 1].into() }],

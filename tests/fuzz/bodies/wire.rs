@@ -4,9 +4,9 @@
 use overnode_daemon::bulk::control::Keys;
 use overnode_daemon::bulk::message::{Cipher, HEADER_LEN, Header, Hello};
 use overnode_daemon::bulk::session::Session;
-use overnode_daemon::gossip::parcel::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
-use overnode_daemon::gossip::{Parcel, Signature};
-use overnode_daemon::path::probe::{ENVELOPE, HEADER, Kind, Probe, SMALLEST};
+use overnode_daemon::gossip::routed::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
+use overnode_daemon::gossip::{RoutedMessage, Signature};
+use overnode_daemon::path::probe::{ENCAP_LEN, HEADER, Kind, Probe, SMALLEST};
 use overnode_daemon::types::NodeId;
 use overnode_ebpf::wire::Relay;
 
@@ -16,7 +16,7 @@ use super::input::Input;
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
-        0 => parcel(input.0),
+        0 => routed(input.0),
         1 => {
             let received = u32::from(input.short());
             probe(input.0, received);
@@ -27,11 +27,11 @@ pub fn run(data: &[u8]) {
     }
 }
 
-fn parcel(bytes: &[u8]) {
-    let Ok(parcel) = Parcel::decode(bytes) else { return };
-    assert_eq!(parcel.encode(), bytes);
-    assert!(parcel.from != parcel.to && parcel.body.len() <= MAX_BODY);
-    assert!((1..=MAX_HOPS).contains(&parcel.hops));
+fn routed(bytes: &[u8]) {
+    let Ok(routed) = RoutedMessage::decode(bytes) else { return };
+    assert_eq!(routed.encode(), bytes);
+    assert!(routed.from != routed.to && routed.body.len() <= MAX_BODY);
+    assert!((1..=MAX_HOPS).contains(&routed.hops));
 }
 
 fn probe(bytes: &[u8], received: u32) {
@@ -39,7 +39,7 @@ fn probe(bytes: &[u8], received: u32) {
     assert_eq!(probe.size, received);
     let encoded = probe.encode();
     assert_eq!(encoded[..HEADER], bytes[..HEADER]);
-    assert_eq!(encoded.len(), (received - ENVELOPE) as usize);
+    assert_eq!(encoded.len(), (received - ENCAP_LEN) as usize);
     assert_eq!(Probe::decode(&encoded, received), Ok(probe));
 }
 
@@ -73,7 +73,7 @@ fn session() -> Session {
 
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let id = |number| NodeId::new(number).expect("in range");
-    let parcel = Parcel {
+    let routed = RoutedMessage {
         from: id(1),
         to: id(4095),
         hops: MAX_HOPS,
@@ -93,7 +93,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let hello = Hello { wants_answer: true, speeds: [1880, 3980] };
     let relay = Relay { hops: 3, destination: 1, source: 2, previous: 3 };
     vec![
-        ("parcel", [&[0], parcel.encode().as_slice()].concat()),
+        ("parcel", [&[0], routed.encode().as_slice()].concat()),
         ("request", probe(&request)),
         ("answer", probe(&answer)),
         ("relay", [&[2], &relay.to_bytes()[..], &[1, 2, 3]].concat()),

@@ -74,7 +74,10 @@ pub fn static_programs(workspace: &Workspace, built: &Built) -> Result<Built> {
     let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]))?;
     if !PathBuf::from(sysroot.trim()).join("lib/rustlib").join(&target).is_dir() {
         show(Command::new("rustup").args(["target", "add", &target])).with_context(|| {
-            format!("the compiler has no library for {target}: install it (`rustup target add {target}`)")
+            format!(
+                "the compiler has no library for {target}: install it with \
+                 `rustup target add {target}`"
+            )
         })?;
     }
     let mut cargo = cargo(workspace, &target);

@@ -36,7 +36,7 @@ const PROGRAMS: [(&str, &str); 5] = [
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     cargo xtask dist                          into target/dist\n  \
-    cargo xtask dist --version-suffix +2      the same as a later version, to try an upgrade")]
+    cargo xtask dist --version-suffix +2      the same with a later version, to test an upgrade")]
 pub struct Arguments {
     /// Output directory [default: target/dist]
     #[arg(long, value_name = "DIR")]
@@ -66,11 +66,12 @@ impl Release {
             Err(_) => {
                 let mut git = Command::new("git");
                 git.current_dir(&workspace.root).args(["log", "-1", "--format=%ct"]);
-                output(&mut git).context("no commit tells the time: set SOURCE_DATE_EPOCH")?
+                output(&mut git)
+                    .context("the time of the last commit is unknown: set SOURCE_DATE_EPOCH")?
             }
         };
         let time =
-            time.trim().parse().with_context(|| format!("{time:?} is no time in seconds"))?;
+            time.trim().parse().with_context(|| format!("{time:?} is not a time in seconds"))?;
         Ok(Self { version: format!("{}{suffix}", env!("CARGO_PKG_VERSION")), time })
     }
 }
@@ -124,10 +125,11 @@ fn exposure(workspace: &Workspace) -> Result<String> {
     let mut analyze = Command::new("systemd-analyze");
     let text = output(analyze.args(["security", "--offline=true", "--no-pager"]).arg(unit))?;
     let line = text.lines().find(|line| line.contains("Overall exposure level"));
-    let line = line.with_context(|| format!("`{}` names no level: {text}", describe(&analyze)))?;
+    let line = line
+        .with_context(|| format!("`{}` reports no exposure level: {text}", describe(&analyze)))?;
     // The rating is followed by an emoji.
     let words: Vec<&str> = line.split_whitespace().filter(|word| word.is_ascii()).collect();
-    Ok(words.join(" ").split_once(": ").context("no level")?.1.replacen(
+    Ok(words.join(" ").split_once(": ").context("the exposure level is missing")?.1.replacen(
         "",
         "overall exposure level ",
         1,
@@ -138,7 +140,7 @@ fn report(file: &Path) -> Result<()> {
     let size = std::fs::metadata(file)?.len();
     let mut sum = Command::new("sha256sum");
     let text = output(sum.arg(file))?;
-    let sum = text.split_whitespace().next().context("sha256sum says nothing")?;
+    let sum = text.split_whitespace().next().context("sha256sum printed nothing")?;
     println!("{}: {:.1} MB, SHA-256 {sum}", file.display(), size as f64 / 1e6);
     Ok(())
 }
@@ -163,7 +165,7 @@ fn suffix(text: &str) -> Result<String, &'static str> {
     if fits {
         Ok(text.to_owned())
     } else {
-        Err("a version has letters, digits, `.`, `+` and `~` only")
+        Err("a version may only contain letters, digits, `.`, `+` and `~`")
     }
 }
 

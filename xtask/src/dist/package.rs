@@ -130,9 +130,9 @@ fn changelog(dist: &Path, release: &Release) -> Result<String> {
         &format!("@{}", release.time),
     ]))?;
     let who = written.lines().find_map(|line| line.strip_prefix(" -- ")?.split("  ").next());
-    let who = who.context("the changelog names nobody")?;
+    let who = who.context("the changelog names no maintainer")?;
     let entry = format!(
-        "overnode ({}) unstable; urgency=medium\n\n  * As {}.\n\n -- {who}  {}\n\n",
+        "overnode ({}) unstable; urgency=medium\n\n  * Same as {}.\n\n -- {who}  {}\n\n",
         release.version,
         env!("CARGO_PKG_VERSION"),
         when.trim()
@@ -155,8 +155,10 @@ fn depends(tree: &Tree, folder: &Path) -> Result<String> {
     }
     let text = output(&mut needs)?;
     std::fs::remove_dir_all(folder)?;
-    let depends =
-        text.trim().strip_prefix("shlibs:Depends=").context("dpkg-shlibdeps says nothing")?;
+    let depends = text
+        .trim()
+        .strip_prefix("shlibs:Depends=")
+        .context("dpkg-shlibdeps printed no dependencies")?;
     // The maintainer scripts call the helpers for services.
     Ok(format!("{depends}, init-system-helpers (>= 1.54~)"))
 }

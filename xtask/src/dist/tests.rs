@@ -27,7 +27,7 @@ const CONTENT: [&str; 14] = [
 const SCRIPTS: [&str; 3] = ["postinst", "postrm", "prerm"];
 
 fn workspace() -> Workspace {
-    Workspace::find().expect("cargo tells where it is")
+    Workspace::find().expect("cargo finds the workspace")
 }
 
 /// Returns the development build, with a separate documents directory for the test.
@@ -42,7 +42,7 @@ fn scratch(name: &str) -> PathBuf {
     let folder =
         workspace().target.join("dist-test").join(format!("{name}-{}", std::process::id()));
     let _ = std::fs::remove_dir_all(&folder);
-    std::fs::create_dir_all(&folder).expect("the target directory can be written to");
+    std::fs::create_dir_all(&folder).expect("the target directory is writable");
     folder
 }
 
@@ -56,7 +56,7 @@ impl Drop for Scratch {
 }
 
 #[test]
-fn the_package_holds_what_it_promises() {
+fn the_package_contains_exactly_the_expected_files() {
     let workspace = workspace();
     let built = built("package");
     let documents = Scratch(built.documents.clone());
@@ -64,22 +64,22 @@ fn the_package_holds_what_it_promises() {
     let release = Release { version: "1.2.3+4".into(), time: 1_700_000_000 };
     let make = || {
         let made = package::make(&workspace, &built, &release, &out.0, Compression::Fast)
-            .expect("it is packed");
-        let bytes = std::fs::read(&made.file).expect("it is there");
+            .expect("the package is built");
+        let bytes = std::fs::read(&made.file).expect("the package can be read");
         (made, bytes)
     };
     let (made, first) = make();
     let (_, second) = make();
     assert!(first == second, "the same tree gives the same bytes");
 
-    let listed =
-        output(Command::new("dpkg-deb").arg("-c").arg(&made.file)).expect("it is a package");
+    let listed = output(Command::new("dpkg-deb").arg("-c").arg(&made.file))
+        .expect("dpkg-deb reads the package");
     let files: Vec<String> = listed
         .lines()
         .map(|line| {
             let words: Vec<&str> = line.split_whitespace().collect();
             assert_eq!(words[1], "root/root", "{line}");
-            assert!(words[3] <= "2023-11-14", "no file is younger than the commit: {line}");
+            assert!(words[3] <= "2023-11-14", "no file is newer than the commit: {line}");
             format!("{} {}", words[0], words[5..].join(" "))
         })
         .collect();
@@ -88,7 +88,7 @@ fn the_package_holds_what_it_promises() {
     }
     for found in files.iter().filter(|found| !found.starts_with('d')) {
         let is_page = found.contains("/man/man1/overnode-");
-        assert!(is_page || CONTENT.contains(&found.as_str()), "{found} was not promised");
+        assert!(is_page || CONTENT.contains(&found.as_str()), "{found} is not expected");
     }
     assert!(
         files
@@ -99,7 +99,7 @@ fn the_package_holds_what_it_promises() {
 
     let field = |name: &str| {
         output(Command::new("dpkg-deb").arg("-f").arg(&made.file).arg(name))
-            .expect("it has fields")
+            .expect("the package has control fields")
             .trim()
             .to_owned()
     };
@@ -107,15 +107,16 @@ fn the_package_holds_what_it_promises() {
     assert!(field("Depends").contains("libc6 (>= "), "{}", field("Depends"));
     let control = out.0.join("control");
     output(Command::new("dpkg-deb").arg("-e").arg(&made.file).arg(&control))
-        .expect("it has scripts");
-    let read = |name: &str| std::fs::read_to_string(control.join(name)).expect("it is there");
+        .expect("the package has maintainer scripts");
+    let read =
+        |name: &str| std::fs::read_to_string(control.join(name)).expect("the control file exists");
     assert_eq!(read("conffiles"), "/etc/default/overnode\n");
     assert!(read("md5sums").contains("  usr/bin/overnode\n"));
     drop(documents);
 }
 
 #[test]
-fn the_scripts_are_understood_by_a_plain_shell() {
+fn the_scripts_are_valid_for_a_plain_shell() {
     for script in SCRIPTS {
         let file = workspace().root.join("dist/debian").join(script);
         output(Command::new("sh").arg("-n").arg(file)).expect(script);
@@ -126,8 +127,8 @@ fn the_scripts_are_understood_by_a_plain_shell() {
 fn man_pages_render_and_completions_know_every_command() {
     let built = built("pages");
     let documents = Scratch(built.documents.clone());
-    let help =
-        output(Command::new(built.programs.join("overnode")).arg("--help")).expect("it has help");
+    let help = output(Command::new(built.programs.join("overnode")).arg("--help"))
+        .expect("overnode prints its help");
     let commands: Vec<&str> = help
         .lines()
         .skip_while(|line| *line != "Commands:")
@@ -144,7 +145,7 @@ fn man_pages_render_and_completions_know_every_command() {
     for command in &commands {
         assert!(
             documents.0.join(format!("overnode-{command}.1")).is_file(),
-            "{command} has no page"
+            "{command} has no man page"
         );
         for (name, text) in &completions {
             assert!(text.contains(command), "{name} does not know {command}");
@@ -152,8 +153,8 @@ fn man_pages_render_and_completions_know_every_command() {
     }
     check_shells(&documents.0);
     let mut pages = 0;
-    for entry in std::fs::read_dir(&documents.0).expect("it is there") {
-        let file = entry.expect("it is there").path();
+    for entry in std::fs::read_dir(&documents.0).expect("the documents exist") {
+        let file = entry.expect("the directory can be listed").path();
         if file.extension().is_some_and(|extension| extension == "1" || extension == "8") {
             let mut man = Command::new("man");
             man.args(["--local-file", "--warnings=w"])
@@ -194,9 +195,9 @@ fn check_shells(folder: &Path) {
 }
 
 #[test]
-fn the_unit_is_sound_and_closed() {
+fn the_unit_is_valid_and_hardened() {
     let unit = workspace().root.join("dist/overnode.service");
-    let level = exposure(&workspace()).expect("systemd-analyze tells");
+    let level = exposure(&workspace()).expect("systemd-analyze rates the unit");
     let number: f32 = level.split(' ').nth(3).and_then(|word| word.parse().ok()).expect(&level);
     assert!(number < 4.0, "{level}");
     // The program itself need not be installed on this machine.
@@ -211,7 +212,7 @@ fn the_unit_is_sound_and_closed() {
 }
 
 #[test]
-fn versions_are_debians() {
+fn version_suffixes_follow_debians_rules() {
     assert_eq!(suffix("+2~rc.1"), Ok("+2~rc.1".into()));
     for wrong in ["-1", "+a b", "_", "/"] {
         assert!(suffix(wrong).is_err());

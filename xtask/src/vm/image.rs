@@ -65,7 +65,7 @@ fn put_program(root: &Path, name: &str, file: &Path) -> Result<()> {
     for library in text.split_whitespace().filter(|word| word.starts_with('/')) {
         let place = root.join(library.trim_start_matches('/').trim_end_matches(':'));
         if !place.exists() {
-            fs::create_dir_all(place.parent().context("a library is no root")?)?;
+            fs::create_dir_all(place.parent().context("a library has no parent directory")?)?;
             fs::copy(library, place).with_context(|| library.to_owned())?;
         }
     }
@@ -75,7 +75,7 @@ fn put_program(root: &Path, name: &str, file: &Path) -> Result<()> {
 /// Copies the modules and the tables that `modprobe` uses to find them.
 fn put_modules(root: &Path, kernel: &Kernel, modules: &[&str]) -> Result<()> {
     // The path is FOLDER/lib/modules/RELEASE.
-    let base = kernel.modules.ancestors().nth(3).context("modules lie in lib/modules")?;
+    let base = kernel.modules.ancestors().nth(3).context("the modules are not in lib/modules")?;
     let tables = kernel.modules.join("modules.dep");
     if !tables.exists() {
         depmod(base, &kernel.release)?;
@@ -99,7 +99,7 @@ fn put_modules(root: &Path, kernel: &Kernel, modules: &[&str]) -> Result<()> {
     let place = root.join("lib/modules").join(&kernel.release);
     for file in files {
         let to = place.join(file);
-        fs::create_dir_all(to.parent().context("a module is in a folder")?)?;
+        fs::create_dir_all(to.parent().context("a module has no parent directory")?)?;
         fs::copy(kernel.modules.join(file), to).with_context(|| file.to_owned())?;
     }
     for list in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
@@ -109,7 +109,7 @@ fn put_modules(root: &Path, kernel: &Kernel, modules: &[&str]) -> Result<()> {
 }
 
 fn depmod(base: &Path, release: &str) -> Result<()> {
-    let depmod = crate::setup::find("depmod").context("depmod was there a moment ago")?;
+    let depmod = crate::setup::find("depmod").context("depmod is no longer installed")?;
     show(Command::new(depmod).arg("-b").arg(base).arg(release))
 }
 

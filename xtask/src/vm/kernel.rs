@@ -46,7 +46,7 @@ impl Kernel {
             .map(|folder| place.join(folder).join(&release))
             .into_iter()
             .find(|folder| folder.is_dir())
-            .with_context(|| format!("no modules of {release} in {}", place.display()))?;
+            .with_context(|| format!("no modules for {release} in {}", place.display()))?;
         Ok(Self { image: boot.join(&name), modules, release })
     }
 }
@@ -62,8 +62,9 @@ fn download(folder: &Path, place: &Path) -> Result<()> {
     };
     ensure!(
         package.contains(SERIES),
-        "{META_PACKAGE} is {package} here: Debian 12, which has Linux {SERIES}x, is needed. Or unpack that package of Debian 12 \
-         by `dpkg-deb --extract` into {}",
+        "{META_PACKAGE} is {package} on this machine, but Linux {SERIES}x of Debian 12 is needed: \
+         run this on Debian 12, or unpack that package of Debian 12 with `dpkg-deb --extract` into \
+         {}",
         place.display()
     );
     let step = Step::start(format!("download {package}"));
@@ -93,7 +94,7 @@ fn current_package() -> Result<String> {
         .context("apt-cache cannot be started: this needs Debian")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let package = text.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
-    Ok(package.with_context(|| format!("apt knows no {META_PACKAGE}"))?.to_owned())
+    Ok(package.with_context(|| format!("apt does not know {META_PACKAGE}"))?.to_owned())
 }
 
 fn names_in(folder: &Path) -> Result<Vec<String>> {

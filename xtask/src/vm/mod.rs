@@ -124,7 +124,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let mut programs = build(&workspace)?;
     for (program, _) in &PROGRAMS[HERE_ONLY..] {
         let file =
-            setup::find(program).with_context(|| format!("{program} was there a moment ago"))?;
+            setup::find(program).with_context(|| format!("{program} is no longer installed"))?;
         programs.push(((*program).to_owned(), file));
     }
     let step = Step::start("pack the initramfs");
@@ -137,7 +137,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     judge(&parts, &lines)?;
     step.done();
     println!(
-        "it works on Linux {}: {}; {}",
+        "passed on Linux {}: {}; {}",
         kernel.release,
         names(&parts),
         seconds(started.elapsed())
@@ -162,14 +162,14 @@ fn build(workspace: &Workspace) -> Result<Vec<(String, PathBuf)>> {
     ];
     let mut cargo = workspace.cargo();
     cargo.args(["build", "--locked", "--bins"]).args(words);
-    Step::start("build overnode, overnoded and the story").show(&mut cargo)?;
+    Step::start("build overnode, overnoded and the test program").show(&mut cargo)?;
     let folder = workspace.target.join("debug");
     let mut programs: Vec<(String, PathBuf)> =
         ["overnode", "overnoded", "vm"].map(|name| (name.to_owned(), folder.join(name))).into();
     let mut cargo = workspace.cargo();
     cargo.args(["test", "--locked", "--no-run", "--message-format", "json-render-diagnostics"]);
     cargo.args(["--package", "overnode-tests", "--test", "bpf_aead", "--test", "bpf_programs"]);
-    let step = Step::start("build the tests of the programs");
+    let step = Step::start("build the tests of the eBPF programs");
     let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
     ensure!(output.status.success(), "`{}` failed ({})", describe(&cargo), output.status);
     for line in output.stdout.split(|byte| *byte == b'\n') {
@@ -253,7 +253,7 @@ fn boot(machine: &Machine<'_>) -> Result<Vec<String>> {
     over.store(true, Ordering::Relaxed);
     let was_stopped = watch.join().unwrap_or(false);
     let status = child.wait()?;
-    ensure!(!was_stopped, "the machine did not come to an end in {}", seconds(LIMIT));
+    ensure!(!was_stopped, "the virtual machine did not finish within {}", seconds(LIMIT));
     ensure!(status.success(), "QEMU failed ({status})");
     Ok(lines)
 }
@@ -280,7 +280,7 @@ fn judge(parts: &[Part], lines: &[String]) -> Result<()> {
         match status {
             Some("0") => {}
             Some(status) => failures.push(format!("{name} failed (exit status {status})")),
-            None => failures.push(format!("{name} did not come to an end")),
+            None => failures.push(format!("{name} did not finish")),
         }
     }
     if !failures.is_empty() {
@@ -294,16 +294,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_part_has_to_end_well() {
+    fn every_part_must_report_success() {
         let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
         let parts = [Part::Aead, Part::Cluster];
         assert!(judge(&parts, &lines("x\nvm-part aead 0\nvm-part cluster 0")).is_ok());
         let error =
             judge(&parts, &lines("vm-part aead 101\nvm-part clus")).unwrap_err().to_string();
-        assert!(
-            error.contains("aead failed (exit status 101), cluster did not come to an end"),
-            "{error}"
-        );
+        assert!(error.contains("aead failed (exit status 101), cluster did not finish"), "{error}");
     }
 
     #[test]

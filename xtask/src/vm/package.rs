@@ -16,8 +16,8 @@ use crate::workspace::Workspace;
 
 const STORY: &str = include_str!("package.sh");
 /// Packages to install in addition to Debian's base system.
-const PACKAGES: &str = "systemd,systemd-sysv,dbus,udev,kmod,iproute2,iputils-ping,procps,docker.io,iptables,ca-certificates,\
-    init-system-helpers,busybox-static";
+const PACKAGES: &str = "systemd,systemd-sysv,dbus,udev,kmod,iproute2,iputils-ping,procps,docker.io,\
+    iptables,ca-certificates,init-system-helpers,busybox-static";
 /// Modules that the initramfs needs to mount the disk.
 const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 const INIT: &str = "#!/bin/busybox sh\n\
@@ -26,14 +26,22 @@ const INIT: &str = "#!/bin/busybox sh\n\
     mount -t proc proc /proc\n\
     mount -t sysfs sys /sys\n\
     mount -t devtmpfs dev /dev\n\
-    for module in virtio_pci virtio_blk crc32c_generic ext4; do modprobe $module 2>/dev/null; done\n\
+    for module in virtio_pci virtio_blk crc32c_generic ext4; do \
+    modprobe $module 2>/dev/null; done\n\
     mkdir /disk\n\
     mount -t ext4 /dev/vda /disk || poweroff -f\n\
     umount /proc /sys\n\
     mount --move /dev /disk/dev\n\
     exec switch_root /disk /sbin/init\n";
-const UNIT: &str = "[Unit]\nDescription=Story\nDefaultDependencies=no\nAfter=sysinit.target dbus.socket\n\
-    [Service]\nExecStart=/opt/story/story\nTimeoutSec=infinity\n[Install]\nWantedBy=multi-user.target\n";
+const UNIT: &str = "[Unit]\n\
+    Description=Story\n\
+    DefaultDependencies=no\n\
+    After=sysinit.target dbus.socket\n\
+    [Service]\n\
+    ExecStart=/opt/story/story\n\
+    TimeoutSec=infinity\n\
+    [Install]\n\
+    WantedBy=multi-user.target\n";
 
 /// Installs, reboots, upgrades and purges the package.
 ///
@@ -44,7 +52,7 @@ pub fn run(workspace: &Workspace, folder: &Path, kernel: &Kernel) -> Result<()> 
     let packages = crate::dist::trials(workspace, ["", "+1"])?;
     let debian = debian(folder)?;
     let disk = disk(workspace, folder, &debian, kernel, &packages)?;
-    let busybox = setup::find("busybox").context("busybox was there a moment ago")?;
+    let busybox = setup::find("busybox").context("busybox is no longer installed")?;
     let initramfs = folder.join("package");
     fs::create_dir_all(&initramfs)?;
     let initramfs =
@@ -75,7 +83,7 @@ fn debian(folder: &Path) -> Result<PathBuf> {
         let _ = fs::remove_dir_all(&fresh);
         let mut debootstrap = Command::new("debootstrap");
         debootstrap.args(["--variant=minbase", &format!("--include={PACKAGES}"), "bookworm"]);
-        Step::start("debootstrap Debian 12 (minutes, the first time)")
+        Step::start("debootstrap Debian 12 (takes minutes the first time)")
             .show(debootstrap.arg(&fresh))?;
         for folder in ["var/cache/apt/archives", "var/lib/apt/lists"] {
             let _ = fs::remove_dir_all(fresh.join(folder));
@@ -95,12 +103,14 @@ fn disk(
     kernel: &Kernel,
     packages: &[PathBuf; 2],
 ) -> Result<PathBuf> {
-    let step = Step::start("make the disk");
+    let step = Step::start("create the disk");
     let modules = debian.join("lib/modules").join(&kernel.release);
     if !modules.is_dir() {
-        fs::create_dir_all(modules.parent().context("modules are in a folder")?)?;
+        fs::create_dir_all(
+            modules.parent().context("the module directory has no parent directory")?,
+        )?;
         show(Command::new("cp").arg("-a").arg(&kernel.modules).arg(&modules))?;
-        let depmod = setup::find("depmod").context("depmod was there a moment ago")?;
+        let depmod = setup::find("depmod").context("depmod is no longer installed")?;
         show(Command::new(depmod).arg("-b").arg(debian).arg(&kernel.release))?;
     }
     let story = debian.join("opt/story");
@@ -129,7 +139,7 @@ fn disk(
     symlink("/dev/null", prompt)?;
     let disk = folder.join("debian-12.ext4");
     let _ = fs::remove_file(&disk);
-    let mkfs = setup::find("mkfs.ext4").context("mkfs.ext4 was there a moment ago")?;
+    let mkfs = setup::find("mkfs.ext4").context("mkfs.ext4 is no longer installed")?;
     let mut mkfs = Command::new(mkfs);
     show(mkfs.args(["-q", "-F", "-E", "root_owner=0:0", "-d"]).arg(debian).arg(&disk).arg("3G"))?;
     step.done();

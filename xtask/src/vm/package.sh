@@ -1,5 +1,6 @@
 #!/bin/bash
-# Runs inside the machine at each start, on Debian 12 with systemd. The packages, and the programs of the other host, are beside it.
+# Runs inside the machine at each start, on Debian 12 with systemd. The packages and the programs of
+# the other host are in the same directory.
 exec </dev/null >/dev/ttyS0 2>&1
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive
 cd /opt/story || exit 1
@@ -50,8 +51,10 @@ web() { docker inspect -f '{{.NetworkSettings.Networks.overnode.IPAddress}}' web
 
 # Every file, interface, rule, pinned object and unit that a package could leave.
 look() {
-    find / -xdev \( -path /proc -o -path /sys -o -path /dev -o -path /tmp -o -path /var/tmp -o -path /var/log -o -path /opt -o -path /root \
-        -o -path /var/lib/docker -o -path /var/lib/containerd -o -path /var/lib/dpkg -o -path /var/lib/systemd -o -path /var/story \) \
+    find / -xdev \( -path /proc -o -path /sys -o -path /dev -o -path /tmp -o -path /var/tmp \
+        -o -path /var/log -o -path /opt -o -path /root \
+        -o -path /var/lib/docker -o -path /var/lib/containerd -o -path /var/lib/dpkg \
+        -o -path /var/lib/systemd -o -path /var/story \) \
         -prune -o -print | sort
     find /run -path '*overnode*' | sort
     find /sys/fs/bpf | sort
@@ -85,13 +88,16 @@ first() {
     cp /bin/busybox /tmp/image/bin/
     tar -C /tmp/image -c . | docker import - box >/dev/null
     check "launch" overnode launch --id 1 --token story 192.0.2.2
-    systemctl show overnode -P Type -P WatchdogUSec -P ActiveState -P SubState -P UnitFileState | tr '\n' ' '
+    systemctl show overnode -P Type -P WatchdogUSec -P ActiveState -P SubState -P UnitFileState |
+        tr '\n' ' '
     echo
-    [ "$(systemctl show overnode -P Type -P ActiveState -P UnitFileState | tr '\n' ' ')" = "notify active enabled " ] || failed "the unit"
+    unit=$(systemctl show overnode -P Type -P ActiveState -P UnitFileState | tr '\n' ' ')
+    [ "$unit" = "notify active enabled " ] || failed "the unit is in another state: $unit"
     check "launch on the other host" other launch --id 2 --token story 192.0.2.1
     check "attach there" other attach netns:box --name box
-    within 180 docker network inspect overnode || failed "no network overnode"
-    check "docker run" docker run -d --name web --restart always --network overnode box /bin/busybox sleep 1000000
+    within 180 docker network inspect overnode || failed "Docker has no network overnode"
+    check "docker run" docker run -d --name web --restart always --network overnode \
+        box /bin/busybox sleep 1000000
     within 180 reaches box "$(web)" || failed "the other host does not reach the container $(web)"
     within 60 workers || failed "no workers: $(overnode status --json)"
     echo "ok: the bulk path has a worker, under the unit's restrictions, too"
@@ -105,12 +111,13 @@ second() {
     make_other
     other resume || failed "the other host does not resume"
     within 180 systemctl is-active overnode || failed "the node is not back"
-    within 180 other attach netns:box --name box || failed "attach on the other host: $(cat /tmp/said)"
+    within 180 other attach netns:box --name box ||
+        failed "attach on the other host: $(cat /tmp/said)"
     within 180 web || failed "no container"
     within 180 reaches box "$(web)" || failed "the container network is not back"
+    ready() { echo $(($(systemctl show -P ActiveEnterTimestampMonotonic "$1") / 1000)); }
     echo "ok: after a reboot the container network is back, $(uptime) s after the kernel's start;" \
-        "the node was ready at $(($(systemctl show -P ActiveEnterTimestampMonotonic overnode) / 1000)) ms," \
-        "Docker at $(($(systemctl show -P ActiveEnterTimestampMonotonic docker) / 1000)) ms"
+        "the node was ready at $(ready overnode) ms, Docker at $(ready docker) ms"
     ip netns add near
     check "attach" overnode attach netns:near --name near
     box=$(other status --endpoints --json | grep -o '10\.4[0-9]\.[0-9]*\.[0-9]*' | head -1)
@@ -123,20 +130,22 @@ second() {
     sleep 2
     begun=$(uptime)
     check "the package is upgraded" dpkg -i 2.deb
-    echo "    dpkg took from $begun to $(uptime); daemon $old, then $(pid); $(dpkg-query -W overnode)"
+    echo "    dpkg ran from $begun to $(uptime); daemon $old, then $(pid);" \
+        "$(dpkg-query -W overnode)"
     [ "$old" != "$(pid)" ] || failed "the daemon was not restarted"
     lossless "upgrade, ping at 10 ms both ways through the tunnel" /tmp/in /tmp/out
 
     old=$(pid)
     flow 6000 box "$(web)" /tmp/in
     kill -STOP "$old"
-    within 180 bash -c "[ \"\$(systemctl show -P MainPID overnode)\" != $old ] && systemctl is-active overnode" || failed "the watchdog does not bite"
+    replaced() { [ "$(pid)" != "$old" ] && systemctl is-active overnode; }
+    within 180 replaced || failed "the watchdog does not replace the daemon"
     echo "ok: the watchdog replaced a daemon that hung"
     lossless "watchdog" /tmp/in
 
     flow 1500 box "$(web)" /tmp/in
     check "the package is removed" dpkg -r overnode
-    pgrep -f '^/usr/sbin/overnoded|^overnoded' && failed "the daemon runs on"
+    pgrep -f '^/usr/sbin/overnoded|^overnoded' && failed "the daemon still runs"
     check "and installed again" dpkg -i 2.deb
     within 120 systemctl is-active overnode || failed "the node is not back"
     lossless "remove and install" /tmp/in
@@ -144,8 +153,9 @@ second() {
 
     docker rm -f web >/dev/null
     check "the package is purged, with a node and a container" dpkg -P overnode
-    docker network ls --format '{{.Name}} {{.Driver}}' | grep overnode && echo "    (Docker's list still has the network, as documented)"
-    tc qdisc show dev u0 | grep clsact && failed "the underlay's interface has a qdisc of ours"
+    docker network ls --format '{{.Name}} {{.Driver}}' | grep overnode &&
+        echo "    (Docker's list still has the network, as documented)"
+    tc qdisc show dev u0 | grep clsact && failed "the underlay interface still has our qdisc"
     other reset --force >/dev/null || failed "the other host cannot be reset"
     ip netns delete box
     ip netns delete near

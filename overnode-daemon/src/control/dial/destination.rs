@@ -28,7 +28,7 @@ pub(super) enum State {
     Waiting {
         until: Instant,
     },
-    Dialling(AttemptId),
+    Dialing(AttemptId),
     /// The destination leads to this node and is not dialed again.
     Myself,
 }
@@ -56,7 +56,7 @@ impl Destination {
     pub fn try_at_once(&mut self, now: Instant) {
         self.pause = FIRST_PAUSE;
         match self.state {
-            State::Dialling(_) => {}
+            State::Dialing(_) => {}
             State::Waiting { .. } | State::Myself => {
                 self.state = State::Waiting { until: now + self.patience }
             }
@@ -66,7 +66,7 @@ impl Destination {
     /// Does not reset the pause: only a long-lived connection does.
     pub fn handle_established(&mut self, peer: NodeId, now: Instant) {
         self.leads_to = Some(peer);
-        if let State::Dialling(_) = self.state {
+        if let State::Dialing(_) = self.state {
             self.state = State::Waiting { until: now };
         }
     }
@@ -85,7 +85,7 @@ impl Destination {
     pub fn handle_lost(&mut self, why: &str, was_long_lived: bool, now: Instant, rng: &mut StdRng) {
         self.last_error = Some((why.to_owned(), now));
         match self.state {
-            State::Dialling(_) => {}
+            State::Dialing(_) => {}
             State::Waiting { .. } | State::Myself if was_long_lived => self.try_at_once(now),
             State::Waiting { .. } | State::Myself => self.wait(now, rng),
         }

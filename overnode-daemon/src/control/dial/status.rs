@@ -149,11 +149,11 @@ impl Dialer {
 
     fn phase(&self, key: &Key) -> Phase {
         let Some(destination) = self.destinations.get(key) else { return Phase::Connecting };
-        if self.is_needless(key, destination) {
+        if self.is_unneeded(key, destination) {
             return Phase::Established;
         }
         match destination.state {
-            State::Dialling(_) => Phase::Connecting,
+            State::Dialing(_) => Phase::Connecting,
             State::Waiting { until } => Phase::Retrying { next: until },
             State::Myself => Phase::Myself,
         }

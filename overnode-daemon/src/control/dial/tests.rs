@@ -48,7 +48,7 @@ impl Bench {
     }
 
     /// Returns the attempts that were started, with their ID and place.
-    fn dials(&mut self) -> Vec<(AttemptId, Place)> {
+    fn dials(&mut self) -> Vec<(AttemptId, DialTarget)> {
         let actions = self.actions();
         actions
             .into_iter()
@@ -62,7 +62,7 @@ impl Bench {
     fn dial(&mut self) -> AttemptId {
         match self.dials()[..] {
             [(attempt, _)] => attempt,
-            ref other => panic!("one try expected: {other:?}"),
+            ref other => panic!("expected one attempt, got {other:?}"),
         }
     }
 
@@ -94,14 +94,14 @@ impl Bench {
 }
 
 #[test]
-fn a_target_is_tried_for_ever_with_growing_pauses() {
+fn a_target_is_retried_forever_with_growing_pauses() {
     let mut bench = Bench::new(1);
     bench.dialer.add_target("host2", bench.now);
     let mut pauses = Vec::new();
     for _ in 0..200 {
         let attempt = bench.dial();
         bench.pass(Duration::from_secs(3));
-        assert_eq!(bench.dials(), [], "one try at a time");
+        assert_eq!(bench.dials(), [], "only one attempt at a time");
         bench.dialer.handle_failed(attempt, &unreachable(), bench.now);
         assert!(matches!(bench.target("host2").phase, Phase::Retrying { .. }));
         pauses.push(bench.pass_to_next());
@@ -120,7 +120,7 @@ fn a_target_is_tried_for_ever_with_growing_pauses() {
 }
 
 #[test]
-fn an_unresolvable_name_is_kept_and_connect_tries_at_once() {
+fn an_unresolvable_name_is_kept_and_connect_retries_it_at_once() {
     let mut bench = Bench::new(1);
     bench.dialer.add_target("nowhere.invalid", bench.now);
     for _ in 0..20 {
@@ -136,14 +136,18 @@ fn an_unresolvable_name_is_kept_and_connect_tries_at_once() {
 }
 
 #[test]
-fn a_node_skips_itself_until_told_again() {
+fn a_node_skips_its_own_address_until_told_to_connect_again() {
     let mut bench = Bench::new(1);
     bench.dialer.add_target("host1", bench.now);
     let attempt = bench.dial();
     bench.dialer.handle_failed(attempt, &Refusal::Myself, bench.now);
     assert_eq!(bench.target("host1").phase, Phase::Myself);
     bench.dialer.handle_refused(address(1), &Refusal::Myself, bench.now);
-    assert_eq!(bench.dialer.connection_status().len(), 1, "the other end of it is not shown");
+    assert_eq!(
+        bench.dialer.connection_status().len(),
+        1,
+        "the incoming end of the connection to itself is not shown"
+    );
     bench.pass(Duration::from_secs(86_400));
     assert_eq!(bench.dials(), []);
     assert_eq!(bench.dialer.poll_timeout(), None);
@@ -154,7 +158,7 @@ fn a_node_skips_itself_until_told_again() {
 }
 
 #[test]
-fn a_lost_connection_is_dialled_at_once_only_if_it_was_long_lived() {
+fn a_lost_connection_is_redialed_at_once_only_if_it_was_long_lived() {
     for (lived, at_once) in [(LONG_LIVED, true), (LONG_LIVED - Duration::from_secs(1), false)] {
         let mut bench = Bench::new(1);
         bench.dialer.add_target("host2", bench.now);
@@ -176,14 +180,14 @@ fn a_lost_connection_is_dialled_at_once_only_if_it_was_long_lived() {
 }
 
 #[test]
-fn learned_nodes_are_dialled_unless_discovery_is_off_or_they_are_connected() {
+fn learned_nodes_are_dialed_unless_discovery_is_off_or_they_are_connected() {
     let mut bench = Bench::new(1);
     bench.dialer.learn(id(2), vec![address(2)], bench.now);
     let dials = bench.dials();
-    assert_eq!(dials[0].1, Place::Addresses(id(2), vec![address(2)]));
+    assert_eq!(dials[0].1, DialTarget::Addresses(id(2), vec![address(2)]));
     bench.dialer.handle_failed(dials[0].0, &unreachable(), bench.now);
     bench.dialer.learn(id(2), vec![address(2)], bench.now);
-    assert_eq!(bench.dials(), [], "nothing new");
+    assert_eq!(bench.dials(), [], "no new address");
     bench.dialer.learn(id(2), vec![address(3)], bench.now);
     let attempt = bench.dial();
     bench.dialer.unlearn(id(2));
@@ -209,16 +213,20 @@ fn targets_are_forgotten_and_replaced() {
     let (connection, _) = bench.established(Some(dials[0].0), &hello(2, 1));
     let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
     bench.dialer.replace_targets(&names(&["host4", "host3", "host1"]), bench.now);
-    assert_eq!(bench.targets(), ["host3", "host4", "host1"], "as they were added");
+    assert_eq!(
+        bench.targets(),
+        ["host3", "host4", "host1"],
+        "in the order in which they were added"
+    );
     assert_eq!(bench.dialer.connection(id(2)), Some(connection), "it stays connected");
     bench.dialer.handle_lost(connection, "gone", bench.now + LONG_LIVED);
     let places: Vec<_> = bench.dials().into_iter().map(|(_, place)| place).collect();
-    let expected = ["host4", "host1"].map(|name| Place::Name(name.into()));
-    assert_eq!(places, expected, "host3 is under way, host2 forgotten");
+    let expected = ["host4", "host1"].map(|name| DialTarget::Name(name.into()));
+    assert_eq!(places, expected, "host3 is being dialed already, host2 is forgotten");
 }
 
 #[test]
-fn a_refused_newcomer_is_shown_and_expires() {
+fn a_refused_connection_is_shown_until_it_expires() {
     let mut bench = Bench::new(1);
     for number in 1..=200 {
         bench.pass(Duration::from_millis(10));
@@ -229,7 +237,11 @@ fn a_refused_newcomer_is_shown_and_expires() {
     assert!(status.iter().all(|one| one.phase == Phase::Refused && one.direction == Direction::In));
     assert!(status.iter().all(|one| one.last_error.as_ref().unwrap().0.contains("token differs")));
     bench.established(None, &hello(200, 1));
-    assert_eq!(bench.dialer.connection_status().len(), MAX_REFUSED, "one became a connection");
+    assert_eq!(
+        bench.dialer.connection_status().len(),
+        MAX_REFUSED,
+        "one of them became a connection"
+    );
     bench.pass(REMEMBER_REFUSED);
     assert_eq!(bench.dialer.connection_status().len(), 1);
 }
@@ -290,7 +302,7 @@ fn both_sides_keep_the_same_connection() {
                 }
             }
             let left: Vec<_> = (0..count).filter(|n| !closed.contains(n)).collect();
-            assert_eq!(left.len(), 1, "{opened_by:?} in {orders:?} leaves {left:?}");
+            assert_eq!(left.len(), 1, "{opened_by:?} learned in {orders:?} leaves {left:?}");
             assert_eq!(opened_by[left[0]], *opened_by.iter().min().unwrap());
             for (side, bench) in sides.iter_mut().enumerate() {
                 for n in &closed {
@@ -332,7 +344,11 @@ fn a_restarted_node_replaces_its_dead_connection() {
     assert_eq!(verdict, Verdict::Keep { is_first: false });
     assert_eq!(bench.actions(), [Action::Close(old)]);
     assert_eq!(bench.dialer.connection(id(2)), Some(new));
-    assert_eq!(bench.established(None, &hello(2, 1)).1, Verdict::Close, "the past comes too late");
+    assert_eq!(
+        bench.established(None, &hello(2, 1)).1,
+        Verdict::Close,
+        "an earlier incarnation comes too late"
+    );
 }
 
 #[test]
@@ -346,16 +362,16 @@ fn parallel_connections_are_bounded() {
 }
 
 #[test]
-fn of_two_nodes_that_learn_of_each_other_the_lower_id_dials_first() {
+fn the_lower_id_dials_first_when_two_nodes_learn_of_each_other() {
     let mut higher = Bench::new(5);
     higher.dialer.learn(id(2), vec![address(2)], higher.now);
     assert_eq!(higher.dials(), []);
-    assert_eq!(higher.pass_to_next(), HEAD_START);
+    assert_eq!(higher.pass_to_next(), LOWER_ID_HEAD_START);
     higher.dial();
 }
 
 #[test]
-fn an_address_that_leads_elsewhere_is_not_dialled_in_a_loop() {
+fn an_address_of_another_node_is_not_dialed_in_a_loop() {
     let mut bench = Bench::new(1);
     bench.dialer.learn(id(5), vec![address(6)], bench.now);
     let mut tries = 0;
@@ -367,16 +383,16 @@ fn an_address_that_leads_elsewhere_is_not_dialled_in_a_loop() {
         }
         bench.pass_to_next();
     }
-    assert!((20..60).contains(&tries), "{tries} tries in 10 minutes");
+    assert!((20..60).contains(&tries), "{tries} attempts in 10 minutes");
     let status = bench.dialer.connection_status();
     let why =
         &status.iter().find(|one| one.peer == Some(id(5))).unwrap().last_error.as_ref().unwrap().0;
-    assert_eq!(why, "the address that node 5 tells leads to node 6 (host6)");
+    assert_eq!(why, "the address that node 5 announces leads to node 6 (host6)");
     assert!(status.iter().any(|one| one.peer == Some(id(6)) && one.phase == Phase::Established));
 }
 
 #[test]
-fn a_second_host_with_an_id_is_seen_and_does_not_replace_the_first() {
+fn a_second_host_with_the_same_id_is_reported_and_replaces_nothing() {
     let mut bench = Bench::new(1);
     let (first, _) = bench.established(None, &hello(7, 1));
     let mut second = hello(7, 9);

@@ -51,7 +51,7 @@ fn bytes(service: &Service, query: &Message, transport: Transport) -> Vec<u8> {
     match service.begin(&query.to_vec().unwrap(), FROM, transport) {
         Step::Send(bytes) => bytes,
         Step::Ignore => panic!("ignored"),
-        Step::Ask(_) => panic!("asked elsewhere"),
+        Step::Ask(_) => panic!("forwarded upstream"),
     }
 }
 
@@ -64,7 +64,7 @@ fn ask(service: &Service, query: &Message, transport: Transport) -> Message {
 }
 
 #[test]
-fn a_name_is_answered_with_authority() {
+fn our_names_are_answered_authoritatively() {
     let service = service();
     let query = query("Web.overnode.local.", RecordType::A);
     let reply = ask(&service, &query, Transport::Udp);
@@ -76,12 +76,12 @@ fn a_name_is_answered_with_authority() {
     );
     assert_eq!(reply.queries, query.queries);
     assert_eq!(reply.answers.len(), 1);
-    assert!(reply.edns.is_none(), "it was not offered");
+    assert!(reply.edns.is_none(), "the query has no EDNS");
     assert_eq!(service.counts(), Counts { queries: 1, ..Counts::default() });
 }
 
 #[test]
-fn what_does_not_fit_is_cut_and_said_to_be_and_tcp_has_it_all() {
+fn long_answers_are_truncated_on_udp_and_complete_on_tcp() {
     let service = service();
     let plain = query("many.overnode.local.", RecordType::A);
     for (query, most) in [
@@ -103,7 +103,7 @@ fn what_does_not_fit_is_cut_and_said_to_be_and_tcp_has_it_all() {
 }
 
 #[test]
-fn edns_is_answered_and_a_later_version_refused() {
+fn edns_is_answered_and_later_versions_are_refused() {
     let service = service();
     let reply = ask(
         &service,
@@ -119,7 +119,7 @@ fn edns_is_answered_and_a_later_version_refused() {
 }
 
 #[test]
-fn what_is_no_query_is_ignored_or_refused_in_twelve_bytes() {
+fn malformed_queries_are_ignored_or_refused_with_a_bare_header() {
     let service = service();
     let good = query("web.overnode.local.", RecordType::A).to_vec().unwrap();
     let begin = |bytes: &[u8]| match service.begin(bytes, FROM, Transport::Udp) {
@@ -129,7 +129,7 @@ fn what_is_no_query_is_ignored_or_refused_in_twelve_bytes() {
             assert_eq!(reply[..2], bytes[..2]);
             Some(Message::from_vec(&reply).unwrap().metadata.response_code)
         }
-        Step::Ask(_) => panic!("asked elsewhere"),
+        Step::Ask(_) => panic!("forwarded upstream"),
     };
     let altered = |at: usize, value: u8| {
         let mut bytes = good.clone();
@@ -139,10 +139,10 @@ fn what_is_no_query_is_ignored_or_refused_in_twelve_bytes() {
     for short in 0..HEADER {
         assert_eq!(begin(&good[..short]), None);
     }
-    assert_eq!(altered(2, 0x81), None, "an answer");
+    assert_eq!(altered(2, 0x81), None, "a response");
     assert_eq!(altered(2, 0x29), Some(ResponseCode::NotImp), "an update");
     for cut in HEADER..good.len() {
-        assert_eq!(begin(&good[..cut]), Some(ResponseCode::FormErr), "cut at {cut}");
+        assert_eq!(begin(&good[..cut]), Some(ResponseCode::FormErr), "truncated at {cut}");
     }
     for (at, value) in
         [(4, 0xff), (5, 0), (5, 2), (6, 0xff), (7, 1), (9, 1), (10, 0xff), (11, 3), (11, 1)]
@@ -157,11 +157,11 @@ fn what_is_no_query_is_ignored_or_refused_in_twelve_bytes() {
 }
 
 #[tokio::test]
-async fn without_resolvers_other_names_fail() {
+async fn other_names_fail_without_upstream_resolvers() {
     let service = service();
     let query = with_edns(query("example.org.", RecordType::A), 1232);
     let Step::Ask(pending) = service.begin(&query.to_vec().unwrap(), FROM, Transport::Udp) else {
-        panic!("not asked elsewhere")
+        panic!("not forwarded upstream")
     };
     let reply = Message::from_vec(&service.finish(pending).await).unwrap();
     assert_eq!(reply.metadata.response_code, ResponseCode::ServFail);
@@ -170,7 +170,7 @@ async fn without_resolvers_other_names_fail() {
 }
 
 #[test]
-fn only_who_asks_for_it_is_asked_elsewhere_and_only_so_often_at_a_time() {
+fn forwarding_is_limited_and_only_on_request() {
     let service = service();
     let mut query = query("example.org.", RecordType::A);
     query.metadata.recursion_desired = false;
@@ -198,12 +198,14 @@ fn only_who_asks_for_it_is_asked_elsewhere_and_only_so_often_at_a_time() {
     ));
     waiting.clear();
     assert!(matches!(service.begin(&query, FROM, Transport::Udp), Step::Ask(_)));
-    assert!(service.pending.lock().is_empty(), "shares are given back");
+    assert!(service.pending.lock().is_empty(), "all shares are returned");
 }
 
 proptest! {
     #[test]
-    fn no_bytes_panic_and_no_answer_is_longer_than_it_may_be(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+    fn arbitrary_bytes_cause_no_panic_and_no_oversized_answer(
+        bytes in prop::collection::vec(any::<u8>(), 0..600),
+    ) {
         let service = service();
         for transport in [Transport::Udp, Transport::Tcp] {
             if let Step::Send(reply) = service.begin(&bytes, FROM, transport) {
@@ -214,9 +216,12 @@ proptest! {
     }
 
     #[test]
-    fn altered_queries_are_answered_or_refused(flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+    fn altered_queries_are_answered_or_refused(
+        flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
         let service = service();
-        let mut bytes = with_edns(query("many.overnode.local.", RecordType::ANY), 1232).to_vec().unwrap();
+        let query = with_edns(query("many.overnode.local.", RecordType::ANY), 1232);
+        let mut bytes = query.to_vec().unwrap();
         for (place, value) in &flips {
             let place = place.index(bytes.len());
             bytes[place] ^= value;
@@ -225,7 +230,8 @@ proptest! {
             prop_assert_eq!(&reply[..2], &bytes[..2]);
             prop_assert!(reply.len() <= usize::from(UDP_BYTES));
             let reply = Message::from_vec(&reply).unwrap();
-            prop_assert!(reply.metadata.op_code == OpCode::Query || reply.metadata.response_code == ResponseCode::NotImp);
+            let is_unsupported = reply.metadata.response_code == ResponseCode::NotImp;
+            prop_assert!(reply.metadata.op_code == OpCode::Query || is_unsupported);
         }
     }
 }

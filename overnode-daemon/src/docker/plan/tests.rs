@@ -198,7 +198,7 @@ fn a_container_comes_and_goes() {
 }
 
 #[test]
-fn what_is_gone_can_be_removed_again_and_what_is_there_can_be_made_again() {
+fn requests_of_the_engine_can_be_repeated() {
     let mut world = World::new();
     let address = world.start("e1", "/s1");
     let same = world.disk.clone();
@@ -219,7 +219,7 @@ fn what_is_gone_can_be_removed_again_and_what_is_there_can_be_made_again() {
 }
 
 #[test]
-fn an_engine_that_forgets_the_endpoint_and_releases_the_address_unplugs_it() {
+fn releasing_the_address_of_an_endpoint_unplugs_it() {
     let mut world = World::new();
     let address = world.start("e1", "/s1");
     world.done(release(address));
@@ -227,7 +227,7 @@ fn an_engine_that_forgets_the_endpoint_and_releases_the_address_unplugs_it() {
 }
 
 #[test]
-fn hardware_addresses_are_told_by_whoever_settles_them() {
+fn the_answer_contains_a_mac_address_only_if_the_node_chose_it() {
     let mut world = World::new();
     for (endpoint, given) in [("e1", ""), ("e2", "02:11:22:33:44:55")] {
         let Response::Address { address } = world.done(request_address("")) else { panic!() };
@@ -280,11 +280,11 @@ fn an_address_is_bound_to_one_endpoint() {
     world.refused(create_endpoint("e2", &format!("{address}/12")), "another endpoint");
     let Response::Address { address } = world.done(request_address("")) else { panic!() };
     world.refused(create_endpoint("e1", &address), "already");
-    world.refused(create_endpoint("e3", "10.44.0.1/12"), "not given");
+    world.refused(create_endpoint("e3", "10.44.0.1/12"), "did not allocate");
 }
 
 #[test]
-fn a_restarted_daemon_knows_what_it_knew() {
+fn a_restarted_daemon_remembers_endpoints_and_names() {
     let mut world = World::new();
     let address = world.start("e1", "/s1");
     world.report(&Report { containers: vec![container("e1", "web")], networks: Vec::new() });
@@ -297,29 +297,29 @@ fn a_restarted_daemon_knows_what_it_knew() {
 }
 
 #[test]
-fn a_new_engine_makes_nothing_of_addresses_that_the_old_one_had_only_asked_for() {
+fn a_new_engine_process_frees_addresses_without_an_endpoint() {
     let mut world = World::new();
     world.start("e1", "/s1");
     world.done(request_address(""));
     world.done(Request::Activate);
-    assert_eq!(world.disk.len(), 2, "its endpoint may be on its way");
-    world.now += FRESH;
+    assert_eq!(world.disk.len(), 2, "its endpoint may still be created");
+    world.now += PENDING_ADDRESS_GRACE;
     world.done(Request::Activate);
     assert_eq!(world.disk.len(), 1);
 }
 
 #[test]
-fn what_an_engine_that_answers_does_not_know_is_free_again_after_a_while() {
+fn addresses_that_the_engine_no_longer_lists_are_freed_later() {
     let mut world = World::new();
     let known = world.start("e1", "/s1");
     world.start("e2", "/s2");
     world.done(request_address(""));
     let report = Report { containers: vec![container("e1", "web")], networks: Vec::new() };
-    world.now += FORGOTTEN / 2;
+    world.now += LEASE_EXPIRY / 2;
     world.report(&report);
     assert_eq!(world.disk.len(), 3);
     assert!(world.plan.has_unnamed());
-    world.now += FORGOTTEN / 2;
+    world.now += LEASE_EXPIRY / 2;
     world.report(&report);
     assert_eq!(world.disk.keys().copied().collect::<Vec<_>>(), [known]);
     assert_eq!(world.plugged, [known].into());
@@ -327,7 +327,7 @@ fn what_an_engine_that_answers_does_not_know_is_free_again_after_a_while() {
 }
 
 #[test]
-fn names_and_images_are_the_engines() {
+fn names_and_images_come_from_the_engine() {
     let mut world = World::new();
     let address = world.start("e1", "/s1");
     world.report(&Report {
@@ -337,14 +337,14 @@ fn names_and_images_are_the_engines() {
     let record = &world.disk[&address];
     assert_eq!((record.name.as_deref(), record.image.as_deref()), (Some("web"), Some("tiny")));
     assert_eq!(record.target, "0123456789ab");
-    assert!(world.networks.contains("older"), "a network from before a reset is taken up");
+    assert!(world.networks.contains("older"), "a network from before a reset is adopted");
     world.report(&Report { containers: vec![container("e1", "renamed")], networks: Vec::new() });
     assert_eq!(world.disk[&address].name.as_deref(), Some("renamed"));
     assert!(world.networks.contains("older"));
 }
 
 #[test]
-fn newer_engines_tell_the_name_with_the_request() {
+fn newer_engines_send_the_name_with_the_address_request() {
     let mut world = World::new();
     for (name, kept) in [("web", Some("web")), ("a b\n", None)] {
         let options = BTreeMap::from([(OPTION_NAME.to_owned(), name.into())]);
@@ -358,7 +358,7 @@ fn newer_engines_tell_the_name_with_the_request() {
 }
 
 #[test]
-fn gateways_take_no_address() {
+fn a_gateway_uses_no_address() {
     let mut world = World::new();
     let gateway = |address: &str| {
         let options = BTreeMap::from([(OPTION_TYPE.to_owned(), OPTION_TYPE_GATEWAY.into())]);
@@ -376,7 +376,7 @@ fn gateways_take_no_address() {
 }
 
 #[test]
-fn an_engine_that_looks_for_another_pool_is_told_that_there_is_none() {
+fn an_engine_that_keeps_asking_for_another_pool_is_refused() {
     let mut world = World::new();
     let pool = |pool: &str| {
         Request::RequestPool(RequestPool { pool: pool.into(), ..RequestPool::default() })
@@ -394,7 +394,7 @@ fn an_engine_that_looks_for_another_pool_is_told_that_there_is_none() {
 }
 
 #[test]
-fn go_writes_null_for_what_is_empty() {
+fn null_is_accepted_for_empty_fields() {
     let parse = |path: &str, body: &str| Request::parse(path, body.as_bytes());
     let request = parse(
         "/NetworkDriver.CreateEndpoint",
@@ -413,7 +413,7 @@ fn go_writes_null_for_what_is_empty() {
 }
 
 #[test]
-fn answers_have_the_names_that_engines_read() {
+fn answers_have_the_field_names_that_engines_expect() {
     let json = |response: Response| serde_json::to_value(response).unwrap();
     let mut world = World::new();
     assert_eq!(
@@ -422,7 +422,10 @@ fn answers_have_the_names_that_engines_read() {
     );
     assert_eq!(
         json(world.done(Request::AddressSpaces)),
-        serde_json::json!({"LocalDefaultAddressSpace": "overnode", "GlobalDefaultAddressSpace": "overnode"})
+        serde_json::json!({
+            "LocalDefaultAddressSpace": "overnode",
+            "GlobalDefaultAddressSpace": "overnode",
+        })
     );
     assert_eq!(
         json(world.done(Request::IpamCapabilities)),

@@ -42,7 +42,7 @@ fn forgeries(truth: &Record) -> Vec<Record> {
 }
 
 #[test]
-fn what_its_owner_has_not_signed_is_refused_with_all_that_came_with_it() {
+fn a_message_with_a_record_not_signed_by_its_owner_is_refused_whole() {
     let mut world = divided();
     let truth = world.node(1).record(id(3)).unwrap().clone();
     let before: Vec<_> = world.node(1).records().cloned().collect();
@@ -60,7 +60,7 @@ fn what_its_owner_has_not_signed_is_refused_with_all_that_came_with_it() {
 }
 
 #[test]
-fn what_is_known_is_not_verified_again() {
+fn a_known_record_is_not_verified_again() {
     let mut world = divided();
     let mut old = world.node(1).record(id(3)).unwrap().clone();
     old.version -= 1;
@@ -69,12 +69,12 @@ fn what_is_known_is_not_verified_again() {
     assert_eq!(
         world.node(1).handle_message(id(2), &message, now),
         Ok(()),
-        "older than what is known"
+        "older than the known record"
     );
 }
 
 #[test]
-fn nobody_takes_the_id_of_a_node_that_is_reached_and_both_are_told() {
+fn the_id_of_a_reachable_node_cannot_be_taken_and_both_are_told() {
     for (liar, victim) in [(1, 6), (2, 1), (3, 4), (5, 2)] {
         let mut world = divided();
         let mut usurper = signed(blank(victim, 1000), 66);
@@ -94,8 +94,8 @@ fn nobody_takes_the_id_of_a_node_that_is_reached_and_both_are_told() {
             );
         }
         let told = |number| world.clashes.contains(&(id(number), id(victim)));
-        assert!(to == victim || told(to), "{liar} lies of {victim}: {:?}", world.clashes);
-        assert_eq!(world.contested, BTreeSet::from([id(victim)]), "{liar} lies of {victim}");
+        assert!(to == victim || told(to), "{liar} lies about {victim}: {:?}", world.clashes);
+        assert_eq!(world.contested, BTreeSet::from([id(victim)]), "{liar} lies about {victim}");
     }
 }
 
@@ -120,7 +120,7 @@ fn one_incarnation_has_one_identity() {
 }
 
 #[test]
-fn a_neighbour_is_believed_against_what_others_said_of_it_before() {
+fn a_neighbor_is_believed_over_what_others_said_about_it() {
     let mut world = World::new(2, 3);
     world.chain(2);
     world.assert_converges_within(Duration::from_secs(5), 3);
@@ -199,16 +199,16 @@ impl Hosts {
                 assert_ne!(record.nickname, holder);
                 self.clashes[from] += 1;
             }
-            Action::SendParcel { to, parcel } => {
+            Action::SendRouted { to, routed } => {
                 let leads = |place: &usize| {
                     self.links.contains(&(from, *place)) && self.hosts[*place].own().id == to
                 };
                 if let Some(place) = (0..self.hosts.len()).find(leads) {
                     let sender = self.hosts[from].own().id;
-                    self.hosts[place].handle_parcel(sender, &parcel.encode(), self.now).unwrap();
+                    self.hosts[place].handle_routed(sender, &routed.encode(), self.now).unwrap();
                 }
             }
-            Action::Deliver(parcel) => panic!("nobody sends any: {parcel:?}"),
+            Action::Deliver(routed) => panic!("nobody sends any: {routed:?}"),
             Action::Changed(_) | Action::Removed(_) => {}
         }
     }
@@ -222,7 +222,7 @@ fn rival() -> Record {
 
 /// A link between two other nodes joins two clusters that each have a node 7.
 #[test]
-fn two_hosts_with_one_id_that_only_gossip_joins_are_both_told_and_neither_spreads() {
+fn two_hosts_with_one_id_joined_by_gossip_are_told_and_neither_spreads() {
     let mut net = Hosts::new(vec![
         record(1, 1),
         record(2, 1),
@@ -239,16 +239,16 @@ fn two_hosts_with_one_id_that_only_gossip_joins_are_both_told_and_neither_spread
     net.connect(1, 2);
     let messages = net.messages;
     net.run(Duration::from_secs(5));
-    assert!(net.contested[4] > 0 && net.contested[5] > 0, "both are told: {:?}", net.contested);
-    assert!(net.clashes[1] > 0 && net.clashes[2] > 0, "and so is who sees it: {:?}", net.clashes);
+    assert!(net.contested[4] > 0 && net.contested[5] > 0, "both must be told: {:?}", net.contested);
+    assert!(
+        net.clashes[1] > 0 && net.clashes[2] > 0,
+        "the nodes that see the clash must be told: {:?}",
+        net.clashes
+    );
     net.run(Duration::from_secs(295));
     for place in 0..6 {
         let expected = if [0, 1, 4].contains(&place) { identity(7) } else { identity(66) };
-        assert_eq!(
-            net.hosts[place].record(id(7)).unwrap().verifying_key,
-            expected,
-            "place {place}"
-        );
+        assert_eq!(net.hosts[place].record(id(7)).unwrap().verifying_key, expected, "host {place}");
         assert!(
             net.contested[place] <= 25 && net.clashes[place] <= 25,
             "{:?} {:?}",
@@ -283,12 +283,12 @@ fn two_hosts_with_one_id_that_hear_each_other_are_told_at_a_bounded_rate() {
             }
         }
     }
-    assert!(told.iter().all(|times| (3..=11).contains(times)), "{told:?} in 10 s");
-    assert!(messages < 60, "{messages} in 10 s");
+    assert!(told.iter().all(|times| (3..=11).contains(times)), "told {told:?} times in 10 s");
+    assert!(messages < 60, "{messages} messages in 10 s");
 }
 
 #[test]
-fn a_disk_that_was_put_back_alarms_nobody_but_a_copy_does() {
+fn a_restored_disk_raises_no_alarm_but_a_copy_does() {
     let mut world = World::new(2, 5);
     world.chain(2);
     world.assert_converges_within(Duration::from_secs(5), 5);
@@ -309,7 +309,7 @@ fn a_disk_that_was_put_back_alarms_nobody_but_a_copy_does() {
 }
 
 #[test]
-fn a_stream_of_lies_is_answered_once_a_second() {
+fn a_stream_of_forged_records_is_answered_once_a_second() {
     let mut world = World::new(2, 8);
     world.chain(2);
     world.assert_converges_within(Duration::from_secs(5), 8);
@@ -346,7 +346,7 @@ fn lie(victim: &Record, rng: &mut StdRng) -> Record {
 }
 
 #[test]
-fn lies_about_nodes_that_are_there_change_nothing() {
+fn forged_records_about_present_nodes_change_nothing() {
     for seed in 0..60 {
         let mut world = World::new(7, seed);
         world.chain(7);
@@ -367,7 +367,7 @@ fn lies_about_nodes_that_are_there_change_nothing() {
                 for record in node.records() {
                     assert_eq!(
                         record.public_key, world.keys[&record.id],
-                        "seed {seed}: {own} believes it"
+                        "seed {seed}: {own} believes the forged record"
                     );
                 }
                 assert_eq!(node.reachable().len(), 6, "seed {seed}: {own}");

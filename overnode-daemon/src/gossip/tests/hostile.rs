@@ -1,7 +1,7 @@
 use super::*;
 use crate::gossip::budget::{ROOM, SHARED, STRANGERS, weight};
 use crate::gossip::limit::{BURST_BYTES, BURST_MESSAGES, MESSAGES_PER_SECOND};
-use crate::gossip::parcel::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
+use crate::gossip::routed::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
 
 fn pair() -> World {
     let mut world = World::new(3, 1);
@@ -11,7 +11,7 @@ fn pair() -> World {
 }
 
 #[test]
-fn who_floods_is_cut_off_and_only_who_floods() {
+fn only_the_flooding_neighbor_is_disconnected() {
     let mut world = pair();
     let now = world.now;
     let message = Message::Summary([0; 16]).encode();
@@ -34,10 +34,10 @@ fn who_floods_is_cut_off_and_only_who_floods() {
 }
 
 #[test]
-fn parcels_and_garbage_count_too() {
+fn routed_and_malformed_messages_count_too() {
     let mut world = pair();
     let now = world.now;
-    let parcel = Parcel {
+    let routed = RoutedMessage {
         from: id(1),
         to: id(3),
         hops: MAX_HOPS,
@@ -49,25 +49,31 @@ fn parcels_and_garbage_count_too() {
     };
     let mut heard = 0;
     let mut passed = 0;
-    while world.node(2).handle_parcel(id(1), &parcel.encode(), now).is_ok() {
+    while world.node(2).handle_routed(id(1), &routed.encode(), now).is_ok() {
         heard += 1;
         passed += u64::from(world.node(2).poll_action().is_some());
     }
-    assert_eq!(world.node(2).handle_parcel(id(1), &parcel.encode(), now), Err(BadParcel::Flood));
-    assert!((BURST_BYTES / 17_000..BURST_BYTES / 16_000).contains(&heard), "{heard} parcels");
+    assert_eq!(
+        world.node(2).handle_routed(id(1), &routed.encode(), now),
+        Err(BadRoutedMessage::Flood)
+    );
+    assert!(
+        (BURST_BYTES / 17_000..BURST_BYTES / 16_000).contains(&heard),
+        "{heard} routed messages"
+    );
     assert!(
         heard * 4 / 10 < passed && passed < heard * 6 / 10,
-        "{passed} of {heard} were passed on"
+        "{passed} of {heard} were forwarded"
     );
     let outcomes: BTreeSet<String> = (0..=BURST_MESSAGES)
         .map(|_| world.node(2).handle_message(id(3), &[9, 9], now).unwrap_err().to_string())
         .collect();
-    assert_eq!(outcomes.len(), 2, "first garbage, then too much of it: {outcomes:?}");
+    assert_eq!(outcomes.len(), 2, "first malformed, then too many: {outcomes:?}");
 }
 
 /// 30 bytes that request megabytes, repeatedly.
 #[test]
-fn what_is_asked_for_counts() {
+fn requested_records_count_too() {
     let mut world = pair();
     let now = world.now;
     let known: Vec<_> = (10..1000)
@@ -92,7 +98,7 @@ fn what_is_asked_for_counts() {
 /// Measures how close honest neighbors come to the limits at a cold start, in which every node
 /// announces every other one.
 #[test]
-fn a_cold_start_is_far_from_being_a_flood() {
+fn a_cold_start_stays_far_below_the_flood_limit() {
     for mesh in [true, false] {
         let count = 40;
         let mut world = World::new(count, 9);
@@ -128,7 +134,7 @@ fn tell(world: &mut World, from: u16, to: u16, records: &[Record]) -> Result<(),
 }
 
 #[test]
-fn a_member_puts_the_key_of_another_node_into_a_record_of_its_own() {
+fn a_member_puts_the_key_of_another_node_into_its_own_record() {
     let mut world = pair();
     let mut stolen = signed(blank(9, 1), 66);
     stolen.public_key = signer(3).public_key();
@@ -163,7 +169,7 @@ fn taken(node: &Gossip) -> usize {
 }
 
 #[test]
-fn a_member_fills_the_memory_of_others_with_nodes_that_it_makes_up() {
+fn a_member_fills_the_memory_of_others_with_invented_nodes() {
     let mut world = pair();
     let made_up: Vec<u16> = (10..310).collect();
     let before = taken(world.node(2));
@@ -173,7 +179,7 @@ fn a_member_fills_the_memory_of_others_with_nodes_that_it_makes_up() {
     let now = world.now;
     assert!(world.node(2).is_full(now));
     let strangers = taken(world.node(2)) - before;
-    assert!(strangers <= budget::STRANGER_BYTES, "{strangers} bytes of strangers");
+    assert!(strangers <= budget::STRANGER_BYTES, "{strangers} bytes of unknown nodes");
     // The member claims to be connected with them.
     world.now += Duration::from_secs(300);
     let mut liar = world.node(2).record(id(1)).unwrap().clone();
@@ -198,11 +204,11 @@ fn a_member_fills_the_memory_of_others_with_nodes_that_it_makes_up() {
     world.run(Duration::from_secs(1));
     assert!(world.node(2).record(id(3)).unwrap().left);
     tell(&mut world, 1, 2, &[signed(last_words, 3)]).unwrap();
-    assert!(world.node(2).record(id(3)).unwrap().left, "the dead are not revived");
+    assert!(world.node(2).record(id(3)).unwrap().left, "a node that has left is not revived");
 }
 
 #[test]
-fn a_member_makes_up_nodes_that_nobody_reaches_until_there_is_no_room_for_others() {
+fn a_member_crowds_out_others_with_invented_unreachable_nodes() {
     let mut world = World::new(3, 1);
     world.start(record(700, 1));
     world.connect(id(1), id(2));
@@ -261,7 +267,7 @@ fn a_member_takes_an_id_with_a_stamp_that_its_owner_cannot_outbid() {
                 assert_eq!(
                     known.verifying_key,
                     identity(comes_back_as),
-                    "{number} believes {stamp}"
+                    "node {number} believes stamp {stamp}"
                 );
                 assert!(!known.left && world.node(number).paths().contains_key(&id(6)));
             }
@@ -270,7 +276,7 @@ fn a_member_takes_an_id_with_a_stamp_that_its_owner_cannot_outbid() {
 }
 
 #[test]
-fn a_member_drives_the_incarnation_of_another_node_beyond_what_others_take() {
+fn a_member_drives_the_incarnation_of_another_node_beyond_its_limit() {
     let mut world = pair();
     let stamp = SKEW_MS - 1;
     for step in 0..5 {
@@ -284,7 +290,7 @@ fn a_member_drives_the_incarnation_of_another_node_beyond_what_others_take() {
 }
 
 #[test]
-fn a_member_makes_honest_neighbours_flood_each_other_by_links_that_come_and_go() {
+fn a_member_makes_honest_neighbors_flood_each_other_with_flapping_links() {
     let mut world = World::new(3, 1);
     world.mesh();
     world.assert_converges_within(Duration::from_secs(5), 1);
@@ -316,7 +322,7 @@ fn a_member_makes_honest_neighbours_flood_each_other_by_links_that_come_and_go()
 }
 
 #[test]
-fn a_member_asks_for_lists_until_others_do_nothing_but_answer() {
+fn a_member_keeps_others_busy_with_requests_for_lists() {
     let mut world = pair();
     let known = (10..1000).map(|number| (record(number, 1), true));
     world.node(2).restore(known);

@@ -30,7 +30,7 @@ fn seconds(world: &World, times: &[Instant]) -> Vec<u64> {
 fn initiation_of(world: &World, from: usize) -> Datagram {
     let from = world.nodes[from].address;
     let sent = world.tapped.iter().rev().find(|(_, d)| d.from == from && d.kind() == 1);
-    sent.expect("an initiation was sent").1.clone()
+    sent.expect("no initiation was sent").1.clone()
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn the_second_side_initiates_if_the_first_does_not() {
 }
 
 #[test]
-fn a_peer_without_an_endpoint_is_answered_where_it_speaks_from() {
+fn a_peer_without_an_endpoint_is_answered_at_its_source_address() {
     let mut world = World::new(1, 2);
     let config = PeerConfig { endpoint: None, ..world.config(1, Initiate::AtOnce) };
     world.upsert(0, 1, config);
@@ -56,14 +56,14 @@ fn a_peer_without_an_endpoint_is_answered_where_it_speaks_from() {
     world.introduce(1, 0, Initiate::AtOnce);
     world.run(SECOND);
     assert!(world.joined(0, 1));
-    assert_eq!(world.initiations(0), [], "the peer was faster");
-    let view = world.nodes[0].core.peer(peer(1)).expect("known");
+    assert_eq!(world.initiations(0), [], "the peer initiated first");
+    let view = world.nodes[0].core.peer(peer(1)).expect("the peer is configured");
     assert_eq!(view.endpoint, Some(world.nodes[1].address));
     assert_eq!(view.last_handshake, Some(world.start + SECOND * 10 + SECOND / 100));
 }
 
 #[test]
-fn silence_is_tried_again_with_care_and_for_ever() {
+fn a_silent_peer_is_retried_forever_with_growing_pauses() {
     let mut world = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer);
     world.lost = Box::new(|_| true);
     world.run(SECOND * 1800);
@@ -76,8 +76,8 @@ fn silence_is_tried_again_with_care_and_for_ever() {
     assert!(pauses[..early].iter().all(|pause| jittered(pause, SECOND * 5)));
     assert!(pauses[early..early + 4].is_sorted());
     assert!(pauses[early + 6..].iter().all(|pause| jittered(pause, SECOND * 30)));
-    assert!(pauses[..early].iter().collect::<BTreeSet<_>>().len() > 10, "jitter differs");
-    assert_eq!(world.nodes[0].failures, [(peer(1), Failure::Unanswered)], "told once");
+    assert!(pauses[..early].iter().collect::<BTreeSet<_>>().len() > 10, "the jitter must vary");
+    assert_eq!(world.nodes[0].failures, [(peer(1), Failure::Unanswered)], "reported once");
     assert_eq!(world.nodes[0].core.slots_used(), 1);
 
     world.lost = Box::new(|_| false);
@@ -91,7 +91,7 @@ fn a_hint_shortens_the_wait_but_not_below_five_seconds() {
     world.lost = Box::new(|_| true);
     world.run(SECOND * 600);
     world.lost = Box::new(|_| false);
-    let last = *world.initiations(0).last().expect("tried");
+    let last = *world.initiations(0).last().expect("no attempt was made");
     world.nodes[0].core.retry(peer(1));
     world.run_until(world.now.max(last + SECOND * 5) + SECOND);
     assert!(world.joined(0, 1));
@@ -99,7 +99,7 @@ fn a_hint_shortens_the_wait_but_not_below_five_seconds() {
 }
 
 #[test]
-fn a_new_endpoint_is_tried_at_once_and_the_same_again_changes_nothing() {
+fn a_new_endpoint_is_tried_at_once_and_the_same_one_changes_nothing() {
     let mut world = World::new(1, 2);
     let nowhere = SocketAddr::from(([203, 0, 113, 1], 6784));
     let mut config = world.config(1, Initiate::AtOnce);
@@ -130,12 +130,12 @@ fn received_data_is_acknowledged_after_ten_seconds_of_silence() {
     let [kept] = world.nodes[1].keepalives[..] else { panic!("{:?}", world.nodes[1].keepalives) };
     assert!(kept - sent >= SECOND * 10 && kept - sent <= SECOND * 11 + SECOND / 10);
     world.run(SECOND * 60);
-    assert_eq!(world.nodes[1].keepalives.len(), 1, "one is enough");
+    assert_eq!(world.nodes[1].keepalives.len(), 1, "one keepalive is enough");
     world.send_data(0, 1);
     world.run(SECOND * 5);
     world.send_data(1, 0);
     world.run(SECOND * 9);
-    assert_eq!(world.nodes[1].keepalives.len(), 1, "data was an answer");
+    assert_eq!(world.nodes[1].keepalives.len(), 1, "data counts as an answer");
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn data_without_an_answer_leads_to_a_new_handshake() {
 }
 
 #[test]
-fn answered_data_leads_to_none() {
+fn answered_data_leads_to_no_new_handshake() {
     let mut world = joined_pair(1, Initiate::OnlyAnswer);
     traffic(&mut world, SECOND * 60);
     assert_eq!(world.initiations(0).len(), 1);
@@ -185,7 +185,7 @@ fn answered_data_leads_to_none() {
 }
 
 #[test]
-fn a_restarted_side_comes_back_by_itself() {
+fn a_restarted_node_recovers_by_itself() {
     for initiate in [Initiate::AtOnce, Initiate::After(SECOND * 2)] {
         let mut world = joined_pair(1, Initiate::After(SECOND * 2));
         world.run(SECOND * 30);
@@ -199,7 +199,7 @@ fn a_restarted_side_comes_back_by_itself() {
 }
 
 #[test]
-fn adopted_sessions_go_on_as_if_nothing_had_been() {
+fn adopted_sessions_continue_without_interruption() {
     for restarts in [&[0][..], &[1], &[0, 1], &[0, 0, 1]] {
         let mut world = joined_pair(1, Initiate::After(SECOND * 2));
         traffic(&mut world, SECOND * 100);
@@ -216,10 +216,10 @@ fn adopted_sessions_go_on_as_if_nothing_had_been() {
 }
 
 #[test]
-fn what_cannot_be_adopted_is_withdrawn() {
+fn sessions_that_cannot_be_adopted_are_withdrawn() {
     let mut world = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer);
     let (now, core) = (world.now, &mut world.nodes[0].core);
-    let good = AdoptedSession {
+    let good = InheritedSession {
         local_index: 0x1000_0005,
         remote_index: 9,
         initiator: true,
@@ -229,14 +229,14 @@ fn what_cannot_be_adopted_is_withdrawn() {
     };
     core.adopt(peer(1), good, now + SECOND);
     assert_eq!(core.poll_event(), None);
-    let again = AdoptedSession { local_index: 0x2000_0005, ..good };
-    let none = AdoptedSession { local_index: 0x2000_0000, ..good };
-    let old = AdoptedSession { local_index: 0x2000_0006, ..good };
+    let again = InheritedSession { local_index: 0x2000_0005, ..good };
+    let none = InheritedSession { local_index: 0x2000_0000, ..good };
+    let old = InheritedSession { local_index: 0x2000_0006, ..good };
     let cases = [
         (peer(1), again, now + SECOND),
         (peer(1), none, now + SECOND),
         (peer(1), old, now + REJECT_AFTER_TIME),
-        (peer(7), AdoptedSession { local_index: 0x2000_0007, ..good }, now + SECOND),
+        (peer(7), InheritedSession { local_index: 0x2000_0007, ..good }, now + SECOND),
     ];
     for (peer, session, at) in cases {
         core.adopt(peer, session, at);
@@ -270,11 +270,11 @@ fn the_responder_renews_when_the_initiator_does_not() {
     traffic(&mut world, SECOND * 400);
     assert_eq!(refused(&world), 0);
     let made = seconds(&world, &world.initiations(1));
-    assert_eq!(made, [140, 260, 380], "after that it is the initiator");
+    assert_eq!(made, [140, 260, 380], "after the first renewal it is the initiator");
 }
 
 #[test]
-fn lost_keepalives_do_not_end_in_a_session_without_a_sender() {
+fn lost_keepalives_leave_no_session_without_a_sender() {
     let mut world = joined_pair(1, Initiate::After(SECOND * 2));
     // For a while from the first renewal on, none of the initiator's data arrives.
     let (silent, from) = (world.nodes[0].address, world.start + SECOND * 119);
@@ -295,7 +295,10 @@ fn a_peer_that_moves_is_followed() {
     world.nodes[0].address = moved;
     world.run(SECOND * 119);
     assert_eq!(world.plane(1, 0).remote, Some(moved));
-    assert_eq!(world.nodes[1].core.peer(peer(0)).expect("known").endpoint, Some(moved));
+    assert_eq!(
+        world.nodes[1].core.peer(peer(0)).expect("the peer is configured").endpoint,
+        Some(moved)
+    );
     assert!(world.joined(0, 1));
 }
 
@@ -318,14 +321,14 @@ fn a_replay_after_a_restart_diverts_nothing() {
         traffic(&mut world, SECOND);
         assert_eq!(world.plane(1, 0).remote, Some(world.nodes[0].address));
         assert_eq!(
-            world.nodes[1].core.peer(peer(0)).expect("known").endpoint,
+            world.nodes[1].core.peer(peer(0)).expect("the peer is configured").endpoint,
             Some(world.nodes[0].address)
         );
     }
     assert_eq!(
         world.nodes[1].core.counters().initiations_answered,
         3,
-        "they are valid, as far as one can tell"
+        "nothing shows that they are replayed"
     );
     traffic(&mut world, SECOND * 200);
     assert_eq!(refused(&world), before);
@@ -346,14 +349,14 @@ fn another_public_key_is_another_peer() {
 
     let config = world.config(2, Initiate::AtOnce);
     world.upsert(0, 1, config);
-    assert_eq!(world.plane(0, 1).sessions.len(), 0, "sessions end with the key");
+    assert_eq!(world.plane(0, 1).sessions.len(), 0, "sessions end when the key changes");
     world.run(SECOND);
     assert_eq!(world.nodes[0].core.slots_used(), 1);
     assert!(world.nodes[2].planes[&peer(0)].sessions.len() == 1);
 }
 
 #[test]
-fn another_preshared_key_holds_from_the_next_handshake_on() {
+fn a_new_preshared_key_applies_from_the_next_handshake_on() {
     let mut world = joined_pair(1, Initiate::OnlyAnswer);
     let change = |world: &mut World, at: usize| {
         let mut config = world.config(1 - at, [Initiate::AtOnce, Initiate::OnlyAnswer][at]);
@@ -370,7 +373,7 @@ fn another_preshared_key_holds_from_the_next_handshake_on() {
 }
 
 #[test]
-fn a_key_that_is_none_is_told() {
+fn an_invalid_key_is_reported() {
     let mut world = World::new(1, 2);
     let mut config = world.config(1, Initiate::AtOnce);
     config.public_key = PublicKey([0; 32]);
@@ -411,7 +414,7 @@ fn the_wall_clock_may_be_set_back_while_we_run() {
 }
 
 #[test]
-fn running_out_of_slots_is_told_and_passes() {
+fn running_out_of_slots_is_reported_and_temporary() {
     let mut world = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer);
     for at in 0..2 {
         let (now, core): (_, &mut Handshakes) = (world.now, &mut world.nodes[at].core);
@@ -433,7 +436,7 @@ fn running_out_of_slots_is_told_and_passes() {
 }
 
 #[test]
-fn a_thousand_peers_are_joined_in_seconds_and_stay_so() {
+fn a_thousand_peers_connect_in_seconds_and_stay_connected() {
     const PEERS: usize = 1000;
     let mut world = World::new(1, PEERS + 1);
     for number in 1..=PEERS {
@@ -447,7 +450,7 @@ fn a_thousand_peers_are_joined_in_seconds_and_stay_so() {
     world.run(SECOND * 130);
     assert_eq!(joined(&world), PEERS);
     let core = &world.nodes[0].core;
-    assert!(core.counters().cookies_demanded > 0, "so many at once are a load");
+    assert!(core.counters().cookies_demanded > 0, "so many at once put the node under load");
     assert!(core.slots_used() <= 2 * PEERS);
     assert!(clock.elapsed() < SECOND * 60, "{:?}", clock.elapsed());
 }

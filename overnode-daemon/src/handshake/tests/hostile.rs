@@ -10,7 +10,7 @@ fn check(core: &Handshakes) {
     for (index, peer) in &core.peers {
         let pending = peer.pending.as_ref().map(|pending| pending.local_index);
         for local_index in peer.sessions().map(|session| session.local_index).chain(pending) {
-            assert!(indices.insert(local_index), "an index with two uses");
+            assert!(indices.insert(local_index), "an index is used twice");
             assert_eq!(core.slots.owner(local_index), Some(*index));
         }
         assert_eq!(core.by_key.get(&peer.config.public_key), Some(index));
@@ -39,10 +39,12 @@ fn captured() -> Captured {
     world.lost = Box::new(|datagram| datagram.kind() == 2);
     world.run(SECOND);
     let of =
-        |kind| world.tapped.iter().find(|(_, d)| d.kind() == kind).expect("was sent").1.clone();
+        |kind| world.tapped.iter().find(|(_, d)| d.kind() == kind).expect("not sent").1.clone();
     let (initiation, response) = (of(1), of(2));
-    let fresh =
-        World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer).nodes.pop().expect("two nodes");
+    let fresh = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer)
+        .nodes
+        .pop()
+        .expect("there are two nodes");
     world.nodes[1] = fresh;
     Captured { world, initiation, response }
 }
@@ -65,7 +67,7 @@ fn every_changed_bit_of_an_initiation_is_noticed() {
     for bit in 8 * 8..116 * 8 {
         let mut bytes = initiation.bytes.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
-        cookie::Jar::new(&core.public_key()).seal(&mut bytes, 0, now);
+        cookie::CookieJar::new(&core.public_key()).seal(&mut bytes, 0, now);
         core.reset_gate();
         core.handle_datagram(now, initiation.from, &bytes);
         quiet(core);
@@ -73,7 +75,7 @@ fn every_changed_bit_of_an_initiation_is_noticed() {
     assert_eq!(core.slots_used(), 0);
     check(core);
     core.handle_datagram(now, initiation.from, &initiation.bytes);
-    assert!(core.poll_transmit().is_some(), "the right one is still taken");
+    assert!(core.poll_transmit().is_some(), "the unmodified message is still accepted");
 }
 
 #[test]
@@ -91,7 +93,7 @@ fn every_changed_bit_of_a_response_is_noticed() {
     for bit in 8 * 8..60 * 8 {
         let mut bytes = response.bytes.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
-        cookie::Jar::new(&core.public_key()).seal(&mut bytes, 0, now);
+        cookie::CookieJar::new(&core.public_key()).seal(&mut bytes, 0, now);
         core.reset_gate();
         core.handle_datagram(now, response.from, &bytes);
         assert_eq!(core.poll_transmit(), None);
@@ -105,12 +107,12 @@ fn every_changed_bit_of_a_response_is_noticed() {
     core.handle_datagram(now, response.from, &response.bytes);
     assert!(
         matches!(core.poll_event(), Some(Event::Install { .. })),
-        "the right one is still taken"
+        "the unmodified message is still accepted"
     );
 }
 
 #[test]
-fn an_initiation_is_taken_once() {
+fn an_initiation_is_accepted_once() {
     let Captured { mut world, initiation, .. } = captured();
     let core = &mut world.nodes[1].core;
     core.handle_datagram(world.now, initiation.from, &initiation.bytes);
@@ -124,19 +126,20 @@ fn an_initiation_is_taken_once() {
 }
 
 #[test]
-fn initiations_closer_than_twenty_milliseconds_are_not_answered() {
+fn initiations_less_than_twenty_milliseconds_apart_are_not_answered() {
     let mut world = World::new(1, 2);
     world.introduce(1, 0, Initiate::OnlyAnswer);
     let (mut stamper, remote) = (Stamper::default(), world.nodes[1].core.public_key());
     let identity = Identity::new(world.nodes[0].secret(0), super::super::noise::WIREGUARD);
     let (now, wall, from) = (world.now, world.wall, world.nodes[0].address);
     let core = &mut world.nodes[1].core;
-    let mut jar = cookie::Jar::new(&remote);
+    let mut jar = cookie::CookieJar::new(&remote);
     for number in 0..100 {
         let ephemeral = Secret([number + 1; 32]);
         let stamp = stamper.next(wall);
-        let (_, noise) =
-            identity.initiate(&remote, &Secret([0; 32]), ephemeral, &stamp).expect("a good key");
+        let (_, noise) = identity
+            .initiate(&remote, &Secret([0; 32]), ephemeral, &stamp)
+            .expect("the key is valid");
         let mut bytes = message::initiation(u32::from(number), &noise);
         jar.seal(&mut bytes, 0, now);
         core.handle_datagram(now + Duration::from_millis(u64::from(number)), from, &bytes);
@@ -146,7 +149,7 @@ fn initiations_closer_than_twenty_milliseconds_are_not_answered() {
 }
 
 #[test]
-fn a_message_for_another_or_of_a_stranger_or_our_own_gets_no_answer() {
+fn misaddressed_unknown_and_own_messages_get_no_answer() {
     let mut world = World::new(1, 3);
     world.introduce(0, 1, Initiate::AtOnce);
     world.introduce(2, 1, Initiate::AtOnce);
@@ -173,7 +176,7 @@ fn flood(source: impl Fn(&mut World) -> SocketAddr) -> (Counters, Counters) {
     world.introduce(0, 1, Initiate::After(SECOND));
     world.introduce(1, 0, Initiate::OnlyAnswer);
     let victim = world.nodes[1].core.public_key();
-    let mut jar = cookie::Jar::new(&victim);
+    let mut jar = cookie::CookieJar::new(&victim);
     let end = world.now + SECOND * 8;
     while world.now < end {
         for _ in 0..20 {
@@ -194,22 +197,22 @@ fn flood(source: impl Fn(&mut World) -> SocketAddr) -> (Counters, Counters) {
 fn a_flood_of_forgeries_does_not_keep_a_peer_out() {
     let (peer, victim) = flood(|world| SocketAddr::from((world.rng.random::<[u8; 4]>(), 9)));
     let most = 8 * 200;
-    assert!(victim.forged <= most, "{} forgeries cost us a Diffie-Hellman", victim.forged);
+    assert!(victim.forged <= most, "{} forgeries cost a Diffie-Hellman operation", victim.forged);
     assert!(victim.cookies_demanded > 16_000 - most - 10, "{}", victim.cookies_demanded);
-    assert_eq!(peer.cookies_received, 0, "strangers' load is none of the peer's business");
+    assert_eq!(peer.cookies_received, 0, "load from strangers must not affect the peer");
 }
 
 #[test]
 fn a_flood_from_a_peers_own_address_does_not_keep_it_out() {
     let (peer, victim) = flood(|world| world.nodes[0].address);
     let most = 8 * 500;
-    assert!(victim.forged <= most, "{} forgeries cost us a Diffie-Hellman", victim.forged);
+    assert!(victim.forged <= most, "{} forgeries cost a Diffie-Hellman operation", victim.forged);
     assert_eq!(peer.cookies_received, 1);
 }
 
 /// Node 0 gets a cookie reply to each initiation and never a response.
 #[test]
-fn a_peer_that_always_demands_a_cookie_is_called_at_once_only_once() {
+fn a_peer_that_always_demands_cookies_gets_one_immediate_retry() {
     let mut world = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer);
     let (begun, address) = (world.now, world.nodes[1].address);
     let mut sent = Vec::new();
@@ -342,7 +345,7 @@ fn perform(world: &mut World, op: Op) {
             }
             let core = &mut world.nodes[at].core;
             if honest_mac {
-                cookie::Jar::new(&core.public_key()).seal(&mut bytes, 0, now);
+                cookie::CookieJar::new(&core.public_key()).seal(&mut bytes, 0, now);
             }
             core.handle_datagram(now, datagram.from, &bytes);
         }
@@ -389,7 +392,7 @@ fn perform(world: &mut World, op: Op) {
             };
             let held = Held { keys, live: confirmed, sent: 0, received: BTreeSet::new() };
             node.planes.entry(peer(of)).or_default().sessions.insert(index, held);
-            let adopted = AdoptedSession {
+            let adopted = InheritedSession {
                 local_index: index,
                 remote_index: 1,
                 initiator,
@@ -433,7 +436,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_that_happens_breaks_the_order(seed: u64, ops in proptest::collection::vec(op(), 1..80)) {
+    fn no_sequence_of_events_breaks_an_invariant(seed: u64, ops in proptest::collection::vec(op(), 1..80)) {
         let mut world = World::pair(seed, Initiate::AtOnce, Initiate::AtOnce);
         world.weather = Weather { loss: 0.1, repeat: 0.1, delay: (Duration::ZERO, SECOND / 10) };
         for op in ops {

@@ -23,7 +23,7 @@ pub const SECOND: Duration = Duration::from_secs(1);
 /// Returns the content of a data message: an IPv4 packet whose header has the right length, so that
 /// boringtun accepts it, too.
 pub fn inner_packet(payload: &[u8]) -> Vec<u8> {
-    let length = u16::try_from(20 + payload.len()).expect("a small packet").to_be_bytes();
+    let length = u16::try_from(20 + payload.len()).expect("the packet is small").to_be_bytes();
     let header =
         [0x45, 0, length[0], length[1], 0, 0, 0, 0, 64, 17, 0, 0, 10, 40, 0, 1, 10, 42, 0, 1];
     [&header, payload].concat()
@@ -34,7 +34,7 @@ pub fn seal(keys: &SessionKeys, counter: u64, plaintext: &[u8]) -> Vec<u8> {
     text.resize(text.len().next_multiple_of(overnode_ebpf::wire::PADDING), 0);
     key(&keys.tx_key)
         .seal_in_place_append_tag(nonce(counter), Aad::empty(), &mut text)
-        .expect("a short text");
+        .expect("the plaintext is short");
     [&[4, 0, 0, 0][..], &keys.remote_index.to_le_bytes(), &counter.to_le_bytes(), &text].concat()
 }
 
@@ -51,7 +51,7 @@ fn receiver(message: &[u8]) -> Option<u32> {
 }
 
 fn key(secret: &Secret) -> LessSafeKey {
-    LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &secret.0).expect("32 bytes"))
+    LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &secret.0).expect("the key has 32 bytes"))
 }
 
 fn nonce(counter: u64) -> Nonce {
@@ -90,7 +90,7 @@ impl Core {
     }
 
     pub fn counters(&self) -> Counters {
-        let gate = *self.gate.counters().lock().expect("nobody panicked");
+        let gate = *self.gate.counters().lock().expect("no thread panicked");
         self.inner.counters().plus(gate)
     }
 }
@@ -421,13 +421,13 @@ impl World {
         let (now, node) = (self.now, &mut self.nodes[at]);
         node.core = Core::new(node.secret(at), StdRng::seed_from_u64(seed));
         node.core.upsert_peer(peer(with), config, now);
-        let plane = node.planes.get_mut(&peer(with)).expect("they know each other");
+        let plane = node.planes.get_mut(&peer(with)).expect("the two nodes know each other");
         if !adopt {
             plane.sessions.clear();
             plane.sealing = None;
         }
         for (local_index, Held { keys, live, .. }) in &plane.sessions {
-            let session = AdoptedSession {
+            let session = InheritedSession {
                 local_index: *local_index,
                 remote_index: keys.remote_index,
                 initiator: keys.initiator,
@@ -512,7 +512,7 @@ impl Node {
                 let plane = self.planes.get_mut(&peer)?;
                 assert!(
                     plane.sessions.remove(&local_index).is_some(),
-                    "only what was installed is withdrawn"
+                    "a session that was not installed was withdrawn"
                 );
                 plane.sealing = plane.sealing.filter(|index| *index != local_index);
             }

@@ -78,7 +78,7 @@ impl Mixed {
     }
 
     fn session(&self) -> &SessionKeys {
-        self.sessions.last().expect("a session was installed")
+        self.sessions.last().expect("no session was installed")
     }
 
     fn theirs(&mut self, message: &[u8]) -> Theirs {
@@ -112,7 +112,7 @@ impl Mixed {
         let mut buffer = [0; 2048];
         let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(&packet, &mut buffer)
         else {
-            panic!("boringtun has a session")
+            panic!("boringtun has no session")
         };
         assert_eq!(message[4..8], self.session().local_index.to_le_bytes());
         assert_eq!(open(self.session(), message).map(|(_, text)| text), Some(packet));
@@ -120,8 +120,10 @@ impl Mixed {
 
     /// Lets us initiate. Returns boringtun's response.
     fn initiate(&mut self) -> Vec<u8> {
-        let initiation = self.sent().expect("an initiation is due");
-        let Theirs::Sends(response) = self.theirs(&initiation) else { panic!("boringtun answers") };
+        let initiation = self.sent().expect("no initiation was sent");
+        let Theirs::Sends(response) = self.theirs(&initiation) else {
+            panic!("boringtun does not answer")
+        };
         response
     }
 
@@ -130,12 +132,14 @@ impl Mixed {
         while self.sent().is_some() || !self.events().is_empty() {}
         let initiation = self.their_initiation();
         self.ours(&initiation);
-        let response = self.sent().expect("we answer");
+        let response = self.sent().expect("no response was sent");
         let installed = self.events();
         assert!(
             matches!(&installed[..], [Event::Install { session, .. }, ..] if !session.initiator)
         );
-        let Theirs::Sends(keepalive) = self.theirs(&response) else { panic!("boringtun confirms") };
+        let Theirs::Sends(keepalive) = self.theirs(&response) else {
+            panic!("boringtun does not confirm")
+        };
         assert_eq!(open(self.session(), &keepalive), Some((0, Vec::new())));
         let index = self.session().local_index;
         self.core.handle_confirmed(PeerIndex(1), index, self.now);
@@ -195,10 +199,12 @@ fn we_renew_with_them_and_they_with_us() {
 fn both_initiate_at_once() {
     let mut mixed = Mixed::new(Initiate::AtOnce, [5; 32], Some([5; 32]));
     mixed.pass(Duration::ZERO);
-    let (ours, theirs) = (mixed.sent().expect("an initiation"), mixed.their_initiation());
+    let (ours, theirs) = (mixed.sent().expect("no initiation was sent"), mixed.their_initiation());
     mixed.ours(&theirs);
-    let our_response = mixed.sent().expect("a response");
-    let Theirs::Sends(their_response) = mixed.theirs(&ours) else { panic!("boringtun answers") };
+    let our_response = mixed.sent().expect("no response was sent");
+    let Theirs::Sends(their_response) = mixed.theirs(&ours) else {
+        panic!("boringtun does not answer")
+    };
     mixed.ours(&their_response);
     assert!(matches!(mixed.theirs(&our_response), Theirs::Sends(_)));
     mixed.events();
@@ -219,13 +225,13 @@ fn preshared_keys_must_be_the_same() {
         mixed.ours(&response);
         mixed.ours(&response);
         let failed = Event::Failed { peer: PeerIndex(1), why: Failure::BadResponse };
-        assert_eq!(mixed.events(), [failed], "told once");
+        assert_eq!(mixed.events(), [failed], "reported once");
         assert_eq!(mixed.core.counters().forged, 2);
 
         let mut mixed = Mixed::new(Initiate::OnlyAnswer, ours, theirs);
         let initiation = mixed.their_initiation();
         mixed.ours(&initiation);
-        let response = mixed.sent().expect("the responder cannot know");
+        let response = mixed.sent().expect("no response, although the responder cannot know");
         assert_eq!(
             mixed.theirs(&response),
             Theirs::Refuses(format!("{:?}", WireGuardError::InvalidAeadTag))
@@ -234,7 +240,7 @@ fn preshared_keys_must_be_the_same() {
 }
 
 #[test]
-fn we_bring_the_cookie_that_they_demand() {
+fn we_present_the_cookie_that_they_demand() {
     let mut mixed = Mixed::new(Initiate::AtOnce, [5; 32], Some([5; 32]));
     // boringtun demands cookies from the eleventh handshake message in a second on.
     let junk = mixed.their_initiation();
@@ -243,21 +249,23 @@ fn we_bring_the_cookie_that_they_demand() {
     }
     let mut other = Mixed::new(Initiate::AtOnce, [5; 32], None);
     other.pass(Duration::ZERO);
-    let good = other.sent().expect("an initiation");
+    let good = other.sent().expect("no initiation was sent");
     for _ in 0..10 {
         mixed.theirs(&good);
     }
     mixed.pass(Duration::ZERO);
-    let initiation = mixed.sent().expect("an initiation");
+    let initiation = mixed.sent().expect("no initiation was sent");
     assert_eq!(initiation[132..], [0; 16]);
-    let Theirs::Sends(reply) = mixed.theirs(&initiation) else { panic!("a cookie is demanded") };
+    let Theirs::Sends(reply) = mixed.theirs(&initiation) else { panic!("no cookie was demanded") };
     assert_eq!((reply[0], reply.len()), (3, 64));
     mixed.ours(&reply);
     assert_eq!(mixed.core.counters().cookies_received, 1);
     mixed.pass(Duration::ZERO);
-    let initiation = mixed.sent().expect("the next attempt, at once");
+    let initiation = mixed.sent().expect("no immediate retry");
     assert_ne!(initiation[132..], [0; 16]);
-    let Theirs::Sends(response) = mixed.theirs(&initiation) else { panic!("the cookie is good") };
+    let Theirs::Sends(response) = mixed.theirs(&initiation) else {
+        panic!("the cookie was not accepted")
+    };
     mixed.ours(&response);
     mixed.events();
     let keepalive = seal(mixed.session(), 0, &[]);
@@ -266,12 +274,12 @@ fn we_bring_the_cookie_that_they_demand() {
 }
 
 #[test]
-fn they_bring_the_cookie_that_we_demand() {
+fn they_present_the_cookie_that_we_demand() {
     let mut mixed = Mixed::new(Initiate::OnlyAnswer, [5; 32], Some([5; 32]));
     mixed.core.gate.set_threshold(0);
     let initiation = mixed.their_initiation();
     mixed.ours(&initiation);
-    let reply = mixed.sent().expect("a cookie reply");
+    let reply = mixed.sent().expect("no cookie reply was sent");
     assert_eq!((reply[0], reply.len()), (3, 64));
     assert_eq!(mixed.events(), []);
     assert_eq!(mixed.theirs(&reply), Theirs::Nothing);
@@ -280,10 +288,10 @@ fn they_bring_the_cookie_that_we_demand() {
 }
 
 #[test]
-fn they_refuse_our_initiations_when_replayed_and_we_theirs() {
+fn both_refuse_replayed_initiations() {
     let mut mixed = Mixed::new(Initiate::AtOnce, [5; 32], Some([5; 32]));
     mixed.pass(Duration::ZERO);
-    let ours = mixed.sent().expect("an initiation");
+    let ours = mixed.sent().expect("no initiation was sent");
     assert!(matches!(mixed.theirs(&ours), Theirs::Sends(_)));
     assert_eq!(
         mixed.theirs(&ours),
@@ -292,7 +300,7 @@ fn they_refuse_our_initiations_when_replayed_and_we_theirs() {
 
     let theirs = mixed.their_initiation();
     mixed.ours(&theirs);
-    mixed.sent().expect("a response");
+    mixed.sent().expect("no response was sent");
     mixed.now += SECOND;
     mixed.ours(&theirs);
     assert_eq!((mixed.sent(), mixed.core.counters().replayed), (None, 1));

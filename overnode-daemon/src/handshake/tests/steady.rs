@@ -28,7 +28,7 @@ fn nothing_was_lost(world: &World) {
         assert!(node.delivered > 4000);
         let keys: BTreeSet<_> =
             node.installed.iter().flat_map(|(_, _, keys)| [keys.tx_key.0, keys.rx_key.0]).collect();
-        assert_eq!(keys.len(), 2 * node.installed.len(), "a key was made twice");
+        assert_eq!(keys.len(), 2 * node.installed.len(), "a key was derived twice");
         let indices: BTreeSet<_> =
             node.installed.iter().map(|(_, _, keys)| keys.local_index).collect();
         assert_eq!(indices.len(), node.installed.len(), "an index was used twice");
@@ -48,7 +48,7 @@ fn the_initiator_renews_every_two_minutes() {
 }
 
 #[test]
-fn a_fifth_lost_and_the_rest_repeated_and_reordered_costs_no_session() {
+fn loss_repetition_and_reordering_cost_no_session() {
     for seed in 0..24 {
         let mut world = World::pair(seed, Initiate::AtOnce, Initiate::After(SECOND * 2));
         world.weather = Weather { loss: 0.2, repeat: 0.1, delay: (Duration::ZERO, SECOND / 4) };
@@ -58,19 +58,19 @@ fn a_fifth_lost_and_the_rest_repeated_and_reordered_costs_no_session() {
 }
 
 #[test]
-fn both_initiate_at_once_and_again() {
+fn both_initiate_at_once_and_settle_on_one_initiator() {
     for seed in 0..12 {
         let mut world = World::pair(seed, Initiate::AtOnce, Initiate::AtOnce);
         world.weather.delay = (Duration::from_millis(1), Duration::from_millis(40));
         ten_minutes(&mut world);
         nothing_was_lost(&world);
         let made = world.initiations(0).len() + world.initiations(1).len();
-        assert!(made <= 2 + 5, "{made} initiations: they settle on one initiator");
+        assert!(made <= 2 + 5, "{made} initiations: the nodes did not settle on one initiator");
     }
 }
 
 #[test]
-fn without_traffic_sessions_are_renewed_all_the_same() {
+fn sessions_are_renewed_without_traffic() {
     let mut world = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer);
     world.run(SECOND);
     for _ in 0..3600 {
@@ -83,7 +83,7 @@ fn without_traffic_sessions_are_renewed_all_the_same() {
 }
 
 #[test]
-fn an_idle_pair_on_a_bad_network_stays_joined() {
+fn an_idle_pair_on_a_bad_network_stays_connected() {
     for seed in 0..24 {
         let mut world = World::pair(seed, Initiate::AtOnce, Initiate::After(SECOND * 2));
         world.weather = Weather { loss: 0.2, repeat: 0.1, delay: (Duration::ZERO, SECOND / 4) };

@@ -8,7 +8,7 @@ fn told(cluster: &mut Cluster, number: u16) -> BTreeSet<Problem> {
 }
 
 #[test]
-fn what_was_lost_is_told_until_nothing_uses_it_and_who_took_it_for_a_while() {
+fn lost_blocks_are_reported_while_in_use_and_the_reclaim_for_a_while() {
     let mut cluster = Cluster::new("10.1.0.0/26", [1, 2, 5]);
     cluster.run(LONG);
     cluster.allocate(1, 9);
@@ -29,7 +29,7 @@ fn what_was_lost_is_told_until_nothing_uses_it_and_who_took_it_for_a_while() {
     cluster.run(LONG);
     let is_lost = |problem: &Problem| matches!(problem, Problem::Lost { .. });
     let problems = told(&mut cluster, 1);
-    assert!(problems.contains(&Problem::Buried { by: id(2) }), "{problems:?}");
+    assert!(problems.contains(&Problem::Reclaimed { by: id(2) }), "{problems:?}");
     assert!(problems.iter().any(is_lost), "{problems:?}");
     // A restart does not change the current state.
     cluster.start(1, 3000);
@@ -46,28 +46,28 @@ fn what_was_lost_is_told_until_nothing_uses_it_and_who_took_it_for_a_while() {
         cluster.node(1).release(address, now);
     }
     assert_eq!(told(&mut cluster, 1), BTreeSet::new());
-    assert_eq!(cluster.node(1).lost().count(), 0, "it is handed back at once");
+    assert_eq!(cluster.node(1).lost().count(), 0, "the block must be handed back at once");
     cluster.run(LONG);
     cluster.check();
 }
 
 #[test]
-fn that_the_space_was_taken_back_is_told_for_ten_minutes_with_the_name_that_the_message_has() {
+fn a_reclaim_is_reported_for_ten_minutes_and_names_the_claimant() {
     let mut ipam = node(5);
     let now = Instant::now();
     let titles = [Title { serial: 0, holder: id(1) }; 4];
-    let buried = Message::Buried { of: id(5), incarnation: 1000, by: id(1), titles };
+    let reclaimed = Message::Reclaimed { of: id(5), incarnation: 1000, by: id(1), titles };
     ipam.learn(id(1), Peer { incarnation: 1, ..Peer::default() }, now);
     ipam.learn(id(2), Peer { incarnation: 1, ..Peer::default() }, now);
     ipam.set_reachable(BTreeSet::from([id(2)]), now);
-    ipam.handle_message(id(2), &buried.encode(), now).unwrap();
-    assert_eq!(ipam.problems(now), BTreeSet::from([Problem::Buried { by: id(1) }]));
-    assert!(Problem::Buried { by: id(1) }.to_string().starts_with("node 1 has taken back"));
+    ipam.handle_message(id(2), &reclaimed.encode(), now).unwrap();
+    assert_eq!(ipam.problems(now), BTreeSet::from([Problem::Reclaimed { by: id(1) }]));
+    assert!(Problem::Reclaimed { by: id(1) }.to_string().starts_with("node 1 has reclaimed"));
     assert_eq!(ipam.problems(now + Duration::from_secs(600)), BTreeSet::new());
 }
 
 #[test]
-fn a_contradiction_lasts_until_the_borrower_or_the_other_one_lets_go() {
+fn a_contradiction_lasts_until_either_node_releases_the_block() {
     for lets_go in [5, 6] {
         let mut cluster = Cluster::new("10.1.0.0/24", [1, 2]);
         cluster.run(LONG);
@@ -98,7 +98,7 @@ fn a_contradiction_lasts_until_the_borrower_or_the_other_one_lets_go() {
 }
 
 #[test]
-fn an_address_in_a_block_of_another_node_is_told_while_both_say_that_they_have_it() {
+fn an_address_in_another_nodes_block_is_reported_while_both_claim_it() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 5]);
     cluster.run(LONG);
     cluster.allocate(5, 1);

@@ -208,7 +208,7 @@ fn is_about(problem: &Problem, wanted: IpAddr) -> bool {
 }
 
 #[test]
-fn of_two_that_claim_at_the_same_moment_one_wins_and_the_other_is_refused_by_name() {
+fn of_two_simultaneous_claims_one_wins_and_is_named_to_the_other() {
     let address = ip(ADDRESSES[0]);
     for order in 0..24 {
         let mut bench = Bench::new([2, 3]);
@@ -220,21 +220,21 @@ fn of_two_that_claim_at_the_same_moment_one_wins_and_the_other_is_refused_by_nam
         let answers = requests.map(|(number, request)| bench.answer(number, request).unwrap());
         let [three, two] = &answers;
         assert_eq!(bench.holders(address).len(), 1, "{answers:?}");
-        assert_eq!(two, &Ok(address), "of two at the same moment the lower ID goes first");
+        assert_eq!(two, &Ok(address), "of two simultaneous claims, that of the lower ID wins");
         let refused = three.clone().unwrap_err().to_string();
         assert!(refused.contains("node 2 "), "{refused}");
     }
 }
 
 #[test]
-fn who_has_it_says_so_before_gossip_does() {
+fn a_holder_objects_to_a_claim_before_gossip_does() {
     let address = ip(ADDRESSES[0]);
     let mut bench = Bench::new([2, 3]);
     let first = bench.claim(3, address);
     while !bench.messages.is_empty() {
         bench.deliver(0, false);
     }
-    assert_eq!(bench.answer(3, first), Some(Ok(address)), "one round trip is all");
+    assert_eq!(bench.answer(3, first), Some(Ok(address)), "one round trip must suffice");
     // Node 2, which has the lower ID, has heard nothing of it.
     let second = bench.claim(2, address);
     while !bench.messages.is_empty() {
@@ -247,7 +247,7 @@ fn who_has_it_says_so_before_gossip_does() {
 }
 
 #[test]
-fn a_silent_node_costs_a_second_and_no_more() {
+fn a_silent_node_delays_a_claim_by_at_most_a_second() {
     let address = ip(ADDRESSES[0]);
     let mut bench = Bench::new([1, 2, 3]);
     let request = bench.claim(1, address);
@@ -259,26 +259,26 @@ fn a_silent_node_costs_a_second_and_no_more() {
     assert_eq!(bench.answer(1, request), None);
     assert!(
         bench.messages.iter().all(|(_, to, _)| *to == id(3)),
-        "who has answered is not asked again"
+        "a node that has answered must not be asked again"
     );
-    assert!(!bench.messages.is_empty(), "who has not is");
+    assert!(!bench.messages.is_empty(), "a node that has not answered must be asked again");
     bench.pass(Duration::from_millis(10));
     assert_eq!(bench.answer(1, request), Some(Ok(address)));
     let alone = bench.claim(1, ip(ADDRESSES[1]));
     bench.cut.insert(id(1));
     bench.follow_paths();
-    assert_eq!(bench.answer(1, alone), Some(Ok(ip(ADDRESSES[1]))), "nobody is reached any more");
+    assert_eq!(bench.answer(1, alone), Some(Ok(ip(ADDRESSES[1]))), "no node is reachable any more");
 }
 
 #[test]
-fn a_node_that_was_asked_by_nobody_can_neither_grant_nor_refuse() {
+fn a_node_that_was_not_asked_can_neither_grant_nor_refuse() {
     let address = ip(ADDRESSES[0]);
     let mut bench = Bench::new([1, 2, 3]);
     let request = bench.claim(1, address);
     let Ok(Message::Claim { round, .. }) =
         Message::decode(&bench.messages[0].2, &Layout::new(Network::default()).unwrap())
     else {
-        panic!("it was not asked for")
+        panic!("no claim was sent")
     };
     let now = bench.now;
     let other = Round { count: round.count + 1, ..round };
@@ -298,7 +298,7 @@ fn a_node_that_was_asked_by_nobody_can_neither_grant_nor_refuse() {
 }
 
 #[test]
-fn claims_are_bounded_in_number_and_in_what_they_name() {
+fn claims_are_limited_in_number_and_to_static_addresses() {
     let mut bench = Bench::new([1, 2]);
     let now = bench.now;
     for number in 0..MAX_CLAIMS + 1 {
@@ -321,13 +321,17 @@ fn claims_are_bounded_in_number_and_in_what_they_name() {
         full.node(1).claim(IpAddr::V4((0x0a20_0100 + number as u32).into()), "c", now);
     }
     full.pump();
-    assert_eq!(full.node(1).claims().len(), MAX_STATIC, "what cannot be told is not given");
+    assert_eq!(
+        full.node(1).claims().len(),
+        MAX_STATIC,
+        "an address that cannot be announced must not be granted"
+    );
     let (_, _, last) = full.answers.last().unwrap();
     assert_eq!(*last, Err(IpamError::TooManyStatic { count: MAX_STATIC }));
 }
 
 #[test]
-fn what_both_took_while_apart_the_lower_id_keeps_until_it_lets_go() {
+fn an_address_taken_on_both_sides_of_a_partition_stays_with_the_lower_id() {
     let address = ip(ADDRESSES[0]);
     let mut bench = Bench::new([2, 3, 4]);
     bench.cut.insert(id(3));
@@ -373,7 +377,7 @@ fn what_both_took_while_apart_the_lower_id_keeps_until_it_lets_go() {
 
 /// A member with a lower ID wants an address that a container of another node has had for a while.
 #[test]
-fn who_has_heard_of_a_claim_cannot_take_it_over_by_a_record() {
+fn a_known_claim_cannot_be_taken_over_by_a_record() {
     let address = ip(ADDRESSES[0]);
     let mut bench = Bench::new([2, 3]);
     bench.claim(3, address);
@@ -383,18 +387,18 @@ fn who_has_heard_of_a_claim_cannot_take_it_over_by_a_record() {
     let forged =
         Peer { incarnation: bench.incarnations[&id(2)], claims: vec![address], ..Peer::default() };
     bench.node(3).learn(id(2), forged, now);
-    assert_eq!(bench.node(3).claims(), [address], "it is announced no more");
+    assert_eq!(bench.node(3).claims(), [address], "the address must still be announced");
     bench.pass(Duration::from_secs(2));
     let now = bench.now;
     let problems: Vec<_> = bench.node(3).problems(now).into_iter().collect();
     assert_eq!(problems, [Problem::Contested { address, owner: "c".into(), node: id(2) }]);
     bench.gossip(id(2), id(3));
     let now = bench.now;
-    assert_eq!(bench.node(3).problems(now), BTreeSet::new(), "it is over");
+    assert_eq!(bench.node(3).problems(now), BTreeSet::new(), "the problem must have ended");
 }
 
 #[test]
-fn a_node_that_leaves_asks_for_nothing() {
+fn a_leaving_node_claims_nothing() {
     let mut bench = Bench::new([5, 6]);
     let request = bench.claim(5, ip(ADDRESSES[0]));
     let now = bench.now;
@@ -425,7 +429,7 @@ const NODES: u16 = 4;
 /// takes the address as well. Node 3 did not announce it then, so node 1 could not know of it and
 /// keeps it.
 #[test]
-fn a_node_that_has_given_way_takes_no_claim_for_a_late_one() {
+fn a_node_that_yielded_mistakes_no_claim_for_a_late_one() {
     let mut bench = Bench::new(1..=NODES);
     for op in [
         Op::Claim(2, 1),
@@ -506,7 +510,7 @@ fn carry_out(bench: &mut Bench, op: Op) {
 /// announces the address. Once node 1 releases the address, node 2 could announce it as well, and
 /// node 3 would treat that claim as late.
 #[test]
-fn a_node_that_yielded_leaves_an_address_to_the_one_that_announces_it_meanwhile() {
+fn a_node_that_yielded_leaves_the_address_to_its_new_announcer() {
     let mut bench = Bench::new(1..=NODES);
     for node in [1, 3, 2] {
         bench.claim(node, ip(ADDRESSES[1]));
@@ -523,14 +527,14 @@ fn a_node_that_yielded_leaves_an_address_to_the_one_that_announces_it_meanwhile(
     bench.release(id(3), ip(ADDRESSES[1]));
     bench.calm_down();
     bench.check_decided();
-    assert!(bench.node(2).claims().contains(&ip(ADDRESSES[1])), "it gets it back");
+    assert!(bench.node(2).claims().contains(&ip(ADDRESSES[1])), "node 2 must get the address back");
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
-    fn nodes_that_talk_never_share_a_static_address(ops in prop::collection::vec(talking(), 0..120)) {
+    fn connected_nodes_never_share_a_static_address(ops in prop::collection::vec(talking(), 0..120)) {
         let mut bench = Bench::new(1..=NODES);
         let lets_go = ops.iter().any(|op| matches!(op, Op::Release(..)));
         let mut passed = 0;
@@ -550,7 +554,7 @@ proptest! {
         // An address that was released meanwhile may have been refused to another node a moment
         // before.
         for address in wanted.into_iter().filter(|_| !lets_go) {
-            prop_assert_eq!(bench.holders(address).len(), 1, "somebody gets what many want");
+            prop_assert_eq!(bench.holders(address).len(), 1, "one of several claimants must get the address");
         }
         bench.check_decided();
         for node in bench.nodes.values() {
@@ -560,7 +564,7 @@ proptest! {
     }
 
     #[test]
-    fn whatever_went_wrong_it_is_decided_after_contact(ops in prop::collection::vec(anything(), 0..150)) {
+    fn every_conflict_is_decided_after_contact(ops in prop::collection::vec(anything(), 0..150)) {
         let mut bench = Bench::new(1..=NODES);
         for op in ops {
             carry_out(&mut bench, op);

@@ -15,7 +15,7 @@ fn sent(paths: &mut Paths) -> Vec<Probe> {
     let actions = std::iter::from_fn(|| paths.poll_action());
     let decoded = actions.filter_map(|action| match action {
         Action::Send { bytes, .. } => {
-            Some(Probe::decode(&bytes, bytes.len() as u32 + ENVELOPE).unwrap())
+            Some(Probe::decode(&bytes, bytes.len() as u32 + ENCAP_LEN).unwrap())
         }
         Action::Changed { .. } => None,
     });
@@ -54,7 +54,7 @@ fn only_the_answer_to_an_open_request_counts_and_only_once() {
     assert_eq!(
         paths.state(B).unwrap().last_heard,
         Some(now + ms(10)),
-        "a replay is no sign of life"
+        "a replay does not count as a sign of life"
     );
 }
 
@@ -67,11 +67,11 @@ fn an_answer_that_comes_too_late_does_not_count() {
 }
 
 #[test]
-fn the_answer_of_one_node_is_not_taken_from_another() {
+fn the_answer_of_one_node_is_not_accepted_from_another() {
     let (mut paths, now) = alone();
     let request = sent(&mut paths)[0];
     give(&mut paths, node(4), answer(request), now);
-    assert_eq!(paths.counters().strangers, 1);
+    assert_eq!(paths.counters().unknown_peers, 1);
     paths.set_peer(node(3), 1440, now);
     give(&mut paths, node(3), answer(request), now);
     assert_eq!(paths.counters().stray, 1);
@@ -92,13 +92,13 @@ fn a_flood_of_requests_is_answered_at_a_bounded_rate_with_small_packets() {
     assert!(answers.len() <= bound, "{} answers", answers.len());
     assert!(answers.iter().all(|answer| answer.kind == Kind::Answer && answer.size == SMALLEST));
     assert_eq!(paths.counters().limited, 10_000 - answers.len() as u64);
-    assert!(!paths.state(B).unwrap().alive, "what it asks does not make it alive");
+    assert!(!paths.state(B).unwrap().alive, "requests do not make the path alive");
     give(&mut paths, B, request, now + secs(3));
     assert_eq!(sent(&mut paths).len(), 1, "it is answered again later");
 }
 
 #[test]
-fn the_largest_size_that_came_is_told_and_forgotten() {
+fn the_largest_received_size_is_reported_and_later_forgotten() {
     let (mut paths, now) = alone();
     sent(&mut paths);
     let request =
@@ -125,12 +125,12 @@ fn a_removed_node_is_a_stranger_and_gets_nothing_more() {
         Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 1, seen: 0, carries: 0 },
         now,
     );
-    assert_eq!((paths.poll_action(), paths.counters().strangers), (None, 1));
+    assert_eq!((paths.poll_action(), paths.counters().unknown_peers), (None, 1));
 }
 
 proptest! {
     #[test]
-    fn bytes_from_a_peer_never_harm(
+    fn arbitrary_bytes_from_a_peer_do_no_harm(
         frames in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..80), any::<u32>(), 0u64..500), 0..60),
     ) {
         let (mut paths, mut now) = alone();

@@ -12,14 +12,14 @@ fn the_first_answer_makes_a_new_path_alive_within_a_round_trip() {
 }
 
 #[test]
-fn a_path_that_opens_later_is_found_at_once_in_its_first_seconds() {
+fn a_path_that_opens_in_its_first_seconds_is_found_at_once() {
     let mut world = World::pair(2);
     world.set_both(DEAD);
     world.run(ms(4000));
     world.set_both(GOOD);
     assert!(world.until(true, secs(1)) <= ms(140));
     world.run(secs(10));
-    assert!(world.state(A, B).loss < 0.05, "what was lost before it opened does not count");
+    assert!(world.state(A, B).loss < 0.05, "probes lost before the path opened do not count");
 }
 
 #[test]
@@ -34,13 +34,13 @@ fn a_path_that_dies_in_both_directions_is_dead_within_two_seconds() {
         slowest = slowest.max(time);
         fastest = fastest.min(time);
         let state = world.state(A, B);
-        assert_eq!(state.last_error.map(|(fault, _)| fault), Some(Fault::Silent));
+        assert_eq!(state.last_error.map(|(failpoint, _)| failpoint), Some(Fault::Silent));
     }
     assert!(fastest >= ms(1390) && slowest <= ms(2000), "{fastest:?} to {slowest:?}");
 }
 
 #[test]
-fn a_path_that_dies_in_one_direction_is_dead_at_both_ends_within_two_seconds() {
+fn a_path_dead_in_one_direction_is_dead_at_both_ends_in_two_seconds() {
     for seed in 0..50 {
         let mut world = World::pair(seed);
         world.run(ms(5000 + seed * 13));
@@ -54,7 +54,7 @@ fn a_path_that_dies_in_one_direction_is_dead_at_both_ends_within_two_seconds() {
 }
 
 #[test]
-fn a_path_that_heals_is_alive_within_a_second_and_has_a_fresh_record() {
+fn a_path_that_heals_is_alive_within_a_second_with_a_fresh_loss_rate() {
     for seed in 0..20 {
         let mut world = World::pair(seed);
         world.run(secs(5));
@@ -70,7 +70,7 @@ fn a_path_that_heals_is_alive_within_a_second_and_has_a_fresh_record() {
 }
 
 #[test]
-fn one_answer_or_two_do_not_make_a_dead_path_alive() {
+fn one_or_two_answers_do_not_revive_a_dead_path() {
     let mut world = World::pair(3);
     world.run(secs(5));
     world.set_both(DEAD);
@@ -91,7 +91,7 @@ fn one_answer_or_two_do_not_make_a_dead_path_alive() {
 }
 
 #[test]
-fn a_third_of_all_packets_lost_is_no_death() {
+fn losing_a_third_of_all_packets_does_not_kill_a_path() {
     for (seed, back) in [(1, 0.0), (2, 0.3), (3, 0.3), (4, 0.3)] {
         let mut world = World::pair(seed);
         world.run(secs(1));
@@ -101,7 +101,7 @@ fn a_third_of_all_packets_lost_is_no_death() {
         let deaths = world.changes.iter().filter(|(_, _, _, state)| !state.alive).count();
         assert_eq!(deaths, 0, "seed {seed}");
         let (loss, true_loss) = (world.state(A, B).loss, 1.0 - 0.7 * (1.0 - back) as f32);
-        assert!((loss - true_loss).abs() < 0.2, "{loss} for {true_loss}");
+        assert!((loss - true_loss).abs() < 0.2, "measured a loss of {loss} instead of {true_loss}");
     }
 }
 
@@ -116,7 +116,7 @@ fn a_path_that_flaps_is_held_down_longer_each_time() {
         world.run(secs(5));
     }
     let lives = world.changes.iter().filter(|(_, at, _, state)| *at == A && state.alive).count();
-    assert!((4..=7).contains(&lives), "{lives} times alive in 60 periods");
+    assert!((4..=7).contains(&lives), "came alive {lives} times in 60 periods");
     let time = world.until(true, secs(31));
     assert!(time < secs(31), "{time:?}");
     // The path has been steady since, so the next death counts as the first one again.
@@ -128,7 +128,7 @@ fn a_path_that_flaps_is_held_down_longer_each_time() {
 }
 
 #[test]
-fn the_hold_ends_at_half_a_minute() {
+fn the_hold_down_time_is_at_most_half_a_minute() {
     let mut world = World::pair(5);
     world.run(secs(5));
     for _ in 0..12 {
@@ -145,7 +145,7 @@ fn the_hold_ends_at_half_a_minute() {
 }
 
 #[test]
-fn a_daemon_that_stood_still_does_not_take_its_own_silence_for_the_others() {
+fn a_stalled_daemon_does_not_take_its_own_silence_for_its_peers() {
     let mut world = World::pair(6);
     world.run(secs(5));
     // Nothing is polled for four seconds. Then the timer fires before the answers are read.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::probe::{ENVELOPE, HEADER};
+use super::probe::{ENCAP_LEN, HEADER};
 use super::*;
 
 const A: NodeId = node(1);
@@ -23,7 +23,7 @@ const B: NodeId = node(2);
 const fn node(id: u16) -> NodeId {
     match NodeId::new(id) {
         Ok(id) => id,
-        Err(_) => panic!("an ID of a test"),
+        Err(_) => panic!("a test uses an invalid ID"),
     }
 }
 
@@ -123,14 +123,17 @@ impl World {
                 && entry.key().0 <= self.now
             {
                 let Packet { from, to, bytes } = entry.remove();
-                let size = bytes.len() as u32 + ENVELOPE;
+                let size = bytes.len() as u32 + ENCAP_LEN;
                 let Some(paths) = self.nodes.get_mut(&to) else { continue };
                 paths.handle_probe(from, &bytes[..HEADER], size, self.now);
             }
             for paths in self.nodes.values_mut() {
                 if paths.poll_timeout().is_some_and(|at| at <= self.now) {
                     paths.handle_timeout(self.now);
-                    assert!(paths.poll_timeout().is_none_or(|at| at > self.now), "timers move on");
+                    assert!(
+                        paths.poll_timeout().is_none_or(|at| at > self.now),
+                        "a timer did not advance"
+                    );
                 }
             }
         }
@@ -147,7 +150,7 @@ impl World {
                         }
                     }
                     Action::Send { to, bytes } => {
-                        let size = bytes.len() as u32 + ENVELOPE;
+                        let size = bytes.len() as u32 + ENCAP_LEN;
                         if *from == A {
                             self.tap.push((self.now - self.start, bytes.clone()));
                         }

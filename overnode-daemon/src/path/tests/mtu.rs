@@ -2,7 +2,7 @@ use super::super::mtu::{BUSY_CHECK_INTERVAL, CHECK_INTERVAL, FLOOR, PRECISION, R
 use super::*;
 
 fn size(bytes: &[u8]) -> u32 {
-    bytes.len() as u32 + ENVELOPE
+    bytes.len() as u32 + ENCAP_LEN
 }
 
 fn sizes_of(world: &World) -> Vec<u32> {
@@ -15,12 +15,15 @@ fn narrow(world: &mut World, carries: u32) {
 
 fn assert_found(world: &World, carries: u32) {
     let state = world.state(A, B);
-    assert!(state.mtu <= carries && state.mtu + PRECISION > carries, "{state:?} for {carries}");
+    assert!(
+        state.mtu <= carries && state.mtu + PRECISION > carries,
+        "{state:?} on a path that carries {carries}"
+    );
     assert!(state.mtu_confirmed);
 }
 
 #[test]
-fn what_the_interface_carries_is_confirmed_by_one_probe() {
+fn the_interface_mtu_is_confirmed_by_one_probe() {
     for largest in [1220, 1440, 8940] {
         let mut world = World::new(1, 2, largest);
         world.run(secs(1));
@@ -37,7 +40,7 @@ fn what_the_interface_carries_is_confirmed_by_one_probe() {
 }
 
 #[test]
-fn a_path_that_carries_less_is_found_out_to_eight_bytes() {
+fn a_smaller_path_mtu_is_found_to_within_eight_bytes() {
     let paths = [
         (1440, 1380),
         (1440, 1240),
@@ -53,31 +56,34 @@ fn a_path_that_carries_less_is_found_out_to_eight_bytes() {
         let mut world = World::new(2, 2, largest);
         narrow(&mut world, carries);
         world.run(secs(1));
-        assert!(world.state(A, B).mtu <= carries.max(1200), "what fails is not used for long");
+        assert!(
+            world.state(A, B).mtu <= carries.max(1200),
+            "a size that fails is not used for long"
+        );
         world.run(secs(12));
         assert_found(&world, carries);
         let back = world.state(B, A);
         assert_eq!(
             (back.mtu, back.mtu_confirmed),
             (largest, true),
-            "the other direction is another matter"
+            "the other direction is independent"
         );
         assert!(world.changes.iter().all(|(_, _, _, state)| state.alive));
     }
 }
 
 #[test]
-fn a_path_below_the_floor_is_reported_and_alive() {
+fn a_path_below_the_floor_is_reported_and_stays_alive() {
     let mut world = World::pair(3);
     narrow(&mut world, 300);
     world.run(secs(120));
     let state = world.state(A, B);
     assert_eq!((state.alive, state.mtu, state.mtu_confirmed), (true, FLOOR, false));
-    assert_eq!(state.last_error.map(|(fault, _)| fault), Some(Fault::TooLarge(FLOOR)));
+    assert_eq!(state.last_error.map(|(failpoint, _)| failpoint), Some(Fault::TooLarge(FLOOR)));
 }
 
 #[test]
-fn a_black_hole_is_found_within_the_check_interval_and_heals_with_the_next_rise() {
+fn a_black_hole_is_found_by_the_next_check_and_heals_with_the_next_raise() {
     for (largest, carries) in [(1440, 1240), (8940, 1440), (8940, 1240), (1240, 1220)] {
         let mut world = World::new(4, 2, largest);
         world.run(secs(45));
@@ -85,7 +91,7 @@ fn a_black_hole_is_found_within_the_check_interval_and_heals_with_the_next_rise(
         world.run(CHECK_INTERVAL + secs(1));
         assert!(world.state(A, B).mtu <= carries, "{:?}", world.state(A, B));
         assert_eq!(
-            world.state(A, B).last_error.map(|(fault, _)| fault),
+            world.state(A, B).last_error.map(|(failpoint, _)| failpoint),
             Some(Fault::TooLarge(largest))
         );
         world.run(secs(9));
@@ -100,7 +106,7 @@ fn a_black_hole_is_found_within_the_check_interval_and_heals_with_the_next_rise(
 }
 
 #[test]
-fn where_containers_talk_a_black_hole_is_found_sooner() {
+fn a_black_hole_on_a_busy_path_is_found_sooner() {
     let mut world = World::pair(13);
     world.run(secs(45));
     let now = world.now;
@@ -141,7 +147,7 @@ fn a_suspicion_finds_a_black_hole_in_a_second() {
 }
 
 #[test]
-fn a_rise_that_fails_disturbs_nothing() {
+fn a_failed_raise_disturbs_nothing() {
     let mut world = World::pair(6);
     narrow(&mut world, 1300);
     world.run(secs(20));
@@ -153,7 +159,7 @@ fn a_rise_that_fails_disturbs_nothing() {
 }
 
 #[test]
-fn a_path_that_rises_halfway_is_used_that_far() {
+fn a_path_mtu_that_rises_partway_is_used() {
     let mut world = World::new(7, 2, 8940);
     narrow(&mut world, 1240);
     world.run(secs(20));
@@ -198,7 +204,7 @@ fn loss_is_not_taken_for_a_black_hole() {
 }
 
 #[test]
-fn a_node_tells_what_each_of_its_living_paths_carries() {
+fn a_node_reports_what_all_of_its_live_paths_carry() {
     let mut world = World::new(15, 3, 1440);
     let c = node(3);
     for (from, to) in [(A, c), (c, A)] {
@@ -211,7 +217,7 @@ fn a_node_tells_what_each_of_its_living_paths_carries() {
     let found = world.state(B, c).mtu;
     assert!((1293..=1300).contains(&found), "{found}");
     assert_eq!(world.state(A, B).carries, Some(found));
-    assert_eq!(world.state(A, c).carries, None, "nothing was ever heard of it");
+    assert_eq!(world.state(A, c).carries, None, "nothing was ever heard from it");
     // Dead paths do not count.
     for (from, to) in [(B, c), (c, B)] {
         world.set(from, to, DEAD);
@@ -221,7 +227,7 @@ fn a_node_tells_what_each_of_its_living_paths_carries() {
 }
 
 #[test]
-fn a_dead_path_says_nothing_of_its_mtu() {
+fn a_dead_path_says_nothing_about_its_mtu() {
     let mut world = World::pair(9);
     world.run(secs(29));
     world.set_both(DEAD);
@@ -231,7 +237,7 @@ fn a_dead_path_says_nothing_of_its_mtu() {
 }
 
 #[test]
-fn another_interface_mtu_is_followed() {
+fn a_changed_interface_mtu_is_followed() {
     let mut world = World::pair(10);
     world.run(secs(5));
     for (largest, carries, mtu) in
@@ -247,7 +253,7 @@ fn another_interface_mtu_is_followed() {
 }
 
 #[test]
-fn a_probe_that_the_kernel_refuses_has_failed_without_waiting() {
+fn a_probe_that_the_kernel_refuses_fails_at_once() {
     let mut world = World::pair(11);
     narrow(&mut world, 1300);
     for _ in 0..100 {
@@ -285,7 +291,7 @@ fn answer(paths: &mut Paths, request: Probe, seen: u32, now: Instant) {
 }
 
 #[test]
-fn a_size_whose_answer_is_lost_is_confirmed_by_a_later_answer_but_not_by_what_was_seen_before() {
+fn a_lost_answer_is_replaced_by_a_later_one_but_not_by_an_earlier_one() {
     let mut now = Instant::now();
     let mut paths = Paths::new(StdRng::seed_from_u64(12));
     paths.set_peer(B, 1440, now);
@@ -294,7 +300,7 @@ fn a_size_whose_answer_is_lost_is_confirmed_by_a_later_answer_but_not_by_what_wa
     let (large, small) = asked(&mut paths, now);
     assert_eq!(large.map(|probe| probe.size), Some(1440));
     answer(&mut paths, small.unwrap(), 1432, now);
-    assert!(!paths.state(B).unwrap().mtu_confirmed, "less was seen than was sent");
+    assert!(!paths.state(B).unwrap().mtu_confirmed, "the size seen is smaller than the size sent");
 
     now += ms(100);
     let (_, small) = asked(&mut paths, now);

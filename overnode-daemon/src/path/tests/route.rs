@@ -43,7 +43,7 @@ fn via(relay: u16, hops: u8) -> Route {
 }
 
 #[test]
-fn a_chain_is_followed_and_a_link_that_one_end_denies_is_none() {
+fn a_chain_is_followed_and_a_link_denied_by_one_end_does_not_count() {
     let mut links = links(&[(1, 2), (2, 3), (3, 4)]);
     let routes = choose(A, &view(A, 5, &links));
     let expected = [(2, Route::Direct), (3, via(2, 2)), (4, via(2, 3)), (5, Route::Unreachable)];
@@ -60,7 +60,7 @@ fn a_direct_path_wins_over_any_relay_as_soon_as_it_is_alive() {
 }
 
 #[test]
-fn of_equally_long_ways_the_present_one_stays_then_the_nearest_then_the_lowest_id() {
+fn ties_go_to_the_present_route_then_the_nearest_then_the_lowest_id() {
     let mut graph = view(A, 6, &links(&[(1, 3), (1, 4), (1, 5), (3, 6), (4, 6), (5, 6)]));
     let choice = |graph: &Graph| choose(A, graph)[&node(6)];
     assert_eq!(choice(&graph), via(3, 2));
@@ -70,15 +70,19 @@ fn of_equally_long_ways_the_present_one_stays_then_the_nearest_then_the_lowest_i
     set(&mut graph, 5, Some(ms(9)));
     assert_eq!(choice(&graph), via(5, 2));
     graph.present = BTreeMap::from([(node(6), via(4, 2))]);
-    assert_eq!(choice(&graph), via(4, 2), "a little nearer is no reason to change");
+    assert_eq!(
+        choice(&graph),
+        via(4, 2),
+        "a slightly shorter round-trip time is no reason to change"
+    );
     set(&mut graph, 5, Some(ms(4)));
-    assert_eq!(choice(&graph), via(5, 2), "much nearer is");
+    assert_eq!(choice(&graph), via(5, 2), "a much shorter one is");
     set(&mut graph, 5, Some(ms(9)));
     set(&mut graph, 4, None);
-    assert_eq!(choice(&graph), via(5, 2), "what was never measured counts as far");
+    assert_eq!(choice(&graph), via(5, 2), "a path without a measurement counts as slow");
     set(&mut graph, 4, Some(ms(10)));
     graph.direct.get_mut(&node(4)).unwrap().alive = false;
-    assert_eq!(choice(&graph), via(5, 2), "a dead one does not stay");
+    assert_eq!(choice(&graph), via(5, 2), "a dead relay is not kept");
     graph.present = BTreeMap::from([(node(6), Route::Unreachable)]);
     assert_eq!(choice(&graph), via(5, 2));
 }
@@ -93,7 +97,7 @@ fn no_route_has_more_than_eight_links() {
 }
 
 #[test]
-fn a_route_carries_what_is_known_of_its_hops_less_the_relay_header() {
+fn the_mtu_of_a_route_is_that_of_its_known_hops_less_the_relay_header() {
     let mut graph = view(A, 3, &links(&[(1, 2), (2, 3)]));
     let of = |id, route, graph: &Graph| mtu(node(id), route, &graph.direct);
     assert_eq!(of(2, Route::Direct, &graph), Some(1440));
@@ -166,7 +170,7 @@ fn distances(from: NodeId, links: &Links) -> BTreeMap<NodeId, u8> {
 }
 
 #[test]
-fn with_equal_views_every_packet_takes_a_shortest_way_whatever_was_used_before() {
+fn with_equal_views_every_packet_takes_a_shortest_path() {
     let mut relayed = 0;
     for seed in 0..300 {
         let mut rng = StdRng::seed_from_u64(seed);
@@ -206,7 +210,7 @@ fn with_equal_views_every_packet_takes_a_shortest_way_whatever_was_used_before()
 }
 
 #[test]
-fn with_unequal_views_the_hop_limit_ends_every_way_and_equal_views_heal_it() {
+fn with_unequal_views_the_hop_limit_ends_every_loop() {
     let mut loops = 0;
     for seed in 0..300 {
         let mut rng = StdRng::seed_from_u64(seed);
@@ -226,11 +230,14 @@ fn with_unequal_views_the_hop_limit_ends_every_way_and_equal_views_heal_it() {
             }
         }
     }
-    assert!(loops > 100, "the views were not unequal enough to show anything: {loops}");
+    assert!(
+        loops > 100,
+        "the views differed too little for the test to show anything: {loops} loops"
+    );
 }
 
 #[test]
-fn what_a_node_knows_of_its_own_paths_goes_before_what_gossip_says_of_them() {
+fn a_nodes_own_paths_override_what_gossip_says_about_them() {
     // Gossip still reports 1-3 as alive, but node 1 knows that it is not.
     let mut graph = view(A, 3, &links(&[(1, 2), (2, 3), (1, 3)]));
     graph.direct.get_mut(&node(3)).unwrap().alive = false;
@@ -242,7 +249,7 @@ fn what_a_node_knows_of_its_own_paths_goes_before_what_gossip_says_of_them() {
 }
 
 #[test]
-fn a_link_that_one_end_only_reports_changes_no_route() {
+fn a_link_reported_by_only_one_end_changes_no_route() {
     for seed in 0..200 {
         let mut rng = StdRng::seed_from_u64(seed);
         let nodes = rng.random_range(3..16);

@@ -16,7 +16,7 @@ fn idle(peers: u16, busy: u16) -> (f64, f64) {
             paths.handle_timeout(now);
             while let Some(action) = paths.poll_action() {
                 if let Action::Send { to, bytes } = action {
-                    let size = bytes.len() as u32 + ENVELOPE;
+                    let size = bytes.len() as u32 + ENCAP_LEN;
                     sent.0 += 1;
                     sent.1 += u64::from(size);
                     let request = Probe::decode(&bytes, size).unwrap();
@@ -48,7 +48,7 @@ fn idle_cost_is_small_and_linear() {
 }
 
 #[test]
-fn among_many_a_busy_path_that_dies_is_noticed_in_two_seconds_and_a_quiet_one_in_four() {
+fn among_many_paths_a_dead_busy_one_is_noticed_sooner_than_an_idle_one() {
     for (is_busy, limit) in [(true, secs(2)), (false, secs(4))] {
         let mut world = World::pair(3);
         let start = world.start;
@@ -65,7 +65,7 @@ fn among_many_a_busy_path_that_dies_is_noticed_in_two_seconds_and_a_quiet_one_in
         world.run(secs(5));
         world.set_both(DEAD);
         let time = world.until(false, secs(6));
-        assert!(time <= limit, "busy {is_busy}: {time:?}");
+        assert!(time <= limit, "busy: {is_busy}, {time:?}");
     }
 }
 

@@ -56,7 +56,7 @@ fn until(world: &mut World, gossip: &mut Gossip, wanted: Route, at_most: Duratio
 }
 
 #[test]
-fn a_path_that_dies_in_either_direction_is_replaced_in_two_seconds_and_taken_again_when_it_heals() {
+fn a_dead_path_is_replaced_in_two_seconds_and_used_again_when_it_heals() {
     let relayed = Route::Via { relay: B, hops: 2 };
     for (seed, dead) in [(1, [(A, C), (C, A)]), (2, [(A, C), (A, C)]), (3, [(C, A), (C, A)])] {
         let mut world = World::new(seed, 3, 1440);
@@ -78,7 +78,7 @@ fn a_path_that_dies_in_either_direction_is_replaced_in_two_seconds_and_taken_aga
 }
 
 #[test]
-fn a_relay_that_dies_is_replaced_in_three_seconds_and_without_another_it_is_said() {
+fn a_dead_relay_is_replaced_in_three_seconds_or_reported() {
     let mut world = World::new(4, 4, 1440);
     let mut gossip = Gossip::default();
     world.set(A, C, DEAD);

@@ -23,18 +23,18 @@ use crate::types::NodeId;
 /// What other nodes say about the quarters that this node lends, by quarter and node. Has only
 /// nodes that are reachable now.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Standing(BTreeMap<(NodeId, NodeId), Voucher>);
+pub(super) struct Vouchers(BTreeMap<(NodeId, NodeId), Voucher>);
 
 #[derive(Clone, Copy, Debug)]
 struct Voucher {
-    word: Word,
+    word: Statement,
     round: Round,
     retry: Retry,
 }
 
 /// What a node has said about a title since it was last unreachable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Word {
+enum Statement {
     /// Nothing yet, or nothing that supports the title.
     None,
     /// The node knows nothing against this title but cannot vouch for it.
@@ -45,22 +45,22 @@ enum Word {
     Vouched,
 }
 
-impl Standing {
+impl Vouchers {
     fn vouchers(&self, quarter: NodeId) -> usize {
         self.0
             .iter()
-            .filter(|((of, _), voucher)| *of == quarter && voucher.word >= Word::Consented)
+            .filter(|((of, _), voucher)| *of == quarter && voucher.word >= Statement::Consented)
             .count()
     }
 
     fn is_known(&self, quarter: NodeId, member: NodeId) -> bool {
-        self.0.get(&(quarter, member)).is_some_and(|voucher| voucher.word >= Word::Ignorant)
+        self.0.get(&(quarter, member)).is_some_and(|voucher| voucher.word >= Statement::Ignorant)
     }
 
     /// Asks the nodes that vouch for this node again, because the title has a new serial.
     pub(super) fn renew(&mut self, quarter: NodeId, now: Instant) {
         for (_, voucher) in self.0.iter_mut().filter(|((of, _), _)| *of == quarter) {
-            voucher.word = voucher.word.min(Word::Consented);
+            voucher.word = voucher.word.min(Statement::Consented);
             voucher.retry = Retry::new(now);
         }
     }
@@ -78,76 +78,81 @@ impl Ipam {
     /// Returns true if this node lends a quarter and no other node can do so now. Nothing of the
     /// quarter may be lent otherwise.
     pub fn may_lend(&self, quarter: NodeId) -> bool {
-        if self.lending.books.get(&quarter).is_none_or(|book| book.heir.is_some()) {
+        if self.lending.ledgers.get(&quarter).is_none_or(|ledger| ledger.successor.is_some()) {
             return false;
         }
         // Only nodes 1 to 4 take back space.
         let mut members = self.members().peekable();
-        let has_rivals = self.members().any(NodeId::owns_a_quarter);
+        let has_rivals = self.members().any(NodeId::has_initial_quarter);
         !has_rivals
-            || self.standing.vouchers(quarter) > 0
+            || self.vouching.vouchers(quarter) > 0
             || (members.peek().is_some()
-                && members.all(|member| self.standing.is_known(quarter, member)))
+                && members.all(|member| self.vouching.is_known(quarter, member)))
     }
 
     /// Returns true if more than half of the reachable members vouch for the title of a quarter.
     pub(super) fn is_vouched_for_by_most(&self, quarter: NodeId) -> bool {
         let reached = self.members().filter(|member| self.reachable.contains(member)).count();
-        2 * self.standing.vouchers(quarter) > reached
+        2 * self.vouching.vouchers(quarter) > reached
     }
 
     /// Records the nodes by whose consent a quarter was just taken. They have not agreed to
     /// anything else while they stay reachable.
-    pub(super) fn stand_by(&mut self, quarter: NodeId, consented: &BTreeSet<NodeId>, now: Instant) {
-        self.standing.forget_quarter(quarter);
+    pub(super) fn record_consent(
+        &mut self,
+        quarter: NodeId,
+        consented: &BTreeSet<NodeId>,
+        now: Instant,
+    ) {
+        self.vouching.forget_quarter(quarter);
         let reached: Vec<_> = consented.intersection(&self.reachable).copied().collect();
         for member in reached {
             let (round, retry) = (self.next_round(), Retry::new(now));
-            self.standing
+            self.vouching
                 .0
-                .insert((quarter, member), Voucher { word: Word::Consented, round, retry });
+                .insert((quarter, member), Voucher { word: Statement::Consented, round, retry });
         }
     }
 
     /// Discards the statements of nodes that are unreachable or no longer members.
     pub(super) fn prune_standing(&mut self) {
-        if self.standing.0.is_empty() {
+        if self.vouching.0.is_empty() {
             return;
         }
         let members: BTreeSet<_> =
             self.members().filter(|it| self.reachable.contains(it)).collect();
-        let Self { standing, lending, .. } = self;
-        standing.0.retain(|(quarter, member), _| {
-            lending.books.get(quarter).is_some_and(|book| book.heir.is_none())
+        let Self { vouching, lending, .. } = self;
+        vouching.0.retain(|(quarter, member), _| {
+            lending.ledgers.get(quarter).is_some_and(|ledger| ledger.successor.is_none())
                 && members.contains(member)
         });
     }
 
     /// Asks the reachable members about the quarters that this node lends.
     pub(super) fn drive_standing(&mut self, now: Instant) {
-        let active = self.lending.books.iter().filter(|(_, book)| book.heir.is_none());
-        let books: BTreeMap<NodeId, u64> =
-            active.map(|(quarter, book)| (*quarter, book.serial)).collect();
-        if books.is_empty() {
+        let active = self.lending.ledgers.iter().filter(|(_, ledger)| ledger.successor.is_none());
+        let ledgers: BTreeMap<NodeId, u64> =
+            active.map(|(quarter, ledger)| (*quarter, ledger.serial)).collect();
+        if ledgers.is_empty() {
             return;
         }
         let members: BTreeSet<_> =
             self.members().filter(|it| self.reachable.contains(it)).collect();
         let mut messages = Vec::new();
-        for (&quarter, &serial) in &books {
+        for (&quarter, &serial) in &ledgers {
             let sure = self.may_lend(quarter);
             for &member in &members {
-                if !self.standing.0.contains_key(&(quarter, member)) {
+                if !self.vouching.0.contains_key(&(quarter, member)) {
                     let (round, retry) = (self.next_round(), Retry::new(now));
-                    self.standing
+                    self.vouching
                         .0
-                        .insert((quarter, member), Voucher { word: Word::None, round, retry });
+                        .insert((quarter, member), Voucher { word: Statement::None, round, retry });
                 }
-                let Some(voucher) = self.standing.0.get_mut(&(quarter, member)) else { continue };
+                let Some(voucher) = self.vouching.0.get_mut(&(quarter, member)) else { continue };
                 // A member that knows nothing about the title is asked again only when this node is
                 // sure of the title.
-                let is_done =
-                    voucher.word == Word::Vouched || (voucher.word == Word::Ignorant && !sure);
+                let is_done = voucher.word == Statement::Vouched
+                    || (voucher.word == Statement::Ignorant && !sure);
                 if !is_done && voucher.retry.take(now, &self.timing) {
                     let (round, epoch) = (voucher.round, self.epoch);
                     messages.push((member, Message::Hold { quarter, serial, epoch, round, sure }));
@@ -161,13 +166,15 @@ impl Ipam {
 
     pub(super) fn next_standing(&self) -> Option<Instant> {
         let sure: BTreeSet<_> =
-            self.lending.books.keys().filter(|quarter| self.may_lend(**quarter)).collect();
-        let is_asked = |quarter: &NodeId, member: &NodeId, word: Word| {
+            self.lending.ledgers.keys().filter(|quarter| self.may_lend(**quarter)).collect();
+        let is_asked = |quarter: &NodeId, member: &NodeId, word: Statement| {
             let is_member = self.reachable.contains(member) && !self.has_left(*member);
             is_member
-                && (word < Word::Ignorant || word == Word::Consented || sure.contains(quarter))
+                && (word < Statement::Ignorant
+                    || word == Statement::Consented
+                    || sure.contains(quarter))
         };
-        let open = self.standing.0.iter().filter(|(_, voucher)| voucher.word != Word::Vouched);
+        let open = self.vouching.0.iter().filter(|(_, voucher)| voucher.word != Statement::Vouched);
         let waiting =
             open.filter(|((quarter, member), voucher)| is_asked(quarter, member, voucher.word));
         waiting.map(|(_, voucher)| voucher.retry.at).min()
@@ -183,15 +190,15 @@ impl Ipam {
         sure: bool,
         now: Instant,
     ) {
-        if !from.owns_a_quarter() {
+        if !from.has_initial_quarter() {
             return;
         }
         let title = Title { serial, holder: from };
         if self.is_gone(from, epoch) {
-            self.tell_buried(from, epoch);
+            self.send_reclaimed(from, epoch);
             return;
         }
-        if self.lending.books.contains_key(&quarter) {
+        if self.lending.ledgers.contains_key(&quarter) {
             self.handle_title(from, quarter, title, now);
             return;
         }
@@ -200,7 +207,7 @@ impl Ipam {
             self.send(from, &Message::Title { quarter, title: known });
             return;
         }
-        if self.has_pledged(from) || self.claims_space_of(from) {
+        if self.has_promised(from) || self.claims_space_of(from) {
             return;
         }
         // The node was there just now, whether it counts as reachable or not.
@@ -244,11 +251,11 @@ impl Ipam {
         if self.lends(quarter) != Some(serial) {
             return;
         }
-        let Some(voucher) = self.standing.0.get_mut(&(quarter, from)) else { return };
+        let Some(voucher) = self.vouching.0.get_mut(&(quarter, from)) else { return };
         if voucher.round != round {
             return;
         }
-        let word = if heard { Word::Vouched } else { Word::Ignorant };
+        let word = if heard { Statement::Vouched } else { Statement::Ignorant };
         if word > voucher.word {
             *voucher = Voucher { word, retry: Retry::new(now), ..*voucher };
         }

@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use super::running::Node;
-use crate::api::{self, ApiError, Happening, Host, Who};
+use crate::api::{self, ApiError, EventKind, Host, PeerRef};
 use crate::control::CONTROL_PORT;
 use crate::control::dial::{self, AttemptId, Verdict};
 use crate::control::hello::Refusal;
@@ -39,7 +39,7 @@ impl Node {
         match event {
             MeshEvent::Opened(opened) => self.opened(*opened, now),
             MeshEvent::Received(id, bytes) => self.received(id, &bytes, now),
-            MeshEvent::Parcel(id, bytes) => self.parcel_received(id, &bytes, now),
+            MeshEvent::RoutedMessage(id, bytes) => self.routed_received(id, &bytes, now),
             MeshEvent::RoundTrip(id, rtt) => {
                 if let Some(stream) = self.streams.get_mut(&id) {
                     stream.rtt = Some(rtt);
@@ -53,7 +53,7 @@ impl Node {
             }
             MeshEvent::DialFailed(attempt, failure) => self.dial_failed(attempt, &failure, now),
             MeshEvent::Refused { remote, refusal } => {
-                tracing::debug!("a caller at {remote} was refused: {refusal}");
+                tracing::debug!("refused a connection from {remote}: {refusal}");
                 self.dialer.handle_refused(remote, &refusal, now);
             }
         }
@@ -88,13 +88,13 @@ impl Node {
             outbox: opened.outbox,
         };
         self.streams.insert(opened.id, stream);
-        self.tell(|_| Happening::Connected {
-            peer: Who { id: Some(peer), name: Some(name), ..Who::default() },
+        self.tell(|_| EventKind::Connected {
+            peer: PeerRef { id: Some(peer), name: Some(name), ..PeerRef::default() },
             remote,
         });
         self.paths_changed = true;
         // Update this before the next connection arrives. Gossip will report the same shortly.
-        self.residents
+        self.live_nodes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(peer, (opened.hello.public_key, opened.hello.nickname));
@@ -110,19 +110,19 @@ impl Node {
     fn received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
         let Some(peer) = self.streams.get(&id).map(|stream| stream.peer) else { return };
         if let Err(error) = self.gossip.handle_message(peer, bytes, now) {
-            self.cut_off(id, &Refusal::CutOff(error.to_string()), now);
+            self.cut_off(id, &Refusal::Misconduct(error.to_string()), now);
         }
     }
 
-    fn parcel_received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
+    fn routed_received(&mut self, id: StreamId, bytes: &[u8], now: Instant) {
         let Some(peer) = self.streams.get(&id).map(|stream| stream.peer) else { return };
-        match self.gossip.handle_parcel(peer, bytes, now) {
+        match self.gossip.handle_routed(peer, bytes, now) {
             Ok(None) => {}
             Ok(Some(why)) => {
-                tracing::debug!("a parcel that node {peer} sent was not passed on: {why}")
+                tracing::debug!("a routed message from node {peer} was not forwarded: {why}")
             }
             Err(error) => {
-                self.cut_off(id, &Refusal::CutOff(error.to_string()), now);
+                self.cut_off(id, &Refusal::Misconduct(error.to_string()), now);
             }
         }
     }
@@ -132,7 +132,7 @@ impl Node {
     fn cut_off(&mut self, id: StreamId, why: &Refusal, now: Instant) {
         let Some(stream) = self.streams.get(&id) else { return };
         tracing::warn!(
-            "the connection with node {} at {} is cut: {why}",
+            "closing the connection with node {} at {}: {why}",
             stream.peer,
             stream.remote
         );
@@ -143,7 +143,7 @@ impl Node {
 
     fn close(&mut self, id: StreamId, why: &str, now: Instant) {
         let Some(stream) = self.streams.remove(&id) else { return };
-        self.ways.touch();
+        self.relay_routes.mark_stale();
         self.paths_changed = true;
         tracing::info!(
             "the connection with node {} at {} ended: {why}",
@@ -151,15 +151,15 @@ impl Node {
             stream.remote
         );
         let Stream { peer, remote, .. } = stream;
-        self.tell(|node| Happening::Disconnected {
-            peer: node.who(peer.peer_index()),
+        self.tell(|node| EventKind::Disconnected {
+            peer: node.peer_ref(peer.peer_index()),
             remote,
             why: why.to_owned(),
         });
         match self.dialer.handle_lost(stream.connection, why, now) {
             Some((peer, true)) => {
                 self.gossip.handle_disconnected(peer, now);
-                self.refresh_residents();
+                self.refresh_live_nodes();
             }
             Some((peer, false)) => self.gossip.resync(peer),
             None => {}
@@ -167,7 +167,7 @@ impl Node {
     }
 
     fn dial_failed(&mut self, attempt: AttemptId, failure: &DialFailure, now: Instant) {
-        tracing::debug!("dialling failed: {failure}");
+        tracing::debug!("dialing failed: {failure}");
         match failure {
             DialFailure::Refused(refusal) => self.dialer.handle_failed(attempt, refusal, now),
             DialFailure::Unresolved(_) | DialFailure::Unreachable(..) => {
@@ -201,19 +201,19 @@ impl Node {
                 gossip::Action::Send { to, message } => {
                     self.send(to, &Packet::Gossip(message.encode()), now);
                 }
-                gossip::Action::SendParcel { to, parcel } => {
-                    self.send(to, &Packet::Parcel(parcel.encode()), now);
+                gossip::Action::SendRouted { to, routed } => {
+                    self.send(to, &Packet::RoutedMessage(routed.encode()), now);
                 }
-                gossip::Action::Deliver(parcel) => {
+                gossip::Action::Deliver(routed) => {
                     // The message may depend on its sender's record.
-                    if self.unlearnt.remove(&parcel.from) {
-                        self.learn(parcel.from, now).await;
+                    if self.unprocessed_records.remove(&routed.from) {
+                        self.learn(routed.from, now).await;
                     }
-                    self.deliver(&parcel, now);
+                    self.deliver(&routed, now);
                 }
-                gossip::Action::Changed(id) => _ = self.unlearnt.insert(id),
+                gossip::Action::Changed(id) => _ = self.unprocessed_records.insert(id),
                 gossip::Action::Removed(id) => {
-                    self.unlearnt.remove(&id);
+                    self.unprocessed_records.remove(&id);
                     self.unlearn(id, now);
                 }
                 gossip::Action::Contested(record) => {
@@ -228,7 +228,7 @@ impl Node {
                             record.nickname, record.public_key
                         )
                     };
-                    self.note_twins(id, problem, now);
+                    self.note_id_clash(id, problem, now);
                 }
                 gossip::Action::Clash { record, holder } => self.report_clash(&record, holder, now),
             }
@@ -236,7 +236,7 @@ impl Node {
         // One message may bring thousands of records. Learn some now, and the rest after other
         // work.
         for _ in 0..LEARN_AT_ONCE {
-            let Some(id) = self.unlearnt.pop_first() else { break };
+            let Some(id) = self.unprocessed_records.pop_first() else { break };
             self.learn(id, now).await;
         }
         self.keep_incarnation(now);
@@ -269,7 +269,7 @@ impl Node {
             self.dialer.handle_refused(*address, &refusal, now);
         }
         if record.id != self.identity.id {
-            self.note_twins(record.id, refusal.to_string(), now);
+            self.note_id_clash(record.id, refusal.to_string(), now);
         }
     }
 
@@ -293,7 +293,7 @@ impl Node {
         }
         match self.store.set_peers(&known) {
             Ok(()) => known.iter().for_each(|known| _ = self.unsaved.remove(&known.record.id)),
-            Err(error) => tracing::warn!("what other nodes say was not stored: {error}"),
+            Err(error) => tracing::warn!("the records of other nodes were not stored: {error}"),
         }
     }
 
@@ -305,30 +305,30 @@ impl Node {
             return;
         };
         if !stream.outbox.send(packet) {
-            self.close(id, "the other side does not read what it is sent", now);
+            self.close(id, "the other side does not read its messages", now);
         }
     }
 
     async fn learn(&mut self, id: NodeId, now: Instant) {
         let Some(record) = self.gossip.record(id).cloned() else { return };
         self.unsaved.insert(id);
-        self.ways.touch();
+        self.relay_routes.mark_stale();
         self.paths_changed = true;
         self.routing.learn(&record);
-        if !self.peers.contains_key(&id.peer_index()) && !self.routing.is_taken_back(id) {
-            self.tell(|node| Happening::NodeAppeared { peer: node.who(id.peer_index()) });
+        if !self.peers.contains_key(&id.peer_index()) && !self.routing.is_reclaimed(id) {
+            self.tell(|node| EventKind::NodeAppeared { peer: node.peer_ref(id.peer_index()) });
         }
         self.tell_ipam(&record, now);
         self.dns.learn(&record);
         self.dialer.learn(id, record.addresses.clone(), now);
         if let Err(error) = self.configure_peer(&record, now).await {
-            tracing::warn!("node {id} cannot be given to the data plane: {error:#}");
+            tracing::warn!("node {id} cannot be added to the data plane: {error:#}");
         }
     }
 
     fn unlearn(&mut self, id: NodeId, now: Instant) {
         tracing::info!("node {id} has left the cluster");
-        self.tell(|node| Happening::NodeLeft { peer: node.who(id.peer_index()) });
+        self.tell(|node| EventKind::NodeLeft { peer: node.peer_ref(id.peer_index()) });
         if let Some(record) = self.gossip.record(id).cloned() {
             self.tell_ipam(&record, now);
             self.routing.learn(&record);
@@ -336,17 +336,17 @@ impl Node {
         }
         self.dialer.unlearn(id);
         self.paths.remove_peer(id);
-        self.ways.touch();
+        self.relay_routes.mark_stale();
         self.paths_changed = true;
         self.unsaved.insert(id);
         self.remove_data_peer(id.peer_index(), now);
     }
 
     /// Updates the IDs in use by live nodes, which incoming connections are checked against.
-    pub(super) fn refresh_residents(&self) {
+    pub(super) fn refresh_live_nodes(&self) {
         let living = self.gossip.living();
         let living = living.map(|record| (record.id, (record.public_key, record.nickname.clone())));
-        *self.residents.lock().unwrap_or_else(PoisonError::into_inner) = living.collect();
+        *self.live_nodes.lock().unwrap_or_else(PoisonError::into_inner) = living.collect();
     }
 
     pub(super) fn pump_dialer(&mut self) {
@@ -357,10 +357,10 @@ impl Node {
                     let of = |stream: &Stream| stream.connection == connection;
                     let closed = self.streams.extract_if(.., |_, stream| of(stream));
                     for (_, Stream { peer, remote, .. }) in closed.collect::<Vec<_>>() {
-                        self.tell(|node| Happening::Disconnected {
-                            peer: node.who(peer.peer_index()),
+                        self.tell(|node| EventKind::Disconnected {
+                            peer: node.peer_ref(peer.peer_index()),
                             remote,
-                            why: "it is not needed any more".to_owned(),
+                            why: "it is no longer needed".to_owned(),
                         });
                     }
                 }
@@ -419,14 +419,14 @@ impl Node {
 
 fn need_hosts(hosts: &[Host]) -> Result<(), ApiError> {
     if hosts.is_empty() {
-        return Err(ApiError::usage("no host is named: give at least one"));
+        return Err(ApiError::usage("no host was given: give at least one"));
     }
     Ok(())
 }
 
 fn some_hosts(hosts: &[Host]) -> Result<(), ApiError> {
     if hosts.is_empty() {
-        Err(ApiError::usage("no host was named: name at least one"))
+        Err(ApiError::usage("no host was given: give at least one"))
     } else {
         Ok(())
     }

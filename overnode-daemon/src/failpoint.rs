@@ -2,7 +2,7 @@
 //! the nth step, as SIGKILL does, with `OVERNODE_KILL_AT=n`. Release builds only log the steps.
 
 /// Marks the end of a step of an operation such as `launch`, `attach`, `detach` or `reset`.
-pub fn step(name: &'static str) {
+pub fn reached(name: &'static str) {
     tracing::debug!(step = name, "done");
     #[cfg(debug_assertions)]
     kill_if_asked(name);
@@ -16,7 +16,7 @@ fn kill_if_asked(name: &'static str) {
     let step = STEPS.fetch_add(1, Ordering::Relaxed) + 1;
     let asked = std::env::var("OVERNODE_KILL_AT").ok().and_then(|text| text.parse().ok());
     if asked == Some(step) {
-        tracing::warn!(step = name, "ending here, as OVERNODE_KILL_AT asks");
+        tracing::warn!(step = name, "killing this process, as OVERNODE_KILL_AT asks");
         let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
     }
 }

@@ -32,12 +32,12 @@ const BUFFER: usize = 4 << 20;
 
 /// A connection to the workers' process.
 #[derive(Debug)]
-pub struct Link {
+pub struct WorkersConnection {
     socket: AsyncFd<OwnedFd>,
     pid: Pid,
 }
 
-impl Link {
+impl WorkersConnection {
     /// Connects to the process whose socket is in `run_dir`. Returns `None` if no process listens
     /// there.
     ///
@@ -50,19 +50,19 @@ impl Link {
         match socket::connect(socket.as_raw_fd(), &address) {
             Ok(()) => {}
             Err(Errno::ENOENT | Errno::ECONNREFUSED) => return Ok(None),
-            Err(error) => return Err(error).context("the workers' socket cannot be used"),
+            Err(error) => return Err(error).context("the bulk workers' socket cannot be used"),
         }
         let peer = socket::getsockopt(&socket, sockopt::PeerCredentials)?;
         // The listening process is given session keys.
         ensure!(
             trust::is_trusted_user(peer.uid()),
-            "a process of user {} listens at the workers' socket",
+            "a process of user {} listens on the bulk workers' socket",
             peer.uid()
         );
         let pid = Pid::from_raw(peer.pid());
         // SAFETY: the descriptor is owned, and never changes.
         let socket = unsafe { AsyncFd::register(socket) };
-        Ok(Some(Self { socket: socket.context("the workers cannot be heard")?, pid }))
+        Ok(Some(Self { socket: socket.context("the bulk workers' socket cannot be polled")?, pid }))
     }
 
     /// Returns the next message, or `None` if the process is gone. This method is cancel safe.
@@ -94,10 +94,10 @@ impl Link {
     /// Tells the process to exit and waits until it has. Kills it if it cannot be told or takes
     /// more than 2 seconds.
     pub async fn stop(self) {
-        const PATIENCE: Duration = Duration::from_secs(2);
+        const STOP_TIMEOUT: Duration = Duration::from_secs(2);
         let ended = async { while let Ok(Some(_)) = self.next().await {} };
         if self.tell(&ToWorkers::Stop).is_err()
-            || tokio::time::timeout(PATIENCE, ended).await.is_err()
+            || tokio::time::timeout(STOP_TIMEOUT, ended).await.is_err()
         {
             self.kill();
         }
@@ -111,12 +111,12 @@ impl Link {
 
 /// The UDP sockets of all workers.
 #[derive(Debug)]
-pub struct Ports {
+pub struct WorkerSockets {
     v4: Vec<OwnedFd>,
     v6: Vec<OwnedFd>,
 }
 
-impl Ports {
+impl WorkerSockets {
     /// Binds UDP port 6783 once per worker, for IPv4 and IPv6 separately. A family that the host
     /// lacks is skipped. A message goes to the worker whose number is that of the sending worker,
     /// modulo `workers`.
@@ -191,7 +191,7 @@ fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
             size_of::<libc::sock_fprog>() as libc::socklen_t,
         )
     };
-    Errno::result(set).map(drop).context("messages cannot be spread over workers")
+    Errno::result(set).map(drop).context("messages cannot be distributed over the bulk workers")
 }
 
 /// Starts the process. It outlives its parent.
@@ -204,7 +204,7 @@ pub fn start(
     public_key: &PublicKey,
     maps: [BorrowedFd<'_>; 4],
     devices: Vec<BulkDevice>,
-    ports: Ports,
+    ports: WorkerSockets,
 ) -> Result<Child> {
     let settings = Start {
         mode,
@@ -212,7 +212,7 @@ pub fn start(
         devices: devices.iter().map(|device| device.ifindex).collect(),
         has_v4: !ports.v4.is_empty(),
         has_v6: !ports.v6.is_empty(),
-        joins_udp: devices.iter().all(|device| device.takes_uso),
+        coalesces_udp: devices.iter().all(|device| device.takes_uso),
     };
     let mut fds = vec![named_socket(run_dir)?];
     for map in maps {
@@ -239,8 +239,8 @@ pub fn start(
         // The daemon's environment may contain secrets such as a join token.
         .env_clear()
         .fd_mappings(mappings)
-        .context("descriptors collide")?;
-    command.spawn().context("the process of the workers cannot be started")
+        .context("file descriptors of the bulk workers collide")?;
+    command.spawn().context("the bulk worker process cannot be started")
 }
 
 /// Creates the named socket, on which the process itself calls `listen`. The kernel then reports
@@ -258,6 +258,6 @@ fn named_socket(run_dir: &Path) -> Result<OwnedFd> {
     // Linux creates the socket file with the mode of the socket, less the umask.
     fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
     socket::bind(socket.as_raw_fd(), &UnixAddr::new(&path)?)
-        .with_context(|| format!("the socket {} cannot be made", path.display()))?;
+        .with_context(|| format!("the socket {} cannot be created", path.display()))?;
     Ok(socket)
 }

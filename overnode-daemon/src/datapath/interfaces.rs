@@ -112,12 +112,12 @@ impl Netlink {
         ]));
         self.handle.link().add(message).execute().await.map_err(|error| match errno(&error) {
             Some(libc::EEXIST) => {
-                anyhow!("an interface named {} or {} is there already", near.name, far.name)
+                anyhow!("an interface named {} or {} already exists", near.name, far.name)
             }
-            Some(libc::EPERM) => anyhow!("interfaces can only be made by root"),
+            Some(libc::EPERM) => anyhow!("only root can create interfaces: run as root"),
             Some(libc::EOPNOTSUPP) => anyhow!("the kernel has no veth interfaces (CONFIG_VETH)"),
             Some(_) | None => {
-                anyhow!(error).context(format!("the veth pair {} cannot be made", near.name))
+                anyhow!(error).context(format!("the veth pair {} cannot be created", near.name))
             }
         })
     }
@@ -126,7 +126,12 @@ impl Netlink {
     /// address when it goes up.
     pub(super) async fn mark(&self, index: u32, alias: &str) -> Result<()> {
         let alias = LinkMessageBuilder::<LinkUnspec>::default().index(index).alias(alias).build();
-        self.handle.link().set(alias).execute().await.context("an interface cannot be marked")?;
+        self.handle
+            .link()
+            .set(alias)
+            .execute()
+            .await
+            .context("the alias of an interface cannot be set")?;
         let quiet = LinkMessageBuilder::<LinkUnspec>::default()
             .index(index)
             .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![

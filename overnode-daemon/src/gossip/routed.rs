@@ -11,7 +11,7 @@
 //! On the wire, with big-endian integers: [`FORMAT`], hops (u8), kind (u8), from and to (u16 each),
 //! the sender's incarnation, number, and the receiver's incarnation (u64 each), the signature (64
 //! bytes), then the body. The signature covers everything except the format, the hops and itself,
-//! after the label `overnode parcel v2`.
+//! after the label `overnode routed v2`.
 
 use std::time::Instant;
 
@@ -40,7 +40,7 @@ pub const KIND_ALLOCATION: u8 = 1;
 
 /// A message from one node to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Parcel {
+pub struct RoutedMessage {
     /// The sender.
     pub from: NodeId,
     /// The receiver.
@@ -61,26 +61,26 @@ pub struct Parcel {
 
 /// Bytes that are not a valid routed message. The connection that they came from should be closed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BadParcel {
+pub enum BadRoutedMessage {
     /// There are too few bytes.
-    #[error("a parcel that is cut short")]
+    #[error("a truncated routed message")]
     Short,
     /// The message is in another version of the format.
     #[error(
-        "a parcel in format {0}, where this build reads {FORMAT}; upgrade overnode on the older host"
+        "a routed message in format {0}, but this build reads format {FORMAT}; upgrade overnode on the older host"
     )]
     Format(u8),
     /// The number of hops is 0 or beyond [`MAX_HOPS`].
-    #[error("a parcel with {0} hops left, where 1 to {MAX_HOPS} may be")]
+    #[error("a routed message with {0} hops left, outside of 1 to {MAX_HOPS}")]
     Hops(u8),
     /// The node ID is 0 or beyond 4095.
-    #[error("a parcel with the impossible node ID {0}")]
+    #[error("a routed message with the invalid node ID {0}")]
     Id(u16),
     /// The message is from a node to itself.
-    #[error("a parcel of a node to itself")]
+    #[error("a routed message from a node to itself")]
     Circle,
     /// The body has more than [`MAX_BODY`] bytes.
-    #[error("a parcel with a body of {0} bytes, where {MAX_BODY} are the most")]
+    #[error("a routed message with a body of {0} bytes, more than {MAX_BODY}")]
     Body(usize),
     /// The neighbor sends more than an honest node does.
     #[error("{}", super::BadMessage::Flood)]
@@ -91,32 +91,32 @@ pub enum BadParcel {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Undelivered {
     /// There is no path to the node now.
-    #[error("node {0} is not reached, neither directly nor through others")]
-    NoWay(NodeId),
+    #[error("node {0} is not reachable, either directly or through other nodes")]
+    NoPath(NodeId),
     /// The message has used up its hops.
-    #[error("it came over {MAX_HOPS} connections and was not there yet")]
+    #[error("it did not arrive within {MAX_HOPS} hops")]
     TooFar,
     /// The message is for this node itself.
-    #[error("it is for the node that sends it")]
+    #[error("it is addressed to its own sender")]
     ToMyself,
     /// The body has more than [`MAX_BODY`] bytes.
-    #[error("its body has {0} bytes, where {MAX_BODY} are the most")]
+    #[error("its body has {0} bytes, more than {MAX_BODY}")]
     TooLong(usize),
     /// Too much was forwarded to the next node lately.
-    #[error("node {0} is sent too much already")]
+    #[error("too much is being sent to node {0} already")]
     Busy(NodeId),
     /// The message has arrived, but is not signed with the sender's key as this node knows it.
-    #[error("it is not signed by node {0} as this node knows it")]
+    #[error("it is not signed with the key that this node knows of node {0}")]
     Unsigned(NodeId),
     /// The message has arrived, but is for an earlier or later start of this node.
-    #[error("node {0} has sent it to another start of this node")]
+    #[error("node {0} sent it to an earlier or later start of this node")]
     OtherStart(NodeId),
     /// The message has arrived before, or after one that was sent later.
-    #[error("node {0} has sent it before one that has arrived already")]
+    #[error("node {0} sent it no later than one that has already arrived")]
     Late(NodeId),
 }
 
-impl Parcel {
+impl RoutedMessage {
     /// Encodes the message for the wire.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + self.body.len());
@@ -130,30 +130,30 @@ impl Parcel {
     /// Decodes a message and checks all bounds.
     ///
     /// # Errors
-    /// [`BadParcel`] if the bytes are not a valid message.
-    pub fn decode(bytes: &[u8]) -> Result<Self, BadParcel> {
-        let &format = bytes.first().ok_or(BadParcel::Short)?;
+    /// [`BadRoutedMessage`] if the bytes are not a valid message.
+    pub fn decode(bytes: &[u8]) -> Result<Self, BadRoutedMessage> {
+        let &format = bytes.first().ok_or(BadRoutedMessage::Short)?;
         if format != FORMAT {
-            return Err(BadParcel::Format(format));
+            return Err(BadRoutedMessage::Format(format));
         }
         let mut rest = &bytes[1..];
         let [hops, kind] = take(&mut rest)?;
         if hops == 0 || hops > MAX_HOPS {
-            return Err(BadParcel::Hops(hops));
+            return Err(BadRoutedMessage::Hops(hops));
         }
         let mut id = || {
             let id = u16::from_be_bytes(take(&mut rest)?);
-            NodeId::new(id).map_err(|_| BadParcel::Id(id))
+            NodeId::new(id).map_err(|_| BadRoutedMessage::Id(id))
         };
         let (from, to) = (id()?, id()?);
         if from == to {
-            return Err(BadParcel::Circle);
+            return Err(BadRoutedMessage::Circle);
         }
         let serial = (u64::from_be_bytes(take(&mut rest)?), u64::from_be_bytes(take(&mut rest)?));
         let receiver = u64::from_be_bytes(take(&mut rest)?);
         let signature = Signature(take(&mut rest)?);
         if rest.len() > MAX_BODY {
-            return Err(BadParcel::Body(rest.len()));
+            return Err(BadRoutedMessage::Body(rest.len()));
         }
         Ok(Self { from, to, hops, kind, serial, receiver, signature, body: rest.to_vec() })
     }
@@ -174,8 +174,8 @@ impl Parcel {
     }
 }
 
-fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], BadParcel> {
-    let (first, rest) = bytes.split_first_chunk().ok_or(BadParcel::Short)?;
+fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], BadRoutedMessage> {
+    let (first, rest) = bytes.split_first_chunk().ok_or(BadRoutedMessage::Short)?;
     *bytes = rest;
     Ok(*first)
 }
@@ -185,96 +185,104 @@ impl Gossip {
     ///
     /// # Errors
     /// [`Undelivered`] if the message cannot be sent now. Success does not mean that it arrives.
-    pub fn send_parcel(&mut self, to: NodeId, kind: u8, body: Vec<u8>) -> Result<(), Undelivered> {
+    pub fn send_routed(&mut self, to: NodeId, kind: u8, body: Vec<u8>) -> Result<(), Undelivered> {
         if to == self.own {
             return Err(Undelivered::ToMyself);
         }
         if body.len() > MAX_BODY {
             return Err(Undelivered::TooLong(body.len()));
         }
-        let next = self.parcel_hop(to).ok_or(Undelivered::NoWay(to))?;
-        let receiver = self.records.get(&to).ok_or(Undelivered::NoWay(to))?.incarnation;
-        self.parcels_sent += 1;
-        let serial = (self.draft.incarnation, self.parcels_sent);
+        let next = self.next_hop_of_routed(to).ok_or(Undelivered::NoPath(to))?;
+        let receiver = self.records.get(&to).ok_or(Undelivered::NoPath(to))?.incarnation;
+        self.routed_sent += 1;
+        let serial = (self.draft.incarnation, self.routed_sent);
         let signature = Signature::default();
-        let mut parcel =
-            Parcel { from: self.own, to, hops: MAX_HOPS, kind, serial, receiver, signature, body };
-        parcel.signature = self.signer.sign_bytes(&parcel.signed_part());
-        self.actions.push_back(Action::SendParcel { to: next, parcel });
+        let mut routed = RoutedMessage {
+            from: self.own,
+            to,
+            hops: MAX_HOPS,
+            kind,
+            serial,
+            receiver,
+            signature,
+            body,
+        };
+        routed.signature = self.signer.sign_bytes(&routed.signed_part());
+        self.actions.push_back(Action::SendRouted { to: next, routed });
         Ok(())
     }
 
     /// Handles a routed message from `peer`: delivers it ([`Action::Deliver`]), forwards it
-    /// ([`Action::SendParcel`]) or drops it. Messages from nodes that are not neighbors are
+    /// ([`Action::SendRouted`]) or drops it. Messages from nodes that are not neighbors are
     /// ignored.
     ///
     /// # Errors
-    /// [`BadParcel`] if the message violates the protocol or exceeds the peer's allowance. The
+    /// [`BadRoutedMessage`] if the message violates the protocol or exceeds the peer's allowance. The
     /// connection should be closed.
-    pub fn handle_parcel(
+    pub fn handle_routed(
         &mut self,
         peer: NodeId,
         bytes: &[u8],
         now: Instant,
-    ) -> Result<Option<Undelivered>, BadParcel> {
-        if !self.neighbours.contains(&peer) {
+    ) -> Result<Option<Undelivered>, BadRoutedMessage> {
+        if !self.neighbors.contains(&peer) {
             return Ok(None);
         }
         if !self.hear(peer, bytes.len(), now) {
-            return Err(BadParcel::Flood);
+            return Err(BadRoutedMessage::Flood);
         }
-        let mut parcel = Parcel::decode(bytes)?;
-        if parcel.from == self.own {
+        let mut routed = RoutedMessage::decode(bytes)?;
+        if routed.from == self.own {
             return Ok(None);
         }
-        if parcel.to == self.own && parcel.kind == KIND_CLASH {
-            self.handle_challenge(&parcel.body, now);
+        if routed.to == self.own && routed.kind == KIND_CLASH {
+            self.handle_challenge(&routed.body, now);
             return Ok(None);
         }
-        if parcel.to == self.own {
-            return Ok(self.accept(parcel).err());
+        if routed.to == self.own {
+            return Ok(self.accept(routed).err());
         }
-        parcel.hops -= 1;
-        if parcel.hops == 0 {
+        routed.hops -= 1;
+        if routed.hops == 0 {
             return Ok(Some(Undelivered::TooFar));
         }
         // The message is not sent back to the node that it came from. The two nodes know different
         // links and would bounce it back and forth.
-        match self.parcel_hop(parcel.to).filter(|next| *next != peer) {
-            Some(next) if self.may_pass(next, HEAD + parcel.body.len(), now) => {
-                self.actions.push_back(Action::SendParcel { to: next, parcel });
+        match self.next_hop_of_routed(routed.to).filter(|next| *next != peer) {
+            Some(next) if self.may_pass(next, HEAD + routed.body.len(), now) => {
+                self.actions.push_back(Action::SendRouted { to: next, routed });
             }
             Some(next) => return Ok(Some(Undelivered::Busy(next))),
-            None => return Ok(Some(Undelivered::NoWay(parcel.to))),
+            None => return Ok(Some(Undelivered::NoPath(routed.to))),
         }
         Ok(None)
     }
 
-    fn accept(&mut self, parcel: Parcel) -> Result<(), Undelivered> {
-        let from = parcel.from;
-        if ![self.records[&self.own].incarnation, self.draft.incarnation].contains(&parcel.receiver)
+    fn accept(&mut self, routed: RoutedMessage) -> Result<(), Undelivered> {
+        let from = routed.from;
+        if ![self.records[&self.own].incarnation, self.draft.incarnation].contains(&routed.receiver)
         {
             return Err(Undelivered::OtherStart(from));
         }
         let known = self.records.get(&from).map(|record| record.verifying_key);
         let key = self.proven.get(&from).copied().or(known).ok_or(Undelivered::Unsigned(from))?;
-        if !sign::is_signature(&key, &parcel.signed_part(), &parcel.signature) {
+        if !sign::is_signature(&key, &routed.signed_part(), &routed.signature) {
             return Err(Undelivered::Unsigned(from));
         }
         if self
-            .parcels_heard
+            .last_routed_from
             .get(&from)
-            .is_some_and(|(of, last)| *of == key && parcel.serial <= *last)
+            .is_some_and(|(of, last)| *of == key && routed.serial <= *last)
         {
             return Err(Undelivered::Late(from));
         }
-        self.parcels_heard.insert(from, (key, parcel.serial));
-        self.actions.push_back(Action::Deliver(parcel));
+        self.last_routed_from.insert(from, (key, routed.serial));
+        self.actions.push_back(Action::Deliver(routed));
         Ok(())
     }
 
     /// Returns the next hop to a node. A neighbor is reachable even if no record of it is known.
-    pub(super) fn parcel_hop(&self, to: NodeId) -> Option<NodeId> {
-        if self.neighbours.contains(&to) { Some(to) } else { self.next_hop(to) }
+    pub(super) fn next_hop_of_routed(&self, to: NodeId) -> Option<NodeId> {
+        if self.neighbors.contains(&to) { Some(to) } else { self.next_hop(to) }
     }
 }

@@ -15,20 +15,20 @@ pub const FLOWS: usize = 8;
 /// Maximum number of datagrams in one super-packet of UDP, the kernel's `UDP_GRO_CNT_MAX`.
 const MAX_DATAGRAMS: usize = 64;
 /// Longest super-packet, in bytes.
-const MAX_JOINED: usize = 65_535;
+const MAX_COALESCED: usize = 65_535;
 /// Bytes in front of the packet: vnet header and Ethernet header.
 const ROOM: usize = VNET_HEADER + ETHERNET_LEN;
 /// Length of a flow key: Ethernet header, both addresses, both ports, protocol and version.
 const KEY: usize = ETHERNET_LEN + 32 + 4 + 2;
 
-/// Holds super-packets until they cannot grow or [`Joiner::flush`] is called. Allocates nothing
-/// after [`Joiner::new`].
+/// Holds super-packets until they cannot grow or [`Coalescer::flush`] is called. Allocates nothing
+/// after [`Coalescer::new`].
 #[derive(Debug)]
-pub struct Joiner {
-    joins_udp: bool,
+pub struct Coalescer {
+    coalesces_udp: bool,
     slots: [Slot; FLOWS],
     /// Buffer for frames that are delivered alone.
-    alone: Box<[u8]>,
+    single: Box<[u8]>,
     /// Slots opened so far.
     opened: u64,
 }
@@ -38,7 +38,7 @@ pub struct Joiner {
 struct Slot {
     /// Segments so far; 0 means that the slot is free.
     segments: usize,
-    /// Value of [`Joiner::opened`] when the slot was opened.
+    /// Value of [`Coalescer::opened`] when the slot was opened.
     age: u64,
     key: [u8; KEY],
     headers: Headers,
@@ -59,10 +59,10 @@ enum Fit {
     Last,
 }
 
-impl Joiner {
-    /// Creates an empty joiner. Set `joins_udp` only if the kernel behind the TAP device accepts
+impl Coalescer {
+    /// Creates an empty joiner. Set `coalesces_udp` only if the kernel behind the TAP device accepts
     /// UDP super-packets.
-    pub fn new(joins_udp: bool) -> Self {
+    pub fn new(coalesces_udp: bool) -> Self {
         let headers = Headers { version: 0, protocol: 0, transport: 0, payload: 0 };
         let slot = |_| Slot {
             segments: 0,
@@ -71,12 +71,12 @@ impl Joiner {
             headers,
             size: 0,
             length: 0,
-            frame: vec![0; ROOM + MAX_JOINED].into_boxed_slice(),
+            frame: vec![0; ROOM + MAX_COALESCED].into_boxed_slice(),
         };
         Self {
-            joins_udp,
+            coalesces_udp,
             slots: std::array::from_fn(slot),
-            alone: vec![0; ROOM + MAX_PACKET].into_boxed_slice(),
+            single: vec![0; ROOM + MAX_PACKET].into_boxed_slice(),
             opened: 0,
         }
     }
@@ -99,10 +99,10 @@ impl Joiner {
         }
         let Ok(headers) = Headers::read(packet) else {
             self.flush(deliver);
-            return self.alone(link, packet, VnetHeader::default(), deliver);
+            return self.single(link, packet, VnetHeader::default(), deliver);
         };
         let key = key_of(&link, packet, &headers);
-        let fits = partial && self.can_join(packet, &headers);
+        let fits = partial && self.can_coalesce(packet, &headers);
         if let Some(slot) = self.slots.iter_mut().find(|slot| slot.segments > 0 && slot.key == key)
         {
             let fit = if fits { slot.fit(packet, &headers) } else { Fit::No };
@@ -120,7 +120,7 @@ impl Joiner {
             self.open(&link, packet, headers, key, deliver);
         } else {
             let vnet = if partial { headers.vnet() } else { VnetHeader::default() };
-            self.alone(link, packet, vnet, deliver);
+            self.single(link, packet, vnet, deliver);
         }
     }
 
@@ -157,14 +157,14 @@ impl Joiner {
         self.opened += 1;
     }
 
-    fn alone(
+    fn single(
         &mut self,
         link: [u8; ETHERNET_LEN],
         packet: &[u8],
         vnet: VnetHeader,
         deliver: &mut impl FnMut(&[u8]),
     ) {
-        let frame = &mut self.alone[..ROOM + packet.len()];
+        let frame = &mut self.single[..ROOM + packet.len()];
         frame[..VNET_HEADER].copy_from_slice(&vnet.to_bytes());
         frame[VNET_HEADER..ROOM].copy_from_slice(&link);
         frame[ROOM..].copy_from_slice(packet);
@@ -173,7 +173,7 @@ impl Joiner {
 
     /// Returns true if the packet may be a segment of a super-packet. Its checksums must be
     /// correct, because the super-packet would repair wrong ones.
-    fn can_join(&self, packet: &[u8], headers: &Headers) -> bool {
+    fn can_coalesce(&self, packet: &[u8], headers: &Headers) -> bool {
         let plain = match headers.version {
             4 => {
                 let checksum = || {
@@ -192,26 +192,26 @@ impl Joiner {
         };
         let kind = match headers.protocol {
             TCP => packet[headers.transport + 13] & (flag::SYN | flag::RST | flag::URG) == 0,
-            _ => self.joins_udp,
+            _ => self.coalesces_udp,
         };
         plain
             && kind
             && packet.len() > headers.payload
-            && packet.len() <= MAX_JOINED
+            && packet.len() <= MAX_COALESCED
             && read_u16(packet, headers.transport + headers.checksum_offset())
                 == headers.pseudo(packet)
     }
 }
 
 impl Slot {
-    /// Checks a packet of the same flow for which [`Joiner::can_join`] returned true.
+    /// Checks a packet of the same flow for which [`Coalescer::can_coalesce`] returned true.
     fn fit(&self, packet: &[u8], headers: &Headers) -> Fit {
         let first = &self.frame[ROOM..];
         let body = packet.len() - headers.payload;
         let most = if headers.protocol == TCP { MAX_SEGMENTS } else { MAX_DATAGRAMS };
         let fits = *headers == self.headers
             && body <= self.size
-            && self.length + body <= MAX_JOINED
+            && self.length + body <= MAX_COALESCED
             && self.segments < most
             && if headers.version == 4 {
                 self.fits_ipv4(first, packet)

@@ -8,13 +8,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use super::message::{Loan, MAX_RIVALS, Message, Part, Round, Title};
-use super::{Heir, Ipam, Question, Retry};
+use super::message::{LenderRole, Loan, MAX_RIVALS, Message, Round, Title};
+use super::{Ipam, Question, Retry, Successor};
 use crate::types::NodeId;
 
 /// The questions that a birth owner asks before it takes the title, and the answers.
 #[derive(Clone, Debug)]
-pub(super) struct Season {
+pub(super) struct Term {
     pub(super) asked: BTreeMap<NodeId, Question>,
     answers: BTreeMap<NodeId, Answer>,
     /// No conclusion is drawn before this time.
@@ -26,15 +26,15 @@ pub(super) struct Season {
 pub(super) struct Answer {
     pub(super) loan: Loan,
     pub(super) title: Title,
-    pub(super) part: Part,
+    pub(super) part: LenderRole,
     pub(super) rivals: Vec<NodeId>,
     /// False once the node has been unreachable since it answered. It may have agreed to something
     /// else meanwhile.
     pub(super) is_fresh: bool,
 }
 
-impl Season {
-    pub(super) fn doubt(&mut self, id: NodeId) {
+impl Term {
+    pub(super) fn mark_unsure(&mut self, id: NodeId) {
         if let Some(answer) = self.answers.get_mut(&id) {
             answer.is_fresh = false;
         }
@@ -56,17 +56,17 @@ impl Season {
 }
 
 impl Ipam {
-    pub(super) fn drive_season(&mut self, now: Instant) {
-        if !self.id.owns_a_quarter()
-            || self.lending.books.contains_key(&self.id)
+    pub(super) fn drive_term(&mut self, now: Instant) {
+        if !self.id.has_initial_quarter()
+            || self.lending.ledgers.contains_key(&self.id)
             || self.leaving.is_some()
         {
-            self.season = None;
+            self.term = None;
             return;
         }
-        if self.season.is_none() {
+        if self.term.is_none() {
             let settled = now + self.timing.settle;
-            self.season = Some(Season {
+            self.term = Some(Term {
                 asked: BTreeMap::new(),
                 answers: BTreeMap::new(),
                 settled,
@@ -74,23 +74,23 @@ impl Ipam {
             });
         }
         let required = self.required();
-        let has_promised = !self.reclaiming.pledges.is_empty();
+        let has_promised = !self.reclaiming.promises.is_empty();
         let (incarnation, mut count) = (self.incarnation, self.rounds);
-        let Some(season) = &mut self.season else { return };
-        season.wake = (season.settled > now).then_some(season.settled);
-        if season.settled > now {
+        let Some(term) = &mut self.term else { return };
+        term.wake = (term.settled > now).then_some(term.settled);
+        if term.settled > now {
             return;
         }
-        season.asked.retain(|id, _| required.contains(id));
+        term.asked.retain(|id, _| required.contains(id));
         let mut ask = Vec::new();
         let mut complete = !required.is_empty();
         for id in required {
-            if season.answers.get(&id).is_some_and(|answer| answer.part == Part::None) {
-                season.asked.remove(&id);
+            if term.answers.get(&id).is_some_and(|answer| answer.part == LenderRole::None) {
+                term.asked.remove(&id);
                 continue;
             }
             complete = false;
-            let question = season.asked.entry(id).or_insert_with(|| {
+            let question = term.asked.entry(id).or_insert_with(|| {
                 count += 1;
                 Question { round: Round { incarnation, count }, retry: Retry::new(now) }
             });
@@ -101,13 +101,13 @@ impl Ipam {
         // A claimant that got this node's promise was told that no other node lends the quarter. So
         // this node does not take the title before the promise has ended.
         let done = complete && self.targets_met && !has_promised;
-        let answers = done.then(|| std::mem::take(&mut season.answers));
+        let answers = done.then(|| std::mem::take(&mut term.answers));
         self.rounds = count;
         for (id, round) in ask {
             self.send(id, &Message::Ask { epoch: self.epoch, round });
         }
         if let Some(answers) = answers {
-            self.season = None;
+            self.term = None;
             let quarter = self.id;
             let serial = self.title_of(quarter).serial.saturating_add(1).max(self.epoch);
             let fresh = answers.iter().filter(|(_, answer)| answer.is_fresh).map(|(id, _)| *id);
@@ -118,16 +118,16 @@ impl Ipam {
     }
 
     pub(super) fn next_question(&self) -> Option<Instant> {
-        let season = self.season.as_ref()?;
-        let asked = season.asked.iter().filter(|(id, _)| self.reachable.contains(id));
-        asked.map(|(_, question)| question.retry.at).chain(season.wake).min()
+        let term = self.term.as_ref()?;
+        let asked = term.asked.iter().filter(|(id, _)| self.reachable.contains(id));
+        asked.map(|(_, question)| question.retry.at).chain(term.wake).min()
     }
 
     /// Returns the nodes that have to answer: all known members and the nodes that they name.
     fn required(&self) -> Vec<NodeId> {
         let mut required: Vec<_> = self.members().collect();
         let named =
-            self.season.iter().flat_map(|season| season.answers.values()).flat_map(|it| &it.rivals);
+            self.term.iter().flat_map(|term| term.answers.values()).flat_map(|it| &it.rivals);
         for id in named.copied().chain([self.title_of(self.id).holder]) {
             if id != self.id && !self.peers.contains_key(&id) && !required.contains(&id) {
                 required.push(id);
@@ -140,36 +140,36 @@ impl Ipam {
         let quarter = from;
         let Some(half) = self.layout.lendable(quarter) else { return };
         if self.is_gone(from, epoch) {
-            self.tell_buried(from, epoch);
+            self.send_reclaimed(from, epoch);
             return;
         }
         self.abandon_claim(from);
-        self.tell_graves_of(from, None);
-        let book = self.lending.books.get(&quarter).map(|book| book.heir);
-        let part = match book {
-            None => Part::None,
-            Some(Some(heir)) if heir.id == from && heir.epoch < epoch => {
+        self.send_tombstones_of(from, None);
+        let ledger = self.lending.ledgers.get(&quarter).map(|ledger| ledger.successor);
+        let part = match ledger {
+            None => LenderRole::None,
+            Some(Some(successor)) if successor.id == from && successor.epoch < epoch => {
                 // The launch that was to receive the quarter is gone. The node that has the quarter
                 // now answers for itself.
                 self.drop_title(quarter);
-                Part::None
+                LenderRole::None
             }
-            Some(Some(_)) => Part::Lends,
+            Some(Some(_)) => LenderRole::Lends,
             // A node that may not lend has nothing to hand over, and a node that may be gone for
             // good receives nothing.
-            Some(None) if !self.may_lend(quarter) || self.has_pledged(from) => Part::Lends,
+            Some(None) if !self.may_lend(quarter) || self.has_promised(from) => LenderRole::Lends,
             Some(None) => {
-                self.begin_transfer(quarter, Heir { id: from, epoch }, now);
-                Part::Lends
+                self.begin_transfer(quarter, Successor { id: from, epoch }, now);
+                LenderRole::Lends
             }
         };
-        self.fence(quarter);
+        self.void_requests(quarter);
         let lender = self.borrowing.lenders.get(&quarter).copied();
-        let heir = book.flatten().map(|heir| heir.id);
-        let pledged =
-            self.reclaiming.pledges.keys().filter(|(of, _)| *of == from).map(|(_, by)| *by);
+        let successor = ledger.flatten().map(|successor| successor.id);
+        let promised =
+            self.reclaiming.promises.keys().filter(|(of, _)| *of == from).map(|(_, by)| *by);
         let rivals: BTreeSet<_> =
-            pledged.chain(lender).chain(heir).filter(|id| *id != from).collect();
+            promised.chain(lender).chain(successor).filter(|id| *id != from).collect();
         let rivals = rivals.into_iter().take(MAX_RIVALS).collect();
         let held = self.allocation.blocks_in(Some(half)).filter(|(_, block)| !block.lost);
         let holds = held.map(|(net, _)| net).collect();
@@ -184,28 +184,29 @@ impl Ipam {
         mut answer: Answer,
         now: Instant,
     ) {
-        let Some(season) = &mut self.season else { return };
-        if season.asked.get(&from).is_none_or(|question| question.round != round) {
+        let Some(term) = &mut self.term else { return };
+        if term.asked.get(&from).is_none_or(|question| question.round != round) {
             return;
         }
         answer.loan.epoch = self.bounded_epoch(from, answer.loan.epoch);
-        if !from.owns_a_quarter() {
+        if !from.has_initial_quarter() {
             // The sender never lends, and it may have made up the titles that it reports.
-            answer.part = Part::None;
+            answer.part = LenderRole::None;
             answer.title = Title { serial: 0, holder: answer.title.holder };
-            answer.rivals.retain(|rival| rival.owns_a_quarter());
+            answer.rivals.retain(|rival| rival.has_initial_quarter());
         }
         let half = self.layout.lendable(self.id);
         answer.loan.blocks.retain(|block| half.is_some_and(|half| half.contains(block)));
         let title = answer.title;
         self.hear(self.id, title);
         let settled = now + self.timing.settle;
-        if let Some(season) = &mut self.season {
-            let lent = season.answers.get(&from).is_some_and(|before| before.part == Part::Lends);
-            if lent && answer.part == Part::None {
-                season.restart(settled);
+        if let Some(term) = &mut self.term {
+            let lent =
+                term.answers.get(&from).is_some_and(|before| before.part == LenderRole::Lends);
+            if lent && answer.part == LenderRole::None {
+                term.restart(settled);
             } else {
-                season.answers.insert(from, answer);
+                term.answers.insert(from, answer);
             }
         }
     }
